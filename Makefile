@@ -1,0 +1,66 @@
+# conenatd: two commands for a fresh Debian 12 with Go.
+#
+#   sudo make demo    show in a throw-away lab what conenatd does
+#   sudo make test    all checks and tests
+#
+# Each installs what it needs: Debian packages by name, Go modules.
+
+# sudo often leaves /usr/local/go/bin out of PATH.
+GO ?= $(shell command -v go || echo /usr/local/go/bin/go)
+export GOTOOLCHAIN = local
+# The files may belong to another user than root.
+export GOFLAGS = -buildvcs=false
+
+RUN_PACKAGES  = iproute2 nftables conntrack
+TEST_PACKAGES = $(RUN_PACKAGES) iptables gcc libc6-dev
+
+STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOFUMPT     = mvdan.cc/gofumpt@v0.12.0
+
+FUZZ_TIME ?= 5s
+
+.PHONY: build demo test lint cross unit fuzz bench clean
+
+build:
+	$(GO) build -o bin/conenatd ./cmd/conenatd
+
+demo:
+	@scripts/install-deps $(RUN_PACKAGES)
+	@$(GO) build -o bin/conenatd ./cmd/conenatd
+	@bin/conenatd demo
+
+test: deps lint cross unit fuzz
+
+.PHONY: deps
+deps:
+	@scripts/install-deps $(TEST_PACKAGES)
+
+lint:
+	@unformatted=$$($(GO) run $(GOFUMPT) -l .) && if [ -n "$$unformatted" ]; then \
+		echo "gofumpt would change:"; echo "$$unformatted"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) run $(STATICCHECK) -checks all ./...
+
+# 32-bit and big-endian targets are real routers.
+cross:
+	@for arch in 386 arm mips mipsle arm64; do \
+		echo "GOARCH=$$arch go vet ./..."; GOARCH=$$arch $(GO) vet ./... || exit 1; done
+
+unit:
+	$(GO) test -race -count=1 -timeout 30m ./...
+
+# A short run of each fuzz target, from the kept corpora.
+fuzz:
+	@for target in $$(grep -rl --include='*_test.go' '^func Fuzz' internal | xargs -n1 dirname | sort -u); do \
+		for name in $$(grep -h -o '^func Fuzz[A-Za-z0-9_]*' $$target/*_test.go | cut -c6-); do \
+			echo "fuzz $$target $$name"; \
+			$(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZ_TIME) ./$$target || exit 1; \
+		done; done
+
+# Measurements; docs/results says what they gave.
+bench:
+	@scripts/install-deps $(RUN_PACKAGES)
+	$(GO) test -count=1 -run '^$$' -bench . -benchtime 1x -timeout 30m ./e2e
+
+clean:
+	rm -rf bin

@@ -1,0 +1,112 @@
+package cone
+
+// earlySize bounds the index of early packets' flows. It is a ring: in a flood
+// from outside the oldest are forgotten, and their peers stay locked out until
+// their flows end, as without repair.
+const earlySize = 4096
+
+// An earlyIndex remembers flows from outside that end on the gateway itself: a
+// peer's packet that came before its permission stood. Once confirmed, such a
+// flow takes every later packet of that peer's port, so it must go when the
+// permission stands.
+type earlyIndex struct {
+	ring  []earlyFlow
+	next  int           // slot of ring to be used next
+	byKey map[Key]int32 // first slot of each Key
+}
+
+type earlyFlow struct {
+	Key
+	id         uint32
+	port       uint16
+	used       bool
+	prev, more int32 // neighbours of the same Key
+}
+
+func newEarlyIndex() earlyIndex { return earlyIndex{byKey: make(map[Key]int32)} }
+
+func (x *earlyIndex) add(k Key, port uint16, id uint32) {
+	if i := x.find(k, port); i != none {
+		x.ring[i].id = id
+		return
+	}
+	if len(x.ring) < earlySize {
+		x.ring = append(x.ring, earlyFlow{})
+	}
+	x.drop(int32(x.next))
+	head, ok := x.byKey[k]
+	if !ok {
+		head = none
+	} else {
+		x.ring[head].prev = int32(x.next)
+	}
+	x.ring[x.next] = earlyFlow{Key: k, id: id, port: port, used: true, prev: none, more: head}
+	x.byKey[k] = int32(x.next)
+	x.next = (x.next + 1) % earlySize
+}
+
+func (x *earlyIndex) find(k Key, port uint16) int32 {
+	i, ok := x.byKey[k]
+	for ok && i != none {
+		if x.ring[i].port == port {
+			return i
+		}
+		i = x.ring[i].more
+	}
+	return none
+}
+
+// remove forgets the flow id of k.
+func (x *earlyIndex) remove(k Key, port uint16, id uint32) {
+	if i := x.find(k, port); i != none && x.ring[i].id == id {
+		x.drop(i)
+	}
+}
+
+// drop frees slot i of the ring.
+func (x *earlyIndex) drop(i int32) {
+	e := &x.ring[i]
+	if !e.used {
+		return
+	}
+	switch {
+	case e.prev != none:
+		x.ring[e.prev].more = e.more
+	case e.more != none:
+		x.byKey[e.Key] = e.more
+	default:
+		delete(x.byKey, e.Key)
+	}
+	if e.more != none {
+		x.ring[e.more].prev = e.prev
+	}
+	*e = earlyFlow{}
+}
+
+// seeEarly takes in a flow from outside that ends on the gateway.
+func (m *Model) seeEarly(f *Flow, p Permission) {
+	if o := m.owner(p.Key); o != none && m.claims[o].state == StateStanding {
+		m.dropEarly(p, f.Src.Port, f.ID)
+		return
+	}
+	m.early.add(p.Key, f.Src.Port, f.ID)
+}
+
+// Granted tells the model that p stands in the kernel. Flows of early packets
+// that would hide it go now.
+func (m *Model) Granted(p Permission) {
+	for {
+		i, ok := m.early.byKey[p.Key]
+		if !ok {
+			return
+		}
+		e := &m.early.ring[i]
+		m.dropEarly(p, e.port, e.id)
+		m.early.drop(i)
+	}
+}
+
+func (m *Model) dropEarly(p Permission, port uint16, id uint32) {
+	m.stats.Early++
+	m.op(Op{Kind: DropEarly, Permission: p, Port: port, ID: id})
+}

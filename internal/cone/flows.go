@@ -1,0 +1,324 @@
+package cone
+
+import "time"
+
+// forwardMemory is how long a port counts as forwarded after the last flow
+// through the user's rule was seen. A forward that nobody uses for so long can
+// be overridden once, until its next flow shows it again.
+const forwardMemory = time.Hour
+
+// maxForwarded bounds the memory that a forward of all ports can cost.
+const maxForwarded = 1 << 16
+
+// A flow is a live conntrack entry that belongs to a claim: one that the inside
+// host opened, or a child.
+type flow struct {
+	claim      int32
+	next, prev int32
+	id         uint32
+	packets    uint32 // from inside, when last seen; wraps
+	port       uint16 // the peer's
+	gen        uint8  // of the snapshot that saw it last
+	child      bool
+	answered   bool
+}
+
+// flowKey names a flow: with the claim it gives the whole tuple.
+type flowKey struct {
+	claim int32
+	port  uint16
+	child bool
+}
+
+func (f *flow) key() flowKey { return flowKey{f.claim, f.port, f.child} }
+
+// A flowTable holds the flows of all claims in one slice.
+type flowTable struct {
+	all   []flow
+	free  []int32
+	byKey map[flowKey]int32
+}
+
+func newFlowTable() flowTable { return flowTable{byKey: make(map[flowKey]int32)} }
+
+// A role is what a flow is to the model.
+type role uint8
+
+const (
+	roleOther role = iota // nothing to do with permissions
+	roleOut               // an enabled inside host opened it towards a peer
+	roleChild             // expected under one of our anchors
+	roleDNAT              // came in by a DNAT that is not an expectation
+	roleEarly             // came in and ends on the gateway
+)
+
+// role says what f is, and which permission it would belong to.
+func (m *Model) role(f *Flow) (role, Permission, Subnet) {
+	inbound := Permission{
+		Key:  Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.OrigZone},
+		Int:  f.ReplySrc,
+		Mark: f.Mark,
+	}
+	expected := f.Status.Has(StatusExpected)
+	if expected && IsAnchor(f.MasterSrc, f.MasterDst) {
+		return roleChild, inbound, Subnet{}
+	}
+	if s, ok := m.policy.subnet(f.Src.Addr.Netip()); ok {
+		out := Permission{
+			Key:  Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr, Zone: f.ReplyZone},
+			Int:  f.Src,
+			Mark: f.Mark,
+		}
+		return roleOut, out, s
+	}
+	_, local := m.topo.local[f.Dst.Addr]
+	switch {
+	case f.Status.Has(StatusDstNAT) && !expected:
+		return roleDNAT, inbound, Subnet{}
+	case !f.Status.Has(StatusDstNAT) && !f.Status.Has(StatusSrcNAT) && local:
+		return roleEarly, inbound, Subnet{}
+	}
+	return roleOther, inbound, Subnet{}
+}
+
+// IsAnchor reports whether an entry with this original direction has the mark
+// of an anchor of ours: a port that real packets do not use.
+func IsAnchor(src, dst Endpoint) bool {
+	return (src.Port == 0) != (dst.Port == 0)
+}
+
+// FlowSeen takes in a flow that is alive: a new one, or one seen again with its
+// present status and counters.
+func (m *Model) FlowSeen(now time.Duration, f *Flow) {
+	switch role, p, subnet := m.role(f); role {
+	case roleOut:
+		m.seeOut(now, f, p, subnet)
+	case roleChild:
+		if i := m.find(p.Key, p.Int); i != none {
+			m.addFlow(now, i, f, true)
+		}
+	case roleDNAT:
+		if i := m.find(p.Key, p.Int); i != none {
+			m.addFlow(now, i, f, true)
+		} else {
+			m.forward(now, p.extKey())
+		}
+	case roleEarly:
+		m.seeEarly(f, p)
+	}
+}
+
+func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
+	if !f.Status.Has(StatusSrcNAT) && (!s.Routed || !p.Routed()) {
+		return
+	}
+	if r := m.policy.refuses(f.ReplyDst, f.ReplySrc, &m.topo); r != ReasonNone {
+		if !m.snap.running { // else it was counted before
+			m.stats.Skipped[r]++
+		}
+		return
+	}
+	if i := m.find(p.Key, p.Int); i != none {
+		m.addFlow(now, i, f, false)
+		return
+	}
+	i := m.claim(now, p)
+	m.addFlow(now, i, f, false)
+	switch o := m.owner(p.Key); {
+	case o == i:
+		m.grant(now, i)
+	case m.claims[o].lingers():
+		m.end(now, o, ReasonYielded)
+	default:
+		m.claims[i].reason = ReasonConflict
+		m.stats.Conflicts++
+	}
+}
+
+// addFlow notes that f belongs to claim i and is alive. The claim is fed if f
+// had packets from inside since it was last seen; without counters, if it is
+// the inside host's own flow or a child that it answered.
+func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) {
+	k := flowKey{claim: i, port: f.ReplySrc.Port, child: child}
+	packets := f.OrigPackets
+	if child {
+		k.port = f.Src.Port
+		packets = f.ReplyPackets
+	}
+	t := &m.flows
+	n, ok := t.byKey[k]
+	known := ok && t.all[n].id == f.ID
+	if !ok {
+		n = m.newFlow(k)
+	}
+	if !known && !child && !f.HasCounters {
+		packets = 1 // the one that made it
+	}
+	fl := &t.all[n]
+	fed := !child || f.Status.Has(StatusSeenReply)
+	if fed && known && f.HasCounters {
+		fed = uint32(packets) != fl.packets
+	}
+	fl.id, fl.packets, fl.gen = f.ID, uint32(packets), m.snap.gen
+	if child {
+		m.setAnswered(fl, f.Status.Has(StatusSeenReply))
+	}
+	if fed {
+		m.feed(now, i)
+	}
+}
+
+func (m *Model) newFlow(k flowKey) int32 {
+	t := &m.flows
+	var n int32
+	if l := len(t.free); l > 0 {
+		n = t.free[l-1]
+		t.free = t.free[:l-1]
+	} else {
+		t.all = append(t.all, flow{})
+		n = int32(len(t.all) - 1)
+	}
+	c := &m.claims[k.claim]
+	t.all[n] = flow{claim: k.claim, port: k.port, child: k.child, next: c.flows, prev: none}
+	if c.flows != none {
+		t.all[c.flows].prev = n
+	}
+	c.flows = n
+	t.byKey[k] = n
+	m.stats.Flows++
+	if k.child {
+		c.kids++
+	} else {
+		c.outs++
+	}
+	return n
+}
+
+func (m *Model) setAnswered(fl *flow, answered bool) {
+	if fl.answered == answered {
+		return
+	}
+	fl.answered = answered
+	if answered {
+		m.claims[fl.claim].answered++
+	} else {
+		m.claims[fl.claim].answered--
+	}
+}
+
+// removeFlow forgets flow n. The caller settles the claim.
+func (m *Model) removeFlow(n int32) {
+	t := &m.flows
+	fl := &t.all[n]
+	c := &m.claims[fl.claim]
+	if fl.prev != none {
+		t.all[fl.prev].next = fl.next
+	} else {
+		c.flows = fl.next
+	}
+	if fl.next != none {
+		t.all[fl.next].prev = fl.prev
+	}
+	if fl.child {
+		m.setAnswered(fl, false)
+		c.kids--
+	} else {
+		c.outs--
+	}
+	delete(t.byKey, fl.key())
+	fl.claim = none
+	t.free = append(t.free, n)
+	m.stats.Flows--
+}
+
+// FlowGone takes in the end of a flow. Its last status and counters tell
+// whether it was fed from inside to the end.
+func (m *Model) FlowGone(now time.Duration, f *Flow) {
+	m.snap.gone(f.ID)
+	role, p, _ := m.role(f)
+	switch role {
+	case roleOut, roleChild, roleDNAT:
+	case roleEarly:
+		m.early.remove(p.Key, f.Src.Port, f.ID)
+		return
+	default:
+		return
+	}
+	i := m.find(p.Key, p.Int)
+	if i == none {
+		return
+	}
+	k := flowKey{claim: i, port: f.ReplySrc.Port}
+	if role != roleOut {
+		k.port, k.child = f.Src.Port, true
+	}
+	n, ok := m.flows.byKey[k]
+	if !ok || m.flows.all[n].id != f.ID {
+		return
+	}
+	m.addFlow(now, i, f, k.child)
+	m.removeFlow(n)
+	m.settle(now, i)
+}
+
+// FlowMissing takes in that the flow of a Query is not there any more, though
+// no event told so. The time of its end is unknown, so it feeds nothing.
+func (m *Model) FlowMissing(now time.Duration, o *Op) {
+	i := m.find(o.Key, o.Int)
+	if i == none {
+		return
+	}
+	for _, child := range []bool{false, true} {
+		if n, ok := m.flows.byKey[flowKey{i, o.Port, child}]; ok && m.flows.all[n].id == o.ID {
+			m.removeFlow(n)
+			m.settle(now, i)
+			return
+		}
+	}
+}
+
+// forward notes that a rule of the user's forwards e, and takes every
+// permission away from it.
+func (m *Model) forward(now time.Duration, e extKey) {
+	last, known := m.forwarded[e]
+	if !known && len(m.forwarded) >= maxForwarded {
+		m.forgetForwards(now)
+	}
+	m.forwarded[e] = now
+	if known && now-last < forwardMemory {
+		return
+	}
+	m.refuseExt(now, e, ReasonForwarded)
+}
+
+// forgetForwards makes room in the table of forwards: the old ones go, or, if
+// there is none, any one.
+func (m *Model) forgetForwards(now time.Duration) {
+	for e, seen := range m.forwarded {
+		if now-seen >= forwardMemory {
+			delete(m.forwarded, e)
+		}
+	}
+	for e := range m.forwarded {
+		if len(m.forwarded) < maxForwarded {
+			return
+		}
+		delete(m.forwarded, e)
+	}
+}
+
+// refuseExt withdraws all standing permissions of one outside endpoint.
+func (m *Model) refuseExt(now time.Duration, e extKey, r Reason) {
+	i, ok := m.byExt[e]
+	for ok && i != none {
+		next := m.claims[i].extNext
+		if m.claims[i].state == StateStanding {
+			m.withdraw(i, r)
+			m.refuse(now, i, r)
+			if m.claims[i].outs == 0 {
+				m.end(now, i, r)
+			}
+		}
+		i = next
+	}
+}

@@ -1,0 +1,451 @@
+package cone
+
+import "time"
+
+// none ends the lists that run through slices.
+const none = int32(-1)
+
+// A State says how a claim on a permission fares.
+type State uint8
+
+// The states of a claim. At most one claim of a Key stands.
+const (
+	StateStanding State = iota // granted, as far as the model knows
+	StateRefused               // wanted, but refused for a Reason; tried again
+	StateWaiting               // another claim of the same Key comes first
+
+	stateUnused // a free place in the slice of claims
+)
+
+func (s State) String() string {
+	return [...]string{"standing", "refused", "waiting"}[s]
+}
+
+// A claim is one inside endpoint's wish for a permission. Claims live in one
+// slice and point at each other by index.
+type claim struct {
+	Permission
+	state  State
+	reason Reason
+
+	outs     int32 // live flows that the inside host opened towards the peer
+	kids     int32 // live children
+	answered int32 // children that the inside host answered
+
+	made, fed, refresh time.Duration // granted; last fed from inside; next refresh
+	retry              time.Duration // refused: not before
+	ends               time.Duration // its flows were asked about: ends then, unless fed; else 0
+
+	flows                int32 // first flow
+	nextKey              int32 // next claim of the same Key; the first one comes first
+	extPrev              int32 // neighbours on the same outside endpoint
+	extNext              int32
+	slot                 int32 // of the wheel
+	wheelPrev, wheelNext int32
+}
+
+// extKey names an outside endpoint in a zone.
+type extKey struct {
+	ext  Endpoint
+	zone uint16
+}
+
+func (k Key) extKey() extKey { return extKey{k.Ext, k.Zone} }
+
+// A Model holds all claims and flows. It is not safe for concurrent use.
+//
+// Times are durations since any fixed start; they must not run backwards.
+type Model struct {
+	policy policy
+	topo   topology
+
+	claims    []claim
+	free      []int32 // unused indexes of claims
+	byKey     map[Key]int32
+	byExt     map[extKey]int32
+	forwarded map[extKey]time.Duration // outside endpoints that the user forwards: last seen
+	flows     flowTable
+	early     earlyIndex
+	wheel     wheel
+	snap      snapshot
+
+	stopped bool
+	ops     []Op
+	spare   []Op // swapped with ops by Ops
+	stats   Stats
+}
+
+// Stats counts what a Model holds and did.
+type Stats struct {
+	Standing, Refused, Waiting int // claims by state
+	Flows                      int // flows that support or belong to claims
+
+	Granted   uint64          // grants decided, retries included
+	Conflicts uint64          // claims that found the permission owned
+	Early     uint64          // early packets' flows to be repaired
+	Skipped   [Reasons]uint64 // flows that gave no permission, by reason
+	Refusals  [Reasons]uint64 // permissions refused, by reason
+	Revoked   [Reasons]uint64 // permissions ended, by reason
+}
+
+// New returns an empty Model. Until SetTopology no peer is outside, so nothing
+// is granted.
+func New(p Policy) *Model {
+	m := &Model{
+		policy:    compilePolicy(p),
+		byKey:     make(map[Key]int32),
+		byExt:     make(map[extKey]int32),
+		forwarded: make(map[extKey]time.Duration),
+		flows:     newFlowTable(),
+		early:     newEarlyIndex(),
+	}
+	m.wheel = newWheel(&m.claims, p.Lifetime)
+	return m
+}
+
+// SetTopology tells the model the gateway's links and addresses. Permissions
+// that stand already are not touched.
+func (m *Model) SetTopology(t Topology) { m.topo = compileTopology(t) }
+
+// Stats returns the present counts.
+func (m *Model) Stats() Stats { return m.stats }
+
+// find returns the claim of in on k, or none.
+func (m *Model) find(k Key, in Endpoint) int32 {
+	i, ok := m.byKey[k]
+	if !ok {
+		return none
+	}
+	for ; i != none; i = m.claims[i].nextKey {
+		if m.claims[i].Int == in {
+			return i
+		}
+	}
+	return none
+}
+
+// owner returns the claim of k that stands or would stand, or none.
+func (m *Model) owner(k Key) int32 {
+	if i, ok := m.byKey[k]; ok {
+		return i
+	}
+	return none
+}
+
+// claim makes the claim p and decides whether it stands.
+func (m *Model) claim(now time.Duration, p Permission) int32 {
+	i := m.alloc()
+	c := &m.claims[i]
+	*c = claim{
+		Permission: p, state: StateWaiting, fed: now,
+		flows: none, nextKey: none, extPrev: none, extNext: none, slot: none,
+	}
+	m.stats.Waiting++
+
+	if o := m.owner(p.Key); o == none {
+		m.byKey[p.Key] = i
+	} else {
+		last := o
+		for m.claims[last].nextKey != none {
+			last = m.claims[last].nextKey
+		}
+		m.claims[last].nextKey = i
+	}
+	if h, ok := m.byExt[p.extKey()]; ok {
+		c.extNext = h
+		m.claims[h].extPrev = i
+	}
+	m.byExt[p.extKey()] = i
+	return i
+}
+
+func (m *Model) alloc() int32 {
+	if n := len(m.free); n > 0 {
+		i := m.free[n-1]
+		m.free = m.free[:n-1]
+		return i
+	}
+	m.claims = append(m.claims, claim{})
+	return int32(len(m.claims) - 1)
+}
+
+// setState moves claim i to a state and keeps the counts.
+func (m *Model) setState(i int32, s State, r Reason) {
+	c := &m.claims[i]
+	*m.gauge(c.state)--
+	*m.gauge(s)++
+	c.state, c.reason = s, r
+}
+
+func (m *Model) gauge(s State) *int {
+	switch s {
+	case StateStanding:
+		return &m.stats.Standing
+	case StateRefused:
+		return &m.stats.Refused
+	default:
+		return &m.stats.Waiting
+	}
+}
+
+// grant makes claim i stand. It must be the first of its Key.
+func (m *Model) grant(now time.Duration, i int32) {
+	c := &m.claims[i]
+	if r := m.bars(now, c); r != ReasonNone {
+		m.refuse(now, i, r)
+		return
+	}
+	m.setState(i, StateStanding, ReasonNone)
+	c.made, c.ends = now, 0
+	c.refresh = now + m.policy.Lifetime/2
+	m.stats.Granted++
+	m.op(Op{Kind: Grant, Permission: c.Permission})
+	// One that waited long may be past its deadline: its flows are asked next.
+	m.wheel.schedule(i, min(c.refresh, max(c.fed+m.policy.Lifetime, now+m.wheel.grain)))
+}
+
+// bars returns why c must not stand, by what the model knows itself.
+func (m *Model) bars(now time.Duration, c *claim) Reason {
+	if m.stopped {
+		return ReasonStopped
+	}
+	if seen, ok := m.forwarded[c.extKey()]; ok {
+		if now-seen < forwardMemory {
+			return ReasonForwarded
+		}
+		delete(m.forwarded, c.extKey())
+	}
+	return ReasonNone
+}
+
+// refuse notes that claim i does not stand, to be tried again later.
+func (m *Model) refuse(now time.Duration, i int32, r Reason) {
+	c := &m.claims[i]
+	m.setState(i, StateRefused, r)
+	m.stats.Refusals[r]++
+	c.retry = now + m.policy.Retry
+	m.wheel.schedule(i, c.retry)
+}
+
+// withdraw takes claim i out of the kernel, if it stands, with the children
+// that the inside host never answered: these would live for as long as the
+// peer keeps sending.
+func (m *Model) withdraw(i int32, r Reason) {
+	c := &m.claims[i]
+	if c.state != StateStanding {
+		return
+	}
+	m.stats.Revoked[r]++
+	m.op(Op{Kind: Revoke, Permission: c.Permission, Reason: r})
+	for f := c.flows; f != none; f = m.flows.all[f].next {
+		if fl := &m.flows.all[f]; fl.child && !fl.answered {
+			m.op(Op{Kind: DropUnanswered, Permission: c.Permission, Port: fl.port, ID: fl.id})
+		}
+	}
+	m.wheel.remove(i)
+}
+
+// end removes claim i with its flows and lets the next one of its Key stand.
+func (m *Model) end(now time.Duration, i int32, r Reason) {
+	m.withdraw(i, r)
+	c := &m.claims[i]
+	m.wheel.remove(i)
+	for c.flows != none {
+		m.removeFlow(c.flows)
+	}
+
+	first := m.byKey[c.Key] == i
+	switch {
+	case first && c.nextKey == none:
+		delete(m.byKey, c.Key)
+	case first:
+		m.byKey[c.Key] = c.nextKey
+	default:
+		prev := m.byKey[c.Key]
+		for m.claims[prev].nextKey != i {
+			prev = m.claims[prev].nextKey
+		}
+		m.claims[prev].nextKey = c.nextKey
+	}
+
+	switch {
+	case c.extPrev != none:
+		m.claims[c.extPrev].extNext = c.extNext
+	case c.extNext != none:
+		m.byExt[c.extKey()] = c.extNext
+	default:
+		delete(m.byExt, c.extKey())
+	}
+	if c.extNext != none {
+		m.claims[c.extNext].extPrev = c.extPrev
+	}
+
+	heir := none
+	if first {
+		heir = c.nextKey
+	}
+	*m.gauge(c.state)--
+	*c = claim{state: stateUnused}
+	m.free = append(m.free, i)
+	if heir != none {
+		m.grant(now, heir)
+	}
+}
+
+// lingers reports whether c has no live flow that is fed from inside, and so
+// makes way for a claim that has one.
+func (c *claim) lingers() bool {
+	switch c.state {
+	case StateStanding:
+		return c.outs == 0 && c.answered == 0
+	case StateRefused:
+		return c.reason == ReasonIdle
+	}
+	return false
+}
+
+// settle decides what becomes of claim i after the number of its flows changed.
+func (m *Model) settle(now time.Duration, i int32) {
+	c := &m.claims[i]
+	switch {
+	case c.state != StateStanding && c.outs == 0: // wanted by nobody
+		m.end(now, i, ReasonExpired)
+	case c.lingers() && c.nextKey != none:
+		m.end(now, i, ReasonYielded)
+	}
+}
+
+// feed notes that claim i was fed from inside at now.
+func (m *Model) feed(now time.Duration, i int32) {
+	c := &m.claims[i]
+	c.fed, c.ends = now, 0
+	if c.state == StateRefused && c.reason == ReasonIdle {
+		m.grant(now, i)
+	}
+}
+
+// Tick lets at most limit claims have the attention that is due at now:
+// refresh, retry, expiry. It reports whether more are due.
+func (m *Model) Tick(now time.Duration, limit int) (more bool) {
+	for range limit {
+		i := m.wheel.pop(now)
+		if i == none {
+			return false
+		}
+		m.attend(now, i)
+	}
+	return true
+}
+
+func (m *Model) attend(now time.Duration, i int32) {
+	c := &m.claims[i]
+	if c.state == StateRefused {
+		switch {
+		case now < c.retry:
+			m.wheel.schedule(i, c.retry)
+		case c.reason != ReasonIdle: // an idle one waits to be fed
+			m.grant(now, i)
+		}
+		return
+	}
+
+	deadline := c.fed + m.policy.Lifetime
+	if now >= deadline {
+		if c.ends == 0 {
+			c.ends = m.ask(now, c)
+		}
+		if now >= c.ends {
+			m.expire(now, i)
+			return
+		}
+		deadline = c.ends
+	}
+	if now >= c.refresh {
+		m.op(Op{Kind: Refresh, Permission: c.Permission})
+		c.refresh = now + m.policy.Lifetime/2
+	}
+	m.wheel.schedule(i, min(c.refresh, deadline))
+}
+
+// ask asks the kernel how the flows of c fare, before it is let go, and returns
+// how long to wait for the answers.
+func (m *Model) ask(now time.Duration, c *claim) time.Duration {
+	if c.flows == none {
+		return now
+	}
+	for f := c.flows; f != none; f = m.flows.all[f].next {
+		fl := &m.flows.all[f]
+		m.op(Op{Kind: Query, Permission: c.Permission, Port: fl.port, ID: fl.id})
+	}
+	return now + max(m.policy.Lifetime/16, m.wheel.grain)
+}
+
+// expire ends claim i, which was not fed for a lifetime. While an outbound flow
+// still lives, kept alive by the peer alone, the claim stays and stands again
+// as soon as it is fed.
+func (m *Model) expire(now time.Duration, i int32) {
+	if m.claims[i].outs == 0 || m.claims[i].nextKey != none {
+		m.end(now, i, ReasonExpired)
+		return
+	}
+	m.withdraw(i, ReasonExpired)
+	m.setState(i, StateRefused, ReasonIdle)
+}
+
+// Next returns when Tick wants to be called again, and whether it does at all.
+func (m *Model) Next() (time.Duration, bool) { return m.wheel.next() }
+
+// Refused tells the model that the kernel or the gateway refuses p. If
+// standing, p had been granted before and is taken out of the kernel.
+func (m *Model) Refused(now time.Duration, p Permission, r Reason, standing bool) {
+	i := m.find(p.Key, p.Int)
+	if i == none || m.claims[i].state != StateStanding {
+		return
+	}
+	if standing {
+		m.withdraw(i, r)
+	}
+	m.refuse(now, i, r)
+	m.settle(now, i)
+}
+
+// Lost tells the model that p, which should stand, is gone from the kernel. It
+// is granted again.
+func (m *Model) Lost(p Permission) {
+	if i := m.find(p.Key, p.Int); i != none && m.claims[i].state == StateStanding {
+		m.op(Op{Kind: Grant, Permission: m.claims[i].Permission})
+	}
+}
+
+// Surplus tells the model that p stands in the kernel. If it should not, it is
+// revoked.
+func (m *Model) Surplus(p Permission) {
+	if i := m.find(p.Key, p.Int); i == none || m.claims[i].state != StateStanding {
+		m.op(Op{Kind: Revoke, Permission: p, Reason: ReasonExpired})
+	}
+}
+
+// Review asks f about every standing permission, and withdraws it if f returns
+// a reason. It is tried again later.
+func (m *Model) Review(now time.Duration, f func(Permission) Reason) {
+	for i := range m.claims {
+		c := &m.claims[i]
+		if c.state != StateStanding {
+			continue
+		}
+		if r := f(c.Permission); r != ReasonNone {
+			m.Refused(now, c.Permission, r, true)
+		}
+	}
+}
+
+// RevokeAll withdraws everything, for a clean stop. Nothing is granted any more.
+func (m *Model) RevokeAll() {
+	m.stopped = true
+	for i := range m.claims {
+		if m.claims[i].state == StateStanding {
+			m.withdraw(int32(i), ReasonStopped)
+			m.setState(int32(i), StateRefused, ReasonStopped)
+		}
+	}
+}

@@ -1,0 +1,54 @@
+package cone
+
+// An OpKind says what an Op wants done.
+type OpKind uint8
+
+// The kinds of Op.
+const (
+	// Grant makes Permission stand. It may stand already. The outcome goes to
+	// Granted or Refused.
+	Grant OpKind = iota
+	// Revoke ends Permission. It may be gone already.
+	Revoke
+	// Refresh renews the kernel's own timeout of Permission.
+	Refresh
+	// Query asks how the flow from Peer, Port to Ext fares; the answer goes
+	// to FlowSeen or FlowGone.
+	Query
+	// DropUnanswered deletes the child ID from Peer, Port to Ext, unless the
+	// inside host answered it.
+	DropUnanswered
+	// DropEarly deletes the flow ID from Peer, Port to Ext that ends on the
+	// gateway itself, unless a local socket serves it.
+	DropEarly
+)
+
+func (k OpKind) String() string {
+	return [...]string{"grant", "revoke", "refresh", "query", "drop unanswered", "drop early"}[k]
+}
+
+// An Op is one decision of the model, to be carried out in order.
+type Op struct {
+	Permission
+	ID     uint32 // of the flow, for Query, DropUnanswered, DropEarly
+	Port   uint16 // the peer's, for the same
+	Kind   OpKind
+	Reason Reason // why, for Revoke
+}
+
+// FlowTuple returns the endpoints of the flow that a Query, DropUnanswered or
+// DropEarly means, as packets arrive from outside.
+func (o *Op) FlowTuple() (src, dst Endpoint) {
+	return Endpoint{o.Peer, o.Port}, o.Ext
+}
+
+func (m *Model) op(o Op) { m.ops = append(m.ops, o) }
+
+// Ops returns what was decided since the last call, in order. The slice is
+// valid until the next call of Ops; the outcome of an Op may be told to m while
+// the slice is worked off.
+func (m *Model) Ops() []Op {
+	ops := m.ops
+	m.ops, m.spare = m.spare[:0], ops
+	return ops
+}

@@ -1,0 +1,155 @@
+package cone
+
+import (
+	"net/netip"
+	"time"
+)
+
+// A Policy says which flows give permissions and how long these live.
+type Policy struct {
+	Subnets []Subnet
+
+	// Lifetime is how long a permission lives at least after it was last fed
+	// from inside (RFC 4787 REQ-5, RFC 8656 section 9). It must be positive.
+	Lifetime time.Duration
+
+	// Retry is how long a refused permission waits before it is tried again.
+	// It must be positive.
+	Retry time.Duration
+
+	ExcludePeers     []netip.Prefix // peers that never get a permission
+	ExcludePeerPorts []uint16       // peer ports that never give one
+	ExcludePorts     []uint16       // outside ports that never get one
+}
+
+// A Subnet is an enabled inside network. Routed takes flows that were not
+// source-NATed too.
+type Subnet struct {
+	Prefix netip.Prefix
+	Routed bool
+}
+
+// A Topology is what the model must know of the gateway's links.
+type Topology struct {
+	// Local are the gateway's own addresses.
+	Local []netip.Addr
+	// Routes decide by longest match whether a peer is outside; default
+	// routes are among them. A peer without a route is not outside.
+	Routes []Route
+}
+
+// A Route says whether a prefix lies behind an outside link.
+type Route struct {
+	Prefix  netip.Prefix
+	Outside bool
+}
+
+// portSet is a set of ports that costs one load to ask.
+type portSet [1 << 16 / 64]uint64
+
+func newPortSet(ports []uint16) *portSet {
+	var s portSet
+	for _, p := range ports {
+		s[p/64] |= 1 << (p % 64)
+	}
+	return &s
+}
+
+func (s *portSet) has(p uint16) bool { return s[p/64]&(1<<(p%64)) != 0 }
+
+// policy is a Policy made quick to ask.
+type policy struct {
+	Policy
+	peerPorts, ports *portSet
+}
+
+func compilePolicy(p Policy) policy {
+	return policy{
+		Policy:    p,
+		peerPorts: newPortSet(p.ExcludePeerPorts),
+		ports:     newPortSet(p.ExcludePorts),
+	}
+}
+
+// subnet returns the enabled subnet that holds a.
+func (p *policy) subnet(a netip.Addr) (Subnet, bool) {
+	for _, s := range p.Subnets {
+		if s.Prefix.Contains(a) {
+			return s, true
+		}
+	}
+	return Subnet{}, false
+}
+
+// refuses returns why a flow from an enabled subnet gives no permission, or
+// the zero Reason.
+func (p *policy) refuses(ext, peer Endpoint, t *topology) Reason {
+	a := peer.Addr.Netip()
+	switch {
+	case ext.Port == 0 || peer.Port == 0:
+		return ReasonPortZero
+	case !unicast(a):
+		return ReasonNotUnicast
+	case p.peerPorts.has(peer.Port):
+		return ReasonExcludedPeerPort
+	case p.ports.has(ext.Port):
+		return ReasonExcludedPort
+	case !t.outside(a):
+		return ReasonPeerInside
+	}
+	for _, x := range p.ExcludePeers {
+		if x.Contains(a) {
+			return ReasonExcludedPeer
+		}
+	}
+	if _, inside := p.subnet(a); inside {
+		return ReasonPeerInside
+	}
+	return ReasonNone
+}
+
+var (
+	thisNetwork = netip.MustParsePrefix("0.0.0.0/8")
+	class4E     = netip.MustParsePrefix("224.0.0.0/3") // multicast, reserved, broadcast
+)
+
+func unicast(a netip.Addr) bool {
+	switch {
+	case a.IsUnspecified(), a.IsLoopback(), a.IsMulticast(), a.IsLinkLocalUnicast():
+		return false
+	case a.Is4():
+		return !thisNetwork.Contains(a) && !class4E.Contains(a)
+	}
+	return true
+}
+
+// topology is a Topology made quick to ask.
+type topology struct {
+	local  map[Addr]struct{}
+	routes []Route
+}
+
+func compileTopology(t Topology) topology {
+	c := topology{
+		local:  make(map[Addr]struct{}, len(t.Local)),
+		routes: t.Routes,
+	}
+	for _, a := range t.Local {
+		c.local[AddrFrom(a)] = struct{}{}
+	}
+	return c
+}
+
+// outside reports whether a lies behind an outside link.
+func (t *topology) outside(a netip.Addr) bool {
+	outside, bits := false, -1
+	for _, r := range t.routes {
+		if r.Prefix.Bits() < bits || !r.Prefix.Contains(a) {
+			continue
+		}
+		// One prefix in two tables, once inside and once outside: inside wins.
+		outside = r.Outside && (r.Prefix.Bits() > bits || outside)
+		bits = r.Prefix.Bits()
+	}
+	return outside
+}

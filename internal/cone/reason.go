@@ -1,0 +1,66 @@
+package cone
+
+// A Reason says why a permission does not stand, why it ended, or why a flow
+// gives none.
+type Reason uint8
+
+// The reasons. The order is of no meaning and may change.
+const (
+	ReasonNone Reason = iota
+
+	// The flow gives no permission.
+	ReasonPortZero
+	ReasonNotUnicast
+	ReasonPeerInside
+	ReasonExcludedPeer
+	ReasonExcludedPeerPort
+	ReasonExcludedPort
+
+	// The permission is wanted and does not stand.
+	ReasonConflict    // another inside endpoint owns this outside endpoint and peer
+	ReasonForwarded   // a rule of the user's forwards the outside port
+	ReasonLocalSocket // the gateway itself serves the outside port
+	ReasonPeersOnPort // too many peers on one outside port for the expectation table
+	ReasonTableFull   // the kernel's table is full
+	ReasonTaken       // an expectation or entry of somebody else's is in the way
+	ReasonKernel      // the kernel refused for another reason
+	ReasonIdle        // its flow lives by packets from outside alone
+
+	// The permission ended.
+	ReasonExpired
+	ReasonYielded // a lingering owner made way for one with a live flow
+	ReasonStopped
+
+	reasons
+)
+
+// Reasons is the number of reasons, for arrays indexed by Reason.
+const Reasons = int(reasons)
+
+var reasonNames = [reasons]string{
+	ReasonNone:             "",
+	ReasonPortZero:         "port 0",
+	ReasonNotUnicast:       "peer is not unicast",
+	ReasonPeerInside:       "peer is inside",
+	ReasonExcludedPeer:     "peer is excluded",
+	ReasonExcludedPeerPort: "peer port is excluded",
+	ReasonExcludedPort:     "outside port is excluded",
+	ReasonConflict:         "another inside host owns this port and peer",
+	ReasonForwarded:        "outside port is forwarded",
+	ReasonLocalSocket:      "gateway serves this port",
+	ReasonPeersOnPort:      "too many peers on this port",
+	ReasonTableFull:        "kernel table is full",
+	ReasonTaken:            "another entry is in the way",
+	ReasonKernel:           "kernel refused",
+	ReasonIdle:             "not fed from inside",
+	ReasonExpired:          "expired",
+	ReasonYielded:          "yielded",
+	ReasonStopped:          "stopped",
+}
+
+func (r Reason) String() string {
+	if r < reasons {
+		return reasonNames[r]
+	}
+	return "unknown"
+}

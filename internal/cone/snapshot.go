@@ -1,0 +1,85 @@
+package cone
+
+import (
+	"slices"
+	"time"
+)
+
+// A snapshot is a dump in progress. Events go on while the dump runs, so a flow
+// that ended meanwhile must not come back, and one that began must not count as
+// missing.
+type snapshot struct {
+	gen     uint8 // flows that were seen since the last BeginSnapshot have it
+	running bool
+	ended   map[uint32]struct{} // flows that ended while it runs
+	inbound []Flow              // looked at last: children find their permission then
+}
+
+func (s *snapshot) gone(id uint32) {
+	if s.running {
+		s.ended[id] = struct{}{}
+	}
+}
+
+// over reports whether flow id ended while the snapshot runs.
+func (s *snapshot) over(id uint32) bool {
+	_, ok := s.ended[id]
+	return ok
+}
+
+// BeginSnapshot starts to take in a dump of all flows. It must be called before
+// the dump is asked for. A snapshot that is under way is given up.
+func (m *Model) BeginSnapshot() {
+	m.snap = snapshot{gen: m.snap.gen + 1, running: true, ended: make(map[uint32]struct{})}
+}
+
+// SnapshotFlow takes in one flow of the dump.
+func (m *Model) SnapshotFlow(now time.Duration, f *Flow) {
+	if !m.snap.running || m.snap.over(f.ID) {
+		return
+	}
+	switch role, _, _ := m.role(f); role {
+	case roleOut:
+		m.FlowSeen(now, f)
+	case roleChild, roleDNAT, roleEarly:
+		m.snap.inbound = append(m.snap.inbound, *f)
+	}
+}
+
+// EndSnapshot tells that the dump was whole: flows that it did not show are
+// gone. They feed nothing, for nobody knows when they ended.
+func (m *Model) EndSnapshot(now time.Duration) {
+	if !m.snap.running {
+		return
+	}
+	for i := range m.snap.inbound {
+		if f := &m.snap.inbound[i]; !m.snap.over(f.ID) {
+			m.FlowSeen(now, f)
+		}
+	}
+	m.AbortSnapshot()
+	var changed []int32
+	for n := range m.flows.all {
+		fl := &m.flows.all[n]
+		if fl.claim != none && fl.gen != m.snap.gen {
+			changed = append(changed, fl.claim)
+			m.removeFlow(int32(n))
+		}
+	}
+	slices.Sort(changed)
+	changed = slices.Compact(changed)
+	// Claimants that lost their flow go first, so that none of them inherits.
+	for _, state := range []State{StateWaiting, StateRefused, StateStanding} {
+		for _, i := range changed {
+			if m.claims[i].state == state {
+				m.settle(now, i)
+			}
+		}
+	}
+}
+
+// AbortSnapshot tells that the dump failed: what it showed counts, what it did
+// not show proves nothing.
+func (m *Model) AbortSnapshot() {
+	m.snap = snapshot{gen: m.snap.gen}
+}

@@ -1,0 +1,113 @@
+package cone
+
+import (
+	"net/netip"
+)
+
+// An Addr is an IPv4 or IPv6 address, IPv4 in its IPv4-mapped form. It holds
+// no pointer, so that a million of them cost the garbage collector nothing.
+// The zero value is the IPv6 address "::".
+type Addr [16]byte
+
+// AddrFrom packs a. IPv4 and IPv4-mapped IPv6 addresses become equal; a zone
+// is dropped.
+func AddrFrom(a netip.Addr) Addr { return a.As16() }
+
+// AddrFrom4 packs an IPv4 address.
+func AddrFrom4(b [4]byte) Addr {
+	return Addr{10: 0xff, 11: 0xff, 12: b[0], 13: b[1], 14: b[2], 15: b[3]}
+}
+
+// Is4 reports whether a is an IPv4 address.
+func (a Addr) Is4() bool {
+	return [12]byte(a[:12]) == [12]byte{10: 0xff, 11: 0xff}
+}
+
+// Netip returns a as a netip.Addr, IPv4 unmapped.
+func (a Addr) Netip() netip.Addr { return netip.AddrFrom16(a).Unmap() }
+
+func (a Addr) String() string { return a.Netip().String() }
+
+// An Endpoint is an address and a UDP port.
+type Endpoint struct {
+	Addr Addr
+	Port uint16
+}
+
+// EndpointFrom packs ap.
+func EndpointFrom(ap netip.AddrPort) Endpoint {
+	return Endpoint{Addr: AddrFrom(ap.Addr()), Port: ap.Port()}
+}
+
+// Netip returns e as a netip.AddrPort.
+func (e Endpoint) Netip() netip.AddrPort {
+	return netip.AddrPortFrom(e.Addr.Netip(), e.Port)
+}
+
+func (e Endpoint) String() string { return e.Netip().String() }
+
+// A Status is the status word of a conntrack entry (enum ip_conntrack_status).
+type Status uint32
+
+// The bits of Status that conenatd uses.
+const (
+	StatusExpected  Status = 1 << 0 // admitted by an expectation
+	StatusSeenReply Status = 1 << 1 // packets seen in both directions
+	StatusAssured   Status = 1 << 2 // never dropped early
+	StatusConfirmed Status = 1 << 3 // in the table
+	StatusSrcNAT    Status = 1 << 4 // source of the original direction changed
+	StatusDstNAT    Status = 1 << 5 // destination of the original direction changed
+)
+
+// Has reports whether all bits of t are set in s.
+func (s Status) Has(t Status) bool { return s&t == t }
+
+// A Flow is one UDP conntrack entry, as an event or a dump reports it.
+type Flow struct {
+	// ID is the kernel's identifier (CTA_ID). It is a hash: unique enough
+	// beside the tuple, not alone.
+	ID     uint32
+	Mark   uint32
+	Status Status
+
+	// OrigZone and ReplyZone are the conntrack zones of the two directions.
+	// They are equal unless a zone was given to one direction only.
+	OrigZone, ReplyZone uint16
+
+	// Src and Dst are the original direction as the first packet arrived,
+	// ReplySrc and ReplyDst the reply direction as the answer arrives.
+	// For an outbound flow behind source NAT, Src is the inside endpoint and
+	// ReplyDst the outside endpoint of its mapping.
+	Src, Dst           Endpoint
+	ReplySrc, ReplyDst Endpoint
+
+	// MasterSrc and MasterDst are the original direction of the master of an
+	// expected flow; both zero for a flow that was not expected.
+	MasterSrc, MasterDst Endpoint
+
+	// OrigPackets and ReplyPackets count packets where HasCounters says that
+	// the kernel keeps them (nf_conntrack_acct) and the message had them.
+	OrigPackets, ReplyPackets uint64
+	HasCounters               bool
+}
+
+// A Key names a permission. The kernel knows at most one owner for it.
+type Key struct {
+	Ext  Endpoint // outside endpoint of the mapping
+	Peer Addr     // who may send to it, from any port
+	Zone uint16   // conntrack zone of the direction from outside
+}
+
+// A Permission says that Peer may send to Ext, from any port, and reaches Int
+// (RFC 8656 section 9 uses the word for just this). For a routed subnet, which
+// is not translated, Ext equals Int.
+type Permission struct {
+	Key
+	Int Endpoint
+	// Mark is the connmark of the flow that the permission came from;
+	// children inherit it, so that policy routing keeps working.
+	Mark uint32
+}
+
+// Routed reports whether the permission is one without address translation.
+func (p Permission) Routed() bool { return p.Ext == p.Int }
