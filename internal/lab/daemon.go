@@ -1,0 +1,138 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// startTimeout is how long a daemon may take until it is ready.
+const startTimeout = 30 * time.Second
+
+// Daemon is a conenatd that runs in the gateway, as a process of its own.
+type Daemon struct {
+	// Socket is the path of its control socket.
+	Socket string
+
+	cmd  *Cmd
+	dir  string
+	out  output
+	exit chan error // receives the outcome of Wait once
+}
+
+// StartDaemon starts the program exe with "run" and args in the gateway and
+// waits until it says by sd_notify that it is ready. The caller must Stop or
+// Kill it.
+func (l *Lab) StartDaemon(exe string, args ...string) (*Daemon, error) {
+	d, err := l.launch(exe, args...)
+	if err != nil {
+		return nil, fmt.Errorf("start daemon: %w", err)
+	}
+	return d, nil
+}
+
+func (l *Lab) launch(exe string, args ...string) (*Daemon, error) {
+	dir, err := os.MkdirTemp("", "conenatd-lab-")
+	if err != nil {
+		return nil, err
+	}
+	d := &Daemon{Socket: filepath.Join(dir, "control.sock"), dir: dir, exit: make(chan error, 1)}
+	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "notify"), Net: "unixgram"})
+	if err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	defer notify.Close()
+	args = append([]string{"run", "--control-socket", d.Socket}, args...)
+	d.cmd = l.Gateway.Command(context.Background(), exe, args...)
+	d.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+notify.LocalAddr().String())
+	d.cmd.Stdout, d.cmd.Stderr = &d.out, &d.out
+	if err := d.cmd.Start(); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	ended := make(chan struct{})
+	go func() {
+		d.exit <- d.cmd.Wait()
+		close(ended)
+		notify.SetReadDeadline(time.Unix(0, 1)) // whoever waits for it to be ready need not
+	}()
+	if err := notify.SetReadDeadline(time.Now().Add(startTimeout)); err != nil {
+		return nil, errors.Join(err, d.Kill())
+	}
+	select {
+	case <-ended: // before the deadline above was set
+		notify.SetReadDeadline(time.Unix(0, 1))
+	default:
+	}
+	buf := make([]byte, 4096)
+	for {
+		n, err := notify.Read(buf)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("it is not ready: %w: %s", err, d.Output()), d.Kill())
+		}
+		if bytes.Contains(buf[:n], []byte("READY=1")) {
+			return d, nil
+		}
+	}
+}
+
+// PID returns the process identifier.
+func (d *Daemon) PID() int { return d.cmd.Process.Pid }
+
+// Output returns what the daemon has written so far.
+func (d *Daemon) Output() string { return d.out.String() }
+
+// Signal sends a signal to the daemon.
+func (d *Daemon) Signal(s os.Signal) error { return d.cmd.Process.Signal(s) }
+
+// Stop asks the daemon to end and waits for it. Its error has what the daemon
+// wrote.
+func (d *Daemon) Stop() error {
+	if err := d.Signal(syscall.SIGTERM); err != nil {
+		return errors.Join(fmt.Errorf("stop daemon: %w: %s", err, d.Output()), os.RemoveAll(d.dir))
+	}
+	if err := d.wait(); err != nil {
+		return fmt.Errorf("stop daemon: %w: %s", err, d.Output())
+	}
+	return nil
+}
+
+// Kill ends the daemon as kill -9 does.
+func (d *Daemon) Kill() error {
+	if err := d.Signal(os.Kill); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("kill daemon: %w", err)
+	}
+	d.wait() // it was killed, and says so
+	return nil
+}
+
+func (d *Daemon) wait() error {
+	err := <-d.exit
+	d.exit <- err
+	return errors.Join(err, os.RemoveAll(d.dir))
+}
+
+// output collects what a process writes.
+type output struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.b.Write(p)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.b.String()
+}

@@ -1,0 +1,155 @@
+package lab
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrPrivilege says that this process may not make network namespaces.
+var ErrPrivilege = errors.New("the lab needs root: run with sudo")
+
+// ownNetNS names the namespace of the calling thread. /proc/self would be the
+// one of the first thread.
+const ownNetNS = "/proc/thread-self/ns/net"
+
+// Namespace is an anonymous network namespace. It lives until Close, and
+// beyond that for as long as a process or socket is left in it.
+//
+// All methods may be called from any goroutine, but none together with Close.
+type Namespace struct {
+	file *os.File
+}
+
+// newNamespace makes an empty namespace; even its lo is down.
+func newNamespace() (*Namespace, error) {
+	n := new(Namespace)
+	err := elsewhere(
+		func() error { return unix.Unshare(unix.CLONE_NEWNET) },
+		func() (err error) {
+			n.file, err = os.Open(ownNetNS)
+			return err
+		})
+	switch {
+	case errors.Is(err, unix.EPERM):
+		return nil, ErrPrivilege
+	case err != nil:
+		return nil, fmt.Errorf("create network namespace: %w", err)
+	}
+	return n, nil
+}
+
+// Do runs fn on a thread inside the namespace and returns its error. Files
+// below /proc/sys/net are then the namespace's own, and so are sockets and
+// processes that fn makes, for good. Goroutines that fn starts run elsewhere.
+// /proc/net stays that of the process: use /proc/thread-self/net.
+//
+// fn runs in a goroutine of its own; it must not call t.Fatal.
+func (n *Namespace) Do(fn func() error) error {
+	return elsewhere(func() error {
+		if err := unix.Setns(n.FD(), unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter network namespace: %w", err)
+		}
+		return nil
+	}, fn)
+}
+
+// elsewhere moves a thread out of its network namespace by enter, runs fn on
+// it and takes the thread back. A thread that cannot go back is thrown away:
+// the runtime ends a thread whose goroutine returns while locked to it.
+func elsewhere(enter, fn func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		err := errGoexit
+		defer func() { done <- err }()
+		err = thereAndBack(enter, fn)
+	}()
+	return <-done
+}
+
+// errGoexit is what is left of a function that ended its goroutine.
+var errGoexit = errors.New("run in network namespace: the function ended its goroutine")
+
+func thereAndBack(enter, fn func() error) error {
+	runtime.LockOSThread()
+	home, err := os.Open(ownNetNS)
+	if err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("open own network namespace: %w", err)
+	}
+	defer home.Close()
+	if err := enter(); err != nil {
+		runtime.UnlockOSThread()
+		return err
+	}
+	err = fn()
+	if unix.Setns(int(home.Fd()), unix.CLONE_NEWNET) == nil {
+		runtime.UnlockOSThread()
+	}
+	return err
+}
+
+// FD returns the descriptor of the namespace, as netlink.Config.NetNS wants
+// it. It stays the Namespace's own and is -1 after Close.
+func (n *Namespace) FD() int { return int(n.file.Fd()) }
+
+// path names the namespace for other processes. iproute2 takes it where it
+// takes the name of a namespace.
+func (n *Namespace) path() string {
+	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), n.FD())
+}
+
+// ListenUDP opens a socket inside the namespace. It can be used from anywhere
+// and keeps the namespace alive until it is closed.
+func (n *Namespace) ListenUDP(addr netip.AddrPort) (*net.UDPConn, error) {
+	var conn *net.UDPConn
+	err := n.Do(func() (err error) {
+		conn, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(addr))
+		return err
+	})
+	return conn, err
+}
+
+// Sysctl reads a setting by its dotted name, such as "net.ipv4.ip_forward".
+func (n *Namespace) Sysctl(name string) (string, error) {
+	var value []byte
+	err := n.sysctl(name, func(path string) (err error) {
+		value, err = os.ReadFile(path)
+		return err
+	})
+	return strings.TrimSpace(string(value)), err
+}
+
+// SetSysctl writes a setting of the namespace.
+func (n *Namespace) SetSysctl(name, value string) error {
+	return n.sysctl(name, func(path string) error {
+		return os.WriteFile(path, []byte(value), 0)
+	})
+}
+
+// sysctl refuses what is not below net: that belongs to the whole machine.
+func (n *Namespace) sysctl(name string, fn func(path string) error) error {
+	if !strings.HasPrefix(name, "net.") {
+		return fmt.Errorf("sysctl %s: not a setting of a network namespace", name)
+	}
+	path := "/proc/sys/" + strings.ReplaceAll(name, ".", "/")
+	if err := n.Do(func() error { return fn(path) }); err != nil {
+		return fmt.Errorf("sysctl %s: %w", name, err)
+	}
+	return nil
+}
+
+// Close lets go of the namespace. A second call does nothing. Processes that
+// were started inside are not ended.
+func (n *Namespace) Close() error {
+	if err := n.file.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
+		return fmt.Errorf("close network namespace: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,78 @@
+package lab
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"time"
+)
+
+// patience bounds the wait for a packet that must come. It is used up only
+// where a test fails, so it suits the slowest emulated machine.
+const patience = 5 * time.Second
+
+// Socket is a UDP socket in a namespace. Send may be called at any time; there
+// can be one receiver.
+type Socket struct {
+	*net.UDPConn
+	ns  *Namespace
+	buf [1 << 16]byte // the receiver's
+}
+
+// Socket opens a UDP socket in the namespace; port 0 lets the kernel choose.
+func (n *Namespace) Socket(addr netip.Addr, port uint16) (*Socket, error) {
+	conn, err := n.ListenUDP(netip.AddrPortFrom(addr, port))
+	if err != nil {
+		return nil, err
+	}
+	return &Socket{UDPConn: conn, ns: n}, nil
+}
+
+// Addr returns the socket's own endpoint.
+func (s *Socket) Addr() netip.AddrPort {
+	return unmap(s.LocalAddr().(*net.UDPAddr).AddrPort())
+}
+
+// Send sends one packet.
+func (s *Socket) Send(to netip.AddrPort, payload string) error {
+	_, err := s.WriteToUDPAddrPort([]byte(payload), to)
+	return err
+}
+
+// Recv waits for the next packet. When none comes in time the error is
+// [os.ErrDeadlineExceeded]; see [Lost] for a better way to see that.
+func (s *Socket) Recv(timeout time.Duration) (payload string, from netip.AddrPort, err error) {
+	if err := s.SetReadDeadline(time.Now().Add(timeout)); err != nil {
+		return "", netip.AddrPort{}, err
+	}
+	n, from, err := s.ReadFromUDPAddrPort(s.buf[:])
+	return string(s.buf[:n]), unmap(from), err
+}
+
+// Expect waits for the next packet, which must be this one, and returns where
+// it came from.
+func (s *Socket) Expect(payload string) (from netip.AddrPort, err error) {
+	got, from, err := s.Recv(patience)
+	if err != nil {
+		return from, fmt.Errorf("receive %q: %w", payload, err)
+	}
+	if got != payload {
+		return from, fmt.Errorf("receive %q: got %q from %s", payload, got, from)
+	}
+	return from, nil
+}
+
+// Contact sends a packet and returns the endpoint that the receiver sees it
+// come from: through a NAT, the outside endpoint of the mapping.
+func (s *Socket) Contact(to *Socket) (seen netip.AddrPort, err error) {
+	payload := fmt.Sprintf("contact from %s", s.Addr())
+	if err := s.Send(to.Addr(), payload); err != nil {
+		return netip.AddrPort{}, err
+	}
+	return to.Expect(payload)
+}
+
+// unmap makes endpoints compare whatever kind of socket they come from.
+func unmap(a netip.AddrPort) netip.AddrPort {
+	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
+}
