@@ -1,0 +1,114 @@
+package config
+
+import (
+	"errors"
+	"log/slog"
+	"net/netip"
+	"time"
+)
+
+// A Config is a checked configuration. Its zero value is not valid: begin with
+// Default, Load or Flags.Resolve.
+type Config struct {
+	// Backend says what carries permissions in the kernel.
+	Backend Backend
+
+	// Lifetime is how long a permission stands after the inside host was last
+	// heard, 1 s to 24 h. RFC 4787 REQ-5 asks for 2 minutes or more and
+	// recommends 5; RFC 8656 section 9 gives permissions 5 minutes.
+	Lifetime time.Duration
+
+	// Reconcile is the time between two comparisons of what stands in the
+	// kernel with what should, 1 s to 1 h.
+	Reconcile time.Duration
+
+	// LogLevel is the least level that is logged.
+	LogLevel slog.Level
+
+	// Outside names links that are outside links although no default route
+	// leaves by them. Those with a default route need no mention.
+	Outside []string
+
+	// ExcludePeers holds prefixes, masked, whose addresses get no permission.
+	ExcludePeers []netip.Prefix
+
+	// ExcludePeerPorts holds the peer ports towards which a flow supports no
+	// permission. The default, 53, 123 and 443, are servers that answer from
+	// the port asked, and most of the UDP flows of a network.
+	ExcludePeerPorts []uint16
+
+	// ExcludePorts holds the outside ports (ext:P) that never get a
+	// permission, because the user forwards them.
+	ExcludePorts []uint16
+
+	// EventBuffer is the receive buffer of the event socket in bytes, 64 KiB
+	// to 1 GiB, as given to SO_RCVBUFFORCE (socket(7); the kernel doubles it).
+	EventBuffer int
+
+	// ControlSocket is the path of the control socket, absolute and at most
+	// 107 bytes (sun_path, unix(7)). Empty means the default of the network
+	// namespace, which the caller computes.
+	ControlSocket string
+
+	// AutoSubnets adds the private prefixes that the caller finds on inside
+	// links. They may overlap Subnets: what is named there goes first.
+	AutoSubnets bool
+
+	// Subnets holds the enabled subnets in the order given. No two overlap.
+	Subnets []Subnet
+}
+
+// A Subnet is an inside prefix whose hosts get permissions.
+type Subnet struct {
+	// Prefix is masked, unicast, and neither loopback nor link-local.
+	Prefix netip.Prefix
+
+	// Routed lets flows that were not source-NATed support permissions too:
+	// routed IPv4, and IPv6 as a rule.
+	Routed bool
+}
+
+// A Backend names what carries permissions in the kernel.
+type Backend string
+
+// The backends that a Config can ask for.
+const (
+	BackendAuto   Backend = "auto"   // the best that is there; expect for now
+	BackendExpect Backend = "expect" // conntrack expectations
+)
+
+// Default returns the configuration of an empty file. It enables no subnet.
+// The caller owns the value and what it points to.
+func Default() Config {
+	return Config{
+		Backend:          BackendAuto,
+		Lifetime:         5 * time.Minute,
+		Reconcile:        30 * time.Second,
+		LogLevel:         slog.LevelInfo,
+		ExcludePeerPorts: []uint16{53, 123, 443},
+		EventBuffer:      8 << 20,
+	}
+}
+
+// A UsageError is the user's to mend: a wrong file or command line. Programs
+// end with status 2 for it.
+type UsageError struct{ Err error }
+
+func (e *UsageError) Error() string { return e.Err.Error() }
+
+func (e *UsageError) Unwrap() error { return e.Err }
+
+// IsUsage reports whether a UsageError is in the tree of err. All errors of
+// Load and Flags.Resolve are such.
+func IsUsage(err error) bool {
+	var u *UsageError
+	return errors.As(err, &u)
+}
+
+// usage joins errs, nil ones left out, into a UsageError, or nil.
+func usage(errs ...error) error {
+	if err := errors.Join(errs...); err != nil {
+		return &UsageError{Err: err}
+	}
+	return nil
+}

@@ -1,0 +1,94 @@
+package config
+
+import (
+	"net/netip"
+	"os"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/spf13/pflag"
+)
+
+const example = "../../deploy/conenatd.toml"
+
+// uncommented returns the example file with all keys in force.
+func uncommented(t *testing.T) string {
+	t.Helper()
+	data, err := os.ReadFile(example)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return regexp.MustCompile(`(?m)^#(\S)`).ReplaceAllString(string(data), "$1")
+}
+
+func TestTheExampleFileChangesNothing(t *testing.T) {
+	got, err := Load(example)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := Default(); !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+}
+
+func TestTheExampleFileShowsTheDefaults(t *testing.T) {
+	got, err := parse(example, uncommented(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Default()
+	want.Subnets = []Subnet{{Prefix: netip.MustParsePrefix("192.168.1.0/24")}}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+}
+
+func TestTheExampleFileHasEveryKey(t *testing.T) {
+	found := findLines(uncommented(t))
+	for _, key := range topKeys() {
+		if _, ok := found[place{0, key}]; !ok {
+			t.Errorf("%s is missing", key)
+		}
+	}
+	for field := range reflect.TypeFor[Subnet]().Fields() {
+		if _, ok := found[place{1, strings.ToLower(field.Name)}]; !ok {
+			t.Errorf("subnet.%s is missing", strings.ToLower(field.Name))
+		}
+	}
+}
+
+func TestEveryFlagHasItsKeyAndEveryKeyItsFlag(t *testing.T) {
+	special := map[string]string{"subnet": "prefix", "routed": "routed"}
+	var flags, keys []string
+	var f Flags
+	fs := pflag.NewFlagSet("run", pflag.ContinueOnError)
+	f.Register(fs)
+	fs.VisitAll(func(f *pflag.Flag) {
+		if f.Name != "config" {
+			flags = append(flags, f.Name)
+		}
+	})
+	for field := range reflect.TypeFor[Subnet]().Fields() {
+		keys = append(keys, strings.ToLower(field.Name))
+	}
+	for _, s := range settings {
+		keys = append(keys, s.key)
+	}
+	for _, flag := range flags {
+		name := strings.ReplaceAll(flag, "-", "_")
+		i := slices.IndexFunc(keys, func(key string) bool {
+			return key == special[flag] || key == name || key == name+"s"
+		})
+		if i < 0 {
+			t.Errorf("--%s has no key", flag)
+			continue
+		}
+		keys = slices.Delete(keys, i, i+1)
+	}
+	if len(keys) > 0 {
+		t.Errorf("no flag for %v", keys)
+	}
+}

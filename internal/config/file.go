@@ -1,0 +1,207 @@
+package config
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"unicode"
+
+	"github.com/BurntSushi/toml"
+)
+
+// Load reads and checks the file at path. What the file does not say is as in
+// Default. The error, a UsageError, holds all that is wrong, one line each,
+// in the order of the file; the Config is then empty.
+func Load(path string) (Config, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		// The path goes in front here too, so only the cause is wanted.
+		if pe := (*fs.PathError)(nil); errors.As(err, &pe) {
+			err = pe.Err
+		}
+		return Config{}, usage(fmt.Errorf("%s: expected a readable file: %w", path, err))
+	}
+	return parse(path, string(data))
+}
+
+// parse is Load without the reading.
+//
+// It decodes into plain maps and walks them itself. A decode into a struct
+// would meet the keys in random order, end at the first wrong type, and know
+// only the last of several [[subnet]] tables.
+func parse(path, data string) (Config, error) {
+	data = strings.TrimPrefix(data, "\ufeff")
+	var root map[string]any
+	if _, err := toml.Decode(data, &root); err != nil {
+		return Config{}, usage(syntaxError(path, data, err))
+	}
+
+	f := file{path: path, lines: findLines(data), config: Default()}
+	for _, key := range f.sorted(0, root) {
+		i := slices.IndexFunc(settings, func(s setting) bool { return s.key == key })
+		switch {
+		case key == "subnet":
+			f.subnets(root[key])
+		case i < 0:
+			f.fail(0, key, fmt.Errorf("unknown key, expected one of %s", strings.Join(topKeys(), ", ")))
+		default:
+			f.fail(0, key, settings[i].set(&f.config, root[key]))
+		}
+	}
+	if err := usage(f.errs...); err != nil {
+		return Config{}, err
+	}
+	return f.config, nil
+}
+
+// bare is the text of a value that TOML does not know. No check accepts it.
+type bare string
+
+// syntaxError puts an error of the decoder into our form. The decoder knows
+// TOML but not our keys; to one who wrote 5m without quotes it speaks of a
+// missing newline. So where a line alone is wrong, say what its key expects.
+func syntaxError(path, data string, err error) error {
+	var pe toml.ParseError
+	if !errors.As(err, &pe) {
+		return fmt.Errorf("%s: not valid TOML: %w", path, err)
+	}
+	text := "not valid TOML: " + pe.Message
+	if pe.LastKey != "" {
+		text = pe.LastKey + ": " + text
+	}
+	line := nthLine(data, pe.Position.Line)
+	key, value, isPair := strings.Cut(line, "=")
+	if _, err := toml.Decode(line, new(map[string]any)); err != nil && isPair {
+		if name, err := check(strings.TrimSpace(key), bare(strings.TrimSpace(value))); err != nil {
+			text = fmt.Sprintf("%s: %v (not valid TOML: %s)", name, err, pe.Message)
+		}
+	}
+	return fmt.Errorf("%s:%d: %s", path, pe.Position.Line, strings.Map(visible, text))
+}
+
+// visible keeps control characters of a broken file off the terminal.
+func visible(r rune) rune {
+	if unicode.IsPrint(r) {
+		return r
+	}
+	return unicode.ReplacementChar
+}
+
+// nthLine returns a line of data, counted from 1, or "".
+func nthLine(data string, n int) string {
+	for line := range strings.Lines(data) {
+		if n--; n == 0 {
+			return line
+		}
+	}
+	return ""
+}
+
+// check returns the full name of a key, found by its last part, and the error
+// for v, if v is wrong and the key known.
+func check(key string, v any) (name string, err error) {
+	switch key {
+	case "prefix":
+		return "subnet.prefix", new(subnetList).add("", v, false)
+	case "routed":
+		return "subnet.routed", expected("true or false", v)
+	}
+	for _, s := range settings {
+		if s.key == key {
+			return key, s.set(new(Config), v)
+		}
+	}
+	return "", nil
+}
+
+// topKeys returns the keys that may stand outside tables.
+func topKeys() []string {
+	var keys []string
+	for _, s := range settings {
+		keys = append(keys, s.key)
+	}
+	return append(keys, "subnet")
+}
+
+// A file is the walk through one decoded file.
+type file struct {
+	path   string
+	lines  lines
+	config Config
+	errs   []error
+}
+
+// at returns where a key stands: "conenatd.toml:7".
+func (f *file) at(subnet int, key string) string {
+	return fmt.Sprintf("%s:%d", f.path, f.lines.of(subnet, key))
+}
+
+// fail notes an error, if it is one, for a key of a table (see place).
+func (f *file) fail(subnet int, key string, err error) {
+	if err == nil {
+		return
+	}
+	name := toml.Key{key}
+	if subnet > 0 {
+		name = toml.Key{"subnet", key}
+	}
+	f.errs = append(f.errs, fmt.Errorf("%s: %s: %w", f.at(subnet, key), name, err))
+}
+
+// sorted returns the keys of a table in the order of the file.
+func (f *file) sorted(subnet int, table map[string]any) []string {
+	return slices.SortedFunc(maps.Keys(table), func(a, b string) int {
+		return cmp.Or(cmp.Compare(f.lines.of(subnet, a), f.lines.of(subnet, b)), strings.Compare(a, b))
+	})
+}
+
+// subnets checks all [[subnet]] tables, or an array of inline ones.
+func (f *file) subnets(v any) {
+	tables, ok := v.([]map[string]any)
+	if items, inline := v.([]any); inline {
+		ok = true
+		for _, item := range items {
+			table, isTable := item.(map[string]any)
+			ok = ok && isTable
+			tables = append(tables, table)
+		}
+	}
+	if !ok {
+		f.fail(0, "subnet", expected("tables that begin with [[subnet]]", v))
+		return
+	}
+
+	var l subnetList
+	for i, table := range tables {
+		n := i + 1
+		routed, isBool := table["routed"].(bool)
+		if _, ok := table["prefix"]; !ok {
+			table["prefix"] = nil // required: let the check below say so
+		}
+		for _, key := range f.sorted(n, table) {
+			switch {
+			case key == "prefix":
+				f.fail(n, key, l.add(f.at(n, key), table[key], routed))
+			case key != "routed":
+				f.fail(n, key, unknownInSubnet(key))
+			case !isBool:
+				f.fail(n, key, expected("true or false", table[key]))
+			}
+		}
+	}
+	f.config.AutoSubnets, f.config.Subnets = l.auto, l.list
+}
+
+func unknownInSubnet(key string) error {
+	const what = "unknown key, expected prefix or routed"
+	// In TOML a table has no end: all that follows its header belongs to it.
+	if slices.Contains(topKeys(), key) {
+		return fmt.Errorf("%s; %s stands above the first [[subnet]]", what, key)
+	}
+	return errors.New(what)
+}

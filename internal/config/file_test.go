@@ -1,0 +1,396 @@
+package config
+
+import (
+	"log/slog"
+	"net/netip"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/BurntSushi/toml"
+)
+
+// every is a file in which no key has its default.
+const every = `
+backend = "expect"
+lifetime = "90s"
+reconcile = "1m"
+log_level = "debug"
+outside = ["wan0", "ppp0"]
+exclude_peers = ["203.0.113.0/24", "2001:db8::/32"]
+exclude_peer_ports = [53]
+exclude_ports = [5060, 65535]
+event_buffer = 65_536
+control_socket = "/run/c.sock"
+
+[[subnet]]
+prefix = "192.168.1.0/24"
+
+[[subnet]]
+prefix = "2001:db8:1::/64"
+routed = true
+
+[[subnet]]
+prefix = "auto"
+`
+
+func everyConfig() Config {
+	return Config{
+		Backend:          BackendExpect,
+		Lifetime:         90 * time.Second,
+		Reconcile:        time.Minute,
+		LogLevel:         slog.LevelDebug,
+		Outside:          []string{"wan0", "ppp0"},
+		ExcludePeers:     []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("2001:db8::/32")},
+		ExcludePeerPorts: []uint16{53},
+		ExcludePorts:     []uint16{5060, 65535},
+		EventBuffer:      64 << 10,
+		ControlSocket:    "/run/c.sock",
+		AutoSubnets:      true,
+		Subnets: []Subnet{
+			{Prefix: netip.MustParsePrefix("192.168.1.0/24")},
+			{Prefix: netip.MustParsePrefix("2001:db8:1::/64"), Routed: true},
+		},
+	}
+}
+
+func TestEveryFieldIsReadFromTheFile(t *testing.T) {
+	got, err := parse("f.toml", every)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := everyConfig(); !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+	// A field that no key sets would still have its default.
+	g, d := reflect.ValueOf(got), reflect.ValueOf(Default())
+	for i := range g.NumField() {
+		if reflect.DeepEqual(g.Field(i).Interface(), d.Field(i).Interface()) {
+			t.Errorf("no key in the test sets Config.%s", g.Type().Field(i).Name)
+		}
+	}
+}
+
+func TestAcceptedFiles(t *testing.T) {
+	subnets := func(prefixes ...string) (list []Subnet) {
+		for _, p := range prefixes {
+			list = append(list, Subnet{Prefix: netip.MustParsePrefix(p)})
+		}
+		return list
+	}
+	for name, tt := range map[string]struct {
+		data string
+		want func(*Config)
+	}{
+		"an empty file is the default": {"", func(*Config) {}},
+		"a byte order mark and CRLF are fine": {
+			"\ufefflifetime = \"1s\"\r\n[[subnet]]\r\nprefix = \"10.0.0.0/8\"\r\n",
+			func(c *Config) { c.Lifetime, c.Subnets = time.Second, subnets("10.0.0.0/8") },
+		},
+		"auto means auto for now":       {`backend = "auto"`, func(*Config) {}},
+		"an empty array empties a list": {"exclude_peer_ports = []", func(c *Config) { c.ExcludePeerPorts = nil }},
+		"all peers can be excluded": {
+			`exclude_peers = ["0.0.0.0/0"]`,
+			func(c *Config) { c.ExcludePeers = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")} },
+		},
+		"subnets may be inline tables": {
+			"subnet = [{prefix = \"10.0.0.0/16\"},\n {prefix = \"10.1.0.0/16\", routed = false}]",
+			func(c *Config) { c.Subnets = subnets("10.0.0.0/16", "10.1.0.0/16") },
+		},
+		"adjacent subnets do not overlap": {
+			"[[subnet]]\nprefix = \"10.0.0.0/25\"\n[[subnet]]\nprefix = \"10.0.0.128/25\"",
+			func(c *Config) { c.Subnets = subnets("10.0.0.0/25", "10.0.0.128/25") },
+		},
+		"a subnet can be one host": {
+			"[[subnet]]\nprefix = \"192.168.1.7/32\"",
+			func(c *Config) { c.Subnets = subnets("192.168.1.7/32") },
+		},
+		"auto beside a subnet": {
+			"[[subnet]]\nprefix = \"auto\"\n[[subnet]]\nprefix = \"2001:db8::/64\"",
+			func(c *Config) { c.AutoSubnets, c.Subnets = true, subnets("2001:db8::/64") },
+		},
+		"limits belong to their range": {
+			"lifetime = \"24h\"\nreconcile = \"1h\"\nevent_buffer = 1073741824",
+			func(c *Config) { c.Lifetime, c.Reconcile, c.EventBuffer = 24*time.Hour, time.Hour, 1<<30 },
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			want := Default()
+			tt.want(&want)
+			got, err := parse("f.toml", tt.data)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !reflect.DeepEqual(got, want) {
+				t.Errorf("got  %+v\nwant %+v", got, want)
+			}
+		})
+	}
+}
+
+func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
+	for name, tt := range map[string]struct {
+		data string
+		want string // each line without its leading "f.toml:"
+	}{
+		"backend that does not exist":  {`backend = "ebpf"`, `1: backend: expected "auto" or "expect", got "ebpf"`},
+		"backend of another type":      {`backend = ["nft"]`, `1: backend: expected "auto" or "expect", got an array`},
+		"backend that is not yet":      {`backend = "nft"`, `1: backend: backend "nft" is not built yet; expected "expect" or "auto"`},
+		"duration in words":            {"\n\nlifetime = \"5 minutes\"", `3: lifetime: expected a duration between 1s and 24h such as "5m", got "5 minutes"`},
+		"duration without unit":        {`lifetime = 300`, `1: lifetime: expected a duration between 1s and 24h such as "5m", got 300`},
+		"duration too short":           {`lifetime = "999ms"`, `1: lifetime: expected a duration between 1s and 24h such as "5m", got "999ms"`},
+		"duration too long":            {`reconcile = "61m"`, `1: reconcile: expected a duration between 1s and 1h such as "30s", got "61m"`},
+		"negative duration":            {`reconcile = "-30s"`, `1: reconcile: expected a duration between 1s and 1h such as "30s", got "-30s"`},
+		"log level in capitals":        {`log_level = "INFO"`, `1: log_level: expected "debug", "info", "warn" or "error", got "INFO"`},
+		"string where an array stands": {`outside = "wan0"`, `1: outside: expected an array such as ["wan0"], got "wan0"`},
+		"number among strings":         {`outside = ["wan0", 1]`, `1: outside: expected the name of a link such as "wan0", got 1`},
+		"name too long for a link":     {`outside = ["a23456789-123456"]`, `1: outside: expected the name of a link such as "wan0", got "a23456789-123456"`},
+		"address where a prefix is":    {`exclude_peers = ["203.0.113.7"]`, `1: exclude_peers: expected a prefix such as "203.0.113.0/24" or "203.0.113.7/32", got "203.0.113.7"`},
+		"IPv4-mapped prefix":           {`exclude_peers = ["::ffff:192.0.2.0/120"]`, `1: exclude_peers: expected a prefix such as "203.0.113.0/24" or "203.0.113.7/32", got "::ffff:192.0.2.0/120"`},
+		"peers with host bits":         {`exclude_peers = ["203.0.113.7/24"]`, `1: exclude_peers: expected a prefix without host bits, got "203.0.113.7/24"; did you mean "203.0.113.0/24"?`},
+		"port zero":                    {`exclude_ports = [0]`, `1: exclude_ports: expected a port between 1 and 65535, got 0`},
+		"port out of range":            {`exclude_peer_ports = [53, 65536]`, `1: exclude_peer_ports: expected a port between 1 and 65535, got 65536`},
+		"port as a string":             {`exclude_ports = ["5060"]`, `1: exclude_ports: expected a port between 1 and 65535, got "5060"`},
+		"one port without brackets":    {`exclude_ports = 5060`, `1: exclude_ports: expected an array such as [5060], got 5060`},
+		"buffer too small":             {`event_buffer = 4096`, `1: event_buffer: expected bytes between 65536 (64 KiB) and 1073741824 (1 GiB), got 4096`},
+		"buffer as a float":            {`event_buffer = 1e6`, `1: event_buffer: expected bytes between 65536 (64 KiB) and 1073741824 (1 GiB), got 1e+06`},
+		"relative socket":              {`control_socket = "c.sock"`, `1: control_socket: expected an absolute path of at most 107 bytes, or "", got "c.sock"`},
+		"socket that is a date":        {`control_socket = 2006-01-02`, `1: control_socket: expected an absolute path of at most 107 bytes, or "", got a date or time`},
+
+		"unknown key": {
+			"# typo\nlifetme = \"5m\"",
+			`2: lifetme: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, exclude_peers, exclude_peer_ports, exclude_ports, event_buffer, control_socket, subnet`,
+		},
+		"unknown table": {
+			"lifetime = \"5m\"\n[limits.host]\nx = 1",
+			`2: limits: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, exclude_peers, exclude_peer_ports, exclude_ports, event_buffer, control_socket, subnet`,
+		},
+		"key of another case": {
+			`Lifetime = "5m"`,
+			`1: Lifetime: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, exclude_peers, exclude_peer_ports, exclude_ports, event_buffer, control_socket, subnet`,
+		},
+		"unknown key in the second subnet": {
+			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n[[subnet]]\nprefix = \"192.168.0.0/16\"\nmtu = 1500",
+			`5: subnet.mtu: unknown key, expected prefix or routed`,
+		},
+		"key of the top below a subnet": {
+			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n\nlifetime = \"5m\"",
+			`4: subnet.lifetime: unknown key, expected prefix or routed; lifetime stands above the first [[subnet]]`,
+		},
+		"table in a subnet": {
+			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n[subnet.limits]\nx = 1",
+			`3: subnet.limits: unknown key, expected prefix or routed`,
+		},
+		"wrong type in the second subnet": {
+			"[[subnet]]\nprefix = \"10.0.0.0/8\"\nrouted = true\n[[subnet]]\nprefix = \"192.168.0.0/16\"\nrouted = \"yes\"",
+			`6: subnet.routed: expected true or false, got "yes"`,
+		},
+		"subnet without a prefix": {
+			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n\n[[subnet]]\nrouted = true",
+			`4: subnet.prefix: expected a prefix such as "192.168.1.0/24", or "auto", got nothing`,
+		},
+		"subnet that is no prefix": {
+			"[[subnet]]\nprefix = \"lan0\"",
+			`2: subnet.prefix: expected a prefix such as "192.168.1.0/24", or "auto", got "lan0"`,
+		},
+		"subnet with host bits": {
+			"[[subnet]]\nprefix = \"192.168.1.1/24\"",
+			`2: subnet.prefix: expected a prefix without host bits, got "192.168.1.1/24"; did you mean "192.168.1.0/24"?`,
+		},
+		"IPv6 subnet with host bits": {
+			"[[subnet]]\nprefix = \"2001:db8::1/64\"",
+			`2: subnet.prefix: expected a prefix without host bits, got "2001:db8::1/64"; did you mean "2001:db8::/64"?`,
+		},
+		"routed auto": {
+			"[[subnet]]\nprefix = \"auto\"\nrouted = true",
+			`2: subnet.prefix: expected a prefix beside routed: which networks are routed cannot be guessed, got "auto"`,
+		},
+		"one bracket": {
+			"\n[subnet]\nprefix = \"10.0.0.0/8\"",
+			`2: subnet: expected tables that begin with [[subnet]], got a table`,
+		},
+		"prefixes instead of tables": {
+			`subnet = ["10.0.0.0/8"]`,
+			`1: subnet: expected tables that begin with [[subnet]], got an array`,
+		},
+		"inline subnets in which the second is wrong": {
+			"\nsubnet = [\n {prefix = \"10.0.0.0/8\"},\n {prefix = 1},\n]",
+			`2: subnet.prefix: expected a prefix such as "192.168.1.0/24", or "auto", got 1`,
+		},
+		"the same subnet twice": {
+			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n[[subnet]]\nprefix = \"10.0.0.0/8\"",
+			`4: subnet.prefix: expected subnets that do not overlap, got "10.0.0.0/8" equal to "10.0.0.0/8" of f.toml:2; a host belongs to one subnet, so keep one of the two`,
+		},
+		"a subnet inside an earlier one": {
+			"[[subnet]]\nprefix = \"192.168.0.0/16\"\n[[subnet]]\nprefix = \"192.168.1.0/24\"",
+			`4: subnet.prefix: expected subnets that do not overlap, got "192.168.1.0/24" inside "192.168.0.0/16" of f.toml:2; a host belongs to one subnet, so keep one of the two`,
+		},
+		"a subnet around an earlier one": {
+			"[[subnet]]\nprefix = \"2001:db8:0:1::/64\"\n[[subnet]]\nrouted = true\nprefix = \"2001:db8::/32\"",
+			`5: subnet.prefix: expected subnets that do not overlap, got "2001:db8::/32" around "2001:db8:0:1::/64" of f.toml:2; a host belongs to one subnet, so keep one of the two`,
+		},
+
+		"the line after an array and a string of several lines": {
+			"outside = [\n \"wan0\", # = [\n]\ncontrol_socket = '''\n/run/\nlifetime = 1'''\nlifetime = 1",
+			`7: lifetime: expected a duration between 1s and 24h such as "5m", got 1`,
+		},
+		"an array of several lines is named by its first": {
+			"exclude_ports = [\n 1,\n 0,\n]",
+			`1: exclude_ports: expected a port between 1 and 65535, got 0`,
+		},
+		"all errors, in the order of the file": {
+			"reconcile = 1\nbackend = 2\n[[subnet]]\nrouted = 3\nprefix = 4\n[[subnet]]\nprefix = 5",
+			`1: reconcile: expected a duration between 1s and 1h such as "30s", got 1
+2: backend: expected "auto" or "expect", got 2
+4: subnet.routed: expected true or false, got 3
+5: subnet.prefix: expected a prefix such as "192.168.1.0/24", or "auto", got 4
+7: subnet.prefix: expected a prefix such as "192.168.1.0/24", or "auto", got 5`,
+		},
+
+		"a duration without quotes": {
+			"\nlifetime = 5m # five",
+			`2: lifetime: expected a duration between 1s and 24h such as "5m", got 5m # five (not valid TOML: expected a top-level item to end with a newline, comment, or EOF, but got 'm' instead)`,
+		},
+		"a word without quotes": {
+			"log_level = info",
+			`1: log_level: expected "debug", "info", "warn" or "error", got info (not valid TOML: expected a top-level item to end with a newline, comment, or EOF, but got 'o' instead)`,
+		},
+		"a prefix without quotes": {
+			"[[subnet]]\nprefix = 192.168.1.0/24",
+			`2: subnet.prefix: expected a prefix such as "192.168.1.0/24", or "auto", got 192.168.1.0/24 (not valid TOML: Invalid float value: "192.168.1.0")`,
+		},
+		"a capital in a boolean": {
+			"[[subnet]]\nrouted = True",
+			`2: subnet.routed: expected true or false, got True (not valid TOML: expected value but found "True" instead)`,
+		},
+		"an unknown key without quotes": {"\nmtu = auto", `2: mtu: not valid TOML: expected value but found "auto" instead`},
+		"a string without an end":       {"lifetime = \"5m\"\nlog_level = \"info\nreconcile = 1", `2: log_level: expected "debug", "info", "warn" or "error", got "info (not valid TOML: strings cannot contain newlines)`},
+		"an array without an end":       {"outside = [\"wan0\"\nlifetime = \"5m\"", `2: outside: not valid TOML: expected a comma (',') or array terminator (']'), but got 'l'`},
+		"a key twice":                   {"lifetime = \"5m\"\nlifetime = \"5m\"", `2: lifetime: not valid TOML: Key 'lifetime' has already been defined.`},
+		"a key with a line break":       {"\"a\\n\" = ", "1: a\uFFFD: not valid TOML: unexpected EOF; expected value"},
+		"no equals sign":                {"lifetime", `1: not valid TOML: unexpected EOF; expected key separator '='`},
+		"UTF-16":                        {"l\x00i\x00", `1: not valid TOML: files cannot contain NULL bytes; probably using UTF-16; TOML files must be UTF-8`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c, err := parse("f.toml", tt.data)
+			if err == nil {
+				t.Fatalf("accepted as %+v", c)
+			}
+			want := "f.toml:" + strings.ReplaceAll(tt.want, "\n", "\nf.toml:")
+			if err.Error() != want {
+				t.Errorf("\ngot  %s\nwant %s", err, want)
+			}
+			if !IsUsage(err) {
+				t.Errorf("not a UsageError: %v", err)
+			}
+			if !reflect.DeepEqual(c, Config{}) {
+				t.Errorf("a Config came back with the error: %+v", c)
+			}
+		})
+	}
+}
+
+func TestSubnetsMustBeUnicast(t *testing.T) {
+	for prefix, overlap := range map[string]string{
+		"0.0.0.0/0":          `"0.0.0.0/8" (this network, RFC 1122)`,
+		"127.0.0.0/8":        `"127.0.0.0/8" (loopback, RFC 1122)`,
+		"127.1.0.0/16":       `"127.0.0.0/8" (loopback, RFC 1122)`,
+		"169.254.0.0/16":     `"169.254.0.0/16" (link-local, RFC 3927)`,
+		"239.1.0.0/16":       `"224.0.0.0/4" (multicast, RFC 5771)`,
+		"255.255.255.255/32": `"255.255.255.255/32" (broadcast, RFC 919)`,
+		"::/0":               `"::/128" (unspecified, RFC 4291)`,
+		"::1/128":            `"::1/128" (loopback, RFC 4291)`,
+		"fe80::/64":          `"fe80::/10" (link-local, RFC 4291)`,
+		"ff02::/16":          `"ff00::/8" (multicast, RFC 4291)`,
+	} {
+		t.Run(prefix, func(t *testing.T) {
+			_, err := parse("f.toml", "[[subnet]]\nprefix = \""+prefix+"\"")
+			want := `f.toml:2: subnet.prefix: expected a unicast prefix, got "` + prefix + `", which overlaps ` + overlap
+			if err == nil || err.Error() != want {
+				t.Errorf("\ngot  %v\nwant %s", err, want)
+			}
+		})
+	}
+}
+
+func TestLoadReadsAFile(t *testing.T) {
+	got, err := Load(write(t, every))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := everyConfig(); !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+}
+
+func TestLoadNamesAFileItCannotRead(t *testing.T) {
+	dir := t.TempDir()
+	for path, cause := range map[string]string{
+		filepath.Join(dir, "none.toml"): "no such file or directory",
+		dir:                             "is a directory",
+	} {
+		_, err := Load(path)
+		want := path + ": expected a readable file: " + cause
+		if err == nil || err.Error() != want || !IsUsage(err) {
+			t.Errorf("\ngot  %v\nwant %s", err, want)
+		}
+	}
+}
+
+func TestDefaultsAreNotShared(t *testing.T) {
+	Default().ExcludePeerPorts[0] = 1
+	if got := Default().ExcludePeerPorts[0]; got != 53 {
+		t.Errorf("a caller changed the default to %d", got)
+	}
+}
+
+func TestStatementsEndWhereTOMLSaysSo(t *testing.T) {
+	want := []string{
+		"# a [ comment\n",
+		"a = [ # [\n 1, ']', {b = \"}\"},\n]\n",
+		"\n",
+		"b = \"\"\"\n\\\"\"\"\n[\"\"\"\"\"\n",
+		"c = '''\n\\''''\n",
+		"\"d\\\"\" = 'e\\'\n",
+		"[[subnet]] # last",
+	}
+	data := strings.Join(want, "")
+	if err := toml.Unmarshal([]byte(data), new(map[string]any)); err != nil {
+		t.Fatal(err)
+	}
+	if got := statements(data); !slices.Equal(got, want) {
+		t.Errorf("\ngot  %q\nwant %q", got, want)
+	}
+}
+
+func FuzzLoad(f *testing.F) {
+	f.Add(every)
+	f.Add("subnet = [{prefix = \"10.0.0.0/8\"}]\n[[x]]\n[x.y]\n\"a\\nb\" = '''\n'''")
+	f.Add("[[subnet]]\n[subnet.subnet]\n[[subnet]]\nprefix = 1979-05-27T07:32:00Z\nrouted.x = nan")
+	f.Fuzz(func(t *testing.T, data string) {
+		var root map[string]any
+		if toml.Unmarshal([]byte(data), &root) == nil {
+			found := findLines(strings.TrimPrefix(data, "\ufeff"))
+			for key := range root {
+				if found[place{0, key}] == 0 {
+					t.Errorf("no line for %q", key)
+				}
+			}
+		}
+		c, err := parse("f.toml", data)
+		if err == nil {
+			if c.Lifetime < time.Second || c.EventBuffer < 64<<10 {
+				t.Errorf("accepted %+v", c)
+			}
+			return
+		}
+		for line := range strings.Lines(err.Error()) {
+			if !strings.HasPrefix(line, "f.toml:") {
+				t.Errorf("a line without the file name: %q", err)
+			}
+		}
+	})
+}

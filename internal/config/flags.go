@@ -1,0 +1,117 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/pflag"
+)
+
+// Flags are the flags of "conenatd run". The zero value is ready for Register.
+type Flags struct {
+	config  texts
+	subnets texts
+	routed  bool
+	given   []texts // one per setting
+}
+
+// Register adds the flags to fs. Call it once, before fs.Parse.
+func (f *Flags) Register(fs *pflag.FlagSet) {
+	f.config.kind = "file"
+	fs.Var(&f.config, "config", "configuration `file`; flags go before it")
+	f.subnets.kind = "prefix"
+	fs.Var(&f.subnets, "subnet", `inside prefix to enable, or "auto", instead of those of the file (repeatable)`)
+	fs.BoolVar(&f.routed, "routed", false, "the subnets of --subnet are routed, not only NATed")
+	f.given = make([]texts, len(settings))
+	for i, s := range settings {
+		f.given[i] = texts{kind: s.kind, def: s.def}
+		fs.Var(&f.given[i], s.flag, s.usage)
+	}
+}
+
+// Resolve returns Default, overridden by the file of --config, overridden by
+// the flags. A flag replaces the whole value of its key; --subnet replaces all
+// subnets of the file. It reads the file anew at each call, so that a reload
+// is one more call. The error, a UsageError, holds all that is wrong.
+func (f *Flags) Resolve() (Config, error) {
+	c := Default()
+	var errs []error
+	if n := len(f.config.given); n > 0 {
+		var err error
+		if path := f.config.given[n-1]; path != "" {
+			c, err = Load(path)
+		} else { // an unset variable in a script
+			err = fmt.Errorf("--config: %w", expected("the path of a file", path))
+		}
+		errs = append(errs, err)
+	}
+	for i, t := range f.given {
+		if len(t.given) == 0 {
+			continue
+		}
+		if err := settings[i].set(&c, settings[i].value(t.given)); err != nil {
+			errs = append(errs, fmt.Errorf("--%s: %w", settings[i].flag, err))
+		}
+	}
+
+	var l subnetList
+	for _, s := range f.subnets.given {
+		if err := l.add("--subnet", s, f.routed); err != nil {
+			errs = append(errs, fmt.Errorf("--subnet: %w", err))
+		}
+	}
+	switch {
+	case len(f.subnets.given) > 0:
+		c.AutoSubnets, c.Subnets = l.auto, l.list
+	case f.routed:
+		errs = append(errs, errors.New("--routed: expected a --subnet beside it"))
+	}
+	if err := usage(errs...); err != nil {
+		return Config{}, err
+	}
+	return c, nil
+}
+
+// value turns the texts given to a flag into the value that the file would
+// have. An empty text empties a list. Of a single value the last text wins.
+func (s setting) value(given []string) any {
+	one := func(text string) any {
+		if n, err := strconv.ParseInt(text, 10, 64); s.number && err == nil {
+			return n
+		}
+		return text
+	}
+	if !s.list {
+		return one(given[len(given)-1])
+	}
+	items := []any{}
+	for _, text := range given {
+		if text != "" {
+			items = append(items, one(text))
+		}
+	}
+	return items
+}
+
+// texts is a pflag.Value that keeps what was typed. Resolve checks it, so that
+// flags and file share one check and one form of error.
+type texts struct {
+	given     []string
+	kind, def string
+}
+
+func (t *texts) Set(s string) error {
+	t.given = append(t.given, s)
+	return nil
+}
+
+func (t *texts) String() string {
+	if len(t.given) == 0 {
+		return t.def
+	}
+	return strings.Join(t.given, ",")
+}
+
+func (t *texts) Type() string { return t.kind }

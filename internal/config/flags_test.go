@@ -1,0 +1,186 @@
+package config
+
+import (
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spf13/pflag"
+)
+
+// resolve does what main does with a command line.
+func resolve(t *testing.T, args ...string) (Config, error) {
+	t.Helper()
+	var f Flags
+	fs := pflag.NewFlagSet("run", pflag.ContinueOnError)
+	f.Register(fs)
+	if err := fs.Parse(args); err != nil {
+		t.Fatal(err)
+	}
+	return f.Resolve()
+}
+
+// write puts data into a file and returns its path.
+func write(t *testing.T, data string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "c.toml")
+	if err := os.WriteFile(path, []byte(data), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestFlagsAndFileSayTheSame(t *testing.T) {
+	got, err := resolve(
+		t, "--backend=expect", "--lifetime=90s", "--reconcile=1m", "--log-level=debug",
+		"--outside=wan0", "--outside=ppp0", "--exclude-peer=203.0.113.0/24", "--exclude-peer=2001:db8::/32",
+		"--exclude-peer-port=53", "--exclude-port=5060", "--exclude-port=65535",
+		"--event-buffer=65536", "--control-socket=/run/c.sock",
+		"--subnet=192.168.1.0/24", "--subnet=2001:db8:1::/64", "--subnet=auto",
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := everyConfig()
+	want.Subnets[1].Routed = false // --routed is for all or none
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+}
+
+func TestResolve(t *testing.T) {
+	subnet := func(prefix string, routed bool) []Subnet {
+		return []Subnet{{Prefix: netip.MustParsePrefix(prefix), Routed: routed}}
+	}
+	path := write(t, "lifetime = \"1m\"\nexclude_ports = [1]\n[[subnet]]\nprefix = \"auto\"\n[[subnet]]\nprefix = \"10.0.0.0/8\"\n")
+	for name, tt := range map[string]struct {
+		args []string
+		want func(*Config)
+	}{
+		"no flag at all is the default": {nil, func(*Config) {}},
+		"one subnet suffices": {
+			[]string{"--subnet", "192.168.1.0/24"},
+			func(c *Config) { c.Subnets = subnet("192.168.1.0/24", false) },
+		},
+		"routed goes for the subnets of the command line": {
+			[]string{"--routed", "--subnet", "2001:db8::/64"},
+			func(c *Config) { c.Subnets = subnet("2001:db8::/64", true) },
+		},
+		"the file overrides the default": {
+			[]string{"--config", path},
+			func(c *Config) {
+				c.Lifetime, c.ExcludePorts = time.Minute, []uint16{1}
+				c.AutoSubnets, c.Subnets = true, subnet("10.0.0.0/8", false)
+			},
+		},
+		"flags override the file, subnets as a whole": {
+			[]string{"--subnet=192.168.1.0/24", "--lifetime=2m", "--exclude-port=2", "--config", path},
+			func(c *Config) {
+				c.Lifetime, c.ExcludePorts = 2*time.Minute, []uint16{2}
+				c.Subnets = subnet("192.168.1.0/24", false)
+			},
+		},
+		"of a single value the last one wins": {
+			[]string{"--lifetime=2m", "--lifetime=3m"},
+			func(c *Config) { c.Lifetime = 3 * time.Minute },
+		},
+		"an empty text empties a list": {
+			[]string{"--exclude-peer-port="},
+			func(c *Config) { c.ExcludePeerPorts = nil },
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			want := Default()
+			tt.want(&want)
+			got, err := resolve(t, tt.args...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !reflect.DeepEqual(got, want) {
+				t.Errorf("got  %+v\nwant %+v", got, want)
+			}
+		})
+	}
+}
+
+func TestWrongFlagsAreNamed(t *testing.T) {
+	path := write(t, "backend = 1\nreconcile = 2\n")
+	for name, tt := range map[string]struct {
+		args []string
+		want string
+	}{
+		"duration":           {[]string{"--lifetime=5"}, `--lifetime: expected a duration between 1s and 24h such as "5m", got "5"`},
+		"nft":                {[]string{"--backend=nft"}, `--backend: backend "nft" is not built yet; expected "expect" or "auto"`},
+		"port out of range":  {[]string{"--exclude-port=1", "--exclude-port=70000"}, `--exclude-port: expected a port between 1 and 65535, got 70000`},
+		"port with a name":   {[]string{"--exclude-peer-port=sip"}, `--exclude-peer-port: expected a port between 1 and 65535, got "sip"`},
+		"buffer with a unit": {[]string{"--event-buffer=8M"}, `--event-buffer: expected bytes between 65536 (64 KiB) and 1073741824 (1 GiB), got "8M"`},
+		"peer":               {[]string{"--exclude-peer=203.0.113.7/24"}, `--exclude-peer: expected a prefix without host bits, got "203.0.113.7/24"; did you mean "203.0.113.0/24"?`},
+		"subnet":             {[]string{"--subnet=192.168.1.1"}, `--subnet: expected a prefix such as "192.168.1.0/24", or "auto", got "192.168.1.1"`},
+		"empty subnet":       {[]string{"--subnet="}, `--subnet: expected a prefix such as "192.168.1.0/24", or "auto", got ""`},
+		"nested subnets": {
+			[]string{"--subnet=10.0.0.0/8", "--subnet=10.1.0.0/16"},
+			`--subnet: expected subnets that do not overlap, got "10.1.0.0/16" inside "10.0.0.0/8" of --subnet; a host belongs to one subnet, so keep one of the two`,
+		},
+		"routed without a subnet": {[]string{"--routed"}, `--routed: expected a --subnet beside it`},
+		"routed auto":             {[]string{"--routed", "--subnet=auto"}, `--subnet: expected a prefix beside routed: which networks are routed cannot be guessed, got "auto"`},
+		"empty path":              {[]string{"--config="}, `--config: expected the path of a file, got ""`},
+		"no such file":            {[]string{"--config=/none/c.toml"}, `/none/c.toml: expected a readable file: no such file or directory`},
+		"file and flags together": {
+			[]string{"--log-level=loud", "--config", path, "--outside=a/b"},
+			path + `:1: backend: expected "auto" or "expect", got 1
+` + path + `:2: reconcile: expected a duration between 1s and 1h such as "30s", got 2
+--log-level: expected "debug", "info", "warn" or "error", got "loud"
+--outside: expected the name of a link such as "wan0", got "a/b"`,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := resolve(t, tt.args...)
+			if err == nil || err.Error() != tt.want {
+				t.Fatalf("\ngot  %v\nwant %s", err, tt.want)
+			}
+			if !IsUsage(err) {
+				t.Errorf("not a UsageError: %v", err)
+			}
+		})
+	}
+}
+
+func TestEveryCallOfResolveReadsTheFileAnew(t *testing.T) {
+	path := write(t, `lifetime = "1m"`)
+	var f Flags
+	fs := pflag.NewFlagSet("run", pflag.ContinueOnError)
+	f.Register(fs)
+	if err := fs.Parse([]string{"--config", path, "--reconcile=1m"}); err != nil {
+		t.Fatal(err)
+	}
+	for _, lifetime := range []string{"1m0s", "2m0s"} {
+		data := `lifetime = "` + lifetime + `"`
+		if err := os.WriteFile(path, []byte(data), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c, err := f.Resolve()
+		if err != nil || c.Lifetime.String() != lifetime || c.Reconcile != time.Minute {
+			t.Errorf("got %+v, %v after %s", c, err, data)
+		}
+	}
+}
+
+func TestHelpShowsTheDefaults(t *testing.T) {
+	var args []string
+	for _, s := range settings {
+		for def := range strings.SplitSeq(s.def, ",") {
+			args = append(args, "--"+s.flag+"="+def)
+		}
+	}
+	got, err := resolve(t, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := Default(); !reflect.DeepEqual(got, want) {
+		t.Errorf("the defaults shown make %+v\nnot %+v", got, want)
+	}
+}

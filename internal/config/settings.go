@@ -1,0 +1,222 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// A setting is one key of the file together with its flag. Subnets are the one
+// thing that is not a setting.
+type setting struct {
+	key    string // in the file
+	flag   string // the key with dashes, singular where it may be repeated
+	kind   string // of value, for --help
+	def    string // default, for --help
+	usage  string // for --help
+	list   bool   // the file has an array, the flag may be repeated
+	number bool   // the file has integers, not strings
+
+	// set checks v, a value as TOML decodes it, and puts it into the Config.
+	set func(c *Config, v any) error
+}
+
+// settings has every key but subnet, once. What a key means is said at its
+// field of Config.
+var settings = []setting{
+	{
+		key: "backend", flag: "backend", kind: "name", def: "auto",
+		usage: "what carries permissions: auto or expect",
+		set:   one(backend, func(c *Config) *Backend { return &c.Backend }),
+	},
+	{
+		key: "lifetime", flag: "lifetime", kind: "duration", def: "5m",
+		usage: "how long a permission stands after the inside host was last heard, 1s to 24h",
+		set: one(duration(time.Second, 24*time.Hour, `between 1s and 24h such as "5m"`),
+			func(c *Config) *time.Duration { return &c.Lifetime }),
+	},
+	{
+		key: "reconcile", flag: "reconcile", kind: "duration", def: "30s",
+		usage: "time between two comparisons with the kernel, 1s to 1h",
+		set: one(duration(time.Second, time.Hour, `between 1s and 1h such as "30s"`),
+			func(c *Config) *time.Duration { return &c.Reconcile }),
+	},
+	{
+		key: "log_level", flag: "log-level", kind: "level", def: "info",
+		usage: "least level that is logged: debug, info, warn or error",
+		set:   one(level, func(c *Config) *slog.Level { return &c.LogLevel }),
+	},
+	{
+		key: "outside", flag: "outside", kind: "link", list: true,
+		usage: "outside link besides those with a default route (repeatable)",
+		set:   list(`["wan0"]`, link, func(c *Config) *[]string { return &c.Outside }),
+	},
+	{
+		key: "exclude_peers", flag: "exclude-peer", kind: "prefix", list: true,
+		usage: "peers that get no permission (repeatable)",
+		set:   list(`["203.0.113.0/24"]`, peers, func(c *Config) *[]netip.Prefix { return &c.ExcludePeers }),
+	},
+	{
+		key: "exclude_peer_ports", flag: "exclude-peer-port", kind: "port", def: "53,123,443", list: true, number: true,
+		usage: `peer port towards which no permission arises, instead of the default (repeatable; "" for none)`,
+		set:   list("[53, 123, 443]", port, func(c *Config) *[]uint16 { return &c.ExcludePeerPorts }),
+	},
+	{
+		key: "exclude_ports", flag: "exclude-port", kind: "port", list: true, number: true,
+		usage: "outside port that never gets a permission because you forward it (repeatable)",
+		set:   list("[5060]", port, func(c *Config) *[]uint16 { return &c.ExcludePorts }),
+	},
+	{
+		key: "event_buffer", flag: "event-buffer", kind: "bytes", def: "8388608", number: true,
+		usage: "receive buffer of the event socket, 65536 to 1073741824",
+		set:   one(eventBuffer, func(c *Config) *int { return &c.EventBuffer }),
+	},
+	{
+		key: "control_socket", flag: "control-socket", kind: "path",
+		usage: "control socket (default: one per network namespace)",
+		set:   one(socketPath, func(c *Config) *string { return &c.ControlSocket }),
+	},
+}
+
+// one makes the setter of a key that has a single value.
+func one[T any](parse func(any) (T, error), field func(*Config) *T) func(*Config, any) error {
+	return func(c *Config, v any) error {
+		t, err := parse(v)
+		if err == nil {
+			*field(c) = t
+		}
+		return err
+	}
+}
+
+// list makes the setter of a key that has an array of values. The array
+// replaces the default.
+func list[T any](example string, parse func(any) (T, error), field func(*Config) *[]T) func(*Config, any) error {
+	return func(c *Config, v any) error {
+		items, ok := v.([]any)
+		if !ok {
+			return expected("an array such as "+example, v)
+		}
+		var ts []T
+		for _, item := range items {
+			t, err := parse(item)
+			if err != nil {
+				return err
+			}
+			ts = append(ts, t)
+		}
+		*field(c) = ts
+		return nil
+	}
+}
+
+// expected is the error for a value that is not what it should be.
+func expected(what string, got any) error {
+	return fmt.Errorf("expected %s, got %s", what, literal(got))
+}
+
+// literal shows a value in the way TOML writes it, arrays and tables in short.
+func literal(v any) string {
+	switch v := v.(type) {
+	case nil:
+		return "nothing"
+	case string:
+		return strconv.Quote(v)
+	case []any, []map[string]any:
+		return "an array"
+	case map[string]any:
+		return "a table"
+	case time.Time:
+		return "a date or time"
+	}
+	return fmt.Sprint(v)
+}
+
+func backend(v any) (Backend, error) {
+	switch v {
+	case "auto", "expect":
+		return Backend(v.(string)), nil
+	case "nft":
+		return "", errors.New(`backend "nft" is not built yet; expected "expect" or "auto"`)
+	}
+	return "", expected(`"auto" or "expect"`, v)
+}
+
+func duration(shortest, longest time.Duration, limits string) func(any) (time.Duration, error) {
+	return func(v any) (time.Duration, error) {
+		s, _ := v.(string)
+		d, err := time.ParseDuration(s)
+		if err != nil || d < shortest || d > longest {
+			return 0, expected("a duration "+limits, v)
+		}
+		return d, nil
+	}
+}
+
+func level(v any) (slog.Level, error) {
+	switch v {
+	case "debug":
+		return slog.LevelDebug, nil
+	case "info":
+		return slog.LevelInfo, nil
+	case "warn":
+		return slog.LevelWarn, nil
+	case "error":
+		return slog.LevelError, nil
+	}
+	return 0, expected(`"debug", "info", "warn" or "error"`, v)
+}
+
+// link accepts what dev_valid_name of the kernel accepts.
+func link(v any) (string, error) {
+	s, _ := v.(string)
+	if s == "" || s == "." || s == ".." || len(s) > 15 || strings.ContainsAny(s, "/: \t\n\v\f\r") {
+		return "", expected(`the name of a link such as "wan0"`, v)
+	}
+	return s, nil
+}
+
+func peers(v any) (netip.Prefix, error) {
+	return prefix(`a prefix such as "203.0.113.0/24" or "203.0.113.7/32"`, v)
+}
+
+func prefix(what string, v any) (netip.Prefix, error) {
+	s, _ := v.(string)
+	p, err := netip.ParsePrefix(s)
+	if err != nil || p.Addr().Is4In6() {
+		return netip.Prefix{}, expected(what, v)
+	}
+	if p != p.Masked() {
+		return netip.Prefix{}, fmt.Errorf("%w; did you mean %q?", expected("a prefix without host bits", v), p.Masked())
+	}
+	return p, nil
+}
+
+func port(v any) (uint16, error) {
+	n, _ := v.(int64)
+	if n < 1 || n > 65535 {
+		return 0, expected("a port between 1 and 65535", v)
+	}
+	return uint16(n), nil
+}
+
+func eventBuffer(v any) (int, error) {
+	n, _ := v.(int64)
+	if n < 64<<10 || n > 1<<30 {
+		return 0, expected("bytes between 65536 (64 KiB) and 1073741824 (1 GiB)", v)
+	}
+	return int(n), nil
+}
+
+func socketPath(v any) (string, error) {
+	s, ok := v.(string)
+	if !ok || len(s) > 107 || s != "" && !filepath.IsAbs(s) {
+		return "", expected(`an absolute path of at most 107 bytes, or ""`, v)
+	}
+	return s, nil
+}

@@ -1,0 +1,67 @@
+package config
+
+import (
+	"fmt"
+	"net/netip"
+)
+
+// notUnicast holds what no subnet may touch, with the RFC that says so.
+var notUnicast = []struct {
+	prefix netip.Prefix
+	name   string
+}{
+	{netip.MustParsePrefix("0.0.0.0/8"), "this network, RFC 1122"},
+	{netip.MustParsePrefix("127.0.0.0/8"), "loopback, RFC 1122"},
+	{netip.MustParsePrefix("169.254.0.0/16"), "link-local, RFC 3927"},
+	{netip.MustParsePrefix("224.0.0.0/4"), "multicast, RFC 5771"},
+	{netip.MustParsePrefix("255.255.255.255/32"), "broadcast, RFC 919"},
+	{netip.MustParsePrefix("::/128"), "unspecified, RFC 4291"},
+	{netip.MustParsePrefix("::1/128"), "loopback, RFC 4291"},
+	{netip.MustParsePrefix("fe80::/10"), "link-local, RFC 4291"},
+	{netip.MustParsePrefix("ff00::/8"), "multicast, RFC 4291"},
+}
+
+// subnetList collects subnets from one source, the file or the flags.
+type subnetList struct {
+	auto bool
+	list []Subnet
+	at   []string // where each of list was given, for errors
+}
+
+// add checks one more prefix, a value as TOML decodes it or "auto". It may
+// overlap none of those before.
+func (l *subnetList) add(at string, v any, routed bool) error {
+	if v == "auto" {
+		if routed {
+			return expected("a prefix beside routed: which networks are routed cannot be guessed", v)
+		}
+		l.auto = true
+		return nil
+	}
+	p, err := prefix(`a prefix such as "192.168.1.0/24", or "auto"`, v)
+	if err != nil {
+		return err
+	}
+	for _, n := range notUnicast {
+		if p.Overlaps(n.prefix) {
+			return fmt.Errorf("%w, which overlaps %q (%s)", expected("a unicast prefix", v), n.prefix, n.name)
+		}
+	}
+	for i, s := range l.list {
+		if !p.Overlaps(s.Prefix) {
+			continue
+		}
+		how := "equal to"
+		switch {
+		case p.Bits() > s.Prefix.Bits():
+			how = "inside"
+		case p.Bits() < s.Prefix.Bits():
+			how = "around"
+		}
+		return fmt.Errorf("%w %s %q of %s; a host belongs to one subnet, so keep one of the two",
+			expected("subnets that do not overlap", v), how, s.Prefix, l.at[i])
+	}
+	l.list = append(l.list, Subnet{Prefix: p, Routed: routed})
+	l.at = append(l.at, at)
+	return nil
+}
