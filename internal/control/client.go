@@ -1,0 +1,114 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/url"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrNotRunning says that nobody listens on the control socket.
+var ErrNotRunning = errors.New("no conenatd runs in this network namespace")
+
+// A Client asks the daemon. Its methods may be called from any goroutine; each
+// call is a connection of its own, so there is nothing to close.
+type Client struct {
+	path string
+	http http.Client
+}
+
+// Dial returns a client for the control socket at path. It does not connect:
+// the first request will tell whether somebody listens.
+func Dial(path string) *Client {
+	return &Client{path, http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", path)
+		},
+	}}}
+}
+
+// Status returns the daemon's status. The error is ErrNotRunning if there is
+// no daemon.
+func (c *Client) Status(ctx context.Context) (Status, error) {
+	body, err := c.get(ctx, pathStatus)
+	if err != nil {
+		return Status{}, err
+	}
+	defer body.Close()
+	var s Status
+	if err := json.NewDecoder(body).Decode(&s); err != nil {
+		return Status{}, fmt.Errorf("read status: %w", err)
+	}
+	return s, nil
+}
+
+// Permissions calls f for each permission as it arrives, until f returns an
+// error, which Permissions returns as it is. Any other error means that the
+// list is not complete; it is ErrNotRunning if there is no daemon.
+func (c *Client) Permissions(ctx context.Context, f func(Permission) error) error {
+	body, err := c.get(ctx, pathPermissions)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	for in := json.NewDecoder(body); ; {
+		var line struct {
+			Permission
+			failure
+		}
+		switch err := in.Decode(&line); {
+		case errors.Is(err, io.EOF):
+			return nil
+		case err != nil:
+			return fmt.Errorf("read permissions: %w", err)
+		case line.Error != "":
+			return line.fault()
+		}
+		if err := f(line.Permission); err != nil {
+			return err
+		}
+	}
+}
+
+// get returns the body of a good answer. The caller must close it.
+func (c *Client) get(ctx context.Context, path string) (io.ReadCloser, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://conenatd"+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, c.explain(err)
+	}
+	if resp.StatusCode == http.StatusOK {
+		return resp.Body, nil
+	}
+	defer resp.Body.Close()
+	var f failure
+	if err := json.NewDecoder(resp.Body).Decode(&f); err != nil {
+		f.Error = resp.Status
+	}
+	return nil, f.fault()
+}
+
+// explain says what would mend the error.
+func (c *Client) explain(err error) error {
+	if wrap := (*url.Error)(nil); errors.As(err, &wrap) {
+		err = wrap.Err // without it the text has a URL that nobody asked for
+	}
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ECONNREFUSED):
+		return fmt.Errorf(`%w (no answer on %s): start it with "conenatd run"`, ErrNotRunning, c.path)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("ask conenatd: %w: run as root", err)
+	}
+	return fmt.Errorf("ask conenatd: %w", err)
+}

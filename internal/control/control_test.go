@@ -1,0 +1,115 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+)
+
+// patience bounds the wait for what must come. It is used up only where a test
+// fails.
+const patience = 20 * time.Second
+
+func TestMain(m *testing.M) {
+	if name := os.Getenv(holdLock); name != "" {
+		hold(name)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// now is when the tests' daemon is looked at.
+var now = time.Date(2003, 5, 1, 12, 0, 0, 0, time.UTC)
+
+func standing(in, ext, peer string) Permission {
+	return Permission{
+		Int: netip.MustParseAddrPort(in), Ext: netip.MustParseAddrPort(ext), Peer: netip.MustParseAddr(peer),
+		State: "standing", Backend: "expect", Flows: 1, Children: 2, Answered: 1,
+		Since: now.Add(-90 * time.Second), Expires: now.Add(5 * time.Minute),
+	}
+}
+
+// proxy is the question of 2003.
+var proxy = standing("10.47.11.109:5060", "198.51.100.1:5060", "80.80.80.80")
+
+// source is a Source of fixed answers.
+type source struct {
+	status Status
+	each   func(yield func(Permission) bool) error
+}
+
+func (s source) Status() Status                                { return s.status }
+func (s source) Permissions(yield func(Permission) bool) error { return s.each(yield) }
+
+// these yields permissions and then err.
+func these(err error, ps ...Permission) func(func(Permission) bool) error {
+	return func(yield func(Permission) bool) error {
+		for _, p := range ps {
+			if !yield(p) {
+				return nil
+			}
+		}
+		return err
+	}
+}
+
+// endless yields until it may not.
+func endless(yield func(Permission) bool) error {
+	for yield(proxy) {
+	}
+	return nil
+}
+
+// start serves src until the test ends or stop is called. stop checks that
+// Serve ended well and left no file.
+func start(t testing.TB, src Source) (path string, stop func()) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "run", "c.sock")
+	ln, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	served := make(chan error, 1)
+	go func() {
+		served <- Serve(ctx, ln, src)
+		close(served)
+	}()
+	stop = func() {
+		t.Helper()
+		cancel()
+		select {
+		case err := <-served: // nil the second time
+			if err != nil {
+				t.Errorf("Serve: %v", err)
+			}
+		case <-time.After(patience):
+			t.Fatal("Serve does not end")
+		}
+		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("socket file after Serve: %v", err)
+		}
+	}
+	t.Cleanup(stop)
+	return path, stop
+}
+
+// connect opens a raw connection that is closed when the test ends.
+func connect(t *testing.T, path string) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}

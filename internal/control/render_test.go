@@ -1,0 +1,120 @@
+package control
+
+import (
+	"flag"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+var update = flag.Bool("update", false, "write the golden files")
+
+// netTypes have unexported fields, which cmp must be told how to compare.
+var netTypes = []any{netip.Addr{}, netip.AddrPort{}, netip.Prefix{}}
+
+// full is a status with something in every field.
+var full = Status{
+	Version: "0.1.0", PID: 1234, Started: now.Add(-26 * time.Hour),
+	Backend: "expect", Helper: Helper{IPv4: "conenat"},
+	Subnets: []Subnet{
+		{Prefix: netip.MustParsePrefix("10.47.11.0/24")},
+		{Prefix: netip.MustParsePrefix("2001:db8:47::/64"), Routed: true},
+	},
+	Outside: []string{"wan0", "wan1"}, Lifetime: "5m0s",
+	Permissions: Permissions{Standing: 40, Refused: 2, Waiting: 1, Limit: 65536},
+	Flows:       55,
+	Events:      Events{Received: 9000, Filtered: 120, Malformed: 1, Overruns: 3, ReadBuffer: 8 << 20},
+	Counters: Counters{
+		Granted: 412, Conflicts: 7, Early: 5, Repaired: 4,
+		Refused: map[string]uint64{"kernel table is full": 2, "outside port is forwarded": 9},
+		Revoked: map[string]uint64{"expired": 372, "stopped": 0},
+		Skipped: map[string]uint64{"peer port is excluded": 8100},
+	},
+	Latency: Latency{Count: 412, P50: 41.2, P99: 310, Max: 1234.5},
+	Warnings: []string{
+		"IPv6 has no helper: load the module nfnetlink_cthelper",
+		"the expectation table is small: set net.netfilter.nf_conntrack_expect_max = 4096",
+	},
+}
+
+func TestWriteStatus(t *testing.T) {
+	var out strings.Builder
+	if err := WriteStatus(&out, full, now); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "status.txt", out.String())
+}
+
+func TestWriteStatusOfAYoungDaemon(t *testing.T) {
+	var out strings.Builder
+	young := Status{
+		Version: "0.1.0", PID: 1234, Started: now, Backend: "expect", Helper: Helper{"conenat", "conenat"},
+		Subnets: full.Subnets[:1], Lifetime: "5m0s", Accounting: true, Events: Events{ReadBuffer: 8 << 20},
+	}
+	if err := WriteStatus(&out, young, now); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "status-young.txt", out.String())
+}
+
+func TestWriteTable(t *testing.T) {
+	sip := standing("10.47.11.9:5060", "198.51.100.1:5060", "203.0.113.5")
+	old := standing("10.47.11.110:40000", "198.51.100.1:40001", "203.0.113.6")
+	old.Since, old.Expires = now.Add(-50*time.Hour), now.Add(-time.Second)
+	old.Flows = 0
+	refused := Permission{
+		Int: old.Int, Ext: old.Ext, Peer: netip.MustParseAddr("192.0.2.77"),
+		State: "refused", Reason: "kernel table is full", Flows: 1,
+	}
+	zoned := standing("[2001:db8:47::5]:5060", "[2001:db8:47::5]:5060", "2001:db8:5::5")
+	zoned.Zone = 7
+	for name, ps := range map[string][]Permission{
+		"table.txt":       {old, proxy, sip},
+		"table-all.txt":   {zoned, refused, old, proxy, sip},
+		"table-empty.txt": nil,
+	} {
+		var out strings.Builder
+		if err := WriteTable(&out, ps, now); err != nil {
+			t.Fatal(err)
+		}
+		golden(t, name, out.String())
+	}
+}
+
+func TestSpan(t *testing.T) {
+	for text, want := range map[string]string{
+		"-1s": "0s", "59.9s": "59s", "60s": "1m00s", "59m59s": "59m59s",
+		"1h": "1h00m", "23h59m": "23h59m", "24h": "1d00h", "2500h": "104d04h",
+	} {
+		d, err := time.ParseDuration(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := span(d); got != want {
+			t.Errorf("span(%s) = %s, want %s", text, got, want)
+		}
+	}
+}
+
+// golden compares got with a file of testdata; -update writes the file.
+func golden(t *testing.T, name, got string) {
+	t.Helper()
+	path := filepath.Join("testdata", name)
+	if *update {
+		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), got); diff != "" {
+		t.Errorf("%s (-want +got):\n%s", name, diff)
+	}
+}

@@ -1,0 +1,83 @@
+package control
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+)
+
+// WriteStatus writes a status for people.
+func WriteStatus(w io.Writer, s Status, now time.Time) error {
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	line := func(name, format string, args ...any) {
+		fmt.Fprintf(tw, name+"\t"+format+"\n", args...)
+	}
+	subnets := make([]string, len(s.Subnets))
+	for i, n := range s.Subnets {
+		subnets[i] = n.Prefix.String()
+		if n.Routed {
+			subnets[i] += " (routed)"
+		}
+	}
+	p, e, c, l := s.Permissions, s.Events, s.Counters, s.Latency
+
+	line("conenatd", "%s, pid %d, running for %s", s.Version, s.PID, between(s.Started, now))
+	line("backend", "%s; helper for IPv4: %s, for IPv6: %s", s.Backend, cmp.Or(s.Helper.IPv4, "none"), cmp.Or(s.Helper.IPv6, "none"))
+	line("subnets", "%s", list(subnets))
+	line("outside", "%s", list(s.Outside))
+	line("permissions", "%d standing (limit %d), %d refused, %d waiting for another owner", p.Standing, p.Limit, p.Refused, p.Waiting)
+	line("lifetime", "%s after the inside host was last heard", s.Lifetime)
+	line("flows", "%d", s.Flows)
+	line("granted", "%d", c.Granted)
+	line("revoked", "%s", reasons(c.Revoked))
+	line("refused", "%s", reasons(c.Refused))
+	line("skipped", "%s", reasons(c.Skipped))
+	line("conflicts", "%d", c.Conflicts)
+	line("early packets", "%d, %d repaired", c.Early, c.Repaired)
+	if l.Count > 0 {
+		line("latency", "p50 %s, p99 %s, max %s, from event to kernel", micros(l.P50), micros(l.P99), micros(l.Max))
+	}
+	line("events", "%d, %d filtered, %d malformed", e.Received, e.Filtered, e.Malformed)
+	line("overruns", "%d (buffer %d KiB)", e.Overruns, e.ReadBuffer>>10)
+	if s.Accounting {
+		line("accounting", "on")
+	} else {
+		line("accounting", "off (nf_conntrack_acct): of a child it can be told that it was answered, not that it still is")
+	}
+	if err := tw.Flush(); err != nil || len(s.Warnings) == 0 {
+		return err
+	}
+	_, err := fmt.Fprintf(w, "\nwarnings:\n  %s\n", strings.Join(s.Warnings, "\n  "))
+	return err
+}
+
+func list(words []string) string { return cmp.Or(strings.Join(words, ", "), "none") }
+
+// reasons writes the sum and the parts that are not zero, the largest first.
+func reasons(counts map[string]uint64) string {
+	var sum uint64
+	var parts []string
+	names := slices.SortedFunc(maps.Keys(counts), func(a, b string) int {
+		return cmp.Or(cmp.Compare(counts[b], counts[a]), cmp.Compare(a, b))
+	})
+	for _, name := range names {
+		if n := counts[name]; n > 0 {
+			sum += n
+			parts = append(parts, fmt.Sprintf("%s: %d", name, n))
+		}
+	}
+	if sum == 0 {
+		return "0"
+	}
+	return fmt.Sprintf("%d (%s)", sum, strings.Join(parts, ", "))
+}
+
+// micros writes microseconds with the unit that suits them.
+func micros(us float64) string {
+	return time.Duration(us * float64(time.Microsecond)).Round(time.Microsecond).String()
+}

@@ -1,0 +1,129 @@
+package control
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"golang.org/x/net/netutil"
+)
+
+// What one client, or a thousand, can take from the daemon.
+const (
+	maxConns   = 64              // more wait in the kernel's backlog
+	maxLists   = 4               // lists at once: each may cost the Source a copy
+	maxHeader  = 4 << 10         // bytes; net/http adds 4 KiB
+	headerTime = 2 * time.Second // to send a request
+	answerTime = time.Minute     // to read the answer; a million permissions take seconds
+	graceTime  = time.Second     // to finish when Serve ends
+)
+
+// A Source is what the daemon tells. Both methods are called from many
+// goroutines at once, and Serve does not return before they have.
+type Source interface {
+	// Status must not block for long.
+	Status() Status
+	// Permissions yields every permission, in any order, until yield returns
+	// false. An error says that the list is not complete.
+	//
+	// yield blocks while a slow client reads, up to a minute. The daemon's
+	// own work must not wait for it: hold no lock meanwhile.
+	Permissions(yield func(Permission) bool) error
+}
+
+// Serve answers requests on ln until ctx ends. Requests that are under way
+// then have a second to finish. When Serve returns, ln is closed, its file
+// removed, and no goroutine left. The error is nil if ctx ended it.
+func Serve(ctx context.Context, ln net.Listener, src Source) error {
+	var conns sync.WaitGroup
+	srv := &http.Server{
+		Handler:           handler{src, make(chan struct{}, maxLists)},
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+		MaxHeaderBytes:    maxHeader,
+		ReadHeaderTimeout: headerTime,
+		WriteTimeout:      answerTime,
+		// Close does not wait for the connections' goroutines, so count them.
+		ConnState: func(_ net.Conn, s http.ConnState) {
+			switch s {
+			case http.StateNew:
+				conns.Add(1)
+			case http.StateClosed:
+				conns.Done()
+			}
+		},
+	}
+	// A client asks once: an idle one would only hold a place.
+	srv.SetKeepAlivesEnabled(false)
+
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(netutil.LimitListener(ln, maxConns)) }()
+	var err error
+	select {
+	case err = <-served:
+		err = fmt.Errorf("serve control socket: %w", err)
+	case <-ctx.Done():
+		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), graceTime)
+		defer cancel()
+		_ = srv.Shutdown(grace) // late ones are cut off below
+		<-served
+	}
+	_ = srv.Close()
+	conns.Wait()
+	return err
+}
+
+type handler struct {
+	src   Source
+	lists chan struct{} // a place for each list under way
+}
+
+func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	// No request has a body. net/http drains one that is announced, for as
+	// long as it takes, unless there is a deadline.
+	defer func() { _ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(headerTime)) }()
+	switch {
+	case r.Method != http.MethodGet:
+		w.Header().Set("Allow", http.MethodGet)
+		fail(w, http.StatusMethodNotAllowed, "method %q: only GET is answered", r.Method)
+	case r.URL.Path == pathStatus:
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(h.src.Status()) // the client is gone
+	case r.URL.Path == pathPermissions:
+		h.list(w, r)
+	default:
+		fail(w, http.StatusNotFound, "path %q: not known to this version of conenatd", r.URL.Path)
+	}
+}
+
+// list writes one permission per line, so that neither side needs the whole
+// list as text. A list cut off lacks the last HTTP chunk; one that the Source
+// could not complete ends with an error line.
+func (h handler) list(w http.ResponseWriter, r *http.Request) {
+	select {
+	case h.lists <- struct{}{}:
+		defer func() { <-h.lists }()
+	case <-r.Context().Done(): // silence would be an empty list
+		fail(w, http.StatusServiceUnavailable, "stopping")
+		return
+	}
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	buf := bufio.NewWriterSize(w, 64<<10)
+	out := json.NewEncoder(buf)
+	if err := h.src.Permissions(func(p Permission) bool { return out.Encode(p) == nil }); err != nil {
+		_ = out.Encode(failure{err.Error()})
+	}
+	if buf.Flush() != nil {
+		panic(http.ErrAbortHandler) // too slow, or gone: make no proper end
+	}
+}
+
+func fail(w http.ResponseWriter, code int, format string, args ...any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	_ = json.NewEncoder(w).Encode(failure{fmt.Sprintf(format, args...)})
+}

@@ -1,0 +1,105 @@
+package control
+
+import (
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestTheSocketIsForOwnerAndGroupWhateverTheUmask(t *testing.T) {
+	for _, umask := range []int{0, 0o22, 0o77} {
+		path := filepath.Join(t.TempDir(), "run", "conenatd", "c.sock")
+		if err := os.MkdirAll(filepath.Dir(filepath.Dir(path)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		old := unix.Umask(umask)
+		ln, err := Listen(path)
+		unix.Umask(old)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		if info, err := os.Lstat(path); err != nil || info.Mode() != fs.ModeSocket|0o660 {
+			t.Errorf("umask %#o: %v, %v", umask, info.Mode(), err)
+		}
+		if info, err := os.Stat(filepath.Dir(path)); err != nil || info.Mode().Perm()&0o22 != 0 {
+			t.Errorf("umask %#o: directory %v, %v", umask, info.Mode(), err)
+		}
+	}
+}
+
+func TestTheSocketIsNeverOpenToAll(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "c.sock")
+	old := unix.Umask(0)
+	ln, err := bind(path) // before Listen sets the mode
+	unix.Umask(old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	if info, err := os.Lstat(path); err != nil || info.Mode().Perm() != 0o660 {
+		t.Errorf("%v, %v", info.Mode(), err)
+	}
+}
+
+// leftBehind makes the socket file that a killed daemon leaves.
+func leftBehind(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "c.sock")
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.SetUnlinkOnClose(false)
+	if err := ln.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestASocketOfADeadDaemonIsReplaced(t *testing.T) {
+	ln, err := Listen(leftBehind(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.Close()
+}
+
+func TestASocketInUseStays(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "c.sock")
+	first, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	if _, err := Listen(path); err == nil || !strings.Contains(err.Error(), path+" is in use") {
+		t.Errorf("second Listen: %v", err)
+	}
+	connect(t, path)
+}
+
+func TestWhatIsNoSocketStays(t *testing.T) {
+	stale := leftBehind(t)
+	for name, put := range map[string]func(path string) error{
+		"file":      func(path string) error { return os.WriteFile(path, []byte("mine"), 0o600) },
+		"directory": func(path string) error { return os.Mkdir(path, 0o700) },
+		"link":      func(path string) error { return os.Symlink(stale, path) },
+	} {
+		path := filepath.Join(t.TempDir(), "c.sock")
+		if err := put(path); err != nil {
+			t.Fatal(err)
+		}
+		before, _ := os.Lstat(path)
+		if _, err := Listen(path); err == nil || !strings.Contains(err.Error(), "is not a socket") {
+			t.Errorf("%s: %v", name, err)
+		}
+		if after, err := os.Lstat(path); err != nil || !os.SameFile(before, after) {
+			t.Errorf("%s: gone: %v", name, err)
+		}
+	}
+}

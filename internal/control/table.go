@@ -1,0 +1,62 @@
+package control
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+)
+
+// WriteTable writes permissions as a table for people, and sorts ps for it.
+// The columns ZONE and REASON are there when they have something to say.
+func WriteTable(w io.Writer, ps []Permission, now time.Time) error {
+	slices.SortFunc(ps, func(a, b Permission) int {
+		return cmp.Or(a.Int.Compare(b.Int), a.Ext.Compare(b.Ext), a.Peer.Compare(b.Peer), cmp.Compare(a.Zone, b.Zone))
+	})
+	zones := slices.ContainsFunc(ps, func(p Permission) bool { return p.Zone != 0 })
+	why := slices.ContainsFunc(ps, func(p Permission) bool { return p.Reason != "" })
+
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	row := func(zone, reason any, cells ...any) {
+		if zones {
+			cells = slices.Insert(cells, 3, zone)
+		}
+		if why {
+			cells = append(cells, reason)
+		}
+		fmt.Fprintf(tw, strings.Repeat("%v\t", len(cells)-1)+"%v\n", cells...)
+	}
+	row("ZONE", "REASON", "INT", "EXT", "PEER", "STATE", "FLOWS", "CHILDREN", "AGE", "EXPIRES")
+	for _, p := range ps {
+		row(p.Zone, cmp.Or(p.Reason, "-"), p.Int, p.Ext, p.Peer, p.State, p.Flows, p.Children,
+			between(p.Since, now), between(now, p.Expires))
+	}
+	return tw.Flush()
+}
+
+// between is the time from a to b, or a dash if one of them is not known.
+func between(a, b time.Time) string {
+	if a.IsZero() || b.IsZero() {
+		return "-"
+	}
+	return span(b.Sub(a))
+}
+
+// span writes a duration in at most two units, which is as much as a reader
+// takes in.
+func span(d time.Duration) string {
+	const day = 24 * time.Hour
+	d = max(d, 0)
+	switch {
+	case d < time.Minute:
+		return fmt.Sprintf("%ds", d/time.Second)
+	case d < time.Hour:
+		return fmt.Sprintf("%dm%02ds", d/time.Minute, d%time.Minute/time.Second)
+	case d < day:
+		return fmt.Sprintf("%dh%02dm", d/time.Hour, d%time.Hour/time.Minute)
+	}
+	return fmt.Sprintf("%dd%02dh", d/day, d%day/time.Hour)
+}

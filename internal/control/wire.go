@@ -1,0 +1,116 @@
+package control
+
+import (
+	"errors"
+	"net/netip"
+	"time"
+)
+
+// The paths that the server answers.
+const (
+	pathStatus      = "/v1/status"
+	pathPermissions = "/v1/permissions"
+)
+
+// A Permission says that Peer may send to Ext from any port and reaches Int
+// (RFC 8656, section 9), or why it may not yet.
+type Permission struct {
+	Int     netip.AddrPort `json:"int"`
+	Ext     netip.AddrPort `json:"ext"` // equals Int in a routed subnet
+	Peer    netip.Addr     `json:"peer"`
+	Zone    uint16         `json:"zone"`              // conntrack zone of the direction from outside
+	State   string         `json:"state"`             // standing, refused or waiting
+	Reason  string         `json:"reason,omitempty"`  // why it does not stand
+	Backend string         `json:"backend,omitempty"` // what carries it
+
+	Flows    int `json:"flows"`    // live flows that the inside host opened
+	Children int `json:"children"` // live flows that the peer opened
+	Answered int `json:"answered"` // children that the inside host answered
+
+	// Both are zero where the permission does not stand.
+	Since   time.Time `json:"since,omitzero"`
+	Expires time.Time `json:"expires,omitzero"` // unless it is fed again
+}
+
+// A Status is what the daemon says of itself.
+type Status struct {
+	Version string    `json:"version"`
+	PID     int       `json:"pid"`
+	Started time.Time `json:"started"`
+
+	Backend    string   `json:"backend"` // what carries permissions
+	Helper     Helper   `json:"helper"`
+	Subnets    []Subnet `json:"subnets"`
+	Outside    []string `json:"outside"`    // outside links
+	Lifetime   string   `json:"lifetime"`   // a Go duration
+	Accounting bool     `json:"accounting"` // sysctl nf_conntrack_acct
+
+	Permissions Permissions `json:"permissions"`
+	Flows       int         `json:"flows"` // flows that support or belong to permissions
+	Events      Events      `json:"events"`
+	Counters    Counters    `json:"counters"`
+	Latency     Latency     `json:"latency"`
+
+	// Warnings are sentences for the user: what does not work, and what would
+	// mend it.
+	Warnings []string `json:"warnings"`
+}
+
+// Helper names the conntrack helper on anchors, empty where there is none.
+type Helper struct {
+	IPv4 string `json:"ipv4"`
+	IPv6 string `json:"ipv6"`
+}
+
+// A Subnet is an enabled subnet.
+type Subnet struct {
+	Prefix netip.Prefix `json:"prefix"`
+	Routed bool         `json:"routed"` // not translated
+}
+
+// Permissions counts permissions by state.
+type Permissions struct {
+	Standing int `json:"standing"`
+	Refused  int `json:"refused"`
+	Waiting  int `json:"waiting"`
+	Limit    int `json:"limit"` // of those that stand
+}
+
+// Events is about the kernel's messages since the start.
+type Events struct {
+	Received   uint64 `json:"received"`
+	Filtered   uint64 `json:"filtered"` // received and not of interest
+	Malformed  uint64 `json:"malformed"`
+	Overruns   uint64 `json:"overruns"`    // each is followed by a dump
+	ReadBuffer int    `json:"read_buffer"` // bytes
+}
+
+// Counters count decisions since the start. The maps have the reasons' texts
+// as keys.
+type Counters struct {
+	Granted   uint64            `json:"granted"`
+	Conflicts uint64            `json:"conflicts"` // the permission had an owner
+	Early     uint64            `json:"early"`     // packets that came before their permission
+	Repaired  uint64            `json:"repaired"`  // early packets' flows deleted
+	Refused   map[string]uint64 `json:"refused"`
+	Revoked   map[string]uint64 `json:"revoked"`
+	Skipped   map[string]uint64 `json:"skipped"` // flows that gave no permission
+}
+
+// Latency is from the event read to the grant acknowledged by the kernel, in
+// microseconds.
+type Latency struct {
+	Count uint64  `json:"count"`
+	P50   float64 `json:"p50_us"`
+	P99   float64 `json:"p99_us"`
+	Max   float64 `json:"max_us"`
+}
+
+// failure is the body of an error, and the last line of a list that could not
+// be completed.
+type failure struct {
+	Error string `json:"error"`
+}
+
+// fault is a failure as the client's error.
+func (f failure) fault() error { return errors.New("conenatd answers: " + f.Error) }

@@ -1,0 +1,12 @@
+// Package ctwatch reads the kernel's connection tracking table: a Watcher
+// hears of UDP flows that begin and end, Queries dumps, looks up and deletes
+// single entries. Both speak ctnetlink and give cone.Flow values.
+//
+// The way of an event allocates nothing: a socket filter in the kernel drops
+// what is not ours, one read fills a buffer that stays, and a parser by hand
+// takes the few attributes that conenatd needs.
+//
+// The package never creates or changes a conntrack entry, never deletes one
+// except by its tuple and id together, and never sees a packet. It keeps no
+// state about flows, does not log and starts no goroutine.
+package ctwatch

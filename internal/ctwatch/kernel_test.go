@@ -1,0 +1,483 @@
+package ctwatch
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/mdlayher/netlink"
+	"github.com/ti-mo/conntrack"
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
+)
+
+// makeAnchor creates an entry as the expect backend does, and deletes it when
+// remove is set.
+func makeAnchor(t testing.TB, sport, dport uint16, remove bool) {
+	t.Helper()
+	c, err := conntrack.Dial(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = c.Close() }()
+	f := conntrack.NewFlow(unix.IPPROTO_UDP, conntrack.StatusConfirmed|conntrack.StatusAssured,
+		netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("198.51.100.1"), sport, dport, 60, 0)
+	if err := c.Create(f); err != nil {
+		t.Fatalf("create anchor: %v", err)
+	}
+	if remove {
+		if err := c.Delete(f); err != nil {
+			t.Fatalf("delete anchor: %v", err)
+		}
+	}
+}
+
+// makeNoise makes entries that are no UDP flows: TCP and ICMP.
+func makeNoise(t testing.TB) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	c, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = c.Close()
+	p, err := net.Dial("ip4:icmp", "127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = p.Close() }()
+	if _, err := p.Write([]byte{8, 0, 0xf7, 0xfd, 0, 1, 0, 1}); err != nil { // echo request
+		t.Fatal(err)
+	}
+}
+
+func TestWatcherHearsUDPFlowsBeginAndEnd(t *testing.T) {
+	for _, host := range []string{"127.0.0.1", "[::1]"} {
+		t.Run(host, func(t *testing.T) {
+			enterNetNS(t)
+			w, q := dialWatcher(t, Config{}), dialQueries(t, Config{})
+			s := listen(t, host+":0")
+			peer := endpoint(host + ":9")
+			s.send(t, peer, "x")
+			ev := readOne(t, w)
+			f := ev.Flow
+			if ev.Kind != New || f.Src != s.endpoint() || f.Dst != peer || f.ReplySrc != peer || f.ReplyDst != s.endpoint() {
+				t.Fatalf("event %+v", ev)
+			}
+			if !f.Status.Has(cone.StatusConfirmed) || f.ID == 0 {
+				t.Errorf("status %#x, id %#x", f.Status, f.ID)
+			}
+			if ok, err := q.Delete(f.Src, f.Dst, 0, f.ID); !ok || err != nil {
+				t.Fatalf("delete: %v, %v", ok, err)
+			}
+			if end := readOne(t, w); end.Kind != Gone || end.Flow.ID != f.ID || end.Flow.Src != f.Src {
+				t.Errorf("event %+v", end)
+			}
+		})
+	}
+}
+
+func TestSocketFilterDropsWhatIsNotOurs(t *testing.T) {
+	enterNetNS(t)
+	w := dialWatcher(t, Config{})
+	makeNoise(t)
+	makeAnchor(t, 0, 7, true)
+	makeAnchor(t, 7, 0, true)
+	// The kernel reports in the order in which things happen.
+	s := listen(t, "127.0.0.1:0")
+	s.send(t, endpoint("127.0.0.1:9"), "x")
+	if events := readQueued(t, w); len(events) != 1 || events[0].Flow.Src != s.endpoint() {
+		t.Errorf("events %+v", events)
+	}
+	if st := w.Stats(); st.Filtered != 0 || st.Malformed != 0 || st.Received != 1 {
+		t.Errorf("counters %+v: the socket filter let something pass", st)
+	}
+}
+
+func TestSocketFilterPassesWhatItDoesNotKnow(t *testing.T) {
+	enterNetNS(t)
+	// A socket pair runs the same filter on what the test writes.
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Close(fds[0]); _ = unix.Close(fds[1]) }()
+	prog, err := eventFilter()
+	if err != nil {
+		t.Fatal(err)
+	}
+	filter := make([]unix.SockFilter, len(prog))
+	for i, in := range prog {
+		filter[i] = unix.SockFilter{Code: in.Op, Jt: in.Jt, Jf: in.Jf, K: in.K}
+	}
+	if err := unix.SetsockoptSockFprog(fds[0], unix.SOL_SOCKET, unix.SO_ATTACH_FILTER,
+		&unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}); err != nil {
+		t.Fatal(err)
+	}
+	udp := attr(ctaProtoNum, 17)
+	for _, tt := range []struct {
+		name string
+		msg  []byte
+		pass bool
+	}{
+		{"UDP", newMsg(tuples), true},
+		{"UDP behind other attributes", newMsg(attr(ctaMark, 1, 2, 3, 4), tuples), true},
+		{"no original tuple", newMsg(nest(ctaTupleReply, ip4, proto(6, 1, 2))), true},
+		{"no protocol nest", newMsg(nest(ctaTupleOrig, ip4)), true},
+		{"no protocol number", newMsg(nest(ctaTupleOrig, nest(ctaTupleProto, attr(ctaProtoSrcPort, 0, 0)))), true},
+		{"no ports", newMsg(nest(ctaTupleOrig, nest(ctaTupleProto, udp))), true},
+		{"no attributes", newMsg(), true},
+		{"port whose low byte is 0", newMsg(nest(ctaTupleOrig, ip4, proto(17, 0x0100, 0x0001))), true},
+		{"TCP", newMsg(nest(ctaTupleOrig, ip4, proto(6, 1, 2))), false},
+		{"ICMP", newMsg(nest(ctaTupleOrig, ip4, nest(ctaTupleProto, attr(ctaProtoNum, 1)))), false},
+		{"source port 0", newMsg(nest(ctaTupleOrig, ip4, proto(17, 0, 2))), false},
+		{"destination port 0", newMsg(nest(ctaTupleOrig, ip4, proto(17, 1, 0))), false},
+	} {
+		if _, err := unix.Write(fds[1], tt.msg); err != nil {
+			t.Fatalf("%s: %v", tt.name, err)
+		}
+		_, err := unix.Read(fds[0], make([]byte, 1024))
+		if err != nil && err != unix.EAGAIN {
+			t.Fatalf("%s: %v", tt.name, err)
+		}
+		if pass := err == nil; pass != tt.pass {
+			t.Errorf("%s: passes is %v, want %v", tt.name, pass, tt.pass)
+		}
+	}
+}
+
+func TestWatcherTellsOfAnOverrunAndGoesOn(t *testing.T) {
+	enterNetNS(t)
+	w := dialWatcher(t, Config{ReadBuffer: 1}) // the kernel's least
+	s := listen(t, "127.0.0.1:0")
+	const sent = 200
+	for port := range sent {
+		s.send(t, endpoint(fmt.Sprintf("127.0.0.1:%d", 1000+port)), "x")
+	}
+	events := readQueued(t, w)
+	n := len(events) - 1
+	if n < 0 || n >= sent || events[n] != (Event{Kind: Overrun}) {
+		t.Fatalf("%d events, the last is %+v", len(events), events[max(n, 0)])
+	}
+	for i, ev := range events[:n] {
+		if ev.Kind != New {
+			t.Errorf("event %d: %+v", i, ev)
+		}
+	}
+	if st := w.Stats(); st.Overruns != 1 || st.Received != uint64(n) {
+		t.Errorf("counters %+v, %d events", st, n)
+	}
+	// The kernel must deliver again when the overrun is told.
+	s.send(t, endpoint("127.0.0.1:2000"), "x")
+	if ev := readOne(t, w); ev.Kind != New || ev.Flow.Dst.Port != 2000 {
+		t.Errorf("event after the overrun: %+v", ev)
+	}
+}
+
+func TestReceiveBufferExceedsTheSysctl(t *testing.T) {
+	enterNetNS(t)
+	if got := dialWatcher(t, Config{}).Stats().ReadBuffer; got != DefaultReadBuffer {
+		t.Errorf("receive buffer %d, want %d", got, DefaultReadBuffer)
+	}
+	if got := dialWatcher(t, Config{ReadBuffer: 1 << 20}).Stats().ReadBuffer; got != 1<<20 {
+		t.Errorf("receive buffer %d, want %d", got, 1<<20)
+	}
+}
+
+func TestConfigNamesANetworkNamespace(t *testing.T) {
+	enterNetNS(t)
+	ns, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = ns.Close() }()
+	type pair struct {
+		w    *Watcher
+		q    *Queries
+		errs error
+	}
+	c := make(chan pair)
+	go func() { // this goroutine runs in the namespace of the process
+		cfg := Config{NetNS: int(ns.Fd())}
+		w, werr := Dial(cfg)
+		q, qerr := DialQueries(cfg)
+		c <- pair{w, q, errors.Join(werr, qerr)}
+	}()
+	p := <-c
+	if p.errs != nil {
+		t.Fatal(p.errs)
+	}
+	defer func() { _ = p.w.Close(); _ = p.q.Close() }()
+	s := listen(t, "127.0.0.1:0")
+	s.send(t, endpoint("127.0.0.1:9"), "x")
+	if ev := readOne(t, p.w); ev.Flow.Src != s.endpoint() {
+		t.Errorf("event %+v", ev)
+	}
+	if flows := dump(t, p.q); len(flows) != 1 {
+		t.Errorf("dump %v", flows)
+	}
+}
+
+func TestDialWithoutPrivilegeSaysWhatMendsIt(t *testing.T) {
+	enterNetNS(t)
+	// Capabilities are the thread's, and the thread ends with the test.
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var none [2]unix.CapUserData
+	if err := unix.Capset(&hdr, &none[0]); err != nil {
+		t.Fatal(err)
+	}
+	_, err := Dial(Config{})
+	if !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "CAP_NET_ADMIN") {
+		t.Errorf("Dial: %v", err)
+	}
+	q := dialQueries(t, Config{})
+	err = q.Dump(func(*cone.Flow) {})
+	if !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "CAP_NET_ADMIN") {
+		t.Errorf("Dump: %v", err)
+	}
+}
+
+func TestDumpGivesUDPFlowsOfBothFamilies(t *testing.T) {
+	enterNetNS(t)
+	sysctl(t, "nf_conntrack_acct", "1")
+	makeNoise(t)
+	makeAnchor(t, 0, 7, false)
+	want := map[cone.Endpoint]cone.Endpoint{}
+	for _, host := range []string{"127.0.0.1", "[::1]"} {
+		s := listen(t, host+":0")
+		s.send(t, endpoint(host+":9"), "x")
+		s.send(t, endpoint(host+":9"), "x")
+		want[s.endpoint()] = endpoint(host + ":9")
+	}
+	q := dialQueries(t, Config{})
+	for _, noFilter := range []bool{false, true} {
+		q.noFilter = noFilter
+		got := map[cone.Endpoint]cone.Endpoint{}
+		for src, f := range dump(t, q) {
+			got[src] = f.Dst
+			if !f.HasCounters || f.OrigPackets != 2 || f.ReplyPackets != 0 {
+				t.Errorf("counters of %+v", f)
+			}
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("filter off: %v\n%s", noFilter, diff)
+		}
+		if q.noFilter != noFilter {
+			t.Error("the kernel refused the filter")
+		}
+	}
+
+	// The kernel's part of the filter: of all entries the UDP ones.
+	count := func(attrs []byte) (n int) {
+		err := q.query(ipctnlMsgCTGet, netlink.Dump, unix.AF_INET, attrs, func(header, []byte) { n++ })
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	if all, udp := count(nil), count(onlyUDP()); all < 4 || udp != 2 { // the anchor, too
+		t.Errorf("%d entries in all, %d of UDP", all, udp)
+	}
+}
+
+func TestDumpOfManyFlowsIsWholeAndDoesNotAllocatePerEntry(t *testing.T) {
+	enterNetNS(t)
+	const flows = 5000
+	makeFlows(t, flows)
+	q := dialQueries(t, Config{})
+	seen := map[cone.Endpoint]bool{}
+	if err := q.Dump(func(f *cone.Flow) { seen[f.Dst] = true }); err != nil {
+		t.Fatal(err)
+	}
+	if len(seen) != flows {
+		t.Errorf("%d flows, want %d", len(seen), flows)
+	}
+	n := 0
+	allocs := testing.AllocsPerRun(3, func() {
+		if err := q.Dump(func(*cone.Flow) { n++ }); err != nil {
+			t.Error(err)
+		}
+	})
+	if n != 4*flows || allocs > 100 {
+		t.Errorf("%v allocations, %d flows in 4 dumps", allocs, n)
+	}
+}
+
+// makeFlows makes n entries from one socket to n endpoints.
+func makeFlows(t testing.TB, n int) {
+	t.Helper()
+	s := listen(t, "127.0.0.1:0")
+	for i := range n {
+		a := netip.AddrFrom4([4]byte{127, 1, byte(i >> 8), byte(i)})
+		s.send(t, cone.EndpointFrom(netip.AddrPortFrom(a, 9)), "x")
+	}
+}
+
+func TestGetFindsAFlowByEitherDirection(t *testing.T) {
+	enterNetNS(t)
+	nft(t, `table ip n { chain n { type nat hook postrouting priority 100; udp dport 9 snat to 127.0.0.9:4444; }; }`)
+	s, q := listen(t, "127.0.0.1:0"), dialQueries(t, Config{})
+	peer := endpoint("127.0.0.1:9")
+	s.send(t, peer, "x")
+	want := dump(t, q)[s.endpoint()]
+	if want.ReplyDst != endpoint("127.0.0.9:4444") || !want.Status.Has(cone.StatusSrcNAT) {
+		t.Fatalf("not translated: %+v", want)
+	}
+	for _, tt := range [][2]cone.Endpoint{{s.endpoint(), peer}, {peer, want.ReplyDst}} {
+		got, ok, err := q.Get(tt[0], tt[1], 0)
+		if !ok || err != nil {
+			t.Fatalf("get %v: %v, %v", tt, ok, err)
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Error(diff)
+		}
+	}
+	if _, ok, err := q.Get(s.endpoint(), endpoint("127.0.0.1:10"), 0); ok || err != nil {
+		t.Errorf("get of an unknown flow: %v, %v", ok, err)
+	}
+	if _, _, err := q.Get(s.endpoint(), endpoint("[::1]:9"), 0); err == nil {
+		t.Error("two families are no error")
+	}
+}
+
+func TestGetAndDeleteKeepToTheZone(t *testing.T) {
+	enterNetNS(t)
+	nft(t, `table ip n { chain n { type filter hook output priority -300;
+		udp dport 7 ct original zone set 7
+		udp dport 9 ct zone set 9
+	}; }`)
+	s, q := listen(t, "127.0.0.1:0"), dialQueries(t, Config{})
+	for _, tt := range []struct {
+		peer             string
+		origZone, reZone uint16
+	}{{"127.0.0.1:7", 7, 0}, {"127.0.0.1:9", 9, 9}} {
+		peer := endpoint(tt.peer)
+		s.send(t, peer, "x")
+		if _, ok, err := q.Get(s.endpoint(), peer, 0); ok || err != nil {
+			t.Errorf("%s: found in the default zone: %v, %v", tt.peer, ok, err)
+		}
+		f, ok, err := q.Get(s.endpoint(), peer, tt.origZone)
+		if !ok || err != nil || f.OrigZone != tt.origZone || f.ReplyZone != tt.reZone {
+			t.Fatalf("%s: %v, %v, %+v", tt.peer, ok, err, f)
+		}
+		if back, ok, err := q.Get(f.ReplySrc, f.ReplyDst, f.ReplyZone); !ok || err != nil || back != f {
+			t.Errorf("%s by its reply: %v, %v, %+v", tt.peer, ok, err, back)
+		}
+		if ok, err := q.Delete(f.Src, f.Dst, 0, f.ID); ok || err != nil {
+			t.Errorf("%s deleted in the default zone: %v, %v", tt.peer, ok, err)
+		}
+		if ok, err := q.Delete(f.Src, f.Dst, f.OrigZone, f.ID); !ok || err != nil {
+			t.Errorf("%s not deleted: %v, %v", tt.peer, ok, err)
+		}
+	}
+}
+
+func TestDeleteTakesOnlyTheEntryWithThatID(t *testing.T) {
+	enterNetNS(t)
+	makeFlows(t, 3)
+	q := dialQueries(t, Config{})
+	f := anyFlow(t, q)
+	if ok, err := q.Delete(f.Src, f.Dst, 0, f.ID+1); ok || err != nil {
+		t.Errorf("delete with a wrong id: %v, %v", ok, err)
+	}
+	if _, ok, err := q.Get(f.Src, f.Dst, 0); !ok || err != nil {
+		t.Errorf("it is gone: %v, %v", ok, err)
+	}
+	if ok, err := q.Delete(f.Src, f.Dst, 0, f.ID); !ok || err != nil {
+		t.Errorf("delete: %v, %v", ok, err)
+	}
+	if ok, err := q.Delete(f.Src, f.Dst, 0, f.ID); ok || err != nil {
+		t.Errorf("delete again: %v, %v", ok, err)
+	}
+	n := 0
+	if err := q.Dump(func(*cone.Flow) { n++ }); err != nil || n != 2 {
+		t.Errorf("%d flows are left, want 2 (%v)", n, err)
+	}
+}
+
+func anyFlow(t testing.TB, q *Queries) (last cone.Flow) {
+	t.Helper()
+	if err := q.Dump(func(f *cone.Flow) { last = *f }); err != nil {
+		t.Fatal(err)
+	}
+	return last
+}
+
+func TestDeleteThatWouldFlushIsNotSent(t *testing.T) {
+	enterNetNS(t)
+	makeFlows(t, 1)
+	q := dialQueries(t, Config{})
+	id := appendAttr(nil, ctaID, 1, 2, 3, 4)
+	for _, attrs := range [][]byte{nil, id, tuples} {
+		if err := q.query(ipctnlMsgCTDelete, netlink.Acknowledge, unix.AF_INET, attrs, nil); !errors.Is(err, errFlush) {
+			t.Errorf("attributes %x: error %v", attrs, err)
+		}
+	}
+	if anyFlow(t, q) == (cone.Flow{}) {
+		t.Error("the table is empty")
+	}
+}
+
+func BenchmarkRead(b *testing.B) {
+	enterNetNS(b)
+	w := dialWatcher(b, Config{ReadBuffer: 64 << 20})
+	c, err := conntrack.Dial(nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() { _ = c.Close() }()
+	events := make([]Event, 256)
+	read := func(n int) {
+		for n > 0 {
+			k, err := w.Read(events)
+			if err != nil {
+				b.Fatal(err)
+			}
+			n -= k
+		}
+	}
+	b.ReportAllocs()
+	b.ResetTimer()
+	for done := 0; done < b.N; {
+		n := min(b.N-done, 10000)
+		b.StopTimer()
+		if err := w.SetReadDeadline(time.Now().Add(within)); err != nil {
+			b.Fatal(err)
+		}
+		makeFlows(b, n)
+		b.StartTimer()
+		read(n)
+		b.StopTimer()
+		if err := c.Flush(); err != nil {
+			b.Fatal(err)
+		}
+		read(n)
+		b.StartTimer()
+		done += n
+	}
+}
+
+func BenchmarkDump(b *testing.B) {
+	enterNetNS(b)
+	makeFlows(b, 10000)
+	q := dialQueries(b, Config{})
+	n := 0
+	b.ReportAllocs()
+	for b.Loop() {
+		if err := q.Dump(func(*cone.Flow) { n++ }); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(n), "ns/entry")
+}

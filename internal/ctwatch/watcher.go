@@ -1,0 +1,348 @@
+package ctwatch
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
+)
+
+// DefaultReadBuffer is the receive buffer of a Watcher in bytes.
+const DefaultReadBuffer = 8 << 20
+
+// A Config says where and how to open a socket. The zero value is the current
+// network namespace with default sizes.
+type Config struct {
+	// NetNS is a file descriptor of a network namespace, 0 for the current
+	// one. Queries may need it again until it is closed.
+	NetNS int
+	// ReadBuffer is the size of a Watcher's receive buffer in bytes, 0 for
+	// DefaultReadBuffer. With CAP_NET_ADMIN it may exceed net.core.rmem_max.
+	// Queries does not use it: the kernel fits a dump to the buffer.
+	ReadBuffer int
+	// Timeout is how long Queries waits for each part of an answer, 0 for
+	// DefaultTimeout. A Watcher does not use it.
+	Timeout time.Duration
+}
+
+// A Kind says what an Event tells.
+type Kind uint8
+
+// The kinds of events.
+const (
+	// New is a flow that was confirmed: its first packet is about to leave.
+	New Kind = iota + 1
+	// Gone is a flow that was destroyed. Expiry is reported late, up to a
+	// minute, when the garbage collector passes.
+	Gone
+	// Overrun says that events were lost; Flow is zero. It comes after all
+	// that was queued before the loss, when the kernel delivers again, so a
+	// dump that is made now misses nothing.
+	Overrun
+)
+
+func (k Kind) String() string {
+	switch k {
+	case New:
+		return "new"
+	case Gone:
+		return "gone"
+	case Overrun:
+		return "overrun"
+	}
+	return fmt.Sprintf("Kind(%d)", uint8(k))
+}
+
+// An Event is one piece of news from the conntrack table.
+type Event struct {
+	Kind Kind
+	Flow cone.Flow
+}
+
+// Stats are the counters of a Watcher since Dial.
+type Stats struct {
+	// Received counts events of kind New and Gone.
+	Received uint64
+	// Filtered counts messages that came through the socket filter and were
+	// no event of a UDP flow all the same. What the filter itself dropped the
+	// kernel does not tell.
+	Filtered uint64
+	// Malformed counts messages that could not be decoded.
+	Malformed uint64
+	// Overruns counts how often the kernel said ENOBUFS; each stands for an
+	// unknown number of lost events.
+	Overruns uint64
+	// ReadBuffer is the receive buffer that the kernel gave, in the unit of
+	// Config.ReadBuffer (the kernel itself counts twice that, for overhead).
+	ReadBuffer int
+}
+
+// A Watcher hears of UDP flows that begin and end, except anchors. One
+// goroutine may call Read; all other methods are safe at any time.
+type Watcher struct {
+	conn    socket
+	rc      syscall.RawConn
+	receive func(fd uintptr) bool // w.read, bound once: binding allocates
+
+	// Of Read alone.
+	buf     []byte
+	rest    []byte  // messages of the last datagram for which there was no room
+	events  []Event // what the running Read fills
+	n       int
+	err     error
+	overrun bool // to be told as soon as the queue is empty
+
+	mu       sync.Mutex // guards deadline and woken
+	deadline time.Time
+	woken    bool
+
+	closed                                  atomic.Bool
+	received, filtered, malformed, overruns atomic.Uint64
+	readBuffer                              int
+}
+
+// socket is the part of a netlink.Conn that a Watcher uses while it runs.
+type socket interface {
+	syscall.Conn
+	SetReadDeadline(time.Time) error
+	Close() error
+}
+
+var errClosed error = closedError{}
+
+// closedError is os.ErrClosed and net.ErrClosed at once: callers look for
+// either after the Close of a socket.
+type closedError struct{}
+
+func (closedError) Error() string { return "conntrack socket is closed" }
+
+func (closedError) Is(err error) bool { return err == os.ErrClosed || err == net.ErrClosed }
+
+// Dial opens the event socket. It needs CAP_NET_ADMIN in the user namespace
+// that owns the network namespace.
+func Dial(cfg Config) (*Watcher, error) {
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: cfg.NetNS})
+	if err != nil {
+		return nil, wrap("open conntrack event socket", err)
+	}
+	size, err := subscribe(conn, cfg)
+	if err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	w, err := newWatcher(conn)
+	if err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	w.readBuffer = size
+	return w, nil
+}
+
+// subscribe prepares conn and joins the groups; it returns the size of the
+// receive buffer.
+func subscribe(conn *netlink.Conn, cfg Config) (int, error) {
+	size := cfg.ReadBuffer
+	if size == 0 {
+		size = DefaultReadBuffer
+	}
+	// SO_RCVBUFFORCE, or SO_RCVBUF where that is not allowed.
+	if err := conn.SetReadBuffer(size); err != nil {
+		return 0, wrap("set receive buffer", err)
+	}
+	got, err := conn.ReadBuffer()
+	if err != nil {
+		return 0, wrap("get receive buffer", err)
+	}
+	// With this option a loss would go unnoticed.
+	if err := conn.SetOption(netlink.NoENOBUFS, false); err != nil {
+		return 0, wrap("clear NETLINK_NO_ENOBUFS", err)
+	}
+
+	// The filter comes before the groups, so that nothing passes unfiltered.
+	prog, err := eventFilter()
+	if err != nil {
+		return 0, wrap("assemble socket filter", err)
+	}
+	if err := conn.SetBPF(prog); err != nil {
+		return 0, wrap("attach socket filter", err)
+	}
+	// DESTROY first: a flow that is seen to begin is then seen to end.
+	for _, group := range []uint32{unix.NFNLGRP_CONNTRACK_DESTROY, unix.NFNLGRP_CONNTRACK_NEW} {
+		if err := conn.JoinGroup(group); err != nil {
+			return 0, wrap("join conntrack event group", err)
+		}
+	}
+	return got / 2, nil
+}
+
+func newWatcher(conn socket) (*Watcher, error) {
+	rc, err := conn.SyscallConn()
+	if err != nil {
+		return nil, wrap("get raw connection", err)
+	}
+	// An event is a few hundred bytes; nothing near this size exists.
+	w := &Watcher{conn: conn, rc: rc, buf: make([]byte, 64<<10)}
+	w.receive = w.read
+	return w, nil
+}
+
+// wrap returns err as "what: err" and says what mends a lack of privilege.
+func wrap(what string, err error) error {
+	if errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("%s: %w (run as root or with CAP_NET_ADMIN)", what, err)
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}
+
+// Read waits for news, then fills events with what is there, without waiting
+// again, and returns how many it filled. It does not allocate. Lost events
+// (Overrun) and messages that cannot be decoded are not errors.
+//
+// When the deadline has passed, or Wake was called, it returns 0 and
+// os.ErrDeadlineExceeded; queued events stay for a Read with a later deadline.
+// After Close it returns an error that is both os.ErrClosed and net.ErrClosed.
+func (w *Watcher) Read(events []Event) (int, error) {
+	if len(events) == 0 {
+		return 0, nil
+	}
+	w.events, w.n, w.err = events, 0, nil
+	w.parseRest()
+	err := w.rc.Read(w.receive)
+	w.events = nil
+
+	switch {
+	case w.n > 0:
+		return w.n, nil // an error comes again, at the next Read
+	case w.closed.Load():
+		return 0, errClosed
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		w.awake()
+		return 0, os.ErrDeadlineExceeded
+	case err == nil:
+		err = w.err
+	}
+	return 0, wrap("read conntrack events", err)
+}
+
+// read takes datagrams until the queue or w.events is at its end. It returns
+// false to be called again when there is more to read (syscall.RawConn).
+func (w *Watcher) read(fd uintptr) bool {
+	for w.n < len(w.events) {
+		n, err := unix.Read(int(fd), w.buf)
+		switch err {
+		case nil:
+			w.rest = w.buf[:n]
+			w.parseRest()
+		case unix.EINTR:
+		case unix.EAGAIN:
+			w.tellOverrun()
+			return w.n > 0
+		case unix.ENOBUFS:
+			// The kernel queues nothing until we have read the queue empty
+			// (netlink_overrun, netlink_rcv_wake), so tell it only then; at
+			// the latest here, as a second loss means that it was empty.
+			w.tellOverrun()
+			w.overrun = true
+			w.overruns.Add(1)
+		default:
+			w.err = os.NewSyscallError("read", err)
+			return true
+		}
+	}
+	return true
+}
+
+func (w *Watcher) tellOverrun() {
+	if w.overrun {
+		w.overrun = false
+		w.events[w.n] = Event{Kind: Overrun}
+		w.n++
+	}
+}
+
+// parseRest turns w.rest into events as far as there is room.
+func (w *Watcher) parseRest() {
+	for len(w.rest) > 0 && w.n < len(w.events) {
+		h, msg, rest, ok := nextMessage(w.rest)
+		w.rest = rest
+		if !ok {
+			w.malformed.Add(1)
+			return
+		}
+		ev := &w.events[w.n]
+		kind, err := parse(h, msg, &ev.Flow)
+		switch err {
+		case nil:
+			ev.Kind = kind
+			w.n++
+			w.received.Add(1)
+		case errForeign:
+			w.filtered.Add(1)
+		default:
+			w.malformed.Add(1)
+		}
+	}
+}
+
+// SetReadDeadline sets the time at which a Read, also one that waits already,
+// gives up; the zero time is never.
+func (w *Watcher) SetReadDeadline(t time.Time) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.deadline = t
+	if w.woken {
+		return nil // the Read that sees the wake-up sets it
+	}
+	return w.conn.SetReadDeadline(t)
+}
+
+// Wake makes one Read return os.ErrDeadlineExceeded: the one that waits, else
+// the next. It is not lost to a SetReadDeadline that runs at the same time.
+// Calls before that Read returns count as one.
+func (w *Watcher) Wake() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.woken = true
+	// It fails only when the socket is closed, and then Read returns anyhow.
+	_ = w.conn.SetReadDeadline(time.Unix(0, 1))
+}
+
+// awake ends a wake-up.
+func (w *Watcher) awake() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.woken {
+		w.woken = false
+		_ = w.conn.SetReadDeadline(w.deadline)
+	}
+}
+
+// Stats returns the counters.
+func (w *Watcher) Stats() Stats {
+	return Stats{
+		Received:   w.received.Load(),
+		Filtered:   w.filtered.Load(),
+		Malformed:  w.malformed.Load(),
+		Overruns:   w.overruns.Load(),
+		ReadBuffer: w.readBuffer,
+	}
+}
+
+// Close ends the subscription and a Read that waits. A second Close does
+// nothing.
+func (w *Watcher) Close() error {
+	if w.closed.Swap(true) {
+		return nil
+	}
+	return w.conn.Close()
+}

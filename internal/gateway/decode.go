@@ -1,0 +1,195 @@
+package gateway
+
+import (
+	"encoding/binary"
+	"net/netip"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// From linux/rtnetlink.h; x/sys/unix lacks them.
+const (
+	rtnUnicast = 1
+	rtaNHID    = 30
+)
+
+// A reader takes in the messages of rtnetlink's dumps.
+type reader struct {
+	Network
+	// byNexthop are the routes whose links the kernel does not tell. It does
+	// unless net.ipv4.nexthop_compat_mode is 0.
+	byNexthop []nexthopRoute
+	nexthops  map[uint32][]int    // the links of a nexthop object
+	groups    map[uint32][]uint32 // the members of a group of them
+}
+
+type nexthopRoute struct {
+	Route
+	id uint32
+}
+
+// link decodes a struct ifinfomsg with attributes.
+func (r *reader) link(b []byte) error {
+	var l Link
+	err := attributes(b, unix.SizeofIfInfomsg, func(ad *netlink.AttributeDecoder) {
+		switch ad.Type() {
+		case unix.IFLA_IFNAME:
+			l.Name = ad.String()
+		case unix.IFLA_LINKINFO:
+			ad.Nested(func(info *netlink.AttributeDecoder) error {
+				for info.Next() {
+					if info.Type() == unix.IFLA_INFO_KIND {
+						l.Kind = info.String()
+					}
+				}
+				return nil
+			})
+		}
+	})
+	if err != nil {
+		return err
+	}
+	l.Index = int(int32(binary.NativeEndian.Uint32(b[4:])))
+	l.Flags = binary.NativeEndian.Uint32(b[8:])
+	r.Links = append(r.Links, l)
+	return nil
+}
+
+// addr decodes a struct ifaddrmsg with attributes.
+func (r *reader) addr(b []byte) error {
+	var local, address netip.Addr
+	err := attributes(b, unix.SizeofIfAddrmsg, func(ad *netlink.AttributeDecoder) {
+		switch ad.Type() {
+		case unix.IFA_LOCAL:
+			local, _ = netip.AddrFromSlice(ad.Bytes())
+		case unix.IFA_ADDRESS:
+			address, _ = netip.AddrFromSlice(ad.Bytes())
+		}
+	})
+	if err != nil {
+		return err
+	}
+	bits := int(b[1])
+	switch {
+	case !local.IsValid():
+		local = address // as IPv6 has it
+	case address.IsValid() && address != local:
+		bits = local.BitLen() // point to point: the prefix is the other end's
+	}
+	p := netip.PrefixFrom(local, bits)
+	if !p.IsValid() {
+		return nil // another address family
+	}
+	r.Addrs = append(r.Addrs, Addr{Prefix: p, Link: int(int32(binary.NativeEndian.Uint32(b[4:])))})
+	return nil
+}
+
+// route decodes a struct rtmsg with attributes.
+func (r *reader) route(b []byte) error {
+	var (
+		dst   netip.Addr
+		table uint32
+		links []int
+		id    uint32
+	)
+	err := attributes(b, unix.SizeofRtMsg, func(ad *netlink.AttributeDecoder) {
+		switch ad.Type() {
+		case unix.RTA_DST:
+			dst, _ = netip.AddrFromSlice(ad.Bytes())
+		case unix.RTA_TABLE:
+			table = ad.Uint32()
+		case unix.RTA_OIF:
+			links = append(links, int(ad.Int32()))
+		case unix.RTA_MULTIPATH:
+			ad.Do(func(b []byte) (err error) {
+				links, err = multipath(b)
+				return err
+			})
+		case rtaNHID:
+			id = ad.Uint32()
+		}
+	})
+	if err != nil {
+		return err
+	}
+	family, bits, typ := b[0], int(b[1]), b[7]
+	// A cloned route is a cached one: a path MTU, a redirect.
+	cloned := binary.NativeEndian.Uint32(b[8:])&unix.RTM_F_CLONED != 0
+	if typ != rtnUnicast || table == unix.RT_TABLE_LOCAL || cloned {
+		return nil
+	}
+	if !dst.IsValid() {
+		switch family {
+		case unix.AF_INET:
+			dst = netip.IPv4Unspecified()
+		case unix.AF_INET6:
+			dst = netip.IPv6Unspecified()
+		}
+	}
+	p := netip.PrefixFrom(dst, bits)
+	if !p.IsValid() || family != unix.AF_INET && family != unix.AF_INET6 {
+		return nil
+	}
+	route := Route{Prefix: p, Table: table}
+	for _, route.Link = range links {
+		r.Routes = append(r.Routes, route)
+	}
+	if len(links) == 0 && id != 0 {
+		r.byNexthop = append(r.byNexthop, nexthopRoute{route, id})
+	}
+	return nil
+}
+
+// multipath decodes a list of struct rtnexthop.
+func multipath(b []byte) (links []int, err error) {
+	for len(b) >= unix.SizeofRtNexthop {
+		n := int(binary.NativeEndian.Uint16(b))
+		if n < unix.SizeofRtNexthop || n > len(b) {
+			return nil, errMalformed
+		}
+		links = append(links, int(int32(binary.NativeEndian.Uint32(b[4:]))))
+		b = b[min((n+3)&^3, len(b)):]
+	}
+	return links, nil
+}
+
+// nexthop decodes a struct nhmsg with attributes.
+func (r *reader) nexthop(b []byte) error {
+	var (
+		id      uint32
+		links   []int
+		members []uint32
+	)
+	err := attributes(b, unix.SizeofNhmsg, func(ad *netlink.AttributeDecoder) {
+		switch ad.Type() {
+		case unix.NHA_ID:
+			id = ad.Uint32()
+		case unix.NHA_OIF:
+			links = append(links, int(ad.Int32()))
+		case unix.NHA_GROUP: // of struct nexthop_grp
+			for b := ad.Bytes(); len(b) >= 8; b = b[8:] {
+				members = append(members, binary.NativeEndian.Uint32(b))
+			}
+		}
+	})
+	if err != nil {
+		return err
+	}
+	if r.nexthops == nil {
+		r.nexthops, r.groups = map[uint32][]int{}, map[uint32][]uint32{}
+	}
+	r.nexthops[id], r.groups[id] = links, members
+	return nil
+}
+
+// resolve adds the routes by nexthop object. A group has no groups in it.
+func (r *reader) resolve() {
+	for _, by := range r.byNexthop {
+		for _, id := range append([]uint32{by.id}, r.groups[by.id]...) {
+			for _, by.Link = range r.nexthops[id] {
+				r.Routes = append(r.Routes, by.Route)
+			}
+		}
+	}
+}

@@ -1,0 +1,166 @@
+package gateway
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Network is what the links of a network namespace looked like at one time.
+// Its methods only read it.
+type Network struct {
+	Links  []Link  // by index
+	Addrs  []Addr  // of all links
+	Routes []Route // unicast routes of all tables, but those of table local
+}
+
+// A Link is a network interface.
+type Link struct {
+	Index int
+	Name  string
+	Kind  string // as in "ip -details link"; empty for most hardware
+	Flags uint32 // IFF_UP and so on
+
+	// Outside says that the link holds a default route, in whatever table, or
+	// was named.
+	Outside bool
+}
+
+// An Addr is an own address, with the prefix that is connected by it.
+type Addr struct {
+	Prefix netip.Prefix // not masked
+	Link   int          // index
+}
+
+// A Route is one next hop of a route.
+type Route struct {
+	Prefix netip.Prefix
+	Table  uint32
+	Link   int // index
+}
+
+// An UnknownLinkError says that links were named that are not there.
+type UnknownLinkError struct {
+	Names []string // what was not found
+	Links []string // what is there
+}
+
+func (e *UnknownLinkError) Error() string {
+	return fmt.Sprintf("find link %s: there are only %s",
+		strings.Join(e.Names, ", "), strings.Join(e.Links, ", "))
+}
+
+// attempts is how often a network that changes under our eyes is read. One
+// reading takes well below a millisecond on most gateways.
+const attempts = 5
+
+// ReadNetwork reads the network namespace behind the descriptor netns, or the
+// calling thread's own when it is 0. The links named in outside are outside
+// links beside those that hold a default route.
+//
+// If the error is an *UnknownLinkError the Network is complete all the same: a
+// link may come later.
+func ReadNetwork(netns int, outside []string) (Network, error) {
+	c, err := dial(unix.NETLINK_ROUTE, netns)
+	if err != nil {
+		return Network{}, err
+	}
+	defer func() { _ = c.close() }()
+	var r reader
+	for range attempts {
+		r = reader{}
+		if err = r.read(c); !errors.Is(err, errInterrupted) {
+			break
+		}
+	}
+	if err != nil {
+		return Network{}, err
+	}
+	return r.Network, r.markOutside(outside)
+}
+
+func (r *reader) read(c *conn) error {
+	dumps := []struct {
+		what   string
+		typ    uint16
+		header int
+		each   func([]byte) error
+	}{
+		{"links", unix.RTM_GETLINK, unix.SizeofIfInfomsg, r.link},
+		{"addresses", unix.RTM_GETADDR, unix.SizeofIfAddrmsg, r.addr},
+		{"routes", unix.RTM_GETROUTE, unix.SizeofRtMsg, r.route},
+		{"nexthops", unix.RTM_GETNEXTHOP, unix.SizeofNhmsg, r.nexthop},
+	}
+	for _, d := range dumps {
+		if d.typ == unix.RTM_GETNEXTHOP && len(r.byNexthop) == 0 {
+			continue // not known before Linux 5.3
+		}
+		if err := c.exchange(newRequest(d.typ, unix.NLM_F_DUMP, d.header), d.each); err != nil {
+			return fmt.Errorf("read %s: %w", d.what, err)
+		}
+	}
+	r.resolve()
+	slices.SortFunc(r.Links, func(a, b Link) int { return a.Index - b.Index })
+	return nil
+}
+
+// markOutside finds the outside links.
+func (n *Network) markOutside(named []string) error {
+	holds := map[int]bool{}
+	for _, r := range n.Routes {
+		if isDefault(r.Prefix) {
+			holds[r.Link] = true
+		}
+	}
+	var names []string
+	for i := range n.Links {
+		l := &n.Links[i]
+		l.Outside = !l.is(unix.IFF_LOOPBACK) && holds[l.Index] || slices.Contains(named, l.Name)
+		names = append(names, l.Name)
+	}
+	var unknown []string
+	for _, name := range named {
+		if !slices.Contains(names, name) {
+			unknown = append(unknown, name)
+		}
+	}
+	if unknown != nil {
+		return &UnknownLinkError{Names: unknown, Links: names}
+	}
+	return nil
+}
+
+func (l Link) is(flags uint32) bool { return l.Flags&flags == flags }
+
+// OutsideLinks returns the names of the outside links.
+func (n Network) OutsideLinks() []string {
+	var names []string
+	for _, l := range n.Links {
+		if l.Outside {
+			names = append(names, l.Name)
+		}
+	}
+	return names
+}
+
+// links returns the links by index.
+func (n Network) links() map[int]Link {
+	m := make(map[int]Link, len(n.Links))
+	for _, l := range n.Links {
+		m[l.Index] = l
+	}
+	return m
+}
+
+var global6 = netip.MustParsePrefix("2000::/3") // all of the IPv6 Internet
+
+// isDefault reports whether p is a default route, or one of the parts that some
+// VPN programs lay over it (OpenVPN's redirect-gateway: 0.0.0.0/1, 128.0.0.0/1,
+// 2000::/4, 3000::/4).
+func isDefault(p netip.Prefix) bool {
+	return p.Bits() <= 1 || p.Bits() <= 4 && p.Overlaps(global6)
+}

@@ -1,0 +1,328 @@
+package gateway
+
+import (
+	"errors"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+func TestOutsideLinks(t *testing.T) {
+	tests := []struct {
+		name     string
+		commands []string
+		outside  []string
+		want     []string
+	}{
+		{name: "main table", want: []string{"wan0"}},
+		{
+			name: "only in a custom table",
+			commands: []string{
+				"route del default", "-6 route del default",
+				"route add default via 10.47.12.20 dev guest0 table 4242",
+			},
+			want: []string{"guest0"},
+		},
+		{
+			name:     "two uplinks",
+			commands: []string{"route add default via 10.47.12.20 dev guest0 table 100"},
+			want:     []string{"guest0", "wan0"},
+		},
+		{
+			name: "two next hops",
+			commands: []string{
+				"route replace default nexthop via 198.51.100.254 nexthop via 10.47.12.20",
+				"-6 route del default",
+			},
+			want: []string{"guest0", "wan0"},
+		},
+		{
+			name: "nexthop object",
+			commands: []string{
+				"route del default", "-6 route del default",
+				"nexthop add id 7 via 10.47.12.20 dev guest0", "route add default nhid 7",
+			},
+			want: []string{"guest0"},
+		},
+		{
+			name:     "IPv6 alone",
+			commands: []string{"route del default"},
+			want:     []string{"wan0"},
+		},
+		{
+			name: "halves of the default",
+			commands: []string{
+				"route add 0.0.0.0/1 via 10.47.12.20", "route add 128.0.0.0/1 via 10.47.12.20",
+			},
+			want: []string{"guest0", "wan0"},
+		},
+		{
+			name: "only defaults that lead nowhere",
+			commands: []string{
+				"route del default", "-6 route del default",
+				"route add unreachable default", "route add blackhole default table 100",
+				"route add local default dev lo table 101", "-6 route add unreachable default",
+			},
+		},
+		{
+			name:     "named",
+			commands: []string{"route del default", "-6 route del default"},
+			outside:  []string{"guest0"},
+			want:     []string{"guest0"},
+		},
+		{
+			name:    "named beside the default",
+			outside: []string{"guest0", "wan0"},
+			want:    []string{"guest0", "wan0"},
+		},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			n := readNetwork(t, newGateway(t, test.commands...), test.outside...)
+			got := n.OutsideLinks()
+			slices.Sort(got)
+			if !slices.Equal(got, test.want) {
+				t.Errorf("got %q, want %q", got, test.want)
+			}
+		})
+	}
+}
+
+// FRR and others make nexthop objects; the kernel shows the links behind them
+// in the route unless told not to.
+func TestNexthopObjectsAreResolvedWithoutCompatMode(t *testing.T) {
+	g := newGateway(t,
+		"route del default", "-6 route del default",
+		"nexthop add id 7 via 10.47.12.20 dev guest0", "nexthop add id 8 via 198.51.100.254 dev wan0",
+		"nexthop add id 9 group 7/8", "route add default nhid 9",
+		"nexthop add id 10 blackhole", "route add default nhid 10 table 100")
+	if err := g.SetSysctl("net.ipv4.nexthop_compat_mode", "0"); err != nil {
+		t.Fatal(err)
+	}
+	got := readNetwork(t, g).OutsideLinks()
+	slices.Sort(got)
+	if want := []string{"guest0", "wan0"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+func TestUnknownLinkIsNamedBesideThoseThatAreThere(t *testing.T) {
+	n, err := ReadNetwork(newGateway(t).FD(), []string{"ppp0", "wan0"})
+	var unknown *UnknownLinkError
+	if !errors.As(err, &unknown) {
+		t.Fatalf("got %v", err)
+	}
+	if !slices.Equal(unknown.Names, []string{"ppp0"}) || !slices.Contains(unknown.Links, "lan0") {
+		t.Errorf("got %+v", unknown)
+	}
+	if msg := err.Error(); !strings.HasPrefix(msg, "find link ppp0: ") || !strings.Contains(msg, "guest0") {
+		t.Errorf("got %q", msg)
+	}
+	if got := n.OutsideLinks(); !slices.Equal(got, []string{"wan0"}) {
+		t.Errorf("outside links: %q", got)
+	}
+}
+
+func TestTopologyOfTheLab(t *testing.T) {
+	g := newGateway(t,
+		"link add docker0 up type bridge", "addr add 172.17.0.1/16 dev docker0",
+		"addr add 198.51.100.9/32 dev lo",
+		"route add 10.0.0.0/8 via 10.47.12.20",
+		"route add 10.9.0.0/16 via 198.51.100.254",
+		"route add 192.0.2.0/24 via 198.51.100.254")
+	got := readNetwork(t, g).Topology()
+
+	var routes []string
+	for _, r := range got.Routes {
+		way := " inside"
+		if r.Outside {
+			way = " outside"
+		}
+		routes = append(routes, r.Prefix.String()+way)
+	}
+	want := []string{
+		"0.0.0.0/0 outside",
+		"10.0.0.0/8 inside",
+		"10.9.0.0/16 outside", // within an inside one
+		"10.47.11.0/24 inside",
+		"10.47.12.0/24 inside",
+		"172.17.0.0/16 inside",
+		"::/0 outside",
+		"2001:db8:47::/64 inside",
+		"2001:db8:48::/64 inside",
+	}
+	if !slices.Equal(routes, want) {
+		t.Errorf("routes:\n%s\nwant:\n%s", strings.Join(routes, "\n"), strings.Join(want, "\n"))
+	}
+
+	local := []netip.Addr{netip.MustParseAddr("172.17.0.1"), netip.MustParseAddr("198.51.100.9")}
+	for _, p := range []netip.Prefix{
+		lab.InsideNet, lab.InsideNet6, lab.GuestNet, lab.GuestNet6, lab.OutsideNet, lab.OutsideNet6,
+	} {
+		local = append(local, p.Addr().Next())
+	}
+	if local = unique(local); !slices.Equal(got.Local, local) {
+		t.Errorf("local: %v, want %v", got.Local, local)
+	}
+}
+
+func TestTopology(t *testing.T) {
+	const wan, tun, lan, lo = 2, 3, 4, 1
+	route := func(link int, prefix string) Route {
+		return Route{Prefix: netip.MustParsePrefix(prefix), Link: link}
+	}
+	out := func(prefix string) cone.Route {
+		return cone.Route{Prefix: netip.MustParsePrefix(prefix), Outside: true}
+	}
+	in := func(prefix string) cone.Route { return cone.Route{Prefix: netip.MustParsePrefix(prefix)} }
+	tests := []struct {
+		name   string
+		routes []Route
+		want   []cone.Route
+	}{
+		{
+			"many outside routes beside a default",
+			[]Route{route(wan, "0.0.0.0/0"), route(wan, "8.0.0.0/8"), route(tun, "1.0.0.0/24"), route(lan, "10.0.0.0/24")},
+			[]cone.Route{out("0.0.0.0/0"), in("10.0.0.0/24")},
+		},
+		{
+			"no default at all",
+			[]Route{route(wan, "203.0.113.0/24"), route(lan, "10.0.0.0/24"), route(wan, "2001:db8::/32")},
+			[]cone.Route{in("10.0.0.0/24"), out("203.0.113.0/24"), out("2001:db8::/32")},
+		},
+		{
+			"a default of one family",
+			[]Route{route(wan, "::/0"), route(wan, "203.0.113.0/24"), route(wan, "2001:db8::/32")},
+			[]cone.Route{out("203.0.113.0/24"), out("::/0")},
+		},
+		{
+			"the same prefix inside and outside, in two tables",
+			[]Route{route(wan, "0.0.0.0/0"), route(wan, "10.0.0.0/24"), route(lan, "10.0.0.0/24"), route(lan, "10.0.0.0/24")},
+			[]cone.Route{out("0.0.0.0/0"), in("10.0.0.0/24"), out("10.0.0.0/24")},
+		},
+		{
+			"an outside route around an inside one",
+			[]Route{route(wan, "0.0.0.0/0"), route(wan, "10.0.0.0/8"), route(lan, "10.0.0.0/24")},
+			[]cone.Route{out("0.0.0.0/0"), in("10.0.0.0/24")},
+		},
+		{
+			"loopback, link-local and a link that came later",
+			[]Route{route(lo, "10.0.0.0/8"), route(wan, "fe80::/64"), route(lan, "fe80::/64"), route(9, "10.0.0.0/24")},
+			nil,
+		},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			n := Network{
+				Links: []Link{
+					{Index: lo, Name: "lo", Flags: unix.IFF_LOOPBACK},
+					{Index: wan, Name: "wan0", Outside: true},
+					{Index: tun, Name: "tun0", Outside: true},
+					{Index: lan, Name: "lan0"},
+				},
+				Routes: test.routes,
+			}
+			if got := n.Topology().Routes; !slices.Equal(got, test.want) {
+				t.Errorf("got %v, want %v", got, test.want)
+			}
+		})
+	}
+}
+
+func TestCandidatesOnTheKernel(t *testing.T) {
+	g := newGateway(t,
+		"link add docker0 up type bridge", "addr add 172.17.0.1/16 dev docker0",
+		"link add br-0123456789ab up type bridge", "addr add 172.18.0.1/16 dev br-0123456789ab",
+		"link add br-lan up type bridge", "addr add 192.168.1.1/24 dev br-lan", "addr add 192.168.1.2/24 dev br-lan",
+		"link add down0 type bridge", "addr add 192.168.3.1/24 dev down0",
+		"tuntap add tun0 mode tun", "link set tun0 up", "addr add 10.8.0.1/24 dev tun0",
+		"tuntap add tap0 mode tap", "link set tap0 up", "addr add 10.9.0.1/24 dev tap0",
+		"addr add 10.99.0.1/24 dev lo", "addr add 10.98.0.1/24 dev wan0",
+		"addr add 203.0.113.77/24 dev lan0", "addr add 100.64.0.1/24 dev lan0", "addr add 10.97.0.1/32 dev lan0")
+	// Not all kernels have these.
+	for i, kind := range []string{"wireguard", "dummy", "vxlan id 1 dstport 4789"} {
+		name := "kind" + kind[:2]
+		if _, err := g.Output("ip", append([]string{"link", "add", name, "up", "type"}, strings.Fields(kind)...)...); err != nil {
+			t.Logf("without %s: %v", kind, err)
+			continue
+		}
+		ip(t, g, "addr add 10.10."+string(rune('0'+i))+".1/24 dev "+name)
+	}
+	got := readNetwork(t, g).Candidates()
+	want := []netip.Prefix{lab.InsideNet, netip.MustParsePrefix("192.168.1.0/24")}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
+func TestLinksThatLookLikeALAN(t *testing.T) {
+	tests := []struct {
+		name, kind string
+		flags      uint32
+		want       bool
+	}{
+		{"eth1", "", 0, true},
+		{"wlan0", "", 0, true},
+		{"lan1", "dsa", 0, true},
+		{"br0", "bridge", 0, true},
+		{"br-lan", "bridge", 0, true},
+		{"br-0123456789ab", "bridge", 0, false},
+		{"eth1.20", "vlan", 0, true},
+		{"bond0", "bond", 0, true},
+		{"docker_gwbridge", "bridge", 0, false},
+		{"virbr0", "bridge", 0, false},
+		{"cni0", "bridge", 0, false},
+		{"podman1", "bridge", 0, false},
+		{"lxcbr0", "bridge", 0, false},
+		{"lxdbr0", "bridge", 0, false},
+		{"vnet3", "tun", 0, false},
+		{"office", "veth", 0, false},
+		{"office", "wireguard", 0, false},
+		{"office", "gretap", 0, false},
+		{"office", "xfrm", 0, false},
+		{"office", "dummy", 0, false},
+		{"office", "some-new-kind", 0, false},
+		{"ppp0", "", unix.IFF_POINTOPOINT | unix.IFF_NOARP, false},
+		{"lo", "", unix.IFF_LOOPBACK, false},
+	}
+	for _, test := range tests {
+		l := Link{Name: test.name, Kind: test.kind, Flags: test.flags | unix.IFF_UP}
+		if got := l.lan(); got != test.want {
+			t.Errorf("%s of kind %q: %v", test.name, test.kind, got)
+		}
+		if l.Flags &^= unix.IFF_UP; l.lan() {
+			t.Errorf("%s is down", test.name)
+		}
+	}
+}
+
+func TestOwnNamespaceIsReadWithoutDescriptor(t *testing.T) {
+	n, err := ReadNetwork(0, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.ContainsFunc(n.Links, func(l Link) bool { return l.Name == "lo" && l.is(unix.IFF_LOOPBACK) }) {
+		t.Errorf("no loopback among %v", n.Links)
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	f.Add(make([]byte, 32))
+	f.Fuzz(func(_ *testing.T, b []byte) {
+		var r reader
+		for _, decode := range []func([]byte) error{r.link, r.addr, r.route, r.nexthop} {
+			_ = decode(b)
+		}
+		r.resolve()
+		_ = r.markOutside(nil)
+		_, _ = r.Topology(), r.Candidates()
+		p := PortSet{bound: map[cone.Endpoint]struct{}{}}
+		_ = p.add(b)
+	})
+}

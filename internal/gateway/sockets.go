@@ -1,0 +1,133 @@
+package gateway
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/mdlayher/socket"
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
+)
+
+// ErrNoUDPDiag says that the kernel does not find UDP sockets for us. It must
+// not be taken for "no socket there": a permission would then take packets that
+// a program on the gateway waits for.
+var ErrNoUDPDiag = errors.New("the kernel does not find UDP sockets: load the module udp_diag " +
+	"(CONFIG_INET_UDP_DIAG; OpenWrt: kmod-inet-diag)")
+
+// Sockets asks the kernel about the UDP sockets of a network namespace
+// (sock_diag(7)). It is not safe for concurrent use.
+type Sockets struct {
+	conn      *conn
+	one, dump []byte // requests
+	found     bool
+	find      func([]byte) error // sets found
+}
+
+// DialSockets opens the connection to the network namespace behind the
+// descriptor netns, or to the calling thread's own when it is 0. It looks for a
+// socket of its own to see whether the kernel can be trusted with that;
+// otherwise the error is ErrNoUDPDiag.
+func DialSockets(netns int) (*Sockets, error) {
+	c, err := dial(unix.NETLINK_SOCK_DIAG, netns)
+	if err != nil {
+		return nil, err
+	}
+	s := &Sockets{
+		conn: c,
+		one:  newDiagRequest(0),
+		dump: newDiagRequest(unix.NLM_F_DUMP),
+	}
+	s.find = func([]byte) error {
+		s.found = true
+		return nil
+	}
+	if err := s.probe(netns); err != nil {
+		_ = s.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// Close ends the connection.
+func (s *Sockets) Close() error { return s.conn.close() }
+
+// Serves reports whether a local socket gets what peer sends to ext, from
+// whatever port. It costs a few microseconds and does not allocate.
+//
+// Two sorts of sockets are not found. One that is connected, whoever it is
+// connected to: conntrack knows its flow, so that no permission takes its
+// packets while it is in use. And one that is bound to a device: only [Sockets.Ports]
+// finds these.
+func (s *Sockets) Serves(ext cone.Endpoint, peer cone.Addr) (bool, error) {
+	// udp_dump_one looks for the receiver of a packet from src to dst, and so
+	// the other way round than the names of the fields elsewhere say. All
+	// kernels do so; probe would notice one that does not. A source port of 0
+	// keeps connected sockets out.
+	family, from, to := byte(unix.AF_INET6), peer[:], ext.Addr[:]
+	if ext.Addr.Is4() {
+		family, from, to = unix.AF_INET, from[12:], to[12:]
+	}
+	s.one[diagFamily] = family
+	binary.BigEndian.PutUint16(s.one[diagDport:], ext.Port)
+	copy(s.one[diagSrc:], from)
+	copy(s.one[diagDst:], to)
+	s.found = false
+	err := s.conn.exchange(s.one, s.find)
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return false, fmt.Errorf("look up UDP socket: %w", err)
+	}
+	return s.found, nil
+}
+
+// probe looks for a socket that is there: a kernel without udp_diag says the
+// same as for a socket that is not.
+func (s *Sockets) probe(netns int) error {
+	u, err := socket.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0, "probe", &socket.Config{NetNS: netns})
+	if err != nil {
+		return fmt.Errorf("open UDP socket: %w", err)
+	}
+	defer func() { _ = u.Close() }()
+	if err := u.Bind(&unix.SockaddrInet4{}); err != nil {
+		return fmt.Errorf("bind UDP socket: %w", err)
+	}
+	addr, err := u.Getsockname()
+	if err != nil {
+		return fmt.Errorf("get port of UDP socket: %w", err)
+	}
+	own := cone.Endpoint{Addr: cone.AddrFrom4([4]byte{127, 0, 0, 1})}
+	if a, ok := addr.(*unix.SockaddrInet4); ok {
+		own.Port = uint16(a.Port)
+	}
+	found, err := s.Serves(own, own.Addr)
+	if err == nil && !found {
+		err = ErrNoUDPDiag
+	}
+	return err
+}
+
+// Offsets of a request, which is a struct inet_diag_req_v2 behind the header.
+const (
+	diagFamily   = unix.NLMSG_HDRLEN + 0
+	diagProtocol = unix.NLMSG_HDRLEN + 1
+	diagStates   = unix.NLMSG_HDRLEN + 4
+	diagDport    = unix.NLMSG_HDRLEN + 10
+	diagSrc      = unix.NLMSG_HDRLEN + 12
+	diagDst      = unix.NLMSG_HDRLEN + 28
+	diagCookie   = unix.NLMSG_HDRLEN + 48
+	diagSize     = 56
+)
+
+func newDiagRequest(flags uint16) []byte {
+	b := newRequest(unix.SOCK_DIAG_BY_FAMILY, flags, diagSize)
+	b[diagProtocol] = unix.IPPROTO_UDP
+	// UDP sockets have two of TCP's states: ESTABLISHED when connected, else
+	// CLOSE.
+	binary.NativeEndian.PutUint32(b[diagStates:], 1<<unix.BPF_TCP_CLOSE)
+	for i := diagCookie; i < len(b); i++ {
+		b[i] = 0xff // INET_DIAG_NOCOOKIE
+	}
+	return b
+}

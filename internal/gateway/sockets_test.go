@@ -1,0 +1,218 @@
+package gateway
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"syscall"
+	"testing"
+
+	"github.com/mdlayher/socket"
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// Addresses of the gateway.
+const (
+	ext4   = "198.51.100.1"
+	other4 = "10.47.11.1"
+	ext6   = "[2001:db8:ffff::1]"
+)
+
+var peer4, peer6 = cone.AddrFrom(lab.PeerA), cone.AddrFrom(lab.Peer6A)
+
+// at returns the addresses at which ask finds the port served.
+func at(port int, ask func(cone.Endpoint) bool) (found string) {
+	for _, a := range []string{ext4, other4, ext6} {
+		if ask(endpoint(fmt.Sprintf("%s:%d", a, port))) {
+			found += " " + a
+		}
+	}
+	return found
+}
+
+func serves(t testing.TB, s *Sockets, port int) string {
+	return at(port, func(ext cone.Endpoint) bool {
+		peer := peer6
+		if ext.Addr.Is4() {
+			peer = peer4
+		}
+		ok, err := s.Serves(ext, peer)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ok
+	})
+}
+
+func portsServe(t testing.TB, s *Sockets, port int) string {
+	p, err := s.Ports()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return at(port, p.Serves)
+}
+
+func TestSocketsAreFoundWhereTheyServe(t *testing.T) {
+	const all4, all = " " + ext4 + " " + other4, " " + ext4 + " " + other4 + " " + ext6
+	g := newGateway(t)
+	s := dialSockets(t, g)
+	tests := []struct {
+		name, network, addr string
+		set                 control
+		serves, ports       string
+	}{
+		{"IPv4 wildcard", "udp4", "0.0.0.0", nil, all4, all4},
+		{"IPv4 address", "udp4", ext4, nil, " " + ext4, " " + ext4},
+		{"other IPv4 address", "udp4", other4, nil, " " + other4, " " + other4},
+		{"loopback", "udp4", "127.0.0.1", nil, "", ""},
+		{"dual stack", "udp", "[::]", nil, all, all},
+		{"IPv6 only", "udp6", "[::]", nil, " " + ext6, " " + ext6},
+		{"IPv6 address", "udp6", ext6, nil, " " + ext6, " " + ext6},
+		{"reusable port", "udp4", ext4, reusePort, " " + ext4, " " + ext4},
+		{"device", "udp4", "0.0.0.0", onDevice("wan0"), "", all4},
+		{"device, dual stack", "udp", "[::]", onDevice("wan0"), "", all},
+	}
+	for i, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			port := 5060 + i
+			c := listen(t, g, test.network, fmt.Sprintf("%s:%d", test.addr, port), test.set)
+			if got := serves(t, s, port); got != test.serves {
+				t.Errorf("Serves says%s; want%s", got, test.serves)
+			}
+			if got := portsServe(t, s, port); got != test.ports {
+				t.Errorf("Ports says%s; want%s", got, test.ports)
+			}
+			if err := c.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if got := serves(t, s, port) + portsServe(t, s, port); got != "" {
+				t.Errorf("closed, and yet serves%s", got)
+			}
+		})
+	}
+}
+
+func TestIPv6SocketOnMappedAddressServesIPv4(t *testing.T) {
+	g := newGateway(t)
+	s := dialSockets(t, g)
+	u, err := socket.Socket(unix.AF_INET6, unix.SOCK_DGRAM, 0, "mapped", &socket.Config{NetNS: g.FD()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer u.Close()
+	if err := u.Bind(&unix.SockaddrInet6{Addr: addr(ext4), Port: 5060}); err != nil {
+		t.Fatal(err)
+	}
+	if got := serves(t, s, 5060); got != " "+ext4 {
+		t.Errorf("Serves says%s", got)
+	}
+	if got := portsServe(t, s, 5060); got != " "+ext4 {
+		t.Errorf("Ports says%s", got)
+	}
+}
+
+// A group that shares a port has members to pick from; it serves while there is
+// one.
+func TestReusedPortServesUntilTheLastIsClosed(t *testing.T) {
+	g := newGateway(t)
+	s := dialSockets(t, g)
+	a, b := listen(t, g, "udp4", ext4+":5060", reusePort), listen(t, g, "udp4", ext4+":5060", reusePort)
+	for _, closing := range []net.PacketConn{a, b} {
+		if got := serves(t, s, 5060); got != " "+ext4 {
+			t.Errorf("Serves says%s", got)
+		}
+		if err := closing.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := serves(t, s, 5060); got != "" {
+		t.Errorf("closed, and yet serves%s", got)
+	}
+}
+
+// The gateway's own resolver holds such a socket for each query.
+func TestConnectedSocketsDoNotCount(t *testing.T) {
+	g := newGateway(t)
+	s := dialSockets(t, g)
+	connect(t, g, ext4+":5060", "203.0.113.9:53")
+	connect(t, g, ext6+":5060", "[2001:db8:5::9]:53")
+	if got := serves(t, s, 5060) + portsServe(t, s, 5060); got != "" {
+		t.Errorf("serves%s", got)
+	}
+}
+
+func TestKernelThatFindsNothingIsNoticed(t *testing.T) {
+	s := dialSockets(t, newGateway(t))
+	// The probe's socket in another namespace is one that is not found.
+	if err := s.probe(newGateway(t).FD()); !errors.Is(err, ErrNoUDPDiag) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestServesDoesNotAllocate(t *testing.T) {
+	g := newGateway(t)
+	s := dialSockets(t, g)
+	listen(t, g, "udp4", "0.0.0.0:5060", nil)
+	for _, ext := range []string{ext4 + ":5060", ext4 + ":5061", ext6 + ":5060"} {
+		e := endpoint(ext)
+		if n := testing.AllocsPerRun(100, func() {
+			if _, err := s.Serves(e, peer4); err != nil {
+				t.Fatal(err)
+			}
+		}); n != 0 {
+			t.Errorf("%s: %v allocations", ext, n)
+		}
+	}
+}
+
+func TestErrorsAfterClose(t *testing.T) {
+	s := dialSockets(t, newGateway(t))
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if ok, err := s.Serves(endpoint(ext4+":5060"), peer4); ok || err == nil {
+		t.Errorf("Serves = %v, %v", ok, err)
+	}
+	if p, err := s.Ports(); p != nil || err == nil {
+		t.Errorf("Ports = %v, %v", p, err)
+	}
+}
+
+func BenchmarkServes(b *testing.B) {
+	g := newGateway(b)
+	s := dialSockets(b, g)
+	listen(b, g, "udp", "[::]:5060", nil)
+	for _, ext := range []string{ext4 + ":5060", ext4 + ":5061", ext6 + ":5060"} {
+		b.Run(ext, func(b *testing.B) {
+			e := endpoint(ext)
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := s.Serves(e, peer4); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkPortsOf10000Sockets(b *testing.B) {
+	g := newGateway(b)
+	s := dialSockets(b, g)
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil || limit.Cur < 11_000 {
+		b.Skipf("needs 11,000 file descriptors, may have %d (%v)", limit.Cur, err)
+	}
+	for port := range 10_000 {
+		listen(b, g, "udp4", fmt.Sprintf("%s:%d", ext4, 10_000+port), nil)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		p, err := s.Ports()
+		if err != nil || len(p.bound) != 10_000 {
+			b.Fatal(len(p.bound), err)
+		}
+	}
+}
