@@ -38,7 +38,8 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	line("refused", "%s", reasons(c.Refused))
 	line("skipped", "%s", reasons(c.Skipped))
 	line("conflicts", "%d", c.Conflicts)
-	line("early packets", "%d, %d repaired", c.Early, c.Repaired)
+	line("early packets", "%d", c.Early)
+	line("put back", "%d that were gone from the kernel", c.Repaired)
 	if l.Count > 0 {
 		line("latency", "p50 %s, p99 %s, max %s, from event to kernel", micros(l.P50), micros(l.P99), micros(l.Max))
 	}

@@ -91,7 +91,7 @@ type Counters struct {
 	Granted   uint64            `json:"granted"`
 	Conflicts uint64            `json:"conflicts"` // the permission had an owner
 	Early     uint64            `json:"early"`     // packets that came before their permission
-	Repaired  uint64            `json:"repaired"`  // early packets' flows deleted
+	Repaired  uint64            `json:"repaired"`  // permissions that were gone from the kernel and put back
 	Refused   map[string]uint64 `json:"refused"`
 	Revoked   map[string]uint64 `json:"revoked"`
 	Skipped   map[string]uint64 `json:"skipped"` // flows that gave no permission

@@ -92,10 +92,46 @@ func (d *Daemon) Output() string { return d.out.String() }
 // Signal sends a signal to the daemon.
 func (d *Daemon) Signal(s os.Signal) error { return d.cmd.Process.Signal(s) }
 
+// Pause stops all threads of the daemon where they are, until Resume.
+func (d *Daemon) Pause() error {
+	if err := d.Signal(syscall.SIGSTOP); err != nil {
+		return fmt.Errorf("pause daemon: %w", err)
+	}
+	// The signal reaches a thread on another CPU a moment later.
+	for end := time.Now().Add(startTimeout); time.Now().Before(end); {
+		stopped, err := d.stopped()
+		if err != nil || stopped {
+			return err
+		}
+	}
+	return errors.New("pause daemon: it does not stop")
+}
+
+func (d *Daemon) stopped() (bool, error) {
+	stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", d.PID()))
+	if err != nil {
+		return false, err
+	}
+	for _, path := range stats {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return false, err
+		}
+		// The name before it may have any character in it.
+		if _, rest, _ := bytes.Cut(b[bytes.LastIndexByte(b, ')'):], []byte(" ")); rest[0] != 'T' {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// Resume ends a Pause.
+func (d *Daemon) Resume() error { return d.Signal(syscall.SIGCONT) }
+
 // Stop asks the daemon to end and waits for it. Its error has what the daemon
 // wrote.
 func (d *Daemon) Stop() error {
-	if err := d.Signal(syscall.SIGTERM); err != nil {
+	if err := errors.Join(d.Resume(), d.Signal(syscall.SIGTERM)); err != nil {
 		return errors.Join(fmt.Errorf("stop daemon: %w: %s", err, d.Output()), os.RemoveAll(d.dir))
 	}
 	if err := d.wait(); err != nil {

@@ -1,0 +1,78 @@
+// Conenatd lets peers behind Linux source NAT answer from any port: restricted
+// cone NAT (RFC 4787: endpoint-independent mapping with address-dependent
+// filtering) for UDP, on the stock kernel.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/conenatd/conenatd/internal/config"
+)
+
+// version is set by the linker for releases.
+var version = ""
+
+func versionText() string {
+	if version != "" {
+		return version
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "(devel)"
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	root := command()
+	if err := root.ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "conenatd:", err)
+		os.Exit(exitCode(err))
+	}
+}
+
+// exitCode is 2 where the user must change what he asked for, else 1.
+func exitCode(err error) int {
+	var none errNoSubnet
+	if config.IsUsage(err) || errors.As(err, &none) {
+		return 2
+	}
+	return 1
+}
+
+func command() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "conenatd",
+		Short:         "Restricted cone NAT for UDP on the stock Linux kernel",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
+		return &config.UsageError{Err: err}
+	})
+	root.AddCommand(
+		runCommand(), listCommand(), statusCommand(), checkCommand(),
+		cleanupCommand(), demoCommand(), versionCommand(),
+	)
+	return root
+}
+
+func versionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "version",
+		Short: "Print the version",
+		Args:  cobra.NoArgs,
+		Run: func(c *cobra.Command, _ []string) {
+			fmt.Fprintln(c.OutOrStdout(), "conenatd", versionText())
+		},
+	}
+}

@@ -1,0 +1,61 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/daemon"
+	"github.com/conenatd/conenatd/internal/demo"
+)
+
+func checkCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "check FILE",
+		Short: "Check a configuration file",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			if _, err := config.Load(args[0]); err != nil {
+				return err
+			}
+			fmt.Fprintf(c.OutOrStdout(), "%s: good\n", args[0])
+			return nil
+		},
+	}
+}
+
+func cleanupCommand() *cobra.Command {
+	var socket string
+	c := &cobra.Command{
+		Use:   "cleanup",
+		Short: "Take every trace of a dead daemon out of the kernel",
+		Args:  cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			path, err := socketPath(socket)
+			if err != nil {
+				return err
+			}
+			n, err := daemon.Cleanup(path)
+			fmt.Fprintf(c.OutOrStdout(), "removed %d expectations, %d anchors, %d unanswered children\n",
+				n.Expectations, n.Anchors, n.Children)
+			return err
+		},
+	}
+	c.Flags().StringVar(&socket, "control-socket", "", "control socket of the dead daemon (default: that of this network namespace)")
+	return c
+}
+
+func demoCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "demo",
+		Short: "Show in a throw-away lab what conenatd does",
+		Long: `Play the question of 2003 in network namespaces that are made for it: a SIP
+device sends to its proxy's port 5060, and the proxy answers from 5070. Needs
+root and the programs ip, nft and conntrack. Nothing of this machine is touched.`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return demo.Run(c.OutOrStdout())
+		},
+	}
+}

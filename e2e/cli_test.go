@@ -1,0 +1,156 @@
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+func itoa(n uint16) string { return strconv.Itoa(int(n)) }
+
+func replacePort(ap netip.AddrPort, port uint16) netip.AddrPort {
+	return netip.AddrPortFrom(ap.Addr(), port)
+}
+
+func TestSecondDaemonRefusesAndNamesTheFirst(t *testing.T) {
+	s := play(t, lab.Options{})
+	socket := filepath.Join(t.TempDir(), "other.sock")
+	out, code := s.cli("run", "--subnet", lab.InsideNet.String(), "--control-socket", socket)
+	if code != 1 || !strings.Contains(out, fmt.Sprintf("pid %d", s.d.PID())) {
+		t.Errorf("exit %d, %q", code, out)
+	}
+	s.status() // the first one goes on
+}
+
+func TestRunWithoutSubnetNamesTheCandidates(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	for dev, addr := range map[string]string{"docker0": "172.17.0.1/16", "lan1": "10.47.13.1/24"} {
+		for _, args := range [][]string{
+			{"link", "add", dev, "type", "bridge"},
+			{"address", "add", addr, "dev", dev},
+			{"link", "set", dev, "up"},
+		} {
+			_, err := s.Gateway.Output("ip", args...)
+			s.must(err)
+		}
+	}
+	out, code := s.cli("run")
+	if code != 2 || !strings.Contains(out, "conenatd run --subnet 10.47.11.0/24 --subnet 10.47.13.0/24\n") ||
+		!strings.Contains(out, "--subnet auto") {
+		t.Errorf("exit %d, %q", code, out)
+	}
+	s.start("--subnet", "auto")
+	var got []string
+	for _, n := range s.status().Subnets {
+		got = append(got, n.Prefix.String())
+	}
+	if want := "10.47.11.0/24 10.47.13.0/24"; strings.Join(got, " ") != want {
+		t.Errorf("enabled %q, want %q", got, want)
+	}
+}
+
+func TestWrongInputIsNamedAndChangesNothing(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	before := s.netfilter()
+	dir := t.TempDir()
+	file := func(text string) string {
+		path := filepath.Join(dir, "c.toml")
+		s.must(os.WriteFile(path, []byte(text), 0o644))
+		return path
+	}
+	for name, tc := range map[string]struct {
+		args []string
+		code int
+		want string
+	}{
+		"wrong value":      {[]string{"run", "--config", file("# x\nlifetime = \"5 minutes\"\n")}, 2, "c.toml:2: lifetime: expected a duration"},
+		"missing file":     {[]string{"run", "--config", filepath.Join(dir, "none.toml")}, 2, "none.toml"},
+		"nft backend":      {[]string{"run", "--backend", "nft", "--subnet", "10.47.11.0/24"}, 2, `backend "nft" is not built yet`},
+		"host bits":        {[]string{"run", "--subnet", "10.47.11.1/24"}, 2, `did you mean "10.47.11.0/24"`},
+		"unknown flag":     {[]string{"run", "--bogus"}, 2, "--bogus"},
+		"no such outside":  {[]string{"run", "--subnet", "10.47.11.0/24", "--outside", "ppp7"}, 1, "ppp7"},
+		"status, no one":   {[]string{"status"}, 1, "no conenatd runs in this network namespace"},
+		"check, bad file":  {[]string{"check", file("backend = 7\n")}, 2, "c.toml:1: backend:"},
+		"list, no one":     {[]string{"list"}, 1, "conenatd run"},
+		"cleanup, nothing": {[]string{"cleanup"}, 0, "removed 0 expectations"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if strings.HasPrefix(name, "wrong") { // each case has the file of its own
+				file("# x\nlifetime = \"5 minutes\"\n")
+			} else if strings.HasPrefix(name, "check") {
+				file("backend = 7\n")
+			}
+			out, code := s.cli(tc.args...)
+			if code != tc.code || !strings.Contains(out, tc.want) {
+				t.Errorf("exit %d, %q; want %d and %q", code, out, tc.code, tc.want)
+			}
+		})
+	}
+	for k, v := range s.netfilter() {
+		if before[k] != v {
+			t.Errorf("sysctl %s changed", k)
+		}
+	}
+	if left := append(s.conntrack("expect"), s.anchors()...); len(left) > 0 {
+		t.Errorf("left in the kernel: %q", left)
+	}
+}
+
+func TestMissingPrivilegeNamesTheFix(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	s.must(os.Chmod(filepath.Dir(exe), 0o755))
+	c := s.Gateway.Command(t.Context(), exe, "run", "--subnet", "10.47.11.0/24",
+		"--control-socket", filepath.Join(t.TempDir(), "c.sock"))
+	c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	out, err := c.CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "CAP_NET_ADMIN") {
+		t.Errorf("%v: %q", err, out)
+	}
+}
+
+func TestListAndStatus(t *testing.T) {
+	s := play(t, lab.Options{})
+	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
+	ext := s.contact(phone, proxy)
+	s.stands(phone, proxy, ext)
+
+	out, code := s.cli("list", "--control-socket", s.d.Socket)
+	if code != 0 || !strings.Contains(out, "10.47.11.109:5060") || !strings.Contains(out, "198.51.100.1:5060") ||
+		!strings.Contains(out, "203.0.113.5") {
+		t.Errorf("list: exit %d\n%s", code, out)
+	}
+	out, code = s.cli("list", "--json", "--control-socket", s.d.Socket)
+	var p struct{ Int, Ext, Peer, State string }
+	if err := json.Unmarshal([]byte(out), &p); code != 0 || err != nil || p.Int != "10.47.11.109:5060" || p.State != "standing" {
+		t.Errorf("list --json: exit %d, %v\n%s", code, err, out)
+	}
+	out, code = s.cli("status", "--control-socket", s.d.Socket)
+	if code != 0 || !strings.Contains(out, "10.47.11.0/24") || !strings.Contains(out, "expect") {
+		t.Errorf("status: exit %d\n%s", code, out)
+	}
+	out, code = s.cli("status", "--json", "--control-socket", s.d.Socket)
+	if code != 0 || !json.Valid([]byte(out)) {
+		t.Errorf("status --json: exit %d\n%s", code, out)
+	}
+}
+
+func TestDemoShowsTheDifference(t *testing.T) {
+	s := newScene(t, lab.Options{}) // any namespace will do
+	out, code := s.cli("demo")
+	if code != 0 {
+		t.Fatalf("exit %d\n%s", code, out)
+	}
+	without, with, ok := strings.Cut(out, "With conenatd")
+	if !ok || strings.Contains(without, "ARRIVES") || strings.Count(with, "ARRIVES") != 1 ||
+		!strings.Contains(with, "another address: lost") || !strings.Contains(with, "PERMANENT") {
+		t.Errorf("the demo says\n%s", out)
+	}
+}

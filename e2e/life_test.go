@@ -1,0 +1,263 @@
+package e2e
+
+import (
+	"errors"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// shortFlows makes the kernel forget idle flows after a second.
+func (s *scene) shortFlows() {
+	s.t.Helper()
+	for _, name := range []string{"nf_conntrack_udp_timeout", "nf_conntrack_udp_timeout_stream"} {
+		s.must(s.Gateway.SetSysctl("net.netfilter."+name, "1"))
+	}
+}
+
+// drain throws away what was received.
+func drain(sock *lab.Socket) {
+	for {
+		if _, _, err := sock.Recv(time.Millisecond); err != nil {
+			return
+		}
+	}
+}
+
+// The peer goes on sending to the end and beyond: that keeps its flow alive, but
+// not the permission, and the flow goes with the permission.
+func TestPermissionOutlivesItsFlowAndEndsAfterLifetime(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	s.shortFlows()
+	s.start("--subnet", lab.InsideNet.String(), "--lifetime", "4s", "--reconcile", "1s")
+	phone, proxy, media := s.inside(0, 5060), s.peer(lab.PeerA, 5060), s.peer(lab.PeerA, 5070)
+	ext := s.contact(phone, proxy)
+	s.until("the first flow is gone", func() bool { return s.listed(phone, proxy, ext, "standing").Flows == 0 })
+	s.arrives(phone, media, ext)
+	s.until("the permission ended", func() bool {
+		s.must(media.Send(ext, payload("keep alive")))
+		return len(s.list()) == 0
+	})
+	if left := s.conntrack("expect"); len(left) > 0 {
+		t.Errorf("left: %q", left)
+	}
+	drain(phone)
+	fence := s.peer(lab.PeerB, 5060)
+	s.contact(phone, fence)
+	s.lost(phone, media, ext, fence)
+}
+
+func TestAnsweredChildHoldsThePermission(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	s.shortFlows()
+	s.start("--subnet", lab.InsideNet.String(), "--lifetime", "2s", "--reconcile", "1s")
+	phone, proxy, media := s.inside(0, 5060), s.peer(lab.PeerA, 5060), s.peer(lab.PeerA, 5070)
+	ext := s.contact(phone, proxy)
+	s.stands(phone, proxy, ext)
+	s.arrives(phone, media, ext)
+	began := time.Now()
+	s.until("three lifetimes passed", func() bool {
+		s.must(phone.Send(media.Addr(), payload("answer")))
+		s.stands(phone, proxy, ext)
+		return time.Since(began) > 6*time.Second
+	})
+	s.arrives(phone, s.peer(lab.PeerA, 5071), ext)
+}
+
+func TestFlowOlderThanTheDaemonGetsItsPermission(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
+	ext := s.contact(phone, proxy)
+	s.lost(phone, s.peer(lab.PeerA, 5070), ext, proxy)
+	s.start("--subnet", lab.InsideNet.String())
+	// Ready means that the flows that were there have their permissions.
+	s.arrives(phone, s.peer(lab.PeerA, 5071), ext)
+	// The lost packet left a flow that ended on the gateway: repaired.
+	s.arrives(phone, s.peer(lab.PeerA, 5072), ext)
+}
+
+// A packet of the peer's that came before anybody sent to it is confirmed as a
+// flow to the gateway itself, and would swallow the later ones. The daemon takes
+// such flows away. Fails if Granted does not repair.
+func TestEarlyPacketBeforeFirstContact(t *testing.T) {
+	s := play(t, lab.Options{})
+	phone, proxy, media := s.inside(0, 5060), s.peer(lab.PeerA, 5060), s.peer(lab.PeerA, 5070)
+	other := s.inside(0, 5061) // learns the outside address
+	mapped := s.contact(other, s.peer(lab.PeerB, 9))
+	early := replacePort(mapped, 5060)
+	s.must(media.Send(early, payload("early")))
+	s.flowFrom(media)
+
+	ext := s.contact(phone, proxy)
+	if ext != early {
+		t.Fatalf("outside endpoint %v, want %v", ext, early)
+	}
+	s.stands(phone, proxy, ext)
+	s.until("the early flow is gone", func() bool { return !s.hasFlowFrom(media) })
+	s.arrives(phone, media, ext)
+}
+
+// The early packet comes after the first contact and before the daemon could
+// act. Fails if seeEarly only notes the flow.
+func TestEarlyPacketAfterFirstContact(t *testing.T) {
+	s := play(t, lab.Options{})
+	phone, proxy, media := s.inside(0, 5060), s.peer(lab.PeerA, 5060), s.peer(lab.PeerA, 5070)
+	s.must(s.d.Pause())
+	ext := s.contact(phone, proxy)
+	s.lost(phone, media, ext, proxy)
+	s.flowFrom(media)
+	s.must(s.d.Resume())
+	s.stands(phone, proxy, ext)
+	s.until("the early flow is gone", func() bool { return !s.hasFlowFrom(media) })
+	s.arrives(phone, media, ext)
+	if st := s.status(); st.Counters.Early != 1 {
+		t.Errorf("%d early packets counted, want 1", st.Counters.Early)
+	}
+}
+
+// The early packet has the very ports of the flow: NAT moves the flow then, and
+// the permission is for the port that it got.
+func TestEarlyPacketMovesTheMapping(t *testing.T) {
+	s := play(t, lab.Options{})
+	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
+	early := replacePort(s.contact(s.inside(0, 5061), s.peer(lab.PeerB, 9)), 5060)
+	s.must(proxy.Send(early, payload("early")))
+	s.flowFrom(proxy)
+	ext := s.contact(phone, proxy)
+	if ext == early {
+		t.Fatal("NAT did not move the flow")
+	}
+	s.stands(phone, proxy, ext)
+	s.arrives(phone, s.peer(lab.PeerA, 5070), ext)
+}
+
+// hasFlowFrom reports whether a conntrack entry has from as its first source.
+func (s *scene) hasFlowFrom(from *lab.Socket) bool {
+	return slices.ContainsFunc(s.conntrack("-p", "udp"), func(l string) bool {
+		return strings.Contains(l, "UNREPLIED") && strings.Contains(l, "src="+from.Addr().Addr().String()) &&
+			strings.Contains(l, "sport="+itoa(from.Addr().Port())+" ")
+	})
+}
+
+// flowFrom waits until there is one: the packet was confirmed.
+func (s *scene) flowFrom(from *lab.Socket) {
+	s.t.Helper()
+	s.until("the early packet has a flow", func() bool { return s.hasFlowFrom(from) })
+}
+
+var timeout = regexp.MustCompile(`^udp +17 \d+ `)
+
+// table is the conntrack table without timeouts, which change.
+func (s *scene) table() []string {
+	s.t.Helper()
+	var out []string
+	for _, l := range s.conntrack("-p", "udp") {
+		out = append(out, timeout.ReplaceAllString(l, ""))
+	}
+	slices.Sort(out)
+	return out
+}
+
+// netfilter are all sysctls below net.netfilter.
+func (s *scene) netfilter() map[string]string {
+	s.t.Helper()
+	all := map[string]string{}
+	s.must(s.Gateway.Do(func() error {
+		const dir = "/proc/sys/net/netfilter"
+		entries, err := os.ReadDir(dir)
+		for _, e := range entries {
+			if e.Name() == "nf_conntrack_count" || e.IsDir() {
+				continue
+			}
+			b, e2 := os.ReadFile(dir + "/" + e.Name())
+			err = errors.Join(err, e2)
+			all[e.Name()] = string(b)
+		}
+		return err
+	}))
+	return all
+}
+
+func TestStopLeavesNothing(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
+	ext := s.contact(phone, proxy)
+	rules, err := s.Ruleset()
+	s.must(err)
+	table, sysctls := s.table(), s.netfilter()
+
+	s.start("--subnet", lab.InsideNet.String())
+	s.arrives(phone, s.peer(lab.PeerA, 5070), ext) // a child without answer
+	if len(s.anchors()) != 1 || len(s.conntrack("expect")) != 1 {
+		t.Fatalf("want one anchor and one expectation\n%s", s.dump())
+	}
+	s.stop()
+
+	if left := s.conntrack("expect"); len(left) > 0 {
+		t.Errorf("expectations left: %q", left)
+	}
+	if got := s.table(); !slices.Equal(got, table) {
+		t.Errorf("conntrack table\nbefore %q\nafter  %q", table, got)
+	}
+	if got, err := s.Ruleset(); err != nil || got != rules {
+		t.Errorf("rule set changed: %v\n%s", err, got)
+	}
+	for name, was := range sysctls {
+		if now := s.netfilter()[name]; now != was {
+			t.Errorf("sysctl %s was %q, is %q", name, was, now)
+		}
+	}
+}
+
+// What a killed daemon left is taken over by the next one or goes.
+func TestRestartAfterKill(t *testing.T) {
+	s := play(t, lab.Options{Inside: 2})
+	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
+	ext := s.contact(phone, proxy)
+	s.stands(phone, proxy, ext)
+	gone := s.inside(1, 5062)
+	b := s.peer(lab.PeerB, 5060)
+	s.stands(gone, b, s.contact(gone, b))
+	s.kill()
+	s.arrives(phone, s.peer(lab.PeerA, 5070), ext) // the kernel goes on alone
+	_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "5062")
+	s.must(err)
+
+	s.start("--subnet", lab.InsideNet.String())
+	s.arrives(phone, s.peer(lab.PeerA, 5071), ext)
+	if ps := s.list(); len(ps) != 1 {
+		t.Errorf("%d permissions, want 1: %v", len(ps), ps)
+	}
+	if exp := s.conntrack("expect"); len(exp) != 1 {
+		t.Errorf("%d expectations, want 1: %q", len(exp), exp)
+	}
+	s.stop()
+	if left := append(s.conntrack("expect"), s.anchors()...); len(left) > 0 {
+		t.Errorf("left after stop: %q", left)
+	}
+}
+
+func TestCleanupTakesEveryTraceOfADeadDaemon(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
+	ext := s.contact(phone, proxy)
+	table := s.table()
+	s.start("--subnet", lab.InsideNet.String())
+	if out, code := s.cli("cleanup"); code != 1 || !strings.Contains(out, "already running") {
+		t.Errorf("cleanup beside a running daemon: exit %d, %q", code, out)
+	}
+	s.arrives(phone, s.peer(lab.PeerA, 5070), ext)
+	s.kill()
+	out, code := s.cli("cleanup")
+	if want := "removed 1 expectations, 1 anchors, 1 unanswered children\n"; code != 0 || out != want {
+		t.Errorf("exit %d, %q, want %q", code, out, want)
+	}
+	if got := s.table(); !slices.Equal(got, table) {
+		t.Errorf("conntrack table\nbefore %q\nafter  %q", table, got)
+	}
+}

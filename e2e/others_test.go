@@ -1,0 +1,168 @@
+package e2e
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// What belongs to others stays theirs: other networks, forwards, the gateway's
+// own ports, the firewall.
+
+func TestSubnetThatIsNotEnabledGetsNothing(t *testing.T) {
+	s := play(t, lab.Options{Guest: true})
+	guest := s.socket(s.Guest.Namespace, s.Guest.Addr, 5060)
+	phone, proxy := s.inside(0, 5061), s.peer(lab.PeerA, 5060)
+	ext := s.contact(guest, proxy)
+	// The daemon sees events in order: once it knows the phone, it saw the guest.
+	s.stands(phone, proxy, s.contact(phone, proxy))
+	s.lost(guest, s.peer(lab.PeerA, 5070), ext, proxy)
+	if n := len(s.list()); n != 1 {
+		t.Errorf("%d permissions, want that of the phone only\n%s", n, s.dump())
+	}
+}
+
+// An inside host calls a guest. The guest must not get more than the answer,
+// whether the call is translated or not.
+func TestGuestNetworkIsNotOpened(t *testing.T) {
+	for name, nat := range map[string]string{
+		"routed": lab.Masquerade,
+		"masqueraded everywhere": `table ip nat {
+	chain postrouting {
+		type nat hook postrouting priority srcnat;
+		masquerade
+	}
+}
+`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := play(t, lab.Options{Guest: true, Rules: nat + lab.DropPolicy})
+			phone, guest := s.inside(0, 5060), s.socket(s.Guest.Namespace, s.Guest.Addr, 5060)
+			proxy := s.peer(lab.PeerA, 5060)
+			seen := s.contact(phone, guest)
+			ext := s.contact(phone, proxy)
+			s.stands(phone, proxy, ext)
+			s.lost(phone, s.socket(s.Guest.Namespace, s.Guest.Addr, 5070), seen, guest)
+			// Nor does the permission for the peer let the guest in.
+			s.must(lab.Lost(phone,
+				lab.Packet{From: s.socket(s.Guest.Namespace, s.Guest.Addr, 5071), To: ext, Payload: payload("guest")},
+				lab.Packet{From: guest, To: seen, Payload: payload("fence")}))
+		})
+	}
+}
+
+// forward is a rule of the user's: port 5060 belongs to the second host.
+const forward = `table ip forwards {
+	chain prerouting {
+		type nat hook prerouting priority dstnat;
+		iifname "wan0" udp dport 5060 dnat to 10.47.11.110
+	}
+}
+`
+
+func TestForwardThatIsUsedFirstWins(t *testing.T) {
+	s := play(t, lab.Options{Inside: 2, Rules: lab.Masquerade + forward})
+	phone, server := s.inside(0, 5060), s.inside(1, 5060)
+	proxy := s.peer(lab.PeerA, 5060)
+	forwarded := netip.AddrPortFrom(s.Gateway.Addr, 5060)
+	s.arrives(server, s.peer(lab.PeerC, 9), forwarded)
+
+	ext := s.contact(phone, proxy)
+	if ext != forwarded {
+		t.Fatalf("outside endpoint %v, want the forwarded %v", ext, forwarded)
+	}
+	p := s.listed(phone, proxy, ext, "refused")
+	if p.Reason != "outside port is forwarded" {
+		t.Errorf("reason %q", p.Reason)
+	}
+	s.arrives(server, s.peer(lab.PeerA, 5070), ext)
+}
+
+func TestForwardThatIsUsedLaterTakesThePermissionAway(t *testing.T) {
+	s := play(t, lab.Options{Inside: 2, Rules: lab.Masquerade + forward})
+	phone, server := s.inside(0, 5060), s.inside(1, 5060)
+	proxy := s.peer(lab.PeerA, 5060)
+	ext := s.contact(phone, proxy)
+	s.stands(phone, proxy, ext)
+	s.arrives(server, s.peer(lab.PeerC, 9), ext)
+	s.listed(phone, proxy, ext, "refused")
+	s.arrives(server, s.peer(lab.PeerA, 5070), ext)
+	s.arrives(phone, proxy, ext)
+}
+
+func TestForwardThatIsConfiguredWins(t *testing.T) {
+	s := play(t, lab.Options{Inside: 2, Rules: lab.Masquerade + forward}, "--exclude-port", "5060")
+	phone, server := s.inside(0, 5060), s.inside(1, 5060)
+	proxy, other := s.peer(lab.PeerA, 5060), s.inside(0, 5061)
+	ext := s.contact(phone, proxy)
+	s.stands(other, proxy, s.contact(other, proxy)) // a later event
+	s.arrives(server, s.peer(lab.PeerA, 5070), ext)
+}
+
+func TestGatewaySocketKeepsItsPackets(t *testing.T) {
+	for name, addr := range map[string]netip.Addr{
+		"wildcard":     netip.IPv4Unspecified(),
+		"own address":  netip.MustParseAddr("198.51.100.1"),
+		"dual stacked": netip.IPv6Unspecified(),
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := play(t, lab.Options{}, "--reconcile", "1s", "--lifetime", "20s")
+			own := s.socket(s.Gateway.Namespace, addr, 5060)
+			phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
+			ext := s.contact(phone, proxy)
+			p := s.listed(phone, proxy, ext, "refused")
+			if p.Reason != "gateway serves this port" {
+				t.Errorf("reason %q", p.Reason)
+			}
+			s.arrives(own, s.peer(lab.PeerA, 5070), ext)
+
+			// The socket goes, and its flows with it: the permission may stand.
+			s.must(own.Close())
+			s.stands(phone, proxy, ext)
+			s.arrives(phone, s.peer(lab.PeerA, 5071), ext)
+		})
+	}
+}
+
+func TestGatewaySocketThatComesLaterIsServedAfterTheNextReconcile(t *testing.T) {
+	s := play(t, lab.Options{}, "--reconcile", "1s")
+	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
+	ext := s.contact(phone, proxy)
+	s.stands(phone, proxy, ext)
+	own := s.socket(s.Gateway.Namespace, s.Gateway.Addr, 5060)
+	s.listed(phone, proxy, ext, "refused")
+	s.arrives(own, s.peer(lab.PeerA, 5070), ext)
+}
+
+func TestExcludedPeerPortGivesNoPermission(t *testing.T) {
+	s := play(t, lab.Options{})
+	host, dns, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 53), s.peer(lab.PeerB, 5060)
+	ext := s.contact(host, dns)
+	s.stands(host, proxy, s.contact(host, proxy))
+	s.lost(host, s.peer(lab.PeerA, 5070), ext, dns)
+	if n := s.status().Counters.Skipped["peer port is excluded"]; n != 1 {
+		t.Errorf("%d flows skipped, want 1", n)
+	}
+}
+
+// A usual stateful firewall needs no rule for conenatd, and none is changed.
+func TestDropPolicyIsPassedAndUntouched(t *testing.T) {
+	s := newScene(t, lab.Options{Rules: lab.Masquerade + lab.DropPolicy})
+	before, err := s.Ruleset()
+	s.must(err)
+	s.start("--subnet", lab.InsideNet.String())
+	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
+	ext := s.contact(phone, proxy)
+	s.stands(phone, proxy, ext)
+	s.arrives(phone, s.peer(lab.PeerA, 5070), ext)
+	s.lost(phone, s.peer(lab.PeerB, 5060), ext, proxy)
+	during, err := s.Ruleset()
+	s.must(err)
+	s.stop()
+	after, err := s.Ruleset()
+	s.must(err)
+	if before != during || before != after {
+		t.Errorf("the rule set changed:\nbefore %s\nduring %s\nafter %s", before, during, after)
+	}
+}

@@ -1,0 +1,146 @@
+package daemon
+
+import (
+	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
+)
+
+// apply carries out what the model decided, in order. Neighbours of one kind
+// share a batch. since is when the event was read that they come from, for the
+// latency; zero when they come from elsewhere.
+func (d *Daemon) apply(since time.Duration) {
+	for ops := d.model.Ops(); len(ops) > 0; ops = d.model.Ops() {
+		for len(ops) > 0 {
+			n := 1
+			for n < len(ops) && ops[n].Kind == ops[0].Kind {
+				n++
+			}
+			d.run(ops[:n], since)
+			ops = ops[n:]
+		}
+	}
+}
+
+// run carries out ops, which are of one kind.
+func (d *Daemon) run(ops []cone.Op, since time.Duration) {
+	switch ops[0].Kind {
+	case cone.Grant:
+		d.grant(ops, since)
+	case cone.Revoke:
+		if err := d.backend.Revoke(d.collect(ops)); err != nil {
+			d.log.Warn("revoke permissions", "err", err)
+		}
+	case cone.Refresh:
+		d.backend.Refresh(d.collect(ops), d.onLost)
+	case cone.Query:
+		for i := range ops {
+			d.query(&ops[i])
+		}
+	case cone.DropUnanswered:
+		for i := range ops {
+			d.dropUnanswered(&ops[i])
+		}
+	case cone.DropEarly:
+		for i := range ops {
+			d.dropEarly(&ops[i])
+		}
+	}
+}
+
+// collect returns the permissions of ops, in a slice that is used again.
+func (d *Daemon) collect(ops []cone.Op) []cone.Permission {
+	d.perms = d.perms[:0]
+	for i := range ops {
+		d.perms = append(d.perms, ops[i].Permission)
+	}
+	return d.perms
+}
+
+// grant makes the permissions of ops stand, except where a local socket would
+// lose its packets. What the last reconcile knew of sockets is asked before; the
+// kernel, which takes as long to ask as the grant itself, right after. So a
+// socket that was opened since loses its packets for microseconds at most.
+func (d *Daemon) grant(ops []cone.Op, since time.Duration) {
+	d.perms = d.perms[:0]
+	for i := range ops {
+		p := &ops[i].Permission
+		if d.served.Serves(p.Ext) {
+			d.refused(*p, cone.ReasonLocalSocket, nil)
+			continue
+		}
+		d.perms = append(d.perms, *p)
+	}
+	d.bad = append(d.bad[:0], make([]bool, len(d.perms))...)
+	d.backend.Grant(d.perms, d.onRefused)
+	now := d.now()
+	for i := range d.perms {
+		if d.bad[i] {
+			continue
+		}
+		if since != 0 {
+			d.latency.record(now - since)
+		}
+		d.granted(d.perms[i])
+	}
+}
+
+// granted tells the model that p stands, unless it finds that a local socket
+// gets what it admits.
+func (d *Daemon) granted(p cone.Permission) {
+	switch served, err := d.sockets.Serves(p.Ext, p.Peer); {
+	case err != nil:
+		d.log.Warn("look for local sockets", "ext", p.Ext, "err", err)
+		d.model.Refused(d.now(), p, cone.ReasonKernel, true)
+	case served:
+		d.model.Refused(d.now(), p, cone.ReasonLocalSocket, true)
+	default:
+		d.model.Granted(p)
+	}
+}
+
+// refused tells the model and keeps the first error of each kind for the log.
+func (d *Daemon) refused(p cone.Permission, r cone.Reason, err error) {
+	d.model.Refused(d.now(), p, r, false)
+	if err != nil && d.refusal[r] == nil {
+		d.refusal[r] = err
+	}
+}
+
+func (d *Daemon) query(o *cone.Op) {
+	src, dst := o.FlowTuple()
+	f, found, err := d.queries.Get(src, dst, o.Zone)
+	switch {
+	case err != nil:
+		d.log.Warn("look up flow", "src", src, "dst", dst, "err", err)
+	case found && f.ID == o.ID:
+		d.model.FlowSeen(d.now(), &f)
+	default:
+		d.model.FlowMissing(d.now(), o)
+	}
+}
+
+// dropUnanswered deletes a child of a permission that ended, unless the inside
+// host answered it: then it is a flow like any other.
+func (d *Daemon) dropUnanswered(o *cone.Op) {
+	src, dst := o.FlowTuple()
+	f, found, err := d.queries.Get(src, dst, o.Zone)
+	if err == nil && found && f.ID == o.ID && !f.Status.Has(cone.StatusSeenReply) {
+		_, err = d.queries.Delete(src, dst, o.Zone, o.ID)
+	}
+	if err != nil {
+		d.log.Warn("delete unanswered child", "src", src, "dst", dst, "err", err)
+	}
+}
+
+// dropEarly deletes the flow of an early packet, unless a local socket gets it.
+func (d *Daemon) dropEarly(o *cone.Op) {
+	src, dst := o.FlowTuple()
+	served, err := d.sockets.Serves(o.Ext, o.Peer)
+	if err == nil && !served {
+		_, err = d.queries.Delete(src, dst, o.Zone, o.ID)
+	}
+	if err != nil {
+		d.log.Warn("delete flow of early packet", "src", src, "dst", dst, "err", err)
+	}
+}

@@ -1,0 +1,252 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/ctwatch"
+	"github.com/conenatd/conenatd/internal/expect"
+	"github.com/conenatd/conenatd/internal/gateway"
+)
+
+// Config is what New needs beyond the user's configuration.
+type Config struct {
+	config.Config
+	Version string
+	// Socket is the path of the control socket.
+	Socket string
+	// NetNS is a file descriptor of the network namespace, 0 for the current.
+	// It is for measurements: the lock and the sysctls are those of the
+	// process.
+	NetNS int
+	Log   *slog.Logger
+}
+
+// A Daemon runs once.
+type Daemon struct {
+	cfg     Config
+	log     *slog.Logger
+	start   time.Time
+	started time.Time
+
+	lock    *control.Lock
+	events  *ctwatch.Watcher
+	queries *ctwatch.Queries // of the loop
+	sockets *gateway.Sockets // of the loop
+	ports   *gateway.Sockets // of the reconcile
+	backend Backend
+	helper4 string
+	helper6 string
+
+	// The loop's own.
+	model             *cone.Model
+	network           gateway.Network
+	served            *gateway.PortSet // at the last reconcile
+	latency           histogram
+	repaired          uint64
+	behind            bool
+	perms             []cone.Permission
+	bad               []bool
+	onLost            func(i int)
+	onRefused         func(i int, r cone.Reason, err error)
+	refusal           [cone.Reasons]error // first kernel error since the last report
+	reported          cone.Stats
+	reportedEvents    ctwatch.Stats
+	reportedMalformed time.Duration
+
+	inbox   chan func()
+	overrun chan struct{}
+	ended   chan struct{} // closed when the loop ended
+}
+
+// New opens everything that the daemon needs in the kernel, and fails if
+// something is missing. Nothing is granted yet. The caller must Run or Close.
+func New(cfg Config) (d *Daemon, err error) {
+	d = &Daemon{
+		cfg: cfg, log: cfg.Log,
+		start: time.Now(), started: time.Now(),
+		inbox:   make(chan func(), 64),
+		overrun: make(chan struct{}, 1),
+		ended:   make(chan struct{}),
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.Close())
+			d = nil
+		}
+	}()
+	d.onRefused = func(i int, r cone.Reason, err error) {
+		d.bad[i] = true
+		d.refused(d.perms[i], r, err)
+	}
+	d.onLost = func(i int) { d.onLostPermission(d.perms[i]) }
+
+	if d.lock, err = control.Acquire(); err != nil {
+		return d, err
+	}
+	if d.network, err = gateway.ReadNetwork(cfg.NetNS, cfg.Outside); err != nil {
+		return d, err
+	}
+	d.cfg.Subnets = subnets(cfg.Config, d.network.Candidates())
+	if len(d.cfg.Subnets) == 0 {
+		return d, errors.New("no subnet is enabled and none looks like an inside network: name one with --subnet")
+	}
+	// Subscribed before the first dump, so that no flow is missed in between.
+	d.events, err = ctwatch.Dial(ctwatch.Config{NetNS: cfg.NetNS, ReadBuffer: cfg.EventBuffer})
+	if err != nil {
+		return d, err
+	}
+	if d.queries, err = ctwatch.DialQueries(ctwatch.Config{NetNS: cfg.NetNS}); err != nil {
+		return d, err
+	}
+	if d.sockets, err = gateway.DialSockets(cfg.NetNS); err != nil {
+		return d, err
+	}
+	if d.ports, err = gateway.DialSockets(cfg.NetNS); err != nil {
+		return d, err
+	}
+	if d.served, err = d.ports.Ports(); err != nil {
+		return d, err
+	}
+	b, err := expect.Open(expect.Config{NetNS: cfg.NetNS, Lifetime: cfg.Lifetime, IPv6: anyIPv6(d.cfg.Subnets)})
+	if err != nil {
+		return d, err
+	}
+	d.backend = b
+	table, err := settings(cfg.Socket).raise()
+	if err != nil {
+		return d, err
+	}
+	b.SetTableSize(table)
+	d.helper4, d.helper6 = b.Helpers()
+
+	d.model = cone.New(policy(d.cfg.Config))
+	d.model.SetTopology(d.network.Topology())
+	return d, nil
+}
+
+// subnets returns the enabled subnets, the candidates among them if these are
+// asked for and do not overlap what is named.
+func subnets(cfg config.Config, candidates []netip.Prefix) []config.Subnet {
+	enabled := cfg.Subnets
+	if !cfg.AutoSubnets {
+		return enabled
+	}
+	for _, c := range candidates {
+		free := true
+		for _, s := range cfg.Subnets {
+			free = free && !s.Prefix.Overlaps(c)
+		}
+		if free {
+			enabled = append(enabled, config.Subnet{Prefix: c})
+		}
+	}
+	return enabled
+}
+
+func anyIPv6(subnets []config.Subnet) bool {
+	for _, s := range subnets {
+		if s.Prefix.Addr().Is6() {
+			return true
+		}
+	}
+	return false
+}
+
+func policy(cfg config.Config) cone.Policy {
+	p := cone.Policy{
+		Lifetime:         cfg.Lifetime,
+		Retry:            cfg.Reconcile,
+		ExcludePeers:     cfg.ExcludePeers,
+		ExcludePeerPorts: cfg.ExcludePeerPorts,
+		ExcludePorts:     cfg.ExcludePorts,
+	}
+	for _, s := range cfg.Subnets {
+		p.Subnets = append(p.Subnets, cone.Subnet(s))
+	}
+	return p
+}
+
+// Close lets go of the kernel. It is for a Daemon that did not Run.
+func (d *Daemon) Close() error {
+	var errs []error
+	if d.events != nil {
+		errs = append(errs, d.events.Close())
+	}
+	if d.queries != nil {
+		errs = append(errs, d.queries.Close())
+	}
+	if d.sockets != nil {
+		errs = append(errs, d.sockets.Close())
+	}
+	if d.ports != nil {
+		errs = append(errs, d.ports.Close())
+	}
+	if d.backend != nil {
+		errs = append(errs, d.backend.Close(), settings(d.cfg.Socket).restore())
+	}
+	if d.lock != nil {
+		errs = append(errs, d.lock.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Run works until ctx ends, then takes everything it made out of the kernel. It
+// calls ready when the flows that were there before have their permissions.
+func (d *Daemon) Run(ctx context.Context, ready func()) error {
+	ln, err := control.Listen(d.cfg.Socket)
+	if err != nil {
+		return errors.Join(err, d.Close())
+	}
+	d.greet()
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return control.Serve(ctx, ln, source{d}) })
+	g.Go(func() error { return d.reconcile(ctx, ready) })
+	g.Go(func() error { return d.loop(ctx) })
+	err = g.Wait()
+
+	d.model.RevokeAll()
+	d.apply(0)
+	return errors.Join(err, d.Close())
+}
+
+func (d *Daemon) greet() {
+	enabled := make([]string, 0, len(d.cfg.Subnets))
+	for _, s := range d.cfg.Subnets {
+		enabled = append(enabled, s.Prefix.String())
+	}
+	d.log.Info("conenatd runs", "version", d.cfg.Version, "subnets", enabled,
+		"outside", d.network.OutsideLinks(), "helper", d.helper4, "lifetime", d.cfg.Lifetime,
+		"most_permissions", d.backend.Max())
+	for _, w := range d.warnings() {
+		d.log.Warn(w)
+	}
+}
+
+// warnings says what a user should know about his gateway.
+func (d *Daemon) warnings() []string {
+	var out []string
+	if len(d.network.OutsideLinks()) == 0 {
+		out = append(out, `no outside link: none has a default route; name one with --outside`)
+	}
+	for _, s := range d.cfg.Subnets {
+		if s.Prefix.Addr().Is6() && !s.Routed {
+			out = append(out, fmt.Sprintf("subnet %v is not routed: only source-NATed IPv6 flows give permissions", s.Prefix))
+		}
+	}
+	return out
+}
+
+func (d *Daemon) onLostPermission(p cone.Permission) {
+	d.repaired++
+	d.model.Lost(p)
+}

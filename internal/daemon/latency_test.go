@@ -1,0 +1,36 @@
+package daemon
+
+import (
+	"testing"
+	"time"
+)
+
+func TestQuantilesAreExactToAThirtySecond(t *testing.T) {
+	var h histogram
+	for i := range 1000 {
+		h.record(time.Duration(i+1) * time.Microsecond)
+	}
+	for q, want := range map[float64]time.Duration{
+		0.5: 500 * time.Microsecond, 0.99: 990 * time.Microsecond, 1: time.Millisecond,
+	} {
+		if got := h.quantile(q); got < want || got > want+want/32+1 {
+			t.Errorf("quantile %v is %v, want %v or a thirty-second more", q, got, want)
+		}
+	}
+}
+
+func TestEveryDurationIsInTheBucketThatBoundsIt(t *testing.T) {
+	for d := time.Duration(1); d > 0 && d < 1<<62; d += d/40 + 1 {
+		i := bucket(d)
+		if bound(i) < d || i > 0 && d > subBuckets && bound(i-1) >= d {
+			t.Fatalf("%v is in bucket %d up to %v", d, i, bound(i))
+		}
+	}
+}
+
+func TestRecordingAllocatesNothing(t *testing.T) {
+	var h histogram
+	if n := testing.AllocsPerRun(100, func() { h.record(time.Second) }); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}

@@ -1,0 +1,111 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/ctwatch"
+)
+
+const (
+	// eventsAtOnce is how many events are taken before their decisions are
+	// carried out.
+	eventsAtOnce = 128
+	// ticksAtOnce is how many permissions are looked after before the next
+	// events are taken.
+	ticksAtOnce = 32
+)
+
+// now returns the time since the daemon was made. Like the kernel's timeouts it
+// stands still while the machine is suspended, and ignores the wall clock.
+func (d *Daemon) now() time.Duration { return time.Since(d.start) }
+
+// do runs f in the loop and waits for it. It returns false if the loop ended
+// before.
+func (d *Daemon) do(f func()) bool {
+	done := make(chan struct{})
+	select {
+	case d.inbox <- func() { f(); close(done) }:
+	case <-d.ended:
+		return false
+	}
+	d.events.Wake()
+	select {
+	case <-done:
+		return true
+	case <-d.ended:
+		return false
+	}
+}
+
+// loop is the one loop. It returns when ctx ends.
+func (d *Daemon) loop(ctx context.Context) error {
+	defer close(d.ended)
+	defer context.AfterFunc(ctx, d.events.Wake)()
+	events := make([]ctwatch.Event, eventsAtOnce)
+	var deadline time.Time
+	for {
+		d.drainInbox()
+		if ctx.Err() != nil {
+			return nil
+		}
+		if next := d.deadline(); next != deadline {
+			deadline = next
+			if err := d.events.SetReadDeadline(deadline); err != nil {
+				return fmt.Errorf("set deadline of event socket: %w", err)
+			}
+		}
+		n, err := d.events.Read(events)
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			return fmt.Errorf("read conntrack events: %w", err)
+		}
+		read := d.now()
+		for i := range events[:n] {
+			d.event(read, &events[i])
+		}
+		d.apply(read)
+		d.behind = d.model.Tick(d.now(), ticksAtOnce)
+		d.apply(0)
+	}
+}
+
+func (d *Daemon) event(now time.Duration, e *ctwatch.Event) {
+	switch e.Kind {
+	case ctwatch.New:
+		d.model.FlowSeen(now, &e.Flow)
+	case ctwatch.Gone:
+		d.model.FlowGone(now, &e.Flow)
+	case ctwatch.Overrun:
+		select {
+		case d.overrun <- struct{}{}:
+		default: // a reconcile is asked for already
+		}
+	}
+}
+
+// deadline returns when the model wants to be called next. One that has more to
+// do waits just long enough for events to be taken first.
+func (d *Daemon) deadline() time.Time {
+	switch next, wanted := d.model.Next(); {
+	case d.behind:
+		return time.Now().Add(50 * time.Microsecond)
+	case wanted:
+		return d.start.Add(next)
+	}
+	return time.Time{}
+}
+
+func (d *Daemon) drainInbox() {
+	for {
+		select {
+		case f := <-d.inbox:
+			f()
+			d.apply(0)
+		default:
+			return
+		}
+	}
+}

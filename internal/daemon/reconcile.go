@@ -1,0 +1,179 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/ctwatch"
+	"github.com/conenatd/conenatd/internal/gateway"
+)
+
+// flowsAtOnce is how many flows of a dump the loop takes in one piece.
+const flowsAtOnce = 256
+
+// reconcile repairs whatever events did not tell: at the start, regularly, and
+// after an overrun. ready is called after the first time.
+func (d *Daemon) reconcile(ctx context.Context, ready func()) error {
+	q, err := ctwatch.DialQueries(ctwatch.Config{NetNS: d.cfg.NetNS})
+	if err != nil {
+		return err
+	}
+	defer q.Close()
+	t := time.NewTicker(d.cfg.Reconcile)
+	defer t.Stop()
+	for {
+		if err := d.reconcileOnce(q); err != nil {
+			d.log.Warn("reconcile", "err", err)
+		}
+		if ready != nil {
+			ready()
+			ready = nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+		case <-d.overrun:
+		}
+	}
+}
+
+func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
+	var errs []error
+	if err := d.readGateway(); err != nil {
+		errs = append(errs, err)
+	}
+	if err := d.readFlows(q); err != nil {
+		errs = append(errs, err)
+	}
+	if err := d.compare(); err != nil {
+		errs = append(errs, err)
+	}
+	d.do(d.report)
+	return errors.Join(errs...)
+}
+
+// readGateway brings the model up to date about links, addresses and the
+// gateway's own sockets.
+func (d *Daemon) readGateway() error {
+	network, err := gateway.ReadNetwork(d.cfg.NetNS, d.cfg.Outside)
+	// A link that was named may go and come back.
+	if unknown := new(gateway.UnknownLinkError); err != nil && !errors.As(err, &unknown) {
+		return err
+	}
+	ports, err := d.ports.Ports()
+	if err != nil {
+		return err
+	}
+	d.do(func() {
+		d.network, d.served = network, ports
+		d.model.SetTopology(network.Topology())
+		d.model.Review(d.now(), func(p cone.Permission) cone.Reason {
+			if ports.Serves(p.Ext) {
+				return cone.ReasonLocalSocket
+			}
+			return cone.ReasonNone
+		})
+	})
+	return nil
+}
+
+// readFlows shows the model all flows that there are.
+func (d *Daemon) readFlows(q *ctwatch.Queries) error {
+	d.do(d.model.BeginSnapshot)
+	piece := make([]cone.Flow, 0, flowsAtOnce)
+	hand := func() {
+		d.do(func() {
+			now := d.now()
+			for i := range piece {
+				d.model.SnapshotFlow(now, &piece[i])
+			}
+		})
+		piece = piece[:0]
+	}
+	err := q.Dump(func(f *cone.Flow) {
+		if piece = append(piece, *f); len(piece) == flowsAtOnce {
+			hand()
+		}
+	})
+	hand()
+	if err != nil {
+		d.do(d.model.AbortSnapshot)
+		return err
+	}
+	d.do(func() { d.model.EndSnapshot(d.now()) })
+	return nil
+}
+
+// compare looks whether what should stand does, and nothing else.
+func (d *Daemon) compare() error {
+	began := d.now()
+	stands := make(map[cone.Key]cone.Endpoint)
+	err := d.backend.List(func(p cone.Permission) { stands[p.Key] = p.Int })
+	if err != nil {
+		return fmt.Errorf("list permissions: %w", err)
+	}
+	var lost []cone.Permission
+	d.walk(func(v cone.View) {
+		if v.State != cone.StateStanding {
+			return
+		}
+		in, ok := stands[v.Key]
+		delete(stands, v.Key)
+		// What was granted after the list was asked for need not be in it.
+		if v.Since < began && (!ok || in != v.Int) {
+			lost = append(lost, v.Permission)
+		}
+	})
+	d.do(func() {
+		for _, p := range lost {
+			d.onLostPermission(p)
+		}
+		for k, in := range stands {
+			d.model.Surplus(cone.Permission{Key: k, Int: in})
+		}
+	})
+	return nil
+}
+
+// walk calls f for each claim of the model, a piece at a time, in the loop.
+func (d *Daemon) walk(f func(cone.View)) {
+	const atOnce = 1024
+	for at := 0; at >= 0; {
+		if !d.do(func() { at = d.model.Walk(at, atOnce, f) }) {
+			return
+		}
+	}
+}
+
+// report logs what went wrong since the last report, one line a cause.
+func (d *Daemon) report() {
+	s := d.model.Stats()
+	for r := range cone.Reasons {
+		if n := s.Refusals[r] - d.reported.Refusals[r]; n > 0 && d.refusal[r] != nil {
+			d.log.Warn("permissions refused", "reason", cone.Reason(r), "count", n, "err", d.refusal[r])
+		} else if n > 0 {
+			d.log.Info("permissions refused", "reason", cone.Reason(r), "count", n)
+		}
+		d.refusal[r] = nil
+	}
+	if n := s.Conflicts - d.reported.Conflicts; n > 0 {
+		d.log.Info("permissions wait for another inside host", "count", n)
+	}
+	d.reported = s
+	e := d.events.Stats()
+	if n := e.Overruns - d.reportedEvents.Overruns; n > 0 {
+		d.log.Warn("conntrack events were lost, the table was read again; "+
+			"a larger event_buffer helps", "count", n)
+	}
+	if n := e.Malformed - d.reportedEvents.Malformed; n > 0 && d.now()-d.reportedMalformed >= time.Minute {
+		d.log.Warn("conntrack events could not be decoded", "count", n)
+		d.reportedMalformed = d.now()
+	} else {
+		e.Malformed = d.reportedEvents.Malformed
+	}
+	d.reportedEvents = e
+}
