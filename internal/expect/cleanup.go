@@ -1,0 +1,102 @@
+package expect
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"golang.org/x/sys/unix"
+)
+
+// Cleaned counts what Cleanup took out of the kernel.
+type Cleaned struct{ Expectations, Anchors int }
+
+// Cleanup takes every expectation and anchor of a dead daemon, and our helper,
+// out of the kernel. No daemon may be running.
+func Cleanup(netns int) (Cleaned, error) {
+	var n Cleaned
+	var errs []error
+	var keys []cone.Key
+	err := list(netns, func(x *expectation) { keys = append(keys, x.permission().Key) })
+	if err != nil {
+		return n, err
+	}
+	c, err := dial(netns)
+	if err != nil {
+		return n, err
+	}
+	defer c.close()
+	b := &Backend{c: c}
+	for i := range keys {
+		err := b.three(func(seq uint32) { b.enc.deleteExpect(seq, &keys[i]) })[0]
+		if err == nil {
+			n.Expectations++
+		} else if !errors.Is(err, unix.ENOENT) {
+			errs = append(errs, fmt.Errorf("delete expectation: %w", err))
+		}
+	}
+	found, err := listAnchors(c)
+	if err != nil {
+		return n, errors.Join(append(errs, err)...)
+	}
+	for _, a := range found {
+		err := b.three(func(seq uint32) { b.enc.deleteAnchor(seq, a) })[0]
+		if err == nil {
+			n.Anchors++
+		} else if !errors.Is(err, unix.ENOENT) {
+			errs = append(errs, fmt.Errorf("delete anchor: %w", err))
+		}
+	}
+	return n, errors.Join(append(errs, unregisterOwn(c))...)
+}
+
+// listAnchors returns all anchors in the conntrack table: UDP entries with one
+// port 0 and a helper, that are never dropped early.
+func listAnchors(c *conn) ([]anchor, error) {
+	var e encoder
+	seq := c.nextSeq(1)
+	e.message(subsysConntrack, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, seq, false)
+	e.b[e.last+unix.NLMSG_HDRLEN] = unix.AF_UNSPEC
+	e.end()
+	var found []anchor
+	var refused error
+	err := c.exchange(e.b, seq, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
+		if typ != subsysConntrack<<8|msgNew || len(body) < 4 {
+			return
+		}
+		if a, ok := parseAnchor(body[4:]); ok {
+			found = append(found, a)
+		}
+	})
+	if err == nil {
+		err = refused
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list conntrack entries: %w", err)
+	}
+	return found, nil
+}
+
+// parseAnchor decodes the attributes of a conntrack entry, if it is an anchor.
+func parseAnchor(b []byte) (anchor, bool) {
+	var src, dst cone.Endpoint
+	var udp, helper bool
+	var status uint32
+	var zone uint16
+	ok := eachAttr(b, func(typ uint16, v []byte) bool {
+		fine := true
+		switch typ {
+		case ctaTupleOrig:
+			src, dst, udp, fine = parseTuple(v)
+		case ctaStatus:
+			status, fine = be32(v)
+		case ctaHelp:
+			helper = true
+		case ctaZone:
+			zone, fine = be16(v)
+		}
+		return fine
+	})
+	ok = ok && udp && helper && cone.Status(status).Has(anchorStatus) && cone.IsAnchor(src, dst)
+	return anchorAt(src, dst, zone), ok
+}

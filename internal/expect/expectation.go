@@ -1,0 +1,146 @@
+package expect
+
+import (
+	"encoding/binary"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"golang.org/x/sys/unix"
+)
+
+// An expectation is one entry of the kernel's table, ours or not.
+type expectation struct {
+	master    [2]cone.Endpoint // original direction of its master
+	src, dst  cone.Endpoint
+	nat       cone.Endpoint // where it sends a child; zero without NAT
+	zone      uint16
+	flags     uint32
+	timeout   uint32 // seconds left
+	masterUDP bool
+	udp       bool
+}
+
+// ours reports whether conenatd made x.
+func (x *expectation) ours() bool {
+	return x.udp && x.masterUDP && x.flags&expectPermanent != 0 && x.src.Port == 0 &&
+		cone.IsAnchor(x.master[0], x.master[1]) && x.master[1].Addr == x.src.Addr
+}
+
+// permission returns what x, which must be ours, stands for. The mark is not
+// known.
+func (x *expectation) permission() cone.Permission {
+	p := cone.Permission{
+		Key: cone.Key{Ext: x.dst, Peer: x.src.Addr, Zone: x.zone},
+		Int: x.nat,
+	}
+	if x.nat == (cone.Endpoint{}) {
+		p.Int = x.dst
+	}
+	return p
+}
+
+func (x *expectation) anchor() anchor {
+	return anchorAt(x.master[0], x.master[1], x.zone)
+}
+
+// parseExpectation decodes the attributes that ctnetlink_exp_dump_expect sends,
+// without the netlink header. Unknown attributes are skipped.
+func parseExpectation(b []byte) (x expectation, ok bool) {
+	if len(b) < 4 {
+		return x, false
+	}
+	ok = eachAttr(b[4:], func(typ uint16, v []byte) bool {
+		var fine bool
+		switch typ {
+		case ctaExpectMaster:
+			x.master[0], x.master[1], x.masterUDP, fine = parseTuple(v)
+		case ctaExpectTuple:
+			x.src, x.dst, x.udp, fine = parseTuple(v)
+		case ctaExpectNAT:
+			fine = eachAttr(v, func(typ uint16, v []byte) bool {
+				fine := true
+				if typ == ctaExpectNATTup {
+					x.nat, _, _, fine = parseTuple(v)
+				}
+				return fine
+			})
+		case ctaExpectZone:
+			x.zone, fine = be16(v)
+		case ctaExpectFlags:
+			x.flags, fine = be32(v)
+		case ctaExpectTimeout:
+			x.timeout, fine = be32(v)
+		default:
+			fine = true
+		}
+		return fine
+	})
+	return x, ok
+}
+
+func be16(v []byte) (uint16, bool) {
+	if len(v) < 2 {
+		return 0, false
+	}
+	return binary.BigEndian.Uint16(v), true
+}
+
+func be32(v []byte) (uint32, bool) {
+	if len(v) < 4 {
+		return 0, false
+	}
+	return binary.BigEndian.Uint32(v), true
+}
+
+// parseTuple decodes a tuple; udp is false for other protocols, whose ports
+// are left zero.
+func parseTuple(b []byte) (src, dst cone.Endpoint, udp, ok bool) {
+	ok = eachAttr(b, func(typ uint16, v []byte) bool {
+		switch typ {
+		case ctaTupleIP:
+			return eachAttr(v, func(typ uint16, v []byte) bool {
+				switch {
+				case typ == ctaIPv4Src && len(v) == 4:
+					src.Addr = cone.AddrFrom4([4]byte(v))
+				case typ == ctaIPv4Dst && len(v) == 4:
+					dst.Addr = cone.AddrFrom4([4]byte(v))
+				case typ == ctaIPv6Src && len(v) == 16:
+					src.Addr = cone.Addr(v)
+				case typ == ctaIPv6Dst && len(v) == 16:
+					dst.Addr = cone.Addr(v)
+				}
+				return true
+			})
+		case ctaTupleProto:
+			return eachAttr(v, func(typ uint16, v []byte) bool {
+				switch {
+				case typ == ctaProtoNum && len(v) == 1:
+					udp = v[0] == unix.IPPROTO_UDP
+				case typ == ctaProtoSrc && len(v) == 2:
+					src.Port = binary.BigEndian.Uint16(v)
+				case typ == ctaProtoDst && len(v) == 2:
+					dst.Port = binary.BigEndian.Uint16(v)
+				}
+				return true
+			})
+		}
+		return true
+	})
+	return src, dst, udp, ok
+}
+
+// eachAttr calls f for every attribute in b until f returns false, and reports
+// whether all of b was well formed and accepted.
+func eachAttr(b []byte, f func(typ uint16, value []byte) bool) bool {
+	for len(b) >= 4 {
+		n := int(binary.NativeEndian.Uint16(b))
+		if n < 4 || n > len(b) {
+			return false
+		}
+		typ := binary.NativeEndian.Uint16(b[2:]) &^ (unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER)
+		if !f(typ, b[4:n]) {
+			return false
+		}
+		b = b[min((n+3)&^3, len(b)):]
+	}
+	return true
+}
