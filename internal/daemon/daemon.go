@@ -24,11 +24,7 @@ type Config struct {
 	Version string
 	// Socket is the path of the control socket.
 	Socket string
-	// NetNS is a file descriptor of the network namespace, 0 for the current.
-	// It is for measurements: the lock and the sysctls are those of the
-	// process.
-	NetNS int
-	Log   *slog.Logger
+	Log    *slog.Logger
 }
 
 // A Daemon runs once.
@@ -93,7 +89,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.lock, err = control.Acquire(); err != nil {
 		return d, err
 	}
-	if d.network, err = gateway.ReadNetwork(cfg.NetNS, cfg.Outside); err != nil {
+	if d.network, err = gateway.ReadNetwork(0, cfg.Outside); err != nil {
 		return d, err
 	}
 	d.cfg.Subnets = subnets(cfg.Config, d.network.Candidates())
@@ -101,23 +97,23 @@ func New(cfg Config) (d *Daemon, err error) {
 		return d, errors.New("no subnet is enabled and none looks like an inside network: name one with --subnet")
 	}
 	// Subscribed before the first dump, so that no flow is missed in between.
-	d.events, err = ctwatch.Dial(ctwatch.Config{NetNS: cfg.NetNS, ReadBuffer: cfg.EventBuffer})
+	d.events, err = ctwatch.Dial(ctwatch.Config{ReadBuffer: cfg.EventBuffer})
 	if err != nil {
 		return d, err
 	}
-	if d.queries, err = ctwatch.DialQueries(ctwatch.Config{NetNS: cfg.NetNS}); err != nil {
+	if d.queries, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
 		return d, err
 	}
-	if d.sockets, err = gateway.DialSockets(cfg.NetNS); err != nil {
+	if d.sockets, err = gateway.DialSockets(0); err != nil {
 		return d, err
 	}
-	if d.ports, err = gateway.DialSockets(cfg.NetNS); err != nil {
+	if d.ports, err = gateway.DialSockets(0); err != nil {
 		return d, err
 	}
 	if d.served, err = d.ports.Ports(); err != nil {
 		return d, err
 	}
-	b, err := expect.Open(expect.Config{NetNS: cfg.NetNS, Lifetime: cfg.Lifetime, IPv6: anyIPv6(d.cfg.Subnets)})
+	b, err := expect.Open(expect.Config{Lifetime: cfg.Lifetime, IPv6: anyIPv6(d.cfg.Subnets)})
 	if err != nil {
 		return d, err
 	}

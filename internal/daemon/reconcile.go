@@ -17,7 +17,7 @@ const flowsAtOnce = 256
 // reconcile repairs whatever events did not tell: at the start, regularly, and
 // after an overrun. ready is called after the first time.
 func (d *Daemon) reconcile(ctx context.Context, ready func()) error {
-	q, err := ctwatch.DialQueries(ctwatch.Config{NetNS: d.cfg.NetNS})
+	q, err := ctwatch.DialQueries(ctwatch.Config{})
 	if err != nil {
 		return err
 	}
@@ -59,7 +59,7 @@ func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 // readGateway brings the model up to date about links, addresses and the
 // gateway's own sockets.
 func (d *Daemon) readGateway() error {
-	network, err := gateway.ReadNetwork(d.cfg.NetNS, d.cfg.Outside)
+	network, err := gateway.ReadNetwork(0, d.cfg.Outside)
 	// A link that was named may go and come back.
 	if unknown := new(gateway.UnknownLinkError); err != nil && !errors.As(err, &unknown) {
 		return err
