@@ -222,7 +222,10 @@ func TestRestartAfterKill(t *testing.T) {
 	s.stands(phone, proxy, ext)
 	gone := s.inside(1, 5062)
 	b := s.peer(lab.PeerB, 5060)
-	s.stands(gone, b, s.contact(gone, b))
+	extGone := s.contact(gone, b)
+	s.stands(gone, b, extGone)
+	child := s.peer(lab.PeerB, 5070)
+	s.arrives(gone, child, extGone)
 	s.kill()
 	s.arrives(phone, s.peer(lab.PeerA, 5070), ext) // the kernel goes on alone
 	_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "5062")
@@ -236,6 +239,8 @@ func TestRestartAfterKill(t *testing.T) {
 	if exp := s.conntrack("expect"); len(exp) != 1 {
 		t.Errorf("%d expectations, want 1: %q", len(exp), exp)
 	}
+	// Nobody answered the child of the other one: it goes too.
+	s.until("the child is gone", func() bool { return !s.hasFlowFrom(child) })
 	s.stop()
 	if left := append(s.conntrack("expect"), s.anchors()...); len(left) > 0 {
 		t.Errorf("left after stop: %q", left)

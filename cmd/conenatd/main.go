@@ -5,7 +5,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -34,19 +33,15 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	root := command()
+	started := false // else the command line is wrong
+	root.PersistentPreRun = func(*cobra.Command, []string) { started = true }
 	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "conenatd:", err)
-		os.Exit(exitCode(err))
+		if !started || config.IsUsage(err) {
+			os.Exit(2)
+		}
+		os.Exit(1)
 	}
-}
-
-// exitCode is 2 where the user must change what he asked for, else 1.
-func exitCode(err error) int {
-	var none errNoSubnet
-	if config.IsUsage(err) || errors.As(err, &none) {
-		return 2
-	}
-	return 1
 }
 
 func command() *cobra.Command {
@@ -56,9 +51,6 @@ func command() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
-		return &config.UsageError{Err: err}
-	})
 	root.AddCommand(
 		runCommand(), listCommand(), statusCommand(), checkCommand(),
 		cleanupCommand(), demoCommand(), versionCommand(),

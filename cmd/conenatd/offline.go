@@ -1,11 +1,13 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
 
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/daemon"
 	"github.com/conenatd/conenatd/internal/demo"
 )
@@ -37,6 +39,9 @@ func cleanupCommand() *cobra.Command {
 				return err
 			}
 			n, err := daemon.Cleanup(path)
+			if running := new(control.RunningError); errors.As(err, &running) {
+				return err
+			}
 			fmt.Fprintf(c.OutOrStdout(), "removed %d expectations, %d anchors, %d unanswered children\n",
 				n.Expectations, n.Anchors, n.Children)
 			return err

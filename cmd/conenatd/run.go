@@ -39,12 +39,8 @@ everything that it made out of the kernel. Flags override the configuration file
 	return c
 }
 
-// errNoSubnet says that no subnet is enabled, and which ones could be.
-type errNoSubnet string
-
-func (e errNoSubnet) Error() string { return string(e) }
-
-// noSubnet lists the candidates and the command that enables them.
+// noSubnet says that no subnet is enabled, and lists the candidates and the
+// command that enables them.
 func noSubnet(cfg config.Config) error {
 	network, err := gateway.ReadNetwork(0, cfg.Outside)
 	if err != nil {
@@ -52,8 +48,8 @@ func noSubnet(cfg config.Config) error {
 	}
 	candidates := network.Candidates()
 	if len(candidates) == 0 {
-		return errNoSubnet("no subnet is enabled and none looks like an inside network: name one, such as\n" +
-			"  conenatd run --subnet 192.168.1.0/24")
+		return &config.UsageError{Err: errors.New("no subnet is enabled and none looks like an inside network: name one, such as\n" +
+			"  conenatd run --subnet 192.168.1.0/24")}
 	}
 	var b strings.Builder
 	b.WriteString("no subnet is enabled. These look like inside networks; enable them with\n  conenatd run")
@@ -61,7 +57,7 @@ func noSubnet(cfg config.Config) error {
 		fmt.Fprintf(&b, " --subnet %v", p)
 	}
 	b.WriteString("\nor all of them with\n  conenatd run --subnet auto")
-	return errNoSubnet(b.String())
+	return &config.UsageError{Err: errors.New(b.String())}
 }
 
 func run(ctx context.Context, cfg config.Config, stderr io.Writer) error {

@@ -48,7 +48,7 @@ const (
 	roleOther role = iota // nothing to do with permissions
 	roleOut               // an enabled inside host opened it towards a peer
 	roleChild             // expected under one of our anchors
-	roleDNAT              // came in by a DNAT that is not an expectation
+	roleDNAT              // came in by a port forward of the user's: supports nothing
 	roleEarly             // came in and ends on the gateway
 )
 
@@ -96,13 +96,11 @@ func (m *Model) FlowSeen(now time.Duration, f *Flow) {
 	case roleChild:
 		if i := m.find(p.Key, p.Int); i != none {
 			m.addFlow(now, i, f, true)
+		} else {
+			m.orphan(f, p)
 		}
 	case roleDNAT:
-		if i := m.find(p.Key, p.Int); i != none {
-			m.addFlow(now, i, f, true)
-		} else {
-			m.forward(now, p.extKey())
-		}
+		m.forward(now, p.extKey())
 	case roleEarly:
 		m.seeEarly(f, p)
 	}
@@ -132,6 +130,15 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	default:
 		m.claims[i].reason = ReasonConflict
 		m.stats.Conflicts++
+	}
+}
+
+// orphan drops a child whose permission is gone, unless the inside host answered
+// it. A daemon that died may have left it; or its first packet met the very end
+// of the permission. Before the first snapshot nobody knows what is gone.
+func (m *Model) orphan(f *Flow, p Permission) {
+	if m.snap.whole && !f.Status.Has(StatusSeenReply) {
+		m.op(Op{Kind: DropUnanswered, Permission: p, Port: f.Src.Port, ID: f.ID})
 	}
 }
 
@@ -237,7 +244,7 @@ func (m *Model) FlowGone(now time.Duration, f *Flow) {
 	m.snap.gone(f.ID)
 	role, p, _ := m.role(f)
 	switch role {
-	case roleOut, roleChild, roleDNAT:
+	case roleOut, roleChild:
 	case roleEarly:
 		m.early.remove(p.Key, f.Src.Port, f.ID)
 		return

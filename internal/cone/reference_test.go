@@ -87,9 +87,6 @@ func (r *refModel) classify(f *Flow) (string, Permission) {
 	case inside && f.Status.Has(StatusSrcNAT):
 		return "out", Permission{Key: Key{f.ReplyDst, f.ReplySrc.Addr, f.ReplyZone}, Int: f.Src}
 	case !inside && f.Status.Has(StatusDstNAT):
-		if r.find(in.Key, in.Int) != nil {
-			return "child", in
-		}
 		return "dnat", in
 	}
 	return "", in

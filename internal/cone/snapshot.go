@@ -11,6 +11,7 @@ import (
 type snapshot struct {
 	gen     uint8 // flows that were seen since the last BeginSnapshot have it
 	running bool
+	whole   bool                // there was one that showed all
 	ended   map[uint32]struct{} // flows that ended while it runs
 	inbound []Flow              // looked at last: children find their permission then
 }
@@ -30,7 +31,10 @@ func (s *snapshot) over(id uint32) bool {
 // BeginSnapshot starts to take in a dump of all flows. It must be called before
 // the dump is asked for. A snapshot that is under way is given up.
 func (m *Model) BeginSnapshot() {
-	m.snap = snapshot{gen: m.snap.gen + 1, running: true, ended: make(map[uint32]struct{})}
+	m.snap = snapshot{
+		gen: m.snap.gen + 1, whole: m.snap.whole, running: true,
+		ended: make(map[uint32]struct{}),
+	}
 }
 
 // SnapshotFlow takes in one flow of the dump.
@@ -52,6 +56,7 @@ func (m *Model) EndSnapshot(now time.Duration) {
 	if !m.snap.running {
 		return
 	}
+	m.snap.whole = true
 	for i := range m.snap.inbound {
 		if f := &m.snap.inbound[i]; !m.snap.over(f.ID) {
 			m.FlowSeen(now, f)
@@ -81,5 +86,5 @@ func (m *Model) EndSnapshot(now time.Duration) {
 // AbortSnapshot tells that the dump failed: what it showed counts, what it did
 // not show proves nothing.
 func (m *Model) AbortSnapshot() {
-	m.snap = snapshot{gen: m.snap.gen}
+	m.snap = snapshot{gen: m.snap.gen, whole: m.snap.whole}
 }

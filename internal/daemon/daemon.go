@@ -231,6 +231,9 @@ func (d *Daemon) greet() {
 // warnings says what a user should know about his gateway.
 func (d *Daemon) warnings() []string {
 	var out []string
+	if n, err := settings(d.cfg.Socket).read(events); err == nil && n == 0 {
+		out = append(out, "the kernel sends no conntrack events: permissions come late, at each reconcile; set net.netfilter.nf_conntrack_events = 2")
+	}
 	if len(d.network.OutsideLinks()) == 0 {
 		out = append(out, `no outside link: none has a default route; name one with --outside`)
 	}

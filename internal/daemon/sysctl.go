@@ -14,6 +14,7 @@ const (
 	sysctlDir = "/proc/sys/net/netfilter"
 	expectMax = "nf_conntrack_expect_max"
 	acct      = "nf_conntrack_acct"
+	events    = "nf_conntrack_events"
 
 	// wantedExpectMax lets 75,000 permissions stand as expectations. The hash
 	// of the kernel stays as it is, so its chains grow to about 100 entries.

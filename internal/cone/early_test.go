@@ -1,0 +1,120 @@
+package cone
+
+import (
+	"slices"
+	"testing"
+)
+
+var (
+	seedFlow = Flow{
+		ID: 1, Status: StatusSrcNAT,
+		Src: ep("10.47.11.109:5060"), Dst: ep("203.0.113.5:5060"),
+		ReplySrc: ep("203.0.113.5:5060"), ReplyDst: ep("198.51.100.1:5060"),
+	}
+	earlyFlow1 = Flow{
+		ID:  2,
+		Src: ep("203.0.113.5:5070"), Dst: ep("198.51.100.1:5060"),
+		ReplySrc: ep("198.51.100.1:5060"), ReplyDst: ep("203.0.113.5:5070"),
+	}
+)
+
+// carryOut plays a kernel that grants everything and returns the kinds of ops.
+func carryOut(m *Model) (kinds []OpKind) {
+	for ops := m.Ops(); len(ops) > 0; ops = m.Ops() {
+		for _, o := range ops {
+			kinds = append(kinds, o.Kind)
+			if o.Kind == Grant {
+				m.Granted(o.Permission)
+			}
+		}
+	}
+	return kinds
+}
+
+func TestEarlyFlowIsDroppedWhicheverComesFirst(t *testing.T) {
+	for name, flows := range map[string][]*Flow{
+		"early packet first":  {&earlyFlow1, &seedFlow},
+		"first contact first": {&seedFlow, &earlyFlow1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := New(testPolicy)
+			m.SetTopology(testTopology)
+			var kinds []OpKind
+			for _, f := range flows {
+				m.FlowSeen(0, f)
+				kinds = append(kinds, carryOut(m)...)
+			}
+			if want := []OpKind{Grant, DropEarly}; !slices.Equal(kinds, want) {
+				t.Errorf("ops %v, want %v", kinds, want)
+			}
+		})
+	}
+}
+
+func TestEarlyFlowThatEndedIsForgotten(t *testing.T) {
+	m := New(testPolicy)
+	m.SetTopology(testTopology)
+	m.FlowSeen(0, &earlyFlow1)
+	m.FlowGone(0, &earlyFlow1)
+	m.FlowSeen(0, &seedFlow)
+	if kinds, want := carryOut(m), []OpKind{Grant}; !slices.Equal(kinds, want) {
+		t.Errorf("ops %v, want %v", kinds, want)
+	}
+}
+
+// A flood from outside fills the ring; the newest early flows are known.
+func TestIndexOfEarlyFlowsIsBounded(t *testing.T) {
+	m := New(testPolicy)
+	m.SetTopology(testTopology)
+	f := earlyFlow1
+	for i := range 3 * earlySize {
+		f.ID, f.Src.Port = uint32(i+10), uint16(i%60000+1)
+		f.Dst.Port = uint16(i % 7)
+		f.ReplySrc = f.Dst
+		m.FlowSeen(0, &f)
+	}
+	if n := len(m.early.ring); n != earlySize {
+		t.Errorf("the ring has %d places, want %d", n, earlySize)
+	}
+	linked := 0
+	for _, i := range m.early.byKey {
+		for ; i != none; i = m.early.ring[i].more {
+			linked++
+		}
+	}
+	if linked != earlySize {
+		t.Errorf("%d flows are linked, want %d", linked, earlySize)
+	}
+	m.FlowSeen(0, &earlyFlow1)
+	m.FlowSeen(0, &seedFlow)
+	if kinds, want := carryOut(m), []OpKind{Grant, DropEarly}; !slices.Equal(kinds, want) {
+		t.Errorf("ops %v, want %v", kinds, want)
+	}
+}
+
+// A child whose permission is gone must not live for as long as its peer sends.
+func TestChildWithoutPermissionIsDroppedOnceAllFlowsAreKnown(t *testing.T) {
+	child := Flow{
+		ID: 3, Status: StatusExpected | StatusDstNAT,
+		Src: ep("203.0.113.5:5070"), Dst: ep("198.51.100.1:5060"),
+		ReplySrc: ep("10.47.11.109:5060"), ReplyDst: ep("203.0.113.5:5070"),
+		MasterSrc: ep("10.47.11.109:0"), MasterDst: ep("203.0.113.5:5060"),
+	}
+	m := New(testPolicy)
+	m.SetTopology(testTopology)
+	m.FlowSeen(0, &child)
+	if kinds := carryOut(m); len(kinds) > 0 {
+		t.Errorf("before the first snapshot: %v", kinds)
+	}
+	m.BeginSnapshot()
+	m.SnapshotFlow(0, &child)
+	m.EndSnapshot(0)
+	if kinds, want := carryOut(m), []OpKind{DropUnanswered}; !slices.Equal(kinds, want) {
+		t.Errorf("at the snapshot: %v, want %v", kinds, want)
+	}
+	child.Status |= StatusSeenReply
+	m.FlowSeen(0, &child)
+	if kinds := carryOut(m); len(kinds) > 0 {
+		t.Errorf("answered: %v", kinds)
+	}
+}
