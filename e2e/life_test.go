@@ -214,33 +214,49 @@ func TestStopLeavesNothing(t *testing.T) {
 	}
 }
 
-// What a killed daemon left is taken over by the next one or goes.
-func TestRestartAfterKill(t *testing.T) {
-	s := play(t, lab.Options{Inside: 2})
+// What a killed daemon left is taken over by the next one, even if no flow holds
+// it any more; what is not allowed any more goes, and its child with it.
+func TestRestartAfterKillTakesOverWhatStands(t *testing.T) {
+	s := newScene(t, lab.Options{Inside: 3})
+	s.start("--subnet", lab.InsideNet.String())
+	held, lingering, forbidden := s.inside(0, 5060), s.inside(1, 5061), s.inside(2, 5062)
+	a, b := s.peer(lab.PeerA, 5060), s.peer(lab.PeerB, 5060)
+	extHeld, extLingering, extForbidden := s.contact(held, a), s.contact(lingering, a), s.contact(forbidden, b)
+	s.stands(held, a, extHeld)
+	s.stands(lingering, a, extLingering)
+	s.stands(forbidden, b, extForbidden)
+	child := s.peer(lab.PeerB, 5070)
+	s.arrives(forbidden, child, extForbidden)
+	s.kill()
+	s.arrives(held, s.peer(lab.PeerA, 5070), extHeld) // the kernel goes on alone
+	_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "5061", "--orig-port-dst", "5060")
+	s.must(err)
+
+	s.start("--subnet", lab.InsideNet.String(), "--exclude-peer", lab.PeerB.String()+"/32")
+	if n := s.status().Counters.Granted; n != 0 {
+		t.Errorf("%d permissions were granted anew, want all taken over", n)
+	}
+	s.arrives(held, s.peer(lab.PeerA, 5071), extHeld)
+	s.arrives(lingering, s.peer(lab.PeerA, 5072), extLingering)
+	s.until("the forbidden one is gone", func() bool {
+		return len(s.list()) == 2 && len(s.conntrack("expect")) == 2 && !s.hasFlowFrom(child)
+	})
+	s.stop()
+	if left := append(s.conntrack("expect"), s.anchors()...); len(left) > 0 {
+		t.Errorf("left after stop: %q", left)
+	}
+}
+
+// With on_stop = "keep" a stop is like a kill: a new program takes over.
+func TestStopThatKeepsLeavesThePermissions(t *testing.T) {
+	s := play(t, lab.Options{}, "--on-stop", "keep")
 	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
 	ext := s.contact(phone, proxy)
 	s.stands(phone, proxy, ext)
-	gone := s.inside(1, 5062)
-	b := s.peer(lab.PeerB, 5060)
-	extGone := s.contact(gone, b)
-	s.stands(gone, b, extGone)
-	child := s.peer(lab.PeerB, 5070)
-	s.arrives(gone, child, extGone)
-	s.kill()
-	s.arrives(phone, s.peer(lab.PeerA, 5070), ext) // the kernel goes on alone
-	_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "5062")
-	s.must(err)
-
+	s.stop()
+	s.arrives(phone, s.peer(lab.PeerA, 5070), ext)
 	s.start("--subnet", lab.InsideNet.String())
 	s.arrives(phone, s.peer(lab.PeerA, 5071), ext)
-	if ps := s.list(); len(ps) != 1 {
-		t.Errorf("%d permissions, want 1: %v", len(ps), ps)
-	}
-	if exp := s.conntrack("expect"); len(exp) != 1 {
-		t.Errorf("%d expectations, want 1: %q", len(exp), exp)
-	}
-	// Nobody answered the child of the other one: it goes too.
-	s.until("the child is gone", func() bool { return !s.hasFlowFrom(child) })
 	s.stop()
 	if left := append(s.conntrack("expect"), s.anchors()...); len(left) > 0 {
 		t.Errorf("left after stop: %q", left)

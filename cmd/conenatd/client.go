@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -11,28 +12,64 @@ import (
 
 // clientCommand is a command that talks to the running daemon. It adds the
 // flags that all of these have.
-func clientCommand(use, short string, ask func(c *cobra.Command, client *control.Client, asJSON bool) error) *cobra.Command {
+func clientCommand(use, short string, args cobra.PositionalArgs,
+	ask func(c *cobra.Command, client *control.Client, args []string) error,
+) *cobra.Command {
 	var socket string
-	var asJSON bool
 	c := &cobra.Command{
 		Use:   use,
 		Short: short,
-		Args:  cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error {
+		Args:  args,
+		RunE: func(c *cobra.Command, args []string) error {
 			path, err := socketPath(socket)
 			if err != nil {
 				return err
 			}
-			return ask(c, control.Dial(path), asJSON)
+			return ask(c, control.Dial(path), args)
 		},
 	}
 	c.Flags().StringVar(&socket, "control-socket", "", "control socket of the daemon (default: that of this network namespace)")
+	return c
+}
+
+// showCommand is a clientCommand that prints what the daemon knows.
+func showCommand(use, short string, show func(c *cobra.Command, client *control.Client, asJSON bool) error) *cobra.Command {
+	var asJSON bool
+	c := clientCommand(use, short, cobra.NoArgs, func(c *cobra.Command, client *control.Client, _ []string) error {
+		return show(c, client, asJSON)
+	})
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
 }
 
+func reloadCommand() *cobra.Command {
+	return clientCommand("reload", "Let the daemon read its configuration again", cobra.NoArgs,
+		func(c *cobra.Command, client *control.Client, _ []string) error { return client.Reload(c.Context()) })
+}
+
+func revokeCommand() *cobra.Command {
+	c := clientCommand("revoke WORD...", "End permissions", cobra.MinimumNArgs(1), revoke)
+	c.Long = `End the permissions that fit all words. A word is an address (of an inside
+host, of the outside, of a peer) or an endpoint (inside or outside). The flows
+that hold them go on but do not bring them back; a new flow does.`
+	c.Example = "  conenatd revoke 192.168.1.20\n  conenatd revoke 198.51.100.1:5060 203.0.113.5"
+	return c
+}
+
+func flushCommand() *cobra.Command {
+	return clientCommand("flush", "End all permissions", cobra.NoArgs, revoke)
+}
+
+func revoke(c *cobra.Command, client *control.Client, words []string) error {
+	n, err := client.Revoke(c.Context(), words)
+	if err == nil {
+		fmt.Fprintf(c.OutOrStdout(), "revoked %d permissions\n", n)
+	}
+	return err
+}
+
 func listCommand() *cobra.Command {
-	return clientCommand("list", "List the permissions", func(c *cobra.Command, client *control.Client, asJSON bool) error {
+	return showCommand("list", "List the permissions", func(c *cobra.Command, client *control.Client, asJSON bool) error {
 		if asJSON {
 			enc := json.NewEncoder(c.OutOrStdout())
 			return client.Permissions(c.Context(), func(p control.Permission) error { return enc.Encode(p) })
@@ -50,7 +87,7 @@ func listCommand() *cobra.Command {
 }
 
 func statusCommand() *cobra.Command {
-	return clientCommand("status", "Show what the daemon does", func(c *cobra.Command, client *control.Client, asJSON bool) error {
+	return showCommand("status", "Show what the daemon does", func(c *cobra.Command, client *control.Client, asJSON bool) error {
 		st, err := client.Status(c.Context())
 		if err != nil {
 			return err

@@ -52,8 +52,8 @@ func command() *cobra.Command {
 		SilenceErrors: true,
 	}
 	root.AddCommand(
-		runCommand(), listCommand(), statusCommand(), checkCommand(),
-		cleanupCommand(), demoCommand(), versionCommand(),
+		runCommand(), listCommand(), statusCommand(), reloadCommand(), revokeCommand(),
+		flushCommand(), checkCommand(), cleanupCommand(), demoCommand(), versionCommand(),
 	)
 	return root
 }

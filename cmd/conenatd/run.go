@@ -7,7 +7,9 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"os/signal"
 	"strings"
+	"syscall"
 
 	"github.com/mdlayher/sdnotify"
 	"github.com/spf13/cobra"
@@ -24,17 +26,15 @@ func runCommand() *cobra.Command {
 		Use:   "run",
 		Short: "Run the daemon",
 		Long: `Run the daemon in the foreground until SIGTERM or SIGINT. It then takes
-everything that it made out of the kernel. Flags override the configuration file.`,
+everything that it made out of the kernel, unless on_stop says otherwise. SIGHUP
+and "conenatd reload" make it read the configuration file again; flags override
+the file.`,
 		Example: "  conenatd run --subnet 192.168.1.0/24",
 		Args:    cobra.NoArgs,
 	}
 	flags.Register(c.Flags())
 	c.RunE = func(c *cobra.Command, _ []string) error {
-		cfg, err := flags.Resolve()
-		if err != nil {
-			return err
-		}
-		return run(c.Context(), cfg, c.ErrOrStderr())
+		return run(c.Context(), &flags, c.ErrOrStderr())
 	}
 	return c
 }
@@ -60,16 +60,29 @@ func noSubnet(cfg config.Config) error {
 	return &config.UsageError{Err: errors.New(b.String())}
 }
 
-func run(ctx context.Context, cfg config.Config, stderr io.Writer) error {
+func run(ctx context.Context, flags *config.Flags, stderr io.Writer) error {
+	cfg, err := flags.Resolve()
+	if err != nil {
+		return err
+	}
 	if len(cfg.Subnets) == 0 && !cfg.AutoSubnets {
 		return noSubnet(cfg)
 	}
-	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: cfg.LogLevel}))
+	var level slog.LevelVar
+	level.Set(cfg.LogLevel)
+	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: &level}))
+	// From the first moment on, for its default is to end the program.
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
 	socket, err := socketPath(cfg.ControlSocket)
 	if err != nil {
 		return err
 	}
-	d, err := daemon.New(daemon.Config{Config: cfg, Version: versionText(), Socket: socket, Log: log})
+	d, err := daemon.New(daemon.Config{
+		Config: cfg, Version: versionText(), Socket: socket, Log: log,
+		Level: &level, Reload: flags.Resolve,
+	})
 	if err != nil {
 		return err
 	}
@@ -79,11 +92,27 @@ func run(ctx context.Context, cfg config.Config, stderr io.Writer) error {
 	}
 	defer notify.Close()
 	defer context.AfterFunc(ctx, func() { _ = notify.Notify(sdnotify.Stopping) })()
+	ended := make(chan struct{})
+	defer close(ended)
+	go reloadOn(hangup, ended, d)
 	return d.Run(ctx, func() {
 		if err := notify.Notify(sdnotify.Ready); err != nil {
 			log.Warn("tell the service manager", "err", err)
 		}
 	})
+}
+
+// reloadOn reloads the configuration for each signal. The daemon logs how it
+// went.
+func reloadOn(hangup <-chan os.Signal, ended <-chan struct{}, d *daemon.Daemon) {
+	for {
+		select {
+		case <-hangup:
+			_ = d.Reload()
+		case <-ended:
+			return
+		}
+	}
 }
 
 // socketPath is the control socket that was named, or that of this network

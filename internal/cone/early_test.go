@@ -38,7 +38,7 @@ func TestEarlyFlowIsDroppedWhicheverComesFirst(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := New(testPolicy)
-			m.SetTopology(testTopology)
+			m.SetTopology(0, testTopology)
 			var kinds []OpKind
 			for _, f := range flows {
 				m.FlowSeen(0, f)
@@ -53,7 +53,7 @@ func TestEarlyFlowIsDroppedWhicheverComesFirst(t *testing.T) {
 
 func TestEarlyFlowThatEndedIsForgotten(t *testing.T) {
 	m := New(testPolicy)
-	m.SetTopology(testTopology)
+	m.SetTopology(0, testTopology)
 	m.FlowSeen(0, &earlyFlow1)
 	m.FlowGone(0, &earlyFlow1)
 	m.FlowSeen(0, &seedFlow)
@@ -65,7 +65,7 @@ func TestEarlyFlowThatEndedIsForgotten(t *testing.T) {
 // A flood from outside fills the ring; the newest early flows are known.
 func TestIndexOfEarlyFlowsIsBounded(t *testing.T) {
 	m := New(testPolicy)
-	m.SetTopology(testTopology)
+	m.SetTopology(0, testTopology)
 	f := earlyFlow1
 	for i := range 3 * earlySize {
 		f.ID, f.Src.Port = uint32(i+10), uint16(i%60000+1)
@@ -101,7 +101,7 @@ func TestChildWithoutPermissionIsDroppedOnceAllFlowsAreKnown(t *testing.T) {
 		MasterSrc: ep("10.47.11.109:0"), MasterDst: ep("203.0.113.5:5060"),
 	}
 	m := New(testPolicy)
-	m.SetTopology(testTopology)
+	m.SetTopology(0, testTopology)
 	m.FlowSeen(0, &child)
 	if kinds := carryOut(m); len(kinds) > 0 {
 		t.Errorf("before the first snapshot: %v", kinds)

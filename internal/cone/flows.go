@@ -63,7 +63,7 @@ func (m *Model) role(f *Flow) (role, Permission, Subnet) {
 	if expected && IsAnchor(f.MasterSrc, f.MasterDst) {
 		return roleChild, inbound, Subnet{}
 	}
-	if s, ok := m.policy.subnet(f.Src.Addr.Netip()); ok {
+	if _, s, ok := m.policy.subnet(f.Src.Addr.Netip()); ok {
 		out := Permission{
 			Key:  Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr, Zone: f.ReplyZone},
 			Int:  f.Src,
@@ -94,11 +94,7 @@ func (m *Model) FlowSeen(now time.Duration, f *Flow) {
 	case roleOut:
 		m.seeOut(now, f, p, subnet)
 	case roleChild:
-		if i := m.find(p.Key, p.Int); i != none {
-			m.addFlow(now, i, f, true)
-		} else {
-			m.orphan(f, p)
-		}
+		m.seeChild(now, f, p)
 	case roleDNAT:
 		m.forward(now, p.extKey())
 	case roleEarly:
@@ -111,13 +107,18 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 		return
 	}
 	if r := m.policy.refuses(f.ReplyDst, f.ReplySrc, &m.topo); r != ReasonNone {
-		if !m.snap.running { // else it was counted before
+		if !m.snap.showing { // else it was counted before
 			m.stats.Skipped[r]++
 		}
 		return
 	}
 	if i := m.find(p.Key, p.Int); i != none {
-		m.addFlow(now, i, f, false)
+		known := m.addFlow(now, i, f, false)
+		c := &m.claims[i]
+		c.Mark = p.Mark // an adopted one had none
+		if !known && !m.snap.showing && c.state == StateRefused && c.reason == ReasonRevoked && m.owner(p.Key) == i {
+			m.grant(now, i)
+		}
 		return
 	}
 	i := m.claim(now, p)
@@ -133,6 +134,20 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	}
 }
 
+func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
+	i := m.find(p.Key, p.Int)
+	if i == none {
+		m.orphan(f, p)
+		return
+	}
+	if _, known := m.flows.byKey[flowKey{i, f.Src.Port, true}]; !known && full(m.claims[i].kids, m.policy.Limits.Children) {
+		m.stats.Crowded++
+		m.op(Op{Kind: DropUnanswered, Permission: p, Port: f.Src.Port, ID: f.ID})
+		return
+	}
+	m.addFlow(now, i, f, true)
+}
+
 // orphan drops a child whose permission is gone, unless the inside host answered
 // it. A daemon that died may have left it; or its first packet met the very end
 // of the permission. Before the first snapshot nobody knows what is gone.
@@ -144,8 +159,9 @@ func (m *Model) orphan(f *Flow, p Permission) {
 
 // addFlow notes that f belongs to claim i and is alive. The claim is fed if f
 // had packets from inside since it was last seen; without counters, if it is
-// the inside host's own flow or a child that it answered.
-func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) {
+// the inside host's own flow or a child that it answered. It returns whether the
+// flow was known.
+func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known bool) {
 	k := flowKey{claim: i, port: f.ReplySrc.Port, child: child}
 	packets := f.OrigPackets
 	if child {
@@ -154,7 +170,7 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) {
 	}
 	t := &m.flows
 	n, ok := t.byKey[k]
-	known := ok && t.all[n].id == f.ID
+	known = ok && t.all[n].id == f.ID
 	if !ok {
 		n = m.newFlow(k)
 	}
@@ -173,6 +189,7 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) {
 	if fed {
 		m.feed(now, i)
 	}
+	return known
 }
 
 func (m *Model) newFlow(k flowKey) int32 {
@@ -198,6 +215,7 @@ func (m *Model) newFlow(k flowKey) int32 {
 	} else {
 		c.outs++
 	}
+	m.account(k.claim)
 	return n
 }
 
@@ -211,6 +229,7 @@ func (m *Model) setAnswered(fl *flow, answered bool) {
 	} else {
 		m.claims[fl.claim].answered--
 	}
+	m.account(fl.claim)
 }
 
 // removeFlow forgets flow n. The caller settles the claim.
@@ -232,6 +251,7 @@ func (m *Model) removeFlow(n int32) {
 	} else {
 		c.outs--
 	}
+	m.account(fl.claim)
 	delete(t.byKey, fl.key())
 	fl.claim = none
 	t.free = append(t.free, n)

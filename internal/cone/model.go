@@ -25,8 +25,10 @@ func (s State) String() string {
 // slice and point at each other by index.
 type claim struct {
 	Permission
-	state  State
-	reason Reason
+	state   State
+	reason  Reason
+	counted bool // in its scopes
+	listed  bool // there as lingering
 
 	outs     int32 // live flows that the inside host opened towards the peer
 	kids     int32 // live children
@@ -37,6 +39,8 @@ type claim struct {
 	ends               time.Duration // its flows were asked about: ends then, unless fed; else 0
 
 	flows                int32 // first flow
+	subnet               int32 // index in the policy
+	inHost, inSubnet     links // among the lingering claims of the host and the subnet
 	nextKey              int32 // next claim of the same Key; the first one comes first
 	extPrev              int32 // neighbours on the same outside endpoint
 	extNext              int32
@@ -66,6 +70,9 @@ type Model struct {
 	forwarded map[extKey]time.Duration // outside endpoints that the user forwards: last seen
 	flows     flowTable
 	early     earlyIndex
+	hosts     map[Addr]scope
+	subnets   []scope             // by index in the policy
+	ruled     func(Endpoint) bool // outside endpoints that rules forward; may be nil
 	wheel     wheel
 	snap      snapshot
 
@@ -82,6 +89,7 @@ type Stats struct {
 
 	Granted   uint64          // grants decided, retries included
 	Conflicts uint64          // claims that found the permission owned
+	Crowded   uint64          // children beyond the limit, dropped
 	Early     uint64          // early packets' flows to be repaired
 	Skipped   [Reasons]uint64 // flows that gave no permission, by reason
 	Refusals  [Reasons]uint64 // permissions refused, by reason
@@ -96,16 +104,14 @@ func New(p Policy) *Model {
 		byKey:     make(map[Key]int32),
 		byExt:     make(map[extKey]int32),
 		forwarded: make(map[extKey]time.Duration),
+		hosts:     make(map[Addr]scope),
+		subnets:   newScopes(len(p.Subnets)),
 		flows:     newFlowTable(),
 		early:     newEarlyIndex(),
 	}
 	m.wheel = newWheel(&m.claims, p.Lifetime)
 	return m
 }
-
-// SetTopology tells the model the gateway's links and addresses. Permissions
-// that stand already are not touched.
-func (m *Model) SetTopology(t Topology) { m.topo = compileTopology(t) }
 
 // Stats returns the present counts.
 func (m *Model) Stats() Stats { return m.stats }
@@ -137,7 +143,7 @@ func (m *Model) claim(now time.Duration, p Permission) int32 {
 	i := m.alloc()
 	c := &m.claims[i]
 	*c = claim{
-		Permission: p, state: StateWaiting, fed: now,
+		Permission: p, state: StateWaiting, fed: now, subnet: m.policy.index(p.Int.Addr.Netip()),
 		flows: none, nextKey: none, extPrev: none, extNext: none, slot: none,
 	}
 	m.stats.Waiting++
@@ -175,6 +181,7 @@ func (m *Model) setState(i int32, s State, r Reason) {
 	*m.gauge(c.state)--
 	*m.gauge(s)++
 	c.state, c.reason = s, r
+	m.account(i)
 }
 
 func (m *Model) gauge(s State) *int {
@@ -209,13 +216,16 @@ func (m *Model) bars(now time.Duration, c *claim) Reason {
 	if m.stopped {
 		return ReasonStopped
 	}
+	if m.ruled != nil && m.ruled(c.Ext) {
+		return ReasonForwarded
+	}
 	if seen, ok := m.forwarded[c.extKey()]; ok {
 		if now-seen < forwardMemory {
 			return ReasonForwarded
 		}
 		delete(m.forwarded, c.extKey())
 	}
-	return ReasonNone
+	return m.room(c, func(i int32) { m.end(now, i, ReasonEvicted) })
 }
 
 // refuse notes that claim i does not stand, to be tried again later.
@@ -285,6 +295,8 @@ func (m *Model) end(now time.Duration, i int32, r Reason) {
 		heir = c.nextKey
 	}
 	*m.gauge(c.state)--
+	c.state = stateUnused
+	m.account(i)
 	*c = claim{state: stateUnused}
 	m.free = append(m.free, i)
 	if heir != none {
@@ -302,6 +314,12 @@ func (c *claim) lingers() bool {
 		return c.reason == ReasonIdle
 	}
 	return false
+}
+
+// waitsForFlow reports whether c, which is refused, is not to be tried again
+// before the inside host sends.
+func (c *claim) waitsForFlow() bool {
+	return c.reason == ReasonIdle || c.reason == ReasonRevoked
 }
 
 // settle decides what becomes of claim i after the number of its flows changed.
@@ -343,7 +361,7 @@ func (m *Model) attend(now time.Duration, i int32) {
 		switch {
 		case now < c.retry:
 			m.wheel.schedule(i, c.retry)
-		case c.reason != ReasonIdle: // an idle one waits to be fed
+		case !c.waitsForFlow():
 			m.grant(now, i)
 		}
 		return

@@ -48,7 +48,7 @@ func newWorld(t *testing.T, seed uint64) *world {
 		m: New(testPolicy), ref: newRef(testPolicy, testTopology),
 		kernel: map[Key]Endpoint{},
 	}
-	w.m.SetTopology(testTopology)
+	w.m.SetTopology(0, testTopology)
 	return w
 }
 

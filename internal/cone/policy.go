@@ -8,6 +8,7 @@ import (
 // A Policy says which flows give permissions and how long these live.
 type Policy struct {
 	Subnets []Subnet
+	Limits  Limits
 
 	// Lifetime is how long a permission lives at least after it was last fed
 	// from inside (RFC 4787 REQ-5, RFC 8656 section 9). It must be positive.
@@ -71,27 +72,23 @@ func compilePolicy(p Policy) policy {
 	}
 }
 
-// subnet returns the enabled subnet that holds a.
-func (p *policy) subnet(a netip.Addr) (Subnet, bool) {
-	for _, s := range p.Subnets {
-		if s.Prefix.Contains(a) {
-			return s, true
-		}
-	}
-	return Subnet{}, false
-}
-
 // refuses returns why a flow from an enabled subnet gives no permission, or
 // the zero Reason.
 func (p *policy) refuses(ext, peer Endpoint, t *topology) Reason {
+	if p.peerPorts.has(peer.Port) {
+		return ReasonExcludedPeerPort
+	}
+	return p.refusesEndpoint(ext, peer, t)
+}
+
+// refusesEndpoint is refuses for whatever port of the peer.
+func (p *policy) refusesEndpoint(ext, peer Endpoint, t *topology) Reason {
 	a := peer.Addr.Netip()
 	switch {
 	case ext.Port == 0 || peer.Port == 0:
 		return ReasonPortZero
 	case !unicast(a):
 		return ReasonNotUnicast
-	case p.peerPorts.has(peer.Port):
-		return ReasonExcludedPeerPort
 	case p.ports.has(ext.Port):
 		return ReasonExcludedPort
 	case !t.outside(a):
@@ -102,7 +99,7 @@ func (p *policy) refuses(ext, peer Endpoint, t *topology) Reason {
 			return ReasonExcludedPeer
 		}
 	}
-	if _, inside := p.subnet(a); inside {
+	if _, _, inside := p.subnet(a); inside {
 		return ReasonPeerInside
 	}
 	return ReasonNone

@@ -54,7 +54,7 @@ func TestFlowsThatGiveNoPermission(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := New(p)
-			m.SetTopology(topology)
+			m.SetTopology(0, topology)
 			m.FlowSeen(0, &Flow{
 				ID: 1, Status: tc.status,
 				Src: ep(tc.in), Dst: ep(tc.peer), ReplySrc: ep(tc.peer), ReplyDst: ep(tc.ext),
@@ -82,7 +82,7 @@ func TestFlowsThatGiveNoPermission(t *testing.T) {
 // thinks, and that is who may answer.
 func TestPeerOfARedirectedFlowIsWhoGetsIt(t *testing.T) {
 	m := New(testPolicy)
-	m.SetTopology(testTopology)
+	m.SetTopology(0, testTopology)
 	m.FlowSeen(0, &Flow{
 		Status: StatusSrcNAT | StatusDstNAT,
 		Src:    ep("10.47.11.109:5060"), Dst: ep("203.0.113.5:5060"),
@@ -96,7 +96,7 @@ func TestPeerOfARedirectedFlowIsWhoGetsIt(t *testing.T) {
 
 func TestEventsAllocateNothingOnceTheFlowIsKnown(t *testing.T) {
 	m := New(testPolicy)
-	m.SetTopology(testTopology)
+	m.SetTopology(0, testTopology)
 	f := Flow{
 		ID: 1, Status: StatusSrcNAT,
 		Src: ep("10.47.11.109:5060"), Dst: ep("203.0.113.5:5060"),

@@ -24,11 +24,18 @@ const (
 	ReasonTableFull   // the kernel's table is full
 	ReasonTaken       // an expectation or entry of somebody else's is in the way
 	ReasonKernel      // the kernel refused for another reason
+	ReasonHostLimit   // the inside host has all the permissions it may have
+	ReasonSubnetLimit // the subnet has
+	ReasonLimit       // all together have
+	ReasonRevoked     // the user took it away
 	ReasonIdle        // its flow lives by packets from outside alone
 
 	// The permission ended.
 	ReasonExpired
-	ReasonYielded // a lingering owner made way for one with a live flow
+	ReasonPolicy      // the configuration does not allow it any more
+	ReasonAddressGone // the gateway lost the outside address
+	ReasonEvicted     // it lingered and made room under a limit
+	ReasonYielded     // a lingering owner made way for one with a live flow
 	ReasonStopped
 
 	reasons
@@ -52,7 +59,14 @@ var reasonNames = [reasons]string{
 	ReasonTableFull:        "kernel table is full",
 	ReasonTaken:            "another entry is in the way",
 	ReasonKernel:           "kernel refused",
+	ReasonHostLimit:        "limit per inside host",
+	ReasonSubnetLimit:      "limit per subnet",
+	ReasonLimit:            "limit of all permissions",
+	ReasonRevoked:          "revoked by command",
 	ReasonIdle:             "not fed from inside",
+	ReasonPolicy:           "not allowed any more",
+	ReasonAddressGone:      "outside address is gone",
+	ReasonEvicted:          "made room under a limit",
 	ReasonExpired:          "expired",
 	ReasonYielded:          "yielded",
 	ReasonStopped:          "stopped",

@@ -12,6 +12,7 @@ type snapshot struct {
 	gen     uint8 // flows that were seen since the last BeginSnapshot have it
 	running bool
 	whole   bool                // there was one that showed all
+	showing bool                // the model looks at one of its flows right now
 	ended   map[uint32]struct{} // flows that ended while it runs
 	inbound []Flow              // looked at last: children find their permission then
 }
@@ -44,10 +45,16 @@ func (m *Model) SnapshotFlow(now time.Duration, f *Flow) {
 	}
 	switch role, _, _ := m.role(f); role {
 	case roleOut:
-		m.FlowSeen(now, f)
+		m.show(now, f)
 	case roleChild, roleDNAT, roleEarly:
 		m.snap.inbound = append(m.snap.inbound, *f)
 	}
+}
+
+func (m *Model) show(now time.Duration, f *Flow) {
+	m.snap.showing = true
+	m.FlowSeen(now, f)
+	m.snap.showing = false
 }
 
 // EndSnapshot tells that the dump was whole: flows that it did not show are
@@ -59,7 +66,7 @@ func (m *Model) EndSnapshot(now time.Duration) {
 	m.snap.whole = true
 	for i := range m.snap.inbound {
 		if f := &m.snap.inbound[i]; !m.snap.over(f.ID) {
-			m.FlowSeen(now, f)
+			m.show(now, f)
 		}
 	}
 	m.AbortSnapshot()

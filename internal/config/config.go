@@ -41,6 +41,21 @@ type Config struct {
 	// permission, because the user forwards them.
 	ExcludePorts []uint16
 
+	// MaxPermissions, MaxPermissionsPerSubnet and MaxPermissionsPerHost bound
+	// how many permissions stand, in all, for one subnet and for one inside
+	// address; 0 is no bound. The kernel's expectation table is a bound too.
+	MaxPermissions          int
+	MaxPermissionsPerSubnet int
+	MaxPermissionsPerHost   int
+
+	// MaxChildren bounds the live flows that a peer may have by one permission;
+	// 0 is no bound. One peer must not fill the conntrack table from all its
+	// ports.
+	MaxChildren int
+
+	// OnStop says what becomes of the permissions when the daemon is stopped.
+	OnStop OnStop
+
 	// EventBuffer is the receive buffer of the event socket in bytes, 64 KiB
 	// to 1 GiB, as given to SO_RCVBUFFORCE (socket(7); the kernel doubles it).
 	EventBuffer int
@@ -77,6 +92,15 @@ const (
 	BackendExpect Backend = "expect" // conntrack expectations
 )
 
+// OnStop says what a stopped daemon leaves.
+type OnStop string
+
+// What a Config can ask for.
+const (
+	OnStopRevoke OnStop = "revoke" // nothing
+	OnStopKeep   OnStop = "keep"   // the permissions, for a new daemon to take over
+)
+
 // Default returns the configuration of an empty file. It enables no subnet.
 // The caller owns the value and what it points to.
 func Default() Config {
@@ -86,7 +110,12 @@ func Default() Config {
 		Reconcile:        30 * time.Second,
 		LogLevel:         slog.LevelInfo,
 		ExcludePeerPorts: []uint16{53, 123, 443},
-		EventBuffer:      8 << 20,
+
+		MaxPermissionsPerHost: 4096,
+		MaxChildren:           256,
+
+		OnStop:      OnStopRevoke,
+		EventBuffer: 8 << 20,
 	}
 }
 

@@ -23,6 +23,11 @@ outside = ["wan0", "ppp0"]
 exclude_peers = ["203.0.113.0/24", "2001:db8::/32"]
 exclude_peer_ports = [53]
 exclude_ports = [5060, 65535]
+max_permissions = 1000
+max_permissions_per_subnet = 500
+max_permissions_per_host = 50
+max_children = 10
+on_stop = "keep"
 event_buffer = 65_536
 control_socket = "/run/c.sock"
 
@@ -47,9 +52,16 @@ func everyConfig() Config {
 		ExcludePeers:     []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("2001:db8::/32")},
 		ExcludePeerPorts: []uint16{53},
 		ExcludePorts:     []uint16{5060, 65535},
-		EventBuffer:      64 << 10,
-		ControlSocket:    "/run/c.sock",
-		AutoSubnets:      true,
+
+		MaxPermissions:          1000,
+		MaxPermissionsPerSubnet: 500,
+		MaxPermissionsPerHost:   50,
+		MaxChildren:             10,
+
+		OnStop:        OnStopKeep,
+		EventBuffer:   64 << 10,
+		ControlSocket: "/run/c.sock",
+		AutoSubnets:   true,
 		Subnets: []Subnet{
 			{Prefix: netip.MustParsePrefix("192.168.1.0/24")},
 			{Prefix: netip.MustParsePrefix("2001:db8:1::/64"), Routed: true},
@@ -162,15 +174,15 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 
 		"unknown key": {
 			"# typo\nlifetme = \"5m\"",
-			`2: lifetme: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, exclude_peers, exclude_peer_ports, exclude_ports, event_buffer, control_socket, subnet`,
+			`2: lifetme: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"unknown table": {
 			"lifetime = \"5m\"\n[limits.host]\nx = 1",
-			`2: limits: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, exclude_peers, exclude_peer_ports, exclude_ports, event_buffer, control_socket, subnet`,
+			`2: limits: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"key of another case": {
 			`Lifetime = "5m"`,
-			`1: Lifetime: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, exclude_peers, exclude_peer_ports, exclude_ports, event_buffer, control_socket, subnet`,
+			`1: Lifetime: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"unknown key in the second subnet": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n[[subnet]]\nprefix = \"192.168.0.0/16\"\nmtu = 1500",

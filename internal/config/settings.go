@@ -72,6 +72,31 @@ var settings = []setting{
 		set:   list("[5060]", port, func(c *Config) *[]uint16 { return &c.ExcludePorts }),
 	},
 	{
+		key: "max_permissions", flag: "max-permissions", kind: "number", def: "0", number: true,
+		usage: "permissions in all, 0 for no bound but the kernel's",
+		set:   one(count, func(c *Config) *int { return &c.MaxPermissions }),
+	},
+	{
+		key: "max_permissions_per_subnet", flag: "max-permissions-per-subnet", kind: "number", def: "0", number: true,
+		usage: "permissions of one subnet, 0 for no bound",
+		set:   one(count, func(c *Config) *int { return &c.MaxPermissionsPerSubnet }),
+	},
+	{
+		key: "max_permissions_per_host", flag: "max-permissions-per-host", kind: "number", def: "4096", number: true,
+		usage: "permissions of one inside address, 0 for no bound",
+		set:   one(count, func(c *Config) *int { return &c.MaxPermissionsPerHost }),
+	},
+	{
+		key: "max_children", flag: "max-children", kind: "number", def: "256", number: true,
+		usage: "live flows that a peer may have by one permission, 0 for no bound",
+		set:   one(count, func(c *Config) *int { return &c.MaxChildren }),
+	},
+	{
+		key: "on_stop", flag: "on-stop", kind: "word", def: "revoke",
+		usage: "what a stop does with permissions: revoke, or keep for a new daemon to take over",
+		set:   one(onStop, func(c *Config) *OnStop { return &c.OnStop }),
+	},
+	{
 		key: "event_buffer", flag: "event-buffer", kind: "bytes", def: "8388608", number: true,
 		usage: "receive buffer of the event socket, 65536 to 1073741824",
 		set:   one(eventBuffer, func(c *Config) *int { return &c.EventBuffer }),
@@ -203,6 +228,22 @@ func port(v any) (uint16, error) {
 		return 0, expected("a port between 1 and 65535", v)
 	}
 	return uint16(n), nil
+}
+
+func count(v any) (int, error) {
+	n, ok := v.(int64)
+	if !ok || n < 0 || n > 1<<30 {
+		return 0, expected("a number from 0 (no bound) to 1073741824", v)
+	}
+	return int(n), nil
+}
+
+func onStop(v any) (OnStop, error) {
+	switch v {
+	case "revoke", "keep":
+		return OnStop(v.(string)), nil
+	}
+	return "", expected(`"revoke" or "keep"`, v)
 }
 
 func eventBuffer(v any) (int, error) {

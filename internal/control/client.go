@@ -78,9 +78,38 @@ func (c *Client) Permissions(ctx context.Context, f func(Permission) error) erro
 	}
 }
 
-// get returns the body of a good answer. The caller must close it.
+// Reload lets the daemon read its configuration again. With an error the old
+// one stays in force.
+func (c *Client) Reload(ctx context.Context) error {
+	_, err := c.command(ctx, pathReload)
+	return err
+}
+
+// Revoke ends the permissions that fit all words, see Source.Revoke.
+func (c *Client) Revoke(ctx context.Context, words []string) (int, error) {
+	return c.command(ctx, pathRevoke+"?"+url.Values{wordParameter: words}.Encode())
+}
+
+func (c *Client) command(ctx context.Context, path string) (int, error) {
+	body, err := c.ask(ctx, http.MethodPost, path)
+	if err != nil {
+		return 0, err
+	}
+	defer body.Close()
+	var r result
+	if err := json.NewDecoder(body).Decode(&r); err != nil {
+		return 0, fmt.Errorf("read answer: %w", err)
+	}
+	return r.Revoked, nil
+}
+
 func (c *Client) get(ctx context.Context, path string) (io.ReadCloser, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://conenatd"+path, nil)
+	return c.ask(ctx, http.MethodGet, path)
+}
+
+// ask returns the body of a good answer. The caller must close it.
+func (c *Client) ask(ctx context.Context, method, path string) (io.ReadCloser, error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://conenatd"+path, nil)
 	if err != nil {
 		return nil, err
 	}

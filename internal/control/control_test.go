@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -44,6 +45,8 @@ type source struct {
 	each   func(yield func(Permission) bool) error
 }
 
+func (s source) Reload() error                                 { return errReload }
+func (s source) Revoke(words []string) (int, error)            { return len(words), nil }
 func (s source) Status() Status                                { return s.status }
 func (s source) Permissions(yield func(Permission) bool) error { return s.each(yield) }
 
@@ -56,6 +59,19 @@ func these(err error, ps ...Permission) func(func(Permission) bool) error {
 			}
 		}
 		return err
+	}
+}
+
+var errReload = errors.New("c.toml:3: lifetime: expected a duration")
+
+func TestCommands(t *testing.T) {
+	path, _ := start(t, source{})
+	c := Dial(path)
+	if err := c.Reload(t.Context()); err == nil || !strings.HasSuffix(err.Error(), errReload.Error()) {
+		t.Errorf("reload: %v, want the daemon's error", err)
+	}
+	if n, err := c.Revoke(t.Context(), []string{"203.0.113.5", "[2001:db8::1]:5060"}); n != 2 || err != nil {
+		t.Errorf("revoke: %d, %v, want 2", n, err)
 	}
 }
 

@@ -34,6 +34,13 @@ type Source interface {
 	// yield blocks while a slow client reads, up to a minute. The daemon's
 	// own work must not wait for it: hold no lock meanwhile.
 	Permissions(yield func(Permission) bool) error
+
+	// Reload reads the configuration again. With an error nothing changed.
+	Reload() error
+	// Revoke ends the permissions that fit all words and returns how many
+	// stood. A word is an address (inside, outside or peer) or an endpoint
+	// (inside or outside). Without a word it is all permissions.
+	Revoke(words []string) (int, error)
 }
 
 // Serve answers requests on ln until ctx ends. Requests that are under way
@@ -86,18 +93,34 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// No request has a body. net/http drains one that is announced, for as
 	// long as it takes, unless there is a deadline.
 	defer func() { _ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(headerTime)) }()
+	method, known := methods[r.URL.Path]
 	switch {
-	case r.Method != http.MethodGet:
-		w.Header().Set("Allow", http.MethodGet)
-		fail(w, http.StatusMethodNotAllowed, "method %q: only GET is answered", r.Method)
+	case !known:
+		fail(w, http.StatusNotFound, "path %q: not known to this version of conenatd", r.URL.Path)
+	case r.Method != method:
+		w.Header().Set("Allow", method)
+		fail(w, http.StatusMethodNotAllowed, "method %q: only %s is answered", r.Method, method)
 	case r.URL.Path == pathStatus:
 		w.Header().Set("Content-Type", "application/json")
 		_ = json.NewEncoder(w).Encode(h.src.Status()) // the client is gone
 	case r.URL.Path == pathPermissions:
 		h.list(w, r)
-	default:
-		fail(w, http.StatusNotFound, "path %q: not known to this version of conenatd", r.URL.Path)
+	case r.URL.Path == pathReload:
+		answer(w, result{}, h.src.Reload())
+	case r.URL.Path == pathRevoke:
+		n, err := h.src.Revoke(r.URL.Query()[wordParameter])
+		answer(w, result{n}, err)
 	}
+}
+
+// answer tells how a command went.
+func answer(w http.ResponseWriter, r result, err error) {
+	if err != nil {
+		fail(w, http.StatusUnprocessableEntity, "%w", err)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(r) // the client is gone
 }
 
 // list writes one permission per line, so that neither side needs the whole
@@ -125,5 +148,5 @@ func (h handler) list(w http.ResponseWriter, r *http.Request) {
 func fail(w http.ResponseWriter, code int, format string, args ...any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
-	_ = json.NewEncoder(w).Encode(failure{fmt.Sprintf(format, args...)})
+	_ = json.NewEncoder(w).Encode(failure{fmt.Errorf(format, args...).Error()})
 }

@@ -2,6 +2,7 @@ package control
 
 import (
 	"errors"
+	"net/http"
 	"net/netip"
 	"time"
 )
@@ -10,7 +11,24 @@ import (
 const (
 	pathStatus      = "/v1/status"
 	pathPermissions = "/v1/permissions"
+	pathReload      = "/v1/reload"
+	pathRevoke      = "/v1/revoke"
+
+	// wordParameter may be repeated: what Source.Revoke takes.
+	wordParameter = "word"
 )
+
+var methods = map[string]string{
+	pathStatus:      http.MethodGet,
+	pathPermissions: http.MethodGet,
+	pathReload:      http.MethodPost,
+	pathRevoke:      http.MethodPost,
+}
+
+// result is the answer to a command.
+type result struct {
+	Revoked int `json:"revoked"`
+}
 
 // A Permission says that Peer may send to Ext from any port and reaches Int
 // (RFC 8656, section 9), or why it may not yet.
@@ -91,6 +109,7 @@ type Counters struct {
 	Granted   uint64            `json:"granted"`
 	Conflicts uint64            `json:"conflicts"` // the permission had an owner
 	Early     uint64            `json:"early"`     // packets that came before their permission
+	Crowded   uint64            `json:"crowded"`   // children beyond max_children, dropped
 	Repaired  uint64            `json:"repaired"`  // permissions that were gone from the kernel and put back
 	Refused   map[string]uint64 `json:"refused"`
 	Revoked   map[string]uint64 `json:"revoked"`

@@ -1,6 +1,10 @@
 package daemon
 
-import "github.com/conenatd/conenatd/internal/cone"
+import (
+	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
+)
 
 // A Backend makes permissions stand in the kernel. All methods but List are
 // called by the loop alone.
@@ -16,6 +20,8 @@ type Backend interface {
 	// List calls f for each permission that stands. It may run beside all
 	// other methods.
 	List(f func(cone.Permission)) error
+	// SetLifetime sets the timeout of what is granted or refreshed from now on.
+	SetLifetime(time.Duration)
 	// Standing and Max are how many permissions stand and may stand.
 	Standing() int
 	Max() int

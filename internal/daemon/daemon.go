@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -24,7 +26,11 @@ type Config struct {
 	Version string
 	// Socket is the path of the control socket.
 	Socket string
+	// Reload reads the configuration again.
+	Reload func() (config.Config, error)
 	Log    *slog.Logger
+	// Level is what Log listens to; a reload sets it. It may be nil.
+	Level *slog.LevelVar
 }
 
 // A Daemon runs once.
@@ -39,6 +45,7 @@ type Daemon struct {
 	queries *ctwatch.Queries // of the loop
 	sockets *gateway.Sockets // of the loop
 	ports   *gateway.Sockets // of the reconcile
+	links   *gateway.Watcher
 	backend Backend
 	helper4 string
 	helper6 string
@@ -59,9 +66,11 @@ type Daemon struct {
 	reportedEvents    ctwatch.Stats
 	reportedMalformed time.Duration
 
-	inbox   chan func()
-	overrun chan struct{}
-	ended   chan struct{} // closed when the loop ended
+	inbox     chan func()
+	hurry     chan struct{} // a reconcile is wanted
+	moved     chan struct{} // links, addresses or routes changed
+	reloading sync.Mutex
+	ended     chan struct{} // closed when the loop ended
 }
 
 // New opens everything that the daemon needs in the kernel, and fails if
@@ -70,9 +79,10 @@ func New(cfg Config) (d *Daemon, err error) {
 	d = &Daemon{
 		cfg: cfg, log: cfg.Log,
 		start: time.Now(), started: time.Now(),
-		inbox:   make(chan func(), 64),
-		overrun: make(chan struct{}, 1),
-		ended:   make(chan struct{}),
+		inbox: make(chan func(), 64),
+		hurry: make(chan struct{}, 1),
+		moved: make(chan struct{}, 1),
+		ended: make(chan struct{}),
 	}
 	defer func() {
 		if err != nil {
@@ -110,6 +120,9 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.ports, err = gateway.DialSockets(0); err != nil {
 		return d, err
 	}
+	if d.links, err = gateway.Watch(0); err != nil {
+		return d, err
+	}
 	if d.served, err = d.ports.Ports(); err != nil {
 		return d, err
 	}
@@ -126,14 +139,18 @@ func New(cfg Config) (d *Daemon, err error) {
 	d.helper4, d.helper6 = b.Helpers()
 
 	d.model = cone.New(policy(d.cfg.Config))
-	d.model.SetTopology(d.network.Topology())
+	d.model.SetTopology(0, d.network.Topology())
+	for _, a := range b.Adopted() {
+		now := d.now()
+		d.model.Adopt(now, a.Permission, now+a.Left)
+	}
 	return d, nil
 }
 
 // subnets returns the enabled subnets, the candidates among them if these are
 // asked for and do not overlap what is named.
 func subnets(cfg config.Config, candidates []netip.Prefix) []config.Subnet {
-	enabled := cfg.Subnets
+	enabled := slices.Clone(cfg.Subnets)
 	if !cfg.AutoSubnets {
 		return enabled
 	}
@@ -160,6 +177,10 @@ func anyIPv6(subnets []config.Subnet) bool {
 
 func policy(cfg config.Config) cone.Policy {
 	p := cone.Policy{
+		Limits: cone.Limits{
+			Total: cfg.MaxPermissions, PerSubnet: cfg.MaxPermissionsPerSubnet,
+			PerHost: cfg.MaxPermissionsPerHost, Children: cfg.MaxChildren,
+		},
 		Lifetime:         cfg.Lifetime,
 		Retry:            cfg.Reconcile,
 		ExcludePeers:     cfg.ExcludePeers,
@@ -187,8 +208,15 @@ func (d *Daemon) Close() error {
 	if d.ports != nil {
 		errs = append(errs, d.ports.Close())
 	}
+	if d.links != nil {
+		errs = append(errs, d.links.Close())
+	}
 	if d.backend != nil {
-		errs = append(errs, d.backend.Close(), settings(d.cfg.Socket).restore())
+		left := d.backend.Standing()
+		errs = append(errs, d.backend.Close())
+		if left == 0 { // else the room is still needed
+			errs = append(errs, settings(d.cfg.Socket).restore())
+		}
 	}
 	if d.lock != nil {
 		errs = append(errs, d.lock.Close())
@@ -207,20 +235,19 @@ func (d *Daemon) Run(ctx context.Context, ready func()) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return control.Serve(ctx, ln, source{d}) })
 	g.Go(func() error { return d.reconcile(ctx, ready) })
+	g.Go(func() error { return d.watchLinks(ctx) })
 	g.Go(func() error { return d.loop(ctx) })
 	err = g.Wait()
 
-	d.model.RevokeAll()
-	d.apply(0)
+	if d.cfg.OnStop == config.OnStopRevoke {
+		d.model.RevokeAll()
+		d.apply(0)
+	}
 	return errors.Join(err, d.Close())
 }
 
 func (d *Daemon) greet() {
-	enabled := make([]string, 0, len(d.cfg.Subnets))
-	for _, s := range d.cfg.Subnets {
-		enabled = append(enabled, s.Prefix.String())
-	}
-	d.log.Info("conenatd runs", "version", d.cfg.Version, "subnets", enabled,
+	d.log.Info("conenatd runs", "version", d.cfg.Version, "subnets", prefixes(d.cfg.Subnets),
 		"outside", d.network.OutsideLinks(), "helper", d.helper4, "lifetime", d.cfg.Lifetime,
 		"most_permissions", d.backend.Max())
 	for _, w := range d.warnings() {

@@ -79,10 +79,15 @@ func (d *Daemon) event(now time.Duration, e *ctwatch.Event) {
 	case ctwatch.Gone:
 		d.model.FlowGone(now, &e.Flow)
 	case ctwatch.Overrun:
-		select {
-		case d.overrun <- struct{}{}:
-		default: // a reconcile is asked for already
-		}
+		d.wantReconcile()
+	}
+}
+
+// wantReconcile lets the next reconcile come at once.
+func (d *Daemon) wantReconcile() {
+	select {
+	case d.hurry <- struct{}{}:
+	default: // it is asked for already
 	}
 }
 

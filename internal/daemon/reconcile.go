@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -32,18 +33,48 @@ func (d *Daemon) reconcile(ctx context.Context, ready func()) error {
 			ready()
 			ready = nil
 		}
-		select {
-		case <-ctx.Done():
+		for again := false; !again; {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-t.C:
+				again = true
+			case <-d.hurry:
+				again = true
+			case <-d.moved:
+				// A flow that began meanwhile may have been misjudged.
+				changed, err := d.readGateway()
+				if err != nil {
+					d.log.Warn("read links", "err", err)
+				}
+				again = changed
+			}
+		}
+	}
+}
+
+// watchLinks lets the reconcile look at the gateway as soon as links, addresses
+// or routes change.
+func (d *Daemon) watchLinks(ctx context.Context) error {
+	defer context.AfterFunc(ctx, func() { _ = d.links.Close() })()
+	for {
+		err := d.links.Wait()
+		if ctx.Err() != nil {
 			return nil
-		case <-t.C:
-		case <-d.overrun:
+		}
+		if err != nil {
+			return err
+		}
+		select {
+		case d.moved <- struct{}{}:
+		default: // it is going to look
 		}
 	}
 }
 
 func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 	var errs []error
-	if err := d.readGateway(); err != nil {
+	if _, err := d.readGateway(); err != nil {
 		errs = append(errs, err)
 	}
 	if err := d.readFlows(q); err != nil {
@@ -57,20 +88,26 @@ func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 }
 
 // readGateway brings the model up to date about links, addresses and the
-// gateway's own sockets.
-func (d *Daemon) readGateway() error {
-	network, err := gateway.ReadNetwork(0, d.cfg.Outside)
+// gateway's own sockets. It returns whether what the model knows of links and
+// addresses changed.
+func (d *Daemon) readGateway() (changed bool, err error) {
+	var outside []string
+	d.do(func() { outside = d.cfg.Outside })
+	network, err := gateway.ReadNetwork(0, outside)
 	// A link that was named may go and come back.
 	if unknown := new(gateway.UnknownLinkError); err != nil && !errors.As(err, &unknown) {
-		return err
+		return false, err
 	}
 	ports, err := d.ports.Ports()
 	if err != nil {
-		return err
+		return false, err
 	}
+	topology := network.Topology()
 	d.do(func() {
+		old := d.network.Topology()
+		changed = !slices.Equal(old.Routes, topology.Routes) || !slices.Equal(old.Local, topology.Local)
 		d.network, d.served = network, ports
-		d.model.SetTopology(network.Topology())
+		d.model.SetTopology(d.now(), topology)
 		d.model.Review(d.now(), func(p cone.Permission) cone.Reason {
 			if ports.Serves(p.Ext) {
 				return cone.ReasonLocalSocket
@@ -78,7 +115,7 @@ func (d *Daemon) readGateway() error {
 			return cone.ReasonNone
 		})
 	})
-	return nil
+	return changed, nil
 }
 
 // readFlows shows the model all flows that there are.

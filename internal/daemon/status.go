@@ -9,22 +9,18 @@ import (
 	"github.com/conenatd/conenatd/internal/control"
 )
 
-// source answers the control socket.
-type source struct{ d *Daemon }
+// source answers the control socket; Reload and Revoke are the Daemon's.
+type source struct{ *Daemon }
 
 var _ control.Source = source{}
 
 // Status is what "conenatd status" shows.
 func (s source) Status() control.Status {
-	d := s.d
+	d := s.Daemon
 	st := control.Status{
-		Version: d.cfg.Version, PID: os.Getpid(), Started: d.started,
-		Backend: "expect", Lifetime: d.cfg.Lifetime.String(),
+		Version: d.cfg.Version, PID: os.Getpid(), Started: d.started, Backend: "expect",
 	}
 	st.Helper.IPv4, st.Helper.IPv6 = d.helper4, d.helper6
-	for _, n := range d.cfg.Subnets {
-		st.Subnets = append(st.Subnets, control.Subnet{Prefix: n.Prefix, Routed: n.Routed})
-	}
 	e := d.events.Stats()
 	st.Events.Received, st.Events.Filtered = e.Received, e.Filtered
 	st.Events.Malformed, st.Events.Overruns = e.Malformed, e.Overruns
@@ -34,12 +30,17 @@ func (s source) Status() control.Status {
 	}
 	d.do(func() {
 		m := d.model.Stats()
+		st.Lifetime = d.cfg.Lifetime.String()
+		for _, n := range d.cfg.Subnets {
+			st.Subnets = append(st.Subnets, control.Subnet(n))
+		}
 		st.Outside = d.network.OutsideLinks()
 		st.Warnings = d.warnings()
 		st.Permissions.Standing, st.Permissions.Refused = m.Standing, m.Refused
 		st.Permissions.Waiting, st.Permissions.Limit = m.Waiting, d.backend.Max()
 		st.Flows = m.Flows
 		st.Counters.Granted, st.Counters.Conflicts, st.Counters.Early = m.Granted, m.Conflicts, m.Early
+		st.Counters.Crowded = m.Crowded
 		st.Counters.Repaired = d.repaired
 		st.Counters.Refused = byReason(&m.Refusals)
 		st.Counters.Revoked = byReason(&m.Revoked)
@@ -73,14 +74,14 @@ func (s source) Permissions(yield func(control.Permission) bool) error {
 	piece := make([]cone.View, 0, atOnce)
 	for at := 0; at >= 0; {
 		piece = piece[:0]
-		ok := s.d.do(func() {
-			at = s.d.model.Walk(at, atOnce, func(v cone.View) { piece = append(piece, v) })
+		ok := s.Daemon.do(func() {
+			at = s.Daemon.model.Walk(at, atOnce, func(v cone.View) { piece = append(piece, v) })
 		})
 		if !ok {
 			return errEnded
 		}
 		for i := range piece {
-			if !yield(s.d.permission(&piece[i])) {
+			if !yield(s.Daemon.permission(&piece[i])) {
 				return nil
 			}
 		}

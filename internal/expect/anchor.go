@@ -39,14 +39,28 @@ func (a anchor) endpoints() (src, dst cone.Endpoint) {
 	return src, dst
 }
 
-// anchors are those that stand, each with the outside address it serves.
-type anchors map[anchor]cone.Addr
+type port struct {
+	ext  cone.Endpoint
+	zone uint16
+}
+
+// A ledger knows what stands, as far as that takes to address it and to hold
+// the caps.
+type ledger struct {
+	ext    map[anchor]cone.Addr // outside address that each anchor serves
+	onPort map[port]int
+	max    int
+}
+
+func newLedger(limit int) ledger {
+	return ledger{ext: make(map[anchor]cone.Addr), onPort: make(map[port]int), max: limit}
+}
 
 // of returns the anchor of p: the one that it has, else a free one.
-func (s anchors) of(p *cone.Permission) (a anchor, stands, ok bool) {
+func (l *ledger) of(p *cone.Permission) (a anchor, stands, ok bool) {
 	plain, flipped := anchorOf(p, false), anchorOf(p, true)
-	plainExt, plainTaken := s[plain]
-	flippedExt, flippedTaken := s[flipped]
+	plainExt, plainTaken := l.ext[plain]
+	flippedExt, flippedTaken := l.ext[flipped]
 	switch {
 	case plainTaken && plainExt == p.Ext.Addr:
 		return plain, true, true
@@ -58,4 +72,44 @@ func (s anchors) of(p *cone.Permission) (a anchor, stands, ok bool) {
 		return flipped, false, true
 	}
 	return anchor{}, false, false
+}
+
+// reserve finds the anchor of p and takes it, if the caps allow.
+func (l *ledger) reserve(p *cone.Permission) (anchor, cone.Reason) {
+	a, stands, ok := l.of(p)
+	switch {
+	case !ok:
+		return a, cone.ReasonTaken
+	case stands:
+	case l.onPort[port{p.Ext, p.Zone}] >= maxPeersOnPort:
+		return a, cone.ReasonPeersOnPort
+	case len(l.ext) >= l.max:
+		return a, cone.ReasonTableFull
+	default:
+		l.take(a, p.Ext.Addr)
+	}
+	return a, cone.ReasonNone
+}
+
+// take notes that a serves the outside address ext. A dump may show the same
+// anchor twice.
+func (l *ledger) take(a anchor, ext cone.Addr) {
+	l.release(a)
+	l.ext[a] = ext
+	l.onPort[l.port(a)]++
+}
+
+func (l *ledger) release(a anchor) {
+	if _, ok := l.ext[a]; !ok {
+		return
+	}
+	at := l.port(a)
+	delete(l.ext, a)
+	if l.onPort[at]--; l.onPort[at] == 0 {
+		delete(l.onPort, at)
+	}
+}
+
+func (l *ledger) port(a anchor) port {
+	return port{cone.Endpoint{Addr: l.ext[a], Port: a.port}, a.zone}
 }

@@ -3,10 +3,12 @@ package expect
 import (
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
-	"github.com/conenatd/conenatd/internal/cone"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 const (
@@ -31,8 +33,9 @@ const (
 type Config struct {
 	// NetNS is a file descriptor of the network namespace, 0 for the current.
 	NetNS int
-	// Lifetime is the timeout that an expectation gets; it must be refreshed
-	// before. If the daemon dies, nothing stays open for longer.
+	// Lifetime is the timeout that an expectation gets, or a little less
+	// until the first Refresh; it must be refreshed after half of it. If the
+	// daemon dies, nothing stays open for longer.
 	Lifetime time.Duration
 	// IPv6 wants permissions for IPv6 too.
 	IPv6 bool
@@ -41,62 +44,86 @@ type Config struct {
 // A Backend makes permissions stand as expectations. Its methods must not be
 // called concurrently, except List, which may run beside all others.
 type Backend struct {
-	cfg     Config
-	c       *conn
-	enc     encoder
-	helpers helpers
-	max     int // expectations that may be ours
-
-	standing anchors
-	onPort   map[port]int
+	cfg      Config
+	c        *conn
+	enc      encoder
+	helpers  helpers
+	standing ledger
+	adopted  []Adopted
+	zoned    atomic.Bool // something stands, or stood, outside the default zone
 
 	// The batch that is under way, kept here so that it costs no allocation.
 	perms   []cone.Permission
 	anchors [batch]anchor
-	errs    [batch][3]error
+	skip    [batch]bool // not sent
+	errs    [batch]answers
 	first   uint32
-	per     int // messages per permission
 	failed  func(seq uint32, err error)
 }
 
-type port struct {
-	ext  cone.Endpoint
-	zone uint16
-}
+// answers are what the kernel said to the messages of one permission, nil for
+// yes.
+type answers [3]error
+
+func (a answers) failed() bool { return a != answers{} }
 
 // Open finds out by trying which helper the kernel offers for anchors, and
-// returns a Backend that uses it. It leaves nothing in the kernel but, where
-// the kernel has nfnetlink_cthelper, the helper "conenat".
+// returns a Backend that uses it and owns what an earlier daemon left. It
+// leaves nothing in the kernel but, where the kernel has nfnetlink_cthelper,
+// our own helper; see OwnHelper.
 func Open(cfg Config) (*Backend, error) {
 	c, err := dial(cfg.NetNS)
 	if err != nil {
 		return nil, err
 	}
-	b := &Backend{cfg: cfg, c: c, standing: make(anchors), onPort: make(map[port]int)}
-	b.failed = func(seq uint32, err error) {
-		if n := int(seq - b.first); n >= 0 && n < b.per*len(b.perms) {
-			b.errs[n/b.per][n%b.per] = err
-		}
-	}
+	b := newBackend(cfg, c)
 	if b.helpers, err = chooseHelpers(c, cfg); err != nil {
-		c.close()
-		return nil, err
+		return nil, errors.Join(err, c.close())
 	}
-	b.SetTableSize(defaultTable)
 	if err := b.adopt(); err != nil {
 		return nil, errors.Join(err, b.Close())
 	}
 	return b, nil
 }
 
+func newBackend(cfg Config, c *conn) *Backend {
+	b := &Backend{cfg: cfg, c: c, standing: newLedger(0)}
+	b.SetTableSize(defaultTable)
+	b.failed = func(seq uint32, err error) {
+		n := int(seq - b.first)
+		b.errs[n/perPermission][n%perPermission] = err
+	}
+	return b
+}
+
 // adopt takes over what an earlier daemon left, so that it can be revoked,
 // refreshed or granted again.
 func (b *Backend) adopt() error {
-	return list(b.cfg.NetNS, func(x *expectation) {
-		p := x.permission()
-		b.standing[x.anchor()] = p.Ext.Addr
-		b.onPort[port{p.Ext, p.Zone}]++
+	return list(b.cfg.NetNS, true, func(x *expectation) {
+		b.standing.take(x.anchor(), x.dst.Addr)
+		b.adopted = append(b.adopted, Adopted{x.permission(), time.Duration(x.timeout) * time.Second})
+		b.see(x.zone)
 	})
+}
+
+// An Adopted permission stood when the Backend was opened, and would have ended
+// after Left without a daemon.
+type Adopted struct {
+	cone.Permission
+	Left time.Duration
+}
+
+// Adopted returns what an earlier daemon left, at the first call.
+func (b *Backend) Adopted() []Adopted {
+	found := b.adopted
+	b.adopted = nil
+	return found
+}
+
+func (b *Backend) see(zone uint16) {
+	if zone != 0 && !b.zoned.Load() {
+		b.zoned.Store(true)
+	}
 }
 
 // defaultTable is the kernel's least expectation table.
@@ -104,21 +131,30 @@ const defaultTable = 1024
 
 // SetTableSize tells the size of the kernel's expectation table
 // (nf_conntrack_expect_max).
-func (b *Backend) SetTableSize(n int) { b.max = n * tableShare / 100 }
+func (b *Backend) SetTableSize(n int) { b.standing.max = n * tableShare / 100 }
+
+// SetLifetime sets Config.Lifetime for what is granted or refreshed from now on.
+func (b *Backend) SetLifetime(d time.Duration) { b.cfg.Lifetime = d }
 
 // Max returns how many permissions the backend will let stand.
-func (b *Backend) Max() int { return b.max }
+func (b *Backend) Max() int { return b.standing.max }
 
 // Helpers returns the names of the helpers in use for IPv4 and IPv6.
 func (b *Backend) Helpers() (ipv4, ipv6 string) { return b.helpers.v4.name, b.helpers.v6.name }
 
-// Standing returns how many permissions the backend made and has not revoked.
-func (b *Backend) Standing() int { return len(b.standing) }
+// Standing returns how many permissions the backend made or adopted, and has
+// not revoked.
+func (b *Backend) Standing() int { return len(b.standing.ext) }
 
-// Close removes the helper "conenat", unless it is still in use, and closes the
-// connection. It revokes nothing.
+// Close closes the connection. It revokes nothing. It removes our own helper
+// unless something stands: the kernel ends the expectations of a helper that
+// goes.
 func (b *Backend) Close() error {
-	return errors.Join(b.helpers.unregister(b.c), b.c.close())
+	var err error
+	if b.Standing() == 0 {
+		err = b.helpers.unregister(b.c)
+	}
+	return errors.Join(err, b.c.close())
 }
 
 func seconds(d time.Duration) uint32 { return uint32((d + time.Second - 1) / time.Second) }
@@ -137,216 +173,79 @@ func (b *Backend) Grant(ps []cone.Permission, refused func(i int, r cone.Reason,
 }
 
 func (b *Backend) grant(base int, ps []cone.Permission, refused func(i int, r cone.Reason, err error)) {
-	anchorTime, expectTime := b.timeouts()
-	b.begin(ps, 3)
-	sent := 0
+	anchorTime, _ := b.timeouts()
+	b.begin(ps)
 	for i := range ps {
 		p := &ps[i]
-		reason := b.reserve(p, &b.anchors[i])
-		if reason != cone.ReasonNone {
-			b.errs[i][0] = refusal(reason)
+		if b.skip[i] = b.helpers.of(p).name == ""; b.skip[i] {
+			refused(base+i, cone.ReasonKernel, ErrNoHelper)
 			continue
 		}
-		seq := b.first + uint32(3*i)
-		h := b.helpers.of(p)
-		b.enc.newAnchor(seq, p, b.anchors[i], h.name, anchorTime)
-		b.enc.newExpect(seq+1, p, b.anchors[i])
-		sent = 3*i + 2
-		if !h.suits(expectTime) {
-			b.enc.renewExpect(seq+2, p, b.anchors[i], expectTime)
-			sent = 3*i + 3
+		b.see(p.Zone)
+		a, reason := b.standing.reserve(p)
+		if b.skip[i] = reason != cone.ReasonNone; b.skip[i] {
+			refused(base+i, reason, nil)
+			continue
 		}
+		b.anchors[i] = a
+		b.enc.newAnchor(b.seq(i), p, a, b.helpers.of(p).name, anchorTime)
+		b.enc.newExpect(b.seq(i)+1, p, a)
 	}
-	if err := b.exchange(sent); err != nil {
-		for i := range ps {
-			b.errs[i][0] = err
-		}
+	err := b.c.exchange(&b.enc, b.failed, nil)
+	if err == nil {
+		err = b.setTimeouts()
 	}
+	broken := false
 	for i := range ps {
-		p, errs := &ps[i], b.errs[i]
-		if errs == [3]error{} {
-			continue
-		}
-		var r refusal
-		if errors.As(errs[0], &r) {
-			refused(base+i, cone.Reason(r), nil)
-			continue
-		}
-		reason, err := b.mend(p, b.anchors[i], errs)
-		if reason != cone.ReasonNone {
-			b.release(p, b.anchors[i])
-			refused(base+i, reason, err)
-		}
-	}
-}
-
-// refusal is an error that stands for a reason of our own.
-type refusal cone.Reason
-
-func (r refusal) Error() string { return cone.Reason(r).String() }
-
-// reserve finds the anchor of p and holds the caps.
-func (b *Backend) reserve(p *cone.Permission, a *anchor) cone.Reason {
-	found, stands, ok := b.standing.of(p)
-	at := port{p.Ext, p.Zone}
-	switch {
-	case !ok:
-		return cone.ReasonTaken
-	case stands:
-		*a = found
-		return cone.ReasonNone
-	case b.onPort[at] >= maxPeersOnPort:
-		return cone.ReasonPeersOnPort
-	case len(b.standing) >= b.max:
-		return cone.ReasonTableFull
-	}
-	*a = found
-	b.standing[found] = p.Ext.Addr
-	b.onPort[at]++
-	return cone.ReasonNone
-}
-
-func (b *Backend) release(p *cone.Permission, a anchor) {
-	if _, ok := b.standing[a]; !ok {
-		return
-	}
-	delete(b.standing, a)
-	at := port{p.Ext, p.Zone}
-	if b.onPort[at]--; b.onPort[at] == 0 {
-		delete(b.onPort, at)
-	}
-}
-
-// begin starts a batch for ps with per messages each.
-func (b *Backend) begin(ps []cone.Permission, per int) {
-	b.enc.reset()
-	b.perms, b.per = ps, per
-	b.first = b.c.nextSeq(per * len(ps))
-	for i := range ps {
-		b.errs[i] = [3]error{}
-	}
-}
-
-// exchange sends the batch, whose last message is number sent.
-func (b *Backend) exchange(sent int) error {
-	if sent == 0 {
-		return nil
-	}
-	b.enc.ack()
-	return b.c.exchange(b.enc.b, b.first+uint32(sent)-1, b.failed, nil)
-}
-
-// mend tries once more where the kernel refused p, after taking away what was
-// in the way and is ours: the leavings of a daemon that died, or an entry that
-// an inside host made by sending from port 0. What stays in the kernel then is
-// either all of p or nothing.
-func (b *Backend) mend(p *cone.Permission, a anchor, errs [3]error) (cone.Reason, error) {
-	anchorTime, expectTime := b.timeouts()
-	err := errors.Join(errs[:]...)
-	retry := false
-	for _, e := range errs {
 		switch {
-		case errors.Is(e, unix.EEXIST), errors.Is(e, unix.EBUSY):
-			retry = true
-		case errors.Is(e, unix.EAGAIN), errors.Is(e, unix.EOPNOTSUPP):
-			// The helper is gone, or not loaded yet.
-			b.helpers.register(b.c, expectTime)
-			retry = true
-		}
-	}
-	if !retry {
-		b.remove(p, a)
-		return reasonOf(err), err
-	}
-
-	if x, found := b.get(&p.Key); found {
-		old := x.permission()
-		switch {
-		case !x.ours():
-			b.remove(nil, a)
-			return cone.ReasonTaken, err
-		case old.Key == p.Key && old.Int == p.Int && x.anchor() == a:
-			// It stands already. Renew it without a gap.
-			errs = b.three(func(seq uint32) {
-				b.enc.renewAnchor(seq, p, a, anchorTime)
-				b.enc.renewExpect(seq+1, p, a, expectTime)
-			})
-			if errs == [3]error{} {
-				return cone.ReasonNone, nil
+		case b.skip[i]:
+		case err != nil:
+			// What the kernel did is not known.
+			refused(base+i, cone.ReasonKernel, err)
+			if !broken {
+				broken = b.withdraw(&ps[i], b.anchors[i]) != nil
+			}
+		case b.errs[i].failed():
+			if reason, err := b.mend(&ps[i], b.anchors[i], b.errs[i]); reason != cone.ReasonNone {
+				refused(base+i, reason, err)
 			}
 		}
-		b.remove(p, x.anchor())
-		if x.anchor() != a {
-			b.release(&old, x.anchor())
-		}
 	}
-	b.remove(p, a)
-	errs = b.three(func(seq uint32) {
-		b.enc.newAnchor(seq, p, a, b.helpers.of(p).name, anchorTime)
-		b.enc.newExpect(seq+1, p, a)
-		b.enc.renewExpect(seq+2, p, a, expectTime)
-	})
-	if err = errors.Join(errs[:]...); err != nil {
-		b.remove(p, a)
-		return reasonOf(err), err
-	}
-	return cone.ReasonNone, nil
 }
 
-func reasonOf(err error) cone.Reason {
-	switch {
-	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENOMEM), errors.Is(err, unix.ENFILE):
-		return cone.ReasonTableFull
-	case errors.Is(err, unix.EEXIST), errors.Is(err, unix.EBUSY):
-		return cone.ReasonTaken
-	}
-	return cone.ReasonKernel
-}
-
-// three sends up to three messages on their own and returns their errors.
-func (b *Backend) three(encode func(seq uint32)) (errs [3]error) {
+// setTimeouts gives the new expectations of the batch their timeout, unless
+// that of their helper suits. It is a send of its own: where the kernel refused
+// the expectation because somebody else's is in the way, the message would
+// change that one.
+func (b *Backend) setTimeouts() error {
+	_, timeout := b.timeouts()
 	b.enc.reset()
-	first := b.c.nextSeq(3)
-	encode(first)
-	b.enc.ack()
-	err := b.c.exchange(b.enc.b, b.enc.lastSeq(), func(seq uint32, err error) {
-		if n := seq - first; n < 3 {
-			errs[n] = err
+	for i := range b.perms {
+		p := &b.perms[i]
+		if !b.skip[i] && !b.errs[i].failed() && !b.helpers.of(p).suits(timeout) {
+			b.enc.renewExpect(b.seq(i)+2, p, b.anchors[i], timeout)
 		}
-	}, nil)
-	if err != nil {
-		errs[0] = err
 	}
-	return errs
+	return b.c.exchange(&b.enc, b.failed, nil)
 }
 
-// remove takes the expectation of p, unless p is nil, and the anchor a out of
-// the kernel. They may be gone already. The expectation goes first: the kernel
-// need not race the two.
-func (b *Backend) remove(p *cone.Permission, a anchor) {
-	b.three(func(seq uint32) {
-		if p != nil {
-			b.enc.deleteExpect(seq, &p.Key)
-		}
-		b.enc.deleteAnchor(seq+1, a)
-	})
-}
+// perPermission is how many messages a permission has in a batch at most.
+const perPermission = len(answers{})
 
-// get returns the kernel's expectation for k, anybody's.
-func (b *Backend) get(k *cone.Key) (x expectation, found bool) {
+// begin starts a batch for ps.
+func (b *Backend) begin(ps []cone.Permission) {
 	b.enc.reset()
-	seq := b.c.nextSeq(1)
-	b.enc.getExpect(seq, k)
-	b.enc.ack()
-	err := b.c.exchange(b.enc.b, seq, func(uint32, error) {}, func(typ uint16, body []byte) {
-		if typ == subsysExpect<<8|msgNew {
-			x, found = parseExpectation(body)
-		}
-	})
-	return x, found && err == nil
+	b.perms = ps
+	b.first = b.c.nextSeq(perPermission * len(ps))
+	clear(b.errs[:len(ps)])
 }
 
-// Revoke ends ps. What is gone already is no error; other errors are joined.
+// seq returns the sequence number of the first message of permission i.
+func (b *Backend) seq(i int) uint32 { return b.first + uint32(perPermission*i) }
+
+// Revoke ends ps. What is gone already is no error; other errors are joined,
+// and what they are about still counts as standing. Nothing is sent for a
+// permission that the backend neither made nor adopted.
 func (b *Backend) Revoke(ps []cone.Permission) error {
 	var errs []error
 	for base := 0; base < len(ps); base += batch {
@@ -358,28 +257,40 @@ func (b *Backend) Revoke(ps []cone.Permission) error {
 }
 
 func (b *Backend) revoke(ps []cone.Permission) error {
-	b.begin(ps, 2)
-	sent := 0
+	b.begin(ps)
 	for i := range ps {
 		a, stands, _ := b.standing.of(&ps[i])
-		if !stands {
-			continue // not ours, or revoked
+		if b.skip[i] = !stands; stands {
+			b.anchors[i] = a
+			b.enc.deleteExpect(b.seq(i), &ps[i].Key)
+			b.enc.deleteAnchor(b.seq(i)+1, a)
 		}
-		seq := b.first + uint32(2*i)
-		b.enc.deleteExpect(seq, &ps[i].Key)
-		b.enc.deleteAnchor(seq+1, a)
-		b.release(&ps[i], a)
-		sent = 2*i + 2
 	}
-	err := b.exchange(sent)
+	if err := b.c.exchange(&b.enc, b.failed, nil); err != nil {
+		return fmt.Errorf("revoke permissions: %w", err)
+	}
+	var errs []error
 	for i := range ps {
-		for _, e := range b.errs[i] {
-			if e != nil && !errors.Is(e, unix.ENOENT) {
-				err = errors.Join(err, fmt.Errorf("revoke %v -> %v: %w", ps[i].Peer, ps[i].Ext, e))
-			}
+		if b.skip[i] {
+			continue
+		}
+		if err := b.errs[i].deleted(); err != nil {
+			errs = append(errs, fmt.Errorf("revoke %v -> %v: %w", ps[i].Peer, ps[i].Ext, err))
+			continue
+		}
+		b.standing.release(b.anchors[i])
+	}
+	return errors.Join(errs...)
+}
+
+// deleted returns the first error but for those that say that it is gone.
+func (a answers) deleted() error {
+	for _, err := range a {
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return err
 		}
 	}
-	return err
+	return nil
 }
 
 // Refresh renews the timeouts of ps and calls lost with the index of each that
@@ -392,22 +303,17 @@ func (b *Backend) Refresh(ps []cone.Permission, lost func(i int)) {
 
 func (b *Backend) refresh(base int, ps []cone.Permission, lost func(i int)) {
 	anchorTime, expectTime := b.timeouts()
-	b.begin(ps, 2)
-	sent := 0
+	b.begin(ps)
 	for i := range ps {
 		a, stands, _ := b.standing.of(&ps[i])
-		if !stands {
-			b.errs[i][0] = unix.ENOENT
-			continue
+		if b.skip[i] = !stands; stands {
+			b.enc.renewAnchor(b.seq(i), &ps[i], a, anchorTime) // never to expire under its expectation
+			b.enc.renewExpect(b.seq(i)+1, &ps[i], a, expectTime)
 		}
-		seq := b.first + uint32(2*i)
-		b.enc.renewAnchor(seq, &ps[i], a, anchorTime) // never to expire under its expectation
-		b.enc.renewExpect(seq+1, &ps[i], a, expectTime)
-		sent = 2*i + 2
 	}
-	err := b.exchange(sent)
+	err := b.c.exchange(&b.enc, b.failed, nil)
 	for i := range ps {
-		if err != nil || b.errs[i] != [3]error{} {
+		if err != nil || b.skip[i] || b.errs[i].failed() {
 			lost(base + i)
 		}
 	}

@@ -17,7 +17,7 @@ func Cleanup(netns int) (Cleaned, error) {
 	var n Cleaned
 	var errs []error
 	var keys []cone.Key
-	err := list(netns, func(x *expectation) { keys = append(keys, x.permission().Key) })
+	err := list(netns, true, func(x *expectation) { keys = append(keys, x.permission().Key) })
 	if err != nil {
 		return n, err
 	}
@@ -25,8 +25,8 @@ func Cleanup(netns int) (Cleaned, error) {
 	if err != nil {
 		return n, err
 	}
-	defer c.close()
-	b := &Backend{c: c}
+	defer func() { _ = c.close() }()
+	b := newBackend(Config{NetNS: netns}, c)
 	for i := range keys {
 		err := b.three(func(seq uint32) { b.enc.deleteExpect(seq, &keys[i]) })[0]
 		if err == nil {
@@ -47,20 +47,23 @@ func Cleanup(netns int) (Cleaned, error) {
 			errs = append(errs, fmt.Errorf("delete anchor: %w", err))
 		}
 	}
-	return n, errors.Join(append(errs, unregisterOwn(c))...)
+	name, err := ownName(netns)
+	if err == nil {
+		err = unregisterOwn(c, name)
+	}
+	return n, errors.Join(append(errs, err)...)
 }
 
 // listAnchors returns all anchors in the conntrack table: UDP entries with one
 // port 0 and a helper, that are never dropped early.
 func listAnchors(c *conn) ([]anchor, error) {
 	var e encoder
-	seq := c.nextSeq(1)
-	e.message(subsysConntrack, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, seq, false)
+	e.message(subsysConntrack, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.nextSeq(1), false)
 	e.b[e.last+unix.NLMSG_HDRLEN] = unix.AF_UNSPEC
 	e.end()
 	var found []anchor
 	var refused error
-	err := c.exchange(e.b, seq, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
+	err := c.exchange(&e, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
 		if typ != subsysConntrack<<8|msgNew || len(body) < 4 {
 			return
 		}

@@ -19,10 +19,11 @@ const queryTimeout = 5 * time.Second
 // A conn is a netlink connection that sends batches and reads their answers
 // without allocating. It is not safe for concurrent use.
 type conn struct {
-	nl  *netlink.Conn
-	raw syscall.RawConn
-	in  []byte
-	seq uint32
+	nl      *netlink.Conn
+	raw     syscall.RawConn
+	timeout time.Duration
+	in      []byte
+	seq     uint32
 
 	// What send and recv work on, so that they need no closure per call.
 	out          []byte
@@ -37,7 +38,7 @@ func dial(netns int) (*conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("dial netfilter: %w", err)
 	}
-	c := &conn{nl: nl, in: make([]byte, 256<<10)}
+	c := newConn(nl)
 	c.raw, err = nl.SyscallConn()
 	// Answers must fit even if the kernel refuses every message of a batch. A
 	// smaller buffer without privilege is found out at the first request.
@@ -47,9 +48,13 @@ func dial(netns int) (*conn, error) {
 		err = fmt.Errorf("set netlink option: %w", e)
 	}
 	if err != nil {
-		nl.Close()
-		return nil, err
+		return nil, errors.Join(err, nl.Close())
 	}
+	return c, nil
+}
+
+func newConn(nl *netlink.Conn) *conn {
+	c := &conn{nl: nl, timeout: queryTimeout, in: make([]byte, 256<<10)}
 	c.sendFn = func(fd uintptr) bool {
 		_, c.err = unix.Write(int(fd), c.out)
 		return !errors.Is(c.err, unix.EAGAIN)
@@ -61,7 +66,7 @@ func dial(netns int) (*conn, error) {
 		c.tryFn(fd)
 		return !errors.Is(c.err, unix.EAGAIN)
 	}
-	return c, nil
+	return c
 }
 
 func (c *conn) close() error { return c.nl.Close() }
@@ -102,52 +107,80 @@ func (c *conn) receive() ([]byte, error) {
 }
 
 func (c *conn) wait() error {
-	if err := c.nl.SetReadDeadline(time.Now().Add(queryTimeout)); err != nil {
+	if err := c.nl.SetReadDeadline(time.Now().Add(c.timeout)); err != nil {
 		return err
 	}
 	err := c.raw.Read(c.recv)
 	return errors.Join(err, c.nl.SetReadDeadline(time.Time{}))
 }
 
-// exchange sends the messages in b, the last of which asks for an
-// acknowledgement and has sequence number last. It calls failed for each
-// message that the kernel refuses, and data for each that it answers.
-func (c *conn) exchange(b []byte, last uint32, failed func(seq uint32, err error), data func(typ uint16, body []byte)) error {
-	if err := c.send(b); err != nil {
+// exchange sends the messages in e, asks for an acknowledgement of the last and
+// waits for it. It calls failed for each message that the kernel refuses, and
+// data for each that it answers. An error says that the outcome is not known.
+func (c *conn) exchange(e *encoder, failed func(seq uint32, err error), data func(typ uint16, body []byte)) error {
+	if len(e.b) == 0 {
+		return nil
+	}
+	e.ack()
+	if err := c.send(e.b); err != nil {
 		return err
 	}
+	first, last := e.firstSeq(), e.lastSeq()
 	for {
 		b, err := c.receive()
 		if err != nil {
 			return err
 		}
-		for len(b) >= unix.NLMSG_HDRLEN {
-			n := int(binary.NativeEndian.Uint32(b))
-			if n < unix.NLMSG_HDRLEN || n > len(b) {
-				return errMalformed
-			}
-			typ := binary.NativeEndian.Uint16(b[4:])
-			seq := binary.NativeEndian.Uint32(b[8:])
-			body := b[unix.NLMSG_HDRLEN:n]
-			b = b[min((n+3)&^3, len(b)):]
-			switch {
-			case int32(seq-last) > 0 || int32(last-seq) > 1<<20:
-				// An answer to an exchange that was given up.
-			case typ == unix.NLMSG_ERROR || typ == unix.NLMSG_DONE:
-				if len(body) < 4 {
-					return errMalformed
-				}
-				if errno := -int32(binary.NativeEndian.Uint32(body)); errno > 0 {
-					failed(seq, unix.Errno(errno))
-				}
-				if seq == last {
-					return nil
-				}
-			case data != nil:
-				data(typ, body)
-			}
+		if done, err := walk(b, first, last, failed, data); done || err != nil {
+			return err
 		}
 	}
 }
 
+// walk reads the messages of one datagram, which may answer the requests with
+// the sequence numbers first to last. Answers to others, of an exchange that
+// was given up, are skipped. It reports whether the last request is answered.
+func walk(b []byte, first, last uint32, failed func(seq uint32, err error), data func(typ uint16, body []byte)) (done bool, err error) {
+	for len(b) >= unix.NLMSG_HDRLEN {
+		n := binary.NativeEndian.Uint32(b)
+		if n < unix.NLMSG_HDRLEN || uint64(n) > uint64(len(b)) {
+			return false, errMalformed
+		}
+		typ := binary.NativeEndian.Uint16(b[4:])
+		seq := binary.NativeEndian.Uint32(b[8:])
+		body := b[unix.NLMSG_HDRLEN:n]
+		b = b[min((int(n)+3)&^3, len(b)):]
+		switch {
+		case seq-first > last-first: // the numbers may wrap
+		case typ == unix.NLMSG_ERROR || typ == unix.NLMSG_DONE:
+			if len(body) < 4 {
+				return false, errMalformed
+			}
+			errno := -int32(binary.NativeEndian.Uint32(body))
+			if unix.Errno(errno) == unix.EPERM && seq == first && first != last {
+				// Without privilege nfnetlink answers the first message
+				// and drops the others.
+				return false, unix.EPERM
+			}
+			if errno > 0 {
+				failed(seq, unix.Errno(errno))
+			}
+			if seq == last {
+				return true, nil
+			}
+		case data != nil:
+			data(typ, body)
+		}
+	}
+	return false, nil
+}
+
 var errMalformed = errors.New("receive netlink answer: malformed message")
+
+// permitted adds to an error for want of privilege what would mend it.
+func permitted(err error) error {
+	if errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("%w: run as root or with CAP_NET_ADMIN", err)
+	}
+	return err
+}

@@ -193,13 +193,15 @@ func (e *encoder) newAnchor(seq uint32, p *cone.Permission, a anchor, helper str
 	e.end()
 }
 
-// renewAnchor appends a change of the timeout, in seconds, of anchor a.
+// renewAnchor appends a change of the timeout, in seconds, of anchor a. It sets
+// the mark too: an anchor that was adopted may have another.
 func (e *encoder) renewAnchor(seq uint32, p *cone.Permission, a anchor, timeout uint32) {
 	src, dst := a.endpoints()
 	v6 := !p.Peer.Is4()
 	e.message(subsysConntrack, msgNew, change, seq, v6)
 	e.tuple(ctaTupleOrig, &src, &dst, v6)
 	e.be32(ctaTimeout, timeout)
+	e.be32(ctaMark, p.Mark)
 	e.zone(ctaZone, p.Zone)
 	e.end()
 }
@@ -273,7 +275,7 @@ func (e *encoder) deleteAnchor(seq uint32, a anchor) {
 	e.end()
 }
 
-// lastSeq returns the sequence number of the last message.
-func (e *encoder) lastSeq() uint32 {
-	return binary.NativeEndian.Uint32(e.b[e.last+8:])
-}
+// firstSeq and lastSeq return the sequence numbers of the first and the last
+// message.
+func (e *encoder) firstSeq() uint32 { return binary.NativeEndian.Uint32(e.b[8:]) }
+func (e *encoder) lastSeq() uint32  { return binary.NativeEndian.Uint32(e.b[e.last+8:]) }

@@ -12,17 +12,24 @@ type expectation struct {
 	master    [2]cone.Endpoint // original direction of its master
 	src, dst  cone.Endpoint
 	nat       cone.Endpoint // where it sends a child; zero without NAT
-	zone      uint16
+	zone      uint16 // not from the kernel
 	flags     uint32
 	timeout   uint32 // seconds left
 	masterUDP bool
 	udp       bool
 }
 
-// ours reports whether conenatd made x.
+// ours reports whether conenatd made x: all that newExpect would write is there.
 func (x *expectation) ours() bool {
+	p, a := x.permission(), x.anchor()
 	return x.udp && x.masterUDP && x.flags&expectPermanent != 0 && x.src.Port == 0 &&
-		cone.IsAnchor(x.master[0], x.master[1]) && x.master[1].Addr == x.src.Addr
+		cone.IsAnchor(x.master[0], x.master[1]) && a == anchorOf(&p, a.flipped)
+}
+
+// stands reports whether x is the expectation of p on a.
+func (x *expectation) stands(p *cone.Permission, a anchor) bool {
+	old := x.permission()
+	return x.ours() && old.Key == p.Key && old.Int == p.Int && x.anchor() == a
 }
 
 // permission returns what x, which must be ours, stands for. The mark is not
@@ -43,7 +50,8 @@ func (x *expectation) anchor() anchor {
 }
 
 // parseExpectation decodes the attributes that ctnetlink_exp_dump_expect sends,
-// without the netlink header. Unknown attributes are skipped.
+// without the netlink header. Unknown attributes are skipped. The kernel does
+// not tell the zone: it is that of the master.
 func parseExpectation(b []byte) (x expectation, ok bool) {
 	if len(b) < 4 {
 		return x, false
@@ -63,8 +71,6 @@ func parseExpectation(b []byte) (x expectation, ok bool) {
 				}
 				return fine
 			})
-		case ctaExpectZone:
-			x.zone, fine = be16(v)
 		case ctaExpectFlags:
 			x.flags, fine = be32(v)
 		case ctaExpectTimeout:

@@ -9,13 +9,31 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// OwnHelper is the name of our own helper: a user-space helper
+// OwnHelper begins the name of our own helper: a user-space helper
 // (nfnetlink_cthelper) that is left disabled, so it never sees a packet.
+//
+// Helpers are global, and the kernel takes away the expectations of all network
+// namespaces when one is unregistered (nf_conntrack_helper_unregister). So each
+// namespace has a helper of its own, "conenat-" and the end of its inode number.
 const OwnHelper = "conenat"
 
-// candidates are the helpers that can sit on an anchor, best first. Those of
-// the kernel would parse packets, but an anchor never gets one.
-var candidates = []string{OwnHelper, "RAS", "netbios-ns", "tftp", "amanda"}
+// ownName is the name of our helper in the network namespace behind the
+// descriptor netns, 0 for the current. It has the 15 bytes that a name may have.
+func ownName(netns int) (string, error) {
+	var st unix.Stat_t
+	err := unix.Fstat(netns, &st)
+	if netns == 0 {
+		err = unix.Stat("/proc/thread-self/ns/net", &st)
+	}
+	if err != nil {
+		return "", fmt.Errorf("look at network namespace: %w", err)
+	}
+	return fmt.Sprintf("%s-%07x", OwnHelper, st.Ino&0xfffffff), nil
+}
+
+// kernelHelpers are helpers of the kernel that can sit on an anchor, best first.
+// They would parse packets, but an anchor never gets one.
+var kernelHelpers = []string{"RAS", "netbios-ns", "tftp", "amanda"}
 
 // A helper is one that works. Policy is the timeout, in seconds, that it gives
 // to an expectation.
@@ -31,7 +49,10 @@ func (h helper) suits(timeout uint32) bool {
 }
 
 // helpers are those in use, by family; without a name where there is none.
-type helpers struct{ v4, v6 helper }
+type helpers struct {
+	v4, v6 helper
+	own    string // the name of our own, in use or not
+}
 
 func (h *helpers) of(p *cone.Permission) helper {
 	if p.Peer.Is4() {
@@ -48,27 +69,31 @@ var ErrNoHelper = errors.New("the kernel offers no conntrack helper for UDP: " +
 // real anchor and expectation on documentation addresses (RFC 5737, RFC 3849).
 func chooseHelpers(c *conn, cfg Config) (helpers, error) {
 	var h helpers
-	registerOwn(c, seconds(cfg.Lifetime))
 	var err error
-	h.v4, err = chooseHelper(c, false)
+	if h.own, err = ownName(cfg.NetNS); err != nil {
+		return helpers{}, err
+	}
+	registerOwn(c, h.own, seconds(cfg.Lifetime))
+	names := append([]string{h.own}, kernelHelpers...)
+	h.v4, err = chooseHelper(c, names, false)
 	if err == nil && cfg.IPv6 {
-		h.v6, err = chooseHelper(c, true)
+		h.v6, err = chooseHelper(c, names, true)
 	}
 	if err != nil {
-		return helpers{}, errors.Join(err, unregisterOwn(c))
+		return helpers{}, errors.Join(err, unregisterOwn(c, h.own))
 	}
 	return h, nil
 }
 
-func chooseHelper(c *conn, v6 bool) (helper, error) {
+func chooseHelper(c *conn, names []string, v6 bool) (helper, error) {
 	var errs []error
-	for _, name := range candidates {
+	for _, name := range names {
 		policy, err := tryHelper(c, name, v6)
 		if err == nil {
 			return helper{name, policy}, nil
 		}
 		if errors.Is(err, unix.EPERM) {
-			return helper{}, fmt.Errorf("create conntrack entry: %w: run as root or with CAP_NET_ADMIN", err)
+			return helper{}, permitted(err)
 		}
 		errs = append(errs, fmt.Errorf("%s: %w", name, err))
 	}
@@ -89,10 +114,12 @@ func tryHelper(c *conn, name string, v6 bool) (policy uint32, err error) {
 		},
 		Int: cone.EndpointFrom(netip.MustParseAddrPort(in)),
 	}
-	b := &Backend{c: c}
+	b := newBackend(Config{}, c)
 	a := anchorOf(&p, false)
-	b.remove(&p, a) // of a probe that was killed
-	defer b.remove(&p, a)
+	if err := b.clear(&p, a); err != nil { // of a probe that was killed
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, b.clear(&p, a)) }()
 	for range 3 {
 		errs := b.three(func(seq uint32) {
 			b.enc.newAnchor(seq, &p, a, name, 10)
@@ -101,12 +128,15 @@ func tryHelper(c *conn, name string, v6 bool) (policy uint32, err error) {
 		if errors.Is(errs[0], unix.EAGAIN) { // the kernel just loaded its module
 			continue
 		}
-		if err := errors.Join(errs[:]...); err != nil {
+		if errs.failed() {
+			return 0, errs.cause()
+		}
+		x, found, err := b.get(&p.Key)
+		if err != nil {
 			return 0, err
 		}
-		x, found := b.get(&p.Key)
-		if !found || !x.ours() {
-			return 0, unix.ENOENT
+		if !found || !x.stands(&p, a) {
+			return 0, errors.New("the expectation is not what was asked for")
 		}
 		return x.timeout, b.three(func(seq uint32) { b.enc.renewExpect(seq, &p, a, 5) })[0]
 	}
@@ -132,13 +162,12 @@ const (
 // registerOwn registers our helper for both families, with the timeout, in
 // seconds, that an expectation gets. Where the kernel cannot, or it is
 // registered already, tryHelper finds out.
-func registerOwn(c *conn, timeout uint32) {
+func registerOwn(c *conn, name string, timeout uint32) {
 	var e encoder
 	for _, v6 := range []bool{false, true} {
 		e.reset()
-		seq := c.nextSeq(1)
-		e.message(subsysHelper, msgNew, create, seq, v6)
-		e.str(nfcthName, OwnHelper)
+		e.message(subsysHelper, msgNew, create, c.nextSeq(1), v6)
+		e.str(nfcthName, name)
 		tuple := e.nest(nfcthTuple)
 		l3 := uint16(unix.AF_INET)
 		if v6 {
@@ -150,7 +179,7 @@ func registerOwn(c *conn, timeout uint32) {
 		policy := e.nest(nfcthPolicy)
 		e.be32(nfcthPolicyNum, 1)
 		set := e.nest(nfcthPolicySet1)
-		e.str(nfcthSetName, OwnHelper)
+		e.str(nfcthSetName, name)
 		e.be32(nfcthSetMax, 1)
 		e.be32(nfcthSetTimeout, timeout)
 		e.endNest(set)
@@ -158,46 +187,42 @@ func registerOwn(c *conn, timeout uint32) {
 		e.be32(nfcthPrivLen, 0)
 		e.be32(nfcthStatus, 0) // disabled: it never queues a packet
 		e.end()
-		e.ack()
-		_ = c.exchange(e.b, seq, func(uint32, error) {}, nil) // tryHelper tells
+		_ = c.exchange(&e, func(uint32, error) {}, nil) // tryHelper tells
 	}
 }
 
 // register registers our own helper again if it is in use.
 func (h *helpers) register(c *conn, timeout uint32) {
-	if h.v4.name == OwnHelper || h.v6.name == OwnHelper {
-		registerOwn(c, timeout)
+	if h.v4.name == h.own || h.v6.name == h.own {
+		registerOwn(c, h.own, timeout)
 	}
 }
 
-// unregister takes our own helper out of the kernel if it was in use. One that
-// another network namespace still uses stays.
+// unregister takes our own helper out of the kernel if it was in use.
 func (h *helpers) unregister(c *conn) error {
-	if h.v4.name != OwnHelper && h.v6.name != OwnHelper {
+	if h.v4.name != h.own && h.v6.name != h.own {
 		return nil
 	}
-	return unregisterOwn(c)
+	return unregisterOwn(c, h.own)
 }
 
-func unregisterOwn(c *conn) error {
+func unregisterOwn(c *conn, name string) error {
 	var e encoder
-	seq := c.nextSeq(1)
-	e.message(subsysHelper, msgDelete, change, seq, false)
-	e.str(nfcthName, OwnHelper)
+	e.message(subsysHelper, msgDelete, change, c.nextSeq(1), false)
+	e.str(nfcthName, name)
 	e.end()
-	e.ack()
 	var refused error
-	err := c.exchange(e.b, seq, func(_ uint32, err error) { refused = err }, nil)
+	err := c.exchange(&e, func(_ uint32, err error) { refused = err }, nil)
 	switch {
 	case err != nil:
 		return err
-	case errors.Is(refused, unix.ENOENT), // both: there is none
-		errors.Is(refused, unix.EINVAL), // or the kernel has no nfnetlink_cthelper
-		errors.Is(refused, unix.EOPNOTSUPP),
-		errors.Is(refused, unix.EBUSY): // another namespace uses it
+	case errors.Is(refused, unix.ENOENT), // there is none
+		errors.Is(refused, unix.EPERM),  // nor could we have registered it
+		errors.Is(refused, unix.EINVAL), // the kernel has no nfnetlink_cthelper
+		errors.Is(refused, unix.EOPNOTSUPP):
 		return nil
 	case refused != nil:
-		return fmt.Errorf("unregister helper %s: %w", OwnHelper, refused)
+		return fmt.Errorf("unregister helper %s: %w", name, refused)
 	}
 	return nil
 }

@@ -2,44 +2,106 @@ package expect
 
 import (
 	"fmt"
+	"slices"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
-	"golang.org/x/sys/unix"
 )
 
 // List calls f for every permission that stands in the kernel, made by this or
 // an earlier daemon. Marks are not known. It has a connection of its own and
 // may run beside all other methods.
 func (b *Backend) List(f func(cone.Permission)) error {
-	return list(b.cfg.NetNS, func(x *expectation) { f(x.permission()) })
+	return list(b.cfg.NetNS, b.zoned.Load(), func(x *expectation) { f(x.permission()) })
 }
 
-// list calls f for every expectation that is ours.
-func list(netns int, f func(*expectation)) error {
+// list calls f for every expectation that is ours. If zoned is set it finds out
+// their zones, which costs a dump of all conntrack entries; else it takes them
+// for those of the default zone.
+func list(netns int, zoned bool, f func(*expectation)) error {
 	c, err := dial(netns)
 	if err != nil {
 		return err
 	}
-	defer c.close()
+	defer func() { _ = c.close() }()
+	xs, err := listExpectations(c)
+	if err == nil && zoned && len(xs) > 0 {
+		xs, err = findZones(c, xs)
+	}
+	if err != nil {
+		return err
+	}
+	for i := range xs {
+		f(&xs[i])
+	}
+	return nil
+}
+
+func listExpectations(c *conn) ([]expectation, error) {
 	var e encoder
-	seq := c.nextSeq(1)
-	e.message(subsysExpect, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, seq, false)
+	e.message(subsysExpect, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.nextSeq(1), false)
 	e.b[e.last+unix.NLMSG_HDRLEN] = unix.AF_UNSPEC
 	e.end()
+	var xs []expectation
 	var refused error
-	err = c.exchange(e.b, seq, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
+	err := c.exchange(&e, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
 		if typ != subsysExpect<<8|msgNew {
 			return
 		}
 		if x, ok := parseExpectation(body); ok && x.ours() {
-			f(&x)
+			xs = append(xs, x)
 		}
 	})
 	if err == nil {
 		err = refused
 	}
 	if err != nil {
-		return fmt.Errorf("list expectations: %w", err)
+		return nil, fmt.Errorf("list expectations: %w", permitted(err))
 	}
-	return nil
+	return xs, nil
+}
+
+// findZones returns xs with the zones that the kernel does not tell. They are
+// those of the anchors. What lost its anchor meanwhile is left out.
+func findZones(c *conn, xs []expectation) ([]expectation, error) {
+	found, err := listAnchors(c)
+	if err != nil {
+		return nil, err
+	}
+	zones := make(map[anchor][]uint16, len(found)) // by anchor without zone
+	for _, a := range found {
+		zone := a.zone
+		a.zone = 0
+		if !slices.Contains(zones[a], zone) { // a dump may show an entry twice
+			zones[a] = append(zones[a], zone)
+		}
+	}
+	var e encoder
+	var out []expectation
+	seen := make(map[cone.Key]bool)
+	for _, x := range xs {
+		in := zones[x.anchor()]
+		for _, zone := range in {
+			x.zone = zone
+			k := x.permission().Key
+			if len(in) == 1 {
+				out = append(out, x)
+				continue
+			}
+			// Anchors alike in several zones. Only asking tells them apart.
+			if seen[k] {
+				continue
+			}
+			seen[k] = true
+			there, ok, err := c.get(&e, &k)
+			if err != nil {
+				return nil, err
+			}
+			if ok && there.ours() {
+				out = append(out, there)
+			}
+		}
+	}
+	return out, nil
 }

@@ -1,0 +1,186 @@
+package cone
+
+import (
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// SetTopology tells the model the gateway's links and addresses. Permissions on
+// an address that the gateway had and has no more end at once.
+func (m *Model) SetTopology(now time.Duration, t Topology) {
+	old := m.topo.local
+	m.topo = compileTopology(t)
+	gone := false
+	for a := range old {
+		if _, ok := m.topo.local[a]; !ok {
+			gone = true
+		}
+	}
+	if !gone {
+		return
+	}
+	m.endWhere(now, ReasonAddressGone, func(c *claim) bool {
+		_, had := old[c.Ext.Addr]
+		_, has := m.topo.local[c.Ext.Addr]
+		return had && !has && !c.Routed()
+	})
+}
+
+// SetForwards tells which outside endpoints rules of the user's forward, beside
+// those that flows show. f may be nil. Permissions on such endpoints are
+// withdrawn.
+func (m *Model) SetForwards(now time.Duration, f func(Endpoint) bool) {
+	m.ruled = f
+	if f == nil {
+		return
+	}
+	m.Review(now, func(p Permission) Reason {
+		if f(p.Ext) {
+			return ReasonForwarded
+		}
+		return ReasonNone
+	})
+}
+
+// SetPolicy changes the policy. Permissions that it still allows are not
+// touched; the others end. Flows that give a permission only now are found by
+// the next snapshot.
+func (m *Model) SetPolicy(now time.Duration, p Policy) {
+	shorter := p.Lifetime < m.policy.Lifetime
+	m.policy = compilePolicy(p)
+	m.wheel = newWheel(&m.claims, p.Lifetime)
+	m.wheel.done = int64(now / m.wheel.grain)
+	m.hosts = make(map[Addr]scope)
+	m.subnets = newScopes(len(p.Subnets))
+	for i := range m.claims {
+		c := &m.claims[i]
+		c.slot, c.counted, c.listed = none, false, false
+		if c.state == stateUnused {
+			continue
+		}
+		c.subnet = m.policy.index(c.Int.Addr.Netip())
+		m.account(int32(i))
+		switch c.state {
+		case StateStanding:
+			c.refresh = min(c.refresh, now+p.Lifetime/2)
+			if shorter { // what is in the kernel must not outlive it
+				c.refresh = now
+			}
+			m.wheel.schedule(int32(i), min(c.refresh, c.fed+p.Lifetime))
+		case StateRefused:
+			m.wheel.schedule(int32(i), c.retry)
+		}
+	}
+	m.endWhere(now, ReasonPolicy, func(c *claim) bool { return !m.allowed(c) })
+}
+
+// allowed reports whether the policy allows c. Flows to excluded peer ports
+// support it no more.
+func (m *Model) allowed(c *claim) bool {
+	_, s, ok := m.policy.subnet(c.Int.Addr.Netip())
+	if !ok || c.Routed() && !s.Routed {
+		return false
+	}
+	had := c.outs > 0
+	for f := c.flows; f != none; {
+		fl := &m.flows.all[f]
+		next := fl.next
+		if !fl.child && m.policy.peerPorts.has(fl.port) {
+			m.removeFlow(f)
+		}
+		f = next
+	}
+	if had && c.outs == 0 {
+		return false
+	}
+	// Any port that is not excluded will do: those of the flows were looked at.
+	peer := Endpoint{c.Peer, 1}
+	return m.policy.refusesEndpoint(c.Ext, peer, &m.topo) == ReasonNone
+}
+
+// Adopt takes over p, which stands in the kernel from an earlier daemon. Unless
+// flows hold it, it ends at the time at which it would have ended without a
+// daemon. What the policy does not allow is revoked.
+func (m *Model) Adopt(now time.Duration, p Permission, ends time.Duration) {
+	if _, taken := m.byKey[p.Key]; taken {
+		return
+	}
+	i := m.claim(now, p)
+	c := &m.claims[i]
+	m.setState(i, StateStanding, ReasonNone)
+	c.made = now
+	c.fed = min(ends, now+m.policy.Lifetime) - m.policy.Lifetime
+	c.refresh = now
+	m.wheel.schedule(i, min(c.refresh, c.fed+m.policy.Lifetime))
+	if !m.allowed(c) {
+		m.end(now, i, ReasonPolicy)
+		return
+	}
+	if r := m.bars(now, c); r != ReasonNone {
+		m.withdraw(i, r)
+		m.refuse(now, i, r)
+		m.settle(now, i)
+	}
+}
+
+// Revoke ends the permissions for which f returns true, for good: the flows
+// that hold them now do not bring them back, a new one does. It returns how
+// many stood.
+func (m *Model) Revoke(now time.Duration, f func(Permission) bool) (n int) {
+	for i := range m.claims {
+		c := &m.claims[i]
+		if c.state == stateUnused || !f(c.Permission) {
+			continue
+		}
+		if c.state == StateStanding {
+			n++
+		}
+		m.withdraw(int32(i), ReasonRevoked)
+		m.wheel.remove(int32(i))
+		m.setState(int32(i), StateRefused, ReasonRevoked)
+		m.settle(now, int32(i))
+	}
+	return n
+}
+
+// endWhere ends the claims for which f returns true. One that comes to stand in
+// place of another is asked about too.
+func (m *Model) endWhere(now time.Duration, r Reason, f func(*claim) bool) {
+	var ends []int32
+	for i := range m.claims {
+		if c := &m.claims[i]; c.state != stateUnused && f(c) {
+			ends = append(ends, int32(i))
+		}
+	}
+	// Those that wait go first, so that none of them is granted for a moment.
+	slices.SortStableFunc(ends, func(a, b int32) int {
+		return int(m.claims[b].state) - int(m.claims[a].state)
+	})
+	for _, i := range ends {
+		if m.claims[i].state != stateUnused { // evicted meanwhile
+			m.end(now, i, r)
+		}
+	}
+}
+
+func newScopes(n int) []scope {
+	// One more for claims whose subnet is not enabled any more.
+	return slices.Repeat([]scope{emptyScope}, n+1)
+}
+
+// subnet returns the enabled subnet that holds a and its index; without one,
+// the index is past the last.
+func (p *policy) subnet(a netip.Addr) (int, Subnet, bool) {
+	for i, s := range p.Subnets {
+		if s.Prefix.Contains(a) {
+			return i, s, true
+		}
+	}
+	return len(p.Subnets), Subnet{}, false
+}
+
+func (p *policy) index(a netip.Addr) int32 {
+	i, _, _ := p.subnet(a)
+	return int32(i)
+}

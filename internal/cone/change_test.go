@@ -1,0 +1,327 @@
+package cone
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+)
+
+// A desk is a Model under test with a kernel that grants everything.
+type desk struct {
+	t  *testing.T
+	m  *Model
+	id uint32
+	up map[Key]Endpoint // what stands in the kernel
+}
+
+func newDesk(t *testing.T, change func(*Policy)) *desk {
+	p := testPolicy
+	if change != nil {
+		change(&p)
+	}
+	d := &desk{t: t, m: New(p), up: map[Key]Endpoint{}}
+	d.m.SetTopology(0, testTopology)
+	return d
+}
+
+// carry carries the ops out and returns their kinds.
+func (d *desk) carry() (kinds []OpKind) {
+	for ops := d.m.Ops(); len(ops) > 0; ops = d.m.Ops() {
+		for _, o := range ops {
+			kinds = append(kinds, o.Kind)
+			switch o.Kind {
+			case Grant:
+				d.up[o.Key] = o.Int
+				d.m.Granted(o.Permission)
+			case Revoke:
+				delete(d.up, o.Key)
+			}
+		}
+	}
+	return kinds
+}
+
+// open lets in send to peer and returns the flow.
+func (d *desk) open(now time.Duration, in, peer string) *Flow {
+	d.id++
+	f := &Flow{
+		ID: d.id, Status: StatusSrcNAT, Src: ep(in), Dst: ep(peer), ReplySrc: ep(peer),
+		ReplyDst: Endpoint{ep("198.51.100.1:1").Addr, ep(in).Port},
+	}
+	d.m.FlowSeen(now, f)
+	d.carry()
+	return f
+}
+
+func (d *desk) gone(now time.Duration, f *Flow) {
+	d.m.FlowGone(now, f)
+	d.carry()
+}
+
+// child opens a child of the permission that f earned.
+func (d *desk) child(now time.Duration, f *Flow, port uint16) (kinds []OpKind) {
+	d.id++
+	from := Endpoint{f.ReplySrc.Addr, port}
+	d.m.FlowSeen(now, &Flow{
+		ID: d.id, Status: StatusExpected | StatusDstNAT,
+		Src: from, Dst: f.ReplyDst, ReplySrc: f.Src, ReplyDst: from,
+		MasterSrc: Endpoint{Addr: f.Src.Addr}, MasterDst: Endpoint{f.ReplySrc.Addr, f.ReplyDst.Port},
+	})
+	return d.carry()
+}
+
+// want checks which inside endpoints have a permission.
+func (d *desk) want(ins ...string) {
+	d.t.Helper()
+	var got []string
+	for _, in := range d.up {
+		got = append(got, in.String())
+	}
+	slices.Sort(got)
+	slices.Sort(ins)
+	if !slices.Equal(got, ins) {
+		d.t.Errorf("permissions stand for %q, want %q", got, ins)
+	}
+	if n := d.m.Stats().Standing; n != len(ins) {
+		d.t.Errorf("Stats.Standing is %d, want %d", n, len(ins))
+	}
+}
+
+func TestLimitPerHostLetsTheOldestLingeringGoFirst(t *testing.T) {
+	d := newDesk(t, func(p *Policy) { p.Limits.PerHost = 3 })
+	d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	older := d.open(1, "10.47.11.109:2", "203.0.113.5:9")
+	old := d.open(2, "10.47.11.109:3", "203.0.113.5:9")
+	d.open(2, "10.47.11.110:9", "203.0.113.5:9") // another host's limit is his own
+	d.open(3, "10.47.11.109:4", "203.0.113.5:9")
+	d.want("10.47.11.109:1", "10.47.11.109:2", "10.47.11.109:3", "10.47.11.110:9")
+	if n := d.m.Stats().Refusals[ReasonHostLimit]; n != 1 {
+		t.Errorf("%d refusals, want 1", n)
+	}
+
+	d.gone(4, older)
+	d.gone(5, old)
+	d.open(6, "10.47.11.109:5", "203.0.113.5:9")
+	d.want("10.47.11.109:1", "10.47.11.109:3", "10.47.11.109:5", "10.47.11.110:9")
+	// The refused one is tried again, and takes the other's place.
+	for now := 7 * time.Nanosecond; d.m.Tick(now, 100) || now < testPolicy.Retry*2; now += time.Second {
+		d.carry()
+	}
+	d.want("10.47.11.109:1", "10.47.11.109:4", "10.47.11.109:5", "10.47.11.110:9")
+}
+
+func TestLimitsPerSubnetAndInAll(t *testing.T) {
+	two := func(l Limits) func(*Policy) {
+		return func(p *Policy) {
+			p.Subnets = append(slices.Clone(p.Subnets), Subnet{Prefix: netip.MustParsePrefix("10.47.12.0/24")})
+			p.Limits = l
+		}
+	}
+	d := newDesk(t, two(Limits{PerSubnet: 1}))
+	d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	d.open(0, "10.47.11.110:2", "203.0.113.5:9")
+	d.open(0, "10.47.12.20:3", "203.0.113.5:9")
+	d.want("10.47.11.109:1", "10.47.12.20:3")
+
+	d = newDesk(t, two(Limits{Total: 2}))
+	d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	f := d.open(0, "10.47.12.20:3", "203.0.113.5:9")
+	d.open(0, "10.47.11.110:2", "203.0.113.5:9")
+	d.want("10.47.11.109:1", "10.47.12.20:3")
+	d.gone(1, f)
+	d.open(2, "10.47.11.111:4", "203.0.113.5:9")
+	d.want("10.47.11.109:1", "10.47.11.111:4")
+}
+
+func TestChildrenBeyondTheLimitAreDropped(t *testing.T) {
+	d := newDesk(t, func(p *Policy) { p.Limits.Children = 2 })
+	f := d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	for port, want := range map[uint16]int{1: 0, 2: 0} {
+		if kinds := d.child(0, f, port); len(kinds) != want {
+			t.Errorf("child %d: %v", port, kinds)
+		}
+	}
+	if kinds := d.child(0, f, 3); !slices.Equal(kinds, []OpKind{DropUnanswered}) {
+		t.Errorf("the child too many: %v", kinds)
+	}
+	if n := d.m.Stats().Crowded; n != 1 {
+		t.Errorf("%d crowded, want 1", n)
+	}
+}
+
+func TestPolicyChangeTouchesOnlyWhatItForbids(t *testing.T) {
+	d := newDesk(t, nil)
+	d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	d.open(0, "10.47.11.110:2", "203.0.113.6:9")
+	d.open(0, "10.47.11.200:3", "203.0.113.5:77")
+	d.open(0, "10.47.11.201:5060", "203.0.113.5:9")
+
+	p := testPolicy
+	p.Subnets = []Subnet{{Prefix: netip.MustParsePrefix("10.47.11.0/25")}, {Prefix: netip.MustParsePrefix("10.47.11.128/25")}}
+	p.ExcludePeers = []netip.Prefix{netip.MustParsePrefix("203.0.113.6/32")}
+	p.ExcludePeerPorts = []uint16{77}
+	p.ExcludePorts = []uint16{5060}
+	d.m.SetPolicy(1, p)
+	kinds := d.carry()
+	d.want("10.47.11.109:1")
+	if want := []OpKind{Revoke, Revoke, Revoke}; !slices.Equal(kinds, want) {
+		t.Errorf("ops %v, want %v", kinds, want)
+	}
+	if n := d.m.Stats().Revoked[ReasonPolicy]; n != 3 {
+		t.Errorf("%d revoked by policy, want 3", n)
+	}
+}
+
+// A shorter lifetime must reach the kernel at once, and is kept by the wheel.
+func TestLifetimeChange(t *testing.T) {
+	d := newDesk(t, nil)
+	f := d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	p := testPolicy
+	p.Lifetime = lifetime / 8
+	d.m.SetPolicy(0, p)
+	d.m.Tick(lifetime/64, 10)
+	if kinds := d.carry(); !slices.Equal(kinds, []OpKind{Refresh}) {
+		t.Errorf("ops %v, want a refresh", kinds)
+	}
+	d.gone(lifetime/32, f)
+	d.m.Tick(lifetime/4, 10)
+	d.carry()
+	d.want()
+}
+
+func TestAddressThatGoesAwayEndsItsPermissions(t *testing.T) {
+	d := newDesk(t, nil)
+	d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	other := testTopology
+	other.Local = []netip.Addr{netip.MustParseAddr("198.51.100.2")}
+	d.m.SetTopology(1, testTopology)
+	d.carry()
+	d.want("10.47.11.109:1")
+	d.m.SetTopology(2, other)
+	d.carry()
+	d.want()
+	if n := d.m.Stats().Revoked[ReasonAddressGone]; n != 1 {
+		t.Errorf("%d revoked, want 1", n)
+	}
+}
+
+func TestRevokedPermissionComesBackWithANewFlowOnly(t *testing.T) {
+	d := newDesk(t, nil)
+	f := d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	if n := d.m.Revoke(1, func(p Permission) bool { return p.Int.Addr == f.Src.Addr }); n != 1 {
+		t.Errorf("%d revoked, want 1", n)
+	}
+	d.carry()
+	d.want()
+	d.m.BeginSnapshot()
+	d.m.SnapshotFlow(2, f)
+	d.m.EndSnapshot(2)
+	for now := 2 * time.Nanosecond; now < lifetime*3; now += time.Second {
+		d.m.Tick(now, 10)
+	}
+	d.carry()
+	d.want()
+	d.open(lifetime*3, "10.47.11.109:1", "203.0.113.5:10")
+	d.want("10.47.11.109:1")
+}
+
+func TestForwardsOfRulesWithdrawAndBar(t *testing.T) {
+	d := newDesk(t, nil)
+	d.open(0, "10.47.11.109:5060", "203.0.113.5:9")
+	d.open(0, "10.47.11.109:5061", "203.0.113.5:9")
+	d.m.SetForwards(1, func(e Endpoint) bool { return e.Port == 5060 })
+	d.carry()
+	d.want("10.47.11.109:5061")
+	d.open(2, "10.47.11.110:5060", "203.0.113.6:9")
+	d.want("10.47.11.109:5061")
+	d.m.SetForwards(3, nil)
+	for now := 3 * time.Nanosecond; now < testPolicy.Retry*2; now += time.Second {
+		d.m.Tick(now, 10)
+		d.carry()
+	}
+	d.want("10.47.11.109:5060", "10.47.11.109:5061", "10.47.11.110:5060")
+}
+
+func TestAdoptedPermissionEndsAsItWouldHaveUnlessAFlowHoldsIt(t *testing.T) {
+	d := newDesk(t, nil)
+	held := Permission{Key: Key{Ext: ep("198.51.100.1:1"), Peer: ep("203.0.113.5:9").Addr}, Int: ep("10.47.11.109:1")}
+	lone := Permission{Key: Key{Ext: ep("198.51.100.1:2"), Peer: ep("203.0.113.5:9").Addr}, Int: ep("10.47.11.109:2")}
+	alien := Permission{Key: Key{Ext: ep("198.51.100.1:3"), Peer: ep("203.0.113.5:9").Addr}, Int: ep("10.47.12.20:3")}
+	for _, p := range []Permission{held, lone, alien} {
+		d.up[p.Key] = p.Int
+		d.m.Adopt(0, p, lifetime/2)
+	}
+	d.carry()
+	d.want("10.47.11.109:1", "10.47.11.109:2") // the subnet of the third is not enabled
+	d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	d.m.Tick(lifetime/64, 10)
+	if kinds := d.carry(); !slices.Equal(kinds, []OpKind{Refresh, Refresh}) {
+		t.Errorf("ops %v: what is adopted is refreshed at once, never granted anew", kinds)
+	}
+	for now := time.Duration(0); now <= lifetime/2; now += lifetime / 64 {
+		d.m.Tick(now, 10)
+		d.carry()
+	}
+	d.want("10.47.11.109:1")
+}
+
+// Whatever happens, the scopes count what stands and list what lingers.
+func TestScopesAgreeWithTheClaims(t *testing.T) {
+	for seed := range uint64(60) {
+		w := newWorld(t, seed)
+		p := testPolicy
+		p.Limits = Limits{Total: 5, PerSubnet: 4, PerHost: 3, Children: 2}
+		w.m = New(p)
+		w.m.SetTopology(0, testTopology)
+		for range 300 {
+			if n := w.rnd.IntN(100); n < 60 {
+				w.traffic()
+			} else if n < 95 {
+				w.now += time.Duration(1+w.rnd.IntN(20)) * time.Second
+				w.m.Tick(w.now, 1000)
+			} else if n < 97 {
+				p.Limits.PerHost = 1 + w.rnd.IntN(4)
+				w.m.SetPolicy(w.now, p)
+			} else {
+				w.m.BeginSnapshot()
+				for _, f := range w.flows {
+					w.m.SnapshotFlow(w.now, f)
+				}
+				w.m.EndSnapshot(w.now)
+			}
+			w.apply()
+			w.checkScopes()
+		}
+	}
+}
+
+func (w *world) checkScopes() {
+	w.t.Helper()
+	hosts, listed := map[Addr]int{}, map[Addr]int{}
+	total := 0
+	for i := range w.m.claims {
+		if c := &w.m.claims[i]; c.state == StateStanding {
+			hosts[c.Int.Addr]++
+			total++
+			if c.lingers() {
+				listed[c.Int.Addr]++
+			}
+		}
+	}
+	if len(hosts) != len(w.m.hosts) || total != w.m.stats.Standing || int(w.m.subnets[0].standing) != total || total != len(w.kernel) {
+		w.failf("%d stand for %d hosts; the model says %d for %d, %v; the kernel %d",
+			total, len(hosts), w.m.stats.Standing, len(w.m.hosts), w.m.subnets, len(w.kernel))
+	}
+	for a, n := range hosts {
+		s := w.m.hosts[a]
+		in := 0
+		for i := s.first; i != none; i = w.m.claims[i].inHost.next {
+			in++
+		}
+		if int(s.standing) != n || in != listed[a] {
+			w.failf("host %v: %s", a, fmt.Sprint(s, n, in, listed[a]))
+		}
+	}
+}

@@ -1,0 +1,132 @@
+package cone
+
+// Limits bound how many permissions may stand. Zero is no limit.
+type Limits struct {
+	Total     int
+	PerSubnet int
+	PerHost   int // inside address
+	// Children is how many live children a permission may have: one permitted
+	// peer, or one who spoofs it, must not fill the conntrack table from all
+	// its ports.
+	Children int
+}
+
+// links make a claim a member of a list.
+type links struct{ prev, next int32 }
+
+// A scope is what a limit counts: one subnet, or one inside host. Lingering
+// claims, which make way for others, are listed, the oldest first.
+type scope struct {
+	standing    int32
+	first, last int32
+}
+
+var emptyScope = scope{first: none, last: none}
+
+// link and unlink keep the list of a scope; at picks the links of a claim.
+func (m *Model) link(s *scope, i int32, at func(*claim) *links) {
+	*at(&m.claims[i]) = links{prev: s.last, next: none}
+	if s.last != none {
+		at(&m.claims[s.last]).next = i
+	} else {
+		s.first = i
+	}
+	s.last = i
+}
+
+func (m *Model) unlink(s *scope, i int32, at func(*claim) *links) {
+	l := *at(&m.claims[i])
+	if l.prev != none {
+		at(&m.claims[l.prev]).next = l.next
+	} else {
+		s.first = l.next
+	}
+	if l.next != none {
+		at(&m.claims[l.next]).prev = l.prev
+	} else {
+		s.last = l.prev
+	}
+}
+
+func inHost(c *claim) *links   { return &c.inHost }
+func inSubnet(c *claim) *links { return &c.inSubnet }
+
+// account brings the scopes up to date with claim i, after any change of it.
+func (m *Model) account(i int32) {
+	c := &m.claims[i]
+	stands := c.state == StateStanding
+	lingers := stands && c.lingers()
+	if stands == c.counted && lingers == c.listed {
+		return
+	}
+	host, ok := m.hosts[c.Int.Addr]
+	if !ok {
+		host = emptyScope
+	}
+	subnet := &m.subnets[c.subnet]
+	if stands != c.counted {
+		n := int32(1)
+		if !stands {
+			n = -1
+		}
+		host.standing += n
+		subnet.standing += n
+		c.counted = stands
+	}
+	if lingers != c.listed {
+		if lingers {
+			m.link(&host, i, inHost)
+			m.link(subnet, i, inSubnet)
+		} else {
+			m.unlink(&host, i, inHost)
+			m.unlink(subnet, i, inSubnet)
+		}
+		c.listed = lingers
+	}
+	if host.standing == 0 {
+		delete(m.hosts, c.Int.Addr)
+	} else {
+		m.hosts[c.Int.Addr] = host
+	}
+}
+
+func full(n int32, limit int) bool { return limit > 0 && int(n) >= limit }
+
+// room makes room for claim c to stand, by ending lingering claims, the oldest
+// first. Without any it returns the limit that is in the way.
+func (m *Model) room(c *claim, end func(i int32)) Reason {
+	l := &m.policy.Limits
+	// A claim that ends may let another one of its Key stand: not forever.
+	for range 4 {
+		host, known := m.hosts[c.Int.Addr]
+		subnet := &m.subnets[c.subnet]
+		oldest, reason := none, ReasonNone
+		switch {
+		case known && full(host.standing, l.PerHost):
+			oldest, reason = host.first, ReasonHostLimit
+		case full(subnet.standing, l.PerSubnet):
+			oldest, reason = subnet.first, ReasonSubnetLimit
+		case full(int32(m.stats.Standing), l.Total):
+			oldest, reason = m.oldest(), ReasonLimit
+		default:
+			return ReasonNone
+		}
+		if oldest == none {
+			return reason
+		}
+		end(oldest)
+	}
+	return ReasonLimit
+}
+
+// oldest returns the claim that lingers longest in any subnet.
+func (m *Model) oldest() int32 {
+	oldest := none
+	for s := range m.subnets {
+		i := m.subnets[s].first
+		if i != none && (oldest == none || m.claims[i].fed < m.claims[oldest].fed) {
+			oldest = i
+		}
+	}
+	return oldest
+}

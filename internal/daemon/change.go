@@ -1,0 +1,123 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
+)
+
+// Reload reads the configuration again and puts it in force. Permissions that
+// it still allows are not touched. With an error nothing changed.
+func (d *Daemon) Reload() error {
+	d.reloading.Lock() // by one command at a time
+	defer d.reloading.Unlock()
+	cfg, err := d.cfg.Reload()
+	if err != nil {
+		return d.keepOld(err)
+	}
+	// Found before anything changes.
+	var old config.Config
+	if !d.do(func() { old = d.cfg.Config; cfg.Subnets = subnets(cfg, d.network.Candidates()) }) {
+		return errEnded
+	}
+	if err := unchangeable(old, cfg); err != nil {
+		return d.keepOld(err)
+	}
+	ok := d.do(func() {
+		d.cfg.Config = cfg
+		d.backend.SetLifetime(cfg.Lifetime)
+		d.model.SetPolicy(d.now(), policy(cfg))
+	})
+	if !ok {
+		return errEnded
+	}
+	if d.cfg.Level != nil {
+		d.cfg.Level.Set(cfg.LogLevel)
+	}
+	d.log.Info("configuration reloaded", "subnets", prefixes(cfg.Subnets), "lifetime", cfg.Lifetime)
+	d.wantReconcile() // to find the flows that give a permission only now
+	return nil
+}
+
+func (d *Daemon) keepOld(err error) error {
+	d.log.Error("configuration not reloaded, the old one stays in force", "err", err)
+	return err
+}
+
+// unchangeable says which change needs a restart.
+func unchangeable(old, next config.Config) error {
+	var errs []error
+	for key, changed := range map[string]bool{
+		"backend":        old.Backend != next.Backend,
+		"control_socket": old.ControlSocket != next.ControlSocket,
+		"event_buffer":   old.EventBuffer != next.EventBuffer,
+		"reconcile":      old.Reconcile != next.Reconcile,
+	} {
+		if changed {
+			errs = append(errs, fmt.Errorf("%s: a change needs a restart", key))
+		}
+	}
+	if anyIPv6(next.Subnets) && !anyIPv6(old.Subnets) {
+		errs = append(errs, errors.New("subnet: the first IPv6 subnet needs a restart"))
+	}
+	if len(next.Subnets) == 0 {
+		errs = append(errs, errors.New("subnet: none is enabled"))
+	}
+	slices.SortFunc(errs, func(a, b error) int { return slices.Compare([]byte(a.Error()), []byte(b.Error())) })
+	return errors.Join(errs...)
+}
+
+// Revoke ends the permissions that fit all words (control.Source).
+func (d *Daemon) Revoke(words []string) (n int, err error) {
+	var tests []func(*cone.Permission) bool
+	for _, w := range words {
+		test, err := fits(w)
+		if err != nil {
+			return 0, err
+		}
+		tests = append(tests, test)
+	}
+	ok := d.do(func() {
+		n = d.model.Revoke(d.now(), func(p cone.Permission) bool {
+			for _, fits := range tests {
+				if !fits(&p) {
+					return false
+				}
+			}
+			return true
+		})
+	})
+	if !ok {
+		return 0, errEnded
+	}
+	d.log.Info("permissions revoked by command", "words", words, "count", n)
+	return n, nil
+}
+
+// fits returns the test for a word: an address (inside, outside or peer) or an
+// endpoint (inside or outside).
+func fits(word string) (func(*cone.Permission) bool, error) {
+	if a, err := netip.ParseAddr(word); err == nil {
+		addr := cone.AddrFrom(a)
+		return func(p *cone.Permission) bool {
+			return p.Int.Addr == addr || p.Ext.Addr == addr || p.Peer == addr
+		}, nil
+	}
+	if ap, err := netip.ParseAddrPort(word); err == nil {
+		e := cone.EndpointFrom(ap)
+		return func(p *cone.Permission) bool { return p.Int == e || p.Ext == e }, nil
+	}
+	return nil, fmt.Errorf("revoke %q: expected an address such as 203.0.113.5 or an endpoint such as 198.51.100.1:5060", word)
+}
+
+func prefixes(subnets []config.Subnet) []string {
+	var out []string
+	for _, s := range subnets {
+		out = append(out, s.Prefix.String())
+	}
+	return out
+}

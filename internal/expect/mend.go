@@ -1,0 +1,159 @@
+package expect
+
+import (
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
+)
+
+// mend tries once more where the kernel refused p, after taking away what was
+// in the way and is ours: the leavings of a daemon that died, or an entry that
+// an inside host made by sending from port 0. What stays in the kernel then is
+// either all of p or nothing.
+func (b *Backend) mend(p *cone.Permission, a anchor, errs answers) (cone.Reason, error) {
+	retry := false
+	for _, e := range errs {
+		switch {
+		case errors.Is(e, unix.EEXIST), errors.Is(e, unix.EBUSY):
+			retry = true
+		case errors.Is(e, unix.EAGAIN), errors.Is(e, unix.EOPNOTSUPP):
+			// The helper is gone, or not loaded yet.
+			_, timeout := b.timeouts()
+			b.helpers.register(b.c, timeout)
+			retry = true
+		}
+	}
+	if retry {
+		x, found, err := b.get(&p.Key)
+		if err == nil && found && x.stands(p, a) && !b.renew(p, a).failed() {
+			return cone.ReasonNone, nil
+		}
+		if err == nil {
+			err = b.clear(p, a)
+		}
+		if err != nil {
+			_ = b.withdraw(p, a)
+			return cone.ReasonKernel, err
+		}
+		if errs = b.create(p, a); !errs.failed() {
+			return cone.ReasonNone, nil
+		}
+	}
+	_ = b.withdraw(p, a)
+	return errs.reason(), errs.cause()
+}
+
+// cause returns the first error: what comes later comes of it.
+func (a answers) cause() error {
+	for i, verb := range [...]string{"create anchor", "create expectation", "set timeout of expectation"} {
+		if a[i] != nil {
+			return fmt.Errorf("%s: %w", verb, a[i])
+		}
+	}
+	return nil
+}
+
+func (a answers) reason() cone.Reason {
+	switch err := a.cause(); {
+	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENOMEM), errors.Is(err, unix.ENFILE):
+		return cone.ReasonTableFull
+	case errors.Is(err, unix.EEXIST), errors.Is(err, unix.EBUSY):
+		return cone.ReasonTaken
+	}
+	return cone.ReasonKernel
+}
+
+// create makes p stand on a.
+func (b *Backend) create(p *cone.Permission, a anchor) answers {
+	anchorTime, expectTime := b.timeouts()
+	h := b.helpers.of(p)
+	errs := b.three(func(seq uint32) {
+		b.enc.newAnchor(seq, p, a, h.name, anchorTime)
+		b.enc.newExpect(seq+1, p, a)
+	})
+	if !errs.failed() && !h.suits(expectTime) {
+		errs[2] = b.three(func(seq uint32) { b.enc.renewExpect(seq, p, a, expectTime) })[0]
+	}
+	return errs
+}
+
+// renew is what Refresh does, for p alone.
+func (b *Backend) renew(p *cone.Permission, a anchor) answers {
+	anchorTime, expectTime := b.timeouts()
+	return b.three(func(seq uint32) {
+		b.enc.renewAnchor(seq, p, a, anchorTime)
+		b.enc.renewExpect(seq+1, p, a, expectTime)
+	})
+}
+
+// withdraw clears the way of p, which then does not stand any more. If the
+// kernel did not do it, p still counts, so that it can be revoked.
+func (b *Backend) withdraw(p *cone.Permission, a anchor) error {
+	err := b.clear(p, a)
+	if err == nil {
+		b.standing.release(a)
+	}
+	return err
+}
+
+// clear takes the anchor a out of the kernel, and the expectation with the key
+// of p if it is ours, with its anchor if that is another one. They may be gone
+// already. The expectation goes first: the kernel need not race the two.
+func (b *Backend) clear(p *cone.Permission, a anchor) error {
+	x, found, err := b.get(&p.Key)
+	if err != nil {
+		return err
+	}
+	old, stale := x.anchor(), false
+	err = b.three(func(seq uint32) {
+		if found && x.ours() {
+			b.enc.deleteExpect(seq, &p.Key)
+			if stale = old != a; stale {
+				b.enc.deleteAnchor(seq+1, old)
+			}
+		}
+		b.enc.deleteAnchor(seq+2, a)
+	}).deleted()
+	if stale && err == nil {
+		b.standing.release(old)
+	}
+	return err
+}
+
+// get returns the kernel's expectation for k, anybody's.
+func (b *Backend) get(k *cone.Key) (x expectation, found bool, err error) {
+	return b.c.get(&b.enc, k)
+}
+
+func (c *conn) get(e *encoder, k *cone.Key) (x expectation, found bool, err error) {
+	e.reset()
+	e.getExpect(c.nextSeq(1), k)
+	var refused error
+	err = c.exchange(e, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
+		if typ == subsysExpect<<8|msgNew {
+			x, found = parseExpectation(body)
+		}
+	})
+	if err == nil && !errors.Is(refused, unix.ENOENT) {
+		err = refused
+	}
+	if err != nil {
+		return x, false, fmt.Errorf("look up expectation: %w", err)
+	}
+	x.zone = k.Zone // the kernel does not tell
+	return x, found, nil
+}
+
+// three sends up to three messages on their own and returns the answers.
+func (b *Backend) three(encode func(seq uint32)) (errs answers) {
+	b.enc.reset()
+	first := b.c.nextSeq(len(errs))
+	encode(first)
+	if err := b.c.exchange(&b.enc, func(seq uint32, err error) { errs[seq-first] = err }, nil); err != nil {
+		errs[0] = err
+	}
+	return errs
+}

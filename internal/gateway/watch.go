@@ -1,0 +1,85 @@
+package gateway
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync/atomic"
+	"time"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// A Watcher tells when links, addresses or routes change (rtnetlink(7)).
+type Watcher struct {
+	nl     *netlink.Conn
+	closed atomic.Bool
+}
+
+// watched are the multicast groups, as the bits that bind(2) takes.
+const watched = unix.RTMGRP_LINK |
+	unix.RTMGRP_IPV4_IFADDR | unix.RTMGRP_IPV6_IFADDR |
+	unix.RTMGRP_IPV4_ROUTE | unix.RTMGRP_IPV6_ROUTE
+
+// Watch begins to watch the network namespace behind the descriptor netns, or
+// the calling thread's own when it is 0.
+func Watch(netns int) (*Watcher, error) {
+	nl, err := netlink.Dial(unix.NETLINK_ROUTE, &netlink.Config{NetNS: netns, Groups: watched})
+	if err != nil {
+		return nil, fmt.Errorf("watch links: %w", err)
+	}
+	return &Watcher{nl: nl}, nil
+}
+
+// settle is how long it must be quiet before Wait returns: one change of a link
+// comes as many messages. settleMost bounds it where routes change all the time.
+const (
+	settle     = 20 * time.Millisecond
+	settleMost = 500 * time.Millisecond
+)
+
+// Wait returns nil when something changed since the last call, lost messages
+// included. After Close it returns an error that is [os.ErrClosed].
+func (w *Watcher) Wait() error {
+	if err := w.receive(time.Time{}); err != nil {
+		return err
+	}
+	for most := time.Now().Add(settleMost); time.Now().Before(most); {
+		err := w.receive(time.Now().Add(settle))
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (w *Watcher) receive(deadline time.Time) error {
+	if err := w.nl.SetReadDeadline(deadline); err != nil {
+		return w.fail(err)
+	}
+	_, err := w.nl.Receive()
+	if errors.Is(err, unix.ENOBUFS) {
+		return nil // a change, too
+	}
+	return w.fail(err)
+}
+
+// fail makes the error of a closed connection recognisable.
+func (w *Watcher) fail(err error) error {
+	if err != nil && w.closed.Load() {
+		return os.ErrClosed
+	}
+	return err
+}
+
+// Close ends a Wait. A second Close does nothing.
+func (w *Watcher) Close() error {
+	if w.closed.Swap(true) {
+		return nil
+	}
+	return w.nl.Close()
+}
