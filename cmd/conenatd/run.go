@@ -8,8 +8,10 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/mdlayher/sdnotify"
 	"github.com/spf13/cobra"
@@ -95,6 +97,7 @@ func run(ctx context.Context, flags *config.Flags, stderr io.Writer) error {
 	ended := make(chan struct{})
 	defer close(ended)
 	go reloadOn(hangup, ended, d)
+	go watchdog(notify, ended, d)
 	return d.Run(ctx, func() {
 		if err := notify.Notify(sdnotify.Ready); err != nil {
 			log.Warn("tell the service manager", "err", err)
@@ -109,6 +112,27 @@ func reloadOn(hangup <-chan os.Signal, ended <-chan struct{}, d *daemon.Daemon) 
 		select {
 		case <-hangup:
 			_ = d.Reload()
+		case <-ended:
+			return
+		}
+	}
+}
+
+// watchdog tells the service manager that the daemon's loop still works, twice
+// in each WATCHDOG_USEC (sd_watchdog_enabled(3)), if it wants to know.
+func watchdog(notify *sdnotify.Notifier, ended <-chan struct{}, d *daemon.Daemon) {
+	n, err := strconv.ParseInt(os.Getenv("WATCHDOG_USEC"), 10, 64)
+	if err != nil || n <= 0 {
+		return
+	}
+	t := time.NewTicker(time.Duration(n) * time.Microsecond / 2)
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+			if d.Alive() {
+				_ = notify.Notify("WATCHDOG=1") // what was not told counts as dead
+			}
 		case <-ended:
 			return
 		}

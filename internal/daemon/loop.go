@@ -41,6 +41,9 @@ func (d *Daemon) do(f func()) bool {
 	}
 }
 
+// Alive waits until the loop has time, and reports whether it runs.
+func (d *Daemon) Alive() bool { return d.do(func() {}) }
+
 // loop is the one loop. It returns when ctx ends.
 func (d *Daemon) loop(ctx context.Context) error {
 	defer close(d.ended)

@@ -44,12 +44,19 @@ func (l *Lab) launch(exe string, args ...string) (*Daemon, error) {
 	if err != nil {
 		return nil, err
 	}
+	// A daemon may run without privilege.
+	if err := os.Chmod(dir, 0o777|os.ModeSticky); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
 	d := &Daemon{Socket: filepath.Join(dir, "control.sock"), dir: dir, exit: make(chan error, 1)}
 	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "notify"), Net: "unixgram"})
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
 	defer notify.Close()
+	if err := os.Chmod(notify.LocalAddr().String(), 0o666); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
 	args = append([]string{"run", "--control-socket", d.Socket}, args...)
 	d.cmd = l.Gateway.Command(context.Background(), exe, args...)
 	d.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+notify.LocalAddr().String())
