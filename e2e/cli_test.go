@@ -154,3 +154,11 @@ func TestDemoShowsTheDifference(t *testing.T) {
 		t.Errorf("the demo says\n%s", out)
 	}
 }
+
+func TestSelftestPassesOnThisKernel(t *testing.T) {
+	s := newScene(t, lab.Options{}) // any namespace will do
+	out, code := s.cli("selftest")
+	if code != 0 || strings.Contains(out, "FAIL") || strings.Count(out, "pass  ") < 10 {
+		t.Errorf("exit %d\n%s", code, out)
+	}
+}

@@ -53,7 +53,7 @@ func command() *cobra.Command {
 	}
 	root.AddCommand(
 		runCommand(), listCommand(), statusCommand(), reloadCommand(), revokeCommand(),
-		flushCommand(), checkCommand(), cleanupCommand(), demoCommand(), versionCommand(),
+		flushCommand(), checkCommand(), cleanupCommand(), demoCommand(), selftestCommand(), versionCommand(),
 	)
 	return root
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"os"
 
 	"github.com/spf13/cobra"
 
@@ -10,6 +11,7 @@ import (
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/daemon"
 	"github.com/conenatd/conenatd/internal/demo"
+	"github.com/conenatd/conenatd/internal/selftest"
 )
 
 func checkCommand() *cobra.Command {
@@ -49,6 +51,24 @@ func cleanupCommand() *cobra.Command {
 	}
 	c.Flags().StringVar(&socket, "control-socket", "", "control socket of the dead daemon (default: that of this network namespace)")
 	return c
+}
+
+func selftestCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "selftest",
+		Short: "Prove on this kernel, in throw-away labs, what works",
+		Long: `Try each behaviour with real packets in network namespaces that are made for it,
+and print a line for each, with the reason where it does not work. Needs root and
+the programs ip, nft and conntrack. Nothing of this machine is touched.`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			exe, err := os.Executable()
+			if err != nil {
+				return fmt.Errorf("find this program: %w", err)
+			}
+			return selftest.Run(c.OutOrStdout(), exe)
+		},
+	}
 }
 
 func demoCommand() *cobra.Command {

@@ -1,0 +1,361 @@
+// Package selftest proves on the kernel at hand what conenatd does there: each
+// behaviour with real packets in a throw-away lab of its own, the program as a
+// process in the gateway.
+package selftest
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// A check is one behaviour. It runs in a lab with opts; run gets a stage on
+// which the daemon runs already, unless idle.
+type check struct {
+	name string
+	opts lab.Options
+	args []string // of the daemon
+	idle bool
+	run  func(*stage) error
+}
+
+var checks = []check{
+	{
+		name: "a peer answers from any port, nobody else does",
+		run:  func(s *stage) error { _, err := s.seed(); return err },
+	},
+	{
+		name: "a drop policy with established,related is passed",
+		opts: lab.Options{Rules: lab.Masquerade + lab.DropPolicy},
+		run:  func(s *stage) error { _, err := s.seed(); return err },
+	},
+	{
+		name: "outside ports moved by NAT are followed",
+		opts: lab.Options{Rules: lab.MasqueradeRange(50000, 50999)},
+		run:  func(s *stage) error { _, err := s.seed(); return err },
+	},
+	{
+		name: "routed IPv6: a peer answers from any port",
+		opts: lab.Options{IPv6: true, Rules: lab.Masquerade + lab.DropPolicy},
+		args: []string{"--subnet", lab.InsideNet6.String(), "--routed"},
+		run:  (*stage).routed6,
+	},
+	{
+		name: "children inherit the connmark",
+		opts: lab.Options{Rules: lab.Masquerade + markRules},
+		run:  (*stage).connmark,
+	},
+	{
+		name: "an early packet does not lock its peer out",
+		run:  (*stage).early,
+	},
+	{
+		name: "a port that the gateway serves stays its own",
+		idle: true,
+		run:  (*stage).served,
+	},
+	{
+		name: "a flow older than the daemon gets its permission",
+		idle: true,
+		run:  (*stage).older,
+	},
+	{
+		name: "a killed daemon leaves what works, the next one takes over",
+		run:  (*stage).restart,
+	},
+	{
+		name: "a stop leaves nothing in the kernel",
+		run:  (*stage).stopped,
+	},
+}
+
+// ErrFailed says that at least one behaviour is not as it should be.
+var ErrFailed = errors.New("selftest failed")
+
+// Run runs all checks with the program exe and writes a line for each: what
+// works, and where it does not, why. Its error is ErrFailed, or says why
+// nothing could be tried.
+func Run(w io.Writer, exe string) error {
+	failed := false
+	for i := range checks {
+		err := checks[i].try(exe)
+		switch {
+		case errors.Is(err, lab.ErrPrivilege):
+			return err
+		case err != nil:
+			failed = true
+			fmt.Fprintf(w, "FAIL  %s: %v\n", checks[i].name, firstLines(err))
+		default:
+			fmt.Fprintf(w, "pass  %s\n", checks[i].name)
+		}
+	}
+	if failed {
+		return ErrFailed
+	}
+	return nil
+}
+
+// firstLines keeps a line a line.
+func firstLines(err error) string {
+	return strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ")
+}
+
+func (c *check) try(exe string) (err error) {
+	l, err := lab.New(c.opts)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	s := &stage{Lab: l, exe: exe, args: c.args}
+	if s.args == nil {
+		s.args = []string{"--subnet", lab.InsideNet.String()}
+	}
+	defer s.close()
+	if !c.idle {
+		if err := s.start(); err != nil {
+			return err
+		}
+	}
+	return c.run(s)
+}
+
+// A stage is a lab with its daemon and sockets.
+type stage struct {
+	*lab.Lab
+	exe     string
+	args    []string
+	d       *lab.Daemon
+	sockets []*lab.Socket
+}
+
+func (s *stage) start() (err error) {
+	s.d, err = s.StartDaemon(s.exe, s.args...)
+	return err
+}
+
+func (s *stage) stop() error {
+	d := s.d
+	s.d = nil
+	return d.Stop()
+}
+
+func (s *stage) close() {
+	for _, sock := range s.sockets {
+		sock.Close()
+	}
+	if s.d != nil {
+		_ = s.d.Kill() // the check said what went wrong
+	}
+}
+
+// open opens sockets, to be closed with the stage.
+func (s *stage) open(n *lab.Host, addr netip.Addr, ports ...uint16) (socks []*lab.Socket, err error) {
+	for _, port := range ports {
+		sock, e := n.Socket(addr, port)
+		if e != nil {
+			return nil, e
+		}
+		s.sockets = append(s.sockets, sock)
+		socks = append(socks, sock)
+	}
+	return socks, nil
+}
+
+// cast opens the SIP device, its proxy on two ports, and a stranger.
+func (s *stage) cast() (device, proxy, other, stranger *lab.Socket, err error) {
+	in, err := s.open(s.Inside(0), s.Inside(0).Addr, 5060)
+	if err != nil {
+		return nil, nil, nil, nil, err
+	}
+	out, err := s.open(s.Outside, lab.PeerA, 5060, 5070)
+	if err != nil {
+		return nil, nil, nil, nil, err
+	}
+	strange, err := s.open(s.Outside, lab.PeerC, 5060)
+	if err != nil {
+		return nil, nil, nil, nil, err
+	}
+	return in[0], out[0], out[1], strange[0], nil
+}
+
+// seed is the question of 2003. It returns the outside endpoint.
+func (s *stage) seed() (ext netip.AddrPort, err error) {
+	device, proxy, other, stranger, err := s.cast()
+	if err != nil {
+		return ext, err
+	}
+	if ext, err = device.Contact(proxy); err != nil {
+		return ext, err
+	}
+	return ext, s.cone(device, proxy, other, stranger, ext)
+}
+
+// cone checks that other, of the same address as proxy, gets through to device
+// by ext, and that stranger does not.
+func (s *stage) cone(device, proxy, other, stranger *lab.Socket, ext netip.AddrPort) error {
+	if err := lab.Arrives(device, lab.Packet{From: other, To: ext, Payload: "from the other port"}); err != nil {
+		return err
+	}
+	return lab.Lost(device,
+		lab.Packet{From: stranger, To: ext, Payload: "from a stranger"},
+		lab.Packet{From: proxy, To: ext, Payload: "fence"})
+}
+
+func (s *stage) routed6() error {
+	in, err := s.open(s.Inside(0), s.Inside(0).Addr6, 5060)
+	if err != nil {
+		return err
+	}
+	out, err := s.open(s.Outside, lab.Peer6A, 5060, 5070)
+	if err != nil {
+		return err
+	}
+	strange, err := s.open(s.Outside, lab.Peer6B, 5060)
+	if err != nil {
+		return err
+	}
+	ext, err := in[0].Contact(out[0])
+	if err != nil {
+		return err
+	}
+	return s.cone(in[0], out[0], out[1], strange[0], ext)
+}
+
+const markRules = `table ip marks {
+	chain forward {
+		type filter hook forward priority mangle;
+		iifname "lan0" ct state new ct mark set 0x2a
+	}
+}
+`
+
+func (s *stage) connmark() error {
+	ext, err := s.seed()
+	if err != nil {
+		return err
+	}
+	lines, err := s.Conntrack("-p", "udp")
+	if err != nil {
+		return err
+	}
+	child := fmt.Sprintf("sport=5070 dport=%d ", ext.Port())
+	for _, l := range lines {
+		if strings.Contains(l, child) && strings.Contains(l, "mark=42 ") {
+			return nil
+		}
+	}
+	return fmt.Errorf("no child with mark 42 in %q", lines)
+}
+
+// early lets the peer send before the device does.
+func (s *stage) early() error {
+	device, proxy, other, stranger, err := s.cast()
+	if err != nil {
+		return err
+	}
+	if err := other.Send(netip.AddrPortFrom(s.Gateway.Addr, 5060), "early"); err != nil {
+		return err
+	}
+	ext, err := device.Contact(proxy)
+	if err != nil {
+		return err
+	}
+	return s.cone(device, proxy, other, stranger, ext)
+}
+
+// served opens a socket on the outside port before the device uses that port.
+func (s *stage) served() error {
+	device, proxy, other, _, err := s.cast()
+	if err != nil {
+		return err
+	}
+	own, err := s.open(s.Gateway, s.Gateway.Addr, 5060)
+	if err != nil {
+		return err
+	}
+	if err := s.start(); err != nil {
+		return err
+	}
+	ext, err := device.Contact(proxy)
+	if err != nil {
+		return err
+	}
+	if err := other.Send(ext, "for the gateway"); err != nil {
+		return err
+	}
+	_, err = own[0].Expect("for the gateway")
+	return err
+}
+
+func (s *stage) older() error {
+	device, proxy, other, stranger, err := s.cast()
+	if err != nil {
+		return err
+	}
+	ext, err := device.Contact(proxy)
+	if err != nil {
+		return err
+	}
+	if err := s.start(); err != nil {
+		return err
+	}
+	return s.cone(device, proxy, other, stranger, ext)
+}
+
+func (s *stage) restart() error {
+	ext, err := s.seed()
+	if err != nil {
+		return err
+	}
+	device := s.sockets[0]
+	for _, step := range []struct {
+		port uint16
+		then func() error
+	}{
+		{6000, func() error { return s.d.Kill() }},
+		{6001, s.start},
+		{6002, func() error { return nil }},
+	} {
+		if err := step.then(); err != nil {
+			return err
+		}
+		more, err := s.open(s.Outside, lab.PeerA, step.port)
+		if err != nil {
+			return err
+		}
+		payload := fmt.Sprintf("from port %d", step.port)
+		if err := lab.Arrives(device, lab.Packet{From: more[0], To: ext, Payload: payload}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *stage) stopped() error {
+	if _, err := s.seed(); err != nil {
+		return err
+	}
+	if err := s.stop(); err != nil {
+		return err
+	}
+	expectations, err := s.Conntrack("expect")
+	if err != nil {
+		return err
+	}
+	entries, err := s.Conntrack("-p", "udp")
+	if err != nil {
+		return err
+	}
+	entries = slices.DeleteFunc(entries, func(l string) bool {
+		return !strings.Contains(l, "port=0 ") && !strings.Contains(l, "sport=5070")
+	})
+	if left := append(expectations, entries...); len(left) > 0 {
+		return fmt.Errorf("left: %q", left)
+	}
+	return nil
+}

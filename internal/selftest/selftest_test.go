@@ -1,0 +1,50 @@
+package selftest
+
+import (
+	"bytes"
+	"net"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"testing"
+
+	"go.uber.org/goleak"
+
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// TestMain is also a daemon that does nothing: it says that it is ready and
+// waits for its end.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == "run" {
+		stop := make(chan os.Signal, 1)
+		signal.Notify(stop, syscall.SIGTERM)
+		if c, err := net.Dial("unixgram", os.Getenv("NOTIFY_SOCKET")); err == nil {
+			_, _ = c.Write([]byte("READY=1"))
+		}
+		<-stop
+		os.Exit(0)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// A selftest that passes whatever the daemon does would be worthless.
+func TestDaemonThatDoesNothingFails(t *testing.T) {
+	lab.ForTest(t, lab.Options{}) // skips without privilege
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := checks
+	defer func() { checks = all }()
+	// Those that wait longest for a packet are like the first.
+	checks = []check{all[0], all[3]}
+	var out bytes.Buffer
+	if err := Run(&out, exe); err != ErrFailed {
+		t.Errorf("error %v, want ErrFailed", err)
+	}
+	if n := strings.Count(out.String(), "FAIL  "); n != len(checks) {
+		t.Errorf("%d checks failed, want %d:\n%s", n, len(checks), &out)
+	}
+}
