@@ -155,24 +155,3 @@ func TestExcludedPeerPortGivesNoPermission(t *testing.T) {
 		t.Errorf("%d flows skipped, want 1", n)
 	}
 }
-
-// A usual stateful firewall needs no rule for conenatd, and none is changed.
-func TestDropPolicyIsPassedAndUntouched(t *testing.T) {
-	s := newScene(t, lab.Options{Rules: lab.Masquerade + lab.DropPolicy})
-	before, err := s.Ruleset()
-	s.must(err)
-	s.start("--subnet", lab.InsideNet.String())
-	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
-	ext := s.contact(phone, proxy)
-	s.stands(phone, proxy, ext)
-	s.arrives(phone, s.peer(lab.PeerA, 5070), ext)
-	s.lost(phone, s.peer(lab.PeerB, 5060), ext, proxy)
-	during, err := s.Ruleset()
-	s.must(err)
-	s.stop()
-	after, err := s.Ruleset()
-	s.must(err)
-	if before != during || before != after {
-		t.Errorf("the rule set changed:\nbefore %s\nduring %s\nafter %s", before, during, after)
-	}
-}

@@ -1,0 +1,93 @@
+package e2e
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// uplinkRules are policy routing by connmark as people write it: what host two
+// sends takes the second uplink, and so does everything that belongs to it.
+const uplinkRules = `table ip mangle {
+	chain prerouting {
+		type filter hook prerouting priority mangle;
+		ct mark != 0 meta mark set ct mark
+		iifname "lan0" ip saddr 10.47.11.110 ct mark 0 meta mark set 2
+		ct mark set meta mark
+	}
+}
+table ip nat {
+	chain postrouting {
+		type nat hook postrouting priority srcnat;
+		oifname { "wan0", "wan1" } masquerade
+	}
+}
+`
+
+// addUplink gives the gateway a second link to the outside, 198.51.100.129,
+// with a routing table of its own for mark 2.
+func (s *scene) addUplink() netip.Addr {
+	s.t.Helper()
+	const addr = "198.51.100.129"
+	outside := fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), s.Outside.FD())
+	for _, step := range []struct {
+		at   *lab.Host
+		args string
+	}{
+		{s.Gateway, "link add wan1 type veth peer name wan1 netns " + outside},
+		{s.Gateway, "address add " + addr + "/32 dev wan1"},
+		{s.Gateway, "link set wan1 up"},
+		{s.Outside, "link set wan1 up"},
+		{s.Outside, "route add " + addr + "/32 dev wan1"},
+		{s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 102"},
+		{s.Gateway, "rule add fwmark 2 iif lan0 table 102"},
+	} {
+		_, err := step.at.Output("ip", strings.Fields(step.args)...)
+		s.must(err)
+	}
+	s.until("the second uplink is up", func() bool {
+		out, err := s.Gateway.Output("ip", "-brief", "link", "show", "wan1")
+		s.must(err)
+		return strings.Contains(out, " UP ")
+	})
+	return netip.MustParseAddr(addr)
+}
+
+// The second uplink comes while the daemon runs. Its default route is in a table
+// that only marked packets use; a child must carry the mark, or its answers
+// would leave by the first uplink.
+func TestNewUplinkWithPolicyRoutingByConnmark(t *testing.T) {
+	s := newScene(t, lab.Options{Inside: 2, Rules: uplinkRules})
+	s.start("--subnet", lab.InsideNet.String())
+	addr := s.addUplink()
+	s.until("the daemon knows both uplinks", func() bool { return len(s.status().Outside) == 2 })
+
+	one, two, proxy := s.inside(0, 5060), s.inside(1, 5060), s.peer(lab.PeerA, 5060)
+	extOne, extTwo := s.contact(one, proxy), s.contact(two, proxy)
+	if extOne.Addr() != s.Gateway.Addr || extTwo.Addr() != addr {
+		t.Fatalf("outside endpoints %v and %v", extOne, extTwo)
+	}
+	s.stands(one, proxy, extOne)
+	s.stands(two, proxy, extTwo)
+	for in, ext := range map[*lab.Socket]netip.AddrPort{one: extOne, two: extTwo} {
+		media := s.peer(lab.PeerA, ext.Port()+uint16(ext.Addr().As4()[3]))
+		s.arrives(in, media, ext)
+		p := payload("reply to child")
+		s.must(in.Send(media.Addr(), p))
+		from, err := media.Expect(p)
+		s.must(err)
+		if from != ext {
+			t.Errorf("the reply to a child of %v comes from %v", ext, from)
+		}
+	}
+
+	// The uplink goes, and its permissions with it; the other one stays.
+	_, err := s.Gateway.Output("ip", "link", "del", "wan1")
+	s.must(err)
+	s.until("its permission ended", func() bool { return len(s.conntrack("expect")) == 1 })
+	s.arrives(one, s.peer(lab.PeerA, 6000), extOne)
+}
