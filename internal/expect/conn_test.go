@@ -239,6 +239,43 @@ func TestGrantWithUnknownOutcome(t *testing.T) {
 	}
 }
 
+// A grant is what latency is made of.
+func TestGrantSendsNoMoreThanItMust(t *testing.T) {
+	const (
+		anchor = subsysConntrack << 8
+		expect = subsysExpect << 8
+	)
+	for name, tt := range map[string]struct {
+		p      cone.Permission
+		helper helper
+		want   []uint16 // types of message
+	}{
+		"helper's timeout suits":         {seed, helper{"RAS", 60}, []uint16{anchor, expect}},
+		"helper's timeout does not suit": {seed, helper{"RAS", 240}, []uint16{anchor, expect, expect}},
+		"no helper for this family":      {routed, helper{"RAS", 60}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b, k := newFakeBackend(t)
+			b.helpers.v4 = tt.helper
+			var got []uint16
+			k.answer = func(sent []request) [][]byte {
+				for _, r := range sent {
+					got = append(got, r.typ)
+				}
+				return acknowledge(sent)
+			}
+			b.Grant([]cone.Permission{tt.p}, func(_ int, r cone.Reason, err error) {
+				if tt.want != nil || r != cone.ReasonKernel || !errors.Is(err, ErrNoHelper) {
+					t.Errorf("refused for %v: %v", r, err)
+				}
+			})
+			if !slices.Equal(got, tt.want) {
+				t.Errorf("sent %x, want %x", got, tt.want)
+			}
+		})
+	}
+}
+
 // A send that fails must not harm what a refused permission of the batch, which
 // was not sent, has nothing to do with.
 func TestFailedSendHarmsNoOther(t *testing.T) {

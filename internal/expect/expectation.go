@@ -12,7 +12,7 @@ type expectation struct {
 	master    [2]cone.Endpoint // original direction of its master
 	src, dst  cone.Endpoint
 	nat       cone.Endpoint // where it sends a child; zero without NAT
-	zone      uint16 // not from the kernel
+	zone      uint16        // not from the kernel
 	flags     uint32
 	timeout   uint32 // seconds left
 	masterUDP bool

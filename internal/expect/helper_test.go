@@ -43,8 +43,14 @@ func TestHelperTimeoutSuits(t *testing.T) {
 		policy, timeout uint32
 		want            bool
 	}{
-		{300, 300, true}, {240, 300, true}, {225, 300, true},
-		{224, 300, false}, {301, 300, false}, {3, 300, false}, {0, 300, false}, {0, 0, true},
+		{300, 300, true},
+		{240, 300, true},
+		{225, 300, true},
+		{224, 300, false},
+		{301, 300, false},
+		{3, 300, false},
+		{0, 300, false},
+		{0, 0, true},
 	} {
 		if got := (helper{policy: tt.policy}).suits(tt.timeout); got != tt.want {
 			t.Errorf("%d for %d: %v", tt.policy, tt.timeout, got)

@@ -72,7 +72,7 @@ func TestParseExpectation(t *testing.T) {
 			}
 			// A part of it must not pass for another one.
 			for n := range len(tt.b) {
-				if x, ok := parseExpectation(tt.b[:n]); ok && x.ours() && x.permission() != tt.want {
+				if x, ok := parseExpectation(tt.b[:n:n]); ok && x.ours() && x.permission() != tt.want {
 					t.Errorf("%d bytes: %+v", n, x)
 				}
 			}
@@ -87,7 +87,7 @@ func TestParseAnchor(t *testing.T) {
 		t.Errorf("%+v, %v", a, ok)
 	}
 	for n := range len(b) {
-		if a, ok := parseAnchor(b[:n]); ok && a != anchorOf(&zoned, false) {
+		if a, ok := parseAnchor(b[:n:n]); ok && a != anchorOf(&zoned, false) {
 			t.Errorf("%d bytes: %+v", n, a)
 		}
 	}

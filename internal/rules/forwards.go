@@ -1,0 +1,250 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"github.com/google/nftables/xt"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Forwards reads what the NAT rules of the network namespace behind the
+// descriptor netns, 0 for the current, do to UDP packets that come in by one of
+// the links outside; nil stands for all links. It reads the prerouting chains
+// of all tables of the families ip, ip6 and inet, and what they jump to, but
+// those of our own tables. Chains of the output hook never see such packets.
+// Rules of iptables-nft are among them, those of iptables-legacy are not.
+//
+// What is changed while it reads may be missed. Where there is no nftables the
+// error is an *UnsupportedError.
+func Forwards(netns int, outside []Link) ([]Forward, error) {
+	c, err := dial(netns)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = c.CloseLasting() }()
+	if err := c.begin(); err != nil {
+		return nil, err
+	}
+	tables, err := c.ListTables()
+	switch {
+	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):
+		missing := features[0].UnsupportedError
+		missing.Err = err
+		return nil, &missing
+	case err != nil:
+		return nil, fmt.Errorf("list nftables tables: %w", hint(err))
+	}
+	chains, err := c.ListChains()
+	if err != nil {
+		return nil, fmt.Errorf("list nftables chains: %w", hint(err))
+	}
+	var found []Forward
+	for _, t := range tables {
+		w := &walker{
+			c: c, table: t, outside: outside,
+			rules: map[string][]*nftables.Rule{}, sets: map[string]*elementSet{}, seen: map[string]bool{},
+		}
+		var bases []*nftables.Chain
+		ours := false
+		for _, chain := range chains {
+			if chain.Table.Name == t.Name && chain.Table.Family == t.Family {
+				ours = ours || chain.Name == markerChain
+				if isDestinationNAT(chain) {
+					bases = append(bases, chain)
+				}
+			}
+		}
+		if ours || t.Flags&nftables.TableFlagDormant != 0 || familyOf(t.Family) == "" {
+			continue
+		}
+		for _, chain := range bases {
+			w.chain(chain.Name, condition{family: byte(t.Family)}, 0)
+		}
+		found = append(found, w.found...)
+		if w.err != nil {
+			return nil, fmt.Errorf("read nftables table %s %s: %w", familyOf(t.Family), t.Name, w.err)
+		}
+	}
+	return found, nil
+}
+
+func isDestinationNAT(c *nftables.Chain) bool {
+	return c.Type == nftables.ChainTypeNAT && c.Hooknum != nil && *c.Hooknum == *nftables.ChainHookPrerouting
+}
+
+func familyOf(f nftables.TableFamily) string {
+	switch f {
+	case nftables.TableFamilyIPv4:
+		return "ip"
+	case nftables.TableFamilyIPv6:
+		return "ip6"
+	case nftables.TableFamilyINet:
+		return "inet"
+	}
+	return ""
+}
+
+// A walker follows packets through the chains of one table. It carries along
+// what their rules ask for, so that a condition on a jump counts for all that
+// comes behind it.
+type walker struct {
+	c       *conn
+	table   *nftables.Table
+	outside []Link
+	rules   map[string][]*nftables.Rule
+	sets    map[string]*elementSet
+	found   []Forward
+	seen    map[string]bool
+	visits  int
+	err     error
+}
+
+const (
+	// maxDepth is the kernel's own limit for jumps (NFT_JUMP_STACK_SIZE).
+	maxDepth = 16
+	// maxVisits bounds the rules looked at in a table where each chain jumps
+	// many times to the next.
+	maxVisits = 1 << 18
+)
+
+func (w *walker) chain(name string, in condition, depth int) {
+	rules, ok := w.rules[name]
+	if !ok && w.err == nil {
+		rules = w.read(name, in)
+		w.rules[name] = rules
+	}
+	for _, r := range rules {
+		if w.visits++; w.visits == maxVisits {
+			w.opaque(in, "too many jumps")
+		}
+		if depth > maxDepth || w.visits >= maxVisits || w.err != nil {
+			return
+		}
+		w.rule(r, in, depth)
+	}
+}
+
+// read reads the rules of a chain. One that the library does not understand
+// makes them all unknown.
+func (w *walker) read(name string, in condition) []*nftables.Rule {
+	err := w.c.begin()
+	var rules []*nftables.Rule
+	if err == nil {
+		rules, err = w.c.GetRules(w.table, &nftables.Chain{Name: name})
+	}
+	var refused *netlink.OpError
+	switch {
+	case err == nil, errors.Is(err, unix.ENOENT): // it may be gone
+	case errors.As(err, &refused):
+		w.err = fmt.Errorf("chain %s: %w", name, hint(err))
+	default:
+		w.opaque(in, fmt.Sprintf("%s: %v", name, err))
+	}
+	return rules
+}
+
+// opaque reports something that may forward whatever comes there.
+func (w *walker) opaque(in condition, why string) {
+	in.unknown = true
+	w.add(in.forward(fmt.Sprintf("%s %s %s", familyOf(w.table.Family), w.table.Name, why)))
+}
+
+// rule works off one rule. More than one condition at a time come from sets of
+// concatenated keys; a packet has to meet one of them.
+func (w *walker) rule(r *nftables.Rule, in condition, depth int) {
+	conds := []condition{in}
+	var regs registers
+	for _, e := range r.Exprs {
+		switch e := e.(type) {
+		case *expr.Verdict:
+			if e.Kind == expr.VerdictJump || e.Kind == expr.VerdictGoto {
+				for _, c := range conds {
+					w.chain(e.Chain, c, depth+1)
+				}
+			}
+			return
+		case *expr.NAT:
+			if e.Type == expr.NATTypeDestNAT {
+				w.forward(r, w.ofFamily(conds, byte(e.Family)))
+			}
+			return
+		case *expr.Redir:
+			w.forward(r, conds)
+			return
+		case *expr.Target:
+			if slices.Contains([]string{"DNAT", "REDIRECT", "NETMAP"}, e.Name) {
+				w.forward(r, conds)
+			}
+		case *expr.Match:
+			fields, t := xtMatch(e)
+			conds = w.narrow(conds, fields, t)
+		case *expr.Lookup:
+			set := w.set(e.SetName)
+			fields := regs.take(e.SourceRegister, set.size)
+			if e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT {
+				for _, el := range set.elements {
+					for _, c := range w.narrow(conds, fields, test{any: []span{el.span}}) {
+						w.chain(el.chain, c, depth+1)
+					}
+				}
+				continue // what is not in the map goes on
+			}
+			conds = w.narrow(conds, fields, set.test(e.Invert))
+			if e.IsDestRegSet {
+				regs.put(e.DestRegister, nil)
+			}
+		default:
+			conds = w.plain(conds, &regs, e)
+		}
+	}
+}
+
+func (w *walker) forward(r *nftables.Rule, conds []condition) {
+	text := fmt.Sprintf("%s %s %s handle %d", familyOf(w.table.Family), w.table.Name, r.Chain.Name, r.Handle)
+	if s := comment(r); s != "" {
+		text += fmt.Sprintf(" (%s)", s)
+	}
+	for _, c := range conds {
+		w.add(c.forward(text))
+	}
+}
+
+// add adds what is not there yet: two jumps may lead to one chain.
+func (w *walker) add(f Forward) {
+	key := fmt.Sprint(f)
+	if !w.seen[key] {
+		w.seen[key] = true
+		w.found = append(w.found, f)
+	}
+}
+
+// ofFamily narrows to the family that a statement translates; "dnat ip" in a
+// table of family inet passes IPv6 by.
+func (w *walker) ofFamily(conds []condition, fam byte) []condition {
+	return w.narrow(conds, []field{{kind: family, size: 1}}, test{any: []span{only([]byte{fam})}})
+}
+
+// comment returns the comment of a rule, nft's or iptables'.
+func comment(r *nftables.Rule) string {
+	for _, e := range r.Exprs {
+		if m, ok := e.(*expr.Match); ok {
+			if c, ok := m.Info.(*xt.Comment); ok {
+				return string(*c)
+			}
+		}
+	}
+	// userdata.Get does not check the length.
+	if b := r.UserData; len(b) > 2 && b[0] == byte(userdata.TypeComment) && len(b) >= 2+int(b[1]) {
+		return string(bytes.TrimRight(b[2:2+int(b[1])], "\x00"))
+	}
+	return ""
+}

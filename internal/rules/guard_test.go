@@ -1,0 +1,169 @@
+package rules_test
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/rules"
+)
+
+var (
+	ext4 = netip.MustParseAddr("198.51.100.1")
+	ext6 = netip.MustParseAddr("2001:db8:ffff::1")
+)
+
+func listen(t *testing.T, h *lab.Host, addr netip.Addr, port uint16) *lab.Socket {
+	t.Helper()
+	s, err := h.Socket(addr, port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.Close() })
+	return s
+}
+
+func entries(t *testing.T, l *lab.Lab, args ...string) []string {
+	t.Helper()
+	lines, err := l.Conntrack(args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return lines
+}
+
+func TestGuardDropsWhatNoSocketWaitsFor(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{IPv6: true})
+	table := open(t, l)
+	set(t, table, guard)
+	for i, test := range []struct {
+		family    string
+		peer, ext netip.Addr
+	}{{"ipv4", lab.PeerA, ext4}, {"ipv6", lab.Peer6A, ext6}} {
+		peer := listen(t, l.Outside, test.peer, 0)
+		fence := listen(t, l.Gateway, test.ext, 7000)
+		check(t, lab.Lost(fence,
+			lab.Packet{From: peer, To: netip.AddrPortFrom(test.ext, 5060), Payload: "early"},
+			lab.Packet{From: peer, To: fence.Addr(), Payload: "fence"}))
+		if got := entries(t, l, "-p", "udp", "-f", test.family, "--dport", "5060"); len(got) != 0 {
+			t.Errorf("an entry was made: %q", got)
+		}
+		if c := count(t, table); c != (rules.Counters{GuardDrops: uint64(i + 1)}) {
+			t.Errorf("%+v", c)
+		}
+	}
+}
+
+func TestGuardPassesWhatASocketWaitsFor(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{IPv6: true, Rules: lab.Masquerade + `table ip forwards {
+		chain prerouting { type nat hook prerouting priority dstnat; udp dport 8000 redirect to :7001; }
+	}`})
+	table := open(t, l)
+	set(t, table, guard)
+	tests := []struct {
+		name     string
+		bound    string
+		peer, to string
+	}{
+		{"address", "198.51.100.1:7000", "203.0.113.5", "198.51.100.1:7000"},
+		{"wildcard", "0.0.0.0:7000", "203.0.113.5", "198.51.100.1:7000"},
+		{"dual stack, IPv4", "[::]:7000", "203.0.113.5", "198.51.100.1:7000"},
+		{"dual stack, IPv6", "[::]:7000", "2001:db8:5::5", "[2001:db8:ffff::1]:7000"},
+		{"IPv6 address", "[2001:db8:ffff::1]:7000", "2001:db8:5::5", "[2001:db8:ffff::1]:7000"},
+		{"broadcast", "0.0.0.0:7000", "198.51.100.254", "198.51.100.255:7000"},
+		{"the user's redirect", "0.0.0.0:7001", "203.0.113.5", "198.51.100.1:8000"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			bound, err := l.Gateway.ListenUDP(netip.MustParseAddrPort(test.bound))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer bound.Close()
+			peer := listen(t, l.Outside, netip.MustParseAddr(test.peer), 0)
+			setBroadcast(t, peer.UDPConn)
+			check(t, peer.Send(netip.MustParseAddrPort(test.to), test.name))
+			check(t, bound.SetReadDeadline(time.Now().Add(5*time.Second)))
+			b := make([]byte, 100)
+			if n, err := bound.Read(b); err != nil || string(b[:n]) != test.name {
+				t.Errorf("got %q, %v", b[:n], err)
+			}
+		})
+	}
+	if c := count(t, table); c != (rules.Counters{}) {
+		t.Errorf("%+v", c)
+	}
+}
+
+func setBroadcast(t *testing.T, c syscall.Conn) {
+	t.Helper()
+	raw, err := c.SyscallConn()
+	check(t, err)
+	check(t, raw.Control(func(fd uintptr) { check(t, unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_BROADCAST, 1)) }))
+}
+
+// refused sends a packet and waits for the answer that the port is closed.
+func refused(h *lab.Host, to string) error {
+	return h.Do(func() error {
+		c, err := net.Dial("udp", to)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		if _, err := c.Write([]byte("anybody there?")); err != nil {
+			return err
+		}
+		if err := c.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+			return err
+		}
+		_, err = c.Read(make([]byte, 10))
+		if errors.Is(err, unix.ECONNREFUSED) {
+			return nil
+		}
+		return errors.Join(errors.New("the port was not refused"), err)
+	})
+}
+
+func TestGuardLeavesInsideLinksAlone(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{})
+	table := open(t, l)
+	set(t, table, guard)
+	check(t, refused(l.Inside(0), "10.47.11.1:5060"))
+	check(t, refused(l.Inside(0), "198.51.100.1:5060"))
+	if c := count(t, table); c != (rules.Counters{}) {
+		t.Errorf("%+v", c)
+	}
+	// With the link among the outside ones the same packet is dropped.
+	set(t, table, rules.Desired{OutsideLinks: []string{"lan0"}, Guard: true})
+	inside := listen(t, l.Inside(0), l.Inside(0).Addr, 0)
+	fence := listen(t, l.Gateway, netip.MustParseAddr("10.47.11.1"), 7000)
+	check(t, lab.Lost(fence,
+		lab.Packet{From: inside, To: netip.MustParseAddrPort("10.47.11.1:5060"), Payload: "early"},
+		lab.Packet{From: inside, To: fence.Addr(), Payload: "fence"}))
+	if c := count(t, table); c != (rules.Counters{GuardDrops: 1}) {
+		t.Errorf("%+v", c)
+	}
+	check(t, refused(l.Outside, "198.51.100.1:5060")) // as the link is not now
+}
+
+func TestRejectOfTheUserStillAnswers(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{Rules: lab.Masquerade + `table inet filter {
+		chain input { type filter hook input priority filter; iifname wan0 ct state new udp dport 5060 counter reject; }
+	}`})
+	table := open(t, l)
+	set(t, table, guard)
+	check(t, refused(l.Outside, "198.51.100.1:5060"))
+	if got := output(t, l, "nft", "list", "table", "inet", "filter"); !strings.Contains(got, "packets 1 ") {
+		t.Error("the user's rule did not count:", got)
+	}
+	if c := count(t, table); c != (rules.Counters{}) {
+		t.Errorf("%+v", c)
+	}
+}

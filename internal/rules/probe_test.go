@@ -1,0 +1,69 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// An expression with a key that no kernel knows stands in for one that is
+// missing.
+func TestProbeFindsWhatIsMissingAndChangesNothing(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
+	table, err := Open(Config{NetNS: l.Gateway.FD()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer table.Close()
+
+	probe := &nftables.Table{Name: "conenat_probe", Family: nftables.TableFamilyINet}
+	for _, key := range []expr.SocketKey{expr.SocketKeyWildcard, 99} {
+		layout, err := newLayout(probe, Desired{Guard: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range layout.rules {
+			for i, e := range r.Exprs {
+				if _, ok := e.(*expr.Socket); ok {
+					r.Exprs[i] = &expr.Socket{Key: key, Register: reg}
+				}
+			}
+		}
+		if err := table.tryLayout(probe, layout); errors.Is(err, unix.EOPNOTSUPP) != (key == 99) {
+			t.Errorf("key %d: %v", key, err)
+		}
+	}
+	if got, err := l.Ruleset(); got != "" || err != nil {
+		t.Error(got, err)
+	}
+}
+
+func TestMissingFeaturesAreLeftOut(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{})
+	table, err := Open(Config{NetNS: l.Gateway.FD()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer table.Close()
+	table.missing = []*UnsupportedError{&features[1].UnsupportedError, &features[2].UnsupportedError}
+	if err := table.Set(Desired{Guard: true, MaxChildren: 7}); err != nil {
+		t.Fatal(err)
+	}
+	got, err := l.Ruleset()
+	if err != nil || strings.Contains(got, "chain guard") || strings.Contains(got, "chain children") || !strings.Contains(got, "udp dport 0") {
+		t.Error(got, err)
+	}
+	for _, m := range table.missing {
+		if !strings.Contains(m.Error(), "not supported: load the module nft_") {
+			t.Error(m)
+		}
+	}
+}

@@ -1,0 +1,83 @@
+package rules_test
+
+import (
+	"runtime"
+	"testing"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/rules"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+var guard = rules.Desired{OutsideLinks: []string{"wan0"}, Guard: true}
+
+func open(t *testing.T, l *lab.Lab) *rules.Table {
+	t.Helper()
+	table, err := rules.Open(rules.Config{NetNS: l.Gateway.FD()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := table.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	for _, m := range table.Missing() {
+		t.Fatal(m)
+	}
+	return table
+}
+
+func set(t *testing.T, table *rules.Table, d rules.Desired) {
+	t.Helper()
+	if err := table.Set(d); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func count(t *testing.T, table *rules.Table) rules.Counters {
+	t.Helper()
+	c, err := table.Counters()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// ours lists our table with handles, but without counters.
+func ours(t *testing.T, l *lab.Lab) string {
+	t.Helper()
+	return output(t, l, "nft", "--stateless", "--handle", "list", "table", "inet", "conenat")
+}
+
+func output(t *testing.T, l *lab.Lab, name string, args ...string) string {
+	t.Helper()
+	out, err := l.Gateway.Output(name, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// withoutCapabilities runs fn without effective capabilities, on a thread that
+// must not be used again.
+func withoutCapabilities(fn func() error) error {
+	runtime.LockOSThread()
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var none [2]unix.CapUserData
+	if err := unix.Capset(&header, &none[0]); err != nil {
+		return err
+	}
+	return fn()
+}

@@ -1,0 +1,140 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// A state is what stands in the kernel.
+type state struct {
+	table    *nftables.Table // nil where there is none
+	chains   []*nftables.Chain
+	sets     []*nftables.Set
+	rules    []*nftables.Rule
+	outside  []nftables.SetElement
+	counters map[string]uint64
+}
+
+// read reads our table. The error wraps ErrForeignTable or ErrOwned when it is
+// not ours.
+func (t *Table) read() (*state, error) {
+	if err := t.c.begin(); err != nil {
+		return nil, err
+	}
+	s := &state{counters: map[string]uint64{}}
+	err := s.read(t.c, t.table)
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return &state{}, nil
+	case err != nil:
+		err = hint(err)
+	case !slices.ContainsFunc(s.chains, func(c *nftables.Chain) bool { return c.Name == markerChain }):
+		err = ErrForeignTable
+	case s.table.Flags&nftables.TableFlagOwner != 0 && s.table.Owner != t.port:
+		err = ErrOwned
+	default:
+		return s, nil
+	}
+	return nil, fmt.Errorf("table inet %s: %w", t.table.Name, err)
+}
+
+func (s *state) read(c *conn, t *nftables.Table) (err error) {
+	if s.table, err = c.ListTableOfFamily(t.Name, t.Family); err != nil {
+		return err
+	}
+	all, err := c.ListChainsOfTableFamily(t.Family)
+	if err != nil {
+		return err
+	}
+	for _, chain := range all {
+		if chain.Table.Name != t.Name {
+			continue
+		}
+		s.chains = append(s.chains, chain)
+		rules, err := c.GetRules(t, chain)
+		if err != nil {
+			return err
+		}
+		s.rules = append(s.rules, rules...)
+	}
+	if s.sets, err = c.GetSets(t); err != nil {
+		return err
+	}
+	for _, set := range s.sets {
+		if set.Name == outsideSet {
+			if s.outside, err = c.GetSetElements(set); err != nil {
+				return err
+			}
+		}
+	}
+	objs, err := c.GetNamedObjects(t)
+	for _, o := range objs {
+		if o, ok := o.(*nftables.NamedObj); ok {
+			if n, ok := o.Obj.(*expr.Counter); ok {
+				s.counters[o.Name] = n.Packets
+			}
+		}
+	}
+	return err
+}
+
+// holds reports whether the table is there with the contents l.
+func (s *state) holds(l *layout) bool {
+	return s.table != nil && len(s.counters) == len(counters) &&
+		sameAll(s.chains, l.chains, sameChain) &&
+		sameAll(s.sets, l.sets, sameSet) &&
+		sameAll(s.outside, elements(l.outside), sameElement) &&
+		sameRules(s.rules, l.rules)
+}
+
+// sameAll compares two lists without doublets, in any order.
+func sameAll[T any](a, b []T, same func(T) func(T) bool) bool {
+	return len(a) == len(b) && !slices.ContainsFunc(a, func(x T) bool { return !slices.ContainsFunc(b, same(x)) })
+}
+
+func sameChain(a *nftables.Chain) func(*nftables.Chain) bool {
+	return func(b *nftables.Chain) bool {
+		return a.Name == b.Name && a.Type == b.Type &&
+			equal(a.Hooknum, b.Hooknum) && equal(a.Priority, b.Priority) && equal(a.Policy, b.Policy)
+	}
+}
+
+func equal[T comparable](a, b *T) bool {
+	return a == b || a != nil && b != nil && *a == *b
+}
+
+func sameSet(a *nftables.Set) func(*nftables.Set) bool {
+	return func(b *nftables.Set) bool {
+		return a.Name == b.Name && a.Dynamic == b.Dynamic && a.KeyType.Name == b.KeyType.Name
+	}
+}
+
+func sameElement(a nftables.SetElement) func(nftables.SetElement) bool {
+	return func(b nftables.SetElement) bool { return bytes.Equal(a.Key, b.Key) }
+}
+
+// sameRules compares the rules of each chain, in order.
+func sameRules(a, b []*nftables.Rule) bool {
+	byChain := func(rules []*nftables.Rule) map[string][]byte {
+		m := map[string][]byte{}
+		for _, r := range rules {
+			m[r.Chain.Name] = append(append(m[r.Chain.Name], r.UserData...), '\n')
+		}
+		return m
+	}
+	x, y := byChain(a), byChain(b)
+	for name := range x {
+		if !bytes.Equal(x[name], y[name]) {
+			return false
+		}
+	}
+	return len(x) == len(y)
+}

@@ -1,0 +1,272 @@
+package rules_test
+
+import (
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/rules"
+)
+
+var all = rules.Desired{OutsideLinks: []string{"wan0", "ppp0"}, Guard: true, MaxChildren: 256}
+
+// contents is what all makes of the table, as nft lists it.
+const contents = `
+	counter guard_drops {
+	}
+
+	counter child_drops {
+	}
+
+	counter port_zero_drops {
+	}
+
+	set outside {
+		type ifname
+		elements = { "ppp0",
+			     "wan0" }
+	}
+
+	set children4_256 {
+		type ipv4_addr . ipv4_addr . inet_service
+		size 65535
+		flags dynamic
+	}
+
+	set children6_256 {
+		type ipv6_addr . ipv6_addr . inet_service
+		size 65535
+		flags dynamic
+	}
+
+	chain made_by_conenatd {
+	}
+
+	chain port_zero {
+		type filter hook prerouting priority raw; policy accept;
+		udp sport 0 counter name "port_zero_drops" drop comment "no packet may match an anchor"
+		udp dport 0 counter name "port_zero_drops" drop comment "no packet may match an anchor"
+	}
+
+	chain guard {
+		type filter hook input priority 200; policy accept;
+		ct state != new accept comment "conntrack knows it"
+		meta l4proto != udp accept
+		iifname != @outside accept
+		socket wildcard <= 1 accept comment "a socket waits for it"
+		counter name "guard_drops" drop comment "it would keep the peer from the inside host"
+	}
+
+	chain children {
+		type filter hook forward priority filter - 10; policy accept;
+		ct status != expected / expected,confirmed accept comment "not the first packet of an expected flow"
+		meta l4proto != udp accept
+		iifname != @outside accept
+		meta nfproto ipv4 add @children4_256 { ct original ip saddr . ct original ip daddr . ct original proto-dst ct count over 256 } counter name "child_drops" drop comment "flows of one peer to one outside endpoint"
+		meta nfproto ipv6 add @children6_256 { ct original ip6 saddr . ct original ip6 daddr . ct original proto-dst ct count over 256 } counter name "child_drops" drop comment "flows of one peer to one outside endpoint"
+	}
+}
+`
+
+func TestTableIsWhatNftWouldMake(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{})
+	set(t, open(t, l), all)
+	checkContents(t, l)
+}
+
+// checkContents compares the table with contents, but for its head, where there
+// are flags that depend on the kernel, and the order of things in it.
+func checkContents(t *testing.T, l *lab.Lab) {
+	t.Helper()
+	_, got, _ := strings.Cut(output(t, l, "nft", "--stateless", "list", "table", "inet", "conenat"), "\n\n")
+	const wrong, right = "\"wan0\",\n\t\t\t     \"ppp0\"", "\"ppp0\",\n\t\t\t     \"wan0\""
+	got = strings.Replace(got, wrong, right, 1) // the set is a hash
+	if diff := cmp.Diff(sections(contents), sections(got)); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func sections(s string) []string {
+	parts := strings.Split(strings.Trim(s, "}\n"), "\n\n")
+	for i := range parts {
+		parts[i] = strings.Trim(parts[i], "\n\t}")
+	}
+	slices.Sort(parts)
+	return parts
+}
+
+func TestSetTwiceChangesNothing(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{})
+	table := open(t, l)
+	set(t, table, all)
+	want := ours(t, l)
+
+	d := all
+	set(t, table, d)
+	d.OutsideLinks = []string{"ppp0", "wan0", "ppp0"}
+	set(t, table, d)
+	if diff := cmp.Diff(want, ours(t, l)); diff != "" {
+		t.Error(diff)
+	}
+	check(t, table.Close())
+	set(t, open(t, l), all)
+	if diff := cmp.Diff(want, ours(t, l)); diff != "" {
+		t.Error("after a restart:", diff)
+	}
+}
+
+func TestSetChangesWhatIsThere(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{})
+	table := open(t, l)
+	tests := []struct {
+		name       string
+		d          rules.Desired
+		has, hasNo []string
+	}{
+		{"nothing but port 0", rules.Desired{}, []string{"udp dport 0"}, []string{"chain guard", "chain children", "elements"}},
+		{"guard", guard, []string{"chain guard", `"wan0"`}, []string{"chain children"}},
+		{"links that are not there", rules.Desired{OutsideLinks: []string{"ppp7"}, Guard: true}, []string{`"ppp7"`}, []string{"wan0"}},
+		{"cap", rules.Desired{MaxChildren: 5}, []string{"ct count over 5 "}, []string{"chain guard", "ppp7"}},
+		{"other cap", rules.Desired{MaxChildren: 6}, []string{"ct count over 6 "}, []string{"over 5 ", "children4_5"}},
+		{"all", all, []string{"chain guard", `"ppp0"`, "over 256 "}, []string{"over 6 "}},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			set(t, table, test.d)
+			got := ours(t, l)
+			for _, s := range test.has {
+				if !strings.Contains(got, s) {
+					t.Errorf("lacks %q:\n%s", s, got)
+				}
+			}
+			for _, s := range test.hasNo {
+				if strings.Contains(got, s) {
+					t.Errorf("has %q:\n%s", s, got)
+				}
+			}
+		})
+	}
+}
+
+func TestSetRepairsWhatSomebodyChanged(t *testing.T) {
+	changes := []string{
+		"flush table inet conenat",
+		"flush chain inet conenat guard",
+		"flush chain inet conenat guard; delete chain inet conenat guard",
+		"insert rule inet conenat guard accept",
+		"add rule inet conenat made_by_conenatd accept",
+		"flush set inet conenat outside",
+		"add element inet conenat outside { lan0 }",
+		"add chain inet conenat more { type filter hook input priority 0; }",
+		"add set inet conenat more { type ipv4_addr; }",
+		"delete table inet conenat",
+	}
+	for _, change := range changes {
+		t.Run(change, func(t *testing.T) {
+			l := lab.ForTest(t, lab.Options{})
+			table := open(t, l)
+			set(t, table, all)
+			check(t, table.Close()) // an owner alone may change it
+			check(t, l.NFT(change))
+
+			table = open(t, l)
+			set(t, table, all)
+			checkContents(t, l)
+		})
+	}
+}
+
+func TestForeignTableIsLeftAlone(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{Rules: lab.Masquerade + "table inet conenat { chain mine { udp dport 5060 accept; }; }"})
+	before, err := l.Ruleset()
+	check(t, err)
+	if _, err := rules.Open(rules.Config{NetNS: l.Gateway.FD()}); !errors.Is(err, rules.ErrForeignTable) {
+		t.Error(err)
+	}
+	table, err := rules.Open(rules.Config{NetNS: l.Gateway.FD(), Name: "cone"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	set(t, table, all)
+	check(t, table.Remove())
+	// One that came later.
+	check(t, l.NFT("table inet cone { }"))
+	for _, err := range []error{table.Set(all), table.Remove()} {
+		if !errors.Is(err, rules.ErrForeignTable) {
+			t.Error(err)
+		}
+	}
+	check(t, l.NFT("delete table inet cone"))
+	check(t, table.Close())
+	after, err := l.Ruleset()
+	check(t, err)
+	if diff := cmp.Diff(before, after); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestRemoveLeavesNoTrace(t *testing.T) {
+	for _, empty := range []bool{false, true} {
+		o := lab.Options{Rules: lab.Masquerade + lab.DropPolicy}
+		if empty {
+			o.Rules = lab.NoRules
+		}
+		l := lab.ForTest(t, o)
+		before := output(t, l, "nft", "--handle", "list", "ruleset")
+		table := open(t, l)
+		if diff := cmp.Diff(before, output(t, l, "nft", "--handle", "list", "ruleset")); diff != "" {
+			t.Error("Open changed something:", diff)
+		}
+		check(t, table.Remove()) // nothing there
+		set(t, table, all)
+		check(t, table.Close())
+		table = open(t, l)
+		check(t, table.Remove())
+		check(t, table.Remove())
+		if diff := cmp.Diff(before, output(t, l, "nft", "--handle", "list", "ruleset")); diff != "" {
+			t.Error(diff)
+		}
+		if c := count(t, table); c != (rules.Counters{}) {
+			t.Error(c)
+		}
+	}
+}
+
+func TestOwnedTableStaysWithItsOwner(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{})
+	table := open(t, l)
+	set(t, table, all)
+	if !strings.Contains(ours(t, l), "flags owner") {
+		t.Skip("the kernel has no tables that have an owner and persist (Linux 6.9)")
+	}
+	want := ours(t, l)
+	check(t, l.NFT("flush ruleset"))
+	if diff := cmp.Diff(want, ours(t, l)); diff != "" {
+		t.Error(diff)
+	}
+	if err := l.NFT("delete table inet conenat"); err == nil {
+		t.Error("somebody else deleted it")
+	}
+	if _, err := rules.Open(rules.Config{NetNS: l.Gateway.FD()}); !errors.Is(err, rules.ErrOwned) {
+		t.Error(err)
+	}
+	check(t, table.Close())
+	if !strings.Contains(ours(t, l), "chain guard") {
+		t.Error("the table went with its owner")
+	}
+}
+
+func TestOpenNeedsPrivilege(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{})
+	err := l.Gateway.Do(func() error {
+		return withoutCapabilities(func() error { _, err := rules.Open(rules.Config{}); return err })
+	})
+	if !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "CAP_NET_ADMIN") {
+		t.Error(err)
+	}
+}
