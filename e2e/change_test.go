@@ -170,21 +170,24 @@ func TestLimitPerHostIsKeptAndShown(t *testing.T) {
 }
 
 func TestChildrenBeyondTheirLimitGo(t *testing.T) {
-	s := play(t, lab.Options{}, "--max-children", "3")
+	s := play(t, lab.Options{}, "--max-children", "3", "--reconcile", "1s")
 	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
 	ext := s.contact(phone, proxy)
 	s.stands(phone, proxy, ext)
 	for port := uint16(6000); port < 6010; port++ {
 		s.must(s.peer(lab.PeerA, port).Send(ext, payload("child")))
 	}
-	s.until("seven children are dropped", func() bool { return s.status().Counters.Crowded == 7 })
-	s.until("three are left", func() bool {
-		n := 0
-		for _, l := range s.conntrack("-p", "udp") {
-			if strings.Contains(l, "dport=5060 [UNREPLIED] src=10.47.11.109") {
-				n++
-			}
+	n := 0
+	for _, l := range s.conntrack("-p", "udp") {
+		if strings.Contains(l, "dport=5060 [UNREPLIED] src=10.47.11.109") {
+			n++
 		}
-		return n == 3
+	}
+	if n != 3 {
+		t.Errorf("%d children, want 3\n%s", n, s.dump())
+	}
+	s.until("seven drops are counted", func() bool {
+		st := s.status()
+		return st.Guard.Children+st.Counters.Crowded == 7
 	})
 }

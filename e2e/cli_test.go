@@ -162,3 +162,18 @@ func TestSelftestPassesOnThisKernel(t *testing.T) {
 		t.Errorf("exit %d\n%s", code, out)
 	}
 }
+
+func TestForeignTableIsLeftAloneAndNamed(t *testing.T) {
+	s := newScene(t, lab.Options{Rules: lab.Masquerade + "table inet conenat {\n\tchain mine {\n\t}\n}\n"})
+	before, err := s.Ruleset()
+	s.must(err)
+	out, code := s.cli("run", "--subnet", lab.InsideNet.String(), "--control-socket", filepath.Join(t.TempDir(), "c.sock"))
+	if code != 1 || !strings.Contains(out, "table inet conenat") || !strings.Contains(out, `key "table"`) {
+		t.Errorf("exit %d, %q", code, out)
+	}
+	s.start("--subnet", lab.InsideNet.String(), "--table", "conenat2")
+	s.stop()
+	if after, err := s.Ruleset(); err != nil || after != before {
+		t.Errorf("the rule set is %v\n%s\nnot\n%s", err, after, before)
+	}
+}

@@ -7,8 +7,9 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// noise is what a listing has that changes by itself: counters and the time.
-var noise = regexp.MustCompile(`(?m)^#.*$|\[\d+:\d+\]`)
+// noise is what a listing has that is not the user's or changes by itself: our
+// own table, counters and the time.
+var noise = regexp.MustCompile(`(?ms)^table inet conenat \{.*?^\}\n|^#[^\n]*$|\[\d+:\d+\]`)
 
 // Whatever language the user's firewall is written in: with a drop policy it
 // needs no rule for conenatd, and not a byte of it changes.

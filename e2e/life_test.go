@@ -6,6 +6,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -85,7 +86,7 @@ func TestFlowOlderThanTheDaemonGetsItsPermission(t *testing.T) {
 // flow to the gateway itself, and would swallow the later ones. The daemon takes
 // such flows away. Fails if Granted does not repair.
 func TestEarlyPacketBeforeFirstContact(t *testing.T) {
-	s := play(t, lab.Options{})
+	s := play(t, lab.Options{}, "--guard=false")
 	phone, proxy, media := s.inside(0, 5060), s.peer(lab.PeerA, 5060), s.peer(lab.PeerA, 5070)
 	other := s.inside(0, 5061) // learns the outside address
 	mapped := s.contact(other, s.peer(lab.PeerB, 9))
@@ -105,7 +106,7 @@ func TestEarlyPacketBeforeFirstContact(t *testing.T) {
 // The early packet comes after the first contact and before the daemon could
 // act. Fails if seeEarly only notes the flow.
 func TestEarlyPacketAfterFirstContact(t *testing.T) {
-	s := play(t, lab.Options{})
+	s := play(t, lab.Options{}, "--guard=false")
 	phone, proxy, media := s.inside(0, 5060), s.peer(lab.PeerA, 5060), s.peer(lab.PeerA, 5070)
 	s.must(s.d.Pause())
 	ext := s.contact(phone, proxy)
@@ -123,7 +124,7 @@ func TestEarlyPacketAfterFirstContact(t *testing.T) {
 // The early packet has the very ports of the flow: NAT moves the flow then, and
 // the permission is for the port that it got.
 func TestEarlyPacketMovesTheMapping(t *testing.T) {
-	s := play(t, lab.Options{})
+	s := play(t, lab.Options{}, "--guard=false")
 	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
 	early := replacePort(s.contact(s.inside(0, 5061), s.peer(lab.PeerB, 9)), 5060)
 	s.must(proxy.Send(early, payload("early")))
@@ -134,6 +135,34 @@ func TestEarlyPacketMovesTheMapping(t *testing.T) {
 	}
 	s.stands(phone, proxy, ext)
 	s.arrives(phone, s.peer(lab.PeerA, 5070), ext)
+}
+
+// With the guard an early packet leaves no flow at all, and the mapping stays.
+func TestGuardKeepsEarlyPacketsFromBecomingFlows(t *testing.T) {
+	s := play(t, lab.Options{})
+	phone, proxy, media := s.inside(0, 5060), s.peer(lab.PeerA, 5060), s.peer(lab.PeerA, 5070)
+	own := s.socket(s.Gateway.Namespace, s.Gateway.Addr, 4500)
+	early := replacePort(s.contact(s.inside(0, 5061), s.peer(lab.PeerB, 9)), 5060)
+	for _, from := range []*lab.Socket{proxy, media} {
+		s.must(from.Send(early, payload("early")))
+	}
+	// The gateway's own ports are served as ever. The packets come in order.
+	s.arrives(own, media, replacePort(early, 4500))
+	for _, l := range s.conntrack("-p", "udp") {
+		if strings.Contains(l, "src=203.0.113.5 dst=198.51.100.1") && strings.Contains(l, "dport=5060") {
+			t.Errorf("an early packet became a flow: %s", l)
+		}
+	}
+	ext := s.contact(phone, proxy)
+	if ext != early {
+		t.Errorf("the mapping moved to %v", ext)
+	}
+	s.stands(phone, proxy, ext)
+	s.arrives(phone, media, ext)
+	s.until("the drops are counted", func() bool {
+		s.must(s.d.Signal(syscall.SIGHUP)) // reads the counters too
+		return s.status().Guard.Drops >= 2
+	})
 }
 
 // hasFlowFrom reports whether a conntrack entry has from as its first source.

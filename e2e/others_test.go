@@ -61,8 +61,9 @@ const forward = `table ip forwards {
 }
 `
 
+// A rule of iptables-legacy is not to be read: its first flow shows it.
 func TestForwardThatIsUsedFirstWins(t *testing.T) {
-	s := play(t, lab.Options{Inside: 2, Rules: lab.Masquerade + forward})
+	s := playLegacyForward(t)
 	phone, server := s.inside(0, 5060), s.inside(1, 5060)
 	proxy := s.peer(lab.PeerA, 5060)
 	forwarded := netip.AddrPortFrom(s.Gateway.Addr, 5060)
@@ -80,7 +81,7 @@ func TestForwardThatIsUsedFirstWins(t *testing.T) {
 }
 
 func TestForwardThatIsUsedLaterTakesThePermissionAway(t *testing.T) {
-	s := play(t, lab.Options{Inside: 2, Rules: lab.Masquerade + forward})
+	s := playLegacyForward(t)
 	phone, server := s.inside(0, 5060), s.inside(1, 5060)
 	proxy := s.peer(lab.PeerA, 5060)
 	ext := s.contact(phone, proxy)
@@ -89,6 +90,36 @@ func TestForwardThatIsUsedLaterTakesThePermissionAway(t *testing.T) {
 	s.listed(phone, proxy, ext, "refused")
 	s.arrives(server, s.peer(lab.PeerA, 5070), ext)
 	s.arrives(phone, proxy, ext)
+}
+
+func playLegacyForward(t *testing.T) *scene {
+	t.Helper()
+	s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
+	s.must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade+`*nat
+-A PREROUTING -i wan0 -p udp --dport 5060 -j DNAT --to-destination 10.47.11.110
+COMMIT
+`))
+	s.start("--subnet", lab.InsideNet.String())
+	return s
+}
+
+// A rule that nftables shows wins before it is used, also one that comes later.
+func TestForwardThatNobodyUsedYetWins(t *testing.T) {
+	s := play(t, lab.Options{Inside: 2, Rules: lab.Masquerade + forward}, "--reconcile", "1s")
+	phone, server := s.inside(0, 5060), s.inside(1, 5060)
+	other, later := s.inside(0, 5061), s.inside(1, 5061)
+	proxy := s.peer(lab.PeerA, 5060)
+	ext := s.contact(phone, proxy)
+	if p := s.listed(phone, proxy, ext, "refused"); p.Reason != "outside port is forwarded" {
+		t.Errorf("reason %q", p.Reason)
+	}
+	s.arrives(server, s.peer(lab.PeerA, 5070), ext)
+
+	extOther := s.contact(other, proxy)
+	s.stands(other, proxy, extOther)
+	s.must(s.NFT("add rule ip forwards prerouting iifname wan0 udp dport 5061 dnat to 10.47.11.110"))
+	s.listed(other, proxy, extOther, "refused")
+	s.arrives(later, s.peer(lab.PeerA, 5071), extOther)
 }
 
 func TestForwardThatIsConfiguredWins(t *testing.T) {

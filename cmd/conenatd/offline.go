@@ -30,7 +30,7 @@ func checkCommand() *cobra.Command {
 }
 
 func cleanupCommand() *cobra.Command {
-	var socket string
+	var socket, table string
 	c := &cobra.Command{
 		Use:   "cleanup",
 		Short: "Take every trace of a dead daemon out of the kernel",
@@ -40,7 +40,7 @@ func cleanupCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			n, err := daemon.Cleanup(path)
+			n, err := daemon.Cleanup(path, table)
 			if running := new(control.RunningError); errors.As(err, &running) {
 				return err
 			}
@@ -49,6 +49,7 @@ func cleanupCommand() *cobra.Command {
 			return err
 		},
 	}
+	c.Flags().StringVar(&table, "table", config.Default().Table, "name of its nftables table")
 	c.Flags().StringVar(&socket, "control-socket", "", "control socket of the dead daemon (default: that of this network namespace)")
 	return c
 }

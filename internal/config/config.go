@@ -53,6 +53,13 @@ type Config struct {
 	// ports.
 	MaxChildren int
 
+	// Guard drops new UDP packets from outside that no socket of the gateway
+	// waits for, before conntrack makes a flow of them.
+	Guard bool
+
+	// Table is the name of our own nftables table.
+	Table string
+
 	// OnStop says what becomes of the permissions when the daemon is stopped.
 	OnStop OnStop
 
@@ -114,6 +121,8 @@ func Default() Config {
 		MaxPermissionsPerHost: 4096,
 		MaxChildren:           256,
 
+		Guard:       true,
+		Table:       "conenat",
 		OnStop:      OnStopRevoke,
 		EventBuffer: 8 << 20,
 	}

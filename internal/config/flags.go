@@ -81,6 +81,9 @@ func (s setting) value(given []string) any {
 		if n, err := strconv.ParseInt(text, 10, 64); s.number && err == nil {
 			return n
 		}
+		if b, err := strconv.ParseBool(text); s.truth && err == nil {
+			return b
+		}
 		return text
 	}
 	if !s.list {

@@ -40,7 +40,7 @@ func TestFlagsAndFileSayTheSame(t *testing.T) {
 		"--outside=wan0", "--outside=ppp0", "--exclude-peer=203.0.113.0/24", "--exclude-peer=2001:db8::/32",
 		"--exclude-peer-port=53", "--exclude-port=5060", "--exclude-port=65535",
 		"--max-permissions=1000", "--max-permissions-per-subnet=500", "--max-permissions-per-host=50",
-		"--max-children=10", "--on-stop=keep", "--event-buffer=65536", "--control-socket=/run/c.sock",
+		"--max-children=10", "--guard=false", "--table=cone2", "--on-stop=keep", "--event-buffer=65536", "--control-socket=/run/c.sock",
 		"--subnet=192.168.1.0/24", "--subnet=2001:db8:1::/64", "--subnet=auto",
 	)
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -21,6 +22,7 @@ type setting struct {
 	usage  string // for --help
 	list   bool   // the file has an array, the flag may be repeated
 	number bool   // the file has integers, not strings
+	truth  bool   // the file has booleans, not strings
 
 	// set checks v, a value as TOML decodes it, and puts it into the Config.
 	set func(c *Config, v any) error
@@ -90,6 +92,16 @@ var settings = []setting{
 		key: "max_children", flag: "max-children", kind: "number", def: "256", number: true,
 		usage: "live flows that a peer may have by one permission, 0 for no bound",
 		set:   one(count, func(c *Config) *int { return &c.MaxChildren }),
+	},
+	{
+		key: "guard", flag: "guard", kind: "bool", def: "true", truth: true,
+		usage: "drop UDP packets from outside that no socket of the gateway waits for, before they become a flow",
+		set:   one(truth, func(c *Config) *bool { return &c.Guard }),
+	},
+	{
+		key: "table", flag: "table", kind: "name", def: "conenat",
+		usage: "name of conenatd's own nftables table",
+		set:   one(table, func(c *Config) *string { return &c.Table }),
 	},
 	{
 		key: "on_stop", flag: "on-stop", kind: "word", def: "revoke",
@@ -237,6 +249,25 @@ func count(v any) (int, error) {
 	}
 	return int(n), nil
 }
+
+func truth(v any) (bool, error) {
+	b, ok := v.(bool)
+	if !ok {
+		return false, expected("true or false", v)
+	}
+	return b, nil
+}
+
+// table accepts what nft accepts without quotes.
+func table(v any) (string, error) {
+	s, _ := v.(string)
+	if !tableName.MatchString(s) {
+		return "", expected(`the name of a table such as "conenat"`, v)
+	}
+	return s, nil
+}
+
+var tableName = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9_]{0,31}$`)
 
 func onStop(v any) (OnStop, error) {
 	switch v {

@@ -39,7 +39,12 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	line("skipped", "%s", reasons(c.Skipped))
 	line("conflicts", "%d", c.Conflicts)
 	line("early packets", "%d", c.Early)
-	line("crowded", "%d children beyond their limit, dropped", c.Crowded)
+	line("crowded", "%d children beyond their limit, dropped", c.Crowded+s.Guard.Children)
+	if s.Guard.On {
+		line("guard", "on, dropped %d packets that nobody waited for", s.Guard.Drops)
+	} else {
+		line("guard", "off")
+	}
 	line("put back", "%d that were gone from the kernel", c.Repaired)
 	if l.Count > 0 {
 		line("latency", "p50 %s, p99 %s, max %s, from event to kernel", micros(l.P50), micros(l.P99), micros(l.Max))

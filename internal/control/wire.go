@@ -64,6 +64,7 @@ type Status struct {
 	Accounting bool     `json:"accounting"` // sysctl nf_conntrack_acct
 
 	Permissions Permissions `json:"permissions"`
+	Guard       Guard       `json:"guard"`
 	Flows       int         `json:"flows"` // flows that support or belong to permissions
 	Events      Events      `json:"events"`
 	Counters    Counters    `json:"counters"`
@@ -92,6 +93,14 @@ type Permissions struct {
 	Refused  int `json:"refused"`
 	Waiting  int `json:"waiting"`
 	Limit    int `json:"limit"` // of those that stand
+}
+
+// Guard is what conenatd's own nftables table does.
+type Guard struct {
+	On       bool   `json:"on"`
+	Drops    uint64 `json:"drops"`     // packets that no socket of the gateway waited for
+	Children uint64 `json:"children"`  // first packets of children beyond max_children
+	PortZero uint64 `json:"port_zero"` // packets with port 0
 }
 
 // Events is about the kernel's messages since the start.

@@ -54,6 +54,7 @@ func unchangeable(old, next config.Config) error {
 	for key, changed := range map[string]bool{
 		"backend":        old.Backend != next.Backend,
 		"control_socket": old.ControlSocket != next.ControlSocket,
+		"table":          old.Table != next.Table,
 		"event_buffer":   old.EventBuffer != next.EventBuffer,
 		"reconcile":      old.Reconcile != next.Reconcile,
 	} {

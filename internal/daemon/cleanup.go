@@ -19,7 +19,7 @@ type Cleaned struct {
 // Cleanup takes every trace of a dead daemon out of the kernel, in the network
 // namespace of this process. It refuses while a daemon runs
 // (control.RunningError).
-func Cleanup(socket string) (Cleaned, error) {
+func Cleanup(socket, table string) (Cleaned, error) {
 	var n Cleaned
 	lock, err := control.Acquire()
 	if err != nil {
@@ -33,8 +33,17 @@ func Cleanup(socket string) (Cleaned, error) {
 	if n.Children, err = dropUnanswered(); err != nil {
 		errs = append(errs, err)
 	}
-	errs = append(errs, settings(socket).restore())
+	errs = append(errs, settings(socket).restore(), dropTable(table))
 	return n, errors.Join(errs...)
+}
+
+// dropTable removes our nftables table.
+func dropTable(name string) error {
+	f, err := openFirewall(name)
+	if err != nil {
+		return err
+	}
+	return f.close(false)
 }
 
 // settings are the sysctls of the daemon with this control socket.

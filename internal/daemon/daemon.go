@@ -40,19 +40,22 @@ type Daemon struct {
 	start   time.Time
 	started time.Time
 
-	lock    *control.Lock
-	events  *ctwatch.Watcher
-	queries *ctwatch.Queries // of the loop
-	sockets *gateway.Sockets // of the loop
-	ports   *gateway.Sockets // of the reconcile
-	links   *gateway.Watcher
-	backend Backend
-	helper4 string
-	helper6 string
+	lock     *control.Lock
+	events   *ctwatch.Watcher
+	queries  *ctwatch.Queries // of the loop
+	sockets  *gateway.Sockets // of the loop
+	ports    *gateway.Sockets // of the reconcile
+	links    *gateway.Watcher
+	backend  Backend
+	firewall *firewall // of the reconcile
+	helper4  string
+	helper6  string
 
 	// The loop's own.
 	model             *cone.Model
 	network           gateway.Network
+	ruleWarnings      []string         // about the user's forwards
+	guard             control.Guard    // as last read
 	served            *gateway.PortSet // at the last reconcile
 	latency           histogram
 	repaired          uint64
@@ -124,6 +127,9 @@ func New(cfg Config) (d *Daemon, err error) {
 		return d, err
 	}
 	if d.served, err = d.ports.Ports(); err != nil {
+		return d, err
+	}
+	if d.firewall, err = openFirewall(cfg.Table); err != nil {
 		return d, err
 	}
 	b, err := expect.Open(expect.Config{Lifetime: cfg.Lifetime, IPv6: anyIPv6(d.cfg.Subnets)})
@@ -211,12 +217,16 @@ func (d *Daemon) Close() error {
 	if d.links != nil {
 		errs = append(errs, d.links.Close())
 	}
+	left := false
 	if d.backend != nil {
-		left := d.backend.Standing()
+		left = d.backend.Standing() > 0
 		errs = append(errs, d.backend.Close())
-		if left == 0 { // else the room is still needed
-			errs = append(errs, settings(d.cfg.Socket).restore())
-		}
+	}
+	if d.firewall != nil {
+		errs = append(errs, d.firewall.close(left))
+	}
+	if d.model != nil && !left { // else the room is still needed
+		errs = append(errs, settings(d.cfg.Socket).restore())
 	}
 	if d.lock != nil {
 		errs = append(errs, d.lock.Close())
@@ -257,7 +267,7 @@ func (d *Daemon) greet() {
 
 // warnings says what a user should know about his gateway.
 func (d *Daemon) warnings() []string {
-	var out []string
+	out := slices.Concat(d.firewall.warnings, d.ruleWarnings)
 	if n, err := settings(d.cfg.Socket).read(events); err == nil && n == 0 {
 		out = append(out, "the kernel sends no conntrack events: permissions come late, at each reconcile; set net.netfilter.nf_conntrack_events = 2")
 	}

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/gateway"
 )
@@ -91,9 +92,9 @@ func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 // gateway's own sockets. It returns whether what the model knows of links and
 // addresses changed.
 func (d *Daemon) readGateway() (changed bool, err error) {
-	var outside []string
-	d.do(func() { outside = d.cfg.Outside })
-	network, err := gateway.ReadNetwork(0, outside)
+	var cfg config.Config
+	d.do(func() { cfg = d.cfg.Config })
+	network, err := gateway.ReadNetwork(0, cfg.Outside)
 	// A link that was named may go and come back.
 	if unknown := new(gateway.UnknownLinkError); err != nil && !errors.As(err, &unknown) {
 		return false, err
@@ -102,8 +103,22 @@ func (d *Daemon) readGateway() (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
+	failed := d.firewall.set(cfg, network.OutsideLinks())
+	forwarded, warnings, err := d.firewall.forwards(network)
+	failed = errors.Join(failed, err)
+	guard := d.firewall.guard()
 	topology := network.Topology()
 	d.do(func() {
+		for _, w := range warnings {
+			if !slices.Contains(d.ruleWarnings, w) {
+				d.log.Warn(w)
+			}
+		}
+		d.guard = guard
+		if err == nil {
+			d.ruleWarnings = warnings
+			d.model.SetForwards(d.now(), forwarded)
+		}
 		old := d.network.Topology()
 		changed = !slices.Equal(old.Routes, topology.Routes) || !slices.Equal(old.Local, topology.Local)
 		d.network, d.served = network, ports
@@ -115,7 +130,7 @@ func (d *Daemon) readGateway() (changed bool, err error) {
 			return cone.ReasonNone
 		})
 	})
-	return changed, nil
+	return changed, failed
 }
 
 // readFlows shows the model all flows that there are.

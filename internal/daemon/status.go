@@ -36,6 +36,8 @@ func (s source) Status() control.Status {
 		}
 		st.Outside = d.network.OutsideLinks()
 		st.Warnings = d.warnings()
+		st.Guard = d.guard
+		st.Guard.On = d.cfg.Guard && d.firewall.table != nil
 		st.Permissions.Standing, st.Permissions.Refused = m.Standing, m.Refused
 		st.Permissions.Waiting, st.Permissions.Limit = m.Waiting, d.backend.Max()
 		st.Flows = m.Flows
