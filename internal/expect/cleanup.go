@@ -39,7 +39,7 @@ func Cleanup(netns int) (Cleaned, error) {
 	if err != nil {
 		return n, errors.Join(append(errs, err)...)
 	}
-	for _, a := range found {
+	for a := range found {
 		err := b.three(func(seq uint32) { b.enc.deleteAnchor(seq, a) })[0]
 		if err == nil {
 			n.Anchors++
@@ -54,21 +54,21 @@ func Cleanup(netns int) (Cleaned, error) {
 	return n, errors.Join(append(errs, err)...)
 }
 
-// listAnchors returns all anchors in the conntrack table: UDP entries with one
-// port 0 and a helper, that are never dropped early.
-func listAnchors(c *conn) ([]anchor, error) {
+// listAnchors returns all anchors in the conntrack table, with their marks: UDP
+// entries with one port 0 and a helper, that are never dropped early.
+func listAnchors(c *conn) (map[anchor]uint32, error) {
 	var e encoder
 	e.message(subsysConntrack, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.nextSeq(1), false)
 	e.b[e.last+unix.NLMSG_HDRLEN] = unix.AF_UNSPEC
 	e.end()
-	var found []anchor
+	found := make(map[anchor]uint32)
 	var refused error
 	err := c.exchange(&e, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
 		if typ != subsysConntrack<<8|msgNew || len(body) < 4 {
 			return
 		}
-		if a, ok := parseAnchor(body[4:]); ok {
-			found = append(found, a)
+		if a, mark, ok := parseAnchor(body[4:]); ok {
+			found[a] = mark
 		}
 	})
 	if err == nil {
@@ -81,12 +81,12 @@ func listAnchors(c *conn) ([]anchor, error) {
 }
 
 // parseAnchor decodes the attributes of a conntrack entry, if it is an anchor.
-func parseAnchor(b []byte) (anchor, bool) {
+func parseAnchor(b []byte) (a anchor, mark uint32, ok bool) {
 	var src, dst cone.Endpoint
 	var udp, helper bool
 	var status uint32
 	var zone uint16
-	ok := eachAttr(b, func(typ uint16, v []byte) bool {
+	ok = eachAttr(b, func(typ uint16, v []byte) bool {
 		fine := true
 		switch typ {
 		case ctaTupleOrig:
@@ -95,11 +95,13 @@ func parseAnchor(b []byte) (anchor, bool) {
 			status, fine = be32(v)
 		case ctaHelp:
 			helper = true
+		case ctaMark:
+			mark, fine = be32(v)
 		case ctaZone:
 			zone, fine = be16(v)
 		}
 		return fine
 	})
 	ok = ok && udp && helper && cone.Status(status).Has(anchorStatus) && cone.IsAnchor(src, dst)
-	return anchorAt(src, dst, zone), ok
+	return anchorAt(src, dst, zone), mark, ok
 }

@@ -12,7 +12,8 @@ type expectation struct {
 	master    [2]cone.Endpoint // original direction of its master
 	src, dst  cone.Endpoint
 	nat       cone.Endpoint // where it sends a child; zero without NAT
-	zone      uint16        // not from the kernel
+	zone      uint16        // of the master
+	mark      uint32        // of the master
 	flags     uint32
 	timeout   uint32 // seconds left
 	masterUDP bool
@@ -32,12 +33,12 @@ func (x *expectation) stands(p *cone.Permission, a anchor) bool {
 	return x.ours() && old.Key == p.Key && old.Int == p.Int && x.anchor() == a
 }
 
-// permission returns what x, which must be ours, stands for. The mark is not
-// known.
+// permission returns what x, which must be ours, stands for.
 func (x *expectation) permission() cone.Permission {
 	p := cone.Permission{
-		Key: cone.Key{Ext: x.dst, Peer: x.src.Addr, Zone: x.zone},
-		Int: x.nat,
+		Key:  cone.Key{Ext: x.dst, Peer: x.src.Addr, Zone: x.zone},
+		Int:  x.nat,
+		Mark: x.mark,
 	}
 	if x.nat == (cone.Endpoint{}) {
 		p.Int = x.dst
@@ -50,8 +51,8 @@ func (x *expectation) anchor() anchor {
 }
 
 // parseExpectation decodes the attributes that ctnetlink_exp_dump_expect sends,
-// without the netlink header. Unknown attributes are skipped. The kernel does
-// not tell the zone: it is that of the master.
+// without the netlink header. Unknown attributes are skipped. Zone and mark are
+// not among them.
 func parseExpectation(b []byte) (x expectation, ok bool) {
 	if len(b) < 4 {
 		return x, false

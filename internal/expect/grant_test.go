@@ -231,7 +231,7 @@ func TestTwoOutsideAddressesShareAnInsideAddressAndPeer(t *testing.T) {
 	}
 }
 
-func TestMarkOfAnAdoptedAnchorFollows(t *testing.T) {
+func TestAdoptedPermissionKeepsItsMarkUntilGrantedWithAnother(t *testing.T) {
 	g := newGate(t, lab.Options{})
 	p := seed
 	for _, mark := range []uint32{5, 9, 0} {
@@ -239,6 +239,13 @@ func TestMarkOfAnAdoptedAnchorFollows(t *testing.T) {
 		g.mustGrant(g.open(time.Minute), p)
 		if got := g.anchor().Mark; got != mark {
 			t.Errorf("mark %d, want %d", got, mark)
+		}
+		heir := g.open(time.Minute)
+		for _, a := range heir.Adopted() {
+			heir.Refresh([]cone.Permission{a.Permission}, func(int) { t.Error("lost") })
+		}
+		if got := g.anchor().Mark; got != mark {
+			t.Errorf("mark %d of the adopted anchor, want %d", got, mark)
 		}
 	}
 }
@@ -265,6 +272,12 @@ func TestZonesAreKeptApart(t *testing.T) {
 	if heir.Standing() != 3 {
 		t.Errorf("%d of 3 adopted", heir.Standing())
 	}
+	g.wantPermissions(heir, seed, zoned, other)
+	if err := heir.DeleteExpectation(&zoned); err != nil {
+		t.Fatal(err)
+	}
+	g.wantPermissions(heir, seed, other) // not that of zone 7, though its anchor is there
+	g.mustGrant(heir, zoned)
 	g.wantPermissions(heir, seed, zoned, other)
 	heir.Refresh([]cone.Permission{zoned, seed}, func(i int) { t.Errorf("permission %d lost", i) })
 	g.mustRevoke(heir, zoned)

@@ -2,7 +2,6 @@ package expect
 
 import (
 	"fmt"
-	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -16,18 +15,18 @@ func (b *Backend) List(f func(cone.Permission)) error {
 	return list(b.cfg.NetNS, b.zoned.Load(), func(x *expectation) { f(x.permission()) })
 }
 
-// list calls f for every expectation that is ours. If zoned is set it finds out
-// their zones, which costs a dump of all conntrack entries; else it takes them
-// for those of the default zone.
-func list(netns int, zoned bool, f func(*expectation)) error {
+// list calls f for every expectation that is ours. If whole is set it finds out
+// zones and marks too, which costs a dump of all conntrack entries; else it takes
+// all for those of the default zone.
+func list(netns int, whole bool, f func(*expectation)) error {
 	c, err := dial(netns)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = c.close() }()
 	xs, err := listExpectations(c)
-	if err == nil && zoned && len(xs) > 0 {
-		xs, err = findZones(c, xs)
+	if err == nil && whole && len(xs) > 0 {
+		xs, err = join(c, xs)
 	}
 	if err != nil {
 		return err
@@ -62,20 +61,18 @@ func listExpectations(c *conn) ([]expectation, error) {
 	return xs, nil
 }
 
-// findZones returns xs with the zones that the kernel does not tell. They are
-// those of the anchors. What lost its anchor meanwhile is left out.
-func findZones(c *conn, xs []expectation) ([]expectation, error) {
-	found, err := listAnchors(c)
+// join returns xs with the zones and marks of their anchors. What lost its
+// anchor meanwhile is left out.
+func join(c *conn, xs []expectation) ([]expectation, error) {
+	marks, err := listAnchors(c)
 	if err != nil {
 		return nil, err
 	}
-	zones := make(map[anchor][]uint16, len(found)) // by anchor without zone
-	for _, a := range found {
+	zones := make(map[anchor][]uint16, len(marks)) // by anchor without zone
+	for a := range marks {
 		zone := a.zone
 		a.zone = 0
-		if !slices.Contains(zones[a], zone) { // a dump may show an entry twice
-			zones[a] = append(zones[a], zone)
-		}
+		zones[a] = append(zones[a], zone)
 	}
 	var e encoder
 	var out []expectation
@@ -85,22 +82,24 @@ func findZones(c *conn, xs []expectation) ([]expectation, error) {
 		for _, zone := range in {
 			x.zone = zone
 			k := x.permission().Key
-			if len(in) == 1 {
-				out = append(out, x)
-				continue
-			}
-			// Anchors alike in several zones. Only asking tells them apart.
 			if seen[k] {
 				continue
 			}
 			seen[k] = true
-			there, ok, err := c.get(&e, &k)
-			if err != nil {
-				return nil, err
+			found := x
+			if len(in) > 1 {
+				// Anchors alike in several zones. Only asking tells
+				// which expectation is whose.
+				var ok bool
+				if found, ok, err = c.get(&e, &k); err != nil {
+					return nil, err
+				}
+				if !ok || !found.ours() {
+					continue
+				}
 			}
-			if ok && there.ours() {
-				out = append(out, there)
-			}
+			found.mark = marks[found.anchor()]
+			out = append(out, found)
 		}
 	}
 	return out, nil

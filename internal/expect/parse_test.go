@@ -83,11 +83,11 @@ func TestParseExpectation(t *testing.T) {
 func TestParseAnchor(t *testing.T) {
 	littleEndian(t)
 	b := goldenAnchor[4:]
-	if a, ok := parseAnchor(b); !ok || a != anchorOf(&zoned, false) {
-		t.Errorf("%+v, %v", a, ok)
+	if a, mark, ok := parseAnchor(b); !ok || a != anchorOf(&zoned, false) || mark != 0x2a {
+		t.Errorf("%+v with mark %#x, %v", a, mark, ok)
 	}
 	for n := range len(b) {
-		if a, ok := parseAnchor(b[:n:n]); ok && a != anchorOf(&zoned, false) {
+		if a, _, ok := parseAnchor(b[:n:n]); ok && a != anchorOf(&zoned, false) {
 			t.Errorf("%d bytes: %+v", n, a)
 		}
 	}
@@ -132,7 +132,7 @@ func TestWhatIsNotOurs(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := append([]byte(nil), goldenAnchor...)
 			b[change.at] = change.to
-			if a, ok := parseAnchor(b[4:]); ok {
+			if a, _, ok := parseAnchor(b[4:]); ok {
 				t.Errorf("taken for ours: %+v", a)
 			}
 		})
@@ -144,7 +144,7 @@ func FuzzParseExpectation(f *testing.F) {
 	f.Add(goldenRouted)
 	f.Add(goldenAnchor)
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if a, ok := parseAnchor(b); ok {
+		if a, _, ok := parseAnchor(b); ok {
 			src, dst := a.endpoints()
 			if !cone.IsAnchor(src, dst) {
 				t.Errorf("anchor from %v to %v", src, dst)

@@ -93,6 +93,15 @@ func TestBackendAdoptsWhatAnEarlierOneLeft(t *testing.T) {
 		t.Errorf("%d adopted", b.Standing())
 	}
 	g.wantPermissions(b, ps...)
+	adopted := b.Adopted()
+	for _, a := range adopted {
+		if !slices.Contains(ps, a.Permission) || a.Left > time.Minute || a.Left < 30*time.Second {
+			t.Errorf("adopted %+v", a)
+		}
+	}
+	if len(adopted) != 64 || b.Adopted() != nil {
+		t.Errorf("%d adopted", len(adopted))
+	}
 	// What is adopted counts against the cap, until it is revoked.
 	full := refusals{0: cone.ReasonPeersOnPort}
 	if got := g.grant(b, seed); !maps.Equal(got, full) {
