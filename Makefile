@@ -13,13 +13,17 @@ export GOFLAGS = -buildvcs=false
 
 RUN_PACKAGES  = iproute2 nftables conntrack
 TEST_PACKAGES = $(RUN_PACKAGES) iptables gcc libc6-dev
+VM_PACKAGES   = qemu-system-x86 busybox-static kmod xz-utils zstd
+
+# Debian's kernels that "make kernels" boots: 5.10 6.1 6.12 7.3.
+KERNELS ?= 6.1
 
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOFUMPT     = mvdan.cc/gofumpt@v0.12.0
 
 FUZZ_TIME ?= 5s
 
-.PHONY: build demo test lint cross unit fuzz bench clean
+.PHONY: build demo test lint cross unit fuzz kernels bench clean
 
 build:
 	$(GO) build -o bin/conenatd ./cmd/conenatd
@@ -29,7 +33,7 @@ demo:
 	@$(GO) build -o bin/conenatd ./cmd/conenatd
 	@bin/conenatd demo
 
-test: deps lint cross unit fuzz
+test: deps lint cross unit fuzz kernels
 
 .PHONY: deps
 deps:
@@ -56,6 +60,11 @@ fuzz:
 			echo "fuzz $$target $$name"; \
 			$(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZ_TIME) ./$$target || exit 1; \
 		done; done
+
+# The core tests on Debian's own kernels, in QEMU.
+kernels:
+	@scripts/install-deps $(TEST_PACKAGES) $(VM_PACKAGES)
+	CONENATD_KERNELS="$(KERNELS)" $(GO) test -count=1 -timeout 40m -v ./e2e/kernels
 
 # Measurements; docs/results says what they gave.
 bench:

@@ -115,7 +115,7 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	if i := m.find(p.Key, p.Int); i != none {
 		known := m.addFlow(now, i, f, false)
 		c := &m.claims[i]
-		c.Mark = p.Mark // an adopted one had none
+		c.Mark = p.Mark // of the newest flow
 		if !known && !m.snap.showing && c.state == StateRefused && c.reason == ReasonRevoked && m.owner(p.Key) == i {
 			m.grant(now, i)
 		}

@@ -245,7 +245,9 @@ func (b *Backend) seq(i int) uint32 { return b.first + uint32(perPermission*i) }
 
 // Revoke ends ps. What is gone already is no error; other errors are joined,
 // and what they are about still counts as standing. Nothing is sent for a
-// permission that the backend neither made nor adopted.
+// permission that the backend neither made nor adopted. The kernel deletes by
+// tuple: if the expectation vanished unnoticed and somebody else made one like
+// it since, that one goes.
 func (b *Backend) Revoke(ps []cone.Permission) error {
 	var errs []error
 	for base := 0; base < len(ps); base += batch {

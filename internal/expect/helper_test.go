@@ -31,7 +31,7 @@ func TestChooseHelperTriesEachAndSaysWhatWouldMend(t *testing.T) {
 			t.Errorf("taken for want of privilege: %v", err)
 		}
 	}
-	for _, args := range [][]string{{"expect"}, {"-f", "ipv4"}, {"-f", "ipv6"}} {
+	for _, args := range [][]string{{"expect"}, {"-p", "udp"}, {"-p", "udp", "-f", "ipv6"}} {
 		if left, err := l.Conntrack(args...); err != nil || len(left) != 0 {
 			t.Errorf("left by the probe: %q, %v", left, err)
 		}
