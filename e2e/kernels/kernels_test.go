@@ -1,0 +1,181 @@
+// Package kernels runs tests on Debian's own kernels, in QEMU: the kernel of
+// the machine at hand may lack what they have (nfnetlink_cthelper, flowtables),
+// and behave otherwise. "make kernels" is the way to start it.
+//
+// The guest sees the host's files, read-only: programs, libraries, this folder.
+// Without hardware virtualisation it is five to ten times slower.
+package kernels
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+)
+
+const (
+	// kernelsEnv lists the kernels, such as "5.10 6.1".
+	kernelsEnv = "CONENATD_KERNELS"
+	// commandEnv is a command line to run instead of the tests, such as
+	// "cd /work/conenatd/e2e && e2e.test -test.v -test.run TestDemo".
+	commandEnv = "CONENATD_KERNELS_COMMAND"
+)
+
+// tools are the programs that this needs, and their Debian packages.
+var tools = [][2]string{
+	{"qemu-system-x86_64", "qemu-system-x86"},
+	{"busybox", "busybox-static"},
+	{"depmod", "kmod"},
+	{"xz", "xz-utils"},
+	{"zstd", "zstd"},
+	{"dpkg-deb", "dpkg"},
+	{"apt-get", "apt"},
+}
+
+// A job is a command line for the guest.
+type job struct {
+	name, command string
+	verbose       bool // show the whole output
+}
+
+// kernelTime bounds all that runs on one kernel; 6.1 takes three minutes on a
+// machine with nothing else to do.
+const kernelTime = 20 * time.Minute
+
+// packages are the ones whose tests run in the guest.
+var packages = []string{"e2e/kernels/guest", "internal/expect", "internal/ctwatch", "internal/gateway", "e2e"}
+
+// jobs runs the test programs, each in its own folder, as "go test" does.
+func jobs(root string) (all []job) {
+	if c := os.Getenv(commandEnv); c != "" {
+		return []job{{name: "command", command: c, verbose: true}}
+	}
+	for _, p := range packages {
+		all = append(all, job{
+			name:    p,
+			command: fmt.Sprintf("cd '%s' && %s.test -test.v -test.timeout 10m", filepath.Join(root, p), filepath.Base(p)),
+		})
+	}
+	return all
+}
+
+func TestKernels(t *testing.T) {
+	versions := strings.Fields(os.Getenv(kernelsEnv))
+	if len(versions) == 0 {
+		missing(t, kernelsEnv+` is not set: run "make kernels", or set it to some of: `+known())
+	}
+	if runtime.GOARCH != "amd64" {
+		missing(t, "the guest runs the host's programs on a kernel for amd64")
+	}
+	for _, tool := range tools {
+		if _, err := exec.LookPath(tool[0]); err != nil {
+			missing(t, fmt.Sprintf("%s not found: install the Debian package %s", tool[0], tool[1]))
+		}
+	}
+	root, err := filepath.Abs("../..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := buildJob(t, root)
+	for _, version := range versions {
+		t.Run(version, func(t *testing.T) { testKernel(t, version, dir, jobs(root)) })
+	}
+}
+
+// missing skips the test, or fails it in CI: there it must run.
+func missing(t *testing.T, reason string) {
+	t.Helper()
+	if os.Getenv("CI") != "" {
+		t.Fatal(reason)
+	}
+	t.Skip(reason)
+}
+
+// buildJob builds all that the guest gets from the host, in a new folder.
+func buildJob(t *testing.T, root string) string {
+	t.Helper()
+	dir := t.TempDir()
+	args := []string{"test", "-c", "-ldflags=-s -w", "-o", dir + "/"}
+	for _, p := range packages {
+		args = append(args, "./"+p)
+	}
+	for _, args := range [][]string{args, {"build", "-ldflags=-s -w", "-o", dir + "/", "./cmd/conenatd"}} {
+		cmd := exec.CommandContext(t.Context(), "go", args...)
+		cmd.Dir = root
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0") // one file each, quick to load
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("build: %v\n%s", err, out)
+		}
+	}
+	environment := fmt.Sprintf("export PATH='/run/job:%s:/usr/sbin:/sbin' HOME=/root CI=1 CONENATD_EXE=/run/job/conenatd CONENATD_GUEST=1\n",
+		os.Getenv("PATH"))
+	if err := os.WriteFile(filepath.Join(dir, "environment"), []byte(environment), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func testKernel(t *testing.T, version, dir string, jobs []job) {
+	if suites[version] == nil {
+		t.Fatalf("kernel %s: want one of %s", version, known())
+	}
+	k, err := fetch(t, version)
+	if _, ok := errors.AsType[archiveError](err); ok {
+		missing(t, err.Error())
+	}
+	if err != nil {
+		t.Fatalf("kernel %s: %v", version, err)
+	}
+	began := time.Now()
+	v, err := boot(t, k, dir)
+	if err != nil {
+		t.Fatalf("boot kernel %s: %v", version, err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), kernelTime)
+	defer cancel()
+	release, _, err := v.run(ctx, "cat /proc/version")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%s booted in %v", strings.TrimSpace(release), time.Since(began).Round(100*time.Millisecond))
+	for _, j := range jobs {
+		t.Run(j.name, func(t *testing.T) {
+			out, code, err := v.run(ctx, j.command)
+			if err != nil {
+				t.Fatalf("%v\nbefore that:\n%s", err, out)
+			}
+			if code != 0 {
+				t.Fatalf("exit status %d\n%s", code, out)
+			}
+			if !j.verbose {
+				out = summary(out)
+			}
+			t.Log(out)
+		})
+		if v.broken {
+			return
+		}
+	}
+}
+
+var result = regexp.MustCompile(`(?m)^--- (PASS|SKIP): (\S+)`)
+
+// summary counts the tests in the output of a test program.
+func summary(out string) string {
+	passed, skipped := 0, []string{}
+	for _, r := range result.FindAllStringSubmatch(out, -1) {
+		if r[1] == "PASS" {
+			passed++
+		} else {
+			skipped = append(skipped, r[2])
+		}
+	}
+	return fmt.Sprintf("%d tests passed, %d skipped %s", passed, len(skipped), strings.Join(skipped, " "))
+}
