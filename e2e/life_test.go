@@ -243,6 +243,20 @@ func TestStopLeavesNothing(t *testing.T) {
 	}
 }
 
+// No event tells of this child, as of one that comes in the last moment.
+func TestStopTakesAChildThatNoEventToldOf(t *testing.T) {
+	s := play(t, lab.Options{})
+	phone, proxy, media := s.inside(0, 5060), s.peer(lab.PeerA, 5060), s.peer(lab.PeerA, 5070)
+	ext := s.contact(phone, proxy)
+	s.stands(phone, proxy, ext)
+	s.must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_events", "0"))
+	s.arrives(phone, media, ext)
+	s.stop()
+	if s.hasFlowFrom(media) {
+		t.Errorf("the child is left\n%s", s.dump())
+	}
+}
+
 // What a killed daemon left is taken over by the next one, even if no flow holds
 // it any more; what is not allowed any more goes, and its child with it.
 func TestRestartAfterKillTakesOverWhatStands(t *testing.T) {

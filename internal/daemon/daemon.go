@@ -252,6 +252,9 @@ func (d *Daemon) Run(ctx context.Context, ready func()) error {
 	if d.cfg.OnStop == config.OnStopRevoke {
 		d.model.RevokeAll()
 		d.apply(0)
+		// Children of the last moment, whose events were not read any more.
+		_, late := dropUnanswered()
+		err = errors.Join(err, late)
 	}
 	return errors.Join(err, d.Close())
 }
