@@ -117,6 +117,7 @@ func (m *Model) Adopt(now time.Duration, p Permission, ends time.Duration) {
 		m.end(now, i, ReasonPolicy)
 		return
 	}
+	// No limit counts: it stood before, and makes room when another wants it.
 	if r := m.bars(now, c); r != ReasonNone {
 		m.withdraw(i, r)
 		m.refuse(now, i, r)

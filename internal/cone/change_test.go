@@ -23,6 +23,8 @@ func newDesk(t *testing.T, change func(*Policy)) *desk {
 	}
 	d := &desk{t: t, m: New(p), up: map[Key]Endpoint{}}
 	d.m.SetTopology(0, testTopology)
+	d.m.BeginSnapshot()
+	d.m.EndSnapshot(0)
 	return d
 }
 
@@ -324,4 +326,51 @@ func (w *world) checkScopes() {
 			w.failf("host %v: %s", a, fmt.Sprint(s, n, in, listed[a]))
 		}
 	}
+}
+
+// Both claims of one key were revoked: the end of the owner's flow must not let
+// the other's old flow bring its permission back.
+func TestRevokedClaimDoesNotInherit(t *testing.T) {
+	d := newDesk(t, nil)
+	f := d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	d.open(0, "10.47.11.110:1", "203.0.113.5:10") // the same outside endpoint and peer
+	d.m.Revoke(1, func(Permission) bool { return true })
+	d.carry()
+	d.gone(2, f)
+	d.want()
+	d.open(3, "10.47.11.110:1", "203.0.113.5:11")
+	d.want("10.47.11.110:1")
+}
+
+// The first packet of a child met the end of the permission; its event comes
+// after, while the inside host's flow still holds the claim.
+func TestChildOfAWithdrawnPermissionIsDropped(t *testing.T) {
+	d := newDesk(t, nil)
+	f := d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	d.m.Revoke(1, func(Permission) bool { return true })
+	d.carry()
+	if kinds := d.child(1, f, 77); !slices.Equal(kinds, []OpKind{DropUnanswered}) {
+		t.Errorf("ops %v, want the child dropped", kinds)
+	}
+}
+
+func TestAdoptionHeedsNoLimit(t *testing.T) {
+	d := newDesk(t, func(p *Policy) { p.Limits = Limits{Total: 2, PerHost: 1} })
+	for _, port := range []uint16{1, 2, 3} {
+		in := Endpoint{ep("10.47.11.109:1").Addr, port}
+		p := Permission{Key: Key{Ext: Endpoint{ep("198.51.100.1:1").Addr, port}, Peer: ep("203.0.113.5:9").Addr}, Int: in}
+		d.up[p.Key] = p.Int
+		d.m.Adopt(0, p, lifetime)
+	}
+	d.carry()
+	d.want("10.47.11.109:1", "10.47.11.109:2", "10.47.11.109:3")
+}
+
+// A host at its limit must not keep another one from the outside endpoint.
+func TestClaimRefusedForALimitOfItsOwnMakesWay(t *testing.T) {
+	d := newDesk(t, func(p *Policy) { p.Limits.PerHost = 1 })
+	d.open(0, "10.47.11.109:2", "203.0.113.5:9")
+	d.open(0, "10.47.11.109:1", "203.0.113.5:9") // refused
+	d.open(0, "10.47.11.110:1", "203.0.113.5:10")
+	d.want("10.47.11.109:2", "10.47.11.110:1")
 }

@@ -136,7 +136,7 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 
 func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 	i := m.find(p.Key, p.Int)
-	if i == none {
+	if i == none || m.claims[i].state != StateStanding && !f.Status.Has(StatusSeenReply) {
 		m.orphan(f, p)
 		return
 	}
@@ -263,6 +263,11 @@ func (m *Model) removeFlow(n int32) {
 func (m *Model) FlowGone(now time.Duration, f *Flow) {
 	m.snap.gone(f.ID)
 	role, p, _ := m.role(f)
+	// The kernel names no master when it destroys a child. The identifier tells
+	// that it is one of ours.
+	if role == roleOther && f.Status.Has(StatusExpected) && f.MasterSrc == (Endpoint{}) && f.MasterDst == (Endpoint{}) {
+		role = roleChild
+	}
 	switch role {
 	case roleOut, roleChild:
 	case roleEarly:

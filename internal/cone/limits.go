@@ -111,7 +111,8 @@ func (m *Model) room(c *claim, end func(i int32)) Reason {
 		default:
 			return ReasonNone
 		}
-		if oldest == none {
+		// Before the first snapshot nobody knows what lingers.
+		if oldest == none || !m.snap.whole {
 			return reason
 		}
 		end(oldest)

@@ -198,7 +198,11 @@ func (m *Model) gauge(s State) *int {
 // grant makes claim i stand. It must be the first of its Key.
 func (m *Model) grant(now time.Duration, i int32) {
 	c := &m.claims[i]
-	if r := m.bars(now, c); r != ReasonNone {
+	r := m.bars(now, c)
+	if r == ReasonNone {
+		r = m.room(c, func(i int32) { m.end(now, i, ReasonEvicted) })
+	}
+	if r != ReasonNone {
 		m.refuse(now, i, r)
 		return
 	}
@@ -225,7 +229,7 @@ func (m *Model) bars(now time.Duration, c *claim) Reason {
 		}
 		delete(m.forwarded, c.extKey())
 	}
-	return m.room(c, func(i int32) { m.end(now, i, ReasonEvicted) })
+	return ReasonNone
 }
 
 // refuse notes that claim i does not stand, to be tried again later.
@@ -299,19 +303,19 @@ func (m *Model) end(now time.Duration, i int32, r Reason) {
 	m.account(i)
 	*c = claim{state: stateUnused}
 	m.free = append(m.free, i)
-	if heir != none {
+	if heir != none && (m.claims[heir].state == StateWaiting || !m.claims[heir].waitsForFlow()) {
 		m.grant(now, heir)
 	}
 }
 
-// lingers reports whether c has no live flow that is fed from inside, and so
-// makes way for a claim that has one.
+// lingers reports whether c makes way for another claim: it has no live flow
+// that is fed from inside, or a limit of its own keeps it from standing.
 func (c *claim) lingers() bool {
 	switch c.state {
 	case StateStanding:
 		return c.outs == 0 && c.answered == 0
 	case StateRefused:
-		return c.reason == ReasonIdle
+		return c.reason == ReasonIdle || c.reason == ReasonHostLimit || c.reason == ReasonSubnetLimit
 	}
 	return false
 }

@@ -130,8 +130,15 @@ func (w *world) gone(i int) {
 	w.flows = append(w.flows[:i], w.flows[i+1:]...)
 	w.notef("gone %v->%v id %d", f.Src, f.Dst, f.ID)
 	f.HasCounters = w.acct
-	w.m.FlowGone(w.now, f)
+	w.m.FlowGone(w.now, asDestroyed(f))
 	w.ref.gone(w.now, f)
+}
+
+// asDestroyed is the flow as the event of its end shows it: without a master.
+func asDestroyed(f *Flow) *Flow {
+	g := *f
+	g.MasterSrc, g.MasterDst = Endpoint{}, Endpoint{}
+	return &g
 }
 
 func (w *world) open(f Flow) {

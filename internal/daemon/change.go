@@ -8,6 +8,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/gateway"
 )
 
 // Reload reads the configuration again and puts it in force. Permissions that
@@ -19,9 +20,14 @@ func (d *Daemon) Reload() error {
 	if err != nil {
 		return d.keepOld(err)
 	}
-	// Found before anything changes.
+	// All that can be wrong is found before anything changes.
+	network, err := gateway.ReadNetwork(0, cfg.Outside)
+	if err != nil {
+		return d.keepOld(err)
+	}
+	cfg.Subnets = subnets(cfg, network.Candidates())
 	var old config.Config
-	if !d.do(func() { old = d.cfg.Config; cfg.Subnets = subnets(cfg, d.network.Candidates()) }) {
+	if !d.do(func() { old = d.cfg.Config }) {
 		return errEnded
 	}
 	if err := unchangeable(old, cfg); err != nil {

@@ -146,6 +146,16 @@ func New(cfg Config) (d *Daemon, err error) {
 
 	d.model = cone.New(policy(d.cfg.Config))
 	d.model.SetTopology(0, d.network.Topology())
+	// Known before the first grant.
+	if err := d.firewall.set(d.cfg.Config, d.network.OutsideLinks()); err != nil {
+		return d, err
+	}
+	forwarded, warnings, err := d.firewall.forwards(d.network)
+	if err != nil {
+		return d, err
+	}
+	d.ruleWarnings = warnings
+	d.model.SetForwards(0, forwarded)
 	for _, a := range b.Adopted() {
 		now := d.now()
 		d.model.Adopt(now, a.Permission, now+a.Left)
@@ -244,7 +254,8 @@ func (d *Daemon) Run(ctx context.Context, ready func()) error {
 	d.greet()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return control.Serve(ctx, ln, source{d}) })
-	g.Go(func() error { return d.reconcile(ctx, ready) })
+	every := d.cfg.Reconcile // a reload writes d.cfg
+	g.Go(func() error { return d.reconcile(ctx, every, ready) })
 	g.Go(func() error { return d.watchLinks(ctx) })
 	g.Go(func() error { return d.loop(ctx) })
 	err = g.Wait()

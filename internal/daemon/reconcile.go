@@ -18,16 +18,20 @@ const flowsAtOnce = 256
 
 // reconcile repairs whatever events did not tell: at the start, regularly, and
 // after an overrun. ready is called after the first time.
-func (d *Daemon) reconcile(ctx context.Context, ready func()) error {
+func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func()) error {
 	q, err := ctwatch.DialQueries(ctwatch.Config{})
 	if err != nil {
 		return err
 	}
 	defer q.Close()
-	t := time.NewTicker(d.cfg.Reconcile)
+	t := time.NewTicker(every)
 	defer t.Stop()
 	for {
-		if err := d.reconcileOnce(q); err != nil {
+		err := d.reconcileOnce(q)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
 			d.log.Warn("reconcile", "err", err)
 		}
 		if ready != nil {
@@ -45,7 +49,7 @@ func (d *Daemon) reconcile(ctx context.Context, ready func()) error {
 			case <-d.moved:
 				// A flow that began meanwhile may have been misjudged.
 				changed, err := d.readGateway()
-				if err != nil {
+				if err != nil && ctx.Err() == nil {
 					d.log.Warn("read links", "err", err)
 				}
 				again = changed
@@ -93,7 +97,9 @@ func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 // addresses changed.
 func (d *Daemon) readGateway() (changed bool, err error) {
 	var cfg config.Config
-	d.do(func() { cfg = d.cfg.Config })
+	if !d.do(func() { cfg = d.cfg.Config }) {
+		return false, errEnded
+	}
 	network, err := gateway.ReadNetwork(0, cfg.Outside)
 	// A link that was named may go and come back.
 	if unknown := new(gateway.UnknownLinkError); err != nil && !errors.As(err, &unknown) {
