@@ -5,7 +5,10 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
+	"runtime"
 	"slices"
+	"strconv"
 	"testing"
 	"time"
 
@@ -31,6 +34,12 @@ const (
 //
 // It prints the distributions and, for each repeat, the ratio of the medians.
 func BenchmarkPermissionLatency(b *testing.B) {
+	if runtime.NumCPU() < 2 {
+		b.Skip("needs a CPU for the program and one for the peer")
+	}
+	if err := pin(os.Getpid(), 1); err != nil {
+		b.Fatal(err)
+	}
 	for b.Loop() {
 		var conenat, minimal latencies
 		var inside, blackBox []float64
@@ -138,7 +147,32 @@ func newLatencyLab(b *testing.B, exe string, args ...string) *latencyLab {
 	if l.d, err = l.StartDaemon(exe, args...); err != nil {
 		b.Fatal(err)
 	}
+	if err := pin(l.d.PID(), 0); err != nil {
+		b.Fatal(err)
+	}
 	return l
+}
+
+// pin binds all threads of a process to one CPU. The program and the peer, which
+// sends without pause, then never wait for each other's CPU: that would measure
+// the scheduler's time slice.
+func pin(pid, cpu int) error {
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", pid))
+	if err != nil {
+		return err
+	}
+	var set unix.CPUSet
+	set.Set(cpu)
+	for _, t := range tasks {
+		tid, err := strconv.Atoi(filepath.Base(t))
+		if err != nil {
+			return err
+		}
+		if err := unix.SchedSetaffinity(tid, &set); err != nil {
+			return fmt.Errorf("bind to CPU: %w", err)
+		}
+	}
+	return nil
 }
 
 // round lets a new port of the inside host send one packet and returns how long

@@ -109,6 +109,9 @@ func New(cfg Config) (d *Daemon, err error) {
 	if len(d.cfg.Subnets) == 0 {
 		return d, errors.New("no subnet is enabled and none looks like an inside network: name one with --subnet")
 	}
+	if err = outsideOwn(d.cfg.Subnets, d.network); err != nil {
+		return d, err
+	}
 	// Subscribed before the first dump, so that no flow is missed in between.
 	d.events, err = ctwatch.Dial(ctwatch.Config{ReadBuffer: cfg.EventBuffer})
 	if err != nil {
@@ -180,6 +183,23 @@ func subnets(cfg config.Config, candidates []netip.Prefix) []config.Subnet {
 		}
 	}
 	return enabled
+}
+
+// outsideOwn returns an error for each subnet that holds an outside link's own
+// network, whose hosts are peers. One within a wide outside network is fine.
+func outsideOwn(subnets []config.Subnet, network gateway.Network) error {
+	var errs []error
+	for _, l := range network.Links {
+		for _, a := range network.Addrs {
+			for _, s := range subnets {
+				if l.Outside && a.Link == l.Index && s.Prefix.Bits() <= a.Prefix.Bits() && s.Prefix.Overlaps(a.Prefix) {
+					errs = append(errs, fmt.Errorf("subnet %v: it holds the network of the outside link %s (%v), "+
+						"whose hosts are peers; name an inside network", s.Prefix, l.Name, a.Prefix))
+				}
+			}
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func anyIPv6(subnets []config.Subnet) bool {
