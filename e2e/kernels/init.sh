@@ -36,9 +36,6 @@ mount -t tmpfs -o mode=1777 tmp /new/dev/shm
 # Not the host's sockets. Files in /tmp go to the tmpfs that lies over the root.
 mount -t tmpfs -o mode=0755 run /new/run
 
-# So little memory gives an expectation table of 128. Labs cannot raise it.
-echo 8192 >/new/proc/sys/net/netfilter/nf_conntrack_expect_max
-
 # The test programs: copied, because paging them in over 9p is slow.
 share job /job
 mkdir /new/run/job
