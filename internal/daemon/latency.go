@@ -7,9 +7,9 @@ import (
 )
 
 // subBuckets is how many buckets there are between a power of two and the next.
-const subBuckets = 32
+const subBuckets = 128
 
-// A histogram counts durations in buckets of a thirty-second of a power of two.
+// A histogram counts durations in buckets of less than a hundredth of their value.
 // The zero value is empty; recording allocates nothing.
 type histogram struct {
 	buckets [64 * subBuckets]uint64
@@ -37,7 +37,7 @@ func (h *histogram) record(d time.Duration) {
 }
 
 // quantile returns a bound that the share q of all durations does not exceed,
-// at most a thirty-second too high.
+// at most a hundredth too high.
 func (h *histogram) quantile(q float64) time.Duration {
 	want := uint64(math.Ceil(q * float64(h.count)))
 	var seen uint64

@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-func TestQuantilesAreExactToAThirtySecond(t *testing.T) {
+func TestQuantilesAreExactToAHundredth(t *testing.T) {
 	var h histogram
 	for i := range 1000 {
 		h.record(time.Duration(i+1) * time.Microsecond)
@@ -13,8 +13,8 @@ func TestQuantilesAreExactToAThirtySecond(t *testing.T) {
 	for q, want := range map[float64]time.Duration{
 		0.5: 500 * time.Microsecond, 0.99: 990 * time.Microsecond, 1: time.Millisecond,
 	} {
-		if got := h.quantile(q); got < want || got > want+want/32+1 {
-			t.Errorf("quantile %v is %v, want %v or a thirty-second more", q, got, want)
+		if got := h.quantile(q); got < want || got > want+want/100+1 {
+			t.Errorf("quantile %v is %v, want %v or a hundredth more", q, got, want)
 		}
 	}
 }

@@ -85,8 +85,9 @@ func (l *ledger) reserve(p *cone.Permission) (anchor, cone.Reason) {
 		return a, cone.ReasonPeersOnPort
 	case len(l.ext) >= l.max:
 		return a, cone.ReasonTableFull
-	default:
-		l.take(a, p.Ext.Addr)
+	default: // take, without looking for what is known not to be there
+		l.ext[a] = p.Ext.Addr
+		l.onPort[port{p.Ext, p.Zone}]++
 	}
 	return a, cone.ReasonNone
 }
