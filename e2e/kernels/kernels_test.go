@@ -24,7 +24,7 @@ const (
 	// kernelsEnv lists the kernels, such as "5.10 6.1".
 	kernelsEnv = "CONENATD_KERNELS"
 	// commandEnv is a command line to run instead of the tests, such as
-	// "cd /work/conenatd/e2e && e2e.test -test.v -test.run TestDemo".
+	// "cd /src/conenatd/e2e && e2e.test -test.v -test.run TestDemo".
 	commandEnv = "CONENATD_KERNELS_COMMAND"
 )
 
