@@ -35,10 +35,9 @@ type Config struct {
 
 // A Daemon runs once.
 type Daemon struct {
-	cfg     Config
-	log     *slog.Logger
-	start   time.Time
-	started time.Time
+	cfg   Config
+	log   *slog.Logger
+	start time.Time
 
 	lock     *control.Lock
 	events   *ctwatch.Watcher
@@ -81,7 +80,7 @@ type Daemon struct {
 func New(cfg Config) (d *Daemon, err error) {
 	d = &Daemon{
 		cfg: cfg, log: cfg.Log,
-		start: time.Now(), started: time.Now(),
+		start: time.Now(),
 		inbox: make(chan func(), 64),
 		hurry: make(chan struct{}, 1),
 		moved: make(chan struct{}, 1),

@@ -18,7 +18,7 @@ var _ control.Source = source{}
 func (s source) Status() control.Status {
 	d := s.Daemon
 	st := control.Status{
-		Version: d.cfg.Version, PID: os.Getpid(), Started: d.started, Backend: "expect",
+		Version: d.cfg.Version, PID: os.Getpid(), Started: d.start, Backend: "expect",
 	}
 	st.Helper.IPv4, st.Helper.IPv6 = d.helper4, d.helper6
 	e := d.events.Stats()

@@ -89,7 +89,7 @@ func Run(w io.Writer, exe string) error {
 			return err
 		case err != nil:
 			failed = true
-			fmt.Fprintf(w, "FAIL  %s: %v\n", checks[i].name, firstLines(err))
+			fmt.Fprintf(w, "FAIL  %s: %v\n", checks[i].name, oneLine(err))
 		default:
 			fmt.Fprintf(w, "pass  %s\n", checks[i].name)
 		}
@@ -100,8 +100,8 @@ func Run(w io.Writer, exe string) error {
 	return nil
 }
 
-// firstLines keeps a line a line.
-func firstLines(err error) string {
+// oneLine is the text of err on one line.
+func oneLine(err error) string {
 	return strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ")
 }
 
