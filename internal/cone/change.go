@@ -109,7 +109,7 @@ func (m *Model) Adopt(now time.Duration, p Permission, ends time.Duration) {
 	i := m.claim(now, p)
 	c := &m.claims[i]
 	m.setState(i, StateStanding, ReasonNone)
-	c.made = now
+	c.made, c.certain = now, true
 	c.fed = min(ends, now+m.policy.Lifetime) - m.policy.Lifetime
 	c.refresh = now
 	m.wheel.schedule(i, min(c.refresh, c.fed+m.policy.Lifetime))

@@ -85,7 +85,7 @@ func (x *earlyIndex) drop(i int32) {
 
 // seeEarly takes in a flow from outside that ends on the gateway.
 func (m *Model) seeEarly(f *Flow, p Permission) {
-	if o := m.owner(p.Key); o != none && m.claims[o].state == StateStanding {
+	if o := m.owner(p.Key); o != none && m.claims[o].state == StateStanding && m.claims[o].certain {
 		m.dropEarly(p, f.Src.Port, f.ID)
 		return
 	}
@@ -95,6 +95,11 @@ func (m *Model) seeEarly(f *Flow, p Permission) {
 // Granted tells the model that p stands in the kernel. Flows of early packets
 // that would hide it go now.
 func (m *Model) Granted(p Permission) {
+	o := m.find(p.Key, p.Int)
+	if o == none || m.claims[o].state != StateStanding {
+		return // it is about to be revoked
+	}
+	m.claims[o].certain = true
 	for {
 		i, ok := m.early.byKey[p.Key]
 		if !ok {

@@ -118,3 +118,26 @@ func TestChildWithoutPermissionIsDroppedOnceAllFlowsAreKnown(t *testing.T) {
 		t.Errorf("answered: %v", kinds)
 	}
 }
+
+// Deleting the flow would be of no use where the permission does not stand.
+func TestEarlyFlowStaysWhereTheGrantIsRefusedOrRevoked(t *testing.T) {
+	for name, outcome := range map[string]func(m *Model, p Permission){
+		"refused": func(m *Model, p Permission) { m.Refused(0, p, ReasonTableFull, false) },
+		"revoked": func(m *Model, p Permission) {
+			m.Revoke(0, func(Permission) bool { return true })
+			m.Granted(p) // the grant was carried out before
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := New(testPolicy)
+			m.SetTopology(0, testTopology)
+			m.FlowSeen(0, &seedFlow)
+			m.FlowSeen(0, &earlyFlow1)
+			grant := m.Ops()[0]
+			outcome(m, grant.Permission)
+			if kinds := carryOut(m); slices.Contains(kinds, DropEarly) {
+				t.Errorf("ops %v, want no drop of the early flow", kinds)
+			}
+		})
+	}
+}

@@ -27,6 +27,7 @@ type claim struct {
 	Permission
 	state   State
 	reason  Reason
+	certain bool // the kernel said that it stands
 	counted bool // in its scopes
 	listed  bool // there as lingering
 
@@ -207,7 +208,7 @@ func (m *Model) grant(now time.Duration, i int32) {
 		return
 	}
 	m.setState(i, StateStanding, ReasonNone)
-	c.made, c.ends = now, 0
+	c.made, c.ends, c.certain = now, 0, false
 	c.refresh = now + m.policy.Lifetime/2
 	m.stats.Granted++
 	m.op(Op{Kind: Grant, Permission: c.Permission})
@@ -435,6 +436,7 @@ func (m *Model) Refused(now time.Duration, p Permission, r Reason, standing bool
 // is granted again.
 func (m *Model) Lost(p Permission) {
 	if i := m.find(p.Key, p.Int); i != none && m.claims[i].state == StateStanding {
+		m.claims[i].certain = false
 		m.op(Op{Kind: Grant, Permission: m.claims[i].Permission})
 	}
 }

@@ -5,6 +5,8 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -221,13 +223,15 @@ func (w *world) traffic() {
 		in, peer, ext := w.inside(), w.peer(), w.ext()
 		w.open(Flow{Status: StatusSrcNAT, Src: in, Dst: peer, ReplySrc: peer, ReplyDst: ext})
 	case n < 50: // a peer uses a permission
-		for k, in := range w.kernel {
+		keys := slices.SortedFunc(maps.Keys(w.kernel), func(a, b Key) int { return strings.Compare(fmt.Sprint(a), fmt.Sprint(b)) })
+		if len(keys) > 0 {
+			k := keys[w.rnd.IntN(len(keys))]
+			in := w.kernel[k]
 			from := Endpoint{k.Peer, uint16(6000 + w.rnd.IntN(3))}
 			w.open(Flow{
 				Status: StatusDstNAT | StatusExpected, Src: from, Dst: k.Ext, ReplySrc: in, ReplyDst: from,
 				MasterSrc: Endpoint{Addr: in.Addr}, MasterDst: Endpoint{k.Peer, k.Ext.Port},
 			})
-			break
 		}
 	case n < 52: // a stranger uses a forward of the user's
 		from, in := ep("192.0.2.77:9"), ep("10.47.11.200:80")
