@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 const (
@@ -45,7 +46,7 @@ type Config struct {
 // called concurrently, except List, which may run beside all others.
 type Backend struct {
 	cfg      Config
-	c        *conn
+	c        *nfnl.Conn
 	enc      encoder
 	helpers  helpers
 	standing ledger
@@ -72,13 +73,13 @@ func (a answers) failed() bool { return a != answers{} }
 // leaves nothing in the kernel but, where the kernel has nfnetlink_cthelper,
 // our own helper; see OwnHelper.
 func Open(cfg Config) (*Backend, error) {
-	c, err := dial(cfg.NetNS)
+	c, err := nfnl.Dial(cfg.NetNS)
 	if err != nil {
 		return nil, err
 	}
 	b := newBackend(cfg, c)
 	if b.helpers, err = chooseHelpers(c, cfg); err != nil {
-		return nil, errors.Join(err, c.close())
+		return nil, errors.Join(err, c.Close())
 	}
 	if err := b.adopt(); err != nil {
 		return nil, errors.Join(err, b.Close())
@@ -86,7 +87,7 @@ func Open(cfg Config) (*Backend, error) {
 	return b, nil
 }
 
-func newBackend(cfg Config, c *conn) *Backend {
+func newBackend(cfg Config, c *nfnl.Conn) *Backend {
 	b := &Backend{cfg: cfg, c: c, standing: newLedger(0)}
 	b.SetTableSize(defaultTable)
 	b.failed = func(seq uint32, err error) {
@@ -154,7 +155,7 @@ func (b *Backend) Close() error {
 	if b.Standing() == 0 {
 		err = b.helpers.unregister(b.c)
 	}
-	return errors.Join(err, b.c.close())
+	return errors.Join(err, b.c.Close())
 }
 
 func seconds(d time.Duration) uint32 { return uint32((d + time.Second - 1) / time.Second) }
@@ -191,7 +192,7 @@ func (b *Backend) grant(base int, ps []cone.Permission, refused func(i int, r co
 		b.enc.newAnchor(b.seq(i), p, a, b.helpers.of(p).name, anchorTime)
 		b.enc.newExpect(b.seq(i)+1, p, a)
 	}
-	err := b.c.exchange(&b.enc, b.failed, nil)
+	err := b.c.Exchange(&b.enc.Encoder, b.failed, nil)
 	if err == nil {
 		err = b.setTimeouts()
 	}
@@ -219,14 +220,14 @@ func (b *Backend) grant(base int, ps []cone.Permission, refused func(i int, r co
 // change that one.
 func (b *Backend) setTimeouts() error {
 	_, timeout := b.timeouts()
-	b.enc.reset()
+	b.enc.Reset()
 	for i := range b.perms {
 		p := &b.perms[i]
 		if !b.skip[i] && !b.errs[i].failed() && !b.helpers.of(p).suits(timeout) {
 			b.enc.renewExpect(b.seq(i)+2, p, b.anchors[i], timeout)
 		}
 	}
-	return b.c.exchange(&b.enc, b.failed, nil)
+	return b.c.Exchange(&b.enc.Encoder, b.failed, nil)
 }
 
 // perPermission is how many messages a permission has in a batch at most.
@@ -234,9 +235,9 @@ const perPermission = len(answers{})
 
 // begin starts a batch for ps.
 func (b *Backend) begin(ps []cone.Permission) {
-	b.enc.reset()
+	b.enc.Reset()
 	b.perms = ps
-	b.first = b.c.nextSeq(perPermission * len(ps))
+	b.first = b.c.NextSeq(perPermission * len(ps))
 	clear(b.errs[:len(ps)])
 }
 
@@ -268,7 +269,7 @@ func (b *Backend) revoke(ps []cone.Permission) error {
 			b.enc.deleteAnchor(b.seq(i)+1, a)
 		}
 	}
-	if err := b.c.exchange(&b.enc, b.failed, nil); err != nil {
+	if err := b.c.Exchange(&b.enc.Encoder, b.failed, nil); err != nil {
 		return fmt.Errorf("revoke permissions: %w", err)
 	}
 	var errs []error
@@ -313,7 +314,7 @@ func (b *Backend) refresh(base int, ps []cone.Permission, lost func(i int)) {
 			b.enc.renewExpect(b.seq(i)+1, &ps[i], a, expectTime)
 		}
 	}
-	err := b.c.exchange(&b.enc, b.failed, nil)
+	err := b.c.Exchange(&b.enc.Encoder, b.failed, nil)
 	for i := range ps {
 		if err != nil || b.skip[i] || b.errs[i].failed() {
 			lost(base + i)

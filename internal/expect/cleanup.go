@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
 	"golang.org/x/sys/unix"
 )
 
@@ -21,11 +22,11 @@ func Cleanup(netns int) (Cleaned, error) {
 	if err != nil {
 		return n, err
 	}
-	c, err := dial(netns)
+	c, err := nfnl.Dial(netns)
 	if err != nil {
 		return n, err
 	}
-	defer func() { _ = c.close() }()
+	defer func() { _ = c.Close() }()
 	b := newBackend(Config{NetNS: netns}, c)
 	for i := range keys {
 		err := b.three(func(seq uint32) { b.enc.deleteExpect(seq, &keys[i]) })[0]
@@ -56,14 +57,13 @@ func Cleanup(netns int) (Cleaned, error) {
 
 // listAnchors returns all anchors in the conntrack table, with their marks: UDP
 // entries with one port 0 and a helper, that are never dropped early.
-func listAnchors(c *conn) (map[anchor]uint32, error) {
+func listAnchors(c *nfnl.Conn) (map[anchor]uint32, error) {
 	var e encoder
-	e.message(subsysConntrack, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.nextSeq(1), false)
-	e.b[e.last+unix.NLMSG_HDRLEN] = unix.AF_UNSPEC
-	e.end()
+	e.Message(subsysConntrack, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_UNSPEC)
+	e.End()
 	found := make(map[anchor]uint32)
 	var refused error
-	err := c.exchange(&e, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
+	err := c.Exchange(&e.Encoder, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
 		if typ != subsysConntrack<<8|msgNew || len(body) < 4 {
 			return
 		}

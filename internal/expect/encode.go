@@ -1,10 +1,10 @@
 package expect
 
 import (
-	"encoding/binary"
+	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
-	"golang.org/x/sys/unix"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // Subsystems, messages and attributes of nfnetlink_conntrack.h and
@@ -53,121 +53,51 @@ const (
 )
 
 const (
-	create  = unix.NLM_F_REQUEST | unix.NLM_F_CREATE | unix.NLM_F_EXCL
-	change  = unix.NLM_F_REQUEST
-	headLen = unix.NLMSG_HDRLEN + 4 // nlmsghdr and nfgenmsg
+	create = unix.NLM_F_REQUEST | unix.NLM_F_CREATE | unix.NLM_F_EXCL
+	change = unix.NLM_F_REQUEST
 )
 
-// An encoder appends netlink messages to one buffer. The zero value is ready.
-type encoder struct {
-	b    []byte
-	last int // offset of the last message
-}
+// An encoder appends the messages of this package. The zero value is ready.
+type encoder struct{ nfnl.Encoder }
 
-func (e *encoder) reset() { e.b, e.last = e.b[:0], 0 }
-
-// message begins a message. Its length is set by end.
+// message begins a message for one of the two families.
 func (e *encoder) message(subsys, typ uint16, flags uint16, seq uint32, v6 bool) {
-	e.last = len(e.b)
 	family := byte(unix.AF_INET)
 	if v6 {
 		family = unix.AF_INET6
 	}
-	e.b = append(e.b, 0, 0, 0, 0)
-	e.b = binary.NativeEndian.AppendUint16(e.b, subsys<<8|typ)
-	e.b = binary.NativeEndian.AppendUint16(e.b, flags)
-	e.b = binary.NativeEndian.AppendUint32(e.b, seq)
-	e.b = append(e.b, 0, 0, 0, 0, family, unix.NFNETLINK_V0, 0, 0)
-}
-
-func (e *encoder) end() {
-	binary.NativeEndian.PutUint32(e.b[e.last:], uint32(len(e.b)-e.last))
-}
-
-// ack asks the kernel to answer the last message even if it went well.
-func (e *encoder) ack() {
-	flags := binary.NativeEndian.Uint16(e.b[e.last+6:])
-	binary.NativeEndian.PutUint16(e.b[e.last+6:], flags|unix.NLM_F_ACK)
-}
-
-// attr appends the header of an attribute of n bytes; the caller appends these
-// and pads with pad.
-func (e *encoder) attr(typ uint16, n int) {
-	e.b = binary.NativeEndian.AppendUint16(e.b, uint16(4+n))
-	e.b = binary.NativeEndian.AppendUint16(e.b, typ)
-}
-
-func (e *encoder) pad() {
-	for len(e.b)%4 != 0 {
-		e.b = append(e.b, 0)
-	}
-}
-
-// nest begins a nested attribute and returns its offset for endNest.
-func (e *encoder) nest(typ uint16) int {
-	at := len(e.b)
-	e.attr(typ|unix.NLA_F_NESTED, 0)
-	return at
-}
-
-func (e *encoder) endNest(at int) {
-	binary.NativeEndian.PutUint16(e.b[at:], uint16(len(e.b)-at))
-}
-
-func (e *encoder) u8(typ uint16, v byte) {
-	e.attr(typ, 1)
-	e.b = append(e.b, v)
-	e.pad()
-}
-
-func (e *encoder) be16(typ, v uint16) {
-	e.attr(typ, 2)
-	e.b = binary.BigEndian.AppendUint16(e.b, v)
-	e.pad()
-}
-
-func (e *encoder) be32(typ uint16, v uint32) {
-	e.attr(typ, 4)
-	e.b = binary.BigEndian.AppendUint32(e.b, v)
-}
-
-// str appends s with the NUL that the kernel wants.
-func (e *encoder) str(typ uint16, s string) {
-	e.attr(typ, len(s)+1)
-	e.b = append(e.b, s...)
-	e.b = append(e.b, 0)
-	e.pad()
+	e.Message(subsys, typ, flags, seq, family)
 }
 
 func (e *encoder) addr(typ4, typ6 uint16, a *cone.Addr, v6 bool) {
 	if v6 {
-		e.attr(typ6, 16)
-		e.b = append(e.b, a[:]...)
+		e.Attr(typ6, 16)
+		e.B = append(e.B, a[:]...)
 		return
 	}
-	e.attr(typ4, 4)
-	e.b = append(e.b, a[12:]...)
+	e.Attr(typ4, 4)
+	e.B = append(e.B, a[12:]...)
 }
 
 // tuple appends a UDP tuple. The family must be told: the mask of an IPv4
 // expectation is no IPv4 address.
 func (e *encoder) tuple(typ uint16, src, dst *cone.Endpoint, v6 bool) {
-	t := e.nest(typ)
-	ip := e.nest(ctaTupleIP)
+	t := e.Nest(typ)
+	ip := e.Nest(ctaTupleIP)
 	e.addr(ctaIPv4Src, ctaIPv6Src, &src.Addr, v6)
 	e.addr(ctaIPv4Dst, ctaIPv6Dst, &dst.Addr, v6)
-	e.endNest(ip)
-	proto := e.nest(ctaTupleProto)
-	e.u8(ctaProtoNum, unix.IPPROTO_UDP)
-	e.be16(ctaProtoSrc, src.Port)
-	e.be16(ctaProtoDst, dst.Port)
-	e.endNest(proto)
-	e.endNest(t)
+	e.EndNest(ip)
+	proto := e.Nest(ctaTupleProto)
+	e.U8(ctaProtoNum, unix.IPPROTO_UDP)
+	e.BE16(ctaProtoSrc, src.Port)
+	e.BE16(ctaProtoDst, dst.Port)
+	e.EndNest(proto)
+	e.EndNest(t)
 }
 
 func (e *encoder) zone(typ, zone uint16) {
 	if zone != 0 {
-		e.be16(typ, zone)
+		e.BE16(typ, zone)
 	}
 }
 
@@ -181,16 +111,16 @@ func (e *encoder) newAnchor(seq uint32, p *cone.Permission, a anchor, helper str
 	e.message(subsysConntrack, msgNew, create, seq, v6)
 	e.tuple(ctaTupleOrig, &src, &dst, v6)
 	e.tuple(ctaTupleReply, &dst, &src, v6)
-	e.be32(ctaStatus, uint32(anchorStatus))
-	e.be32(ctaTimeout, timeout)
+	e.BE32(ctaStatus, uint32(anchorStatus))
+	e.BE32(ctaTimeout, timeout)
 	if p.Mark != 0 {
-		e.be32(ctaMark, p.Mark)
+		e.BE32(ctaMark, p.Mark)
 	}
-	help := e.nest(ctaHelp)
-	e.str(ctaHelpName, helper)
-	e.endNest(help)
+	help := e.Nest(ctaHelp)
+	e.Str(ctaHelpName, helper)
+	e.EndNest(help)
 	e.zone(ctaZone, p.Zone)
-	e.end()
+	e.End()
 }
 
 // renewAnchor appends a change of the timeout, in seconds, of anchor a. It sets
@@ -200,10 +130,10 @@ func (e *encoder) renewAnchor(seq uint32, p *cone.Permission, a anchor, timeout 
 	v6 := !p.Peer.Is4()
 	e.message(subsysConntrack, msgNew, change, seq, v6)
 	e.tuple(ctaTupleOrig, &src, &dst, v6)
-	e.be32(ctaTimeout, timeout)
-	e.be32(ctaMark, p.Mark)
+	e.BE32(ctaTimeout, timeout)
+	e.BE32(ctaMark, p.Mark)
 	e.zone(ctaZone, p.Zone)
-	e.end()
+	e.End()
 }
 
 var (
@@ -223,22 +153,22 @@ const followMaster = "nat-follow-master"
 // kernel ignores a timeout here; renewExpect sets it.
 func (e *encoder) newExpect(seq uint32, p *cone.Permission, a anchor) {
 	v6 := e.expect(seq, create, p, a)
-	e.be32(ctaExpectFlags, expectPermanent)
+	e.BE32(ctaExpectFlags, expectPermanent)
 	if !p.Routed() {
-		nat := e.nest(ctaExpectNAT)
-		e.be32(ctaExpectNATDir, dirReply)
+		nat := e.Nest(ctaExpectNAT)
+		e.BE32(ctaExpectNATDir, dirReply)
 		e.tuple(ctaExpectNATTup, &p.Int, &cone.Endpoint{}, v6) // the kernel reads the source only
-		e.endNest(nat)
-		e.str(ctaExpectFn, followMaster)
+		e.EndNest(nat)
+		e.Str(ctaExpectFn, followMaster)
 	}
-	e.end()
+	e.End()
 }
 
 // renewExpect appends a change of the timeout, in seconds, of the expectation.
 func (e *encoder) renewExpect(seq uint32, p *cone.Permission, a anchor, timeout uint32) {
 	e.expect(seq, change, p, a)
-	e.be32(ctaExpectTimeout, timeout)
-	e.end()
+	e.BE32(ctaExpectTimeout, timeout)
+	e.End()
 }
 
 func (e *encoder) expect(seq uint32, flags uint16, p *cone.Permission, a anchor) (v6 bool) {
@@ -263,7 +193,7 @@ func (e *encoder) oneExpect(seq uint32, typ uint16, k *cone.Key) {
 	e.message(subsysExpect, typ, change, seq, v6)
 	e.tuple(ctaExpectTuple, &peer, &k.Ext, v6)
 	e.zone(ctaExpectZone, k.Zone)
-	e.end()
+	e.End()
 }
 
 func (e *encoder) deleteAnchor(seq uint32, a anchor) {
@@ -272,10 +202,5 @@ func (e *encoder) deleteAnchor(seq uint32, a anchor) {
 	e.message(subsysConntrack, msgDelete, change, seq, v6)
 	e.tuple(ctaTupleOrig, &src, &dst, v6)
 	e.zone(ctaZone, a.zone)
-	e.end()
+	e.End()
 }
-
-// firstSeq and lastSeq return the sequence numbers of the first and the last
-// message.
-func (e *encoder) firstSeq() uint32 { return binary.NativeEndian.Uint32(e.b[8:]) }
-func (e *encoder) lastSeq() uint32  { return binary.NativeEndian.Uint32(e.b[e.last+8:]) }

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
 	"golang.org/x/sys/unix"
 )
 
@@ -67,7 +68,7 @@ var ErrNoHelper = errors.New("the kernel offers no conntrack helper for UDP: " +
 
 // chooseHelpers finds for each family the first helper that works, by making a
 // real anchor and expectation on documentation addresses (RFC 5737, RFC 3849).
-func chooseHelpers(c *conn, cfg Config) (helpers, error) {
+func chooseHelpers(c *nfnl.Conn, cfg Config) (helpers, error) {
 	var h helpers
 	var err error
 	if h.own, err = ownName(cfg.NetNS); err != nil {
@@ -85,7 +86,7 @@ func chooseHelpers(c *conn, cfg Config) (helpers, error) {
 	return h, nil
 }
 
-func chooseHelper(c *conn, names []string, v6 bool) (helper, error) {
+func chooseHelper(c *nfnl.Conn, names []string, v6 bool) (helper, error) {
 	var errs []error
 	for _, name := range names {
 		policy, err := tryHelper(c, name, v6)
@@ -93,7 +94,7 @@ func chooseHelper(c *conn, names []string, v6 bool) (helper, error) {
 			return helper{name, policy}, nil
 		}
 		if errors.Is(err, unix.EPERM) {
-			return helper{}, permitted(err)
+			return helper{}, nfnl.Permitted(err)
 		}
 		errs = append(errs, fmt.Errorf("%s: %w", name, err))
 	}
@@ -102,7 +103,7 @@ func chooseHelper(c *conn, names []string, v6 bool) (helper, error) {
 
 // tryHelper makes a permission stand with the helper and takes it away again. It
 // returns the timeout that the expectation had before it was set.
-func tryHelper(c *conn, name string, v6 bool) (policy uint32, err error) {
+func tryHelper(c *nfnl.Conn, name string, v6 bool) (policy uint32, err error) {
 	in, ext, peer := "192.0.2.1:9", "198.51.100.1:9", "203.0.113.1"
 	if v6 {
 		in, ext, peer = "[2001:db8::1]:9", "[2001:db8::1]:9", "2001:db8::2"
@@ -162,57 +163,57 @@ const (
 // registerOwn registers our helper for both families, with the timeout, in
 // seconds, that an expectation gets. Where the kernel cannot, or it is
 // registered already, tryHelper finds out.
-func registerOwn(c *conn, name string, timeout uint32) {
+func registerOwn(c *nfnl.Conn, name string, timeout uint32) {
 	var e encoder
 	for _, v6 := range []bool{false, true} {
-		e.reset()
-		e.message(subsysHelper, msgNew, create, c.nextSeq(1), v6)
-		e.str(nfcthName, name)
-		tuple := e.nest(nfcthTuple)
+		e.Reset()
+		e.message(subsysHelper, msgNew, create, c.NextSeq(1), v6)
+		e.Str(nfcthName, name)
+		tuple := e.Nest(nfcthTuple)
 		l3 := uint16(unix.AF_INET)
 		if v6 {
 			l3 = unix.AF_INET6
 		}
-		e.be16(nfcthTupleL3, l3)
-		e.u8(nfcthTupleL4, unix.IPPROTO_UDP)
-		e.endNest(tuple)
-		policy := e.nest(nfcthPolicy)
-		e.be32(nfcthPolicyNum, 1)
-		set := e.nest(nfcthPolicySet1)
-		e.str(nfcthSetName, name)
-		e.be32(nfcthSetMax, 1)
-		e.be32(nfcthSetTimeout, timeout)
-		e.endNest(set)
-		e.endNest(policy)
-		e.be32(nfcthPrivLen, 0)
-		e.be32(nfcthStatus, 0) // disabled: it never queues a packet
-		e.end()
-		_ = c.exchange(&e, func(uint32, error) {}, nil) // tryHelper tells
+		e.BE16(nfcthTupleL3, l3)
+		e.U8(nfcthTupleL4, unix.IPPROTO_UDP)
+		e.EndNest(tuple)
+		policy := e.Nest(nfcthPolicy)
+		e.BE32(nfcthPolicyNum, 1)
+		set := e.Nest(nfcthPolicySet1)
+		e.Str(nfcthSetName, name)
+		e.BE32(nfcthSetMax, 1)
+		e.BE32(nfcthSetTimeout, timeout)
+		e.EndNest(set)
+		e.EndNest(policy)
+		e.BE32(nfcthPrivLen, 0)
+		e.BE32(nfcthStatus, 0) // disabled: it never queues a packet
+		e.End()
+		_ = c.Exchange(&e.Encoder, func(uint32, error) {}, nil) // tryHelper tells
 	}
 }
 
 // register registers our own helper again if it is in use.
-func (h *helpers) register(c *conn, timeout uint32) {
+func (h *helpers) register(c *nfnl.Conn, timeout uint32) {
 	if h.v4.name == h.own || h.v6.name == h.own {
 		registerOwn(c, h.own, timeout)
 	}
 }
 
 // unregister takes our own helper out of the kernel if it was in use.
-func (h *helpers) unregister(c *conn) error {
+func (h *helpers) unregister(c *nfnl.Conn) error {
 	if h.v4.name != h.own && h.v6.name != h.own {
 		return nil
 	}
 	return unregisterOwn(c, h.own)
 }
 
-func unregisterOwn(c *conn, name string) error {
+func unregisterOwn(c *nfnl.Conn, name string) error {
 	var e encoder
-	e.message(subsysHelper, msgDelete, change, c.nextSeq(1), false)
-	e.str(nfcthName, name)
-	e.end()
+	e.message(subsysHelper, msgDelete, change, c.NextSeq(1), false)
+	e.Str(nfcthName, name)
+	e.End()
 	var refused error
-	err := c.exchange(&e, func(_ uint32, err error) { refused = err }, nil)
+	err := c.Exchange(&e.Encoder, func(_ uint32, err error) { refused = err }, nil)
 	switch {
 	case err != nil:
 		return err

@@ -8,15 +8,16 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 func TestChooseHelperTriesEachAndSaysWhatWouldMend(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{IPv6: true})
-	c, err := dial(l.Gateway.FD())
+	c, err := nfnl.Dial(l.Gateway.FD())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = c.close() }()
+	defer func() { _ = c.Close() }()
 	for _, v6 := range []bool{false, true} {
 		h, err := chooseHelper(c, []string{"conenat-none", kernelHelpers[0]}, v6)
 		if err != nil || h.name != kernelHelpers[0] || h.policy == 0 {

@@ -6,6 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // List calls f for every permission that stands in the kernel, made by this or
@@ -19,11 +20,11 @@ func (b *Backend) List(f func(cone.Permission)) error {
 // zones and marks too, which costs a dump of all conntrack entries; else it takes
 // all for those of the default zone.
 func list(netns int, whole bool, f func(*expectation)) error {
-	c, err := dial(netns)
+	c, err := nfnl.Dial(netns)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = c.close() }()
+	defer func() { _ = c.Close() }()
 	xs, err := listExpectations(c)
 	if err == nil && whole && len(xs) > 0 {
 		xs, err = join(c, xs)
@@ -37,14 +38,13 @@ func list(netns int, whole bool, f func(*expectation)) error {
 	return nil
 }
 
-func listExpectations(c *conn) ([]expectation, error) {
+func listExpectations(c *nfnl.Conn) ([]expectation, error) {
 	var e encoder
-	e.message(subsysExpect, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.nextSeq(1), false)
-	e.b[e.last+unix.NLMSG_HDRLEN] = unix.AF_UNSPEC
-	e.end()
+	e.Message(subsysExpect, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_UNSPEC)
+	e.End()
 	var xs []expectation
 	var refused error
-	err := c.exchange(&e, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
+	err := c.Exchange(&e.Encoder, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
 		if typ != subsysExpect<<8|msgNew {
 			return
 		}
@@ -56,14 +56,14 @@ func listExpectations(c *conn) ([]expectation, error) {
 		err = refused
 	}
 	if err != nil {
-		return nil, fmt.Errorf("list expectations: %w", permitted(err))
+		return nil, fmt.Errorf("list expectations: %w", nfnl.Permitted(err))
 	}
 	return xs, nil
 }
 
 // join returns xs with the zones and marks of their anchors. What lost its
 // anchor meanwhile is left out.
-func join(c *conn, xs []expectation) ([]expectation, error) {
+func join(c *nfnl.Conn, xs []expectation) ([]expectation, error) {
 	marks, err := listAnchors(c)
 	if err != nil {
 		return nil, err
@@ -91,7 +91,7 @@ func join(c *conn, xs []expectation) ([]expectation, error) {
 				// Anchors alike in several zones. Only asking tells
 				// which expectation is whose.
 				var ok bool
-				if found, ok, err = c.get(&e, &k); err != nil {
+				if found, ok, err = get(c, &e, &k); err != nil {
 					return nil, err
 				}
 				if !ok || !found.ours() {

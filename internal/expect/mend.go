@@ -7,6 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // mend tries once more where the kernel refused p, after taking away what was
@@ -125,14 +126,14 @@ func (b *Backend) clear(p *cone.Permission, a anchor) error {
 
 // get returns the kernel's expectation for k, anybody's.
 func (b *Backend) get(k *cone.Key) (x expectation, found bool, err error) {
-	return b.c.get(&b.enc, k)
+	return get(b.c, &b.enc, k)
 }
 
-func (c *conn) get(e *encoder, k *cone.Key) (x expectation, found bool, err error) {
-	e.reset()
-	e.getExpect(c.nextSeq(1), k)
+func get(c *nfnl.Conn, e *encoder, k *cone.Key) (x expectation, found bool, err error) {
+	e.Reset()
+	e.getExpect(c.NextSeq(1), k)
 	var refused error
-	err = c.exchange(e, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
+	err = c.Exchange(&e.Encoder, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
 		if typ == subsysExpect<<8|msgNew {
 			x, found = parseExpectation(body)
 		}
@@ -149,10 +150,10 @@ func (c *conn) get(e *encoder, k *cone.Key) (x expectation, found bool, err erro
 
 // three sends up to three messages on their own and returns the answers.
 func (b *Backend) three(encode func(seq uint32)) (errs answers) {
-	b.enc.reset()
-	first := b.c.nextSeq(len(errs))
+	b.enc.Reset()
+	first := b.c.NextSeq(len(errs))
 	encode(first)
-	if err := b.c.exchange(&b.enc, func(seq uint32, err error) { errs[seq-first] = err }, nil); err != nil {
+	if err := b.c.Exchange(&b.enc.Encoder, func(seq uint32, err error) { errs[seq-first] = err }, nil); err != nil {
 		errs[0] = err
 	}
 	return errs

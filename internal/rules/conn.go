@@ -10,6 +10,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 const (
@@ -44,7 +46,7 @@ func dial(netns int) (*conn, error) {
 		if c.nl != nil {
 			_ = c.nl.Close()
 		}
-		return nil, fmt.Errorf("dial nftables: %w", hint(err))
+		return nil, fmt.Errorf("dial nftables: %w", nfnl.Permitted(err))
 	}
 	c.Conn = nft
 	return c, nil
@@ -64,11 +66,3 @@ func usable(nl *netlink.Conn) error {
 
 // begin gives the next exchanges their time.
 func (c *conn) begin() error { return c.nl.SetDeadline(time.Now().Add(queryTimeout)) }
-
-// hint says what would mend a missing privilege.
-func hint(err error) error {
-	if errors.Is(err, unix.EPERM) {
-		return fmt.Errorf("%w: run as root or with CAP_NET_ADMIN", err)
-	}
-	return err
-}

@@ -14,6 +14,8 @@ import (
 	"github.com/google/nftables/xt"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // Forwards reads what the NAT rules of the network namespace behind the
@@ -41,11 +43,11 @@ func Forwards(netns int, outside []Link) ([]Forward, error) {
 		missing.Err = err
 		return nil, &missing
 	case err != nil:
-		return nil, fmt.Errorf("list nftables tables: %w", hint(err))
+		return nil, fmt.Errorf("list nftables tables: %w", nfnl.Permitted(err))
 	}
 	chains, err := c.ListChains()
 	if err != nil {
-		return nil, fmt.Errorf("list nftables chains: %w", hint(err))
+		return nil, fmt.Errorf("list nftables chains: %w", nfnl.Permitted(err))
 	}
 	var found []Forward
 	for _, t := range tables {
@@ -145,7 +147,7 @@ func (w *walker) read(name string, in condition) []*nftables.Rule {
 	switch {
 	case err == nil, errors.Is(err, unix.ENOENT): // it may be gone
 	case errors.As(err, &refused):
-		w.err = fmt.Errorf("chain %s: %w", name, hint(err))
+		w.err = fmt.Errorf("chain %s: %w", name, nfnl.Permitted(err))
 	default:
 		w.opaque(in, fmt.Sprintf("%s: %v", name, err))
 	}

@@ -3,6 +3,7 @@ package rules_test
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"regexp"
 	"slices"
 	"strings"
@@ -255,6 +256,9 @@ COMMIT
 var handle = regexp.MustCompile(`handle \d+`)
 
 func TestManyJumpsEndSometime(t *testing.T) {
+	if os.Getenv("CONENATD_GUEST") != "" {
+		t.Skip("nft takes minutes to load these rules into an emulated kernel, which has no part in what is tested")
+	}
 	var b strings.Builder
 	b.WriteString("chain c9 { udp dport 5060 dnat to 10.47.11.109; }\n")
 	for i := 8; i >= 0; i-- {

@@ -8,6 +8,8 @@ import (
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // features are the parts that a kernel may lack, each with something to try.
@@ -37,7 +39,7 @@ func (t *Table) probe() error {
 		switch {
 		case err == nil:
 		case errors.Is(err, unix.EPERM):
-			return fmt.Errorf("probe nftables: %w", hint(err))
+			return fmt.Errorf("probe nftables: %w", nfnl.Permitted(err))
 		case f.Feature == FeatureTable:
 			f.Err = err
 			return &f.UnsupportedError

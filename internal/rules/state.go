@@ -11,6 +11,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // A state is what stands in the kernel.
@@ -35,7 +37,7 @@ func (t *Table) read() (*state, error) {
 	case errors.Is(err, unix.ENOENT):
 		return &state{}, nil
 	case err != nil:
-		err = hint(err)
+		err = nfnl.Permitted(err)
 	case !slices.ContainsFunc(s.chains, func(c *nftables.Chain) bool { return c.Name == markerChain }):
 		err = ErrForeignTable
 	case s.table.Flags&nftables.TableFlagOwner != 0 && s.table.Owner != t.port:

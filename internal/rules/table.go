@@ -11,6 +11,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // A Table is our table in one network namespace. It is not safe for concurrent
@@ -168,7 +170,7 @@ func (t *Table) flush(verb string) error {
 		err = t.c.Flush()
 	}
 	if err != nil {
-		return fmt.Errorf("%s table inet %s: %w", verb, t.table.Name, hint(err))
+		return fmt.Errorf("%s table inet %s: %w", verb, t.table.Name, nfnl.Permitted(err))
 	}
 	return nil
 }

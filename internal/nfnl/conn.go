@@ -1,0 +1,219 @@
+package nfnl
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// A Conn is a netlink connection that sends batches and reads their answers
+// without allocating. It is not safe for concurrent use.
+type Conn struct {
+	// Timeout bounds every wait for the kernel. It answers requests before the
+	// send returns, so this is only met when something is badly wrong.
+	Timeout time.Duration
+
+	nl  *netlink.Conn
+	raw syscall.RawConn
+	in  []byte
+	seq uint32
+
+	// What send and recv work on, so that they need no closure per call.
+	out         []byte
+	n           int
+	err         error
+	write, recv func(fd uintptr) bool
+	tryFn       func(fd uintptr)
+}
+
+// Dial connects to the netfilter of the network namespace behind a descriptor,
+// 0 for the current.
+func Dial(netns int) (*Conn, error) {
+	nl, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: netns})
+	if err != nil {
+		return nil, fmt.Errorf("dial netfilter: %w", err)
+	}
+	// Answers must fit even if the kernel refuses every message of a batch. A
+	// smaller buffer without privilege is found out at the first request.
+	_ = nl.SetReadBuffer(4 << 20)
+	_ = nl.SetWriteBuffer(1 << 20)
+	c, err := Over(nl)
+	if err != nil {
+		return nil, errors.Join(err, nl.Close())
+	}
+	return c, nil
+}
+
+// Over returns a Conn that works over nl, which others may use as well, but not
+// while an exchange is under way.
+func Over(nl *netlink.Conn) (*Conn, error) {
+	c := &Conn{nl: nl, Timeout: 5 * time.Second, in: make([]byte, 256<<10)}
+	var err error
+	if c.raw, err = nl.SyscallConn(); err != nil {
+		return nil, fmt.Errorf("get raw connection: %w", err)
+	}
+	if err := nl.SetOption(netlink.CapAcknowledge, true); err != nil {
+		return nil, fmt.Errorf("set netlink option: %w", err)
+	}
+	c.write = func(fd uintptr) bool {
+		_, c.err = unix.Write(int(fd), c.out)
+		return !errors.Is(c.err, unix.EAGAIN)
+	}
+	c.tryFn = func(fd uintptr) {
+		c.n, c.err = unix.Read(int(fd), c.in)
+	}
+	c.recv = func(fd uintptr) bool {
+		c.tryFn(fd)
+		return !errors.Is(c.err, unix.EAGAIN)
+	}
+	return c, nil
+}
+
+// OverFake is Over for tests: send gets what would be sent.
+func OverFake(nl *netlink.Conn, send func(b []byte)) (*Conn, error) {
+	c, err := Over(nl)
+	if err == nil {
+		c.write = func(uintptr) bool {
+			c.err = nil
+			send(c.out)
+			return true
+		}
+	}
+	return c, err
+}
+
+// Close closes the connection below.
+func (c *Conn) Close() error { return c.nl.Close() }
+
+// NextSeq reserves n sequence numbers and returns the first.
+func (c *Conn) NextSeq(n int) uint32 {
+	first := c.seq + 1
+	c.seq += uint32(n)
+	return first
+}
+
+func (c *Conn) send(b []byte) error {
+	c.out = b
+	if err := c.raw.Write(c.write); err != nil {
+		return fmt.Errorf("send netlink request: %w", err)
+	}
+	if c.err != nil {
+		return os.NewSyscallError("write", c.err)
+	}
+	return nil
+}
+
+// receive returns the next datagram. It is there already as a rule, for the
+// kernel works a request off before the send returns; only else does it cost a
+// deadline.
+func (c *Conn) receive() ([]byte, error) {
+	err := c.raw.Control(c.tryFn)
+	if err == nil && errors.Is(c.err, unix.EAGAIN) {
+		err = c.wait()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("receive netlink answer: %w", err)
+	}
+	if c.err != nil {
+		return nil, os.NewSyscallError("read", c.err)
+	}
+	return c.in[:c.n], nil
+}
+
+func (c *Conn) wait() error {
+	if err := c.nl.SetReadDeadline(time.Now().Add(c.Timeout)); err != nil {
+		return err
+	}
+	err := c.raw.Read(c.recv)
+	return errors.Join(err, c.nl.SetReadDeadline(time.Time{}))
+}
+
+// Exchange sends the messages in e, asks for an acknowledgement of the last and
+// waits for it. It calls failed for each message that the kernel refuses, and
+// data for each that it answers, if not nil; body is valid during the call. An
+// error says that the outcome is not known.
+func (c *Conn) Exchange(e *Encoder, failed func(seq uint32, err error), data func(typ uint16, body []byte)) error {
+	if len(e.B) == 0 {
+		return nil
+	}
+	e.ack()
+	if err := c.send(e.B); err != nil {
+		return err
+	}
+	first, last := e.firstSeq(), e.lastSeq()
+	for {
+		b, err := c.receive()
+		if err != nil {
+			return err
+		}
+		if done, err := walk(b, first, last, e.transaction, failed, data); done || err != nil {
+			if err != nil {
+				c.drain()
+			}
+			return err
+		}
+	}
+}
+
+// drain throws away what the kernel said after the error that ended an exchange,
+// so that nobody takes it for an answer to something else.
+func (c *Conn) drain() {
+	for c.raw.Control(c.tryFn) == nil && c.err == nil {
+	}
+}
+
+// walk reads the messages of one datagram, which may answer the requests with
+// the sequence numbers first to last. Answers to others, of an exchange that
+// was given up, are skipped. It reports whether the last request is answered.
+func walk(b []byte, first, last uint32, transaction bool, failed func(seq uint32, err error), data func(typ uint16, body []byte)) (done bool, err error) {
+	for len(b) >= unix.NLMSG_HDRLEN {
+		n := binary.NativeEndian.Uint32(b)
+		if n < unix.NLMSG_HDRLEN || uint64(n) > uint64(len(b)) {
+			return false, ErrMalformed
+		}
+		typ := binary.NativeEndian.Uint16(b[4:])
+		seq := binary.NativeEndian.Uint32(b[8:])
+		body := b[unix.NLMSG_HDRLEN:n]
+		b = b[min((int(n)+3)&^3, len(b)):]
+		switch {
+		case seq-first > last-first: // the numbers may wrap
+		case typ == unix.NLMSG_ERROR || typ == unix.NLMSG_DONE:
+			if len(body) < 4 {
+				return false, ErrMalformed
+			}
+			errno := -int32(binary.NativeEndian.Uint32(body))
+			if errno > 0 && seq == first && first != last && (transaction || unix.Errno(errno) == unix.EPERM) {
+				// The transaction as a whole was refused; or without
+				// privilege, when nfnetlink answers the first message and
+				// drops the others.
+				return false, unix.Errno(errno)
+			}
+			if errno > 0 {
+				failed(seq, unix.Errno(errno))
+			}
+			if seq == last {
+				return true, nil
+			}
+		case data != nil:
+			data(typ, body)
+		}
+	}
+	return false, nil
+}
+
+// ErrMalformed says that an answer is no netlink message.
+var ErrMalformed = errors.New("receive netlink answer: malformed message")
+
+// Permitted adds to an error for want of privilege what would mend it.
+func Permitted(err error) error {
+	if errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("%w: run as root or with CAP_NET_ADMIN", err)
+	}
+	return err
+}

@@ -1,0 +1,155 @@
+package nfnl_test
+
+import (
+	"errors"
+	"os"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
+	"github.com/conenatd/conenatd/internal/nfnl/nfnltest"
+)
+
+// some appends a message.
+func some(e *nfnl.Encoder, seq uint32) {
+	e.Message(2, 2, unix.NLM_F_REQUEST, seq, unix.AF_INET)
+	e.BE32(1, 7)
+	e.End()
+}
+
+func TestExchangeTellsWhatWasRefused(t *testing.T) {
+	c, k := nfnltest.New(t)
+	k.Answer = func(sent []nfnltest.Request) [][]byte {
+		return [][]byte{
+			nfnltest.Says(sent[0].Seq, unix.EEXIST),
+			append(nfnltest.Says(sent[2].Seq, unix.EMFILE), nfnltest.Says(sent[4].Seq, unix.ENOENT)...),
+		}
+	}
+	var e nfnl.Encoder
+	first := c.NextSeq(5)
+	for i := range uint32(5) {
+		some(&e, first+i)
+	}
+	got := map[uint32]error{}
+	if err := c.Exchange(&e, func(seq uint32, err error) { got[seq-first] = err }, nil); err != nil {
+		t.Fatal(err)
+	}
+	if len(got) != 3 || got[0] != unix.EEXIST || got[2] != unix.EMFILE || got[4] != unix.ENOENT {
+		t.Errorf("refused: %v", got)
+	}
+}
+
+func TestExchangeOfNothingSendsNothing(t *testing.T) {
+	c, k := nfnltest.New(t)
+	k.Answer = func([]nfnltest.Request) [][]byte { panic("sent") }
+	if err := c.Exchange(new(nfnl.Encoder), nil, nil); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestExchangeFails(t *testing.T) {
+	for name, tt := range map[string]struct {
+		answer func(sent []nfnltest.Request) [][]byte
+		want   error
+	}{
+		"silence":       {nfnltest.Silent, os.ErrDeadlineExceeded},
+		"half a header": {func([]nfnltest.Request) [][]byte { return [][]byte{{3: 0, 15: 0}} }, nfnl.ErrMalformed},
+		"too long":      {func(s []nfnltest.Request) [][]byte { return [][]byte{nfnltest.Says(s[0].Seq, 0)[:18]} }, nfnl.ErrMalformed},
+		"no errno": {func(s []nfnltest.Request) [][]byte {
+			return [][]byte{nfnltest.Message(unix.NLMSG_ERROR, s[0].Seq, nil)}
+		}, nfnl.ErrMalformed},
+		"no privilege":   {func(s []nfnltest.Request) [][]byte { return [][]byte{nfnltest.Says(s[0].Seq, unix.EPERM)} }, unix.EPERM},
+		"all is well":    {nfnltest.Acknowledge, nil},
+		"last is denied": {func(s []nfnltest.Request) [][]byte { return [][]byte{nfnltest.Says(s[1].Seq, unix.EPERM)} }, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c, k := nfnltest.New(t)
+			c.Timeout = 10 * time.Millisecond
+			k.Answer = tt.answer
+			var e nfnl.Encoder
+			some(&e, c.NextSeq(1))
+			some(&e, c.NextSeq(1))
+			if err := c.Exchange(&e, func(uint32, error) {}, nil); !errors.Is(err, tt.want) {
+				t.Errorf("error %v, want %v", err, tt.want)
+			}
+		})
+	}
+}
+
+// The kernel answers the end of a transaction on new versions only.
+func TestLastMessageIsAcknowledgedAndNoOther(t *testing.T) {
+	for name, encode := range map[string]func(e *nfnl.Encoder){
+		"single messages": func(e *nfnl.Encoder) { some(e, 7); some(e, 9); some(e, 12) },
+		"transaction": func(e *nfnl.Encoder) {
+			e.BeginTransaction(10, 7)
+			some(e, 9)
+			some(e, 12)
+			e.EndTransaction(10, 13)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c, k := nfnltest.New(t)
+			k.Answer = func(sent []nfnltest.Request) [][]byte {
+				for _, r := range sent {
+					if acked := r.Flags&unix.NLM_F_ACK != 0; acked != (r.Seq == 12) {
+						t.Errorf("message %d has flags %x", r.Seq, r.Flags)
+					}
+				}
+				return [][]byte{nfnltest.Says(12, 0)}
+			}
+			var e nfnl.Encoder
+			encode(&e)
+			if err := c.Exchange(&e, nil, nil); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// Each message of a transaction has an answer of its own; one to the beginning
+// is about all of them, and what comes behind it belongs to no other exchange.
+func TestRefusedTransaction(t *testing.T) {
+	c, k := nfnltest.New(t)
+	k.Answer = func([]nfnltest.Request) [][]byte {
+		return [][]byte{nfnltest.Says(7, unix.ERESTART), nfnltest.Says(9, 0)}
+	}
+	var e nfnl.Encoder
+	e.BeginTransaction(10, 7)
+	some(&e, 9)
+	e.EndTransaction(10, 10)
+	if err := c.Exchange(&e, nil, nil); !errors.Is(err, unix.ERESTART) {
+		t.Errorf("error %v, want ERESTART", err)
+	}
+	k.Answer = nfnltest.Silent
+	c.Timeout = 10 * time.Millisecond
+	e.Reset()
+	some(&e, 9)
+	if err := c.Exchange(&e, nil, nil); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("an answer to what went before was taken: error %v", err)
+	}
+}
+
+func FuzzWalk(f *testing.F) {
+	f.Add(nfnltest.Says(5, unix.ENOENT), uint32(4), uint32(6), false)
+	f.Add(append(nfnltest.Message(0x200, 5, []byte("body")), nfnltest.Says(5, 0)...), uint32(5), uint32(5), false)
+	f.Add(append(nfnltest.Says(^uint32(0), unix.EPERM), nfnltest.Says(3, 0)...), ^uint32(0), uint32(3), false)
+	f.Add(nfnltest.Says(5, 0)[:17], uint32(5), uint32(5), false)
+	f.Fuzz(func(t *testing.T, b []byte, first, last uint32, transaction bool) {
+		within := func(seq uint32) bool { return seq-first <= last-first }
+		done, err := nfnl.Walk(b, first, last, transaction, func(seq uint32, err error) {
+			var errno unix.Errno
+			if !within(seq) || !errors.As(err, &errno) || errno == 0 || int32(errno) < 0 {
+				t.Fatalf("%d refused: %v", seq, err)
+			}
+		}, func(_ uint16, body []byte) {
+			if len(body) > len(b) {
+				t.Fatal("more than there is")
+			}
+		})
+		if done && err != nil {
+			t.Fatal("done and failed")
+		}
+	})
+}

@@ -1,0 +1,4 @@
+package nfnl
+
+// Walk is walk, for the fuzz target.
+var Walk = walk

@@ -1,0 +1,106 @@
+// Package nfnltest has a fake kernel for tests of what happens when the real one
+// refuses, is silent or talks nonsense.
+package nfnltest
+
+import (
+	"encoding/binary"
+	"errors"
+	"iter"
+	"os"
+	"slices"
+	"testing"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// A Request is a message that the Kernel got.
+type Request struct {
+	Type, Flags uint16
+	Seq         uint32
+	Body        []byte // behind struct nlmsghdr
+}
+
+// A Kernel answers each send with what Answer returns, a datagram each.
+type Kernel struct {
+	*os.File // the near end
+	Answer   func(sent []Request) [][]byte
+}
+
+// New returns a connection to a Kernel that does everything. Like the real one
+// it answers before the send returns.
+func New(t *testing.T) (*nfnl.Conn, *Kernel) {
+	t.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	near, far := os.NewFile(uintptr(fds[0]), "near"), os.NewFile(uintptr(fds[1]), "far")
+	t.Cleanup(func() { _ = near.Close(); _ = far.Close() })
+	k := &Kernel{File: near, Answer: Acknowledge}
+	c, err := nfnl.OverFake(netlink.NewConn(k, 1), func(b []byte) {
+		for _, answer := range k.Answer(requests(b)) {
+			if _, err := far.Write(answer); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c, k
+}
+
+// SetOption does nothing, successfully.
+func (*Kernel) SetOption(netlink.ConnOption, bool) error { return nil }
+
+// What an nfnl.Conn does not use.
+func (*Kernel) Send(netlink.Message) error                     { return errors.ErrUnsupported }
+func (*Kernel) SendMessages([]netlink.Message) error           { return errors.ErrUnsupported }
+func (*Kernel) Receive() ([]netlink.Message, error)            { return nil, errors.ErrUnsupported }
+func (*Kernel) ReceiveIter() iter.Seq2[netlink.Message, error] { return nil }
+
+func requests(b []byte) (all []Request) {
+	for len(b) > 0 {
+		n := binary.NativeEndian.Uint32(b)
+		all = append(all, Request{
+			Type: binary.NativeEndian.Uint16(b[4:]), Flags: binary.NativeEndian.Uint16(b[6:]),
+			Seq: binary.NativeEndian.Uint32(b[8:]), Body: slices.Clone(b[unix.NLMSG_HDRLEN:n]),
+		})
+		b = b[n:]
+	}
+	return all
+}
+
+// Message returns a netlink message.
+func Message(typ uint16, seq uint32, body []byte) []byte {
+	b := binary.NativeEndian.AppendUint32(nil, uint32(unix.NLMSG_HDRLEN+len(body)))
+	b = binary.NativeEndian.AppendUint16(b, typ)
+	b = binary.NativeEndian.AppendUint16(b, 0)
+	b = binary.NativeEndian.AppendUint32(b, seq)
+	b = binary.NativeEndian.AppendUint32(b, 0)
+	return append(b, body...)
+}
+
+// Says is the answer of a kernel to message seq; errno 0 acknowledges.
+func Says(seq uint32, errno unix.Errno) []byte {
+	return Message(unix.NLMSG_ERROR, seq, binary.NativeEndian.AppendUint32(nil, -uint32(errno)))
+}
+
+// Acknowledge is what a kernel says that did everything.
+func Acknowledge(sent []Request) [][]byte { return [][]byte{Says(sent[len(sent)-1].Seq, 0)} }
+
+// RefuseAll is what a kernel says that does nothing.
+func RefuseAll(errno unix.Errno) func(sent []Request) [][]byte {
+	return func(sent []Request) (out [][]byte) {
+		for _, r := range sent {
+			out = append(out, Says(r.Seq, errno))
+		}
+		return out
+	}
+}
+
+// Silent is a kernel that is broken.
+func Silent([]Request) [][]byte { return nil }
