@@ -189,18 +189,22 @@ func (s *scene) lost(in, from *lab.Socket, ext netip.AddrPort, fence *lab.Socket
 	}
 }
 
+// dumpLines bounds each part of a dump.
+const dumpLines = 100
+
 // dump shows what is in the kernel and what the daemon thinks.
 func (s *scene) dump() string {
 	var b strings.Builder
 	for _, args := range [][]string{{"-p", "udp"}, {"expect"}} {
 		lines, err := s.Conntrack(args...)
 		fmt.Fprintln(&b, "conntrack", args, err)
-		for _, l := range lines {
+		for _, l := range lines[:min(len(lines), dumpLines)] {
 			fmt.Fprintln(&b, " ", l)
 		}
 	}
 	if s.d != nil {
-		for _, p := range s.list() {
+		ps := s.list()
+		for _, p := range ps[:min(len(ps), dumpLines)] {
 			fmt.Fprintf(&b, "  %+v\n", p)
 		}
 		fmt.Fprintln(&b, s.d.Output())
@@ -230,7 +234,7 @@ func (s *scene) status() control.Status {
 // until asks cond again and again until it holds.
 func (s *scene) until(what string, cond func() bool) {
 	s.t.Helper()
-	for end := time.Now().Add(20 * time.Second); !cond(); {
+	for end := time.Now().Add(time.Minute); !cond(); {
 		if time.Now().After(end) {
 			s.t.Fatalf("waited in vain until %s\n%s", what, s.dump())
 		}

@@ -104,7 +104,7 @@ func (v *vm) path(name string) string { return filepath.Join(v.dir, name) }
 func (v *vm) start(t *testing.T, k tree, modules, job string) error {
 	args := []string{
 		"-no-user-config", "-nodefaults", "-no-reboot", "-display", "none",
-		"-machine", "q35", "-accel", "tcg,thread=single", "-cpu", "max,-la57", "-smp", "2", "-m", "1024",
+		"-machine", "q35", "-accel", "tcg,thread=single", "-cpu", "max,-la57", "-smp", "2", "-m", "2048",
 		"-kernel", k.path("vmlinux"), "-initrd", v.path("initramfs"),
 		// A panic ends QEMU, by -no-reboot. The rest saves time.
 		"-append", "console=ttyS0 panic=-1 mitigations=off nokaslr random.trust_cpu=on",
