@@ -189,6 +189,6 @@ func TestChildrenBeyondTheirLimitGo(t *testing.T) {
 	}
 	s.until("seven drops are counted", func() bool {
 		st := s.status()
-		return st.Guard.Children+st.Counters.Crowded == 7
+		return st.Tables.Guard.Children+st.Counters.Crowded == 7
 	})
 }

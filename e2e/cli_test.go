@@ -73,7 +73,6 @@ func TestWrongInputIsNamedAndChangesNothing(t *testing.T) {
 	}{
 		"wrong value":      {[]string{"run", "--config", file("# x\nlifetime = \"5 minutes\"\n")}, 2, "c.toml:2: lifetime: expected a duration"},
 		"missing file":     {[]string{"run", "--config", filepath.Join(dir, "none.toml")}, 2, "none.toml"},
-		"nft backend":      {[]string{"run", "--backend", "nft", "--subnet", "10.47.11.0/24"}, 2, `backend "nft" is not built yet`},
 		"host bits":        {[]string{"run", "--subnet", "10.47.11.1/24"}, 2, `did you mean "10.47.11.0/24"`},
 		"unknown flag":     {[]string{"run", "--bogus"}, 2, "--bogus"},
 		"no such outside":  {[]string{"run", "--subnet", "10.47.11.0/24", "--outside", "ppp7"}, 1, "ppp7"},

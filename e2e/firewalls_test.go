@@ -8,8 +8,8 @@ import (
 )
 
 // noise is what a listing has that is not the user's or changes by itself: our
-// own table, counters and the time.
-var noise = regexp.MustCompile(`(?ms)^table inet conenat \{.*?^\}\n|^#[^\n]*$|\[\d+:\d+\]`)
+// own tables, counters and the time.
+var noise = regexp.MustCompile(`(?ms)^table (inet|ip) conenat \{.*?^\}\n|^#[^\n]*$|\[\d+:\d+\]`)
 
 // Whatever language the user's firewall is written in: with a drop policy it
 // needs no rule for conenatd, and not a byte of it changes.

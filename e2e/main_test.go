@@ -85,10 +85,14 @@ func play(t *testing.T, o lab.Options, args ...string) *scene {
 	return s
 }
 
+// modeEnv has flags for every daemon, such as "--backend=nft --learn=false":
+// the same tests then show another mode. Flags of a test go before.
+const modeEnv = "CONENATD_MODE"
+
 // start starts the daemon, to be stopped when the test ends.
 func (s *scene) start(args ...string) {
 	s.t.Helper()
-	d, err := s.StartDaemon(exe, args...)
+	d, err := s.StartDaemon(exe, append(strings.Fields(os.Getenv(modeEnv)), args...)...)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -231,10 +235,18 @@ func (s *scene) status() control.Status {
 	return st
 }
 
+// patience bounds the wait for what must come; an emulated guest is slow.
+func patience() time.Duration {
+	if os.Getenv("CONENATD_GUEST") != "" {
+		return 2 * time.Minute
+	}
+	return 20 * time.Second
+}
+
 // until asks cond again and again until it holds.
 func (s *scene) until(what string, cond func() bool) {
 	s.t.Helper()
-	for end := time.Now().Add(time.Minute); !cond(); {
+	for end := time.Now().Add(patience()); !cond(); {
 		if time.Now().After(end) {
 			s.t.Fatalf("waited in vain until %s\n%s", what, s.dump())
 		}
@@ -283,7 +295,9 @@ func (s *scene) anchors() (out []string) {
 // code.
 func (s *scene) cli(args ...string) (out string, code int) {
 	s.t.Helper()
-	b, err := s.Gateway.Command(s.t.Context(), exe, args...).CombinedOutput()
+	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
+	defer cancel()
+	b, err := s.Gateway.Command(ctx, exe, args...).CombinedOutput()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
 		s.t.Fatal(err)

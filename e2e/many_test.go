@@ -15,7 +15,7 @@ import (
 func TestManyPermissions(t *testing.T) {
 	s := newScene(t, lab.Options{Inside: 2})
 	s.must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
-	s.start("--subnet", lab.InsideNet.String(), "--max-permissions-per-host", "0", "--event-buffer", "67108864")
+	s.start("--backend=expect", "--subnet", lab.InsideNet.String(), "--max-permissions-per-host", "0", "--event-buffer", "67108864")
 	limit := s.status().Permissions.Limit
 	const peers = 50 // on each outside port, of the 64 that there may be
 	ports := 50_000 / peers

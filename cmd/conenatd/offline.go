@@ -44,8 +44,8 @@ func cleanupCommand() *cobra.Command {
 			if running := new(control.RunningError); errors.As(err, &running) {
 				return err
 			}
-			fmt.Fprintf(c.OutOrStdout(), "removed %d expectations, %d anchors, %d unanswered children\n",
-				n.Expectations, n.Anchors, n.Children)
+			fmt.Fprintf(c.OutOrStdout(), "removed %d expectations, %d anchors, %d elements of the map, %d unanswered children\n",
+				n.Expectations, n.Anchors, n.Elements, n.Children)
 			return err
 		},
 	}

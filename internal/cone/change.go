@@ -48,6 +48,8 @@ func (m *Model) SetForwards(now time.Duration, f func(Endpoint) bool) {
 // the next snapshot.
 func (m *Model) SetPolicy(now time.Duration, p Policy) {
 	shorter := p.Lifetime < m.policy.Lifetime
+	stricter := m.policy.Mapped && !p.Mapped
+	learns := !m.policy.Learned && p.Learned
 	m.policy = compilePolicy(p)
 	m.wheel = newWheel(&m.claims, p.Lifetime)
 	m.wheel.done = int64(now / m.wheel.grain)
@@ -69,10 +71,21 @@ func (m *Model) SetPolicy(now time.Duration, p Policy) {
 			}
 			m.wheel.schedule(int32(i), min(c.refresh, c.fed+p.Lifetime))
 		case StateRefused:
+			if learns { // refused again, it is denied
+				c.retry = now
+			}
 			m.wheel.schedule(int32(i), c.retry)
 		}
 	}
 	m.endWhere(now, ReasonPolicy, func(c *claim) bool { return !m.allowed(c) })
+	if stricter { // a forward bars whatever it leads to now
+		m.Review(now, func(p Permission) Reason {
+			if m.forwardBars(now, p) {
+				return ReasonForwarded
+			}
+			return ReasonNone
+		})
+	}
 }
 
 // allowed reports whether the policy allows c. Flows to excluded peer ports
@@ -140,9 +153,20 @@ func (m *Model) Revoke(now time.Duration, f func(Permission) bool) (n int) {
 		m.withdraw(int32(i), ReasonRevoked)
 		m.wheel.remove(int32(i))
 		m.setState(int32(i), StateRefused, ReasonRevoked)
+		if m.policy.Learned {
+			m.keepDenied(now, int32(i))
+		}
 		m.settle(now, int32(i))
 	}
 	return n
+}
+
+// keepDenied denies claim i, which was revoked, and comes back to do so again:
+// unlike the others that are refused, nothing tries it again.
+func (m *Model) keepDenied(now time.Duration, i int32) {
+	m.deny(i)
+	m.claims[i].retry = now + m.policy.Retry
+	m.wheel.schedule(i, m.claims[i].retry)
 }
 
 // endWhere ends the claims for which f returns true. One that comes to stand in

@@ -10,10 +10,11 @@ import (
 
 // A desk is a Model under test with a kernel that grants everything.
 type desk struct {
-	t  *testing.T
-	m  *Model
-	id uint32
-	up map[Key]Endpoint // what stands in the kernel
+	t   *testing.T
+	m   *Model
+	id  uint32
+	up  map[Key]Endpoint // what stands in the kernel
+	ops []Op             // all that were carried out
 }
 
 func newDesk(t *testing.T, change func(*Policy)) *desk {
@@ -33,6 +34,7 @@ func (d *desk) carry() (kinds []OpKind) {
 	for ops := d.m.Ops(); len(ops) > 0; ops = d.m.Ops() {
 		for _, o := range ops {
 			kinds = append(kinds, o.Kind)
+			d.ops = append(d.ops, o)
 			switch o.Kind {
 			case Grant:
 				d.up[o.Key] = o.Int
@@ -271,17 +273,16 @@ func TestAdoptedPermissionEndsAsItWouldHaveUnlessAFlowHoldsIt(t *testing.T) {
 
 // Whatever happens, the scopes count what stands and list what lingers.
 func TestScopesAgreeWithTheClaims(t *testing.T) {
-	for seed := range uint64(60) {
-		w := newWorld(t, seed)
+	for seed := range uint64(180) {
 		p := testPolicy
+		p.Mapped, p.Learned = seed%3 > 0, seed%3 > 1
 		p.Limits = Limits{Total: 5, PerSubnet: 4, PerHost: 3, Children: 2}
-		w.m = New(p)
-		w.m.SetTopology(0, testTopology)
+		w := newWorld(t, seed, p)
 		for range 300 {
 			if n := w.rnd.IntN(100); n < 60 {
 				w.traffic()
 			} else if n < 95 {
-				w.now += time.Duration(1+w.rnd.IntN(20)) * time.Second
+				w.pass(time.Duration(1+w.rnd.IntN(20)) * time.Second)
 				w.m.Tick(w.now, 1000)
 			} else if n < 97 {
 				p.Limits.PerHost = 1 + w.rnd.IntN(4)

@@ -2,14 +2,6 @@ package cone
 
 import "time"
 
-// forwardMemory is how long a port counts as forwarded after the last flow
-// through the user's rule was seen. A forward that nobody uses for so long can
-// be overridden once, until its next flow shows it again.
-const forwardMemory = time.Hour
-
-// maxForwarded bounds the memory that a forward of all ports can cost.
-const maxForwarded = 1 << 16
-
 // A flow is a live conntrack entry that belongs to a claim: one that the inside
 // host opened, or a child.
 type flow struct {
@@ -47,7 +39,7 @@ type role uint8
 const (
 	roleOther role = iota // nothing to do with permissions
 	roleOut               // an enabled inside host opened it towards a peer
-	roleChild             // expected under one of our anchors
+	roleChild             // a permission admitted it
 	roleDNAT              // came in by a port forward of the user's: supports nothing
 	roleEarly             // came in and ends on the gateway
 )
@@ -74,11 +66,26 @@ func (m *Model) role(f *Flow) (role, Permission, Subnet) {
 	_, local := m.topo.local[f.Dst.Addr]
 	switch {
 	case f.Status.Has(StatusDstNAT) && !expected:
+		if m.admitted(f, inbound) {
+			return roleChild, inbound, Subnet{}
+		}
 		return roleDNAT, inbound, Subnet{}
 	case !f.Status.Has(StatusDstNAT) && !f.Status.Has(StatusSrcNAT) && local:
 		return roleEarly, inbound, Subnet{}
 	}
 	return roleOther, inbound, Subnet{}
+}
+
+// admitted reports whether f, which was DNATed, is a child of p. A forward of
+// the user's that leads to the same inside endpoint looks no different. Children
+// from before the policy changed stay children.
+func (m *Model) admitted(f *Flow, p Permission) bool {
+	i := m.find(p.Key, p.Int)
+	if i == none || m.policy.Mapped {
+		return i != none
+	}
+	n, known := m.flows.byKey[flowKey{i, f.Src.Port, true}]
+	return known && m.flows.all[n].id == f.ID
 }
 
 // IsAnchor reports whether an entry with this original direction has the mark
@@ -96,7 +103,7 @@ func (m *Model) FlowSeen(now time.Duration, f *Flow) {
 	case roleChild:
 		m.seeChild(now, f, p)
 	case roleDNAT:
-		m.forward(now, p.extKey())
+		m.forward(now, p.extKey(), p.Int)
 	case roleEarly:
 		m.seeEarly(f, p)
 	}
@@ -137,7 +144,10 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 	i := m.find(p.Key, p.Int)
 	if i == none || m.claims[i].state != StateStanding && !f.Status.Has(StatusSeenReply) {
-		m.orphan(f, p)
+		// A flow of a forward of the user's is not ours to drop.
+		if f.Status.Has(StatusExpected) || !m.forwardedTo(now, p) {
+			m.orphan(f, p)
+		}
 		return
 	}
 	if _, known := m.flows.byKey[flowKey{i, f.Src.Port, true}]; !known && full(m.claims[i].kids, m.policy.Limits.Children) {
@@ -158,9 +168,9 @@ func (m *Model) orphan(f *Flow, p Permission) {
 }
 
 // addFlow notes that f belongs to claim i and is alive. The claim is fed if f
-// had packets from inside since it was last seen; without counters, if it is
-// the inside host's own flow or a child that it answered. It returns whether the
-// flow was known.
+// had packets from inside since it was last seen; without counters that move, if
+// it is the inside host's own flow or a child that it answered. It returns
+// whether the flow was known.
 func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known bool) {
 	k := flowKey{claim: i, port: f.ReplySrc.Port, child: child}
 	packets := f.OrigPackets
@@ -179,7 +189,9 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known 
 	}
 	fl := &t.all[n]
 	fed := !child || f.Status.Has(StatusSeenReply)
-	if fed && known && f.HasCounters {
+	// The counters of a flow in a flowtable stand still. It has packets, though
+	// nobody knows whose: after 30 s without any it is let go.
+	if fed && known && f.HasCounters && !f.Status.Has(StatusOffload) {
 		fed = uint32(packets) != fl.packets
 	}
 	fl.id, fl.packets, fl.gen = f.ID, uint32(packets), m.snap.gen
@@ -306,51 +318,5 @@ func (m *Model) FlowMissing(now time.Duration, o *Op) {
 			m.settle(now, i)
 			return
 		}
-	}
-}
-
-// forward notes that a rule of the user's forwards e, and takes every
-// permission away from it.
-func (m *Model) forward(now time.Duration, e extKey) {
-	last, known := m.forwarded[e]
-	if !known && len(m.forwarded) >= maxForwarded {
-		m.forgetForwards(now)
-	}
-	m.forwarded[e] = now
-	if known && now-last < forwardMemory {
-		return
-	}
-	m.refuseExt(now, e, ReasonForwarded)
-}
-
-// forgetForwards makes room in the table of forwards: the old ones go, or, if
-// there is none, any one.
-func (m *Model) forgetForwards(now time.Duration) {
-	for e, seen := range m.forwarded {
-		if now-seen >= forwardMemory {
-			delete(m.forwarded, e)
-		}
-	}
-	for e := range m.forwarded {
-		if len(m.forwarded) < maxForwarded {
-			return
-		}
-		delete(m.forwarded, e)
-	}
-}
-
-// refuseExt withdraws all standing permissions of one outside endpoint.
-func (m *Model) refuseExt(now time.Duration, e extKey, r Reason) {
-	i, ok := m.byExt[e]
-	for ok && i != none {
-		next := m.claims[i].extNext
-		if m.claims[i].state == StateStanding {
-			m.withdraw(i, r)
-			m.refuse(now, i, r)
-			if m.claims[i].outs == 0 {
-				m.end(now, i, r)
-			}
-		}
-		i = next
 	}
 }

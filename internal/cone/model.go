@@ -68,7 +68,7 @@ type Model struct {
 	free      []int32 // unused indexes of claims
 	byKey     map[Key]int32
 	byExt     map[extKey]int32
-	forwarded map[extKey]time.Duration // outside endpoints that the user forwards: last seen
+	forwarded map[extKey]forward // by outside endpoint: what flows showed
 	flows     flowTable
 	early     earlyIndex
 	hosts     map[Addr]scope
@@ -104,7 +104,7 @@ func New(p Policy) *Model {
 		policy:    compilePolicy(p),
 		byKey:     make(map[Key]int32),
 		byExt:     make(map[extKey]int32),
-		forwarded: make(map[extKey]time.Duration),
+		forwarded: make(map[extKey]forward),
 		hosts:     make(map[Addr]scope),
 		subnets:   newScopes(len(p.Subnets)),
 		flows:     newFlowTable(),
@@ -224,11 +224,8 @@ func (m *Model) bars(now time.Duration, c *claim) Reason {
 	if m.ruled != nil && m.ruled(c.Ext) {
 		return ReasonForwarded
 	}
-	if seen, ok := m.forwarded[c.extKey()]; ok {
-		if now-seen < forwardMemory {
-			return ReasonForwarded
-		}
-		delete(m.forwarded, c.extKey())
+	if m.forwardBars(now, c.Permission) {
+		return ReasonForwarded
 	}
 	return ReasonNone
 }
@@ -240,11 +237,25 @@ func (m *Model) refuse(now time.Duration, i int32, r Reason) {
 	m.stats.Refusals[r]++
 	c.retry = now + m.policy.Retry
 	m.wheel.schedule(i, c.retry)
+	m.deny(i)
 }
 
-// withdraw takes claim i out of the kernel, if it stands, with the children
-// that the inside host never answered: these would live for as long as the
-// peer keeps sending.
+// deny tells a kernel that learns by itself that claim i, which is refused, must
+// not stand, if the reason says so and a flow could teach it. The Key is denied
+// to all claims of it, so not while another one stands.
+func (m *Model) deny(i int32) {
+	c := &m.claims[i]
+	if !m.policy.Learned || c.outs == 0 || !c.reason.denies() {
+		return
+	}
+	if o := m.owner(c.Key); o != i && (m.claims[o].state == StateStanding || m.claims[o].reason.denies()) {
+		return
+	}
+	m.op(Op{Kind: Deny, Permission: c.Permission, Reason: c.reason})
+}
+
+// withdraw takes claim i out of the kernel, if it stands, with its unanswered
+// children.
 func (m *Model) withdraw(i int32, r Reason) {
 	c := &m.claims[i]
 	if c.state != StateStanding {
@@ -252,12 +263,18 @@ func (m *Model) withdraw(i int32, r Reason) {
 	}
 	m.stats.Revoked[r]++
 	m.op(Op{Kind: Revoke, Permission: c.Permission, Reason: r})
+	m.dropChildren(c)
+	m.wheel.remove(i)
+}
+
+// dropChildren drops the children that the inside host never answered: these
+// would live for as long as the peer keeps sending.
+func (m *Model) dropChildren(c *claim) {
 	for f := c.flows; f != none; f = m.flows.all[f].next {
 		if fl := &m.flows.all[f]; fl.child && !fl.answered {
 			m.op(Op{Kind: DropUnanswered, Permission: c.Permission, Port: fl.port, ID: fl.id})
 		}
 	}
-	m.wheel.remove(i)
 }
 
 // end removes claim i with its flows and lets the next one of its Key stand.
@@ -304,8 +321,12 @@ func (m *Model) end(now time.Duration, i int32, r Reason) {
 	m.account(i)
 	*c = claim{state: stateUnused}
 	m.free = append(m.free, i)
-	if heir != none && (m.claims[heir].state == StateWaiting || !m.claims[heir].waitsForFlow()) {
+	switch {
+	case heir == none:
+	case m.claims[heir].state == StateWaiting || !m.claims[heir].waitsForFlow():
 		m.grant(now, heir)
+	default:
+		m.deny(heir)
 	}
 }
 
@@ -368,6 +389,8 @@ func (m *Model) attend(now time.Duration, i int32) {
 			m.wheel.schedule(i, c.retry)
 		case !c.waitsForFlow():
 			m.grant(now, i)
+		case c.reason == ReasonRevoked && m.policy.Learned:
+			m.keepDenied(now, i)
 		}
 		return
 	}
@@ -429,6 +452,9 @@ func (m *Model) Refused(now time.Duration, p Permission, r Reason, standing bool
 		m.withdraw(i, r)
 	}
 	m.refuse(now, i, r)
+	if !standing && m.policy.Learned && r.denies() {
+		m.dropChildren(&m.claims[i]) // it stood all the same, learned
+	}
 	m.settle(now, i)
 }
 
@@ -442,10 +468,15 @@ func (m *Model) Lost(p Permission) {
 }
 
 // Surplus tells the model that p stands in the kernel. If it should not, it is
-// revoked.
+// revoked; if another inside endpoint should have its Key, that one is granted,
+// to replace p: a map knows a permission by its Key alone, so to revoke p could
+// end the other one.
 func (m *Model) Surplus(p Permission) {
-	if i := m.find(p.Key, p.Int); i == none || m.claims[i].state != StateStanding {
+	switch o := m.owner(p.Key); {
+	case o == none || m.claims[o].state != StateStanding:
 		m.op(Op{Kind: Revoke, Permission: p, Reason: ReasonExpired})
+	case m.claims[o].Int != p.Int:
+		m.Lost(m.claims[o].Permission)
 	}
 }
 

@@ -28,6 +28,9 @@ var (
 	}
 )
 
+// stranger is a host that nobody inside ever sends to.
+var stranger = ep("192.0.2.77:9")
+
 // world drives a Model and a refModel with the same inputs and plays the
 // kernel: it carries out the ops of the Model and holds what stands.
 type world struct {
@@ -36,19 +39,25 @@ type world struct {
 	now    time.Duration
 	m      *Model
 	ref    *refModel
+	policy Policy
 	kernel map[Key]Endpoint
-	flows  []*Flow // alive
+	mapped map[Key]bool             // stands as an element of a map
+	taught map[Key]bool             // learned, not granted
+	denied map[Key]time.Duration    // not to be learned until then
+	flows  []*Flow                  // alive
+	sent   map[uint32]time.Duration // by flow: its last packet from inside
 	acct   bool
 	nextID uint32
 	full   int // grants to be refused, in percent
 	log    []string
 }
 
-func newWorld(t *testing.T, seed uint64) *world {
+func newWorld(t *testing.T, seed uint64, p Policy) *world {
 	w := &world{
 		t: t, rnd: rand.New(rand.NewPCG(seed, 1)),
-		m: New(testPolicy), ref: newRef(testPolicy, testTopology),
-		kernel: map[Key]Endpoint{},
+		m: New(p), ref: newRef(p, testTopology), policy: p,
+		kernel: map[Key]Endpoint{}, mapped: map[Key]bool{},
+		taught: map[Key]bool{}, denied: map[Key]time.Duration{}, sent: map[uint32]time.Duration{},
 	}
 	w.m.SetTopology(0, testTopology)
 	return w
@@ -74,18 +83,30 @@ func (w *world) apply() {
 			owner, stands := w.kernel[o.Key]
 			switch o.Kind {
 			case Grant:
-				if stands && owner != o.Int {
+				if stands && owner != o.Int && !w.taught[o.Key] {
 					w.failf("grant of %v to %v while %v owns it", o.Key, o.Int, owner)
 				}
 				if w.rnd.IntN(100) < w.full {
-					w.m.Refused(w.now, o.Permission, ReasonTableFull, false)
-					w.ref.refused(w.now, o.Permission, ReasonTableFull)
+					why := ReasonTableFull
+					if w.policy.Learned { // what stands is no question of room
+						why = ReasonLocalSocket
+					}
+					w.m.Refused(w.now, o.Permission, why, false)
+					w.ref.refused(w.now, o.Permission, why)
 					continue
 				}
-				w.kernel[o.Key] = o.Int
+				w.stand(o.Key, o.Int)
+				delete(w.denied, o.Key)
+				delete(w.taught, o.Key)
 				w.m.Granted(o.Permission)
+			case Deny:
+				if !w.policy.Learned {
+					w.failf("a kernel that does not learn is told what not to learn")
+				}
+				delete(w.kernel, o.Key)
+				w.denied[o.Key] = w.now + 2*testPolicy.Retry
 			case Revoke:
-				if stands && owner != o.Int {
+				if stands && owner != o.Int && !w.taught[o.Key] {
 					w.failf("revoke of %v for %v hits %v", o.Key, o.Int, owner)
 				}
 				delete(w.kernel, o.Key)
@@ -96,6 +117,9 @@ func (w *world) apply() {
 			case DropUnanswered:
 				for i, f := range w.flows {
 					if f.ID == o.ID && !f.Status.Has(StatusSeenReply) {
+						if f.ReplySrc != o.Int || f.Src.Addr == stranger.Addr {
+							w.failf("a flow of the user's forward is dropped")
+						}
 						w.gone(i)
 						break
 					}
@@ -143,6 +167,27 @@ func asDestroyed(f *Flow) *Flow {
 	return &g
 }
 
+// stand makes a permission stand in the kernel, one way or the other.
+func (w *world) stand(k Key, in Endpoint) {
+	if _, stands := w.kernel[k]; !stands && w.ref.policy.Mapped {
+		w.mapped[k] = w.rnd.IntN(2) == 0
+	}
+	w.kernel[k] = in
+}
+
+// send lets a packet from inside pass the rule that learns: it sees those of
+// flows that had no answer yet, and adds what neither stands nor is denied.
+func (w *world) send(f *Flow) {
+	w.sent[f.ID] = w.now
+	k := Key{f.ReplyDst, f.ReplySrc.Addr, f.ReplyZone}
+	_, stands := w.kernel[k]
+	if w.policy.Learned && !stands && !f.Status.Has(StatusSeenReply) && f.ReplySrc.Port != 53 && w.denied[k] <= w.now {
+		w.notef("  learn %v %v->%v", k.Peer, k.Ext, f.Src)
+		w.stand(k, f.Src)
+		w.taught[k] = true
+	}
+}
+
 func (w *world) open(f Flow) {
 	for _, x := range w.flows { // the kernel has each tuple once
 		if x.Src == f.Src && x.Dst == f.Dst || x.ReplySrc == f.ReplySrc && x.ReplyDst == f.ReplyDst ||
@@ -154,6 +199,9 @@ func (w *world) open(f Flow) {
 	f.ID = w.nextID
 	w.notef("new %v->%v reply %v->%v id %d", f.Src, f.Dst, f.ReplySrc, f.ReplyDst, f.ID)
 	w.flows = append(w.flows, &f)
+	if f.Status.Has(StatusSrcNAT) {
+		w.send(&f)
+	}
 	w.seen(&f)
 	f.OrigPackets = 1
 }
@@ -188,8 +236,18 @@ func (w *world) snapshot() {
 	w.ref.finish(w.now)
 }
 
-func (w *world) tick(d time.Duration) {
+// pass lets time pass. A flow that nobody feeds lives by answers.
+func (w *world) pass(d time.Duration) {
 	w.now += d
+	for _, f := range w.flows {
+		if f.Status.Has(StatusSrcNAT) && w.now-w.sent[f.ID] > 30*time.Second {
+			f.Status |= StatusSeenReply
+		}
+	}
+}
+
+func (w *world) tick(d time.Duration) {
+	w.pass(d)
 	asked := w.ref.tick(w.now, lifetime/16)
 	for w.m.Tick(w.now, 1) {
 		w.apply()
@@ -228,13 +286,19 @@ func (w *world) traffic() {
 			k := keys[w.rnd.IntN(len(keys))]
 			in := w.kernel[k]
 			from := Endpoint{k.Peer, uint16(6000 + w.rnd.IntN(3))}
-			w.open(Flow{
-				Status: StatusDstNAT | StatusExpected, Src: from, Dst: k.Ext, ReplySrc: in, ReplyDst: from,
-				MasterSrc: Endpoint{Addr: in.Addr}, MasterDst: Endpoint{k.Peer, k.Ext.Port},
-			})
+			f := Flow{Status: StatusDstNAT, Src: from, Dst: k.Ext, ReplySrc: in, ReplyDst: from}
+			if !w.mapped[k] {
+				f.Status |= StatusExpected
+				f.MasterSrc, f.MasterDst = Endpoint{Addr: in.Addr}, Endpoint{k.Peer, k.Ext.Port}
+			}
+			w.open(f)
 		}
 	case n < 52: // a stranger uses a forward of the user's
-		from, in := ep("192.0.2.77:9"), ep("10.47.11.200:80")
+		from, in := stranger, ep("10.47.11.200:80")
+		if w.policy.Mapped { // or a peer, or it leads where a mapping does
+			from = []Endpoint{stranger, w.peer()}[w.rnd.IntN(2)]
+			in = []Endpoint{in, w.inside(), w.inside()}[w.rnd.IntN(3)]
+		}
 		w.open(Flow{Status: StatusDstNAT, Src: from, Dst: w.ext(), ReplySrc: in, ReplyDst: from})
 	case n < 55: // an early packet
 		from, ext := w.peer(), w.ext()
@@ -242,9 +306,16 @@ func (w *world) traffic() {
 	case len(w.flows) == 0:
 	case n < 70: // packets from inside
 		f := w.flows[w.rnd.IntN(len(w.flows))]
-		if f.Status.Has(StatusSrcNAT) {
+		if w.policy.Mapped && w.rnd.IntN(5) == 0 {
+			f.Status ^= StatusOffload
+		}
+		switch {
+		case f.Status.Has(StatusOffload):
+			f.Status |= StatusSeenReply
+		case f.Status.Has(StatusSrcNAT):
 			f.OrigPackets++
-		} else {
+			w.send(f)
+		default:
 			f.ReplyPackets++
 			f.Status |= StatusSeenReply
 		}
@@ -257,24 +328,57 @@ func (w *world) traffic() {
 	}
 }
 
+// change is one random thing that a user does.
+func (w *world) change() {
+	switch in := w.inside(); {
+	case !w.policy.Mapped:
+	case w.rnd.IntN(2) == 0:
+		w.notef("revoke %v", in)
+		w.m.Revoke(w.now, func(p Permission) bool { return p.Int == in })
+		w.ref.revoke(w.now, in)
+	default:
+		p := w.ref.policy
+		p.Mapped = !p.Mapped
+		w.notef("mapped %v", p.Mapped)
+		w.m.SetPolicy(w.now, p)
+		w.ref.setPolicy(w.now, p)
+		clear(w.mapped) // expectations take over
+	}
+}
+
 // The model and the naive reference must agree after every step, and no grant
 // may meet a standing permission of somebody else's. Fails, for instance, when
 // withdraw is left out of end, or when settle forgets to yield.
 func TestModelAgreesWithNaiveReference(t *testing.T) {
+	mapped := testPolicy
+	mapped.Mapped = true
+	mapped.Limits.Children = 2
+	learned := mapped
+	learned.Learned = true
+	for name, p := range map[string]Policy{"expected": testPolicy, "mapped": mapped, "learned": learned} {
+		t.Run(name, func(t *testing.T) { agree(t, p) })
+	}
+}
+
+func agree(t *testing.T, p Policy) {
 	runs, steps := 400, 400
 	if testing.Short() {
 		runs = 40
 	}
 	for seed := range runs {
-		w := newWorld(t, uint64(seed))
+		w := newWorld(t, uint64(seed), p)
 		w.acct = seed%2 == 1
 		w.full = seed % 3 * 10
 		for range steps {
 			switch n := w.rnd.IntN(100); {
 			case n < 70:
 				w.traffic()
-			case n < 95:
+			case n < 94:
 				w.tick(time.Duration(1+w.rnd.IntN(20)) * time.Second)
+			case n < 95:
+				w.change()
+			case n < 96 && p.Mapped:
+				w.tick(forwardMemory)
 			case n < 96:
 				w.tick(10 * lifetime)
 			default:

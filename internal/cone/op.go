@@ -5,8 +5,9 @@ type OpKind uint8
 
 // The kinds of Op.
 const (
-	// Grant makes Permission stand. It may stand already. The outcome goes to
-	// Granted or Refused.
+	// Grant makes Permission stand. It may stand already; with Policy.Learned
+	// the kernel may have learned its Key for another inside endpoint, which it
+	// replaces. The outcome goes to Granted or Refused.
 	Grant OpKind = iota
 	// Revoke ends Permission. It may be gone already.
 	Revoke
@@ -21,10 +22,16 @@ const (
 	// DropEarly deletes the flow ID from Peer, Port to Ext that ends on the
 	// gateway itself, unless a local socket serves it.
 	DropEarly
+	// Deny keeps Permission, which a flow wants and must not have, from
+	// standing: a kernel that learns by itself must not learn its Key, and
+	// what it learned already ends. A later Grant of the same Key lifts the
+	// denial, and so does a timeout of its own. While the denial holds, it is
+	// renewed every Policy.Retry. Only with Policy.Learned.
+	Deny
 )
 
 func (k OpKind) String() string {
-	return [...]string{"grant", "revoke", "refresh", "query", "drop unanswered", "drop early"}[k]
+	return [...]string{"grant", "revoke", "refresh", "query", "drop unanswered", "drop early", "deny"}[k]
 }
 
 // An Op is one decision of the model, to be carried out in order.
@@ -33,7 +40,7 @@ type Op struct {
 	ID     uint32 // of the flow, for Query, DropUnanswered, DropEarly
 	Port   uint16 // the peer's, for the same
 	Kind   OpKind
-	Reason Reason // why, for Revoke
+	Reason Reason // why, for Revoke and Deny
 }
 
 // FlowTuple returns the endpoints of the flow that a Query, DropUnanswered or

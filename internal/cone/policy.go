@@ -18,6 +18,15 @@ type Policy struct {
 	// It must be positive.
 	Retry time.Duration
 
+	// Mapped says that permissions may stand as elements of an nftables map
+	// too. Their children are DNATed, not expected, and look like flows of a
+	// forward of the user's.
+	Mapped bool
+
+	// Learned says that the kernel makes permissions by itself, while the
+	// first packet of a flow passes. Deny tells it which it must not make.
+	Learned bool
+
 	ExcludePeers     []netip.Prefix // peers that never get a permission
 	ExcludePeerPorts []uint16       // peer ports that never give one
 	ExcludePorts     []uint16       // outside ports that never get one

@@ -24,6 +24,7 @@ const (
 	ReasonTableFull   // the kernel's table is full
 	ReasonTaken       // an expectation or entry of somebody else's is in the way
 	ReasonKernel      // the kernel refused for another reason
+	ReasonNoBackend   // no backend in use can carry it
 	ReasonHostLimit   // the inside host has all the permissions it may have
 	ReasonSubnetLimit // the subnet has
 	ReasonLimit       // all together have
@@ -59,6 +60,7 @@ var reasonNames = [reasons]string{
 	ReasonTableFull:        "kernel table is full",
 	ReasonTaken:            "another entry is in the way",
 	ReasonKernel:           "kernel refused",
+	ReasonNoBackend:        "no backend carries it",
 	ReasonHostLimit:        "limit per inside host",
 	ReasonSubnetLimit:      "limit per subnet",
 	ReasonLimit:            "limit of all permissions",
@@ -70,6 +72,17 @@ var reasonNames = [reasons]string{
 	ReasonExpired:          "expired",
 	ReasonYielded:          "yielded",
 	ReasonStopped:          "stopped",
+}
+
+// denies reports whether a permission that is refused for r must not stand, by
+// whatever means. Where the kernel refused, there is nothing to forbid.
+func (r Reason) denies() bool {
+	switch r {
+	case ReasonForwarded, ReasonLocalSocket, ReasonRevoked,
+		ReasonHostLimit, ReasonSubnetLimit, ReasonLimit:
+		return true
+	}
+	return false
 }
 
 func (r Reason) String() string {

@@ -12,9 +12,10 @@ import (
 type refModel struct {
 	policy    Policy
 	topo      Topology
-	claims    []*refClaim // oldest first
-	forwarded map[extKey]time.Duration
-	dumped    map[*refFlow]bool // not nil: a snapshot is running
+	claims    []*refClaim                           // oldest first
+	forwarded map[extKey]map[Endpoint]time.Duration // by target: last seen
+	dumped    map[*refFlow]bool                     // not nil: a snapshot is running
+	showing   bool                                  // one of its flows right now
 	over      map[uint32]bool
 	inbound   []Flow
 }
@@ -39,7 +40,7 @@ type refFlow struct {
 }
 
 func newRef(p Policy, t Topology) *refModel {
-	return &refModel{policy: p, topo: t, forwarded: map[extKey]time.Duration{}}
+	return &refModel{policy: p, topo: t, forwarded: map[extKey]map[Endpoint]time.Duration{}}
 }
 
 func (r *refModel) ofKey(k Key) (cs []*refClaim) {
@@ -87,9 +88,32 @@ func (r *refModel) classify(f *Flow) (string, Permission) {
 	case inside && f.Status.Has(StatusSrcNAT):
 		return "out", Permission{Key: Key{f.ReplyDst, f.ReplySrc.Addr, f.ReplyZone}, Int: f.Src}
 	case !inside && f.Status.Has(StatusDstNAT):
+		if c := r.find(in.Key, in.Int); c != nil && (r.policy.Mapped || c.has(f)) {
+			return "child", in
+		}
 		return "dnat", in
 	}
 	return "", in
+}
+
+// has reports whether f is a known child of c.
+func (c *refClaim) has(f *Flow) bool {
+	for _, x := range c.flows {
+		if x.child && x.port == f.Src.Port && x.id == f.ID {
+			return true
+		}
+	}
+	return false
+}
+
+// barred reports whether a DNATed flow was seen that bars c.
+func (r *refModel) barred(now time.Duration, c *refClaim) bool {
+	for to, seen := range r.forwarded[c.extKey()] {
+		if now-seen < forwardMemory && !(r.policy.Mapped && to == c.Int) {
+			return true
+		}
+	}
+	return false
 }
 
 func (r *refModel) seen(now time.Duration, f *Flow) {
@@ -103,7 +127,10 @@ func (r *refModel) seen(now time.Duration, f *Flow) {
 			}
 		}
 		if c != nil {
-			r.add(now, c, f, false)
+			known := r.add(now, c, f, false)
+			if !known && !r.showing && c.reason == ReasonRevoked && r.ofKey(c.Key)[0] == c {
+				r.grant(now, c)
+			}
 			return
 		}
 		c = &refClaim{Permission: p, state: StateWaiting}
@@ -116,18 +143,21 @@ func (r *refModel) seen(now time.Duration, f *Flow) {
 			r.end(now, rivals[0])
 		}
 	case "child":
-		if c != nil {
+		if c == nil || c.state != StateStanding && !f.Status.Has(StatusSeenReply) {
+			return
+		}
+		known := slices.ContainsFunc(c.flows, func(x *refFlow) bool { return x.child && x.port == f.Src.Port })
+		if most := r.policy.Limits.Children; known || most == 0 || c.count(true, false) < most {
 			r.add(now, c, f, true)
 		}
 	case "dnat":
 		e := p.extKey()
-		last, known := r.forwarded[e]
-		r.forwarded[e] = now
-		if known && now-last < forwardMemory {
-			return
+		if r.forwarded[e] == nil {
+			r.forwarded[e] = map[Endpoint]time.Duration{}
 		}
+		r.forwarded[e][p.Int] = now
 		for _, c := range append([]*refClaim(nil), r.claims...) {
-			if c.extKey() == e && c.state == StateStanding {
+			if c.extKey() == e && c.state == StateStanding && r.barred(now, c) {
 				r.refuse(now, c, ReasonForwarded)
 				if c.count(false, false) == 0 {
 					r.end(now, c)
@@ -137,7 +167,7 @@ func (r *refModel) seen(now time.Duration, f *Flow) {
 	}
 }
 
-func (r *refModel) add(now time.Duration, c *refClaim, f *Flow, child bool) {
+func (r *refModel) add(now time.Duration, c *refClaim, f *Flow, child bool) (known bool) {
 	port, packets := f.ReplySrc.Port, f.OrigPackets
 	if child {
 		port, packets = f.Src.Port, f.ReplyPackets
@@ -148,7 +178,7 @@ func (r *refModel) add(now time.Duration, c *refClaim, f *Flow, child bool) {
 			fl = x
 		}
 	}
-	known := fl != nil && fl.id == f.ID
+	known = fl != nil && fl.id == f.ID
 	if fl == nil {
 		fl = &refFlow{port: port, child: child}
 		c.flows = append(c.flows, fl)
@@ -157,7 +187,7 @@ func (r *refModel) add(now time.Duration, c *refClaim, f *Flow, child bool) {
 	if !f.HasCounters && !known && !child {
 		packets = 1
 	}
-	if fed && known && f.HasCounters {
+	if fed && known && f.HasCounters && !f.Status.Has(StatusOffload) {
 		fed = fl.packets != packets
 	}
 	fl.id, fl.packets, fl.answered = f.ID, packets, child && f.Status.Has(StatusSeenReply)
@@ -170,10 +200,11 @@ func (r *refModel) add(now time.Duration, c *refClaim, f *Flow, child bool) {
 			r.grant(now, c)
 		}
 	}
+	return known
 }
 
 func (r *refModel) grant(now time.Duration, c *refClaim) {
-	if seen, ok := r.forwarded[c.extKey()]; ok && now-seen < forwardMemory {
+	if r.barred(now, c) {
 		r.refuse(now, c, ReasonForwarded)
 		return
 	}
@@ -198,8 +229,27 @@ func (r *refModel) end(now time.Duration, c *refClaim) {
 			r.claims = append(append([]*refClaim(nil), r.claims[:i]...), r.claims[i+1:]...)
 		}
 	}
-	if next := r.ofKey(c.Key); owner && len(next) > 0 {
+	if next := r.ofKey(c.Key); owner && len(next) > 0 && next[0].reason != ReasonRevoked {
 		r.grant(now, next[0])
+	}
+}
+
+func (r *refModel) revoke(now time.Duration, in Endpoint) {
+	for _, c := range append([]*refClaim(nil), r.claims...) {
+		if c.Int == in {
+			c.state, c.reason = StateRefused, ReasonRevoked
+			r.settle(now, c)
+		}
+	}
+}
+
+func (r *refModel) setPolicy(now time.Duration, p Policy) {
+	r.policy = p
+	for _, c := range append([]*refClaim(nil), r.claims...) {
+		if c.state == StateStanding && r.barred(now, c) {
+			r.refuse(now, c, ReasonForwarded)
+			r.settle(now, c)
+		}
 	}
 }
 
@@ -257,7 +307,7 @@ func (r *refModel) missing(now time.Duration, o *Op) {
 func (r *refModel) tick(now, grace time.Duration) (ask []*refClaim) {
 	for _, c := range append([]*refClaim(nil), r.claims...) {
 		switch {
-		case c.state == StateRefused && c.reason != ReasonIdle && now >= c.retry:
+		case c.state == StateRefused && c.reason != ReasonIdle && c.reason != ReasonRevoked && now >= c.retry:
 			r.grant(now, c)
 		case c.state == StateStanding && now > c.made && now >= c.fed+r.policy.Lifetime:
 			switch {
@@ -284,16 +334,22 @@ func (r *refModel) dump(now time.Duration, f *Flow) {
 		return
 	}
 	if f.Status.Has(StatusSrcNAT) {
-		r.seen(now, f)
+		r.show(now, f)
 	} else {
 		r.inbound = append(r.inbound, *f)
 	}
 }
 
+func (r *refModel) show(now time.Duration, f *Flow) {
+	r.showing = true
+	r.seen(now, f)
+	r.showing = false
+}
+
 func (r *refModel) finish(now time.Duration) {
 	for i := range r.inbound {
 		if f := &r.inbound[i]; !r.over[f.ID] {
-			r.seen(now, f)
+			r.show(now, f)
 		}
 	}
 	seen := r.dumped

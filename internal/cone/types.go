@@ -51,12 +51,14 @@ type Status uint32
 
 // The bits of Status that conenatd uses.
 const (
-	StatusExpected  Status = 1 << 0 // admitted by an expectation
-	StatusSeenReply Status = 1 << 1 // packets seen in both directions
-	StatusAssured   Status = 1 << 2 // never dropped early
-	StatusConfirmed Status = 1 << 3 // in the table
-	StatusSrcNAT    Status = 1 << 4 // source of the original direction changed
-	StatusDstNAT    Status = 1 << 5 // destination of the original direction changed
+	StatusExpected  Status = 1 << 0  // admitted by an expectation
+	StatusSeenReply Status = 1 << 1  // packets seen in both directions
+	StatusAssured   Status = 1 << 2  // never dropped early
+	StatusConfirmed Status = 1 << 3  // in the table
+	StatusSrcNAT    Status = 1 << 4  // source of the original direction changed
+	StatusDstNAT    Status = 1 << 5  // destination of the original direction changed
+	StatusOffload   Status = 1 << 14 // in a flowtable: counters and timeout stand still
+	StatusHWOffload Status = 1 << 15 // in the flowtable of a network card, beside StatusOffload
 )
 
 // Has reports whether all bits of t are set in s.

@@ -53,6 +53,15 @@ type Config struct {
 	// ports.
 	MaxChildren int
 
+	// Learn lets the kernel itself add a permission to the nftables map while
+	// the first packet of a flow is still inside.
+	Learn bool
+
+	// LearnRate is how many permissions the kernel learns from one inside
+	// address in a second, 1 to 100,000, and five times as many at once. What
+	// is beyond has to wait for the daemon.
+	LearnRate int
+
 	// Guard drops new UDP packets from outside that no socket of the gateway
 	// waits for, before conntrack makes a flow of them.
 	Guard bool
@@ -95,8 +104,9 @@ type Backend string
 
 // The backends that a Config can ask for.
 const (
-	BackendAuto   Backend = "auto"   // the best that is there; expect for now
+	BackendAuto   Backend = "auto"   // both, or the one that there is
 	BackendExpect Backend = "expect" // conntrack expectations
+	BackendNFT    Backend = "nft"    // elements of an nftables map
 )
 
 // OnStop says what a stopped daemon leaves.
@@ -120,6 +130,9 @@ func Default() Config {
 
 		MaxPermissionsPerHost: 4096,
 		MaxChildren:           256,
+
+		Learn:     true,
+		LearnRate: 200,
 
 		Guard:       true,
 		Table:       "conenat",

@@ -27,6 +27,8 @@ max_permissions = 1000
 max_permissions_per_subnet = 500
 max_permissions_per_host = 50
 max_children = 10
+learn = false
+learn_rate = 7
 guard = false
 table = "cone2"
 on_stop = "keep"
@@ -59,6 +61,7 @@ func everyConfig() Config {
 		MaxPermissionsPerSubnet: 500,
 		MaxPermissionsPerHost:   50,
 		MaxChildren:             10,
+		LearnRate:               7,
 
 		Table:         "cone2",
 		OnStop:        OnStopKeep,
@@ -151,9 +154,10 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 		data string
 		want string // each line without its leading "f.toml:"
 	}{
-		"backend that does not exist":  {`backend = "ebpf"`, `1: backend: expected "auto" or "expect", got "ebpf"`},
-		"backend of another type":      {`backend = ["nft"]`, `1: backend: expected "auto" or "expect", got an array`},
-		"backend that is not yet":      {`backend = "nft"`, `1: backend: backend "nft" is not built yet; expected "expect" or "auto"`},
+		"backend that does not exist":  {`backend = "ebpf"`, `1: backend: expected "auto", "expect" or "nft", got "ebpf"`},
+		"backend of another type":      {`backend = ["nft"]`, `1: backend: expected "auto", "expect" or "nft", got an array`},
+		"learn rate of nothing":        {`learn_rate = 0`, `1: learn_rate: expected a number from 1 to 100000, got 0`},
+		"learn rate beyond all":        {`learn_rate = 100001`, `1: learn_rate: expected a number from 1 to 100000, got 100001`},
 		"duration in words":            {"\n\nlifetime = \"5 minutes\"", `3: lifetime: expected a duration between 1s and 24h such as "5m", got "5 minutes"`},
 		"duration without unit":        {`lifetime = 300`, `1: lifetime: expected a duration between 1s and 24h such as "5m", got 300`},
 		"duration too short":           {`lifetime = "999ms"`, `1: lifetime: expected a duration between 1s and 24h such as "5m", got "999ms"`},
@@ -177,15 +181,15 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 
 		"unknown key": {
 			"# typo\nlifetme = \"5m\"",
-			`2: lifetme: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`2: lifetme: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"unknown table": {
 			"lifetime = \"5m\"\n[limits.host]\nx = 1",
-			`2: limits: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`2: limits: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"key of another case": {
 			`Lifetime = "5m"`,
-			`1: Lifetime: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`1: Lifetime: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"unknown key in the second subnet": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n[[subnet]]\nprefix = \"192.168.0.0/16\"\nmtu = 1500",
@@ -259,7 +263,7 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 		"all errors, in the order of the file": {
 			"reconcile = 1\nbackend = 2\n[[subnet]]\nrouted = 3\nprefix = 4\n[[subnet]]\nprefix = 5",
 			`1: reconcile: expected a duration between 1s and 1h such as "30s", got 1
-2: backend: expected "auto" or "expect", got 2
+2: backend: expected "auto", "expect" or "nft", got 2
 4: subnet.routed: expected true or false, got 3
 5: subnet.prefix: expected a prefix such as "192.168.1.0/24", or "auto", got 4
 7: subnet.prefix: expected a prefix such as "192.168.1.0/24", or "auto", got 5`,

@@ -40,7 +40,7 @@ func TestFlagsAndFileSayTheSame(t *testing.T) {
 		"--outside=wan0", "--outside=ppp0", "--exclude-peer=203.0.113.0/24", "--exclude-peer=2001:db8::/32",
 		"--exclude-peer-port=53", "--exclude-port=5060", "--exclude-port=65535",
 		"--max-permissions=1000", "--max-permissions-per-subnet=500", "--max-permissions-per-host=50",
-		"--max-children=10", "--guard=false", "--table=cone2", "--on-stop=keep", "--event-buffer=65536", "--control-socket=/run/c.sock",
+		"--max-children=10", "--learn=false", "--learn-rate=7", "--guard=false", "--table=cone2", "--on-stop=keep", "--event-buffer=65536", "--control-socket=/run/c.sock",
 		"--subnet=192.168.1.0/24", "--subnet=2001:db8:1::/64", "--subnet=auto",
 	)
 	if err != nil {
@@ -115,7 +115,6 @@ func TestWrongFlagsAreNamed(t *testing.T) {
 		want string
 	}{
 		"duration":           {[]string{"--lifetime=5"}, `--lifetime: expected a duration between 1s and 24h such as "5m", got "5"`},
-		"nft":                {[]string{"--backend=nft"}, `--backend: backend "nft" is not built yet; expected "expect" or "auto"`},
 		"port out of range":  {[]string{"--exclude-port=1", "--exclude-port=70000"}, `--exclude-port: expected a port between 1 and 65535, got 70000`},
 		"port with a name":   {[]string{"--exclude-peer-port=sip"}, `--exclude-peer-port: expected a port between 1 and 65535, got "sip"`},
 		"buffer with a unit": {[]string{"--event-buffer=8M"}, `--event-buffer: expected bytes between 65536 (64 KiB) and 1073741824 (1 GiB), got "8M"`},
@@ -132,7 +131,7 @@ func TestWrongFlagsAreNamed(t *testing.T) {
 		"no such file":            {[]string{"--config=/none/c.toml"}, `/none/c.toml: expected a readable file: no such file or directory`},
 		"file and flags together": {
 			[]string{"--log-level=loud", "--config", path, "--outside=a/b"},
-			path + `:1: backend: expected "auto" or "expect", got 1
+			path + `:1: backend: expected "auto", "expect" or "nft", got 1
 ` + path + `:2: reconcile: expected a duration between 1s and 1h such as "30s", got 2
 --log-level: expected "debug", "info", "warn" or "error", got "loud"
 --outside: expected the name of a link such as "wan0", got "a/b"`,

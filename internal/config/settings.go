@@ -1,7 +1,6 @@
 package config
 
 import (
-	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -33,7 +32,7 @@ type setting struct {
 var settings = []setting{
 	{
 		key: "backend", flag: "backend", kind: "name", def: "auto",
-		usage: "what carries permissions: auto or expect",
+		usage: "what carries permissions: auto (all that there is), expect or nft",
 		set:   one(backend, func(c *Config) *Backend { return &c.Backend }),
 	},
 	{
@@ -92,6 +91,16 @@ var settings = []setting{
 		key: "max_children", flag: "max-children", kind: "number", def: "256", number: true,
 		usage: "live flows that a peer may have by one permission, 0 for no bound",
 		set:   one(count, func(c *Config) *int { return &c.MaxChildren }),
+	},
+	{
+		key: "learn", flag: "learn", kind: "bool", def: "true", truth: true,
+		usage: "let the kernel itself add a permission to the map while the first packet passes (not with backend expect)",
+		set:   one(truth, func(c *Config) *bool { return &c.Learn }),
+	},
+	{
+		key: "learn_rate", flag: "learn-rate", kind: "number", def: "200", number: true,
+		usage: "permissions that the kernel learns from one inside address in a second, 1 to 100000",
+		set:   one(learnRate, func(c *Config) *int { return &c.LearnRate }),
 	},
 	{
 		key: "guard", flag: "guard", kind: "bool", def: "true", truth: true,
@@ -176,12 +185,10 @@ func literal(v any) string {
 
 func backend(v any) (Backend, error) {
 	switch v {
-	case "auto", "expect":
+	case "auto", "expect", "nft":
 		return Backend(v.(string)), nil
-	case "nft":
-		return "", errors.New(`backend "nft" is not built yet; expected "expect" or "auto"`)
 	}
-	return "", expected(`"auto" or "expect"`, v)
+	return "", expected(`"auto", "expect" or "nft"`, v)
 }
 
 func duration(shortest, longest time.Duration, limits string) func(any) (time.Duration, error) {
@@ -246,6 +253,14 @@ func count(v any) (int, error) {
 	n, ok := v.(int64)
 	if !ok || n < 0 || n > 1<<30 {
 		return 0, expected("a number from 0 (no bound) to 1073741824", v)
+	}
+	return int(n), nil
+}
+
+func learnRate(v any) (int, error) {
+	n, _ := v.(int64)
+	if n < 1 || n > 100_000 {
+		return 0, expected("a number from 1 to 100000", v)
 	}
 	return int(n), nil
 }

@@ -39,13 +39,14 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	line("skipped", "%s", reasons(c.Skipped))
 	line("conflicts", "%d", c.Conflicts)
 	line("early packets", "%d", c.Early)
-	line("crowded", "%d children beyond their limit, dropped", c.Crowded+s.Guard.Children)
-	if s.Guard.On {
-		line("guard", "on, dropped %d packets that nobody waited for", s.Guard.Drops)
+	line("crowded", "%d children beyond their limit, dropped", c.Crowded+s.Tables.Guard.Children)
+	if s.Tables.Guard.On {
+		line("guard", "on, dropped %d packets that nobody waited for", s.Tables.Guard.Drops)
 	} else {
 		line("guard", "off")
 	}
-	line("put back", "%d that were gone from the kernel", c.Repaired)
+	line("map", "%s", describe(s.Tables.Map))
+	line("put back", "%d that were gone from the kernel; tables %d times", c.Repaired, s.Tables.Repaired)
 	if l.Count > 0 {
 		line("latency", "p50 %s, p99 %s, max %s, from event to kernel", micros(l.P50), micros(l.P99), micros(l.Max))
 	}
@@ -61,6 +62,23 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	}
 	_, err := fmt.Fprintf(w, "\nwarnings:\n  %s\n", strings.Join(s.Warnings, "\n  "))
 	return err
+}
+
+// describe says what the map of permissions does, and whether its children get
+// through the user's firewall.
+func describe(m Map) string {
+	if !m.On {
+		return "off"
+	}
+	learn := "the daemon alone adds to it"
+	if m.Learn {
+		learn = fmt.Sprintf("the kernel learned %d, %d were too many at a time", m.Learned, m.Limited)
+	}
+	children := "no child came by it yet"
+	if m.Admitted > 0 {
+		children = fmt.Sprintf("%d children, of which the firewall let %d pass", m.Admitted, m.Admitted-m.Dropped())
+	}
+	return fmt.Sprintf("%d elements; %s; %s", m.Elements, learn, children)
 }
 
 func list(words []string) string { return cmp.Or(strings.Join(words, ", "), "none") }

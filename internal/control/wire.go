@@ -64,7 +64,7 @@ type Status struct {
 	Accounting bool     `json:"accounting"` // sysctl nf_conntrack_acct
 
 	Permissions Permissions `json:"permissions"`
-	Guard       Guard       `json:"guard"`
+	Tables      Tables      `json:"tables"`
 	Flows       int         `json:"flows"` // flows that support or belong to permissions
 	Events      Events      `json:"events"`
 	Counters    Counters    `json:"counters"`
@@ -95,7 +95,28 @@ type Permissions struct {
 	Limit    int `json:"limit"` // of those that stand
 }
 
-// Guard is what conenatd's own nftables table does.
+// Tables are conenatd's own nftables tables.
+type Tables struct {
+	Guard    Guard  `json:"guard"`
+	Map      Map    `json:"map"`
+	Repaired uint64 `json:"repaired"` // how often others' changes of them were undone
+}
+
+// Map is the map of permissions, and what it did since the tables were made.
+type Map struct {
+	On       bool   `json:"on"`
+	Learn    bool   `json:"learn"`    // the kernel adds permissions by itself
+	Elements int    `json:"elements"` // at the last comparison
+	Admitted uint64 `json:"admitted"` // first packets of children
+	Passed   uint64 `json:"passed"`   // of these, those that went out to an inside host
+	Learned  uint64 `json:"learned"`  // permissions that the kernel added
+	Limited  uint64 `json:"limited"`  // and those that it did not because of learn_rate
+}
+
+// Dropped is how many children the map admitted and the user's firewall dropped.
+func (m Map) Dropped() uint64 { return m.Admitted - min(m.Passed, m.Admitted) }
+
+// Guard is what the table of family inet does.
 type Guard struct {
 	On       bool   `json:"on"`
 	Drops    uint64 `json:"drops"`     // packets that no socket of the gateway waited for

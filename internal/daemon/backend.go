@@ -1,14 +1,17 @@
 package daemon
 
 import (
+	"errors"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/expect"
+	"github.com/conenatd/conenatd/internal/rules"
 )
 
-// A Backend makes permissions stand in the kernel. All methods but List are
-// called by the loop alone.
-type Backend interface {
+// A backend makes permissions stand in the kernel: package expect, or the map of
+// package rules. All methods but List are called by the loop alone.
+type backend interface {
 	// Grant makes ps stand, in order, and calls refused for each that does
 	// not: its index, why, and the kernel's error if there was one.
 	Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err error))
@@ -17,14 +20,224 @@ type Backend interface {
 	// Refresh renews the kernel's timeouts of ps and calls lost for each that
 	// does not stand any more.
 	Refresh(ps []cone.Permission, lost func(i int))
-	// List calls f for each permission that stands. It may run beside all
-	// other methods.
-	List(f func(cone.Permission)) error
+	// List calls f for each permission that stands, with the time it has left.
+	// It may run beside all other methods.
+	List(f func(p cone.Permission, left time.Duration)) error
 	// SetLifetime sets the timeout of what is granted or refreshed from now on.
-	SetLifetime(time.Duration)
-	// Standing and Max are how many permissions stand and may stand.
-	Standing() int
+	SetLifetime(d time.Duration)
+	// Max is how many permissions may stand.
 	Max() int
-	// Close lets go of the kernel and revokes nothing.
-	Close() error
+}
+
+var (
+	_ backend = (*expect.Backend)(nil)
+	_ backend = (*rules.Map)(nil)
+)
+
+// backends are the ones in use. What one of them carries stands: with both, the
+// map holds every permission that it can, for it has room and the kernel fills it
+// at once; expectations stand for as many as their caps allow, for their children
+// pass any firewall.
+type backends struct {
+	expect *expect.Backend       // nil where it is not used
+	nft    *rules.Map            // nil where it is not used
+	full   map[cone.Key]struct{} // what the map had no room for
+
+	// The batch that is under way, kept here so that it costs no allocation.
+	out      []outcome
+	part     []cone.Permission
+	index    []int // of part, in the batch
+	onExpect func(i int, r cone.Reason, err error)
+	onNFT    func(i int, r cone.Reason, err error)
+}
+
+// An outcome is what became of a grant.
+type outcome struct {
+	carried bool
+	reason  cone.Reason
+	err     error
+}
+
+func newBackends() *backends {
+	b := &backends{full: make(map[cone.Key]struct{})}
+	b.onExpect = func(i int, r cone.Reason, err error) {
+		b.out[b.index[i]] = outcome{reason: r, err: err}
+	}
+	b.onNFT = func(i int, r cone.Reason, err error) {
+		if o := &b.out[b.index[i]]; !o.carried {
+			*o = outcome{reason: r, err: err}
+		}
+		b.full[b.part[i].Key] = struct{}{}
+	}
+	return b
+}
+
+// each calls f for each backend in use.
+func (b *backends) each(f func(backend)) {
+	if b.expect != nil {
+		f(b.expect)
+	}
+	if b.nft != nil {
+		f(b.nft)
+	}
+}
+
+// String names the backends in use.
+func (b *backends) String() string {
+	switch {
+	case b.nft == nil:
+		return "expect"
+	case b.expect == nil:
+		return "nft"
+	}
+	return "expect and nft"
+}
+
+// carries names the backends that carry p, which stands.
+func (b *backends) carries(p *cone.Permission) string {
+	inMap := b.wantsMap(p)
+	switch {
+	case b.expect == nil || !b.expect.Stands(p):
+		return "nft"
+	case !inMap:
+		return "expect"
+	}
+	return "expect and nft"
+}
+
+// wantsMap reports whether p, if it stands, stands in the map.
+func (b *backends) wantsMap(p *cone.Permission) bool {
+	_, full := b.full[p.Key]
+	return b.nft != nil && b.nft.Carries(p) && !full
+}
+
+// split puts those of ps that f wants into b.part and b.index.
+func (b *backends) split(ps []cone.Permission, f func(p *cone.Permission) bool) {
+	b.part, b.index = b.part[:0], b.index[:0]
+	for i := range ps {
+		if f(&ps[i]) {
+			b.part, b.index = append(b.part, ps[i]), append(b.index, i)
+		}
+	}
+}
+
+// Grant makes ps stand and calls refused for each that no backend carries.
+func (b *backends) Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err error)) {
+	b.out = b.out[:0]
+	for range ps {
+		b.out = append(b.out, outcome{carried: b.expect != nil, reason: cone.ReasonNoBackend})
+	}
+	if b.expect != nil {
+		b.split(ps, anyone)
+		b.expect.Grant(b.part, b.onExpect)
+	}
+	if b.nft != nil {
+		b.split(ps, b.nft.Carries)
+		for i := range b.part {
+			delete(b.full, b.part[i].Key)
+		}
+		b.nft.Grant(b.part, b.onNFT)
+		for i := range b.part {
+			if _, full := b.full[b.part[i].Key]; !full {
+				b.out[b.index[i]].carried = true
+			}
+		}
+	}
+	for i := range b.out {
+		if o := &b.out[i]; !o.carried {
+			refused(i, o.reason, o.err)
+		}
+	}
+}
+
+func anyone(*cone.Permission) bool { return true }
+
+// Revoke ends ps.
+func (b *backends) Revoke(ps []cone.Permission) error {
+	var errs []error
+	b.each(func(x backend) { errs = append(errs, x.Revoke(ps)) })
+	for i := range ps {
+		delete(b.full, ps[i].Key)
+	}
+	return errors.Join(errs...)
+}
+
+// Deny ends ps and keeps the kernel from learning them.
+func (b *backends) Deny(ps []cone.Permission) error {
+	if b.nft == nil {
+		return nil
+	}
+	b.split(ps, b.nft.Carries)
+	return b.nft.Deny(b.part)
+}
+
+// Refresh renews the timeouts of ps and calls lost with the index of each that
+// is not whole any more.
+func (b *backends) Refresh(ps []cone.Permission, lost func(i int)) {
+	each := func(i int) { lost(b.index[i]) }
+	if b.expect != nil {
+		b.split(ps, b.expect.Stands)
+		b.expect.Refresh(b.part, each)
+	}
+	if b.nft != nil {
+		b.split(ps, b.wantsMap)
+		b.nft.Refresh(b.part, each)
+	}
+}
+
+// Complete makes ps, which stand, stand as expectations too where the caps allow.
+func (b *backends) Complete(ps []cone.Permission) {
+	if b.expect != nil {
+		b.expect.Grant(ps, func(int, cone.Reason, error) {})
+	}
+}
+
+// room is how many permissions more may stand as expectations.
+func (b *backends) room() int {
+	if b.expect == nil {
+		return 0
+	}
+	return b.expect.Max() - b.expect.Standing()
+}
+
+// SetLifetime sets the timeout of what is granted or refreshed from now on.
+func (b *backends) SetLifetime(d time.Duration) { b.each(func(x backend) { x.SetLifetime(d) }) }
+
+// Max is how many permissions may stand.
+func (b *backends) Max() (n int) {
+	b.each(func(x backend) { n = max(n, x.Max()) })
+	return n
+}
+
+// found is what stands in the kernel, by backend.
+type found struct{ expect, nft map[cone.Key]standing }
+
+type standing struct {
+	in   cone.Endpoint
+	left time.Duration
+}
+
+// list lists what stands.
+func (b *backends) list() (f found, err error) {
+	into := func(m *map[cone.Key]standing) func(p cone.Permission, left time.Duration) {
+		*m = make(map[cone.Key]standing)
+		return func(p cone.Permission, left time.Duration) { (*m)[p.Key] = standing{p.Int, left} }
+	}
+	if b.expect != nil {
+		err = b.expect.List(into(&f.expect))
+	}
+	if b.nft != nil {
+		err = errors.Join(err, b.nft.List(into(&f.nft)))
+	}
+	return f, err
+}
+
+// whole reports whether p, which should stand, stands wherever it should.
+func (b *backends) whole(p *cone.Permission, f found) bool {
+	has := func(m map[cone.Key]standing) bool {
+		s, ok := m[p.Key]
+		return ok && s.in == p.Int
+	}
+	return (b.expect == nil || !b.expect.Stands(p) || has(f.expect)) &&
+		(!b.wantsMap(p) || has(f.nft))
 }

@@ -37,18 +37,19 @@ func (d *Daemon) Reload() error {
 	if err := unchangeable(old, cfg); err != nil {
 		return d.keepOld(err)
 	}
-	ok := d.do(func() {
-		d.cfg.Config = cfg
-		d.backend.SetLifetime(cfg.Lifetime)
-		d.model.SetPolicy(d.now(), policy(cfg))
-	})
-	if !ok {
+	done := make(chan error, 1)
+	select {
+	case d.jobs <- func() { done <- d.change(cfg) }:
+	case <-d.ended:
 		return errEnded
+	}
+	if err := <-done; err != nil {
+		return d.keepOld(err)
 	}
 	if d.cfg.Level != nil {
 		d.cfg.Level.Set(cfg.LogLevel)
 	}
-	d.log.Info("configuration reloaded", "subnets", prefixes(cfg.Subnets), "lifetime", cfg.Lifetime)
+	d.log.Info("configuration reloaded", "backend", cfg.Backend, "subnets", prefixes(cfg.Subnets), "lifetime", cfg.Lifetime)
 	d.wantReconcile() // to find the flows that give a permission only now
 	return nil
 }
@@ -62,7 +63,6 @@ func (d *Daemon) keepOld(err error) error {
 func unchangeable(old, next config.Config) error {
 	var errs []error
 	for key, changed := range map[string]bool{
-		"backend":        old.Backend != next.Backend,
 		"control_socket": old.ControlSocket != next.ControlSocket,
 		"table":          old.Table != next.Table,
 		"event_buffer":   old.EventBuffer != next.EventBuffer,

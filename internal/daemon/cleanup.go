@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/expect"
@@ -13,6 +14,7 @@ import (
 // Cleaned counts what Cleanup took out of the kernel.
 type Cleaned struct {
 	expect.Cleaned
+	Elements int // of the map of permissions
 	Children int // unanswered children
 }
 
@@ -30,20 +32,25 @@ func Cleanup(socket, table string) (Cleaned, error) {
 	if n.Cleaned, err = expect.Cleanup(0); err != nil {
 		errs = append(errs, err)
 	}
-	if n.Children, err = dropUnanswered(); err != nil {
+	inMap, err := dropTables(table)
+	n.Elements = len(inMap)
+	errs = append(errs, err)
+	if n.Children, err = dropUnanswered(inMap); err != nil {
 		errs = append(errs, err)
 	}
-	errs = append(errs, settings(socket).restore(), dropTable(table))
-	return n, errors.Join(errs...)
+	return n, errors.Join(append(errs, settings(socket).restore())...)
 }
 
-// dropTable removes our nftables table.
-func dropTable(name string) error {
+// dropTables removes our nftables tables and returns what the map held.
+func dropTables(name string) (map[cone.Key]standing, error) {
 	f, err := openFirewall(name)
-	if err != nil {
-		return err
+	if err != nil || f.tables == nil {
+		return nil, err
 	}
-	return f.close(false)
+	b := newBackends()
+	b.nft = f.tables.NewMap(mapConfig(config.Default()))
+	found, err := b.list()
+	return found.nft, errors.Join(err, f.remove(), f.close())
 }
 
 // settings are the sysctls of the daemon with this control socket.
@@ -52,8 +59,9 @@ func settings(socket string) sysctls {
 }
 
 // dropUnanswered deletes all children of ours that no inside host answered:
-// they would live for as long as their peer keeps sending.
-func dropUnanswered() (n int, err error) {
+// they would live for as long as their peer keeps sending. Those that the map
+// admitted are known by what it held.
+func dropUnanswered(inMap map[cone.Key]standing) (n int, err error) {
 	q, err := ctwatch.DialQueries(ctwatch.Config{})
 	if err != nil {
 		return 0, err
@@ -61,8 +69,12 @@ func dropUnanswered() (n int, err error) {
 	defer q.Close()
 	var children []cone.Flow
 	err = q.Dump(func(f *cone.Flow) {
-		if f.Status.Has(cone.StatusExpected) && !f.Status.Has(cone.StatusSeenReply) &&
-			cone.IsAnchor(f.MasterSrc, f.MasterDst) {
+		admitted := f.Status.Has(cone.StatusExpected) && cone.IsAnchor(f.MasterSrc, f.MasterDst)
+		if f.Status.Has(cone.StatusDstNAT) && !f.Status.Has(cone.StatusExpected) {
+			s, ok := inMap[cone.Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.OrigZone}]
+			admitted = ok && s.in == f.ReplySrc
+		}
+		if admitted && !f.Status.Has(cone.StatusSeenReply) {
 			children = append(children, *f)
 		}
 	})

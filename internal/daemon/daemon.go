@@ -16,7 +16,6 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/ctwatch"
-	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/gateway"
 )
 
@@ -45,16 +44,18 @@ type Daemon struct {
 	sockets  *gateway.Sockets // of the loop
 	ports    *gateway.Sockets // of the reconcile
 	links    *gateway.Watcher
-	backend  Backend
 	firewall *firewall // of the reconcile
-	helper4  string
-	helper6  string
+	inMap    int       // elements at the last comparison; of the reconcile
+	made     bool      // the tables are ours, not those of an earlier daemon
+	leave    bool      // what stands in the kernel stays when this daemon ends
 
 	// The loop's own.
+	backends          *backends
+	missing           string // which backend is missing and why
 	model             *cone.Model
 	network           gateway.Network
 	ruleWarnings      []string         // about the user's forwards
-	guard             control.Guard    // as last read
+	tables            control.Tables   // as last read
 	served            *gateway.PortSet // at the last reconcile
 	latency           histogram
 	repaired          uint64
@@ -71,6 +72,7 @@ type Daemon struct {
 	inbox     chan func()
 	hurry     chan struct{} // a reconcile is wanted
 	moved     chan struct{} // links, addresses or routes changed
+	jobs      chan func()   // for the reconcile
 	reloading sync.Mutex
 	ended     chan struct{} // closed when the loop ended
 }
@@ -84,7 +86,10 @@ func New(cfg Config) (d *Daemon, err error) {
 		inbox: make(chan func(), 64),
 		hurry: make(chan struct{}, 1),
 		moved: make(chan struct{}, 1),
+		jobs:  make(chan func()),
 		ended: make(chan struct{}),
+
+		backends: newBackends(),
 	}
 	defer func() {
 		if err != nil {
@@ -134,31 +139,20 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.firewall, err = openFirewall(cfg.Table); err != nil {
 		return d, err
 	}
-	b, err := expect.Open(expect.Config{Lifetime: cfg.Lifetime, IPv6: anyIPv6(d.cfg.Subnets)})
+	adopted, err := d.openBackends()
 	if err != nil {
 		return d, err
 	}
-	d.backend = b
-	table, err := settings(cfg.Socket).raise()
-	if err != nil {
-		return d, err
-	}
-	b.SetTableSize(table)
-	d.helper4, d.helper6 = b.Helpers()
-
-	d.model = cone.New(policy(d.cfg.Config))
+	d.model = cone.New(d.policy(d.cfg.Config))
 	d.model.SetTopology(0, d.network.Topology())
 	// Known before the first grant.
-	if err := d.firewall.set(d.cfg.Config, d.network.OutsideLinks()); err != nil {
-		return d, err
-	}
 	forwarded, warnings, err := d.firewall.forwards(d.network)
 	if err != nil {
 		return d, err
 	}
 	d.ruleWarnings = warnings
 	d.model.SetForwards(0, forwarded)
-	for _, a := range b.Adopted() {
+	for _, a := range adopted {
 		now := d.now()
 		d.model.Adopt(now, a.Permission, now+a.Left)
 	}
@@ -210,8 +204,11 @@ func anyIPv6(subnets []config.Subnet) bool {
 	return false
 }
 
-func policy(cfg config.Config) cone.Policy {
+// policy returns the policy of a configuration, with the backends in use.
+func (d *Daemon) policy(cfg config.Config) cone.Policy {
 	p := cone.Policy{
+		Mapped:  d.backends.nft != nil,
+		Learned: d.firewall.learns(cfg),
 		Limits: cone.Limits{
 			Total: cfg.MaxPermissions, PerSubnet: cfg.MaxPermissionsPerSubnet,
 			PerHost: cfg.MaxPermissionsPerHost, Children: cfg.MaxChildren,
@@ -246,15 +243,18 @@ func (d *Daemon) Close() error {
 	if d.links != nil {
 		errs = append(errs, d.links.Close())
 	}
-	left := false
-	if d.backend != nil {
-		left = d.backend.Standing() > 0
-		errs = append(errs, d.backend.Close())
+	leave := d.leave
+	if e := d.backends.expect; e != nil {
+		leave = leave || e.Standing() > 0 // it could not be revoked
+		errs = append(errs, e.Close())
 	}
 	if d.firewall != nil {
-		errs = append(errs, d.firewall.close(left))
+		if d.made && !leave {
+			errs = append(errs, d.firewall.remove())
+		}
+		errs = append(errs, d.firewall.close())
 	}
-	if d.model != nil && !left { // else the room is still needed
+	if d.model != nil && !leave { // else the room is still needed
 		errs = append(errs, settings(d.cfg.Socket).restore())
 	}
 	if d.lock != nil {
@@ -279,20 +279,32 @@ func (d *Daemon) Run(ctx context.Context, ready func()) error {
 	g.Go(func() error { return d.loop(ctx) })
 	err = g.Wait()
 
-	if d.cfg.OnStop == config.OnStopRevoke {
-		d.model.RevokeAll()
-		d.apply(0)
-		// Children of the last moment, whose events were not read any more.
-		_, late := dropUnanswered()
-		err = errors.Join(err, late)
+	if d.leave = d.cfg.OnStop == config.OnStopKeep && d.model.Stats().Standing > 0; !d.leave {
+		err = errors.Join(err, d.revokeAll())
 	}
 	return errors.Join(err, d.Close())
 }
 
+// revokeAll takes every permission out of the kernel. The map goes first, whole,
+// so that the kernel learns nothing meanwhile.
+func (d *Daemon) revokeAll() error {
+	var inMap map[cone.Key]standing
+	var errs []error
+	if d.backends.nft != nil {
+		f, err := d.backends.list()
+		inMap, errs = f.nft, append(errs, err, d.firewall.remove())
+	}
+	d.model.RevokeAll()
+	d.apply(0)
+	// Children of the last moment, whose events were not read any more.
+	_, err := dropUnanswered(inMap)
+	return errors.Join(append(errs, err)...)
+}
+
 func (d *Daemon) greet() {
 	d.log.Info("conenatd runs", "version", d.cfg.Version, "subnets", prefixes(d.cfg.Subnets),
-		"outside", d.network.OutsideLinks(), "helper", d.helper4, "lifetime", d.cfg.Lifetime,
-		"most_permissions", d.backend.Max())
+		"outside", d.network.OutsideLinks(), "backend", d.backends.String(), "helper", d.helper(false),
+		"lifetime", d.cfg.Lifetime, "most_permissions", d.backends.Max())
 	for _, w := range d.warnings() {
 		d.log.Warn(w)
 	}
@@ -301,6 +313,13 @@ func (d *Daemon) greet() {
 // warnings says what a user should know about his gateway.
 func (d *Daemon) warnings() []string {
 	out := slices.Concat(d.firewall.warnings, d.ruleWarnings)
+	if d.missing != "" {
+		out = append(out, d.missing)
+	}
+	if n := d.tables.Map.Dropped(); n > 0 && d.backends.nft != nil {
+		out = append(out, fmt.Sprintf("your firewall dropped %d of %d children that the map admitted: "+
+			"let its forward chain accept 'ct status dnat'", n, d.tables.Map.Admitted))
+	}
 	if n, err := settings(d.cfg.Socket).read(events); err == nil && n == 0 {
 		out = append(out, "the kernel sends no conntrack events: permissions come late, at each reconcile; set net.netfilter.nf_conntrack_events = 2")
 	}

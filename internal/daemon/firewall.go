@@ -11,18 +11,22 @@ import (
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
-// A firewall is what the daemon has to do with nftables: its own table, and what
+// A firewall is what the daemon has to do with nftables: its own tables, and what
 // rules of the user's forward. The reconcile owns it. Where the kernel has no
 // nftables it does nothing and warns.
 type firewall struct {
-	table    *rules.Table // nil without nftables
-	warnings []string     // that stay as long as the daemon runs
+	tables   *rules.Tables // nil without nftables
+	missing  error         // why there are no tables
+	withMap  bool          // the tables hold a map of permissions
+	repaired uint64        // how often others' changes of the tables were undone
+	warnings []string      // that stay as long as the daemon runs
 }
 
 func openFirewall(name string) (*firewall, error) {
 	f := &firewall{}
 	t, err := rules.Open(rules.Config{Name: name})
 	if missing := new(rules.UnsupportedError); errors.As(err, &missing) {
+		f.missing = missing
 		f.warnings = append(f.warnings, "no guard and no cap on children: "+missing.Error())
 		return f, nil
 	}
@@ -32,25 +36,70 @@ func openFirewall(name string) (*firewall, error) {
 	if err != nil {
 		return nil, err
 	}
-	f.table = t
+	f.tables = t
 	for _, m := range t.Missing() {
 		f.warnings = append(f.warnings, m.Error())
+		if m.Feature == rules.FeatureMap {
+			f.missing = m
+		}
 	}
 	return f, nil
 }
 
-// set makes the table do what the configuration wants.
-func (f *firewall) set(cfg config.Config, outside []string) error {
-	if f.table == nil {
-		return nil
+// defaultMapSize bounds the map where the configuration does not. An element
+// takes about 100 bytes.
+const defaultMapSize = 1 << 20
+
+func mapConfig(cfg config.Config) *rules.MapConfig {
+	c := &rules.MapConfig{
+		Size: cfg.MaxPermissions, Lifetime: cfg.Lifetime,
+		Learn: cfg.Learn, LearnRate: cfg.LearnRate,
+		ExcludePeers: cfg.ExcludePeers, ExcludePeerPorts: cfg.ExcludePeerPorts, ExcludePorts: cfg.ExcludePorts,
 	}
-	return f.table.Set(rules.Desired{OutsideLinks: outside, Guard: cfg.Guard, MaxChildren: cfg.MaxChildren})
+	if c.Size == 0 {
+		c.Size = defaultMapSize
+	}
+	for _, s := range cfg.Subnets {
+		c.Subnets = append(c.Subnets, s.Prefix)
+	}
+	return c
+}
+
+// set makes the tables do what the configuration wants, and reports whether they
+// did not.
+func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err error) {
+	if f.tables == nil {
+		return false, nil
+	}
+	d := rules.Desired{OutsideLinks: outside, Guard: cfg.Guard, MaxChildren: cfg.MaxChildren}
+	if f.withMap {
+		d.Map = mapConfig(cfg)
+	}
+	return f.tables.Set(d)
+}
+
+// learns reports whether the kernel adds permissions by itself.
+func (f *firewall) learns(cfg config.Config) bool {
+	return f.withMap && cfg.Learn && !f.tables.Lacks(rules.FeatureLearn)
+}
+
+// openMap makes the map of permissions, or finds the one that an earlier daemon
+// left.
+func (f *firewall) openMap(cfg config.Config, outside []string) (*rules.Map, error) {
+	if f.missing != nil {
+		return nil, f.missing
+	}
+	f.withMap = true
+	if _, err := f.set(cfg, outside); err != nil {
+		return nil, err
+	}
+	return f.tables.NewMap(mapConfig(cfg)), nil
 }
 
 // forwards returns the test for outside endpoints that rules of the user's
 // forward, and what he should know about these rules.
 func (f *firewall) forwards(network gateway.Network) (covers func(cone.Endpoint) bool, warnings []string, err error) {
-	if f.table == nil {
+	if f.tables == nil {
 		return nil, nil, nil
 	}
 	var outside []rules.Link
@@ -89,25 +138,32 @@ func (f *firewall) forwards(network gateway.Network) (covers func(cone.Endpoint)
 	}, warnings, nil
 }
 
-// guard is what status shows of the table.
-func (f *firewall) guard() (g control.Guard) {
-	if f.table == nil {
-		return g
+// read is what status shows of the tables.
+func (f *firewall) read(cfg config.Config) (t control.Tables) {
+	if f.tables == nil {
+		return t
 	}
-	if c, err := f.table.Counters(); err == nil {
-		g = control.Guard{Drops: c.GuardDrops, Children: c.ChildDrops, PortZero: c.PortZeroDrops}
+	t.Repaired = f.repaired
+	if c, err := f.tables.Counters(); err == nil {
+		t.Guard = control.Guard{Drops: c.GuardDrops, Children: c.ChildDrops, PortZero: c.PortZeroDrops}
+		t.Map = control.Map{Learn: f.learns(cfg), Admitted: c.Admitted, Passed: c.Passed, Learned: c.Learned, Limited: c.LearnLimited}
 	}
-	return g
+	return t
 }
 
-// close lets go of the table, and removes it unless it is to be kept.
-func (f *firewall) close(keep bool) error {
-	if f.table == nil {
+// remove takes the tables out of the kernel, and with them all permissions in the
+// map.
+func (f *firewall) remove() error {
+	if f.tables == nil {
 		return nil
 	}
-	var err error
-	if !keep {
-		err = f.table.Remove()
+	return f.tables.Remove()
+}
+
+// close lets go of the tables, which stay as they are.
+func (f *firewall) close() error {
+	if f.tables == nil {
+		return nil
 	}
-	return errors.Join(err, f.table.Close())
+	return f.tables.Close()
 }

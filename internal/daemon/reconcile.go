@@ -11,10 +11,22 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/rules"
 )
 
-// flowsAtOnce is how many flows of a dump the loop takes in one piece.
-const flowsAtOnce = 256
+const (
+	// flowsAtOnce is how many flows of a dump the loop takes in one piece, and
+	// how many permissions it puts back in one.
+	flowsAtOnce = 256
+
+	// lookEvery is the time between two looks at whether somebody changed
+	// nftables. It costs one query.
+	lookEvery = 250 * time.Millisecond
+
+	// learnedTime is how long after the kernel learned a permission the model
+	// surely knows of it.
+	learnedTime = 2 * time.Second
+)
 
 // reconcile repairs whatever events did not tell: at the start, regularly, and
 // after an overrun. ready is called after the first time.
@@ -26,6 +38,8 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 	defer q.Close()
 	t := time.NewTicker(every)
 	defer t.Stop()
+	look := time.NewTicker(lookEvery)
+	defer look.Stop()
 	for {
 		err := d.reconcileOnce(q)
 		if ctx.Err() != nil {
@@ -46,6 +60,12 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 				again = true
 			case <-d.hurry:
 				again = true
+			case job := <-d.jobs:
+				job()
+			case <-look.C:
+				if err := d.lookAtRules(); err != nil && ctx.Err() == nil {
+					d.log.Warn("look at nftables", "err", err)
+				}
 			case <-d.moved:
 				// A flow that began meanwhile may have been misjudged.
 				changed, err := d.readGateway()
@@ -109,10 +129,11 @@ func (d *Daemon) readGateway() (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	failed := d.firewall.set(cfg, network.OutsideLinks())
+	_, failed := d.mendRules(cfg, network)
 	forwarded, warnings, err := d.firewall.forwards(network)
 	failed = errors.Join(failed, err)
-	guard := d.firewall.guard()
+	tables := d.firewall.read(cfg)
+	tables.Map.Elements = d.inMap
 	topology := network.Topology()
 	d.do(func() {
 		for _, w := range warnings {
@@ -120,7 +141,7 @@ func (d *Daemon) readGateway() (changed bool, err error) {
 				d.log.Warn(w)
 			}
 		}
-		d.guard = guard
+		d.tables = tables
 		if err == nil {
 			d.ruleWarnings = warnings
 			d.model.SetForwards(d.now(), forwarded)
@@ -166,32 +187,94 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	return nil
 }
 
-// compare looks whether what should stand does, and nothing else.
+// mendRules makes our tables do what they shall, and counts it where somebody had
+// changed them.
+func (d *Daemon) mendRules(cfg config.Config, network gateway.Network) (changed bool, err error) {
+	changed, err = d.firewall.set(cfg, network.OutsideLinks())
+	if changed && slices.Equal(d.network.OutsideLinks(), network.OutsideLinks()) {
+		d.firewall.repaired++
+		d.log.Warn("somebody changed conenatd's nftables tables; they are put back", "table", cfg.Table)
+	}
+	return changed, err
+}
+
+// lookAtRules looks whether somebody changed nftables since the last time: our
+// tables are mended then, and the user's forwards read again.
+func (d *Daemon) lookAtRules() error {
+	if d.firewall.tables == nil {
+		return nil
+	}
+	change, err := d.firewall.tables.Changed()
+	if err != nil {
+		return err
+	}
+	var broken bool
+	var cfg config.Config
+	ok := d.do(func() {
+		cfg = d.cfg.Config
+		broken = d.backends.nft != nil && d.backends.nft.Broken()
+	})
+	if !ok {
+		return errEnded
+	}
+	mended := false
+	switch change {
+	case rules.Unchanged:
+	case rules.OursAlone:
+		mended, err = d.mendRules(cfg, d.network)
+	case rules.SomebodyElses:
+		before := d.firewall.repaired
+		_, err = d.readGateway()
+		// Elements that somebody deleted are found by nothing else.
+		mended = d.firewall.repaired != before || !d.firewall.tables.Owned()
+	}
+	if mended || broken {
+		err = errors.Join(err, d.compare())
+	}
+	return err
+}
+
+// compare looks whether what should stand does, and nothing else. What should
+// and does not is granted again.
 func (d *Daemon) compare() error {
 	began := d.now()
-	stands := make(map[cone.Key]cone.Endpoint)
-	err := d.backend.List(func(p cone.Permission) { stands[p.Key] = p.Int })
+	found, err := d.backends.list()
 	if err != nil {
 		return fmt.Errorf("list permissions: %w", err)
 	}
-	var lost []cone.Permission
+	d.inMap = len(found.nft)
+	var lost, more []cone.Permission
 	d.walk(func(v cone.View) {
 		if v.State != cone.StateStanding {
 			return
 		}
-		in, ok := stands[v.Key]
-		delete(stands, v.Key)
 		// What was granted after the list was asked for need not be in it.
-		if v.Since < began && (!ok || in != v.Int) {
+		if v.Since < began && !d.backends.whole(&v.Permission, found) {
 			lost = append(lost, v.Permission)
+		} else if len(more) < d.backends.room() && !d.backends.expect.Stands(&v.Permission) {
+			more = append(more, v.Permission)
 		}
+		delete(found.expect, v.Key)
+		delete(found.nft, v.Key)
 	})
+	for ps := range slices.Chunk(lost, flowsAtOnce) {
+		d.do(func() {
+			for _, p := range ps {
+				d.onLostPermission(p)
+			}
+		})
+	}
+	for ps := range slices.Chunk(more, flowsAtOnce) {
+		d.do(func() { d.backends.Complete(ps) })
+	}
 	d.do(func() {
-		for _, p := range lost {
-			d.onLostPermission(p)
+		for k, s := range found.expect {
+			d.model.Surplus(cone.Permission{Key: k, Int: s.in})
 		}
-		for k, in := range stands {
-			d.model.Surplus(cone.Permission{Key: k, Int: in})
+		for k, s := range found.nft {
+			if d.cfg.Lifetime-s.left > learnedTime {
+				d.model.Surplus(cone.Permission{Key: k, Int: s.in})
+			}
 		}
 	})
 	return nil

@@ -18,9 +18,8 @@ var _ control.Source = source{}
 func (s source) Status() control.Status {
 	d := s.Daemon
 	st := control.Status{
-		Version: d.cfg.Version, PID: os.Getpid(), Started: d.start, Backend: "expect",
+		Version: d.cfg.Version, PID: os.Getpid(), Started: d.start,
 	}
-	st.Helper.IPv4, st.Helper.IPv6 = d.helper4, d.helper6
 	e := d.events.Stats()
 	st.Events.Received, st.Events.Filtered = e.Received, e.Filtered
 	st.Events.Malformed, st.Events.Overruns = e.Malformed, e.Overruns
@@ -36,10 +35,13 @@ func (s source) Status() control.Status {
 		}
 		st.Outside = d.network.OutsideLinks()
 		st.Warnings = d.warnings()
-		st.Guard = d.guard
-		st.Guard.On = d.cfg.Guard && d.firewall.table != nil
+		st.Backend = d.backends.String()
+		st.Helper.IPv4, st.Helper.IPv6 = d.helper(false), d.helper(true)
+		st.Tables = d.tables
+		st.Tables.Guard.On = d.cfg.Guard && d.firewall.tables != nil
+		st.Tables.Map.On = d.backends.nft != nil
 		st.Permissions.Standing, st.Permissions.Refused = m.Standing, m.Refused
-		st.Permissions.Waiting, st.Permissions.Limit = m.Waiting, d.backend.Max()
+		st.Permissions.Waiting, st.Permissions.Limit = m.Waiting, d.backends.Max()
 		st.Flows = m.Flows
 		st.Counters.Granted, st.Counters.Conflicts, st.Counters.Early = m.Granted, m.Conflicts, m.Early
 		st.Counters.Crowded = m.Crowded
@@ -73,17 +75,24 @@ var errEnded = errors.New("the daemon is stopping")
 // reader does not hold up the loop.
 func (s source) Permissions(yield func(control.Permission) bool) error {
 	const atOnce = 256
-	piece := make([]cone.View, 0, atOnce)
+	d := s.Daemon
+	piece, by := make([]cone.View, 0, atOnce), make([]string, 0, atOnce)
 	for at := 0; at >= 0; {
-		piece = piece[:0]
-		ok := s.Daemon.do(func() {
-			at = s.Daemon.model.Walk(at, atOnce, func(v cone.View) { piece = append(piece, v) })
+		piece, by = piece[:0], by[:0]
+		ok := d.do(func() {
+			at = d.model.Walk(at, atOnce, func(v cone.View) {
+				carriers := ""
+				if v.State == cone.StateStanding {
+					carriers = d.backends.carries(&v.Permission)
+				}
+				piece, by = append(piece, v), append(by, carriers)
+			})
 		})
 		if !ok {
 			return errEnded
 		}
 		for i := range piece {
-			if !yield(s.Daemon.permission(&piece[i])) {
+			if !yield(d.permission(&piece[i], by[i])) {
 				return nil
 			}
 		}
@@ -91,14 +100,26 @@ func (s source) Permissions(yield func(control.Permission) bool) error {
 	return nil
 }
 
-func (d *Daemon) permission(v *cone.View) control.Permission {
+// helper names the helper on anchors of one family, if there is one.
+func (d *Daemon) helper(v6 bool) string {
+	if d.backends.expect == nil {
+		return ""
+	}
+	ipv4, ipv6 := d.backends.expect.Helpers()
+	if v6 {
+		return ipv6
+	}
+	return ipv4
+}
+
+// permission is a claim as the control socket shows it; by says what carries it.
+func (d *Daemon) permission(v *cone.View, by string) control.Permission {
 	p := control.Permission{
 		Int: v.Int.Netip(), Ext: v.Ext.Netip(), Peer: v.Peer.Netip(), Zone: v.Zone,
-		State: v.State.String(), Reason: v.Reason.String(),
+		State: v.State.String(), Reason: v.Reason.String(), Backend: by,
 		Flows: v.Flows, Children: v.Children, Answered: v.Answered,
 	}
 	if v.State == cone.StateStanding {
-		p.Backend = "expect"
 		p.Since, p.Expires = d.start.Add(v.Since), d.start.Add(v.Expires)
 	}
 	return p

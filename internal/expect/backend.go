@@ -102,7 +102,7 @@ func newBackend(cfg Config, c *nfnl.Conn) *Backend {
 func (b *Backend) adopt() error {
 	return list(b.cfg.NetNS, true, func(x *expectation) {
 		b.standing.take(x.anchor(), x.dst.Addr)
-		b.adopted = append(b.adopted, Adopted{x.permission(), time.Duration(x.timeout) * time.Second})
+		b.adopted = append(b.adopted, Adopted{x.permission(), x.left()})
 		b.see(x.zone)
 	})
 }
@@ -146,6 +146,12 @@ func (b *Backend) Helpers() (ipv4, ipv6 string) { return b.helpers.v4.name, b.he
 // Standing returns how many permissions the backend made or adopted, and has
 // not revoked.
 func (b *Backend) Standing() int { return len(b.standing.ext) }
+
+// Stands reports whether the backend made or adopted p, and has not revoked it.
+func (b *Backend) Stands(p *cone.Permission) bool {
+	_, stands, _ := b.standing.of(p)
+	return stands
+}
 
 // Close closes the connection. It revokes nothing. It removes our own helper
 // unless something stands: the kernel ends the expectations of a helper that

@@ -2,9 +2,11 @@ package expect
 
 import (
 	"encoding/binary"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
-	"golang.org/x/sys/unix"
 )
 
 // An expectation is one entry of the kernel's table, ours or not.
@@ -32,6 +34,9 @@ func (x *expectation) stands(p *cone.Permission, a anchor) bool {
 	old := x.permission()
 	return x.ours() && old.Key == p.Key && old.Int == p.Int && x.anchor() == a
 }
+
+// left is how long the expectation has left.
+func (x *expectation) left() time.Duration { return time.Duration(x.timeout) * time.Second }
 
 // permission returns what x, which must be ours, stands for.
 func (x *expectation) permission() cone.Permission {

@@ -132,7 +132,7 @@ func (g *gate) wantCounts(expectations, anchors int) {
 func (g *gate) wantPermissions(b *expect.Backend, want ...cone.Permission) {
 	g.t.Helper()
 	left := slices.Clone(want)
-	err := b.List(func(p cone.Permission) {
+	err := b.List(func(p cone.Permission, _ time.Duration) {
 		i := slices.IndexFunc(left, func(w cone.Permission) bool { return w.Key == p.Key && w.Int == p.Int })
 		if i < 0 {
 			g.t.Errorf("stands, or twice: %v", p)

@@ -2,6 +2,7 @@ package expect
 
 import (
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -10,10 +11,10 @@ import (
 )
 
 // List calls f for every permission that stands in the kernel, made by this or
-// an earlier daemon. Marks are not known. It has a connection of its own and
+// an earlier daemon, with the time it has left. Marks are not known. It has a connection of its own and
 // may run beside all other methods.
-func (b *Backend) List(f func(cone.Permission)) error {
-	return list(b.cfg.NetNS, b.zoned.Load(), func(x *expectation) { f(x.permission()) })
+func (b *Backend) List(f func(p cone.Permission, left time.Duration)) error {
+	return list(b.cfg.NetNS, b.zoned.Load(), func(x *expectation) { f(x.permission(), x.left()) })
 }
 
 // list calls f for every expectation that is ours. If whole is set it finds out

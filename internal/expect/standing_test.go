@@ -285,7 +285,7 @@ func TestListRunsBesideAllOthers(t *testing.T) {
 				return
 			default:
 			}
-			if err := b.List(func(cone.Permission) {}); err != nil {
+			if err := b.List(func(cone.Permission, time.Duration) {}); err != nil {
 				done <- err
 				return
 			}

@@ -66,3 +66,6 @@ func usable(nl *netlink.Conn) error {
 
 // begin gives the next exchanges their time.
 func (c *conn) begin() error { return c.nl.SetDeadline(time.Now().Add(queryTimeout)) }
+
+// end takes the deadline away again, for others who use the connection.
+func (c *conn) end() error { return c.nl.SetDeadline(time.Time{}) }

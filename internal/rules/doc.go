@@ -1,23 +1,27 @@
-// Package rules keeps conenatd's own nftables table, and reads what other
+// Package rules keeps conenatd's own nftables tables, and reads what other
 // tables forward.
 //
-// The table holds three chains:
+// The table of family inet serves IPv4 and IPv6, as conntrack expectations do:
 //
 //   - guard drops new UDP packets from outside links that no socket of the
 //     gateway waits for, after the user's input rules and before conntrack
 //     makes an entry of them. Such an entry would keep the peer from the inside
 //     host for as long as it sends.
-//   - children bounds the flows that one permission can have at a time.
+//   - children bounds the flows that one expectation can have at a time.
 //   - port_zero drops UDP packets with port 0 before conntrack sees them, for
 //     only anchors have that port, and a packet must never match one.
 //
-// Its family is inet: the same rules then serve IPv4 and IPv6, which conntrack
-// expectations do too. It has no NAT chain. One of family inet would put all
-// IPv6 flows of the gateway through NAT; so DNAT belongs into a second table,
-// "ip conenat", beside this one.
+// The table of family ip is the nft backend. A NAT chain of family inet would
+// put all IPv6 flows of the gateway through NAT, so it is a table of its own:
 //
-// The package never touches another table, nor this one when conenatd did not
-// make it. All changes are one transaction: a packet meets the old rules or the
+//   - permissions is a map from outside endpoint and peer to inside endpoint.
+//   - admit translates what the map knows, after the user's own forwards. Like
+//     any NAT chain it sees the first packet of a flow only.
+//   - learn adds to the map what the first packet of a flow gives, while that
+//     packet is still inside, but not what is in the set denied.
+//
+// The package never touches another table, nor these when conenatd did not
+// make them. All changes are one transaction: a packet meets the old rules or the
 // new ones.
 //
 // On 32-bit systems it offers nothing and says so: the library for nftables,

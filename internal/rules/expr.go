@@ -5,6 +5,7 @@ package rules
 import (
 	"encoding/binary"
 	"slices"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -23,6 +24,8 @@ const reg = unix.NFT_REG_1
 const (
 	ctExpected  = 1 << 0
 	ctConfirmed = 1 << 3
+	ctSrcNAT    = 1 << 4
+	ctDstNAT    = 1 << 5
 )
 
 var (
@@ -31,18 +34,51 @@ var (
 	l4proto  = piece{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg}}
 	nfproto  = piece{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg}}
 	iifname  = piece{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg}}
-	socket   = piece{&expr.Socket{Key: expr.SocketKeyWildcard, Register: reg}}
+	oifname  = piece{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg}}
+	ctZone   = piece{&expr.Ct{Key: expr.CtKeyZONE, Register: reg}}
+	// The expression ends the rule where there is no socket.
+	hasSocket = join(piece{&expr.Socket{Key: expr.SocketKeyWildcard, Register: reg}}, atMost(1))
 
-	sourcePort = piece{&expr.Payload{
-		Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2, DestRegister: reg,
-	}}
-	destinationPort = piece{&expr.Payload{
-		Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2, DestRegister: reg,
+	sourcePort      = transport(0, 0)
+	destinationPort = transport(2, 0)
+
+	isUDP  = join(l4proto, is([]byte{unix.IPPROTO_UDP}))
+	notUDP = join(l4proto, isNot([]byte{unix.IPPROTO_UDP}))
+
+	isOutside    = join(iifname, piece{&expr.Lookup{SourceRegister: reg, SetName: outsideSet}})
+	notOutside   = join(iifname, piece{&expr.Lookup{SourceRegister: reg, SetName: outsideSet, Invert: true}})
+	notToOutside = join(oifname, piece{&expr.Lookup{SourceRegister: reg, SetName: outsideSet, Invert: true}})
+
+	// Of a flow from inside: its inside address, its peer, the peer's port and
+	// the outside port.
+	ctOriginalSource       = original(expr.CtKeySRCIP, 0)
+	ctReplySource          = reply(expr.CtKeySRCIP, 0)
+	ctReplySourcePort      = reply(expr.CtKeyPROTOSRC, 0)
+	ctReplyDestinationPort = reply(expr.CtKeyPROTODST, 0)
+
+	// The key of the map, from the packet, from the flow of a child, and from a
+	// flow from inside, whose own endpoint is then flowValue.
+	packetKey = join(network(16, 0), transport(2, 1), network(12, 2))
+	childKey  = join(original(expr.CtKeyDSTIP, 0), original(expr.CtKeyPROTODST, 1), original(expr.CtKeySRCIP, 2))
+	flowKey   = join(reply(expr.CtKeyDSTIP, 0), reply(expr.CtKeyPROTODST, 1), reply(expr.CtKeySRCIP, 2))
+	flowValue = join(original(expr.CtKeySRCIP, valueWord), original(expr.CtKeyPROTOSRC, valueWord+1),
+		piece{&expr.Ct{Key: expr.CtKeyMARK, Register: unix.NFT_REG32_00 + valueWord + 2}})
+
+	// toInside ends the rule where the map has not the key. It puts the value, an
+	// inside endpoint and a connmark, into reg.
+	toInside  = piece{&expr.Lookup{SourceRegister: reg, SetName: permissionMap, DestRegister: reg, IsDestRegSet: true}}
+	translate = piece{&expr.NAT{
+		Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: reg, RegProtoMin: unix.NFT_REG32_01,
 	}}
 
-	isUDP      = join(l4proto, is([]byte{unix.IPPROTO_UDP}))
-	notUDP     = join(l4proto, isNot([]byte{unix.IPPROTO_UDP}))
-	notOutside = join(iifname, piece{&expr.Lookup{SourceRegister: reg, SetName: outsideSet, Invert: true}})
+	// inheritMark gives the mark of the value to the flow, if there is one.
+	inheritMark = piece{
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: markRegister, Data: ne32(0)},
+		&expr.Ct{Key: expr.CtKeyMARK, Register: markRegister, SourceRegister: true},
+	}
+
+	// packetChildKey is the key of a set of children, from the packet.
+	packetChildKey = join(network(12, 0), network(16, 1), transport(2, 2))
 
 	accept = piece{&expr.Verdict{Kind: expr.VerdictAccept}}
 )
@@ -51,42 +87,96 @@ func is(b []byte) piece    { return piece{&expr.Cmp{Op: expr.CmpOpEq, Register: 
 func isNot(b []byte) piece { return piece{&expr.Cmp{Op: expr.CmpOpNeq, Register: reg, Data: b}} }
 func atMost(b byte) piece  { return piece{&expr.Cmp{Op: expr.CmpOpLte, Register: reg, Data: []byte{b}}} }
 func be16(n uint16) []byte { return binary.BigEndian.AppendUint16(nil, n) }
+func ne16(n uint16) []byte { return binary.NativeEndian.AppendUint16(nil, n) }
 func ne32(n uint32) []byte { return binary.NativeEndian.AppendUint32(nil, n) }
 func masked(m uint32) piece {
 	return piece{&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: 4, Mask: ne32(m), Xor: ne32(0)}}
 }
 
+// markRegister is where toInside puts the mark.
+const markRegister = unix.NFT_REG32_02
+
+// valueWord is the first word behind the longest key, where the value goes.
+const valueWord = 4
+
+// These load a part of the IPv4 header, of the UDP header, of the flow as its
+// first packet came, or of its answers, into a word of reg and what follows it.
+func network(offset, word uint32) piece {
+	return piece{&expr.Payload{
+		Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4, DestRegister: unix.NFT_REG32_00 + word,
+	}}
+}
+
+func transport(offset, word uint32) piece {
+	return piece{&expr.Payload{
+		Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2, DestRegister: unix.NFT_REG32_00 + word,
+	}}
+}
+
+func original(key expr.CtKey, word uint32) piece {
+	return piece{&expr.Ct{Key: key, Register: unix.NFT_REG32_00 + word, Direction: expr.CtDirOriginal, OptDirection: true}}
+}
+
+func reply(key expr.CtKey, word uint32) piece {
+	return piece{&expr.Ct{Key: key, Register: unix.NFT_REG32_00 + word, Direction: expr.CtDirReply, OptDirection: true}}
+}
+
+func in(s *set) piece { return piece{&expr.Lookup{SourceRegister: reg, SetName: s.Name}} }
+func notIn(s *set) piece {
+	return piece{&expr.Lookup{SourceRegister: reg, SetName: s.Name, Invert: true}}
+}
+
+func count(name string) piece {
+	return piece{&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: name}}
+}
+
 func drop(name string) piece {
-	return piece{
-		&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: name},
-		&expr.Verdict{Kind: expr.VerdictDrop},
-	}
+	return join(count(name), piece{&expr.Verdict{Kind: expr.VerdictDrop}})
 }
 
 // add makes an element of what is in reg and the registers behind it, or finds
 // it, and runs the element's own e.
-func add(set *nftables.Set, e expr.Any) piece {
+func add(s *set, e expr.Any) piece {
 	return piece{&expr.Dynset{
-		SrcRegKey: reg, SetName: set.Name, Operation: unix.NFT_DYNSET_OP_ADD, Exprs: []expr.Any{e},
+		SrcRegKey: reg, SetName: s.Name, Operation: unix.NFT_DYNSET_OP_ADD, Exprs: []expr.Any{e},
 	}}
 }
 
-// families are the two halves of family inet. The key of a permission, as a
-// child has it, is peer . outside address . outside port; zones share a cap.
+// over matches a flow beyond the first most with that key.
+func over(s *set, most int) piece {
+	return add(s, &expr.Connlimit{Count: uint32(most), Flags: expr.NFT_CONNLIMIT_F_INV})
+}
+
+// limited matches what comes faster than rate in a second, once that key had its
+// burst.
+func limited(s *set, rate int) piece {
+	return add(s, &expr.Limit{
+		Type: expr.LimitTypePkts, Rate: uint64(rate), Over: true, Unit: expr.LimitTimeSecond, Burst: uint32(burst * rate),
+	})
+}
+
+const burst = 5
+
+// learned puts key and value into the map. An element that is there stays as it
+// is: a second host on the outside endpoint neither takes over nor refreshes.
+func learned(timeout time.Duration) piece {
+	return piece{&expr.Dynset{
+		SrcRegKey: reg, SrcRegData: unix.NFT_REG32_00 + valueWord, SetName: permissionMap,
+		Operation: unix.NFT_DYNSET_OP_ADD, Timeout: timeout,
+	}}
+}
+
+// families are the two halves of family inet. The key of a permission, as an
+// expected child has it, is peer . outside address . outside port; zones share a
+// cap.
 var families = []struct {
 	name  string
 	proto byte
 	addr  nftables.SetDatatype
 	key   piece
 }{
-	{"4", unix.NFPROTO_IPV4, nftables.TypeIPAddr, childKey(expr.CtKeySRCIP, expr.CtKeyDSTIP, 4)},
-	{"6", unix.NFPROTO_IPV6, nftables.TypeIP6Addr, childKey(expr.CtKeySRCIP6, expr.CtKeyDSTIP6, 16)},
-}
-
-func childKey(src, dst expr.CtKey, size uint32) piece {
-	const reg32 = unix.NFT_REG32_00 // the first part of reg
-	original := func(key expr.CtKey, at uint32) expr.Any {
-		return &expr.Ct{Key: key, Register: reg32 + at/4, Direction: expr.CtDirOriginal, OptDirection: true}
-	}
-	return piece{original(src, 0), original(dst, size), original(expr.CtKeyPROTODST, 2*size)}
+	{"4", unix.NFPROTO_IPV4, nftables.TypeIPAddr, join(
+		original(expr.CtKeySRCIP, 0), original(expr.CtKeyDSTIP, 1), original(expr.CtKeyPROTODST, 2))},
+	{"6", unix.NFPROTO_IPV6, nftables.TypeIP6Addr, join(
+		original(expr.CtKeySRCIP6, 0), original(expr.CtKeyDSTIP6, 4), original(expr.CtKeyPROTODST, 8))},
 }

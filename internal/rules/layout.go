@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/fnv"
 	"slices"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -20,14 +21,26 @@ const markerChain = "made_by_conenatd"
 // Names of counters. They are objects of their own, so that they go on when
 // rules change.
 const (
-	guardCounter = "guard_drops"
-	childCounter = "child_drops"
-	zeroCounter  = "port_zero_drops"
+	guardCounter    = "guard_drops"
+	childCounter    = "child_drops"
+	zeroCounter     = "port_zero_drops"
+	admittedCounter = "admitted"
+	passedCounter   = "passed"
+	learnedCounter  = "learned"
+	limitedCounter  = "learn_limited"
 )
 
-var counters = []string{guardCounter, childCounter, zeroCounter}
-
-const outsideSet = "outside"
+// Names of sets.
+const (
+	outsideSet       = "outside"
+	permissionMap    = "permissions"
+	deniedSet        = "denied"
+	learnersSet      = "learners"
+	subnetsSet       = "subnets"
+	noPeersSet       = "no_peers"
+	excludedPeerSet  = "excluded_peer_ports"
+	excludedPortsSet = "excluded_ports"
+)
 
 // Priorities. A verdict "accept" ends a chain of ours, no other one.
 const (
@@ -38,67 +51,197 @@ const (
 	childPriority = -10
 	// Before conntrack.
 	zeroPriority = -300
+	// After dstnat: the user's own forwards come first and win.
+	admitPriority = -95
+	// After srcnat, when the outside endpoint is known, and after what the
+	// user's own chains may drop there.
+	learnPriority = 290
 )
 
-// A layout is the contents of the table.
+const (
+	// learnerTimeout is how long the rate of an inside address is remembered.
+	learnerTimeout = time.Minute
+	// deniedSize bounds the set of what the kernel must not learn, and
+	// deniedTimeout is how long that is so if nobody says it again: longer than
+	// any time between two reconciles.
+	deniedSize    = 1 << 16
+	deniedTimeout = 2 * time.Hour
+)
+
+// A layout is the contents of one of our tables.
 type layout struct {
-	outside []string
-	chains  []*nftables.Chain
-	sets    []*nftables.Set
-	rules   []*nftables.Rule
+	table    *nftables.Table
+	counters []string
+	chains   []*nftables.Chain
+	sets     []*set
+	rules    []*nftables.Rule
 }
 
-// newLayout returns the contents that do what d wants.
-func newLayout(t *nftables.Table, d Desired) (*layout, error) {
-	l := &layout{outside: slices.Compact(slices.Sorted(slices.Values(d.OutsideLinks)))}
-	l.chains = append(l.chains, &nftables.Chain{Table: t, Name: markerChain})
-	l.sets = append(l.sets, &nftables.Set{
-		Table: t, Name: outsideSet, KeyType: nftables.TypeIFName,
-		KeyByteOrder: binaryutil.NativeEndian, // else nft lists the names wrong
-	})
+// A set is one with the elements that we want, or one whose elements come and
+// go.
+type set struct {
+	*nftables.Set
+	elements []nftables.SetElement
+	free     bool
+}
 
-	zero := l.chain(t, "port_zero", nftables.ChainHookPrerouting, zeroPriority)
-	l.rule(zero, "no packet may match an anchor", join(isUDP, sourcePort, is(be16(0)), drop(zeroCounter)))
-	l.rule(zero, "no packet may match an anchor", join(isUDP, destinationPort, is(be16(0)), drop(zeroCounter)))
-
+// newLayouts returns the contents of both tables that do what d wants; without
+// a map there is but one.
+func newLayouts(name string, d Desired) ([]*layout, error) {
+	inet := newLayout(name, nftables.TableFamilyINet, d.OutsideLinks)
+	inet.portZero()
 	if d.Guard {
-		guard := l.chain(t, "guard", nftables.ChainHookInput, guardPriority)
-		l.rule(guard, "conntrack knows it", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
-		l.rule(guard, "", join(notUDP, accept))
-		l.rule(guard, "", join(notOutside, accept))
-		// The expression ends the rule where there is no socket.
-		l.rule(guard, "a socket waits for it", join(socket, atMost(1), accept))
-		l.rule(guard, "it would keep the peer from the inside host", drop(guardCounter))
+		inet.guard()
 	}
 	if d.MaxChildren > 0 {
-		children := l.chain(t, "children", nftables.ChainHookForward, childPriority)
-		// The first packet of a child has the one bit and not yet the other.
-		l.rule(children, "not the first packet of an expected flow",
-			join(ctStatus, masked(ctExpected|ctConfirmed), isNot(ne32(ctExpected)), accept))
-		l.rule(children, "", join(notUDP, accept))
-		l.rule(children, "", join(notOutside, accept))
-		for _, f := range families {
-			// The limit is part of the name, as each element keeps the limit
-			// that it was made with.
-			set := &nftables.Set{
-				Table: t, Name: fmt.Sprintf("children%s_%d", f.name, d.MaxChildren), Dynamic: true,
-				KeyType: nftables.MustConcatSetType(f.addr, f.addr, nftables.TypeInetService),
-			}
-			l.sets = append(l.sets, set)
-			l.rule(children, "flows of one peer to one outside endpoint", join(
-				nfproto, is([]byte{f.proto}), f.key,
-				add(set, &expr.Connlimit{Count: uint32(d.MaxChildren), Flags: expr.NFT_CONNLIMIT_F_INV}),
-				drop(childCounter)))
+		inet.children(d.MaxChildren)
+	}
+	ls := []*layout{inet}
+	if d.Map != nil {
+		ip := newLayout(name, nftables.TableFamilyIPv4, d.OutsideLinks)
+		ip.permissions(d.Map)
+		ip.admit(d.MaxChildren)
+		ip.learn(d.Map)
+		ls = append(ls, ip)
+	}
+	for _, l := range ls {
+		if err := l.sign(); err != nil {
+			return nil, err
 		}
 	}
-	return l, l.sign()
+	return ls, nil
 }
 
-func (l *layout) chain(t *nftables.Table, name string, hook *nftables.ChainHook, priority nftables.ChainPriority) *nftables.Chain {
+func newLayout(name string, family nftables.TableFamily, outside []string) *layout {
+	l := &layout{table: &nftables.Table{Name: name, Family: family}}
+	l.chains = append(l.chains, &nftables.Chain{Table: l.table, Name: markerChain})
+	links := l.set(outsideSet, nftables.TypeIFName)
+	links.KeyByteOrder = binaryutil.NativeEndian // else nft lists the names wrong
+	for _, name := range slices.Compact(slices.Sorted(slices.Values(outside))) {
+		links.elements = append(links.elements, nftables.SetElement{Key: linkKey(name)})
+	}
+	return l
+}
+
+func (l *layout) portZero() {
+	l.counters = append(l.counters, zeroCounter)
+	zero := l.filter("port_zero", nftables.ChainHookPrerouting, zeroPriority)
+	l.rule(zero, "no packet may match an anchor", join(isUDP, sourcePort, is(be16(0)), drop(zeroCounter)))
+	l.rule(zero, "no packet may match an anchor", join(isUDP, destinationPort, is(be16(0)), drop(zeroCounter)))
+}
+
+func (l *layout) guard() {
+	l.counters = append(l.counters, guardCounter)
+	guard := l.filter("guard", nftables.ChainHookInput, guardPriority)
+	l.rule(guard, "conntrack knows it", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
+	l.rule(guard, "", join(notUDP, accept))
+	l.rule(guard, "", join(notOutside, accept))
+	l.rule(guard, "a socket waits for it", join(hasSocket, accept))
+	l.rule(guard, "it would keep the peer from the inside host", drop(guardCounter))
+}
+
+func (l *layout) children(most int) {
+	l.counters = append(l.counters, childCounter)
+	children := l.filter("children", nftables.ChainHookForward, childPriority)
+	// The first packet of a child has the one bit and not yet the other.
+	l.rule(children, "not the first packet of an expected flow",
+		join(ctStatus, masked(ctExpected|ctConfirmed), isNot(ne32(ctExpected)), accept))
+	l.rule(children, "", join(notUDP, accept))
+	l.rule(children, "", join(notOutside, accept))
+	for _, f := range families {
+		kids := l.childSet(f.name, most, f.addr)
+		l.rule(children, "flows of one peer to one outside endpoint",
+			join(nfproto, is([]byte{f.proto}), f.key, over(kids, most), drop(childCounter)))
+	}
+}
+
+// childSet makes the set that counts children. The limit is part of the name, as
+// each element keeps the limit that it was made with.
+func (l *layout) childSet(family string, most int, addr nftables.SetDatatype) *set {
+	s := l.set(fmt.Sprintf("children%s_%d", family, most), addr, addr, nftables.TypeInetService)
+	s.Dynamic, s.free = true, true
+	return s
+}
+
+// permissionKey is outside address . outside port . peer.
+var permissionKey = []nftables.SetDatatype{nftables.TypeIPAddr, nftables.TypeInetService, nftables.TypeIPAddr}
+
+func (l *layout) permissions(c *MapConfig) {
+	m := l.set(permissionMap, permissionKey...)
+	m.IsMap, m.DataType = true, nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService, nftables.TypeMark)
+	m.HasTimeout, m.Dynamic, m.free, m.Size = true, true, true, uint32(c.Size)
+}
+
+// admit needs no conntrack state: a NAT chain sees the first packet only.
+func (l *layout) admit(maxChildren int) {
+	l.counters = append(l.counters, admittedCounter)
+	admit := l.chain("admit", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, admitPriority)
+	l.rule(admit, "", join(notOutside, accept))
+	l.rule(admit, "", join(notUDP, accept))
+	l.rule(admit, "permissions are of the default zone", join(ctZone, isNot(ne16(0)), accept))
+	l.rule(admit, "in the map, but the gateway itself serves it", join(packetKey, toInside, hasSocket, accept))
+	if maxChildren > 0 {
+		l.counters = append(l.counters, childCounter)
+		kids := l.childSet("4", maxChildren, nftables.TypeIPAddr)
+		l.rule(admit, "flows of one peer to one outside endpoint",
+			join(packetKey, toInside, packetChildKey, over(kids, maxChildren), drop(childCounter)))
+	}
+	l.rule(admit, "for policy routing", join(packetKey, toInside, inheritMark))
+	l.rule(admit, "a peer may send from any port", join(packetKey, toInside, count(admittedCounter), translate))
+}
+
+func (l *layout) learn(c *MapConfig) {
+	l.counters = append(l.counters, passedCounter)
+	learn := l.filter("learn", nftables.ChainHookPostrouting, learnPriority)
+	l.rule(learn, "answered flows end here", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
+	l.rule(learn, "", join(notUDP, accept))
+	l.rule(learn, "the first packet of a child: the firewall let it through", join(
+		isOutside, ctStatus, masked(ctDstNAT|ctConfirmed), is(ne32(ctDstNAT)), childKey, toInside, count(passedCounter), accept))
+	l.rule(learn, "a source may be spoofed", join(isOutside, accept))
+	if !c.Learn {
+		return
+	}
+	l.counters = append(l.counters, learnedCounter, limitedCounter)
+	subnets, noPeers := l.set(subnetsSet, nftables.TypeIPAddr), l.set(noPeersSet, nftables.TypeIPAddr)
+	subnets.Interval, subnets.elements = true, intervals(c.Subnets)
+	noPeers.Interval, noPeers.elements = true, intervals(slices.Concat(notUnicast, c.Subnets, c.ExcludePeers))
+	peerPorts, ports := l.set(excludedPeerSet, nftables.TypeInetService), l.set(excludedPortsSet, nftables.TypeInetService)
+	peerPorts.elements, ports.elements = portElements(c.ExcludePeerPorts), portElements(c.ExcludePorts)
+	learners := l.set(learnersSet, nftables.TypeIPAddr)
+	learners.HasTimeout, learners.Timeout, learners.Dynamic, learners.free = true, learnerTimeout, true, true
+	denied := l.set(deniedSet, permissionKey...)
+	denied.HasTimeout, denied.free, denied.Size = true, true, deniedSize
+
+	l.rule(learn, "", join(notToOutside, accept))
+	l.rule(learn, "", join(ctStatus, masked(ctSrcNAT), is(ne32(0)), accept))
+	l.rule(learn, "permissions are of the default zone", join(ctZone, isNot(ne16(0)), accept))
+	l.rule(learn, "", join(ctOriginalSource, notIn(subnets), accept))
+	l.rule(learn, "", join(ctReplySource, in(noPeers), accept))
+	l.rule(learn, "", join(ctReplySourcePort, in(peerPorts), accept))
+	l.rule(learn, "", join(ctReplyDestinationPort, in(ports), accept))
+	l.rule(learn, "in the map already", join(flowKey, toInside, accept))
+	l.rule(learn, "the daemon forbids it", join(flowKey, in(denied), accept))
+	l.rule(learn, "too many at a time", join(ctOriginalSource, limited(learners, c.LearnRate), count(limitedCounter), accept))
+	l.rule(learn, "", join(flowKey, flowValue, learned(c.Lifetime), count(learnedCounter)))
+}
+
+func (l *layout) set(name string, key ...nftables.SetDatatype) *set {
+	s := &set{Set: &nftables.Set{Table: l.table, Name: name, KeyType: key[0]}}
+	if len(key) > 1 {
+		s.KeyType = nftables.MustConcatSetType(key...)
+	}
+	l.sets = append(l.sets, s)
+	return s
+}
+
+func (l *layout) filter(name string, hook *nftables.ChainHook, priority nftables.ChainPriority) *nftables.Chain {
+	return l.chain(name, nftables.ChainTypeFilter, hook, priority)
+}
+
+func (l *layout) chain(name string, typ nftables.ChainType, hook *nftables.ChainHook, priority nftables.ChainPriority) *nftables.Chain {
 	policy := nftables.ChainPolicyAccept
 	c := &nftables.Chain{
-		Table: t, Name: name, Type: nftables.ChainTypeFilter,
-		Hooknum: hook, Priority: &priority, Policy: &policy,
+		Table: l.table, Name: name, Type: typ, Hooknum: hook, Priority: &priority, Policy: &policy,
 	}
 	l.chains = append(l.chains, c)
 	return c
@@ -130,15 +273,6 @@ func (l *layout) sign() error {
 		r.UserData = userdata.Append(r.UserData, signature, h.Sum(nil))
 	}
 	return nil
-}
-
-// elements are the names of links as elements of a set.
-func elements(links []string) []nftables.SetElement {
-	var es []nftables.SetElement
-	for _, name := range links {
-		es = append(es, nftables.SetElement{Key: linkKey(name)})
-	}
-	return es
 }
 
 func linkKey(name string) []byte {

@@ -5,6 +5,7 @@ package rules
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
@@ -29,10 +30,19 @@ var features = []struct {
 		Feature: FeatureMaxChildren,
 		Mend:    "load the module nft_connlimit (CONFIG_NFT_CONNLIMIT; OpenWrt: kmod-nft-connlimit)",
 	}, Desired{MaxChildren: 1}},
+	{UnsupportedError{
+		Feature: FeatureMap,
+		Mend: "load the modules nft_chain_nat, nft_nat and nft_socket " +
+			"(CONFIG_NFT_NAT, CONFIG_NFT_SOCKET, CONFIG_NF_CONNTRACK_ZONES; OpenWrt: kmod-nft-nat, kmod-nft-socket)",
+	}, Desired{Map: &MapConfig{Size: 1}}},
+	{UnsupportedError{
+		Feature: FeatureLearn,
+		Mend:    "load the module nft_limit (CONFIG_NFT_LIMIT)",
+	}, Desired{Map: &MapConfig{Size: 1, Learn: true, LearnRate: 1, Lifetime: time.Second}}},
 }
 
 // probe finds out what the kernel offers.
-func (t *Table) probe() error {
+func (t *Tables) probe() error {
 	const both = nftables.TableFlagOwner | nftables.TableFlagPersist
 	for _, f := range features {
 		err := t.try(0, f.try)
@@ -49,27 +59,28 @@ func (t *Table) probe() error {
 		}
 	}
 	if t.try(both, Desired{}) == nil {
-		t.table.Flags = both
+		t.flags = both
 	}
 	return nil
 }
 
-// try sends a transaction that would make a table do what d wants, and ends in
-// what cannot be: so the kernel checks it, loads modules, and changes nothing.
-func (t *Table) try(flags nftables.TableFlags, d Desired) error {
-	table := &nftables.Table{Name: t.table.Name + "_probe", Family: t.table.Family, Flags: flags}
-	l, err := newLayout(table, d)
+// try sends a transaction that would make tables that do what d wants, and ends
+// in what cannot be: so the kernel checks it, loads modules, and changes nothing.
+func (t *Tables) try(flags nftables.TableFlags, d Desired) error {
+	ls, err := newLayouts(t.name+"_probe", d)
 	if err != nil {
 		return err
 	}
-	return t.tryLayout(table, l)
+	return t.tryLayouts(flags, ls)
 }
 
-func (t *Table) tryLayout(table *nftables.Table, l *layout) error {
-	probe := Table{c: t.c, table: table}
-	probe.change(&state{}, l)
-	t.c.CreateTable(table) // there already
-	err := probe.flush("try")
+func (t *Tables) tryLayouts(flags nftables.TableFlags, ls []*layout) error {
+	for _, l := range ls {
+		l.table.Flags = flags
+		t.w.make(l.table, &state{}, l)
+	}
+	t.w.CreateTable(ls[0].table) // there already
+	err := t.flush("try")
 	if errors.Is(err, unix.EEXIST) {
 		return nil
 	}

@@ -4,10 +4,10 @@ package rules
 
 import (
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 
-	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
@@ -24,20 +24,22 @@ func TestProbeFindsWhatIsMissingAndChangesNothing(t *testing.T) {
 	}
 	defer table.Close()
 
-	probe := &nftables.Table{Name: "conenat_probe", Family: nftables.TableFamilyINet}
 	for _, key := range []expr.SocketKey{expr.SocketKeyWildcard, 99} {
-		layout, err := newLayout(probe, Desired{Guard: true})
+		layouts, err := newLayouts("conenat_probe", Desired{Guard: true, Map: &MapConfig{Size: 1}})
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, r := range layout.rules {
-			for i, e := range r.Exprs {
-				if _, ok := e.(*expr.Socket); ok {
-					r.Exprs[i] = &expr.Socket{Key: key, Register: reg}
+		for _, l := range layouts {
+			for _, r := range l.rules {
+				for i, e := range r.Exprs {
+					if _, ok := e.(*expr.Socket); ok {
+						r.Exprs = slices.Clone(r.Exprs)
+						r.Exprs[i] = &expr.Socket{Key: key, Register: reg}
+					}
 				}
 			}
 		}
-		if err := table.tryLayout(probe, layout); errors.Is(err, unix.EOPNOTSUPP) != (key == 99) {
+		if err := table.tryLayouts(0, layouts); errors.Is(err, unix.EOPNOTSUPP) != (key == 99) {
 			t.Errorf("key %d: %v", key, err)
 		}
 	}
@@ -54,7 +56,7 @@ func TestMissingFeaturesAreLeftOut(t *testing.T) {
 	}
 	defer table.Close()
 	table.missing = []*UnsupportedError{&features[1].UnsupportedError, &features[2].UnsupportedError}
-	if err := table.Set(Desired{Guard: true, MaxChildren: 7}); err != nil {
+	if _, err := table.Set(Desired{Guard: true, MaxChildren: 7}); err != nil {
 		t.Fatal(err)
 	}
 	got, err := l.Ruleset()

@@ -3,36 +3,84 @@ package rules
 import (
 	"errors"
 	"fmt"
+	"net/netip"
+	"time"
 )
 
-// DefaultName is the name of our table.
+// DefaultName is the name of our tables.
 const DefaultName = "conenat"
 
 // Config tells Open where to work.
 type Config struct {
 	// NetNS is a file descriptor of the network namespace, 0 for the current.
 	NetNS int
-	// Name is the name of the table, DefaultName when it is empty.
+	// Name is the name of both tables, DefaultName when it is empty.
 	Name string
 }
 
-// Desired is what the table shall do. UDP packets with port 0 are dropped in
+// Desired is what the tables shall do. UDP packets with port 0 are dropped in
 // any case.
 type Desired struct {
 	// OutsideLinks are the names of links, which need not exist. Packets from
-	// other links meet neither the guard nor the cap.
+	// other links meet neither the guard nor the cap, nor get permissions.
 	OutsideLinks []string
 	// Guard drops new UDP packets to the gateway that no socket waits for.
 	Guard bool
 	// MaxChildren is how many flows at a time one peer may have to one outside
-	// endpoint by way of an expectation. 0 means no cap.
+	// endpoint by way of an expectation, and as many by way of the map. 0 means
+	// no cap.
 	MaxChildren int
+	// Map admits what is in the map of permissions. Without it there is no map.
+	Map *MapConfig
 }
 
-// Counters count the packets dropped since the table was made.
+// A MapConfig says how permissions come into the map by which IPv4 packets from
+// outside are admitted, beside those that are granted.
+type MapConfig struct {
+	// Size is how many permissions the map can hold. Another one empties it.
+	Size int
+	// Lifetime is how long a permission that the kernel learned stands.
+	Lifetime time.Duration
+	// Learn lets the kernel itself add a permission when the first packet of a
+	// flow leaves: one from an enabled subnet that came in by no outside link,
+	// was source-NATed and leaves by an outside link, none of the exclusions.
+	Learn bool
+	// LearnRate is how many permissions the kernel learns from one inside
+	// address in a second. It may learn five times as many at once.
+	LearnRate int
+	// Subnets are the enabled subnets; those of IPv6 do not matter here.
+	Subnets []netip.Prefix
+	// ExcludePeers, ExcludePeerPorts and ExcludePorts (of the outside endpoint)
+	// give the kernel nothing to learn.
+	ExcludePeers     []netip.Prefix
+	ExcludePeerPorts []uint16
+	ExcludePorts     []uint16
+}
+
+// Counters count packets since the tables were made.
 type Counters struct {
 	GuardDrops, ChildDrops, PortZeroDrops uint64
+	// Admitted are the first packets of flows that the map admitted, Passed
+	// those that went out to an inside host. The rest was dropped in between,
+	// by the user's firewall as a rule.
+	Admitted, Passed uint64
+	// Learned and LearnLimited are the packets from which the kernel learned a
+	// permission, and those from which it did not because of the rate.
+	Learned, LearnLimited uint64
 }
+
+// A Change says what may have become of the user's rules and of our tables.
+type Change int
+
+// The changes.
+const (
+	Unchanged Change = iota
+	// OursAlone says that as many transactions went by as we sent. One of
+	// somebody else's may hide where one of ours was for nothing.
+	OursAlone
+	// SomebodyElses says that there was another one.
+	SomebodyElses
+)
 
 // A Feature is something that a kernel may lack.
 type Feature string
@@ -42,6 +90,8 @@ const (
 	FeatureTable       Feature = "nftables"
 	FeatureGuard       Feature = "guard"
 	FeatureMaxChildren Feature = "cap on children"
+	FeatureMap         Feature = "map of permissions"
+	FeatureLearn       Feature = "learning in the kernel"
 )
 
 // An UnsupportedError says that the kernel, or this build, lacks a Feature.

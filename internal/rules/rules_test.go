@@ -15,7 +15,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 var guard = rules.Desired{OutsideLinks: []string{"wan0"}, Guard: true}
 
-func open(t *testing.T, l *lab.Lab) *rules.Table {
+func open(t *testing.T, l *lab.Lab) *rules.Tables {
 	t.Helper()
 	table, err := rules.Open(rules.Config{NetNS: l.Gateway.FD()})
 	if err != nil {
@@ -32,14 +32,14 @@ func open(t *testing.T, l *lab.Lab) *rules.Table {
 	return table
 }
 
-func set(t *testing.T, table *rules.Table, d rules.Desired) {
+func set(t *testing.T, table *rules.Tables, d rules.Desired) {
 	t.Helper()
-	if err := table.Set(d); err != nil {
+	if _, err := table.Set(d); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func count(t *testing.T, table *rules.Table) rules.Counters {
+func count(t *testing.T, table *rules.Tables) rules.Counters {
 	t.Helper()
 	c, err := table.Counters()
 	if err != nil {

@@ -15,24 +15,24 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// A state is what stands in the kernel.
+// A state is what stands in the kernel of one of our tables.
 type state struct {
 	table    *nftables.Table // nil where there is none
 	chains   []*nftables.Chain
 	sets     []*nftables.Set
 	rules    []*nftables.Rule
-	outside  []nftables.SetElement
+	elements map[string][]nftables.SetElement // by set, of those asked for
 	counters map[string]uint64
 }
 
-// read reads our table. The error wraps ErrForeignTable or ErrOwned when it is
-// not ours.
-func (t *Table) read() (*state, error) {
+// read reads one of our tables, with the elements of the sets of want that are
+// not free. The error wraps ErrForeignTable or ErrOwned when it is not ours.
+func (t *Tables) read(table *nftables.Table, want *layout) (*state, error) {
 	if err := t.c.begin(); err != nil {
 		return nil, err
 	}
-	s := &state{counters: map[string]uint64{}}
-	err := s.read(t.c, t.table)
+	s := &state{counters: map[string]uint64{}, elements: map[string][]nftables.SetElement{}}
+	err := s.read(t.c, table, want)
 	switch {
 	case errors.Is(err, unix.ENOENT):
 		return &state{}, nil
@@ -45,10 +45,10 @@ func (t *Table) read() (*state, error) {
 	default:
 		return s, nil
 	}
-	return nil, fmt.Errorf("table inet %s: %w", t.table.Name, err)
+	return nil, fmt.Errorf("table %s: %w", title(table), err)
 }
 
-func (s *state) read(c *conn, t *nftables.Table) (err error) {
+func (s *state) read(c *conn, t *nftables.Table, want *layout) (err error) {
 	if s.table, err = c.ListTableOfFamily(t.Name, t.Family); err != nil {
 		return err
 	}
@@ -71,8 +71,8 @@ func (s *state) read(c *conn, t *nftables.Table) (err error) {
 		return err
 	}
 	for _, set := range s.sets {
-		if set.Name == outsideSet {
-			if s.outside, err = c.GetSetElements(set); err != nil {
+		if want.writes(set.Name) {
+			if s.elements[set.Name], err = c.GetSetElements(set); err != nil {
 				return err
 			}
 		}
@@ -88,13 +88,29 @@ func (s *state) read(c *conn, t *nftables.Table) (err error) {
 	return err
 }
 
+// writes reports whether the elements of a set are ours to write.
+func (l *layout) writes(name string) bool {
+	return l != nil && slices.ContainsFunc(l.sets, func(s *set) bool { return s.Name == name && !s.free })
+}
+
 // holds reports whether the table is there with the contents l.
 func (s *state) holds(l *layout) bool {
-	return s.table != nil && len(s.counters) == len(counters) &&
-		sameAll(s.chains, l.chains, sameChain) &&
-		sameAll(s.sets, l.sets, sameSet) &&
-		sameAll(s.outside, elements(l.outside), sameElement) &&
-		sameRules(s.rules, l.rules)
+	if s.table == nil || len(s.counters) != len(l.counters) {
+		return false
+	}
+	for _, set := range l.sets {
+		if !set.free && !sameAll(s.elements[set.Name], set.elements, sameElement) {
+			return false
+		}
+	}
+	return sameAll(s.chains, l.chains, sameChain) && sameAll(s.sets, l.kernelSets(), sameSet) && sameRules(s.rules, l.rules)
+}
+
+func (l *layout) kernelSets() (sets []*nftables.Set) {
+	for _, s := range l.sets {
+		sets = append(sets, s.Set)
+	}
+	return sets
 }
 
 // sameAll compares two lists without doublets, in any order.
@@ -115,12 +131,9 @@ func equal[T comparable](a, b *T) bool {
 
 func sameSet(a *nftables.Set) func(*nftables.Set) bool {
 	return func(b *nftables.Set) bool {
-		return a.Name == b.Name && a.Dynamic == b.Dynamic && a.KeyType.Name == b.KeyType.Name
+		return a.Name == b.Name && a.Dynamic == b.Dynamic && a.KeyType.Name == b.KeyType.Name &&
+			a.IsMap == b.IsMap && a.Interval == b.Interval && (!a.IsMap || a.Size == b.Size)
 	}
-}
-
-func sameElement(a nftables.SetElement) func(nftables.SetElement) bool {
-	return func(b nftables.SetElement) bool { return bytes.Equal(a.Key, b.Key) }
 }
 
 // sameRules compares the rules of each chain, in order.

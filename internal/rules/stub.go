@@ -2,33 +2,88 @@
 
 package rules
 
-import "runtime"
+import (
+	"runtime"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
+)
 
 var errNoBuild = &UnsupportedError{
 	Feature: FeatureTable,
 	Mend:    "conenatd for " + runtime.GOARCH + " is built without it",
 }
 
-// A Table is never made on this system.
-type Table struct{}
+// Tables are never made on this system, nor is a Map.
+type Tables struct{}
 
 // Open returns an *UnsupportedError.
-func Open(Config) (*Table, error) { return nil, errNoBuild }
+func Open(Config) (*Tables, error) { return nil, errNoBuild }
 
 // Missing returns the features that the kernel lacks.
-func (*Table) Missing() []*UnsupportedError { return nil }
+func (*Tables) Missing() []*UnsupportedError { return nil }
 
 // Set returns an *UnsupportedError.
-func (*Table) Set(Desired) error { return errNoBuild }
+func (*Tables) Set(Desired) (bool, error) { return false, errNoBuild }
+
+// Lacks returns true.
+func (*Tables) Lacks(Feature) bool { return true }
+
+// Changed returns an *UnsupportedError.
+func (*Tables) Changed() (Change, error) { return Unchanged, errNoBuild }
+
+// Owned returns false.
+func (*Tables) Owned() bool { return false }
+
+// NewMap returns nil.
+func (*Tables) NewMap(*MapConfig) *Map { return nil }
 
 // Counters returns an *UnsupportedError.
-func (*Table) Counters() (Counters, error) { return Counters{}, errNoBuild }
+func (*Tables) Counters() (Counters, error) { return Counters{}, errNoBuild }
 
 // Remove returns an *UnsupportedError.
-func (*Table) Remove() error { return errNoBuild }
+func (*Tables) Remove() error { return errNoBuild }
 
 // Close does nothing.
-func (*Table) Close() error { return nil }
+func (*Tables) Close() error { return nil }
 
 // Forwards returns an *UnsupportedError.
 func Forwards(int, []Link) ([]Forward, error) { return nil, errNoBuild }
+
+// A Map is never made on this system.
+type Map struct{}
+
+// Carries returns false.
+func (*Map) Carries(*cone.Permission) bool { return false }
+
+// Max returns 0.
+func (*Map) Max() int { return 0 }
+
+// SetLifetime does nothing.
+func (*Map) SetLifetime(time.Duration) {}
+
+// Broken returns false.
+func (*Map) Broken() bool { return false }
+
+// Grant refuses all.
+func (*Map) Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err error)) {
+	for i := range ps {
+		refused(i, cone.ReasonNoBackend, errNoBuild)
+	}
+}
+
+// Revoke returns an *UnsupportedError, as do Deny and List.
+func (*Map) Revoke([]cone.Permission) error { return errNoBuild }
+
+// Deny returns an *UnsupportedError.
+func (*Map) Deny([]cone.Permission) error { return errNoBuild }
+
+// List returns an *UnsupportedError.
+func (*Map) List(func(cone.Permission, time.Duration)) error { return errNoBuild }
+
+// Refresh calls lost for all.
+func (*Map) Refresh(ps []cone.Permission, lost func(i int)) {
+	for i := range ps {
+		lost(i)
+	}
+}

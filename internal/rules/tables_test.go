@@ -199,7 +199,8 @@ func TestForeignTableIsLeftAlone(t *testing.T) {
 	check(t, table.Remove())
 	// One that came later.
 	check(t, l.NFT("table inet cone { }"))
-	for _, err := range []error{table.Set(all), table.Remove()} {
+	_, err = table.Set(all)
+	for _, err := range []error{err, table.Remove()} {
 		if !errors.Is(err, rules.ErrForeignTable) {
 			t.Error(err)
 		}

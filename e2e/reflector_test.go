@@ -1,0 +1,106 @@
+package e2e
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// reflector is a rule set for the outside namespace. Its rule turns a packet
+// round: each statement writes what a later one no longer needs to read.
+//
+// nft's language has no register to swap addresses by, so the packet's source
+// is a constant. The checksums follow each write; where a host left them to the
+// link (CHECKSUM_PARTIAL) the kernel does what is right for those. The source
+// on the link stays the gateway's own, at which no gateway looks.
+const reflector = `add table netdev reflector
+add chain netdev reflector port%[1]d { type filter hook ingress device "eth0" priority 0; }
+flush chain netdev reflector port%[1]d
+add rule netdev reflector port%[1]d \
+	ip saddr %[3]s udp dport %[1]d \
+	ip saddr set ip daddr ip daddr set %[3]s \
+	udp dport set udp sport udp sport set %[2]d \
+	ether daddr set ether saddr \
+	fwd to "eth0"
+`
+
+// reflect makes all peers answer what comes to port from answerPort, with the
+// same payload: in the kernel, in the softirq that brings the packet, as a rule
+// before the asker's Send returns. A socket on that port gets nothing any more.
+// It holds for packets from the gateway's own IPv4 address, as masquerade sends
+// them. Another call for the same port takes the place of the first.
+//
+// The answer leaves on the CPU that the packet came by, so the argument of
+// [lab.Lost] holds for packets that are reflected.
+func (s *scene) reflect(port, answerPort uint16) {
+	s.t.Helper()
+	cmd := s.Outside.Command(s.t.Context(), "nft", "-f", "-")
+	cmd.Stdin = strings.NewReader(fmt.Sprintf(reflector, port, answerPort, s.Gateway.Addr))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		s.t.Fatalf("reflect port %d: %v: %s", port, err, out)
+	}
+}
+
+func TestReflectorAnswersFromThePortAsked(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	s.reflect(7000, 7000)
+	for i := range 200 {
+		// The sockets stay open, so that each has a port of its own.
+		in := s.inside(0, 0)
+		asked := netip.AddrPortFrom([]netip.Addr{lab.PeerA, lab.PeerC}[i%2], 7000)
+		p := payload("question") + strings.Repeat("x", 7*i) // odd lengths, and up to a full frame
+		s.must(in.Send(asked, p))
+		got, err := in.Expect(p)
+		if err != nil {
+			t.Fatalf("answer %d from %v: %v\n%s", i, asked, err, s.dump())
+		}
+		if got != asked {
+			t.Fatalf("the answer from %v seems to come from %v", asked, got)
+		}
+	}
+}
+
+func TestReflectorAnswersFromAnotherPort(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	s.reflect(7000, 7001)
+	s.reflect(7002, 7002)
+	asked, fence := netip.AddrPortFrom(lab.PeerA, 7000), netip.AddrPortFrom(lab.PeerA, 7002)
+
+	// Whoever is in touch with the other port gets the answer from there.
+	other, known := s.peer(lab.PeerA, 7001), s.inside(0, 0)
+	s.contact(known, other)
+	for range 10 {
+		p := payload("question")
+		s.must(known.Send(asked, p))
+		got, err := known.Expect(p)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, s.dump())
+		}
+		if got != other.Addr() {
+			t.Fatalf("the answer comes from %v, want %v", got, other.Addr())
+		}
+	}
+
+	// To all others the NAT is closed.
+	for range 10 {
+		in := s.inside(0, 0)
+		s.must(lab.Lost(in,
+			lab.Packet{From: in, To: asked, Payload: payload("must not come back")},
+			lab.Packet{From: in, To: fence, Payload: payload("fence")}))
+	}
+}
+
+func TestReflectorCanBeChanged(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	in, asked := s.inside(0, 0), netip.AddrPortFrom(lab.PeerA, 7000)
+	s.reflect(7000, 7001)
+	s.reflect(7000, 7000)
+	p := payload("question")
+	s.must(in.Send(asked, p))
+	if got, err := in.Expect(p); err != nil || got != asked {
+		t.Fatalf("answer from %v, want %v: %v\n%s", got, asked, err, s.dump())
+	}
+}

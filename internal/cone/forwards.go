@@ -1,0 +1,113 @@
+package cone
+
+import "time"
+
+// forwardMemory is how long a port counts as forwarded after the last flow
+// through the user's rule was seen. A forward that nobody uses for so long can
+// be overridden once, until its next flow shows it again.
+const forwardMemory = time.Hour
+
+// maxForwarded bounds the memory that a forward of all ports can cost.
+const maxForwarded = 1 << 16
+
+// A forward is what DNATed flows that belong to no claim show of one outside
+// endpoint: a forward of the user's, or children that outlived their permission.
+type forward struct {
+	to   Endpoint // inside endpoint of the flow seen last
+	seen time.Duration
+	// other is when a flow to another endpoint than to was last seen. No more
+	// is needed to know for each inside endpoint when a flow to any other one
+	// was: to's own is other, everybody else's is seen.
+	other time.Duration
+}
+
+// forward notes that a flow to e, which belongs to no claim, was DNATed to an
+// inside endpoint, and takes the permissions away that this bars.
+func (m *Model) forward(now time.Duration, e extKey, to Endpoint) {
+	f, known := m.forwarded[e]
+	if !known && len(m.forwarded) >= maxForwarded {
+		m.forgetForwards(now)
+	}
+	bars := true
+	switch {
+	case !known || now-f.seen >= forwardMemory:
+		f = forward{to: to, other: now - forwardMemory}
+	case f.to != to:
+		bars = now-f.other >= forwardMemory // else all are barred already
+		f.to, f.other = to, f.seen
+	default:
+		bars = false
+	}
+	f.seen = now
+	m.forwarded[e] = f
+	if bars {
+		m.withdrawForwarded(now, e)
+	}
+}
+
+// forgetForwards makes room in the table of forwards: the old ones go, or, if
+// there is none, any one.
+func (m *Model) forgetForwards(now time.Duration) {
+	for e, f := range m.forwarded {
+		if now-f.seen >= forwardMemory {
+			delete(m.forwarded, e)
+		}
+	}
+	for e := range m.forwarded {
+		if len(m.forwarded) < maxForwarded {
+			return
+		}
+		delete(m.forwarded, e)
+	}
+}
+
+// forwardBars reports whether flows showed a forward that keeps p from standing.
+// Where permissions stand in a map, one that leads to p's own inside endpoint
+// takes nothing from anybody, and may be a child that p left behind.
+func (m *Model) forwardBars(now time.Duration, p Permission) bool {
+	f, ok := m.forwarded[p.extKey()]
+	if !ok {
+		return false
+	}
+	if now-f.seen >= forwardMemory {
+		delete(m.forwarded, p.extKey())
+		return false
+	}
+	if m.policy.Mapped && f.to == p.Int {
+		return now-f.other < forwardMemory
+	}
+	return true
+}
+
+// forwardedTo reports whether a forward of the user's may lead to p's own inside
+// endpoint.
+func (m *Model) forwardedTo(now time.Duration, p Permission) bool {
+	if m.ruled != nil && m.ruled(p.Ext) {
+		return true
+	}
+	f, ok := m.forwarded[p.extKey()]
+	return ok && (f.to == p.Int && now-f.seen < forwardMemory || now-f.other < forwardMemory)
+}
+
+// withdrawForwarded withdraws the permissions of one outside endpoint that its
+// forward bars.
+func (m *Model) withdrawForwarded(now time.Duration, e extKey) {
+	// Listed first: one that ends may let another stand, and that evict a third.
+	var barred []int32
+	if i, ok := m.byExt[e]; ok {
+		for ; i != none; i = m.claims[i].extNext {
+			if m.claims[i].state == StateStanding && m.forwardBars(now, m.claims[i].Permission) {
+				barred = append(barred, i)
+			}
+		}
+	}
+	for _, i := range barred {
+		if m.claims[i].state == StateStanding {
+			m.withdraw(i, ReasonForwarded)
+			m.refuse(now, i, ReasonForwarded)
+			if m.claims[i].outs == 0 {
+				m.end(now, i, ReasonForwarded)
+			}
+		}
+	}
+}

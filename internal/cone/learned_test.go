@@ -1,0 +1,265 @@
+package cone
+
+import (
+	"slices"
+	"testing"
+	"time"
+)
+
+func learned(p *Policy) { p.Learned = true }
+
+// What the kernel learned by itself must go where a permission is refused, and
+// must not come back with the next packet.
+func TestRefusedPermissionIsDeniedToAKernelThatLearns(t *testing.T) {
+	const in, second = "10.47.11.109:1", "10.47.11.109:2"
+	refuse := func(r Reason, standing bool) func(*desk) {
+		return func(d *desk) { d.m.Refused(1, d.view(in).Permission, r, standing) }
+	}
+	another := func(d *desk) { d.open(1, second, "203.0.113.5:9") }
+	for name, tc := range map[string]struct {
+		limits Limits
+		act    func(d *desk)
+		want   []OpKind // without Deny where the kernel does not learn
+	}{
+		"forwarded by a flow":   {Limits{}, func(d *desk) { d.dnat(1, "192.0.2.77:1", "198.51.100.1:1", "10.47.11.200:80", 0) }, []OpKind{Revoke, Deny}},
+		"forwarded by a rule":   {Limits{}, func(d *desk) { d.m.SetForwards(1, func(Endpoint) bool { return true }) }, []OpKind{Revoke, Deny}},
+		"local socket":          {Limits{}, refuse(ReasonLocalSocket, true), []OpKind{Revoke, Deny}},
+		"local socket at once":  {Limits{}, refuse(ReasonLocalSocket, false), []OpKind{Deny}},
+		"limit of the host":     {Limits{PerHost: 1}, another, []OpKind{Deny}},
+		"limit of the subnet":   {Limits{PerSubnet: 1}, another, []OpKind{Deny}},
+		"limit of all":          {Limits{Total: 1}, another, []OpKind{Deny}},
+		"revoked":               {Limits{}, func(d *desk) { d.m.Revoke(1, func(Permission) bool { return true }) }, []OpKind{Revoke, Deny}},
+		"kernel refused":        {Limits{}, refuse(ReasonKernel, false), nil},
+		"kernel refused, stood": {Limits{}, refuse(ReasonKernel, true), []OpKind{Revoke}},
+		"table full":            {Limits{}, refuse(ReasonTableFull, false), nil},
+		"taken":                 {Limits{}, refuse(ReasonTaken, false), nil},
+		"peers on the port":     {Limits{}, refuse(ReasonPeersOnPort, false), nil},
+		"stopped":               {Limits{}, func(d *desk) { d.m.RevokeAll() }, []OpKind{Revoke}},
+		"not allowed any more": {Limits{}, func(d *desk) {
+			p := d.m.policy.Policy
+			p.Subnets = nil
+			d.m.SetPolicy(1, p)
+		}, []OpKind{Revoke}},
+		"wanted by nobody": {Limits{}, func(d *desk) {
+			d.gone(1, &Flow{ID: 1, Status: StatusSrcNAT, Src: ep(in), ReplySrc: ep("203.0.113.5:9"), ReplyDst: ep("198.51.100.1:1")})
+			refuse(ReasonLocalSocket, true)(d)
+		}, []OpKind{Revoke}},
+		"adopted": {Limits{}, func(d *desk) {
+			d.m.SetForwards(1, func(e Endpoint) bool { return e.Port == 7 })
+			d.m.Adopt(1, Permission{Key: Key{Ext: ep("198.51.100.1:7"), Peer: ep("203.0.113.5:9").Addr}, Int: ep(second)}, lifetime)
+		}, []OpKind{Revoke}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, learns := range []bool{true, false} {
+				p := testPolicy
+				p.Learned, p.Limits = learns, tc.limits
+				d := &desk{t: t, m: New(p), up: map[Key]Endpoint{}}
+				d.m.SetTopology(0, testTopology)
+				d.snapshot(0)
+				d.open(0, in, "203.0.113.5:9")
+				d.ops = nil
+				tc.act(d)
+				d.carry()
+				want := slices.Clone(tc.want)
+				if !learns {
+					want = slices.DeleteFunc(want, func(k OpKind) bool { return k == Deny })
+				}
+				var kinds []OpKind
+				for _, o := range d.ops {
+					kinds = append(kinds, o.Kind)
+					if o.Kind == Deny && (o.Reason == ReasonNone || o.Reason != d.view(o.Int.String()).Reason) {
+						t.Errorf("denied because of %q", o.Reason)
+					}
+				}
+				if !slices.Equal(kinds, want) {
+					t.Errorf("learns %v: ops %v, want %v", learns, kinds, want)
+				}
+			}
+		})
+	}
+}
+
+// The daemon finds the socket after the kernel learned the permission and let a
+// child in.
+func TestChildrenOfALearnedPermissionThatIsRefusedAreDropped(t *testing.T) {
+	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
+	d := newDesk(t, func(p *Policy) { p.Mapped, p.Learned = true, true })
+	d.open(0, in, "203.0.113.5:9")
+	d.dnat(1, "203.0.113.5:77", ext, in, 0)
+	d.dnat(1, "203.0.113.5:78", ext, in, StatusSeenReply)
+	d.m.Refused(1, d.view(in).Permission, ReasonLocalSocket, false)
+	d.wantOps("refused", d.carry(), Deny, DropUnanswered)
+	_, kinds := d.dnat(1, "203.0.113.5:79", ext, in, 0)
+	d.wantOps("the event of a child comes late", kinds, DropUnanswered)
+}
+
+// An idle flow lives by the peer's packets alone; the rule that learns does not
+// see it.
+func TestIdlePermissionIsNotDenied(t *testing.T) {
+	d := newDesk(t, learned)
+	f := d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	f.HasCounters, f.OrigPackets = true, 1
+	d.m.Tick(lifetime, 10)
+	d.seen(lifetime, f)
+	d.ops = nil
+	d.m.Tick(2*lifetime, 10)
+	d.carry()
+	if v := d.view("10.47.11.109:1"); v.Reason != ReasonIdle {
+		t.Fatalf("it is %v (%v)", v.State, v.Reason)
+	}
+	for _, o := range d.ops {
+		if o.Kind == Deny {
+			t.Errorf("it is denied")
+		}
+	}
+}
+
+func TestDenialIsRenewedForAsLongAsItHolds(t *testing.T) {
+	for name, refuse := range map[string]func(d *desk){
+		"limit":   func(d *desk) {},
+		"revoked": func(d *desk) { d.m.Revoke(0, func(p Permission) bool { return p.Int == ep("10.47.11.109:2") }) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, func(p *Policy) { p.Learned, p.Limits.PerHost = true, 1 })
+			first := d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+			d.open(0, "10.47.11.109:2", "203.0.113.5:9")
+			refuse(d)
+			d.carry()
+			var now time.Duration
+			for range 3 {
+				now += testPolicy.Retry
+				d.m.Tick(now, 10)
+				d.wantOps(now.String(), d.carry(), Deny)
+			}
+			d.gone(now, first)
+			d.ops = nil
+			d.open(now, "10.47.11.109:2", "203.0.113.5:10") // brings back what was revoked
+			d.m.Tick(now+2*testPolicy.Retry, 10)
+			d.carry()
+			d.want("10.47.11.109:2")
+			for _, o := range d.ops {
+				if o.Kind == Deny {
+					t.Errorf("denied though there is room and a new flow")
+				}
+			}
+		})
+	}
+}
+
+// A denial is for a Key, whoever wants it.
+func TestKeyIsNotDeniedWhileAnotherClaimOfItStands(t *testing.T) {
+	is := func(in string) func(Permission) bool {
+		return func(p Permission) bool { return p.Int == ep(in) }
+	}
+	d := newDesk(t, learned)
+	f := d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	d.open(0, "10.47.11.110:1", "203.0.113.5:10") // the same outside endpoint and peer
+	d.m.Revoke(1, is("10.47.11.110:1"))
+	d.m.Tick(1+testPolicy.Retry, 10)
+	d.wantOps("the one that waits", d.carry())
+	d.want("10.47.11.109:1")
+
+	// The owner goes: now it would be learned.
+	d.ops = nil
+	d.gone(2+testPolicy.Retry, f)
+	d.want()
+	if len(d.ops) != 2 || d.ops[0].Kind != Revoke || d.ops[1].Kind != Deny || d.ops[1].Int != ep("10.47.11.110:1") {
+		t.Errorf("ops %+v, want the owner revoked and the other denied", d.ops)
+	}
+}
+
+func TestOwnersDenialCoversThoseThatWait(t *testing.T) {
+	d := newDesk(t, learned)
+	d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	d.open(0, "10.47.11.110:1", "203.0.113.5:10")
+	d.m.Revoke(1, func(Permission) bool { return true })
+	d.wantOps("both revoked", d.carry(), Revoke, Deny)
+	d.m.Tick(1+testPolicy.Retry+d.m.wheel.grain, 10)
+	d.wantOps("renewed", d.carry(), Deny)
+}
+
+func TestClaimantIsDeniedWhereTheKernelRefusedTheOwner(t *testing.T) {
+	d := newDesk(t, learned)
+	d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	d.open(0, "10.47.11.110:1", "203.0.113.5:10")
+	d.m.Refused(1, d.view("10.47.11.109:1").Permission, ReasonTableFull, false)
+	d.m.Revoke(1, func(p Permission) bool { return p.Int == ep("10.47.11.110:1") })
+	d.wantOps("the one that waits", d.carry(), Deny)
+}
+
+func TestKernelThatStartsToLearnHearsWhatIsDenied(t *testing.T) {
+	d := newDesk(t, nil)
+	d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	d.m.Revoke(1, func(Permission) bool { return true })
+	d.open(2, "10.47.11.109:2", "203.0.113.5:9")
+	d.m.Refused(2, d.view("10.47.11.109:2").Permission, ReasonLocalSocket, true)
+	d.carry()
+	p := testPolicy
+	p.Learned = true
+	d.m.SetPolicy(3, p)
+	d.m.Tick(3+d.m.wheel.grain, 10)
+	// One is asked for anew; the daemon refuses it again.
+	kinds := d.carry()
+	slices.Sort(kinds)
+	d.wantOps("at the next tick", kinds, Grant, Deny)
+}
+
+// A map knows a permission by its Key alone: to revoke what another host's
+// packet taught it would end the owner's.
+func TestSurplus(t *testing.T) {
+	const in = "10.47.11.109:1"
+	key := Key{Ext: ep("198.51.100.1:1"), Peer: ep("203.0.113.5:9").Addr}
+	for name, tc := range map[string]struct {
+		prepare func(d *desk)
+		found   string
+		want    []Op
+	}{
+		"it stands": {nil, in, nil},
+		"another stands": {
+			nil, "10.47.11.110:1",
+			[]Op{{Kind: Grant, Permission: Permission{Key: key, Int: ep(in)}}},
+		},
+		"another stands, it waits": {
+			func(d *desk) { d.open(0, "10.47.11.110:1", "203.0.113.5:10") },
+			"10.47.11.110:1",
+			[]Op{{Kind: Grant, Permission: Permission{Key: key, Int: ep(in)}}},
+		},
+		"it is refused": {
+			func(d *desk) { d.m.Refused(0, d.view(in).Permission, ReasonLocalSocket, true) }, in,
+			[]Op{{Kind: Revoke, Permission: Permission{Key: key, Int: ep(in)}, Reason: ReasonExpired}},
+		},
+		"another is refused": {
+			func(d *desk) { d.m.Refused(0, d.view(in).Permission, ReasonLocalSocket, true) }, "10.47.11.110:1",
+			[]Op{{Kind: Revoke, Permission: Permission{Key: key, Int: ep("10.47.11.110:1")}, Reason: ReasonExpired}},
+		},
+		"nobody wants it": {
+			func(d *desk) { d.m.RevokeAll() }, in,
+			[]Op{{Kind: Revoke, Permission: Permission{Key: key, Int: ep(in)}, Reason: ReasonExpired}},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, learned)
+			d.open(0, in, "203.0.113.5:9")
+			if tc.prepare != nil {
+				tc.prepare(d)
+			}
+			d.carry()
+			d.ops = nil
+			d.m.Surplus(Permission{Key: key, Int: ep(tc.found)})
+			d.carry()
+			if !slices.Equal(d.ops, tc.want) {
+				t.Errorf("ops %+v, want %+v", d.ops, tc.want)
+			}
+		})
+	}
+}
+
+func TestAdoptionOfAKeyThatIsClaimedIsIgnored(t *testing.T) {
+	d := newDesk(t, learned)
+	d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	p := d.view("10.47.11.109:1").Permission
+	p.Int = ep("10.47.11.110:1")
+	d.m.Adopt(1, p, lifetime)
+	d.wantOps("adopted", d.carry())
+	d.want("10.47.11.109:1")
+}

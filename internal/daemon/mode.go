@@ -1,0 +1,170 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/expect"
+	"github.com/conenatd/conenatd/internal/rules"
+)
+
+func wantsExpect(cfg config.Config) bool { return cfg.Backend != config.BackendNFT }
+func wantsMap(cfg config.Config) bool    { return cfg.Backend != config.BackendExpect }
+
+// openBackends opens what the configuration wants, and returns what an earlier
+// daemon left. The loop does not run yet.
+func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
+	cfg := d.cfg.Config
+	var inMap []expect.Adopted
+	if d.firewall.tables != nil { // whether it is wanted or not
+		err := d.firewall.tables.NewMap(mapConfig(cfg)).List(func(p cone.Permission, left time.Duration) {
+			inMap = append(inMap, expect.Adopted{Permission: p, Left: left})
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	opened, err := d.open(cfg)
+	if err != nil {
+		return nil, err
+	}
+	d.backends.expect, d.missing = opened.expect, opened.missing
+	if e := opened.expect; e != nil {
+		adopted = e.Adopted()
+	} else if _, err := expect.Cleanup(0); err != nil { // of another mode
+		return nil, err
+	}
+	adopted = append(adopted, inMap...)
+	d.leave, d.made = len(adopted) > 0, true
+	if wantsMap(cfg) && d.firewall.missing == nil {
+		d.backends.nft, err = d.firewall.openMap(cfg, d.network.OutsideLinks())
+	} else {
+		_, err = d.firewall.set(cfg, d.network.OutsideLinks())
+	}
+	return adopted, err
+}
+
+// An opened backend is ready to be used, and not used yet.
+type opened struct {
+	expect  *expect.Backend
+	missing string // why a backend that is wanted is not there; the other one is
+}
+
+// open opens the expect backend if cfg wants it, and says what is missing.
+func (d *Daemon) open(cfg config.Config) (o opened, err error) {
+	if wantsMap(cfg) && d.firewall.missing != nil {
+		err := fmt.Errorf("no map of permissions: %w", d.firewall.missing)
+		if !wantsExpect(cfg) {
+			return o, err
+		}
+		o.missing = err.Error()
+	}
+	if !wantsExpect(cfg) {
+		return o, nil
+	}
+	o.expect, err = expect.Open(expect.Config{Lifetime: cfg.Lifetime, IPv6: anyIPv6(cfg.Subnets)})
+	if errors.Is(err, expect.ErrNoHelper) && wantsMap(cfg) && d.firewall.missing == nil {
+		o.missing = fmt.Sprintf("no expectations: %v", err)
+		return o, nil
+	}
+	if err != nil {
+		return o, err
+	}
+	table, err := settings(d.cfg.Socket).raise()
+	if err != nil {
+		return o, errors.Join(err, o.expect.Close())
+	}
+	o.expect.SetTableSize(table)
+	return o, nil
+}
+
+// change brings the backends from one mode to another, and with them the rest of
+// the configuration. What stands is carried by the new ones before the old ones
+// let go of it. The reconcile calls it.
+func (d *Daemon) change(cfg config.Config) error {
+	var o opened
+	var m *rules.Map
+	var err error
+	hasExpect, hasMap := d.backends.expect != nil, d.backends.nft != nil // written by us alone
+	if !hasExpect || !wantsExpect(cfg) {
+		if o, err = d.open(cfg); err != nil {
+			return err
+		}
+	}
+	if wantsMap(cfg) && d.firewall.missing == nil && !hasMap {
+		if m, err = d.firewall.openMap(cfg, d.network.OutsideLinks()); err != nil {
+			d.firewall.withMap = false
+			return errors.Join(err, closeExpect(o.expect))
+		}
+	}
+	d.do(func() {
+		if o.expect != nil {
+			d.backends.expect = o.expect
+		}
+		if m != nil {
+			d.backends.nft = m
+		}
+		if !hasExpect || !wantsExpect(cfg) {
+			d.missing = o.missing
+		}
+		d.cfg.Config = cfg
+		d.backends.SetLifetime(cfg.Lifetime)
+		d.model.SetPolicy(d.now(), d.policy(cfg))
+	})
+	if o.expect == nil && m == nil && (!hasExpect || wantsExpect(cfg)) && (!hasMap || wantsMap(cfg)) {
+		return nil // the same backends
+	}
+	err = d.compare()
+	if hasExpect && !wantsExpect(cfg) {
+		err = errors.Join(err, d.dropExpect())
+	}
+	if hasMap && !wantsMap(cfg) {
+		err = errors.Join(err, d.dropMap(cfg))
+	}
+	return err
+}
+
+func closeExpect(e *expect.Backend) error {
+	if e == nil {
+		return nil
+	}
+	return e.Close()
+}
+
+// dropExpect ends the expectations. What only they carried is refused.
+func (d *Daemon) dropExpect() (err error) {
+	d.do(func() {
+		e := d.backends.expect
+		d.backends.expect = nil
+		d.model.Review(d.now(), func(p cone.Permission) cone.Reason {
+			if !d.backends.wantsMap(&p) {
+				return cone.ReasonNoBackend
+			}
+			return cone.ReasonNone
+		})
+		var all []cone.Permission
+		err = e.List(func(p cone.Permission, _ time.Duration) { all = append(all, p) })
+		err = errors.Join(err, e.Revoke(all), e.Close(), settings(d.cfg.Socket).restore())
+	})
+	return err
+}
+
+// dropMap ends the map. What only it carried is refused.
+func (d *Daemon) dropMap(cfg config.Config) (err error) {
+	d.do(func() {
+		d.backends.nft = nil
+		d.model.Review(d.now(), func(p cone.Permission) cone.Reason {
+			if d.backends.expect == nil || !d.backends.expect.Stands(&p) {
+				return cone.ReasonTableFull
+			}
+			return cone.ReasonNone
+		})
+		d.firewall.withMap = false
+		d.model.SetPolicy(d.now(), d.policy(cfg))
+	})
+	_, err = d.firewall.set(cfg, d.network.OutsideLinks())
+	return err
+}

@@ -1,0 +1,285 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// A Map makes permissions stand as elements of the map in our tables. It stands
+// once Tables.Set was told to. It may be used beside the Tables; its own methods
+// must not be called at the same time, but for List, which may run beside all.
+//
+// The kernel may add elements by itself (MapConfig.Learn). An element is nobody's
+// in particular: what the Map grants, refreshes or revokes may have been learned.
+type Map struct {
+	w        *writer
+	netns    int
+	table    string
+	size     int
+	lifetime time.Duration
+	denied   map[cone.Key]struct{} // as far as this process knows
+	broken   bool
+
+	// The batch that is under way, kept here so that it costs no allocation.
+	enc    nfnl.Encoder
+	errs   [batch]error // of the permissions that were refused
+	first  uint32
+	failed func(seq uint32, err error)
+}
+
+// batch is how many permissions go into one transaction. Its cost is shared; a
+// socket's buffer must have room for as many answers.
+const batch = 256
+
+// perElement is how many messages an element has in a batch at most.
+const perElement = 2
+
+// NewMap returns the Map of t.
+func (t *Tables) NewMap(c *MapConfig) *Map {
+	m := &Map{
+		w: t.w, netns: t.netns, table: t.name, size: c.Size, lifetime: c.Lifetime,
+		denied: make(map[cone.Key]struct{}),
+	}
+	m.failed = func(seq uint32, err error) {
+		// What comes later fails for what came first.
+		if i := (seq - m.first - 1) / perElement; i < batch && m.errs[i] == nil {
+			m.errs[i] = err
+		}
+	}
+	return m
+}
+
+// Carries reports whether the map can hold p: it serves IPv4 in the default
+// zone, where the kernel translates.
+func (*Map) Carries(p *cone.Permission) bool {
+	return p.Peer.Is4() && p.Zone == 0 && !p.Routed()
+}
+
+// Max returns how many permissions can stand.
+func (m *Map) Max() int { return m.size }
+
+// SetLifetime sets the timeout of what is granted or refreshed from now on.
+func (m *Map) SetLifetime(d time.Duration) { m.lifetime = d }
+
+// Broken reports whether the table was found gone since the last call. What was
+// granted meanwhile does not stand.
+func (m *Map) Broken() bool {
+	b := m.broken
+	m.broken = false
+	return b
+}
+
+// Grant makes ps stand, in order, and calls refused with the index, the reason
+// and the kernel's error, if any, of each that does not. One that stands for
+// another inside endpoint is replaced. It lifts a denial.
+//
+// Where the table is gone nothing is refused: it comes back, and what should
+// stand in it with it; see Broken.
+func (m *Map) Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err error)) {
+	for base := 0; base < len(ps); base += batch {
+		part := ps[base:min(base+batch, len(ps))]
+		m.lift(part)
+		m.transact(part, m.add)
+		for i := range part {
+			err := m.errs[i]
+			if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST) { // another's
+				err = m.replace(part[i])
+			}
+			switch {
+			case err == nil, m.gone(err):
+			case errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM):
+				refused(base+i, cone.ReasonTableFull, fmt.Errorf("add element: %w", err))
+			default:
+				refused(base+i, cone.ReasonKernel, fmt.Errorf("add element: %w", nfnl.Permitted(err)))
+			}
+		}
+	}
+}
+
+// gone notes that the table is not there.
+func (m *Map) gone(err error) bool {
+	gone := errors.Is(err, unix.ENOENT)
+	m.broken = m.broken || gone
+	return gone
+}
+
+// replace makes p stand in place of what has its key.
+func (m *Map) replace(p cone.Permission) error {
+	errs := m.errs
+	m.transact([]cone.Permission{p}, m.renew)
+	err := m.errs[0]
+	m.errs = errs
+	return err
+}
+
+// Revoke ends ps. What is gone already is no error. The kernel deletes by key:
+// whoever has it.
+func (m *Map) Revoke(ps []cone.Permission) error {
+	return m.deleteAll(ps, m.remove, "delete element")
+}
+
+func (m *Map) deleteAll(ps []cone.Permission, encode func(seq uint32, p *cone.Permission), verb string) error {
+	var errs []error
+	for base := 0; base < len(ps); base += batch {
+		part := ps[base:min(base+batch, len(ps))]
+		m.transact(part, encode)
+		for i := range part {
+			if err := m.errs[i]; err != nil && !errors.Is(err, unix.ENOENT) {
+				errs = append(errs, fmt.Errorf("%s %v -> %v: %w", verb, part[i].Peer, part[i].Ext, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Refresh renews the timeouts of ps and calls lost with the index of each that
+// does not stand any more. Before Linux 6.12 an element that is added again keeps
+// its timeout, so it is deleted and added, which no packet notices.
+func (m *Map) Refresh(ps []cone.Permission, lost func(i int)) {
+	for base := 0; base < len(ps); base += batch {
+		part := ps[base:min(base+batch, len(ps))]
+		m.transact(part, m.renew)
+		for i := range part {
+			if m.errs[i] != nil {
+				lost(base + i)
+			}
+		}
+	}
+}
+
+// Deny ends ps, and keeps the kernel from learning them again until one is
+// granted, or two hours are over.
+func (m *Map) Deny(ps []cone.Permission) error {
+	err := m.Revoke(ps)
+	for base := 0; base < len(ps); base += batch {
+		part := ps[base:min(base+batch, len(ps))]
+		m.transact(part, m.deny)
+		for i := range part {
+			if m.errs[i] == nil && len(m.denied) < deniedSize {
+				m.denied[part[i].Key] = struct{}{}
+			}
+		}
+	}
+	return err
+}
+
+// lift lifts the denials of ps. One may have ended by itself.
+func (m *Map) lift(ps []cone.Permission) {
+	for i := range ps {
+		if _, denied := m.denied[ps[i].Key]; denied {
+			delete(m.denied, ps[i].Key)
+			m.transact(ps[i:i+1], m.allow)
+		}
+	}
+}
+
+// transact sends what encode makes of ps, at most batch of them, as one
+// transaction, leaving out what the kernel refuses. That is in m.errs afterwards.
+func (m *Map) transact(ps []cone.Permission, encode func(seq uint32, p *cone.Permission)) {
+	clear(m.errs[:len(ps)])
+	m.w.Lock()
+	defer m.w.Unlock()
+	for {
+		m.enc.Reset()
+		m.first = m.w.batch.NextSeq(len(ps)*perElement + 2)
+		m.enc.BeginTransaction(unix.NFNL_SUBSYS_NFTABLES, m.first)
+		left, before := 0, 0
+		for i := range ps {
+			if m.errs[i] == nil {
+				encode(m.first+1+uint32(i*perElement), &ps[i])
+				left++
+			}
+		}
+		if left == 0 {
+			return
+		}
+		m.enc.EndTransaction(unix.NFNL_SUBSYS_NFTABLES, m.first+1+uint32(len(ps)*perElement))
+		before = left
+		m.w.commits++
+		err := m.w.batch.Exchange(&m.enc, m.failed, nil)
+		for i := range ps {
+			switch {
+			case m.errs[i] != nil:
+			case err != nil:
+				m.errs[i] = err // nobody knows what the kernel did
+			default:
+				before--
+			}
+		}
+		if before == 0 || err != nil {
+			return // all that was sent was done
+		}
+	}
+}
+
+func (m *Map) add(seq uint32, p *cone.Permission) {
+	m.element(seq, unix.NFT_MSG_NEWSETELEM, permissionMap, p, true, m.lifetime)
+}
+
+func (m *Map) remove(seq uint32, p *cone.Permission) {
+	m.element(seq, unix.NFT_MSG_DELSETELEM, permissionMap, p, false, 0)
+}
+
+func (m *Map) renew(seq uint32, p *cone.Permission) {
+	m.remove(seq, p)
+	m.add(seq+1, p)
+}
+
+func (m *Map) deny(seq uint32, p *cone.Permission) {
+	m.element(seq, unix.NFT_MSG_NEWSETELEM, deniedSet, p, false, deniedTimeout)
+}
+
+func (m *Map) allow(seq uint32, p *cone.Permission) {
+	m.element(seq, unix.NFT_MSG_DELSETELEM, deniedSet, p, false, 0)
+}
+
+// element appends a message about one element of a set.
+func (m *Map) element(seq uint32, typ uint16, set string, p *cone.Permission, value bool, timeout time.Duration) {
+	flags := uint16(unix.NLM_F_REQUEST)
+	if typ == unix.NFT_MSG_NEWSETELEM {
+		flags |= unix.NLM_F_CREATE
+	}
+	e := &m.enc
+	e.Message(unix.NFNL_SUBSYS_NFTABLES, typ, flags, seq, unix.AF_INET)
+	e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, m.table)
+	e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
+	list := e.Nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS)
+	element := e.Nest(unix.NFTA_LIST_ELEM)
+	key := e.Nest(unix.NFTA_SET_ELEM_KEY)
+	e.Attr(unix.NFTA_DATA_VALUE, keyLen)
+	e.B = append(e.B, p.Ext.Addr[12:]...)
+	e.B = binary.BigEndian.AppendUint16(e.B, p.Ext.Port)
+	e.Pad()
+	e.B = append(e.B, p.Peer[12:]...)
+	e.EndNest(key)
+	if value {
+		data := e.Nest(unix.NFTA_SET_ELEM_DATA)
+		e.Attr(unix.NFTA_DATA_VALUE, valueLen)
+		e.B = append(e.B, p.Int.Addr[12:]...)
+		e.B = binary.BigEndian.AppendUint16(e.B, p.Int.Port)
+		e.Pad()
+		e.B = binary.NativeEndian.AppendUint32(e.B, p.Mark)
+		e.EndNest(data)
+	}
+	if timeout > 0 {
+		e.BE64(unix.NFTA_SET_ELEM_TIMEOUT, uint64(timeout.Milliseconds()))
+	}
+	e.EndNest(element)
+	e.EndNest(list)
+	e.End()
+}
+
+// Lengths of key and value, each part filled up to a register's 4 bytes.
+const (
+	keyLen   = 12
+	valueLen = 12
+)

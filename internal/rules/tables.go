@@ -1,0 +1,307 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// Tables are our tables in one network namespace. They are not safe for
+// concurrent use, but their Map may be used beside them.
+//
+// Where the kernel has both flags (Linux 6.9), the tables are owned by the
+// connection and persist: nobody else can change them, "nft flush ruleset"
+// passes them by, and they outlive the process, so that the next one can take
+// them over. The flag owner alone would end them with the process.
+type Tables struct {
+	c       *conn // reads
+	w       *writer
+	name    string
+	netns   int
+	flags   nftables.TableFlags
+	port    uint32 // of w, by which the kernel knows an owner
+	missing []*UnsupportedError
+	gen     generation
+}
+
+// A writer is the connection that owns the tables. The Map shares it with them,
+// for the kernel lets nobody else write.
+type writer struct {
+	sync.Mutex
+	*conn
+	batch   *nfnl.Conn
+	commits uint32 // transactions of ours that may have changed something
+}
+
+// Open finds out by trying what the kernel offers. It changes nothing. The
+// error is an *UnsupportedError where there is no nftables, and wraps
+// ErrForeignTable or ErrOwned where a table is not for us.
+func Open(cfg Config) (*Tables, error) {
+	t := &Tables{name: cmp.Or(cfg.Name, DefaultName), netns: cfg.NetNS}
+	err := t.open()
+	if err != nil {
+		return nil, errors.Join(err, t.Close())
+	}
+	return t, nil
+}
+
+func (t *Tables) open() error {
+	var err error
+	if t.c, err = dial(t.netns); err != nil {
+		return err
+	}
+	w, err := dial(t.netns)
+	if err != nil {
+		return err
+	}
+	t.w = &writer{conn: w}
+	if t.w.batch, err = nfnl.Over(w.nl); err != nil {
+		return err
+	}
+	if t.port, err = w.GetPortID(); err != nil {
+		return err
+	}
+	if err = t.probe(); err != nil {
+		return err
+	}
+	_, err = t.readAll(nil)
+	return err
+}
+
+// Missing returns the features that the kernel lacks. Set leaves them out.
+func (t *Tables) Missing() []*UnsupportedError { return t.missing }
+
+// Owned reports whether nobody else can change the tables.
+func (t *Tables) Owned() bool { return t.flags&nftables.TableFlagOwner != 0 }
+
+// Lacks reports whether the kernel lacks a feature.
+func (t *Tables) Lacks(f Feature) bool {
+	return slices.ContainsFunc(t.missing, func(m *UnsupportedError) bool { return m.Feature == f })
+}
+
+// possible is d without what the kernel lacks.
+func (t *Tables) possible(d Desired) Desired {
+	d.Guard = d.Guard && !t.Lacks(FeatureGuard)
+	if t.Lacks(FeatureMaxChildren) {
+		d.MaxChildren = 0
+	}
+	switch {
+	case d.Map == nil:
+	case t.Lacks(FeatureMap):
+		d.Map = nil
+	case t.Lacks(FeatureLearn):
+		m := *d.Map
+		m.Learn = false
+		d.Map = &m
+	}
+	return d
+}
+
+// Set makes the tables do what d wants, in one transaction, but for what Missing
+// names, and makes us their owner. Where they do so already, nothing is changed;
+// where somebody has changed them, they are repaired. It reports whether there
+// was something to change. Counters go on, permissions stay, and so do the
+// counts of children unless the cap is another one.
+func (t *Tables) Set(d Desired) (changed bool, err error) {
+	want, err := newLayouts(t.name, t.possible(d))
+	if err != nil {
+		return false, err
+	}
+	have, err := t.readAll(want)
+	if err != nil {
+		return false, err
+	}
+	t.w.Lock()
+	defer t.w.Unlock()
+	for i, h := range have {
+		if h.table != nil && h.table.Flags == t.flags&^nftables.TableFlagOwner {
+			// The kernel wants a transaction of its own for a new owner.
+			t.w.AddTable(t.owned(tables[i]))
+			if err := t.flush("take over"); err != nil {
+				return false, err
+			}
+			h.table.Flags = t.flags
+		}
+	}
+	for i, h := range have {
+		changed = t.change(tables[i], h, layoutOf(want, tables[i])) || changed
+	}
+	if !changed {
+		return false, nil
+	}
+	err = t.flush("set")
+	if errors.Is(err, unix.ENOENT) {
+		err = fmt.Errorf("%w (somebody changed it meanwhile)", err)
+	}
+	return true, err
+}
+
+// tables are the families of our tables.
+var tables = []nftables.TableFamily{nftables.TableFamilyINet, nftables.TableFamilyIPv4}
+
+func layoutOf(all []*layout, family nftables.TableFamily) *layout {
+	for _, l := range all {
+		if l.table.Family == family {
+			return l
+		}
+	}
+	return nil
+}
+
+func (t *Tables) owned(family nftables.TableFamily) *nftables.Table {
+	return &nftables.Table{Name: t.name, Family: family, Flags: t.flags}
+}
+
+// readAll reads both tables.
+func (t *Tables) readAll(want []*layout) (have []*state, err error) {
+	for _, family := range tables {
+		s, err := t.read(t.owned(family), layoutOf(want, family))
+		if err != nil {
+			return nil, err
+		}
+		have = append(have, s)
+	}
+	return have, nil
+}
+
+// change puts into the batch what turns have into want, which is nil where no
+// table is wanted. It reports whether that is something.
+func (t *Tables) change(family nftables.TableFamily, have *state, want *layout) bool {
+	table := t.owned(family)
+	switch {
+	case want == nil:
+		if have.table != nil {
+			t.w.DelTable(table)
+		}
+		return have.table != nil
+	case have.table != nil && have.table.Flags != t.flags:
+		t.w.DelTable(table) // the flag persist cannot be changed
+		have = &state{}
+	case have.holds(want):
+		return false
+	}
+	t.w.make(table, have, want)
+	return true
+}
+
+// make puts into the batch what makes table hold what is wanted.
+func (w *writer) make(table *nftables.Table, have *state, want *layout) {
+	w.AddTable(table)
+	for _, name := range want.counters {
+		w.AddObj(&nftables.NamedObj{Table: table, Name: name, Type: nftables.ObjTypeCounter, Obj: &expr.Counter{}})
+	}
+	w.FlushTable(table)
+	for _, c := range have.chains {
+		if !slices.ContainsFunc(want.chains, sameChain(c)) {
+			w.DelChain(c)
+		}
+	}
+	sets := want.kernelSets()
+	for _, s := range have.sets {
+		if !slices.ContainsFunc(sets, sameSet(s)) {
+			w.DelSet(s)
+		}
+	}
+	for name := range have.counters {
+		if !slices.Contains(want.counters, name) {
+			w.DeleteObject(&nftables.NamedObj{Table: table, Name: name, Type: nftables.ObjTypeCounter})
+		}
+	}
+	for _, c := range want.chains {
+		if !slices.ContainsFunc(have.chains, sameChain(c)) {
+			w.AddChain(c)
+		}
+	}
+	// Flush returns the errors of these too.
+	for _, s := range want.sets {
+		if !slices.ContainsFunc(have.sets, sameSet(s.Set)) {
+			_ = w.AddSet(s.Set, nil)
+		}
+		if !s.free {
+			w.FlushSet(s.Set)
+			_ = w.SetAddElements(s.Set, s.elements)
+		}
+	}
+	for _, r := range want.rules {
+		w.AddRule(r)
+	}
+}
+
+// Counters reads the counters. All are 0 while the tables are not there.
+func (t *Tables) Counters() (Counters, error) {
+	have, err := t.readAll(nil)
+	if err != nil {
+		return Counters{}, err
+	}
+	n := map[string]uint64{}
+	for _, s := range have {
+		for name, packets := range s.counters {
+			n[name] += packets
+		}
+	}
+	return Counters{
+		GuardDrops: n[guardCounter], ChildDrops: n[childCounter], PortZeroDrops: n[zeroCounter],
+		Admitted: n[admittedCounter], Passed: n[passedCounter],
+		Learned: n[learnedCounter], LearnLimited: n[limitedCounter],
+	}, nil
+}
+
+// Remove deletes the tables, if they are there, and with them all permissions of
+// the map.
+func (t *Tables) Remove() error {
+	have, err := t.readAll(nil)
+	if err != nil {
+		return err
+	}
+	t.w.Lock()
+	defer t.w.Unlock()
+	changed := false
+	for i, h := range have {
+		changed = t.change(tables[i], h, nil) || changed
+	}
+	if !changed {
+		return nil
+	}
+	return t.flush("delete")
+}
+
+// Close ends the connections. The tables stay as they are.
+func (t *Tables) Close() error {
+	var errs []error
+	if t.c != nil {
+		errs = append(errs, t.c.CloseLasting())
+	}
+	if t.w != nil {
+		errs = append(errs, t.w.CloseLasting())
+	}
+	if t.gen.conn != nil {
+		errs = append(errs, t.gen.conn.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// flush sends the batch. The writer must be locked.
+func (t *Tables) flush(verb string) error {
+	err := t.w.begin()
+	if err == nil {
+		t.w.commits++
+		err = errors.Join(t.w.Flush(), t.w.end())
+	}
+	if err != nil {
+		return fmt.Errorf("%s tables %s: %w", verb, t.name, nfnl.Permitted(err))
+	}
+	return nil
+}
+
+// title is how nft names a table.
+func title(t *nftables.Table) string { return familyOf(t.Family) + " " + t.Name }
