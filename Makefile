@@ -23,7 +23,7 @@ GOFUMPT     = mvdan.cc/gofumpt@v0.12.0
 
 FUZZ_TIME ?= 5s
 
-.PHONY: build demo test lint cross unit fuzz kernels bench clean
+.PHONY: build demo test lint cross unit modes fuzz kernels bench clean
 
 build:
 	$(GO) build -o bin/conenatd ./cmd/conenatd
@@ -33,7 +33,7 @@ demo:
 	@$(GO) build -o bin/conenatd ./cmd/conenatd
 	@bin/conenatd demo
 
-test: deps lint cross unit fuzz kernels
+test: deps lint cross unit modes fuzz kernels
 
 .PHONY: deps
 deps:
@@ -53,6 +53,11 @@ cross:
 # The kernels' tests are not among them: they have a target of their own.
 unit:
 	$(GO) test -race -count=1 -timeout 30m $$($(GO) list ./... | grep -v /e2e/kernels)
+
+# The end-to-end tests once more for each mode but the default, which is auto.
+modes:
+	@for mode in --backend=expect --backend=nft "--backend=nft --learn=false"; do \
+		echo "e2e $$mode"; CONENATD_MODE="$$mode" $(GO) test -race -count=1 -timeout 15m ./e2e || exit 1; done
 
 # A short run of each fuzz target, from the kept corpora.
 fuzz:

@@ -105,8 +105,8 @@ func TestRevokeByHostPeerAndPermission(t *testing.T) {
 		}
 	}
 	revoke(1, ext.String(), lab.PeerA.String())
-	if n := len(s.conntrack("expect")); n != 3 {
-		t.Errorf("%d expectations, want 3", n)
+	if n := len(s.inKernel()); n != 3 {
+		t.Errorf("%d permissions in the kernel, want 3", n)
 	}
 	s.lost(one, s.peer(lab.PeerA, 5070), ext, a)
 	// A new flow brings it back.
@@ -116,8 +116,8 @@ func TestRevokeByHostPeerAndPermission(t *testing.T) {
 	revoke(2, "10.47.11.110")
 	revoke(1, lab.PeerB.String())
 	revoke(1)
-	if left := s.conntrack("expect"); len(left) > 0 {
-		t.Errorf("expectations left: %q", left)
+	if left := s.inKernel(); len(left) > 0 {
+		t.Errorf("permissions left: %q", left)
 	}
 	if out, code := s.cli("revoke", "--control-socket", s.d.Socket, "bogus"); code == 0 || !strings.Contains(out, "expected an address") {
 		t.Errorf("exit %d, %q", code, out)
@@ -133,7 +133,7 @@ func TestOutsideAddressChange(t *testing.T) {
 	s.stands(phone, proxy, ext)
 	_, err := s.Gateway.Output("ip", "address", "del", "198.51.100.1/24", "dev", "wan0")
 	s.must(err)
-	s.until("the permission ended", func() bool { return len(s.conntrack("expect")) == 0 })
+	s.until("the permission ended", func() bool { return len(s.inKernel()) == 0 })
 	for _, args := range [][]string{
 		{"address", "add", "198.51.100.9/24", "dev", "wan0"},
 		{"route", "replace", "default", "via", "198.51.100.254"},

@@ -99,7 +99,7 @@ func TestWrongInputIsNamedAndChangesNothing(t *testing.T) {
 			t.Errorf("sysctl %s changed", k)
 		}
 	}
-	if left := append(s.conntrack("expect"), s.anchors()...); len(left) > 0 {
+	if left := s.leftovers(); len(left) > 0 {
 		t.Errorf("left in the kernel: %q", left)
 	}
 }

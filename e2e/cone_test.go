@@ -172,6 +172,7 @@ func TestConnmarkIsInherited(t *testing.T) {
 }
 
 func TestIPv6RoutedPeerAnswersFromAnyPort(t *testing.T) {
+	needsExpect(t)
 	s := newScene(t, lab.Options{IPv6: true, Rules: lab.Masquerade + lab.DropPolicy})
 	s.start("--subnet", lab.InsideNet6.String(), "--routed")
 	h := s.Inside(0)
@@ -187,6 +188,7 @@ func TestIPv6RoutedPeerAnswersFromAnyPort(t *testing.T) {
 }
 
 func TestIPv4RoutedPeerAnswersFromAnyPort(t *testing.T) {
+	needsExpect(t)
 	s := newScene(t, lab.Options{Rules: "table ip nat {\n\tchain p { type nat hook postrouting priority srcnat; }\n}\n" + lab.DropPolicy})
 	_, err := s.Outside.Output("ip", "route", "add", lab.InsideNet.String(), "via", "198.51.100.1")
 	s.must(err)

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -278,6 +279,56 @@ func (s *scene) conntrack(args ...string) []string {
 	lines, err := s.Conntrack(args...)
 	s.must(err)
 	return lines
+}
+
+// usesExpect reports whether the daemons of this run have the expect backend, if
+// a test says nothing else.
+func usesExpect() bool { return !strings.Contains(os.Getenv(modeEnv), "--backend=nft") }
+
+// needsExpect skips a test of what the nft backend does not promise.
+func needsExpect(t *testing.T) {
+	t.Helper()
+	if !usesExpect() {
+		t.Skip("conntrack expectations alone do this, and this run is without them")
+	}
+}
+
+// inKernel returns a line for each permission in the kernel: its expectation, or
+// its element of the map.
+func (s *scene) inKernel() []string {
+	s.t.Helper()
+	if usesExpect() {
+		return s.conntrack("expect")
+	}
+	return s.elements()
+}
+
+var element = regexp.MustCompile(`[\d.]+ \. \d+ \. [\d.]+ timeout [^,}]*`)
+
+// elements returns the elements of the map of permissions, none where there is no
+// table.
+func (s *scene) elements() []string {
+	s.t.Helper()
+	rules, err := s.Ruleset()
+	s.must(err)
+	if !strings.Contains(rules, "map permissions") {
+		return nil
+	}
+	list, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", "permissions")
+	s.must(err)
+	return element.FindAllString(list, -1)
+}
+
+// leftovers returns what a stopped daemon left in the kernel.
+func (s *scene) leftovers() []string {
+	s.t.Helper()
+	left := append(s.conntrack("expect"), s.anchors()...)
+	rules, err := s.Ruleset()
+	s.must(err)
+	if strings.Contains(rules, "conenat") {
+		left = append(left, rules)
+	}
+	return left
 }
 
 // anchors returns the anchors among the conntrack entries.

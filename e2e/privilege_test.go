@@ -26,6 +26,7 @@ exec setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs \
 
 func TestCapNetAdminIsEnough(t *testing.T) {
 	s := newScene(t, lab.Options{IPv6: true, Rules: lab.Masquerade + lab.DropPolicy})
+	s.must(s.NFT("add rule inet filter forward ct status dnat accept")) // for children that the map admits
 	privileged := exe
 	exe = s.unprivileged()
 	defer func() { exe = privileged }()
@@ -46,7 +47,7 @@ func TestCapNetAdminIsEnough(t *testing.T) {
 	s.arrives(phone, s.peer(lab.PeerA, 5070), ext)
 	s.lost(phone, s.peer(lab.PeerB, 5070), ext, proxy)
 	s.stop()
-	if left := append(s.conntrack("expect"), s.anchors()...); len(left) > 0 {
+	if left := s.leftovers(); len(left) > 0 {
 		t.Errorf("left after stop: %q", left)
 	}
 }

@@ -88,6 +88,6 @@ func TestNewUplinkWithPolicyRoutingByConnmark(t *testing.T) {
 	// The uplink goes, and its permissions with it; the other one stays.
 	_, err := s.Gateway.Output("ip", "link", "del", "wan1")
 	s.must(err)
-	s.until("its permission ended", func() bool { return len(s.conntrack("expect")) == 1 })
+	s.until("its permission ended", func() bool { return len(s.inKernel()) == 1 })
 	s.arrives(one, s.peer(lab.PeerA, 6000), extOne)
 }

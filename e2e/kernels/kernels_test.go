@@ -63,10 +63,14 @@ func jobs(root string) (all []job) {
 	for _, p := range packages {
 		all = append(all, job{
 			name:    p,
-			command: fmt.Sprintf("cd '%s' && %s.test -test.v -test.timeout 10m", filepath.Join(root, p), filepath.Base(p)),
+			command: fmt.Sprintf("cd '%s' && %s.test -test.v -test.timeout 15m", filepath.Join(root, p), filepath.Base(p)),
 		})
 	}
-	return all
+	return append(all, job{
+		name: "e2e with the nft backend",
+		command: fmt.Sprintf("cd '%s' && CONENATD_MODE=--backend=nft e2e.test -test.v -test.timeout 15m",
+			filepath.Join(root, "e2e")),
+	})
 }
 
 func TestKernels(t *testing.T) {

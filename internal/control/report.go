@@ -30,7 +30,8 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	line("backend", "%s; helper for IPv4: %s, for IPv6: %s", s.Backend, cmp.Or(s.Helper.IPv4, "none"), cmp.Or(s.Helper.IPv6, "none"))
 	line("subnets", "%s", list(subnets))
 	line("outside", "%s", list(s.Outside))
-	line("permissions", "%d standing (limit %d), %d refused, %d waiting for another owner", p.Standing, p.Limit, p.Refused, p.Waiting)
+	line("permissions", "%d standing (limit %d, %d as expectations), %d refused, %d waiting for another owner",
+		p.Standing, p.Limit, p.Expectations, p.Refused, p.Waiting)
 	line("lifetime", "%s after the inside host was last heard", s.Lifetime)
 	line("flows", "%d", s.Flows)
 	line("granted", "%d", c.Granted)
@@ -78,7 +79,7 @@ func describe(m Map) string {
 	if m.Admitted > 0 {
 		children = fmt.Sprintf("%d children, of which the firewall let %d pass", m.Admitted, m.Admitted-m.Dropped())
 	}
-	return fmt.Sprintf("%d elements; %s; %s", m.Elements, learn, children)
+	return learn + "; " + children
 }
 
 func list(words []string) string { return cmp.Or(strings.Join(words, ", "), "none") }

@@ -93,6 +93,8 @@ type Permissions struct {
 	Refused  int `json:"refused"`
 	Waiting  int `json:"waiting"`
 	Limit    int `json:"limit"` // of those that stand
+	// Expectations is how many stand as expectations, in the map as well or not.
+	Expectations int `json:"expectations"`
 }
 
 // Tables are conenatd's own nftables tables.
@@ -106,7 +108,6 @@ type Tables struct {
 type Map struct {
 	On       bool   `json:"on"`
 	Learn    bool   `json:"learn"`    // the kernel adds permissions by itself
-	Elements int    `json:"elements"` // at the last comparison
 	Admitted uint64 `json:"admitted"` // first packets of children
 	Passed   uint64 `json:"passed"`   // of these, those that went out to an inside host
 	Learned  uint64 `json:"learned"`  // permissions that the kernel added

@@ -16,6 +16,7 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/ctwatch"
+	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/gateway"
 )
 
@@ -45,7 +46,6 @@ type Daemon struct {
 	ports    *gateway.Sockets // of the reconcile
 	links    *gateway.Watcher
 	firewall *firewall // of the reconcile
-	inMap    int       // elements at the last comparison; of the reconcile
 	made     bool      // the tables are ours, not those of an earlier daemon
 	leave    bool      // what stands in the kernel stays when this daemon ends
 
@@ -156,7 +156,30 @@ func New(cfg Config) (d *Daemon, err error) {
 		now := d.now()
 		d.model.Adopt(now, a.Permission, now+a.Left)
 	}
-	return d, nil
+	return d, d.dropForbidden(adopted)
+}
+
+// dropForbidden takes those permissions of an earlier daemon out of the kernel
+// that the configuration does not allow, and with them their unanswered children:
+// no model knows of these.
+func (d *Daemon) dropForbidden(adopted []expect.Adopted) error {
+	forbidden := make(map[cone.Key]standing)
+	for _, a := range adopted {
+		forbidden[a.Key] = standing{in: a.Int}
+	}
+	for at := 0; at >= 0; {
+		at = d.model.Walk(at, len(adopted)+1, func(v cone.View) {
+			if v.State == cone.StateStanding {
+				delete(forbidden, v.Key)
+			}
+		})
+	}
+	d.apply(0)
+	if len(forbidden) == 0 {
+		return nil
+	}
+	_, err := dropUnanswered(forbidden)
+	return err
 }
 
 // subnets returns the enabled subnets, the candidates among them if these are

@@ -133,7 +133,6 @@ func (d *Daemon) readGateway() (changed bool, err error) {
 	forwarded, warnings, err := d.firewall.forwards(network)
 	failed = errors.Join(failed, err)
 	tables := d.firewall.read(cfg)
-	tables.Map.Elements = d.inMap
 	topology := network.Topology()
 	d.do(func() {
 		for _, w := range warnings {
@@ -242,7 +241,6 @@ func (d *Daemon) compare() error {
 	if err != nil {
 		return fmt.Errorf("list permissions: %w", err)
 	}
-	d.inMap = len(found.nft)
 	var lost, more []cone.Permission
 	d.walk(func(v cone.View) {
 		if v.State != cone.StateStanding {

@@ -37,6 +37,9 @@ func (s source) Status() control.Status {
 		st.Warnings = d.warnings()
 		st.Backend = d.backends.String()
 		st.Helper.IPv4, st.Helper.IPv6 = d.helper(false), d.helper(true)
+		if e := d.backends.expect; e != nil {
+			st.Permissions.Expectations = e.Standing()
+		}
 		st.Tables = d.tables
 		st.Tables.Guard.On = d.cfg.Guard && d.firewall.tables != nil
 		st.Tables.Map.On = d.backends.nft != nil
