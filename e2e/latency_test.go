@@ -103,7 +103,7 @@ func latencyRepeat(b *testing.B) (conenat, minimal latencies) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	c := newLatencyLab(b, exe, "--subnet", lab.InsideNet.String(), "--log-level", "warn")
+	c := newLatencyLab(b, exe, "--backend=expect", "--subnet", lab.InsideNet.String(), "--log-level", "warn")
 	b.Setenv(minimalEnv, "1")
 	m := newLatencyLab(b, self)
 	for range latencyRounds {

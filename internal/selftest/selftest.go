@@ -17,12 +17,16 @@ import (
 // A check is one behaviour. It runs in a lab with opts; run gets a stage on
 // which the daemon runs already, unless idle.
 type check struct {
-	name string
-	opts lab.Options
-	args []string // of the daemon
-	idle bool
-	run  func(*stage) error
+	name     string
+	backends []string // it is about; each, where there are none
+	opts     lab.Options
+	args     []string // of the daemon
+	idle     bool
+	run      func(*stage) error
 }
+
+// backends are the ways for a permission to stand in the kernel.
+var backends = []string{"expect", "nft"}
 
 var checks = []check{
 	{
@@ -30,9 +34,21 @@ var checks = []check{
 		run:  func(s *stage) error { _, err := s.seed(); return err },
 	},
 	{
-		name: "a drop policy with established,related is passed",
-		opts: lab.Options{Rules: lab.Masquerade + lab.DropPolicy},
-		run:  func(s *stage) error { _, err := s.seed(); return err },
+		name:     "a drop policy with established,related is passed",
+		backends: []string{"expect"},
+		opts:     lab.Options{Rules: lab.Masquerade + lab.DropPolicy},
+		run:      func(s *stage) error { _, err := s.seed(); return err },
+	},
+	{
+		name:     "a drop policy with established,related and ct status dnat is passed",
+		backends: []string{"nft"},
+		opts:     lab.Options{Rules: lab.Masquerade + lab.DropPolicy + "insert rule inet filter forward ct status dnat accept\n"},
+		run:      func(s *stage) error { _, err := s.seed(); return err },
+	},
+	{
+		name:     "the kernel learns while the daemon hangs",
+		backends: []string{"nft"},
+		run:      (*stage).learns,
 	},
 	{
 		name: "outside ports moved by NAT are followed",
@@ -40,10 +56,11 @@ var checks = []check{
 		run:  func(s *stage) error { _, err := s.seed(); return err },
 	},
 	{
-		name: "routed IPv6: a peer answers from any port",
-		opts: lab.Options{IPv6: true, Rules: lab.Masquerade + lab.DropPolicy},
-		args: []string{"--subnet", lab.InsideNet6.String(), "--routed"},
-		run:  (*stage).routed6,
+		name:     "routed IPv6: a peer answers from any port",
+		backends: []string{"expect"},
+		opts:     lab.Options{IPv6: true, Rules: lab.Masquerade + lab.DropPolicy},
+		args:     []string{"--subnet", lab.InsideNet6.String(), "--routed"},
+		run:      (*stage).routed6,
 	},
 	{
 		name: "children inherit the connmark",
@@ -77,24 +94,34 @@ var checks = []check{
 // ErrFailed says that at least one behaviour is not as it should be.
 var ErrFailed = errors.New("selftest failed")
 
-// Run runs all checks with the program exe and writes a line for each: what
-// works, and where it does not, why. Its error is ErrFailed, or says why
-// nothing could be tried.
+// Run runs all checks of each backend with the program exe and writes a line for
+// each: what works, and where it does not, why. Its error is ErrFailed, or says
+// why nothing could be tried. That the kernel lacks one of the two backends is no
+// failure.
 func Run(w io.Writer, exe string) error {
-	failed := false
-	for i := range checks {
-		err := checks[i].try(exe)
-		switch {
-		case errors.Is(err, lab.ErrPrivilege):
+	failed, missing := false, 0
+	for _, backend := range backends {
+		starts := check{run: func(*stage) error { return nil }}
+		if err := starts.try(exe, backend); errors.Is(err, lab.ErrPrivilege) {
 			return err
-		case err != nil:
-			failed = true
-			fmt.Fprintf(w, "FAIL  %s: %v\n", checks[i].name, oneLine(err))
-		default:
-			fmt.Fprintf(w, "pass  %s\n", checks[i].name)
+		} else if err != nil {
+			missing++
+			fmt.Fprintf(w, "none  %s: %v\n", backend, oneLine(err))
+			continue
+		}
+		for _, c := range checks {
+			if c.backends != nil && !slices.Contains(c.backends, backend) {
+				continue
+			}
+			if err := c.try(exe, backend); err != nil {
+				failed = true
+				fmt.Fprintf(w, "FAIL  %s: %s: %v\n", backend, c.name, oneLine(err))
+				continue
+			}
+			fmt.Fprintf(w, "pass  %s: %s\n", backend, c.name)
 		}
 	}
-	if failed {
+	if failed || missing == len(backends) {
 		return ErrFailed
 	}
 	return nil
@@ -105,7 +132,7 @@ func oneLine(err error) string {
 	return strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ")
 }
 
-func (c *check) try(exe string) (err error) {
+func (c *check) try(exe, backend string) (err error) {
 	l, err := lab.New(c.opts)
 	if err != nil {
 		return err
@@ -115,6 +142,7 @@ func (c *check) try(exe string) (err error) {
 	if s.args == nil {
 		s.args = []string{"--subnet", lab.InsideNet.String()}
 	}
+	s.args = append([]string{"--backend", backend}, s.args...)
 	defer s.close()
 	if !c.idle {
 		if err := s.start(); err != nil {
@@ -204,6 +232,16 @@ func (s *stage) cone(device, proxy, other, stranger *lab.Socket, ext netip.AddrP
 	return lab.Lost(device,
 		lab.Packet{From: stranger, To: ext, Payload: "from a stranger"},
 		lab.Packet{From: proxy, To: ext, Payload: "fence"})
+}
+
+func (s *stage) learns() error {
+	if err := s.d.Pause(); err != nil {
+		return err
+	}
+	if _, err := s.seed(); err != nil {
+		return err
+	}
+	return s.d.Resume()
 }
 
 func (s *stage) routed6() error {
@@ -354,6 +392,13 @@ func (s *stage) stopped() error {
 	entries = slices.DeleteFunc(entries, func(l string) bool {
 		return !strings.Contains(l, "port=0 ") && !strings.Contains(l, "sport=5070")
 	})
+	rules, err := s.Ruleset()
+	if err != nil {
+		return err
+	}
+	if strings.Contains(rules, "conenat") {
+		entries = append(entries, rules)
+	}
 	if left := append(expectations, entries...); len(left) > 0 {
 		return fmt.Errorf("left: %q", left)
 	}
