@@ -186,7 +186,9 @@ func (l *layout) admit(maxChildren int) {
 		l.rule(admit, "flows of one peer to one outside endpoint",
 			join(packetKey, toInside, packetChildKey, over(kids, maxChildren), drop(childCounter)))
 	}
-	l.rule(admit, "for policy routing", join(packetKey, toInside, inheritMark))
+	// nft cannot list a rule that takes three things out of one map: it shows the
+	// registers that it loaded before.
+	l.rule(admit, "the mark in the map, for policy routing; nft lists this rule wrong", join(packetKey, toInside, inheritMark))
 	l.rule(admit, "a peer may send from any port", join(packetKey, toInside, count(admittedCounter), translate))
 }
 

@@ -19,7 +19,7 @@ var learning = rules.Desired{
 		Size: 1000, Lifetime: 5 * time.Minute, Learn: true, LearnRate: 100,
 		Subnets:          []netip.Prefix{lab.InsideNet},
 		ExcludePeers:     []netip.Prefix{netip.PrefixFrom(lab.PeerB, 32)},
-		ExcludePeerPorts: []uint16{53, 443},
+		ExcludePeerPorts: []uint16{53},
 		ExcludePorts:     []uint16{5066},
 	},
 }

@@ -2,6 +2,7 @@ package rules_test
 
 import (
 	"runtime"
+	"strings"
 	"testing"
 
 	"go.uber.org/goleak"
@@ -48,10 +49,14 @@ func count(t *testing.T, table *rules.Tables) rules.Counters {
 	return c
 }
 
-// ours lists our table with handles, but without counters.
+// ours lists our tables with handles, but without counters.
 func ours(t *testing.T, l *lab.Lab) string {
 	t.Helper()
-	return output(t, l, "nft", "--stateless", "--handle", "list", "table", "inet", "conenat")
+	list := output(t, l, "nft", "--stateless", "--handle", "list", "table", "inet", "conenat")
+	if all := output(t, l, "nft", "list", "tables"); strings.Contains(all, "table ip conenat\n") {
+		list += output(t, l, "nft", "--stateless", "--handle", "list", "table", "ip", "conenat")
+	}
+	return list
 }
 
 func output(t *testing.T, l *lab.Lab, name string, args ...string) string {

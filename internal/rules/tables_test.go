@@ -14,10 +14,120 @@ import (
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
-var all = rules.Desired{OutsideLinks: []string{"wan0", "ppp0"}, Guard: true, MaxChildren: 256}
+var all = rules.Desired{OutsideLinks: []string{"wan0", "ppp0"}, Guard: true, MaxChildren: 256, Map: learning.Map}
 
-// contents is what all makes of the table, as nft lists it.
-const contents = `
+// contents is what all makes of the tables, as nft lists them. It shows look-ups in
+// the map wrong: those whose value nobody uses not at all, and of the others what
+// the registers held before.
+var contents = map[string]string{"inet": contentsInet, "ip": contentsIP}
+
+const contentsIP = `
+	counter admitted {
+	}
+
+	counter child_drops {
+	}
+
+	counter passed {
+	}
+
+	counter learned {
+	}
+
+	counter learn_limited {
+	}
+
+	set outside {
+		type ifname
+		elements = { "ppp0",
+			     "wan0" }
+	}
+
+	map permissions {
+		type ipv4_addr . inet_service . ipv4_addr : ipv4_addr . inet_service . mark
+		size 1000
+		flags dynamic,timeout
+	}
+
+	set children4_256 {
+		type ipv4_addr . ipv4_addr . inet_service
+		size 65535
+		flags dynamic
+	}
+
+	set subnets {
+		type ipv4_addr
+		flags interval
+		elements = { 10.47.11.0/24 }
+	}
+
+	set no_peers {
+		type ipv4_addr
+		flags interval
+		elements = { 0.0.0.0/8, 10.47.11.0/24,
+			     127.0.0.0/8, 169.254.0.0/16,
+			     203.0.113.6, 224.0.0.0/3 }
+	}
+
+	set excluded_peer_ports {
+		type inet_service
+		elements = { 53 }
+	}
+
+	set excluded_ports {
+		type inet_service
+		elements = { 5066 }
+	}
+
+	set learners {
+		type ipv4_addr
+		size 65535
+		flags dynamic,timeout
+		timeout 1m
+	}
+
+	set denied {
+		type ipv4_addr . inet_service . ipv4_addr
+		size 65536
+		flags timeout
+	}
+
+	chain made_by_conenatd {
+	}
+
+	chain admit {
+		type nat hook prerouting priority dstnat + 5; policy accept;
+		iifname != @outside accept
+		meta l4proto != udp accept
+		ct zone != 0 accept comment "permissions are of the default zone"
+		socket wildcard <= 1 accept comment "in the map, but the gateway itself serves it"
+		add @children4_256 { ip saddr . ip daddr . th dport ct count over 256 } counter name "child_drops" drop comment "flows of one peer to one outside endpoint"
+		ip saddr != 0.0.0.0 ct mark set ip saddr comment "the mark in the map, for policy routing; nft lists this rule wrong"
+		counter name "admitted" dnat to ip daddr . th dport . ip saddr map @permissions:th dport comment "a peer may send from any port"
+	}
+
+	chain learn {
+		type filter hook postrouting priority 290; policy accept;
+		ct state != new accept comment "answered flows end here"
+		meta l4proto != udp accept
+		iifname @outside ct status dnat / confirmed,dnat counter name "passed" accept comment "the first packet of a child: the firewall let it through"
+		iifname @outside accept comment "a source may be spoofed"
+		oifname != @outside accept
+		ct status ! snat accept
+		ct zone != 0 accept comment "permissions are of the default zone"
+		ct original ip saddr != @subnets accept
+		ct reply ip saddr @no_peers accept
+		ct reply proto-src @excluded_peer_ports accept
+		ct reply proto-dst @excluded_ports accept
+		accept comment "in the map already"
+		ct reply ip daddr . ct reply proto-dst . ct reply ip saddr @denied accept comment "the daemon forbids it"
+		add @learners { ct original ip saddr limit rate over 100/second burst 500 packets } counter name "learn_limited" accept comment "too many at a time"
+		add @permissions { ct reply ip daddr . ct reply proto-dst . ct reply ip saddr timeout 5m : ct original ip saddr . ct original proto-src . ct mark } counter name "learned"
+	}
+}
+`
+
+const contentsInet = `
 	counter guard_drops {
 	}
 
@@ -86,7 +196,14 @@ var head = regexp.MustCompile(`(?m)^table .*\n|^\t(flags|# progname) .*\n\n?`)
 // are flags that depend on the kernel, and the order of things in it.
 func checkContents(t *testing.T, l *lab.Lab) {
 	t.Helper()
-	got := head.ReplaceAllString(output(t, l, "nft", "--stateless", "list", "table", "inet", "conenat"), "")
+	for family, want := range contents {
+		checkTable(t, l, family, want)
+	}
+}
+
+func checkTable(t *testing.T, l *lab.Lab, family, contents string) {
+	t.Helper()
+	got := head.ReplaceAllString(output(t, l, "nft", "--stateless", "list", "table", family, "conenat"), "")
 	const wrong, right = "\"wan0\",\n\t\t\t     \"ppp0\"", "\"ppp0\",\n\t\t\t     \"wan0\""
 	got = strings.Replace(got, wrong, right, 1) // the set is a hash
 	if diff := cmp.Diff(sections(contents), sections(got)); diff != "" {
@@ -168,6 +285,15 @@ func TestSetRepairsWhatSomebodyChanged(t *testing.T) {
 		"add chain inet conenat more { type filter hook input priority 0; }",
 		"add set inet conenat more { type ipv4_addr; }",
 		"delete table inet conenat",
+		"delete table ip conenat",
+		"flush ruleset",
+		"flush chain ip conenat learn",
+		"insert rule ip conenat admit accept",
+		"flush set ip conenat subnets",
+		"add element ip conenat no_peers { 192.0.2.0/24 }",
+		"delete element ip conenat excluded_ports { 5066 }",
+		"flush chain ip conenat admit; delete chain ip conenat admit",
+		"add counter ip conenat more",
 	}
 	for _, change := range changes {
 		t.Run(change, func(t *testing.T) {
