@@ -183,6 +183,12 @@ func (b *backends) Refresh(ps []cone.Permission, lost func(i int)) {
 		b.split(ps, b.wantsMap)
 		b.nft.Refresh(b.part, each)
 	}
+	// One that was adopted from another mode is carried by none yet.
+	for i := range ps {
+		if !b.wantsMap(&ps[i]) && (b.expect == nil || !b.expect.Stands(&ps[i])) {
+			lost(i)
+		}
+	}
 }
 
 // Complete makes ps, which stand, stand as expectations too where the caps allow.

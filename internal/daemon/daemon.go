@@ -316,6 +316,7 @@ func (d *Daemon) revokeAll() error {
 	if d.backends.nft != nil {
 		f, err := d.backends.list()
 		inMap, errs = f.nft, append(errs, err, d.firewall.remove())
+		d.backends.nft = nil
 	}
 	d.model.RevokeAll()
 	d.apply(0)

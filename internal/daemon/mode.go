@@ -94,11 +94,16 @@ func (d *Daemon) change(cfg config.Config) error {
 			return err
 		}
 	}
+	outside := d.network.OutsideLinks()
 	if wantsMap(cfg) && d.firewall.missing == nil && !hasMap {
-		if m, err = d.firewall.openMap(cfg, d.network.OutsideLinks()); err != nil {
+		if m, err = d.firewall.openMap(cfg, outside); err != nil {
 			d.firewall.withMap = false
-			return errors.Join(err, closeExpect(o.expect))
 		}
+	} else {
+		_, err = d.firewall.set(cfg, outside)
+	}
+	if err != nil {
+		return errors.Join(err, closeExpect(o.expect))
 	}
 	d.do(func() {
 		if o.expect != nil {

@@ -1,11 +1,13 @@
 package daemon
 
 import (
+	"context"
 	"errors"
 	"os"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 )
 
@@ -17,6 +19,7 @@ var _ control.Source = source{}
 // Status is what "conenatd status" shows.
 func (s source) Status() control.Status {
 	d := s.Daemon
+	d.readTables()
 	st := control.Status{
 		Version: d.cfg.Version, PID: os.Getpid(), Started: d.start,
 	}
@@ -59,6 +62,32 @@ func (s source) Status() control.Status {
 	})
 	return st
 }
+
+// readTables brings what is known of our tables up to date, unless the reconcile is
+// busy for long: then it does so itself.
+func (d *Daemon) readTables() {
+	done := make(chan struct{})
+	read := func() {
+		defer close(done)
+		var cfg config.Config
+		if !d.do(func() { cfg = d.cfg.Config }) {
+			return
+		}
+		t := d.firewall.read(cfg)
+		d.do(func() { d.tables = t })
+	}
+	wait, cancel := context.WithTimeout(context.Background(), tablesTime)
+	defer cancel()
+	select {
+	case d.jobs <- read:
+		<-done
+	case <-d.ended:
+	case <-wait.Done():
+	}
+}
+
+// tablesTime is how long a status waits for fresh counters.
+const tablesTime = time.Second
 
 func microseconds(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
 

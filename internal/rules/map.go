@@ -159,7 +159,6 @@ func (m *Map) Refresh(ps []cone.Permission, lost func(i int)) {
 // Deny ends ps, and keeps the kernel from learning them again until one is
 // granted, or two hours are over.
 func (m *Map) Deny(ps []cone.Permission) error {
-	err := m.Revoke(ps)
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
 		m.transact(part, m.deny)
@@ -169,7 +168,7 @@ func (m *Map) Deny(ps []cone.Permission) error {
 			}
 		}
 	}
-	return err
+	return m.Revoke(ps) // last: a packet may have taught it meanwhile
 }
 
 // lift lifts the denials of ps. One may have ended by itself.
