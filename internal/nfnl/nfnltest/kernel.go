@@ -56,10 +56,16 @@ func New(t *testing.T) (*nfnl.Conn, *Kernel) {
 // SetOption does nothing, successfully.
 func (*Kernel) SetOption(netlink.ConnOption, bool) error { return nil }
 
-// What an nfnl.Conn does not use.
-func (*Kernel) Send(netlink.Message) error                     { return errors.ErrUnsupported }
-func (*Kernel) SendMessages([]netlink.Message) error           { return errors.ErrUnsupported }
-func (*Kernel) Receive() ([]netlink.Message, error)            { return nil, errors.ErrUnsupported }
+// Send fails, as do all methods that an nfnl.Conn does not use.
+func (*Kernel) Send(netlink.Message) error { return errors.ErrUnsupported }
+
+// SendMessages fails.
+func (*Kernel) SendMessages([]netlink.Message) error { return errors.ErrUnsupported }
+
+// Receive fails.
+func (*Kernel) Receive() ([]netlink.Message, error) { return nil, errors.ErrUnsupported }
+
+// ReceiveIter returns nil.
 func (*Kernel) ReceiveIter() iter.Seq2[netlink.Message, error] { return nil }
 
 func requests(b []byte) (all []Request) {
