@@ -124,17 +124,13 @@ func (m *Map) replace(p cone.Permission) error {
 // Revoke ends ps. What is gone already is no error. The kernel deletes by key:
 // whoever has it.
 func (m *Map) Revoke(ps []cone.Permission) error {
-	return m.deleteAll(ps, m.remove, "delete element")
-}
-
-func (m *Map) deleteAll(ps []cone.Permission, encode func(seq uint32, p *cone.Permission), verb string) error {
 	var errs []error
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
-		m.transact(part, encode)
+		m.transact(part, m.remove)
 		for i := range part {
 			if err := m.errs[i]; err != nil && !errors.Is(err, unix.ENOENT) {
-				errs = append(errs, fmt.Errorf("%s %v -> %v: %w", verb, part[i].Peer, part[i].Ext, err))
+				errs = append(errs, fmt.Errorf("delete element %v -> %v: %w", part[i].Peer, part[i].Ext, err))
 			}
 		}
 	}
