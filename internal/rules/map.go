@@ -187,31 +187,31 @@ func (m *Map) transact(ps []cone.Permission, encode func(seq uint32, p *cone.Per
 		m.enc.Reset()
 		m.first = m.w.batch.NextSeq(len(ps)*perElement + 2)
 		m.enc.BeginTransaction(unix.NFNL_SUBSYS_NFTABLES, m.first)
-		left, before := 0, 0
+		sent := 0
 		for i := range ps {
 			if m.errs[i] == nil {
 				encode(m.first+1+uint32(i*perElement), &ps[i])
-				left++
+				sent++
 			}
 		}
-		if left == 0 {
+		if sent == 0 {
 			return
 		}
 		m.enc.EndTransaction(unix.NFNL_SUBSYS_NFTABLES, m.first+1+uint32(len(ps)*perElement))
-		before = left
 		m.w.commits++
 		err := m.w.batch.Exchange(&m.enc, m.failed, nil)
+		done := 0
 		for i := range ps {
 			switch {
 			case m.errs[i] != nil:
 			case err != nil:
 				m.errs[i] = err // nobody knows what the kernel did
 			default:
-				before--
+				done++
 			}
 		}
-		if before == 0 || err != nil {
-			return // all that was sent was done
+		if done == sent || err != nil {
+			return
 		}
 	}
 }
