@@ -38,10 +38,11 @@ func openFirewall(name string) (*firewall, error) {
 	}
 	f.tables = t
 	for _, m := range t.Missing() {
-		f.warnings = append(f.warnings, m.Error())
 		if m.Feature == rules.FeatureMap {
-			f.missing = m
+			f.missing = m // who wants it says so
+			continue
 		}
+		f.warnings = append(f.warnings, m.Error())
 	}
 	return f, nil
 }

@@ -56,7 +56,7 @@ type opened struct {
 // open opens the expect backend if cfg wants it, and says what is missing.
 func (d *Daemon) open(cfg config.Config) (o opened, err error) {
 	if wantsMap(cfg) && d.firewall.missing != nil {
-		err := fmt.Errorf("no map of permissions: %w", d.firewall.missing)
+		err := fmt.Errorf("the nft backend is missing: %w", d.firewall.missing)
 		if !wantsExpect(cfg) {
 			return o, err
 		}
@@ -67,7 +67,7 @@ func (d *Daemon) open(cfg config.Config) (o opened, err error) {
 	}
 	o.expect, err = expect.Open(expect.Config{Lifetime: cfg.Lifetime, IPv6: anyIPv6(cfg.Subnets)})
 	if errors.Is(err, expect.ErrNoHelper) && wantsMap(cfg) && d.firewall.missing == nil {
-		o.missing = fmt.Sprintf("no expectations: %v", err)
+		o.missing = fmt.Sprintf("the expect backend is missing: %v", err)
 		return o, nil
 	}
 	if err != nil {

@@ -1,0 +1,47 @@
+package daemon
+
+import (
+	"errors"
+	"path/filepath"
+	"testing"
+
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/rules"
+)
+
+// A kernel that lacks one backend is no obstacle, unless just that one is asked
+// for.
+func TestOneMissingBackendIsOneSentence(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{})
+	missing := &rules.UnsupportedError{Feature: rules.FeatureMap, Mend: "load the module nft_nat"}
+	for _, tt := range []struct {
+		backend config.Backend
+		want    string // what status says
+		err     error
+	}{
+		{config.BackendAuto, "the nft backend is missing: map of permissions not supported: load the module nft_nat", nil},
+		{config.BackendExpect, "", nil},
+		{config.BackendNFT, "", missing},
+	} {
+		t.Run(string(tt.backend), func(t *testing.T) {
+			cfg := config.Default()
+			cfg.Backend = tt.backend
+			d := &Daemon{firewall: &firewall{missing: missing}}
+			d.cfg.Socket = filepath.Join(t.TempDir(), "c.sock")
+			err := l.Gateway.Do(func() error {
+				o, err := d.open(cfg)
+				if o.missing != tt.want {
+					t.Errorf("status says %q, want %q", o.missing, tt.want)
+				}
+				if (o.expect != nil) != (tt.err == nil) {
+					t.Errorf("expectations: %v", o.expect)
+				}
+				return errors.Join(err, closeExpect(o.expect))
+			})
+			if !errors.Is(err, tt.err) {
+				t.Errorf("error %v, want %v", err, tt.err)
+			}
+		})
+	}
+}
