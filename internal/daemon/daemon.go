@@ -328,7 +328,7 @@ func (d *Daemon) revokeAll() error {
 func (d *Daemon) greet() {
 	d.log.Info("conenatd runs", "version", d.cfg.Version, "subnets", prefixes(d.cfg.Subnets),
 		"outside", d.network.OutsideLinks(), "backend", d.backends.String(), "helper", d.helper(false),
-		"lifetime", d.cfg.Lifetime, "most_permissions", d.backends.Max())
+		"lifetime", d.cfg.Lifetime, "most_permissions", d.limit())
 	for _, w := range d.warnings() {
 		d.log.Warn(w)
 	}

@@ -47,18 +47,16 @@ func openFirewall(name string) (*firewall, error) {
 	return f, nil
 }
 
-// defaultMapSize bounds the map where the configuration does not. An element
-// takes about 100 bytes.
-const defaultMapSize = 1 << 20
+// leastMapSize is how many permissions the map can hold at least; an element takes
+// about 100 bytes. A map cannot change its size, so that of max_permissions is
+// the model's to hold, but for more than this.
+const leastMapSize = 1 << 20
 
 func mapConfig(cfg config.Config) *rules.MapConfig {
 	c := &rules.MapConfig{
-		Size: cfg.MaxPermissions, Lifetime: cfg.Lifetime,
+		Size: max(cfg.MaxPermissions, leastMapSize), Lifetime: cfg.Lifetime,
 		Learn: cfg.Learn, LearnRate: cfg.LearnRate,
 		ExcludePeers: cfg.ExcludePeers, ExcludePeerPorts: cfg.ExcludePeerPorts, ExcludePorts: cfg.ExcludePorts,
-	}
-	if c.Size == 0 {
-		c.Size = defaultMapSize
 	}
 	for _, s := range cfg.Subnets {
 		c.Subnets = append(c.Subnets, s.Prefix)

@@ -3,6 +3,7 @@ package daemon
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -32,19 +33,42 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 		return nil, err
 	}
 	d.backends.expect, d.missing = opened.expect, opened.missing
+	var expected []expect.Adopted
 	if e := opened.expect; e != nil {
-		adopted = e.Adopted()
-	} else if _, err := expect.Cleanup(0); err != nil { // of another mode
+		expected = e.Adopted()
+	} else if expected, err = expect.Left(0); err != nil {
 		return nil, err
 	}
-	adopted = append(adopted, inMap...)
+	adopted = slices.Concat(expected, inMap)
 	d.leave, d.made = len(adopted) > 0, true
 	if wantsMap(cfg) && d.firewall.missing == nil {
-		d.backends.nft, err = d.firewall.openMap(cfg, d.network.OutsideLinks())
-	} else {
+		if d.backends.nft, err = d.firewall.openMap(cfg, d.network.OutsideLinks()); err != nil {
+			return nil, err
+		}
+	}
+	// What stood by a backend that is not in use any more stands by the other one
+	// before it goes.
+	if d.backends.expect == nil {
+		d.carry(expected)
+		if _, err := expect.Cleanup(0); err != nil {
+			return nil, err
+		}
+	}
+	if d.backends.nft == nil {
+		d.carry(inMap)
 		_, err = d.firewall.set(cfg, d.network.OutsideLinks())
 	}
 	return adopted, err
+}
+
+// carry grants what an earlier daemon left. The model decides later what of it
+// stays.
+func (d *Daemon) carry(left []expect.Adopted) {
+	var ps []cone.Permission
+	for _, a := range left {
+		ps = append(ps, a.Permission)
+	}
+	d.backends.Grant(ps, func(int, cone.Reason, error) {})
 }
 
 // An opened backend is ready to be used, and not used yet.

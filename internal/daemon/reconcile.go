@@ -255,16 +255,6 @@ func (d *Daemon) compare() error {
 		delete(found.expect, v.Key)
 		delete(found.nft, v.Key)
 	})
-	for ps := range slices.Chunk(lost, flowsAtOnce) {
-		d.do(func() {
-			for _, p := range ps {
-				d.onLostPermission(p)
-			}
-		})
-	}
-	for ps := range slices.Chunk(more, flowsAtOnce) {
-		d.do(func() { d.backends.Complete(ps) })
-	}
 	d.do(func() {
 		for k, s := range found.expect {
 			d.model.Surplus(cone.Permission{Key: k, Int: s.in})
@@ -275,6 +265,25 @@ func (d *Daemon) compare() error {
 			}
 		}
 	})
+	if len(lost) > 0 {
+		// A list that is made while something is refreshed may miss it; not twice.
+		if found, err = d.backends.list(); err != nil {
+			return fmt.Errorf("list permissions: %w", err)
+		}
+	}
+	for ps := range slices.Chunk(lost, flowsAtOnce) {
+		d.do(func() {
+			for _, p := range ps {
+				if d.backends.whole(&p, found) {
+					continue
+				}
+				d.onLostPermission(p)
+			}
+		})
+	}
+	for ps := range slices.Chunk(more, flowsAtOnce) {
+		d.do(func() { d.backends.Complete(ps) })
+	}
 	return nil
 }
 

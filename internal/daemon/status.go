@@ -47,7 +47,7 @@ func (s source) Status() control.Status {
 		st.Tables.Guard.On = d.cfg.Guard && d.firewall.tables != nil
 		st.Tables.Map.On = d.backends.nft != nil
 		st.Permissions.Standing, st.Permissions.Refused = m.Standing, m.Refused
-		st.Permissions.Waiting, st.Permissions.Limit = m.Waiting, d.backends.Max()
+		st.Permissions.Waiting, st.Permissions.Limit = m.Waiting, d.limit()
 		st.Flows = m.Flows
 		st.Counters.Granted, st.Counters.Conflicts, st.Counters.Early = m.Granted, m.Conflicts, m.Early
 		st.Counters.Crowded = m.Crowded
@@ -130,6 +130,14 @@ func (s source) Permissions(yield func(control.Permission) bool) error {
 		}
 	}
 	return nil
+}
+
+// limit is how many permissions may stand.
+func (d *Daemon) limit() int {
+	if n := d.cfg.MaxPermissions; n > 0 {
+		return min(n, d.backends.Max())
+	}
+	return d.backends.Max()
 }
 
 // helper names the helper on anchors of one family, if there is one.

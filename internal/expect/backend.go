@@ -114,6 +114,15 @@ type Adopted struct {
 	Left time.Duration
 }
 
+// Left returns what an earlier daemon left in the network namespace behind a
+// descriptor, 0 for the current.
+func Left(netns int) (found []Adopted, err error) {
+	err = list(netns, true, func(x *expectation) {
+		found = append(found, Adopted{x.permission(), x.left()})
+	})
+	return found, err
+}
+
 // Adopted returns what an earlier daemon left, at the first call.
 func (b *Backend) Adopted() []Adopted {
 	found := b.adopted

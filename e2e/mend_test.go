@@ -1,0 +1,457 @@
+package e2e
+
+import (
+	"fmt"
+	"net/netip"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// Other hands on the tables, and a configuration that changes while packets come.
+
+// owned reports whether the kernel (Linux 6.9) keeps others from changing the
+// tables.
+func (s *scene) owned() bool {
+	s.t.Helper()
+	out, err := s.Gateway.Output("nft", "list", "table", "ip", "conenat")
+	s.must(err)
+	return strings.Contains(out, "flags owner")
+}
+
+// reloadRules is what "systemctl reload nftables" does.
+const reloadRules = "flush ruleset\n" + lab.Masquerade
+
+// TestMendWhatSomebodyChanged changes the tables by hand. Where they are owned
+// the kernel refuses, or passes them by; else they are put back. In either case
+// what stands stands, children get in, and what is there goes on.
+func TestMendWhatSomebodyChanged(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		change string // rules; %s is the element of a permission
+		rules  bool   // it is one of the rules, not of the permissions alone
+	}{
+		{"flush ruleset", reloadRules, true},
+		{"delete table ip", "delete table ip conenat", true},
+		{"delete table inet", "delete table inet conenat", true},
+		{"delete both tables", "delete table ip conenat\ndelete table inet conenat", true},
+		{"flush table", "flush table ip conenat", true},
+		{"flush chain admit", "flush chain ip conenat admit", true},
+		{"flush chain learn", "flush chain ip conenat learn", true},
+		{"flush chain guard", "flush chain inet conenat guard", true},
+		{"insert rule", "insert rule ip conenat admit drop", true},
+		{"flush set of links", "flush set ip conenat outside", true},
+		{"flush map", "flush map ip conenat permissions", false},
+		{"delete element", "delete element ip conenat permissions { %s }", false},
+		{
+			"change element", "delete element ip conenat permissions { %[1]s }\n" +
+				"add element ip conenat permissions { %[1]s : 10.47.11.109 . 9 . 0x0 }", false,
+		},
+		{
+			"add element", "add element ip conenat permissions { 198.51.100.1 . 5060 . 203.0.113.99 : 10.47.11.109 . 5060 . 0x0 }", false,
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			inModes(t, [][]string{nft, nftByEvent, auto}, func(t *testing.T, mode ...string) {
+				s := play(t, lab.Options{Inside: 2}, append(mode, "--max-children=0")...)
+				phone, other := s.inside(0, 5060), s.inside(1, 5061)
+				a, b := s.peer(lab.PeerA, 5060), s.peer(lab.PeerB, 5060)
+				ext := s.contact(phone, a)
+				s.contact(phone, b)
+				s.stands(phone, a, ext)
+				s.stands(phone, b, ext)
+				child, extOther := s.peer(lab.PeerA, 5070), s.contact(other, a)
+				s.stands(other, a, extOther)
+				s.arrives(other, child, extOther)
+				want := s.entries()
+				if len(want) != 3 {
+					t.Fatalf("the map has %v", want)
+				}
+				key, _, _ := strings.Cut(entryOf(phone, a, ext).String(), " :")
+				change := strings.ReplaceAll(strings.ReplaceAll(tc.change, "%[1]s", key), "%s", key)
+				s.meddle(change, tc.rules, phone, ext, want)
+				s.arrives(other, child, extOther)
+			})
+		})
+	}
+}
+
+// A rule is deleted by its handle.
+func TestMendRuleThatSomebodyDeleted(t *testing.T) {
+	inModes(t, [][]string{nft, auto}, func(t *testing.T, mode ...string) {
+		s := play(t, lab.Options{}, append(mode, "--max-children=0")...)
+		phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
+		ext := s.contact(phone, proxy)
+		s.stands(phone, proxy, ext)
+		out, err := s.Gateway.Output("nft", "--handle", "list", "chain", "ip", "conenat", "admit")
+		s.must(err)
+		_, handle, ok := strings.Cut(out[strings.LastIndex(out, "dnat"):], "handle ")
+		if !ok {
+			t.Fatalf("no rule with dnat in\n%s", out)
+		}
+		change := "delete rule ip conenat admit handle " + strings.Fields(handle)[0]
+		s.meddle(change, true, phone, ext, s.entries())
+	})
+}
+
+var volatile = regexp.MustCompile(`\s*elements = \{[^}]*\}`)
+
+// meddle changes the tables and waits until all is as before: children get in,
+// the map has what it had, and the rules are the same.
+func (s *scene) meddle(change string, ofRules bool, in *lab.Socket, ext netip.AddrPort, want map[entry]time.Duration) {
+	s.t.Helper()
+	owned := s.owned()
+	list := func() string {
+		s.t.Helper()
+		all, err := s.Ruleset()
+		s.must(err)
+		var ours []string
+		for _, table := range noise.FindAllString(all, -1) {
+			ours = append(ours, volatile.ReplaceAllString(table, ""))
+		}
+		slices.Sort(ours) // a table that was made again comes last
+		return strings.Join(ours, "")
+	}
+	rules := list()
+	began := time.Now()
+	err := s.NFT(change)
+	if owned {
+		if refused := err != nil && strings.Contains(err.Error(), "Operation not permitted"); !refused && !strings.HasPrefix(change, "flush ruleset") {
+			s.t.Errorf("the kernel does not refuse to change a table that is owned: %v", err)
+		}
+		s.arrives(in, s.peer(lab.PeerA, 6000), ext)
+	} else {
+		s.must(err)
+	}
+	first := s.peer(lab.PeerA, 6001)
+	getsIn := func(from *lab.Socket) bool {
+		p := payload("child")
+		s.must(from.Send(ext, p))
+		for {
+			switch got, _, err := in.Recv(5 * time.Millisecond); {
+			case err != nil:
+				return false
+			case got == p:
+				return true
+			}
+		}
+	}
+	if !getsIn(first) {
+		s.until("children get in", func() bool {
+			from, err := s.Outside.Socket(lab.PeerA, 0)
+			s.must(err)
+			defer from.Close()
+			return getsIn(from)
+		})
+	}
+	children := time.Since(began)
+	if !strings.HasPrefix(change, "delete element") || !strings.Contains(change, "add element") {
+		s.until("one whose first packet was too early gets in too", func() bool { return getsIn(first) })
+	} // else its flow leads elsewhere, for as long as it lasts
+	var have map[entry]time.Duration
+	same := func() bool {
+		have = s.entries()
+		for e := range want {
+			if _, ok := have[e]; !ok {
+				return false
+			}
+		}
+		return len(have) == len(want)
+	}
+	s.until("the map is as it was", same)
+	permissions := time.Since(began)
+	defer func() {
+		if s.t.Failed() {
+			s.t.Log(cmp.Diff(rules, list()))
+		}
+	}()
+	s.until("the rules are as they were", func() bool { return list() == rules })
+	s.t.Logf("owned: %v; a child got in after %v; the permissions were complete after %v, the rules after %v",
+		owned, children.Round(time.Millisecond), permissions.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
+	if owned {
+		s.must(s.d.Signal(syscall.SIGHUP))
+		if st := s.status(); st.Tables.Repaired != 0 || st.Counters.Repaired != 0 {
+			s.t.Errorf("%d repairs of tables and %d of permissions counted", st.Tables.Repaired, st.Counters.Repaired)
+		}
+		return
+	}
+	s.until("the repair is counted", func() bool {
+		st := s.status()
+		return !ofRules || st.Tables.Repaired > 0
+	})
+}
+
+// toml is a configuration for one mode, with the flags of it as keys.
+func toml(mode []string) string {
+	text := "max_children = 0\nreconcile = \"1s\"\n"
+	for _, flag := range mode {
+		key, value, _ := strings.Cut(strings.TrimPrefix(flag, "--"), "=")
+		if key == "backend" {
+			value = strconv.Quote(value)
+		}
+		text += fmt.Sprintf("%s = %s\n", key, value)
+	}
+	return text + fmt.Sprintf("[[subnet]]\nprefix = %q\n", lab.InsideNet)
+}
+
+// From each mode to each other one: not one first packet of a child is lost, nor
+// one of an existing child, and what the new mode does not have is gone.
+func TestMendNothingIsLostBetweenModes(t *testing.T) {
+	way := [][]string{auto, nft, expects, nft, auto, expects, auto, autoByEvent, nftByEvent, auto}
+	s := newScene(t, lab.Options{Inside: 3})
+	s.must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
+	write := s.configured(toml(way[0]))
+	proxy, media := s.peer(lab.PeerA, 5060), s.peer(lab.PeerB, 5070)
+	one, two, three := s.inside(0, 5060), s.inside(1, 5061), s.inside(2, 5062)
+	extOne, extTwo, extThree := s.contact(one, proxy), s.contact(two, media), s.contact(three, proxy)
+	s.stands(one, proxy, extOne)
+	s.stands(two, media, extTwo)
+	s.stands(three, proxy, extThree)
+	child := s.peer(lab.PeerB, 5071)
+	s.arrives(two, child, extTwo)
+	fresh := s.steady(s.freshPorts(one, lab.PeerA, extOne))
+	same := s.steady(s.onOnePort(two, child, extTwo))
+	for i, mode := range way[1:] {
+		write(toml(mode))
+		s.must(s.d.Signal(syscall.SIGHUP))
+		learns, backend := !slices.Contains(mode, "--learn=false"), strings.TrimPrefix(mode[0], "--backend=")
+		hasMap, hasExpect := backend != "expect", backend != "nft"
+		s.until(fmt.Sprintf("%v is in force", mode), func() bool {
+			st := s.status()
+			return st.Tables.Map.On == hasMap && st.Tables.Map.Learn == (hasMap && learns) && strings.HasPrefix(st.Backend, "expect") == hasExpect
+		})
+		// What is left of the other backend goes at the end of the change.
+		s.until("the other backend is gone", func() bool {
+			return slices.Contains(s.tables(), "table ip conenat") == hasMap &&
+				(len(s.conntrack("expect")) > 0) == hasExpect && (len(s.anchors()) > 0) == hasExpect
+		})
+		for _, p := range s.list() {
+			if p.State != "standing" {
+				t.Errorf("from %v to %v: %+v", way[i], mode, p)
+			}
+		}
+		// One more, of this mode.
+		in, peer := s.inside(0, uint16(6000+i)), s.peer(lab.PeerC, uint16(6000+i))
+		ext := s.contact(in, peer)
+		s.stands(in, peer, ext)
+		s.arrives(in, s.peer(lab.PeerC, uint16(7000+i)), ext)
+		s.arrives(three, s.peer(lab.PeerA, uint16(7000+i)), extThree)
+	}
+	t.Logf("%d changes; %d first packets of children and %d others arrived", len(way)-1, fresh(), same())
+	if n := s.status().Tables.Repaired; n != 0 {
+		t.Errorf("%d repairs counted, though nobody else changed the tables", n)
+	}
+	if n := len(s.list()); n != 3+len(way)-1 {
+		t.Errorf("%d permissions, want %d\n%s", n, 3+len(way)-1, s.dump())
+	}
+	s.stop()
+	if left := s.leftovers(); len(left) > 0 {
+		t.Errorf("left: %q", left)
+	}
+}
+
+// What only the map had room for is refused by expectations alone, and listed so;
+// when the map is back, so are they.
+func TestMendPermissionsBeyondTheRoomForExpectations(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	write := s.configured(toml(nft))
+	phone := s.inside(0, 5060)
+	var ext netip.AddrPort
+	for i := range 70 {
+		peer := s.peer(netip.AddrFrom4([4]byte{203, 0, 113, byte(100 + i)}), 5060)
+		ext = s.contact(phone, peer)
+		s.stands(phone, peer, ext)
+	}
+	port := uint16(20_000)
+	change := func(mode []string, standing int) {
+		t.Helper()
+		write(toml(mode))
+		if out, code := s.cli("reload", "--control-socket", s.d.Socket); code != 0 {
+			t.Fatalf("exit %d, %q", code, out)
+		}
+		s.until(fmt.Sprintf("%d stand with %v", standing, mode), func() bool { return s.status().Permissions.Standing == standing })
+		port++
+		for _, p := range s.list() {
+			if p.State == "standing" {
+				s.arrives(phone, s.peer(p.Peer, port), ext)
+			} else if p.Reason == "" {
+				t.Errorf("refused without a reason: %+v", p)
+			}
+		}
+	}
+	change(expects, 64)
+	change(nftByEvent, 70)
+	change(auto, 70)
+	change(expects, 64)
+	change(auto, 70)
+	change(nft, 70)
+}
+
+// A daemon of one mode takes over what one of another mode left.
+func TestMendAnotherModeTakesOver(t *testing.T) {
+	modes := [][]string{auto, nft, expects}
+	for _, from := range modes {
+		for _, to := range modes {
+			if from[0] == to[0] {
+				continue
+			}
+			t.Run(from[0][10:]+" to "+to[0][10:], func(t *testing.T) {
+				s := newScene(t, lab.Options{Inside: 2})
+				s.start(subnet(from)...)
+				held, lingering := s.inside(0, 5060), s.inside(1, 5061)
+				a, b := s.peer(lab.PeerA, 5060), s.peer(lab.PeerB, 5060)
+				extHeld, extLingering := s.contact(held, a), s.contact(lingering, b)
+				s.stands(held, a, extHeld)
+				s.stands(lingering, b, extLingering)
+				s.kill()
+				_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "5061", "--orig-port-dst", "5060")
+				s.must(err)
+				s.start(subnet(to)...)
+				s.stands(held, a, extHeld)
+				s.stands(lingering, b, extLingering)
+				s.arrives(held, s.peer(lab.PeerA, 5070), extHeld)
+				s.arrives(lingering, s.peer(lab.PeerB, 5070), extLingering)
+				hasMap, hasExpect := to[0] != expects[0], to[0] != nft[0]
+				s.until("both stand by the new mode alone", func() bool {
+					expected := len(s.conntrack("expect")) == 2
+					if !hasExpect {
+						expected = len(s.conntrack("expect")) == 0
+					}
+					return expected && (len(s.entries()) == 2) == hasMap && slices.Contains(s.tables(), "table ip conenat") == hasMap
+				})
+				s.stop()
+				if left := s.leftovers(); len(left) > 0 {
+					t.Errorf("left: %q", left)
+				}
+			})
+		}
+	}
+}
+
+// Of what the map had, as many stand as there is room for, and the list says so.
+func TestMendModeWithLessRoomTakesOver(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	s.start(subnet(nft)...)
+	phone := s.inside(0, 5060)
+	var ext netip.AddrPort
+	for i := range 70 {
+		peer := s.peer(netip.AddrFrom4([4]byte{203, 0, 113, byte(100 + i)}), 5060)
+		ext = s.contact(phone, peer)
+		s.stands(phone, peer, ext)
+	}
+	s.kill()
+	s.start(subnet(expects)...)
+	s.until("64 stand, 6 are refused", func() bool {
+		p := s.status().Permissions
+		return p.Standing == 64 && p.Refused == 6
+	})
+	for _, p := range s.list() {
+		if p.State == "standing" {
+			s.arrives(phone, s.peer(p.Peer, 5070), ext)
+		}
+	}
+}
+
+// The kernel stops to learn what is not allowed any more, though the host goes on
+// sending, and learns it when it is.
+func TestMendExclusionsOfANewConfiguration(t *testing.T) {
+	inModes(t, [][]string{nft, auto}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{})
+		write := s.configured(toml(mode))
+		talker, sink := s.inside(0, 5061), s.peer(lab.PeerA, 5062)
+		ext := s.contact(talker, sink)
+		s.stands(talker, sink, ext)
+		e := entryOf(talker, sink, ext)
+		s.steady(func() error { return talker.Send(sink.Addr(), "x") })
+		for key, value := range map[string]string{
+			"exclude_peers": `["203.0.113.5/32"]`, "exclude_peer_ports": "[5062]", "exclude_ports": "[5061]",
+		} {
+			write(key + " = " + value + "\n" + toml(mode))
+			if out, code := s.cli("reload", "--control-socket", s.d.Socket); code != 0 {
+				t.Fatalf("exit %d, %q", code, out)
+			}
+			s.until("it is not in the map", func() bool { return !s.inMap(e) })
+			for range 5 {
+				if s.inMap(e) {
+					t.Fatalf("%s: it was learned again", key)
+				}
+			}
+			s.until("it is not listed", func() bool { return len(s.list()) == 0 })
+			write(toml(mode))
+			if out, code := s.cli("reload", "--control-socket", s.d.Socket); code != 0 {
+				t.Fatalf("exit %d, %q", code, out)
+			}
+			s.stands(talker, sink, ext)
+			s.until("it is in the map again", func() bool { return s.inMap(e) })
+		}
+	})
+}
+
+// More room, or less, takes nothing from what stands.
+func TestMendLimitThatAReloadChanges(t *testing.T) {
+	for _, mode := range [][]string{nft, auto} {
+		inModes(t, [][]string{mode}, func(t *testing.T, mode ...string) {
+			s := newScene(t, lab.Options{Inside: 2})
+			write := s.configured(toml(mode))
+			one, two, proxy := s.inside(0, 5060), s.inside(1, 5061), s.peer(lab.PeerA, 5060)
+			extOne, extTwo := s.contact(one, proxy), s.contact(two, proxy)
+			s.stands(one, proxy, extOne)
+			s.stands(two, proxy, extTwo)
+			fresh := s.steady(s.freshPorts(one, lab.PeerA, extOne))
+			for _, size := range []int{1000, 500, 2000} {
+				write(fmt.Sprintf("max_permissions = %d\n%s", size, toml(mode)))
+				if out, code := s.cli("reload", "--control-socket", s.d.Socket); code != 0 {
+					t.Fatalf("exit %d, %q", code, out)
+				}
+				if n := s.status().Permissions.Limit; n != size {
+					t.Errorf("the limit is %d, want %d", n, size)
+				}
+				if n := len(s.entries()); n != 2 {
+					t.Errorf("the map has %d permissions, want 2", n)
+				}
+			}
+			s.arrives(two, s.peer(lab.PeerA, 5070), extTwo)
+			t.Logf("the first packets of %d children arrived", fresh())
+		})
+	}
+}
+
+// While no daemon runs nobody owns the tables. Whatever somebody did to them, the
+// next one puts it right.
+func TestMendAtTheStart(t *testing.T) {
+	for name, change := range map[string]string{
+		"flush ruleset": reloadRules, "delete table ip": "delete table ip conenat",
+		"delete table inet": "delete table inet conenat", "flush chain": "flush chain ip conenat admit",
+		"flush map": "flush map ip conenat permissions", "insert rule": "insert rule ip conenat admit drop",
+	} {
+		t.Run(name, func(t *testing.T) {
+			inModes(t, [][]string{nft, auto}, func(t *testing.T, mode ...string) {
+				s := newScene(t, lab.Options{})
+				s.start(subnet(mode)...)
+				phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
+				ext := s.contact(phone, proxy)
+				s.stands(phone, proxy, ext)
+				s.kill()
+				s.must(s.NFT(change))
+				s.start(subnet(mode)...)
+				s.stands(phone, proxy, ext)
+				s.arrives(phone, s.peer(lab.PeerA, 5070), ext)
+				if !s.inMap(entryOf(phone, proxy, ext)) {
+					t.Errorf("the map has %v", s.entries())
+				}
+				s.stop()
+				if left := s.leftovers(); len(left) > 0 {
+					t.Errorf("left: %q", left)
+				}
+			})
+		})
+	}
+}

@@ -1,0 +1,139 @@
+package e2e
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// The flowtable takes packets past all rules, and the kernel tells nobody of them.
+// What the daemon knows of such flows it has to ask for.
+
+// offloadLifetime is the lifetime of permissions there.
+const offloadLifetime = 3 * time.Second
+
+// offloadModes are the map of permissions alone, and both backends. The kernel
+// counts the packets of flows in one of them; those of a flow in a flowtable it
+// counts in neither.
+var offloadModes = []struct{ backend, accounting string }{{"nft", "1"}, {"auto", "0"}}
+
+// An offloadScene is a lab whose gateway offloads, with a daemon, an inside host,
+// its peer and another port of that peer: a child.
+type offloadScene struct {
+	*scene
+	in, peer, child *lab.Socket
+	ext             netip.AddrPort
+}
+
+// newOffloaded makes one in which both flows are answered.
+func newOffloaded(t *testing.T, backend, accounting string) *offloadScene {
+	t.Helper()
+	s := &offloadScene{scene: newOffloadScene(t, lab.Options{})}
+	s.must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_acct", accounting))
+	// A flow shall end soon after its packets. Old kernels (5.10) lack the first
+	// setting and keep an idle flow in the flowtable for 30 s.
+	_ = s.Gateway.SetSysctl("net.netfilter.nf_flowtable_udp_timeout", "3")
+	s.must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout_stream", "4"))
+	s.start("--subnet", lab.InsideNet.String(), "--backend="+backend,
+		"--lifetime="+offloadLifetime.String(), "--reconcile=1s")
+	s.in, s.peer, s.child = s.inside(0, 0), s.anotherPort(), s.anotherPort()
+	s.ext = s.contact(s.in, s.peer)
+	s.stands(s.in, s.peer, s.ext)
+	s.talk(s.peer)
+	s.talk(s.child)
+	return s
+}
+
+// anotherPort opens a port of the peer that nobody has seen yet.
+func (s *offloadScene) anotherPort() *lab.Socket { return s.scene.peer(lab.PeerA, 0) }
+
+// talk sends packets both ways, enough for a flow to be offloaded.
+func (s *offloadScene) talk(with *lab.Socket) {
+	s.t.Helper()
+	for range 3 {
+		s.arrives(s.in, with, s.ext)
+		if got := s.contact(s.in, with); got != s.ext {
+			s.t.Fatalf("the outside endpoint is %v, was %v", got, s.ext)
+		}
+	}
+}
+
+// offloads reports whether the flow with a port of the peer is offloaded, flows
+// whether there is one at all.
+func (s *offloadScene) offloads(with *lab.Socket) bool {
+	s.t.Helper()
+	return hasPort(offloaded(s.scene), with)
+}
+
+func (s *offloadScene) flows(with *lab.Socket) bool {
+	s.t.Helper()
+	return hasPort(s.conntrack("-p", "udp"), with)
+}
+
+func hasPort(entries []string, with *lab.Socket) bool {
+	return strings.Contains(strings.Join(entries, "\n"), fmt.Sprintf("port=%d ", with.Addr().Port()))
+}
+
+func TestOffloadTakesAnsweredFlowsAndAnsweredChildren(t *testing.T) {
+	for _, mode := range offloadModes {
+		t.Run(mode.backend, func(t *testing.T) {
+			s := newOffloaded(t, mode.backend, mode.accounting)
+			before := s.passed()
+			for name, with := range map[string]*lab.Socket{"flow": s.peer, "child": s.child} {
+				if !s.offloads(with) {
+					t.Errorf("the %s is not offloaded though answered\n%s", name, s.dump())
+				}
+				s.talk(with)
+			}
+			if after := s.passed(); after != before {
+				t.Errorf("packets of offloaded flows pass the rules: before %s\nafter %s", before, after)
+			}
+		})
+	}
+}
+
+func TestOffloadedTrafficKeepsThePermission(t *testing.T) {
+	for _, mode := range offloadModes {
+		for _, test := range []struct {
+			name string
+			of   func(s *offloadScene) (talks, silent *lab.Socket)
+		}{
+			{"of the inside host's own flow", func(s *offloadScene) (talks, silent *lab.Socket) { return s.peer, s.child }},
+			{"of a child", func(s *offloadScene) (talks, silent *lab.Socket) { return s.child, s.peer }},
+		} {
+			t.Run(mode.backend+" "+test.name, func(t *testing.T) {
+				s := newOffloaded(t, mode.backend, mode.accounting)
+				talks, silent := test.of(s)
+				before := s.passed()
+				began := s.listed(s.in, s.peer, s.ext, "standing")
+				s.until("the silent flow is gone", func() bool {
+					s.talk(talks)
+					return !s.flows(silent)
+				})
+				alone := s.listed(s.in, s.peer, s.ext, "standing")
+				s.until("the permission was fed for more lifetimes", func() bool {
+					s.talk(talks)
+					now := s.listed(s.in, s.peer, s.ext, "standing")
+					return now.Expires.Sub(alone.Expires) > 2*offloadLifetime
+				})
+				// It stood all the time, and no packet passed the rules.
+				if now := s.listed(s.in, s.peer, s.ext, "standing"); !now.Since.Equal(began.Since) {
+					t.Errorf("granted at %v, and again at %v\n%s", began.Since, now.Since, s.dump())
+				}
+				if after := s.passed(); after != before || !s.offloads(talks) {
+					t.Errorf("not offloaded all the time: before %s\nafter %s\n%s", before, after, s.dump())
+				}
+				s.arrives(s.in, s.anotherPort(), s.ext)
+
+				s.until("the permission ended after the traffic", func() bool { return len(s.list()) == 0 })
+				fence := s.scene.peer(lab.PeerB, 0)
+				s.contact(s.in, fence)
+				s.lost(s.in, s.anotherPort(), s.ext, fence)
+			})
+		}
+	}
+}
