@@ -23,6 +23,9 @@ GOFUMPT     = mvdan.cc/gofumpt@v0.12.0
 
 FUZZ_TIME ?= 5s
 
+# Tests that choose the mode of the daemon themselves.
+OWN_MODES = ^Test(NFT|AutoNFT|Mend|Offload|Flow|Reflector|Demo|Selftest|ManyPermissions)
+
 .PHONY: build demo test lint cross unit modes fuzz kernels bench clean
 
 build:
@@ -55,9 +58,11 @@ unit:
 	$(GO) test -race -count=1 -timeout 30m $$($(GO) list ./... | grep -v /e2e/kernels)
 
 # The end-to-end tests once more for each mode but the default, which is auto.
+# Those that choose their modes themselves are left out.
 modes:
 	@for mode in --backend=expect --backend=nft "--backend=nft --learn=false"; do \
-		echo "e2e $$mode"; CONENATD_MODE="$$mode" $(GO) test -race -count=1 -timeout 15m ./e2e || exit 1; done
+		echo "e2e $$mode"; \
+		CONENATD_MODE="$$mode" $(GO) test -race -count=1 -timeout 15m -skip '$(OWN_MODES)' ./e2e || exit 1; done
 
 # A short run of each fuzz target, from the kept corpora.
 fuzz:
