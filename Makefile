@@ -21,7 +21,7 @@ KERNELS ?= 6.1
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOFUMPT     = mvdan.cc/gofumpt@v0.12.0
 
-FUZZ_TIME ?= 5s
+FUZZ_TIME ?= 20000x
 
 # Tests that choose the mode of the daemon themselves.
 OWN_MODES = ^Test(NFT|AutoNFT|Mend|Offload|Flow|Reflector|Demo|Selftest|ManyPermissions)
