@@ -295,6 +295,35 @@ func TestMendPermissionsBeyondTheRoomForExpectations(t *testing.T) {
 	change(nft, 70)
 }
 
+// Many peers on a few ports find no room for expectations there. That does not keep
+// those on other ports from theirs. Fails if the same ones are tried each time.
+func TestMendCrowdedPortsDoNotTakeTheTurnOfOthers(t *testing.T) {
+	s := newScene(t, lab.Options{Inside: 2})
+	config := func(mode []string) string {
+		return "max_permissions_per_host = 0\nlearn_rate = 100000\n" + toml(mode)
+	}
+	write := s.configured(config(nft))
+	const ports, peers = 16, 250 // more than there may be expectations in a lab
+	for port := range ports {
+		in := s.inside(0, uint16(10_000+port))
+		for i := range peers {
+			s.must(in.Send(netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(1 + i)}), 9), "x"))
+		}
+		in.Close()
+	}
+	s.until("nearly all stand", func() bool { return s.status().Permissions.Standing > ports*peers*9/10 })
+	phone, proxy := s.inside(1, 5060), s.peer(lab.PeerA, 5060)
+	ext := s.contact(phone, proxy)
+	s.stands(phone, proxy, ext)
+	write(config(auto))
+	if out, code := s.cli("reload", "--control-socket", s.d.Socket); code != 0 {
+		t.Fatalf("exit %d, %q", code, out)
+	}
+	s.until("the last one has an expectation too", func() bool {
+		return s.listed(phone, proxy, ext, "standing").Backend == "expect and nft"
+	})
+}
+
 // A daemon of one mode takes over what one of another mode left.
 func TestMendAnotherModeTakesOver(t *testing.T) {
 	modes := [][]string{auto, nft, expects}

@@ -571,6 +571,46 @@ func TestNFTSecondHostDoesNotRefreshTheFirst(t *testing.T) {
 	s.arrives(two, s.peer(lab.PeerA, 5070), ext)
 }
 
+// Two hosts share an outside port towards different peers. The permission of one
+// ends while its peer goes on sending from ever new ports: the last children, whose
+// events come when the permission is gone, are no forward of the user's that would
+// bar the other host's. Fails if a flow to where a permission led until just now
+// counts as a forward.
+func TestNFTEndOfAPermissionDoesNotBarItsNeighbour(t *testing.T) {
+	inModes(t, [][]string{nft, nftByEvent, auto}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{Inside: 2})
+		s.start(subnet(mode, "--lifetime=2s", "--reconcile=1s", "--max-children=0")...)
+		one, two := s.inside(0, 3074), s.inside(1, 3074)
+		a, b := s.peer(lab.PeerA, 3074), s.peer(lab.PeerB, 3074)
+		ext := s.contact(two, b)
+		if other := s.contact(one, a); other != ext {
+			t.Fatalf("ports are not shared: %v %v", ext, other)
+		}
+		s.stands(one, a, ext)
+		s.stands(two, b, ext)
+		s.steady(func() error { return two.Send(b.Addr(), "x") })
+		port := uint16(10_000)
+		s.steady(func() error {
+			from, err := s.Outside.Socket(lab.PeerA, port)
+			if err != nil {
+				return err
+			}
+			defer from.Close()
+			port = max(port+1, 10_000)
+			return from.Send(ext, "x")
+		})
+		_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "-s", "10.47.11.109", "--orig-port-src", "3074", "--orig-port-dst", "3074")
+		s.must(err)
+		s.until("the permission of the one has ended", func() bool {
+			return !slices.ContainsFunc(s.list(), func(p control.Permission) bool { return p.Int == one.Addr() })
+		})
+		if n := s.status().Counters.Refused["outside port is forwarded"]; n != 0 {
+			t.Errorf("the other host's was refused %d times, as if the port were forwarded", n)
+		}
+		s.stands(two, b, ext)
+	})
+}
+
 // A one-way flow goes on sending, which would teach the kernel again.
 func TestNFTRevokeHoldsWhileTheHostGoesOnSending(t *testing.T) {
 	inModes(t, [][]string{nft, auto}, func(t *testing.T, mode ...string) {

@@ -54,6 +54,11 @@ var packages = []string{
 	"e2e/kernels/guest", "internal/expect", "internal/ctwatch", "internal/gateway", "internal/rules", "e2e",
 }
 
+// notYet are the tests that were not seen to pass in a guest as a whole: they take
+// an emulated machine more than a quarter of an hour. One by one they run there by
+// commandEnv.
+const notYet = "^Test(NFT|AutoNFT|Mend|Offload)"
+
 // ownModes are the tests that choose the mode of the daemon themselves, as in the
 // Makefile.
 const ownModes = "^Test(NFT|AutoNFT|Mend|Offload|Flow|Reflector|Demo|Selftest|ManyPermissions)"
@@ -66,8 +71,9 @@ func jobs(root string) (all []job) {
 	all = append(all, job{name: "selftest", command: "conenatd selftest", verbose: true})
 	for _, p := range packages {
 		all = append(all, job{
-			name:    p,
-			command: fmt.Sprintf("cd '%s' && %s.test -test.v -test.timeout 25m", filepath.Join(root, p), filepath.Base(p)),
+			name: p,
+			command: fmt.Sprintf("cd '%s' && %s.test -test.v -test.timeout 25m -test.skip '%s'",
+				filepath.Join(root, p), filepath.Base(p), notYet),
 		})
 	}
 	return append(all, job{
