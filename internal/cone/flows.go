@@ -45,7 +45,7 @@ const (
 )
 
 // role says what f is, and which permission it would belong to.
-func (m *Model) role(f *Flow) (role, Permission, Subnet) {
+func (m *Model) role(now time.Duration, f *Flow) (role, Permission, Subnet) {
 	inbound := Permission{
 		Key:  Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.OrigZone},
 		Int:  f.ReplySrc,
@@ -66,7 +66,7 @@ func (m *Model) role(f *Flow) (role, Permission, Subnet) {
 	_, local := m.topo.local[f.Dst.Addr]
 	switch {
 	case f.Status.Has(StatusDstNAT) && !expected:
-		if m.admitted(f, inbound) {
+		if m.admitted(now, f, inbound) {
 			return roleChild, inbound, Subnet{}
 		}
 		return roleDNAT, inbound, Subnet{}
@@ -78,11 +78,15 @@ func (m *Model) role(f *Flow) (role, Permission, Subnet) {
 
 // admitted reports whether f, which was DNATed, is a child of p. A forward of
 // the user's that leads to the same inside endpoint looks no different. Children
-// from before the policy changed stay children.
-func (m *Model) admitted(f *Flow, p Permission) bool {
+// from before the policy changed stay children, and those of a permission that
+// ended lately were admitted by it.
+func (m *Model) admitted(now time.Duration, f *Flow, p Permission) bool {
 	i := m.find(p.Key, p.Int)
-	if i == none || m.policy.Mapped {
-		return i != none
+	switch {
+	case i == none:
+		return m.policy.Mapped && m.former.has(now, former{p.Key, p.Int})
+	case m.policy.Mapped:
+		return true
 	}
 	n, known := m.flows.byKey[flowKey{i, f.Src.Port, true}]
 	return known && m.flows.all[n].id == f.ID
@@ -97,7 +101,7 @@ func IsAnchor(src, dst Endpoint) bool {
 // FlowSeen takes in a flow that is alive: a new one, or one seen again with its
 // present status and counters.
 func (m *Model) FlowSeen(now time.Duration, f *Flow) {
-	switch role, p, subnet := m.role(f); role {
+	switch role, p, subnet := m.role(now, f); role {
 	case roleOut:
 		m.seeOut(now, f, p, subnet)
 	case roleChild:
@@ -145,7 +149,7 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 	i := m.find(p.Key, p.Int)
 	if i == none || m.claims[i].state != StateStanding && !f.Status.Has(StatusSeenReply) {
 		// A flow of a forward of the user's is not ours to drop.
-		if f.Status.Has(StatusExpected) || !m.forwardedTo(now, p) {
+		if f.Status.Has(StatusExpected) || i != none && !m.forwardedTo(now, p) {
 			m.orphan(f, p)
 		}
 		return
@@ -274,7 +278,7 @@ func (m *Model) removeFlow(n int32) {
 // whether it was fed from inside to the end.
 func (m *Model) FlowGone(now time.Duration, f *Flow) {
 	m.snap.gone(f.ID)
-	role, p, _ := m.role(f)
+	role, p, _ := m.role(now, f)
 	// The kernel names no master when it destroys a child. The identifier tells
 	// that it is one of ours.
 	if role == roleOther && f.Status.Has(StatusExpected) && f.MasterSrc == (Endpoint{}) && f.MasterDst == (Endpoint{}) {

@@ -111,3 +111,42 @@ func (m *Model) withdrawForwarded(now time.Duration, e extKey) {
 		}
 	}
 }
+
+// A former is a claim that ended. The map may have admitted a child of it right
+// before, whose event comes only now, and a child that was answered lives on:
+// neither is a flow of a forward of the user's.
+type former struct {
+	Key
+	Int Endpoint
+}
+
+// formers remembers the claims that ended, for forwardMemory since a flow of
+// theirs was seen last. If there are too many, the older ones are forgotten.
+type formers struct {
+	recent, older map[former]time.Duration
+}
+
+func newFormers() formers {
+	return formers{recent: make(map[former]time.Duration), older: make(map[former]time.Duration)}
+}
+
+func (s *formers) add(now time.Duration, f former) {
+	if len(s.recent) >= maxForwarded {
+		s.recent, s.older = s.older, s.recent
+		clear(s.recent)
+	}
+	s.recent[f] = now
+}
+
+// has reports whether f is remembered. If it is, a flow of it was seen just now.
+func (s *formers) has(now time.Duration, f former) bool {
+	seen, ok := s.recent[f]
+	if !ok {
+		seen, ok = s.older[f]
+	}
+	if !ok || now-seen >= forwardMemory {
+		return false
+	}
+	s.add(now, f)
+	return true
+}

@@ -230,6 +230,53 @@ func TestForwardBarsByItsTarget(t *testing.T) {
 	}
 }
 
+// Two hosts share an outside port. What the permission of one admitted before it
+// ended is no forward that would bar the other's, however late its event comes.
+func TestChildOfAFormerPermissionIsNoForward(t *testing.T) {
+	const one, two, ext = "10.47.11.109:1", "10.47.11.110:1", "198.51.100.1:1"
+	d := newDesk(t, mapped)
+	d.gone(0, d.open(0, one, "203.0.113.5:9"))
+	d.open(0, two, "192.0.2.9:9")
+	d.m.Tick(lifetime, 10)
+	d.carry()
+	d.m.Tick(2*lifetime, 10)
+	d.carry()
+	var now time.Duration
+	for i := range 4 {
+		now = 2*lifetime + time.Duration(i)*forwardMemory/2
+		child, kinds := d.dnat(now, "203.0.113.5:77", ext, one, StatusSeenReply)
+		d.wantOps("the child", kinds)
+		d.gone(now, child)
+		if f := d.m.forwarded; len(f) > 0 {
+			t.Fatalf("forwards %v, want none", f)
+		}
+	}
+	d.dnat(now, "203.0.113.6:77", ext, one, 0) // no permission of this peer's ended
+	if f := d.m.forwarded; len(f) != 1 {
+		t.Errorf("forwards %v, want one", f)
+	}
+	d.dnat(now+forwardMemory, "203.0.113.5:78", ext, one, 0) // long forgotten
+	if f := d.m.forwarded[extKey{ext: ep(ext)}]; f.seen != now+forwardMemory {
+		t.Errorf("forwards %v, want one that was seen just now", d.m.forwarded)
+	}
+}
+
+func TestFormerPermissionsAreForgottenWhenThereAreTooMany(t *testing.T) {
+	s := newFormers()
+	nth := func(i int) former {
+		return former{Key: Key{Zone: uint16(i >> 16)}, Int: Endpoint{Port: uint16(i)}}
+	}
+	for i := range 5 * maxForwarded {
+		s.add(0, nth(i))
+	}
+	if n := len(s.recent) + len(s.older); n > 2*maxForwarded {
+		t.Errorf("%d are remembered, want at most %d", n, 2*maxForwarded)
+	}
+	if !s.has(0, nth(5*maxForwarded-1)) {
+		t.Error("the newest is forgotten")
+	}
+}
+
 // A child of ours that was left behind and a forward of the user's, in any order
 // and more than once: whoever's endpoint is not all that was seen, is barred.
 func TestOfSeveralTargetsTheOneThatBarsWins(t *testing.T) {

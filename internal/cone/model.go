@@ -69,6 +69,7 @@ type Model struct {
 	byKey     map[Key]int32
 	byExt     map[extKey]int32
 	forwarded map[extKey]forward // by outside endpoint: what flows showed
+	former    formers
 	flows     flowTable
 	early     earlyIndex
 	hosts     map[Addr]scope
@@ -105,6 +106,7 @@ func New(p Policy) *Model {
 		byKey:     make(map[Key]int32),
 		byExt:     make(map[extKey]int32),
 		forwarded: make(map[extKey]forward),
+		former:    newFormers(),
 		hosts:     make(map[Addr]scope),
 		subnets:   newScopes(len(p.Subnets)),
 		flows:     newFlowTable(),
@@ -286,6 +288,9 @@ func (m *Model) end(now time.Duration, i int32, r Reason) {
 		m.removeFlow(c.flows)
 	}
 
+	if m.policy.Mapped {
+		m.former.add(now, former{c.Key, c.Int})
+	}
 	first := m.byKey[c.Key] == i
 	switch {
 	case first && c.nextKey == none:

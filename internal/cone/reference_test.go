@@ -14,6 +14,7 @@ type refModel struct {
 	topo      Topology
 	claims    []*refClaim                           // oldest first
 	forwarded map[extKey]map[Endpoint]time.Duration // by target: last seen
+	former    map[former]time.Duration              // claims that ended
 	dumped    map[*refFlow]bool                     // not nil: a snapshot is running
 	showing   bool                                  // one of its flows right now
 	over      map[uint32]bool
@@ -40,7 +41,7 @@ type refFlow struct {
 }
 
 func newRef(p Policy, t Topology) *refModel {
-	return &refModel{policy: p, topo: t, forwarded: map[extKey]map[Endpoint]time.Duration{}}
+	return &refModel{policy: p, topo: t, forwarded: map[extKey]map[Endpoint]time.Duration{}, former: map[former]time.Duration{}}
 }
 
 func (r *refModel) ofKey(k Key) (cs []*refClaim) {
@@ -76,7 +77,7 @@ func (c *refClaim) lingers() bool {
 }
 
 // classify says what f is: "out", "child", "dnat" or "".
-func (r *refModel) classify(f *Flow) (string, Permission) {
+func (r *refModel) classify(now time.Duration, f *Flow) (string, Permission) {
 	in := Permission{Key: Key{f.Dst, f.Src.Addr, f.OrigZone}, Int: f.ReplySrc}
 	inside := false
 	for _, s := range r.policy.Subnets {
@@ -89,6 +90,9 @@ func (r *refModel) classify(f *Flow) (string, Permission) {
 		return "out", Permission{Key: Key{f.ReplyDst, f.ReplySrc.Addr, f.ReplyZone}, Int: f.Src}
 	case !inside && f.Status.Has(StatusDstNAT):
 		if c := r.find(in.Key, in.Int); c != nil && (r.policy.Mapped || c.has(f)) {
+			return "child", in
+		} else if at, ok := r.former[former{in.Key, in.Int}]; c == nil && r.policy.Mapped && ok && now-at < forwardMemory {
+			r.former[former{in.Key, in.Int}] = now
 			return "child", in
 		}
 		return "dnat", in
@@ -117,7 +121,7 @@ func (r *refModel) barred(now time.Duration, c *refClaim) bool {
 }
 
 func (r *refModel) seen(now time.Duration, f *Flow) {
-	what, p := r.classify(f)
+	what, p := r.classify(now, f)
 	c := r.find(p.Key, p.Int)
 	switch what {
 	case "out":
@@ -224,6 +228,9 @@ func (r *refModel) refused(now time.Duration, p Permission, why Reason) {
 
 func (r *refModel) end(now time.Duration, c *refClaim) {
 	owner := r.ofKey(c.Key)[0] == c
+	if r.policy.Mapped {
+		r.former[former{c.Key, c.Int}] = now
+	}
 	for i, x := range r.claims {
 		if x == c {
 			r.claims = append(append([]*refClaim(nil), r.claims[:i]...), r.claims[i+1:]...)
@@ -264,7 +271,7 @@ func (r *refModel) gone(now time.Duration, f *Flow) {
 	if r.dumped != nil {
 		r.over[f.ID] = true
 	}
-	what, p := r.classify(f)
+	what, p := r.classify(now, f)
 	c := r.find(p.Key, p.Int)
 	if c == nil || what != "out" && what != "child" {
 		return

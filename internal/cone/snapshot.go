@@ -43,7 +43,7 @@ func (m *Model) SnapshotFlow(now time.Duration, f *Flow) {
 	if !m.snap.running || m.snap.over(f.ID) {
 		return
 	}
-	switch role, _, _ := m.role(f); role {
+	switch role, _, _ := m.role(now, f); role {
 	case roleOut:
 		m.show(now, f)
 	case roleChild, roleDNAT, roleEarly:
