@@ -191,19 +191,16 @@ func (b *backends) Refresh(ps []cone.Permission, lost func(i int)) {
 	}
 }
 
-// Complete makes ps, which stand, stand as expectations too where the caps allow.
+// incomplete reports whether p, which stands, could stand as an expectation too.
+func (b *backends) incomplete(p *cone.Permission) bool {
+	return b.expect != nil && b.expect.HasRoom(p)
+}
+
+// Complete makes ps, which are incomplete, stand as expectations too.
 func (b *backends) Complete(ps []cone.Permission) {
 	if b.expect != nil {
 		b.expect.Grant(ps, func(int, cone.Reason, error) {})
 	}
-}
-
-// room is how many permissions more may stand as expectations.
-func (b *backends) room() int {
-	if b.expect == nil {
-		return 0
-	}
-	return b.expect.Max() - b.expect.Standing()
 }
 
 // SetLifetime sets the timeout of what is granted or refreshed from now on.

@@ -249,13 +249,17 @@ func (d *Daemon) compare() error {
 		// What was granted after the list was asked for need not be in it.
 		if v.Since < began && !d.backends.whole(&v.Permission, found) {
 			lost = append(lost, v.Permission)
-		} else if len(more) < d.backends.room() && !d.backends.expect.Stands(&v.Permission) {
-			more = append(more, v.Permission)
+		} else if d.backends.incomplete(&v.Permission) {
+			if more = append(more, v.Permission); len(more) == flowsAtOnce {
+				d.backends.Complete(more)
+				more = more[:0]
+			}
 		}
 		delete(found.expect, v.Key)
 		delete(found.nft, v.Key)
 	})
 	d.do(func() {
+		d.backends.Complete(more)
 		for k, s := range found.expect {
 			d.model.Surplus(cone.Permission{Key: k, Int: s.in})
 		}
@@ -280,9 +284,6 @@ func (d *Daemon) compare() error {
 				d.onLostPermission(p)
 			}
 		})
-	}
-	for ps := range slices.Chunk(more, flowsAtOnce) {
-		d.do(func() { d.backends.Complete(ps) })
 	}
 	return nil
 }

@@ -74,22 +74,29 @@ func (l *ledger) of(p *cone.Permission) (a anchor, stands, ok bool) {
 	return anchor{}, false, false
 }
 
-// reserve finds the anchor of p and takes it, if the caps allow.
-func (l *ledger) reserve(p *cone.Permission) (anchor, cone.Reason) {
+// place returns the anchor of p, or why it cannot have one.
+func (l *ledger) place(p *cone.Permission) (a anchor, stands bool, r cone.Reason) {
 	a, stands, ok := l.of(p)
 	switch {
 	case !ok:
-		return a, cone.ReasonTaken
+		r = cone.ReasonTaken
 	case stands:
 	case l.onPort[port{p.Ext, p.Zone}] >= maxPeersOnPort:
-		return a, cone.ReasonPeersOnPort
+		r = cone.ReasonPeersOnPort
 	case len(l.ext) >= l.max:
-		return a, cone.ReasonTableFull
-	default: // take, without looking for what is known not to be there
+		r = cone.ReasonTableFull
+	}
+	return a, stands, r
+}
+
+// reserve finds the anchor of p and takes it, if the caps allow.
+func (l *ledger) reserve(p *cone.Permission) (anchor, cone.Reason) {
+	a, stands, r := l.place(p)
+	if r == cone.ReasonNone && !stands { // take, without looking for what is known not to be there
 		l.ext[a] = p.Ext.Addr
 		l.onPort[port{p.Ext, p.Zone}]++
 	}
-	return a, cone.ReasonNone
+	return a, r
 }
 
 // take notes that a serves the outside address ext. A dump may show the same

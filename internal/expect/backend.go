@@ -162,6 +162,12 @@ func (b *Backend) Stands(p *cone.Permission) bool {
 	return stands
 }
 
+// HasRoom reports whether the caps let p, which does not stand, stand.
+func (b *Backend) HasRoom(p *cone.Permission) bool {
+	_, stands, r := b.standing.place(p)
+	return !stands && r == cone.ReasonNone && b.helpers.of(p).name != ""
+}
+
 // Close closes the connection. It revokes nothing. It removes our own helper
 // unless something stands: the kernel ends the expectations of a helper that
 // goes.
