@@ -147,6 +147,7 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 
 func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 	i := m.find(p.Key, p.Int)
+	m.notePassed(f, i)
 	if i == none || m.claims[i].state != StateStanding && !f.Status.Has(StatusSeenReply) {
 		// A flow of a forward of the user's is not ours to drop.
 		if f.Status.Has(StatusExpected) || i != none && !m.forwardedTo(now, p) {
@@ -160,6 +161,18 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 		return
 	}
 	m.addFlow(now, i, f, true)
+}
+
+// notePassed counts f, a child of claim i if there is one, the first time that it
+// is seen. What was there before the first snapshot passed long ago.
+func (m *Model) notePassed(f *Flow, i int32) {
+	if f.Status.Has(StatusExpected) || !m.snap.whole {
+		return
+	}
+	n, known := m.flows.byKey[flowKey{i, f.Src.Port, true}]
+	if known = known && m.flows.all[n].id == f.ID; !known && !m.snap.showing {
+		m.stats.Passed++
+	}
 }
 
 // orphan drops a child whose permission is gone, unless the inside host answered

@@ -92,6 +92,7 @@ type Stats struct {
 	Granted   uint64          // grants decided, retries included
 	Conflicts uint64          // claims that found the permission owned
 	Crowded   uint64          // children beyond the limit, dropped
+	Passed    uint64          // children that a map admitted and the user's firewall let pass
 	Early     uint64          // early packets' flows to be repaired
 	Skipped   [Reasons]uint64 // flows that gave no permission, by reason
 	Refusals  [Reasons]uint64 // permissions refused, by reason

@@ -77,7 +77,7 @@ func describe(m Map) string {
 	}
 	children := "no child came by it yet"
 	if m.Admitted > 0 {
-		children = fmt.Sprintf("%d children, of which the firewall let %d pass", m.Admitted, m.Admitted-m.Dropped())
+		children = fmt.Sprintf("%d children, of which the firewall let %d pass", m.Admitted, min(m.Passed, m.Admitted))
 	}
 	return learn + "; " + children
 }

@@ -104,18 +104,16 @@ type Tables struct {
 	Repaired uint64 `json:"repaired"` // how often others' changes of them were undone
 }
 
-// Map is the map of permissions, and what it did since the tables were made.
+// Map is the map of permissions, and what it did: since the daemon started it
+// admitted children, and since the tables were made it learned.
 type Map struct {
 	On       bool   `json:"on"`
 	Learn    bool   `json:"learn"`    // the kernel adds permissions by itself
 	Admitted uint64 `json:"admitted"` // first packets of children
-	Passed   uint64 `json:"passed"`   // of these, those that went out to an inside host
+	Passed   uint64 `json:"passed"`   // of these, those that the user's firewall let pass
 	Learned  uint64 `json:"learned"`  // permissions that the kernel added
 	Limited  uint64 `json:"limited"`  // and those that it did not because of learn_rate
 }
-
-// Dropped is how many children the map admitted and the user's firewall dropped.
-func (m Map) Dropped() uint64 { return m.Admitted - min(m.Passed, m.Admitted) }
 
 // Guard is what the table of family inet does.
 type Guard struct {

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/rules"
 )
@@ -203,8 +204,13 @@ func (b *backends) Complete(ps []cone.Permission) {
 	}
 }
 
-// SetLifetime sets the timeout of what is granted or refreshed from now on.
-func (b *backends) SetLifetime(d time.Duration) { b.each(func(x backend) { x.SetLifetime(d) }) }
+// configure applies cfg to what is granted or refreshed from now on.
+func (b *backends) configure(cfg config.Config) {
+	b.each(func(x backend) { x.SetLifetime(cfg.Lifetime) })
+	if b.nft != nil {
+		b.nft.SetMaxChildren(cfg.MaxChildren)
+	}
+}
 
 // Max is how many permissions may stand.
 func (b *backends) Max() (n int) {

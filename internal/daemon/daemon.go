@@ -340,9 +340,10 @@ func (d *Daemon) warnings() []string {
 	if d.missing != "" {
 		out = append(out, d.missing)
 	}
-	if n := d.tables.Map.Dropped(); n > 0 && d.backends.nft != nil {
-		out = append(out, fmt.Sprintf("your firewall dropped %d of %d children that the map admitted: "+
-			"let its forward chain accept 'ct status dnat'", n, d.tables.Map.Admitted))
+	// Some may be under way, so it takes more than a few.
+	if passed, n := d.model.Stats().Passed, d.tables.Map.Admitted; n > 2*passed && d.backends.nft != nil {
+		out = append(out, fmt.Sprintf("of %d children that the map admitted your firewall let only %d pass: "+
+			"let its forward chain accept 'ct status dnat'", n, passed))
 	}
 	if n, err := settings(d.cfg.Socket).read(events); err == nil && n == 0 {
 		out = append(out, "the kernel sends no conntrack events: permissions come late, at each reconcile; set net.netfilter.nf_conntrack_events = 2")

@@ -15,11 +15,16 @@ import (
 // rules of the user's forward. The reconcile owns it. Where the kernel has no
 // nftables it does nothing and warns.
 type firewall struct {
-	tables   *rules.Tables // nil without nftables
-	missing  error         // why there are no tables
-	withMap  bool          // the tables hold a map of permissions
-	repaired uint64        // how often others' changes of the tables were undone
-	warnings []string      // that stay as long as the daemon runs
+	tables  *rules.Tables // nil without nftables
+	missing error         // why there are no tables
+	// What the tables serve.
+	withMap, withExpectations bool
+
+	counting               bool
+	admitted, lastAdmitted uint64 // since the start, and as read last
+
+	repaired uint64   // how often others' changes of the tables were undone
+	warnings []string // that stay as long as the daemon runs
 }
 
 func openFirewall(name string) (*firewall, error) {
@@ -54,7 +59,7 @@ const leastMapSize = 1 << 20
 
 func mapConfig(cfg config.Config) *rules.MapConfig {
 	c := &rules.MapConfig{
-		Size: max(cfg.MaxPermissions, leastMapSize), Lifetime: cfg.Lifetime,
+		Size: max(cfg.MaxPermissions, leastMapSize), Lifetime: cfg.Lifetime, MaxChildren: cfg.MaxChildren,
 		Learn: cfg.Learn, LearnRate: cfg.LearnRate,
 		ExcludePeers: cfg.ExcludePeers, ExcludePeerPorts: cfg.ExcludePeerPorts, ExcludePorts: cfg.ExcludePorts,
 	}
@@ -70,7 +75,10 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 	if f.tables == nil {
 		return false, nil
 	}
-	d := rules.Desired{OutsideLinks: outside, Guard: cfg.Guard, MaxChildren: cfg.MaxChildren}
+	d := rules.Desired{
+		OutsideLinks: outside, Guard: cfg.Guard,
+		Expectations: f.withExpectations, MaxChildren: cfg.MaxChildren,
+	}
 	if f.withMap {
 		d.Map = mapConfig(cfg)
 	}
@@ -145,9 +153,24 @@ func (f *firewall) read(cfg config.Config) (t control.Tables) {
 	t.Repaired = f.repaired
 	if c, err := f.tables.Counters(); err == nil {
 		t.Guard = control.Guard{Drops: c.GuardDrops, Children: c.ChildDrops, PortZero: c.PortZeroDrops}
-		t.Map = control.Map{Learn: f.learns(cfg), Admitted: c.Admitted, Passed: c.Passed, Learned: c.Learned, Limited: c.LearnLimited}
+		t.Map = control.Map{Learn: f.learns(cfg), Admitted: f.sinceStart(c.Admitted), Learned: c.Learned, Limited: c.LearnLimited}
 	}
 	return t
+}
+
+// sinceStart returns what the counter of admitted packets, which is n now, counted
+// since the first call. It starts again with a new table.
+func (f *firewall) sinceStart(n uint64) uint64 {
+	switch {
+	case !f.counting:
+		f.counting = true
+	case n < f.lastAdmitted:
+		f.admitted += n
+	default:
+		f.admitted += n - f.lastAdmitted
+	}
+	f.lastAdmitted = n
+	return f.admitted
 }
 
 // remove takes the tables out of the kernel, and with them all permissions in the

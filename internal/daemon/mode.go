@@ -33,6 +33,7 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 		return nil, err
 	}
 	d.backends.expect, d.missing = opened.expect, opened.missing
+	d.firewall.withExpectations = opened.expect != nil
 	var expected []expect.Adopted
 	if e := opened.expect; e != nil {
 		expected = e.Adopted()
@@ -119,6 +120,7 @@ func (d *Daemon) change(cfg config.Config) error {
 		}
 	}
 	outside := d.network.OutsideLinks()
+	d.firewall.withExpectations = hasExpect || o.expect != nil
 	if wantsMap(cfg) && d.firewall.missing == nil && !hasMap {
 		if m, err = d.firewall.openMap(cfg, outside); err != nil {
 			d.firewall.withMap = false
@@ -127,6 +129,7 @@ func (d *Daemon) change(cfg config.Config) error {
 		_, err = d.firewall.set(cfg, outside)
 	}
 	if err != nil {
+		d.firewall.withExpectations = hasExpect
 		return errors.Join(err, closeExpect(o.expect))
 	}
 	d.do(func() {
@@ -140,7 +143,7 @@ func (d *Daemon) change(cfg config.Config) error {
 			d.missing = o.missing
 		}
 		d.cfg.Config = cfg
-		d.backends.SetLifetime(cfg.Lifetime)
+		d.backends.configure(cfg)
 		d.model.SetPolicy(d.now(), d.policy(cfg))
 	})
 	if o.expect == nil && m == nil && (!hasExpect || wantsExpect(cfg)) && (!hasMap || wantsMap(cfg)) {
@@ -148,7 +151,7 @@ func (d *Daemon) change(cfg config.Config) error {
 	}
 	err = d.compare()
 	if hasExpect && !wantsExpect(cfg) {
-		err = errors.Join(err, d.dropExpect())
+		err = errors.Join(err, d.dropExpect(cfg))
 	}
 	if hasMap && !wantsMap(cfg) {
 		err = errors.Join(err, d.dropMap(cfg))
@@ -164,7 +167,7 @@ func closeExpect(e *expect.Backend) error {
 }
 
 // dropExpect ends the expectations. What only they carried is refused.
-func (d *Daemon) dropExpect() (err error) {
+func (d *Daemon) dropExpect(cfg config.Config) (err error) {
 	d.do(func() {
 		e := d.backends.expect
 		d.backends.expect = nil
@@ -177,8 +180,10 @@ func (d *Daemon) dropExpect() (err error) {
 		var all []cone.Permission
 		err = e.List(func(p cone.Permission, _ time.Duration) { all = append(all, p) })
 		err = errors.Join(err, e.Revoke(all), e.Close(), settings(d.cfg.Socket).restore())
+		d.firewall.withExpectations = false
 	})
-	return err
+	_, failed := d.firewall.set(cfg, d.network.OutsideLinks())
+	return errors.Join(err, failed)
 }
 
 // dropMap ends the map. What only it carried is refused.

@@ -45,7 +45,7 @@ func (s source) Status() control.Status {
 		}
 		st.Tables = d.tables
 		st.Tables.Guard.On = d.cfg.Guard && d.firewall.tables != nil
-		st.Tables.Map.On = d.backends.nft != nil
+		st.Tables.Map.On, st.Tables.Map.Passed = d.backends.nft != nil, m.Passed
 		st.Permissions.Standing, st.Permissions.Refused = m.Standing, m.Refused
 		st.Permissions.Waiting, st.Permissions.Limit = m.Waiting, d.limit()
 		st.Flows = m.Flows

@@ -80,7 +80,7 @@ func TestChildrenOfAPermissionAreCapped(t *testing.T) {
 			l := lab.ForTest(t, lab.Options{IPv6: true, Rules: lab.Masquerade + lab.DropPolicy})
 			permit(t, l, test.ext, test.in, test.a, test.b)
 			table := open(t, l)
-			capped := rules.Desired{OutsideLinks: []string{"wan0"}, MaxChildren: 10}
+			capped := rules.Desired{OutsideLinks: []string{"wan0"}, Expectations: true, MaxChildren: 10}
 			set(t, table, capped)
 			in, ext := netip.MustParseAddrPort(test.in), netip.MustParseAddrPort(test.ext)
 			inside := listen(t, l.Inside(0), in.Addr(), in.Port())
@@ -121,7 +121,7 @@ func TestChildrenOfAPermissionAreCapped(t *testing.T) {
 func TestAnEndedChildMakesRoom(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{})
 	permit(t, l, "198.51.100.1:5060", "10.47.11.109:5060", lab.PeerA)
-	set(t, open(t, l), rules.Desired{OutsideLinks: []string{"wan0"}, MaxChildren: 1})
+	set(t, open(t, l), rules.Desired{OutsideLinks: []string{"wan0"}, Expectations: true, MaxChildren: 1})
 	inside := listen(t, l.Inside(0), l.Inside(0).Addr, 5060)
 	ext := netip.MustParseAddrPort("198.51.100.1:5060")
 	one, two := listen(t, l.Outside, lab.PeerA, 6001), listen(t, l.Outside, lab.PeerA, 6002)
@@ -136,7 +136,7 @@ func TestForwardsOfTheUserAreNotCapped(t *testing.T) {
 		chain prerouting { type nat hook prerouting priority dstnat; iifname wan0 udp dport 6000 dnat to 10.47.11.109; }
 	}`})
 	table := open(t, l)
-	set(t, table, rules.Desired{OutsideLinks: []string{"wan0"}, MaxChildren: 1})
+	set(t, table, rules.Desired{OutsideLinks: []string{"wan0"}, Expectations: true, MaxChildren: 1})
 	inside := listen(t, l.Inside(0), l.Inside(0).Addr, 6000)
 	send(t, l, lab.PeerA, 20, netip.MustParseAddrPort("198.51.100.1:6000"))
 	got := 0
@@ -175,7 +175,7 @@ func TestPortZeroNeverMatchesAnAnchor(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{})
 	permit(t, l, "198.51.100.1:5060", "10.47.11.109:5060", lab.PeerA)
 	table := open(t, l)
-	set(t, table, rules.Desired{})
+	set(t, table, rules.Desired{Expectations: true})
 	host := l.Inside(0)
 	in, peer := netip.AddrPortFrom(host.Addr, 0), netip.AddrPortFrom(lab.PeerA, 5060)
 

@@ -5,7 +5,6 @@ package rules
 import (
 	"encoding/binary"
 	"slices"
-	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -45,10 +44,6 @@ var (
 	isUDP  = join(l4proto, is([]byte{unix.IPPROTO_UDP}))
 	notUDP = join(l4proto, isNot([]byte{unix.IPPROTO_UDP}))
 
-	isOutside    = join(iifname, piece{&expr.Lookup{SourceRegister: reg, SetName: outsideSet}})
-	notOutside   = join(iifname, piece{&expr.Lookup{SourceRegister: reg, SetName: outsideSet, Invert: true}})
-	notToOutside = join(oifname, piece{&expr.Lookup{SourceRegister: reg, SetName: outsideSet, Invert: true}})
-
 	// Of a flow from inside: its inside address, its peer, the peer's port and
 	// the outside port.
 	ctOriginalSource       = original(expr.CtKeySRCIP, 0)
@@ -56,29 +51,28 @@ var (
 	ctReplySourcePort      = reply(expr.CtKeyPROTOSRC, 0)
 	ctReplyDestinationPort = reply(expr.CtKeyPROTODST, 0)
 
-	// The key of the map, from the packet, from the flow of a child, and from a
-	// flow from inside, whose own endpoint is then flowValue.
-	packetKey = join(network(16, 0), transport(2, 1), network(12, 2))
-	childKey  = join(original(expr.CtKeyDSTIP, 0), original(expr.CtKeyPROTODST, 1), original(expr.CtKeySRCIP, 2))
-	flowKey   = join(reply(expr.CtKeyDSTIP, 0), reply(expr.CtKeyPROTODST, 1), reply(expr.CtKeySRCIP, 2))
+	// The key of the map, from the packet, and from a flow from inside, whose own
+	// endpoint and mark are then flowValue.
+	packetKey = join(piece{&expr.Payload{
+		Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 8, DestRegister: reg, // both addresses
+	}}, transport(2, 2))
+	flowKey   = join(reply(expr.CtKeySRCIP, 0), reply(expr.CtKeyDSTIP, 1), reply(expr.CtKeyPROTODST, 2))
 	flowValue = join(original(expr.CtKeySRCIP, valueWord), original(expr.CtKeyPROTOSRC, valueWord+1),
-		piece{&expr.Ct{Key: expr.CtKeyMARK, Register: unix.NFT_REG32_00 + valueWord + 2}})
+		piece{&expr.Ct{Key: expr.CtKeyMARK, Register: markRegister}})
 
-	// toInside ends the rule where the map has not the key. It puts the value, an
-	// inside endpoint and a connmark, into reg.
-	toInside  = piece{&expr.Lookup{SourceRegister: reg, SetName: permissionMap, DestRegister: reg, IsDestRegSet: true}}
-	translate = piece{&expr.NAT{
-		Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: reg, RegProtoMin: unix.NFT_REG32_01,
+	// toInside ends the rule where the map has not the key, or its bucket is empty.
+	// It puts the value, an inside endpoint and a connmark, where flowValue puts it.
+	toInside = piece{&expr.Lookup{
+		SourceRegister: reg, SetName: permissionMap, DestRegister: unix.NFT_REG32_00 + valueWord, IsDestRegSet: true,
 	}}
-
-	// inheritMark gives the mark of the value to the flow, if there is one.
-	inheritMark = piece{
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: markRegister, Data: ne32(0)},
-		&expr.Ct{Key: expr.CtKeyMARK, Register: markRegister, SourceRegister: true},
-	}
-
-	// packetChildKey is the key of a set of children, from the packet.
-	packetChildKey = join(network(12, 0), network(16, 1), transport(2, 2))
+	notInMap  = piece{&expr.Lookup{SourceRegister: reg, SetName: permissionMap, Invert: true}}
+	translate = piece{&expr.NAT{
+		Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4,
+		RegAddrMin: unix.NFT_REG32_00 + valueWord, RegProtoMin: unix.NFT_REG32_00 + valueWord + 1,
+	}}
+	noMark      = piece{&expr.Cmp{Op: expr.CmpOpEq, Register: markRegister, Data: ne32(0)}}
+	hasMark     = piece{&expr.Cmp{Op: expr.CmpOpNeq, Register: markRegister, Data: ne32(0)}}
+	inheritMark = join(hasMark, piece{&expr.Ct{Key: expr.CtKeyMARK, Register: markRegister, SourceRegister: true}})
 
 	accept = piece{&expr.Verdict{Kind: expr.VerdictAccept}}
 )
@@ -93,20 +87,15 @@ func masked(m uint32) piece {
 	return piece{&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: 4, Mask: ne32(m), Xor: ne32(0)}}
 }
 
-// markRegister is where toInside puts the mark.
-const markRegister = unix.NFT_REG32_02
+// valueWord is the first word behind the key of the map, where the value goes,
+// and markRegister has its last one.
+const (
+	valueWord    = 4
+	markRegister = unix.NFT_REG32_00 + valueWord + 2
+)
 
-// valueWord is the first word behind the longest key, where the value goes.
-const valueWord = 4
-
-// These load a part of the IPv4 header, of the UDP header, of the flow as its
-// first packet came, or of its answers, into a word of reg and what follows it.
-func network(offset, word uint32) piece {
-	return piece{&expr.Payload{
-		Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4, DestRegister: unix.NFT_REG32_00 + word,
-	}}
-}
-
+// These load a part of the UDP header, of the flow as its first packet came, or of
+// its answers, into a word of reg and what follows it.
 func transport(offset, word uint32) piece {
 	return piece{&expr.Payload{
 		Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2, DestRegister: unix.NFT_REG32_00 + word,
@@ -134,6 +123,10 @@ func drop(name string) piece {
 	return join(count(name), piece{&expr.Verdict{Kind: expr.VerdictDrop}})
 }
 
+func goTo(c *nftables.Chain) piece {
+	return piece{&expr.Verdict{Kind: expr.VerdictGoto, Chain: c.Name}}
+}
+
 // add makes an element of what is in reg and the registers behind it, or finds
 // it, and runs the element's own e.
 func add(s *set, e expr.Any) piece {
@@ -159,11 +152,32 @@ const burst = 5
 
 // learned puts key and value into the map. An element that is there stays as it
 // is: a second host on the outside endpoint neither takes over nor refreshes.
-func learned(timeout time.Duration) piece {
-	return piece{&expr.Dynset{
+func learned(c *MapConfig, marked bool) piece {
+	add := &expr.Dynset{
 		SrcRegKey: reg, SrcRegData: unix.NFT_REG32_00 + valueWord, SetName: permissionMap,
-		Operation: unix.NFT_DYNSET_OP_ADD, Timeout: timeout,
-	}}
+		Operation: unix.NFT_DYNSET_OP_ADD, Timeout: c.Lifetime,
+	}
+	if c.MaxChildren > 0 {
+		b := bucketOf(c.MaxChildren, marked)
+		b.size++ // to make the element takes one
+		add.Exprs = []expr.Any{&expr.Limit{
+			Type: expr.LimitTypePkts, Rate: uint64(b.perMinute), Unit: expr.LimitTimeMinute, Burst: uint32(b.size),
+		}}
+	}
+	return piece{add}
+}
+
+// A bucket of tokens, of which a look-up of an element takes one.
+type bucket struct{ size, perMinute int }
+
+// bucketOf returns the bucket that lets an element have about maxChildren children
+// that nobody answers: conntrack forgets those after 30 s (nf_conntrack_udp_timeout).
+// An element with a mark is looked up twice for each.
+func bucketOf(maxChildren int, marked bool) bucket {
+	if marked {
+		maxChildren *= 2
+	}
+	return bucket{size: maxChildren, perMinute: 2 * maxChildren}
 }
 
 // families are the two halves of family inet. The key of a permission, as an

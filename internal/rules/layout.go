@@ -25,7 +25,6 @@ const (
 	childCounter    = "child_drops"
 	zeroCounter     = "port_zero_drops"
 	admittedCounter = "admitted"
-	passedCounter   = "passed"
 	learnedCounter  = "learned"
 	limitedCounter  = "learn_limited"
 )
@@ -75,6 +74,7 @@ type layout struct {
 	chains   []*nftables.Chain
 	sets     []*set
 	rules    []*nftables.Rule
+	link     []byte // the outside link, if there is just one
 }
 
 // A set is one with the elements that we want, or one whose elements come and
@@ -89,18 +89,20 @@ type set struct {
 // a map there is but one.
 func newLayouts(name string, d Desired) ([]*layout, error) {
 	inet := newLayout(name, nftables.TableFamilyINet, d.OutsideLinks)
-	inet.portZero()
 	if d.Guard {
 		inet.guard()
 	}
-	if d.MaxChildren > 0 {
+	if d.Expectations {
+		inet.portZero()
+	}
+	if d.Expectations && d.MaxChildren > 0 {
 		inet.children(d.MaxChildren)
 	}
 	ls := []*layout{inet}
 	if d.Map != nil {
 		ip := newLayout(name, nftables.TableFamilyIPv4, d.OutsideLinks)
 		ip.permissions(d.Map)
-		ip.admit(d.MaxChildren)
+		ip.admit(d.Map)
 		ip.learn(d.Map)
 		ls = append(ls, ip)
 	}
@@ -115,19 +117,37 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 func newLayout(name string, family nftables.TableFamily, outside []string) *layout {
 	l := &layout{table: &nftables.Table{Name: name, Family: family}}
 	l.chains = append(l.chains, &nftables.Chain{Table: l.table, Name: markerChain})
+	names := slices.Compact(slices.Sorted(slices.Values(outside)))
+	if len(names) == 1 {
+		l.link = linkKey(names[0])
+		return l
+	}
 	links := l.set(outsideSet, nftables.TypeIFName)
 	links.KeyByteOrder = binaryutil.NativeEndian // else nft lists the names wrong
-	for _, name := range slices.Compact(slices.Sorted(slices.Values(outside))) {
+	for _, name := range names {
 		links.elements = append(links.elements, nftables.SetElement{Key: linkKey(name)})
 	}
 	return l
 }
 
+// outside tests the name of a link. To compare it with one is cheaper than to look
+// it up among several.
+func (l *layout) outside(name piece, is bool) piece {
+	if l.link == nil {
+		return join(name, piece{&expr.Lookup{SourceRegister: reg, SetName: outsideSet, Invert: !is}})
+	}
+	op := expr.CmpOpNeq
+	if is {
+		op = expr.CmpOpEq
+	}
+	return join(name, piece{&expr.Cmp{Op: op, Register: reg, Data: l.link}})
+}
+
 func (l *layout) portZero() {
 	l.counters = append(l.counters, zeroCounter)
 	zero := l.filter("port_zero", nftables.ChainHookPrerouting, zeroPriority)
-	l.rule(zero, "no packet may match an anchor", join(isUDP, sourcePort, is(be16(0)), drop(zeroCounter)))
-	l.rule(zero, "no packet may match an anchor", join(isUDP, destinationPort, is(be16(0)), drop(zeroCounter)))
+	l.rule(zero, "no packet may match an anchor", join(sourcePort, is(be16(0)), isUDP, drop(zeroCounter)))
+	l.rule(zero, "no packet may match an anchor", join(destinationPort, is(be16(0)), isUDP, drop(zeroCounter)))
 }
 
 func (l *layout) guard() {
@@ -135,7 +155,7 @@ func (l *layout) guard() {
 	guard := l.filter("guard", nftables.ChainHookInput, guardPriority)
 	l.rule(guard, "conntrack knows it", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
 	l.rule(guard, "", join(notUDP, accept))
-	l.rule(guard, "", join(notOutside, accept))
+	l.rule(guard, "", join(l.outside(iifname, false), accept))
 	l.rule(guard, "a socket waits for it", join(hasSocket, accept))
 	l.rule(guard, "it would keep the peer from the inside host", drop(guardCounter))
 }
@@ -147,24 +167,18 @@ func (l *layout) children(most int) {
 	l.rule(children, "not the first packet of an expected flow",
 		join(ctStatus, masked(ctExpected|ctConfirmed), isNot(ne32(ctExpected)), accept))
 	l.rule(children, "", join(notUDP, accept))
-	l.rule(children, "", join(notOutside, accept))
+	l.rule(children, "", join(l.outside(iifname, false), accept))
 	for _, f := range families {
-		kids := l.childSet(f.name, most, f.addr)
+		// Each element keeps the limit that it was made with.
+		kids := l.set(fmt.Sprintf("children%s_%d", f.name, most), f.addr, f.addr, nftables.TypeInetService)
+		kids.Dynamic, kids.free = true, true
 		l.rule(children, "flows of one peer to one outside endpoint",
 			join(nfproto, is([]byte{f.proto}), f.key, over(kids, most), drop(childCounter)))
 	}
 }
 
-// childSet makes the set that counts children. The limit is part of the name, as
-// each element keeps the limit that it was made with.
-func (l *layout) childSet(family string, most int, addr nftables.SetDatatype) *set {
-	s := l.set(fmt.Sprintf("children%s_%d", family, most), addr, addr, nftables.TypeInetService)
-	s.Dynamic, s.free = true, true
-	return s
-}
-
-// permissionKey is outside address . outside port . peer.
-var permissionKey = []nftables.SetDatatype{nftables.TypeIPAddr, nftables.TypeInetService, nftables.TypeIPAddr}
+// permissionKey is peer . outside address . outside port, as they lie in a packet.
+var permissionKey = []nftables.SetDatatype{nftables.TypeIPAddr, nftables.TypeIPAddr, nftables.TypeInetService}
 
 func (l *layout) permissions(c *MapConfig) {
 	m := l.set(permissionMap, permissionKey...)
@@ -173,36 +187,35 @@ func (l *layout) permissions(c *MapConfig) {
 }
 
 // admit needs no conntrack state: a NAT chain sees the first packet only.
-func (l *layout) admit(maxChildren int) {
+//
+// An element carries the cap on its children, a token bucket: looking up one that
+// is empty fails, which costs far less than to count flows.
+func (l *layout) admit(c *MapConfig) {
 	l.counters = append(l.counters, admittedCounter)
+	admitted := &nftables.Chain{Table: l.table, Name: "admitted"}
+	l.chains = append(l.chains, admitted)
 	admit := l.chain("admit", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, admitPriority)
-	l.rule(admit, "", join(notOutside, accept))
-	l.rule(admit, "", join(notUDP, accept))
-	l.rule(admit, "permissions are of the default zone", join(ctZone, isNot(ne16(0)), accept))
-	l.rule(admit, "in the map, but the gateway itself serves it", join(packetKey, toInside, hasSocket, accept))
-	if maxChildren > 0 {
+	l.rule(admit, "permissions are of the default zone", join(isUDP, l.outside(iifname, true), ctZone, is(ne16(0)), goTo(admitted)))
+	l.rule(admitted, "the gateway itself serves it", join(hasSocket, accept))
+	l.rule(admitted, "a peer may send from any port; nft does not list the look-up in the map",
+		join(packetKey, toInside, noMark, count(admittedCounter), translate))
+	l.rule(admitted, "the same, with a mark for policy routing",
+		join(packetKey, toInside, inheritMark, count(admittedCounter), translate))
+	if c.MaxChildren > 0 {
 		l.counters = append(l.counters, childCounter)
-		kids := l.childSet("4", maxChildren, nftables.TypeIPAddr)
-		l.rule(admit, "flows of one peer to one outside endpoint",
-			join(packetKey, toInside, packetChildKey, over(kids, maxChildren), drop(childCounter)))
+		l.rule(admitted, "", join(packetKey, notInMap, accept))
+		l.rule(admitted, "too many children", drop(childCounter))
 	}
-	// nft cannot list a rule that takes three things out of one map: it shows the
-	// registers that it loaded before.
-	l.rule(admit, "the mark in the map, for policy routing; nft lists this rule wrong", join(packetKey, toInside, inheritMark))
-	l.rule(admit, "a peer may send from any port", join(packetKey, toInside, count(admittedCounter), translate))
 }
 
 func (l *layout) learn(c *MapConfig) {
-	l.counters = append(l.counters, passedCounter)
-	learn := l.filter("learn", nftables.ChainHookPostrouting, learnPriority)
-	l.rule(learn, "answered flows end here", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
-	l.rule(learn, "", join(notUDP, accept))
-	l.rule(learn, "the first packet of a child: the firewall let it through", join(
-		isOutside, ctStatus, masked(ctDstNAT|ctConfirmed), is(ne32(ctDstNAT)), childKey, toInside, count(passedCounter), accept))
-	l.rule(learn, "a source may be spoofed", join(isOutside, accept))
 	if !c.Learn {
 		return
 	}
+	learn := l.filter("learn", nftables.ChainHookPostrouting, learnPriority)
+	l.rule(learn, "answered flows end here", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
+	l.rule(learn, "a source may be spoofed", join(l.outside(iifname, true), accept))
+	l.rule(learn, "", join(notUDP, accept))
 	l.counters = append(l.counters, learnedCounter, limitedCounter)
 	subnets, noPeers := l.set(subnetsSet, nftables.TypeIPAddr), l.set(noPeersSet, nftables.TypeIPAddr)
 	subnets.Interval, subnets.elements = true, intervals(c.Subnets)
@@ -214,7 +227,7 @@ func (l *layout) learn(c *MapConfig) {
 	denied := l.set(deniedSet, permissionKey...)
 	denied.HasTimeout, denied.free, denied.Size = true, true, deniedSize
 
-	l.rule(learn, "", join(notToOutside, accept))
+	l.rule(learn, "", join(l.outside(oifname, false), accept))
 	l.rule(learn, "", join(ctStatus, masked(ctSrcNAT), is(ne32(0)), accept))
 	l.rule(learn, "permissions are of the default zone", join(ctZone, isNot(ne16(0)), accept))
 	l.rule(learn, "", join(ctOriginalSource, notIn(subnets), accept))
@@ -224,7 +237,8 @@ func (l *layout) learn(c *MapConfig) {
 	l.rule(learn, "in the map already", join(flowKey, toInside, accept))
 	l.rule(learn, "the daemon forbids it", join(flowKey, in(denied), accept))
 	l.rule(learn, "too many at a time", join(ctOriginalSource, limited(learners, c.LearnRate), count(limitedCounter), accept))
-	l.rule(learn, "", join(flowKey, flowValue, learned(c.Lifetime), count(learnedCounter)))
+	l.rule(learn, "", join(flowKey, flowValue, noMark, learned(c, false), count(learnedCounter)))
+	l.rule(learn, "", join(flowKey, flowValue, hasMark, learned(c, true), count(learnedCounter)))
 }
 
 func (l *layout) set(name string, key ...nftables.SetDatatype) *set {

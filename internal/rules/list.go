@@ -77,7 +77,7 @@ func parseElement(b []byte) (p cone.Permission, left time.Duration, ok bool) {
 	if len(key) != keyLen || len(value) != valueLen {
 		return p, 0, false
 	}
-	p.Ext, p.Peer = endpoint(key), cone.AddrFrom4([4]byte(key[8:]))
+	p.Peer, p.Ext = cone.AddrFrom4([4]byte(key)), endpoint(key[4:])
 	p.Int, p.Mark = endpoint(value), binary.NativeEndian.Uint32(value[8:])
 	return p, left, true
 }

@@ -24,7 +24,7 @@ var listed = cone.Permission{
 // message is the body of a dump with two elements: the first as we send it, the
 // second with its key and value in another order, and what we do not know.
 func message() []byte {
-	m := Map{table: "conenat"}
+	m := Map{table: "conenat", children: 256}
 	m.element(1, unix.NFT_MSG_NEWSETELEM, permissionMap, &listed, true, time.Minute)
 	var e nfnl.Encoder
 	list := e.Nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS)
@@ -37,7 +37,7 @@ func message() []byte {
 	e.EndNest(data)
 	key := e.Nest(unix.NFTA_SET_ELEM_KEY)
 	e.Attr(unix.NFTA_DATA_VALUE, keyLen)
-	e.B = append(e.B, 198, 51, 100, 1, 0x13, 0xc4, 0, 0, 203, 0, 113, 5)
+	e.B = append(e.B, 203, 0, 113, 5, 198, 51, 100, 1, 0x13, 0xc4, 0, 0)
 	e.EndNest(key)
 	e.EndNest(element)
 	e.EndNest(list)

@@ -26,6 +26,8 @@ type Map struct {
 	table    string
 	size     int
 	lifetime time.Duration
+	children int                   // as MapConfig.MaxChildren
+	uncapped bool                  // the kernel lacks what that takes
 	denied   map[cone.Key]struct{} // as far as this process knows
 	broken   bool
 
@@ -47,6 +49,7 @@ const perElement = 2
 func (t *Tables) NewMap(c *MapConfig) *Map {
 	m := &Map{
 		w: t.w, netns: t.netns, table: t.name, size: c.Size, lifetime: c.Lifetime,
+		children: c.MaxChildren, uncapped: t.Lacks(FeatureLearn),
 		denied: make(map[cone.Key]struct{}),
 	}
 	m.failed = func(seq uint32, err error) {
@@ -69,6 +72,10 @@ func (m *Map) Max() int { return m.size }
 
 // SetLifetime sets the timeout of what is granted or refreshed from now on.
 func (m *Map) SetLifetime(d time.Duration) { m.lifetime = d }
+
+// SetMaxChildren sets MapConfig.MaxChildren for what is granted or refreshed from
+// now on.
+func (m *Map) SetMaxChildren(n int) { m.children = n }
 
 // Broken reports whether the table was found gone since the last call. What was
 // granted meanwhile does not stand.
@@ -251,10 +258,10 @@ func (m *Map) element(seq uint32, typ uint16, set string, p *cone.Permission, va
 	element := e.Nest(unix.NFTA_LIST_ELEM)
 	key := e.Nest(unix.NFTA_SET_ELEM_KEY)
 	e.Attr(unix.NFTA_DATA_VALUE, keyLen)
+	e.B = append(e.B, p.Peer[12:]...)
 	e.B = append(e.B, p.Ext.Addr[12:]...)
 	e.B = binary.BigEndian.AppendUint16(e.B, p.Ext.Port)
 	e.Pad()
-	e.B = append(e.B, p.Peer[12:]...)
 	e.EndNest(key)
 	if value {
 		data := e.Nest(unix.NFTA_SET_ELEM_DATA)
@@ -268,9 +275,25 @@ func (m *Map) element(seq uint32, typ uint16, set string, p *cone.Permission, va
 	if timeout > 0 {
 		e.BE64(unix.NFTA_SET_ELEM_TIMEOUT, uint64(timeout.Milliseconds()))
 	}
+	if value && m.children > 0 && !m.uncapped {
+		m.bucket(bucketOf(m.children, p.Mark != 0))
+	}
 	e.EndNest(element)
 	e.EndNest(list)
 	e.End()
+}
+
+// bucket appends the expression that caps the children of an element.
+func (m *Map) bucket(b bucket) {
+	e := &m.enc
+	limit := e.Nest(unix.NFTA_SET_ELEM_EXPR)
+	e.Str(unix.NFTA_EXPR_NAME, "limit")
+	data := e.Nest(unix.NFTA_EXPR_DATA)
+	e.BE64(unix.NFTA_LIMIT_RATE, uint64(b.perMinute))
+	e.BE64(unix.NFTA_LIMIT_UNIT, 60)
+	e.BE32(unix.NFTA_LIMIT_BURST, uint32(b.size))
+	e.EndNest(data)
+	e.EndNest(limit)
 }
 
 // Lengths of key and value, each part filled up to a register's 4 bytes.

@@ -21,7 +21,7 @@ var features = []struct {
 	{UnsupportedError{
 		Feature: FeatureTable,
 		Mend:    "load the module nf_tables (CONFIG_NF_TABLES_INET; OpenWrt: kmod-nft-core)",
-	}, Desired{}},
+	}, Desired{Expectations: true}},
 	{UnsupportedError{
 		Feature: FeatureGuard,
 		Mend:    "load the module nft_socket (CONFIG_NFT_SOCKET, Linux 5.10; OpenWrt: kmod-nft-socket)",
@@ -29,7 +29,7 @@ var features = []struct {
 	{UnsupportedError{
 		Feature: FeatureMaxChildren,
 		Mend:    "load the module nft_connlimit (CONFIG_NFT_CONNLIMIT; OpenWrt: kmod-nft-connlimit)",
-	}, Desired{MaxChildren: 1}},
+	}, Desired{Expectations: true, MaxChildren: 1}},
 	{UnsupportedError{
 		Feature: FeatureMap,
 		Mend: "load the modules nft_chain_nat, nft_nat and nft_socket " +
@@ -38,7 +38,7 @@ var features = []struct {
 	{UnsupportedError{
 		Feature: FeatureLearn,
 		Mend:    "load the module nft_limit (CONFIG_NFT_LIMIT)",
-	}, Desired{Map: &MapConfig{Size: 1, Learn: true, LearnRate: 1, Lifetime: time.Second}}},
+	}, Desired{Map: &MapConfig{Size: 1, MaxChildren: 1, Learn: true, LearnRate: 1, Lifetime: time.Second}}},
 }
 
 // probe finds out what the kernel offers.

@@ -56,11 +56,11 @@ func TestMissingFeaturesAreLeftOut(t *testing.T) {
 	}
 	defer table.Close()
 	table.missing = []*UnsupportedError{&features[1].UnsupportedError, &features[2].UnsupportedError}
-	if _, err := table.Set(Desired{Guard: true, MaxChildren: 7}); err != nil {
+	if _, err := table.Set(Desired{Guard: true, Expectations: true, MaxChildren: 7}); err != nil {
 		t.Fatal(err)
 	}
 	got, err := l.Ruleset()
-	if err != nil || strings.Contains(got, "chain guard") || strings.Contains(got, "chain children") || !strings.Contains(got, "udp dport 0") {
+	if err != nil || strings.Contains(got, "chain guard") || strings.Contains(got, "chain children") || !strings.Contains(got, "th dport 0") {
 		t.Error(got, err)
 	}
 	for _, m := range table.missing {

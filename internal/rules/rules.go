@@ -18,17 +18,18 @@ type Config struct {
 	Name string
 }
 
-// Desired is what the tables shall do. UDP packets with port 0 are dropped in
-// any case.
+// Desired is what the tables shall do.
 type Desired struct {
 	// OutsideLinks are the names of links, which need not exist. Packets from
 	// other links meet neither the guard nor the cap, nor get permissions.
 	OutsideLinks []string
 	// Guard drops new UDP packets to the gateway that no socket waits for.
 	Guard bool
+	// Expectations says that there are permissions that stand as expectations.
+	// UDP packets with port 0 are dropped then: only anchors have that port.
+	Expectations bool
 	// MaxChildren is how many flows at a time one peer may have to one outside
-	// endpoint by way of an expectation, and as many by way of the map. 0 means
-	// no cap.
+	// endpoint by way of an expectation; 0 means no cap.
 	MaxChildren int
 	// Map admits what is in the map of permissions. Without it there is no map.
 	Map *MapConfig
@@ -41,6 +42,9 @@ type MapConfig struct {
 	Size int
 	// Lifetime is how long a permission that the kernel learned stands.
 	Lifetime time.Duration
+	// MaxChildren is how many flows one peer may make to one outside endpoint in
+	// 30 s by way of the map, once it made as many at one time; 0 means no cap.
+	MaxChildren int
 	// Learn lets the kernel itself add a permission when the first packet of a
 	// flow leaves: one from an enabled subnet that came in by no outside link,
 	// was source-NATed and leaves by an outside link, none of the exclusions.
@@ -60,10 +64,9 @@ type MapConfig struct {
 // Counters count packets since the tables were made.
 type Counters struct {
 	GuardDrops, ChildDrops, PortZeroDrops uint64
-	// Admitted are the first packets of flows that the map admitted, Passed
-	// those that went out to an inside host. The rest was dropped in between,
-	// by the user's firewall as a rule.
-	Admitted, Passed uint64
+	// Admitted are the first packets of flows that the map admitted. The user's
+	// firewall may have dropped them afterwards.
+	Admitted uint64
 	// Learned and LearnLimited are the packets from which the kernel learned a
 	// permission, and those from which it did not because of the rate.
 	Learned, LearnLimited uint64
@@ -91,7 +94,7 @@ const (
 	FeatureGuard       Feature = "guard"
 	FeatureMaxChildren Feature = "cap on children"
 	FeatureMap         Feature = "map of permissions"
-	FeatureLearn       Feature = "learning in the kernel"
+	FeatureLearn       Feature = "learning in the kernel, with a cap on children of the map"
 )
 
 // An UnsupportedError says that the kernel, or this build, lacks a Feature.

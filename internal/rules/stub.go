@@ -62,6 +62,9 @@ func (*Map) Max() int { return 0 }
 // SetLifetime does nothing.
 func (*Map) SetLifetime(time.Duration) {}
 
+// SetMaxChildren does nothing.
+func (*Map) SetMaxChildren(int) {}
+
 // Broken returns false.
 func (*Map) Broken() bool { return false }
 

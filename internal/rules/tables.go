@@ -99,12 +99,18 @@ func (t *Tables) possible(d Desired) Desired {
 	case d.Map == nil:
 	case t.Lacks(FeatureMap):
 		d.Map = nil
-	case t.Lacks(FeatureLearn):
-		m := *d.Map
-		m.Learn = false
+	default:
+		m := t.possibleMap(*d.Map)
 		d.Map = &m
 	}
 	return d
+}
+
+func (t *Tables) possibleMap(c MapConfig) MapConfig {
+	if t.Lacks(FeatureLearn) {
+		c.Learn, c.MaxChildren = false, 0
+	}
+	return c
 }
 
 // Set makes the tables do what d wants, in one transaction, but for what Missing
@@ -251,8 +257,8 @@ func (t *Tables) Counters() (Counters, error) {
 	}
 	return Counters{
 		GuardDrops: n[guardCounter], ChildDrops: n[childCounter], PortZeroDrops: n[zeroCounter],
-		Admitted: n[admittedCounter], Passed: n[passedCounter],
-		Learned: n[learnedCounter], LearnLimited: n[limitedCounter],
+		Admitted: n[admittedCounter],
+		Learned:  n[learnedCounter], LearnLimited: n[limitedCounter],
 	}, nil
 }
 

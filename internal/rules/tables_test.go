@@ -14,11 +14,10 @@ import (
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
-var all = rules.Desired{OutsideLinks: []string{"wan0", "ppp0"}, Guard: true, MaxChildren: 256, Map: learning.Map}
+var all = rules.Desired{OutsideLinks: []string{"wan0", "ppp0"}, Guard: true, Expectations: true, MaxChildren: 256, Map: learning.Map}
 
-// contents is what all makes of the tables, as nft lists them. It shows look-ups in
-// the map wrong: those whose value nobody uses not at all, and of the others what
-// the registers held before.
+// contents is what all makes of the tables, as nft lists them. It does not show
+// look-ups in the map, nor what becomes of the value.
 var contents = map[string]string{"inet": contentsInet, "ip": contentsIP}
 
 const contentsIP = `
@@ -26,9 +25,6 @@ const contentsIP = `
 	}
 
 	counter child_drops {
-	}
-
-	counter passed {
 	}
 
 	counter learned {
@@ -44,15 +40,9 @@ const contentsIP = `
 	}
 
 	map permissions {
-		type ipv4_addr . inet_service . ipv4_addr : ipv4_addr . inet_service . mark
+		type ipv4_addr . ipv4_addr . inet_service : ipv4_addr . inet_service . mark
 		size 1000
 		flags dynamic,timeout
-	}
-
-	set children4_256 {
-		type ipv4_addr . ipv4_addr . inet_service
-		size 65535
-		flags dynamic
 	}
 
 	set subnets {
@@ -87,7 +77,7 @@ const contentsIP = `
 	}
 
 	set denied {
-		type ipv4_addr . inet_service . ipv4_addr
+		type ipv4_addr . ipv4_addr . inet_service
 		size 65536
 		flags timeout
 	}
@@ -95,23 +85,24 @@ const contentsIP = `
 	chain made_by_conenatd {
 	}
 
+	chain admitted {
+		socket wildcard <= 1 accept comment "the gateway itself serves it"
+		counter name "admitted" comment "a peer may send from any port; nft does not list the look-up in the map"
+		counter name "admitted" comment "the same, with a mark for policy routing"
+		@nh,96,64 . th dport != @permissions accept
+		counter name "child_drops" drop comment "too many children"
+	}
+
 	chain admit {
 		type nat hook prerouting priority dstnat + 5; policy accept;
-		iifname != @outside accept
-		meta l4proto != udp accept
-		ct zone != 0 accept comment "permissions are of the default zone"
-		socket wildcard <= 1 accept comment "in the map, but the gateway itself serves it"
-		add @children4_256 { ip saddr . ip daddr . th dport ct count over 256 } counter name "child_drops" drop comment "flows of one peer to one outside endpoint"
-		ip saddr != 0.0.0.0 ct mark set ip saddr comment "the mark in the map, for policy routing; nft lists this rule wrong"
-		counter name "admitted" dnat to ip daddr . th dport . ip saddr map @permissions:th dport comment "a peer may send from any port"
+		meta l4proto udp iifname @outside ct zone 0 goto admitted comment "permissions are of the default zone"
 	}
 
 	chain learn {
 		type filter hook postrouting priority 290; policy accept;
 		ct state != new accept comment "answered flows end here"
-		meta l4proto != udp accept
-		iifname @outside ct status dnat / confirmed,dnat counter name "passed" accept comment "the first packet of a child: the firewall let it through"
 		iifname @outside accept comment "a source may be spoofed"
+		meta l4proto != udp accept
 		oifname != @outside accept
 		ct status ! snat accept
 		ct zone != 0 accept comment "permissions are of the default zone"
@@ -120,9 +111,10 @@ const contentsIP = `
 		ct reply proto-src @excluded_peer_ports accept
 		ct reply proto-dst @excluded_ports accept
 		accept comment "in the map already"
-		ct reply ip daddr . ct reply proto-dst . ct reply ip saddr @denied accept comment "the daemon forbids it"
+		ct reply ip saddr . ct reply ip daddr . ct reply proto-dst @denied accept comment "the daemon forbids it"
 		add @learners { ct original ip saddr limit rate over 100/second burst 500 packets } counter name "learn_limited" accept comment "too many at a time"
-		add @permissions { ct reply ip daddr . ct reply proto-dst . ct reply ip saddr timeout 5m : ct original ip saddr . ct original proto-src . ct mark } counter name "learned"
+		ct mark 0x00000000 add @permissions { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m limit rate 512/minute burst 257 packets : ct original ip saddr . ct original proto-src . ct mark } counter name "learned"
+		ct mark != 0x00000000 add @permissions { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m limit rate 1024/minute burst 513 packets : ct original ip saddr . ct original proto-src . ct mark } counter name "learned"
 	}
 }
 `
@@ -160,8 +152,8 @@ const contentsInet = `
 
 	chain port_zero {
 		type filter hook prerouting priority raw; policy accept;
-		udp sport 0 counter name "port_zero_drops" drop comment "no packet may match an anchor"
-		udp dport 0 counter name "port_zero_drops" drop comment "no packet may match an anchor"
+		th sport 0 meta l4proto udp counter name "port_zero_drops" drop comment "no packet may match an anchor"
+		th dport 0 meta l4proto udp counter name "port_zero_drops" drop comment "no packet may match an anchor"
 	}
 
 	chain guard {
@@ -248,11 +240,11 @@ func TestSetChangesWhatIsThere(t *testing.T) {
 		d          rules.Desired
 		has, hasNo []string
 	}{
-		{"nothing but port 0", rules.Desired{}, []string{"udp dport 0"}, []string{"chain guard", "chain children", "elements"}},
+		{"nothing but port 0", rules.Desired{Expectations: true}, []string{"th dport 0"}, []string{"chain guard", "chain children", "elements"}},
 		{"guard", guard, []string{"chain guard", `"wan0"`}, []string{"chain children"}},
 		{"links that are not there", rules.Desired{OutsideLinks: []string{"ppp7"}, Guard: true}, []string{`"ppp7"`}, []string{"wan0"}},
-		{"cap", rules.Desired{MaxChildren: 5}, []string{"ct count over 5 "}, []string{"chain guard", "ppp7"}},
-		{"other cap", rules.Desired{MaxChildren: 6}, []string{"ct count over 6 "}, []string{"over 5 ", "children4_5"}},
+		{"cap", rules.Desired{Expectations: true, MaxChildren: 5}, []string{"ct count over 5 "}, []string{"chain guard", "ppp7"}},
+		{"other cap", rules.Desired{Expectations: true, MaxChildren: 6}, []string{"ct count over 6 "}, []string{"over 5 ", "children4_5"}},
 		{"all", all, []string{"chain guard", `"ppp0"`, "over 256 "}, []string{"over 6 "}},
 	}
 	for _, test := range tests {
