@@ -303,7 +303,7 @@ func (s *scene) inKernel() []string {
 	return s.elements()
 }
 
-var element = regexp.MustCompile(`[\d.]+ \. \d+ \. [\d.]+ timeout [^,}]*`)
+var element = regexp.MustCompile(`[\d.]+ \. [\d.]+ \. \d+ [^,}]*`)
 
 // elements returns the elements of the map of permissions, none where there is no
 // table.

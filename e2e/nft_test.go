@@ -62,10 +62,10 @@ func entryOf(in, peer *lab.Socket, ext netip.AddrPort) entry {
 }
 
 func (e entry) String() string {
-	return fmt.Sprintf("%v . %v . %v : %v . %v", e.ext.Addr(), e.ext.Port(), e.peer, e.in.Addr(), e.in.Port())
+	return fmt.Sprintf("%v . %v . %v : %v . %v", e.peer, e.ext.Addr(), e.ext.Port(), e.in.Addr(), e.in.Port())
 }
 
-var entryLine = regexp.MustCompile(`(\S+) \. (\d+) \. (\S+)(?: timeout \S+)?(?: expires (\S+))? : (\S+) \. (\d+) \. `)
+var entryLine = regexp.MustCompile(`(\S+) \. (\S+) \. (\d+)(?: limit rate \S+ burst \d+ packets)?(?: timeout \S+)?(?: expires (\S+))? : (\S+) \. (\d+) \. `)
 
 // entries are what "nft list map" shows, with the time that each has left.
 // Without a map there are none.
@@ -84,8 +84,8 @@ func (s *scene) entries() map[entry]time.Duration {
 			s.must(err)
 		}
 		all[entry{
-			ext:  netip.MustParseAddrPort(m[1] + ":" + m[2]),
-			peer: netip.MustParseAddr(m[3]),
+			peer: netip.MustParseAddr(m[1]),
+			ext:  netip.MustParseAddrPort(m[2] + ":" + m[3]),
 			in:   netip.MustParseAddrPort(m[5] + ":" + m[6]),
 		}] = left
 	}

@@ -241,12 +241,31 @@ func (b *backends) list() (f found, err error) {
 	return f, err
 }
 
-// whole reports whether p, which should stand, stands wherever it should.
+// whole reports whether p, which should stand, is in the lists wherever it should.
 func (b *backends) whole(p *cone.Permission, f found) bool {
-	has := func(m map[cone.Key]standing) bool {
-		s, ok := m[p.Key]
-		return ok && s.in == p.Int
+	return b.expected(p, f) && (!b.wantsMap(p) || has(f.nft, p))
+}
+
+func (b *backends) expected(p *cone.Permission, f found) bool {
+	return b.expect == nil || !b.expect.Stands(p) || has(f.expect, p)
+}
+
+func has(m map[cone.Key]standing, p *cone.Permission) bool {
+	s, ok := m[p.Key]
+	return ok && s.in == p.Int
+}
+
+// missing calls lost for each of ps that is not whole. The list of the map may have
+// missed what was refreshed meanwhile, so the kernel is asked for these.
+func (b *backends) missing(ps []cone.Permission, f found, lost func(cone.Permission)) {
+	b.split(ps, func(p *cone.Permission) bool {
+		if !b.expected(p, f) {
+			lost(*p)
+			return false
+		}
+		return !b.whole(p, f)
+	})
+	if len(b.part) > 0 {
+		b.nft.Missing(b.part, func(i int) { lost(b.part[i]) })
 	}
-	return (b.expect == nil || !b.expect.Stands(p) || has(f.expect)) &&
-		(!b.wantsMap(p) || has(f.nft))
 }

@@ -276,14 +276,7 @@ func (d *Daemon) compare() error {
 		}
 	}
 	for ps := range slices.Chunk(lost, flowsAtOnce) {
-		d.do(func() {
-			for _, p := range ps {
-				if d.backends.whole(&p, found) {
-					continue
-				}
-				d.onLostPermission(p)
-			}
-		})
+		d.do(func() { d.backends.missing(ps, found, d.onLostPermission) })
 	}
 	return nil
 }

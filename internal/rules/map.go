@@ -159,6 +159,33 @@ func (m *Map) Refresh(ps []cone.Permission, lost func(i int)) {
 	}
 }
 
+// Missing calls missing with the index of each of ps that does not stand. It asks
+// for each one: a list that is made while others are refreshed may miss some.
+func (m *Map) Missing(ps []cone.Permission, missing func(i int)) {
+	m.w.Lock()
+	defer m.w.Unlock()
+	for base := 0; base < len(ps); base += batch {
+		part := ps[base:min(base+batch, len(ps))]
+		m.enc.Reset()
+		first := m.w.batch.NextSeq(len(part))
+		for i := range part {
+			m.element(first+uint32(i), unix.NFT_MSG_GETSETELEM, permissionMap, &part[i], false, 0)
+		}
+		stands := make(map[cone.Key]cone.Endpoint)
+		err := m.w.batch.Exchange(&m.enc, func(uint32, error) {}, func(_ uint16, body []byte) {
+			parseElements(body, func(p cone.Permission, _ time.Duration) { stands[p.Key] = p.Int })
+		})
+		if err != nil {
+			return // nobody knows
+		}
+		for i := range part {
+			if in, ok := stands[part[i].Key]; !ok || in != part[i].Int {
+				missing(base + i)
+			}
+		}
+	}
+}
+
 // Deny ends ps, and keeps the kernel from learning them again until one is
 // granted, or two hours are over.
 func (m *Map) Deny(ps []cone.Permission) error {

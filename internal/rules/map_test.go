@@ -3,6 +3,7 @@ package rules_test
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -350,6 +351,22 @@ func TestPortThatTheGatewayServesStaysItsOwn(t *testing.T) {
 		check(t, server.Close())
 	}
 	g.arrives(in, g.peer(lab.PeerA, 0), p.Ext)
+}
+
+func TestMissingIsWhatDoesNotStand(t *testing.T) {
+	g := newGate(t, lab.Options{}, granting)
+	ps := strangers(0, 600) // three batches
+	g.grant(ps...)
+	const gone, moved = 300, 599
+	check(t, g.m.Revoke(ps[gone:gone+1]))
+	another := ps[moved]
+	another.Int.Port++
+	g.grant(another)
+	var got []int
+	g.m.Missing(ps, func(i int) { got = append(got, i) })
+	if !slices.Equal(got, []int{gone, moved}) {
+		t.Errorf("missing are %v, want %d and %d", got, gone, moved)
+	}
 }
 
 // Those of a permission with a mark are looked up twice. That a bucket fills again

@@ -84,6 +84,9 @@ func (*Map) Deny([]cone.Permission) error { return errNoBuild }
 // List returns an *UnsupportedError.
 func (*Map) List(func(cone.Permission, time.Duration)) error { return errNoBuild }
 
+// Missing does nothing.
+func (*Map) Missing([]cone.Permission, func(int)) {}
+
 // Refresh calls lost for all.
 func (*Map) Refresh(ps []cone.Permission, lost func(i int)) {
 	for i := range ps {
