@@ -119,7 +119,7 @@ type Map struct {
 type Guard struct {
 	On       bool   `json:"on"`
 	Drops    uint64 `json:"drops"`     // packets that no socket of the gateway waited for
-	Children uint64 `json:"children"`  // first packets of children beyond max_children
+	Children uint64 `json:"children"`  // first packets of expected children beyond max_children
 	PortZero uint64 `json:"port_zero"` // packets with port 0
 }
 

@@ -65,7 +65,6 @@ var (
 	toInside = piece{&expr.Lookup{
 		SourceRegister: reg, SetName: permissionMap, DestRegister: unix.NFT_REG32_00 + valueWord, IsDestRegSet: true,
 	}}
-	notInMap  = piece{&expr.Lookup{SourceRegister: reg, SetName: permissionMap, Invert: true}}
 	translate = piece{&expr.NAT{
 		Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4,
 		RegAddrMin: unix.NFT_REG32_00 + valueWord, RegProtoMin: unix.NFT_REG32_00 + valueWord + 1,

@@ -102,7 +102,7 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 	if d.Map != nil {
 		ip := newLayout(name, nftables.TableFamilyIPv4, d.OutsideLinks)
 		ip.permissions(d.Map)
-		ip.admit(d.Map)
+		ip.admit()
 		ip.learn(d.Map)
 		ls = append(ls, ip)
 	}
@@ -189,8 +189,9 @@ func (l *layout) permissions(c *MapConfig) {
 // admit needs no conntrack state: a NAT chain sees the first packet only.
 //
 // An element carries the cap on its children, a token bucket: looking up one that
-// is empty fails, which costs far less than to count flows.
-func (l *layout) admit(c *MapConfig) {
+// is empty fails, which costs far less than to count flows. What fails goes on like
+// any unsolicited packet, to the guard as a rule.
+func (l *layout) admit() {
 	l.counters = append(l.counters, admittedCounter)
 	admitted := &nftables.Chain{Table: l.table, Name: "admitted"}
 	l.chains = append(l.chains, admitted)
@@ -201,11 +202,6 @@ func (l *layout) admit(c *MapConfig) {
 		join(packetKey, toInside, noMark, count(admittedCounter), translate))
 	l.rule(admitted, "the same, with a mark for policy routing",
 		join(packetKey, toInside, inheritMark, count(admittedCounter), translate))
-	if c.MaxChildren > 0 {
-		l.counters = append(l.counters, childCounter)
-		l.rule(admitted, "", join(packetKey, notInMap, accept))
-		l.rule(admitted, "too many children", drop(childCounter))
-	}
 }
 
 func (l *layout) learn(c *MapConfig) {

@@ -24,9 +24,6 @@ const contentsIP = `
 	counter admitted {
 	}
 
-	counter child_drops {
-	}
-
 	counter learned {
 	}
 
@@ -89,8 +86,6 @@ const contentsIP = `
 		socket wildcard <= 1 accept comment "the gateway itself serves it"
 		counter name "admitted" comment "a peer may send from any port; nft does not list the look-up in the map"
 		counter name "admitted" comment "the same, with a mark for policy routing"
-		@nh,96,64 . th dport != @permissions accept
-		counter name "child_drops" drop comment "too many children"
 	}
 
 	chain admit {
