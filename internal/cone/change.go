@@ -92,8 +92,13 @@ func (m *Model) SetPolicy(now time.Duration, p Policy) {
 // support it no more.
 func (m *Model) allowed(c *claim) bool {
 	_, s, ok := m.policy.subnet(c.Int.Addr.Netip())
-	if !ok || c.Routed() && !s.Routed {
+	if !ok || c.Routed() && !s.Routed || s.Filtering == AddressAndPortDependent {
 		return false
+	}
+	x := c.Permission
+	x.Wild = 0
+	if m.policy.widen(&x); x.Key != c.Key {
+		return false // it would be another one now
 	}
 	had := c.outs > 0
 	for f := c.flows; f != none; {
@@ -106,6 +111,9 @@ func (m *Model) allowed(c *claim) bool {
 	}
 	if had && c.outs == 0 {
 		return false
+	}
+	if c.Wild > 0 {
+		return !m.policy.ports.has(c.Ext.Port)
 	}
 	// Any port that is not excluded will do: those of the flows were looked at.
 	peer := Endpoint{c.Peer, 1}

@@ -85,11 +85,35 @@ func (x *earlyIndex) drop(i int32) {
 
 // seeEarly takes in a flow from outside that ends on the gateway.
 func (m *Model) seeEarly(f *Flow, p Permission) {
-	if o := m.owner(p.Key); o != none && m.claims[o].state == StateStanding && m.claims[o].certain {
+	k := exact(p.Key, f.Src.Addr)
+	if m.stands(k) {
+		p.Key = k
 		m.dropEarly(p, f.Src.Port, f.ID)
 		return
 	}
-	m.early.add(p.Key, f.Src.Port, f.ID)
+	m.early.add(k, f.Src.Port, f.ID)
+}
+
+// exact returns k for a single peer.
+func exact(k Key, peer Addr) Key {
+	k.Peer, k.Wild = peer, 0
+	return k
+}
+
+// stands reports whether a permission that surely stands lets the peer of k in,
+// be it its own, or that of its group or of everybody.
+func (m *Model) stands(k Key) bool {
+	certain := func(wild uint8) bool {
+		k := k
+		k.Peer, k.Wild = k.Peer.without(wild), wild
+		o := m.owner(k)
+		return o != none && m.claims[o].state == StateStanding && m.claims[o].certain
+	}
+	if certain(0) {
+		return true
+	}
+	a := k.Peer.Netip()
+	return m.policy.wild && (certain(m.policy.group(a)) || certain(uint8(a.BitLen())))
 }
 
 // Granted tells the model that p stands in the kernel. Flows of early packets
@@ -100,18 +124,38 @@ func (m *Model) Granted(p Permission) {
 		return // it is about to be revoked
 	}
 	m.claims[o].certain = true
+	if p.Wild > 0 {
+		m.dropAllEarly(p)
+		return
+	}
 	for {
 		i, ok := m.early.byKey[p.Key]
 		if !ok {
 			return
 		}
-		e := &m.early.ring[i]
-		m.dropEarly(p, e.port, e.id)
-		m.early.drop(i)
+		m.dropEarlyAt(p, i)
 	}
+}
+
+// dropAllEarly drops the flows of early packets of all peers of p.
+func (m *Model) dropAllEarly(p Permission) {
+	peers := p.Peers()
+	for i := range m.early.ring {
+		e := &m.early.ring[i]
+		if e.used && e.extKey() == p.extKey() && peers.Contains(e.Peer.Netip()) {
+			m.dropEarlyAt(p, int32(i))
+		}
+	}
+}
+
+func (m *Model) dropEarlyAt(p Permission, i int32) {
+	e := &m.early.ring[i]
+	p.Key = e.Key
+	m.dropEarly(p, e.port, e.id)
+	m.early.drop(i)
 }
 
 func (m *Model) dropEarly(p Permission, port uint16, id uint32) {
 	m.stats.Early++
-	m.op(Op{Kind: DropEarly, Permission: p, Port: port, ID: id})
+	m.op(Op{Kind: DropEarly, Permission: p, From: Endpoint{p.Peer, port}, ID: id})
 }

@@ -1,6 +1,9 @@
 package cone
 
-import "time"
+import (
+	"encoding/binary"
+	"time"
+)
 
 // A flow is a live conntrack entry that belongs to a claim: one that the inside
 // host opened, or a child.
@@ -9,29 +12,56 @@ type flow struct {
 	next, prev int32
 	id         uint32
 	packets    uint32 // from inside, when last seen; wraps
+	host       uint32 // as flowKey.host
 	port       uint16 // the peer's
 	gen        uint8  // of the snapshot that saw it last
 	child      bool
 	answered   bool
 }
 
-// flowKey names a flow: with the claim it gives the whole tuple.
+// flowKey names a flow: with the claim it gives the whole tuple, but for IPv6
+// addresses within a group, which it only tells apart well enough.
 type flowKey struct {
 	claim int32
+	host  uint32 // which of the peers, where there are several; else 0
 	port  uint16
 	child bool
 }
 
-func (f *flow) key() flowKey { return flowKey{f.claim, f.port, f.child} }
+func (f *flow) key() flowKey { return flowKey{f.claim, f.host, f.port, f.child} }
 
 // A flowTable holds the flows of all claims in one slice.
 type flowTable struct {
 	all   []flow
 	free  []int32
 	byKey map[flowKey]int32
+	peers map[int32]Addr // by flow, where the claim's peer is not one address
 }
 
-func newFlowTable() flowTable { return flowTable{byKey: make(map[flowKey]int32)} }
+func newFlowTable() flowTable {
+	return flowTable{byKey: make(map[flowKey]int32), peers: make(map[int32]Addr)}
+}
+
+// flowKey returns the key of the flow between e and the inside host of claim i.
+func (m *Model) flowKey(i int32, e Endpoint, child bool) flowKey {
+	k := flowKey{claim: i, port: e.Port, child: child}
+	if m.claims[i].Wild > 0 {
+		for b := 0; b < len(e.Addr); b += 4 {
+			k.host = k.host*31 + binary.BigEndian.Uint32(e.Addr[b:])
+		}
+	}
+	return k
+}
+
+// from returns the peer's endpoint of flow n.
+func (m *Model) from(n int32) Endpoint {
+	fl := &m.flows.all[n]
+	peer, ok := m.flows.peers[n]
+	if !ok {
+		peer = m.claims[fl.claim].Peer
+	}
+	return Endpoint{peer, fl.port}
+}
 
 // A role is what a flow is to the model.
 type role uint8
@@ -51,6 +81,7 @@ func (m *Model) role(now time.Duration, f *Flow) (role, Permission, Subnet) {
 		Int:  f.ReplySrc,
 		Mark: f.Mark,
 	}
+	m.policy.widen(&inbound)
 	expected := f.Status.Has(StatusExpected)
 	if expected && IsAnchor(f.MasterSrc, f.MasterDst) {
 		return roleChild, inbound, Subnet{}
@@ -61,6 +92,7 @@ func (m *Model) role(now time.Duration, f *Flow) (role, Permission, Subnet) {
 			Int:  f.Src,
 			Mark: f.Mark,
 		}
+		m.policy.widen(&out)
 		return roleOut, out, s
 	}
 	_, local := m.topo.local[f.Dst.Addr]
@@ -88,7 +120,7 @@ func (m *Model) admitted(now time.Duration, f *Flow, p Permission) bool {
 	case m.policy.Mapped:
 		return true
 	}
-	n, known := m.flows.byKey[flowKey{i, f.Src.Port, true}]
+	n, known := m.flows.byKey[m.flowKey(i, f.Src, true)]
 	return known && m.flows.all[n].id == f.ID
 }
 
@@ -117,7 +149,11 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	if !f.Status.Has(StatusSrcNAT) && (!s.Routed || !p.Routed()) {
 		return
 	}
-	if r := m.policy.refuses(f.ReplyDst, f.ReplySrc, &m.topo); r != ReasonNone {
+	r := m.policy.refuses(f.ReplyDst, f.ReplySrc, &m.topo)
+	if s.Filtering == AddressAndPortDependent {
+		r = ReasonFiltering
+	}
+	if r != ReasonNone {
 		if !m.snap.showing { // else it was counted before
 			m.stats.Skipped[r]++
 		}
@@ -155,9 +191,9 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 		}
 		return
 	}
-	if _, known := m.flows.byKey[flowKey{i, f.Src.Port, true}]; !known && full(m.claims[i].kids, m.policy.Limits.Children) {
+	if _, known := m.flows.byKey[m.flowKey(i, f.Src, true)]; !known && full(m.claims[i].kids, m.policy.children(&p.Key)) {
 		m.stats.Crowded++
-		m.op(Op{Kind: DropUnanswered, Permission: p, Port: f.Src.Port, ID: f.ID})
+		m.op(Op{Kind: DropUnanswered, Permission: p, From: f.Src, ID: f.ID})
 		return
 	}
 	m.addFlow(now, i, f, true)
@@ -169,8 +205,12 @@ func (m *Model) notePassed(f *Flow, i int32) {
 	if f.Status.Has(StatusExpected) || !m.snap.whole {
 		return
 	}
-	n, known := m.flows.byKey[flowKey{i, f.Src.Port, true}]
-	if known = known && m.flows.all[n].id == f.ID; !known && !m.snap.showing {
+	known := false
+	if i != none {
+		n, ok := m.flows.byKey[m.flowKey(i, f.Src, true)]
+		known = ok && m.flows.all[n].id == f.ID
+	}
+	if !known && !m.snap.showing {
 		m.stats.Passed++
 	}
 }
@@ -180,7 +220,7 @@ func (m *Model) notePassed(f *Flow, i int32) {
 // of the permission. Before the first snapshot nobody knows what is gone.
 func (m *Model) orphan(f *Flow, p Permission) {
 	if m.snap.whole && !f.Status.Has(StatusSeenReply) {
-		m.op(Op{Kind: DropUnanswered, Permission: p, Port: f.Src.Port, ID: f.ID})
+		m.op(Op{Kind: DropUnanswered, Permission: p, From: f.Src, ID: f.ID})
 	}
 }
 
@@ -189,17 +229,16 @@ func (m *Model) orphan(f *Flow, p Permission) {
 // it is the inside host's own flow or a child that it answered. It returns
 // whether the flow was known.
 func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known bool) {
-	k := flowKey{claim: i, port: f.ReplySrc.Port, child: child}
-	packets := f.OrigPackets
+	peer, packets := f.ReplySrc, f.OrigPackets
 	if child {
-		k.port = f.Src.Port
-		packets = f.ReplyPackets
+		peer, packets = f.Src, f.ReplyPackets
 	}
+	k := m.flowKey(i, peer, child)
 	t := &m.flows
 	n, ok := t.byKey[k]
 	known = ok && t.all[n].id == f.ID
 	if !ok {
-		n = m.newFlow(k)
+		n = m.newFlow(k, peer.Addr)
 	}
 	if !known && !child && !f.HasCounters {
 		packets = 1 // the one that made it
@@ -221,7 +260,7 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known 
 	return known
 }
 
-func (m *Model) newFlow(k flowKey) int32 {
+func (m *Model) newFlow(k flowKey, peer Addr) int32 {
 	t := &m.flows
 	var n int32
 	if l := len(t.free); l > 0 {
@@ -232,7 +271,10 @@ func (m *Model) newFlow(k flowKey) int32 {
 		n = int32(len(t.all) - 1)
 	}
 	c := &m.claims[k.claim]
-	t.all[n] = flow{claim: k.claim, port: k.port, child: k.child, next: c.flows, prev: none}
+	t.all[n] = flow{claim: k.claim, host: k.host, port: k.port, child: k.child, next: c.flows, prev: none}
+	if c.Wild > 0 {
+		t.peers[n] = peer
+	}
 	if c.flows != none {
 		t.all[c.flows].prev = n
 	}
@@ -282,6 +324,9 @@ func (m *Model) removeFlow(n int32) {
 	}
 	m.account(fl.claim)
 	delete(t.byKey, fl.key())
+	if c.Wild > 0 {
+		delete(t.peers, n)
+	}
 	fl.claim = none
 	t.free = append(t.free, n)
 	m.stats.Flows--
@@ -300,7 +345,7 @@ func (m *Model) FlowGone(now time.Duration, f *Flow) {
 	switch role {
 	case roleOut, roleChild:
 	case roleEarly:
-		m.early.remove(p.Key, f.Src.Port, f.ID)
+		m.early.remove(exact(p.Key, f.Src.Addr), f.Src.Port, f.ID)
 		return
 	default:
 		return
@@ -309,9 +354,9 @@ func (m *Model) FlowGone(now time.Duration, f *Flow) {
 	if i == none {
 		return
 	}
-	k := flowKey{claim: i, port: f.ReplySrc.Port}
+	k := m.flowKey(i, f.ReplySrc, false)
 	if role != roleOut {
-		k.port, k.child = f.Src.Port, true
+		k = m.flowKey(i, f.Src, true)
 	}
 	n, ok := m.flows.byKey[k]
 	if !ok || m.flows.all[n].id != f.ID {
@@ -330,7 +375,7 @@ func (m *Model) FlowMissing(now time.Duration, o *Op) {
 		return
 	}
 	for _, child := range []bool{false, true} {
-		if n, ok := m.flows.byKey[flowKey{i, o.Port, child}]; ok && m.flows.all[n].id == o.ID {
+		if n, ok := m.flows.byKey[m.flowKey(i, o.From, child)]; ok && m.flows.all[n].id == o.ID {
 			m.removeFlow(n)
 			m.settle(now, i)
 			return

@@ -275,7 +275,7 @@ func (m *Model) withdraw(i int32, r Reason) {
 func (m *Model) dropChildren(c *claim) {
 	for f := c.flows; f != none; f = m.flows.all[f].next {
 		if fl := &m.flows.all[f]; fl.child && !fl.answered {
-			m.op(Op{Kind: DropUnanswered, Permission: c.Permission, Port: fl.port, ID: fl.id})
+			m.op(Op{Kind: DropUnanswered, Permission: c.Permission, From: m.from(f), ID: fl.id})
 		}
 	}
 }
@@ -427,7 +427,7 @@ func (m *Model) ask(now time.Duration, c *claim) time.Duration {
 	}
 	for f := c.flows; f != none; f = m.flows.all[f].next {
 		fl := &m.flows.all[f]
-		m.op(Op{Kind: Query, Permission: c.Permission, Port: fl.port, ID: fl.id})
+		m.op(Op{Kind: Query, Permission: c.Permission, From: m.from(f), ID: fl.id})
 	}
 	return now + max(m.policy.Lifetime/16, m.wheel.grain)
 }

@@ -48,6 +48,7 @@ type world struct {
 	sent   map[uint32]time.Duration // by flow: its last packet from inside
 	acct   bool
 	nextID uint32
+	peers  int // addresses outside
 	full   int // grants to be refused, in percent
 	log    []string
 }
@@ -55,9 +56,12 @@ type world struct {
 func newWorld(t *testing.T, seed uint64, p Policy) *world {
 	w := &world{
 		t: t, rnd: rand.New(rand.NewPCG(seed, 1)),
-		m: New(p), ref: newRef(p, testTopology), policy: p,
+		m: New(p), ref: newRef(p, testTopology), policy: p, peers: 2,
 		kernel: map[Key]Endpoint{}, mapped: map[Key]bool{},
 		taught: map[Key]bool{}, denied: map[Key]time.Duration{}, sent: map[uint32]time.Duration{},
+	}
+	if len(p.PeerGroups) > 0 {
+		w.peers = 3
 	}
 	w.m.SetTopology(0, testTopology)
 	return w
@@ -125,7 +129,7 @@ func (w *world) apply() {
 					}
 				}
 			case DropEarly:
-				if !stands {
+				if !w.permits(o.From.Addr, o.Ext) {
 					w.failf("early flow of %v dropped without a permission", o.Key)
 				}
 			case Query: // answered by ask, for model and reference at once
@@ -143,6 +147,16 @@ func (w *world) check() {
 	if n := w.m.Stats().Standing; n != len(want) {
 		w.failf("Stats.Standing is %d, want %d", n, len(want))
 	}
+}
+
+// permits reports whether the kernel lets a peer in.
+func (w *world) permits(peer Addr, ext Endpoint) bool {
+	for k := range w.kernel {
+		if k.Ext == ext && k.Peers().Contains(peer.Netip()) {
+			return true
+		}
+	}
+	return false
 }
 
 func (w *world) seen(f *Flow) {
@@ -170,7 +184,7 @@ func asDestroyed(f *Flow) *Flow {
 // stand makes a permission stand in the kernel, one way or the other.
 func (w *world) stand(k Key, in Endpoint) {
 	if _, stands := w.kernel[k]; !stands && w.ref.policy.Mapped {
-		w.mapped[k] = w.rnd.IntN(2) == 0
+		w.mapped[k] = w.rnd.IntN(2) == 0 || k.Wild > 0
 	}
 	w.kernel[k] = in
 }
@@ -179,7 +193,7 @@ func (w *world) stand(k Key, in Endpoint) {
 // flows that had no answer yet, and adds what neither stands nor is denied.
 func (w *world) send(f *Flow) {
 	w.sent[f.ID] = w.now
-	k := Key{f.ReplyDst, f.ReplySrc.Addr, f.ReplyZone}
+	k := w.ref.widen(Permission{Key: Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr, Zone: f.ReplyZone}, Int: f.Src}).Key
 	_, stands := w.kernel[k]
 	if w.policy.Learned && !stands && !f.Status.Has(StatusSeenReply) && f.ReplySrc.Port != 53 && w.denied[k] <= w.now {
 		w.notef("  learn %v %v->%v", k.Peer, k.Ext, f.Src)
@@ -207,7 +221,7 @@ func (w *world) open(f Flow) {
 }
 
 func (w *world) peer() Endpoint {
-	return ep(fmt.Sprintf("203.0.113.%d:%d", 5+w.rnd.IntN(2), []int{53, 5060, 5070}[w.rnd.IntN(3)]))
+	return ep(fmt.Sprintf("203.0.113.%d:%d", 5+w.rnd.IntN(w.peers), []int{53, 5060, 5070}[w.rnd.IntN(3)]))
 }
 
 func (w *world) ext() Endpoint {
@@ -269,7 +283,7 @@ func (w *world) answer(p Permission, fl *refFlow) {
 			return
 		}
 	}
-	o := Op{Kind: Query, Permission: p, Port: fl.port, ID: fl.id}
+	o := Op{Kind: Query, Permission: p, From: Endpoint{fl.peer, fl.port}, ID: fl.id}
 	w.m.FlowMissing(w.now, &o)
 	w.ref.missing(w.now, &o)
 }
@@ -286,6 +300,9 @@ func (w *world) traffic() {
 			k := keys[w.rnd.IntN(len(keys))]
 			in := w.kernel[k]
 			from := Endpoint{k.Peer, uint16(6000 + w.rnd.IntN(3))}
+			if other := w.peer().Addr; k.Peers().Contains(other.Netip()) {
+				from.Addr = other
+			}
 			f := Flow{Status: StatusDstNAT, Src: from, Dst: k.Ext, ReplySrc: in, ReplyDst: from}
 			if !w.mapped[k] {
 				f.Status |= StatusExpected
@@ -298,6 +315,9 @@ func (w *world) traffic() {
 		if w.policy.Mapped { // or a peer, or it leads where a mapping does
 			from = []Endpoint{stranger, w.peer()}[w.rnd.IntN(2)]
 			in = []Endpoint{in, w.inside(), w.inside()}[w.rnd.IntN(3)]
+		}
+		if len(w.policy.PeerGroups) > 0 { // a full cone makes no difference between strangers
+			from, in = stranger, ep("10.47.11.200:80")
 		}
 		w.open(Flow{Status: StatusDstNAT, Src: from, Dst: w.ext(), ReplySrc: in, ReplyDst: from})
 	case n < 55: // an early packet
@@ -332,7 +352,7 @@ func (w *world) traffic() {
 func (w *world) change() {
 	switch in := w.inside(); {
 	case !w.policy.Mapped:
-	case w.rnd.IntN(2) == 0:
+	case len(w.policy.PeerGroups) > 0 || w.rnd.IntN(2) == 0:
 		w.notef("revoke %v", in)
 		w.m.Revoke(w.now, func(p Permission) bool { return p.Int == in })
 		w.ref.revoke(w.now, in)
@@ -355,7 +375,13 @@ func TestModelAgreesWithNaiveReference(t *testing.T) {
 	mapped.Limits.Children = 2
 	learned := mapped
 	learned.Learned = true
-	for name, p := range map[string]Policy{"expected": testPolicy, "mapped": mapped, "learned": learned} {
+	wild := learned
+	wild.PeerGroups = []netip.Prefix{netip.MustParsePrefix("203.0.113.6/31")}
+	wild.Subnets = []Subnet{
+		{Prefix: netip.MustParsePrefix("10.47.11.110/32"), Filtering: EndpointIndependent}, // the first that fits
+		{Prefix: netip.MustParsePrefix("10.47.11.0/24")},
+	}
+	for name, p := range map[string]Policy{"expected": testPolicy, "mapped": mapped, "learned": learned, "wild": wild} {
 		t.Run(name, func(t *testing.T) { agree(t, p) })
 	}
 }

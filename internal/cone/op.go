@@ -37,8 +37,8 @@ func (k OpKind) String() string {
 // An Op is one decision of the model, to be carried out in order.
 type Op struct {
 	Permission
-	ID     uint32 // of the flow, for Query, DropUnanswered, DropEarly
-	Port   uint16 // the peer's, for the same
+	ID     uint32   // of the flow, for Query, DropUnanswered, DropEarly
+	From   Endpoint // the peer's, for the same
 	Kind   OpKind
 	Reason Reason // why, for Revoke and Deny
 }
@@ -46,7 +46,7 @@ type Op struct {
 // FlowTuple returns the endpoints of the flow that a Query, DropUnanswered or
 // DropEarly means, as packets arrive from outside.
 func (o *Op) FlowTuple() (src, dst Endpoint) {
-	return Endpoint{o.Peer, o.Port}, o.Ext
+	return o.From, o.Ext
 }
 
 func (m *Model) op(o Op) { m.ops = append(m.ops, o) }

@@ -2,6 +2,7 @@ package cone
 
 import (
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -27,6 +28,11 @@ type Policy struct {
 	// first packet of a flow passes. Deny tells it which it must not make.
 	Learned bool
 
+	// PeerGroups are prefixes inside which a contact with one address permits
+	// all. They do not overlap. Where permissions cannot stand for a group, each
+	// peer gets its own.
+	PeerGroups []netip.Prefix
+
 	ExcludePeers     []netip.Prefix // peers that never get a permission
 	ExcludePeerPorts []uint16       // peer ports that never give one
 	ExcludePorts     []uint16       // outside ports that never get one
@@ -35,9 +41,23 @@ type Policy struct {
 // A Subnet is an enabled inside network. Routed takes flows that were not
 // source-NATed too.
 type Subnet struct {
-	Prefix netip.Prefix
-	Routed bool
+	Prefix    netip.Prefix
+	Routed    bool
+	Filtering Filtering
 }
+
+// Filtering says who may send to a mapping (RFC 4787 section 5).
+type Filtering uint8
+
+// The kinds of filtering.
+const (
+	// AddressDependent lets in whom the inside host has sent to, from any port.
+	AddressDependent Filtering = iota
+	// EndpointIndependent lets in anybody (a full cone).
+	EndpointIndependent
+	// AddressAndPortDependent is what the kernel does by itself: no permissions.
+	AddressAndPortDependent
+)
 
 // A Topology is what the model must know of the gateway's links.
 type Topology struct {
@@ -71,6 +91,7 @@ func (s *portSet) has(p uint16) bool { return s[p/64]&(1<<(p%64)) != 0 }
 type policy struct {
 	Policy
 	peerPorts, ports *portSet
+	wild             bool // there may be permissions for more than one peer
 }
 
 func compilePolicy(p Policy) policy {
@@ -78,8 +99,51 @@ func compilePolicy(p Policy) policy {
 		Policy:    p,
 		peerPorts: newPortSet(p.ExcludePeerPorts),
 		ports:     newPortSet(p.ExcludePorts),
+		wild: len(p.PeerGroups) > 0 || slices.ContainsFunc(p.Subnets, func(s Subnet) bool {
+			return s.Filtering == EndpointIndependent
+		}),
 	}
 }
+
+// widen makes p, a permission for one peer, the one for all peers that the
+// contact with it permits. A map holds such a one, and so does an expectation
+// that translates nothing; one that does makes the peer's address its own.
+func (p *policy) widen(x *Permission) {
+	if !p.wild || !x.Routed() && !(p.Mapped && x.Ext.Addr.Is4() && x.Zone == 0) {
+		return
+	}
+	if _, s, ok := p.subnet(x.Int.Addr.Netip()); ok && s.Filtering == EndpointIndependent {
+		x.Wild = 128
+		if x.Peer.Is4() {
+			x.Wild = 32
+		}
+	} else {
+		x.Wild = p.group(x.Peer.Netip())
+	}
+	x.Peer = x.Peer.without(x.Wild)
+}
+
+// group returns how many low bits of a peer's address do not matter.
+func (p *policy) group(a netip.Addr) uint8 {
+	for _, g := range p.PeerGroups {
+		if g.Contains(a) {
+			return uint8(a.BitLen() - g.Bits())
+		}
+	}
+	return 0
+}
+
+// children returns how many children a permission may have at a time.
+func (p *policy) children(k *Key) int {
+	if k.Wild > 0 {
+		return wildChildren * p.Limits.Children
+	}
+	return p.Limits.Children
+}
+
+// wildChildren is how many times as many children a permission may have that is
+// not for one peer.
+const wildChildren = 16
 
 // refuses returns why a flow from an enabled subnet gives no permission, or
 // the zero Reason.

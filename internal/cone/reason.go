@@ -15,6 +15,7 @@ const (
 	ReasonExcludedPeer
 	ReasonExcludedPeerPort
 	ReasonExcludedPort
+	ReasonFiltering // the subnet asks for no permissions
 
 	// The permission is wanted and does not stand.
 	ReasonConflict    // another inside endpoint owns this outside endpoint and peer
@@ -53,6 +54,7 @@ var reasonNames = [reasons]string{
 	ReasonExcludedPeer:     "peer is excluded",
 	ReasonExcludedPeerPort: "peer port is excluded",
 	ReasonExcludedPort:     "outside port is excluded",
+	ReasonFiltering:        "filtering of the subnet",
 	ReasonConflict:         "another inside host owns this port and peer",
 	ReasonForwarded:        "outside port is forwarded",
 	ReasonLocalSocket:      "gateway serves this port",

@@ -34,6 +34,7 @@ type refClaim struct {
 
 type refFlow struct {
 	id       uint32
+	peer     Addr
 	port     uint16
 	child    bool
 	answered bool
@@ -76,9 +77,29 @@ func (c *refClaim) lingers() bool {
 		c.state == StateRefused && c.reason == ReasonIdle
 }
 
+// widen makes p the permission of all that a contact with its peer permits.
+func (r *refModel) widen(p Permission) Permission {
+	if !r.policy.Mapped {
+		return p
+	}
+	prefix := netip.PrefixFrom(p.Peer.Netip(), 32)
+	for _, g := range r.policy.PeerGroups {
+		if g.Contains(p.Peer.Netip()) {
+			prefix = g
+		}
+	}
+	for _, s := range r.policy.Subnets {
+		if s.Prefix.Contains(p.Int.Addr.Netip()) && s.Filtering == EndpointIndependent {
+			prefix = netip.PrefixFrom(p.Peer.Netip(), 0)
+		}
+	}
+	p.Peer, p.Wild = AddrFrom(prefix.Masked().Addr()), uint8(32-prefix.Bits())
+	return p
+}
+
 // classify says what f is: "out", "child", "dnat" or "".
 func (r *refModel) classify(now time.Duration, f *Flow) (string, Permission) {
-	in := Permission{Key: Key{f.Dst, f.Src.Addr, f.OrigZone}, Int: f.ReplySrc}
+	in := r.widen(Permission{Key: Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.OrigZone}, Int: f.ReplySrc})
 	inside := false
 	for _, s := range r.policy.Subnets {
 		inside = inside || s.Prefix.Contains(f.Src.Addr.Netip())
@@ -87,7 +108,7 @@ func (r *refModel) classify(now time.Duration, f *Flow) (string, Permission) {
 	case f.Status.Has(StatusExpected):
 		return "child", in
 	case inside && f.Status.Has(StatusSrcNAT):
-		return "out", Permission{Key: Key{f.ReplyDst, f.ReplySrc.Addr, f.ReplyZone}, Int: f.Src}
+		return "out", r.widen(Permission{Key: Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr, Zone: f.ReplyZone}, Int: f.Src})
 	case !inside && f.Status.Has(StatusDstNAT):
 		if c := r.find(in.Key, in.Int); c != nil && (r.policy.Mapped || c.has(f)) {
 			return "child", in
@@ -103,7 +124,7 @@ func (r *refModel) classify(now time.Duration, f *Flow) (string, Permission) {
 // has reports whether f is a known child of c.
 func (c *refClaim) has(f *Flow) bool {
 	for _, x := range c.flows {
-		if x.child && x.port == f.Src.Port && x.id == f.ID {
+		if x.child && x.peer == f.Src.Addr && x.port == f.Src.Port && x.id == f.ID {
 			return true
 		}
 	}
@@ -150,8 +171,12 @@ func (r *refModel) seen(now time.Duration, f *Flow) {
 		if c == nil || c.state != StateStanding && !f.Status.Has(StatusSeenReply) {
 			return
 		}
-		known := slices.ContainsFunc(c.flows, func(x *refFlow) bool { return x.child && x.port == f.Src.Port })
-		if most := r.policy.Limits.Children; known || most == 0 || c.count(true, false) < most {
+		known := slices.ContainsFunc(c.flows, func(x *refFlow) bool { return x.child && x.peer == f.Src.Addr && x.port == f.Src.Port })
+		most := r.policy.Limits.Children
+		if c.Wild > 0 {
+			most *= wildChildren
+		}
+		if known || most == 0 || c.count(true, false) < most {
 			r.add(now, c, f, true)
 		}
 	case "dnat":
@@ -172,19 +197,19 @@ func (r *refModel) seen(now time.Duration, f *Flow) {
 }
 
 func (r *refModel) add(now time.Duration, c *refClaim, f *Flow, child bool) (known bool) {
-	port, packets := f.ReplySrc.Port, f.OrigPackets
+	peer, packets := f.ReplySrc, f.OrigPackets
 	if child {
-		port, packets = f.Src.Port, f.ReplyPackets
+		peer, packets = f.Src, f.ReplyPackets
 	}
 	var fl *refFlow
 	for _, x := range c.flows {
-		if x.port == port && x.child == child {
+		if x.peer == peer.Addr && x.port == peer.Port && x.child == child {
 			fl = x
 		}
 	}
 	known = fl != nil && fl.id == f.ID
 	if fl == nil {
-		fl = &refFlow{port: port, child: child}
+		fl = &refFlow{peer: peer.Addr, port: peer.Port, child: child}
 		c.flows = append(c.flows, fl)
 	}
 	fed := !child || f.Status.Has(StatusSeenReply)
@@ -277,11 +302,11 @@ func (r *refModel) gone(now time.Duration, f *Flow) {
 		return
 	}
 	for _, fl := range c.flows {
-		port := f.ReplySrc.Port
+		peer := f.ReplySrc
 		if what == "child" {
-			port = f.Src.Port
+			peer = f.Src
 		}
-		if fl.id == f.ID && fl.port == port && fl.child == (what == "child") {
+		if fl.id == f.ID && fl.peer == peer.Addr && fl.port == peer.Port && fl.child == (what == "child") {
 			r.add(now, c, f, fl.child)
 			r.drop(now, c, fl)
 			return
@@ -302,7 +327,7 @@ func (r *refModel) drop(now time.Duration, c *refClaim, fl *refFlow) {
 func (r *refModel) missing(now time.Duration, o *Op) {
 	if c := r.find(o.Key, o.Int); c != nil {
 		for _, fl := range c.flows {
-			if fl.id == o.ID && fl.port == o.Port {
+			if fl.id == o.ID && fl.peer == o.From.Addr && fl.port == o.From.Port {
 				r.drop(now, c, fl)
 				return
 			}

@@ -26,6 +26,16 @@ func (a Addr) Is4() bool {
 // Netip returns a as a netip.Addr, IPv4 unmapped.
 func (a Addr) Netip() netip.Addr { return netip.AddrFrom16(a).Unmap() }
 
+// without returns a without its n low bits.
+func (a Addr) without(n uint8) Addr {
+	for i := len(a) - 1; n > 0; i-- {
+		low := min(n, 8)
+		a[i] &^= 1<<low - 1
+		n -= low
+	}
+	return a
+}
+
 func (a Addr) String() string { return a.Netip().String() }
 
 // An Endpoint is an address and a UDP port.
@@ -98,6 +108,15 @@ type Key struct {
 	Ext  Endpoint // outside endpoint of the mapping
 	Peer Addr     // who may send to it, from any port
 	Zone uint16   // conntrack zone of the direction from outside
+	// Wild is how many low bits of Peer, which are zero, stand for any: more
+	// than none where the peer is a group of addresses, or everybody.
+	Wild uint8
+}
+
+// Peers returns the addresses that may send.
+func (k Key) Peers() netip.Prefix {
+	a := k.Peer.Netip()
+	return netip.PrefixFrom(a, a.BitLen()-int(k.Wild))
 }
 
 // A Permission says that Peer may send to Ext, from any port, and reaches Int

@@ -144,7 +144,7 @@ func (d *Daemon) dropUnanswered(o *cone.Op) {
 // dropEarly deletes the flow of an early packet, unless a local socket gets it.
 func (d *Daemon) dropEarly(o *cone.Op) {
 	src, dst := o.FlowTuple()
-	served, err := d.sockets.Serves(o.Ext, o.Peer)
+	served, err := d.sockets.Serves(o.Ext, o.From.Addr)
 	if err == nil && !served {
 		_, err = d.queries.Delete(src, dst, o.Zone, o.ID)
 	}
