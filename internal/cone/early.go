@@ -105,7 +105,7 @@ func exact(k Key, peer Addr) Key {
 func (m *Model) stands(k Key) bool {
 	certain := func(wild uint8) bool {
 		k := k
-		k.Peer, k.Wild = k.Peer.without(wild), wild
+		k.Peer, k.Wild = k.Peer.WithoutLow(wild), wild
 		o := m.owner(k)
 		return o != none && m.claims[o].state == StateStanding && m.claims[o].certain
 	}

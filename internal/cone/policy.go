@@ -120,7 +120,7 @@ func (p *policy) widen(x *Permission) {
 	} else {
 		x.Wild = p.group(x.Peer.Netip())
 	}
-	x.Peer = x.Peer.without(x.Wild)
+	x.Peer = x.Peer.WithoutLow(x.Wild)
 }
 
 // group returns how many low bits of a peer's address do not matter.
@@ -136,14 +136,14 @@ func (p *policy) group(a netip.Addr) uint8 {
 // children returns how many children a permission may have at a time.
 func (p *policy) children(k *Key) int {
 	if k.Wild > 0 {
-		return wildChildren * p.Limits.Children
+		return WildChildren * p.Limits.Children
 	}
 	return p.Limits.Children
 }
 
-// wildChildren is how many times as many children a permission may have that is
+// WildChildren is how many times as many children a permission may have that is
 // not for one peer.
-const wildChildren = 16
+const WildChildren = 16
 
 // refuses returns why a flow from an enabled subnet gives no permission, or
 // the zero Reason.

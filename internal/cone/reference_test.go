@@ -174,7 +174,7 @@ func (r *refModel) seen(now time.Duration, f *Flow) {
 		known := slices.ContainsFunc(c.flows, func(x *refFlow) bool { return x.child && x.peer == f.Src.Addr && x.port == f.Src.Port })
 		most := r.policy.Limits.Children
 		if c.Wild > 0 {
-			most *= wildChildren
+			most *= WildChildren
 		}
 		if known || most == 0 || c.count(true, false) < most {
 			r.add(now, c, f, true)

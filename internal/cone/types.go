@@ -26,8 +26,8 @@ func (a Addr) Is4() bool {
 // Netip returns a as a netip.Addr, IPv4 unmapped.
 func (a Addr) Netip() netip.Addr { return netip.AddrFrom16(a).Unmap() }
 
-// without returns a without its n low bits.
-func (a Addr) without(n uint8) Addr {
+// WithoutLow returns a with its n low bits cleared.
+func (a Addr) WithoutLow(n uint8) Addr {
 	for i := len(a) - 1; n > 0; i-- {
 		low := min(n, 8)
 		a[i] &^= 1<<low - 1

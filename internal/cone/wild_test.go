@@ -97,13 +97,13 @@ func TestFlowsOfAGroupAreToldApart(t *testing.T) {
 	}
 
 	// There may be more children than of one peer.
-	for i := range wildChildren + 1 {
+	for i := range WildChildren + 1 {
 		from := Endpoint{ep("203.0.113.5:1").Addr, uint16(1000 + i)}.String()
 		if i == 0 {
 			d.open(3+2*lifetime, in, "203.0.113.5:9")
 		}
 		_, kinds := d.dnat(3+2*lifetime, from, ext, in, 0)
-		if slices.Contains(kinds, DropUnanswered) != (i == wildChildren) {
+		if slices.Contains(kinds, DropUnanswered) != (i == WildChildren) {
 			t.Errorf("child %d: ops %v", i, kinds)
 		}
 	}
@@ -173,11 +173,11 @@ func TestPolicyChangesThePeersOfPermissions(t *testing.T) {
 func TestWithoutClearsLowBits(t *testing.T) {
 	a := AddrFrom(netip.MustParseAddr("203.0.113.255"))
 	for n, want := range map[uint8]string{0: "203.0.113.255", 1: "203.0.113.254", 8: "203.0.113.0", 12: "203.0.112.0", 32: "0.0.0.0"} {
-		if got := a.without(n).String(); got != want {
+		if got := a.WithoutLow(n).String(); got != want {
 			t.Errorf("without %d low bits: %s, want %s", n, got, want)
 		}
 	}
-	if got := AddrFrom(netip.MustParseAddr("2001:db8::1")).without(128); got != (Addr{}) {
+	if got := AddrFrom(netip.MustParseAddr("2001:db8::1")).WithoutLow(128); got != (Addr{}) {
 		t.Errorf("%v, want ::", got)
 	}
 }

@@ -1,7 +1,9 @@
 package config
 
 import (
+	"cmp"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"time"
@@ -28,6 +30,10 @@ type Config struct {
 	// Outside names links that are outside links although no default route
 	// leaves by them. Those with a default route need no mention.
 	Outside []string
+
+	// PeerGroups holds prefixes, masked, that do not overlap: a contact with one
+	// address of such a prefix permits all of them.
+	PeerGroups []netip.Prefix
 
 	// ExcludePeers holds prefixes, masked, whose addresses get no permission.
 	ExcludePeers []netip.Prefix
@@ -97,7 +103,24 @@ type Subnet struct {
 	// Routed lets flows that were not source-NATed support permissions too:
 	// routed IPv4, and IPv6 as a rule.
 	Routed bool
+
+	// Filtering says who may send to the mappings of its hosts (RFC 4787 section
+	// 5).
+	Filtering Filtering
 }
+
+// Filtering says who may send to a mapping.
+type Filtering string
+
+// What a Config can ask for. The default is empty: a Subnet need not name it.
+const (
+	AddressDependent        Filtering = ""                           // whom the host has sent to, from any port
+	EndpointIndependent     Filtering = "endpoint_independent"       // anybody: a full cone
+	AddressAndPortDependent Filtering = "address_and_port_dependent" // the kernel's own: no permissions
+)
+
+// String returns the word of the configuration.
+func (f Filtering) String() string { return cmp.Or(string(f), "address_dependent") }
 
 // A Backend names what carries permissions in the kernel.
 type Backend string
@@ -139,6 +162,23 @@ func Default() Config {
 		OnStop:      OnStopRevoke,
 		EventBuffer: 8 << 20,
 	}
+}
+
+// check finds what is wrong between one key and another.
+func (c *Config) check() (key string, err error) {
+	for i, g := range c.PeerGroups {
+		for _, h := range c.PeerGroups[:i] {
+			if g.Overlaps(h) {
+				return "peer_groups", fmt.Errorf("%q overlaps %q; a peer belongs to one group, so keep one of the two", g, h)
+			}
+		}
+		for _, x := range c.ExcludePeers {
+			if g.Overlaps(x) {
+				return "peer_groups", fmt.Errorf("%q overlaps %q of exclude_peers, whose addresses would be permitted with the group; keep one of the two", g, x)
+			}
+		}
+	}
+	return "", nil
 }
 
 // A UsageError is the user's to mend: a wrong file or command line. Programs

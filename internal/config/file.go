@@ -53,6 +53,10 @@ func parse(path, data string) (Config, error) {
 			f.fail(0, key, settings[i].set(&f.config, root[key]))
 		}
 	}
+	if len(f.errs) == 0 {
+		key, err := f.config.check()
+		f.fail(0, key, err)
+	}
 	if err := usage(f.errs...); err != nil {
 		return Config{}, err
 	}
@@ -107,7 +111,10 @@ func nthLine(data string, n int) string {
 func check(key string, v any) (name string, err error) {
 	switch key {
 	case "prefix":
-		return "subnet.prefix", new(subnetList).add("", v, false)
+		return "subnet.prefix", new(subnetList).add("", v, Subnet{})
+	case "filtering":
+		_, err := filtering(v)
+		return "subnet.filtering", err
 	case "routed":
 		return "subnet.routed", expected("true or false", v)
 	}
@@ -180,13 +187,20 @@ func (f *file) subnets(v any) {
 	for i, table := range tables {
 		n := i + 1
 		routed, isBool := table["routed"].(bool)
+		s := Subnet{Routed: routed}
+		var noFiltering error
+		if v, ok := table["filtering"]; ok {
+			s.Filtering, noFiltering = filtering(v)
+		}
 		if _, ok := table["prefix"]; !ok {
 			table["prefix"] = nil // required: let the check below say so
 		}
 		for _, key := range f.sorted(n, table) {
 			switch {
 			case key == "prefix":
-				f.fail(n, key, l.add(f.at(n, key), table[key], routed))
+				f.fail(n, key, l.add(f.at(n, key), table[key], s))
+			case key == "filtering":
+				f.fail(n, key, noFiltering)
 			case key != "routed":
 				f.fail(n, key, unknownInSubnet(key))
 			case !isBool:
@@ -198,7 +212,7 @@ func (f *file) subnets(v any) {
 }
 
 func unknownInSubnet(key string) error {
-	const what = "unknown key, expected prefix or routed"
+	const what = "unknown key, expected prefix, routed or filtering"
 	// In TOML a table has no end: all that follows its header belongs to it.
 	if slices.Contains(topKeys(), key) {
 		return fmt.Errorf("%s; %s stands above the first [[subnet]]", what, key)

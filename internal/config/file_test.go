@@ -20,6 +20,7 @@ lifetime = "90s"
 reconcile = "1m"
 log_level = "debug"
 outside = ["wan0", "ppp0"]
+peer_groups = ["198.51.100.0/28", "2001:db9::/64"]
 exclude_peers = ["203.0.113.0/24", "2001:db8::/32"]
 exclude_peer_ports = [53]
 exclude_ports = [5060, 65535]
@@ -41,6 +42,7 @@ prefix = "192.168.1.0/24"
 [[subnet]]
 prefix = "2001:db8:1::/64"
 routed = true
+filtering = "endpoint_independent"
 
 [[subnet]]
 prefix = "auto"
@@ -53,6 +55,7 @@ func everyConfig() Config {
 		Reconcile:        time.Minute,
 		LogLevel:         slog.LevelDebug,
 		Outside:          []string{"wan0", "ppp0"},
+		PeerGroups:       []netip.Prefix{netip.MustParsePrefix("198.51.100.0/28"), netip.MustParsePrefix("2001:db9::/64")},
 		ExcludePeers:     []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("2001:db8::/32")},
 		ExcludePeerPorts: []uint16{53},
 		ExcludePorts:     []uint16{5060, 65535},
@@ -70,7 +73,7 @@ func everyConfig() Config {
 		AutoSubnets:   true,
 		Subnets: []Subnet{
 			{Prefix: netip.MustParsePrefix("192.168.1.0/24")},
-			{Prefix: netip.MustParsePrefix("2001:db8:1::/64"), Routed: true},
+			{Prefix: netip.MustParsePrefix("2001:db8:1::/64"), Routed: true, Filtering: EndpointIndependent},
 		},
 	}
 }
@@ -181,27 +184,27 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 
 		"unknown key": {
 			"# typo\nlifetme = \"5m\"",
-			`2: lifetme: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`2: lifetme: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"unknown table": {
 			"lifetime = \"5m\"\n[limits.host]\nx = 1",
-			`2: limits: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`2: limits: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"key of another case": {
 			`Lifetime = "5m"`,
-			`1: Lifetime: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`1: Lifetime: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"unknown key in the second subnet": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n[[subnet]]\nprefix = \"192.168.0.0/16\"\nmtu = 1500",
-			`5: subnet.mtu: unknown key, expected prefix or routed`,
+			`5: subnet.mtu: unknown key, expected prefix, routed or filtering`,
 		},
 		"key of the top below a subnet": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n\nlifetime = \"5m\"",
-			`4: subnet.lifetime: unknown key, expected prefix or routed; lifetime stands above the first [[subnet]]`,
+			`4: subnet.lifetime: unknown key, expected prefix, routed or filtering; lifetime stands above the first [[subnet]]`,
 		},
 		"table in a subnet": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n[subnet.limits]\nx = 1",
-			`3: subnet.limits: unknown key, expected prefix or routed`,
+			`3: subnet.limits: unknown key, expected prefix, routed or filtering`,
 		},
 		"wrong type in the second subnet": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\nrouted = true\n[[subnet]]\nprefix = \"192.168.0.0/16\"\nrouted = \"yes\"",
@@ -222,6 +225,22 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 		"IPv6 subnet with host bits": {
 			"[[subnet]]\nprefix = \"2001:db8::1/64\"",
 			`2: subnet.prefix: expected a prefix without host bits, got "2001:db8::1/64"; did you mean "2001:db8::/64"?`,
+		},
+		"filtering": {
+			"[[subnet]]\nprefix = \"10.0.0.0/8\"\nfiltering = \"full_cone\"",
+			`3: subnet.filtering: expected "address_dependent", "endpoint_independent" or "address_and_port_dependent", got "full_cone"`,
+		},
+		"filtering auto": {
+			"[[subnet]]\nprefix = \"auto\"\nfiltering = \"endpoint_independent\"",
+			`2: subnet.prefix: expected a prefix beside filtering: whom it is for should not be guessed, got "auto"`,
+		},
+		"groups that overlap": {
+			"peer_groups = [\"203.0.113.0/24\", \"203.0.113.64/26\"]",
+			`1: peer_groups: "203.0.113.64/26" overlaps "203.0.113.0/24"; a peer belongs to one group, so keep one of the two`,
+		},
+		"a group with an excluded peer": {
+			"exclude_peers = [\"203.0.113.7/32\"]\npeer_groups = [\"203.0.113.0/24\"]",
+			`2: peer_groups: "203.0.113.0/24" overlaps "203.0.113.7/32" of exclude_peers, whose addresses would be permitted with the group; keep one of the two`,
 		},
 		"routed auto": {
 			"[[subnet]]\nprefix = \"auto\"\nrouted = true",

@@ -14,6 +14,7 @@ type Flags struct {
 	config  texts
 	subnets texts
 	routed  bool
+	filters texts
 	given   []texts // one per setting
 }
 
@@ -24,6 +25,8 @@ func (f *Flags) Register(fs *pflag.FlagSet) {
 	f.subnets.kind = "prefix"
 	fs.Var(&f.subnets, "subnet", `inside prefix to enable, or "auto", instead of those of the file (repeatable)`)
 	fs.BoolVar(&f.routed, "routed", false, "the subnets of --subnet are routed, not only NATed")
+	f.filters = texts{kind: "name", def: AddressDependent.String()}
+	fs.Var(&f.filters, "filtering", "who may send to the hosts of --subnet: address_dependent, endpoint_independent (anybody) or address_and_port_dependent (no permissions)")
 	f.given = make([]texts, len(settings))
 	for i, s := range settings {
 		f.given[i] = texts{kind: s.kind, def: s.def}
@@ -57,8 +60,15 @@ func (f *Flags) Resolve() (Config, error) {
 	}
 
 	var l subnetList
+	like := Subnet{Routed: f.routed}
+	if n := len(f.filters.given); n > 0 {
+		var err error
+		if like.Filtering, err = filtering(f.filters.given[n-1]); err != nil {
+			errs = append(errs, fmt.Errorf("--filtering: %w", err))
+		}
+	}
 	for _, s := range f.subnets.given {
-		if err := l.add("--subnet", s, f.routed); err != nil {
+		if err := l.add("--subnet", s, like); err != nil {
 			errs = append(errs, fmt.Errorf("--subnet: %w", err))
 		}
 	}
@@ -67,6 +77,13 @@ func (f *Flags) Resolve() (Config, error) {
 		c.AutoSubnets, c.Subnets = l.auto, l.list
 	case f.routed:
 		errs = append(errs, errors.New("--routed: expected a --subnet beside it"))
+	case len(f.filters.given) > 0:
+		errs = append(errs, errors.New("--filtering: expected a --subnet beside it"))
+	}
+	if len(errs) == 0 {
+		if key, err := c.check(); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", key, err))
+		}
 	}
 	if err := usage(errs...); err != nil {
 		return Config{}, err

@@ -58,6 +58,11 @@ var settings = []setting{
 		set:   list(`["wan0"]`, link, func(c *Config) *[]string { return &c.Outside }),
 	},
 	{
+		key: "peer_groups", flag: "peer-group", kind: "prefix", list: true,
+		usage: "peers of which a contact with one permits all, such as those of a SIP provider (repeatable)",
+		set:   list(`["203.0.113.0/24"]`, peers, func(c *Config) *[]netip.Prefix { return &c.PeerGroups }),
+	},
+	{
 		key: "exclude_peers", flag: "exclude-peer", kind: "prefix", list: true,
 		usage: "peers that get no permission (repeatable)",
 		set:   list(`["203.0.113.0/24"]`, peers, func(c *Config) *[]netip.Prefix { return &c.ExcludePeers }),
@@ -239,6 +244,15 @@ func prefix(what string, v any) (netip.Prefix, error) {
 		return netip.Prefix{}, fmt.Errorf("%w; did you mean %q?", expected("a prefix without host bits", v), p.Masked())
 	}
 	return p, nil
+}
+
+func filtering(v any) (Filtering, error) {
+	for _, f := range []Filtering{AddressDependent, EndpointIndependent, AddressAndPortDependent} {
+		if v == f.String() {
+			return f, nil
+		}
+	}
+	return "", expected(`"address_dependent", "endpoint_independent" or "address_and_port_dependent"`, v)
 }
 
 func port(v any) (uint16, error) {

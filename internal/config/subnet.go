@@ -28,12 +28,15 @@ type subnetList struct {
 	at   []string // where each of list was given, for errors
 }
 
-// add checks one more prefix, a value as TOML decodes it or "auto". It may
-// overlap none of those before.
-func (l *subnetList) add(at string, v any, routed bool) error {
+// add checks one more prefix, a value as TOML decodes it or "auto", for a subnet
+// that is like s else. It may overlap none of those before.
+func (l *subnetList) add(at string, v any, s Subnet) error {
 	if v == "auto" {
-		if routed {
+		switch {
+		case s.Routed:
 			return expected("a prefix beside routed: which networks are routed cannot be guessed", v)
+		case s.Filtering != "":
+			return expected("a prefix beside filtering: whom it is for should not be guessed", v)
 		}
 		l.auto = true
 		return nil
@@ -47,21 +50,22 @@ func (l *subnetList) add(at string, v any, routed bool) error {
 			return fmt.Errorf("%w, which overlaps %q (%s)", expected("a unicast prefix", v), n.prefix, n.name)
 		}
 	}
-	for i, s := range l.list {
-		if !p.Overlaps(s.Prefix) {
+	for i, other := range l.list {
+		if !p.Overlaps(other.Prefix) {
 			continue
 		}
 		how := "equal to"
 		switch {
-		case p.Bits() > s.Prefix.Bits():
+		case p.Bits() > other.Prefix.Bits():
 			how = "inside"
-		case p.Bits() < s.Prefix.Bits():
+		case p.Bits() < other.Prefix.Bits():
 			how = "around"
 		}
 		return fmt.Errorf("%w %s %q of %s; a host belongs to one subnet, so keep one of the two",
-			expected("subnets that do not overlap", v), how, s.Prefix, l.at[i])
+			expected("subnets that do not overlap", v), how, other.Prefix, l.at[i])
 	}
-	l.list = append(l.list, Subnet{Prefix: p, Routed: routed})
+	s.Prefix = p
+	l.list = append(l.list, s)
 	l.at = append(l.at, at)
 	return nil
 }

@@ -23,7 +23,7 @@ var full = Status{
 	Backend: "expect", Helper: Helper{IPv4: "conenat"},
 	Subnets: []Subnet{
 		{Prefix: netip.MustParsePrefix("10.47.11.0/24")},
-		{Prefix: netip.MustParsePrefix("2001:db8:47::/64"), Routed: true},
+		{Prefix: netip.MustParsePrefix("2001:db8:47::/64"), Routed: true, Filtering: "endpoint_independent"},
 	},
 	Outside: []string{"wan0", "wan1"}, Lifetime: "5m0s",
 	Permissions: Permissions{Standing: 40, Refused: 2, Waiting: 1, Limit: 65536},

@@ -11,6 +11,9 @@ import (
 	"time"
 )
 
+// defaultFiltering is not worth a word.
+const defaultFiltering = "address_dependent"
+
 // WriteStatus writes a status for people.
 func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
@@ -22,6 +25,9 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		subnets[i] = n.Prefix.String()
 		if n.Routed {
 			subnets[i] += " (routed)"
+		}
+		if n.Filtering != "" && n.Filtering != defaultFiltering {
+			subnets[i] += " (filtering " + n.Filtering + ")"
 		}
 	}
 	p, e, c, l := s.Permissions, s.Events, s.Counters, s.Latency

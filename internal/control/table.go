@@ -31,10 +31,21 @@ func WriteTable(w io.Writer, ps []Permission, now time.Time) error {
 	}
 	row("ZONE", "REASON", "INT", "EXT", "PEER", "STATE", "FLOWS", "CHILDREN", "AGE", "EXPIRES")
 	for _, p := range ps {
-		row(p.Zone, cmp.Or(p.Reason, "-"), p.Int, p.Ext, p.Peer, p.State, p.Flows, p.Children,
+		row(p.Zone, cmp.Or(p.Reason, "-"), p.Int, p.Ext, peer(&p), p.State, p.Flows, p.Children,
 			between(p.Since, now), between(now, p.Expires))
 	}
 	return tw.Flush()
+}
+
+// peer is who may send.
+func peer(p *Permission) string {
+	switch {
+	case !p.Peers.IsValid():
+		return p.Peer.String()
+	case p.Peers.Bits() == 0:
+		return "anybody"
+	}
+	return p.Peers.String()
 }
 
 // between is the time from a to b, or a dash if one of them is not known.

@@ -36,6 +36,7 @@ type Permission struct {
 	Int     netip.AddrPort `json:"int"`
 	Ext     netip.AddrPort `json:"ext"` // equals Int in a routed subnet
 	Peer    netip.Addr     `json:"peer"`
+	Peers   netip.Prefix   `json:"peers,omitzero"`    // where the peer is a group, or everybody
 	Zone    uint16         `json:"zone"`              // conntrack zone of the direction from outside
 	State   string         `json:"state"`             // standing, refused or waiting
 	Reason  string         `json:"reason,omitempty"`  // why it does not stand
@@ -85,6 +86,8 @@ type Helper struct {
 type Subnet struct {
 	Prefix netip.Prefix `json:"prefix"`
 	Routed bool         `json:"routed"` // not translated
+	// Filtering is who may send to its mappings (RFC 4787 section 5).
+	Filtering string `json:"filtering"`
 }
 
 // Permissions counts permissions by state.

@@ -13,6 +13,8 @@ import (
 // A backend makes permissions stand in the kernel: package expect, or the map of
 // package rules. All methods but List are called by the loop alone.
 type backend interface {
+	// Carries reports whether p can stand by this backend.
+	Carries(p *cone.Permission) bool
 	// Grant makes ps stand, in order, and calls refused for each that does
 	// not: its index, why, and the kernel's error if there was one.
 	Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err error))
@@ -126,10 +128,13 @@ func (b *backends) split(ps []cone.Permission, f func(p *cone.Permission) bool) 
 func (b *backends) Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err error)) {
 	b.out = b.out[:0]
 	for range ps {
-		b.out = append(b.out, outcome{carried: b.expect != nil, reason: cone.ReasonNoBackend})
+		b.out = append(b.out, outcome{reason: cone.ReasonNoBackend})
 	}
 	if b.expect != nil {
-		b.split(ps, anyone)
+		b.split(ps, b.expect.Carries)
+		for _, i := range b.index {
+			b.out[i].carried = true
+		}
 		b.expect.Grant(b.part, b.onExpect)
 	}
 	if b.nft != nil {
@@ -150,8 +155,6 @@ func (b *backends) Grant(ps []cone.Permission, refused func(i int, r cone.Reason
 		}
 	}
 }
-
-func anyone(*cone.Permission) bool { return true }
 
 // Revoke ends ps.
 func (b *backends) Revoke(ps []cone.Permission) error {
@@ -208,7 +211,7 @@ func (b *backends) Complete(ps []cone.Permission) {
 func (b *backends) configure(cfg config.Config) {
 	b.each(func(x backend) { x.SetLifetime(cfg.Lifetime) })
 	if b.nft != nil {
-		b.nft.SetMaxChildren(cfg.MaxChildren)
+		b.nft.Configure(mapConfig(cfg))
 	}
 }
 

@@ -115,7 +115,7 @@ func fits(word string) (func(*cone.Permission) bool, error) {
 	if a, err := netip.ParseAddr(word); err == nil {
 		addr := cone.AddrFrom(a)
 		return func(p *cone.Permission) bool {
-			return p.Int.Addr == addr || p.Ext.Addr == addr || p.Peer == addr
+			return p.Int.Addr == addr || p.Ext.Addr == addr || p.Peers().Bits() > 0 && p.Peers().Contains(a)
 		}, nil
 	}
 	if ap, err := netip.ParseAddrPort(word); err == nil {

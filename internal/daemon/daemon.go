@@ -238,14 +238,21 @@ func (d *Daemon) policy(cfg config.Config) cone.Policy {
 		},
 		Lifetime:         cfg.Lifetime,
 		Retry:            cfg.Reconcile,
+		PeerGroups:       cfg.PeerGroups,
 		ExcludePeers:     cfg.ExcludePeers,
 		ExcludePeerPorts: cfg.ExcludePeerPorts,
 		ExcludePorts:     cfg.ExcludePorts,
 	}
 	for _, s := range cfg.Subnets {
-		p.Subnets = append(p.Subnets, cone.Subnet(s))
+		p.Subnets = append(p.Subnets, cone.Subnet{Prefix: s.Prefix, Routed: s.Routed, Filtering: filterings[s.Filtering]})
 	}
 	return p
+}
+
+// filterings are the model's words for those of the configuration.
+var filterings = map[config.Filtering]cone.Filtering{
+	config.EndpointIndependent:     cone.EndpointIndependent,
+	config.AddressAndPortDependent: cone.AddressAndPortDependent,
 }
 
 // Close lets go of the kernel. It is for a Daemon that did not Run.
@@ -345,6 +352,9 @@ func (d *Daemon) warnings() []string {
 		out = append(out, fmt.Sprintf("of %d children that the map admitted your firewall let only %d pass: "+
 			"let its forward chain accept 'ct status dnat'", n, passed))
 	}
+	if slices.ContainsFunc(d.cfg.PeerGroups, func(g netip.Prefix) bool { return g.Addr().Is4() }) && d.backends.nft == nil {
+		out = append(out, "peer_groups of IPv4 hold for routed subnets alone: only the nft backend can translate for a group")
+	}
 	if n, err := settings(d.cfg.Socket).read(events); err == nil && n == 0 {
 		out = append(out, "the kernel sends no conntrack events: permissions come late, at each reconcile; set net.netfilter.nf_conntrack_events = 2")
 	}
@@ -352,6 +362,14 @@ func (d *Daemon) warnings() []string {
 		out = append(out, `no outside link: none has a default route; name one with --outside`)
 	}
 	for _, s := range d.cfg.Subnets {
+		translated := s.Prefix.Addr().Is4()
+		switch {
+		case s.Filtering != config.EndpointIndependent:
+		case translated && d.backends.nft == nil:
+			out = append(out, fmt.Sprintf("subnet %v has address-dependent filtering: only the nft backend can give it endpoint_independent", s.Prefix))
+		default:
+			out = append(out, fmt.Sprintf("subnet %v is open: anybody on the Internet may send to a port that its hosts use", s.Prefix))
+		}
 		if s.Prefix.Addr().Is6() && !s.Routed {
 			out = append(out, fmt.Sprintf("subnet %v is not routed: only source-NATed IPv6 flows give permissions", s.Prefix))
 		}

@@ -3,6 +3,7 @@ package daemon
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
@@ -61,10 +62,17 @@ func mapConfig(cfg config.Config) *rules.MapConfig {
 	c := &rules.MapConfig{
 		Size: max(cfg.MaxPermissions, leastMapSize), Lifetime: cfg.Lifetime, MaxChildren: cfg.MaxChildren,
 		Learn: cfg.Learn, LearnRate: cfg.LearnRate,
-		ExcludePeers: cfg.ExcludePeers, ExcludePeerPorts: cfg.ExcludePeerPorts, ExcludePorts: cfg.ExcludePorts,
+		PeerGroups: cfg.PeerGroups, ExcludePeers: cfg.ExcludePeers, ExcludePeerPorts: cfg.ExcludePeerPorts, ExcludePorts: cfg.ExcludePorts,
 	}
 	for _, s := range cfg.Subnets {
+		if s.Filtering == config.AddressAndPortDependent {
+			c.ExcludePeers = append(slices.Clip(c.ExcludePeers), s.Prefix) // it is inside all the same
+			continue
+		}
 		c.Subnets = append(c.Subnets, s.Prefix)
+		if s.Filtering == config.EndpointIndependent {
+			c.OpenSubnets = append(c.OpenSubnets, s.Prefix)
+		}
 	}
 	return c
 }

@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"os"
 	"time"
 
@@ -34,7 +35,9 @@ func (s source) Status() control.Status {
 		m := d.model.Stats()
 		st.Lifetime = d.cfg.Lifetime.String()
 		for _, n := range d.cfg.Subnets {
-			st.Subnets = append(st.Subnets, control.Subnet(n))
+			st.Subnets = append(st.Subnets, control.Subnet{
+				Prefix: n.Prefix, Routed: n.Routed, Filtering: n.Filtering.String(),
+			})
 		}
 		st.Outside = d.network.OutsideLinks()
 		st.Warnings = d.warnings()
@@ -101,6 +104,14 @@ func byReason(counts *[cone.Reasons]uint64) map[string]uint64 {
 	return out
 }
 
+// peers returns the peers of a permission that is not for one address.
+func peers(k cone.Key) (p netip.Prefix) {
+	if k.Wild > 0 {
+		p = k.Peers()
+	}
+	return p
+}
+
 var errEnded = errors.New("the daemon is stopping")
 
 // Permissions gives every claim to yield, a piece at a time, so that a slow
@@ -155,7 +166,7 @@ func (d *Daemon) helper(v6 bool) string {
 // permission is a claim as the control socket shows it; by says what carries it.
 func (d *Daemon) permission(v *cone.View, by string) control.Permission {
 	p := control.Permission{
-		Int: v.Int.Netip(), Ext: v.Ext.Netip(), Peer: v.Peer.Netip(), Zone: v.Zone,
+		Int: v.Int.Netip(), Ext: v.Ext.Netip(), Peer: v.Peer.Netip(), Peers: peers(v.Key), Zone: v.Zone,
 		State: v.State.String(), Reason: v.Reason.String(), Backend: by,
 		Flows: v.Flows, Children: v.Children, Answered: v.Answered,
 	}

@@ -162,10 +162,15 @@ func (b *Backend) Stands(p *cone.Permission) bool {
 	return stands
 }
 
+// Carries reports whether p can stand as an expectation. One that translates is
+// for one peer: nat-follow-master makes the peer of its master the source of all
+// children.
+func (*Backend) Carries(p *cone.Permission) bool { return p.Wild == 0 || p.Routed() }
+
 // HasRoom reports whether the caps let p, which does not stand, stand.
 func (b *Backend) HasRoom(p *cone.Permission) bool {
 	_, stands, r := b.standing.place(p)
-	return !stands && r == cone.ReasonNone && b.helpers.of(p).name != ""
+	return b.Carries(p) && !stands && r == cone.ReasonNone && b.helpers.of(p).name != ""
 }
 
 // Close closes the connection. It revokes nothing. It removes our own helper

@@ -141,7 +141,6 @@ var (
 		0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
 		0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
 	}
-	maskSrc = cone.Endpoint{Addr: allOnes, Port: 0} // any source port
 	maskDst = cone.Endpoint{Addr: allOnes, Port: 0xffff}
 )
 
@@ -178,6 +177,7 @@ func (e *encoder) expect(seq uint32, flags uint16, p *cone.Permission, a anchor)
 	e.message(subsysExpect, msgNew, flags, seq, v6)
 	e.tuple(ctaExpectMaster, &src, &dst, v6)
 	e.tuple(ctaExpectTuple, &peer, &p.Ext, v6)
+	maskSrc := cone.Endpoint{Addr: allOnes.WithoutLow(p.Wild)} // any source port
 	e.tuple(ctaExpectMask, &maskSrc, &maskDst, v6)
 	e.zone(ctaExpectZone, p.Zone)
 	return v6

@@ -2,6 +2,7 @@ package expect
 
 import (
 	"encoding/binary"
+	"math/bits"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -18,6 +19,7 @@ type expectation struct {
 	mark      uint32        // of the master
 	flags     uint32
 	timeout   uint32 // seconds left
+	wild      uint8  // low bits of src that the mask leaves out
 	masterUDP bool
 	udp       bool
 }
@@ -41,7 +43,7 @@ func (x *expectation) left() time.Duration { return time.Duration(x.timeout) * t
 // permission returns what x, which must be ours, stands for.
 func (x *expectation) permission() cone.Permission {
 	p := cone.Permission{
-		Key:  cone.Key{Ext: x.dst, Peer: x.src.Addr, Zone: x.zone},
+		Key:  cone.Key{Ext: x.dst, Peer: x.src.Addr, Zone: x.zone, Wild: x.wild},
 		Int:  x.nat,
 		Mark: x.mark,
 	}
@@ -69,6 +71,9 @@ func parseExpectation(b []byte) (x expectation, ok bool) {
 			x.master[0], x.master[1], x.masterUDP, fine = parseTuple(v)
 		case ctaExpectTuple:
 			x.src, x.dst, x.udp, fine = parseTuple(v)
+		case ctaExpectMask:
+			mask, _, _, ok := parseTuple(v)
+			x.wild, fine = lowZeros(mask.Addr), ok
 		case ctaExpectNAT:
 			fine = eachAttr(v, func(typ uint16, v []byte) bool {
 				fine := true
@@ -87,6 +92,18 @@ func parseExpectation(b []byte) (x expectation, ok bool) {
 		return fine
 	})
 	return x, ok
+}
+
+// lowZeros returns how many low bits of a mask are zero.
+func lowZeros(a cone.Addr) (n uint8) {
+	for i := len(a) - 1; i >= 0; i-- {
+		z := bits.TrailingZeros8(a[i])
+		n += uint8(z)
+		if z < 8 {
+			break
+		}
+	}
+	return n
 }
 
 func be16(v []byte) (uint16, bool) {

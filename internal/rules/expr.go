@@ -9,6 +9,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // Rules are put together from these pieces. A piece that loads something puts
@@ -51,13 +53,10 @@ var (
 	ctReplySourcePort      = reply(expr.CtKeyPROTOSRC, 0)
 	ctReplyDestinationPort = reply(expr.CtKeyPROTODST, 0)
 
-	// The key of the map, from the packet, and from a flow from inside, whose own
-	// endpoint and mark are then flowValue.
-	packetKey = join(piece{&expr.Payload{
-		Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 8, DestRegister: reg, // both addresses
-	}}, transport(2, 2))
-	flowKey   = join(reply(expr.CtKeySRCIP, 0), reply(expr.CtKeyDSTIP, 1), reply(expr.CtKeyPROTODST, 2))
-	flowValue = join(original(expr.CtKeySRCIP, valueWord), original(expr.CtKeyPROTOSRC, valueWord+1),
+	// Both addresses of the packet, which a key begins with; and the endpoint and
+	// the mark of a flow from inside.
+	packetAddresses = piece{&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 8, DestRegister: reg}}
+	flowValue       = join(original(expr.CtKeySRCIP, valueWord), original(expr.CtKeyPROTOSRC, valueWord+1),
 		piece{&expr.Ct{Key: expr.CtKeyMARK, Register: markRegister}})
 
 	// toInside ends the rule where the map has not the key, or its bucket is empty.
@@ -151,13 +150,13 @@ const burst = 5
 
 // learned puts key and value into the map. An element that is there stays as it
 // is: a second host on the outside endpoint neither takes over nor refreshes.
-func learned(c *MapConfig, marked bool) piece {
+func learned(c *MapConfig, wild uint8, marked bool) piece {
 	add := &expr.Dynset{
 		SrcRegKey: reg, SrcRegData: unix.NFT_REG32_00 + valueWord, SetName: permissionMap,
 		Operation: unix.NFT_DYNSET_OP_ADD, Timeout: c.Lifetime,
 	}
 	if c.MaxChildren > 0 {
-		b := bucketOf(c.MaxChildren, marked)
+		b := bucketOf(c.MaxChildren, wild, marked)
 		b.size++ // to make the element takes one
 		add.Exprs = []expr.Any{&expr.Limit{
 			Type: expr.LimitTypePkts, Rate: uint64(b.perMinute), Unit: expr.LimitTimeMinute, Burst: uint32(b.size),
@@ -171,8 +170,12 @@ type bucket struct{ size, perMinute int }
 
 // bucketOf returns the bucket that lets an element have about maxChildren children
 // that nobody answers: conntrack forgets those after 30 s (nf_conntrack_udp_timeout).
-// An element with a mark is looked up twice for each.
-func bucketOf(maxChildren int, marked bool) bucket {
+// An element with a mark is looked up twice for each, and one that is not for one
+// peer may have more (cone.WildChildren).
+func bucketOf(maxChildren int, wild uint8, marked bool) bucket {
+	if wild > 0 {
+		maxChildren *= cone.WildChildren
+	}
 	if marked {
 		maxChildren *= 2
 	}

@@ -5,6 +5,8 @@ package rules
 import (
 	"fmt"
 	"hash/fnv"
+	"maps"
+	"net"
 	"slices"
 	"time"
 
@@ -37,6 +39,8 @@ const (
 	learnersSet      = "learners"
 	subnetsSet       = "subnets"
 	noPeersSet       = "no_peers"
+	groupsSet        = "groups" // and the length of their prefixes
+	openSet          = "open_subnets"
 	excludedPeerSet  = "excluded_peer_ports"
 	excludedPortsSet = "excluded_ports"
 )
@@ -75,6 +79,7 @@ type layout struct {
 	sets     []*set
 	rules    []*nftables.Rule
 	link     []byte // the outside link, if there is just one
+	noPeers  *set   // addresses that are never peers
 }
 
 // A set is one with the elements that we want, or one whose elements come and
@@ -102,8 +107,9 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 	if d.Map != nil {
 		ip := newLayout(name, nftables.TableFamilyIPv4, d.OutsideLinks)
 		ip.permissions(d.Map)
-		ip.admit()
-		ip.learn(d.Map)
+		kinds := ip.kinds(d.Map)
+		ip.admit(kinds)
+		ip.learn(d.Map, kinds)
 		ls = append(ls, ip)
 	}
 	for _, l := range ls {
@@ -184,6 +190,67 @@ func (l *layout) permissions(c *MapConfig) {
 	m := l.set(permissionMap, permissionKey...)
 	m.IsMap, m.DataType = true, nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService, nftables.TypeMark)
 	m.HasTimeout, m.Dynamic, m.free, m.Size = true, true, true, uint32(c.Size)
+	l.noPeers = l.set(noPeersSet, nftables.TypeIPAddr)
+	l.noPeers.Interval, l.noPeers.elements = true, intervals(slices.Concat(notUnicast, c.Subnets, c.ExcludePeers))
+}
+
+// A kind of permissions is for one peer, for the peers of groups that leave so
+// many low bits free, or for everybody.
+type kind struct {
+	wild   uint8
+	groups *set // with the first address of each, nil for the others
+	open   *set // with the inside subnets, for everybody
+}
+
+// kinds makes the sets that the kinds need and returns them, the ones for few
+// peers first.
+func (l *layout) kinds(c *MapConfig) []kind {
+	free := map[uint8][]nftables.SetElement{}
+	for _, g := range c.PeerGroups {
+		if wild := 32 - g.Bits(); g.Addr().Is4() && wild > 0 {
+			free[uint8(wild)] = append(free[uint8(wild)], nftables.SetElement{Key: g.Addr().AsSlice()})
+		}
+	}
+	all := []kind{{}}
+	for _, wild := range slices.Sorted(maps.Keys(free)) {
+		s := l.set(fmt.Sprintf("%s_%d", groupsSet, 32-wild), nftables.TypeIPAddr)
+		s.elements = free[wild]
+		all = append(all, kind{wild: wild, groups: s})
+	}
+	if open := intervals(c.OpenSubnets); len(open) > 0 {
+		s := l.set(openSet, nftables.TypeIPAddr)
+		s.Interval, s.elements = true, open
+		all = append(all, kind{wild: 32, open: s})
+	}
+	return all
+}
+
+// peers clears the low bits of the peer's address, in the first word of reg, and
+// ends the rule where the peer is in no group of this kind.
+func (k kind) peers() piece {
+	if k.wild == 0 {
+		return nil
+	}
+	p := piece{&expr.Bitwise{
+		SourceRegister: unix.NFT_REG32_00, DestRegister: unix.NFT_REG32_00,
+		Len: 4, Mask: net.CIDRMask(32-int(k.wild), 32), Xor: make([]byte, 4),
+	}}
+	if k.groups != nil {
+		p = append(p, &expr.Lookup{SourceRegister: unix.NFT_REG32_00, SetName: k.groups.Name})
+	}
+	return p
+}
+
+// packetKey and flowKey are the key of the map, from a packet that comes in, and
+// from a flow that goes out.
+func (k kind) packetKey() piece { return join(packetAddresses, k.peers(), transport(2, 2)) }
+
+func (k kind) flowKey() piece {
+	var of piece
+	if k.open != nil {
+		of = join(ctOriginalSource, in(k.open))
+	}
+	return join(of, reply(expr.CtKeySRCIP, 0), k.peers(), reply(expr.CtKeyDSTIP, 1), reply(expr.CtKeyPROTODST, 2))
 }
 
 // admit needs no conntrack state: a NAT chain sees the first packet only.
@@ -191,20 +258,25 @@ func (l *layout) permissions(c *MapConfig) {
 // An element carries the cap on its children, a token bucket: looking up one that
 // is empty fails, which costs far less than to count flows. What fails goes on like
 // any unsolicited packet, to the guard as a rule.
-func (l *layout) admit() {
+func (l *layout) admit(kinds []kind) {
 	l.counters = append(l.counters, admittedCounter)
 	admitted := &nftables.Chain{Table: l.table, Name: "admitted"}
 	l.chains = append(l.chains, admitted)
 	admit := l.chain("admit", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, admitPriority)
 	l.rule(admit, "permissions are of the default zone", join(isUDP, l.outside(iifname, true), ctZone, is(ne16(0)), goTo(admitted)))
 	l.rule(admitted, "the gateway itself serves it", join(hasSocket, accept))
-	l.rule(admitted, "a peer may send from any port; nft does not list the look-up in the map",
-		join(packetKey, toInside, noMark, count(admittedCounter), translate))
-	l.rule(admitted, "the same, with a mark for policy routing",
-		join(packetKey, toInside, inheritMark, count(admittedCounter), translate))
+	for _, k := range kinds {
+		if k.open != nil {
+			l.rule(admitted, "", join(packetAddresses, in(l.noPeers), accept))
+		}
+		l.rule(admitted, "a peer may send from any port; nft does not list the look-up in the map",
+			join(k.packetKey(), toInside, noMark, count(admittedCounter), translate))
+		l.rule(admitted, "the same, with a mark for policy routing",
+			join(k.packetKey(), toInside, inheritMark, count(admittedCounter), translate))
+	}
 }
 
-func (l *layout) learn(c *MapConfig) {
+func (l *layout) learn(c *MapConfig, kinds []kind) {
 	if !c.Learn {
 		return
 	}
@@ -213,9 +285,8 @@ func (l *layout) learn(c *MapConfig) {
 	l.rule(learn, "a source may be spoofed", join(l.outside(iifname, true), accept))
 	l.rule(learn, "", join(notUDP, accept))
 	l.counters = append(l.counters, learnedCounter, limitedCounter)
-	subnets, noPeers := l.set(subnetsSet, nftables.TypeIPAddr), l.set(noPeersSet, nftables.TypeIPAddr)
+	subnets := l.set(subnetsSet, nftables.TypeIPAddr)
 	subnets.Interval, subnets.elements = true, intervals(c.Subnets)
-	noPeers.Interval, noPeers.elements = true, intervals(slices.Concat(notUnicast, c.Subnets, c.ExcludePeers))
 	peerPorts, ports := l.set(excludedPeerSet, nftables.TypeInetService), l.set(excludedPortsSet, nftables.TypeInetService)
 	peerPorts.elements, ports.elements = portElements(c.ExcludePeerPorts), portElements(c.ExcludePorts)
 	learners := l.set(learnersSet, nftables.TypeIPAddr)
@@ -227,14 +298,19 @@ func (l *layout) learn(c *MapConfig) {
 	l.rule(learn, "", join(ctStatus, masked(ctSrcNAT), is(ne32(0)), accept))
 	l.rule(learn, "permissions are of the default zone", join(ctZone, isNot(ne16(0)), accept))
 	l.rule(learn, "", join(ctOriginalSource, notIn(subnets), accept))
-	l.rule(learn, "", join(ctReplySource, in(noPeers), accept))
+	l.rule(learn, "", join(ctReplySource, in(l.noPeers), accept))
 	l.rule(learn, "", join(ctReplySourcePort, in(peerPorts), accept))
 	l.rule(learn, "", join(ctReplyDestinationPort, in(ports), accept))
-	l.rule(learn, "in the map already", join(flowKey, toInside, accept))
-	l.rule(learn, "the daemon forbids it", join(flowKey, in(denied), accept))
+	slices.Reverse(kinds) // a flow gives the permission for the most peers
+	for _, k := range kinds {
+		l.rule(learn, "in the map already", join(k.flowKey(), toInside, accept))
+		l.rule(learn, "the daemon forbids it", join(k.flowKey(), in(denied), accept))
+	}
 	l.rule(learn, "too many at a time", join(ctOriginalSource, limited(learners, c.LearnRate), count(limitedCounter), accept))
-	l.rule(learn, "", join(flowKey, flowValue, noMark, learned(c, false), count(learnedCounter)))
-	l.rule(learn, "", join(flowKey, flowValue, hasMark, learned(c, true), count(learnedCounter)))
+	for _, k := range kinds {
+		l.rule(learn, "", join(k.flowKey(), flowValue, noMark, learned(c, k.wild, false), count(learnedCounter), accept))
+		l.rule(learn, "", join(k.flowKey(), flowValue, hasMark, learned(c, k.wild, true), count(learnedCounter), accept))
+	}
 }
 
 func (l *layout) set(name string, key ...nftables.SetDatatype) *set {

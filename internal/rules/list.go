@@ -30,7 +30,10 @@ func (m *Map) List(f func(p cone.Permission, left time.Duration)) error {
 	e.End()
 	var refused error
 	err = c.Exchange(&e, func(_ uint32, err error) { refused = err }, func(_ uint16, body []byte) {
-		parseElements(body, f)
+		parseElements(body, func(p cone.Permission, left time.Duration) {
+			p.Wild = m.wild(p.Peer)
+			f(p, left)
+		})
 	})
 	if err == nil && !errors.Is(refused, unix.ENOENT) { // else the table is not there
 		err = refused

@@ -6,6 +6,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net/netip"
+	"slices"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -26,6 +29,7 @@ type Map struct {
 	table    string
 	size     int
 	lifetime time.Duration
+	groups   atomic.Pointer[[]netip.Prefix]
 	children int                   // as MapConfig.MaxChildren
 	uncapped bool                  // the kernel lacks what that takes
 	denied   map[cone.Key]struct{} // as far as this process knows
@@ -49,9 +53,10 @@ const perElement = 2
 func (t *Tables) NewMap(c *MapConfig) *Map {
 	m := &Map{
 		w: t.w, netns: t.netns, table: t.name, size: c.Size, lifetime: c.Lifetime,
-		children: c.MaxChildren, uncapped: t.Lacks(FeatureLearn),
-		denied: make(map[cone.Key]struct{}),
+		uncapped: t.Lacks(FeatureLearn),
+		denied:   make(map[cone.Key]struct{}),
 	}
+	m.Configure(c)
 	m.failed = func(seq uint32, err error) {
 		// What comes later fails for what came first.
 		if i := (seq - m.first - 1) / perElement; i < batch && m.errs[i] == nil {
@@ -73,9 +78,28 @@ func (m *Map) Max() int { return m.size }
 // SetLifetime sets the timeout of what is granted or refreshed from now on.
 func (m *Map) SetLifetime(d time.Duration) { m.lifetime = d }
 
-// SetMaxChildren sets MapConfig.MaxChildren for what is granted or refreshed from
-// now on.
-func (m *Map) SetMaxChildren(n int) { m.children = n }
+// Configure sets MapConfig.MaxChildren for what is granted or refreshed from now
+// on, and MapConfig.PeerGroups.
+func (m *Map) Configure(c *MapConfig) {
+	m.children = c.MaxChildren
+	groups := slices.Clone(c.PeerGroups)
+	m.groups.Store(&groups)
+}
+
+// wild returns how many low bits of a peer in the map stand for any. An element
+// does not say.
+func (m *Map) wild(peer cone.Addr) uint8 {
+	a := peer.Netip()
+	for _, g := range *m.groups.Load() {
+		if g.Addr() == a {
+			return uint8(32 - g.Bits())
+		}
+	}
+	if a.IsUnspecified() {
+		return 32
+	}
+	return 0
+}
 
 // Broken reports whether the table was found gone since the last call. What was
 // granted meanwhile does not stand.
@@ -179,7 +203,9 @@ func (m *Map) Missing(ps []cone.Permission, missing func(i int)) {
 			return // nobody knows
 		}
 		for i := range part {
-			if in, ok := stands[part[i].Key]; !ok || in != part[i].Int {
+			k := part[i].Key
+			k.Wild = 0 // an element does not say
+			if in, ok := stands[k]; !ok || in != part[i].Int {
 				missing(base + i)
 			}
 		}
@@ -303,7 +329,7 @@ func (m *Map) element(seq uint32, typ uint16, set string, p *cone.Permission, va
 		e.BE64(unix.NFTA_SET_ELEM_TIMEOUT, uint64(timeout.Milliseconds()))
 	}
 	if value && m.children > 0 && !m.uncapped {
-		m.bucket(bucketOf(m.children, p.Mark != 0))
+		m.bucket(bucketOf(m.children, p.Wild, p.Mark != 0))
 	}
 	e.EndNest(element)
 	e.EndNest(list)

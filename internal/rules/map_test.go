@@ -353,6 +353,62 @@ func TestPortThatTheGatewayServesStaysItsOwn(t *testing.T) {
 	g.arrives(in, g.peer(lab.PeerA, 0), p.Ext)
 }
 
+// In a group one contact permits all, in an open subnet anybody, and that comes
+// from the kernel or from the daemon alike. Whoever is excluded stays out.
+func TestPermissionsForManyPeers(t *testing.T) {
+	group := netip.MustParsePrefix("203.0.113.4/31") // PeerA is its second address
+	stranger := netip.MustParseAddr("203.0.113.99")
+	for _, test := range []struct {
+		name    string
+		open    bool
+		mark    uint32
+		in, out []netip.Addr
+	}{
+		{"a group", false, 0, []netip.Addr{lab.PeerA, lab.PeerA.Prev()}, []netip.Addr{lab.PeerA.Next(), lab.PeerC}},
+		{"a group, marked", false, 7, []netip.Addr{lab.PeerA, lab.PeerA.Prev()}, []netip.Addr{lab.PeerC}},
+		{"everybody", true, 0, []netip.Addr{lab.PeerA, lab.PeerC, stranger}, []netip.Addr{lab.PeerB}},
+		{"everybody, marked", true, 7, []netip.Addr{lab.PeerA, lab.PeerC, stranger}, []netip.Addr{lab.PeerB}},
+	} {
+		for _, learn := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s, learn %v", test.name, learn), func(t *testing.T) {
+				d, m := learning, *learning.Map
+				m.Learn, m.PeerGroups = learn, []netip.Prefix{group, netip.MustParsePrefix("100.64.0.0/24")}
+				if test.open {
+					m.OpenSubnets = m.Subnets
+				}
+				d.Map = &m
+				g := newGate(t, lab.Options{Rules: lab.Masquerade + fmt.Sprintf(`table ip marks { chain c {
+					type filter hook forward priority 0; ct mark set %d; }; }`, test.mark)}, d)
+				in, peer := g.inside(5060), g.peer(lab.PeerA, 5060)
+				p := g.contact(in, peer)
+				p.Mark, p.Wild = test.mark, 1
+				if test.open {
+					p.Wild = 32
+				}
+				p.Peer = p.Peer.WithoutLow(p.Wild)
+				if !learn {
+					g.grant(p)
+				}
+				g.holds(p)
+				for _, a := range test.in {
+					g.arrives(in, g.peer(a, 5070), p.Ext)
+				}
+				for _, a := range test.out { // PeerB is excluded
+					g.lost(in, g.peer(a, 5071), p.Ext, peer)
+				}
+				g.contact(in, g.peer(lab.PeerA, 5072)) // it is in the map already
+				g.holds(p)
+				g.m.Refresh([]cone.Permission{p}, func(int) { t.Error("lost") })
+				g.m.Missing([]cone.Permission{p}, func(int) { t.Error("missing") })
+				check(t, g.m.Deny([]cone.Permission{p}))
+				g.holds()
+				g.contact(in, g.peer(lab.PeerA, 5073))
+				g.holds()
+			})
+		}
+	}
+}
+
 func TestMissingIsWhatDoesNotStand(t *testing.T) {
 	g := newGate(t, lab.Options{}, granting)
 	ps := strangers(0, 600) // three batches
@@ -401,7 +457,7 @@ func TestChildrenOfTheMapAreCapped(t *testing.T) {
 				}
 
 				// Another cap is in force from the next refresh on.
-				g.m.SetMaxChildren(0)
+				g.m.Configure(&rules.MapConfig{})
 				g.m.Refresh([]cone.Permission{p}, func(int) { t.Fatal("lost") })
 				before := got
 				send(t, g.Lab, lab.PeerA, 40, p.Ext.Netip())

@@ -54,6 +54,10 @@ type MapConfig struct {
 	LearnRate int
 	// Subnets are the enabled subnets; those of IPv6 do not matter here.
 	Subnets []netip.Prefix
+	// OpenSubnets are those of Subnets whose permissions are for everybody, and
+	// PeerGroups the prefixes inside which a contact with one address permits all.
+	OpenSubnets []netip.Prefix
+	PeerGroups  []netip.Prefix
 	// ExcludePeers, ExcludePeerPorts and ExcludePorts (of the outside endpoint)
 	// give the kernel nothing to learn.
 	ExcludePeers     []netip.Prefix

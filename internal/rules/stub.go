@@ -62,8 +62,8 @@ func (*Map) Max() int { return 0 }
 // SetLifetime does nothing.
 func (*Map) SetLifetime(time.Duration) {}
 
-// SetMaxChildren does nothing.
-func (*Map) SetMaxChildren(int) {}
+// Configure does nothing.
+func (*Map) Configure(*MapConfig) {}
 
 // Broken returns false.
 func (*Map) Broken() bool { return false }

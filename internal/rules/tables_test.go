@@ -108,8 +108,8 @@ const contentsIP = `
 		accept comment "in the map already"
 		ct reply ip saddr . ct reply ip daddr . ct reply proto-dst @denied accept comment "the daemon forbids it"
 		add @learners { ct original ip saddr limit rate over 100/second burst 500 packets } counter name "learn_limited" accept comment "too many at a time"
-		ct mark 0x00000000 add @permissions { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m limit rate 512/minute burst 257 packets : ct original ip saddr . ct original proto-src . ct mark } counter name "learned"
-		ct mark != 0x00000000 add @permissions { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m limit rate 1024/minute burst 513 packets : ct original ip saddr . ct original proto-src . ct mark } counter name "learned"
+		ct mark 0x00000000 add @permissions { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m limit rate 512/minute burst 257 packets : ct original ip saddr . ct original proto-src . ct mark } counter name "learned" accept
+		ct mark != 0x00000000 add @permissions { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m limit rate 1024/minute burst 513 packets : ct original ip saddr . ct original proto-src . ct mark } counter name "learned" accept
 	}
 }
 `
