@@ -150,18 +150,6 @@ func (s *scene) meddle(change string, ofRules bool, in *lab.Socket, ext netip.Ad
 			}
 		}
 	}
-	if !getsIn(first) {
-		s.until("children get in", func() bool {
-			from, err := s.Outside.Socket(lab.PeerA, 0)
-			s.must(err)
-			defer from.Close()
-			return getsIn(from)
-		})
-	}
-	children := time.Since(began)
-	if !strings.HasPrefix(change, "delete element") || !strings.Contains(change, "add element") {
-		s.until("one whose first packet was too early gets in too", func() bool { return getsIn(first) })
-	} // else its flow leads elsewhere, for as long as it lasts
 	var have map[entry]time.Duration
 	same := func() bool {
 		have = s.entries()
@@ -172,6 +160,21 @@ func (s *scene) meddle(change string, ofRules bool, in *lab.Socket, ext netip.Ad
 		}
 		return len(have) == len(want)
 	}
+	leadsElsewhere := strings.HasPrefix(change, "delete element") && strings.Contains(change, "add element")
+	if leadsElsewhere && !owned {
+		// A child that came meanwhile would look like a forward of the user's.
+		s.until("the map is as it was", same)
+	}
+	if !getsIn(first) {
+		s.until("children get in", func() bool {
+			from, err := s.Outside.Socket(lab.PeerA, 0)
+			s.must(err)
+			defer from.Close()
+			return getsIn(from)
+		})
+	}
+	children := time.Since(began)
+	s.until("one whose first packet was too early gets in too", func() bool { return getsIn(first) })
 	s.until("the map is as it was", same)
 	permissions := time.Since(began)
 	defer func() {
