@@ -312,6 +312,7 @@ func TestMendCrowdedPortsDoNotTakeTheTurnOfOthers(t *testing.T) {
 		return "max_permissions_per_host = 0\nlearn_rate = 100000\n" + toml(mode)
 	}
 	write := s.configured(config(nft))
+	s.must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
 	const ports, peers = 16, 250 // more than there may be expectations in a lab
 	for port := range ports {
 		in := s.inside(0, uint16(10_000+port))

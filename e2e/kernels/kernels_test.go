@@ -54,15 +54,6 @@ var packages = []string{
 	"e2e/kernels/guest", "internal/expect", "internal/ctwatch", "internal/gateway", "internal/rules", "e2e",
 }
 
-// notYet are the tests that were not seen to pass in a guest as a whole: they take
-// an emulated machine more than a quarter of an hour. One by one they run there by
-// commandEnv.
-const notYet = "^Test(NFT|AutoNFT|Mend|Offload)"
-
-// ownModes are the tests that choose the mode of the daemon themselves, as in the
-// Makefile.
-const ownModes = "^Test(NFT|AutoNFT|Mend|Offload|Flow|Reflector|Demo|Selftest|ManyPermissions)"
-
 // jobs runs the test programs, each in its own folder, as "go test" does.
 func jobs(root string) (all []job) {
 	if c := os.Getenv(commandEnv); c != "" {
@@ -72,15 +63,11 @@ func jobs(root string) (all []job) {
 	for _, p := range packages {
 		all = append(all, job{
 			name: p,
-			command: fmt.Sprintf("cd '%s' && %s.test -test.v -test.timeout 25m -test.skip '%s'",
-				filepath.Join(root, p), filepath.Base(p), notYet),
+			command: fmt.Sprintf("cd '%s' && %s.test -test.v -test.timeout 40m",
+				filepath.Join(root, p), filepath.Base(p)),
 		})
 	}
-	return append(all, job{
-		name: "e2e with the nft backend",
-		command: fmt.Sprintf("cd '%s' && CONENATD_MODE=--backend=nft e2e.test -test.v -test.timeout 25m -test.skip '%s'",
-			filepath.Join(root, "e2e"), ownModes),
-	})
+	return all
 }
 
 func TestKernels(t *testing.T) {
