@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -159,6 +160,47 @@ func TestSelftestPassesOnThisKernel(t *testing.T) {
 	s := newScene(t, lab.Options{}) // any namespace will do
 	out, code := s.cli("selftest")
 	if code != 0 || strings.Contains(out, "FAIL") || strings.Contains(out, "none") || strings.Count(out, "pass  ") < 20 {
+		t.Errorf("exit %d\n%s", code, out)
+	}
+}
+
+// What passes, and what fails with stock Linux and with each configuration of ours.
+func TestSelftestKnowsRFC4787(t *testing.T) {
+	s := newScene(t, lab.Options{}) // any namespace will do
+	out, code := s.cli("selftest", "--rfc4787")
+	const (
+		always = "REQ-3a REQ-4 REQ-6 REQ-10 REQ-12 REQ-13 REQ-14"
+		ours   = always + " REQ-5 REQ-8 REC-11 REC-14"
+	)
+	want := []struct{ passes, filtering string }{
+		{always, "address and port-dependent: the peer is let in from one port"},
+		{ours, "address-dependent: the peer is let in from any port, nobody else"},
+		{ours, "endpoint-independent: anybody is let in"},
+	}
+	var got int
+	for section := range strings.SplitSeq("\n"+out, ":\n  ") {
+		if !strings.HasPrefix(section, "fail ") && !strings.HasPrefix(section, "pass ") {
+			continue
+		}
+		if got++; got > len(want) {
+			break
+		}
+		w := want[got-1]
+		for line := range strings.Lines(section) {
+			verdict, text, _ := strings.Cut(strings.TrimSpace(line), "  ")
+			name, _, _ := strings.Cut(strings.TrimPrefix(text, "RFC 6092 "), " ")
+			if verdict != "pass" && verdict != "fail" {
+				continue // not applicable, or the next configuration
+			}
+			if passes := slices.Contains(strings.Fields(w.passes), name); passes != (verdict == "pass") {
+				t.Errorf("configuration %d: %s", got, line)
+			}
+			if (name == "REQ-8" || name == "REC-11") && !strings.Contains(line, w.filtering) {
+				t.Errorf("configuration %d: want %s: %s", got, w.filtering, line)
+			}
+		}
+	}
+	if code != 0 || got != len(want) {
 		t.Errorf("exit %d\n%s", code, out)
 	}
 }

@@ -55,7 +55,8 @@ func cleanupCommand() *cobra.Command {
 }
 
 func selftestCommand() *cobra.Command {
-	return &cobra.Command{
+	var rfc4787 bool
+	c := &cobra.Command{
 		Use:   "selftest",
 		Short: "Prove on this kernel, in throw-away labs, what works",
 		Long: `Try each behaviour with real packets in network namespaces that are made for it,
@@ -67,9 +68,15 @@ the programs ip, nft and conntrack. Nothing of this machine is touched.`,
 			if err != nil {
 				return fmt.Errorf("find this program: %w", err)
 			}
+			if rfc4787 {
+				return selftest.RFC4787(c.OutOrStdout(), exe)
+			}
 			return selftest.Run(c.OutOrStdout(), exe)
 		},
 	}
+	c.Flags().BoolVar(&rfc4787, "rfc4787", false,
+		"look how the requirements of RFC 4787 fare instead, without conenatd and with it, and those of RFC 6092 about UDP")
+	return c
 }
 
 func demoCommand() *cobra.Command {

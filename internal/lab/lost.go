@@ -19,6 +19,9 @@ type Packet struct {
 
 func (p Packet) send() error { return p.From.Send(p.To, p.Payload) }
 
+// ErrArrived is the error of Lost when the packet gets through.
+var ErrArrived = errors.New("arrived")
+
 // Lost shows that a packet does not reach the receiver. It sends it, and after
 // it a fence: a packet with another payload that is known to get through, such
 // as the answer that any NAT lets in. When the fence arrives and the packet
@@ -50,7 +53,7 @@ func Lost(receiver *Socket, packet, fence Packet) error {
 		case err != nil:
 			return fmt.Errorf("receive fence %q: %w", fence.Payload, err)
 		case got == packet.Payload:
-			return fmt.Errorf("lose packet: %q arrived from %s", got, from)
+			return fmt.Errorf("lose packet: %q %w from %s", got, ErrArrived, from)
 		case got == fence.Payload:
 			return nil
 		}

@@ -86,6 +86,12 @@ var checks = []check{
 		run:  (*stage).restart,
 	},
 	{
+		name:     "a contact with one of a group permits all",
+		backends: []string{"nft"},
+		args:     []string{"--subnet", lab.InsideNet.String(), "--peer-group", "192.0.2.76/31", "--max-children=0"},
+		run:      (*stage).group,
+	},
+	{
 		name: "a stop leaves nothing in the kernel",
 		run:  (*stage).stopped,
 	},
@@ -372,6 +378,23 @@ func (s *stage) restart() error {
 		}
 	}
 	return nil
+}
+
+// group lets the device contact a neighbour of the stranger.
+func (s *stage) group() error {
+	device, _, _, stranger, err := s.cast()
+	if err != nil {
+		return err
+	}
+	neighbor, err := s.open(s.Outside, lab.PeerC.Prev(), 5060)
+	if err != nil {
+		return err
+	}
+	ext, err := device.Contact(neighbor[0])
+	if err != nil {
+		return err
+	}
+	return lab.Arrives(device, lab.Packet{From: stranger, To: ext, Payload: "from one of the group"})
 }
 
 func (s *stage) stopped() error {

@@ -1,0 +1,554 @@
+package selftest
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// A verdict says how a requirement fares.
+type verdict string
+
+const (
+	pass          verdict = "pass"
+	fail          verdict = "fail"
+	notApplicable verdict = "n/a"
+)
+
+func verdictOf(ok bool) verdict {
+	if ok {
+		return pass
+	}
+	return fail
+}
+
+// A configuration is a way to run the daemon, or not at all.
+type configuration struct {
+	name string
+	args []string // of "conenatd run"; none: the kernel alone
+}
+
+var configurations = []configuration{
+	{"stock Linux, masquerade, without conenatd", nil},
+	{"conenatd as it is", []string{"--subnet", lab.InsideNet.String(), "--subnet", lab.InsideNet6.String(), "--routed"}},
+	{"conenatd, filtering = endpoint_independent", []string{
+		"--subnet", lab.InsideNet.String(), "--subnet", lab.InsideNet6.String(), "--routed", "--filtering=endpoint_independent",
+	}},
+}
+
+// A requirement is one of RFC 4787, or a recommendation of RFC 6092 about UDP. try
+// gets a fresh lab and says what it saw; an error says that nothing could be seen.
+type requirement struct {
+	name, title string
+	opts        lab.Options
+	try         func(*stage) (verdict, string, error)
+}
+
+var requirements = []requirement{
+	{name: "REQ-1", title: "endpoint-independent mapping", opts: lab.Options{Inside: 2}, try: (*stage).mapping},
+	{name: "REQ-2", title: "paired address pooling", try: never("the gateway has one outside address")},
+	{name: "REQ-3", title: "no port overloading", opts: lab.Options{Inside: 2}, try: (*stage).overloading},
+	{name: "REQ-3a", title: "ports below 1024 stay below", try: (*stage).portRange},
+	{name: "REQ-4", title: "port parity", try: (*stage).parity},
+	{name: "REQ-5", title: "mapping holds two minutes", try: (*stage).timer},
+	{name: "REQ-6", title: "packets from inside refresh", try: (*stage).refresh},
+	{name: "REQ-7", title: "inside addresses that are outside too", try: never("the inside addresses are the administrator's")},
+	{name: "REQ-8", title: "filtering by address at most", try: (*stage).filtering},
+	{name: "REQ-9", title: "hairpinning, with the outside source", opts: lab.Options{Inside: 2}, try: (*stage).hairpin},
+	{name: "REQ-10", title: "application level gateways off", try: (*stage).gateways},
+	{name: "REQ-11", title: "deterministic", opts: lab.Options{Inside: 2}, try: (*stage).mapping},
+	{name: "REQ-12", title: "ICMP errors pass and end no mapping", try: (*stage).icmp},
+	{name: "REQ-13", title: "fragments go out", try: (*stage).fragmentsOut},
+	{name: "REQ-14", title: "fragments come in, out of order too", try: (*stage).fragmentsIn},
+	{name: "RFC 6092 REC-11", title: "IPv6: filtering by address at most", opts: lab.Options{IPv6: true, Rules: lab.Masquerade + lab.DropPolicy}, try: (*stage).filtering6},
+	{name: "RFC 6092 REC-14", title: "IPv6: a flow holds two minutes", opts: lab.Options{IPv6: true, Rules: lab.Masquerade + lab.DropPolicy}, try: (*stage).timer6},
+}
+
+// RFC4787 looks how the requirements of RFC 4787, and what RFC 6092 says of UDP,
+// fare in each configuration, with the program exe, and writes a line for each. Its
+// error is ErrFailed where something could not be tried.
+func RFC4787(w io.Writer, exe string) error {
+	var failed error
+	for _, c := range configurations {
+		fmt.Fprintf(w, "%s:\n", c.name)
+		for _, r := range requirements {
+			v, what, err := r.look(exe, c)
+			if errors.Is(err, lab.ErrPrivilege) {
+				return err
+			}
+			if err != nil {
+				v, what, failed = fail, "could not be tried: "+oneLine(err), ErrFailed
+			}
+			fmt.Fprintf(w, "  %-4s  %s %s: %s\n", v, r.name, r.title, what)
+		}
+	}
+	return failed
+}
+
+func (r *requirement) look(exe string, c configuration) (v verdict, what string, err error) {
+	l, err := lab.New(r.opts)
+	if err != nil {
+		return v, what, err
+	}
+	defer l.Close()
+	s := &stage{Lab: l, exe: exe, args: c.args}
+	defer s.close()
+	if c.args != nil {
+		if err := s.start(); err != nil {
+			return v, what, err
+		}
+	}
+	return r.try(s)
+}
+
+func never(why string) func(*stage) (verdict, string, error) {
+	return func(*stage) (verdict, string, error) { return notApplicable, why, nil }
+}
+
+// clash lets two inside hosts use one source port towards three peers, so that the
+// kernel runs out of ways to keep it, and returns the outside endpoints of each.
+func (s *stage) clash() (seen [2][]netip.AddrPort, err error) {
+	const port = 3074
+	var hosts [2]*lab.Socket
+	for i := range hosts {
+		in, err := s.open(s.Inside(i), s.Inside(i).Addr, port)
+		if err != nil {
+			return seen, err
+		}
+		hosts[i] = in[0]
+	}
+	var peers []*lab.Socket
+	for _, a := range []netip.Addr{lab.PeerA, lab.PeerB, lab.PeerC} {
+		out, err := s.open(s.Outside, a, port)
+		if err != nil {
+			return seen, err
+		}
+		peers = append(peers, out...)
+	}
+	for _, step := range [][2]int{{0, 0}, {1, 1}, {1, 0}, {0, 1}, {0, 2}, {1, 2}} {
+		ext, err := hosts[step[0]].Contact(peers[step[1]])
+		if err != nil {
+			return seen, err
+		}
+		seen[step[0]] = append(seen[step[0]], ext)
+	}
+	return seen, nil
+}
+
+func (s *stage) mapping() (verdict, string, error) {
+	seen, err := s.clash()
+	ok := true
+	for _, exts := range seen {
+		for _, e := range exts {
+			ok = ok && e == exts[0]
+		}
+	}
+	return verdictOf(ok), fmt.Sprintf("two hosts on one port leave as %v and %v", seen[0], seen[1]), err
+}
+
+func (s *stage) overloading() (verdict, string, error) {
+	seen, err := s.clash()
+	for _, e := range seen[0] {
+		for _, f := range seen[1] {
+			if e == f {
+				return fail, fmt.Sprintf("two hosts share %v", e), err
+			}
+		}
+	}
+	return pass, fmt.Sprintf("two hosts leave as %v and %v", seen[0], seen[1]), err
+}
+
+// leaves returns the outside port of an inside port.
+func (s *stage) leaves(port uint16) (uint16, error) {
+	in, err := s.open(s.Inside(0), s.Inside(0).Addr, port)
+	if err != nil {
+		return 0, err
+	}
+	out, err := s.open(s.Outside, lab.PeerA, port)
+	if err != nil {
+		return 0, err
+	}
+	ext, err := in[0].Contact(out[0])
+	return ext.Port(), err
+}
+
+func (s *stage) portRange() (verdict, string, error) {
+	low, err := s.leaves(600)
+	high, err2 := s.leaves(40000)
+	return verdictOf(low < 1024 && high >= 1024), fmt.Sprintf("600 leaves as %d, 40000 as %d", low, high), errors.Join(err, err2)
+}
+
+func (s *stage) parity() (verdict, string, error) {
+	even, err := s.leaves(5004)
+	odd, err2 := s.leaves(5005)
+	return verdictOf(even%2 == 0 && odd%2 == 1), fmt.Sprintf("5004 leaves as %d, 5005 as %d", even, odd), errors.Join(err, err2)
+}
+
+// timer takes away the flow, as the kernel does after nf_conntrack_udp_timeout.
+func (s *stage) timer() (verdict, string, error) {
+	device, proxy, _, _, err := s.cast()
+	if err != nil {
+		return fail, "", err
+	}
+	ext, err := device.Contact(proxy)
+	if err != nil {
+		return fail, "", err
+	}
+	return s.outlives(device, proxy, ext)
+}
+
+func (s *stage) outlives(device, proxy *lab.Socket, ext netip.AddrPort) (verdict, string, error) {
+	timeout, err := s.Gateway.Sysctl("net.netfilter.nf_conntrack_udp_timeout")
+	if err != nil {
+		return fail, "", err
+	}
+	family := "ipv4"
+	if ext.Addr().Is6() {
+		family = "ipv6"
+	}
+	if err := s.stands(ext); err != nil {
+		return fail, "", err
+	}
+	if _, err := s.Gateway.Output("conntrack", "-D", "-f", family, "-p", "udp", "--orig-port-src", "5060", "--orig-port-dst", "5060"); err != nil {
+		return fail, "", err
+	}
+	arrived, err := s.reaches(device, proxy, ext)
+	how := "lost"
+	if arrived {
+		how = "let in"
+	}
+	return verdictOf(arrived), fmt.Sprintf("the kernel forgets an unanswered flow after %s s; then its peer is %s", timeout, how), err
+}
+
+// stands waits until the daemon, if there is one, lists a permission for ext.
+func (s *stage) stands(ext netip.AddrPort) error {
+	if s.d == nil {
+		return nil
+	}
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
+		found := false
+		err := control.Dial(s.d.Socket).Permissions(context.Background(), func(p control.Permission) error {
+			found = found || p.Ext == ext && p.State == "standing"
+			return nil
+		})
+		if found || err != nil {
+			return err
+		}
+	}
+	return fmt.Errorf("no permission stands for %v", ext)
+}
+
+// reaches reports whether a packet of from gets to device by ext. A peer of its own
+// is the fence.
+func (s *stage) reaches(device, from *lab.Socket, ext netip.AddrPort) (bool, error) {
+	addr := netip.MustParseAddr("203.0.113.7")
+	if ext.Addr().Is6() {
+		addr = netip.MustParseAddr("2001:db8:5::7")
+	}
+	fence, err := s.open(s.Outside, addr, 7)
+	if err != nil {
+		return false, err
+	}
+	defer fence[0].Close()
+	back, err := device.Contact(fence[0])
+	if err != nil {
+		return false, err
+	}
+	err = lab.Lost(device,
+		lab.Packet{From: from, To: ext, Payload: "from " + from.Addr().String()},
+		lab.Packet{From: fence[0], To: back, Payload: "fence after " + from.Addr().String()})
+	if errors.Is(err, lab.ErrArrived) {
+		return true, nil
+	}
+	return false, err
+}
+
+func (s *stage) refresh() (verdict, string, error) {
+	device, proxy, _, _, err := s.cast()
+	if err != nil {
+		return fail, "", err
+	}
+	if _, err := device.Contact(proxy); err != nil {
+		return fail, "", err
+	}
+	flow := []string{"-p", "udp", "--orig-src", device.Addr().Addr().String(), "--orig-port-src", "5060", "--orig-port-dst", "5060"}
+	left := func() (n int, err error) {
+		out, err := s.Conntrack(flow...)
+		if err != nil || len(out) == 0 {
+			return 0, errors.Join(err, errors.New("the flow is gone"))
+		}
+		_, err = fmt.Sscanf(out[0], "udp 17 %d", &n)
+		return n, err
+	}
+	if _, err := s.Gateway.Output("conntrack", append([]string{"-U", "--timeout", "9"}, flow...)...); err != nil {
+		return fail, "", err
+	}
+	before, err := left()
+	if err != nil {
+		return fail, "", err
+	}
+	if _, err := device.Contact(proxy); err != nil {
+		return fail, "", err
+	}
+	after, err := left()
+	return verdictOf(after > before), fmt.Sprintf("%d s left, %d after a packet", before, after), err
+}
+
+func (s *stage) filtering() (verdict, string, error) {
+	device, proxy, other, stranger, err := s.cast()
+	if err != nil {
+		return fail, "", err
+	}
+	ext, err := device.Contact(proxy)
+	if err != nil {
+		return fail, "", err
+	}
+	return s.filters(device, other, stranger, ext)
+}
+
+func (s *stage) filters(device, other, stranger *lab.Socket, ext netip.AddrPort) (verdict, string, error) {
+	if err := s.stands(ext); err != nil {
+		return fail, "", err
+	}
+	same, err := s.reaches(device, other, ext)
+	if err != nil {
+		return fail, "", err
+	}
+	anybody, err := s.reaches(device, stranger, ext)
+	switch {
+	case anybody:
+		return pass, "endpoint-independent: anybody is let in", err
+	case same:
+		return pass, "address-dependent: the peer is let in from any port, nobody else", err
+	}
+	return fail, "address and port-dependent: the peer is let in from one port", err
+}
+
+// hairpin lets one inside host send to the outside endpoint of another.
+func (s *stage) hairpin() (verdict, string, error) {
+	device, proxy, _, _, err := s.cast()
+	if err != nil {
+		return fail, "", err
+	}
+	second, err := s.open(s.Inside(1), s.Inside(1).Addr, 5062)
+	if err != nil {
+		return fail, "", err
+	}
+	ext, err := device.Contact(proxy)
+	if err != nil {
+		return fail, "", err
+	}
+	extSecond, err := second[0].Contact(proxy)
+	if err != nil {
+		return fail, "", err
+	}
+	if err := second[0].Send(ext, "hairpin"); err != nil {
+		return fail, "", err
+	}
+	// The packet was through before Send returned; what comes next is the fence.
+	if err := proxy.Send(ext, "fence"); err != nil {
+		return fail, "", err
+	}
+	got, from, err := device.Recv(10 * time.Second)
+	switch {
+	case err != nil:
+		return fail, "", err
+	case got != "hairpin":
+		return fail, fmt.Sprintf("what an inside host sends to %v is lost", ext), nil
+	}
+	return verdictOf(from == extSecond), fmt.Sprintf("it arrives from %v, the sender's outside endpoint is %v", from, extSecond), nil
+}
+
+func (s *stage) gateways() (verdict, string, error) {
+	on, err := s.Gateway.Sysctl("net.netfilter.nf_conntrack_helper")
+	if errors.Is(err, os.ErrNotExist) {
+		return pass, "this kernel assigns none by itself", nil
+	}
+	return verdictOf(on == "0"), "net.netfilter.nf_conntrack_helper is " + on, err
+}
+
+// icmp sends to a port where nobody listens.
+func (s *stage) icmp() (verdict, string, error) {
+	device, proxy, _, _, err := s.cast()
+	if err != nil {
+		return fail, "", err
+	}
+	ext, err := device.Contact(proxy)
+	if err != nil {
+		return fail, "", err
+	}
+	var c net.Conn
+	err = s.Inside(0).Do(func() error {
+		c, err = net.Dial("udp", netip.AddrPortFrom(lab.PeerA, 9).String())
+		return err
+	})
+	if err != nil {
+		return fail, "", err
+	}
+	defer c.Close()
+	if err := c.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		return fail, "", err
+	}
+	if _, err := c.Write([]byte("nobody listens")); err != nil {
+		return fail, "", err
+	}
+	_, err = c.Read(make([]byte, 1))
+	if !errors.Is(err, unix.ECONNREFUSED) {
+		return fail, fmt.Sprintf("no ICMP error came in: %v", err), nil
+	}
+	if err := lab.Arrives(device, lab.Packet{From: proxy, To: ext, Payload: "after the error"}); err != nil {
+		return fail, "the mapping ended with the error", nil
+	}
+	return pass, "an ICMP error came in, and the mapping works on", nil
+}
+
+const large = 1200 // bytes, for a link that takes 1000
+
+// fragmentsOut sends what the outside link cannot take in one piece.
+func (s *stage) fragmentsOut() (verdict, string, error) {
+	device, proxy, _, _, err := s.cast()
+	if err != nil {
+		return fail, "", err
+	}
+	if _, err := s.Gateway.Output("ip", "link", "set", "wan0", "mtu", "1000"); err != nil {
+		return fail, "", err
+	}
+	payload := strings.Repeat("x", large)
+	discover := func(how int) error {
+		raw, err := device.SyscallConn()
+		if err != nil {
+			return err
+		}
+		var failed error
+		err = raw.Control(func(fd uintptr) {
+			failed = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, how)
+		})
+		return errors.Join(err, failed)
+	}
+	if err := discover(unix.IP_PMTUDISC_DO); err != nil { // with the bit "don't fragment"
+		return fail, "", err
+	}
+	if err := device.Send(proxy.Addr(), payload); err != nil {
+		return fail, "", err
+	}
+	// The ICMP error came in before Send returned: the next one is refused here.
+	if err := device.Send(proxy.Addr(), payload); !errors.Is(err, unix.EMSGSIZE) {
+		return fail, fmt.Sprintf("no ICMP error about a packet that is too large: %v", err), nil
+	}
+	if err := discover(unix.IP_PMTUDISC_DONT); err != nil {
+		return fail, "", err
+	}
+	if err := device.Send(proxy.Addr(), payload); err != nil {
+		return fail, "", err
+	}
+	if _, err := proxy.Expect(payload); err != nil {
+		return fail, oneLine(err), nil
+	}
+	return pass, "too large: ICMP error with DF, fragments without", nil
+}
+
+// fragmentsIn lets the peer send a packet in two fragments, in both orders.
+func (s *stage) fragmentsIn() (verdict, string, error) {
+	device, proxy, _, _, err := s.cast()
+	if err != nil {
+		return fail, "", err
+	}
+	ext, err := device.Contact(proxy)
+	if err != nil {
+		return fail, "", err
+	}
+	for i, order := range [][2]int{{0, 1}, {1, 0}} {
+		payload := strings.Repeat(string(rune('a'+i)), large)
+		if err := s.sendFragments(uint16(1+i), proxy.Addr(), ext, payload, order); err != nil {
+			return fail, "", err
+		}
+		if _, err := device.Expect(payload); err != nil {
+			return fail, oneLine(err), nil
+		}
+	}
+	return pass, "both orders arrive", nil
+}
+
+// sendFragments sends a UDP packet in two fragments from the outside (RFC 791).
+func (s *stage) sendFragments(id uint16, from, to netip.AddrPort, payload string, order [2]int) error {
+	udp := binary.BigEndian.AppendUint16(nil, from.Port())
+	udp = binary.BigEndian.AppendUint16(udp, to.Port())
+	udp = binary.BigEndian.AppendUint16(udp, uint16(8+len(payload)))
+	udp = append(udp, 0, 0) // no checksum
+	udp = append(udp, payload...)
+	const cut, headerLen, more = 808, 20, 1 << 13
+	src, dst := from.Addr().As4(), to.Addr().As4()
+	fragment := func(n int) []byte {
+		part, offset := udp[:cut], uint16(more)
+		if n == 1 {
+			part, offset = udp[cut:], cut/8
+		}
+		b := make([]byte, headerLen, headerLen+len(part))
+		b[0], b[8], b[9] = 4<<4|headerLen/4, 64, unix.IPPROTO_UDP
+		binary.BigEndian.PutUint16(b[2:], uint16(headerLen+len(part)))
+		binary.BigEndian.PutUint16(b[4:], id)
+		binary.BigEndian.PutUint16(b[6:], offset)
+		copy(b[12:], src[:])
+		copy(b[16:], dst[:])
+		return append(b, part...) // the kernel adds the header's checksum
+	}
+	return s.Outside.Do(func() error {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		for _, n := range order {
+			if err := unix.Sendto(fd, fragment(n), 0, &unix.SockaddrInet4{Addr: dst}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// cast6 is cast for IPv6; the device has contacted its proxy.
+func (s *stage) cast6() (device, proxy, other, stranger *lab.Socket, ext netip.AddrPort, err error) {
+	in, err := s.open(s.Inside(0), s.Inside(0).Addr6, 5060)
+	if err != nil {
+		return
+	}
+	out, err := s.open(s.Outside, lab.Peer6A, 5060, 5070)
+	if err != nil {
+		return
+	}
+	strange, err := s.open(s.Outside, lab.Peer6B, 5060)
+	if err != nil {
+		return
+	}
+	ext, err = in[0].Contact(out[0])
+	return in[0], out[0], out[1], strange[0], ext, err
+}
+
+func (s *stage) filtering6() (verdict, string, error) {
+	device, _, other, stranger, ext, err := s.cast6()
+	if err != nil {
+		return fail, "", err
+	}
+	return s.filters(device, other, stranger, ext)
+}
+
+func (s *stage) timer6() (verdict, string, error) {
+	device, proxy, _, _, ext, err := s.cast6()
+	if err != nil {
+		return fail, "", err
+	}
+	return s.outlives(device, proxy, ext)
+}
