@@ -70,7 +70,13 @@ type arm struct {
 func newArm(tb testing.TB, name string, o lab.Options, packets int, listen bool) *arm {
 	tb.Helper()
 	l := lab.ForTest(tb, o)
-	a := &arm{name: name, flood: newFlood(tb, l, packets)}
+	return newArmOf(tb, name, newFlood(tb, l, packets, false), listen)
+}
+
+func newArmOf(tb testing.TB, name string, f *flood, listen bool) *arm {
+	tb.Helper()
+	l := f.Lab
+	a := &arm{name: name, flood: f}
 	must(tb, l.Gateway.SetSysctl("net.netfilter.nf_conntrack_events", map[bool]string{true: "1", false: "0"}[listen]))
 	if listen {
 		a.events = listenForEvents(tb, l)
@@ -88,6 +94,9 @@ func (a *arm) carry(tb testing.TB, d rules.Desired) (*rules.Tables, *rules.Map) 
 	tb.Cleanup(func() { must(tb, t.Close()) })
 	_, err = t.Set(d)
 	must(tb, err)
+	if d.Map == nil {
+		return t, nil
+	}
 	return t, t.NewMap(d.Map)
 }
 
@@ -372,4 +381,52 @@ func BenchmarkEventDriven(b *testing.B) {
 		b.ReportMetric(spreadOf(grants).median, "permissions/s")
 		must(b, m.Revoke(all))
 	}
+}
+
+// BenchmarkNewFlow compares the first packet that an inside host sends to a peer
+// with a gateway that lacks conenatd: with mappings to learn, with mappings that
+// are known, and with permissions to learn too. Each has a source port and a peer
+// of its own.
+func BenchmarkNewFlow(b *testing.B) {
+	onOneCPU(b)
+	const flows = 4000
+	newArm := func(name string) *arm {
+		return newArmOf(b, name, newFlood(b, lab.ForTest(b, lab.Options{}), flows, true), true)
+	}
+	stock, again := newArm("stock"), newArm("stock again, for the noise")
+	arms := []*arm{stock, again}
+	with := func(name string, d rules.Desired, forget bool) {
+		a := newArm(name)
+		t, _ := a.carry(b, d)
+		if forget {
+			m := t.NewMappings(d.Mapping)
+			a.begin = func(int) { must(b, m.Forget(netip.Addr{})) }
+		}
+		arms = append(arms, a)
+	}
+	mapped := rules.MappingConfig{
+		Subnets: []netip.Prefix{lab.InsideNet}, PoolFirst: 61000, PoolLast: 65535, Lifetime: time.Hour, Size: 1 << 18,
+	}
+	learning := *standard.Map
+	learning.LearnRate = 1 << 20
+	bare := rules.Desired{OutsideLinks: []string{"wan0"}, Mapping: &mapped}
+	full := bare
+	full.Guard, full.Map = true, &learning
+	with("mapping, newcomers", bare, true)
+	with("mapping, known", bare, false)
+	with("permissions alone", rules.Desired{OutsideLinks: bare.OutsideLinks, Guard: true, Map: &learning}, false)
+	with("mapping, known, and permissions", full, false)
+	for _, a := range arms {
+		begin := a.begin
+		a.begin = func(round int) {
+			begin(round)
+			for i := range flows {
+				a.aim(i, netip.AddrPortFrom(benchInt.Addr(), uint16(10000+i)), netip.AddrPortFrom(stranger(round*flows+i), 5060))
+			}
+		}
+	}
+	for b.Loop() {
+		report(b, "first packet of a flow from inside", arms, race(b, arms, 20, flowParts))
+	}
+	b.ReportMetric(spreadOf(arms[3].ratios(stock)).median, "mapping/stock")
 }

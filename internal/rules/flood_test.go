@@ -17,13 +17,14 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// A flood sends packets from outside, each from an endpoint of its own. The links
-// of a lab keep no packets (see lab.Lost): the kernel takes one through the
-// gateway to the inside host before the system call that sent it goes on. So
-// the CPU time of the sending thread is what the packet costs.
+// A flood sends packets through the gateway. The links of a lab keep no packets
+// (see lab.Lost): the kernel takes one through the gateway to the host on the other
+// side before the system call that sent it goes on. So the CPU time of the sending
+// thread is what the packet costs.
 type flood struct {
 	*lab.Lab
 	fd       int
+	sink     *lab.Host
 	packets  [][packetLen]byte
 	vectors  []unix.Iovec
 	messages []message
@@ -43,17 +44,21 @@ const (
 	atOnce    = 1024 // messages that sendmmsg takes
 )
 
-// newFlood prepares n packets. The inside host counts what comes and takes it no
-// further, so that nobody has to empty a socket.
-func newFlood(tb testing.TB, l *lab.Lab, n int) *flood {
+// newFlood prepares n packets that go in, or out. The receiving host counts what
+// comes and takes it no further, so that nobody has to empty a socket.
+func newFlood(tb testing.TB, l *lab.Lab, n int, out bool) *flood {
 	tb.Helper()
-	f := &flood{Lab: l, packets: make([][packetLen]byte, n), vectors: make([]unix.Iovec, n), messages: make([]message, n)}
+	source, sink, link := l.Outside, l.Inside(0), "wan0"
+	if out {
+		source, sink, link = l.Inside(0), l.Outside, "lan0"
+	}
+	f := &flood{Lab: l, sink: sink, packets: make([][packetLen]byte, n), vectors: make([]unix.Iovec, n), messages: make([]message, n)}
 	var from, to *net.Interface
 	must(tb, l.Gateway.Do(func() (err error) {
-		to, err = net.InterfaceByName("wan0")
+		to, err = net.InterfaceByName(link)
 		return err
 	}))
-	must(tb, l.Outside.Do(func() (err error) {
+	must(tb, source.Do(func() (err error) {
 		if from, err = net.InterfaceByName("eth0"); err != nil {
 			return err
 		}
@@ -77,7 +82,7 @@ func newFlood(tb testing.TB, l *lab.Lab, n int) *flood {
 		f.messages[i].Iov = &f.vectors[i]
 		f.messages[i].SetIovlen(1)
 	}
-	_, err := l.Inside(0).Output("nft", `table ip sink { counter came { }; chain c {
+	_, err := sink.Output("nft", `table ip sink { counter came { }; chain c {
 		type filter hook prerouting priority raw; meta l4proto udp counter name came drop; }; }`)
 	must(tb, err)
 	return f
@@ -129,10 +134,10 @@ func (f *flood) send(tb testing.TB, first, last int) time.Duration {
 	return threadTime(tb) - began
 }
 
-// came returns how many packets have come to the inside host since the last call.
+// came returns how many packets have come to the host since the last call.
 func (f *flood) came(tb testing.TB) int {
 	tb.Helper()
-	out, err := f.Inside(0).Output("nft", "reset", "counter", "ip", "sink", "came")
+	out, err := f.sink.Output("nft", "reset", "counter", "ip", "sink", "came")
 	must(tb, err)
 	_, rest, _ := strings.Cut(out, "packets ")
 	digits, _, _ := strings.Cut(rest, " ")

@@ -91,7 +91,7 @@ type set struct {
 }
 
 // newLayouts returns the contents of both tables that do what d wants; without
-// a map there is but one.
+// a map and mappings there is but one.
 func newLayouts(name string, d Desired) ([]*layout, error) {
 	inet := newLayout(name, nftables.TableFamilyINet, d.OutsideLinks)
 	if d.Guard {
@@ -104,12 +104,17 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 		inet.children(d.MaxChildren)
 	}
 	ls := []*layout{inet}
-	if d.Map != nil {
+	if d.Map != nil || d.Mapping != nil {
 		ip := newLayout(name, nftables.TableFamilyIPv4, d.OutsideLinks)
-		ip.permissions(d.Map)
-		kinds := ip.kinds(d.Map)
-		ip.admit(kinds)
-		ip.learn(d.Map, kinds)
+		if d.Map != nil {
+			ip.permissions(d.Map)
+			kinds := ip.kinds(d.Map)
+			ip.admit(kinds)
+			ip.learn(d.Map, kinds)
+		}
+		if d.Mapping != nil {
+			ip.mapping(d.Mapping)
+		}
 		ls = append(ls, ip)
 	}
 	for _, l := range ls {

@@ -64,19 +64,7 @@ func parseElements(body []byte, f func(p cone.Permission, left time.Duration)) {
 
 // parseElement reads one element. It skips what it does not know.
 func parseElement(b []byte) (p cone.Permission, left time.Duration, ok bool) {
-	var key, value []byte
-	attributes(b, func(typ uint16, b []byte) {
-		switch typ {
-		case unix.NFTA_SET_ELEM_KEY:
-			key = data(b)
-		case unix.NFTA_SET_ELEM_DATA:
-			value = data(b)
-		case unix.NFTA_SET_ELEM_EXPIRATION:
-			if len(b) == 8 {
-				left = time.Duration(binary.BigEndian.Uint64(b)) * time.Millisecond
-			}
-		}
-	})
+	key, value, left := elementParts(b)
 	if len(key) != keyLen || len(value) != valueLen {
 		return p, 0, false
 	}

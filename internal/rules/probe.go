@@ -5,6 +5,7 @@ package rules
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"time"
 
 	"github.com/google/nftables"
@@ -39,6 +40,18 @@ var features = []struct {
 		Feature: FeatureLearn,
 		Mend:    "load the module nft_limit (CONFIG_NFT_LIMIT)",
 	}, Desired{Map: &MapConfig{Size: 1, MaxChildren: 1, Learn: true, LearnRate: 1, Lifetime: time.Second}}},
+	{UnsupportedError{
+		Feature: FeatureMapping,
+		Mend: "load the modules nft_chain_nat, nft_nat, nft_hash and nft_socket " +
+			"(CONFIG_NFT_NAT, CONFIG_NFT_HASH, CONFIG_NFT_SOCKET, CONFIG_NF_CONNTRACK_ZONES; OpenWrt: kmod-nft-nat, kmod-nft-socket)",
+	}, Desired{Mapping: &tryMapping}},
+}
+
+// tryMapping has all that mappings need but for a look at IPsec policies, which a
+// kernel without IPsec has not (CONFIG_XFRM).
+var tryMapping = MappingConfig{
+	PoolFirst: 1024, PoolLast: 2047, Lifetime: time.Second, Size: 1,
+	Hairpin: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}, noIPsec: true,
 }
 
 // probe finds out what the kernel offers.
@@ -58,6 +71,9 @@ func (t *Tables) probe() error {
 			t.missing = append(t.missing, &f.UnsupportedError)
 		}
 	}
+	withIPsec := tryMapping
+	withIPsec.noIPsec = false
+	t.noIPsec = t.try(0, Desired{Mapping: &withIPsec}) != nil
 	if t.try(both, Desired{}) == nil {
 		t.flags = both
 	}

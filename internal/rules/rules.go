@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net/netip"
 	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // DefaultName is the name of our tables.
@@ -33,6 +35,40 @@ type Desired struct {
 	MaxChildren int
 	// Map admits what is in the map of permissions. Without it there is no map.
 	Map *MapConfig
+	// Mapping keeps one outside endpoint for each inside endpoint. Without it
+	// that is left to the user's rules and the kernel.
+	Mapping *MappingConfig
+}
+
+// A MappingConfig says how UDP flows over IPv4 get their outside endpoints
+// (RFC 4787: endpoint-independent mapping, no port overloading). What has no
+// mapping yet is translated by the user's own rules, from which mappings are
+// learned: only what they translate gets one.
+type MappingConfig struct {
+	// Subnets are the inside subnets with mappings; those of IPv6 do not matter.
+	Subnets []netip.Prefix
+	// Exempt are destinations to which no flow gets a mapping. All that the
+	// user's rules leave untranslated, though it leaves by an outside link, has
+	// to be among them, but not what IPsec takes.
+	Exempt []netip.Prefix
+	// PoolFirst and PoolLast, an odd one, are the outside ports for a newcomer
+	// whose own port another one owns, or the gateway serves. PoolFirst must not
+	// be 0, nor more than PoolLast.
+	PoolFirst, PoolLast uint16
+	// Lifetime is how long a mapping stands after the last packet of a flow of
+	// its that is not answered yet, or after the last Refresh.
+	Lifetime time.Duration
+	// Size is how many mappings there can be. Without room for one more, a flow
+	// is left to the user's rules. Another size ends all mappings.
+	Size int
+	// Served are outside ports that local sockets hold, or that the user's rules
+	// forward. They get no mapping; one that stands already goes on.
+	Served []uint16
+	// Hairpin are the subnets between whose hosts there is hairpinning; without
+	// any there is none.
+	Hairpin []netip.Prefix
+
+	noIPsec bool // the kernel has none
 }
 
 // A MapConfig says how permissions come into the map by which IPv4 packets from
@@ -65,6 +101,22 @@ type MapConfig struct {
 	ExcludePorts     []uint16
 }
 
+// A Mapping is what an inside endpoint is on an outside link.
+type Mapping struct {
+	Link     string
+	Int, Ext cone.Endpoint
+}
+
+// Taken is a remote endpoint towards which an outside port is used by a flow
+// without a mapping.
+type Taken struct {
+	Remote cone.Endpoint
+	Port   uint16
+}
+
+// ErrOtherMapping says that a mapping cannot stand beside another one.
+var ErrOtherMapping = errors.New("another mapping stands")
+
 // Counters count packets since the tables were made.
 type Counters struct {
 	GuardDrops, ChildDrops, PortZeroDrops uint64
@@ -74,6 +126,11 @@ type Counters struct {
 	// Learned and LearnLimited are the packets from which the kernel learned a
 	// permission, and those from which it did not because of the rate.
 	Learned, LearnLimited uint64
+	// Moved are the newcomers that got a port of the pool, LeftToRules the flows
+	// that could not have their mapping because something else uses the outside
+	// port towards that remote endpoint. Hairpinned are flows from inside to an
+	// outside endpoint.
+	Moved, LeftToRules, Hairpinned uint64
 }
 
 // A Change says what may have become of the user's rules and of our tables.
@@ -99,6 +156,7 @@ const (
 	FeatureMaxChildren Feature = "cap on children"
 	FeatureMap         Feature = "map of permissions"
 	FeatureLearn       Feature = "learning in the kernel, with a cap on children of the map"
+	FeatureMapping     Feature = "endpoint-independent mapping"
 )
 
 // An UnsupportedError says that the kernel, or this build, lacks a Feature.

@@ -3,6 +3,7 @@
 package rules
 
 import (
+	"net/netip"
 	"runtime"
 	"time"
 
@@ -37,6 +38,9 @@ func (*Tables) Owned() bool { return false }
 
 // NewMap returns nil.
 func (*Tables) NewMap(*MapConfig) *Map { return nil }
+
+// NewMappings returns nil.
+func (*Tables) NewMappings(*MappingConfig) *Mappings { return nil }
 
 // Counters returns an *UnsupportedError.
 func (*Tables) Counters() (Counters, error) { return Counters{}, errNoBuild }
@@ -93,3 +97,28 @@ func (*Map) Refresh(ps []cone.Permission, lost func(i int)) {
 		lost(i)
 	}
 }
+
+// Mappings are never made on this system.
+type Mappings struct{}
+
+// SetLifetime does nothing.
+func (*Mappings) SetLifetime(time.Duration) {}
+
+// Keep refuses all.
+func (*Mappings) Keep(ms []Mapping, refused func(i int, err error)) {
+	for i := range ms {
+		refused(i, errNoBuild)
+	}
+}
+
+// Revoke returns an *UnsupportedError, as do Take, List and Forget.
+func (*Mappings) Revoke([]Mapping) error { return errNoBuild }
+
+// Take returns an *UnsupportedError.
+func (*Mappings) Take([]Taken) error { return errNoBuild }
+
+// List returns an *UnsupportedError.
+func (*Mappings) List(func(Mapping, time.Duration)) error { return errNoBuild }
+
+// Forget returns an *UnsupportedError.
+func (*Mappings) Forget(netip.Addr) error { return errNoBuild }

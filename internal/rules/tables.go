@@ -31,6 +31,7 @@ type Tables struct {
 	flags   nftables.TableFlags
 	port    uint32 // of w, by which the kernel knows an owner
 	missing []*UnsupportedError
+	noIPsec bool // nothing is missing then: there are no such policies
 	gen     generation
 }
 
@@ -102,6 +103,15 @@ func (t *Tables) possible(d Desired) Desired {
 	default:
 		m := t.possibleMap(*d.Map)
 		d.Map = &m
+	}
+	switch {
+	case d.Mapping == nil:
+	case t.Lacks(FeatureMapping):
+		d.Mapping = nil
+	default:
+		m := *d.Mapping
+		m.noIPsec = t.noIPsec
+		d.Mapping = &m
 	}
 	return d
 }
@@ -259,6 +269,7 @@ func (t *Tables) Counters() (Counters, error) {
 		GuardDrops: n[guardCounter], ChildDrops: n[childCounter], PortZeroDrops: n[zeroCounter],
 		Admitted: n[admittedCounter],
 		Learned:  n[learnedCounter], LearnLimited: n[limitedCounter],
+		Moved: n[movedCounter], LeftToRules: n[leftCounter], Hairpinned: n[hairpinCounter],
 	}, nil
 }
 

@@ -1,0 +1,479 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// Names of sets.
+const (
+	mappingsMap    = "mappings"
+	ownedMap       = "owned"
+	takenSet       = "taken"
+	addressesMap   = "addresses"
+	translatedSet  = "translated"
+	moversMap      = "movers"
+	mappedSet      = "mapped_subnets"
+	exemptSet      = "exempt"
+	servedSet      = "served"
+	hairpinSet     = "hairpin_subnets"
+	movedCounter   = "moved"
+	leftCounter    = "left_to_rules"
+	hairpinCounter = "hairpinned"
+)
+
+const (
+	// Before srcnat: a flow that gets its mapping here is done, any other one
+	// goes on to the user's rules.
+	mapPriority = 95
+	// After dstnat: the user's own forwards come first and win.
+	hairpinPriority = -94
+	// After srcnat and learn, when the outside endpoint is known.
+	rememberPriority = 291
+	// After guard: what it drops takes no outside endpoint.
+	arrivalsPriority = 210
+)
+
+const (
+	// ownedLonger is how much longer an outside endpoint is owned than its
+	// mapping lasts. The other way round two hosts could have it for a moment.
+	ownedLonger = time.Second
+	// inboundTimeout and foreignTimeout are how long a flow is remembered after
+	// its last unanswered packet, by those who open it: at least as long as
+	// conntrack remembers it (nf_conntrack_udp_timeout, _stream). The daemon
+	// has to renew what lives longer.
+	inboundTimeout = time.Minute
+	foreignTimeout = 3 * time.Minute
+	// addressTimeout is how long it is remembered which outside address the
+	// user's rules gave a host, and moverTimeout on which one it is moved to the
+	// pool: until its packet has met the next rules.
+	addressTimeout = time.Hour
+	moverTimeout   = time.Second
+	// takenSize bounds the flows that are remembered, addressesSize the hosts.
+	takenSize     = 1 << 16
+	addressesSize = 1 << 16
+	// tries is how many ports of the pool are looked at for a newcomer.
+	tries = 3
+)
+
+// Keys of the sets. An inside endpoint is one on an outside link: with two of
+// them a host has a mapping on each.
+var (
+	insideEndpoint  = []nftables.SetDatatype{nftables.TypeIFName, nftables.TypeIPAddr, nftables.TypeInetService}
+	outsideEndpoint = []nftables.SetDatatype{nftables.TypeIPAddr, nftables.TypeInetService}
+)
+
+// valueOf returns the type of a value; see valueAt.
+func valueOf(parts ...nftables.SetDatatype) nftables.SetDatatype {
+	return nftables.MustConcatSetType(append([]nftables.SetDatatype{nftables.TypeMark}, parts...)...)
+}
+
+// mapping keeps one outside endpoint for each inside endpoint and outside link,
+// and gives it to no other one (RFC 4787, REQ-1 to REQ-4):
+//
+//   - mappings has the outside endpoint of an inside endpoint on a link, owned is
+//     its inverse. Both learn from the first flow, as the user's own rules
+//     translated it. Elements are added, not updated, so the first one keeps what
+//     it has, and only flows of the inside endpoint itself refresh it.
+//   - taken has the remote endpoints towards which an outside port is used by
+//     something that has no mapping: the gateway itself, a packet that came
+//     before the answer, a host whose subnet is not enabled.
+//   - addresses has the outside address that the user's rules give to a host, and,
+//     under 0.0.0.0, to the first host that was seen. translated has all of a
+//     link, and 0.0.0.0 once there is a second one. movers has for a moment the
+//     outside address of a host that is moved to the pool.
+//
+// A flow that is answered does not refresh its mapping, for its packets do not
+// come here. A mapping must not end before its last flow, or another host gets
+// its port: it is the daemon's to refresh those of living flows, and what is
+// taken by living flows without a mapping, in time.
+func (l *layout) mapping(c *MappingConfig) {
+	l.counters = append(l.counters, movedCounter, leftCounter)
+	mappings, owned := l.set(mappingsMap, insideEndpoint...), l.set(ownedMap, outsideEndpoint...)
+	mappings.IsMap, mappings.DataType = true, valueOf(outsideEndpoint...)
+	owned.IsMap, owned.DataType = true, valueOf(insideEndpoint...)
+	mappings.Size, owned.Size = uint32(c.Size), uint32(c.Size)
+	taken := l.set(takenSet, nftables.TypeIPAddr, nftables.TypeInetService, nftables.TypeInetService)
+	addresses := l.set(addressesMap, nftables.TypeIFName, nftables.TypeIPAddr)
+	addresses.IsMap, addresses.DataType = true, valueOf(nftables.TypeIPAddr)
+	translated := l.set(translatedSet, nftables.TypeIFName, nftables.TypeIPAddr)
+	movers := l.set(moversMap, nftables.TypeIFName, nftables.TypeIPAddr)
+	movers.IsMap, movers.DataType = true, addresses.DataType
+	taken.Size, addresses.Size, movers.Size = takenSize, addressesSize, addressesSize
+	for _, s := range []*set{mappings, owned, taken, addresses, translated, movers} {
+		s.HasTimeout, s.Dynamic, s.free = true, true, true
+	}
+	subnets, exempt, served := l.set(mappedSet, nftables.TypeIPAddr), l.set(exemptSet, nftables.TypeIPAddr), l.set(servedSet, nftables.TypeInetService)
+	subnets.Interval, subnets.elements = true, intervals(c.Subnets)
+	exempt.Interval, exempt.elements = true, intervals(c.Exempt)
+	served.elements = portElements(c.Served)
+	m := &mapper{
+		layout: l, MappingConfig: c,
+		mappings: mappings, owned: owned, taken: taken, addresses: addresses, translated: translated, movers: movers,
+		subnets: subnets, exempt: exempt, served: served,
+	}
+	if len(c.Hairpin) > 0 {
+		m.hairpin = l.set(hairpinSet, nftables.TypeIPAddr)
+		m.hairpin.Interval, m.hairpin.elements = true, intervals(c.Hairpin)
+		l.counters = append(l.counters, hairpinCounter)
+		m.toOutsideEndpoints()
+	}
+	m.apply()
+	m.remember()
+	m.arrivals()
+}
+
+// A mapper has the sets that the rules of mapping name. All rules load their
+// registers themselves: the kernel refuses those that rely on another rule.
+type mapper struct {
+	*layout
+	*MappingConfig
+
+	mappings, owned, taken, addresses, translated, movers *set
+	subnets, exempt, served, hairpin                      *set // hairpin is nil where there is none
+}
+
+// Words of the registers. A value begins with a word that says nothing: nft 1.0.6
+// aborts when it lists a rule that has the first word of a value in a key, or in
+// another value, so that one has to be loaded again.
+const (
+	ownedWord = 0 // where the value of owned goes: nothing, and the key of mappings
+	linkWord  = 1 // the key of mappings, and that of addresses
+	hostWord  = 5
+	portWord  = 6
+
+	valueAt     = 8 // the values of mappings and addresses: nothing, and the key of owned
+	extWord     = 9
+	extPortWord = 10
+
+	takenWord      = 8 // the key of taken: a remote endpoint, and extPortWord
+	remotePortWord = 9
+
+	hashWord = 12
+)
+
+// These load a part of the packet, or the name of a link, into a word.
+func word32(w uint32) uint32     { return unix.NFT_REG32_00 + w }
+func source(w uint32) piece      { return network(12, w) }
+func destination(w uint32) piece { return network(16, w) }
+func network(offset, w uint32) piece {
+	return piece{&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4, DestRegister: word32(w)}}
+}
+
+func nobody(w uint32) piece { return piece{&expr.Immediate{Register: word32(w), Data: be32(0)}} }
+
+// find ends the rule where the map has not the key at word from, and puts its
+// value at word to.
+func find(m *set, from, to uint32) piece {
+	return piece{&expr.Lookup{SourceRegister: word32(from), SetName: m.Name, DestRegister: word32(to), IsDestRegSet: true}}
+}
+
+func has(s *set, from uint32) piece {
+	return piece{&expr.Lookup{SourceRegister: word32(from), SetName: s.Name}}
+}
+
+func hasNot(s *set, from uint32) piece {
+	return piece{&expr.Lookup{SourceRegister: word32(from), SetName: s.Name, Invert: true}}
+}
+
+// put writes the element with the key at word from and, in a map, the value at
+// word value. NFT_DYNSET_OP_ADD leaves one that is there as it is; _UPDATE
+// refreshes it, but not its value. The rule ends where the set is full.
+func put(s *set, op, from, value uint32, timeout time.Duration) piece {
+	d := &expr.Dynset{SrcRegKey: word32(from), SetName: s.Name, Operation: op, Timeout: timeout}
+	if s.IsMap {
+		d.SrcRegData = word32(value)
+	}
+	return piece{d}
+}
+
+const (
+	opAdd    = unix.NFT_DYNSET_OP_ADD
+	opUpdate = unix.NFT_DYNSET_OP_UPDATE
+)
+
+// endpointOf loads the key of mappings from a packet that is not translated yet,
+// flowEndpoint from a flow.
+var (
+	toLink       = piece{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: word32(linkWord)}}
+	endpointOf   = join(toLink, source(hostWord), transport(0, portWord))
+	flowEndpoint = join(toLink, original(expr.CtKeySRCIP, hostWord), original(expr.CtKeyPROTOSRC, portWord))
+
+	notTranslated = join(ctStatus, masked(ctSrcNAT), is(ne32(0)))
+	isForwarded   = join(ctStatus, masked(ctDstNAT), is(ne32(ctDstNAT)))
+	isHairpinned  = join(ctStatus, masked(ctSrcNAT|ctDstNAT), is(ne32(ctSrcNAT|ctDstNAT)))
+	// A packet that IPsec takes is no packet of the link.
+	isIPsec = piece{
+		&expr.Rt{Register: reg, Key: 4}, // NFT_RT_XFRM
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg, Data: []byte{1}},
+	}
+)
+
+func snat(addr, port uint32) piece { return nat(expr.NATTypeSourceNAT, addr, port) }
+func dnat(addr, port uint32) piece { return nat(expr.NATTypeDestNAT, addr, port) }
+func nat(typ expr.NATType, addr, port uint32) piece {
+	return piece{&expr.NAT{
+		Type: typ, Family: unix.NFPROTO_IPV4, RegAddrMin: word32(addr), RegProtoMin: word32(port),
+	}}
+}
+
+// apply translates what has a mapping, and moves a newcomer whose port another
+// host has, or the gateway, to the pool. Everything else it leaves to the user's
+// rules. A NAT chain sees the first packet of a flow only.
+func (m *mapper) apply() {
+	c := m.chain("map_source", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, mapPriority)
+	m.rule(c, "", join(notUDP, accept))
+	m.rule(c, "a source may be spoofed", join(m.outside(iifname, true), accept))
+	if m.hairpin != nil {
+		m.hairpinned(c)
+	}
+	m.rule(c, "", join(m.outside(oifname, false), accept))
+	m.rule(c, "", join(source(0), hasNot(m.subnets, 0), accept))
+	m.rule(c, "mappings are of the default zone", join(ctZone, isNot(ne16(0)), accept))
+	m.rule(c, "", join(destination(0), has(m.exempt, 0), accept))
+	if !m.noIPsec {
+		m.rule(c, "", join(isIPsec, accept))
+	}
+	m.rule(c, "", join(sourcePort, is(be16(0)), accept))
+
+	// With a port that is given the kernel does not look whether the flow is the
+	// only one, and drops the packet in the end when it is not.
+	m.rule(c, "its outside port is taken towards this remote endpoint", join(
+		endpointOf, find(m.mappings, linkWord, valueAt), // address and port
+		destination(takenWord), transport(2, remotePortWord), has(m.taken, takenWord),
+		count(leftCounter), accept))
+	m.rule(c, "its mapping", join(endpointOf, find(m.mappings, linkWord, valueAt), snat(extWord, extPortWord)))
+
+	pool := m.pool()
+	// A host that was not seen yet is taken to get the address that all others get,
+	// where there is but one. Else its first flow is left to the user's rules.
+	known := join(toLink, source(hostWord), find(m.addresses, linkWord, valueAt))
+	likely := join(toLink, nobody(hostWord), hasNot(m.translated, linkWord), find(m.addresses, linkWord, valueAt), source(hostWord))
+	move := join(nobody(valueAt), put(m.movers, opUpdate, linkWord, valueAt, moverTimeout), goTo(pool))
+	for _, address := range []piece{known, likely} {
+		m.rule(c, "another one has the port", join(
+			address, transport(0, extPortWord), find(m.owned, extWord, ownedWord), toLink, source(hostWord), move))
+		m.rule(c, "the gateway has the port", join(address, transport(0, extPortWord), has(m.served, extPortWord), move))
+	}
+}
+
+// moversAddress loads the outside address on which the packet's host is moved.
+func (m *mapper) moversAddress() piece {
+	return join(toLink, source(hostWord), find(m.movers, linkWord, valueAt))
+}
+
+// pool makes the chains that give a newcomer a port of the pool that nobody has,
+// even or odd as its own (REQ-4), and returns the first. An inside endpoint gets
+// the same ports to try each time: two first packets at once agree, and so does
+// the next flow when the mapping is gone. When all tries fail the kernel
+// searches for a port that is free towards this remote endpoint at least.
+//
+// A rule cannot remember a port for the next one, so each computes it again.
+func (m *mapper) pool() *nftables.Chain {
+	// From the last one to the first: a rule names the next chain.
+	next := &nftables.Chain{Table: m.table, Name: "pool_search"}
+	m.chains = append(m.chains, next)
+	m.rule(next, "any port of the pool", join(
+		m.moversAddress(), count(movedCounter), m.toPool()))
+	first, last := (int(m.PoolFirst)+1)&^1, (int(m.PoolLast)-1)&^1 // of the even ports
+	if first > last {
+		return next
+	}
+	search := next
+	var parities [2]*nftables.Chain
+	for parity := range parities {
+		next := search
+		for try := tries; try > 0; try-- {
+			c := &nftables.Chain{Table: m.table, Name: fmt.Sprintf("pool_%s_%d", []string{"even", "odd"}[parity], try)}
+			m.chains = append(m.chains, c)
+			port := candidate(first, last, parity, try)
+			m.rule(c, "another one has it", join(m.moversAddress(), port, find(m.owned, extWord, ownedWord), goTo(next)))
+			m.rule(c, "the gateway has it", join(port, has(m.served, extPortWord), goTo(next)))
+			m.rule(c, "it is taken towards this remote endpoint", join(
+				port, destination(takenWord), transport(2, remotePortWord), has(m.taken, takenWord), goTo(next)))
+			m.rule(c, "", join(m.moversAddress(), port, count(movedCounter), snat(extWord, extPortWord)))
+			next = c
+		}
+		parities[parity] = next
+	}
+	pool := &nftables.Chain{Table: m.table, Name: "pool"}
+	m.chains = append(m.chains, pool)
+	m.rule(pool, "an odd port stays odd", join(transport(0, 0), lowBit, is(be16(1)), goTo(parities[1])))
+	m.rule(pool, "", goTo(parities[0]))
+	return pool
+}
+
+// toPool lets the kernel choose from the pool, behind the outside address.
+func (m *mapper) toPool() piece {
+	return piece{
+		&expr.Immediate{Register: word32(extPortWord), Data: be16(m.PoolFirst)},
+		&expr.Immediate{Register: word32(extPortWord + 1), Data: be16(m.PoolLast)},
+		&expr.NAT{
+			Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: word32(extWord),
+			RegProtoMin: word32(extPortWord), RegProtoMax: word32(extPortWord + 1),
+		},
+	}
+}
+
+var lowBit = piece{&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: 2, Mask: be16(1), Xor: be16(0)}}
+
+// candidate puts a port, as it lies in a packet, behind the outside address that
+// moversAddress loads. It is a hash of the inside endpoint, at the upper half of a
+// number that is then brought into network byte order.
+func candidate(first, last, parity, try int) piece {
+	const port = extPortWord
+	return join(source(hashWord), transport(0, hashWord+1), piece{
+		&expr.Hash{
+			Type: expr.HashTypeJenkins, Seed: uint32(try), SourceRegister: word32(hashWord), Length: 8,
+			DestRegister: word32(port), Modulus: uint32(last+2-first) << 16, Offset: uint32(first) << 16,
+		},
+		&expr.Byteorder{SourceRegister: word32(port), DestRegister: word32(port), Op: expr.ByteorderHton, Len: 4, Size: 4},
+		&expr.Bitwise{
+			SourceRegister: word32(port), DestRegister: word32(port), Len: 4,
+			Mask: []byte{0xff, 0xfe, 0, 0}, Xor: []byte{0, byte(parity), 0, 0},
+		},
+	})
+}
+
+// remember learns mappings, and what is taken, from flows that are translated
+// already and not answered yet.
+func (m *mapper) remember() {
+	inbound, foreign := &nftables.Chain{Table: m.table, Name: "inbound"}, &nftables.Chain{Table: m.table, Name: "foreign"}
+	m.chains = append(m.chains, inbound, foreign)
+	m.rule(inbound, "its answers take the port", m.takeInbound())
+	m.rule(foreign, "a flow without a mapping takes the port", join(
+		reply(expr.CtKeySRCIP, 0), reply(expr.CtKeyPROTOSRC, 1), reply(expr.CtKeyPROTODST, 2),
+		put(m.taken, opUpdate, 0, 0, foreignTimeout)))
+
+	c := m.filter("remember", nftables.ChainHookPostrouting, rememberPriority)
+	m.rule(c, "answered flows end here", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
+	m.rule(c, "", join(notUDP, accept))
+	m.rule(c, "mappings are of the default zone", join(ctZone, isNot(ne16(0)), accept))
+	m.rule(c, "a source may be spoofed", join(m.outside(iifname, true), goTo(inbound)))
+	if m.hairpin != nil {
+		m.rememberHairpins(c, foreign)
+	}
+	m.rule(c, "", join(m.outside(oifname, false), accept))
+	m.rule(c, "", join(notTranslated, goTo(foreign)))
+	m.rule(c, "", join(original(expr.CtKeySRCIP, 0), hasNot(m.subnets, 0), goTo(foreign)))
+	m.rule(c, "", join(reply(expr.CtKeySRCIP, 0), has(m.exempt, 0), goTo(foreign)))
+	m.rule(c, "", join(original(expr.CtKeyPROTOSRC, 0), is(be16(0)), goTo(foreign)))
+	m.rule(c, "a second outside address of the link", join(
+		toLink, reply(expr.CtKeyDSTIP, hostWord), hasNot(m.translated, linkWord),
+		nobody(hostWord), find(m.addresses, linkWord, valueAt), put(m.translated, opAdd, linkWord, 0, 0)))
+	m.rule(c, "", join(toLink, reply(expr.CtKeyDSTIP, hostWord), put(m.translated, opUpdate, linkWord, 0, addressTimeout+ownedLonger)))
+	address := join(nobody(valueAt), reply(expr.CtKeyDSTIP, extWord), put(m.addresses, opAdd, linkWord, valueAt, addressTimeout))
+	m.rule(c, "", join(toLink, nobody(hostWord), address))
+
+	m.rule(c, "it was left to the rules of others", join(
+		flowEndpoint, find(m.mappings, linkWord, valueAt),
+		reply(expr.CtKeySRCIP, takenWord), reply(expr.CtKeyPROTOSRC, remotePortWord), has(m.taken, takenWord), goTo(foreign)))
+	m.rule(c, "only its own flows refresh a mapping", join(
+		flowEndpoint, find(m.mappings, linkWord, valueAt),
+		nobody(valueAt), put(m.mappings, opUpdate, linkWord, valueAt, m.Lifetime),
+		nobody(ownedWord), put(m.owned, opUpdate, extWord, ownedWord, m.Lifetime+ownedLonger), accept))
+
+	own := m.own("own", flowEndpoint, foreign)
+	m.rule(c, "", join(reply(expr.CtKeyPROTODST, 0), has(m.served, 0), goTo(foreign)))
+	m.rule(c, "the user's rules did not translate it", join(
+		toLink, original(expr.CtKeySRCIP, hostWord), find(m.movers, linkWord, valueAt), goTo(own)))
+	m.rule(c, "", join(toLink, original(expr.CtKeySRCIP, hostWord), address))
+	m.rule(c, "", goTo(own))
+}
+
+// own returns a chain that makes the flow the owner of its outside endpoint, unless
+// another one is. endpoint loads its inside endpoint.
+func (m *mapper) own(name string, endpoint piece, foreign *nftables.Chain) *nftables.Chain {
+	c := &nftables.Chain{Table: m.table, Name: name}
+	m.chains = append(m.chains, c)
+	ext := join(nobody(valueAt), reply(expr.CtKeyDSTIP, extWord), reply(expr.CtKeyPROTODST, extPortWord))
+	m.rule(c, "the first one owns the outside endpoint", join(
+		endpoint, nobody(ownedWord), ext, put(m.owned, opAdd, extWord, ownedWord, m.Lifetime+ownedLonger)))
+	m.rule(c, "the owner has the mapping, whoever that is", join(
+		ext, find(m.owned, extWord, ownedWord), put(m.mappings, opAdd, linkWord, valueAt, m.Lifetime)))
+	m.rule(c, "", join(endpoint, find(m.mappings, linkWord, valueAt), accept))
+	m.rule(c, "another one owns it", goTo(foreign))
+	return c
+}
+
+// takeInbound remembers a flow from outside by its first packet, as it came.
+func (m *mapper) takeInbound() piece {
+	return join(original(expr.CtKeySRCIP, 0), original(expr.CtKeyPROTOSRC, 1), original(expr.CtKeyPROTODST, 2),
+		put(m.taken, opUpdate, 0, 0, inboundTimeout))
+}
+
+// arrivals remembers flows to the gateway itself. Those of a port that it serves
+// are in nobody's way.
+func (m *mapper) arrivals() {
+	c := m.filter("arrivals", nftables.ChainHookInput, arrivalsPriority)
+	m.rule(c, "", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
+	m.rule(c, "", join(notUDP, accept))
+	m.rule(c, "", join(original(expr.CtKeyPROTODST, 0), has(m.served, 0), accept))
+	m.rule(c, "its answers take the port", join(m.outside(iifname, true), m.takeInbound(), accept))
+	if m.hairpin != nil {
+		m.rule(c, "the same, of a host that there is hairpinning for", join(source(0), has(m.hairpin, 0), m.takeInbound()))
+	}
+}
+
+// toOutsideEndpoints sends packets from inside to an outside endpoint on to its
+// owner (REQ-9), whatever the permissions say.
+func (m *mapper) toOutsideEndpoints() {
+	to := &nftables.Chain{Table: m.table, Name: "to_outside_endpoint"}
+	m.chains = append(m.chains, to)
+	c := m.chain("hairpin", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, hairpinPriority)
+	m.rule(c, "", join(isUDP, m.outside(iifname, false), source(0), has(m.hairpin, 0), ctZone, is(ne16(0)), goTo(to)))
+	m.rule(to, "the gateway itself serves it", join(hasSocket, accept))
+	m.rule(to, "", join(
+		destination(extWord), transport(2, extPortWord), find(m.owned, extWord, ownedWord), has(m.hairpin, hostWord),
+		count(hairpinCounter), dnat(hostWord, portWord)))
+}
+
+// hairpinned translates the source of what toOutsideEndpoints translated to its
+// own outside endpoint on that link (REQ-9a); where it has none, to the same
+// outside address, with a port that no other one has.
+func (m *mapper) hairpinned(c *nftables.Chain) {
+	h := &nftables.Chain{Table: m.table, Name: "hairpinned"}
+	m.chains = append(m.chains, h)
+	m.rule(c, "", join(m.outside(oifname, false), source(0), has(m.hairpin, 0), isForwarded, goTo(h)))
+	m.rule(h, "its own outside port is taken towards this one", join(
+		m.ownEndpoint(), find(m.mappings, linkWord, valueAt),
+		destination(takenWord), transport(2, remotePortWord), has(m.taken, takenWord), count(leftCounter), accept))
+	m.rule(h, "its own outside endpoint; nft does not list the look-ups in maps", join(m.ownEndpoint(), find(m.mappings, linkWord, valueAt), snat(extWord, extPortWord)))
+	// Only the address is given: the kernel keeps the port where it can, and looks
+	// whether the flow is the only one. With a range it does that too.
+	address := join(m.ownEndpoint(), original(expr.CtKeyDSTIP, extWord))
+	m.rule(h, "another one has its port", join(address, transport(0, extPortWord), find(m.owned, extWord, ownedWord), m.toPool()))
+	m.rule(h, "the gateway has its port", join(address, transport(0, extPortWord), has(m.served, extPortWord), m.toPool()))
+	m.rule(h, "", join(address, piece{&expr.NAT{
+		Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: word32(extWord),
+	}}))
+}
+
+// ownEndpoint loads the source of a hairpinned packet as an inside endpoint on the
+// link of the outside endpoint that it was sent to. It ends the rule where that is
+// nobody's: a forward of the user's.
+func (m *mapper) ownEndpoint() piece {
+	return join(m.linkOfDestination(), source(hostWord), transport(0, portWord))
+}
+
+func (m *mapper) linkOfDestination() piece {
+	return join(original(expr.CtKeyDSTIP, extWord), original(expr.CtKeyPROTODST, extPortWord), find(m.owned, extWord, ownedWord))
+}
+
+// rememberHairpins learns from hairpinned flows as remember does from others.
+func (m *mapper) rememberHairpins(c, foreign *nftables.Chain) {
+	h := &nftables.Chain{Table: m.table, Name: "remember_hairpin"}
+	m.chains = append(m.chains, h)
+	m.rule(c, "", join(m.outside(oifname, false), original(expr.CtKeySRCIP, 0), has(m.hairpin, 0), isHairpinned, goTo(h)))
+	endpoint := join(m.linkOfDestination(), original(expr.CtKeySRCIP, hostWord), original(expr.CtKeyPROTOSRC, portWord))
+	m.rule(h, "it has a mapping", join(endpoint, find(m.mappings, linkWord, valueAt), accept))
+	m.rule(h, "", join(original(expr.CtKeySRCIP, 0), hasNot(m.subnets, 0), goTo(foreign)))
+	m.rule(h, "", join(reply(expr.CtKeyPROTODST, 0), has(m.served, 0), goTo(foreign)))
+	m.rule(h, "", goTo(m.own("own_hairpin", endpoint, foreign)))
+}

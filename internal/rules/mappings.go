@@ -1,0 +1,387 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// Mappings are those that the kernel learned. They stand once Tables.Set was told
+// to. They may be used beside the Tables; their own methods must not be called at
+// the same time, but for List, which may run beside all.
+type Mappings struct {
+	w        *writer
+	netns    int
+	table    string
+	lifetime time.Duration
+
+	// The batch that is under way, kept here so that it costs no allocation.
+	enc        nfnl.Encoder
+	errs       [batch]error
+	first      uint32
+	per        uint32 // messages for each element of the batch
+	failed     func(seq uint32, err error)
+	key, value [64]byte
+}
+
+// NewMappings returns the Mappings of t.
+func (t *Tables) NewMappings(c *MappingConfig) *Mappings {
+	m := &Mappings{w: t.w, netns: t.netns, table: t.name, lifetime: c.Lifetime}
+	m.failed = func(seq uint32, err error) {
+		// What comes later fails for what came first.
+		if i := (seq - m.first - 1) / m.per; i < batch && m.errs[i] == nil {
+			m.errs[i] = err
+		}
+	}
+	return m
+}
+
+// SetLifetime sets the timeout of what is kept from now on.
+func (m *Mappings) SetLifetime(d time.Duration) { m.lifetime = d }
+
+// Keep makes ms stand for another lifetime, those too that do not stand, and calls
+// refused with the index of each that cannot: ErrOtherMapping where the inside
+// endpoint has another outside endpoint, or that has another owner. A living flow
+// that goes by such a mapping has to be told to Take.
+//
+// It adds them first, which fails for another one's, and then, as an element that
+// is added again keeps its timeout before Linux 6.12, it deletes and adds them.
+func (m *Mappings) Keep(ms []Mapping, refused func(i int, err error)) {
+	for base := 0; base < len(ms); base += batch {
+		part := ms[base:min(base+batch, len(ms))]
+		clear(m.errs[:])
+		transact(m, part, 2, m.add)
+		for i := range part {
+			// In the way may be one of the same batch that was refused itself.
+			if conflicts(m.errs[i]) {
+				m.alone(part, i)
+			}
+		}
+		transact(m, part, 4, m.renew)
+		for i := range part {
+			switch err := m.errs[i]; {
+			case err == nil:
+			case conflicts(err):
+				refused(base+i, ErrOtherMapping)
+			default:
+				refused(base+i, fmt.Errorf("add element: %w", nfnl.Permitted(err)))
+			}
+		}
+	}
+}
+
+func conflicts(err error) bool { return errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST) }
+
+// alone adds the mapping i of ms once more.
+func (m *Mappings) alone(ms []Mapping, i int) {
+	errs := m.errs
+	m.errs[0] = nil
+	transact(m, ms[i:i+1], 2, m.add)
+	errs[i] = m.errs[0]
+	m.errs = errs
+}
+
+func (m *Mappings) add(seq uint32, p *Mapping) {
+	m.mapping(seq, unix.NFT_MSG_NEWSETELEM, p)
+	m.owner(seq+1, unix.NFT_MSG_NEWSETELEM, p)
+}
+
+func (m *Mappings) renew(seq uint32, p *Mapping) {
+	m.remove(seq, p)
+	m.disown(seq+1, p)
+	m.add(seq+2, p)
+}
+
+func (m *Mappings) remove(seq uint32, p *Mapping) { m.mapping(seq, unix.NFT_MSG_DELSETELEM, p) }
+func (m *Mappings) disown(seq uint32, p *Mapping) { m.owner(seq, unix.NFT_MSG_DELSETELEM, p) }
+
+// Revoke ends ms. What is gone already is no error. The kernel deletes by key:
+// whoever has it. Living flows keep their outside endpoints.
+func (m *Mappings) Revoke(ms []Mapping) error {
+	var errs []error
+	for base := 0; base < len(ms); base += batch {
+		part := ms[base:min(base+batch, len(ms))]
+		// Apart, for one may be gone.
+		for _, owned := range []bool{false, true} {
+			clear(m.errs[:])
+			if owned {
+				transact(m, part, 1, m.disown)
+			} else {
+				transact(m, part, 1, m.remove)
+			}
+			for i := range part {
+				if err := m.errs[i]; err != nil && !errors.Is(err, unix.ENOENT) {
+					errs = append(errs, fmt.Errorf("delete mapping %v: %w", part[i].Int, nfnl.Permitted(err)))
+				}
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Take keeps mappings from being used towards the remote endpoints of flows that
+// have none, for three minutes.
+func (m *Mappings) Take(flows []Taken) error {
+	var errs []error
+	for base := 0; base < len(flows); base += batch {
+		part := flows[base:min(base+batch, len(flows))]
+		clear(m.errs[:])
+		transact(m, part, 3, m.take)
+		for _, err := range m.errs[:len(part)] {
+			if err != nil {
+				errs = append(errs, fmt.Errorf("add element: %w", nfnl.Permitted(err)))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (m *Mappings) take(seq uint32, f *Taken) {
+	putEndpoint(m.key[:], f.Remote)
+	putPort(m.key[ownedKeyLen:], f.Port)
+	for i, typ := range []uint16{unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM, unix.NFT_MSG_NEWSETELEM} {
+		m.element(seq+uint32(i), typ, takenSet, takenKeyLen, 0, foreignTimeout)
+	}
+}
+
+// List calls f for every mapping, with the time that it has left. What comes or
+// goes meanwhile may be missing. It has a connection of its own.
+func (m *Mappings) List(f func(p Mapping, left time.Duration)) error {
+	return m.dump(mappingsMap, func(key, value []byte, left time.Duration) {
+		if len(key) == mappingsKeyLen && len(value) == mappingsValueLen {
+			f(Mapping{Link: linkOf(key), Int: endpoint(key[unix.IFNAMSIZ:]), Ext: endpoint(value[4:])}, left)
+		}
+	})
+}
+
+// Forget ends all mappings to an outside address that is none any more, and
+// forgets which hosts had it. The zero address stands for all. It does not end
+// the flows: unlike those that MASQUERADE translated, the kernel keeps them when
+// the address goes.
+func (m *Mappings) Forget(addr netip.Addr) error {
+	var ms []Mapping
+	err := m.List(func(p Mapping, _ time.Duration) {
+		if !addr.IsValid() || p.Ext.Addr.Netip() == addr {
+			ms = append(ms, p)
+		}
+	})
+	var gone []setElement
+	matches := func(b []byte) bool {
+		a, _ := netip.AddrFromSlice(b)
+		return !addr.IsValid() || a == addr
+	}
+	collect := func(set string, ext func(key, value []byte) []byte) error {
+		return m.dump(set, func(key, value []byte, _ time.Duration) {
+			if len(key) != hostKeyLen {
+				return
+			}
+			// That there are several addresses is not known any more either.
+			several := set == translatedSet && binary.BigEndian.Uint32(key[unix.IFNAMSIZ:]) == 0
+			if b := ext(key, value); several || len(b) == 4 && matches(b) {
+				gone = append(gone, setElement{set, bytes.Clone(key)})
+			}
+		})
+	}
+	err = errors.Join(err, m.Revoke(ms),
+		collect(translatedSet, func(key, _ []byte) []byte { return key[unix.IFNAMSIZ:] }),
+		collect(addressesMap, func(_, value []byte) []byte { return value[4:] }),
+		collect(moversMap, func(_, value []byte) []byte { return value[4:] }))
+	for base := 0; base < len(gone); base += batch {
+		part := gone[base:min(base+batch, len(gone))]
+		clear(m.errs[:])
+		transact(m, part, 1, func(seq uint32, e *setElement) {
+			m.element(seq, unix.NFT_MSG_DELSETELEM, e.set, copy(m.key[:], e.key), 0, 0)
+		})
+		for _, e := range m.errs[:len(part)] {
+			if e != nil && !errors.Is(e, unix.ENOENT) {
+				err = errors.Join(err, fmt.Errorf("delete element: %w", nfnl.Permitted(e)))
+			}
+		}
+	}
+	return err
+}
+
+type setElement struct {
+	set string
+	key []byte
+}
+
+// Lengths of keys and values, each part filled up to a register's 4 bytes.
+const (
+	hostKeyLen       = unix.IFNAMSIZ + 4
+	mappingsKeyLen   = unix.IFNAMSIZ + 8
+	mappingsValueLen = 12
+	ownedKeyLen      = 8
+	ownedValueLen    = 4 + mappingsKeyLen
+	takenKeyLen      = ownedKeyLen + 4
+)
+
+// mapping and owner append a message about an element of either map.
+func (m *Mappings) mapping(seq uint32, typ uint16, p *Mapping) {
+	putInside(m.key[:], p)
+	clear(m.value[:4])
+	putEndpoint(m.value[4:], p.Ext)
+	m.element(seq, typ, mappingsMap, mappingsKeyLen, mappingsValueLen, m.lifetime)
+}
+
+func (m *Mappings) owner(seq uint32, typ uint16, p *Mapping) {
+	putEndpoint(m.key[:], p.Ext)
+	clear(m.value[:4])
+	putInside(m.value[4:], p)
+	m.element(seq, typ, ownedMap, ownedKeyLen, ownedValueLen, m.lifetime+ownedLonger)
+}
+
+func putInside(b []byte, p *Mapping) {
+	clear(b[:unix.IFNAMSIZ])
+	copy(b[:unix.IFNAMSIZ-1], p.Link)
+	putEndpoint(b[unix.IFNAMSIZ:], p.Int)
+}
+
+func putEndpoint(b []byte, e cone.Endpoint) {
+	copy(b, e.Addr[12:])
+	putPort(b[4:], e.Port)
+}
+
+// putPort fills a register.
+func putPort(b []byte, port uint16) { binary.BigEndian.PutUint32(b, uint32(port)<<16) }
+
+func linkOf(b []byte) string {
+	name, _, _ := bytes.Cut(b[:unix.IFNAMSIZ], []byte{0})
+	return string(name)
+}
+
+// element appends a message about the element with the first bytes of m.key and
+// m.value.
+func (m *Mappings) element(seq uint32, typ uint16, set string, key, value int, timeout time.Duration) {
+	flags, isNew := uint16(unix.NLM_F_REQUEST), typ == unix.NFT_MSG_NEWSETELEM
+	if isNew {
+		flags |= unix.NLM_F_CREATE
+	}
+	e := &m.enc
+	e.Message(unix.NFNL_SUBSYS_NFTABLES, typ, flags, seq, unix.AF_INET)
+	e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, m.table)
+	e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
+	list := e.Nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS)
+	element := e.Nest(unix.NFTA_LIST_ELEM)
+	m.data(unix.NFTA_SET_ELEM_KEY, m.key[:key])
+	if isNew && value > 0 {
+		m.data(unix.NFTA_SET_ELEM_DATA, m.value[:value])
+	}
+	if isNew {
+		e.BE64(unix.NFTA_SET_ELEM_TIMEOUT, uint64(timeout.Milliseconds()))
+	}
+	e.EndNest(element)
+	e.EndNest(list)
+	e.End()
+}
+
+func (m *Mappings) data(typ uint16, b []byte) {
+	e := &m.enc
+	nest := e.Nest(typ)
+	e.Attr(unix.NFTA_DATA_VALUE, len(b))
+	e.B = append(e.B, b...)
+	e.Pad()
+	e.EndNest(nest)
+}
+
+// transact sends what encode makes of es, at most batch, as one transaction, leaving
+// out what has an error in m.errs and what the kernel refuses. That is in m.errs
+// afterwards.
+func transact[E any](m *Mappings, es []E, per uint32, encode func(seq uint32, e *E)) {
+	m.per = per
+	m.w.Lock()
+	defer m.w.Unlock()
+	for {
+		m.enc.Reset()
+		messages := len(es) * int(per)
+		m.first = m.w.batch.NextSeq(messages + 2)
+		m.enc.BeginTransaction(unix.NFNL_SUBSYS_NFTABLES, m.first)
+		sent := 0
+		for i := range es {
+			if m.errs[i] == nil {
+				encode(m.first+1+uint32(i)*per, &es[i])
+				sent++
+			}
+		}
+		if sent == 0 {
+			return
+		}
+		m.enc.EndTransaction(unix.NFNL_SUBSYS_NFTABLES, m.first+1+uint32(messages))
+		m.w.commits++
+		err := m.w.batch.Exchange(&m.enc, m.failed, nil)
+		done := 0
+		for i := range es {
+			switch {
+			case m.errs[i] != nil:
+			case err != nil:
+				m.errs[i] = err // nobody knows what the kernel did
+			default:
+				done++
+			}
+		}
+		if done == sent || err != nil {
+			return
+		}
+	}
+}
+
+// dump calls f for every element of a set. Where there is none it does nothing.
+func (m *Mappings) dump(set string, f func(key, value []byte, left time.Duration)) error {
+	c, err := nfnl.Dial(m.netns)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = c.Close() }()
+	var e nfnl.Encoder
+	e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETSETELEM, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_INET)
+	e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, m.table)
+	e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
+	e.End()
+	var refused error
+	err = c.Exchange(&e, func(_ uint32, err error) { refused = err }, func(_ uint16, body []byte) {
+		if len(body) < nfgenmsgLen {
+			return
+		}
+		attributes(body[nfgenmsgLen:], func(typ uint16, b []byte) {
+			if typ == unix.NFTA_SET_ELEM_LIST_ELEMENTS {
+				attributes(b, func(_ uint16, b []byte) {
+					f(elementParts(b))
+				})
+			}
+		})
+	})
+	if err == nil && !errors.Is(refused, unix.ENOENT) { // else the table is not there
+		err = refused
+	}
+	if err != nil {
+		return fmt.Errorf("list set %s: %w", set, nfnl.Permitted(err))
+	}
+	return nil
+}
+
+// elementParts reads one element. It skips what it does not know.
+func elementParts(b []byte) (key, value []byte, left time.Duration) {
+	attributes(b, func(typ uint16, b []byte) {
+		switch typ {
+		case unix.NFTA_SET_ELEM_KEY:
+			key = data(b)
+		case unix.NFTA_SET_ELEM_DATA:
+			value = data(b)
+		case unix.NFTA_SET_ELEM_EXPIRATION:
+			if len(b) == 8 {
+				left = time.Duration(binary.BigEndian.Uint64(b)) * time.Millisecond
+			}
+		}
+	})
+	return key, value, left
+}
