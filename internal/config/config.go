@@ -35,6 +35,19 @@ type Config struct {
 	// address of such a prefix permits all of them.
 	PeerGroups []netip.Prefix
 
+	// PortPool holds the outside ports for hosts of subnets with endpoint-
+	// independent mapping whose own port is another's on the outside. It must be
+	// clear of all ports that the gateway itself uses.
+	PortPool PortRange
+
+	// MappingExempt holds prefixes, masked, towards which no flow is mapped: those
+	// that leave by an outside link and are not source-NATed.
+	MappingExempt []netip.Prefix
+
+	// Hairpin lets the hosts of all subnets with endpoint-independent mapping
+	// reach each other by their outside endpoints (RFC 4787 REQ-9).
+	Hairpin bool
+
 	// ExcludePeers holds prefixes, masked, whose addresses get no permission.
 	ExcludePeers []netip.Prefix
 
@@ -107,7 +120,34 @@ type Subnet struct {
 	// Filtering says who may send to the mappings of its hosts (RFC 4787 section
 	// 5).
 	Filtering Filtering
+
+	// Mapping says how its flows get their outside endpoints (RFC 4787 section
+	// 4). It is of no meaning for IPv6.
+	Mapping Mapping
 }
+
+// Mapping says how flows get their outside endpoints.
+type Mapping string
+
+// What a Config can ask for. The default is empty: a Subnet need not name it.
+const (
+	KernelMapping              Mapping = ""                     // whatever the kernel's NAT finds free
+	EndpointIndependentMapping Mapping = "endpoint_independent" // one for each inside endpoint, and nobody else's
+)
+
+// String returns the word of the configuration.
+func (m Mapping) String() string { return cmp.Or(string(m), "kernel") }
+
+// PortRange are the ports from First to Last.
+type PortRange struct{ First, Last uint16 }
+
+func (r PortRange) String() string { return fmt.Sprintf("%d-%d", r.First, r.Last) }
+
+// Has reports whether port p is in the range.
+func (r PortRange) Has(p uint16) bool { return r.First <= p && p <= r.Last }
+
+// Overlaps reports whether two ranges have a port in common.
+func (r PortRange) Overlaps(o PortRange) bool { return r.First <= o.Last && o.First <= r.Last }
 
 // Filtering says who may send to a mapping.
 type Filtering string
@@ -151,6 +191,7 @@ func Default() Config {
 		LogLevel:         slog.LevelInfo,
 		ExcludePeerPorts: []uint16{53, 123, 443},
 
+		PortPool:              PortRange{61000, 65535},
 		MaxPermissionsPerHost: 4096,
 		MaxChildren:           256,
 
@@ -176,6 +217,18 @@ func (c *Config) check() (key string, err error) {
 			if g.Overlaps(x) {
 				return "peer_groups", fmt.Errorf("%q overlaps %q of exclude_peers, whose addresses would be permitted with the group; keep one of the two", g, x)
 			}
+		}
+	}
+	mapped := false
+	for _, s := range c.Subnets {
+		mapped = mapped || s.Mapping == EndpointIndependentMapping
+	}
+	if c.Hairpin && !mapped {
+		return "hairpin", errors.New(`expected a subnet with mapping = "endpoint_independent": hosts are found by their mappings`)
+	}
+	for _, p := range c.ExcludePorts {
+		if mapped && c.PortPool.Has(p) {
+			return "exclude_ports", fmt.Errorf("%d, which you forward, is in port_pool %q: choose a pool of ports that nobody uses", p, c.PortPool)
 		}
 	}
 	return "", nil

@@ -115,6 +115,9 @@ func check(key string, v any) (name string, err error) {
 	case "filtering":
 		_, err := filtering(v)
 		return "subnet.filtering", err
+	case "mapping":
+		_, err := mapping(v)
+		return "subnet.mapping", err
 	case "routed":
 		return "subnet.routed", expected("true or false", v)
 	}
@@ -188,9 +191,12 @@ func (f *file) subnets(v any) {
 		n := i + 1
 		routed, isBool := table["routed"].(bool)
 		s := Subnet{Routed: routed}
-		var noFiltering error
+		var noFiltering, noMapping error
 		if v, ok := table["filtering"]; ok {
 			s.Filtering, noFiltering = filtering(v)
+		}
+		if v, ok := table["mapping"]; ok {
+			s.Mapping, noMapping = mapping(v)
 		}
 		if _, ok := table["prefix"]; !ok {
 			table["prefix"] = nil // required: let the check below say so
@@ -201,6 +207,8 @@ func (f *file) subnets(v any) {
 				f.fail(n, key, l.add(f.at(n, key), table[key], s))
 			case key == "filtering":
 				f.fail(n, key, noFiltering)
+			case key == "mapping":
+				f.fail(n, key, noMapping)
 			case key != "routed":
 				f.fail(n, key, unknownInSubnet(key))
 			case !isBool:
@@ -212,7 +220,7 @@ func (f *file) subnets(v any) {
 }
 
 func unknownInSubnet(key string) error {
-	const what = "unknown key, expected prefix, routed or filtering"
+	const what = "unknown key, expected prefix, routed, filtering or mapping"
 	// In TOML a table has no end: all that follows its header belongs to it.
 	if slices.Contains(topKeys(), key) {
 		return fmt.Errorf("%s; %s stands above the first [[subnet]]", what, key)

@@ -20,6 +20,9 @@ lifetime = "90s"
 reconcile = "1m"
 log_level = "debug"
 outside = ["wan0", "ppp0"]
+port_pool = "20000-29999"
+mapping_exempt = ["192.0.2.0/24"]
+hairpin = true
 peer_groups = ["198.51.100.0/28", "2001:db9::/64"]
 exclude_peers = ["203.0.113.0/24", "2001:db8::/32"]
 exclude_peer_ports = [53]
@@ -38,6 +41,7 @@ control_socket = "/run/c.sock"
 
 [[subnet]]
 prefix = "192.168.1.0/24"
+mapping = "endpoint_independent"
 
 [[subnet]]
 prefix = "2001:db8:1::/64"
@@ -55,6 +59,9 @@ func everyConfig() Config {
 		Reconcile:        time.Minute,
 		LogLevel:         slog.LevelDebug,
 		Outside:          []string{"wan0", "ppp0"},
+		PortPool:         PortRange{20000, 29999},
+		MappingExempt:    []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")},
+		Hairpin:          true,
 		PeerGroups:       []netip.Prefix{netip.MustParsePrefix("198.51.100.0/28"), netip.MustParsePrefix("2001:db9::/64")},
 		ExcludePeers:     []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("2001:db8::/32")},
 		ExcludePeerPorts: []uint16{53},
@@ -72,7 +79,7 @@ func everyConfig() Config {
 		ControlSocket: "/run/c.sock",
 		AutoSubnets:   true,
 		Subnets: []Subnet{
-			{Prefix: netip.MustParsePrefix("192.168.1.0/24")},
+			{Prefix: netip.MustParsePrefix("192.168.1.0/24"), Mapping: EndpointIndependentMapping},
 			{Prefix: netip.MustParsePrefix("2001:db8:1::/64"), Routed: true, Filtering: EndpointIndependent},
 		},
 	}
@@ -184,27 +191,27 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 
 		"unknown key": {
 			"# typo\nlifetme = \"5m\"",
-			`2: lifetme: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`2: lifetme: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, port_pool, mapping_exempt, hairpin, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"unknown table": {
 			"lifetime = \"5m\"\n[limits.host]\nx = 1",
-			`2: limits: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`2: limits: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, port_pool, mapping_exempt, hairpin, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"key of another case": {
 			`Lifetime = "5m"`,
-			`1: Lifetime: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`1: Lifetime: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, port_pool, mapping_exempt, hairpin, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"unknown key in the second subnet": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n[[subnet]]\nprefix = \"192.168.0.0/16\"\nmtu = 1500",
-			`5: subnet.mtu: unknown key, expected prefix, routed or filtering`,
+			`5: subnet.mtu: unknown key, expected prefix, routed, filtering or mapping`,
 		},
 		"key of the top below a subnet": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n\nlifetime = \"5m\"",
-			`4: subnet.lifetime: unknown key, expected prefix, routed or filtering; lifetime stands above the first [[subnet]]`,
+			`4: subnet.lifetime: unknown key, expected prefix, routed, filtering or mapping; lifetime stands above the first [[subnet]]`,
 		},
 		"table in a subnet": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n[subnet.limits]\nx = 1",
-			`3: subnet.limits: unknown key, expected prefix, routed or filtering`,
+			`3: subnet.limits: unknown key, expected prefix, routed, filtering or mapping`,
 		},
 		"wrong type in the second subnet": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\nrouted = true\n[[subnet]]\nprefix = \"192.168.0.0/16\"\nrouted = \"yes\"",
@@ -233,6 +240,26 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 		"filtering auto": {
 			"[[subnet]]\nprefix = \"auto\"\nfiltering = \"endpoint_independent\"",
 			`2: subnet.prefix: expected a prefix beside filtering: whom it is for should not be guessed, got "auto"`,
+		},
+		"mapping": {
+			"[[subnet]]\nprefix = \"10.0.0.0/8\"\nmapping = \"full_cone\"",
+			`3: subnet.mapping: expected "kernel" or "endpoint_independent", got "full_cone"`,
+		},
+		"mapping of IPv6": {
+			"[[subnet]]\nprefix = \"2001:db8::/64\"\nmapping = \"endpoint_independent\"",
+			`2: subnet.prefix: expected an IPv4 prefix beside mapping, got "2001:db8::/64"; mapping is about IPv4 addresses that are translated`,
+		},
+		"hairpin without mapping": {
+			"hairpin = true\n[[subnet]]\nprefix = \"10.0.0.0/8\"",
+			`1: hairpin: expected a subnet with mapping = "endpoint_independent": hosts are found by their mappings`,
+		},
+		"a pool that is too small": {
+			"port_pool = \"61000-61001\"",
+			`1: port_pool: expected at least 64 ports above 1023 such as "61000-65535", got "61000-61001"`,
+		},
+		"a forward in the pool": {
+			"exclude_ports = [62000]\n[[subnet]]\nprefix = \"10.0.0.0/8\"\nmapping = \"endpoint_independent\"",
+			`1: exclude_ports: 62000, which you forward, is in port_pool "61000-65535": choose a pool of ports that nobody uses`,
 		},
 		"groups that overlap": {
 			"peer_groups = [\"203.0.113.0/24\", \"203.0.113.64/26\"]",

@@ -15,6 +15,7 @@ type Flags struct {
 	subnets texts
 	routed  bool
 	filters texts
+	mapping texts
 	given   []texts // one per setting
 }
 
@@ -27,6 +28,8 @@ func (f *Flags) Register(fs *pflag.FlagSet) {
 	fs.BoolVar(&f.routed, "routed", false, "the subnets of --subnet are routed, not only NATed")
 	f.filters = texts{kind: "name", def: AddressDependent.String()}
 	fs.Var(&f.filters, "filtering", "who may send to the hosts of --subnet: address_dependent, endpoint_independent (anybody) or address_and_port_dependent (no permissions)")
+	f.mapping = texts{kind: "name", def: KernelMapping.String()}
+	fs.Var(&f.mapping, "mapping", "how the hosts of --subnet get their outside ports: kernel, or endpoint_independent (one for each inside port, and nobody else's)")
 	f.given = make([]texts, len(settings))
 	for i, s := range settings {
 		f.given[i] = texts{kind: s.kind, def: s.def}
@@ -67,6 +70,12 @@ func (f *Flags) Resolve() (Config, error) {
 			errs = append(errs, fmt.Errorf("--filtering: %w", err))
 		}
 	}
+	if n := len(f.mapping.given); n > 0 {
+		var err error
+		if like.Mapping, err = mapping(f.mapping.given[n-1]); err != nil {
+			errs = append(errs, fmt.Errorf("--mapping: %w", err))
+		}
+	}
 	for _, s := range f.subnets.given {
 		if err := l.add("--subnet", s, like); err != nil {
 			errs = append(errs, fmt.Errorf("--subnet: %w", err))
@@ -79,6 +88,8 @@ func (f *Flags) Resolve() (Config, error) {
 		errs = append(errs, errors.New("--routed: expected a --subnet beside it"))
 	case len(f.filters.given) > 0:
 		errs = append(errs, errors.New("--filtering: expected a --subnet beside it"))
+	case len(f.mapping.given) > 0:
+		errs = append(errs, errors.New("--mapping: expected a --subnet beside it"))
 	}
 	if len(errs) == 0 {
 		if key, err := c.check(); err != nil {

@@ -39,7 +39,7 @@ func TestFlagsAndFileSayTheSame(t *testing.T) {
 		t, "--backend=expect", "--lifetime=90s", "--reconcile=1m", "--log-level=debug",
 		"--outside=wan0", "--outside=ppp0", "--peer-group=198.51.100.0/28", "--peer-group=2001:db9::/64",
 		"--exclude-peer=203.0.113.0/24", "--exclude-peer=2001:db8::/32",
-		"--exclude-peer-port=53", "--exclude-port=5060", "--exclude-port=65535",
+		"--port-pool=20000-29999", "--mapping-exempt=192.0.2.0/24", "--exclude-peer-port=53", "--exclude-port=5060", "--exclude-port=65535",
 		"--max-permissions=1000", "--max-permissions-per-subnet=500", "--max-permissions-per-host=50",
 		"--max-children=10", "--learn=false", "--learn-rate=7", "--guard=false", "--table=cone2", "--on-stop=keep", "--event-buffer=65536", "--control-socket=/run/c.sock",
 		"--subnet=192.168.1.0/24", "--subnet=2001:db8:1::/64", "--subnet=auto",
@@ -49,6 +49,7 @@ func TestFlagsAndFileSayTheSame(t *testing.T) {
 	}
 	want := everyConfig()
 	want.Subnets[1].Routed, want.Subnets[1].Filtering = false, AddressDependent // one flag is for all or none
+	want.Subnets[0].Mapping, want.Hairpin = KernelMapping, false                // not with "auto"
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
 	}

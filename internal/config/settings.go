@@ -58,6 +58,21 @@ var settings = []setting{
 		set:   list(`["wan0"]`, link, func(c *Config) *[]string { return &c.Outside }),
 	},
 	{
+		key: "port_pool", flag: "port-pool", kind: "ports", def: "61000-65535",
+		usage: "outside ports for hosts with endpoint-independent mapping whose own port another host has",
+		set:   one(portRange, func(c *Config) *PortRange { return &c.PortPool }),
+	},
+	{
+		key: "mapping_exempt", flag: "mapping-exempt", kind: "prefix", list: true,
+		usage: "destinations outside towards which your rules do not source-NAT, such as a VPN's (repeatable)",
+		set:   list(`["192.0.2.0/24"]`, peers, func(c *Config) *[]netip.Prefix { return &c.MappingExempt }),
+	},
+	{
+		key: "hairpin", flag: "hairpin", kind: "bool", def: "false", truth: true,
+		usage: "let inside hosts reach each other by their outside endpoints (needs endpoint-independent mapping)",
+		set:   one(truth, func(c *Config) *bool { return &c.Hairpin }),
+	},
+	{
 		key: "peer_groups", flag: "peer-group", kind: "prefix", list: true,
 		usage: "peers of which a contact with one permits all, such as those of a SIP provider (repeatable)",
 		set:   list(`["203.0.113.0/24"]`, peers, func(c *Config) *[]netip.Prefix { return &c.PeerGroups }),
@@ -253,6 +268,29 @@ func filtering(v any) (Filtering, error) {
 		}
 	}
 	return "", expected(`"address_dependent", "endpoint_independent" or "address_and_port_dependent"`, v)
+}
+
+func mapping(v any) (Mapping, error) {
+	for _, m := range []Mapping{KernelMapping, EndpointIndependentMapping} {
+		if v == m.String() {
+			return m, nil
+		}
+	}
+	return "", expected(`"kernel" or "endpoint_independent"`, v)
+}
+
+// leastPool is how many ports a pool has at least.
+const leastPool = 64
+
+func portRange(v any) (PortRange, error) {
+	s, _ := v.(string)
+	first, last, _ := strings.Cut(s, "-")
+	a, err := strconv.ParseUint(first, 10, 16)
+	b, err2 := strconv.ParseUint(last, 10, 16)
+	if err != nil || err2 != nil || a < 1024 || b < a+leastPool-1 {
+		return PortRange{}, expected(fmt.Sprintf(`at least %d ports above 1023 such as "61000-65535"`, leastPool), v)
+	}
+	return PortRange{uint16(a), uint16(b)}, nil
 }
 
 func port(v any) (uint16, error) {

@@ -37,6 +37,8 @@ func (l *subnetList) add(at string, v any, s Subnet) error {
 			return expected("a prefix beside routed: which networks are routed cannot be guessed", v)
 		case s.Filtering != "":
 			return expected("a prefix beside filtering: whom it is for should not be guessed", v)
+		case s.Mapping != "":
+			return expected("a prefix beside mapping: whom it is for should not be guessed", v)
 		}
 		l.auto = true
 		return nil
@@ -63,6 +65,9 @@ func (l *subnetList) add(at string, v any, s Subnet) error {
 		}
 		return fmt.Errorf("%w %s %q of %s; a host belongs to one subnet, so keep one of the two",
 			expected("subnets that do not overlap", v), how, other.Prefix, l.at[i])
+	}
+	if p.Addr().Is6() && s.Mapping != "" {
+		return fmt.Errorf("%w; mapping is about IPv4 addresses that are translated", expected("an IPv4 prefix beside mapping", v))
 	}
 	s.Prefix = p
 	l.list = append(l.list, s)

@@ -53,6 +53,7 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		line("guard", "off")
 	}
 	line("map", "%s", describe(s.Tables.Map))
+	line("mapping", "%s", mapping(s.Tables.Mapping))
 	line("put back", "%d that were gone from the kernel; tables %d times", c.Repaired, s.Tables.Repaired)
 	if l.Count > 0 {
 		line("latency", "p50 %s, p99 %s, max %s, from event to kernel", micros(l.P50), micros(l.P99), micros(l.Max))
@@ -69,6 +70,15 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	}
 	_, err := fmt.Fprintf(w, "\nwarnings:\n  %s\n", strings.Join(s.Warnings, "\n  "))
 	return err
+}
+
+// mapping says what the mapping rules did.
+func mapping(m Mapping) string {
+	if !m.On {
+		return "the kernel's"
+	}
+	return fmt.Sprintf("endpoint-independent; %d newcomers got a port of the pool, %d flows were left to the kernel, %d hairpinned",
+		m.Moved, m.Left, m.Hairpinned)
 }
 
 // describe says what the map of permissions does, and whether its children get

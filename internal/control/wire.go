@@ -102,9 +102,19 @@ type Permissions struct {
 
 // Tables are conenatd's own nftables tables.
 type Tables struct {
-	Guard    Guard  `json:"guard"`
-	Map      Map    `json:"map"`
-	Repaired uint64 `json:"repaired"` // how often others' changes of them were undone
+	Guard    Guard   `json:"guard"`
+	Map      Map     `json:"map"`
+	Mapping  Mapping `json:"mapping"`
+	Repaired uint64  `json:"repaired"` // how often others' changes of them were undone
+}
+
+// Mapping is endpoint-independent mapping, and what its rules did since the tables
+// were made.
+type Mapping struct {
+	On         bool   `json:"on"`
+	Moved      uint64 `json:"moved"`      // to the pool: another one had the outside port
+	Left       uint64 `json:"left"`       // flows left to the kernel: something else used the port towards that peer
+	Hairpinned uint64 `json:"hairpinned"` // flows between inside hosts by outside endpoints
 }
 
 // Map is the map of permissions, and what it did: since the daemon started it

@@ -67,12 +67,18 @@ func dropUnanswered(inMap map[cone.Key]standing) (n int, err error) {
 		return 0, err
 	}
 	defer q.Close()
+	wild := make(map[uint8]struct{})
+	for k := range inMap {
+		wild[k.Wild] = struct{}{}
+	}
 	var children []cone.Flow
 	err = q.Dump(func(f *cone.Flow) {
 		admitted := f.Status.Has(cone.StatusExpected) && cone.IsAnchor(f.MasterSrc, f.MasterDst)
 		if f.Status.Has(cone.StatusDstNAT) && !f.Status.Has(cone.StatusExpected) {
-			s, ok := inMap[cone.Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.OrigZone}]
-			admitted = ok && s.in == f.ReplySrc
+			for w := range wild {
+				s, ok := inMap[cone.Key{Ext: f.Dst, Peer: f.Src.Addr.WithoutLow(w), Wild: w, Zone: f.OrigZone}]
+				admitted = admitted || ok && s.in == f.ReplySrc
+			}
 		}
 		if admitted && !f.Status.Has(cone.StatusSeenReply) {
 			children = append(children, *f)

@@ -139,17 +139,23 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.firewall, err = openFirewall(cfg.Table); err != nil {
 		return d, err
 	}
+	// Known before the first grant.
+	forwarded, warnings, err := d.firewall.forwards(d.network)
+	if err != nil {
+		return d, err
+	}
+	if err = checkPool(d.cfg.Config, d.network, d.served, forwarded); err != nil {
+		return d, err
+	}
+	if d.firewall.served, err = servedPorts(d.cfg.Config, d.served); err != nil {
+		return d, err
+	}
 	adopted, err := d.openBackends()
 	if err != nil {
 		return d, err
 	}
 	d.model = cone.New(d.policy(d.cfg.Config))
 	d.model.SetTopology(0, d.network.Topology())
-	// Known before the first grant.
-	forwarded, warnings, err := d.firewall.forwards(d.network)
-	if err != nil {
-		return d, err
-	}
 	d.ruleWarnings = warnings
 	d.model.SetForwards(0, forwarded)
 	for _, a := range adopted {
@@ -354,6 +360,9 @@ func (d *Daemon) warnings() []string {
 	}
 	if slices.ContainsFunc(d.cfg.PeerGroups, func(g netip.Prefix) bool { return g.Addr().Is4() }) && d.backends.nft == nil {
 		out = append(out, "peer_groups of IPv4 hold for routed subnets alone: only the nft backend can translate for a group")
+	}
+	if mappingConfig(d.cfg.Config, nil) != nil && d.firewall.noMapping != "" {
+		out = append(out, "mapping stays the kernel's: "+d.firewall.noMapping)
 	}
 	if n, err := settings(d.cfg.Socket).read(events); err == nil && n == 0 {
 		out = append(out, "the kernel sends no conntrack events: permissions come late, at each reconcile; set net.netfilter.nf_conntrack_events = 2")

@@ -16,10 +16,13 @@ import (
 // rules of the user's forward. The reconcile owns it. Where the kernel has no
 // nftables it does nothing and warns.
 type firewall struct {
-	tables  *rules.Tables // nil without nftables
-	missing error         // why there are no tables
+	tables    *rules.Tables // nil without nftables
+	missing   error         // why there is no map of permissions
+	noMapping string        // why there is no endpoint-independent mapping
+
 	// What the tables serve.
 	withMap, withExpectations bool
+	served                    []uint16 // ports that no mapping may have
 
 	counting               bool
 	admitted, lastAdmitted uint64 // since the start, and as read last
@@ -32,7 +35,7 @@ func openFirewall(name string) (*firewall, error) {
 	f := &firewall{}
 	t, err := rules.Open(rules.Config{Name: name})
 	if missing := new(rules.UnsupportedError); errors.As(err, &missing) {
-		f.missing = missing
+		f.missing, f.noMapping = missing, missing.Error()
 		f.warnings = append(f.warnings, "no guard and no cap on children: "+missing.Error())
 		return f, nil
 	}
@@ -44,11 +47,14 @@ func openFirewall(name string) (*firewall, error) {
 	}
 	f.tables = t
 	for _, m := range t.Missing() {
-		if m.Feature == rules.FeatureMap {
-			f.missing = m // who wants it says so
-			continue
+		switch m.Feature { // who wants these says so
+		case rules.FeatureMap:
+			f.missing = m
+		case rules.FeatureMapping:
+			f.noMapping = m.Error()
+		default:
+			f.warnings = append(f.warnings, m.Error())
 		}
-		f.warnings = append(f.warnings, m.Error())
 	}
 	return f, nil
 }
@@ -90,6 +96,7 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 	if f.withMap {
 		d.Map = mapConfig(cfg)
 	}
+	d.Mapping = mappingConfig(cfg, f.served)
 	return f.tables.Set(d)
 }
 
@@ -162,6 +169,9 @@ func (f *firewall) read(cfg config.Config) (t control.Tables) {
 	if c, err := f.tables.Counters(); err == nil {
 		t.Guard = control.Guard{Drops: c.GuardDrops, Children: c.ChildDrops, PortZero: c.PortZeroDrops}
 		t.Map = control.Map{Learn: f.learns(cfg), Admitted: f.sinceStart(c.Admitted), Learned: c.Learned, Limited: c.LearnLimited}
+		t.Mapping = control.Mapping{
+			On: mappingConfig(cfg, nil) != nil && f.maps(), Moved: c.Moved, Left: c.LeftToRules, Hairpinned: c.Hairpinned,
+		}
 	}
 	return t
 }

@@ -112,7 +112,17 @@ func (d *Daemon) open(cfg config.Config) (o opened, err error) {
 func (d *Daemon) change(cfg config.Config) error {
 	var o opened
 	var m *rules.Map
-	var err error
+	held, err := d.ports.Ports()
+	if err != nil {
+		return err
+	}
+	forwarded, _, err := d.firewall.forwards(d.network)
+	if err != nil {
+		return err
+	}
+	if err := checkPool(cfg, d.network, held, forwarded); err != nil {
+		return err
+	}
 	hasExpect, hasMap := d.backends.expect != nil, d.backends.nft != nil // written by us alone
 	if !hasExpect || !wantsExpect(cfg) {
 		if o, err = d.open(cfg); err != nil {

@@ -130,6 +130,7 @@ func (d *Daemon) readGateway() (changed bool, err error) {
 		return false, err
 	}
 	_, failed := d.mendRules(cfg, network)
+	failed = errors.Join(failed, d.firewall.forgetAddresses(cfg, d.network, network), d.serve(cfg, network, ports))
 	forwarded, warnings, err := d.firewall.forwards(network)
 	failed = errors.Join(failed, err)
 	tables := d.firewall.read(cfg)
@@ -161,6 +162,14 @@ func (d *Daemon) readGateway() (changed bool, err error) {
 
 // readFlows shows the model all flows that there are.
 func (d *Daemon) readFlows(q *ctwatch.Queries) error {
+	var cfg config.Config
+	var served *gateway.PortSet
+	d.do(func() { cfg, served = d.cfg.Config, d.served })
+	m, err := d.firewall.newMapper(cfg, d.network, served)
+	if err != nil {
+		d.log.Warn("read mappings", "err", err)
+		m = nil
+	}
 	d.do(d.model.BeginSnapshot)
 	piece := make([]cone.Flow, 0, flowsAtOnce)
 	hand := func() {
@@ -172,7 +181,10 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 		})
 		piece = piece[:0]
 	}
-	err := q.Dump(func(f *cone.Flow) {
+	err = q.Dump(func(f *cone.Flow) {
+		if m != nil {
+			m.see(f)
+		}
 		if piece = append(piece, *f); len(piece) == flowsAtOnce {
 			hand()
 		}
@@ -183,6 +195,9 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 		return err
 	}
 	d.do(func() { d.model.EndSnapshot(d.now()) })
+	if m != nil {
+		return m.keep()
+	}
 	return nil
 }
 
@@ -195,6 +210,17 @@ func (d *Daemon) mendRules(cfg config.Config, network gateway.Network) (changed 
 		d.log.Warn("somebody changed conenatd's nftables tables; they are put back", "table", cfg.Table)
 	}
 	return changed, err
+}
+
+// serve keeps mappings off the ports that the gateway serves now.
+func (d *Daemon) serve(cfg config.Config, network gateway.Network, held *gateway.PortSet) error {
+	served, err := servedPorts(cfg, held)
+	if err != nil || slices.Equal(served, d.firewall.served) {
+		return err
+	}
+	d.firewall.served = served
+	_, err = d.firewall.set(cfg, network.OutsideLinks())
+	return err
 }
 
 // lookAtRules looks whether somebody changed nftables since the last time: our

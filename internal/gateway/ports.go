@@ -3,6 +3,8 @@ package gateway
 import (
 	"encoding/binary"
 	"fmt"
+	"iter"
+	"maps"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -31,6 +33,10 @@ func (p *PortSet) Serves(ext cone.Endpoint) bool {
 	_, ok := p.bound[cone.Endpoint{Addr: wildcard, Port: ext.Port}]
 	return ok
 }
+
+// All returns the endpoints that sockets were bound to, in any order, those for all
+// addresses among them.
+func (p *PortSet) All() iter.Seq[cone.Endpoint] { return maps.Keys(p.bound) }
 
 // Ports reads all UDP sockets, for comparing many permissions with them. A
 // socket that is opened or closed meanwhile may be missed; 10,000 of them cost

@@ -1,0 +1,220 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/rules"
+)
+
+// mappingsSize is how many mappings there can be: all ports of some addresses.
+const mappingsSize = 1 << 18
+
+// mappingConfig is what the tables do for subnets with endpoint-independent
+// mapping, nil without any.
+func mappingConfig(cfg config.Config, served []uint16) *rules.MappingConfig {
+	c := &rules.MappingConfig{
+		PoolFirst: cfg.PortPool.First, PoolLast: cfg.PortPool.Last,
+		Exempt: cfg.MappingExempt, Served: served,
+		// A mapping is refreshed at each reconcile while a flow of it lives.
+		Lifetime: max(cfg.Lifetime, 3*cfg.Reconcile), Size: mappingsSize,
+	}
+	for _, s := range cfg.Subnets {
+		if s.Mapping == config.EndpointIndependentMapping {
+			c.Subnets = append(c.Subnets, s.Prefix)
+		}
+		if cfg.Hairpin && s.Prefix.Addr().Is4() {
+			c.Hairpin = append(c.Hairpin, s.Prefix)
+		}
+	}
+	if len(c.Subnets) == 0 {
+		return nil
+	}
+	return c
+}
+
+// A mapper keeps mappings for as long as a flow of theirs lives: the kernel does
+// that by itself only until the flow is answered. It is made anew for each dump.
+type mapper struct {
+	kernel *rules.Mappings
+	links  map[cone.Addr]string // of outside addresses
+	inside func(cone.Addr) bool // is in a subnet with mappings
+	served func(cone.Endpoint) bool
+
+	known map[ends]string                 // mappings that stand, with their links
+	live  map[rules.Mapping][]rules.Taken // with a living flow; what it takes if they do not stand
+	taken map[rules.Taken]struct{}        // by living flows without a mapping
+}
+
+// ends are both ends of a mapping.
+type ends struct{ in, ext cone.Endpoint }
+
+// newMapper lists what stands. It returns nil where there are no mappings.
+func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served *gateway.PortSet) (*mapper, error) {
+	c := mappingConfig(cfg, nil)
+	if c == nil || !f.maps() {
+		return nil, nil
+	}
+	m := &mapper{
+		kernel: f.tables.NewMappings(c),
+		links:  outsideAddrs(network),
+		inside: func(a cone.Addr) bool {
+			return slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { return p.Contains(a.Netip()) })
+		},
+		served: served.Serves,
+		known:  make(map[ends]string),
+		live:   make(map[rules.Mapping][]rules.Taken),
+		taken:  make(map[rules.Taken]struct{}),
+	}
+	return m, m.kernel.List(func(x rules.Mapping, _ time.Duration) { m.known[ends{x.Int, x.Ext}] = x.Link })
+}
+
+// maps reports whether the kernel can do endpoint-independent mapping.
+func (f *firewall) maps() bool { return f.tables != nil && !f.tables.Lacks(rules.FeatureMapping) }
+
+// outsideAddrs returns the gateway's addresses on outside links, and these.
+func outsideAddrs(n gateway.Network) map[cone.Addr]string {
+	names := make(map[int]string)
+	for _, l := range n.Links {
+		if l.Outside {
+			names[l.Index] = l.Name
+		}
+	}
+	all := make(map[cone.Addr]string)
+	for _, a := range n.Addrs {
+		if name, ok := names[a.Link]; ok {
+			all[cone.AddrFrom(a.Prefix.Addr())] = name
+		}
+	}
+	return all
+}
+
+// see takes in a living flow.
+func (m *mapper) see(f *cone.Flow) {
+	if f.OrigZone != 0 || f.ReplyZone != 0 || !f.Src.Addr.Is4() || cone.IsAnchor(f.Src, f.Dst) {
+		return
+	}
+	m.hold(ends{f.ReplySrc, f.Dst}) // a child, or hairpinned
+	if m.hold(ends{f.Src, f.ReplyDst}) {
+		return
+	}
+	_, fromGateway := m.links[f.Src.Addr]
+	_, toGateway := m.links[f.Dst.Addr]
+	out := rules.Taken{Remote: f.ReplySrc, Port: f.ReplyDst.Port}
+	switch link := m.links[f.ReplyDst.Addr]; {
+	case f.Status.Has(cone.StatusDstNAT):
+	case f.Status.Has(cone.StatusSrcNAT) && m.inside(f.Src.Addr) && link != "": // older than the rules
+		x := rules.Mapping{Link: link, Int: f.Src, Ext: f.ReplyDst}
+		m.live[x] = append(m.live[x], out)
+	case f.Status.Has(cone.StatusSrcNAT) && link != "", fromGateway:
+		m.taken[out] = struct{}{}
+	case toGateway && !m.served(f.Dst):
+		m.taken[rules.Taken{Remote: f.Src, Port: f.Dst.Port}] = struct{}{}
+	}
+}
+
+// hold notes that a flow of a mapping that stands lives.
+func (m *mapper) hold(e ends) bool {
+	link, known := m.known[e]
+	if known {
+		m.live[rules.Mapping{Link: link, Int: e.in, Ext: e.ext}] = nil
+	}
+	return known
+}
+
+// keep renews what the flows that were seen hold.
+func (m *mapper) keep() error {
+	var errs []error
+	ms := slices.Collect(maps.Keys(m.live))
+	m.kernel.Keep(ms, func(i int, err error) {
+		if !errors.Is(err, rules.ErrOtherMapping) {
+			errs = append(errs, fmt.Errorf("keep mapping %v -> %v: %w", ms[i].Int, ms[i].Ext, err))
+		}
+		for _, t := range m.live[ms[i]] {
+			m.taken[t] = struct{}{}
+		}
+	})
+	return errors.Join(append(errs, m.kernel.Take(slices.Collect(maps.Keys(m.taken))))...)
+}
+
+// forgetAddresses ends the mappings to outside addresses that are gone.
+func (f *firewall) forgetAddresses(cfg config.Config, old, network gateway.Network) error {
+	c := mappingConfig(cfg, nil)
+	if c == nil || !f.maps() {
+		return nil
+	}
+	var errs []error
+	have := outsideAddrs(network)
+	for a := range outsideAddrs(old) {
+		if _, ok := have[a]; !ok && a.Is4() {
+			errs = append(errs, f.tables.NewMappings(c).Forget(a.Netip()))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// localPorts reads the ports that the kernel gives to the gateway's own sockets.
+func localPorts() (r config.PortRange, err error) {
+	b, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
+	if err == nil {
+		_, err = fmt.Sscan(string(b), &r.First, &r.Last)
+	}
+	if err != nil {
+		return r, fmt.Errorf("read the range of local ports: %w", err)
+	}
+	return r, nil
+}
+
+// servedPorts returns the outside ports that no mapping may have: those of the
+// gateway's services, and those that the user says he forwards. Ports that the
+// kernel chose for a socket come and go; see Mappings.Take for these.
+func servedPorts(cfg config.Config, held *gateway.PortSet) ([]uint16, error) {
+	local, err := localPorts()
+	if err != nil {
+		return nil, err
+	}
+	all := slices.Clone(cfg.ExcludePorts)
+	for e := range held.All() {
+		if e.Addr.Is4() && !e.Addr.Netip().IsLoopback() && !local.Has(e.Port) && e.Port != 0 {
+			all = append(all, e.Port)
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all), nil
+}
+
+// checkPool says what else uses ports of the pool.
+func checkPool(cfg config.Config, network gateway.Network, held *gateway.PortSet, forwarded func(cone.Endpoint) bool) error {
+	if mappingConfig(cfg, nil) == nil {
+		return nil
+	}
+	const mend = "choose a port_pool that nobody uses"
+	local, err := localPorts()
+	if err != nil {
+		return err
+	}
+	if cfg.PortPool.Overlaps(local) {
+		return fmt.Errorf("port_pool %v overlaps %v, the ports of the gateway's own connections (net.ipv4.ip_local_port_range): %s", cfg.PortPool, local, mend)
+	}
+	for e := range held.All() {
+		if cfg.PortPool.Has(e.Port) && e.Addr.Is4() && !e.Addr.Netip().IsLoopback() {
+			return fmt.Errorf("port_pool %v has port %d, which a socket of the gateway holds: %s", cfg.PortPool, e.Port, mend)
+		}
+	}
+	for a := range outsideAddrs(network) {
+		for p := int(cfg.PortPool.First); a.Is4() && forwarded != nil && p <= int(cfg.PortPool.Last); p++ {
+			if e := (cone.Endpoint{Addr: a, Port: uint16(p)}); forwarded(e) {
+				return fmt.Errorf("port_pool %v has port %d, which a rule of yours forwards: %s", cfg.PortPool, p, mend)
+			}
+		}
+	}
+	return nil
+}
