@@ -171,11 +171,13 @@ func TestSelftestKnowsRFC4787(t *testing.T) {
 	const (
 		always = "REQ-3a REQ-4 REQ-6 REQ-10 REQ-12 REQ-13 REQ-14"
 		ours   = always + " REQ-5 REQ-8 REC-11 REC-14"
+		all    = ours + " REQ-1 REQ-3 REQ-9 REQ-11"
 	)
 	want := []struct{ passes, filtering string }{
 		{always, "address and port-dependent: the peer is let in from one port"},
 		{ours, "address-dependent: the peer is let in from any port, nobody else"},
 		{ours, "endpoint-independent: anybody is let in"},
+		{all, "address-dependent: the peer is let in from any port, nobody else"},
 	}
 	var got int
 	for section := range strings.SplitSeq("\n"+out, ":\n  ") {

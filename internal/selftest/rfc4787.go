@@ -37,15 +37,25 @@ func verdictOf(ok bool) verdict {
 // A configuration is a way to run the daemon, or not at all.
 type configuration struct {
 	name string
-	args []string // of "conenatd run"; none: the kernel alone
+	file string // for "conenatd run"; none: the kernel alone
 }
 
+// subnet is a table of a configuration file.
+func subnet(prefix netip.Prefix, more ...string) string {
+	return fmt.Sprintf("[[subnet]]\nprefix = %q\n%s\n", prefix, strings.Join(more, "\n"))
+}
+
+const (
+	routed = "routed = true"
+	open   = `filtering = "endpoint_independent"`
+	mapped = `mapping = "endpoint_independent"`
+)
+
 var configurations = []configuration{
-	{"stock Linux, masquerade, without conenatd", nil},
-	{"conenatd as it is", []string{"--subnet", lab.InsideNet.String(), "--subnet", lab.InsideNet6.String(), "--routed"}},
-	{"conenatd, filtering = endpoint_independent", []string{
-		"--subnet", lab.InsideNet.String(), "--subnet", lab.InsideNet6.String(), "--routed", "--filtering=endpoint_independent",
-	}},
+	{"stock Linux, masquerade, without conenatd", ""},
+	{"conenatd as it is", subnet(lab.InsideNet) + subnet(lab.InsideNet6, routed)},
+	{"conenatd, filtering = endpoint_independent", subnet(lab.InsideNet, open) + subnet(lab.InsideNet6, routed, open)},
+	{"conenatd, mapping = endpoint_independent, hairpin = true", "hairpin = true\n" + subnet(lab.InsideNet, mapped) + subnet(lab.InsideNet6, routed)},
 }
 
 // A requirement is one of RFC 4787, or a recommendation of RFC 6092 about UDP. try
@@ -103,9 +113,19 @@ func (r *requirement) look(exe string, c configuration) (v verdict, what string,
 		return v, what, err
 	}
 	defer l.Close()
-	s := &stage{Lab: l, exe: exe, args: c.args}
+	s := &stage{Lab: l, exe: exe}
 	defer s.close()
-	if c.args != nil {
+	if c.file != "" {
+		file, err := os.CreateTemp("", "conenatd-*.toml")
+		if err != nil {
+			return v, what, err
+		}
+		defer os.Remove(file.Name())
+		_, err = file.WriteString(c.file)
+		if err = errors.Join(err, file.Close()); err != nil {
+			return v, what, err
+		}
+		s.args = []string{"--config", file.Name()}
 		if err := s.start(); err != nil {
 			return v, what, err
 		}

@@ -1,0 +1,223 @@
+package e2e
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// Endpoint-independent mapping (RFC 4787 REQ-1 to REQ-4) and hairpinning (REQ-9).
+
+const mapped = "--mapping=endpoint_independent"
+
+func inPool(e netip.AddrPort) bool { return e.Port() >= 61000 }
+
+// consoles are inside hosts on one source port, each talking to three remotes.
+func (s *scene) consoles(n int) (hosts []*lab.Socket, exts []netip.AddrPort) {
+	s.t.Helper()
+	const port = 3074
+	remotes := []*lab.Socket{s.peer(lab.PeerA, port), s.peer(lab.PeerA, 3075), s.peer(lab.PeerB, port)}
+	for i := range n {
+		hosts = append(hosts, s.inside(i, port))
+		exts = append(exts, netip.AddrPort{})
+	}
+	for round := range len(remotes) {
+		for i, host := range hosts {
+			ext := s.contact(host, remotes[(round+i)%len(remotes)])
+			if exts[i].IsValid() && ext != exts[i] {
+				s.t.Errorf("host %d leaves as %v and as %v", i, exts[i], ext)
+			}
+			exts[i] = ext
+		}
+	}
+	return hosts, exts
+}
+
+// Each has one outside port, nobody else's, and is reached by it from any port of
+// its peers. Fails with the kernel's own mapping.
+func TestNFTConsolesOnOneSourcePort(t *testing.T) {
+	inModes(t, [][]string{auto, nft, nftByEvent, expects}, func(t *testing.T, mode ...string) {
+		for _, n := range []int{2, 10} {
+			s := play(t, lab.Options{Inside: n}, append(mode, mapped)...)
+			hosts, exts := s.consoles(n)
+			s.until("all permissions stand", func() bool { return s.status().Permissions.Standing == 2*n })
+			owners := map[netip.AddrPort]int{}
+			for i, ext := range exts {
+				if j, taken := owners[ext]; taken {
+					t.Errorf("hosts %d and %d share %v", i, j, ext)
+				}
+				owners[ext] = i
+				if (ext.Port() == 3074) != (i == 0) || i > 0 && (!inPool(ext) || ext.Port()%2 != 0) {
+					t.Errorf("host %d leaves as %v", i, ext)
+				}
+				for k, addr := range []netip.Addr{lab.PeerA, lab.PeerB} {
+					s.arrives(hosts[i], s.peer(addr, uint16(20_000+2*i+k)), ext)
+				}
+			}
+			if m := s.status().Tables.Mapping; !m.On || m.Moved != uint64(n-1) {
+				t.Errorf("%+v", m)
+			}
+			s.stop()
+			if left := s.leftovers(); len(left) > 0 {
+				t.Errorf("left: %q", left)
+			}
+		}
+	})
+}
+
+// The user's rules give a random port to the first flow, which is kept then.
+func TestNFTMappingMendsRandomPorts(t *testing.T) {
+	for _, how := range []string{"random", "fully-random"} {
+		t.Run(how, func(t *testing.T) {
+			s := play(t, lab.Options{Rules: strings.Replace(lab.Masquerade, "masquerade", "masquerade "+how, 1)}, auto[0], mapped)
+			phone := s.inside(0, 5060)
+			ext := s.contact(phone, s.peer(lab.PeerA, 5060))
+			for port := uint16(5061); port < 5066; port++ {
+				if got := s.contact(phone, s.peer(lab.PeerB, port)); got != ext {
+					t.Errorf("it leaves as %v and as %v", ext, got)
+				}
+			}
+		})
+	}
+}
+
+// A mapping lives as long as a flow of it, and not longer than a lifetime after.
+// Fails if the reconcile does not keep the mappings of living flows.
+func TestNFTMappingLivesAsLongAsItsFlows(t *testing.T) {
+	s := play(t, lab.Options{Inside: 2}, auto[0], mapped, "--lifetime=2s", "--reconcile=1s")
+	one, two, proxy := s.inside(0, 3074), s.inside(1, 3074), s.peer(lab.PeerA, 3074)
+	ext := s.contact(one, proxy)
+	p := payload("answered: no packet of it meets the rules any more")
+	s.must(proxy.Send(ext, p))
+	_, err := one.Expect(p)
+	s.must(err)
+	s.must(one.Send(proxy.Addr(), p))
+	if _, err := proxy.Expect(p); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	s.until("two lifetimes passed", func() bool { s.status(); return time.Since(began) > 7*time.Second })
+	if other := s.contact(two, proxy); !inPool(other) {
+		t.Errorf("the second host leaves as %v while the first has the port", other)
+	}
+	for _, host := range []string{"10.47.11.109", "10.47.11.110"} {
+		_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "-s", host)
+		s.must(err)
+	}
+	s.until("no mapping stands", func() bool {
+		out, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", "owned") // the last to go
+		s.must(err)
+		return !strings.Contains(out, "elements")
+	})
+	if got := s.contact(two, proxy); got.Port() != 3074 {
+		t.Errorf("a lifetime later the second host leaves as %v", got)
+	}
+}
+
+// The gateway itself talks to the remote that a host behind it wants to reach from
+// the same port: nobody's packet is dropped, whoever comes first.
+func TestNFTMappingAndTheGatewaysOwnFlows(t *testing.T) {
+	for _, gatewayFirst := range []bool{true, false} {
+		t.Run(fmt.Sprintf("gateway first: %v", gatewayFirst), func(t *testing.T) {
+			s := play(t, lab.Options{Inside: 1}, auto[0], mapped)
+			host, resolver, other := s.inside(0, 40000), s.peer(lab.PeerA, 5300), s.peer(lab.PeerB, 5300)
+			ext := s.contact(host, other)
+			own := s.socket(s.Gateway.Namespace, s.Gateway.Addr, ext.Port())
+			if gatewayFirst {
+				s.contact(own, resolver)
+			}
+			got := s.contact(host, resolver)
+			if (got == ext) == gatewayFirst {
+				t.Errorf("the host leaves as %v, its mapping is %v", got, ext)
+			}
+			s.contact(own, resolver)
+			if again := s.contact(host, s.peer(lab.PeerB, 5301)); again != ext {
+				t.Errorf("towards another remote it leaves as %v, want %v", again, ext)
+			}
+		})
+	}
+}
+
+func TestNFTHairpin(t *testing.T) {
+	inModes(t, [][]string{auto, nft, expects}, func(t *testing.T, mode ...string) {
+		s := play(t, lab.Options{Inside: 2}, append(mode, mapped, "--hairpin=true")...)
+		one, two, proxy := s.inside(0, 5060), s.inside(1, 5062), s.peer(lab.PeerA, 5060)
+		extOne, extTwo := s.contact(one, proxy), s.contact(two, proxy)
+		for _, way := range []struct {
+			from, to *lab.Socket
+			ext, as  netip.AddrPort
+		}{{two, one, extOne, extTwo}, {one, two, extTwo, extOne}} {
+			p := payload("hairpin")
+			s.must(way.from.Send(way.ext, p))
+			from, err := way.to.Expect(p)
+			s.must(err)
+			if from != way.as {
+				t.Errorf("it arrives from %v, want the sender's outside endpoint %v", from, way.as)
+			}
+			s.must(way.to.Send(from, p+" answer"))
+			if from, err = way.from.Expect(p + " answer"); err != nil || from != way.ext {
+				t.Errorf("the answer arrives from %v (%v), want %v", from, err, way.ext)
+			}
+		}
+		s.stands(one, proxy, extOne)
+		s.arrives(one, s.peer(lab.PeerA, 5070), extOne)
+	})
+}
+
+// An outside address goes, and with it its mappings, at once.
+func TestNFTMappingsEndWithTheirAddress(t *testing.T) {
+	s := play(t, lab.Options{}, auto[0], mapped, "--reconcile=1h")
+	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
+	s.contact(phone, proxy)
+	mappings := func() string {
+		out, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", "mappings")
+		s.must(err)
+		return out
+	}
+	if !strings.Contains(mappings(), "198.51.100.1 ") {
+		t.Fatal(mappings())
+	}
+	for _, step := range []string{
+		"address add 198.51.100.77/32 dev wan0",
+		"address del 198.51.100.1/24 dev wan0",
+		"route replace default via 198.51.100.254 dev wan0 onlink",
+	} {
+		_, err := s.Gateway.Output("ip", strings.Fields(step)...)
+		s.must(err)
+	}
+	s.until("the mappings are gone", func() bool { return !strings.Contains(mappings(), "198.51.100.1 ") })
+	_, err := s.Outside.Output("ip", "route", "replace", "198.51.100.77/32", "dev", "eth0")
+	s.must(err)
+	another := s.peer(lab.PeerB, 5060)
+	s.until("the new address is in use", func() bool {
+		return s.contact(phone, another).Addr().String() == "198.51.100.77"
+	})
+}
+
+// What else uses ports of the pool is named, and nothing changes.
+func TestNFTPoolThatIsInUseIsRefused(t *testing.T) {
+	forward := `table ip f { chain c { type nat hook prerouting priority dstnat; iifname "wan0" udp dport 62000 dnat to 10.47.11.109; }; }`
+	for name, tc := range map[string]struct{ rules, pool, want string }{
+		"local ports": {lab.Masquerade, "50000-65535", "overlaps 32768-60999, the ports of the gateway's own connections (net.ipv4.ip_local_port_range)"},
+		"a socket":    {lab.Masquerade, "20000-29999", "has port 20001, which a socket of the gateway holds"},
+		"a forward":   {lab.Masquerade + forward, "61000-65535", "has port 62000, which a rule of yours forwards"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newScene(t, lab.Options{Rules: tc.rules})
+			s.socket(s.Gateway.Namespace, s.Gateway.Addr, 20001)
+			before, err := s.Ruleset()
+			s.must(err)
+			out, code := s.cli("run", "--subnet", lab.InsideNet.String(), mapped, "--port-pool", tc.pool, "--control-socket", t.TempDir()+"/c.sock")
+			if code == 0 || !strings.Contains(out, tc.want) || !strings.Contains(out, "choose a port_pool") {
+				t.Errorf("exit %d, %q", code, out)
+			}
+			if after, err := s.Ruleset(); err != nil || after != before {
+				t.Errorf("the rules changed: %v\n%s", err, after)
+			}
+		})
+	}
+}
