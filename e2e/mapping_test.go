@@ -118,6 +118,44 @@ func TestNFTMappingLivesAsLongAsItsFlows(t *testing.T) {
 	}
 }
 
+// Flows that are there give their mappings: when the daemon starts, when a reload
+// asks for mappings, and when somebody took the tables away.
+func TestNFTMappingsOfFlowsThatAreThere(t *testing.T) {
+	stands := func(s *scene) bool {
+		out, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", "mappings")
+		return err == nil && strings.Contains(out, "198.51.100.1 . 3074")
+	}
+	const plain = "reconcile = \"1h\"\n[[subnet]]\nprefix = \"10.47.11.0/24\"\n"
+	const withMappings = plain + "mapping = \"endpoint_independent\"\n"
+	for name, begin := range map[string]func(*scene){
+		"start": func(s *scene) { s.configured(withMappings) },
+		"reload": func(s *scene) {
+			s.configured(plain)(withMappings)
+			if out, code := s.cli("reload", "--control-socket", s.d.Socket); code != 0 {
+				s.t.Fatalf("exit %d, %q", code, out)
+			}
+		},
+		"delete table": func(s *scene) {
+			s.configured(withMappings)
+			s.until("it stands", func() bool { return stands(s) })
+			if err := s.NFT("delete table ip conenat"); (err != nil) != s.owned() {
+				s.t.Fatalf("owned %v, %v", s.owned(), err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newScene(t, lab.Options{Inside: 2})
+			one, two, proxy := s.inside(0, 3074), s.inside(1, 3074), s.peer(lab.PeerA, 3074)
+			s.contact(one, proxy)
+			begin(s)
+			s.until("the mapping stands", func() bool { return stands(s) })
+			if ext := s.contact(two, s.peer(lab.PeerB, 3074)); !inPool(ext) {
+				t.Errorf("the second host leaves as %v", ext)
+			}
+		})
+	}
+}
+
 // The gateway itself talks to the remote that a host behind it wants to reach from
 // the same port: nobody's packet is dropped, whoever comes first.
 func TestNFTMappingAndTheGatewaysOwnFlows(t *testing.T) {

@@ -142,6 +142,7 @@ func (m *mapper) keep() error {
 			m.taken[t] = struct{}{}
 		}
 	})
+	errs = append(errs, m.kernel.Teach(ms))
 	return errors.Join(append(errs, m.kernel.Take(slices.Collect(maps.Keys(m.taken))))...)
 }
 

@@ -256,6 +256,9 @@ func (d *Daemon) lookAtRules() error {
 	if mended || broken {
 		err = errors.Join(err, d.compare())
 	}
+	if mended && mappingConfig(cfg, nil) != nil {
+		d.wantReconcile() // the mappings of living flows
+	}
 	return err
 }
 

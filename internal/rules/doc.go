@@ -20,6 +20,15 @@
 //   - learn adds to the map what the first packet of a flow gives, while that
 //     packet is still inside, but not what is in the set denied.
 //
+// Apart from these it keeps one outside endpoint for each inside endpoint and
+// outside link, and gives it to no other one:
+//
+//   - map_source, before the user's source NAT, translates what has a mapping, and
+//     moves to a pool what would share a port. All else is left to the user's rules.
+//   - remember, behind the user's source NAT, learns mappings from the first packet
+//     of a flow, and with arrivals what else uses an outside port.
+//   - hairpin sends packets from inside to an outside endpoint to its owner.
+//
 // The package never touches another table, nor these when conenatd did not
 // make them. All changes are one transaction: a packet meets the old rules or the
 // new ones.

@@ -44,12 +44,12 @@ const (
 	// ownedLonger is how much longer an outside endpoint is owned than its
 	// mapping lasts. The other way round two hosts could have it for a moment.
 	ownedLonger = time.Second
-	// inboundTimeout and foreignTimeout are how long a flow is remembered after
-	// its last unanswered packet, by those who open it: at least as long as
-	// conntrack remembers it (nf_conntrack_udp_timeout, _stream). The daemon
-	// has to renew what lives longer.
-	inboundTimeout = time.Minute
-	foreignTimeout = 3 * time.Minute
+	// takenTimeout is how long a flow is remembered after its last unanswered packet
+	// from those who opened it: at least as long as conntrack remembers one without
+	// an answer, or with but one (nf_conntrack_udp_timeout). What lives longer is
+	// the daemon's to Take, for keptTimeout, which must outlast some reconciles.
+	takenTimeout = time.Minute
+	keptTimeout  = 3 * time.Minute
 	// addressTimeout is how long it is remembered which outside address the
 	// user's rules gave a host, and moverTimeout on which one it is moved to the
 	// pool: until its packet has met the next rules.
@@ -349,7 +349,7 @@ func (m *mapper) remember() {
 	m.rule(inbound, "its answers take the port", m.takeInbound())
 	m.rule(foreign, "a flow without a mapping takes the port", join(
 		reply(expr.CtKeySRCIP, 0), reply(expr.CtKeyPROTOSRC, 1), reply(expr.CtKeyPROTODST, 2),
-		put(m.taken, opUpdate, 0, 0, foreignTimeout)))
+		put(m.taken, opUpdate, 0, 0, takenTimeout)))
 
 	c := m.filter("remember", nftables.ChainHookPostrouting, rememberPriority)
 	m.rule(c, "answered flows end here", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
@@ -405,7 +405,7 @@ func (m *mapper) own(name string, endpoint piece, foreign *nftables.Chain) *nfta
 // takeInbound remembers a flow from outside by its first packet, as it came.
 func (m *mapper) takeInbound() piece {
 	return join(original(expr.CtKeySRCIP, 0), original(expr.CtKeyPROTOSRC, 1), original(expr.CtKeyPROTODST, 2),
-		put(m.taken, opUpdate, 0, 0, inboundTimeout))
+		put(m.taken, opUpdate, 0, 0, takenTimeout))
 }
 
 // arrivals remembers flows to the gateway itself. Those of a port that it serves

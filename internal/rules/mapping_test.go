@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"os"
 	"strings"
@@ -125,6 +126,10 @@ func TestTwoHostsOnOneSourcePortHaveOneOutsidePortEach(t *testing.T) {
 	m.maps(one, m.ext(3074), m.peer(lab.PeerB, 9))
 	if c := count(t, m.tables); c.Moved != 1 || c.LeftToRules != 0 {
 		t.Errorf("%+v", c)
+	}
+	// Only the user's rules tell what outside address a host has.
+	if list := m.listSet("map", "addresses"); !strings.Contains(list, "10.47.11.109") || strings.Contains(list, "10.47.11.110") {
+		t.Error(list)
 	}
 }
 
@@ -296,9 +301,11 @@ func TestOnlyOwnFlowsRefreshAMapping(t *testing.T) {
 		t.Errorf("%v left of a minute", left)
 	}
 	m.maps(in, m.ext(3074), m.peer(lab.PeerB, 3074))
-	// Before Linux 6.12 an element keeps the timeout that it was made with.
-	if left := m.mappings()[p]; left < 59*time.Second {
+	if left := m.mappings()[p]; left < 4*time.Minute {
 		t.Errorf("%v left after a new flow", left)
+	}
+	if list := m.listSet("map", "owned"); !strings.Contains(list, "expires 5m") && !strings.Contains(list, "expires 4m") {
+		t.Error(list)
 	}
 }
 
@@ -439,8 +446,19 @@ func TestNothingElseGetsAMapping(t *testing.T) {
 		{"from the gateway", lab.Masquerade, func(m *mapper) {
 			m.contact(listen(m.t, m.Gateway, m.Gateway.Addr, 5060), m.peer(lab.PeerA, 5060))
 		}},
+		{"in another zone", lab.Masquerade + "table ip zones { chain c { type filter hook prerouting priority -300; udp sport 5060 ct zone set 7; }; }", func(m *mapper) {
+			check(m.t, m.host(0, 5060).Send(netip.AddrPortFrom(lab.PeerA, 5060), "x"))
+		}},
 		{"to the gateway", lab.Masquerade, func(m *mapper) {
 			check(m.t, m.host(0, 5060).Send(netip.AddrPortFrom(m.Gateway.Addr, 5060), "x"))
+		}},
+		{"from an outside port that the gateway serves", lab.MasqueradeRange(53, 53), func(m *mapper) {
+			if ext := m.contact(m.host(0, 5060), m.peer(lab.PeerA, 5060)); ext != m.ext(53) {
+				m.t.Errorf("got %v", ext)
+			}
+		}},
+		{"between translated inside hosts", `table ip nat { chain c { type nat hook postrouting priority srcnat; masquerade; }; }`, func(m *mapper) {
+			m.contact(m.host(0, 5060), listen(m.t, m.Guest, m.Guest.Addr, 5060))
 		}},
 		{"between inside hosts", lab.Masquerade, func(m *mapper) {
 			m.contact(m.host(0, 5060), listen(m.t, m.Guest, m.Guest.Addr, 5060))
@@ -452,7 +470,12 @@ func TestNothingElseGetsAMapping(t *testing.T) {
 			// The rules have seen it: a packet that gives a mapping comes later.
 			check(t, m.NFT(`table ip nat2 { chain c { type nat hook postrouting priority srcnat; oifname "wan0" masquerade; }; }`))
 			last := m.host(0, 6000)
-			m.holds(mapped(last, m.contact(last, m.peer(lab.PeerA, 6000))))
+			ext := m.contact(last, m.peer(lab.PeerA, 6000))
+			if ext.Port() == 53 {
+				m.holds()
+				return
+			}
+			m.holds(mapped(last, ext))
 		})
 	}
 }
@@ -939,6 +962,185 @@ func TestNoPacketIsLostWhateverComes(t *testing.T) {
 				t.Errorf("%v", m.mappings())
 			}
 			t.Logf("%d flows left to the rules, %d astray", c.LeftToRules, astray)
+		})
+	}
+}
+
+// Ports of TCP are others.
+func TestTCPIsTheUsersRules(t *testing.T) {
+	m := newMapper(t, lab.Options{Inside: 2}, hairpinning)
+	m.maps(m.host(0, 3074), m.ext(3074), m.peer(lab.PeerA, 3074))
+	m.contact(m.host(1, 3074), m.peer(lab.PeerB, 3074))
+	var server net.Listener
+	check(t, m.Outside.Do(func() (err error) {
+		server, err = net.Listen("tcp", "203.0.113.5:80")
+		return err
+	}))
+	defer server.Close()
+	check(t, m.Inside(1).Do(func() error {
+		from := net.Dialer{LocalAddr: &net.TCPAddr{IP: m.Inside(1).Addr.AsSlice(), Port: 3074}, Timeout: 5 * time.Second}
+		c, err := from.Dial("tcp", server.Addr().String())
+		if err != nil {
+			return err
+		}
+		return c.Close()
+	}))
+	c, err := server.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if got := c.RemoteAddr().String(); got != m.ext(3074).String() {
+		t.Errorf("seen as %s", got)
+	}
+}
+
+// Between the subnets of Hairpin, with mappings or without.
+func TestHairpinOfASubnetWithoutMappings(t *testing.T) {
+	m := newMapper(t, lab.Options{Inside: 2, Guest: true}, withMapping(func(_ *rules.Desired, c *rules.MappingConfig) {
+		c.Hairpin = []netip.Prefix{lab.InsideNet, lab.GuestNet}
+	}))
+	peer := m.peer(lab.PeerA, 1)
+	in, guest := m.host(0, 3074), listen(t, m.Guest, m.Guest.Addr, 5000)
+	m.maps(in, m.ext(3074), peer)
+	m.hairpins(guest, m.ext(3074), in, m.ext(5000))
+	m.holds(mapped(in, m.ext(3074)))
+	// The guest's flow has port 5000 towards the inside host, whoever owns it.
+	other := m.host(1, 5000)
+	m.maps(other, m.ext(5000), peer)
+	check(t, other.Send(m.ext(3074), "from the owner"))
+	for got := ""; got != "from the owner"; {
+		var err error
+		if got, _, err = in.Recv(5 * time.Second); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A newcomer gets the same port of the pool each time, unless something has it.
+func TestAPoolPortThatIsInUseIsPassedOver(t *testing.T) {
+	newcomer := func(d rules.Desired, before func(m *mapper, peer *lab.Socket)) netip.AddrPort {
+		m := newMapper(t, lab.Options{Inside: 2}, d)
+		peer := m.peer(lab.PeerA, 1)
+		m.maps(m.host(0, 3074), m.ext(3074), peer)
+		before(m, peer)
+		in := m.host(1, 3074)
+		ext := m.contact(in, peer)
+		if !inPool(ext) || ext.Port()%2 != 0 {
+			t.Errorf("got %v", ext)
+		}
+		m.maps(in, ext, m.peer(lab.PeerB, 1))
+		return ext
+	}
+	nothing := func(*mapper, *lab.Socket) {}
+	first := newcomer(mapping, nothing)
+	if again := newcomer(mapping, nothing); again != first {
+		t.Errorf("%v at first, then %v", first, again)
+	}
+	if got := newcomer(withMapping(func(_ *rules.Desired, c *rules.MappingConfig) { c.Served = []uint16{first.Port()} }), nothing); got == first {
+		t.Error("the gateway serves it")
+	}
+	if got := newcomer(mapping, func(m *mapper, peer *lab.Socket) {
+		check(t, m.kept().Take([]rules.Taken{{Remote: cone.EndpointFrom(peer.Addr()), Port: first.Port()}}))
+	}); got == first {
+		t.Error("it is taken towards the peer")
+	}
+	if got := newcomer(mapping, func(m *mapper, _ *lab.Socket) {
+		p := rules.Mapping{Link: "wan0", Int: cone.EndpointFrom(netip.MustParseAddrPort("10.47.11.200:1")), Ext: cone.EndpointFrom(first)}
+		m.kept().Keep([]rules.Mapping{p}, func(_ int, err error) { t.Error(err) })
+	}); got == first {
+		t.Error("another one has it")
+	}
+}
+
+// An inside host may send from port 0; conntrack takes that for none.
+func TestPortZeroGetsNoMapping(t *testing.T) {
+	m := newMapper(t, lab.Options{}, mapping)
+	udp(t, m.Inside(0), netip.AddrPortFrom(m.Inside(0).Addr, 0), netip.AddrPortFrom(lab.PeerA, 5060))
+	eventually(t, func() bool { return len(entries(t, m.Lab, "-p", "udp", "-d", lab.PeerA.String())) == 1 })
+	m.holds()
+}
+
+func TestFlowsOfOtherZonesAreLeftToTheRules(t *testing.T) {
+	m := newMapper(t, lab.Options{Rules: randomly("fully-random") + `
+		table ip zones { chain c { type filter hook prerouting priority -300; udp dport 7777 ct zone set 7; }; }`}, mapping)
+	in := m.host(0, 3074)
+	ext := m.contact(in, m.peer(lab.PeerA, 1))
+	for i := range 2 { // one may have that port by chance
+		got, err := in.Contact(m.peer(netip.AddrFrom4([4]byte{203, 0, 113, byte(50 + i)}), 7777))
+		check(t, err)
+		if got != ext {
+			m.holds(mapped(in, ext))
+			return
+		}
+	}
+	t.Errorf("%v went by its mapping", in.Addr())
+}
+
+// The user forwards a port that a mapping has, and the peer comes in by that.
+func TestAForwardOfTheUsersIsInNobodysWay(t *testing.T) {
+	m := newMapper(t, lab.Options{Inside: 2}, mapping)
+	one, two, peers := m.host(0, 4000), m.host(1, 9), m.peers()
+	m.maps(one, m.ext(4000), peers[0])
+	check(t, m.NFT(`table ip user { chain c {
+		type nat hook prerouting priority dstnat; iifname "wan0" udp dport 4000 dnat to 10.47.11.110:9; }; }`))
+	check(t, lab.Arrives(two, lab.Packet{From: peers[1], To: m.ext(4000), Payload: "forwarded"}))
+	if ext := m.contact(one, peers[1]); ext == m.ext(4000) {
+		t.Error("two flows have one outside port towards one peer")
+	}
+	m.maps(one, m.ext(4000), peers[0])
+}
+
+// The second host's flow cannot have its mapping, and gets the first one's port.
+func TestAFlowLeftToTheRulesIsInNobodysWay(t *testing.T) {
+	m := newMapper(t, lab.Options{Inside: 2}, mapping)
+	one, two, peers := m.host(0, 3074), m.host(1, 3074), m.peers()
+	m.maps(one, m.ext(3074), peers[0])
+	ext := m.contact(two, peers[0])
+	check(t, m.kept().Take([]rules.Taken{{Remote: cone.EndpointFrom(peers[1].Addr()), Port: ext.Port()}}))
+	m.contact(listen(t, m.Gateway, m.Gateway.Addr, ext.Port()), peers[1])
+	if got := m.contact(two, peers[1]); got != m.ext(3074) {
+		t.Fatalf("got %v", got)
+	}
+	if got := m.contact(one, peers[1]); got == m.ext(3074) {
+		t.Error("two flows have one outside port towards one peer")
+	}
+	m.maps(one, m.ext(3074), peers[2])
+	m.maps(two, ext, peers[2])
+}
+
+// A daemon that starts knows mappings from flows, and the kernel has seen none.
+func TestTeachTellsOnWhichAddressTheirPoolIs(t *testing.T) {
+	for name, tc := range map[string]struct {
+		more  []string // further outside addresses of the link
+		teach bool
+		moved bool
+	}{
+		"not taught":        {nil, false, false},
+		"one address":       {nil, true, true},
+		"several addresses": {[]string{"198.51.100.77"}, true, false}, // which one is the newcomer's?
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMapper(t, lab.Options{Inside: 2}, mapping)
+			one, two := m.Inside(0).Addr, m.host(1, 3074)
+			ms := []rules.Mapping{{
+				Link: "wan0", Int: cone.EndpointFrom(netip.AddrPortFrom(one, 3074)), Ext: cone.EndpointFrom(m.ext(3074)),
+			}}
+			m.kept().Keep(ms, func(_ int, err error) { t.Fatal(err) })
+			for _, a := range tc.more {
+				ms = append(ms, rules.Mapping{
+					Link: "wan0", Int: cone.EndpointFrom(netip.AddrPortFrom(one, 3075)),
+					Ext: cone.EndpointFrom(netip.AddrPortFrom(netip.MustParseAddr(a), 3075)),
+				})
+			}
+			for range 2 { // again, it changes nothing
+				if tc.teach {
+					check(t, m.kept().Teach(ms))
+				}
+			}
+			if ext := m.contact(two, m.peer(lab.PeerA, 3074)); inPool(ext) != tc.moved {
+				t.Errorf("the newcomer leaves as %v", ext)
+			}
 		})
 	}
 }

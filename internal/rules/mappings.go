@@ -150,8 +150,76 @@ func (m *Mappings) take(seq uint32, f *Taken) {
 	putEndpoint(m.key[:], f.Remote)
 	putPort(m.key[ownedKeyLen:], f.Port)
 	for i, typ := range []uint16{unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM, unix.NFT_MSG_NEWSETELEM} {
-		m.element(seq+uint32(i), typ, takenSet, takenKeyLen, 0, foreignTimeout)
+		m.element(seq+uint32(i), typ, takenSet, takenKeyLen, 0, keptTimeout)
 	}
+}
+
+// Teach tells the kernel which outside addresses the user's rules gave to the hosts
+// of living flows: a newcomer gets its port of the pool on the same one.
+func (m *Mappings) Teach(ms []Mapping) error {
+	var hints []hint
+	seen := make(map[hint]struct{})
+	add := func(h hint) bool {
+		_, old := seen[h]
+		if !old {
+			seen[h] = struct{}{}
+			hints = append(hints, h)
+		}
+		return !old
+	}
+	addresses := make(map[string]int) // of a link
+	for _, p := range ms {
+		add(hint{p.Link, p.Int.Addr, p.Ext.Addr})
+		if add(hint{link: p.Link, ext: p.Ext.Addr}) {
+			addresses[p.Link]++
+		}
+	}
+	var errs []error
+	for base := 0; base < len(hints); base += batch {
+		part := hints[base:min(base+batch, len(hints))]
+		clear(m.errs[:])
+		transact(m, part, 2, func(seq uint32, h *hint) { m.hint(seq, h, addresses[h.link] > 1) })
+		for _, err := range m.errs[:len(part)] {
+			// Another address for the same host: the kernel's own is newer.
+			if err != nil && !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.EEXIST) {
+				errs = append(errs, fmt.Errorf("add element: %w", nfnl.Permitted(err)))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// A hint is the outside address of a host on a link, or, without a host, one of
+// those of the link.
+type hint struct {
+	link    string
+	in, ext cone.Addr
+}
+
+func (m *Mappings) hint(seq uint32, h *hint, several bool) {
+	key := func(a []byte) {
+		clear(m.key[:unix.IFNAMSIZ])
+		copy(m.key[:unix.IFNAMSIZ-1], h.link)
+		copy(m.key[unix.IFNAMSIZ:], a)
+	}
+	clear(m.value[:4])
+	copy(m.value[4:], h.ext[12:])
+	const valueLen = 8
+	nobody := [4]byte{}
+	switch {
+	case h.in != (cone.Addr{}):
+		key(h.in[12:])
+		m.element(seq, unix.NFT_MSG_NEWSETELEM, addressesMap, hostKeyLen, valueLen, addressTimeout)
+		return
+	case several:
+		key(nobody[:])
+		m.element(seq, unix.NFT_MSG_NEWSETELEM, translatedSet, hostKeyLen, 0, addressTimeout)
+	default:
+		key(nobody[:])
+		m.element(seq, unix.NFT_MSG_NEWSETELEM, addressesMap, hostKeyLen, valueLen, addressTimeout)
+	}
+	key(h.ext[12:])
+	m.element(seq+1, unix.NFT_MSG_NEWSETELEM, translatedSet, hostKeyLen, 0, addressTimeout+ownedLonger)
 }
 
 // List calls f for every mapping, with the time that it has left. What comes or

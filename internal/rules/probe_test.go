@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
@@ -55,17 +56,39 @@ func TestMissingFeaturesAreLeftOut(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer table.Close()
-	table.missing = []*UnsupportedError{&features[1].UnsupportedError, &features[2].UnsupportedError}
-	if _, err := table.Set(Desired{Guard: true, Expectations: true, MaxChildren: 7}); err != nil {
+	table.missing = []*UnsupportedError{&features[1].UnsupportedError, &features[2].UnsupportedError, &features[5].UnsupportedError}
+	if _, err := table.Set(Desired{Guard: true, Expectations: true, MaxChildren: 7, Mapping: &tryMapping}); err != nil {
 		t.Fatal(err)
 	}
 	got, err := l.Ruleset()
-	if err != nil || strings.Contains(got, "chain guard") || strings.Contains(got, "chain children") || !strings.Contains(got, "th dport 0") {
+	if err != nil || strings.Contains(got, "chain guard") || strings.Contains(got, "chain children") || strings.Contains(got, "mappings") || !strings.Contains(got, "th dport 0") {
 		t.Error(got, err)
 	}
 	for _, m := range table.missing {
-		if !strings.Contains(m.Error(), "not supported: load the module nft_") {
+		if !strings.Contains(m.Error(), "not supported: load the module") {
 			t.Error(m)
+		}
+	}
+}
+
+// A kernel without IPsec has no policies to look at; mappings go without.
+func TestMappingsWithoutIPsec(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{})
+	table, err := Open(Config{NetNS: l.Gateway.FD()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer table.Close()
+	if table.noIPsec {
+		t.Error("a kernel with IPsec is taken for one without")
+	}
+	for _, none := range []bool{false, true} {
+		table.noIPsec = none
+		if _, err := table.Set(Desired{Mapping: &MappingConfig{PoolFirst: 50000, PoolLast: 50999, Lifetime: time.Minute, Size: 10}}); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := l.Ruleset(); err != nil || strings.Contains(got, "rt ipsec exists") == none || !strings.Contains(got, "chain map_source") {
+			t.Error(got, err)
 		}
 	}
 }

@@ -114,6 +114,9 @@ func (*Mappings) Keep(ms []Mapping, refused func(i int, err error)) {
 // Revoke returns an *UnsupportedError, as do Take, List and Forget.
 func (*Mappings) Revoke([]Mapping) error { return errNoBuild }
 
+// Teach returns an *UnsupportedError.
+func (*Mappings) Teach([]Mapping) error { return errNoBuild }
+
 // Take returns an *UnsupportedError.
 func (*Mappings) Take([]Taken) error { return errNoBuild }
 
