@@ -209,8 +209,9 @@ func TestNFTHairpin(t *testing.T) {
 // An outside address goes, and with it its mappings, at once.
 func TestNFTMappingsEndWithTheirAddress(t *testing.T) {
 	s := play(t, lab.Options{}, auto[0], mapped, "--reconcile=1h")
-	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
+	phone, proxy, another := s.inside(0, 5060), s.peer(lab.PeerA, 5060), s.peer(lab.PeerB, 5060)
 	s.contact(phone, proxy)
+	s.contact(phone, another) // translated by the mapping
 	mappings := func() string {
 		out, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", "mappings")
 		s.must(err)
@@ -230,7 +231,6 @@ func TestNFTMappingsEndWithTheirAddress(t *testing.T) {
 	s.until("the mappings are gone", func() bool { return !strings.Contains(mappings(), "198.51.100.1 ") })
 	_, err := s.Outside.Output("ip", "route", "replace", "198.51.100.77/32", "dev", "eth0")
 	s.must(err)
-	another := s.peer(lab.PeerB, 5060)
 	s.until("the new address is in use", func() bool {
 		return s.contact(phone, another).Addr().String() == "198.51.100.77"
 	})

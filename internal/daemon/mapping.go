@@ -11,6 +11,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
 )
@@ -154,12 +155,65 @@ func (f *firewall) forgetAddresses(cfg config.Config, old, network gateway.Netwo
 	}
 	var errs []error
 	have := outsideAddrs(network)
+	gone := make(map[cone.Addr]struct{})
 	for a := range outsideAddrs(old) {
 		if _, ok := have[a]; !ok && a.Is4() {
+			gone[a] = struct{}{}
+		}
+	}
+	// A flow that nobody answers teaches its mapping again with each packet, and a
+	// mapping makes such flows: until there are none.
+	for range 10 {
+		for a := range gone {
 			errs = append(errs, f.tables.NewMappings(c).Forget(a.Netip()))
+		}
+		if len(gone) == 0 {
+			break
+		}
+		n, err := endFlows(gone)
+		if errs = append(errs, err); n == 0 || err != nil {
+			break
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// endFlows ends the flows that were translated to addresses that are gone. The
+// kernel does that for a masquerade, but not for the fixed address of a mapping.
+func endFlows(gone map[cone.Addr]struct{}) (n int, err error) {
+	q, err := ctwatch.DialQueries(ctwatch.Config{})
+	if err != nil {
+		return 0, err
+	}
+	defer q.Close()
+	var flows []cone.Flow
+	err = q.Dump(func(f *cone.Flow) {
+		if _, ok := gone[f.ReplyDst.Addr]; ok && f.Status.Has(cone.StatusSrcNAT) {
+			flows = append(flows, *f)
+		}
+	})
+	errs := []error{err}
+	for _, f := range flows {
+		_, err := q.Delete(f.Src, f.Dst, f.OrigZone, f.ID)
+		errs = append(errs, err)
+	}
+	return len(flows), errors.Join(errs...)
+}
+
+// revokeServed ends the mappings whose outside port the gateway serves now.
+func (f *firewall) revokeServed(cfg config.Config) error {
+	c := mappingConfig(cfg, nil)
+	if c == nil || !f.maps() || len(f.served) == 0 {
+		return nil
+	}
+	m := f.tables.NewMappings(c)
+	var ends []rules.Mapping
+	err := m.List(func(x rules.Mapping, _ time.Duration) {
+		if slices.Contains(f.served, x.Ext.Port) {
+			ends = append(ends, x)
+		}
+	})
+	return errors.Join(err, m.Revoke(ends))
 }
 
 // localPorts reads the ports that the kernel gives to the gateway's own sockets.

@@ -220,7 +220,7 @@ func (d *Daemon) serve(cfg config.Config, network gateway.Network, held *gateway
 	}
 	d.firewall.served = served
 	_, err = d.firewall.set(cfg, network.OutsideLinks())
-	return err
+	return errors.Join(err, d.firewall.revokeServed(cfg))
 }
 
 // lookAtRules looks whether somebody changed nftables since the last time: our

@@ -969,30 +969,34 @@ func TestNoPacketIsLostWhateverComes(t *testing.T) {
 // Ports of TCP are others.
 func TestTCPIsTheUsersRules(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 2}, hairpinning)
-	m.maps(m.host(0, 3074), m.ext(3074), m.peer(lab.PeerA, 3074))
-	m.contact(m.host(1, 3074), m.peer(lab.PeerB, 3074))
+	one, two, peer := m.host(0, 3074), m.host(1, 3074), m.peer(lab.PeerA, 3074)
+	m.maps(one, m.ext(3074), peer)
+	ext := m.contact(two, peer)
 	var server net.Listener
 	check(t, m.Outside.Do(func() (err error) {
 		server, err = net.Listen("tcp", "203.0.113.5:80")
 		return err
 	}))
 	defer server.Close()
-	check(t, m.Inside(1).Do(func() error {
-		from := net.Dialer{LocalAddr: &net.TCPAddr{IP: m.Inside(1).Addr.AsSlice(), Port: 3074}, Timeout: 5 * time.Second}
-		c, err := from.Dial("tcp", server.Addr().String())
+	for _, port := range []int{3074, 5555} {
+		check(t, m.Inside(1).Do(func() error {
+			from := net.Dialer{LocalAddr: &net.TCPAddr{IP: m.Inside(1).Addr.AsSlice(), Port: port}, Timeout: 5 * time.Second}
+			c, err := from.Dial("tcp", server.Addr().String())
+			if err != nil {
+				return err
+			}
+			return c.Close()
+		}))
+		c, err := server.Accept()
 		if err != nil {
-			return err
+			t.Fatal(err)
 		}
-		return c.Close()
-	}))
-	c, err := server.Accept()
-	if err != nil {
-		t.Fatal(err)
+		if got := c.RemoteAddr().String(); got != m.ext(uint16(port)).String() {
+			t.Errorf("seen as %s", got)
+		}
+		check(t, c.Close())
 	}
-	defer c.Close()
-	if got := c.RemoteAddr().String(); got != m.ext(3074).String() {
-		t.Errorf("seen as %s", got)
-	}
+	m.holds(mapped(one, m.ext(3074)), mapped(two, ext))
 }
 
 // Between the subnets of Hairpin, with mappings or without.
