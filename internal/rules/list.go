@@ -18,59 +18,88 @@ import (
 // time that it has left. What comes or goes meanwhile may be missing. It has a
 // connection of its own.
 func (m *Map) List(f func(p cone.Permission, left time.Duration)) error {
-	c, err := nfnl.Dial(m.netns)
+	return dump(m.netns, m.table, permissionMap, func(key, value []byte, left time.Duration) {
+		if p, ok := permissionOf(key, value); ok {
+			p.Wild = m.wild(p.Peer)
+			f(p, left)
+		}
+	})
+}
+
+// dump calls f for every element of a set, by a connection of its own. Where there
+// is no such set it does nothing.
+func dump(netns int, table, set string, f func(key, value []byte, left time.Duration)) error {
+	c, err := nfnl.Dial(netns)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = c.Close() }()
 	var e nfnl.Encoder
 	e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETSETELEM, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_INET)
-	e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, m.table)
-	e.Str(unix.NFTA_SET_ELEM_LIST_SET, permissionMap)
+	e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, table)
+	e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
 	e.End()
 	var refused error
 	err = c.Exchange(&e, func(_ uint32, err error) { refused = err }, func(_ uint16, body []byte) {
-		parseElements(body, func(p cone.Permission, left time.Duration) {
-			p.Wild = m.wild(p.Peer)
-			f(p, left)
-		})
+		eachElement(body, f)
 	})
 	if err == nil && !errors.Is(refused, unix.ENOENT) { // else the table is not there
 		err = refused
 	}
 	if err != nil {
-		return fmt.Errorf("list map of permissions: %w", nfnl.Permitted(err))
+		return fmt.Errorf("list set %s: %w", set, nfnl.Permitted(err))
 	}
 	return nil
 }
 
 const nfgenmsgLen = 4
 
-// parseElements reads a message of a dump.
-func parseElements(body []byte, f func(p cone.Permission, left time.Duration)) {
+// eachElement calls f for every element in a message of a dump.
+func eachElement(body []byte, f func(key, value []byte, left time.Duration)) {
 	if len(body) < nfgenmsgLen {
 		return
 	}
 	attributes(body[nfgenmsgLen:], func(typ uint16, b []byte) {
 		if typ == unix.NFTA_SET_ELEM_LIST_ELEMENTS {
-			attributes(b, func(_ uint16, b []byte) {
-				if p, left, ok := parseElement(b); ok {
-					f(p, left)
-				}
-			})
+			attributes(b, func(_ uint16, b []byte) { f(elementParts(b)) })
 		}
 	})
 }
 
-// parseElement reads one element. It skips what it does not know.
-func parseElement(b []byte) (p cone.Permission, left time.Duration, ok bool) {
-	key, value, left := elementParts(b)
+// elementParts reads one element. It skips what it does not know.
+func elementParts(b []byte) (key, value []byte, left time.Duration) {
+	attributes(b, func(typ uint16, b []byte) {
+		switch typ {
+		case unix.NFTA_SET_ELEM_KEY:
+			key = data(b)
+		case unix.NFTA_SET_ELEM_DATA:
+			value = data(b)
+		case unix.NFTA_SET_ELEM_EXPIRATION:
+			if len(b) == 8 {
+				left = time.Duration(binary.BigEndian.Uint64(b)) * time.Millisecond
+			}
+		}
+	})
+	return key, value, left
+}
+
+// parseElements calls f for every permission in a message of a dump. It skips what
+// it does not know.
+func parseElements(body []byte, f func(p cone.Permission, left time.Duration)) {
+	eachElement(body, func(key, value []byte, left time.Duration) {
+		if p, ok := permissionOf(key, value); ok {
+			f(p, left)
+		}
+	})
+}
+
+func permissionOf(key, value []byte) (p cone.Permission, ok bool) {
 	if len(key) != keyLen || len(value) != valueLen {
-		return p, 0, false
+		return p, false
 	}
 	p.Peer, p.Ext = cone.AddrFrom4([4]byte(key)), endpoint(key[4:])
 	p.Int, p.Mark = endpoint(value), binary.NativeEndian.Uint32(value[8:])
-	return p, left, true
+	return p, true
 }
 
 func endpoint(b []byte) cone.Endpoint {

@@ -24,7 +24,7 @@ import (
 // The kernel may add elements by itself (MapConfig.Learn). An element is nobody's
 // in particular: what the Map grants, refreshes or revokes may have been learned.
 type Map struct {
-	w        *writer
+	batcher
 	netns    int
 	table    string
 	size     int
@@ -34,17 +34,7 @@ type Map struct {
 	uncapped bool                  // the kernel lacks what that takes
 	denied   map[cone.Key]struct{} // as far as this process knows
 	broken   bool
-
-	// The batch that is under way, kept here so that it costs no allocation.
-	enc    nfnl.Encoder
-	errs   [batch]error // of the permissions that were refused
-	first  uint32
-	failed func(seq uint32, err error)
 }
-
-// batch is how many permissions go into one transaction. Its cost is shared; a
-// socket's buffer must have room for as many answers.
-const batch = 256
 
 // perElement is how many messages an element has in a batch at most.
 const perElement = 2
@@ -52,17 +42,12 @@ const perElement = 2
 // NewMap returns the Map of t.
 func (t *Tables) NewMap(c *MapConfig) *Map {
 	m := &Map{
-		w: t.w, netns: t.netns, table: t.name, size: c.Size, lifetime: c.Lifetime,
+		netns: t.netns, table: t.name, size: c.Size, lifetime: c.Lifetime,
 		uncapped: t.Lacks(FeatureLearn),
 		denied:   make(map[cone.Key]struct{}),
 	}
 	m.Configure(c)
-	m.failed = func(seq uint32, err error) {
-		// What comes later fails for what came first.
-		if i := (seq - m.first - 1) / perElement; i < batch && m.errs[i] == nil {
-			m.errs[i] = err
-		}
-	}
+	m.begin(t.w)
 	return m
 }
 
@@ -241,39 +226,7 @@ func (m *Map) lift(ps []cone.Permission) {
 // transaction, leaving out what the kernel refuses. That is in m.errs afterwards.
 func (m *Map) transact(ps []cone.Permission, encode func(seq uint32, p *cone.Permission)) {
 	clear(m.errs[:len(ps)])
-	m.w.Lock()
-	defer m.w.Unlock()
-	for {
-		m.enc.Reset()
-		m.first = m.w.batch.NextSeq(len(ps)*perElement + 2)
-		m.enc.BeginTransaction(unix.NFNL_SUBSYS_NFTABLES, m.first)
-		sent := 0
-		for i := range ps {
-			if m.errs[i] == nil {
-				encode(m.first+1+uint32(i*perElement), &ps[i])
-				sent++
-			}
-		}
-		if sent == 0 {
-			return
-		}
-		m.enc.EndTransaction(unix.NFNL_SUBSYS_NFTABLES, m.first+1+uint32(len(ps)*perElement))
-		m.w.commits++
-		err := m.w.batch.Exchange(&m.enc, m.failed, nil)
-		done := 0
-		for i := range ps {
-			switch {
-			case m.errs[i] != nil:
-			case err != nil:
-				m.errs[i] = err // nobody knows what the kernel did
-			default:
-				done++
-			}
-		}
-		if done == sent || err != nil {
-			return
-		}
-	}
+	transact(&m.batcher, ps, perElement, encode)
 }
 
 func (m *Map) add(seq uint32, p *cone.Permission) {

@@ -20,29 +20,17 @@ import (
 // to. They may be used beside the Tables; their own methods must not be called at
 // the same time, but for List, which may run beside all.
 type Mappings struct {
-	w        *writer
-	netns    int
-	table    string
-	lifetime time.Duration
-
-	// The batch that is under way, kept here so that it costs no allocation.
-	enc        nfnl.Encoder
-	errs       [batch]error
-	first      uint32
-	per        uint32 // messages for each element of the batch
-	failed     func(seq uint32, err error)
-	key, value [64]byte
+	batcher
+	netns      int
+	table      string
+	lifetime   time.Duration
+	key, value [64]byte // of the element that is being encoded
 }
 
 // NewMappings returns the Mappings of t.
 func (t *Tables) NewMappings(c *MappingConfig) *Mappings {
-	m := &Mappings{w: t.w, netns: t.netns, table: t.name, lifetime: c.Lifetime}
-	m.failed = func(seq uint32, err error) {
-		// What comes later fails for what came first.
-		if i := (seq - m.first - 1) / m.per; i < batch && m.errs[i] == nil {
-			m.errs[i] = err
-		}
-	}
+	m := &Mappings{netns: t.netns, table: t.name, lifetime: c.Lifetime}
+	m.begin(t.w)
 	return m
 }
 
@@ -60,14 +48,14 @@ func (m *Mappings) Keep(ms []Mapping, refused func(i int, err error)) {
 	for base := 0; base < len(ms); base += batch {
 		part := ms[base:min(base+batch, len(ms))]
 		clear(m.errs[:])
-		transact(m, part, 2, m.add)
+		transact(&m.batcher, part, 2, m.add)
 		for i := range part {
 			// In the way may be one of the same batch that was refused itself.
 			if conflicts(m.errs[i]) {
 				m.alone(part, i)
 			}
 		}
-		transact(m, part, 4, m.renew)
+		transact(&m.batcher, part, 4, m.renew)
 		for i := range part {
 			switch err := m.errs[i]; {
 			case err == nil:
@@ -86,7 +74,7 @@ func conflicts(err error) bool { return errors.Is(err, unix.EBUSY) || errors.Is(
 func (m *Mappings) alone(ms []Mapping, i int) {
 	errs := m.errs
 	m.errs[0] = nil
-	transact(m, ms[i:i+1], 2, m.add)
+	transact(&m.batcher, ms[i:i+1], 2, m.add)
 	errs[i] = m.errs[0]
 	m.errs = errs
 }
@@ -115,9 +103,9 @@ func (m *Mappings) Revoke(ms []Mapping) error {
 		for _, owned := range []bool{false, true} {
 			clear(m.errs[:])
 			if owned {
-				transact(m, part, 1, m.disown)
+				transact(&m.batcher, part, 1, m.disown)
 			} else {
-				transact(m, part, 1, m.remove)
+				transact(&m.batcher, part, 1, m.remove)
 			}
 			for i := range part {
 				if err := m.errs[i]; err != nil && !errors.Is(err, unix.ENOENT) {
@@ -136,7 +124,7 @@ func (m *Mappings) Take(flows []Taken) error {
 	for base := 0; base < len(flows); base += batch {
 		part := flows[base:min(base+batch, len(flows))]
 		clear(m.errs[:])
-		transact(m, part, 3, m.take)
+		transact(&m.batcher, part, 3, m.take)
 		for _, err := range m.errs[:len(part)] {
 			if err != nil {
 				errs = append(errs, fmt.Errorf("add element: %w", nfnl.Permitted(err)))
@@ -178,7 +166,7 @@ func (m *Mappings) Teach(ms []Mapping) error {
 	for base := 0; base < len(hints); base += batch {
 		part := hints[base:min(base+batch, len(hints))]
 		clear(m.errs[:])
-		transact(m, part, 2, func(seq uint32, h *hint) { m.hint(seq, h, addresses[h.link] > 1) })
+		transact(&m.batcher, part, 2, func(seq uint32, h *hint) { m.hint(seq, h, addresses[h.link] > 1) })
 		for _, err := range m.errs[:len(part)] {
 			// Another address for the same host: the kernel's own is newer.
 			if err != nil && !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.EEXIST) {
@@ -225,7 +213,7 @@ func (m *Mappings) hint(seq uint32, h *hint, several bool) {
 // List calls f for every mapping, with the time that it has left. What comes or
 // goes meanwhile may be missing. It has a connection of its own.
 func (m *Mappings) List(f func(p Mapping, left time.Duration)) error {
-	return m.dump(mappingsMap, func(key, value []byte, left time.Duration) {
+	return dump(m.netns, m.table, mappingsMap, func(key, value []byte, left time.Duration) {
 		if len(key) == mappingsKeyLen && len(value) == mappingsValueLen {
 			f(Mapping{Link: linkOf(key), Int: endpoint(key[unix.IFNAMSIZ:]), Ext: endpoint(value[4:])}, left)
 		}
@@ -249,7 +237,7 @@ func (m *Mappings) Forget(addr netip.Addr) error {
 		return !addr.IsValid() || a == addr
 	}
 	collect := func(set string, ext func(key, value []byte) []byte) error {
-		return m.dump(set, func(key, value []byte, _ time.Duration) {
+		return dump(m.netns, m.table, set, func(key, value []byte, _ time.Duration) {
 			if len(key) != hostKeyLen {
 				return
 			}
@@ -267,7 +255,7 @@ func (m *Mappings) Forget(addr netip.Addr) error {
 	for base := 0; base < len(gone); base += batch {
 		part := gone[base:min(base+batch, len(gone))]
 		clear(m.errs[:])
-		transact(m, part, 1, func(seq uint32, e *setElement) {
+		transact(&m.batcher, part, 1, func(seq uint32, e *setElement) {
 			m.element(seq, unix.NFT_MSG_DELSETELEM, e.set, copy(m.key[:], e.key), 0, 0)
 		})
 		for _, e := range m.errs[:len(part)] {
@@ -360,96 +348,4 @@ func (m *Mappings) data(typ uint16, b []byte) {
 	e.B = append(e.B, b...)
 	e.Pad()
 	e.EndNest(nest)
-}
-
-// transact sends what encode makes of es, at most batch, as one transaction, leaving
-// out what has an error in m.errs and what the kernel refuses. That is in m.errs
-// afterwards.
-func transact[E any](m *Mappings, es []E, per uint32, encode func(seq uint32, e *E)) {
-	m.per = per
-	m.w.Lock()
-	defer m.w.Unlock()
-	for {
-		m.enc.Reset()
-		messages := len(es) * int(per)
-		m.first = m.w.batch.NextSeq(messages + 2)
-		m.enc.BeginTransaction(unix.NFNL_SUBSYS_NFTABLES, m.first)
-		sent := 0
-		for i := range es {
-			if m.errs[i] == nil {
-				encode(m.first+1+uint32(i)*per, &es[i])
-				sent++
-			}
-		}
-		if sent == 0 {
-			return
-		}
-		m.enc.EndTransaction(unix.NFNL_SUBSYS_NFTABLES, m.first+1+uint32(messages))
-		m.w.commits++
-		err := m.w.batch.Exchange(&m.enc, m.failed, nil)
-		done := 0
-		for i := range es {
-			switch {
-			case m.errs[i] != nil:
-			case err != nil:
-				m.errs[i] = err // nobody knows what the kernel did
-			default:
-				done++
-			}
-		}
-		if done == sent || err != nil {
-			return
-		}
-	}
-}
-
-// dump calls f for every element of a set. Where there is none it does nothing.
-func (m *Mappings) dump(set string, f func(key, value []byte, left time.Duration)) error {
-	c, err := nfnl.Dial(m.netns)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = c.Close() }()
-	var e nfnl.Encoder
-	e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETSETELEM, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_INET)
-	e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, m.table)
-	e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
-	e.End()
-	var refused error
-	err = c.Exchange(&e, func(_ uint32, err error) { refused = err }, func(_ uint16, body []byte) {
-		if len(body) < nfgenmsgLen {
-			return
-		}
-		attributes(body[nfgenmsgLen:], func(typ uint16, b []byte) {
-			if typ == unix.NFTA_SET_ELEM_LIST_ELEMENTS {
-				attributes(b, func(_ uint16, b []byte) {
-					f(elementParts(b))
-				})
-			}
-		})
-	})
-	if err == nil && !errors.Is(refused, unix.ENOENT) { // else the table is not there
-		err = refused
-	}
-	if err != nil {
-		return fmt.Errorf("list set %s: %w", set, nfnl.Permitted(err))
-	}
-	return nil
-}
-
-// elementParts reads one element. It skips what it does not know.
-func elementParts(b []byte) (key, value []byte, left time.Duration) {
-	attributes(b, func(typ uint16, b []byte) {
-		switch typ {
-		case unix.NFTA_SET_ELEM_KEY:
-			key = data(b)
-		case unix.NFTA_SET_ELEM_DATA:
-			value = data(b)
-		case unix.NFTA_SET_ELEM_EXPIRATION:
-			if len(b) == 8 {
-				left = time.Duration(binary.BigEndian.Uint64(b)) * time.Millisecond
-			}
-		}
-	})
-	return key, value, left
 }
