@@ -123,6 +123,9 @@ func (d *Daemon) change(cfg config.Config) error {
 	if err := checkPool(cfg, d.network, held, forwarded); err != nil {
 		return err
 	}
+	if d.firewall.served, err = servedPorts(cfg, held); err != nil {
+		return err
+	}
 	hasExpect, hasMap := d.backends.expect != nil, d.backends.nft != nil // written by us alone
 	if !hasExpect || !wantsExpect(cfg) {
 		if o, err = d.open(cfg); err != nil {

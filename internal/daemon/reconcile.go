@@ -214,6 +214,9 @@ func (d *Daemon) mendRules(cfg config.Config, network gateway.Network) (changed 
 
 // serve keeps mappings off the ports that the gateway serves now.
 func (d *Daemon) serve(cfg config.Config, network gateway.Network, held *gateway.PortSet) error {
+	if mappingConfig(cfg, nil) == nil {
+		return nil
+	}
 	served, err := servedPorts(cfg, held)
 	if err != nil || slices.Equal(served, d.firewall.served) {
 		return err
