@@ -220,7 +220,7 @@ func (s *scene) dump() string {
 // list is what "conenatd list" shows.
 func (s *scene) list() (ps []control.Permission) {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(s.t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(s.t.Context(), patience())
 	defer cancel()
 	s.must(control.Dial(s.d.Socket).Permissions(ctx, func(p control.Permission) error {
 		ps = append(ps, p)
