@@ -44,8 +44,8 @@ type Config struct {
 	// that leave by an outside link and are not source-NATed.
 	MappingExempt []netip.Prefix
 
-	// Hairpin lets the hosts of all subnets with endpoint-independent mapping
-	// reach each other by their outside endpoints (RFC 4787 REQ-9).
+	// Hairpin lets the hosts of all IPv4 subnets reach those with endpoint-
+	// independent mapping by their outside endpoints (RFC 4787 REQ-9).
 	Hairpin bool
 
 	// ExcludePeers holds prefixes, masked, whose addresses get no permission.
@@ -208,6 +208,11 @@ func Default() Config {
 // check finds what is wrong between one key and another.
 func (c *Config) check() (key string, err error) {
 	for i, g := range c.PeerGroups {
+		for _, s := range c.Subnets {
+			if g.Overlaps(s.Prefix) {
+				return "peer_groups", fmt.Errorf("%q overlaps subnet %q, whose hosts are inside: name peers", g, s.Prefix)
+			}
+		}
 		for _, h := range c.PeerGroups[:i] {
 			if g.Overlaps(h) {
 				return "peer_groups", fmt.Errorf("%q overlaps %q; a peer belongs to one group, so keep one of the two", g, h)
@@ -221,6 +226,10 @@ func (c *Config) check() (key string, err error) {
 	}
 	mapped := false
 	for _, s := range c.Subnets {
+		if s.Routed && s.Filtering == EndpointIndependent {
+			return "subnet", fmt.Errorf("%q is routed, and endpoint_independent filtering is for source NAT: "+
+				"an expectation for everybody would let other inside networks in", s.Prefix)
+		}
 		mapped = mapped || s.Mapping == EndpointIndependentMapping
 	}
 	if c.Hairpin && !mapped {

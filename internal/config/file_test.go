@@ -46,7 +46,7 @@ mapping = "endpoint_independent"
 [[subnet]]
 prefix = "2001:db8:1::/64"
 routed = true
-filtering = "endpoint_independent"
+filtering = "address_and_port_dependent"
 
 [[subnet]]
 prefix = "auto"
@@ -80,7 +80,7 @@ func everyConfig() Config {
 		AutoSubnets:   true,
 		Subnets: []Subnet{
 			{Prefix: netip.MustParsePrefix("192.168.1.0/24"), Mapping: EndpointIndependentMapping},
-			{Prefix: netip.MustParsePrefix("2001:db8:1::/64"), Routed: true, Filtering: EndpointIndependent},
+			{Prefix: netip.MustParsePrefix("2001:db8:1::/64"), Routed: true, Filtering: AddressAndPortDependent},
 		},
 	}
 }
@@ -260,6 +260,14 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 		"a forward in the pool": {
 			"exclude_ports = [62000]\n[[subnet]]\nprefix = \"10.0.0.0/8\"\nmapping = \"endpoint_independent\"",
 			`1: exclude_ports: 62000, which you forward, is in port_pool "61000-65535": choose a pool of ports that nobody uses`,
+		},
+		"an open subnet that is routed": {
+			"[[subnet]]\nprefix = \"10.0.0.0/8\"\nrouted = true\nfiltering = \"endpoint_independent\"",
+			`1: subnet: "10.0.0.0/8" is routed, and endpoint_independent filtering is for source NAT: an expectation for everybody would let other inside networks in`,
+		},
+		"a group inside": {
+			"peer_groups = [\"10.1.0.0/16\"]\n[[subnet]]\nprefix = \"10.0.0.0/8\"",
+			`1: peer_groups: "10.1.0.0/16" overlaps subnet "10.0.0.0/8", whose hosts are inside: name peers`,
 		},
 		"groups that overlap": {
 			"peer_groups = [\"203.0.113.0/24\", \"203.0.113.64/26\"]",

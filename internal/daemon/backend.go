@@ -200,11 +200,10 @@ func (b *backends) incomplete(p *cone.Permission) bool {
 	return b.expect != nil && b.expect.HasRoom(p)
 }
 
-// Complete makes ps, which are incomplete, stand as expectations too.
-func (b *backends) Complete(ps []cone.Permission) {
-	if b.expect != nil {
-		b.expect.Grant(ps, func(int, cone.Reason, error) {})
-	}
+// Complete makes p, which is incomplete, stand as an expectation too.
+func (b *backends) Complete(p cone.Permission) {
+	b.part = append(b.part[:0], p)
+	b.expect.Grant(b.part, func(int, cone.Reason, error) {})
 }
 
 // configure applies cfg to what is granted or refreshed from now on.

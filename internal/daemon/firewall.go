@@ -24,6 +24,8 @@ type firewall struct {
 	withMap, withExpectations bool
 	served                    []uint16 // ports that no mapping may have
 
+	gone map[cone.Addr]struct{} // addresses whose mappings have to end; nil before the first look
+
 	counting               bool
 	admitted, lastAdmitted uint64 // since the start, and as read last
 

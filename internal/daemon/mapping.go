@@ -49,8 +49,10 @@ type mapper struct {
 	links  map[cone.Addr]string // of outside addresses
 	inside func(cone.Addr) bool // is in a subnet with mappings
 	served func(cone.Endpoint) bool
+	barred []uint16 // outside ports that no mapping may have
 
 	known map[ends]string                 // mappings that stand, with their links
+	bad   []rules.Mapping                 // that stand on a port that the gateway serves now
 	live  map[rules.Mapping][]rules.Taken // with a living flow; what it takes if they do not stand
 	taken map[rules.Taken]struct{}        // by living flows without a mapping
 }
@@ -70,12 +72,18 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 		inside: func(a cone.Addr) bool {
 			return slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { return p.Contains(a.Netip()) })
 		},
-		served: served.Serves,
-		known:  make(map[ends]string),
-		live:   make(map[rules.Mapping][]rules.Taken),
-		taken:  make(map[rules.Taken]struct{}),
+		served: served.Serves, barred: f.served,
+		known: make(map[ends]string),
+		live:  make(map[rules.Mapping][]rules.Taken),
+		taken: make(map[rules.Taken]struct{}),
 	}
-	return m, m.kernel.List(func(x rules.Mapping, _ time.Duration) { m.known[ends{x.Int, x.Ext}] = x.Link })
+	return m, m.kernel.List(func(x rules.Mapping, _ time.Duration) {
+		if slices.Contains(m.barred, x.Ext.Port) {
+			m.bad = append(m.bad, x)
+			return
+		}
+		m.known[ends{x.Int, x.Ext}] = x.Link
+	})
 }
 
 // maps reports whether the kernel can do endpoint-independent mapping.
@@ -112,7 +120,8 @@ func (m *mapper) see(f *cone.Flow) {
 	out := rules.Taken{Remote: f.ReplySrc, Port: f.ReplyDst.Port}
 	switch link := m.links[f.ReplyDst.Addr]; {
 	case f.Status.Has(cone.StatusDstNAT):
-	case f.Status.Has(cone.StatusSrcNAT) && m.inside(f.Src.Addr) && link != "": // older than the rules
+	case f.Status.Has(cone.StatusSrcNAT) && m.inside(f.Src.Addr) && link != "" &&
+		!slices.Contains(m.barred, f.ReplyDst.Port): // older than the rules
 		x := rules.Mapping{Link: link, Int: f.Src, Ext: f.ReplyDst}
 		m.live[x] = append(m.live[x], out)
 	case f.Status.Has(cone.StatusSrcNAT) && link != "", fromGateway:
@@ -143,34 +152,52 @@ func (m *mapper) keep() error {
 			m.taken[t] = struct{}{}
 		}
 	})
-	errs = append(errs, m.kernel.Teach(ms))
+	errs = append(errs, m.kernel.Teach(ms), m.kernel.Revoke(m.bad))
 	return errors.Join(append(errs, m.kernel.Take(slices.Collect(maps.Keys(m.taken))))...)
 }
 
-// forgetAddresses ends the mappings to outside addresses that are gone.
+// forgetAddresses ends the mappings to addresses of the gateway that are gone since
+// old, or since an earlier daemon, and the flows that have them.
 func (f *firewall) forgetAddresses(cfg config.Config, old, network gateway.Network) error {
 	c := mappingConfig(cfg, nil)
 	if c == nil || !f.maps() {
 		return nil
 	}
-	var errs []error
-	have := outsideAddrs(network)
-	gone := make(map[cone.Addr]struct{})
-	for a := range outsideAddrs(old) {
-		if _, ok := have[a]; !ok && a.Is4() {
-			gone[a] = struct{}{}
+	if f.gone == nil { // the first time
+		f.gone = make(map[cone.Addr]struct{})
+		err := f.tables.NewMappings(c).List(func(x rules.Mapping, _ time.Duration) { f.gone[x.Ext.Addr] = struct{}{} })
+		if err != nil {
+			f.gone = nil
+			return err
 		}
 	}
+	for _, a := range old.Addrs {
+		f.gone[cone.AddrFrom(a.Prefix.Addr())] = struct{}{}
+	}
+	for _, a := range network.Addrs { // it may have lost its route, or come back
+		delete(f.gone, cone.AddrFrom(a.Prefix.Addr()))
+	}
+	err := f.forget(c, f.gone)
+	if err == nil {
+		clear(f.gone)
+	}
+	return err
+}
+
+func (f *firewall) forget(c *rules.MappingConfig, gone map[cone.Addr]struct{}) error {
+	var errs []error
 	// A flow that nobody answers teaches its mapping again with each packet, and a
 	// mapping makes such flows: until there are none.
 	for range 10 {
-		for a := range gone {
-			errs = append(errs, f.tables.NewMappings(c).Forget(a.Netip()))
-		}
 		if len(gone) == 0 {
 			break
 		}
-		n, err := endFlows(gone)
+		for a := range gone {
+			if a.Is4() {
+				errs = append(errs, f.tables.NewMappings(c).Forget(a.Netip()))
+			}
+		}
+		n, err := endFlows(c, gone)
 		if errs = append(errs, err); n == 0 || err != nil {
 			break
 		}
@@ -178,9 +205,10 @@ func (f *firewall) forgetAddresses(cfg config.Config, old, network gateway.Netwo
 	return errors.Join(errs...)
 }
 
-// endFlows ends the flows that were translated to addresses that are gone. The
-// kernel does that for a masquerade, but not for the fixed address of a mapping.
-func endFlows(gone map[cone.Addr]struct{}) (n int, err error) {
+// endFlows ends the flows of hosts with mappings that were translated to addresses
+// that are gone. The kernel does that for a masquerade, but not for the fixed address
+// of a mapping.
+func endFlows(c *rules.MappingConfig, gone map[cone.Addr]struct{}) (n int, err error) {
 	q, err := ctwatch.DialQueries(ctwatch.Config{})
 	if err != nil {
 		return 0, err
@@ -188,7 +216,8 @@ func endFlows(gone map[cone.Addr]struct{}) (n int, err error) {
 	defer q.Close()
 	var flows []cone.Flow
 	err = q.Dump(func(f *cone.Flow) {
-		if _, ok := gone[f.ReplyDst.Addr]; ok && f.Status.Has(cone.StatusSrcNAT) {
+		inside := slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { return p.Contains(f.Src.Addr.Netip()) })
+		if _, ok := gone[f.ReplyDst.Addr]; ok && inside && f.Status.Has(cone.StatusSrcNAT) {
 			flows = append(flows, *f)
 		}
 	})
@@ -198,22 +227,6 @@ func endFlows(gone map[cone.Addr]struct{}) (n int, err error) {
 		errs = append(errs, err)
 	}
 	return len(flows), errors.Join(errs...)
-}
-
-// revokeServed ends the mappings whose outside port the gateway serves now.
-func (f *firewall) revokeServed(cfg config.Config) error {
-	c := mappingConfig(cfg, nil)
-	if c == nil || !f.maps() || len(f.served) == 0 {
-		return nil
-	}
-	m := f.tables.NewMappings(c)
-	var ends []rules.Mapping
-	err := m.List(func(x rules.Mapping, _ time.Duration) {
-		if slices.Contains(f.served, x.Ext.Port) {
-			ends = append(ends, x)
-		}
-	})
-	return errors.Join(err, m.Revoke(ends))
 }
 
 // localPorts reads the ports that the kernel gives to the gateway's own sockets.

@@ -123,7 +123,8 @@ func (d *Daemon) change(cfg config.Config) error {
 	if err := checkPool(cfg, d.network, held, forwarded); err != nil {
 		return err
 	}
-	if d.firewall.served, err = servedPorts(cfg, held); err != nil {
+	served, err := servedPorts(cfg, held)
+	if err != nil {
 		return err
 	}
 	hasExpect, hasMap := d.backends.expect != nil, d.backends.nft != nil // written by us alone
@@ -133,7 +134,8 @@ func (d *Daemon) change(cfg config.Config) error {
 		}
 	}
 	outside := d.network.OutsideLinks()
-	d.firewall.withExpectations = hasExpect || o.expect != nil
+	old := d.firewall.served
+	d.firewall.served, d.firewall.withExpectations = served, hasExpect || o.expect != nil
 	if wantsMap(cfg) && d.firewall.missing == nil && !hasMap {
 		if m, err = d.firewall.openMap(cfg, outside); err != nil {
 			d.firewall.withMap = false
@@ -142,7 +144,7 @@ func (d *Daemon) change(cfg config.Config) error {
 		_, err = d.firewall.set(cfg, outside)
 	}
 	if err != nil {
-		d.firewall.withExpectations = hasExpect
+		d.firewall.served, d.firewall.withExpectations = old, hasExpect
 		return errors.Join(err, closeExpect(o.expect))
 	}
 	d.do(func() {

@@ -223,7 +223,7 @@ func (d *Daemon) serve(cfg config.Config, network gateway.Network, held *gateway
 	}
 	d.firewall.served = served
 	_, err = d.firewall.set(cfg, network.OutsideLinks())
-	return errors.Join(err, d.firewall.revokeServed(cfg))
+	return err
 }
 
 // lookAtRules looks whether somebody changed nftables since the last time: our
@@ -273,7 +273,7 @@ func (d *Daemon) compare() error {
 	if err != nil {
 		return fmt.Errorf("list permissions: %w", err)
 	}
-	var lost, more []cone.Permission
+	var lost []cone.Permission
 	d.walk(func(v cone.View) {
 		if v.State != cone.StateStanding {
 			return
@@ -282,16 +282,12 @@ func (d *Daemon) compare() error {
 		if v.Since < began && !d.backends.whole(&v.Permission, found) {
 			lost = append(lost, v.Permission)
 		} else if d.backends.incomplete(&v.Permission) {
-			if more = append(more, v.Permission); len(more) == flowsAtOnce {
-				d.backends.Complete(more)
-				more = more[:0]
-			}
+			d.backends.Complete(v.Permission) // now, for it may end before the walk does
 		}
 		delete(found.expect, v.Key)
 		delete(found.nft, v.Key)
 	})
 	d.do(func() {
-		d.backends.Complete(more)
 		for k, s := range found.expect {
 			d.model.Surplus(cone.Permission{Key: k, Int: s.in})
 		}

@@ -286,7 +286,8 @@ func (l *layout) learn(c *MapConfig, kinds []kind) {
 		return
 	}
 	learn := l.filter("learn", nftables.ChainHookPostrouting, learnPriority)
-	l.rule(learn, "answered flows end here", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
+	// Whoever sends on without an answer must not empty the bucket of his children.
+	l.rule(learn, "only the first packet of a flow teaches", join(ctStatus, masked(ctConfirmed), isNot(ne32(0)), accept))
 	l.rule(learn, "a source may be spoofed", join(l.outside(iifname, true), accept))
 	l.rule(learn, "", join(notUDP, accept))
 	l.counters = append(l.counters, learnedCounter, limitedCounter)

@@ -467,6 +467,23 @@ func TestChildrenOfTheMapAreCapped(t *testing.T) {
 	}
 }
 
+// A host that sends on and on without an answer takes no token of its children.
+// Fails if each packet of an unanswered flow looks its permission up.
+func TestOneWayTrafficLeavesRoomForChildren(t *testing.T) {
+	d, m := learning, *learning.Map
+	m.MaxChildren = 10
+	d.Map = &m
+	g := newGate(t, lab.Options{}, d)
+	in, peer := g.inside(5060), g.peer(lab.PeerA, 5060)
+	p := g.contact(in, peer)
+	for i := range 200 {
+		check(t, in.Send(peer.Addr(), fmt.Sprint("one way ", i)))
+	}
+	send(t, g.Lab, lab.PeerA, 10, p.Ext.Netip())
+	got := 0
+	eventually(t, func() bool { got += receive(t, in); return got == 10 })
+}
+
 func TestGrantReplacesAnothersPermission(t *testing.T) {
 	g := newGate(t, lab.Options{}, learning)
 	ext := netip.MustParseAddrPort("198.51.100.1:5060")
@@ -507,13 +524,15 @@ func TestDeniedIsNotLearnedUntilGranted(t *testing.T) {
 	p := g.contact(in, peer)
 	ps := []cone.Permission{p}
 	check(t, g.m.Deny(ps))
-	g.contact(in, peer)
+	g.contact(in, g.peer(lab.PeerA, 5061)) // a new flow, for only its first packet teaches
 	g.holds()
 	check(t, g.m.Deny(ps)) // again
 	g.grant(p)
 	g.holds(p)
 	check(t, g.m.Revoke(ps))
-	g.contact(in, peer)
+	g.contact(in, peer) // an old one
+	g.holds()
+	g.contact(in, g.peer(lab.PeerA, 5062))
 	g.holds(p)
 }
 

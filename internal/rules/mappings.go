@@ -4,6 +4,7 @@ package rules
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -120,18 +121,23 @@ func (m *Mappings) Revoke(ms []Mapping) error {
 // Take keeps mappings from being used towards the remote endpoints of flows that
 // have none, for three minutes.
 func (m *Mappings) Take(flows []Taken) error {
-	var errs []error
+	var refused int
+	var first error
 	for base := 0; base < len(flows); base += batch {
 		part := flows[base:min(base+batch, len(flows))]
 		clear(m.errs[:])
 		transact(&m.batcher, part, 3, m.take)
 		for _, err := range m.errs[:len(part)] {
 			if err != nil {
-				errs = append(errs, fmt.Errorf("add element: %w", nfnl.Permitted(err)))
+				refused++
+				first = cmp.Or(first, err)
 			}
 		}
 	}
-	return errors.Join(errs...)
+	if refused > 0 {
+		return fmt.Errorf("add %d of %d elements: %w", refused, len(flows), nfnl.Permitted(first))
+	}
+	return nil
 }
 
 func (m *Mappings) take(seq uint32, f *Taken) {

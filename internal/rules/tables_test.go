@@ -95,7 +95,7 @@ const contentsIP = `
 
 	chain learn {
 		type filter hook postrouting priority 290; policy accept;
-		ct state != new accept comment "answered flows end here"
+		ct status confirmed accept comment "only the first packet of a flow teaches"
 		iifname @outside accept comment "a source may be spoofed"
 		meta l4proto != udp accept
 		oifname != @outside accept

@@ -54,7 +54,7 @@ const (
 var configurations = []configuration{
 	{"stock Linux, masquerade, without conenatd", ""},
 	{"conenatd as it is", subnet(lab.InsideNet) + subnet(lab.InsideNet6, routed)},
-	{"conenatd, filtering = endpoint_independent", subnet(lab.InsideNet, open) + subnet(lab.InsideNet6, routed, open)},
+	{"conenatd, filtering = endpoint_independent", subnet(lab.InsideNet, open) + subnet(lab.InsideNet6, routed)},
 	{"conenatd, mapping = endpoint_independent, hairpin = true", "hairpin = true\n" + subnet(lab.InsideNet, mapped) + subnet(lab.InsideNet6, routed)},
 }
 
