@@ -148,6 +148,11 @@ func limited(s *set, rate int) piece {
 
 const burst = 5
 
+// repeated matches what comes more often than every ten seconds.
+func repeated(s *set) piece {
+	return add(s, &expr.Limit{Type: expr.LimitTypePkts, Rate: 6, Over: true, Unit: expr.LimitTimeMinute, Burst: 1})
+}
+
 // learned puts key and value into the map. An element that is there stays as it
 // is: a second host on the outside endpoint neither takes over nor refreshes.
 func learned(c *MapConfig, wild uint8, marked bool) piece {

@@ -37,6 +37,7 @@ const (
 	permissionMap    = "permissions"
 	deniedSet        = "denied"
 	learnersSet      = "learners"
+	repeatersSet     = "repeaters"
 	subnetsSet       = "subnets"
 	noPeersSet       = "no_peers"
 	groupsSet        = "groups" // and the length of their prefixes
@@ -62,7 +63,8 @@ const (
 )
 
 const (
-	// learnerTimeout is how long the rate of an inside address is remembered.
+	// learnerTimeout is how long the rate of an inside address, or of a flow that
+	// goes on unanswered, is remembered.
 	learnerTimeout = time.Minute
 	// deniedSize bounds the set of what the kernel must not learn, and
 	// deniedTimeout is how long that is so if nobody says it again: longer than
@@ -286,8 +288,7 @@ func (l *layout) learn(c *MapConfig, kinds []kind) {
 		return
 	}
 	learn := l.filter("learn", nftables.ChainHookPostrouting, learnPriority)
-	// Whoever sends on without an answer must not empty the bucket of his children.
-	l.rule(learn, "only the first packet of a flow teaches", join(ctStatus, masked(ctConfirmed), isNot(ne32(0)), accept))
+	l.rule(learn, "answered flows end here", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
 	l.rule(learn, "a source may be spoofed", join(l.outside(iifname, true), accept))
 	l.rule(learn, "", join(notUDP, accept))
 	l.counters = append(l.counters, learnedCounter, limitedCounter)
@@ -307,6 +308,13 @@ func (l *layout) learn(c *MapConfig, kinds []kind) {
 	l.rule(learn, "", join(ctReplySource, in(l.noPeers), accept))
 	l.rule(learn, "", join(ctReplySourcePort, in(peerPorts), accept))
 	l.rule(learn, "", join(ctReplyDestinationPort, in(ports), accept))
+	// A look-up takes a token. Whoever sends on without an answer must not take those
+	// of his own children, and yet be learned again when his permission has run out.
+	repeaters := l.set(repeatersSet, permissionKey...)
+	repeaters.HasTimeout, repeaters.Timeout, repeaters.Dynamic, repeaters.free = true, learnerTimeout, true, true
+	l.rule(learn, "a flow that was seen, but for six packets a minute",
+		join(ctStatus, masked(ctConfirmed), isNot(ne32(0)), kinds[0].flowKey(), repeated(repeaters), accept))
+
 	slices.Reverse(kinds) // a flow gives the permission for the most peers
 	for _, k := range kinds {
 		l.rule(learn, "in the map already", join(k.flowKey(), toInside, accept))

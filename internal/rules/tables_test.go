@@ -73,6 +73,13 @@ const contentsIP = `
 		timeout 1m
 	}
 
+	set repeaters {
+		type ipv4_addr . ipv4_addr . inet_service
+		size 65535
+		flags dynamic,timeout
+		timeout 1m
+	}
+
 	set denied {
 		type ipv4_addr . ipv4_addr . inet_service
 		size 65536
@@ -95,7 +102,7 @@ const contentsIP = `
 
 	chain learn {
 		type filter hook postrouting priority 290; policy accept;
-		ct status confirmed accept comment "only the first packet of a flow teaches"
+		ct state != new accept comment "answered flows end here"
 		iifname @outside accept comment "a source may be spoofed"
 		meta l4proto != udp accept
 		oifname != @outside accept
@@ -105,6 +112,7 @@ const contentsIP = `
 		ct reply ip saddr @no_peers accept
 		ct reply proto-src @excluded_peer_ports accept
 		ct reply proto-dst @excluded_ports accept
+		ct status confirmed add @repeaters { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst limit rate over 6/minute burst 1 packets } accept comment "a flow that was seen, but for six packets a minute"
 		accept comment "in the map already"
 		ct reply ip saddr . ct reply ip daddr . ct reply proto-dst @denied accept comment "the daemon forbids it"
 		add @learners { ct original ip saddr limit rate over 100/second burst 500 packets } counter name "learn_limited" accept comment "too many at a time"
