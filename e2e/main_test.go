@@ -346,7 +346,7 @@ func (s *scene) anchors() (out []string) {
 // code.
 func (s *scene) cli(args ...string) (out string, code int) {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(s.t.Context(), 3*patience())
 	defer cancel()
 	b, err := s.Gateway.Command(ctx, exe, args...).CombinedOutput()
 	var exit *exec.ExitError

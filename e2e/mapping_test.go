@@ -138,8 +138,9 @@ func TestNFTMappingsOfFlowsThatAreThere(t *testing.T) {
 		"delete table": func(s *scene) {
 			s.configured(withMappings)
 			s.until("it stands", func() bool { return stands(s) })
-			if err := s.NFT("delete table ip conenat"); (err != nil) != s.owned() {
-				s.t.Fatalf("owned %v, %v", s.owned(), err)
+			owned := s.owned()
+			if err := s.NFT("delete table ip conenat"); (err != nil) != owned {
+				s.t.Fatalf("owned %v, %v", owned, err)
 			}
 		},
 	} {

@@ -838,7 +838,7 @@ func TestNFTRefreshIsNotTakenForLoss(t *testing.T) {
 		const ports, peers = 50, 200
 		s := newScene(t, lab.Options{})
 		s.must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
-		s.start(subnet(mode, "--max-permissions-per-host=0", "--learn-rate=100000", "--reconcile=1s", "--lifetime=4s")...)
+		s.start(subnet(mode, "--max-permissions-per-host=0", "--learn-rate=100000", "--reconcile=1s", "--lifetime=6s")...)
 		for port := range ports {
 			in := s.inside(0, uint16(10_000+port))
 			for i := range peers {
@@ -849,7 +849,7 @@ func TestNFTRefreshIsNotTakenForLoss(t *testing.T) {
 		began := time.Now()
 		s.until("three lifetimes passed", func() bool {
 			s.status()
-			return time.Since(began) > 12*time.Second
+			return time.Since(began) > 18*time.Second
 		})
 		st := s.status()
 		t.Logf("%d stand", st.Permissions.Standing)
