@@ -77,8 +77,8 @@ func mapping(m Mapping) string {
 	if !m.On {
 		return "the kernel's"
 	}
-	return fmt.Sprintf("endpoint-independent; %d newcomers got a port of the pool, %d flows were left to the kernel, %d hairpinned",
-		m.Moved, m.Left, m.Hairpinned)
+	return fmt.Sprintf("endpoint-independent; %d newcomers got a port of the pool, %d found none, %d flows were left to the kernel, %d hairpinned",
+		m.Moved, m.PoolUsedUp, m.Left, m.Hairpinned)
 }
 
 // describe says what the map of permissions does, and whether its children get

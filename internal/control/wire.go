@@ -112,9 +112,10 @@ type Tables struct {
 // were made.
 type Mapping struct {
 	On         bool   `json:"on"`
-	Moved      uint64 `json:"moved"`      // to the pool: another one had the outside port
-	Left       uint64 `json:"left"`       // flows left to the kernel: something else used the port towards that peer
-	Hairpinned uint64 `json:"hairpinned"` // flows between inside hosts by outside endpoints
+	Moved      uint64 `json:"moved"`        // to the pool: another one had the outside port
+	PoolUsedUp uint64 `json:"pool_used_up"` // flows left to the kernel: the pool had no port for them
+	Left       uint64 `json:"left"`         // flows left to the kernel: something else used the port towards that peer
+	Hairpinned uint64 `json:"hairpinned"`   // flows between inside hosts by outside endpoints
 }
 
 // Map is the map of permissions, and what it did: since the daemon started it

@@ -361,6 +361,9 @@ func (d *Daemon) warnings() []string {
 	if slices.ContainsFunc(d.cfg.PeerGroups, func(g netip.Prefix) bool { return g.Addr().Is4() }) && d.backends.nft == nil {
 		out = append(out, "peer_groups of IPv4 hold for routed subnets alone: only the nft backend can translate for a group")
 	}
+	if n := d.tables.Mapping.PoolUsedUp; n > 0 {
+		out = append(out, fmt.Sprintf("port_pool %v had no port for %d newcomers, whose mapping stays the kernel's: make it larger", d.cfg.PortPool, n))
+	}
 	if mappingConfig(d.cfg.Config, nil) != nil && d.firewall.noMapping != "" {
 		out = append(out, "mapping stays the kernel's: "+d.firewall.noMapping)
 	}

@@ -172,7 +172,8 @@ func (f *firewall) read(cfg config.Config) (t control.Tables) {
 		t.Guard = control.Guard{Drops: c.GuardDrops, Children: c.ChildDrops, PortZero: c.PortZeroDrops}
 		t.Map = control.Map{Learn: f.learns(cfg), Admitted: f.sinceStart(c.Admitted), Learned: c.Learned, Limited: c.LearnLimited}
 		t.Mapping = control.Mapping{
-			On: mappingConfig(cfg, nil) != nil && f.maps(), Moved: c.Moved, Left: c.LeftToRules, Hairpinned: c.Hairpinned,
+			On: mappingConfig(cfg, nil) != nil && f.maps(), Moved: c.Moved, PoolUsedUp: c.PoolUsedUp, Left: c.LeftToRules,
+			Hairpinned: c.Hairpinned,
 		}
 	}
 	return t

@@ -6,10 +6,12 @@ import (
 	"bytes"
 	"encoding/binary"
 	"math"
+	"net"
 	"net/netip"
 	"slices"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
 )
 
 // notUnicast are the IPv4 prefixes whose addresses are no peers.
@@ -49,6 +51,51 @@ func intervals(prefixes []netip.Prefix) (es []nftables.SetElement) {
 		}
 	}
 	return es
+}
+
+// prefixes are IPv4 prefixes that addresses are tested for. One is compared with,
+// which is cheaper than to look it up in a set.
+type prefixes struct {
+	set *set
+	one netip.Prefix
+}
+
+func (l *layout) prefixes(name string, all []netip.Prefix) *prefixes {
+	all = slices.DeleteFunc(slices.Clone(all), func(p netip.Prefix) bool { return !p.Addr().Is4() })
+	if len(all) == 1 {
+		return &prefixes{one: all[0].Masked()}
+	}
+	s := l.set(name, nftables.TypeIPAddr)
+	s.Interval, s.elements = true, intervals(all)
+	return &prefixes{set: s}
+}
+
+// has ends the rule where the address that load puts into the first word is in none,
+// hasNot where it is in one, and hasAt where the one at word w is in none.
+func (p *prefixes) has(load piece) piece { return join(load, p.test(0, true)) }
+func (p *prefixes) hasNot(load piece) piece {
+	if p == nil {
+		return nil
+	}
+	return join(load, p.test(0, false))
+}
+func (p *prefixes) hasAt(w uint32) piece { return p.test(w, true) }
+
+func (p *prefixes) test(w uint32, in bool) piece {
+	op := expr.CmpOpNeq
+	if in {
+		op = expr.CmpOpEq
+	}
+	if p.set != nil {
+		return piece{&expr.Lookup{SourceRegister: word32(w), SetName: p.set.Name, Invert: !in}}
+	}
+	return piece{
+		&expr.Bitwise{
+			SourceRegister: word32(w), DestRegister: word32(maskedWord), Len: 4,
+			Mask: net.CIDRMask(p.one.Bits(), 32), Xor: make([]byte, 4),
+		},
+		&expr.Cmp{Op: op, Register: word32(maskedWord), Data: p.one.Addr().AsSlice()},
+	}
 }
 
 func be32(n uint32) []byte { return binary.BigEndian.AppendUint32(nil, n) }

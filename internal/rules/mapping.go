@@ -24,6 +24,7 @@ const (
 	servedSet      = "served"
 	hairpinSet     = "hairpin_subnets"
 	movedCounter   = "moved"
+	usedUpCounter  = "pool_used_up"
 	leftCounter    = "left_to_rules"
 	hairpinCounter = "hairpinned"
 )
@@ -58,8 +59,9 @@ const (
 	// takenSize bounds the flows that are remembered, addressesSize the hosts.
 	takenSize     = 1 << 16
 	addressesSize = 1 << 16
-	// tries is how many ports of the pool are looked at for a newcomer.
-	tries = 3
+	// tries is how many ports of the pool are looked at for a newcomer: with half of
+	// the pool owned one in 256 finds none. A packet may meet 16 chains one in another.
+	tries = 8
 )
 
 // Keys of the sets. An inside endpoint is one on an outside link: with two of
@@ -94,12 +96,12 @@ func valueOf(parts ...nftables.SetDatatype) nftables.SetDatatype {
 // its port: it is the daemon's to refresh those of living flows, and what is
 // taken by living flows without a mapping, in time.
 func (l *layout) mapping(c *MappingConfig) {
-	l.counters = append(l.counters, movedCounter, leftCounter)
+	l.counters = append(l.counters, movedCounter, usedUpCounter, leftCounter)
 	mappings, owned := l.set(mappingsMap, insideEndpoint...), l.set(ownedMap, outsideEndpoint...)
 	mappings.IsMap, mappings.DataType = true, valueOf(outsideEndpoint...)
 	owned.IsMap, owned.DataType = true, valueOf(insideEndpoint...)
 	mappings.Size, owned.Size = uint32(c.Size), uint32(c.Size)
-	taken := l.set(takenSet, nftables.TypeIPAddr, nftables.TypeInetService, nftables.TypeInetService)
+	taken := l.set(takenSet, nftables.TypeInetService, nftables.TypeIPAddr, nftables.TypeInetService)
 	addresses := l.set(addressesMap, nftables.TypeIFName, nftables.TypeIPAddr)
 	addresses.IsMap, addresses.DataType = true, valueOf(nftables.TypeIPAddr)
 	translated := l.set(translatedSet, nftables.TypeIFName, nftables.TypeIPAddr)
@@ -109,18 +111,18 @@ func (l *layout) mapping(c *MappingConfig) {
 	for _, s := range []*set{mappings, owned, taken, addresses, translated, movers} {
 		s.HasTimeout, s.Dynamic, s.free = true, true, true
 	}
-	subnets, exempt, served := l.set(mappedSet, nftables.TypeIPAddr), l.set(exemptSet, nftables.TypeIPAddr), l.set(servedSet, nftables.TypeInetService)
-	subnets.Interval, subnets.elements = true, intervals(c.Subnets)
-	exempt.Interval, exempt.elements = true, intervals(c.Exempt)
+	served := l.set(servedSet, nftables.TypeInetService)
 	served.elements = portElements(c.Served)
 	m := &mapper{
 		layout: l, MappingConfig: c,
 		mappings: mappings, owned: owned, taken: taken, addresses: addresses, translated: translated, movers: movers,
-		subnets: subnets, exempt: exempt, served: served,
+		served: served, subnets: l.prefixes(mappedSet, c.Subnets),
+	}
+	if len(c.Exempt) > 0 {
+		m.exempt = l.prefixes(exemptSet, c.Exempt)
 	}
 	if len(c.Hairpin) > 0 {
-		m.hairpin = l.set(hairpinSet, nftables.TypeIPAddr)
-		m.hairpin.Interval, m.hairpin.elements = true, intervals(c.Hairpin)
+		m.hairpin = l.prefixes(hairpinSet, c.Hairpin)
 		l.counters = append(l.counters, hairpinCounter)
 		m.toOutsideEndpoints()
 	}
@@ -136,7 +138,8 @@ type mapper struct {
 	*MappingConfig
 
 	mappings, owned, taken, addresses, translated, movers *set
-	subnets, exempt, served, hairpin                      *set // hairpin is nil where there is none
+	served                                                *set
+	subnets, exempt, hairpin                              *prefixes // the last two may be nil
 }
 
 // Words of the registers. A value begins with a word that says nothing: nft 1.0.6
@@ -152,10 +155,12 @@ const (
 	extWord     = 9
 	extPortWord = 10
 
-	takenWord      = 8 // the key of taken: a remote endpoint, and extPortWord
-	remotePortWord = 9
+	remoteWord     = 11 // with extPortWord before it, the key of taken
+	remotePortWord = 12
 
-	hashWord = 12
+	hashWord = 13
+
+	maskedWord = 15 // an address without its low bits
 )
 
 // These load a part of the packet, or the name of a link, into a word.
@@ -205,13 +210,14 @@ var (
 	endpointOf   = join(toLink, source(hostWord), transport(0, portWord))
 	flowEndpoint = join(toLink, original(expr.CtKeySRCIP, hostWord), original(expr.CtKeyPROTOSRC, portWord))
 
-	notTranslated = join(ctStatus, masked(ctSrcNAT), is(ne32(0)))
-	isForwarded   = join(ctStatus, masked(ctDstNAT), is(ne32(ctDstNAT)))
-	isHairpinned  = join(ctStatus, masked(ctSrcNAT|ctDstNAT), is(ne32(ctSrcNAT|ctDstNAT)))
+	inZone       = join(ctZone, is(ne16(0)))
+	isTranslated = join(ctStatus, masked(ctSrcNAT), isNot(ne32(0)))
+	isForwarded  = join(ctStatus, masked(ctDstNAT), is(ne32(ctDstNAT)))
+	isHairpinned = join(ctStatus, masked(ctSrcNAT|ctDstNAT), is(ne32(ctSrcNAT|ctDstNAT)))
 	// A packet that IPsec takes is no packet of the link.
-	isIPsec = piece{
+	isPlain = piece{
 		&expr.Rt{Register: reg, Key: 4}, // NFT_RT_XFRM
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg, Data: []byte{1}},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg, Data: []byte{0}},
 	}
 )
 
@@ -228,28 +234,27 @@ func nat(typ expr.NATType, addr, port uint32) piece {
 // rules. A NAT chain sees the first packet of a flow only.
 func (m *mapper) apply() {
 	c := m.chain("map_source", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, mapPriority)
-	m.rule(c, "", join(notUDP, accept))
-	m.rule(c, "a source may be spoofed", join(m.outside(iifname, true), accept))
 	if m.hairpin != nil {
 		m.hairpinned(c)
 	}
-	m.rule(c, "", join(m.outside(oifname, false), accept))
-	m.rule(c, "", join(source(0), hasNot(m.subnets, 0), accept))
-	m.rule(c, "mappings are of the default zone", join(ctZone, isNot(ne16(0)), accept))
-	m.rule(c, "", join(destination(0), has(m.exempt, 0), accept))
-	if !m.noIPsec {
-		m.rule(c, "", join(isIPsec, accept))
+	mapped := m.regular("mapped")
+	plain := isPlain
+	if m.noIPsec {
+		plain = nil
 	}
-	m.rule(c, "", join(sourcePort, is(be16(0)), accept))
+	m.rule(c, "from a host with mappings; a source from outside may be spoofed", join(
+		isUDP, m.outside(iifname, false), m.outside(oifname, true), inZone, m.subnets.has(source(0)),
+		m.exempt.hasNot(destination(0)), plain, goTo(mapped)))
 
 	// With a port that is given the kernel does not look whether the flow is the
 	// only one, and drops the packet in the end when it is not.
-	m.rule(c, "its outside port is taken towards this remote endpoint", join(
-		endpointOf, find(m.mappings, linkWord, valueAt), // address and port
-		destination(takenWord), transport(2, remotePortWord), has(m.taken, takenWord),
-		count(leftCounter), accept))
-	m.rule(c, "its mapping", join(endpointOf, find(m.mappings, linkWord, valueAt), snat(extWord, extPortWord)))
+	m.rule(mapped, "its mapping", join(
+		endpointOf, find(m.mappings, linkWord, valueAt),
+		destination(remoteWord), transport(2, remotePortWord), hasNot(m.taken, extPortWord), snat(extWord, extPortWord)))
+	m.rule(mapped, "its outside port is taken towards this remote endpoint", join(
+		endpointOf, find(m.mappings, linkWord, valueAt), count(leftCounter), accept))
 
+	m.rule(mapped, "", join(sourcePort, is(be16(0)), accept))
 	pool := m.pool()
 	// A host that was not seen yet is taken to get the address that all others get,
 	// where there is but one. Else its first flow is left to the user's rules.
@@ -257,10 +262,18 @@ func (m *mapper) apply() {
 	likely := join(toLink, nobody(hostWord), hasNot(m.translated, linkWord), find(m.addresses, linkWord, valueAt), source(hostWord))
 	move := join(nobody(valueAt), put(m.movers, opUpdate, linkWord, valueAt, moverTimeout), goTo(pool))
 	for _, address := range []piece{known, likely} {
-		m.rule(c, "another one has the port", join(
+		m.rule(mapped, "another one has the port", join(
 			address, transport(0, extPortWord), find(m.owned, extWord, ownedWord), toLink, source(hostWord), move))
-		m.rule(c, "the gateway has the port", join(address, transport(0, extPortWord), has(m.served, extPortWord), move))
+		m.rule(mapped, "the gateway has the port", join(address, transport(0, extPortWord), has(m.served, extPortWord), move))
+		m.rule(mapped, "its address is known", join(known, accept))
 	}
+}
+
+// regular adds a chain that only others lead to.
+func (m *mapper) regular(name string) *nftables.Chain {
+	c := &nftables.Chain{Table: m.table, Name: name}
+	m.chains = append(m.chains, c)
+	return c
 }
 
 // moversAddress loads the outside address on which the packet's host is moved.
@@ -271,39 +284,34 @@ func (m *mapper) moversAddress() piece {
 // pool makes the chains that give a newcomer a port of the pool that nobody has,
 // even or odd as its own (REQ-4), and returns the first. An inside endpoint gets
 // the same ports to try each time: two first packets at once agree, and so does
-// the next flow when the mapping is gone. When all tries fail the kernel
-// searches for a port that is free towards this remote endpoint at least.
+// the next flow when the mapping is gone. When all tries fail it is left to the
+// user's rules.
 //
 // A rule cannot remember a port for the next one, so each computes it again.
 func (m *mapper) pool() *nftables.Chain {
 	// From the last one to the first: a rule names the next chain.
-	next := &nftables.Chain{Table: m.table, Name: "pool_search"}
-	m.chains = append(m.chains, next)
-	m.rule(next, "any port of the pool", join(
-		m.moversAddress(), count(movedCounter), m.toPool()))
+	usedUp := m.regular("pool_used_up")
+	m.rule(usedUp, "", join(count(usedUpCounter), accept))
 	first, last := (int(m.PoolFirst)+1)&^1, (int(m.PoolLast)-1)&^1 // of the even ports
 	if first > last {
-		return next
+		return usedUp
 	}
-	search := next
 	var parities [2]*nftables.Chain
 	for parity := range parities {
-		next := search
+		next := usedUp
 		for try := tries; try > 0; try-- {
-			c := &nftables.Chain{Table: m.table, Name: fmt.Sprintf("pool_%s_%d", []string{"even", "odd"}[parity], try)}
-			m.chains = append(m.chains, c)
+			c := m.regular(fmt.Sprintf("pool_%s_%d", []string{"even", "odd"}[parity], try))
 			port := candidate(first, last, parity, try)
 			m.rule(c, "another one has it", join(m.moversAddress(), port, find(m.owned, extWord, ownedWord), goTo(next)))
-			m.rule(c, "the gateway has it", join(port, has(m.served, extPortWord), goTo(next)))
-			m.rule(c, "it is taken towards this remote endpoint", join(
-				port, destination(takenWord), transport(2, remotePortWord), has(m.taken, takenWord), goTo(next)))
-			m.rule(c, "", join(m.moversAddress(), port, count(movedCounter), snat(extWord, extPortWord)))
+			m.rule(c, "nor has the gateway, nor is it taken towards this remote endpoint", join(
+				m.moversAddress(), port, hasNot(m.served, extPortWord), destination(remoteWord), transport(2, remotePortWord),
+				hasNot(m.taken, extPortWord), count(movedCounter), snat(extWord, extPortWord)))
+			m.rule(c, "", goTo(next))
 			next = c
 		}
 		parities[parity] = next
 	}
-	pool := &nftables.Chain{Table: m.table, Name: "pool"}
-	m.chains = append(m.chains, pool)
+	pool := m.regular("pool")
 	m.rule(pool, "an odd port stays odd", join(transport(0, 0), lowBit, is(be16(1)), goTo(parities[1])))
 	m.rule(pool, "", goTo(parities[0]))
 	return pool
@@ -344,54 +352,49 @@ func candidate(first, last, parity, try int) piece {
 // remember learns mappings, and what is taken, from flows that are translated
 // already and not answered yet.
 func (m *mapper) remember() {
-	inbound, foreign := &nftables.Chain{Table: m.table, Name: "inbound"}, &nftables.Chain{Table: m.table, Name: "foreign"}
-	m.chains = append(m.chains, inbound, foreign)
+	inbound, foreign := m.regular("inbound"), m.regular("foreign")
 	m.rule(inbound, "its answers take the port", m.takeInbound())
 	m.rule(foreign, "a flow without a mapping takes the port", join(
-		reply(expr.CtKeySRCIP, 0), reply(expr.CtKeyPROTOSRC, 1), reply(expr.CtKeyPROTODST, 2),
+		reply(expr.CtKeyPROTODST, 0), reply(expr.CtKeySRCIP, 1), reply(expr.CtKeyPROTOSRC, 2),
 		put(m.taken, opUpdate, 0, 0, takenTimeout)))
 
-	c := m.filter("remember", nftables.ChainHookPostrouting, rememberPriority)
+	c, outbound, ours := m.filter("remember", nftables.ChainHookPostrouting, rememberPriority), m.regular("outbound"), m.regular("ours")
 	m.rule(c, "answered flows end here", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
-	m.rule(c, "", join(notUDP, accept))
-	m.rule(c, "mappings are of the default zone", join(ctZone, isNot(ne16(0)), accept))
-	m.rule(c, "a source may be spoofed", join(m.outside(iifname, true), goTo(inbound)))
+	m.rule(c, "a source may be spoofed", join(isUDP, m.outside(iifname, true), inZone, goTo(inbound)))
 	if m.hairpin != nil {
 		m.rememberHairpins(c, foreign)
 	}
-	m.rule(c, "", join(m.outside(oifname, false), accept))
-	m.rule(c, "", join(notTranslated, goTo(foreign)))
-	m.rule(c, "", join(original(expr.CtKeySRCIP, 0), hasNot(m.subnets, 0), goTo(foreign)))
-	m.rule(c, "", join(reply(expr.CtKeySRCIP, 0), has(m.exempt, 0), goTo(foreign)))
-	m.rule(c, "", join(original(expr.CtKeyPROTOSRC, 0), is(be16(0)), goTo(foreign)))
-	m.rule(c, "a second outside address of the link", join(
-		toLink, reply(expr.CtKeyDSTIP, hostWord), hasNot(m.translated, linkWord),
-		nobody(hostWord), find(m.addresses, linkWord, valueAt), put(m.translated, opAdd, linkWord, 0, 0)))
-	m.rule(c, "", join(toLink, reply(expr.CtKeyDSTIP, hostWord), put(m.translated, opUpdate, linkWord, 0, addressTimeout+ownedLonger)))
-	address := join(nobody(valueAt), reply(expr.CtKeyDSTIP, extWord), put(m.addresses, opAdd, linkWord, valueAt, addressTimeout))
-	m.rule(c, "", join(toLink, nobody(hostWord), address))
+	m.rule(c, "", join(isUDP, m.outside(oifname, true), inZone, goTo(outbound)))
+	m.rule(outbound, "from a host with mappings", join(
+		isTranslated, m.subnets.has(original(expr.CtKeySRCIP, 0)), m.exempt.hasNot(reply(expr.CtKeySRCIP, 0)), goTo(ours)))
+	m.rule(outbound, "", goTo(foreign))
 
-	m.rule(c, "it was left to the rules of others", join(
+	m.rule(ours, "only its own flows refresh a mapping", join(
 		flowEndpoint, find(m.mappings, linkWord, valueAt),
-		reply(expr.CtKeySRCIP, takenWord), reply(expr.CtKeyPROTOSRC, remotePortWord), has(m.taken, takenWord), goTo(foreign)))
-	m.rule(c, "only its own flows refresh a mapping", join(
-		flowEndpoint, find(m.mappings, linkWord, valueAt),
+		reply(expr.CtKeySRCIP, remoteWord), reply(expr.CtKeyPROTOSRC, remotePortWord), hasNot(m.taken, extPortWord),
 		nobody(valueAt), put(m.mappings, opUpdate, linkWord, valueAt, m.Lifetime),
 		nobody(ownedWord), put(m.owned, opUpdate, extWord, ownedWord, m.Lifetime+ownedLonger), accept))
+	m.rule(ours, "it was left to the rules of others", join(flowEndpoint, find(m.mappings, linkWord, valueAt), goTo(foreign)))
 
+	m.rule(ours, "", join(original(expr.CtKeyPROTOSRC, 0), is(be16(0)), goTo(foreign)))
+	m.rule(ours, "a second outside address of the link", join(
+		toLink, reply(expr.CtKeyDSTIP, hostWord), hasNot(m.translated, linkWord),
+		nobody(hostWord), find(m.addresses, linkWord, valueAt), put(m.translated, opAdd, linkWord, 0, 0)))
+	m.rule(ours, "", join(toLink, reply(expr.CtKeyDSTIP, hostWord), put(m.translated, opUpdate, linkWord, 0, addressTimeout+ownedLonger)))
+	address := join(nobody(valueAt), reply(expr.CtKeyDSTIP, extWord), put(m.addresses, opAdd, linkWord, valueAt, addressTimeout))
+	m.rule(ours, "", join(toLink, nobody(hostWord), address))
 	own := m.own("own", flowEndpoint, foreign)
-	m.rule(c, "", join(reply(expr.CtKeyPROTODST, 0), has(m.served, 0), goTo(foreign)))
-	m.rule(c, "the user's rules did not translate it", join(
+	m.rule(ours, "", join(reply(expr.CtKeyPROTODST, 0), has(m.served, 0), goTo(foreign)))
+	m.rule(ours, "the user's rules did not translate it", join(
 		toLink, original(expr.CtKeySRCIP, hostWord), find(m.movers, linkWord, valueAt), goTo(own)))
-	m.rule(c, "", join(toLink, original(expr.CtKeySRCIP, hostWord), address))
-	m.rule(c, "", goTo(own))
+	m.rule(ours, "", join(toLink, original(expr.CtKeySRCIP, hostWord), address))
+	m.rule(ours, "", goTo(own))
 }
 
 // own returns a chain that makes the flow the owner of its outside endpoint, unless
 // another one is. endpoint loads its inside endpoint.
 func (m *mapper) own(name string, endpoint piece, foreign *nftables.Chain) *nftables.Chain {
-	c := &nftables.Chain{Table: m.table, Name: name}
-	m.chains = append(m.chains, c)
+	c := m.regular(name)
 	ext := join(nobody(valueAt), reply(expr.CtKeyDSTIP, extWord), reply(expr.CtKeyPROTODST, extPortWord))
 	m.rule(c, "the first one owns the outside endpoint", join(
 		endpoint, nobody(ownedWord), ext, put(m.owned, opAdd, extWord, ownedWord, m.Lifetime+ownedLonger)))
@@ -404,7 +407,7 @@ func (m *mapper) own(name string, endpoint piece, foreign *nftables.Chain) *nfta
 
 // takeInbound remembers a flow from outside by its first packet, as it came.
 func (m *mapper) takeInbound() piece {
-	return join(original(expr.CtKeySRCIP, 0), original(expr.CtKeyPROTOSRC, 1), original(expr.CtKeyPROTODST, 2),
+	return join(original(expr.CtKeyPROTODST, 0), original(expr.CtKeySRCIP, 1), original(expr.CtKeyPROTOSRC, 2),
 		put(m.taken, opUpdate, 0, 0, takenTimeout))
 }
 
@@ -417,20 +420,19 @@ func (m *mapper) arrivals() {
 	m.rule(c, "", join(original(expr.CtKeyPROTODST, 0), has(m.served, 0), accept))
 	m.rule(c, "its answers take the port", join(m.outside(iifname, true), m.takeInbound(), accept))
 	if m.hairpin != nil {
-		m.rule(c, "the same, of a host that there is hairpinning for", join(source(0), has(m.hairpin, 0), m.takeInbound()))
+		m.rule(c, "the same, of a host that there is hairpinning for", join(m.hairpin.has(source(0)), m.takeInbound()))
 	}
 }
 
 // toOutsideEndpoints sends packets from inside to an outside endpoint on to its
 // owner (REQ-9), whatever the permissions say.
 func (m *mapper) toOutsideEndpoints() {
-	to := &nftables.Chain{Table: m.table, Name: "to_outside_endpoint"}
-	m.chains = append(m.chains, to)
+	to := m.regular("to_outside_endpoint")
 	c := m.chain("hairpin", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, hairpinPriority)
-	m.rule(c, "", join(isUDP, m.outside(iifname, false), source(0), has(m.hairpin, 0), ctZone, is(ne16(0)), goTo(to)))
+	m.rule(c, "", join(isUDP, m.outside(iifname, false), m.hairpin.has(source(0)), inZone, goTo(to)))
 	m.rule(to, "the gateway itself serves it", join(hasSocket, accept))
 	m.rule(to, "", join(
-		destination(extWord), transport(2, extPortWord), find(m.owned, extWord, ownedWord), has(m.hairpin, hostWord),
+		destination(extWord), transport(2, extPortWord), find(m.owned, extWord, ownedWord), m.hairpin.hasAt(hostWord),
 		count(hairpinCounter), dnat(hostWord, portWord)))
 }
 
@@ -438,13 +440,14 @@ func (m *mapper) toOutsideEndpoints() {
 // own outside endpoint on that link (REQ-9a); where it has none, to the same
 // outside address, with a port that no other one has.
 func (m *mapper) hairpinned(c *nftables.Chain) {
-	h := &nftables.Chain{Table: m.table, Name: "hairpinned"}
-	m.chains = append(m.chains, h)
-	m.rule(c, "", join(m.outside(oifname, false), source(0), has(m.hairpin, 0), isForwarded, goTo(h)))
-	m.rule(h, "its own outside port is taken towards this one", join(
+	h := m.regular("hairpinned")
+	m.rule(c, "", join(
+		isUDP, m.outside(iifname, false), m.outside(oifname, false), m.hairpin.has(source(0)), isForwarded, goTo(h)))
+	m.rule(h, "its own outside endpoint; nft does not list the look-ups in maps", join(
 		m.ownEndpoint(), find(m.mappings, linkWord, valueAt),
-		destination(takenWord), transport(2, remotePortWord), has(m.taken, takenWord), count(leftCounter), accept))
-	m.rule(h, "its own outside endpoint; nft does not list the look-ups in maps", join(m.ownEndpoint(), find(m.mappings, linkWord, valueAt), snat(extWord, extPortWord)))
+		destination(remoteWord), transport(2, remotePortWord), hasNot(m.taken, extPortWord), snat(extWord, extPortWord)))
+	m.rule(h, "its own outside port is taken towards this one", join(
+		m.ownEndpoint(), find(m.mappings, linkWord, valueAt), count(leftCounter), accept))
 	// Only the address is given: the kernel keeps the port where it can, and looks
 	// whether the flow is the only one. With a range it does that too.
 	address := join(m.ownEndpoint(), original(expr.CtKeyDSTIP, extWord))
@@ -468,12 +471,11 @@ func (m *mapper) linkOfDestination() piece {
 
 // rememberHairpins learns from hairpinned flows as remember does from others.
 func (m *mapper) rememberHairpins(c, foreign *nftables.Chain) {
-	h := &nftables.Chain{Table: m.table, Name: "remember_hairpin"}
-	m.chains = append(m.chains, h)
-	m.rule(c, "", join(m.outside(oifname, false), original(expr.CtKeySRCIP, 0), has(m.hairpin, 0), isHairpinned, goTo(h)))
+	h := m.regular("remember_hairpin")
+	m.rule(c, "", join(isUDP, m.outside(oifname, false), inZone, m.hairpin.has(original(expr.CtKeySRCIP, 0)), isHairpinned, goTo(h)))
 	endpoint := join(m.linkOfDestination(), original(expr.CtKeySRCIP, hostWord), original(expr.CtKeyPROTOSRC, portWord))
 	m.rule(h, "it has a mapping", join(endpoint, find(m.mappings, linkWord, valueAt), accept))
-	m.rule(h, "", join(original(expr.CtKeySRCIP, 0), hasNot(m.subnets, 0), goTo(foreign)))
+	m.rule(h, "", join(m.subnets.hasNot(original(expr.CtKeySRCIP, 0)), goTo(foreign)))
 	m.rule(h, "", join(reply(expr.CtKeyPROTODST, 0), has(m.served, 0), goTo(foreign)))
 	m.rule(h, "", goTo(m.own("own_hairpin", endpoint, foreign)))
 }

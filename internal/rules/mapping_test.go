@@ -164,20 +164,48 @@ func TestTenHostsOnOneSourcePort(t *testing.T) {
 	}
 }
 
-// A pool of as many ports as newcomers, so that its tries fail.
-func TestASmallPoolIsUsedToTheEnd(t *testing.T) {
+// Most of the first tries find a port that is owned.
+func TestMostOfASmallPoolIsUsed(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 9}, withMapping(func(_ *rules.Desired, c *rules.MappingConfig) {
-		c.PoolFirst, c.PoolLast = 50000, 50015
+		c.PoolFirst, c.PoolLast = 50000, 50031 // 16 of them are even
 	}))
 	peer, seen := m.peer(lab.PeerA, 3074), map[netip.AddrPort]bool{}
 	for i := range 9 {
 		in := m.host(i, 3074)
 		ext := m.contact(in, peer)
-		if seen[ext] || i > 0 && (ext.Port() < 50000 || ext.Port() > 50015) {
+		if seen[ext] || i > 0 && (ext.Port() < 50000 || ext.Port() > 50031) {
 			t.Errorf("host %d got %v", i, ext)
 		}
 		seen[ext] = true
 		m.maps(in, ext, peer)
+	}
+	if c := count(t, m.tables); c.Moved != 8 || c.PoolUsedUp != 0 {
+		t.Errorf("%+v", c)
+	}
+}
+
+// One port of the pool is even. Who finds none is where he would be without mappings:
+// no packet is lost, whoever has the port that he asks for.
+func TestAPoolThatIsUsedUpLeavesNewcomersToTheRules(t *testing.T) {
+	m := newMapper(t, lab.Options{Inside: 4}, withMapping(func(_ *rules.Desired, c *rules.MappingConfig) {
+		c.PoolFirst, c.PoolLast = 50000, 50001
+	}))
+	peers := m.peers()
+	first := m.host(0, 3074)
+	m.maps(first, m.ext(3074), peers...)
+	m.maps(m.host(1, 3074), m.ext(50000), peers...)
+	two, three := m.host(2, 3074), m.host(3, 3074)
+	last := m.peer(lab.PeerB, 9)
+	if ext := m.contact(two, last); ext != m.ext(3074) { // as the kernel shares ports
+		t.Errorf("without a port of the pool: %v", ext)
+	}
+	for _, peer := range append(peers, last) {
+		m.contact(three, peer)
+		m.contact(two, peer)
+	}
+	m.maps(first, m.ext(3074), peers...)
+	if c := count(t, m.tables); c.Moved != 1 || c.PoolUsedUp < 2 {
+		t.Errorf("%+v", c)
 	}
 }
 
@@ -700,7 +728,7 @@ func TestAHairpinAfterAPacketToTheGatewayIsNotLost(t *testing.T) {
 	peer := m.peer(lab.PeerA, 1)
 	m.maps(two, m.ext(4000), peer)
 	check(t, two.Send(m.ext(3074), "too early")) // nobody owns it yet
-	eventually(t, func() bool { return strings.Contains(m.listSet("set", "taken"), "10.47.11.110 . 4000 . 3074") })
+	eventually(t, func() bool { return strings.Contains(m.listSet("set", "taken"), "3074 . 10.47.11.110 . 4000") })
 	m.maps(one, m.ext(3074), peer)
 	check(t, one.Send(m.ext(4000), "hairpin"))
 	if _, err := two.Expect("hairpin"); err != nil {
@@ -754,7 +782,7 @@ func TestNFTListsMappings(t *testing.T) {
 		for _, want := range []string{
 			"type nat hook postrouting priority srcnat - 5;",
 			"type ifname . ipv4_addr . inet_service : mark . ipv4_addr . inet_service",
-			"rt ipsec exists accept", "elements = { 192.0.2.77 }", "elements = { 53 }",
+			"rt ipsec missing", "ip daddr != 192.0.2.77", "elements = { 53 }",
 			`comment "its mapping"`, "counter left_to_rules",
 		} {
 			if !strings.Contains(list, want) {
@@ -798,12 +826,13 @@ func TestKeepRefusesWhatAnotherMappingHas(t *testing.T) {
 	// The rules take what was put there, port 5000 of host two, and its owner.
 	peer := m.peer(lab.PeerA, 1)
 	m.maps(two, m.ext(5000), peer)
+	m.maps(m.host(0, 5001), m.ext(5001), peer) // the outside address is known now
 	if ext := m.contact(m.host(0, 5000), peer); !inPool(ext) {
 		t.Errorf("an owned port was given away: %v", ext)
 	}
 
 	check(t, k.Revoke([]rules.Mapping{p, s, p}))
-	if all := m.mappings(); len(all) != 1 {
+	if all := m.mappings(); len(all) != 2 {
 		t.Errorf("mappings: %v", all)
 	}
 	if list := m.listSet("map", "owned"); strings.Contains(list, "3074") || strings.Contains(list, "5000 timeout") {
@@ -1137,10 +1166,13 @@ func TestTeachTellsOnWhichAddressTheirPoolIs(t *testing.T) {
 					Ext: cone.EndpointFrom(netip.AddrPortFrom(netip.MustParseAddr(a), 3075)),
 				})
 			}
-			for range 2 { // again, it changes nothing
+			for range 2 { // again, it changes nothing but the time that is left
 				if tc.teach {
 					check(t, m.kept().Teach(ms))
 				}
+			}
+			if list := m.listSet("set", "translated"); tc.teach && !strings.Contains(list, "expires 1h") && !strings.Contains(list, "expires 59m59s") {
+				t.Error(list)
 			}
 			if ext := m.contact(two, m.peer(lab.PeerA, 3074)); inPool(ext) != tc.moved {
 				t.Errorf("the newcomer leaves as %v", ext)

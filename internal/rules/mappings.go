@@ -141,8 +141,8 @@ func (m *Mappings) Take(flows []Taken) error {
 }
 
 func (m *Mappings) take(seq uint32, f *Taken) {
-	putEndpoint(m.key[:], f.Remote)
-	putPort(m.key[ownedKeyLen:], f.Port)
+	putPort(m.key[:], f.Port)
+	putEndpoint(m.key[4:], f.Remote)
 	for i, typ := range []uint16{unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM, unix.NFT_MSG_NEWSETELEM} {
 		m.element(seq+uint32(i), typ, takenSet, takenKeyLen, 0, keptTimeout)
 	}
@@ -172,10 +172,12 @@ func (m *Mappings) Teach(ms []Mapping) error {
 	for base := 0; base < len(hints); base += batch {
 		part := hints[base:min(base+batch, len(hints))]
 		clear(m.errs[:])
-		transact(&m.batcher, part, 2, func(seq uint32, h *hint) { m.hint(seq, h, addresses[h.link] > 1) })
+		for _, renew := range []bool{false, true} { // see Keep
+			transact(&m.batcher, part, 4, func(seq uint32, h *hint) { m.hint(seq, h, addresses[h.link] > 1, renew) })
+		}
 		for _, err := range m.errs[:len(part)] {
 			// Another address for the same host: the kernel's own is newer.
-			if err != nil && !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.EEXIST) {
+			if err != nil && !conflicts(err) {
 				errs = append(errs, fmt.Errorf("add element: %w", nfnl.Permitted(err)))
 			}
 		}
@@ -190,7 +192,7 @@ type hint struct {
 	in, ext cone.Addr
 }
 
-func (m *Mappings) hint(seq uint32, h *hint, several bool) {
+func (m *Mappings) hint(seq uint32, h *hint, several, renew bool) {
 	key := func(a []byte) {
 		clear(m.key[:unix.IFNAMSIZ])
 		copy(m.key[:unix.IFNAMSIZ-1], h.link)
@@ -198,22 +200,30 @@ func (m *Mappings) hint(seq uint32, h *hint, several bool) {
 	}
 	clear(m.value[:4])
 	copy(m.value[4:], h.ext[12:])
+	put := func(set string, value int, timeout time.Duration) {
+		if renew {
+			m.element(seq, unix.NFT_MSG_DELSETELEM, set, hostKeyLen, 0, 0)
+			seq++
+		}
+		m.element(seq, unix.NFT_MSG_NEWSETELEM, set, hostKeyLen, value, timeout)
+		seq++
+	}
 	const valueLen = 8
 	nobody := [4]byte{}
 	switch {
 	case h.in != (cone.Addr{}):
 		key(h.in[12:])
-		m.element(seq, unix.NFT_MSG_NEWSETELEM, addressesMap, hostKeyLen, valueLen, addressTimeout)
+		put(addressesMap, valueLen, addressTimeout)
 		return
 	case several:
 		key(nobody[:])
-		m.element(seq, unix.NFT_MSG_NEWSETELEM, translatedSet, hostKeyLen, 0, addressTimeout)
+		put(translatedSet, 0, addressTimeout)
 	default:
 		key(nobody[:])
-		m.element(seq, unix.NFT_MSG_NEWSETELEM, addressesMap, hostKeyLen, valueLen, addressTimeout)
+		put(addressesMap, valueLen, addressTimeout)
 	}
 	key(h.ext[12:])
-	m.element(seq+1, unix.NFT_MSG_NEWSETELEM, translatedSet, hostKeyLen, 0, addressTimeout+ownedLonger)
+	put(translatedSet, 0, addressTimeout+ownedLonger)
 }
 
 // List calls f for every mapping, with the time that it has left. What comes or

@@ -51,8 +51,10 @@ var features = []struct {
 // kernel without IPsec has not (CONFIG_XFRM).
 var tryMapping = MappingConfig{
 	PoolFirst: 1024, PoolLast: 2047, Lifetime: time.Second, Size: 1,
-	Hairpin: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}, noIPsec: true,
+	Subnets: tryPrefixes, Hairpin: tryPrefixes, noIPsec: true,
 }
+
+var tryPrefixes = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}
 
 // probe finds out what the kernel offers.
 func (t *Tables) probe() error {

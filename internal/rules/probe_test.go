@@ -87,7 +87,7 @@ func TestMappingsWithoutIPsec(t *testing.T) {
 		if _, err := table.Set(Desired{Mapping: &MappingConfig{PoolFirst: 50000, PoolLast: 50999, Lifetime: time.Minute, Size: 10}}); err != nil {
 			t.Fatal(err)
 		}
-		if got, err := l.Ruleset(); err != nil || strings.Contains(got, "rt ipsec exists") == none || !strings.Contains(got, "chain map_source") {
+		if got, err := l.Ruleset(); err != nil || strings.Contains(got, "rt ipsec missing") == none || !strings.Contains(got, "chain map_source") {
 			t.Error(got, err)
 		}
 	}

@@ -126,11 +126,11 @@ type Counters struct {
 	// Learned and LearnLimited are the packets from which the kernel learned a
 	// permission, and those from which it did not because of the rate.
 	Learned, LearnLimited uint64
-	// Moved are the newcomers that got a port of the pool, LeftToRules the flows
-	// that could not have their mapping because something else uses the outside
-	// port towards that remote endpoint. Hairpinned are flows from inside to an
-	// outside endpoint.
-	Moved, LeftToRules, Hairpinned uint64
+	// Moved are the newcomers that got a port of the pool, PoolUsedUp those that
+	// found none. LeftToRules are the flows that could not have their mapping
+	// because something else uses the outside port towards that remote endpoint.
+	// Hairpinned are flows from inside to an outside endpoint.
+	Moved, PoolUsedUp, LeftToRules, Hairpinned uint64
 }
 
 // A Change says what may have become of the user's rules and of our tables.

@@ -269,7 +269,7 @@ func (t *Tables) Counters() (Counters, error) {
 		GuardDrops: n[guardCounter], ChildDrops: n[childCounter], PortZeroDrops: n[zeroCounter],
 		Admitted: n[admittedCounter],
 		Learned:  n[learnedCounter], LearnLimited: n[limitedCounter],
-		Moved: n[movedCounter], LeftToRules: n[leftCounter], Hairpinned: n[hairpinCounter],
+		Moved: n[movedCounter], PoolUsedUp: n[usedUpCounter], LeftToRules: n[leftCounter], Hairpinned: n[hairpinCounter],
 	}, nil
 }
 
