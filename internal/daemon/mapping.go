@@ -186,8 +186,8 @@ func (f *firewall) forgetAddresses(cfg config.Config, old, network gateway.Netwo
 
 func (f *firewall) forget(c *rules.MappingConfig, gone map[cone.Addr]struct{}) error {
 	var errs []error
-	// A flow that nobody answers teaches its mapping again with each packet, and a
-	// mapping makes such flows: until there are none.
+	// A packet that found its mapping may make a flow a moment later: until there
+	// are none.
 	for range 10 {
 		if len(gone) == 0 {
 			break

@@ -22,6 +22,7 @@ const (
 	mappedSet      = "mapped_subnets"
 	exemptSet      = "exempt"
 	servedSet      = "served"
+	goneSet        = "gone"
 	hairpinSet     = "hairpin_subnets"
 	movedCounter   = "moved"
 	usedUpCounter  = "pool_used_up"
@@ -56,6 +57,9 @@ const (
 	// pool: until its packet has met the next rules.
 	addressTimeout = time.Hour
 	moverTimeout   = time.Second
+	// goneTimeout is how long no mapping is learned to an address that is gone, until
+	// the flows that have it have ended.
+	goneTimeout = 10 * time.Second
 	// takenSize bounds the flows that are remembered, addressesSize the hosts.
 	takenSize     = 1 << 16
 	addressesSize = 1 << 16
@@ -90,6 +94,7 @@ func valueOf(parts ...nftables.SetDatatype) nftables.SetDatatype {
 //     under 0.0.0.0, to the first host that was seen. translated has all of a
 //     link, and 0.0.0.0 once there is a second one. movers has for a moment the
 //     outside address of a host that is moved to the pool.
+//   - gone has the outside addresses that went a moment ago.
 //
 // A flow that is answered does not refresh its mapping, for its packets do not
 // come here. A mapping must not end before its last flow, or another host gets
@@ -108,14 +113,15 @@ func (l *layout) mapping(c *MappingConfig) {
 	movers := l.set(moversMap, nftables.TypeIFName, nftables.TypeIPAddr)
 	movers.IsMap, movers.DataType = true, addresses.DataType
 	taken.Size, addresses.Size, movers.Size = takenSize, addressesSize, addressesSize
-	for _, s := range []*set{mappings, owned, taken, addresses, translated, movers} {
+	gone := l.set(goneSet, nftables.TypeIPAddr)
+	for _, s := range []*set{mappings, owned, taken, addresses, translated, movers, gone} {
 		s.HasTimeout, s.Dynamic, s.free = true, true, true
 	}
 	served := l.set(servedSet, nftables.TypeInetService)
 	served.elements = portElements(c.Served)
 	m := &mapper{
 		layout: l, MappingConfig: c,
-		mappings: mappings, owned: owned, taken: taken, addresses: addresses, translated: translated, movers: movers,
+		mappings: mappings, owned: owned, taken: taken, addresses: addresses, translated: translated, movers: movers, gone: gone,
 		served: served, subnets: l.prefixes(mappedSet, c.Subnets),
 	}
 	if len(c.Exempt) > 0 {
@@ -137,9 +143,9 @@ type mapper struct {
 	*layout
 	*MappingConfig
 
-	mappings, owned, taken, addresses, translated, movers *set
-	served                                                *set
-	subnets, exempt, hairpin                              *prefixes // the last two may be nil
+	mappings, owned, taken, addresses, translated, movers, gone *set
+	served                                                      *set
+	subnets, exempt, hairpin                                    *prefixes // the last two may be nil
 }
 
 // Words of the registers. A value begins with a word that says nothing: nft 1.0.6
@@ -377,6 +383,7 @@ func (m *mapper) remember() {
 	m.rule(ours, "it was left to the rules of others", join(flowEndpoint, find(m.mappings, linkWord, valueAt), goTo(foreign)))
 
 	m.rule(ours, "", join(original(expr.CtKeyPROTOSRC, 0), is(be16(0)), goTo(foreign)))
+	m.rule(ours, "an older flow than its address", join(reply(expr.CtKeyDSTIP, 0), has(m.gone, 0), accept))
 	m.rule(ours, "a second outside address of the link", join(
 		toLink, reply(expr.CtKeyDSTIP, hostWord), hasNot(m.translated, linkWord),
 		nobody(hostWord), find(m.addresses, linkWord, valueAt), put(m.translated, opAdd, linkWord, 0, 0)))

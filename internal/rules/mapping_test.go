@@ -862,10 +862,18 @@ func TestForgetEndsAllOfAnOutsideAddress(t *testing.T) {
 	m.contact(one, peer)
 	m.contact(two, peer)
 	k := m.kept()
-	check(t, k.Forget(netip.MustParseAddr("198.51.100.2")))
+	check(t, k.Forget(netip.MustParseAddr("198.51.100.3")))
 	if all := m.mappings(); len(all) != 2 {
 		t.Errorf("mappings: %v", all)
 	}
+	unanswered := m.peer(lab.PeerB, 1)
+	send := func() {
+		t.Helper()
+		if _, err := one.Contact(unanswered); err != nil {
+			t.Error(err)
+		}
+	}
+	send()
 	const second = "198.51.100.2"
 	output(t, m.Lab, "ip", "address", "add", second+"/24", "dev", "wan0")
 	output(t, m.Lab, "ip", "address", "del", m.Gateway.Addr.String()+"/24", "dev", "wan0")
@@ -875,6 +883,7 @@ func TestForgetEndsAllOfAnOutsideAddress(t *testing.T) {
 		t.Fatal(err)
 	}
 	check(t, k.Forget(m.Gateway.Addr))
+	send() // by the flow that there is
 	m.holds()
 	for _, set := range []string{"map addresses", "set translated", "map owned"} {
 		kind, name, _ := strings.Cut(set, " ")

@@ -239,14 +239,23 @@ func (m *Mappings) List(f func(p Mapping, left time.Duration)) error {
 // Forget ends all mappings to an outside address that is none any more, and
 // forgets which hosts had it. The zero address stands for all. It does not end
 // the flows: unlike those that MASQUERADE translated, the kernel keeps them when
-// the address goes.
+// the address goes. They teach no mapping for ten seconds, in which they have to be
+// ended.
 func (m *Mappings) Forget(addr netip.Addr) error {
 	var ms []Mapping
-	err := m.List(func(p Mapping, _ time.Duration) {
+	var err error
+	if addr.Is4() {
+		clear(m.errs[:1])
+		transact(&m.batcher, []netip.Addr{addr}, 1, func(seq uint32, a *netip.Addr) {
+			m.element(seq, unix.NFT_MSG_NEWSETELEM, goneSet, copy(m.key[:], a.AsSlice()), 0, goneTimeout)
+		})
+		err = m.errs[0]
+	}
+	err = errors.Join(err, m.List(func(p Mapping, _ time.Duration) {
 		if !addr.IsValid() || p.Ext.Addr.Netip() == addr {
 			ms = append(ms, p)
 		}
-	})
+	}))
 	var gone []setElement
 	matches := func(b []byte) bool {
 		a, _ := netip.AddrFromSlice(b)
