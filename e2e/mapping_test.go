@@ -85,6 +85,34 @@ func TestNFTMappingMendsRandomPorts(t *testing.T) {
 	}
 }
 
+// Without mappings each flow has another outside port: that is counted and said.
+func TestNFTRandomPortsAreSeen(t *testing.T) {
+	for _, tc := range []struct {
+		how, mapping string
+		random       bool
+	}{{"", "kernel", false}, {" random", "kernel", true}, {" fully-random", "kernel", true}, {" random", "endpoint_independent", false}} {
+		t.Run(tc.how+" "+tc.mapping, func(t *testing.T) {
+			s := play(t, lab.Options{Rules: strings.Replace(lab.Masquerade, "masquerade", "masquerade"+tc.how, 1)},
+				auto[0], "--mapping="+tc.mapping)
+			phone, exts := s.inside(0, 5060), map[netip.AddrPort]bool{}
+			const flows = 12
+			for port := range uint16(flows) {
+				exts[s.contact(phone, s.peer(lab.PeerA, 5060+port))] = true
+			}
+			s.until("all are known", func() bool { return s.status().Permissions.Standing == len(exts) })
+			st := s.status()
+			c := st.Counters
+			if want := uint64(len(exts)); tc.random && (c.Renumbered < want-1 || c.Translated != want) || !tc.random && c.Renumbered > 0 {
+				t.Errorf("%d of %d renumbered; %d outside endpoints", c.Renumbered, c.Translated, len(exts))
+			}
+			warned := strings.Contains(strings.Join(st.Warnings, "\n"), "random or fully-random")
+			if warned != tc.random {
+				t.Errorf("warnings: %q", st.Warnings)
+			}
+		})
+	}
+}
+
 // A mapping lives as long as a flow of it, and not longer than a lifetime after.
 // Fails if the reconcile does not keep the mappings of living flows.
 func TestNFTMappingLivesAsLongAsItsFlows(t *testing.T) {

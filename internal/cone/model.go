@@ -89,14 +89,17 @@ type Stats struct {
 	Standing, Refused, Waiting int // claims by state
 	Flows                      int // flows that support or belong to claims
 
-	Granted   uint64          // grants decided, retries included
-	Conflicts uint64          // claims that found the permission owned
-	Crowded   uint64          // children beyond the limit, dropped
-	Passed    uint64          // children that a map admitted and the user's firewall let pass
-	Early     uint64          // early packets' flows to be repaired
-	Skipped   [Reasons]uint64 // flows that gave no permission, by reason
-	Refusals  [Reasons]uint64 // permissions refused, by reason
-	Revoked   [Reasons]uint64 // permissions ended, by reason
+	Granted   uint64 // grants decided, retries included
+	Conflicts uint64 // claims that found the permission owned
+	// Of the claims of flows that the user's rules alone translated, all, and those
+	// that have another port outside than inside.
+	Translated, Renumbered uint64
+	Crowded                uint64          // children beyond the limit, dropped
+	Passed                 uint64          // children that a map admitted and the user's firewall let pass
+	Early                  uint64          // early packets' flows to be repaired
+	Skipped                [Reasons]uint64 // flows that gave no permission, by reason
+	Refusals               [Reasons]uint64 // permissions refused, by reason
+	Revoked                [Reasons]uint64 // permissions ended, by reason
 }
 
 // New returns an empty Model. Until SetTopology no peer is outside, so nothing

@@ -44,6 +44,7 @@ type Subnet struct {
 	Prefix    netip.Prefix
 	Routed    bool
 	Filtering Filtering
+	Mapping   bool // its mapping is endpoint-independent: who gets which port is not the kernel's choice
 }
 
 // Filtering says who may send to a mapping (RFC 4787 section 5).

@@ -250,7 +250,8 @@ func (d *Daemon) policy(cfg config.Config) cone.Policy {
 		ExcludePorts:     cfg.ExcludePorts,
 	}
 	for _, s := range cfg.Subnets {
-		p.Subnets = append(p.Subnets, cone.Subnet{Prefix: s.Prefix, Routed: s.Routed, Filtering: filterings[s.Filtering]})
+		p.Subnets = append(p.Subnets, cone.Subnet{Prefix: s.Prefix, Routed: s.Routed, Filtering: filterings[s.Filtering],
+			Mapping: s.Mapping == config.EndpointIndependentMapping && d.firewall.maps()})
 	}
 	return p
 }
@@ -347,6 +348,9 @@ func (d *Daemon) greet() {
 	}
 }
 
+// someFlows are enough to tell a rule from chance.
+const someFlows = 10
+
 // warnings says what a user should know about his gateway.
 func (d *Daemon) warnings() []string {
 	out := slices.Concat(d.firewall.warnings, d.ruleWarnings)
@@ -357,6 +361,11 @@ func (d *Daemon) warnings() []string {
 	if passed, n := d.model.Stats().Passed, d.tables.Map.Admitted; n > 2*passed && d.backends.nft != nil {
 		out = append(out, fmt.Sprintf("of %d children that the map admitted your firewall let only %d pass: "+
 			"let its forward chain accept 'ct status dnat'", n, passed))
+	}
+	// Some have another port because another host has theirs.
+	if all, n := d.model.Stats().Translated, d.model.Stats().Renumbered; n > all/2 && n >= someFlows {
+		out = append(out, fmt.Sprintf("%d of %d flows left by another port than their host's, so a rule of yours has random or fully-random: "+
+			`each peer sees another port; mapping = "endpoint_independent" keeps one`, n, all))
 	}
 	if slices.ContainsFunc(d.cfg.PeerGroups, func(g netip.Prefix) bool { return g.Addr().Is4() }) && d.backends.nft == nil {
 		out = append(out, "peer_groups of IPv4 hold for routed subnets alone: only the nft backend can translate for a group")
