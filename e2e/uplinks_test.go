@@ -33,28 +33,26 @@ table ip nat {
 func (s *scene) addUplink() netip.Addr {
 	s.t.Helper()
 	const addr = "198.51.100.129"
+	s.addLink("wan1", addr)
+	s.ip(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 102")
+	s.ip(s.Gateway, "rule add fwmark 2 iif lan0 table 102")
+	return netip.MustParseAddr(addr)
+}
+
+// addLink adds a link between the gateway, where it has an address, and the outside.
+func (s *scene) addLink(name, addr string) {
+	s.t.Helper()
 	outside := fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), s.Outside.FD())
-	for _, step := range []struct {
-		at   *lab.Host
-		args string
-	}{
-		{s.Gateway, "link add wan1 type veth peer name wan1 netns " + outside},
-		{s.Gateway, "address add " + addr + "/32 dev wan1"},
-		{s.Gateway, "link set wan1 up"},
-		{s.Outside, "link set wan1 up"},
-		{s.Outside, "route add " + addr + "/32 dev wan1"},
-		{s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 102"},
-		{s.Gateway, "rule add fwmark 2 iif lan0 table 102"},
-	} {
-		_, err := step.at.Output("ip", strings.Fields(step.args)...)
-		s.must(err)
-	}
-	s.until("the second uplink is up", func() bool {
-		out, err := s.Gateway.Output("ip", "-brief", "link", "show", "wan1")
+	s.ip(s.Gateway, "link add "+name+" type veth peer name "+name+" netns "+outside)
+	s.ip(s.Gateway, "address add "+addr+"/32 dev "+name)
+	s.ip(s.Gateway, "link set "+name+" up")
+	s.ip(s.Outside, "link set "+name+" up")
+	s.ip(s.Outside, "route add "+addr+"/32 dev "+name)
+	s.until("the link is up", func() bool {
+		out, err := s.Gateway.Output("ip", "-brief", "link", "show", name)
 		s.must(err)
 		return strings.Contains(out, " UP ")
 	})
-	return netip.MustParseAddr(addr)
 }
 
 // The second uplink comes while the daemon runs. Its default route is in a table
@@ -86,8 +84,7 @@ func TestNewUplinkWithPolicyRoutingByConnmark(t *testing.T) {
 	}
 
 	// The uplink goes, and its permissions with it; the other one stays.
-	_, err := s.Gateway.Output("ip", "link", "del", "wan1")
-	s.must(err)
+	s.ip(s.Gateway, "link del wan1")
 	s.until("its permission ended", func() bool { return len(s.inKernel()) == 1 })
 	s.arrives(one, s.peer(lab.PeerA, 6000), extOne)
 }

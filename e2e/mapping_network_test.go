@@ -1,0 +1,217 @@
+package e2e
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// Mappings beside all else that a gateway does: VPNs, several uplinks, addresses
+// that change, packets that come too early.
+
+func (s *scene) ip(h *lab.Host, args string) {
+	s.t.Helper()
+	_, err := h.Output("ip", strings.Fields(args)...)
+	s.must(err)
+}
+
+// What goes into a VPN leaves as it came: by a link of its own, by IPsec on the
+// outside link, or to destinations that are exempt. Each fails with a rule of
+// map_source taken away: that of the link, of IPsec, of exempt destinations.
+func TestNFTMappingLeavesVPNsAlone(t *testing.T) {
+	// The peers on the other side of the VPN know how to answer inside hosts.
+	const back = "route add 10.47.11.0/24 via 198.51.100.1 dev eth0"
+	for name, tc := range map[string]struct {
+		exempt string // nft: what the user leaves untranslated
+		flags  []string
+		build  func(*scene)
+	}{
+		"a link of its own": {"", nil, func(s *scene) {
+			s.addLink("vpn0", "198.51.100.193")
+			s.ip(s.Gateway, "route add 192.0.2.0/24 via 198.51.100.254 dev vpn0 onlink")
+		}},
+		"exempt destinations": {"ip daddr 192.0.2.0/24 accept", []string{"--mapping-exempt=192.0.2.0/24"}, func(s *scene) { s.ip(s.Outside, back) }},
+		"IPsec": {"rt ipsec exists accept", nil, func(s *scene) {
+			s.ip(s.Outside, back)
+			s.tunnel()
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newScene(t, lab.Options{Inside: 2, Rules: strings.Replace(lab.Masquerade, `oifname "wan0"`, tc.exempt+"\n\t\t"+`oifname "wan0"`, 1)})
+			tc.build(s)
+			s.start(append([]string{"--subnet", lab.InsideNet.String(), mapped}, tc.flags...)...)
+			proxy, far := s.peer(lab.PeerA, 3074), s.peer(lab.PeerC, 3074)
+			for i := range 2 {
+				host := s.inside(i, 3074)
+				ext := s.contact(host, proxy)
+				if got := s.contact(host, far); got != host.Addr() {
+					t.Errorf("host %d leaves as %v into the VPN", i, got)
+				}
+				if again := s.contact(host, s.peer(lab.PeerA, 4000+uint16(i))); again != ext || (i > 0) != inPool(ext) {
+					t.Errorf("host %d leaves as %v and as %v", i, ext, again)
+				}
+				s.arrives(host, s.peer(lab.PeerA, 5000+uint16(i)), ext)
+			}
+		})
+	}
+}
+
+// tunnel makes an IPsec tunnel between the gateway and the outside for what inside
+// hosts and PeerC send to each other.
+func (s *scene) tunnel() {
+	s.t.Helper()
+	const (
+		gateway, remote = "198.51.100.1", "198.51.100.254"
+		inside, far     = "10.47.11.0/24", "192.0.2.77/32"
+		key             = "enc cbc(aes) 0x00112233445566778899aabbccddeeff auth hmac(sha256) " +
+			"0x000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"
+	)
+	state := "xfrm state add src " + gateway + " dst " + remote + " proto esp spi 0x100 reqid 1 mode tunnel " + key
+	if out, err := s.Gateway.Output("ip", strings.Fields(state)...); err != nil {
+		s.t.Skipf("this kernel has no ESP (CONFIG_INET_ESP, CONFIG_CRYPTO_CBC): %s %v", out, err)
+	}
+	tmpl := " tmpl src " + gateway + " dst " + remote + " proto esp reqid 1 mode tunnel"
+	s.ip(s.Gateway, "xfrm policy add dir out src "+inside+" dst "+far+tmpl)
+	s.ip(s.Outside, state)
+	s.ip(s.Outside, "xfrm policy add dir in src "+inside+" dst "+far+tmpl)
+}
+
+// Each host has a mapping on the uplink that policy routing leads it to. When that
+// is gone it gets one on the other uplink, where another host has its port.
+func TestNFTMappingOnTwoUplinks(t *testing.T) {
+	inModes(t, [][]string{auto, nft}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{Inside: 3, Rules: uplinkRules})
+		s.start(subnet(mode, mapped)...)
+		second := s.addUplink()
+		s.until("the daemon knows both uplinks", func() bool { return len(s.status().Outside) == 2 })
+		hosts, exts := s.consoles(3)
+		s.until("all permissions stand", func() bool { return s.status().Permissions.Standing == 6 })
+		for i, want := range []netip.Addr{s.Gateway.Addr, second, s.Gateway.Addr} {
+			if exts[i].Addr() != want || inPool(exts[i]) != (i == 2) {
+				t.Errorf("host %d leaves as %v", i, exts[i])
+			}
+			s.arrives(hosts[i], s.peer(lab.PeerB, 20_000+uint16(i)), exts[i])
+		}
+
+		s.ip(s.Gateway, "link del wan1")
+		s.until("the permissions of the second uplink ended", func() bool { return s.status().Permissions.Standing == 4 })
+		ext := s.contact(hosts[1], s.peer(lab.PeerA, 4000))
+		if ext.Addr() != s.Gateway.Addr || !inPool(ext) || ext == exts[2] {
+			t.Errorf("by the first uplink host 1 leaves as %v", ext)
+		}
+		last := s.peer(lab.PeerC, 3074)
+		for i, want := range []netip.AddrPort{exts[0], ext, exts[2]} {
+			if got := s.contact(hosts[i], last); got != want {
+				t.Errorf("host %d leaves as %v, want %v", i, got, want)
+			}
+		}
+	})
+}
+
+// The outside address changes while ten hosts send from one port each. Whoever sends
+// has one outside endpoint before and one afterwards, and shares none.
+func TestNFTMappingsUnderLoadWhenTheAddressChanges(t *testing.T) {
+	inModes(t, [][]string{auto, nft}, func(t *testing.T, mode ...string) {
+		const n = 10
+		s := play(t, lab.Options{Inside: n}, append(mode, mapped, "--max-permissions-per-host=0")...)
+		hosts, exts := s.consoles(n)
+		port := uint16(10_000)
+		stop := s.steady(func() error {
+			port = 10_000 + (port+n)%20_000
+			for i, host := range hosts { // to remote endpoints that nobody knows yet
+				if err := host.Send(netip.AddrPortFrom(lab.PeerC, port+uint16(i)), "load"); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		remotes := []*lab.Socket{s.peer(lab.PeerA, 9), s.peer(lab.PeerB, 9), s.peer(lab.PeerC, 9)}
+		const next = "198.51.100.77"
+		s.ip(s.Outside, "route replace "+next+"/32 dev eth0")
+		for _, step := range []string{
+			"address add " + next + "/32 dev wan0",
+			"address del 198.51.100.1/24 dev wan0",
+			"route replace default via 198.51.100.254 dev wan0 onlink",
+		} {
+			s.ip(s.Gateway, step)
+		}
+		for i, host := range hosts {
+			s.until("the new address is in use", func() bool {
+				exts[i] = s.contact(host, remotes[0])
+				return exts[i].Addr().String() == next
+			})
+		}
+		if stop() == 0 {
+			t.Error("there was no load")
+		}
+		seen := map[netip.AddrPort]bool{}
+		for i, host := range hosts {
+			for _, remote := range remotes[1:] {
+				if got := s.contact(host, remote); got != exts[i] {
+					t.Errorf("host %d leaves as %v and as %v", i, exts[i], got)
+				}
+			}
+			if seen[exts[i]] {
+				t.Errorf("two hosts leave as %v", exts[i])
+			}
+			seen[exts[i]] = true
+		}
+		s.until("nothing of the old address is left", func() bool {
+			for _, name := range []string{"mappings", "owned", "addresses", "permissions"} {
+				out, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", name)
+				s.must(err)
+				if strings.Contains(out, "198.51.100.1 ") {
+					return false
+				}
+			}
+			return true
+		})
+	})
+}
+
+// A packet that comes before its answerer has sent is no end: whether the flow that
+// it leaves is there first or the mapping is, the host is reached, and its mapping
+// stays. With the guard there is no such flow.
+func TestNFTMappingAndEarlyPackets(t *testing.T) {
+	for name, tc := range map[string]struct{ guard, mapping bool }{
+		"guard, packet first":  {true, false},
+		"guard, mapping first": {true, true},
+		"packet first":         {false, false},
+		"mapping first":        {false, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			flags := []string{mapped}
+			if !tc.guard {
+				flags = append(flags, "--guard=false")
+			}
+			s := play(t, lab.Options{}, flags...)
+			phone, proxy, other := s.inside(0, 5060), s.peer(lab.PeerA, 5060), s.peer(lab.PeerB, 5060)
+			early := replacePort(s.contact(s.inside(0, 5061), s.peer(lab.PeerB, 9)), 5060)
+			if tc.mapping {
+				if ext := s.contact(phone, other); ext != early {
+					t.Fatalf("the phone leaves as %v", ext)
+				}
+			}
+			s.must(proxy.Send(early, payload("early")))
+			if !tc.guard {
+				s.flowFrom(proxy)
+			}
+			ext := s.contact(phone, proxy)
+			if (ext == early) != tc.guard {
+				t.Errorf("towards the early sender it leaves as %v", ext)
+			}
+			s.stands(phone, proxy, ext)
+			s.arrives(phone, s.peer(lab.PeerA, 5070), ext)
+			if tc.guard || tc.mapping { // else its first flow made the mapping
+				ext = early
+			}
+			for port := uint16(6000); port < 6003; port++ {
+				if got := s.contact(phone, s.peer(lab.PeerB, port)); got != ext {
+					t.Errorf("its mapping is %v, and it leaves as %v", ext, got)
+				}
+			}
+		})
+	}
+}
