@@ -18,8 +18,8 @@ func (s *scene) ip(h *lab.Host, args string) {
 }
 
 // What goes into a VPN leaves as it came: by a link of its own, by IPsec on the
-// outside link, or to destinations that are exempt. Each fails with a rule of
-// map_source taken away: that of the link, of IPsec, of exempt destinations.
+// outside link, or to destinations that are exempt. The last two fail with their
+// condition in map_source taken away.
 func TestNFTMappingLeavesVPNsAlone(t *testing.T) {
 	// The peers on the other side of the VPN know how to answer inside hosts.
 	const back = "route add 10.47.11.0/24 via 198.51.100.1 dev eth0"
