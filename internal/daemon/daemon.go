@@ -250,8 +250,10 @@ func (d *Daemon) policy(cfg config.Config) cone.Policy {
 		ExcludePorts:     cfg.ExcludePorts,
 	}
 	for _, s := range cfg.Subnets {
-		p.Subnets = append(p.Subnets, cone.Subnet{Prefix: s.Prefix, Routed: s.Routed, Filtering: filterings[s.Filtering],
-			Mapping: s.Mapping == config.EndpointIndependentMapping && d.firewall.maps()})
+		p.Subnets = append(p.Subnets, cone.Subnet{
+			Prefix: s.Prefix, Routed: s.Routed, Filtering: filterings[s.Filtering],
+			Mapping: s.Mapping == config.EndpointIndependentMapping && d.firewall.maps(),
+		})
 	}
 	return p
 }

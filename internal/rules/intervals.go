@@ -73,6 +73,7 @@ func (l *layout) prefixes(name string, all []netip.Prefix) *prefixes {
 // has ends the rule where the address that load puts into the first word is in none,
 // hasNot where it is in one, and hasAt where the one at word w is in none.
 func (p *prefixes) has(load piece) piece { return join(load, p.test(0, true)) }
+
 func (p *prefixes) hasNot(load piece) piece {
 	if p == nil {
 		return nil
