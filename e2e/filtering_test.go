@@ -144,6 +144,33 @@ func TestNFTGroupOfPeers(t *testing.T) {
 	})
 }
 
+// What a daemon left for a group that the next one does not know goes, and with it
+// the children that nobody answered.
+func TestNFTGroupThatAKilledDaemonLeft(t *testing.T) {
+	for name, next := range map[string]func(*scene){
+		"cleanup": func(s *scene) {
+			if out, code := s.cli("cleanup"); code != 0 || !strings.Contains(out, "1 unanswered") {
+				s.t.Errorf("exit %d, %q", code, out)
+			}
+		},
+		"start without the group": func(s *scene) { s.start(subnet(nft)...) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := play(t, lab.Options{}, append(nft, "--peer-group="+group.String())...)
+			phone, proxy, child := s.inside(0, 5060), s.peer(lab.PeerA, 5060), s.peer(neighbor, 5070)
+			ext := s.contact(phone, proxy)
+			s.standsFor(group, phone, ext)
+			s.arrives(phone, child, ext)
+			s.kill()
+			next(s)
+			if s.hasFlowFrom(child) {
+				t.Error("the unanswered child is still there")
+			}
+			s.lost(phone, child, ext, proxy)
+		})
+	}
+}
+
 // Without translation an expectation serves a group.
 func TestRoutedIPv6FilteringAndGroups(t *testing.T) {
 	needsExpect(t)

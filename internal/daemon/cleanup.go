@@ -47,10 +47,12 @@ func dropTables(name string) (map[cone.Key]standing, error) {
 	if err != nil || f.tables == nil {
 		return nil, err
 	}
-	b := newBackends()
-	b.nft = f.tables.NewMap(mapConfig(config.Default()))
-	found, err := b.list()
-	return found.nft, errors.Join(err, f.remove(), f.close())
+	left, err := f.left(config.Default())
+	inMap := make(map[cone.Key]standing)
+	for _, a := range left {
+		inMap[a.Key] = standing{in: a.Int}
+	}
+	return inMap, errors.Join(err, f.remove(), f.close())
 }
 
 // settings are the sysctls of the daemon with this control socket.

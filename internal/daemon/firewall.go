@@ -4,10 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
 )
@@ -118,6 +120,23 @@ func (f *firewall) openMap(cfg config.Config, outside []string) (*rules.Map, err
 		return nil, err
 	}
 	return f.tables.NewMap(mapConfig(cfg)), nil
+}
+
+// left lists what the map holds that an earlier daemon left, if there is one. Its
+// groups of peers may be others than those of cfg.
+func (f *firewall) left(cfg config.Config) (all []expect.Adopted, err error) {
+	if f.tables == nil {
+		return nil, nil
+	}
+	groups, err := f.tables.PeerGroups()
+	if err != nil {
+		return nil, err
+	}
+	cfg.PeerGroups = append(groups, cfg.PeerGroups...)
+	err = f.tables.NewMap(mapConfig(cfg)).List(func(p cone.Permission, left time.Duration) {
+		all = append(all, expect.Adopted{Permission: p, Left: left})
+	})
+	return all, err
 }
 
 // forwards returns the test for outside endpoints that rules of the user's

@@ -19,14 +19,9 @@ func wantsMap(cfg config.Config) bool    { return cfg.Backend != config.BackendE
 // daemon left. The loop does not run yet.
 func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 	cfg := d.cfg.Config
-	var inMap []expect.Adopted
-	if d.firewall.tables != nil { // whether it is wanted or not
-		err := d.firewall.tables.NewMap(mapConfig(cfg)).List(func(p cone.Permission, left time.Duration) {
-			inMap = append(inMap, expect.Adopted{Permission: p, Left: left})
-		})
-		if err != nil {
-			return nil, err
-		}
+	inMap, err := d.firewall.left(cfg) // whether a map is wanted or not
+	if err != nil {
+		return nil, err
 	}
 	opened, err := d.open(cfg)
 	if err != nil {

@@ -220,7 +220,7 @@ func (l *layout) kinds(c *MapConfig) []kind {
 	}
 	all := []kind{{}}
 	for _, wild := range slices.Sorted(maps.Keys(free)) {
-		s := l.set(fmt.Sprintf("%s_%d", groupsSet, 32-wild), nftables.TypeIPAddr)
+		s := l.set(groupsName(32-int(wild)), nftables.TypeIPAddr)
 		s.elements = free[wild]
 		all = append(all, kind{wild: wild, groups: s})
 	}
@@ -231,6 +231,8 @@ func (l *layout) kinds(c *MapConfig) []kind {
 	}
 	return all
 }
+
+func groupsName(bits int) string { return fmt.Sprintf("%s_%d", groupsSet, bits) }
 
 // peers clears the low bits of the peer's address, in the first word of reg, and
 // ends the rule where the peer is in no group of this kind.

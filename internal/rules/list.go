@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net/netip"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -24,6 +25,19 @@ func (m *Map) List(f func(p cone.Permission, left time.Duration)) error {
 			f(p, left)
 		}
 	})
+}
+
+// PeerGroups lists the peer groups that the tables hold, whatever configuration they
+// are from. It has a connection of its own.
+func (t *Tables) PeerGroups() (groups []netip.Prefix, err error) {
+	for bits := 1; bits < 32 && err == nil; bits++ {
+		err = dump(t.netns, t.name, groupsName(bits), func(key, _ []byte, _ time.Duration) {
+			if a, ok := netip.AddrFromSlice(key); ok {
+				groups = append(groups, netip.PrefixFrom(a, bits))
+			}
+		})
+	}
+	return groups, err
 }
 
 // dump calls f for every element of a set, by a connection of its own. Where there

@@ -57,6 +57,9 @@ func Forwards(int, []Link) ([]Forward, error) { return nil, errNoBuild }
 // A Map is never made on this system.
 type Map struct{}
 
+// PeerGroups returns an *UnsupportedError.
+func (*Tables) PeerGroups() ([]netip.Prefix, error) { return nil, errNoBuild }
+
 // Carries returns false.
 func (*Map) Carries(*cone.Permission) bool { return false }
 
