@@ -157,7 +157,8 @@ func TestNFTGroupThatAKilledDaemonLeft(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := play(t, lab.Options{}, append(nft, "--peer-group="+group.String())...)
-			phone, proxy, child := s.inside(0, 5060), s.peer(lab.PeerA, 5060), s.peer(neighbor, 5070)
+			phone, proxy := s.inside(0, 5060), s.peer(neighbor, 5060)
+			child := s.peer(lab.PeerA, 5070) // not the first address of the group
 			ext := s.contact(phone, proxy)
 			s.standsFor(group, phone, ext)
 			s.arrives(phone, child, ext)
