@@ -35,7 +35,7 @@ func TestTheExampleFileChangesNothing(t *testing.T) {
 }
 
 func TestTheExampleFileShowsTheDefaults(t *testing.T) {
-	got, err := parse(example, uncommented(t))
+	got, _, err := parse(example, uncommented(t))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -18,27 +18,37 @@ import (
 // Default. The error, a UsageError, holds all that is wrong, one line each,
 // in the order of the file; the Config is then empty.
 func Load(path string) (Config, error) {
+	c, between, err := load(path)
+	if err = usage(err, between); err != nil {
+		return Config{}, err
+	}
+	return c, nil
+}
+
+// load is Load, but what is wrong between one key and another it returns apart:
+// flags may override one of them.
+func load(path string) (c Config, between, err error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
 		// The path goes in front here too, so only the cause is wanted.
 		if pe := (*fs.PathError)(nil); errors.As(err, &pe) {
 			err = pe.Err
 		}
-		return Config{}, usage(fmt.Errorf("%s: expected a readable file: %w", path, err))
+		return Config{}, nil, usage(fmt.Errorf("%s: expected a readable file: %w", path, err))
 	}
 	return parse(path, string(data))
 }
 
-// parse is Load without the reading.
+// parse is load without the reading.
 //
 // It decodes into plain maps and walks them itself. A decode into a struct
 // would meet the keys in random order, end at the first wrong type, and know
 // only the last of several [[subnet]] tables.
-func parse(path, data string) (Config, error) {
+func parse(path, data string) (c Config, between, err error) {
 	data = strings.TrimPrefix(data, "\ufeff")
 	var root map[string]any
 	if _, err := toml.Decode(data, &root); err != nil {
-		return Config{}, usage(syntaxError(path, data, err))
+		return Config{}, nil, usage(syntaxError(path, data, err))
 	}
 
 	f := file{path: path, lines: findLines(data), config: Default()}
@@ -53,14 +63,12 @@ func parse(path, data string) (Config, error) {
 			f.fail(0, key, settings[i].set(&f.config, root[key]))
 		}
 	}
-	if len(f.errs) == 0 {
-		key, err := f.config.check()
-		f.fail(0, key, err)
-	}
 	if err := usage(f.errs...); err != nil {
-		return Config{}, err
+		return Config{}, nil, err
 	}
-	return f.config, nil
+	key, err := f.config.check()
+	f.fail(0, key, err)
+	return f.config, usage(f.errs...), nil
 }
 
 // bare is the text of a value that TOML does not know. No check accepts it.

@@ -86,7 +86,7 @@ func everyConfig() Config {
 }
 
 func TestEveryFieldIsReadFromTheFile(t *testing.T) {
-	got, err := parse("f.toml", every)
+	got, err := whole("f.toml", every)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -148,7 +148,7 @@ func TestAcceptedFiles(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			want := Default()
 			tt.want(&want)
-			got, err := parse("f.toml", tt.data)
+			got, err := whole("f.toml", tt.data)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -348,7 +348,7 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 		"UTF-16":                        {"l\x00i\x00", `1: not valid TOML: files cannot contain NULL bytes; probably using UTF-16; TOML files must be UTF-8`},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c, err := parse("f.toml", tt.data)
+			c, err := whole("f.toml", tt.data)
 			if err == nil {
 				t.Fatalf("accepted as %+v", c)
 			}
@@ -380,13 +380,22 @@ func TestSubnetsMustBeUnicast(t *testing.T) {
 		"ff02::/16":          `"ff00::/8" (multicast, RFC 4291)`,
 	} {
 		t.Run(prefix, func(t *testing.T) {
-			_, err := parse("f.toml", "[[subnet]]\nprefix = \""+prefix+"\"")
+			_, err := whole("f.toml", "[[subnet]]\nprefix = \""+prefix+"\"")
 			want := `f.toml:2: subnet.prefix: expected a unicast prefix, got "` + prefix + `", which overlaps ` + overlap
 			if err == nil || err.Error() != want {
 				t.Errorf("\ngot  %v\nwant %s", err, want)
 			}
 		})
 	}
+}
+
+// whole is Load for a text.
+func whole(path, data string) (Config, error) {
+	c, between, err := parse(path, data)
+	if err = usage(err, between); err != nil {
+		return Config{}, err
+	}
+	return c, nil
 }
 
 func TestLoadReadsAFile(t *testing.T) {
@@ -453,7 +462,7 @@ func FuzzLoad(f *testing.F) {
 				}
 			}
 		}
-		c, err := parse("f.toml", data)
+		c, err := whole("f.toml", data)
 		if err == nil {
 			if c.Lifetime < time.Second || c.EventBuffer < 64<<10 {
 				t.Errorf("accepted %+v", c)

@@ -44,10 +44,11 @@ func (f *Flags) Register(fs *pflag.FlagSet) {
 func (f *Flags) Resolve() (Config, error) {
 	c := Default()
 	var errs []error
+	var between error // one key of the file and another
 	if n := len(f.config.given); n > 0 {
 		var err error
 		if path := f.config.given[n-1]; path != "" {
-			c, err = Load(path)
+			c, between, err = load(path)
 		} else { // an unset variable in a script
 			err = fmt.Errorf("--config: %w", expected("the path of a file", path))
 		}
@@ -93,7 +94,11 @@ func (f *Flags) Resolve() (Config, error) {
 	}
 	if len(errs) == 0 {
 		if key, err := c.check(); err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", key, err))
+			err = fmt.Errorf("%s: %w", key, err)
+			if between != nil && strings.HasSuffix(between.Error(), err.Error()) {
+				err = between // which says where
+			}
+			errs = append(errs, err)
 		}
 	}
 	if err := usage(errs...); err != nil {

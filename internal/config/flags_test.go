@@ -60,6 +60,7 @@ func TestResolve(t *testing.T) {
 		return []Subnet{{Prefix: netip.MustParsePrefix(prefix), Routed: routed}}
 	}
 	path := write(t, "lifetime = \"1m\"\nexclude_ports = [1]\n[[subnet]]\nprefix = \"auto\"\n[[subnet]]\nprefix = \"10.0.0.0/8\"\n")
+	hairpin := write(t, "hairpin = true")
 	for name, tt := range map[string]struct {
 		args []string
 		want func(*Config)
@@ -78,6 +79,13 @@ func TestResolve(t *testing.T) {
 			func(c *Config) {
 				c.Lifetime, c.ExcludePorts = time.Minute, []uint16{1}
 				c.AutoSubnets, c.Subnets = true, subnet("10.0.0.0/8", false)
+			},
+		},
+		"what is missing in the file comes from the command line": {
+			[]string{"--config", hairpin, "--subnet=192.168.1.0/24", "--mapping=endpoint_independent"},
+			func(c *Config) {
+				c.Subnets = subnet("192.168.1.0/24", false)
+				c.Subnets[0].Mapping, c.Hairpin = EndpointIndependentMapping, true
 			},
 		},
 		"flags override the file, subnets as a whole": {
