@@ -265,6 +265,31 @@ func TestNFTMappingsEndWithTheirAddress(t *testing.T) {
 	})
 }
 
+// Sixty newcomers want one of the 32 even ports of the pool. Who finds none is
+// counted and told of, and talks on.
+func TestNFTPoolThatIsUsedUp(t *testing.T) {
+	const hosts, ports, even = 4, 20, 32
+	s := play(t, lab.Options{Inside: hosts}, auto[0], mapped, "--port-pool=61000-61063")
+	remotes := []*lab.Socket{s.peer(lab.PeerA, 3074), s.peer(lab.PeerB, 3074)}
+	for i := range hosts {
+		for port := range uint16(ports) {
+			host := s.inside(i, 3000+2*port)
+			for _, remote := range remotes {
+				ext := s.contact(host, remote)
+				if i == hosts-1 {
+					s.arrives(host, s.peer(remote.Addr().Addr(), 4000+port), ext)
+				}
+			}
+		}
+	}
+	if m := s.status().Tables.Mapping; m.Moved > even || m.PoolUsedUp < (hosts-1)*ports-even {
+		t.Errorf("%+v", m)
+	}
+	if !s.warns("port_pool 61000-61063 had no port") {
+		t.Errorf("warnings: %q", s.status().Warnings)
+	}
+}
+
 // What else uses ports of the pool is named, and nothing changes.
 func TestNFTPoolThatIsInUseIsRefused(t *testing.T) {
 	forward := `table ip f { chain c { type nat hook prerouting priority dstnat; iifname "wan0" udp dport 62000 dnat to 10.47.11.109; }; }`

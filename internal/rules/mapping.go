@@ -61,7 +61,7 @@ const (
 	// the flows that have it have ended.
 	goneTimeout = 10 * time.Second
 	// takenSize bounds the flows that are remembered, addressesSize the hosts.
-	takenSize     = 1 << 16
+	takenSize     = 1 << 18
 	addressesSize = 1 << 16
 	// tries is how many ports of the pool are looked at for a newcomer: with half of
 	// the pool owned one in 256 finds none. A packet may meet 16 chains one in another.
