@@ -260,7 +260,6 @@ func (m *mapper) apply() {
 	m.rule(mapped, "its outside port is taken towards this remote endpoint", join(
 		endpointOf, find(m.mappings, linkWord, valueAt), count(leftCounter), accept))
 
-	m.rule(mapped, "", join(sourcePort, is(be16(0)), accept))
 	pool := m.pool()
 	// A host that was not seen yet is taken to get the address that all others get,
 	// where there is but one. Else its first flow is left to the user's rules.

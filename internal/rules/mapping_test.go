@@ -508,8 +508,9 @@ func TestNothingElseGetsAMapping(t *testing.T) {
 	}
 }
 
+// Nor does it get, or refresh, that of the host whose address it has.
 func TestASpoofedSourceFromOutsideGetsNoMapping(t *testing.T) {
-	m := newMapper(t, lab.Options{}, mapping)
+	m := newMapper(t, lab.Options{Rules: randomly("fully-random")}, mapping)
 	for _, name := range []string{"all", "wan0"} {
 		check(t, m.Gateway.SetSysctl("net.ipv4.conf."+name+".rp_filter", "0"))
 	}
@@ -529,6 +530,25 @@ func TestASpoofedSourceFromOutsideGetsNoMapping(t *testing.T) {
 		return strings.Contains(output(t, m.Lab, "nft", "list", "chain", "ip", "see", "c"), "packets 1 ")
 	})
 	m.holds()
+
+	host, peer := m.host(0, 5061), m.peer(lab.PeerA, 5060)
+	p := mapped(host, m.contact(host, peer))
+	k := m.kept()
+	k.SetLifetime(time.Minute)
+	k.Keep([]rules.Mapping{p}, func(_ int, err error) { t.Error(err) })
+	again := listen(t, m.Outside, m.Inside(0).Addr, 5061)
+	check(t, again.Send(netip.MustParseAddrPort("192.0.2.99:5060"), "x"))
+	eventually(t, func() bool {
+		return strings.Contains(output(t, m.Lab, "nft", "list", "chain", "ip", "see", "c"), "packets 2 ")
+	})
+	m.holds(p)
+	if left := m.mappings()[p]; left > time.Minute {
+		t.Errorf("the spoofed packet refreshed it: %v left", left)
+	}
+	flow := output(t, m.Lab, "conntrack", "-L", "-p", "udp", "-d", "192.0.2.99", "--orig-port-src", "5061")
+	if port := fmt.Sprintf("dport=%d ", p.Ext.Port); !strings.Contains(flow, "dst=198.51.100.1") || strings.Contains(flow, port) {
+		t.Errorf("the spoofed packet left by the mapping to port %d: %s", p.Ext.Port, flow)
+	}
 }
 
 // What host two sends takes the second uplink, or does not.
@@ -1117,6 +1137,21 @@ func TestFlowsOfOtherZonesAreLeftToTheRules(t *testing.T) {
 		}
 	}
 	t.Errorf("%v went by its mapping", in.Addr())
+}
+
+// A packet from outside in another zone takes no port of the default one's.
+func TestArrivalsOfOtherZonesTakeNothing(t *testing.T) {
+	m := newMapper(t, lab.Options{Rules: lab.Masquerade + `
+		table ip zones { chain c { type filter hook prerouting priority -300; iifname "wan0" ct zone set 7; }; }
+		table ip f { chain c { type nat hook prerouting priority dstnat; udp dport 7777 dnat to 10.47.11.109; }; }`}, mapping)
+	in, peer := m.host(0, 7777), m.peer(lab.PeerA, 1)
+	check(t, peer.Send(m.ext(7777), "x"))
+	if _, err := in.Expect("x"); err != nil {
+		t.Fatal(err)
+	}
+	if list := m.listSet("set", "taken"); strings.Contains(list, "elements") {
+		t.Error(list)
+	}
 }
 
 // The user forwards a port that a mapping has, and the peer comes in by that.
