@@ -1139,6 +1139,21 @@ func TestFlowsOfOtherZonesAreLeftToTheRules(t *testing.T) {
 	t.Errorf("%v went by its mapping", in.Addr())
 }
 
+// The user leads what his hosts send elsewhere. That is no hairpin.
+func TestARedirectedFlowHasItsMapping(t *testing.T) {
+	m := newMapper(t, lab.Options{Inside: 2, Rules: lab.Masquerade + `table ip f { chain c {
+		type nat hook prerouting priority dstnat; iifname "lan0" udp dport 9999 dnat to 203.0.113.6:3074; }; }`}, hairpinning)
+	peers := m.peers()
+	m.maps(m.host(0, 3074), m.ext(3074), peers[0])
+	in := m.host(1, 3074)
+	ext := m.contact(in, peers[0])
+	m.forget(in) // or the kernel would look at that flow
+	check(t, in.Send(netip.AddrPortFrom(lab.PeerA, 9999), "redirected"))
+	if from, err := peers[2].Expect("redirected"); err != nil || from != ext || !inPool(ext) {
+		t.Errorf("it leaves as %v, want %v (%v)", from, ext, err)
+	}
+}
+
 // A packet from outside in another zone takes no port of the default one's.
 func TestArrivalsOfOtherZonesTakeNothing(t *testing.T) {
 	m := newMapper(t, lab.Options{Rules: lab.Masquerade + `
