@@ -170,7 +170,9 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	}
 	i := m.claim(now, p)
 	m.addFlow(now, i, f, false)
-	m.noteRenumbered(f, s)
+	if !s.Mapping && f.Status.Has(StatusSrcNAT) {
+		m.compare(f.Src, f.ReplyDst)
+	}
 	switch o := m.owner(p.Key); {
 	case o == i:
 		m.grant(now, i)
@@ -179,18 +181,6 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	default:
 		m.claims[i].reason = ReasonConflict
 		m.stats.Conflicts++
-	}
-}
-
-// noteRenumbered counts whether f keeps its port. The kernel keeps it where it can,
-// but for rules with random or fully-random: then each peer sees another one.
-func (m *Model) noteRenumbered(f *Flow, s Subnet) {
-	if s.Mapping || !f.Status.Has(StatusSrcNAT) {
-		return
-	}
-	m.stats.Translated++
-	if f.Src.Port != f.ReplyDst.Port {
-		m.stats.Renumbered++
 	}
 }
 

@@ -77,6 +77,7 @@ type Model struct {
 	ruled     func(Endpoint) bool // outside endpoints that rules forward; may be nil
 	wheel     wheel
 	snap      snapshot
+	last      lastMappings
 
 	stopped bool
 	ops     []Op
@@ -91,15 +92,15 @@ type Stats struct {
 
 	Granted   uint64 // grants decided, retries included
 	Conflicts uint64 // claims that found the permission owned
-	// Of the claims of flows that the user's rules alone translated, all, and those
-	// that have another port outside than inside.
-	Translated, Renumbered uint64
-	Crowded                uint64          // children beyond the limit, dropped
-	Passed                 uint64          // children that a map admitted and the user's firewall let pass
-	Early                  uint64          // early packets' flows to be repaired
-	Skipped                [Reasons]uint64 // flows that gave no permission, by reason
-	Refusals               [Reasons]uint64 // permissions refused, by reason
-	Revoked                [Reasons]uint64 // permissions ended, by reason
+	// Claims whose inside endpoint had another one a while before, and those among
+	// them with another outside port, where the mapping is the kernel's.
+	Compared, Remapped uint64
+	Crowded            uint64          // children beyond the limit, dropped
+	Passed             uint64          // children that a map admitted and the user's firewall let pass
+	Early              uint64          // early packets' flows to be repaired
+	Skipped            [Reasons]uint64 // flows that gave no permission, by reason
+	Refusals           [Reasons]uint64 // permissions refused, by reason
+	Revoked            [Reasons]uint64 // permissions ended, by reason
 }
 
 // New returns an empty Model. Until SetTopology no peer is outside, so nothing

@@ -40,7 +40,8 @@ func (f *Flags) Register(fs *pflag.FlagSet) {
 // Resolve returns Default, overridden by the file of --config, overridden by
 // the flags. A flag replaces the whole value of its key; --subnet replaces all
 // subnets of the file. It reads the file anew at each call, so that a reload
-// is one more call. The error, a UsageError, holds all that is wrong.
+// is one more call. The error, a UsageError, holds all that is wrong; whether the keys
+// go together is asked when each is right.
 func (f *Flags) Resolve() (Config, error) {
 	c := Default()
 	var errs []error

@@ -151,16 +151,16 @@ type Events struct {
 type Counters struct {
 	Granted   uint64 `json:"granted"`
 	Conflicts uint64 `json:"conflicts"` // the permission had an owner
-	// Of the permissions whose flows the user's rules alone translated, all, and those
-	// with another port outside than inside.
-	Translated uint64            `json:"translated"`
-	Renumbered uint64            `json:"renumbered"`
-	Early      uint64            `json:"early"`    // packets that came before their permission
-	Crowded    uint64            `json:"crowded"`  // children beyond max_children, dropped
-	Repaired   uint64            `json:"repaired"` // permissions that were gone from the kernel and put back
-	Refused    map[string]uint64 `json:"refused"`
-	Revoked    map[string]uint64 `json:"revoked"`
-	Skipped    map[string]uint64 `json:"skipped"` // flows that gave no permission
+	// Permissions whose inside endpoint had another one a while before, and those among
+	// them with another outside port, where the mapping is the kernel's.
+	Compared uint64            `json:"compared"`
+	Remapped uint64            `json:"remapped"`
+	Early    uint64            `json:"early"`    // packets that came before their permission
+	Crowded  uint64            `json:"crowded"`  // children beyond max_children, dropped
+	Repaired uint64            `json:"repaired"` // permissions that were gone from the kernel and put back
+	Refused  map[string]uint64 `json:"refused"`
+	Revoked  map[string]uint64 `json:"revoked"`
+	Skipped  map[string]uint64 `json:"skipped"` // flows that gave no permission
 }
 
 // Latency is from the event read to the grant acknowledged by the kernel, in

@@ -350,7 +350,7 @@ func (d *Daemon) greet() {
 	}
 }
 
-// someFlows are enough to tell a rule from chance.
+// someFlows are more than chance.
 const someFlows = 10
 
 // warnings says what a user should know about his gateway.
@@ -364,16 +364,15 @@ func (d *Daemon) warnings() []string {
 		out = append(out, fmt.Sprintf("of %d children that the map admitted your firewall let only %d pass: "+
 			"let its forward chain accept 'ct status dnat'", n, passed))
 	}
-	// Some have another port because another host has theirs.
-	if all, n := d.model.Stats().Translated, d.model.Stats().Renumbered; n > all/2 && n >= someFlows {
-		out = append(out, fmt.Sprintf("%d of %d flows left by another port than their host's, so a rule of yours has random or fully-random: "+
-			`each peer sees another port; mapping = "endpoint_independent" keeps one`, n, all))
+	if d.model.Remaps() {
+		out = append(out, "peers see another outside port each of one and the same inside port, so a rule of yours has random or fully-random: "+
+			`mapping = "endpoint_independent" keeps one`)
 	}
 	if slices.ContainsFunc(d.cfg.PeerGroups, func(g netip.Prefix) bool { return g.Addr().Is4() }) && d.backends.nft == nil {
 		out = append(out, "peer_groups of IPv4 hold for routed subnets alone: only the nft backend can translate for a group")
 	}
-	if n := d.tables.Mapping.PoolUsedUp; n > 0 {
-		out = append(out, fmt.Sprintf("port_pool %v had no port for %d newcomers, whose mapping stays the kernel's: make it larger", d.cfg.PortPool, n))
+	if n := d.tables.Mapping.PoolUsedUp; n >= someFlows {
+		out = append(out, fmt.Sprintf("port_pool %v had no port for %d flows, whose mapping stays the kernel's: make it larger", d.cfg.PortPool, n))
 	}
 	if mappingConfig(d.cfg.Config, nil) != nil && d.firewall.noMapping != "" {
 		out = append(out, "mapping stays the kernel's: "+d.firewall.noMapping)

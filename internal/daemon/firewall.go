@@ -28,8 +28,8 @@ type firewall struct {
 
 	gone map[cone.Addr]struct{} // addresses whose mappings have to end; nil before the first look
 
-	counting               bool
-	admitted, lastAdmitted uint64 // since the start, and as read last
+	admitted, usedUp tally
+	pool             config.PortRange // that usedUp is of
 
 	repaired uint64   // how often others' changes of the tables were undone
 	warnings []string // that stay as long as the daemon runs
@@ -189,28 +189,37 @@ func (f *firewall) read(cfg config.Config) (t control.Tables) {
 	t.Repaired = f.repaired
 	if c, err := f.tables.Counters(); err == nil {
 		t.Guard = control.Guard{Drops: c.GuardDrops, Children: c.ChildDrops, PortZero: c.PortZeroDrops}
-		t.Map = control.Map{Learn: f.learns(cfg), Admitted: f.sinceStart(c.Admitted), Learned: c.Learned, Limited: c.LearnLimited}
+		t.Map = control.Map{Learn: f.learns(cfg), Admitted: f.admitted.read(c.Admitted), Learned: c.Learned, Limited: c.LearnLimited}
+		if f.pool != cfg.PortPool {
+			f.pool, f.usedUp = cfg.PortPool, tally{}
+		}
 		t.Mapping = control.Mapping{
-			On: mappingConfig(cfg, nil) != nil && f.maps(), Moved: c.Moved, PoolUsedUp: c.PoolUsedUp, Left: c.LeftToRules,
+			On: mappingConfig(cfg, nil) != nil && f.maps(), Moved: c.Moved, PoolUsedUp: f.usedUp.read(c.PoolUsedUp), Left: c.LeftToRules,
 			Hairpinned: c.Hairpinned,
 		}
 	}
 	return t
 }
 
-// sinceStart returns what the counter of admitted packets, which is n now, counted
-// since the first call. It starts again with a new table.
-func (f *firewall) sinceStart(n uint64) uint64 {
+// A tally is what a counter of the tables counted since it was read first. The
+// counter starts again with a new table.
+type tally struct {
+	counting    bool
+	total, last uint64
+}
+
+// read returns the total where the counter is at n now.
+func (t *tally) read(n uint64) uint64 {
 	switch {
-	case !f.counting:
-		f.counting = true
-	case n < f.lastAdmitted:
-		f.admitted += n
+	case !t.counting:
+		t.counting = true
+	case n < t.last:
+		t.total += n
 	default:
-		f.admitted += n - f.lastAdmitted
+		t.total += n - t.last
 	}
-	f.lastAdmitted = n
-	return f.admitted
+	t.last = n
+	return t.total
 }
 
 // remove takes the tables out of the kernel, and with them all permissions in the

@@ -174,14 +174,19 @@ func (f *firewall) forgetAddresses(cfg config.Config, old, network gateway.Netwo
 	for _, a := range old.Addrs {
 		f.gone[cone.AddrFrom(a.Prefix.Addr())] = struct{}{}
 	}
+	var returned []error
 	for _, a := range network.Addrs { // it may have lost its route, or come back
-		delete(f.gone, cone.AddrFrom(a.Prefix.Addr()))
+		addr := a.Prefix.Addr()
+		delete(f.gone, cone.AddrFrom(addr))
+		if addr.Is4() && !slices.ContainsFunc(old.Addrs, func(o gateway.Addr) bool { return o.Prefix.Addr() == addr }) {
+			returned = append(returned, f.tables.NewMappings(c).Return(addr))
+		}
 	}
 	err := f.forget(c, f.gone)
 	if err == nil {
 		clear(f.gone)
 	}
-	return err
+	return errors.Join(append(returned, err)...)
 }
 
 func (f *firewall) forget(c *rules.MappingConfig, gone map[cone.Addr]struct{}) error {

@@ -53,7 +53,7 @@ func (s source) Status() control.Status {
 		st.Permissions.Waiting, st.Permissions.Limit = m.Waiting, d.limit()
 		st.Flows = m.Flows
 		st.Counters.Granted, st.Counters.Conflicts, st.Counters.Early = m.Granted, m.Conflicts, m.Early
-		st.Counters.Translated, st.Counters.Renumbered = m.Translated, m.Renumbered
+		st.Counters.Compared, st.Counters.Remapped = m.Compared, m.Remapped
 		st.Counters.Crowded = m.Crowded
 		st.Counters.Repaired = d.repaired
 		st.Counters.Refused = byReason(&m.Refusals)

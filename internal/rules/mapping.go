@@ -266,11 +266,13 @@ func (m *mapper) apply() {
 	known := join(toLink, source(hostWord), find(m.addresses, linkWord, valueAt))
 	likely := join(toLink, nobody(hostWord), hasNot(m.translated, linkWord), find(m.addresses, linkWord, valueAt), source(hostWord))
 	move := join(nobody(valueAt), put(m.movers, opUpdate, linkWord, valueAt, moverTimeout), goTo(pool))
-	for _, address := range []piece{known, likely} {
+	for i, address := range []piece{known, likely} {
+		if i > 0 {
+			m.rule(mapped, "its address is known", join(known, accept))
+		}
 		m.rule(mapped, "another one has the port", join(
 			address, transport(0, extPortWord), find(m.owned, extWord, ownedWord), toLink, source(hostWord), move))
 		m.rule(mapped, "the gateway has the port", join(address, transport(0, extPortWord), has(m.served, extPortWord), move))
-		m.rule(mapped, "its address is known", join(known, accept))
 	}
 }
 
@@ -391,7 +393,7 @@ func (m *mapper) remember() {
 	m.rule(ours, "", join(toLink, nobody(hostWord), address))
 	own := m.own("own", flowEndpoint, foreign)
 	m.rule(ours, "", join(reply(expr.CtKeyPROTODST, 0), has(m.served, 0), goTo(foreign)))
-	m.rule(ours, "the user's rules did not translate it", join(
+	m.rule(ours, "it was moved to the pool, or would have been: no word on its address", join(
 		toLink, original(expr.CtKeySRCIP, hostWord), find(m.movers, linkWord, valueAt), goTo(own)))
 	m.rule(ours, "", join(toLink, original(expr.CtKeySRCIP, hostWord), address))
 	m.rule(ours, "", goTo(own))
@@ -482,6 +484,7 @@ func (m *mapper) rememberHairpins(c, foreign *nftables.Chain) {
 	endpoint := join(m.linkOfDestination(), original(expr.CtKeySRCIP, hostWord), original(expr.CtKeyPROTOSRC, portWord))
 	m.rule(h, "it has a mapping", join(endpoint, find(m.mappings, linkWord, valueAt), accept))
 	m.rule(h, "", join(m.subnets.hasNot(original(expr.CtKeySRCIP, 0)), goTo(foreign)))
+	m.rule(h, "", join(original(expr.CtKeyPROTOSRC, 0), is(be16(0)), goTo(foreign)))
 	m.rule(h, "", join(reply(expr.CtKeyPROTODST, 0), has(m.served, 0), goTo(foreign)))
 	m.rule(h, "", goTo(m.own("own_hairpin", endpoint, foreign)))
 }

@@ -905,6 +905,10 @@ func TestForgetEndsAllOfAnOutsideAddress(t *testing.T) {
 	check(t, k.Forget(m.Gateway.Addr))
 	send() // by the flow that there is
 	m.holds()
+	check(t, k.Return(m.Gateway.Addr))
+	send()
+	m.holds(mapped(one, m.ext(3074)))
+	check(t, k.Forget(m.Gateway.Addr))
 	for _, set := range []string{"map addresses", "set translated", "map owned"} {
 		kind, name, _ := strings.Cut(set, " ")
 		if list := m.listSet(kind, name); strings.Contains(list, "elements") {
@@ -1123,6 +1127,15 @@ func TestPortZeroGetsNoMapping(t *testing.T) {
 	m.holds()
 }
 
+func TestAHairpinFromPortZeroGetsNoMapping(t *testing.T) {
+	m := newMapper(t, lab.Options{Inside: 2}, hairpinning)
+	one, peer := m.host(0, 5060), m.peer(lab.PeerA, 5060)
+	ext := m.contact(one, peer)
+	udp(t, m.Inside(1), netip.AddrPortFrom(m.Inside(1).Addr, 0), ext)
+	eventually(t, func() bool { return len(entries(t, m.Lab, "-p", "udp", "-s", m.Inside(1).Addr.String())) == 1 })
+	m.holds(mapped(one, ext))
+}
+
 func TestFlowsOfOtherZonesAreLeftToTheRules(t *testing.T) {
 	m := newMapper(t, lab.Options{Rules: randomly("fully-random") + `
 		table ip zones { chain c { type filter hook prerouting priority -300; udp dport 7777 ct zone set 7; }; }`}, mapping)
@@ -1226,6 +1239,13 @@ func TestTeachTellsOnWhichAddressTheirPoolIs(t *testing.T) {
 				})
 			}
 			for range 2 { // again, it changes nothing but the time that is left
+				if tc.teach {
+					check(t, m.kept().Teach(ms))
+				}
+				// Where the table is owned nobody can shorten what is left (and there adding
+				// it again would be enough).
+				_ = m.NFT(`delete element ip conenat translated { "wan0" . 198.51.100.1 }; ` +
+					`add element ip conenat translated { "wan0" . 198.51.100.1 timeout 60s }`)
 				if tc.teach {
 					check(t, m.kept().Teach(ms))
 				}

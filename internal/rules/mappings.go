@@ -240,16 +240,12 @@ func (m *Mappings) List(f func(p Mapping, left time.Duration)) error {
 // forgets which hosts had it. The zero address stands for all. It does not end
 // the flows: unlike those that MASQUERADE translated, the kernel keeps them when
 // the address goes. They teach no mapping for ten seconds, in which they have to be
-// ended.
+// ended, or until Return.
 func (m *Mappings) Forget(addr netip.Addr) error {
 	var ms []Mapping
 	var err error
 	if addr.Is4() {
-		clear(m.errs[:1])
-		transact(&m.batcher, []netip.Addr{addr}, 1, func(seq uint32, a *netip.Addr) {
-			m.element(seq, unix.NFT_MSG_NEWSETELEM, goneSet, copy(m.key[:], a.AsSlice()), 0, goneTimeout)
-		})
-		err = m.errs[0]
+		err = m.gone(addr, unix.NFT_MSG_NEWSETELEM)
 	}
 	err = errors.Join(err, m.List(func(p Mapping, _ time.Duration) {
 		if !addr.IsValid() || p.Ext.Addr.Netip() == addr {
@@ -290,6 +286,20 @@ func (m *Mappings) Forget(addr netip.Addr) error {
 		}
 	}
 	return err
+}
+
+// Return lets the flows of an outside address that is there teach mappings again.
+func (m *Mappings) Return(addr netip.Addr) error { return m.gone(addr, unix.NFT_MSG_DELSETELEM) }
+
+func (m *Mappings) gone(addr netip.Addr, typ uint16) error {
+	clear(m.errs[:1])
+	transact(&m.batcher, []netip.Addr{addr}, 1, func(seq uint32, a *netip.Addr) {
+		m.element(seq, typ, goneSet, copy(m.key[:], a.AsSlice()), 0, goneTimeout)
+	})
+	if err := m.errs[0]; err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("change set %s: %w", goneSet, nfnl.Permitted(err))
+	}
+	return nil
 }
 
 type setElement struct {

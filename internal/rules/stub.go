@@ -128,3 +128,6 @@ func (*Mappings) List(func(Mapping, time.Duration)) error { return errNoBuild }
 
 // Forget returns an *UnsupportedError.
 func (*Mappings) Forget(netip.Addr) error { return errNoBuild }
+
+// Return returns an *UnsupportedError.
+func (*Mappings) Return(netip.Addr) error { return errNoBuild }
