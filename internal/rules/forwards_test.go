@@ -147,7 +147,12 @@ func TestForwardsAreFoundInRulesets(t *testing.T) {
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			l := lab.ForTest(t, lab.Options{Guest: true, Rules: test.nft})
+			l := lab.ForTest(t, lab.Options{Guest: true, Rules: lab.NoRules})
+			err := l.NFT(test.nft)
+			if err != nil && strings.Contains(err.Error(), "Operation not supported") { // 7.3, ranges in concatenations
+				t.Skipf("this kernel does not take these rules from this nft: %v", err)
+			}
+			check(t, err)
 			var got []string
 			for _, f := range forwards(t, l) {
 				got = append(got, brief(f))
@@ -206,7 +211,7 @@ func TestForwardsAreFoundInRulesOfIPTables(t *testing.T) {
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			l := lab.ForTest(t, lab.Options{Guest: true})
+			l := lab.ForTest(t, lab.Options{Guest: true, Rules: lab.NoRules})
 			if err := l.IPTables(lab.IPTablesNFT, "*nat\n-A PREROUTING "+test.rule+"\nCOMMIT\n"); err != nil {
 				t.Fatal(err)
 			}
