@@ -46,12 +46,12 @@ func mappingConfig(cfg config.Config, served []uint16) *rules.MappingConfig {
 // that by itself only until the flow is answered. It is made anew for each dump.
 type mapper struct {
 	kernel *rules.Mappings
-	links  map[cone.Addr]string // of outside addresses
+	links  map[cone.Addr]string // the names, of outside addresses
 	inside func(cone.Addr) bool // is in a subnet with mappings
 	served func(cone.Endpoint) bool
 	barred []uint16 // outside ports that no mapping may have
 
-	known map[ends]string                 // mappings that stand, with their links
+	known map[ends]rules.LinkID           // mappings that stand
 	bad   []rules.Mapping                 // that stand on a port that the gateway serves now
 	live  map[rules.Mapping][]rules.Taken // with a living flow; what it takes if they do not stand
 	taken map[rules.Taken]struct{}        // by living flows without a mapping
@@ -73,7 +73,7 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 			return slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { return p.Contains(a.Netip()) })
 		},
 		served: served.Serves, barred: f.served,
-		known: make(map[ends]string),
+		known: make(map[ends]rules.LinkID),
 		live:  make(map[rules.Mapping][]rules.Taken),
 		taken: make(map[rules.Taken]struct{}),
 	}
@@ -122,7 +122,7 @@ func (m *mapper) see(f *cone.Flow) {
 	case f.Status.Has(cone.StatusDstNAT):
 	case f.Status.Has(cone.StatusSrcNAT) && m.inside(f.Src.Addr) && link != "" &&
 		!slices.Contains(m.barred, f.ReplyDst.Port): // older than the rules
-		x := rules.Mapping{Link: link, Int: f.Src, Ext: f.ReplyDst}
+		x := rules.Mapping{Link: rules.LinkIDOf(link), Int: f.Src, Ext: f.ReplyDst}
 		m.live[x] = append(m.live[x], out)
 	case f.Status.Has(cone.StatusSrcNAT) && link != "", fromGateway:
 		m.taken[out] = struct{}{}

@@ -90,6 +90,10 @@ func (p *prefixes) test(w uint32, in bool) piece {
 	if p.set != nil {
 		return piece{&expr.Lookup{SourceRegister: word32(w), SetName: p.set.Name, Invert: !in}}
 	}
+	// What ends with a byte needs no mask.
+	if n := p.one.Bits(); n > 0 && n%8 == 0 {
+		return piece{&expr.Cmp{Op: op, Register: word32(w), Data: p.one.Addr().AsSlice()[:n/8]}}
+	}
 	return piece{
 		&expr.Bitwise{
 			SourceRegister: word32(w), DestRegister: word32(maskedWord), Len: 4,

@@ -80,8 +80,8 @@ type layout struct {
 	chains   []*nftables.Chain
 	sets     []*set
 	rules    []*nftables.Rule
-	link     []byte // the outside link, if there is just one
-	noPeers  *set   // addresses that are never peers
+	links    []string // the outside ones, sorted
+	noPeers  *set     // addresses that are never peers
 }
 
 // A set is one with the elements that we want, or one whose elements come and
@@ -130,14 +130,13 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 func newLayout(name string, family nftables.TableFamily, outside []string) *layout {
 	l := &layout{table: &nftables.Table{Name: name, Family: family}}
 	l.chains = append(l.chains, &nftables.Chain{Table: l.table, Name: markerChain})
-	names := slices.Compact(slices.Sorted(slices.Values(outside)))
-	if len(names) == 1 {
-		l.link = linkKey(names[0])
+	l.links = slices.Compact(slices.Sorted(slices.Values(outside)))
+	if len(l.links) == 1 {
 		return l
 	}
 	links := l.set(outsideSet, nftables.TypeIFName)
 	links.KeyByteOrder = binaryutil.NativeEndian // else nft lists the names wrong
-	for _, name := range names {
+	for _, name := range l.links {
 		links.elements = append(links.elements, nftables.SetElement{Key: linkKey(name)})
 	}
 	return l
@@ -146,14 +145,14 @@ func newLayout(name string, family nftables.TableFamily, outside []string) *layo
 // outside tests the name of a link. To compare it with one is cheaper than to look
 // it up among several.
 func (l *layout) outside(name piece, is bool) piece {
-	if l.link == nil {
+	if len(l.links) != 1 {
 		return join(name, piece{&expr.Lookup{SourceRegister: reg, SetName: outsideSet, Invert: !is}})
 	}
 	op := expr.CmpOpNeq
 	if is {
 		op = expr.CmpOpEq
 	}
-	return join(name, piece{&expr.Cmp{Op: op, Register: reg, Data: l.link}})
+	return join(name, piece{&expr.Cmp{Op: op, Register: reg, Data: linkKey(l.links[0])}})
 }
 
 func (l *layout) portZero() {

@@ -69,9 +69,10 @@ const (
 )
 
 // Keys of the sets. An inside endpoint is one on an outside link: with two of
-// them a host has a mapping on each.
+// them a host has a mapping on each. The link is a LinkID.
 var (
-	insideEndpoint  = []nftables.SetDatatype{nftables.TypeIFName, nftables.TypeIPAddr, nftables.TypeInetService}
+	insideEndpoint  = []nftables.SetDatatype{nftables.TypeMark, nftables.TypeIPAddr, nftables.TypeInetService}
+	insideHost      = insideEndpoint[:2]
 	outsideEndpoint = []nftables.SetDatatype{nftables.TypeIPAddr, nftables.TypeInetService}
 )
 
@@ -107,10 +108,10 @@ func (l *layout) mapping(c *MappingConfig) {
 	owned.IsMap, owned.DataType = true, valueOf(insideEndpoint...)
 	mappings.Size, owned.Size = uint32(c.Size), uint32(c.Size)
 	taken := l.set(takenSet, nftables.TypeInetService, nftables.TypeIPAddr, nftables.TypeInetService)
-	addresses := l.set(addressesMap, nftables.TypeIFName, nftables.TypeIPAddr)
+	addresses := l.set(addressesMap, insideHost...)
 	addresses.IsMap, addresses.DataType = true, valueOf(nftables.TypeIPAddr)
-	translated := l.set(translatedSet, nftables.TypeIFName, nftables.TypeIPAddr)
-	movers := l.set(moversMap, nftables.TypeIFName, nftables.TypeIPAddr)
+	translated := l.set(translatedSet, insideHost...)
+	movers := l.set(moversMap, insideHost...)
 	movers.IsMap, movers.DataType = true, addresses.DataType
 	taken.Size, addresses.Size, movers.Size = takenSize, addressesSize, addressesSize
 	gone := l.set(goneSet, nftables.TypeIPAddr)
@@ -132,6 +133,9 @@ func (l *layout) mapping(c *MappingConfig) {
 		l.counters = append(l.counters, hairpinCounter)
 		m.toOutsideEndpoints()
 	}
+	for i, name := range l.links {
+		m.uplinks = append(m.uplinks, &uplink{mapper: m, name: name, number: i + 1})
+	}
 	m.apply()
 	m.remember()
 	m.arrivals()
@@ -146,6 +150,15 @@ type mapper struct {
 	mappings, owned, taken, addresses, translated, movers, gone *set
 	served                                                      *set
 	subnets, exempt, hairpin                                    *prefixes // the last two may be nil
+	uplinks                                                     []*uplink
+}
+
+// An uplink makes the rules that are there once for each outside link: they load its
+// LinkID as a constant, which is far cheaper than a look-up by its name.
+type uplink struct {
+	*mapper
+	name   string
+	number int
 }
 
 // Words of the registers. A value begins with a word that says nothing: nft 1.0.6
@@ -154,22 +167,22 @@ type mapper struct {
 const (
 	ownedWord = 0 // where the value of owned goes: nothing, and the key of mappings
 	linkWord  = 1 // the key of mappings, and that of addresses
-	hostWord  = 5
-	portWord  = 6
+	hostWord  = 2
+	portWord  = 3
 
-	valueAt     = 8 // the values of mappings and addresses: nothing, and the key of owned
-	extWord     = 9
-	extPortWord = 10
+	valueAt     = 4 // the values of mappings and addresses: nothing, and the key of owned
+	extWord     = 5
+	extPortWord = 6
 
-	remoteWord     = 11 // with extPortWord before it, the key of taken
-	remotePortWord = 12
+	remoteWord     = 7 // with extPortWord before it, the key of taken
+	remotePortWord = 8
 
-	hashWord = 13
+	hashWord = 9 // and the next
 
-	maskedWord = 15 // an address without its low bits
+	maskedWord = 11 // an address without its low bits
 )
 
-// These load a part of the packet, or the name of a link, into a word.
+// These load a part of the packet, or a constant, into a word.
 func word32(w uint32) uint32     { return unix.NFT_REG32_00 + w }
 func source(w uint32) piece      { return network(12, w) }
 func destination(w uint32) piece { return network(16, w) }
@@ -177,7 +190,10 @@ func network(offset, w uint32) piece {
 	return piece{&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4, DestRegister: word32(w)}}
 }
 
-func nobody(w uint32) piece { return piece{&expr.Immediate{Register: word32(w), Data: be32(0)}} }
+func constant(w uint32, b []byte) piece {
+	return piece{&expr.Immediate{Register: word32(w), Data: b}}
+}
+func nobody(w uint32) piece { return constant(w, be32(0)) }
 
 // find ends the rule where the map has not the key at word from, and puts its
 // value at word to.
@@ -209,15 +225,29 @@ const (
 	opUpdate = unix.NFT_DYNSET_OP_UPDATE
 )
 
-// endpointOf loads the key of mappings from a packet that is not translated yet,
-// flowEndpoint from a flow.
-var (
-	toLink       = piece{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: word32(linkWord)}}
-	endpointOf   = join(toLink, source(hostWord), transport(0, portWord))
-	flowEndpoint = join(toLink, original(expr.CtKeySRCIP, hostWord), original(expr.CtKeyPROTOSRC, portWord))
+// link loads the LinkID, endpoint the key of mappings from a packet that is not
+// translated yet, flowEndpoint from a flow.
+func (u *uplink) link() piece { return constant(linkWord, ne32(uint32(LinkIDOf(u.name)))) }
 
+func (u *uplink) endpoint() piece { return join(u.link(), source(hostWord), transport(0, portWord)) }
+
+func (u *uplink) flowEndpoint() piece {
+	return join(u.link(), original(expr.CtKeySRCIP, hostWord), original(expr.CtKeyPROTOSRC, portWord))
+}
+
+// leaves tells whether the packet leaves by the link.
+func (u *uplink) leaves() piece { return join(oifname, is(linkKey(u.name))) }
+
+// regular adds a chain of this link that only others lead to.
+func (u *uplink) regular(name string) *nftables.Chain {
+	if u.number > 1 {
+		name = fmt.Sprintf("%s_link_%d", name, u.number)
+	}
+	return u.mapper.regular(name)
+}
+
+var (
 	inZone       = join(ctZone, is(ne16(0)))
-	isTranslated = join(ctStatus, masked(ctSrcNAT), isNot(ne32(0)))
 	isForwarded  = join(ctStatus, masked(ctDstNAT), is(ne32(ctDstNAT)))
 	isHairpinned = join(ctStatus, masked(ctSrcNAT|ctDstNAT), is(ne32(ctSrcNAT|ctDstNAT)))
 	// A packet that IPsec takes is no packet of the link.
@@ -243,37 +273,43 @@ func (m *mapper) apply() {
 	if m.hairpin != nil {
 		m.hairpinned(c)
 	}
-	mapped := m.regular("mapped")
 	plain := isPlain
 	if m.noIPsec {
 		plain = nil
 	}
-	m.rule(c, "from a host with mappings; a source from outside may be spoofed", join(
-		isUDP, m.outside(iifname, false), m.outside(oifname, true), inZone, m.subnets.has(source(0)),
-		m.exempt.hasNot(destination(0)), plain, goTo(mapped)))
+	for _, u := range m.uplinks {
+		m.rule(c, "a source from outside may be spoofed", join(
+			isUDP, u.leaves(), m.outside(iifname, false), inZone, m.exempt.hasNot(destination(0)), plain, goTo(u.mapped())))
+	}
+}
 
+// mapped returns the chain that does so for packets that leave by the link.
+func (u *uplink) mapped() *nftables.Chain {
+	c := u.regular("mapped")
 	// With a port that is given the kernel does not look whether the flow is the
 	// only one, and drops the packet in the end when it is not.
-	m.rule(mapped, "its mapping", join(
-		endpointOf, find(m.mappings, linkWord, valueAt),
-		destination(remoteWord), transport(2, remotePortWord), hasNot(m.taken, extPortWord), snat(extWord, extPortWord)))
-	m.rule(mapped, "its outside port is taken towards this remote endpoint", join(
-		endpointOf, find(m.mappings, linkWord, valueAt), count(leftCounter), accept))
+	u.rule(c, "its mapping", join(
+		u.endpoint(), u.subnets.hasAt(hostWord), find(u.mappings, linkWord, valueAt),
+		destination(remoteWord), transport(2, remotePortWord), hasNot(u.taken, extPortWord), snat(extWord, extPortWord)))
+	u.rule(c, "from a host without mappings", join(u.subnets.hasNot(source(0)), accept))
+	u.rule(c, "its outside port is taken towards this remote endpoint", join(
+		u.endpoint(), find(u.mappings, linkWord, valueAt), count(leftCounter), accept))
 
-	pool := m.pool()
+	pool := u.pool()
 	// A host that was not seen yet is taken to get the address that all others get,
 	// where there is but one. Else its first flow is left to the user's rules.
-	known := join(toLink, source(hostWord), find(m.addresses, linkWord, valueAt))
-	likely := join(toLink, nobody(hostWord), hasNot(m.translated, linkWord), find(m.addresses, linkWord, valueAt), source(hostWord))
-	move := join(nobody(valueAt), put(m.movers, opUpdate, linkWord, valueAt, moverTimeout), goTo(pool))
+	known := join(u.link(), source(hostWord), find(u.addresses, linkWord, valueAt))
+	likely := join(u.link(), nobody(hostWord), hasNot(u.translated, linkWord), find(u.addresses, linkWord, valueAt), source(hostWord))
+	move := join(nobody(valueAt), put(u.movers, opUpdate, linkWord, valueAt, moverTimeout), goTo(pool))
 	for i, address := range []piece{known, likely} {
 		if i > 0 {
-			m.rule(mapped, "its address is known", join(known, accept))
+			u.rule(c, "its address is known", join(known, accept))
 		}
-		m.rule(mapped, "another one has the port", join(
-			address, transport(0, extPortWord), find(m.owned, extWord, ownedWord), toLink, source(hostWord), move))
-		m.rule(mapped, "the gateway has the port", join(address, transport(0, extPortWord), has(m.served, extPortWord), move))
+		u.rule(c, "another one has the port", join(
+			address, transport(0, extPortWord), find(u.owned, extWord, ownedWord), u.link(), source(hostWord), move))
+		u.rule(c, "the gateway has the port", join(address, transport(0, extPortWord), has(u.served, extPortWord), move))
 	}
+	return c
 }
 
 // regular adds a chain that only others lead to.
@@ -284,8 +320,8 @@ func (m *mapper) regular(name string) *nftables.Chain {
 }
 
 // moversAddress loads the outside address on which the packet's host is moved.
-func (m *mapper) moversAddress() piece {
-	return join(toLink, source(hostWord), find(m.movers, linkWord, valueAt))
+func (u *uplink) moversAddress() piece {
+	return join(u.link(), source(hostWord), find(u.movers, linkWord, valueAt))
 }
 
 // pool makes the chains that give a newcomer a port of the pool that nobody has,
@@ -295,11 +331,11 @@ func (m *mapper) moversAddress() piece {
 // user's rules.
 //
 // A rule cannot remember a port for the next one, so each computes it again.
-func (m *mapper) pool() *nftables.Chain {
+func (u *uplink) pool() *nftables.Chain {
 	// From the last one to the first: a rule names the next chain.
-	usedUp := m.regular("pool_used_up")
-	m.rule(usedUp, "", join(count(usedUpCounter), accept))
-	first, last := (int(m.PoolFirst)+1)&^1, (int(m.PoolLast)-1)&^1 // of the even ports
+	usedUp := u.regular("pool_used_up")
+	u.rule(usedUp, "", join(count(usedUpCounter), accept))
+	first, last := (int(u.PoolFirst)+1)&^1, (int(u.PoolLast)-1)&^1 // of the even ports
 	if first > last {
 		return usedUp
 	}
@@ -307,20 +343,20 @@ func (m *mapper) pool() *nftables.Chain {
 	for parity := range parities {
 		next := usedUp
 		for try := tries; try > 0; try-- {
-			c := m.regular(fmt.Sprintf("pool_%s_%d", []string{"even", "odd"}[parity], try))
+			c := u.regular(fmt.Sprintf("pool_%s_%d", []string{"even", "odd"}[parity], try))
 			port := candidate(first, last, parity, try)
-			m.rule(c, "another one has it", join(m.moversAddress(), port, find(m.owned, extWord, ownedWord), goTo(next)))
-			m.rule(c, "nor has the gateway, nor is it taken towards this remote endpoint", join(
-				m.moversAddress(), port, hasNot(m.served, extPortWord), destination(remoteWord), transport(2, remotePortWord),
-				hasNot(m.taken, extPortWord), count(movedCounter), snat(extWord, extPortWord)))
-			m.rule(c, "", goTo(next))
+			u.rule(c, "another one has it", join(u.moversAddress(), port, find(u.owned, extWord, ownedWord), goTo(next)))
+			u.rule(c, "nor has the gateway, nor is it taken towards this remote endpoint", join(
+				u.moversAddress(), port, hasNot(u.served, extPortWord), destination(remoteWord), transport(2, remotePortWord),
+				hasNot(u.taken, extPortWord), count(movedCounter), snat(extWord, extPortWord)))
+			u.rule(c, "", goTo(next))
 			next = c
 		}
 		parities[parity] = next
 	}
-	pool := m.regular("pool")
-	m.rule(pool, "an odd port stays odd", join(transport(0, 0), lowBit, is(be16(1)), goTo(parities[1])))
-	m.rule(pool, "", goTo(parities[0]))
+	pool := u.regular("pool")
+	u.rule(pool, "an odd port stays odd", join(transport(0, 0), lowBit, is(be16(1)), goTo(parities[1])))
+	u.rule(pool, "", goTo(parities[0]))
 	return pool
 }
 
@@ -365,44 +401,51 @@ func (m *mapper) remember() {
 		reply(expr.CtKeyPROTODST, 0), reply(expr.CtKeySRCIP, 1), reply(expr.CtKeyPROTOSRC, 2),
 		put(m.taken, opUpdate, 0, 0, takenTimeout)))
 
-	c, outbound, ours := m.filter("remember", nftables.ChainHookPostrouting, rememberPriority), m.regular("outbound"), m.regular("ours")
+	c := m.filter("remember", nftables.ChainHookPostrouting, rememberPriority)
 	m.rule(c, "answered flows end here", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
-	m.rule(c, "a source may be spoofed", join(isUDP, m.outside(iifname, true), inZone, goTo(inbound)))
+	for _, u := range m.uplinks {
+		m.rule(c, "a source from outside may be spoofed", join(
+			isUDP, u.leaves(), m.outside(iifname, false), inZone, m.exempt.hasNot(destination(0)), goTo(u.ours(foreign))))
+	}
+	m.rule(c, "its source may be spoofed", join(isUDP, m.outside(iifname, true), inZone, goTo(inbound)))
 	if m.hairpin != nil {
 		m.rememberHairpins(c, foreign)
 	}
-	m.rule(c, "", join(isUDP, m.outside(oifname, true), inZone, goTo(outbound)))
-	m.rule(outbound, "from a host with mappings", join(
-		isTranslated, m.subnets.has(original(expr.CtKeySRCIP, 0)), m.exempt.hasNot(reply(expr.CtKeySRCIP, 0)), goTo(ours)))
-	m.rule(outbound, "", goTo(foreign))
-
-	m.rule(ours, "only its own flows refresh a mapping", join(
-		flowEndpoint, find(m.mappings, linkWord, valueAt),
-		reply(expr.CtKeySRCIP, remoteWord), reply(expr.CtKeyPROTOSRC, remotePortWord), hasNot(m.taken, extPortWord),
-		nobody(valueAt), put(m.mappings, opUpdate, linkWord, valueAt, m.Lifetime),
-		nobody(ownedWord), put(m.owned, opUpdate, extWord, ownedWord, m.Lifetime+ownedLonger), accept))
-	m.rule(ours, "it was left to the rules of others", join(flowEndpoint, find(m.mappings, linkWord, valueAt), goTo(foreign)))
-
-	m.rule(ours, "", join(original(expr.CtKeyPROTOSRC, 0), is(be16(0)), goTo(foreign)))
-	m.rule(ours, "an older flow than its address", join(reply(expr.CtKeyDSTIP, 0), has(m.gone, 0), accept))
-	m.rule(ours, "a second outside address of the link", join(
-		toLink, reply(expr.CtKeyDSTIP, hostWord), hasNot(m.translated, linkWord),
-		nobody(hostWord), find(m.addresses, linkWord, valueAt), put(m.translated, opAdd, linkWord, 0, 0)))
-	m.rule(ours, "", join(toLink, reply(expr.CtKeyDSTIP, hostWord), put(m.translated, opUpdate, linkWord, 0, addressTimeout+ownedLonger)))
-	address := join(nobody(valueAt), reply(expr.CtKeyDSTIP, extWord), put(m.addresses, opAdd, linkWord, valueAt, addressTimeout))
-	m.rule(ours, "", join(toLink, nobody(hostWord), address))
-	own := m.own("own", flowEndpoint, foreign)
-	m.rule(ours, "", join(reply(expr.CtKeyPROTODST, 0), has(m.served, 0), goTo(foreign)))
-	m.rule(ours, "it was moved to the pool, or would have been: no word on its address", join(
-		toLink, original(expr.CtKeySRCIP, hostWord), find(m.movers, linkWord, valueAt), goTo(own)))
-	m.rule(ours, "", join(toLink, original(expr.CtKeySRCIP, hostWord), address))
-	m.rule(ours, "", goTo(own))
+	m.rule(c, "", join(isUDP, m.outside(oifname, true), inZone, goTo(foreign)))
 }
 
-// own returns a chain that makes the flow the owner of its outside endpoint, unless
+// ours returns the chain that does so for flows from inside that leave by the link.
+func (u *uplink) ours(foreign *nftables.Chain) *nftables.Chain {
+	c := u.regular("ours")
+	u.rule(c, "only its own flows refresh a mapping", join(
+		u.flowEndpoint(), u.subnets.hasAt(hostWord), find(u.mappings, linkWord, valueAt),
+		destination(remoteWord), transport(2, remotePortWord), hasNot(u.taken, extPortWord),
+		nobody(valueAt), put(u.mappings, opUpdate, linkWord, valueAt, u.Lifetime),
+		nobody(ownedWord), put(u.owned, opUpdate, extWord, ownedWord, u.Lifetime+ownedLonger), accept))
+	u.rule(c, "from a host without mappings", join(u.subnets.hasNot(original(expr.CtKeySRCIP, 0)), goTo(foreign)))
+	u.rule(c, "it was left to the rules of others", join(u.flowEndpoint(), find(u.mappings, linkWord, valueAt), goTo(foreign)))
+
+	u.rule(c, "nobody translated it", join(ctStatus, masked(ctSrcNAT), is(ne32(0)), goTo(foreign)))
+	u.rule(c, "", join(original(expr.CtKeyPROTOSRC, 0), is(be16(0)), goTo(foreign)))
+	u.rule(c, "an older flow than its address", join(reply(expr.CtKeyDSTIP, 0), has(u.gone, 0), accept))
+	u.rule(c, "a second outside address of the link", join(
+		u.link(), reply(expr.CtKeyDSTIP, hostWord), hasNot(u.translated, linkWord),
+		nobody(hostWord), find(u.addresses, linkWord, valueAt), put(u.translated, opAdd, linkWord, 0, 0)))
+	u.rule(c, "", join(u.link(), reply(expr.CtKeyDSTIP, hostWord), put(u.translated, opUpdate, linkWord, 0, addressTimeout+ownedLonger)))
+	address := join(nobody(valueAt), reply(expr.CtKeyDSTIP, extWord), put(u.addresses, opAdd, linkWord, valueAt, addressTimeout))
+	u.rule(c, "", join(u.link(), nobody(hostWord), address))
+	own := u.own(u.regular("own"), u.flowEndpoint(), foreign)
+	u.rule(c, "", join(reply(expr.CtKeyPROTODST, 0), has(u.served, 0), goTo(foreign)))
+	u.rule(c, "it was moved to the pool, or would have been: no word on its address", join(
+		u.link(), original(expr.CtKeySRCIP, hostWord), find(u.movers, linkWord, valueAt), goTo(own)))
+	u.rule(c, "", join(u.link(), original(expr.CtKeySRCIP, hostWord), address))
+	u.rule(c, "", goTo(own))
+	return c
+}
+
+// own makes c the chain that makes the flow the owner of its outside endpoint, unless
 // another one is. endpoint loads its inside endpoint.
-func (m *mapper) own(name string, endpoint piece, foreign *nftables.Chain) *nftables.Chain {
-	c := m.regular(name)
+func (m *mapper) own(c *nftables.Chain, endpoint piece, foreign *nftables.Chain) *nftables.Chain {
 	ext := join(nobody(valueAt), reply(expr.CtKeyDSTIP, extWord), reply(expr.CtKeyPROTODST, extPortWord))
 	m.rule(c, "the first one owns the outside endpoint", join(
 		endpoint, nobody(ownedWord), ext, put(m.owned, opAdd, extWord, ownedWord, m.Lifetime+ownedLonger)))
@@ -486,5 +529,5 @@ func (m *mapper) rememberHairpins(c, foreign *nftables.Chain) {
 	m.rule(h, "", join(m.subnets.hasNot(original(expr.CtKeySRCIP, 0)), goTo(foreign)))
 	m.rule(h, "", join(original(expr.CtKeyPROTOSRC, 0), is(be16(0)), goTo(foreign)))
 	m.rule(h, "", join(reply(expr.CtKeyPROTODST, 0), has(m.served, 0), goTo(foreign)))
-	m.rule(h, "", goTo(m.own("own_hairpin", endpoint, foreign)))
+	m.rule(h, "", goTo(m.own(m.regular("own_hairpin"), endpoint, foreign)))
 }

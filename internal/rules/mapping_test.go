@@ -277,7 +277,7 @@ func (m *mapper) holds(want ...rules.Mapping) {
 }
 
 func mapped(in *lab.Socket, ext netip.AddrPort) rules.Mapping {
-	return rules.Mapping{Link: "wan0", Int: cone.EndpointFrom(in.Addr()), Ext: cone.EndpointFrom(ext)}
+	return rules.Mapping{Link: rules.LinkIDOf("wan0"), Int: cone.EndpointFrom(in.Addr()), Ext: cone.EndpointFrom(ext)}
 }
 
 // Both hosts share the port as they did before there were mappings. The flows are
@@ -801,7 +801,7 @@ func TestNFTListsMappings(t *testing.T) {
 		list := output(t, m.Lab, "nft", "list", "table", "ip", "conenat")
 		for _, want := range []string{
 			"type nat hook postrouting priority srcnat - 5;",
-			"type ifname . ipv4_addr . inet_service : mark . ipv4_addr . inet_service",
+			"type mark . ipv4_addr . inet_service : mark . ipv4_addr . inet_service",
 			"rt ipsec missing", "ip daddr != 192.0.2.77", "elements = { 53 }",
 			`comment "its mapping"`, "counter left_to_rules",
 		} {
@@ -933,7 +933,7 @@ func TestKeepAndTakeDoNotAllocate(t *testing.T) {
 		var flows []rules.Taken
 		for i := range n {
 			e := cone.EndpointFrom(netip.AddrPortFrom(m.Inside(0).Addr, uint16(1000+i)))
-			ms = append(ms, rules.Mapping{Link: "wan0", Int: e, Ext: cone.EndpointFrom(m.ext(e.Port))})
+			ms = append(ms, rules.Mapping{Link: rules.LinkIDOf("wan0"), Int: e, Ext: cone.EndpointFrom(m.ext(e.Port))})
 			flows = append(flows, rules.Taken{Remote: e, Port: e.Port})
 		}
 		if got := testing.AllocsPerRun(20, func() {
@@ -1112,7 +1112,7 @@ func TestAPoolPortThatIsInUseIsPassedOver(t *testing.T) {
 		t.Error("it is taken towards the peer")
 	}
 	if got := newcomer(mapping, func(m *mapper, _ *lab.Socket) {
-		p := rules.Mapping{Link: "wan0", Int: cone.EndpointFrom(netip.MustParseAddrPort("10.47.11.200:1")), Ext: cone.EndpointFrom(first)}
+		p := rules.Mapping{Link: rules.LinkIDOf("wan0"), Int: cone.EndpointFrom(netip.MustParseAddrPort("10.47.11.200:1")), Ext: cone.EndpointFrom(first)}
 		m.kept().Keep([]rules.Mapping{p}, func(_ int, err error) { t.Error(err) })
 	}); got == first {
 		t.Error("another one has it")
@@ -1229,12 +1229,12 @@ func TestTeachTellsOnWhichAddressTheirPoolIs(t *testing.T) {
 			m := newMapper(t, lab.Options{Inside: 2}, mapping)
 			one, two := m.Inside(0).Addr, m.host(1, 3074)
 			ms := []rules.Mapping{{
-				Link: "wan0", Int: cone.EndpointFrom(netip.AddrPortFrom(one, 3074)), Ext: cone.EndpointFrom(m.ext(3074)),
+				Link: rules.LinkIDOf("wan0"), Int: cone.EndpointFrom(netip.AddrPortFrom(one, 3074)), Ext: cone.EndpointFrom(m.ext(3074)),
 			}}
 			m.kept().Keep(ms, func(_ int, err error) { t.Fatal(err) })
 			for _, a := range tc.more {
 				ms = append(ms, rules.Mapping{
-					Link: "wan0", Int: cone.EndpointFrom(netip.AddrPortFrom(one, 3075)),
+					Link: rules.LinkIDOf("wan0"), Int: cone.EndpointFrom(netip.AddrPortFrom(one, 3075)),
 					Ext: cone.EndpointFrom(netip.AddrPortFrom(netip.MustParseAddr(a), 3075)),
 				})
 			}

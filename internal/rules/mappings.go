@@ -161,7 +161,7 @@ func (m *Mappings) Teach(ms []Mapping) error {
 		}
 		return !old
 	}
-	addresses := make(map[string]int) // of a link
+	addresses := make(map[LinkID]int)
 	for _, p := range ms {
 		add(hint{p.Link, p.Int.Addr, p.Ext.Addr})
 		if add(hint{link: p.Link, ext: p.Ext.Addr}) {
@@ -188,15 +188,14 @@ func (m *Mappings) Teach(ms []Mapping) error {
 // A hint is the outside address of a host on a link, or, without a host, one of
 // those of the link.
 type hint struct {
-	link    string
+	link    LinkID
 	in, ext cone.Addr
 }
 
 func (m *Mappings) hint(seq uint32, h *hint, several, renew bool) {
 	key := func(a []byte) {
-		clear(m.key[:unix.IFNAMSIZ])
-		copy(m.key[:unix.IFNAMSIZ-1], h.link)
-		copy(m.key[unix.IFNAMSIZ:], a)
+		binary.NativeEndian.PutUint32(m.key[:], uint32(h.link))
+		copy(m.key[linkLen:], a)
 	}
 	clear(m.value[:4])
 	copy(m.value[4:], h.ext[12:])
@@ -231,7 +230,7 @@ func (m *Mappings) hint(seq uint32, h *hint, several, renew bool) {
 func (m *Mappings) List(f func(p Mapping, left time.Duration)) error {
 	return dump(m.netns, m.table, mappingsMap, func(key, value []byte, left time.Duration) {
 		if len(key) == mappingsKeyLen && len(value) == mappingsValueLen {
-			f(Mapping{Link: linkOf(key), Int: endpoint(key[unix.IFNAMSIZ:]), Ext: endpoint(value[4:])}, left)
+			f(Mapping{Link: LinkID(binary.NativeEndian.Uint32(key)), Int: endpoint(key[linkLen:]), Ext: endpoint(value[4:])}, left)
 		}
 	})
 }
@@ -263,14 +262,14 @@ func (m *Mappings) Forget(addr netip.Addr) error {
 				return
 			}
 			// That there are several addresses is not known any more either.
-			several := set == translatedSet && binary.BigEndian.Uint32(key[unix.IFNAMSIZ:]) == 0
+			several := set == translatedSet && binary.BigEndian.Uint32(key[linkLen:]) == 0
 			if b := ext(key, value); several || len(b) == 4 && matches(b) {
 				gone = append(gone, setElement{set, bytes.Clone(key)})
 			}
 		})
 	}
 	err = errors.Join(err, m.Revoke(ms),
-		collect(translatedSet, func(key, _ []byte) []byte { return key[unix.IFNAMSIZ:] }),
+		collect(translatedSet, func(key, _ []byte) []byte { return key[linkLen:] }),
 		collect(addressesMap, func(_, value []byte) []byte { return value[4:] }),
 		collect(moversMap, func(_, value []byte) []byte { return value[4:] }))
 	for base := 0; base < len(gone); base += batch {
@@ -309,8 +308,9 @@ type setElement struct {
 
 // Lengths of keys and values, each part filled up to a register's 4 bytes.
 const (
-	hostKeyLen       = unix.IFNAMSIZ + 4
-	mappingsKeyLen   = unix.IFNAMSIZ + 8
+	linkLen          = 4
+	hostKeyLen       = linkLen + 4
+	mappingsKeyLen   = linkLen + 8
 	mappingsValueLen = 12
 	ownedKeyLen      = 8
 	ownedValueLen    = 4 + mappingsKeyLen
@@ -333,9 +333,8 @@ func (m *Mappings) owner(seq uint32, typ uint16, p *Mapping) {
 }
 
 func putInside(b []byte, p *Mapping) {
-	clear(b[:unix.IFNAMSIZ])
-	copy(b[:unix.IFNAMSIZ-1], p.Link)
-	putEndpoint(b[unix.IFNAMSIZ:], p.Int)
+	binary.NativeEndian.PutUint32(b, uint32(p.Link))
+	putEndpoint(b[linkLen:], p.Int)
 }
 
 func putEndpoint(b []byte, e cone.Endpoint) {
@@ -345,11 +344,6 @@ func putEndpoint(b []byte, e cone.Endpoint) {
 
 // putPort fills a register.
 func putPort(b []byte, port uint16) { binary.BigEndian.PutUint32(b, uint32(port)<<16) }
-
-func linkOf(b []byte) string {
-	name, _, _ := bytes.Cut(b[:unix.IFNAMSIZ], []byte{0})
-	return string(name)
-}
 
 // element appends a message about the element with the first bytes of m.key and
 // m.value.

@@ -84,7 +84,7 @@ func TestMappingsWithoutIPsec(t *testing.T) {
 	}
 	for _, none := range []bool{false, true} {
 		table.noIPsec = none
-		if _, err := table.Set(Desired{Mapping: &MappingConfig{PoolFirst: 50000, PoolLast: 50999, Lifetime: time.Minute, Size: 10}}); err != nil {
+		if _, err := table.Set(Desired{OutsideLinks: []string{"wan0"}, Mapping: &MappingConfig{PoolFirst: 50000, PoolLast: 50999, Lifetime: time.Minute, Size: 10}}); err != nil {
 			t.Fatal(err)
 		}
 		if got, err := l.Ruleset(); err != nil || strings.Contains(got, "rt ipsec missing") == none || !strings.Contains(got, "chain map_source") {

@@ -3,6 +3,7 @@ package rules
 import (
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"net/netip"
 	"time"
 
@@ -101,9 +102,20 @@ type MapConfig struct {
 	ExcludePorts     []uint16
 }
 
+// A LinkID stands for the name of an outside link in the keys of sets: a name has 16
+// bytes, and each costs. It outlives the link, as its index would not.
+type LinkID uint32
+
+// LinkIDOf returns the LinkID of a name, a hash of it.
+func LinkIDOf(name string) LinkID {
+	h := fnv.New32a()
+	h.Write([]byte(name))
+	return LinkID(h.Sum32())
+}
+
 // A Mapping is what an inside endpoint is on an outside link.
 type Mapping struct {
-	Link     string
+	Link     LinkID
 	Int, Ext cone.Endpoint
 }
 
