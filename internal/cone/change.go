@@ -44,8 +44,8 @@ func (m *Model) SetForwards(now time.Duration, f func(Endpoint) bool) {
 }
 
 // SetPolicy changes the policy. Permissions that it still allows are not
-// touched; the others end. Flows that give a permission only now are found by
-// the next snapshot.
+// touched; the others end, each for one with more peers where the policy makes it
+// that. Flows that give a permission only now are found by the next snapshot.
 func (m *Model) SetPolicy(now time.Duration, p Policy) {
 	shorter := p.Lifetime < m.policy.Lifetime
 	stricter := m.policy.Mapped && !p.Mapped
@@ -77,7 +77,19 @@ func (m *Model) SetPolicy(now time.Duration, p Policy) {
 			m.wheel.schedule(int32(i), c.retry)
 		}
 	}
-	m.endWhere(now, ReasonPolicy, func(c *claim) bool { return !m.allowed(c) })
+	var wider []fedPermission
+	m.endWhere(now, ReasonPolicy, func(c *claim) bool {
+		if m.allowed(c) {
+			return false
+		}
+		if x := m.widened(c); c.state == StateStanding && x.Wild > c.Wild {
+			wider = append(wider, x)
+		}
+		return true
+	})
+	for _, x := range wider {
+		m.carryOn(now, x)
+	}
 	if stricter { // a forward bars whatever it leads to now
 		m.Review(now, func(p Permission) Reason {
 			if m.forwardBars(now, p) {
@@ -95,9 +107,7 @@ func (m *Model) allowed(c *claim) bool {
 	if !ok || c.Routed() && !s.Routed || s.Filtering == AddressAndPortDependent {
 		return false
 	}
-	x := c.Permission
-	x.Wild = 0
-	if m.policy.widen(&x); x.Key != c.Key {
+	if m.widened(c).Key != c.Key {
 		return false // it would be another one now
 	}
 	had := c.outs > 0
@@ -120,6 +130,36 @@ func (m *Model) allowed(c *claim) bool {
 	return m.policy.refusesEndpoint(c.Ext, peer, &m.topo) == ReasonNone
 }
 
+// A fedPermission is one that was last fed from inside at some time.
+type fedPermission struct {
+	Permission
+	fed time.Duration
+}
+
+// widened returns what c would be by the policy. If c stands for several peers it is
+// that of the first.
+func (m *Model) widened(c *claim) fedPermission {
+	x := fedPermission{c.Permission, c.fed}
+	x.Wild = 0
+	m.policy.widen(&x.Permission)
+	return x
+}
+
+// carryOn lets x stand in place of one for fewer peers that ended, for as long as
+// that one would have.
+func (m *Model) carryOn(now time.Duration, x fedPermission) {
+	if m.owner(x.Key) != none {
+		return
+	}
+	i := m.claim(now, x.Permission)
+	c := &m.claims[i]
+	c.fed = x.fed
+	if m.allowed(c) {
+		m.grant(now, i)
+	}
+	m.settle(now, i)
+}
+
 // Adopt takes over p, which stands in the kernel from an earlier daemon. Unless
 // flows hold it, it ends at the time at which it would have ended without a
 // daemon. What the policy does not allow is revoked.
@@ -135,7 +175,11 @@ func (m *Model) Adopt(now time.Duration, p Permission, ends time.Duration) {
 	c.refresh = now
 	m.wheel.schedule(i, min(c.refresh, c.fed+m.policy.Lifetime))
 	if !m.allowed(c) {
+		x := m.widened(c)
 		m.end(now, i, ReasonPolicy)
+		if x.Wild > p.Wild {
+			m.carryOn(now, x)
+		}
 		return
 	}
 	// No limit counts: it stood before, and makes room when another wants it.

@@ -145,6 +145,55 @@ func TestEarlyPacketsOfAllPeersGo(t *testing.T) {
 	}
 }
 
+// What only an answered child holds has no flow that would bring it back. Fails
+// when SetPolicy, or Adopt, lets nothing carry on.
+func TestPermissionWithoutItsFlowIsWidened(t *testing.T) {
+	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
+	wide := testPolicy
+	wildPolicy(&wide)
+	want := func(t *testing.T, d *desk, wild uint8) {
+		t.Helper()
+		d.carry()
+		d.want(in)
+		if v := d.view(in); v.Wild != wild {
+			t.Errorf("it is for %v", v.Peers())
+		}
+		d.m.Tick(lifetime+1, 10)
+		d.carry()
+		d.want() // not a moment longer
+	}
+	t.Run("by a reload", func(t *testing.T) {
+		d := newDesk(t, mapped)
+		d.gone(0, d.open(0, in, "203.0.113.5:9"))
+		d.m.SetPolicy(1, wide)
+		want(t, d, 2)
+	})
+	t.Run("by a new daemon", func(t *testing.T) {
+		d := newDesk(t, wildPolicy)
+		p := Permission{Key: Key{Ext: ep(ext), Peer: ep("203.0.113.5:1").Addr}, Int: ep(in)}
+		d.up[p.Key] = p.Int
+		d.m.Adopt(0, p, lifetime)
+		want(t, d, 2)
+	})
+	t.Run("not what was revoked", func(t *testing.T) {
+		d := newDesk(t, mapped)
+		d.open(0, in, "203.0.113.5:9")
+		d.m.Revoke(0, func(Permission) bool { return true })
+		d.m.SetPolicy(1, wide)
+		d.carry()
+		d.want()
+	})
+	t.Run("not where the port is excluded", func(t *testing.T) {
+		d := newDesk(t, mapped)
+		d.gone(0, d.open(0, in, "203.0.113.5:9"))
+		p := wide
+		p.ExcludePorts = []uint16{1}
+		d.m.SetPolicy(1, p)
+		d.carry()
+		d.want()
+	})
+}
+
 // What a new policy would make another permission of ends; the next snapshot
 // brings it back as that one.
 func TestPolicyChangesThePeersOfPermissions(t *testing.T) {
