@@ -24,11 +24,11 @@ func replacePort(ap netip.AddrPort, port uint16) netip.AddrPort {
 func TestSecondDaemonRefusesAndNamesTheFirst(t *testing.T) {
 	s := play(t, lab.Options{})
 	socket := filepath.Join(t.TempDir(), "other.sock")
-	out, code := s.cli("run", "--subnet", lab.InsideNet.String(), "--control-socket", socket)
-	if code != 1 || !strings.Contains(out, fmt.Sprintf("pid %d", s.d.PID())) {
+	out, code := s.CLI("run", "--subnet", lab.InsideNet.String(), "--control-socket", socket)
+	if code != 1 || !strings.Contains(out, fmt.Sprintf("pid %d", s.Daemon.PID())) {
 		t.Errorf("exit %d, %q", code, out)
 	}
-	s.status() // the first one goes on
+	s.Status() // the first one goes on
 }
 
 func TestRunWithoutSubnetNamesTheCandidates(t *testing.T) {
@@ -40,17 +40,17 @@ func TestRunWithoutSubnetNamesTheCandidates(t *testing.T) {
 			{"link", "set", dev, "up"},
 		} {
 			_, err := s.Gateway.Output("ip", args...)
-			s.must(err)
+			s.Must(err)
 		}
 	}
-	out, code := s.cli("run")
+	out, code := s.CLI("run")
 	if code != 2 || !strings.Contains(out, "conenatd run --subnet 10.47.11.0/24 --subnet 10.47.13.0/24\n") ||
 		!strings.Contains(out, "--subnet auto") {
 		t.Errorf("exit %d, %q", code, out)
 	}
-	s.start("--subnet", "auto")
+	s.Start("--subnet", "auto")
 	var got []string
-	for _, n := range s.status().Subnets {
+	for _, n := range s.Status().Subnets {
 		got = append(got, n.Prefix.String())
 	}
 	if want := "10.47.11.0/24 10.47.13.0/24"; strings.Join(got, " ") != want {
@@ -64,7 +64,7 @@ func TestWrongInputIsNamedAndChangesNothing(t *testing.T) {
 	dir := t.TempDir()
 	file := func(text string) string {
 		path := filepath.Join(dir, "c.toml")
-		s.must(os.WriteFile(path, []byte(text), 0o644))
+		s.Must(os.WriteFile(path, []byte(text), 0o644))
 		return path
 	}
 	for name, tc := range map[string]struct {
@@ -89,7 +89,7 @@ func TestWrongInputIsNamedAndChangesNothing(t *testing.T) {
 			} else if strings.HasPrefix(name, "check") {
 				file("backend = 7\n")
 			}
-			out, code := s.cli(tc.args...)
+			out, code := s.CLI(tc.args...)
 			if code != tc.code || !strings.Contains(out, tc.want) {
 				t.Errorf("exit %d, %q; want %d and %q", code, out, tc.code, tc.want)
 			}
@@ -100,15 +100,15 @@ func TestWrongInputIsNamedAndChangesNothing(t *testing.T) {
 			t.Errorf("sysctl %s changed", k)
 		}
 	}
-	if left := s.leftovers(); len(left) > 0 {
+	if left := s.Leftovers(); len(left) > 0 {
 		t.Errorf("left in the kernel: %q", left)
 	}
 }
 
 func TestMissingPrivilegeNamesTheFix(t *testing.T) {
 	s := newScene(t, lab.Options{})
-	s.must(os.Chmod(filepath.Dir(exe), 0o755))
-	c := s.Gateway.Command(t.Context(), exe, "run", "--subnet", "10.47.11.0/24",
+	s.Must(os.Chmod(filepath.Dir(s.Exe), 0o755))
+	c := s.Gateway.Command(t.Context(), s.Exe, "run", "--subnet", "10.47.11.0/24",
 		"--control-socket", filepath.Join(t.TempDir(), "c.sock"))
 	c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	out, err := c.CombinedOutput()
@@ -119,25 +119,25 @@ func TestMissingPrivilegeNamesTheFix(t *testing.T) {
 
 func TestListAndStatus(t *testing.T) {
 	s := play(t, lab.Options{})
-	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
-	ext := s.contact(phone, proxy)
-	s.stands(phone, proxy, ext)
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
 
-	out, code := s.cli("list", "--control-socket", s.d.Socket)
+	out, code := s.CLI("list", "--control-socket", s.Daemon.Socket)
 	if code != 0 || !strings.Contains(out, "10.47.11.109:5060") || !strings.Contains(out, "198.51.100.1:5060") ||
 		!strings.Contains(out, "203.0.113.5") {
 		t.Errorf("list: exit %d\n%s", code, out)
 	}
-	out, code = s.cli("list", "--json", "--control-socket", s.d.Socket)
+	out, code = s.CLI("list", "--json", "--control-socket", s.Daemon.Socket)
 	var p struct{ Int, Ext, Peer, State string }
 	if err := json.Unmarshal([]byte(out), &p); code != 0 || err != nil || p.Int != "10.47.11.109:5060" || p.State != "standing" {
 		t.Errorf("list --json: exit %d, %v\n%s", code, err, out)
 	}
-	out, code = s.cli("status", "--control-socket", s.d.Socket)
+	out, code = s.CLI("status", "--control-socket", s.Daemon.Socket)
 	if code != 0 || !strings.Contains(out, "10.47.11.0/24") || !strings.Contains(out, "expect") {
 		t.Errorf("status: exit %d\n%s", code, out)
 	}
-	out, code = s.cli("status", "--json", "--control-socket", s.d.Socket)
+	out, code = s.CLI("status", "--json", "--control-socket", s.Daemon.Socket)
 	if code != 0 || !json.Valid([]byte(out)) {
 		t.Errorf("status --json: exit %d\n%s", code, out)
 	}
@@ -145,7 +145,7 @@ func TestListAndStatus(t *testing.T) {
 
 func TestDemoShowsTheDifference(t *testing.T) {
 	s := newScene(t, lab.Options{}) // any namespace will do
-	out, code := s.cli("demo")
+	out, code := s.CLI("demo")
 	if code != 0 {
 		t.Fatalf("exit %d\n%s", code, out)
 	}
@@ -158,7 +158,7 @@ func TestDemoShowsTheDifference(t *testing.T) {
 
 func TestSelftestPassesOnThisKernel(t *testing.T) {
 	s := newScene(t, lab.Options{}) // any namespace will do
-	out, code := s.cli("selftest")
+	out, code := s.CLI("selftest")
 	if code != 0 || strings.Contains(out, "FAIL") || strings.Contains(out, "none") || strings.Count(out, "pass  ") < 20 {
 		t.Errorf("exit %d\n%s", code, out)
 	}
@@ -167,7 +167,7 @@ func TestSelftestPassesOnThisKernel(t *testing.T) {
 // What passes, and what fails with stock Linux and with each configuration of ours.
 func TestSelftestKnowsRFC4787(t *testing.T) {
 	s := newScene(t, lab.Options{}) // any namespace will do
-	out, code := s.cli("selftest", "--rfc4787")
+	out, code := s.CLI("selftest", "--rfc4787")
 	const (
 		always = "REQ-3a REQ-4 REQ-6 REQ-10 REQ-12 REQ-13 REQ-14"
 		ours   = always + " REQ-5 REQ-8 REC-11 REC-14"
@@ -210,13 +210,13 @@ func TestSelftestKnowsRFC4787(t *testing.T) {
 func TestForeignTableIsLeftAloneAndNamed(t *testing.T) {
 	s := newScene(t, lab.Options{Rules: lab.Masquerade + "table inet conenat {\n\tchain mine {\n\t}\n}\n"})
 	before, err := s.Ruleset()
-	s.must(err)
-	out, code := s.cli("run", "--subnet", lab.InsideNet.String(), "--control-socket", filepath.Join(t.TempDir(), "c.sock"))
+	s.Must(err)
+	out, code := s.CLI("run", "--subnet", lab.InsideNet.String(), "--control-socket", filepath.Join(t.TempDir(), "c.sock"))
 	if code != 1 || !strings.Contains(out, "table inet conenat") || !strings.Contains(out, `key "table"`) {
 		t.Errorf("exit %d, %q", code, out)
 	}
-	s.start("--subnet", lab.InsideNet.String(), "--table", "conenat2")
-	s.stop()
+	s.Start("--subnet", lab.InsideNet.String(), "--table", "conenat2")
+	s.Stop()
 	if after, err := s.Ruleset(); err != nil || after != before {
 		t.Errorf("the rule set is %v\n%s\nnot\n%s", err, after, before)
 	}

@@ -4,6 +4,7 @@ import (
 	"regexp"
 	"testing"
 
+	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -14,7 +15,7 @@ var noise = regexp.MustCompile(`(?ms)^table (inet|ip) conenat \{.*?^\}\n|^#[^\n]
 // Whatever language the user's firewall is written in: with a drop policy it
 // needs no rule for conenatd, and not a byte of it changes.
 func TestFirewallsArePassedAndUntouched(t *testing.T) {
-	needsExpect(t)
+	stage.NeedsExpect(t)
 	for _, tc := range []struct {
 		name  string
 		set   func(*scene) error
@@ -42,34 +43,34 @@ func TestFirewallsArePassedAndUntouched(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			s := newScene(t, lab.Options{Rules: lab.NoRules, Inside: 2, Guest: true})
-			s.must(tc.set(s))
+			s.Must(tc.set(s))
 			list := func() string {
 				out, err := s.Gateway.Output(tc.saved[0], tc.saved[1:]...)
-				s.must(err)
+				s.Must(err)
 				return noise.ReplaceAllString(out, "")
 			}
 			before := list()
-			s.start("--subnet", lab.InsideNet.String())
-			one, two, proxy := s.inside(0, 3074), s.inside(1, 3074), s.peer(lab.PeerA, 3074)
-			stranger := s.peer(lab.PeerB, 3074)
-			extOne, extTwo := s.contact(one, proxy), s.contact(two, proxy)
-			s.stands(one, proxy, extOne)
-			s.stands(two, proxy, extTwo)
-			media := s.peer(lab.PeerA, 5070)
-			s.arrives(one, media, extOne)
-			s.arrives(two, media, extTwo)
-			s.lost(one, stranger, extOne, proxy)
-			s.lost(two, stranger, extTwo, proxy)
-			p := payload("reply to child")
-			s.must(one.Send(media.Addr(), p))
+			s.Start("--subnet", lab.InsideNet.String())
+			one, two, proxy := s.InsideSocket(0, 3074), s.InsideSocket(1, 3074), s.PeerSocket(lab.PeerA, 3074)
+			stranger := s.PeerSocket(lab.PeerB, 3074)
+			extOne, extTwo := s.Contact(one, proxy), s.Contact(two, proxy)
+			s.Stands(one, proxy, extOne)
+			s.Stands(two, proxy, extTwo)
+			media := s.PeerSocket(lab.PeerA, 5070)
+			s.Arrives(one, media, extOne)
+			s.Arrives(two, media, extTwo)
+			s.Lost(one, stranger, extOne, proxy)
+			s.Lost(two, stranger, extTwo, proxy)
+			p := stage.Payload("reply to child")
+			s.Must(one.Send(media.Addr(), p))
 			_, err := media.Expect(p)
-			s.must(err)
-			guest := s.socket(s.Guest.Namespace, s.Guest.Addr, 3074)
-			s.lost(guest, s.peer(lab.PeerA, 5071), s.contact(guest, proxy), proxy)
+			s.Must(err)
+			guest := s.Socket(s.Guest.Namespace, s.Guest.Addr, 3074)
+			s.Lost(guest, s.PeerSocket(lab.PeerA, 5071), s.Contact(guest, proxy), proxy)
 			if during := list(); during != before {
 				t.Errorf("while it runs the rules are\n%s\nnot\n%s", during, before)
 			}
-			s.stop()
+			s.Stop()
 			if after := list(); after != before {
 				t.Errorf("after it the rules are\n%s\nnot\n%s", after, before)
 			}

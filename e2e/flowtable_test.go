@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -38,7 +39,7 @@ func newOffloadScene(t *testing.T, o lab.Options) *scene {
 	if refused && os.Getenv("CONENATD_GUEST") == "" {
 		t.Skipf(`this kernel has no flowtables (%v): run "make kernels"`, err)
 	}
-	s.must(err)
+	s.Must(err)
 	return s
 }
 
@@ -58,8 +59,8 @@ func offloadLinks(o lab.Options) string {
 // offloaded returns the UDP flows that the kernel has taken out of the packet
 // path, as "conntrack -L" lists them.
 func offloaded(s *scene) (flows []string) {
-	s.t.Helper()
-	for _, line := range s.conntrack("-p", "udp") {
+	s.T.Helper()
+	for _, line := range s.ConntrackList("-p", "udp") {
 		if strings.Contains(line, "[OFFLOAD]") {
 			flows = append(flows, line)
 		}
@@ -69,9 +70,9 @@ func offloaded(s *scene) (flows []string) {
 
 // passed shows the counter of UDP packets that the rules of the gateway see.
 func (s *scene) passed() string {
-	s.t.Helper()
+	s.T.Helper()
 	out, err := s.Gateway.Output("nft", "list", "counter", "inet", "fast", "passed")
-	s.must(err)
+	s.Must(err)
 	return out
 }
 
@@ -80,28 +81,28 @@ func TestFlowIsOffloadedOnceItIsAnswered(t *testing.T) {
 	s := newOffloadScene(t, lab.Options{Inside: 2, Guest: true})
 	for name, h := range map[string]*lab.Host{"inside": s.Inside(1), "guest": s.Guest} {
 		t.Run(name, func(t *testing.T) {
-			s := &scene{Lab: s.Lab, t: t}
-			in, peer := s.socket(h.Namespace, h.Addr, 0), s.peer(lab.PeerA, 0)
+			s := &scene{&stage.Scene{Lab: s.Lab, T: t}}
+			in, peer := s.Socket(h.Namespace, h.Addr, 0), s.PeerSocket(lab.PeerA, 0)
 			mine := func() int {
 				t.Helper()
 				return strings.Count(strings.Join(offloaded(s), "\n"), "src="+h.Addr.String()+" ")
 			}
-			ext := s.contact(in, peer)
+			ext := s.Contact(in, peer)
 			if mine() != 0 {
-				t.Fatalf("offloaded without an answer\n%s", s.dump())
+				t.Fatalf("offloaded without an answer\n%s", s.Dump())
 			}
 			talk := func() {
 				t.Helper()
 				for range 5 {
-					s.arrives(in, peer, ext)
-					if got := s.contact(in, peer); got != ext {
+					s.Arrives(in, peer, ext)
+					if got := s.Contact(in, peer); got != ext {
 						t.Fatalf("the outside endpoint is %v, was %v", got, ext)
 					}
 				}
 			}
 			talk()
 			if mine() != 1 {
-				t.Fatalf("not offloaded though answered\n%s", s.dump())
+				t.Fatalf("not offloaded though answered\n%s", s.Dump())
 			}
 			// The mark alone does not show that the fast path takes the packets.
 			before := s.passed()

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/lab"
 )
@@ -103,7 +104,7 @@ func latencyRepeat(b *testing.B) (conenat, minimal latencies) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	c := newLatencyLab(b, exe, "--backend=expect", "--subnet", lab.InsideNet.String(), "--log-level", "warn")
+	c := newLatencyLab(b, stage.Exe(), "--backend=expect", "--subnet", lab.InsideNet.String(), "--log-level", "warn")
 	b.Setenv(minimalEnv, "1")
 	m := newLatencyLab(b, self)
 	for range latencyRounds {

@@ -14,9 +14,9 @@ import (
 // refused and counted with one warning, and everything else goes on.
 func TestManyPermissions(t *testing.T) {
 	s := newScene(t, lab.Options{Inside: 2})
-	s.must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
-	s.start("--backend=expect", "--subnet", lab.InsideNet.String(), "--max-permissions-per-host", "0", "--event-buffer", "67108864")
-	limit := s.status().Permissions.Limit
+	s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
+	s.Start("--backend=expect", "--subnet", lab.InsideNet.String(), "--max-permissions-per-host", "0", "--event-buffer", "67108864")
+	limit := s.Status().Permissions.Limit
 	const peers = 50 // on each outside port, of the 64 that there may be
 	ports := 50_000 / peers
 	if limit < 50_000 {
@@ -29,54 +29,54 @@ func TestManyPermissions(t *testing.T) {
 		port uint16
 		peer netip.Addr
 	}
-	s.until("all flows have their claim", func() bool {
+	s.Until("all flows have their claim", func() bool {
 		known := map[pair]bool{}
-		for _, p := range s.list() {
+		for _, p := range s.List() {
 			known[pair{p.Int.Port(), p.Peer}] = true
 		}
 		for i := range ports {
-			in := s.inside(0, uint16(10_000+i))
+			in := s.InsideSocket(0, uint16(10_000+i))
 			for p := range peers {
 				addr := netip.AddrFrom4([4]byte{203, 0, 113, byte(100 + p)})
 				if !known[pair{in.Addr().Port(), addr}] { // a busy machine loses packets
-					s.must(in.Send(netip.AddrPortFrom(addr, 9), "x"))
+					s.Must(in.Send(netip.AddrPortFrom(addr, 9), "x"))
 				}
 			}
 			in.Close()
 		}
 		return len(known) == wanted
 	})
-	s.until("all permissions stand that may", func() bool {
-		p := s.status().Permissions
+	s.Until("all permissions stand that may", func() bool {
+		p := s.Status().Permissions
 		return p.Standing == stand && p.Refused == wanted-stand
 	})
-	t.Logf("%d permissions wanted, %d stand; %+v", wanted, stand, s.status().Latency)
-	if n := len(s.list()); n != wanted {
+	t.Logf("%d permissions wanted, %d stand; %+v", wanted, stand, s.Status().Latency)
+	if n := len(s.List()); n != wanted {
 		t.Errorf("%d permissions are listed, want %d", n, wanted)
 	}
-	if n := len(s.conntrack("expect")); n != stand {
+	if n := len(s.ConntrackList("expect")); n != stand {
 		t.Errorf("%d expectations, want %d", n, stand)
 	}
-	if refused := s.status().Counters.Refused["kernel table is full"]; refused != uint64(wanted-stand) {
+	if refused := s.Status().Counters.Refused["kernel table is full"]; refused != uint64(wanted-stand) {
 		t.Errorf("%d refusals counted, want %d", refused, wanted-stand)
 	}
 	// Everything else goes on: what stands works, and what ends makes room.
 	if wanted > stand {
-		s.must(s.d.Signal(syscall.SIGHUP)) // the next reconcile logs
-		s.until("there is a warning", func() bool { return strings.Contains(s.d.Output(), "kernel table is full") })
-		if out, code := s.cli("revoke", "--control-socket", s.d.Socket, "203.0.113.100"); code != 0 {
+		s.Must(s.Daemon.Signal(syscall.SIGHUP)) // the next reconcile logs
+		s.Until("there is a warning", func() bool { return strings.Contains(s.Daemon.Output(), "kernel table is full") })
+		if out, code := s.CLI("revoke", "--control-socket", s.Daemon.Socket, "203.0.113.100"); code != 0 {
 			t.Errorf("exit %d, %q", code, out)
 		}
 	}
-	phone, proxy := s.inside(1, 5060), s.peer(lab.PeerA, 5060)
-	ext := s.contact(phone, proxy)
-	s.stands(phone, proxy, ext)
-	s.arrives(phone, s.peer(lab.PeerA, 5070), ext)
-	s.stop()
-	if left := s.conntrack("expect"); len(left) > 0 {
+	phone, proxy := s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+	s.Stop()
+	if left := s.ConntrackList("expect"); len(left) > 0 {
 		t.Errorf("%d expectations left", len(left))
 	}
-	if left := s.anchors(); len(left) > 0 {
+	if left := s.Anchors(); len(left) > 0 {
 		t.Errorf("%d anchors left", len(left))
 	}
 }

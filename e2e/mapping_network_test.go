@@ -5,6 +5,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -12,9 +13,9 @@ import (
 // that change, packets that come too early.
 
 func (s *scene) ip(h *lab.Host, args string) {
-	s.t.Helper()
+	s.T.Helper()
 	_, err := h.Output("ip", strings.Fields(args)...)
-	s.must(err)
+	s.Must(err)
 }
 
 // What goes into a VPN leaves as it came: by a link of its own, by IPsec on the
@@ -41,18 +42,18 @@ func TestNFTMappingLeavesVPNsAlone(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := newScene(t, lab.Options{Inside: 2, Rules: strings.Replace(lab.Masquerade, `oifname "wan0"`, tc.exempt+"\n\t\t"+`oifname "wan0"`, 1)})
 			tc.build(s)
-			s.start(append([]string{"--subnet", lab.InsideNet.String(), mapped}, tc.flags...)...)
-			proxy, far := s.peer(lab.PeerA, 3074), s.peer(lab.PeerC, 3074)
+			s.Start(append([]string{"--subnet", lab.InsideNet.String(), mapped}, tc.flags...)...)
+			proxy, far := s.PeerSocket(lab.PeerA, 3074), s.PeerSocket(lab.PeerC, 3074)
 			for i := range 2 {
-				host := s.inside(i, 3074)
-				ext := s.contact(host, proxy)
-				if got := s.contact(host, far); got != host.Addr() {
+				host := s.InsideSocket(i, 3074)
+				ext := s.Contact(host, proxy)
+				if got := s.Contact(host, far); got != host.Addr() {
 					t.Errorf("host %d leaves as %v into the VPN", i, got)
 				}
-				if again := s.contact(host, s.peer(lab.PeerA, 4000+uint16(i))); again != ext || (i > 0) != inPool(ext) {
+				if again := s.Contact(host, s.PeerSocket(lab.PeerA, 4000+uint16(i))); again != ext || (i > 0) != inPool(ext) {
 					t.Errorf("host %d leaves as %v and as %v", i, ext, again)
 				}
-				s.arrives(host, s.peer(lab.PeerA, 5000+uint16(i)), ext)
+				s.Arrives(host, s.PeerSocket(lab.PeerA, 5000+uint16(i)), ext)
 			}
 		})
 	}
@@ -61,7 +62,7 @@ func TestNFTMappingLeavesVPNsAlone(t *testing.T) {
 // tunnel makes an IPsec tunnel between the gateway and the outside for what inside
 // hosts and PeerC send to each other.
 func (s *scene) tunnel() {
-	s.t.Helper()
+	s.T.Helper()
 	const (
 		gateway, remote = "198.51.100.1", "198.51.100.254"
 		inside, far     = "10.47.11.0/24", "192.0.2.77/32"
@@ -70,7 +71,7 @@ func (s *scene) tunnel() {
 	)
 	state := "xfrm state add src " + gateway + " dst " + remote + " proto esp spi 0x100 reqid 1 mode tunnel " + key
 	if out, err := s.Gateway.Output("ip", strings.Fields(state)...); err != nil {
-		s.t.Skipf("this kernel has no ESP (CONFIG_INET_ESP, CONFIG_CRYPTO_CBC): %s %v", out, err)
+		s.T.Skipf("this kernel has no ESP (CONFIG_INET_ESP, CONFIG_CRYPTO_CBC): %s %v", out, err)
 	}
 	tmpl := " tmpl src " + gateway + " dst " + remote + " proto esp reqid 1 mode tunnel"
 	s.ip(s.Gateway, "xfrm policy add dir out src "+inside+" dst "+far+tmpl)
@@ -81,29 +82,29 @@ func (s *scene) tunnel() {
 // Each host has a mapping on the uplink that policy routing leads it to. When that
 // is gone it gets one on the other uplink, where another host has its port.
 func TestNFTMappingOnTwoUplinks(t *testing.T) {
-	inModes(t, [][]string{auto, nft}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.Auto, stage.NFT}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Inside: 3, Rules: uplinkRules})
-		s.start(subnet(mode, mapped)...)
+		s.Start(subnet(mode, mapped)...)
 		second := s.addUplink()
-		s.until("the daemon knows both uplinks", func() bool { return len(s.status().Outside) == 2 })
+		s.Until("the daemon knows both uplinks", func() bool { return len(s.Status().Outside) == 2 })
 		hosts, exts := s.consoles(3)
-		s.until("all permissions stand", func() bool { return s.status().Permissions.Standing == 6 })
+		s.Until("all permissions stand", func() bool { return s.Status().Permissions.Standing == 6 })
 		for i, want := range []netip.Addr{s.Gateway.Addr, second, s.Gateway.Addr} {
 			if exts[i].Addr() != want || inPool(exts[i]) != (i == 2) {
 				t.Errorf("host %d leaves as %v", i, exts[i])
 			}
-			s.arrives(hosts[i], s.peer(lab.PeerB, 20_000+uint16(i)), exts[i])
+			s.Arrives(hosts[i], s.PeerSocket(lab.PeerB, 20_000+uint16(i)), exts[i])
 		}
 
 		s.ip(s.Gateway, "link del wan1")
-		s.until("the permissions of the second uplink ended", func() bool { return s.status().Permissions.Standing == 4 })
-		ext := s.contact(hosts[1], s.peer(lab.PeerA, 4000))
+		s.Until("the permissions of the second uplink ended", func() bool { return s.Status().Permissions.Standing == 4 })
+		ext := s.Contact(hosts[1], s.PeerSocket(lab.PeerA, 4000))
 		if ext.Addr() != s.Gateway.Addr || !inPool(ext) || ext == exts[2] {
 			t.Errorf("by the first uplink host 1 leaves as %v", ext)
 		}
-		last := s.peer(lab.PeerC, 3074)
+		last := s.PeerSocket(lab.PeerC, 3074)
 		for i, want := range []netip.AddrPort{exts[0], ext, exts[2]} {
-			if got := s.contact(hosts[i], last); got != want {
+			if got := s.Contact(hosts[i], last); got != want {
 				t.Errorf("host %d leaves as %v, want %v", i, got, want)
 			}
 		}
@@ -113,12 +114,12 @@ func TestNFTMappingOnTwoUplinks(t *testing.T) {
 // The outside address changes while ten hosts send from one port each. Whoever sends
 // has one outside endpoint before and one afterwards, and shares none.
 func TestNFTMappingsUnderLoadWhenTheAddressChanges(t *testing.T) {
-	inModes(t, [][]string{auto, nft}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.Auto, stage.NFT}, func(t *testing.T, mode ...string) {
 		const n = 10
 		s := play(t, lab.Options{Inside: n}, append(mode, mapped, "--max-permissions-per-host=0")...)
 		hosts, exts := s.consoles(n)
-		port, fence := uint16(10_000), s.socket(s.Gateway.Namespace, lab.InsideNet.Addr().Next(), 7)
-		stop := s.steady(func() error {
+		port, fence := uint16(10_000), s.Socket(s.Gateway.Namespace, lab.InsideNet.Addr().Next(), 7)
+		stop := s.Steady(func() error {
 			port = 10_000 + (port+n)%20_000
 			for i, host := range hosts { // to remote endpoints that nobody knows yet
 				if err := host.Send(netip.AddrPortFrom(lab.PeerC, port+uint16(i)), "load"); err != nil {
@@ -126,9 +127,9 @@ func TestNFTMappingsUnderLoadWhenTheAddressChanges(t *testing.T) {
 				}
 			}
 			// No more than the gateway takes, or other packets would get lost.
-			return s.onOnePort(fence, hosts[0], fence.Addr())()
+			return s.OnOnePort(fence, hosts[0], fence.Addr())()
 		})
-		remotes := []*lab.Socket{s.peer(lab.PeerA, 9), s.peer(lab.PeerB, 9), s.peer(lab.PeerC, 9)}
+		remotes := []*lab.Socket{s.PeerSocket(lab.PeerA, 9), s.PeerSocket(lab.PeerB, 9), s.PeerSocket(lab.PeerC, 9)}
 		const next = "198.51.100.77"
 		s.ip(s.Outside, "route replace "+next+"/32 dev eth0")
 		for _, step := range []string{
@@ -139,8 +140,8 @@ func TestNFTMappingsUnderLoadWhenTheAddressChanges(t *testing.T) {
 			s.ip(s.Gateway, step)
 		}
 		for i, host := range hosts {
-			s.until("the new address is in use", func() bool {
-				exts[i] = s.contact(host, remotes[0])
+			s.Until("the new address is in use", func() bool {
+				exts[i] = s.Contact(host, remotes[0])
 				return exts[i].Addr().String() == next
 			})
 		}
@@ -150,7 +151,7 @@ func TestNFTMappingsUnderLoadWhenTheAddressChanges(t *testing.T) {
 		seen := map[netip.AddrPort]bool{}
 		for i, host := range hosts {
 			for _, remote := range remotes[1:] {
-				if got := s.contact(host, remote); got != exts[i] {
+				if got := s.Contact(host, remote); got != exts[i] {
 					t.Errorf("host %d leaves as %v and as %v", i, exts[i], got)
 				}
 			}
@@ -159,10 +160,10 @@ func TestNFTMappingsUnderLoadWhenTheAddressChanges(t *testing.T) {
 			}
 			seen[exts[i]] = true
 		}
-		s.until("nothing of the old address is left", func() bool {
+		s.Until("nothing of the old address is left", func() bool {
 			for _, name := range []string{"mappings", "owned", "addresses", "permissions"} {
 				out, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", name)
-				s.must(err)
+				s.Must(err)
 				if strings.Contains(out, "198.51.100.1 ") {
 					return false
 				}
@@ -188,28 +189,28 @@ func TestNFTMappingAndEarlyPackets(t *testing.T) {
 				flags = append(flags, "--guard=false")
 			}
 			s := play(t, lab.Options{}, flags...)
-			phone, proxy, other := s.inside(0, 5060), s.peer(lab.PeerA, 5060), s.peer(lab.PeerB, 5060)
-			early := replacePort(s.contact(s.inside(0, 5061), s.peer(lab.PeerB, 9)), 5060)
+			phone, proxy, other := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
+			early := replacePort(s.Contact(s.InsideSocket(0, 5061), s.PeerSocket(lab.PeerB, 9)), 5060)
 			if tc.mapping {
-				if ext := s.contact(phone, other); ext != early {
+				if ext := s.Contact(phone, other); ext != early {
 					t.Fatalf("the phone leaves as %v", ext)
 				}
 			}
-			s.must(proxy.Send(early, payload("early")))
+			s.Must(proxy.Send(early, stage.Payload("early")))
 			if !tc.guard {
 				s.flowFrom(proxy)
 			}
-			ext := s.contact(phone, proxy)
+			ext := s.Contact(phone, proxy)
 			if (ext == early) != tc.guard {
 				t.Errorf("towards the early sender it leaves as %v", ext)
 			}
-			s.stands(phone, proxy, ext)
-			s.arrives(phone, s.peer(lab.PeerA, 5070), ext)
+			s.Stands(phone, proxy, ext)
+			s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 			if tc.guard || tc.mapping { // else its first flow made the mapping
 				ext = early
 			}
 			for port := uint16(6000); port < 6003; port++ {
-				if got := s.contact(phone, s.peer(lab.PeerB, port)); got != ext {
+				if got := s.Contact(phone, s.PeerSocket(lab.PeerB, port)); got != ext {
 					t.Errorf("its mapping is %v, and it leaves as %v", ext, got)
 				}
 			}

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -18,18 +19,18 @@ func inPool(e netip.AddrPort) bool { return e.Port() >= 61000 }
 
 // consoles are inside hosts on one source port, each talking to three remotes.
 func (s *scene) consoles(n int) (hosts []*lab.Socket, exts []netip.AddrPort) {
-	s.t.Helper()
+	s.T.Helper()
 	const port = 3074
-	remotes := []*lab.Socket{s.peer(lab.PeerA, port), s.peer(lab.PeerA, 3075), s.peer(lab.PeerB, port)}
+	remotes := []*lab.Socket{s.PeerSocket(lab.PeerA, port), s.PeerSocket(lab.PeerA, 3075), s.PeerSocket(lab.PeerB, port)}
 	for i := range n {
-		hosts = append(hosts, s.inside(i, port))
+		hosts = append(hosts, s.InsideSocket(i, port))
 		exts = append(exts, netip.AddrPort{})
 	}
 	for round := range len(remotes) {
 		for i, host := range hosts {
-			ext := s.contact(host, remotes[(round+i)%len(remotes)])
+			ext := s.Contact(host, remotes[(round+i)%len(remotes)])
 			if exts[i].IsValid() && ext != exts[i] {
-				s.t.Errorf("host %d leaves as %v and as %v", i, exts[i], ext)
+				s.T.Errorf("host %d leaves as %v and as %v", i, exts[i], ext)
 			}
 			exts[i] = ext
 		}
@@ -40,11 +41,11 @@ func (s *scene) consoles(n int) (hosts []*lab.Socket, exts []netip.AddrPort) {
 // Each has one outside port, nobody else's, and is reached by it from any port of
 // its peers. Fails with the kernel's own mapping.
 func TestNFTConsolesOnOneSourcePort(t *testing.T) {
-	inModes(t, [][]string{auto, nft, nftByEvent, expects}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.NFTByEvent, stage.Expect}, func(t *testing.T, mode ...string) {
 		for _, n := range []int{2, 10} {
 			s := play(t, lab.Options{Inside: n}, append(mode, mapped)...)
 			hosts, exts := s.consoles(n)
-			s.until("all permissions stand", func() bool { return s.status().Permissions.Standing == 2*n })
+			s.Until("all permissions stand", func() bool { return s.Status().Permissions.Standing == 2*n })
 			owners := map[netip.AddrPort]int{}
 			for i, ext := range exts {
 				if j, taken := owners[ext]; taken {
@@ -55,14 +56,14 @@ func TestNFTConsolesOnOneSourcePort(t *testing.T) {
 					t.Errorf("host %d leaves as %v", i, ext)
 				}
 				for k, addr := range []netip.Addr{lab.PeerA, lab.PeerB} {
-					s.arrives(hosts[i], s.peer(addr, uint16(20_000+2*i+k)), ext)
+					s.Arrives(hosts[i], s.PeerSocket(addr, uint16(20_000+2*i+k)), ext)
 				}
 			}
-			if m := s.status().Tables.Mapping; !m.On || m.Moved != uint64(n-1) {
+			if m := s.Status().Tables.Mapping; !m.On || m.Moved != uint64(n-1) {
 				t.Errorf("%+v", m)
 			}
-			s.stop()
-			if left := s.leftovers(); len(left) > 0 {
+			s.Stop()
+			if left := s.Leftovers(); len(left) > 0 {
 				t.Errorf("left: %q", left)
 			}
 		}
@@ -73,11 +74,11 @@ func TestNFTConsolesOnOneSourcePort(t *testing.T) {
 func TestNFTMappingMendsRandomPorts(t *testing.T) {
 	for _, how := range []string{"random", "fully-random"} {
 		t.Run(how, func(t *testing.T) {
-			s := play(t, lab.Options{Rules: strings.Replace(lab.Masquerade, "masquerade", "masquerade "+how, 1)}, auto[0], mapped)
-			phone := s.inside(0, 5060)
-			ext := s.contact(phone, s.peer(lab.PeerA, 5060))
+			s := play(t, lab.Options{Rules: strings.Replace(lab.Masquerade, "masquerade", "masquerade "+how, 1)}, stage.Auto[0], mapped)
+			phone := s.InsideSocket(0, 5060)
+			ext := s.Contact(phone, s.PeerSocket(lab.PeerA, 5060))
 			for port := uint16(5061); port < 5066; port++ {
-				if got := s.contact(phone, s.peer(lab.PeerB, port)); got != ext {
+				if got := s.Contact(phone, s.PeerSocket(lab.PeerB, port)); got != ext {
 					t.Errorf("it leaves as %v and as %v", ext, got)
 				}
 			}
@@ -99,14 +100,14 @@ func TestNFTRandomPortsAreSeen(t *testing.T) {
 	} {
 		t.Run(tc.how+" "+tc.mapping, func(t *testing.T) {
 			s := play(t, lab.Options{Rules: strings.ReplaceAll(lab.MasqueradeRange(50000, 59999), " to :50000-59999", tc.how)},
-				auto[0], "--mapping="+tc.mapping)
-			phone, exts := s.inside(0, 5060), map[netip.AddrPort]bool{}
+				stage.Auto[0], "--mapping="+tc.mapping)
+			phone, exts := s.InsideSocket(0, 5060), map[netip.AddrPort]bool{}
 			const flows = 12
 			for i := range flows {
-				exts[s.contact(phone, s.peer(netip.AddrFrom4([4]byte{203, 0, 113, byte(50 + i)}), 5060))] = true
+				exts[s.Contact(phone, s.PeerSocket(netip.AddrFrom4([4]byte{203, 0, 113, byte(50 + i)}), 5060))] = true
 			}
-			s.until("all are known", func() bool { return s.status().Permissions.Standing == flows })
-			st := s.status()
+			s.Until("all are known", func() bool { return s.Status().Permissions.Standing == flows })
+			st := s.Status()
 			c := st.Counters
 			if tc.random && c.Remapped < flows-2 || !tc.random && c.Remapped > 0 || tc.mapping == "kernel" && c.Compared != flows-1 {
 				t.Errorf("%d of %d remapped; %d outside endpoints", c.Remapped, c.Compared, len(exts))
@@ -122,32 +123,32 @@ func TestNFTRandomPortsAreSeen(t *testing.T) {
 // A mapping lives as long as a flow of it, and not longer than a lifetime after.
 // Fails if the reconcile does not keep the mappings of living flows.
 func TestNFTMappingLivesAsLongAsItsFlows(t *testing.T) {
-	s := play(t, lab.Options{Inside: 2}, auto[0], mapped, "--lifetime=2s", "--reconcile=1s")
-	one, two, proxy := s.inside(0, 3074), s.inside(1, 3074), s.peer(lab.PeerA, 3074)
-	ext := s.contact(one, proxy)
-	p := payload("answered: no packet of it meets the rules any more")
-	s.must(proxy.Send(ext, p))
+	s := play(t, lab.Options{Inside: 2}, stage.Auto[0], mapped, "--lifetime=2s", "--reconcile=1s")
+	one, two, proxy := s.InsideSocket(0, 3074), s.InsideSocket(1, 3074), s.PeerSocket(lab.PeerA, 3074)
+	ext := s.Contact(one, proxy)
+	p := stage.Payload("answered: no packet of it meets the rules any more")
+	s.Must(proxy.Send(ext, p))
 	_, err := one.Expect(p)
-	s.must(err)
-	s.must(one.Send(proxy.Addr(), p))
+	s.Must(err)
+	s.Must(one.Send(proxy.Addr(), p))
 	if _, err := proxy.Expect(p); err != nil {
 		t.Fatal(err)
 	}
 	began := time.Now()
-	s.until("two lifetimes passed", func() bool { s.status(); return time.Since(began) > 7*time.Second })
-	if other := s.contact(two, proxy); !inPool(other) {
+	s.Until("two lifetimes passed", func() bool { s.Status(); return time.Since(began) > 7*time.Second })
+	if other := s.Contact(two, proxy); !inPool(other) {
 		t.Errorf("the second host leaves as %v while the first has the port", other)
 	}
 	for _, host := range []string{"10.47.11.109", "10.47.11.110"} {
 		_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "-s", host)
-		s.must(err)
+		s.Must(err)
 	}
-	s.until("no mapping stands", func() bool {
+	s.Until("no mapping stands", func() bool {
 		out, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", "owned") // the last to go
-		s.must(err)
+		s.Must(err)
 		return !strings.Contains(out, "elements")
 	})
-	if got := s.contact(two, proxy); got.Port() != 3074 {
+	if got := s.Contact(two, proxy); got.Port() != 3074 {
 		t.Errorf("a lifetime later the second host leaves as %v", got)
 	}
 }
@@ -165,26 +166,26 @@ func TestNFTMappingsOfFlowsThatAreThere(t *testing.T) {
 		"start": func(s *scene) { s.configured(withMappings) },
 		"reload": func(s *scene) {
 			s.configured(plain)(withMappings)
-			if out, code := s.cli("reload", "--control-socket", s.d.Socket); code != 0 {
-				s.t.Fatalf("exit %d, %q", code, out)
+			if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code != 0 {
+				s.T.Fatalf("exit %d, %q", code, out)
 			}
 		},
 		"delete table": func(s *scene) {
 			s.configured(withMappings)
-			s.until("it stands", func() bool { return stands(s) })
+			s.Until("it stands", func() bool { return stands(s) })
 			owned := s.owned()
 			if err := s.NFT("delete table ip conenat"); (err != nil) != owned {
-				s.t.Fatalf("owned %v, %v", owned, err)
+				s.T.Fatalf("owned %v, %v", owned, err)
 			}
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newScene(t, lab.Options{Inside: 2})
-			one, two, proxy := s.inside(0, 3074), s.inside(1, 3074), s.peer(lab.PeerA, 3074)
-			s.contact(one, proxy)
+			one, two, proxy := s.InsideSocket(0, 3074), s.InsideSocket(1, 3074), s.PeerSocket(lab.PeerA, 3074)
+			s.Contact(one, proxy)
 			begin(s)
-			s.until("the mapping stands", func() bool { return stands(s) })
-			if ext := s.contact(two, s.peer(lab.PeerB, 3074)); !inPool(ext) {
+			s.Until("the mapping stands", func() bool { return stands(s) })
+			if ext := s.Contact(two, s.PeerSocket(lab.PeerB, 3074)); !inPool(ext) {
 				t.Errorf("the second host leaves as %v", ext)
 			}
 		})
@@ -196,19 +197,19 @@ func TestNFTMappingsOfFlowsThatAreThere(t *testing.T) {
 func TestNFTMappingAndTheGatewaysOwnFlows(t *testing.T) {
 	for _, gatewayFirst := range []bool{true, false} {
 		t.Run(fmt.Sprintf("gateway first: %v", gatewayFirst), func(t *testing.T) {
-			s := play(t, lab.Options{Inside: 1}, auto[0], mapped)
-			host, resolver, other := s.inside(0, 40000), s.peer(lab.PeerA, 5300), s.peer(lab.PeerB, 5300)
-			ext := s.contact(host, other)
-			own := s.socket(s.Gateway.Namespace, s.Gateway.Addr, ext.Port())
+			s := play(t, lab.Options{Inside: 1}, stage.Auto[0], mapped)
+			host, resolver, other := s.InsideSocket(0, 40000), s.PeerSocket(lab.PeerA, 5300), s.PeerSocket(lab.PeerB, 5300)
+			ext := s.Contact(host, other)
+			own := s.Socket(s.Gateway.Namespace, s.Gateway.Addr, ext.Port())
 			if gatewayFirst {
-				s.contact(own, resolver)
+				s.Contact(own, resolver)
 			}
-			got := s.contact(host, resolver)
+			got := s.Contact(host, resolver)
 			if (got == ext) == gatewayFirst {
 				t.Errorf("the host leaves as %v, its mapping is %v", got, ext)
 			}
-			s.contact(own, resolver)
-			if again := s.contact(host, s.peer(lab.PeerB, 5301)); again != ext {
+			s.Contact(own, resolver)
+			if again := s.Contact(host, s.PeerSocket(lab.PeerB, 5301)); again != ext {
 				t.Errorf("towards another remote it leaves as %v, want %v", again, ext)
 			}
 		})
@@ -216,40 +217,40 @@ func TestNFTMappingAndTheGatewaysOwnFlows(t *testing.T) {
 }
 
 func TestNFTHairpin(t *testing.T) {
-	inModes(t, [][]string{auto, nft, expects}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{Inside: 2}, append(mode, mapped, "--hairpin=true")...)
-		one, two, proxy := s.inside(0, 5060), s.inside(1, 5062), s.peer(lab.PeerA, 5060)
-		extOne, extTwo := s.contact(one, proxy), s.contact(two, proxy)
+		one, two, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5062), s.PeerSocket(lab.PeerA, 5060)
+		extOne, extTwo := s.Contact(one, proxy), s.Contact(two, proxy)
 		for _, way := range []struct {
 			from, to *lab.Socket
 			ext, as  netip.AddrPort
 		}{{two, one, extOne, extTwo}, {one, two, extTwo, extOne}} {
-			p := payload("hairpin")
-			s.must(way.from.Send(way.ext, p))
+			p := stage.Payload("hairpin")
+			s.Must(way.from.Send(way.ext, p))
 			from, err := way.to.Expect(p)
-			s.must(err)
+			s.Must(err)
 			if from != way.as {
 				t.Errorf("it arrives from %v, want the sender's outside endpoint %v", from, way.as)
 			}
-			s.must(way.to.Send(from, p+" answer"))
+			s.Must(way.to.Send(from, p+" answer"))
 			if from, err = way.from.Expect(p + " answer"); err != nil || from != way.ext {
 				t.Errorf("the answer arrives from %v (%v), want %v", from, err, way.ext)
 			}
 		}
-		s.stands(one, proxy, extOne)
-		s.arrives(one, s.peer(lab.PeerA, 5070), extOne)
+		s.Stands(one, proxy, extOne)
+		s.Arrives(one, s.PeerSocket(lab.PeerA, 5070), extOne)
 	})
 }
 
 // An outside address goes, and with it its mappings, at once.
 func TestNFTMappingsEndWithTheirAddress(t *testing.T) {
-	s := play(t, lab.Options{}, auto[0], mapped, "--reconcile=1h")
-	phone, proxy, another := s.inside(0, 5060), s.peer(lab.PeerA, 5060), s.peer(lab.PeerB, 5060)
-	s.contact(phone, proxy)
-	s.contact(phone, another) // translated by the mapping
+	s := play(t, lab.Options{}, stage.Auto[0], mapped, "--reconcile=1h")
+	phone, proxy, another := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
+	s.Contact(phone, proxy)
+	s.Contact(phone, another) // translated by the mapping
 	mappings := func() string {
 		out, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", "mappings")
-		s.must(err)
+		s.Must(err)
 		return out
 	}
 	if !strings.Contains(mappings(), "198.51.100.1 ") {
@@ -261,13 +262,13 @@ func TestNFTMappingsEndWithTheirAddress(t *testing.T) {
 		"route replace default via 198.51.100.254 dev wan0 onlink",
 	} {
 		_, err := s.Gateway.Output("ip", strings.Fields(step)...)
-		s.must(err)
+		s.Must(err)
 	}
-	s.until("the mappings are gone", func() bool { return !strings.Contains(mappings(), "198.51.100.1 ") })
+	s.Until("the mappings are gone", func() bool { return !strings.Contains(mappings(), "198.51.100.1 ") })
 	_, err := s.Outside.Output("ip", "route", "replace", "198.51.100.77/32", "dev", "eth0")
-	s.must(err)
-	s.until("the new address is in use", func() bool {
-		return s.contact(phone, another).Addr().String() == "198.51.100.77"
+	s.Must(err)
+	s.Until("the new address is in use", func() bool {
+		return s.Contact(phone, another).Addr().String() == "198.51.100.77"
 	})
 }
 
@@ -275,24 +276,24 @@ func TestNFTMappingsEndWithTheirAddress(t *testing.T) {
 // counted and told of, and talks on.
 func TestNFTPoolThatIsUsedUp(t *testing.T) {
 	const hosts, ports, even = 4, 20, 32
-	s := play(t, lab.Options{Inside: hosts}, auto[0], mapped, "--port-pool=61000-61063")
-	remotes := []*lab.Socket{s.peer(lab.PeerA, 3074), s.peer(lab.PeerB, 3074)}
+	s := play(t, lab.Options{Inside: hosts}, stage.Auto[0], mapped, "--port-pool=61000-61063")
+	remotes := []*lab.Socket{s.PeerSocket(lab.PeerA, 3074), s.PeerSocket(lab.PeerB, 3074)}
 	for i := range hosts {
 		for port := range uint16(ports) {
-			host := s.inside(i, 3000+2*port)
+			host := s.InsideSocket(i, 3000+2*port)
 			for _, remote := range remotes {
-				ext := s.contact(host, remote)
+				ext := s.Contact(host, remote)
 				if i == hosts-1 {
-					s.arrives(host, s.peer(remote.Addr().Addr(), 4000+port), ext)
+					s.Arrives(host, s.PeerSocket(remote.Addr().Addr(), 4000+port), ext)
 				}
 			}
 		}
 	}
-	if m := s.status().Tables.Mapping; m.Moved > even || m.PoolUsedUp < (hosts-1)*ports-even {
+	if m := s.Status().Tables.Mapping; m.Moved > even || m.PoolUsedUp < (hosts-1)*ports-even {
 		t.Errorf("%+v", m)
 	}
 	if !s.warns("port_pool 61000-61063 had no port") {
-		t.Errorf("warnings: %q", s.status().Warnings)
+		t.Errorf("warnings: %q", s.Status().Warnings)
 	}
 }
 
@@ -306,10 +307,10 @@ func TestNFTPoolThatIsInUseIsRefused(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newScene(t, lab.Options{Rules: tc.rules})
-			s.socket(s.Gateway.Namespace, s.Gateway.Addr, 20001)
+			s.Socket(s.Gateway.Namespace, s.Gateway.Addr, 20001)
 			before, err := s.Ruleset()
-			s.must(err)
-			out, code := s.cli("run", "--subnet", lab.InsideNet.String(), mapped, "--port-pool", tc.pool, "--control-socket", t.TempDir()+"/c.sock")
+			s.Must(err)
+			out, code := s.CLI("run", "--subnet", lab.InsideNet.String(), mapped, "--port-pool", tc.pool, "--control-socket", t.TempDir()+"/c.sock")
 			if code == 0 || !strings.Contains(out, tc.want) || !strings.Contains(out, "choose a port_pool") {
 				t.Errorf("exit %d, %q", code, out)
 			}

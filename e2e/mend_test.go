@@ -13,6 +13,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -21,9 +22,9 @@ import (
 // owned reports whether the kernel (Linux 6.9) keeps others from changing the
 // tables.
 func (s *scene) owned() bool {
-	s.t.Helper()
+	s.T.Helper()
 	out, err := s.Gateway.Output("nft", "list", "table", "ip", "conenat")
-	s.must(err)
+	s.Must(err)
 	return strings.Contains(out, "flags owner")
 }
 
@@ -61,21 +62,21 @@ func TestMendWhatSomebodyChanged(t *testing.T) {
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			modes := [][]string{nft, auto, nftByEvent}
+			modes := [][]string{stage.NFT, stage.Auto, stage.NFTByEvent}
 			if strings.HasSuffix(tc.name, "learn") {
 				modes = modes[:2]
 			}
-			inModes(t, modes, func(t *testing.T, mode ...string) {
+			stage.InModes(t, modes, func(t *testing.T, mode ...string) {
 				s := play(t, lab.Options{Inside: 2}, append(mode, "--max-children=0")...)
-				phone, other := s.inside(0, 5060), s.inside(1, 5061)
-				a, b := s.peer(lab.PeerA, 5060), s.peer(lab.PeerB, 5060)
-				ext := s.contact(phone, a)
-				s.contact(phone, b)
-				s.stands(phone, a, ext)
-				s.stands(phone, b, ext)
-				child, extOther := s.peer(lab.PeerA, 5070), s.contact(other, a)
-				s.stands(other, a, extOther)
-				s.arrives(other, child, extOther)
+				phone, other := s.InsideSocket(0, 5060), s.InsideSocket(1, 5061)
+				a, b := s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
+				ext := s.Contact(phone, a)
+				s.Contact(phone, b)
+				s.Stands(phone, a, ext)
+				s.Stands(phone, b, ext)
+				child, extOther := s.PeerSocket(lab.PeerA, 5070), s.Contact(other, a)
+				s.Stands(other, a, extOther)
+				s.Arrives(other, child, extOther)
 				want := s.entries()
 				if len(want) != 3 {
 					t.Fatalf("the map has %v", want)
@@ -83,7 +84,7 @@ func TestMendWhatSomebodyChanged(t *testing.T) {
 				key, _, _ := strings.Cut(entryOf(phone, a, ext).String(), " :")
 				change := strings.ReplaceAll(strings.ReplaceAll(tc.change, "%[1]s", key), "%s", key)
 				s.meddle(change, tc.rules, phone, ext, want)
-				s.arrives(other, child, extOther)
+				s.Arrives(other, child, extOther)
 			})
 		})
 	}
@@ -91,13 +92,13 @@ func TestMendWhatSomebodyChanged(t *testing.T) {
 
 // A rule is deleted by its handle.
 func TestMendRuleThatSomebodyDeleted(t *testing.T) {
-	inModes(t, [][]string{nft, auto}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{}, append(mode, "--max-children=0")...)
-		phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
-		ext := s.contact(phone, proxy)
-		s.stands(phone, proxy, ext)
+		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+		ext := s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
 		out, err := s.Gateway.Output("nft", "--handle", "list", "chain", "ip", "conenat", "admitted")
-		s.must(err)
+		s.Must(err)
 		_, rule, _ := strings.Cut(out, `counter name "admitted"`)
 		_, handle, ok := strings.Cut(rule, "handle ")
 		if !ok {
@@ -113,12 +114,12 @@ var volatile = regexp.MustCompile(`\s*elements = \{[^}]*\}`)
 // meddle changes the tables and waits until all is as before: children get in,
 // the map has what it had, and the rules are the same.
 func (s *scene) meddle(change string, ofRules bool, in *lab.Socket, ext netip.AddrPort, want map[entry]time.Duration) {
-	s.t.Helper()
+	s.T.Helper()
 	owned := s.owned()
 	list := func() string {
-		s.t.Helper()
+		s.T.Helper()
 		all, err := s.Ruleset()
-		s.must(err)
+		s.Must(err)
 		var ours []string
 		for _, table := range noise.FindAllString(all, -1) {
 			ours = append(ours, volatile.ReplaceAllString(table, ""))
@@ -131,16 +132,16 @@ func (s *scene) meddle(change string, ofRules bool, in *lab.Socket, ext netip.Ad
 	err := s.NFT(change)
 	if owned {
 		if refused := err != nil && strings.Contains(err.Error(), "Operation not permitted"); !refused && !strings.HasPrefix(change, "flush ruleset") {
-			s.t.Errorf("the kernel does not refuse to change a table that is owned: %v", err)
+			s.T.Errorf("the kernel does not refuse to change a table that is owned: %v", err)
 		}
-		s.arrives(in, s.peer(lab.PeerA, 6000), ext)
+		s.Arrives(in, s.PeerSocket(lab.PeerA, 6000), ext)
 	} else {
-		s.must(err)
+		s.Must(err)
 	}
-	first := s.peer(lab.PeerA, 6001)
+	first := s.PeerSocket(lab.PeerA, 6001)
 	getsIn := func(from *lab.Socket) bool {
-		p := payload("child")
-		s.must(from.Send(ext, p))
+		p := stage.Payload("child")
+		s.Must(from.Send(ext, p))
 		for {
 			switch got, _, err := in.Recv(5 * time.Millisecond); {
 			case err != nil:
@@ -163,37 +164,37 @@ func (s *scene) meddle(change string, ofRules bool, in *lab.Socket, ext netip.Ad
 	leadsElsewhere := strings.HasPrefix(change, "delete element") && strings.Contains(change, "add element")
 	if leadsElsewhere && !owned {
 		// A child that came meanwhile would look like a forward of the user's.
-		s.until("the map is as it was", same)
+		s.Until("the map is as it was", same)
 	}
 	if !getsIn(first) {
-		s.until("children get in", func() bool {
+		s.Until("children get in", func() bool {
 			from, err := s.Outside.Socket(lab.PeerA, 0)
-			s.must(err)
+			s.Must(err)
 			defer from.Close()
 			return getsIn(from)
 		})
 	}
 	children := time.Since(began)
-	s.until("one whose first packet was too early gets in too", func() bool { return getsIn(first) })
-	s.until("the map is as it was", same)
+	s.Until("one whose first packet was too early gets in too", func() bool { return getsIn(first) })
+	s.Until("the map is as it was", same)
 	permissions := time.Since(began)
 	defer func() {
-		if s.t.Failed() {
-			s.t.Log(cmp.Diff(rules, list()))
+		if s.T.Failed() {
+			s.T.Log(cmp.Diff(rules, list()))
 		}
 	}()
-	s.until("the rules are as they were", func() bool { return list() == rules })
-	s.t.Logf("owned: %v; a child got in after %v; the permissions were complete after %v, the rules after %v",
+	s.Until("the rules are as they were", func() bool { return list() == rules })
+	s.T.Logf("owned: %v; a child got in after %v; the permissions were complete after %v, the rules after %v",
 		owned, children.Round(time.Millisecond), permissions.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
 	if owned {
-		s.must(s.d.Signal(syscall.SIGHUP))
-		if st := s.status(); st.Tables.Repaired != 0 || st.Counters.Repaired != 0 {
-			s.t.Errorf("%d repairs of tables and %d of permissions counted", st.Tables.Repaired, st.Counters.Repaired)
+		s.Must(s.Daemon.Signal(syscall.SIGHUP))
+		if st := s.Status(); st.Tables.Repaired != 0 || st.Counters.Repaired != 0 {
+			s.T.Errorf("%d repairs of tables and %d of permissions counted", st.Tables.Repaired, st.Counters.Repaired)
 		}
 		return
 	}
-	s.until("the repair is counted", func() bool {
-		st := s.status()
+	s.Until("the repair is counted", func() bool {
+		st := s.Status()
 		return !ofRules || st.Tables.Repaired > 0
 	})
 }
@@ -214,55 +215,55 @@ func toml(mode []string) string {
 // From each mode to each other one: not one first packet of a child is lost, nor
 // one of an existing child, and what the new mode does not have is gone.
 func TestMendNothingIsLostBetweenModes(t *testing.T) {
-	way := [][]string{auto, nft, expects, nft, auto, expects, auto, autoByEvent, nftByEvent, auto}
+	way := [][]string{stage.Auto, stage.NFT, stage.Expect, stage.NFT, stage.Auto, stage.Expect, stage.Auto, stage.AutoByEvent, stage.NFTByEvent, stage.Auto}
 	s := newScene(t, lab.Options{Inside: 3})
-	s.must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
+	s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
 	write := s.configured(toml(way[0]))
-	proxy, media := s.peer(lab.PeerA, 5060), s.peer(lab.PeerB, 5070)
-	one, two, three := s.inside(0, 5060), s.inside(1, 5061), s.inside(2, 5062)
-	extOne, extTwo, extThree := s.contact(one, proxy), s.contact(two, media), s.contact(three, proxy)
-	s.stands(one, proxy, extOne)
-	s.stands(two, media, extTwo)
-	s.stands(three, proxy, extThree)
-	child := s.peer(lab.PeerB, 5071)
-	s.arrives(two, child, extTwo)
-	fresh := s.steady(s.freshPorts(one, lab.PeerA, extOne))
-	same := s.steady(s.onOnePort(two, child, extTwo))
+	proxy, media := s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5070)
+	one, two, three := s.InsideSocket(0, 5060), s.InsideSocket(1, 5061), s.InsideSocket(2, 5062)
+	extOne, extTwo, extThree := s.Contact(one, proxy), s.Contact(two, media), s.Contact(three, proxy)
+	s.Stands(one, proxy, extOne)
+	s.Stands(two, media, extTwo)
+	s.Stands(three, proxy, extThree)
+	child := s.PeerSocket(lab.PeerB, 5071)
+	s.Arrives(two, child, extTwo)
+	fresh := s.Steady(s.FreshPorts(one, lab.PeerA, extOne))
+	same := s.Steady(s.OnOnePort(two, child, extTwo))
 	for i, mode := range way[1:] {
 		write(toml(mode))
-		s.must(s.d.Signal(syscall.SIGHUP))
+		s.Must(s.Daemon.Signal(syscall.SIGHUP))
 		learns, backend := !slices.Contains(mode, "--learn=false"), strings.TrimPrefix(mode[0], "--backend=")
 		hasMap, hasExpect := backend != "expect", backend != "nft"
-		s.until(fmt.Sprintf("%v is in force", mode), func() bool {
-			st := s.status()
+		s.Until(fmt.Sprintf("%v is in force", mode), func() bool {
+			st := s.Status()
 			return st.Tables.Map.On == hasMap && st.Tables.Map.Learn == (hasMap && learns) && strings.HasPrefix(st.Backend, "expect") == hasExpect
 		})
 		// What is left of the other backend goes at the end of the change.
-		s.until("the other backend is gone", func() bool {
+		s.Until("the other backend is gone", func() bool {
 			return slices.Contains(s.tables(), "table ip conenat") == hasMap &&
-				(len(s.conntrack("expect")) > 0) == hasExpect && (len(s.anchors()) > 0) == hasExpect
+				(len(s.ConntrackList("expect")) > 0) == hasExpect && (len(s.Anchors()) > 0) == hasExpect
 		})
-		for _, p := range s.list() {
+		for _, p := range s.List() {
 			if p.State != "standing" {
 				t.Errorf("from %v to %v: %+v", way[i], mode, p)
 			}
 		}
 		// One more, of this mode.
-		in, peer := s.inside(0, uint16(6000+i)), s.peer(lab.PeerC, uint16(6000+i))
-		ext := s.contact(in, peer)
-		s.stands(in, peer, ext)
-		s.arrives(in, s.peer(lab.PeerC, uint16(7000+i)), ext)
-		s.arrives(three, s.peer(lab.PeerA, uint16(7000+i)), extThree)
+		in, peer := s.InsideSocket(0, uint16(6000+i)), s.PeerSocket(lab.PeerC, uint16(6000+i))
+		ext := s.Contact(in, peer)
+		s.Stands(in, peer, ext)
+		s.Arrives(in, s.PeerSocket(lab.PeerC, uint16(7000+i)), ext)
+		s.Arrives(three, s.PeerSocket(lab.PeerA, uint16(7000+i)), extThree)
 	}
 	t.Logf("%d changes; %d first packets of children and %d others arrived", len(way)-1, fresh(), same())
-	if n := s.status().Tables.Repaired; n != 0 {
+	if n := s.Status().Tables.Repaired; n != 0 {
 		t.Errorf("%d repairs counted, though nobody else changed the tables", n)
 	}
-	if n := len(s.list()); n != 3+len(way)-1 {
-		t.Errorf("%d permissions, want %d\n%s", n, 3+len(way)-1, s.dump())
+	if n := len(s.List()); n != 3+len(way)-1 {
+		t.Errorf("%d permissions, want %d\n%s", n, 3+len(way)-1, s.Dump())
 	}
-	s.stop()
-	if left := s.leftovers(); len(left) > 0 {
+	s.Stop()
+	if left := s.Leftovers(); len(left) > 0 {
 		t.Errorf("left: %q", left)
 	}
 }
@@ -271,37 +272,37 @@ func TestMendNothingIsLostBetweenModes(t *testing.T) {
 // when the map is back, so are they.
 func TestMendPermissionsBeyondTheRoomForExpectations(t *testing.T) {
 	s := newScene(t, lab.Options{})
-	write := s.configured(toml(nft))
-	phone := s.inside(0, 5060)
+	write := s.configured(toml(stage.NFT))
+	phone := s.InsideSocket(0, 5060)
 	var ext netip.AddrPort
 	for i := range 70 {
-		peer := s.peer(netip.AddrFrom4([4]byte{203, 0, 113, byte(100 + i)}), 5060)
-		ext = s.contact(phone, peer)
-		s.stands(phone, peer, ext)
+		peer := s.PeerSocket(netip.AddrFrom4([4]byte{203, 0, 113, byte(100 + i)}), 5060)
+		ext = s.Contact(phone, peer)
+		s.Stands(phone, peer, ext)
 	}
 	port := uint16(20_000)
 	change := func(mode []string, standing int) {
 		t.Helper()
 		write(toml(mode))
-		if out, code := s.cli("reload", "--control-socket", s.d.Socket); code != 0 {
+		if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code != 0 {
 			t.Fatalf("exit %d, %q", code, out)
 		}
-		s.until(fmt.Sprintf("%d stand with %v", standing, mode), func() bool { return s.status().Permissions.Standing == standing })
+		s.Until(fmt.Sprintf("%d stand with %v", standing, mode), func() bool { return s.Status().Permissions.Standing == standing })
 		port++
-		for _, p := range s.list() {
+		for _, p := range s.List() {
 			if p.State == "standing" {
-				s.arrives(phone, s.peer(p.Peer, port), ext)
+				s.Arrives(phone, s.PeerSocket(p.Peer, port), ext)
 			} else if p.Reason == "" {
 				t.Errorf("refused without a reason: %+v", p)
 			}
 		}
 	}
-	change(expects, 64)
-	change(nftByEvent, 70)
-	change(auto, 70)
-	change(expects, 64)
-	change(auto, 70)
-	change(nft, 70)
+	change(stage.Expect, 64)
+	change(stage.NFTByEvent, 70)
+	change(stage.Auto, 70)
+	change(stage.Expect, 64)
+	change(stage.Auto, 70)
+	change(stage.NFT, 70)
 }
 
 // Many peers on a few ports find no room for expectations there. That does not keep
@@ -311,33 +312,33 @@ func TestMendCrowdedPortsDoNotTakeTheTurnOfOthers(t *testing.T) {
 	config := func(mode []string) string {
 		return "max_permissions_per_host = 0\nlearn_rate = 100000\n" + toml(mode)
 	}
-	write := s.configured(config(nft))
-	s.must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
+	write := s.configured(config(stage.NFT))
+	s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
 	const ports, peers = 16, 250 // more than there may be expectations in a lab
 	for port := range ports {
-		in := s.inside(0, uint16(10_000+port))
+		in := s.InsideSocket(0, uint16(10_000+port))
 		for i := range peers {
-			s.must(in.Send(netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(1 + i)}), 9), "x"))
+			s.Must(in.Send(netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(1 + i)}), 9), "x"))
 		}
 		in.Close()
 		// The burst of all ports would overflow the backlog of a slow machine.
-		s.until("nearly all of the port stand", func() bool { return s.status().Permissions.Standing > (port+1)*peers*9/10 })
+		s.Until("nearly all of the port stand", func() bool { return s.Status().Permissions.Standing > (port+1)*peers*9/10 })
 	}
-	phone, proxy := s.inside(1, 5060), s.peer(lab.PeerA, 5060)
-	ext := s.contact(phone, proxy)
-	s.stands(phone, proxy, ext)
-	write(config(auto))
-	if out, code := s.cli("reload", "--control-socket", s.d.Socket); code != 0 {
+	phone, proxy := s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	write(config(stage.Auto))
+	if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code != 0 {
 		t.Fatalf("exit %d, %q", code, out)
 	}
-	s.until("the last one has an expectation too", func() bool {
-		return s.listed(phone, proxy, ext, "standing").Backend == "expect and nft"
+	s.Until("the last one has an expectation too", func() bool {
+		return s.Listed(phone, proxy, ext, "standing").Backend == "expect and nft"
 	})
 }
 
 // A daemon of one mode takes over what one of another mode left.
 func TestMendAnotherModeTakesOver(t *testing.T) {
-	modes := [][]string{auto, nft, expects}
+	modes := [][]string{stage.Auto, stage.NFT, stage.Expect}
 	for _, from := range modes {
 		for _, to := range modes {
 			if from[0] == to[0] {
@@ -345,30 +346,30 @@ func TestMendAnotherModeTakesOver(t *testing.T) {
 			}
 			t.Run(from[0][10:]+" to "+to[0][10:], func(t *testing.T) {
 				s := newScene(t, lab.Options{Inside: 2})
-				s.start(subnet(from)...)
-				held, lingering := s.inside(0, 5060), s.inside(1, 5061)
-				a, b := s.peer(lab.PeerA, 5060), s.peer(lab.PeerB, 5060)
-				extHeld, extLingering := s.contact(held, a), s.contact(lingering, b)
-				s.stands(held, a, extHeld)
-				s.stands(lingering, b, extLingering)
-				s.kill()
+				s.Start(subnet(from)...)
+				held, lingering := s.InsideSocket(0, 5060), s.InsideSocket(1, 5061)
+				a, b := s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
+				extHeld, extLingering := s.Contact(held, a), s.Contact(lingering, b)
+				s.Stands(held, a, extHeld)
+				s.Stands(lingering, b, extLingering)
+				s.Kill()
 				_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "5061", "--orig-port-dst", "5060")
-				s.must(err)
-				s.start(subnet(to)...)
-				s.stands(held, a, extHeld)
-				s.stands(lingering, b, extLingering)
-				s.arrives(held, s.peer(lab.PeerA, 5070), extHeld)
-				s.arrives(lingering, s.peer(lab.PeerB, 5070), extLingering)
-				hasMap, hasExpect := to[0] != expects[0], to[0] != nft[0]
-				s.until("both stand by the new mode alone", func() bool {
-					expected := len(s.conntrack("expect")) == 2
+				s.Must(err)
+				s.Start(subnet(to)...)
+				s.Stands(held, a, extHeld)
+				s.Stands(lingering, b, extLingering)
+				s.Arrives(held, s.PeerSocket(lab.PeerA, 5070), extHeld)
+				s.Arrives(lingering, s.PeerSocket(lab.PeerB, 5070), extLingering)
+				hasMap, hasExpect := to[0] != stage.Expect[0], to[0] != stage.NFT[0]
+				s.Until("both stand by the new mode alone", func() bool {
+					expected := len(s.ConntrackList("expect")) == 2
 					if !hasExpect {
-						expected = len(s.conntrack("expect")) == 0
+						expected = len(s.ConntrackList("expect")) == 0
 					}
 					return expected && (len(s.entries()) == 2) == hasMap && slices.Contains(s.tables(), "table ip conenat") == hasMap
 				})
-				s.stop()
-				if left := s.leftovers(); len(left) > 0 {
+				s.Stop()
+				if left := s.Leftovers(); len(left) > 0 {
 					t.Errorf("left: %q", left)
 				}
 			})
@@ -379,23 +380,23 @@ func TestMendAnotherModeTakesOver(t *testing.T) {
 // Of what the map had, as many stand as there is room for, and the list says so.
 func TestMendModeWithLessRoomTakesOver(t *testing.T) {
 	s := newScene(t, lab.Options{})
-	s.start(subnet(nft)...)
-	phone := s.inside(0, 5060)
+	s.Start(subnet(stage.NFT)...)
+	phone := s.InsideSocket(0, 5060)
 	var ext netip.AddrPort
 	for i := range 70 {
-		peer := s.peer(netip.AddrFrom4([4]byte{203, 0, 113, byte(100 + i)}), 5060)
-		ext = s.contact(phone, peer)
-		s.stands(phone, peer, ext)
+		peer := s.PeerSocket(netip.AddrFrom4([4]byte{203, 0, 113, byte(100 + i)}), 5060)
+		ext = s.Contact(phone, peer)
+		s.Stands(phone, peer, ext)
 	}
-	s.kill()
-	s.start(subnet(expects)...)
-	s.until("64 stand, 6 are refused", func() bool {
-		p := s.status().Permissions
+	s.Kill()
+	s.Start(subnet(stage.Expect)...)
+	s.Until("64 stand, 6 are refused", func() bool {
+		p := s.Status().Permissions
 		return p.Standing == 64 && p.Refused == 6
 	})
-	for _, p := range s.list() {
+	for _, p := range s.List() {
 		if p.State == "standing" {
-			s.arrives(phone, s.peer(p.Peer, 5070), ext)
+			s.Arrives(phone, s.PeerSocket(p.Peer, 5070), ext)
 		}
 	}
 }
@@ -403,62 +404,62 @@ func TestMendModeWithLessRoomTakesOver(t *testing.T) {
 // The kernel stops to learn what is not allowed any more, though the host goes on
 // sending, and learns it when it is.
 func TestMendExclusionsOfANewConfiguration(t *testing.T) {
-	inModes(t, [][]string{nft, auto}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{})
 		write := s.configured(toml(mode))
-		talker, sink := s.inside(0, 5061), s.peer(lab.PeerA, 5062)
-		ext := s.contact(talker, sink)
-		s.stands(talker, sink, ext)
+		talker, sink := s.InsideSocket(0, 5061), s.PeerSocket(lab.PeerA, 5062)
+		ext := s.Contact(talker, sink)
+		s.Stands(talker, sink, ext)
 		e := entryOf(talker, sink, ext)
-		s.steady(func() error { return talker.Send(sink.Addr(), "x") })
+		s.Steady(func() error { return talker.Send(sink.Addr(), "x") })
 		for key, value := range map[string]string{
 			"exclude_peers": `["203.0.113.5/32"]`, "exclude_peer_ports": "[5062]", "exclude_ports": "[5061]",
 		} {
 			write(key + " = " + value + "\n" + toml(mode))
-			if out, code := s.cli("reload", "--control-socket", s.d.Socket); code != 0 {
+			if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code != 0 {
 				t.Fatalf("exit %d, %q", code, out)
 			}
-			s.until("it is not in the map", func() bool { return !s.inMap(e) })
+			s.Until("it is not in the map", func() bool { return !s.inMap(e) })
 			for range 5 {
 				if s.inMap(e) {
 					t.Fatalf("%s: it was learned again", key)
 				}
 			}
-			s.until("it is not listed", func() bool { return len(s.list()) == 0 })
+			s.Until("it is not listed", func() bool { return len(s.List()) == 0 })
 			write(toml(mode))
-			if out, code := s.cli("reload", "--control-socket", s.d.Socket); code != 0 {
+			if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code != 0 {
 				t.Fatalf("exit %d, %q", code, out)
 			}
-			s.stands(talker, sink, ext)
-			s.until("it is in the map again", func() bool { return s.inMap(e) })
+			s.Stands(talker, sink, ext)
+			s.Until("it is in the map again", func() bool { return s.inMap(e) })
 		}
 	})
 }
 
 // More room, or less, takes nothing from what stands.
 func TestMendLimitThatAReloadChanges(t *testing.T) {
-	for _, mode := range [][]string{nft, auto} {
-		inModes(t, [][]string{mode}, func(t *testing.T, mode ...string) {
+	for _, mode := range [][]string{stage.NFT, stage.Auto} {
+		stage.InModes(t, [][]string{mode}, func(t *testing.T, mode ...string) {
 			s := newScene(t, lab.Options{Inside: 2})
 			write := s.configured(toml(mode))
-			one, two, proxy := s.inside(0, 5060), s.inside(1, 5061), s.peer(lab.PeerA, 5060)
-			extOne, extTwo := s.contact(one, proxy), s.contact(two, proxy)
-			s.stands(one, proxy, extOne)
-			s.stands(two, proxy, extTwo)
-			fresh := s.steady(s.freshPorts(one, lab.PeerA, extOne))
+			one, two, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5061), s.PeerSocket(lab.PeerA, 5060)
+			extOne, extTwo := s.Contact(one, proxy), s.Contact(two, proxy)
+			s.Stands(one, proxy, extOne)
+			s.Stands(two, proxy, extTwo)
+			fresh := s.Steady(s.FreshPorts(one, lab.PeerA, extOne))
 			for _, size := range []int{1000, 500, 2000} {
 				write(fmt.Sprintf("max_permissions = %d\n%s", size, toml(mode)))
-				if out, code := s.cli("reload", "--control-socket", s.d.Socket); code != 0 {
+				if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code != 0 {
 					t.Fatalf("exit %d, %q", code, out)
 				}
-				if n := s.status().Permissions.Limit; n != size {
+				if n := s.Status().Permissions.Limit; n != size {
 					t.Errorf("the limit is %d, want %d", n, size)
 				}
 				if n := len(s.entries()); n != 2 {
 					t.Errorf("the map has %d permissions, want 2", n)
 				}
 			}
-			s.arrives(two, s.peer(lab.PeerA, 5070), extTwo)
+			s.Arrives(two, s.PeerSocket(lab.PeerA, 5070), extTwo)
 			t.Logf("the first packets of %d children arrived", fresh())
 		})
 	}
@@ -473,22 +474,22 @@ func TestMendAtTheStart(t *testing.T) {
 		"flush map": "flush map ip conenat permissions", "insert rule": "insert rule ip conenat admit drop",
 	} {
 		t.Run(name, func(t *testing.T) {
-			inModes(t, [][]string{nft, auto}, func(t *testing.T, mode ...string) {
+			stage.InModes(t, [][]string{stage.NFT, stage.Auto}, func(t *testing.T, mode ...string) {
 				s := newScene(t, lab.Options{})
-				s.start(subnet(mode)...)
-				phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
-				ext := s.contact(phone, proxy)
-				s.stands(phone, proxy, ext)
-				s.kill()
-				s.must(s.NFT(change))
-				s.start(subnet(mode)...)
-				s.stands(phone, proxy, ext)
-				s.arrives(phone, s.peer(lab.PeerA, 5070), ext)
+				s.Start(subnet(mode)...)
+				phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+				ext := s.Contact(phone, proxy)
+				s.Stands(phone, proxy, ext)
+				s.Kill()
+				s.Must(s.NFT(change))
+				s.Start(subnet(mode)...)
+				s.Stands(phone, proxy, ext)
+				s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 				if !s.inMap(entryOf(phone, proxy, ext)) {
 					t.Errorf("the map has %v", s.entries())
 				}
-				s.stop()
-				if left := s.leftovers(); len(left) > 0 {
+				s.Stop()
+				if left := s.Leftovers(); len(left) > 0 {
 					t.Errorf("left: %q", left)
 				}
 			})

@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
@@ -10,40 +9,17 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
 
-	"github.com/mdlayher/netlink"
-	"golang.org/x/sys/unix"
-
+	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/lab"
-	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // The map of permissions (--backend=nft, and auto), with and without the kernel
 // filling it by itself (--learn).
-
-var (
-	nft         = []string{"--backend=nft"}
-	nftByEvent  = []string{"--backend=nft", "--learn=false"}
-	auto        = []string{"--backend=auto"}
-	autoByEvent = []string{"--backend=auto", "--learn=false"}
-	expects     = []string{"--backend=expect"}
-)
-
-// inModes runs a test once in each mode.
-func inModes(t *testing.T, modes [][]string, test func(t *testing.T, mode ...string)) {
-	t.Helper()
-	if os.Getenv("CONENATD_GUEST") != "" {
-		modes = modes[:1] // an emulated machine has no time for all
-	}
-	for _, mode := range modes {
-		t.Run(strings.ReplaceAll(strings.Join(mode, " "), "--", ""), func(t *testing.T) { test(t, mode...) })
-	}
-}
 
 // subnet puts what every daemon needs before the flags of a mode.
 func subnet(mode []string, more ...string) []string {
@@ -70,18 +46,18 @@ var entryLine = regexp.MustCompile(`(\S+) \. (\S+) \. (\d+)(?: limit rate \S+ bu
 // entries are what "nft list map" shows, with the time that each has left.
 // Without a map there are none.
 func (s *scene) entries() map[entry]time.Duration {
-	s.t.Helper()
+	s.T.Helper()
 	out, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", "permissions")
 	if err != nil && strings.Contains(err.Error(), "No such file") {
 		return nil
 	}
-	s.must(err)
+	s.Must(err)
 	all := map[entry]time.Duration{}
 	for _, m := range entryLine.FindAllStringSubmatch(out, -1) {
 		var left time.Duration
 		if m[4] != "" { // else it never ends
 			left, err = time.ParseDuration(m[4])
-			s.must(err)
+			s.Must(err)
 		}
 		all[entry{
 			peer: netip.MustParseAddr(m[1]),
@@ -94,16 +70,16 @@ func (s *scene) entries() map[entry]time.Duration {
 
 // inMap reports whether the map has an element.
 func (s *scene) inMap(e entry) bool {
-	s.t.Helper()
+	s.T.Helper()
 	_, ok := s.entries()[e]
 	return ok
 }
 
 // tables are the names of the tables of conenatd's that there are.
 func (s *scene) tables() (names []string) {
-	s.t.Helper()
+	s.T.Helper()
 	out, err := s.Gateway.Output("nft", "list", "tables")
-	s.must(err)
+	s.Must(err)
 	for line := range strings.Lines(out) {
 		if strings.Contains(line, "conenat") {
 			names = append(names, strings.TrimSpace(line))
@@ -112,101 +88,34 @@ func (s *scene) tables() (names []string) {
 	return names
 }
 
-// steady calls once again and again beside the test, until stop, which returns
-// how often it did. An error ends it and fails the test.
-func (s *scene) steady(once func() error) (stop func() int) {
-	s.t.Helper()
-	end, ended := make(chan struct{}), make(chan error, 1)
-	n := 0
-	go func() {
-		for {
-			select {
-			case <-end:
-				ended <- nil
-				return
-			default:
-			}
-			if err := once(); err != nil {
-				ended <- err
-				return
-			}
-			n++
-		}
-	}()
-	stop = sync.OnceValue(func() int {
-		close(end)
-		if err := <-ended; err != nil {
-			s.t.Errorf("after %d that went well: %v", n, err)
-		}
-		return n
-	})
-	s.t.Cleanup(func() { stop() })
-	return stop
-}
-
-// freshPorts returns a function that sends one packet from a port of the peer
-// that it never used before, and sees it arrive at in.
-func (s *scene) freshPorts(in *lab.Socket, peer netip.Addr, ext netip.AddrPort) func() error {
-	port := uint16(10_000)
-	return func() error {
-		if port++; port == 0 {
-			return errors.New("all ports are used")
-		}
-		from, err := s.Outside.Socket(peer, port)
-		if err != nil {
-			return err
-		}
-		defer from.Close()
-		p := payload("from a fresh port")
-		if err := from.Send(ext, p); err != nil {
-			return err
-		}
-		_, err = in.Expect(p)
-		return err
-	}
-}
-
-// onOnePort returns a function that sends one packet from a port of the peer,
-// always the same, and sees it arrive at in.
-func (s *scene) onOnePort(in, from *lab.Socket, ext netip.AddrPort) func() error {
-	return func() error {
-		p := payload("on an existing child")
-		if err := from.Send(ext, p); err != nil {
-			return err
-		}
-		_, err := in.Expect(p)
-		return err
-	}
-}
-
 // quickAnswers lets an inside host ask n times, each time from a fresh port, a
 // peer that answers from another port before the asker's packet has left the
 // peer's softirq. It returns how many answers got through. A fence tells when an
 // answer is lost.
 func (s *scene) quickAnswers(n int) (through int) {
-	s.t.Helper()
+	s.T.Helper()
 	s.reflect(7000, 7001)
 	s.reflect(7002, 7002)
 	asked, fence := netip.AddrPortFrom(lab.PeerA, 7000), netip.AddrPortFrom(lab.PeerB, 7002)
 	for i := range n {
-		in := s.inside(0, uint16(10_000+i))
+		in := s.InsideSocket(0, uint16(10_000+i))
 		err := lab.Lost(in,
-			lab.Packet{From: in, To: asked, Payload: payload("question")},
-			lab.Packet{From: in, To: fence, Payload: payload("fence")})
+			lab.Packet{From: in, To: asked, Payload: stage.Payload("question")},
+			lab.Packet{From: in, To: fence, Payload: stage.Payload("fence")})
 		switch {
 		case err == nil:
 		case strings.HasPrefix(err.Error(), "lose packet"):
 			through++
 		default:
-			s.t.Fatalf("question %d: %v\n%s", i, err, s.dump())
+			s.T.Fatalf("question %d: %v\n%s", i, err, s.Dump())
 		}
-		s.must(in.Close())
+		s.Must(in.Close())
 	}
 	return through
 }
 
 func TestNFTLearnsBeforeTheQuickestAnswer(t *testing.T) {
-	inModes(t, [][]string{nft, auto}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{}, append(mode, "--learn-rate=100000")...)
 		if n := s.quickAnswers(1000); n != 1000 {
 			t.Errorf("%d of 1,000 answers got through", n)
@@ -217,7 +126,7 @@ func TestNFTLearnsBeforeTheQuickestAnswer(t *testing.T) {
 // What the kernel does not learn depends on who is quicker. This only shows the
 // difference.
 func TestNFTWithoutLearningLosesTheQuickestAnswers(t *testing.T) {
-	inModes(t, [][]string{nftByEvent, autoByEvent, expects}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFTByEvent, stage.AutoByEvent, stage.Expect}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{}, mode...)
 		t.Logf("%d of 1,000 answers got through", s.quickAnswers(1000))
 	})
@@ -226,35 +135,35 @@ func TestNFTWithoutLearningLosesTheQuickestAnswers(t *testing.T) {
 // What stands goes on without a daemon, and more comes; the next one takes all
 // over. Meanwhile no packet of the peer's is lost, from whatever port.
 func TestNFTOutlivesTheDaemonAndIsTakenOver(t *testing.T) {
-	inModes(t, [][]string{nft, auto, nftByEvent, autoByEvent}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.Auto, stage.NFTByEvent, stage.AutoByEvent}, func(t *testing.T, mode ...string) {
 		learns := !slices.Contains(mode, "--learn=false")
 		s := newScene(t, lab.Options{Inside: 3})
 		args := subnet(mode, "--max-children=0")
-		s.start(args...)
-		proxy := s.peer(lab.PeerA, 5060)
-		one, two, three := s.inside(0, 5060), s.inside(1, 5061), s.inside(2, 5062)
-		extOne, extTwo := s.contact(one, proxy), s.contact(two, proxy)
-		s.stands(one, proxy, extOne)
-		s.stands(two, proxy, extTwo)
-		media := s.peer(lab.PeerA, 5070)
-		s.arrives(one, media, extOne)
-		sameChild := s.steady(s.onOnePort(one, media, extOne))
-		freshChild := s.steady(s.freshPorts(two, lab.PeerA, extTwo))
+		s.Start(args...)
+		proxy := s.PeerSocket(lab.PeerA, 5060)
+		one, two, three := s.InsideSocket(0, 5060), s.InsideSocket(1, 5061), s.InsideSocket(2, 5062)
+		extOne, extTwo := s.Contact(one, proxy), s.Contact(two, proxy)
+		s.Stands(one, proxy, extOne)
+		s.Stands(two, proxy, extTwo)
+		media := s.PeerSocket(lab.PeerA, 5070)
+		s.Arrives(one, media, extOne)
+		sameChild := s.Steady(s.OnOnePort(one, media, extOne))
+		freshChild := s.Steady(s.FreshPorts(two, lab.PeerA, extTwo))
 
-		s.kill()
-		extThree := s.contact(three, proxy)
+		s.Kill()
+		extThree := s.Contact(three, proxy)
 		if learns {
-			s.arrives(three, s.peer(lab.PeerA, 5071), extThree)
+			s.Arrives(three, s.PeerSocket(lab.PeerA, 5071), extThree)
 		}
 		before := s.entries()
 		if _, learned := before[entryOf(three, proxy, extThree)]; len(before) < 2 || learned != learns {
 			t.Errorf("without a daemon the map has %v", before)
 		}
 
-		s.start(args...)
-		standing := s.list()
-		s.stands(three, proxy, extThree)
-		s.arrives(three, s.peer(lab.PeerA, 5072), extThree)
+		s.Start(args...)
+		standing := s.List()
+		s.Stands(three, proxy, extThree)
+		s.Arrives(three, s.PeerSocket(lab.PeerA, 5072), extThree)
 		t.Logf("%d packets of one child and the first packets of %d others arrived", sameChild(), freshChild())
 		for e := range before {
 			if !slices.ContainsFunc(standing, func(p control.Permission) bool {
@@ -266,29 +175,29 @@ func TestNFTOutlivesTheDaemonAndIsTakenOver(t *testing.T) {
 				t.Errorf("the map lost %v", e)
 			}
 		}
-		if n := s.status().Counters.Granted; int(n) != 3-len(before) {
+		if n := s.Status().Counters.Granted; int(n) != 3-len(before) {
 			t.Errorf("%d permissions were granted anew, want all taken over that stood", n)
 		}
 	})
 }
 
 func TestNFTRunsOutWithoutADaemon(t *testing.T) {
-	inModes(t, [][]string{nft, auto}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{}, append(mode, "--lifetime=4s")...)
-		phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
-		ext := s.contact(phone, proxy)
-		s.stands(phone, proxy, ext)
-		s.kill()
-		later := s.peer(lab.PeerB, 5060)
-		s.contact(phone, later)
+		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+		ext := s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
+		s.Kill()
+		later := s.PeerSocket(lab.PeerB, 5060)
+		s.Contact(phone, later)
 		if !s.inMap(entryOf(phone, later, ext)) {
 			t.Errorf("without a daemon nothing is learned: %v", s.entries())
 		}
-		s.until("all has run out", func() bool { return len(s.entries()) == 0 && len(s.conntrack("expect")) == 0 })
-		fence := s.peer(lab.PeerC, 5060)
-		s.contact(phone, fence)
+		s.Until("all has run out", func() bool { return len(s.entries()) == 0 && len(s.ConntrackList("expect")) == 0 })
+		fence := s.PeerSocket(lab.PeerC, 5060)
+		s.Contact(phone, fence)
 		for _, peer := range []netip.Addr{lab.PeerA, lab.PeerB} {
-			s.lost(phone, s.peer(peer, 5070), ext, fence)
+			s.Lost(phone, s.PeerSocket(peer, 5070), ext, fence)
 		}
 	})
 }
@@ -296,43 +205,43 @@ func TestNFTRunsOutWithoutADaemon(t *testing.T) {
 // A firewall that drops what it does not know lets expected children pass. Those
 // that only the map admitted it drops, and the user is told what would mend that.
 func TestNFTChildrenPassAFirewallThatAcceptsThem(t *testing.T) {
-	inModes(t, [][]string{nft, nftByEvent}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{Rules: lab.Masquerade + lab.DropPolicy}, mode...)
-		phone, proxy, media := s.inside(0, 5060), s.peer(lab.PeerA, 5060), s.peer(lab.PeerA, 5070)
-		ext := s.contact(phone, proxy)
-		s.stands(phone, proxy, ext)
+		phone, proxy, media := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070)
+		ext := s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
 		if s.mapWarning() {
 			t.Error("there is a warning before there is a child")
 		}
-		s.lost(phone, media, ext, proxy)
-		s.until("the status tells of it", func() bool {
-			s.must(s.d.Signal(syscall.SIGHUP)) // reads the counters
-			m := s.status().Tables.Map
+		s.Lost(phone, media, ext, proxy)
+		s.Until("the status tells of it", func() bool {
+			s.Must(s.Daemon.Signal(syscall.SIGHUP)) // reads the counters
+			m := s.Status().Tables.Map
 			return s.mapWarning() && m.Admitted == 1 && m.Passed == 0
 		})
-		s.must(s.NFT("insert rule inet filter forward ct status dnat accept"))
-		s.arrives(phone, media, ext)
-		s.arrives(phone, s.peer(lab.PeerA, 5071), ext)
-		s.until("the status tells of those too", func() bool {
-			s.must(s.d.Signal(syscall.SIGHUP))
-			m := s.status().Tables.Map
+		s.Must(s.NFT("insert rule inet filter forward ct status dnat accept"))
+		s.Arrives(phone, media, ext)
+		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
+		s.Until("the status tells of those too", func() bool {
+			s.Must(s.Daemon.Signal(syscall.SIGHUP))
+			m := s.Status().Tables.Map
 			return m.Admitted == 3 && m.Passed == 2
 		})
 	})
 }
 
 func TestAutoNFTChildrenPassAFirewallAsTheyAre(t *testing.T) {
-	inModes(t, [][]string{auto, autoByEvent}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.Auto, stage.AutoByEvent}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{Rules: lab.Masquerade + lab.DropPolicy}, mode...)
-		phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
-		ext := s.contact(phone, proxy)
-		s.stands(phone, proxy, ext)
+		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+		ext := s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
 		for port := uint16(5070); port < 5080; port++ {
-			s.arrives(phone, s.peer(lab.PeerA, port), ext)
+			s.Arrives(phone, s.PeerSocket(lab.PeerA, port), ext)
 		}
-		s.must(s.d.Signal(syscall.SIGHUP))
+		s.Must(s.Daemon.Signal(syscall.SIGHUP))
 		if s.mapWarning() {
-			t.Errorf("warnings: %q", s.status().Warnings)
+			t.Errorf("warnings: %q", s.Status().Warnings)
 		}
 	})
 }
@@ -340,8 +249,8 @@ func TestAutoNFTChildrenPassAFirewallAsTheyAre(t *testing.T) {
 // mapWarning reports whether the status says that the user's firewall drops
 // children.
 func (s *scene) mapWarning() bool {
-	s.t.Helper()
-	return slices.ContainsFunc(s.status().Warnings, func(w string) bool { return strings.Contains(w, "ct status dnat") })
+	s.T.Helper()
+	return slices.ContainsFunc(s.Status().Warnings, func(w string) bool { return strings.Contains(w, "ct status dnat") })
 }
 
 func TestNFTListAndStatusTellWhatCarriesWhat(t *testing.T) {
@@ -352,36 +261,36 @@ func TestNFTListAndStatusTellWhatCarriesWhat(t *testing.T) {
 		ipv6     string // one of a routed subnet
 		expected int
 	}{
-		{nft, "nft", "nft", "", 0},
-		{auto, "expect and nft", "nft", "expect", 65},
-		{expects, "expect", "", "expect", 65},
+		{stage.NFT, "nft", "nft", "", 0},
+		{stage.Auto, "expect and nft", "nft", "expect", 65},
+		{stage.Expect, "expect", "", "expect", 65},
 	} {
-		inModes(t, [][]string{tc.mode}, func(t *testing.T, mode ...string) {
+		stage.InModes(t, [][]string{tc.mode}, func(t *testing.T, mode ...string) {
 			s := newScene(t, lab.Options{IPv6: true})
-			s.start(subnet(mode, "--subnet", lab.InsideNet6.String(), "--routed")...)
+			s.Start(subnet(mode, "--subnet", lab.InsideNet6.String(), "--routed")...)
 			carried := func(what, want, reason string, in, peer *lab.Socket) {
 				t.Helper()
 				state := "standing"
 				if want == "" {
 					state = "refused"
 				}
-				if p := s.listed(in, peer, s.contact(in, peer), state); p.Backend != want || state == "refused" && p.Reason != reason {
+				if p := s.Listed(in, peer, s.Contact(in, peer), state); p.Backend != want || state == "refused" && p.Reason != reason {
 					t.Errorf("%s is carried by %q (%s), want %q (%s)", what, p.Backend, p.Reason, want, reason)
 				}
 			}
-			phone := s.inside(0, 5060)
+			phone := s.InsideSocket(0, 5060)
 			for i := range 64 {
 				peer := netip.AddrFrom4([4]byte{203, 0, 113, byte(100 + i)})
-				carried("IPv4", tc.ipv4, "", phone, s.peer(peer, 5060))
+				carried("IPv4", tc.ipv4, "", phone, s.PeerSocket(peer, 5060))
 			}
-			carried("the 65th on a port", tc.crowded, "too many peers on this port", phone, s.peer(lab.PeerA, 5060))
-			phone6 := s.socket(s.Inside(0).Namespace, s.Inside(0).Addr6, 5060)
-			carried("IPv6", tc.ipv6, "no backend carries it", phone6, s.socket(s.Outside.Namespace, lab.Peer6A, 5060))
-			st := s.status()
+			carried("the 65th on a port", tc.crowded, "too many peers on this port", phone, s.PeerSocket(lab.PeerA, 5060))
+			phone6 := s.Socket(s.Inside(0).Namespace, s.Inside(0).Addr6, 5060)
+			carried("IPv6", tc.ipv6, "no backend carries it", phone6, s.Socket(s.Outside.Namespace, lab.Peer6A, 5060))
+			st := s.Status()
 			if st.Backend != tc.ipv4 || st.Permissions.Expectations != tc.expected || st.Tables.Map.On != (tc.ipv4 != "expect") {
 				t.Errorf("backend %q, %d expectations, want %d; %+v", st.Backend, st.Permissions.Expectations, tc.expected, st.Tables.Map)
 			}
-			if n := len(s.conntrack("expect", "-f", "ipv4")) + len(s.conntrack("expect", "-f", "ipv6")); n != tc.expected {
+			if n := len(s.ConntrackList("expect", "-f", "ipv4")) + len(s.ConntrackList("expect", "-f", "ipv6")); n != tc.expected {
 				t.Errorf("%d expectations, want %d", n, tc.expected)
 			}
 		})
@@ -390,21 +299,21 @@ func TestNFTListAndStatusTellWhatCarriesWhat(t *testing.T) {
 
 // A full map refuses what is beyond; what ends makes room.
 func TestNFTMapThatIsFullRefusesTheRest(t *testing.T) {
-	inModes(t, [][]string{nft, nftByEvent, auto}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{}, append(mode, "--max-permissions=5", "--reconcile=1s")...)
-		proxy, media := s.peer(lab.PeerA, 5060), s.peer(lab.PeerA, 5070)
+		proxy, media := s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070)
 		var phones []*lab.Socket
 		var exts []netip.AddrPort
 		for i := range 8 {
-			phones = append(phones, s.inside(0, uint16(6000+i)))
-			exts = append(exts, s.contact(phones[i], proxy))
+			phones = append(phones, s.InsideSocket(0, uint16(6000+i)))
+			exts = append(exts, s.Contact(phones[i], proxy))
 			if i < 5 {
-				s.stands(phones[i], proxy, exts[i])
-			} else if p := s.listed(phones[i], proxy, exts[i], "refused"); p.Reason != "limit of all permissions" {
+				s.Stands(phones[i], proxy, exts[i])
+			} else if p := s.Listed(phones[i], proxy, exts[i], "refused"); p.Reason != "limit of all permissions" {
 				t.Errorf("reason %q", p.Reason)
 			}
 		}
-		st := s.status()
+		st := s.Status()
 		if st.Permissions.Standing != 5 || st.Permissions.Refused != 3 || st.Counters.Refused["limit of all permissions"] < 3 {
 			t.Errorf("%+v, refused %v", st.Permissions, st.Counters.Refused)
 		}
@@ -413,24 +322,24 @@ func TestNFTMapThatIsFullRefusesTheRest(t *testing.T) {
 		}
 		for i, phone := range phones {
 			if i < 5 {
-				s.arrives(phone, media, exts[i])
+				s.Arrives(phone, media, exts[i])
 			} else {
-				s.lost(phone, media, exts[i], proxy)
+				s.Lost(phone, media, exts[i], proxy)
 			}
 		}
 		_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "6000", "--orig-port-dst", "5060")
-		s.must(err)
-		s.until("one of the others has the room", func() bool {
-			st := s.status().Permissions
+		s.Must(err)
+		s.Until("one of the others has the room", func() bool {
+			st := s.Status().Permissions
 			return st.Standing == 5 && st.Refused == 2
 		})
 		in := slices.IndexFunc(phones[5:], func(phone *lab.Socket) bool {
-			return slices.ContainsFunc(s.list(), func(p control.Permission) bool { return p.Int == phone.Addr() && p.State == "standing" })
+			return slices.ContainsFunc(s.List(), func(p control.Permission) bool { return p.Int == phone.Addr() && p.State == "standing" })
 		})
 		if in < 0 {
-			t.Fatalf("none of the others stands\n%s", s.dump())
+			t.Fatalf("none of the others stands\n%s", s.Dump())
 		}
-		s.arrives(phones[5+in], s.peer(lab.PeerA, 5071), exts[5+in])
+		s.Arrives(phones[5+in], s.PeerSocket(lab.PeerA, 5071), exts[5+in])
 	})
 }
 
@@ -445,42 +354,42 @@ COMMIT
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inModes(t, [][]string{nft, nftByEvent}, func(t *testing.T, mode ...string) {
+			stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent}, func(t *testing.T, mode ...string) {
 				s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
-				s.must(load(s))
-				s.start(subnet(mode)...)
-				phone, server, proxy := s.inside(0, 5060), s.inside(1, 5060), s.peer(lab.PeerA, 5060)
-				ext := s.contact(phone, proxy)
-				s.until("it is listed", func() bool { return len(s.list()) == 1 })
+				s.Must(load(s))
+				s.Start(subnet(mode)...)
+				phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
+				ext := s.Contact(phone, proxy)
+				s.Until("it is listed", func() bool { return len(s.List()) == 1 })
 				// Before anybody used the forward, which iptables-legacy does not show.
-				s.arrives(server, s.peer(lab.PeerA, 5070), ext)
-				if p := s.listed(phone, proxy, ext, "refused"); p.Reason != "outside port is forwarded" {
+				s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
+				if p := s.Listed(phone, proxy, ext, "refused"); p.Reason != "outside port is forwarded" {
 					t.Errorf("reason %q", p.Reason)
 				}
-				s.until("it is not in the map", func() bool { return !s.inMap(entryOf(phone, proxy, ext)) })
-				s.arrives(server, s.peer(lab.PeerA, 5071), ext)
-				s.arrives(phone, proxy, ext) // its own flow
+				s.Until("it is not in the map", func() bool { return !s.inMap(entryOf(phone, proxy, ext)) })
+				s.Arrives(server, s.PeerSocket(lab.PeerA, 5071), ext)
+				s.Arrives(phone, proxy, ext) // its own flow
 			})
 		})
 	}
 }
 
 func TestNFTForwardThatIsUsedFirstWins(t *testing.T) {
-	inModes(t, [][]string{nft, nftByEvent, auto}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
-		s.must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade+`*nat
+		s.Must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade+`*nat
 -A PREROUTING -i wan0 -p udp --dport 5060 -j DNAT --to-destination 10.47.11.110
 COMMIT
 `))
-		s.start(subnet(mode)...)
-		phone, server, proxy := s.inside(0, 5060), s.inside(1, 5060), s.peer(lab.PeerA, 5060)
-		s.arrives(server, s.peer(lab.PeerC, 9), netip.AddrPortFrom(s.Gateway.Addr, 5060))
-		ext := s.contact(phone, proxy)
-		if p := s.listed(phone, proxy, ext, "refused"); p.Reason != "outside port is forwarded" {
+		s.Start(subnet(mode)...)
+		phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
+		s.Arrives(server, s.PeerSocket(lab.PeerC, 9), netip.AddrPortFrom(s.Gateway.Addr, 5060))
+		ext := s.Contact(phone, proxy)
+		if p := s.Listed(phone, proxy, ext, "refused"); p.Reason != "outside port is forwarded" {
 			t.Errorf("reason %q", p.Reason)
 		}
-		s.arrives(server, s.peer(lab.PeerA, 5070), ext)
-		s.until("it is not in the map", func() bool { return !s.inMap(entryOf(phone, proxy, ext)) })
+		s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
+		s.Until("it is not in the map", func() bool { return !s.inMap(entryOf(phone, proxy, ext)) })
 	})
 }
 
@@ -493,16 +402,16 @@ func TestNFTForwardOfAllPortsWinsAndIsWarnedOf(t *testing.T) {
 	}
 }
 `
-	inModes(t, [][]string{nft, nftByEvent, auto}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{Inside: 2, Rules: lab.Masquerade + dmz}, mode...)
-		phone, server, proxy := s.inside(0, 5060), s.inside(1, 5060), s.peer(lab.PeerA, 5060)
-		ext := s.contact(phone, proxy)
-		if p := s.listed(phone, proxy, ext, "refused"); p.Reason != "outside port is forwarded" {
+		phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
+		ext := s.Contact(phone, proxy)
+		if p := s.Listed(phone, proxy, ext, "refused"); p.Reason != "outside port is forwarded" {
 			t.Errorf("reason %q", p.Reason)
 		}
-		s.arrives(server, s.peer(lab.PeerA, 5070), ext)
-		s.arrives(phone, proxy, ext)
-		if w := s.status().Warnings; !slices.ContainsFunc(w, func(w string) bool { return strings.Contains(w, "forwards all ports") }) {
+		s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
+		s.Arrives(phone, proxy, ext)
+		if w := s.Status().Warnings; !slices.ContainsFunc(w, func(w string) bool { return strings.Contains(w, "forwards all ports") }) {
 			t.Errorf("warnings: %q", w)
 		}
 	})
@@ -511,52 +420,52 @@ func TestNFTForwardOfAllPortsWinsAndIsWarnedOf(t *testing.T) {
 // shared makes two hosts share an outside port: host one calls peer A, host two
 // peer B and then another port of peer A.
 func (s *scene) shared() (one, two, a, a2 *lab.Socket, ext netip.AddrPort) {
-	s.t.Helper()
-	one, two = s.inside(0, 3074), s.inside(1, 3074)
-	a, a2 = s.peer(lab.PeerA, 3074), s.peer(lab.PeerA, 3075)
-	b := s.peer(lab.PeerB, 3074)
-	ext = s.contact(one, a)
-	s.stands(one, a, ext)
-	if other := s.contact(two, b); other != ext {
-		s.t.Fatalf("ports are not shared: %v %v", ext, other)
+	s.T.Helper()
+	one, two = s.InsideSocket(0, 3074), s.InsideSocket(1, 3074)
+	a, a2 = s.PeerSocket(lab.PeerA, 3074), s.PeerSocket(lab.PeerA, 3075)
+	b := s.PeerSocket(lab.PeerB, 3074)
+	ext = s.Contact(one, a)
+	s.Stands(one, a, ext)
+	if other := s.Contact(two, b); other != ext {
+		s.T.Fatalf("ports are not shared: %v %v", ext, other)
 	}
-	if other := s.contact(two, a2); other != ext {
-		s.t.Fatalf("ports are not shared: %v %v", ext, other)
+	if other := s.Contact(two, a2); other != ext {
+		s.T.Fatalf("ports are not shared: %v %v", ext, other)
 	}
 	return one, two, a, a2, ext
 }
 
 func TestNFTSecondHostWaitsForTheFirst(t *testing.T) {
-	inModes(t, [][]string{nft, nftByEvent, auto}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{Inside: 2}, mode...)
 		one, two, a, a2, ext := s.shared()
-		s.listed(two, a2, ext, "waiting")
-		s.arrives(one, s.peer(lab.PeerA, 5070), ext)
+		s.Listed(two, a2, ext, "waiting")
+		s.Arrives(one, s.PeerSocket(lab.PeerA, 5070), ext)
 		if e := s.entries(); len(e) != 2 || !s.inMap(entryOf(one, a, ext)) {
 			t.Errorf("the map has %v", e)
 		}
-		if n := s.status().Counters.Conflicts; n != 1 {
+		if n := s.Status().Counters.Conflicts; n != 1 {
 			t.Errorf("%d conflicts counted, want 1", n)
 		}
 		_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "-s", "10.47.11.109", "--orig-port-src", "3074", "--orig-port-dst", "3074")
-		s.must(err)
-		s.stands(two, a2, ext)
+		s.Must(err)
+		s.Stands(two, a2, ext)
 		if !s.inMap(entryOf(two, a2, ext)) {
 			t.Errorf("the map has %v", s.entries())
 		}
-		s.arrives(two, s.peer(lab.PeerA, 5071), ext)
+		s.Arrives(two, s.PeerSocket(lab.PeerA, 5071), ext)
 	})
 }
 
 // Without a daemon too: the second one's packets neither take the element over
 // nor keep it alive. When it has run out, the next packet gets it.
 func TestNFTSecondHostDoesNotRefreshTheFirst(t *testing.T) {
-	s := play(t, lab.Options{Inside: 2}, append(nft, "--lifetime=4s")...)
+	s := play(t, lab.Options{Inside: 2}, append(stage.NFT, "--lifetime=4s")...)
 	one, two, a, a2, ext := s.shared()
-	s.kill()
+	s.Kill()
 	last := time.Hour
-	s.until("the second host has it", func() bool {
-		s.contact(two, a2)
+	s.Until("the second host has it", func() bool {
+		s.Contact(two, a2)
 		all := s.entries()
 		if left, ok := all[entryOf(one, a, ext)]; ok {
 			if left > last {
@@ -568,7 +477,7 @@ func TestNFTSecondHostDoesNotRefreshTheFirst(t *testing.T) {
 		_, ok := all[entryOf(two, a2, ext)]
 		return ok
 	})
-	s.arrives(two, s.peer(lab.PeerA, 5070), ext)
+	s.Arrives(two, s.PeerSocket(lab.PeerA, 5070), ext)
 }
 
 // Two hosts share an outside port towards different peers. The permission of one
@@ -577,20 +486,20 @@ func TestNFTSecondHostDoesNotRefreshTheFirst(t *testing.T) {
 // bar the other host's. Fails if a flow to where a permission led until just now
 // counts as a forward.
 func TestNFTEndOfAPermissionDoesNotBarItsNeighbour(t *testing.T) {
-	inModes(t, [][]string{nft, nftByEvent, auto}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Inside: 2})
-		s.start(subnet(mode, "--lifetime=2s", "--reconcile=1s", "--max-children=0")...)
-		one, two := s.inside(0, 3074), s.inside(1, 3074)
-		a, b := s.peer(lab.PeerA, 3074), s.peer(lab.PeerB, 3074)
-		ext := s.contact(two, b)
-		if other := s.contact(one, a); other != ext {
+		s.Start(subnet(mode, "--lifetime=2s", "--reconcile=1s", "--max-children=0")...)
+		one, two := s.InsideSocket(0, 3074), s.InsideSocket(1, 3074)
+		a, b := s.PeerSocket(lab.PeerA, 3074), s.PeerSocket(lab.PeerB, 3074)
+		ext := s.Contact(two, b)
+		if other := s.Contact(one, a); other != ext {
 			t.Fatalf("ports are not shared: %v %v", ext, other)
 		}
-		s.stands(one, a, ext)
-		s.stands(two, b, ext)
-		s.steady(func() error { return two.Send(b.Addr(), "x") })
+		s.Stands(one, a, ext)
+		s.Stands(two, b, ext)
+		s.Steady(func() error { return two.Send(b.Addr(), "x") })
 		port := uint16(10_000)
-		s.steady(func() error {
+		s.Steady(func() error {
 			from, err := s.Outside.Socket(lab.PeerA, port)
 			if err != nil {
 				return err
@@ -600,95 +509,95 @@ func TestNFTEndOfAPermissionDoesNotBarItsNeighbour(t *testing.T) {
 			return from.Send(ext, "x")
 		})
 		_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "-s", "10.47.11.109", "--orig-port-src", "3074", "--orig-port-dst", "3074")
-		s.must(err)
-		s.until("the permission of the one has ended", func() bool {
-			return !slices.ContainsFunc(s.list(), func(p control.Permission) bool { return p.Int == one.Addr() })
+		s.Must(err)
+		s.Until("the permission of the one has ended", func() bool {
+			return !slices.ContainsFunc(s.List(), func(p control.Permission) bool { return p.Int == one.Addr() })
 		})
-		if n := s.status().Counters.Refused["outside port is forwarded"]; n != 0 {
+		if n := s.Status().Counters.Refused["outside port is forwarded"]; n != 0 {
 			t.Errorf("the other host's was refused %d times, as if the port were forwarded", n)
 		}
-		s.stands(two, b, ext)
+		s.Stands(two, b, ext)
 	})
 }
 
 // A one-way flow goes on sending, which would teach the kernel again.
 func TestNFTRevokeHoldsWhileTheHostGoesOnSending(t *testing.T) {
-	inModes(t, [][]string{nft, auto}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{}, mode...)
-		phone, talker := s.inside(0, 5060), s.inside(0, 5061)
-		proxy, sink := s.peer(lab.PeerA, 5060), s.peer(lab.PeerA, 5062)
-		ext, extTalker := s.contact(phone, proxy), s.contact(talker, sink)
-		s.steady(func() error { return talker.Send(sink.Addr(), "x") })
+		phone, talker := s.InsideSocket(0, 5060), s.InsideSocket(0, 5061)
+		proxy, sink := s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5062)
+		ext, extTalker := s.Contact(phone, proxy), s.Contact(talker, sink)
+		s.Steady(func() error { return talker.Send(sink.Addr(), "x") })
 		rounds := 20
 		if os.Getenv("CONENATD_GUEST") != "" {
 			rounds = 5
 		}
 		for round := range rounds {
 			// A new flow brings it back.
-			sink := s.peer(lab.PeerA, uint16(20_000+round))
-			s.contact(talker, sink)
-			s.stands(talker, sink, extTalker)
+			sink := s.PeerSocket(lab.PeerA, uint16(20_000+round))
+			s.Contact(talker, sink)
+			s.Stands(talker, sink, extTalker)
 			e := entryOf(talker, sink, extTalker)
 			if !s.inMap(e) {
 				t.Fatalf("round %d: the map has %v", round, s.entries())
 			}
-			if out, code := s.cli("revoke", "--control-socket", s.d.Socket, extTalker.String()); code != 0 || !strings.Contains(out, "revoked 1 ") {
+			if out, code := s.CLI("revoke", "--control-socket", s.Daemon.Socket, extTalker.String()); code != 0 || !strings.Contains(out, "revoked 1 ") {
 				t.Fatalf("exit %d, %q", code, out)
 			}
-			s.until("it is not in the map", func() bool { return !s.inMap(e) })
+			s.Until("it is not in the map", func() bool { return !s.inMap(e) })
 			for range 3 {
 				if s.inMap(e) {
 					t.Fatalf("round %d: revoked, and learned again", round)
 				}
 			}
 		}
-		if p := s.listed(talker, sink, extTalker, "refused"); p.Reason != "revoked by command" {
+		if p := s.Listed(talker, sink, extTalker, "refused"); p.Reason != "revoked by command" {
 			t.Errorf("reason %q", p.Reason)
 		}
-		s.lost(talker, s.peer(lab.PeerA, 5070), extTalker, sink)
-		s.arrives(phone, s.peer(lab.PeerA, 5071), ext)
+		s.Lost(talker, s.PeerSocket(lab.PeerA, 5070), extTalker, sink)
+		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
 	})
 }
 
 // Its children go with a permission, but for those that the inside host answered.
 func TestNFTRevokeEndsUnansweredChildren(t *testing.T) {
-	inModes(t, [][]string{nft, nftByEvent, auto}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{}, mode...)
-		phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
-		answered, ignored := s.peer(lab.PeerA, 5070), s.peer(lab.PeerA, 5071)
-		ext := s.contact(phone, proxy)
-		s.stands(phone, proxy, ext)
-		s.arrives(phone, answered, ext)
-		s.arrives(phone, ignored, ext)
-		p := payload("answer")
-		s.must(phone.Send(answered.Addr(), p))
+		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+		answered, ignored := s.PeerSocket(lab.PeerA, 5070), s.PeerSocket(lab.PeerA, 5071)
+		ext := s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
+		s.Arrives(phone, answered, ext)
+		s.Arrives(phone, ignored, ext)
+		p := stage.Payload("answer")
+		s.Must(phone.Send(answered.Addr(), p))
 		_, err := answered.Expect(p)
-		s.must(err)
-		s.until("both children are listed", func() bool {
-			s.must(s.d.Signal(syscall.SIGHUP)) // reads the flows
-			return s.listed(phone, proxy, ext, "standing").Answered == 1
+		s.Must(err)
+		s.Until("both children are listed", func() bool {
+			s.Must(s.Daemon.Signal(syscall.SIGHUP)) // reads the flows
+			return s.Listed(phone, proxy, ext, "standing").Answered == 1
 		})
-		if out, code := s.cli("revoke", "--control-socket", s.d.Socket, lab.PeerA.String()); code != 0 || !strings.Contains(out, "revoked 1 ") {
+		if out, code := s.CLI("revoke", "--control-socket", s.Daemon.Socket, lab.PeerA.String()); code != 0 || !strings.Contains(out, "revoked 1 ") {
 			t.Fatalf("exit %d, %q", code, out)
 		}
-		s.until("the one that nobody answered is gone", func() bool { return !s.hasFlowFrom(ignored) })
-		s.lost(phone, ignored, ext, proxy)
-		s.arrives(phone, answered, ext)
+		s.Until("the one that nobody answered is gone", func() bool { return !s.hasFlowFrom(ignored) })
+		s.Lost(phone, ignored, ext, proxy)
+		s.Arrives(phone, answered, ext)
 	})
 }
 
 // What the kernel must not learn so quickly waits for the daemon.
 func TestNFTBeyondTheLearnRateTheDaemonGrants(t *testing.T) {
-	s := play(t, lab.Options{}, append(nft, "--learn-rate=1")...)
-	phone := s.inside(0, 5060)
+	s := play(t, lab.Options{}, append(stage.NFT, "--learn-rate=1")...)
+	phone := s.InsideSocket(0, 5060)
 	for i := range 100 {
-		s.must(phone.Send(netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(100 + i)}), 9), "x"))
+		s.Must(phone.Send(netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(100 + i)}), 9), "x"))
 	}
-	s.until("all stand", func() bool { return s.status().Permissions.Standing == 100 })
+	s.Until("all stand", func() bool { return s.Status().Permissions.Standing == 100 })
 	if n := len(s.entries()); n != 100 {
 		t.Errorf("the map has %d elements, want 100", n)
 	}
-	if m := s.status().Tables.Map; m.Limited == 0 || m.Learned == 0 || m.Learned+m.Limited != 100 {
+	if m := s.Status().Tables.Map; m.Limited == 0 || m.Learned == 0 || m.Learned+m.Limited != 100 {
 		t.Errorf("%+v", m)
 	}
 }
@@ -696,22 +605,22 @@ func TestNFTBeyondTheLearnRateTheDaemonGrants(t *testing.T) {
 // What the kernel learned beyond a limit goes at once, and does not come back
 // while the host goes on sending.
 func TestNFTLimitHoldsThoughTheKernelLearns(t *testing.T) {
-	inModes(t, [][]string{nft, auto}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{Inside: 2}, append(mode, "--max-permissions-per-host=2", "--reconcile=1s", "--lifetime=30s")...)
-		proxy := s.peer(lab.PeerA, 5060)
+		proxy := s.PeerSocket(lab.PeerA, 5060)
 		var sent []*lab.Socket
 		for i := range 6 {
-			phone := s.inside(0, uint16(6000+i))
+			phone := s.InsideSocket(0, uint16(6000+i))
 			sent = append(sent, phone)
-			ext := s.contact(phone, proxy)
+			ext := s.Contact(phone, proxy)
 			if i < 2 {
-				s.stands(phone, proxy, ext)
-			} else if p := s.listed(phone, proxy, ext, "refused"); p.Reason != "limit per inside host" {
+				s.Stands(phone, proxy, ext)
+			} else if p := s.Listed(phone, proxy, ext, "refused"); p.Reason != "limit per inside host" {
 				t.Errorf("reason %q", p.Reason)
 			}
 		}
-		s.until("the map has but two", func() bool { return len(s.entries()) == 2 })
-		s.steady(func() error {
+		s.Until("the map has but two", func() bool { return len(s.entries()) == 2 })
+		s.Steady(func() error {
 			for _, phone := range sent {
 				if err := phone.Send(proxy.Addr(), "again"); err != nil {
 					return err
@@ -720,33 +629,33 @@ func TestNFTLimitHoldsThoughTheKernelLearns(t *testing.T) {
 			return nil
 		})
 		// Over two reconciles, which try again what is refused.
-		refused := s.status().Counters.Refused["limit per inside host"]
-		s.until("they were tried again, twice", func() bool {
+		refused := s.Status().Counters.Refused["limit per inside host"]
+		s.Until("they were tried again, twice", func() bool {
 			if all := s.entries(); len(all) != 2 {
 				t.Fatalf("the map has %v", all)
 			}
-			return s.status().Counters.Refused["limit per inside host"] >= refused+8
+			return s.Status().Counters.Refused["limit per inside host"] >= refused+8
 		})
-		other, free := s.inside(1, 7000), s.peer(lab.PeerB, 5060)
-		ext := s.contact(other, free)
-		s.stands(other, free, ext)
-		s.arrives(other, s.peer(lab.PeerB, 5070), ext)
+		other, free := s.InsideSocket(1, 7000), s.PeerSocket(lab.PeerB, 5060)
+		ext := s.Contact(other, free)
+		s.Stands(other, free, ext)
+		s.Arrives(other, s.PeerSocket(lab.PeerB, 5070), ext)
 	})
 }
 
 func TestNFTStopLeavesNothing(t *testing.T) {
-	inModes(t, [][]string{nft, nftByEvent, auto, autoByEvent}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto, stage.AutoByEvent}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{})
-		phone, proxy, media := s.inside(0, 5060), s.peer(lab.PeerA, 5060), s.peer(lab.PeerA, 5071)
-		ext := s.contact(phone, proxy)
+		phone, proxy, media := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5071)
+		ext := s.Contact(phone, proxy)
 		rules, err := s.Ruleset()
-		s.must(err)
+		s.Must(err)
 		table := s.table()
-		s.start(subnet(mode)...)
-		s.arrives(phone, s.peer(lab.PeerA, 5070), ext) // a child that nobody answers
-		s.must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_events", "0"))
-		s.arrives(phone, media, ext) // one that no event told of
-		s.stop()
+		s.Start(subnet(mode)...)
+		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext) // a child that nobody answers
+		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_events", "0"))
+		s.Arrives(phone, media, ext) // one that no event told of
+		s.Stop()
 		if got := s.table(); !slices.Equal(got, table) {
 			t.Errorf("conntrack table\nbefore %q\nafter  %q", table, got)
 		}
@@ -759,51 +668,51 @@ func TestNFTStopLeavesNothing(t *testing.T) {
 // A child that the inside host answered goes on when its permission ends with the
 // daemon, as any flow does.
 func TestNFTStopLeavesAnsweredChildren(t *testing.T) {
-	inModes(t, [][]string{nft, auto}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{}, mode...)
-		phone, proxy, media := s.inside(0, 5060), s.peer(lab.PeerA, 5060), s.peer(lab.PeerA, 5070)
-		ext := s.contact(phone, proxy)
-		s.stands(phone, proxy, ext)
-		s.arrives(phone, media, ext)
-		p := payload("answer")
-		s.must(phone.Send(media.Addr(), p))
+		phone, proxy, media := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070)
+		ext := s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
+		s.Arrives(phone, media, ext)
+		p := stage.Payload("answer")
+		s.Must(phone.Send(media.Addr(), p))
 		_, err := media.Expect(p)
-		s.must(err)
-		s.stop()
-		s.arrives(phone, media, ext)
-		s.lost(phone, s.peer(lab.PeerA, 5071), ext, media)
+		s.Must(err)
+		s.Stop()
+		s.Arrives(phone, media, ext)
+		s.Lost(phone, s.PeerSocket(lab.PeerA, 5071), ext, media)
 	})
 }
 
 func TestNFTStopThatKeepsLeavesTheTables(t *testing.T) {
-	inModes(t, [][]string{nft, nftByEvent, auto}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{})
 		args := subnet(mode, "--on-stop=keep", "--max-children=0")
-		s.start(args...)
-		phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
-		ext := s.contact(phone, proxy)
-		s.stands(phone, proxy, ext)
+		s.Start(args...)
+		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+		ext := s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
 		before := s.tables()
-		fresh := s.steady(s.freshPorts(phone, lab.PeerA, ext))
-		s.stop()
+		fresh := s.Steady(s.FreshPorts(phone, lab.PeerA, ext))
+		s.Stop()
 		if after := s.tables(); len(before) != 2 || !slices.Equal(after, before) {
 			t.Errorf("tables %q, were %q", after, before)
 		}
 		if !s.inMap(entryOf(phone, proxy, ext)) {
 			t.Errorf("the map has %v", s.entries())
 		}
-		s.start(args...)
+		s.Start(args...)
 		t.Logf("the first packets of %d children arrived meanwhile", fresh())
-		if n := s.status().Counters.Granted; n != 0 {
+		if n := s.Status().Counters.Granted; n != 0 {
 			t.Errorf("%d permissions were granted anew, want all taken over", n)
 		}
-		s.stop()
-		s.start(subnet(mode)...)
-		s.stop()
+		s.Stop()
+		s.Start(subnet(mode)...)
+		s.Stop()
 		if left := s.tables(); len(left) > 0 {
 			t.Errorf("left: %q", left)
 		}
-		if left := append(s.conntrack("expect"), s.anchors()...); len(left) > 0 {
+		if left := append(s.ConntrackList("expect"), s.Anchors()...); len(left) > 0 {
 			t.Errorf("left: %q", left)
 		}
 	})
@@ -812,20 +721,20 @@ func TestNFTStopThatKeepsLeavesTheTables(t *testing.T) {
 func TestNFTForeignTableIsLeftAloneAndNamed(t *testing.T) {
 	s := newScene(t, lab.Options{Rules: lab.Masquerade + "table ip conenat {\n\tmap permissions {\n\t\ttype ipv4_addr : ipv4_addr\n\t}\n}\n"})
 	before, err := s.Ruleset()
-	s.must(err)
-	for _, mode := range [][]string{nft, auto, expects} {
+	s.Must(err)
+	for _, mode := range [][]string{stage.NFT, stage.Auto, stage.Expect} {
 		args := slices.Concat([]string{"run"}, subnet(mode, "--control-socket", filepath.Join(t.TempDir(), "c.sock")))
-		out, code := s.cli(args...)
+		out, code := s.CLI(args...)
 		if code != 1 || !strings.Contains(out, "table ip conenat") || !strings.Contains(out, `key "table"`) {
 			t.Errorf("%v: exit %d, %q", mode, code, out)
 		}
 	}
-	s.start(subnet(nft, "--table=conenat2")...)
-	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
-	ext := s.contact(phone, proxy)
-	s.stands(phone, proxy, ext)
-	s.arrives(phone, s.peer(lab.PeerA, 5070), ext)
-	s.stop()
+	s.Start(subnet(stage.NFT, "--table=conenat2")...)
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+	s.Stop()
 	if after, err := s.Ruleset(); err != nil || after != before {
 		t.Errorf("the rule set is %v\n%s\nnot\n%s", err, after, before)
 	}
@@ -834,24 +743,24 @@ func TestNFTForeignTableIsLeftAloneAndNamed(t *testing.T) {
 // A list of the map is a walk that the daemon's own refreshes disturb: what it
 // misses is not lost.
 func TestNFTRefreshIsNotTakenForLoss(t *testing.T) {
-	inModes(t, [][]string{nft, nftByEvent}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent}, func(t *testing.T, mode ...string) {
 		const ports, peers = 50, 200
 		s := newScene(t, lab.Options{})
-		s.must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
-		s.start(subnet(mode, "--max-permissions-per-host=0", "--learn-rate=100000", "--reconcile=1s", "--lifetime=6s")...)
+		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
+		s.Start(subnet(mode, "--max-permissions-per-host=0", "--learn-rate=100000", "--reconcile=1s", "--lifetime=6s")...)
 		for port := range ports {
-			in := s.inside(0, uint16(10_000+port))
+			in := s.InsideSocket(0, uint16(10_000+port))
 			for i := range peers {
-				s.must(in.Send(netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(1 + i)}), 9), "x"))
+				s.Must(in.Send(netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(1 + i)}), 9), "x"))
 			}
 			in.Close()
 		}
 		began := time.Now()
-		s.until("three lifetimes passed", func() bool {
-			s.status()
+		s.Until("three lifetimes passed", func() bool {
+			s.Status()
 			return time.Since(began) > 18*time.Second
 		})
-		st := s.status()
+		st := s.Status()
 		t.Logf("%d stand", st.Permissions.Standing)
 		if st.Counters.Repaired != 0 || st.Tables.Repaired != 0 {
 			t.Errorf("%d permissions and %d tables were put back, though nobody took any away", st.Counters.Repaired, st.Tables.Repaired)
@@ -862,28 +771,28 @@ func TestNFTRefreshIsNotTakenForLoss(t *testing.T) {
 // Two hundred thousand permissions, learned by the kernel or granted from events:
 // all stand, all work, and all go.
 func TestNFTManyPermissions(t *testing.T) {
-	inModes(t, [][]string{nft, nftByEvent}, func(t *testing.T, mode ...string) {
+	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent}, func(t *testing.T, mode ...string) {
 		const peers = 500
 		ports := 400
 		if os.Getenv("CONENATD_GUEST") != "" {
 			ports = 40
 		}
 		s := newScene(t, lab.Options{Inside: 2})
-		s.must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
-		s.start(subnet(mode, "--max-permissions-per-host=0", "--learn-rate=100000", "--event-buffer=67108864")...)
+		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
+		s.Start(subnet(mode, "--max-permissions-per-host=0", "--learn-rate=100000", "--event-buffer=67108864")...)
 		peer := func(i int) netip.Addr {
 			if i < peers/2 {
 				return netip.AddrFrom4([4]byte{203, 0, 113, byte(1 + i)})
 			}
 			return netip.AddrFrom4([4]byte{192, 0, 2, byte(1 + i - peers/2)})
 		}
-		inside := func(port int) *lab.Socket { return s.inside(port%2, uint16(10_000+port)) }
+		inside := func(port int) *lab.Socket { return s.InsideSocket(port%2, uint16(10_000+port)) }
 		send := func(port int, wanted func(p netip.Addr) bool) {
 			in := inside(port)
 			defer in.Close()
 			for i := range peers {
 				if p := peer(i); wanted(p) {
-					s.must(in.Send(netip.AddrPortFrom(p, 9), "x"))
+					s.Must(in.Send(netip.AddrPortFrom(p, 9), "x"))
 				}
 			}
 		}
@@ -901,59 +810,30 @@ func TestNFTManyPermissions(t *testing.T) {
 			})
 		}
 		took := time.Since(began)
-		st := s.status()
+		st := s.Status()
 		t.Logf("%d permissions in %v, %.0f in a second; %+v; %d overruns, %d learned",
 			ports*peers, took.Round(time.Millisecond), float64(ports*peers)/took.Seconds(), st.Latency, st.Events.Overruns, st.Tables.Map.Learned)
 		if st.Permissions.Standing != ports*peers || st.Permissions.Refused != 0 {
 			t.Errorf("%+v", st.Permissions)
 		}
-		if n := s.countEntries(); n != ports*peers {
+		if n := s.CountElements(); n != ports*peers {
 			t.Errorf("%d elements, want %d", n, ports*peers)
 		}
 		for range 100 {
 			port, p := rand.N(ports), peer(rand.N(peers))
 			in := inside(port)
-			from := s.peer(p, 0)
-			s.arrives(in, from, netip.AddrPortFrom(s.Gateway.Addr, in.Addr().Port()))
+			from := s.PeerSocket(p, 0)
+			s.Arrives(in, from, netip.AddrPortFrom(s.Gateway.Addr, in.Addr().Port()))
 			in.Close()
 			from.Close()
 		}
 		began = time.Now()
-		s.stop()
+		s.Stop()
 		t.Logf("stopped in %v", time.Since(began).Round(time.Millisecond))
-		if left := s.leftovers(); len(left) > 0 {
+		if left := s.Leftovers(); len(left) > 0 {
 			t.Errorf("left: %q", left)
 		}
 	})
-}
-
-// countEntries is len(s.entries()) for so many that nft takes too long.
-func (s *scene) countEntries() (n int) {
-	s.t.Helper()
-	c, err := nfnl.Dial(s.Gateway.FD())
-	s.must(err)
-	defer c.Close()
-	var e nfnl.Encoder
-	e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETSETELEM, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_INET)
-	e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, "conenat")
-	e.Str(unix.NFTA_SET_ELEM_LIST_SET, "permissions")
-	e.End()
-	err = c.Exchange(&e, func(_ uint32, refused error) { s.t.Error(refused) }, func(_ uint16, body []byte) {
-		const header = 4 // struct nfgenmsg
-		list, err := netlink.NewAttributeDecoder(body[header:])
-		s.must(err)
-		for list.Next() {
-			if list.Type() == unix.NFTA_SET_ELEM_LIST_ELEMENTS {
-				list.Nested(func(elements *netlink.AttributeDecoder) error {
-					n += elements.Len()
-					return nil
-				})
-			}
-		}
-		s.must(list.Err())
-	})
-	s.must(err)
-	return n
 }
 
 type pair struct {
@@ -964,13 +844,13 @@ type pair struct {
 // allStand waits until so many permissions stand. When their number does not grow
 // it calls again with what is known: a busy machine loses packets.
 func (s *scene) allStand(want int, again func(known map[pair]bool)) {
-	s.t.Helper()
+	s.T.Helper()
 	last := 0
-	s.until(fmt.Sprintf("%d permissions stand", want), func() bool {
-		n := s.status().Permissions.Standing
+	s.Until(fmt.Sprintf("%d permissions stand", want), func() bool {
+		n := s.Status().Permissions.Standing
 		if n < want && n == last {
 			known := map[pair]bool{}
-			for _, p := range s.list() {
+			for _, p := range s.List() {
 				known[pair{p.Int.Port(), p.Peer}] = true
 			}
 			again(known)

@@ -33,31 +33,31 @@ type offloadScene struct {
 func newOffloaded(t *testing.T, backend, accounting string) *offloadScene {
 	t.Helper()
 	s := &offloadScene{scene: newOffloadScene(t, lab.Options{})}
-	s.must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_acct", accounting))
+	s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_acct", accounting))
 	// A flow shall end soon after its packets. Old kernels (5.10) lack the first
 	// setting and keep an idle flow in the flowtable for 30 s.
 	_ = s.Gateway.SetSysctl("net.netfilter.nf_flowtable_udp_timeout", "3")
-	s.must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout_stream", "4"))
-	s.start("--subnet", lab.InsideNet.String(), "--backend="+backend,
+	s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout_stream", "4"))
+	s.Start("--subnet", lab.InsideNet.String(), "--backend="+backend,
 		"--lifetime="+offloadLifetime.String(), "--reconcile=1s")
-	s.in, s.peer, s.child = s.inside(0, 0), s.anotherPort(), s.anotherPort()
-	s.ext = s.contact(s.in, s.peer)
-	s.stands(s.in, s.peer, s.ext)
+	s.in, s.peer, s.child = s.InsideSocket(0, 0), s.anotherPort(), s.anotherPort()
+	s.ext = s.Contact(s.in, s.peer)
+	s.Stands(s.in, s.peer, s.ext)
 	s.talk(s.peer)
 	s.talk(s.child)
 	return s
 }
 
 // anotherPort opens a port of the peer that nobody has seen yet.
-func (s *offloadScene) anotherPort() *lab.Socket { return s.scene.peer(lab.PeerA, 0) }
+func (s *offloadScene) anotherPort() *lab.Socket { return s.PeerSocket(lab.PeerA, 0) }
 
 // talk sends packets both ways, enough for a flow to be offloaded.
 func (s *offloadScene) talk(with *lab.Socket) {
-	s.t.Helper()
+	s.T.Helper()
 	for range 3 {
-		s.arrives(s.in, with, s.ext)
-		if got := s.contact(s.in, with); got != s.ext {
-			s.t.Fatalf("the outside endpoint is %v, was %v", got, s.ext)
+		s.Arrives(s.in, with, s.ext)
+		if got := s.Contact(s.in, with); got != s.ext {
+			s.T.Fatalf("the outside endpoint is %v, was %v", got, s.ext)
 		}
 	}
 }
@@ -65,13 +65,13 @@ func (s *offloadScene) talk(with *lab.Socket) {
 // offloads reports whether the flow with a port of the peer is offloaded, flows
 // whether there is one at all.
 func (s *offloadScene) offloads(with *lab.Socket) bool {
-	s.t.Helper()
+	s.T.Helper()
 	return hasPort(offloaded(s.scene), with)
 }
 
 func (s *offloadScene) flows(with *lab.Socket) bool {
-	s.t.Helper()
-	return hasPort(s.conntrack("-p", "udp"), with)
+	s.T.Helper()
+	return hasPort(s.ConntrackList("-p", "udp"), with)
 }
 
 func hasPort(entries []string, with *lab.Socket) bool {
@@ -85,7 +85,7 @@ func TestOffloadTakesAnsweredFlowsAndAnsweredChildren(t *testing.T) {
 			before := s.passed()
 			for name, with := range map[string]*lab.Socket{"flow": s.peer, "child": s.child} {
 				if !s.offloads(with) {
-					t.Errorf("the %s is not offloaded though answered\n%s", name, s.dump())
+					t.Errorf("the %s is not offloaded though answered\n%s", name, s.Dump())
 				}
 				s.talk(with)
 			}
@@ -109,30 +109,30 @@ func TestOffloadedTrafficKeepsThePermission(t *testing.T) {
 				s := newOffloaded(t, mode.backend, mode.accounting)
 				talks, silent := test.of(s)
 				before := s.passed()
-				began := s.listed(s.in, s.peer, s.ext, "standing")
-				s.until("the silent flow is gone", func() bool {
+				began := s.Listed(s.in, s.peer, s.ext, "standing")
+				s.Until("the silent flow is gone", func() bool {
 					s.talk(talks)
 					return !s.flows(silent)
 				})
-				alone := s.listed(s.in, s.peer, s.ext, "standing")
-				s.until("the permission was fed for more lifetimes", func() bool {
+				alone := s.Listed(s.in, s.peer, s.ext, "standing")
+				s.Until("the permission was fed for more lifetimes", func() bool {
 					s.talk(talks)
-					now := s.listed(s.in, s.peer, s.ext, "standing")
+					now := s.Listed(s.in, s.peer, s.ext, "standing")
 					return now.Expires.Sub(alone.Expires) > 2*offloadLifetime
 				})
 				// It stood all the time, and no packet passed the rules.
-				if now := s.listed(s.in, s.peer, s.ext, "standing"); !now.Since.Equal(began.Since) {
-					t.Errorf("granted at %v, and again at %v\n%s", began.Since, now.Since, s.dump())
+				if now := s.Listed(s.in, s.peer, s.ext, "standing"); !now.Since.Equal(began.Since) {
+					t.Errorf("granted at %v, and again at %v\n%s", began.Since, now.Since, s.Dump())
 				}
 				if after := s.passed(); after != before || !s.offloads(talks) {
-					t.Errorf("not offloaded all the time: before %s\nafter %s\n%s", before, after, s.dump())
+					t.Errorf("not offloaded all the time: before %s\nafter %s\n%s", before, after, s.Dump())
 				}
-				s.arrives(s.in, s.anotherPort(), s.ext)
+				s.Arrives(s.in, s.anotherPort(), s.ext)
 
-				s.until("the permission ended after the traffic", func() bool { return len(s.list()) == 0 })
-				fence := s.scene.peer(lab.PeerB, 0)
-				s.contact(s.in, fence)
-				s.lost(s.in, s.anotherPort(), s.ext, fence)
+				s.Until("the permission ended after the traffic", func() bool { return len(s.List()) == 0 })
+				fence := s.PeerSocket(lab.PeerB, 0)
+				s.Contact(s.in, fence)
+				s.Lost(s.in, s.anotherPort(), s.ext, fence)
 			})
 		}
 	}

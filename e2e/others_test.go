@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"testing"
 
+	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -12,14 +13,14 @@ import (
 
 func TestSubnetThatIsNotEnabledGetsNothing(t *testing.T) {
 	s := play(t, lab.Options{Guest: true})
-	guest := s.socket(s.Guest.Namespace, s.Guest.Addr, 5060)
-	phone, proxy := s.inside(0, 5061), s.peer(lab.PeerA, 5060)
-	ext := s.contact(guest, proxy)
+	guest := s.Socket(s.Guest.Namespace, s.Guest.Addr, 5060)
+	phone, proxy := s.InsideSocket(0, 5061), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(guest, proxy)
 	// The daemon sees events in order: once it knows the phone, it saw the guest.
-	s.stands(phone, proxy, s.contact(phone, proxy))
-	s.lost(guest, s.peer(lab.PeerA, 5070), ext, proxy)
-	if n := len(s.list()); n != 1 {
-		t.Errorf("%d permissions, want that of the phone only\n%s", n, s.dump())
+	s.Stands(phone, proxy, s.Contact(phone, proxy))
+	s.Lost(guest, s.PeerSocket(lab.PeerA, 5070), ext, proxy)
+	if n := len(s.List()); n != 1 {
+		t.Errorf("%d permissions, want that of the phone only\n%s", n, s.Dump())
 	}
 }
 
@@ -38,16 +39,16 @@ func TestGuestNetworkIsNotOpened(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := play(t, lab.Options{Guest: true, Rules: nat + lab.DropPolicy})
-			phone, guest := s.inside(0, 5060), s.socket(s.Guest.Namespace, s.Guest.Addr, 5060)
-			proxy := s.peer(lab.PeerA, 5060)
-			seen := s.contact(phone, guest)
-			ext := s.contact(phone, proxy)
-			s.stands(phone, proxy, ext)
-			s.lost(phone, s.socket(s.Guest.Namespace, s.Guest.Addr, 5070), seen, guest)
+			phone, guest := s.InsideSocket(0, 5060), s.Socket(s.Guest.Namespace, s.Guest.Addr, 5060)
+			proxy := s.PeerSocket(lab.PeerA, 5060)
+			seen := s.Contact(phone, guest)
+			ext := s.Contact(phone, proxy)
+			s.Stands(phone, proxy, ext)
+			s.Lost(phone, s.Socket(s.Guest.Namespace, s.Guest.Addr, 5070), seen, guest)
 			// Nor does the permission for the peer let the guest in.
-			s.must(lab.Lost(phone,
-				lab.Packet{From: s.socket(s.Guest.Namespace, s.Guest.Addr, 5071), To: ext, Payload: payload("guest")},
-				lab.Packet{From: guest, To: seen, Payload: payload("fence")}))
+			s.Must(lab.Lost(phone,
+				lab.Packet{From: s.Socket(s.Guest.Namespace, s.Guest.Addr, 5071), To: ext, Payload: stage.Payload("guest")},
+				lab.Packet{From: guest, To: seen, Payload: stage.Payload("fence")}))
 		})
 	}
 }
@@ -64,71 +65,71 @@ const forward = `table ip forwards {
 // A rule of iptables-legacy is not to be read: its first flow shows it.
 func TestForwardThatIsUsedFirstWins(t *testing.T) {
 	s := playLegacyForward(t)
-	phone, server := s.inside(0, 5060), s.inside(1, 5060)
-	proxy := s.peer(lab.PeerA, 5060)
+	phone, server := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
+	proxy := s.PeerSocket(lab.PeerA, 5060)
 	forwarded := netip.AddrPortFrom(s.Gateway.Addr, 5060)
-	s.arrives(server, s.peer(lab.PeerC, 9), forwarded)
+	s.Arrives(server, s.PeerSocket(lab.PeerC, 9), forwarded)
 
-	ext := s.contact(phone, proxy)
+	ext := s.Contact(phone, proxy)
 	if ext != forwarded {
 		t.Fatalf("outside endpoint %v, want the forwarded %v", ext, forwarded)
 	}
-	p := s.listed(phone, proxy, ext, "refused")
+	p := s.Listed(phone, proxy, ext, "refused")
 	if p.Reason != "outside port is forwarded" {
 		t.Errorf("reason %q", p.Reason)
 	}
-	s.arrives(server, s.peer(lab.PeerA, 5070), ext)
+	s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
 }
 
 func TestForwardThatIsUsedLaterTakesThePermissionAway(t *testing.T) {
 	s := playLegacyForward(t)
-	phone, server := s.inside(0, 5060), s.inside(1, 5060)
-	proxy := s.peer(lab.PeerA, 5060)
-	ext := s.contact(phone, proxy)
-	s.stands(phone, proxy, ext)
-	s.arrives(server, s.peer(lab.PeerC, 9), ext)
-	s.listed(phone, proxy, ext, "refused")
-	s.arrives(server, s.peer(lab.PeerA, 5070), ext)
-	s.arrives(phone, proxy, ext)
+	phone, server := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
+	proxy := s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	s.Arrives(server, s.PeerSocket(lab.PeerC, 9), ext)
+	s.Listed(phone, proxy, ext, "refused")
+	s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
+	s.Arrives(phone, proxy, ext)
 }
 
 func playLegacyForward(t *testing.T) *scene {
 	t.Helper()
 	s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
-	s.must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade+`*nat
+	s.Must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade+`*nat
 -A PREROUTING -i wan0 -p udp --dport 5060 -j DNAT --to-destination 10.47.11.110
 COMMIT
 `))
-	s.start("--subnet", lab.InsideNet.String())
+	s.Start("--subnet", lab.InsideNet.String())
 	return s
 }
 
 // A rule that nftables shows wins before it is used, also one that comes later.
 func TestForwardThatNobodyUsedYetWins(t *testing.T) {
 	s := play(t, lab.Options{Inside: 2, Rules: lab.Masquerade + forward}, "--reconcile", "1s")
-	phone, server := s.inside(0, 5060), s.inside(1, 5060)
-	other, later := s.inside(0, 5061), s.inside(1, 5061)
-	proxy := s.peer(lab.PeerA, 5060)
-	ext := s.contact(phone, proxy)
-	if p := s.listed(phone, proxy, ext, "refused"); p.Reason != "outside port is forwarded" {
+	phone, server := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
+	other, later := s.InsideSocket(0, 5061), s.InsideSocket(1, 5061)
+	proxy := s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	if p := s.Listed(phone, proxy, ext, "refused"); p.Reason != "outside port is forwarded" {
 		t.Errorf("reason %q", p.Reason)
 	}
-	s.arrives(server, s.peer(lab.PeerA, 5070), ext)
+	s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
 
-	extOther := s.contact(other, proxy)
-	s.stands(other, proxy, extOther)
-	s.must(s.NFT("add rule ip forwards prerouting iifname wan0 udp dport 5061 dnat to 10.47.11.110"))
-	s.listed(other, proxy, extOther, "refused")
-	s.arrives(later, s.peer(lab.PeerA, 5071), extOther)
+	extOther := s.Contact(other, proxy)
+	s.Stands(other, proxy, extOther)
+	s.Must(s.NFT("add rule ip forwards prerouting iifname wan0 udp dport 5061 dnat to 10.47.11.110"))
+	s.Listed(other, proxy, extOther, "refused")
+	s.Arrives(later, s.PeerSocket(lab.PeerA, 5071), extOther)
 }
 
 func TestForwardThatIsConfiguredWins(t *testing.T) {
 	s := play(t, lab.Options{Inside: 2, Rules: lab.Masquerade + forward}, "--exclude-port", "5060")
-	phone, server := s.inside(0, 5060), s.inside(1, 5060)
-	proxy, other := s.peer(lab.PeerA, 5060), s.inside(0, 5061)
-	ext := s.contact(phone, proxy)
-	s.stands(other, proxy, s.contact(other, proxy)) // a later event
-	s.arrives(server, s.peer(lab.PeerA, 5070), ext)
+	phone, server := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
+	proxy, other := s.PeerSocket(lab.PeerA, 5060), s.InsideSocket(0, 5061)
+	ext := s.Contact(phone, proxy)
+	s.Stands(other, proxy, s.Contact(other, proxy)) // a later event
+	s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
 }
 
 func TestGatewaySocketKeepsItsPackets(t *testing.T) {
@@ -139,15 +140,15 @@ func TestGatewaySocketKeepsItsPackets(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := play(t, lab.Options{}) // the next reconcile is too far off to help
-			own := s.socket(s.Gateway.Namespace, addr, 5060)
-			phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
-			ext := s.contact(phone, proxy)
-			p := s.listed(phone, proxy, ext, "refused")
+			own := s.Socket(s.Gateway.Namespace, addr, 5060)
+			phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+			ext := s.Contact(phone, proxy)
+			p := s.Listed(phone, proxy, ext, "refused")
 			if p.Reason != "gateway serves this port" {
 				t.Errorf("reason %q", p.Reason)
 			}
-			s.arrives(own, s.peer(lab.PeerA, 5070), ext)
-			if in := s.inKernel(); len(in) > 0 {
+			s.Arrives(own, s.PeerSocket(lab.PeerA, 5070), ext)
+			if in := s.InKernel(); len(in) > 0 {
 				t.Errorf("permissions: %q", in)
 			}
 		})
@@ -156,33 +157,33 @@ func TestGatewaySocketKeepsItsPackets(t *testing.T) {
 
 func TestPermissionStandsWhenTheGatewaySocketIsGone(t *testing.T) {
 	s := newScene(t, lab.Options{})
-	own := s.socket(s.Gateway.Namespace, s.Gateway.Addr, 5060)
-	s.start("--subnet", lab.InsideNet.String(), "--reconcile", "1s", "--lifetime", "20s")
-	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
-	ext := s.contact(phone, proxy)
-	s.listed(phone, proxy, ext, "refused")
-	s.must(own.Close())
-	s.stands(phone, proxy, ext)
-	s.arrives(phone, s.peer(lab.PeerA, 5071), ext)
+	own := s.Socket(s.Gateway.Namespace, s.Gateway.Addr, 5060)
+	s.Start("--subnet", lab.InsideNet.String(), "--reconcile", "1s", "--lifetime", "20s")
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Listed(phone, proxy, ext, "refused")
+	s.Must(own.Close())
+	s.Stands(phone, proxy, ext)
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
 }
 
 func TestGatewaySocketThatComesLaterIsServedAfterTheNextReconcile(t *testing.T) {
 	s := play(t, lab.Options{}, "--reconcile", "1s")
-	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
-	ext := s.contact(phone, proxy)
-	s.stands(phone, proxy, ext)
-	own := s.socket(s.Gateway.Namespace, s.Gateway.Addr, 5060)
-	s.listed(phone, proxy, ext, "refused")
-	s.arrives(own, s.peer(lab.PeerA, 5070), ext)
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	own := s.Socket(s.Gateway.Namespace, s.Gateway.Addr, 5060)
+	s.Listed(phone, proxy, ext, "refused")
+	s.Arrives(own, s.PeerSocket(lab.PeerA, 5070), ext)
 }
 
 func TestExcludedPeerPortGivesNoPermission(t *testing.T) {
 	s := play(t, lab.Options{})
-	host, dns, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 53), s.peer(lab.PeerB, 5060)
-	ext := s.contact(host, dns)
-	s.stands(host, proxy, s.contact(host, proxy))
-	s.lost(host, s.peer(lab.PeerA, 5070), ext, dns)
-	if n := s.status().Counters.Skipped["peer port is excluded"]; n != 1 {
+	host, dns, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 53), s.PeerSocket(lab.PeerB, 5060)
+	ext := s.Contact(host, dns)
+	s.Stands(host, proxy, s.Contact(host, proxy))
+	s.Lost(host, s.PeerSocket(lab.PeerA, 5070), ext, dns)
+	if n := s.Status().Counters.Skipped["peer port is excluded"]; n != 1 {
 		t.Errorf("%d flows skipped, want 1", n)
 	}
 }

@@ -13,41 +13,39 @@ import (
 // unprivileged is a program that runs the one under test as a user without any
 // privilege but CAP_NET_ADMIN, as the unit in deploy does.
 func (s *scene) unprivileged() string {
-	s.t.Helper()
-	s.must(os.Chmod(filepath.Dir(exe), 0o755))
-	path := filepath.Join(s.t.TempDir(), "conenatd")
-	s.must(os.WriteFile(path, fmt.Appendf(nil, `#!/bin/sh
+	s.T.Helper()
+	s.Must(os.Chmod(filepath.Dir(s.Exe), 0o755))
+	path := filepath.Join(s.T.TempDir(), "conenatd")
+	s.Must(os.WriteFile(path, fmt.Appendf(nil, `#!/bin/sh
 exec setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs \
 	--inh-caps -all,+net_admin --ambient-caps -all,+net_admin --bounding-set -all,+net_admin \
 	%s "$@"
-`, exe), 0o755))
+`, s.Exe), 0o755))
 	return path
 }
 
 func TestCapNetAdminIsEnough(t *testing.T) {
 	s := newScene(t, lab.Options{IPv6: true, Rules: lab.Masquerade + lab.DropPolicy})
-	s.must(s.NFT("add rule inet filter forward ct status dnat accept")) // for children that the map admits
-	privileged := exe
-	exe = s.unprivileged()
-	defer func() { exe = privileged }()
-	s.start("--subnet", lab.InsideNet.String(), "--event-buffer", "16777216")
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.d.PID()))
-	s.must(err)
+	s.Must(s.NFT("add rule inet filter forward ct status dnat accept")) // for children that the map admits
+	s.Exe = s.unprivileged()
+	s.Start("--subnet", lab.InsideNet.String(), "--event-buffer", "16777216")
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.Daemon.PID()))
+	s.Must(err)
 	for _, want := range []string{"Uid:\t65534", "CapEff:\t0000000000001000", "NoNewPrivs:\t1"} {
 		if !strings.Contains(string(b), want) {
 			t.Errorf("the daemon has not %q:\n%s", want, b)
 		}
 	}
-	if n := s.status().Events.ReadBuffer; n < 16<<20 {
+	if n := s.Status().Events.ReadBuffer; n < 16<<20 {
 		t.Errorf("the event buffer is %d bytes, want 16 MiB", n)
 	}
-	phone, proxy := s.inside(0, 5060), s.peer(lab.PeerA, 5060)
-	ext := s.contact(phone, proxy)
-	s.stands(phone, proxy, ext)
-	s.arrives(phone, s.peer(lab.PeerA, 5070), ext)
-	s.lost(phone, s.peer(lab.PeerB, 5070), ext, proxy)
-	s.stop()
-	if left := s.leftovers(); len(left) > 0 {
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+	s.Lost(phone, s.PeerSocket(lab.PeerB, 5070), ext, proxy)
+	s.Stop()
+	if left := s.Leftovers(); len(left) > 0 {
 		t.Errorf("left after stop: %q", left)
 	}
 }

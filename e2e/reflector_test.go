@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -36,11 +37,11 @@ add rule netdev reflector port%[1]d \
 // The answer leaves on the CPU that the packet came by, so the argument of
 // [lab.Lost] holds for packets that are reflected.
 func (s *scene) reflect(port, answerPort uint16) {
-	s.t.Helper()
-	cmd := s.Outside.Command(s.t.Context(), "nft", "-f", "-")
+	s.T.Helper()
+	cmd := s.Outside.Command(s.T.Context(), "nft", "-f", "-")
 	cmd.Stdin = strings.NewReader(fmt.Sprintf(reflector, port, answerPort, s.Gateway.Addr))
 	if out, err := cmd.CombinedOutput(); err != nil {
-		s.t.Fatalf("reflect port %d: %v: %s", port, err, out)
+		s.T.Fatalf("reflect port %d: %v: %s", port, err, out)
 	}
 }
 
@@ -49,13 +50,13 @@ func TestReflectorAnswersFromThePortAsked(t *testing.T) {
 	s.reflect(7000, 7000)
 	for i := range 200 {
 		// The sockets stay open, so that each has a port of its own.
-		in := s.inside(0, 0)
+		in := s.InsideSocket(0, 0)
 		asked := netip.AddrPortFrom([]netip.Addr{lab.PeerA, lab.PeerC}[i%2], 7000)
-		p := payload("question") + strings.Repeat("x", 7*i) // odd lengths, and up to a full frame
-		s.must(in.Send(asked, p))
+		p := stage.Payload("question") + strings.Repeat("x", 7*i) // odd lengths, and up to a full frame
+		s.Must(in.Send(asked, p))
 		got, err := in.Expect(p)
 		if err != nil {
-			t.Fatalf("answer %d from %v: %v\n%s", i, asked, err, s.dump())
+			t.Fatalf("answer %d from %v: %v\n%s", i, asked, err, s.Dump())
 		}
 		if got != asked {
 			t.Fatalf("the answer from %v seems to come from %v", asked, got)
@@ -70,14 +71,14 @@ func TestReflectorAnswersFromAnotherPort(t *testing.T) {
 	asked, fence := netip.AddrPortFrom(lab.PeerA, 7000), netip.AddrPortFrom(lab.PeerA, 7002)
 
 	// Whoever is in touch with the other port gets the answer from there.
-	other, known := s.peer(lab.PeerA, 7001), s.inside(0, 0)
-	s.contact(known, other)
+	other, known := s.PeerSocket(lab.PeerA, 7001), s.InsideSocket(0, 0)
+	s.Contact(known, other)
 	for range 10 {
-		p := payload("question")
-		s.must(known.Send(asked, p))
+		p := stage.Payload("question")
+		s.Must(known.Send(asked, p))
 		got, err := known.Expect(p)
 		if err != nil {
-			t.Fatalf("%v\n%s", err, s.dump())
+			t.Fatalf("%v\n%s", err, s.Dump())
 		}
 		if got != other.Addr() {
 			t.Fatalf("the answer comes from %v, want %v", got, other.Addr())
@@ -86,21 +87,21 @@ func TestReflectorAnswersFromAnotherPort(t *testing.T) {
 
 	// To all others the NAT is closed.
 	for range 10 {
-		in := s.inside(0, 0)
-		s.must(lab.Lost(in,
-			lab.Packet{From: in, To: asked, Payload: payload("must not come back")},
-			lab.Packet{From: in, To: fence, Payload: payload("fence")}))
+		in := s.InsideSocket(0, 0)
+		s.Must(lab.Lost(in,
+			lab.Packet{From: in, To: asked, Payload: stage.Payload("must not come back")},
+			lab.Packet{From: in, To: fence, Payload: stage.Payload("fence")}))
 	}
 }
 
 func TestReflectorCanBeChanged(t *testing.T) {
 	s := newScene(t, lab.Options{})
-	in, asked := s.inside(0, 0), netip.AddrPortFrom(lab.PeerA, 7000)
+	in, asked := s.InsideSocket(0, 0), netip.AddrPortFrom(lab.PeerA, 7000)
 	s.reflect(7000, 7001)
 	s.reflect(7000, 7000)
-	p := payload("question")
-	s.must(in.Send(asked, p))
+	p := stage.Payload("question")
+	s.Must(in.Send(asked, p))
 	if got, err := in.Expect(p); err != nil || got != asked {
-		t.Fatalf("answer from %v, want %v: %v\n%s", got, asked, err, s.dump())
+		t.Fatalf("answer from %v, want %v: %v\n%s", got, asked, err, s.Dump())
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -31,7 +32,7 @@ table ip nat {
 // addUplink gives the gateway a second link to the outside, 198.51.100.129,
 // with a routing table of its own for mark 2.
 func (s *scene) addUplink() netip.Addr {
-	s.t.Helper()
+	s.T.Helper()
 	const addr = "198.51.100.129"
 	s.addLink("wan1", addr)
 	s.ip(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 102")
@@ -41,16 +42,16 @@ func (s *scene) addUplink() netip.Addr {
 
 // addLink adds a link between the gateway, where it has an address, and the outside.
 func (s *scene) addLink(name, addr string) {
-	s.t.Helper()
+	s.T.Helper()
 	outside := fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), s.Outside.FD())
 	s.ip(s.Gateway, "link add "+name+" type veth peer name "+name+" netns "+outside)
 	s.ip(s.Gateway, "address add "+addr+"/32 dev "+name)
 	s.ip(s.Gateway, "link set "+name+" up")
 	s.ip(s.Outside, "link set "+name+" up")
 	s.ip(s.Outside, "route add "+addr+"/32 dev "+name)
-	s.until("the link is up", func() bool {
+	s.Until("the link is up", func() bool {
 		out, err := s.Gateway.Output("ip", "-brief", "link", "show", name)
-		s.must(err)
+		s.Must(err)
 		return strings.Contains(out, " UP ")
 	})
 }
@@ -60,24 +61,24 @@ func (s *scene) addLink(name, addr string) {
 // would leave by the first uplink.
 func TestNewUplinkWithPolicyRoutingByConnmark(t *testing.T) {
 	s := newScene(t, lab.Options{Inside: 2, Rules: uplinkRules})
-	s.start("--subnet", lab.InsideNet.String())
+	s.Start("--subnet", lab.InsideNet.String())
 	addr := s.addUplink()
-	s.until("the daemon knows both uplinks", func() bool { return len(s.status().Outside) == 2 })
+	s.Until("the daemon knows both uplinks", func() bool { return len(s.Status().Outside) == 2 })
 
-	one, two, proxy := s.inside(0, 5060), s.inside(1, 5060), s.peer(lab.PeerA, 5060)
-	extOne, extTwo := s.contact(one, proxy), s.contact(two, proxy)
+	one, two, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
+	extOne, extTwo := s.Contact(one, proxy), s.Contact(two, proxy)
 	if extOne.Addr() != s.Gateway.Addr || extTwo.Addr() != addr {
 		t.Fatalf("outside endpoints %v and %v", extOne, extTwo)
 	}
-	s.stands(one, proxy, extOne)
-	s.stands(two, proxy, extTwo)
+	s.Stands(one, proxy, extOne)
+	s.Stands(two, proxy, extTwo)
 	for in, ext := range map[*lab.Socket]netip.AddrPort{one: extOne, two: extTwo} {
-		media := s.peer(lab.PeerA, ext.Port()+uint16(ext.Addr().As4()[3]))
-		s.arrives(in, media, ext)
-		p := payload("reply to child")
-		s.must(in.Send(media.Addr(), p))
+		media := s.PeerSocket(lab.PeerA, ext.Port()+uint16(ext.Addr().As4()[3]))
+		s.Arrives(in, media, ext)
+		p := stage.Payload("reply to child")
+		s.Must(in.Send(media.Addr(), p))
 		from, err := media.Expect(p)
-		s.must(err)
+		s.Must(err)
 		if from != ext {
 			t.Errorf("the reply to a child of %v comes from %v", ext, from)
 		}
@@ -85,6 +86,6 @@ func TestNewUplinkWithPolicyRoutingByConnmark(t *testing.T) {
 
 	// The uplink goes, and its permissions with it; the other one stays.
 	s.ip(s.Gateway, "link del wan1")
-	s.until("its permission ended", func() bool { return len(s.inKernel()) == 1 })
-	s.arrives(one, s.peer(lab.PeerA, 6000), extOne)
+	s.Until("its permission ended", func() bool { return len(s.InKernel()) == 1 })
+	s.Arrives(one, s.PeerSocket(lab.PeerA, 6000), extOne)
 }

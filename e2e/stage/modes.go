@@ -1,0 +1,27 @@
+package stage
+
+import (
+	"os"
+	"strings"
+	"testing"
+)
+
+// Flags of the modes that a daemon can have.
+var (
+	NFT         = []string{"--backend=nft"}
+	NFTByEvent  = []string{"--backend=nft", "--learn=false"}
+	Auto        = []string{"--backend=auto"}
+	AutoByEvent = []string{"--backend=auto", "--learn=false"}
+	Expect      = []string{"--backend=expect"}
+)
+
+// InModes runs a test once in each mode.
+func InModes(t *testing.T, modes [][]string, test func(t *testing.T, mode ...string)) {
+	t.Helper()
+	if os.Getenv("CONENATD_GUEST") != "" {
+		modes = modes[:1] // an emulated machine has no time for all
+	}
+	for _, mode := range modes {
+		t.Run(strings.ReplaceAll(strings.Join(mode, " "), "--", ""), func(t *testing.T) { test(t, mode...) })
+	}
+}

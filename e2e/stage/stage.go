@@ -1,0 +1,398 @@
+// Package stage is what end-to-end tests play on: a throw-away lab (package lab)
+// with the real program as a process in its gateway.
+package stage
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// exe is the program under test, built with the race detector but for
+// benchmarks.
+var exe string
+
+// Exe returns the path of the program under test.
+func Exe() string { return exe }
+
+// Main builds the program, runs the tests and exits. CONENATD_EXE names a program
+// that is built already, for a machine without Go. Benchmarks measure a program
+// without the race detector.
+func Main(m *testing.M) {
+	code, err := build(m)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func build(m *testing.M) (int, error) {
+	if exe = os.Getenv("CONENATD_EXE"); exe != "" {
+		return m.Run(), nil
+	}
+	dir, err := os.MkdirTemp("", "conenatd-e2e-")
+	if err != nil {
+		return 1, err
+	}
+	defer os.RemoveAll(dir)
+	exe = filepath.Join(dir, "conenatd")
+	args := []string{"build", "-o", exe}
+	flag.Parse()
+	if flag.Lookup("test.bench").Value.String() == "" {
+		// The race detector would make each process sleep before it ends.
+		os.Setenv("GORACE", "atexit_sleep_ms=0")
+		args = append(args, "-race")
+	}
+	out, err := exec.Command("go", append(args, "github.com/conenatd/conenatd/cmd/conenatd")...).CombinedOutput()
+	if err != nil {
+		return 1, fmt.Errorf("build conenatd: %w: %s", err, out)
+	}
+	return m.Run(), nil
+}
+
+// A Scene is a lab with a daemon in its gateway. What goes wrong fails the test.
+type Scene struct {
+	*lab.Lab
+	T      *testing.T
+	Daemon *lab.Daemon // nil while none runs
+	Exe    string      // the program
+}
+
+// New makes a lab without a daemon.
+func New(t *testing.T, o lab.Options) *Scene {
+	t.Helper()
+	return &Scene{Lab: lab.ForTest(t, o), T: t, Exe: exe}
+}
+
+// Serve starts a daemon that serves the inside network.
+func (s *Scene) Serve(args ...string) {
+	s.T.Helper()
+	s.Start(append([]string{"--subnet", lab.InsideNet.String()}, args...)...)
+}
+
+// ModeEnv has flags for every daemon, such as "--backend=nft --learn=false":
+// the same tests then show another mode. Flags of a test go before.
+const ModeEnv = "CONENATD_MODE"
+
+// Start starts the daemon, to be stopped when the test ends.
+func (s *Scene) Start(args ...string) {
+	s.T.Helper()
+	d, err := s.StartDaemon(s.Exe, append(strings.Fields(os.Getenv(ModeEnv)), args...)...)
+	if err != nil {
+		s.T.Fatal(err)
+	}
+	s.Daemon = d
+	s.T.Cleanup(func() {
+		if s.Daemon != d {
+			return // the test stopped it
+		}
+		s.Stop()
+		if s.T.Failed() {
+			s.T.Logf("daemon:\n%s", d.Output())
+		}
+	})
+}
+
+// Stop stops the daemon; a data race or a failed clean-up is an error.
+func (s *Scene) Stop() {
+	s.T.Helper()
+	d := s.Daemon
+	s.Daemon = nil
+	if err := d.Stop(); err != nil {
+		s.T.Error(err)
+	}
+}
+
+// Kill ends the daemon as kill -9 does.
+func (s *Scene) Kill() {
+	s.T.Helper()
+	d := s.Daemon
+	s.Daemon = nil
+	if err := d.Kill(); err != nil {
+		s.T.Fatal(err)
+	}
+}
+
+// Must fails the test if there is an error.
+func (s *Scene) Must(err error) {
+	s.T.Helper()
+	if err != nil {
+		s.T.Fatal(err)
+	}
+}
+
+// Socket opens a UDP socket that is closed when the test ends.
+func (s *Scene) Socket(n *lab.Namespace, addr netip.Addr, port uint16) *lab.Socket {
+	s.T.Helper()
+	sock, err := n.Socket(addr, port)
+	s.Must(err)
+	s.T.Cleanup(func() { sock.Close() })
+	return sock
+}
+
+// InsideSocket opens a socket on inside host i.
+func (s *Scene) InsideSocket(i int, port uint16) *lab.Socket {
+	s.T.Helper()
+	h := s.Inside(i)
+	return s.Socket(h.Namespace, h.Addr, port)
+}
+
+// PeerSocket opens a socket on an outside address.
+func (s *Scene) PeerSocket(addr netip.Addr, port uint16) *lab.Socket {
+	s.T.Helper()
+	return s.Socket(s.Outside.Namespace, addr, port)
+}
+
+// Contact lets in send to peer and returns the outside endpoint.
+func (s *Scene) Contact(in, peer *lab.Socket) netip.AddrPort {
+	s.T.Helper()
+	ext, err := in.Contact(peer)
+	s.Must(err)
+	return ext
+}
+
+// serial makes payloads unique, so that no packet is taken for another.
+var serial atomic.Int64
+
+// Payload returns one that begins with what.
+func Payload(what string) string { return fmt.Sprintf("%s %d", what, serial.Add(1)) }
+
+// Arrives checks that from reaches in by ext, at once.
+func (s *Scene) Arrives(in, from *lab.Socket, ext netip.AddrPort) {
+	s.T.Helper()
+	p := Payload("answer")
+	s.Must(from.Send(ext, p))
+	got, err := in.Expect(p)
+	if err != nil {
+		s.T.Fatalf("from %v to %v: %v\n%s", from.Addr(), ext, err, s.Dump())
+	}
+	if got != from.Addr() {
+		s.T.Errorf("the answer from %v seems to come from %v", from.Addr(), got)
+	}
+}
+
+// Lost checks that from does not reach in by ext, while fence does.
+func (s *Scene) Lost(in, from *lab.Socket, ext netip.AddrPort, fence *lab.Socket) {
+	s.T.Helper()
+	err := lab.Lost(in,
+		lab.Packet{From: from, To: ext, Payload: Payload("must not arrive")},
+		lab.Packet{From: fence, To: ext, Payload: Payload("fence")})
+	if err != nil {
+		s.T.Fatalf("from %v to %v: %v\n%s", from.Addr(), ext, err, s.Dump())
+	}
+}
+
+// dumpLines bounds each part of a dump.
+const dumpLines = 100
+
+// Dump shows what is in the kernel and what the daemon thinks.
+func (s *Scene) Dump() string {
+	var b strings.Builder
+	for _, args := range [][]string{{"-p", "udp"}, {"expect"}} {
+		lines, err := s.Conntrack(args...)
+		fmt.Fprintln(&b, "conntrack", args, err)
+		for _, l := range lines[:min(len(lines), dumpLines)] {
+			fmt.Fprintln(&b, " ", l)
+		}
+	}
+	if s.Daemon != nil {
+		ps := s.List()
+		for _, p := range ps[:min(len(ps), dumpLines)] {
+			fmt.Fprintf(&b, "  %+v\n", p)
+		}
+		fmt.Fprintln(&b, s.Daemon.Output())
+	}
+	return b.String()
+}
+
+// List is what "conenatd list" shows.
+func (s *Scene) List() (ps []control.Permission) {
+	s.T.Helper()
+	ctx, cancel := context.WithTimeout(s.T.Context(), Patience())
+	defer cancel()
+	s.Must(control.Dial(s.Daemon.Socket).Permissions(ctx, func(p control.Permission) error {
+		ps = append(ps, p)
+		return nil
+	}))
+	return ps
+}
+
+// Status is what "conenatd status" shows.
+func (s *Scene) Status() control.Status {
+	s.T.Helper()
+	st, err := control.Dial(s.Daemon.Socket).Status(s.T.Context())
+	s.Must(err)
+	return st
+}
+
+// Patience bounds the wait for what must come; an emulated guest is slow.
+func Patience() time.Duration {
+	if os.Getenv("CONENATD_GUEST") != "" {
+		return 2 * time.Minute
+	}
+	return 20 * time.Second
+}
+
+// Until asks cond again and again until it holds.
+func (s *Scene) Until(what string, cond func() bool) {
+	s.T.Helper()
+	for end := time.Now().Add(Patience()); !cond(); {
+		if time.Now().After(end) {
+			s.T.Fatalf("waited in vain until %s\n%s", what, s.Dump())
+		}
+	}
+}
+
+// Listed waits until the claim of in towards peer by ext has the state.
+func (s *Scene) Listed(in, peer *lab.Socket, ext netip.AddrPort, state string) (found control.Permission) {
+	s.T.Helper()
+	s.Until(fmt.Sprintf("%v <- %v is %s", ext, peer.Addr().Addr(), state), func() bool {
+		i := slices.IndexFunc(s.List(), func(p control.Permission) bool {
+			found = p
+			return p.Int == in.Addr() && p.Ext == ext && p.Peer == peer.Addr().Addr() && p.State == state
+		})
+		return i >= 0
+	})
+	return found
+}
+
+// Stands waits until the permission stands.
+func (s *Scene) Stands(in, peer *lab.Socket, ext netip.AddrPort) {
+	s.T.Helper()
+	s.Listed(in, peer, ext, "standing")
+}
+
+// ConntrackList returns the lines of conntrack -L.
+func (s *Scene) ConntrackList(args ...string) []string {
+	s.T.Helper()
+	lines, err := s.Conntrack(args...)
+	s.Must(err)
+	return lines
+}
+
+// UsesExpect reports whether the daemons of this run have the expect backend, if
+// a test says nothing else.
+func UsesExpect() bool { return !strings.Contains(os.Getenv(ModeEnv), "--backend=nft") }
+
+// NeedsExpect skips a test of what the nft backend does not promise.
+func NeedsExpect(t *testing.T) {
+	t.Helper()
+	if !UsesExpect() {
+		t.Skip("conntrack expectations alone do this, and this run is without them")
+	}
+}
+
+// InKernel returns a line for each permission in the kernel: its expectation, or
+// its element of the map.
+func (s *Scene) InKernel() []string {
+	s.T.Helper()
+	if UsesExpect() {
+		return s.ConntrackList("expect")
+	}
+	return s.Elements()
+}
+
+var element = regexp.MustCompile(`[\d.]+ \. [\d.]+ \. \d+ [^,}]*`)
+
+// Elements returns the elements of the map of permissions, none where there is no
+// table.
+func (s *Scene) Elements() []string {
+	s.T.Helper()
+	rules, err := s.Ruleset()
+	s.Must(err)
+	if !strings.Contains(rules, "map permissions") {
+		return nil
+	}
+	list, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", "permissions")
+	s.Must(err)
+	return element.FindAllString(list, -1)
+}
+
+// Leftovers returns what a stopped daemon left in the kernel.
+func (s *Scene) Leftovers() []string {
+	s.T.Helper()
+	left := append(s.ConntrackList("expect"), s.Anchors()...)
+	rules, err := s.Ruleset()
+	s.Must(err)
+	if strings.Contains(rules, "conenat") {
+		left = append(left, rules)
+	}
+	return left
+}
+
+// Anchors returns the anchors among the conntrack entries.
+func (s *Scene) Anchors() (out []string) {
+	s.T.Helper()
+	for _, l := range s.ConntrackList("-p", "udp") {
+		if strings.Contains(l, "port=0 ") {
+			out = append(out, l)
+		}
+	}
+	return out
+}
+
+// CLI runs the program in the gateway and returns what it wrote and its exit
+// code.
+func (s *Scene) CLI(args ...string) (out string, code int) {
+	s.T.Helper()
+	ctx, cancel := context.WithTimeout(s.T.Context(), 3*Patience())
+	defer cancel()
+	b, err := s.Gateway.Command(ctx, s.Exe, args...).CombinedOutput()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		s.T.Fatal(err)
+	}
+	if exit != nil {
+		code = exit.ExitCode()
+	}
+	return string(b), code
+}
+
+// CountElements counts the elements of the map of permissions, of which there may be
+// too many for nft.
+func (s *Scene) CountElements() (n int) {
+	s.T.Helper()
+	c, err := nfnl.Dial(s.Gateway.FD())
+	s.Must(err)
+	defer c.Close()
+	var e nfnl.Encoder
+	e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETSETELEM, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_INET)
+	e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, "conenat")
+	e.Str(unix.NFTA_SET_ELEM_LIST_SET, "permissions")
+	e.End()
+	err = c.Exchange(&e, func(_ uint32, refused error) { s.T.Error(refused) }, func(_ uint16, body []byte) {
+		const header = 4 // struct nfgenmsg
+		list, err := netlink.NewAttributeDecoder(body[header:])
+		s.Must(err)
+		for list.Next() {
+			if list.Type() == unix.NFTA_SET_ELEM_LIST_ELEMENTS {
+				list.Nested(func(elements *netlink.AttributeDecoder) error {
+					n += elements.Len()
+					return nil
+				})
+			}
+		}
+		s.Must(list.Err())
+	})
+	s.Must(err)
+	return n
+}
