@@ -220,7 +220,8 @@ func (b *backends) Max() (n int) {
 	return n
 }
 
-// found is what stands in the kernel, by backend.
+// found is what stands in the kernel, by backend; that of one that was not listed is
+// nil.
 type found struct{ expect, nft map[cone.Key]standing }
 
 type standing struct {
@@ -228,8 +229,8 @@ type standing struct {
 	left time.Duration
 }
 
-// list lists what stands.
-func (b *backends) list() (f found, err error) {
+// list lists what stands, as expectations and, if it is asked for, in the map.
+func (b *backends) list(ofMap bool) (f found, err error) {
 	into := func(m *map[cone.Key]standing) func(p cone.Permission, left time.Duration) {
 		*m = make(map[cone.Key]standing)
 		return func(p cone.Permission, left time.Duration) { (*m)[p.Key] = standing{p.Int, left} }
@@ -237,7 +238,7 @@ func (b *backends) list() (f found, err error) {
 	if b.expect != nil {
 		err = b.expect.List(into(&f.expect))
 	}
-	if b.nft != nil {
+	if b.nft != nil && ofMap {
 		err = errors.Join(err, b.nft.List(into(&f.nft)))
 	}
 	return f, err
@@ -258,7 +259,8 @@ func has(m map[cone.Key]standing, p *cone.Permission) bool {
 }
 
 // missing calls lost for each of ps that is not whole. The list of the map may have
-// missed what was refreshed meanwhile, so the kernel is asked for these.
+// missed what was refreshed meanwhile, if there is one, so the kernel is asked for
+// these.
 func (b *backends) missing(ps []cone.Permission, f found, lost func(cone.Permission)) {
 	b.split(ps, func(p *cone.Permission) bool {
 		if !b.expected(p, f) {

@@ -330,8 +330,9 @@ func (d *Daemon) revokeAll() error {
 	var inMap map[cone.Key]standing
 	var errs []error
 	if d.backends.nft != nil {
-		f, err := d.backends.list()
-		inMap, errs = f.nft, append(errs, err, d.firewall.remove())
+		var err error
+		inMap, err = d.inMap()
+		errs = append(errs, err, d.firewall.remove())
 		d.backends.nft = nil
 	}
 	d.model.RevokeAll()
@@ -339,6 +340,24 @@ func (d *Daemon) revokeAll() error {
 	// Children of the last moment, whose events were not read any more.
 	_, err := dropUnanswered(inMap)
 	return errors.Join(append(errs, err)...)
+}
+
+// inMap returns what is in the map; of a large one what the model knows of it.
+func (d *Daemon) inMap() (map[cone.Key]standing, error) {
+	n := d.model.Stats().Standing
+	if n <= listedAtMost {
+		f, err := d.backends.list(true)
+		return f.nft, err
+	}
+	all := make(map[cone.Key]standing, n)
+	for at := 0; at >= 0; {
+		at = d.model.Walk(at, n, func(v cone.View) {
+			if v.State == cone.StateStanding {
+				all[v.Key] = standing{in: v.Int}
+			}
+		})
+	}
+	return all, nil
 }
 
 func (d *Daemon) greet() {

@@ -159,7 +159,7 @@ func (d *Daemon) change(cfg config.Config) error {
 	if o.expect == nil && m == nil && (!hasExpect || wantsExpect(cfg)) && (!hasMap || wantsMap(cfg)) {
 		return nil // the same backends
 	}
-	err = d.compare()
+	err = d.compare(false)
 	if hasExpect && !wantsExpect(cfg) {
 		err = errors.Join(err, d.dropExpect(cfg))
 	}

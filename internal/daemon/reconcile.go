@@ -23,6 +23,11 @@ const (
 	// nftables. It costs one query.
 	lookEvery = 250 * time.Millisecond
 
+	// listedAtMost is the size of a map that is listed each time. For each message of
+	// a list the kernel walks the set from its beginning: 200,000 elements take it
+	// 5 s, and to ask for each of them 0.6 s.
+	listedAtMost = 1 << 15
+
 	// learnedTime is how long after the kernel learned a permission the model
 	// surely knows of it.
 	learnedTime = 2 * time.Second
@@ -105,7 +110,7 @@ func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 	if err := d.readFlows(q); err != nil {
 		errs = append(errs, err)
 	}
-	if err := d.compare(); err != nil {
+	if err := d.compare(false); err != nil {
 		errs = append(errs, err)
 	}
 	d.do(d.report)
@@ -257,7 +262,7 @@ func (d *Daemon) lookAtRules() error {
 		mended = d.firewall.repaired != before || !d.firewall.tables.Owned()
 	}
 	if mended || broken {
-		err = errors.Join(err, d.compare())
+		err = errors.Join(err, d.compare(true))
 	}
 	if mended && mappingConfig(cfg, nil) != nil {
 		d.wantReconcile() // the mappings of living flows
@@ -266,10 +271,22 @@ func (d *Daemon) lookAtRules() error {
 }
 
 // compare looks whether what should stand does, and nothing else. What should
-// and does not is granted again.
-func (d *Daemon) compare() error {
+// and does not is granted again. In a large map it looks for what should not only
+// if somebody meddled with it, and then what is missing comes first.
+func (d *Daemon) compare(meddled bool) error {
+	large := false
+	d.do(func() { large = d.model.Stats().Standing > listedAtMost })
+	err := d.compareLists(!large)
+	if large && meddled {
+		err = errors.Join(err, d.compareLists(true))
+	}
+	return err
+}
+
+// compareLists does so with a list of the map, or by asking for each permission.
+func (d *Daemon) compareLists(ofMap bool) error {
 	began := d.now()
-	found, err := d.backends.list()
+	found, err := d.backends.list(ofMap)
 	if err != nil {
 		return fmt.Errorf("list permissions: %w", err)
 	}
@@ -299,7 +316,7 @@ func (d *Daemon) compare() error {
 	})
 	if len(lost) > 0 {
 		// A list that is made while something is refreshed may miss it; not twice.
-		if found, err = d.backends.list(); err != nil {
+		if found, err = d.backends.list(ofMap); err != nil {
 			return fmt.Errorf("list permissions: %w", err)
 		}
 	}

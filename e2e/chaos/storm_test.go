@@ -1,0 +1,167 @@
+package chaos
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+const (
+	stormPorts = 400
+	stormPeers = 500 // on each port
+	few        = 10  // entries that are not UDP
+)
+
+// A storm: 200,000 new flows, the first half while the daemon stands still, with
+// room for a few hundred events. Some of them are gone again before it looks. In the
+// end what lives has its permission, and nothing else has one, neither in the daemon
+// nor in the kernel.
+//
+// Fails when the loop does not ask for a reconcile after an overrun.
+func TestStorm(t *testing.T) {
+	stage.InModes(t, [][]string{stage.NFTByEvent, stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
+		s := stage.New(t, lab.Options{})
+		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
+		s.Start(serve(mode, "--max-permissions-per-host=0", "--learn-rate=100000",
+			"--event-buffer=65536", "--reconcile=1h")...)
+		limit := s.Status().Permissions.Limit
+
+		s.Must(s.Daemon.Pause())
+		storm(s, 0, stormPorts/2)
+		gone := fmt.Sprint(firstPort + stormPorts/4) // no event of it had room
+		_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", gone)
+		s.Must(err)
+		s.Must(s.Daemon.Resume())
+		storm(s, stormPorts/2, stormPorts)
+
+		began := time.Now()
+		s.Until("nearly all that lives has its permission", func() bool {
+			p := s.Status().Permissions
+			anchors := p.Expectations
+			return p.Standing >= min(entries(s)-anchors-few, limit)
+		})
+		took := time.Since(began)
+		living := flows(s)
+		s.Until("the rest has too", func() bool { return s.Status().Permissions.Standing >= min(len(living), limit) })
+		st := s.Status()
+		if len(living) < stormPorts*stormPeers/2 {
+			t.Fatalf("%d flows of %d came into being", len(living), stormPorts*stormPeers)
+		}
+		room := len(living) <= limit
+		t.Logf("%d flows live, %d permissions stand after %v; %d overruns, %d events came",
+			len(living), st.Permissions.Standing, took.Round(time.Millisecond), st.Events.Overruns, st.Events.Received)
+		if st.Events.Overruns == 0 {
+			t.Error("no event was lost: this was no storm")
+		}
+		learns := !slices.Contains(mode, "--learn=false") && !slices.Contains(mode, "--backend=expect")
+		standing := 0
+		for _, p := range s.List() {
+			f := flow{p.Int.Port(), p.Peer}
+			_, lives := living[f]
+			delete(living, f)
+			switch {
+			case p.State == "standing":
+				standing++
+			case room && lives:
+				t.Fatalf("%+v", p)
+			}
+			// A permission outlives its flow; but without learning nobody ever saw these.
+			if !lives && !learns {
+				t.Fatalf("a permission without a flow: %+v", p)
+			}
+		}
+		if room && len(living) > 0 || !room && standing < limit {
+			t.Errorf("%d permissions stand, %d flows have no claim", standing, len(living))
+		}
+		// What the kernel learned and no event told of runs out by itself.
+		unknown := 0
+		if learns {
+			unknown = stormPeers
+		}
+		if n := inKernel(s, mode); n < standing || n > standing+unknown {
+			t.Errorf("%d permissions stand, %d are in the kernel", standing, n)
+		}
+		s.Stop()
+		if left := s.Leftovers(); len(left) > 0 {
+			t.Errorf("%d left over, %q ...", len(left), left[0])
+		}
+	})
+}
+
+// entries counts those of conntrack.
+func entries(s *stage.Scene) int {
+	s.T.Helper()
+	text, err := s.Gateway.Sysctl("net.netfilter.nf_conntrack_count")
+	s.Must(err)
+	n, err := strconv.Atoi(text)
+	s.Must(err)
+	return n
+}
+
+const firstPort = 10_000
+
+// storm sends a packet from each of some ports to each peer, as fast as it can.
+func storm(s *stage.Scene, first, end int) {
+	s.T.Helper()
+	for i := first; i < end; i++ {
+		in, err := s.Inside(0).Socket(s.Inside(0).Addr, uint16(firstPort+i))
+		s.Must(err)
+		for p := range stormPeers {
+			s.Must(in.Send(netip.AddrPortFrom(stormPeer(p), 9), "x"))
+		}
+		s.Must(in.Close())
+	}
+}
+
+func stormPeer(i int) netip.Addr {
+	const net = 250
+	if i < net {
+		return netip.AddrFrom4([4]byte{203, 0, 113, byte(1 + i)})
+	}
+	return netip.AddrFrom4([4]byte{192, 0, 2, byte(1 + i - net)})
+}
+
+// A flow is one of the storm's.
+type flow struct {
+	port uint16 // inside
+	peer netip.Addr
+}
+
+// flows are those that live.
+func flows(s *stage.Scene) map[flow]struct{} {
+	s.T.Helper()
+	all := make(map[flow]struct{})
+	for _, line := range s.ConntrackList("-p", "udp", "--src-nat") {
+		var f flow
+		for _, word := range strings.Fields(line) { // the original direction comes first
+			key, value, _ := strings.Cut(word, "=")
+			switch {
+			case key == "dst" && !f.peer.IsValid():
+				f.peer = netip.MustParseAddr(value)
+			case key == "sport" && f.port == 0:
+				_, err := fmt.Sscan(value, &f.port)
+				s.Must(err)
+			}
+		}
+		if f.port != 0 { // else it is an anchor
+			all[f] = struct{}{}
+		}
+	}
+	return all
+}
+
+// inKernel counts the permissions that the kernel holds.
+func inKernel(s *stage.Scene, mode []string) int {
+	s.T.Helper()
+	if slices.Contains(mode, "--backend=expect") {
+		return len(s.ConntrackList("expect"))
+	}
+	return s.CountElements()
+}
