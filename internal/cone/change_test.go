@@ -178,6 +178,20 @@ func TestPolicyChangeTouchesOnlyWhatItForbids(t *testing.T) {
 	}
 }
 
+func TestDoubtRefreshesWhatStands(t *testing.T) {
+	d := newDesk(t, nil)
+	d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	k := d.view("10.47.11.109:1").Key
+	d.m.Doubt(k)
+	d.wantOps("it stands", d.carry(), Refresh)
+	d.m.Doubt(Key{Ext: k.Ext, Peer: ep("203.0.113.6:1").Addr})
+	d.wantOps("there is none", d.carry())
+	d.m.Revoke(0, func(Permission) bool { return true })
+	d.carry()
+	d.m.Doubt(k)
+	d.wantOps("it was revoked", d.carry())
+}
+
 // A shorter lifetime must reach the kernel at once, and is kept by the wheel.
 func TestLifetimeChange(t *testing.T) {
 	d := newDesk(t, nil)

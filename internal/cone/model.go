@@ -477,6 +477,14 @@ func (m *Model) Lost(p Permission) {
 	}
 }
 
+// Doubt tells the model that the permission k, if it should stand, may be gone from
+// the kernel. It is refreshed now, which shows.
+func (m *Model) Doubt(k Key) {
+	if i := m.owner(k); i != none && m.claims[i].state == StateStanding {
+		m.op(Op{Kind: Refresh, Permission: m.claims[i].Permission})
+	}
+}
+
 // Surplus tells the model that p stands in the kernel. If it should not, it is
 // revoked; if another inside endpoint should have its Key, that one is granted,
 // to replace p: a map knows a permission by its Key alone, so to revoke p could

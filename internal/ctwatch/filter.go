@@ -5,8 +5,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// eventFilter is the socket filter of a Watcher: UDP, either family, and no
-// anchor. It runs before a message is queued (sk_filter), so what it drops
+// eventFilter is the socket filter of a Watcher: UDP, either family, and no anchor
+// that begins. It runs before a message is queued (sk_filter), so what it drops
 // costs neither buffer nor wake-up. It looks at the first message of a
 // datagram; the kernel sends events one by one.
 //
@@ -58,6 +58,11 @@ func eventFilter() ([]bpf.RawInstruction, error) {
 		load(1),
 		dropIf(bpf.JumpNotEqual, unix.IPPROTO_UDP),
 	)
+	// The type of the message, as its two bytes lie in it on either kind of machine.
+	prog = append(prog, bpf.LoadAbsolute{Off: 4, Size: 2})
+	for _, gone := range []uint32{unix.NFNL_SUBSYS_CTNETLINK<<8 | ipctnlMsgCTDelete, ipctnlMsgCTDelete<<8 | unix.NFNL_SUBSYS_CTNETLINK} {
+		prog = append(prog, bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: gone, SkipTrue: 1}, bpf.RetConstant{Val: pass})
+	}
 	for _, port := range []uint32{ctaProtoSrcPort, ctaProtoDstPort} {
 		add(
 			[]bpf.Instruction{bpf.LoadScratch{Dst: bpf.RegA, N: proto}},

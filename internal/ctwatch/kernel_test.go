@@ -92,15 +92,17 @@ func TestSocketFilterDropsWhatIsNotOurs(t *testing.T) {
 	enterNetNS(t)
 	w := dialWatcher(t, Config{})
 	makeNoise(t)
-	makeAnchor(t, 0, 7, true)
+	makeAnchor(t, 0, 7, false)
 	makeAnchor(t, 7, 0, true)
 	// The kernel reports in the order in which things happen.
 	s := listen(t, "127.0.0.1:0")
 	s.send(t, endpoint("127.0.0.1:9"), "x")
-	if events := readQueued(t, w); len(events) != 1 || events[0].Flow.Src != s.endpoint() {
+	events := readQueued(t, w)
+	if len(events) != 2 || events[0].Kind != Gone || !isAnchor(&events[0].Flow) || events[0].Flow.Src.Port != 7 ||
+		events[1].Kind != New || events[1].Flow.Src != s.endpoint() {
 		t.Errorf("events %+v", events)
 	}
-	if st := w.Stats(); st.Filtered != 0 || st.Malformed != 0 || st.Received != 1 {
+	if st := w.Stats(); st.Filtered != 0 || st.Malformed != 0 || st.Received != 2 {
 		t.Errorf("counters %+v: the socket filter let something pass", st)
 	}
 }

@@ -32,7 +32,7 @@ func parse(h header, msg []byte, f *cone.Flow) (Kind, error) {
 	if err := parseFlow(msg[unix.NLMSG_HDRLEN:], f); err != nil {
 		return 0, err
 	}
-	if isAnchor(f) {
+	if kind == New && isAnchor(f) {
 		return 0, errForeign
 	}
 	return kind, nil

@@ -86,7 +86,7 @@ type Stats struct {
 	ReadBuffer int
 }
 
-// A Watcher hears of UDP flows that begin and end, except anchors. One
+// A Watcher hears of UDP flows that begin and end, and of anchors that end. One
 // goroutine may call Read; all other methods are safe at any time.
 type Watcher struct {
 	conn    socket

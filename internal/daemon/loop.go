@@ -7,6 +7,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/ctwatch"
 )
 
@@ -80,9 +81,24 @@ func (d *Daemon) event(now time.Duration, e *ctwatch.Event) {
 	case ctwatch.New:
 		d.model.FlowSeen(now, &e.Flow)
 	case ctwatch.Gone:
+		if f := &e.Flow; cone.IsAnchor(f.Src, f.Dst) {
+			d.anchorGone(f)
+			return
+		}
 		d.model.FlowGone(now, &e.Flow)
 	case ctwatch.Overrun:
 		d.wantReconcile()
+	}
+}
+
+// anchorGone looks after the permission whose anchor it was. Of the anchors that the
+// daemon deletes itself none is known any more.
+func (d *Daemon) anchorGone(f *cone.Flow) {
+	if d.backends.expect == nil {
+		return
+	}
+	if k, ok := d.backends.expect.Anchored(f.Src, f.Dst, f.OrigZone); ok {
+		d.model.Doubt(k)
 	}
 }
 

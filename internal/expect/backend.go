@@ -167,6 +167,14 @@ func (b *Backend) Stands(p *cone.Permission) bool {
 // children.
 func (*Backend) Carries(p *cone.Permission) bool { return p.Wild == 0 || p.Routed() }
 
+// Anchored returns the key of the permission that stands by an anchor with this
+// original direction, and whether there is one.
+func (b *Backend) Anchored(src, dst cone.Endpoint, zone uint16) (k cone.Key, ok bool) {
+	a := anchorAt(src, dst, zone)
+	ext, ok := b.standing.ext[a]
+	return cone.Key{Ext: cone.Endpoint{Addr: ext, Port: a.port}, Peer: a.peer, Zone: zone}, ok
+}
+
 // HasRoom reports whether the caps let p, which does not stand, stand.
 func (b *Backend) HasRoom(p *cone.Permission) bool {
 	_, stands, r := b.standing.place(p)

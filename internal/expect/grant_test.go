@@ -215,6 +215,12 @@ func TestTwoOutsideAddressesShareAnInsideAddressAndPeer(t *testing.T) {
 			g.wantPermissions(b, one, two)
 			g.wantCounts(2, 2)
 			g.mustGrant(b, one, two) // each finds its own anchor again
+			in, peer, port := one.Int.Addr, one.Peer, one.Ext.Port
+			k1, ok1 := b.Anchored(cone.Endpoint{Addr: in}, cone.Endpoint{Addr: peer, Port: port}, 0)
+			k2, ok2 := b.Anchored(cone.Endpoint{Addr: in, Port: port}, cone.Endpoint{Addr: peer}, 0)
+			if !ok1 || k1 != one.Key || !ok2 || k2 != two.Key {
+				t.Errorf("the anchors are those of %+v, %v and %+v, %v", k1, ok1, k2, ok2)
+			}
 
 			last := one
 			if first == one {

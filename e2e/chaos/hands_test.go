@@ -1,0 +1,70 @@
+package chaos
+
+import (
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// Somebody else's hands on conntrack: whatever they take away is back at once where
+// an event tells of it, else after one reconcile, and is counted. What they do to the
+// tables is in e2e/mend_test.go.
+//
+// Fails when the events of anchors are dropped (the reconcile is an hour away then),
+// and when compare looks for nothing that is missing.
+func TestHandsOnConntrack(t *testing.T) {
+	const never, soon = "--reconcile=1h", "--reconcile=1s"
+	for _, tc := range []struct{ hand, reconcile string }{
+		{"-F", never},
+		{"-D -p udp --orig-src 10.47.11.109", never}, // the anchors too
+		{"-F expect", soon},                          // no event tells
+	} {
+		t.Run(strings.ReplaceAll(tc.hand, " ", "_"), func(t *testing.T) {
+			stage.InModes(t, modes, func(t *testing.T, mode ...string) {
+				s := stage.New(t, lab.Options{})
+				s.Start(serve(mode, tc.reconcile)...)
+				phone := s.InsideSocket(0, 5060)
+				a, b := s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
+				ext := s.Contact(phone, a)
+				s.Contact(phone, b)
+				s.Stands(phone, a, ext)
+				s.Stands(phone, b, ext)
+				before := held(s)
+				began := time.Now()
+				_, err := s.Gateway.Output("conntrack", strings.Fields(tc.hand)...)
+				s.Must(err)
+				s.Until("the kernel holds what it held", func() bool { return held(s) == before })
+				t.Logf("mended after %v", time.Since(began).Round(time.Millisecond))
+				for i, peer := range []*lab.Socket{a, b} {
+					s.Arrives(phone, s.PeerSocket(peer.Addr().Addr(), uint16(7000+i)), ext)
+				}
+				if n, want := s.Status().Counters.Repaired, before.expectations; int(n) < want {
+					t.Errorf("%d repairs counted, want %d", n, want)
+				}
+				if ps := s.List(); len(ps) != 2 {
+					t.Errorf("%+v", ps)
+				}
+			})
+		})
+	}
+}
+
+// Without events permissions come at each reconcile, and the user is told.
+func TestHandsSwitchEventsOff(t *testing.T) {
+	stage.InModes(t, modes, func(t *testing.T, mode ...string) {
+		s := stage.New(t, lab.Options{})
+		s.Start(serve(mode, "--reconcile=1s")...)
+		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_events", "0"))
+		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+		ext := s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
+		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+		if !slices.ContainsFunc(s.Status().Warnings, func(w string) bool { return strings.Contains(w, "no conntrack events") }) {
+			t.Errorf("no warning: %q", s.Status().Warnings)
+		}
+	})
+}
