@@ -1,0 +1,100 @@
+package chaos
+
+import (
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// An outside host without permission sends to every outside port, those that somebody
+// may be reached by among them. Nothing gets in, no flow comes of it, and the daemon
+// does not even hear of it.
+//
+// Fails with --guard=false.
+func TestFloodOfStrangers(t *testing.T) {
+	stage.InModes(t, modes, func(t *testing.T, mode ...string) {
+		s := stage.New(t, lab.Options{})
+		s.Start(serve(mode, "--reconcile=1h")...)
+		phone, proxy, stranger := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
+		ext := s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
+		before, entriesBefore, events := s.List(), entries(s), s.Status().Events.Received
+		drops := s.Status().Tables.Guard.Drops
+
+		const all = 1<<16 - 1
+		for port := 1; port <= all; port++ {
+			s.Must(stranger.Send(netip.AddrPortFrom(ext.Addr(), uint16(port)), "flood"))
+		}
+		s.Lost(phone, stranger, ext, proxy)
+
+		if n := entries(s); n > entriesBefore+few {
+			t.Errorf("%d entries of conntrack, %d before", n, entriesBefore)
+		}
+		st := s.Status()
+		if n := st.Events.Received - events; n > few {
+			t.Errorf("the daemon heard of %d flows", n)
+		}
+		t.Logf("%d packets, %d dropped by the guard, %d events", all, st.Tables.Guard.Drops-drops, st.Events.Received-events)
+		if after := s.List(); len(after) != len(before) || after[0] != before[0] {
+			t.Errorf("%+v, before %+v", after, before)
+		}
+		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+	})
+}
+
+// A permitted peer, or who takes its address, sends from every port there is. It
+// gets as many children as it may have; other peers get theirs.
+//
+// Fails with --max-children=0.
+func TestFloodOfAPermittedPeer(t *testing.T) {
+	stage.InModes(t, modes, func(t *testing.T, mode ...string) {
+		s := stage.New(t, lab.Options{Inside: 2})
+		s.Start(serve(mode)...)
+		phone, other := s.InsideSocket(0, 5060), s.InsideSocket(1, 5061)
+		a, b := s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
+		ext, extOther := s.Contact(phone, a), s.Contact(other, b)
+		s.Stands(phone, a, ext)
+		s.Stands(other, b, extOther)
+		before := entries(s)
+		s.Must(s.Outside.Do(func() error {
+			for port := 1; port < 1<<16; port++ {
+				if port == 5060 {
+					continue
+				}
+				from := net.UDPAddrFromAddrPort(netip.AddrPortFrom(lab.PeerA, uint16(port)))
+				c, err := net.DialUDP("udp4", from, net.UDPAddrFromAddrPort(ext))
+				if err != nil {
+					return err
+				}
+				if _, err := c.Write([]byte("flood")); err != nil {
+					return err
+				}
+				if err := c.Close(); err != nil {
+					return err
+				}
+			}
+			return nil
+		}))
+		const most = 256 // max_children; a bucket of the map fills up meanwhile
+		made := entries(s) - before
+		t.Logf("%d flows came of it", made)
+		if made > 2*most {
+			t.Errorf("%d entries of conntrack were made, the limit is %d", made, most)
+		}
+		s.Arrives(other, s.PeerSocket(lab.PeerB, 5070), extOther)
+		s.Until("its own flow goes on", func() bool { // the flood fills the socket's queue
+			answer := stage.Payload("answer")
+			s.Must(a.Send(ext, answer))
+			for {
+				got, _, err := phone.Recv(10 * time.Millisecond)
+				if err != nil || got == answer {
+					return err == nil
+				}
+			}
+		})
+	})
+}
