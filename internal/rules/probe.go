@@ -85,11 +85,18 @@ func (t *Tables) probe() error {
 // try sends a transaction that would make tables that do what d wants, and ends
 // in what cannot be: so the kernel checks it, loads modules, and changes nothing.
 func (t *Tables) try(flags nftables.TableFlags, d Desired) error {
-	ls, err := newLayouts(t.name+"_probe", d)
+	ls, err := t.tried(d)
 	if err != nil {
 		return err
 	}
 	return t.tryLayouts(flags, ls)
+}
+
+// tried are the tables of a try. Without links most rules would be left out; with two
+// they are looked up in a set.
+func (t *Tables) tried(d Desired) ([]*layout, error) {
+	d.OutsideLinks = []string{"probe0", "probe1"}
+	return newLayouts(t.name+"_probe", d)
 }
 
 func (t *Tables) tryLayouts(flags nftables.TableFlags, ls []*layout) error {

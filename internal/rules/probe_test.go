@@ -4,6 +4,7 @@ package rules
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -67,6 +68,27 @@ func TestMissingFeaturesAreLeftOut(t *testing.T) {
 	for _, m := range table.missing {
 		if !strings.Contains(m.Error(), "not supported: load the module") {
 			t.Error(m)
+		}
+	}
+}
+
+// What only some kernels have is in the rules of the probe. Fails when it has no links.
+func TestProbeTriesWhatMappingsNeed(t *testing.T) {
+	ls, err := new(Tables).tried(Desired{Mapping: &tryMapping})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tried := map[string]bool{}
+	for _, l := range ls {
+		for _, r := range l.rules {
+			for _, e := range r.Exprs {
+				tried[fmt.Sprintf("%T", e)] = true
+			}
+		}
+	}
+	for _, e := range []expr.Any{&expr.Hash{}, &expr.NAT{}, &expr.Dynset{}, &expr.Lookup{}, &expr.Socket{}} {
+		if name := fmt.Sprintf("%T", e); !tried[name] {
+			t.Errorf("%s is not tried", name)
 		}
 	}
 }

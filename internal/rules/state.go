@@ -132,7 +132,7 @@ func equal[T comparable](a, b *T) bool {
 func sameSet(a *nftables.Set) func(*nftables.Set) bool {
 	return func(b *nftables.Set) bool {
 		return a.Name == b.Name && a.Dynamic == b.Dynamic && a.KeyType.Name == b.KeyType.Name &&
-			a.IsMap == b.IsMap && a.Interval == b.Interval && (!a.IsMap || a.Size == b.Size)
+			a.IsMap == b.IsMap && a.Interval == b.Interval && (!a.IsMap || a.Size == b.Size && a.DataType.Name == b.DataType.Name)
 	}
 }
 
