@@ -82,7 +82,7 @@ func (m *Model) SetPolicy(now time.Duration, p Policy) {
 		if m.allowed(c) {
 			return false
 		}
-		if x := m.widened(c); c.state == StateStanding && x.Wild > c.Wild {
+		if x, ok := m.goesOn(c); ok {
 			wider = append(wider, x)
 		}
 		return true
@@ -145,10 +145,30 @@ func (m *Model) widened(c *claim) fedPermission {
 	return x
 }
 
+// goesOn returns what takes the place of c, which the policy ends: the same for more
+// peers, unless the policy gives none for a contact with that of c.
+func (m *Model) goesOn(c *claim) (x fedPermission, ok bool) {
+	if x = m.widened(c); c.state != StateStanding || x.Wild <= c.Wild {
+		return x, false
+	}
+	if c.Wild == 0 && m.policy.refusesEndpoint(c.Ext, Endpoint{c.Peer, 1}, &m.topo) != ReasonNone {
+		return x, false
+	}
+	ok = c.outs == 0
+	for f := c.flows; f != none && !ok; f = m.flows.all[f].next {
+		fl := &m.flows.all[f]
+		ok = !fl.child && !m.policy.peerPorts.has(fl.port)
+	}
+	return x, ok
+}
+
 // carryOn lets x stand in place of one for fewer peers that ended, for as long as
-// that one would have.
+// that one would have, or as another one that came to be the same.
 func (m *Model) carryOn(now time.Duration, x fedPermission) {
-	if m.owner(x.Key) != none {
+	if o := m.owner(x.Key); o != none {
+		if c := &m.claims[o]; c.Int == x.Int {
+			c.fed = max(c.fed, x.fed)
+		}
 		return
 	}
 	i := m.claim(now, x.Permission)
@@ -175,9 +195,9 @@ func (m *Model) Adopt(now time.Duration, p Permission, ends time.Duration) {
 	c.refresh = now
 	m.wheel.schedule(i, min(c.refresh, c.fed+m.policy.Lifetime))
 	if !m.allowed(c) {
-		x := m.widened(c)
+		x, ok := m.goesOn(c)
 		m.end(now, i, ReasonPolicy)
-		if x.Wild > p.Wild {
+		if ok {
 			m.carryOn(now, x)
 		}
 		return

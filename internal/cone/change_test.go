@@ -192,6 +192,19 @@ func TestDoubtRefreshesWhatStands(t *testing.T) {
 	d.wantOps("it was revoked", d.carry())
 }
 
+// An anchor does not say that it is a group's.
+func TestDoubtAboutAGroup(t *testing.T) {
+	d := newDesk(t, wildPolicy)
+	d.open(0, "10.47.11.109:1", "203.0.113.6:9")
+	k := d.view("10.47.11.109:1").Key
+	if k.Wild == 0 {
+		t.Fatal(k)
+	}
+	k.Wild = 0
+	d.m.Doubt(k)
+	d.wantOps("it stands", d.carry(), Refresh)
+}
+
 // A shorter lifetime must reach the kernel at once, and is kept by the wheel.
 func TestLifetimeChange(t *testing.T) {
 	d := newDesk(t, nil)

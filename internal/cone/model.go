@@ -478,10 +478,13 @@ func (m *Model) Lost(p Permission) {
 }
 
 // Doubt tells the model that the permission k, if it should stand, may be gone from
-// the kernel. It is refreshed now, which shows.
+// the kernel. It is refreshed now, which shows. Whether it is for a group is not asked.
 func (m *Model) Doubt(k Key) {
-	if i := m.owner(k); i != none && m.claims[i].state == StateStanding {
-		m.op(Op{Kind: Refresh, Permission: m.claims[i].Permission})
+	for _, k.Wild = range [...]uint8{0, m.policy.group(k.Peer.Netip())} {
+		if i := m.owner(k); i != none && m.claims[i].state == StateStanding {
+			m.op(Op{Kind: Refresh, Permission: m.claims[i].Permission})
+			return
+		}
 	}
 }
 

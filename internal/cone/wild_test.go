@@ -183,15 +183,36 @@ func TestPermissionWithoutItsFlowIsWidened(t *testing.T) {
 		d.carry()
 		d.want()
 	})
-	t.Run("not where the port is excluded", func(t *testing.T) {
+	t.Run("as long as the one that was fed last", func(t *testing.T) {
 		d := newDesk(t, mapped)
 		d.gone(0, d.open(0, in, "203.0.113.5:9"))
-		p := wide
-		p.ExcludePorts = []uint16{1}
-		d.m.SetPolicy(1, p)
+		d.gone(lifetime/2, d.open(lifetime/2, in, "203.0.113.6:9"))
+		d.m.SetPolicy(lifetime/2, wide)
 		d.carry()
-		d.want()
+		d.m.Tick(lifetime+1, 10)
+		d.carry()
+		d.want(in)
 	})
+	excluded := netip.MustParsePrefix("203.0.113.5/32")
+	for name, change := range map[string]func(*Policy){
+		"not where the port is excluded": func(p *Policy) { p.ExcludePorts = []uint16{1} },
+		"not where the peer is excluded": func(p *Policy) { p.ExcludePeers = []netip.Prefix{excluded} },
+		"not where the peer's port is":   func(p *Policy) { p.ExcludePeerPorts = []uint16{9} },
+		"not where the peer is inside":   func(p *Policy) { p.Subnets = append(p.Subnets, Subnet{Prefix: excluded}) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, mapped)
+			f := d.open(0, in, "203.0.113.5:9")
+			p := wide
+			change(&p)
+			if len(p.ExcludePeerPorts) == 0 {
+				d.gone(0, f)
+			}
+			d.m.SetPolicy(1, p)
+			d.carry()
+			d.want()
+		})
+	}
 }
 
 // What a new policy would make another permission of ends; the next snapshot

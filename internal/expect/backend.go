@@ -168,7 +168,7 @@ func (b *Backend) Stands(p *cone.Permission) bool {
 func (*Backend) Carries(p *cone.Permission) bool { return p.Wild == 0 || p.Routed() }
 
 // Anchored returns the key of the permission that stands by an anchor with this
-// original direction, and whether there is one.
+// original direction, but for Wild, and whether there is one.
 func (b *Backend) Anchored(src, dst cone.Endpoint, zone uint16) (k cone.Key, ok bool) {
 	a := anchorAt(src, dst, zone)
 	ext, ok := b.standing.ext[a]
