@@ -298,7 +298,8 @@ func (d *Daemon) compareLists(ofMap bool) error {
 		// What was granted after the list was asked for need not be in it.
 		if v.Since < began && !d.backends.whole(&v.Permission, found) {
 			lost = append(lost, v.Permission)
-		} else if d.backends.incomplete(&v.Permission) {
+		}
+		if d.backends.incomplete(&v.Permission) {
 			d.backends.Complete(v.Permission) // now, for it may end before the walk does
 		}
 		delete(found.expect, v.Key)
