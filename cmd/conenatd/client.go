@@ -87,16 +87,31 @@ func listCommand() *cobra.Command {
 }
 
 func statusCommand() *cobra.Command {
-	return showCommand("status", "Show what the daemon does", func(c *cobra.Command, client *control.Client, asJSON bool) error {
+	var verify bool
+	c := showCommand("status", "Show what the daemon does", func(c *cobra.Command, client *control.Client, asJSON bool) error {
 		st, err := client.Status(c.Context())
 		if err != nil {
 			return err
 		}
+		if verify {
+			v, err := client.Verify(c.Context())
+			if err != nil {
+				return err
+			}
+			st.Verification = &v
+		}
 		if asJSON {
 			enc := json.NewEncoder(c.OutOrStdout())
 			enc.SetIndent("", "  ")
-			return enc.Encode(st)
+			err = enc.Encode(st)
+		} else {
+			err = control.WriteStatus(c.OutOrStdout(), st, time.Now())
 		}
-		return control.WriteStatus(c.OutOrStdout(), st, time.Now())
+		if err == nil && verify && len(st.Verification.Wrong) > 0 {
+			err = fmt.Errorf("verify: %d things are not as they should be; the next reconcile mends them, or it is a bug", len(st.Verification.Wrong))
+		}
+		return err
 	})
+	c.Flags().BoolVar(&verify, "verify", false, "compare what the daemon knows with what the kernel holds")
+	return c
 }

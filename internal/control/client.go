@@ -50,6 +50,20 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 	return s, nil
 }
 
+// Verify lets the daemon compare itself with the kernel.
+func (c *Client) Verify(ctx context.Context) (Verification, error) {
+	body, err := c.get(ctx, pathVerify)
+	if err != nil {
+		return Verification{}, err
+	}
+	defer body.Close()
+	var v Verification
+	if err := json.NewDecoder(body).Decode(&v); err != nil {
+		return Verification{}, fmt.Errorf("read verification: %w", err)
+	}
+	return v, nil
+}
+
 // Permissions calls f for each permission as it arrives, until f returns an
 // error, which Permissions returns as it is. Any other error means that the
 // list is not complete; it is ErrNotRunning if there is no daemon.

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
 )
 
@@ -46,6 +47,7 @@ type source struct {
 }
 
 func (s source) Reload() error                                 { return errReload }
+func (s source) Verify() (Verification, error)                 { return *s.status.Verification, nil }
 func (s source) Revoke(words []string) (int, error)            { return len(words), nil }
 func (s source) Status() Status                                { return s.status }
 func (s source) Permissions(yield func(Permission) bool) error { return s.each(yield) }
@@ -65,13 +67,16 @@ func these(err error, ps ...Permission) func(func(Permission) bool) error {
 var errReload = errors.New("c.toml:3: lifetime: expected a duration")
 
 func TestCommands(t *testing.T) {
-	path, _ := start(t, source{})
+	path, _ := start(t, source{status: full})
 	c := Dial(path)
 	if err := c.Reload(t.Context()); err == nil || !strings.HasSuffix(err.Error(), errReload.Error()) {
 		t.Errorf("reload: %v, want the daemon's error", err)
 	}
 	if n, err := c.Revoke(t.Context(), []string{"203.0.113.5", "[2001:db8::1]:5060"}); n != 2 || err != nil {
 		t.Errorf("revoke: %d, %v, want 2", n, err)
+	}
+	if v, err := c.Verify(t.Context()); err != nil || !cmp.Equal(&v, full.Verification) {
+		t.Errorf("verify: %+v, %v", v, err)
 	}
 }
 

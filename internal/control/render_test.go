@@ -40,6 +40,10 @@ var full = Status{
 		"IPv6 has no helper: load the module nfnetlink_cthelper",
 		"the expectation table is small: set net.netfilter.nf_conntrack_expect_max = 4096",
 	},
+	Verification: &Verification{
+		Permissions: 2, Expectations: 1, Elements: 2, Flows: 9,
+		Wrong: []string{"203.0.113.5/32 -> 198.51.100.1:5060 stands, but not in the kernel"},
+	},
 }
 
 func TestWriteStatus(t *testing.T) {

@@ -66,6 +66,13 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	} else {
 		line("accounting", "off (nf_conntrack_acct): of a child it can be told that it was answered, not that it still is")
 	}
+	if v := s.Verification; v != nil {
+		line("verified", "%d permissions, %d expectations, %d elements of the map, %d flows; %d wrong",
+			v.Permissions, v.Expectations, v.Elements, v.Flows, len(v.Wrong))
+		for _, w := range v.Wrong {
+			line("wrong", "%s", w)
+		}
+	}
 	if err := tw.Flush(); err != nil || len(s.Warnings) == 0 {
 		return err
 	}

@@ -23,7 +23,7 @@ const (
 	graceTime  = time.Second     // to finish when Serve ends
 )
 
-// A Source is what the daemon tells. Both methods are called from many
+// A Source is what the daemon tells. Its methods are called from many
 // goroutines at once, and Serve does not return before they have.
 type Source interface {
 	// Status must not block for long.
@@ -34,6 +34,9 @@ type Source interface {
 	// yield blocks while a slow client reads, up to a minute. The daemon's
 	// own work must not wait for it: hold no lock meanwhile.
 	Permissions(yield func(Permission) bool) error
+
+	// Verify compares the daemon with the kernel. It may take seconds.
+	Verify() (Verification, error)
 
 	// Reload reads the configuration again. With an error nothing changed.
 	Reload() error
@@ -105,6 +108,9 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		_ = json.NewEncoder(w).Encode(h.src.Status()) // the client is gone
 	case r.URL.Path == pathPermissions:
 		h.list(w, r)
+	case r.URL.Path == pathVerify:
+		v, err := h.src.Verify()
+		answer(w, v, err)
 	case r.URL.Path == pathReload:
 		answer(w, result{}, h.src.Reload())
 	case r.URL.Path == pathRevoke:
@@ -114,7 +120,7 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // answer tells how a command went.
-func answer(w http.ResponseWriter, r result, err error) {
+func answer(w http.ResponseWriter, r any, err error) {
 	if err != nil {
 		fail(w, http.StatusUnprocessableEntity, "%w", err)
 		return

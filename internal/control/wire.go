@@ -13,6 +13,7 @@ const (
 	pathPermissions = "/v1/permissions"
 	pathReload      = "/v1/reload"
 	pathRevoke      = "/v1/revoke"
+	pathVerify      = "/v1/verify"
 
 	// wordParameter may be repeated: what Source.Revoke takes.
 	wordParameter = "word"
@@ -23,6 +24,7 @@ var methods = map[string]string{
 	pathPermissions: http.MethodGet,
 	pathReload:      http.MethodPost,
 	pathRevoke:      http.MethodPost,
+	pathVerify:      http.MethodGet,
 }
 
 // result is the answer to a command.
@@ -74,6 +76,20 @@ type Status struct {
 	// Warnings are sentences for the user: what does not work, and what would
 	// mend it.
 	Warnings []string `json:"warnings"`
+
+	// Verification is there where it was asked for.
+	Verification *Verification `json:"verification,omitempty"`
+}
+
+// A Verification is what a comparison of the daemon with the kernel found: how many
+// permissions stand, expectations and elements of the map there are, and flows in
+// conntrack; and a sentence for each thing that is wrong.
+type Verification struct {
+	Permissions  int      `json:"permissions"`
+	Expectations int      `json:"expectations"`
+	Elements     int      `json:"elements"`
+	Flows        int      `json:"flows"`
+	Wrong        []string `json:"wrong"`
 }
 
 // Helper names the conntrack helper on anchors, empty where there is none.
