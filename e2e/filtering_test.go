@@ -64,7 +64,7 @@ func TestNFTFilteringLetsAnybodyIn(t *testing.T) {
 		// What was there is taken over, and a command ends it.
 		s.Kill()
 		s.Arrives(phone, s.PeerSocket(stranger, 5075), ext)
-		s.Start(subnet(mode, "--filtering=endpoint_independent", "--reconcile=1s")...)
+		s.Start(stage.Flags(mode, "--filtering=endpoint_independent", "--reconcile=1s")...)
 		s.standsFor(netip.MustParsePrefix("0.0.0.0/0"), phone, ext)
 		if out, code := s.CLI("revoke", "--control-socket", s.Daemon.Socket, ext.String()); code != 0 || !strings.Contains(out, "revoked 1 ") {
 			t.Errorf("exit %d, %q", code, out)
@@ -154,7 +154,7 @@ func TestNFTGroupThatAKilledDaemonLeft(t *testing.T) {
 				s.T.Errorf("exit %d, %q", code, out)
 			}
 		},
-		"start without the group": func(s *scene) { s.Start(subnet(stage.NFT)...) },
+		"start without the group": func(s *scene) { s.Start(stage.Flags(stage.NFT)...) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := play(t, lab.Options{}, append(stage.NFT, "--peer-group="+group.String())...)

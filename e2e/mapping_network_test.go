@@ -84,7 +84,7 @@ func (s *scene) tunnel() {
 func TestNFTMappingOnTwoUplinks(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Inside: 3, Rules: uplinkRules})
-		s.Start(subnet(mode, mapped)...)
+		s.Start(stage.Flags(mode, mapped)...)
 		second := s.addUplink()
 		s.Until("the daemon knows both uplinks", func() bool { return len(s.Status().Outside) == 2 })
 		hosts, exts := s.consoles(3)

@@ -21,11 +21,6 @@ import (
 // The map of permissions (--backend=nft, and auto), with and without the kernel
 // filling it by itself (--learn).
 
-// subnet puts what every daemon needs before the flags of a mode.
-func subnet(mode []string, more ...string) []string {
-	return slices.Concat([]string{"--subnet", lab.InsideNet.String()}, mode, more)
-}
-
 // An entry is an element of the map.
 type entry struct {
 	ext  netip.AddrPort
@@ -138,7 +133,7 @@ func TestNFTOutlivesTheDaemonAndIsTakenOver(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFT, stage.Auto, stage.NFTByEvent, stage.AutoByEvent}, func(t *testing.T, mode ...string) {
 		learns := !slices.Contains(mode, "--learn=false")
 		s := newScene(t, lab.Options{Inside: 3})
-		args := subnet(mode, "--max-children=0")
+		args := stage.Flags(mode, "--max-children=0")
 		s.Start(args...)
 		proxy := s.PeerSocket(lab.PeerA, 5060)
 		one, two, three := s.InsideSocket(0, 5060), s.InsideSocket(1, 5061), s.InsideSocket(2, 5062)
@@ -267,7 +262,7 @@ func TestNFTListAndStatusTellWhatCarriesWhat(t *testing.T) {
 	} {
 		stage.InModes(t, [][]string{tc.mode}, func(t *testing.T, mode ...string) {
 			s := newScene(t, lab.Options{IPv6: true})
-			s.Start(subnet(mode, "--subnet", lab.InsideNet6.String(), "--routed")...)
+			s.Start(stage.Flags(mode, "--subnet", lab.InsideNet6.String(), "--routed")...)
 			carried := func(what, want, reason string, in, peer *lab.Socket) {
 				t.Helper()
 				state := "standing"
@@ -357,7 +352,7 @@ COMMIT
 			stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent}, func(t *testing.T, mode ...string) {
 				s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
 				s.Must(load(s))
-				s.Start(subnet(mode)...)
+				s.Start(stage.Flags(mode)...)
 				phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
 				ext := s.Contact(phone, proxy)
 				s.Until("it is listed", func() bool { return len(s.List()) == 1 })
@@ -381,7 +376,7 @@ func TestNFTForwardThatIsUsedFirstWins(t *testing.T) {
 -A PREROUTING -i wan0 -p udp --dport 5060 -j DNAT --to-destination 10.47.11.110
 COMMIT
 `))
-		s.Start(subnet(mode)...)
+		s.Start(stage.Flags(mode)...)
 		phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
 		s.Arrives(server, s.PeerSocket(lab.PeerC, 9), netip.AddrPortFrom(s.Gateway.Addr, 5060))
 		ext := s.Contact(phone, proxy)
@@ -488,7 +483,7 @@ func TestNFTSecondHostDoesNotRefreshTheFirst(t *testing.T) {
 func TestNFTEndOfAPermissionDoesNotBarItsNeighbour(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Inside: 2})
-		s.Start(subnet(mode, "--lifetime=2s", "--reconcile=1s", "--max-children=0")...)
+		s.Start(stage.Flags(mode, "--lifetime=2s", "--reconcile=1s", "--max-children=0")...)
 		one, two := s.InsideSocket(0, 3074), s.InsideSocket(1, 3074)
 		a, b := s.PeerSocket(lab.PeerA, 3074), s.PeerSocket(lab.PeerB, 3074)
 		ext := s.Contact(two, b)
@@ -651,7 +646,7 @@ func TestNFTStopLeavesNothing(t *testing.T) {
 		rules, err := s.Ruleset()
 		s.Must(err)
 		table := s.table()
-		s.Start(subnet(mode)...)
+		s.Start(stage.Flags(mode)...)
 		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext) // a child that nobody answers
 		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_events", "0"))
 		s.Arrives(phone, media, ext) // one that no event told of
@@ -687,7 +682,7 @@ func TestNFTStopLeavesAnsweredChildren(t *testing.T) {
 func TestNFTStopThatKeepsLeavesTheTables(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{})
-		args := subnet(mode, "--on-stop=keep", "--max-children=0")
+		args := stage.Flags(mode, "--on-stop=keep", "--max-children=0")
 		s.Start(args...)
 		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 		ext := s.Contact(phone, proxy)
@@ -707,7 +702,7 @@ func TestNFTStopThatKeepsLeavesTheTables(t *testing.T) {
 			t.Errorf("%d permissions were granted anew, want all taken over", n)
 		}
 		s.Stop()
-		s.Start(subnet(mode)...)
+		s.Start(stage.Flags(mode)...)
 		s.Stop()
 		if left := s.tables(); len(left) > 0 {
 			t.Errorf("left: %q", left)
@@ -723,13 +718,13 @@ func TestNFTForeignTableIsLeftAloneAndNamed(t *testing.T) {
 	before, err := s.Ruleset()
 	s.Must(err)
 	for _, mode := range [][]string{stage.NFT, stage.Auto, stage.Expect} {
-		args := slices.Concat([]string{"run"}, subnet(mode, "--control-socket", filepath.Join(t.TempDir(), "c.sock")))
+		args := slices.Concat([]string{"run"}, stage.Flags(mode, "--control-socket", filepath.Join(t.TempDir(), "c.sock")))
 		out, code := s.CLI(args...)
 		if code != 1 || !strings.Contains(out, "table ip conenat") || !strings.Contains(out, `key "table"`) {
 			t.Errorf("%v: exit %d, %q", mode, code, out)
 		}
 	}
-	s.Start(subnet(stage.NFT, "--table=conenat2")...)
+	s.Start(stage.Flags(stage.NFT, "--table=conenat2")...)
 	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 	ext := s.Contact(phone, proxy)
 	s.Stands(phone, proxy, ext)
@@ -747,7 +742,7 @@ func TestNFTRefreshIsNotTakenForLoss(t *testing.T) {
 		const ports, peers = 50, 200
 		s := newScene(t, lab.Options{})
 		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
-		s.Start(subnet(mode, "--max-permissions-per-host=0", "--learn-rate=100000", "--reconcile=1s", "--lifetime=6s")...)
+		s.Start(stage.Flags(mode, "--max-permissions-per-host=0", "--learn-rate=100000", "--reconcile=1s", "--lifetime=6s")...)
 		for port := range ports {
 			in := s.InsideSocket(0, uint16(10_000+port))
 			for i := range peers {
@@ -779,7 +774,7 @@ func TestNFTManyPermissions(t *testing.T) {
 		}
 		s := newScene(t, lab.Options{Inside: 2})
 		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
-		s.Start(subnet(mode, "--max-permissions-per-host=0", "--learn-rate=100000", "--event-buffer=67108864")...)
+		s.Start(stage.Flags(mode, "--max-permissions-per-host=0", "--learn-rate=100000", "--event-buffer=67108864")...)
 		peer := func(i int) netip.Addr {
 			if i < peers/2 {
 				return netip.AddrFrom4([4]byte{203, 0, 113, byte(1 + i)})

@@ -26,7 +26,7 @@ func TestHandsOnConntrack(t *testing.T) {
 		t.Run(strings.ReplaceAll(tc.hand, " ", "_"), func(t *testing.T) {
 			stage.InModes(t, modes, func(t *testing.T, mode ...string) {
 				s := stage.New(t, lab.Options{})
-				s.Start(serve(mode, tc.reconcile)...)
+				s.Start(stage.Flags(mode, tc.reconcile)...)
 				phone := s.InsideSocket(0, 5060)
 				a, b := s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
 				ext := s.Contact(phone, a)
@@ -42,12 +42,14 @@ func TestHandsOnConntrack(t *testing.T) {
 				for i, peer := range []*lab.Socket{a, b} {
 					s.Arrives(phone, s.PeerSocket(peer.Addr().Addr(), uint16(7000+i)), ext)
 				}
+				// In conntrack there is nothing of a permission that stands in the map alone.
 				if n, want := s.Status().Counters.Repaired, before.expectations; int(n) < want {
 					t.Errorf("%d repairs counted, want %d", n, want)
 				}
 				if ps := s.List(); len(ps) != 2 {
 					t.Errorf("%+v", ps)
 				}
+				verified(s)
 			})
 		})
 	}
@@ -57,7 +59,7 @@ func TestHandsOnConntrack(t *testing.T) {
 func TestHandsSwitchEventsOff(t *testing.T) {
 	stage.InModes(t, modes, func(t *testing.T, mode ...string) {
 		s := stage.New(t, lab.Options{})
-		s.Start(serve(mode, "--reconcile=1s")...)
+		s.Start(stage.Flags(mode, "--reconcile=1s")...)
 		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_events", "0"))
 		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 		ext := s.Contact(phone, proxy)

@@ -18,7 +18,7 @@ import (
 func TestFloodOfStrangers(t *testing.T) {
 	stage.InModes(t, modes, func(t *testing.T, mode ...string) {
 		s := stage.New(t, lab.Options{})
-		s.Start(serve(mode, "--reconcile=1h")...)
+		s.Start(stage.Flags(mode, "--reconcile=1h")...)
 		phone, proxy, stranger := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
 		ext := s.Contact(phone, proxy)
 		s.Stands(phone, proxy, ext)
@@ -53,7 +53,7 @@ func TestFloodOfStrangers(t *testing.T) {
 func TestFloodOfAPermittedPeer(t *testing.T) {
 	stage.InModes(t, modes, func(t *testing.T, mode ...string) {
 		s := stage.New(t, lab.Options{Inside: 2})
-		s.Start(serve(mode)...)
+		s.Start(stage.Flags(mode)...)
 		phone, other := s.InsideSocket(0, 5060), s.InsideSocket(1, 5061)
 		a, b := s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
 		ext, extOther := s.Contact(phone, a), s.Contact(other, b)

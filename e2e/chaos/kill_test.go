@@ -22,7 +22,7 @@ func TestKillAndRestart(t *testing.T) {
 		s := stage.New(t, lab.Options{Inside: 3})
 		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
 		mode = append(slices.Clone(mode), "--max-children=0") // for there are many fresh ports
-		s.Start(serve(mode)...)
+		s.Start(stage.Flags(mode)...)
 		proxy := s.PeerSocket(lab.PeerA, 5060)
 		var exts []netip.AddrPort
 		var stops []func() int
@@ -52,7 +52,7 @@ func TestKillAndRestart(t *testing.T) {
 			if now := held(s); now != before {
 				t.Errorf("the kernel holds %+v after the kill, %+v before", now, before)
 			}
-			s.Start(serve(mode)...)
+			s.Start(stage.Flags(mode)...)
 			if now := held(s); now != before {
 				t.Errorf("the kernel holds %+v after the restart, %+v before", now, before)
 			}
@@ -67,6 +67,7 @@ func TestKillAndRestart(t *testing.T) {
 				t.Logf("%d packets to host %d, none lost", n, i)
 			}
 		}
+		verified(s)
 		s.Stop()
 		if left := s.Leftovers(); len(left) > 0 {
 			t.Errorf("left: %q", left)
@@ -80,7 +81,7 @@ func TestKillForGood(t *testing.T) {
 	stage.InModes(t, modes, func(t *testing.T, mode ...string) {
 		s := stage.New(t, lab.Options{})
 		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "5"))
-		s.Start(serve(mode, "--lifetime=10s")...)
+		s.Start(stage.Flags(mode, "--lifetime=10s")...)
 		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 		ext := s.Contact(phone, proxy)
 		s.Stands(phone, proxy, ext)

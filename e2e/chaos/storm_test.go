@@ -29,7 +29,7 @@ func TestStorm(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFTByEvent, stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
 		s := stage.New(t, lab.Options{})
 		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
-		s.Start(serve(mode, "--max-permissions-per-host=0", "--learn-rate=100000",
+		s.Start(stage.Flags(mode, "--max-permissions-per-host=0", "--learn-rate=100000",
 			"--event-buffer=65536", "--reconcile=1h")...)
 		limit := s.Status().Permissions.Limit
 
@@ -88,6 +88,7 @@ func TestStorm(t *testing.T) {
 		if n := inKernel(s, mode); n < standing || n > standing+unknown {
 			t.Errorf("%d permissions stand, %d are in the kernel", standing, n)
 		}
+		verified(s)
 		s.Stop()
 		if left := s.Leftovers(); len(left) > 0 {
 			t.Errorf("%d left over, %q ...", len(left), left[0])

@@ -2,8 +2,11 @@ package stage
 
 import (
 	"os"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/conenatd/conenatd/internal/lab"
 )
 
 // Flags of the modes that a daemon can have.
@@ -24,4 +27,9 @@ func InModes(t *testing.T, modes [][]string, test func(t *testing.T, mode ...str
 	for _, mode := range modes {
 		t.Run(strings.ReplaceAll(strings.Join(mode, " "), "--", ""), func(t *testing.T) { test(t, mode...) })
 	}
+}
+
+// Flags puts what every daemon needs before the flags of a mode.
+func Flags(mode []string, more ...string) []string {
+	return slices.Concat([]string{"--subnet", lab.InsideNet.String()}, mode, more)
 }

@@ -86,7 +86,7 @@ func New(t *testing.T, o lab.Options) *Scene {
 // Serve starts a daemon that serves the inside network.
 func (s *Scene) Serve(args ...string) {
 	s.T.Helper()
-	s.Start(append([]string{"--subnet", lab.InsideNet.String()}, args...)...)
+	s.Start(Flags(args)...)
 }
 
 // ModeEnv has flags for every daemon, such as "--backend=nft --learn=false":
