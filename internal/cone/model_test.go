@@ -370,18 +370,7 @@ func (w *world) change() {
 // may meet a standing permission of somebody else's. Fails, for instance, when
 // withdraw is left out of end, or when settle forgets to yield.
 func TestModelAgreesWithNaiveReference(t *testing.T) {
-	mapped := testPolicy
-	mapped.Mapped = true
-	mapped.Limits.Children = 2
-	learned := mapped
-	learned.Learned = true
-	wild := learned
-	wild.PeerGroups = []netip.Prefix{netip.MustParsePrefix("203.0.113.6/31")}
-	wild.Subnets = []Subnet{
-		{Prefix: netip.MustParsePrefix("10.47.11.110/32"), Filtering: EndpointIndependent}, // the first that fits
-		{Prefix: netip.MustParsePrefix("10.47.11.0/24")},
-	}
-	for name, p := range map[string]Policy{"expected": testPolicy, "mapped": mapped, "learned": learned, "wild": wild} {
+	for name, p := range policies() {
 		t.Run(name, func(t *testing.T) { agree(t, p) })
 	}
 }
@@ -396,26 +385,92 @@ func agree(t *testing.T, p Policy) {
 		w.acct = seed%2 == 1
 		w.full = seed % 3 * 10
 		for range steps {
-			switch n := w.rnd.IntN(100); {
-			case n < 70:
-				w.traffic()
-			case n < 94:
-				w.tick(time.Duration(1+w.rnd.IntN(20)) * time.Second)
-			case n < 95:
-				w.change()
-			case n < 96 && p.Mapped:
-				w.tick(forwardMemory)
-			case n < 96:
-				w.tick(10 * lifetime)
-			default:
-				w.snapshot()
-			}
-			w.check()
+			w.step()
 		}
-		w.m.RevokeAll()
-		w.apply()
-		if len(w.kernel) != 0 {
-			w.failf("after RevokeAll %d permissions stand", len(w.kernel))
-		}
+		w.end()
 	}
+}
+
+// step is one thing that happens.
+func (w *world) step() {
+	w.t.Helper()
+	switch n := w.rnd.IntN(100); {
+	case n < 70:
+		w.traffic()
+	case n < 94:
+		w.tick(time.Duration(1+w.rnd.IntN(20)) * time.Second)
+	case n < 95:
+		w.change()
+	case n < 96 && w.policy.Mapped:
+		w.tick(forwardMemory)
+	case n < 96:
+		w.tick(10 * lifetime)
+	default:
+		w.snapshot()
+	}
+	w.check()
+}
+
+func (w *world) end() {
+	w.t.Helper()
+	w.m.RevokeAll()
+	w.apply()
+	if len(w.kernel) != 0 {
+		w.failf("after RevokeAll %d permissions stand", len(w.kernel))
+	}
+}
+
+// policies are those of the worlds.
+func policies() map[string]Policy {
+	mapped := testPolicy
+	mapped.Mapped = true
+	mapped.Limits.Children = 2
+	learned := mapped
+	learned.Learned = true
+	wild := learned
+	wild.PeerGroups = []netip.Prefix{netip.MustParsePrefix("203.0.113.6/31")}
+	wild.Subnets = []Subnet{
+		{Prefix: netip.MustParsePrefix("10.47.11.110/32"), Filtering: EndpointIndependent}, // the first that fits
+		{Prefix: netip.MustParsePrefix("10.47.11.0/24")},
+	}
+	return map[string]Policy{"expected": testPolicy, "mapped": mapped, "learned": learned, "wild": wild}
+}
+
+// choices is a source of numbers that a fuzzer chooses, one byte each.
+type choices struct{ left []byte }
+
+func (c *choices) Uint64() uint64 {
+	const low = 1<<56 - 1 // of a number that rand.IntN takes at once
+	if len(c.left) == 0 {
+		return low
+	}
+	b := c.left[0]
+	c.left = c.left[1:]
+	return uint64(b)<<56 | low
+}
+
+// The same with the inputs that a fuzzer finds.
+func FuzzModelAgreesWithNaiveReference(f *testing.F) {
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for range 8 {
+		all := make([]byte, 600)
+		for i := range all {
+			all[i] = byte(rnd.Uint32())
+		}
+		f.Add(all)
+	}
+	names := slices.Sorted(maps.Keys(policies()))
+	f.Fuzz(func(t *testing.T, all []byte) {
+		if len(all) == 0 || len(all) > 4096 {
+			return
+		}
+		w := newWorld(t, 0, policies()[names[int(all[0])%len(names)]])
+		w.acct, w.full = all[0]&4 != 0, int(all[0]>>3&1)*20
+		c := &choices{all[1:]}
+		w.rnd = rand.New(c)
+		for len(c.left) > 0 {
+			w.step()
+		}
+		w.end()
+	})
 }
