@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -140,6 +141,39 @@ func TestBadRequestsAreAnsweredAndClosed(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Whatever a client sends, it gets an end, and the next one his answer.
+func FuzzRequest(f *testing.F) {
+	for _, request := range []string{
+		"GET /v1/status HTTP/1.1\r\nHost: c\r\n\r\n",
+		"GET /v1/permissions HTTP/1.0\r\n\r\n",
+		"POST /v1/revoke?word=203.0.113.5&word=%5b2001:db8::1%5d:5060 HTTP/1.1\r\nHost: c\r\nContent-Length: 3\r\n\r\nabc",
+		"POST /v1/reload HTTP/1.1\r\nHost: c\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+		"\x00\xff\x16\x03\x01 not HTTP\r\n\r\n",
+	} {
+		f.Add([]byte(request))
+	}
+	path, _ := start(f, source{status: full, each: these(nil, proxy)})
+	f.Fuzz(func(t *testing.T, request []byte) {
+		conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: path, Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+			t.Fatal(err)
+		}
+		// It may hang up early.
+		_, _ = conn.Write(request)
+		_ = conn.CloseWrite()
+		if _, err := io.Copy(io.Discard, conn); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("no end of the answer: %v", err)
+		}
+		if got, err := Dial(path).Status(t.Context()); err != nil || got.PID != full.PID {
+			t.Errorf("the next client gets %+v, %v", got, err)
+		}
+	})
 }
 
 func TestAThousandClients(t *testing.T) {
