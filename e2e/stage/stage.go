@@ -227,7 +227,7 @@ func (s *Scene) Dump() string {
 // List is what "conenatd list" shows.
 func (s *Scene) List() (ps []control.Permission) {
 	s.T.Helper()
-	ctx, cancel := context.WithTimeout(s.T.Context(), Patience())
+	ctx, cancel := context.WithTimeout(s.T.Context(), 3*Patience())
 	defer cancel()
 	s.Must(control.Dial(s.Daemon.Socket).Permissions(ctx, func(p control.Permission) error {
 		ps = append(ps, p)
