@@ -42,14 +42,14 @@ func TestStorm(t *testing.T) {
 		storm(s, stormPorts/2, stormPorts)
 
 		began := time.Now()
-		s.Until("nearly all that lives has its permission", func() bool {
+		s.UntilIn(5*stage.Patience(), "nearly all that lives has its permission", func() bool {
 			p := s.Status().Permissions
 			anchors := p.Expectations
 			return p.Standing >= min(entries(s)-anchors-few, limit)
 		})
 		took := time.Since(began)
 		living := flows(s)
-		s.Until("the rest has too", func() bool { return s.Status().Permissions.Standing >= min(len(living), limit) })
+		s.UntilIn(5*stage.Patience(), "the rest has too", func() bool { return s.Status().Permissions.Standing >= min(len(living), limit) })
 		st := s.Status()
 		if len(living) < stormPorts*stormPeers/2 {
 			t.Fatalf("%d flows of %d came into being", len(living), stormPorts*stormPeers)

@@ -255,7 +255,13 @@ func Patience() time.Duration {
 // Until asks cond again and again until it holds.
 func (s *Scene) Until(what string, cond func() bool) {
 	s.T.Helper()
-	for end := time.Now().Add(Patience()); !cond(); {
+	s.UntilIn(Patience(), what, cond)
+}
+
+// UntilIn is Until with another bound, for what is much.
+func (s *Scene) UntilIn(bound time.Duration, what string, cond func() bool) {
+	s.T.Helper()
+	for end := time.Now().Add(bound); !cond(); {
 		if time.Now().After(end) {
 			s.T.Fatalf("waited in vain until %s\n%s", what, s.Dump())
 		}
