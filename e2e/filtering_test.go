@@ -130,6 +130,7 @@ func TestNFTGroupOfPeers(t *testing.T) {
 		s.Arrives(phone, s.PeerSocket(neighbor, 5070), ext)
 		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 		s.Lost(phone, s.PeerSocket(lab.PeerB, 5070), ext, proxy)
+		s.Verified()
 		s.Kill()
 		write := s.configured(grouped)
 		s.standsFor(group, phone, ext)
@@ -143,6 +144,36 @@ func TestNFTGroupOfPeers(t *testing.T) {
 		s.Lost(phone, s.PeerSocket(neighbor, 5072), ext, proxy)
 		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5073), ext)
 	})
+}
+
+// An expectation that translates is for one peer: those of a small group get one each.
+func TestGroupOfPeersByExpectations(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	grouped := "peer_groups = [\"203.0.113.0/28\"]\n" + toml(stage.Expect)
+	s.configured(grouped)
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	near, far := netip.MustParseAddr("203.0.113.15"), netip.MustParseAddr("203.0.113.16")
+	ext := s.Contact(phone, proxy)
+	all := func() bool { return s.Status().Permissions.Standing == 16 }
+	s.Until("all of the group have one", all)
+	s.Arrives(phone, s.PeerSocket(near, 5070), ext)
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+	s.Lost(phone, s.PeerSocket(far, 5070), ext, proxy)
+	if s.warns("peer_groups") {
+		t.Errorf("warnings %q", s.Status().Warnings)
+	}
+	s.Verified()
+	s.Kill()
+	write := s.configured(grouped)
+	s.Until("all of the group have one again", all)
+	s.Arrives(phone, s.PeerSocket(near, 5071), ext)
+	write(toml(stage.Expect))
+	if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code != 0 {
+		t.Fatalf("exit %d, %q", code, out)
+	}
+	s.Until("the group is gone", func() bool { return len(s.ConntrackList("expect")) == 1 })
+	s.Lost(phone, s.PeerSocket(near, 5072), ext, proxy)
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5073), ext)
 }
 
 // What a daemon left for a group that the next one does not know goes, and with it

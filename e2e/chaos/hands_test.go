@@ -49,7 +49,7 @@ func TestHandsOnConntrack(t *testing.T) {
 				if ps := s.List(); len(ps) != 2 {
 					t.Errorf("%+v", ps)
 				}
-				verified(s)
+				s.Verified()
 			})
 		})
 	}

@@ -8,15 +8,6 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// verified checks that the daemon, the kernel's permissions and conntrack agree.
-func verified(s *stage.Scene) {
-	s.T.Helper()
-	out, code := s.CLI("status", "--verify", "--control-socket", s.Daemon.Socket)
-	if code != 0 || !strings.Contains(out, "; 0 wrong") {
-		s.T.Errorf("exit %d, %s", code, out)
-	}
-}
-
 // What is wrong is told, and not touched. A verification that sees nothing would make
 // all other tests of this package worth less.
 func TestVerifyTellsWhatIsWrong(t *testing.T) {
@@ -27,7 +18,7 @@ func TestVerifyTellsWhatIsWrong(t *testing.T) {
 	s.Stands(phone, proxy, ext)
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 	s.Until("the child is listed", func() bool { return s.List()[0].Children == 1 })
-	verified(s)
+	s.Verified()
 	for _, tc := range []struct{ hand, want string }{
 		{"-F expect", "203.0.113.5/32 -> 198.51.100.1:5060 stands, but not in the kernel"},
 		{"-D -p udp --orig-src 203.0.113.5", "; 1 wrong"}, // of the child an event tells

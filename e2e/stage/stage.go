@@ -236,6 +236,15 @@ func (s *Scene) List() (ps []control.Permission) {
 	return ps
 }
 
+// Verified checks that the daemon, the kernel's permissions and conntrack agree.
+func (s *Scene) Verified() {
+	s.T.Helper()
+	out, code := s.CLI("status", "--verify", "--control-socket", s.Daemon.Socket)
+	if code != 0 || !strings.Contains(out, "; 0 wrong") {
+		s.T.Errorf("exit %d, %s", code, out)
+	}
+}
+
 // Status is what "conenatd status" shows.
 func (s *Scene) Status() control.Status {
 	s.T.Helper()

@@ -114,7 +114,9 @@ func (m *Model) allowed(c *claim) bool {
 	for f := c.flows; f != none; {
 		fl := &m.flows.all[f]
 		next := fl.next
-		if !fl.child && m.policy.peerPorts.has(fl.port) {
+		contact := c.Permission
+		contact.Peer = m.from(f).Addr
+		if !fl.child && (m.policy.peerPorts.has(fl.port) || !m.supports(&contact, c)) {
 			m.removeFlow(f)
 		}
 		f = next
@@ -178,6 +180,20 @@ func (m *Model) carryOn(now time.Duration, x fedPermission) {
 		m.grant(now, i)
 	}
 	m.settle(now, i)
+}
+
+// supports reports whether a contact with another peer may hold c.
+func (m *Model) supports(contact *Permission, c *claim) bool {
+	if c.Wild > 0 {
+		return true
+	}
+	first, n := m.policy.spread(contact)
+	for i := range n {
+		if first.plus(i) == c.Peer {
+			return true
+		}
+	}
+	return false
 }
 
 // Adopt takes over p, which stands in the kernel from an earlier daemon. Unless

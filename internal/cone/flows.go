@@ -23,7 +23,7 @@ type flow struct {
 // addresses within a group, which it only tells apart well enough.
 type flowKey struct {
 	claim int32
-	host  uint32 // which of the peers, where there are several; else 0
+	host  uint32 // which peer, where it is not the one of the claim; else 0
 	port  uint16
 	child bool
 }
@@ -35,7 +35,7 @@ type flowTable struct {
 	all   []flow
 	free  []int32
 	byKey map[flowKey]int32
-	peers map[int32]Addr // by flow, where the claim's peer is not one address
+	peers map[int32]Addr // by flow, where it is not the one of the claim
 }
 
 func newFlowTable() flowTable {
@@ -45,7 +45,7 @@ func newFlowTable() flowTable {
 // flowKey returns the key of the flow between e and the inside host of claim i.
 func (m *Model) flowKey(i int32, e Endpoint, child bool) flowKey {
 	k := flowKey{claim: i, port: e.Port, child: child}
-	if m.claims[i].Wild > 0 {
+	if c := &m.claims[i]; c.Wild > 0 || c.Peer != e.Addr {
 		for b := 0; b < len(e.Addr); b += 4 {
 			k.host = k.host*31 + binary.BigEndian.Uint32(e.Addr[b:])
 		}
@@ -159,6 +159,22 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 		}
 		return
 	}
+	first, n := m.policy.spread(&p)
+	for i := range n {
+		p.Peer = first.plus(i)
+		if m.gives(f, &p) {
+			m.claimOut(now, f, p, s)
+		}
+	}
+}
+
+// gives reports whether f gives the permission p of those for which it is spread.
+func (m *Model) gives(f *Flow, p *Permission) bool {
+	return p.Wild > 0 || p.Peer == f.ReplySrc.Addr ||
+		m.policy.refusesEndpoint(p.Ext, Endpoint{p.Peer, 1}, &m.topo) == ReasonNone
+}
+
+func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	if i := m.find(p.Key, p.Int); i != none {
 		known := m.addFlow(now, i, f, false)
 		c := &m.claims[i]
@@ -170,7 +186,7 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	}
 	i := m.claim(now, p)
 	m.addFlow(now, i, f, false)
-	if !s.Mapping && f.Status.Has(StatusSrcNAT) {
+	if !s.Mapping && f.Status.Has(StatusSrcNAT) && (p.Wild > 0 || p.Peer == f.ReplySrc.Addr) {
 		m.compare(f.Src, f.ReplyDst)
 	}
 	switch o := m.owner(p.Key); {
@@ -275,7 +291,7 @@ func (m *Model) newFlow(k flowKey, peer Addr) int32 {
 	}
 	c := &m.claims[k.claim]
 	t.all[n] = flow{claim: k.claim, host: k.host, port: k.port, child: k.child, next: c.flows, prev: none}
-	if c.Wild > 0 {
+	if c.Wild > 0 || c.Peer != peer {
 		t.peers[n] = peer
 	}
 	if c.flows != none {
@@ -327,9 +343,7 @@ func (m *Model) removeFlow(n int32) {
 	}
 	m.account(fl.claim)
 	delete(t.byKey, fl.key())
-	if c.Wild > 0 {
-		delete(t.peers, n)
-	}
+	delete(t.peers, n)
 	fl.claim = none
 	t.free = append(t.free, n)
 	m.stats.Flows--
@@ -353,14 +367,24 @@ func (m *Model) FlowGone(now time.Duration, f *Flow) {
 	default:
 		return
 	}
+	if role == roleChild {
+		m.flowGone(now, f, p, f.Src, true)
+		return
+	}
+	first, n := m.policy.spread(&p)
+	for i := range n {
+		p.Peer = first.plus(i)
+		m.flowGone(now, f, p, f.ReplySrc, false)
+	}
+}
+
+// flowGone takes in the end of a flow with the given peer that belonged to p.
+func (m *Model) flowGone(now time.Duration, f *Flow, p Permission, peer Endpoint, child bool) {
 	i := m.find(p.Key, p.Int)
 	if i == none {
 		return
 	}
-	k := m.flowKey(i, f.ReplySrc, false)
-	if role != roleOut {
-		k = m.flowKey(i, f.Src, true)
-	}
+	k := m.flowKey(i, peer, child)
 	n, ok := m.flows.byKey[k]
 	if !ok || m.flows.all[n].id != f.ID {
 		return

@@ -433,7 +433,9 @@ func policies() map[string]Policy {
 		{Prefix: netip.MustParsePrefix("10.47.11.110/32"), Filtering: EndpointIndependent}, // the first that fits
 		{Prefix: netip.MustParsePrefix("10.47.11.0/24")},
 	}
-	return map[string]Policy{"expected": testPolicy, "mapped": mapped, "learned": learned, "wild": wild}
+	spread := testPolicy
+	spread.PeerGroups = wild.PeerGroups
+	return map[string]Policy{"expected": testPolicy, "spread": spread, "mapped": mapped, "learned": learned, "wild": wild}
 }
 
 // choices is a source of numbers that a fuzzer chooses, one byte each.

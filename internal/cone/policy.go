@@ -30,7 +30,8 @@ type Policy struct {
 
 	// PeerGroups are prefixes inside which a contact with one address permits
 	// all. They do not overlap. Where permissions cannot stand for a group, each
-	// peer gets its own.
+	// peer of a small one (SpreadBits) gets its own, of others each that was
+	// contacted.
 	PeerGroups []netip.Prefix
 
 	ExcludePeers     []netip.Prefix // peers that never get a permission
@@ -132,6 +133,22 @@ func (p *policy) group(a netip.Addr) uint8 {
 		}
 	}
 	return 0
+}
+
+// SpreadBits bounds the groups whose permissions are spread, one for each address: they
+// leave at most so many bits free.
+const SpreadBits = 4
+
+// spread returns for how many peers a contact gives a permission like x, each of its
+// own, and the first. It is more than one for a small group that no permission can be
+// for as a whole: an expectation that translates is for one peer.
+func (p *policy) spread(x *Permission) (first Addr, n int) {
+	if p.wild && x.Wild == 0 && !x.Routed() {
+		if low := p.group(x.Peer.Netip()); low > 0 && low <= SpreadBits {
+			return x.Peer.WithoutLow(low), 1 << low
+		}
+	}
+	return x.Peer, 1
 }
 
 // children returns how many children a permission may have at a time.

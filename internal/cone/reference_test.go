@@ -97,6 +97,21 @@ func (r *refModel) widen(p Permission) Permission {
 	return p
 }
 
+// spread returns the permissions that a contact gives: those for the other peers of a
+// group too, where it cannot be one.
+func (r *refModel) spread(p Permission) (all []Permission) {
+	for _, g := range r.policy.PeerGroups {
+		if !r.policy.Mapped && g.Contains(p.Peer.Netip()) {
+			for a := g.Addr(); g.Contains(a); a = a.Next() {
+				p.Peer = AddrFrom(a)
+				all = append(all, p)
+			}
+			return all
+		}
+	}
+	return []Permission{p}
+}
+
 // classify says what f is: "out", "child", "dnat" or "".
 func (r *refModel) classify(now time.Duration, f *Flow) (string, Permission) {
 	in := r.widen(Permission{Key: Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.OrigZone}, Int: f.ReplySrc})
@@ -143,6 +158,16 @@ func (r *refModel) barred(now time.Duration, c *refClaim) bool {
 
 func (r *refModel) seen(now time.Duration, f *Flow) {
 	what, p := r.classify(now, f)
+	if what == "out" {
+		for _, q := range r.spread(p) {
+			r.seenOf(now, f, what, q)
+		}
+		return
+	}
+	r.seenOf(now, f, what, p)
+}
+
+func (r *refModel) seenOf(now time.Duration, f *Flow, what string, p Permission) {
 	c := r.find(p.Key, p.Int)
 	switch what {
 	case "out":
@@ -297,6 +322,16 @@ func (r *refModel) gone(now time.Duration, f *Flow) {
 		r.over[f.ID] = true
 	}
 	what, p := r.classify(now, f)
+	if what == "out" {
+		for _, q := range r.spread(p) {
+			r.goneOf(now, f, what, q)
+		}
+		return
+	}
+	r.goneOf(now, f, what, p)
+}
+
+func (r *refModel) goneOf(now time.Duration, f *Flow, what string, p Permission) {
 	c := r.find(p.Key, p.Int)
 	if c == nil || what != "out" && what != "child" {
 		return

@@ -36,6 +36,13 @@ func (a Addr) WithoutLow(n uint8) Addr {
 	return a
 }
 
+// plus returns the address that is n further, which may be as many as the last byte
+// has room for.
+func (a Addr) plus(n int) Addr {
+	a[len(a)-1] += byte(n)
+	return a
+}
+
 func (a Addr) String() string { return a.Netip().String() }
 
 // An Endpoint is an address and a UDP port.

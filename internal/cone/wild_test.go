@@ -3,6 +3,7 @@ package cone
 import (
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 )
 
@@ -20,18 +21,20 @@ func wildPolicy(p *Policy) {
 }
 
 func TestPeersOfAPermission(t *testing.T) {
+	const spread = "203.0.113.4/32 203.0.113.5/32 203.0.113.6/32 203.0.113.7/32"
 	for name, tc := range map[string]struct {
 		in, peer string
 		mapped   bool
-		want     string // none: no permission
+		want     string // for each permission
 	}{
 		"one peer":                          {"10.47.11.109:1", "192.0.2.9:9", true, "192.0.2.9/32"},
 		"a peer of the group":               {"10.47.11.109:1", "203.0.113.6:9", true, "203.0.113.4/30"},
 		"everybody":                         {"10.47.11.110:1", "192.0.2.9:9", true, "0.0.0.0/0"},
 		"everybody, a group or not":         {"10.47.11.110:1", "203.0.113.6:9", true, "0.0.0.0/0"},
 		"nobody":                            {"10.47.11.111:1", "203.0.113.6:9", true, ""},
-		"a group that no backend carries":   {"10.47.11.109:1", "203.0.113.6:9", false, "203.0.113.6/32"},
-		"everybody, and no backend carries": {"10.47.11.110:1", "203.0.113.6:9", false, "203.0.113.6/32"},
+		"a group that no backend carries":   {"10.47.11.109:1", "203.0.113.6:9", false, spread},
+		"everybody, and no backend carries": {"10.47.11.110:1", "203.0.113.6:9", false, spread},
+		"the same, and no group":            {"10.47.11.110:1", "192.0.2.9:9", false, "192.0.2.9/32"},
 		"IPv6, one peer":                    {"[2001:db8:47::110]:1", "[2001:db8:99::9]:9", false, "2001:db8:99::9/128"},
 		"IPv6, a peer of the group":         {"[2001:db8:47::110]:1", "[2001:db8:113::9]:9", false, "2001:db8:113::/64"},
 		"IPv6, everybody":                   {"[2001:db8:47::109]:1", "[2001:db8:113::9]:9", true, "::/0"},
@@ -51,7 +54,8 @@ func TestPeersOfAPermission(t *testing.T) {
 			for k := range d.up {
 				got = append(got, k.Peers().String())
 			}
-			if want := []string{tc.want}; tc.want == "" && len(got) > 0 || tc.want != "" && !slices.Equal(got, want) {
+			slices.Sort(got)
+			if want := strings.Fields(tc.want); !slices.Equal(got, want) {
 				t.Errorf("permissions for %q, want %q", got, tc.want)
 			}
 			if tc.want == "" && d.m.Stats().Skipped[ReasonFiltering] != 1 {
@@ -213,6 +217,25 @@ func TestPermissionWithoutItsFlowIsWidened(t *testing.T) {
 			d.want()
 		})
 	}
+}
+
+// Without the group only the peer that was contacted may go on.
+func TestSpreadPermissionsEndWithTheirGroup(t *testing.T) {
+	d := newDesk(t, func(p *Policy) { wildPolicy(p); p.Mapped = false })
+	const in = "10.47.11.109:1"
+	out := d.open(0, in, "203.0.113.5:9")
+	d.want(in, in, in, in)
+	p := testPolicy
+	d.m.SetPolicy(1, p)
+	d.snapshot(1, out)
+	d.want(in)
+	if v := d.view(in); v.Peer != out.ReplySrc.Addr {
+		t.Errorf("%v may send", v.Peer)
+	}
+	d.gone(2, out)
+	d.m.Tick(2*lifetime, 10)
+	d.carry()
+	d.want()
 }
 
 // What a new policy would make another permission of ends; the next snapshot

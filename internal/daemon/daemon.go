@@ -387,8 +387,9 @@ func (d *Daemon) warnings() []string {
 		out = append(out, "peers see another outside port each of one and the same inside port, so a rule of yours has random or fully-random: "+
 			`mapping = "endpoint_independent" keeps one`)
 	}
-	if slices.ContainsFunc(d.cfg.PeerGroups, func(g netip.Prefix) bool { return g.Addr().Is4() }) && d.backends.nft == nil {
-		out = append(out, "peer_groups of IPv4 hold for routed subnets alone: only the nft backend can translate for a group")
+	large := func(g netip.Prefix) bool { return g.Addr().Is4() && g.Bits() < 32-cone.SpreadBits }
+	if slices.ContainsFunc(d.cfg.PeerGroups, large) && d.backends.nft == nil {
+		out = append(out, "peer_groups of more than 16 IPv4 addresses hold for routed subnets alone: only the nft backend can translate for these")
 	}
 	if n := d.tables.Mapping.PoolUsedUp; n >= someFlows {
 		out = append(out, fmt.Sprintf("port_pool %v had no port for %d flows, whose mapping stays the kernel's: make it larger", d.cfg.PortPool, n))

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -95,20 +96,29 @@ func (d *Daemon) differences(v *control.Verification) (map[string]struct{}, erro
 		}
 	}
 
-	count := func(ext, peer, in cone.Endpoint, zone uint16, n counted) {
-		for w := range wild {
-			k := claimed{cone.Key{Ext: ext, Peer: peer.Addr.WithoutLow(w), Zone: zone, Wild: w}, in}
-			if have, ok := flows[k]; ok {
-				flows[k] = counted{have.flows - n.flows, have.children - n.children}
-			}
+	count := func(k claimed, n counted) {
+		if have, ok := flows[k]; ok {
+			flows[k] = counted{have.flows - n.flows, have.children - n.children}
+		}
+	}
+	// ofAll counts for permissions for one peer and for several.
+	ofAll := func(k claimed, n counted) {
+		for k.Wild = range wild {
+			x := k
+			x.Peer = k.Peer.WithoutLow(k.Wild)
+			count(x, n)
 		}
 	}
 	err = q.Dump(func(f *cone.Flow) {
 		v.Flows++
 		if !slices.Contains(cfg.ExcludePeerPorts, f.ReplySrc.Port) {
-			count(f.ReplyDst, f.ReplySrc, f.Src, f.ReplyZone, counted{flows: 1})
+			k := claimed{cone.Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr, Zone: f.ReplyZone}, f.Src}
+			ofAll(k, counted{flows: 1})
+			for _, k.Peer = range others(cfg.PeerGroups, f.ReplySrc.Addr) {
+				count(k, counted{flows: 1})
+			}
 		}
-		count(f.Dst, f.Src, f.ReplySrc, f.OrigZone, counted{children: 1})
+		ofAll(claimed{cone.Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.OrigZone}, f.ReplySrc}, counted{children: 1})
 	})
 	if err != nil {
 		return nil, err
@@ -122,4 +132,20 @@ func (d *Daemon) differences(v *control.Verification) (map[string]struct{}, erro
 		}
 	}
 	return wrong, nil
+}
+
+// others returns the other peers of a small group, whose permissions a flow to this one
+// holds too; see cone.SpreadBits.
+func others(groups []netip.Prefix, peer cone.Addr) (all []cone.Addr) {
+	for _, g := range groups {
+		if !g.Contains(peer.Netip()) || g.Addr().BitLen()-g.Bits() > cone.SpreadBits {
+			continue
+		}
+		for a := g.Masked().Addr(); g.Contains(a); a = a.Next() {
+			if a != peer.Netip() {
+				all = append(all, cone.AddrFrom(a))
+			}
+		}
+	}
+	return all
 }
