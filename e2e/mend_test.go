@@ -3,6 +3,7 @@ package e2e
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -340,6 +341,9 @@ func TestMendCrowdedPortsDoNotTakeTheTurnOfOthers(t *testing.T) {
 // expectation all the same, and these stay when the map goes. Fails when compare
 // completes only what it found in a list.
 func TestMendLargeMapGetsItsExpectations(t *testing.T) {
+	if os.Getenv("CONENATD_GUEST") != "" {
+		t.Skip("an emulated machine has no time for 33,000 permissions in both backends")
+	}
 	s := newScene(t, lab.Options{})
 	config := func(mode []string) string {
 		return "max_permissions_per_host = 0\nlearn_rate = 100000\n" + toml(mode)
