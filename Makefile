@@ -24,7 +24,7 @@ GOFUMPT     = mvdan.cc/gofumpt@v0.12.0
 FUZZ_TIME ?= 20000x
 
 # Tests that choose the mode of the daemon themselves.
-OWN_MODES = ^Test(NFT|AutoNFT|Mend|Offload|Flow|Reflector|Demo|Selftest|ManyPermissions)
+OWN_MODES = ^Test(NFT|GroupOf|AutoNFT|Mend|Offload|Flow|Reflector|Demo|Selftest|ManyPermissions)
 
 .PHONY: build demo test lint cross unit modes fuzz kernels bench clean
 
