@@ -189,7 +189,7 @@ func (m *Model) supports(contact *Permission, c *claim) bool {
 	}
 	first, n := m.policy.spread(contact)
 	for i := range n {
-		if first.plus(i) == c.Peer {
+		if first.Plus(i) == c.Peer {
 			return true
 		}
 	}

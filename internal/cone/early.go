@@ -112,8 +112,7 @@ func (m *Model) stands(k Key) bool {
 	if certain(0) {
 		return true
 	}
-	a := k.Peer.Netip()
-	return m.policy.wild && (certain(m.policy.group(a)) || certain(uint8(a.BitLen())))
+	return m.policy.wild && (certain(groupBits(m.policy.PeerGroups, k.Peer)) || certain(uint8(k.Peer.Netip().BitLen())))
 }
 
 // Granted tells the model that p stands in the kernel. Flows of early packets

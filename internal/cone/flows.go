@@ -161,7 +161,7 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	}
 	first, n := m.policy.spread(&p)
 	for i := range n {
-		p.Peer = first.plus(i)
+		p.Peer = first.Plus(i)
 		if m.gives(f, &p) {
 			m.claimOut(now, f, p, s)
 		}
@@ -373,7 +373,7 @@ func (m *Model) FlowGone(now time.Duration, f *Flow) {
 	}
 	first, n := m.policy.spread(&p)
 	for i := range n {
-		p.Peer = first.plus(i)
+		p.Peer = first.Plus(i)
 		m.flowGone(now, f, p, f.ReplySrc, false)
 	}
 }

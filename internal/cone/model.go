@@ -480,7 +480,7 @@ func (m *Model) Lost(p Permission) {
 // Doubt tells the model that the permission k, if it should stand, may be gone from
 // the kernel. It is refreshed now, which shows. Whether it is for a group is not asked.
 func (m *Model) Doubt(k Key) {
-	for _, k.Wild = range [...]uint8{0, m.policy.group(k.Peer.Netip())} {
+	for _, k.Wild = range [...]uint8{0, groupBits(m.policy.PeerGroups, k.Peer)} {
 		if i := m.owner(k); i != none && m.claims[i].state == StateStanding {
 			m.op(Op{Kind: Refresh, Permission: m.claims[i].Permission})
 			return

@@ -120,14 +120,15 @@ func (p *policy) widen(x *Permission) {
 			x.Wild = 32
 		}
 	} else {
-		x.Wild = p.group(x.Peer.Netip())
+		x.Wild = groupBits(p.PeerGroups, x.Peer)
 	}
 	x.Peer = x.Peer.WithoutLow(x.Wild)
 }
 
-// group returns how many low bits of a peer's address do not matter.
-func (p *policy) group(a netip.Addr) uint8 {
-	for _, g := range p.PeerGroups {
+// groupBits returns how many low bits of a peer's address do not matter.
+func groupBits(groups []netip.Prefix, peer Addr) uint8 {
+	a := peer.Netip()
+	for _, g := range groups {
 		if g.Contains(a) {
 			return uint8(a.BitLen() - g.Bits())
 		}
@@ -139,14 +140,21 @@ func (p *policy) group(a netip.Addr) uint8 {
 // leave at most so many bits free.
 const SpreadBits = 4
 
+// Spread returns the first peer of the small group that peer is of, and how many there
+// are (Addr.Plus); without such a group it is the peer alone.
+func Spread(groups []netip.Prefix, peer Addr) (first Addr, n int) {
+	if low := groupBits(groups, peer); low <= SpreadBits {
+		return peer.WithoutLow(low), 1 << low
+	}
+	return peer, 1
+}
+
 // spread returns for how many peers a contact gives a permission like x, each of its
 // own, and the first. It is more than one for a small group that no permission can be
 // for as a whole: an expectation that translates is for one peer.
 func (p *policy) spread(x *Permission) (first Addr, n int) {
 	if p.wild && x.Wild == 0 && !x.Routed() {
-		if low := p.group(x.Peer.Netip()); low > 0 && low <= SpreadBits {
-			return x.Peer.WithoutLow(low), 1 << low
-		}
+		return Spread(p.PeerGroups, x.Peer)
 	}
 	return x.Peer, 1
 }

@@ -36,9 +36,9 @@ func (a Addr) WithoutLow(n uint8) Addr {
 	return a
 }
 
-// plus returns the address that is n further, which may be as many as the last byte
+// Plus returns the address that is n further, which may be as many as the last byte
 // has room for.
-func (a Addr) plus(n int) Addr {
+func (a Addr) Plus(n int) Addr {
 	a[len(a)-1] += byte(n)
 	return a
 }

@@ -38,37 +38,19 @@ func Dial(path string) *Client {
 // Status returns the daemon's status. The error is ErrNotRunning if there is
 // no daemon.
 func (c *Client) Status(ctx context.Context) (Status, error) {
-	body, err := c.get(ctx, pathStatus)
-	if err != nil {
-		return Status{}, err
-	}
-	defer body.Close()
-	var s Status
-	if err := json.NewDecoder(body).Decode(&s); err != nil {
-		return Status{}, fmt.Errorf("read status: %w", err)
-	}
-	return s, nil
+	return fetch[Status](ctx, c, http.MethodGet, pathStatus)
 }
 
 // Verify lets the daemon compare itself with the kernel.
 func (c *Client) Verify(ctx context.Context) (Verification, error) {
-	body, err := c.get(ctx, pathVerify)
-	if err != nil {
-		return Verification{}, err
-	}
-	defer body.Close()
-	var v Verification
-	if err := json.NewDecoder(body).Decode(&v); err != nil {
-		return Verification{}, fmt.Errorf("read verification: %w", err)
-	}
-	return v, nil
+	return fetch[Verification](ctx, c, http.MethodGet, pathVerify)
 }
 
 // Permissions calls f for each permission as it arrives, until f returns an
 // error, which Permissions returns as it is. Any other error means that the
 // list is not complete; it is ErrNotRunning if there is no daemon.
 func (c *Client) Permissions(ctx context.Context, f func(Permission) error) error {
-	body, err := c.get(ctx, pathPermissions)
+	body, err := c.ask(ctx, http.MethodGet, pathPermissions)
 	if err != nil {
 		return err
 	}
@@ -95,30 +77,27 @@ func (c *Client) Permissions(ctx context.Context, f func(Permission) error) erro
 // Reload lets the daemon read its configuration again. With an error the old
 // one stays in force.
 func (c *Client) Reload(ctx context.Context) error {
-	_, err := c.command(ctx, pathReload)
+	_, err := fetch[result](ctx, c, http.MethodPost, pathReload)
 	return err
 }
 
 // Revoke ends the permissions that fit all words, see Source.Revoke.
 func (c *Client) Revoke(ctx context.Context, words []string) (int, error) {
-	return c.command(ctx, pathRevoke+"?"+url.Values{wordParameter: words}.Encode())
+	r, err := fetch[result](ctx, c, http.MethodPost, pathRevoke+"?"+url.Values{wordParameter: words}.Encode())
+	return r.Revoked, err
 }
 
-func (c *Client) command(ctx context.Context, path string) (int, error) {
-	body, err := c.ask(ctx, http.MethodPost, path)
+// fetch returns a good answer that is one value.
+func fetch[T any](ctx context.Context, c *Client, method, path string) (v T, err error) {
+	body, err := c.ask(ctx, method, path)
 	if err != nil {
-		return 0, err
+		return v, err
 	}
 	defer body.Close()
-	var r result
-	if err := json.NewDecoder(body).Decode(&r); err != nil {
-		return 0, fmt.Errorf("read answer: %w", err)
+	if err := json.NewDecoder(body).Decode(&v); err != nil {
+		return v, fmt.Errorf("read answer: %w", err)
 	}
-	return r.Revoked, nil
-}
-
-func (c *Client) get(ctx context.Context, path string) (io.ReadCloser, error) {
-	return c.ask(ctx, http.MethodGet, path)
+	return v, nil
 }
 
 // ask returns the body of a good answer. The caller must close it.

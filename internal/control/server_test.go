@@ -89,7 +89,7 @@ func TestTheClientSaysWhatWouldMendIt(t *testing.T) {
 		}
 	}
 	path, _ := start(t, source{})
-	if _, err := Dial(path).get(t.Context(), "/v2/status"); err == nil ||
+	if _, err := Dial(path).ask(t.Context(), http.MethodGet, "/v2/status"); err == nil ||
 		err.Error() != `conenatd answers: path "/v2/status": not known to this version of conenatd` {
 		t.Error(err)
 	}

@@ -250,7 +250,7 @@ func (b *backends) whole(p *cone.Permission, f found) bool {
 }
 
 func (b *backends) expected(p *cone.Permission, f found) bool {
-	return b.expect == nil || !b.expect.Stands(p) || has(f.expect, p)
+	return f.expect == nil || !b.expect.Stands(p) || has(f.expect, p)
 }
 
 func has(m map[cone.Key]standing, p *cone.Permission) bool {
@@ -258,16 +258,15 @@ func has(m map[cone.Key]standing, p *cone.Permission) bool {
 	return ok && s.in == p.Int
 }
 
-// missing calls lost for each of ps that is not whole. The list of the map may have
-// missed what was refreshed meanwhile, if there is one, so the kernel is asked for
-// these.
+// missing calls lost for each of ps that is not in a new list of the expectations,
+// where one was needed, or of which the kernel says that the map does not hold it.
 func (b *backends) missing(ps []cone.Permission, f found, lost func(cone.Permission)) {
 	b.split(ps, func(p *cone.Permission) bool {
 		if !b.expected(p, f) {
 			lost(*p)
 			return false
 		}
-		return !b.whole(p, f)
+		return b.wantsMap(p)
 	})
 	if len(b.part) > 0 {
 		b.nft.Missing(b.part, func(i int) { lost(b.part[i]) })

@@ -291,19 +291,15 @@ func (d *Daemon) compareLists(ofMap bool) error {
 		return fmt.Errorf("list permissions: %w", err)
 	}
 	var lost []cone.Permission
-	d.walk(func(v cone.View) {
-		if v.State != cone.StateStanding {
-			return
-		}
-		// What was granted after the list was asked for need not be in it.
-		if v.Since < began && !d.backends.whole(&v.Permission, found) {
+	again := false // an expectation is missing
+	d.match(found, began, func(v *cone.View, whole bool) {
+		if !whole {
 			lost = append(lost, v.Permission)
+			again = again || !d.backends.expected(&v.Permission, found)
 		}
 		if d.backends.incomplete(&v.Permission) {
 			d.backends.Complete(v.Permission) // now, for it may end before the walk does
 		}
-		delete(found.expect, v.Key)
-		delete(found.nft, v.Key)
 	})
 	d.do(func() {
 		for k, s := range found.expect {
@@ -315,9 +311,10 @@ func (d *Daemon) compareLists(ofMap bool) error {
 			}
 		}
 	})
-	if len(lost) > 0 {
+	found.expect = nil
+	if again {
 		// A list that is made while something is refreshed may miss it; not twice.
-		if found, err = d.backends.list(ofMap); err != nil {
+		if found, err = d.backends.list(false); err != nil {
 			return fmt.Errorf("list permissions: %w", err)
 		}
 	}
@@ -325,6 +322,21 @@ func (d *Daemon) compareLists(ofMap bool) error {
 		d.do(func() { d.backends.missing(ps, found, d.onLostPermission) })
 	}
 	return nil
+}
+
+// match calls f, in the loop, for each permission that stands, and tells whether it is
+// in the lists wherever it should, which were asked for when it was began. What is left
+// in them is what should not stand.
+func (d *Daemon) match(l found, began time.Duration, f func(v *cone.View, whole bool)) {
+	d.walk(func(v cone.View) {
+		if v.State != cone.StateStanding {
+			return
+		}
+		// What was granted after the lists were asked for need not be in them.
+		f(&v, v.Since >= began || d.backends.whole(&v.Permission, l))
+		delete(l.expect, v.Key)
+		delete(l.nft, v.Key)
+	})
 }
 
 // walk calls f for each claim of the model, a piece at a time, in the loop.

@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"fmt"
-	"net/netip"
 	"slices"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -73,18 +72,13 @@ func (d *Daemon) differences(v *control.Verification) (map[string]struct{}, erro
 	wild := make(map[uint8]struct{})
 	var cfg config.Config
 	d.do(func() { cfg = d.cfg.Config })
-	d.walk(func(c cone.View) {
-		if c.State != cone.StateStanding {
-			return
-		}
+	d.match(found, began, func(c *cone.View, whole bool) {
 		v.Permissions++
 		flows[claimed{c.Key, c.Int}] = counted{c.Flows, c.Children}
 		wild[c.Wild] = struct{}{}
-		if c.Since < began && !d.backends.whole(&c.Permission, found) {
+		if !whole {
 			note("%v -> %v stands, but not in the kernel", c.Peers(), c.Ext)
 		}
-		delete(found.expect, c.Key)
-		delete(found.nft, c.Key)
 	})
 	for k := range found.expect {
 		note("%v -> %v is expected by the kernel, but does not stand", k.Peers(), k.Ext)
@@ -114,8 +108,11 @@ func (d *Daemon) differences(v *control.Verification) (map[string]struct{}, erro
 		if !slices.Contains(cfg.ExcludePeerPorts, f.ReplySrc.Port) {
 			k := claimed{cone.Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr, Zone: f.ReplyZone}, f.Src}
 			ofAll(k, counted{flows: 1})
-			for _, k.Peer = range others(cfg.PeerGroups, f.ReplySrc.Addr) {
-				count(k, counted{flows: 1})
+			first, n := cone.Spread(cfg.PeerGroups, f.ReplySrc.Addr)
+			for i := range n {
+				if k.Peer = first.Plus(i); k.Peer != f.ReplySrc.Addr {
+					count(k, counted{flows: 1})
+				}
 			}
 		}
 		ofAll(claimed{cone.Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.OrigZone}, f.ReplySrc}, counted{children: 1})
@@ -132,20 +129,4 @@ func (d *Daemon) differences(v *control.Verification) (map[string]struct{}, erro
 		}
 	}
 	return wrong, nil
-}
-
-// others returns the other peers of a small group, whose permissions a flow to this one
-// holds too; see cone.SpreadBits.
-func others(groups []netip.Prefix, peer cone.Addr) (all []cone.Addr) {
-	for _, g := range groups {
-		if !g.Contains(peer.Netip()) || g.Addr().BitLen()-g.Bits() > cone.SpreadBits {
-			continue
-		}
-		for a := g.Masked().Addr(); g.Contains(a); a = a.Next() {
-			if a != peer.Netip() {
-				all = append(all, cone.AddrFrom(a))
-			}
-		}
-	}
-	return all
 }
