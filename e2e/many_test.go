@@ -6,6 +6,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -25,20 +26,13 @@ func TestManyPermissions(t *testing.T) {
 	wanted := ports * peers
 	stand := min(wanted, limit)
 
-	type pair struct {
-		port uint16
-		peer netip.Addr
-	}
 	s.Until("all flows have their claim", func() bool {
-		known := map[pair]bool{}
-		for _, p := range s.List() {
-			known[pair{p.Int.Port(), p.Peer}] = true
-		}
+		known := s.Known()
 		for i := range ports {
 			in := s.InsideSocket(0, uint16(10_000+i))
 			for p := range peers {
 				addr := netip.AddrFrom4([4]byte{203, 0, 113, byte(100 + p)})
-				if !known[pair{in.Addr().Port(), addr}] { // a busy machine loses packets
+				if !known[stage.Flow{Port: in.Addr().Port(), Peer: addr}] { // a busy machine loses packets
 					s.Must(in.Send(netip.AddrPortFrom(addr, 9), "x"))
 				}
 			}

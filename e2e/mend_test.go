@@ -140,18 +140,6 @@ func (s *scene) meddle(change string, ofRules bool, in *lab.Socket, ext netip.Ad
 		s.Must(err)
 	}
 	first := s.PeerSocket(lab.PeerA, 6001)
-	getsIn := func(from *lab.Socket) bool {
-		p := stage.Payload("child")
-		s.Must(from.Send(ext, p))
-		for {
-			switch got, _, err := in.Recv(5 * time.Millisecond); {
-			case err != nil:
-				return false
-			case got == p:
-				return true
-			}
-		}
-	}
 	var have map[entry]time.Duration
 	same := func() bool {
 		have = s.entries()
@@ -167,16 +155,16 @@ func (s *scene) meddle(change string, ofRules bool, in *lab.Socket, ext netip.Ad
 		// A child that came meanwhile would look like a forward of the user's.
 		s.Until("the map is as it was", same)
 	}
-	if !getsIn(first) {
+	if !s.GetsIn(in, first, ext) {
 		s.Until("children get in", func() bool {
 			from, err := s.Outside.Socket(lab.PeerA, 0)
 			s.Must(err)
 			defer from.Close()
-			return getsIn(from)
+			return s.GetsIn(in, from, ext)
 		})
 	}
 	children := time.Since(began)
-	s.Until("one whose first packet was too early gets in too", func() bool { return getsIn(first) })
+	s.Until("one whose first packet was too early gets in too", func() bool { return s.GetsIn(in, first, ext) })
 	s.Until("the map is as it was", same)
 	permissions := time.Since(began)
 	defer func() {

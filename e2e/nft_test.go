@@ -767,7 +767,7 @@ func TestNFTRefreshIsNotTakenForLoss(t *testing.T) {
 // all stand, all work, and all go.
 func TestNFTManyPermissions(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent}, func(t *testing.T, mode ...string) {
-		const peers = 500
+		const peers = stage.Peers
 		ports := 400
 		if os.Getenv("CONENATD_GUEST") != "" {
 			ports = 40
@@ -775,18 +775,12 @@ func TestNFTManyPermissions(t *testing.T) {
 		s := newScene(t, lab.Options{Inside: 2})
 		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
 		s.Start(stage.Flags(mode, "--max-permissions-per-host=0", "--learn-rate=100000", "--event-buffer=67108864")...)
-		peer := func(i int) netip.Addr {
-			if i < peers/2 {
-				return netip.AddrFrom4([4]byte{203, 0, 113, byte(1 + i)})
-			}
-			return netip.AddrFrom4([4]byte{192, 0, 2, byte(1 + i - peers/2)})
-		}
 		inside := func(port int) *lab.Socket { return s.InsideSocket(port%2, uint16(10_000+port)) }
 		send := func(port int, wanted func(p netip.Addr) bool) {
 			in := inside(port)
 			defer in.Close()
 			for i := range peers {
-				if p := peer(i); wanted(p) {
+				if p := stage.Peer(i); wanted(p) {
 					s.Must(in.Send(netip.AddrPortFrom(p, 9), "x"))
 				}
 			}
@@ -798,9 +792,9 @@ func TestNFTManyPermissions(t *testing.T) {
 			for port := first; port < first+atOnce; port++ {
 				send(port, func(netip.Addr) bool { return true })
 			}
-			s.allStand((first+atOnce)*peers, func(known map[pair]bool) {
+			s.allStand((first+atOnce)*peers, func(known map[stage.Flow]bool) {
 				for port := first; port < first+atOnce; port++ {
-					send(port, func(p netip.Addr) bool { return !known[pair{uint16(10_000 + port), p}] })
+					send(port, func(p netip.Addr) bool { return !known[stage.Flow{Port: uint16(10_000 + port), Peer: p}] })
 				}
 			})
 		}
@@ -815,7 +809,7 @@ func TestNFTManyPermissions(t *testing.T) {
 			t.Errorf("%d elements, want %d", n, ports*peers)
 		}
 		for range 100 {
-			port, p := rand.N(ports), peer(rand.N(peers))
+			port, p := rand.N(ports), stage.Peer(rand.N(peers))
 			in := inside(port)
 			from := s.PeerSocket(p, 0)
 			s.Arrives(in, from, netip.AddrPortFrom(s.Gateway.Addr, in.Addr().Port()))
@@ -831,24 +825,15 @@ func TestNFTManyPermissions(t *testing.T) {
 	})
 }
 
-type pair struct {
-	port uint16 // inside
-	peer netip.Addr
-}
-
 // allStand waits until so many permissions stand. When their number does not grow
 // it calls again with what is known: a busy machine loses packets.
-func (s *scene) allStand(want int, again func(known map[pair]bool)) {
+func (s *scene) allStand(want int, again func(known map[stage.Flow]bool)) {
 	s.T.Helper()
 	last := 0
 	s.Until(fmt.Sprintf("%d permissions stand", want), func() bool {
 		n := s.Status().Permissions.Standing
 		if n < want && n == last {
-			known := map[pair]bool{}
-			for _, p := range s.List() {
-				known[pair{p.Int.Port(), p.Peer}] = true
-			}
-			again(known)
+			again(s.Known())
 		}
 		last = n
 		return n == want

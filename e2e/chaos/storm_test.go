@@ -14,8 +14,7 @@ import (
 )
 
 const (
-	stormPorts = 400
-	stormPeers = 500 // on each port
+	stormPorts = 400 // each sends to all peers
 	few        = 10  // entries that are not UDP
 )
 
@@ -51,8 +50,8 @@ func TestStorm(t *testing.T) {
 		living := flows(s)
 		s.UntilIn(5*stage.Patience(), "the rest has too", func() bool { return s.Status().Permissions.Standing >= min(len(living), limit) })
 		st := s.Status()
-		if len(living) < stormPorts*stormPeers/2 {
-			t.Fatalf("%d flows of %d came into being", len(living), stormPorts*stormPeers)
+		if len(living) < stormPorts*stage.Peers/2 {
+			t.Fatalf("%d flows of %d came into being", len(living), stormPorts*stage.Peers)
 		}
 		room := len(living) <= limit
 		t.Logf("%d flows live, %d permissions stand after %v; %d overruns, %d events came",
@@ -63,7 +62,7 @@ func TestStorm(t *testing.T) {
 		learns := !slices.Contains(mode, "--learn=false") && !slices.Contains(mode, "--backend=expect")
 		standing := 0
 		for _, p := range s.List() {
-			f := flow{p.Int.Port(), p.Peer}
+			f := stage.Flow{Port: p.Int.Port(), Peer: p.Peer}
 			_, lives := living[f]
 			delete(living, f)
 			switch {
@@ -83,7 +82,7 @@ func TestStorm(t *testing.T) {
 		// What the kernel learned and no event told of runs out by itself.
 		unknown := 0
 		if learns {
-			unknown = stormPeers
+			unknown = stage.Peers
 		}
 		if n := inKernel(s, mode); n < standing || n > standing+unknown {
 			t.Errorf("%d permissions stand, %d are in the kernel", standing, n)
@@ -114,44 +113,30 @@ func storm(s *stage.Scene, first, end int) {
 	for i := first; i < end; i++ {
 		in, err := s.Inside(0).Socket(s.Inside(0).Addr, uint16(firstPort+i))
 		s.Must(err)
-		for p := range stormPeers {
-			s.Must(in.Send(netip.AddrPortFrom(stormPeer(p), 9), "x"))
+		for p := range stage.Peers {
+			s.Must(in.Send(netip.AddrPortFrom(stage.Peer(p), 9), "x"))
 		}
 		s.Must(in.Close())
 	}
 }
 
-func stormPeer(i int) netip.Addr {
-	const net = 250
-	if i < net {
-		return netip.AddrFrom4([4]byte{203, 0, 113, byte(1 + i)})
-	}
-	return netip.AddrFrom4([4]byte{192, 0, 2, byte(1 + i - net)})
-}
-
-// A flow is one of the storm's.
-type flow struct {
-	port uint16 // inside
-	peer netip.Addr
-}
-
 // flows are those that live.
-func flows(s *stage.Scene) map[flow]struct{} {
+func flows(s *stage.Scene) map[stage.Flow]struct{} {
 	s.T.Helper()
-	all := make(map[flow]struct{})
+	all := make(map[stage.Flow]struct{})
 	for _, line := range s.ConntrackList("-p", "udp", "--src-nat") {
-		var f flow
+		var f stage.Flow
 		for _, word := range strings.Fields(line) { // the original direction comes first
 			key, value, _ := strings.Cut(word, "=")
 			switch {
-			case key == "dst" && !f.peer.IsValid():
-				f.peer = netip.MustParseAddr(value)
-			case key == "sport" && f.port == 0:
-				_, err := fmt.Sscan(value, &f.port)
+			case key == "dst" && !f.Peer.IsValid():
+				f.Peer = netip.MustParseAddr(value)
+			case key == "sport" && f.Port == 0:
+				_, err := fmt.Sscan(value, &f.Port)
 				s.Must(err)
 			}
 		}
-		if f.port != 0 { // else it is an anchor
+		if f.Port != 0 { // else it is an anchor
 			all[f] = struct{}{}
 		}
 	}

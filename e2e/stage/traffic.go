@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/netip"
 	"sync"
+	"time"
 
 	"github.com/conenatd/conenatd/internal/lab"
 )
@@ -73,4 +74,47 @@ func (s *Scene) OnOnePort(in, from *lab.Socket, ext netip.AddrPort) func() error
 		_, err := in.Expect(p)
 		return err
 	}
+}
+
+// GetsIn reports whether a packet of from arrives at in within a few milliseconds.
+// What was there before is thrown away.
+func (s *Scene) GetsIn(in, from *lab.Socket, ext netip.AddrPort) bool {
+	s.T.Helper()
+	p := Payload("packet")
+	s.Must(from.Send(ext, p))
+	for {
+		switch got, _, err := in.Recv(5 * time.Millisecond); {
+		case err != nil:
+			return false
+		case got == p:
+			return true
+		}
+	}
+}
+
+// Peers is how many outside addresses Peer knows.
+const Peers = 500
+
+// Peer returns the outside address number i, for tests that need many.
+func Peer(i int) netip.Addr {
+	if i < Peers/2 {
+		return netip.AddrFrom4([4]byte{203, 0, 113, byte(1 + i)})
+	}
+	return netip.AddrFrom4([4]byte{192, 0, 2, byte(1 + i - Peers/2)})
+}
+
+// A Flow is from an inside port to a peer.
+type Flow struct {
+	Port uint16
+	Peer netip.Addr
+}
+
+// Known returns the flows to which there is a claim.
+func (s *Scene) Known() map[Flow]bool {
+	s.T.Helper()
+	all := make(map[Flow]bool)
+	for _, p := range s.List() {
+		all[Flow{p.Int.Port(), p.Peer}] = true
+	}
+	return all
 }
