@@ -119,16 +119,16 @@ func race(tb testing.TB, arms []*arm, rounds, parts int) (void int) {
 		for p := range parts {
 			for k := range arms {
 				a := arms[(k+p+r)%len(arms)]
-				n := len(a.packets)
+				n := a.Len()
 				a.took += a.send(tb, p*n/parts, (p+1)*n/parts)
 			}
 		}
 		good := true
 		for _, a := range arms {
-			good = a.over(len(a.packets)) && good
+			good = a.over(a.Len()) && good
 			must(tb, a.Flush())
 			if a.events != 0 {
-				good = a.events.empty() >= len(a.packets) && good
+				good = a.events.empty() >= a.Len() && good
 			}
 		}
 		if !good {
@@ -136,7 +136,7 @@ func race(tb testing.TB, arms []*arm, rounds, parts int) (void int) {
 			continue
 		}
 		for _, a := range arms {
-			a.cost = append(a.cost, float64(a.took.Nanoseconds())/float64(len(a.packets)))
+			a.cost = append(a.cost, float64(a.took.Nanoseconds())/float64(a.Len()))
 		}
 	}
 	if void > rounds/4 {
@@ -229,7 +229,7 @@ func BenchmarkFirstPacketOfAChild(b *testing.B) {
 					begin(round)
 					for i := range packets {
 						peer, port := test.order(i)
-						a.aim(i, netip.AddrPortFrom(stranger(round*peers+peer), uint16(20000+port)), benchExt)
+						a.Aim(i, netip.AddrPortFrom(stranger(round*peers+peer), uint16(20000+port)), benchExt)
 					}
 				}
 			}
@@ -263,7 +263,7 @@ func BenchmarkUnsolicitedPacket(b *testing.B) {
 				a.over = func(int) bool { return a.came(b) == 0 }
 				for i := range packets {
 					peer, port := spreadOut(i)
-					a.aim(i, netip.AddrPortFrom(stranger(peer), uint16(20000+port)), benchExt)
+					a.Aim(i, netip.AddrPortFrom(stranger(peer), uint16(20000+port)), benchExt)
 				}
 			}
 			for b.Loop() {
@@ -294,7 +294,7 @@ func BenchmarkPacketOfAnAnsweredFlow(b *testing.B) {
 			ext, err := in.Contact(peer)
 			must(b, err)
 			for i := range packets {
-				a.aim(i, peer.Addr(), ext)
+				a.Aim(i, peer.Addr(), ext)
 			}
 		}
 	}
@@ -333,7 +333,7 @@ func BenchmarkGrowth(b *testing.B) {
 						if size > 1 {
 							peer = (round*burst + i) * stride % size
 						}
-						a.aim(i, netip.AddrPortFrom(stranger(peer), uint16(20000+round%100*burst+i)), benchExt)
+						a.Aim(i, netip.AddrPortFrom(stranger(peer), uint16(20000+round%100*burst+i)), benchExt)
 					}
 				}
 				arms = append(arms, a)
@@ -421,7 +421,7 @@ func BenchmarkNewFlow(b *testing.B) {
 		a.begin = func(round int) {
 			begin(round)
 			for i := range flows {
-				a.aim(i, netip.AddrPortFrom(benchInt.Addr(), uint16(10000+i)), netip.AddrPortFrom(stranger(round*flows+i), 5060))
+				a.Aim(i, netip.AddrPortFrom(benchInt.Addr(), uint16(10000+i)), netip.AddrPortFrom(stranger(round*flows+i), 5060))
 			}
 		}
 	}

@@ -1,10 +1,7 @@
 package rules_test
 
 import (
-	"encoding/binary"
 	"errors"
-	"net"
-	"net/netip"
 	"runtime"
 	"strconv"
 	"strings"
@@ -17,105 +14,30 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// A flood sends packets through the gateway. The links of a lab keep no packets
-// (see lab.Lost): the kernel takes one through the gateway to the host on the other
-// side before the system call that sent it goes on. So the CPU time of the sending
-// thread is what the packet costs.
+// A flood is one whose CPU time is measured: that of the sending thread is what the
+// packets cost.
 type flood struct {
 	*lab.Lab
-	fd       int
-	sink     *lab.Host
-	packets  [][packetLen]byte
-	vectors  []unix.Iovec
-	messages []message
+	*lab.Flood
+	sink *lab.Host
 }
-
-// A message is the mmsghdr of sendmmsg(2).
-type message struct {
-	unix.Msghdr
-	_ uint32
-}
-
-const (
-	ipAt      = 14 // in an Ethernet frame
-	udpAt     = ipAt + 20
-	payload   = "a packet of a game or of a call"
-	packetLen = udpAt + 8 + len(payload)
-	atOnce    = 1024 // messages that sendmmsg takes
-)
 
 // newFlood prepares n packets that go in, or out. The receiving host counts what
 // comes and takes it no further, so that nobody has to empty a socket.
 func newFlood(tb testing.TB, l *lab.Lab, n int, out bool) *flood {
 	tb.Helper()
-	source, sink, link := l.Outside, l.Inside(0), "wan0"
+	f := &flood{Lab: l, sink: l.Inside(0)}
 	if out {
-		source, sink, link = l.Inside(0), l.Outside, "lan0"
+		f.sink = l.Outside
 	}
-	f := &flood{Lab: l, sink: sink, packets: make([][packetLen]byte, n), vectors: make([]unix.Iovec, n), messages: make([]message, n)}
-	var from, to *net.Interface
-	must(tb, l.Gateway.Do(func() (err error) {
-		to, err = net.InterfaceByName(link)
-		return err
-	}))
-	must(tb, source.Do(func() (err error) {
-		if from, err = net.InterfaceByName("eth0"); err != nil {
-			return err
-		}
-		if f.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0); err != nil {
-			return err
-		}
-		return unix.Bind(f.fd, &unix.SockaddrLinklayer{Ifindex: from.Index})
-	}))
-	tb.Cleanup(func() { must(tb, unix.Close(f.fd)) })
-	for i := range f.packets {
-		p := f.packets[i][:]
-		copy(p, to.HardwareAddr)
-		copy(p[6:], from.HardwareAddr)
-		binary.BigEndian.PutUint16(p[12:], unix.ETH_P_IP)
-		p[ipAt], p[ipAt+8], p[ipAt+9] = 4<<4|5, 64, unix.IPPROTO_UDP
-		binary.BigEndian.PutUint16(p[ipAt+2:], uint16(packetLen-ipAt))
-		binary.BigEndian.PutUint16(p[udpAt+4:], uint16(packetLen-udpAt))
-		copy(p[udpAt+8:], payload)
-		f.vectors[i].Base = &p[0]
-		f.vectors[i].SetLen(len(p))
-		f.messages[i].Iov = &f.vectors[i]
-		f.messages[i].SetIovlen(1)
-	}
-	_, err := sink.Output("nft", `table ip sink { counter came { }; chain c {
+	var err error
+	f.Flood, err = l.NewFlood(n, out)
+	must(tb, err)
+	tb.Cleanup(func() { must(tb, f.Flood.Close()) })
+	_, err = f.sink.Output("nft", `table ip sink { counter came { }; chain c {
 		type filter hook prerouting priority raw; meta l4proto udp counter name came drop; }; }`)
 	must(tb, err)
 	return f
-}
-
-// aim gives packet i its endpoints and checksums.
-func (f *flood) aim(i int, from, to netip.AddrPort) {
-	ip, udp := f.packets[i][ipAt:udpAt], f.packets[i][udpAt:]
-	src, dst := from.Addr().As4(), to.Addr().As4()
-	copy(ip[12:], src[:])
-	copy(ip[16:], dst[:])
-	binary.BigEndian.PutUint16(udp, from.Port())
-	binary.BigEndian.PutUint16(udp[2:], to.Port())
-	const ipSum, udpSum = 10, 6
-	clear(ip[ipSum : ipSum+2])
-	clear(udp[udpSum : udpSum+2])
-	binary.BigEndian.PutUint16(ip[ipSum:], ^sum(0, ip))
-	pseudoHeader := sum(unix.IPPROTO_UDP+uint32(len(udp)), ip[12:])
-	binary.BigEndian.PutUint16(udp[udpSum:], ^sum(uint32(pseudoHeader), udp))
-}
-
-// sum adds up b for a checksum (RFC 1071).
-func sum(n uint32, b []byte) uint16 {
-	for ; len(b) > 1; b = b[2:] {
-		n += uint32(binary.BigEndian.Uint16(b))
-	}
-	if len(b) == 1 {
-		n += uint32(b[0]) << 8
-	}
-	for n > 0xffff {
-		n = n>>16 + n&0xffff
-	}
-	return uint16(n)
 }
 
 // send sends the packets from first to last and returns the CPU time that this
@@ -123,14 +45,7 @@ func sum(n uint32, b []byte) uint16 {
 func (f *flood) send(tb testing.TB, first, last int) time.Duration {
 	tb.Helper()
 	began := threadTime(tb)
-	for at := first; at < last; {
-		n, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, uintptr(f.fd),
-			uintptr(unsafe.Pointer(&f.messages[at])), uintptr(min(atOnce, last-at)), 0, 0, 0)
-		if errno != 0 {
-			tb.Fatalf("send packets: %v", errno)
-		}
-		at += int(n)
-	}
+	must(tb, f.Send(first, last))
 	return threadTime(tb) - began
 }
 
