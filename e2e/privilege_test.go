@@ -24,18 +24,44 @@ exec setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs \
 	return path
 }
 
+// privileges checks that each thread of the daemon has CAP_NET_ADMIN and nothing else,
+// can get nothing else, and has these lines too.
+func (s *scene) privileges(more ...string) {
+	s.T.Helper()
+	const netAdmin = "0000000000001000"
+	want := append(more, "CapInh:\t0000000000000000", "CapPrm:\t"+netAdmin, "CapEff:\t"+netAdmin, "CapBnd:\t"+netAdmin,
+		"CapAmb:\t0000000000000000", "NoNewPrivs:\t1")
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", s.Daemon.PID()))
+	s.Must(err)
+	if len(threads) < 2 {
+		s.T.Errorf("threads: %q", threads)
+	}
+	for _, path := range threads {
+		b, err := os.ReadFile(path)
+		s.Must(err)
+		for _, w := range want {
+			if !strings.Contains(string(b), w+"\n") && !strings.Contains(string(b), w+"\t") {
+				s.T.Errorf("%s has not %q:\n%s", path, w, b)
+			}
+		}
+	}
+}
+
+// Root's daemon lets go of all that it does not need. That nothing else is missing then
+// show all other tests.
+//
+// Fails when run does not enter the sandbox.
+func TestRootKeepsCapNetAdminAlone(t *testing.T) {
+	s := play(t, lab.Options{})
+	s.privileges("Uid:\t0")
+}
+
 func TestCapNetAdminIsEnough(t *testing.T) {
 	s := newScene(t, lab.Options{IPv6: true, Rules: lab.Masquerade + lab.DropPolicy})
 	s.Must(s.NFT("add rule inet filter forward ct status dnat accept")) // for children that the map admits
 	s.Exe = s.unprivileged()
 	s.Start("--subnet", lab.InsideNet.String(), "--event-buffer", "16777216")
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.Daemon.PID()))
-	s.Must(err)
-	for _, want := range []string{"Uid:\t65534", "CapEff:\t0000000000001000", "NoNewPrivs:\t1"} {
-		if !strings.Contains(string(b), want) {
-			t.Errorf("the daemon has not %q:\n%s", want, b)
-		}
-	}
+	s.privileges("Uid:\t65534")
 	if n := s.Status().Events.ReadBuffer; n < 16<<20 {
 		t.Errorf("the event buffer is %d bytes, want 16 MiB", n)
 	}

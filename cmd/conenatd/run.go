@@ -20,6 +20,7 @@ import (
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/daemon"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/sandbox"
 )
 
 func runCommand() *cobra.Command {
@@ -69,6 +70,9 @@ func run(ctx context.Context, flags *config.Flags, stderr io.Writer) error {
 	}
 	if len(cfg.Subnets) == 0 && !cfg.AutoSubnets {
 		return noSubnet(cfg)
+	}
+	if err := sandbox.Enter(); err != nil {
+		return err
 	}
 	var level slog.LevelVar
 	level.Set(cfg.LogLevel)
