@@ -12,7 +12,7 @@ export GOTOOLCHAIN = local
 export GOFLAGS = -buildvcs=false
 
 RUN_PACKAGES  = iproute2 nftables conntrack
-TEST_PACKAGES = $(RUN_PACKAGES) iptables gcc libc6-dev
+TEST_PACKAGES = $(RUN_PACKAGES) iptables gcc libc6-dev strace systemd
 VM_PACKAGES   = qemu-system-x86 busybox-static kmod xz-utils zstd
 
 # Debian's kernels that "make kernels" boots: 5.10 6.1 6.12 7.3.
@@ -24,7 +24,7 @@ GOFUMPT     = mvdan.cc/gofumpt@v0.12.0
 FUZZ_TIME ?= 20000x
 
 # Tests that choose the mode of the daemon themselves.
-OWN_MODES = ^Test(NFT|GroupOf|AutoNFT|Mend|Offload|Flow|Reflector|Demo|Selftest|ManyPermissions)
+OWN_MODES = ^Test(Unit|NFT|GroupOf|AutoNFT|Mend|Offload|Flow|Reflector|Demo|Selftest|ManyPermissions)
 
 .PHONY: build demo test lint cross unit modes fuzz kernels bench clean
 
