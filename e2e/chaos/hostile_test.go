@@ -89,3 +89,53 @@ func TestFloodOfAPermittedPeer(t *testing.T) {
 		s.Until("its own flow goes on", func() bool { return s.GetsIn(phone, a, ext) })
 	})
 }
+
+// Outside hosts send with the source of an inside host: to many peers, and in the place
+// of its own flow. Others send to its port all the time. Nothing comes of it, and nothing
+// lasts longer for it.
+//
+// Fails with --guard=false.
+func TestNoStrangerMakesOrExtends(t *testing.T) {
+	stage.InModes(t, modes, func(t *testing.T, mode ...string) {
+		s := stage.New(t, lab.Options{})
+		for name, value := range map[string]string{
+			"net.ipv4.conf.all.rp_filter": "0", "net.ipv4.conf.wan0.rp_filter": "0",
+			"net.netfilter.nf_conntrack_udp_timeout": "2",
+		} {
+			s.Must(s.Gateway.SetSysctl(name, value))
+		}
+		s.Start(stage.Flags(mode, "--lifetime=3s")...)
+		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+		ext := s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
+
+		const strangers = 1000
+		flood, err := s.NewFlood(3*strangers, false)
+		s.Must(err)
+		t.Cleanup(func() { s.Must(flood.Close()) })
+		for i := range strangers {
+			flood.Aim(3*i, netip.AddrPortFrom(phone.Addr().Addr(), uint16(20_000+i)), netip.AddrPortFrom(stage.Peer(i%stage.Peers), 9))
+			flood.Aim(3*i+1, phone.Addr(), proxy.Addr())
+			flood.Aim(3*i+2, netip.AddrPortFrom(lab.PeerB, uint16(20_000+i)), ext)
+		}
+		stop := s.Steady(func() error { return flood.Send(0, flood.Len()) })
+		s.Until("the permission is gone, as if nobody had sent", func() bool {
+			ps := s.List()
+			if len(ps) > 1 {
+				t.Fatalf("a stranger made permissions: %+v ...", ps[1])
+			}
+			return len(ps) == 0
+		})
+		n := stop()
+		guard := s.Status().Tables.Guard
+		t.Logf("%d packets, %d dropped for their source, %d for nobody waits for them", n*flood.Len(), guard.Spoofed, guard.Drops)
+		if guard.Spoofed == 0 || guard.Drops == 0 {
+			t.Error("the guard saw none of them")
+		}
+		if n := entries(s); n > few {
+			t.Errorf("%d flows came of it", n)
+		}
+		fence := s.PeerSocket(lab.PeerC, 5060)
+		s.Lost(phone, s.PeerSocket(lab.PeerA, 5070), s.Contact(phone, fence), fence)
+	})
+}

@@ -124,7 +124,7 @@ var settings = []setting{
 	},
 	{
 		key: "guard", flag: "guard", kind: "bool", def: "true", truth: true,
-		usage: "drop UDP packets from outside that no socket of the gateway waits for, before they become a flow",
+		usage: "drop UDP packets from outside that no socket of the gateway waits for, or with the source of an inside host, before they become a flow",
 		set:   one(truth, func(c *Config) *bool { return &c.Guard }),
 	},
 	{

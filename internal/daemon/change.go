@@ -125,10 +125,10 @@ func fits(word string) (func(*cone.Permission) bool, error) {
 	return nil, fmt.Errorf("revoke %q: expected an address such as 203.0.113.5 or an endpoint such as 198.51.100.1:5060", word)
 }
 
-func prefixes(subnets []config.Subnet) []string {
-	var out []string
+func prefixes(subnets []config.Subnet) []netip.Prefix {
+	var out []netip.Prefix
 	for _, s := range subnets {
-		out = append(out, s.Prefix.String())
+		out = append(out, s.Prefix)
 	}
 	return out
 }

@@ -95,7 +95,7 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 	}
 	d := rules.Desired{
 		OutsideLinks: outside, Guard: cfg.Guard,
-		Expectations: f.withExpectations, MaxChildren: cfg.MaxChildren,
+		Inside: prefixes(cfg.Subnets), Expectations: f.withExpectations, MaxChildren: cfg.MaxChildren,
 	}
 	if f.withMap {
 		d.Map = mapConfig(cfg)
@@ -188,7 +188,7 @@ func (f *firewall) read(cfg config.Config) (t control.Tables) {
 	}
 	t.Repaired = f.repaired
 	if c, err := f.tables.Counters(); err == nil {
-		t.Guard = control.Guard{Drops: c.GuardDrops, Children: c.ChildDrops, PortZero: c.PortZeroDrops}
+		t.Guard = control.Guard{Drops: c.GuardDrops, Spoofed: c.SpoofedDrops, Children: c.ChildDrops, PortZero: c.PortZeroDrops}
 		t.Map = control.Map{Learn: f.learns(cfg), Admitted: f.admitted.read(c.Admitted), Learned: c.Learned, Limited: c.LearnLimited}
 		if f.pool != cfg.PortPool {
 			f.pool, f.usedUp = cfg.PortPool, tally{}

@@ -16,7 +16,7 @@ import (
 
 // standard is what the daemon wants by default.
 var standard = rules.Desired{
-	OutsideLinks: []string{"wan0"}, Guard: true,
+	OutsideLinks: []string{"wan0"}, Guard: true, Inside: []netip.Prefix{lab.InsideNet},
 	Map: &rules.MapConfig{
 		Size: 1 << 20, Lifetime: time.Hour, MaxChildren: 256, Learn: true, LearnRate: 200,
 		Subnets:          []netip.Prefix{lab.InsideNet},
@@ -411,7 +411,7 @@ func BenchmarkNewFlow(b *testing.B) {
 	learning.LearnRate = 1 << 20
 	bare := rules.Desired{OutsideLinks: []string{"wan0"}, Mapping: &mapped}
 	full := bare
-	full.Guard, full.Map = true, &learning
+	full.Guard, full.Inside, full.Map = true, mapped.Subnets, &learning
 	with("mapping, newcomers", bare, true)
 	with("mapping, known", bare, false)
 	with("permissions alone", rules.Desired{OutsideLinks: bare.OutsideLinks, Guard: true, Map: &learning}, false)

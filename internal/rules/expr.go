@@ -4,6 +4,8 @@ package rules
 
 import (
 	"encoding/binary"
+	"net"
+	"net/netip"
 	"slices"
 
 	"github.com/google/nftables"
@@ -36,6 +38,7 @@ var (
 	nfproto  = piece{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg}}
 	iifname  = piece{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg}}
 	oifname  = piece{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg}}
+	routedTo = piece{&expr.Fib{Register: reg, FlagDADDR: true, FlagMARK: true, ResultOIFNAME: true}}
 	ctZone   = piece{&expr.Ct{Key: expr.CtKeyZONE, Register: reg}}
 	// The expression ends the rule where there is no socket.
 	hasSocket = join(piece{&expr.Socket{Key: expr.SocketKeyWildcard, Register: reg}}, atMost(1))
@@ -74,6 +77,31 @@ var (
 
 	accept = piece{&expr.Verdict{Kind: expr.VerdictAccept}}
 )
+
+// sourceIn ends the rule, of family inet, where the source of the packet is not in p.
+// What ends with a byte, within the first four, is compared without a mask.
+func sourceIn(p netip.Prefix) piece {
+	addr, family, offset := p.Masked().Addr().AsSlice(), byte(unix.NFPROTO_IPV4), uint32(12)
+	if p.Addr().Is6() {
+		family, offset = unix.NFPROTO_IPV6, 8
+	}
+	size := len(addr)
+	whole := p.Bits() / 8
+	if p.Bits()%8 == 0 && 0 < whole && whole <= 4 {
+		return join(
+			piece{&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4, DestRegister: reg}}, is(addr[:whole]),
+			nfproto, is([]byte{family}))
+	}
+	return join(
+		piece{
+			&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: uint32(size), DestRegister: reg},
+			&expr.Bitwise{
+				SourceRegister: reg, DestRegister: reg, Len: uint32(size),
+				Mask: net.CIDRMask(p.Bits(), 8*size), Xor: make([]byte, size),
+			},
+		}, is(addr),
+		nfproto, is([]byte{family}))
+}
 
 func is(b []byte) piece    { return piece{&expr.Cmp{Op: expr.CmpOpEq, Register: reg, Data: b}} }
 func isNot(b []byte) piece { return piece{&expr.Cmp{Op: expr.CmpOpNeq, Register: reg, Data: b}} }

@@ -167,3 +167,53 @@ func TestRejectOfTheUserStillAnswers(t *testing.T) {
 		t.Errorf("%+v", c)
 	}
 }
+
+// An inside host's source that comes from outside leaves no trace, whether there is such
+// a flow or not; the inside host's own packets go on.
+//
+// Fails without the rules of chain spoofed.
+func TestGuardDropsInsideSourcesFromOutside(t *testing.T) {
+	for name, tc := range map[string]struct {
+		inside, peer, far netip.Addr
+		build             []string // on the outside host: who spoofs sends by the gateway
+	}{
+		"ipv4": {netip.MustParseAddr("10.47.11.109"), lab.PeerA, netip.MustParseAddr("192.0.2.99"), []string{
+			"addr add 10.47.11.109/32 dev lo", "route add table local unicast 192.0.2.99/32 via 198.51.100.1",
+			"route replace table local unicast 203.0.113.5/32 via 198.51.100.1",
+		}},
+		"ipv6": {netip.MustParseAddr("2001:db8:47::109"), lab.Peer6A, netip.MustParseAddr("2001:db8:5::99"), []string{
+			"-6 addr add 2001:db8:47::109/128 dev lo nodad", "-6 route add table local unicast 2001:db8:5::99/128 via 2001:db8:ffff::1",
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := lab.ForTest(t, lab.Options{IPv6: true})
+			for _, link := range []string{"all", "wan0"} {
+				check(t, l.Gateway.SetSysctl("net.ipv4.conf."+link+".rp_filter", "0"))
+			}
+			table := open(t, l)
+			set(t, table, rules.Desired{OutsideLinks: []string{"wan0"}, Guard: true, Inside: []netip.Prefix{lab.InsideNet, lab.InsideNet6}})
+			host := listen(t, l.Inside(0), tc.inside, 5060)
+			check(t, host.Send(netip.AddrPortFrom(tc.peer, 5060), "its own"))
+			eventually(t, func() bool { return len(entries(t, l, "-p", "udp", "-f", name)) == 1 })
+			for _, args := range tc.build {
+				if _, err := l.Outside.Output("ip", strings.Fields(args)...); err != nil {
+					t.Fatal(err)
+				}
+			}
+			spoofer := listen(t, l.Outside, tc.inside, 5060)
+			for range 3 {
+				check(t, spoofer.Send(netip.AddrPortFrom(tc.far, 5060), "spoofed"))
+			}
+			eventually(t, func() bool { return count(t, table).SpoofedDrops == 3 })
+			if name == "ipv4" {
+				check(t, spoofer.Send(netip.AddrPortFrom(tc.peer, 5060), "spoofed, of a flow that there is"))
+				eventually(t, func() bool { return count(t, table).SpoofedDrops == 4 })
+			}
+			if got := entries(t, l, "-p", "udp", "-f", name); len(got) != 1 {
+				t.Errorf("entries: %q", got)
+			}
+			check(t, host.Send(netip.AddrPortFrom(tc.peer, 5061), "its own"))
+			eventually(t, func() bool { return len(entries(t, l, "-p", "udp", "-f", name)) == 2 })
+		})
+	}
+}

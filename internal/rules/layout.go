@@ -7,6 +7,7 @@ import (
 	"hash/fnv"
 	"maps"
 	"net"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -25,6 +26,7 @@ const markerChain = "made_by_conenatd"
 const (
 	guardCounter    = "guard_drops"
 	childCounter    = "child_drops"
+	spoofedCounter  = "spoofed_drops"
 	zeroCounter     = "port_zero_drops"
 	admittedCounter = "admitted"
 	learnedCounter  = "learned"
@@ -54,7 +56,7 @@ const (
 	// Before the user's filter rules: what is over the cap costs them nothing.
 	childPriority = -10
 	// Before conntrack.
-	zeroPriority = -300
+	rawPriority = -300
 	// After dstnat: the user's own forwards come first and win.
 	admitPriority = -95
 	// After srcnat, when the outside endpoint is known, and after what the
@@ -98,6 +100,9 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 	inet := newLayout(name, nftables.TableFamilyINet, d.OutsideLinks)
 	if d.Guard {
 		inet.guard()
+	}
+	if d.Guard && len(d.Inside) > 0 {
+		inet.spoofed(d.Inside)
 	}
 	if d.Expectations {
 		inet.portZero()
@@ -155,9 +160,20 @@ func (l *layout) outside(name piece, is bool) piece {
 	return join(name, piece{&expr.Cmp{Op: op, Register: reg, Data: linkKey(l.links[0])}})
 }
 
+// spoofed drops what comes from outside with the source of an inside host, and would
+// leave to the outside: it would earn that host a permission, or keep one alive.
+func (l *layout) spoofed(inside []netip.Prefix) {
+	l.counters = append(l.counters, spoofedCounter)
+	c := l.filter("spoofed", nftables.ChainHookPrerouting, rawPriority)
+	for _, p := range inside {
+		// The source comes first, for it sorts out nearly all packets.
+		l.rule(c, "no inside host is outside", join(sourceIn(p), l.outside(iifname, true), isUDP, l.outside(routedTo, true), drop(spoofedCounter)))
+	}
+}
+
 func (l *layout) portZero() {
 	l.counters = append(l.counters, zeroCounter)
-	zero := l.filter("port_zero", nftables.ChainHookPrerouting, zeroPriority)
+	zero := l.filter("port_zero", nftables.ChainHookPrerouting, rawPriority)
 	l.rule(zero, "no packet may match an anchor", join(sourcePort, is(be16(0)), isUDP, drop(zeroCounter)))
 	l.rule(zero, "no packet may match an anchor", join(destinationPort, is(be16(0)), isUDP, drop(zeroCounter)))
 }

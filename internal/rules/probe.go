@@ -28,6 +28,10 @@ var features = []struct {
 		Mend:    "load the module nft_socket (CONFIG_NFT_SOCKET, Linux 5.10; OpenWrt: kmod-nft-socket)",
 	}, Desired{Guard: true}},
 	{UnsupportedError{
+		Feature: FeatureSpoofed,
+		Mend:    "load the module nft_fib_inet (CONFIG_NFT_FIB_INET; OpenWrt: kmod-nft-fib), or set net.ipv4.conf.all.rp_filter = 1",
+	}, Desired{Guard: true, Inside: tryPrefixes}},
+	{UnsupportedError{
 		Feature: FeatureMaxChildren,
 		Mend:    "load the module nft_connlimit (CONFIG_NFT_CONNLIMIT; OpenWrt: kmod-nft-connlimit)",
 	}, Desired{Expectations: true, MaxChildren: 1}},

@@ -26,8 +26,11 @@ type Desired struct {
 	// OutsideLinks are the names of links, which need not exist. Packets from
 	// other links meet neither the guard nor the cap, nor get permissions.
 	OutsideLinks []string
-	// Guard drops new UDP packets to the gateway that no socket waits for.
+	// Guard drops new UDP packets to the gateway that no socket waits for, and all
+	// from outside, to outside, that have the source of an inside host.
 	Guard bool
+	// Inside are the prefixes of inside hosts.
+	Inside []netip.Prefix
 	// Expectations says that there are permissions that stand as expectations.
 	// UDP packets with port 0 are dropped then: only anchors have that port.
 	Expectations bool
@@ -131,7 +134,7 @@ var ErrOtherMapping = errors.New("another mapping stands")
 
 // Counters count packets since the tables were made.
 type Counters struct {
-	GuardDrops, ChildDrops, PortZeroDrops uint64
+	GuardDrops, SpoofedDrops, ChildDrops, PortZeroDrops uint64
 	// Admitted are the first packets of flows that the map admitted. The user's
 	// firewall may have dropped them afterwards.
 	Admitted uint64
@@ -165,6 +168,7 @@ type Feature string
 const (
 	FeatureTable       Feature = "nftables"
 	FeatureGuard       Feature = "guard"
+	FeatureSpoofed     Feature = "drop of inside sources that come from outside"
 	FeatureMaxChildren Feature = "cap on children"
 	FeatureMap         Feature = "map of permissions"
 	FeatureLearn       Feature = "learning in the kernel, with a cap on children of the map"

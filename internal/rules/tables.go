@@ -93,6 +93,9 @@ func (t *Tables) Lacks(f Feature) bool {
 // possible is d without what the kernel lacks.
 func (t *Tables) possible(d Desired) Desired {
 	d.Guard = d.Guard && !t.Lacks(FeatureGuard)
+	if t.Lacks(FeatureSpoofed) {
+		d.Inside = nil
+	}
 	if t.Lacks(FeatureMaxChildren) {
 		d.MaxChildren = 0
 	}
@@ -266,7 +269,7 @@ func (t *Tables) Counters() (Counters, error) {
 		}
 	}
 	return Counters{
-		GuardDrops: n[guardCounter], ChildDrops: n[childCounter], PortZeroDrops: n[zeroCounter],
+		GuardDrops: n[guardCounter], SpoofedDrops: n[spoofedCounter], ChildDrops: n[childCounter], PortZeroDrops: n[zeroCounter],
 		Admitted: n[admittedCounter],
 		Learned:  n[learnedCounter], LearnLimited: n[limitedCounter],
 		Moved: n[movedCounter], PoolUsedUp: n[usedUpCounter], LeftToRules: n[leftCounter], Hairpinned: n[hairpinCounter],

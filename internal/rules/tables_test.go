@@ -2,6 +2,7 @@ package rules_test
 
 import (
 	"errors"
+	"net/netip"
 	"regexp"
 	"slices"
 	"strings"
@@ -14,7 +15,7 @@ import (
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
-var all = rules.Desired{OutsideLinks: []string{"wan0", "ppp0"}, Guard: true, Expectations: true, MaxChildren: 256, Map: learning.Map}
+var all = rules.Desired{OutsideLinks: []string{"wan0", "ppp0"}, Guard: true, Inside: []netip.Prefix{lab.InsideNet, lab.InsideNet6}, Expectations: true, MaxChildren: 256, Map: learning.Map}
 
 // contents is what all makes of the tables, as nft lists them. It does not show
 // look-ups in the map, nor what becomes of the value.
@@ -126,6 +127,9 @@ const contentsInet = `
 	counter guard_drops {
 	}
 
+	counter spoofed_drops {
+	}
+
 	counter child_drops {
 	}
 
@@ -157,6 +161,12 @@ const contentsInet = `
 		type filter hook prerouting priority raw; policy accept;
 		th sport 0 meta l4proto udp counter name "port_zero_drops" drop comment "no packet may match an anchor"
 		th dport 0 meta l4proto udp counter name "port_zero_drops" drop comment "no packet may match an anchor"
+	}
+
+	chain spoofed {
+		type filter hook prerouting priority raw; policy accept;
+		@nh,96,32 0xa2f0b00/24 meta nfproto ipv4 iifname @outside meta l4proto udp fib daddr . mark oifname @outside counter name "spoofed_drops" drop comment "no inside host is outside"
+		@nh,64,128 & 0xffffffffffffffff0000000000000000 == 0x20010db8004700000000000000000000 meta nfproto ipv6 iifname @outside meta l4proto udp fib daddr . mark oifname @outside counter name "spoofed_drops" drop comment "no inside host is outside"
 	}
 
 	chain guard {
