@@ -177,8 +177,8 @@ func (s *scene) meddle(change string, ofRules bool, in *lab.Socket, ext netip.Ad
 		owned, children.Round(time.Millisecond), permissions.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
 	if owned {
 		s.Must(s.Daemon.Signal(syscall.SIGHUP))
-		if st := s.Status(); st.Tables.Repaired != 0 || st.Counters.Repaired != 0 {
-			s.T.Errorf("%d repairs of tables and %d of permissions counted", st.Tables.Repaired, st.Counters.Repaired)
+		if st := s.Status(); st.Tables.Repaired != 0 || len(st.Counters.Repaired) != 0 {
+			s.T.Errorf("%d repairs of tables and %v counted", st.Tables.Repaired, st.Counters.Repaired)
 		}
 		return
 	}

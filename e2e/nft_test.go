@@ -757,8 +757,8 @@ func TestNFTRefreshIsNotTakenForLoss(t *testing.T) {
 		})
 		st := s.Status()
 		t.Logf("%d stand", st.Permissions.Standing)
-		if st.Counters.Repaired != 0 || st.Tables.Repaired != 0 {
-			t.Errorf("%d permissions and %d tables were put back, though nobody took any away", st.Counters.Repaired, st.Tables.Repaired)
+		if len(st.Counters.Repaired) != 0 || st.Tables.Repaired != 0 {
+			t.Errorf("%v and %d tables were put back, though nobody took any away", st.Counters.Repaired, st.Tables.Repaired)
 		}
 	})
 }

@@ -30,7 +30,7 @@ var full = Status{
 	Flows:       55,
 	Events:      Events{Received: 9000, Filtered: 120, Malformed: 1, Overruns: 3, ReadBuffer: 8 << 20},
 	Counters: Counters{
-		Granted: 412, Conflicts: 7, Early: 5, Repaired: 4,
+		Granted: 412, Conflicts: 7, Early: 5, Repaired: map[string]uint64{"anchors": 1, "expectations": 4},
 		Refused: map[string]uint64{"kernel table is full": 2, "outside port is forwarded": 9},
 		Revoked: map[string]uint64{"expired": 372, "stopped": 0},
 		Skipped: map[string]uint64{"peer port is excluded": 8100},

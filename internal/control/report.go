@@ -56,7 +56,7 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	line("map", "%s", describe(s.Tables.Map))
 	line("mapping", "%s", mapping(s.Tables.Mapping))
 	line("remapped", "%d of %d peers saw another outside port than the peer before", c.Remapped, c.Compared)
-	line("put back", "%d that were gone from the kernel; tables %d times", c.Repaired, s.Tables.Repaired)
+	line("put back", "%s; tables %d times", reasons(c.Repaired), s.Tables.Repaired)
 	if l.Count > 0 {
 		line("latency", "p50 %s, p99 %s, max %s, from event to kernel", micros(l.P50), micros(l.P99), micros(l.Max))
 	}

@@ -163,8 +163,8 @@ type Events struct {
 	ReadBuffer int    `json:"read_buffer"` // bytes
 }
 
-// Counters count decisions since the start. The maps have the reasons' texts
-// as keys.
+// Counters count decisions since the start. The maps have texts as keys: the reasons,
+// or what was repaired.
 type Counters struct {
 	Granted   uint64 `json:"granted"`
 	Conflicts uint64 `json:"conflicts"` // the permission had an owner
@@ -174,7 +174,7 @@ type Counters struct {
 	Remapped uint64            `json:"remapped"`
 	Early    uint64            `json:"early"`    // packets that came before their permission
 	Crowded  uint64            `json:"crowded"`  // children beyond max_children, dropped
-	Repaired uint64            `json:"repaired"` // permissions that were gone from the kernel and put back
+	Repaired map[string]uint64 `json:"repaired"` // what was gone from the kernel and put back
 	Refused  map[string]uint64 `json:"refused"`
 	Revoked  map[string]uint64 `json:"revoked"`
 	Skipped  map[string]uint64 `json:"skipped"` // flows that gave no permission

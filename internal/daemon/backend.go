@@ -175,22 +175,40 @@ func (b *backends) Deny(ps []cone.Permission) error {
 	return b.nft.Deny(b.part)
 }
 
+// A part is something of ours in the kernel that somebody else can take away.
+type part uint8
+
+const (
+	noPart part = iota
+	anAnchor
+	anExpectation
+	anElement
+	tableSize
+	parts
+)
+
+var partNames = [parts]string{
+	anAnchor:      "anchors",
+	anExpectation: "expectations",
+	anElement:     "elements of the map",
+	tableSize:     expectMax,
+}
+
 // Refresh renews the timeouts of ps and calls lost with the index of each that
-// is not whole any more.
-func (b *backends) Refresh(ps []cone.Permission, lost func(i int)) {
-	each := func(i int) { lost(b.index[i]) }
+// is not whole any more, and what is missing.
+func (b *backends) Refresh(ps []cone.Permission, lost func(i int, what part)) {
 	if b.expect != nil {
 		b.split(ps, b.expect.Stands)
-		b.expect.Refresh(b.part, each)
+		b.expect.Refresh(b.part, func(i int) { lost(b.index[i], anExpectation) })
 	}
 	if b.nft != nil {
 		b.split(ps, b.wantsMap)
-		b.nft.Refresh(b.part, each)
+		b.nft.Refresh(b.part, func(i int) { lost(b.index[i], anElement) })
 	}
 	// One that was adopted from another mode is carried by none yet.
 	for i := range ps {
 		if !b.wantsMap(&ps[i]) && (b.expect == nil || !b.expect.Stands(&ps[i])) {
-			lost(i)
+			lost(i, noPart)
 		}
 	}
 }
@@ -260,15 +278,15 @@ func has(m map[cone.Key]standing, p *cone.Permission) bool {
 
 // missing calls lost for each of ps that is not in a new list of the expectations,
 // where one was needed, or of which the kernel says that the map does not hold it.
-func (b *backends) missing(ps []cone.Permission, f found, lost func(cone.Permission)) {
+func (b *backends) missing(ps []cone.Permission, f found, lost func(cone.Permission, part)) {
 	b.split(ps, func(p *cone.Permission) bool {
 		if !b.expected(p, f) {
-			lost(*p)
+			lost(*p, anExpectation)
 			return false
 		}
 		return b.wantsMap(p)
 	})
 	if len(b.part) > 0 {
-		b.nft.Missing(b.part, func(i int) { lost(b.part[i]) })
+		b.nft.Missing(b.part, func(i int) { lost(b.part[i], anElement) })
 	}
 }

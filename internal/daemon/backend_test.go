@@ -41,7 +41,7 @@ func TestMissingIsFoundWithoutAList(t *testing.T) {
 			t.Fatalf("%s: %v, %v", name, f, err)
 		}
 		var lost []cone.Permission
-		b.missing(ps, f, func(p cone.Permission) { lost = append(lost, p) })
+		b.missing(ps, f, func(p cone.Permission, _ part) { lost = append(lost, p) })
 		if len(lost) != 1 || lost[0] != ps[1] {
 			t.Errorf("%s: %v are missing, want %v", name, lost, ps[1])
 		}

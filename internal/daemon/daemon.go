@@ -58,11 +58,11 @@ type Daemon struct {
 	tables            control.Tables   // as last read
 	served            *gateway.PortSet // at the last reconcile
 	latency           histogram
-	repaired          uint64
+	repaired          [parts]uint64
 	behind            bool
 	perms             []cone.Permission
 	bad               []bool
-	onLost            func(i int)
+	onLost            func(i int, what part)
 	onRefused         func(i int, r cone.Reason, err error)
 	refusal           [cone.Reasons]error // first kernel error since the last report
 	reported          cone.Stats
@@ -101,7 +101,7 @@ func New(cfg Config) (d *Daemon, err error) {
 		d.bad[i] = true
 		d.refused(d.perms[i], r, err)
 	}
-	d.onLost = func(i int) { d.onLostPermission(d.perms[i]) }
+	d.onLost = func(i int, what part) { d.onLostPermission(d.perms[i], what) }
 
 	if d.lock, err = control.Acquire(); err != nil {
 		return d, err
@@ -419,7 +419,7 @@ func (d *Daemon) warnings() []string {
 	return out
 }
 
-func (d *Daemon) onLostPermission(p cone.Permission) {
-	d.repaired++
+func (d *Daemon) onLostPermission(p cone.Permission, what part) {
+	d.repaired[what]++
 	d.model.Lost(p)
 }

@@ -98,6 +98,7 @@ func (d *Daemon) anchorGone(f *cone.Flow) {
 		return
 	}
 	if k, ok := d.backends.expect.Anchored(f.Src, f.Dst, f.OrigZone); ok {
+		d.repaired[anAnchor]++
 		d.model.Doubt(k)
 	}
 }

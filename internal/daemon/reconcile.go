@@ -110,6 +110,9 @@ func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 	if err := d.readFlows(q); err != nil {
 		errs = append(errs, err)
 	}
+	if err := d.mendTableSize(); err != nil {
+		errs = append(errs, err)
+	}
 	if err := d.compare(false); err != nil {
 		errs = append(errs, err)
 	}
@@ -215,6 +218,30 @@ func (d *Daemon) mendRules(cfg config.Config, network gateway.Network) (changed 
 		d.log.Warn("somebody changed conenatd's nftables tables; they are put back", "table", cfg.Table)
 	}
 	return changed, err
+}
+
+// mendTableSize makes room in the expectation table again where somebody took it away,
+// or does with what there is.
+func (d *Daemon) mendTableSize() (err error) {
+	ok := d.do(func() {
+		if d.backends.expect == nil {
+			return
+		}
+		before, failed := settings(d.cfg.Socket).read(expectMax)
+		size, failed2 := settings(d.cfg.Socket).raise()
+		if err = errors.Join(failed, failed2); err != nil {
+			return
+		}
+		if size != before {
+			d.repaired[tableSize]++
+			d.log.Warn("somebody made the expectation table smaller; it has its size again", "sysctl", expectMax, "was", before, "is", size)
+		}
+		d.backends.expect.SetTableSize(size)
+	})
+	if !ok {
+		return errEnded
+	}
+	return err
 }
 
 // serve keeps mappings off the ports that the gateway serves now.

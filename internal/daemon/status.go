@@ -55,10 +55,10 @@ func (s source) Status() control.Status {
 		st.Counters.Granted, st.Counters.Conflicts, st.Counters.Early = m.Granted, m.Conflicts, m.Early
 		st.Counters.Compared, st.Counters.Remapped = m.Compared, m.Remapped
 		st.Counters.Crowded = m.Crowded
-		st.Counters.Repaired = d.repaired
-		st.Counters.Refused = byReason(&m.Refusals)
-		st.Counters.Revoked = byReason(&m.Revoked)
-		st.Counters.Skipped = byReason(&m.Skipped)
+		st.Counters.Repaired = byName(d.repaired[:], func(p int) string { return partNames[p] })
+		st.Counters.Refused = byName(m.Refusals[:], reason)
+		st.Counters.Revoked = byName(m.Revoked[:], reason)
+		st.Counters.Skipped = byName(m.Skipped[:], reason)
 		st.Latency.Count = d.latency.count
 		st.Latency.P50 = microseconds(d.latency.quantile(0.50))
 		st.Latency.P99 = microseconds(d.latency.quantile(0.99))
@@ -95,11 +95,14 @@ const tablesTime = time.Second
 
 func microseconds(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
 
-func byReason(counts *[cone.Reasons]uint64) map[string]uint64 {
+func reason(r int) string { return cone.Reason(r).String() }
+
+// byName returns the counts that are not 0, but for one of something without a name.
+func byName(counts []uint64, name func(i int) string) map[string]uint64 {
 	out := map[string]uint64{}
-	for r, n := range counts {
-		if n > 0 {
-			out[cone.Reason(r).String()] = n
+	for i, n := range counts {
+		if n > 0 && name(i) != "" {
+			out[name(i)] = n
 		}
 	}
 	return out
