@@ -76,15 +76,19 @@ var reasonNames = [reasons]string{
 	ReasonStopped:          "stopped",
 }
 
+// TooMany reports whether r is a limit.
+func (r Reason) TooMany() bool {
+	return r == ReasonHostLimit || r == ReasonSubnetLimit || r == ReasonLimit
+}
+
 // denies reports whether a permission that is refused for r must not stand, by
 // whatever means. Where the kernel refused, there is nothing to forbid.
 func (r Reason) denies() bool {
 	switch r {
-	case ReasonForwarded, ReasonLocalSocket, ReasonRevoked,
-		ReasonHostLimit, ReasonSubnetLimit, ReasonLimit:
+	case ReasonForwarded, ReasonLocalSocket, ReasonRevoked:
 		return true
 	}
-	return false
+	return r.TooMany()
 }
 
 func (r Reason) String() string {

@@ -34,9 +34,7 @@ func (d *Daemon) run(ops []cone.Op, since time.Duration) {
 	case cone.Refresh:
 		d.backends.Refresh(d.collect(ops), d.onLost)
 	case cone.Deny:
-		if err := d.backends.Deny(d.collect(ops)); err != nil {
-			d.log.Warn("deny permissions", "err", err)
-		}
+		d.deny(ops)
 	case cone.Query:
 		for i := range ops {
 			d.query(&ops[i])
@@ -49,6 +47,21 @@ func (d *Daemon) run(ops []cone.Op, since time.Duration) {
 		for i := range ops {
 			d.dropEarly(&ops[i])
 		}
+	}
+}
+
+// deny keeps the kernel from learning the permissions of ops. Neighbours that are but one
+// too many, or not, go together.
+func (d *Daemon) deny(ops []cone.Op) {
+	for len(ops) > 0 {
+		tooMany, n := ops[0].Reason.TooMany(), 1
+		for n < len(ops) && ops[n].Reason.TooMany() == tooMany {
+			n++
+		}
+		if err := d.backends.Deny(d.collect(ops[:n]), tooMany); err != nil {
+			d.log.Warn("deny permissions", "err", err)
+		}
+		ops = ops[n:]
 	}
 }
 

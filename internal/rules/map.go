@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync/atomic"
@@ -30,9 +31,10 @@ type Map struct {
 	size     int
 	lifetime time.Duration
 	groups   atomic.Pointer[[]netip.Prefix]
-	children int                   // as MapConfig.MaxChildren
-	uncapped bool                  // the kernel lacks what that takes
-	denied   map[cone.Key]struct{} // as far as this process knows
+	children int                    // as MapConfig.MaxChildren
+	uncapped bool                   // the kernel lacks what that takes
+	denied   map[cone.Key]time.Time // and until when, as far as this process knows
+	swept    time.Time              // when it was last looked for what ended
 	broken   bool
 }
 
@@ -44,7 +46,7 @@ func (t *Tables) NewMap(c *MapConfig) *Map {
 	m := &Map{
 		netns: t.netns, table: t.name, size: c.Size, lifetime: c.Lifetime,
 		uncapped: t.Lacks(FeatureLearn),
-		denied:   make(map[cone.Key]struct{}),
+		denied:   make(map[cone.Key]time.Time),
 	}
 	m.Configure(c)
 	m.begin(t.w)
@@ -175,41 +177,89 @@ func (m *Map) Missing(ps []cone.Permission, missing func(i int)) {
 	defer m.w.Unlock()
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
-		m.enc.Reset()
-		first := m.w.batch.NextSeq(len(part))
-		for i := range part {
-			m.element(first+uint32(i), unix.NFT_MSG_GETSETELEM, permissionMap, &part[i], false, 0)
-		}
-		stands := make(map[cone.Key]cone.Endpoint)
-		err := m.w.batch.Exchange(&m.enc, func(uint32, error) {}, func(_ uint16, body []byte) {
-			parseElements(body, func(p cone.Permission, _ time.Duration) { stands[p.Key] = p.Int })
-		})
+		stands, err := m.look(part)
 		if err != nil {
 			return // nobody knows
 		}
 		for i := range part {
-			k := part[i].Key
-			k.Wild = 0 // an element does not say
-			if in, ok := stands[k]; !ok || in != part[i].Int {
+			if in, ok := stands[elementKey(&part[i])]; !ok || in != part[i].Int {
 				missing(base + i)
 			}
 		}
 	}
 }
 
+// elementKey is the Key that an element tells: not for how many peers it is.
+func elementKey(p *cone.Permission) cone.Key {
+	k := p.Key
+	k.Wild = 0
+	return k
+}
+
+// look asks for the elements of ps, at most batch, and returns those that there are.
+// The writer must be locked.
+func (m *Map) look(ps []cone.Permission) (stands map[cone.Key]cone.Endpoint, err error) {
+	m.enc.Reset()
+	first := m.w.batch.NextSeq(len(ps))
+	for i := range ps {
+		m.element(first+uint32(i), unix.NFT_MSG_GETSETELEM, permissionMap, &ps[i], false, 0)
+	}
+	stands = make(map[cone.Key]cone.Endpoint)
+	err = m.w.batch.Exchange(&m.enc, func(uint32, error) {}, func(_ uint16, body []byte) {
+		parseElements(body, func(p cone.Permission, _ time.Duration) { stands[p.Key] = p.Int })
+	})
+	return stands, err
+}
+
 // Deny ends ps, and keeps the kernel from learning them again until one is
-// granted, or two hours are over.
-func (m *Map) Deny(ps []cone.Permission) error {
+// granted, or two hours are over, as long as there is room. What is but one too many
+// gets half of it: a host that scans must not use up the room of what is forbidden.
+func (m *Map) Deny(ps []cone.Permission, tooMany bool) error {
+	room := deniedSize
+	if tooMany {
+		room /= 2
+	}
+	var errs []error
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
-		m.transact(part, m.deny)
-		for i := range part {
-			if m.errs[i] == nil && len(m.denied) < deniedSize {
-				m.denied[part[i].Key] = struct{}{}
+		if m.hasRoom(room, len(part)) { // the kernel waits for all CPUs where there is none
+			m.transact(part, m.deny)
+			for i := range part {
+				if m.errs[i] == nil {
+					m.denied[part[i].Key] = time.Now().Add(deniedTimeout)
+				}
 			}
 		}
+		errs = append(errs, m.Revoke(m.learned(part))) // last: a packet may have taught it meanwhile
 	}
-	return m.Revoke(ps) // last: a packet may have taught it meanwhile
+	return errors.Join(errs...)
+}
+
+// hasRoom reports whether so many more can be denied.
+func (m *Map) hasRoom(room, more int) bool {
+	now := time.Now()
+	if len(m.denied)+more > room && now.Sub(m.swept) > time.Minute {
+		m.swept = now
+		maps.DeleteFunc(m.denied, func(_ cone.Key, until time.Time) bool { return now.After(until) })
+	}
+	return len(m.denied)+more <= room
+}
+
+// learned returns those of ps, at most batch, that stand. The kernel waits for all CPUs
+// where it is asked to delete what is not there.
+func (m *Map) learned(ps []cone.Permission) (there []cone.Permission) {
+	m.w.Lock()
+	defer m.w.Unlock()
+	stands, err := m.look(ps)
+	if err != nil {
+		return ps // nobody knows
+	}
+	for i := range ps {
+		if _, ok := stands[elementKey(&ps[i])]; ok {
+			there = append(there, ps[i])
+		}
+	}
+	return there
 }
 
 // lift lifts the denials of ps. One may have ended by itself.

@@ -400,7 +400,7 @@ func TestPermissionsForManyPeers(t *testing.T) {
 				g.holds(p)
 				g.m.Refresh([]cone.Permission{p}, func(int) { t.Error("lost") })
 				g.m.Missing([]cone.Permission{p}, func(int) { t.Error("missing") })
-				check(t, g.m.Deny([]cone.Permission{p}))
+				check(t, g.m.Deny([]cone.Permission{p}, false))
 				g.holds()
 				g.contact(in, g.peer(lab.PeerA, 5073))
 				g.holds()
@@ -523,15 +523,31 @@ func TestDeniedIsNotLearnedUntilGranted(t *testing.T) {
 	in, peer := g.inside(5060), g.peer(lab.PeerA, 5060)
 	p := g.contact(in, peer)
 	ps := []cone.Permission{p}
-	check(t, g.m.Deny(ps))
+	check(t, g.m.Deny(ps, false))
 	g.contact(in, g.peer(lab.PeerA, 5061)) // a new flow, for only its first packet teaches
 	g.holds()
-	check(t, g.m.Deny(ps)) // again
+	check(t, g.m.Deny(ps, false)) // again
 	g.grant(p)
 	g.holds(p)
 	check(t, g.m.Revoke(ps))
 	g.contact(in, g.peer(lab.PeerA, 5062))
 	g.holds(p)
+}
+
+// Fails when what is one too many may have all the room.
+func TestThereIsRoomForWhatIsForbidden(t *testing.T) {
+	g := newGate(t, lab.Options{}, learning)
+	in, peer := g.inside(5060), g.peer(lab.PeerA, 5060)
+	p := g.contact(in, peer)
+	var scan []cone.Permission
+	for i := range 70_000 {
+		ext := netip.AddrPortFrom(g.Gateway.Addr, uint16(10_000+i/250))
+		scan = append(scan, permission(ext, netip.MustParseAddrPort("10.47.11.109:9"), stranger(i%250)))
+	}
+	check(t, g.m.Deny(scan, true))
+	check(t, g.m.Deny([]cone.Permission{p}, false))
+	g.contact(in, g.peer(lab.PeerA, 5061))
+	g.holds()
 }
 
 func TestFullMapRefusesAndGoesOn(t *testing.T) {

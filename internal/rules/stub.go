@@ -86,7 +86,7 @@ func (*Map) Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err e
 func (*Map) Revoke([]cone.Permission) error { return errNoBuild }
 
 // Deny returns an *UnsupportedError.
-func (*Map) Deny([]cone.Permission) error { return errNoBuild }
+func (*Map) Deny([]cone.Permission, bool) error { return errNoBuild }
 
 // List returns an *UnsupportedError.
 func (*Map) List(func(cone.Permission, time.Duration)) error { return errNoBuild }

@@ -1,0 +1,78 @@
+package guest
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/control"
+)
+
+// In the machine's first network namespace, where alone that may be written, the
+// expectation table gets its room, gets it again when somebody takes it away, and has
+// its old size when the daemon ends.
+//
+// Fails when the reconcile does not mend the size.
+func TestTheExpectationTableKeepsItsRoom(t *testing.T) {
+	exe := program(t)
+	if os.Getenv("CONENATD_GUEST") == "" {
+		t.Skip("it changes a setting of the whole machine")
+	}
+	const size = "/proc/sys/net/netfilter/nf_conntrack_expect_max"
+	read := func() string {
+		b, err := os.ReadFile(size)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(string(b))
+	}
+	until := func(what string, cond func() bool) {
+		t.Helper()
+		for end := time.Now().Add(2 * time.Minute); !cond(); {
+			if time.Now().After(end) {
+				t.Fatalf("waited in vain until %s", what)
+			}
+		}
+	}
+	var out strings.Builder
+	socket := filepath.Join(t.TempDir(), "control.sock")
+	c := exec.CommandContext(t.Context(), exe, "run", "--subnet", "10.47.11.0/24", "--reconcile=1s", "--control-socket", socket)
+	c.Stdout, c.Stderr = &out, &out
+	write := func(n string) {
+		if err := os.WriteFile(size, []byte(n), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	asBooted := read()
+	defer write(asBooted)
+	const before = "1024"
+	write(before)
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	status := func() (s control.Status, err error) { return control.Dial(socket).Status(t.Context()) }
+	until("the daemon answers", func() bool { _, err := status(); return err == nil })
+	roomy := read()
+	if roomy == before {
+		t.Fatalf("the table has room for %s, as before; %s", roomy, out.String())
+	}
+	write("2048")
+	until("the table has its room again", func() bool { return read() == roomy })
+	until("it is counted", func() bool {
+		s, err := status()
+		return err == nil && s.Counters.Repaired["nf_conntrack_expect_max"] == 1
+	})
+	if err := c.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Wait(); err != nil {
+		t.Error(err, out.String())
+	}
+	if got := read(); got != before {
+		t.Errorf("the table has room for %s, before %s", got, before)
+	}
+}
