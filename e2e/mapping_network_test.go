@@ -12,12 +12,6 @@ import (
 // Mappings beside all else that a gateway does: VPNs, several uplinks, addresses
 // that change, packets that come too early.
 
-func (s *scene) ip(h *lab.Host, args string) {
-	s.T.Helper()
-	_, err := h.Output("ip", strings.Fields(args)...)
-	s.Must(err)
-}
-
 // What goes into a VPN leaves as it came: by a link of its own, by IPsec on the
 // outside link, or to destinations that are exempt. The last two fail with their
 // condition in map_source taken away.
@@ -30,12 +24,12 @@ func TestNFTMappingLeavesVPNsAlone(t *testing.T) {
 		build  func(*scene)
 	}{
 		"a link of its own": {"", nil, func(s *scene) {
-			s.addLink("vpn0", "198.51.100.193")
-			s.ip(s.Gateway, "route add 192.0.2.0/24 via 198.51.100.254 dev vpn0 onlink")
+			s.AddLink("vpn0", "198.51.100.193")
+			s.IP(s.Gateway, "route add 192.0.2.0/24 via 198.51.100.254 dev vpn0 onlink")
 		}},
-		"exempt destinations": {"ip daddr 192.0.2.0/24 accept", []string{"--mapping-exempt=192.0.2.0/24"}, func(s *scene) { s.ip(s.Outside, back) }},
+		"exempt destinations": {"ip daddr 192.0.2.0/24 accept", []string{"--mapping-exempt=192.0.2.0/24"}, func(s *scene) { s.IP(s.Outside, back) }},
 		"IPsec": {"rt ipsec exists accept", nil, func(s *scene) {
-			s.ip(s.Outside, back)
+			s.IP(s.Outside, back)
 			s.tunnel()
 		}},
 	} {
@@ -74,18 +68,18 @@ func (s *scene) tunnel() {
 		s.T.Skipf("this kernel has no ESP (CONFIG_INET_ESP, CONFIG_CRYPTO_CBC): %s %v", out, err)
 	}
 	tmpl := " tmpl src " + gateway + " dst " + remote + " proto esp reqid 1 mode tunnel"
-	s.ip(s.Gateway, "xfrm policy add dir out src "+inside+" dst "+far+tmpl)
-	s.ip(s.Outside, state)
-	s.ip(s.Outside, "xfrm policy add dir in src "+inside+" dst "+far+tmpl)
+	s.IP(s.Gateway, "xfrm policy add dir out src "+inside+" dst "+far+tmpl)
+	s.IP(s.Outside, state)
+	s.IP(s.Outside, "xfrm policy add dir in src "+inside+" dst "+far+tmpl)
 }
 
 // Each host has a mapping on the uplink that policy routing leads it to. When that
 // is gone it gets one on the other uplink, where another host has its port.
 func TestNFTMappingOnTwoUplinks(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT}, func(t *testing.T, mode ...string) {
-		s := newScene(t, lab.Options{Inside: 3, Rules: uplinkRules})
+		s := newScene(t, lab.Options{Inside: 3, Rules: stage.UplinkRules})
 		s.Start(stage.Flags(mode, mapped)...)
-		second := s.addUplink()
+		second := s.AddUplink()
 		s.Until("the daemon knows both uplinks", func() bool { return len(s.Status().Outside) == 2 })
 		hosts, exts := s.consoles(3)
 		s.Until("all permissions stand", func() bool { return s.Status().Permissions.Standing == 6 })
@@ -96,7 +90,7 @@ func TestNFTMappingOnTwoUplinks(t *testing.T) {
 			s.Arrives(hosts[i], s.PeerSocket(lab.PeerB, 20_000+uint16(i)), exts[i])
 		}
 
-		s.ip(s.Gateway, "link del wan1")
+		s.IP(s.Gateway, "link del wan1")
 		s.Until("the permissions of the second uplink ended", func() bool { return s.Status().Permissions.Standing == 4 })
 		ext := s.Contact(hosts[1], s.PeerSocket(lab.PeerA, 4000))
 		if ext.Addr() != s.Gateway.Addr || !inPool(ext) || ext == exts[2] {
@@ -131,13 +125,13 @@ func TestNFTMappingsUnderLoadWhenTheAddressChanges(t *testing.T) {
 		})
 		remotes := []*lab.Socket{s.PeerSocket(lab.PeerA, 9), s.PeerSocket(lab.PeerB, 9), s.PeerSocket(lab.PeerC, 9)}
 		const next = "198.51.100.77"
-		s.ip(s.Outside, "route replace "+next+"/32 dev eth0")
+		s.IP(s.Outside, "route replace "+next+"/32 dev eth0")
 		for _, step := range []string{
 			"address add " + next + "/32 dev wan0",
 			"address del 198.51.100.1/24 dev wan0",
 			"route replace default via 198.51.100.254 dev wan0 onlink",
 		} {
-			s.ip(s.Gateway, step)
+			s.IP(s.Gateway, step)
 		}
 		for i, host := range hosts {
 			s.Until("the new address is in use", func() bool {
