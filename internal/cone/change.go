@@ -7,24 +7,37 @@ import (
 )
 
 // SetTopology tells the model the gateway's links and addresses. Permissions on
-// an address that the gateway had and has no more end at once.
+// an address that the gateway had and has no more end at once. For a lifetime flows
+// with that address give none either: their events may still be on the way.
 func (m *Model) SetTopology(now time.Duration, t Topology) {
-	old := m.topo.local
+	old := m.topo
 	m.topo = compileTopology(t)
+	for a, until := range old.lost {
+		if _, back := m.topo.local[a]; !back && now < until {
+			m.topo.lost[a] = until
+		}
+	}
 	gone := false
-	for a := range old {
+	for a := range old.local {
 		if _, ok := m.topo.local[a]; !ok {
 			gone = true
+			m.topo.lost[a] = now + m.policy.Lifetime
 		}
 	}
 	if !gone {
 		return
 	}
 	m.endWhere(now, ReasonAddressGone, func(c *claim) bool {
-		_, had := old[c.Ext.Addr]
+		_, had := old.local[c.Ext.Addr]
 		_, has := m.topo.local[c.Ext.Addr]
 		return had && !has && !c.Routed()
 	})
+}
+
+// lost reports whether p is on an address that the gateway lost a while ago.
+func (m *Model) lost(now time.Duration, p *Permission) bool {
+	until, lost := m.topo.lost[p.Ext.Addr]
+	return lost && now < until && !p.Routed()
 }
 
 // SetForwards tells which outside endpoints rules of the user's forward, beside

@@ -238,6 +238,36 @@ func TestAddressThatGoesAwayEndsItsPermissions(t *testing.T) {
 	}
 }
 
+// Events tell late of flows on an address that went meanwhile. What the kernel learned
+// of them ends. Once the address is back, or a lifetime is over, flows count again.
+func TestFlowOnAnAddressThatIsGoneGivesNothing(t *testing.T) {
+	const in, next = "10.47.11.109:1", "10.47.11.109:2"
+	other := testTopology
+	other.Local = []netip.Addr{netip.MustParseAddr("198.51.100.2")}
+	for name, count := range map[string]func(d *desk) time.Duration{
+		"back": func(d *desk) time.Duration { d.m.SetTopology(5, testTopology); return 6 },
+		"long ago": func(d *desk) time.Duration {
+			d.m.SetTopology(lifetime, other) // as at each reconcile
+			return lifetime + 2
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, learned)
+			d.m.SetTopology(2, other)
+			d.open(3, in, "203.0.113.5:9")
+			d.want()
+			if len(d.ops) != 1 || d.ops[0].Kind != Revoke {
+				t.Errorf("ops %v, want what was learned revoked", d.ops)
+			}
+			if n := d.m.Stats().Skipped[ReasonAddressGone]; n != 1 {
+				t.Errorf("%d skipped, want 1", n)
+			}
+			d.open(count(d), next, "203.0.113.5:9")
+			d.want(next)
+		})
+	}
+}
+
 func TestRevokedPermissionComesBackWithANewFlowOnly(t *testing.T) {
 	d := newDesk(t, nil)
 	f := d.open(0, "10.47.11.109:1", "203.0.113.5:9")

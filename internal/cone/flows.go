@@ -153,6 +153,12 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	if s.Filtering == AddressAndPortDependent {
 		r = ReasonFiltering
 	}
+	if r == ReasonNone && m.lost(now, &p) {
+		r = ReasonAddressGone
+		if m.policy.Learned { // the kernel made it as long as it had the address
+			m.Surplus(p)
+		}
+	}
 	if r != ReasonNone {
 		if !m.snap.showing { // else it was counted before
 			m.stats.Skipped[r]++

@@ -222,12 +222,14 @@ func unicast(a netip.Addr) bool {
 // topology is a Topology made quick to ask.
 type topology struct {
 	local  map[Addr]struct{}
+	lost   map[Addr]time.Duration // until when flows with it give nothing
 	routes []Route
 }
 
 func compileTopology(t Topology) topology {
 	c := topology{
 		local:  make(map[Addr]struct{}, len(t.Local)),
+		lost:   make(map[Addr]time.Duration),
 		routes: t.Routes,
 	}
 	for _, a := range t.Local {
