@@ -576,6 +576,37 @@ func TestFullMapRefusesAndGoesOn(t *testing.T) {
 	g.holds(ps[10:]...)
 }
 
+// What the kernel has no room for it does not learn, and the flow goes on. When others
+// end it learns again. Fails when the map has room for more than its size.
+func TestFullMapLearnsNoMore(t *testing.T) {
+	d, m := learning, *learning.Map
+	m.Size = 10
+	d.Map = &m
+	g := newGate(t, lab.Options{}, d)
+	in, fence := g.inside(5060), g.peer(lab.PeerC, 5060)
+	contact := func(i byte) (cone.Permission, *lab.Socket) {
+		addr := netip.AddrFrom4([4]byte{203, 0, 113, 50 + i})
+		return g.contact(in, g.peer(addr, 5060)), g.peer(addr, 5070)
+	}
+	ps := []cone.Permission{g.contact(in, fence)}
+	for i := range byte(m.Size - 1) {
+		p, _ := contact(i)
+		ps = append(ps, p)
+	}
+	for i := range byte(5) {
+		p, media := contact(20 + i)
+		g.lost(in, media, p.Ext, fence)
+	}
+	g.holds(ps...)
+	check(t, g.m.Revoke(ps[1:3]))
+	for i := range byte(2) {
+		p, media := contact(30 + i)
+		g.arrives(in, media, p.Ext)
+		ps[1+i] = p
+	}
+	g.holds(ps...)
+}
+
 func TestManyBatches(t *testing.T) {
 	g := newGate(t, lab.Options{}, granting)
 	var ps []cone.Permission
