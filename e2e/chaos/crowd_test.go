@@ -1,0 +1,72 @@
+package chaos
+
+import (
+	"net/netip"
+	"sync/atomic"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// A crowd are flows out of the first inside host, each to a peer of its own on its
+// port, that are never answered.
+type crowd struct {
+	*stage.Scene
+	flood *lab.Flood
+
+	sending atomic.Int64 // of the flows, under load
+	stop    func() int   // the load
+}
+
+const (
+	crowdPort   = 20_000 // the first
+	crowdPeer   = 100    // the first
+	peersOnPort = 50     // of the 64 that expectations allow
+)
+
+// flow returns flow i of a crowd.
+func flow(i int) stage.Flow {
+	return stage.Flow{Port: uint16(crowdPort + i/peersOnPort), Peer: stage.Peer(crowdPeer + i%peersOnPort)}
+}
+
+// newCrowd makes a crowd of n flows, of which none sent yet.
+func newCrowd(s *stage.Scene, n int) *crowd {
+	s.T.Helper()
+	f, err := s.NewFlood(n, true)
+	s.Must(err)
+	s.T.Cleanup(func() { f.Close() })
+	for i := range n {
+		f.Aim(i, netip.AddrPortFrom(s.Inside(0).Addr, flow(i).Port), netip.AddrPortFrom(flow(i).Peer, 9))
+	}
+	return &crowd{Scene: s, flood: f}
+}
+
+// known lets all of the crowd send until the daemon knows all, and nothing else.
+func (c *crowd) known() {
+	c.T.Helper()
+	c.Until("all flows have their claim", func() bool {
+		c.Must(c.flood.Send(0, c.flood.Len())) // a busy machine loses packets
+		return len(c.List()) == c.flood.Len()
+	})
+}
+
+// children checks that the peers of the first and the last flow reach it from other
+// ports.
+func (c *crowd) children(ext string) {
+	c.T.Helper()
+	for _, i := range []int{0, c.flood.Len() - 1} {
+		in := c.InsideSocket(0, flow(i).Port)
+		c.Arrives(in, c.PeerSocket(flow(i).Peer, 7000), netip.AddrPortFrom(netip.MustParseAddr(ext), flow(i).Port))
+	}
+}
+
+// leavesNothing checks that daemon and kernel agree, and that nothing is left of the
+// daemon when it stops.
+func leavesNothing(s *stage.Scene) {
+	s.T.Helper()
+	s.Verified()
+	s.Stop()
+	if left := s.Leftovers(); len(left) > 0 {
+		s.T.Errorf("%d left over, %q ...", len(left), left[0])
+	}
+}
