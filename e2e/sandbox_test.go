@@ -106,7 +106,7 @@ func TestUnitAllowsWhatTheDaemonCalls(t *testing.T) {
 	ext := s.Contact(phone, proxy)
 	s.Stands(phone, proxy, ext)
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
-	s.ip(s.Gateway, "address add 198.51.100.3/24 dev wan0")
+	s.IP(s.Gateway, "address add 198.51.100.3/24 dev wan0")
 	for _, hand := range []string{"-F", "-F expect"} {
 		_, err := s.Gateway.Output("conntrack", strings.Fields(hand)...)
 		s.Must(err)
