@@ -1,9 +1,14 @@
 package chaos
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"strconv"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
@@ -25,10 +30,12 @@ func TestFloodOfStrangers(t *testing.T) {
 		drops := s.Status().Tables.Guard.Drops
 
 		const all = 1<<16 - 1
+		cpu := cpuTime(s)
 		for port := 1; port <= all; port++ {
 			s.Must(stranger.Send(netip.AddrPortFrom(ext.Addr(), uint16(port)), "flood"))
 		}
 		s.Lost(phone, stranger, ext, proxy)
+		cpu = cpuTime(s) - cpu
 
 		if n := entries(s); n > entriesBefore+few {
 			t.Errorf("%d entries of conntrack, %d before", n, entriesBefore)
@@ -37,12 +44,29 @@ func TestFloodOfStrangers(t *testing.T) {
 		if n := st.Events.Received - events; n > few {
 			t.Errorf("the daemon heard of %d flows", n)
 		}
-		t.Logf("%d packets, %d dropped by the guard, %d events", all, st.Tables.Guard.Drops-drops, st.Events.Received-events)
+		t.Logf("%d packets, %d dropped by the guard, %d events, %v of the daemon's CPU",
+			all, st.Tables.Guard.Drops-drops, st.Events.Received-events, cpu)
 		if after := s.List(); len(after) != len(before) || after[0] != before[0] {
 			t.Errorf("%+v, before %+v", after, before)
 		}
 		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 	})
+}
+
+// cpuTime is what the daemon used so far (proc_pid_stat(5)).
+func cpuTime(s *stage.Scene) time.Duration {
+	s.T.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", s.Daemon.PID()))
+	s.Must(err)
+	const user, system, tick = 14, 15, 10 * time.Millisecond
+	fields := strings.Fields(string(b)) // the name has no blank
+	var sum time.Duration
+	for _, f := range []int{user, system} {
+		n, err := strconv.Atoi(fields[f-1])
+		s.Must(err)
+		sum += time.Duration(n) * tick
+	}
+	return sum
 }
 
 // A permitted peer, or who takes its address, sends from every port there is. It

@@ -305,14 +305,16 @@ func BenchmarkPacketOfAnAnsweredFlow(b *testing.B) {
 }
 
 // BenchmarkGrowth shows how the cost of a child's first packet grows with the
-// number of permissions in the map, as the exponent of a power law. The packets
+// number of permissions in the map, as the exponent of a power law, and that of a
+// stranger's packet to the same port, which nothing may let in. The packets
 // of a burst go to permissions from all over the map; to the single one, all.
 func BenchmarkGrowth(b *testing.B) {
 	const most, burst = 200_000, 200 // fewer than the cap
 	for _, test := range []struct {
-		name    string
-		desired rules.Desired
-	}{{"standard", standard}, {"max_children = 0", uncapped}} {
+		name      string
+		desired   rules.Desired
+		strangers bool
+	}{{"standard", standard, false}, {"max_children = 0", uncapped, false}, {"strangers", standard, true}} {
 		b.Run(test.name, func(b *testing.B) {
 			onOneCPU(b)
 			var arms []*arm
@@ -333,8 +335,14 @@ func BenchmarkGrowth(b *testing.B) {
 						if size > 1 {
 							peer = (round*burst + i) * stride % size
 						}
+						if test.strangers {
+							peer += most
+						}
 						a.Aim(i, netip.AddrPortFrom(stranger(peer), uint16(20000+round%100*burst+i)), benchExt)
 					}
+				}
+				if test.strangers {
+					a.over = func(int) bool { return a.came(b) == 0 }
 				}
 				arms = append(arms, a)
 			}
