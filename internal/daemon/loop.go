@@ -24,6 +24,13 @@ const (
 // stands still while the machine is suspended, and ignores the wall clock.
 func (d *Daemon) now() time.Duration { return time.Since(d.start) }
 
+// wall returns t, a time as now tells it, by the wall clock as that is now: since
+// the start it may have been set, or gone on alone while the machine was suspended.
+func (d *Daemon) wall(t time.Duration) time.Time {
+	now := time.Now()
+	return now.Add(t - now.Sub(d.start))
+}
+
 // do runs f in the loop and waits for it. It returns false if the loop ended
 // before.
 func (d *Daemon) do(f func()) bool {

@@ -22,7 +22,7 @@ func (s source) Status() control.Status {
 	d := s.Daemon
 	d.readTables()
 	st := control.Status{
-		Version: d.cfg.Version, PID: os.Getpid(), Started: d.start,
+		Version: d.cfg.Version, PID: os.Getpid(), Started: d.wall(0),
 	}
 	e := d.events.Stats()
 	st.Events.Received, st.Events.Filtered = e.Received, e.Filtered
@@ -175,7 +175,7 @@ func (d *Daemon) permission(v *cone.View, by string) control.Permission {
 		Flows: v.Flows, Children: v.Children, Answered: v.Answered,
 	}
 	if v.State == cone.StateStanding {
-		p.Since, p.Expires = d.start.Add(v.Since), d.start.Add(v.Expires)
+		p.Since, p.Expires = d.wall(v.Since), d.wall(v.Expires)
 	}
 	return p
 }
