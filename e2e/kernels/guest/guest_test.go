@@ -12,10 +12,13 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/lab"
 )
+
+func TestMain(m *testing.M) { stage.Main(m) }
 
 // helpers lists the names of the registered user-space helpers
 // (nfnetlink_cthelper), once for each family. They are the machine's: network
@@ -55,22 +58,12 @@ func helpers(t *testing.T) (names []string) {
 	return names
 }
 
-func program(t *testing.T) string {
-	t.Helper()
-	exe := os.Getenv("CONENATD_EXE")
-	if exe == "" {
-		t.Skip(`CONENATD_EXE is not set: run "make kernels"`)
-	}
-	return exe
-}
-
 // A kernel with nfnetlink_cthelper gets our own helper, and loses it with the
 // daemon.
 func TestOwnHelperIsChosenAndGoesWithTheDaemon(t *testing.T) {
-	exe := program(t)
 	before := helpers(t)
 	l := lab.ForTest(t, lab.Options{IPv6: true})
-	d, err := l.StartDaemon(exe, "--subnet", lab.InsideNet.String(), "--subnet", lab.InsideNet6.String(), "--routed")
+	d, err := l.StartDaemon(stage.Exe(), "--subnet", lab.InsideNet.String(), "--subnet", lab.InsideNet6.String(), "--routed")
 	if err != nil {
 		t.Fatal(err)
 	}
