@@ -41,6 +41,7 @@ const (
 	ctaExpectTuple   = 2
 	ctaExpectMask    = 3
 	ctaExpectTimeout = 4
+	ctaExpectHelp    = 6
 	ctaExpectZone    = 7
 	ctaExpectFlags   = 8
 	ctaExpectNAT     = 10

@@ -22,6 +22,7 @@ type expectation struct {
 	wild      uint8  // low bits of src that the mask leaves out
 	masterUDP bool
 	udp       bool
+	helped    bool // its master has a helper
 }
 
 // ours reports whether conenatd made x: all that newExpect would write is there.
@@ -31,10 +32,11 @@ func (x *expectation) ours() bool {
 		cone.IsAnchor(x.master[0], x.master[1]) && a == anchorOf(&p, a.flipped)
 }
 
-// stands reports whether x is the expectation of p on a.
+// stands reports whether x is the expectation of p on a. Without a helper on its
+// master it does not: nobody would know that one for an anchor.
 func (x *expectation) stands(p *cone.Permission, a anchor) bool {
 	old := x.permission()
-	return x.ours() && old.Key == p.Key && old.Int == p.Int && x.anchor() == a
+	return x.ours() && x.helped && old.Key == p.Key && old.Int == p.Int && x.anchor() == a
 }
 
 // left is how long the expectation has left.
@@ -82,6 +84,8 @@ func parseExpectation(b []byte) (x expectation, ok bool) {
 				}
 				return fine
 			})
+		case ctaExpectHelp:
+			x.helped, fine = true, true
 		case ctaExpectFlags:
 			x.flags, fine = be32(v)
 		case ctaExpectTimeout:

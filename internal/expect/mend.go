@@ -33,6 +33,10 @@ func (b *Backend) mend(p *cone.Permission, a anchor, errs answers) (cone.Reason,
 			return cone.ReasonNone, nil
 		}
 		if err == nil {
+			if found && !x.helped { // Linux 5.10 does not mind that the helper is gone
+				_, timeout := b.timeouts()
+				b.helpers.register(b.c, timeout)
+			}
 			err = b.clear(p, a)
 		}
 		if err != nil {
