@@ -26,7 +26,7 @@ type watched struct {
 	*stage.Scene
 	phone *lab.Socket
 	ext   netip.AddrPort
-	began time.Time    // before it was fed last
+	began time.Time    // before it was fed
 	fresh func() error // sends by it from a fresh port
 }
 
@@ -36,9 +36,9 @@ func watch(t *testing.T, mode []string) *watched {
 	w.Start(stage.Flags(mode, "--reconcile=1h", "--lifetime="+lifetime.String())...)
 	w.phone = w.InsideSocket(0, 5060)
 	proxy := w.PeerSocket(lab.PeerA, 5060)
+	w.began = time.Now()
 	w.ext = w.Contact(w.phone, proxy)
 	w.Stands(w.phone, proxy, w.ext)
-	w.began = time.Now()
 	_, err := w.Gateway.Output("conntrack", "-D", "-p", "udp", "--sport", "5060") // and no anchor
 	w.Must(err)
 	w.Until("its flow is gone", func() bool { return w.List()[0].Flows == 0 })
@@ -86,7 +86,7 @@ func (w *watched) inKernel() time.Duration {
 	text, _, _ := strings.Cut(rest, " ")
 	left, err := time.ParseDuration(text)
 	if err != nil {
-		w.T.Fatalf("%v in elements %q", err, elements)
+		w.T.Fatalf("neither an expectation nor an element: %v in %q", err, elements)
 	}
 	return left
 }

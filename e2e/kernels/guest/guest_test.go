@@ -3,6 +3,7 @@
 package guest
 
 import (
+	"fmt"
 	"os"
 	"slices"
 	"strings"
@@ -20,19 +21,22 @@ import (
 
 func TestMain(m *testing.M) { stage.Main(m) }
 
+// Of nfnetlink.h and nfnetlink_cthelper.h.
+const nfcthSubsystem, nfcthName, headerLen = 9, 1, 4
+
 // helpers lists the names of the registered user-space helpers
 // (nfnetlink_cthelper), once for each family. They are the machine's: network
 // namespaces share them.
 func helpers(t *testing.T) (names []string) {
 	t.Helper()
-	const subsystem, get, name, headerLen = 9, 1, 1, 4 // nfnetlink.h, nfnetlink_cthelper.h
+	const get = 1 // NFNL_MSG_CTHELPER_GET
 	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer c.Close()
 	answers, err := c.Execute(netlink.Message{
-		Header: netlink.Header{Type: subsystem<<8 | get, Flags: netlink.Request | netlink.Dump},
+		Header: netlink.Header{Type: nfcthSubsystem<<8 | get, Flags: netlink.Request | netlink.Dump},
 		Data:   make([]byte, headerLen),
 	})
 	if err != nil {
@@ -47,7 +51,7 @@ func helpers(t *testing.T) (names []string) {
 			t.Fatal(err)
 		}
 		for d.Next() {
-			if d.Type() == name {
+			if d.Type() == nfcthName {
 				names = append(names, d.String())
 			}
 		}
@@ -115,5 +119,98 @@ func TestOwnHelperIsChosenAndGoesWithTheDaemon(t *testing.T) {
 	}
 	if after := helpers(t); !slices.Equal(after, before) {
 		t.Errorf("helpers before the daemon %q, after it %q", before, after)
+	}
+}
+
+// Somebody unregisters our helper: the kernel ends all that is expected with it, and
+// tells by no event that the daemon listens to. All is right after one reconcile, and
+// a grant does not wait for that.
+//
+// Fails when the reconcile compares nothing, when a grant that lacks the helper does
+// not register it, and when an anchor without it is left where it is.
+func TestOwnHelperIsUnregistered(t *testing.T) {
+	for _, tc := range []struct {
+		name      string
+		mode      []string
+		reconcile string
+	}{
+		{"expect", stage.Expect, "1s"},
+		{"auto", stage.Auto, "1s"},
+		{"expect, and no reconcile", stage.Expect, "1h"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			helpers(t) // or there is nothing to test
+			s := stage.New(t, lab.Options{IPv6: true})
+			s.Start(stage.Flags(tc.mode, "--subnet", lab.InsideNet6.String(), "--routed", "--reconcile="+tc.reconcile)...)
+			registered := helpers(t)
+			h := s.Inside(0)
+			phone, a, b := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
+			phone6, a6 := s.Socket(h.Namespace, h.Addr6, 5060), s.PeerSocket(lab.Peer6A, 5060)
+			ext, ext6 := s.Contact(phone, a), s.Contact(phone6, a6)
+			s.Stands(phone, a, ext)
+			s.Stands(phone6, a6, ext6)
+			before := expected(s)
+			if len(before) != 2 {
+				t.Fatalf("the kernel expects %v", before)
+			}
+
+			began := time.Now()
+			unregister(t, s.Status().Helper.IPv4)
+			if tc.reconcile == "1h" {
+				if now := expected(s); len(now) > 0 {
+					t.Errorf("without its helper the kernel expects %v", now)
+				}
+			} else {
+				s.Until("the kernel expects what it expected", func() bool { return slices.Equal(expected(s), before) })
+				t.Logf("mended after %v", time.Since(began).Round(time.Millisecond))
+				s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+				s.Arrives(phone6, s.PeerSocket(lab.Peer6A, 5070), ext6)
+				if n := s.Status().Counters.Repaired; int(n) != len(before) {
+					t.Errorf("%d repairs counted, want %d", n, len(before))
+				}
+				s.Verified()
+			}
+			s.Contact(phone, b)
+			s.Stands(phone, b, ext)
+			s.Arrives(phone, s.PeerSocket(lab.PeerB, 5070), ext)
+			if now := helpers(t); !slices.Equal(now, registered) {
+				t.Errorf("helpers %q, want %q", now, registered)
+			}
+		})
+	}
+}
+
+// expected lists the permissions that stand as expectations, on anchors with a helper.
+func expected(s *stage.Scene) (all []string) {
+	s.T.Helper()
+	found, err := expect.Left(s.Gateway.FD())
+	s.Must(err)
+	for _, p := range found {
+		all = append(all, fmt.Sprint(p.Permission))
+	}
+	slices.Sort(all)
+	return all
+}
+
+func unregister(t *testing.T, helper string) {
+	t.Helper()
+	const del = 2 // NFNL_MSG_CTHELPER_DEL
+	attrs := netlink.NewAttributeEncoder()
+	attrs.String(nfcthName, helper)
+	body, err := attrs.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_, err = c.Execute(netlink.Message{
+		Header: netlink.Header{Type: nfcthSubsystem<<8 | del, Flags: netlink.Request | netlink.Acknowledge},
+		Data:   append(make([]byte, headerLen), body...),
+	})
+	if err != nil {
+		t.Fatalf("unregister helper %s: %v", helper, err)
 	}
 }
