@@ -165,7 +165,7 @@ func TestOwnHelperIsUnregistered(t *testing.T) {
 				t.Logf("mended after %v", time.Since(began).Round(time.Millisecond))
 				s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 				s.Arrives(phone6, s.PeerSocket(lab.Peer6A, 5070), ext6)
-				if n := s.Status().Counters.Repaired; int(n) != len(before) {
+				if n := s.Status().Counters.Repaired["expectations"]; int(n) != len(before) {
 					t.Errorf("%d repairs counted, want %d", n, len(before))
 				}
 				s.Verified()

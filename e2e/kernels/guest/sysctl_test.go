@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/control"
 )
 
@@ -18,7 +19,6 @@ import (
 //
 // Fails when the reconcile does not mend the size.
 func TestTheExpectationTableKeepsItsRoom(t *testing.T) {
-	exe := program(t)
 	if os.Getenv("CONENATD_GUEST") == "" {
 		t.Skip("it changes a setting of the whole machine")
 	}
@@ -40,7 +40,7 @@ func TestTheExpectationTableKeepsItsRoom(t *testing.T) {
 	}
 	var out strings.Builder
 	socket := filepath.Join(t.TempDir(), "control.sock")
-	c := exec.CommandContext(t.Context(), exe, "run", "--subnet", "10.47.11.0/24", "--reconcile=1s", "--control-socket", socket)
+	c := exec.CommandContext(t.Context(), stage.Exe(), "run", "--subnet", "10.47.11.0/24", "--reconcile=1s", "--control-socket", socket)
 	c.Stdout, c.Stderr = &out, &out
 	write := func(n string) {
 		if err := os.WriteFile(size, []byte(n), 0); err != nil {
