@@ -36,6 +36,7 @@ var full = Status{
 		Skipped: map[string]uint64{"peer port is excluded": 8100},
 	},
 	Latency: Latency{Count: 412, P50: 41.2, P99: 310, Max: 1234.5},
+	Process: Process{Goroutines: 9, Files: 17, Resident: 25 << 20, Heap: 5 << 20},
 	Warnings: []string{
 		"IPv6 has no helper: load the module nfnetlink_cthelper",
 		"the expectation table is small: set net.netfilter.nf_conntrack_expect_max = 4096",

@@ -62,6 +62,8 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	}
 	line("events", "%d, %d filtered, %d malformed", e.Received, e.Filtered, e.Malformed)
 	line("overruns", "%d (buffer %d KiB)", e.Overruns, e.ReadBuffer>>10)
+	line("process", "%d MiB of memory (%d MiB of objects), %d goroutines, %d open files",
+		s.Process.Resident>>20, s.Process.Heap>>20, s.Process.Goroutines, s.Process.Files)
 	if s.Accounting {
 		line("accounting", "on")
 	} else {

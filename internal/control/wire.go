@@ -72,6 +72,7 @@ type Status struct {
 	Events      Events      `json:"events"`
 	Counters    Counters    `json:"counters"`
 	Latency     Latency     `json:"latency"`
+	Process     Process     `json:"process"`
 
 	// Warnings are sentences for the user: what does not work, and what would
 	// mend it.
@@ -187,6 +188,14 @@ type Latency struct {
 	P50   float64 `json:"p50_us"`
 	P99   float64 `json:"p99_us"`
 	Max   float64 `json:"max_us"`
+}
+
+// Process is what the daemon takes of the machine; zero is what it cannot tell.
+type Process struct {
+	Goroutines int    `json:"goroutines"`
+	Files      int    `json:"files"`    // open file descriptors
+	Resident   uint64 `json:"resident"` // bytes of memory
+	Heap       uint64 `json:"heap"`     // bytes of objects, garbage included
 }
 
 // failure is the body of an error, and the last line of a list that could not

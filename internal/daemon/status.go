@@ -22,7 +22,7 @@ func (s source) Status() control.Status {
 	d := s.Daemon
 	d.readTables()
 	st := control.Status{
-		Version: d.cfg.Version, PID: os.Getpid(), Started: d.wall(0),
+		Version: d.cfg.Version, PID: os.Getpid(), Started: d.wall(0), Process: readProcess(),
 	}
 	e := d.events.Stats()
 	st.Events.Received, st.Events.Filtered = e.Received, e.Filtered
