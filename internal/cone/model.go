@@ -468,13 +468,16 @@ func (m *Model) Refused(now time.Duration, p Permission, r Reason, standing bool
 	m.settle(now, i)
 }
 
-// Lost tells the model that p, which should stand, is gone from the kernel. It
-// is granted again.
-func (m *Model) Lost(p Permission) {
-	if i := m.find(p.Key, p.Int); i != none && m.claims[i].state == StateStanding {
-		m.claims[i].certain = false
-		m.op(Op{Kind: Grant, Permission: m.claims[i].Permission})
+// Lost tells the model that p is gone from the kernel. If it should stand, it is
+// granted again, and Lost returns true.
+func (m *Model) Lost(p Permission) bool {
+	i := m.find(p.Key, p.Int)
+	if i == none || m.claims[i].state != StateStanding {
+		return false
 	}
+	m.claims[i].certain = false
+	m.op(Op{Kind: Grant, Permission: m.claims[i].Permission})
+	return true
 }
 
 // Doubt tells the model that the permission k, if it should stand, may be gone from

@@ -420,6 +420,7 @@ func (d *Daemon) warnings() []string {
 }
 
 func (d *Daemon) onLostPermission(p cone.Permission, what part) {
-	d.repaired[what]++
-	d.model.Lost(p)
+	if d.model.Lost(p) { // it may have ended since it was missed
+		d.repaired[what]++
+	}
 }
