@@ -317,13 +317,7 @@ func (d *Daemon) compareLists(ofMap bool) error {
 	if err != nil {
 		return fmt.Errorf("list permissions: %w", err)
 	}
-	var lost []cone.Permission
-	again := false // an expectation is missing
-	d.match(found, began, func(v *cone.View, whole bool) {
-		if !whole {
-			lost = append(lost, v.Permission)
-			again = again || !d.backends.expected(&v.Permission, found)
-		}
+	missed := d.match(found, began, func(v *cone.View) {
 		if d.backends.incomplete(&v.Permission) {
 			d.backends.Complete(v.Permission) // now, for it may end before the walk does
 		}
@@ -338,32 +332,49 @@ func (d *Daemon) compareLists(ofMap bool) error {
 			}
 		}
 	})
-	found.expect = nil
-	if again {
-		// A list that is made while something is refreshed may miss it; not twice.
-		if found, err = d.backends.list(false); err != nil {
-			return fmt.Errorf("list permissions: %w", err)
-		}
-	}
-	for ps := range slices.Chunk(lost, flowsAtOnce) {
-		d.do(func() { d.backends.missing(ps, found, d.onLostPermission) })
-	}
-	return nil
+	return d.eachLost(missed, d.onLostPermission)
 }
 
-// match calls f, in the loop, for each permission that stands, and tells whether it is
-// in the lists wherever it should, which were asked for when it was began. What is left
-// in them is what should not stand.
-func (d *Daemon) match(l found, began time.Duration, f func(v *cone.View, whole bool)) {
+// missed are permissions that should be in a list and are not.
+type missed struct {
+	ps     []cone.Permission
+	expect bool // in that of the expectations, one of them
+}
+
+// match calls f, in the loop, for each permission that stands, and returns those that
+// are not in the lists wherever they should, which were asked for when it was began.
+// What is left in them is what should not stand.
+func (d *Daemon) match(l found, began time.Duration, f func(v *cone.View)) (m missed) {
 	d.walk(func(v cone.View) {
 		if v.State != cone.StateStanding {
 			return
 		}
+		f(&v)
 		// What was granted after the lists were asked for need not be in them.
-		f(&v, v.Since >= began || d.backends.whole(&v.Permission, l))
+		if v.Since < began && !d.backends.whole(&v.Permission, l) {
+			m.ps = append(m.ps, v.Permission)
+			m.expect = m.expect || !d.backends.expected(&v.Permission, l)
+		}
 		delete(l.expect, v.Key)
 		delete(l.nft, v.Key)
 	})
+	return m
+}
+
+// eachLost calls f, in the loop, for each of those that were missed that the kernel
+// does not hold. A list misses some that are refreshed, and some while others end.
+func (d *Daemon) eachLost(m missed, f func(cone.Permission, part)) error {
+	var again found
+	if m.expect {
+		var err error
+		if again, err = d.backends.list(false); err != nil {
+			return fmt.Errorf("list permissions: %w", err)
+		}
+	}
+	for ps := range slices.Chunk(m.ps, flowsAtOnce) {
+		d.do(func() { d.backends.missing(ps, again, f) })
+	}
+	return nil
 }
 
 // walk calls f for each claim of the model, a piece at a time, in the loop.

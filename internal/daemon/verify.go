@@ -72,14 +72,17 @@ func (d *Daemon) differences(v *control.Verification) (map[string]struct{}, erro
 	wild := make(map[uint8]struct{})
 	var cfg config.Config
 	d.do(func() { cfg = d.cfg.Config })
-	d.match(found, began, func(c *cone.View, whole bool) {
+	missed := d.match(found, began, func(c *cone.View) {
 		v.Permissions++
 		flows[claimed{c.Key, c.Int}] = counted{c.Flows, c.Children}
 		wild[c.Wild] = struct{}{}
-		if !whole {
-			note("%v -> %v stands, but not in the kernel", c.Peers(), c.Ext)
-		}
 	})
+	err = d.eachLost(missed, func(p cone.Permission, _ part) {
+		note("%v -> %v stands, but not in the kernel", p.Peers(), p.Ext)
+	})
+	if err != nil {
+		return nil, err
+	}
 	for k := range found.expect {
 		note("%v -> %v is expected by the kernel, but does not stand", k.Peers(), k.Ext)
 	}
