@@ -18,6 +18,9 @@ const (
 	// ticksAtOnce is how many permissions are looked after before the next
 	// events are taken.
 	ticksAtOnce = 32
+	// behindAtOnce is how many once they are behind. A permission is refreshed
+	// more often than events tell of it, and one that is late ends in the kernel.
+	behindAtOnce = eventsAtOnce
 )
 
 // now returns the time since the daemon was made. Like the kernel's timeouts it
@@ -78,7 +81,11 @@ func (d *Daemon) loop(ctx context.Context) error {
 			d.event(read, &events[i])
 		}
 		d.apply(read)
-		d.behind = d.model.Tick(d.now(), ticksAtOnce)
+		atOnce := ticksAtOnce
+		if d.behind {
+			atOnce = behindAtOnce
+		}
+		d.behind = d.model.Tick(d.now(), atOnce)
 		d.apply(0)
 	}
 }
