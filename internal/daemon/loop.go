@@ -137,14 +137,12 @@ func (d *Daemon) deadline() time.Time {
 	return time.Time{}
 }
 
+// drainInbox does what is asked for now. Who asks for the next thing at once, as a
+// reconcile or a list does, does not keep the loop from events.
 func (d *Daemon) drainInbox() {
-	for {
-		select {
-		case f := <-d.inbox:
-			f()
-			d.apply(0)
-		default:
-			return
-		}
+	for range len(d.inbox) {
+		f := <-d.inbox
+		f()
+		d.apply(0)
 	}
 }
