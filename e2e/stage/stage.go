@@ -55,18 +55,40 @@ func build(m *testing.M) (int, error) {
 	}
 	defer os.RemoveAll(dir)
 	exe = filepath.Join(dir, "conenatd")
-	args := []string{"build", "-o", exe}
+	var args []string
 	flag.Parse()
 	if flag.Lookup("test.bench").Value.String() == "" {
 		// The race detector would make each process sleep before it ends.
 		os.Setenv("GORACE", "atexit_sleep_ms=0")
 		args = append(args, "-race")
 	}
-	out, err := exec.Command("go", append(args, "github.com/conenatd/conenatd/cmd/conenatd")...).CombinedOutput()
-	if err != nil {
-		return 1, fmt.Errorf("build conenatd: %w: %s", err, out)
+	if err := compile(exe, args...); err != nil {
+		return 1, err
 	}
 	return m.Run(), nil
+}
+
+func compile(path string, args ...string) error {
+	args = append(append([]string{"build", "-o", path}, args...), "github.com/conenatd/conenatd/cmd/conenatd")
+	out, err := exec.Command("go", args...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("build conenatd: %w: %s", err, out)
+	}
+	return nil
+}
+
+// Plain returns the path of a program without the race detector, which takes several
+// times the memory and CPU. CONENATD_EXE goes before.
+func Plain(t *testing.T) string {
+	t.Helper()
+	if path := os.Getenv("CONENATD_EXE"); path != "" {
+		return path
+	}
+	path := filepath.Join(t.TempDir(), "conenatd")
+	if err := compile(path); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 // A Scene is a lab with a daemon in its gateway. What goes wrong fails the test.
