@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -56,19 +57,12 @@ func systemCalls(t *testing.T, set string) map[string]bool {
 	return all
 }
 
-// traced is a program that runs a release build of conenatd under strace, which writes
+// traced is a program that runs conenatd, without the race detector, under strace, which writes
 // what it calls into the file.
 func (s *scene) traced(file string) string {
 	s.T.Helper()
-	dir := s.T.TempDir()
-	release, path := filepath.Join(dir, "release"), filepath.Join(dir, "traced")
-	build := exec.CommandContext(s.T.Context(), "go", "build", "-o", release, "github.com/conenatd/conenatd/cmd/conenatd")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	out, err := build.CombinedOutput()
-	if err != nil {
-		s.T.Fatalf("build: %v: %s", err, out)
-	}
-	s.Must(os.WriteFile(path, fmt.Appendf(nil, "#!/bin/sh\nexec strace -D -f -qq -o %s -- %s \"$@\"\n", file, release), 0o755))
+	path := filepath.Join(s.T.TempDir(), "traced")
+	s.Must(os.WriteFile(path, fmt.Appendf(nil, "#!/bin/sh\nexec strace -D -f -qq -o %s -- %s \"$@\"\n", file, stage.Plain(s.T)), 0o755))
 	return path
 }
 
