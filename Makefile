@@ -80,7 +80,7 @@ kernels:
 # Measurements; docs/results says what they gave.
 bench:
 	@scripts/install-deps $(RUN_PACKAGES)
-	$(GO) test -count=1 -run '^$$' -bench . -benchtime 1x -timeout 30m ./e2e ./internal/rules
+	$(GO) test -count=1 -run '^$$' -bench . -benchtime 1x -timeout 30m ./e2e ./e2e/chaos ./internal/rules
 
 clean:
 	rm -rf bin
