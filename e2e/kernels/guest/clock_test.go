@@ -112,7 +112,7 @@ func (now look) since(t *testing.T, before look) {
 // ends sees the permission end, no earlier and no later than it should.
 func (w *watched) ends() {
 	w.T.Helper()
-	const slack = 10 * time.Second
+	const slack = 20 * time.Second
 	for len(w.List()) > 0 {
 		if time.Since(w.began) > lifetime+slack {
 			w.T.Fatalf("it stands after %v: %+v", time.Since(w.began), w.List())
