@@ -68,7 +68,6 @@ func jobs(root string) (all []job) {
 	if c := os.Getenv(commandEnv); c != "" {
 		return []job{{name: "command", command: c, verbose: true}}
 	}
-	all = append(all, job{name: "selftest", command: "conenatd selftest", verbose: true})
 	for _, p := range packages {
 		all = append(all, job{
 			name: p,
