@@ -60,7 +60,7 @@ func hostileInside(b *testing.B, mode []string) {
 	answer, err := l.Outside.Socket(lab.PeerA, 5070)
 	must(err)
 
-	const perTick = scanRate * int(scanTick) / int(time.Second)
+	const perTick = int(scanRate * scanTick / time.Second)
 	scan, err := l.NewFlood(perTick, true)
 	must(err)
 	b.Cleanup(func() { must(scan.Close()) })
