@@ -92,6 +92,7 @@ type Watcher struct {
 	conn    socket
 	rc      syscall.RawConn
 	receive func(fd uintptr) bool // w.read, bound once: binding allocates
+	poll    func(fd uintptr)      // the same, whatever the deadline
 
 	// Of Read alone.
 	buf     []byte
@@ -193,6 +194,7 @@ func newWatcher(conn socket) (*Watcher, error) {
 	// An event is a few hundred bytes; nothing near this size exists.
 	w := &Watcher{conn: conn, rc: rc, buf: make([]byte, 64<<10)}
 	w.receive = w.read
+	w.poll = func(fd uintptr) { w.read(fd) }
 	return w, nil
 }
 
@@ -208,8 +210,8 @@ func wrap(what string, err error) error {
 // again, and returns how many it filled. It does not allocate. Lost events
 // (Overrun) and messages that cannot be decoded are not errors.
 //
-// When the deadline has passed, or Wake was called, it returns 0 and
-// os.ErrDeadlineExceeded; queued events stay for a Read with a later deadline.
+// When the deadline has passed, or Wake was called, it returns what is there. If
+// that is nothing, it returns 0 and os.ErrDeadlineExceeded.
 // After Close it returns an error that is both os.ErrClosed and net.ErrClosed.
 func (w *Watcher) Read(events []Event) (int, error) {
 	if len(events) == 0 {
@@ -218,6 +220,13 @@ func (w *Watcher) Read(events []Event) (int, error) {
 	w.events, w.n, w.err = events, 0, nil
 	w.parseRest()
 	err := w.rc.Read(w.receive)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		w.awake()
+		// Who is woken again and again, or always late, must read all the same.
+		if failed := w.rc.Control(w.poll); failed != nil {
+			err = failed
+		}
+	}
 	w.events = nil
 
 	switch {
@@ -226,7 +235,6 @@ func (w *Watcher) Read(events []Event) (int, error) {
 	case w.closed.Load():
 		return 0, errClosed
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		w.awake()
 		return 0, os.ErrDeadlineExceeded
 	case err == nil:
 		err = w.err

@@ -169,6 +169,22 @@ func TestWakeIsNotLostToANewDeadline(t *testing.T) {
 	readOne(t, w)
 }
 
+// Else who is asked again and again, or always late, never reads.
+func TestReadTakesWhatIsQueuedWhenItIsWokenOrLate(t *testing.T) {
+	w, write := pipeWatcher(t)
+	write(flowMsg(1))
+	w.Wake()
+	readOne(t, w)
+	if err := w.SetReadDeadline(time.Now().Add(-time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	write(flowMsg(2))
+	readOne(t, w)
+	if _, err := w.Read(make([]Event, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("error %v, want os.ErrDeadlineExceeded", err)
+	}
+}
+
 func TestCloseEndsAReadThatWaits(t *testing.T) {
 	w, _ := pipeWatcher(t)
 	done := make(chan error)
