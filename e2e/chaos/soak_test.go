@@ -43,7 +43,7 @@ const (
 //
 // It takes three minutes where the environment variable CI is set, else half a minute,
 // in which memory cannot be judged. CONENATD_SOAK=2h is a longer one. The program is
-// one without the race detector, with which two CPUs do not do for so many flows.
+// one without the race detector, with which two CPUs may not do for so many flows.
 //
 // Fails when a reconcile leaves a file or a goroutine behind, when the model forgets
 // none of the claims that ended, or keeps some that expired; when the loop takes four
