@@ -349,12 +349,12 @@ func (d *Daemon) match(l found, began time.Duration, f func(v *cone.View)) (m mi
 		if v.State != cone.StateStanding {
 			return
 		}
-		f(&v)
 		// What was granted after the lists were asked for need not be in them.
 		if v.Since < began && !d.backends.whole(&v.Permission, l) {
 			m.ps = append(m.ps, v.Permission)
 			m.expect = m.expect || !d.backends.expected(&v.Permission, l)
 		}
+		f(&v)
 		delete(l.expect, v.Key)
 		delete(l.nft, v.Key)
 	})
