@@ -23,7 +23,8 @@ const (
 // end what lives has its permission, and nothing else has one, neither in the daemon
 // nor in the kernel.
 //
-// Fails when the loop does not ask for a reconcile after an overrun.
+// Fails when the loop does not ask for a reconcile after an overrun, but for the mode
+// expect, whose table is full with what the first events tell.
 func TestStorm(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFTByEvent, stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
 		s := stage.New(t, lab.Options{})
