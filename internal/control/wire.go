@@ -150,7 +150,7 @@ type Map struct {
 type Guard struct {
 	On       bool   `json:"on"`
 	Drops    uint64 `json:"drops"`     // packets that no socket of the gateway waited for
-	Spoofed  uint64 `json:"spoofed"`   // packets from outside, to outside, with an inside source
+	Spoofed  uint64 `json:"spoofed"`   // packets from outside with an inside source
 	Children uint64 `json:"children"`  // first packets of expected children beyond max_children
 	PortZero uint64 `json:"port_zero"` // packets with port 0
 }

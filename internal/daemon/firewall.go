@@ -95,7 +95,10 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 	}
 	d := rules.Desired{
 		OutsideLinks: outside, Guard: cfg.Guard,
-		Inside: prefixes(cfg.Subnets), Expectations: f.withExpectations, MaxChildren: cfg.MaxChildren,
+		Expectations: f.withExpectations, MaxChildren: cfg.MaxChildren,
+	}
+	if cfg.Guard {
+		d.Inside = prefixes(cfg.Subnets)
 	}
 	if f.withMap {
 		d.Map = mapConfig(cfg)

@@ -7,9 +7,9 @@
 //     gateway waits for, after the user's input rules and before conntrack
 //     makes an entry of them. Such an entry would keep the peer from the inside
 //     host for as long as it sends.
-//   - spoofed drops UDP packets from outside links with the source of an inside host,
-//     where they would leave to the outside, before conntrack sees them: they would
-//     earn that host a permission, or keep one alive.
+//   - spoofed drops UDP packets from outside links with the source of a host that is
+//     inside, before conntrack sees them: they would earn that host a permission, or
+//     keep one alive.
 //   - children bounds the flows that one expectation can have at a time.
 //   - port_zero drops UDP packets with port 0 before conntrack sees them, for
 //     only anchors have that port, and a packet must never match one.

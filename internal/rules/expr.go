@@ -38,8 +38,11 @@ var (
 	nfproto  = piece{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg}}
 	iifname  = piece{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg}}
 	oifname  = piece{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg}}
-	routedTo = piece{&expr.Fib{Register: reg, FlagDADDR: true, FlagMARK: true, ResultOIFNAME: true}}
-	ctZone   = piece{&expr.Ct{Key: expr.CtKeyZONE, Register: reg}}
+	// The link by which the source of a packet is reached, and what is not for the
+	// gateway, before it is routed.
+	wayBack   = piece{&expr.Fib{Register: reg, FlagSADDR: true, ResultOIFNAME: true}}
+	forwarded = join(piece{&expr.Fib{Register: reg, FlagDADDR: true, ResultADDRTYPE: true}}, isNot(ne32(unix.RTN_LOCAL)))
+	ctZone    = piece{&expr.Ct{Key: expr.CtKeyZONE, Register: reg}}
 	// The expression ends the rule where there is no socket.
 	hasSocket = join(piece{&expr.Socket{Key: expr.SocketKeyWildcard, Register: reg}}, atMost(1))
 

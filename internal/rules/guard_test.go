@@ -217,3 +217,46 @@ func TestGuardDropsInsideSourcesFromOutside(t *testing.T) {
 		})
 	}
 }
+
+// A host of an enabled prefix that is reached by an outside link is not spoofed: a tunnel
+// that comes in by it, a router with one link, a link that got a default route.
+//
+// Fails without the look at the way back.
+func TestGuardLetsInsideHostsThatAreOutside(t *testing.T) {
+	const far = "192.0.2.99"
+	for name, tc := range map[string]struct {
+		outside []string
+		host    func(l *lab.Lab) *lab.Host
+		source  string
+	}{
+		"behind the outside link":       {[]string{"wan0"}, func(l *lab.Lab) *lab.Host { return l.Outside }, "10.47.11.200"},
+		"on a link that became outside": {[]string{"lan0", "wan0"}, func(l *lab.Lab) *lab.Host { return l.Inside(0) }, "10.47.11.109"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := lab.ForTest(t, lab.Options{})
+			table := open(t, l)
+			set(t, table, rules.Desired{OutsideLinks: tc.outside, Inside: []netip.Prefix{lab.InsideNet}})
+			host := tc.host(l)
+			if host == l.Outside {
+				for _, step := range []struct {
+					h    *lab.Host
+					args string
+				}{
+					{l.Gateway, "route add " + tc.source + "/32 via 198.51.100.254 dev wan0"},
+					{l.Outside, "addr add " + tc.source + "/32 dev lo"},
+					{l.Outside, "route add table local unicast " + far + "/32 via 198.51.100.1"},
+				} {
+					if _, err := step.h.Output("ip", strings.Fields(step.args)...); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			s := listen(t, host, netip.MustParseAddr(tc.source), 5060)
+			check(t, s.Send(netip.AddrPortFrom(netip.MustParseAddr(far), 5060), "x"))
+			eventually(t, func() bool { return len(entries(t, l, "-p", "udp", "--orig-src", tc.source)) == 1 })
+			if n := count(t, table).SpoofedDrops; n != 0 {
+				t.Errorf("%d packets were dropped", n)
+			}
+		})
+	}
+}

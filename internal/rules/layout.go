@@ -101,7 +101,7 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 	if d.Guard {
 		inet.guard()
 	}
-	if d.Guard && len(d.Inside) > 0 {
+	if len(d.Inside) > 0 {
 		inet.spoofed(d.Inside)
 	}
 	if d.Expectations {
@@ -160,16 +160,24 @@ func (l *layout) outside(name piece, is bool) piece {
 	return join(name, piece{&expr.Cmp{Op: op, Register: reg, Data: linkKey(l.links[0])}})
 }
 
-// spoofed drops what comes from outside with the source of an inside host, and would
-// leave to the outside: it would earn that host a permission, or keep one alive.
+// spoofed drops what comes from outside with the source of a host that is inside: it
+// would earn that host a permission, or keep one alive. A host that is reached by an
+// outside link is not spoofed, and what is for the gateway is the user's to judge.
 func (l *layout) spoofed(inside []netip.Prefix) {
 	l.counters = append(l.counters, spoofedCounter)
 	c := l.filter("spoofed", nftables.ChainHookPrerouting, rawPriority)
+	if len(inside) > fewPrefixes {
+		l.rule(c, "", join(l.outside(iifname, false), accept))
+	}
 	for _, p := range inside {
 		// The source comes first, for it sorts out nearly all packets.
-		l.rule(c, "no inside host is outside", join(sourceIn(p), l.outside(iifname, true), isUDP, l.outside(routedTo, true), drop(spoofedCounter)))
+		l.rule(c, "the way back is not outside", join(
+			sourceIn(p), l.outside(iifname, true), isUDP, l.outside(wayBack, false), forwarded, drop(spoofedCounter)))
 	}
 }
+
+// fewPrefixes are tested quicker than a link.
+const fewPrefixes = 4
 
 func (l *layout) portZero() {
 	l.counters = append(l.counters, zeroCounter)

@@ -126,7 +126,10 @@ func (m *Map) Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err
 // gone notes that the table is not there.
 func (m *Map) gone(err error) bool {
 	gone := errors.Is(err, unix.ENOENT)
-	m.broken = m.broken || gone
+	if gone {
+		m.broken = true
+		clear(m.denied)
+	}
 	return gone
 }
 
@@ -222,7 +225,7 @@ func (m *Map) Deny(ps []cone.Permission, tooMany bool) error {
 	var errs []error
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
-		if m.hasRoom(room, len(part)) { // the kernel waits for all CPUs where there is none
+		if m.hasRoom(room, part) { // the kernel waits for all CPUs where there is none
 			m.transact(part, m.deny)
 			for i := range part {
 				if m.errs[i] == nil {
@@ -235,9 +238,14 @@ func (m *Map) Deny(ps []cone.Permission, tooMany bool) error {
 	return errors.Join(errs...)
 }
 
-// hasRoom reports whether so many more can be denied.
-func (m *Map) hasRoom(room, more int) bool {
-	now := time.Now()
+// hasRoom reports whether ps can be denied.
+func (m *Map) hasRoom(room int, ps []cone.Permission) bool {
+	now, more := time.Now(), 0
+	for i := range ps {
+		if _, is := m.denied[ps[i].Key]; !is {
+			more++
+		}
+	}
 	if len(m.denied)+more > room && now.Sub(m.swept) > time.Minute {
 		m.swept = now
 		maps.DeleteFunc(m.denied, func(_ cone.Key, until time.Time) bool { return now.After(until) })

@@ -30,7 +30,7 @@ var features = []struct {
 	{UnsupportedError{
 		Feature: FeatureSpoofed,
 		Mend:    "load the module nft_fib_inet (CONFIG_NFT_FIB_INET; OpenWrt: kmod-nft-fib), or set net.ipv4.conf.all.rp_filter = 1",
-	}, Desired{Guard: true, Inside: tryPrefixes}},
+	}, Desired{Inside: append([]netip.Prefix{netip.MustParsePrefix("2001:db8::/64")}, tryPrefixes...)}},
 	{UnsupportedError{
 		Feature: FeatureMaxChildren,
 		Mend:    "load the module nft_connlimit (CONFIG_NFT_CONNLIMIT; OpenWrt: kmod-nft-connlimit)",

@@ -26,10 +26,11 @@ type Desired struct {
 	// OutsideLinks are the names of links, which need not exist. Packets from
 	// other links meet neither the guard nor the cap, nor get permissions.
 	OutsideLinks []string
-	// Guard drops new UDP packets to the gateway that no socket waits for, and all
-	// from outside, to outside, that have the source of an inside host.
+	// Guard drops new UDP packets to the gateway that no socket waits for.
 	Guard bool
-	// Inside are the prefixes of inside hosts.
+	// Inside are the prefixes of inside hosts. UDP packets from outside that are not
+	// for the gateway, and have the source of one that is not reached by an outside
+	// link, are dropped.
 	Inside []netip.Prefix
 	// Expectations says that there are permissions that stand as expectations.
 	// UDP packets with port 0 are dropped then: only anchors have that port.

@@ -165,8 +165,8 @@ const contentsInet = `
 
 	chain spoofed {
 		type filter hook prerouting priority raw; policy accept;
-		@nh,96,32 0xa2f0b00/24 meta nfproto ipv4 iifname @outside meta l4proto udp fib daddr . mark oifname @outside counter name "spoofed_drops" drop comment "no inside host is outside"
-		@nh,64,128 & 0xffffffffffffffff0000000000000000 == 0x20010db8004700000000000000000000 meta nfproto ipv6 iifname @outside meta l4proto udp fib daddr . mark oifname @outside counter name "spoofed_drops" drop comment "no inside host is outside"
+		@nh,96,32 0xa2f0b00/24 meta nfproto ipv4 iifname @outside meta l4proto udp fib saddr oifname != @outside fib daddr type != local counter name "spoofed_drops" drop comment "the way back is not outside"
+		@nh,64,128 & 0xffffffffffffffff0000000000000000 == 0x20010db8004700000000000000000000 meta nfproto ipv6 iifname @outside meta l4proto udp fib saddr oifname != @outside fib daddr type != local counter name "spoofed_drops" drop comment "the way back is not outside"
 	}
 
 	chain guard {
