@@ -155,7 +155,7 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	}
 	if r == ReasonNone && m.lost(now, &p) {
 		r = ReasonAddressGone
-		if m.policy.Learned { // the kernel made it as long as it had the address
+		if m.policy.Learned && !m.snap.showing { // the kernel made it as long as it had the address
 			m.Surplus(p)
 		}
 	}

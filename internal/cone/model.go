@@ -480,15 +480,17 @@ func (m *Model) Lost(p Permission) bool {
 	return true
 }
 
-// Doubt tells the model that the permission k, if it should stand, may be gone from
-// the kernel. It is refreshed now, which shows. Whether it is for a group is not asked.
-func (m *Model) Doubt(k Key) {
+// Doubt tells the model that the permission k may be gone from the kernel. If it should
+// stand, it is refreshed now, which shows, and Doubt returns true. Whether it is for a
+// group is not asked.
+func (m *Model) Doubt(k Key) bool {
 	for _, k.Wild = range [...]uint8{0, groupBits(m.policy.PeerGroups, k.Peer)} {
 		if i := m.owner(k); i != none && m.claims[i].state == StateStanding {
 			m.op(Op{Kind: Refresh, Permission: m.claims[i].Permission})
-			return
+			return true
 		}
 	}
+	return false
 }
 
 // Surplus tells the model that p stands in the kernel. If it should not, it is

@@ -28,10 +28,11 @@ const (
 func (d *Daemon) now() time.Duration { return time.Since(d.start) }
 
 // wall returns t, a time as now tells it, by the wall clock as that is now: since
-// the start it may have been set, or gone on alone while the machine was suspended.
+// the start it may have been set, or gone on alone while the machine was suspended. To
+// the millisecond, for two clocks are read.
 func (d *Daemon) wall(t time.Duration) time.Time {
 	now := time.Now()
-	return now.Add(t - now.Sub(d.start))
+	return now.Add(t - now.Sub(d.start)).Round(time.Millisecond)
 }
 
 // do runs f in the loop and waits for it. It returns false if the loop ended
@@ -112,8 +113,9 @@ func (d *Daemon) anchorGone(f *cone.Flow) {
 		return
 	}
 	if k, ok := d.backends.expect.Anchored(f.Src, f.Dst, f.OrigZone); ok {
-		d.repaired[anAnchor]++
-		d.model.Doubt(k)
+		if d.model.Doubt(k) {
+			d.repaired[anAnchor]++
+		}
 	}
 }
 
