@@ -71,6 +71,13 @@ func run(ctx context.Context, flags *config.Flags, stderr io.Writer) error {
 	if len(cfg.Subnets) == 0 && !cfg.AutoSubnets {
 		return noSubnet(cfg)
 	}
+	socket, err := socketPath(cfg.ControlSocket)
+	if err != nil {
+		return err
+	}
+	if err := control.TakeFolder(socket); err != nil {
+		return err
+	}
 	if err := sandbox.Enter(); err != nil {
 		return err
 	}
@@ -81,10 +88,6 @@ func run(ctx context.Context, flags *config.Flags, stderr io.Writer) error {
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
 	defer signal.Stop(hangup)
-	socket, err := socketPath(cfg.ControlSocket)
-	if err != nil {
-		return err
-	}
 	d, err := daemon.New(daemon.Config{
 		Config: cfg, Version: versionText(), Socket: socket, Log: log,
 		Level: &level, Reload: flags.Resolve,

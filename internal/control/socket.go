@@ -27,7 +27,24 @@ func DefaultSocket() (string, error) {
 	if err := unix.Stat("/proc/thread-self/ns/net", &st); err != nil {
 		return "", fmt.Errorf("identify network namespace: %w", err)
 	}
-	return fmt.Sprintf("/run/conenatd/%d.sock", st.Ino), nil
+	return fmt.Sprintf("%s/%d.sock", folder, st.Ino), nil
+}
+
+const folder = "/run/conenatd"
+
+// TakeFolder gives root the folder of the default sockets, which a daemon with a user of
+// its own may have left: root without CAP_DAC_OVERRIDE could write nothing there. systemd
+// gives it back to that user when it starts his daemon. Any other folder is left alone.
+func TakeFolder(path string) error { return takeFolder(path, folder) }
+
+func takeFolder(path, folder string) error {
+	if os.Geteuid() != 0 || filepath.Dir(path) != folder {
+		return nil
+	}
+	if err := os.Chown(folder, 0, 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("take folder of control socket: %w", err)
+	}
+	return nil
 }
 
 // Listen opens the control socket, readable and writable for its owner and

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -101,5 +102,33 @@ func TestWhatIsNoSocketStays(t *testing.T) {
 		if after, err := os.Lstat(path); err != nil || !os.SameFile(before, after) {
 			t.Errorf("%s: gone: %v", name, err)
 		}
+	}
+}
+
+// Fails when the folder stays another user's.
+func TestRootTakesTheFolderOfTheDefaultSockets(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: run with sudo")
+	}
+	const nobody = 65534
+	owner := func(dir string) uint32 {
+		t.Helper()
+		info, err := os.Stat(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info.Sys().(*syscall.Stat_t).Uid
+	}
+	dir := t.TempDir()
+	if err := os.Chown(dir, nobody, nobody); err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]uint32{"/elsewhere/c.sock": nobody, filepath.Join(dir, "c.sock"): 0} {
+		if err := takeFolder(path, dir); err != nil || filepath.Dir(path) == dir && owner(dir) != want {
+			t.Errorf("%s: %v, the folder is of user %d, want %d", path, err, owner(dir), want)
+		}
+	}
+	if err := takeFolder("/no/such/c.sock", "/no/such"); err != nil {
+		t.Error(err)
 	}
 }

@@ -53,14 +53,16 @@ func (s sysctls) raise() (int, error) {
 		return before, nil // not ours to change; the cap follows
 	}
 	defer f.Close()
-	// The note first: killed in between, there is nothing to put back.
-	if _, err := os.Stat(s.note); errors.Is(err, fs.ErrNotExist) {
-		if err := os.MkdirAll(filepath.Dir(s.note), 0o755); err != nil {
-			return before, fmt.Errorf("note sysctl %s: %w", expectMax, err)
-		}
-		if err := os.WriteFile(s.note, fmt.Appendf(nil, "%d\n", before), 0o644); err != nil {
-			return before, fmt.Errorf("note sysctl %s: %w", expectMax, err)
-		}
+	// The note first: killed in between, there is nothing to put back. Where somebody
+	// made the table smaller since the last time, that is what he gets back.
+	if err := os.MkdirAll(filepath.Dir(s.note), 0o755); err != nil {
+		return before, fmt.Errorf("note sysctl %s: %w", expectMax, err)
+	}
+	if err := os.Remove(s.note); err != nil && !errors.Is(err, fs.ErrNotExist) { // it may be another user's
+		return before, fmt.Errorf("note sysctl %s: %w", expectMax, err)
+	}
+	if err := os.WriteFile(s.note, fmt.Appendf(nil, "%d\n", before), 0o644); err != nil {
+		return before, fmt.Errorf("note sysctl %s: %w", expectMax, err)
 	}
 	if _, err := fmt.Fprintf(f, "%d\n", wantedExpectMax); err != nil {
 		return before, nil

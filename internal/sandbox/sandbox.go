@@ -10,11 +10,11 @@ import (
 )
 
 // Enter leaves the process, with all its threads, no capability but CAP_NET_ADMIN if
-// it has that, and no way to get another one: nothing that it may execute can have
-// more (capabilities(7), PR_SET_NO_NEW_PRIVS). It cannot be undone.
+// it has that, and what it executes cannot get another one (capabilities(7),
+// PR_SET_NO_NEW_PRIVS). It cannot be undone.
 //
-// Root without capabilities still owns root's files; the unit in deploy runs the
-// daemon as a user of its own.
+// Root without capabilities still owns root's files, but may not touch those of others;
+// the unit in deploy runs the daemon as a user of its own.
 func Enter() error {
 	if _, err := cap.Prctlw(unix.PR_SET_NO_NEW_PRIVS, 1); err != nil {
 		return fmt.Errorf("sandbox: no new privileges: %w", err)

@@ -15,7 +15,7 @@ import (
 
 // In the machine's first network namespace, where alone that may be written, the
 // expectation table gets its room, gets it again when somebody takes it away, and has
-// its old size when the daemon ends.
+// the size that somebody gave it last when the daemon ends.
 //
 // Fails when the reconcile does not mend the size.
 func TestTheExpectationTableKeepsItsRoom(t *testing.T) {
@@ -49,7 +49,7 @@ func TestTheExpectationTableKeepsItsRoom(t *testing.T) {
 	}
 	asBooted := read()
 	defer write(asBooted)
-	const before = "1024"
+	const before, smaller = "1024", "2048"
 	write(before)
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
@@ -60,7 +60,7 @@ func TestTheExpectationTableKeepsItsRoom(t *testing.T) {
 	if roomy == before {
 		t.Fatalf("the table has room for %s, as before; %s", roomy, out.String())
 	}
-	write("2048")
+	write(smaller)
 	until("the table has its room again", func() bool { return read() == roomy })
 	until("it is counted", func() bool {
 		s, err := status()
@@ -72,7 +72,7 @@ func TestTheExpectationTableKeepsItsRoom(t *testing.T) {
 	if err := c.Wait(); err != nil {
 		t.Error(err, out.String())
 	}
-	if got := read(); got != before {
-		t.Errorf("the table has room for %s, before %s", got, before)
+	if got := read(); got != smaller {
+		t.Errorf("the table has room for %s, want %s", got, smaller)
 	}
 }
