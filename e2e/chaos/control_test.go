@@ -7,9 +7,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -145,9 +143,8 @@ func (s controlScene) attackControl(clients int, do func(c net.Conn, end <-chan 
 func TestControlSocketIsForRoot(t *testing.T) {
 	s := stage.New(t, lab.Options{})
 	s.Start(stage.Flags(stage.Auto)...)
-	s.Must(os.Chmod(filepath.Dir(s.Exe), 0o755))
 	out, err := exec.CommandContext(t.Context(), "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
-		s.Exe, "flush", "--control-socket", s.Daemon.Socket).CombinedOutput()
+		s.ForAll(), "flush", "--control-socket", s.Daemon.Socket).CombinedOutput()
 	var exit *exec.ExitError
 	if !errors.As(err, &exit) || exit.ExitCode() != 1 || !strings.Contains(string(out), "permission denied: run as root") {
 		t.Errorf("%v, %s", err, out)

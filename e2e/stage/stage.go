@@ -91,6 +91,20 @@ func Plain(t *testing.T) string {
 	return path
 }
 
+// ForAll returns the path of a copy of the program that every user may run.
+func (s *Scene) ForAll() string {
+	s.T.Helper()
+	dir, err := os.MkdirTemp("", "conenatd-e2e-")
+	s.Must(err)
+	s.T.Cleanup(func() { s.Must(os.RemoveAll(dir)) })
+	s.Must(os.Chmod(dir, 0o755))
+	program, err := os.ReadFile(s.Exe)
+	s.Must(err)
+	path := filepath.Join(dir, "conenatd")
+	s.Must(os.WriteFile(path, program, 0o755))
+	return path
+}
+
 // A Scene is a lab with a daemon in its gateway. What goes wrong fails the test.
 type Scene struct {
 	*lab.Lab
