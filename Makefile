@@ -22,11 +22,12 @@ STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOFUMPT     = mvdan.cc/gofumpt@v0.12.0
 
 FUZZ_TIME ?= 20000x
+SOAK      ?= 3m
 
 # Tests that choose the mode of the daemon themselves.
 OWN_MODES = ^Test(Unit|NFT|GroupOf|AutoNFT|Mend|Offload|Flow|Reflector|Demo|Selftest|ManyPermissions)
 
-.PHONY: build demo test lint cross unit modes fuzz kernels bench clean
+.PHONY: build demo test lint cross unit soak modes fuzz kernels bench clean
 
 build:
 	$(GO) build -o bin/conenatd ./cmd/conenatd
@@ -36,7 +37,7 @@ demo:
 	@$(GO) build -o bin/conenatd ./cmd/conenatd
 	@bin/conenatd demo
 
-test: deps lint cross unit modes fuzz kernels
+test: deps lint cross unit soak modes fuzz kernels
 
 .PHONY: deps
 deps:
@@ -56,6 +57,10 @@ cross:
 # The kernels' tests are not among them: they have a target of their own.
 unit:
 	$(GO) test -race -count=1 -timeout 30m $$($(GO) list ./... | grep -v /e2e/kernels)
+
+# Minutes of 5,000 new flows a second, with nothing beside.
+soak:
+	CONENATD_SOAK=$(SOAK) $(GO) test -count=1 -v -timeout 0 -run TestSoak ./e2e/chaos
 
 # The end-to-end tests once more for each mode but the default, which is auto.
 # Those that choose their modes themselves are left out.

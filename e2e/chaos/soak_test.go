@@ -1,15 +1,11 @@
 package chaos
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"slices"
-	"strconv"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/control"
@@ -17,11 +13,11 @@ import (
 )
 
 const (
-	// soakEnv says how long the soak takes, as a Go duration. Then the modes beside
-	// auto have their turn as well, a sixth of it each.
-	soakEnv   = "CONENATD_SOAK"
-	soakForCI = 3 * time.Minute
-	soakShort = 30 * time.Second // for who waits for it
+	// soakEnv says how long the soak takes, as a Go duration.
+	soakEnv = "CONENATD_SOAK"
+	// soakOthers is the least time with which the modes beside auto have their turn as
+	// well, a sixth of it each.
+	soakOthers = 10 * time.Minute
 
 	soakLifetime = 10 * time.Second
 
@@ -41,61 +37,33 @@ const (
 // the end the daemon, the expectations, the map and conntrack agree, first while
 // thousands stand, then when nothing does.
 //
-// It takes three minutes where the environment variable CI is set, else half a minute,
-// in which memory cannot be judged. CONENATD_SOAK=2h is a longer one. The program is
-// one without the race detector, with which two CPUs may not do for so many flows.
+// "make soak" runs it alone, for three minutes, SOAK=2h for longer; in less than that
+// memory cannot be judged. The program is one without the race detector, with which two
+// CPUs may not do for so many flows.
 //
 // Fails when a reconcile leaves a file or a goroutine behind, when the model forgets
 // none of the claims that ended, or keeps some that expired; when the loop takes four
 // events for each permission it looks after, or does all that a list asks for before
 // it reads events again; and when a verification takes a list of the map for whole.
 func TestSoak(t *testing.T) {
-	if os.Getenv("CONENATD_GUEST") != "" {
-		t.Skip("an emulated machine is not quick enough")
+	text := os.Getenv(soakEnv)
+	if text == "" {
+		t.Skip(`it takes the machine for itself: run "make soak"`)
 	}
-	long, modes := soakShort, modes[:1]
-	if os.Getenv("CI") != "" {
-		long = soakForCI
+	long, err := time.ParseDuration(text)
+	if err != nil {
+		t.Fatal(err)
 	}
-	if text := os.Getenv(soakEnv); text != "" {
-		d, err := time.ParseDuration(text)
-		if err != nil {
-			t.Fatal(err)
-		}
-		long, modes = d, [][]string{stage.Auto, stage.Expect, stage.NFTByEvent}
+	modes := [][]string{stage.Auto, stage.Expect, stage.NFTByEvent}
+	if long < soakOthers {
+		modes = modes[:1]
 	}
 	exe := stage.Plain(t)
-	goFirst(t)
+	others := long / 6
 	stage.InModes(t, modes, func(t *testing.T, mode ...string) {
 		soak(t, exe, long, mode)
-		long = max(soakShort/2, long/6)
+		long = others
 	})
-}
-
-// goFirst lets this process, and what it starts from now on, go before others that
-// want the CPUs, such as tests of other packages: a gateway is there for its packets.
-func goFirst(t *testing.T) {
-	t.Helper()
-	const first, usual = -10, 0
-	set := func(nice int) {
-		threads, err := os.ReadDir("/proc/self/task")
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, thread := range threads {
-			id, err := strconv.Atoi(thread.Name())
-			if err != nil {
-				t.Fatal(err)
-			}
-			err = unix.Setpriority(unix.PRIO_PROCESS, id, nice)
-			if err != nil && !errors.Is(err, unix.ESRCH) { // it ended
-				t.Logf("the soak goes beside others: %v", err)
-				return
-			}
-		}
-	}
-	set(first)
-	t.Cleanup(func() { set(usual) })
 }
 
 func soak(t *testing.T, exe string, long time.Duration, mode []string) {

@@ -1,6 +1,7 @@
 package ctwatch
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
@@ -223,7 +224,7 @@ func (w *Watcher) Read(events []Event) (int, error) {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		w.awake()
 		// Who is woken again and again, or always late, must read all the same.
-		if failed := w.rc.Control(w.poll); failed != nil {
+		if failed := cmp.Or(w.rc.Control(w.poll), w.err); failed != nil {
 			err = failed
 		}
 	}
@@ -314,7 +315,7 @@ func (w *Watcher) SetReadDeadline(t time.Time) error {
 	return w.conn.SetReadDeadline(t)
 }
 
-// Wake makes one Read return os.ErrDeadlineExceeded: the one that waits, else
+// Wake makes one Read return without waiting: the one that waits, else
 // the next. It is not lost to a SetReadDeadline that runs at the same time.
 // Calls before that Read returns count as one.
 func (w *Watcher) Wake() {
