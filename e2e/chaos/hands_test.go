@@ -57,6 +57,8 @@ func TestHandsOnConntrack(t *testing.T) {
 }
 
 // Without events permissions come at each reconcile, and the user is told.
+//
+// Fails when the reconcile shows no flows to the model.
 func TestHandsSwitchEventsOff(t *testing.T) {
 	stage.InModes(t, modes, func(t *testing.T, mode ...string) {
 		s := stage.New(t, lab.Options{})

@@ -64,6 +64,8 @@ func TestScanFromInside(t *testing.T) {
 // An inside host makes packets by hand: with the port that another one's permission has,
 // with a forwarded port, with port 0, with sources that are not inside, to addresses that
 // are no peers. None gets what is not its own.
+//
+// Fails when the model is not told of forwards.
 func TestForgedFromInside(t *testing.T) {
 	const forwarded = 5080
 	rules := lab.Masquerade + `table ip forwards { chain prerouting {

@@ -77,6 +77,8 @@ func TestKillAndRestart(t *testing.T) {
 
 // A daemon that is killed and never comes back leaves nothing in force for longer
 // than a lifetime. The rules stay; without permissions they let nothing in.
+//
+// Fails when an expectation gets ten lifetimes.
 func TestKillForGood(t *testing.T) {
 	stage.InModes(t, modes, func(t *testing.T, mode ...string) {
 		s := stage.New(t, lab.Options{})

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -99,11 +98,7 @@ func TestStorm(t *testing.T) {
 // entries counts those of conntrack.
 func entries(s *stage.Scene) int {
 	s.T.Helper()
-	text, err := s.Gateway.Sysctl("net.netfilter.nf_conntrack_count")
-	s.Must(err)
-	n, err := strconv.Atoi(text)
-	s.Must(err)
-	return n
+	return sysctl(s, "nf_conntrack_count")
 }
 
 const firstPort = 10_000

@@ -10,6 +10,8 @@ import (
 
 // What is wrong is told, and not touched. A verification that sees nothing would make
 // all other tests of this package worth less.
+//
+// Fails when nothing is noted of what is not in the kernel, or of what conntrack shows.
 func TestVerifyTellsWhatIsWrong(t *testing.T) {
 	s := stage.New(t, lab.Options{})
 	s.Start(stage.Flags(stage.Expect, "--reconcile=1h")...)
