@@ -3,7 +3,6 @@ package e2e
 import (
 	"fmt"
 	"net/netip"
-	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -260,6 +259,7 @@ func TestMendNothingIsLostBetweenModes(t *testing.T) {
 // What only the map had room for is refused by expectations alone, and listed so;
 // when the map is back, so are they.
 func TestMendPermissionsBeyondTheRoomForExpectations(t *testing.T) {
+	stage.OfTheDaemon(t)
 	s := newScene(t, lab.Options{})
 	write := s.configured(toml(stage.NFT))
 	phone := s.InsideSocket(0, 5060)
@@ -329,9 +329,7 @@ func TestMendCrowdedPortsDoNotTakeTheTurnOfOthers(t *testing.T) {
 // expectation all the same, and these stay when the map goes. Fails when compare
 // completes only what it found in a list.
 func TestMendLargeMapGetsItsExpectations(t *testing.T) {
-	if os.Getenv("CONENATD_GUEST") != "" {
-		t.Skip("an emulated machine has no time for 33,000 permissions in both backends")
-	}
+	stage.OfTheDaemon(t)
 	s := newScene(t, lab.Options{})
 	config := func(mode []string) string {
 		return "max_permissions_per_host = 0\nlearn_rate = 100000\n" + toml(mode)
@@ -404,6 +402,7 @@ func TestMendAnotherModeTakesOver(t *testing.T) {
 
 // Of what the map had, as many stand as there is room for, and the list says so.
 func TestMendModeWithLessRoomTakesOver(t *testing.T) {
+	stage.OfTheDaemon(t)
 	s := newScene(t, lab.Options{})
 	s.Start(stage.Flags(stage.NFT)...)
 	phone := s.InsideSocket(0, 5060)

@@ -738,6 +738,7 @@ func TestNFTForeignTableIsLeftAloneAndNamed(t *testing.T) {
 // A list of the map is a walk that the daemon's own refreshes disturb: what it
 // misses is not lost.
 func TestNFTRefreshIsNotTakenForLoss(t *testing.T) {
+	stage.OfTheDaemon(t)
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent}, func(t *testing.T, mode ...string) {
 		const ports, peers = 50, 200
 		s := newScene(t, lab.Options{})

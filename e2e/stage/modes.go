@@ -29,6 +29,15 @@ func InModes(t *testing.T, modes [][]string, test func(t *testing.T, mode ...str
 	}
 }
 
+// OfTheDaemon skips a test, which looks at the daemon and at no kernel, in an emulated
+// machine, which has little time.
+func OfTheDaemon(t *testing.T) {
+	t.Helper()
+	if os.Getenv("CONENATD_GUEST") != "" {
+		t.Skip("it is of the daemon, not of the kernel: the host runs it")
+	}
+}
+
 // Flags puts what every daemon needs before the flags of a mode.
 func Flags(mode []string, more ...string) []string {
 	return slices.Concat([]string{"--subnet", lab.InsideNet.String()}, mode, more)
