@@ -17,7 +17,7 @@ import (
 const (
 	// flowsAtOnce is how many flows of a dump the loop takes in one piece, and
 	// how many permissions it puts back in one.
-	flowsAtOnce = 256
+	flowsAtOnce = 1024
 
 	// lookEvery is the time between two looks at whether somebody changed
 	// nftables. It costs one query.
