@@ -3,7 +3,6 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -186,35 +185,11 @@ func (l *latencyLab) round(b *testing.B) time.Duration {
 		b.Fatal(err)
 	}
 	defer in.Close()
-	ext, err := in.Contact(l.peer)
-	arrived := time.Now()
+	took, err := stage.FirstAnswer(in, l.peer, l.answer)
 	if err != nil {
-		b.Fatal(err)
+		b.Fatalf("%v\n%s", err, l.d.Output())
 	}
-	raw, err := in.SyscallConn()
-	if err != nil {
-		b.Fatal(err)
-	}
-	var buf [64]byte
-	for {
-		if err := l.answer.Send(ext, "answer"); err != nil {
-			b.Fatal(err)
-		}
-		var got int
-		if err := raw.Read(func(fd uintptr) bool {
-			got, _, _ = unix.Recvfrom(int(fd), buf[:], unix.MSG_DONTWAIT)
-			return true
-		}); err != nil {
-			b.Fatal(err)
-		}
-		took := time.Since(arrived)
-		if got > 0 {
-			return took
-		}
-		if took > 5*time.Second {
-			b.Fatalf("no answer got through to %v\n%s", netip.AddrPortFrom(ext.Addr(), ext.Port()), l.d.Output())
-		}
-	}
+	return took
 }
 
 func (l *latencyLab) end(b *testing.B) {

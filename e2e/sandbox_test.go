@@ -57,8 +57,8 @@ func systemCalls(t *testing.T, set string) map[string]bool {
 	return all
 }
 
-// traced is a program that runs conenatd, without the race detector, under strace, which writes
-// what it calls into the file.
+// traced is a program that runs conenatd, without the race detector, under strace, which
+// writes what it calls into the file.
 func (s *scene) traced(file string) string {
 	s.T.Helper()
 	path := filepath.Join(s.T.TempDir(), "traced")

@@ -7,8 +7,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
 )
@@ -95,17 +93,9 @@ func hostileInside(b *testing.B, mode []string) {
 			port++
 			in, err := l.Inside(1).Socket(l.Inside(1).Addr, port)
 			must(err)
-			ext, err := in.Contact(peer)
-			arrived := time.Now()
+			wait, err := stage.FirstAnswer(in, peer, answer)
 			must(err)
-			for got := false; !got; {
-				must(answer.Send(ext, "answer"))
-				got = received(b, in)
-				if time.Since(arrived) > 5*time.Second {
-					b.Fatalf("no answer got through to %v", ext)
-				}
-			}
-			took = append(took, time.Since(arrived))
+			took = append(took, wait)
 			must(in.Close())
 		}
 		close(end)
@@ -132,23 +122,4 @@ func hostileInside(b *testing.B, mode []string) {
 	fmt.Printf("scan / the same packets of a host that is not enabled: p50 %.2f (%.2f to %.2f), p90 %.2f (%.2f to %.2f)\n",
 		medians[scanRounds/2], medians[0], medians[scanRounds-1], nineties[scanRounds/2], nineties[0], nineties[scanRounds-1])
 	b.ReportMetric(medians[scanRounds/2], "p50-ratio")
-}
-
-// received reports whether there is a packet, without waiting.
-func received(b *testing.B, s *lab.Socket) bool {
-	b.Helper()
-	raw, err := s.SyscallConn()
-	if err != nil {
-		b.Fatal(err)
-	}
-	var buf [64]byte
-	n := 0
-	err = raw.Read(func(fd uintptr) bool {
-		n, _, _ = unix.Recvfrom(int(fd), buf[:], unix.MSG_DONTWAIT)
-		return true
-	})
-	if err != nil {
-		b.Fatal(err)
-	}
-	return n > 0
 }

@@ -45,10 +45,7 @@ func churning(s *stage.Scene) (c *churn, stop func() time.Duration) {
 	c = &churn{s: s, tick: time.NewTicker(churnTick), began: time.Now()}
 	s.T.Cleanup(c.tick.Stop)
 	for v, out := range map[*volley]bool{&c.out: true, &c.in: false} {
-		var err error
-		v.Flood, err = s.NewFlood(atOnce, out)
-		s.Must(err)
-		s.T.Cleanup(func() { s.Must(v.Close()) })
+		v.Flood = s.Flood(atOnce, out)
 	}
 	end := s.Steady(c.once)
 	return c, func() time.Duration {

@@ -32,9 +32,7 @@ func flow(i int) stage.Flow {
 // newCrowd makes a crowd of n flows, of which none sent yet.
 func newCrowd(s *stage.Scene, n int) *crowd {
 	s.T.Helper()
-	f, err := s.NewFlood(n, true)
-	s.Must(err)
-	s.T.Cleanup(func() { f.Close() })
+	f := s.Flood(n, true)
 	for i := range n {
 		f.Aim(i, netip.AddrPortFrom(s.Inside(0).Addr, flow(i).Port), netip.AddrPortFrom(flow(i).Peer, 9))
 	}
@@ -57,16 +55,5 @@ func (c *crowd) children(ext string) {
 	for _, i := range []int{0, c.flood.Len() - 1} {
 		in := c.InsideSocket(0, flow(i).Port)
 		c.Arrives(in, c.PeerSocket(flow(i).Peer, 7000), netip.AddrPortFrom(netip.MustParseAddr(ext), flow(i).Port))
-	}
-}
-
-// leavesNothing checks that daemon and kernel agree, and that nothing is left of the
-// daemon when it stops.
-func leavesNothing(s *stage.Scene) {
-	s.T.Helper()
-	s.Verified()
-	s.Stop()
-	if left := s.Leftovers(); len(left) > 0 {
-		s.T.Errorf("%d left over, %q ...", len(left), left[0])
 	}
 }

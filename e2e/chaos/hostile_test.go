@@ -141,9 +141,7 @@ func TestNoStrangerMakesOrExtends(t *testing.T) {
 		s.Stands(phone, proxy, ext)
 
 		const strangers = 1000
-		flood, err := s.NewFlood(3*strangers, false)
-		s.Must(err)
-		t.Cleanup(func() { s.Must(flood.Close()) })
+		flood := s.Flood(3*strangers, false)
 		for i := range strangers {
 			flood.Aim(3*i, netip.AddrPortFrom(phone.Addr().Addr(), uint16(20_000+i)), netip.AddrPortFrom(stage.Peer(i%stage.Peers), 9))
 			flood.Aim(3*i+1, phone.Addr(), proxy.Addr())

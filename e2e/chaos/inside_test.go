@@ -31,13 +31,7 @@ func TestScanFromInside(t *testing.T) {
 		s.Arrives(victim, child, ext)
 		stop := s.Steady(s.OnOnePort(victim, child, ext))
 
-		scan, err := s.NewFlood(ports*stage.Peers, true)
-		s.Must(err)
-		t.Cleanup(func() { s.Must(scan.Close()) })
-		for i := range scan.Len() {
-			from := netip.AddrPortFrom(s.Inside(0).Addr, uint16(firstPort+i/stage.Peers))
-			scan.Aim(i, from, netip.AddrPortFrom(stage.Peer(i%stage.Peers), 9))
-		}
+		scan := s.Scan(firstPort, ports)
 		s.Must(scan.Send(0, scan.Len()))
 
 		other := s.InsideSocket(1, 5061)
@@ -93,9 +87,7 @@ func TestForgedFromInside(t *testing.T) {
 		for _, from := range []string{"192.0.2.200", "10.47.12.20", "198.51.100.1", "127.0.0.1", "0.0.0.0", "255.255.255.255", "224.0.0.1"} {
 			packets = append(packets, [2]netip.AddrPort{netip.AddrPortFrom(netip.MustParseAddr(from), 7002), netip.AddrPortFrom(lab.PeerB, 9)})
 		}
-		forged, err := s.NewFlood(len(packets), true)
-		s.Must(err)
-		t.Cleanup(func() { s.Must(forged.Close()) })
+		forged := s.Flood(len(packets), true)
 		for i, p := range packets {
 			forged.Aim(i, p[0], p[1])
 		}

@@ -67,11 +67,7 @@ func TestKillAndRestart(t *testing.T) {
 				t.Logf("%d packets to host %d, none lost", n, i)
 			}
 		}
-		s.Verified()
-		s.Stop()
-		if left := s.Leftovers(); len(left) > 0 {
-			t.Errorf("left: %q", left)
-		}
+		leavesNothing(s)
 	})
 }
 

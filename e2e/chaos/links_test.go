@@ -137,9 +137,7 @@ func newLoad(t *testing.T, mode []string) *crowd {
 // strangers have a packet for each of the crowd's ports on both addresses.
 func (c *crowd) strangers() *lab.Flood {
 	c.T.Helper()
-	f, err := c.NewFlood(2*allFlows/peersOnPort, false)
-	c.Must(err)
-	c.T.Cleanup(func() { f.Close() })
+	f := c.Flood(2*allFlows/peersOnPort, false)
 	for i := range f.Len() {
 		addr := netip.MustParseAddr([]string{firstAddr, nextAddr}[i%2])
 		f.Aim(i, netip.AddrPortFrom(lab.PeerC, 9), netip.AddrPortFrom(addr, uint16(crowdPort+i/2)))

@@ -110,14 +110,10 @@ func soak(t *testing.T, exe string, long time.Duration, mode []string) {
 	_, err := s.Gateway.Output("conntrack", "-F")
 	s.Must(err)
 	s.UntilIn(5*stage.Patience(), "all ran out", func() bool { return claims() == 0 && held(s) == holdings{} })
-	s.Verified()
 	if n := s.Status().Flows; n > 0 {
 		t.Errorf("%d flows are left in the model", n)
 	}
-	s.Stop()
-	if left := s.Leftovers(); len(left) > 0 {
-		t.Errorf("%d left over, %q ...", len(left), left[0])
-	}
+	leavesNothing(s)
 }
 
 // watch looks at the daemon each second. Each tenth time it asks for all else too.

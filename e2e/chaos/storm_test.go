@@ -87,11 +87,7 @@ func TestStorm(t *testing.T) {
 		if n := inKernel(s, mode); n < standing || n > standing+unknown {
 			t.Errorf("%d permissions stand, %d are in the kernel", standing, n)
 		}
-		s.Verified()
-		s.Stop()
-		if left := s.Leftovers(); len(left) > 0 {
-			t.Errorf("%d left over, %q ...", len(left), left[0])
-		}
+		leavesNothing(s)
 	})
 }
 

@@ -2,9 +2,12 @@ package stage
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/lab"
 )
@@ -117,4 +120,60 @@ func (s *Scene) Known() map[Flow]bool {
 		all[Flow{p.Int.Port(), p.Peer}] = true
 	}
 	return all
+}
+
+// Flood prepares n packets that go in, or out, until the test ends; see lab.NewFlood.
+func (s *Scene) Flood(n int, out bool) *lab.Flood {
+	s.T.Helper()
+	f, err := s.NewFlood(n, out)
+	s.Must(err)
+	s.T.Cleanup(func() { s.Must(f.Close()) })
+	return f
+}
+
+// Scan prepares packets of the first inside host from some ports, from firstPort on, to
+// all of Peer each.
+func (s *Scene) Scan(firstPort uint16, ports int) *lab.Flood {
+	s.T.Helper()
+	f := s.Flood(ports*Peers, true)
+	for i := range f.Len() {
+		f.Aim(i, netip.AddrPortFrom(s.Inside(0).Addr, firstPort+uint16(i/Peers)), netip.AddrPortFrom(Peer(i%Peers), 9))
+	}
+	return f
+}
+
+// FirstAnswer lets in contact peer, and answer, which has the same address, send without
+// pause until in gets it. It returns how long that took from the arrival of the contact.
+func FirstAnswer(in, peer, answer *lab.Socket) (time.Duration, error) {
+	ext, err := in.Contact(peer)
+	arrived := time.Now()
+	if err != nil {
+		return 0, err
+	}
+	raw, err := in.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	const patience = 5 * time.Second
+	var buf [64]byte
+	for {
+		if err := answer.Send(ext, "answer"); err != nil {
+			return 0, err
+		}
+		var got int
+		err := raw.Read(func(fd uintptr) bool {
+			got, _, _ = unix.Recvfrom(int(fd), buf[:], unix.MSG_DONTWAIT)
+			return true
+		})
+		if err != nil {
+			return 0, err
+		}
+		took := time.Since(arrived)
+		if got > 0 {
+			return took, nil
+		}
+		if took > patience {
+			return 0, fmt.Errorf("no answer got through to %v", ext)
+		}
+	}
 }

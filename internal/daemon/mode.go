@@ -93,7 +93,7 @@ func (d *Daemon) open(cfg config.Config) (o opened, err error) {
 	if err != nil {
 		return o, err
 	}
-	table, err := settings(d.cfg.Socket).raise()
+	_, table, err := settings(d.cfg.Socket).raise()
 	if err != nil {
 		return o, errors.Join(err, o.expect.Close())
 	}

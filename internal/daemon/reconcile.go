@@ -222,16 +222,15 @@ func (d *Daemon) mendRules(cfg config.Config, network gateway.Network) (changed 
 
 // mendTableSize makes room in the expectation table again where somebody took it away,
 // or does with what there is.
-func (d *Daemon) mendTableSize() (err error) {
+func (d *Daemon) mendTableSize() error {
+	if d.backends.expect == nil { // written by the reconcile alone
+		return nil
+	}
+	before, size, err := settings(d.cfg.Socket).raise()
+	if err != nil {
+		return err
+	}
 	ok := d.do(func() {
-		if d.backends.expect == nil {
-			return
-		}
-		before, failed := settings(d.cfg.Socket).read(expectMax)
-		size, failed2 := settings(d.cfg.Socket).raise()
-		if err = errors.Join(failed, failed2); err != nil {
-			return
-		}
 		if size != before {
 			d.repaired[tableSize]++
 			d.log.Warn("somebody made the expectation table smaller; it has its size again", "sysctl", expectMax, "was", before, "is", size)
@@ -241,7 +240,7 @@ func (d *Daemon) mendTableSize() (err error) {
 	if !ok {
 		return errEnded
 	}
-	return err
+	return nil
 }
 
 // serve keeps mappings off the ports that the gateway serves now.

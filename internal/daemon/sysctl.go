@@ -41,33 +41,34 @@ func (s sysctls) read(name string) (int, error) {
 }
 
 // raise makes room in the expectation table, where that is allowed (in the
-// first network namespace), and returns the size that it has then.
-func (s sysctls) raise() (int, error) {
-	before, err := s.read(expectMax)
+// first network namespace), and returns the size that it had and the one that it has then.
+func (s sysctls) raise() (before, size int, err error) {
+	before, err = s.read(expectMax)
 	if err != nil || before >= wantedExpectMax {
-		return before, err
+		return before, before, err
 	}
 	path := filepath.Join(s.dir, expectMax)
 	f, err := os.OpenFile(path, os.O_WRONLY, 0)
 	if err != nil {
-		return before, nil // not ours to change; the cap follows
+		return before, before, nil // not ours to change; the cap follows
 	}
 	defer f.Close()
 	// The note first: killed in between, there is nothing to put back. Where somebody
 	// made the table smaller since the last time, that is what he gets back.
 	if err := os.MkdirAll(filepath.Dir(s.note), 0o755); err != nil {
-		return before, fmt.Errorf("note sysctl %s: %w", expectMax, err)
+		return before, before, fmt.Errorf("note sysctl %s: %w", expectMax, err)
 	}
 	if err := os.Remove(s.note); err != nil && !errors.Is(err, fs.ErrNotExist) { // it may be another user's
-		return before, fmt.Errorf("note sysctl %s: %w", expectMax, err)
+		return before, before, fmt.Errorf("note sysctl %s: %w", expectMax, err)
 	}
 	if err := os.WriteFile(s.note, fmt.Appendf(nil, "%d\n", before), 0o644); err != nil {
-		return before, fmt.Errorf("note sysctl %s: %w", expectMax, err)
+		return before, before, fmt.Errorf("note sysctl %s: %w", expectMax, err)
 	}
 	if _, err := fmt.Fprintf(f, "%d\n", wantedExpectMax); err != nil {
-		return before, nil
+		return before, before, nil
 	}
-	return s.read(expectMax)
+	size, err = s.read(expectMax)
+	return before, size, err
 }
 
 // restore puts back what raise changed, unless somebody else changed it since.

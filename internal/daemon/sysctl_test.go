@@ -35,7 +35,7 @@ func (s sysctls) want(t *testing.T, value string) {
 
 func TestExpectMaxIsRaisedAndPutBack(t *testing.T) {
 	s := fakeSysctls(t, "4096")
-	if n, err := s.raise(); err != nil || n != wantedExpectMax {
+	if _, n, err := s.raise(); err != nil || n != wantedExpectMax {
 		t.Fatalf("raise: %d, %v", n, err)
 	}
 	s.want(t, "100000")
@@ -52,7 +52,7 @@ func TestExpectMaxIsRaisedAndPutBack(t *testing.T) {
 func TestExpectMaxIsPutBackAfterKillAndRestart(t *testing.T) {
 	s := fakeSysctls(t, "4096")
 	for range 2 {
-		if _, err := s.raise(); err != nil {
+		if _, _, err := s.raise(); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -64,7 +64,7 @@ func TestExpectMaxIsPutBackAfterKillAndRestart(t *testing.T) {
 
 func TestLargerExpectMaxIsLeftAlone(t *testing.T) {
 	s := fakeSysctls(t, "200000")
-	if n, err := s.raise(); err != nil || n != 200_000 {
+	if _, n, err := s.raise(); err != nil || n != 200_000 {
 		t.Fatalf("raise: %d, %v", n, err)
 	}
 	if err := s.restore(); err != nil {
@@ -75,7 +75,7 @@ func TestLargerExpectMaxIsLeftAlone(t *testing.T) {
 
 func TestExpectMaxThatTheUserChangedMeanwhileStays(t *testing.T) {
 	s := fakeSysctls(t, "4096")
-	if _, err := s.raise(); err != nil {
+	if _, _, err := s.raise(); err != nil {
 		t.Fatal(err)
 	}
 	s.set(t, "150000")

@@ -22,8 +22,7 @@ func (b *Backend) mend(p *cone.Permission, a anchor, errs answers) (cone.Reason,
 			retry = true
 		case errors.Is(e, unix.EAGAIN), errors.Is(e, unix.EOPNOTSUPP):
 			// The helper is gone, or not loaded yet.
-			_, timeout := b.timeouts()
-			b.helpers.register(b.c, timeout)
+			b.registerHelper()
 			retry = true
 		}
 	}
@@ -34,8 +33,7 @@ func (b *Backend) mend(p *cone.Permission, a anchor, errs answers) (cone.Reason,
 		}
 		if err == nil {
 			if found && !x.helped { // Linux 5.10 does not mind that the helper is gone
-				_, timeout := b.timeouts()
-				b.helpers.register(b.c, timeout)
+				b.registerHelper()
 			}
 			err = b.clear(p, a)
 		}
@@ -49,6 +47,12 @@ func (b *Backend) mend(p *cone.Permission, a anchor, errs answers) (cone.Reason,
 	}
 	_ = b.withdraw(p, a)
 	return errs.reason(), errs.cause()
+}
+
+// registerHelper registers our own helper again, if it is in use.
+func (b *Backend) registerHelper() {
+	_, timeout := b.timeouts()
+	b.helpers.register(b.c, timeout)
 }
 
 // cause returns the first error: what comes later comes of it.
