@@ -11,7 +11,6 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/gateway"
-	"github.com/conenatd/conenatd/internal/rules"
 )
 
 const (
@@ -263,7 +262,7 @@ func (d *Daemon) lookAtRules() error {
 	if d.firewall.tables == nil {
 		return nil
 	}
-	change, err := d.firewall.tables.Changed()
+	changed, err := d.firewall.tables.Changed()
 	if err != nil {
 		return err
 	}
@@ -277,11 +276,7 @@ func (d *Daemon) lookAtRules() error {
 		return errEnded
 	}
 	mended := false
-	switch change {
-	case rules.Unchanged:
-	case rules.OursAlone:
-		mended, err = d.mendRules(cfg, d.network)
-	case rules.SomebodyElses:
+	if changed {
 		before := d.firewall.repaired
 		_, err = d.readGateway()
 		// Elements that somebody deleted are found by nothing else.

@@ -21,10 +21,16 @@ type batcher struct {
 	first  uint32
 	per    uint32 // messages for each element
 	failed func(seq uint32, err error)
+	told   func(typ uint16, body []byte)
 }
 
 func (b *batcher) begin(w *writer) {
 	b.w = w
+	b.told = func(typ uint16, body []byte) {
+		if id, ok := generationOf(typ, body); ok {
+			w.generations.ours(id)
+		}
+	}
 	b.failed = func(seq uint32, err error) {
 		// What comes later fails for what came first.
 		if i := (seq - b.first - 1) / b.per; i < batch && b.errs[i] == nil {
@@ -45,6 +51,7 @@ func transact[E any](b *batcher, es []E, per uint32, encode func(seq uint32, e *
 		messages := len(es) * int(per)
 		b.first = b.w.batch.NextSeq(messages + 2)
 		b.enc.BeginTransaction(unix.NFNL_SUBSYS_NFTABLES, b.first)
+		b.askGeneration()
 		sent := 0
 		for i := range es {
 			if b.errs[i] == nil {
@@ -56,8 +63,7 @@ func transact[E any](b *batcher, es []E, per uint32, encode func(seq uint32, e *
 			return
 		}
 		b.enc.EndTransaction(unix.NFNL_SUBSYS_NFTABLES, b.first+1+uint32(messages))
-		b.w.commits++
-		err := b.w.batch.Exchange(&b.enc, b.failed, nil)
+		err := b.w.batch.Exchange(&b.enc, b.failed, b.told)
 		done := 0
 		for i := range es {
 			switch {
@@ -72,4 +78,15 @@ func transact[E any](b *batcher, es []E, per uint32, encode func(seq uint32, e *
 			return
 		}
 	}
+}
+
+// askGeneration asks the kernel for the number of the transaction that begins. It
+// tells it if the first message has the flag NLM_F_ECHO; one about an element would
+// be sent back too. This one asks for a table that is there and changes nothing:
+// where it is not there, what follows fails. Its refusal is that of the
+// transaction, whose sequence number it has.
+func (b *batcher) askGeneration() {
+	b.enc.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_NEWTABLE, unix.NLM_F_REQUEST|unix.NLM_F_ECHO, b.first, unix.AF_INET)
+	b.enc.Str(unix.NFTA_TABLE_NAME, b.w.table)
+	b.enc.End()
 }

@@ -12,58 +12,81 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// A generation is the number of transactions that nftables has seen.
-type generation struct {
-	conn    *nfnl.Conn
-	id      uint32
-	commits uint32 // of ours, at that time
+// generations tell whether somebody else changed nftables. The kernel numbers the
+// transactions of a network namespace that change something, and a batch asks to be
+// told the number of its own (nf_tables_gen_notify). A transaction that changes
+// nothing, for its elements stand already, has none. So each number that was not
+// told to us is somebody else's, or that of a transaction that did not ask.
+//
+// Linux before 5.10.20 tells the number only while somebody listens to nftables:
+// there every change counts as somebody else's.
+type generations struct {
+	seen   uint32 // the last one that was ours, or that Changed was told of
+	others bool   // one before it was not ours
 }
 
-// Changed tells what happened since the last call. It costs one query; a
-// subscription to the events of nftables would make each element that we add or
-// delete cost an event.
-func (t *Tables) Changed() (Change, error) {
-	g := &t.gen
-	if g.conn == nil {
+// ours notes a transaction of ours.
+func (g *generations) ours(id uint32) {
+	g.others = g.others || id != g.seen+1
+	g.seen = id
+}
+
+// look notes the present generation, and reports whether somebody else changed
+// something since the last call.
+func (g *generations) look(id uint32) (changed bool) {
+	changed = g.others || id != g.seen
+	*g = generations{seen: id}
+	return changed
+}
+
+// Changed reports whether somebody else may have changed nftables since the last
+// call; the first one returns true, and so does the one after a Set or Remove that
+// changed our tables. A transaction of the Map or the Mappings is never taken for
+// somebody else's, nor does it hide one.
+//
+// It costs one query; a subscription to the events of nftables would make each
+// element that we add or delete cost an event.
+func (t *Tables) Changed() (bool, error) {
+	if t.look == nil {
 		c, err := nfnl.Dial(t.netns)
 		if err != nil {
-			return Unchanged, err
+			return false, err
 		}
-		g.conn = c
+		t.look = c
 	}
 	// Locked, so that no transaction of ours is under way.
 	t.w.Lock()
-	id, err := g.read()
-	commits := t.w.commits
-	t.w.Unlock()
+	defer t.w.Unlock()
+	id, err := generation(t.look)
 	if err != nil {
-		return Unchanged, fmt.Errorf("read generation of nftables: %w", nfnl.Permitted(err))
+		return false, fmt.Errorf("read generation of nftables: %w", nfnl.Permitted(err))
 	}
-	all, ours := id-g.id, commits-g.commits
-	g.id, g.commits = id, commits
-	switch {
-	case all == 0:
-		return Unchanged, nil
-	case all <= ours:
-		return OursAlone, nil
-	}
-	return SomebodyElses, nil
+	return t.w.generations.look(id), nil
 }
 
-func (g *generation) read() (id uint32, err error) {
+// generation reads the number of the last transaction.
+func generation(c *nfnl.Conn) (id uint32, err error) {
 	var e nfnl.Encoder
-	e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETGEN, unix.NLM_F_REQUEST, g.conn.NextSeq(1), unix.AF_UNSPEC)
+	e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETGEN, unix.NLM_F_REQUEST, c.NextSeq(1), unix.AF_UNSPEC)
 	e.End()
 	err = errors.New("no answer")
-	failure := g.conn.Exchange(&e, func(_ uint32, refused error) { err = refused }, func(_ uint16, body []byte) {
-		if len(body) < nfgenmsgLen {
-			return
+	failure := c.Exchange(&e, func(_ uint32, refused error) { err = refused }, func(typ uint16, body []byte) {
+		if n, ok := generationOf(typ, body); ok {
+			id, err = n, nil
 		}
-		attributes(body[nfgenmsgLen:], func(typ uint16, b []byte) {
-			if typ == unix.NFTA_GEN_ID && len(b) == 4 {
-				id, err = binary.BigEndian.Uint32(b), nil
-			}
-		})
 	})
 	return id, errors.Join(err, failure)
+}
+
+// generationOf reads the number in a message of the kernel that tells one.
+func generationOf(typ uint16, body []byte) (id uint32, ok bool) {
+	if typ != unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWGEN || len(body) < nfgenmsgLen {
+		return 0, false
+	}
+	attributes(body[nfgenmsgLen:], func(typ uint16, b []byte) {
+		if typ == unix.NFTA_GEN_ID && len(b) == 4 {
+			id, ok = binary.BigEndian.Uint32(b), true
+		}
+	})
+	return id, ok
 }

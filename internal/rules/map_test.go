@@ -662,25 +662,43 @@ func TestSettingsChangeWithoutTouchingPermissions(t *testing.T) {
 func TestChangedTellsWhoseTransactionItWas(t *testing.T) {
 	g := newGate(t, lab.Options{}, granting)
 	p := permission(netip.MustParseAddrPort("198.51.100.1:5060"), netip.MustParseAddrPort("10.47.11.109:5060"), lab.PeerA)
+	other := permission(netip.MustParseAddrPort("198.51.100.1:5061"), netip.MustParseAddrPort("10.47.11.109:5061"), lab.PeerA)
 	_, err := g.tables.Changed()
 	check(t, err)
 	for _, step := range []struct {
 		name string
 		do   func()
-		want rules.Change
+		want bool
 	}{
-		{"nothing", func() {}, rules.Unchanged},
-		{"a grant", func() { g.grant(p) }, rules.OursAlone},
-		{"the same", func() { set(t, g.tables, granting) }, rules.Unchanged},
-		{"a setting", func() { set(t, g.tables, learning) }, rules.OursAlone},
-		{"somebody's table", func() { check(t, g.NFT("table ip other { }")) }, rules.SomebodyElses},
-		{"both", func() { check(t, g.NFT("delete table ip other")); g.grant(p) }, rules.SomebodyElses},
-		{"packets", func() { g.contact(g.inside(5060), g.peer(lab.PeerA, 5060)) }, rules.Unchanged},
+		{"nothing", func() {}, false},
+		{"a grant", func() { g.grant(p) }, false},
+		{"a grant of what stands", func() { g.grant(p) }, false},
+		{"a revocation", func() { check(t, g.m.Revoke([]cone.Permission{p})) }, false},
+		{"two of what is gone", func() { check(t, g.m.Revoke([]cone.Permission{p, other})) }, false},
+		{"the same", func() { set(t, g.tables, granting) }, false},
+		{"somebody's table", func() { check(t, g.NFT("table ip other { }")) }, true},
+		{"before a grant", func() { check(t, g.NFT("delete table ip other")); g.grant(p) }, true},
+		{"before grants of what stands", func() {
+			check(t, g.NFT("table ip other { }"))
+			for range 3 {
+				g.grant(p)
+			}
+		}, true},
+		{"after a grant", func() { g.grant(other); check(t, g.NFT("delete table ip other")) }, true},
+		{"between grants", func() {
+			check(t, g.m.Revoke([]cone.Permission{p, other}))
+			g.grant(p)
+			check(t, g.NFT("table ip other { }"))
+			g.grant(other)
+			g.grant(other)
+		}, true},
+		{"grants", func() { g.grant(p); check(t, g.m.Revoke([]cone.Permission{p})); g.grant(p) }, false},
+		{"packets", func() { g.contact(g.inside(5060), g.peer(lab.PeerA, 5060)) }, false},
 	} {
 		step.do()
 		got, err := g.tables.Changed()
 		check(t, err)
-		if got != step.want && (step.name != "both" || got != rules.OursAlone) {
+		if got != step.want {
 			t.Errorf("%s: %v, want %v", step.name, got, step.want)
 		}
 	}

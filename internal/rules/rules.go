@@ -149,19 +149,6 @@ type Counters struct {
 	Moved, PoolUsedUp, LeftToRules, Hairpinned uint64
 }
 
-// A Change says what may have become of the user's rules and of our tables.
-type Change int
-
-// The changes.
-const (
-	Unchanged Change = iota
-	// OursAlone says that as many transactions went by as we sent. One of
-	// somebody else's may hide where one of ours was for nothing.
-	OursAlone
-	// SomebodyElses says that there was another one.
-	SomebodyElses
-)
-
 // A Feature is something that a kernel may lack.
 type Feature string
 

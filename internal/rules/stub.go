@@ -31,7 +31,7 @@ func (*Tables) Set(Desired) (bool, error) { return false, errNoBuild }
 func (*Tables) Lacks(Feature) bool { return true }
 
 // Changed returns an *UnsupportedError.
-func (*Tables) Changed() (Change, error) { return Unchanged, errNoBuild }
+func (*Tables) Changed() (bool, error) { return false, errNoBuild }
 
 // Owned returns false.
 func (*Tables) Owned() bool { return false }

@@ -32,7 +32,7 @@ type Tables struct {
 	port    uint32 // of w, by which the kernel knows an owner
 	missing []*UnsupportedError
 	noIPsec bool // nothing is missing then: there are no such policies
-	gen     generation
+	look    *nfnl.Conn // of Changed; nil before the first call
 }
 
 // A writer is the connection that owns the tables. The Map shares it with them,
@@ -40,8 +40,9 @@ type Tables struct {
 type writer struct {
 	sync.Mutex
 	*conn
-	batch   *nfnl.Conn
-	commits uint32 // transactions of ours that may have changed something
+	batch       *nfnl.Conn
+	table       string // its name
+	generations generations
 }
 
 // Open finds out by trying what the kernel offers. It changes nothing. The
@@ -65,7 +66,7 @@ func (t *Tables) open() error {
 	if err != nil {
 		return err
 	}
-	t.w = &writer{conn: w}
+	t.w = &writer{conn: w, table: t.name}
 	if t.w.batch, err = nfnl.Over(w.nl); err != nil {
 		return err
 	}
@@ -304,8 +305,8 @@ func (t *Tables) Close() error {
 	if t.w != nil {
 		errs = append(errs, t.w.CloseLasting())
 	}
-	if t.gen.conn != nil {
-		errs = append(errs, t.gen.conn.Close())
+	if t.look != nil {
+		errs = append(errs, t.look.Close())
 	}
 	return errors.Join(errs...)
 }
@@ -314,7 +315,6 @@ func (t *Tables) Close() error {
 func (t *Tables) flush(verb string) error {
 	err := t.w.begin()
 	if err == nil {
-		t.w.commits++
 		err = errors.Join(t.w.Flush(), t.w.end())
 	}
 	if err != nil {
