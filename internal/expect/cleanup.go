@@ -58,18 +58,20 @@ func Cleanup(netns int) (Cleaned, error) {
 // listAnchors returns all anchors in the conntrack table, with their marks: UDP
 // entries with one port 0 and a helper, that are never dropped early.
 func listAnchors(c *nfnl.Conn) (map[anchor]uint32, error) {
-	var e encoder
-	e.Message(subsysConntrack, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_UNSPEC)
-	e.End()
 	found := make(map[anchor]uint32)
 	var refused error
-	err := c.Exchange(&e.Encoder, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
-		if typ != subsysConntrack<<8|msgNew || len(body) < 4 {
-			return
-		}
-		if a, mark, ok := parseAnchor(body[4:]); ok {
-			found[a] = mark
-		}
+	err := nfnl.Whole(func() error {
+		var e encoder
+		e.Message(subsysConntrack, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_UNSPEC)
+		e.End()
+		return c.Exchange(&e.Encoder, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
+			if typ != subsysConntrack<<8|msgNew || len(body) < 4 {
+				return
+			}
+			if a, mark, ok := parseAnchor(body[4:]); ok {
+				found[a] = mark
+			}
+		})
 	})
 	if err == nil {
 		err = refused

@@ -40,18 +40,21 @@ func list(netns int, whole bool, f func(*expectation)) error {
 }
 
 func listExpectations(c *nfnl.Conn) ([]expectation, error) {
-	var e encoder
-	e.Message(subsysExpect, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_UNSPEC)
-	e.End()
 	var xs []expectation
 	var refused error
-	err := c.Exchange(&e.Encoder, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
-		if typ != subsysExpect<<8|msgNew {
-			return
-		}
-		if x, ok := parseExpectation(body); ok && x.ours() {
-			xs = append(xs, x)
-		}
+	err := nfnl.Whole(func() error {
+		var e encoder
+		e.Message(subsysExpect, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_UNSPEC)
+		e.End()
+		xs = xs[:0]
+		return c.Exchange(&e.Encoder, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
+			if typ != subsysExpect<<8|msgNew {
+				return
+			}
+			if x, ok := parseExpectation(body); ok && x.ours() {
+				xs = append(xs, x)
+			}
+		})
 	})
 	if err == nil {
 		err = refused

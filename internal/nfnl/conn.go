@@ -137,7 +137,8 @@ func (c *Conn) wait() error {
 // Exchange sends the messages in e, asks for an acknowledgement of the last and
 // waits for it. It calls failed for each message that the kernel refuses, and
 // data for each that it answers, if not nil; body is valid during the call. An
-// error says that the outcome is not known.
+// error says that the outcome is not known; ErrInterrupted, that a dump went on to
+// its end all the same, and may lack something.
 func (c *Conn) Exchange(e *Encoder, failed func(seq uint32, err error), data func(typ uint16, body []byte)) error {
 	if len(e.B) == 0 {
 		return nil
@@ -147,16 +148,22 @@ func (c *Conn) Exchange(e *Encoder, failed func(seq uint32, err error), data fun
 		return err
 	}
 	first, last := e.firstSeq(), e.lastSeq()
+	interrupted := false
 	for {
 		b, err := c.receive()
 		if err != nil {
 			return err
 		}
-		if done, err := walk(b, first, last, e.transaction, failed, data); done || err != nil {
-			if err != nil {
-				c.drain()
-			}
+		done, torn, err := walk(b, first, last, e.transaction, failed, data)
+		interrupted = interrupted || torn
+		switch {
+		case err != nil:
+			c.drain()
 			return err
+		case done && interrupted:
+			return ErrInterrupted
+		case done:
+			return nil
 		}
 	}
 }
@@ -170,45 +177,66 @@ func (c *Conn) drain() {
 
 // walk reads the messages of one datagram, which may answer the requests with
 // the sequence numbers first to last. Answers to others, of an exchange that
-// was given up, are skipped. It reports whether the last request is answered.
-func walk(b []byte, first, last uint32, transaction bool, failed func(seq uint32, err error), data func(typ uint16, body []byte)) (done bool, err error) {
+// was given up, are skipped. It reports whether the last request is answered, and
+// whether the kernel says that what it dumps changed meanwhile (nl_dump_check_consistent).
+func walk(b []byte, first, last uint32, transaction bool, failed func(seq uint32, err error), data func(typ uint16, body []byte)) (done, interrupted bool, err error) {
 	for len(b) >= unix.NLMSG_HDRLEN {
 		n := binary.NativeEndian.Uint32(b)
 		if n < unix.NLMSG_HDRLEN || uint64(n) > uint64(len(b)) {
-			return false, ErrMalformed
+			return false, false, ErrMalformed
 		}
 		typ := binary.NativeEndian.Uint16(b[4:])
+		flags := binary.NativeEndian.Uint16(b[6:])
 		seq := binary.NativeEndian.Uint32(b[8:])
 		body := b[unix.NLMSG_HDRLEN:n]
 		b = b[min((int(n)+3)&^3, len(b)):]
+		ours := seq-first <= last-first // the numbers may wrap
+		interrupted = interrupted || ours && flags&unix.NLM_F_DUMP_INTR != 0
 		switch {
-		case seq-first > last-first: // the numbers may wrap
+		case !ours:
 		case typ == unix.NLMSG_ERROR || typ == unix.NLMSG_DONE:
 			if len(body) < 4 {
-				return false, ErrMalformed
+				return false, false, ErrMalformed
 			}
 			errno := -int32(binary.NativeEndian.Uint32(body))
 			if errno > 0 && seq == first && first != last && (transaction || unix.Errno(errno) == unix.EPERM) {
 				// The transaction as a whole was refused; or without
 				// privilege, when nfnetlink answers the first message and
 				// drops the others.
-				return false, unix.Errno(errno)
+				return false, false, unix.Errno(errno)
 			}
 			if errno > 0 {
 				failed(seq, unix.Errno(errno))
 			}
 			if seq == last {
-				return true, nil
+				return true, interrupted, nil
 			}
 		case data != nil:
 			data(typ, body)
 		}
 	}
-	return false, nil
+	return false, interrupted, nil
 }
 
 // ErrMalformed says that an answer is no netlink message.
 var ErrMalformed = errors.New("receive netlink answer: malformed message")
+
+// ErrInterrupted says that what was dumped changed meanwhile, so that something may
+// be missing, or be there twice.
+var ErrInterrupted = errors.New("receive netlink answer: the dump was interrupted by a change")
+
+// dumps is how often an interrupted dump is made in all.
+const dumps = 4
+
+// Whole calls dump again while it is interrupted, a few times at most.
+func Whole(dump func() error) (err error) {
+	for range dumps {
+		if err = dump(); !errors.Is(err, ErrInterrupted) {
+			break
+		}
+	}
+	return err
+}
 
 // Permitted adds to an error for want of privilege what would mend it.
 func Permitted(err error) error {

@@ -1,7 +1,9 @@
 package nfnl_test
 
 import (
+	"encoding/binary"
 	"errors"
+	"fmt"
 	"os"
 	"testing"
 	"time"
@@ -131,6 +133,71 @@ func TestRefusedTransaction(t *testing.T) {
 	}
 }
 
+// The flag is on whatever message the kernel writes next, the last one among them, and
+// the dump goes on to its end.
+func TestInterruptedDump(t *testing.T) {
+	part := func(seq uint32, flags uint16) []byte {
+		b := nfnltest.Message(0x200, seq, []byte("body"))
+		binary.NativeEndian.PutUint16(b[6:], unix.NLM_F_MULTI|flags)
+		return b
+	}
+	done := func(seq uint32, flags uint16) []byte {
+		b := nfnltest.Message(unix.NLMSG_DONE, seq, make([]byte, 4))
+		binary.NativeEndian.PutUint16(b[6:], unix.NLM_F_MULTI|flags)
+		return b
+	}
+	for name, tt := range map[string]struct {
+		answer func(seq uint32) [][]byte
+		want   error
+	}{
+		"whole": {func(seq uint32) [][]byte { return [][]byte{part(seq, 0), part(seq, 0), done(seq, 0)} }, nil},
+		"at the first datagram": {func(seq uint32) [][]byte {
+			return [][]byte{part(seq, unix.NLM_F_DUMP_INTR), part(seq, 0), done(seq, 0)}
+		}, nfnl.ErrInterrupted},
+		"in the midst of a datagram": {func(seq uint32) [][]byte {
+			return [][]byte{append(part(seq, unix.NLM_F_DUMP_INTR), part(seq, 0)...), done(seq, 0)}
+		}, nfnl.ErrInterrupted},
+		"at the end": {func(seq uint32) [][]byte {
+			return [][]byte{part(seq, 0), append(part(seq, 0), done(seq, unix.NLM_F_DUMP_INTR)...)}
+		}, nfnl.ErrInterrupted},
+		"of somebody else": {func(seq uint32) [][]byte {
+			return [][]byte{append(part(seq-1, unix.NLM_F_DUMP_INTR), part(seq, 0)...), part(seq, 0), done(seq, 0)}
+		}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c, k := nfnltest.New(t)
+			k.Answer = func(sent []nfnltest.Request) [][]byte { return tt.answer(sent[0].Seq) }
+			var e nfnl.Encoder
+			some(&e, c.NextSeq(1))
+			n := 0
+			err := c.Exchange(&e, func(_ uint32, err error) { t.Error(err) }, func(uint16, []byte) { n++ })
+			if !errors.Is(err, tt.want) || n != 2 {
+				t.Errorf("%d messages and %v, want 2 and %v", n, err, tt.want)
+			}
+		})
+	}
+}
+
+func TestInterruptedDumpIsRepeatedAFewTimes(t *testing.T) {
+	fails := errors.New("another error")
+	for name, tt := range map[string]struct {
+		errs  []error // of each call, the last one of all further ones
+		want  error
+		calls int
+	}{
+		"whole":       {[]error{nil}, nil, 1},
+		"in the end":  {[]error{nfnl.ErrInterrupted, fmt.Errorf("list: %w", nfnl.ErrInterrupted), nil}, nil, 3},
+		"never":       {[]error{nfnl.ErrInterrupted}, nfnl.ErrInterrupted, 4},
+		"other error": {[]error{fails}, fails, 1},
+	} {
+		calls := 0
+		err := nfnl.Whole(func() error { calls++; return tt.errs[min(calls, len(tt.errs))-1] })
+		if !errors.Is(err, tt.want) || calls != tt.calls {
+			t.Errorf("%s: %d calls and %v, want %d and %v", name, calls, err, tt.calls, tt.want)
+		}
+	}
+}
+
 func FuzzWalk(f *testing.F) {
 	f.Add(nfnltest.Says(5, unix.ENOENT), uint32(4), uint32(6), false)
 	f.Add(append(nfnltest.Message(0x200, 5, []byte("body")), nfnltest.Says(5, 0)...), uint32(5), uint32(5), false)
@@ -138,7 +205,7 @@ func FuzzWalk(f *testing.F) {
 	f.Add(nfnltest.Says(5, 0)[:17], uint32(5), uint32(5), false)
 	f.Fuzz(func(t *testing.T, b []byte, first, last uint32, transaction bool) {
 		within := func(seq uint32) bool { return seq-first <= last-first }
-		done, err := nfnl.Walk(b, first, last, transaction, func(seq uint32, err error) {
+		done, _, err := nfnl.Walk(b, first, last, transaction, func(seq uint32, err error) {
 			var errno unix.Errno
 			if !within(seq) || !errors.As(err, &errno) || errno == 0 || int32(errno) < 0 {
 				t.Fatalf("%d refused: %v", seq, err)

@@ -40,22 +40,24 @@ func (t *Tables) PeerGroups() (groups []netip.Prefix, err error) {
 	return groups, err
 }
 
-// dump calls f for every element of a set, by a connection of its own. Where there
-// is no such set it does nothing.
+// dump calls f for every element of a set, by a connection of its own: for some twice
+// where the list was interrupted. Where there is no such set it does nothing.
 func dump(netns int, table, set string, f func(key, value []byte, left time.Duration)) error {
 	c, err := nfnl.Dial(netns)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = c.Close() }()
-	var e nfnl.Encoder
-	e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETSETELEM, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_INET)
-	e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, table)
-	e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
-	e.End()
 	var refused error
-	err = c.Exchange(&e, func(_ uint32, err error) { refused = err }, func(_ uint16, body []byte) {
-		eachElement(body, f)
+	err = nfnl.Whole(func() error {
+		var e nfnl.Encoder
+		e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETSETELEM, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_INET)
+		e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, table)
+		e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
+		e.End()
+		return c.Exchange(&e, func(_ uint32, err error) { refused = err }, func(_ uint16, body []byte) {
+			eachElement(body, f)
+		})
 	})
 	if err == nil && !errors.Is(refused, unix.ENOENT) { // else the table is not there
 		err = refused
