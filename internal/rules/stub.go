@@ -54,6 +54,9 @@ func (*Tables) Close() error { return nil }
 // Forwards returns an *UnsupportedError.
 func Forwards(int, []Link) ([]Forward, error) { return nil, errNoBuild }
 
+// Children returns an *UnsupportedError.
+func Children(int, []Link, []netip.Prefix) ([]ChildVerdicts, error) { return nil, errNoBuild }
+
 // A Map is never made on this system.
 type Map struct{}
 

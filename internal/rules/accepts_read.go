@@ -1,0 +1,288 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// errInterrupted says that somebody changed the ruleset during a dump, which may
+// lack something therefore.
+var errInterrupted = errors.New("the ruleset changed while it was read")
+
+// A hookTable reads one table of the user's, each chain and set once. Unlike the
+// library it keeps a place for expressions that are not understood, and tells when
+// a dump was interrupted.
+type hookTable struct {
+	c     *conn
+	table *nftables.Table
+	rules map[string][][]statement
+	sets  map[string]*keySet
+}
+
+func newHookTable(c *conn, t *nftables.Table) *hookTable {
+	return &hookTable{c: c, table: t, rules: map[string][][]statement{}, sets: map[string]*keySet{}}
+}
+
+// ask calls each for every attribute of the answers to a request.
+func (t *hookTable) ask(typ int, flags netlink.HeaderFlags, attrs []netlink.Attribute, each func(typ uint16, b []byte)) error {
+	if err := t.c.begin(); err != nil {
+		return err
+	}
+	request, err := netlink.MarshalAttributes(attrs)
+	if err != nil {
+		return err
+	}
+	answers, err := t.c.nl.Execute(netlink.Message{
+		Header: netlink.Header{
+			Type:  netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | typ),
+			Flags: netlink.Request | flags,
+		},
+		Data: append([]byte{byte(t.table.Family), unix.NFNETLINK_V0, 0, 0}, request...),
+	})
+	if err != nil {
+		return err
+	}
+	for _, m := range answers {
+		if m.Header.Flags&netlink.DumpInterrupted != 0 {
+			return errInterrupted
+		}
+		if len(m.Data) > nfgenmsgLen {
+			attributes(m.Data[nfgenmsgLen:], each)
+		}
+	}
+	return nil
+}
+
+// text reads a string that ends with a zero.
+func text(b []byte) string { return string(bytes.TrimRight(b, "\x00")) }
+
+func number32(b []byte) uint32 { return uint32(number(b, 4, 0)) }
+
+func (t *hookTable) chainRules(chain string) ([][]statement, error) {
+	if rs, ok := t.rules[chain]; ok {
+		return rs, nil
+	}
+	var rs [][]statement
+	err := t.ask(unix.NFT_MSG_GETRULE, netlink.Dump, []netlink.Attribute{
+		{Type: unix.NFTA_RULE_TABLE, Data: []byte(t.table.Name + "\x00")},
+		{Type: unix.NFTA_RULE_CHAIN, Data: []byte(chain + "\x00")},
+	}, func(typ uint16, b []byte) {
+		if typ == unix.NFTA_RULE_EXPRESSIONS {
+			rs = append(rs, statements(byte(t.table.Family), b))
+		}
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read chain %s: %w", chain, err)
+	}
+	t.rules[chain] = rs
+	return rs, nil
+}
+
+// statements decodes the expressions of a rule. Of those that it does not
+// understand it keeps the name.
+func statements(family byte, b []byte) (rule []statement) {
+	attributes(b, func(_ uint16, b []byte) {
+		var s statement
+		attributes(b, func(typ uint16, b []byte) {
+			switch typ {
+			case unix.NFTA_EXPR_NAME:
+				s.name = text(b)
+			case unix.NFTA_EXPR_DATA:
+				s.expr = expression(family, s.name, b)
+			}
+		})
+		rule = append(rule, s)
+	})
+	return rule
+}
+
+func expression(family byte, name string, b []byte) expr.Any {
+	var e expr.Any
+	switch name {
+	case "immediate":
+		e = &expr.Immediate{}
+		attributes(b, func(typ uint16, b []byte) {
+			if typ == unix.NFTA_IMMEDIATE_DATA {
+				if v := verdictOf(b); v != nil {
+					e = v
+				}
+			}
+		})
+		if _, ok := e.(*expr.Verdict); ok {
+			return e
+		}
+	case "cmp":
+		e = &expr.Cmp{}
+	case "range":
+		e = &expr.Range{}
+	case "bitwise":
+		e = &expr.Bitwise{}
+	case "meta":
+		e = &expr.Meta{}
+	case "ct":
+		e = &expr.Ct{}
+	case "payload":
+		e = &expr.Payload{}
+	case "fib":
+		e = &expr.Fib{}
+	case "lookup":
+		e = &expr.Lookup{}
+	case "dynset":
+		e = &expr.Dynset{}
+	case "objref":
+		e = &expr.Objref{}
+	case "match":
+		e = &expr.Match{}
+	case "target":
+		e = &expr.Target{}
+	case "reject":
+		return &expr.Reject{}
+	case "queue":
+		return &expr.Queue{}
+	case "flow_offload":
+		return &expr.FlowOffload{}
+	default:
+		return nil
+	}
+	if expr.Unmarshal(family, b, e) != nil {
+		return nil
+	}
+	return e
+}
+
+// verdictOf returns the verdict in an attribute of data, nil when it has none.
+func verdictOf(b []byte) (v *expr.Verdict) {
+	attributes(b, func(typ uint16, b []byte) {
+		if typ != unix.NFTA_DATA_VERDICT {
+			return
+		}
+		v = &expr.Verdict{}
+		attributes(b, func(typ uint16, b []byte) {
+			switch typ {
+			case unix.NFTA_VERDICT_CODE:
+				v.Kind = expr.VerdictKind(int32(number32(b)))
+			case unix.NFTA_VERDICT_CHAIN:
+				v.Chain = text(b)
+			}
+		})
+	})
+	return v
+}
+
+func (t *hookTable) keySet(name string, elements bool) (*keySet, error) {
+	s, ok := t.sets[name]
+	if !ok {
+		s = &keySet{}
+		if err := t.readSet(name, s); err != nil {
+			return nil, fmt.Errorf("read set %s: %w", name, err)
+		}
+		t.sets[name] = s
+	}
+	if elements && !s.whole {
+		if err := t.readElements(name, s); err != nil {
+			return nil, fmt.Errorf("read elements of set %s: %w", name, err)
+		}
+	}
+	return s, nil
+}
+
+func (t *hookTable) readSet(name string, s *keySet) error {
+	var flags uint32
+	err := t.ask(unix.NFT_MSG_GETSET, 0, []netlink.Attribute{
+		{Type: unix.NFTA_SET_TABLE, Data: []byte(t.table.Name + "\x00")},
+		{Type: unix.NFTA_SET_NAME, Data: []byte(name + "\x00")},
+	}, func(typ uint16, b []byte) {
+		switch typ {
+		case unix.NFTA_SET_FLAGS:
+			flags = number32(b)
+		case unix.NFTA_SET_KEY_LEN:
+			s.size = int(number32(b))
+		case unix.NFTA_SET_DATA_TYPE:
+			s.verdicts = number32(b) == unix.NFT_DATA_VERDICT
+		case unix.NFTA_SET_DESC:
+			s.fields = keyFields(b)
+		}
+	})
+	s.changing = flags&(unix.NFT_SET_EVAL|unix.NFT_SET_TIMEOUT) != 0
+	s.interval = flags&unix.NFT_SET_INTERVAL != 0
+	s.named = flags&unix.NFT_SET_ANONYMOUS == 0
+	return err
+}
+
+// keyFields reads the sizes of the parts of a key from the description of a set.
+func keyFields(b []byte) (sizes []int) {
+	const concat, length = 2, 1 // NFTA_SET_DESC_CONCAT, NFTA_SET_FIELD_LEN
+	attributes(b, func(typ uint16, b []byte) {
+		if typ != concat {
+			return
+		}
+		attributes(b, func(_ uint16, b []byte) {
+			attributes(b, func(typ uint16, b []byte) {
+				if typ == length {
+					sizes = append(sizes, int(number32(b)))
+				}
+			})
+		})
+	})
+	return sizes
+}
+
+func (t *hookTable) readElements(name string, s *keySet) error {
+	var es []nftables.SetElement
+	err := t.ask(unix.NFT_MSG_GETSETELEM, netlink.Dump, []netlink.Attribute{
+		{Type: unix.NFTA_SET_ELEM_LIST_TABLE, Data: []byte(t.table.Name + "\x00")},
+		{Type: unix.NFTA_SET_ELEM_LIST_SET, Data: []byte(name + "\x00")},
+	}, func(typ uint16, b []byte) {
+		if typ == unix.NFTA_SET_ELEM_LIST_ELEMENTS {
+			attributes(b, func(_ uint16, b []byte) { es = append(es, elementOf(b)) })
+		}
+	})
+	if err != nil {
+		return err
+	}
+	if s.interval && len(s.fields) <= 1 {
+		es = joinIntervals(es, s.size)
+	}
+	var others []keyElement
+	for _, e := range es {
+		el := keyElement{span: only(e.Key), others: e.Key == nil}
+		if e.KeyEnd != nil {
+			el.high = e.KeyEnd
+		}
+		if e.VerdictData != nil {
+			el.verdict = *e.VerdictData
+		}
+		if el.others {
+			others = append(others, el)
+		} else {
+			s.elements = append(s.elements, el)
+		}
+	}
+	s.elements = append(s.elements, others...)
+	s.whole = true
+	return nil
+}
+
+func elementOf(b []byte) (e nftables.SetElement) {
+	attributes(b, func(typ uint16, b []byte) {
+		switch typ {
+		case unix.NFTA_SET_ELEM_KEY:
+			e.Key = data(b)
+		case nftables.NFTA_SET_ELEM_KEY_END:
+			e.KeyEnd = data(b)
+		case unix.NFTA_SET_ELEM_FLAGS:
+			e.IntervalEnd = number32(b)&unix.NFT_SET_ELEM_INTERVAL_END != 0
+		case unix.NFTA_SET_ELEM_DATA:
+			e.VerdictData = verdictOf(b)
+		}
+	})
+	return e
+}

@@ -1,0 +1,351 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"fmt"
+	"math"
+	"slices"
+
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// A statement is an expression of a rule.
+type statement struct {
+	name string
+	expr expr.Any // nil where nothing of it is needed or understood
+}
+
+// A keySet is a set or map of the user's.
+type keySet struct {
+	fields   []int // sizes of the parts of a concatenated key, without padding
+	size     int   // of a key
+	verdicts bool
+	interval bool
+	named    bool
+	changing bool         // packets add elements, or these expire
+	whole    bool         // all elements are there
+	elements []keyElement // the others element comes last
+}
+
+// A keyElement has the keys in its span; the others element, those in no span.
+type keyElement struct {
+	span
+	others  bool
+	verdict expr.Verdict
+}
+
+// A source of rules and sets of one table.
+type tableReader interface {
+	chainRules(chain string) ([][]statement, error)
+	// keySet returns a set, whole if the caller wants the elements.
+	keySet(name string, elements bool) (*keySet, error)
+}
+
+// fates is a set of what may become of a packet.
+type fates uint8
+
+const (
+	accepts  fates = 1 << iota // goes on to the next base chain
+	drops                      // or rejects
+	returns                    // gets to the end of the chain
+	proceeds                   // goes on to the next rule
+)
+
+// A hookWalk takes the packets of a class through the chains of one table.
+type hookWalk struct {
+	table tableReader
+	child *child
+	// most leaves out what matches a few packets only.
+	most  bool
+	known map[string]fates // by chain
+	depth int
+}
+
+// chain returns what may become of the packets in a chain.
+func (w *hookWalk) chain(name string) (fates, error) {
+	if f, ok := w.known[name]; ok {
+		return f, nil
+	}
+	rules, err := w.table.chainRules(name)
+	if err != nil {
+		return 0, err
+	}
+	w.known[name] = accepts | drops | returns // for a loop, which the kernel refuses
+	if w.depth++; w.depth > maxDepth {
+		return 0, fmt.Errorf("chain %s: more than %d jumps", name, maxDepth)
+	}
+	defer func() { w.depth-- }()
+	f := fates(0)
+	for _, r := range rules {
+		here, err := w.rule(r)
+		if err != nil {
+			return 0, fmt.Errorf("chain %s: %w", name, err)
+		}
+		f |= here &^ proceeds
+		if here&proceeds == 0 {
+			w.known[name] = f
+			return f, nil
+		}
+	}
+	f |= returns
+	w.known[name] = f
+	return f, nil
+}
+
+// weigh drops what is rare, if that is asked for.
+func (w *hookWalk) weigh(c chance) chance {
+	switch {
+	case w.most && c == rarely:
+		return never
+	case w.most && c == mostly:
+		return always
+	}
+	return c
+}
+
+// rule returns what may become of the packets at a rule.
+func (w *hookWalk) rule(r []statement) (fates, error) {
+	var regs cells
+	regs.forget(unix.NFT_REG_1)
+	match := always
+	for _, s := range r {
+		end, c, err := w.statement(&regs, s)
+		if err != nil {
+			return 0, err
+		}
+		if end != 0 {
+			// The statement ends the rule with chance c, else the rule goes on.
+			switch match = w.weigh(match.and(c)); {
+			case match == never:
+				return proceeds, nil
+			case match != always:
+				end |= proceeds
+			}
+			return end, nil
+		}
+		if match = w.weigh(match.and(c)); match == never {
+			break
+		}
+	}
+	return proceeds, nil
+}
+
+const anyFate = accepts | drops | returns | proceeds
+
+// statement returns the chance that the rule goes on behind a statement, or, if
+// the statement ends it, what becomes of the packets and the chance of that.
+func (w *hookWalk) statement(regs *cells, s statement) (end fates, c chance, err error) {
+	switch e := s.expr.(type) {
+	case *expr.Verdict:
+		end, err = w.verdict(*e)
+		return end, always, err
+	case *expr.Reject:
+		return drops, always, nil
+	case *expr.Queue:
+		return accepts | drops, always, nil
+	case *expr.FlowOffload:
+		return 0, never, nil // ends the rule while conntrack has not confirmed the flow
+	case *expr.Lookup:
+		return w.lookup(regs, e)
+	case *expr.Target:
+		end, c = xtTarget(e)
+		return end, c, nil
+	case *expr.Match:
+		return 0, w.child.xtMatch(e), nil
+	case *expr.Cmp:
+		return 0, regs.compare(e), nil
+	case *expr.Range:
+		in, _ := within(regs.get(e.Register, len(e.FromData)), e.FromData, e.ToData)
+		return 0, in.inverted(e.Op == expr.CmpOpNeq), nil
+	case *expr.Bitwise:
+		regs.bitwise(e)
+	case *expr.Meta:
+		if !e.SourceRegister {
+			regs.put(e.Register, w.child.meta(e.Key))
+		}
+	case *expr.Ct:
+		if !e.SourceRegister {
+			regs.put(e.Register, w.child.ct(e.Key))
+		}
+	case *expr.Payload:
+		if e.OperationType == expr.PayloadLoad {
+			regs.put(e.DestRegister, w.child.payload(e))
+		}
+	case *expr.Fib:
+		regs.put(e.Register, w.child.fib(e))
+	case *expr.Immediate:
+		regs.put(e.Register, knownBytes(e.Data))
+	case *expr.Objref:
+		switch e.Type {
+		case unix.NFT_OBJECT_QUOTA, unix.NFT_OBJECT_LIMIT, unix.NFT_OBJECT_CONNLIMIT, objectSynProxy:
+			return 0, maybe, nil
+		}
+	case *expr.Dynset:
+		if len(e.Exprs) > 0 {
+			return 0, maybe, nil
+		}
+		return 0, mostly, nil // it ends the rule where the set is full
+	default:
+		return 0, w.other(regs, s.name), nil
+	}
+	return 0, always, nil
+}
+
+const objectSynProxy = 10 // NFT_OBJECT_SYNPROXY
+
+// other is for statements that are known by name only.
+func (w *hookWalk) other(regs *cells, name string) chance {
+	switch name {
+	case "counter", "log", "notrack", "dup", "last", "masq", "nat", "redir", "cthelper", "cttimeout", "ctexpect", "secmark":
+		return always
+	case "byteorder", "hash", "numgen":
+		regs.forget(unix.NFT_REG_1)
+		return always
+	}
+	regs.forget(unix.NFT_REG_1)
+	return maybe
+}
+
+func (w *hookWalk) verdict(v expr.Verdict) (fates, error) {
+	switch v.Kind {
+	case expr.VerdictAccept:
+		return accepts, nil
+	case expr.VerdictDrop:
+		return drops, nil
+	case expr.VerdictReturn:
+		return returns, nil
+	case expr.VerdictContinue, expr.VerdictBreak:
+		return proceeds, nil
+	case expr.VerdictGoto:
+		return w.chain(v.Chain)
+	case expr.VerdictJump:
+		f, err := w.chain(v.Chain)
+		if f&returns != 0 {
+			f = f&^returns | proceeds
+		}
+		return f, err
+	case expr.VerdictQueue:
+		return accepts | drops, nil
+	}
+	return anyFate, nil
+}
+
+// lookup works off a look-up in a set, a map, or a map of verdicts.
+func (w *hookWalk) lookup(regs *cells, e *expr.Lookup) (fates, chance, error) {
+	set, err := w.table.keySet(e.SetName, false)
+	if err != nil {
+		return 0, never, err
+	}
+	key := slices.Clone(regs.get(e.SourceRegister, set.size))
+	verdicts := set.verdicts && e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT
+	// Of a named set of addresses, which may be long, the elements do not matter.
+	ask := !set.changing && (verdicts || !set.named || slices.ContainsFunc(key, func(c cell) bool { return c.known != 0 }))
+	if ask {
+		if set, err = w.table.keySet(e.SetName, true); err != nil {
+			return 0, never, err
+		}
+	}
+	if e.IsDestRegSet && !verdicts {
+		regs.put(e.DestRegister, unknownBytes(16, nil))
+	}
+	if !ask {
+		c := maybe
+		if slices.ContainsFunc(key, func(c cell) bool { return c.origin != nil && c.even && c.known == 0 }) {
+			c = rarely
+		}
+		if verdicts {
+			return anyFate, c, nil
+		}
+		return 0, c.inverted(e.Invert), nil
+	}
+	if !verdicts {
+		c := set.contains(key)
+		return 0, c.inverted(e.Invert), nil
+	}
+	return w.branch(set, key)
+}
+
+// contains returns the chance that the key is in the set.
+func (s *keySet) contains(key []cell) (c chance) {
+	sum := 0.
+	for _, el := range s.elements {
+		if el.others {
+			return always
+		}
+		one, p := s.has(key, el)
+		c = max(c, one)
+		if c == always {
+			return always
+		}
+		if sum += p; sum > 0 && c < mostly {
+			c = max(c, portion(sum))
+		}
+	}
+	return c
+}
+
+// branch returns what may become of packets at a map of verdicts, and the chance
+// that their key is in it.
+func (w *hookWalk) branch(set *keySet, key []cell) (end fates, c chance, err error) {
+	rest := always // the chance that no element before has the key
+	for _, el := range set.elements {
+		one := rest
+		if !el.others {
+			one, _ = set.has(key, el)
+		}
+		if one = w.weigh(one); one == never {
+			continue
+		}
+		f, err := w.verdict(el.verdict)
+		if err != nil {
+			return 0, never, err
+		}
+		if one == always {
+			return f, always, nil
+		}
+		end |= f
+		c = max(c, one)
+		rest = rest.and(one.not())
+		if el.others {
+			c = always
+		}
+	}
+	if end == 0 {
+		return 0, never, nil
+	}
+	return end, c, nil
+}
+
+// has returns the chance that a key is one of an element's, and, where all keys
+// are equally likely, of how many.
+func (s *keySet) has(key []cell, el keyElement) (chance, float64) {
+	if slices.Equal(el.low, el.high) && len(s.fields) <= 1 {
+		c := equals(key, el.low)
+		if c == rarely || c == mostly {
+			unknown := 0
+			for _, x := range key[:len(el.low)] {
+				for bits := ^x.known; bits != 0; bits &= bits - 1 {
+					unknown++
+				}
+			}
+			return c, math.Ldexp(1, -unknown)
+		}
+		return c, 0
+	}
+	fields := s.fields
+	if len(fields) == 0 {
+		fields = []int{len(el.low)}
+	}
+	c, p, at := always, 1., 0
+	for _, n := range fields {
+		if at+n > len(key) || at+n > len(el.low) || at+n > len(el.high) {
+			return min(c, maybe), 0
+		}
+		one, part := within(key[at:at+n], el.low[at:at+n], el.high[at:at+n])
+		c, p = c.and(one), p*part
+		at += (n + 3) &^ 3
+	}
+	return c, p
+}
