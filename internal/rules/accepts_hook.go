@@ -41,11 +41,19 @@ func Children(netns int, outside []Link, subnets []netip.Prefix) ([]ChildVerdict
 		return nil, err
 	}
 	defer func() { _ = c.CloseLasting() }()
+	inside, err := insideLinks(netns, outside, subnets)
+	if err != nil {
+		return nil, err
+	}
+	legacy4, legacy6, err := legacyFilters(netns)
+	if err != nil {
+		return nil, fmt.Errorf("look for tables of iptables-legacy: %w", err)
+	}
 	var answers []ChildVerdicts
 	for range maxReads {
 		var chains []baseChain
 		if chains, err = forwardHook(c); err == nil {
-			answers, err = childVerdicts(chains, outside, subnets)
+			answers, err = childVerdicts(chains, outside, inside, subnets)
 		}
 		if !errors.Is(err, errInterrupted) {
 			break
@@ -54,7 +62,21 @@ func Children(netns int, outside []Link, subnets []netip.Prefix) ([]ChildVerdict
 	if err != nil {
 		return nil, err
 	}
+	for i := range answers {
+		if v4 := subnets[i].Addr().Is4(); v4 && legacy4 || !v4 && legacy6 {
+			answers[i].mayDropAll()
+		}
+	}
 	return answers, nil
+}
+
+// mayDropAll makes unknown what was accepted.
+func (v *ChildVerdicts) mayDropAll() {
+	for _, a := range []*Answer{&v.DNATed, &v.Related, &v.MostDNATed, &v.MostRelated} {
+		if *a == Accepted {
+			*a = Unknown
+		}
+	}
 }
 
 // maxReads is how often a ruleset is read that changes all the time.
@@ -109,22 +131,23 @@ func forwardHook(c *conn) ([]baseChain, error) {
 	return bases, nil
 }
 
-// childVerdicts answers for each of the subnets.
-func childVerdicts(chains []baseChain, outside []Link, subnets []netip.Prefix) ([]ChildVerdicts, error) {
+// childVerdicts answers for each of the subnets. The links inside lead to them, where
+// they are known.
+func childVerdicts(chains []baseChain, outside []Link, inside []*Link, subnets []netip.Prefix) ([]ChildVerdicts, error) {
 	answers := make([]ChildVerdicts, len(subnets))
 	for i, subnet := range subnets {
 		from := []*Link{nil}
 		if len(outside) > 0 {
 			from = nil
 		}
-		for i := range outside {
-			from = append(from, &outside[i])
+		for n := range outside {
+			from = append(from, &outside[n])
 		}
 		a := &answers[i]
 		for n, in := range from {
 			var v ChildVerdicts
 			for _, related := range []bool{true, false} {
-				packets := newChild(related, in, nil, outside, subnet, subnets)
+				packets := newChild(related, in, inside[i], outside, subnet, subnets)
 				all, dropper, err := hookAnswer(chains, packets, false)
 				if err != nil {
 					return nil, err
