@@ -8,9 +8,9 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 
 	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/nfnl"
@@ -19,10 +19,10 @@ import (
 // A baseChain is a chain of the forward hook.
 type baseChain struct {
 	table    tableReader
-	name     string // of the chain
-	title    string // family, table and chain
+	title    string // of the table, with its family
+	name     string
 	family   nftables.TableFamily
-	priority nftables.ChainPriority
+	priority int32
 	drops    bool // its policy
 }
 
@@ -85,10 +85,25 @@ const maxReads = 5
 // forwardHook lists the base chains of the user's that forwarded packets meet, in
 // the order in which they do.
 func forwardHook(c *conn) ([]baseChain, error) {
-	if err := c.begin(); err != nil {
-		return nil, err
+	r := &hookReader{c: c}
+	type key struct {
+		family byte
+		name   string
 	}
-	tables, err := c.ListTables()
+	skipped := map[key]bool{} // dormant ones and ours
+	err := r.ask(unix.NFT_MSG_GETTABLE, nftables.TableFamilyUnspecified, netlink.Dump, nil, func(family byte, b []byte) {
+		k := key{family: family}
+		flags := uint32(0)
+		attributes(b, func(typ uint16, b []byte) {
+			switch typ {
+			case unix.NFTA_TABLE_NAME:
+				k.name = text(b)
+			case unix.NFTA_TABLE_FLAGS:
+				flags = number32(b)
+			}
+		})
+		skipped[k] = flags&uint32(nftables.TableFlagDormant) != 0
+	})
 	switch {
 	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):
 		missing := features[0].UnsupportedError
@@ -97,36 +112,48 @@ func forwardHook(c *conn) ([]baseChain, error) {
 	case err != nil:
 		return nil, fmt.Errorf("list nftables tables: %w", nfnl.Permitted(err))
 	}
-	chains, err := c.ListChains()
+	var bases []baseChain
+	tables := map[key]*hookTable{}
+	err = r.ask(unix.NFT_MSG_GETCHAIN, nftables.TableFamilyUnspecified, netlink.Dump, nil, func(family byte, b []byte) {
+		base := baseChain{family: nftables.TableFamily(family)}
+		k := key{family: family}
+		forwards := false
+		attributes(b, func(typ uint16, b []byte) {
+			switch typ {
+			case unix.NFTA_CHAIN_TABLE:
+				k.name = text(b)
+			case unix.NFTA_CHAIN_NAME:
+				base.name = text(b)
+			case unix.NFTA_CHAIN_POLICY:
+				base.drops = number32(b) == uint32(nftables.ChainPolicyDrop)
+			case unix.NFTA_CHAIN_HOOK:
+				attributes(b, func(typ uint16, b []byte) {
+					switch typ {
+					case unix.NFTA_HOOK_HOOKNUM:
+						forwards = number32(b) == uint32(*nftables.ChainHookForward)
+					case unix.NFTA_HOOK_PRIORITY:
+						base.priority = int32(number32(b))
+					}
+				})
+			}
+		})
+		skipped[k] = skipped[k] || base.name == markerChain
+		if !forwards || familyOf(base.family) == "" {
+			return
+		}
+		if tables[k] == nil {
+			tables[k] = newHookTable(r, base.family, k.name)
+		}
+		base.title, base.table = fmt.Sprint(familyOf(base.family), " ", k.name), tables[k]
+		bases = append(bases, base)
+	})
 	if err != nil {
 		return nil, fmt.Errorf("list nftables chains: %w", nfnl.Permitted(err))
 	}
-	var bases []baseChain
-	for _, t := range tables {
-		if familyOf(t.Family) == "" || t.Flags&nftables.TableFlagDormant != 0 {
-			continue
-		}
-		var own []*nftables.Chain
-		for _, chain := range chains {
-			if chain.Table.Name == t.Name && chain.Table.Family == t.Family {
-				own = append(own, chain)
-			}
-		}
-		if slices.ContainsFunc(own, func(c *nftables.Chain) bool { return c.Name == markerChain }) {
-			continue
-		}
-		reader := newHookTable(c, t)
-		for _, chain := range own {
-			if chain.Hooknum == nil || chain.Priority == nil || *chain.Hooknum != *nftables.ChainHookForward {
-				continue
-			}
-			bases = append(bases, baseChain{
-				table: reader, name: chain.Name, family: t.Family, priority: *chain.Priority,
-				title: strings.Join([]string{familyOf(t.Family), t.Name, chain.Name}, " "),
-				drops: chain.Policy != nil && *chain.Policy == nftables.ChainPolicyDrop,
-			})
-		}
-	}
+	bases = slices.DeleteFunc(bases, func(b baseChain) bool {
+		t := b.table.(*hookTable)
+		return skipped[key{byte(t.family), t.name}]
+	})
 	slices.SortStableFunc(bases, func(a, b baseChain) int { return cmp.Compare(a.priority, b.priority) })
 	return bases, nil
 }
@@ -196,7 +223,7 @@ func hookAnswer(chains []baseChain, packets *child, most bool) (Answer, string, 
 		w := hookWalk{table: c.table, child: packets, most: most, known: map[string]fates{}}
 		f, err := w.chain(c.name)
 		if err != nil {
-			return Unknown, "", fmt.Errorf("nftables table %s: %w", strings.TrimSuffix(c.title, " "+c.name), nfnl.Permitted(err))
+			return Unknown, "", fmt.Errorf("read nftables table %s: %w", c.title, nfnl.Permitted(err))
 		}
 		if f&returns != 0 {
 			if f &^= returns; c.drops {
@@ -208,7 +235,7 @@ func hookAnswer(chains []baseChain, packets *child, most bool) (Answer, string, 
 		switch f {
 		case accepts:
 		case drops:
-			return Dropped, c.title, nil
+			return Dropped, c.title + " " + c.name, nil
 		default:
 			answer = Unknown
 		}

@@ -21,6 +21,7 @@ type child struct {
 	network     []cell // the header
 	transport   []cell
 	in, out     linkCells
+	rewritten   bool // a rule has changed a header
 }
 
 type linkCells struct{ name, index []cell }
@@ -144,7 +145,7 @@ func (c *child) payload(e *expr.Payload) []cell {
 		header = c.transport
 	}
 	from, n := uint64(e.Offset), int(min(e.Len, 64))
-	if from+uint64(n) > uint64(len(header)) {
+	if c.rewritten || from+uint64(n) > uint64(len(header)) {
 		return unknownBytes(n, nil)
 	}
 	return slices.Clone(header[from:][:n])

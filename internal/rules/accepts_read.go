@@ -13,52 +13,72 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errInterrupted says that somebody changed the ruleset during a dump, which may
-// lack something therefore.
+// errInterrupted says that somebody changed the ruleset while it was read, so that
+// something may be missing.
 var errInterrupted = errors.New("the ruleset changed while it was read")
 
-// A hookTable reads one table of the user's, each chain and set once. Unlike the
-// library it keeps a place for expressions that are not understood, and tells when
-// a dump was interrupted.
-type hookTable struct {
-	c     *conn
-	table *nftables.Table
-	rules map[string][][]statement
-	sets  map[string]*keySet
+// A hookReader reads the ruleset. Unlike the library it keeps a place for
+// expressions that are not understood, and tells when somebody changes the ruleset
+// meanwhile.
+type hookReader struct {
+	c *conn
+	// generation is what all answers have in common. The kernel puts its lower
+	// half into each of them.
+	generation []byte
 }
 
-func newHookTable(c *conn, t *nftables.Table) *hookTable {
-	return &hookTable{c: c, table: t, rules: map[string][][]statement{}, sets: map[string]*keySet{}}
-}
-
-// ask calls each for every attribute of the answers to a request.
-func (t *hookTable) ask(typ int, flags netlink.HeaderFlags, attrs []netlink.Attribute, each func(typ uint16, b []byte)) error {
-	if err := t.c.begin(); err != nil {
+// ask calls each for every answer to a request, with the family and the attributes.
+func (r *hookReader) ask(typ int, family nftables.TableFamily, flags netlink.HeaderFlags, attrs []netlink.Attribute, each func(family byte, b []byte)) error {
+	if err := r.c.begin(); err != nil {
 		return err
 	}
 	request, err := netlink.MarshalAttributes(attrs)
 	if err != nil {
 		return err
 	}
-	answers, err := t.c.nl.Execute(netlink.Message{
+	answers, err := r.c.nl.Execute(netlink.Message{
 		Header: netlink.Header{
 			Type:  netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | typ),
 			Flags: netlink.Request | flags,
 		},
-		Data: append([]byte{byte(t.table.Family), unix.NFNETLINK_V0, 0, 0}, request...),
+		Data: append([]byte{byte(family), unix.NFNETLINK_V0, 0, 0}, request...),
 	})
 	if err != nil {
 		return err
 	}
 	for _, m := range answers {
-		if m.Header.Flags&netlink.DumpInterrupted != 0 {
+		if len(m.Data) < nfgenmsgLen {
+			return fmt.Errorf("an answer of %d bytes", len(m.Data))
+		}
+		if r.generation == nil {
+			r.generation = m.Data[2:4]
+		}
+		if m.Header.Flags&netlink.DumpInterrupted != 0 || !bytes.Equal(m.Data[2:4], r.generation) {
 			return errInterrupted
 		}
-		if len(m.Data) > nfgenmsgLen {
-			attributes(m.Data[nfgenmsgLen:], each)
-		}
+		each(m.Data[0], m.Data[nfgenmsgLen:])
 	}
 	return nil
+}
+
+// A hookTable reads one table, each chain and set once.
+type hookTable struct {
+	r      *hookReader
+	name   string
+	family nftables.TableFamily
+	rules  map[string][][]statement
+	sets   map[string]*keySet
+}
+
+func newHookTable(r *hookReader, family nftables.TableFamily, name string) *hookTable {
+	return &hookTable{r: r, name: name, family: family, rules: map[string][][]statement{}, sets: map[string]*keySet{}}
+}
+
+// ask calls each for every attribute of the answers to a question about something
+// of the table.
+func (t *hookTable) ask(typ int, flags netlink.HeaderFlags, table, which uint16, name string, each func(typ uint16, b []byte)) error {
+	attrs := []netlink.Attribute{{Type: table, Data: []byte(t.name + "\x00")}, {Type: which, Data: []byte(name + "\x00")}}
+	return t.r.ask(typ, t.family, flags, attrs, func(_ byte, b []byte) { attributes(b, each) })
 }
 
 // text reads a string that ends with a zero.
@@ -71,16 +91,13 @@ func (t *hookTable) chainRules(chain string) ([][]statement, error) {
 		return rs, nil
 	}
 	var rs [][]statement
-	err := t.ask(unix.NFT_MSG_GETRULE, netlink.Dump, []netlink.Attribute{
-		{Type: unix.NFTA_RULE_TABLE, Data: []byte(t.table.Name + "\x00")},
-		{Type: unix.NFTA_RULE_CHAIN, Data: []byte(chain + "\x00")},
-	}, func(typ uint16, b []byte) {
+	err := t.ask(unix.NFT_MSG_GETRULE, netlink.Dump, unix.NFTA_RULE_TABLE, unix.NFTA_RULE_CHAIN, chain, func(typ uint16, b []byte) {
 		if typ == unix.NFTA_RULE_EXPRESSIONS {
-			rs = append(rs, statements(byte(t.table.Family), b))
+			rs = append(rs, statements(byte(t.family), b))
 		}
 	})
 	if err != nil {
-		return nil, fmt.Errorf("read chain %s: %w", chain, err)
+		return nil, err
 	}
 	t.rules[chain] = rs
 	return rs, nil
@@ -182,13 +199,13 @@ func (t *hookTable) keySet(name string, elements bool) (*keySet, error) {
 	if !ok {
 		s = &keySet{}
 		if err := t.readSet(name, s); err != nil {
-			return nil, fmt.Errorf("read set %s: %w", name, err)
+			return nil, fmt.Errorf("set %s: %w", name, err)
 		}
 		t.sets[name] = s
 	}
 	if elements && !s.whole {
 		if err := t.readElements(name, s); err != nil {
-			return nil, fmt.Errorf("read elements of set %s: %w", name, err)
+			return nil, fmt.Errorf("elements of set %s: %w", name, err)
 		}
 	}
 	return s, nil
@@ -196,10 +213,7 @@ func (t *hookTable) keySet(name string, elements bool) (*keySet, error) {
 
 func (t *hookTable) readSet(name string, s *keySet) error {
 	var flags uint32
-	err := t.ask(unix.NFT_MSG_GETSET, 0, []netlink.Attribute{
-		{Type: unix.NFTA_SET_TABLE, Data: []byte(t.table.Name + "\x00")},
-		{Type: unix.NFTA_SET_NAME, Data: []byte(name + "\x00")},
-	}, func(typ uint16, b []byte) {
+	err := t.ask(unix.NFT_MSG_GETSET, 0, unix.NFTA_SET_TABLE, unix.NFTA_SET_NAME, name, func(typ uint16, b []byte) {
 		switch typ {
 		case unix.NFTA_SET_FLAGS:
 			flags = number32(b)
@@ -237,10 +251,7 @@ func keyFields(b []byte) (sizes []int) {
 
 func (t *hookTable) readElements(name string, s *keySet) error {
 	var es []nftables.SetElement
-	err := t.ask(unix.NFT_MSG_GETSETELEM, netlink.Dump, []netlink.Attribute{
-		{Type: unix.NFTA_SET_ELEM_LIST_TABLE, Data: []byte(t.table.Name + "\x00")},
-		{Type: unix.NFTA_SET_ELEM_LIST_SET, Data: []byte(name + "\x00")},
-	}, func(typ uint16, b []byte) {
+	err := t.ask(unix.NFT_MSG_GETSETELEM, netlink.Dump, unix.NFTA_SET_ELEM_LIST_TABLE, unix.NFTA_SET_ELEM_LIST_SET, name, func(typ uint16, b []byte) {
 		if typ == unix.NFTA_SET_ELEM_LIST_ELEMENTS {
 			attributes(b, func(_ uint16, b []byte) { es = append(es, elementOf(b)) })
 		}

@@ -3,6 +3,7 @@
 package rules
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -63,25 +64,31 @@ type hookWalk struct {
 	depth int
 }
 
+// A chainError names the chain that could not be read.
+type chainError struct {
+	chain string
+	err   error
+}
+
+func (e *chainError) Error() string { return fmt.Sprintf("chain %s: %v", e.chain, e.err) }
+func (e *chainError) Unwrap() error { return e.err }
+
 // chain returns what may become of the packets in a chain.
-func (w *hookWalk) chain(name string) (fates, error) {
+func (w *hookWalk) chain(name string) (f fates, err error) {
 	if f, ok := w.known[name]; ok {
 		return f, nil
 	}
-	rules, err := w.table.chainRules(name)
-	if err != nil {
-		return 0, err
+	// The kernel has neither loops nor more jumps than this.
+	if w.known[name] = anyFate &^ proceeds; w.depth > maxDepth {
+		return w.known[name], nil
 	}
-	w.known[name] = accepts | drops | returns // for a loop, which the kernel refuses
-	if w.depth++; w.depth > maxDepth {
-		return 0, fmt.Errorf("chain %s: more than %d jumps", name, maxDepth)
-	}
+	w.depth++
 	defer func() { w.depth-- }()
-	f := fates(0)
-	for _, r := range rules {
-		here, err := w.rule(r)
-		if err != nil {
-			return 0, fmt.Errorf("chain %s: %w", name, err)
+	rules, err := w.table.chainRules(name)
+	for i := 0; err == nil && i < len(rules); i++ {
+		var here fates
+		if here, err = w.rule(rules[i]); err != nil {
+			break
 		}
 		f |= here &^ proceeds
 		if here&proceeds == 0 {
@@ -89,9 +96,12 @@ func (w *hookWalk) chain(name string) (fates, error) {
 			return f, nil
 		}
 	}
+	if inner := (*chainError)(nil); err != nil && !errors.As(err, &inner) {
+		err = &chainError{name, err}
+	}
 	f |= returns
 	w.known[name] = f
-	return f, nil
+	return f, err
 }
 
 // weigh drops what is rare, if that is asked for.
@@ -172,6 +182,9 @@ func (w *hookWalk) statement(regs *cells, s statement) (end fates, c chance, err
 	case *expr.Payload:
 		if e.OperationType == expr.PayloadLoad {
 			regs.put(e.DestRegister, w.child.payload(e))
+		} else {
+			w.child.rewritten = true
+			clear(w.known)
 		}
 	case *expr.Fib:
 		regs.put(e.Register, w.child.fib(e))
@@ -183,10 +196,7 @@ func (w *hookWalk) statement(regs *cells, s statement) (end fates, c chance, err
 			return 0, maybe, nil
 		}
 	case *expr.Dynset:
-		if len(e.Exprs) > 0 {
-			return 0, maybe, nil
-		}
-		return 0, mostly, nil // it ends the rule where the set is full
+		return 0, maybe, nil // it ends the rule where the set is full or a limit is met
 	default:
 		return 0, w.other(regs, s.name), nil
 	}
