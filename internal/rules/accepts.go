@@ -29,10 +29,10 @@ type ChildVerdicts struct {
 	// Related is for a child of an expectation (ct state related, ct status
 	// expected). To a private IPv4 subnet it is translated, too.
 	Related Answer
-	// Dropper is the base chain that drops or rejects what is Dropped, as in
-	// "ip filter FORWARD", for messages.
-	Dropper string
 	// MostDNATed and MostRelated are the answers for all but a few addresses
 	// and ports: they leave out a rule for one host or port, or a blocklist.
 	MostDNATed, MostRelated Answer
+	// Dropper is the first base chain that drops or rejects most of what is
+	// DNATed, else of what is RELATED, as in "ip filter FORWARD", for messages.
+	Dropper string
 }

@@ -49,16 +49,15 @@ func Children(netns int, outside []Link, subnets []netip.Prefix) ([]ChildVerdict
 	if err != nil {
 		return nil, fmt.Errorf("look for tables of iptables-legacy: %w", err)
 	}
-	var answers []ChildVerdicts
-	for range maxReads {
-		var chains []baseChain
-		if chains, err = forwardHook(c); err == nil {
-			answers, err = childVerdicts(chains, outside, inside, subnets)
+	answers, err := readTwice(func() ([]ChildVerdicts, bool, error) {
+		r := &hookReader{c: c}
+		chains, err := r.forwardHook()
+		if err != nil {
+			return nil, r.moved, err
 		}
-		if !errors.Is(err, errInterrupted) {
-			break
-		}
-	}
+		answers, err := childVerdicts(chains, outside, inside, subnets)
+		return answers, r.moved, err
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -79,13 +78,33 @@ func (v *ChildVerdicts) mayDropAll() {
 	}
 }
 
-// maxReads is how often a ruleset is read that changes all the time.
+// maxReads is how often something is read that changes all the time.
 const maxReads = 5
+
+// readTwice reads until the ruleset was the same all the time, or two answers in a
+// row are the same: a grant of our own changes it, too, and one that was made of two
+// rulesets does not come out twice.
+func readTwice(read func() (answers []ChildVerdicts, moved bool, err error)) ([]ChildVerdicts, error) {
+	var before []ChildVerdicts
+	for range maxReads {
+		answers, moved, err := read()
+		switch {
+		case !moved:
+			return answers, err
+		case err != nil:
+			before = nil
+		case before != nil && slices.Equal(answers, before):
+			return answers, nil
+		default:
+			before = answers
+		}
+	}
+	return nil, fmt.Errorf("read the chains of the forward hook: %w", errInterrupted)
+}
 
 // forwardHook lists the base chains of the user's that forwarded packets meet, in
 // the order in which they do.
-func forwardHook(c *conn) ([]baseChain, error) {
-	r := &hookReader{c: c}
+func (r *hookReader) forwardHook() ([]baseChain, error) {
 	type key struct {
 		family byte
 		name   string
@@ -175,11 +194,11 @@ func childVerdicts(chains []baseChain, outside []Link, inside []*Link, subnets [
 			var v ChildVerdicts
 			for _, related := range []bool{true, false} {
 				packets := newChild(related, in, inside[i], outside, subnet, subnets)
-				all, dropper, err := hookAnswer(chains, packets, false)
+				all, _, err := hookAnswer(chains, packets, false)
 				if err != nil {
 					return nil, err
 				}
-				most, _, err := hookAnswer(chains, packets, true)
+				most, dropper, err := hookAnswer(chains, packets, true)
 				if err != nil {
 					return nil, err
 				}
@@ -188,7 +207,7 @@ func childVerdicts(chains []baseChain, outside []Link, inside []*Link, subnets [
 				} else {
 					v.DNATed, v.MostDNATed = all, most
 				}
-				if all == Dropped {
+				if most == Dropped {
 					v.Dropper = dropper
 				}
 			}
@@ -199,7 +218,7 @@ func childVerdicts(chains []baseChain, outside []Link, inside []*Link, subnets [
 			a.DNATed, a.Related = both(a.DNATed, v.DNATed), both(a.Related, v.Related)
 			a.MostDNATed, a.MostRelated = both(a.MostDNATed, v.MostDNATed), both(a.MostRelated, v.MostRelated)
 		}
-		if a.DNATed != Dropped && a.Related != Dropped {
+		if a.MostDNATed != Dropped && a.MostRelated != Dropped {
 			a.Dropper = ""
 		}
 	}

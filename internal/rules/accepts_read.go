@@ -13,18 +13,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errInterrupted says that somebody changed the ruleset while it was read, so that
-// something may be missing.
+// errInterrupted says that the ruleset changed while it was read, so that something
+// may be missing.
 var errInterrupted = errors.New("the ruleset changed while it was read")
 
 // A hookReader reads the ruleset. Unlike the library it keeps a place for
-// expressions that are not understood, and tells when somebody changes the ruleset
-// meanwhile.
+// expressions that are not understood, and tells when the ruleset changes.
 type hookReader struct {
 	c *conn
-	// generation is what all answers have in common. The kernel puts its lower
-	// half into each of them.
+	// generation is that of the first answer. The kernel puts its lower half into
+	// each of them.
 	generation []byte
+	moved      bool // a later answer has another one
 }
 
 // ask calls each for every answer to a request, with the family and the attributes.
@@ -36,27 +36,42 @@ func (r *hookReader) ask(typ int, family nftables.TableFamily, flags netlink.Hea
 	if err != nil {
 		return err
 	}
-	answers, err := r.c.nl.Execute(netlink.Message{
+	message := netlink.Message{
 		Header: netlink.Header{
 			Type:  netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | typ),
 			Flags: netlink.Request | flags,
 		},
 		Data: append([]byte{byte(family), unix.NFNETLINK_V0, 0, 0}, request...),
-	})
-	if err != nil {
-		return err
 	}
+	for range maxReads {
+		var answers []netlink.Message
+		if answers, err = r.c.nl.Execute(message); err != nil {
+			return err
+		}
+		if err = whole(answers); err != nil {
+			continue
+		}
+		for _, m := range answers {
+			if r.generation == nil {
+				r.generation = m.Data[2:4]
+			}
+			r.moved = r.moved || !bytes.Equal(m.Data[2:4], r.generation)
+			each(m.Data[0], m.Data[nfgenmsgLen:])
+		}
+		return nil
+	}
+	return err
+}
+
+// whole reports an error when the answers to a request are not all.
+func whole(answers []netlink.Message) error {
 	for _, m := range answers {
-		if len(m.Data) < nfgenmsgLen {
+		switch {
+		case m.Header.Flags&netlink.DumpInterrupted != 0:
+			return errInterrupted
+		case len(m.Data) < nfgenmsgLen:
 			return fmt.Errorf("an answer of %d bytes", len(m.Data))
 		}
-		if r.generation == nil {
-			r.generation = m.Data[2:4]
-		}
-		if m.Header.Flags&netlink.DumpInterrupted != 0 || !bytes.Equal(m.Data[2:4], r.generation) {
-			return errInterrupted
-		}
-		each(m.Data[0], m.Data[nfgenmsgLen:])
 	}
 	return nil
 }

@@ -26,9 +26,16 @@ func wan0(t *testing.T, l *lab.Lab) rules.Link {
 	return link
 }
 
-// verdict writes an answer as "DNATed related dropper".
+// verdict writes an answer as "DNATed related dropper", with what holds for most
+// packets in parentheses where it is another.
 func verdict(v rules.ChildVerdicts) string {
-	return strings.TrimSpace(fmt.Sprint(v.DNATed, " ", v.Related, " ", v.Dropper))
+	one := func(all, most rules.Answer) string {
+		if all == most {
+			return all.String()
+		}
+		return fmt.Sprintf("%v (%v)", all, most)
+	}
+	return strings.TrimSpace(one(v.DNATed, v.MostDNATed) + " " + one(v.Related, v.MostRelated) + " " + v.Dropper)
 }
 
 // inForward puts rules into a chain that drops what they do not accept.
@@ -69,10 +76,15 @@ func TestChildrenOfNftRules(t *testing.T) {
 		{"to a range around the subnet", inForward("ip daddr 10.40.0.0-10.50.0.0 accept"), "accepted accepted"},
 		{"to a set of networks", inForward("ip daddr { 10.0.0.0/8, 192.168.0.0/16 } accept"), "accepted accepted"},
 		{"to another network", inForward("ip daddr { 10.48.0.0/16, 192.168.0.0/16 } accept"), "dropped dropped inet filter forward"},
-		{"to one host", inForward("ip daddr 10.47.11.109 accept"), "unknown unknown"},
-		{"to one port", inForward("udp dport 5060 accept"), "unknown unknown"},
+		{"to one host", inForward("ip daddr 10.47.11.109 accept"), "unknown (dropped) unknown (dropped) inet filter forward"},
+		{"to one port", inForward("udp dport 5060 accept"), "unknown (dropped) unknown (dropped) inet filter forward"},
+		{"to most ports", inForward("udp dport 1024-65535 accept"), "unknown (accepted) unknown (accepted)"},
+		{"to half of the ports", inForward("udp dport 32768-60999 accept"), "unknown unknown"},
 		{"from the subnet", inForward("ip saddr 10.47.11.0/24 accept; ip saddr 10.47.11.109 accept"), "dropped dropped inet filter forward"},
-		{"from a blocked network", inForward("ip saddr 203.0.113.0/24 drop; accept"), "unknown unknown"},
+		{"from a blocked network", inForward("ip saddr 203.0.113.0/24 drop; accept"), "unknown (accepted) unknown (accepted)"},
+		{"from a list that is blocked", "table inet filter { set s { type ipv4_addr; flags interval; }; chain forward { type filter hook forward priority 0; policy drop; ip saddr @s drop; ct status dnat accept; }; }", "unknown (accepted) unknown (accepted)"},
+		{"from anywhere but a list that is blocked", "table inet filter { set s { type ipv4_addr; flags interval; }; chain forward { type filter hook forward priority 0; policy drop; ip saddr != @s ct status dnat accept; }; }", "unknown (accepted) unknown (accepted)"},
+		{"from countries of a list", "table inet filter { set s { type ipv4_addr; flags interval; }; chain forward { type filter hook forward priority 0; policy drop; ip saddr != @s drop; accept; }; }", "unknown unknown"},
 		{"from a set", "table inet filter { set s { type ipv4_addr; }; chain forward { type filter hook forward priority 0; policy drop; ip saddr @s accept; }; }", "unknown unknown"},
 		{"mark", inForward("meta mark 1 accept"), "unknown unknown"},
 		{"mark of conntrack", inForward("ct mark & 0xff == 1 accept"), "unknown unknown"},
@@ -144,9 +156,9 @@ func TestChildrenOfIPTablesRules(t *testing.T) {
 		{"subnet", "-A FORWARD -d 10.47.11.0/24 -p udp -j ACCEPT", "accepted accepted"},
 		{"odd subnet", "-A FORWARD -d 10.47.0.0/18 -p udp -j ACCEPT", "accepted accepted"},
 		{"not a subnet", "-A FORWARD ! -d 10.47.0.0/18 -j DROP\n-A FORWARD -j ACCEPT", "accepted accepted"},
-		{"port", "-A FORWARD -p udp -m udp --dport 5060 -j ACCEPT", "unknown unknown"},
+		{"port", "-A FORWARD -p udp -m udp --dport 5060 -j ACCEPT", "unknown (dropped) unknown (dropped) ip filter FORWARD"},
 		{"TCP", "-A FORWARD -p tcp -m tcp --dport 5060 -j ACCEPT", "dropped dropped ip filter FORWARD"},
-		{"ports", "-A FORWARD -p udp -m multiport --dports 5060,6000:7000 -j ACCEPT", "unknown unknown"},
+		{"ports", "-A FORWARD -p udp -m multiport --dports 5060,6000:7000 -j ACCEPT", "unknown (dropped) unknown (dropped) ip filter FORWARD"},
 		{"limit", "-A FORWARD -m limit --limit 3/second -j ACCEPT", "unknown unknown"},
 		{"mark", "-A FORWARD -m mark --mark 1 -j ACCEPT", "unknown unknown"},
 		{"type of address", "-A FORWARD -m addrtype --dst-type LOCAL -j DROP\n-A FORWARD -m addrtype --dst-type UNICAST -j ACCEPT", "accepted accepted"},

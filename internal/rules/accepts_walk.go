@@ -62,6 +62,10 @@ type hookWalk struct {
 	most  bool
 	known map[string]fates // by chain
 	depth int
+	// listed says that the last statement looked up an address in a set that was
+	// not read. It is a list of a few if packets in it are dropped, but may well
+	// have most addresses if they are accepted.
+	listed bool
 }
 
 // A chainError names the chain that could not be read.
@@ -104,7 +108,7 @@ func (w *hookWalk) chain(name string) (f fates, err error) {
 	return f, err
 }
 
-// weigh drops what is rare, if that is asked for.
+// weigh takes what is rare for what never happens, if that is asked for.
 func (w *hookWalk) weigh(c chance) chance {
 	switch {
 	case w.most && c == rarely:
@@ -119,25 +123,32 @@ func (w *hookWalk) weigh(c chance) chance {
 func (w *hookWalk) rule(r []statement) (fates, error) {
 	var regs cells
 	regs.forget(unix.NFT_REG_1)
-	match := always
+	match, listed := always, false
 	for _, s := range r {
+		w.listed = false
 		end, c, err := w.statement(&regs, s)
 		if err != nil {
 			return 0, err
 		}
-		if end != 0 {
-			// The statement ends the rule with chance c, else the rule goes on.
-			switch match = w.weigh(match.and(c)); {
-			case match == never:
-				return proceeds, nil
-			case match != always:
-				end |= proceeds
-			}
-			return end, nil
-		}
-		if match = w.weigh(match.and(c)); match == never {
+		if match = match.and(c); match == never {
 			break
 		}
+		if end == 0 {
+			listed = listed || w.listed
+			continue
+		}
+		// The statement ends the rule.
+		blocks := match == rarely && end == drops || match == mostly && end == accepts
+		if listed && match != always && !blocks {
+			match = maybe
+		}
+		switch w.weigh(match) {
+		case never:
+			return proceeds, nil
+		case always:
+			return end, nil
+		}
+		return end | proceeds, nil
 	}
 	return proceeds, nil
 }
@@ -163,6 +174,7 @@ func (w *hookWalk) statement(regs *cells, s statement) (end fates, c chance, err
 		end, c = xtTarget(e)
 		return end, c, nil
 	case *expr.Match:
+		w.listed = e.Name == "set"
 		return 0, w.child.xtMatch(e), nil
 	case *expr.Cmp:
 		return 0, regs.compare(e), nil
@@ -263,10 +275,10 @@ func (w *hookWalk) lookup(regs *cells, e *expr.Lookup) (fates, chance, error) {
 	if !ask {
 		c := maybe
 		if slices.ContainsFunc(key, func(c cell) bool { return c.origin != nil && c.even && c.known == 0 }) {
-			c = rarely
+			c, w.listed = rarely, true
 		}
 		if verdicts {
-			return anyFate, c, nil
+			return anyFate, maybe, nil
 		}
 		return 0, c.inverted(e.Invert), nil
 	}
