@@ -48,7 +48,11 @@ func reloadCommand() *cobra.Command {
 }
 
 func revokeCommand() *cobra.Command {
-	c := clientCommand("revoke WORD...", "End permissions", cobra.MinimumNArgs(1), revoke)
+	c := clientCommand("revoke WORD...", "End permissions", cobra.MinimumNArgs(1),
+		func(c *cobra.Command, client *control.Client, words []string) error {
+			n, err := client.Revoke(c.Context(), words)
+			return revoked(c, n, err)
+		})
 	c.Long = `End the permissions that fit all words. A word is an address (of an inside
 host, of the outside, of a peer) or an endpoint (inside or outside). The flows
 that hold them go on but do not bring them back; a new flow does.`
@@ -57,11 +61,15 @@ that hold them go on but do not bring them back; a new flow does.`
 }
 
 func flushCommand() *cobra.Command {
-	return clientCommand("flush", "End all permissions", cobra.NoArgs, revoke)
+	return clientCommand("flush", "End all permissions", cobra.NoArgs,
+		func(c *cobra.Command, client *control.Client, _ []string) error {
+			n, err := client.Flush(c.Context())
+			return revoked(c, n, err)
+		})
 }
 
-func revoke(c *cobra.Command, client *control.Client, words []string) error {
-	n, err := client.Revoke(c.Context(), words)
+// revoked says how many permissions ended.
+func revoked(c *cobra.Command, n int, err error) error {
 	if err == nil {
 		fmt.Fprintf(c.OutOrStdout(), "revoked %d permissions\n", n)
 	}

@@ -33,7 +33,10 @@ func (f *Flags) Register(fs *pflag.FlagSet) {
 	f.given = make([]texts, len(settings))
 	for i, s := range settings {
 		f.given[i] = texts{kind: s.kind, def: s.def}
-		fs.Var(&f.given[i], s.flag, s.usage)
+		flag := fs.VarPF(&f.given[i], s.flag, "", s.usage)
+		if s.truth {
+			flag.NoOptDefVal = "true" // or the flag takes the next word as its value
+		}
 	}
 }
 

@@ -1,10 +1,12 @@
 package config
 
 import (
+	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -193,4 +195,90 @@ func TestHelpShowsTheDefaults(t *testing.T) {
 	if want := Default(); !reflect.DeepEqual(got, want) {
 		t.Errorf("the defaults shown make %+v\nnot %+v", got, want)
 	}
+}
+
+// Each flag of run, before another one: a boolean without a value and with each, any
+// other one with its value in the same word and in the next.
+func TestEveryFlag(t *testing.T) {
+	path := write(t, `lifetime = "1m"`)
+	// What a flag needs beside it, and, if it has a value, one that is not the default.
+	subnet := []string{"--subnet=192.168.1.0/24"}
+	flags := map[string]struct {
+		value string
+		with  []string
+		get   func(Config) any
+		want  any
+	}{
+		"config":                     {path, nil, func(c Config) any { return c.Lifetime }, time.Minute},
+		"subnet":                     {"192.168.1.0/24", nil, func(c Config) any { return c.Subnets[0].Prefix.String() }, "192.168.1.0/24"},
+		"routed":                     {"", subnet, func(c Config) any { return c.Subnets[0].Routed }, true},
+		"filtering":                  {"endpoint_independent", subnet, func(c Config) any { return c.Subnets[0].Filtering }, EndpointIndependent},
+		"mapping":                    {"endpoint_independent", subnet, func(c Config) any { return c.Subnets[0].Mapping }, EndpointIndependentMapping},
+		"backend":                    {"nft", nil, func(c Config) any { return c.Backend }, BackendNFT},
+		"lifetime":                   {"2m", nil, func(c Config) any { return c.Lifetime }, 2 * time.Minute},
+		"reconcile":                  {"2m", nil, func(c Config) any { return c.Reconcile }, 2 * time.Minute},
+		"log-level":                  {"debug", nil, func(c Config) any { return c.LogLevel }, slog.LevelDebug},
+		"outside":                    {"wan0", nil, func(c Config) any { return c.Outside[0] }, "wan0"},
+		"port-pool":                  {"20000-29999", nil, func(c Config) any { return c.PortPool }, PortRange{20000, 29999}},
+		"mapping-exempt":             {"192.0.2.0/24", nil, func(c Config) any { return c.MappingExempt[0].String() }, "192.0.2.0/24"},
+		"hairpin":                    {"", append(subnet, "--mapping=endpoint_independent"), func(c Config) any { return c.Hairpin }, true},
+		"peer-group":                 {"203.0.113.0/24", nil, func(c Config) any { return c.PeerGroups[0].String() }, "203.0.113.0/24"},
+		"exclude-peer":               {"203.0.113.0/24", nil, func(c Config) any { return c.ExcludePeers[0].String() }, "203.0.113.0/24"},
+		"exclude-peer-port":          {"7", nil, func(c Config) any { return c.ExcludePeerPorts[0] }, uint16(7)},
+		"exclude-port":               {"7", nil, func(c Config) any { return c.ExcludePorts[0] }, uint16(7)},
+		"max-permissions":            {"7", nil, func(c Config) any { return c.MaxPermissions }, 7},
+		"max-permissions-per-subnet": {"7", nil, func(c Config) any { return c.MaxPermissionsPerSubnet }, 7},
+		"max-permissions-per-host":   {"7", nil, func(c Config) any { return c.MaxPermissionsPerHost }, 7},
+		"max-children":               {"7", nil, func(c Config) any { return c.MaxChildren }, 7},
+		"learn":                      {"", nil, func(c Config) any { return c.Learn }, true},
+		"learn-rate":                 {"7", nil, func(c Config) any { return c.LearnRate }, 7},
+		"guard":                      {"", nil, func(c Config) any { return c.Guard }, true},
+		"table":                      {"cone2", nil, func(c Config) any { return c.Table }, "cone2"},
+		"on-stop":                    {"keep", nil, func(c Config) any { return c.OnStop }, OnStopKeep},
+		"event-buffer":               {"65536", nil, func(c Config) any { return c.EventBuffer }, 65536},
+		"control-socket":             {"/run/c.sock", nil, func(c Config) any { return c.ControlSocket }, "/run/c.sock"},
+	}
+	var f Flags
+	fs := pflag.NewFlagSet("run", pflag.ContinueOnError)
+	f.Register(fs)
+	fs.VisitAll(func(flag *pflag.Flag) {
+		tt, ok := flags[flag.Name]
+		if !ok {
+			t.Errorf("--%s is not tested here", flag.Name)
+			return
+		}
+		t.Run(flag.Name, func(t *testing.T) {
+			name := "--" + flag.Name
+			lines := map[string]any{name + "=" + tt.value: tt.want, name + " " + tt.value: tt.want}
+			if flag.Value.Type() == "bool" {
+				lines = map[string]any{name: true, name + "=true": true, name + "=false": false}
+			}
+			// The flag behind it, whose own words must still be read as such.
+			const next = "--exclude-port 4242"
+			for line, want := range lines {
+				args := slices.Concat(strings.Fields(line), strings.Fields(next), tt.with)
+				if flag.Name == "exclude-port" {
+					args = slices.Concat(strings.Fields(line), []string{"--exclude-peer-port", "4242"})
+				}
+				var f Flags
+				fs := pflag.NewFlagSet("run", pflag.ContinueOnError)
+				f.Register(fs)
+				if err := fs.Parse(args); err != nil || fs.NArg() != 0 {
+					t.Errorf("%q: %v, left over %q", args, err, fs.Args())
+					continue
+				}
+				c, err := f.Resolve()
+				if err != nil {
+					t.Errorf("%q: %v", args, err)
+					continue
+				}
+				if got := tt.get(c); got != want {
+					t.Errorf("%q: got %v, want %v", args, got, want)
+				}
+				if !slices.Contains(append(c.ExcludePorts, c.ExcludePeerPorts...), 4242) {
+					t.Errorf("%q: the flag behind it was lost", args)
+				}
+			}
+		})
+	})
 }

@@ -87,6 +87,12 @@ func (c *Client) Revoke(ctx context.Context, words []string) (int, error) {
 	return r.Revoked, err
 }
 
+// Flush ends all permissions.
+func (c *Client) Flush(ctx context.Context) (int, error) {
+	r, err := fetch[result](ctx, c, http.MethodPost, pathFlush)
+	return r.Revoked, err
+}
+
 // fetch returns a good answer that is one value.
 func fetch[T any](ctx context.Context, c *Client, method, path string) (v T, err error) {
 	body, err := c.ask(ctx, method, path)

@@ -49,6 +49,7 @@ type source struct {
 func (s source) Reload() error                                 { return errReload }
 func (s source) Verify() (Verification, error)                 { return *s.status.Verification, nil }
 func (s source) Revoke(words []string) (int, error)            { return len(words), nil }
+func (s source) Flush() (int, error)                           { return 9, nil }
 func (s source) Status() Status                                { return s.status }
 func (s source) Permissions(yield func(Permission) bool) error { return s.each(yield) }
 
@@ -74,6 +75,9 @@ func TestCommands(t *testing.T) {
 	}
 	if n, err := c.Revoke(t.Context(), []string{"203.0.113.5", "[2001:db8::1]:5060"}); n != 2 || err != nil {
 		t.Errorf("revoke: %d, %v, want 2", n, err)
+	}
+	if n, err := c.Flush(t.Context()); n != 9 || err != nil {
+		t.Errorf("flush: %d, %v, want 9", n, err)
 	}
 	if v, err := c.Verify(t.Context()); err != nil || !cmp.Equal(&v, full.Verification) {
 		t.Errorf("verify: %+v, %v", v, err)

@@ -22,11 +22,15 @@ var full = Status{
 	Version: "0.1.0", PID: 1234, Started: now.Add(-26 * time.Hour),
 	Backend: "expect", Helper: Helper{IPv4: "conenat"},
 	Subnets: []Subnet{
-		{Prefix: netip.MustParsePrefix("10.47.11.0/24")},
-		{Prefix: netip.MustParsePrefix("2001:db8:47::/64"), Routed: true, Filtering: "endpoint_independent"},
+		{Prefix: netip.MustParsePrefix("10.47.11.0/24"), Mapping: "endpoint_independent", Hairpin: true},
+		{Prefix: netip.MustParsePrefix("2001:db8:47::/64"), Routed: true, Filtering: "endpoint_independent", Mapping: "kernel"},
 	},
 	Outside: []string{"wan0", "wan1"}, Lifetime: "5m0s",
 	Permissions: Permissions{Standing: 40, Refused: 2, Waiting: 1, Limit: 65536},
+	Tables: Tables{Mapping: Mapping{
+		On: true, Moved: 3, PoolUsedUp: 2, Left: 1, Hairpinned: 4,
+		NotApplied: map[string]uint64{"another address": 1, "the pool had no port": 4},
+	}},
 	Flows:       55,
 	Events:      Events{Received: 9000, Filtered: 120, Malformed: 1, Overruns: 3, ReadBuffer: 8 << 20},
 	Counters: Counters{

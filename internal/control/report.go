@@ -11,8 +11,11 @@ import (
 	"time"
 )
 
-// defaultFiltering is not worth a word.
-const defaultFiltering = "address_dependent"
+// What is the default is not worth a word.
+const (
+	defaultFiltering = "address_dependent"
+	defaultMapping   = "kernel"
+)
 
 // WriteStatus writes a status for people.
 func WriteStatus(w io.Writer, s Status, now time.Time) error {
@@ -28,6 +31,12 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		}
 		if n.Filtering != "" && n.Filtering != defaultFiltering {
 			subnets[i] += " (filtering " + n.Filtering + ")"
+		}
+		if n.Mapping != "" && n.Mapping != defaultMapping {
+			subnets[i] += " (mapping " + n.Mapping + ")"
+		}
+		if n.Hairpin {
+			subnets[i] += " (hairpin)"
 		}
 	}
 	p, e, c, l := s.Permissions, s.Events, s.Counters, s.Latency
@@ -55,6 +64,9 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	}
 	line("map", "%s", describe(s.Tables.Map))
 	line("mapping", "%s", mapping(s.Tables.Mapping))
+	if n := s.Tables.Mapping.NotApplied; len(n) > 0 {
+		line("not mapped", "%s", NotApplied(n))
+	}
 	line("remapped", "%d of %d peers saw another outside port than the peer before", c.Remapped, c.Compared)
 	line("put back", "%s; tables %d times", reasons(c.Repaired), s.Tables.Repaired)
 	if l.Count > 0 {
@@ -92,6 +104,19 @@ func mapping(m Mapping) string {
 		m.Moved, m.PoolUsedUp, m.Left, m.Hairpinned)
 }
 
+// NotApplied says how many flows did not get their mapping, and why.
+func NotApplied(counts map[string]uint64) string {
+	var sum uint64
+	for _, n := range counts {
+		sum += n
+	}
+	var parts []string
+	for _, name := range byCount(counts) {
+		parts = append(parts, fmt.Sprintf("%d because %s", counts[name], name))
+	}
+	return fmt.Sprintf("%d flows did not get their mapping: %s", sum, strings.Join(parts, ", "))
+}
+
 // describe says what the map of permissions does, and whether its children get
 // through the user's firewall.
 func describe(m Map) string {
@@ -115,10 +140,7 @@ func list(words []string) string { return cmp.Or(strings.Join(words, ", "), "non
 func reasons(counts map[string]uint64) string {
 	var sum uint64
 	var parts []string
-	names := slices.SortedFunc(maps.Keys(counts), func(a, b string) int {
-		return cmp.Or(cmp.Compare(counts[b], counts[a]), cmp.Compare(a, b))
-	})
-	for _, name := range names {
+	for _, name := range byCount(counts) {
 		if n := counts[name]; n > 0 {
 			sum += n
 			parts = append(parts, fmt.Sprintf("%s: %d", name, n))
@@ -128,6 +150,13 @@ func reasons(counts map[string]uint64) string {
 		return "0"
 	}
 	return fmt.Sprintf("%d (%s)", sum, strings.Join(parts, ", "))
+}
+
+// byCount returns the names, the one with the largest count first.
+func byCount(counts map[string]uint64) []string {
+	return slices.SortedFunc(maps.Keys(counts), func(a, b string) int {
+		return cmp.Or(cmp.Compare(counts[b], counts[a]), cmp.Compare(a, b))
+	})
 }
 
 // micros writes microseconds with the unit that suits them.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/url"
 	"sync"
 	"time"
 
@@ -40,10 +41,12 @@ type Source interface {
 
 	// Reload reads the configuration again. With an error nothing changed.
 	Reload() error
-	// Revoke ends the permissions that fit all words and returns how many
-	// stood. A word is an address (inside, outside or peer) or an endpoint
-	// (inside or outside). Without a word it is all permissions.
+	// Revoke ends the permissions that fit all words, of which there is at least
+	// one, and returns how many stood. A word is an address (inside, outside or
+	// peer) or an endpoint (inside or outside).
 	Revoke(words []string) (int, error)
+	// Flush ends all permissions and returns how many stood.
+	Flush() (int, error)
 }
 
 // Serve answers requests on ln until ctx ends. Requests that are under way
@@ -114,9 +117,28 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case r.URL.Path == pathReload:
 		answer(w, result{}, h.src.Reload())
 	case r.URL.Path == pathRevoke:
-		n, err := h.src.Revoke(r.URL.Query()[wordParameter])
+		h.revoke(w, r)
+	case r.URL.Path == pathFlush:
+		n, err := h.src.Flush()
 		answer(w, result{n}, err)
 	}
+}
+
+// revoke refuses a request without a word, and one that it reads in part only: the
+// fewer words there are, the more a revoke ends.
+func (h handler) revoke(w http.ResponseWriter, r *http.Request) {
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	words := query[wordParameter]
+	switch {
+	case err != nil:
+		fail(w, http.StatusBadRequest, "revoke: %w", err)
+		return
+	case len(words) == 0 || len(query) > 1:
+		fail(w, http.StatusBadRequest, "revoke: expected one parameter %q or more, and no other; %s ends all permissions", wordParameter, pathFlush)
+		return
+	}
+	n, err := h.src.Revoke(words)
+	answer(w, result{n}, err)
 }
 
 // answer tells how a command went.

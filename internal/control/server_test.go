@@ -95,6 +95,57 @@ func TestTheClientSaysWhatWouldMendIt(t *testing.T) {
 	}
 }
 
+// A revoke whose words are lost on the way must not end more than was meant.
+func TestARevokeThatIsNotWholeEndsNothing(t *testing.T) {
+	path, _ := start(t, unrevoked{t: t})
+	for name, query := range map[string]string{
+		"without a word":      "",
+		"another parameter":   "?words=203.0.113.5",
+		"one too many":        "?word=203.0.113.5&peer=203.0.113.6",
+		"a word that is lost": "?word=203.0.113.5&word=%zz",
+	} {
+		conn := connect(t, path)
+		if _, err := io.WriteString(conn, "POST /v1/revoke"+query+" HTTP/1.1\r\nHost: c\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var f failure
+		if err := json.NewDecoder(resp.Body).Decode(&f); err != nil || resp.StatusCode != http.StatusBadRequest || f.Error == "" {
+			t.Errorf("%s: %s, %+v, %v", name, resp.Status, f, err)
+		}
+		resp.Body.Close()
+	}
+	if _, err := Dial(path).Revoke(t.Context(), nil); err == nil {
+		t.Error("the client revokes without a word")
+	}
+}
+
+// unrevoked is a source of which nothing may be revoked.
+type unrevoked struct {
+	source
+	t *testing.T
+}
+
+func (u unrevoked) Revoke(words []string) (int, error) {
+	u.t.Errorf("revoked: %q", words)
+	return 0, nil
+}
+
+func (u unrevoked) Flush() (int, error) { return u.Revoke(nil) }
+
+// Whoever reads a list need not ask whether there is one.
+func TestNothingIsNull(t *testing.T) {
+	for _, v := range []any{Status{}, &Status{Verification: &Verification{}}, Verification{}, &Verification{}} {
+		text, err := json.Marshal(v)
+		if err != nil || strings.Contains(string(text), "null") {
+			t.Errorf("%T: %v\n%s", v, err, text)
+		}
+	}
+}
+
 func TestBadRequestsAreAnsweredAndClosed(t *testing.T) {
 	path, _ := start(t, source{})
 	for name, tt := range map[string]struct {

@@ -13,6 +13,7 @@ const (
 	pathPermissions = "/v1/permissions"
 	pathReload      = "/v1/reload"
 	pathRevoke      = "/v1/revoke"
+	pathFlush       = "/v1/flush"
 	pathVerify      = "/v1/verify"
 
 	// wordParameter may be repeated: what Source.Revoke takes.
@@ -24,6 +25,7 @@ var methods = map[string]string{
 	pathPermissions: http.MethodGet,
 	pathReload:      http.MethodPost,
 	pathRevoke:      http.MethodPost,
+	pathFlush:       http.MethodPost,
 	pathVerify:      http.MethodGet,
 }
 
@@ -105,6 +107,10 @@ type Subnet struct {
 	Routed bool         `json:"routed"` // not translated
 	// Filtering is who may send to its mappings (RFC 4787 section 5).
 	Filtering string `json:"filtering"`
+	// Mapping is how its hosts get outside ports (RFC 4787 section 4.1): kernel or
+	// endpoint_independent. It is what is in force.
+	Mapping string `json:"mapping"`
+	Hairpin bool   `json:"hairpin"` // its hosts reach each other by outside endpoints
 }
 
 // Permissions counts permissions by state.
@@ -128,11 +134,14 @@ type Tables struct {
 // Mapping is endpoint-independent mapping, and what its rules did since the tables
 // were made.
 type Mapping struct {
-	On         bool   `json:"on"`
+	On         bool   `json:"on"`           // in force, not only configured
 	Moved      uint64 `json:"moved"`        // to the pool: another one had the outside port
 	PoolUsedUp uint64 `json:"pool_used_up"` // flows left to the kernel: the pool had no port for them
 	Left       uint64 `json:"left"`         // flows left to the kernel: something else used the port towards that peer
 	Hairpinned uint64 `json:"hairpinned"`   // flows between inside hosts by outside endpoints
+	// NotApplied counts the live flows that should have a mapping and have none or
+	// another outside endpoint, at the last reconcile, by reason.
+	NotApplied map[string]uint64 `json:"not_applied"`
 }
 
 // Map is the map of permissions, and what it did: since the daemon started it

@@ -92,20 +92,40 @@ func (d *Daemon) Revoke(words []string) (n int, err error) {
 		}
 		tests = append(tests, test)
 	}
-	ok := d.do(func() {
-		n = d.model.Revoke(d.now(), func(p cone.Permission) bool {
-			for _, fits := range tests {
-				if !fits(&p) {
-					return false
-				}
+	if len(tests) == 0 {
+		return 0, errors.New("revoke: expected an address or an endpoint")
+	}
+	n, err = d.revoke(func(p *cone.Permission) bool {
+		for _, fits := range tests {
+			if !fits(p) {
+				return false
 			}
-			return true
-		})
+		}
+		return true
+	})
+	if err == nil {
+		d.log.Info("permissions revoked by command", "words", words, "count", n)
+	}
+	return n, err
+}
+
+// Flush ends all permissions (control.Source).
+func (d *Daemon) Flush() (int, error) {
+	n, err := d.revoke(func(*cone.Permission) bool { return true })
+	if err == nil {
+		d.log.Info("all permissions revoked by command", "count", n)
+	}
+	return n, err
+}
+
+// revoke ends the permissions that fits selects, and returns how many stood.
+func (d *Daemon) revoke(fits func(*cone.Permission) bool) (n int, err error) {
+	ok := d.do(func() {
+		n = d.model.Revoke(d.now(), func(p cone.Permission) bool { return fits(&p) })
 	})
 	if !ok {
 		return 0, errEnded
 	}
-	d.log.Info("permissions revoked by command", "words", words, "count", n)
 	return n, nil
 }
 

@@ -1,0 +1,30 @@
+package control
+
+import "encoding/json"
+
+// MarshalJSON writes an empty list or object where there is nothing, never null.
+func (s Status) MarshalJSON() ([]byte, error) {
+	type plain Status // without this method
+	s.Subnets, s.Outside, s.Warnings = some(s.Subnets), some(s.Outside), some(s.Warnings)
+	c := &s.Counters
+	for _, m := range []*map[string]uint64{&c.Repaired, &c.Refused, &c.Revoked, &c.Skipped, &s.Tables.Mapping.NotApplied} {
+		if *m == nil {
+			*m = map[string]uint64{}
+		}
+	}
+	return json.Marshal(plain(s))
+}
+
+// MarshalJSON writes an empty list where nothing is wrong, never null.
+func (v Verification) MarshalJSON() ([]byte, error) {
+	type plain Verification
+	v.Wrong = some(v.Wrong)
+	return json.Marshal(plain(v))
+}
+
+func some[T any](list []T) []T {
+	if list == nil {
+		return []T{}
+	}
+	return list
+}
