@@ -303,8 +303,10 @@ func (d *Daemon) Close() error {
 }
 
 // Run works until ctx ends, then takes everything it made out of the kernel. It
-// calls ready when the flows that were there before have their permissions.
+// calls ready when the flows that were there before have their permissions. If it
+// fails before ctx ends, what stands stays for the next daemon, as after a crash.
 func (d *Daemon) Run(ctx context.Context, ready func()) error {
+	stop := ctx
 	ln, err := control.Listen(d.cfg.Socket)
 	if err != nil {
 		return errors.Join(err, d.Close())
@@ -318,7 +320,11 @@ func (d *Daemon) Run(ctx context.Context, ready func()) error {
 	g.Go(func() error { return d.loop(ctx) })
 	err = g.Wait()
 
-	if d.leave = d.cfg.OnStop == config.OnStopKeep && d.model.Stats().Standing > 0; !d.leave {
+	failed := err != nil && stop.Err() == nil
+	if failed {
+		d.log.Error("conenatd ends because of an error; permissions stay for the next one", "err", err)
+	}
+	if d.leave = (failed || d.cfg.OnStop == config.OnStopKeep) && d.model.Stats().Standing > 0; !d.leave {
 		err = errors.Join(err, d.revokeAll())
 	}
 	return errors.Join(err, d.Close())

@@ -2,11 +2,13 @@ package daemon_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"go.uber.org/goleak"
@@ -16,13 +18,35 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// insideEnv tells this program that it runs in the gateway of a lab; it holds
-// a folder for the control socket.
-const insideEnv = "CONENATD_DAEMON_TEST"
+const (
+	// insideEnv tells this program that it runs in the gateway of a lab; it holds
+	// a folder for the control socket.
+	insideEnv = "CONENATD_DAEMON_TEST"
+	// roleEnv says what it does there.
+	roleEnv = "CONENATD_DAEMON_TEST_ROLE"
+)
+
+var inside = map[string]func(dir string) error{
+	"stop": runInside, "fail": failInside, "unready": unreadyInside,
+}
+
+// runRole lets this program play a role in the gateway.
+func runRole(t *testing.T, l *lab.Lab, role string) {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := l.Gateway.Command(t.Context(), self)
+	c.Env = append(os.Environ(), insideEnv+"="+t.TempDir(), roleEnv+"="+role)
+	if out, err := c.CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+}
 
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(insideEnv); dir != "" {
-		if err := runInside(dir); err != nil {
+		if err := inside[os.Getenv(roleEnv)](dir); err != nil {
 			fmt.Println(err)
 			os.Exit(1)
 		}
@@ -72,13 +96,78 @@ func openFiles() (int, error) {
 // reconcile does not end with the loop.
 func TestStopLeavesNoGoroutineAndNoFileOpen(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{IPv6: true})
-	self, err := os.Executable()
+	runRole(t, l, "stop")
+}
+
+// newInside makes a daemon that serves the hosts of the lab.
+func newInside(dir string) (*daemon.Daemon, error) {
+	cfg := config.Default()
+	cfg.Subnets = []config.Subnet{{Prefix: lab.InsideNet}}
+	return daemon.New(daemon.Config{
+		Config: cfg, Socket: filepath.Join(dir, "control.sock"), Log: slog.New(slog.DiscardHandler),
+	})
+}
+
+// failInside runs a daemon that fails as soon as it is ready.
+func failInside(dir string) error {
+	d, err := newInside(dir)
+	if err != nil {
+		return err
+	}
+	if err := d.Run(context.Background(), d.FailLinks); err == nil {
+		return errors.New("the daemon did not fail")
+	}
+	return nil
+}
+
+// unreadyInside runs a daemon whose reconciles all fail.
+func unreadyInside(dir string) error {
+	d, err := newInside(dir)
+	if err != nil {
+		return err
+	}
+	d.FailReconcile()
+	ready := false
+	err = d.Run(context.Background(), func() { ready = true })
+	if ready || err == nil || !strings.Contains(err.Error(), "no reconcile of 8 was good: read UDP sockets") {
+		return fmt.Errorf("ready: %v; %w", ready, err)
+	}
+	return nil
+}
+
+// Fails when whatever ends the loop revokes all permissions.
+func TestInternalErrorLeavesPermissionsToTheNextDaemon(t *testing.T) {
+	t.Parallel()
+	l := lab.ForTest(t, lab.Options{})
+	phone, proxy := socket(t, l.Inside(0), 5060), socket(t, l.Outside, 5060)
+	ext, err := phone.Contact(proxy)
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := l.Gateway.Command(t.Context(), self)
-	c.Env = append(os.Environ(), insideEnv+"="+t.TempDir())
-	if out, err := c.CombinedOutput(); err != nil {
-		t.Errorf("%v: %s", err, out)
+	runRole(t, l, "fail")
+	other := socket(t, l.Outside, 5070)
+	if err := lab.Arrives(phone, lab.Packet{From: other, To: ext, Payload: "from another port"}); err != nil {
+		t.Error(err)
 	}
+	runRole(t, l, "stop") // takes it over, and ends it
+	rules, err := l.Ruleset()
+	if err != nil || strings.Contains(rules, "conenat") {
+		t.Errorf("left behind: %v\n%s", err, rules)
+	}
+}
+
+func socket(t *testing.T, h *lab.Host, port uint16) *lab.Socket {
+	t.Helper()
+	s, err := h.Socket(h.Addr, port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.Close() })
+	return s
+}
+
+// A daemon that knows nothing of the kernel is not ready, and ends.
+func TestWithoutAGoodReconcileTheDaemonEnds(t *testing.T) {
+	t.Parallel() // it takes its time
+	runRole(t, lab.ForTest(t, lab.Options{}), "unready")
 }

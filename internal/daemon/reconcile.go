@@ -33,7 +33,8 @@ const (
 )
 
 // reconcile repairs whatever events did not tell: at the start, regularly, and
-// after an overrun. ready is called after the first time.
+// after an overrun. ready is called after the first time that succeeds; until then
+// it tries again soon, and gives up in the end.
 func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func()) error {
 	q, err := ctwatch.DialQueries(ctwatch.Config{})
 	if err != nil {
@@ -44,6 +45,7 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 	defer t.Stop()
 	look := time.NewTicker(lookEvery)
 	defer look.Stop()
+	var first firstReconcile
 	for {
 		err := d.reconcileOnce(q)
 		if ctx.Err() != nil {
@@ -52,18 +54,29 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 		if err != nil {
 			d.log.Warn("reconcile", "err", err)
 		}
+		var soon <-chan time.Time // instead of what lets a daemon that is ready go again
 		if ready != nil {
-			ready()
-			ready = nil
+			wait, err := first.tried(err)
+			switch {
+			case err != nil:
+				return err
+			case wait > 0:
+				soon = time.After(wait)
+			default:
+				ready()
+				ready = nil
+			}
 		}
 		for again := false; !again; {
 			select {
 			case <-ctx.Done():
 				return nil
+			case <-soon:
+				again = true
 			case <-t.C:
-				again = true
+				again = soon == nil
 			case <-d.hurry:
-				again = true
+				again = soon == nil
 			case job := <-d.jobs:
 				job()
 			case <-look.C:
@@ -76,10 +89,31 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 				if err != nil && ctx.Err() == nil {
 					d.log.Warn("read links", "err", err)
 				}
-				again = changed
+				again = changed && soon == nil
 			}
 		}
 	}
+}
+
+// A firstReconcile is about the first good reconcile, which a daemon needs to be
+// ready. Another program may be in the way for a moment.
+type firstReconcile struct{ failed int }
+
+const (
+	firstTries = 8
+	firstWait  = 100 * time.Millisecond // doubled each time: 12.7 s in all
+)
+
+// tried takes in how a try went. It returns how long to wait for the next one, 0 after
+// a good one, and an error if there have been enough.
+func (f *firstReconcile) tried(err error) (wait time.Duration, _ error) {
+	if err == nil {
+		return 0, nil
+	}
+	if f.failed++; f.failed == firstTries {
+		return 0, fmt.Errorf("no reconcile of %d was good: %w", firstTries, err)
+	}
+	return firstWait << (f.failed - 1), nil
 }
 
 // watchLinks lets the reconcile look at the gateway as soon as links, addresses

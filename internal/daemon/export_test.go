@@ -1,0 +1,7 @@
+package daemon
+
+// FailLinks lets the daemon find its link watcher broken, which ends it.
+func (d *Daemon) FailLinks() { _ = d.links.Close() }
+
+// FailReconcile lets each reconcile of a daemon that does not run yet fail.
+func (d *Daemon) FailReconcile() { _ = d.ports.Close() }

@@ -1,0 +1,26 @@
+package daemon
+
+import (
+	"errors"
+	"testing"
+	"time"
+)
+
+func TestReadyAfterAGoodReconcileOnly(t *testing.T) {
+	var f firstReconcile
+	fails := errors.New("busy")
+	last := time.Duration(0)
+	for range firstTries - 1 {
+		wait, err := f.tried(fails)
+		if wait <= last || wait > 10*time.Second || err != nil {
+			t.Fatalf("wait %v after %v, %v", wait, last, err)
+		}
+		last = wait
+	}
+	if wait, err := f.tried(nil); wait != 0 || err != nil {
+		t.Errorf("a good one: wait %v, %v", wait, err)
+	}
+	if _, err := f.tried(fails); !errors.Is(err, fails) {
+		t.Errorf("the last bad one: %v", err)
+	}
+}
