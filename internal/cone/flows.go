@@ -147,9 +147,13 @@ func (m *Model) FlowSeen(now time.Duration, f *Flow) {
 
 func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	if !f.Status.Has(StatusSrcNAT) && (!s.Routed || !p.Routed()) {
+		m.plain(f, s)
 		return
 	}
 	r := m.policy.refuses(f.ReplyDst, f.ReplySrc, &m.topo)
+	if r != ReasonPeerInside && f.Status.Has(StatusSrcNAT) {
+		m.translated(s)
+	}
 	if s.Filtering == AddressAndPortDependent {
 		r = ReasonFiltering
 	}
@@ -160,9 +164,7 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 		}
 	}
 	if r != ReasonNone {
-		if !m.snap.showing { // else it was counted before
-			m.stats.Skipped[r]++
-		}
+		m.skip(f, r)
 		return
 	}
 	first, n := m.policy.spread(&p)

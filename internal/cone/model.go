@@ -78,6 +78,7 @@ type Model struct {
 	wheel     wheel
 	snap      snapshot
 	last      lastMappings
+	skips     skips
 
 	stopped bool
 	ops     []Op

@@ -10,7 +10,7 @@ func TestFlowsThatGiveNoPermission(t *testing.T) {
 	p.Subnets = append(p.Subnets, Subnet{Prefix: netip.MustParsePrefix("2001:db8:47::/64"), Routed: true})
 	p.ExcludePeers = []netip.Prefix{netip.MustParsePrefix("203.0.113.128/25")}
 	p.ExcludePorts = []uint16{4500}
-	topology := Topology{Routes: []Route{
+	topology := Topology{Local: []netip.Addr{netip.MustParseAddr("198.51.100.1")}, Routes: []Route{
 		{netip.MustParsePrefix("0.0.0.0/0"), true},
 		{netip.MustParsePrefix("::/0"), true},
 		{netip.MustParsePrefix("10.47.11.0/24"), false},
@@ -47,7 +47,10 @@ func TestFlowsThatGiveNoPermission(t *testing.T) {
 		"IPv6 multicast":                 {in: in6, peer: "[ff02::1]:5060", ext: in6, want: ReasonNotUnicast},
 		"port 0 inside and outside":      {in: "10.47.11.109:0", peer: "203.0.113.5:5060", ext: "198.51.100.1:0", status: snat, want: ReasonPortZero},
 		"port 0 of the peer":             {in: in, peer: "203.0.113.5:0", ext: ext, status: snat, want: ReasonPortZero},
-		"not translated, not routed":     {in: in, peer: "203.0.113.5:5060", ext: in, silent: true},
+		"not translated, not routed":     {in: in, peer: "203.0.113.5:5060", ext: in, want: ReasonUntranslated},
+		"not translated, towards us":     {in: in, peer: "198.51.100.1:5060", ext: in, silent: true},
+		"not translated, inside":         {in: in, peer: "10.47.12.20:5060", ext: in, silent: true},
+		"not translated, redirected":     {in: in, peer: "203.0.113.5:5060", ext: in, status: StatusDstNAT, silent: true},
 		"subnet that is not enabled":     {in: "10.47.12.20:5060", peer: "203.0.113.5:5060", ext: ext, status: snat, silent: true},
 		"IPv6 host that is not enabled":  {in: "[2001:db8:48::20]:5060", peer: "[2001:db8:5::5]:5060", ext: "[2001:db8:48::20]:5060", silent: true},
 		"an IPv4 subnet is not an IPv6 ": {in: "[::ffff:0:109]:5060", peer: "[2001:db8:5::5]:5060", ext: ext, status: snat, silent: true},

@@ -11,7 +11,10 @@ const (
 	// The flow gives no permission.
 	ReasonPortZero
 	ReasonNotUnicast
-	ReasonPeerInside
+	ReasonPeerInside // in an enabled subnet, or by a link that leads to one
+	ReasonNotOutside // behind a link that is no outside link
+	ReasonNoRoute
+	ReasonUntranslated // it went outside without source NAT
 	ReasonExcludedPeer
 	ReasonExcludedPeerPort
 	ReasonExcludedPort
@@ -51,6 +54,9 @@ var reasonNames = [reasons]string{
 	ReasonPortZero:         "port 0",
 	ReasonNotUnicast:       "peer is not unicast",
 	ReasonPeerInside:       "peer is inside",
+	ReasonNotOutside:       "peer is behind a link that is no outside link",
+	ReasonNoRoute:          "no route to the peer",
+	ReasonUntranslated:     "not translated",
 	ReasonExcludedPeer:     "peer is excluded",
 	ReasonExcludedPeerPort: "peer port is excluded",
 	ReasonExcludedPort:     "outside port is excluded",

@@ -53,6 +53,7 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	line("revoked", "%s", reasons(c.Revoked))
 	line("refused", "%s", reasons(c.Refused))
 	line("skipped", "%s", reasons(c.Skipped))
+	line("failed", "%s", reasons(c.Failed))
 	line("conflicts", "%d", c.Conflicts)
 	line("early packets", "%d", c.Early)
 	line("crowded", "%d children beyond their limit, dropped", c.Crowded+s.Tables.Guard.Children)

@@ -188,6 +188,7 @@ type Counters struct {
 	Refused  map[string]uint64 `json:"refused"`
 	Revoked  map[string]uint64 `json:"revoked"`
 	Skipped  map[string]uint64 `json:"skipped"` // flows that gave no permission
+	Failed   map[string]uint64 `json:"failed"`  // requests to the kernel
 }
 
 // Latency is from the event read to the grant acknowledged by the kernel, in

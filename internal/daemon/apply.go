@@ -28,9 +28,7 @@ func (d *Daemon) run(ops []cone.Op, since time.Duration) {
 	case cone.Grant:
 		d.grant(ops, since)
 	case cone.Revoke:
-		if err := d.backends.Revoke(d.collect(ops)); err != nil {
-			d.log.Warn("revoke permissions", "err", err)
-		}
+		d.failures.note("revoke permissions", len(ops), d.backends.Revoke(d.collect(ops)))
 	case cone.Refresh:
 		d.backends.Refresh(d.collect(ops), d.onLost)
 	case cone.Deny:
@@ -58,9 +56,7 @@ func (d *Daemon) deny(ops []cone.Op) {
 		for n < len(ops) && ops[n].Reason.TooMany() == tooMany {
 			n++
 		}
-		if err := d.backends.Deny(d.collect(ops[:n]), tooMany); err != nil {
-			d.log.Warn("deny permissions", "err", err)
-		}
+		d.failures.note("deny permissions", n, d.backends.Deny(d.collect(ops[:n]), tooMany))
 		ops = ops[n:]
 	}
 }
@@ -111,7 +107,7 @@ func (d *Daemon) granted(p cone.Permission) {
 	}
 	switch served, err := d.sockets.Serves(p.Ext, p.Peer); {
 	case err != nil:
-		d.log.Warn("look for local sockets", "ext", p.Ext, "err", err)
+		d.failures.note("look for local sockets", 1, err, "ext", p.Ext)
 		d.model.Refused(d.now(), p, cone.ReasonKernel, true)
 	case served:
 		d.model.Refused(d.now(), p, cone.ReasonLocalSocket, true)
@@ -133,7 +129,7 @@ func (d *Daemon) query(o *cone.Op) {
 	f, found, err := d.queries.Get(src, dst, o.Zone)
 	switch {
 	case err != nil:
-		d.log.Warn("look up flow", "src", src, "dst", dst, "err", err)
+		d.failures.note("look up flow", 1, err, "src", src, "dst", dst)
 	case found && f.ID == o.ID:
 		d.model.FlowSeen(d.now(), &f)
 	default:
@@ -149,9 +145,7 @@ func (d *Daemon) dropUnanswered(o *cone.Op) {
 	if err == nil && found && f.ID == o.ID && !f.Status.Has(cone.StatusSeenReply) {
 		_, err = d.queries.Delete(src, dst, o.Zone, o.ID)
 	}
-	if err != nil {
-		d.log.Warn("delete unanswered child", "src", src, "dst", dst, "err", err)
-	}
+	d.failures.note("delete unanswered child", 1, err, "src", src, "dst", dst)
 }
 
 // dropEarly deletes the flow of an early packet, unless a local socket gets it.
@@ -161,7 +155,5 @@ func (d *Daemon) dropEarly(o *cone.Op) {
 	if err == nil && !served {
 		_, err = d.queries.Delete(src, dst, o.Zone, o.ID)
 	}
-	if err != nil {
-		d.log.Warn("delete flow of early packet", "src", src, "dst", dst, "err", err)
-	}
+	d.failures.note("delete flow of early packet", 1, err, "src", src, "dst", dst)
 }

@@ -48,6 +48,7 @@ type Daemon struct {
 	firewall *firewall // of the reconcile
 	made     bool      // the tables are ours, not those of an earlier daemon
 	leave    bool      // what stands in the kernel stays when this daemon ends
+	failures *failures
 
 	// The loop's own.
 	backends          *backends
@@ -59,6 +60,8 @@ type Daemon struct {
 	served            *gateway.PortSet // at the last reconcile
 	latency           histogram
 	repaired          [parts]uint64
+	applied           applied // mappings, at the last reconcile
+	warned            *warner
 	behind            bool
 	perms             []cone.Permission
 	bad               []bool
@@ -97,6 +100,7 @@ func New(cfg Config) (d *Daemon, err error) {
 			d = nil
 		}
 	}()
+	d.warned, d.failures = newWarner(d.log), newFailures(d.log, d.now)
 	d.onRefused = func(i int, r cone.Reason, err error) {
 		d.bad[i] = true
 		d.refused(d.perms[i], r, err)
@@ -156,6 +160,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	}
 	d.model = cone.New(d.policy(d.cfg.Config))
 	d.model.SetTopology(0, d.network.Topology())
+	d.model.SetWay(d.network.Way())
 	d.ruleWarnings = warnings
 	d.model.SetForwards(0, forwarded)
 	for _, a := range adopted {
@@ -370,59 +375,90 @@ func (d *Daemon) greet() {
 	d.log.Info("conenatd runs", "version", d.cfg.Version, "subnets", prefixes(d.cfg.Subnets),
 		"outside", d.network.OutsideLinks(), "backend", d.backends.String(), "helper", d.helper(false),
 		"lifetime", d.cfg.Lifetime, "most_permissions", d.limit())
-	for _, w := range d.warnings() {
-		d.log.Warn(w)
-	}
+	d.warned.tell(d.now(), d.warnings())
 }
 
-// someFlows are more than chance.
-const someFlows = 10
+// someFlows are more than chance, fewFlows are where there are no others.
+const (
+	someFlows = 10
+	fewFlows  = 3
+)
 
 // warnings says what a user should know about his gateway.
-func (d *Daemon) warnings() []string {
-	out := slices.Concat(d.firewall.warnings, d.ruleWarnings)
+func (d *Daemon) warnings() (out warnings) {
+	out.addAll(d.firewall.warnings)
+	out.addAll(d.ruleWarnings)
 	if d.missing != "" {
-		out = append(out, d.missing)
+		out.add("missing", "%s", d.missing)
 	}
 	// Some may be under way, so it takes more than a few.
 	if passed, n := d.model.Stats().Passed, d.tables.Map.Admitted; n > 2*passed && d.backends.nft != nil {
-		out = append(out, fmt.Sprintf("of %d children that the map admitted your firewall let only %d pass: "+
-			"let its forward chain accept 'ct status dnat'", n, passed))
+		out.add("children", "of %d children that the map admitted your firewall let only %d pass: "+
+			"let its forward chain accept 'ct status dnat'", n, passed)
 	}
 	if d.model.Remaps() {
-		out = append(out, "peers see another outside port each of one and the same inside port, so a rule of yours has random or fully-random: "+
+		out.add("remapped", "peers see another outside port each of one and the same inside port, so a rule of yours has random or fully-random: "+
 			`mapping = "endpoint_independent" keeps one`)
 	}
 	large := func(g netip.Prefix) bool { return g.Addr().Is4() && g.Bits() < 32-cone.SpreadBits }
 	if slices.ContainsFunc(d.cfg.PeerGroups, large) && d.backends.nft == nil {
-		out = append(out, "peer_groups of more than 16 IPv4 addresses hold for routed subnets alone: only the nft backend can translate for these")
+		out.add("groups", "peer_groups of more than 16 IPv4 addresses hold for routed subnets alone: only the nft backend can translate for these")
 	}
 	if n := d.tables.Mapping.PoolUsedUp; n >= someFlows {
-		out = append(out, fmt.Sprintf("port_pool %v had no port for %d flows, whose mapping stays the kernel's: make it larger", d.cfg.PortPool, n))
+		out.add("pool", "port_pool %v had no port for %d flows, whose mapping stays the kernel's: make it larger", d.cfg.PortPool, n)
 	}
 	if mappingConfig(d.cfg.Config, nil) != nil && d.firewall.noMapping != "" {
-		out = append(out, "mapping stays the kernel's: "+d.firewall.noMapping)
+		out.add("mapping", "mapping stays the kernel's: %s", d.firewall.noMapping)
+	}
+	switch a := &d.applied; {
+	case a.none():
+		out.add("not mapped", "mapping is not in force: %s", control.NotApplied(a.not))
+	case a.sum() >= someFlows:
+		out.add("not mapped", "%s", control.NotApplied(a.not))
 	}
 	if n, err := settings(d.cfg.Socket).read(events); err == nil && n == 0 {
-		out = append(out, "the kernel sends no conntrack events: permissions come late, at each reconcile; set net.netfilter.nf_conntrack_events = 2")
+		out.add("events", "the kernel sends no conntrack events: permissions come late, at each reconcile; set net.netfilter.nf_conntrack_events = 2")
 	}
 	if len(d.network.OutsideLinks()) == 0 {
-		out = append(out, `no outside link: none has a default route; name one with --outside`)
+		out.add("outside", `no outside link: none has a default route; name one with --outside`)
+	}
+	d.warnElsewhere(&out)
+	d.warnSubnets(&out)
+	return out
+}
+
+// warnElsewhere warns of links that should perhaps be outside links.
+func (d *Daemon) warnElsewhere(out *warnings) {
+	elsewhere := d.model.Elsewhere()
+	for _, l := range d.network.Links {
+		if n := elsewhere[l.Name].Translated; n > 0 && !l.Outside {
+			out.add("elsewhere "+l.Name, "%d translated flows of enabled hosts left by %s, which is no outside link, and give no permission: "+
+				"if it leads to peers, name it with --outside %s", n, l.Name, l.Name)
+		}
+	}
+}
+
+// warnSubnets warns of what is special about an enabled subnet.
+func (d *Daemon) warnSubnets(out *warnings) {
+	for _, u := range d.model.Untranslated() {
+		if u.Flows >= fewFlows {
+			out.add("untranslated "+u.Subnet.String(), "no source NAT: %d flows of %v left untranslated and none was translated, so no permission arises; "+
+				"let a rule of yours masquerade them, or set routed = true if the subnet has public addresses", u.Flows, u.Subnet)
+		}
 	}
 	for _, s := range d.cfg.Subnets {
 		translated := s.Prefix.Addr().Is4()
 		switch {
 		case s.Filtering != config.EndpointIndependent:
 		case translated && d.backends.nft == nil:
-			out = append(out, fmt.Sprintf("subnet %v has address-dependent filtering: only the nft backend can give it endpoint_independent", s.Prefix))
+			out.add("filtering "+s.Prefix.String(), "subnet %v has address-dependent filtering: only the nft backend can give it endpoint_independent", s.Prefix)
 		default:
-			out = append(out, fmt.Sprintf("subnet %v is open: anybody on the Internet may send to a port that its hosts use", s.Prefix))
+			out.add("open "+s.Prefix.String(), "subnet %v is open: anybody on the Internet may send to a port that its hosts use", s.Prefix)
 		}
 		if s.Prefix.Addr().Is6() && !s.Routed {
-			out = append(out, fmt.Sprintf("subnet %v is not routed: only source-NATed IPv6 flows give permissions", s.Prefix))
+			out.add("IPv6 "+s.Prefix.String(), "subnet %v is not routed: only source-NATed IPv6 flows give permissions", s.Prefix)
 		}
 	}
-	return out
 }
 
 func (d *Daemon) onLostPermission(p cone.Permission, what part) {

@@ -21,6 +21,7 @@ type firewall struct {
 	tables    *rules.Tables // nil without nftables
 	missing   error         // why there is no map of permissions
 	noMapping string        // why there is no endpoint-independent mapping
+	mapping   bool          // the tables have rules for it
 
 	// What the tables serve.
 	withMap, withExpectations bool
@@ -104,7 +105,9 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 		d.Map = mapConfig(cfg)
 	}
 	d.Mapping = mappingConfig(cfg, f.served)
-	return f.tables.Set(d)
+	changed, err = f.tables.Set(d)
+	f.mapping = err == nil && d.Mapping != nil && f.maps()
+	return changed, err
 }
 
 // learns reports whether the kernel adds permissions by itself.
@@ -197,7 +200,7 @@ func (f *firewall) read(cfg config.Config) (t control.Tables) {
 			f.pool, f.usedUp = cfg.PortPool, tally{}
 		}
 		t.Mapping = control.Mapping{
-			On: mappingConfig(cfg, nil) != nil && f.maps(), Moved: c.Moved, PoolUsedUp: f.usedUp.read(c.PoolUsedUp), Left: c.LeftToRules,
+			On: f.mapping, Moved: c.Moved, PoolUsedUp: f.usedUp.read(c.PoolUsedUp), Left: c.LeftToRules,
 			Hairpinned: c.Hairpinned,
 		}
 	}

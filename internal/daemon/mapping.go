@@ -50,11 +50,14 @@ type mapper struct {
 	inside func(cone.Addr) bool // is in a subnet with mappings
 	served func(cone.Endpoint) bool
 	barred []uint16 // outside ports that no mapping may have
+	exempt []netip.Prefix
 
 	known map[ends]rules.LinkID           // mappings that stand
 	bad   []rules.Mapping                 // that stand on a port that the gateway serves now
 	live  map[rules.Mapping][]rules.Taken // with a living flow; what it takes if they do not stand
 	taken map[rules.Taken]struct{}        // by living flows without a mapping
+
+	applied applied // what was seen
 }
 
 // ends are both ends of a mapping.
@@ -72,7 +75,7 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 		inside: func(a cone.Addr) bool {
 			return slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { return p.Contains(a.Netip()) })
 		},
-		served: served.Serves, barred: f.served,
+		served: served.Serves, barred: f.served, exempt: c.Exempt,
 		known: make(map[ends]rules.LinkID),
 		live:  make(map[rules.Mapping][]rules.Taken),
 		taken: make(map[rules.Taken]struct{}),
@@ -113,17 +116,21 @@ func (m *mapper) see(f *cone.Flow) {
 	}
 	m.hold(ends{f.ReplySrc, f.Dst}) // a child, or hairpinned
 	if m.hold(ends{f.Src, f.ReplyDst}) {
+		m.applied.flows++
 		return
 	}
 	_, fromGateway := m.links[f.Src.Addr]
 	_, toGateway := m.links[f.Dst.Addr]
 	out := rules.Taken{Remote: f.ReplySrc, Port: f.ReplyDst.Port}
-	switch link := m.links[f.ReplyDst.Addr]; {
+	link := m.links[f.ReplyDst.Addr]
+	m.check(f, link)
+	switch {
 	case f.Status.Has(cone.StatusDstNAT):
 	case f.Status.Has(cone.StatusSrcNAT) && m.inside(f.Src.Addr) && link != "" &&
 		!slices.Contains(m.barred, f.ReplyDst.Port): // older than the rules
 		x := rules.Mapping{Link: rules.LinkIDOf(link), Int: f.Src, Ext: f.ReplyDst}
 		m.live[x] = append(m.live[x], out)
+		m.applied.flows++ // unless it is refused
 	case f.Status.Has(cone.StatusSrcNAT) && link != "", fromGateway:
 		m.taken[out] = struct{}{}
 	case toGateway && !m.served(f.Dst):
@@ -145,7 +152,11 @@ func (m *mapper) keep() error {
 	var errs []error
 	ms := slices.Collect(maps.Keys(m.live))
 	m.kernel.Keep(ms, func(i int, err error) {
-		if !errors.Is(err, rules.ErrOtherMapping) {
+		n := len(m.live[ms[i]])
+		m.applied.flows -= uint64(n)
+		if errors.Is(err, rules.ErrOtherMapping) {
+			m.applied.missing(otherMapping, n)
+		} else {
 			errs = append(errs, fmt.Errorf("keep mapping %v -> %v: %w", ms[i].Int, ms[i].Ext, err))
 		}
 		for _, t := range m.live[ms[i]] {

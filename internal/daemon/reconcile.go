@@ -51,9 +51,7 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 		if ctx.Err() != nil {
 			return nil
 		}
-		if err != nil {
-			d.log.Warn("reconcile", "err", err)
-		}
+		d.failures.note("reconcile", 1, err)
 		var soon <-chan time.Time // instead of what lets a daemon that is ready go again
 		if ready != nil {
 			wait, err := first.tried(err)
@@ -80,14 +78,14 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 			case job := <-d.jobs:
 				job()
 			case <-look.C:
-				if err := d.lookAtRules(); err != nil && ctx.Err() == nil {
-					d.log.Warn("look at nftables", "err", err)
+				if err := d.lookAtRules(); ctx.Err() == nil {
+					d.failures.note("look at nftables", 1, err)
 				}
 			case <-d.moved:
 				// A flow that began meanwhile may have been misjudged.
 				changed, err := d.readGateway()
-				if err != nil && ctx.Err() == nil {
-					d.log.Warn("read links", "err", err)
+				if ctx.Err() == nil {
+					d.failures.note("read links", 1, err)
 				}
 				again = changed && soon == nil
 			}
@@ -177,11 +175,6 @@ func (d *Daemon) readGateway() (changed bool, err error) {
 	tables := d.firewall.read(cfg)
 	topology := network.Topology()
 	d.do(func() {
-		for _, w := range warnings {
-			if !slices.Contains(d.ruleWarnings, w) {
-				d.log.Warn(w)
-			}
-		}
 		d.tables = tables
 		if err == nil {
 			d.ruleWarnings = warnings
@@ -191,12 +184,14 @@ func (d *Daemon) readGateway() (changed bool, err error) {
 		changed = !slices.Equal(old.Routes, topology.Routes) || !slices.Equal(old.Local, topology.Local)
 		d.network, d.served = network, ports
 		d.model.SetTopology(d.now(), topology)
+		d.model.SetWay(network.Way())
 		d.model.Review(d.now(), func(p cone.Permission) cone.Reason {
 			if ports.Serves(p.Ext) {
 				return cone.ReasonLocalSocket
 			}
 			return cone.ReasonNone
 		})
+		d.warned.tell(d.now(), d.warnings())
 	})
 	return changed, failed
 }
@@ -208,7 +203,7 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	d.do(func() { cfg, served = d.cfg.Config, d.served })
 	m, err := d.firewall.newMapper(cfg, d.network, served)
 	if err != nil {
-		d.log.Warn("read mappings", "err", err)
+		d.failures.note("read mappings", 1, err)
 		m = nil
 	}
 	d.do(d.model.BeginSnapshot)
@@ -237,9 +232,12 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	}
 	d.do(func() { d.model.EndSnapshot(d.now()) })
 	if m != nil {
-		return m.keep()
+		err = m.keep()
+		d.do(func() { d.applied = m.applied })
+	} else {
+		d.do(func() { d.applied = applied{} })
 	}
-	return nil
+	return err
 }
 
 // mendRules makes our tables do what they shall, and counts it where somebody had
@@ -442,4 +440,6 @@ func (d *Daemon) report() {
 		e.Malformed = d.reportedEvents.Malformed
 	}
 	d.reportedEvents = e
+	d.failures.tell()
+	d.warned.tell(d.now(), d.warnings())
 }

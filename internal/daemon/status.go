@@ -3,6 +3,8 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"time"
@@ -35,18 +37,18 @@ func (s source) Status() control.Status {
 		m := d.model.Stats()
 		st.Lifetime = d.cfg.Lifetime.String()
 		for _, n := range d.cfg.Subnets {
-			st.Subnets = append(st.Subnets, control.Subnet{
-				Prefix: n.Prefix, Routed: n.Routed, Filtering: n.Filtering.String(),
-			})
+			st.Subnets = append(st.Subnets, d.subnet(n))
 		}
 		st.Outside = d.network.OutsideLinks()
-		st.Warnings = d.warnings()
+		st.Warnings = d.warnings().texts()
 		st.Backend = d.backends.String()
 		st.Helper.IPv4, st.Helper.IPv6 = d.helper(false), d.helper(true)
 		if e := d.backends.expect; e != nil {
 			st.Permissions.Expectations = e.Standing()
 		}
 		st.Tables = d.tables
+		st.Tables.Mapping.On = d.maps()
+		st.Tables.Mapping.NotApplied = maps.Clone(d.applied.not)
 		st.Tables.Guard.On = d.cfg.Guard && d.firewall.tables != nil
 		st.Tables.Map.On, st.Tables.Map.Passed = d.backends.nft != nil, m.Passed
 		st.Permissions.Standing, st.Permissions.Refused = m.Standing, m.Refused
@@ -58,13 +60,45 @@ func (s source) Status() control.Status {
 		st.Counters.Repaired = byName(d.repaired[:], func(p int) string { return partNames[p] })
 		st.Counters.Refused = byName(m.Refusals[:], reason)
 		st.Counters.Revoked = byName(m.Revoked[:], reason)
-		st.Counters.Skipped = byName(m.Skipped[:], reason)
+		st.Counters.Skipped = d.skipped(&m)
+		st.Counters.Failed = d.failures.totals()
 		st.Latency.Count = d.latency.count
 		st.Latency.P50 = microseconds(d.latency.quantile(0.50))
 		st.Latency.P99 = microseconds(d.latency.quantile(0.99))
 		st.Latency.Max = microseconds(d.latency.max)
 	})
 	return st
+}
+
+// maps reports whether endpoint-independent mapping is in force.
+func (d *Daemon) maps() bool { return d.tables.Mapping.On && !d.applied.none() }
+
+// subnet is an enabled subnet as status shows it.
+func (d *Daemon) subnet(s config.Subnet) control.Subnet {
+	c := control.Subnet{
+		Prefix: s.Prefix, Routed: s.Routed, Filtering: s.Filtering.String(), Mapping: config.KernelMapping.String(),
+	}
+	if d.maps() {
+		if s.Mapping == config.EndpointIndependentMapping {
+			c.Mapping = s.Mapping.String()
+		}
+		c.Hairpin = d.cfg.Hairpin && s.Prefix.Addr().Is4()
+	}
+	return c
+}
+
+// skipped returns why flows gave no permission; it names the links that lead to peers
+// and are no outside links.
+func (d *Daemon) skipped(m *cone.Stats) map[string]uint64 {
+	all := byName(m.Skipped[:], reason)
+	for link, n := range d.model.Elsewhere() {
+		all[fmt.Sprintf("peer is behind %s, which is no outside link", link)] = n.Flows
+		all[cone.ReasonNotOutside.String()] -= n.Flows
+	}
+	if all[cone.ReasonNotOutside.String()] == 0 { // else links beyond those that are told apart
+		delete(all, cone.ReasonNotOutside.String())
+	}
+	return all
 }
 
 // readTables brings what is known of our tables up to date, unless the reconcile is

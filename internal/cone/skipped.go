@@ -1,0 +1,140 @@
+package cone
+
+import (
+	"maps"
+	"net/netip"
+)
+
+// A Way finds the link by which a peer is reached that is not outside, by routes of
+// other links than outside ones.
+type Way func(peer netip.Addr) (link string, ok bool)
+
+// Elsewhere counts flows of enabled hosts whose peer is behind a link that is neither
+// outside nor leads to an enabled subnet.
+type Elsewhere struct {
+	Flows uint64
+	// Translated counts those among them that were source-NATed, towards a peer on the
+	// Internet.
+	Translated uint64
+}
+
+// Untranslated counts the flows of a subnet that went outside without source NAT.
+type Untranslated struct {
+	Subnet netip.Prefix
+	Flows  uint64
+}
+
+// mostLinks bounds the links that are told apart: they may come and go.
+const mostLinks = 64
+
+// skips is why flows gave no permission, beyond a Reason.
+type skips struct {
+	way       Way // may be nil
+	elsewhere map[string]Elsewhere
+	plain     map[netip.Prefix]uint64   // untranslated flows, by subnet
+	natted    map[netip.Prefix]struct{} // subnets of which a flow was translated
+}
+
+// SetWay tells how peers are reached that are not outside. It goes with a Topology.
+func (m *Model) SetWay(w Way) { m.skips.way = w }
+
+// Elsewhere returns the counts since the start, by link.
+func (m *Model) Elsewhere() map[string]Elsewhere { return maps.Clone(m.skips.elsewhere) }
+
+// Untranslated returns the enabled subnets that have flows which went outside without
+// source NAT, and none with.
+func (m *Model) Untranslated() (all []Untranslated) {
+	for _, s := range m.policy.Subnets {
+		_, natted := m.skips.natted[s.Prefix]
+		if n := m.skips.plain[s.Prefix]; n > 0 && !natted {
+			all = append(all, Untranslated{s.Prefix, n})
+		}
+	}
+	return all
+}
+
+// skip counts f, a flow of an enabled host that gives no permission because of r.
+func (m *Model) skip(f *Flow, r Reason) {
+	if m.snap.showing { // it was counted before
+		return
+	}
+	if r == ReasonPeerInside {
+		r = m.whyInside(f)
+	}
+	m.stats.Skipped[r]++
+}
+
+// whyInside says more of a peer that is not outside.
+func (m *Model) whyInside(f *Flow) Reason {
+	peer := f.ReplySrc.Addr.Netip()
+	if _, _, inside := m.policy.subnet(peer); inside || m.skips.way == nil {
+		return ReasonPeerInside
+	}
+	link, ok := m.skips.way(peer)
+	switch {
+	case !ok:
+		return ReasonNoRoute
+	case m.leadsInside(link, f.Src.Addr.Netip()):
+		return ReasonPeerInside
+	}
+	s := &m.skips
+	if _, known := s.elsewhere[link]; !known {
+		if len(s.elsewhere) == mostLinks {
+			return ReasonNotOutside
+		}
+		if s.elsewhere == nil {
+			s.elsewhere = make(map[string]Elsewhere)
+		}
+	}
+	n := s.elsewhere[link]
+	n.Flows++
+	if f.Status.Has(StatusSrcNAT) && !peer.IsPrivate() && !sharedAddresses.Contains(peer) {
+		n.Translated++
+	}
+	s.elsewhere[link] = n
+	return ReasonNotOutside
+}
+
+var sharedAddresses = netip.MustParsePrefix("100.64.0.0/10") // RFC 6598
+
+// leadsInside reports whether a link leads to host or to an enabled subnet.
+func (m *Model) leadsInside(link string, host netip.Addr) bool {
+	if l, ok := m.skips.way(host); ok && l == link {
+		return true
+	}
+	for _, s := range m.policy.Subnets {
+		if l, ok := m.skips.way(s.Prefix.Addr().Next()); ok && l == link {
+			return true
+		}
+	}
+	return false
+}
+
+// plain takes in a flow of an enabled host that was not source-NATed and is of a
+// subnet that is not routed. What it counts went to a peer outside, as a packet that
+// waits for an answer in vain does.
+func (m *Model) plain(f *Flow, s Subnet) {
+	if m.snap.showing || s.Routed || !f.Src.Addr.Is4() || f.Status.Has(StatusDstNAT) {
+		return
+	}
+	if _, local := m.topo.local[f.ReplySrc.Addr]; local || m.policy.refusesEndpoint(f.ReplyDst, f.ReplySrc, &m.topo) != ReasonNone {
+		return
+	}
+	m.stats.Skipped[ReasonUntranslated]++
+	if m.skips.plain == nil {
+		m.skips.plain = make(map[netip.Prefix]uint64)
+	}
+	m.skips.plain[s.Prefix]++
+}
+
+// translated takes in that a flow of s to a peer outside was source-NATed. It costs
+// nothing where all are.
+func (m *Model) translated(s Subnet) {
+	if len(m.skips.plain) == 0 {
+		return
+	}
+	if m.skips.natted == nil {
+		m.skips.natted = make(map[netip.Prefix]struct{})
+	}
+	m.skips.natted[s.Prefix] = struct{}{}
+}

@@ -1,0 +1,59 @@
+package daemon
+
+import (
+	"errors"
+	"log/slog"
+	"strings"
+	"testing"
+	"time"
+)
+
+// logged returns a logger and what it wrote since the last call.
+func logged() (log *slog.Logger, lines func() string) {
+	var out strings.Builder
+	log = slog.New(slog.NewTextHandler(&out, &slog.HandlerOptions{
+		ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+			if a.Key == slog.TimeKey {
+				return slog.Attr{}
+			}
+			return a
+		},
+	}))
+	return log, func() string {
+		defer out.Reset()
+		return out.String()
+	}
+}
+
+func TestFailuresAreCountedAndDoNotFloodTheLog(t *testing.T) {
+	log, lines := logged()
+	now := time.Duration(0)
+	f := newFailures(log, func() time.Duration { return now })
+	expect := func(want string) {
+		t.Helper()
+		if got := lines(); got != want {
+			t.Errorf("logged %q, want %q", got, want)
+		}
+	}
+	f.note("look up flow", 1, nil)
+	expect("")
+	f.note("look up flow", 1, errors.New("no buffer"), "src", "a")
+	expect("level=WARN msg=\"look up flow\" count=1 src=a err=\"no buffer\"\n")
+	for range 1000 {
+		f.note("look up flow", 2, errors.New("no memory"), "src", "b")
+		now += time.Millisecond
+	}
+	expect("")
+	f.note("deny permissions", 3, errors.New("full")) // another kind
+	expect("level=WARN msg=\"deny permissions\" count=3 err=full\n")
+	f.tell()
+	expect("")
+	now += time.Minute
+	f.tell()
+	expect("level=WARN msg=\"look up flow\" count=2000 src=b err=\"no memory\"\n")
+	f.tell()
+	expect("")
+	if n := f.totals(); n["look up flow"] != 2001 || n["deny permissions"] != 3 {
+		t.Errorf("counted %v", n)
+	}
+}

@@ -1,0 +1,43 @@
+package daemon
+
+import (
+	"testing"
+	"time"
+)
+
+func TestWarningIsLoggedWhenItArisesAndWhenItIsOver(t *testing.T) {
+	log, lines := logged()
+	w := newWarner(log)
+	now := time.Hour
+	tell := func(want string, all ...warning) {
+		t.Helper()
+		w.tell(now, all)
+		if got := lines(); got != want {
+			t.Errorf("logged %q, want %q", got, want)
+		}
+	}
+	pool := func(text string) warning { return warning{"pool", text} }
+	other := warning{"outside", "no outside link"}
+	const warn, info = "level=WARN msg=", "level=INFO msg="
+
+	tell("")
+	tell(warn+"\"3 flows\"\n", pool("3 flows"))
+	tell("", pool("4 flows")) // only a number changed
+	tell(warn+"\"no outside link\"\n", other, pool("4 flows"))
+	now += time.Second
+	tell(info+"\"no longer: 4 flows\"\n", other)
+	tell("", other, pool("5 flows")) // again, within a minute
+	tell("", other)                  // and nobody was told, so it is not over
+	now += time.Minute
+	tell(warn+"\"6 flows\"\n", other, pool("6 flows"))
+	now += time.Hour
+	tell("", other, pool("7 flows"))
+	tell(info + "\"no longer: no outside link\"\n" + info + "\"no longer: 7 flows\"\n")
+	tell(warn+"\"8 flows\"\n", pool("8 flows")) // it was logged an hour ago
+	tell(info + "\"no longer: 8 flows\"\n")
+	now += time.Hour
+	tell("")
+	if len(w.said)+len(w.holds) > 0 {
+		t.Errorf("kept: %v, %v", w.said, w.holds)
+	}
+}
