@@ -253,13 +253,34 @@ func (m *Model) Revoke(now time.Duration, f func(Permission) bool) (n int) {
 		}
 		m.withdraw(int32(i), ReasonRevoked)
 		m.wheel.remove(int32(i))
-		m.setState(int32(i), StateRefused, ReasonRevoked)
-		if m.policy.Learned {
-			m.keepDenied(now, int32(i))
-		}
+		m.keepRevoked(now, int32(i))
 		m.settle(now, int32(i))
 	}
 	return n
+}
+
+// keepRevoked refuses claim i, which does not stand, until a new flow asks for it.
+func (m *Model) keepRevoked(now time.Duration, i int32) {
+	m.setState(i, StateRefused, ReasonRevoked)
+	if m.policy.Learned {
+		m.keepDenied(now, i)
+	}
+}
+
+// Revoked tells a new model what the user revoked while an earlier one was there: the
+// flows of the first snapshot do not bring it back.
+func (m *Model) Revoked(keys []Key) {
+	m.revoked = make(map[Key]struct{}, len(keys))
+	for _, k := range keys {
+		m.revoked[k] = struct{}{}
+	}
+}
+
+// revokedBefore reports whether the flow that the model looks at is an old one of k, that
+// was revoked.
+func (m *Model) revokedBefore(k Key) bool {
+	_, revoked := m.revoked[k]
+	return revoked && m.snap.showing && !m.snap.whole
 }
 
 // keepDenied denies claim i, which was revoked, and comes back to do so again:

@@ -432,3 +432,55 @@ func TestClaimRefusedForALimitOfItsOwnMakesWay(t *testing.T) {
 	d.open(0, "10.47.11.110:1", "203.0.113.5:10")
 	d.want("10.47.11.109:2", "10.47.11.110:1")
 }
+
+// A daemon that was killed had revoked it; the flow is still there.
+func TestWhatAnEarlierModelRevokedNeedsANewFlow(t *testing.T) {
+	for _, learned := range []bool{false, true} {
+		p := testPolicy
+		p.Mapped, p.Learned = learned, learned
+		m := New(p)
+		m.SetTopology(0, testTopology)
+		flow := func(id uint32, peer string) *Flow {
+			return &Flow{
+				ID: id, Status: StatusSrcNAT,
+				Src: ep("10.47.11.109:5060"), Dst: ep(peer), ReplySrc: ep(peer), ReplyDst: ep("198.51.100.1:5060"),
+			}
+		}
+		revoked := Key{Ext: ep("198.51.100.1:5060"), Peer: ep("203.0.113.5:1").Addr}
+		m.Revoked([]Key{revoked, {Ext: revoked.Ext, Peer: ep("203.0.113.7:1").Addr}})
+		snapshot := func(fs ...*Flow) {
+			m.BeginSnapshot()
+			for _, f := range fs {
+				m.SnapshotFlow(0, f)
+			}
+			m.EndSnapshot(0)
+		}
+		grants := func(want ...string) {
+			t.Helper()
+			var got []string
+			for _, o := range m.Ops() {
+				if o.Kind == Grant {
+					got = append(got, o.Peer.String())
+				}
+			}
+			if !slices.Equal(got, want) {
+				t.Errorf("learned %v: granted %q, want %q", learned, got, want)
+			}
+		}
+		old, other := flow(1, "203.0.113.5:5060"), flow(2, "203.0.113.6:5060")
+		snapshot(old, other)
+		grants("203.0.113.6")
+		m.Walk(0, 9, func(v View) {
+			if v.Key == revoked && (v.State != StateRefused || v.Reason != ReasonRevoked) {
+				t.Errorf("it is %v, %v", v.State, v.Reason)
+			}
+		})
+		snapshot(old, other)
+		grants()
+		m.FlowSeen(0, flow(3, "203.0.113.5:5061"))
+		grants("203.0.113.5")
+		// Nothing held this one, so nothing has to be held back any more.
+		snapshot(old, other, flow(3, "203.0.113.5:5061"), flow(4, "203.0.113.7:5060"))
+		grants("203.0.113.7")
+	}
+}

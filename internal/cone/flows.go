@@ -194,6 +194,10 @@ func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	}
 	i := m.claim(now, p)
 	m.addFlow(now, i, f, false)
+	if m.revokedBefore(p.Key) {
+		m.keepRevoked(now, i)
+		return
+	}
 	if !s.Mapping && f.Status.Has(StatusSrcNAT) && (p.Wild > 0 || p.Peer == f.ReplySrc.Addr) {
 		m.compare(f.Src, f.ReplyDst)
 	}

@@ -79,6 +79,7 @@ type Model struct {
 	snap      snapshot
 	last      lastMappings
 	skips     skips
+	revoked   map[Key]struct{} // what an earlier model knew as revoked, until the first snapshot is whole
 
 	stopped bool
 	ops     []Op

@@ -48,15 +48,15 @@ func (d *Daemon) run(ops []cone.Op, since time.Duration) {
 	}
 }
 
-// deny keeps the kernel from learning the permissions of ops. Neighbours that are but one
-// too many, or not, go together.
+// deny keeps the kernel from learning the permissions of ops. Neighbours with the same
+// reason go together.
 func (d *Daemon) deny(ops []cone.Op) {
 	for len(ops) > 0 {
-		tooMany, n := ops[0].Reason.TooMany(), 1
-		for n < len(ops) && ops[n].Reason.TooMany() == tooMany {
+		why, n := ops[0].Reason, 1
+		for n < len(ops) && ops[n].Reason == why {
 			n++
 		}
-		d.failures.note("deny permissions", n, d.backends.Deny(d.collect(ops[:n]), tooMany))
+		d.failures.note("deny permissions", n, d.backends.Deny(d.collect(ops[:n]), why))
 		ops = ops[n:]
 	}
 }

@@ -167,12 +167,12 @@ func (b *backends) Revoke(ps []cone.Permission) error {
 }
 
 // Deny ends ps and keeps the kernel from learning them.
-func (b *backends) Deny(ps []cone.Permission, tooMany bool) error {
+func (b *backends) Deny(ps []cone.Permission, why cone.Reason) error {
 	if b.nft == nil {
 		return nil
 	}
 	b.split(ps, b.nft.Carries)
-	return b.nft.Deny(b.part, tooMany)
+	return b.nft.Deny(b.part, why)
 }
 
 // A part is something of ours in the kernel that somebody else can take away.

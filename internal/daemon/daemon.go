@@ -52,7 +52,8 @@ type Daemon struct {
 
 	// The loop's own.
 	backends          *backends
-	missing           string // which backend is missing and why
+	missing           string     // which backend is missing and why
+	denied            []cone.Key // what was revoked when an earlier daemon ran
 	model             *cone.Model
 	network           gateway.Network
 	ruleWarnings      []string         // about the user's forwards
@@ -163,6 +164,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	d.model.SetWay(d.network.Way())
 	d.ruleWarnings = warnings
 	d.model.SetForwards(0, forwarded)
+	d.model.Revoked(d.denied)
 	for _, a := range adopted {
 		now := d.now()
 		d.model.Adopt(now, a.Permission, now+a.Left)
@@ -329,10 +331,16 @@ func (d *Daemon) Run(ctx context.Context, ready func()) error {
 	if failed {
 		d.log.Error("conenatd ends because of an error; permissions stay for the next one", "err", err)
 	}
-	if d.leave = (failed || d.cfg.OnStop == config.OnStopKeep) && d.model.Stats().Standing > 0; !d.leave {
+	if d.leave = (failed || d.cfg.OnStop == config.OnStopKeep) && d.holds(); !d.leave {
 		err = errors.Join(err, d.revokeAll())
 	}
 	return errors.Join(err, d.Close())
+}
+
+// holds reports whether there is something in the kernel for a next daemon: what
+// stands, or what the user revoked.
+func (d *Daemon) holds() bool {
+	return d.model.Stats().Standing > 0 || d.backends.nft != nil && d.backends.nft.HasRevoked()
 }
 
 // revokeAll takes every permission out of the kernel. The map goes first, whole,

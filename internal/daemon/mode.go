@@ -41,6 +41,10 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 		if d.backends.nft, err = d.firewall.openMap(cfg, d.network.OutsideLinks()); err != nil {
 			return nil, err
 		}
+		if d.denied, err = d.backends.nft.Revoked(); err != nil {
+			return nil, err
+		}
+		d.leave = d.leave || len(d.denied) > 0
 	}
 	// What stood by a backend that is not in use any more stands by the other one
 	// before it goes.

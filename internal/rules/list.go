@@ -43,6 +43,11 @@ func (t *Tables) PeerGroups() (groups []netip.Prefix, err error) {
 // dump calls f for every element of a set, by a connection of its own: for some twice
 // where the list was interrupted. Where there is no such set it does nothing.
 func dump(netns int, table, set string, f func(key, value []byte, left time.Duration)) error {
+	return dumpElements(netns, table, set, func(b []byte) { f(elementParts(b)) })
+}
+
+// dumpElements is dump, and calls f with the attributes of each element.
+func dumpElements(netns int, table, set string, f func(b []byte)) error {
 	c, err := nfnl.Dial(netns)
 	if err != nil {
 		return err
@@ -71,13 +76,13 @@ func dump(netns int, table, set string, f func(key, value []byte, left time.Dura
 const nfgenmsgLen = 4
 
 // eachElement calls f for every element in a message of a dump.
-func eachElement(body []byte, f func(key, value []byte, left time.Duration)) {
+func eachElement(body []byte, f func(b []byte)) {
 	if len(body) < nfgenmsgLen {
 		return
 	}
 	attributes(body[nfgenmsgLen:], func(typ uint16, b []byte) {
 		if typ == unix.NFTA_SET_ELEM_LIST_ELEMENTS {
-			attributes(b, func(_ uint16, b []byte) { f(elementParts(b)) })
+			attributes(b, func(_ uint16, b []byte) { f(b) })
 		}
 	})
 }
@@ -102,7 +107,8 @@ func elementParts(b []byte) (key, value []byte, left time.Duration) {
 // parseElements calls f for every permission in a message of a dump. It skips what
 // it does not know.
 func parseElements(body []byte, f func(p cone.Permission, left time.Duration)) {
-	eachElement(body, func(key, value []byte, left time.Duration) {
+	eachElement(body, func(b []byte) {
+		key, value, left := elementParts(b)
 		if p, ok := permissionOf(key, value); ok {
 			f(p, left)
 		}

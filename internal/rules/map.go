@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 	"sync/atomic"
@@ -31,10 +30,10 @@ type Map struct {
 	size     int
 	lifetime time.Duration
 	groups   atomic.Pointer[[]netip.Prefix]
-	children int                    // as MapConfig.MaxChildren
-	uncapped bool                   // the kernel lacks what that takes
-	denied   map[cone.Key]time.Time // and until when, as far as this process knows
-	swept    time.Time              // when it was last looked for what ended
+	children int                 // as MapConfig.MaxChildren
+	uncapped bool                // the kernel lacks what that takes
+	denied   map[cone.Key]denial // as far as this process knows
+	swept    time.Time           // when it was last looked for what ended
 	broken   bool
 }
 
@@ -46,7 +45,7 @@ func (t *Tables) NewMap(c *MapConfig) *Map {
 	m := &Map{
 		netns: t.netns, table: t.name, size: c.Size, lifetime: c.Lifetime,
 		uncapped: t.Lacks(FeatureLearn),
-		denied:   make(map[cone.Key]time.Time),
+		denied:   make(map[cone.Key]denial),
 	}
 	m.Configure(c)
 	m.begin(t.w)
@@ -214,72 +213,6 @@ func (m *Map) look(ps []cone.Permission) (stands map[cone.Key]cone.Endpoint, err
 	return stands, err
 }
 
-// Deny ends ps, and keeps the kernel from learning them again until one is
-// granted, or two hours are over, as long as there is room. What is but one too many
-// gets half of it: a host that scans must not use up the room of what is forbidden.
-func (m *Map) Deny(ps []cone.Permission, tooMany bool) error {
-	room := deniedSize
-	if tooMany {
-		room /= 2
-	}
-	var errs []error
-	for base := 0; base < len(ps); base += batch {
-		part := ps[base:min(base+batch, len(ps))]
-		if m.hasRoom(room, part) { // the kernel waits for all CPUs where there is none
-			m.transact(part, m.deny)
-			for i := range part {
-				if m.errs[i] == nil {
-					m.denied[part[i].Key] = time.Now().Add(deniedTimeout)
-				}
-			}
-		}
-		errs = append(errs, m.Revoke(m.learned(part))) // last: a packet may have taught it meanwhile
-	}
-	return errors.Join(errs...)
-}
-
-// hasRoom reports whether ps can be denied.
-func (m *Map) hasRoom(room int, ps []cone.Permission) bool {
-	now, more := time.Now(), 0
-	for i := range ps {
-		if _, is := m.denied[ps[i].Key]; !is {
-			more++
-		}
-	}
-	if len(m.denied)+more > room && now.Sub(m.swept) > time.Minute {
-		m.swept = now
-		maps.DeleteFunc(m.denied, func(_ cone.Key, until time.Time) bool { return now.After(until) })
-	}
-	return len(m.denied)+more <= room
-}
-
-// learned returns those of ps, at most batch, that stand. The kernel waits for all CPUs
-// where it is asked to delete what is not there.
-func (m *Map) learned(ps []cone.Permission) (there []cone.Permission) {
-	m.w.Lock()
-	defer m.w.Unlock()
-	stands, err := m.look(ps)
-	if err != nil {
-		return ps // nobody knows
-	}
-	for i := range ps {
-		if _, ok := stands[elementKey(&ps[i])]; ok {
-			there = append(there, ps[i])
-		}
-	}
-	return there
-}
-
-// lift lifts the denials of ps. One may have ended by itself.
-func (m *Map) lift(ps []cone.Permission) {
-	for i := range ps {
-		if _, denied := m.denied[ps[i].Key]; denied {
-			delete(m.denied, ps[i].Key)
-			m.transact(ps[i:i+1], m.allow)
-		}
-	}
-}
-
 // transact sends what encode makes of ps, at most batch of them, as one
 // transaction, leaving out what the kernel refuses. That is in m.errs afterwards.
 func (m *Map) transact(ps []cone.Permission, encode func(seq uint32, p *cone.Permission)) {
@@ -298,14 +231,6 @@ func (m *Map) remove(seq uint32, p *cone.Permission) {
 func (m *Map) renew(seq uint32, p *cone.Permission) {
 	m.remove(seq, p)
 	m.add(seq+1, p)
-}
-
-func (m *Map) deny(seq uint32, p *cone.Permission) {
-	m.element(seq, unix.NFT_MSG_NEWSETELEM, deniedSet, p, false, deniedTimeout)
-}
-
-func (m *Map) allow(seq uint32, p *cone.Permission) {
-	m.element(seq, unix.NFT_MSG_DELSETELEM, deniedSet, p, false, 0)
 }
 
 // element appends a message about one element of a set.

@@ -1,6 +1,7 @@
 package rules_test
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -400,7 +401,7 @@ func TestPermissionsForManyPeers(t *testing.T) {
 				g.holds(p)
 				g.m.Refresh([]cone.Permission{p}, func(int) { t.Error("lost") })
 				g.m.Missing([]cone.Permission{p}, func(int) { t.Error("missing") })
-				check(t, g.m.Deny([]cone.Permission{p}, false))
+				check(t, g.m.Deny([]cone.Permission{p}, cone.ReasonForwarded))
 				g.holds()
 				g.contact(in, g.peer(lab.PeerA, 5073))
 				g.holds()
@@ -523,10 +524,10 @@ func TestDeniedIsNotLearnedUntilGranted(t *testing.T) {
 	in, peer := g.inside(5060), g.peer(lab.PeerA, 5060)
 	p := g.contact(in, peer)
 	ps := []cone.Permission{p}
-	check(t, g.m.Deny(ps, false))
+	check(t, g.m.Deny(ps, cone.ReasonForwarded))
 	g.contact(in, g.peer(lab.PeerA, 5061)) // a new flow, for only its first packet teaches
 	g.holds()
-	check(t, g.m.Deny(ps, false)) // again
+	check(t, g.m.Deny(ps, cone.ReasonForwarded)) // again
 	g.grant(p)
 	g.holds(p)
 	check(t, g.m.Revoke(ps))
@@ -544,8 +545,10 @@ func TestThereIsRoomForWhatIsForbidden(t *testing.T) {
 		ext := netip.AddrPortFrom(g.Gateway.Addr, uint16(10_000+i/250))
 		scan = append(scan, permission(ext, netip.MustParseAddrPort("10.47.11.109:9"), stranger(i%250)))
 	}
-	check(t, g.m.Deny(scan, true))
-	check(t, g.m.Deny([]cone.Permission{p}, false))
+	if err := g.m.Deny(scan, cone.ReasonHostLimit); !errors.Is(err, rules.ErrNoRoom) {
+		t.Errorf("error %v, want %v", err, rules.ErrNoRoom)
+	}
+	check(t, g.m.Deny([]cone.Permission{p}, cone.ReasonForwarded))
 	g.contact(in, g.peer(lab.PeerA, 5061))
 	g.holds()
 }

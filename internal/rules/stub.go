@@ -89,7 +89,13 @@ func (*Map) Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err e
 func (*Map) Revoke([]cone.Permission) error { return errNoBuild }
 
 // Deny returns an *UnsupportedError.
-func (*Map) Deny([]cone.Permission, bool) error { return errNoBuild }
+func (*Map) Deny([]cone.Permission, cone.Reason) error { return errNoBuild }
+
+// Revoked returns an *UnsupportedError.
+func (*Map) Revoked() ([]cone.Key, error) { return nil, errNoBuild }
+
+// HasRevoked returns false.
+func (*Map) HasRevoked() bool { return false }
 
 // List returns an *UnsupportedError.
 func (*Map) List(func(cone.Permission, time.Duration)) error { return errNoBuild }
