@@ -60,6 +60,8 @@ func onDevice(name string) control {
 	return func(fd int) error { return unix.BindToDevice(fd, name) }
 }
 
+func transparent(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_TRANSPARENT, 1) }
+
 func reusePort(fd int) error {
 	return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
 }

@@ -323,6 +323,6 @@ func FuzzDecode(f *testing.F) {
 		_ = r.markOutside(nil)
 		_, _ = r.Topology(), r.Candidates()
 		p := PortSet{bound: map[cone.Endpoint]struct{}{}}
-		_ = p.add(b)
+		_ = p.add(b, func(uint32) bool { return true })
 	})
 }

@@ -12,8 +12,8 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 )
 
-// A PortSet is the set of endpoints that local UDP sockets held at one time.
-// It may be read from any goroutine.
+// A PortSet is the set of endpoints at which local UDP sockets received what came in
+// by an outside link at one time. It may be read from any goroutine.
 type PortSet struct {
 	bound map[cone.Endpoint]struct{}
 }
@@ -21,7 +21,7 @@ type PortSet struct {
 var any4, any6 = cone.AddrFrom4([4]byte{}), cone.Addr{}
 
 // Serves reports whether a socket was bound to ext, or to its port on all
-// addresses, be it on all devices or on one. Connected sockets do not count.
+// addresses. Connected sockets do not count.
 func (p *PortSet) Serves(ext cone.Endpoint) bool {
 	if _, ok := p.bound[ext]; ok {
 		return true
@@ -38,6 +38,19 @@ func (p *PortSet) Serves(ext cone.Endpoint) bool {
 // addresses among them.
 func (p *PortSet) All() iter.Seq[cone.Endpoint] { return maps.Keys(p.bound) }
 
+// Stay returns the endpoints that are in p and were in old already.
+func (p *PortSet) Stay(old *PortSet) *PortSet {
+	both := maps.Clone(p.bound)
+	maps.DeleteFunc(both, func(e cone.Endpoint, _ struct{}) bool {
+		_, was := old.bound[e]
+		return !was
+	})
+	return &PortSet{bound: both}
+}
+
+// Equal reports whether p and q hold the same endpoints.
+func (p *PortSet) Equal(q *PortSet) bool { return maps.Equal(p.bound, q.bound) }
+
 // Ports reads all UDP sockets, for comparing many permissions with them. A
 // socket that is opened or closed meanwhile may be missed; 10,000 of them cost
 // some milliseconds.
@@ -45,7 +58,8 @@ func (s *Sockets) Ports() (*PortSet, error) {
 	p := &PortSet{bound: map[cone.Endpoint]struct{}{}}
 	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
 		s.dump[diagFamily] = family
-		if err := s.conn.exchange(s.dump, p.add); err != nil {
+		err := s.conn.exchange(s.dump, func(b []byte) error { return p.add(b, s.hears) })
+		if err != nil {
 			return nil, fmt.Errorf("read UDP sockets: %w", err)
 		}
 	}
@@ -55,13 +69,18 @@ func (s *Sockets) Ports() (*PortSet, error) {
 // From linux/inet_diag.h.
 const (
 	sizeofInetDiagMsg = 72
+	inetDiagIf        = 40
 	inetDiagSKV6Only  = 11
 )
 
-// add decodes a struct inet_diag_msg with attributes.
-func (p *PortSet) add(b []byte) error {
+// add decodes a struct inet_diag_msg with attributes. It skips a socket that is bound
+// to a device for which hears returns false.
+func (p *PortSet) add(b []byte, hears func(link uint32) bool) error {
 	if len(b) < sizeofInetDiagMsg {
 		return errMalformed
+	}
+	if link := binary.NativeEndian.Uint32(b[inetDiagIf:]); link != 0 && !hears(link) {
+		return nil
 	}
 	e := cone.Endpoint{Addr: cone.Addr(b[8:24]), Port: binary.BigEndian.Uint16(b[4:])}
 	if b[0] == unix.AF_INET {

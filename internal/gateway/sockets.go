@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/mdlayher/socket"
 	"golang.org/x/sys/unix"
@@ -21,6 +22,7 @@ var ErrNoUDPDiag = errors.New("the kernel does not find UDP sockets: load the mo
 // (sock_diag(7)). It is not safe for concurrent use.
 type Sockets struct {
 	conn      *conn
+	links     []uint32 // by which packets from outside come in; 0 where none is known
 	one, dump []byte // requests
 	found     bool
 	find      func([]byte) error // sets found
@@ -36,9 +38,10 @@ func DialSockets(netns int) (*Sockets, error) {
 		return nil, err
 	}
 	s := &Sockets{
-		conn: c,
-		one:  newDiagRequest(0),
-		dump: newDiagRequest(unix.NLM_F_DUMP),
+		conn:  c,
+		links: []uint32{0},
+		one:   newDiagRequest(0),
+		dump:  newDiagRequest(unix.NLM_F_DUMP),
 	}
 	s.find = func([]byte) error {
 		s.found = true
@@ -54,13 +57,30 @@ func DialSockets(netns int) (*Sockets, error) {
 // Close ends the connection.
 func (s *Sockets) Close() error { return s.conn.close() }
 
+// SetNetwork tells which links are outside links. A socket that is bound to a device
+// counts if the device is one of them, or a VRF: what comes in by a link of a VRF
+// reaches the sockets that are bound to the VRF. Before the first call no such socket
+// counts.
+func (s *Sockets) SetNetwork(n Network) {
+	s.links = s.links[:0]
+	for _, l := range n.Links {
+		if l.Outside || l.Kind == "vrf" {
+			s.links = append(s.links, uint32(l.Index))
+		}
+	}
+	if len(s.links) == 0 {
+		s.links = append(s.links, 0)
+	}
+}
+
+func (s *Sockets) hears(link uint32) bool { return slices.Contains(s.links, link) }
+
 // Serves reports whether a local socket gets what peer sends to ext, from
-// whatever port. It costs a few microseconds and does not allocate.
+// whatever port, if it comes in by an outside link. It costs a few microseconds for
+// each outside link and does not allocate.
 //
-// Two sorts of sockets are not found. One that is connected, whoever it is
-// connected to: conntrack knows its flow, so that no permission takes its
-// packets while it is in use. And one that is bound to a device: only [Sockets.Ports]
-// finds these.
+// A connected socket is not found, whoever it is connected to: conntrack knows its
+// flow, so that no permission takes its packets while it is in use.
 func (s *Sockets) Serves(ext cone.Endpoint, peer cone.Addr) (bool, error) {
 	// udp_dump_one looks for the receiver of a packet from src to dst, and so
 	// the other way round than the names of the fields elsewhere say. All
@@ -75,9 +95,15 @@ func (s *Sockets) Serves(ext cone.Endpoint, peer cone.Addr) (bool, error) {
 	copy(s.one[diagSrc:], from)
 	copy(s.one[diagDst:], to)
 	s.found = false
-	err := s.conn.exchange(s.one, s.find)
-	if err != nil && !errors.Is(err, unix.ENOENT) {
-		return false, fmt.Errorf("look up UDP socket: %w", err)
+	for _, link := range s.links {
+		binary.NativeEndian.PutUint32(s.one[diagIf:], link)
+		err := s.conn.exchange(s.one, s.find)
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return false, fmt.Errorf("look up UDP socket: %w", err)
+		}
+		if s.found {
+			break
+		}
 	}
 	return s.found, nil
 }
@@ -116,6 +142,7 @@ const (
 	diagDport    = unix.NLMSG_HDRLEN + 10
 	diagSrc      = unix.NLMSG_HDRLEN + 12
 	diagDst      = unix.NLMSG_HDRLEN + 28
+	diagIf       = unix.NLMSG_HDRLEN + 44
 	diagCookie   = unix.NLMSG_HDRLEN + 48
 	diagSize     = 56
 )

@@ -57,23 +57,31 @@ func portsServe(t testing.TB, s *Sockets, port int) string {
 
 func TestSocketsAreFoundWhereTheyServe(t *testing.T) {
 	const all4, all = " " + ext4 + " " + other4, " " + ext4 + " " + other4 + " " + ext6
-	g := newGateway(t)
+	g := newGateway(t, "link add docker0 type bridge", "address add 172.17.0.1/16 dev docker0", "link set docker0 up",
+		"link add wan1 type dummy", "link set wan1 up", "route add default dev wan1 metric 7")
 	s := dialSockets(t, g)
+	s.SetNetwork(readNetwork(t, g))
 	tests := []struct {
 		name, network, addr string
 		set                 control
-		serves, ports       string
+		serves              string
 	}{
-		{"IPv4 wildcard", "udp4", "0.0.0.0", nil, all4, all4},
-		{"IPv4 address", "udp4", ext4, nil, " " + ext4, " " + ext4},
-		{"other IPv4 address", "udp4", other4, nil, " " + other4, " " + other4},
-		{"loopback", "udp4", "127.0.0.1", nil, "", ""},
-		{"dual stack", "udp", "[::]", nil, all, all},
-		{"IPv6 only", "udp6", "[::]", nil, " " + ext6, " " + ext6},
-		{"IPv6 address", "udp6", ext6, nil, " " + ext6, " " + ext6},
-		{"reusable port", "udp4", ext4, reusePort, " " + ext4, " " + ext4},
-		{"device", "udp4", "0.0.0.0", onDevice("wan0"), "", all4},
-		{"device, dual stack", "udp", "[::]", onDevice("wan0"), "", all},
+		{"IPv4 wildcard", "udp4", "0.0.0.0", nil, all4},
+		{"IPv4 address", "udp4", ext4, nil, " " + ext4},
+		{"other IPv4 address", "udp4", other4, nil, " " + other4},
+		{"address of containers", "udp4", "172.17.0.1", nil, ""},
+		{"loopback", "udp4", "127.0.0.1", nil, ""},
+		{"transparent proxy", "udp4", "203.0.113.99", transparent, ""},
+		{"dual stack", "udp", "[::]", nil, all},
+		{"IPv6 only", "udp6", "[::]", nil, " " + ext6},
+		{"IPv6 address", "udp6", ext6, nil, " " + ext6},
+		{"reusable port", "udp4", ext4, reusePort, " " + ext4},
+		{"outside link", "udp4", "0.0.0.0", onDevice("wan0"), all4},
+		{"outside link, dual stack", "udp", "[::]", onDevice("wan0"), all},
+		{"second outside link", "udp4", "0.0.0.0", onDevice("wan1"), all4},
+		{"inside link", "udp4", "0.0.0.0", onDevice("lan0"), ""},
+		{"inside link, dual stack", "udp", "[::]", onDevice("lan0"), ""},
+		{"inside link, outside address", "udp4", ext4, onDevice("docker0"), ""},
 	}
 	for i, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -82,8 +90,8 @@ func TestSocketsAreFoundWhereTheyServe(t *testing.T) {
 			if got := serves(t, s, port); got != test.serves {
 				t.Errorf("Serves says%s; want%s", got, test.serves)
 			}
-			if got := portsServe(t, s, port); got != test.ports {
-				t.Errorf("Ports says%s; want%s", got, test.ports)
+			if got := portsServe(t, s, port); got != test.serves {
+				t.Errorf("Ports says%s; want%s", got, test.serves)
 			}
 			if err := c.Close(); err != nil {
 				t.Fatal(err)
@@ -152,9 +160,50 @@ func TestKernelThatFindsNothingIsNoticed(t *testing.T) {
 	}
 }
 
+// What comes in by a link of a VRF reaches the sockets that are bound to the VRF.
+func TestSocketsOfVRFsCount(t *testing.T) {
+	var s Sockets
+	s.SetNetwork(Network{Links: []Link{{Index: 2, Name: "lan0"}, {Index: 3, Name: "wan0", Outside: true}, {Index: 4, Kind: "vrf"}}})
+	for link, want := range map[uint32]bool{2: false, 3: true, 4: true} {
+		if s.hears(link) != want {
+			t.Errorf("a socket on link %d counts: %v", link, !want)
+		}
+	}
+}
+
+func TestSocketsThatStayAreToldFromThoseThatComeAndGo(t *testing.T) {
+	g := newGateway(t)
+	s := dialSockets(t, g)
+	ports := func() *PortSet {
+		p, err := s.Ports()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	listen(t, g, "udp4", "0.0.0.0:5060", nil)
+	brief := listen(t, g, "udp4", "0.0.0.0:5061", nil)
+	first := ports()
+	if err := brief.Close(); err != nil {
+		t.Fatal(err)
+	}
+	listen(t, g, "udp4", "0.0.0.0:5062", nil)
+	second := ports()
+	stay := second.Stay(first)
+	for port, want := range map[int]bool{5060: true, 5061: false, 5062: false} {
+		if got := stay.Serves(endpoint(fmt.Sprintf("%s:%d", ext4, port))); got != want {
+			t.Errorf("port %d: %v", port, got)
+		}
+	}
+	if stay.Equal(second) || !ports().Stay(second).Equal(second) {
+		t.Error("two looks at the same sockets differ, or two at others are equal")
+	}
+}
+
 func TestServesDoesNotAllocate(t *testing.T) {
 	g := newGateway(t)
 	s := dialSockets(t, g)
+	s.SetNetwork(readNetwork(t, g))
 	listen(t, g, "udp4", "0.0.0.0:5060", nil)
 	for _, ext := range []string{ext4 + ":5060", ext4 + ":5061", ext6 + ":5060"} {
 		e := endpoint(ext)
