@@ -296,27 +296,3 @@ func TestNFTPoolThatIsUsedUp(t *testing.T) {
 		t.Errorf("warnings: %q", s.Status().Warnings)
 	}
 }
-
-// What else uses ports of the pool is named, and nothing changes.
-func TestNFTPoolThatIsInUseIsRefused(t *testing.T) {
-	forward := `table ip f { chain c { type nat hook prerouting priority dstnat; iifname "wan0" udp dport 62000 dnat to 10.47.11.109; }; }`
-	for name, tc := range map[string]struct{ rules, pool, want string }{
-		"local ports": {lab.Masquerade, "50000-65535", "overlaps 32768-60999, the ports of the gateway's own connections (net.ipv4.ip_local_port_range)"},
-		"a socket":    {lab.Masquerade, "20000-29999", "has port 20001, which a socket of the gateway holds"},
-		"a forward":   {lab.Masquerade + forward, "61000-65535", "has port 62000, which a rule of yours forwards"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			s := newScene(t, lab.Options{Rules: tc.rules})
-			s.Socket(s.Gateway.Namespace, s.Gateway.Addr, 20001)
-			before, err := s.Ruleset()
-			s.Must(err)
-			out, code := s.CLI("run", "--subnet", lab.InsideNet.String(), mapped, "--port-pool", tc.pool, "--control-socket", t.TempDir()+"/c.sock")
-			if code == 0 || !strings.Contains(out, tc.want) || !strings.Contains(out, "choose a port_pool") {
-				t.Errorf("exit %d, %q", code, out)
-			}
-			if after, err := s.Ruleset(); err != nil || after != before {
-				t.Errorf("the rules changed: %v\n%s", err, after)
-			}
-		})
-	}
-}

@@ -146,6 +146,9 @@ func (r PortRange) String() string { return fmt.Sprintf("%d-%d", r.First, r.Last
 // Has reports whether port p is in the range.
 func (r PortRange) Has(p uint16) bool { return r.First <= p && p <= r.Last }
 
+// Len returns how many ports r has.
+func (r PortRange) Len() int { return int(r.Last) - int(r.First) + 1 }
+
 // Overlaps reports whether two ranges have a port in common.
 func (r PortRange) Overlaps(o PortRange) bool { return r.First <= o.Last && o.First <= r.Last }
 
@@ -234,11 +237,6 @@ func (c *Config) check() (key string, err error) {
 	}
 	if c.Hairpin && !mapped {
 		return "hairpin", errors.New(`expected a subnet with mapping = "endpoint_independent": hosts are found by their mappings`)
-	}
-	for _, p := range c.ExcludePorts {
-		if mapped && c.PortPool.Has(p) {
-			return "exclude_ports", fmt.Errorf("%d, which you forward, is in port_pool %q: choose a pool of ports that nobody uses", p, c.PortPool)
-		}
 	}
 	return "", nil
 }

@@ -279,16 +279,16 @@ func mapping(v any) (Mapping, error) {
 	return "", expected(`"kernel" or "endpoint_independent"`, v)
 }
 
-// leastPool is how many ports a pool has at least.
-const leastPool = 64
+// LeastPool is how many ports a pool has at least.
+const LeastPool = 64
 
 func portRange(v any) (PortRange, error) {
 	s, _ := v.(string)
 	first, last, _ := strings.Cut(s, "-")
 	a, err := strconv.ParseUint(first, 10, 16)
 	b, err2 := strconv.ParseUint(last, 10, 16)
-	if err != nil || err2 != nil || a < 1024 || b < a+leastPool-1 {
-		return PortRange{}, expected(fmt.Sprintf(`at least %d ports above 1023 such as "61000-65535"`, leastPool), v)
+	if err != nil || err2 != nil || a < 1 || b < a+LeastPool-1 {
+		return PortRange{}, expected(fmt.Sprintf(`at least %d ports such as "61000-65535"`, LeastPool), v)
 	}
 	return PortRange{uint16(a), uint16(b)}, nil
 }

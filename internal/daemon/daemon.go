@@ -50,6 +50,12 @@ type Daemon struct {
 	leave    bool      // what stands in the kernel stays when this daemon ends
 	failures *failures
 
+	// The reconcile's own.
+	held      *gateway.PortSet // sockets at the last look
+	looked    time.Duration    // when that was
+	settled   bool             // they were the same as at the look before
+	forwarded func(cone.Endpoint) bool
+
 	// The loop's own.
 	backends          *backends
 	missing           string     // which backend is missing and why
@@ -57,8 +63,10 @@ type Daemon struct {
 	model             *cone.Model
 	network           gateway.Network
 	ruleWarnings      []string         // about the user's forwards
+	portWarnings      []string         // about port_pool
 	tables            control.Tables   // as last read
-	served            *gateway.PortSet // at the last reconcile
+	served            *gateway.PortSet // at the last two looks; before the second, at the first
+	sure              bool             // there were two
 	latency           histogram
 	repaired          [parts]uint64
 	applied           applied // mappings, at the last reconcile
@@ -138,9 +146,12 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.links, err = gateway.Watch(0); err != nil {
 		return d, err
 	}
-	if d.served, err = d.ports.Ports(); err != nil {
+	d.sockets.SetNetwork(d.network)
+	d.ports.SetNetwork(d.network)
+	if d.held, err = d.ports.Ports(); err != nil {
 		return d, err
 	}
+	d.served, d.looked = d.held, d.now()
 	if d.firewall, err = openFirewall(cfg.Table); err != nil {
 		return d, err
 	}
@@ -149,10 +160,9 @@ func New(cfg Config) (d *Daemon, err error) {
 	if err != nil {
 		return d, err
 	}
-	if err = checkPool(d.cfg.Config, d.network, d.served, forwarded); err != nil {
-		return d, err
-	}
-	if d.firewall.served, err = servedPorts(d.cfg.Config, d.served); err != nil {
+	d.forwarded = forwarded
+	d.firewall.ports, d.portWarnings, err = d.firewall.choosePorts(d.cfg.Config, d.network, d.served, false, forwarded)
+	if err != nil {
 		return d, err
 	}
 	adopted, err := d.openBackends()
@@ -396,6 +406,7 @@ const (
 func (d *Daemon) warnings() (out warnings) {
 	out.addAll(d.firewall.warnings)
 	out.addAll(d.ruleWarnings)
+	out.addAll(d.portWarnings)
 	if d.missing != "" {
 		out.add("missing", "%s", d.missing)
 	}
@@ -415,7 +426,7 @@ func (d *Daemon) warnings() (out warnings) {
 	if n := d.tables.Mapping.PoolUsedUp; n >= someFlows {
 		out.add("pool", "port_pool %v had no port for %d flows, whose mapping stays the kernel's: make it larger", d.cfg.PortPool, n)
 	}
-	if mappingConfig(d.cfg.Config, nil) != nil && d.firewall.noMapping != "" {
+	if wantsMapping(d.cfg.Config) && d.firewall.noMapping != "" {
 		out.add("mapping", "mapping stays the kernel's: %s", d.firewall.noMapping)
 	}
 	switch a := &d.applied; {

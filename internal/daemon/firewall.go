@@ -25,7 +25,8 @@ type firewall struct {
 
 	// What the tables serve.
 	withMap, withExpectations bool
-	served                    []uint16 // ports that no mapping may have
+	ports                     outsidePorts
+	portInPool                uint16 // of a socket, as the warning says
 
 	gone map[cone.Addr]struct{} // addresses whose mappings have to end; nil before the first look
 
@@ -104,7 +105,7 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 	if f.withMap {
 		d.Map = mapConfig(cfg)
 	}
-	d.Mapping = mappingConfig(cfg, f.served)
+	d.Mapping = mappingConfig(cfg, f.ports)
 	changed, err = f.tables.Set(d)
 	f.mapping = err == nil && d.Mapping != nil && f.maps()
 	return changed, err
@@ -196,8 +197,8 @@ func (f *firewall) read(cfg config.Config) (t control.Tables) {
 	if c, err := f.tables.Counters(); err == nil {
 		t.Guard = control.Guard{Drops: c.GuardDrops, Spoofed: c.SpoofedDrops, Children: c.ChildDrops, PortZero: c.PortZeroDrops}
 		t.Map = control.Map{Learn: f.learns(cfg), Admitted: f.admitted.read(c.Admitted), Learned: c.Learned, Limited: c.LearnLimited}
-		if f.pool != cfg.PortPool {
-			f.pool, f.usedUp = cfg.PortPool, tally{}
+		if f.pool != f.ports.pool {
+			f.pool, f.usedUp = f.ports.pool, tally{}
 		}
 		t.Mapping = control.Mapping{
 			On: f.mapping, Moved: c.Moved, PoolUsedUp: f.usedUp.read(c.PoolUsedUp), Left: c.LeftToRules,

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
-	"os"
 	"slices"
 	"time"
 
@@ -21,10 +20,10 @@ const mappingsSize = 1 << 18
 
 // mappingConfig is what the tables do for subnets with endpoint-independent
 // mapping, nil without any.
-func mappingConfig(cfg config.Config, served []uint16) *rules.MappingConfig {
+func mappingConfig(cfg config.Config, ports outsidePorts) *rules.MappingConfig {
 	c := &rules.MappingConfig{
-		PoolFirst: cfg.PortPool.First, PoolLast: cfg.PortPool.Last,
-		Exempt: cfg.MappingExempt, Served: served,
+		PoolFirst: ports.pool.First, PoolLast: ports.pool.Last,
+		Exempt: cfg.MappingExempt, Served: ports.served,
 		// A mapping is refreshed at each reconcile while a flow of it lives.
 		Lifetime: max(cfg.Lifetime, 3*cfg.Reconcile), Size: mappingsSize,
 	}
@@ -42,6 +41,9 @@ func mappingConfig(cfg config.Config, served []uint16) *rules.MappingConfig {
 	return c
 }
 
+// wantsMapping reports whether a subnet has endpoint-independent mapping.
+func wantsMapping(cfg config.Config) bool { return mappingConfig(cfg, outsidePorts{}) != nil }
+
 // A mapper keeps mappings for as long as a flow of theirs lives: the kernel does
 // that by itself only until the flow is answered. It is made anew for each dump.
 type mapper struct {
@@ -49,7 +51,7 @@ type mapper struct {
 	links  map[cone.Addr]string // the names, of outside addresses
 	inside func(cone.Addr) bool // is in a subnet with mappings
 	served func(cone.Endpoint) bool
-	barred []uint16 // outside ports that no mapping may have
+	barred []uint16 // outside ports on which a mapping ends
 	exempt []netip.Prefix
 
 	known map[ends]rules.LinkID           // mappings that stand
@@ -65,7 +67,7 @@ type ends struct{ in, ext cone.Endpoint }
 
 // newMapper lists what stands. It returns nil where there are no mappings.
 func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served *gateway.PortSet) (*mapper, error) {
-	c := mappingConfig(cfg, nil)
+	c := mappingConfig(cfg, f.ports)
 	if c == nil || !f.maps() {
 		return nil, nil
 	}
@@ -75,7 +77,7 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 		inside: func(a cone.Addr) bool {
 			return slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { return p.Contains(a.Netip()) })
 		},
-		served: served.Serves, barred: f.served, exempt: c.Exempt,
+		served: served.Serves, barred: f.ports.barred, exempt: c.Exempt,
 		known: make(map[ends]rules.LinkID),
 		live:  make(map[rules.Mapping][]rules.Taken),
 		taken: make(map[rules.Taken]struct{}),
@@ -170,7 +172,7 @@ func (m *mapper) keep() error {
 // forgetAddresses ends the mappings to addresses of the gateway that are gone since
 // old, or since an earlier daemon, and the flows that have them.
 func (f *firewall) forgetAddresses(cfg config.Config, old, network gateway.Network) error {
-	c := mappingConfig(cfg, nil)
+	c := mappingConfig(cfg, f.ports)
 	if c == nil || !f.maps() {
 		return nil
 	}
@@ -243,62 +245,4 @@ func endFlows(c *rules.MappingConfig, gone map[cone.Addr]struct{}) (n int, err e
 		errs = append(errs, err)
 	}
 	return len(flows), errors.Join(errs...)
-}
-
-// localPorts reads the ports that the kernel gives to the gateway's own sockets.
-func localPorts() (r config.PortRange, err error) {
-	b, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
-	if err == nil {
-		_, err = fmt.Sscan(string(b), &r.First, &r.Last)
-	}
-	if err != nil {
-		return r, fmt.Errorf("read the range of local ports: %w", err)
-	}
-	return r, nil
-}
-
-// servedPorts returns the outside ports that no mapping may have: those of the
-// gateway's services, and those that the user says he forwards. Ports that the
-// kernel chose for a socket come and go; see Mappings.Take for these.
-func servedPorts(cfg config.Config, held *gateway.PortSet) ([]uint16, error) {
-	local, err := localPorts()
-	if err != nil {
-		return nil, err
-	}
-	all := slices.Clone(cfg.ExcludePorts)
-	for e := range held.All() {
-		if e.Addr.Is4() && !e.Addr.Netip().IsLoopback() && !local.Has(e.Port) && e.Port != 0 {
-			all = append(all, e.Port)
-		}
-	}
-	slices.Sort(all)
-	return slices.Compact(all), nil
-}
-
-// checkPool says what else uses ports of the pool.
-func checkPool(cfg config.Config, network gateway.Network, held *gateway.PortSet, forwarded func(cone.Endpoint) bool) error {
-	if mappingConfig(cfg, nil) == nil {
-		return nil
-	}
-	const mend = "choose a port_pool that nobody uses"
-	local, err := localPorts()
-	if err != nil {
-		return err
-	}
-	if cfg.PortPool.Overlaps(local) {
-		return fmt.Errorf("port_pool %v overlaps %v, the ports of the gateway's own connections (net.ipv4.ip_local_port_range): %s", cfg.PortPool, local, mend)
-	}
-	for e := range held.All() {
-		if cfg.PortPool.Has(e.Port) && e.Addr.Is4() && !e.Addr.Netip().IsLoopback() {
-			return fmt.Errorf("port_pool %v has port %d, which a socket of the gateway holds: %s", cfg.PortPool, e.Port, mend)
-		}
-	}
-	for a := range outsideAddrs(network) {
-		for p := int(cfg.PortPool.First); a.Is4() && forwarded != nil && p <= int(cfg.PortPool.Last); p++ {
-			if e := (cone.Endpoint{Addr: a, Port: uint16(p)}); forwarded(e) {
-				return fmt.Errorf("port_pool %v has port %d, which a rule of yours forwards: %s", cfg.PortPool, p, mend)
-			}
-		}
-	}
-	return nil
 }

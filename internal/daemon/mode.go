@@ -111,18 +111,11 @@ func (d *Daemon) open(cfg config.Config) (o opened, err error) {
 func (d *Daemon) change(cfg config.Config) error {
 	var o opened
 	var m *rules.Map
-	held, err := d.ports.Ports()
-	if err != nil {
-		return err
-	}
 	forwarded, _, err := d.firewall.forwards(d.network)
 	if err != nil {
 		return err
 	}
-	if err := checkPool(cfg, d.network, held, forwarded); err != nil {
-		return err
-	}
-	served, err := servedPorts(cfg, held)
+	ports, warnings, err := d.firewall.choosePorts(cfg, d.network, d.served, d.sure, forwarded)
 	if err != nil {
 		return err
 	}
@@ -133,8 +126,8 @@ func (d *Daemon) change(cfg config.Config) error {
 		}
 	}
 	outside := d.network.OutsideLinks()
-	old := d.firewall.served
-	d.firewall.served, d.firewall.withExpectations = served, hasExpect || o.expect != nil
+	old := d.firewall.ports
+	d.firewall.ports, d.firewall.withExpectations = ports, hasExpect || o.expect != nil
 	if wantsMap(cfg) && d.firewall.missing == nil && !hasMap {
 		if m, err = d.firewall.openMap(cfg, outside); err != nil {
 			d.firewall.withMap = false
@@ -143,7 +136,7 @@ func (d *Daemon) change(cfg config.Config) error {
 		_, err = d.firewall.set(cfg, outside)
 	}
 	if err != nil {
-		d.firewall.served, d.firewall.withExpectations = old, hasExpect
+		d.firewall.ports, d.firewall.withExpectations = old, hasExpect
 		return errors.Join(err, closeExpect(o.expect))
 	}
 	d.do(func() {
@@ -156,7 +149,7 @@ func (d *Daemon) change(cfg config.Config) error {
 		if !hasExpect || !wantsExpect(cfg) {
 			d.missing = o.missing
 		}
-		d.cfg.Config = cfg
+		d.cfg.Config, d.portWarnings = cfg, warnings
 		d.backends.configure(cfg)
 		d.model.SetPolicy(d.now(), d.policy(cfg))
 	})

@@ -46,6 +46,8 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 	look := time.NewTicker(lookEvery)
 	defer look.Stop()
 	var first firstReconcile
+	second := time.NewTimer(betweenLooks) // look at sockets
+	defer second.Stop()
 	for {
 		err := d.reconcileOnce(q)
 		if ctx.Err() != nil {
@@ -53,6 +55,7 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 		}
 		d.failures.note("reconcile", 1, err)
 		var soon <-chan time.Time // instead of what lets a daemon that is ready go again
+		second.Reset(betweenLooks)
 		if ready != nil {
 			wait, err := first.tried(err)
 			switch {
@@ -77,6 +80,10 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 				again = soon == nil
 			case job := <-d.jobs:
 				job()
+			case <-second.C:
+				if err := d.lookAgain(); ctx.Err() == nil {
+					d.failures.note("look at sockets", 1, err)
+				}
 			case <-look.C:
 				if err := d.lookAtRules(); ctx.Err() == nil {
 					d.failures.note("look at nftables", 1, err)
@@ -164,14 +171,13 @@ func (d *Daemon) readGateway() (changed bool, err error) {
 	if unknown := new(gateway.UnknownLinkError); err != nil && !errors.As(err, &unknown) {
 		return false, err
 	}
-	ports, err := d.ports.Ports()
-	if err != nil {
-		return false, err
-	}
 	_, failed := d.mendRules(cfg, network)
-	failed = errors.Join(failed, d.firewall.forgetAddresses(cfg, d.network, network), d.serve(cfg, network, ports))
+	failed = errors.Join(failed, d.firewall.forgetAddresses(cfg, d.network, network))
 	forwarded, warnings, err := d.firewall.forwards(network)
-	failed = errors.Join(failed, err)
+	if err == nil {
+		d.forwarded = forwarded
+	}
+	failed = errors.Join(failed, err, d.lookAtSockets(cfg, network))
 	tables := d.firewall.read(cfg)
 	topology := network.Topology()
 	d.do(func() {
@@ -182,15 +188,11 @@ func (d *Daemon) readGateway() (changed bool, err error) {
 		}
 		old := d.network.Topology()
 		changed = !slices.Equal(old.Routes, topology.Routes) || !slices.Equal(old.Local, topology.Local)
-		d.network, d.served = network, ports
+		d.network = network
+		d.sockets.SetNetwork(network)
 		d.model.SetTopology(d.now(), topology)
 		d.model.SetWay(network.Way())
-		d.model.Review(d.now(), func(p cone.Permission) cone.Reason {
-			if ports.Serves(p.Ext) {
-				return cone.ReasonLocalSocket
-			}
-			return cone.ReasonNone
-		})
+		d.reviewSockets()
 		d.warned.tell(d.now(), d.warnings())
 	})
 	return changed, failed
@@ -274,20 +276,6 @@ func (d *Daemon) mendTableSize() error {
 	return nil
 }
 
-// serve keeps mappings off the ports that the gateway serves now.
-func (d *Daemon) serve(cfg config.Config, network gateway.Network, held *gateway.PortSet) error {
-	if mappingConfig(cfg, nil) == nil {
-		return nil
-	}
-	served, err := servedPorts(cfg, held)
-	if err != nil || slices.Equal(served, d.firewall.served) {
-		return err
-	}
-	d.firewall.served = served
-	_, err = d.firewall.set(cfg, network.OutsideLinks())
-	return err
-}
-
 // lookAtRules looks whether somebody changed nftables since the last time: our
 // tables are mended then, and the user's forwards read again.
 func (d *Daemon) lookAtRules() error {
@@ -317,7 +305,7 @@ func (d *Daemon) lookAtRules() error {
 	if mended || broken {
 		err = errors.Join(err, d.compare(true))
 	}
-	if mended && mappingConfig(cfg, nil) != nil {
+	if mended && wantsMapping(cfg) {
 		d.wantReconcile() // the mappings of living flows
 	}
 	return err

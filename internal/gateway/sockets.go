@@ -23,7 +23,7 @@ var ErrNoUDPDiag = errors.New("the kernel does not find UDP sockets: load the mo
 type Sockets struct {
 	conn      *conn
 	links     []uint32 // by which packets from outside come in; 0 where none is known
-	one, dump []byte // requests
+	one, dump []byte   // requests
 	found     bool
 	find      func([]byte) error // sets found
 }

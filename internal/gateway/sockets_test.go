@@ -58,7 +58,7 @@ func portsServe(t testing.TB, s *Sockets, port int) string {
 func TestSocketsAreFoundWhereTheyServe(t *testing.T) {
 	const all4, all = " " + ext4 + " " + other4, " " + ext4 + " " + other4 + " " + ext6
 	g := newGateway(t, "link add docker0 type bridge", "address add 172.17.0.1/16 dev docker0", "link set docker0 up",
-		"link add wan1 type dummy", "link set wan1 up", "route add default dev wan1 metric 7")
+		"link add wan1 type bridge", "link set wan1 up", "route add default dev wan1 metric 7")
 	s := dialSockets(t, g)
 	s.SetNetwork(readNetwork(t, g))
 	tests := []struct {

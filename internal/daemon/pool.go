@@ -1,0 +1,119 @@
+package daemon
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/conenatd/conenatd/internal/config"
+)
+
+const (
+	// poolWanted is how many ports a pool should have: with fewer than that left of
+	// the default one, another place is better.
+	poolWanted = 1024
+	rangeKey   = "net.ipv4.ip_local_port_range"
+	reserveKey = "net.ipv4.ip_local_reserved_ports"
+)
+
+// localPorts are the ports that the kernel gives to the gateway's own sockets: those
+// of ip_local_port_range that are not in ip_local_reserved_ports.
+type localPorts struct {
+	given    config.PortRange
+	reserved string // as the kernel lists them
+	is       [1 << 16]bool
+}
+
+func readLocalPorts() (*localPorts, error) {
+	given, err := os.ReadFile(sysctlPath(rangeKey))
+	if err != nil {
+		return nil, fmt.Errorf("read the range of local ports: %w", err)
+	}
+	reserved, err := os.ReadFile(sysctlPath(reserveKey))
+	if err != nil {
+		return nil, fmt.Errorf("read the reserved ports: %w", err)
+	}
+	return newLocalPorts(string(given), string(reserved))
+}
+
+func sysctlPath(key string) string { return "/proc/sys/" + strings.ReplaceAll(key, ".", "/") }
+
+// newLocalPorts reads both settings as the kernel writes them: "32768 60999" and
+// "8080,9000-9999".
+func newLocalPorts(given, reserved string) (*localPorts, error) {
+	l := &localPorts{reserved: strings.TrimSpace(reserved)}
+	if _, err := fmt.Sscan(given, &l.given.First, &l.given.Last); err != nil {
+		return nil, fmt.Errorf("read %s %q: %w", rangeKey, given, err)
+	}
+	l.set(l.given, true)
+	for r := range strings.SplitSeq(l.reserved, ",") {
+		if r == "" {
+			continue
+		}
+		first, last, many := strings.Cut(r, "-")
+		if !many {
+			last = first
+		}
+		a, err := strconv.ParseUint(first, 10, 16)
+		b, err2 := strconv.ParseUint(last, 10, 16)
+		if err != nil || err2 != nil {
+			return nil, fmt.Errorf("read %s: %q is no range of ports", reserveKey, r)
+		}
+		l.set(config.PortRange{First: uint16(a), Last: uint16(b)}, false)
+	}
+	return l, nil
+}
+
+func (l *localPorts) set(r config.PortRange, local bool) {
+	for p := int(r.First); p <= int(r.Last); p++ {
+		l.is[p] = local
+	}
+}
+
+// clear returns the longest part of r that has no local port, and how many ports it
+// has. Of two that are equally long it returns the upper one.
+func (l *localPorts) clear(r config.PortRange) (part config.PortRange, n int) {
+	first := int(r.First)
+	for p := int(r.First); p <= int(r.Last); p++ {
+		switch {
+		case l.is[p]:
+			first = p + 1
+		case p-first+1 >= n:
+			part, n = config.PortRange{First: uint16(first), Last: uint16(p)}, p-first+1
+		}
+	}
+	return part, n
+}
+
+// choosePool returns the ports of the pool that are not local ones. Where too few of
+// the default pool are left, which nobody chose, it returns ports elsewhere. ok is
+// false where there are none.
+func (l *localPorts) choosePool(wanted config.PortRange) (pool config.PortRange, ok bool) {
+	pool, n := l.clear(wanted)
+	if n >= poolWanted || wanted != config.Default().PortPool {
+		return pool, n >= config.LeastPool
+	}
+	if other, m := l.clear(config.PortRange{First: 1024, Last: 65535}); m > n {
+		pool, n = other, m
+	}
+	if size := wanted.Len(); n > size {
+		pool.First = uint16(int(pool.Last) - size + 1)
+	}
+	return pool, n >= config.LeastPool
+}
+
+// reserve is the command that takes r from the local ports.
+func (l *localPorts) reserve(r config.PortRange) string {
+	all := r.String()
+	if l.reserved != "" {
+		all = l.reserved + "," + all
+	}
+	return "sysctl -w " + reserveKey + "=" + all
+}
+
+// overlap says that the gateway's own connections use ports of r, and what ends that.
+func (l *localPorts) overlap(r config.PortRange) string {
+	return fmt.Sprintf("port_pool %v overlaps the ports of the gateway's own connections (%s = %v): keep them apart with '%s'",
+		r, rangeKey, l.given, l.reserve(r))
+}

@@ -1,0 +1,178 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/gateway"
+)
+
+// betweenLooks is the time between two looks at the gateway's sockets. One that is
+// there at both stays; those of resolvers come and go, and nothing that stands ends for
+// them.
+const betweenLooks = time.Second
+
+// outsidePorts are what mappings may and may not have.
+type outsidePorts struct {
+	wanted config.PortRange // port_pool, of which pool was made
+	pool   config.PortRange // what newcomers get
+	served []uint16         // what no new mapping gets
+	barred []uint16         // those of served on which a mapping that stands ends
+}
+
+// choosePorts returns the outside ports for mappings. sure says that the sockets were
+// there at two looks. Sockets and forwards in the pool are stepped over, with a warning.
+// The error says how to make a pool where there is none.
+func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, sockets *gateway.PortSet, sure bool,
+	forwarded func(cone.Endpoint) bool,
+) (ports outsidePorts, warnings []string, err error) {
+	if !wantsMapping(cfg) {
+		return ports, nil, nil
+	}
+	local, err := readLocalPorts()
+	if err != nil {
+		return ports, nil, err
+	}
+	ports.wanted = cfg.PortPool
+	pool, ok := local.choosePool(cfg.PortPool)
+	ports.pool = pool
+	switch {
+	case !ok && f.ports.wanted == cfg.PortPool: // it was clear before
+		ports.pool = f.ports.pool
+		warnings = append(warnings, local.overlap(ports.pool))
+	case !ok:
+		return ports, nil, errors.New(local.overlap(cfg.PortPool))
+	case pool.Len() < min(poolWanted, cfg.PortPool.Len()) || !pool.Overlaps(cfg.PortPool):
+		warnings = append(warnings, fmt.Sprintf("hosts get outside ports %v: %s", pool, local.overlap(cfg.PortPool)))
+	}
+	addrs := outsideAddrs(network)
+	served := servedPorts(addrs, sockets)
+	ports.served = sorted(slices.Concat(cfg.ExcludePorts, served))
+	ports.barred = cfg.ExcludePorts
+	if sure {
+		ports.barred = slices.Clone(ports.served)
+		if w := f.inPool(ports.pool, served); w != "" {
+			warnings = append(warnings, w)
+		}
+	}
+	if all := forwardedPorts(ports.pool, addrs, forwarded); len(all) == ports.pool.Len() { // without them there is no pool
+		warnings = append(warnings, fmt.Sprintf("rules of yours forward all of port_pool %v: hosts that get a port of it are reached by nobody new", ports.pool))
+	} else if len(all) > 0 {
+		warnings = append(warnings, fmt.Sprintf("rules of yours forward ports of port_pool %v, such as %d: hosts get the other ones", ports.pool, all[0]))
+		ports.served = sorted(append(ports.served, all...))
+	}
+	return ports, warnings, nil
+}
+
+// inPool says that sockets of the gateway have ports of the pool, served among others. It
+// names the same port for as long as that is in use, for others may come and go.
+func (f *firewall) inPool(pool config.PortRange, served []uint16) string {
+	if !pool.Has(f.portInPool) || !slices.Contains(served, f.portInPool) {
+		i := slices.IndexFunc(served, pool.Has)
+		if i < 0 {
+			return ""
+		}
+		f.portInPool = served[i]
+	}
+	return fmt.Sprintf("sockets of the gateway have ports of port_pool %v, such as %d ('ss -ulnp sport = :%d' names the program): hosts get the other ones",
+		pool, f.portInPool, f.portInPool)
+}
+
+// servedPorts returns the ports of sockets that are bound to all addresses or to an
+// outside one.
+func servedPorts(outside map[cone.Addr]string, sockets *gateway.PortSet) (all []uint16) {
+	for e := range sockets.All() {
+		_, isOutside := outside[e.Addr]
+		if (isOutside || e.Addr == cone.AddrFrom4([4]byte{})) && e.Port != 0 {
+			all = append(all, e.Port)
+		}
+	}
+	return sorted(all)
+}
+
+// forwardedPorts returns those of the pool that rules of the user's forward on one of the
+// outside addresses.
+func forwardedPorts(pool config.PortRange, outside map[cone.Addr]string, forwarded func(cone.Endpoint) bool) (all []uint16) {
+	for a := range outside {
+		for p := int(pool.First); a.Is4() && forwarded != nil && p <= int(pool.Last); p++ {
+			if forwarded(cone.Endpoint{Addr: a, Port: uint16(p)}) {
+				all = append(all, uint16(p))
+			}
+		}
+	}
+	return sorted(all)
+}
+
+func sorted(ports []uint16) []uint16 {
+	slices.Sort(ports)
+	return slices.Compact(ports)
+}
+
+// lookAtSockets reads the sockets of the gateway. What stands ends where a socket was
+// there at the last look too. Within a second of that one it does nothing.
+func (d *Daemon) lookAtSockets(cfg config.Config, network gateway.Network) error {
+	if d.now()-d.looked < betweenLooks*9/10 {
+		return nil
+	}
+	d.ports.SetNetwork(network)
+	held, err := d.ports.Ports()
+	if err != nil {
+		return err
+	}
+	stays := held.Stay(d.held)
+	d.settled = held.Equal(stays)
+	d.held, d.looked = held, d.now()
+	warnings, err := d.serve(cfg, network, stays)
+	d.do(func() {
+		for _, w := range warnings {
+			if !slices.Contains(d.portWarnings, w) {
+				d.log.Warn(w)
+			}
+		}
+		d.portWarnings = warnings
+		d.served, d.sure = stays, true
+		d.reviewSockets()
+	})
+	return err
+}
+
+// lookAgain looks at the sockets again where the last look found new ones.
+func (d *Daemon) lookAgain() error {
+	if d.settled {
+		return nil
+	}
+	var cfg config.Config
+	d.do(func() { cfg = d.cfg.Config })
+	return d.lookAtSockets(cfg, d.network)
+}
+
+// reviewSockets withdraws the permissions on ports of sockets that stay.
+func (d *Daemon) reviewSockets() {
+	if !d.sure {
+		return
+	}
+	d.model.Review(d.now(), func(p cone.Permission) cone.Reason {
+		if d.served.Serves(p.Ext) {
+			return cone.ReasonLocalSocket
+		}
+		return cone.ReasonNone
+	})
+}
+
+// serve keeps mappings off the ports that the gateway serves now.
+func (d *Daemon) serve(cfg config.Config, network gateway.Network, stays *gateway.PortSet) (warnings []string, err error) {
+	ports, warnings, err := d.firewall.choosePorts(cfg, network, stays, true, d.forwarded)
+	if err != nil {
+		return warnings, err
+	}
+	old := d.firewall.ports
+	d.firewall.ports = ports
+	if ports.pool != old.pool || !slices.Equal(ports.served, old.served) {
+		_, err = d.firewall.set(cfg, network.OutsideLinks())
+	}
+	return warnings, err
+}
