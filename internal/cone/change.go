@@ -41,19 +41,11 @@ func (m *Model) lost(now time.Duration, p *Permission) bool {
 }
 
 // SetForwards tells which outside endpoints rules of the user's forward, beside
-// those that flows show. f may be nil. Permissions on such endpoints are
-// withdrawn.
+// those that flows show. f may be nil. Permissions on such endpoints have no
+// expectation any more.
 func (m *Model) SetForwards(now time.Duration, f func(Endpoint) bool) {
 	m.ruled = f
-	if f == nil {
-		return
-	}
-	m.Review(now, func(p Permission) Reason {
-		if f(p.Ext) {
-			return ReasonForwarded
-		}
-		return ReasonNone
-	})
+	m.reconsiderAll(now)
 }
 
 // SetPolicy changes the policy. Permissions that it still allows are not
@@ -61,7 +53,6 @@ func (m *Model) SetForwards(now time.Duration, f func(Endpoint) bool) {
 // that. Flows that give a permission only now are found by the next snapshot.
 func (m *Model) SetPolicy(now time.Duration, p Policy) {
 	shorter := p.Lifetime < m.policy.Lifetime
-	stricter := m.policy.Mapped && !p.Mapped
 	learns := !m.policy.Learned && p.Learned
 	m.policy = compilePolicy(p)
 	m.wheel = newWheel(&m.claims, p.Lifetime)
@@ -103,13 +94,14 @@ func (m *Model) SetPolicy(now time.Duration, p Policy) {
 	for _, x := range wider {
 		m.carryOn(now, x)
 	}
-	if stricter { // a forward bars whatever it leads to now
-		m.Review(now, func(p Permission) Reason {
-			if m.forwardBars(now, p) {
-				return ReasonForwarded
-			}
-			return ReasonNone
-		})
+	m.reconsiderAll(now)
+	if !learns {
+		return
+	}
+	for i := range m.claims { // what the kernel learns meanwhile should stand, or be denied
+		if c := &m.claims[i]; c.state == StateRefused && !c.waitsForFlow() {
+			m.grant(now, int32(i))
+		}
 	}
 }
 
@@ -209,16 +201,20 @@ func (m *Model) supports(contact *Permission, c *claim) bool {
 	return false
 }
 
-// Adopt takes over p, which stands in the kernel from an earlier daemon. Unless
+// Adopt takes over p, which the kernel carries from an earlier daemon. Unless
 // flows hold it, it ends at the time at which it would have ended without a
 // daemon. What the policy does not allow is revoked.
-func (m *Model) Adopt(now time.Duration, p Permission, ends time.Duration) {
-	if _, taken := m.byKey[p.Key]; taken {
+func (m *Model) Adopt(now time.Duration, p Permission, by Carriers, ends time.Duration) {
+	if o := m.owner(p.Key); o != none {
+		if c := &m.claims[o]; c.Int == p.Int && c.state == StateStanding && c.placed.By&by == 0 {
+			m.op(Op{Kind: Revoke, Permission: p, By: by, Reason: c.placed.Why})
+		}
 		return
 	}
 	i := m.claim(now, p)
 	c := &m.claims[i]
 	m.setState(i, StateStanding, ReasonNone)
+	m.setPlacement(i, Placement{By: by})
 	c.made, c.certain = now, true
 	c.fed = min(ends, now+m.policy.Lifetime) - m.policy.Lifetime
 	c.refresh = now
@@ -232,11 +228,7 @@ func (m *Model) Adopt(now time.Duration, p Permission, ends time.Duration) {
 		return
 	}
 	// No limit counts: it stood before, and makes room when another wants it.
-	if r := m.bars(now, c); r != ReasonNone {
-		m.withdraw(i, r)
-		m.refuse(now, i, r)
-		m.settle(now, i)
-	}
+	m.reconsider(now, i)
 }
 
 // Revoke ends the permissions for which f returns true, for good: the flows

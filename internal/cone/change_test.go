@@ -14,6 +14,7 @@ type desk struct {
 	m   *Model
 	id  uint32
 	up  map[Key]Endpoint // what stands in the kernel
+	by  map[Key]Carriers // what carries it
 	ops []Op             // all that were carried out
 }
 
@@ -22,7 +23,7 @@ func newDesk(t *testing.T, change func(*Policy)) *desk {
 	if change != nil {
 		change(&p)
 	}
-	d := &desk{t: t, m: New(p), up: map[Key]Endpoint{}}
+	d := &desk{t: t, m: New(p), up: map[Key]Endpoint{}, by: map[Key]Carriers{}}
 	d.m.SetTopology(0, testTopology)
 	d.m.BeginSnapshot()
 	d.m.EndSnapshot(0)
@@ -38,9 +39,12 @@ func (d *desk) carry() (kinds []OpKind) {
 			switch o.Kind {
 			case Grant:
 				d.up[o.Key] = o.Int
+				d.by[o.Key] |= o.By
 				d.m.Granted(o.Permission)
 			case Revoke:
-				delete(d.up, o.Key)
+				if d.by[o.Key] &^= o.By; d.by[o.Key] == 0 {
+					delete(d.up, o.Key)
+				}
 			}
 		}
 	}
@@ -312,7 +316,7 @@ func TestAdoptedPermissionEndsAsItWouldHaveUnlessAFlowHoldsIt(t *testing.T) {
 	alien := Permission{Key: Key{Ext: ep("198.51.100.1:3"), Peer: ep("203.0.113.5:9").Addr}, Int: ep("10.47.12.20:3")}
 	for _, p := range []Permission{held, lone, alien} {
 		d.up[p.Key] = p.Int
-		d.m.Adopt(0, p, lifetime/2)
+		d.m.Adopt(0, p, ByExpectation, lifetime/2)
 	}
 	d.carry()
 	d.want("10.47.11.109:1", "10.47.11.109:2") // the subnet of the third is not enabled
@@ -418,7 +422,7 @@ func TestAdoptionHeedsNoLimit(t *testing.T) {
 		in := Endpoint{ep("10.47.11.109:1").Addr, port}
 		p := Permission{Key: Key{Ext: Endpoint{ep("198.51.100.1:1").Addr, port}, Peer: ep("203.0.113.5:9").Addr}, Int: in}
 		d.up[p.Key] = p.Int
-		d.m.Adopt(0, p, lifetime)
+		d.m.Adopt(0, p, ByExpectation, lifetime)
 	}
 	d.carry()
 	d.want("10.47.11.109:1", "10.47.11.109:2", "10.47.11.109:3")

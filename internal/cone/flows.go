@@ -133,6 +133,9 @@ func IsAnchor(src, dst Endpoint) bool {
 // FlowSeen takes in a flow that is alive: a new one, or one seen again with its
 // present status and counters.
 func (m *Model) FlowSeen(now time.Duration, f *Flow) {
+	if f.Helped {
+		m.seeHelped(now, f)
+	}
 	switch role, p, subnet := m.role(now, f); role {
 	case roleOut:
 		m.seeOut(now, f, p, subnet)
@@ -160,7 +163,7 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	if r == ReasonNone && m.lost(now, &p) {
 		r = ReasonAddressGone
 		if m.policy.Learned && !m.snap.showing { // the kernel made it as long as it had the address
-			m.Surplus(p)
+			m.Surplus(p, ByMap)
 		}
 	}
 	if r != ReasonNone {
@@ -222,10 +225,15 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 		}
 		return
 	}
-	if _, known := m.flows.byKey[m.flowKey(i, f.Src, true)]; !known && full(m.claims[i].kids, m.policy.children(&p.Key)) {
-		m.stats.Crowded++
-		m.op(Op{Kind: DropUnanswered, Permission: p, From: f.Src, ID: f.ID})
-		return
+	if _, known := m.flows.byKey[m.flowKey(i, f.Src, true)]; !known {
+		crowded := full(m.claims[i].kids, m.policy.children(&p.Key))
+		if crowded {
+			m.stats.Crowded++
+		}
+		if crowded || m.misled(now, f, &m.claims[i]) {
+			m.op(Op{Kind: DropUnanswered, Permission: p, From: f.Src, ID: f.ID})
+			return
+		}
 	}
 	m.addFlow(now, i, f, true)
 }

@@ -89,26 +89,44 @@ func (m *Model) forwardedTo(now time.Duration, p Permission) bool {
 	return ok && (f.to == p.Int && now-f.seen < forwardMemory || now-f.other < forwardMemory)
 }
 
-// withdrawForwarded withdraws the permissions of one outside endpoint that its
-// forward bars.
+// freshTime is how long after a forward was noticed a child may still be told of
+// that was admitted before.
+const freshTime = 2 * time.Second
+
+// seeForwarded takes in that a forward covers the outside endpoint of claim i, which
+// stands, as it did not before. The peers' packets are the forward's now, if they are
+// among those that it is for: who may have been led elsewhere is led anew.
+func (m *Model) seeForwarded(now time.Duration, i int32) {
+	c := &m.claims[i]
+	m.dropChildren(c)
+	if now >= m.freshEnds {
+		clear(m.fresh)
+	}
+	m.fresh[c.extKey()] = struct{}{}
+	m.freshEnds = now + freshTime
+}
+
+// misled reports whether f, a new child of c that nobody answered, may have been
+// admitted before the forward that is for it. One of an expectation was in any case.
+func (m *Model) misled(now time.Duration, f *Flow, c *claim) bool {
+	if c.placed.Why != ReasonForwarded || f.Status.Has(StatusSeenReply) {
+		return false
+	}
+	_, fresh := m.fresh[c.extKey()]
+	return f.Status.Has(StatusExpected) || fresh && now < m.freshEnds
+}
+
+// withdrawForwarded withdraws what a forward bars of one outside endpoint.
 func (m *Model) withdrawForwarded(now time.Duration, e extKey) {
 	// Listed first: one that ends may let another stand, and that evict a third.
 	var barred []int32
 	if i, ok := m.byExt[e]; ok {
 		for ; i != none; i = m.claims[i].extNext {
-			if m.claims[i].state == StateStanding && m.forwardBars(now, m.claims[i].Permission) {
-				barred = append(barred, i)
-			}
+			barred = append(barred, i)
 		}
 	}
 	for _, i := range barred {
-		if m.claims[i].state == StateStanding {
-			m.withdraw(i, ReasonForwarded)
-			m.refuse(now, i, ReasonForwarded)
-			if m.claims[i].outs == 0 {
-				m.end(now, i, ReasonForwarded)
-			}
-		}
+		m.reconsider(now, i)
 	}
 }
 

@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-func learned(p *Policy) { p.Learned = true }
+func learned(p *Policy) { p.Mapped, p.Learned = true, true }
 
 // What the kernel learned by itself must go where a permission is refused, and
 // must not come back with the next packet.
@@ -21,8 +21,6 @@ func TestRefusedPermissionIsDeniedToAKernelThatLearns(t *testing.T) {
 		act    func(d *desk)
 		want   []OpKind // without Deny where the kernel does not learn
 	}{
-		"forwarded by a flow":   {Limits{}, func(d *desk) { d.dnat(1, "192.0.2.77:1", "198.51.100.1:1", "10.47.11.200:80", 0) }, []OpKind{Revoke, Deny}},
-		"forwarded by a rule":   {Limits{}, func(d *desk) { d.m.SetForwards(1, func(Endpoint) bool { return true }) }, []OpKind{Revoke, Deny}},
 		"local socket":          {Limits{}, refuse(ReasonLocalSocket, true), []OpKind{Revoke, Deny}},
 		"local socket at once":  {Limits{}, refuse(ReasonLocalSocket, false), []OpKind{Deny}},
 		"limit of the host":     {Limits{PerHost: 1}, another, []OpKind{Deny}},
@@ -46,14 +44,14 @@ func TestRefusedPermissionIsDeniedToAKernelThatLearns(t *testing.T) {
 		}, []OpKind{Revoke}},
 		"adopted": {Limits{}, func(d *desk) {
 			d.m.SetForwards(1, func(e Endpoint) bool { return e.Port == 7 })
-			d.m.Adopt(1, Permission{Key: Key{Ext: ep("198.51.100.1:7"), Peer: ep("203.0.113.5:9").Addr}, Int: ep(second)}, lifetime)
-		}, []OpKind{Revoke}},
+			d.m.Adopt(1, Permission{Key: Key{Ext: ep("198.51.100.1:7"), Peer: ep("203.0.113.5:9").Addr}, Int: ep(second)}, ByExpectation, lifetime)
+		}, []OpKind{Grant, Revoke}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, learns := range []bool{true, false} {
 				p := testPolicy
-				p.Learned, p.Limits = learns, tc.limits
-				d := &desk{t: t, m: New(p), up: map[Key]Endpoint{}}
+				p.Mapped, p.Learned, p.Limits = true, learns, tc.limits
+				d := &desk{t: t, m: New(p), up: map[Key]Endpoint{}, by: map[Key]Carriers{}}
 				d.m.SetTopology(0, testTopology)
 				d.snapshot(0)
 				d.open(0, in, "203.0.113.5:9")
@@ -217,24 +215,24 @@ func TestSurplus(t *testing.T) {
 		"it stands": {nil, in, nil},
 		"another stands": {
 			nil, "10.47.11.110:1",
-			[]Op{{Kind: Grant, Permission: Permission{Key: key, Int: ep(in)}}},
+			[]Op{{Kind: Grant, Permission: Permission{Key: key, Int: ep(in)}, By: ByMap}},
 		},
 		"another stands, it waits": {
 			func(d *desk) { d.open(0, "10.47.11.110:1", "203.0.113.5:10") },
 			"10.47.11.110:1",
-			[]Op{{Kind: Grant, Permission: Permission{Key: key, Int: ep(in)}}},
+			[]Op{{Kind: Grant, Permission: Permission{Key: key, Int: ep(in)}, By: ByMap}},
 		},
 		"it is refused": {
 			func(d *desk) { d.m.Refused(0, d.view(in).Permission, ReasonLocalSocket, true) }, in,
-			[]Op{{Kind: Revoke, Permission: Permission{Key: key, Int: ep(in)}, Reason: ReasonExpired}},
+			[]Op{{Kind: Revoke, Permission: Permission{Key: key, Int: ep(in)}, By: ByMap, Reason: ReasonExpired}},
 		},
 		"another is refused": {
 			func(d *desk) { d.m.Refused(0, d.view(in).Permission, ReasonLocalSocket, true) }, "10.47.11.110:1",
-			[]Op{{Kind: Revoke, Permission: Permission{Key: key, Int: ep("10.47.11.110:1")}, Reason: ReasonExpired}},
+			[]Op{{Kind: Revoke, Permission: Permission{Key: key, Int: ep("10.47.11.110:1")}, By: ByMap, Reason: ReasonExpired}},
 		},
 		"nobody wants it": {
 			func(d *desk) { d.m.RevokeAll() }, in,
-			[]Op{{Kind: Revoke, Permission: Permission{Key: key, Int: ep(in)}, Reason: ReasonExpired}},
+			[]Op{{Kind: Revoke, Permission: Permission{Key: key, Int: ep(in)}, By: ByMap, Reason: ReasonExpired}},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -245,7 +243,7 @@ func TestSurplus(t *testing.T) {
 			}
 			d.carry()
 			d.ops = nil
-			d.m.Surplus(Permission{Key: key, Int: ep(tc.found)})
+			d.m.Surplus(Permission{Key: key, Int: ep(tc.found)}, ByMap)
 			d.carry()
 			if !slices.Equal(d.ops, tc.want) {
 				t.Errorf("ops %+v, want %+v", d.ops, tc.want)
@@ -259,7 +257,7 @@ func TestAdoptionOfAKeyThatIsClaimedIsIgnored(t *testing.T) {
 	d.open(0, "10.47.11.109:1", "203.0.113.5:9")
 	p := d.view("10.47.11.109:1").Permission
 	p.Int = ep("10.47.11.110:1")
-	d.m.Adopt(1, p, lifetime)
+	d.m.Adopt(1, p, ByMap, lifetime)
 	d.wantOps("adopted", d.carry())
 	d.want("10.47.11.109:1")
 }

@@ -8,6 +8,19 @@ import (
 
 func mapped(p *Policy) { p.Mapped = true }
 
+// both has each permission carried by both.
+func both(p *Policy) { choose(ChooseBoth)(p) }
+
+func choose(c Choice) func(*Policy) {
+	return func(p *Policy) {
+		p.Mapped = true
+		p.Subnets = slices.Clone(p.Subnets)
+		for i := range p.Subnets {
+			p.Subnets[i].Choice = c
+		}
+	}
+}
+
 // dnat lets from send to ext, from where it is DNATed to in.
 func (d *desk) dnat(now time.Duration, from, ext, in string, more Status) (*Flow, []OpKind) {
 	d.id++
@@ -155,7 +168,8 @@ func TestDNATedChildrenBeyondTheLimitAreDropped(t *testing.T) {
 	}
 }
 
-// It may have come in by a forward of the user's.
+// It may have come in by a forward of the user's. What the permission admitted right
+// before that came is another matter.
 func TestDNATedFlowThatAForwardMayHaveLetInIsNeverDropped(t *testing.T) {
 	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
 	for name, tc := range map[string]struct {
@@ -168,14 +182,14 @@ func TestDNATedFlowThatAForwardMayHaveLetInIsNeverDropped(t *testing.T) {
 			d.gone(0, out)
 			d.m.Review(0, func(Permission) Reason { return ReasonTableFull })
 		}},
-		"refused, and rules forward the port": {"203.0.113.5:77", in, func(d *desk, _ *Flow) {
+		"rules forward the port": {"203.0.113.5:77", in, func(d *desk, _ *Flow) {
 			d.m.SetForwards(0, func(Endpoint) bool { return true })
 		}},
 		"refused, and flows show a forward to the mapping": {"203.0.113.5:77", in, func(d *desk, _ *Flow) {
 			d.dnat(0, "192.0.2.77:1", ext, in, 0)
 			d.m.Revoke(0, func(Permission) bool { return true })
 		}},
-		"refused, and flows show two forwards": {"203.0.113.5:77", in, func(d *desk, _ *Flow) {
+		"flows show two forwards": {"203.0.113.5:77", in, func(d *desk, _ *Flow) {
 			d.dnat(0, "192.0.2.77:1", ext, in, 0)
 			d.dnat(0, "192.0.2.77:2", ext, "10.47.11.200:80", 0)
 		}},
@@ -187,8 +201,8 @@ func TestDNATedFlowThatAForwardMayHaveLetInIsNeverDropped(t *testing.T) {
 				tc.prepare(d, out)
 			}
 			d.carry()
-			f, kinds := d.dnat(1, tc.from, ext, tc.to, 0)
-			kinds = append(kinds, d.snapshot(2, f)...)
+			f, kinds := d.dnat(freshTime, tc.from, ext, tc.to, 0)
+			kinds = append(kinds, d.snapshot(freshTime, f)...)
 			if slices.Contains(kinds, DropUnanswered) {
 				t.Errorf("ops %v, want no flow dropped", kinds)
 			}
@@ -196,13 +210,14 @@ func TestDNATedFlowThatAForwardMayHaveLetInIsNeverDropped(t *testing.T) {
 	}
 }
 
+// It bars the expectation; the map comes after it in any case.
 func TestForwardBarsByItsTarget(t *testing.T) {
 	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
 	for name, tc := range map[string]struct {
-		mapped bool
-		from   string
-		to     string
-		stands bool
+		mapped   bool
+		from     string
+		to       string
+		expected bool
 	}{
 		"mapped, to the mapping's own endpoint":   {true, "192.0.2.77:1", in, true},
 		"mapped, to another endpoint":             {true, "192.0.2.77:1", "10.47.11.200:80", false},
@@ -214,7 +229,11 @@ func TestForwardBarsByItsTarget(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			for order, early := range map[string]bool{"forward first": true, "permission first": false} {
-				d := newDesk(t, func(p *Policy) { p.Mapped = tc.mapped })
+				d := newDesk(t, func(p *Policy) {
+					if tc.mapped {
+						both(p)
+					}
+				})
 				if early {
 					d.dnat(0, tc.from, ext, tc.to, 0)
 				}
@@ -222,8 +241,16 @@ func TestForwardBarsByItsTarget(t *testing.T) {
 				if !early {
 					d.dnat(2, tc.from, ext, tc.to, 0)
 				}
-				if v := d.view(in); (v.State == StateStanding) != tc.stands || v.State == StateRefused && v.Reason != ReasonForwarded {
-					t.Errorf("%s: it is %v (%v), want it to stand: %v", order, v.State, v.Reason, tc.stands)
+				v := d.view(in)
+				want := Placement{By: AllCarriers}
+				switch {
+				case !tc.mapped:
+					want = Placement{}
+				case !tc.expected:
+					want = Placement{ByMap, ReasonForwarded}
+				}
+				if v.Placement != want || d.by[v.Key] != want.By || (v.State == StateStanding) != tc.mapped || v.State == StateRefused && v.Reason != ReasonForwarded {
+					t.Errorf("%s: it is %v (%v), by %+v, want %+v", order, v.State, v.Reason, v.Placement, want)
 				}
 			}
 		})
@@ -278,12 +305,12 @@ func TestFormerPermissionsAreForgottenWhenThereAreTooMany(t *testing.T) {
 }
 
 // A child of ours that was left behind and a forward of the user's, in any order
-// and more than once: whoever's endpoint is not all that was seen, is barred.
+// and more than once: whoever's endpoint is not all that was seen, has no expectation.
 func TestOfSeveralTargetsTheOneThatBarsWins(t *testing.T) {
 	const in, ext, other = "10.47.11.109:1", "198.51.100.1:1", "10.47.11.200:80"
 	for name, tc := range map[string]struct {
-		targets []string // an hour's third apart
-		stands  bool
+		targets  []string // an hour's third apart
+		expected bool
 	}{
 		"its own, then another":           {[]string{in, other}, false},
 		"another, then its own":           {[]string{other, in}, false},
@@ -298,7 +325,7 @@ func TestOfSeveralTargetsTheOneThatBarsWins(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			for order, early := range map[string]bool{"permission first": true, "permission last": false} {
-				d := newDesk(t, mapped)
+				d := newDesk(t, both)
 				flow := func(now time.Duration) { d.snapshot(now, d.open(now, in, "203.0.113.5:9")) }
 				if early {
 					flow(0)
@@ -311,36 +338,62 @@ func TestOfSeveralTargetsTheOneThatBarsWins(t *testing.T) {
 				if !early {
 					flow(now)
 				}
-				d.m.Tick(now+2*testPolicy.Retry, 10) // the refused one is tried again
+				d.m.SetForwards(now+2*testPolicy.Retry, nil) // at each reconcile
 				d.carry()
-				if v := d.view(in); (v.State == StateStanding) != tc.stands {
-					t.Errorf("%s: it is %v (%v), want it to stand: %v", order, v.State, v.Reason, tc.stands)
+				if v := d.view(in); (v.By == AllCarriers) != tc.expected || v.By&ByMap == 0 || d.by[v.Key] != v.By {
+					t.Errorf("%s: it stands by %v, want it expected: %v", order, v.By, tc.expected)
 				}
 			}
 		})
 	}
 }
 
-// The forward ends one permission; the one that waited for it leads to where the
-// forward does, stands, and evicts a third one that the forward bars too.
-func TestForwardThatLetsAnotherPermissionStand(t *testing.T) {
-	const ext = "198.51.100.1:1"
-	d := newDesk(t, func(p *Policy) { p.Mapped, p.Limits.PerHost = true, 1 })
-	third := &Flow{
-		ID: 1000, Status: StatusSrcNAT, Src: ep("10.47.11.110:2"),
-		Dst: ep("203.0.113.6:9"), ReplySrc: ep("203.0.113.6:9"), ReplyDst: ep(ext),
-	}
-	d.seen(0, third)
-	d.gone(0, third)
-	first := d.open(0, "10.47.11.109:1", "203.0.113.5:9")
-	d.open(0, "10.47.11.110:1", "203.0.113.5:10")
-	d.dnat(0, "203.0.113.5:77", ext, "10.47.11.109:1", StatusSeenReply)
-	d.gone(0, first)
-	d.want("10.47.11.109:1", "10.47.11.110:2")
-	d.dnat(1, "192.0.2.77:1", ext, "10.47.11.110:1", 0)
-	d.want("10.47.11.110:1")
-	if s := d.m.Stats(); s.Refused != 0 || s.Waiting != 0 || s.Revoked[ReasonEvicted] != 1 {
-		t.Errorf("%d refused, %d wait, %d evicted; want 0, 0, 1", s.Refused, s.Waiting, s.Revoked[ReasonEvicted])
+// A forward takes the ports that it covers: what our permission led elsewhere before is
+// led anew, but not what is a flow of the forward itself later, nor an answered one.
+func TestForwardTakesUnansweredChildren(t *testing.T) {
+	const in, ext, other = "10.47.11.109:1", "198.51.100.1:1", "10.47.11.200:80"
+	for name, tc := range map[string]struct {
+		change  func(*Policy)
+		forward func(d *desk)
+		want    []OpKind
+	}{
+		"of a rule, the map":         {mapped, func(d *desk) { d.m.SetForwards(1, func(Endpoint) bool { return true }) }, []OpKind{DropUnanswered}},
+		"of a rule, both":            {both, func(d *desk) { d.m.SetForwards(1, func(Endpoint) bool { return true }) }, []OpKind{Revoke, DropUnanswered}},
+		"of a rule, by expectations": {choose(ChooseExpectation), func(d *desk) { d.m.SetForwards(1, func(Endpoint) bool { return true }) }, []OpKind{Grant, Revoke, DropUnanswered}},
+		"seen by a flow":             {mapped, func(d *desk) { d.dnat(1, "192.0.2.77:1", ext, other, 0) }, []OpKind{DropUnanswered}},
+		"seen by a flow, both":       {both, func(d *desk) { d.dnat(1, "192.0.2.77:1", ext, other, 0) }, []OpKind{Revoke, DropUnanswered}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, tc.change)
+			d.open(0, in, "203.0.113.5:9")
+			lost, _ := d.dnat(0, "203.0.113.5:77", ext, in, 0)
+			d.dnat(0, "203.0.113.5:78", ext, in, StatusSeenReply)
+			d.ops = nil
+			tc.forward(d)
+			d.carry()
+			var kinds []OpKind
+			for _, o := range d.ops {
+				kinds = append(kinds, o.Kind)
+				if o.Kind == DropUnanswered && o.ID != lost.ID {
+					t.Errorf("child %d is dropped, want %d", o.ID, lost.ID)
+				}
+			}
+			d.wantOps("the forward", kinds, tc.want...)
+			d.gone(1, lost)
+			if v := d.view(in); v.Placement != (Placement{ByMap, ReasonForwarded}) || v.Children != 1 {
+				t.Errorf("it stands by %+v with %d children", v.Placement, v.Children)
+			}
+			_, kinds = d.dnat(2, "203.0.113.5:79", ext, in, 0)
+			d.wantOps("the event of a child comes late", kinds, DropUnanswered)
+			f, kinds := d.dnat(1+freshTime, "203.0.113.5:80", ext, in, 0)
+			d.wantOps("a child of the map, or of the forward", kinds)
+			d.m.SetForwards(2+freshTime, func(Endpoint) bool { return true })
+			d.wantOps("the same forward", d.carry())
+			late := *f
+			late.ID, late.Status = 999, StatusDstNAT|StatusExpected
+			late.Src.Port, late.MasterSrc, late.MasterDst = 81, Endpoint{Addr: f.ReplySrc.Addr}, Endpoint{f.Src.Addr, f.Dst.Port}
+			d.wantOps("a child of the expectation that is gone", d.seen(3+freshTime, &late), DropUnanswered)
+		})
 	}
 }
 
@@ -355,7 +408,7 @@ func TestPolicySwitchesMappedOnAndOff(t *testing.T) {
 	out := d.open(0, in, "203.0.113.5:9")
 	child, _ := d.dnat(1, "203.0.113.5:77", ext, in, StatusSeenReply)
 	d.m.SetPolicy(2, off)
-	d.wantOps("off", d.carry())
+	d.wantOps("off", d.carry(), Grant, Revoke) // before it goes
 	d.snapshot(3, out, child)
 	d.want(in)
 	if v := d.view(in); v.Children != 1 {

@@ -25,8 +25,12 @@ func (s State) String() string {
 // slice and point at each other by index.
 type claim struct {
 	Permission
-	state   State
-	reason  Reason
+	state  State
+	reason Reason
+	placed Placement
+	// Why the kernel gave it no expectation, or no element of the map.
+	unexpected, unmapped Reason
+
 	certain bool // the kernel said that it stands
 	counted bool // in its scopes
 	listed  bool // there as lingering
@@ -68,7 +72,10 @@ type Model struct {
 	free      []int32 // unused indexes of claims
 	byKey     map[Key]int32
 	byExt     map[extKey]int32
-	forwarded map[extKey]forward // by outside endpoint: what flows showed
+	forwarded map[extKey]forward     // by outside endpoint: what flows showed
+	fresh     map[extKey]struct{}    // endpoints whose forward was noticed just now
+	freshEnds time.Duration          // until when that is so
+	pairs     map[pair]time.Duration // of hosts that a helper works for: last seen
 	former    formers
 	flows     flowTable
 	early     earlyIndex
@@ -91,6 +98,10 @@ type Model struct {
 type Stats struct {
 	Standing, Refused, Waiting int // claims by state
 	Flows                      int // flows that support or belong to claims
+	Expected, Mapped           int // claims that stand, by carrier
+	// MapAlone counts those that the map alone carries, by why no expectation does.
+	MapAlone [Reasons]int
+	Helped   int // pairs of hosts that a conntrack helper was seen at work for
 
 	Granted   uint64 // grants decided, retries included
 	Conflicts uint64 // claims that found the permission owned
@@ -113,6 +124,8 @@ func New(p Policy) *Model {
 		byKey:     make(map[Key]int32),
 		byExt:     make(map[extKey]int32),
 		forwarded: make(map[extKey]forward),
+		fresh:     make(map[extKey]struct{}),
+		pairs:     make(map[pair]time.Duration),
 		former:    newFormers(),
 		hosts:     make(map[Addr]scope),
 		subnets:   newScopes(len(p.Subnets)),
@@ -191,6 +204,9 @@ func (m *Model) setState(i int32, s State, r Reason) {
 	*m.gauge(c.state)--
 	*m.gauge(s)++
 	c.state, c.reason = s, r
+	if s != StateStanding {
+		m.setPlacement(i, Placement{})
+	}
 	m.account(i)
 }
 
@@ -208,35 +224,28 @@ func (m *Model) gauge(s State) *int {
 // grant makes claim i stand. It must be the first of its Key.
 func (m *Model) grant(now time.Duration, i int32) {
 	c := &m.claims[i]
-	r := m.bars(now, c)
-	if r == ReasonNone {
-		r = m.room(c, func(i int32) { m.end(now, i, ReasonEvicted) })
+	if m.stopped {
+		m.refuse(now, i, ReasonStopped)
+		return
 	}
-	if r != ReasonNone {
+	c.forget()
+	p := m.place(now, c)
+	if p.By == 0 {
+		m.refuse(now, i, p.Why)
+		return
+	}
+	if r := m.room(c, func(i int32) { m.end(now, i, ReasonEvicted) }); r != ReasonNone {
 		m.refuse(now, i, r)
 		return
 	}
 	m.setState(i, StateStanding, ReasonNone)
+	m.setPlacement(i, p)
 	c.made, c.ends, c.certain = now, 0, false
 	c.refresh = now + m.policy.Lifetime/2
 	m.stats.Granted++
-	m.op(Op{Kind: Grant, Permission: c.Permission})
+	m.op(Op{Kind: Grant, Permission: c.Permission, By: p.By})
 	// One that waited long may be past its deadline: its flows are asked next.
 	m.wheel.schedule(i, min(c.refresh, max(c.fed+m.policy.Lifetime, now+m.wheel.grain)))
-}
-
-// bars returns why c must not stand, by what the model knows itself.
-func (m *Model) bars(now time.Duration, c *claim) Reason {
-	if m.stopped {
-		return ReasonStopped
-	}
-	if m.ruled != nil && m.ruled(c.Ext) {
-		return ReasonForwarded
-	}
-	if m.forwardBars(now, c.Permission) {
-		return ReasonForwarded
-	}
-	return ReasonNone
 }
 
 // refuse notes that claim i does not stand, to be tried again later.
@@ -271,7 +280,7 @@ func (m *Model) withdraw(i int32, r Reason) {
 		return
 	}
 	m.stats.Revoked[r]++
-	m.op(Op{Kind: Revoke, Permission: c.Permission, Reason: r})
+	m.op(Op{Kind: Revoke, Permission: c.Permission, By: AllCarriers, Reason: r}) // the kernel may have learned it, too
 	m.dropChildren(c)
 	m.wheel.remove(i)
 }
@@ -329,6 +338,7 @@ func (m *Model) end(now time.Duration, i int32, r Reason) {
 		heir = c.nextKey
 	}
 	*m.gauge(c.state)--
+	m.setPlacement(i, Placement{})
 	c.state = stateUnused
 	m.account(i)
 	*c = claim{state: stateUnused}
@@ -419,7 +429,7 @@ func (m *Model) attend(now time.Duration, i int32) {
 		deadline = c.ends
 	}
 	if now >= c.refresh {
-		m.op(Op{Kind: Refresh, Permission: c.Permission})
+		m.op(Op{Kind: Refresh, Permission: c.Permission, By: c.placed.By})
 		c.refresh = now + m.policy.Lifetime/2
 	}
 	m.wheel.schedule(i, min(c.refresh, deadline))
@@ -470,15 +480,16 @@ func (m *Model) Refused(now time.Duration, p Permission, r Reason, standing bool
 	m.settle(now, i)
 }
 
-// Lost tells the model that p is gone from the kernel. If it should stand, it is
-// granted again, and Lost returns true.
-func (m *Model) Lost(p Permission) bool {
+// Lost tells the model that the kernel carries p by some carriers no more. If it
+// should, p is granted again, and Lost returns true.
+func (m *Model) Lost(p Permission, by Carriers) bool {
 	i := m.find(p.Key, p.Int)
-	if i == none || m.claims[i].state != StateStanding {
+	if i == none || m.claims[i].placed.By&by == 0 {
 		return false
 	}
-	m.claims[i].certain = false
-	m.op(Op{Kind: Grant, Permission: m.claims[i].Permission})
+	c := &m.claims[i]
+	c.certain = false
+	m.op(Op{Kind: Grant, Permission: c.Permission, By: c.placed.By & by})
 	return true
 }
 
@@ -488,23 +499,23 @@ func (m *Model) Lost(p Permission) bool {
 func (m *Model) Doubt(k Key) bool {
 	for _, k.Wild = range [...]uint8{0, groupBits(m.policy.PeerGroups, k.Peer)} {
 		if i := m.owner(k); i != none && m.claims[i].state == StateStanding {
-			m.op(Op{Kind: Refresh, Permission: m.claims[i].Permission})
+			m.op(Op{Kind: Refresh, Permission: m.claims[i].Permission, By: m.claims[i].placed.By})
 			return true
 		}
 	}
 	return false
 }
 
-// Surplus tells the model that p stands in the kernel. If it should not, it is
-// revoked; if another inside endpoint should have its Key, that one is granted,
-// to replace p: a map knows a permission by its Key alone, so to revoke p could
-// end the other one.
-func (m *Model) Surplus(p Permission) {
+// Surplus tells the model that the kernel carries p by some carrier. If it should
+// not, that ends; if another inside endpoint should have its Key there, that one is
+// granted, to replace p: a map knows a permission by its Key alone, so to revoke p
+// could end the other one.
+func (m *Model) Surplus(p Permission, by Carriers) {
 	switch o := m.owner(p.Key); {
-	case o == none || m.claims[o].state != StateStanding:
-		m.op(Op{Kind: Revoke, Permission: p, Reason: ReasonExpired})
+	case o == none || m.claims[o].placed.By&by == 0:
+		m.op(Op{Kind: Revoke, Permission: p, By: by, Reason: ReasonExpired})
 	case m.claims[o].Int != p.Int:
-		m.Lost(m.claims[o].Permission)
+		m.Lost(m.claims[o].Permission, by)
 	}
 }
 

@@ -18,6 +18,7 @@ const lifetime = 64 * time.Second // a grain is one second
 var (
 	testPolicy = Policy{
 		Subnets:          []Subnet{{Prefix: netip.MustParsePrefix("10.47.11.0/24")}},
+		Expected:         true,
 		Lifetime:         lifetime,
 		Retry:            10 * time.Second,
 		ExcludePeerPorts: []uint16{53},
@@ -41,7 +42,8 @@ type world struct {
 	ref    *refModel
 	policy Policy
 	kernel map[Key]Endpoint
-	mapped map[Key]bool             // stands as an element of a map
+	by     map[Key]Carriers         // what carries it
+	fell   map[Key]time.Duration    // when it ended
 	taught map[Key]bool             // learned, not granted
 	denied map[Key]time.Duration    // not to be learned until then
 	flows  []*Flow                  // alive
@@ -57,7 +59,7 @@ func newWorld(t *testing.T, seed uint64, p Policy) *world {
 	w := &world{
 		t: t, rnd: rand.New(rand.NewPCG(seed, 1)),
 		m: New(p), ref: newRef(p, testTopology), policy: p, peers: 2,
-		kernel: map[Key]Endpoint{}, mapped: map[Key]bool{},
+		kernel: map[Key]Endpoint{}, by: map[Key]Carriers{}, fell: map[Key]time.Duration{},
 		taught: map[Key]bool{}, denied: map[Key]time.Duration{}, sent: map[uint32]time.Duration{},
 	}
 	if len(p.PeerGroups) > 0 {
@@ -90,33 +92,29 @@ func (w *world) apply() {
 				if stands && owner != o.Int && !w.taught[o.Key] {
 					w.failf("grant of %v to %v while %v owns it", o.Key, o.Int, owner)
 				}
+				w.mayCarry(&o)
 				if w.rnd.IntN(100) < w.full {
-					why := ReasonTableFull
-					if w.policy.Learned { // what stands is no question of room
-						why = ReasonLocalSocket
-					}
-					w.m.Refused(w.now, o.Permission, why, false)
-					w.ref.refused(w.now, o.Permission, why)
+					w.refuse(&o)
 					continue
 				}
-				w.stand(o.Key, o.Int)
+				w.stand(o.Key, o.Int, o.By)
 				delete(w.denied, o.Key)
 				delete(w.taught, o.Key)
 				w.m.Granted(o.Permission)
 			case Deny:
-				if !w.policy.Learned {
+				if !w.ref.policy.Learned {
 					w.failf("a kernel that does not learn is told what not to learn")
 				}
-				delete(w.kernel, o.Key)
+				w.fall(o.Key, ByMap)
 				w.denied[o.Key] = w.now + 2*testPolicy.Retry
 			case Revoke:
 				if stands && owner != o.Int && !w.taught[o.Key] {
 					w.failf("revoke of %v for %v hits %v", o.Key, o.Int, owner)
 				}
-				delete(w.kernel, o.Key)
+				w.fall(o.Key, o.By)
 			case Refresh:
-				if !stands || owner != o.Int {
-					w.failf("refresh of %v for %v, which does not stand", o.Key, o.Int)
+				if !stands || owner != o.Int || w.by[o.Key]&o.By != o.By || o.By == 0 {
+					w.failf("refresh of %v for %v by %v, which stands by %v", o.Key, o.Int, o.By, w.by[o.Key])
 				}
 			case DropUnanswered:
 				for i, f := range w.flows {
@@ -129,7 +127,7 @@ func (w *world) apply() {
 					}
 				}
 			case DropEarly:
-				if !w.permits(o.From.Addr, o.Ext) {
+				if at, fell := w.fell[o.Key]; !w.permits(o.From.Addr, o.Ext) && !(fell && at == w.now) {
 					w.failf("early flow of %v dropped without a permission", o.Key)
 				}
 			case Query: // answered by ask, for model and reference at once
@@ -144,8 +142,24 @@ func (w *world) check() {
 	if !maps.Equal(w.kernel, want) {
 		w.failf("standing permissions differ (-want +got)\n%s", cmp.Diff(fmt.Sprint(want), fmt.Sprint(w.kernel)))
 	}
-	if n := w.m.Stats().Standing; n != len(want) {
-		w.failf("Stats.Standing is %d, want %d", n, len(want))
+	s := w.m.Stats()
+	if s.Standing != len(want) {
+		w.failf("Stats.Standing is %d, want %d", s.Standing, len(want))
+	}
+	expected, mapped := 0, 0
+	for _, c := range w.ref.claims {
+		if c.state != StateStanding {
+			continue
+		}
+		by := w.by[c.Key]
+		if by&ByExpectation != 0 && w.ref.barred(w.now, c) {
+			w.failf("%v is expected, and a forward covers its port", c.Key)
+		}
+		expected += int(by & ByExpectation)
+		mapped += int(by&ByMap) / int(ByMap)
+	}
+	if s.Expected != expected || s.Mapped != mapped {
+		w.failf("%d are expected, %d in the map; Stats say %d, %d", expected, mapped, s.Expected, s.Mapped)
 	}
 }
 
@@ -181,12 +195,41 @@ func asDestroyed(f *Flow) *Flow {
 	return &g
 }
 
-// stand makes a permission stand in the kernel, one way or the other.
-func (w *world) stand(k Key, in Endpoint) {
-	if _, stands := w.kernel[k]; !stands && w.ref.policy.Mapped {
-		w.mapped[k] = w.rnd.IntN(2) == 0 || k.Wild > 0
-	}
+// stand makes a permission stand in the kernel by some carriers.
+func (w *world) stand(k Key, in Endpoint, by Carriers) {
 	w.kernel[k] = in
+	w.by[k] |= by
+}
+
+// fall takes it from them.
+func (w *world) fall(k Key, by Carriers) {
+	if w.by[k] &^= by; w.by[k] == 0 {
+		delete(w.by, k)
+		delete(w.kernel, k)
+		w.fell[k] = w.now
+	}
+}
+
+// mayCarry fails for a carrier that cannot carry what o grants.
+func (w *world) mayCarry(o *Op) {
+	if o.By == 0 || o.By&ByMap != 0 && !w.ref.policy.Mapped || o.By&ByExpectation != 0 && o.Wild > 0 {
+		w.failf("grant of %v by %v", o.Key, o.By)
+	}
+}
+
+// refuse lets the kernel refuse what o grants. By another carrier it may stand.
+func (w *world) refuse(o *Op) {
+	why := ReasonTableFull
+	if w.policy.Learned { // what stands is no question of room
+		why = ReasonLocalSocket
+		w.m.Refused(w.now, o.Permission, why, false)
+	} else {
+		w.m.Failed(w.now, o.Permission, o.By, why)
+		if i := w.m.find(o.Key, o.Int); i != none && w.m.claims[i].placed.By != 0 {
+			return
+		}
+	}
+	w.ref.refused(w.now, o.Permission, why)
 }
 
 // send lets a packet from inside pass the rule that learns: it sees those of
@@ -195,9 +238,9 @@ func (w *world) send(f *Flow) {
 	w.sent[f.ID] = w.now
 	k := w.ref.widen(Permission{Key: Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr, Zone: f.ReplyZone}, Int: f.Src}).Key
 	_, stands := w.kernel[k]
-	if w.policy.Learned && !stands && !f.Status.Has(StatusSeenReply) && f.ReplySrc.Port != 53 && w.denied[k] <= w.now {
+	if w.ref.policy.Learned && !stands && !f.Status.Has(StatusSeenReply) && f.ReplySrc.Port != 53 && w.denied[k] <= w.now {
 		w.notef("  learn %v %v->%v", k.Peer, k.Ext, f.Src)
-		w.stand(k, f.Src)
+		w.stand(k, f.Src, ByMap)
 		w.taught[k] = true
 	}
 }
@@ -304,7 +347,7 @@ func (w *world) traffic() {
 				from.Addr = other
 			}
 			f := Flow{Status: StatusDstNAT, Src: from, Dst: k.Ext, ReplySrc: in, ReplyDst: from}
-			if !w.mapped[k] {
+			if w.by[k]&ByExpectation != 0 {
 				f.Status |= StatusExpected
 				f.MasterSrc, f.MasterDst = Endpoint{Addr: in.Addr}, Endpoint{k.Peer, k.Ext.Port}
 			}
@@ -359,10 +402,16 @@ func (w *world) change() {
 	default:
 		p := w.ref.policy
 		p.Mapped = !p.Mapped
+		p.Learned = p.Mapped && w.policy.Learned
 		w.notef("mapped %v", p.Mapped)
 		w.m.SetPolicy(w.now, p)
 		w.ref.setPolicy(w.now, p)
-		clear(w.mapped) // expectations take over
+		w.apply()
+		for _, k := range slices.Collect(maps.Keys(w.by)) { // the map goes
+			if !p.Mapped && w.taught[k] {
+				w.fall(k, ByMap)
+			}
+		}
 	}
 }
 
@@ -435,7 +484,13 @@ func policies() map[string]Policy {
 	}
 	spread := testPolicy
 	spread.PeerGroups = wild.PeerGroups
-	return map[string]Policy{"expected": testPolicy, "spread": spread, "mapped": mapped, "learned": learned, "wild": wild}
+	both, chosen := mapped, mapped
+	both.Subnets = []Subnet{{Prefix: testPolicy.Subnets[0].Prefix, Choice: ChooseBoth}}
+	chosen.Subnets = []Subnet{{Prefix: testPolicy.Subnets[0].Prefix, Choice: ChooseExpectation}}
+	return map[string]Policy{
+		"expected": testPolicy, "spread": spread, "mapped": mapped, "learned": learned, "wild": wild,
+		"both": both, "chosen": chosen,
+	}
 }
 
 // choices is a source of numbers that a fuzzer chooses, one byte each.

@@ -5,13 +5,13 @@ type OpKind uint8
 
 // The kinds of Op.
 const (
-	// Grant makes Permission stand. It may stand already; with Policy.Learned
-	// the kernel may have learned its Key for another inside endpoint, which it
-	// replaces. The outcome goes to Granted or Refused.
+	// Grant makes Permission stand by the carriers By. It may stand already; with
+	// Policy.Learned the kernel may have learned its Key for another inside endpoint,
+	// which it replaces. The outcome goes to Granted, Failed or Refused.
 	Grant OpKind = iota
-	// Revoke ends Permission. It may be gone already.
+	// Revoke ends Permission as far as it stands by By. It may be gone already.
 	Revoke
-	// Refresh renews the kernel's own timeout of Permission.
+	// Refresh renews the kernel's own timeout of Permission, by By.
 	Refresh
 	// Query asks how the flow from Peer, Port to Ext fares; the answer goes
 	// to FlowSeen or FlowGone.
@@ -40,7 +40,8 @@ type Op struct {
 	ID     uint32   // of the flow, for Query, DropUnanswered, DropEarly
 	From   Endpoint // the peer's, for the same
 	Kind   OpKind
-	Reason Reason // why, for Revoke and Deny
+	By     Carriers // for Grant, Revoke and Refresh
+	Reason Reason   // why, for Revoke and Deny
 }
 
 // FlowTuple returns the endpoints of the flow that a Query, DropUnanswered or

@@ -19,8 +19,11 @@ type Policy struct {
 	// It must be positive.
 	Retry time.Duration
 
-	// Mapped says that permissions may stand as elements of an nftables map
-	// too. Their children are DNATed, not expected, and look like flows of a
+	// Expected says that permissions may stand as expectations.
+	Expected bool
+
+	// Mapped says that permissions may stand as elements of an nftables map.
+	// Their children are DNATed, not expected, and look like flows of a
 	// forward of the user's.
 	Mapped bool
 
@@ -46,6 +49,7 @@ type Subnet struct {
 	Routed    bool
 	Filtering Filtering
 	Mapping   bool // its mapping is endpoint-independent: who gets which port is not the kernel's choice
+	Choice    Choice
 }
 
 // Filtering says who may send to a mapping (RFC 4787 section 5).
@@ -109,18 +113,20 @@ func compilePolicy(p Policy) policy {
 
 // widen makes p, a permission for one peer, the one for all peers that the
 // contact with it permits. A map holds such a one, and so does an expectation
-// that translates nothing; one that does makes the peer's address its own.
+// that translates nothing; one that does makes the peer's address its own. So where
+// the expectations of a subnet do the work, a small group is spread.
 func (p *policy) widen(x *Permission) {
-	if !p.wild || !x.Routed() && !(p.Mapped && x.Ext.Addr.Is4() && x.Zone == 0) {
+	if !p.wild || !x.Routed() && !p.mappable(x) {
 		return
 	}
-	if _, s, ok := p.subnet(x.Int.Addr.Netip()); ok && s.Filtering == EndpointIndependent {
+	_, s, ok := p.subnet(x.Int.Addr.Netip())
+	if ok && s.Filtering == EndpointIndependent {
 		x.Wild = 128
 		if x.Peer.Is4() {
 			x.Wild = 32
 		}
-	} else {
-		x.Wild = groupBits(p.PeerGroups, x.Peer)
+	} else if low := groupBits(p.PeerGroups, x.Peer); x.Routed() || !p.Expected || s.Choice == ChooseMap || low > SpreadBits {
+		x.Wild = low
 	}
 	x.Peer = x.Peer.WithoutLow(x.Wild)
 }

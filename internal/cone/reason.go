@@ -26,7 +26,8 @@ const (
 	ReasonLocalSocket // the gateway itself serves the outside port
 	ReasonPeersOnPort // too many peers on one outside port for the expectation table
 	ReasonTableFull   // the kernel's table is full
-	ReasonTaken       // an expectation or entry of somebody else's is in the way
+	ReasonTaken       // an entry of somebody else's is in the way
+	ReasonHelper      // a conntrack helper of the user's wants its own expectation
 	ReasonKernel      // the kernel refused for another reason
 	ReasonNoBackend   // no backend in use can carry it
 	ReasonHostLimit   // the inside host has all the permissions it may have
@@ -67,6 +68,7 @@ var reasonNames = [reasons]string{
 	ReasonPeersOnPort:      "too many peers on this port",
 	ReasonTableFull:        "kernel table is full",
 	ReasonTaken:            "another entry is in the way",
+	ReasonHelper:           "a conntrack helper serves this flow",
 	ReasonKernel:           "kernel refused",
 	ReasonNoBackend:        "no backend carries it",
 	ReasonHostLimit:        "limit per inside host",
@@ -91,7 +93,7 @@ func (r Reason) TooMany() bool {
 // whatever means. Where the kernel refused, there is nothing to forbid.
 func (r Reason) denies() bool {
 	switch r {
-	case ReasonForwarded, ReasonLocalSocket, ReasonRevoked:
+	case ReasonLocalSocket, ReasonRevoked:
 		return true
 	}
 	return r.TooMany()

@@ -146,7 +146,13 @@ func (c *refClaim) has(f *Flow) bool {
 	return false
 }
 
-// barred reports whether a DNATed flow was seen that bars c.
+// bars reports whether a forward keeps c from standing: it bars an expectation, and
+// all that can stand else is an element.
+func (r *refModel) bars(now time.Duration, c *refClaim) bool {
+	return !r.policy.Mapped && r.barred(now, c)
+}
+
+// barred reports whether a DNATed flow was seen that bars an expectation of c.
 func (r *refModel) barred(now time.Duration, c *refClaim) bool {
 	for to, seen := range r.forwarded[c.extKey()] {
 		if now-seen < forwardMemory && !(r.policy.Mapped && to == c.Int) {
@@ -211,7 +217,7 @@ func (r *refModel) seenOf(now time.Duration, f *Flow, what string, p Permission)
 		}
 		r.forwarded[e][p.Int] = now
 		for _, c := range append([]*refClaim(nil), r.claims...) {
-			if c.extKey() == e && c.state == StateStanding && r.barred(now, c) {
+			if c.extKey() == e && c.state == StateStanding && r.bars(now, c) {
 				r.refuse(now, c, ReasonForwarded)
 				if c.count(false, false) == 0 {
 					r.end(now, c)
@@ -258,7 +264,7 @@ func (r *refModel) add(now time.Duration, c *refClaim, f *Flow, child bool) (kno
 }
 
 func (r *refModel) grant(now time.Duration, c *refClaim) {
-	if r.barred(now, c) {
+	if r.bars(now, c) {
 		r.refuse(now, c, ReasonForwarded)
 		return
 	}
@@ -301,11 +307,17 @@ func (r *refModel) revoke(now time.Duration, in Endpoint) {
 }
 
 func (r *refModel) setPolicy(now time.Duration, p Policy) {
+	learns := !r.policy.Learned && p.Learned
 	r.policy = p
 	for _, c := range append([]*refClaim(nil), r.claims...) {
-		if c.state == StateStanding && r.barred(now, c) {
+		if c.state == StateStanding && r.bars(now, c) {
 			r.refuse(now, c, ReasonForwarded)
 			r.settle(now, c)
+		}
+	}
+	for _, c := range r.claims {
+		if learns && c.state == StateRefused && c.reason != ReasonIdle && c.reason != ReasonRevoked {
+			r.grant(now, c)
 		}
 	}
 }

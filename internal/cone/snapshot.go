@@ -43,6 +43,9 @@ func (m *Model) SnapshotFlow(now time.Duration, f *Flow) {
 	if !m.snap.running || m.snap.over(f.ID) {
 		return
 	}
+	if f.Helped {
+		m.seeHelped(now, f)
+	}
 	switch role, _, _ := m.role(now, f); role {
 	case roleOut:
 		m.show(now, f)

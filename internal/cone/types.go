@@ -104,6 +104,9 @@ type Flow struct {
 	// expected flow; both zero for a flow that was not expected.
 	MasterSrc, MasterDst Endpoint
 
+	// Helped says that a conntrack helper works on the flow.
+	Helped bool
+
 	// OrigPackets and ReplyPackets count packets where HasCounters says that
 	// the kernel keeps them (nf_conntrack_acct) and the message had them.
 	OrigPackets, ReplyPackets uint64

@@ -5,12 +5,13 @@ import "time"
 // A View is one claim as a user wants to see it.
 type View struct {
 	Permission
-	State    State
-	Reason   Reason // why it does not stand
-	Flows    int    // live flows that the inside host opened
-	Children int    // live flows that the peer opened
-	Answered int    // children that the inside host answered
-	Since    time.Duration
+	State     State
+	Reason    Reason // why it does not stand
+	Placement        // of one that stands
+	Flows     int    // live flows that the inside host opened
+	Children  int    // live flows that the peer opened
+	Answered  int    // children that the inside host answered
+	Since     time.Duration
 	// Expires is when the permission ends unless it is fed again. A live flow
 	// feeds it each time that it is seen.
 	Expires time.Duration
@@ -29,7 +30,7 @@ func (m *Model) Walk(from, n int, f func(View)) (next int) {
 		}
 		f(View{
 			Permission: c.Permission,
-			State:      c.state, Reason: c.reason,
+			State:      c.state, Reason: c.reason, Placement: c.placed,
 			Flows: int(c.outs), Children: int(c.kids), Answered: int(c.answered),
 			Since: c.made, Expires: c.fed + m.policy.Lifetime,
 		})

@@ -176,7 +176,7 @@ func TestPermissionWithoutItsFlowIsWidened(t *testing.T) {
 		d := newDesk(t, wildPolicy)
 		p := Permission{Key: Key{Ext: ep(ext), Peer: ep("203.0.113.5:1").Addr}, Int: ep(in)}
 		d.up[p.Key] = p.Int
-		d.m.Adopt(0, p, lifetime)
+		d.m.Adopt(0, p, ByMap, lifetime)
 		want(t, d, 2)
 	})
 	t.Run("not what was revoked", func(t *testing.T) {

@@ -44,6 +44,11 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	line("conenatd", "%s, pid %d, running for %s", s.Version, s.PID, between(s.Started, now))
 	line("backend", "%s; helper for IPv4: %s, for IPv6: %s", s.Backend, cmp.Or(s.Helper.IPv4, "none"), cmp.Or(s.Helper.IPv6, "none"))
 	line("subnets", "%s", list(subnets))
+	for _, n := range s.Subnets {
+		if n.Carried != "" {
+			line("carried by", "%s (%v)", n.Carried, n.Prefix)
+		}
+	}
 	line("outside", "%s", list(s.Outside))
 	line("permissions", "%d standing (limit %d, %d as expectations), %d refused, %d waiting for another owner",
 		p.Standing, p.Limit, p.Expectations, p.Refused, p.Waiting)

@@ -111,6 +111,9 @@ type Subnet struct {
 	// endpoint_independent. It is what is in force.
 	Mapping string `json:"mapping"`
 	Hairpin bool   `json:"hairpin"` // its hosts reach each other by outside endpoints
+	// Carried says what carries its permissions, and why, as in "nft: your firewall
+	// accepts flows with ct status dnat".
+	Carried string `json:"carried"`
 }
 
 // Permissions counts permissions by state.

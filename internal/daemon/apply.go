@@ -28,9 +28,9 @@ func (d *Daemon) run(ops []cone.Op, since time.Duration) {
 	case cone.Grant:
 		d.grant(ops, since)
 	case cone.Revoke:
-		d.failures.note("revoke permissions", len(ops), d.backends.Revoke(d.collect(ops)))
+		d.failures.note("revoke permissions", len(ops), d.backends.Revoke(ops))
 	case cone.Refresh:
-		d.backends.Refresh(d.collect(ops), d.onLost)
+		d.backends.Refresh(ops, func(i int, by cone.Carriers) { d.onLost(ops[i].Permission, by) })
 	case cone.Deny:
 		d.deny(ops)
 	case cone.Query:
@@ -75,33 +75,34 @@ func (d *Daemon) collect(ops []cone.Op) []cone.Permission {
 // kernel, which takes as long to ask as the grant itself, right after. So a
 // socket that was opened since loses its packets for microseconds at most.
 func (d *Daemon) grant(ops []cone.Op, since time.Duration) {
-	d.perms = d.perms[:0]
+	d.grants = d.grants[:0]
 	for i := range ops {
-		p := &ops[i].Permission
-		if d.served.Serves(p.Ext) {
-			d.refused(*p, cone.ReasonLocalSocket, nil)
+		o := &ops[i]
+		if d.served.Serves(o.Ext) {
+			d.model.Refused(d.now(), o.Permission, cone.ReasonLocalSocket, false)
 			continue
 		}
-		d.perms = append(d.perms, *p)
+		o.By &= d.backends.carriers() // others went since
+		d.grants = append(d.grants, *o)
 	}
-	d.bad = append(d.bad[:0], make([]bool, len(d.perms))...)
-	d.backends.Grant(d.perms, d.onRefused)
+	d.backends.Grant(d.grants, d.onFailed)
 	now := d.now()
-	for i := range d.perms {
-		if d.bad[i] {
+	for i := range d.grants {
+		o := &d.grants[i]
+		if o.By == 0 {
 			continue
 		}
 		if since != 0 {
 			d.latency.record(now - since)
 		}
-		d.granted(d.perms[i])
+		d.granted(o.Permission, o.By)
 	}
 }
 
-// granted tells the model that p stands, unless it finds that a local socket
-// gets what it admits. The map's rule asks for sockets itself, packet by packet.
-func (d *Daemon) granted(p cone.Permission) {
-	if d.backends.expect == nil {
+// granted tells the model that p stands by some carriers, unless it finds that a local
+// socket gets what it admits. The map's rule asks for sockets itself, packet by packet.
+func (d *Daemon) granted(p cone.Permission, by cone.Carriers) {
+	if by&cone.ByExpectation == 0 {
 		d.model.Granted(p)
 		return
 	}
@@ -116,9 +117,12 @@ func (d *Daemon) granted(p cone.Permission) {
 	}
 }
 
-// refused tells the model and keeps the first error of each kind for the log.
-func (d *Daemon) refused(p cone.Permission, r cone.Reason, err error) {
-	d.model.Refused(d.now(), p, r, false)
+// failed tells the model what a carrier did not do of the grants under way, and keeps
+// the first error of each kind for the log.
+func (d *Daemon) failed(i int, by cone.Carriers, r cone.Reason, err error) {
+	o := &d.grants[i]
+	o.By &^= by
+	d.model.Failed(d.now(), o.Permission, by, r)
 	if err != nil && d.refusal[r] == nil {
 		d.refusal[r] = err
 	}

@@ -37,132 +37,81 @@ var (
 	_ backend = (*rules.Map)(nil)
 )
 
-// backends are the ones in use. What one of them carries stands: with both, the
-// map holds every permission that it can, for it has room and the kernel fills it
-// at once; expectations stand for as many as their caps allow, for their children
-// pass any firewall.
+// backends are the ones in use. What stands where, the model says.
 type backends struct {
-	expect *expect.Backend       // nil where it is not used
-	nft    *rules.Map            // nil where it is not used
-	full   map[cone.Key]struct{} // what the map had no room for
+	expect *expect.Backend // nil where it is not used
+	nft    *rules.Map      // nil where it is not used
 
 	// The batch that is under way, kept here so that it costs no allocation.
-	out      []outcome
 	part     []cone.Permission
 	index    []int // of part, in the batch
-	onExpect func(i int, r cone.Reason, err error)
-	onNFT    func(i int, r cone.Reason, err error)
-}
-
-// An outcome is what became of a grant.
-type outcome struct {
-	carried bool
-	reason  cone.Reason
-	err     error
+	by       cone.Carriers
+	failed   failure
+	onFailed func(i int, r cone.Reason, err error)
 }
 
 func newBackends() *backends {
-	b := &backends{full: make(map[cone.Key]struct{})}
-	b.onExpect = func(i int, r cone.Reason, err error) {
-		b.out[b.index[i]] = outcome{reason: r, err: err}
-	}
-	b.onNFT = func(i int, r cone.Reason, err error) {
-		if o := &b.out[b.index[i]]; !o.carried {
-			*o = outcome{reason: r, err: err}
-		}
-		b.full[b.part[i].Key] = struct{}{}
-	}
+	b := &backends{}
+	b.onFailed = func(i int, r cone.Reason, err error) { b.failed(b.index[i], b.by, r, err) }
 	return b
 }
 
 // each calls f for each backend in use.
-func (b *backends) each(f func(backend)) {
+func (b *backends) each(f func(cone.Carriers, backend)) {
 	if b.expect != nil {
-		f(b.expect)
+		f(cone.ByExpectation, b.expect)
 	}
 	if b.nft != nil {
-		f(b.nft)
+		f(cone.ByMap, b.nft)
 	}
+}
+
+// carriers are the backends in use.
+func (b *backends) carriers() (by cone.Carriers) {
+	b.each(func(c cone.Carriers, _ backend) { by |= c })
+	return by
 }
 
 // String names the backends in use.
-func (b *backends) String() string {
-	switch {
-	case b.nft == nil:
-		return "expect"
-	case b.expect == nil:
-		return "nft"
-	}
-	return "expect and nft"
-}
+func (b *backends) String() string { return b.carriers().String() }
 
-// carries names the backends that carry p, which stands.
-func (b *backends) carries(p *cone.Permission) string {
-	inMap := b.wantsMap(p)
-	switch {
-	case b.expect == nil || !b.expect.Stands(p):
-		return "nft"
-	case !inMap:
-		return "expect"
-	}
-	return "expect and nft"
-}
-
-// wantsMap reports whether p, if it stands, stands in the map.
-func (b *backends) wantsMap(p *cone.Permission) bool {
-	_, full := b.full[p.Key]
-	return b.nft != nil && b.nft.Carries(p) && !full
-}
-
-// split puts those of ps that f wants into b.part and b.index.
-func (b *backends) split(ps []cone.Permission, f func(p *cone.Permission) bool) {
+// split puts the permissions of those of ops that are by some carrier into b.part and
+// b.index.
+func (b *backends) split(ops []cone.Op, by cone.Carriers) {
 	b.part, b.index = b.part[:0], b.index[:0]
-	for i := range ps {
-		if f(&ps[i]) {
-			b.part, b.index = append(b.part, ps[i]), append(b.index, i)
+	for i := range ops {
+		if ops[i].By&by != 0 {
+			b.part, b.index = append(b.part, ops[i].Permission), append(b.index, i)
 		}
 	}
 }
 
-// Grant makes ps stand and calls refused for each that no backend carries.
-func (b *backends) Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err error)) {
-	b.out = b.out[:0]
-	for range ps {
-		b.out = append(b.out, outcome{reason: cone.ReasonNoBackend})
-	}
+// A failure is what a carrier did not do of a batch: the index, and why.
+type failure func(i int, by cone.Carriers, r cone.Reason, err error)
+
+// Grant makes the permissions of ops stand and calls failed for each carrier that
+// refuses one.
+func (b *backends) Grant(ops []cone.Op, failed failure) {
+	b.failed = failed
 	if b.expect != nil {
-		b.split(ps, b.expect.Carries)
-		for _, i := range b.index {
-			b.out[i].carried = true
-		}
-		b.expect.Grant(b.part, b.onExpect)
+		b.split(ops, cone.ByExpectation)
+		b.by = cone.ByExpectation
+		b.expect.Grant(b.part, b.onFailed)
 	}
 	if b.nft != nil {
-		b.split(ps, b.nft.Carries)
-		for i := range b.part {
-			delete(b.full, b.part[i].Key)
-		}
-		b.nft.Grant(b.part, b.onNFT)
-		for i := range b.part {
-			if _, full := b.full[b.part[i].Key]; !full {
-				b.out[b.index[i]].carried = true
-			}
-		}
-	}
-	for i := range b.out {
-		if o := &b.out[i]; !o.carried {
-			refused(i, o.reason, o.err)
-		}
+		b.split(ops, cone.ByMap)
+		b.by = cone.ByMap
+		b.nft.Grant(b.part, b.onFailed)
 	}
 }
 
-// Revoke ends ps.
-func (b *backends) Revoke(ps []cone.Permission) error {
+// Revoke ends the permissions of ops.
+func (b *backends) Revoke(ops []cone.Op) error {
 	var errs []error
-	b.each(func(x backend) { errs = append(errs, x.Revoke(ps)) })
-	for i := range ps {
-		delete(b.full, ps[i].Key)
-	}
+	b.each(func(by cone.Carriers, x backend) {
+		b.split(ops, by)
+		errs = append(errs, x.Revoke(b.part))
+	})
 	return errors.Join(errs...)
 }
 
@@ -171,7 +120,12 @@ func (b *backends) Deny(ps []cone.Permission, why cone.Reason) error {
 	if b.nft == nil {
 		return nil
 	}
-	b.split(ps, b.nft.Carries)
+	b.part = b.part[:0]
+	for i := range ps {
+		if b.nft.Carries(&ps[i]) {
+			b.part = append(b.part, ps[i])
+		}
+	}
 	return b.nft.Deny(b.part, why)
 }
 
@@ -179,8 +133,7 @@ func (b *backends) Deny(ps []cone.Permission, why cone.Reason) error {
 type part uint8
 
 const (
-	noPart part = iota
-	anAnchor
+	anAnchor part = iota
 	anExpectation
 	anElement
 	tableSize
@@ -194,39 +147,26 @@ var partNames = [parts]string{
 	tableSize:     expectMax,
 }
 
-// Refresh renews the timeouts of ps and calls lost with the index of each that
-// is not whole any more, and what is missing.
-func (b *backends) Refresh(ps []cone.Permission, lost func(i int, what part)) {
-	if b.expect != nil {
-		b.split(ps, b.expect.Stands)
-		b.expect.Refresh(b.part, func(i int) { lost(b.index[i], anExpectation) })
+// partOf is what stands by a carrier.
+func partOf(by cone.Carriers) part {
+	if by == cone.ByMap {
+		return anElement
 	}
-	if b.nft != nil {
-		b.split(ps, b.wantsMap)
-		b.nft.Refresh(b.part, func(i int) { lost(b.index[i], anElement) })
-	}
-	// One that was adopted from another mode is carried by none yet.
-	for i := range ps {
-		if !b.wantsMap(&ps[i]) && (b.expect == nil || !b.expect.Stands(&ps[i])) {
-			lost(i, noPart)
-		}
-	}
+	return anExpectation
 }
 
-// incomplete reports whether p, which stands, could stand as an expectation too.
-func (b *backends) incomplete(p *cone.Permission) bool {
-	return b.expect != nil && b.expect.HasRoom(p)
-}
-
-// Complete makes p, which is incomplete, stand as an expectation too.
-func (b *backends) Complete(p cone.Permission) {
-	b.part = append(b.part[:0], p)
-	b.expect.Grant(b.part, func(int, cone.Reason, error) {})
+// Refresh renews the timeouts of ops and calls lost with the index of each that does
+// not stand any more, and by what it did.
+func (b *backends) Refresh(ops []cone.Op, lost func(i int, by cone.Carriers)) {
+	b.each(func(by cone.Carriers, x backend) {
+		b.split(ops, by)
+		x.Refresh(b.part, func(i int) { lost(b.index[i], by) })
+	})
 }
 
 // configure applies cfg to what is granted or refreshed from now on.
 func (b *backends) configure(cfg config.Config) {
-	b.each(func(x backend) { x.SetLifetime(cfg.Lifetime) })
+	b.each(func(_ cone.Carriers, x backend) { x.SetLifetime(cfg.Lifetime) })
 	if b.nft != nil {
 		b.nft.Configure(mapConfig(cfg))
 	}
@@ -234,7 +174,7 @@ func (b *backends) configure(cfg config.Config) {
 
 // Max is how many permissions may stand.
 func (b *backends) Max() (n int) {
-	b.each(func(x backend) { n = max(n, x.Max()) })
+	b.each(func(_ cone.Carriers, x backend) { n = max(n, x.Max()) })
 	return n
 }
 
@@ -262,31 +202,42 @@ func (b *backends) list(ofMap bool) (f found, err error) {
 	return f, err
 }
 
-// whole reports whether p, which should stand, is in the lists wherever it should.
-func (b *backends) whole(p *cone.Permission, f found) bool {
-	return b.expected(p, f) && (!b.wantsMap(p) || has(f.nft, p))
+// missing returns by what v, which stands, should be listed and is not. A list that was
+// not made misses nothing, but for the map: there it is asked for.
+func (f found) missing(v *cone.View) (by cone.Carriers) {
+	if v.By&cone.ByExpectation != 0 && f.expect != nil && !has(f.expect, v) {
+		by |= cone.ByExpectation
+	}
+	if v.By&cone.ByMap != 0 && !has(f.nft, v) {
+		by |= cone.ByMap
+	}
+	return by
 }
 
-func (b *backends) expected(p *cone.Permission, f found) bool {
-	return f.expect == nil || !b.expect.Stands(p) || has(f.expect, p)
+func has(m map[cone.Key]standing, v *cone.View) bool {
+	s, ok := m[v.Key]
+	return ok && s.in == v.Int
 }
 
-func has(m map[cone.Key]standing, p *cone.Permission) bool {
-	s, ok := m[p.Key]
-	return ok && s.in == p.Int
+// settle takes v, which stands, out of the lists, wherever it should.
+func (f found) settle(v *cone.View) {
+	if v.By&cone.ByExpectation != 0 {
+		delete(f.expect, v.Key)
+	}
+	if v.By&cone.ByMap != 0 {
+		delete(f.nft, v.Key)
+	}
 }
 
-// missing calls lost for each of ps that is not in a new list of the expectations,
+// missing calls lost for each of ops that is not in a new list of the expectations,
 // where one was needed, or of which the kernel says that the map does not hold it.
-func (b *backends) missing(ps []cone.Permission, f found, lost func(cone.Permission, part)) {
-	b.split(ps, func(p *cone.Permission) bool {
-		if !b.expected(p, f) {
-			lost(*p, anExpectation)
-			return false
+func (b *backends) missing(ops []cone.Op, f found, lost func(cone.Permission, cone.Carriers)) {
+	for i := range ops {
+		if p := &ops[i].Permission; ops[i].By&cone.ByExpectation != 0 && f.expect != nil && f.expect[p.Key].in != p.Int {
+			lost(*p, cone.ByExpectation)
 		}
-		return b.wantsMap(p)
-	})
-	if len(b.part) > 0 {
-		b.nft.Missing(b.part, func(i int) { lost(b.part[i], anElement) })
+	}
+	if b.split(ops, cone.ByMap); b.nft != nil && len(b.part) > 0 {
+		b.nft.Missing(b.part, func(i int) { lost(b.part[i], cone.ByMap) })
 	}
 }

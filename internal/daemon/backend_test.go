@@ -25,13 +25,17 @@ func TestMissingIsFoundWithoutAList(t *testing.T) {
 	b := newBackends()
 	b.nft = tables.NewMap(c)
 	var ps []cone.Permission
+	var ops []cone.Op
 	for port := range uint16(3) {
 		ps = append(ps, cone.Permission{
 			Key: cone.Key{Ext: cone.EndpointFrom(netip.AddrPortFrom(netip.MustParseAddr("198.51.100.1"), 1+port)), Peer: cone.AddrFrom(lab.PeerA)},
 			Int: cone.EndpointFrom(netip.MustParseAddrPort("10.47.11.109:1")),
 		})
 	}
-	b.Grant(ps, func(i int, r cone.Reason, err error) { t.Fatal(ps[i], r, err) })
+	for _, p := range ps {
+		ops = append(ops, cone.Op{Permission: p, By: cone.ByMap})
+	}
+	b.Grant(ops, func(i int, _ cone.Carriers, r cone.Reason, err error) { t.Fatal(ps[i], r, err) })
 	if err := b.nft.Revoke(ps[1:2]); err != nil {
 		t.Fatal(err)
 	}
@@ -41,7 +45,7 @@ func TestMissingIsFoundWithoutAList(t *testing.T) {
 			t.Fatalf("%s: %v, %v", name, f, err)
 		}
 		var lost []cone.Permission
-		b.missing(ps, f, func(p cone.Permission, _ part) { lost = append(lost, p) })
+		b.missing(ops, f, func(p cone.Permission, _ cone.Carriers) { lost = append(lost, p) })
 		if len(lost) != 1 || lost[0] != ps[1] {
 			t.Errorf("%s: %v are missing, want %v", name, lost, ps[1])
 		}

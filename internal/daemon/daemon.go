@@ -62,8 +62,9 @@ type Daemon struct {
 	denied            []cone.Key // what was revoked when an earlier daemon ran
 	model             *cone.Model
 	network           gateway.Network
-	ruleWarnings      []string         // about the user's forwards
-	portWarnings      []string         // about port_pool
+	ruleWarnings      []string // about the user's forwards
+	portWarnings      []string // about port_pool
+	decisions         map[netip.Prefix]decision
 	tables            control.Tables   // as last read
 	served            *gateway.PortSet // at the last two looks; before the second, at the first
 	sure              bool             // there were two
@@ -73,9 +74,8 @@ type Daemon struct {
 	warned            *warner
 	behind            bool
 	perms             []cone.Permission
-	bad               []bool
-	onLost            func(i int, what part)
-	onRefused         func(i int, r cone.Reason, err error)
+	grants            []cone.Op
+	onFailed          failure
 	refusal           [cone.Reasons]error // first kernel error since the last report
 	reported          cone.Stats
 	reportedEvents    ctwatch.Stats
@@ -110,11 +110,7 @@ func New(cfg Config) (d *Daemon, err error) {
 		}
 	}()
 	d.warned, d.failures = newWarner(d.log), newFailures(d.log, d.now)
-	d.onRefused = func(i int, r cone.Reason, err error) {
-		d.bad[i] = true
-		d.refused(d.perms[i], r, err)
-	}
-	d.onLost = func(i int, what part) { d.onLostPermission(d.perms[i], what) }
+	d.onFailed = d.failed
 
 	if d.lock, err = control.Acquire(); err != nil {
 		return d, err
@@ -165,6 +161,8 @@ func New(cfg Config) (d *Daemon, err error) {
 	if err != nil {
 		return d, err
 	}
+	d.decisions = d.firewall.decide(d.cfg.Config, d.network)
+	d.firewall.decisions = d.decisions
 	adopted, err := d.openBackends()
 	if err != nil {
 		return d, err
@@ -177,7 +175,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	d.model.Revoked(d.denied)
 	for _, a := range adopted {
 		now := d.now()
-		d.model.Adopt(now, a.Permission, now+a.Left)
+		d.model.Adopt(now, a.Permission, a.By, now+a.Left)
 	}
 	return d, d.dropForbidden(adopted)
 }
@@ -253,8 +251,9 @@ func anyIPv6(subnets []config.Subnet) bool {
 // policy returns the policy of a configuration, with the backends in use.
 func (d *Daemon) policy(cfg config.Config) cone.Policy {
 	p := cone.Policy{
-		Mapped:  d.backends.nft != nil,
-		Learned: d.firewall.learns(cfg),
+		Expected: d.backends.expect != nil && wantsExpect(cfg),
+		Mapped:   d.backends.nft != nil && wantsMap(cfg),
+		Learned:  wantsMap(cfg) && d.firewall.learns(cfg),
 		Limits: cone.Limits{
 			Total: cfg.MaxPermissions, PerSubnet: cfg.MaxPermissionsPerSubnet,
 			PerHost: cfg.MaxPermissionsPerHost, Children: cfg.MaxChildren,
@@ -268,7 +267,7 @@ func (d *Daemon) policy(cfg config.Config) cone.Policy {
 	}
 	for _, s := range cfg.Subnets {
 		p.Subnets = append(p.Subnets, cone.Subnet{
-			Prefix: s.Prefix, Routed: s.Routed, Filtering: filterings[s.Filtering],
+			Prefix: s.Prefix, Routed: s.Routed, Filtering: filterings[s.Filtering], Choice: d.decisions[s.Prefix].Choice,
 			Mapping: s.Mapping == config.EndpointIndependentMapping && d.firewall.maps(),
 		})
 	}
@@ -407,6 +406,11 @@ func (d *Daemon) warnings() (out warnings) {
 	out.addAll(d.firewall.warnings)
 	out.addAll(d.ruleWarnings)
 	out.addAll(d.portWarnings)
+	for _, s := range d.cfg.Subnets {
+		if w := d.decisions[s.Prefix].warning; w != "" {
+			out.add("carriers "+s.Prefix.String(), "%s", w)
+		}
+	}
 	if d.missing != "" {
 		out.add("missing", "%s", d.missing)
 	}
@@ -480,8 +484,8 @@ func (d *Daemon) warnSubnets(out *warnings) {
 	}
 }
 
-func (d *Daemon) onLostPermission(p cone.Permission, what part) {
-	if d.model.Lost(p) { // it may have ended since it was missed
-		d.repaired[what]++
+func (d *Daemon) onLost(p cone.Permission, by cone.Carriers) {
+	if d.model.Lost(p, by) { // it may have ended since it was missed
+		d.repaired[partOf(by)]++
 	}
 }

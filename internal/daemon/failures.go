@@ -18,18 +18,18 @@ type failures struct {
 	now func() time.Duration
 
 	mu    sync.Mutex // guards kinds and what is in it
-	kinds map[string]*failure
+	kinds map[string]*failureKind
 }
 
-// A failure is one kind of them.
-type failure struct {
+// A failureKind counts the failures of one kind.
+type failureKind struct {
 	total, unsaid uint64
 	said          time.Duration // when it was logged last
 	last          []any         // for the log
 }
 
 func newFailures(log *slog.Logger, now func() time.Duration) *failures {
-	return &failures{log: log, now: now, kinds: make(map[string]*failure)}
+	return &failures{log: log, now: now, kinds: make(map[string]*failureKind)}
 }
 
 // note counts n requests that failed with err, if that is not nil; what says which
@@ -43,7 +43,7 @@ func (f *failures) note(what string, n int, err error, args ...any) {
 	k := f.kinds[what]
 	first := k == nil
 	if first {
-		k = &failure{}
+		k = &failureKind{}
 		f.kinds[what] = k
 	}
 	k.total += uint64(n)
@@ -65,7 +65,7 @@ func (f *failures) tell() {
 	}
 }
 
-func (f *failures) say(what string, k *failure) {
+func (f *failures) say(what string, k *failureKind) {
 	f.log.Warn(what, append([]any{"count", k.unsaid}, k.last...)...)
 	k.unsaid, k.said = 0, f.now()
 }

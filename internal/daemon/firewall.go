@@ -3,6 +3,7 @@ package daemon
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -26,7 +27,8 @@ type firewall struct {
 	// What the tables serve.
 	withMap, withExpectations bool
 	ports                     outsidePorts
-	portInPool                uint16 // of a socket, as the warning says
+	portInPool                uint16                    // of a socket, as the warning says
+	decisions                 map[netip.Prefix]decision // never changed, but replaced
 
 	gone map[cone.Addr]struct{} // addresses whose mappings have to end; nil before the first look
 
@@ -89,6 +91,19 @@ func mapConfig(cfg config.Config) *rules.MapConfig {
 	return c
 }
 
+// mapConfig is the same for what is decided: where expectations do the work, the kernel
+// learns nothing. What is open to everybody can but stand in the map.
+func (f *firewall) mapConfig(cfg config.Config) *rules.MapConfig {
+	c := mapConfig(cfg)
+	for _, s := range cfg.Subnets {
+		if f.withExpectations && f.decisions[s.Prefix].Choice == cone.ChooseExpectation && s.Filtering == config.AddressDependent {
+			c.Subnets = slices.DeleteFunc(c.Subnets, func(p netip.Prefix) bool { return p == s.Prefix })
+			c.ExcludePeers = append(slices.Clip(c.ExcludePeers), s.Prefix) // it is inside all the same
+		}
+	}
+	return c
+}
+
 // set makes the tables do what the configuration wants, and reports whether they
 // did not.
 func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err error) {
@@ -103,7 +118,7 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 		d.Inside = prefixes(cfg.Subnets)
 	}
 	if f.withMap {
-		d.Map = mapConfig(cfg)
+		d.Map = f.mapConfig(cfg)
 	}
 	d.Mapping = mappingConfig(cfg, f.ports)
 	changed, err = f.tables.Set(d)
@@ -141,7 +156,7 @@ func (f *firewall) left(cfg config.Config) (all []expect.Adopted, err error) {
 	}
 	cfg.PeerGroups = append(groups, cfg.PeerGroups...)
 	err = f.tables.NewMap(mapConfig(cfg)).List(func(p cone.Permission, left time.Duration) {
-		all = append(all, expect.Adopted{Permission: p, Left: left})
+		all = append(all, expect.Adopted{Permission: p, By: cone.ByMap, Left: left})
 	})
 	return all, err
 }
@@ -152,12 +167,7 @@ func (f *firewall) forwards(network gateway.Network) (covers func(cone.Endpoint)
 	if f.tables == nil {
 		return nil, nil, nil
 	}
-	var outside []rules.Link
-	for _, l := range network.Links {
-		if l.Outside {
-			outside = append(outside, rules.Link{Index: l.Index, Name: l.Name})
-		}
-	}
+	outside := outsideLinks(network)
 	if len(outside) == 0 {
 		return nil, nil, nil
 	}
@@ -186,6 +196,15 @@ func (f *firewall) forwards(network gateway.Network) (covers func(cone.Endpoint)
 		}
 		return false
 	}, warnings, nil
+}
+
+func outsideLinks(network gateway.Network) (links []rules.Link) {
+	for _, l := range network.Links {
+		if l.Outside {
+			links = append(links, rules.Link{Index: l.Index, Name: l.Name})
+		}
+	}
+	return links
 }
 
 // read is what status shows of the tables.

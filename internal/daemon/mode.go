@@ -68,7 +68,9 @@ func (d *Daemon) carry(left []expect.Adopted) {
 	for _, a := range left {
 		ps = append(ps, a.Permission)
 	}
-	d.backends.Grant(ps, func(int, cone.Reason, error) {})
+	d.backends.each(func(_ cone.Carriers, x backend) {
+		x.Grant(slices.DeleteFunc(slices.Clone(ps), func(p cone.Permission) bool { return !x.Carries(&p) }), func(int, cone.Reason, error) {})
+	})
 }
 
 // An opened backend is ready to be used, and not used yet.
@@ -128,6 +130,8 @@ func (d *Daemon) change(cfg config.Config) error {
 	outside := d.network.OutsideLinks()
 	old := d.firewall.ports
 	d.firewall.ports, d.firewall.withExpectations = ports, hasExpect || o.expect != nil
+	decided := d.firewall.decisions
+	d.firewall.decisions = d.firewall.decide(cfg, d.network)
 	if wantsMap(cfg) && d.firewall.missing == nil && !hasMap {
 		if m, err = d.firewall.openMap(cfg, outside); err != nil {
 			d.firewall.withMap = false
@@ -136,7 +140,7 @@ func (d *Daemon) change(cfg config.Config) error {
 		_, err = d.firewall.set(cfg, outside)
 	}
 	if err != nil {
-		d.firewall.ports, d.firewall.withExpectations = old, hasExpect
+		d.firewall.ports, d.firewall.withExpectations, d.firewall.decisions = old, hasExpect, decided
 		return errors.Join(err, closeExpect(o.expect))
 	}
 	d.do(func() {
@@ -149,7 +153,7 @@ func (d *Daemon) change(cfg config.Config) error {
 		if !hasExpect || !wantsExpect(cfg) {
 			d.missing = o.missing
 		}
-		d.cfg.Config, d.portWarnings = cfg, warnings
+		d.cfg.Config, d.portWarnings, d.decisions = cfg, warnings, d.firewall.decisions
 		d.backends.configure(cfg)
 		d.model.SetPolicy(d.now(), d.policy(cfg))
 	})
@@ -173,17 +177,12 @@ func closeExpect(e *expect.Backend) error {
 	return e.Close()
 }
 
-// dropExpect ends the expectations. What only they carried is refused.
+// dropExpect ends what is left of the expectations, which the model does not want any
+// more.
 func (d *Daemon) dropExpect(cfg config.Config) (err error) {
 	d.do(func() {
 		e := d.backends.expect
 		d.backends.expect = nil
-		d.model.Review(d.now(), func(p cone.Permission) cone.Reason {
-			if !d.backends.wantsMap(&p) {
-				return cone.ReasonNoBackend
-			}
-			return cone.ReasonNone
-		})
 		var all []cone.Permission
 		err = e.List(func(p cone.Permission, _ time.Duration) { all = append(all, p) })
 		err = errors.Join(err, e.Revoke(all), e.Close(), settings(d.cfg.Socket).restore())
@@ -193,18 +192,11 @@ func (d *Daemon) dropExpect(cfg config.Config) (err error) {
 	return errors.Join(err, failed)
 }
 
-// dropMap ends the map. What only it carried is refused.
+// dropMap ends the map, in which the model does not want anything any more.
 func (d *Daemon) dropMap(cfg config.Config) (err error) {
 	d.do(func() {
 		d.backends.nft = nil
-		d.model.Review(d.now(), func(p cone.Permission) cone.Reason {
-			if d.backends.expect == nil || !d.backends.expect.Stands(&p) {
-				return cone.ReasonTableFull
-			}
-			return cone.ReasonNone
-		})
 		d.firewall.withMap = false
-		d.model.SetPolicy(d.now(), d.policy(cfg))
 	})
 	_, err = d.firewall.set(cfg, d.network.OutsideLinks())
 	return err

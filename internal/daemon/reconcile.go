@@ -178,6 +178,7 @@ func (d *Daemon) readGateway() (changed bool, err error) {
 		d.forwarded = forwarded
 	}
 	failed = errors.Join(failed, err, d.lookAtSockets(cfg, network))
+	failed = errors.Join(failed, d.redecide(cfg, network))
 	tables := d.firewall.read(cfg)
 	topology := network.Topology()
 	d.do(func() {
@@ -331,28 +332,33 @@ func (d *Daemon) compareLists(ofMap bool) error {
 	if err != nil {
 		return fmt.Errorf("list permissions: %w", err)
 	}
+	var retry []cone.Permission
 	missed := d.match(found, began, func(v *cone.View) {
-		if d.backends.incomplete(&v.Permission) {
-			d.backends.Complete(v.Permission) // now, for it may end before the walk does
+		if v.Why != cone.ReasonNone && d.backends.expect != nil && d.backends.expect.HasRoom(&v.Permission) {
+			retry = append(retry, v.Permission)
 		}
 	})
+	err = d.eachLost(missed, d.onLost) // before what carries it too long ends
 	d.do(func() {
+		for i := range retry {
+			d.model.Retry(d.now(), retry[i])
+		}
 		for k, s := range found.expect {
-			d.model.Surplus(cone.Permission{Key: k, Int: s.in})
+			d.model.Surplus(cone.Permission{Key: k, Int: s.in}, cone.ByExpectation)
 		}
 		for k, s := range found.nft {
 			if d.cfg.Lifetime-s.left > learnedTime {
-				d.model.Surplus(cone.Permission{Key: k, Int: s.in})
+				d.model.Surplus(cone.Permission{Key: k, Int: s.in}, cone.ByMap)
 			}
 		}
 	})
-	return d.eachLost(missed, d.onLostPermission)
+	return err
 }
 
 // missed are permissions that should be in a list and are not.
 type missed struct {
-	ps     []cone.Permission
-	expect bool // in that of the expectations, one of them
+	ops    []cone.Op // what, and by which carriers
+	expect bool      // in the list of expectations, one of them
 }
 
 // match calls f, in the loop, for each permission that stands, and returns those that
@@ -364,20 +370,19 @@ func (d *Daemon) match(l found, began time.Duration, f func(v *cone.View)) (m mi
 			return
 		}
 		// What was granted after the lists were asked for need not be in them.
-		if v.Since < began && !d.backends.whole(&v.Permission, l) {
-			m.ps = append(m.ps, v.Permission)
-			m.expect = m.expect || !d.backends.expected(&v.Permission, l)
+		if by := l.missing(&v); v.Since < began && by != 0 {
+			m.ops = append(m.ops, cone.Op{Permission: v.Permission, By: by})
+			m.expect = m.expect || by&cone.ByExpectation != 0
 		}
 		f(&v)
-		delete(l.expect, v.Key)
-		delete(l.nft, v.Key)
+		l.settle(&v)
 	})
 	return m
 }
 
 // eachLost calls f, in the loop, for each of those that were missed that the kernel
 // does not hold. A list misses some that are refreshed, and some while others end.
-func (d *Daemon) eachLost(m missed, f func(cone.Permission, part)) error {
+func (d *Daemon) eachLost(m missed, f func(cone.Permission, cone.Carriers)) error {
 	var again found
 	if m.expect {
 		var err error
@@ -385,8 +390,8 @@ func (d *Daemon) eachLost(m missed, f func(cone.Permission, part)) error {
 			return fmt.Errorf("list permissions: %w", err)
 		}
 	}
-	for ps := range slices.Chunk(m.ps, flowsAtOnce) {
-		d.do(func() { d.backends.missing(ps, again, f) })
+	for ops := range slices.Chunk(m.ops, flowsAtOnce) {
+		d.do(func() { d.backends.missing(ops, again, f) })
 	}
 	return nil
 }

@@ -77,6 +77,7 @@ func (d *Daemon) maps() bool { return d.tables.Mapping.On && !d.applied.none() }
 func (d *Daemon) subnet(s config.Subnet) control.Subnet {
 	c := control.Subnet{
 		Prefix: s.Prefix, Routed: s.Routed, Filtering: s.Filtering.String(), Mapping: config.KernelMapping.String(),
+		Carried: d.carried(s),
 	}
 	if d.maps() {
 		if s.Mapping == config.EndpointIndependentMapping {
@@ -157,23 +158,19 @@ var errEnded = errors.New("the daemon is stopping")
 func (s source) Permissions(yield func(control.Permission) bool) error {
 	const atOnce = 256
 	d := s.Daemon
-	piece, by := make([]cone.View, 0, atOnce), make([]string, 0, atOnce)
+	piece := make([]cone.View, 0, atOnce)
 	for at := 0; at >= 0; {
-		piece, by = piece[:0], by[:0]
+		piece = piece[:0]
 		ok := d.do(func() {
 			at = d.model.Walk(at, atOnce, func(v cone.View) {
-				carriers := ""
-				if v.State == cone.StateStanding {
-					carriers = d.backends.carries(&v.Permission)
-				}
-				piece, by = append(piece, v), append(by, carriers)
+				piece = append(piece, v)
 			})
 		})
 		if !ok {
 			return errEnded
 		}
 		for i := range piece {
-			if !yield(d.permission(&piece[i], by[i])) {
+			if !yield(d.permission(&piece[i])) {
 				return nil
 			}
 		}
@@ -201,11 +198,11 @@ func (d *Daemon) helper(v6 bool) string {
 	return ipv4
 }
 
-// permission is a claim as the control socket shows it; by says what carries it.
-func (d *Daemon) permission(v *cone.View, by string) control.Permission {
+// permission is a claim as the control socket shows it.
+func (d *Daemon) permission(v *cone.View) control.Permission {
 	p := control.Permission{
 		Int: v.Int.Netip(), Ext: v.Ext.Netip(), Peer: v.Peer.Netip(), Peers: peers(v.Key), Zone: v.Zone,
-		State: v.State.String(), Reason: v.Reason.String(), Backend: by,
+		State: v.State.String(), Reason: v.Reason.String(), Backend: v.By.String(),
 		Flows: v.Flows, Children: v.Children, Answered: v.Answered,
 	}
 	if v.State == cone.StateStanding {

@@ -77,7 +77,7 @@ func (d *Daemon) differences(v *control.Verification) (map[string]struct{}, erro
 		flows[claimed{c.Key, c.Int}] = counted{c.Flows, c.Children}
 		wild[c.Wild] = struct{}{}
 	})
-	err = d.eachLost(missed, func(p cone.Permission, _ part) {
+	err = d.eachLost(missed, func(p cone.Permission, _ cone.Carriers) {
 		note("%v -> %v stands, but not in the kernel", p.Peers(), p.Ext)
 	})
 	if err != nil {

@@ -102,7 +102,7 @@ func newBackend(cfg Config, c *nfnl.Conn) *Backend {
 func (b *Backend) adopt() error {
 	return list(b.cfg.NetNS, true, func(x *expectation) {
 		b.standing.take(x.anchor(), x.dst.Addr)
-		b.adopted = append(b.adopted, Adopted{x.permission(), x.left()})
+		b.adopted = append(b.adopted, Adopted{x.permission(), cone.ByExpectation, x.left()})
 		b.see(x.zone)
 	})
 }
@@ -111,6 +111,7 @@ func (b *Backend) adopt() error {
 // after Left without a daemon.
 type Adopted struct {
 	cone.Permission
+	By   cone.Carriers
 	Left time.Duration
 }
 
@@ -118,7 +119,7 @@ type Adopted struct {
 // descriptor, 0 for the current.
 func Left(netns int) (found []Adopted, err error) {
 	err = list(netns, true, func(x *expectation) {
-		found = append(found, Adopted{x.permission(), x.left()})
+		found = append(found, Adopted{x.permission(), cone.ByExpectation, x.left()})
 	})
 	return found, err
 }

@@ -10,8 +10,10 @@ import (
 func TestWayIsTheLongestRouteThatIsNotOutside(t *testing.T) {
 	n := Network{
 		Links: []Link{
-			{Index: 1, Name: "lo", Flags: unix.IFF_LOOPBACK}, {Index: 2, Name: "wan0", Outside: true},
-			{Index: 3, Name: "lan0"}, {Index: 4, Name: "vpn0"},
+			{Index: 1, Name: "lo", Flags: unix.IFF_LOOPBACK},
+			{Index: 2, Name: "wan0", Outside: true},
+			{Index: 3, Name: "lan0"},
+			{Index: 4, Name: "vpn0"},
 		},
 		Routes: []Route{
 			{Prefix: netip.MustParsePrefix("0.0.0.0/0"), Link: 2},

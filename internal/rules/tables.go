@@ -31,7 +31,7 @@ type Tables struct {
 	flags   nftables.TableFlags
 	port    uint32 // of w, by which the kernel knows an owner
 	missing []*UnsupportedError
-	noIPsec bool // nothing is missing then: there are no such policies
+	noIPsec bool       // nothing is missing then: there are no such policies
 	look    *nfnl.Conn // of Changed; nil before the first call
 }
 

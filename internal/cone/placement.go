@@ -1,0 +1,204 @@
+package cone
+
+import "time"
+
+// Carriers are ways by which a permission stands in the kernel, or'ed.
+type Carriers uint8
+
+// The carriers.
+const (
+	ByExpectation Carriers = 1 << iota
+	ByMap                  // an element of the map of an nftables rule
+
+	AllCarriers = ByExpectation | ByMap
+)
+
+func (c Carriers) String() string {
+	return [...]string{"", "expect", "nft", "expect and nft"}[c&AllCarriers]
+}
+
+// A Choice says what carries the permissions of a subnet that both carriers could.
+type Choice uint8
+
+// The choices. One carrier stands in for the other where that cannot.
+const (
+	ChooseMap Choice = iota
+	ChooseExpectation
+	ChooseBoth
+)
+
+// A Placement says what carries a permission that stands.
+type Placement struct {
+	By Carriers
+	// Why is why it must or can have no expectation, and ReasonNone if it has one or
+	// needs none.
+	Why Reason
+}
+
+// mappable reports whether a map can carry p.
+func (p *policy) mappable(x *Permission) bool {
+	return p.Mapped && x.Ext.Addr.Is4() && x.Zone == 0 && !x.Routed()
+}
+
+// choice returns what carries the permissions of an inside address.
+func (p *policy) choice(in Addr) Choice {
+	_, s, _ := p.subnet(in.Netip())
+	return s.Choice
+}
+
+// place decides what carries c. Without any carrier Why says why.
+func (m *Model) place(now time.Duration, c *claim) Placement {
+	var can Carriers
+	why := ReasonNone
+	switch {
+	case m.ruled != nil && m.ruled(c.Ext) || m.forwardBars(now, c.Permission):
+		why = ReasonForwarded // an expectation comes before the user's rule; a map does not
+	case !m.policy.Expected || c.Wild > 0 && !c.Routed():
+		why = ReasonNoBackend
+	case m.helped(now, &c.Permission):
+		why = ReasonHelper
+	case c.unexpected != ReasonNone:
+		why = c.unexpected
+	default:
+		can |= ByExpectation
+	}
+	unmapped := ReasonNoBackend
+	if m.policy.mappable(&c.Permission) {
+		if unmapped = c.unmapped; unmapped == ReasonNone {
+			can |= ByMap
+		}
+	}
+	if can == 0 && why == ReasonNoBackend {
+		why = unmapped
+	}
+	by := can
+	if can == AllCarriers {
+		switch m.policy.choice(c.Int.Addr) {
+		case ChooseMap:
+			by = ByMap
+		case ChooseExpectation:
+			by = ByExpectation
+		}
+	}
+	if why == ReasonNoBackend && by != 0 {
+		why = ReasonNone
+	}
+	return Placement{by, why}
+}
+
+// setPlacement notes what carries claim i and keeps the counts.
+func (m *Model) setPlacement(i int32, p Placement) {
+	c := &m.claims[i]
+	m.stats.count(c.placed, -1)
+	c.placed = p
+	m.stats.count(p, 1)
+}
+
+func (s *Stats) count(p Placement, n int) {
+	if p.By&ByExpectation != 0 {
+		s.Expected += n
+	}
+	if p.By&ByMap != 0 {
+		s.Mapped += n
+	}
+	if p.By == ByMap {
+		s.MapAlone[p.Why] += n
+	}
+}
+
+// forget lets c be tried again by what the kernel refused: there may be room by now.
+// Not in the way of a helper, who may come back for its own.
+func (c *claim) forget() {
+	c.unmapped = ReasonNone
+	if c.unexpected != ReasonHelper {
+		c.unexpected = ReasonNone
+	}
+}
+
+// reconsider decides anew what carries claim i, if it stands.
+func (m *Model) reconsider(now time.Duration, i int32) {
+	c := &m.claims[i]
+	if c.state != StateStanding {
+		return
+	}
+	p, was := m.place(now, c), c.placed
+	if p.By == 0 {
+		c.forget()
+		p = m.place(now, c)
+	}
+	switch {
+	case p == was:
+	case p.By == 0:
+		m.Refused(now, c.Permission, p.Why, true)
+	default:
+		m.move(i, p)
+		if p.Why == ReasonForwarded && was.Why != ReasonForwarded {
+			m.seeForwarded(now, i)
+		}
+	}
+}
+
+// reconsiderAll does so for all claims.
+func (m *Model) reconsiderAll(now time.Duration) {
+	for i := range m.claims {
+		m.reconsider(now, int32(i))
+	}
+}
+
+// move lets claim i, which stands, be carried as p says. It stands by the new
+// carrier before the old one lets go of it.
+func (m *Model) move(i int32, p Placement) {
+	c := &m.claims[i]
+	was := c.placed.By
+	m.setPlacement(i, p)
+	if by := p.By &^ was; by != 0 {
+		m.op(Op{Kind: Grant, Permission: c.Permission, By: by})
+	}
+	if by := was &^ p.By; by != 0 {
+		m.op(Op{Kind: Revoke, Permission: c.Permission, By: by, Reason: p.Why})
+	}
+}
+
+// Failed tells the model that the kernel refused to carry p by some carriers. It
+// stands by others, if it can.
+func (m *Model) Failed(now time.Duration, p Permission, by Carriers, r Reason) {
+	i := m.find(p.Key, p.Int)
+	if i == none || m.claims[i].state != StateStanding {
+		return
+	}
+	c := &m.claims[i]
+	if by&ByExpectation != 0 {
+		c.unexpected = r
+		if r == ReasonHelper {
+			m.SeeHelper(now, p.Int.Addr, p.Peer)
+		}
+	}
+	if by&ByMap != 0 {
+		c.unmapped = r
+	}
+	left := c.placed
+	left.By &^= by
+	m.setPlacement(i, left)
+	next := m.place(now, c)
+	if next.By == 0 {
+		m.Refused(now, p, r, false)
+		return
+	}
+	m.move(i, next)
+}
+
+// Retry tells the model that the expectation that p lacks may be possible now.
+func (m *Model) Retry(now time.Duration, p Permission) {
+	i := m.find(p.Key, p.Int)
+	if i == none || !m.claims[i].placed.Why.passes() {
+		return
+	}
+	m.claims[i].unexpected = ReasonNone
+	m.reconsider(now, i)
+}
+
+// passes reports whether what kept an expectation from being made may be over without
+// a word from anybody.
+func (r Reason) passes() bool {
+	return r == ReasonPeersOnPort || r == ReasonTableFull || r == ReasonTaken || r == ReasonKernel
+}
