@@ -5,19 +5,26 @@ import (
 	"slices"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/control"
 )
 
-// Why a flow of a host with mappings is without one. They are keys of the status.
+// Why a flow of a host with mappings is without its own. They are keys of the status.
 const (
 	notOnOutside = "their outside address is on no outside link"
 	servedPort   = "the gateway serves their outside port, or you forward it"
-	otherMapping = "they have another outside endpoint than their mapping; they are older than it, or a rule before conenatd's translates them"
+	olderFlow    = "they are older than conenatd and have another outside endpoint"
+	otherMapping = "a rule before conenatd's gave them another outside endpoint, or something else used that of the mapping"
 )
 
-// applied is how many living flows have their mapping, and why others have none.
+// applied says how many living flows have their mapping and why others have none.
 type applied struct {
 	flows uint64
 	not   map[string]uint64
+
+	misfits map[uint32]bool // flows with another outside endpoint than their mapping: whether older than conenatd
+	fresh   uint64          // of these, those that were not there at the look before
+	left    uint64          // flows that our rules left to the user's, until now
+	odd     uint64          // fresh ones beyond those that our rules left
 }
 
 func (a *applied) missing(why string, n int) {
@@ -30,8 +37,43 @@ func (a *applied) missing(why string, n int) {
 	a.not[why] += uint64(n)
 }
 
-// none reports whether flows should have mappings and not one of them has.
-func (a *applied) none() bool { return a.flows == 0 && a.sum() >= fewFlows }
+// misfit takes in flows with another outside endpoint than their mapping. before is
+// the look before, if there was one.
+func (a *applied) misfit(before *applied, ids []uint32) {
+	if a.misfits == nil {
+		a.misfits = make(map[uint32]bool)
+	}
+	for _, id := range ids {
+		older, known := before.misfits[id]
+		if !known {
+			older = before.misfits == nil // at the first look
+			if !older {
+				a.fresh++
+			}
+		}
+		a.misfits[id] = older
+		why := otherMapping
+		if older {
+			why = olderFlow
+		}
+		a.missing(why, 1)
+	}
+}
+
+// settle ends a look, after the one before. What our rules left to the user's they
+// counted, some of it perhaps after m was read.
+func (a *applied) settle(before *applied, m control.Mapping) {
+	if a.misfits == nil {
+		a.misfits = make(map[uint32]bool)
+	}
+	a.left = m.Left + m.PoolUsedUp
+	explained := a.left - min(a.left, before.left)
+	a.odd = before.odd + a.fresh
+	a.odd -= min(a.odd, explained)
+}
+
+// notInForce reports whether most flows get no mapping, and our rules do not know why.
+func (a *applied) notInForce() bool { return a.odd >= fewFlows && a.sum() > a.flows }
 
 func (a *applied) sum() (n uint64) {
 	for _, m := range a.not {

@@ -164,6 +164,14 @@ func (b *backends) Refresh(ops []cone.Op, lost func(i int, by cone.Carriers)) {
 	})
 }
 
+// because returns err, or without one an error that says r.
+func because(r cone.Reason, err error) error {
+	if err == nil {
+		err = errors.New(r.String())
+	}
+	return err
+}
+
 // configure applies cfg to what is granted or refreshed from now on.
 func (b *backends) configure(cfg config.Config) {
 	b.each(func(_ cone.Carriers, x backend) { x.SetLifetime(cfg.Lifetime) })

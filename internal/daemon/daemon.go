@@ -434,8 +434,8 @@ func (d *Daemon) warnings() (out warnings) {
 		out.add("mapping", "mapping stays the kernel's: %s", d.firewall.noMapping)
 	}
 	switch a := &d.applied; {
-	case a.none():
-		out.add("not mapped", "mapping is not in force: %s", control.NotApplied(a.not))
+	case a.notInForce():
+		out.add("not mapped", "endpoint-independent mapping is not in force: %s", control.NotApplied(a.not))
 	case a.sum() >= someFlows:
 		out.add("not mapped", "%s", control.NotApplied(a.not))
 	}

@@ -59,7 +59,8 @@ type mapper struct {
 	live  map[rules.Mapping][]rules.Taken // with a living flow; what it takes if they do not stand
 	taken map[rules.Taken]struct{}        // by living flows without a mapping
 
-	applied applied // what was seen
+	applied, before applied                    // what is seen now, and was seen at the last look
+	ids             map[rules.Mapping][]uint32 // of the flows in live that need theirs
 }
 
 // ends are both ends of a mapping.
@@ -81,6 +82,7 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 		known: make(map[ends]rules.LinkID),
 		live:  make(map[rules.Mapping][]rules.Taken),
 		taken: make(map[rules.Taken]struct{}),
+		ids:   make(map[rules.Mapping][]uint32),
 	}
 	return m, m.kernel.List(func(x rules.Mapping, _ time.Duration) {
 		if slices.Contains(m.barred, x.Ext.Port) {
@@ -132,6 +134,7 @@ func (m *mapper) see(f *cone.Flow) {
 		!slices.Contains(m.barred, f.ReplyDst.Port): // older than the rules
 		x := rules.Mapping{Link: rules.LinkIDOf(link), Int: f.Src, Ext: f.ReplyDst}
 		m.live[x] = append(m.live[x], out)
+		m.ids[x] = append(m.ids[x], f.ID)
 		m.applied.flows++ // unless it is refused
 	case f.Status.Has(cone.StatusSrcNAT) && link != "", fromGateway:
 		m.taken[out] = struct{}{}
@@ -154,10 +157,9 @@ func (m *mapper) keep() error {
 	var errs []error
 	ms := slices.Collect(maps.Keys(m.live))
 	m.kernel.Keep(ms, func(i int, err error) {
-		n := len(m.live[ms[i]])
-		m.applied.flows -= uint64(n)
+		m.applied.flows -= uint64(len(m.ids[ms[i]]))
 		if errors.Is(err, rules.ErrOtherMapping) {
-			m.applied.missing(otherMapping, n)
+			m.applied.misfit(&m.before, m.ids[ms[i]])
 		} else {
 			errs = append(errs, fmt.Errorf("keep mapping %v -> %v: %w", ms[i].Int, ms[i].Ext, err))
 		}

@@ -69,7 +69,10 @@ func (d *Daemon) carry(left []expect.Adopted) {
 		ps = append(ps, a.Permission)
 	}
 	d.backends.each(func(_ cone.Carriers, x backend) {
-		x.Grant(slices.DeleteFunc(slices.Clone(ps), func(p cone.Permission) bool { return !x.Carries(&p) }), func(int, cone.Reason, error) {})
+		carried := slices.DeleteFunc(slices.Clone(ps), func(p cone.Permission) bool { return !x.Carries(&p) })
+		x.Grant(carried, func(i int, r cone.Reason, err error) {
+			d.failures.note("carry permission over", 1, because(r, err), "ext", carried[i].Ext, "peer", carried[i].Peer)
+		})
 	})
 }
 

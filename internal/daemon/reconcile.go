@@ -209,6 +209,9 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 		d.failures.note("read mappings", 1, err)
 		m = nil
 	}
+	if m != nil {
+		d.do(func() { m.before = d.applied })
+	}
 	d.do(d.model.BeginSnapshot)
 	piece := make([]cone.Flow, 0, flowsAtOnce)
 	hand := func() {
@@ -236,7 +239,10 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	d.do(func() { d.model.EndSnapshot(d.now()) })
 	if m != nil {
 		err = m.keep()
-		d.do(func() { d.applied = m.applied })
+		d.do(func() {
+			m.applied.settle(&m.before, d.tables.Mapping)
+			d.applied = m.applied
+		})
 	} else {
 		d.do(func() { d.applied = applied{} })
 	}

@@ -71,7 +71,7 @@ func (s source) Status() control.Status {
 }
 
 // maps reports whether endpoint-independent mapping is in force.
-func (d *Daemon) maps() bool { return d.tables.Mapping.On && !d.applied.none() }
+func (d *Daemon) maps() bool { return d.tables.Mapping.On && !d.applied.notInForce() }
 
 // subnet is an enabled subnet as status shows it.
 func (d *Daemon) subnet(s config.Subnet) control.Subnet {

@@ -1,0 +1,160 @@
+package e2e
+
+import (
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// told waits until the warning with this text is in the status, and in the log.
+func (s *scene) told(text string) {
+	s.T.Helper()
+	s.Until("the status warns of it", func() bool {
+		return slices.ContainsFunc(s.Status().Warnings, func(w string) bool { return strings.Contains(w, text) })
+	})
+	s.Until("the log warns of it", func() bool { return s.logs("WARN", text) == 1 })
+}
+
+// over waits until the warning with this text is gone from the status, and the log says so.
+func (s *scene) over(text string) {
+	s.T.Helper()
+	s.Until("the status does not warn of it any more", func() bool {
+		return !slices.ContainsFunc(s.Status().Warnings, func(w string) bool { return strings.Contains(w, text) })
+	})
+	s.Until("the log says that it is over", func() bool { return s.logs("INFO", "no longer: ", text) == 1 })
+}
+
+// logs counts the lines of the log at this level that have all texts.
+func (s *scene) logs(level string, texts ...string) (n int) {
+	for line := range strings.Lines(s.Daemon.Output()) {
+		all := strings.Contains(line, "level="+level)
+		for _, t := range texts {
+			all = all && strings.Contains(line, t)
+		}
+		if all {
+			n++
+		}
+	}
+	return n
+}
+
+const noNAT = "no source NAT: "
+
+// A gateway that does not translate. When it does the warning is over.
+//
+// Fails when untranslated flows are not counted, and when warnings are logged at the
+// start alone.
+func TestMissingSourceNATIsTold(t *testing.T) {
+	stage.OfTheDaemon(t)
+	s := newScene(t, lab.Options{Rules: lab.DropPolicy})
+	s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1s")
+	if w := s.Status().Warnings; w == nil || len(w) > 0 {
+		t.Errorf("warnings %q", w)
+	}
+	peer := s.PeerSocket(lab.PeerA, 5060)
+	for i := range uint16(5) {
+		s.Must(s.InsideSocket(0, 5060+i).Send(peer.Addr(), "no way back"))
+	}
+	s.told(noNAT)
+	s.Until("all are counted", func() bool {
+		st := s.Status()
+		return st.Counters.Skipped["not translated"] == 5 && len(st.Warnings) == 1 &&
+			strings.HasPrefix(st.Warnings[0], noNAT+"5 flows of 10.47.11.0/24 ")
+	})
+	s.Must(s.InsideSocket(0, 5065).Send(peer.Addr(), "no way back"))
+	s.Until("one more is counted", func() bool { return s.Status().Counters.Skipped["not translated"] == 6 })
+	s.Must(s.NFT(lab.Masquerade))
+	s.Contact(s.InsideSocket(0, 5066), s.PeerSocket(lab.PeerA, 5061))
+	s.over(noNAT)
+	if n := s.logs("WARN", noNAT); n != 1 {
+		t.Errorf("logged %d times\n%s", n, s.Daemon.Output())
+	}
+}
+
+// Part of the Internet is behind a VPN, by routes that are no default route.
+//
+// Fails when whoever is not behind an outside link is called inside.
+func TestLinkThatShouldBeOutsideIsNamed(t *testing.T) {
+	stage.OfTheDaemon(t)
+	s := newScene(t, lab.Options{Guest: true, Rules: `table ip nat {
+	chain postrouting {
+		type nat hook postrouting priority srcnat; policy accept;
+		masquerade
+	}
+}
+`})
+	s.AddLink("vpn0", "198.51.100.130")
+	s.IP(s.Gateway, "route add 203.0.113.6/32 via 198.51.100.254 dev vpn0 onlink")
+	s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1s")
+	phone, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerB, 5060)
+	s.Contact(phone, peer)
+	s.told("1 translated flows of enabled hosts left by vpn0, which is no outside link")
+	// The guest network is not enabled, and private.
+	s.Contact(phone, s.Socket(s.Guest.Namespace, s.Guest.Addr, 5060))
+	s.Until("it is skipped", func() bool { return len(s.Status().Counters.Skipped) == 2 })
+	want := map[string]uint64{
+		"peer is behind vpn0, which is no outside link": 1, "peer is behind guest0, which is no outside link": 1,
+	}
+	for name, n := range s.Status().Counters.Skipped {
+		if want[name] != n {
+			t.Errorf("skipped %d: %s", n, name)
+		}
+	}
+	if w := s.Status().Warnings; len(w) != 1 {
+		t.Errorf("warnings %q", w)
+	}
+	s.IP(s.Gateway, "route add default via 198.51.100.254 dev vpn0 onlink table 102")
+	s.over("left by vpn0")
+	again := s.PeerSocket(lab.PeerB, 5061)
+	s.Stands(phone, again, s.Contact(phone, again))
+}
+
+// A rule of the user's translates before ours: status must not say that mapping is on.
+//
+// Fails when it says what is configured.
+func TestMappingThatIsNotInForceIsTold(t *testing.T) {
+	stage.OfTheDaemon(t)
+	s := newScene(t, lab.Options{Inside: 2})
+	s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1s", "--mapping=endpoint_independent")
+	peers := []*lab.Socket{s.PeerSocket(lab.PeerA, 3074), s.PeerSocket(lab.PeerB, 3074), s.PeerSocket(lab.PeerA, 3075), s.PeerSocket(lab.PeerB, 3075)}
+	one := s.InsideSocket(0, 3074)
+	for _, p := range peers {
+		s.Contact(one, p)
+	}
+	s.Until("it is in force", func() bool {
+		st := s.Status()
+		return st.Tables.Mapping.On && st.Subnets[0].Mapping == "endpoint_independent" && len(st.Tables.Mapping.NotApplied) == 0
+	})
+	s.Must(s.NFT(`table ip early {
+	chain postrouting {
+		type nat hook postrouting priority -199; policy accept;
+		oifname "wan0" meta l4proto udp masquerade to :40000-49999 fully-random
+	}
+}
+`))
+	for i := range uint16(4) {
+		in := s.InsideSocket(1, 5000+i)
+		for _, p := range peers {
+			s.Contact(in, p)
+		}
+	}
+	s.told("endpoint-independent mapping is not in force: ")
+	st := s.Status()
+	if st.Tables.Mapping.On || st.Subnets[0].Mapping != "kernel" {
+		t.Errorf("mapping %+v, subnets %+v", st.Tables.Mapping, st.Subnets)
+	}
+	out, _ := s.CLI("status", "--control-socket", s.Daemon.Socket)
+	if !strings.Contains(out, "flows did not get their mapping: ") {
+		t.Errorf("status says\n%s", out)
+	}
+	// Without it everything is as it should be once these flows are gone.
+	_, err := s.Gateway.Output("nft", "delete", "table", "ip", "early")
+	s.Must(err)
+	_, err = s.Gateway.Output("conntrack", "-D", "-p", "udp", "-s", s.Inside(1).Addr.String())
+	s.Must(err)
+	s.over("endpoint-independent mapping is not in force")
+	s.Until("it is in force again", func() bool { return s.Status().Tables.Mapping.On })
+}
