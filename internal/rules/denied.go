@@ -25,9 +25,6 @@ type denial struct {
 // for, as nft shows it. The next daemon tells these from others by it.
 const revokedNote = "revoked"
 
-// ErrNoRoom says that a permission ended, but that the kernel may learn it again.
-var ErrNoRoom = errors.New("the set of denials has no room")
-
 // Deny ends ps, and keeps the kernel from learning them again until one is
 // granted, or two hours are over, as long as there is room. What is but one too many
 // gets half of it: a host that scans must not use up the room of what is forbidden.

@@ -130,6 +130,9 @@ type Taken struct {
 	Port   uint16
 }
 
+// ErrNoRoom says that a permission ended, but that the kernel may learn it again.
+var ErrNoRoom = errors.New("the set of denials has no room")
+
 // ErrOtherMapping says that a mapping cannot stand beside another one.
 var ErrOtherMapping = errors.New("another mapping stands")
 
