@@ -244,3 +244,41 @@ func (s *scene) gatewaySocket(addr string, port uint16, device string, transpare
 		return err
 	}))
 }
+
+// An outside port that something without a mapping uses towards a remote endpoint is
+// taken for as long as conntrack may keep its flow, and until a later reconcile sees
+// that it lives. Else a host with that port would send packets that the kernel drops.
+func TestNFTTakenPortsOutlastTheirFlows(t *testing.T) {
+	taken := regexp.MustCompile(`40000 \. 203\.0\.113\.5 \. 3074 .*?expires ([0-9a-z]+)`)
+	for name, tc := range map[string]struct {
+		reconcile, sysctl string
+		least             time.Duration
+	}{
+		"reconcile rarely":                {"10m", "", 20 * time.Minute},
+		"a long timeout":                  {"1s", "nf_conntrack_udp_timeout", 1000 * time.Second},
+		"a long timeout of answered ones": {"1s", "nf_conntrack_udp_timeout_stream", 1000 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := play(t, lab.Options{}, mapped, "--reconcile="+tc.reconcile)
+			own, proxy := s.Socket(s.Gateway.Namespace, s.Gateway.Addr, 40000), s.PeerSocket(lab.PeerA, 3074)
+			if tc.sysctl != "" { // the daemon follows it
+				s.sysctl("net.netfilter."+tc.sysctl, "1000")
+			}
+			var longest time.Duration
+			s.Until("the port is taken for long", func() bool {
+				s.Contact(own, proxy)
+				out, err := s.Gateway.Output("nft", "list", "set", "ip", "conenat", "taken")
+				s.Must(err)
+				if m := taken.FindStringSubmatch(out); m != nil {
+					longest, err = time.ParseDuration(m[1])
+					s.Must(err)
+				}
+				return longest > tc.least-10*time.Second
+			})
+			// And no mapping is used towards that remote endpoint.
+			if got := s.Contact(s.InsideSocket(0, 40000), proxy); got.Port() == 40000 {
+				t.Errorf("a host leaves as %v", got)
+			}
+		})
+	}
+}

@@ -26,6 +26,9 @@ func mappingConfig(cfg config.Config, ports outsidePorts) *rules.MappingConfig {
 		Exempt: cfg.MappingExempt, Served: ports.served,
 		// A mapping is refreshed at each reconcile while a flow of it lives.
 		Lifetime: max(cfg.Lifetime, 3*cfg.Reconcile), Size: mappingsSize,
+		// Until the next reconcile sees that the flow lives; and without a daemon as long
+		// as the flow does.
+		TakenFor: max(ports.udpTimeout, 2*cfg.Reconcile), KeptFor: max(ports.udpTimeout, 3*cfg.Reconcile),
 	}
 	for _, s := range cfg.Subnets {
 		if s.Mapping == config.EndpointIndependentMapping {

@@ -3,7 +3,10 @@ package daemon
 import (
 	"errors"
 	"fmt"
+	"os"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -22,6 +25,9 @@ type outsidePorts struct {
 	pool   config.PortRange // what newcomers get
 	served []uint16         // what no new mapping gets
 	barred []uint16         // those of served on which a mapping that stands ends
+
+	// udpTimeout is how long conntrack keeps a flow without an answer.
+	udpTimeout time.Duration
 }
 
 // choosePorts returns the outside ports for mappings. sure says that the sockets were
@@ -35,6 +41,9 @@ func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, socke
 	}
 	local, err := readLocalPorts()
 	if err != nil {
+		return ports, nil, err
+	}
+	if ports.udpTimeout, err = readUDPTimeout(); err != nil {
 		return ports, nil, err
 	}
 	ports.wanted = cfg.PortPool
@@ -66,6 +75,23 @@ func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, socke
 		ports.served = sorted(append(ports.served, all...))
 	}
 	return ports, warnings, nil
+}
+
+// readUDPTimeout reads the longer of the timeouts of UDP flows: an unanswered one may
+// have been answered before.
+func readUDPTimeout() (longest time.Duration, err error) {
+	for _, key := range []string{"net.netfilter.nf_conntrack_udp_timeout", "net.netfilter.nf_conntrack_udp_timeout_stream"} {
+		b, err := os.ReadFile(sysctlPath(key))
+		if err != nil {
+			return 0, fmt.Errorf("read timeout of UDP flows: %w", err)
+		}
+		seconds, err := strconv.Atoi(strings.TrimSpace(string(b)))
+		if err != nil {
+			return 0, fmt.Errorf("read timeout of UDP flows: %w", err)
+		}
+		longest = max(longest, time.Duration(seconds)*time.Second)
+	}
+	return longest, nil
 }
 
 // inPool says that sockets of the gateway have ports of the pool, served among others. It
@@ -171,7 +197,7 @@ func (d *Daemon) serve(cfg config.Config, network gateway.Network, stays *gatewa
 	}
 	old := d.firewall.ports
 	d.firewall.ports = ports
-	if ports.pool != old.pool || !slices.Equal(ports.served, old.served) {
+	if ports.pool != old.pool || ports.udpTimeout != old.udpTimeout || !slices.Equal(ports.served, old.served) {
 		_, err = d.firewall.set(cfg, network.OutsideLinks())
 	}
 	return warnings, err

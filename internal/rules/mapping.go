@@ -46,10 +46,8 @@ const (
 	// ownedLonger is how much longer an outside endpoint is owned than its
 	// mapping lasts. The other way round two hosts could have it for a moment.
 	ownedLonger = time.Second
-	// takenTimeout is how long a flow is remembered after its last unanswered packet
-	// from those who opened it: at least as long as conntrack remembers one without
-	// an answer, or with but one (nf_conntrack_udp_timeout). What lives longer is
-	// the daemon's to Take, for keptTimeout, which must outlast some reconciles.
+	// takenTimeout and keptTimeout are the least values of MappingConfig.TakenFor and
+	// KeptFor.
 	takenTimeout = time.Minute
 	keptTimeout  = 3 * time.Minute
 	// addressTimeout is how long it is remembered which outside address the
@@ -399,7 +397,7 @@ func (m *mapper) remember() {
 	m.rule(inbound, "its answers take the port", m.takeInbound())
 	m.rule(foreign, "a flow without a mapping takes the port", join(
 		reply(expr.CtKeyPROTODST, 0), reply(expr.CtKeySRCIP, 1), reply(expr.CtKeyPROTOSRC, 2),
-		put(m.taken, opUpdate, 0, 0, takenTimeout)))
+		put(m.taken, opUpdate, 0, 0, max(takenTimeout, m.TakenFor))))
 
 	c := m.filter("remember", nftables.ChainHookPostrouting, rememberPriority)
 	m.rule(c, "answered flows end here", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
@@ -459,7 +457,7 @@ func (m *mapper) own(c *nftables.Chain, endpoint piece, foreign *nftables.Chain)
 // takeInbound remembers a flow from outside by its first packet, as it came.
 func (m *mapper) takeInbound() piece {
 	return join(original(expr.CtKeyPROTODST, 0), original(expr.CtKeySRCIP, 1), original(expr.CtKeyPROTOSRC, 2),
-		put(m.taken, opUpdate, 0, 0, takenTimeout))
+		put(m.taken, opUpdate, 0, 0, max(takenTimeout, m.TakenFor)))
 }
 
 // arrivals remembers flows to the gateway itself. Those of a port that it serves

@@ -25,12 +25,13 @@ type Mappings struct {
 	netns      int
 	table      string
 	lifetime   time.Duration
+	keptFor    time.Duration
 	key, value [64]byte // of the element that is being encoded
 }
 
 // NewMappings returns the Mappings of t.
 func (t *Tables) NewMappings(c *MappingConfig) *Mappings {
-	m := &Mappings{netns: t.netns, table: t.name, lifetime: c.Lifetime}
+	m := &Mappings{netns: t.netns, table: t.name, lifetime: c.Lifetime, keptFor: max(keptTimeout, c.KeptFor)}
 	m.begin(t.w)
 	return m
 }
@@ -119,7 +120,7 @@ func (m *Mappings) Revoke(ms []Mapping) error {
 }
 
 // Take keeps mappings from being used towards the remote endpoints of flows that
-// have none, for three minutes.
+// have none, for MappingConfig.KeptFor.
 func (m *Mappings) Take(flows []Taken) error {
 	var refused int
 	var first error
@@ -144,7 +145,7 @@ func (m *Mappings) take(seq uint32, f *Taken) {
 	putPort(m.key[:], f.Port)
 	putEndpoint(m.key[4:], f.Remote)
 	for i, typ := range []uint16{unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM, unix.NFT_MSG_NEWSETELEM} {
-		m.element(seq+uint32(i), typ, takenSet, takenKeyLen, 0, keptTimeout)
+		m.element(seq+uint32(i), typ, takenSet, takenKeyLen, 0, m.keptFor)
 	}
 }
 

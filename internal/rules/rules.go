@@ -66,6 +66,12 @@ type MappingConfig struct {
 	// Size is how many mappings there can be. Without room for one more, a flow
 	// is left to the user's rules. Another size ends all mappings.
 	Size int
+	// TakenFor is how long an outside port is in use towards a remote endpoint after the
+	// last packet of a flow without a mapping that is not answered. It must not be
+	// less than nf_conntrack_udp_timeout, nor than the time until the next Take, by
+	// which the daemon says for another KeptFor that the flow lives. A minute and three
+	// are the least values, and the default.
+	TakenFor, KeptFor time.Duration
 	// Served are outside ports that local sockets hold, or that the user's rules
 	// forward. They get no mapping; one that stands already goes on.
 	Served []uint16
