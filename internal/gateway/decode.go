@@ -10,9 +10,17 @@ import (
 
 // From linux/rtnetlink.h; x/sys/unix lacks them.
 const (
-	rtnUnicast = 1
-	rtaNHID    = 30
+	rtnUnicast     = 1
+	rtnLocal       = 2
+	rtnBlackhole   = 6
+	rtnUnreachable = 7
+	rtnProhibit    = 8
+	rtaNHID        = 30
 )
+
+// leastEnded is the shortest prefix of a route that ends packets that is not taken for
+// one for all kinds of addresses.
+const leastEnded = 16
 
 // A reader takes in the messages of rtnetlink's dumps.
 type reader struct {
@@ -116,6 +124,13 @@ func (r *reader) route(b []byte) error {
 	family, bits, typ := b[0], int(b[1]), b[7]
 	// A cloned route is a cached one: a path MTU, a redirect.
 	cloned := binary.NativeEndian.Uint32(b[8:])&unix.RTM_F_CLONED != 0
+	switch p := netip.PrefixFrom(dst, bits); typ {
+	case rtnLocal, rtnBlackhole, rtnUnreachable, rtnProhibit:
+		// One for all addresses says nothing of any, nor does a wide one.
+		if family == unix.AF_INET && p.IsValid() && bits >= leastEnded && !dst.IsLoopback() {
+			r.Ended = append(r.Ended, p)
+		}
+	}
 	if typ != rtnUnicast || table == unix.RT_TABLE_LOCAL || cloned {
 		return nil
 	}

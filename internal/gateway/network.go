@@ -13,9 +13,11 @@ import (
 // A Network is what the links of a network namespace looked like at one time.
 // Its methods only read it.
 type Network struct {
-	Links  []Link  // by index
-	Addrs  []Addr  // of all links
-	Routes []Route // unicast routes of all tables, but those of table local
+	Links  []Link         // by index
+	Addrs  []Addr         // of all links
+	Routes []Route        // unicast routes of all tables, but those of table local
+	Rules  []Rule         // for IPv4
+	Ended  []netip.Prefix // IPv4 networks with a route that is local or rejects
 }
 
 // A Link is a network interface.
@@ -93,13 +95,18 @@ func (r *reader) read(c *conn) error {
 		{"links", unix.RTM_GETLINK, unix.SizeofIfInfomsg, r.link},
 		{"addresses", unix.RTM_GETADDR, unix.SizeofIfAddrmsg, r.addr},
 		{"routes", unix.RTM_GETROUTE, unix.SizeofRtMsg, r.route},
+		{"routing rules", unix.RTM_GETRULE, unix.SizeofRtMsg, r.rule},
 		{"nexthops", unix.RTM_GETNEXTHOP, unix.SizeofNhmsg, r.nexthop},
 	}
 	for _, d := range dumps {
 		if d.typ == unix.RTM_GETNEXTHOP && len(r.byNexthop) == 0 {
 			continue // not known before Linux 5.3
 		}
-		if err := c.exchange(newRequest(d.typ, unix.NLM_F_DUMP, d.header), d.each); err != nil {
+		err := c.exchange(newRequest(d.typ, unix.NLM_F_DUMP, d.header), d.each)
+		if d.typ == unix.RTM_GETRULE && errors.Is(err, unix.EOPNOTSUPP) {
+			continue // a kernel without CONFIG_IP_MULTIPLE_TABLES
+		}
+		if err != nil {
 			return fmt.Errorf("read %s: %w", d.what, err)
 		}
 	}

@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Watcher tells when links, addresses or routes change (rtnetlink(7)).
+// A Watcher tells when links, addresses, routes or routing rules change (rtnetlink(7)).
 type Watcher struct {
 	nl     *netlink.Conn
 	closed atomic.Bool
@@ -20,7 +20,7 @@ type Watcher struct {
 // watched are the multicast groups, as the bits that bind(2) takes.
 const watched = unix.RTMGRP_LINK |
 	unix.RTMGRP_IPV4_IFADDR | unix.RTMGRP_IPV6_IFADDR |
-	unix.RTMGRP_IPV4_ROUTE | unix.RTMGRP_IPV6_ROUTE
+	unix.RTMGRP_IPV4_ROUTE | unix.RTMGRP_IPV6_ROUTE | unix.RTMGRP_IPV4_RULE
 
 // Watch begins to watch the network namespace behind the descriptor netns, or
 // the calling thread's own when it is 0.

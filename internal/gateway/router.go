@@ -1,0 +1,161 @@
+package gateway
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
+)
+
+// A Router asks the kernel by which link it sends packets of inside hosts. It is not
+// safe for concurrent use.
+type Router struct {
+	conn    *conn
+	marks   []uint32 // that packets may have, 0 among them
+	inside  map[cone.Addr]uint32
+	request []byte
+}
+
+// DialRouter opens the connection to the network namespace behind the descriptor netns,
+// or to the calling thread's own when it is 0. The Router knows the marks of the routing
+// rules that there are now.
+func DialRouter(netns int, n Network) (*Router, error) {
+	c, err := dial(unix.NETLINK_ROUTE, netns)
+	if err != nil {
+		return nil, err
+	}
+	r := &Router{conn: c, marks: []uint32{0}, inside: make(map[cone.Addr]uint32)}
+	for _, rule := range n.Rules {
+		if rule.Mark != 0 && !slices.Contains(r.marks, rule.Mark) {
+			r.marks = append(r.marks, rule.Mark)
+		}
+	}
+	return r, nil
+}
+
+// Close ends the connection.
+func (r *Router) Close() error { return r.conn.close() }
+
+// Links returns the indexes of the links by which a packet of an inside host from src to
+// dst may leave: the one, or, as rules of the user's may mark packets in a way that
+// nobody knows, one for each mark of a routing rule. Both are IPv4 endpoints.
+func (r *Router) Links(src, dst cone.Endpoint) (links []int, err error) {
+	from, known := r.inside[src.Addr]
+	if !known { // by which its packets come in
+		link, err := r.lookup(cone.Endpoint{}, src, 0, 0)
+		if err != nil {
+			return nil, err
+		}
+		from = uint32(link)
+		r.inside[src.Addr] = from
+	}
+	if from == 0 {
+		return nil, nil
+	}
+	for _, mark := range r.marks {
+		link, err := r.lookup(src, dst, from, mark)
+		if err != nil {
+			return nil, err
+		}
+		if link != 0 && !slices.Contains(links, link) {
+			links = append(links, link)
+		}
+	}
+	return links, nil
+}
+
+// lookup returns the link by which a packet leaves that comes in by the link from, or is
+// the gateway's own; 0 if it does not leave.
+func (r *Router) lookup(src, dst cone.Endpoint, from, mark uint32) (link int, err error) {
+	b := append(r.request[:0], newRequest(unix.RTM_GETROUTE, 0, unix.SizeofRtMsg)...)
+	h := b[unix.NLMSG_HDRLEN:]
+	h[0], h[1] = unix.AF_INET, 32
+	b = appendAttr(b, unix.RTA_DST, dst.Addr[12:])
+	if from != 0 {
+		b[unix.NLMSG_HDRLEN+2] = 32
+		b = appendAttr(b, unix.RTA_SRC, src.Addr[12:])
+		b = appendAttr(b, unix.RTA_IIF, binary.NativeEndian.AppendUint32(nil, from))
+		b = appendAttr(b, unix.RTA_MARK, binary.NativeEndian.AppendUint32(nil, mark))
+		b = appendAttr(b, unix.RTA_IP_PROTO, []byte{unix.IPPROTO_UDP})
+		b = appendAttr(b, unix.RTA_SPORT, binary.BigEndian.AppendUint16(nil, src.Port))
+		b = appendAttr(b, unix.RTA_DPORT, binary.BigEndian.AppendUint16(nil, dst.Port))
+	}
+	binary.NativeEndian.PutUint32(b, uint32(len(b)))
+	r.request = b
+	err = r.conn.exchange(b, func(b []byte) error {
+		if len(b) < unix.SizeofRtMsg || b[7] != rtnUnicast {
+			return nil
+		}
+		return attributes(b, unix.SizeofRtMsg, func(ad *netlink.AttributeDecoder) {
+			if ad.Type() == unix.RTA_OIF {
+				link = int(ad.Int32())
+			}
+		})
+	})
+	// No route, or one that rejects: it does not leave.
+	for _, no := range []unix.Errno{unix.ENETUNREACH, unix.EHOSTUNREACH, unix.EACCES, unix.EINVAL, unix.EAGAIN, unix.EXDEV, unix.ENODEV, unix.ENETDOWN, unix.EOPNOTSUPP} {
+		if errors.Is(err, no) {
+			return 0, nil
+		}
+	}
+	if err != nil {
+		return 0, fmt.Errorf("look up route: %w", err)
+	}
+	return link, nil
+}
+
+func appendAttr(b []byte, typ uint16, value []byte) []byte {
+	b = binary.NativeEndian.AppendUint16(b, uint16(4+len(value)))
+	b = binary.NativeEndian.AppendUint16(b, typ)
+	b = append(b, value...)
+	return append(b, make([]byte, (4-len(value)%4)%4)...)
+}
+
+// A Rule is a routing rule for IPv4.
+type Rule struct {
+	Mark uint32
+	all  string // the message
+}
+
+// rule decodes a struct fib_rule_hdr with attributes.
+func (r *reader) rule(b []byte) error {
+	const sizeofFibRuleHdr, fraFwmark = 12, 10
+	if len(b) < sizeofFibRuleHdr || b[0] != unix.AF_INET {
+		return nil
+	}
+	rule := Rule{all: string(b)}
+	err := attributes(b, sizeofFibRuleHdr, func(ad *netlink.AttributeDecoder) {
+		if ad.Type() == fraFwmark {
+			rule.Mark = ad.Uint32()
+		}
+	})
+	r.Rules = append(r.Rules, rule)
+	return err
+}
+
+// SameRoutes reports whether packets take the same ways in n and in o.
+func (n Network) SameRoutes(o Network) bool {
+	up := func(n Network) (is []int) {
+		for _, l := range n.Links {
+			if l.is(unix.IFF_UP | unix.IFF_RUNNING) {
+				is = append(is, l.Index)
+			}
+		}
+		return is
+	}
+	return slices.Equal(n.Routes, o.Routes) && slices.Equal(n.Rules, o.Rules) && slices.Equal(up(n), up(o))
+}
+
+// Owns reports whether packets to a, an IPv4 address, end here: a link has it, or it is
+// in a local route, or in one that rejects, as people have it for addresses that they
+// translate to and that no link has.
+func (n Network) Owns(a netip.Addr) bool {
+	return slices.ContainsFunc(n.Addrs, func(o Addr) bool { return o.Prefix.Addr() == a }) ||
+		slices.ContainsFunc(n.Ended, func(p netip.Prefix) bool { return p.Contains(a) })
+}

@@ -1,0 +1,76 @@
+package gateway
+
+import (
+	"net/netip"
+	"slices"
+	"testing"
+)
+
+// The kernel says by which link a host's packets leave, for each mark that routing rules
+// ask for.
+func TestRouterFindsTheLinksOfAHostsPackets(t *testing.T) {
+	g := newGateway(t,
+		"link add wan1 type bridge", "address add 198.51.100.129/32 dev wan1", "link set wan1 up",
+		"link add vpn0 type bridge", "link set vpn0 up", "neigh add 198.51.100.254 lladdr 02:00:00:00:00:01 dev wan1")
+	src, dst := endpoint("10.47.11.109:5060"), endpoint("203.0.113.5:5060")
+	for _, step := range []struct {
+		command string
+		want    []string
+	}{
+		{"route replace default via 198.51.100.254 dev wan0", []string{"wan0"}},
+		{"route replace default via 198.51.100.254 dev wan1 onlink", []string{"wan1"}},
+		{"rule add from 10.47.11.110 table 7", []string{"wan1"}}, // another host's
+		{"route add default dev vpn0 table 7", []string{"wan1"}},
+		{"rule add ipproto udp dport 5060 table 7", []string{"vpn0"}},
+		{"rule del ipproto udp dport 5060 table 7", []string{"wan1"}},
+		{"rule add fwmark 2 table 7", []string{"wan1", "vpn0"}},
+		{"rule del fwmark 2 table 7", []string{"wan1"}},
+		{"route add blackhole 203.0.113.0/24", nil},
+		{"route del blackhole 203.0.113.0/24", []string{"wan1"}},
+		{"link set wan1 down", nil},
+	} {
+		before := readNetwork(t, g)
+		ip(t, g, step.command)
+		n := readNetwork(t, g)
+		r, err := DialRouter(g.FD(), n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		links, err := r.Links(src, dst)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, l := range n.Links {
+			if slices.Contains(links, l.Index) {
+				names = append(names, l.Name)
+			}
+		}
+		slices.Sort(names)
+		slices.Sort(step.want)
+		if !slices.Equal(names, step.want) {
+			t.Errorf("after %q: %q, want %q", step.command, names, step.want)
+		}
+		if step.command[:5] == "rule " && n.SameRoutes(before) || !n.SameRoutes(readNetwork(t, g)) {
+			t.Errorf("%q: whether routes changed is not seen", step.command)
+		}
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestNetworkOwnsWhatEndsHere(t *testing.T) {
+	g := newGateway(t, "route add blackhole 192.0.2.64/28", "route add local 192.0.2.96/28 dev lo",
+		"route add unreachable 192.0.2.128/32", "address add 192.0.2.200/32 dev lo",
+		"route add blackhole default metric 4000", "route add blackhole 172.0.0.0/8")
+	n := readNetwork(t, g)
+	for a, want := range map[string]bool{
+		"192.0.2.66": true, "192.0.2.100": true, "192.0.2.128": true, "192.0.2.200": true, "198.51.100.1": true, "10.47.11.1": true,
+		"192.0.2.80": false, "198.51.100.77": false, "203.0.113.5": false, "172.1.1.1": false,
+	} {
+		if n.Owns(netip.MustParseAddr(a)) != want {
+			t.Errorf("%s: owned %v", a, !want)
+		}
+	}
+}
