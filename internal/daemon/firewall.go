@@ -30,7 +30,7 @@ type firewall struct {
 	portInPool                uint16                    // of a socket, as the warning says
 	decisions                 map[netip.Prefix]decision // never changed, but replaced
 
-	gone map[cone.Addr]struct{} // addresses whose mappings have to end; nil before the first look
+	known map[netip.Addr]struct{} // addresses that links had; nil before the first look
 
 	admitted, usedUp tally
 	pool             config.PortRange // that usedUp is of

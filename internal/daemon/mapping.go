@@ -10,7 +10,6 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
-	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
 )
@@ -51,7 +50,9 @@ func wantsMapping(cfg config.Config) bool { return mappingConfig(cfg, outsidePor
 // that by itself only until the flow is answered. It is made anew for each dump.
 type mapper struct {
 	kernel *rules.Mappings
-	links  map[cone.Addr]string // the names, of outside addresses
+	links  map[cone.Addr]string // the names, of addresses of outside links
+	owned  func(cone.Addr) bool // its packets end here
+	routes *router
 	inside func(cone.Addr) bool // is in a subnet with mappings
 	served func(cone.Endpoint) bool
 	barred []uint16 // outside ports on which a mapping ends
@@ -78,6 +79,8 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 	m := &mapper{
 		kernel: f.tables.NewMappings(c),
 		links:  outsideAddrs(network),
+		owned:  network.Owned(),
+		routes: &router{network: network},
 		inside: func(a cone.Addr) bool {
 			return slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { return p.Contains(a.Netip()) })
 		},
@@ -126,24 +129,42 @@ func (m *mapper) see(f *cone.Flow) {
 		m.applied.flows++
 		return
 	}
-	_, fromGateway := m.links[f.Src.Addr]
-	_, toGateway := m.links[f.Dst.Addr]
 	out := rules.Taken{Remote: f.ReplySrc, Port: f.ReplyDst.Port}
-	link := m.links[f.ReplyDst.Addr]
-	m.check(f, link)
 	switch {
 	case f.Status.Has(cone.StatusDstNAT):
-	case f.Status.Has(cone.StatusSrcNAT) && m.inside(f.Src.Addr) && link != "" &&
-		!slices.Contains(m.barred, f.ReplyDst.Port): // older than the rules
+	case f.Status.Has(cone.StatusSrcNAT):
+		link := ""
+		if m.inside(f.Src.Addr) {
+			link = m.linkOf(f)
+			m.check(f, link)
+		}
+		if link == "" || slices.Contains(m.barred, f.ReplyDst.Port) {
+			m.taken[out] = struct{}{}
+			return
+		}
+		// It is older than the rules.
 		x := rules.Mapping{Link: rules.LinkIDOf(link), Int: f.Src, Ext: f.ReplyDst}
 		m.live[x] = append(m.live[x], out)
 		m.ids[x] = append(m.ids[x], f.ID)
 		m.applied.flows++ // unless it is refused
-	case f.Status.Has(cone.StatusSrcNAT) && link != "", fromGateway:
+	case m.owned(f.Src.Addr):
 		m.taken[out] = struct{}{}
-	case toGateway && !m.served(f.Dst):
+	case m.owned(f.Dst.Addr) && !m.served(f.Dst):
 		m.taken[rules.Taken{Remote: f.Src, Port: f.Dst.Port}] = struct{}{}
 	}
+}
+
+// linkOf returns the outside link on which the outside endpoint of the flow is a mapping:
+// the one that has the address, else the one by which the flow leaves. Of an address
+// that is neither on a link nor anywhere else it returns none: it may be one that went.
+func (m *mapper) linkOf(f *cone.Flow) string {
+	if link := m.links[f.ReplyDst.Addr]; link != "" || !m.owned(f.ReplyDst.Addr) {
+		return link
+	}
+	if links := m.routes.links(f); len(links) == 1 && links[0].Outside {
+		return links[0].Name
+	}
+	return ""
 }
 
 // hold notes that a flow of a mapping that stands lives.
@@ -157,7 +178,7 @@ func (m *mapper) hold(e ends) bool {
 
 // keep renews what the flows that were seen hold.
 func (m *mapper) keep() error {
-	var errs []error
+	errs := []error{m.routes.close()}
 	ms := slices.Collect(maps.Keys(m.live))
 	m.kernel.Keep(ms, func(i int, err error) {
 		m.applied.flows -= uint64(len(m.ids[ms[i]]))
@@ -172,82 +193,4 @@ func (m *mapper) keep() error {
 	})
 	errs = append(errs, m.kernel.Teach(ms), m.kernel.Revoke(m.bad))
 	return errors.Join(append(errs, m.kernel.Take(slices.Collect(maps.Keys(m.taken))))...)
-}
-
-// forgetAddresses ends the mappings to addresses of the gateway that are gone since
-// old, or since an earlier daemon, and the flows that have them.
-func (f *firewall) forgetAddresses(cfg config.Config, old, network gateway.Network) error {
-	c := mappingConfig(cfg, f.ports)
-	if c == nil || !f.maps() {
-		return nil
-	}
-	if f.gone == nil { // the first time
-		f.gone = make(map[cone.Addr]struct{})
-		err := f.tables.NewMappings(c).List(func(x rules.Mapping, _ time.Duration) { f.gone[x.Ext.Addr] = struct{}{} })
-		if err != nil {
-			f.gone = nil
-			return err
-		}
-	}
-	for _, a := range old.Addrs {
-		f.gone[cone.AddrFrom(a.Prefix.Addr())] = struct{}{}
-	}
-	var returned []error
-	for _, a := range network.Addrs { // it may have lost its route, or come back
-		addr := a.Prefix.Addr()
-		delete(f.gone, cone.AddrFrom(addr))
-		if addr.Is4() && !slices.ContainsFunc(old.Addrs, func(o gateway.Addr) bool { return o.Prefix.Addr() == addr }) {
-			returned = append(returned, f.tables.NewMappings(c).Return(addr))
-		}
-	}
-	err := f.forget(c, f.gone)
-	if err == nil {
-		clear(f.gone)
-	}
-	return errors.Join(append(returned, err)...)
-}
-
-func (f *firewall) forget(c *rules.MappingConfig, gone map[cone.Addr]struct{}) error {
-	var errs []error
-	// A packet that found its mapping may make a flow a moment later: until there
-	// are none.
-	for range 10 {
-		if len(gone) == 0 {
-			break
-		}
-		for a := range gone {
-			if a.Is4() {
-				errs = append(errs, f.tables.NewMappings(c).Forget(a.Netip()))
-			}
-		}
-		n, err := endFlows(c, gone)
-		if errs = append(errs, err); n == 0 || err != nil {
-			break
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// endFlows ends the flows of hosts with mappings that were translated to addresses
-// that are gone. The kernel does that for a masquerade, but not for the fixed address
-// of a mapping.
-func endFlows(c *rules.MappingConfig, gone map[cone.Addr]struct{}) (n int, err error) {
-	q, err := ctwatch.DialQueries(ctwatch.Config{})
-	if err != nil {
-		return 0, err
-	}
-	defer q.Close()
-	var flows []cone.Flow
-	err = q.Dump(func(f *cone.Flow) {
-		inside := slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { return p.Contains(f.Src.Addr.Netip()) })
-		if _, ok := gone[f.ReplyDst.Addr]; ok && inside && f.Status.Has(cone.StatusSrcNAT) {
-			flows = append(flows, *f)
-		}
-	})
-	errs := []error{err}
-	for _, f := range flows {
-		_, err := q.Delete(f.Src, f.Dst, f.OrigZone, f.ID)
-		errs = append(errs, err)
-	}
-	return len(flows), errors.Join(errs...)
 }

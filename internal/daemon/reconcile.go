@@ -172,7 +172,11 @@ func (d *Daemon) readGateway() (changed bool, err error) {
 		return false, err
 	}
 	_, failed := d.mendRules(cfg, network)
-	failed = errors.Join(failed, d.firewall.forgetAddresses(cfg, d.network, network))
+	notes, err := d.firewall.forgetAddresses(cfg, network)
+	for _, n := range notes {
+		d.log.Info(n)
+	}
+	failed = errors.Join(failed, err)
 	forwarded, warnings, err := d.firewall.forwards(network)
 	if err == nil {
 		d.forwarded = forwarded

@@ -152,10 +152,23 @@ func (n Network) SameRoutes(o Network) bool {
 	return slices.Equal(n.Routes, o.Routes) && slices.Equal(n.Rules, o.Rules) && slices.Equal(up(n), up(o))
 }
 
-// Owns reports whether packets to a, an IPv4 address, end here: a link has it, or it is
-// in a local route, or in one that rejects, as people have it for addresses that they
+// Owned returns the test for IPv4 addresses whose packets end here: a link has it, or it
+// is in a local route, or in one that rejects, as people have it for addresses that they
 // translate to and that no link has.
-func (n Network) Owns(a netip.Addr) bool {
-	return slices.ContainsFunc(n.Addrs, func(o Addr) bool { return o.Prefix.Addr() == a }) ||
-		slices.ContainsFunc(n.Ended, func(p netip.Prefix) bool { return p.Contains(a) })
+func (n Network) Owned() func(cone.Addr) bool {
+	owned := make(map[netip.Prefix]struct{})
+	for _, a := range n.Addrs {
+		owned[netip.PrefixFrom(a.Prefix.Addr(), a.Prefix.Addr().BitLen())] = struct{}{}
+	}
+	for _, p := range n.Ended {
+		owned[p.Masked()] = struct{}{}
+	}
+	return func(a cone.Addr) bool {
+		for bits := leastEnded; a.Is4() && bits <= 32; bits++ {
+			if _, ok := owned[netip.PrefixFrom(a.Netip(), bits).Masked()]; ok {
+				return true
+			}
+		}
+		return false
+	}
 }

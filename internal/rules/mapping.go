@@ -100,6 +100,7 @@ func valueOf(parts ...nftables.SetDatatype) nftables.SetDatatype {
 // its port: it is the daemon's to refresh those of living flows, and what is
 // taken by living flows without a mapping, in time.
 func (l *layout) mapping(c *MappingConfig) {
+	l.gatewayAddresses()
 	l.counters = append(l.counters, movedCounter, usedUpCounter, leftCounter)
 	mappings, owned := l.set(mappingsMap, insideEndpoint...), l.set(ownedMap, outsideEndpoint...)
 	mappings.IsMap, mappings.DataType = true, valueOf(outsideEndpoint...)

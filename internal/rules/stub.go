@@ -138,5 +138,14 @@ func (*Mappings) List(func(Mapping, time.Duration)) error { return errNoBuild }
 // Forget returns an *UnsupportedError.
 func (*Mappings) Forget(netip.Addr) error { return errNoBuild }
 
+// Addresses returns an *UnsupportedError, as do NoteAddresses and DropAddresses.
+func (*Mappings) Addresses() ([]netip.Addr, error) { return nil, errNoBuild }
+
+// NoteAddresses returns an *UnsupportedError.
+func (*Mappings) NoteAddresses([]netip.Addr) error { return errNoBuild }
+
+// DropAddresses returns an *UnsupportedError.
+func (*Mappings) DropAddresses([]netip.Addr) error { return errNoBuild }
+
 // Return returns an *UnsupportedError.
 func (*Mappings) Return(netip.Addr) error { return errNoBuild }

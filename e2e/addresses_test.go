@@ -1,0 +1,156 @@
+package e2e
+
+import (
+	"net/netip"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// Outside addresses that no outside link has.
+
+const routedAddr = "198.51.100.200"
+
+// ownAddresses are ways to have an outside address: the commands of ip(8) that make it.
+var ownAddresses = map[string][]string{
+	"on no link":       {"route add blackhole 198.51.100.192/28"},
+	"local route":      {"route add local 198.51.100.192/28 dev lo"},
+	"loopback":         {"address add 198.51.100.200/32 dev lo"},
+	"a link of no one": {"link add dummy7 type bridge", "link set dummy7 up", "address add 198.51.100.200/32 dev dummy7"},
+	"outside link":     {"address add 198.51.100.200/32 dev wan0"},
+}
+
+// withAddress makes a lab whose gateway translates to such an address.
+func withAddress(t *testing.T, commands []string) *scene {
+	t.Helper()
+	s := newScene(t, lab.Options{Inside: 2, Rules: strings.Replace(lab.Masquerade, "masquerade", "snat to "+routedAddr, 1)})
+	for _, c := range commands {
+		s.IP(s.Gateway, c)
+	}
+	s.IP(s.Outside, "route add "+routedAddr+"/32 via 198.51.100.1 dev eth0")
+	return s
+}
+
+var flowID = regexp.MustCompile(`src=10\.47\.11\.\d+ dst=.*id=\d+`)
+
+// insideFlows returns the flows of inside hosts, each with its identifier.
+func (s *scene) insideFlows() (all []string) {
+	s.T.Helper()
+	for _, l := range s.ConntrackList("-p", "udp", "-o", "id") {
+		if id := flowID.FindString(l); id != "" && !strings.Contains(l, "port=0 ") {
+			all = append(all, strings.ReplaceAll(id, "[UNREPLIED] ", ""))
+		}
+	}
+	slices.Sort(all)
+	return all
+}
+
+// A daemon that was killed, or left all when it stopped, and starts again ends no flow,
+// and each host keeps its outside port.
+func TestNFTRestartEndsNoFlow(t *testing.T) {
+	for name, commands := range ownAddresses {
+		t.Run(name, func(t *testing.T) {
+			s := withAddress(t, commands)
+			hosts, exts := []*lab.Socket{s.InsideSocket(0, 3074), s.InsideSocket(1, 3074)}, make([]netip.AddrPort, 2)
+			start := func() { s.Serve(mapped, "--on-stop=keep") }
+			start()
+			for i, host := range hosts {
+				for _, port := range []uint16{3074, 443} { // the latter gives no permission
+					exts[i] = s.Contact(host, s.Socket(s.Outside.Namespace, lab.PeerA, port+uint16(i)))
+				}
+			}
+			before := s.insideFlows()
+			for _, stop := range []func(){s.Kill, s.Stop} {
+				stop()
+				start()
+				if after := s.insideFlows(); !slices.Equal(after, before) {
+					t.Errorf("before:\n%s\nafter:\n%s", strings.Join(before, "\n"), strings.Join(after, "\n"))
+				}
+			}
+			for i, host := range hosts {
+				if got := s.Contact(host, s.PeerSocket(lab.PeerB, 5000+uint16(i))); got != exts[i] {
+					t.Errorf("host %d left as %v, and leaves as %v", i, exts[i], got)
+				}
+			}
+		})
+	}
+}
+
+// Flows that are older than the daemon give their mappings, and what has their port is
+// moved.
+func TestNFTFlowsGiveTheirMappingsWhereverTheirAddressIs(t *testing.T) {
+	for name, commands := range ownAddresses {
+		t.Run(name, func(t *testing.T) {
+			s := withAddress(t, commands)
+			one, two := s.InsideSocket(0, 3074), s.InsideSocket(1, 3074)
+			ext := s.Contact(one, s.PeerSocket(lab.PeerA, 3074))
+			s.Serve(mapped)
+			if got := s.Contact(two, s.PeerSocket(lab.PeerB, 3074)); !inPool(got) {
+				t.Errorf("a newcomer leaves as %v, which another host has", got)
+			}
+			if got := s.Contact(one, s.PeerSocket(lab.PeerC, 3074)); got != ext {
+				t.Errorf("it left as %v, and leaves as %v", ext, got)
+			}
+		})
+	}
+}
+
+// The gateway's own flow has the address and port of a host's mapping: towards the same
+// remote endpoint the host gets another port, for once. It would get nothing through
+// otherwise.
+func TestNFTFlowsOfTheGatewayTakeTheirPortWhereverTheirAddressIs(t *testing.T) {
+	for name, commands := range ownAddresses {
+		if name == "on no link" {
+			continue // the gateway cannot have a socket there
+		}
+		t.Run(name, func(t *testing.T) {
+			s := withAddress(t, commands)
+			addr := netip.MustParseAddr(routedAddr)
+			var own *lab.Socket
+			s.Must(s.Gateway.Do(func() (err error) {
+				own, err = s.Gateway.Socket(addr, 40000)
+				return err
+			}))
+			proxy := s.PeerSocket(lab.PeerA, 40000)
+			s.Contact(own, proxy)
+			s.Must(own.Close()) // it serves nothing, and its flow lives
+			s.Serve(mapped)
+			host := s.InsideSocket(0, 40000)
+			ext := s.Contact(host, s.PeerSocket(lab.PeerB, 40000))
+			if ext != netip.AddrPortFrom(addr, 40000) {
+				t.Fatalf("it leaves as %v", ext)
+			}
+			if got := s.Contact(host, proxy); got == ext {
+				t.Errorf("it leaves as %v, which the gateway has", got)
+			}
+		})
+	}
+}
+
+// An address went while no daemon ran: the next one ends its mappings and flows, and no
+// other flow.
+func TestNFTAddressThatWentWhileNoDaemonRan(t *testing.T) {
+	s := play(t, lab.Options{Inside: 2}, mapped, "--on-stop=keep")
+	one, proxy := s.InsideSocket(0, 3074), s.PeerSocket(lab.PeerA, 3074)
+	s.Contact(one, proxy)
+	s.Contact(one, s.PeerSocket(lab.PeerB, 3074))
+	s.Kill()
+	for _, step := range []string{
+		"address add 198.51.100.77/32 dev wan0",
+		"address del 198.51.100.1/24 dev wan0",
+		"route replace default via 198.51.100.254 dev wan0 onlink",
+	} {
+		s.IP(s.Gateway, step)
+	}
+	s.IP(s.Outside, "route replace 198.51.100.77/32 dev eth0")
+	s.Serve(mapped)
+	if got := s.Contact(one, proxy); got.String() != "198.51.100.77:3074" {
+		t.Errorf("it leaves as %v", got)
+	}
+	if !strings.Contains(s.Daemon.Output(), "address 198.51.100.1 is gone") {
+		t.Error(s.Daemon.Output())
+	}
+}

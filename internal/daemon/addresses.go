@@ -1,0 +1,126 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/ctwatch"
+	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/rules"
+)
+
+// forgetAddresses ends the mappings to addresses that links of the gateway had and have
+// no more, and the flows that have them. What no link ever had, such as a routed network
+// that the user translates to, did not go. The tables hold the addresses, so this is
+// known of an earlier daemon too. It returns what should be logged.
+func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (notes []string, err error) {
+	c := mappingConfig(cfg, f.ports)
+	if c == nil || !f.maps() {
+		return nil, nil
+	}
+	kernel := f.tables.NewMappings(c)
+	if f.known == nil { // the first time
+		noted, err := kernel.Addresses()
+		if err != nil {
+			return nil, err
+		}
+		f.known = make(map[netip.Addr]struct{})
+		for _, a := range noted {
+			f.known[a] = struct{}{}
+		}
+	}
+	var errs []error
+	var now []netip.Addr
+	for _, a := range network.Addrs {
+		addr := a.Prefix.Addr()
+		if !addr.Is4() || addr.IsLoopback() || slices.Contains(now, addr) {
+			continue
+		}
+		now = append(now, addr)
+		if _, old := f.known[addr]; !old { // it may have come back
+			errs = append(errs, kernel.Return(addr))
+		}
+	}
+	gone := make(map[cone.Addr]struct{})
+	for a := range f.known {
+		if !slices.Contains(now, a) {
+			gone[cone.AddrFrom(a)] = struct{}{}
+		}
+	}
+	errs = append(errs, kernel.NoteAddresses(now)) // again, for somebody may have taken them
+	for _, a := range now {
+		f.known[a] = struct{}{}
+	}
+	ended, err := f.forget(c, gone)
+	if errs = append(errs, err); err == nil {
+		for a := range gone {
+			delete(f.known, a.Netip())
+			errs = append(errs, kernel.DropAddresses([]netip.Addr{a.Netip()}))
+			if n := ended[a]; n > 0 {
+				notes = append(notes, fmt.Sprintf("address %v is gone: %d flows with mappings ended", a, n))
+			}
+		}
+	}
+	return notes, errors.Join(errs...)
+}
+
+// forget ends the mappings and flows of addresses that are gone, and returns how many
+// flows of each ended.
+func (f *firewall) forget(c *rules.MappingConfig, gone map[cone.Addr]struct{}) (ended map[cone.Addr]int, err error) {
+	var errs []error
+	ended = make(map[cone.Addr]int)
+	// A packet that found its mapping may make a flow a moment later: until there
+	// are none.
+	for range 10 {
+		if len(gone) == 0 {
+			break
+		}
+		for a := range gone {
+			errs = append(errs, f.tables.NewMappings(c).Forget(a.Netip()))
+		}
+		flows, err := endFlows(c, func(f *cone.Flow) bool {
+			_, ok := gone[f.ReplyDst.Addr]
+			return ok
+		})
+		errs = append(errs, err)
+		for _, f := range flows {
+			ended[f.ReplyDst.Addr]++
+		}
+		if len(flows) == 0 || err != nil {
+			break
+		}
+	}
+	return ended, errors.Join(errs...)
+}
+
+// endFlows ends the flows of hosts with mappings that were translated and for which
+// wrong returns true, and returns them. The kernel does that for a masquerade when its
+// address or link changes, but not for the fixed address of a mapping.
+func endFlows(c *rules.MappingConfig, wrong func(*cone.Flow) bool) (flows []cone.Flow, err error) {
+	q, err := ctwatch.DialQueries(ctwatch.Config{})
+	if err != nil {
+		return nil, err
+	}
+	defer q.Close()
+	err = q.Dump(func(f *cone.Flow) {
+		if isMapped(c, f) && wrong(f) {
+			flows = append(flows, *f)
+		}
+	})
+	errs := []error{err}
+	for _, f := range flows {
+		_, err := q.Delete(f.Src, f.Dst, f.OrigZone, f.ID)
+		errs = append(errs, err)
+	}
+	return flows, errors.Join(errs...)
+}
+
+// isMapped reports whether f is a translated flow of a host with mappings.
+func isMapped(c *rules.MappingConfig, f *cone.Flow) bool {
+	return f.Status.Has(cone.StatusSrcNAT) && f.Src.Addr.Is4() &&
+		slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { return p.Contains(f.Src.Addr.Netip()) })
+}

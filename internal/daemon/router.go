@@ -1,0 +1,53 @@
+package daemon
+
+import (
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/gateway"
+)
+
+// A router finds the links by which flows leave. It opens its connection when it is
+// asked first.
+type router struct {
+	network gateway.Network
+	kernel  *gateway.Router
+	byIndex map[int]gateway.Link
+	err     error // the first
+}
+
+// links returns the links by which packets of the flow from its opener may leave; none
+// if they do not leave, or nobody knows.
+func (r *router) links(f *cone.Flow) (links []gateway.Link) {
+	if r.kernel == nil && r.err == nil {
+		r.kernel, r.err = gateway.DialRouter(0, r.network)
+		r.byIndex = make(map[int]gateway.Link)
+		for _, l := range r.network.Links {
+			r.byIndex[l.Index] = l
+		}
+	}
+	if r.err != nil {
+		return nil
+	}
+	var indexes []int
+	if indexes, r.err = r.kernel.Links(f.Src, f.ReplySrc); r.err != nil {
+		return nil
+	}
+	for _, i := range indexes {
+		l, ok := r.byIndex[i]
+		if !ok {
+			return nil // a new one
+		}
+		links = append(links, l)
+	}
+	return links
+}
+
+// close ends the connection, and returns what went wrong since it was opened.
+func (r *router) close() error {
+	err := r.err
+	if r.kernel != nil {
+		_ = r.kernel.Close()
+		r.kernel = nil
+	}
+	r.err = nil
+	return err
+}
