@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"cmp"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
@@ -205,14 +206,14 @@ func TestNFTChildrenPassAFirewallThatAcceptsThem(t *testing.T) {
 		phone, proxy, media := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070)
 		ext := s.Contact(phone, proxy)
 		s.Stands(phone, proxy, ext)
-		if s.mapWarning() {
-			t.Error("there is a warning before there is a child")
+		if !s.mapWarning() {
+			t.Error("the rules show it, and there is no warning")
 		}
 		s.Lost(phone, media, ext, proxy)
 		s.Until("the status tells of it", func() bool {
 			s.Must(s.Daemon.Signal(syscall.SIGHUP)) // reads the counters
 			m := s.Status().Tables.Map
-			return s.mapWarning() && m.Admitted == 1 && m.Passed == 0
+			return m.Admitted == 1 && m.Passed == 0
 		})
 		s.Must(s.NFT("insert rule inet filter forward ct status dnat accept"))
 		s.Arrives(phone, media, ext)
@@ -220,7 +221,7 @@ func TestNFTChildrenPassAFirewallThatAcceptsThem(t *testing.T) {
 		s.Until("the status tells of those too", func() bool {
 			s.Must(s.Daemon.Signal(syscall.SIGHUP))
 			m := s.Status().Tables.Map
-			return m.Admitted == 3 && m.Passed == 2
+			return m.Admitted == 3 && m.Passed == 2 && !s.mapWarning()
 		})
 	})
 }
@@ -251,17 +252,19 @@ func (s *scene) mapWarning() bool {
 func TestNFTListAndStatusTellWhatCarriesWhat(t *testing.T) {
 	for _, tc := range []struct {
 		mode     []string
+		rules    string
 		ipv4     string // what carries a permission
 		crowded  string // one of many on the same outside port
 		ipv6     string // one of a routed subnet
 		expected int
 	}{
-		{stage.NFT, "nft", "nft", "", 0},
-		{stage.Auto, "expect and nft", "nft", "expect", 65},
-		{stage.Expect, "expect", "", "expect", 65},
+		{stage.NFT, "", "nft", "nft", "", 0},
+		{stage.Auto, "", "nft", "nft", "expect", 1},
+		{stage.Auto, lab.Masquerade + lab.DropPolicy, "expect", "nft", "expect", 65},
+		{stage.Expect, "", "expect", "", "expect", 65},
 	} {
 		stage.InModes(t, [][]string{tc.mode}, func(t *testing.T, mode ...string) {
-			s := newScene(t, lab.Options{IPv6: true})
+			s := newScene(t, lab.Options{IPv6: true, Rules: tc.rules})
 			s.Start(stage.Flags(mode, "--subnet", lab.InsideNet6.String(), "--routed")...)
 			carried := func(what, want, reason string, in, peer *lab.Socket) {
 				t.Helper()
@@ -282,7 +285,8 @@ func TestNFTListAndStatusTellWhatCarriesWhat(t *testing.T) {
 			phone6 := s.Socket(s.Inside(0).Namespace, s.Inside(0).Addr6, 5060)
 			carried("IPv6", tc.ipv6, "no backend carries it", phone6, s.Socket(s.Outside.Namespace, lab.Peer6A, 5060))
 			st := s.Status()
-			if st.Backend != tc.ipv4 || st.Permissions.Expectations != tc.expected || st.Tables.Map.On != (tc.ipv4 != "expect") {
+			backend := map[string]string{stage.Auto[0]: "expect and nft"}[mode[0]]
+			if st.Backend != cmp.Or(backend, tc.ipv4) || st.Permissions.Expectations != tc.expected || st.Tables.Map.On != !slices.Equal(mode, stage.Expect) {
 				t.Errorf("backend %q, %d expectations, want %d; %+v", st.Backend, st.Permissions.Expectations, tc.expected, st.Tables.Map)
 			}
 			if n := len(s.ConntrackList("expect", "-f", "ipv4")) + len(s.ConntrackList("expect", "-f", "ipv6")); n != tc.expected {
@@ -338,6 +342,7 @@ func TestNFTMapThatIsFullRefusesTheRest(t *testing.T) {
 	})
 }
 
+// The map comes after it, so the permission stands all the same.
 func TestNFTForwardOfTheUsersWins(t *testing.T) {
 	for name, load := range map[string]func(s *scene) error{
 		"nft": func(s *scene) error { return s.NFT(lab.Masquerade + forward) },
@@ -349,7 +354,7 @@ COMMIT
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent}, func(t *testing.T, mode ...string) {
+			stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 				s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
 				s.Must(load(s))
 				s.Start(stage.Flags(mode)...)
@@ -358,10 +363,9 @@ COMMIT
 				s.Until("it is listed", func() bool { return len(s.List()) == 1 })
 				// Before anybody used the forward, which iptables-legacy does not show.
 				s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
-				if p := s.Listed(phone, proxy, ext, "refused"); p.Reason != "outside port is forwarded" {
-					t.Errorf("reason %q", p.Reason)
+				if p := s.Listed(phone, proxy, ext, "standing"); p.Backend != "nft" {
+					t.Errorf("it stands by %q", p.Backend)
 				}
-				s.Until("it is not in the map", func() bool { return !s.inMap(entryOf(phone, proxy, ext)) })
 				s.Arrives(server, s.PeerSocket(lab.PeerA, 5071), ext)
 				s.Arrives(phone, proxy, ext) // its own flow
 			})
@@ -380,12 +384,36 @@ COMMIT
 		phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
 		s.Arrives(server, s.PeerSocket(lab.PeerC, 9), netip.AddrPortFrom(s.Gateway.Addr, 5060))
 		ext := s.Contact(phone, proxy)
-		if p := s.Listed(phone, proxy, ext, "refused"); p.Reason != "outside port is forwarded" {
-			t.Errorf("reason %q", p.Reason)
+		if p := s.Listed(phone, proxy, ext, "standing"); p.Backend != "nft" {
+			t.Errorf("it stands by %q", p.Backend)
 		}
 		s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
-		s.Until("it is not in the map", func() bool { return !s.inMap(entryOf(phone, proxy, ext)) })
 	})
+}
+
+// Whom a permission led to another host before, the forward leads as soon as it is
+// there, though he goes on sending. Where expectations do the work they leave its way.
+func TestForwardTakesOverUnansweredChildren(t *testing.T) {
+	for name, rules := range map[string]string{"map": lab.Masquerade, "expectations": lab.Masquerade + lab.DropPolicy} {
+		t.Run(name, func(t *testing.T) {
+			s := play(t, lab.Options{Inside: 2, Rules: rules}, stage.Auto...)
+			phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
+			ext := s.Contact(phone, proxy)
+			s.Stands(phone, proxy, ext)
+			media := s.PeerSocket(lab.PeerA, 5070)
+			s.Arrives(phone, media, ext)
+			if rules != lab.Masquerade {
+				s.Must(s.NFT("insert rule inet filter forward ip daddr 10.47.11.110 accept"))
+			}
+			s.Must(s.NFT(forward))
+			s.Must(s.Daemon.Signal(syscall.SIGHUP))
+			s.Until("the forward leads it", func() bool {
+				s.Must(media.Send(ext, "taken over"))
+				_, _, err := server.Recv(50 * time.Millisecond)
+				return err == nil
+			})
+		})
+	}
 }
 
 // A forward of all ports to one host takes every child.
@@ -401,9 +429,7 @@ func TestNFTForwardOfAllPortsWinsAndIsWarnedOf(t *testing.T) {
 		s := play(t, lab.Options{Inside: 2, Rules: lab.Masquerade + dmz}, mode...)
 		phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
 		ext := s.Contact(phone, proxy)
-		if p := s.Listed(phone, proxy, ext, "refused"); p.Reason != "outside port is forwarded" {
-			t.Errorf("reason %q", p.Reason)
-		}
+		s.Stands(phone, proxy, ext)
 		s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
 		s.Arrives(phone, proxy, ext)
 		if w := s.Status().Warnings; !slices.ContainsFunc(w, func(w string) bool { return strings.Contains(w, "forwards all ports") }) {

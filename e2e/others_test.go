@@ -74,21 +74,26 @@ func TestForwardThatIsUsedFirstWins(t *testing.T) {
 	if ext != forwarded {
 		t.Fatalf("outside endpoint %v, want the forwarded %v", ext, forwarded)
 	}
-	p := s.Listed(phone, proxy, ext, "refused")
-	if p.Reason != "outside port is forwarded" {
-		t.Errorf("reason %q", p.Reason)
-	}
+	s.inTheMapAlone(phone, proxy, ext)
 	s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
 }
 
-func TestForwardThatIsUsedLaterTakesThePermissionAway(t *testing.T) {
+// inTheMapAlone checks that the permission stands where a forward comes before it.
+func (s *scene) inTheMapAlone(in, peer *lab.Socket, ext netip.AddrPort) {
+	s.T.Helper()
+	if p := s.Listed(in, peer, ext, "standing"); p.Backend != "nft" {
+		s.T.Errorf("it stands by %q", p.Backend)
+	}
+}
+
+func TestForwardThatIsUsedLaterWins(t *testing.T) {
 	s := playLegacyForward(t)
 	phone, server := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
 	proxy := s.PeerSocket(lab.PeerA, 5060)
 	ext := s.Contact(phone, proxy)
 	s.Stands(phone, proxy, ext)
 	s.Arrives(server, s.PeerSocket(lab.PeerC, 9), ext)
-	s.Listed(phone, proxy, ext, "refused")
+	s.inTheMapAlone(phone, proxy, ext)
 	s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
 	s.Arrives(phone, proxy, ext)
 }
@@ -111,15 +116,13 @@ func TestForwardThatNobodyUsedYetWins(t *testing.T) {
 	other, later := s.InsideSocket(0, 5061), s.InsideSocket(1, 5061)
 	proxy := s.PeerSocket(lab.PeerA, 5060)
 	ext := s.Contact(phone, proxy)
-	if p := s.Listed(phone, proxy, ext, "refused"); p.Reason != "outside port is forwarded" {
-		t.Errorf("reason %q", p.Reason)
-	}
+	s.inTheMapAlone(phone, proxy, ext)
 	s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
 
 	extOther := s.Contact(other, proxy)
 	s.Stands(other, proxy, extOther)
 	s.Must(s.NFT("add rule ip forwards prerouting iifname wan0 udp dport 5061 dnat to 10.47.11.110"))
-	s.Listed(other, proxy, extOther, "refused")
+	s.inTheMapAlone(other, proxy, extOther)
 	s.Arrives(later, s.PeerSocket(lab.PeerA, 5071), extOther)
 }
 

@@ -10,7 +10,7 @@ const helperMemory = time.Hour
 const maxHelped = 1 << 16
 
 // A pair is an inside address and a peer, between which a conntrack helper of the
-// user's works. Where the inside address is not known it is zero, for any.
+// user's works. One that is zero is any.
 type pair struct{ in, peer Addr }
 
 // helped reports whether a helper may want an expectation where p would have one:
@@ -19,16 +19,17 @@ func (m *Model) helped(now time.Duration, p *Permission) bool {
 	if len(m.pairs) == 0 {
 		return false
 	}
-	seen, ok := m.pairs[pair{p.Int.Addr, p.Peer}]
-	if !ok {
-		seen, ok = m.pairs[pair{peer: p.Peer}]
+	for _, k := range [...]pair{{p.Int.Addr, p.Peer}, {peer: p.Peer}, {in: p.Int.Addr}} {
+		if seen, ok := m.pairs[k]; ok && now-seen < helperMemory {
+			return true
+		}
 	}
-	return ok && now-seen < helperMemory
+	return false
 }
 
 // SeeHelper tells the model that a conntrack helper of the user's is at work between
-// an inside address, zero if it is not known, and a peer. Expectations of ours leave
-// its way at once.
+// an inside address and a peer, of which one may be zero, for any. Expectations of ours
+// leave its way at once.
 func (m *Model) SeeHelper(now time.Duration, in, peer Addr) {
 	k := pair{in, peer}
 	seen, known := m.pairs[k]
@@ -42,7 +43,7 @@ func (m *Model) SeeHelper(now time.Duration, in, peer Addr) {
 	}
 	for i := range m.claims {
 		c := &m.claims[i]
-		if c.placed.By&ByExpectation != 0 && c.Peer == peer && (in == Addr{} || c.Int.Addr == in) {
+		if c.placed.By&ByExpectation != 0 && (peer == Addr{} || c.Peer == peer) && (in == Addr{} || c.Int.Addr == in) {
 			m.reconsider(now, int32(i))
 		}
 	}
@@ -73,5 +74,20 @@ func (m *Model) seeHelped(now time.Duration, f *Flow) {
 		m.SeeHelper(now, f.Src.Addr, f.ReplySrc.Addr)
 	} else if _, _, inside := m.policy.subnet(f.ReplySrc.Addr.Netip()); inside {
 		m.SeeHelper(now, f.ReplySrc.Addr, f.Src.Addr)
+	}
+}
+
+// SeeForeign tells the model of an expectation of the user's: between which hosts the
+// flow of its master began, which peer it waits for, zero for any, and where it leads
+// that, zero if it does not say.
+func (m *Model) SeeForeign(now time.Duration, src, dst, peer, in Addr) {
+	if _, _, inside := m.policy.subnet(src.Netip()); inside {
+		m.SeeHelper(now, src, dst)
+		m.SeeHelper(now, src, peer)
+		return
+	}
+	m.SeeHelper(now, in, src)
+	if in != (Addr{}) || peer != (Addr{}) {
+		m.SeeHelper(now, in, peer)
 	}
 }

@@ -16,6 +16,7 @@ const (
 	ctaTupleOrig     = 1
 	ctaTupleReply    = 2
 	ctaStatus        = 3
+	ctaHelp          = 5
 	ctaMark          = 8
 	ctaCountersOrig  = 9
 	ctaCountersReply = 10

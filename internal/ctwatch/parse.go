@@ -74,6 +74,8 @@ func parseFlow(b []byte, f *cone.Flow) error {
 			var v uint32
 			v, ok = uint32Of(val)
 			f.Status = cone.Status(v)
+		case ctaHelp: // the kernel leaves it out where there is no helper
+			f.Helped = true
 		case ctaMark:
 			f.Mark, ok = uint32Of(val)
 		case ctaID:

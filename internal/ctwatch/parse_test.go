@@ -53,7 +53,7 @@ var golden = []struct {
 			"08000c00f52ea37a0800030000002188080007000000001e10000580090001007466747000000000",
 		kind: New,
 		want: cone.Flow{
-			ID: 0xf52ea37a, Status: 0x2188,
+			ID: 0xf52ea37a, Status: 0x2188, Helped: true,
 			Src: endpoint("127.0.0.1:40000"), Dst: endpoint("127.0.0.1:69"),
 			ReplySrc: endpoint("127.0.0.1:69"), ReplyDst: endpoint("127.0.0.1:40000"),
 		},
@@ -329,6 +329,7 @@ func compareWithReference(t *testing.T, b []byte, kind Kind, got cone.Flow, must
 	}
 	want := referenceFlow(ev.Flow)
 	want.HasCounters = got.HasCounters // it does not tell zero from absent
+	want.Helped = got.Helped           // nor a name from none
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-reference +ours)\n%s", diff)
 	}

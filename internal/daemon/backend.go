@@ -188,7 +188,10 @@ func (b *backends) Max() (n int) {
 
 // found is what stands in the kernel, by backend; that of one that was not listed is
 // nil.
-type found struct{ expect, nft map[cone.Key]standing }
+type found struct {
+	expect, nft map[cone.Key]standing
+	foreign     []expect.Foreign
+}
 
 type standing struct {
 	in   cone.Endpoint
@@ -202,7 +205,7 @@ func (b *backends) list(ofMap bool) (f found, err error) {
 		return func(p cone.Permission, left time.Duration) { (*m)[p.Key] = standing{p.Int, left} }
 	}
 	if b.expect != nil {
-		err = b.expect.List(into(&f.expect))
+		err = b.expect.ListAll(into(&f.expect), func(x expect.Foreign) { f.foreign = append(f.foreign, x) })
 	}
 	if b.nft != nil && ofMap {
 		err = errors.Join(err, b.nft.List(into(&f.nft)))

@@ -184,7 +184,7 @@ func (f *firewall) forwards(network gateway.Network) (covers func(cone.Endpoint)
 			continue
 		case r.All:
 			warnings = append(warnings, fmt.Sprintf(
-				"a rule forwards all ports, so that no permission can stand on its addresses: %s", r.Text))
+				"a rule forwards all ports, so that no peer gets to an inside host by a permission on its addresses: %s", r.Text))
 		}
 		sure = append(sure, r)
 	}

@@ -342,6 +342,11 @@ func (d *Daemon) compareLists(ofMap bool) error {
 	if err != nil {
 		return fmt.Errorf("list permissions: %w", err)
 	}
+	d.do(func() {
+		for _, x := range found.foreign {
+			d.model.SeeForeign(d.now(), x.MasterSrc, x.MasterDst, x.Peer, x.Int)
+		}
+	})
 	var retry []cone.Permission
 	missed := d.match(found, began, func(v *cone.View) {
 		if v.Why != cone.ReasonNone && d.backends.expect != nil && d.backends.expect.HasRoom(&v.Permission) {

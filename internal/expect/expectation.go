@@ -39,6 +39,15 @@ func (x *expectation) stands(p *cone.Permission, a anchor) bool {
 	return x.ours() && x.helped && old.Key == p.Key && old.Int == p.Int && x.anchor() == a
 }
 
+// foreign returns what x, which is not ours, tells of the helper that made it.
+func (x *expectation) foreign() Foreign {
+	y := Foreign{MasterSrc: x.master[0].Addr, MasterDst: x.master[1].Addr, Int: x.nat.Addr}
+	if x.wild == 0 {
+		y.Peer = x.src.Addr
+	}
+	return y
+}
+
 // left is how long the expectation has left.
 func (x *expectation) left() time.Duration { return time.Duration(x.timeout) * time.Second }
 

@@ -183,10 +183,10 @@ func TestReasonsOfTheKernel(t *testing.T) {
 	}{
 		{answers{1: unix.EMFILE, 2: unix.ENOENT}, cone.ReasonTableFull, "create expectation: too many open files"},
 		{answers{unix.ENOMEM, unix.ENOENT, unix.ENOENT}, cone.ReasonTableFull, "create anchor: cannot allocate memory"},
-		{answers{1: unix.EBUSY}, cone.ReasonTaken, "create expectation: device or resource busy"},
+		{answers{1: unix.EBUSY}, cone.ReasonHelper, "create expectation: device or resource busy"},
 		{answers{2: unix.ETIME}, cone.ReasonKernel, "set timeout of expectation: timer expired"},
 	} {
-		if got := tt.errs.reason(); got != tt.want || tt.errs.cause().Error() != tt.text {
+		if got := tt.errs.reason(&cone.Permission{}); got != tt.want || tt.errs.cause().Error() != tt.text {
 			t.Errorf("%v: %v", tt.errs.cause(), got)
 		}
 	}

@@ -106,12 +106,12 @@ func TestGrantRefusesOnlyTheBadOnesOfManyBatches(t *testing.T) {
 	b := g.openWith(expect.Config{Lifetime: time.Minute})
 	ps := many(200)
 	want := refusals{
-		0: cone.ReasonTaken, 63: cone.ReasonTaken, 64: cone.ReasonTaken, 150: cone.ReasonTaken, 199: cone.ReasonTaken,
+		0: cone.ReasonHelper, 63: cone.ReasonHelper, 64: cone.ReasonHelper, 150: cone.ReasonHelper, 199: cone.ReasonHelper,
 		13: cone.ReasonKernel, 127: cone.ReasonKernel,
 	}
 	var strangers []conntrack.Expect
 	for i, r := range want {
-		if r == cone.ReasonTaken {
+		if r == cone.ReasonHelper {
 			strangers = append(strangers, g.stranger("203.0.113.5", ps[i].Ext.String()))
 		} else {
 			// There is no helper for IPv6, so this one is not even sent.
@@ -189,7 +189,7 @@ func TestRefusedPermissionsDoNotCount(t *testing.T) {
 	ps := many(2)
 	g.stranger("203.0.113.5", ps[0].Ext.String())
 	for range 3 {
-		if got, want := g.grant(b, ps[0]), (refusals{0: cone.ReasonTaken}); !maps.Equal(got, want) {
+		if got, want := g.grant(b, ps[0]), (refusals{0: cone.ReasonHelper}); !maps.Equal(got, want) {
 			t.Fatalf("refused %v, want %v", got, want)
 		}
 		if b.Standing() != 0 {

@@ -14,19 +14,36 @@ import (
 // an earlier daemon, with the time it has left. Marks are not known. It has a connection of its own and
 // may run beside all other methods.
 func (b *Backend) List(f func(p cone.Permission, left time.Duration)) error {
-	return list(b.cfg.NetNS, b.zoned.Load(), func(x *expectation) { f(x.permission(), x.left()) })
+	return b.ListAll(f, func(Foreign) {})
+}
+
+// A Foreign expectation is one that a conntrack helper of the user's made.
+type Foreign struct {
+	MasterSrc, MasterDst cone.Addr // of the flow that the helper works on, as that began
+	Peer                 cone.Addr // who is expected; zero for anybody
+	Int                  cone.Addr // where that is to be led; zero if it is not known
+}
+
+// ListAll does what List does and calls foreign for all others.
+func (b *Backend) ListAll(f func(p cone.Permission, left time.Duration), foreign func(Foreign)) error {
+	return listAll(b.cfg.NetNS, b.zoned.Load(), func(x *expectation) { f(x.permission(), x.left()) }, foreign)
 }
 
 // list calls f for every expectation that is ours. If whole is set it finds out
 // zones and marks too, which costs a dump of all conntrack entries; else it takes
 // all for those of the default zone.
 func list(netns int, whole bool, f func(*expectation)) error {
+	return listAll(netns, whole, f, func(Foreign) {})
+}
+
+// listAll does the same and calls foreign for every one that is not ours.
+func listAll(netns int, whole bool, f func(*expectation), foreign func(Foreign)) error {
 	c, err := nfnl.Dial(netns)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = c.Close() }()
-	xs, err := listExpectations(c)
+	xs, err := listExpectations(c, foreign)
 	if err == nil && whole && len(xs) > 0 {
 		xs, err = join(c, xs)
 	}
@@ -39,20 +56,25 @@ func list(netns int, whole bool, f func(*expectation)) error {
 	return nil
 }
 
-func listExpectations(c *nfnl.Conn) ([]expectation, error) {
+func listExpectations(c *nfnl.Conn, foreign func(Foreign)) ([]expectation, error) {
 	var xs []expectation
+	var others []Foreign
 	var refused error
 	err := nfnl.Whole(func() error {
 		var e encoder
 		e.Message(subsysExpect, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_UNSPEC)
 		e.End()
-		xs = xs[:0]
+		xs, others = xs[:0], others[:0]
 		return c.Exchange(&e.Encoder, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
 			if typ != subsysExpect<<8|msgNew {
 				return
 			}
-			if x, ok := parseExpectation(body); ok && x.ours() {
+			switch x, ok := parseExpectation(body); {
+			case !ok:
+			case x.ours():
 				xs = append(xs, x)
+			default:
+				others = append(others, x.foreign())
 			}
 		})
 	})
@@ -61,6 +83,9 @@ func listExpectations(c *nfnl.Conn) ([]expectation, error) {
 	}
 	if err != nil {
 		return nil, fmt.Errorf("list expectations: %w", nfnl.Permitted(err))
+	}
+	for _, x := range others {
+		foreign(x)
 	}
 	return xs, nil
 }

@@ -18,7 +18,7 @@ func (b *Backend) mend(p *cone.Permission, a anchor, errs answers) (cone.Reason,
 	retry := false
 	for _, e := range errs {
 		switch {
-		case errors.Is(e, unix.EEXIST), errors.Is(e, unix.EBUSY):
+		case inTheWay(e):
 			retry = true
 		case errors.Is(e, unix.EAGAIN), errors.Is(e, unix.EOPNOTSUPP):
 			// The helper is gone, or not loaded yet.
@@ -30,6 +30,10 @@ func (b *Backend) mend(p *cone.Permission, a anchor, errs answers) (cone.Reason,
 		x, found, err := b.get(&p.Key)
 		if err == nil && found && x.stands(p, a) && !b.renew(p, a).failed() {
 			return cone.ReasonNone, nil
+		}
+		if err == nil && errs.helped(p) && !(found && x.ours()) {
+			_ = b.withdraw(p, a)
+			return cone.ReasonHelper, errs.cause()
 		}
 		if err == nil {
 			if found && !x.helped { // Linux 5.10 does not mind that the helper is gone
@@ -46,7 +50,19 @@ func (b *Backend) mend(p *cone.Permission, a anchor, errs answers) (cone.Reason,
 		}
 	}
 	_ = b.withdraw(p, a)
-	return errs.reason(), errs.cause()
+	return errs.reason(p), errs.cause()
+}
+
+// inTheWay reports whether err says that another entry is in the way.
+func inTheWay(err error) bool {
+	return errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EALREADY)
+}
+
+// helped reports whether the expectation of p met one that is not ours, unless ours
+// overlap: that of a helper, which wants to make such a one again and drops the user's
+// packets if it cannot. So it is not tried until that one is used up.
+func (a answers) helped(p *cone.Permission) bool {
+	return a[0] == nil && inTheWay(a[1]) && p.Wild == 0
 }
 
 // registerHelper registers our own helper again, if it is in use.
@@ -65,11 +81,13 @@ func (a answers) cause() error {
 	return nil
 }
 
-func (a answers) reason() cone.Reason {
+func (a answers) reason(p *cone.Permission) cone.Reason {
 	switch err := a.cause(); {
+	case a.helped(p):
+		return cone.ReasonHelper
 	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENOMEM), errors.Is(err, unix.ENFILE):
 		return cone.ReasonTableFull
-	case errors.Is(err, unix.EEXIST), errors.Is(err, unix.EBUSY):
+	case inTheWay(err):
 		return cone.ReasonTaken
 	}
 	return cone.ReasonKernel

@@ -19,7 +19,7 @@ func TestWhatSomebodyElseExpectsIsLeftAlone(t *testing.T) {
 				g := newGate(t, lab.Options{})
 				b := g.open(lifetime)
 				x := g.stranger(from, "198.51.100.1:5060")
-				if got, want := g.grant(b, seed), (refusals{0: cone.ReasonTaken}); !maps.Equal(got, want) {
+				if got, want := g.grant(b, seed), (refusals{0: cone.ReasonHelper}); !maps.Equal(got, want) {
 					t.Errorf("refused %v, want %v", got, want)
 				}
 				g.wantUntouched(x)
