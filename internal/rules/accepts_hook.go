@@ -10,7 +10,6 @@ import (
 	"slices"
 
 	"github.com/google/nftables"
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/nfnl"
@@ -36,11 +35,11 @@ type baseChain struct {
 // An error names the table and chain that could not be read; there is no answer
 // then. Where there is no nftables the error is an *UnsupportedError.
 func Children(netns int, outside []Link, subnets []netip.Prefix) ([]ChildVerdicts, error) {
-	c, err := dial(netns)
+	c, err := nfnl.Dial(netns)
 	if err != nil {
-		return nil, err
+		return nil, nfnl.Permitted(err)
 	}
-	defer func() { _ = c.CloseLasting() }()
+	defer func() { _ = c.Close() }()
 	inside, err := insideLinks(netns, outside, subnets)
 	if err != nil {
 		return nil, err
@@ -99,7 +98,7 @@ func readTwice(read func() (answers []ChildVerdicts, moved bool, err error)) ([]
 			before = answers
 		}
 	}
-	return nil, fmt.Errorf("read the chains of the forward hook: %w", errInterrupted)
+	return nil, fmt.Errorf("read the chains of the forward hook: %w", nfnl.ErrInterrupted)
 }
 
 // forwardHook lists the base chains of the user's that forwarded packets meet, in
@@ -110,7 +109,7 @@ func (r *hookReader) forwardHook() ([]baseChain, error) {
 		name   string
 	}
 	skipped := map[key]bool{} // dormant ones and ours
-	err := r.ask(unix.NFT_MSG_GETTABLE, nftables.TableFamilyUnspecified, netlink.Dump, nil, func(family byte, b []byte) {
+	err := r.ask(unix.NFT_MSG_GETTABLE, unix.NLM_F_DUMP, nftables.TableFamilyUnspecified, nil, func(family byte, b []byte) {
 		k := key{family: family}
 		flags := uint32(0)
 		attributes(b, func(typ uint16, b []byte) {
@@ -133,7 +132,7 @@ func (r *hookReader) forwardHook() ([]baseChain, error) {
 	}
 	var bases []baseChain
 	tables := map[key]*hookTable{}
-	err = r.ask(unix.NFT_MSG_GETCHAIN, nftables.TableFamilyUnspecified, netlink.Dump, nil, func(family byte, b []byte) {
+	err = r.ask(unix.NFT_MSG_GETCHAIN, unix.NLM_F_DUMP, nftables.TableFamilyUnspecified, nil, func(family byte, b []byte) {
 		base := baseChain{family: nftables.TableFamily(family)}
 		k := key{family: family}
 		forwards := false
@@ -180,49 +179,56 @@ func (r *hookReader) forwardHook() ([]baseChain, error) {
 // childVerdicts answers for each of the subnets. The links inside lead to them, where
 // they are known.
 func childVerdicts(chains []baseChain, outside []Link, inside []*Link, subnets []netip.Prefix) ([]ChildVerdicts, error) {
+	from := []*Link{nil}
+	if len(outside) > 0 {
+		from = nil
+	}
+	for i := range outside {
+		from = append(from, &outside[i])
+	}
 	answers := make([]ChildVerdicts, len(subnets))
 	for i, subnet := range subnets {
-		from := []*Link{nil}
-		if len(outside) > 0 {
-			from = nil
-		}
-		for n := range outside {
-			from = append(from, &outside[n])
-		}
-		a := &answers[i]
 		for n, in := range from {
-			var v ChildVerdicts
-			for _, related := range []bool{true, false} {
-				packets := newChild(related, in, inside[i], outside, subnet, subnets)
-				all, _, err := hookAnswer(chains, packets, false)
-				if err != nil {
-					return nil, err
-				}
-				most, dropper, err := hookAnswer(chains, packets, true)
-				if err != nil {
-					return nil, err
-				}
-				if related {
-					v.Related, v.MostRelated = all, most
-				} else {
-					v.DNATed, v.MostDNATed = all, most
-				}
-				if most == Dropped {
-					v.Dropper = dropper
-				}
+			v, err := verdicts(chains, func(related bool) *child {
+				return newChild(related, in, inside[i], outside, subnet, subnets)
+			})
+			if err != nil {
+				return nil, err
 			}
-			if n == 0 {
+			if a := &answers[i]; n == 0 {
 				*a = v
-				continue
+			} else {
+				a.DNATed, a.Related = both(a.DNATed, v.DNATed), both(a.Related, v.Related)
+				a.MostDNATed, a.MostRelated = both(a.MostDNATed, v.MostDNATed), both(a.MostRelated, v.MostRelated)
 			}
-			a.DNATed, a.Related = both(a.DNATed, v.DNATed), both(a.Related, v.Related)
-			a.MostDNATed, a.MostRelated = both(a.MostDNATed, v.MostDNATed), both(a.MostRelated, v.MostRelated)
 		}
-		if a.MostDNATed != Dropped && a.MostRelated != Dropped {
+		if a := &answers[i]; a.MostDNATed != Dropped && a.MostRelated != Dropped {
 			a.Dropper = ""
 		}
 	}
 	return answers, nil
+}
+
+// verdicts answers for the packets of both kinds that packets returns.
+func verdicts(chains []baseChain, packets func(related bool) *child) (v ChildVerdicts, err error) {
+	for _, kind := range []struct {
+		related   bool
+		all, most *Answer
+	}{{true, &v.Related, &v.MostRelated}, {false, &v.DNATed, &v.MostDNATed}} {
+		var dropper string
+		if *kind.all, dropper, err = hookAnswer(chains, packets(kind.related), false); err != nil {
+			return v, err
+		}
+		if *kind.most = *kind.all; *kind.all == Unknown {
+			if *kind.most, dropper, err = hookAnswer(chains, packets(kind.related), true); err != nil {
+				return v, err
+			}
+		}
+		if *kind.most == Dropped {
+			v.Dropper = dropper
+		}
+	}
+	return v, nil
 }
 
 func both(a, b Answer) Answer {

@@ -9,18 +9,15 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
-)
 
-// errInterrupted says that the ruleset changed while it was read, so that something
-// may be missing.
-var errInterrupted = errors.New("the ruleset changed while it was read")
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
 
 // A hookReader reads the ruleset. Unlike the library it keeps a place for
 // expressions that are not understood, and tells when the ruleset changes.
 type hookReader struct {
-	c *conn
+	c *nfnl.Conn
 	// generation is that of the first answer. The kernel puts its lower half into
 	// each of them.
 	generation []byte
@@ -28,50 +25,34 @@ type hookReader struct {
 }
 
 // ask calls each for every answer to a request, with the family and the attributes.
-func (r *hookReader) ask(typ int, family nftables.TableFamily, flags netlink.HeaderFlags, attrs []netlink.Attribute, each func(family byte, b []byte)) error {
-	if err := r.c.begin(); err != nil {
+// The names are attributes of the request.
+func (r *hookReader) ask(typ, flags uint16, family nftables.TableFamily, names map[uint16]string, each func(family byte, b []byte)) error {
+	var answers [][]byte
+	var refused error
+	err := nfnl.Whole(func() error {
+		answers, refused = nil, nil
+		var e nfnl.Encoder
+		e.Message(unix.NFNL_SUBSYS_NFTABLES, typ, unix.NLM_F_REQUEST|flags, r.c.NextSeq(1), byte(family))
+		for attr, name := range names {
+			e.Str(attr, name)
+		}
+		e.End()
+		return r.c.Exchange(&e, func(_ uint32, err error) { refused = err }, func(_ uint16, body []byte) {
+			answers = append(answers, bytes.Clone(body))
+		})
+	})
+	if err = errors.Join(err, refused); err != nil {
 		return err
 	}
-	request, err := netlink.MarshalAttributes(attrs)
-	if err != nil {
-		return err
-	}
-	message := netlink.Message{
-		Header: netlink.Header{
-			Type:  netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | typ),
-			Flags: netlink.Request | flags,
-		},
-		Data: append([]byte{byte(family), unix.NFNETLINK_V0, 0, 0}, request...),
-	}
-	for range maxReads {
-		var answers []netlink.Message
-		if answers, err = r.c.nl.Execute(message); err != nil {
-			return err
+	for _, b := range answers {
+		if len(b) < nfgenmsgLen {
+			return nfnl.ErrMalformed
 		}
-		if err = whole(answers); err != nil {
-			continue
+		if r.generation == nil {
+			r.generation = b[2:nfgenmsgLen]
 		}
-		for _, m := range answers {
-			if r.generation == nil {
-				r.generation = m.Data[2:4]
-			}
-			r.moved = r.moved || !bytes.Equal(m.Data[2:4], r.generation)
-			each(m.Data[0], m.Data[nfgenmsgLen:])
-		}
-		return nil
-	}
-	return err
-}
-
-// whole reports an error when the answers to a request are not all.
-func whole(answers []netlink.Message) error {
-	for _, m := range answers {
-		switch {
-		case m.Header.Flags&netlink.DumpInterrupted != 0:
-			return errInterrupted
-		case len(m.Data) < nfgenmsgLen:
-			return fmt.Errorf("an answer of %d bytes", len(m.Data))
-		}
+		r.moved = r.moved || !bytes.Equal(b[2:nfgenmsgLen], r.generation)
+		each(b[0], b[nfgenmsgLen:])
 	}
 	return nil
 }
@@ -91,9 +72,8 @@ func newHookTable(r *hookReader, family nftables.TableFamily, name string) *hook
 
 // ask calls each for every attribute of the answers to a question about something
 // of the table.
-func (t *hookTable) ask(typ int, flags netlink.HeaderFlags, table, which uint16, name string, each func(typ uint16, b []byte)) error {
-	attrs := []netlink.Attribute{{Type: table, Data: []byte(t.name + "\x00")}, {Type: which, Data: []byte(name + "\x00")}}
-	return t.r.ask(typ, t.family, flags, attrs, func(_ byte, b []byte) { attributes(b, each) })
+func (t *hookTable) ask(typ, flags, table, which uint16, name string, each func(typ uint16, b []byte)) error {
+	return t.r.ask(typ, flags, t.family, map[uint16]string{table: t.name, which: name}, func(_ byte, b []byte) { attributes(b, each) })
 }
 
 // text reads a string that ends with a zero.
@@ -106,7 +86,7 @@ func (t *hookTable) chainRules(chain string) ([][]statement, error) {
 		return rs, nil
 	}
 	var rs [][]statement
-	err := t.ask(unix.NFT_MSG_GETRULE, netlink.Dump, unix.NFTA_RULE_TABLE, unix.NFTA_RULE_CHAIN, chain, func(typ uint16, b []byte) {
+	err := t.ask(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFTA_RULE_TABLE, unix.NFTA_RULE_CHAIN, chain, func(typ uint16, b []byte) {
 		if typ == unix.NFTA_RULE_EXPRESSIONS {
 			rs = append(rs, statements(byte(t.family), b))
 		}
@@ -266,7 +246,7 @@ func keyFields(b []byte) (sizes []int) {
 
 func (t *hookTable) readElements(name string, s *keySet) error {
 	var es []nftables.SetElement
-	err := t.ask(unix.NFT_MSG_GETSETELEM, netlink.Dump, unix.NFTA_SET_ELEM_LIST_TABLE, unix.NFTA_SET_ELEM_LIST_SET, name, func(typ uint16, b []byte) {
+	err := t.ask(unix.NFT_MSG_GETSETELEM, unix.NLM_F_DUMP, unix.NFTA_SET_ELEM_LIST_TABLE, unix.NFTA_SET_ELEM_LIST_SET, name, func(typ uint16, b []byte) {
 		if typ == unix.NFTA_SET_ELEM_LIST_ELEMENTS {
 			attributes(b, func(_ uint16, b []byte) { es = append(es, elementOf(b)) })
 		}
