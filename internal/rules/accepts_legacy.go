@@ -46,10 +46,11 @@ func legacyFilter(tables, core, filter string) (bool, error) {
 	// The file is root's. There is no such table unless its module is loaded or
 	// a part of the kernel.
 	modules, err := os.ReadFile("/proc/modules")
-	if err != nil {
-		return true, nil
-	}
-	return !hasLine(modules, core) || hasLine(modules, filter), nil
+	return err != nil || mayBeLoaded(modules, core, filter), nil
+}
+
+func mayBeLoaded(modules []byte, core, filter string) bool {
+	return hasLine(modules, filter) || !hasLine(modules, core)
 }
 
 // hasLine reports whether a line begins with a word.
