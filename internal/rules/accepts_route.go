@@ -51,7 +51,7 @@ func insideLinks(netns int, outside []Link, subnets []netip.Prefix) ([]*Link, er
 func routeTo(nl *netlink.Conn, subnet netip.Prefix) (int, error) {
 	found := 0
 	for _, host := range someHosts(subnet) {
-		index, err := lookUp(nl, host)
+		index, err := linkTo(nl, host)
 		switch {
 		case err != nil:
 			return 0, err
@@ -82,8 +82,8 @@ func someHosts(subnet netip.Prefix) []netip.Addr {
 // ownAddress stands for the route to an address of the gateway itself.
 const ownAddress = -1
 
-// lookUp returns the link to a host, 0 where there is no route.
-func lookUp(nl *netlink.Conn, host netip.Addr) (int, error) {
+// linkTo returns the link to a host, 0 where there is no route.
+func linkTo(nl *netlink.Conn, host netip.Addr) (int, error) {
 	request := make([]byte, unix.SizeofRtMsg)
 	request[0], request[1] = unix.AF_INET, byte(host.BitLen())
 	if host.Is6() {

@@ -8,8 +8,8 @@
 //     makes an entry of them. Such an entry would keep the peer from the inside
 //     host for as long as it sends.
 //   - spoofed drops UDP packets from outside links with the source of a host that is
-//     inside, before conntrack sees them: they would earn that host a permission, or
-//     keep one alive.
+//     inside and no way back by that link, before conntrack confirms an entry: they
+//     would earn that host a permission.
 //   - children bounds the flows that one expectation can have at a time.
 //   - port_zero drops UDP packets with port 0 before conntrack sees them, for
 //     only anchors have that port, and a packet must never match one.
@@ -18,7 +18,8 @@
 // put all IPv6 flows of the gateway through NAT, so it is a table of its own:
 //
 //   - permissions is a map from outside endpoint and peer to inside endpoint.
-//   - admit translates what the map knows, after the user's own forwards. Like
+//   - marks is a map with the same keys to the connmarks that children inherit.
+//   - admit translates what the map knows, after every NAT chain of the user's. Like
 //     any NAT chain it sees the first packet of a flow only.
 //   - learn adds to the map what the first packet of a flow gives, while that
 //     packet is still inside, but not what is in the set denied.
@@ -31,6 +32,11 @@
 //   - remember, behind the user's source NAT, learns mappings from the first packet
 //     of a flow, and with arrivals what else uses an outside port.
 //   - hairpin sends packets from inside to an outside endpoint to its owner.
+//
+// Rules have only what nft itself can write, so that each version of it lists them as
+// they are, and loads what it lists: a rule that names a port of conntrack tests for UDP
+// itself, look-ups in maps give a value that the rule uses, and no value begins with a
+// mark. A loaded copy has no signatures, so the next start makes the rules anew.
 //
 // The package never touches another table, nor these when conenatd did not
 // make them. All changes are one transaction: a packet meets the old rules or the

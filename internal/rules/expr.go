@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -23,6 +24,8 @@ func join(pieces ...piece) piece { return slices.Concat(pieces...) }
 
 const reg = unix.NFT_REG_1
 
+const metaKeySecPath expr.MetaKey = 25 // NFT_META_SECPATH
+
 // Bits of conntrack's status, from linux/netfilter/nf_conntrack_common.h.
 const (
 	ctExpected  = 1 << 0
@@ -38,11 +41,16 @@ var (
 	nfproto  = piece{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg}}
 	iifname  = piece{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg}}
 	oifname  = piece{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg}}
-	// The link by which the source of a packet is reached, and what is not for the
-	// gateway, before it is routed.
-	wayBack   = piece{&expr.Fib{Register: reg, FlagSADDR: true, ResultOIFNAME: true}}
-	forwarded = join(piece{&expr.Fib{Register: reg, FlagDADDR: true, ResultADDRTYPE: true}}, isNot(ne32(unix.RTN_LOCAL)))
-	ctZone    = piece{&expr.Ct{Key: expr.CtKeyZONE, Register: reg}}
+	// The link that leads to the source of a packet; that there is no way back by the
+	// link that it came by; and what is not for the gateway, before it is routed.
+	wayBack   = piece{&expr.Fib{Register: reg, FlagSADDR: true, FlagMARK: true, ResultOIFNAME: true}}
+	noWayBack = join(piece{&expr.Fib{
+		Register: reg, FlagSADDR: true, FlagMARK: true, FlagIIF: true, ResultOIF: true, FlagPRESENT: true,
+	}}, is(ne32(0)))
+	// A packet that IPsec took in has a security path.
+	noSecurityPath = join(piece{&expr.Meta{Key: metaKeySecPath, Register: reg}}, is([]byte{0}))
+	forwarded      = join(piece{&expr.Fib{Register: reg, FlagDADDR: true, ResultADDRTYPE: true}}, isNot(ne32(unix.RTN_LOCAL)))
+	ctZone         = piece{&expr.Ct{Key: expr.CtKeyZONE, Register: reg}}
 	// The expression ends the rule where there is no socket.
 	hasSocket = join(piece{&expr.Socket{Key: expr.SocketKeyWildcard, Register: reg}}, atMost(1))
 
@@ -59,30 +67,31 @@ var (
 	ctReplySourcePort      = reply(expr.CtKeyPROTOSRC, 0)
 	ctReplyDestinationPort = reply(expr.CtKeyPROTODST, 0)
 
-	// Both addresses of the packet, which a key begins with; and the endpoint and
-	// the mark of a flow from inside.
-	packetAddresses = piece{&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 8, DestRegister: reg}}
-	flowValue       = join(original(expr.CtKeySRCIP, valueWord), original(expr.CtKeyPROTOSRC, valueWord+1),
-		piece{&expr.Ct{Key: expr.CtKeyMARK, Register: markRegister}})
+	packetSource      = address(12, 0)
+	packetDestination = address(16, 1)
 
-	// toInside ends the rule where the map has not the key, or its bucket is empty.
-	// It puts the value, an inside endpoint and a connmark, where flowValue puts it.
-	toInside = piece{&expr.Lookup{
-		SourceRegister: reg, SetName: permissionMap, DestRegister: unix.NFT_REG32_00 + valueWord, IsDestRegSet: true,
-	}}
-	translate = piece{&expr.NAT{
+	ctMark = piece{&expr.Ct{Key: expr.CtKeyMARK, Register: reg}}
+
+	// flowEndpoint4 is the inside endpoint of a flow from inside, behind a key of
+	// the map, and flowMark its connmark there.
+	flowEndpoint4 = join(original(expr.CtKeySRCIP, valueWord), original(expr.CtKeyPROTOSRC, valueWord+1))
+	flowMark      = piece{&expr.Ct{Key: expr.CtKeyMARK, Register: unix.NFT_REG32_00 + valueWord}}
+
+	// toInside translates to the inside endpoint that the map has for the key in reg,
+	// and counts it. It does not match where the map lacks the key, or its bucket is
+	// empty. nft lists the counter before the look-up.
+	toInside = join(lookUp(permissionMap), count(admittedCounter), piece{&expr.NAT{
 		Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4,
-		RegAddrMin: unix.NFT_REG32_00 + valueWord, RegProtoMin: unix.NFT_REG32_00 + valueWord + 1,
-	}}
-	noMark      = piece{&expr.Cmp{Op: expr.CmpOpEq, Register: markRegister, Data: ne32(0)}}
-	hasMark     = piece{&expr.Cmp{Op: expr.CmpOpNeq, Register: markRegister, Data: ne32(0)}}
-	inheritMark = join(hasMark, piece{&expr.Ct{Key: expr.CtKeyMARK, Register: markRegister, SourceRegister: true}})
+		RegAddrMin: unix.NFT_REG32_00, RegProtoMin: unix.NFT_REG32_00 + 1,
+	}})
+	// inheritMark sets the connmark to the one that the map of marks has for the key.
+	inheritMark = join(lookUp(marksMap), piece{&expr.Ct{Key: expr.CtKeyMARK, Register: reg, SourceRegister: true}})
 
 	accept = piece{&expr.Verdict{Kind: expr.VerdictAccept}}
 )
 
-// sourceIn ends the rule, of family inet, where the source of the packet is not in p.
-// What ends with a byte, within the first four, is compared without a mask.
+// sourceIn matches if the source of the packet is in p, in a rule of family inet. A
+// prefix that ends with a byte is compared without a mask, as nft does it.
 func sourceIn(p netip.Prefix) piece {
 	addr, family, offset := p.Masked().Addr().AsSlice(), byte(unix.NFPROTO_IPV4), uint32(12)
 	if p.Addr().Is6() {
@@ -90,9 +99,9 @@ func sourceIn(p netip.Prefix) piece {
 	}
 	size := len(addr)
 	whole := p.Bits() / 8
-	if p.Bits()%8 == 0 && 0 < whole && whole <= 4 {
+	if p.Bits()%8 == 0 && whole > 0 {
 		return join(
-			piece{&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4, DestRegister: reg}}, is(addr[:whole]),
+			piece{&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: uint32(whole), DestRegister: reg}}, is(addr[:whole]),
 			nfproto, is([]byte{family}))
 	}
 	return join(
@@ -116,15 +125,17 @@ func masked(m uint32) piece {
 	return piece{&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: 4, Mask: ne32(m), Xor: ne32(0)}}
 }
 
-// valueWord is the first word behind the key of the map, where the value goes,
-// and markRegister has its last one.
-const (
-	valueWord    = 4
-	markRegister = unix.NFT_REG32_00 + valueWord + 2
-)
+// valueWord is where nft puts the value of an element whose key is in reg.
+const valueWord = 4
 
-// These load a part of the UDP header, of the flow as its first packet came, or of
-// its answers, into a word of reg and what follows it.
+// These load an IPv4 address of the packet, a part of the UDP header, of the flow as
+// its first packet came, or of its answers, into a word of reg and what follows it.
+func address(offset, word uint32) piece {
+	return piece{&expr.Payload{
+		Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4, DestRegister: unix.NFT_REG32_00 + word,
+	}}
+}
+
 func transport(offset, word uint32) piece {
 	return piece{&expr.Payload{
 		Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2, DestRegister: unix.NFT_REG32_00 + word,
@@ -137,6 +148,11 @@ func original(key expr.CtKey, word uint32) piece {
 
 func reply(key expr.CtKey, word uint32) piece {
 	return piece{&expr.Ct{Key: key, Register: unix.NFT_REG32_00 + word, Direction: expr.CtDirReply, OptDirection: true}}
+}
+
+// lookUp puts the value that a map has for the key in reg into reg.
+func lookUp(name string) piece {
+	return piece{&expr.Lookup{SourceRegister: reg, SetName: name, DestRegister: reg, IsDestRegSet: true}}
 }
 
 func in(s *set) piece { return piece{&expr.Lookup{SourceRegister: reg, SetName: s.Name}} }
@@ -186,13 +202,10 @@ func repeated(s *set) piece {
 
 // learned puts key and value into the map. An element that is there stays as it
 // is: a second host on the outside endpoint neither takes over nor refreshes.
-func learned(c *MapConfig, wild uint8, marked bool) piece {
-	add := &expr.Dynset{
-		SrcRegKey: reg, SrcRegData: unix.NFT_REG32_00 + valueWord, SetName: permissionMap,
-		Operation: unix.NFT_DYNSET_OP_ADD, Timeout: c.Lifetime,
-	}
+func learned(c *MapConfig, wild uint8) piece {
+	add := addTo(permissionMap, c.Lifetime)
 	if c.MaxChildren > 0 {
-		b := bucketOf(c.MaxChildren, wild, marked)
+		b := bucketOf(c.MaxChildren, wild)
 		b.size++ // to make the element takes one
 		add.Exprs = []expr.Any{&expr.Limit{
 			Type: expr.LimitTypePkts, Rate: uint64(b.perMinute), Unit: expr.LimitTimeMinute, Burst: uint32(b.size),
@@ -201,19 +214,22 @@ func learned(c *MapConfig, wild uint8, marked bool) piece {
 	return piece{add}
 }
 
+func addTo(name string, lifetime time.Duration) *expr.Dynset {
+	return &expr.Dynset{
+		SrcRegKey: reg, SrcRegData: unix.NFT_REG32_00 + valueWord, SetName: name,
+		Operation: unix.NFT_DYNSET_OP_ADD, Timeout: lifetime,
+	}
+}
+
 // A bucket of tokens, of which a look-up of an element takes one.
 type bucket struct{ size, perMinute int }
 
 // bucketOf returns the bucket that lets an element have about maxChildren children
 // that nobody answers: conntrack forgets those after 30 s (nf_conntrack_udp_timeout).
-// An element with a mark is looked up twice for each, and one that is not for one
-// peer may have more (cone.WildChildren).
-func bucketOf(maxChildren int, wild uint8, marked bool) bucket {
+// An element that is not for one peer may have more (cone.WildChildren).
+func bucketOf(maxChildren int, wild uint8) bucket {
 	if wild > 0 {
 		maxChildren *= cone.WildChildren
-	}
-	if marked {
-		maxChildren *= 2
 	}
 	return bucket{size: maxChildren, perMinute: 2 * maxChildren}
 }

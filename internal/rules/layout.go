@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"hash/fnv"
 	"maps"
+	"math"
 	"net"
-	"net/netip"
 	"slices"
 	"time"
 
@@ -37,6 +37,7 @@ const (
 const (
 	outsideSet       = "outside"
 	permissionMap    = "permissions"
+	marksMap         = "marks"
 	deniedSet        = "denied"
 	learnersSet      = "learners"
 	repeatersSet     = "repeaters"
@@ -57,8 +58,11 @@ const (
 	childPriority = -10
 	// Before conntrack.
 	rawPriority = -300
-	// After dstnat: the user's own forwards come first and win.
-	admitPriority = -95
+	// After the user's chains at mangle: the way back may depend on their marks.
+	spoofedPriority = -149
+	// After every chain of the user's: all NAT chains run inside one hook of the
+	// kernel, and their priority only orders them. So the user's own forwards win.
+	admitPriority = math.MaxInt32 - 1
 	// After srcnat, when the outside endpoint is known, and after what the
 	// user's own chains may drop there.
 	learnPriority = 290
@@ -102,7 +106,7 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 		inet.guard()
 	}
 	if len(d.Inside) > 0 {
-		inet.spoofed(d.Inside)
+		inet.spoofed(d)
 	}
 	if d.Expectations {
 		inet.portZero()
@@ -162,17 +166,25 @@ func (l *layout) outside(name piece, is bool) piece {
 
 // spoofed drops what comes from outside with the source of a host that is inside: it
 // would earn that host a permission, or keep one alive. A host that is reached by an
-// outside link is not spoofed, and what is for the gateway is the user's to judge.
-func (l *layout) spoofed(inside []netip.Prefix) {
+// outside link is not spoofed, nor is one that comes through IPsec, and what is for the
+// gateway is the user's to judge.
+func (l *layout) spoofed(d Desired) {
 	l.counters = append(l.counters, spoofedCounter)
-	c := l.filter("spoofed", nftables.ChainHookPrerouting, rawPriority)
-	if len(inside) > fewPrefixes {
+	c := l.filter("spoofed", nftables.ChainHookPrerouting, spoofedPriority)
+	if len(d.Inside) > fewPrefixes {
 		l.rule(c, "", join(l.outside(iifname, false), accept))
 	}
-	for _, p := range inside {
+	test := join(isUDP, noWayBack)
+	if !d.noIPsec {
+		test = join(isUDP, noSecurityPath, noWayBack)
+	}
+	for _, name := range l.links { // nft 1.0.6 cannot look up what fib finds in a set
+		test = join(test, wayBack, isNot(linkKey(name)))
+	}
+	test = join(test, forwarded, drop(spoofedCounter))
+	for _, p := range d.Inside {
 		// The source comes first, for it sorts out nearly all packets.
-		l.rule(c, "the way back is not outside", join(
-			sourceIn(p), l.outside(iifname, true), isUDP, l.outside(wayBack, false), forwarded, drop(spoofedCounter)))
+		l.rule(c, "the way back is not outside", join(sourceIn(p), l.outside(iifname, true), test))
 	}
 }
 
@@ -202,14 +214,13 @@ func (l *layout) children(most int) {
 	// The first packet of a child has the one bit and not yet the other.
 	l.rule(children, "not the first packet of an expected flow",
 		join(ctStatus, masked(ctExpected|ctConfirmed), isNot(ne32(ctExpected)), accept))
-	l.rule(children, "", join(notUDP, accept))
 	l.rule(children, "", join(l.outside(iifname, false), accept))
 	for _, f := range families {
 		// Each element keeps the limit that it was made with.
 		kids := l.set(fmt.Sprintf("children%s_%d", f.name, most), f.addr, f.addr, nftables.TypeInetService)
 		kids.Dynamic, kids.free = true, true
 		l.rule(children, "flows of one peer to one outside endpoint",
-			join(nfproto, is([]byte{f.proto}), f.key, over(kids, most), drop(childCounter)))
+			join(nfproto, is([]byte{f.proto}), isUDP, f.key, over(kids, most), drop(childCounter)))
 	}
 }
 
@@ -218,8 +229,11 @@ var permissionKey = []nftables.SetDatatype{nftables.TypeIPAddr, nftables.TypeIPA
 
 func (l *layout) permissions(c *MapConfig) {
 	m := l.set(permissionMap, permissionKey...)
-	m.IsMap, m.DataType = true, nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService, nftables.TypeMark)
+	m.IsMap, m.DataType = true, nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService)
 	m.HasTimeout, m.Dynamic, m.free, m.Size = true, true, true, uint32(c.Size)
+	marks := l.set(marksMap, permissionKey...)
+	marks.IsMap, marks.DataType = true, nftables.TypeMark
+	marks.HasTimeout, marks.Dynamic, marks.free, marks.Size = true, true, true, marksSize
 	l.noPeers = l.set(noPeersSet, nftables.TypeIPAddr)
 	l.noPeers.Interval, l.noPeers.elements = true, intervals(slices.Concat(notUnicast, c.Subnets, c.ExcludePeers))
 }
@@ -257,32 +271,39 @@ func (l *layout) kinds(c *MapConfig) []kind {
 
 func groupsName(bits int) string { return fmt.Sprintf("%s_%d", groupsSet, bits) }
 
-// peers clears the low bits of the peer's address, in the first word of reg, and
-// ends the rule where the peer is in no group of this kind.
-func (k kind) peers() piece {
+// peers clears the low bits of the peer's address, which load puts into reg.
+func (k kind) peers(load piece) piece {
 	if k.wild == 0 {
+		return load
+	}
+	return join(load, piece{&expr.Bitwise{
+		SourceRegister: reg, DestRegister: reg,
+		Len: 4, Mask: net.CIDRMask(32-int(k.wild), 32), Xor: make([]byte, 4),
+	}})
+}
+
+// ofGroup matches if the peer is in a group of this kind.
+func (k kind) ofGroup(load piece) piece {
+	if k.groups == nil {
 		return nil
 	}
-	p := piece{&expr.Bitwise{
-		SourceRegister: unix.NFT_REG32_00, DestRegister: unix.NFT_REG32_00,
-		Len: 4, Mask: net.CIDRMask(32-int(k.wild), 32), Xor: make([]byte, 4),
-	}}
-	if k.groups != nil {
-		p = append(p, &expr.Lookup{SourceRegister: unix.NFT_REG32_00, SetName: k.groups.Name})
-	}
-	return p
+	return join(k.peers(load), in(k.groups))
 }
 
 // packetKey and flowKey are the key of the map, from a packet that comes in, and
-// from a flow that goes out.
-func (k kind) packetKey() piece { return join(packetAddresses, k.peers(), transport(2, 2)) }
+// from a flow that goes out. Each rule tests for UDP, though only UDP gets there: nft
+// needs that to know what a port is.
+func (k kind) packetKey() piece {
+	return join(isUDP, k.ofGroup(packetSource), k.peers(packetSource), packetDestination, transport(2, 2))
+}
 
 func (k kind) flowKey() piece {
 	var of piece
 	if k.open != nil {
 		of = join(ctOriginalSource, in(k.open))
 	}
-	return join(of, reply(expr.CtKeySRCIP, 0), k.peers(), reply(expr.CtKeyDSTIP, 1), reply(expr.CtKeyPROTODST, 2))
+	return join(isUDP, of, k.ofGroup(ctReplySource),
+		k.peers(ctReplySource), reply(expr.CtKeyDSTIP, 1), reply(expr.CtKeyPROTODST, 2))
 }
 
 // admit needs no conntrack state: a NAT chain sees the first packet only.
@@ -299,12 +320,10 @@ func (l *layout) admit(kinds []kind) {
 	l.rule(admitted, "the gateway itself serves it", join(hasSocket, accept))
 	for _, k := range kinds {
 		if k.open != nil {
-			l.rule(admitted, "", join(packetAddresses, in(l.noPeers), accept))
+			l.rule(admitted, "", join(packetSource, in(l.noPeers), accept))
 		}
-		l.rule(admitted, "a peer may send from any port; nft does not list the look-up in the map",
-			join(k.packetKey(), toInside, noMark, count(admittedCounter), translate))
-		l.rule(admitted, "the same, with a mark for policy routing",
-			join(k.packetKey(), toInside, inheritMark, count(admittedCounter), translate))
+		l.rule(admitted, "a mark for policy routing", join(k.packetKey(), inheritMark))
+		l.rule(admitted, "a peer may send from any port", join(k.packetKey(), toInside))
 	}
 }
 
@@ -331,8 +350,8 @@ func (l *layout) learn(c *MapConfig, kinds []kind) {
 	l.rule(learn, "permissions are of the default zone", join(ctZone, isNot(ne16(0)), accept))
 	l.rule(learn, "", join(ctOriginalSource, notIn(subnets), accept))
 	l.rule(learn, "", join(ctReplySource, in(l.noPeers), accept))
-	l.rule(learn, "", join(ctReplySourcePort, in(peerPorts), accept))
-	l.rule(learn, "", join(ctReplyDestinationPort, in(ports), accept))
+	l.rule(learn, "", join(isUDP, ctReplySourcePort, in(peerPorts), accept))
+	l.rule(learn, "", join(isUDP, ctReplyDestinationPort, in(ports), accept))
 	// A look-up takes a token. Whoever sends on without an answer must not take those
 	// of his own children, and yet be learned again when his permission has run out.
 	repeaters := l.set(repeatersSet, permissionKey...)
@@ -342,13 +361,13 @@ func (l *layout) learn(c *MapConfig, kinds []kind) {
 
 	slices.Reverse(kinds) // a flow gives the permission for the most peers
 	for _, k := range kinds {
-		l.rule(learn, "in the map already", join(k.flowKey(), toInside, accept))
 		l.rule(learn, "the daemon forbids it", join(k.flowKey(), in(denied), accept))
 	}
 	l.rule(learn, "too many at a time", join(ctOriginalSource, limited(learners, c.LearnRate), count(limitedCounter), accept))
 	for _, k := range kinds {
-		l.rule(learn, "", join(k.flowKey(), flowValue, noMark, learned(c, k.wild, false), count(learnedCounter), accept))
-		l.rule(learn, "", join(k.flowKey(), flowValue, hasMark, learned(c, k.wild, true), count(learnedCounter), accept))
+		l.rule(learn, "", join(ctMark, isNot(ne32(0)), k.flowKey(), flowMark, piece{addTo(marksMap, c.Lifetime)}))
+		l.rule(learn, "one that is there stays as it is",
+			join(k.flowKey(), flowEndpoint4, learned(c, k.wild), count(learnedCounter), accept))
 	}
 }
 

@@ -19,8 +19,18 @@ import (
 // time that it has left. What comes or goes meanwhile may be missing. It has a
 // connection of its own.
 func (m *Map) List(f func(p cone.Permission, left time.Duration)) error {
+	marks := map[cone.Key]uint32{}
+	err := dump(m.netns, m.table, marksMap, func(key, value []byte, _ time.Duration) {
+		if k, ok := keyOf(key); ok && len(value) == markLen {
+			marks[k] = binary.NativeEndian.Uint32(value)
+		}
+	})
+	if err != nil {
+		return err
+	}
 	return dump(m.netns, m.table, permissionMap, func(key, value []byte, left time.Duration) {
 		if p, ok := permissionOf(key, value); ok {
+			p.Mark = marks[p.Key]
 			p.Wild = m.wild(p.Peer)
 			f(p, left)
 		}
@@ -116,12 +126,19 @@ func parseElements(body []byte, f func(p cone.Permission, left time.Duration)) {
 }
 
 func permissionOf(key, value []byte) (p cone.Permission, ok bool) {
-	if len(key) != keyLen || len(value) != valueLen {
+	if p.Key, ok = keyOf(key); !ok || len(value) != valueLen {
 		return p, false
 	}
-	p.Peer, p.Ext = cone.AddrFrom4([4]byte(key)), endpoint(key[4:])
-	p.Int, p.Mark = endpoint(value), binary.NativeEndian.Uint32(value[8:])
+	p.Int = endpoint(value)
 	return p, true
+}
+
+func keyOf(b []byte) (k cone.Key, ok bool) {
+	if len(b) != keyLen {
+		return k, false
+	}
+	k.Peer, k.Ext = cone.AddrFrom4([4]byte(b)), endpoint(b[4:])
+	return k, true
 }
 
 func endpoint(b []byte) cone.Endpoint {

@@ -34,10 +34,11 @@ type Map struct {
 	uncapped bool                // the kernel lacks what that takes
 	denied   map[cone.Key]denial // as far as this process knows
 	swept    time.Time           // when it was last looked for what ended
+	marked   []cone.Permission   // of a batch
 	broken   bool
 }
 
-// perElement is how many messages an element has in a batch at most.
+// perElement is how many messages a permission has in a batch at most.
 const perElement = 2
 
 // NewMap returns the Map of t.
@@ -108,7 +109,7 @@ func (m *Map) Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err
 		m.transact(part, m.add)
 		for i := range part {
 			err := m.errs[i]
-			if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST) { // another's
+			if anothers(err) {
 				err = m.replace(part[i])
 			}
 			switch {
@@ -132,14 +133,27 @@ func (m *Map) gone(err error) bool {
 	return gone
 }
 
-// replace makes p stand in place of what has its key.
+// replace makes p, and its mark, stand in place of what has its key.
 func (m *Map) replace(p cone.Permission) error {
 	errs := m.errs
-	m.transact([]cone.Permission{p}, m.renew)
-	err := m.errs[0]
-	m.errs = errs
-	return err
+	defer func() { m.errs = errs }()
+	one := []cone.Permission{p}
+	put := func(add, renew func(seq uint32, p *cone.Permission)) error {
+		if m.transact(one, add); anothers(m.errs[0]) {
+			m.transact(one, renew)
+		}
+		return m.errs[0]
+	}
+	if p.Mark != 0 {
+		if err := put(m.mark, m.remark); err != nil {
+			return err
+		}
+	}
+	return put(m.permit, m.renew)
 }
+
+// anothers reports whether an element with the same key stands, and another value.
+func anothers(err error) bool { return errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST) }
 
 // Revoke ends ps. What is gone already is no error. The kernel deletes by key:
 // whoever has it.
@@ -153,6 +167,8 @@ func (m *Map) Revoke(ps []cone.Permission) error {
 				errs = append(errs, fmt.Errorf("delete element %v -> %v: %w", part[i].Peer, part[i].Ext, err))
 			}
 		}
+		m.haveMarks(part, func(int) bool { return true })
+		m.transact(m.marked, m.unmark) // one that is gone is no error
 	}
 	return errors.Join(errs...)
 }
@@ -168,6 +184,21 @@ func (m *Map) Refresh(ps []cone.Permission, lost func(i int)) {
 			if m.errs[i] != nil {
 				lost(base + i)
 			}
+		}
+		m.haveMarks(part, func(i int) bool { return m.errs[i] == nil })
+		m.transact(m.marked, m.remark)
+		m.haveMarks(m.marked, func(i int) bool { return m.errs[i] != nil })
+		m.transact(m.marked, m.mark)
+	}
+}
+
+// haveMarks puts those of ps, at most batch, into m.marked that have a mark and pass.
+// A mark that stands alone ends by itself, and marks no packet that nobody permits.
+func (m *Map) haveMarks(ps []cone.Permission, pass func(i int) bool) {
+	m.marked = m.marked[:0]
+	for i := range ps {
+		if ps[i].Mark != 0 && pass(i) {
+			m.marked = append(m.marked, ps[i])
 		}
 	}
 }
@@ -220,8 +251,29 @@ func (m *Map) transact(ps []cone.Permission, encode func(seq uint32, p *cone.Per
 	transact(&m.batcher, ps, perElement, encode)
 }
 
+// add adds the mark first: no child may come without.
 func (m *Map) add(seq uint32, p *cone.Permission) {
+	if p.Mark != 0 {
+		m.mark(seq, p)
+	}
+	m.permit(seq+1, p)
+}
+
+func (m *Map) permit(seq uint32, p *cone.Permission) {
 	m.element(seq, unix.NFT_MSG_NEWSETELEM, permissionMap, p, true, m.lifetime)
+}
+
+func (m *Map) mark(seq uint32, p *cone.Permission) {
+	m.element(seq, unix.NFT_MSG_NEWSETELEM, marksMap, p, true, m.lifetime)
+}
+
+func (m *Map) unmark(seq uint32, p *cone.Permission) {
+	m.element(seq, unix.NFT_MSG_DELSETELEM, marksMap, p, false, 0)
+}
+
+func (m *Map) remark(seq uint32, p *cone.Permission) {
+	m.unmark(seq, p)
+	m.mark(seq+1, p)
 }
 
 func (m *Map) remove(seq uint32, p *cone.Permission) {
@@ -230,7 +282,7 @@ func (m *Map) remove(seq uint32, p *cone.Permission) {
 
 func (m *Map) renew(seq uint32, p *cone.Permission) {
 	m.remove(seq, p)
-	m.add(seq+1, p)
+	m.permit(seq+1, p)
 }
 
 // element appends a message about one element of a set.
@@ -254,18 +306,22 @@ func (m *Map) element(seq uint32, typ uint16, set string, p *cone.Permission, va
 	e.EndNest(key)
 	if value {
 		data := e.Nest(unix.NFTA_SET_ELEM_DATA)
-		e.Attr(unix.NFTA_DATA_VALUE, valueLen)
-		e.B = append(e.B, p.Int.Addr[12:]...)
-		e.B = binary.BigEndian.AppendUint16(e.B, p.Int.Port)
-		e.Pad()
-		e.B = binary.NativeEndian.AppendUint32(e.B, p.Mark)
+		if set == marksMap {
+			e.Attr(unix.NFTA_DATA_VALUE, markLen)
+			e.B = binary.NativeEndian.AppendUint32(e.B, p.Mark)
+		} else {
+			e.Attr(unix.NFTA_DATA_VALUE, valueLen)
+			e.B = append(e.B, p.Int.Addr[12:]...)
+			e.B = binary.BigEndian.AppendUint16(e.B, p.Int.Port)
+			e.Pad()
+		}
 		e.EndNest(data)
 	}
 	if timeout > 0 {
 		e.BE64(unix.NFTA_SET_ELEM_TIMEOUT, uint64(timeout.Milliseconds()))
 	}
-	if value && m.children > 0 && !m.uncapped {
-		m.bucket(bucketOf(m.children, p.Wild, p.Mark != 0))
+	if value && set == permissionMap && m.children > 0 && !m.uncapped {
+		m.bucket(bucketOf(m.children, p.Wild))
 	}
 	e.EndNest(element)
 	e.EndNest(list)
@@ -285,8 +341,9 @@ func (m *Map) bucket(b bucket) {
 	e.EndNest(limit)
 }
 
-// Lengths of key and value, each part filled up to a register's 4 bytes.
+// Lengths of a key and of the values, each part filled up to a register's 4 bytes.
 const (
 	keyLen   = 12
-	valueLen = 12
+	valueLen = 8
+	markLen  = 4
 )

@@ -328,14 +328,19 @@ func TestAnsweredFlowsDoNotReachTheRules(t *testing.T) {
 	}
 }
 
+// Fails when a chain of the user's comes after ours.
 func TestUsersForwardWins(t *testing.T) {
-	g := newGate(t, lab.Options{Inside: 2, Rules: lab.Masquerade + `table ip user { chain c {
-		type nat hook prerouting priority dstnat; iifname "wan0" udp dport 5060 dnat to 10.47.11.110; }; }`}, granting)
-	in := g.inside(5060)
-	other := listen(t, g.Inside(1), g.Inside(1).Addr, 5060)
-	p := g.contact(in, g.peer(lab.PeerA, 5060))
-	g.grant(p)
-	g.arrives(other, g.peer(lab.PeerA, 5070), p.Ext)
+	for _, priority := range []string{"dstnat", "-90", "500", "2147483645"} {
+		t.Run(priority, func(t *testing.T) {
+			g := newGate(t, lab.Options{Inside: 2, Rules: lab.Masquerade + `table ip user { chain c {
+				type nat hook prerouting priority ` + priority + `; iifname "wan0" udp dport 5060 dnat to 10.47.11.110; }; }`}, granting)
+			in := g.inside(5060)
+			other := listen(t, g.Inside(1), g.Inside(1).Addr, 5060)
+			p := g.contact(in, g.peer(lab.PeerA, 5060))
+			g.grant(p)
+			g.arrives(other, g.peer(lab.PeerA, 5070), p.Ext)
+		})
+	}
 }
 
 func TestPortThatTheGatewayServesStaysItsOwn(t *testing.T) {
@@ -426,8 +431,7 @@ func TestMissingIsWhatDoesNotStand(t *testing.T) {
 	}
 }
 
-// Those of a permission with a mark are looked up twice. That a bucket fills again
-// takes time, so a few more than ten may come in.
+// That a bucket fills again takes time, so a few more than ten may come in.
 func TestChildrenOfTheMapAreCapped(t *testing.T) {
 	capped := func(learn bool) rules.Desired {
 		d, m := learning, *learning.Map
@@ -704,5 +708,46 @@ func TestChangedTellsWhoseTransactionItWas(t *testing.T) {
 		if got != step.want {
 			t.Errorf("%s: %v, want %v", step.name, got, step.want)
 		}
+	}
+}
+
+// A mark follows its permission: granted, changed, renewed, put back and revoked.
+func TestMarksStandAndGoWithTheirPermissions(t *testing.T) {
+	g := newGate(t, lab.Options{}, granting)
+	p := permission(netip.MustParseAddrPort("198.51.100.1:5060"), netip.MustParseAddrPort("10.47.11.109:5060"), lab.PeerA)
+	plain := permission(netip.MustParseAddrPort("198.51.100.1:5061"), netip.MustParseAddrPort("10.47.11.109:5061"), lab.PeerA)
+	marks := func() string { return output(t, g.Lab, "nft", "list", "map", "ip", "conenat", "marks") }
+	g.m.SetLifetime(time.Minute)
+	for _, mark := range []uint32{42, 42, 43} {
+		p.Mark = mark
+		g.grant(plain, p)
+		g.holds(plain, p)
+	}
+	q := p
+	q.Int.Port++
+	g.grant(q)
+	g.holds(plain, q)
+
+	g.m.SetLifetime(time.Hour)
+	for _, mark := range []uint32{43, 44} {
+		q.Mark = mark
+		g.m.Refresh([]cone.Permission{plain, q}, func(int) { t.Error("lost") })
+		g.holds(plain, q)
+		if list := marks(); !strings.Contains(list, "timeout 1h ") {
+			t.Error("the mark was not renewed:", list)
+		}
+	}
+	check(t, g.tables.Close()) // an owner alone may change it
+	check(t, g.NFT("flush map ip conenat marks"))
+	g.tables = open(t, g.Lab)
+	set(t, g.tables, granting)
+	g.m = g.tables.NewMap(granting.Map)
+	g.m.Refresh([]cone.Permission{plain, q}, func(int) { t.Error("lost") })
+	g.holds(plain, q)
+
+	check(t, g.m.Revoke([]cone.Permission{plain, q, q}))
+	g.holds()
+	if list := marks(); strings.Contains(list, "elements") {
+		t.Error("the mark stands still:", list)
 	}
 }

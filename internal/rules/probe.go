@@ -30,7 +30,7 @@ var features = []struct {
 	{UnsupportedError{
 		Feature: FeatureSpoofed,
 		Mend:    "load the module nft_fib_inet (CONFIG_NFT_FIB_INET; OpenWrt: kmod-nft-fib), or set net.ipv4.conf.all.rp_filter = 1",
-	}, Desired{Inside: append([]netip.Prefix{netip.MustParsePrefix("2001:db8::/64")}, tryPrefixes...)}},
+	}, Desired{Inside: append([]netip.Prefix{netip.MustParsePrefix("2001:db8::/64")}, tryPrefixes...), noIPsec: true}},
 	{UnsupportedError{
 		Feature: FeatureMaxChildren,
 		Mend:    "load the module nft_connlimit (CONFIG_NFT_CONNLIMIT; OpenWrt: kmod-nft-connlimit)",
@@ -79,6 +79,7 @@ func (t *Tables) probe() error {
 	}
 	withIPsec := tryMapping
 	withIPsec.noIPsec = false
+	t.noSecPath = t.try(0, Desired{Inside: tryPrefixes}) != nil
 	t.noIPsec = t.try(0, Desired{Mapping: &withIPsec}) != nil
 	if t.try(both, Desired{}) == nil {
 		t.flags = both

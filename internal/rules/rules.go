@@ -43,6 +43,8 @@ type Desired struct {
 	// Mapping keeps one outside endpoint for each inside endpoint. Without it
 	// that is left to the user's rules and the kernel.
 	Mapping *MappingConfig
+
+	noIPsec bool // the kernel has none
 }
 
 // A MappingConfig says how UDP flows over IPv4 get their outside endpoints

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 
 	"github.com/google/nftables"
@@ -132,8 +133,17 @@ func equal[T comparable](a, b *T) bool {
 func sameSet(a *nftables.Set) func(*nftables.Set) bool {
 	return func(b *nftables.Set) bool {
 		return a.Name == b.Name && a.Dynamic == b.Dynamic && a.KeyType.Name == b.KeyType.Name &&
-			a.IsMap == b.IsMap && a.Interval == b.Interval && (!a.IsMap || a.Size == b.Size && a.DataType.Name == b.DataType.Name)
+			a.IsMap == b.IsMap && a.Interval == b.Interval && (!a.IsMap || a.DataType.Name == b.DataType.Name) &&
+			a.HasTimeout == b.HasTimeout && a.Timeout == b.Timeout && sizeOf(a) == sizeOf(b)
 	}
+}
+
+// sizeOf is the size that the kernel gives a set.
+func sizeOf(s *nftables.Set) uint32 {
+	if s.Size == 0 && s.Dynamic {
+		return math.MaxUint16
+	}
+	return s.Size
 }
 
 // sameRules compares the rules of each chain, in order.

@@ -24,15 +24,16 @@ import (
 // passes them by, and they outlive the process, so that the next one can take
 // them over. The flag owner alone would end them with the process.
 type Tables struct {
-	c       *conn // reads
-	w       *writer
-	name    string
-	netns   int
-	flags   nftables.TableFlags
-	port    uint32 // of w, by which the kernel knows an owner
-	missing []*UnsupportedError
-	noIPsec bool       // nothing is missing then: there are no such policies
-	look    *nfnl.Conn // of Changed; nil before the first call
+	c         *conn // reads
+	w         *writer
+	name      string
+	netns     int
+	flags     nftables.TableFlags
+	port      uint32 // of w, by which the kernel knows an owner
+	missing   []*UnsupportedError
+	noIPsec   bool       // nothing is missing then: there are no such policies
+	look      *nfnl.Conn // of Changed; nil before the first call
+	noSecPath bool       // nor such packets
 }
 
 // A writer is the connection that owns the tables. The Map shares it with them,
@@ -93,6 +94,7 @@ func (t *Tables) Lacks(f Feature) bool {
 
 // possible is d without what the kernel lacks.
 func (t *Tables) possible(d Desired) Desired {
+	d.noIPsec = t.noSecPath
 	d.Guard = d.Guard && !t.Lacks(FeatureGuard)
 	if t.Lacks(FeatureSpoofed) {
 		d.Inside = nil
@@ -151,6 +153,17 @@ func (t *Tables) Set(d Desired) (changed bool, err error) {
 				return false, err
 			}
 			h.table.Flags = t.flags
+		}
+	}
+	for i, h := range have {
+		l := layoutOf(want, tables[i])
+		switch made, err := t.makeMarks(h, l); {
+		case err != nil:
+			return false, err
+		case made:
+			if have[i], err = t.read(t.owned(tables[i]), l); err != nil {
+				return false, err
+			}
 		}
 	}
 	for i, h := range have {

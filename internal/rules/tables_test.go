@@ -17,8 +17,7 @@ import (
 
 var all = rules.Desired{OutsideLinks: []string{"wan0", "ppp0"}, Guard: true, Inside: []netip.Prefix{lab.InsideNet, lab.InsideNet6}, Expectations: true, MaxChildren: 256, Map: learning.Map}
 
-// contents is what all makes of the tables, as nft lists them. It does not show
-// look-ups in the map, nor what becomes of the value.
+// contents is what all makes of the tables, as nft lists them.
 var contents = map[string]string{"inet": contentsInet, "ip": contentsIP}
 
 const contentsIP = `
@@ -38,8 +37,14 @@ const contentsIP = `
 	}
 
 	map permissions {
-		type ipv4_addr . ipv4_addr . inet_service : ipv4_addr . inet_service . mark
+		type ipv4_addr . ipv4_addr . inet_service : ipv4_addr . inet_service
 		size 1000
+		flags dynamic,timeout
+	}
+
+	map marks {
+		type ipv4_addr . ipv4_addr . inet_service : mark
+		size 1048576
 		flags dynamic,timeout
 	}
 
@@ -92,12 +97,12 @@ const contentsIP = `
 
 	chain admitted {
 		socket wildcard <= 1 accept comment "the gateway itself serves it"
-		counter name "admitted" comment "a peer may send from any port; nft does not list the look-up in the map"
-		counter name "admitted" comment "the same, with a mark for policy routing"
+		ct mark set ip saddr . ip daddr . udp dport map @marks comment "a mark for policy routing"
+		meta l4proto udp counter name "admitted" dnat ip to ip saddr . ip daddr . udp dport map @permissions comment "a peer may send from any port"
 	}
 
 	chain admit {
-		type nat hook prerouting priority dstnat + 5; policy accept;
+		type nat hook prerouting priority 2147483646; policy accept;
 		meta l4proto udp iifname @outside ct zone 0 goto admitted comment "permissions are of the default zone"
 	}
 
@@ -111,14 +116,13 @@ const contentsIP = `
 		ct zone != 0 accept comment "permissions are of the default zone"
 		ct original ip saddr != @subnets accept
 		ct reply ip saddr @no_peers accept
-		ct reply proto-src @excluded_peer_ports accept
-		ct reply proto-dst @excluded_ports accept
-		ct status confirmed add @repeaters { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst limit rate over 6/minute burst 1 packets } accept comment "a flow that was seen, but for six packets a minute"
-		accept comment "in the map already"
-		ct reply ip saddr . ct reply ip daddr . ct reply proto-dst @denied accept comment "the daemon forbids it"
+		meta l4proto udp ct reply proto-src @excluded_peer_ports accept
+		meta l4proto udp ct reply proto-dst @excluded_ports accept
+		ct status confirmed meta l4proto udp add @repeaters { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst limit rate over 6/minute burst 1 packets } accept comment "a flow that was seen, but for six packets a minute"
+		meta l4proto udp ct reply ip saddr . ct reply ip daddr . ct reply proto-dst @denied accept comment "the daemon forbids it"
 		add @learners { ct original ip saddr limit rate over 100/second burst 500 packets } counter name "learn_limited" accept comment "too many at a time"
-		ct mark 0x00000000 add @permissions { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m limit rate 512/minute burst 257 packets : ct original ip saddr . ct original proto-src . ct mark } counter name "learned" accept
-		ct mark != 0x00000000 add @permissions { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m limit rate 1024/minute burst 513 packets : ct original ip saddr . ct original proto-src . ct mark } counter name "learned" accept
+		ct mark != 0x00000000 meta l4proto udp add @marks { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m : ct mark }
+		meta l4proto udp add @permissions { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m limit rate 512/minute burst 257 packets : ct original ip saddr . ct original proto-src } counter name "learned" accept comment "one that is there stays as it is"
 	}
 }
 `
@@ -164,9 +168,9 @@ const contentsInet = `
 	}
 
 	chain spoofed {
-		type filter hook prerouting priority raw; policy accept;
-		@nh,96,32 0xa2f0b00/24 meta nfproto ipv4 iifname @outside meta l4proto udp fib saddr oifname != @outside fib daddr type != local counter name "spoofed_drops" drop comment "the way back is not outside"
-		@nh,64,128 & 0xffffffffffffffff0000000000000000 == 0x20010db8004700000000000000000000 meta nfproto ipv6 iifname @outside meta l4proto udp fib saddr oifname != @outside fib daddr type != local counter name "spoofed_drops" drop comment "the way back is not outside"
+		type filter hook prerouting priority mangle + 1; policy accept;
+		@nh,96,24 0xa2f0b meta nfproto ipv4 iifname @outside meta l4proto udp meta ipsec missing fib saddr . mark . iif oif missing fib saddr . mark oifname != "ppp0" fib saddr . mark oifname != "wan0" fib daddr type != local counter name "spoofed_drops" drop comment "the way back is not outside"
+		@nh,64,64 0x20010db800470000 meta nfproto ipv6 iifname @outside meta l4proto udp meta ipsec missing fib saddr . mark . iif oif missing fib saddr . mark oifname != "ppp0" fib saddr . mark oifname != "wan0" fib daddr type != local counter name "spoofed_drops" drop comment "the way back is not outside"
 	}
 
 	chain guard {
@@ -181,10 +185,9 @@ const contentsInet = `
 	chain children {
 		type filter hook forward priority filter - 10; policy accept;
 		ct status != expected / expected,confirmed accept comment "not the first packet of an expected flow"
-		meta l4proto != udp accept
 		iifname != @outside accept
-		meta nfproto ipv4 add @children4_256 { ct original ip saddr . ct original ip daddr . ct original proto-dst ct count over 256 } counter name "child_drops" drop comment "flows of one peer to one outside endpoint"
-		meta nfproto ipv6 add @children6_256 { ct original ip6 saddr . ct original ip6 daddr . ct original proto-dst ct count over 256 } counter name "child_drops" drop comment "flows of one peer to one outside endpoint"
+		meta nfproto ipv4 meta l4proto udp add @children4_256 { ct original ip saddr . ct original ip daddr . ct original proto-dst ct count over 256 } counter name "child_drops" drop comment "flows of one peer to one outside endpoint"
+		meta nfproto ipv6 meta l4proto udp add @children6_256 { ct original ip6 saddr . ct original ip6 daddr . ct original proto-dst ct count over 256 } counter name "child_drops" drop comment "flows of one peer to one outside endpoint"
 	}
 }
 `
@@ -310,6 +313,35 @@ func TestSetRepairsWhatSomebodyChanged(t *testing.T) {
 
 			table = open(t, l)
 			set(t, table, all)
+			checkContents(t, l)
+		})
+	}
+}
+
+// Fails when what an older conenatd left is taken for the same, or cannot be replaced.
+func TestSetReplacesWhatAnOlderOneMade(t *testing.T) {
+	for name, older := range map[string]string{
+		"with marks in the map": `
+			map permissions { type ipv4_addr . ipv4_addr . inet_service : ipv4_addr . inet_service . mark; size 1000; flags dynamic,timeout; }
+			chain admitted { ip saddr . ip daddr vmap { 192.0.2.1 . 192.0.2.2 : accept }; }
+			chain admit { type nat hook prerouting priority -95; meta l4proto udp iifname wan0 goto admitted; }`,
+		"with marks of another type": `
+			map marks { type ipv4_addr : mark; flags timeout; }
+			chain admitted { ct mark set ip saddr map @marks; }`,
+		"with another size of marks": `
+			map marks { type ipv4_addr . ipv4_addr . inet_service : mark; size 7; flags dynamic,timeout; }`,
+		"with another timeout": `
+			set learners { type ipv4_addr; size 65535; flags dynamic,timeout; timeout 2m; }`,
+		"without a timeout": `
+			set learners { type ipv4_addr; size 65535; flags dynamic; }`,
+		"with another size": `
+			set denied { type ipv4_addr . ipv4_addr . inet_service; size 100; flags timeout; }`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := lab.ForTest(t, lab.Options{})
+			older = "table ip conenat {\n chain made_by_conenatd { }" + older + "\n}"
+			check(t, l.NFT(older))
+			set(t, open(t, l), all)
 			checkContents(t, l)
 		})
 	}
