@@ -77,15 +77,23 @@ var (
 	flowEndpoint4 = join(original(expr.CtKeySRCIP, valueWord), original(expr.CtKeyPROTOSRC, valueWord+1))
 	flowMark      = piece{&expr.Ct{Key: expr.CtKeyMARK, Register: unix.NFT_REG32_00 + valueWord}}
 
+	// packetFlow is the flow of the first packet from outside, and originalFlow is the
+	// same, when its destination was translated.
+	packetFlow   = join(packetSource, transport(0, 1), address(16, 2), transport(2, 3))
+	originalFlow = join(original(expr.CtKeySRCIP, 0), original(expr.CtKeyPROTOSRC, 1),
+		original(expr.CtKeyDSTIP, 2), original(expr.CtKeyPROTODST, 3))
+
 	// toInside translates to the inside endpoint that the map has for the key in reg,
-	// and counts it. It does not match where the map lacks the key, or its bucket is
-	// empty. nft lists the counter before the look-up.
-	toInside = join(lookUp(permissionMap), count(admittedCounter), piece{&expr.NAT{
-		Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4,
-		RegAddrMin: unix.NFT_REG32_00, RegProtoMin: unix.NFT_REG32_00 + 1,
-	}})
+	// remembers the flow and counts it. It does not match where the map lacks the key,
+	// or its bucket is empty. nft lists the look-up last.
+	toInside = join(lookUp(permissionMap, valueWord), packetFlow,
+		piece{&expr.Dynset{SrcRegKey: reg, SetName: admittedSet, Operation: unix.NFT_DYNSET_OP_ADD}},
+		count(admittedCounter), piece{&expr.NAT{
+			Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4,
+			RegAddrMin: unix.NFT_REG32_00 + valueWord, RegProtoMin: unix.NFT_REG32_00 + valueWord + 1,
+		}})
 	// inheritMark sets the connmark to the one that the map of marks has for the key.
-	inheritMark = join(lookUp(marksMap), piece{&expr.Ct{Key: expr.CtKeyMARK, Register: reg, SourceRegister: true}})
+	inheritMark = join(lookUp(marksMap, 0), piece{&expr.Ct{Key: expr.CtKeyMARK, Register: reg, SourceRegister: true}})
 
 	accept = piece{&expr.Verdict{Kind: expr.VerdictAccept}}
 )
@@ -150,9 +158,12 @@ func reply(key expr.CtKey, word uint32) piece {
 	return piece{&expr.Ct{Key: key, Register: unix.NFT_REG32_00 + word, Direction: expr.CtDirReply, OptDirection: true}}
 }
 
-// lookUp puts the value that a map has for the key in reg into reg.
-func lookUp(name string) piece {
-	return piece{&expr.Lookup{SourceRegister: reg, SetName: name, DestRegister: reg, IsDestRegSet: true}}
+// lookUp puts the value that a map has for the key in reg into a word of reg and what
+// follows it.
+func lookUp(name string, word uint32) piece {
+	return piece{&expr.Lookup{
+		SourceRegister: reg, SetName: name, DestRegister: unix.NFT_REG32_00 + word, IsDestRegSet: true,
+	}}
 }
 
 func in(s *set) piece { return piece{&expr.Lookup{SourceRegister: reg, SetName: s.Name}} }

@@ -38,6 +38,7 @@ const (
 	outsideSet       = "outside"
 	permissionMap    = "permissions"
 	marksMap         = "marks"
+	admittedSet      = "admitted_flows"
 	deniedSet        = "denied"
 	learnersSet      = "learners"
 	repeatersSet     = "repeaters"
@@ -63,6 +64,9 @@ const (
 	// After every chain of the user's: all NAT chains run inside one hook of the
 	// kernel, and their priority only orders them. So the user's own forwards win.
 	admitPriority = math.MaxInt32 - 1
+	// Before every chain of the user's, for the same reason: it keeps the source of
+	// what was admitted. nft allows no NAT chain below.
+	sourcePriority = -199
 	// After srcnat, when the outside endpoint is known, and after what the
 	// user's own chains may drop there.
 	learnPriority = 290
@@ -77,6 +81,10 @@ const (
 	// any time between two reconciles.
 	deniedSize    = 1 << 16
 	deniedTimeout = 2 * time.Hour
+	// admittedTimeout is how long the first packet of a child may take through the
+	// gateway, and admittedSize bounds how many are on their way.
+	admittedTimeout = time.Second
+	admittedSize    = 1 << 18
 )
 
 // A layout is the contents of one of our tables.
@@ -121,6 +129,7 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 			ip.permissions(d.Map)
 			kinds := ip.kinds(d.Map)
 			ip.admit(kinds)
+			ip.keepSource()
 			ip.learn(d.Map, kinds)
 		}
 		if d.Mapping != nil {
@@ -318,6 +327,9 @@ func (l *layout) admit(kinds []kind) {
 	admit := l.chain("admit", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, admitPriority)
 	l.rule(admit, "permissions are of the default zone", join(isUDP, l.outside(iifname, true), ctZone, is(ne16(0)), goTo(admitted)))
 	l.rule(admitted, "the gateway itself serves it", join(hasSocket, accept))
+	flows := l.set(admittedSet, nftables.TypeIPAddr, nftables.TypeInetService, nftables.TypeIPAddr, nftables.TypeInetService)
+	flows.HasTimeout, flows.Dynamic, flows.free = true, true, true
+	flows.Timeout, flows.Size = admittedTimeout, admittedSize
 	for _, k := range kinds {
 		if k.open != nil {
 			l.rule(admitted, "", join(packetSource, in(l.noPeers), accept))
@@ -325,6 +337,16 @@ func (l *layout) admit(kinds []kind) {
 		l.rule(admitted, "a mark for policy routing", join(k.packetKey(), inheritMark))
 		l.rule(admitted, "a peer may send from any port", join(k.packetKey(), toInside))
 	}
+}
+
+// keepSource lets the inside host see the peer's own address, as it does with an
+// expectation, where the user's rules translate what comes in. What a rule of the user's
+// forwards is his: it never reaches the chain admitted.
+func (l *layout) keepSource() {
+	c := l.chain("keep_source", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, sourcePriority)
+	l.rule(c, "the inside host sees the peer itself", join(
+		l.outside(iifname, true), ctStatus, masked(ctDstNAT), isNot(ne32(0)), isUDP, originalFlow, piece{&expr.Lookup{SourceRegister: reg, SetName: admittedSet}},
+		packetSource, piece{&expr.NAT{Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: reg}}))
 }
 
 func (l *layout) learn(c *MapConfig, kinds []kind) {

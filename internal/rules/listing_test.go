@@ -68,10 +68,6 @@ func TestNftLoadsWhatItLists(t *testing.T) {
 				q.Ext.Port, q.Mark = 5061, 42
 				m.Grant([]cone.Permission{p, q}, func(_ int, _ cone.Reason, err error) { t.Error(err) })
 			}
-			if versions := os.Getenv("CONENATD_NFT_CHECK"); versions != "" {
-				out, err := l.Gateway.Output("sh", "-c", versions+" 2>&1; true")
-				t.Log(out, err)
-			}
 			for _, form := range []string{"--json", "--handle", "--terse", "--numeric"} {
 				if out := output(t, l, "nft", form, "list", "ruleset"); out == "" {
 					t.Errorf("nft %s lists nothing", form)

@@ -751,3 +751,48 @@ func TestMarksStandAndGoWithTheirPermissions(t *testing.T) {
 		t.Error("the mark stands still:", list)
 	}
 }
+
+// The inside host sees the peer's own address, whatever the user's rules do to what
+// comes in. What they forward by themselves they translate as before.
+//
+// Fails without the chain keep_source.
+func TestChildrenKeepTheirSource(t *testing.T) {
+	for name, rule := range map[string]string{
+		"masquerade of everything":     `masquerade`,
+		"masquerade of what is DNATed": `oifname "lan0" ct status dnat masquerade fully-random`,
+		"snat to the inside":           `oifname "lan0" snat to 10.47.11.1; oifname "wan0" masquerade`,
+	} {
+		for _, open := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, open %v", name, open), func(t *testing.T) {
+				d, m := learning, *learning.Map
+				if open {
+					m.OpenSubnets = m.Subnets
+				}
+				d.Map = &m
+				g := newGate(t, lab.Options{Rules: `table ip user {
+					chain post { type nat hook postrouting priority srcnat; ` + rule + `; oifname "wan0" masquerade; }
+					chain pre { type nat hook prerouting priority dstnat; iifname "wan0" udp dport 7000 dnat to 10.47.11.109; }
+				}`}, d)
+				in, forwarded := g.inside(5060), g.inside(7000)
+				p := g.contact(in, g.peer(lab.PeerA, 5060))
+				for _, port := range []uint16{5070, 5071} {
+					g.arrives(in, g.peer(lab.PeerA, port), p.Ext)
+				}
+				for _, child := range entries(t, g.Lab, "-p", "udp", "--orig-port-dst", "5060", "--orig-src", lab.PeerA.String()) {
+					if !strings.Contains(child, "src=10.47.11.109 dst="+lab.PeerA.String()) {
+						t.Errorf("the child is %q", child)
+					}
+				}
+				ext := p.Ext
+				ext.Port = 7000
+				g.arrives(forwarded, g.peer(lab.PeerA, 5072), ext)
+				if flow := entries(t, g.Lab, "-p", "udp", "--sport", "5072"); len(flow) != 1 || !strings.Contains(flow[0], "src=10.47.11.109 dst=10.47.11.1 ") {
+					t.Errorf("the user's own forward is %q", flow)
+				}
+				if n := count(t, g.tables).Admitted; n != 2 {
+					t.Errorf("%d were admitted", n)
+				}
+			})
+		}
+	}
+}

@@ -54,6 +54,13 @@ const contentsIP = `
 		elements = { 10.47.11.0/24 }
 	}
 
+	set admitted_flows {
+		type ipv4_addr . inet_service . ipv4_addr . inet_service
+		size 262144
+		flags dynamic,timeout
+		timeout 1s
+	}
+
 	set no_peers {
 		type ipv4_addr
 		flags interval
@@ -98,12 +105,17 @@ const contentsIP = `
 	chain admitted {
 		socket wildcard <= 1 accept comment "the gateway itself serves it"
 		ct mark set ip saddr . ip daddr . udp dport map @marks comment "a mark for policy routing"
-		meta l4proto udp counter name "admitted" dnat ip to ip saddr . ip daddr . udp dport map @permissions comment "a peer may send from any port"
+		add @admitted_flows { ip saddr . udp sport . ip daddr . udp dport } counter name "admitted" dnat ip to ip saddr . ip daddr . udp dport map @permissions comment "a peer may send from any port"
 	}
 
 	chain admit {
 		type nat hook prerouting priority 2147483646; policy accept;
 		meta l4proto udp iifname @outside ct zone 0 goto admitted comment "permissions are of the default zone"
+	}
+
+	chain keep_source {
+		type nat hook postrouting priority -199; policy accept;
+		iifname @outside ct status dnat meta l4proto udp ct original ip saddr . ct original proto-src . ct original ip daddr . ct original proto-dst @admitted_flows snat to ip saddr comment "the inside host sees the peer itself"
 	}
 
 	chain learn {
