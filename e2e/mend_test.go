@@ -55,10 +55,10 @@ func TestMendWhatSomebodyChanged(t *testing.T) {
 		{"delete element", "delete element ip conenat permissions { %s }", false},
 		{
 			"change element", "delete element ip conenat permissions { %[1]s }\n" +
-				"add element ip conenat permissions { %[1]s : 10.47.11.109 . 9 . 0x0 }", false,
+				"add element ip conenat permissions { %[1]s : 10.47.11.109 . 9 }", false,
 		},
 		{
-			"add element", "add element ip conenat permissions { 203.0.113.99 . 198.51.100.1 . 5060 : 10.47.11.109 . 5060 . 0x0 }", false,
+			"add element", "add element ip conenat permissions { 203.0.113.99 . 198.51.100.1 . 5060 : 10.47.11.109 . 5060 }", false,
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -37,7 +37,7 @@ func (e entry) String() string {
 	return fmt.Sprintf("%v . %v . %v : %v . %v", e.peer, e.ext.Addr(), e.ext.Port(), e.in.Addr(), e.in.Port())
 }
 
-var entryLine = regexp.MustCompile(`(\S+) \. (\S+) \. (\d+)(?: limit rate \S+ burst \d+ packets)?(?: timeout \S+)?(?: expires (\S+))? : (\S+) \. (\d+) \. `)
+var entryLine = regexp.MustCompile(`(\S+) \. (\S+) \. (\d+)(?: limit rate \S+ burst \d+ packets)?(?: timeout \S+)?(?: expires (\S+))? : (\S+) \. (\d+)`)
 
 // entries are what "nft list map" shows, with the time that each has left.
 // Without a map there are none.
