@@ -21,7 +21,7 @@ const mappingsSize = 1 << 18
 // mapping, nil without any.
 func mappingConfig(cfg config.Config, ports outsidePorts) *rules.MappingConfig {
 	c := &rules.MappingConfig{
-		PoolFirst: ports.pool.First, PoolLast: ports.pool.Last,
+		Pool:   []rules.PortRange{{First: ports.pool.First, Last: ports.pool.Last}},
 		Exempt: cfg.MappingExempt, Served: ports.served,
 		// A mapping is refreshed at each reconcile while a flow of it lives.
 		Lifetime: max(cfg.Lifetime, 3*cfg.Reconcile), Size: mappingsSize,
@@ -58,7 +58,7 @@ type mapper struct {
 	barred []uint16 // outside ports on which a mapping ends
 	exempt []netip.Prefix
 
-	known map[ends]rules.LinkID           // mappings that stand
+	known map[ends]string                 // mappings that stand, and their links
 	bad   []rules.Mapping                 // that stand on a port that the gateway serves now
 	live  map[rules.Mapping][]rules.Taken // with a living flow; what it takes if they do not stand
 	taken map[rules.Taken]struct{}        // by living flows without a mapping
@@ -85,7 +85,7 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 			return slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { return p.Contains(a.Netip()) })
 		},
 		served: served.Serves, barred: f.ports.barred, exempt: c.Exempt,
-		known: make(map[ends]rules.LinkID),
+		known: make(map[ends]string),
 		live:  make(map[rules.Mapping][]rules.Taken),
 		taken: make(map[rules.Taken]struct{}),
 		ids:   make(map[rules.Mapping][]uint32),
@@ -143,7 +143,7 @@ func (m *mapper) see(f *cone.Flow) {
 			return
 		}
 		// It is older than the rules.
-		x := rules.Mapping{Link: rules.LinkIDOf(link), Int: f.Src, Ext: f.ReplyDst}
+		x := rules.Mapping{Link: link, Int: f.Src, Ext: f.ReplyDst}
 		m.live[x] = append(m.live[x], out)
 		m.ids[x] = append(m.ids[x], f.ID)
 		m.applied.flows++ // unless it is refused

@@ -9,58 +9,79 @@ import (
 )
 
 // toOutsideEndpoints sends packets from inside to an outside endpoint on to its
-// owner (REQ-9), whatever the permissions say.
+// owner (REQ-9), whatever the permissions say. An owner is in a subnet with mappings,
+// and those have hairpinning.
 func (m *mapper) toOutsideEndpoints() {
 	to := m.regular("to_outside_endpoint")
 	c := m.chain("hairpin", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, hairpinPriority)
 	m.rule(c, "", join(isUDP, m.outside(iifname, false), m.hairpin.has(source(0)), inZone, goTo(to)))
 	m.rule(to, "the gateway itself serves it", join(hasSocket, accept))
 	m.rule(to, "", join(
-		destination(extWord), transport(2, extPortWord), find(m.owned, extWord, ownedWord), m.hairpin.hasAt(hostWord),
-		count(hairpinCounter), dnat(hostWord, portWord)))
+		isUDP, has(m.owned, packetTarget), count(hairpinCounter),
+		find(m.owners, packetTarget),
+		findAt(m.ownerPorts, join(destination(secondWord), transport(2, secondWord+1)), secondWord), dnat()))
 }
 
-// hairpinned translates the source of what toOutsideEndpoints translated to its
+// hairpinSources translates the source of what toOutsideEndpoints translated to its
 // own outside endpoint on that link (REQ-9a); where it has none, to the same
 // outside address, with a port that no other one has.
-func (m *mapper) hairpinned(c *nftables.Chain) {
-	h := m.regular("hairpinned")
+func (m *mapper) hairpinSources(c *nftables.Chain) {
+	h, without := m.regular("hairpinned"), m.hairpinAddress()
 	m.rule(c, "", join(
 		isUDP, m.outside(iifname, false), m.outside(oifname, false), m.hairpin.has(source(0)), isForwarded, goTo(h)))
-	m.rule(h, "its own outside endpoint; nft does not list the look-ups in maps", join(
-		m.ownEndpoint(), find(m.mappings, linkWord, valueAt),
-		destination(remoteWord), transport(2, remotePortWord), hasNot(m.taken, extPortWord), snat(extWord, extPortWord)))
-	m.rule(h, "its own outside port is taken towards this one", join(
-		m.ownEndpoint(), find(m.mappings, linkWord, valueAt), count(leftCounter), accept))
-	// Only the address is given: the kernel keeps the port where it can, and looks
-	// whether the flow is the only one. With a range it does that too.
-	address := join(m.ownEndpoint(), original(expr.CtKeyDSTIP, extWord))
-	m.rule(h, "another one has its port", join(address, transport(0, extPortWord), find(m.owned, extWord, ownedWord), m.toPool()))
-	m.rule(h, "the gateway has its port", join(address, transport(0, extPortWord), has(m.served, extPortWord), m.toPool()))
-	m.rule(h, "", join(address, piece{&expr.NAT{
-		Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: word32(extWord),
-	}}))
+	m.rule(h, "a forward of the user's", join(isUDP, hasNot(m.owned, flowTarget), accept))
+	for _, u := range m.uplinks {
+		u.known(u.hairpinned)
+		u.rule(u.hairpinned, "", goTo(without))
+		m.rule(h, "", join(has(u.translated, original(expr.CtKeyDSTIP, 0)), goTo(u.hairpinned)))
+	}
+	m.rule(h, "", goTo(without))
 }
 
-// ownEndpoint loads the source of a hairpinned packet as an inside endpoint on the
-// link of the outside endpoint that it was sent to. It ends the rule where that is
-// nobody's: a forward of the user's.
-func (m *mapper) ownEndpoint() piece {
-	return join(m.linkOfDestination(), source(hostWord), transport(0, portWord))
+// hairpinAddress returns the chain that gives but the address: the kernel keeps the port
+// where it can, and looks whether the flow is the only one. With a range it does that
+// too.
+func (m *mapper) hairpinAddress() *nftables.Chain {
+	c, address := m.regular("hairpin_address"), original(expr.CtKeyDSTIP, 0)
+	if len(m.Pool) > 0 {
+		toPool := join(address, toRange(largest(m.Pool)))
+		m.rule(c, "another one has its port", join(isUDP, has(m.owned, join(address, transport(0, 1))), toPool))
+		m.rule(c, "the gateway has its port", join(isUDP, has(m.served, sourcePort), toPool))
+	}
+	m.rule(c, "", join(address, snat(false)))
+	return c
 }
 
-func (m *mapper) linkOfDestination() piece {
-	return join(original(expr.CtKeyDSTIP, extWord), original(expr.CtKeyPROTODST, extPortWord), find(m.owned, extWord, ownedWord))
+// toRange lets the kernel choose a port, behind the outside address in reg.
+func toRange(r PortRange) piece {
+	return piece{
+		&expr.Immediate{Register: unix.NFT_REG_2, Data: be16(r.First)},
+		&expr.Immediate{Register: unix.NFT_REG_3, Data: be16(r.Last)},
+		&expr.NAT{
+			Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: reg,
+			RegProtoMin: unix.NFT_REG_2, RegProtoMax: unix.NFT_REG_3,
+		},
+	}
 }
 
 // rememberHairpins learns from hairpinned flows as remember does from others.
-func (m *mapper) rememberHairpins(c, foreign *nftables.Chain) {
+func (m *mapper) rememberHairpins(c *nftables.Chain) {
 	h := m.regular("remember_hairpin")
 	m.rule(c, "", join(isUDP, m.outside(oifname, false), inZone, m.hairpin.has(original(expr.CtKeySRCIP, 0)), isHairpinned, goTo(h)))
-	endpoint := join(m.linkOfDestination(), original(expr.CtKeySRCIP, hostWord), original(expr.CtKeyPROTOSRC, portWord))
-	m.rule(h, "it has a mapping", join(endpoint, find(m.mappings, linkWord, valueAt), accept))
-	m.rule(h, "", join(m.subnets.hasNot(original(expr.CtKeySRCIP, 0)), goTo(foreign)))
-	m.rule(h, "", join(original(expr.CtKeyPROTOSRC, 0), is(be16(0)), goTo(foreign)))
-	m.rule(h, "", join(reply(expr.CtKeyPROTODST, 0), has(m.served, 0), goTo(foreign)))
-	m.rule(h, "", goTo(m.own(m.regular("own_hairpin"), endpoint, foreign)))
+	m.rule(h, "a forward of the user's", join(isUDP, hasNot(m.owned, flowTarget), accept))
+	for _, u := range m.uplinks {
+		m.rule(h, "", join(has(u.translated, original(expr.CtKeyDSTIP, 0)), goTo(u.remembersHairpin())))
+	}
+}
+
+// remembersHairpin returns the chain for those to an outside endpoint on the link.
+func (u *uplink) remembersHairpin() *nftables.Chain {
+	c := u.regular("remember_hairpin")
+	u.rule(c, "it has a mapping", join(isUDP, setSource(find(u.kept, flowInside)), outsideSource, accept))
+	u.rule(c, "the same, with another port", join(isUDP, setSourcePort(find(u.movedPorts, flowInside)), outsideSourcePort, accept))
+	u.rule(c, "", join(u.subnets.hasNot(original(expr.CtKeySRCIP, 0)), goTo(u.foreign)))
+	u.rule(c, "", join(isUDP, original(expr.CtKeyPROTOSRC, 0), is(be16(0)), goTo(u.foreign)))
+	u.rule(c, "", join(isUDP, has(u.served, reply(expr.CtKeyPROTODST, 0)), goTo(u.foreign)))
+	u.rule(c, "", goTo(u.own))
+	return c
 }

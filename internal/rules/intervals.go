@@ -70,37 +70,35 @@ func (l *layout) prefixes(name string, all []netip.Prefix) *prefixes {
 	return &prefixes{set: s}
 }
 
-// has ends the rule where the address that load puts into the first word is in none,
-// hasNot where it is in one, and hasAt where the one at word w is in none.
-func (p *prefixes) has(load piece) piece { return join(load, p.test(0, true)) }
+// has matches if one of the prefixes has the address that load puts into reg, and
+// hasNot if none has. Without prefixes hasNot is nothing.
+func (p *prefixes) has(load piece) piece { return p.test(load, true) }
 
 func (p *prefixes) hasNot(load piece) piece {
 	if p == nil {
 		return nil
 	}
-	return join(load, p.test(0, false))
+	return p.test(load, false)
 }
-func (p *prefixes) hasAt(w uint32) piece { return p.test(w, true) }
 
-func (p *prefixes) test(w uint32, in bool) piece {
+func (p *prefixes) test(load piece, in bool) piece {
+	if p.set != nil {
+		return join(load, piece{&expr.Lookup{SourceRegister: reg, SetName: p.set.Name, Invert: !in}})
+	}
 	op := expr.CmpOpNeq
 	if in {
 		op = expr.CmpOpEq
 	}
-	if p.set != nil {
-		return piece{&expr.Lookup{SourceRegister: word32(w), SetName: p.set.Name, Invert: !in}}
+	addr, bits := p.one.Addr().AsSlice(), p.one.Bits()
+	if field, ok := load[0].(*expr.Payload); ok && bits > 0 && bits%8 == 0 { // as nft does it
+		whole := *field
+		whole.Len = uint32(bits / 8)
+		return piece{&whole, &expr.Cmp{Op: op, Register: reg, Data: addr[:bits/8]}}
 	}
-	// What ends with a byte needs no mask.
-	if n := p.one.Bits(); n > 0 && n%8 == 0 {
-		return piece{&expr.Cmp{Op: op, Register: word32(w), Data: p.one.Addr().AsSlice()[:n/8]}}
+	if bits < 32 {
+		load = join(load, and(net.CIDRMask(bits, 32)))
 	}
-	return piece{
-		&expr.Bitwise{
-			SourceRegister: word32(w), DestRegister: word32(maskedWord), Len: 4,
-			Mask: net.CIDRMask(p.one.Bits(), 32), Xor: make([]byte, 4),
-		},
-		&expr.Cmp{Op: op, Register: word32(maskedWord), Data: p.one.Addr().AsSlice()},
-	}
+	return join(load, piece{&expr.Cmp{Op: op, Register: reg, Data: addr}})
 }
 
 func be32(n uint32) []byte { return binary.BigEndian.AppendUint32(nil, n) }

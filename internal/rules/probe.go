@@ -46,15 +46,15 @@ var features = []struct {
 	}, Desired{Map: &MapConfig{Size: 1, MaxChildren: 1, Learn: true, LearnRate: 1, Lifetime: time.Second}}},
 	{UnsupportedError{
 		Feature: FeatureMapping,
-		Mend: "load the modules nft_chain_nat, nft_nat, nft_hash and nft_socket " +
-			"(CONFIG_NFT_NAT, CONFIG_NFT_HASH, CONFIG_NFT_SOCKET, CONFIG_NF_CONNTRACK_ZONES; OpenWrt: kmod-nft-nat, kmod-nft-socket)",
+		Mend: "load the modules nft_chain_nat, nft_nat and nft_socket " +
+			"(CONFIG_NFT_NAT, CONFIG_NFT_SOCKET, CONFIG_NF_CONNTRACK_ZONES; OpenWrt: kmod-nft-nat, kmod-nft-socket)",
 	}, Desired{Mapping: &tryMapping}},
 }
 
 // tryMapping has all that mappings need but for a look at IPsec policies, which a
 // kernel without IPsec has not (CONFIG_XFRM).
 var tryMapping = MappingConfig{
-	PoolFirst: 1024, PoolLast: 2047, Lifetime: time.Second, Size: 1,
+	Pool: []PortRange{{1024, 2047}}, Lifetime: time.Second, Size: 1,
 	Subnets: tryPrefixes, Hairpin: tryPrefixes, noIPsec: true,
 }
 

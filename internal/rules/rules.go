@@ -3,7 +3,6 @@ package rules
 import (
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"net/netip"
 	"time"
 
@@ -58,10 +57,10 @@ type MappingConfig struct {
 	// user's rules leave untranslated, though it leaves by an outside link, has
 	// to be among them, but not what IPsec takes.
 	Exempt []netip.Prefix
-	// PoolFirst and PoolLast, an odd one, are the outside ports for a newcomer
-	// whose own port another one owns, or the gateway serves. PoolFirst must not
-	// be 0, nor more than PoolLast.
-	PoolFirst, PoolLast uint16
+	// Pool are the outside ports for a newcomer whose own port another one owns, or
+	// the gateway serves. None of them may be 0. Without any he is left to the user's
+	// rules.
+	Pool []PortRange
 	// Lifetime is how long a mapping stands after the last packet of a flow of
 	// its that is not answered yet, or after the last Refresh.
 	Lifetime time.Duration
@@ -80,6 +79,10 @@ type MappingConfig struct {
 	// Hairpin are the subnets between whose hosts there is hairpinning; without
 	// any there is none.
 	Hairpin []netip.Prefix
+
+	// Links are outside links that have mappings though they may be away: else these
+	// end as soon as OutsideLinks lacks the link.
+	Links []string
 
 	noIPsec bool // the kernel has none
 }
@@ -114,20 +117,9 @@ type MapConfig struct {
 	ExcludePorts     []uint16
 }
 
-// A LinkID stands for the name of an outside link in the keys of sets: a name has 16
-// bytes, and each costs. It outlives the link, as its index would not.
-type LinkID uint32
-
-// LinkIDOf returns the LinkID of a name, a hash of it.
-func LinkIDOf(name string) LinkID {
-	h := fnv.New32a()
-	h.Write([]byte(name))
-	return LinkID(h.Sum32())
-}
-
 // A Mapping is what an inside endpoint is on an outside link.
 type Mapping struct {
-	Link     LinkID
+	Link     string
 	Int, Ext cone.Endpoint
 }
 

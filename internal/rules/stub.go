@@ -123,6 +123,12 @@ func (*Mappings) Keep(ms []Mapping, refused func(i int, err error)) {
 	}
 }
 
+// Add refuses all.
+func (m *Mappings) Add(ms []Mapping, refused func(i int, err error)) { m.Keep(ms, refused) }
+
+// Release returns an *UnsupportedError.
+func (*Mappings) Release([]Mapping) error { return errNoBuild }
+
 // Revoke returns an *UnsupportedError, as do Take, List and Forget.
 func (*Mappings) Revoke([]Mapping) error { return errNoBuild }
 

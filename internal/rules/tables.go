@@ -34,6 +34,7 @@ type Tables struct {
 	noIPsec   bool       // nothing is missing then: there are no such policies
 	look      *nfnl.Conn // of Changed; nil before the first call
 	noSecPath bool       // nor such packets
+	mapped    mapped     // that Set made
 }
 
 // A writer is the connection that owns the tables. The Map shares it with them,
@@ -135,10 +136,12 @@ func (t *Tables) possibleMap(c MapConfig) MapConfig {
 // was something to change. Counters go on, permissions stay, and so do the
 // counts of children unless the cap is another one.
 func (t *Tables) Set(d Desired) (changed bool, err error) {
-	want, err := newLayouts(t.name, t.possible(d))
+	d = t.possible(d)
+	want, err := newLayouts(t.name, d)
 	if err != nil {
 		return false, err
 	}
+	t.mapped = mappedOf(&d)
 	have, err := t.readAll(want)
 	if err != nil {
 		return false, err
