@@ -155,10 +155,13 @@ func TestNFTMappingsUnderLoadWhenTheAddressChanges(t *testing.T) {
 			seen[exts[i]] = true
 		}
 		s.Until("nothing of the old address is left", func() bool {
-			for _, name := range []string{"mappings", "owned", "addresses", "permissions"} {
-				out, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", name)
+			for _, name := range []string{
+				"map kept_wan0", "map moved_wan0", "set owned", "map addresses_wan0", "set translated_wan0", "map permissions",
+			} {
+				kind, name, _ := strings.Cut(name, " ")
+				out, err := s.Gateway.Output("nft", "list", kind, "ip", "conenat", name)
 				s.Must(err)
-				if strings.Contains(out, "198.51.100.1 ") {
+				if firstAddress.MatchString(out) {
 					return false
 				}
 			}

@@ -29,6 +29,7 @@ type firewall struct {
 	ports                     outsidePorts
 	portInPool                uint16                    // of a socket, as the warning says
 	decisions                 map[netip.Prefix]decision // never changed, but replaced
+	mapped                    []string                  // outside links, and those that were: they keep their mappings
 
 	known map[netip.Addr]struct{} // addresses that links had; nil before the first look
 
@@ -120,7 +121,10 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 	if f.withMap {
 		d.Map = f.mapConfig(cfg)
 	}
-	d.Mapping = mappingConfig(cfg, f.ports)
+	if d.Mapping = mappingConfig(cfg, f.ports); d.Mapping != nil {
+		f.mapped = slices.Compact(slices.Sorted(slices.Values(slices.Concat(f.mapped, outside))))
+		d.Mapping.Links = f.mapped
+	}
 	changed, err = f.tables.Set(d)
 	f.mapping = err == nil && d.Mapping != nil && f.maps()
 	return changed, err

@@ -60,7 +60,9 @@ type mapper struct {
 
 	known map[ends]string                 // mappings that stand, and their links
 	bad   []rules.Mapping                 // that stand on a port that the gateway serves now
-	live  map[rules.Mapping][]rules.Taken // with a living flow; what it takes if they do not stand
+	twins []rules.Mapping                 // whose outside endpoint another mapping has too
+	live  map[rules.Mapping]struct{}      // that stand, with a living flow
+	older map[rules.Mapping][]rules.Taken // of flows that are older than the rules; what they take if it cannot stand
 	taken map[rules.Taken]struct{}        // by living flows without a mapping
 
 	applied, before applied                    // what is seen now, and was seen at the last look
@@ -86,15 +88,22 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 		},
 		served: served.Serves, barred: f.ports.barred, exempt: c.Exempt,
 		known: make(map[ends]string),
-		live:  make(map[rules.Mapping][]rules.Taken),
+		live:  make(map[rules.Mapping]struct{}),
+		older: make(map[rules.Mapping][]rules.Taken),
 		taken: make(map[rules.Taken]struct{}),
 		ids:   make(map[rules.Mapping][]uint32),
 	}
+	owners := make(map[cone.Endpoint]rules.Mapping)
 	return m, m.kernel.List(func(x rules.Mapping, _ time.Duration) {
 		if slices.Contains(m.barred, x.Ext.Port) {
 			m.bad = append(m.bad, x)
 			return
 		}
+		if other, ok := owners[x.Ext]; ok && other != x { // two first packets at one moment
+			m.twins = append(m.twins, x)
+			return
+		}
+		owners[x.Ext] = x
 		m.known[ends{x.Int, x.Ext}] = x.Link
 	})
 }
@@ -144,7 +153,7 @@ func (m *mapper) see(f *cone.Flow) {
 		}
 		// It is older than the rules.
 		x := rules.Mapping{Link: link, Int: f.Src, Ext: f.ReplyDst}
-		m.live[x] = append(m.live[x], out)
+		m.older[x] = append(m.older[x], out)
 		m.ids[x] = append(m.ids[x], f.ID)
 		m.applied.flows++ // unless it is refused
 	case m.owned(f.Src.Addr):
@@ -171,26 +180,30 @@ func (m *mapper) linkOf(f *cone.Flow) string {
 func (m *mapper) hold(e ends) bool {
 	link, known := m.known[e]
 	if known {
-		m.live[rules.Mapping{Link: link, Int: e.in, Ext: e.ext}] = nil
+		m.live[rules.Mapping{Link: link, Int: e.in, Ext: e.ext}] = struct{}{}
 	}
 	return known
 }
 
 // keep renews what the flows that were seen hold.
 func (m *mapper) keep() error {
-	errs := []error{m.routes.close()}
-	ms := slices.Collect(maps.Keys(m.live))
-	m.kernel.Keep(ms, func(i int, err error) {
-		m.applied.flows -= uint64(len(m.ids[ms[i]]))
-		if errors.Is(err, rules.ErrOtherMapping) {
-			m.applied.misfit(&m.before, m.ids[ms[i]])
-		} else {
-			errs = append(errs, fmt.Errorf("keep mapping %v -> %v: %w", ms[i].Int, ms[i].Ext, err))
+	errs := []error{m.routes.close(), m.kernel.Release(m.twins)}
+	live, older := slices.Collect(maps.Keys(m.live)), slices.Collect(maps.Keys(m.older))
+	refused := func(ms []rules.Mapping) func(i int, err error) {
+		return func(i int, err error) {
+			m.applied.flows -= uint64(len(m.ids[ms[i]]))
+			if errors.Is(err, rules.ErrOtherMapping) {
+				m.applied.misfit(&m.before, m.ids[ms[i]])
+			} else {
+				errs = append(errs, fmt.Errorf("keep mapping %v -> %v: %w", ms[i].Int, ms[i].Ext, err))
+			}
+			for _, t := range m.older[ms[i]] {
+				m.taken[t] = struct{}{}
+			}
 		}
-		for _, t := range m.live[ms[i]] {
-			m.taken[t] = struct{}{}
-		}
-	})
-	errs = append(errs, m.kernel.Teach(ms), m.kernel.Revoke(m.bad))
+	}
+	m.kernel.Keep(live, refused(live))
+	m.kernel.Add(older, refused(older))
+	errs = append(errs, m.kernel.Teach(slices.Concat(live, older)), m.kernel.Revoke(m.bad))
 	return errors.Join(append(errs, m.kernel.Take(slices.Collect(maps.Keys(m.taken))))...)
 }

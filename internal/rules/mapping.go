@@ -12,11 +12,12 @@ import (
 	"github.com/google/nftables/expr"
 )
 
-// Names of sets. Those that end with an underscore are followed by the name of a link.
+// Names of sets. Those that end with an underscore are followed by the name of a link;
+// none of these begins with another one.
 const (
 	keptMap        = "kept_"
 	movedMap       = "moved_"
-	movedPortMap   = "moved_ports_"
+	movedPortMap   = "ports_"
 	addressesMap   = "addresses_"
 	translatedSet  = "translated_"
 	severalSet     = "several_"
@@ -80,7 +81,7 @@ var (
 // its own, which keep their elements while it is away:
 //
 //   - kept has the outside address of an inside endpoint that kept its port, moved
-//     and moved_ports have that and the port of one that has another. They learn from
+//     and ports have that and the port of one that has another. They learn from
 //     the first flow, as the user's own rules translated it, or from the pool. Only
 //     flows of the inside endpoint itself refresh them.
 //   - addresses has, under 0.0.0.0, the outside address that the user's rules gave to
@@ -176,7 +177,7 @@ type uplink struct {
 	*mapper
 	name                                                       string
 	kept, moved, movedPorts, addresses, translated, several    *set
-	mapped, movedTo, pool, learnAddress, own, ours, hairpinned *nftables.Chain
+	mapped, given, pool, learnAddress, own, ours, hairpinned *nftables.Chain
 }
 
 func (m *mapper) uplink(name string) *uplink {
@@ -210,14 +211,15 @@ func identifier(name string) string {
 // leaves tells whether the packet leaves by the link.
 func (u *uplink) leaves() piece { return join(oifname, is(linkKey(u.name))) }
 
-// regular adds a chain of this link that only others lead to.
+// regular adds a chain of this link that only others lead to. No name may be that of
+// another one and an underscore with something behind.
 func (u *uplink) regular(name string) *nftables.Chain {
 	return u.mapper.regular(name + "_" + identifier(u.name))
 }
 
 // makeChains makes the chains that others lead to.
 func (u *uplink) makeChains() {
-	u.movedTo = u.throughMoved()
+	u.given = u.givesMoved()
 	u.pool = u.movedToPool()
 	u.mapped = u.throughMapping()
 	u.learnAddress = u.learnsAddress()
@@ -264,13 +266,13 @@ func (u *uplink) known(c *nftables.Chain) {
 	u.rule(c, "its mapping", join(
 		isUDP, hasNot(u.taken, packetTuple), find(u.kept, packetSourceEndpoint), transport(0, secondWord), snat(true)))
 	u.rule(c, "its mapping has another port", join(
-		isUDP, setSourcePort(find(u.movedPorts, packetSourceEndpoint)), goTo(u.movedTo)))
+		isUDP, setSourcePort(find(u.movedPorts, packetSourceEndpoint)), goTo(u.given)))
 	u.rule(c, "", join(isUDP, has(u.taken, packetTuple), setSource(find(u.kept, packetSourceEndpoint)), goTo(u.left)))
 }
 
-// throughMoved goes on with a packet that has the source port of its mapping.
-func (u *uplink) throughMoved() *nftables.Chain {
-	c := u.regular("moved")
+// givesMoved goes on with a packet that has the source port of its mapping.
+func (u *uplink) givesMoved() *nftables.Chain {
+	c := u.regular("given")
 	u.rule(c, "its outside port is taken towards this remote endpoint", join(
 		isUDP, has(u.taken, packetTuple), insideSourcePort, count(leftCounter), accept))
 	u.giveMoved(c)
@@ -382,14 +384,14 @@ func (m *mapper) remember() {
 
 // remembers returns the chain that does so for flows from inside that leave by the link.
 func (u *uplink) remembers() *nftables.Chain {
-	kept := u.regular("own_flow")
+	kept := u.regular("kept_flow")
 	u.rule(kept, "it was left to the rules of others", join(isUDP, has(u.taken, keptFlowTuple), outsideSource, goTo(u.foreign)))
 	u.rule(kept, "only its own flows refresh a mapping", join(isUDP,
 		put(u.kept, opUpdate, flowInside, source(secondWord), u.Lifetime),
 		u.owner(opUpdate, join(source(0), original(expr.CtKeyPROTOSRC, 1)))))
 	u.rule(kept, "", join(outsideSource, accept))
 
-	moved := u.regular("own_moved_flow")
+	moved := u.regular("moved_flow")
 	u.rule(moved, "it was left to the rules of others", join(isUDP, has(u.taken, packetTuple), outsideSourcePort, goTo(u.foreign)))
 	u.rule(moved, "", join(isUDP, outsideSourcePort))
 	u.rule(moved, "only its own flows refresh a mapping", join(isUDP,
@@ -427,7 +429,7 @@ func (u *uplink) learnsAddress() *nftables.Chain {
 // owns returns the chain that makes the flow the owner of its outside endpoint, unless
 // another one is.
 func (u *uplink) owns() *nftables.Chain {
-	c, moved := u.regular("own"), u.regular("own_moved")
+	c, moved := u.regular("owner"), u.regular("other_port")
 	own := join(isUDP, u.owner(opAdd, flowOutside))
 	// A flow that kept its port owns the endpoint with that port now.
 	ownPort := join(reply(expr.CtKeyDSTIP, 0), original(expr.CtKeyPROTOSRC, 1))
