@@ -18,6 +18,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/conenatd/conenatd/e2e/debian"
 )
 
 const (
@@ -139,7 +141,7 @@ func testKernel(t *testing.T, version, dir string, jobs []job) {
 		t.Fatalf("kernel %s: want one of %s", version, known())
 	}
 	k, err := fetch(t, version)
-	if _, ok := errors.AsType[archiveError](err); ok {
+	if _, ok := errors.AsType[debian.ArchiveError](err); ok {
 		missing(t, err.Error())
 	}
 	if err != nil {

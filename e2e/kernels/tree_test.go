@@ -44,9 +44,6 @@ func (k tree) unpack(ctx context.Context, debs string) error {
 	if err != nil {
 		return err
 	}
-	if err := os.Mkdir(string(k), 0o755); err != nil {
-		return err
-	}
 	for _, f := range files {
 		if err := k.unpackOne(ctx, f); err != nil {
 			return fmt.Errorf("unpack %s: %w", filepath.Base(f), err)
@@ -135,7 +132,8 @@ func command(ctx context.Context, in io.Reader, out io.Writer, name string, args
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = in, out, &stderr
 	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("run %s: %w: %s", name, err, firstError(stderr.Bytes()))
+		line, _, _ := strings.Cut(strings.TrimSpace(stderr.String()), "\n")
+		return fmt.Errorf("run %s: %w: %s", name, err, line)
 	}
 	return nil
 }

@@ -1,0 +1,98 @@
+package nftversions
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// userRules are the user's own: connmarks, too, which the map of permissions keeps.
+const userRules = lab.Masquerade + `table inet filter {
+	chain forward {
+		type filter hook forward priority filter; policy drop;
+		ct state established,related accept
+		ct status dnat accept
+		iifname "lan0" udp sport 5061 ct mark set 0x7 accept
+		iifname "lan0" accept
+	}
+}
+`
+
+// A feature is a way to run the daemon.
+type feature struct {
+	name    string
+	args    []string
+	lab     lab.Options
+	uplinks bool
+	// shows are parts of rules, as nft shows them, that carry the feature.
+	shows []string
+}
+
+var (
+	permissions = []string{" map @permissions"}
+	mapping     = []string{"--mapping=endpoint_independent"}
+	hairpin     = append(slices.Clone(mapping), "--hairpin=true")
+	groups      = []string{"--peer-group=203.0.113.0/28", "--peer-group=192.0.2.0/24", "--peer-group=203.0.113.128/30"}
+	routed      = []string{"--routed", "--subnet", lab.InsideNet6.String()}
+)
+
+var features = []feature{
+	{name: "default", shows: permissions},
+	{name: "expect", args: stage.Expect},
+	{name: "nft", args: stage.NFT, shows: permissions},
+	{name: "without learning", args: stage.AutoByEvent, shows: permissions},
+	{name: "without a guard", args: []string{"--guard=false"}, shows: permissions},
+	{name: "peer groups", args: groups, shows: permissions},
+	{name: "full cone", args: []string{"--filtering=endpoint_independent"}},
+	{name: "mapping", args: mapping, shows: permissions},
+	{name: "mapping and hairpin", args: hairpin, shows: permissions},
+	{name: "two uplinks", args: hairpin, uplinks: true, shows: permissions},
+	{name: "routed IPv6", args: routed, lab: lab.Options{IPv6: true}, shows: permissions},
+	{name: "all at once", args: slices.Concat(hairpin, groups, routed, []string{
+		"--port-pool=50000-50999", "--exclude-peer=192.0.2.200/32", "--exclude-port=4500", "--exclude-port=4501",
+		"--max-permissions=1000", "--mapping-exempt=192.0.2.128/25",
+	}), lab: lab.Options{IPv6: true}, shows: permissions},
+}
+
+// A scene is a lab with a daemon, with things that stand.
+type scene struct {
+	*stage.Scene
+	phone, proxy *lab.Socket
+	ext          netip.AddrPort
+}
+
+// play starts a daemon and lets permissions, children and mappings stand, with and
+// without a connmark.
+func (f feature) play(t *testing.T) *scene {
+	t.Helper()
+	o := f.lab
+	o.Inside, o.Rules = 2, userRules
+	if f.uplinks {
+		o.Rules = stage.UplinkRules
+	}
+	s := &scene{Scene: stage.New(t, o)}
+	if f.uplinks {
+		s.AddUplink()
+	}
+	s.Start(stage.Flags(f.args)...)
+	s.proxy = s.PeerSocket(lab.PeerA, 5060)
+	for i := range 2 {
+		for _, port := range []uint16{5060, 5061} {
+			phone := s.InsideSocket(i, port)
+			ext := s.Contact(phone, s.proxy)
+			s.Contact(phone, s.PeerSocket(lab.PeerB, 5060+uint16(i)*10+port))
+			if i == 0 && port == 5060 {
+				s.phone, s.ext = phone, ext
+			}
+			if !strings.Contains(strings.Join(f.args, " "), "endpoint_independent") {
+				s.Stands(phone, s.proxy, ext)
+			}
+			s.Arrives(phone, s.PeerSocket(lab.PeerA, 20000+uint16(i)*1000+port), ext)
+		}
+	}
+	return s
+}

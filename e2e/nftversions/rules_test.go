@@ -1,0 +1,137 @@
+package nftversions
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// A rule is what the kernel has of it: its expressions, without the registers that they
+// use, for each nft chooses others.
+type rule string
+
+var (
+	registers = regexp.MustCompile(`\b(dreg|reg|sreg_data|reg_key|addr_min|addr_max|proto_min|proto_max)( reg)? \d+ ?`)
+	// Anonymous sets are numbered as they come.
+	anonymous = regexp.MustCompile(`__(set|map)\d+`)
+	ruleHead  = regexp.MustCompile(`^(\S+ \S+ \S+) \d+( \d+)* *$`)
+)
+
+// bytecode returns the rules of each chain, such as "ip conenat admit", as the kernel
+// has them. The newest nft shows it.
+func (n *nft) bytecode(ns *lab.Namespace) (map[string][]rule, error) {
+	out, err := n.newest.run(ns, "", "--debug=netlink", "-t", "list", "ruleset")
+	if err != nil && !errors.Is(err, errWords) {
+		return nil, err
+	}
+	all := make(map[string][]rule)
+	chain := ""
+	for line := range strings.Lines(out) {
+		line = strings.TrimRight(line, "\n")
+		switch m := ruleHead.FindStringSubmatch(line); {
+		case m != nil:
+			chain = m[1]
+			all[chain] = append(all[chain], "")
+		case chain != "" && strings.HasPrefix(line, "  [ "):
+			rules := all[chain]
+			line = anonymous.ReplaceAllString(registers.ReplaceAllString(line, ""), "__$1")
+			rules[len(rules)-1] += rule(strings.Join(strings.Fields(line), " ") + "\n")
+		default:
+			chain = ""
+		}
+	}
+	return all, nil
+}
+
+// count returns how many rules there are.
+func count(all map[string][]rule) (n int) {
+	for _, rules := range all {
+		n += len(rules)
+	}
+	return n
+}
+
+// difference names the first rule that differs, or nothing.
+func difference(before, after map[string][]rule) string {
+	for chain, rules := range before {
+		if len(rules) != len(after[chain]) {
+			return fmt.Sprintf("chain %s: %d rules, then %d", chain, len(rules), len(after[chain]))
+		}
+		for i, r := range rules {
+			if after[chain][i] != r {
+				return fmt.Sprintf("chain %s, rule %d:\n%sthen\n%s", chain, i+1, r, after[chain][i])
+			}
+		}
+	}
+	if len(before) != len(after) {
+		return fmt.Sprintf("%d chains with rules, then %d", len(before), len(after))
+	}
+	return ""
+}
+
+var (
+	// ownership is what a copy has not: the daemon, and the flags of our tables, of which
+	// a version may know one alone. So nft before 1.1 says "flags owner", and its
+	// copy ends with the nft that loads it.
+	ownership = regexp.MustCompile(`(?m) # progname .*$|^\tflags (owner|persist|owner,persist|owner,0x4)?,?\n`)
+	counters  = regexp.MustCompile(`packets \d+ bytes \d+`)
+	expiry    = regexp.MustCompile(` expires \w+`)
+	elements  = regexp.MustCompile(`(?s)elements = \{(.*?)\}`)
+	// What ends in a moment is not worth loading.
+	soon = regexp.MustCompile(` expires (\d+ms|[0-4]s(\d+ms)?)\b`)
+)
+
+// unowned returns a listing without what makes tables the daemon's.
+func unowned(listing string) string { return ownership.ReplaceAllString(listing, "") }
+
+// settled returns a listing without what changes by itself, and in an order of its own.
+func settled(listing string) string {
+	text := unowned(listing)
+	text = counters.ReplaceAllString(text, "packets N bytes N")
+	text = expiry.ReplaceAllString(text, "")
+	text = elements.ReplaceAllStringFunc(text, func(s string) string {
+		all := strings.Split(strings.Join(strings.Fields(elements.FindStringSubmatch(s)[1]), " "), ", ")
+		slices.Sort(all)
+		return "elements = { " + strings.Join(all, ", ") + " }"
+	})
+	lines := strings.Split(text, "\n")
+	return strings.Join(slices.DeleteFunc(lines, func(l string) bool { return strings.TrimSpace(l) == "" }), "\n")
+}
+
+// firstDifference shows the first line that differs.
+func firstDifference(before, after string) string {
+	b, a := strings.Split(before, "\n"), strings.Split(after, "\n")
+	for i := range min(len(a), len(b)) {
+		if a[i] != b[i] {
+			return fmt.Sprintf("%s\nthen\n%s", b[i], a[i])
+		}
+	}
+	return fmt.Sprintf("%d lines, then %d", len(b), len(a))
+}
+
+// rulesInJSON counts the rules in a listing in JSON, of which none may be empty.
+func rulesInJSON(listing string) (n int, err error) {
+	var doc struct {
+		NFTables []struct {
+			Rule *struct{ Expr []any }
+		}
+	}
+	if err := json.Unmarshal([]byte(listing), &doc); err != nil {
+		return 0, err
+	}
+	for _, o := range doc.NFTables {
+		if o.Rule == nil {
+			continue
+		}
+		n++
+		if len(o.Rule.Expr) == 0 || slices.Contains(o.Rule.Expr, nil) {
+			return n, fmt.Errorf("rule %d is not whole: %v", n, o.Rule.Expr)
+		}
+	}
+	return n, nil
+}

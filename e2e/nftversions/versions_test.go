@@ -1,0 +1,194 @@
+package nftversions
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/e2e/debian"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// suites are the releases of Debian, the oldest first. There is no other version of
+// nft in Debian's archive: the backports have none.
+var suites = []string{"bullseye", "bookworm", "trixie", "sid"}
+
+// An nft is Debian's nft of one release, unpacked, with the C library of its release.
+type nft struct {
+	suite   string
+	tree    string
+	version [3]int
+	newest  *nft // of the newest release, whose C library suits all programs
+}
+
+func (n *nft) String() string {
+	return fmt.Sprintf("%s %d.%d.%d", n.suite, n.version[0], n.version[1], n.version[2])
+}
+
+// before reports whether nft is older than a version.
+func (n *nft) before(major, minor, patch int) bool {
+	return slices.Compare(n.version[:], []int{major, minor, patch}) < 0
+}
+
+// versions gets each nft, once: all need 23 MB from the archive, and later runs nothing.
+var versions = sync.OnceValues(func() ([]*nft, error) {
+	type result struct {
+		n   *nft
+		err error
+	}
+	results := make([]result, len(suites))
+	var all sync.WaitGroup
+	for i, suite := range suites {
+		all.Go(func() { results[i].n, results[i].err = get(suite) })
+	}
+	all.Wait()
+	var list []*nft
+	for _, r := range results {
+		if r.err != nil {
+			return nil, r.err
+		}
+		list = append(list, r.n)
+	}
+	for _, n := range list {
+		n.newest = list[len(list)-1]
+	}
+	return list, nil
+})
+
+// eachNFT returns all versions. Where the archive cannot be reached it skips the test,
+// but in CI the test must run.
+func eachNFT(t *testing.T) []*nft {
+	t.Helper()
+	list, err := versions()
+	if err == nil {
+		return list
+	}
+	if _, ok := errors.AsType[debian.ArchiveError](err); ok && os.Getenv("CI") == "" {
+		t.Skip(err)
+	}
+	t.Fatal(err)
+	return nil
+}
+
+func get(suite string) (*nft, error) {
+	if runtime.GOARCH != "amd64" {
+		return nil, debian.ArchiveError{Err: errors.New("the packages are of amd64")}
+	}
+	// The error tells of an old tree that is used, since the archive cannot be reached.
+	tree, _, err := debian.Tree{
+		Name:     "nft/" + suite,
+		Suites:   []string{suite},
+		Packages: packages,
+		Unpack:   unpack,
+		Key:      "1",
+		Fresh:    7 * 24 * time.Hour,
+	}.Fetch(context.Background())
+	if err != nil {
+		return nil, fmt.Errorf("nft of %s: %w", suite, err)
+	}
+	n := &nft{suite: suite, tree: tree}
+	path, args := n.command("--version")
+	out, err := exec.Command(path, args...).Output()
+	if err != nil {
+		return nil, fmt.Errorf("run nft of %s: %w", suite, err)
+	}
+	m := versionWord.FindStringSubmatch(string(out))
+	if m == nil {
+		return nil, fmt.Errorf("nft of %s: no version in %q", suite, out)
+	}
+	for i := range n.version {
+		n.version[i], _ = strconv.Atoi(m[1+i])
+	}
+	return n, nil
+}
+
+var versionWord = regexp.MustCompile(`v(\d+)\.(\d+)\.(\d+)`)
+
+func packages(ctx context.Context, a *debian.Apt) ([]string, error) {
+	names, err := a.Needed(ctx, "nftables")
+	return append(names, "python3-nftables"), err // without a Python of its own
+}
+
+func unpack(ctx context.Context, debs, tree string) error {
+	files, err := filepath.Glob(filepath.Join(debs, "*.deb"))
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		if out, err := exec.CommandContext(ctx, "dpkg-deb", "-x", f, tree).CombinedOutput(); err != nil {
+			return fmt.Errorf("unpack %s: %w: %s", filepath.Base(f), err, out)
+		}
+	}
+	return os.RemoveAll(filepath.Join(tree, "usr/share"))
+}
+
+const arch = "x86_64-linux-gnu"
+
+// libs are the folders with a tree's libraries. Newer releases have only the second.
+func libs(tree string) []string {
+	return []string{filepath.Join(tree, "lib", arch), filepath.Join(tree, "usr/lib", arch)}
+}
+
+// loader is the dynamic loader of a tree, which goes with its C library.
+func loader(tree string) string {
+	for _, dir := range libs(tree) {
+		if path := filepath.Join(dir, "ld-linux-x86-64.so.2"); exists(path) {
+			return path
+		}
+	}
+	return tree + ": no loader"
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+// command returns what runs nft with args.
+func (n *nft) command(args ...string) (path string, all []string) {
+	return loader(n.tree), append([]string{
+		"--library-path", strings.Join(libs(n.tree), ":"), filepath.Join(n.tree, "usr/sbin/nft"),
+	}, args...)
+}
+
+// nftTime bounds a run of nft; each takes some ten milliseconds.
+const nftTime = time.Minute
+
+// run runs nft in a namespace with text as its standard input.
+func (n *nft) run(ns *lab.Namespace, text string, args ...string) (out string, err error) {
+	path, args := n.command(args...)
+	return execute(ns, text, nil, path, args...)
+}
+
+// execute runs a program in a namespace. Words on standard error are an error.
+func execute(ns *lab.Namespace, text string, env []string, path string, args ...string) (out string, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), nftTime)
+	defer cancel()
+	var stdout, stderr strings.Builder
+	cmd := ns.Command(ctx, path, args...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(text), &stdout, &stderr
+	cmd.Env = append(os.Environ(), env...)
+	err = cmd.Run()
+	// Before 1.0.7, JSON has the text of a statement that adds to a map.
+	words := strings.ReplaceAll(stderr.String(), noJSON, "")
+	if err != nil || words != "" {
+		err = fmt.Errorf("%w: %.1000s", cmp.Or(err, errWords), words)
+	}
+	return stdout.String(), err
+}
+
+const noJSON = "warning: stmt ops map have no json callback\n"
+
+var errWords = errors.New("complains")
