@@ -83,14 +83,14 @@ func jobs(root string) (all []job) {
 func TestKernels(t *testing.T) {
 	versions := strings.Fields(os.Getenv(kernelsEnv))
 	if len(versions) == 0 {
-		missing(t, kernelsEnv+` is not set: run "make kernels", or set it to some of: `+known())
+		debian.Missing(t, kernelsEnv+` is not set: run "make kernels", or set it to some of: `+known())
 	}
 	if runtime.GOARCH != "amd64" {
-		missing(t, "the guest runs the host's programs on a kernel for amd64")
+		debian.Missing(t, "the guest runs the host's programs on a kernel for amd64")
 	}
 	for _, tool := range tools {
 		if _, err := exec.LookPath(tool[0]); err != nil {
-			missing(t, fmt.Sprintf("%s not found: install the Debian package %s", tool[0], tool[1]))
+			debian.Missing(t, fmt.Sprintf("%s not found: install the Debian package %s", tool[0], tool[1]))
 		}
 	}
 	root, err := filepath.Abs("../..")
@@ -101,15 +101,6 @@ func TestKernels(t *testing.T) {
 	for _, version := range versions {
 		t.Run(version, func(t *testing.T) { testKernel(t, version, dir, jobs(root)) })
 	}
-}
-
-// missing skips the test, or fails it in CI: there it must run.
-func missing(t *testing.T, reason string) {
-	t.Helper()
-	if os.Getenv("CI") != "" {
-		t.Fatal(reason)
-	}
-	t.Skip(reason)
 }
 
 // buildJob builds all that the guest gets from the host, in a new folder.
@@ -142,7 +133,7 @@ func testKernel(t *testing.T, version, dir string, jobs []job) {
 	}
 	k, err := fetch(t, version)
 	if _, ok := errors.AsType[debian.ArchiveError](err); ok {
-		missing(t, err.Error())
+		debian.Missing(t, err.Error())
 	}
 	if err != nil {
 		t.Fatalf("kernel %s: %v", version, err)

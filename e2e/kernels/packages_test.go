@@ -28,12 +28,14 @@ func known() string { return strings.Join(slices.Sorted(maps.Keys(suites)), " ")
 // fetch returns the folder with Debian's kernel of that version, unpacked.
 func fetch(t *testing.T, version string) (tree, error) {
 	dir, old, err := debian.Tree{
-		Name:     "kernels/" + version,
-		Suites:   suites[version],
-		Packages: func(ctx context.Context, a *debian.Apt) ([]string, error) { return packagesOf(ctx, a, "linux-image-amd64") },
-		Unpack:   func(ctx context.Context, debs, dir string) error { return tree(dir).unpack(ctx, debs) },
-		Key:      wanted.String(),
-		Fresh:    24 * time.Hour,
+		Name:   "kernels/" + version,
+		Suites: suites[version],
+		Packages: func(ctx context.Context, a *debian.Apt) ([]string, error) {
+			return packagesOf(ctx, a, "linux-image-amd64")
+		},
+		Unpack: func(ctx context.Context, debs, dir string) error { return tree(dir).unpack(ctx, debs) },
+		Key:    wanted.String(),
+		Fresh:  24 * time.Hour,
 	}.Fetch(t.Context())
 	if old != nil {
 		t.Logf("using the cached kernel: %v", old)

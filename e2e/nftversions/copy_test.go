@@ -1,0 +1,104 @@
+package nftversions
+
+import (
+	"net/netip"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// ours are the tables that conenatd made.
+var ours = regexp.MustCompile(`(?ms)^table (inet|ip) conenat \{.*?^\}\n`)
+
+// A gateway that loads at boot what was saved while conenatd ran works as if it were not
+// there: nobody else gets in, its own sockets are reached, and hosts get out. The next
+// start takes the copy over, and its end removes it.
+func TestLoadedCopyIsHarmlessAndTakenOver(t *testing.T) {
+	all := eachNFT(t)
+	for _, f := range features {
+		switch f.name {
+		case "default", "expect", "peer groups", "mapping and hairpin":
+		default:
+			continue
+		}
+		t.Run(f.name, func(t *testing.T) {
+			original := f.play(t)
+			for _, n := range all {
+				if n.before(1, 0, 2) {
+					continue // cannot load
+				}
+				t.Run(n.String(), func(t *testing.T) {
+					saved, err := n.run(original.Gateway.Namespace, "", "list", "ruleset")
+					if err != nil {
+						t.Fatal(err)
+					}
+					if n.before(1, 1, 0) {
+						saved = unowned(saved) // it knows of an owner, but not that the table persists
+					}
+					s := stage.New(t, lab.Options{Inside: 2, Rules: lab.NoRules})
+					if _, err := n.run(s.Gateway.Namespace, saved, "-f", "-"); err != nil {
+						t.Fatal(explain(saved, err))
+					}
+					copied, err := n.run(s.Gateway.Namespace, "", "list", "ruleset")
+					s.Must(err)
+					if !ours.MatchString(copied) {
+						t.Fatalf("the copy has none of conenatd's tables:\n%s", copied)
+					}
+					harmless(s, original.ext)
+					takenOver(s, f)
+					left, err := n.run(s.Gateway.Namespace, "", "list", "ruleset")
+					s.Must(err)
+					if want := settled(ours.ReplaceAllString(copied, "")); settled(left) != want {
+						t.Errorf("a stop leaves other rules:\n%s", firstDifference(want, settled(left)))
+					}
+				})
+			}
+		})
+	}
+}
+
+// harmless checks a gateway with a copy of the rules and no daemon. The copy has a
+// permission for ext.
+func harmless(s *stage.Scene, ext netip.AddrPort) {
+	s.T.Helper()
+	for _, port := range []uint16{ext.Port(), 4500} {
+		own := s.Socket(s.Gateway.Namespace, s.Gateway.Addr, port)
+		for _, peer := range []netip.Addr{lab.PeerA, lab.PeerC} {
+			s.Arrives(own, s.PeerSocket(peer, 6000+port), netip.AddrPortFrom(s.Gateway.Addr, port))
+		}
+		s.Must(own.Close())
+	}
+	exts := make(map[netip.AddrPort]bool)
+	proxy, stranger := s.PeerSocket(lab.PeerB, 5062), s.PeerSocket(lab.PeerC, 3074)
+	for i := range 2 {
+		host := s.InsideSocket(i, 3074)
+		at := s.Contact(host, proxy)
+		s.Arrives(host, proxy, at)
+		s.Lost(host, stranger, at, proxy)
+		exts[at] = true
+	}
+	if len(exts) != 2 {
+		s.T.Errorf("two hosts leave as %v", exts)
+	}
+}
+
+// takenOver starts a daemon, sees it work and stops it.
+func takenOver(s *stage.Scene, f feature) {
+	s.T.Helper()
+	s.Start(stage.Flags(f.args)...)
+	phone, proxy := s.InsideSocket(0, 5070), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Must(lab.Arrives(phone, lab.Packet{From: s.PeerSocket(lab.PeerA, 5071), To: ext, Payload: stage.Payload("child")}))
+	s.Lost(phone, s.PeerSocket(lab.PeerC, 5072), ext, proxy)
+	s.Verified()
+	if w := strings.Join(s.Status().Warnings, "\n"); strings.Contains(w, "table") {
+		s.T.Errorf("warnings: %s", w)
+	}
+	s.Stop()
+	if left := s.Leftovers(); len(left) > 0 {
+		s.T.Errorf("left: %q", left)
+	}
+}
