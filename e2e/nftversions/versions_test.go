@@ -25,10 +25,16 @@ import (
 // nft in Debian's archive: the backports have none.
 var suites = []string{"bullseye", "bookworm", "trixie", "sid"}
 
-// An nft is Debian's nft of one release, unpacked, with the C library of its release.
+// programsEnv lists paths of more programs nft to try, such as those of other
+// distributions.
+const programsEnv = "CONENATD_NFT"
+
+// An nft is Debian's nft of one release, unpacked, with the C library of its release;
+// or another program.
 type nft struct {
 	suite   string
 	tree    string
+	program string // instead of a tree
 	version [3]int
 	newest  *nft // of the newest release, whose C library suits all programs
 }
@@ -61,8 +67,15 @@ var versions = sync.OnceValues(func() ([]*nft, error) {
 		}
 		list = append(list, r.n)
 	}
+	for _, path := range strings.Fields(os.Getenv(programsEnv)) {
+		n := &nft{suite: path, program: path}
+		if err := n.identify(); err != nil {
+			return nil, err
+		}
+		list = append(list, n)
+	}
 	for _, n := range list {
-		n.newest = list[len(list)-1]
+		n.newest = list[len(suites)-1]
 	}
 	return list, nil
 })
@@ -98,19 +111,24 @@ func get(suite string) (*nft, error) {
 		return nil, fmt.Errorf("nft of %s: %w", suite, err)
 	}
 	n := &nft{suite: suite, tree: tree}
+	return n, n.identify()
+}
+
+// identify finds out the version.
+func (n *nft) identify() error {
 	path, args := n.command("--version")
 	out, err := exec.Command(path, args...).Output()
 	if err != nil {
-		return nil, fmt.Errorf("run nft of %s: %w", suite, err)
+		return fmt.Errorf("run nft of %s: %w", n.suite, err)
 	}
 	m := versionWord.FindStringSubmatch(string(out))
 	if m == nil {
-		return nil, fmt.Errorf("nft of %s: no version in %q", suite, out)
+		return fmt.Errorf("nft of %s: no version in %q", n.suite, out)
 	}
 	for i := range n.version {
 		n.version[i], _ = strconv.Atoi(m[1+i])
 	}
-	return n, nil
+	return nil
 }
 
 var versionWord = regexp.MustCompile(`v(\d+)\.(\d+)\.(\d+)`)
@@ -157,6 +175,9 @@ func exists(path string) bool {
 
 // command returns what runs nft with args.
 func (n *nft) command(args ...string) (path string, all []string) {
+	if n.program != "" {
+		return n.program, args
+	}
 	return loader(n.tree), append([]string{
 		"--library-path", strings.Join(libs(n.tree), ":"), filepath.Join(n.tree, "usr/sbin/nft"),
 	}, args...)
