@@ -48,6 +48,20 @@ func (n *nft) bytecode(ns *lab.Namespace) (map[string][]rule, error) {
 	return all, nil
 }
 
+var elementTimeout = regexp.MustCompile(` timeout \d+ms`)
+
+// untimed returns the rules without how long the elements live that they add: nft 1.0.2
+// does not show it, so the default of the set holds in a copy.
+func untimed(all map[string][]rule) map[string][]rule {
+	some := make(map[string][]rule)
+	for chain, rules := range all {
+		for _, r := range rules {
+			some[chain] = append(some[chain], rule(elementTimeout.ReplaceAllString(string(r), "")))
+		}
+	}
+	return some
+}
+
 // count returns how many rules there are.
 func count(all map[string][]rule) (n int) {
 	for _, rules := range all {

@@ -68,7 +68,7 @@ var versions = sync.OnceValues(func() ([]*nft, error) {
 		list = append(list, r.n)
 	}
 	for _, path := range strings.Fields(os.Getenv(programsEnv)) {
-		n := &nft{suite: path, program: path}
+		n := &nft{suite: filepath.Base(path), program: path}
 		if err := n.identify(); err != nil {
 			return nil, err
 		}
