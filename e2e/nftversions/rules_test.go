@@ -12,7 +12,8 @@ import (
 )
 
 // A rule is what the kernel has of it: its expressions, without the registers that they
-// use, for each nft chooses others.
+// use, for each nft chooses others, and sorted. What nft lists tells the order but for
+// a counter between a look-up and what the look-up is for.
 type rule string
 
 var (
@@ -20,6 +21,8 @@ var (
 	// Anonymous sets are numbered as they come.
 	anonymous = regexp.MustCompile(`__(set|map)\d+`)
 	ruleHead  = regexp.MustCompile(`^(\S+ \S+ \S+) \d+( \d+)* *$`)
+	// From 1.1.4 on, nft compares one byte of it and not four.
+	present = regexp.MustCompile(`(present => \]\n\[ cmp \w+ 0x0[01])0+`)
 )
 
 // bytecode returns the rules of each chain, such as "ip conenat admit", as the kernel
@@ -43,6 +46,13 @@ func (n *nft) bytecode(ns *lab.Namespace) (map[string][]rule, error) {
 			rules[len(rules)-1] += rule(strings.Join(strings.Fields(line), " ") + "\n")
 		default:
 			chain = ""
+		}
+	}
+	for _, rules := range all {
+		for i, r := range rules {
+			parts := strings.Split(strings.TrimSpace(present.ReplaceAllString(string(r), "$1")), "\n")
+			slices.Sort(parts)
+			rules[i] = rule(strings.Join(parts, "\n") + "\n")
 		}
 	}
 	return all, nil
