@@ -11,7 +11,7 @@ import (
 
 // userRules are the user's own: connmarks, too, which the map of permissions keeps. No
 // table has a name that iptables-nft would take for its own.
-const userRules = `table ip gateway {
+const userRules = `table ip masq {
 	chain postrouting {
 		type nat hook postrouting priority srcnat; policy accept;
 		oifname "wan0" masquerade

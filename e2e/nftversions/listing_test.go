@@ -79,7 +79,7 @@ func lists(t *testing.T, n *nft, s *stage.Scene, shows []string) (saved string) 
 				t.Errorf("%v: %d rules of %d\n%s", args, rules, count(want), out)
 			}
 		}
-		if odd := unreadable.FindString(out); odd != "" {
+		if odd := unreadable.FindString(out); odd != "" && form == nil {
 			t.Errorf("%v: shows %q in\n%s", args, odd, lineWith(out, odd))
 		}
 		for _, part := range append(shows, "table inet conenat {") {

@@ -121,6 +121,11 @@ func settled(listing string) string {
 	text = elements.ReplaceAllStringFunc(text, func(s string) string {
 		all := strings.Split(strings.Join(strings.Fields(elements.FindStringSubmatch(s)[1]), " "), ", ")
 		slices.Sort(all)
+		// The kernel takes out elements that count flows when there are none.
+		all = slices.DeleteFunc(all, func(e string) bool { return e == "" || strings.Contains(e, " ct count ") })
+		if len(all) == 0 {
+			return ""
+		}
 		return "elements = { " + strings.Join(all, ", ") + " }"
 	})
 	lines := strings.Split(text, "\n")
