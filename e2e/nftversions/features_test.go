@@ -59,7 +59,7 @@ var features = []feature{
 	{name: "two uplinks", args: hairpin, uplinks: true, shows: permissions},
 	{name: "routed IPv6", args: routed, lab: lab.Options{IPv6: true}, shows: permissions},
 	{name: "all at once", args: slices.Concat(hairpin, groups, []string{
-		"--port-pool=50000-50999", "--exclude-peer=198.18.0.0/15", "--exclude-port=4500", "--exclude-port=4501",
+		"--port-pool=62000-62999", "--exclude-peer=198.18.0.0/15", "--exclude-port=4500", "--exclude-port=4501",
 		"--max-permissions=1000", "--mapping-exempt=192.0.2.128/25",
 	}), uplinks: true, shows: permissions},
 }
