@@ -104,23 +104,16 @@ func lineWith(text, part string) string {
 // and elements.
 func loads(t *testing.T, n *nft, s *stage.Scene, saved string) {
 	t.Helper()
-	fresh := func() *lab.Namespace {
-		t.Helper()
-		return lab.ForTest(t, lab.Options{Rules: lab.NoRules}).Gateway.Namespace
-	}
+	ns := lab.ForTest(t, lab.Options{Rules: lab.NoRules}).Gateway.Namespace
 	// As it is: a copy of a table with an owner may end with the nft that loads it.
-	ns := fresh()
-	for _, args := range [][]string{{"-c", "-f", "-"}, {"-f", "-"}} {
+	for _, args := range [][]string{{"-c", "-f", "-"}, {"-f", "-"}, {"list", "ruleset"}} {
 		if _, err := n.run(ns, saved, args...); err != nil {
 			t.Fatalf("%v: %v", args, explain(saved, err))
 		}
 	}
-	if _, err := n.run(ns, "", "list", "ruleset"); err != nil {
-		t.Errorf("list the copy: %v", err)
-	}
-	ns = fresh()
-	if _, err := n.run(ns, unowned(saved), "-f", "-"); err != nil {
-		t.Fatalf("load without an owner: %v", explain(saved, err))
+	// Once more, as a start of nftables.service does, and without an owner.
+	if _, err := n.run(ns, "flush ruleset\n"+unowned(saved), "-f", "-"); err != nil {
+		t.Fatalf("load without an owner: %v", explain("\n"+saved, err))
 	}
 	again, err := n.run(ns, "", "list", "ruleset")
 	if err != nil {
@@ -143,11 +136,8 @@ func loads(t *testing.T, n *nft, s *stage.Scene, saved string) {
 	if d := difference(want, got); d != "" {
 		t.Errorf("the copy has other rules: %s", d)
 	}
-	// As a start of nftables.service does where a copy stands.
-	for _, args := range [][]string{{"-c", "-f", "-"}, {"-f", "-"}} {
-		if _, err := n.run(ns, "flush ruleset\n"+again, args...); err != nil {
-			t.Errorf("load once more %v: %v", args, explain(again, err))
-		}
+	if _, err := n.run(ns, "flush ruleset\n"+again, "-c", "-f", "-"); err != nil {
+		t.Errorf("check the copy's copy: %v", explain("\n"+again, err))
 	}
 }
 

@@ -21,6 +21,10 @@ var (
 	// Anonymous sets are numbered as they come.
 	anonymous = regexp.MustCompile(`__(set|map)\d+`)
 	ruleHead  = regexp.MustCompile(`^(\S+ \S+ \S+) \d+( \d+)* *$`)
+	// nft does not show whether a write mends a checksum.
+	checksum = regexp.MustCompile(` csum_type \d+ csum_off \d+ csum_flags \w+`)
+	// Of a prefix of whole bytes, nft compares these.
+	prefixed = regexp.MustCompile(`\[ bitwise = \( & 0x((?:ff)+)(?:00)+ \) \^ 0x0+ \]\n\[ cmp (\w+) 0x(\w+) \]`)
 	// From 1.1.4 on, nft compares one byte of it and not four.
 	present = regexp.MustCompile(`(present => \]\n\[ cmp \w+ 0x0[01])0+`)
 )
@@ -43,6 +47,7 @@ func (n *nft) bytecode(ns *lab.Namespace) (map[string][]rule, error) {
 		case chain != "" && strings.HasPrefix(line, "  [ "):
 			rules := all[chain]
 			line = anonymous.ReplaceAllString(registers.ReplaceAllString(line, ""), "__$1")
+			line = checksum.ReplaceAllString(line, "")
 			rules[len(rules)-1] += rule(strings.Join(strings.Fields(line), " ") + "\n")
 		default:
 			chain = ""
@@ -50,7 +55,12 @@ func (n *nft) bytecode(ns *lab.Namespace) (map[string][]rule, error) {
 	}
 	for _, rules := range all {
 		for i, r := range rules {
-			parts := strings.Split(strings.TrimSpace(present.ReplaceAllString(string(r), "$1")), "\n")
+			text := present.ReplaceAllString(string(r), "$1")
+			text = prefixed.ReplaceAllStringFunc(text, func(s string) string {
+				m := prefixed.FindStringSubmatch(s)
+				return "[ cmp " + m[2] + " 0x" + m[3][:len(m[1])] + " ]"
+			})
+			parts := strings.Split(strings.TrimSpace(text), "\n")
 			slices.Sort(parts)
 			rules[i] = rule(strings.Join(parts, "\n") + "\n")
 		}
