@@ -103,6 +103,7 @@ func TestChildrenOfNftRules(t *testing.T) {
 		{"flow offload", "table inet filter { flowtable f { hook ingress priority 0; devices = { lan0, wan0 }; }; chain forward { type filter hook forward priority 0; policy drop; ct status dnat flow add @f accept; }; }", "dropped dropped inet filter forward"},
 		{"return from a chain", "table inet filter { chain a { ct state new return; accept; }; chain forward { type filter hook forward priority 0; policy drop; jump a; }; }", "dropped accepted inet filter forward"},
 		{"end of a chain", "table inet filter { chain a { tcp dport 1 accept; }; chain forward { type filter hook forward priority 0; policy drop; jump a; accept; }; }", "accepted accepted"},
+		{"chain for one port", "table inet filter { chain a { udp dport 5060 accept; }; chain forward { type filter hook forward priority 0; policy accept; jump a; ct state new drop; }; }", "unknown (dropped) accepted inet filter forward"},
 		{"end of a chain of goto", "table inet filter { chain a { tcp dport 1 accept; }; chain forward { type filter hook forward priority 0; policy drop; goto a; accept; }; }", "dropped dropped inet filter forward"},
 		{"dormant", "table inet filter { flags dormant; chain forward { type filter hook forward priority 0; policy drop; }; }", "accepted accepted"},
 		{"ours", "table inet conenat { chain made_by_conenatd { }; chain forward { type filter hook forward priority 0; policy drop; }; }", "accepted accepted"},
