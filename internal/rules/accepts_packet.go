@@ -56,10 +56,12 @@ func newChild(related bool, in, out *Link, outside []Link, subnet netip.Prefix, 
 		c.family = unix.NFPROTO_IPV6
 		c.network = slices.Concat(unknownBytes(6, nil), knownBytes([]byte{unix.IPPROTO_UDP}), unknownBytes(1, nil),
 			outOf(subnets, 16), inPrefix(subnet))
+		c.network[0] = cell{val: 6 << 4, known: 0xf0, mask: 0xff}
 	} else {
 		// Conntrack has put fragments together.
 		c.network = slices.Concat(unknownBytes(9, nil), knownBytes([]byte{unix.IPPROTO_UDP}), unknownBytes(2, nil),
 			outOf(subnets, 4), inPrefix(subnet))
+		c.network[0] = cell{val: 4 << 4, known: 0xf0, mask: 0xff}
 		c.network[6] = cell{known: 0xbf, mask: 0xff}
 		c.network[7] = cell{known: 0xff, mask: 0xff}
 	}

@@ -35,6 +35,8 @@ var firewalls = []firewall{
 	{name: "libvirt", iptables: libvirt, want: "dropped accepted ip filter FORWARD"},
 	{name: "Shorewall", iptables: shorewall, want: "dropped accepted ip filter FORWARD"},
 	{name: "FireHOL", iptables: fireHOL, want: "dropped dropped ip filter FORWARD"},
+	{name: "LXD", nft: lxd, want: "accepted accepted"},
+	{name: "Proxmox", iptables: proxmox, want: "dropped accepted ip filter FORWARD"},
 	{
 		name: "Shorewall with DNAT", iptables: strings.Replace(shorewall, "-A net-loc -j DROP", "-A net-loc -m conntrack --ctstate NEW -m conntrack --ctstate DNAT -j ACCEPT\n-A net-loc -j DROP", 1),
 		want: "accepted accepted",
@@ -277,6 +279,36 @@ const fireHOL = `*filter
 -A FORWARD -j DROP
 -A in_lan2wan -m conntrack --ctstate NEW,ESTABLISHED -j ACCEPT
 -A out_lan2wan -m conntrack --ctstate ESTABLISHED -j ACCEPT
+COMMIT
+`
+
+const lxd = `table inet lxd {
+	chain fwd.lan0 { type filter hook forward priority filter; policy drop;
+		ip version 4 oifname "lan0" accept
+		ip version 4 iifname "lan0" accept
+		ip6 version 6 oifname "lan0" accept
+		ip6 version 6 iifname "lan0" accept
+	}
+}
+`
+
+const proxmox = `*filter
+:FORWARD DROP [0:0]
+:PVEFW-Drop - [0:0]
+:PVEFW-FORWARD - [0:0]
+:PVEFW-FWBR-IN - [0:0]
+:PVEFW-SET-ACCEPT-MARK - [0:0]
+-A FORWARD -j PVEFW-FORWARD
+-A FORWARD -i lan0 -j ACCEPT
+-A PVEFW-FORWARD -m conntrack --ctstate INVALID -j DROP
+-A PVEFW-FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A PVEFW-FORWARD -m physdev --physdev-in fwln+ --physdev-is-bridged -j PVEFW-FWBR-IN
+-A PVEFW-FWBR-IN -p udp -m udp --dport 5060 -j PVEFW-SET-ACCEPT-MARK
+-A PVEFW-FWBR-IN -m mark --mark 0x80000000/0x80000000 -j ACCEPT
+-A PVEFW-FWBR-IN -j PVEFW-Drop
+-A PVEFW-Drop -m addrtype --dst-type BROADCAST -j DROP
+-A PVEFW-Drop -j DROP
+-A PVEFW-SET-ACCEPT-MARK -j MARK --set-xmark 0x80000000/0x80000000
 COMMIT
 `
 

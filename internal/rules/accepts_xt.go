@@ -78,6 +78,13 @@ func (c *child) xtUnknown(name string, rev uint32, info []byte) chance {
 			return maybe
 		}
 		return certain(binary.NativeEndian.Uint32(info)&uint32(c.xtState()) != 0)
+	case "physdev":
+		// struct xt_physdev_info: four names and masks, invert, bitmask. A routed
+		// packet is none that is bridged (XT_PHYSDEV_OP_BRIDGED).
+		const invert, bitmask, bridged = 64, 65, 4
+		if len(info) > bitmask && info[bitmask]&bridged != 0 && info[invert]&bridged == 0 {
+			return never
+		}
 	case "multiport":
 		if len(info) >= multiportSize {
 			return rarely.inverted(info[multiportInvert] != 0)
