@@ -318,30 +318,26 @@ func TestChildrenMeetWhatTheirFirewallSays(t *testing.T) {
 	for _, f := range firewalls {
 		t.Run(f.name, func(t *testing.T) {
 			t.Parallel()
-			l := lab.ForTest(t, lab.Options{Rules: lab.Masquerade})
-			load(t, l, f)
-			subnets := []netip.Prefix{lab.InsideNet}
-			got, err := rules.Children(l.Gateway.FD(), []rules.Link{wan0(t, l)}, subnets)
+			g := newGate(t, lab.Options{Rules: lab.Masquerade}, granting)
+			load(t, g.Lab, f)
+			got, err := rules.Children(g.Gateway.FD(), []rules.Link{wan0(t, g.Lab)}, []netip.Prefix{lab.InsideNet})
 			if err != nil {
 				t.Fatal(err)
 			}
 			if verdict(got[0]) != f.want {
-				t.Errorf("got %s, want %s\n%s", verdict(got[0]), f.want, output(t, l, "nft", "list", "ruleset"))
+				t.Errorf("got %s, want %s\n%s", verdict(got[0]), f.want, output(t, g.Lab, "nft", "list", "ruleset"))
 			}
 
 			// An answer from outside proves that what came before it was lost.
-			in := listen(t, l.Inside(0), l.Inside(0).Addr, 5060)
-			peer := listen(t, l.Outside, lab.PeerA, 9000)
-			ext := netip.MustParseAddrPort("198.51.100.1:5060")
-			check(t, lab.Arrives(peer, lab.Packet{From: in, To: netip.AddrPortFrom(lab.PeerA, 9000), Payload: "out"}))
+			in, peer := g.inside(5060), g.peer(lab.PeerA, 9000)
+			p := g.contact(in, peer)
+			ext := p.Ext.Netip()
 			fence := lab.Packet{From: peer, To: ext, Payload: "answer"}
 
-			check(t, l.NFT(`table ip admits { chain admit { type nat hook prerouting priority dstnat + 5
-				iifname "wan0" udp dport 7000 dnat to 10.47.11.109:5060
-			}; }`))
-			meets(t, in, lab.Packet{From: listen(t, l.Outside, lab.PeerB, 0), To: netip.MustParseAddrPort("198.51.100.1:7000"), Payload: "DNATed"}, fence, got[0].DNATed)
-			permit(t, l, ext.String(), "10.47.11.109:5060", lab.PeerB)
-			meets(t, in, lab.Packet{From: listen(t, l.Outside, lab.PeerB, 0), To: ext, Payload: "related"}, fence, got[0].Related)
+			g.grant(permission(ext, in.Addr(), lab.PeerB))
+			meets(t, in, lab.Packet{From: g.peer(lab.PeerB, 0), To: ext, Payload: "by the map"}, fence, got[0].DNATed)
+			permit(t, g.Lab, ext.String(), in.Addr().String(), lab.PeerC)
+			meets(t, in, lab.Packet{From: g.peer(lab.PeerC, 0), To: ext, Payload: "by an expectation"}, fence, got[0].Related)
 		})
 	}
 }
