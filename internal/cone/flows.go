@@ -145,6 +145,10 @@ func (m *Model) FlowSeen(now time.Duration, f *Flow) {
 		m.forward(now, p.extKey(), p.Int)
 	case roleEarly:
 		m.seeEarly(f, p)
+	case roleOther:
+		if f.Status.Has(StatusExpected) && m.snap.whole && !m.snap.showing && m.topo.outside(f.Src.Addr.Netip()) {
+			m.stats.Through++
+		}
 	}
 }
 
@@ -241,7 +245,7 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 // notePassed counts f, a child of claim i if there is one, the first time that it
 // is seen. What was there before the first snapshot passed long ago.
 func (m *Model) notePassed(f *Flow, i int32) {
-	if f.Status.Has(StatusExpected) || !m.snap.whole {
+	if m.snap.showing || !m.snap.whole {
 		return
 	}
 	known := false
@@ -249,7 +253,11 @@ func (m *Model) notePassed(f *Flow, i int32) {
 		n, ok := m.flows.byKey[m.flowKey(i, f.Src, true)]
 		known = ok && m.flows.all[n].id == f.ID
 	}
-	if !known && !m.snap.showing {
+	switch {
+	case known:
+	case f.Status.Has(StatusExpected):
+		m.stats.Through++
+	default:
 		m.stats.Passed++
 	}
 }

@@ -110,6 +110,7 @@ type Stats struct {
 	Compared, Remapped uint64
 	Crowded            uint64          // children beyond the limit, dropped
 	Passed             uint64          // children that a map admitted and the user's firewall let pass
+	Through            uint64          // expected flows from outside that it let pass, whoever expected them
 	Early              uint64          // early packets' flows to be repaired
 	Skipped            [Reasons]uint64 // flows that gave no permission, by reason
 	Refusals           [Reasons]uint64 // permissions refused, by reason

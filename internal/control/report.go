@@ -69,6 +69,9 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		line("guard", "off")
 	}
 	line("map", "%s", describe(s.Tables.Map))
+	if x := s.Tables.Expected; x.Admitted > 0 {
+		line("expected", "%d children, of which the firewall let %d pass", x.Admitted, min(x.Passed, x.Admitted))
+	}
 	line("mapping", "%s", mapping(s.Tables.Mapping))
 	if n := s.Tables.Mapping.NotApplied; len(n) > 0 {
 		line("not mapped", "%s", NotApplied(n))

@@ -128,10 +128,11 @@ type Permissions struct {
 
 // Tables are conenatd's own nftables tables.
 type Tables struct {
-	Guard    Guard   `json:"guard"`
-	Map      Map     `json:"map"`
-	Mapping  Mapping `json:"mapping"`
-	Repaired uint64  `json:"repaired"` // how often others' changes of them were undone
+	Guard    Guard    `json:"guard"`
+	Map      Map      `json:"map"`
+	Expected Expected `json:"expected"`
+	Mapping  Mapping  `json:"mapping"`
+	Repaired uint64   `json:"repaired"` // how often others' changes of them were undone
 }
 
 // Mapping is endpoint-independent mapping, and what its rules did since the tables
@@ -156,6 +157,13 @@ type Map struct {
 	Passed   uint64 `json:"passed"`   // of these, those that the user's firewall let pass
 	Learned  uint64 `json:"learned"`  // permissions that the kernel added
 	Limited  uint64 `json:"limited"`  // and those that it did not because of learn_rate
+}
+
+// Expected counts the flows from outside that were expected, by conntrack helpers of
+// the user's too.
+type Expected struct {
+	Admitted uint64 `json:"admitted"`
+	Passed   uint64 `json:"passed"` // of these, those that the user's firewall let pass
 }
 
 // Guard is what the table of family inet does.

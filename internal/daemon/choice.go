@@ -1,12 +1,14 @@
 package daemon
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"net/netip"
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
 )
@@ -39,7 +41,7 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 	all := make(map[netip.Prefix]decision, len(verdicts))
 	for i, v := range verdicts {
 		s := cfg.Subnets[i]
-		d := choose(v)
+		d := f.weigh(v)
 		if unread != "" {
 			d.why = unread
 		}
@@ -49,8 +51,32 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 	return all
 }
 
+// weigh decides with what became of children where the rules do not tell.
+func (f *firewall) weigh(v rules.ChildVerdicts) decision {
+	answer := func(a *rules.Answer, w *witness) string {
+		pass, known := w.passes()
+		switch {
+		case *a != rules.Unknown || !known:
+			return ""
+		case pass:
+			*a = rules.Accepted
+		default:
+			*a = rules.Dropped
+		}
+		return fmt.Sprintf("; of the last %d children that came so it let %d pass", w.lately, w.through)
+	}
+	evidence := answer(&v.MostDNATed, &f.mapped)
+	if e := answer(&v.MostRelated, &f.related); v.MostDNATed != rules.Accepted {
+		evidence += e
+	}
+	d := choose(v)
+	d.why += evidence
+	return d
+}
+
 // choose decides by what the forward hook does with most children.
 func choose(v rules.ChildVerdicts) decision {
+	v.Dropper = cmp.Or(v.Dropper, "the forward chain")
 	d := decision{ChildVerdicts: v}
 	dnated, related := v.MostDNATed, v.MostRelated
 	switch {
@@ -83,13 +109,21 @@ func (f *firewall) warning(s config.Subnet, d decision) string {
 }
 
 // redecide decides anew and lets what stands follow. The reconcile calls it.
-func (d *Daemon) redecide(cfg config.Config, network gateway.Network) error {
+func (d *Daemon) redecide(cfg config.Config, network gateway.Network, tables control.Tables) error {
+	ok := d.do(func() {
+		s := d.model.Stats()
+		d.firewall.mapped.read(d.now(), tables.Map.Admitted, s.Passed)
+		d.firewall.related.read(d.now(), tables.Expected.Admitted, s.Through)
+	})
+	if !ok {
+		return errEnded
+	}
 	all := d.firewall.decide(cfg, network)
 	changed := !maps.EqualFunc(all, d.firewall.decisions, func(a, b decision) bool { return a.Choice == b.Choice })
 	d.firewall.decisions = all
-	ok := d.do(func() {
+	ok = d.do(func() {
 		for prefix, x := range all {
-			if old, known := d.decisions[prefix]; !known || old.why != x.why {
+			if old, known := d.decisions[prefix]; !known || old.Choice != x.Choice || old.ChildVerdicts != x.ChildVerdicts {
 				d.log.Info("what carries permissions", "subnet", prefix, "by", d.carriers(x.Choice), "why", x.why)
 			}
 			if x.warning != "" && d.decisions[prefix].warning != x.warning {

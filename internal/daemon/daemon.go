@@ -414,11 +414,6 @@ func (d *Daemon) warnings() (out warnings) {
 	if d.missing != "" {
 		out.add("missing", "%s", d.missing)
 	}
-	// Some may be under way, so it takes more than a few.
-	if passed, n := d.model.Stats().Passed, d.tables.Map.Admitted; n > 2*passed && d.backends.nft != nil {
-		out.add("children", "of %d children that the map admitted your firewall let only %d pass: "+
-			"let its forward chain accept 'ct status dnat'", n, passed)
-	}
 	if d.model.Remaps() {
 		out.add("remapped", "peers see another outside port each of one and the same inside port, so a rule of yours has random or fully-random: "+
 			`mapping = "endpoint_independent" keeps one`)

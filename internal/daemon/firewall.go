@@ -29,12 +29,13 @@ type firewall struct {
 	ports                     outsidePorts
 	portInPool                uint16                    // of a socket, as the warning says
 	decisions                 map[netip.Prefix]decision // never changed, but replaced
-	mapped                    []string                  // outside links, and those that were: they keep their mappings
+	mappedLinks               []string                  // outside links, and those that were: they keep their mappings
 
 	known map[netip.Addr]struct{} // addresses that links had; nil before the first look
 
-	admitted, usedUp tally
-	pool             config.PortRange // that usedUp is of
+	admitted, expected, usedUp tally
+	mapped, related            witness          // what the user's firewall does with the children of either
+	pool                       config.PortRange // that usedUp is of
 
 	repaired uint64   // how often others' changes of the tables were undone
 	warnings []string // that stay as long as the daemon runs
@@ -122,8 +123,8 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 		d.Map = f.mapConfig(cfg)
 	}
 	if d.Mapping = mappingConfig(cfg, f.ports); d.Mapping != nil {
-		f.mapped = slices.Compact(slices.Sorted(slices.Values(slices.Concat(f.mapped, outside))))
-		d.Mapping.Links = f.mapped
+		f.mappedLinks = slices.Compact(slices.Sorted(slices.Values(slices.Concat(f.mappedLinks, outside))))
+		d.Mapping.Links = f.mappedLinks
 	}
 	changed, err = f.tables.Set(d)
 	f.mapping = err == nil && d.Mapping != nil && f.maps()
@@ -220,6 +221,7 @@ func (f *firewall) read(cfg config.Config) (t control.Tables) {
 	if c, err := f.tables.Counters(); err == nil {
 		t.Guard = control.Guard{Drops: c.GuardDrops, Spoofed: c.SpoofedDrops, Children: c.ChildDrops, PortZero: c.PortZeroDrops}
 		t.Map = control.Map{Learn: f.learns(cfg), Admitted: f.admitted.read(c.Admitted), Learned: c.Learned, Limited: c.LearnLimited}
+		t.Expected.Admitted = f.expected.read(c.Expected)
 		if f.pool != f.ports.pool {
 			f.pool, f.usedUp = f.ports.pool, tally{}
 		}

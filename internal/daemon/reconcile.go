@@ -182,8 +182,8 @@ func (d *Daemon) readGateway() (changed bool, err error) {
 		d.forwarded = forwarded
 	}
 	failed = errors.Join(failed, err, d.lookAtSockets(cfg, network))
-	failed = errors.Join(failed, d.redecide(cfg, network))
 	tables := d.firewall.read(cfg)
+	failed = errors.Join(failed, d.redecide(cfg, network, tables))
 	topology := network.Topology()
 	d.do(func() {
 		d.tables = tables

@@ -50,7 +50,7 @@ func (s source) Status() control.Status {
 		st.Tables.Mapping.On = d.maps()
 		st.Tables.Mapping.NotApplied = maps.Clone(d.applied.not)
 		st.Tables.Guard.On = d.cfg.Guard && d.firewall.tables != nil
-		st.Tables.Map.On, st.Tables.Map.Passed = d.backends.nft != nil, m.Passed
+		st.Tables.Map.On, st.Tables.Map.Passed, st.Tables.Expected.Passed = d.backends.nft != nil, m.Passed, m.Through
 		st.Permissions.Standing, st.Permissions.Refused = m.Standing, m.Refused
 		st.Permissions.Waiting, st.Permissions.Limit = m.Waiting, d.limit()
 		st.Flows = m.Flows

@@ -29,6 +29,7 @@ const (
 	spoofedCounter  = "spoofed_drops"
 	zeroCounter     = "port_zero_drops"
 	admittedCounter = "admitted"
+	expectedCounter = "expected"
 	learnedCounter  = "learned"
 	limitedCounter  = "learn_limited"
 )
@@ -218,7 +219,7 @@ func (l *layout) guard() {
 }
 
 func (l *layout) children(most int) {
-	l.counters = append(l.counters, childCounter)
+	l.counters = append(l.counters, childCounter, expectedCounter)
 	children := l.filter("children", nftables.ChainHookForward, childPriority)
 	// The first packet of a child has the one bit and not yet the other.
 	l.rule(children, "not the first packet of an expected flow",
@@ -231,6 +232,7 @@ func (l *layout) children(most int) {
 		l.rule(children, "flows of one peer to one outside endpoint",
 			join(nfproto, is([]byte{f.proto}), isUDP, f.key, over(kids, most), drop(childCounter)))
 	}
+	l.rule(children, "it goes on to the user's firewall", join(isUDP, count(expectedCounter)))
 }
 
 // permissionKey is peer . outside address . outside port, as they lie in a packet.

@@ -142,6 +142,8 @@ type Counters struct {
 	// Admitted are the first packets of flows that the map admitted. The user's
 	// firewall may have dropped them afterwards.
 	Admitted uint64
+	// Expected are those of flows that were expected, by whomever.
+	Expected uint64
 	// Learned and LearnLimited are the packets from which the kernel learned a
 	// permission, and those from which it did not because of the rate.
 	Learned, LearnLimited uint64

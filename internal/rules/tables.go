@@ -287,7 +287,7 @@ func (t *Tables) Counters() (Counters, error) {
 	}
 	return Counters{
 		GuardDrops: n[guardCounter], SpoofedDrops: n[spoofedCounter], ChildDrops: n[childCounter], PortZeroDrops: n[zeroCounter],
-		Admitted: n[admittedCounter],
+		Admitted: n[admittedCounter], Expected: n[expectedCounter],
 		Learned:  n[learnedCounter], LearnLimited: n[limitedCounter],
 		Moved: n[movedCounter], PoolUsedUp: n[usedUpCounter], LeftToRules: n[leftCounter], Hairpinned: n[hairpinCounter],
 	}, nil
