@@ -78,7 +78,7 @@ func (m *mapper) rememberHairpins(c *nftables.Chain) {
 func (u *uplink) remembersHairpin() *nftables.Chain {
 	c := u.regular("remember_hairpin")
 	u.rule(c, "it has a mapping", join(isUDP, setSource(find(u.kept, flowInside)), outsideSource, accept))
-	u.rule(c, "the same, with another port", join(isUDP, setSourcePort(find(u.movedPorts, flowInside)), outsideSourcePort, accept))
+	u.rule(c, "the same, with another port", join(isUDP, setSourcePort(find(u.ports, flowInside)), outsideSourcePort, accept))
 	u.rule(c, "", join(u.subnets.hasNot(original(expr.CtKeySRCIP, 0)), goTo(u.foreign)))
 	u.rule(c, "", join(isUDP, original(expr.CtKeyPROTOSRC, 0), is(be16(0)), goTo(u.foreign)))
 	u.rule(c, "", join(isUDP, has(u.served, reply(expr.CtKeyPROTODST, 0)), goTo(u.foreign)))

@@ -17,7 +17,7 @@ import (
 const (
 	keptMap        = "kept_"
 	movedMap       = "moved_"
-	movedPortMap   = "ports_"
+	portsMap       = "ports_"
 	addressesMap   = "addresses_"
 	translatedSet  = "translated_"
 	severalSet     = "several_"
@@ -129,6 +129,8 @@ func (l *layout) mapping(c *MappingConfig) {
 	m.rule(m.foreign, "a flow without a mapping takes the port", join(isUDP, put(m.taken, opUpdate, flowTuple, nil, m.takenFor())))
 	m.rule(m.left, "", insideSource)
 	m.rule(m.left, "its outside port is taken towards this remote endpoint", join(count(leftCounter), accept))
+	m.unmoved = m.regular("unmoved")
+	m.rule(m.unmoved, "", join(isUDP, insideSourcePort))
 	for _, name := range c.links(l.links) {
 		u := m.uplink(name)
 		if slices.Contains(l.links, name) { // else it only keeps its sets
@@ -168,15 +170,15 @@ type mapper struct {
 	owned, taken, gone, served *set
 	owners, ownerPorts         *set      // nil without hairpinning
 	subnets, exempt, hairpin   *prefixes // the last two may be nil
-	foreign, left              *nftables.Chain
+	foreign, left, unmoved     *nftables.Chain
 	uplinks                    []*uplink
 }
 
 // An uplink makes the rules and sets that are there once for each outside link.
 type uplink struct {
 	*mapper
-	name                                                       string
-	kept, moved, movedPorts, addresses, translated, several    *set
+	name                                                     string
+	kept, moved, ports, addresses, translated, several       *set
 	mapped, given, pool, learnAddress, own, ours, hairpinned *nftables.Chain
 }
 
@@ -186,7 +188,7 @@ func (m *mapper) uplink(name string) *uplink {
 		mapper: m, name: name,
 		kept:       m.learnedMap(keptMap+id, endpointKey, nftables.TypeIPAddr, m.Size),
 		moved:      m.learnedMap(movedMap+id, endpointKey, nftables.TypeIPAddr, m.Size),
-		movedPorts: m.learnedMap(movedPortMap+id, endpointKey, nftables.TypeInetService, m.Size),
+		ports:      m.learnedMap(portsMap+id, endpointKey, nftables.TypeInetService, m.Size),
 		addresses:  m.learnedMap(addressesMap+id, addressKey, nftables.TypeIPAddr, addressesSize),
 		translated: m.learnedSet(translatedSet+id, addressKey, linkAddressesSize),
 		several:    m.learnedSet(severalSet+id, addressKey, 1),
@@ -266,7 +268,7 @@ func (u *uplink) known(c *nftables.Chain) {
 	u.rule(c, "its mapping", join(
 		isUDP, hasNot(u.taken, packetTuple), find(u.kept, packetSourceEndpoint), transport(0, secondWord), snat(true)))
 	u.rule(c, "its mapping has another port", join(
-		isUDP, setSourcePort(find(u.movedPorts, packetSourceEndpoint)), goTo(u.given)))
+		isUDP, setSourcePort(find(u.ports, packetSourceEndpoint)), goTo(u.given)))
 	u.rule(c, "", join(isUDP, has(u.taken, packetTuple), setSource(find(u.kept, packetSourceEndpoint)), goTo(u.left)))
 }
 
@@ -284,7 +286,7 @@ func (u *uplink) givesMoved() *nftables.Chain {
 func (u *uplink) giveMoved(c *nftables.Chain) {
 	u.rule(c, "", join(isUDP, insideSourcePort))
 	u.rule(c, "its mapping", join(
-		isUDP, find(u.moved, packetSourceEndpoint), findAt(u.movedPorts, sourceEndpointAt(secondWord), secondWord), snat(true)))
+		isUDP, find(u.moved, packetSourceEndpoint), findAt(u.ports, sourceEndpointAt(secondWord), secondWord), snat(true)))
 }
 
 // throughMapping returns the chain for packets that leave by the link.
@@ -325,8 +327,9 @@ func (u *uplink) movedToPool() *nftables.Chain {
 	}
 	tries := u.regular("tries")
 	u.withAddress(c, tries)
-	u.rule(c, "", join(isUDP, insideSourcePort, accept))
+	u.rule(c, "", goTo(u.unmoved))
 
+	u.rule(tries, "an address that is gone", join(has(u.gone, source(0)), insideSource, goTo(u.unmoved)))
 	for _, t := range poolTries(u.Pool) {
 		// The low bits are the hash still, or the port that was tried before.
 		u.rule(tries, "", join(isUDP, setSourcePort(join(sourcePort, bitwise(be16(t.mask), be16(t.xor))))))
@@ -334,11 +337,10 @@ func (u *uplink) movedToPool() *nftables.Chain {
 			isUDP, hasNot(u.owned, packetSourceEndpoint), hasNot(u.served, sourcePort), hasNot(u.taken, packetTuple),
 			u.owner(opAdd, packetSourceEndpoint),
 			put(u.moved, opUpdate, flowInside, source(secondWord), u.Lifetime),
-			put(u.movedPorts, opUpdate, flowInside, transport(0, secondWord), u.Lifetime),
+			put(u.ports, opUpdate, flowInside, transport(0, secondWord), u.Lifetime),
 			count(movedCounter), goTo(made)))
 	}
-	u.rule(tries, "", insideSource)
-	u.rule(tries, "", join(isUDP, insideSourcePort, count(usedUpCounter), accept))
+	u.rule(tries, "", join(insideSource, count(usedUpCounter), goTo(u.unmoved)))
 	u.rule(made, "", insideSource)
 	u.giveMoved(made)
 	return c
@@ -393,17 +395,18 @@ func (u *uplink) remembers() *nftables.Chain {
 
 	moved := u.regular("moved_flow")
 	u.rule(moved, "it was left to the rules of others", join(isUDP, has(u.taken, packetTuple), outsideSourcePort, goTo(u.foreign)))
-	u.rule(moved, "", join(isUDP, outsideSourcePort))
+	u.rule(moved, "", join(isUDP, setSource(find(u.moved, flowInside))))
 	u.rule(moved, "only its own flows refresh a mapping", join(isUDP,
-		put(u.moved, opUpdate, flowInside, reply(expr.CtKeyDSTIP, secondWord), u.Lifetime),
-		put(u.movedPorts, opUpdate, flowInside, reply(expr.CtKeyPROTODST, secondWord), u.Lifetime),
-		u.owner(opUpdate, flowOutside)))
-	u.rule(moved, "", accept)
+		u.owner(opUpdate, packetSourceEndpoint),
+		put(u.moved, opUpdate, flowInside, source(secondWord), u.Lifetime),
+		put(u.ports, opUpdate, flowInside, transport(0, secondWord), u.Lifetime)))
+	u.rule(moved, "", outsideSource)
+	u.rule(moved, "", join(isUDP, outsideSourcePort, accept))
 
 	c := u.regular("ours")
 	u.rule(c, "from a host without mappings", join(u.subnets.hasNot(original(expr.CtKeySRCIP, 0)), goTo(u.foreign)))
 	u.rule(c, "it has a mapping", join(isUDP, setSource(find(u.kept, flowInside)), goTo(kept)))
-	u.rule(c, "the same, with another port", join(isUDP, setSourcePort(find(u.movedPorts, flowInside)), goTo(moved)))
+	u.rule(c, "the same, with another port", join(isUDP, setSourcePort(find(u.ports, flowInside)), goTo(moved)))
 	u.rule(c, "nobody translated it", join(ctStatus, masked(ctSrcNAT), is(ne32(0)), goTo(u.foreign)))
 	u.rule(c, "conntrack takes port 0 for none", join(isUDP, original(expr.CtKeyPROTOSRC, 0), is(be16(0)), goTo(u.foreign)))
 	u.rule(c, "an older flow than its address", join(has(u.gone, reply(expr.CtKeyDSTIP, 0)), accept))
@@ -444,7 +447,7 @@ func (u *uplink) owns() *nftables.Chain {
 	u.rule(moved, "there is no room", join(isUDP, hasNot(u.owned, flowOutside), goTo(u.foreign)))
 	u.rule(moved, "it has another port", join(isUDP,
 		put(u.moved, opAdd, flowInside, reply(expr.CtKeyDSTIP, secondWord), u.Lifetime),
-		put(u.movedPorts, opAdd, flowInside, reply(expr.CtKeyPROTODST, secondWord), u.Lifetime)))
+		put(u.ports, opAdd, flowInside, reply(expr.CtKeyPROTODST, secondWord), u.Lifetime)))
 	return c
 }
 

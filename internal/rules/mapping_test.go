@@ -1252,3 +1252,24 @@ func TestTeachTellsOnWhichAddressTheirPoolIs(t *testing.T) {
 		})
 	}
 }
+
+// A flow that is older than its mapping may have another outside endpoint. It makes
+// nobody the owner of that.
+func TestAnOlderFlowOwnsNothing(t *testing.T) {
+	m := newMapper(t, lab.Options{Inside: 2}, mapping)
+	one, two, peer := m.host(0, 3074), m.host(1, 3074), m.peer(lab.PeerA, 1)
+	m.maps(one, m.ext(3074), peer)
+	old, err := two.Contact(peer) // not answered: each packet of it meets the rules
+	check(t, err)
+	check(t, m.kept().Forget(m.Gateway.Addr))
+	check(t, m.kept().Return(m.Gateway.Addr))
+	ext := netip.AddrPortFrom(netip.MustParseAddr("198.51.100.77"), old.Port())
+	m.kept().Add([]rules.Mapping{mapped(two, ext)}, func(_ int, err error) { t.Error(err) })
+	if again, err := two.Contact(peer); again != old || err != nil {
+		t.Error(again, err)
+	}
+	m.holds(mapped(two, ext))
+	if list := m.listSet("set", "owned"); strings.Contains(list, m.Gateway.Addr.String()+" .") {
+		t.Error(list)
+	}
+}

@@ -32,7 +32,7 @@ type Mappings struct {
 
 // linkSets are the names of the sets of a link.
 type linkSets struct {
-	link, kept, moved, movedPorts, addresses, translated, several string
+	link, kept, moved, ports, addresses, translated, several string
 }
 
 // NewMappings returns the Mappings that Set was told of.
@@ -41,7 +41,7 @@ func (t *Tables) NewMappings(c *MappingConfig) *Mappings {
 	for _, link := range t.mapped.links {
 		id := identifier(link)
 		m.links[link] = &linkSets{
-			link: link, kept: keptMap + id, moved: movedMap + id, movedPorts: movedPortMap + id,
+			link: link, kept: keptMap + id, moved: movedMap + id, ports: portsMap + id,
 			addresses: addressesMap + id, translated: translatedSet + id, several: severalSet + id,
 		}
 	}
@@ -156,7 +156,7 @@ func (m *Mappings) setsOf(p *Mapping) *linkSets {
 	return &unknownLink
 }
 
-var unknownLink = linkSets{kept: "unknown", moved: "unknown", movedPorts: "unknown"}
+var unknownLink = linkSets{kept: "unknown", moved: "unknown", ports: "unknown"}
 
 // inside and outside make the key, and host and port the value.
 func (m *Mappings) inside(p *Mapping)    { putEndpoint(m.key[:], p.Int) }
@@ -179,7 +179,7 @@ func (m *Mappings) add(seq uint32, p *Mapping) {
 	e.put(unix.NFT_MSG_DELSETELEM, false, other, endpointLen, 0, 0)
 	e.put(unix.NFT_MSG_NEWSETELEM, true, stands, endpointLen, m.host(p.Ext.Addr), m.lifetime)
 	if !p.kept() {
-		e.refresh(l.movedPorts, m.port(p.Ext), m.lifetime)
+		e.refresh(l.ports, m.port(p.Ext), m.lifetime)
 	}
 	m.outside(p)
 	e.put(unix.NFT_MSG_NEWSETELEM, true, ownedSet, endpointLen, 0, m.lifetime+ownedLonger)
@@ -204,7 +204,7 @@ func (m *Mappings) renew(seq uint32, p *Mapping) {
 	e.put(unix.NFT_MSG_DELSETELEM, false, stands, endpointLen, 0, 0)
 	e.put(unix.NFT_MSG_NEWSETELEM, false, stands, endpointLen, m.host(p.Ext.Addr), m.lifetime)
 	if !p.kept() {
-		e.refresh(l.movedPorts, m.port(p.Ext), m.lifetime)
+		e.refresh(l.ports, m.port(p.Ext), m.lifetime)
 	}
 	m.outside(p)
 	e.refresh(ownedSet, 0, m.lifetime+ownedLonger)
@@ -240,7 +240,7 @@ func (m *Mappings) Release(ms []Mapping) error {
 			if p.kept() {
 				return ""
 			}
-			return m.setsOf(p).movedPorts
+			return m.setsOf(p).ports
 		}))
 }
 
@@ -390,7 +390,7 @@ func (m *Mappings) List(f func(p Mapping, left time.Duration)) error {
 
 func (m *Mappings) list(l *linkSets, f func(p Mapping, left time.Duration)) error {
 	ports := map[cone.Endpoint]uint16{}
-	err := dump(m.netns, m.table, l.movedPorts, func(key, value []byte, _ time.Duration) {
+	err := dump(m.netns, m.table, l.ports, func(key, value []byte, _ time.Duration) {
 		if len(key) == endpointLen && len(value) == portLen {
 			ports[endpoint(key)] = binary.BigEndian.Uint16(value)
 		}
@@ -422,11 +422,6 @@ func (m *Mappings) Forget(addr netip.Addr) error {
 	if addr.Is4() {
 		errs = append(errs, m.gone(addr, unix.NFT_MSG_NEWSETELEM))
 	}
-	errs = append(errs, m.List(func(p Mapping, _ time.Duration) {
-		if !addr.IsValid() || p.Ext.Addr.Netip() == addr {
-			ms = append(ms, p)
-		}
-	}), m.Revoke(ms))
 	for _, l := range m.links {
 		had := !addr.IsValid()
 		errs = append(errs, dump(m.netns, m.table, l.translated, func(key, _ []byte, _ time.Duration) {
@@ -437,6 +432,11 @@ func (m *Mappings) Forget(addr netip.Addr) error {
 			errs = append(errs, m.empty(l.translated, l.several, l.addresses))
 		}
 	}
+	errs = append(errs, m.List(func(p Mapping, _ time.Duration) {
+		if !addr.IsValid() || p.Ext.Addr.Netip() == addr {
+			ms = append(ms, p)
+		}
+	}), m.Revoke(ms))
 	return errors.Join(errs...)
 }
 
