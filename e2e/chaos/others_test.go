@@ -11,6 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
@@ -46,6 +48,7 @@ type others struct {
 	s    *stage.Scene
 	conn *conntrack.Conn
 	mark uint32
+	made int // tried to make
 }
 
 func newOthers(s *stage.Scene) *others {
@@ -53,30 +56,59 @@ func newOthers(s *stage.Scene) *others {
 	c, err := conntrack.Dial(&netlink.Config{NetNS: s.Gateway.FD()})
 	s.Must(err)
 	s.T.Cleanup(func() { c.Close() })
-	return &others{s, c, 47}
+	return &others{s: s, conn: c, mark: 47}
 }
 
-// fill makes as many as conntrack has room for. What is there is assured first: the
-// kernel makes room by dropping flows that are not.
+// udp returns the UDP flows that are there. The kernel sorts out all others.
+func (o *others) udp() (all []cone.Flow) {
+	o.s.T.Helper()
+	q, err := ctwatch.DialQueries(ctwatch.Config{NetNS: o.s.Gateway.FD()})
+	o.s.Must(err)
+	defer q.Close()
+	o.s.Must(q.Dump(func(f *cone.Flow) { all = append(all, *f) }))
+	return all
+}
+
+// most makes others until conntrack has room for a few thousand more. That takes its
+// time; fill does the rest at once.
+func (o *others) most() {
+	o.s.T.Helper()
+	const room = 4096
+	o.add(func() bool { return sysctl(o.s, "nf_conntrack_count") > sysctl(o.s, "nf_conntrack_max")-room })
+}
+
+// fill makes as many as conntrack has room for. UDP flows are assured first: the
+// kernel makes room by dropping those that are not.
 func (o *others) fill() {
 	o.s.T.Helper()
-	there, err := o.conn.Dump(nil)
-	o.s.Must(err)
-	for _, f := range there {
-		if !f.Status.Assured() {
-			o.s.Must(o.conn.Update(conntrack.Flow{TupleOrig: f.TupleOrig, Status: f.Status | conntrack.StatusAssured}))
+	for _, f := range o.udp() {
+		if !f.Status.Has(cone.StatusAssured) {
+			o.s.Must(o.conn.Update(conntrack.Flow{
+				TupleOrig: conntrack.Tuple{
+					IP:    conntrack.IPTuple{SourceAddress: f.Src.Addr.Netip(), DestinationAddress: f.Dst.Addr.Netip()},
+					Proto: conntrack.ProtoTuple{Protocol: unix.IPPROTO_UDP, SourcePort: f.Src.Port, DestinationPort: f.Dst.Port},
+				},
+				Status: conntrack.StatusConfirmed | conntrack.StatusAssured | conntrack.Status(f.Status),
+			}))
 		}
 	}
+	o.add(func() bool { return false })
+}
+
+// add makes others until conntrack has no room, or there are enough.
+func (o *others) add(enough func() bool) {
+	o.s.T.Helper()
 	c, err := nfnl.Dial(o.s.Gateway.FD())
 	o.s.Must(err)
 	defer c.Close()
 	var e nfnl.Encoder
 	const atOnce = 512
-	for i, full := 0, false; !full; i += atOnce {
+	for full := false; !full && !enough(); o.made += atOnce {
 		e.Reset()
 		seq := c.NextSeq(atOnce)
 		for n := range atOnce {
-			from := netip.AddrPortFrom(stage.Peer((i+n)>>16), uint16(i+n))
+			i := o.made + n
+			from := netip.AddrPortFrom(stage.Peer(i>>16), uint16(i))
 			o.entry(&e, seq+uint32(n), from, netip.AddrPortFrom(lab.PeerA, 443))
 		}
 		o.s.Must(c.Exchange(&e, func(_ uint32, err error) {

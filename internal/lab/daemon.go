@@ -14,8 +14,9 @@ import (
 	"time"
 )
 
-// startTimeout is how long a daemon may take until it is ready.
-const startTimeout = 30 * time.Second
+// startTimeout is how long a daemon may take until it is ready. A busy machine lets it
+// wait for the kernel, which waits for all CPUs at each change of nftables.
+const startTimeout = 90 * time.Second
 
 // Daemon is a conenatd that runs in the gateway, as a process of its own.
 type Daemon struct {
