@@ -131,6 +131,29 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 	return changed, err
 }
 
+// sure takes those flows out whose source may be spoofed. It asks after the flows were
+// read: the kernel remembers such a flow before it is in the table of flows.
+func (f *firewall) sure(flows []cone.Flow) ([]cone.Flow, error) {
+	if f.tables == nil || !f.withMap {
+		return flows, nil
+	}
+	unsure := map[rules.Direction]struct{}{}
+	if err := f.tables.Unsure(func(d rules.Direction) { unsure[d] = struct{}{} }); err != nil {
+		return nil, err
+	}
+	var alive []rules.Direction
+	flows = slices.DeleteFunc(flows, func(x cone.Flow) bool {
+		d := rules.Direction{Src: x.Src, Dst: x.Dst}
+		_, is := unsure[d]
+		if is {
+			alive = append(alive, d)
+		}
+		return is
+	})
+	f.tables.RenewUnsure(alive)
+	return flows, nil
+}
+
 // learns reports whether the kernel adds permissions by itself.
 func (f *firewall) learns(cfg config.Config) bool {
 	return f.withMap && cfg.Learn && !f.tables.Lacks(rules.FeatureLearn)

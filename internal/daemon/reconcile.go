@@ -218,7 +218,11 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	}
 	d.do(d.model.BeginSnapshot)
 	piece := make([]cone.Flow, 0, flowsAtOnce)
+	var failed error
 	hand := func() {
+		var err error
+		piece, err = d.firewall.sure(piece)
+		failed = errors.Join(failed, err)
 		d.do(func() {
 			now := d.now()
 			for i := range piece {
@@ -236,7 +240,7 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 		}
 	})
 	hand()
-	if err != nil {
+	if err = errors.Join(err, failed); err != nil {
 		d.do(d.model.AbortSnapshot)
 		return err
 	}

@@ -8,8 +8,8 @@
 //     makes an entry of them. Such an entry would keep the peer from the inside
 //     host for as long as it sends.
 //   - spoofed drops UDP packets from outside links with the source of a host that is
-//     inside and no way back by that link, before conntrack confirms an entry: they
-//     would earn that host a permission.
+//     inside and no way back by that link, before conntrack sees them: they would earn
+//     that host a permission, or keep one alive.
 //   - children bounds the flows that one expectation can have at a time.
 //   - port_zero drops UDP packets with port 0 before conntrack sees them, for
 //     only anchors have that port, and a packet must never match one.
@@ -21,6 +21,9 @@
 //   - marks is a map with the same keys to the connmarks that children inherit.
 //   - admit translates what the map knows, after every NAT chain of the user's. Like
 //     any NAT chain it sees the first packet of a flow only.
+//   - way_back remembers the flows of inside hosts that begin by another link than the
+//     way back to them, for their source may be spoofed: nothing is learned from them.
+//   - keep_source keeps the peer's address for what admit let in.
 //   - learn adds to the map what the first packet of a flow gives, while that
 //     packet is still inside, but not what is in the set denied.
 //

@@ -27,6 +27,7 @@ const (
 	guardCounter    = "guard_drops"
 	childCounter    = "child_drops"
 	spoofedCounter  = "spoofed_drops"
+	unsureCounter   = "unsure"
 	zeroCounter     = "port_zero_drops"
 	admittedCounter = "admitted"
 	expectedCounter = "expected"
@@ -60,8 +61,6 @@ const (
 	childPriority = -10
 	// Before conntrack.
 	rawPriority = -300
-	// After the user's chains at mangle: the way back may depend on their marks.
-	spoofedPriority = -149
 	// After every chain of the user's: all NAT chains run inside one hook of the
 	// kernel, and their priority only orders them. So the user's own forwards win.
 	admitPriority = math.MaxInt32 - 1
@@ -128,10 +127,13 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 		ip := newLayout(name, nftables.TableFamilyIPv4, d.OutsideLinks)
 		if d.Map != nil {
 			ip.permissions(d.Map)
+			if !d.noFib {
+				ip.unsure(d, d.Map.Subnets)
+			}
 			kinds := ip.kinds(d.Map)
 			ip.admit(kinds)
 			ip.keepSource()
-			ip.learn(d.Map, kinds)
+			ip.learn(d, kinds)
 		}
 		if d.Mapping != nil {
 			ip.mapping(d.Mapping)
@@ -177,10 +179,11 @@ func (l *layout) outside(name piece, is bool) piece {
 // spoofed drops what comes from outside with the source of a host that is inside: it
 // would earn that host a permission, or keep one alive. A host that is reached by an
 // outside link is not spoofed, nor is one that comes through IPsec, and what is for the
-// gateway is the user's to judge.
+// gateway is the user's to judge. Where the way back depends on marks nobody can tell
+// here: then the caller leaves Desired.Inside empty, and unsure does what is needed.
 func (l *layout) spoofed(d Desired) {
 	l.counters = append(l.counters, spoofedCounter)
-	c := l.filter("spoofed", nftables.ChainHookPrerouting, spoofedPriority)
+	c := l.filter("spoofed", nftables.ChainHookPrerouting, rawPriority)
 	if len(d.Inside) > fewPrefixes {
 		l.rule(c, "", join(l.outside(iifname, false), accept))
 	}
@@ -329,7 +332,7 @@ func (l *layout) admit(kinds []kind) {
 	admit := l.chain("admit", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, admitPriority)
 	l.rule(admit, "permissions are of the default zone", join(isUDP, l.outside(iifname, true), ctZone, is(ne16(0)), goTo(admitted)))
 	l.rule(admitted, "the gateway itself serves it", join(hasSocket, accept))
-	flows := l.set(admittedSet, nftables.TypeIPAddr, nftables.TypeInetService, nftables.TypeIPAddr, nftables.TypeInetService)
+	flows := l.set(admittedSet, flowKey...)
 	flows.HasTimeout, flows.Dynamic, flows.free = true, true, true
 	flows.Timeout, flows.Size = admittedTimeout, admittedSize
 	for _, k := range kinds {
@@ -351,7 +354,8 @@ func (l *layout) keepSource() {
 		packetSource, piece{&expr.NAT{Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: reg}}))
 }
 
-func (l *layout) learn(c *MapConfig, kinds []kind) {
+func (l *layout) learn(d Desired, kinds []kind) {
+	c := d.Map
 	if !c.Learn {
 		return
 	}
@@ -360,8 +364,13 @@ func (l *layout) learn(c *MapConfig, kinds []kind) {
 	l.rule(learn, "a source may be spoofed", join(l.outside(iifname, true), accept))
 	l.rule(learn, "", join(notUDP, accept))
 	l.counters = append(l.counters, learnedCounter, limitedCounter)
-	subnets := l.set(subnetsSet, nftables.TypeIPAddr)
-	subnets.Interval, subnets.elements = true, intervals(c.Subnets)
+	var subnets *set
+	if i := slices.IndexFunc(l.sets, func(s *set) bool { return s.Name == subnetsSet }); i >= 0 {
+		subnets = l.sets[i]
+	} else {
+		subnets = l.set(subnetsSet, nftables.TypeIPAddr)
+		subnets.Interval, subnets.elements = true, intervals(c.Subnets)
+	}
 	peerPorts, ports := l.set(excludedPeerSet, nftables.TypeInetService), l.set(excludedPortsSet, nftables.TypeInetService)
 	peerPorts.elements, ports.elements = portElements(c.ExcludePeerPorts), portElements(c.ExcludePorts)
 	learners := l.set(learnersSet, nftables.TypeIPAddr)
@@ -373,6 +382,9 @@ func (l *layout) learn(c *MapConfig, kinds []kind) {
 	l.rule(learn, "", join(ctStatus, masked(ctSrcNAT), is(ne32(0)), accept))
 	l.rule(learn, "permissions are of the default zone", join(ctZone, isNot(ne16(0)), accept))
 	l.rule(learn, "", join(ctOriginalSource, notIn(subnets), accept))
+	if !d.noFib {
+		l.rule(learn, "a source may be spoofed", join(isUnsure, accept))
+	}
 	l.rule(learn, "", join(ctReplySource, in(l.noPeers), accept))
 	l.rule(learn, "", join(isUDP, ctReplySourcePort, in(peerPorts), accept))
 	l.rule(learn, "", join(isUDP, ctReplyDestinationPort, in(ports), accept))

@@ -796,3 +796,43 @@ func TestChildrenKeepTheirSource(t *testing.T) {
 		}
 	}
 }
+
+// A source is believed where the way back is the link that a packet came by. What else
+// has the source of an inside host passes, and earns nothing, nor does it make an event;
+// what comes by the right link earns a permission all the same.
+//
+// Fails without the chain way_back.
+func TestSourceByAnotherLinkTeachesNothing(t *testing.T) {
+	g := newGate(t, lab.Options{Guest: true}, learning)
+	for _, name := range []string{"all", "guest0"} {
+		check(t, g.Gateway.SetSysctl("net.ipv4.conf."+name+".rp_filter", "0"))
+	}
+	_, err := g.Guest.Output("ip", "addr", "add", "10.47.11.109/32", "dev", "lo")
+	check(t, err)
+	spoofer := listen(t, g.Guest, g.Inside(0).Addr, 5060)
+	for range 3 {
+		check(t, spoofer.Send(netip.AddrPortFrom(lab.PeerA, 5060), "spoofed"))
+	}
+	eventually(t, func() bool { return len(entries(t, g.Lab, "-p", "udp", "--dport", "5060")) == 1 })
+	var unsure []rules.Direction
+	check(t, g.tables.Unsure(func(d rules.Direction) { unsure = append(unsure, d) }))
+	want := rules.Direction{
+		Src: cone.EndpointFrom(netip.AddrPortFrom(g.Inside(0).Addr, 5060)), Dst: cone.EndpointFrom(netip.AddrPortFrom(lab.PeerA, 5060)),
+	}
+	if !slices.Equal(unsure, []rules.Direction{want}) {
+		t.Errorf("unsure of %v", unsure)
+	}
+	g.tables.RenewUnsure(append(unsure, rules.Direction{Src: want.Dst, Dst: want.Src}))
+	check(t, g.tables.Unsure(func(d rules.Direction) { unsure = append(unsure, d) }))
+	if len(unsure) != 2 {
+		t.Errorf("unsure of %v", unsure)
+	}
+	p := g.contact(g.inside(5061), g.peer(lab.PeerC, 5061))
+	g.holds(p)
+	if c := count(t, g.tables); c.Unsure != 1 || c.Learned != 1 {
+		t.Errorf("%+v", c)
+	}
+	check(t, g.Flush()) // that flow has ended
+	q := g.contact(g.inside(5060), g.peer(lab.PeerA, 5060))
+	g.holds(p, q)
+}

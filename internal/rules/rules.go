@@ -29,7 +29,7 @@ type Desired struct {
 	Guard bool
 	// Inside are the prefixes of inside hosts. UDP packets from outside that are not
 	// for the gateway, and have the source of one that is not reached by an outside
-	// link, are dropped.
+	// link, are dropped. It must be empty where the way back depends on marks.
 	Inside []netip.Prefix
 	// Expectations says that there are permissions that stand as expectations.
 	// UDP packets with port 0 are dropped then: only anchors have that port.
@@ -44,6 +44,7 @@ type Desired struct {
 	Mapping *MappingConfig
 
 	noIPsec bool // the kernel has none
+	noFib   bool // nor a look-up of routes
 }
 
 // A MappingConfig says how UDP flows over IPv4 get their outside endpoints
@@ -139,6 +140,9 @@ var ErrOtherMapping = errors.New("another mapping stands")
 // Counters count packets since the tables were made.
 type Counters struct {
 	GuardDrops, SpoofedDrops, ChildDrops, PortZeroDrops uint64
+	// Unsure are the flows that began by a link that is not the way back to their
+	// source. Nothing is learned from them.
+	Unsure uint64
 	// Admitted are the first packets of flows that the map admitted. The user's
 	// firewall may have dropped them afterwards.
 	Admitted uint64

@@ -45,6 +45,15 @@ func (*Tables) NewMappings(*MappingConfig) *Mappings { return nil }
 // Counters returns an *UnsupportedError.
 func (*Tables) Counters() (Counters, error) { return Counters{}, errNoBuild }
 
+// A Direction is the source and the destination of a flow as it began.
+type Direction struct{ Src, Dst cone.Endpoint }
+
+// Unsure does nothing.
+func (*Tables) Unsure(func(Direction)) error { return nil }
+
+// RenewUnsure does nothing.
+func (*Tables) RenewUnsure([]Direction) {}
+
 // Remove returns an *UnsupportedError.
 func (*Tables) Remove() error { return errNoBuild }
 

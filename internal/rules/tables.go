@@ -98,7 +98,7 @@ func (t *Tables) possible(d Desired) Desired {
 	d.noIPsec = t.noSecPath
 	d.Guard = d.Guard && !t.Lacks(FeatureGuard)
 	if t.Lacks(FeatureSpoofed) {
-		d.Inside = nil
+		d.Inside, d.noFib = nil, true
 	}
 	if t.Lacks(FeatureMaxChildren) {
 		d.MaxChildren = 0
@@ -287,8 +287,8 @@ func (t *Tables) Counters() (Counters, error) {
 	}
 	return Counters{
 		GuardDrops: n[guardCounter], SpoofedDrops: n[spoofedCounter], ChildDrops: n[childCounter], PortZeroDrops: n[zeroCounter],
-		Admitted: n[admittedCounter], Expected: n[expectedCounter],
-		Learned:  n[learnedCounter], LearnLimited: n[limitedCounter],
+		Unsure: n[unsureCounter], Admitted: n[admittedCounter], Expected: n[expectedCounter],
+		Learned: n[learnedCounter], LearnLimited: n[limitedCounter],
 		Moved: n[movedCounter], PoolUsedUp: n[usedUpCounter], LeftToRules: n[leftCounter], Hairpinned: n[hairpinCounter],
 	}, nil
 }

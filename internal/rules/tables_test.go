@@ -27,6 +27,31 @@ const contentsIP = `
 	counter learned {
 	}
 
+	counter unsure {
+	}
+
+	set unsure {
+		type ipv4_addr . inet_service . ipv4_addr . inet_service
+		size 262144
+		flags dynamic,timeout
+		timeout 2h
+	}
+
+	chain no_way_back {
+		add @unsure { ip saddr . udp sport . ip daddr . udp dport } ct event set destroy counter name "unsure" accept comment "nothing is learned from it"
+		counter name "unsure" drop comment "too many to remember"
+	}
+
+	chain way_back {
+		type nat hook prerouting priority -199; policy accept;
+		meta l4proto udp ip saddr @subnets goto from_inside
+	}
+
+	chain from_inside {
+		meta ipsec missing fib saddr . mark . iif oif missing fib daddr type != local goto no_way_back comment "the way back is not the link that it came by"
+		delete @unsure { ip saddr . udp sport . ip daddr . udp dport } comment "an earlier flow may have been spoofed"
+	}
+
 	counter learn_limited {
 	}
 
@@ -127,6 +152,7 @@ const contentsIP = `
 		ct status ! snat accept
 		ct zone != 0 accept comment "permissions are of the default zone"
 		ct original ip saddr != @subnets accept
+		meta l4proto udp ct original ip saddr . ct original proto-src . ct original ip daddr . ct original proto-dst @unsure update @unsure { ct original ip saddr . ct original proto-src . ct original ip daddr . ct original proto-dst } accept comment "a source may be spoofed"
 		ct reply ip saddr @no_peers accept
 		meta l4proto udp ct reply proto-src @excluded_peer_ports accept
 		meta l4proto udp ct reply proto-dst @excluded_ports accept
@@ -180,7 +206,7 @@ const contentsInet = `
 	}
 
 	chain spoofed {
-		type filter hook prerouting priority mangle + 1; policy accept;
+		type filter hook prerouting priority raw; policy accept;
 		@nh,96,24 0xa2f0b meta nfproto ipv4 iifname @outside meta l4proto udp meta ipsec missing fib saddr . mark . iif oif missing fib saddr . mark oifname != "ppp0" fib saddr . mark oifname != "wan0" fib daddr type != local counter name "spoofed_drops" drop comment "the way back is not outside"
 		@nh,64,64 0x20010db800470000 meta nfproto ipv6 iifname @outside meta l4proto udp meta ipsec missing fib saddr . mark . iif oif missing fib saddr . mark oifname != "ppp0" fib saddr . mark oifname != "wan0" fib daddr type != local counter name "spoofed_drops" drop comment "the way back is not outside"
 	}
