@@ -9,12 +9,18 @@ import (
 // SetTopology tells the model the gateway's links and addresses. Permissions on
 // an address that the gateway had and has no more end at once. For a lifetime flows
 // with that address give none either: their events may still be on the way.
-func (m *Model) SetTopology(now time.Duration, t Topology) {
+//
+// It reports whether a flow that gave no permission, for what was known of links and
+// addresses, may give one now: only a snapshot shows which.
+func (m *Model) SetTopology(now time.Duration, t Topology) (misjudged bool) {
 	old := m.topo
 	m.topo = compileTopology(t)
+	misjudged = m.unplaced && !old.peers.equal(m.topo.peers)
 	for a, until := range old.lost {
 		if _, back := m.topo.local[a]; !back && now < until {
 			m.topo.lost[a] = until
+		} else if back && m.unplaced {
+			misjudged = true
 		}
 	}
 	gone := false
@@ -25,13 +31,14 @@ func (m *Model) SetTopology(now time.Duration, t Topology) {
 		}
 	}
 	if !gone {
-		return
+		return misjudged
 	}
 	m.endWhere(now, ReasonAddressGone, func(c *claim) bool {
 		_, had := old.local[c.Ext.Addr]
 		_, has := m.topo.local[c.Ext.Addr]
 		return had && !has && !c.Routed()
 	})
+	return misjudged
 }
 
 // lost reports whether p is on an address that the gateway lost a while ago.
@@ -44,8 +51,27 @@ func (m *Model) lost(now time.Duration, p *Permission) bool {
 // those that flows show. f may be nil. Permissions on such endpoints have no
 // expectation any more.
 func (m *Model) SetForwards(now time.Duration, f func(Endpoint) bool) {
-	m.ruled = f
-	m.reconsiderAll(now)
+	m.BeginForwards(f)
+	for at := 0; at >= 0; {
+		at = m.ReviewForwards(now, at, len(m.claims))
+	}
+}
+
+// BeginForwards is SetForwards for what is decided from now on. What stands already
+// is for ReviewForwards.
+func (m *Model) BeginForwards(f func(Endpoint) bool) { m.ruled = f }
+
+// ReviewForwards places the next n claims from at on anew, for what is forwarded now,
+// and returns where to go on, or -1 at the end. It begins with 0.
+func (m *Model) ReviewForwards(now time.Duration, at, n int) int {
+	end := min(at+n, len(m.claims))
+	for i := at; i < end; i++ {
+		m.reconsider(now, int32(i))
+	}
+	if end >= len(m.claims) {
+		return -1
+	}
+	return end
 }
 
 // SetPolicy changes the policy. Permissions that it still allows are not

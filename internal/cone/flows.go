@@ -171,6 +171,7 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 		}
 	}
 	if r != ReasonNone {
+		m.unplaced = m.unplaced || r == ReasonAddressGone || r == ReasonPeerInside && !m.topo.outside(f.ReplySrc.Addr.Netip())
 		m.skip(f, r)
 		return
 	}

@@ -84,6 +84,7 @@ type Model struct {
 	ruled     func(Endpoint) bool // outside endpoints that rules forward; may be nil
 	wheel     wheel
 	snap      snapshot
+	unplaced  bool // the last snapshot, or a flow since, showed one that gave nothing for the topology
 	last      lastMappings
 	skips     skips
 	revoked   map[Key]struct{} // what an earlier model knew as revoked, until the first snapshot is whole

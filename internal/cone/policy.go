@@ -65,21 +65,6 @@ const (
 	AddressAndPortDependent
 )
 
-// A Topology is what the model must know of the gateway's links.
-type Topology struct {
-	// Local are the gateway's own addresses.
-	Local []netip.Addr
-	// Routes decide by longest match whether a peer is outside; default
-	// routes are among them. A peer without a route is not outside.
-	Routes []Route
-}
-
-// A Route says whether a prefix lies behind an outside link.
-type Route struct {
-	Prefix  netip.Prefix
-	Outside bool
-}
-
 // portSet is a set of ports that costs one load to ask.
 type portSet [1 << 16 / 64]uint64
 
@@ -97,7 +82,8 @@ func (s *portSet) has(p uint16) bool { return s[p/64]&(1<<(p%64)) != 0 }
 type policy struct {
 	Policy
 	peerPorts, ports *portSet
-	wild             bool // there may be permissions for more than one peer
+	excluded         *spans // peers
+	wild             bool   // there may be permissions for more than one peer
 }
 
 func compilePolicy(p Policy) policy {
@@ -105,6 +91,7 @@ func compilePolicy(p Policy) policy {
 		Policy:    p,
 		peerPorts: newPortSet(p.ExcludePeerPorts),
 		ports:     newPortSet(p.ExcludePorts),
+		excluded:  spansOf(p.ExcludePeers),
 		wild: len(p.PeerGroups) > 0 || slices.ContainsFunc(p.Subnets, func(s Subnet) bool {
 			return s.Filtering == EndpointIndependent
 		}),
@@ -199,10 +186,8 @@ func (p *policy) refusesEndpoint(ext, peer Endpoint, t *topology) Reason {
 	case !t.outside(a):
 		return ReasonPeerInside
 	}
-	for _, x := range p.ExcludePeers {
-		if x.Contains(a) {
-			return ReasonExcludedPeer
-		}
+	if p.excluded.has(a) {
+		return ReasonExcludedPeer
 	}
 	if _, _, inside := p.subnet(a); inside {
 		return ReasonPeerInside
@@ -223,37 +208,4 @@ func unicast(a netip.Addr) bool {
 		return !thisNetwork.Contains(a) && !class4E.Contains(a)
 	}
 	return true
-}
-
-// topology is a Topology made quick to ask.
-type topology struct {
-	local  map[Addr]struct{}
-	lost   map[Addr]time.Duration // until when flows with it give nothing
-	routes []Route
-}
-
-func compileTopology(t Topology) topology {
-	c := topology{
-		local:  make(map[Addr]struct{}, len(t.Local)),
-		lost:   make(map[Addr]time.Duration),
-		routes: t.Routes,
-	}
-	for _, a := range t.Local {
-		c.local[AddrFrom(a)] = struct{}{}
-	}
-	return c
-}
-
-// outside reports whether a lies behind an outside link.
-func (t *topology) outside(a netip.Addr) bool {
-	outside, bits := false, -1
-	for _, r := range t.routes {
-		if r.Prefix.Bits() < bits || !r.Prefix.Contains(a) {
-			continue
-		}
-		// One prefix in two tables, once inside and once outside: inside wins.
-		outside = r.Outside && (r.Prefix.Bits() > bits || outside)
-		bits = r.Prefix.Bits()
-	}
-	return outside
 }

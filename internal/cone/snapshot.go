@@ -15,6 +15,8 @@ type snapshot struct {
 	showing bool                // the model looks at one of its flows right now
 	ended   map[uint32]struct{} // flows that ended while it runs
 	inbound []Flow              // looked at last: children find their permission then
+
+	unplaced bool // what the model had before
 }
 
 func (s *snapshot) gone(id uint32) {
@@ -34,8 +36,10 @@ func (s *snapshot) over(id uint32) bool {
 func (m *Model) BeginSnapshot() {
 	m.snap = snapshot{
 		gen: m.snap.gen + 1, whole: m.snap.whole, running: true,
-		ended: make(map[uint32]struct{}),
+		ended:    make(map[uint32]struct{}),
+		unplaced: m.unplaced || m.snap.unplaced,
 	}
+	m.unplaced = false
 }
 
 // SnapshotFlow takes in one flow of the dump.
@@ -66,7 +70,7 @@ func (m *Model) EndSnapshot(now time.Duration) {
 	if !m.snap.running {
 		return
 	}
-	m.snap.whole = true
+	m.snap.whole, m.snap.unplaced = true, false
 	for i := range m.snap.inbound {
 		if f := &m.snap.inbound[i]; !m.snap.over(f.ID) {
 			m.show(now, f)
@@ -96,5 +100,6 @@ func (m *Model) EndSnapshot(now time.Duration) {
 // AbortSnapshot tells that the dump failed: what it showed counts, what it did
 // not show proves nothing.
 func (m *Model) AbortSnapshot() {
+	m.unplaced = m.unplaced || m.snap.unplaced
 	m.snap = snapshot{gen: m.snap.gen, whole: m.snap.whole}
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/rules"
 )
 
 // Config is what New needs beyond the user's configuration.
@@ -54,7 +55,9 @@ type Daemon struct {
 	held      *gateway.PortSet // sockets at the last look
 	looked    time.Duration    // when that was
 	settled   bool             // they were the same as at the look before
-	forwarded func(cone.Endpoint) bool
+	forwarded *rules.Covered   // what the user's rules forward, as the model knows it
+	budget    budget           // for what neighbours change
+	changed   changes          // by neighbours, and still to be looked at
 
 	// The loop's own.
 	backends          *backends
@@ -62,9 +65,11 @@ type Daemon struct {
 	denied            []cone.Key // what was revoked when an earlier daemon ran
 	model             *cone.Model
 	network           gateway.Network
-	ruleWarnings      []string // about the user's forwards
-	portWarnings      []string // about port_pool
+	topology          cone.Topology // of network
+	ruleWarnings      []string      // about the user's forwards
+	portWarnings      []string      // about port_pool
 	decisions         map[netip.Prefix]decision
+	late              time.Duration    // how long changes of neighbours have to wait
 	tables            control.Tables   // as last read
 	served            *gateway.PortSet // at the last two looks; before the second, at the first
 	sure              bool             // there were two
@@ -152,12 +157,8 @@ func New(cfg Config) (d *Daemon, err error) {
 		return d, err
 	}
 	// Known before the first grant.
-	forwarded, warnings, err := d.firewall.forwards(d.network)
-	if err != nil {
-		return d, err
-	}
-	d.forwarded = forwarded
-	d.firewall.ports, d.portWarnings, err = d.firewall.choosePorts(d.cfg.Config, d.network, d.served, false, forwarded)
+	d.forwarded, d.ruleWarnings = d.firewall.forwards(d.network)
+	d.firewall.ports, d.portWarnings, err = d.firewall.choosePorts(d.cfg.Config, d.network, d.served, false, d.forwarded.Covers)
 	if err != nil {
 		return d, err
 	}
@@ -168,10 +169,10 @@ func New(cfg Config) (d *Daemon, err error) {
 		return d, err
 	}
 	d.model = cone.New(d.policy(d.cfg.Config))
-	d.model.SetTopology(0, d.network.Topology())
+	d.topology = d.network.Topology().Compile()
+	d.model.SetTopology(0, d.topology)
 	d.model.SetWay(d.network.Way())
-	d.ruleWarnings = warnings
-	d.model.SetForwards(0, forwarded)
+	d.model.SetForwards(0, d.forwarded.Covers)
 	d.model.Revoked(d.denied)
 	for _, a := range adopted {
 		now := d.now()
@@ -410,6 +411,10 @@ func (d *Daemon) warnings() (out warnings) {
 		if w := d.decisions[s.Prefix].warning; w != "" {
 			out.add("carriers "+s.Prefix.String(), "%s", w)
 		}
+	}
+	if d.late >= isLate {
+		out.add("late", "rules, links or routes change so often that a change may take effect %v late: "+
+			"to read them takes no more than 1/%d of a CPU", d.late.Round(time.Second), neighboursShare)
 	}
 	if d.missing != "" {
 		out.add("missing", "%s", d.missing)

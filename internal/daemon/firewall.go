@@ -37,6 +37,11 @@ type firewall struct {
 	mapped, related            witness          // what the user's firewall does with the children of either
 	pool                       config.PortRange // that usedUp is of
 
+	// What the user's rules forward, as read last.
+	reader          *rules.ForwardReader // nil before the first time
+	forwarded       *rules.Covered
+	forwardWarnings []string
+
 	repaired uint64   // how often others' changes of the tables were undone
 	warnings []string // that stay as long as the daemon runs
 }
@@ -190,40 +195,45 @@ func (f *firewall) left(cfg config.Config) (all []expect.Adopted, err error) {
 }
 
 // forwards returns the test for outside endpoints that rules of the user's
-// forward, and what he should know about these rules.
-func (f *firewall) forwards(network gateway.Network) (covers func(cone.Endpoint) bool, warnings []string, err error) {
+// forward, and what he should know about these rules. The test is another one only
+// where it has other answers. What cannot be read is as it was when it was read last.
+func (f *firewall) forwards(network gateway.Network) (covered *rules.Covered, warnings []string) {
 	if f.tables == nil {
-		return nil, nil, nil
+		return nil, nil
 	}
 	outside := outsideLinks(network)
 	if len(outside) == 0 {
-		return nil, nil, nil
+		return nil, nil
 	}
-	all, err := rules.Forwards(0, outside)
-	if err != nil {
-		return nil, nil, fmt.Errorf("read port forwards: %w", err)
+	if f.reader == nil {
+		f.reader = f.tables.NewForwardReader()
 	}
+	all, same, err := f.reader.Read(outside)
+	switch {
+	case err != nil:
+		return f.forwarded, append(slices.Clone(f.forwardWarnings), fmt.Sprintf("port forwards cannot be read, "+
+			"those that were known before hold: %v", err))
+	case same && f.forwarded != nil:
+		return f.forwarded, f.forwardWarnings
+	}
+	f.forwardWarnings = nil
 	var sure []rules.Forward
 	for _, r := range all {
 		switch {
 		case r.Unknown:
-			warnings = append(warnings, fmt.Sprintf(
+			f.forwardWarnings = append(f.forwardWarnings, fmt.Sprintf(
 				"a forward that is not understood is known from its first flow on only: %s", r.Text))
 			continue
 		case r.All:
-			warnings = append(warnings, fmt.Sprintf(
+			f.forwardWarnings = append(f.forwardWarnings, fmt.Sprintf(
 				"a rule forwards all ports, so that no peer gets to an inside host by a permission on its addresses: %s", r.Text))
 		}
 		sure = append(sure, r)
 	}
-	return func(e cone.Endpoint) bool {
-		for _, r := range sure {
-			if r.Covers(e) {
-				return true
-			}
-		}
-		return false
-	}, warnings, nil
+	if c := rules.Cover(sure); !c.Equal(f.forwarded) {
+		f.forwarded = c
+	}
+	return f.forwarded, f.forwardWarnings
 }
 
 func outsideLinks(network gateway.Network) (links []rules.Link) {
@@ -291,5 +301,9 @@ func (f *firewall) close() error {
 	if f.tables == nil {
 		return nil
 	}
-	return f.tables.Close()
+	var err error
+	if f.reader != nil {
+		err = f.reader.Close()
+	}
+	return errors.Join(err, f.tables.Close())
 }

@@ -116,11 +116,8 @@ func (d *Daemon) open(cfg config.Config) (o opened, err error) {
 func (d *Daemon) change(cfg config.Config) error {
 	var o opened
 	var m *rules.Map
-	forwarded, _, err := d.firewall.forwards(d.network)
-	if err != nil {
-		return err
-	}
-	ports, warnings, err := d.firewall.choosePorts(cfg, d.network, d.served, d.sure, forwarded)
+	forwarded, _ := d.firewall.forwards(d.network)
+	ports, warnings, err := d.firewall.choosePorts(cfg, d.network, d.served, d.sure, forwarded.Covers)
 	if err != nil {
 		return err
 	}

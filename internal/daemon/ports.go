@@ -191,7 +191,7 @@ func (d *Daemon) reviewSockets() {
 
 // serve keeps mappings off the ports that the gateway serves now.
 func (d *Daemon) serve(cfg config.Config, network gateway.Network, stays *gateway.PortSet) (warnings []string, err error) {
-	ports, warnings, err := d.firewall.choosePorts(cfg, network, stays, true, d.forwarded)
+	ports, warnings, err := d.firewall.choosePorts(cfg, network, stays, true, d.forwarded.Covers)
 	if err != nil {
 		return warnings, err
 	}

@@ -85,16 +85,10 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 					d.failures.note("look at sockets", 1, err)
 				}
 			case <-look.C:
-				if err := d.lookAtRules(); ctx.Err() == nil {
-					d.failures.note("look at nftables", 1, err)
-				}
+				d.lookAround(ctx, q)
 			case <-d.moved:
-				// A flow that began meanwhile may have been misjudged.
-				changed, err := d.readGateway()
-				if ctx.Err() == nil {
-					d.failures.note("read links", 1, err)
-				}
-				again = changed && soon == nil
+				d.changed.links = true
+				d.lookAround(ctx, q)
 			}
 		}
 	}
@@ -142,6 +136,7 @@ func (d *Daemon) watchLinks(ctx context.Context) error {
 
 func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 	var errs []error
+	d.changed = changes{}
 	if _, err := d.readGateway(); err != nil {
 		errs = append(errs, err)
 	}
@@ -158,10 +153,10 @@ func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 	return errors.Join(errs...)
 }
 
-// readGateway brings the model up to date about links, addresses and the
-// gateway's own sockets. It returns whether what the model knows of links and
-// addresses changed.
-func (d *Daemon) readGateway() (changed bool, err error) {
+// readGateway brings the model up to date about links, addresses, the user's
+// forwards and the gateway's own sockets. It returns whether flows may have been
+// misjudged for what it did not know before.
+func (d *Daemon) readGateway() (misjudged bool, err error) {
 	var cfg config.Config
 	if !d.do(func() { cfg = d.cfg.Config }) {
 		return false, errEnded
@@ -171,36 +166,56 @@ func (d *Daemon) readGateway() (changed bool, err error) {
 	if unknown := new(gateway.UnknownLinkError); err != nil && !errors.As(err, &unknown) {
 		return false, err
 	}
+	d.links.Know(network, cfg.Outside)
 	_, failed := d.mendRules(cfg, network)
 	notes, err := d.firewall.forgetAddresses(cfg, network)
 	for _, n := range notes {
 		d.log.Info(n)
 	}
 	failed = errors.Join(failed, err)
-	forwarded, warnings, err := d.firewall.forwards(network)
-	if err == nil {
-		d.forwarded = forwarded
-	}
-	failed = errors.Join(failed, err, d.lookAtSockets(cfg, network))
+	d.readForwards(network)
+	failed = errors.Join(failed, d.lookAtSockets(cfg, network))
 	tables := d.firewall.read(cfg)
 	failed = errors.Join(failed, d.redecide(cfg, network, tables))
-	topology := network.Topology()
+	topology := network.Topology().Compile()
 	d.do(func() {
 		d.tables = tables
-		if err == nil {
-			d.ruleWarnings = warnings
-			d.model.SetForwards(d.now(), forwarded)
-		}
-		old := d.network.Topology()
-		changed = !slices.Equal(old.Routes, topology.Routes) || !slices.Equal(old.Local, topology.Local)
-		d.network = network
+		misjudged = newOutside(d.network, network) || wantsMapping(cfg) && !topology.Equal(d.topology)
+		d.network, d.topology = network, topology
 		d.sockets.SetNetwork(network)
-		d.model.SetTopology(d.now(), topology)
+		misjudged = d.model.SetTopology(d.now(), topology) || misjudged
 		d.model.SetWay(network.Way())
 		d.reviewSockets()
 		d.warned.tell(d.now(), d.warnings())
 	})
-	return changed, failed
+	return misjudged, failed
+}
+
+// newOutside reports whether there is an outside link, or an address on one, that was
+// not there before: it may have flows already.
+func newOutside(old, now gateway.Network) bool {
+	known := old.OutsideAddrs()
+	return slices.ContainsFunc(now.OutsideAddrs(), func(a gateway.Addr) bool { return !slices.Contains(known, a) }) ||
+		slices.ContainsFunc(now.OutsideLinks(), func(l string) bool { return !slices.Contains(old.OutsideLinks(), l) })
+}
+
+// readForwards brings the model up to date about what the user's rules forward.
+func (d *Daemon) readForwards(network gateway.Network) {
+	covered, warnings := d.firewall.forwards(network)
+	d.do(func() {
+		d.ruleWarnings = warnings
+		d.warned.tell(d.now(), d.warnings())
+	})
+	if covered == d.forwarded {
+		return
+	}
+	d.forwarded = covered
+	d.do(func() { d.model.BeginForwards(covered.Covers) })
+	for at := 0; at >= 0; {
+		if !d.do(func() { at = d.model.ReviewForwards(d.now(), at, flowsAtOnce) }) {
+			return
+		}
+	}
 }
 
 // readFlows shows the model all flows that there are.
@@ -289,41 +304,6 @@ func (d *Daemon) mendTableSize() error {
 		return errEnded
 	}
 	return nil
-}
-
-// lookAtRules looks whether somebody changed nftables since the last time: our
-// tables are mended then, and the user's forwards read again.
-func (d *Daemon) lookAtRules() error {
-	if d.firewall.tables == nil {
-		return nil
-	}
-	changed, err := d.firewall.tables.Changed()
-	if err != nil {
-		return err
-	}
-	var broken bool
-	var cfg config.Config
-	ok := d.do(func() {
-		cfg = d.cfg.Config
-		broken = d.backends.nft != nil && d.backends.nft.Broken()
-	})
-	if !ok {
-		return errEnded
-	}
-	mended := false
-	if changed {
-		before := d.firewall.repaired
-		_, err = d.readGateway()
-		// Elements that somebody deleted are found by nothing else.
-		mended = d.firewall.repaired != before || !d.firewall.tables.Owned()
-	}
-	if mended || broken {
-		err = errors.Join(err, d.compare(true))
-	}
-	if mended && wantsMapping(cfg) {
-		d.wantReconcile() // the mappings of living flows
-	}
-	return err
 }
 
 // compare looks whether what should stand does, and nothing else. What should

@@ -154,6 +154,12 @@ func (n Network) OutsideLinks() []string {
 	return names
 }
 
+// OutsideAddrs returns the addresses on outside links.
+func (n Network) OutsideAddrs() []Addr {
+	links := n.links()
+	return slices.DeleteFunc(slices.Clone(n.Addrs), func(a Addr) bool { return !links[a.Link].Outside })
+}
+
 // links returns the links by index.
 func (n Network) links() map[int]Link {
 	m := make(map[int]Link, len(n.Links))

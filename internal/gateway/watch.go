@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -11,10 +12,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Watcher tells when links, addresses, routes or routing rules change (rtnetlink(7)).
+// A Watcher tells when links, addresses, routes or routing rules change (rtnetlink(7))
+// in a way that may matter to a Network that was read.
 type Watcher struct {
 	nl     *netlink.Conn
 	closed atomic.Bool
+	known  atomic.Pointer[known] // nil while everything matters
 }
 
 // watched are the multicast groups, as the bits that bind(2) takes.
@@ -39,14 +42,23 @@ const (
 	settleMost = 500 * time.Millisecond
 )
 
+// Know tells what was read, with the links that were named as in ReadNetwork. Wait
+// passes over what changes nothing of that, until the next change that does: from then
+// on everything matters until Know is called again, for the Network may be older than
+// a message.
+func (w *Watcher) Know(n Network, named []string) { w.known.Store(newKnown(n, named)) }
+
 // Wait returns nil when something changed since the last call, lost messages
-// included. After Close it returns an error that is [os.ErrClosed].
+// included.
 func (w *Watcher) Wait() error {
-	if err := w.receive(time.Time{}); err != nil {
-		return err
+	for matters := false; !matters; {
+		var err error
+		if matters, err = w.receive(time.Time{}); err != nil {
+			return err
+		}
 	}
 	for most := time.Now().Add(settleMost); time.Now().Before(most); {
-		err := w.receive(time.Now().Add(settle))
+		_, err := w.receive(time.Now().Add(settle))
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			return nil
 		}
@@ -57,15 +69,25 @@ func (w *Watcher) Wait() error {
 	return nil
 }
 
-func (w *Watcher) receive(deadline time.Time) error {
+// receive takes in the next messages, and reports whether one of them matters.
+func (w *Watcher) receive(deadline time.Time) (matters bool, err error) {
 	if err := w.nl.SetReadDeadline(deadline); err != nil {
-		return w.fail(err)
+		return false, w.fail(err)
 	}
-	_, err := w.nl.Receive()
-	if errors.Is(err, unix.ENOBUFS) {
-		return nil // a change, too
+	messages, err := w.nl.Receive()
+	switch {
+	case errors.Is(err, unix.ENOBUFS):
+		matters = true // some of those that are lost, perhaps
+	case err != nil:
+		return false, w.fail(err)
+	default:
+		k := w.known.Load()
+		matters = k == nil || slices.ContainsFunc(messages, k.matters)
 	}
-	return w.fail(err)
+	if matters {
+		w.known.Store(nil)
+	}
+	return matters, nil
 }
 
 // fail makes the error of a closed connection recognisable.

@@ -2,8 +2,12 @@ package gateway_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
+	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/lab"
@@ -38,5 +42,97 @@ func TestWatcherHearsOfLinksAddressesAndRoutes(t *testing.T) {
 	}
 	if err := <-heard; !errors.Is(err, os.ErrClosed) {
 		t.Errorf("after Close: %v", err)
+	}
+}
+
+// A Watcher that knows the Network hears of what changes an answer, and of nothing
+// else: a route or a link that changes all the time costs nothing.
+func TestWatcherPassesOverWhatChangesNoAnswer(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{IPv6: true})
+	w, err := gateway.Watch(l.Gateway.FD())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = w.Close() }()
+	run := func(args string) {
+		t.Helper()
+		if _, err := l.Gateway.Output("ip", strings.Fields(args)...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	know := func(named ...string) gateway.Network {
+		t.Helper()
+		n, err := gateway.ReadNetwork(l.Gateway.FD(), named)
+		if missing := new(gateway.UnknownLinkError); err != nil && !errors.As(err, &missing) {
+			t.Fatal(err)
+		}
+		w.Know(n, named)
+		return n
+	}
+	run("link add idle0 type bridge")
+	run("link add busy0 type bridge")
+	run("addr add 10.48.0.1/24 dev busy0")
+	run("link set busy0 up")
+	if err := w.Wait(); err != nil { // of all that was before
+		t.Fatal(err)
+	}
+	for i, test := range []struct {
+		named   string
+		change  string
+		matters bool
+	}{
+		{"", "route add 192.0.2.0/25 via 198.51.100.254", false},
+		{"", "route add 192.0.2.128/25 via 198.51.100.254 table 77", false},
+		{"", "route del 192.0.2.0/25", false},
+		{"", "-6 route add 2001:db8:77::/48 dev wan0", false},
+		{"", "link set idle0 up", false},
+		{"", "link set idle0 down", false},
+		{"", "link add other0 type bridge", false},
+		{"", "link del other0", false},
+		{"", "addr change 10.48.0.1/24 dev busy0 valid_lft 1000 preferred_lft 1000", false},
+		{"", "route add 10.99.0.0/16 via 10.47.11.109", true},
+		{"", "route add 10.99.1.0/24 via 198.51.100.254", true}, // within one by another link
+		{"", "route del 10.99.1.0/24", true},
+		{"", "route del 10.99.0.0/16", true},
+		{"", "route add unreachable 10.99.0.0/16", false},
+		{"", "link set busy0 down", true}, // its routes go without a word
+		{"", "link set busy0 up", true},
+		{"", "addr add 10.48.1.1/24 dev busy0", true},
+		{"", "addr del 10.48.1.1/24 dev busy0", true},
+		{"", "link set idle0 name idle1", false},
+		{"uplink9", "link add uplink9 type bridge", true},
+		{"uplink9", "link del uplink9", true},
+		{"", "link del busy0", true},
+		{"", "route del default", true},
+		{"", "route add 192.0.2.0/24 via 198.51.100.254", true}, // no default covers it
+		{"", "route add 0.0.0.0/1 via 198.51.100.254", true},
+	} {
+		named := strings.Fields(test.named)
+		before := know(named...)
+		heard := make(chan error, 1)
+		go func() { heard <- w.Wait() }()
+		run(test.change)
+		after, _ := gateway.ReadNetwork(l.Gateway.FD(), named)
+		if !test.matters {
+			if a, b := before.Topology(), after.Topology(); !slices.Equal(a.Local, b.Local) || !slices.Equal(before.OutsideLinks(), after.OutsideLinks()) {
+				t.Errorf("%q changed an answer", test.change)
+			}
+			// What comes next is heard, so what comes first was passed over.
+			select {
+			case err := <-heard:
+				t.Errorf("%q was heard of: %v", test.change, err)
+				continue
+			case <-time.After(50 * time.Millisecond): // longer than it settles
+			}
+			run(fmt.Sprintf("addr add 10.49.%d.1/24 dev lan0", i))
+		}
+		select {
+		case err := <-heard:
+			if err != nil {
+				t.Errorf("%q: %v", test.change, err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatalf("%q was not heard of", test.change)
+		}
 	}
 }

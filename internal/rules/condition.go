@@ -100,7 +100,7 @@ const maxProduct = 1 << 10
 func (w *walker) narrow(conds []condition, fields []field, t test) []condition {
 	asked := 0
 	for _, f := range fields {
-		if f.kind != other {
+		if f.isAsked() {
 			asked++
 		}
 	}
@@ -130,6 +130,8 @@ func (w *walker) narrow(conds []condition, fields []field, t test) []condition {
 	}
 	return left
 }
+
+func (f field) isAsked() bool { return f.kind != other }
 
 func (f field) isPort() bool { return f.kind == port || f.kind == mangledPort }
 
@@ -229,20 +231,6 @@ func addrRange(low, high []byte) AddrRange {
 	first, _ := netip.AddrFromSlice(low)
 	last, _ := netip.AddrFromSlice(high)
 	return AddrRange{first, last}
-}
-
-// merge sorts ranges and joins those that touch.
-func merge(ranges []PortRange) []PortRange {
-	slices.SortFunc(ranges, func(a, b PortRange) int { return int(a.First) - int(b.First) })
-	var out []PortRange
-	for _, r := range ranges {
-		if n := len(out); n > 0 && int(r.First) <= int(out[n-1].Last)+1 {
-			out[n-1].Last = max(out[n-1].Last, r.Last)
-		} else if r.First <= r.Last {
-			out = append(out, r)
-		}
-	}
-	return out
 }
 
 // complement returns the ports that are not in the merged ranges.

@@ -16,8 +16,11 @@ import (
 // An elementSet is a set or map of the user's.
 type elementSet struct {
 	size     int // of a key
+	set      *nftables.Set
 	elements []element
-	unknown  bool // it could not be read
+	unknown  bool   // it could not be read
+	loaded   bool   // the elements were asked for
+	print    uint64 // of the elements, from before
 }
 
 // An element has the keys in its span, and, in a map of verdicts, the chain
@@ -35,7 +38,7 @@ func (s *elementSet) test(not bool) test {
 	return t
 }
 
-// set reads a set once.
+// set reads a set once, without its elements.
 func (w *walker) set(name string) *elementSet {
 	if s := w.sets[name]; s != nil {
 		return s
@@ -46,19 +49,32 @@ func (w *walker) set(name string) *elementSet {
 		return s
 	}
 	set, err := w.c.GetSetByName(w.table, name)
-	if err != nil {
-		return s
+	if err == nil {
+		*s = elementSet{size: int(set.KeyType.Bytes), set: set}
 	}
-	es, err := w.c.GetSetElements(set)
-	if err != nil {
-		return s
+	return s
+}
+
+// load reads the elements of a set once: what has many is better not asked.
+func (w *walker) load(s *elementSet) {
+	if s.unknown || s.loaded {
+		return
 	}
-	*s = elementSet{size: int(set.KeyType.Bytes)}
-	if set.Interval {
+	s.loaded = true
+	if s.print = w.print(s.set.Name); w.c.begin() != nil {
+		s.unknown = true
+		return
+	}
+	es, err := w.c.GetSetElements(s.set)
+	if err != nil {
+		s.unknown = true
+		return
+	}
+	if s.set.Interval {
 		es = joinIntervals(es, s.size)
 	}
 	for _, e := range es {
-		el := element{span: span{e.Key, e.Key}, chain: verdictChain(set, e)}
+		el := element{span: span{e.Key, e.Key}, chain: verdictChain(s.set, e)}
 		switch {
 		case e.Key == nil: // the element that takes what no other does
 			el.span = span{make([]byte, s.size), slices.Repeat([]byte{0xff}, s.size)}
@@ -67,7 +83,6 @@ func (w *walker) set(name string) *elementSet {
 		}
 		s.elements = append(s.elements, el)
 	}
-	return s
 }
 
 // joinIntervals puts the two elements that an interval has into one. The second

@@ -12,7 +12,6 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
 	"github.com/google/nftables/xt"
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/nfnl"
@@ -25,62 +24,11 @@ import (
 // those of our own tables. Chains of the output hook never see such packets.
 // Rules of iptables-nft are among them, those of iptables-legacy are not.
 //
-// What is changed while it reads may be missed. Where there is no nftables the
-// error is an *UnsupportedError.
+// Where there is no nftables the error is an *UnsupportedError.
 func Forwards(netns int, outside []Link) ([]Forward, error) {
-	c, err := dial(netns)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = c.CloseLasting() }()
-	if err := c.begin(); err != nil {
-		return nil, err
-	}
-	tables, err := c.ListTables()
-	switch {
-	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):
-		missing := features[0].UnsupportedError
-		missing.Err = err
-		return nil, &missing
-	case err != nil:
-		return nil, fmt.Errorf("list nftables tables: %w", nfnl.Permitted(err))
-	}
-	chains, err := c.ListChains()
-	if err != nil {
-		return nil, fmt.Errorf("list nftables chains: %w", nfnl.Permitted(err))
-	}
-	var found []Forward
-	for _, t := range tables {
-		w := &walker{
-			c: c, table: t, outside: outside,
-			rules: map[string][]*nftables.Rule{}, sets: map[string]*elementSet{}, seen: map[string]bool{},
-		}
-		var bases []*nftables.Chain
-		ours := false
-		for _, chain := range chains {
-			if chain.Table.Name == t.Name && chain.Table.Family == t.Family {
-				ours = ours || chain.Name == markerChain
-				if isDestinationNAT(chain) {
-					bases = append(bases, chain)
-				}
-			}
-		}
-		if ours || t.Flags&nftables.TableFlagDormant != 0 || familyOf(t.Family) == "" {
-			continue
-		}
-		for _, chain := range bases {
-			w.chain(chain.Name, condition{family: byte(t.Family)}, 0)
-		}
-		found = append(found, w.found...)
-		if w.err != nil {
-			return nil, fmt.Errorf("read nftables table %s %s: %w", familyOf(t.Family), t.Name, w.err)
-		}
-	}
-	return found, nil
-}
-
-func isDestinationNAT(c *nftables.Chain) bool {
-	return c.Type == nftables.ChainTypeNAT && c.Hooknum != nil && *c.Hooknum == *nftables.ChainHookPrerouting
+	r := &ForwardReader{netns: netns}
+	found, _, err := r.Read(outside)
+	return found, errors.Join(err, r.Close())
 }
 
 func familyOf(f nftables.TableFamily) string {
@@ -100,14 +48,17 @@ func familyOf(f nftables.TableFamily) string {
 // comes behind it.
 type walker struct {
 	c       *conn
+	print   func(set string) uint64 // of the set's elements
 	table   *nftables.Table
 	outside []Link
+	foreign map[string]string // by chain: an expression that Linux does not have
 	rules   map[string][]*nftables.Rule
 	sets    map[string]*elementSet
 	found   []Forward
 	seen    map[string]bool
 	visits  int
-	err     error
+	unread  bool // something could not be read
+	fail    func(chain string) error
 }
 
 const (
@@ -120,7 +71,7 @@ const (
 
 func (w *walker) chain(name string, in condition, depth int) {
 	rules, ok := w.rules[name]
-	if !ok && w.err == nil {
+	if !ok {
 		rules = w.read(name, in)
 		w.rules[name] = rules
 	}
@@ -128,7 +79,7 @@ func (w *walker) chain(name string, in condition, depth int) {
 		if w.visits++; w.visits == maxVisits {
 			w.opaque(in, "too many jumps")
 		}
-		if depth > maxDepth || w.visits >= maxVisits || w.err != nil {
+		if depth > maxDepth || w.visits >= maxVisits {
 			return
 		}
 		w.rule(r, in, depth)
@@ -143,13 +94,15 @@ func (w *walker) read(name string, in condition) []*nftables.Rule {
 	if err == nil {
 		rules, err = w.c.GetRules(w.table, &nftables.Chain{Name: name})
 	}
-	var refused *netlink.OpError
-	switch {
-	case err == nil, errors.Is(err, unix.ENOENT): // it may be gone
-	case errors.As(err, &refused):
-		w.err = fmt.Errorf("chain %s: %w", name, nfnl.Permitted(err))
-	default:
-		w.opaque(in, fmt.Sprintf("%s: %v", name, err))
+	if w.fail != nil {
+		err = errors.Join(err, w.fail(name))
+	}
+	if err != nil && !errors.Is(err, unix.ENOENT) { // it may be gone
+		w.unread = true
+		w.opaque(in, fmt.Sprintf("%s: %v", name, nfnl.Permitted(err)))
+	}
+	if e := w.foreign[name]; e != "" {
+		w.opaque(in, fmt.Sprintf("%s: a rule has %q, which is not known", name, e))
 	}
 	return rules
 }
@@ -158,6 +111,12 @@ func (w *walker) read(name string, in condition) []*nftables.Rule {
 func (w *walker) opaque(in condition, why string) {
 	in.unknown = true
 	w.add(in.forward(fmt.Sprintf("%s %s %s", familyOf(w.table.Family), w.table.Name, why)))
+}
+
+func (w *walker) opaqueAll(conds []condition, why string) {
+	for _, c := range conds {
+		w.opaque(c, why)
+	}
 }
 
 // rule works off one rule. More than one condition at a time come from sets of
@@ -192,7 +151,14 @@ func (w *walker) rule(r *nftables.Rule, in condition, depth int) {
 		case *expr.Lookup:
 			set := w.set(e.SetName)
 			fields := regs.take(e.SourceRegister, set.size)
-			if e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT {
+			verdicts := e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT
+			if verdicts || slices.ContainsFunc(fields, field.isAsked) {
+				w.load(set)
+			}
+			if verdicts {
+				if set.unknown {
+					w.opaqueAll(conds, fmt.Sprintf("%s: map %s cannot be read", r.Chain.Name, e.SetName))
+				}
 				for _, el := range set.elements {
 					for _, c := range w.narrow(conds, fields, test{any: []span{el.span}}) {
 						w.chain(el.chain, c, depth+1)

@@ -12,7 +12,7 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// generations tell whether somebody else changed nftables. The kernel numbers the
+// generations tell when somebody else changed nftables. The kernel numbers the
 // transactions of a network namespace that change something, and a batch asks to be
 // told the number of its own (nf_tables_gen_notify). A transaction that changes
 // nothing, for its elements stand already, has none. So each number that was not
@@ -21,22 +21,24 @@ import (
 // Linux before 5.10.20 tells the number only while somebody listens to nftables:
 // there every change counts as somebody else's.
 type generations struct {
-	seen   uint32 // the last one that was ours, or that Changed was told of
-	others bool   // one before it was not ours
+	seen   uint32 // the last one that was ours, or that was looked at
+	others uint32 // goes up when one before it was not ours
 }
 
 // ours notes a transaction of ours.
 func (g *generations) ours(id uint32) {
-	g.others = g.others || id != g.seen+1
+	if id != g.seen+1 {
+		g.others++
+	}
 	g.seen = id
 }
 
-// look notes the present generation, and reports whether somebody else changed
-// something since the last call.
-func (g *generations) look(id uint32) (changed bool) {
-	changed = g.others || id != g.seen
-	*g = generations{seen: id}
-	return changed
+// look notes the present generation.
+func (g *generations) look(id uint32) {
+	if id != g.seen {
+		g.others++
+	}
+	g.seen = id
 }
 
 // Changed reports whether somebody else may have changed nftables since the last
@@ -54,14 +56,26 @@ func (t *Tables) Changed() (bool, error) {
 		}
 		t.look = c
 	}
-	// Locked, so that no transaction of ours is under way.
-	t.w.Lock()
-	defer t.w.Unlock()
-	id, err := generation(t.look)
-	if err != nil {
-		return false, fmt.Errorf("read generation of nftables: %w", nfnl.Permitted(err))
+	n, err := t.w.others(t.look)
+	changed := err == nil && n != t.others
+	if err == nil {
+		t.others = n
 	}
-	return t.w.generations.look(id), nil
+	return changed, err
+}
+
+// others returns a number that is another one when somebody else changed nftables
+// since the last call, by whomever. It asks the kernel by c.
+func (w *writer) others(c *nfnl.Conn) (uint32, error) {
+	// Locked, so that no transaction of ours is under way.
+	w.Lock()
+	defer w.Unlock()
+	id, err := generation(c)
+	if err != nil {
+		return 0, fmt.Errorf("read generation of nftables: %w", nfnl.Permitted(err))
+	}
+	w.generations.look(id)
+	return w.generations.others, nil
 }
 
 // generation reads the number of the last transaction.

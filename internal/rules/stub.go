@@ -164,3 +164,15 @@ func (*Mappings) DropAddresses([]netip.Addr) error { return errNoBuild }
 
 // Return returns an *UnsupportedError.
 func (*Mappings) Return(netip.Addr) error { return errNoBuild }
+
+// A ForwardReader reads nothing on this system.
+type ForwardReader struct{}
+
+// NewForwardReader returns nil.
+func (*Tables) NewForwardReader() *ForwardReader { return nil }
+
+// Read returns an *UnsupportedError.
+func (*ForwardReader) Read([]Link) ([]Forward, bool, error) { return nil, false, errNoBuild }
+
+// Close does nothing.
+func (*ForwardReader) Close() error { return nil }

@@ -35,6 +35,7 @@ type Tables struct {
 	look      *nfnl.Conn // of Changed; nil before the first call
 	noSecPath bool       // nor such packets
 	mapped    mapped     // that Set made
+	others    uint32     // at the last call of Changed
 }
 
 // A writer is the connection that owns the tables. The Map shares it with them,

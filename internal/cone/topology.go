@@ -1,0 +1,203 @@
+package cone
+
+import (
+	"cmp"
+	"encoding/binary"
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// A Topology is what the model must know of the gateway's links.
+type Topology struct {
+	// Local are the gateway's own addresses.
+	Local []netip.Addr
+	// Routes decide by longest match whether a peer is outside; default
+	// routes are among them. A peer without a route is not outside. One prefix
+	// that is there twice, once outside and once not, is not.
+	Routes []Route
+
+	outside *spans // of Routes; nil before Compile
+}
+
+// A Route says whether a prefix lies behind an outside link.
+type Route struct {
+	Prefix  netip.Prefix
+	Outside bool
+}
+
+// Compile returns t made ready for SetTopology, which else does it itself: many
+// routes take their time.
+func (t Topology) Compile() Topology {
+	if t.outside == nil {
+		t.outside = newSpans(t.Routes)
+	}
+	return t
+}
+
+// Equal reports whether t and u, which both are compiled, give the same answers.
+func (t Topology) Equal(u Topology) bool {
+	return slices.Equal(t.Local, u.Local) && t.outside.equal(u.outside)
+}
+
+// topology is a Topology made quick to ask.
+type topology struct {
+	local map[Addr]struct{}
+	lost  map[Addr]time.Duration // until when flows with it give nothing
+	peers *spans                 // those behind outside links
+}
+
+func compileTopology(t Topology) topology {
+	c := topology{
+		local: make(map[Addr]struct{}, len(t.Local)),
+		lost:  make(map[Addr]time.Duration),
+		peers: t.Compile().outside,
+	}
+	for _, a := range t.Local {
+		c.local[AddrFrom(a)] = struct{}{}
+	}
+	return c
+}
+
+// outside reports whether a lies behind an outside link.
+func (t *topology) outside(a netip.Addr) bool { return t.peers.has(a) }
+
+// spans is a set of addresses, made of prefixes of which longer ones count more. What
+// asking costs grows with the logarithm of their number. Nil is the empty set.
+type spans struct{ v4, v6 []spanStart }
+
+// A spanStart says whether addresses are in the set, from one up to that of the next
+// one. Neighbours differ, so that equal sets are equal slices.
+type spanStart struct {
+	first addrBits
+	in    bool
+}
+
+// addrBits are the bits of an address, an IPv4-mapped one for IPv4.
+type addrBits struct{ high, low uint64 }
+
+func bitsOf(a netip.Addr) addrBits {
+	b := a.As16()
+	return addrBits{binary.BigEndian.Uint64(b[:8]), binary.BigEndian.Uint64(b[8:])}
+}
+
+func (a addrBits) compare(b addrBits) int {
+	if a.high != b.high {
+		return cmp.Compare(a.high, b.high)
+	}
+	return cmp.Compare(a.low, b.low)
+}
+
+// has reports whether a is in the set.
+func (s *spans) has(a netip.Addr) bool {
+	if s == nil {
+		return false
+	}
+	starts := s.v6
+	if a.Is4() {
+		starts = s.v4
+	}
+	x := bitsOf(a)
+	low, high := 0, len(starts) // all before low begin at x or before, none from high on
+	for low < high {
+		if mid := (low + high) / 2; starts[mid].first.compare(x) <= 0 {
+			low = mid + 1
+		} else {
+			high = mid
+		}
+	}
+	return low > 0 && starts[low-1].in
+}
+
+func (s *spans) equal(t *spans) bool {
+	if s == nil || t == nil {
+		return s == t
+	}
+	return slices.Equal(s.v4, t.v4) && slices.Equal(s.v6, t.v6)
+}
+
+// spansOf returns the set of all addresses of some prefixes.
+func spansOf(prefixes []netip.Prefix) *spans {
+	routes := make([]Route, len(prefixes))
+	for i, p := range prefixes {
+		routes[i] = Route{p, true}
+	}
+	return newSpans(routes)
+}
+
+// newSpans returns the set of what is outside.
+func newSpans(routes []Route) *spans {
+	var v4, v6 []block
+	for _, r := range routes {
+		if r.Prefix.Addr().Is4() {
+			v4 = append(v4, newBlock(bitsOf(r.Prefix.Addr()), 96+r.Prefix.Bits(), r.Outside))
+		} else {
+			v6 = append(v6, newBlock(bitsOf(r.Prefix.Addr()), r.Prefix.Bits(), r.Outside))
+		}
+	}
+	return &spans{startsOf(v4), startsOf(v6)}
+}
+
+// A block holds the addresses of a prefix.
+type block struct {
+	first, last addrBits
+	outside     bool
+}
+
+func newBlock(a addrBits, bits int, outside bool) block {
+	host := addrBits{^uint64(0) >> min(bits, 64), ^uint64(0) >> max(bits-64, 0)} // a shift by 64 leaves 0
+	return block{
+		first: addrBits{a.high &^ host.high, a.low &^ host.low}, last: addrBits{a.high | host.high, a.low | host.low},
+		outside: outside,
+	}
+}
+
+// startsOf returns the starts for the blocks of one family.
+func startsOf(blocks []block) []spanStart {
+	// A block comes after those that hold it; of equal ones that which counts last.
+	slices.SortFunc(blocks, func(a, b block) int {
+		c := a.first.compare(b.first)
+		if c == 0 {
+			c = b.last.compare(a.last)
+		}
+		switch {
+		case c != 0 || a.outside == b.outside:
+			return c
+		case a.outside:
+			return -1
+		}
+		return 1
+	})
+	var starts []spanStart
+	add := func(first addrBits, in bool) { // which is at or behind the last one
+		if n := len(starts); n > 0 && starts[n-1].first == first {
+			starts = starts[:n-1]
+		}
+		if n := len(starts); n == 0 && in || n > 0 && starts[n-1].in != in {
+			starts = append(starts, spanStart{first, in})
+		}
+	}
+	var open []block // each within the one before
+	end := func() {  // of the last one: behind it the one around it counts, if any
+		n := len(open) - 1
+		next := open[n].last
+		if next.low++; next.low == 0 {
+			next.high++
+		}
+		if next != (addrBits{}) { // else it was the last address of all
+			add(next, n > 0 && open[n-1].outside)
+		}
+		open = open[:n]
+	}
+	for _, b := range blocks {
+		for len(open) > 0 && open[len(open)-1].last.compare(b.first) < 0 {
+			end()
+		}
+		open = append(open, b)
+		add(b.first, b.outside)
+	}
+	for len(open) > 0 {
+		end()
+	}
+	return slices.Clip(starts)
+}

@@ -1,0 +1,110 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/ctwatch"
+)
+
+// changes are what others changed that the reconcile has still to look at.
+type changes struct {
+	rules    bool // somebody's transaction in nftables
+	elements bool // one that could change what is in the map
+	links    bool // links, addresses or routes
+	flows    bool // some may have been misjudged meanwhile
+}
+
+// lookAround looks at what others changed, as far as the budget allows: a change
+// that comes alone at once, and where they never end, what came since.
+func (d *Daemon) lookAround(ctx context.Context, q *ctwatch.Queries) {
+	err := d.lookAtRules()
+	if d.changed != (changes{}) && d.budget.allows(d.now()) {
+		d.budget.spend(func() { err = errors.Join(err, d.lookAtChanges(q)) })
+		d.do(func() { d.late = d.budget.wait() })
+	}
+	if ctx.Err() == nil {
+		d.failures.note("look at rules, links and flows", 1, err)
+	}
+}
+
+// lookAtRules looks whether somebody changed nftables since the last time. Our own
+// tables are mended at once if that is possible and they are not as they should be.
+func (d *Daemon) lookAtRules() error {
+	if d.firewall.tables == nil {
+		return nil
+	}
+	changed, err := d.firewall.tables.Changed()
+	if err != nil {
+		return err
+	}
+	var broken bool
+	var cfg config.Config
+	ok := d.do(func() {
+		cfg = d.cfg.Config
+		broken = d.backends.nft != nil && d.backends.nft.Broken()
+	})
+	if !ok {
+		return errEnded
+	}
+	d.changed.rules = d.changed.rules || changed
+	if !broken && (!changed || d.firewall.tables.Owned()) {
+		return nil
+	}
+	// Elements that somebody deleted are found by nothing else.
+	d.changed.elements = true
+	mended, err := d.mendRules(cfg, d.network)
+	if mended || broken {
+		err = errors.Join(err, d.compare(true))
+	}
+	if mended && wantsMapping(cfg) {
+		d.wantReconcile() // the mappings of living flows
+	}
+	return err
+}
+
+// lookAtChanges looks at all that others changed. What it could not look at is for
+// the next time.
+func (d *Daemon) lookAtChanges(q *ctwatch.Queries) error {
+	was := d.changed
+	d.changed = changes{}
+	var errs []error
+	try := func(wanted bool, again *bool, look func() error) {
+		if !wanted {
+			return
+		}
+		if err := look(); err != nil {
+			*again = true
+			errs = append(errs, err)
+		}
+	}
+	try(was.links, &d.changed.links, func() error {
+		// A flow that began meanwhile may have been misjudged.
+		misjudged, err := d.readGateway()
+		was.flows = was.flows || misjudged
+		return err
+	})
+	try(was.rules && !was.links, &d.changed.rules, d.readRules)
+	try(was.elements, &d.changed.elements, func() error { return d.compare(true) })
+	try(was.flows, &d.changed.flows, func() error {
+		err := d.readFlows(q)
+		d.do(d.report)
+		return err
+	})
+	return errors.Join(errs...)
+}
+
+// readRules brings the model up to date about what the user's rules do.
+func (d *Daemon) readRules() error {
+	var cfg config.Config
+	if !d.do(func() { cfg = d.cfg.Config }) {
+		return errEnded
+	}
+	d.readForwards(d.network)
+	return d.redecide(cfg, d.network, d.firewall.read(cfg))
+}
+
+// isLate is how long others' changes have to wait for a user to be told.
+const isLate = 2 * time.Second

@@ -1,0 +1,108 @@
+package gateway
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// known is what of a Network tells which messages change an answer of its.
+type known struct {
+	links map[int]Link
+	used  map[int]bool // links with an address or a route
+	addrs map[Addr]bool
+	named []string
+
+	inside   map[Route]bool // by links that are not outside
+	defaults [2]bool        // whether there is one by an outside link, of IPv4 and IPv6
+}
+
+func newKnown(n Network, named []string) *known {
+	k := &known{
+		links: n.links(), used: map[int]bool{}, addrs: map[Addr]bool{}, inside: map[Route]bool{}, named: slices.Clone(named),
+	}
+	for _, a := range n.Addrs {
+		if !local(a.Prefix.Addr()) {
+			k.addrs[a], k.used[a.Link] = true, true
+		}
+	}
+	for _, r := range n.Routes {
+		if local(r.Prefix.Addr()) {
+			continue
+		}
+		k.used[r.Link] = true
+		switch l := k.links[r.Link]; {
+		case !l.Outside:
+			k.inside[r] = true
+		case r.Prefix.Bits() == 0:
+			k.defaults[familyIndex(r.Prefix)] = true
+		}
+	}
+	return k
+}
+
+// local reports whether no peer has an address.
+func local(a netip.Addr) bool { return a.IsLoopback() || a.IsLinkLocalUnicast() }
+
+func familyIndex(p netip.Prefix) int {
+	if p.Addr().Is4() {
+		return 0
+	}
+	return 1
+}
+
+// matters reports whether a message may change an answer: what is doubtful does.
+func (k *known) matters(m netlink.Message) bool {
+	var r reader
+	var err error
+	switch m.Header.Type {
+	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
+		err = r.link(m.Data)
+	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
+		err = r.addr(m.Data)
+	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
+		err = r.route(m.Data)
+	}
+	gone := m.Header.Type == unix.RTM_DELLINK || m.Header.Type == unix.RTM_DELADDR || m.Header.Type == unix.RTM_DELROUTE
+	return err != nil || len(r.byNexthop) > 0 ||
+		slices.ContainsFunc(r.Links, func(l Link) bool { return k.linkMatters(l, gone) }) ||
+		slices.ContainsFunc(r.Addrs, func(a Addr) bool { return !local(a.Prefix.Addr()) && (gone || !k.addrs[a]) }) ||
+		slices.ContainsFunc(r.Routes, func(r Route) bool { return k.routeMatters(r, gone) })
+}
+
+// linkMatters is about a link. Its addresses and routes have messages of their own, but
+// the routes of IPv4 that end with it, or when it goes down.
+func (k *known) linkMatters(l Link, gone bool) bool {
+	old, there := k.links[l.Index]
+	switch {
+	case slices.Contains(k.named, l.Name) || there && slices.Contains(k.named, old.Name):
+		return !there || gone || old.Name != l.Name || (old.Flags^l.Flags)&unix.IFF_UP != 0
+	case !there || !old.Outside && !k.used[l.Index]:
+		return false
+	}
+	return gone || old.Name != l.Name || (old.Flags^l.Flags)&(unix.IFF_UP|unix.IFF_LOOPBACK) != 0
+}
+
+// routeMatters is about a route. One by an outside link says nothing new beside a
+// default route by one, except within a route by another link.
+func (k *known) routeMatters(r Route, gone bool) bool {
+	l, there := k.links[r.Link]
+	switch {
+	case local(r.Prefix.Addr()), there && l.is(unix.IFF_LOOPBACK):
+		return false
+	case !there, isDefault(r.Prefix):
+		return true
+	case !l.Outside:
+		return gone || !k.inside[r]
+	case !k.defaults[familyIndex(r.Prefix)]:
+		return true
+	}
+	for i := range k.inside {
+		if i.Prefix.Bits() <= r.Prefix.Bits() && i.Prefix.Contains(r.Prefix.Addr()) {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,411 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"slices"
+
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// A ForwardReader reads what the user's rules forward again and again, as Forwards
+// does. It decodes only those tables whose rules, or elements that they ask for, are
+// others than before; counters do not matter. It is not safe for concurrent use.
+//
+// What it cannot read is never taken for nothing: a Forward that is Unknown stands
+// for it, and what it read there the last time for what may be behind it. A rule that
+// somebody changes beside the reading may be missed by it, but not one that was read
+// the last time.
+type ForwardReader struct {
+	netns   int
+	w       *writer // tells transactions of ours from those of others; may be nil
+	c       *conn
+	raw     *nfnl.Conn
+	outside []Link
+	tables  map[tableKey]*readTable
+	seed    maphash.Seed
+	fail    func(k tableKey, chain string) error // of tests; may be nil
+}
+
+// NewForwardReader returns a reader of the network namespace of t, which must not be
+// closed before it.
+func (t *Tables) NewForwardReader() *ForwardReader { return &ForwardReader{netns: t.netns, w: t.w} }
+
+// Close ends the connections.
+func (r *ForwardReader) Close() error {
+	var errs []error
+	if r.c != nil {
+		errs = append(errs, r.c.CloseLasting())
+	}
+	if r.raw != nil {
+		errs = append(errs, r.raw.Close())
+	}
+	return errors.Join(errs...)
+}
+
+type tableKey struct {
+	family nftables.TableFamily
+	name   string
+}
+
+func (k tableKey) String() string { return familyOf(k.family) + " " + k.name }
+
+// A readTable is what was read of one table.
+type readTable struct {
+	print uint64            // of its rules
+	sets  map[string]uint64 // those that its rules ask, and their prints
+	alone []Forward         // what the last reading found that could read it all
+	found []Forward         // the same, and what may have been missed
+	again bool              // it has to be decoded in any case
+	gone  bool              // it was not there the last time
+}
+
+// Read reads the forwards. It reports whether they are the same as the last time,
+// for the same links. With an error nothing is known.
+func (r *ForwardReader) Read(outside []Link) (found []Forward, same bool, err error) {
+	if err := r.open(); err != nil {
+		return nil, false, err
+	}
+	before, err := r.changes()
+	if err != nil {
+		return nil, false, err
+	}
+	outlines, err := r.outlines()
+	if err != nil {
+		return nil, false, err
+	}
+	same = r.tables != nil && slices.Equal(r.outside, outside)
+	if !same {
+		r.tables, r.outside = map[tableKey]*readTable{}, slices.Clone(outside)
+	}
+	var decoded []*decoding
+	for k, o := range outlines {
+		t := r.tables[k]
+		if t == nil {
+			t = &readTable{again: true}
+			r.tables[k] = t
+		}
+		t.gone = false
+		print, foreign, err := r.rules(k)
+		if err == nil && !t.again && t.print == print && r.sameSets(k, t.sets) {
+			continue
+		}
+		t.print, same = print, false
+		decoded = append(decoded, r.decode(k, t, o, foreign, err))
+	}
+	after, err := r.changes()
+	if err != nil {
+		return nil, false, err
+	}
+	torn := before != after
+	for k, t := range r.tables {
+		if outlines[k] != nil {
+			continue
+		}
+		if same = false; torn && !t.gone {
+			t.gone = true // or it was missed
+		} else {
+			delete(r.tables, k)
+		}
+	}
+	for _, d := range decoded {
+		d.take(torn)
+	}
+	for _, k := range r.keys() {
+		found = append(found, r.tables[k].found...)
+	}
+	return found, same, nil
+}
+
+// keys returns the tables in order.
+func (r *ForwardReader) keys() (keys []tableKey) {
+	for k := range r.tables {
+		keys = append(keys, k)
+	}
+	slices.SortFunc(keys, func(a, b tableKey) int { return slices.Compare([]byte(a.String()), []byte(b.String())) })
+	return keys
+}
+
+func (r *ForwardReader) open() (err error) {
+	if r.c == nil {
+		if r.c, err = dial(r.netns); err != nil {
+			return err
+		}
+	}
+	if r.raw == nil {
+		r.seed = maphash.MakeSeed()
+		r.raw, err = nfnl.Dial(r.netns)
+	}
+	return err
+}
+
+// changes returns a number that is another one when somebody else changed something.
+func (r *ForwardReader) changes() (uint32, error) {
+	if r.w != nil {
+		return r.w.others(r.raw)
+	}
+	return generation(r.raw)
+}
+
+// A decoding is a new reading of a table.
+type decoding struct {
+	*walker
+	t *readTable
+}
+
+// decode walks through the rules of a table. Its outline was read before, and failed
+// says why its rules could not be.
+func (r *ForwardReader) decode(k tableKey, t *readTable, o *outline, foreign map[string]string, failed error) *decoding {
+	w := &walker{
+		c: r.c, table: &nftables.Table{Name: k.name, Family: k.family}, outside: r.outside, foreign: foreign,
+		print: func(set string) uint64 { return r.elements(k, set) },
+		rules: map[string][]*nftables.Rule{}, sets: map[string]*elementSet{}, seen: map[string]bool{},
+	}
+	if r.fail != nil {
+		w.fail = func(chain string) error { return r.fail(k, chain) }
+	}
+	if in := (condition{family: byte(k.family)}); failed != nil {
+		w.unread = true
+		w.opaque(in, failed.Error())
+	} else {
+		for _, chain := range o.bases {
+			w.chain(chain, in, 0)
+		}
+	}
+	t.sets = map[string]uint64{}
+	for name, s := range w.sets {
+		if s.loaded {
+			t.sets[name] = s.print
+		}
+		w.unread = w.unread || s.unknown
+	}
+	return &decoding{w, t}
+}
+
+// take puts what was found in the place of what was before. Where something may have
+// been missed, that stays for once.
+func (d *decoding) take(torn bool) {
+	before := d.t.alone
+	if !d.unread {
+		d.t.alone = slices.Clip(d.found)
+	}
+	if d.t.again = torn || d.unread; d.t.again {
+		for _, f := range before {
+			d.add(f)
+		}
+	}
+	d.t.found = d.found
+}
+
+// An outline is what the chains of a table say, where one of them is for new packets
+// to be translated.
+type outline struct{ bases []string }
+
+// outlines reads those of all tables but ours and those that are dormant.
+func (r *ForwardReader) outlines() (map[tableKey]*outline, error) {
+	skip := map[tableKey]bool{}
+	err := r.dump(unix.NFT_MSG_GETTABLE, unix.AF_UNSPEC, nil, func(k tableKey, body []byte) {
+		attributes(body, func(typ uint16, b []byte) {
+			if typ == unix.NFTA_TABLE_FLAGS && len(b) == 4 && binary.BigEndian.Uint32(b)&uint32(nftables.TableFlagDormant) != 0 {
+				skip[k] = true
+			}
+		})
+	})
+	switch {
+	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):
+		missing := features[0].UnsupportedError
+		missing.Err = err
+		return nil, &missing
+	case err != nil:
+		return nil, fmt.Errorf("list nftables tables: %w", err)
+	}
+	all := map[tableKey]*outline{}
+	err = r.dump(unix.NFT_MSG_GETCHAIN, unix.AF_UNSPEC, nil, func(k tableKey, body []byte) {
+		name, typ, hook := chainParts(body)
+		if name == markerChain {
+			skip[k] = true
+		}
+		if familyOf(k.family) == "" || typ != string(nftables.ChainTypeNAT) || hook != *nftables.ChainHookPrerouting {
+			return
+		}
+		if all[k] == nil {
+			all[k] = &outline{}
+		}
+		all[k].bases = append(all[k].bases, name)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list nftables chains: %w", err)
+	}
+	for k := range skip {
+		delete(all, k)
+	}
+	return all, nil
+}
+
+// chainParts reads a chain; the type of one that is in no hook is empty.
+func chainParts(body []byte) (name, typ string, hook nftables.ChainHook) {
+	attributes(body, func(t uint16, b []byte) {
+		switch t {
+		case unix.NFTA_CHAIN_NAME:
+			name = text(b)
+		case unix.NFTA_CHAIN_TYPE:
+			typ = text(b)
+		case unix.NFTA_CHAIN_HOOK:
+			attributes(b, func(t uint16, b []byte) {
+				if t == unix.NFTA_HOOK_HOOKNUM && len(b) == 4 {
+					hook = nftables.ChainHook(binary.BigEndian.Uint32(b))
+				}
+			})
+		}
+	})
+	return name, typ, hook
+}
+
+// rules returns the print of the rules of a table: a hash of all that does not count
+// packets. Foreign names an expression of a chain that Linux does not have.
+func (r *ForwardReader) rules(k tableKey) (print uint64, foreign map[string]string, err error) {
+	var h maphash.Hash
+	h.SetSeed(r.seed)
+	err = r.dump(unix.NFT_MSG_GETRULE, byte(k.family), &k, func(_ tableKey, body []byte) {
+		var chain []byte
+		attributes(body, func(typ uint16, b []byte) {
+			if typ == unix.NFTA_RULE_CHAIN {
+				chain = b
+			}
+			if typ != unix.NFTA_RULE_EXPRESSIONS {
+				_, _ = h.Write(b)
+				return
+			}
+			attributes(b, func(_ uint16, b []byte) {
+				if name := hashExpression(&h, b); !expressions[string(name)] {
+					if foreign == nil {
+						foreign = map[string]string{}
+					}
+					foreign[text(chain)] = text(name)
+				}
+			})
+		})
+	})
+	return h.Sum64(), foreign, err
+}
+
+// hashExpression returns the name of an expression, with its NUL.
+func hashExpression(h *maphash.Hash, b []byte) (name []byte) {
+	attributes(b, func(typ uint16, b []byte) {
+		if typ == unix.NFTA_EXPR_NAME {
+			name = b
+		}
+		switch string(name) {
+		case "counter\x00", "quota\x00", "last\x00":
+			if typ == unix.NFTA_EXPR_DATA {
+				return
+			}
+		}
+		_, _ = h.Write(b)
+	})
+	return name
+}
+
+// expressions are those that Linux has. Of these the library leaves some out, which
+// forward nothing.
+var expressions = func() map[string]bool {
+	all := map[string]bool{}
+	for _, name := range []string{
+		"bitwise", "byteorder", "cmp", "connlimit", "counter", "ct", "dup", "dynset", "exthdr", "fib", "flow_offload", "fwd",
+		"hash", "immediate", "inner", "last", "limit", "log", "lookup", "masq", "match", "meta", "nat", "notrack", "numgen",
+		"objref", "osf", "payload", "queue", "quota", "range", "redir", "reject", "rt", "socket", "synproxy", "target",
+		"tproxy", "tunnel", "xfrm",
+	} {
+		all[name+"\x00"] = true
+	}
+	return all
+}()
+
+func (r *ForwardReader) sameSets(k tableKey, sets map[string]uint64) bool {
+	for name, print := range sets {
+		if r.elements(k, name) != print {
+			return false
+		}
+	}
+	return true
+}
+
+// elements returns the print of the elements of a set, in whatever order; 0 is that
+// of one that could not be read.
+func (r *ForwardReader) elements(k tableKey, set string) (print uint64) {
+	var e nfnl.Encoder
+	e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETSETELEM, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, r.raw.NextSeq(1), byte(k.family))
+	e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, k.name)
+	e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
+	e.End()
+	err := r.exchange(&e, func(body []byte) {
+		attributes(body[nfgenmsgLen:], func(typ uint16, b []byte) {
+			if typ != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
+				return
+			}
+			attributes(b, func(_ uint16, b []byte) {
+				var h maphash.Hash
+				h.SetSeed(r.seed)
+				attributes(b, func(typ uint16, b []byte) {
+					if typ != unix.NFTA_SET_ELEM_EXPIRATION && typ != unix.NFTA_SET_ELEM_EXPR && typ != nftaSetElemExpressions {
+						_, _ = h.Write(b)
+					}
+				})
+				print += h.Sum64()
+			})
+		})
+	})
+	if err != nil {
+		return 0
+	}
+	return max(print, 1)
+}
+
+// nftaSetElemExpressions is from linux/netfilter/nf_tables.h.
+const nftaSetElemExpressions = 11
+
+// dump calls f with the attributes of each object of a kind: of one table, or of all.
+func (r *ForwardReader) dump(typ uint16, family byte, of *tableKey, f func(k tableKey, attrs []byte)) error {
+	var e nfnl.Encoder
+	e.Message(unix.NFNL_SUBSYS_NFTABLES, typ, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, r.raw.NextSeq(1), family)
+	if of != nil {
+		e.Str(unix.NFTA_RULE_TABLE, of.name)
+	}
+	e.End()
+	return r.exchange(&e, func(body []byte) {
+		attrs := body[nfgenmsgLen:]
+		if of != nil {
+			f(*of, attrs)
+			return
+		}
+		k := tableKey{family: nftables.TableFamily(body[0])}
+		attributes(attrs, func(typ uint16, b []byte) {
+			if typ == unix.NFTA_TABLE_NAME { // and NFTA_CHAIN_TABLE
+				k.name = text(b)
+			}
+		})
+		f(k, attrs)
+	})
+}
+
+// exchange asks for a dump. Whether somebody changed something meanwhile, Read sees
+// by itself: most interruptions come from what we grant.
+func (r *ForwardReader) exchange(e *nfnl.Encoder, f func(body []byte)) error {
+	var refused error
+	err := r.raw.Exchange(e, func(_ uint32, err error) { refused = err }, func(_ uint16, body []byte) {
+		if len(body) >= nfgenmsgLen {
+			f(body)
+		}
+	})
+	if errors.Is(err, nfnl.ErrInterrupted) {
+		err = nil
+	}
+	return nfnl.Permitted(errors.Join(err, refused))
+}
