@@ -138,7 +138,7 @@ func TestListAndStatus(t *testing.T) {
 		t.Errorf("status: exit %d\n%s", code, out)
 	}
 	out, code = s.CLI("status", "--json", "--control-socket", s.Daemon.Socket)
-	if code != 0 || !json.Valid([]byte(out)) {
+	if code != 0 || !json.Valid([]byte(out)) || strings.Contains(out, "null") {
 		t.Errorf("status --json: exit %d\n%s", code, out)
 	}
 }

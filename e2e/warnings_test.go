@@ -50,7 +50,7 @@ const noNAT = "no source NAT: "
 func TestMissingSourceNATIsTold(t *testing.T) {
 	stage.OfTheDaemon(t)
 	s := newScene(t, lab.Options{Rules: lab.DropPolicy})
-	s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1s")
+	s.Start("--guard", "--learn", "--subnet", lab.InsideNet.String(), "--reconcile=1s")
 	if w := s.Status().Warnings; w == nil || len(w) > 0 {
 		t.Errorf("warnings %q", w)
 	}
