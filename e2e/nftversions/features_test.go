@@ -71,6 +71,14 @@ type scene struct {
 	ext          netip.AddrPort
 }
 
+// in returns the scene for a part of its test.
+func (s *scene) in(t *testing.T) *scene {
+	part, on := *s, *s.Scene
+	on.T = t
+	part.Scene = &on
+	return &part
+}
+
 // play starts a daemon and lets permissions, children and mappings stand, with and
 // without a connmark.
 func (f feature) play(t *testing.T) *scene {

@@ -6,7 +6,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -25,9 +24,10 @@ func TestEveryNFTListsSavesAndLoads(t *testing.T) {
 			s := f.play(t)
 			for _, n := range all {
 				t.Run(n.String(), func(t *testing.T) {
-					saved := lists(t, n, s.Scene, f.shows)
+					s := s.in(t)
+					saved := lists(t, n, s, f.shows)
 					if !n.before(1, 0, 2) {
-						loads(t, n, s.Scene, saved)
+						loads(t, n, s, saved)
 					}
 				})
 			}
@@ -43,7 +43,7 @@ var (
 )
 
 // lists checks all forms of listing and returns the plain one.
-func lists(t *testing.T, n *nft, s *stage.Scene, shows []string) (saved string) {
+func lists(t *testing.T, n *nft, s *scene, shows []string) (saved string) {
 	t.Helper()
 	want, err := n.bytecode(s.Gateway.Namespace)
 	if err != nil {
@@ -103,7 +103,7 @@ func lineWith(text, part string) string {
 
 // loads checks that what was saved can be loaded elsewhere, and gives the same rules
 // and elements.
-func loads(t *testing.T, n *nft, s *stage.Scene, saved string) {
+func loads(t *testing.T, n *nft, s *scene, saved string) {
 	t.Helper()
 	ns := lab.ForTest(t, lab.Options{Rules: lab.NoRules}).Gateway.Namespace
 	// As it is: a copy of a table with an owner may end with the nft that loads it.

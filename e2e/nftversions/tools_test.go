@@ -151,6 +151,7 @@ func TestFirewalldsLibraryWorksBeside(t *testing.T) {
 			s.Must(err)
 			for _, n := range all[:len(suites)] {
 				t.Run(n.String(), func(t *testing.T) {
+					s := s.in(t)
 					out, err := n.python(t, s.Gateway.Namespace, python, likeFirewalld)
 					if err != nil {
 						t.Fatal(err)
