@@ -54,3 +54,35 @@ func TestNFTSourceByAnotherLinkEarnsNothing(t *testing.T) {
 		nothing("by another daemon")
 	})
 }
+
+// A road warrior with an address of the LAN comes by an outside link, and only a rule of
+// policy routing leads back to it: by a mark that the packet has when it comes, or that
+// its answers get. Its packets pass.
+//
+// Fails when the chain spoofed does not know of marks.
+func TestNFTRoadWarriorByPolicyRoutingPasses(t *testing.T) {
+	const warrior, far = "10.47.11.200", "192.0.2.99"
+	for name, when := range map[string]string{
+		"marked as it comes":     `iifname "wan0" ip saddr 10.47.11.200 meta mark set 7`,
+		"marked on its way back": `iifname "lan0" ip daddr 10.47.11.200 meta mark set 7`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newScene(t, lab.Options{Rules: lab.Masquerade + `table ip marks { chain pre {
+				type filter hook prerouting priority mangle; ` + when + `; }; }`})
+			for _, link := range []string{"all", "wan0"} {
+				s.Must(s.Gateway.SetSysctl("net.ipv4.conf."+link+".rp_filter", "0"))
+			}
+			s.IP(s.Gateway, "rule add fwmark 7 lookup 100")
+			s.IP(s.Gateway, "route add "+warrior+"/32 via 198.51.100.254 dev wan0 table 100")
+			s.IP(s.Outside, "addr add "+warrior+"/32 dev lo")
+			s.IP(s.Outside, "route add table local unicast "+far+"/32 via 198.51.100.1")
+			s.Start(stage.Flags(stage.Auto)...)
+			from := s.Socket(s.Outside.Namespace, netip.MustParseAddr(warrior), 5060)
+			s.Must(from.Send(netip.MustParseAddrPort(far+":5060"), "x"))
+			s.Until("the packet passed", func() bool { return len(s.ConntrackList("-p", "udp", "--orig-src", warrior)) == 1 })
+			if n := s.Status().Tables.Guard.Spoofed; n != 0 {
+				t.Errorf("%d packets were dropped", n)
+			}
+		})
+	}
+}

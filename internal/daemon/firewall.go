@@ -30,6 +30,7 @@ type firewall struct {
 	portInPool                uint16                    // of a socket, as the warning says
 	decisions                 map[netip.Prefix]decision // never changed, but replaced
 	mappedLinks               []string                  // outside links, and those that were: they keep their mappings
+	byMark                    bool                      // routes may depend on marks
 
 	known map[netip.Addr]struct{} // addresses that links had; nil before the first look
 
@@ -121,7 +122,10 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 		OutsideLinks: outside, Guard: cfg.Guard,
 		Expectations: f.withExpectations, MaxChildren: cfg.MaxChildren,
 	}
-	if cfg.Guard {
+	// Where nobody can tell, nothing is dropped. The kernel does not learn from it then.
+	byMark, err := gateway.RoutesByMark(0)
+	f.byMark = byMark || err != nil
+	if cfg.Guard && !f.byMark {
 		d.Inside = prefixes(cfg.Subnets)
 	}
 	if f.withMap {
