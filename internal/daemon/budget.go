@@ -10,7 +10,7 @@ import (
 const (
 	// neighboursShare is the part of one CPU, as its inverse, that reading the rules,
 	// links and routes again takes at most when neighbours keep changing them.
-	neighboursShare = 33
+	neighboursShare = 40
 	// neighboursBurst is how much may be taken at once after a quiet time: what
 	// changes now and then is read at once.
 	neighboursBurst = 500 * time.Millisecond

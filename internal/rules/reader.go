@@ -3,6 +3,7 @@
 package rules
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -93,12 +94,12 @@ func (r *ForwardReader) Read(outside []Link) (found []Forward, same bool, err er
 			r.tables[k] = t
 		}
 		t.gone = false
-		print, foreign, err := r.rules(k)
+		print, err := r.rules(k)
 		if err == nil && !t.again && t.print == print && r.sameSets(k, t.sets) {
 			continue
 		}
 		t.print, same = print, false
-		decoded = append(decoded, r.decode(k, t, o, foreign, err))
+		decoded = append(decoded, r.decode(k, t, o, err))
 	}
 	after, err := r.changes()
 	if err != nil {
@@ -162,7 +163,9 @@ type decoding struct {
 
 // decode walks through the rules of a table. Its outline was read before, and failed
 // says why its rules could not be.
-func (r *ForwardReader) decode(k tableKey, t *readTable, o *outline, foreign map[string]string, failed error) *decoding {
+func (r *ForwardReader) decode(k tableKey, t *readTable, o *outline, failed error) *decoding {
+	foreign, err := r.foreign(k)
+	failed = errors.Join(failed, err)
 	w := &walker{
 		c: r.c, table: &nftables.Table{Name: k.name, Family: k.family}, outside: r.outside, foreign: foreign,
 		print: func(set string) uint64 { return r.elements(k, set) },
@@ -269,48 +272,62 @@ func chainParts(body []byte) (name, typ string, hook nftables.ChainHook) {
 }
 
 // rules returns the print of the rules of a table: a hash of all that does not count
-// packets. Foreign names an expression of a chain that Linux does not have.
-func (r *ForwardReader) rules(k tableKey) (print uint64, foreign map[string]string, err error) {
+// packets.
+func (r *ForwardReader) rules(k tableKey) (uint64, error) {
 	var h maphash.Hash
 	h.SetSeed(r.seed)
-	err = r.dump(unix.NFT_MSG_GETRULE, byte(k.family), &k, func(_ tableKey, body []byte) {
-		var chain []byte
+	err := r.dump(unix.NFT_MSG_GETRULE, byte(k.family), &k, func(_ tableKey, body []byte) {
+		if !slices.ContainsFunc(counting, func(name []byte) bool { return bytes.Contains(body, name) }) {
+			_, _ = h.Write(body)
+			return
+		}
 		attributes(body, func(typ uint16, b []byte) {
-			if typ == unix.NFTA_RULE_CHAIN {
-				chain = b
-			}
-			if typ != unix.NFTA_RULE_EXPRESSIONS {
+			if typ == unix.NFTA_RULE_EXPRESSIONS {
+				attributes(b, func(_ uint16, b []byte) { hashExpression(&h, b) })
+			} else {
 				_, _ = h.Write(b)
-				return
 			}
-			attributes(b, func(_ uint16, b []byte) {
-				if name := hashExpression(&h, b); !expressions[string(name)] {
-					if foreign == nil {
-						foreign = map[string]string{}
-					}
-					foreign[text(chain)] = text(name)
-				}
-			})
 		})
 	})
-	return h.Sum64(), foreign, err
+	return h.Sum64(), err
 }
 
-// hashExpression returns the name of an expression, with its NUL.
-func hashExpression(h *maphash.Hash, b []byte) (name []byte) {
+// counting are the names of expressions whose data changes with each packet.
+var counting = [][]byte{[]byte("counter\x00"), []byte("quota\x00"), []byte("last\x00")}
+
+func hashExpression(h *maphash.Hash, b []byte) {
+	counts := false
 	attributes(b, func(typ uint16, b []byte) {
 		if typ == unix.NFTA_EXPR_NAME {
-			name = b
+			counts = slices.ContainsFunc(counting, func(name []byte) bool { return bytes.Equal(name, b) })
 		}
-		switch string(name) {
-		case "counter\x00", "quota\x00", "last\x00":
-			if typ == unix.NFTA_EXPR_DATA {
-				return
-			}
+		if typ == unix.NFTA_EXPR_NAME || !counts {
+			_, _ = h.Write(b)
 		}
-		_, _ = h.Write(b)
 	})
-	return name
+}
+
+// foreign returns, by chain, the name of an expression that Linux does not have.
+func (r *ForwardReader) foreign(k tableKey) (map[string]string, error) {
+	found := map[string]string{}
+	err := r.dump(unix.NFT_MSG_GETRULE, byte(k.family), &k, func(_ tableKey, body []byte) {
+		var chain []byte
+		attributes(body, func(typ uint16, b []byte) {
+			switch typ {
+			case unix.NFTA_RULE_CHAIN:
+				chain = b
+			case unix.NFTA_RULE_EXPRESSIONS:
+				attributes(b, func(_ uint16, b []byte) {
+					attributes(b, func(typ uint16, b []byte) {
+						if typ == unix.NFTA_EXPR_NAME && !expressions[string(b)] {
+							found[text(chain)] = text(b)
+						}
+					})
+				})
+			}
+		})
+	})
+	return found, err
 }
 
 // expressions are those that Linux has. Of these the library leaves some out, which

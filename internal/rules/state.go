@@ -100,7 +100,7 @@ func (s *state) holds(l *layout) bool {
 		return false
 	}
 	for _, set := range l.sets {
-		if !set.free && !sameAll(s.elements[set.Name], set.elements, sameElement) {
+		if !set.free && !sameElements(s.elements[set.Name], set.elements) {
 			return false
 		}
 	}
@@ -117,6 +117,23 @@ func (l *layout) kernelSets() (sets []*nftables.Set) {
 // sameAll compares two lists without doublets, in any order.
 func sameAll[T any](a, b []T, same func(T) func(T) bool) bool {
 	return len(a) == len(b) && !slices.ContainsFunc(a, func(x T) bool { return !slices.ContainsFunc(b, same(x)) })
+}
+
+// sameElements is sameAll for elements, which may be many.
+func sameElements(a, b []nftables.SetElement) bool {
+	sorted := func(es []nftables.SetElement) []nftables.SetElement {
+		return slices.SortedFunc(slices.Values(es), func(a, b nftables.SetElement) int {
+			c := bytes.Compare(a.Key, b.Key)
+			if c == 0 && a.IntervalEnd != b.IntervalEnd {
+				c = 1
+				if b.IntervalEnd {
+					c = -1
+				}
+			}
+			return c
+		})
+	}
+	return len(a) == len(b) && slices.EqualFunc(sorted(a), sorted(b), func(a, b nftables.SetElement) bool { return sameElement(a)(b) })
 }
 
 func sameChain(a *nftables.Chain) func(*nftables.Chain) bool {

@@ -147,6 +147,10 @@ func (t *Tables) Set(d Desired) (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
+	// Not locked, for grants wait for the lock.
+	if t.holds(have, want) {
+		return false, nil
+	}
 	t.w.Lock()
 	defer t.w.Unlock()
 	for i, h := range have {
@@ -181,6 +185,19 @@ func (t *Tables) Set(d Desired) (changed bool, err error) {
 		err = fmt.Errorf("%w (somebody changed it meanwhile)", err)
 	}
 	return true, err
+}
+
+// holds reports whether nothing is to be changed.
+func (t *Tables) holds(have []*state, want []*layout) bool {
+	for i, h := range have {
+		switch l := layoutOf(want, tables[i]); {
+		case l == nil && h.table != nil:
+			return false
+		case l != nil && (h.table == nil || h.table.Flags != t.flags || !h.holds(l)):
+			return false
+		}
+	}
+	return true
 }
 
 // tables are the families of our tables.

@@ -1,0 +1,212 @@
+package e2e
+
+import (
+	"bytes"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// neighboursTime is how long each neighbour is borne.
+const neighboursTime = 20 * time.Second
+
+// BenchmarkBusyNeighbours shows what the daemon takes of a CPU, and how long the first
+// answer of a peer waits for a permission, while others change rules, links and routes
+// all the time. The kernel learns nothing, so that each permission is a grant.
+//
+// It prints for each neighbour the share of a CPU over neighboursTime and the times.
+func BenchmarkBusyNeighbours(b *testing.B) {
+	const (
+		uplink  = "via 198.51.100.254 dev wan0"
+		foreign = "add rule ip busy idle udp dport 9 accept; flush chain ip busy idle"
+	)
+	rules := func(n int) string {
+		var s strings.Builder
+		s.WriteString("table ip busy { chain idle { }\n")
+		for i := range n {
+			fmt.Fprintf(&s, "chain s%d { udp dport %d dnat to 172.18.%d.%d; }\n", i, 20000+i, i/250, 1+i%250)
+		}
+		s.WriteString("chain pre { type nat hook prerouting priority dstnat;\n")
+		for i := range n {
+			fmt.Fprintf(&s, "ip daddr 10.96.%d.%d udp dport 53 jump s%d\n", i/250, 1+i%250, i)
+		}
+		return s.String() + "}; }\n"
+	}
+	routes := func(n int) string {
+		var s strings.Builder
+		for i := range n {
+			fmt.Fprintf(&s, "route add %d.%d.%d.0/24 %s\n", 100+i/(1<<15), i>>7&0xff, i&0x7f<<1, uplink)
+		}
+		return s.String()
+	}
+	noDefault := "route del default\nroute add 203.0.113.0/24 " + uplink + "\nroute add 192.0.2.0/24 " + uplink + "\n"
+	flap := func(up, down string) func(l *lab.Lab, i int) error {
+		return func(l *lab.Lab, i int) error {
+			_, err := l.Gateway.Output("ip", strings.Fields([]string{up, down}[i%2])...)
+			return err
+		}
+	}
+	nft := func(l *lab.Lab, _ int) error { return l.NFT(foreign) }
+	for _, n := range []struct {
+		name        string
+		rules, ip   string // before, for nft and ip -batch
+		permissions int
+		change      func(l *lab.Lab, i int) error // nil: nothing
+		perSecond   int
+	}{
+		{name: "nothing"},
+		{name: "20 transactions", rules: rules(0), change: nft, perSecond: 20},
+		{name: "20 transactions, 10,000 NAT rules", rules: rules(5000), change: nft, perSecond: 20},
+		{name: "20 transactions, 10,000 NAT rules, 50,000 permissions", rules: rules(5000), permissions: 50_000, change: nft, perSecond: 20},
+		{name: "10 of a link without address", ip: "link add idle0 type bridge\n", change: flap("link set idle0 up", "link set idle0 down"), perSecond: 10},
+		{
+			name: "10 of a link with an address", ip: "link add idle0 type bridge\naddr add 10.48.0.1/24 dev idle0\n",
+			change: flap("link set idle0 up", "link set idle0 down"), perSecond: 10,
+		},
+		{
+			name: "10 of a link with an address, 50,000 permissions", ip: "link add idle0 type bridge\naddr add 10.48.0.1/24 dev idle0\n",
+			permissions: 50_000, change: flap("link set idle0 up", "link set idle0 down"), perSecond: 10,
+		},
+		{name: "10 of a route, 50,000 routes", ip: routes(50_000), change: flap("route add 99.0.0.0/24 "+uplink, "route del 99.0.0.0/24"), perSecond: 10},
+		{
+			name: "10 of a route, 50,000 routes, no default", ip: routes(50_000) + noDefault,
+			change: flap("route add 99.0.0.0/24 "+uplink, "route del 99.0.0.0/24"), perSecond: 10,
+		},
+	} {
+		b.Run(n.name, func(b *testing.B) {
+			must := func(err error) {
+				b.Helper()
+				if err != nil {
+					b.Fatal(err)
+				}
+			}
+			l := lab.ForTest(b, lab.Options{Inside: 2, Rules: lab.Masquerade + lab.DropPolicy})
+			must(l.NFT("insert rule inet filter forward ct status dnat accept"))
+			if n.rules != "" {
+				must(l.NFT(n.rules))
+			}
+			if n.ip != "" {
+				batch := filepath.Join(b.TempDir(), "batch")
+				must(os.WriteFile(batch, []byte(n.ip), 0o600))
+				_, err := l.Gateway.Output("ip", "-batch", batch)
+				must(err)
+			}
+			peer, err := l.Outside.Socket(lab.PeerA, 5060)
+			must(err)
+			defer peer.Close()
+			answer, err := l.Outside.Socket(lab.PeerA, 5070)
+			must(err)
+			defer answer.Close()
+			d, err := l.StartDaemon(stage.Exe(), "--subnet", lab.InsideNet.String(), "--outside", "wan0", "--learn=false",
+				"--lifetime", "1h", "--max-permissions-per-host=0")
+			must(err)
+			if n.permissions > 0 {
+				fill(b, l, d, n.permissions)
+			}
+			for b.Loop() {
+				changes := 0
+				end, ended := make(chan struct{}), make(chan error, 1)
+				go func() {
+					if n.change == nil {
+						<-end
+						ended <- nil
+						return
+					}
+					pace := time.NewTicker(time.Second / time.Duration(n.perSecond))
+					defer pace.Stop()
+					for {
+						select {
+						case <-end:
+							ended <- nil
+							return
+						case <-pace.C:
+						}
+						if err := n.change(l, changes); err != nil {
+							ended <- err
+							return
+						}
+						changes++
+					}
+				}()
+				time.Sleep(8 * time.Second) // the burst is over
+				var took []time.Duration
+				began, cpu := time.Now(), cpuTime(b, d.PID())
+				for port := uint16(10_000); time.Since(began) < neighboursTime; port++ {
+					in, err := l.Inside(1).Socket(l.Inside(1).Addr, port)
+					must(err)
+					t, err := stage.FirstAnswer(in, peer, answer)
+					must(err)
+					in.Close()
+					took = append(took, t)
+					time.Sleep(100 * time.Millisecond)
+				}
+				cpu = cpuTime(b, d.PID()) - cpu
+				lasted := time.Since(began)
+				close(end)
+				must(<-ended)
+				share := 100 * cpu.Seconds() / lasted.Seconds()
+				fmt.Printf("%-56s %5.1f %% of a CPU, %d changes; %s\n", n.name, share, changes, distribution(took))
+				b.ReportMetric(share, "%CPU")
+			}
+			must(d.Stop())
+		})
+	}
+}
+
+// cpuTime returns the CPU time of a process, of proc(5).
+func cpuTime(b *testing.B, pid int) time.Duration {
+	b.Helper()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		b.Fatal(err)
+	}
+	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
+	var ticks int
+	for _, f := range fields[11:13] {
+		n, err := strconv.Atoi(string(f))
+		if err != nil {
+			b.Fatal(err)
+		}
+		ticks += n
+	}
+	return time.Duration(ticks) * time.Second / 100 // USER_HZ
+}
+
+// fill makes n permissions of the first inside host and waits until they stand.
+func fill(b *testing.B, l *lab.Lab, d *lab.Daemon, n int) {
+	b.Helper()
+	const ports = 500
+	f, err := l.NewFlood(n, true)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() { _ = f.Close() }()
+	for i := range n {
+		f.Aim(i, netip.AddrPortFrom(l.Inside(0).Addr, uint16(30_000+i%ports)), netip.AddrPortFrom(stage.Peer(i/ports), 9))
+	}
+	standing := 0
+	for end := time.Now().Add(3 * time.Minute); standing < n; {
+		if time.Now().After(end) {
+			b.Fatalf("%d of %d permissions stand", standing, n)
+		}
+		for at := 0; at < n; at += 2000 {
+			if err := f.Send(at, min(at+2000, n)); err != nil {
+				b.Fatal(err)
+			}
+		}
+		st, err := control.Dial(d.Socket).Status(b.Context())
+		if err != nil {
+			b.Fatal(err)
+		}
+		standing = st.Permissions.Standing
+	}
+}
