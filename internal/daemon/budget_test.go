@@ -17,8 +17,8 @@ func TestBudgetAllowsABurstAndThenAShare(t *testing.T) {
 		}
 		return n
 	}
-	if n := done(0, time.Second); n != int(neighboursBurst/piece)+1 {
-		t.Errorf("%d pieces in the first second, want the burst", n)
+	if n, burst := done(0, time.Second), int(neighboursBurst/piece); n < burst || n > burst+2 {
+		t.Errorf("%d pieces in the first second, want the burst, %d", n, burst)
 	}
 	const long = 100 * time.Second
 	if took := time.Duration(done(time.Second, time.Second+long)) * piece; took > long/neighboursShare || took < long/neighboursShare-2*piece {

@@ -215,8 +215,11 @@ func (f *firewall) forwards(network gateway.Network) (covered *rules.Covered, wa
 	all, same, err := f.reader.Read(outside)
 	switch {
 	case err != nil:
+		if f.forwarded == nil { // what is not known may forward all
+			f.forwarded = rules.Cover([]rules.Forward{{All: true}})
+		}
 		return f.forwarded, append(slices.Clone(f.forwardWarnings), fmt.Sprintf("port forwards cannot be read, "+
-			"those that were known before hold: %v", err))
+			"those that were read before hold, and all ports count as forwarded if none were: %v", err))
 	case same && f.forwarded != nil:
 		return f.forwarded, f.forwardWarnings
 	}

@@ -1,0 +1,80 @@
+package daemon
+
+import (
+	"net/netip"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/rules"
+)
+
+// Rules that may not be read for a while are not taken for no forwards.
+//
+// Fails when an error of the reading gives an empty answer.
+func TestForwardsHoldWhileRulesCannotBeRead(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(l.NFT("table ip fw { chain pre { type nat hook prerouting priority dstnat; udp dport 5060 dnat to 10.47.11.109; }; }"))
+	f := &firewall{}
+	var err error
+	f.tables, err = rules.Open(rules.Config{NetNS: l.Gateway.FD()})
+	must(err)
+	defer func() { must(f.close()) }()
+	network := gateway.Network{Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: true}}}
+	e := cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.1:5060"))
+
+	unprivileged(t, func() {
+		if got, warnings := f.forwards(network); !got.Covers(e) || len(warnings) == 0 {
+			t.Errorf("at first, without privilege: covered %v, warnings %q", got.Covers(e), warnings)
+		}
+	})
+	other := cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.1:5061"))
+	if got, _ := f.forwards(network); got.Covers(other) {
+		t.Error("all is covered still")
+	}
+	before, warnings := f.forwards(network)
+	if !before.Covers(e) || len(warnings) > 0 {
+		t.Fatalf("covered %v, warnings %q", before.Covers(e), warnings)
+	}
+	unprivileged(t, func() {
+		if got, warnings := f.forwards(network); got != before || !slices.ContainsFunc(warnings, func(w string) bool {
+			return strings.Contains(w, "port forwards cannot be read") && strings.Contains(w, "CAP_NET_ADMIN")
+		}) {
+			t.Errorf("without privilege: covered %v, warnings %q", got.Covers(e), warnings)
+		}
+	})
+	if got, warnings := f.forwards(network); got != before || len(warnings) > 0 {
+		t.Errorf("afterwards: covered %v, warnings %q", got.Covers(e), warnings)
+	}
+}
+
+// unprivileged runs f on a thread without capabilities, which ends then.
+func unprivileged(t *testing.T, f func()) {
+	t.Helper()
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked
+		h := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var none [2]unix.CapUserData
+		err := unix.Capset(&h, &none[0])
+		if err == nil {
+			f()
+		}
+		done <- err
+	}()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
