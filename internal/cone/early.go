@@ -123,6 +123,7 @@ func (m *Model) Granted(p Permission) {
 		return // it is about to be revoked
 	}
 	m.claims[o].certain = true
+	m.leave(o)
 	if p.Wild > 0 {
 		m.dropAllEarly(p)
 		return

@@ -25,9 +25,10 @@ func (s State) String() string {
 // slice and point at each other by index.
 type claim struct {
 	Permission
-	state  State
-	reason Reason
-	placed Placement
+	state   State
+	reason  Reason
+	placed  Placement
+	leaving Carriers // of these, when another one has it
 	// Why the kernel gave it no expectation, or no element of the map.
 	unexpected, unmapped Reason
 
@@ -472,7 +473,8 @@ func (m *Model) Refused(now time.Duration, p Permission, r Reason, standing bool
 	if i == none || m.claims[i].state != StateStanding {
 		return
 	}
-	if standing {
+	if standing || m.claims[i].leaving != 0 { // by another carrier
+		standing = true
 		m.withdraw(i, r)
 	}
 	m.refuse(now, i, r)
@@ -490,7 +492,7 @@ func (m *Model) Lost(p Permission, by Carriers) bool {
 		return false
 	}
 	c := &m.claims[i]
-	c.certain = false
+	c.certain = c.certain && c.placed.By&^by != 0
 	m.op(Op{Kind: Grant, Permission: c.Permission, By: c.placed.By & by})
 	return true
 }

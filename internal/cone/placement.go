@@ -89,6 +89,9 @@ func (m *Model) place(now time.Duration, c *claim) Placement {
 // setPlacement notes what carries claim i and keeps the counts.
 func (m *Model) setPlacement(i int32, p Placement) {
 	c := &m.claims[i]
+	if p.By == 0 {
+		c.leaving = 0
+	}
 	m.stats.count(c.placed, -1)
 	c.placed = p
 	m.stats.count(p, 1)
@@ -145,18 +148,33 @@ func (m *Model) reconsiderAll(now time.Duration) {
 	}
 }
 
-// move lets claim i, which stands, be carried as p says. It stands by the new
-// carrier before the old one lets go of it.
+// move lets claim i, which stands, be carried as p says. The old carrier lets go of it
+// when the new one has it, unless the old one is in somebody's way.
 func (m *Model) move(i int32, p Placement) {
 	c := &m.claims[i]
-	was := c.placed.By
+	more, less := p.By&^c.placed.By, c.placed.By&^p.By
+	if more != 0 {
+		m.op(Op{Kind: Grant, Permission: c.Permission, By: more})
+	}
+	c.leaving = less
+	p.By |= less
 	m.setPlacement(i, p)
-	if by := p.By &^ was; by != 0 {
-		m.op(Op{Kind: Grant, Permission: c.Permission, By: by})
+	if more == 0 || p.Why == ReasonForwarded || p.Why == ReasonHelper {
+		m.leave(i)
 	}
-	if by := was &^ p.By; by != 0 {
-		m.op(Op{Kind: Revoke, Permission: c.Permission, By: by, Reason: p.Why})
+}
+
+// leave lets the carriers go that claim i has no need of any more.
+func (m *Model) leave(i int32) {
+	c := &m.claims[i]
+	if c.leaving == 0 {
+		return
 	}
+	m.op(Op{Kind: Revoke, Permission: c.Permission, By: c.leaving, Reason: c.placed.Why})
+	p := c.placed
+	p.By &^= c.leaving
+	c.leaving = 0
+	m.setPlacement(i, p)
 }
 
 // Failed tells the model that the kernel refused to carry p by some carriers. It
@@ -178,10 +196,11 @@ func (m *Model) Failed(now time.Duration, p Permission, by Carriers, r Reason) {
 	}
 	left := c.placed
 	left.By &^= by
+	c.leaving = 0
 	m.setPlacement(i, left)
 	next := m.place(now, c)
 	if next.By == 0 {
-		m.Refused(now, p, r, false)
+		m.Refused(now, p, r, left.By != 0)
 		return
 	}
 	m.move(i, next)

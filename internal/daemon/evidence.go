@@ -4,7 +4,7 @@ import "time"
 
 const (
 	// enoughChildren tell what a firewall does. Some of their events may be lost.
-	enoughChildren = 4
+	enoughChildren = 3
 	// manyChildren are so many that the older ones count half.
 	manyChildren = 64
 	// evidenceMemory is how long children tell of what a firewall does. It may have
