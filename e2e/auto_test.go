@@ -1,0 +1,129 @@
+package e2e
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// What carries permissions in auto, and that nothing of the user's is in their way or
+// they in its.
+
+// carried waits until the subnet is carried as wanted and returns why.
+func (s *scene) carried(by string) (why string) {
+	s.T.Helper()
+	s.Until("the subnet is carried by "+by, func() bool {
+		carried, reason, _ := strings.Cut(s.Status().Subnets[0].Carried, ": ")
+		why = reason
+		return carried == by
+	})
+	return why
+}
+
+// The user's firewall says what carries permissions, and may change its mind. Each
+// time children arrive, those of the permission that stood before too.
+func TestAutoFollowsTheFirewall(t *testing.T) {
+	const strict, open = `flush chain inet filter forward
+add rule inet filter forward ct state established,related accept
+add rule inet filter forward iifname "lan0" accept
+`, `insert rule inet filter forward ct status dnat accept
+`
+	s := play(t, lab.Options{Rules: lab.Masquerade + lab.DropPolicy}, append(stage.Auto, "--peer-group=203.0.113.0/29")...)
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	port := uint16(6000)
+	for i, step := range []struct{ rules, by, why string }{
+		{"", "expect", "inet filter forward drops DNATed flows and accepts RELATED"},
+		{open, "nft", "your firewall accepts flows with ct status dnat"},
+		{strict, "expect", "inet filter forward drops DNATed flows and accepts RELATED"},
+		{open, "nft", "your firewall accepts flows with ct status dnat"},
+	} {
+		if step.rules != "" {
+			s.Must(s.NFT(step.rules))
+		}
+		if why := s.carried(step.by); why != step.why {
+			t.Errorf("step %d: because %q, want %q", i, why, step.why)
+		}
+		s.Until("all permissions are carried so", func() bool {
+			ps := s.List()
+			for _, p := range ps {
+				if p.State != "standing" || p.Backend != step.by {
+					return false
+				}
+			}
+			return len(ps) == map[string]int{"expect": 8, "nft": 1}[step.by]
+		})
+		port++
+		s.Arrives(phone, s.PeerSocket(lab.PeerA, port), ext)
+		s.Arrives(phone, s.PeerSocket(lab.PeerB, port), ext) // of the group
+		if s.mapWarning() {
+			t.Errorf("step %d: warnings %q", i, s.Status().Warnings)
+		}
+	}
+}
+
+// A forward chain that lets no child pass is told before one is lost.
+func TestAutoTellsOfAFirewallThatDropsAll(t *testing.T) {
+	for _, mode := range [][]string{stage.Auto, stage.Expect, stage.NFT} {
+		s := play(t, lab.Options{Rules: lab.Masquerade + strings.Replace(lab.DropPolicy, "established,related accept", "established accept", 2)}, mode...)
+		w := s.Status().Warnings
+		if !slices.ContainsFunc(w, func(w string) bool {
+			return strings.Contains(w, "inet filter forward") && strings.Contains(w, "ct status dnat")
+		}) {
+			t.Errorf("%v: warnings %q", mode, w)
+		}
+		s.Must(s.NFT("insert rule inet filter forward ct status dnat accept"))
+		s.Until("the warning is gone", func() bool { return !s.mapWarning() })
+		s.Stop()
+	}
+}
+
+const tftpHelper = `table ip h {
+	ct helper tftp { type "tftp" protocol udp; }
+	chain p {
+		type filter hook prerouting priority 0;
+		iifname "lan0" udp dport 69 ct helper set "tftp"
+	}
+}
+`
+
+// A conntrack helper of the user's works as without conenatd, though the subnet is
+// carried by expectations: where it works there is none of ours.
+func TestHelperOfTheUsersWorks(t *testing.T) {
+	stage.NeedsExpect(t)
+	for _, mode := range [][]string{stage.Auto, stage.Expect} {
+		t.Run(mode[0][2:], func(t *testing.T) {
+			s := play(t, lab.Options{Rules: lab.Masquerade + lab.DropPolicy + tftpHelper}, append(mode, "--reconcile=1s")...)
+			phone, server := s.InsideSocket(0, 2070), s.PeerSocket(lab.PeerA, 69)
+			for i := range 3 {
+				const request = "\x00\x01boot.cfg\x00octet\x00"
+				s.Must(phone.Send(server.Addr(), request))
+				ext, err := server.Expect(request)
+				s.Must(err)
+				transfer, data := s.PeerSocket(lab.PeerA, uint16(3000+i)), fmt.Sprintf("\x00\x03\x00\x01%d", i)
+				s.Must(transfer.Send(ext, data))
+				_, err = phone.Expect(data)
+				s.Must(err)
+				if mode[0] == stage.Expect[0] {
+					if p := s.Listed(phone, server, ext, "refused"); p.Reason != "a conntrack helper serves this flow" {
+						t.Errorf("reason %q", p.Reason)
+					}
+				} else if p := s.Listed(phone, server, ext, "standing"); p.Backend != "nft" {
+					t.Errorf("it stands by %q", p.Backend)
+				}
+				for range 2 { // each reads the tables again
+					if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code != 0 {
+						t.Fatalf("exit %d, %q", code, out)
+					}
+				}
+				if out, code := s.CLI("status", "--verify", "--control-socket", s.Daemon.Socket); code != 0 {
+					t.Errorf("exit %d, %q", code, out)
+				}
+			}
+		})
+	}
+}

@@ -1,0 +1,63 @@
+package daemon
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/rules"
+)
+
+func TestWhatTheForwardHookDoesDecides(t *testing.T) {
+	pass, none, few := [2]uint64{10, 10}, [2]uint64{10, 0}, [2]uint64{2, 0}
+	for name, tc := range map[string]struct {
+		dnated, related rules.Answer
+		mapped, others  [2]uint64 // children admitted and passed, by the map and by expectations
+		want            cone.Choice
+		why             string
+	}{
+		"both pass":                 {rules.Accepted, rules.Accepted, none, pass, cone.ChooseMap, "accepts flows with ct status dnat"},
+		"DNATed pass":               {rules.Accepted, rules.Dropped, none, none, cone.ChooseMap, "accepts flows with ct status dnat"},
+		"RELATED pass":              {rules.Dropped, rules.Accepted, pass, none, cone.ChooseExpectation, "drops DNATed flows and accepts RELATED"},
+		"neither passes":            {rules.Dropped, rules.Dropped, pass, pass, cone.ChooseMap, "neither gets through"},
+		"DNATed do not pass":        {rules.Dropped, rules.Unknown, pass, few, cone.ChooseExpectation, "drops DNATed flows"},
+		"RELATED do not pass":       {rules.Unknown, rules.Dropped, few, pass, cone.ChooseMap, "drops RELATED flows"},
+		"nobody knows":              {rules.Unknown, rules.Unknown, few, few, cone.ChooseBoth, "cannot be told"},
+		"DNATed passed":             {rules.Unknown, rules.Unknown, pass, none, cone.ChooseMap, "of the last 10 children that came so it let 10 pass"},
+		"DNATed were dropped":       {rules.Unknown, rules.Accepted, none, few, cone.ChooseExpectation, "of the last 10 children that came so it let 0 pass"},
+		"RELATED were dropped":      {rules.Unknown, rules.Unknown, few, none, cone.ChooseMap, "drops RELATED flows"},
+		"both were dropped":         {rules.Unknown, rules.Unknown, none, none, cone.ChooseMap, "neither gets through"},
+		"RELATED passed, no others": {rules.Unknown, rules.Unknown, few, pass, cone.ChooseBoth, "let 10 pass"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := &firewall{}
+			f.mapped.read(0, 0, 0)
+			f.related.read(0, 0, 0)
+			f.mapped.read(1, tc.mapped[0], tc.mapped[1])
+			f.related.read(1, tc.others[0], tc.others[1])
+			d := f.weigh(rules.ChildVerdicts{MostDNATed: tc.dnated, MostRelated: tc.related})
+			if d.Choice != tc.want || !strings.Contains(d.why, tc.why) {
+				t.Errorf("%v because %q", d.Choice, d.why)
+			}
+		})
+	}
+}
+
+func TestEvidenceAges(t *testing.T) {
+	var w witness
+	tell := func(now time.Duration, admitted, passed uint64, wantPass, wantKnown bool) {
+		t.Helper()
+		w.read(now, admitted, passed)
+		if pass, known := w.passes(); pass != wantPass || known != wantKnown {
+			t.Errorf("at %v: passes %v, known %v; %+v", now, pass, known, w)
+		}
+	}
+	tell(0, 1000, 1000, false, false) // before us
+	tell(1, 1002, 1000, false, false)
+	tell(2, 1010, 1000, false, true)
+	tell(3, 1500, 1490, true, true) // the firewall was mended
+	tell(evidenceMemory+2, 1500, 1490, true, true)
+	tell(evidenceMemory+3, 1500, 1490, false, false)
+	tell(evidenceMemory+4, 1501, 1491, true, true)
+}
