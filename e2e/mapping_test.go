@@ -300,3 +300,14 @@ func TestNFTPoolThatIsUsedUp(t *testing.T) {
 		t.Errorf("warnings: %q", s.Status().Warnings)
 	}
 }
+
+// A NAT chain of the lowest priority may come before conenatd's: it is named.
+func TestNFTChainBeforeMappingsIsNamed(t *testing.T) {
+	s := play(t, lab.Options{}, stage.Auto[0], mapped)
+	const want = "chain ip first c has the priority of conenatd's own"
+	if s.warns(want) {
+		t.Errorf("warnings: %q", s.Status().Warnings)
+	}
+	s.Must(s.NFT(`table ip first { chain c { type nat hook postrouting priority -199; }; }`))
+	s.Until("it is warned of", func() bool { return s.warns(want) })
+}

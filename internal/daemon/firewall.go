@@ -252,6 +252,19 @@ func outsideLinks(network gateway.Network) (links []rules.Link) {
 	return links
 }
 
+// rivals says which chains of the user's may translate flows before mappings do.
+func (f *firewall) rivals(cfg config.Config) (warnings []string, err error) {
+	if !wantsMapping(cfg) || !f.maps() {
+		return nil, nil
+	}
+	chains, err := f.tables.Rivals()
+	for _, c := range chains {
+		warnings = append(warnings, fmt.Sprintf("chain %s has the priority of conenatd's own, -199, and comes before it if it is younger: "+
+			"what it translates gets no mapping; give it another priority", c))
+	}
+	return warnings, err
+}
+
 // read is what status shows of the tables.
 func (f *firewall) read(cfg config.Config) (t control.Tables) {
 	if f.tables == nil {

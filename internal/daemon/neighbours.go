@@ -102,8 +102,8 @@ func (d *Daemon) readRules() error {
 	if !d.do(func() { cfg = d.cfg.Config }) {
 		return errEnded
 	}
-	d.readForwards(d.network)
-	return d.redecide(cfg, d.network, d.firewall.read(cfg))
+	err := d.readForwards(cfg, d.network)
+	return errors.Join(err, d.redecide(cfg, d.network, d.firewall.read(cfg)))
 }
 
 // isLate is how long others' changes have to wait for a user to be told.

@@ -173,8 +173,7 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 		d.log.Info(n)
 	}
 	failed = errors.Join(failed, err)
-	d.readForwards(network)
-	failed = errors.Join(failed, d.lookAtSockets(cfg, network))
+	failed = errors.Join(failed, d.readForwards(cfg, network), d.lookAtSockets(cfg, network))
 	tables := d.firewall.read(cfg)
 	failed = errors.Join(failed, d.redecide(cfg, network, tables))
 	topology := network.Topology().Compile()
@@ -200,22 +199,25 @@ func newOutside(old, now gateway.Network) bool {
 }
 
 // readForwards brings the model up to date about what the user's rules forward.
-func (d *Daemon) readForwards(network gateway.Network) {
+func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error {
 	covered, warnings := d.firewall.forwards(network)
+	rivals, err := d.firewall.rivals(cfg)
+	warnings = slices.Concat(warnings, rivals)
 	d.do(func() {
 		d.ruleWarnings = warnings
 		d.warned.tell(d.now(), d.warnings())
 	})
 	if covered == d.forwarded {
-		return
+		return err
 	}
 	d.forwarded = covered
 	d.do(func() { d.model.BeginForwards(covered.Covers) })
 	for at := 0; at >= 0; {
 		if !d.do(func() { at = d.model.ReviewForwards(d.now(), at, flowsAtOnce) }) {
-			return
+			return errEnded
 		}
 	}
+	return err
 }
 
 // readFlows shows the model all flows that there are.

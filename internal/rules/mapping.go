@@ -63,6 +63,9 @@ const (
 	// goneTimeout is how long no mapping is learned to an address that is gone, until
 	// the flows that have it have ended.
 	goneTimeout = 10 * time.Second
+	// copyTimeout is that of an element for which the rule tells none: nft 1.0.2 drops the
+	// timeouts of maps where it loads what it listed.
+	copyTimeout = time.Hour
 	// takenSize bounds the flows that are remembered, addressesSize the hosts, and
 	// linkAddressesSize the outside addresses of a link.
 	takenSize         = 1 << 18
@@ -157,7 +160,14 @@ func (l *layout) learnedSet(name string, key []nftables.SetDatatype, size int) *
 
 func (l *layout) learnedMap(name string, key []nftables.SetDatatype, value nftables.SetDatatype, size int) *set {
 	s := l.learnedSet(name, key, size)
-	s.IsMap, s.DataType = true, value
+	s.IsMap, s.DataType, s.Timeout = true, value, copyTimeout
+	return s
+}
+
+// addressMap makes a map in which an element without a timeout stands for ever.
+func (l *layout) addressMap(name string) *set {
+	s := l.learnedMap(name, addressKey, nftables.TypeIPAddr, addressesSize)
+	s.Timeout = 0
 	return s
 }
 
@@ -189,7 +199,7 @@ func (m *mapper) uplink(name string) *uplink {
 		kept:       m.learnedMap(keptMap+id, endpointKey, nftables.TypeIPAddr, m.Size),
 		moved:      m.learnedMap(movedMap+id, endpointKey, nftables.TypeIPAddr, m.Size),
 		ports:      m.learnedMap(portsMap+id, endpointKey, nftables.TypeInetService, m.Size),
-		addresses:  m.learnedMap(addressesMap+id, addressKey, nftables.TypeIPAddr, addressesSize),
+		addresses:  m.addressMap(addressesMap + id),
 		translated: m.learnedSet(translatedSet+id, addressKey, linkAddressesSize),
 		several:    m.learnedSet(severalSet+id, addressKey, 1),
 	}

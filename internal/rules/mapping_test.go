@@ -1273,3 +1273,15 @@ func TestAnOlderFlowOwnsNothing(t *testing.T) {
 		t.Error(list)
 	}
 }
+
+func TestRivalsAreChainsBeforeOurs(t *testing.T) {
+	m := newMapper(t, lab.Options{Rules: lab.Masquerade + `
+		table ip first { chain c { type nat hook postrouting priority -199; }; chain later { type nat hook postrouting priority -198; }
+			chain other { type nat hook prerouting priority -199; }; chain filter { type filter hook postrouting priority -199; }; }
+		table inet both { chain c { type nat hook postrouting priority -199; }; }`}, mapping)
+	got, err := m.tables.Rivals()
+	check(t, err)
+	if fmt.Sprint(got) != "[inet both c ip first c]" {
+		t.Errorf("got %q", got)
+	}
+}

@@ -36,6 +36,9 @@ func (*Tables) Changed() (bool, error) { return false, errNoBuild }
 // Owned returns false.
 func (*Tables) Owned() bool { return false }
 
+// Rivals returns an *UnsupportedError.
+func (*Tables) Rivals() ([]string, error) { return nil, errNoBuild }
+
 // NewMap returns nil.
 func (*Tables) NewMap(*MapConfig) *Map { return nil }
 

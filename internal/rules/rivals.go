@@ -1,0 +1,33 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"fmt"
+
+	"github.com/google/nftables"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// Rivals returns the chains of others that may translate the source of a flow before
+// the rules of mapping do, as nft names them: those with the lowest priority that there
+// is. Of two the younger one comes first.
+func (t *Tables) Rivals() (names []string, err error) {
+	if err := t.c.begin(); err != nil {
+		return nil, err
+	}
+	for _, family := range tables {
+		chains, err := t.c.ListChainsOfTableFamily(family)
+		if err != nil {
+			return nil, fmt.Errorf("list chains: %w", nfnl.Permitted(err))
+		}
+		for _, c := range chains {
+			if c.Table.Name != t.name && c.Type == nftables.ChainTypeNAT && equal(c.Hooknum, nftables.ChainHookPostrouting) &&
+				c.Priority != nil && *c.Priority <= mapPriority {
+				names = append(names, title(c.Table)+" "+c.Name)
+			}
+		}
+	}
+	return names, nil
+}
