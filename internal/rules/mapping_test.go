@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -793,17 +794,25 @@ func TestSetOfMappingsChangesNothingTheSecondTime(t *testing.T) {
 	m.holds()
 }
 
-// nft 1.0.6 aborts on some rules that the kernel takes.
+// Any nft lists the rules, and loads what it listed; e2e tries other versions.
 func TestNFTListsMappings(t *testing.T) {
-	d := hairpinning
-	d.OutsideLinks = []string{"wan0", "wan1"}
-	for _, d := range []rules.Desired{mapping, hairpinning, d} {
-		m := newMapper(t, lab.Options{}, d)
+	several := withMapping(func(d *rules.Desired, c *rules.MappingConfig) {
+		d.OutsideLinks = []string{"wan0", "wan-1.7", "p p@:%"}
+		c.Subnets = []netip.Prefix{lab.InsideNet, netip.MustParsePrefix("10.47.8.0/23")}
+		c.Exempt = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/25")}
+		c.Hairpin = []netip.Prefix{netip.MustParsePrefix("10.47.8.0/22")}
+		c.Pool = []rules.PortRange{{First: 50000, Last: 50031}, {First: 30001, Last: 30998}, {First: 2, Last: 3}}
+	})
+	for _, d := range []rules.Desired{mapping, hairpinning, several} {
+		m := newMapper(t, lab.Options{Inside: 2}, d)
+		peer := m.peer(lab.PeerA, 1)
+		m.contact(m.host(0, 3074), peer)
+		m.contact(m.host(1, 3074), peer)
 		list := output(t, m.Lab, "nft", "list", "table", "ip", "conenat")
 		for _, want := range []string{
 			"type nat hook postrouting priority -199;",
-			"map kept_wan0", "snat ip to ip saddr . udp sport map @kept_wan0 : udp sport",
-			"rt ipsec missing", "ip daddr != 192.0.2.77", "elements = { 53 }",
+			"ip saddr . udp sport map @kept_wan0", "map @moved_wan0", "update @taken { ct reply proto-dst",
+			"rt ipsec missing", "ip daddr != 192.0.2.", "elements = { 53 }",
 			`comment "its mapping"`, "counter left_to_rules",
 		} {
 			if !strings.Contains(list, want) {
@@ -813,7 +822,34 @@ func TestNFTListsMappings(t *testing.T) {
 		if got := strings.Contains(list, "chain hairpinned"); got != (d.Mapping.Hairpin != nil) {
 			t.Errorf("hairpin rules: %v", got)
 		}
+		if strings.Contains(list, "hook prerouting") && !strings.Contains(list, "priority 2147483647;") {
+			t.Error("the user's forwards do not come before hairpinning")
+		}
+		// An owned table would end with nft.
+		file, list := t.TempDir()+"/list", ownerFlags.ReplaceAllString(list, "")
+		check(t, os.WriteFile(file, []byte(list), 0o600))
+		if out, err := m.Outside.Output("nft", "-f", file); err != nil {
+			t.Errorf("%s: %v", out, err)
+		}
+		again, err := m.Outside.Output("nft", "list", "table", "ip", "conenat")
+		check(t, err)
+		if lacks := lacking(list, again); len(lacks) > 0 {
+			t.Errorf("the copy lacks %q", lacks)
+		}
 	}
+}
+
+var ownerFlags = regexp.MustCompile(`\tflags owner.*\n`)
+
+// lacking returns the lines of list that are not in copied, but for elements.
+func lacking(list, copied string) (lacks []string) {
+	for line := range strings.Lines(list) {
+		if !strings.Contains(copied, line) && !strings.Contains(line, " expires ") && !strings.HasPrefix(line, "table") &&
+			!strings.Contains(line, "packets ") {
+			lacks = append(lacks, line)
+		}
+	}
+	return lacks
 }
 
 func TestKeepRefusesWhatAnotherMappingHas(t *testing.T) {

@@ -104,6 +104,7 @@ const (
 
 // and and xor change what is in reg.
 func and(mask []byte) piece { return bitwise(mask, make([]byte, len(mask))) }
+
 func bitwise(mask, xor []byte) piece {
 	return piece{&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: uint32(len(mask)), Mask: mask, Xor: xor}}
 }

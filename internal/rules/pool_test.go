@@ -1,0 +1,52 @@
+package rules
+
+import (
+	"slices"
+	"testing"
+)
+
+// Whatever comes first, each try gives a port of the pool with the same parity, and none
+// the same as another one.
+func TestTriesAreInThePool(t *testing.T) {
+	for _, pool := range [][]PortRange{
+		{{61000, 65535}},
+		{{50000, 59999}},
+		{{50000, 50031}},
+		{{50001, 50030}},
+		{{50000, 50001}},
+		{{1, 65535}},
+		{{2, 3}, {40000, 40015}, {30001, 30001}},
+	} {
+		tries := poolTries(pool)
+		if len(tries) == 0 || len(tries) > poolSteps {
+			t.Errorf("%d tries in %v", len(tries), pool)
+		}
+		for first := range 1 << 16 {
+			port, seen := uint16(first), []uint16{}
+			for _, try := range tries {
+				port = port&try.mask ^ try.xor
+				in := slices.ContainsFunc(pool, func(r PortRange) bool { return r.First <= port && port <= r.Last })
+				if !in || int(port)&1 != first&1 || slices.Contains(seen, port) {
+					t.Fatalf("%d becomes %d in %v, after %v", first, port, pool, seen)
+				}
+				seen = append(seen, port)
+			}
+		}
+	}
+	for _, pool := range [][]PortRange{nil, {{50001, 50001}}, {{50001, 50002}}} {
+		if tries := poolTries(pool); len(tries) > 0 {
+			t.Errorf("%v in %v", tries, pool)
+		}
+	}
+}
+
+func TestNamesOfLinksStayApart(t *testing.T) {
+	seen := map[string]string{}
+	for _, name := range []string{"wan0", "wan-0", "wan.0", "wan_0", "wan 0", "wan@0", "wan:0", "wan0:1", "wan\xff", "\xc3\xbc", "0", "_"} {
+		id := identifier(name)
+		if other, is := seen[id]; is {
+			t.Errorf("%q and %q are both %s", name, other, id)
+		}
+		seen[id] = name
+	}
+}
