@@ -58,6 +58,11 @@ type Daemon struct {
 	forwarded *rules.Covered   // what the user's rules forward, as the model knows it
 	budget    budget           // for what neighbours change
 	changed   changes          // by neighbours, and still to be looked at
+	rerouted  struct {         // flows may leave by other links
+		looks   int             // that are still to come
+		next    time.Duration   // not before
+		outside map[string]bool // links that are outside links, or were
+	}
 
 	// The loop's own.
 	backends          *backends
@@ -108,6 +113,7 @@ func New(cfg Config) (d *Daemon, err error) {
 
 		backends: newBackends(),
 	}
+	d.rerouted.outside = make(map[string]bool)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.Close())

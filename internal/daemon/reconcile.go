@@ -86,6 +86,9 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 				}
 			case <-look.C:
 				d.lookAround(ctx, q)
+				if err := d.endReroutedLater(); ctx.Err() == nil {
+					d.failures.note("look at routes", 1, err)
+				}
 			case <-d.moved:
 				d.changed.links = true
 				d.lookAround(ctx, q)
@@ -166,13 +169,16 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 	if unknown := new(gateway.UnknownLinkError); err != nil && !errors.As(err, &unknown) {
 		return false, err
 	}
-	d.links.Know(network, cfg.Outside)
+	d.links.Know(network, cfg.Outside, wantsMapping(cfg))
 	_, failed := d.mendRules(cfg, network)
 	notes, err := d.firewall.forgetAddresses(cfg, network)
 	for _, n := range notes {
 		d.log.Info(n)
 	}
-	failed = errors.Join(failed, err)
+	if !network.SameRoutes(d.network) {
+		d.rerouted.looks = rerouteLooks
+	}
+	failed = errors.Join(failed, err, d.endRerouted(cfg, network))
 	failed = errors.Join(failed, d.readForwards(cfg, network), d.lookAtSockets(cfg, network))
 	tables := d.firewall.read(cfg)
 	failed = errors.Join(failed, d.redecide(cfg, network, tables))

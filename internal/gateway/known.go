@@ -17,10 +17,12 @@ type known struct {
 
 	inside   map[Route]bool // by links that are not outside
 	defaults [2]bool        // whether there is one by an outside link, of IPv4 and IPv6
+	ways     bool           // it matters by which outside link packets leave
 }
 
-func newKnown(n Network, named []string) *known {
+func newKnown(n Network, named []string, ways bool) *known {
 	k := &known{
+		ways:  ways && len(n.OutsideLinks()) > 1,
 		links: n.links(), used: map[int]bool{}, addrs: map[Addr]bool{}, inside: map[Route]bool{}, named: slices.Clone(named),
 	}
 	for _, a := range n.Addrs {
@@ -64,6 +66,8 @@ func (k *known) matters(m netlink.Message) bool {
 		err = r.addr(m.Data)
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
 		err = r.route(m.Data)
+	default: // a routing rule
+		return true
 	}
 	gone := m.Header.Type == unix.RTM_DELLINK || m.Header.Type == unix.RTM_DELADDR || m.Header.Type == unix.RTM_DELROUTE
 	return err != nil || len(r.byNexthop) > 0 ||
@@ -82,11 +86,15 @@ func (k *known) linkMatters(l Link, gone bool) bool {
 	case !there || !old.Outside && !k.used[l.Index]:
 		return false
 	}
-	return gone || old.Name != l.Name || (old.Flags^l.Flags)&(unix.IFF_UP|unix.IFF_LOOPBACK) != 0
+	flags := uint32(unix.IFF_UP | unix.IFF_LOOPBACK)
+	if k.ways {
+		flags |= unix.IFF_RUNNING
+	}
+	return gone || old.Name != l.Name || (old.Flags^l.Flags)&flags != 0
 }
 
-// routeMatters is about a route. One by an outside link says nothing new beside a
-// default route by one, except within a route by another link.
+// routeMatters is about a route. Unless the ways matter, one by an outside link says
+// nothing new beside a default route by one, except within a route by another link.
 func (k *known) routeMatters(r Route, gone bool) bool {
 	l, there := k.links[r.Link]
 	switch {
@@ -96,7 +104,7 @@ func (k *known) routeMatters(r Route, gone bool) bool {
 		return true
 	case !l.Outside:
 		return gone || !k.inside[r]
-	case !k.defaults[familyIndex(r.Prefix)]:
+	case k.ways, !k.defaults[familyIndex(r.Prefix)]:
 		return true
 	}
 	for i := range k.inside {

@@ -45,8 +45,8 @@ const (
 // Know tells what was read, with the links that were named as in ReadNetwork. Wait
 // passes over what changes nothing of that, until the next change that does: from then
 // on everything matters until Know is called again, for the Network may be older than
-// a message.
-func (w *Watcher) Know(n Network, named []string) { w.known.Store(newKnown(n, named)) }
+// a message. If ways is set, it also matters by which outside link packets leave.
+func (w *Watcher) Know(n Network, named []string, ways bool) { w.known.Store(newKnown(n, named, ways)) }
 
 // Wait returns nil when something changed since the last call, lost messages
 // included.

@@ -66,7 +66,7 @@ func TestWatcherPassesOverWhatChangesNoAnswer(t *testing.T) {
 		if missing := new(gateway.UnknownLinkError); err != nil && !errors.As(err, &missing) {
 			t.Fatal(err)
 		}
-		w.Know(n, named)
+		w.Know(n, named, false)
 		return n
 	}
 	run("link add idle0 type bridge")

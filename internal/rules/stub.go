@@ -122,6 +122,12 @@ func (*Map) Refresh(ps []cone.Permission, lost func(i int)) {
 	}
 }
 
+// FixedSources says that nothing is known.
+func FixedSources(int) (addrs []AddrRange, unknown bool, err error) { return nil, true, errNoBuild }
+
+// Has returns false.
+func (r AddrRange) Has(netip.Addr) bool { return false }
+
 // Mappings are never made on this system.
 type Mappings struct{}
 

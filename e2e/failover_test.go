@@ -1,0 +1,124 @@
+package e2e
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// Flows with mappings when an uplink fails.
+
+const bothUplinks = `table ip nat {
+	chain postrouting {
+		type nat hook postrouting priority srcnat;
+		oifname { "wan0", "wan1" } masquerade
+	}
+}
+`
+
+// twoUplinks makes a lab with two uplinks, of which the first is in use.
+func twoUplinks(t *testing.T, o lab.Options, args ...string) (s *scene, second netip.Addr) {
+	t.Helper()
+	second = netip.MustParseAddr("198.51.100.129")
+	s = newScene(t, o)
+	s.AddLink("wan1", second.String())
+	s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink metric 200")
+	if len(args) > 0 {
+		s.Serve(args...)
+	}
+	return s, second
+}
+
+// heals sends from in to the peer until that sees the address, and returns how long that
+// took.
+func (s *scene) heals(in, peer *lab.Socket, addr netip.Addr) time.Duration {
+	s.T.Helper()
+	began := time.Now()
+	s.Until("the flow has the address of its link", func() bool {
+		s.Must(in.Send(peer.Addr(), stage.Payload("after the failover")))
+		_, from, err := peer.Recv(20 * time.Millisecond)
+		return err == nil && from.Addr() == addr
+	})
+	return time.Since(began)
+}
+
+// An uplink fails. Each flow goes on by the other one, as those without mappings do:
+// that which the user's rules translated first, and those that have its mapping.
+func TestNFTFailoverHealsAllFlowsOfAMapping(t *testing.T) {
+	for way, fail := range map[string]string{
+		"by route":  "route replace default via 198.51.100.254 dev wan1 onlink",
+		"link down": "link set wan0 down",
+		"by rule":   "rule add iif lan0 table 109",
+	} {
+		for how, rules := range map[string]string{
+			"masquerade": bothUplinks,
+			"a fixed address for others": strings.Replace(bothUplinks, "\t\toifname",
+				"\t\tip saddr 192.168.9.9 snat to 198.51.100.1\n\t\toifname", 1),
+		} {
+			t.Run(way+", "+how, func(t *testing.T) {
+				s, second := twoUplinks(t, lab.Options{Rules: rules}, mapped, "--reconcile=1h")
+				s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 109")
+				s.Until("both uplinks are known", func() bool { return len(s.Status().Outside) == 2 })
+				phone := s.InsideSocket(0, 5060)
+				peers := []*lab.Socket{s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060), s.PeerSocket(lab.PeerC, 5060)}
+				for _, peer := range peers {
+					ext := s.Contact(phone, peer)
+					if ext.Addr() != s.Gateway.Addr {
+						t.Fatalf("it leaves as %v", ext)
+					}
+					s.Arrives(phone, peer, ext)
+				}
+				s.IP(s.Gateway, fail)
+				for i, peer := range peers {
+					t.Logf("flow %d healed after %v", i, s.heals(phone, peer, second))
+				}
+			})
+		}
+	}
+}
+
+// The way of a flow may change while its address stays right: the user translates to
+// the same one on both links, or leads some packets by another link than the routes
+// without marks say. Such flows go on.
+func TestNFTFailoverEndsNoFlowWhoseAddressIsRight(t *testing.T) {
+	for name, tc := range map[string]struct {
+		rules, change string
+		host          int
+		lands         func(s *scene) bool
+	}{
+		"one address on both links": {
+			strings.Replace(bothUplinks, "masquerade", "snat to 198.51.100.1", 1),
+			"route replace default via 198.51.100.254 dev wan1 onlink", 0,
+			func(s *scene) bool { return len(s.Status().Outside) == 1 },
+		},
+		"marked packets": {
+			stage.UplinkRules, "route del default via 198.51.100.254 dev wan1 metric 200", 1,
+			func(*scene) bool { return true },
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, _ := twoUplinks(t, lab.Options{Inside: 2, Rules: tc.rules})
+			s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 102")
+			s.IP(s.Gateway, "rule add fwmark 2 iif lan0 table 102")
+			s.Serve(mapped, "--reconcile=1h", "--outside=wan1")
+			phone := s.InsideSocket(tc.host, 5060)
+			for _, addr := range []netip.Addr{lab.PeerA, lab.PeerB} {
+				s.Contact(phone, s.PeerSocket(addr, 5060))
+			}
+			before := s.insideFlows()
+			s.IP(s.Gateway, tc.change)
+			s.Until("the daemon saw the change", func() bool { return tc.lands(s) })
+			if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code != 0 { // behind the look at it
+				t.Errorf("exit %d, %q", code, out)
+			}
+			if after := s.insideFlows(); !slices.Equal(after, before) {
+				t.Errorf("before:\n%s\nafter:\n%s", strings.Join(before, "\n"), strings.Join(after, "\n"))
+			}
+		})
+	}
+}

@@ -1,0 +1,142 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/rules"
+)
+
+const (
+	// rerouteShare bounds the CPU time that looks at flows take where routes change all
+	// the time: one part in so many.
+	rerouteShare = 50
+	// rerouteLooks is how often one change is looked at: whether an address is wrong on a
+	// link may only be seen when another flow has left by it.
+	rerouteLooks = 10
+)
+
+// endRerouted ends the flows of hosts with mappings that leave by another link than the
+// one that has their address, when routes changed. The kernel does so for a masquerade,
+// packet by packet, and a mapping must not keep such flows from healing.
+func (d *Daemon) endRerouted(cfg config.Config, network gateway.Network) error {
+	for _, name := range network.OutsideLinks() {
+		d.rerouted.outside[name] = true
+	}
+	c := mappingConfig(cfg, d.firewall.ports)
+	if c == nil || !d.firewall.maps() {
+		d.rerouted.looks = 0
+		return nil
+	}
+	if d.rerouted.looks == 0 || d.now() < d.rerouted.next {
+		return nil
+	}
+	began := cpuTime()
+	n, doubtful, err := endWrongLinks(c, network, d.rerouted.outside)
+	d.rerouted.looks--
+	if doubtful == 0 && err == nil {
+		d.rerouted.looks = 0
+	}
+	d.rerouted.next = d.now() + rerouteShare*(cpuTime()-began)
+	if doubtful > 0 || err != nil {
+		d.rerouted.next = max(d.rerouted.next, d.now()+time.Second)
+	}
+	if n > 0 {
+		d.log.Info("flows with mappings left by another link than the one of their address; they ended", "count", n)
+	}
+	return err
+}
+
+// cpuTime returns what this process has used.
+func cpuTime() time.Duration {
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		return 0
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// endReroutedLater does what endRerouted put off.
+func (d *Daemon) endReroutedLater() error {
+	if d.rerouted.looks == 0 || d.now() < d.rerouted.next {
+		return nil
+	}
+	var cfg config.Config
+	if !d.do(func() { cfg = d.cfg.Config }) {
+		return nil
+	}
+	return d.endRerouted(cfg, d.network)
+}
+
+// endWrongLinks ends flows with mappings whose address is not right where they leave now.
+// doubtful are those of which that is not sure. outside has the names of all links that
+// are outside links, or were.
+func endWrongLinks(c *rules.MappingConfig, network gateway.Network, outside map[string]bool) (ended, doubtful int, err error) {
+	fixed, unknown, err := rules.FixedSources(0)
+	if err != nil {
+		unknown = true
+	}
+	links := make(map[cone.Addr]string)
+	for _, a := range network.Addrs {
+		for _, l := range network.Links {
+			if l.Index == a.Link && outside[l.Name] {
+				links[cone.AddrFrom(a.Prefix.Addr())] = l.Name
+			}
+		}
+	}
+	routes := &router{network: network}
+	type way struct {
+		host cone.Addr
+		link string
+	}
+	right := make(map[way]bool) // the host has a flow there with the link's own address
+	surely := func(f *cone.Flow) bool {
+		return !unknown && !slices.ContainsFunc(fixed, func(r rules.AddrRange) bool { return r.Has(f.ReplyDst.Addr.Netip()) })
+	}
+	// A flow of which it is not sure is asked about again, once all were seen.
+	wrong := func(last bool) func(f *cone.Flow) bool {
+		return func(f *cone.Flow) bool {
+			link, onLink := links[f.ReplyDst.Addr]
+			if !onLink || f.Status.Has(cone.StatusDstNAT) {
+				return false
+			}
+			ways := routes.links(f)
+			if len(ways) == 0 {
+				return false
+			}
+			for _, w := range ways {
+				if w.Name == link {
+					right[way{f.Src.Addr, link}] = len(ways) == 1 || right[way{f.Src.Addr, link}]
+					return false
+				}
+			}
+			if surely(f) || right[way{f.Src.Addr, ways[0].Name}] {
+				return true
+			}
+			if last {
+				doubtful++
+			}
+			return false
+		}
+	}
+	var errs []error
+	for _, last := range []bool{false, true} {
+		if last && !unknown && len(fixed) == 0 {
+			break
+		}
+		flows, err := endFlows(c, wrong(last))
+		ended += len(flows)
+		errs = append(errs, err)
+	}
+	if err := routes.close(); err != nil {
+		errs = append(errs, fmt.Errorf("find flows that leave by another link: %w", err))
+	}
+	return ended, doubtful, errors.Join(errs...)
+}

@@ -1,0 +1,121 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"bytes"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// FixedSources reads to which addresses rules of the user's translate the source of IPv4
+// packets, whatever link these leave by; a masquerade is no such rule. unknown says that
+// there are others, or may be: in an expression that is not understood, or in
+// iptables-legacy. A packet that leaves by a link with the address of another one may
+// have it from such a rule alone.
+func FixedSources(netns int) (addrs []AddrRange, unknown bool, err error) {
+	if hasLegacyNAT() {
+		return nil, true, nil
+	}
+	c, err := dial(netns)
+	if err != nil {
+		return nil, true, err
+	}
+	defer func() { _ = c.CloseLasting() }()
+	if err := c.begin(); err != nil {
+		return nil, true, err
+	}
+	chains, err := c.ListChains()
+	if err != nil {
+		return nil, true, fmt.Errorf("list nftables chains: %w", nfnl.Permitted(err))
+	}
+	type table struct {
+		name   string
+		family nftables.TableFamily
+	}
+	var ours, nat []table
+	for _, chain := range chains {
+		t := table{chain.Table.Name, chain.Table.Family}
+		if chain.Name == markerChain {
+			ours = append(ours, t)
+		}
+		if chain.Type == nftables.ChainTypeNAT && chain.Hooknum != nil && *chain.Hooknum == *nftables.ChainHookPostrouting {
+			nat = append(nat, t)
+		}
+	}
+	for _, chain := range chains {
+		t := table{chain.Table.Name, chain.Table.Family}
+		if !slices.Contains(nat, t) || slices.Contains(ours, t) || t.family == nftables.TableFamilyIPv6 {
+			continue
+		}
+		rules, err := c.GetRules(chain.Table, chain)
+		if err != nil {
+			return nil, true, fmt.Errorf("read nftables table %s: %w", t.name, nfnl.Permitted(err))
+		}
+		for _, r := range rules {
+			found, ok := fixedSource(r.Exprs)
+			addrs, unknown = append(addrs, found...), unknown || !ok
+		}
+	}
+	return addrs, unknown, nil
+}
+
+// fixedSource returns the addresses to which a rule translates a source; ok is false where
+// there are others.
+func fixedSource(es []expr.Any) (addrs []AddrRange, ok bool) {
+	loaded := make(map[uint32][]byte) // constants, by register
+	for _, e := range es {
+		switch e := e.(type) {
+		case *expr.Immediate:
+			loaded[e.Register] = e.Data
+		case *expr.Lookup:
+			delete(loaded, e.DestRegister)
+		case *expr.NAT:
+			if e.Type != expr.NATTypeSourceNAT || e.RegAddrMin == 0 {
+				continue
+			}
+			first, ok := netip.AddrFromSlice(loaded[e.RegAddrMin])
+			last := first
+			if ok && e.RegAddrMax != 0 {
+				last, ok = netip.AddrFromSlice(loaded[e.RegAddrMax])
+			}
+			if !ok {
+				return nil, false
+			}
+			addrs = append(addrs, AddrRange{First: first, Last: last})
+		case *expr.Target:
+			if slices.Contains(fixedTargets, e.Name) {
+				return nil, false
+			}
+		}
+	}
+	return addrs, true
+}
+
+// fixedTargets are those of iptables, which may be behind nftables.
+var fixedTargets = []string{"SNAT", "NETMAP", "SAME"}
+
+// hasLegacyNAT reports whether there is a nat table of iptables-legacy for IPv4, whose
+// rules are not to be read, or may be.
+func hasLegacyNAT() bool {
+	names, err := os.ReadFile("/proc/net/ip_tables_names")
+	if err == nil {
+		return slices.Contains(strings.Fields(string(names)), "nat")
+	}
+	if os.IsNotExist(err) {
+		return false
+	}
+	modules, err := os.ReadFile("/proc/modules") // another user than root sees these
+	return err != nil || bytes.Contains(modules, []byte("iptable_nat "))
+}
+
+// Has reports whether a is in the range.
+func (r AddrRange) Has(a netip.Addr) bool { return coversAddr([]AddrRange{r}, a) }
