@@ -162,6 +162,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.firewall, err = openFirewall(cfg.Table); err != nil {
 		return d, err
 	}
+	d.firewall.uppers = d.network.Uppers()
 	// Known before the first grant.
 	d.forwarded, d.ruleWarnings = d.firewall.forwards(d.network)
 	d.firewall.ports, d.portWarnings, err = d.firewall.choosePorts(d.cfg.Config, d.network, d.served, false, d.forwarded.Covers)

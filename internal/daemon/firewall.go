@@ -31,6 +31,7 @@ type firewall struct {
 	decisions                 map[netip.Prefix]decision // never changed, but replaced
 	mappedLinks               []string                  // outside links, and those that were: they keep their mappings
 	byMark                    bool                      // routes may depend on marks
+	uppers                    map[string]string
 
 	known map[netip.Addr]struct{} // addresses that links had; nil before the first look
 
@@ -119,7 +120,7 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 		return false, nil
 	}
 	d := rules.Desired{
-		OutsideLinks: outside, Guard: cfg.Guard,
+		OutsideLinks: outside, Guard: cfg.Guard, Uppers: f.uppers,
 		Expectations: f.withExpectations, MaxChildren: cfg.MaxChildren,
 	}
 	// Where nobody can tell, nothing is dropped. The kernel does not learn from it then.

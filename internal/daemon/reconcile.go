@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -283,9 +284,10 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 // mendRules makes our tables do what they shall, and counts it where somebody had
 // changed them.
 func (d *Daemon) mendRules(cfg config.Config, network gateway.Network) (changed bool, err error) {
-	byMark := d.firewall.byMark
+	byMark, uppers := d.firewall.byMark, d.firewall.uppers
+	d.firewall.uppers = network.Uppers()
 	changed, err = d.firewall.set(cfg, network.OutsideLinks())
-	if changed && byMark == d.firewall.byMark && slices.Equal(d.network.OutsideLinks(), network.OutsideLinks()) {
+	if changed && byMark == d.firewall.byMark && maps.Equal(uppers, d.firewall.uppers) && slices.Equal(d.network.OutsideLinks(), network.OutsideLinks()) {
 		d.firewall.repaired++
 		d.log.Warn("somebody changed conenatd's nftables tables; they are put back", "table", cfg.Table)
 	}

@@ -44,6 +44,8 @@ func (r *reader) link(b []byte) error {
 		switch ad.Type() {
 		case unix.IFLA_IFNAME:
 			l.Name = ad.String()
+		case unix.IFLA_LINK:
+			l.Lower = int(ad.Int32())
 		case unix.IFLA_LINKINFO:
 			ad.Nested(func(info *netlink.AttributeDecoder) error {
 				for info.Next() {

@@ -26,6 +26,7 @@ type Link struct {
 	Name  string
 	Kind  string // as in "ip -details link"; empty for most hardware
 	Flags uint32 // IFF_UP and so on
+	Lower int    // index of the link below, 0 if there is none or elsewhere
 
 	// Outside says that the link holds a default route, in whatever table, or
 	// was named.
@@ -158,6 +159,18 @@ func (n Network) OutsideLinks() []string {
 func (n Network) OutsideAddrs() []Addr {
 	links := n.links()
 	return slices.DeleteFunc(slices.Clone(n.Addrs), func(a Addr) bool { return !links[a.Link].Outside })
+}
+
+// Uppers returns the links that are another MAC or IP address of the link below, as VRRP
+// makes them, with the name of that: a packet may come by the one and go by the other.
+func (n Network) Uppers() map[string]string {
+	links, uppers := n.links(), map[string]string{}
+	for _, l := range n.Links {
+		if below, ok := links[l.Lower]; ok && slices.Contains([]string{"macvlan", "macvtap", "ipvlan"}, l.Kind) {
+			uppers[l.Name] = below.Name
+		}
+	}
+	return uppers
 }
 
 // links returns the links by index.

@@ -30,6 +30,9 @@ var features = map[string]func(d *rules.Desired, m *rules.MapConfig){
 		}
 	},
 	"full cone": func(_ *rules.Desired, m *rules.MapConfig) { m.OpenSubnets = m.Subnets },
+	"links upon others": func(d *rules.Desired, _ *rules.MapConfig) {
+		d.Uppers = map[string]string{"vrrp.51": "wan0", "vrrp.52": "lan0"}
+	},
 	"many subnets": func(d *rules.Desired, m *rules.MapConfig) {
 		d.Inside = nil
 		for _, s := range []string{

@@ -836,3 +836,33 @@ func TestSourceByAnotherLinkTeachesNothing(t *testing.T) {
 	q := g.contact(g.inside(5060), g.peer(lab.PeerA, 5060))
 	g.holds(p, q)
 }
+
+// A host of the LAN may come by a link that VRRP put upon the one that leads back to it.
+// Whoever spoofs by such a link of the other side earns nothing.
+//
+// Fails without Desired.Uppers.
+func TestSourceByALinkUponTheWayBackIsLearned(t *testing.T) {
+	d := learning
+	d.Uppers = map[string]string{"vrrp1": "lan0"}
+	g := newGate(t, lab.Options{Guest: true}, d)
+	for _, args := range []string{
+		"link add vrrp1 link lan0 address 00:00:5e:00:01:01 type macvlan mode bridge", "addr add 10.47.11.254/32 dev vrrp1", "link set vrrp1 up",
+	} {
+		_, err := g.Gateway.Output("ip", strings.Fields(args)...)
+		check(t, err)
+	}
+	for _, name := range []string{"all", "vrrp1", "lan0"} {
+		check(t, g.Gateway.SetSysctl("net.ipv4.conf."+name+".rp_filter", "0"))
+	}
+	// lan0 is a bridge. What it gave to iptables passes no hook again on the link upon it.
+	if err := g.Gateway.SetSysctl("net.bridge.bridge-nf-call-iptables", "0"); err != nil {
+		t.Log(err)
+	}
+	_, err := g.Inside(0).Output("ip", "neigh", "replace", "10.47.11.1", "lladdr", "00:00:5e:00:01:01", "dev", "eth0")
+	check(t, err)
+	p := g.contact(g.inside(5060), g.peer(lab.PeerA, 5060))
+	g.holds(p)
+	if n := count(t, g.tables).Unsure; n != 0 {
+		t.Errorf("unsure of %d", n)
+	}
+}

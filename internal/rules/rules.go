@@ -31,6 +31,9 @@ type Desired struct {
 	// for the gateway, and have the source of one that is not reached by an outside
 	// link, are dropped. It must be empty where the way back depends on marks.
 	Inside []netip.Prefix
+	// Uppers are links that share the network of another one, each with the name of
+	// that: the way back to a source may be either.
+	Uppers map[string]string
 	// Expectations says that there are permissions that stand as expectations.
 	// UDP packets with port 0 are dropped then: only anchors have that port.
 	Expectations bool

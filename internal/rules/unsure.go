@@ -3,7 +3,9 @@
 package rules
 
 import (
+	"maps"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/google/nftables"
@@ -50,6 +52,10 @@ func (l *layout) unsure(d Desired, subnets []netip.Prefix) {
 		test = join(noSecurityPath, noWayBack)
 	}
 	l.rule(c, "", join(isUDP, packetSource, in(inside), goTo(from)))
+	for _, upper := range slices.Sorted(maps.Keys(d.Uppers)) {
+		l.rule(from, "the way back is the link below", join(
+			iifname, is(linkKey(upper)), wayBack, is(linkKey(d.Uppers[upper])), accept))
+	}
 	l.rule(from, "the way back is not the link that it came by", join(test, forwarded, goTo(found)))
 	l.rule(from, "an earlier flow may have been spoofed", join(isUDP, packetFlow, remember(opDelete)))
 	l.rule(found, "nothing is learned from it", join(isUDP, packetFlow,
