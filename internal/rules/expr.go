@@ -72,10 +72,11 @@ var (
 
 	ctMark = piece{&expr.Ct{Key: expr.CtKeyMARK, Register: reg}}
 
-	// flowEndpoint4 is the inside endpoint of a flow from inside, behind a key of
-	// the map, and flowMark its connmark there.
-	flowEndpoint4 = join(original(expr.CtKeySRCIP, valueWord), original(expr.CtKeyPROTOSRC, valueWord+1))
-	flowMark      = piece{&expr.Ct{Key: expr.CtKeyMARK, Register: unix.NFT_REG32_00 + valueWord}}
+	// flowAddr, flowPort and flowMark are inside address and port, and connmark, of a
+	// flow from inside, behind a key of the map.
+	flowAddr = original(expr.CtKeySRCIP, valueWord)
+	flowPort = original(expr.CtKeyPROTOSRC, valueWord)
+	flowMark = piece{&expr.Ct{Key: expr.CtKeyMARK, Register: unix.NFT_REG32_00 + valueWord}}
 
 	// packetFlow is the flow of the first packet from outside, and originalFlow is the
 	// same, when its destination was translated.
@@ -83,10 +84,10 @@ var (
 	originalFlow = join(original(expr.CtKeySRCIP, 0), original(expr.CtKeyPROTOSRC, 1),
 		original(expr.CtKeyDSTIP, 2), original(expr.CtKeyPROTODST, 3))
 
-	// toInside translates to the inside endpoint that the map has for the key in reg,
-	// remembers the flow and counts it. It does not match where the map lacks the key,
-	// or its bucket is empty. nft lists the look-up last.
-	toInside = join(lookUp(permissionMap, valueWord), packetFlow,
+	// toInside translates to the inside endpoint that the maps have for the key in reg,
+	// remembers the flow and counts it. It does not match where a map lacks the key,
+	// or its bucket is empty. nft lists the look-ups last.
+	toInside = join(lookUp(portMap, valueWord+1), lookUp(permissionMap, valueWord), packetFlow,
 		piece{&expr.Dynset{SrcRegKey: reg, SetName: admittedSet, Operation: unix.NFT_DYNSET_OP_ADD}},
 		count(admittedCounter), piece{&expr.NAT{
 			Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4,

@@ -38,7 +38,8 @@ const (
 // Names of sets.
 const (
 	outsideSet       = "outside"
-	permissionMap    = "permissions"
+	permissionMap    = "permissions" // to inside addresses
+	portMap          = "permission_ports"
 	marksMap         = "marks"
 	admittedSet      = "admitted_flows"
 	deniedSet        = "denied"
@@ -76,6 +77,9 @@ const (
 	// learnerTimeout is how long the rate of an inside address, or of a flow that
 	// goes on unanswered, is remembered.
 	learnerTimeout = time.Minute
+	// savedTimeout ends what a saved copy of our rules makes: nft 1.0.2 does not print
+	// the timeouts that rules give to elements of maps. Ours always have their own.
+	savedTimeout = 5 * time.Minute
 	// deniedSize bounds the set of what the kernel must not learn, and
 	// deniedTimeout is how long that is so if nobody says it again: longer than
 	// any time between two reconciles.
@@ -242,12 +246,17 @@ func (l *layout) children(most int) {
 var permissionKey = []nftables.SetDatatype{nftables.TypeIPAddr, nftables.TypeIPAddr, nftables.TypeInetService}
 
 func (l *layout) permissions(c *MapConfig) {
-	m := l.set(permissionMap, permissionKey...)
-	m.IsMap, m.DataType = true, nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService)
-	m.HasTimeout, m.Dynamic, m.free, m.Size = true, true, true, uint32(c.Size)
-	marks := l.set(marksMap, permissionKey...)
-	marks.IsMap, marks.DataType = true, nftables.TypeMark
-	marks.HasTimeout, marks.Dynamic, marks.free, marks.Size = true, true, true, marksSize
+	for _, values := range []struct {
+		of   string
+		typ  nftables.SetDatatype
+		size int
+	}{
+		{permissionMap, nftables.TypeIPAddr, c.Size}, {portMap, nftables.TypeInetService, c.Size}, {marksMap, nftables.TypeMark, marksSize},
+	} {
+		m := l.set(values.of, permissionKey...)
+		m.IsMap, m.DataType = true, values.typ
+		m.HasTimeout, m.Timeout, m.Dynamic, m.free, m.Size = true, savedTimeout, true, true, uint32(values.size)
+	}
 	l.noPeers = l.set(noPeersSet, nftables.TypeIPAddr)
 	l.noPeers.Interval, l.noPeers.elements = true, intervals(slices.Concat(notUnicast, c.Subnets, c.ExcludePeers))
 }
@@ -403,7 +412,7 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	for _, k := range kinds {
 		l.rule(learn, "", join(ctMark, isNot(ne32(0)), k.flowKey(), flowMark, piece{addTo(marksMap, c.Lifetime)}))
 		l.rule(learn, "one that is there stays as it is",
-			join(k.flowKey(), flowEndpoint4, learned(c, k.wild), count(learnedCounter), accept))
+			join(k.flowKey(), flowPort, piece{addTo(portMap, c.Lifetime)}, flowAddr, learned(c, k.wild), count(learnedCounter), accept))
 	}
 }
 

@@ -28,13 +28,58 @@ func (m *Map) List(f func(p cone.Permission, left time.Duration)) error {
 	if err != nil {
 		return err
 	}
-	return dump(m.netns, m.table, permissionMap, func(key, value []byte, left time.Duration) {
-		if p, ok := permissionOf(key, value); ok {
-			p.Mark = marks[p.Key]
-			p.Wild = m.wild(p.Peer)
-			f(p, left)
+	var found halves
+	for _, set := range []string{portMap, permissionMap} {
+		if err := dumpElements(m.netns, m.table, set, found.add); err != nil {
+			return err
 		}
+	}
+	found.each(func(p cone.Permission, left time.Duration) {
+		p.Mark = marks[p.Key]
+		p.Wild = m.wild(p.Peer)
+		f(p, left)
 	})
+	return nil
+}
+
+// halves puts permissions together from the elements of the map of inside addresses and
+// the one of inside ports. The zero value is ready for use.
+type halves struct {
+	ports map[cone.Key]uint16
+	addrs map[cone.Key]timedAddr
+}
+
+type timedAddr struct {
+	addr cone.Addr
+	left time.Duration
+}
+
+// add takes in an element of either map. It skips what it does not know.
+func (h *halves) add(b []byte) {
+	key, value, left := elementParts(b)
+	k, ok := keyOf(key)
+	switch {
+	case !ok:
+	case len(value) == portLen:
+		if h.ports == nil {
+			h.ports = make(map[cone.Key]uint16)
+		}
+		h.ports[k] = binary.BigEndian.Uint16(value)
+	case len(value) == addressLen:
+		if h.addrs == nil {
+			h.addrs = make(map[cone.Key]timedAddr)
+		}
+		h.addrs[k] = timedAddr{cone.AddrFrom4([4]byte(value)), left}
+	}
+}
+
+// each calls f for every permission of which both halves are there.
+func (h *halves) each(f func(p cone.Permission, left time.Duration)) {
+	for k, a := range h.addrs {
+		if port, ok := h.ports[k]; ok {
+			f(cone.Permission{Key: k, Int: cone.Endpoint{Addr: a.addr, Port: port}}, a.left)
+		}
+	}
 }
 
 // PeerGroups lists the peer groups that the tables hold, whatever configuration they
@@ -112,25 +157,6 @@ func elementParts(b []byte) (key, value []byte, left time.Duration) {
 		}
 	})
 	return key, value, left
-}
-
-// parseElements calls f for every permission in a message of a dump. It skips what
-// it does not know.
-func parseElements(body []byte, f func(p cone.Permission, left time.Duration)) {
-	eachElement(body, func(b []byte) {
-		key, value, left := elementParts(b)
-		if p, ok := permissionOf(key, value); ok {
-			f(p, left)
-		}
-	})
-}
-
-func permissionOf(key, value []byte) (p cone.Permission, ok bool) {
-	if p.Key, ok = keyOf(key); !ok || len(value) != valueLen {
-		return p, false
-	}
-	p.Int = endpoint(value)
-	return p, true
 }
 
 func keyOf(b []byte) (k cone.Key, ok bool) {

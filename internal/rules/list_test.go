@@ -20,41 +20,64 @@ var listed = cone.Permission{
 	Int: cone.Endpoint{Addr: cone.AddrFrom4([4]byte{10, 47, 11, 109}), Port: 5062},
 }
 
-// message is the body of a dump with two elements: the first as we send it, the
-// second with its key and value in another order, and what we do not know.
+// message is the body of dumps of both maps: the elements of listed as we send them, and
+// those of the peer after it with key and value in another order, and what we do not know.
 func message() []byte {
 	m := Map{table: "conenat", children: 256}
-	m.element(1, unix.NFT_MSG_NEWSETELEM, permissionMap, &listed, true, time.Minute)
+	var body []byte
+	for _, set := range []string{permissionMap, portMap} {
+		m.enc.Reset()
+		m.element(1, unix.NFT_MSG_NEWSETELEM, set, &listed, true, time.Minute)
+		body = append(body, m.enc.B[unix.NLMSG_HDRLEN:]...)
+	}
 	var e nfnl.Encoder
 	list := e.Nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS)
-	element := e.Nest(unix.NFTA_LIST_ELEM)
-	e.BE64(unix.NFTA_SET_ELEM_EXPIRATION, 1500)
-	e.Str(77, "of a later kernel")
-	data := e.Nest(unix.NFTA_SET_ELEM_DATA)
-	e.Attr(unix.NFTA_DATA_VALUE, valueLen)
-	e.B = append(e.B, 10, 47, 11, 109, 0x13, 0xc6, 0, 0)
-	e.EndNest(data)
-	key := e.Nest(unix.NFTA_SET_ELEM_KEY)
-	e.Attr(unix.NFTA_DATA_VALUE, keyLen)
-	e.B = append(e.B, 203, 0, 113, 5, 198, 51, 100, 1, 0x13, 0xc4, 0, 0)
-	e.EndNest(key)
-	e.EndNest(element)
+	for _, value := range [][]byte{{10, 47, 11, 109}, {0x13, 0xc6}} {
+		element := e.Nest(unix.NFTA_LIST_ELEM)
+		e.BE64(unix.NFTA_SET_ELEM_EXPIRATION, 1500)
+		e.Str(77, "of a later kernel")
+		data := e.Nest(unix.NFTA_SET_ELEM_DATA)
+		e.Attr(unix.NFTA_DATA_VALUE, len(value))
+		e.B = append(e.B, value...)
+		e.Pad()
+		e.EndNest(data)
+		key := e.Nest(unix.NFTA_SET_ELEM_KEY)
+		e.Attr(unix.NFTA_DATA_VALUE, keyLen)
+		e.B = append(e.B, 203, 0, 113, 6, 198, 51, 100, 1, 0x13, 0xc4, 0, 0)
+		e.EndNest(key)
+		e.EndNest(element)
+	}
 	e.EndNest(list)
-	return append(m.enc.B[unix.NLMSG_HDRLEN:], e.B...)
+	return append(body, e.B...)
+}
+
+// parse returns the permissions in the bodies of dumps, with the times they have left.
+func parse(b []byte) map[cone.Permission]time.Duration {
+	var found halves
+	eachElement(b, found.add)
+	all := map[cone.Permission]time.Duration{}
+	found.each(func(p cone.Permission, left time.Duration) { all[p] = left })
+	return all
 }
 
 func TestElementsAreReadAsTheyAreWritten(t *testing.T) {
-	var n int
-	parseElements(message(), func(p cone.Permission, left time.Duration) {
-		if n++; n == 2 && left != 1500*time.Millisecond {
-			t.Errorf("%v left", left)
+	next := listed
+	next.Peer = listed.Peer.Plus(1)
+	all := parse(message())
+	_, ok := all[listed]
+	if left := all[next]; !ok || left != 1500*time.Millisecond || len(all) != 2 {
+		t.Errorf("%v", all)
+	}
+}
+
+func TestPermissionTakesBothHalves(t *testing.T) {
+	m := Map{table: "conenat"}
+	for _, set := range []string{permissionMap, portMap} {
+		m.enc.Reset()
+		m.element(1, unix.NFT_MSG_NEWSETELEM, set, &listed, true, time.Minute)
+		if all := parse(m.enc.B[unix.NLMSG_HDRLEN:]); len(all) > 0 {
+			t.Errorf("from %s alone: %v", set, all)
 		}
-		if p != listed {
-			t.Errorf("%v, want %v", p, listed)
-		}
-	})
-	if n != 2 {
-		t.Errorf("%d elements, want 2", n)
 	}
 }
 
@@ -62,10 +85,10 @@ func FuzzParseElements(f *testing.F) {
 	f.Add(message())
 	f.Add(message()[:40])
 	f.Fuzz(func(t *testing.T, b []byte) {
-		parseElements(b, func(p cone.Permission, _ time.Duration) {
+		for p := range parse(b) {
 			if !p.Ext.Addr.Is4() || !p.Peer.Is4() || !p.Int.Addr.Is4() {
 				t.Errorf("not IPv4: %v", p)
 			}
-		})
+		}
 	})
 }

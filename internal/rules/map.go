@@ -39,7 +39,7 @@ type Map struct {
 }
 
 // perElement is how many messages a permission has in a batch at most.
-const perElement = 2
+const perElement = 4
 
 // NewMap returns the Map of t.
 func (t *Tables) NewMap(c *MapConfig) *Map {
@@ -133,7 +133,7 @@ func (m *Map) gone(err error) bool {
 	return gone
 }
 
-// replace makes p, and its mark, stand in place of what has its key.
+// replace makes p, with its port and its mark, stand in place of what has its key.
 func (m *Map) replace(p cone.Permission) error {
 	errs := m.errs
 	defer func() { m.errs = errs }()
@@ -149,7 +149,10 @@ func (m *Map) replace(p cone.Permission) error {
 			return err
 		}
 	}
-	return put(m.permit, m.renew)
+	if err := put(m.port, m.report); err != nil {
+		return err
+	}
+	return put(m.permit, m.repermit)
 }
 
 // anothers reports whether an element with the same key stands, and another value.
@@ -167,8 +170,10 @@ func (m *Map) Revoke(ps []cone.Permission) error {
 				errs = append(errs, fmt.Errorf("delete element %v -> %v: %w", part[i].Peer, part[i].Ext, err))
 			}
 		}
+		// What is left of one that is gone permits nothing, and is no error.
+		m.transact(part, m.unport)
 		m.haveMarks(part, func(int) bool { return true })
-		m.transact(m.marked, m.unmark) // one that is gone is no error
+		m.transact(m.marked, m.unmark)
 	}
 	return errors.Join(errs...)
 }
@@ -233,14 +238,17 @@ func elementKey(p *cone.Permission) cone.Key {
 // The writer must be locked.
 func (m *Map) look(ps []cone.Permission) (stands map[cone.Key]cone.Endpoint, err error) {
 	m.enc.Reset()
-	first := m.w.batch.NextSeq(len(ps))
+	first := m.w.batch.NextSeq(2 * len(ps))
 	for i := range ps {
-		m.element(first+uint32(i), unix.NFT_MSG_GETSETELEM, permissionMap, &ps[i], false, 0)
+		m.element(first+2*uint32(i), unix.NFT_MSG_GETSETELEM, permissionMap, &ps[i], false, 0)
+		m.element(first+2*uint32(i)+1, unix.NFT_MSG_GETSETELEM, portMap, &ps[i], false, 0)
 	}
-	stands = make(map[cone.Key]cone.Endpoint)
+	var found halves
 	err = m.w.batch.Exchange(&m.enc, func(uint32, error) {}, func(_ uint16, body []byte) {
-		parseElements(body, func(p cone.Permission, _ time.Duration) { stands[p.Key] = p.Int })
+		eachElement(body, found.add)
 	})
+	stands = make(map[cone.Key]cone.Endpoint)
+	found.each(func(p cone.Permission, _ time.Duration) { stands[p.Key] = p.Int })
 	return stands, err
 }
 
@@ -251,12 +259,13 @@ func (m *Map) transact(ps []cone.Permission, encode func(seq uint32, p *cone.Per
 	transact(&m.batcher, ps, perElement, encode)
 }
 
-// add adds the mark first: no child may come without.
+// add adds the address last: no child may come without the rest.
 func (m *Map) add(seq uint32, p *cone.Permission) {
 	if p.Mark != 0 {
 		m.mark(seq, p)
 	}
-	m.permit(seq+1, p)
+	m.port(seq+1, p)
+	m.permit(seq+2, p)
 }
 
 func (m *Map) permit(seq uint32, p *cone.Permission) {
@@ -276,13 +285,31 @@ func (m *Map) remark(seq uint32, p *cone.Permission) {
 	m.mark(seq+1, p)
 }
 
+func (m *Map) port(seq uint32, p *cone.Permission) {
+	m.element(seq, unix.NFT_MSG_NEWSETELEM, portMap, p, true, m.lifetime)
+}
+
+func (m *Map) unport(seq uint32, p *cone.Permission) {
+	m.element(seq, unix.NFT_MSG_DELSETELEM, portMap, p, false, 0)
+}
+
+func (m *Map) report(seq uint32, p *cone.Permission) {
+	m.unport(seq, p)
+	m.port(seq+1, p)
+}
+
 func (m *Map) remove(seq uint32, p *cone.Permission) {
 	m.element(seq, unix.NFT_MSG_DELSETELEM, permissionMap, p, false, 0)
 }
 
-func (m *Map) renew(seq uint32, p *cone.Permission) {
+func (m *Map) repermit(seq uint32, p *cone.Permission) {
 	m.remove(seq, p)
 	m.permit(seq+1, p)
+}
+
+func (m *Map) renew(seq uint32, p *cone.Permission) {
+	m.report(seq, p)
+	m.repermit(seq+2, p)
 }
 
 // element appends a message about one element of a set.
@@ -306,14 +333,17 @@ func (m *Map) element(seq uint32, typ uint16, set string, p *cone.Permission, va
 	e.EndNest(key)
 	if value {
 		data := e.Nest(unix.NFTA_SET_ELEM_DATA)
-		if set == marksMap {
+		switch set {
+		case marksMap:
 			e.Attr(unix.NFTA_DATA_VALUE, markLen)
 			e.B = binary.NativeEndian.AppendUint32(e.B, p.Mark)
-		} else {
-			e.Attr(unix.NFTA_DATA_VALUE, valueLen)
-			e.B = append(e.B, p.Int.Addr[12:]...)
+		case portMap:
+			e.Attr(unix.NFTA_DATA_VALUE, portLen)
 			e.B = binary.BigEndian.AppendUint16(e.B, p.Int.Port)
 			e.Pad()
+		default:
+			e.Attr(unix.NFTA_DATA_VALUE, addressLen)
+			e.B = append(e.B, p.Int.Addr[12:]...)
 		}
 		e.EndNest(data)
 	}
@@ -341,9 +371,9 @@ func (m *Map) bucket(b bucket) {
 	e.EndNest(limit)
 }
 
-// Lengths of a key and of the values, each part filled up to a register's 4 bytes.
+// Lengths of a key, each part filled up to a register's 4 bytes, and of the values; see
+// addressLen and portLen, too.
 const (
-	keyLen   = 12
-	valueLen = 8
-	markLen  = 4
+	keyLen  = 12
+	markLen = 4
 )

@@ -77,6 +77,7 @@ func (t *Tables) encodeMarks(marks *nftables.Set) error {
 	e.BE32(unix.NFTA_SET_DATA_TYPE, marks.DataType.GetNFTMagic())
 	e.BE32(unix.NFTA_SET_DATA_LEN, marks.DataType.Bytes)
 	e.BE32(unix.NFTA_SET_ID, 1)
+	e.BE64(unix.NFTA_SET_TIMEOUT, uint64(marks.Timeout.Milliseconds()))
 	desc := e.Nest(unix.NFTA_SET_DESC)
 	e.BE32(unix.NFTA_SET_DESC_SIZE, marks.Size)
 	e.EndNest(desc)

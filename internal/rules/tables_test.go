@@ -62,15 +62,24 @@ const contentsIP = `
 	}
 
 	map permissions {
-		type ipv4_addr . ipv4_addr . inet_service : ipv4_addr . inet_service
+		type ipv4_addr . ipv4_addr . inet_service : ipv4_addr
 		size 1000
 		flags dynamic,timeout
+		timeout 5m
+	}
+
+	map permission_ports {
+		type ipv4_addr . ipv4_addr . inet_service : inet_service
+		size 1000
+		flags dynamic,timeout
+		timeout 5m
 	}
 
 	map marks {
 		type ipv4_addr . ipv4_addr . inet_service : mark
 		size 1048576
 		flags dynamic,timeout
+		timeout 5m
 	}
 
 	set subnets {
@@ -130,7 +139,7 @@ const contentsIP = `
 	chain admitted {
 		socket wildcard <= 1 accept comment "the gateway itself serves it"
 		ct mark set ip saddr . ip daddr . udp dport map @marks comment "a mark for policy routing"
-		add @admitted_flows { ip saddr . udp sport . ip daddr . udp dport } counter name "admitted" dnat ip to ip saddr . ip daddr . udp dport map @permissions comment "a peer may send from any port"
+		add @admitted_flows { ip saddr . udp sport . ip daddr . udp dport } counter name "admitted" dnat to ip saddr . ip daddr . udp dport map @permissions:ip saddr . ip daddr . udp dport map @permission_ports comment "a peer may send from any port"
 	}
 
 	chain admit {
@@ -160,12 +169,15 @@ const contentsIP = `
 		meta l4proto udp ct reply ip saddr . ct reply ip daddr . ct reply proto-dst @denied accept comment "the daemon forbids it"
 		add @learners { ct original ip saddr limit rate over 100/second burst 500 packets } counter name "learn_limited" accept comment "too many at a time"
 		ct mark != 0x00000000 meta l4proto udp add @marks { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m : ct mark }
-		meta l4proto udp add @permissions { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m limit rate 512/minute burst 257 packets : ct original ip saddr . ct original proto-src } counter name "learned" accept comment "one that is there stays as it is"
+		meta l4proto udp add @permission_ports { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m : ct original proto-src } add @permissions { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m limit rate 512/minute burst 257 packets : ct original ip saddr } counter name "learned" accept comment "one that is there stays as it is"
 	}
 }
 `
 
 const contentsInet = `
+	counter expected {
+	}
+
 	counter guard_drops {
 	}
 
@@ -226,6 +238,7 @@ const contentsInet = `
 		iifname != @outside accept
 		meta nfproto ipv4 meta l4proto udp add @children4_256 { ct original ip saddr . ct original ip daddr . ct original proto-dst ct count over 256 } counter name "child_drops" drop comment "flows of one peer to one outside endpoint"
 		meta nfproto ipv6 meta l4proto udp add @children6_256 { ct original ip6 saddr . ct original ip6 daddr . ct original proto-dst ct count over 256 } counter name "child_drops" drop comment "flows of one peer to one outside endpoint"
+		meta l4proto udp counter name "expected" comment "it goes on to the user's firewall"
 	}
 }
 `
