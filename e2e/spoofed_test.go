@@ -79,7 +79,7 @@ func TestNFTRoadWarriorByPolicyRoutingPasses(t *testing.T) {
 			s.Start(stage.Flags(stage.Auto)...)
 			from := s.Socket(s.Outside.Namespace, netip.MustParseAddr(warrior), 5060)
 			s.Must(from.Send(netip.MustParseAddrPort(far+":5060"), "x"))
-			s.Until("the packet passed", func() bool { return len(s.ConntrackList("-p", "udp", "--orig-src", warrior)) == 1 })
+			s.Until("the packet passed", func() bool { return len(s.ConntrackList("-p", "udp", "--orig-src", warrior)) > 0 })
 			if n := s.Status().Tables.Guard.Spoofed; n != 0 {
 				t.Errorf("%d packets were dropped", n)
 			}
