@@ -1,7 +1,6 @@
 package daemon
 
 import (
-	"runtime"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -38,20 +37,19 @@ func (b *budget) allows(now time.Duration) bool {
 // wait returns how long it takes until work is allowed again.
 func (b *budget) wait() time.Duration { return max(-b.left, 0) * neighboursShare }
 
-// spend does work and takes its CPU time from the budget: not the time it waits, so
+// spend does work and takes from the budget the CPU time of the process meanwhile:
+// what the loop and the garbage collector do for it too, but not the time it waits, so
 // that a busy machine makes nothing late.
 func (b *budget) spend(work func()) {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	began := threadTime()
+	began := cpuTime()
 	work()
-	b.left -= threadTime() - began
+	b.left -= cpuTime() - began
 }
 
-// threadTime is the CPU time of this thread.
-func threadTime() time.Duration {
+// cpuTime is the CPU time of this process.
+func cpuTime() time.Duration {
 	var t unix.Timespec
-	if unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &t) != nil {
+	if unix.ClockGettime(unix.CLOCK_PROCESS_CPUTIME_ID, &t) != nil {
 		return 0
 	}
 	return time.Duration(t.Nano())

@@ -41,7 +41,7 @@ func TestBudgetSpendsCPUTimeAlone(t *testing.T) {
 	}
 	b.left = 0
 	b.spend(func() {
-		for began := threadTime(); threadTime()-began < 30*time.Millisecond; {
+		for began := cpuTime(); cpuTime()-began < 30*time.Millisecond; {
 		}
 	})
 	if b.left > -30*time.Millisecond {

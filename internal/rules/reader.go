@@ -94,11 +94,11 @@ func (r *ForwardReader) Read(outside []Link) (found []Forward, same bool, err er
 			r.tables[k] = t
 		}
 		t.gone = false
-		print, err := r.rules(k)
-		if err == nil && !t.again && t.print == print && r.sameSets(k, t.sets) {
+		if !t.again && r.unchanged(k, t) {
 			continue
 		}
-		t.print, same = print, false
+		same = false
+		t.print, err = r.rules(k)
 		decoded = append(decoded, r.decode(k, t, o, err))
 	}
 	after, err := r.changes()
@@ -117,7 +117,7 @@ func (r *ForwardReader) Read(outside []Link) (found []Forward, same bool, err er
 		}
 	}
 	for _, d := range decoded {
-		d.take(torn)
+		d.take(torn && !r.unchanged(d.k, d.t))
 	}
 	for _, k := range r.keys() {
 		found = append(found, r.tables[k].found...)
@@ -158,6 +158,7 @@ func (r *ForwardReader) changes() (uint32, error) {
 // A decoding is a new reading of a table.
 type decoding struct {
 	*walker
+	k tableKey
 	t *readTable
 }
 
@@ -189,7 +190,7 @@ func (r *ForwardReader) decode(k tableKey, t *readTable, o *outline, failed erro
 		}
 		w.unread = w.unread || s.unknown
 	}
-	return &decoding{w, t}
+	return &decoding{w, k, t}
 }
 
 // take puts what was found in the place of what was before. Where something may have
@@ -344,6 +345,13 @@ var expressions = func() map[string]bool {
 	}
 	return all
 }()
+
+// unchanged reports whether the rules of a table, and the elements that they ask for,
+// are those that were decoded.
+func (r *ForwardReader) unchanged(k tableKey, t *readTable) bool {
+	print, err := r.rules(k)
+	return err == nil && print == t.print && r.sameSets(k, t.sets)
+}
 
 func (r *ForwardReader) sameSets(k tableKey, sets map[string]uint64) bool {
 	for name, print := range sets {
