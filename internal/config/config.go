@@ -170,7 +170,7 @@ type Backend string
 
 // The backends that a Config can ask for.
 const (
-	BackendAuto   Backend = "auto"   // both, or the one that there is
+	BackendAuto   Backend = "auto"   // the map where it can, expectations where they must
 	BackendExpect Backend = "expect" // conntrack expectations
 	BackendNFT    Backend = "nft"    // elements of an nftables map
 )
