@@ -29,7 +29,7 @@ const tableFull = "kernel table is full"
 func TestFullConntrack(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Expect, stage.Auto}, func(t *testing.T, mode ...string) {
 		const n = 200
-		s := stage.New(t, lab.Options{Inside: 2})
+		s := stage.New(t, lab.Options{Inside: 2, Rules: lab.Masquerade + lab.DropPolicy})
 		if most := sysctl(s, "nf_conntrack_max"); most > 1<<19 {
 			t.Skipf("conntrack has room for %d entries, which take too long to make", most)
 		}
@@ -78,7 +78,7 @@ func TestFullConntrack(t *testing.T) {
 // Fails when a refused permission is tried again at once, and when it never is.
 func TestFullExpectations(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Expect, stage.Auto}, func(t *testing.T, mode ...string) {
-		s := stage.New(t, lab.Options{Guest: true})
+		s := stage.New(t, lab.Options{Guest: true, Rules: lab.Masquerade + lab.DropPolicy})
 		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
 		table := sysctl(s, "nf_conntrack_expect_max")
 		if table > 1<<14 {

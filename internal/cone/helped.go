@@ -86,6 +86,9 @@ func (m *Model) SeeForeign(now time.Duration, src, dst, peer, in Addr) {
 		m.SeeHelper(now, src, peer)
 		return
 	}
+	if _, _, inside := m.policy.subnet(in.Netip()); !inside && (in != (Addr{}) || !m.topo.outside(src.Netip())) {
+		return // of a network that is not ours
+	}
 	m.SeeHelper(now, in, src)
 	if in != (Addr{}) || peer != (Addr{}) {
 		m.SeeHelper(now, in, peer)

@@ -48,6 +48,7 @@ func TestNoExpectationWhereAHelperWorks(t *testing.T) {
 		"one of a flow from the peer":                 {foreign(peer, gateway, other, inside), true},
 		"the same, and it does not say whereto":       {foreign(peer, gateway, other, Addr{}), true},
 		"one of other hosts":                          {foreign(ep("10.47.11.110:1").Addr, peer, peer, ep("10.47.11.110:1").Addr), false},
+		"one of a network that is not enabled":        {foreign(ep("10.47.12.1:1").Addr, peer, peer, ep("10.47.12.1:1").Addr), false},
 		"one of a flow from elsewhere":                {foreign(other, gateway, Addr{}, Addr{}), false},
 	} {
 		t.Run(name, func(t *testing.T) {
