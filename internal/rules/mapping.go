@@ -396,13 +396,6 @@ func (m *mapper) remember() {
 
 // remembers returns the chain that does so for flows from inside that leave by the link.
 func (u *uplink) remembers() *nftables.Chain {
-	kept := u.regular("kept_flow")
-	u.rule(kept, "it was left to the rules of others", join(isUDP, has(u.taken, keptFlowTuple), outsideSource, goTo(u.foreign)))
-	u.rule(kept, "only its own flows refresh a mapping", join(isUDP,
-		put(u.kept, opUpdate, flowInside, source(secondWord), u.Lifetime),
-		u.owner(opUpdate, join(source(0), original(expr.CtKeyPROTOSRC, 1)))))
-	u.rule(kept, "", join(outsideSource, accept))
-
 	moved := u.regular("moved_flow")
 	u.rule(moved, "it was left to the rules of others", join(isUDP, has(u.taken, packetTuple), outsideSourcePort, goTo(u.foreign)))
 	u.rule(moved, "", join(isUDP, setSource(find(u.moved, flowInside))))
@@ -414,9 +407,15 @@ func (u *uplink) remembers() *nftables.Chain {
 	u.rule(moved, "", join(isUDP, outsideSourcePort, accept))
 
 	c := u.regular("ours")
+	// A flow that was left to the rules of others may get outside the very port from which
+	// its host has a mapping. It is taken for a flow of that until the next reconcile.
+	u.rule(c, "only its own flows refresh a mapping", join(isUDP,
+		setSource(find(u.kept, keptInside)),
+		put(u.kept, opUpdate, keptInside, source(secondWord), u.Lifetime),
+		u.owner(opUpdate, packetSourceEndpoint), outsideSource, accept))
+	u.rule(c, "its mapping has another port", join(isUDP, setSourcePort(find(u.ports, flowInside)), goTo(moved)))
 	u.rule(c, "from a host without mappings", join(u.subnets.hasNot(original(expr.CtKeySRCIP, 0)), goTo(u.foreign)))
-	u.rule(c, "it has a mapping", join(isUDP, setSource(find(u.kept, flowInside)), goTo(kept)))
-	u.rule(c, "the same, with another port", join(isUDP, setSourcePort(find(u.ports, flowInside)), goTo(moved)))
+	u.rule(c, "it was left to the rules of others", join(isUDP, setSource(find(u.kept, flowInside)), outsideSource, goTo(u.foreign)))
 	u.rule(c, "nobody translated it", join(ctStatus, masked(ctSrcNAT), is(ne32(0)), goTo(u.foreign)))
 	u.rule(c, "conntrack takes port 0 for none", join(isUDP, original(expr.CtKeyPROTOSRC, 0), is(be16(0)), goTo(u.foreign)))
 	u.rule(c, "an older flow than its address", join(has(u.gone, reply(expr.CtKeyDSTIP, 0)), accept))

@@ -36,11 +36,12 @@ var (
 	flowInside           = join(original(expr.CtKeySRCIP, 0), original(expr.CtKeyPROTOSRC, 1))
 	flowOutside          = join(reply(expr.CtKeyDSTIP, 0), reply(expr.CtKeyPROTODST, 1))
 	flowTarget           = join(original(expr.CtKeyDSTIP, 0), original(expr.CtKeyPROTODST, 1))
-	// The key of taken: of a packet that leaves, of a flow, and of one that would have
-	// its source port outside.
-	packetTuple   = join(transport(0, 0), destination(1), transport(2, 2))
-	flowTuple     = join(reply(expr.CtKeyPROTODST, 0), reply(expr.CtKeySRCIP, 1), reply(expr.CtKeyPROTOSRC, 2))
-	keptFlowTuple = join(original(expr.CtKeyPROTOSRC, 0), reply(expr.CtKeySRCIP, 1), reply(expr.CtKeyPROTOSRC, 2))
+	// That of a flow that kept its port, from its packet: what the packet has is cheaper
+	// to load than what conntrack knows.
+	keptInside = join(original(expr.CtKeySRCIP, 0), transport(0, 1))
+	// The key of taken, of a packet that leaves, and of a flow.
+	packetTuple = join(transport(0, 0), destination(1), transport(2, 2))
+	flowTuple   = join(reply(expr.CtKeyPROTODST, 0), reply(expr.CtKeySRCIP, 1), reply(expr.CtKeyPROTOSRC, 2))
 	// A flow from outside, as it came.
 	inboundTuple = join(original(expr.CtKeyPROTODST, 0), original(expr.CtKeySRCIP, 1), original(expr.CtKeyPROTOSRC, 2))
 )
