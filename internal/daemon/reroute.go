@@ -6,8 +6,6 @@ import (
 	"slices"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/gateway"
@@ -52,15 +50,6 @@ func (d *Daemon) endRerouted(cfg config.Config, network gateway.Network) error {
 		d.log.Info("flows with mappings left by another link than the one of their address; they ended", "count", n)
 	}
 	return err
-}
-
-// cpuTime returns what this process has used.
-func cpuTime() time.Duration {
-	var u unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
-		return 0
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // endReroutedLater does what endRerouted put off.

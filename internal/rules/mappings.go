@@ -24,9 +24,9 @@ type Mappings struct {
 	netns      int
 	table      string
 	lifetime   time.Duration
-	keptFor    time.Duration
 	links      map[string]*linkSets
-	owners     bool     // there is hairpinning
+	owners     bool // there is hairpinning
+	keptFor    time.Duration
 	key, value [64]byte // of the element that is being encoded
 }
 
@@ -37,7 +37,10 @@ type linkSets struct {
 
 // NewMappings returns the Mappings that Set was told of.
 func (t *Tables) NewMappings(c *MappingConfig) *Mappings {
-	m := &Mappings{netns: t.netns, table: t.name, lifetime: c.Lifetime, keptFor: max(keptTimeout, c.KeptFor), links: map[string]*linkSets{}, owners: t.mapped.hairpin}
+	m := &Mappings{
+		netns: t.netns, table: t.name, lifetime: c.Lifetime, keptFor: max(keptTimeout, c.KeptFor),
+		links: map[string]*linkSets{}, owners: t.mapped.hairpin,
+	}
 	for _, link := range t.mapped.links {
 		id := identifier(link)
 		m.links[link] = &linkSets{
