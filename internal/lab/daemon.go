@@ -83,7 +83,7 @@ func (l *Lab) launch(exe string, args ...string) (*Daemon, error) {
 	for {
 		n, err := notify.Read(buf)
 		if err != nil {
-			return nil, errors.Join(fmt.Errorf("it is not ready: %w: %s", err, d.Output()), d.Kill())
+			return nil, fmt.Errorf("it is not ready: %w: %s", err, d.trace())
 		}
 		if bytes.Contains(buf[:n], []byte("READY=1")) {
 			return d, nil
@@ -155,6 +155,16 @@ func (d *Daemon) Kill() error {
 	}
 	d.wait() // it was killed, and says so
 	return nil
+}
+
+// trace ends the daemon and returns what it wrote, with the stacks of its goroutines
+// unless it has ended by itself.
+func (d *Daemon) trace() string {
+	if err := d.Signal(syscall.SIGQUIT); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return errors.Join(err, d.Kill()).Error()
+	}
+	d.wait() // it ends with an error
+	return d.Output()
 }
 
 func (d *Daemon) wait() error {

@@ -79,7 +79,7 @@ const (
 	learnerTimeout = time.Minute
 	// savedTimeout ends what a saved copy of our rules makes: nft 1.0.2 does not print
 	// the timeouts that rules give to elements of maps. Ours always have their own.
-	savedTimeout = 5 * time.Minute
+	savedTimeout = 10 * time.Minute
 	// deniedSize bounds the set of what the kernel must not learn, and
 	// deniedTimeout is how long that is so if nobody says it again: longer than
 	// any time between two reconciles.

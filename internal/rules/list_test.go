@@ -28,7 +28,11 @@ func message() []byte {
 	for _, set := range []string{permissionMap, portMap} {
 		m.enc.Reset()
 		m.element(1, unix.NFT_MSG_NEWSETELEM, set, &listed, true, time.Minute)
-		body = append(body, m.enc.B[unix.NLMSG_HDRLEN:]...)
+		b := m.enc.B[unix.NLMSG_HDRLEN:]
+		if len(body) > 0 {
+			b = b[nfgenmsgLen:] // all in one message
+		}
+		body = append(body, b...)
 	}
 	var e nfnl.Encoder
 	list := e.Nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS)

@@ -65,21 +65,21 @@ const contentsIP = `
 		type ipv4_addr . ipv4_addr . inet_service : ipv4_addr
 		size 1000
 		flags dynamic,timeout
-		timeout 5m
+		timeout 10m
 	}
 
 	map permission_ports {
 		type ipv4_addr . ipv4_addr . inet_service : inet_service
 		size 1000
 		flags dynamic,timeout
-		timeout 5m
+		timeout 10m
 	}
 
 	map marks {
 		type ipv4_addr . ipv4_addr . inet_service : mark
 		size 1048576
 		flags dynamic,timeout
-		timeout 5m
+		timeout 10m
 	}
 
 	set subnets {
