@@ -224,7 +224,7 @@ func TestStopLeavesNothing(t *testing.T) {
 
 	s.Start("--subnet", lab.InsideNet.String())
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext) // a child without answer
-	if len(s.InKernel()) != 1 || stage.UsesExpect() && len(s.Anchors()) != 1 {
+	if len(s.InKernel()) != 1 || stage.UsesExpectAlone() && len(s.Anchors()) != 1 {
 		t.Fatalf("want one permission, and its anchor\n%s", s.Dump())
 	}
 	s.Stop()
@@ -320,12 +320,9 @@ func TestCleanupTakesEveryTraceOfADeadDaemon(t *testing.T) {
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 	s.Kill()
 	out, code := s.CLI("cleanup")
-	expectations, elements := 1, 1
-	if !stage.UsesExpect() {
-		expectations = 0
-	}
-	if strings.Contains(os.Getenv(stage.ModeEnv), "--backend=expect") {
-		elements = 0
+	expectations, elements := 0, 1
+	if stage.UsesExpectAlone() {
+		expectations, elements = 1, 0
 	}
 	want := fmt.Sprintf("removed %d expectations, %d anchors, %d elements of the map, 1 unanswered children\n",
 		expectations, expectations, elements)

@@ -54,11 +54,12 @@ func TestMendWhatSomebodyChanged(t *testing.T) {
 		{"flush map", "flush map ip conenat permissions", false},
 		{"delete element", "delete element ip conenat permissions { %s }", false},
 		{
-			"change element", "delete element ip conenat permissions { %[1]s }\n" +
-				"add element ip conenat permissions { %[1]s : 10.47.11.109 . 9 }", false,
+			"change element", "delete element ip conenat permission_ports { %[1]s }\n" +
+				"add element ip conenat permission_ports { %[1]s : 9 }", false,
 		},
 		{
-			"add element", "add element ip conenat permissions { 203.0.113.99 . 198.51.100.1 . 5060 : 10.47.11.109 . 5060 }", false,
+			"add element", "add element ip conenat permission_ports { 203.0.113.99 . 198.51.100.1 . 5060 : 5060 }\n" +
+				"add element ip conenat permissions { 203.0.113.99 . 198.51.100.1 . 5060 : 10.47.11.109 }", false,
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

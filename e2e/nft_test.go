@@ -37,28 +37,42 @@ func (e entry) String() string {
 	return fmt.Sprintf("%v . %v . %v : %v . %v", e.peer, e.ext.Addr(), e.ext.Port(), e.in.Addr(), e.in.Port())
 }
 
-var entryLine = regexp.MustCompile(`(\S+) \. (\S+) \. (\d+)(?: limit rate \S+ burst \d+ packets)?(?: timeout \S+)?(?: expires (\S+))? : (\S+) \. (\d+)`)
+var entryLine = regexp.MustCompile(`(\S+) \. (\S+) \. (\d+)(?: limit rate \S+ burst \d+ packets)?(?: timeout \S+)?(?: expires (\S+))? : ([\d.]+)`)
 
-// entries are what "nft list map" shows, with the time that each has left.
-// Without a map there are none.
+// entries are what "nft list map" shows of addresses and of ports, with the time that each
+// has left. Without maps there are none.
 func (s *scene) entries() map[entry]time.Duration {
 	s.T.Helper()
-	out, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", "permissions")
-	if err != nil && strings.Contains(err.Error(), "No such file") {
-		return nil
+	lists := map[string]string{}
+	for _, name := range []string{"permissions", "permission_ports"} {
+		out, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", name)
+		if err != nil && strings.Contains(err.Error(), "No such file") {
+			return nil
+		}
+		s.Must(err)
+		lists[name] = out
 	}
-	s.Must(err)
+	key := func(m []string) string { return strings.Join(m[1:4], " ") }
+	ports := map[string]string{}
+	for _, m := range entryLine.FindAllStringSubmatch(lists["permission_ports"], -1) {
+		ports[key(m)] = m[5]
+	}
 	all := map[entry]time.Duration{}
-	for _, m := range entryLine.FindAllStringSubmatch(out, -1) {
+	for _, m := range entryLine.FindAllStringSubmatch(lists["permissions"], -1) {
+		port, ok := ports[key(m)]
+		if !ok {
+			continue
+		}
 		var left time.Duration
 		if m[4] != "" { // else it never ends
+			var err error
 			left, err = time.ParseDuration(m[4])
 			s.Must(err)
 		}
 		all[entry{
 			peer: netip.MustParseAddr(m[1]),
 			ext:  netip.MustParseAddrPort(m[2] + ":" + m[3]),
-			in:   netip.MustParseAddrPort(m[5] + ":" + m[6]),
+			in:   netip.MustParseAddrPort(m[5] + ":" + port),
 		}] = left
 	}
 	return all

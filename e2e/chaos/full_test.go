@@ -187,7 +187,7 @@ func TestFullPool(t *testing.T) {
 	_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "-s", s.Inside(1).Addr.String())
 	s.Must(err)
 	s.Until("no mapping is in the pool", func() bool {
-		out, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", "owned")
+		out, err := s.Gateway.Output("nft", "list", "set", "ip", "conenat", "owned")
 		s.Must(err)
 		return !strings.Contains(out, " . 610")
 	})

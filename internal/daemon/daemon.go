@@ -133,9 +133,6 @@ func New(cfg Config) (d *Daemon, err error) {
 	if len(d.cfg.Subnets) == 0 {
 		return d, errors.New("no subnet is enabled and none looks like an inside network: name one with --subnet")
 	}
-	if err = outsideOwn(d.cfg.Subnets, d.network); err != nil {
-		return d, err
-	}
 	// Subscribed before the first dump, so that no flow is missed in between.
 	d.events, err = ctwatch.Dial(ctwatch.Config{ReadBuffer: cfg.EventBuffer})
 	if err != nil {
@@ -165,6 +162,11 @@ func New(cfg Config) (d *Daemon, err error) {
 	d.firewall.uppers = d.network.Uppers()
 	// Known before the first grant.
 	d.forwarded, d.ruleWarnings = d.firewall.forwards(d.network)
+	more, err := d.firewall.readSourceNAT(d.cfg.Config)
+	if err != nil { // the first reconcile tries again
+		more = append(more, fmt.Sprintf("source NAT cannot be read: %v", err))
+	}
+	d.ruleWarnings = slices.Concat(d.ruleWarnings, more)
 	d.firewall.ports, d.portWarnings, err = d.firewall.choosePorts(d.cfg.Config, d.network, d.served, false, d.forwarded.Covers)
 	if err != nil {
 		return d, err
@@ -230,21 +232,21 @@ func subnets(cfg config.Config, candidates []netip.Prefix) []config.Subnet {
 	return enabled
 }
 
-// outsideOwn returns an error for each subnet that holds an outside link's own
-// network, whose hosts are peers. One within a wide outside network is fine.
-func outsideOwn(subnets []config.Subnet, network gateway.Network) error {
-	var errs []error
+// warnOutsideOwn warns of each subnet that holds an outside link's own network. A link
+// to both sides is one, and one inside that got a default route, by a router
+// advertisement say; hosts of the subnet are inside all the same. One within a wide
+// outside network is fine.
+func warnOutsideOwn(out *warnings, subnets []config.Subnet, network gateway.Network) {
 	for _, l := range network.Links {
 		for _, a := range network.Addrs {
 			for _, s := range subnets {
 				if l.Outside && a.Link == l.Index && s.Prefix.Bits() <= a.Prefix.Bits() && s.Prefix.Overlaps(a.Prefix) {
-					errs = append(errs, fmt.Errorf("subnet %v: it holds the network of the outside link %s (%v), "+
-						"whose hosts are peers; name an inside network", s.Prefix, l.Name, a.Prefix))
+					out.add(fmt.Sprintf("outside own %v %s", s.Prefix, l.Name), "subnet %v holds the network of the outside link %s (%v): "+
+						"its hosts are inside and no peers, but the kernel neither learns their permissions nor maps their ports", s.Prefix, l.Name, a.Prefix)
 				}
 			}
 		}
 	}
-	return errors.Join(errs...)
 }
 
 func anyIPv6(subnets []config.Subnet) bool {
@@ -453,6 +455,7 @@ func (d *Daemon) warnings() (out warnings) {
 		out.add("outside", `no outside link: none has a default route; name one with --outside`)
 	}
 	d.warnElsewhere(&out)
+	warnOutsideOwn(&out, d.cfg.Subnets, d.network)
 	d.warnSubnets(&out)
 	return out
 }

@@ -30,6 +30,7 @@ type firewall struct {
 	portInPool                uint16                    // of a socket, as the warning says
 	decisions                 map[netip.Prefix]decision // never changed, but replaced
 	mappedLinks               []string                  // outside links, and those that were: they keep their mappings
+	choosers                  []string                  // rules of the user's that choose outside ports
 	byMark                    bool                      // routes may depend on marks
 	uppers                    map[string]string
 
@@ -135,6 +136,9 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 	if d.Mapping = mappingConfig(cfg, f.ports); d.Mapping != nil {
 		f.mappedLinks = slices.Compact(slices.Sorted(slices.Values(slices.Concat(f.mappedLinks, outside))))
 		d.Mapping.Links = f.mappedLinks
+		if len(f.choosers) > 0 {
+			d.Mapping.Pool = nil
+		}
 	}
 	changed, err = f.tables.Set(d)
 	f.mapping = err == nil && d.Mapping != nil && f.maps()
@@ -253,8 +257,9 @@ func outsideLinks(network gateway.Network) (links []rules.Link) {
 	return links
 }
 
-// rivals says which chains of the user's may translate flows before mappings do.
-func (f *firewall) rivals(cfg config.Config) (warnings []string, err error) {
+// readSourceNAT reads what the user's source NAT means for mappings, and says what he
+// should know of it.
+func (f *firewall) readSourceNAT(cfg config.Config) (warnings []string, err error) {
 	if !wantsMapping(cfg) || !f.maps() {
 		return nil, nil
 	}
@@ -262,6 +267,15 @@ func (f *firewall) rivals(cfg config.Config) (warnings []string, err error) {
 	for _, c := range chains {
 		warnings = append(warnings, fmt.Sprintf("chain %s has the priority of conenatd's own, -199, and comes before it if it is younger: "+
 			"what it translates gets no mapping; give it another priority", c))
+	}
+	choosers, failed := rules.PortChoosers(0)
+	if failed != nil {
+		return warnings, errors.Join(err, failed) // what was known before holds
+	}
+	f.choosers = choosers
+	if len(choosers) > 0 {
+		warnings = append(warnings, fmt.Sprintf("port_pool is not used, for a rule of yours chooses outside ports (%s): "+
+			"hosts whose port another one has get one by that rule, and may share it", choosers[0]))
 	}
 	return warnings, err
 }

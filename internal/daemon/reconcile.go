@@ -208,8 +208,13 @@ func newOutside(old, now gateway.Network) bool {
 // readForwards brings the model up to date about what the user's rules forward.
 func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error {
 	covered, warnings := d.firewall.forwards(network)
-	rivals, err := d.firewall.rivals(cfg)
-	warnings = slices.Concat(warnings, rivals)
+	choosers := d.firewall.choosers
+	more, err := d.firewall.readSourceNAT(cfg)
+	warnings = slices.Concat(warnings, more)
+	if (len(choosers) > 0) != (len(d.firewall.choosers) > 0) {
+		_, failed := d.firewall.set(cfg, network.OutsideLinks())
+		err = errors.Join(err, failed)
+	}
 	d.do(func() {
 		d.ruleWarnings = warnings
 		d.warned.tell(d.now(), d.warnings())

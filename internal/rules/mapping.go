@@ -304,6 +304,9 @@ func (u *uplink) throughMapping() *nftables.Chain {
 	c := u.regular("mapped")
 	u.rule(c, "from a host without mappings", join(u.subnets.hasNot(source(0)), accept))
 	u.known(c)
+	if len(u.Pool) == 0 { // the user's rules choose ports for newcomers
+		return c
+	}
 	newcomer := u.regular("newcomer")
 	u.withAddress(c, newcomer)
 

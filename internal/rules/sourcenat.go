@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	"github.com/google/nftables/xt"
 
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
@@ -25,17 +26,39 @@ func FixedSources(netns int) (addrs []AddrRange, unknown bool, err error) {
 	if hasLegacyNAT() {
 		return nil, true, nil
 	}
+	err = eachSourceNAT(netns, func(_ string, r *nftables.Rule) {
+		found, ok := fixedSource(r.Exprs)
+		addrs, unknown = append(addrs, found...), unknown || !ok
+	})
+	return addrs, unknown || err != nil, err
+}
+
+// PortChoosers names the rules of the user's that choose among ports when they translate
+// the source of IPv4 packets: those of a block, or of a map (RFC 7422, MAP-E). A flow
+// must not leave by another port. Rules of iptables-legacy are not read.
+func PortChoosers(netns int) (rules []string, err error) {
+	err = eachSourceNAT(netns, func(table string, r *nftables.Rule) {
+		if choosesPort(r.Exprs) {
+			rules = append(rules, fmt.Sprintf("%s %s handle %d", table, r.Chain.Name, r.Handle))
+		}
+	})
+	return rules, err
+}
+
+// eachSourceNAT calls f for each rule of the tables for IPv4 that have a NAT chain of the
+// postrouting hook, but ours.
+func eachSourceNAT(netns int, f func(table string, r *nftables.Rule)) error {
 	c, err := dial(netns)
 	if err != nil {
-		return nil, true, err
+		return err
 	}
 	defer func() { _ = c.CloseLasting() }()
 	if err := c.begin(); err != nil {
-		return nil, true, err
+		return err
 	}
 	chains, err := c.ListChains()
 	if err != nil {
-		return nil, true, fmt.Errorf("list nftables chains: %w", nfnl.Permitted(err))
+		return fmt.Errorf("list nftables chains: %w", nfnl.Permitted(err))
 	}
 	type table struct {
 		name   string
@@ -58,15 +81,34 @@ func FixedSources(netns int) (addrs []AddrRange, unknown bool, err error) {
 		}
 		rules, err := c.GetRules(chain.Table, chain)
 		if err != nil {
-			return nil, true, fmt.Errorf("read nftables table %s: %w", t.name, nfnl.Permitted(err))
+			return fmt.Errorf("read nftables table %s: %w", t.name, nfnl.Permitted(err))
 		}
 		for _, r := range rules {
-			found, ok := fixedSource(r.Exprs)
-			addrs, unknown = append(addrs, found...), unknown || !ok
+			f(title(chain.Table), r)
 		}
 	}
-	return addrs, unknown, nil
+	return nil
 }
+
+// choosesPort reports whether a rule translates a source to ports that it names.
+func choosesPort(es []expr.Any) bool {
+	return slices.ContainsFunc(es, func(e expr.Any) bool {
+		switch e := e.(type) {
+		case *expr.NAT:
+			return e.Type == expr.NATTypeSourceNAT && e.RegProtoMin != 0
+		case *expr.Masq:
+			return e.ToPorts || e.RegProtoMin != 0
+		case *expr.Target: // of iptables-nft
+			if ranges, ok := e.Info.(*xt.NatIPv4MultiRangeCompat); ok && slices.Contains([]string{"SNAT", "MASQUERADE"}, e.Name) {
+				return slices.ContainsFunc(*ranges, func(r xt.NatIPv4Range) bool { return r.Flags&rangePorts != 0 })
+			}
+		}
+		return false
+	})
+}
+
+// rangePorts is NF_NAT_RANGE_PROTO_SPECIFIED.
+const rangePorts = 1 << 1
 
 // fixedSource returns the addresses to which a rule translates a source; ok is false where
 // there are others.

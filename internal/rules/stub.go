@@ -122,6 +122,9 @@ func (*Map) Refresh(ps []cone.Permission, lost func(i int)) {
 	}
 }
 
+// PortChoosers says that this build reads no rules.
+func PortChoosers(int) ([]string, error) { return nil, errNoBuild }
+
 // FixedSources says that nothing is known.
 func FixedSources(int) (addrs []AddrRange, unknown bool, err error) { return nil, true, errNoBuild }
 
