@@ -311,3 +311,35 @@ func TestNFTChainBeforeMappingsIsNamed(t *testing.T) {
 	s.Must(s.NFT(`table ip first { chain c { type nat hook postrouting priority -199; }; }`))
 	s.Until("it is warned of", func() bool { return s.warns(want) })
 }
+
+// A rule that chooses among ports keeps every host to them (MAP-E, RFC 7422), from the
+// start and when it comes later. Fails where newcomers are moved to the pool.
+func TestNFTRuleThatChoosesPortsIsLeftNewcomers(t *testing.T) {
+	const first, last = 7472, 7487
+	for name, rules := range map[string]string{
+		"a range":   lab.MasqueradeRange(first, last),
+		"at random": strings.ReplaceAll(lab.MasqueradeRange(first, last), "-7487", "-7487 random"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, before := range []bool{true, false} {
+				s := newScene(t, lab.Options{Inside: 2, Rules: rules})
+				if !before {
+					s.Must(s.NFT("flush ruleset\n" + lab.Masquerade))
+				}
+				s.Start("--subnet", lab.InsideNet.String(), stage.Auto[0], mapped)
+				if !before {
+					s.Must(s.NFT("delete table ip nat\n" + rules))
+				}
+				s.Until("the rule is known", func() bool { return s.warns("port_pool is not used, for a rule of yours chooses outside ports") })
+				a, b := s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
+				owned := s.Contact(s.InsideSocket(0, 3074), a)
+				newcomer := s.InsideSocket(1, owned.Port())
+				for _, peer := range []*lab.Socket{a, b} {
+					if ext := s.Contact(newcomer, peer); ext.Port() < first || ext.Port() > last {
+						t.Errorf("known from the start %v: a newcomer leaves as %v", before, ext)
+					}
+				}
+			}
+		})
+	}
+}

@@ -41,3 +41,20 @@ func TestNewUplinkWithPolicyRoutingByConnmark(t *testing.T) {
 	s.Until("its permission ended", func() bool { return len(s.InKernel()) == 1 })
 	s.Arrives(one, s.PeerSocket(lab.PeerA, 6000), extOne)
 }
+
+// A router advertisement or a backup gives an inside link a default route: reload and the
+// next start go on, and hosts are reached. Fails where such a subnet is refused.
+func TestInsideLinkWithADefaultRoute(t *testing.T) {
+	s := play(t, lab.Options{})
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	s.IP(s.Gateway, "route add default via "+s.Inside(0).Addr.String()+" dev lan0 metric 200")
+	s.Until("it is told", func() bool { return s.warns("holds the network of the outside link lan0") })
+	if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code != 0 {
+		t.Errorf("reload: exit %d, %q", code, out)
+	}
+	s.Stop()
+	s.Start("--subnet", lab.InsideNet.String())
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+}
