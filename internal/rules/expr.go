@@ -84,10 +84,10 @@ var (
 	originalFlow = join(original(expr.CtKeySRCIP, 0), original(expr.CtKeyPROTOSRC, 1),
 		original(expr.CtKeyDSTIP, 2), original(expr.CtKeyPROTODST, 3))
 
-	// toInside translates to the inside endpoint that the maps have for the key in reg,
-	// remembers the flow and counts it. It does not match where a map lacks the key,
-	// or its bucket is empty. nft lists the look-ups last.
-	toInside = join(lookUp(portMap, valueWord+1), lookUp(permissionMap, valueWord), packetFlow,
+	// toInside translates to the inside address that the map has for the key in reg, with
+	// the port behind it, remembers the flow and counts it. It does not match where the
+	// map lacks the key, or its bucket is empty. nft lists the look-ups last.
+	toInside = join(lookUp(permissionMap, valueWord), packetFlow,
 		piece{&expr.Dynset{SrcRegKey: reg, SetName: admittedSet, Operation: unix.NFT_DYNSET_OP_ADD}},
 		count(admittedCounter), piece{&expr.NAT{
 			Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4,

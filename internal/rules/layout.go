@@ -316,8 +316,16 @@ func (k kind) ofGroup(load piece) piece {
 // packetKey and flowKey are the key of the map, from a packet that comes in, and
 // from a flow that goes out. Each rule tests for UDP, though only UDP gets there: nft
 // needs that to know what a port is.
-func (k kind) packetKey() piece {
-	return join(isUDP, k.ofGroup(packetSource), k.peers(packetSource), packetDestination, transport(2, 2))
+func (k kind) packetKey() piece { return join(isUDP, k.ofGroup(packetSource), k.loadPacket()) }
+
+// loadPacket and loadFlow load the key alone. nft loads it anew for each map, and so do
+// our rules, or those that nft loads from its listing would be others.
+func (k kind) loadPacket() piece {
+	return join(k.peers(packetSource), packetDestination, transport(2, 2))
+}
+
+func (k kind) loadFlow() piece {
+	return join(k.peers(ctReplySource), reply(expr.CtKeyDSTIP, 1), reply(expr.CtKeyPROTODST, 2))
 }
 
 func (k kind) flowKey() piece {
@@ -325,8 +333,7 @@ func (k kind) flowKey() piece {
 	if k.open != nil {
 		of = join(ctOriginalSource, in(k.open))
 	}
-	return join(isUDP, of, k.ofGroup(ctReplySource),
-		k.peers(ctReplySource), reply(expr.CtKeyDSTIP, 1), reply(expr.CtKeyPROTODST, 2))
+	return join(isUDP, of, k.ofGroup(ctReplySource), k.loadFlow())
 }
 
 // admit needs no conntrack state: a NAT chain sees the first packet only.
@@ -349,7 +356,7 @@ func (l *layout) admit(kinds []kind) {
 			l.rule(admitted, "", join(packetSource, in(l.noPeers), accept))
 		}
 		l.rule(admitted, "a mark for policy routing", join(k.packetKey(), inheritMark))
-		l.rule(admitted, "a peer may send from any port", join(k.packetKey(), toInside))
+		l.rule(admitted, "a peer may send from any port", join(k.packetKey(), lookUp(portMap, valueWord+1), k.loadPacket(), toInside))
 	}
 }
 
@@ -412,7 +419,8 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	for _, k := range kinds {
 		l.rule(learn, "", join(ctMark, isNot(ne32(0)), k.flowKey(), flowMark, piece{addTo(marksMap, c.Lifetime)}))
 		l.rule(learn, "one that is there stays as it is",
-			join(k.flowKey(), flowPort, piece{addTo(portMap, c.Lifetime)}, flowAddr, learned(c, k.wild), count(learnedCounter), accept))
+			join(k.flowKey(), flowPort, piece{addTo(portMap, c.Lifetime)},
+				k.loadFlow(), flowAddr, learned(c, k.wild), count(learnedCounter), accept))
 	}
 }
 
