@@ -114,7 +114,7 @@ var (
 	// copy ends with the nft that loads it.
 	ownership = regexp.MustCompile(`(?m) # progname .*$|^\tflags (owner|persist|owner,persist|owner,0x4)?,?\n`)
 	counters  = regexp.MustCompile(`packets \d+ bytes \d+`)
-	count     = regexp.MustCompile(`\t# count \d+`) // of elements, which come and go
+	counted   = regexp.MustCompile(`\t# count \d+`) // of elements, which come and go
 	expiry    = regexp.MustCompile(` expires \w+`)
 	elements  = regexp.MustCompile(`(?s)elements = \{(.*?)\}`)
 	// What ends in a moment is not worth loading.
@@ -128,7 +128,7 @@ func unowned(listing string) string { return ownership.ReplaceAllString(listing,
 func settled(listing string) string {
 	text := unowned(listing)
 	text = counters.ReplaceAllString(text, "packets N bytes N")
-	text = expiry.ReplaceAllString(count.ReplaceAllString(text, ""), "")
+	text = expiry.ReplaceAllString(counted.ReplaceAllString(text, ""), "")
 	text = elements.ReplaceAllStringFunc(text, func(s string) string {
 		all := strings.Split(strings.Join(strings.Fields(elements.FindStringSubmatch(s)[1]), " "), ", ")
 		slices.Sort(all)
