@@ -27,6 +27,9 @@ func (d *Daemon) Reload() error {
 		return d.keepOld(err)
 	}
 	cfg.Subnets = subnets(cfg, network.Candidates())
+	if err := outsideOwn(cfg.Subnets, network); err != nil {
+		return d.keepOld(err)
+	}
 	var old config.Config
 	if !d.do(func() { old = d.cfg.Config }) {
 		return errEnded

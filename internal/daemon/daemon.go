@@ -70,9 +70,10 @@ type Daemon struct {
 	denied            []cone.Key // what was revoked when an earlier daemon ran
 	model             *cone.Model
 	network           gateway.Network
-	topology          cone.Topology // of network
-	ruleWarnings      []string      // about the user's forwards
-	portWarnings      []string      // about port_pool
+	topology          cone.Topology  // of network
+	ruleWarnings      []string       // about the user's forwards
+	hidden            *rules.Covered // by forwards of the user's: no packet gets to the map
+	portWarnings      []string       // about port_pool
 	decisions         map[netip.Prefix]decision
 	late              time.Duration    // how long changes of neighbours have to wait
 	tables            control.Tables   // as last read
@@ -133,6 +134,9 @@ func New(cfg Config) (d *Daemon, err error) {
 	if len(d.cfg.Subnets) == 0 {
 		return d, errors.New("no subnet is enabled and none looks like an inside network: name one with --subnet")
 	}
+	if err = outsideOwn(d.cfg.Subnets, d.network); err != nil {
+		return d, err
+	}
 	// Subscribed before the first dump, so that no flow is missed in between.
 	d.events, err = ctwatch.Dial(ctwatch.Config{ReadBuffer: cfg.EventBuffer})
 	if err != nil {
@@ -166,7 +170,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	if err != nil { // the first reconcile tries again
 		more = append(more, fmt.Sprintf("source NAT cannot be read: %v", err))
 	}
-	d.ruleWarnings = slices.Concat(d.ruleWarnings, more)
+	d.ruleWarnings, d.hidden = slices.Concat(d.ruleWarnings, more), d.firewall.hidden
 	d.firewall.ports, d.portWarnings, err = d.firewall.choosePorts(d.cfg.Config, d.network, d.served, false, d.forwarded.Covers)
 	if err != nil {
 		return d, err
@@ -232,21 +236,44 @@ func subnets(cfg config.Config, candidates []netip.Prefix) []config.Subnet {
 	return enabled
 }
 
-// warnOutsideOwn warns of each subnet that holds an outside link's own network. A link
-// to both sides is one, and one inside that got a default route, by a router
-// advertisement say; hosts of the subnet are inside all the same. One within a wide
-// outside network is fine.
-func warnOutsideOwn(out *warnings, subnets []config.Subnet, network gateway.Network) {
+// An ownNetwork is that of an outside link, in a subnet: a link to both sides, or one
+// inside that got a default route, by a router advertisement say.
+type ownNetwork struct {
+	subnet netip.Prefix
+	link   gateway.Link
+	addr   netip.Prefix
+}
+
+// ownNetworks returns the subnets that hold an outside link's own network. One within a
+// wide outside network is fine.
+func ownNetworks(subnets []config.Subnet, network gateway.Network) (own []ownNetwork) {
 	for _, l := range network.Links {
 		for _, a := range network.Addrs {
 			for _, s := range subnets {
 				if l.Outside && a.Link == l.Index && s.Prefix.Bits() <= a.Prefix.Bits() && s.Prefix.Overlaps(a.Prefix) {
-					out.add(fmt.Sprintf("outside own %v %s", s.Prefix, l.Name), "subnet %v holds the network of the outside link %s (%v): "+
-						"its hosts are inside and no peers, but the kernel neither learns their permissions nor maps their ports", s.Prefix, l.Name, a.Prefix)
+					own = append(own, ownNetwork{s.Prefix, l, a.Prefix})
 				}
 			}
 		}
 	}
+	return own
+}
+
+// outsideOwn returns an error for each subnet that holds an outside link's own network,
+// whose hosts are peers, if that leaves no other outside link.
+func outsideOwn(subnets []config.Subnet, network gateway.Network) error {
+	own := ownNetworks(subnets, network)
+	for _, name := range network.OutsideLinks() {
+		if !slices.ContainsFunc(own, func(o ownNetwork) bool { return o.link.Name == name }) {
+			return nil
+		}
+	}
+	var errs []error
+	for _, o := range own {
+		errs = append(errs, fmt.Errorf("subnet %v: it holds the network of the outside link %s (%v), "+
+			"whose hosts are peers; name an inside network", o.subnet, o.link.Name, o.addr))
+	}
+	return errors.Join(errs...)
 }
 
 func anyIPv6(subnets []config.Subnet) bool {
@@ -455,7 +482,10 @@ func (d *Daemon) warnings() (out warnings) {
 		out.add("outside", `no outside link: none has a default route; name one with --outside`)
 	}
 	d.warnElsewhere(&out)
-	warnOutsideOwn(&out, d.cfg.Subnets, d.network)
+	for _, o := range ownNetworks(d.cfg.Subnets, d.network) {
+		out.add(fmt.Sprintf("own network %v %s", o.subnet, o.link.Name), "subnet %v holds the network of the outside link %s (%v): "+
+			"its hosts are inside and no peers, but the kernel neither learns their permissions nor maps their ports", o.subnet, o.link.Name, o.addr)
+	}
 	d.warnSubnets(&out)
 	return out
 }

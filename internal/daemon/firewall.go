@@ -43,6 +43,7 @@ type firewall struct {
 	// What the user's rules forward, as read last.
 	reader          *rules.ForwardReader // nil before the first time
 	forwarded       *rules.Covered
+	hidden          *rules.Covered // what every packet is forwarded to
 	forwardWarnings []string
 
 	repaired uint64   // how often others' changes of the tables were undone
@@ -245,6 +246,7 @@ func (f *firewall) forwards(network gateway.Network) (covered *rules.Covered, wa
 	if c := rules.Cover(sure); !c.Equal(f.forwarded) {
 		f.forwarded = c
 	}
+	f.hidden = rules.Cover(slices.DeleteFunc(sure, func(r rules.Forward) bool { return r.Partial }))
 	return f.forwarded, f.forwardWarnings
 }
 

@@ -216,7 +216,7 @@ func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error 
 		err = errors.Join(err, failed)
 	}
 	d.do(func() {
-		d.ruleWarnings = warnings
+		d.ruleWarnings, d.hidden = warnings, d.firewall.hidden
 		d.warned.tell(d.now(), d.warnings())
 	})
 	if covered == d.forwarded {

@@ -12,6 +12,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/rules"
 )
 
 // source answers the control socket; Reload and Revoke are the Daemon's.
@@ -159,9 +160,11 @@ func (s source) Permissions(yield func(control.Permission) bool) error {
 	const atOnce = 256
 	d := s.Daemon
 	piece := make([]cone.View, 0, atOnce)
+	var hidden *rules.Covered
 	for at := 0; at >= 0; {
 		piece = piece[:0]
 		ok := d.do(func() {
+			hidden = d.hidden
 			at = d.model.Walk(at, atOnce, func(v cone.View) {
 				piece = append(piece, v)
 			})
@@ -170,7 +173,7 @@ func (s source) Permissions(yield func(control.Permission) bool) error {
 			return errEnded
 		}
 		for i := range piece {
-			if !yield(d.permission(&piece[i])) {
+			if !yield(d.permission(&piece[i], hidden)) {
 				return nil
 			}
 		}
@@ -198,14 +201,20 @@ func (d *Daemon) helper(v6 bool) string {
 	return ipv4
 }
 
-// permission is a claim as the control socket shows it.
-func (d *Daemon) permission(v *cone.View) control.Permission {
+// permission is a claim as the control socket shows it. One in the map whose packets all
+// go to a forward of the user's, which comes before it, is shown as refused: it admits
+// nobody as long as that forward is there.
+func (d *Daemon) permission(v *cone.View, hidden *rules.Covered) control.Permission {
 	p := control.Permission{
 		Int: v.Int.Netip(), Ext: v.Ext.Netip(), Peer: v.Peer.Netip(), Peers: peers(v.Key), Zone: v.Zone,
 		State: v.State.String(), Reason: v.Reason.String(), Backend: v.By.String(),
 		Flows: v.Flows, Children: v.Children, Answered: v.Answered,
 	}
-	if v.State == cone.StateStanding {
+	switch {
+	case v.State != cone.StateStanding:
+	case v.By == cone.ByMap && hidden.Covers(v.Ext):
+		p.State, p.Reason = cone.StateRefused.String(), cone.ReasonForwarded.String()
+	default:
 		p.Since, p.Expires = d.wall(v.Since), d.wall(v.Expires)
 	}
 	return p

@@ -18,10 +18,19 @@ type condition struct {
 	ports   []PortRange // sorted; nil stands for any
 	addrs   []AddrRange // nil stands for any
 	unknown bool        // something asked for the port and was not understood
+	partial bool        // something else was asked for, so it may be wider than the truth
+}
+
+func partly(conds []condition) []condition {
+	out := slices.Clone(conds)
+	for i := range out {
+		out[i].partial = true
+	}
+	return out
 }
 
 func (c condition) forward(text string) Forward {
-	f := Forward{Ports: c.ports, All: c.ports == nil, Addrs: c.addrs, Unknown: c.unknown, Text: text}
+	f := Forward{Ports: c.ports, All: c.ports == nil, Addrs: c.addrs, Unknown: c.unknown, Partial: c.partial, Text: text}
 	if f.Addrs == nil {
 		switch c.family {
 		case unix.NFPROTO_IPV4:
@@ -107,10 +116,10 @@ func (w *walker) narrow(conds []condition, fields []field, t test) []condition {
 	var left []condition
 	switch {
 	case asked == 0:
-		return conds
+		return partly(conds)
 	case t.unknown, t.not && len(fields) > 1:
 		for _, c := range conds {
-			c.unknown = c.unknown || slices.ContainsFunc(fields, field.isPort)
+			c.unknown, c.partial = c.unknown || slices.ContainsFunc(fields, field.isPort), true
 			left = append(left, c)
 		}
 	case asked > 1 && len(conds)*len(t.any) <= maxProduct:
@@ -154,6 +163,15 @@ func (w *walker) fields(c condition, fields []field, t test) (condition, bool) {
 }
 
 func (w *walker) field(c condition, f field, t test) (condition, bool) {
+	switch f.kind {
+	case other, mangledPort:
+		c.partial = true
+	case linkName, linkIndex:
+		c.partial = c.partial || len(w.outside) != 1
+	case address4, address6:
+		c.partial = c.partial || t.not
+	}
+	c.partial = c.partial || f.mask != nil
 	if f.kind == mangledPort || f.kind == port && t.not && f.mask != nil {
 		c.unknown = true
 		return c, true

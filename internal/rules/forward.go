@@ -21,6 +21,9 @@ type Forward struct {
 	// Unknown says that the rule has a condition on the port that was not
 	// understood. Ports, or All, then say what it forwards at most.
 	Unknown bool
+	// Partial says that the rule may leave packets alone that it seems to forward: it
+	// asks for more than ports, addresses and links, or an earlier rule may be in its way.
+	Partial bool
 	// Text names the rule: family, table, chain and handle, as nft has them,
 	// and its comment, if any.
 	Text string

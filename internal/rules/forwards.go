@@ -58,6 +58,7 @@ type walker struct {
 	seen    map[string]bool
 	visits  int
 	unread  bool // something could not be read
+	exempts bool // a rule that was seen may let packets go on as they are
 	fail    func(chain string) error
 }
 
@@ -131,6 +132,8 @@ func (w *walker) rule(r *nftables.Rule, in condition, depth int) {
 				for _, c := range conds {
 					w.chain(e.Chain, c, depth+1)
 				}
+			} else {
+				w.exempts = true
 			}
 			return
 		case *expr.NAT:
@@ -146,6 +149,9 @@ func (w *walker) rule(r *nftables.Rule, in condition, depth int) {
 				w.forward(r, conds)
 			}
 		case *expr.Match:
+			if e.Name == "comment" {
+				continue
+			}
 			fields, t := xtMatch(e)
 			conds = w.narrow(conds, fields, t)
 		case *expr.Lookup:
@@ -182,6 +188,7 @@ func (w *walker) forward(r *nftables.Rule, conds []condition) {
 		text += fmt.Sprintf(" (%s)", s)
 	}
 	for _, c := range conds {
+		c.partial = c.partial || w.exempts
 		w.add(c.forward(text))
 	}
 }

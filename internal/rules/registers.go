@@ -112,6 +112,9 @@ func (w *walker) plain(conds []condition, regs *registers, e expr.Any) []conditi
 		regs.put(e.DestRegister, nil)
 	case *expr.Exthdr:
 		regs.put(e.DestRegister, nil)
+	case *expr.Counter, *expr.Log:
+	default: // a limit, say
+		return partly(conds)
 	}
 	return conds
 }
