@@ -49,7 +49,7 @@ const noNAT = "no source NAT: "
 // start alone.
 func TestMissingSourceNATIsTold(t *testing.T) {
 	stage.OfTheDaemon(t)
-	s := newScene(t, lab.Options{Rules: lab.DropPolicy})
+	s := newScene(t, lab.Options{Rules: "table ip without_nat { }"})
 	s.Start("--guard", "--learn", "--subnet", lab.InsideNet.String(), "--reconcile=1s")
 	if w := s.Status().Warnings; w == nil || len(w) > 0 {
 		t.Errorf("warnings %q", w)
