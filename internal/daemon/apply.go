@@ -95,14 +95,15 @@ func (d *Daemon) grant(ops []cone.Op, since time.Duration) {
 		if since != 0 {
 			d.latency.record(now - since)
 		}
-		d.granted(o.Permission, o.By)
+		d.granted(o.Permission)
 	}
 }
 
-// granted tells the model that p stands by some carriers, unless it finds that a local
-// socket gets what it admits. The map's rule asks for sockets itself, packet by packet.
-func (d *Daemon) granted(p cone.Permission, by cone.Carriers) {
-	if by&cone.ByExpectation == 0 {
+// granted tells the model that p stands, unless it finds that a local socket gets what it
+// admits. The map's rule asks for sockets itself, packet by packet: where there is
+// nothing else, that is left to the next look at all of them.
+func (d *Daemon) granted(p cone.Permission) {
+	if d.backends.expect == nil {
 		d.model.Granted(p)
 		return
 	}
