@@ -47,7 +47,7 @@ type job struct {
 	verbose       bool // show the whole output
 }
 
-// kernelTime bounds all that runs on one kernel; 6.1 takes twenty minutes on a
+// kernelTime bounds all that runs in one guest; 6.1 takes twenty minutes on a
 // machine with nothing else to do.
 const kernelTime = 50 * time.Minute
 
@@ -65,19 +65,26 @@ var suspend = job{
 		`"guest.test -test.v -test.timeout 5m -test.run 'TestSuspend$' >suspend.log 2>&1; code=\$?; ./busybox cat suspend.log; exit \$code"`,
 }
 
-// jobs runs the test programs, each in its own folder, as "go test" does.
-func jobs(root string) (all []job) {
+// guests are the jobs of two guests, which run side by side: each has one of the
+// machine's CPUs. A job runs a test program in its own folder, as "go test" does.
+func guests(root string) map[string][]job {
 	if c := os.Getenv(commandEnv); c != "" {
-		return []job{{name: "command", command: c, verbose: true}}
+		return map[string][]job{"one": {{name: "command", command: c, verbose: true}}}
 	}
+	all := map[string][]job{}
 	for _, p := range packages {
-		all = append(all, job{
+		guest := "packages"
+		if p == "e2e" {
+			guest = "end to end"
+		}
+		all[guest] = append(all[guest], job{
 			name: p,
 			command: fmt.Sprintf("cd '%s' && %s.test -test.v -test.timeout 40m",
 				filepath.Join(root, p), filepath.Base(p)),
 		})
 	}
-	return append(all, suspend)
+	all["packages"] = append(all["packages"], suspend)
+	return all
 }
 
 func TestKernels(t *testing.T) {
@@ -99,7 +106,15 @@ func TestKernels(t *testing.T) {
 	}
 	dir := buildJob(t, root)
 	for _, version := range versions {
-		t.Run(version, func(t *testing.T) { testKernel(t, version, dir, jobs(root)) })
+		t.Run(version, func(t *testing.T) {
+			k := fetched(t, version)
+			for name, jobs := range guests(root) {
+				t.Run(name, func(t *testing.T) {
+					t.Parallel()
+					testGuest(t, k, dir, jobs)
+				})
+			}
+		})
 	}
 }
 
@@ -127,7 +142,9 @@ func buildJob(t *testing.T, root string) string {
 	return dir
 }
 
-func testKernel(t *testing.T, version, dir string, jobs []job) {
+// fetched is fetch for a test.
+func fetched(t *testing.T, version string) tree {
+	t.Helper()
 	if suites[version] == nil {
 		t.Fatalf("kernel %s: want one of %s", version, known())
 	}
@@ -138,10 +155,14 @@ func testKernel(t *testing.T, version, dir string, jobs []job) {
 	if err != nil {
 		t.Fatalf("kernel %s: %v", version, err)
 	}
+	return k
+}
+
+func testGuest(t *testing.T, k tree, dir string, jobs []job) {
 	began := time.Now()
 	v, err := boot(t, k, dir)
 	if err != nil {
-		t.Fatalf("boot kernel %s: %v", version, err)
+		t.Fatalf("boot: %v", err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), kernelTime)
 	defer cancel()
