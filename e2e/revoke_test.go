@@ -13,7 +13,7 @@ import (
 // What a limit kept away does not count as revoked.
 //
 // Fails when the next daemon does not look for what was revoked.
-func TestRevokeOutlivesTheDaemon(t *testing.T) {
+func TestNFTRevokeOutlivesTheDaemon(t *testing.T) {
 	stage.OfTheDaemon(t)
 	for name, end := range map[string]func(*scene){
 		"killed": (*scene).kill, "kept": (*scene).stop,
