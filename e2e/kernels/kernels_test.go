@@ -173,8 +173,9 @@ func testGuest(t *testing.T, k tree, dir string, jobs []job) {
 	t.Logf("%s booted in %v", strings.TrimSpace(release), time.Since(began).Round(100*time.Millisecond))
 	// So little memory gives small tables, and labs cannot enlarge them. These
 	// have room for 50,000 expectations with an anchor and a flow each.
-	// The last module is wanted by many tests in one moment, which some kernels refuse.
-	out, code, err := v.run(ctx, "modprobe nf_conntrack hashsize=65536 expect_hashsize=1024 && modprobe nft_redir && cd /proc/sys/net/netfilter && "+
+	// The module nft_redir is wanted by many tests in one moment, which some kernels refuse,
+	// and nobody loads the one that lets the TFTP helper work behind NAT.
+	out, code, err := v.run(ctx, "modprobe nf_conntrack hashsize=65536 expect_hashsize=1024 && modprobe nft_redir && modprobe nf_nat_tftp && cd /proc/sys/net/netfilter && "+
 		"echo 262144 >nf_conntrack_max && echo 100000 >nf_conntrack_expect_max")
 	if err != nil || code != 0 {
 		t.Fatalf("make room for expectations: exit status %d, %v: %s", code, err, out)
