@@ -49,16 +49,8 @@ func (m *Mappings) changeAddresses(as []netip.Addr, typ uint16) error {
 		part := as[base:min(base+batch, len(as))]
 		clear(m.errs[:])
 		transact(&m.batcher, part, 1, func(seq uint32, a *netip.Addr) {
-			flags := uint16(unix.NLM_F_REQUEST)
-			if typ == unix.NFT_MSG_NEWSETELEM {
-				flags |= unix.NLM_F_CREATE
-			}
 			e := &m.enc
-			e.Message(unix.NFNL_SUBSYS_NFTABLES, typ, flags, seq, unix.AF_INET)
-			e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, m.table)
-			e.Str(unix.NFTA_SET_ELEM_LIST_SET, gatewaySet)
-			list := e.Nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS)
-			element := e.Nest(unix.NFTA_LIST_ELEM)
+			list, element := m.openElement(m.table, gatewaySet, seq, typ, 0)
 			m.data(unix.NFTA_SET_ELEM_KEY, a.AsSlice())
 			e.EndNest(element)
 			e.EndNest(list)

@@ -90,3 +90,19 @@ func (b *batcher) askGeneration() {
 	b.enc.Str(unix.NFTA_TABLE_NAME, b.w.table)
 	b.enc.End()
 }
+
+// openElement begins a message of type typ about one element of a set. The caller
+// appends the element's attributes and ends both nests and the message. flags are
+// those beside NLM_F_REQUEST and, for a new element, NLM_F_CREATE.
+func (b *batcher) openElement(table, set string, seq uint32, typ, flags uint16) (list, element int) {
+	flags |= unix.NLM_F_REQUEST
+	if typ == unix.NFT_MSG_NEWSETELEM {
+		flags |= unix.NLM_F_CREATE
+	}
+	e := &b.enc
+	e.Message(unix.NFNL_SUBSYS_NFTABLES, typ, flags, seq, unix.AF_INET)
+	e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, table)
+	e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
+	list = e.Nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS)
+	return list, e.Nest(unix.NFTA_LIST_ELEM)
+}

@@ -314,16 +314,8 @@ func (m *Map) renew(seq uint32, p *cone.Permission) {
 
 // element appends a message about one element of a set.
 func (m *Map) element(seq uint32, typ uint16, set string, p *cone.Permission, value bool, timeout time.Duration) {
-	flags := uint16(unix.NLM_F_REQUEST)
-	if typ == unix.NFT_MSG_NEWSETELEM {
-		flags |= unix.NLM_F_CREATE
-	}
 	e := &m.enc
-	e.Message(unix.NFNL_SUBSYS_NFTABLES, typ, flags, seq, unix.AF_INET)
-	e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, m.table)
-	e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
-	list := e.Nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS)
-	element := e.Nest(unix.NFTA_LIST_ELEM)
+	list, element := m.openElement(m.table, set, seq, typ, 0)
 	key := e.Nest(unix.NFTA_SET_ELEM_KEY)
 	e.Attr(unix.NFTA_DATA_VALUE, keyLen)
 	e.B = append(e.B, p.Peer[12:]...)

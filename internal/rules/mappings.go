@@ -495,19 +495,12 @@ func putPort(b []byte, port uint16) { binary.BigEndian.PutUint32(b, uint32(port)
 // element appends a message about the element with the first bytes of m.key and
 // m.value. With excl it must not be there. Without a timeout it stands for ever.
 func (m *Mappings) element(seq uint32, typ uint16, excl bool, set string, key, value int, timeout time.Duration) {
-	flags, isNew := uint16(unix.NLM_F_REQUEST), typ == unix.NFT_MSG_NEWSETELEM
-	if isNew {
-		flags |= unix.NLM_F_CREATE
-	}
+	isNew, flags := typ == unix.NFT_MSG_NEWSETELEM, uint16(0)
 	if excl {
-		flags |= unix.NLM_F_EXCL
+		flags = unix.NLM_F_EXCL
 	}
 	e := &m.enc
-	e.Message(unix.NFNL_SUBSYS_NFTABLES, typ, flags, seq, unix.AF_INET)
-	e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, m.table)
-	e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
-	list := e.Nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS)
-	element := e.Nest(unix.NFTA_LIST_ELEM)
+	list, element := m.openElement(m.table, set, seq, typ, flags)
 	m.data(unix.NFTA_SET_ELEM_KEY, m.key[:key])
 	if isNew && value > 0 {
 		m.data(unix.NFTA_SET_ELEM_DATA, m.value[:value])
