@@ -356,32 +356,47 @@ func TestNFTMapThatIsFullRefusesTheRest(t *testing.T) {
 	})
 }
 
-// The map comes after it, so the permission stands all the same.
+// The map comes after it, so the permission stays in it and admits as soon as the forward
+// is gone. Where the rules tell of the forward it is shown as refused until then.
 func TestNFTForwardOfTheUsersWins(t *testing.T) {
-	for name, load := range map[string]func(s *scene) error{
-		"nft": func(s *scene) error { return s.NFT(lab.Masquerade + forward) },
-		"iptables-legacy": func(s *scene) error {
-			return s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade+`*nat
+	for name, tc := range map[string]struct {
+		load, unload func(s *scene) error
+		state        string
+	}{
+		"nft": {
+			func(s *scene) error { return s.NFT(lab.Masquerade + forward) },
+			func(s *scene) error { return s.NFT("delete table ip forwards") },
+			"refused",
+		},
+		"iptables-legacy": {
+			func(s *scene) error {
+				return s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade+`*nat
 -A PREROUTING -i wan0 -p udp --dport 5060 -j DNAT --to-destination 10.47.11.110
 COMMIT
 `)
+			},
+			func(s *scene) error { return s.IPTables(lab.IPTablesLegacy, "*nat\n-F PREROUTING\nCOMMIT\n") },
+			"standing",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 				s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
-				s.Must(load(s))
+				s.Must(tc.load(s))
 				s.Start(stage.Flags(mode)...)
 				phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
 				ext := s.Contact(phone, proxy)
 				s.Until("it is listed", func() bool { return len(s.List()) == 1 })
 				// Before anybody used the forward, which iptables-legacy does not show.
 				s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
-				if p := s.Listed(phone, proxy, ext, "standing"); p.Backend != "nft" {
+				if p := s.Listed(phone, proxy, ext, tc.state); p.Backend != "nft" {
 					t.Errorf("it stands by %q", p.Backend)
 				}
 				s.Arrives(server, s.PeerSocket(lab.PeerA, 5071), ext)
 				s.Arrives(phone, proxy, ext) // its own flow
+				s.Must(tc.unload(s))
+				s.Listed(phone, proxy, ext, "standing")
+				s.Arrives(phone, s.PeerSocket(lab.PeerA, 5072), ext)
 			})
 		})
 	}
@@ -443,7 +458,7 @@ func TestNFTForwardOfAllPortsWinsAndIsWarnedOf(t *testing.T) {
 		s := play(t, lab.Options{Inside: 2, Rules: lab.Masquerade + dmz}, mode...)
 		phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
 		ext := s.Contact(phone, proxy)
-		s.Stands(phone, proxy, ext)
+		s.Listed(phone, proxy, ext, "refused")
 		s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
 		s.Arrives(phone, proxy, ext)
 		if w := s.Status().Warnings; !slices.ContainsFunc(w, func(w string) bool { return strings.Contains(w, "forwards all ports") }) {

@@ -80,6 +80,9 @@ func (m *Model) ReviewForwards(now time.Duration, at, n int) int {
 func (m *Model) SetPolicy(now time.Duration, p Policy) {
 	shorter := p.Lifetime < m.policy.Lifetime
 	learns := !m.policy.Learned && p.Learned
+	if m.policy.Mapped && !p.Mapped {
+		m.unmapped = now + p.Lifetime
+	}
 	m.policy = compilePolicy(p)
 	m.wheel = newWheel(&m.claims, p.Lifetime)
 	m.wheel.done = int64(now / m.wheel.grain)

@@ -116,12 +116,18 @@ func (m *Model) admitted(now time.Duration, f *Flow, p Permission) bool {
 	i := m.find(p.Key, p.Int)
 	switch {
 	case i == none:
-		return m.policy.Mapped && m.former.has(now, former{p.Key, p.Int})
-	case m.policy.Mapped:
+		return m.mapped(now) && m.former.has(now, former{p.Key, p.Int})
+	case m.mapped(now):
 		return true
 	}
 	n, known := m.flows.byKey[m.flowKey(i, f.Src, true)]
 	return known && m.flows.all[n].id == f.ID
+}
+
+// mapped reports whether a map admits children, or did until lately: one that goes does
+// so until the end of the change, and what it admitted last is told of later still.
+func (m *Model) mapped(now time.Duration) bool {
+	return m.policy.Mapped || now < m.unmapped
 }
 
 // IsAnchor reports whether an entry with this original direction has the mark

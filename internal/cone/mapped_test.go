@@ -414,18 +414,23 @@ func TestPolicySwitchesMappedOnAndOff(t *testing.T) {
 	if v := d.view(in); v.Children != 1 {
 		t.Errorf("%d children are left, want 1", v.Children)
 	}
-	d.dnat(4, "203.0.113.5:77", ext, in, 0) // after it: nothing of ours could admit this one
+	last, _ := d.dnat(4, "203.0.113.5:78", ext, in, StatusSeenReply) // admitted before it went
+	d.want(in)
+	d.gone(5, last)
+	d.snapshot(2+testPolicy.Lifetime, out, child)
+	d.dnat(2+testPolicy.Lifetime, "203.0.113.5:77", ext, in, 0) // nothing of ours could admit this one
 	d.want()
-	d.gone(5, child)
+	d.gone(3+testPolicy.Lifetime, child)
 	if v := d.view(in); v.Children != 0 {
 		t.Errorf("%d children after its end", v.Children)
 	}
 
-	d.m.SetPolicy(6, on)
-	d.m.Tick(2*testPolicy.Retry, 10)
+	again := 4 + testPolicy.Lifetime
+	d.m.SetPolicy(again, on)
+	d.m.Tick(again+2*testPolicy.Retry, 10)
 	d.carry()
 	d.want(in)
-	d.m.SetPolicy(2*testPolicy.Retry, off)
+	d.m.SetPolicy(again+2*testPolicy.Retry, off)
 	d.wantOps("off once more", d.carry(), Revoke)
 	d.want()
 }

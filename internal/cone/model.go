@@ -78,6 +78,7 @@ type Model struct {
 	freshEnds time.Duration          // until when that is so
 	pairs     map[pair]time.Duration // of hosts that a helper works for: last seen
 	former    formers
+	unmapped  time.Duration // until when one may hear of children of a map that is not wanted any more
 	flows     flowTable
 	early     earlyIndex
 	hosts     map[Addr]scope
@@ -307,7 +308,7 @@ func (m *Model) end(now time.Duration, i int32, r Reason) {
 		m.removeFlow(c.flows)
 	}
 
-	if m.policy.Mapped {
+	if m.mapped(now) {
 		m.former.add(now, former{c.Key, c.Int})
 	}
 	first := m.byKey[c.Key] == i

@@ -14,6 +14,7 @@ type refModel struct {
 	topo      Topology
 	claims    []*refClaim                           // oldest first
 	forwarded map[extKey]map[Endpoint]time.Duration // by target: last seen
+	unmapped  time.Duration                         // until when a map counts that was there
 	former    map[former]time.Duration              // claims that ended
 	dumped    map[*refFlow]bool                     // not nil: a snapshot is running
 	showing   bool                                  // one of its flows right now
@@ -125,9 +126,9 @@ func (r *refModel) classify(now time.Duration, f *Flow) (string, Permission) {
 	case inside && f.Status.Has(StatusSrcNAT):
 		return "out", r.widen(Permission{Key: Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr, Zone: f.ReplyZone}, Int: f.Src})
 	case !inside && f.Status.Has(StatusDstNAT):
-		if c := r.find(in.Key, in.Int); c != nil && (r.policy.Mapped || c.has(f)) {
+		if c := r.find(in.Key, in.Int); c != nil && (r.mapped(now) || c.has(f)) {
 			return "child", in
-		} else if at, ok := r.former[former{in.Key, in.Int}]; c == nil && r.policy.Mapped && ok && now-at < forwardMemory {
+		} else if at, ok := r.former[former{in.Key, in.Int}]; c == nil && r.mapped(now) && ok && now-at < forwardMemory {
 			r.former[former{in.Key, in.Int}] = now
 			return "child", in
 		}
@@ -135,6 +136,8 @@ func (r *refModel) classify(now time.Duration, f *Flow) (string, Permission) {
 	}
 	return "", in
 }
+
+func (r *refModel) mapped(now time.Duration) bool { return r.policy.Mapped || now < r.unmapped }
 
 // has reports whether f is a known child of c.
 func (c *refClaim) has(f *Flow) bool {
@@ -284,7 +287,7 @@ func (r *refModel) refused(now time.Duration, p Permission, why Reason) {
 
 func (r *refModel) end(now time.Duration, c *refClaim) {
 	owner := r.ofKey(c.Key)[0] == c
-	if r.policy.Mapped {
+	if r.mapped(now) {
 		r.former[former{c.Key, c.Int}] = now
 	}
 	for i, x := range r.claims {
@@ -308,6 +311,9 @@ func (r *refModel) revoke(now time.Duration, in Endpoint) {
 
 func (r *refModel) setPolicy(now time.Duration, p Policy) {
 	learns := !r.policy.Learned && p.Learned
+	if r.policy.Mapped && !p.Mapped {
+		r.unmapped = now + p.Lifetime
+	}
 	r.policy = p
 	for _, c := range append([]*refClaim(nil), r.claims...) {
 		if c.state == StateStanding && r.bars(now, c) {

@@ -98,9 +98,6 @@ func (p *play) run(exe string) error {
 			p.say("  %s", note(l))
 		}
 	}
-	if err := p.showMap(); err != nil {
-		return err
-	}
 	if err := d.Stop(); err != nil {
 		return err
 	}
@@ -112,27 +109,6 @@ func (p *play) run(exe string) error {
 		return fmt.Errorf("the daemon left %q in the kernel", left)
 	}
 	p.say("\nconenatd stopped and took everything it made out of the kernel.")
-	return nil
-}
-
-// showMap shows the permission in the map of conenatd's own nftables table, where
-// the kernel has nftables.
-func (p *play) showMap() error {
-	const table, permissions = "conenat", "permissions"
-	all, err := p.lab.Ruleset()
-	if err != nil || !strings.Contains(all, "map "+permissions) {
-		return err
-	}
-	list, err := p.lab.Gateway.Output("nft", "list", "map", "ip", table, permissions)
-	if err != nil {
-		return err
-	}
-	p.say("\n  # nft list map ip %s %s", table, permissions)
-	for line := range strings.Lines(list) {
-		if _, element, ok := strings.Cut(line, "elements = "); ok {
-			p.say("  %s   <- the permission, which the kernel itself added", strings.TrimSpace(element))
-		}
-	}
 	return nil
 }
 

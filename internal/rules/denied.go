@@ -3,7 +3,6 @@
 package rules
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
@@ -154,13 +153,7 @@ func (m *Map) lift(ps []cone.Permission) {
 func (m *Map) denial(seq uint32, typ uint16, p *cone.Permission, revoked bool) {
 	e := &m.enc
 	list, element := m.openElement(m.table, deniedSet, seq, typ, 0)
-	key := e.Nest(unix.NFTA_SET_ELEM_KEY)
-	e.Attr(unix.NFTA_DATA_VALUE, keyLen)
-	e.B = append(e.B, p.Peer[12:]...)
-	e.B = append(e.B, p.Ext.Addr[12:]...)
-	e.B = binary.BigEndian.AppendUint16(e.B, p.Ext.Port)
-	e.Pad()
-	e.EndNest(key)
+	m.key(&p.Key)
 	if typ == unix.NFT_MSG_NEWSETELEM {
 		e.BE64(unix.NFTA_SET_ELEM_TIMEOUT, uint64(deniedTimeout.Milliseconds()))
 		if revoked {

@@ -312,17 +312,23 @@ func (m *Map) renew(seq uint32, p *cone.Permission) {
 	m.repermit(seq+2, p)
 }
 
+// key writes the key of a permission into the element that is open.
+func (m *Map) key(k *cone.Key) {
+	e := &m.enc
+	key := e.Nest(unix.NFTA_SET_ELEM_KEY)
+	e.Attr(unix.NFTA_DATA_VALUE, keyLen)
+	e.B = append(e.B, k.Peer[12:]...)
+	e.B = append(e.B, k.Ext.Addr[12:]...)
+	e.B = binary.BigEndian.AppendUint16(e.B, k.Ext.Port)
+	e.Pad()
+	e.EndNest(key)
+}
+
 // element appends a message about one element of a set.
 func (m *Map) element(seq uint32, typ uint16, set string, p *cone.Permission, value bool, timeout time.Duration) {
 	e := &m.enc
 	list, element := m.openElement(m.table, set, seq, typ, 0)
-	key := e.Nest(unix.NFTA_SET_ELEM_KEY)
-	e.Attr(unix.NFTA_DATA_VALUE, keyLen)
-	e.B = append(e.B, p.Peer[12:]...)
-	e.B = append(e.B, p.Ext.Addr[12:]...)
-	e.B = binary.BigEndian.AppendUint16(e.B, p.Ext.Port)
-	e.Pad()
-	e.EndNest(key)
+	m.key(&p.Key)
 	if value {
 		data := e.Nest(unix.NFTA_SET_ELEM_DATA)
 		switch set {
