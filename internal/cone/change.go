@@ -47,11 +47,11 @@ func (m *Model) lost(now time.Duration, p *Permission) bool {
 	return lost && now < until && !p.Routed()
 }
 
-// SetForwards tells which outside endpoints rules of the user's forward, beside
-// those that flows show. f may be nil. Permissions on such endpoints have no
-// expectation any more.
-func (m *Model) SetForwards(now time.Duration, f func(Endpoint) bool) {
-	m.BeginForwards(f)
+// SetForwards tells which outside endpoints rules of the user's forward. f may be nil.
+// Permissions on such endpoints have no expectation any more. If whole is false there may
+// be other forwards, and flows are believed that show one.
+func (m *Model) SetForwards(now time.Duration, f func(Endpoint) bool, whole bool) {
+	m.BeginForwards(f, whole)
 	for at := 0; at >= 0; {
 		at = m.ReviewForwards(now, at, len(m.claims))
 	}
@@ -59,7 +59,7 @@ func (m *Model) SetForwards(now time.Duration, f func(Endpoint) bool) {
 
 // BeginForwards is SetForwards for what is decided from now on. What stands already
 // is for ReviewForwards.
-func (m *Model) BeginForwards(f func(Endpoint) bool) { m.ruled = f }
+func (m *Model) BeginForwards(f func(Endpoint) bool, whole bool) { m.ruled, m.unread = f, !whole }
 
 // ReviewForwards places the next n claims from at on anew, for what is forwarded now,
 // and returns where to go on, or -1 at the end. It begins with 0.
@@ -80,9 +80,6 @@ func (m *Model) ReviewForwards(now time.Duration, at, n int) int {
 func (m *Model) SetPolicy(now time.Duration, p Policy) {
 	shorter := p.Lifetime < m.policy.Lifetime
 	learns := !m.policy.Learned && p.Learned
-	if m.policy.Mapped && !p.Mapped {
-		m.unmapped = now + p.Lifetime
-	}
 	m.policy = compilePolicy(p)
 	m.wheel = newWheel(&m.claims, p.Lifetime)
 	m.wheel.done = int64(now / m.wheel.grain)

@@ -25,6 +25,7 @@ func newDesk(t *testing.T, change func(*Policy)) *desk {
 	}
 	d := &desk{t: t, m: New(p), up: map[Key]Endpoint{}, by: map[Key]Carriers{}}
 	d.m.SetTopology(0, testTopology)
+	d.m.SetForwards(0, nil, false)
 	d.m.BeginSnapshot()
 	d.m.EndSnapshot(0)
 	return d
@@ -296,12 +297,12 @@ func TestForwardsOfRulesWithdrawAndBar(t *testing.T) {
 	d := newDesk(t, nil)
 	d.open(0, "10.47.11.109:5060", "203.0.113.5:9")
 	d.open(0, "10.47.11.109:5061", "203.0.113.5:9")
-	d.m.SetForwards(1, func(e Endpoint) bool { return e.Port == 5060 })
+	d.m.SetForwards(1, func(e Endpoint) bool { return e.Port == 5060 }, true)
 	d.carry()
 	d.want("10.47.11.109:5061")
 	d.open(2, "10.47.11.110:5060", "203.0.113.6:9")
 	d.want("10.47.11.109:5061")
-	d.m.SetForwards(3, nil)
+	d.m.SetForwards(3, nil, true)
 	for now := 3 * time.Nanosecond; now < testPolicy.Retry*2; now += time.Second {
 		d.m.Tick(now, 10)
 		d.carry()

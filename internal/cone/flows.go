@@ -75,7 +75,7 @@ const (
 )
 
 // role says what f is, and which permission it would belong to.
-func (m *Model) role(now time.Duration, f *Flow) (role, Permission, Subnet) {
+func (m *Model) role(f *Flow) (role, Permission, Subnet) {
 	inbound := Permission{
 		Key:  Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.OrigZone},
 		Int:  f.ReplySrc,
@@ -98,7 +98,7 @@ func (m *Model) role(now time.Duration, f *Flow) (role, Permission, Subnet) {
 	_, local := m.topo.local[f.Dst.Addr]
 	switch {
 	case f.Status.Has(StatusDstNAT) && !expected:
-		if m.admitted(now, f, inbound) {
+		if f.Labelled || !m.policy.Labels && m.find(inbound.Key, inbound.Int) != none {
 			return roleChild, inbound, Subnet{}
 		}
 		return roleDNAT, inbound, Subnet{}
@@ -106,28 +106,6 @@ func (m *Model) role(now time.Duration, f *Flow) (role, Permission, Subnet) {
 		return roleEarly, inbound, Subnet{}
 	}
 	return roleOther, inbound, Subnet{}
-}
-
-// admitted reports whether f, which was DNATed, is a child of p. A forward of
-// the user's that leads to the same inside endpoint looks no different. Children
-// from before the policy changed stay children, and those of a permission that
-// ended lately were admitted by it.
-func (m *Model) admitted(now time.Duration, f *Flow, p Permission) bool {
-	i := m.find(p.Key, p.Int)
-	switch {
-	case i == none:
-		return m.mapped(now) && m.former.has(now, former{p.Key, p.Int})
-	case m.mapped(now):
-		return true
-	}
-	n, known := m.flows.byKey[m.flowKey(i, f.Src, true)]
-	return known && m.flows.all[n].id == f.ID
-}
-
-// mapped reports whether a map admits children, or did until lately: one that goes does
-// so until the end of the change, and what it admitted last is told of later still.
-func (m *Model) mapped(now time.Duration) bool {
-	return m.policy.Mapped || now < m.unmapped
 }
 
 // IsAnchor reports whether an entry with this original direction has the mark
@@ -142,13 +120,15 @@ func (m *Model) FlowSeen(now time.Duration, f *Flow) {
 	if f.Helped {
 		m.seeHelped(now, f)
 	}
-	switch role, p, subnet := m.role(now, f); role {
+	switch role, p, subnet := m.role(f); role {
 	case roleOut:
 		m.seeOut(now, f, p, subnet)
 	case roleChild:
 		m.seeChild(now, f, p)
 	case roleDNAT:
-		m.forward(now, p.extKey(), p.Int)
+		if m.unread {
+			m.showForward(now, p.extKey())
+		}
 	case roleEarly:
 		m.seeEarly(f, p)
 	case roleOther:
@@ -230,8 +210,8 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 	i := m.find(p.Key, p.Int)
 	m.notePassed(f, i)
 	if i == none || m.claims[i].state != StateStanding && !f.Status.Has(StatusSeenReply) {
-		// A flow of a forward of the user's is not ours to drop.
-		if f.Status.Has(StatusExpected) || i != none && !m.forwardedTo(now, p) {
+		// Without either it may be a flow of a forward of the user's.
+		if f.Status.Has(StatusExpected) || f.Labelled {
 			m.orphan(f, p)
 		}
 		return
@@ -388,10 +368,10 @@ func (m *Model) removeFlow(n int32) {
 // whether it was fed from inside to the end.
 func (m *Model) FlowGone(now time.Duration, f *Flow) {
 	m.snap.gone(f.ID)
-	role, p, _ := m.role(now, f)
-	// The kernel names no master when it destroys a child. The identifier tells
-	// that it is one of ours.
-	if role == roleOther && f.Status.Has(StatusExpected) && f.MasterSrc == (Endpoint{}) && f.MasterDst == (Endpoint{}) {
+	role, p, _ := m.role(f)
+	// The kernel names neither a master nor labels when it destroys a child. The
+	// identifier tells that it is one of ours.
+	if role == roleOther && f.Status.Has(StatusExpected) && f.MasterSrc == (Endpoint{}) && f.MasterDst == (Endpoint{}) || role == roleDNAT {
 		role = roleChild
 	}
 	switch role {

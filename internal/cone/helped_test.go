@@ -78,7 +78,7 @@ func TestNoExpectationWhereAHelperWorks(t *testing.T) {
 				d.ops = nil
 				for now := time.Second; now < lifetime*4; now += time.Second {
 					d.m.Retry(now, d.view(in).Permission)
-					d.m.SetForwards(now, nil)
+					d.m.SetForwards(now, nil, true)
 					d.seen(now, f)
 					d.m.Tick(now, 10)
 					d.carry()

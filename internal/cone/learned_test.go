@@ -43,7 +43,7 @@ func TestRefusedPermissionIsDeniedToAKernelThatLearns(t *testing.T) {
 			refuse(ReasonLocalSocket, true)(d)
 		}, []OpKind{Revoke}},
 		"adopted": {Limits{}, func(d *desk) {
-			d.m.SetForwards(1, func(e Endpoint) bool { return e.Port == 7 })
+			d.m.SetForwards(1, func(e Endpoint) bool { return e.Port == 7 }, true)
 			d.m.Adopt(1, Permission{Key: Key{Ext: ep("198.51.100.1:7"), Peer: ep("203.0.113.5:9").Addr}, Int: ep(second)}, ByExpectation, lifetime)
 		}, []OpKind{Grant, Revoke}},
 	} {
@@ -83,11 +83,11 @@ func TestChildrenOfALearnedPermissionThatIsRefusedAreDropped(t *testing.T) {
 	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
 	d := newDesk(t, func(p *Policy) { p.Mapped, p.Learned = true, true })
 	d.open(0, in, "203.0.113.5:9")
-	d.dnat(1, "203.0.113.5:77", ext, in, 0)
-	d.dnat(1, "203.0.113.5:78", ext, in, StatusSeenReply)
+	d.admit(1, "203.0.113.5:77", ext, in, 0)
+	d.admit(1, "203.0.113.5:78", ext, in, StatusSeenReply)
 	d.m.Refused(1, d.view(in).Permission, ReasonLocalSocket, false)
 	d.wantOps("refused", d.carry(), Deny, DropUnanswered)
-	_, kinds := d.dnat(1, "203.0.113.5:79", ext, in, 0)
+	_, kinds := d.admit(1, "203.0.113.5:79", ext, in, 0)
 	d.wantOps("the event of a child comes late", kinds, DropUnanswered)
 }
 

@@ -1,6 +1,7 @@
 package cone
 
 import (
+	"iter"
 	"slices"
 	"testing"
 	"time"
@@ -21,15 +22,27 @@ func choose(c Choice) func(*Policy) {
 	}
 }
 
-// dnat lets from send to ext, from where it is DNATed to in.
-func (d *desk) dnat(now time.Duration, from, ext, in string, more Status) (*Flow, []OpKind) {
-	d.id++
-	f := &Flow{
-		ID: d.id, Status: StatusDstNAT | more,
+// admit lets from send to ext, from where the map leads it to in.
+func (d *desk) admit(now time.Duration, from, ext, in string, more Status) (*Flow, []OpKind) {
+	return d.inbound(now, Flow{
+		Status: StatusDstNAT | more, Labelled: d.m.policy.Labels,
 		Src: ep(from), Dst: ep(ext), ReplySrc: ep(in), ReplyDst: ep(from),
-	}
-	d.m.FlowSeen(now, f)
-	return f, d.carry()
+	})
+}
+
+// dnat does the same with a forward of the user's.
+func (d *desk) dnat(now time.Duration, from, ext, in string, more Status) (*Flow, []OpKind) {
+	return d.inbound(now, Flow{
+		Status: StatusDstNAT | more,
+		Src:    ep(from), Dst: ep(ext), ReplySrc: ep(in), ReplyDst: ep(from),
+	})
+}
+
+func (d *desk) inbound(now time.Duration, f Flow) (*Flow, []OpKind) {
+	d.id++
+	f.ID = d.id
+	d.m.FlowSeen(now, &f)
+	return &f, d.carry()
 }
 
 func (d *desk) seen(now time.Duration, f *Flow) []OpKind {
@@ -90,7 +103,7 @@ func TestFlowInAFlowtableFeedsThoughItsCountersStandStill(t *testing.T) {
 			f := d.open(0, in, "203.0.113.5:9")
 			f.OrigPackets = 1 // the one that made it
 			if tc.child {
-				f, _ = d.dnat(0, from, ext, in, tc.more)
+				f, _ = d.admit(0, from, ext, in, tc.more)
 			}
 			f.HasCounters = true
 			f.Status |= tc.more
@@ -115,7 +128,7 @@ func TestDNATedChildIsAChildLikeAnyOther(t *testing.T) {
 	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
 	d := newDesk(t, mapped)
 	out := d.open(0, in, "203.0.113.5:9")
-	f, kinds := d.dnat(1, "203.0.113.5:77", ext, in, 0)
+	f, kinds := d.admit(1, "203.0.113.5:77", ext, in, 0)
 	d.wantOps("the child", kinds)
 	if v := d.view(in); v.Children != 1 || v.Answered != 0 {
 		t.Errorf("%d children, %d answered; want 1, 0", v.Children, v.Answered)
@@ -147,11 +160,11 @@ func TestUnansweredDNATedChildrenAreDroppedAtARevoke(t *testing.T) {
 	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
 	d := newDesk(t, mapped)
 	d.open(0, in, "203.0.113.5:9")
-	d.dnat(1, "203.0.113.5:77", ext, in, 0)
-	d.dnat(1, "203.0.113.5:78", ext, in, StatusSeenReply)
+	d.admit(1, "203.0.113.5:77", ext, in, 0)
+	d.admit(1, "203.0.113.5:78", ext, in, StatusSeenReply)
 	d.m.Revoke(2, func(Permission) bool { return true })
 	d.wantOps("revoked", d.carry(), Revoke, DropUnanswered)
-	_, kinds := d.dnat(3, "203.0.113.5:79", ext, in, 0)
+	_, kinds := d.admit(3, "203.0.113.5:79", ext, in, 0)
 	d.wantOps("the event of a child comes late", kinds, DropUnanswered)
 }
 
@@ -159,9 +172,9 @@ func TestDNATedChildrenBeyondTheLimitAreDropped(t *testing.T) {
 	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
 	d := newDesk(t, func(p *Policy) { p.Mapped, p.Limits.Children = true, 1 })
 	d.open(0, in, "203.0.113.5:9")
-	_, kinds := d.dnat(1, "203.0.113.5:77", ext, in, 0)
+	_, kinds := d.admit(1, "203.0.113.5:77", ext, in, 0)
 	d.wantOps("the first child", kinds)
-	_, kinds = d.dnat(1, "203.0.113.5:78", ext, in, 0)
+	_, kinds = d.admit(1, "203.0.113.5:78", ext, in, 0)
 	d.wantOps("the child too many", kinds, DropUnanswered)
 	if n := d.m.Stats().Crowded; n != 1 {
 		t.Errorf("%d crowded, want 1", n)
@@ -183,7 +196,7 @@ func TestDNATedFlowThatAForwardMayHaveLetInIsNeverDropped(t *testing.T) {
 			d.m.Review(0, func(Permission) Reason { return ReasonTableFull })
 		}},
 		"rules forward the port": {"203.0.113.5:77", in, func(d *desk, _ *Flow) {
-			d.m.SetForwards(0, func(Endpoint) bool { return true })
+			d.m.SetForwards(0, func(Endpoint) bool { return true }, true)
 		}},
 		"refused, and flows show a forward to the mapping": {"203.0.113.5:77", in, func(d *desk, _ *Flow) {
 			d.dnat(0, "192.0.2.77:1", ext, in, 0)
@@ -211,21 +224,20 @@ func TestDNATedFlowThatAForwardMayHaveLetInIsNeverDropped(t *testing.T) {
 }
 
 // It bars the expectation; the map comes after it in any case.
-func TestForwardBarsByItsTarget(t *testing.T) {
+func TestForwardThatAFlowShowsBarsWhateverItsTarget(t *testing.T) {
 	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
 	for name, tc := range map[string]struct {
-		mapped   bool
-		from     string
-		to       string
-		expected bool
+		mapped bool
+		from   string
+		to     string
 	}{
-		"mapped, to the mapping's own endpoint":   {true, "192.0.2.77:1", in, true},
-		"mapped, to another endpoint":             {true, "192.0.2.77:1", "10.47.11.200:80", false},
-		"mapped, to another port of the host":     {true, "192.0.2.77:1", "10.47.11.109:2", false},
-		"mapped, the peer itself, elsewhere":      {true, "203.0.113.5:77", "10.47.11.200:80", false},
-		"expected, to the mapping's own endpoint": {false, "192.0.2.77:1", in, false},
-		"expected, the peer itself":               {false, "203.0.113.5:77", in, false},
-		"expected, to another endpoint":           {false, "192.0.2.77:1", "10.47.11.200:80", false},
+		"mapped, to the mapping's own endpoint":   {true, "192.0.2.77:1", in},
+		"mapped, to another endpoint":             {true, "192.0.2.77:1", "10.47.11.200:80"},
+		"mapped, to another port of the host":     {true, "192.0.2.77:1", "10.47.11.109:2"},
+		"mapped, the peer itself, elsewhere":      {true, "203.0.113.5:77", "10.47.11.200:80"},
+		"expected, to the mapping's own endpoint": {false, "192.0.2.77:1", in},
+		"expected, the peer itself":               {false, "203.0.113.5:77", in},
+		"expected, to another endpoint":           {false, "192.0.2.77:1", "10.47.11.200:80"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for order, early := range map[string]bool{"forward first": true, "permission first": false} {
@@ -242,11 +254,8 @@ func TestForwardBarsByItsTarget(t *testing.T) {
 					d.dnat(2, tc.from, ext, tc.to, 0)
 				}
 				v := d.view(in)
-				want := Placement{By: AllCarriers}
-				switch {
-				case !tc.mapped:
-					want = Placement{}
-				case !tc.expected:
+				want := Placement{}
+				if tc.mapped {
 					want = Placement{ByMap, ReasonForwarded}
 				}
 				if v.Placement != want || d.by[v.Key] != want.By || (v.State == StateStanding) != tc.mapped || v.State == StateRefused && v.Reason != ReasonForwarded {
@@ -257,94 +266,95 @@ func TestForwardBarsByItsTarget(t *testing.T) {
 	}
 }
 
-// Two hosts share an outside port. What the permission of one admitted before it
-// ended is no forward that would bar the other's, however late its event comes.
-func TestChildOfAFormerPermissionIsNoForward(t *testing.T) {
+// What a permission admitted that is gone, or that an earlier daemon knew, is no forward:
+// it bars nobody. It goes if nobody answered it.
+func TestChildWithoutAPermissionIsNoForward(t *testing.T) {
 	const one, two, ext = "10.47.11.109:1", "10.47.11.110:1", "198.51.100.1:1"
-	d := newDesk(t, mapped)
-	d.gone(0, d.open(0, one, "203.0.113.5:9"))
-	d.open(0, two, "192.0.2.9:9")
-	d.m.Tick(lifetime, 10)
-	d.carry()
-	d.m.Tick(2*lifetime, 10)
-	d.carry()
-	var now time.Duration
-	for i := range 4 {
-		now = 2*lifetime + time.Duration(i)*forwardMemory/2
-		child, kinds := d.dnat(now, "203.0.113.5:77", ext, one, StatusSeenReply)
-		d.wantOps("the child", kinds)
-		d.gone(now, child)
-		if f := d.m.forwarded; len(f) > 0 {
-			t.Fatalf("forwards %v, want none", f)
-		}
-	}
-	d.dnat(now, "203.0.113.6:77", ext, one, 0) // no permission of this peer's ended
-	if f := d.m.forwarded; len(f) != 1 {
-		t.Errorf("forwards %v, want one", f)
-	}
-	d.dnat(now+forwardMemory, "203.0.113.5:78", ext, one, 0) // long forgotten
-	if f := d.m.forwarded[extKey{ext: ep(ext)}]; f.seen != now+forwardMemory {
-		t.Errorf("forwards %v, want one that was seen just now", d.m.forwarded)
+	for name, tc := range map[string]struct {
+		more Status
+		want []OpKind
+	}{"answered": {StatusSeenReply, nil}, "unanswered": {0, []OpKind{DropUnanswered}}} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, both)
+			d.open(0, two, "192.0.2.9:9")
+			child, kinds := d.admit(1, "203.0.113.5:77", ext, one, tc.more)
+			d.wantOps("the event", kinds, tc.want...)
+			if v := d.view(two); v.By != AllCarriers {
+				t.Errorf("another host's stands by %v", v.Placement)
+			}
+
+			n := New(d.m.policy.Policy)
+			n.SetTopology(0, testTopology)
+			n.SetForwards(0, nil, false)
+			n.BeginSnapshot()
+			n.SnapshotFlow(2, child)
+			if ops := n.Ops(); len(ops) > 0 {
+				t.Errorf("ops %v before it is known which permissions there are", ops)
+			}
+			n.EndSnapshot(2)
+			if got := slices.Collect(opKinds(n.Ops())); !slices.Equal(got, tc.want) {
+				t.Errorf("shown to a new model: ops %v, want %v", got, tc.want)
+			}
+		})
 	}
 }
 
-func TestFormerPermissionsAreForgottenWhenThereAreTooMany(t *testing.T) {
-	s := newFormers()
-	nth := func(i int) former {
-		return former{Key: Key{Zone: uint16(i >> 16)}, Int: Endpoint{Port: uint16(i)}}
+func opKinds(ops []Op) iter.Seq[OpKind] {
+	return func(yield func(OpKind) bool) {
+		for _, o := range ops {
+			if !yield(o.Kind) {
+				return
+			}
+		}
 	}
+}
+
+// Rules that are known whole need no flows to show what they forward.
+func TestFlowsShowForwardsOnlyWhereRulesMayBeMissing(t *testing.T) {
+	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
+	for _, whole := range []bool{false, true} {
+		d := newDesk(t, both)
+		d.m.SetForwards(0, nil, whole)
+		d.open(0, in, "203.0.113.5:9")
+		d.dnat(1, "192.0.2.77:1", ext, "10.47.11.200:80", 0)
+		want := Placement{ByMap, ReasonForwarded}
+		if whole {
+			want = Placement{By: AllCarriers}
+		}
+		if v := d.view(in); v.Placement != want {
+			t.Errorf("whole %v: it stands by %+v, want %+v", whole, v.Placement, want)
+		}
+		d.m.SetForwards(2, nil, true) // the legacy tables are gone
+		d.carry()
+		if v := d.view(in); v.Placement != (Placement{By: AllCarriers}) {
+			t.Errorf("when all is known: it stands by %+v", v.Placement)
+		}
+	}
+}
+
+func TestForwardsThatFlowsShowAreForgotten(t *testing.T) {
+	nth := func(i int) extKey { return extKey{ext: Endpoint{Port: uint16(i)}, zone: uint16(i >> 16)} }
+	s := newShown()
 	for i := range 5 * maxForwarded {
 		s.add(0, nth(i))
 	}
-	if n := len(s.recent) + len(s.older); n > 2*maxForwarded {
-		t.Errorf("%d are remembered, want at most %d", n, 2*maxForwarded)
+	if n := len(s.recent) + len(s.older); n > maxForwarded {
+		t.Errorf("%d are remembered, want at most %d", n, maxForwarded)
 	}
-	if !s.has(0, nth(5*maxForwarded-1)) {
-		t.Error("the newest is forgotten")
+	newest := nth(5*maxForwarded - 1)
+	if !s.has(forwardMemory-1, newest) || s.has(forwardMemory, newest) || s.has(0, nth(0)) {
+		t.Error("the newest is to be remembered for a while, the oldest is not")
 	}
-}
 
-// A child of ours that was left behind and a forward of the user's, in any order
-// and more than once: whoever's endpoint is not all that was seen, has no expectation.
-func TestOfSeveralTargetsTheOneThatBarsWins(t *testing.T) {
-	const in, ext, other = "10.47.11.109:1", "198.51.100.1:1", "10.47.11.200:80"
-	for name, tc := range map[string]struct {
-		targets  []string // an hour's third apart
-		expected bool
-	}{
-		"its own, then another":           {[]string{in, other}, false},
-		"another, then its own":           {[]string{other, in}, false},
-		"another between":                 {[]string{in, other, in}, false},
-		"another, and its own for long":   {[]string{other, in, in}, false},
-		"another one is long ago":         {[]string{other, in, in, in}, true},
-		"two others":                      {[]string{other, "10.47.11.201:80"}, false},
-		"two others, then its own":        {[]string{other, "10.47.11.201:80", in, in}, false},
-		"two others are long ago":         {[]string{other, "10.47.11.201:80", in, in, in}, true},
-		"its own alone for long":          {[]string{in, in, in, in}, true},
-		"another once more after a pause": {[]string{other, in, in, in, other, in}, false},
-	} {
-		t.Run(name, func(t *testing.T) {
-			for order, early := range map[string]bool{"permission first": true, "permission last": false} {
-				d := newDesk(t, both)
-				flow := func(now time.Duration) { d.snapshot(now, d.open(now, in, "203.0.113.5:9")) }
-				if early {
-					flow(0)
-				}
-				var now time.Duration
-				for i, to := range tc.targets {
-					now = time.Duration(i) * forwardMemory / 3
-					d.dnat(now, "192.0.2.77:1", ext, to, 0)
-				}
-				if !early {
-					flow(now)
-				}
-				d.m.SetForwards(now+2*testPolicy.Retry, nil) // at each reconcile
-				d.carry()
-				if v := d.view(in); (v.By == AllCarriers) != tc.expected || v.By&ByMap == 0 || d.by[v.Key] != v.By {
-					t.Errorf("%s: it stands by %v, want it expected: %v", order, v.By, tc.expected)
-				}
-			}
-		})
+	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
+	d := newDesk(t, both)
+	d.dnat(0, "192.0.2.77:1", ext, "10.47.11.200:80", 0)
+	f := d.open(1, in, "203.0.113.5:9")
+	d.snapshot(forwardMemory, f)
+	d.m.Retry(forwardMemory, d.view(in).Permission) // at each reconcile
+	d.carry()
+	if v := d.view(in); v.By != AllCarriers {
+		t.Errorf("it stands by %+v", v.Placement)
 	}
 }
 
@@ -357,17 +367,17 @@ func TestForwardTakesUnansweredChildren(t *testing.T) {
 		forward func(d *desk)
 		want    []OpKind
 	}{
-		"of a rule, the map":         {mapped, func(d *desk) { d.m.SetForwards(1, func(Endpoint) bool { return true }) }, []OpKind{DropUnanswered}},
-		"of a rule, both":            {both, func(d *desk) { d.m.SetForwards(1, func(Endpoint) bool { return true }) }, []OpKind{Revoke, DropUnanswered}},
-		"of a rule, by expectations": {choose(ChooseExpectation), func(d *desk) { d.m.SetForwards(1, func(Endpoint) bool { return true }) }, []OpKind{Grant, Revoke, DropUnanswered}},
+		"of a rule, the map":         {mapped, func(d *desk) { d.m.SetForwards(1, func(Endpoint) bool { return true }, true) }, []OpKind{DropUnanswered}},
+		"of a rule, both":            {both, func(d *desk) { d.m.SetForwards(1, func(Endpoint) bool { return true }, true) }, []OpKind{Revoke, DropUnanswered}},
+		"of a rule, by expectations": {choose(ChooseExpectation), func(d *desk) { d.m.SetForwards(1, func(Endpoint) bool { return true }, true) }, []OpKind{Grant, Revoke, DropUnanswered}},
 		"seen by a flow":             {mapped, func(d *desk) { d.dnat(1, "192.0.2.77:1", ext, other, 0) }, []OpKind{DropUnanswered}},
 		"seen by a flow, both":       {both, func(d *desk) { d.dnat(1, "192.0.2.77:1", ext, other, 0) }, []OpKind{Revoke, DropUnanswered}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := newDesk(t, tc.change)
 			d.open(0, in, "203.0.113.5:9")
-			lost, _ := d.dnat(0, "203.0.113.5:77", ext, in, 0)
-			d.dnat(0, "203.0.113.5:78", ext, in, StatusSeenReply)
+			lost, _ := d.admit(0, "203.0.113.5:77", ext, in, 0)
+			d.admit(0, "203.0.113.5:78", ext, in, StatusSeenReply)
 			d.ops = nil
 			tc.forward(d)
 			d.carry()
@@ -383,11 +393,11 @@ func TestForwardTakesUnansweredChildren(t *testing.T) {
 			if v := d.view(in); v.Placement != (Placement{ByMap, ReasonForwarded}) || v.Children != 1 {
 				t.Errorf("it stands by %+v with %d children", v.Placement, v.Children)
 			}
-			_, kinds = d.dnat(2, "203.0.113.5:79", ext, in, 0)
+			_, kinds = d.admit(2, "203.0.113.5:79", ext, in, 0)
 			d.wantOps("the event of a child comes late", kinds, DropUnanswered)
-			f, kinds := d.dnat(1+freshTime, "203.0.113.5:80", ext, in, 0)
+			f, kinds := d.admit(1+freshTime, "203.0.113.5:80", ext, in, 0)
 			d.wantOps("a child of the map, or of the forward", kinds)
-			d.m.SetForwards(2+freshTime, func(Endpoint) bool { return true })
+			d.m.SetForwards(2+freshTime, func(Endpoint) bool { return true }, true)
 			d.wantOps("the same forward", d.carry())
 			late := *f
 			late.ID, late.Status = 999, StatusDstNAT|StatusExpected
@@ -397,8 +407,7 @@ func TestForwardTakesUnansweredChildren(t *testing.T) {
 	}
 }
 
-// A map that goes away must leave its children, and a forward that led where a
-// mapping does counts again.
+// A map that goes away must leave its children, those too of which events tell later.
 func TestPolicySwitchesMappedOnAndOff(t *testing.T) {
 	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
 	on, off := testPolicy, testPolicy
@@ -406,31 +415,28 @@ func TestPolicySwitchesMappedOnAndOff(t *testing.T) {
 
 	d := newDesk(t, mapped)
 	out := d.open(0, in, "203.0.113.5:9")
-	child, _ := d.dnat(1, "203.0.113.5:77", ext, in, StatusSeenReply)
+	child, _ := d.admit(1, "203.0.113.5:77", ext, in, StatusSeenReply)
 	d.m.SetPolicy(2, off)
 	d.wantOps("off", d.carry(), Grant, Revoke) // before it goes
 	d.snapshot(3, out, child)
+	last, _ := d.admit(4, "203.0.113.5:78", ext, in, 0)
 	d.want(in)
-	if v := d.view(in); v.Children != 1 {
-		t.Errorf("%d children are left, want 1", v.Children)
+	if v := d.view(in); v.Children != 2 {
+		t.Errorf("%d children are left, want 2", v.Children)
 	}
-	last, _ := d.dnat(4, "203.0.113.5:78", ext, in, StatusSeenReply) // admitted before it went
-	d.want(in)
-	d.gone(5, last)
-	d.snapshot(2+testPolicy.Lifetime, out, child)
-	d.dnat(2+testPolicy.Lifetime, "203.0.113.5:77", ext, in, 0) // nothing of ours could admit this one
+	d.dnat(5, "203.0.113.5:79", ext, in, 0)
 	d.want()
-	d.gone(3+testPolicy.Lifetime, child)
+	d.gone(6, child)
+	d.gone(6, last)
 	if v := d.view(in); v.Children != 0 {
-		t.Errorf("%d children after its end", v.Children)
+		t.Errorf("%d children after their end", v.Children)
 	}
 
-	again := 4 + testPolicy.Lifetime
-	d.m.SetPolicy(again, on)
-	d.m.Tick(again+2*testPolicy.Retry, 10)
+	d.m.SetPolicy(7, on)
+	d.m.Tick(2*testPolicy.Retry, 10)
 	d.carry()
 	d.want(in)
-	d.m.SetPolicy(again+2*testPolicy.Retry, off)
+	d.m.SetPolicy(2*testPolicy.Retry, off)
 	d.wantOps("off once more", d.carry(), Revoke)
 	d.want()
 }
@@ -440,8 +446,8 @@ func TestDNATedChildrenAllocateNothing(t *testing.T) {
 	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
 	d.open(0, in, "203.0.113.5:9")
 	forward, _ := d.dnat(0, "192.0.2.77:1", ext, in, 0)
-	child, _ := d.dnat(0, "203.0.113.5:77", ext, in, StatusSeenReply)
-	crowded, _ := d.dnat(0, "203.0.113.5:78", ext, in, 0)
+	child, _ := d.admit(0, "203.0.113.5:77", ext, in, StatusSeenReply)
+	crowded, _ := d.admit(0, "203.0.113.5:78", ext, in, 0)
 	p := d.view(in).Permission
 	cycle := func() {
 		d.m.FlowSeen(0, forward)

@@ -73,12 +73,11 @@ type Model struct {
 	free      []int32 // unused indexes of claims
 	byKey     map[Key]int32
 	byExt     map[extKey]int32
-	forwarded map[extKey]forward     // by outside endpoint: what flows showed
+	shown     shown                  // forwards that flows showed
+	unread    bool                   // there may be some that rules do not tell of
 	fresh     map[extKey]struct{}    // endpoints whose forward was noticed just now
 	freshEnds time.Duration          // until when that is so
 	pairs     map[pair]time.Duration // of hosts that a helper works for: last seen
-	former    formers
-	unmapped  time.Duration // until when one may hear of children of a map that is not wanted any more
 	flows     flowTable
 	early     earlyIndex
 	hosts     map[Addr]scope
@@ -124,17 +123,16 @@ type Stats struct {
 // is granted.
 func New(p Policy) *Model {
 	m := &Model{
-		policy:    compilePolicy(p),
-		byKey:     make(map[Key]int32),
-		byExt:     make(map[extKey]int32),
-		forwarded: make(map[extKey]forward),
-		fresh:     make(map[extKey]struct{}),
-		pairs:     make(map[pair]time.Duration),
-		former:    newFormers(),
-		hosts:     make(map[Addr]scope),
-		subnets:   newScopes(len(p.Subnets)),
-		flows:     newFlowTable(),
-		early:     newEarlyIndex(),
+		policy:  compilePolicy(p),
+		byKey:   make(map[Key]int32),
+		byExt:   make(map[extKey]int32),
+		shown:   newShown(),
+		fresh:   make(map[extKey]struct{}),
+		pairs:   make(map[pair]time.Duration),
+		hosts:   make(map[Addr]scope),
+		subnets: newScopes(len(p.Subnets)),
+		flows:   newFlowTable(),
+		early:   newEarlyIndex(),
 	}
 	m.wheel = newWheel(&m.claims, p.Lifetime)
 	return m
@@ -308,9 +306,6 @@ func (m *Model) end(now time.Duration, i int32, r Reason) {
 		m.removeFlow(c.flows)
 	}
 
-	if m.mapped(now) {
-		m.former.add(now, former{c.Key, c.Int})
-	}
 	first := m.byKey[c.Key] == i
 	switch {
 	case first && c.nextKey == none:

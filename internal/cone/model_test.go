@@ -19,6 +19,7 @@ var (
 	testPolicy = Policy{
 		Subnets:          []Subnet{{Prefix: netip.MustParsePrefix("10.47.11.0/24")}},
 		Expected:         true,
+		Labels:           true,
 		Lifetime:         lifetime,
 		Retry:            10 * time.Second,
 		ExcludePeerPorts: []uint16{53},
@@ -66,6 +67,7 @@ func newWorld(t *testing.T, seed uint64, p Policy) *world {
 		w.peers = 3
 	}
 	w.m.SetTopology(0, testTopology)
+	w.m.SetForwards(0, nil, false)
 	return w
 }
 
@@ -119,7 +121,7 @@ func (w *world) apply() {
 			case DropUnanswered:
 				for i, f := range w.flows {
 					if f.ID == o.ID && !f.Status.Has(StatusSeenReply) {
-						if f.ReplySrc != o.Int || f.Src.Addr == stranger.Addr {
+						if f.ReplySrc != o.Int || f.Src.Addr == stranger.Addr || w.policy.Labels && !f.Labelled && !f.Status.Has(StatusExpected) {
 							w.failf("a flow of the user's forward is dropped")
 						}
 						w.gone(i)
@@ -188,10 +190,10 @@ func (w *world) gone(i int) {
 	w.ref.gone(w.now, f)
 }
 
-// asDestroyed is the flow as the event of its end shows it: without a master.
+// asDestroyed is the flow as the event of its end shows it: without a master and labels.
 func asDestroyed(f *Flow) *Flow {
 	g := *f
-	g.MasterSrc, g.MasterDst = Endpoint{}, Endpoint{}
+	g.MasterSrc, g.MasterDst, g.Labelled = Endpoint{}, Endpoint{}, false
 	return &g
 }
 
@@ -350,6 +352,8 @@ func (w *world) traffic() {
 			if w.by[k]&ByExpectation != 0 {
 				f.Status |= StatusExpected
 				f.MasterSrc, f.MasterDst = Endpoint{Addr: in.Addr}, Endpoint{k.Peer, k.Ext.Port}
+			} else {
+				f.Labelled = w.policy.Labels
 			}
 			w.open(f)
 		}
@@ -474,6 +478,8 @@ func policies() map[string]Policy {
 	mapped := testPolicy
 	mapped.Mapped = true
 	mapped.Limits.Children = 2
+	unlabelled := mapped
+	unlabelled.Labels = false
 	learned := mapped
 	learned.Learned = true
 	wild := learned
@@ -488,7 +494,7 @@ func policies() map[string]Policy {
 	both.Subnets = []Subnet{{Prefix: testPolicy.Subnets[0].Prefix, Choice: ChooseBoth}}
 	chosen.Subnets = []Subnet{{Prefix: testPolicy.Subnets[0].Prefix, Choice: ChooseExpectation}}
 	return map[string]Policy{
-		"expected": testPolicy, "spread": spread, "mapped": mapped, "learned": learned, "wild": wild,
+		"expected": testPolicy, "spread": spread, "mapped": mapped, "unlabelled": unlabelled, "learned": learned, "wild": wild,
 		"both": both, "chosen": chosen,
 	}
 }

@@ -51,7 +51,7 @@ func (m *Model) place(now time.Duration, c *claim) Placement {
 	var can Carriers
 	why := ReasonNone
 	switch {
-	case m.ruled != nil && m.ruled(c.Ext) || m.forwardBars(now, c.Permission):
+	case m.forwarded(now, c.extKey()):
 		why = ReasonForwarded // an expectation comes before the user's rule; a map does not
 	case !m.policy.Expected || c.Wild > 0 && !c.Routed():
 		why = ReasonNoBackend
@@ -209,10 +209,12 @@ func (m *Model) Failed(now time.Duration, p Permission, by Carriers, r Reason) {
 // Retry tells the model that the expectation that p lacks may be possible now.
 func (m *Model) Retry(now time.Duration, p Permission) {
 	i := m.find(p.Key, p.Int)
-	if i == none || !m.claims[i].placed.Why.passes() {
+	if i == none {
 		return
 	}
-	m.claims[i].unexpected = ReasonNone
+	if m.claims[i].unexpected.passes() {
+		m.claims[i].unexpected = ReasonNone
+	}
 	m.reconsider(now, i)
 }
 

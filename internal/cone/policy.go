@@ -23,9 +23,12 @@ type Policy struct {
 	Expected bool
 
 	// Mapped says that permissions may stand as elements of an nftables map.
-	// Their children are DNATed, not expected, and look like flows of a
-	// forward of the user's.
+	// Their children are DNATed, not expected, as flows of a forward of the user's.
 	Mapped bool
+
+	// Labels says that the kernel labels the children of the map. Without, a flow that
+	// a forward leads where a permission would is taken for a child.
+	Labels bool
 
 	// Learned says that the kernel makes permissions by itself, while the
 	// first packet of a flow passes. Deny tells it which it must not make.

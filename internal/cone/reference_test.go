@@ -12,12 +12,10 @@ import (
 type refModel struct {
 	policy    Policy
 	topo      Topology
-	claims    []*refClaim                           // oldest first
-	forwarded map[extKey]map[Endpoint]time.Duration // by target: last seen
-	unmapped  time.Duration                         // until when a map counts that was there
-	former    map[former]time.Duration              // claims that ended
-	dumped    map[*refFlow]bool                     // not nil: a snapshot is running
-	showing   bool                                  // one of its flows right now
+	claims    []*refClaim              // oldest first
+	forwarded map[extKey]time.Duration // last seen
+	dumped    map[*refFlow]bool        // not nil: a snapshot is running
+	showing   bool                     // one of its flows right now
 	over      map[uint32]bool
 	inbound   []Flow
 }
@@ -43,7 +41,7 @@ type refFlow struct {
 }
 
 func newRef(p Policy, t Topology) *refModel {
-	return &refModel{policy: p, topo: t, forwarded: map[extKey]map[Endpoint]time.Duration{}, former: map[former]time.Duration{}}
+	return &refModel{policy: p, topo: t, forwarded: map[extKey]time.Duration{}}
 }
 
 func (r *refModel) ofKey(k Key) (cs []*refClaim) {
@@ -114,7 +112,7 @@ func (r *refModel) spread(p Permission) (all []Permission) {
 }
 
 // classify says what f is: "out", "child", "dnat" or "".
-func (r *refModel) classify(now time.Duration, f *Flow) (string, Permission) {
+func (r *refModel) classify(f *Flow) (string, Permission) {
 	in := r.widen(Permission{Key: Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.OrigZone}, Int: f.ReplySrc})
 	inside := false
 	for _, s := range r.policy.Subnets {
@@ -126,27 +124,12 @@ func (r *refModel) classify(now time.Duration, f *Flow) (string, Permission) {
 	case inside && f.Status.Has(StatusSrcNAT):
 		return "out", r.widen(Permission{Key: Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr, Zone: f.ReplyZone}, Int: f.Src})
 	case !inside && f.Status.Has(StatusDstNAT):
-		if c := r.find(in.Key, in.Int); c != nil && (r.mapped(now) || c.has(f)) {
-			return "child", in
-		} else if at, ok := r.former[former{in.Key, in.Int}]; c == nil && r.mapped(now) && ok && now-at < forwardMemory {
-			r.former[former{in.Key, in.Int}] = now
+		if f.Labelled || !r.policy.Labels && r.find(in.Key, in.Int) != nil {
 			return "child", in
 		}
 		return "dnat", in
 	}
 	return "", in
-}
-
-func (r *refModel) mapped(now time.Duration) bool { return r.policy.Mapped || now < r.unmapped }
-
-// has reports whether f is a known child of c.
-func (c *refClaim) has(f *Flow) bool {
-	for _, x := range c.flows {
-		if x.child && x.peer == f.Src.Addr && x.port == f.Src.Port && x.id == f.ID {
-			return true
-		}
-	}
-	return false
 }
 
 // bars reports whether a forward keeps c from standing: it bars an expectation, and
@@ -157,16 +140,12 @@ func (r *refModel) bars(now time.Duration, c *refClaim) bool {
 
 // barred reports whether a DNATed flow was seen that bars an expectation of c.
 func (r *refModel) barred(now time.Duration, c *refClaim) bool {
-	for to, seen := range r.forwarded[c.extKey()] {
-		if now-seen < forwardMemory && !(r.policy.Mapped && to == c.Int) {
-			return true
-		}
-	}
-	return false
+	seen, ok := r.forwarded[c.extKey()]
+	return ok && now-seen < forwardMemory
 }
 
 func (r *refModel) seen(now time.Duration, f *Flow) {
-	what, p := r.classify(now, f)
+	what, p := r.classify(f)
 	if what == "out" {
 		for _, q := range r.spread(p) {
 			r.seenOf(now, f, what, q)
@@ -215,10 +194,7 @@ func (r *refModel) seenOf(now time.Duration, f *Flow, what string, p Permission)
 		}
 	case "dnat":
 		e := p.extKey()
-		if r.forwarded[e] == nil {
-			r.forwarded[e] = map[Endpoint]time.Duration{}
-		}
-		r.forwarded[e][p.Int] = now
+		r.forwarded[e] = now
 		for _, c := range append([]*refClaim(nil), r.claims...) {
 			if c.extKey() == e && c.state == StateStanding && r.bars(now, c) {
 				r.refuse(now, c, ReasonForwarded)
@@ -287,9 +263,6 @@ func (r *refModel) refused(now time.Duration, p Permission, why Reason) {
 
 func (r *refModel) end(now time.Duration, c *refClaim) {
 	owner := r.ofKey(c.Key)[0] == c
-	if r.mapped(now) {
-		r.former[former{c.Key, c.Int}] = now
-	}
 	for i, x := range r.claims {
 		if x == c {
 			r.claims = append(append([]*refClaim(nil), r.claims[:i]...), r.claims[i+1:]...)
@@ -311,9 +284,6 @@ func (r *refModel) revoke(now time.Duration, in Endpoint) {
 
 func (r *refModel) setPolicy(now time.Duration, p Policy) {
 	learns := !r.policy.Learned && p.Learned
-	if r.policy.Mapped && !p.Mapped {
-		r.unmapped = now + p.Lifetime
-	}
 	r.policy = p
 	for _, c := range append([]*refClaim(nil), r.claims...) {
 		if c.state == StateStanding && r.bars(now, c) {
@@ -339,12 +309,15 @@ func (r *refModel) gone(now time.Duration, f *Flow) {
 	if r.dumped != nil {
 		r.over[f.ID] = true
 	}
-	what, p := r.classify(now, f)
+	what, p := r.classify(f)
 	if what == "out" {
 		for _, q := range r.spread(p) {
 			r.goneOf(now, f, what, q)
 		}
 		return
+	}
+	if what == "dnat" { // events of the end have no labels
+		what = "child"
 	}
 	r.goneOf(now, f, what, p)
 }

@@ -50,7 +50,7 @@ func (m *Model) SnapshotFlow(now time.Duration, f *Flow) {
 	if f.Helped {
 		m.seeHelped(now, f)
 	}
-	switch role, _, _ := m.role(now, f); role {
+	switch role, _, _ := m.role(f); role {
 	case roleOut:
 		m.show(now, f)
 	case roleChild, roleDNAT, roleEarly:

@@ -104,6 +104,9 @@ type Flow struct {
 	// expected flow; both zero for a flow that was not expected.
 	MasterSrc, MasterDst Endpoint
 
+	// Labelled says that a rule of ours admitted the flow, and marked it.
+	Labelled bool
+
 	// Helped says that a conntrack helper works on the flow.
 	Helped bool
 

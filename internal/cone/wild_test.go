@@ -70,8 +70,8 @@ func TestFlowsOfAGroupAreToldApart(t *testing.T) {
 	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
 	d := newDesk(t, func(p *Policy) { wildPolicy(p); p.Limits.Children = 1 })
 	one, two := d.open(0, in, "203.0.113.5:9"), d.open(0, in, "203.0.113.6:9")
-	a, _ := d.dnat(1, "203.0.113.5:77", ext, in, 0)
-	b, _ := d.dnat(1, "203.0.113.6:77", ext, in, 0)
+	a, _ := d.admit(1, "203.0.113.5:77", ext, in, 0)
+	b, _ := d.admit(1, "203.0.113.6:77", ext, in, 0)
 	if v := d.view(in); v.Flows != 2 || v.Children != 2 {
 		t.Errorf("%d flows, %d children; want 2, 2", v.Flows, v.Children)
 	}
@@ -106,7 +106,7 @@ func TestFlowsOfAGroupAreToldApart(t *testing.T) {
 		if i == 0 {
 			d.open(3+2*lifetime, in, "203.0.113.5:9")
 		}
-		_, kinds := d.dnat(3+2*lifetime, from, ext, in, 0)
+		_, kinds := d.admit(3+2*lifetime, from, ext, in, 0)
 		if slices.Contains(kinds, DropUnanswered) != (i == WildChildren) {
 			t.Errorf("child %d: ops %v", i, kinds)
 		}

@@ -23,6 +23,7 @@ const (
 	ctaID            = 12
 	ctaTupleMaster   = 14
 	ctaZone          = 18
+	ctaLabels        = 22
 	ctaFilter        = 25
 
 	ctaTupleIP    = 1

@@ -7,6 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 var (
@@ -76,6 +77,8 @@ func parseFlow(b []byte, f *cone.Flow) error {
 			f.Status = cone.Status(v)
 		case ctaHelp: // the kernel leaves it out where there is no helper
 			f.Helped = true
+		case ctaLabels:
+			f.Labelled = nfnl.HasChildLabel(val)
 		case ctaMark:
 			f.Mark, ok = uint32Of(val)
 		case ctaID:

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // parseOne decodes b, which is one message.
@@ -369,11 +370,33 @@ func referenceFlow(r *conntrack.Flow) cone.Flow {
 		ID: r.ID, Mark: r.Mark, Status: cone.Status(r.Status),
 		OrigZone: zone(r.TupleOrig.Zone), ReplyZone: zone(r.TupleReply.Zone),
 		OrigPackets: r.CountersOrig.Packets, ReplyPackets: r.CountersReply.Packets,
+		Labelled: nfnl.HasChildLabel(r.Labels),
 	}
 	f.Src, f.Dst = ends(r.TupleOrig)
 	f.ReplySrc, f.ReplyDst = ends(r.TupleReply)
 	f.MasterSrc, f.MasterDst = ends(r.TupleMaster)
 	return f
+}
+
+// Whoever else labels flows uses other bits, and may have done so to one of ours.
+func TestLabelOfAChildIsOneBit(t *testing.T) {
+	ours, others := nfnl.ChildLabel, [16]byte{1: 0xff, 7: 0x80}
+	both := ours
+	for i := range both {
+		both[i] |= others[i]
+	}
+	for name, tc := range map[string]struct {
+		labels []byte
+		want   bool
+	}{
+		"ours": {ours[:], true}, "others'": {others[:], false}, "both": {both[:], true},
+		"none": {make([]byte, 16), false}, "too short": {ours[:8], false}, "too long": {append(ours[:], 0), false},
+	} {
+		var f cone.Flow
+		if _, err := parseOne(newMsg(tuples, attr(ctaLabels, tc.labels...)), &f); err != nil || f.Labelled != tc.want {
+			t.Errorf("%s: labelled %v, %v", name, f.Labelled, err)
+		}
+	}
 }
 
 func FuzzParse(f *testing.F) {

@@ -32,27 +32,22 @@ func Cleanup(socket, table string) (Cleaned, error) {
 	if n.Cleaned, err = expect.Cleanup(0); err != nil {
 		errs = append(errs, err)
 	}
-	inMap, err := dropTables(table)
-	n.Elements = len(inMap)
+	n.Elements, err = dropTables(table)
 	errs = append(errs, err)
-	if n.Children, err = dropUnanswered(inMap); err != nil {
+	if n.Children, err = dropUnanswered(); err != nil {
 		errs = append(errs, err)
 	}
 	return n, errors.Join(append(errs, settings(socket).restore())...)
 }
 
-// dropTables removes our nftables tables and returns what the map held.
-func dropTables(name string) (map[cone.Key]standing, error) {
+// dropTables removes our nftables tables and returns how many permissions the map held.
+func dropTables(name string) (elements int, err error) {
 	f, err := openFirewall(name)
 	if err != nil || f.tables == nil {
-		return nil, err
+		return 0, err
 	}
 	left, err := f.left(config.Default())
-	inMap := make(map[cone.Key]standing)
-	for _, a := range left {
-		inMap[a.Key] = standing{in: a.Int}
-	}
-	return inMap, errors.Join(err, f.remove(), f.close())
+	return len(left), errors.Join(err, f.remove(), f.close())
 }
 
 // settings are the sysctls of the daemon with this control socket.
@@ -60,28 +55,18 @@ func settings(socket string) sysctls {
 	return sysctls{dir: sysctlDir, note: strings.TrimSuffix(socket, ".sock") + ".sysctl"}
 }
 
-// dropUnanswered deletes all children of ours that no inside host answered:
-// they would live for as long as their peer keeps sending. Those that the map
-// admitted are known by what it held.
-func dropUnanswered(inMap map[cone.Key]standing) (n int, err error) {
+// dropUnanswered deletes all children of ours that no inside host answered: they would
+// live for as long as their peer keeps sending.
+func dropUnanswered() (n int, err error) {
 	q, err := ctwatch.DialQueries(ctwatch.Config{})
 	if err != nil {
 		return 0, err
 	}
 	defer q.Close()
-	wild := make(map[uint8]struct{})
-	for k := range inMap {
-		wild[k.Wild] = struct{}{}
-	}
 	var children []cone.Flow
 	err = q.Dump(func(f *cone.Flow) {
-		admitted := f.Status.Has(cone.StatusExpected) && cone.IsAnchor(f.MasterSrc, f.MasterDst)
-		if f.Status.Has(cone.StatusDstNAT) && !f.Status.Has(cone.StatusExpected) {
-			for w := range wild {
-				s, ok := inMap[cone.Key{Ext: f.Dst, Peer: f.Src.Addr.WithoutLow(w), Wild: w, Zone: f.OrigZone}]
-				admitted = admitted || ok && s.in == f.ReplySrc
-			}
-		}
+		admitted := f.Labelled && f.Status.Has(cone.StatusDstNAT) ||
+			f.Status.Has(cone.StatusExpected) && cone.IsAnchor(f.MasterSrc, f.MasterDst)
 		if admitted && !f.Status.Has(cone.StatusSeenReply) {
 			children = append(children, *f)
 		}

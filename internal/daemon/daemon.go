@@ -16,7 +16,6 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/ctwatch"
-	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
 )
@@ -56,6 +55,7 @@ type Daemon struct {
 	looked    time.Duration    // when that was
 	settled   bool             // they were the same as at the look before
 	forwarded *rules.Covered   // what the user's rules forward, as the model knows it
+	whole     bool             // and whether that is all
 	budget    budget           // for what neighbours change
 	changed   changes          // by neighbours, and still to be looked at
 	rerouted  struct {         // flows may leave by other links
@@ -166,6 +166,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	d.firewall.uppers = d.network.Uppers()
 	// Known before the first grant.
 	d.forwarded, d.ruleWarnings = d.firewall.forwards(d.network)
+	d.whole = d.firewall.whole
 	more, err := d.firewall.readSourceNAT(d.cfg.Config)
 	if err != nil { // the first reconcile tries again
 		more = append(more, fmt.Sprintf("source NAT cannot be read: %v", err))
@@ -185,36 +186,14 @@ func New(cfg Config) (d *Daemon, err error) {
 	d.topology = d.network.Topology().Compile()
 	d.model.SetTopology(0, d.topology)
 	d.model.SetWay(d.network.Way())
-	d.model.SetForwards(0, d.forwarded.Covers)
+	d.model.SetForwards(0, d.forwarded.Covers, d.whole)
 	d.model.Revoked(d.denied)
 	for _, a := range adopted {
 		now := d.now()
 		d.model.Adopt(now, a.Permission, a.By, now+a.Left)
 	}
-	return d, d.dropForbidden(adopted)
-}
-
-// dropForbidden takes those permissions of an earlier daemon out of the kernel
-// that the configuration does not allow, and with them their unanswered children:
-// no model knows of these.
-func (d *Daemon) dropForbidden(adopted []expect.Adopted) error {
-	forbidden := make(map[cone.Key]standing)
-	for _, a := range adopted {
-		forbidden[a.Key] = standing{in: a.Int}
-	}
-	for at := 0; at >= 0; {
-		at = d.model.Walk(at, len(adopted)+1, func(v cone.View) {
-			if v.State == cone.StateStanding {
-				delete(forbidden, v.Key)
-			}
-		})
-	}
-	d.apply(0)
-	if len(forbidden) == 0 {
-		return nil
-	}
-	_, err := dropUnanswered(forbidden)
-	return err
+	d.apply(0) // what the configuration does not allow goes
+	return d, nil
 }
 
 // subnets returns the enabled subnets, the candidates among them if these are
@@ -290,6 +269,7 @@ func (d *Daemon) policy(cfg config.Config) cone.Policy {
 	p := cone.Policy{
 		Expected: d.backends.expect != nil && wantsExpect(cfg),
 		Mapped:   d.backends.nft != nil && wantsMap(cfg),
+		Labels:   d.firewall.labels(),
 		Learned:  wantsMap(cfg) && d.firewall.learns(cfg),
 		Limits: cone.Limits{
 			Total: cfg.MaxPermissions, PerSubnet: cfg.MaxPermissionsPerSubnet,
@@ -392,37 +372,16 @@ func (d *Daemon) holds() bool {
 // revokeAll takes every permission out of the kernel. The map goes first, whole,
 // so that the kernel learns nothing meanwhile.
 func (d *Daemon) revokeAll() error {
-	var inMap map[cone.Key]standing
 	var errs []error
 	if d.backends.nft != nil {
-		var err error
-		inMap, err = d.inMap()
-		errs = append(errs, err, d.firewall.remove())
+		errs = append(errs, d.firewall.remove())
 		d.backends.nft = nil
 	}
 	d.model.RevokeAll()
 	d.apply(0)
 	// Children of the last moment, whose events were not read any more.
-	_, err := dropUnanswered(inMap)
+	_, err := dropUnanswered()
 	return errors.Join(append(errs, err)...)
-}
-
-// inMap returns what is in the map; of a large one what the model knows of it.
-func (d *Daemon) inMap() (map[cone.Key]standing, error) {
-	n := d.model.Stats().Standing
-	if n <= listedAtMost {
-		f, err := d.backends.list(true)
-		return f.nft, err
-	}
-	all := make(map[cone.Key]standing, n)
-	for at := 0; at >= 0; {
-		at = d.model.Walk(at, n, func(v cone.View) {
-			if v.State == cone.StateStanding {
-				all[v.Key] = standing{in: v.Int}
-			}
-		})
-	}
-	return all, nil
 }
 
 func (d *Daemon) greet() {

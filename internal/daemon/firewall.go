@@ -3,8 +3,11 @@ package daemon
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
+	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -44,6 +47,7 @@ type firewall struct {
 	reader          *rules.ForwardReader // nil before the first time
 	forwarded       *rules.Covered
 	hidden          *rules.Covered // what every packet is forwarded to
+	whole           bool           // there are no others
 	forwardWarnings []string
 
 	repaired uint64   // how often others' changes of the tables were undone
@@ -174,6 +178,9 @@ func (f *firewall) learns(cfg config.Config) bool {
 	return f.withMap && cfg.Learn && !f.tables.Lacks(rules.FeatureLearn)
 }
 
+// labels reports whether the kernel marks what the map admits.
+func (f *firewall) labels() bool { return f.tables != nil && !f.tables.Lacks(rules.FeatureLabels) }
+
 // openMap makes the map of permissions, or finds the one that an earlier daemon
 // left.
 func (f *firewall) openMap(cfg config.Config, outside []string) (*rules.Map, error) {
@@ -219,6 +226,8 @@ func (f *firewall) forwards(network gateway.Network) (covered *rules.Covered, wa
 		f.reader = f.tables.NewForwardReader()
 	}
 	all, same, err := f.reader.Read(outside)
+	f.whole = err == nil && !mayHaveLegacyNAT() &&
+		!slices.ContainsFunc(all, func(r rules.Forward) bool { return r.Unknown })
 	switch {
 	case err != nil:
 		if f.forwarded == nil { // what is not known may forward all
@@ -248,6 +257,18 @@ func (f *firewall) forwards(network gateway.Network) (covered *rules.Covered, wa
 	}
 	f.hidden = rules.Cover(slices.DeleteFunc(sure, func(r rules.Forward) bool { return r.Partial }))
 	return f.forwarded, f.forwardWarnings
+}
+
+// mayHaveLegacyNAT reports whether there may be rules of iptables-legacy that forward. Who
+// may not look cannot tell.
+func mayHaveLegacyNAT() bool {
+	for _, names := range []string{"ip_tables_names", "ip6_tables_names"} {
+		b, err := os.ReadFile("/proc/thread-self/net/" + names)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) || slices.Contains(strings.Fields(string(b)), "nat") {
+			return true
+		}
+	}
+	return false
 }
 
 func outsideLinks(network gateway.Network) (links []rules.Link) {

@@ -219,11 +219,12 @@ func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error 
 		d.ruleWarnings, d.hidden = warnings, d.firewall.hidden
 		d.warned.tell(d.now(), d.warnings())
 	})
-	if covered == d.forwarded {
+	whole := d.firewall.whole
+	if covered == d.forwarded && whole == d.whole {
 		return err
 	}
-	d.forwarded = covered
-	d.do(func() { d.model.BeginForwards(covered.Covers) })
+	d.forwarded, d.whole = covered, whole
+	d.do(func() { d.model.BeginForwards(covered.Covers, whole) })
 	for at := 0; at >= 0; {
 		if !d.do(func() { at = d.model.ReviewForwards(d.now(), at, flowsAtOnce) }) {
 			return errEnded

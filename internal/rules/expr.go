@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // Rules are put together from these pieces. A piece that loads something puts
@@ -84,20 +85,28 @@ var (
 	originalFlow = join(original(expr.CtKeySRCIP, 0), original(expr.CtKeyPROTOSRC, 1),
 		original(expr.CtKeyDSTIP, 2), original(expr.CtKeyPROTODST, 3))
 
-	// toInside translates to the inside address that the map has for the key in reg, with
-	// the port behind it, remembers the flow and counts it. It does not match where the
-	// map lacks the key, or its bucket is empty. nft lists the look-ups last.
-	toInside = join(lookUp(permissionMap, valueWord), packetFlow,
-		piece{&expr.Dynset{SrcRegKey: reg, SetName: admittedSet, Operation: unix.NFT_DYNSET_OP_ADD}},
-		count(admittedCounter), piece{&expr.NAT{
-			Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4,
-			RegAddrMin: unix.NFT_REG32_00 + valueWord, RegProtoMin: unix.NFT_REG32_00 + valueWord + 1,
-		}})
+	// setLabel tells whoever sees the flow later that we admitted it.
+	setLabel = piece{
+		&expr.Immediate{Register: reg, Data: nfnl.ChildLabel[:]},
+		&expr.Ct{Key: expr.CtKeyLABELS, Register: reg, SourceRegister: true},
+	}
 	// inheritMark sets the connmark to the one that the map of marks has for the key.
 	inheritMark = join(lookUp(marksMap, 0), piece{&expr.Ct{Key: expr.CtKeyMARK, Register: reg, SourceRegister: true}})
 
 	accept = piece{&expr.Verdict{Kind: expr.VerdictAccept}}
 )
+
+// toInside translates to the inside address that the map has for the key in reg, with the
+// port behind it, does what mark says, remembers the flow and counts it. It does not match
+// where the map lacks the key, or its bucket is empty. nft lists the look-ups last.
+func toInside(mark piece) piece {
+	return join(lookUp(permissionMap, valueWord), mark, packetFlow,
+		piece{&expr.Dynset{SrcRegKey: reg, SetName: admittedSet, Operation: unix.NFT_DYNSET_OP_ADD}},
+		count(admittedCounter), piece{&expr.NAT{
+			Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4,
+			RegAddrMin: unix.NFT_REG32_00 + valueWord, RegProtoMin: unix.NFT_REG32_00 + valueWord + 1,
+		}})
+}
 
 // sourceIn matches if the source of the packet is in p, in a rule of family inet. A
 // prefix that ends with a byte is compared without a mask, as nft does it.

@@ -135,7 +135,7 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 				ip.unsure(d, d.Map.Subnets)
 			}
 			kinds := ip.kinds(d.Map)
-			ip.admit(kinds)
+			ip.admit(kinds, d.Map)
 			ip.keepSource()
 			ip.learn(d, kinds)
 		}
@@ -341,7 +341,7 @@ func (k kind) flowKey() piece {
 // An element carries the cap on its children, a token bucket: looking up one that
 // is empty fails, which costs far less than to count flows. What fails goes on like
 // any unsolicited packet, to the guard as a rule.
-func (l *layout) admit(kinds []kind) {
+func (l *layout) admit(kinds []kind, c *MapConfig) {
 	l.counters = append(l.counters, admittedCounter)
 	admitted := &nftables.Chain{Table: l.table, Name: "admitted"}
 	l.chains = append(l.chains, admitted)
@@ -351,12 +351,16 @@ func (l *layout) admit(kinds []kind) {
 	flows := l.set(admittedSet, flowKey...)
 	flows.HasTimeout, flows.Dynamic, flows.free = true, true, true
 	flows.Timeout, flows.Size = admittedTimeout, admittedSize
+	mark := setLabel
+	if c.noLabels {
+		mark = nil
+	}
 	for _, k := range kinds {
 		if k.open != nil {
 			l.rule(admitted, "", join(packetSource, in(l.noPeers), accept))
 		}
 		l.rule(admitted, "a mark for policy routing", join(k.packetKey(), inheritMark))
-		l.rule(admitted, "a peer may send from any port", join(k.packetKey(), lookUp(portMap, valueWord+1), k.loadPacket(), toInside))
+		l.rule(admitted, "a peer may send from any port", join(k.packetKey(), lookUp(portMap, valueWord+1), k.loadPacket(), toInside(mark)))
 	}
 }
 

@@ -39,11 +39,16 @@ var features = []struct {
 		Feature: FeatureMap,
 		Mend: "load the modules nft_chain_nat, nft_nat and nft_socket " +
 			"(CONFIG_NFT_NAT, CONFIG_NFT_SOCKET, CONFIG_NF_CONNTRACK_ZONES; OpenWrt: kmod-nft-nat, kmod-nft-socket)",
+	}, Desired{Map: &MapConfig{Size: 1, noLabels: true}}},
+	{UnsupportedError{
+		Feature: FeatureLabels,
+		Mend: "load the module nf_conntrack built with CONFIG_NF_CONNTRACK_LABELS (OpenWrt: kmod-ipt-conntrack-label); " +
+			"without, unanswered children of the map outlive a daemon that dies",
 	}, Desired{Map: &MapConfig{Size: 1}}},
 	{UnsupportedError{
 		Feature: FeatureLearn,
 		Mend:    "load the module nft_limit (CONFIG_NFT_LIMIT)",
-	}, Desired{Map: &MapConfig{Size: 1, MaxChildren: 1, Learn: true, LearnRate: 1, Lifetime: time.Second}}},
+	}, Desired{Map: &MapConfig{Size: 1, MaxChildren: 1, Learn: true, LearnRate: 1, Lifetime: time.Second, noLabels: true}}},
 	{UnsupportedError{
 		Feature: FeatureMapping,
 		Mend: "load the modules nft_chain_nat, nft_nat and nft_socket " +

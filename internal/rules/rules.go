@@ -119,6 +119,8 @@ type MapConfig struct {
 	ExcludePeers     []netip.Prefix
 	ExcludePeerPorts []uint16
 	ExcludePorts     []uint16
+
+	noLabels bool // the kernel has none
 }
 
 // A Mapping is what an inside endpoint is on an outside link.
@@ -172,6 +174,7 @@ const (
 	FeatureMaxChildren Feature = "cap on children"
 	FeatureMap         Feature = "map of permissions"
 	FeatureLearn       Feature = "learning in the kernel, with a cap on children of the map"
+	FeatureLabels      Feature = "label of children of the map"
 	FeatureMapping     Feature = "endpoint-independent mapping"
 )
 

@@ -128,6 +128,7 @@ func (t *Tables) possibleMap(c MapConfig) MapConfig {
 	if t.Lacks(FeatureLearn) {
 		c.Learn, c.MaxChildren = false, 0
 	}
+	c.noLabels = t.Lacks(FeatureLabels)
 	return c
 }
 
