@@ -489,3 +489,44 @@ func TestWhatAnEarlierModelRevokedNeedsANewFlow(t *testing.T) {
 		grants("203.0.113.7")
 	}
 }
+
+// A daemon that was stopped for longer than a lifetime reads late what happened meanwhile:
+// nothing of it gives back what ran out.
+func TestWhatIsToldTooLateExtendsNothing(t *testing.T) {
+	const in = "10.47.11.109:1"
+	for name, late := range map[string]func(d *desk, now time.Duration, f *Flow){
+		"the end of the flow": func(d *desk, now time.Duration, f *Flow) {
+			f.OrigPackets, f.HasCounters = 9, true
+			d.gone(now, f)
+		},
+		"the permission was lost": func(d *desk, now time.Duration, f *Flow) {
+			d.m.Lost(now, d.view(in).Permission, ByExpectation)
+			d.carry()
+			d.gone(now, f)
+		},
+		"it is to be refreshed": func(d *desk, now time.Duration, f *Flow) {
+			d.m.Tick(now, 10)
+			d.carry()
+			d.gone(now, f)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, nil)
+			f := d.open(0, in, "203.0.113.5:9")
+			d.ops = nil
+			now := 2 * lifetime
+			late(d, now, f)
+			for d.m.Tick(now, 10) {
+			}
+			d.carry()
+			d.m.Tick(now+lifetime/8, 10)
+			d.carry()
+			d.want()
+			for _, o := range d.ops {
+				if o.Kind == Grant || o.Kind == Refresh {
+					t.Errorf("%v", o.Kind)
+				}
+			}
+		})
+	}
+}

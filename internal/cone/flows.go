@@ -153,7 +153,7 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	if r == ReasonNone && m.lost(now, &p) {
 		r = ReasonAddressGone
 		if m.policy.Learned && !m.snap.showing { // the kernel made it as long as it had the address
-			m.Surplus(p, ByMap)
+			m.Surplus(now, p, ByMap)
 		}
 	}
 	if r != ReasonNone {
@@ -404,7 +404,9 @@ func (m *Model) flowGone(now time.Duration, f *Flow, p Permission, peer Endpoint
 	if !ok || m.flows.all[n].id != f.ID {
 		return
 	}
-	m.addFlow(now, i, f, k.child)
+	if now < m.claims[i].fed+m.policy.Lifetime { // else it was long since, and is told late
+		m.addFlow(now, i, f, k.child)
+	}
 	m.removeFlow(n)
 	m.settle(now, i)
 }

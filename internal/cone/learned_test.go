@@ -243,7 +243,7 @@ func TestSurplus(t *testing.T) {
 			}
 			d.carry()
 			d.ops = nil
-			d.m.Surplus(Permission{Key: key, Int: ep(tc.found)}, ByMap)
+			d.m.Surplus(0, Permission{Key: key, Int: ep(tc.found)}, ByMap)
 			d.carry()
 			if !slices.Equal(d.ops, tc.want) {
 				t.Errorf("ops %+v, want %+v", d.ops, tc.want)

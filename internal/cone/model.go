@@ -417,7 +417,8 @@ func (m *Model) attend(now time.Duration, i int32) {
 	}
 
 	deadline := c.fed + m.policy.Lifetime
-	if now >= deadline {
+	overdue := now >= deadline
+	if overdue {
 		if c.ends == 0 {
 			c.ends = m.ask(now, c)
 		}
@@ -427,11 +428,14 @@ func (m *Model) attend(now time.Duration, i int32) {
 		}
 		deadline = c.ends
 	}
-	if now >= c.refresh {
+	if now >= c.refresh && !overdue { // until it was asked about it stands as it is
 		m.op(Op{Kind: Refresh, Permission: c.Permission, By: c.placed.By})
 		c.refresh = now + m.policy.Lifetime/2
 	}
-	m.wheel.schedule(i, min(c.refresh, deadline))
+	if !overdue {
+		deadline = min(c.refresh, deadline)
+	}
+	m.wheel.schedule(i, deadline)
 }
 
 // ask asks the kernel how the flows of c fare, before it is let go, and returns
@@ -481,10 +485,11 @@ func (m *Model) Refused(now time.Duration, p Permission, r Reason, standing bool
 }
 
 // Lost tells the model that the kernel carries p by some carriers no more. If it
-// should, p is granted again, and Lost returns true.
-func (m *Model) Lost(p Permission, by Carriers) bool {
+// should, p is granted again, and Lost returns true. One that was not fed for a lifetime
+// has run out.
+func (m *Model) Lost(now time.Duration, p Permission, by Carriers) bool {
 	i := m.find(p.Key, p.Int)
-	if i == none || m.claims[i].placed.By&by == 0 {
+	if i == none || m.claims[i].placed.By&by == 0 || now >= m.claims[i].fed+m.policy.Lifetime {
 		return false
 	}
 	c := &m.claims[i]
@@ -510,12 +515,12 @@ func (m *Model) Doubt(k Key) bool {
 // not, that ends; if another inside endpoint should have its Key there, that one is
 // granted, to replace p: a map knows a permission by its Key alone, so to revoke p
 // could end the other one.
-func (m *Model) Surplus(p Permission, by Carriers) {
+func (m *Model) Surplus(now time.Duration, p Permission, by Carriers) {
 	switch o := m.owner(p.Key); {
 	case o == none || m.claims[o].placed.By&by == 0:
 		m.op(Op{Kind: Revoke, Permission: p, By: by, Reason: ReasonExpired})
 	case m.claims[o].Int != p.Int:
-		m.Lost(m.claims[o].Permission, by)
+		m.Lost(now, m.claims[o].Permission, by)
 	}
 }
 

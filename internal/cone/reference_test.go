@@ -333,7 +333,9 @@ func (r *refModel) goneOf(now time.Duration, f *Flow, what string, p Permission)
 			peer = f.Src
 		}
 		if fl.id == f.ID && fl.peer == peer.Addr && fl.port == peer.Port && fl.child == (what == "child") {
-			r.add(now, c, f, fl.child)
+			if now < c.fed+r.policy.Lifetime {
+				r.add(now, c, f, fl.child)
+			}
 			r.drop(now, c, fl)
 			return
 		}

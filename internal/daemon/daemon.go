@@ -484,7 +484,7 @@ func (d *Daemon) warnSubnets(out *warnings) {
 }
 
 func (d *Daemon) onLost(p cone.Permission, by cone.Carriers) {
-	if d.model.Lost(p, by) { // it may have ended since it was missed
+	if d.model.Lost(d.now(), p, by) { // it may have ended since it was missed
 		d.repaired[partOf(by)]++
 	}
 }

@@ -360,11 +360,11 @@ func (d *Daemon) compareLists(ofMap bool) error {
 			d.model.Retry(d.now(), retry[i])
 		}
 		for k, s := range found.expect {
-			d.model.Surplus(cone.Permission{Key: k, Int: s.in}, cone.ByExpectation)
+			d.model.Surplus(d.now(), cone.Permission{Key: k, Int: s.in}, cone.ByExpectation)
 		}
 		for k, s := range found.nft {
 			if d.cfg.Lifetime-s.left > learnedTime {
-				d.model.Surplus(cone.Permission{Key: k, Int: s.in}, cone.ByMap)
+				d.model.Surplus(d.now(), cone.Permission{Key: k, Int: s.in}, cone.ByMap)
 			}
 		}
 	})
