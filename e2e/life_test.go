@@ -324,7 +324,7 @@ func TestCleanupTakesEveryTraceOfADeadDaemon(t *testing.T) {
 	if stage.UsesExpectAlone() {
 		expectations, elements = 1, 0
 	}
-	want := fmt.Sprintf("removed %d expectations, %d anchors, %d elements of the map, 1 unanswered children\n",
+	want := fmt.Sprintf("removed %d expectations, %d anchors, %d elements of the map, 1 unanswered children\nremoved nftables tables: conenat\n",
 		expectations, expectations, elements)
 	if code != 0 || out != want {
 		t.Errorf("exit %d, %q, want %q", code, out, want)

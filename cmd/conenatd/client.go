@@ -21,14 +21,17 @@ func clientCommand(use, short string, args cobra.PositionalArgs,
 		Short: short,
 		Args:  args,
 		RunE: func(c *cobra.Command, args []string) error {
-			path, err := socketPath(socket)
+			path, err := socket, error(nil)
+			if path == "" {
+				path, err = control.Find()
+			}
 			if err != nil {
 				return err
 			}
 			return ask(c, control.Dial(path), args)
 		},
 	}
-	c.Flags().StringVar(&socket, "control-socket", "", "control socket of the daemon (default: that of this network namespace)")
+	c.Flags().StringVar(&socket, "control-socket", "", "control socket of the daemon (default: that of the daemon in this network namespace)")
 	return c
 }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -30,28 +31,27 @@ func checkCommand() *cobra.Command {
 }
 
 func cleanupCommand() *cobra.Command {
-	var socket, table string
-	c := &cobra.Command{
+	return &cobra.Command{
 		Use:   "cleanup",
 		Short: "Take every trace of a dead daemon out of the kernel",
-		Args:  cobra.NoArgs,
+		Long: `Take every trace of a dead daemon of this network namespace out of the kernel,
+whatever its configuration was: expectations, nftables tables, which are known by
+their chain "made_by_conenatd", and flows that nobody answered.`,
+		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			path, err := socketPath(socket)
-			if err != nil {
-				return err
-			}
-			n, err := daemon.Cleanup(path, table)
+			n, err := daemon.Cleanup()
 			if running := new(control.RunningError); errors.As(err, &running) {
 				return err
 			}
-			fmt.Fprintf(c.OutOrStdout(), "removed %d expectations, %d anchors, %d elements of the map, %d unanswered children\n",
-				n.Expectations, n.Anchors, n.Elements, n.Children)
+			tables := "none"
+			if len(n.Tables) > 0 {
+				tables = strings.Join(n.Tables, ", ")
+			}
+			fmt.Fprintf(c.OutOrStdout(), "removed %d expectations, %d anchors, %d elements of the map, %d unanswered children\nremoved nftables tables: %s\n",
+				n.Expectations, n.Anchors, n.Elements, n.Children, tables)
 			return err
 		},
 	}
-	c.Flags().StringVar(&table, "table", config.Default().Table, "name of its nftables table")
-	c.Flags().StringVar(&socket, "control-socket", "", "control socket of the dead daemon (default: that of this network namespace)")
-	return c
 }
 
 func selftestCommand() *cobra.Command {

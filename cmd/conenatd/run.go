@@ -71,9 +71,11 @@ func run(ctx context.Context, flags *config.Flags, stderr io.Writer) error {
 	if len(cfg.Subnets) == 0 && !cfg.AutoSubnets {
 		return noSubnet(cfg)
 	}
-	socket, err := socketPath(cfg.ControlSocket)
-	if err != nil {
-		return err
+	socket := cfg.ControlSocket
+	if socket == "" {
+		if socket, err = control.DefaultSocket(); err != nil {
+			return err
+		}
 	}
 	if err := control.TakeFolder(socket); err != nil {
 		return err
@@ -144,13 +146,4 @@ func watchdog(notify *sdnotify.Notifier, ended <-chan struct{}, d *daemon.Daemon
 			return
 		}
 	}
-}
-
-// socketPath is the control socket that was named, or that of this network
-// namespace.
-func socketPath(named string) (string, error) {
-	if named != "" {
-		return named, nil
-	}
-	return control.DefaultSocket()
 }

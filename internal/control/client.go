@@ -28,7 +28,8 @@ type Client struct {
 // the first request will tell whether somebody listens.
 func Dial(path string) *Client {
 	return &Client{path, http.Client{Transport: &http.Transport{
-		DisableKeepAlives: true,
+		DisableKeepAlives:     true,
+		ResponseHeaderTimeout: answerTime,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", path)
 		},
@@ -132,11 +133,14 @@ func (c *Client) explain(err error) error {
 	if wrap := (*url.Error)(nil); errors.As(err, &wrap) {
 		err = wrap.Err // without it the text has a URL that nobody asked for
 	}
+	var late net.Error
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ECONNREFUSED):
 		return fmt.Errorf(`%w (no answer on %s): start it with "conenatd run"`, ErrNotRunning, c.path)
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("ask conenatd: %w: run as root", err)
+	case errors.As(err, &late) && late.Timeout():
+		return fmt.Errorf("ask conenatd: no answer on %s within %v: it is stopped, too busy or has no descriptor left; its log may say more", c.path, answerTime)
 	}
 	return fmt.Errorf("ask conenatd: %w", err)
 }

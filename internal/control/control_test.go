@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -103,7 +104,7 @@ func start(t testing.TB, src Source) (path string, stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan error, 1)
 	go func() {
-		served <- Serve(ctx, ln, src)
+		served <- Serve(ctx, ln, src, slog.New(slog.DiscardHandler))
 		close(served)
 	}()
 	stop = func() {

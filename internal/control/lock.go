@@ -3,7 +3,12 @@ package control
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -13,13 +18,16 @@ import (
 // in any way, so nothing stays behind after kill -9.
 //
 // Any local user may take an abstract name. One who does keeps the daemon from
-// starting, and RunningError names his process; he gains nothing else.
+// starting, and RunningError names his process; he gains nothing else, for Find does
+// not believe him.
 const lockName = "@conenatd"
 
-// A Lock makes this daemon the only one of its network namespace.
+// A Lock makes this daemon the only one of its network namespace, and tells commands
+// where it listens.
 type Lock struct {
-	ln   net.Listener
-	done chan struct{}
+	ln     net.Listener
+	socket string
+	done   chan struct{}
 }
 
 // A RunningError says that another daemon has the network namespace.
@@ -36,22 +44,28 @@ func (e *RunningError) Error() string {
 		`: stop it first, or see "conenatd status"`
 }
 
-// Acquire takes the lock of the calling thread's network namespace. It does
-// not wait: when the lock is taken the error is a *RunningError. The caller
-// must Close the Lock, after Serve has returned: what it protects includes the
-// control socket.
-func Acquire() (*Lock, error) { return acquire(lockName) }
+// Acquire takes the lock of the calling thread's network namespace, for a daemon that
+// listens on the control socket at this path, or for a process that is no daemon if
+// that is empty. It does not wait: when the lock is taken the error is a *RunningError.
+// The caller must Close the Lock, after Serve has returned: what it protects includes
+// the control socket.
+func Acquire(socket string) (*Lock, error) { return acquire(lockName, socket) }
 
-func acquire(name string) (*Lock, error) {
+func acquire(name, socket string) (*Lock, error) {
 	ln, err := net.Listen("unix", name)
 	if errors.Is(err, unix.EADDRINUSE) {
-		return nil, &RunningError{PID: listenerPID(name)}
+		running := &RunningError{}
+		if c, err := dialLock(name); err == nil {
+			running.PID = int(c.holder.Pid)
+			c.Close()
+		}
+		return nil, running
 	}
 	if err != nil {
 		return nil, fmt.Errorf("take lock: %w", err)
 	}
-	l := &Lock{ln: ln, done: make(chan struct{})}
-	go l.turnAway()
+	l := &Lock{ln: newReserve(ln), socket: socket, done: make(chan struct{})}
+	go l.answer()
 	return l, nil
 }
 
@@ -62,40 +76,93 @@ func (l *Lock) Close() error {
 	return err
 }
 
-// turnAway hangs up on whoever connects. The kernel has told him our pid by
-// then, and there is nothing else to say. A connection left in the backlog
-// would stay there when its client is gone: some thousand of them, and the
-// next daemon could no longer connect to learn the pid. An error ends the loop
-// but not the lock, which is the bound name.
-func (l *Lock) turnAway() {
+// answer tells whoever connects the path of the control socket, and hangs up. The
+// kernel has told him our pid by then. A connection left in the backlog would stay
+// there when its client is gone: some thousand of them, and nobody could connect any
+// more. An error ends the loop but not the lock, which is the bound name.
+func (l *Lock) answer() {
 	defer close(l.done)
 	for {
 		c, err := l.ln.Accept()
 		if err != nil {
 			return
 		}
+		_, _ = io.WriteString(c, l.socket) // the socket's buffer has room for it
 		c.Close()
 	}
 }
 
-// listenerPID asks the kernel who listens on a unix socket: SO_PEERCRED on our
-// end is the process that called listen. It never blocks: to connect to a
-// unix socket with a full backlog fails at once.
-func listenerPID(name string) int {
-	c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: name, Net: "unix"})
+// Find returns the path of the control socket of the daemon in the calling thread's
+// network namespace, whatever its configuration says. The error is ErrNotRunning if
+// there is none.
+func Find() (string, error) { return find(lockName, folder) }
+
+func find(name, folder string) (string, error) {
+	c, err := dialLock(name)
+	if errors.Is(err, unix.ECONNREFUSED) {
+		return "", fmt.Errorf(`%w: start it with "conenatd run"`, ErrNotRunning)
+	}
 	if err != nil {
-		return 0
+		return "", fmt.Errorf("find conenatd: %w", err)
 	}
 	defer c.Close()
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return 0
+	if err := c.SetReadDeadline(time.Now().Add(answerTime)); err != nil {
+		return "", fmt.Errorf("find conenatd: %w", err)
 	}
-	pid := 0
-	_ = raw.Control(func(fd uintptr) {
-		if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
-			pid = int(cred.Pid)
-		}
-	})
-	return pid
+	path, err := io.ReadAll(io.LimitReader(c, maxPath))
+	switch {
+	case err != nil:
+		return "", fmt.Errorf("find conenatd: the process with pid %d does not answer: %w", c.holder.Pid, err)
+	case len(path) == 0: // a cleanup is under way
+		return "", fmt.Errorf(`%w: start it with "conenatd run"`, ErrNotRunning)
+	case !trusted(c.holder, string(path), folder):
+		return "", fmt.Errorf("find conenatd: the process with pid %d of user %d has its name in this network namespace, and may not be conenatd: "+
+			"end it, or name the socket with --control-socket", c.holder.Pid, c.holder.Uid)
+	}
+	return string(path), nil
+}
+
+// maxPath is the length of the longest path of a unix socket.
+const maxPath = 107
+
+// trusted reports whether one who holds the lock tells the truth about the control
+// socket: he is root, this user, or who was given the folder of the default sockets, or
+// the socket is in that folder, where nobody else can make one.
+func trusted(holder *unix.Ucred, path, folder string) bool {
+	if holder.Uid == 0 || int(holder.Uid) == os.Geteuid() || filepath.Dir(path) == folder {
+		return true
+	}
+	info, err := os.Stat(folder)
+	if err != nil {
+		return false
+	}
+	st, ok := info.Sys().(*syscall.Stat_t)
+	return ok && st.Uid == holder.Uid
+}
+
+// A lockConn is a connection to the process that holds a lock.
+type lockConn struct {
+	net.Conn
+	holder *unix.Ucred // of the process that called listen; the pid is 0 if it cannot be seen
+}
+
+// dialLock never blocks: to connect to a unix socket with a full backlog fails at once.
+func dialLock(name string) (*lockConn, error) {
+	c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: name, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	l := &lockConn{Conn: c}
+	raw, err := c.SyscallConn()
+	if err == nil {
+		var failed error
+		err = raw.Control(func(fd uintptr) {
+			l.holder, failed = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+		})
+		err = errors.Join(err, failed)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("identify the process that holds it: %w", err), c.Close())
+	}
+	return l, nil
 }

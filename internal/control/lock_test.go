@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/conenatd/conenatd/internal/lab"
@@ -16,8 +18,11 @@ import (
 // it is killed.
 const holdLock = "CONENATD_TEST_HOLD_LOCK"
 
+// holdSocket is where the copy says that it listens.
+const holdSocket = "CONENATD_TEST_HOLD_SOCKET"
+
 func hold(name string) {
-	if _, err := acquire(name); err != nil {
+	if _, err := acquire(name, os.Getenv(holdSocket)); err != nil {
 		fmt.Println(err)
 		os.Exit(1)
 	}
@@ -32,7 +37,7 @@ func ownName(t *testing.T) string {
 
 func mustAcquire(t *testing.T, name string) *Lock {
 	t.Helper()
-	l, err := acquire(name)
+	l, err := acquire(name, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,7 +56,7 @@ func TestTheSecondDaemonIsToldThePIDOfTheFirst(t *testing.T) {
 	l := mustAcquire(t, name)
 	// More often than a backlog is long: what was turned away stays nowhere.
 	for range 10_000 {
-		_, err := acquire(name)
+		_, err := acquire(name, "")
 		var running *RunningError
 		if !errors.As(err, &running) || running.PID != os.Getpid() {
 			t.Fatalf("second acquire: %v, want a RunningError with pid %d", err, os.Getpid())
@@ -74,8 +79,25 @@ func TestRunningErrorSaysWhatToDo(t *testing.T) {
 
 func TestALockEndsWithItsKilledProcess(t *testing.T) {
 	name := ownName(t)
-	child := exec.Command(os.Args[0])
-	child.Env = append(os.Environ(), holdLock+"="+name)
+	child := holder(t, exec.Command(os.Args[0]), name, "")
+	_, held := acquire(name, "")
+	if err := child.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = child.Wait() // killed
+
+	var running *RunningError
+	if !errors.As(held, &running) || running.PID != child.Process.Pid {
+		t.Errorf("while the child lives: %v, want a RunningError with pid %d", held, child.Process.Pid)
+	}
+	mustClose(t, mustAcquire(t, name))
+}
+
+// holder starts a copy of the test program that holds the lock and says that it listens
+// on socket.
+func holder(t *testing.T, child *exec.Cmd, name, socket string) *exec.Cmd {
+	t.Helper()
+	child.Env = append(os.Environ(), holdLock+"="+name, holdSocket+"="+socket)
 	out, err := child.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -83,21 +105,86 @@ func TestALockEndsWithItsKilledProcess(t *testing.T) {
 	if err := child.Start(); err != nil {
 		t.Fatal(err)
 	}
-	line, _ := bufio.NewReader(out).ReadString('\n')
-	_, held := acquire(name)
-	if err := child.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	_ = child.Wait() // killed
-
-	if strings.TrimSpace(line) != "held" {
+	t.Cleanup(func() {
+		_ = child.Process.Kill() // it may be done
+		_ = child.Wait()
+	})
+	if line, _ := bufio.NewReader(out).ReadString('\n'); strings.TrimSpace(line) != "held" {
 		t.Fatalf("child: %q", line)
 	}
-	var running *RunningError
-	if !errors.As(held, &running) || running.PID != child.Process.Pid {
-		t.Errorf("while the child lives: %v, want a RunningError with pid %d", held, child.Process.Pid)
+	return child
+}
+
+func TestWhoHoldsTheLockSaysWhereItListens(t *testing.T) {
+	name, path := ownName(t), "/some/where/c.sock"
+	l, err := acquire(name, path)
+	if err != nil {
+		t.Fatal(err)
 	}
-	mustClose(t, mustAcquire(t, name))
+	for range 10_000 { // more often than a backlog is long
+		if got, err := find(name, folder); err != nil || got != path {
+			t.Fatalf("found %q, %v", got, err)
+		}
+	}
+	mustClose(t, l)
+	if got, err := find(name, folder); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("without a daemon: found %q, %v", got, err)
+	}
+	defer mustClose(t, mustAcquire(t, name)) // a cleanup
+	if got, err := find(name, folder); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("during a cleanup: found %q, %v", got, err)
+	}
+}
+
+// Any local user may take the lock. Root does not ask his socket.
+//
+// Fails when everybody is trusted.
+func TestAnotherUserIsNotBelieved(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: run with sudo")
+	}
+	const nobody = 65534
+	program := filepath.Join(forAll(t), "control.test")
+	text, err := os.ReadFile(os.Args[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(program, text, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	name, his := ownName(t), forAll(t)
+	child := exec.Command(program)
+	child.Dir = his
+	child.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	holder(t, child, name, filepath.Join(his, "c.sock"))
+	want := fmt.Sprintf("the process with pid %d of user %d has its name", child.Process.Pid, nobody)
+	if got, err := find(name, folder); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("found %q, %v", got, err)
+	}
+	if got, err := find(name, his); err != nil { // it is in the folder of the default sockets
+		t.Errorf("found %q, %v", got, err)
+	}
+	given := forAll(t)
+	if err := os.Chown(given, nobody, nobody); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := find(name, given); err != nil { // which is his
+		t.Errorf("found %q, %v", got, err)
+	}
+}
+
+// forAll makes a folder that every user may read.
+func forAll(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "conenatd-control-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
 
 func TestEachNetworkNamespaceHasItsLockAndSocket(t *testing.T) {
@@ -111,7 +198,7 @@ func TestEachNetworkNamespaceHasItsLockAndSocket(t *testing.T) {
 			if r.path, err = DefaultSocket(); err != nil {
 				return err
 			}
-			r.lock, err = Acquire()
+			r.lock, err = Acquire("")
 			return err
 		})
 		return r, err

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/url"
@@ -51,8 +52,10 @@ type Source interface {
 
 // Serve answers requests on ln until ctx ends. Requests that are under way
 // then have a second to finish. When Serve returns, ln is closed, its file
-// removed, and no goroutine left. The error is nil if ctx ended it.
-func Serve(ctx context.Context, ln net.Listener, src Source) error {
+// removed, and no goroutine left. The error is nil if ctx ended it. Where there is no
+// descriptor left, requests are answered one at a time. What goes wrong with a
+// connection is for log.
+func Serve(ctx context.Context, ln net.Listener, src Source, log *slog.Logger) error {
 	var conns sync.WaitGroup
 	srv := &http.Server{
 		Handler:           handler{src, make(chan struct{}, maxLists)},
@@ -60,6 +63,7 @@ func Serve(ctx context.Context, ln net.Listener, src Source) error {
 		MaxHeaderBytes:    maxHeader,
 		ReadHeaderTimeout: headerTime,
 		WriteTimeout:      answerTime,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn), // else net/http writes to stderr
 		// Close does not wait for the connections' goroutines, so count them.
 		ConnState: func(_ net.Conn, s http.ConnState) {
 			switch s {
@@ -74,7 +78,7 @@ func Serve(ctx context.Context, ln net.Listener, src Source) error {
 	srv.SetKeepAlivesEnabled(false)
 
 	served := make(chan error, 1)
-	go func() { served <- srv.Serve(netutil.LimitListener(ln, maxConns)) }()
+	go func() { served <- srv.Serve(netutil.LimitListener(newReserve(ln), maxConns)) }()
 	var err error
 	select {
 	case err = <-served:

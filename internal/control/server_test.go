@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -309,7 +310,7 @@ func TestServeReportsAListenerThatFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	ln.Close()
-	if err := Serve(t.Context(), ln, source{}); err == nil || !strings.HasPrefix(err.Error(), "serve control socket: ") {
+	if err := Serve(t.Context(), ln, source{}, slog.New(slog.DiscardHandler)); err == nil || !strings.HasPrefix(err.Error(), "serve control socket: ") {
 		t.Errorf("Serve: %v", err)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -17,17 +18,20 @@ import (
 // permission to connect.
 const socketMode = 0o660
 
-// DefaultSocket returns the path of the control socket for the network
-// namespace of the calling thread: /run/conenatd/INODE.sock, where INODE is
-// the number in "readlink /proc/self/ns/net". A daemon and a command in the
-// same namespace so find each other without being told, and daemons in two
-// namespaces of one machine do not meet.
-func DefaultSocket() (string, error) {
+// DefaultSocket returns the path of the control socket for the network namespace of the
+// calling thread, /run/conenatd/INODE.sock (see File). Daemons in two namespaces of one
+// machine do not meet.
+func DefaultSocket() (string, error) { return File(".sock") }
+
+// File returns the path of a file of the calling thread's network namespace, whatever
+// the configuration: /run/conenatd/INODE and the suffix, where INODE is the number in
+// "readlink /proc/self/ns/net".
+func File(suffix string) (string, error) {
 	var st unix.Stat_t
 	if err := unix.Stat("/proc/thread-self/ns/net", &st); err != nil {
 		return "", fmt.Errorf("identify network namespace: %w", err)
 	}
-	return fmt.Sprintf("%s/%d.sock", folder, st.Ino), nil
+	return fmt.Sprintf("%s/%d%s", folder, st.Ino, suffix), nil
 }
 
 const folder = "/run/conenatd"
@@ -50,7 +54,8 @@ func takeFolder(path, folder string) error {
 // Listen opens the control socket, readable and writable for its owner and
 // group. It makes the directory if there is none. A socket on which nobody
 // answers is left from a dead daemon and replaced; a socket in use or anything
-// else in the way is an error and stays.
+// else in the way is an error and stays. Beside a default socket it removes those of
+// dead daemons of other network namespaces, which may never get another one.
 func Listen(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("make directory of control socket: %w", err)
@@ -69,7 +74,51 @@ func Listen(path string) (net.Listener, error) {
 	if err := os.Chmod(path, socketMode); err != nil {
 		return nil, errors.Join(fmt.Errorf("open control socket: %w", err), ln.Close())
 	}
+	if filepath.Dir(path) == folder {
+		sweep(folder, staleTime)
+	}
 	return ln, nil
+}
+
+// Sweep removes the default sockets of dead daemons. The caller holds the lock of its
+// network namespace.
+func Sweep() error {
+	path, err := DefaultSocket()
+	if err != nil {
+		return err
+	}
+	if stale(path) {
+		err = os.Remove(path)
+	}
+	sweep(folder, staleTime)
+	return err
+}
+
+// staleTime is the age from which on a socket on which nobody answers is of a dead
+// daemon: between bind(2) and listen(2) nobody answers either.
+const staleTime = time.Minute
+
+// sweep removes the sockets in dir that are that old and on which nobody answers. What
+// cannot be removed, as another user's, stays.
+func sweep(dir string, age time.Duration) {
+	paths, _ := filepath.Glob(filepath.Join(dir, "*.sock")) // the pattern is right
+	for _, path := range paths {
+		if info, err := os.Lstat(path); err == nil && time.Since(info.ModTime()) >= age && stale(path) {
+			_ = os.Remove(path)
+		}
+	}
+}
+
+// stale reports whether there is a socket at path on which nobody answers.
+func stale(path string) bool {
+	if info, err := os.Lstat(path); err != nil || info.Mode().Type() != fs.ModeSocket {
+		return false
+	}
+	conn, err := net.Dial("unix", path)
+	if err == nil {
+		conn.Close()
+	}
+	return errors.Is(err, unix.ECONNREFUSED) // a full backlog is EAGAIN: somebody lives
 }
 
 // bind sets the mode before there is a file: the kernel gives the file the
@@ -92,11 +141,7 @@ func removeStale(path string) error {
 	if info.Mode().Type() != fs.ModeSocket {
 		return fmt.Errorf("%s is in the way and is not a socket: move it, or choose another path", path)
 	}
-	conn, err := net.Dial("unix", path)
-	if err == nil {
-		conn.Close()
-	}
-	if !errors.Is(err, unix.ECONNREFUSED) { // a full backlog is EAGAIN: somebody lives
+	if !stale(path) {
 		return fmt.Errorf("%s is in use by another process: stop it, or choose another path", path)
 	}
 	return os.Remove(path)

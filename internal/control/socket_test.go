@@ -8,6 +8,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -130,5 +131,46 @@ func TestRootTakesTheFolderOfTheDefaultSockets(t *testing.T) {
 	}
 	if err := takeFolder("/no/such/c.sock", "/no/such"); err != nil {
 		t.Error(err)
+	}
+}
+
+// Daemons of network namespaces that are gone left their sockets.
+//
+// Fails when a daemon removes no socket but its own.
+func TestSocketsOfDeadDaemonsAreRemoved(t *testing.T) {
+	dir := t.TempDir()
+	old := time.Now().Add(-time.Hour)
+	put := func(name string, live bool, made time.Time) {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ln.SetUnlinkOnClose(false)
+		if live {
+			t.Cleanup(func() { ln.Close() })
+		} else if err := ln.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(path, made, made); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put("1.sock", false, old)
+	put("2.sock", true, old)
+	put("3.sock", false, time.Now()) // its daemon may be about to listen
+	put("4.note", false, old)
+	if err := os.WriteFile(filepath.Join(dir, "5.sock"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sweep(dir, staleTime)
+	var left []string
+	entries, err := os.ReadDir(dir)
+	for _, e := range entries {
+		left = append(left, e.Name())
+	}
+	if want := "2.sock 3.sock 4.note 5.sock"; err != nil || strings.Join(left, " ") != want {
+		t.Errorf("left %q, want %q: %v", left, want, err)
 	}
 }

@@ -2,57 +2,83 @@ package daemon
 
 import (
 	"errors"
-	"strings"
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/expect"
+	"github.com/conenatd/conenatd/internal/rules"
 )
 
 // Cleaned counts what Cleanup took out of the kernel.
 type Cleaned struct {
 	expect.Cleaned
-	Elements int // of the map of permissions
-	Children int // unanswered children
+	Elements int      // of the map of permissions
+	Children int      // unanswered children
+	Tables   []string // names of our nftables tables
 }
 
-// Cleanup takes every trace of a dead daemon out of the kernel, in the network
-// namespace of this process. It refuses while a daemon runs
+// Cleanup takes every trace of a dead daemon, whatever its configuration was, out of the
+// kernel, in the network namespace of this process. It refuses while a daemon runs
 // (control.RunningError).
-func Cleanup(socket, table string) (Cleaned, error) {
-	var n Cleaned
-	lock, err := control.Acquire()
+func Cleanup() (n Cleaned, err error) {
+	lock, err := control.Acquire("")
 	if err != nil {
 		return n, err
 	}
 	defer lock.Close()
+	conntrack, err := openSysctls()
+	if err != nil {
+		return n, err
+	}
 	var errs []error
 	if n.Cleaned, err = expect.Cleanup(0); err != nil {
 		errs = append(errs, err)
 	}
-	n.Elements, err = dropTables(table)
+	n.Tables, n.Elements, err = dropTables()
 	errs = append(errs, err)
 	if n.Children, err = dropUnanswered(); err != nil {
 		errs = append(errs, err)
 	}
-	return n, errors.Join(append(errs, settings(socket).restore())...)
+	return n, errors.Join(append(errs, conntrack.restore(), control.Sweep())...)
 }
 
-// dropTables removes our nftables tables and returns how many permissions the map held.
-func dropTables(name string) (elements int, err error) {
-	f, err := openFirewall(name)
-	if err != nil || f.tables == nil {
-		return 0, err
+// dropTables removes our nftables tables. It returns their names and how many permissions
+// their maps held.
+func dropTables() (names []string, elements int, err error) {
+	all, err := openTables("")
+	errs := []error{err}
+	for _, f := range all {
+		left, err := f.left(config.Default())
+		elements += len(left)
+		if err = errors.Join(err, f.remove()); err == nil {
+			names = append(names, f.name)
+		}
+		errs = append(errs, err, f.close())
 	}
-	left, err := f.left(config.Default())
-	return len(left), errors.Join(err, f.remove(), f.close())
+	return names, elements, errors.Join(errs...)
 }
 
-// settings are the sysctls of the daemon with this control socket.
-func settings(socket string) sysctls {
-	return sysctls{dir: sysctlDir, note: strings.TrimSuffix(socket, ".sock") + ".sysctl"}
+// openTables opens our nftables tables, but for those of one name. An error is about some
+// of them; the others are opened all the same.
+func openTables(but string) (all []*firewall, err error) {
+	names, err := rules.Names(0)
+	if missing := new(rules.UnsupportedError); errors.As(err, &missing) {
+		return nil, nil
+	}
+	errs := []error{err}
+	for _, name := range names {
+		if name == but {
+			continue
+		}
+		f, err := openFirewall(name)
+		errs = append(errs, err)
+		if err == nil && f.tables != nil {
+			all = append(all, f)
+		}
+	}
+	return all, errors.Join(errs...)
 }
 
 // dropUnanswered deletes all children of ours that no inside host answered: they would

@@ -39,16 +39,17 @@ type Daemon struct {
 	log   *slog.Logger
 	start time.Time
 
-	lock     *control.Lock
-	events   *ctwatch.Watcher
-	queries  *ctwatch.Queries // of the loop
-	sockets  *gateway.Sockets // of the loop
-	ports    *gateway.Sockets // of the reconcile
-	links    *gateway.Watcher
-	firewall *firewall // of the reconcile
-	made     bool      // the tables are ours, not those of an earlier daemon
-	leave    bool      // what stands in the kernel stays when this daemon ends
-	failures *failures
+	lock      *control.Lock
+	conntrack sysctls
+	events    *ctwatch.Watcher
+	queries   *ctwatch.Queries // of the loop
+	sockets   *gateway.Sockets // of the loop
+	ports     *gateway.Sockets // of the reconcile
+	links     *gateway.Watcher
+	firewall  *firewall // of the reconcile
+	made      bool      // the tables are ours, not those of an earlier daemon
+	leave     bool      // what stands in the kernel stays when this daemon ends
+	failures  *failures
 
 	// The reconcile's own.
 	held      *gateway.PortSet // sockets at the last look
@@ -124,7 +125,10 @@ func New(cfg Config) (d *Daemon, err error) {
 	d.warned, d.failures = newWarner(d.log), newFailures(d.log, d.now)
 	d.onFailed = d.failed
 
-	if d.lock, err = control.Acquire(); err != nil {
+	if d.lock, err = control.Acquire(cfg.Socket); err != nil {
+		return d, err
+	}
+	if d.conntrack, err = openSysctls(); err != nil {
 		return d, err
 	}
 	if d.network, err = gateway.ReadNetwork(0, cfg.Outside); err != nil {
@@ -327,7 +331,7 @@ func (d *Daemon) Close() error {
 		errs = append(errs, d.firewall.close())
 	}
 	if d.model != nil && !leave { // else the room is still needed
-		errs = append(errs, settings(d.cfg.Socket).restore())
+		errs = append(errs, d.conntrack.restore())
 	}
 	if d.lock != nil {
 		errs = append(errs, d.lock.Close())
@@ -346,7 +350,7 @@ func (d *Daemon) Run(ctx context.Context, ready func()) error {
 	}
 	d.greet()
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return control.Serve(ctx, ln, source{d}) })
+	g.Go(func() error { return control.Serve(ctx, ln, source{d}, d.log) })
 	every := d.cfg.Reconcile // a reload writes d.cfg
 	g.Go(func() error { return d.reconcile(ctx, every, ready) })
 	g.Go(func() error { return d.watchLinks(ctx) })
@@ -434,7 +438,7 @@ func (d *Daemon) warnings() (out warnings) {
 	case a.sum() >= someFlows:
 		out.add("not mapped", "%s", control.NotApplied(a.not))
 	}
-	if n, err := settings(d.cfg.Socket).read(events); err == nil && n == 0 {
+	if n, err := d.conntrack.read(events); err == nil && n == 0 {
 		out.add("events", "the kernel sends no conntrack events: permissions come late, at each reconcile; set net.netfilter.nf_conntrack_events = 2")
 	}
 	if len(d.network.OutsideLinks()) == 0 {

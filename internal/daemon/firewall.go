@@ -22,6 +22,7 @@ import (
 // rules of the user's forward. The reconcile owns it. Where the kernel has no
 // nftables it does nothing and warns.
 type firewall struct {
+	name      string
 	tables    *rules.Tables // nil without nftables
 	missing   error         // why there is no map of permissions
 	noMapping string        // why there is no endpoint-independent mapping
@@ -55,7 +56,7 @@ type firewall struct {
 }
 
 func openFirewall(name string) (*firewall, error) {
-	f := &firewall{}
+	f := &firewall{name: name}
 	t, err := rules.Open(rules.Config{Name: name})
 	if missing := new(rules.UnsupportedError); errors.As(err, &missing) {
 		f.missing, f.noMapping = missing, missing.Error()

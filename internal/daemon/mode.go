@@ -23,6 +23,12 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 	if err != nil {
 		return nil, err
 	}
+	older, err := d.openOlder()
+	if err != nil {
+		return nil, err
+	}
+	defer older.close()
+	inMap = append(inMap, older.standing...)
 	opened, err := d.open(cfg)
 	if err != nil {
 		return nil, err
@@ -44,6 +50,10 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 		if d.denied, err = d.backends.nft.Revoked(); err != nil {
 			return nil, err
 		}
+		if err := older.moveTo(d.backends.nft, d.failures); err != nil {
+			return nil, err
+		}
+		d.denied = append(d.denied, older.revoked...)
 		d.leave = d.leave || len(d.denied) > 0
 	}
 	// What stood by a backend that is not in use any more stands by the other one
@@ -56,9 +66,11 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 	}
 	if d.backends.nft == nil {
 		d.carry(inMap)
-		_, err = d.firewall.set(cfg, d.network.OutsideLinks())
+		if _, err = d.firewall.set(cfg, d.network.OutsideLinks()); err != nil {
+			return nil, err
+		}
 	}
-	return adopted, err
+	return adopted, older.remove(d.log)
 }
 
 // carry grants what an earlier daemon left. The model decides later what of it
@@ -102,7 +114,7 @@ func (d *Daemon) open(cfg config.Config) (o opened, err error) {
 	if err != nil {
 		return o, err
 	}
-	_, table, err := settings(d.cfg.Socket).raise()
+	_, table, err := d.conntrack.raise()
 	if err != nil {
 		return o, errors.Join(err, o.expect.Close())
 	}
@@ -185,7 +197,7 @@ func (d *Daemon) dropExpect(cfg config.Config) (err error) {
 		d.backends.expect = nil
 		var all []cone.Permission
 		err = e.List(func(p cone.Permission, _ time.Duration) { all = append(all, p) })
-		err = errors.Join(err, e.Revoke(all), e.Close(), settings(d.cfg.Socket).restore())
+		err = errors.Join(err, e.Revoke(all), e.Close(), d.conntrack.restore())
 		d.firewall.withExpectations = false
 	})
 	_, failed := d.firewall.set(cfg, d.network.OutsideLinks())

@@ -306,7 +306,7 @@ func (d *Daemon) mendTableSize() error {
 	if d.backends.expect == nil { // written by the reconcile alone
 		return nil
 	}
-	before, size, err := settings(d.cfg.Socket).raise()
+	before, size, err := d.conntrack.raise()
 	if err != nil {
 		return err
 	}

@@ -31,7 +31,7 @@ func (s source) Status() control.Status {
 	st.Events.Received, st.Events.Filtered = e.Received, e.Filtered
 	st.Events.Malformed, st.Events.Overruns = e.Malformed, e.Overruns
 	st.Events.ReadBuffer = e.ReadBuffer
-	if n, err := settings(d.cfg.Socket).read(acct); err == nil {
+	if n, err := d.conntrack.read(acct); err == nil {
 		st.Accounting = n != 0
 	}
 	d.do(func() {

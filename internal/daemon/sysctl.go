@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"github.com/conenatd/conenatd/internal/control"
 )
 
 const (
@@ -26,6 +28,13 @@ const (
 type sysctls struct {
 	dir  string // sysctlDir but in tests
 	note string // path of the file
+}
+
+// openSysctls returns those of this network namespace. Where the note is does not depend
+// on the configuration, which another process need not know.
+func openSysctls() (sysctls, error) {
+	note, err := control.File(".sysctl")
+	return sysctls{dir: sysctlDir, note: note}, err
 }
 
 func (s sysctls) read(name string) (int, error) {
@@ -55,13 +64,10 @@ func (s sysctls) raise() (before, size int, err error) {
 	defer f.Close()
 	// The note first: killed in between, there is nothing to put back. Where somebody
 	// made the table smaller since the last time, that is what he gets back.
-	if err := os.MkdirAll(filepath.Dir(s.note), 0o755); err != nil {
-		return before, before, fmt.Errorf("note sysctl %s: %w", expectMax, err)
-	}
-	if err := os.Remove(s.note); err != nil && !errors.Is(err, fs.ErrNotExist) { // it may be another user's
-		return before, before, fmt.Errorf("note sysctl %s: %w", expectMax, err)
-	}
-	if err := os.WriteFile(s.note, fmt.Appendf(nil, "%d\n", before), 0o644); err != nil {
+	switch err := s.write(before); {
+	case errors.Is(err, fs.ErrPermission):
+		return before, before, nil // nobody could put it back; the cap follows
+	case err != nil:
 		return before, before, fmt.Errorf("note sysctl %s: %w", expectMax, err)
 	}
 	if _, err := fmt.Fprintf(f, "%d\n", wantedExpectMax); err != nil {
@@ -69,6 +75,17 @@ func (s sysctls) raise() (before, size int, err error) {
 	}
 	size, err = s.read(expectMax)
 	return before, size, err
+}
+
+// write makes the note.
+func (s sysctls) write(n int) error {
+	if err := os.MkdirAll(filepath.Dir(s.note), 0o755); err != nil {
+		return err
+	}
+	if err := os.Remove(s.note); err != nil && !errors.Is(err, fs.ErrNotExist) { // it may be another user's
+		return err
+	}
+	return os.WriteFile(s.note, fmt.Appendf(nil, "%d\n", n), 0o644)
 }
 
 // restore puts back what raise changed, unless somebody else changed it since.

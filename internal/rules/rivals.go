@@ -4,6 +4,7 @@ package rules
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/google/nftables"
 
@@ -22,9 +23,12 @@ func (t *Tables) Rivals() (names []string, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("list chains: %w", nfnl.Permitted(err))
 		}
+		ours := func(name string) bool {
+			return slices.ContainsFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name == name && c.Name == markerChain })
+		}
 		for _, c := range chains {
-			if c.Table.Name != t.name && c.Type == nftables.ChainTypeNAT && equal(c.Hooknum, nftables.ChainHookPostrouting) &&
-				c.Priority != nil && *c.Priority <= mapPriority {
+			if c.Type == nftables.ChainTypeNAT && equal(c.Hooknum, nftables.ChainHookPostrouting) &&
+				c.Priority != nil && *c.Priority <= mapPriority && !ours(c.Table.Name) {
 				names = append(names, title(c.Table)+" "+c.Name)
 			}
 		}

@@ -18,6 +18,9 @@ var errNoBuild = &UnsupportedError{
 // Tables are never made on this system, nor is a Map.
 type Tables struct{}
 
+// Names returns an *UnsupportedError.
+func Names(int) ([]string, error) { return nil, errNoBuild }
+
 // Open returns an *UnsupportedError.
 func Open(Config) (*Tables, error) { return nil, errNoBuild }
 

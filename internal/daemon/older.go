@@ -1,0 +1,73 @@
+package daemon
+
+import (
+	"errors"
+	"log/slog"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/expect"
+	"github.com/conenatd/conenatd/internal/rules"
+)
+
+// olderTables are those of an earlier daemon that has another name for them, with what
+// is in them. This daemon takes that over and removes the tables: nobody else would.
+type olderTables struct {
+	all      []*firewall
+	standing []expect.Adopted
+	revoked  []cone.Key // by the user
+}
+
+func (d *Daemon) openOlder() (o olderTables, err error) {
+	o.all, err = openTables(d.cfg.Table)
+	if err != nil { // what others hold stays
+		d.firewall.warnings = append(d.firewall.warnings, err.Error())
+	}
+	var errs []error
+	for _, f := range o.all {
+		standing, err := f.left(d.cfg.Config)
+		o.standing = append(o.standing, standing...)
+		errs = append(errs, err)
+		revoked, err := f.tables.NewMap(mapConfig(d.cfg.Config)).Revoked()
+		o.revoked = append(o.revoked, revoked...)
+		errs = append(errs, err)
+	}
+	if err := errors.Join(errs...); err != nil {
+		o.close()
+		return o, err
+	}
+	return o, nil
+}
+
+// moveTo puts into m what stands, and what was revoked. The model decides later what of
+// it stays.
+func (o *olderTables) moveTo(m *rules.Map, failures *failures) error {
+	ps := make([]cone.Permission, len(o.standing))
+	for i, a := range o.standing {
+		ps[i] = a.Permission
+	}
+	m.Grant(ps, func(i int, r cone.Reason, err error) {
+		failures.note("carry permission over", 1, because(r, err), "ext", ps[i].Ext, "peer", ps[i].Peer)
+	})
+	ps = ps[:0]
+	for _, k := range o.revoked {
+		ps = append(ps, cone.Permission{Key: k})
+	}
+	return m.Deny(ps, cone.ReasonRevoked)
+}
+
+func (o *olderTables) remove(log *slog.Logger) error {
+	for _, f := range o.all {
+		if err := f.remove(); err != nil {
+			return err
+		}
+		log.Info("the tables of an earlier daemon are removed; what they held is in those of this one", "table", f.name)
+	}
+	return nil
+}
+
+// close lets go of the tables.
+func (o *olderTables) close() {
+	for _, f := range o.all {
+		_ = f.close()
+	}
+}
