@@ -70,7 +70,6 @@ func TestReloadOfAWrongFileKeepsTheOldConfiguration(t *testing.T) {
 		"lifetime = 5\n[[subnet]]\nprefix = \"10.47.12.0/24\"\n":         "conenatd.toml:1: lifetime: expected a duration",
 		"event_buffer = 65536\n[[subnet]]\nprefix = \"10.47.12.0/24\"\n": "event_buffer: a change needs a restart",
 		"": "none is enabled",
-		"outside = [\"ppp00\"]\n[[subnet]]\nprefix = \"10.47.11.0/24\"\n": "ppp00",
 	} {
 		write(text)
 		out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket)

@@ -76,7 +76,6 @@ func TestWrongInputIsNamedAndChangesNothing(t *testing.T) {
 		"missing file":     {[]string{"run", "--config", filepath.Join(dir, "none.toml")}, 2, "none.toml"},
 		"host bits":        {[]string{"run", "--subnet", "10.47.11.1/24"}, 2, `did you mean "10.47.11.0/24"`},
 		"unknown flag":     {[]string{"run", "--bogus"}, 2, "--bogus"},
-		"no such outside":  {[]string{"run", "--subnet", "10.47.11.0/24", "--outside", "ppp7"}, 1, "ppp7"},
 		"outside network":  {[]string{"run", "--subnet", "198.51.100.0/24"}, 1, "the network of the outside link wan0"},
 		"status, no one":   {[]string{"status"}, 1, "no conenatd runs in this network namespace"},
 		"check, bad file":  {[]string{"check", file("backend = 7\n")}, 2, "c.toml:1: backend:"},

@@ -92,3 +92,26 @@ func TestEveryFlagHasItsKeyAndEveryKeyItsFlag(t *testing.T) {
 		t.Errorf("no flag for %v", keys)
 	}
 }
+
+// At boot what the daemon needs may come late, by minutes. systemd by default gives up
+// after five starts in ten seconds.
+//
+// Fails when a setting is missing or in a section where systemd ignores it.
+func TestTheUnitNeverGivesUp(t *testing.T) {
+	data, err := os.ReadFile("../../deploy/systemd/conenatd.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	missing := []string{"[Unit] StartLimitIntervalSec=0", "[Service] Restart=on-failure", "[Service] RestartSec=5"}
+	section := ""
+	for line := range strings.Lines(string(data)) {
+		line = strings.TrimSpace(line)
+		if strings.HasPrefix(line, "[") {
+			section = line
+		}
+		missing = slices.DeleteFunc(missing, func(s string) bool { return s == section+" "+line })
+	}
+	if len(missing) > 0 {
+		t.Errorf("missing: %q", missing)
+	}
+}

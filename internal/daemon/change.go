@@ -21,37 +21,67 @@ func (d *Daemon) Reload() error {
 	if err != nil {
 		return d.keepOld(err)
 	}
-	// All that can be wrong is found before anything changes.
-	network, err := gateway.ReadNetwork(0, cfg.Outside)
-	if err != nil {
-		return d.keepOld(err)
-	}
-	cfg.Subnets = subnets(cfg, network.Candidates())
-	if err := outsideOwn(cfg.Subnets, network); err != nil {
-		return d.keepOld(err)
-	}
-	var old config.Config
-	if !d.do(func() { old = d.cfg.Config }) {
-		return errEnded
-	}
-	if err := unchangeable(old, cfg); err != nil {
-		return d.keepOld(err)
-	}
 	done := make(chan error, 1)
 	select {
-	case d.jobs <- func() { done <- d.change(cfg) }:
+	case d.jobs <- func() { done <- d.adopt(cfg) }:
 	case <-d.ended:
 		return errEnded
 	}
 	if err := <-done; err != nil {
 		return d.keepOld(err)
 	}
+	d.wantReconcile() // to find the flows that give a permission only now
+	return nil
+}
+
+// adopt puts a new configuration in force. All that can be wrong is found before
+// anything changes. The reconcile calls it.
+func (d *Daemon) adopt(wanted config.Config) error {
+	network, err := gateway.ReadNetwork(0, wanted.Outside)
+	if err != nil {
+		return err
+	}
+	cfg := d.resolve(wanted, network)
+	if err := outsideOwn(cfg.Subnets, network); err != nil {
+		return err
+	}
+	var old config.Config
+	if !d.do(func() { old = d.cfg.Config }) {
+		return errEnded
+	}
+	if err := unchangeable(old, cfg); err != nil {
+		return err
+	}
+	if err := d.change(cfg); err != nil {
+		return err
+	}
+	d.wanted = wanted
 	if d.cfg.Level != nil {
 		d.cfg.Level.Set(cfg.LogLevel)
 	}
 	d.log.Info("configuration reloaded", "backend", cfg.Backend, "subnets", prefixes(cfg.Subnets), "lifetime", cfg.Lifetime)
-	d.wantReconcile() // to find the flows that give a permission only now
 	return nil
+}
+
+// resolve returns what the user wants with the subnets that "auto" finds. A link that was
+// an outside link does not become an inside one when it loses its default route.
+func (d *Daemon) resolve(wanted config.Config, network gateway.Network) config.Config {
+	wanted.Subnets = subnets(wanted, network.Candidates(d.rerouted.outside))
+	return wanted
+}
+
+// followLinks enables the subnets that "auto" finds now, and reports whether they are
+// others than those of cfg, which is in force.
+func (d *Daemon) followLinks(cfg config.Config, network gateway.Network) (changed bool, err error) {
+	next := d.resolve(d.wanted, network)
+	if slices.Equal(next.Subnets, cfg.Subnets) {
+		return false, nil
+	}
+	if err := d.change(next); err != nil {
+		return false, fmt.Errorf("enable the subnets %v: %w", prefixes(next.Subnets), err)
+	}
+	d.log.Info("links changed, and with them the subnets of \"auto\"", "subnets", prefixes(next.Subnets))
+	return true, nil
 }
 
 func (d *Daemon) keepOld(err error) error {
@@ -75,7 +105,7 @@ func unchangeable(old, next config.Config) error {
 	if anyIPv6(next.Subnets) && !anyIPv6(old.Subnets) {
 		errs = append(errs, errors.New("subnet: the first IPv6 subnet needs a restart"))
 	}
-	if len(next.Subnets) == 0 {
+	if len(next.Subnets) == 0 && !next.AutoSubnets {
 		errs = append(errs, errors.New("subnet: none is enabled"))
 	}
 	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -52,6 +53,7 @@ type Daemon struct {
 	failures  *failures
 
 	// The reconcile's own.
+	wanted    config.Config    // as the user gave it; d.cfg has the subnets that "auto" found
 	held      *gateway.PortSet // sockets at the last look
 	looked    time.Duration    // when that was
 	settled   bool             // they were the same as at the look before
@@ -134,10 +136,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.network, err = gateway.ReadNetwork(0, cfg.Outside); err != nil {
 		return d, err
 	}
-	d.cfg.Subnets = subnets(cfg.Config, d.network.Candidates())
-	if len(d.cfg.Subnets) == 0 {
-		return d, errors.New("no subnet is enabled and none looks like an inside network: name one with --subnet")
-	}
+	d.wanted, d.cfg.Subnets = cfg.Config, subnets(cfg.Config, d.network.Candidates(nil))
 	if err = outsideOwn(d.cfg.Subnets, d.network); err != nil {
 		return d, err
 	}
@@ -441,7 +440,14 @@ func (d *Daemon) warnings() (out warnings) {
 	if n, err := d.conntrack.read(events); err == nil && n == 0 {
 		out.add("events", "the kernel sends no conntrack events: permissions come late, at each reconcile; set net.netfilter.nf_conntrack_events = 2")
 	}
-	if len(d.network.OutsideLinks()) == 0 {
+	for _, name := range d.network.Missing {
+		out.add("missing "+name, "outside link %s is not there: it counts as soon as it is, or correct its name in the key outside (there are %s)",
+			name, strings.Join(d.network.LinkNames(), ", "))
+	}
+	if d.cfg.AutoSubnets && len(d.cfg.Subnets) == 0 {
+		out.add("auto", `subnet "auto" found no inside network: one is served as soon as it is there, or name it with --subnet`)
+	}
+	if len(d.network.OutsideLinks()) == 0 && len(d.network.Missing) == 0 {
 		out.add("outside", `no outside link: none has a default route; name one with --outside`)
 	}
 	d.warnElsewhere(&out)

@@ -28,7 +28,7 @@ func TestOneMissingBackendIsOneSentence(t *testing.T) {
 			cfg := config.Default()
 			cfg.Backend = tt.backend
 			d := &Daemon{firewall: &firewall{missing: missing}}
-			d.cfg.Socket = filepath.Join(t.TempDir(), "c.sock")
+			d.conntrack = sysctls{dir: sysctlDir, note: filepath.Join(t.TempDir(), "c.sysctl")}
 			err := l.Gateway.Do(func() error {
 				o, err := d.open(cfg)
 				if o.missing != tt.want {

@@ -166,8 +166,7 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 		return false, errEnded
 	}
 	network, err := gateway.ReadNetwork(0, cfg.Outside)
-	// A link that was named may go and come back.
-	if unknown := new(gateway.UnknownLinkError); err != nil && !errors.As(err, &unknown) {
+	if err != nil {
 		return false, err
 	}
 	d.links.Know(network, cfg.Outside, wantsMapping(cfg))
@@ -194,7 +193,11 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 		d.reviewSockets()
 		d.warned.tell(d.now(), d.warnings())
 	})
-	return misjudged, failed
+	followed, err := d.followLinks(cfg, network)
+	if followed {
+		d.do(func() { d.warned.tell(d.now(), d.warnings()) })
+	}
+	return misjudged || followed, errors.Join(failed, err)
 }
 
 // newOutside reports whether there is an outside link, or an address on one, that was

@@ -18,13 +18,13 @@ var private = []netip.Prefix{ // RFC 1918
 // Candidates returns the private IPv4 prefixes (RFC 1918) that look like a LAN
 // behind the gateway: connected, by a link that is up, not an outside link, and
 // not one of a container or machine host, or a tunnel. It is a proposal for the
-// user's subnets, so what is doubtful is left out.
-func (n Network) Candidates() []netip.Prefix {
+// user's subnets, so what is doubtful is left out, and the links of but, by name.
+func (n Network) Candidates(but map[string]bool) []netip.Prefix {
 	var found []netip.Prefix
 	links := n.links()
 	for _, a := range n.Addrs {
 		l := links[a.Link]
-		if !l.Outside && l.lan() && !a.Prefix.IsSingleIP() && covered(a.Prefix, private) {
+		if !l.Outside && !but[l.Name] && l.lan() && !a.Prefix.IsSingleIP() && covered(a.Prefix, private) {
 			found = append(found, a.Prefix.Masked())
 		}
 	}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,6 +17,8 @@ type Network struct {
 	Routes []Route        // unicast routes of all tables, but those of table local
 	Rules  []Rule         // for IPv4
 	Ended  []netip.Prefix // IPv4 networks with a route that is local or rejects
+
+	Missing []string // names of outside links that are not there, and may come
 }
 
 // A Link is a network interface.
@@ -46,17 +47,6 @@ type Route struct {
 	Link   int // index
 }
 
-// An UnknownLinkError says that links were named that are not there.
-type UnknownLinkError struct {
-	Names []string // what was not found
-	Links []string // what is there
-}
-
-func (e *UnknownLinkError) Error() string {
-	return fmt.Sprintf("find link %s: there are only %s",
-		strings.Join(e.Names, ", "), strings.Join(e.Links, ", "))
-}
-
 // attempts is how often a network that changes under our eyes is read. One
 // reading takes well below a millisecond on most gateways.
 const attempts = 5
@@ -64,9 +54,6 @@ const attempts = 5
 // ReadNetwork reads the network namespace behind the descriptor netns, or the
 // calling thread's own when it is 0. The links named in outside are outside
 // links beside those that hold a default route.
-//
-// If the error is an *UnknownLinkError the Network is complete all the same: a
-// link may come later.
 func ReadNetwork(netns int, outside []string) (Network, error) {
 	c, err := dial(unix.NETLINK_ROUTE, netns)
 	if err != nil {
@@ -83,7 +70,8 @@ func ReadNetwork(netns int, outside []string) (Network, error) {
 	if err != nil {
 		return Network{}, err
 	}
-	return r.Network, r.markOutside(outside)
+	r.markOutside(outside)
+	return r.Network, nil
 }
 
 func (r *reader) read(c *conn) error {
@@ -117,29 +105,23 @@ func (r *reader) read(c *conn) error {
 }
 
 // markOutside finds the outside links.
-func (n *Network) markOutside(named []string) error {
+func (n *Network) markOutside(named []string) {
 	holds := map[int]bool{}
 	for _, r := range n.Routes {
 		if isDefault(r.Prefix) {
 			holds[r.Link] = true
 		}
 	}
-	var names []string
 	for i := range n.Links {
 		l := &n.Links[i]
 		l.Outside = !l.is(unix.IFF_LOOPBACK) && holds[l.Index] || slices.Contains(named, l.Name)
-		names = append(names, l.Name)
 	}
-	var unknown []string
+	there := n.LinkNames()
 	for _, name := range named {
-		if !slices.Contains(names, name) {
-			unknown = append(unknown, name)
+		if !slices.Contains(there, name) {
+			n.Missing = append(n.Missing, name)
 		}
 	}
-	if unknown != nil {
-		return &UnknownLinkError{Names: unknown, Links: names}
-	}
-	return nil
 }
 
 func (l Link) is(flags uint32) bool { return l.Flags&flags == flags }
@@ -151,6 +133,14 @@ func (n Network) OutsideLinks() []string {
 		if l.Outside {
 			names = append(names, l.Name)
 		}
+	}
+	return names
+}
+
+// LinkNames returns the names of all links.
+func (n Network) LinkNames() (names []string) {
+	for _, l := range n.Links {
+		names = append(names, l.Name)
 	}
 	return names
 }

@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"errors"
 	"net/netip"
 	"slices"
 	"strings"
@@ -112,17 +111,13 @@ func TestNexthopObjectsAreResolvedWithoutCompatMode(t *testing.T) {
 	}
 }
 
-func TestUnknownLinkIsNamedBesideThoseThatAreThere(t *testing.T) {
+func TestNamedLinkThatIsNotThereIsMissing(t *testing.T) {
 	n, err := ReadNetwork(newGateway(t).FD(), []string{"ppp0", "wan0"})
-	var unknown *UnknownLinkError
-	if !errors.As(err, &unknown) {
-		t.Fatalf("got %v", err)
+	if err != nil {
+		t.Fatal(err)
 	}
-	if !slices.Equal(unknown.Names, []string{"ppp0"}) || !slices.Contains(unknown.Links, "lan0") {
-		t.Errorf("got %+v", unknown)
-	}
-	if msg := err.Error(); !strings.HasPrefix(msg, "find link ppp0: ") || !strings.Contains(msg, "guest0") {
-		t.Errorf("got %q", msg)
+	if want := []string{"ppp0"}; !slices.Equal(n.Missing, want) {
+		t.Errorf("missing %q, want %q", n.Missing, want)
 	}
 	if got := n.OutsideLinks(); !slices.Equal(got, []string{"wan0"}) {
 		t.Errorf("outside links: %q", got)
@@ -238,10 +233,13 @@ func TestCandidatesOnTheKernel(t *testing.T) {
 		}
 		ip(t, g, "addr add 10.10."+string(rune('0'+i))+".1/24 dev "+name)
 	}
-	got := readNetwork(t, g).Candidates()
+	got := readNetwork(t, g).Candidates(nil)
 	want := []netip.Prefix{lab.InsideNet, netip.MustParsePrefix("192.168.1.0/24")}
 	if !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
+	}
+	if got := readNetwork(t, g).Candidates(map[string]bool{"lan0": true}); !slices.Equal(got, want[1:]) {
+		t.Errorf("without lan0 got %v, want %v", got, want[1:])
 	}
 }
 
@@ -304,8 +302,8 @@ func FuzzDecode(f *testing.F) {
 			_ = decode(b)
 		}
 		r.resolve()
-		_ = r.markOutside(nil)
-		_, _ = r.Topology(), r.Candidates()
+		r.markOutside(nil)
+		_, _ = r.Topology(), r.Candidates(nil)
 		p := PortSet{bound: map[cone.Endpoint]struct{}{}}
 		_ = p.add(b, func(uint32) bool { return true })
 	})

@@ -1,0 +1,79 @@
+package e2e
+
+import (
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// At boot there is neither the LAN nor the link to the provider. The daemon is ready all
+// the same, says what it waits for, and serves what comes.
+//
+// Fails when a start or a reload refuses a name that no link has, or looks for inside
+// networks once.
+func TestLinksMayComeAfterTheDaemon(t *testing.T) {
+	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{Rules: `table ip nat {
+	chain postrouting {
+		type nat hook postrouting priority srcnat; policy accept;
+		oifname "ppp0" masquerade
+	}
+}
+`})
+		const lan = "10.47.11.1/24 dev lan0"
+		s.IP(s.Gateway, "address del "+lan)
+		s.IP(s.Gateway, "link set wan0 down")
+		s.Start(append(mode, "--subnet=auto", "--outside=ppp0")...)
+		const noLink, noLAN = "outside link ppp0 is not there", `found no inside network`
+		s.told(noLink)
+		s.told(noLAN)
+		if out, code := s.CLI("reload"); code != 0 {
+			t.Errorf("reload: exit %d, %q", code, out)
+		}
+
+		s.IP(s.Gateway, "address add "+lan)
+		s.over(noLAN)
+		s.IP(s.Gateway, "link set wan0 name ppp0")
+		s.LinkUp("ppp0")
+		s.IP(s.Gateway, "route add 203.0.113.0/24 via 198.51.100.254 dev ppp0")
+		s.over(noLink)
+		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+		ext := s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
+		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+		if n := len(s.Status().Warnings); n > 0 {
+			t.Errorf("warnings %q", s.Status().Warnings)
+		}
+
+		// The LAN goes and comes back.
+		s.IP(s.Gateway, "address del "+lan)
+		s.Until("it is not served", func() bool { return len(s.Status().Subnets) == 0 })
+		s.Until("its permission ended", func() bool { return len(s.InKernel()) == 0 })
+		s.IP(s.Gateway, "address add "+lan)
+		s.Stands(phone, proxy, ext)
+		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
+	})
+}
+
+// A link that was an outside link has a private network behind it, and loses its default
+// route. That does not make the provider's customers inside hosts.
+//
+// Fails when "auto" takes every private network that is behind no outside link now.
+func TestAutoDoesNotEnableALinkThatWasOutside(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	s.IP(s.Gateway, "link add wan2 type bridge")
+	s.IP(s.Gateway, "address add 192.168.0.2/24 dev wan2")
+	s.IP(s.Gateway, "link set wan2 up")
+	s.IP(s.Gateway, "route add default via 192.168.0.1 dev wan2 metric 100")
+	s.Start("--subnet=auto")
+	s.Until("both links are outside links", func() bool { return len(s.Status().Outside) == 2 })
+	s.IP(s.Gateway, "route del default via 192.168.0.1 dev wan2")
+	s.Until("one of them is not any more", func() bool { return len(s.Status().Outside) == 1 })
+	if out, code := s.CLI("reload"); code != 0 {
+		t.Errorf("reload: exit %d, %q", code, out)
+	}
+	if got := s.Status().Subnets; len(got) != 1 || got[0].Prefix != lab.InsideNet {
+		t.Errorf("subnets %+v", got)
+	}
+}
