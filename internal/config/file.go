@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
-	"os"
 	"slices"
 	"strings"
 	"unicode"
@@ -28,7 +27,7 @@ func Load(path string) (Config, error) {
 // load is Load, but what is wrong between one key and another it returns apart:
 // flags may override one of them.
 func load(path string) (c Config, between, err error) {
-	data, err := os.ReadFile(path)
+	data, err := readFile(path)
 	if err != nil {
 		// The path goes in front here too, so only the cause is wanted.
 		if pe := (*fs.PathError)(nil); errors.As(err, &pe) {

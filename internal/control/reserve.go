@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -27,24 +28,43 @@ func newReserve(ln net.Listener) net.Listener {
 	return l
 }
 
-// exhaustedTime is the time between two tries while there is no descriptor at all.
+// exhaustedTime is the time between two looks for clients while there is no descriptor.
 const exhaustedTime = 50 * time.Millisecond
 
 func (l *reserve) Accept() (net.Conn, error) {
 	for {
 		c, err := l.Listener.Accept()
-		if errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) {
-			if !l.lend() {
+		switch {
+		case errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE):
+			// The kernel says so whether there is a client or not. Without one, somebody else
+			// would take the descriptor.
+			if !l.pending() || !l.lend() {
 				time.Sleep(exhaustedTime)
 			}
-			continue
-		}
-		if err != nil {
+		case err != nil:
 			return nil, err
+		default:
+			l.keep()
+			return &reserveConn{c, l}, nil
 		}
-		l.keep()
-		return &reserveConn{c, l}, nil
 	}
+}
+
+// pending reports whether a client waits.
+func (l *reserve) pending() bool {
+	ln, ok := l.Listener.(syscall.Conn)
+	if !ok {
+		return true
+	}
+	raw, err := ln.SyscallConn()
+	if err != nil {
+		return true
+	}
+	n := 0
+	err = raw.Control(func(fd uintptr) {
+		n, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+	})
+	return err != nil || n > 0 // a listener that is closed says so itself
 }
 
 func (l *reserve) Close() error {

@@ -83,6 +83,9 @@ func TestTheClientSaysWhatWouldMendIt(t *testing.T) {
 			t.Errorf("\n got %v\nwant %s", err, want)
 		}
 	}
+	if err := Dial("/x").explain(os.ErrDeadlineExceeded); !strings.Contains(err.Error(), "no answer on /x within 1m0s: it is stopped") {
+		t.Error(err)
+	}
 	for _, errno := range []unix.Errno{unix.EACCES, unix.EPERM} {
 		err := Dial("/x").explain(&os.SyscallError{Syscall: "connect", Err: errno})
 		if !strings.HasSuffix(err.Error(), ": run as root") {

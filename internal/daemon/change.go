@@ -13,11 +13,37 @@ import (
 )
 
 // Reload reads the configuration again and puts it in force. Permissions that
-// it still allows are not touched. With an error nothing changed.
+// it still allows are not touched. With an error nothing changed. A file that does not
+// let itself be read keeps up neither a stop nor the next Reload, which it must not undo
+// when it is read at last.
 func (d *Daemon) Reload() error {
-	d.reloading.Lock() // by one command at a time
-	defer d.reloading.Unlock()
-	cfg, err := d.cfg.Reload()
+	n := d.reloads.Add(1)
+	type result struct {
+		cfg config.Config
+		err error
+	}
+	read := make(chan result, 1)
+	go func() {
+		cfg, err := d.cfg.Reload()
+		read <- result{cfg, err}
+	}()
+	var r result
+	select {
+	case r = <-read:
+	case <-d.ended:
+		return errEnded
+	}
+	d.reloaded.Lock() // by one command at a time
+	defer d.reloaded.Unlock()
+	if n < d.reloaded.last {
+		return d.reloaded.err
+	}
+	d.reloaded.last, d.reloaded.err = n, d.reload(r.cfg, r.err)
+	return d.reloaded.err
+}
+
+// reload puts in force what was read.
+func (d *Daemon) reload(cfg config.Config, err error) error {
 	if err != nil {
 		return d.keepOld(err)
 	}

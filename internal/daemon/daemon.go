@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -95,12 +96,17 @@ type Daemon struct {
 	reportedEvents    ctwatch.Stats
 	reportedMalformed time.Duration
 
-	inbox     chan func()
-	hurry     chan struct{} // a reconcile is wanted
-	moved     chan struct{} // links, addresses or routes changed
-	jobs      chan func()   // for the reconcile
-	reloading sync.Mutex
-	ended     chan struct{} // closed when the loop ended
+	inbox    chan func()
+	hurry    chan struct{} // a reconcile is wanted
+	moved    chan struct{} // links, addresses or routes changed
+	jobs     chan func()   // for the reconcile
+	reloads  atomic.Uint64 // that began
+	reloaded struct {
+		sync.Mutex
+		last uint64 // the latest that was done
+		err  error  // of that
+	}
+	ended chan struct{} // closed when the loop ended
 }
 
 // New opens everything that the daemon needs in the kernel, and fails if

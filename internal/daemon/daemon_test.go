@@ -9,7 +9,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 
@@ -27,7 +29,8 @@ const (
 )
 
 var inside = map[string]func(dir string) error{
-	"stop": runInside, "fail": failInside, "unready": unreadyInside,
+	"stop": runInside, "fail": failInside, "unready": unreadyInside, "stuck": stuckInside,
+	"exhausted": exhaustedInside,
 }
 
 // runRole lets this program play a role in the gateway.
@@ -170,4 +173,82 @@ func socket(t *testing.T, h *lab.Host, port uint16) *lab.Socket {
 func TestWithoutAGoodReconcileTheDaemonEnds(t *testing.T) {
 	t.Parallel() // it takes its time
 	runRole(t, lab.ForTest(t, lab.Options{}), "unready")
+}
+
+// stuckInside reads a configuration that does not come, from a file system that does not
+// answer, while another one is read and the daemon is stopped.
+func stuckInside(dir string) error {
+	cfg := config.Default()
+	cfg.Subnets = []config.Subnet{{Prefix: lab.InsideNet}}
+	var out lines
+	asked := make(chan chan config.Config)
+	d, err := daemon.New(daemon.Config{
+		Config: cfg, Socket: filepath.Join(dir, "control.sock"), Log: slog.New(slog.NewTextHandler(&out, nil)),
+		Reload: func() (config.Config, error) {
+			answer := make(chan config.Config)
+			asked <- answer
+			return <-answer, nil
+		},
+	})
+	if err != nil {
+		return err
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	ready, ended := make(chan struct{}), make(chan error, 1)
+	go func() { ended <- d.Run(ctx, func() { close(ready) }) }()
+	<-ready
+	reload := func() (chan<- config.Config, <-chan error) {
+		done := make(chan error, 1)
+		go func() { done <- d.Reload() }()
+		return <-asked, done
+	}
+	answerFirst, first := reload()
+	answerSecond, second := reload()
+	next := cfg
+	next.Lifetime = time.Minute
+	answerSecond <- next
+	if err := <-second; err != nil {
+		return fmt.Errorf("reload while an earlier one hangs: %w", err)
+	}
+	answerFirst <- cfg
+	if err := <-first; err != nil {
+		return fmt.Errorf("reload that was overtaken: %w", err)
+	}
+	if n := strings.Count(out.String(), "configuration reloaded"); n != 1 {
+		return fmt.Errorf("%d configurations were put in force, want 1: %s", n, out.String())
+	}
+	_, hangs := reload()
+	stop()
+	if err := <-ended; err != nil {
+		return err
+	}
+	if err := <-hangs; err == nil {
+		return errors.New("a reload that hangs is good")
+	}
+	return nil
+}
+
+// lines collects a log.
+type lines struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// Fails, for good, when a reload waits for an earlier one that hangs, or a stop for either.
+func TestAFileThatCannotBeReadHoldsUpNothing(t *testing.T) {
+	t.Parallel()
+	runRole(t, lab.ForTest(t, lab.Options{}), "stuck")
 }

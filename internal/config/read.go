@@ -1,0 +1,81 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// maxFile is the size of the largest file that is read: 20,000 prefixes take 0.5 MB.
+	maxFile = 16 << 20
+
+	// readTime bounds the wait for a file system, such as NFS without its server.
+	readTime = 5 * time.Second
+
+	// maxReads is how many reads there are at a time. One that hangs holds a thread, and
+	// nothing can end it.
+	maxReads = 8
+)
+
+var errSlow = fmt.Errorf("its file system does not answer within %v: mount it again, or move the file", readTime)
+
+// readFile returns what is in the file at path, without its name in the error.
+func readFile(path string) ([]byte, error) {
+	return within(time.After(readTime), func() ([]byte, error) { return readRegular(path) })
+}
+
+// reading has a place for each read that is under way.
+var reading = make(chan struct{}, maxReads)
+
+// within returns what read returns, unless the time is up before; read may go on then.
+func within(end <-chan time.Time, read func() ([]byte, error)) ([]byte, error) {
+	select {
+	case reading <- struct{}{}:
+	case <-end:
+		return nil, errSlow
+	}
+	type result struct {
+		data []byte
+		err  error
+	}
+	done := make(chan result, 1)
+	go func() {
+		defer func() { <-reading }()
+		data, err := read()
+		done <- result{data, err}
+	}()
+	select {
+	case r := <-done:
+		return r.data, r.err
+	case <-end:
+		return nil, errSlow
+	}
+}
+
+// readRegular waits for no writer of a named pipe and no holder of a lease.
+func readRegular(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	switch {
+	case err != nil:
+		return nil, err
+	case info.IsDir():
+		return nil, unix.EISDIR
+	case !info.Mode().IsRegular():
+		return nil, errors.New("it is a pipe, a socket or a device")
+	}
+	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err == nil && len(data) > maxFile {
+		err = fmt.Errorf("it is larger than %d MiB", maxFile>>20)
+	}
+	return data, err
+}
