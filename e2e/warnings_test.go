@@ -158,3 +158,30 @@ func TestMappingThatIsNotInForceIsTold(t *testing.T) {
 	s.over("endpoint-independent mapping is not in force")
 	s.Until("it is in force again", func() bool { return s.Status().Tables.Mapping.On })
 }
+
+// A phone's port is forwarded to it, and the phone goes on.
+//
+// Fails when each reconcile logs that its permission is refused.
+func TestRefusalThatGoesOnIsLoggedOnce(t *testing.T) {
+	stage.OfTheDaemon(t)
+	s := newScene(t, lab.Options{Rules: lab.Masquerade + `table ip forwards {
+	chain prerouting {
+		type nat hook prerouting priority dstnat; policy accept;
+		iifname "wan0" udp dport 5060 dnat to 10.47.11.109
+	}
+}
+`})
+	s.Start("--subnet", lab.InsideNet.String(), "--backend=expect", "--reconcile=1s")
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	s.Listed(phone, proxy, s.Contact(phone, proxy), "refused")
+	s.Until("it was refused many times", func() bool {
+		n := uint64(0)
+		for _, refused := range s.Status().Counters.Refused {
+			n += refused
+		}
+		return n >= 6
+	})
+	if n := s.logs("INFO", "permissions refused"); n != 1 {
+		t.Errorf("logged %d times\n%s", n, s.Daemon.Output())
+	}
+}

@@ -126,11 +126,9 @@ func (d *Daemon) redecide(cfg config.Config, network gateway.Network, tables con
 			if old, known := d.decisions[prefix]; !known || old.Choice != x.Choice || old.ChildVerdicts != x.ChildVerdicts {
 				d.log.Info("what carries permissions", "subnet", prefix, "by", d.carriers(x.Choice), "why", x.why)
 			}
-			if x.warning != "" && d.decisions[prefix].warning != x.warning {
-				d.log.Warn(x.warning)
-			}
 		}
 		d.decisions = all
+		d.warned.tell(d.now(), d.warnings())
 		if changed {
 			d.model.SetPolicy(d.now(), d.policy(d.cfg.Config))
 		}

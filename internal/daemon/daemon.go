@@ -52,6 +52,7 @@ type Daemon struct {
 	made      bool      // the tables are ours, not those of an earlier daemon
 	leave     bool      // what stands in the kernel stays when this daemon ends
 	failures  *failures
+	noted     *episodes // of other things that should not happen
 
 	// The reconcile's own.
 	wanted    config.Config    // as the user gave it; d.cfg has the subnets that "auto" found
@@ -69,32 +70,31 @@ type Daemon struct {
 	}
 
 	// The loop's own.
-	backends          *backends
-	missing           string     // which backend is missing and why
-	denied            []cone.Key // what was revoked when an earlier daemon ran
-	model             *cone.Model
-	network           gateway.Network
-	topology          cone.Topology  // of network
-	ruleWarnings      []string       // about the user's forwards
-	hidden            *rules.Covered // by forwards of the user's: no packet gets to the map
-	portWarnings      []string       // about port_pool
-	decisions         map[netip.Prefix]decision
-	late              time.Duration    // how long changes of neighbours have to wait
-	tables            control.Tables   // as last read
-	served            *gateway.PortSet // at the last two looks; before the second, at the first
-	sure              bool             // there were two
-	latency           histogram
-	repaired          [parts]uint64
-	applied           applied // mappings, at the last reconcile
-	warned            *warner
-	behind            bool
-	perms             []cone.Permission
-	grants            []cone.Op
-	onFailed          failure
-	refusal           [cone.Reasons]error // first kernel error since the last report
-	reported          cone.Stats
-	reportedEvents    ctwatch.Stats
-	reportedMalformed time.Duration
+	backends       *backends
+	missing        string     // which backend is missing and why
+	denied         []cone.Key // what was revoked when an earlier daemon ran
+	model          *cone.Model
+	network        gateway.Network
+	topology       cone.Topology  // of network
+	ruleWarnings   []string       // about the user's forwards
+	hidden         *rules.Covered // by forwards of the user's: no packet gets to the map
+	portWarnings   []string       // about port_pool
+	decisions      map[netip.Prefix]decision
+	late           time.Duration    // how long changes of neighbours have to wait
+	tables         control.Tables   // as last read
+	served         *gateway.PortSet // at the last two looks; before the second, at the first
+	sure           bool             // there were two
+	latency        histogram
+	repaired       [parts]uint64
+	applied        applied // mappings, at the last reconcile
+	warned         *warner
+	behind         bool
+	perms          []cone.Permission
+	grants         []cone.Op
+	onFailed       failure
+	refusal        [cone.Reasons]error // first kernel error since the last report
+	reported       cone.Stats
+	reportedEvents ctwatch.Stats
 
 	inbox    chan func()
 	hurry    chan struct{} // a reconcile is wanted
@@ -130,7 +130,8 @@ func New(cfg Config) (d *Daemon, err error) {
 			d = nil
 		}
 	}()
-	d.warned, d.failures = newWarner(d.log), newFailures(d.log, d.now)
+	d.warned, d.noted = newWarner(d.log), newEpisodes(d.log, d.now, cfg.Reconcile)
+	d.failures = newFailures(d.log, d.now, cfg.Reconcile)
 	d.onFailed = d.failed
 
 	if d.lock, err = control.Acquire(cfg.Socket); err != nil {

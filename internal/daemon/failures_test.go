@@ -28,7 +28,7 @@ func logged() (log *slog.Logger, lines func() string) {
 func TestFailuresAreCountedAndDoNotFloodTheLog(t *testing.T) {
 	log, lines := logged()
 	now := time.Duration(0)
-	f := newFailures(log, func() time.Duration { return now })
+	f := newFailures(log, func() time.Duration { return now }, 30*time.Second)
 	expect := func(want string) {
 		t.Helper()
 		if got := lines(); got != want {

@@ -154,12 +154,8 @@ func (d *Daemon) lookAtSockets(cfg config.Config, network gateway.Network) error
 	d.held, d.looked = held, d.now()
 	warnings, err := d.serve(cfg, network, stays)
 	d.do(func() {
-		for _, w := range warnings {
-			if !slices.Contains(d.portWarnings, w) {
-				d.log.Warn(w)
-			}
-		}
 		d.portWarnings = warnings
+		d.warned.tell(d.now(), d.warnings())
 		d.served, d.sure = stays, true
 		d.reviewSockets()
 	})

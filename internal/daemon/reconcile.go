@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"slices"
 	"time"
@@ -298,7 +299,7 @@ func (d *Daemon) mendRules(cfg config.Config, network gateway.Network) (changed 
 	changed, err = d.firewall.set(cfg, network.OutsideLinks())
 	if changed && byMark == d.firewall.byMark && maps.Equal(uppers, d.firewall.uppers) && slices.Equal(d.network.OutsideLinks(), network.OutsideLinks()) {
 		d.firewall.repaired++
-		d.log.Warn("somebody changed conenatd's nftables tables; they are put back", "table", cfg.Table)
+		d.noted.note(slog.LevelWarn, "tables", "somebody changed conenatd's nftables tables; they are put back", 1, "table", cfg.Table)
 	}
 	return changed, err
 }
@@ -316,7 +317,7 @@ func (d *Daemon) mendTableSize() error {
 	ok := d.do(func() {
 		if size != before {
 			d.repaired[tableSize]++
-			d.log.Warn("somebody made the expectation table smaller; it has its size again", "sysctl", expectMax, "was", before, "is", size)
+			d.noted.note(slog.LevelWarn, "table size", "somebody made the expectation table smaller; it has its size again", 1, "sysctl", expectMax, "was", before, "is", size)
 		}
 		d.backends.expect.SetTableSize(size)
 	})
@@ -425,33 +426,26 @@ func (d *Daemon) walk(f func(cone.View)) {
 	}
 }
 
-// report logs what went wrong since the last report, one line a cause.
+// report notes what went wrong since the last report, and logs what is due.
 func (d *Daemon) report() {
 	s := d.model.Stats()
 	for r := range cone.Reasons {
-		if n := s.Refusals[r] - d.reported.Refusals[r]; n > 0 && d.refusal[r] != nil {
-			d.log.Warn("permissions refused", "reason", cone.Reason(r), "count", n, "err", d.refusal[r])
-		} else if n > 0 {
-			d.log.Info("permissions refused", "reason", cone.Reason(r), "count", n)
+		n, reason := s.Refusals[r]-d.reported.Refusals[r], cone.Reason(r).String()
+		if err := d.refusal[r]; err != nil {
+			d.noted.note(slog.LevelWarn, "refused by the kernel: "+reason, "permissions refused", n, "reason", reason, "err", err)
+		} else {
+			d.noted.note(slog.LevelInfo, "refused: "+reason, "permissions refused", n, "reason", reason)
 		}
 		d.refusal[r] = nil
 	}
-	if n := s.Conflicts - d.reported.Conflicts; n > 0 {
-		d.log.Info("permissions wait for another inside host", "count", n)
-	}
+	d.noted.note(slog.LevelInfo, "conflicts", "permissions wait for another inside host", s.Conflicts-d.reported.Conflicts)
 	d.reported = s
 	e := d.events.Stats()
-	if n := e.Overruns - d.reportedEvents.Overruns; n > 0 {
-		d.log.Warn("conntrack events were lost, the table was read again; "+
-			"a larger event_buffer helps", "count", n)
-	}
-	if n := e.Malformed - d.reportedEvents.Malformed; n > 0 && d.now()-d.reportedMalformed >= time.Minute {
-		d.log.Warn("conntrack events could not be decoded", "count", n)
-		d.reportedMalformed = d.now()
-	} else {
-		e.Malformed = d.reportedEvents.Malformed
-	}
+	d.noted.note(slog.LevelWarn, "overruns", "conntrack events were lost, the table was read again; a larger event_buffer helps",
+		e.Overruns-d.reportedEvents.Overruns)
+	d.noted.note(slog.LevelWarn, "malformed", "conntrack events could not be decoded", e.Malformed-d.reportedEvents.Malformed)
 	d.reportedEvents = e
+	d.noted.tell()
 	d.failures.tell()
 	d.warned.tell(d.now(), d.warnings())
 }

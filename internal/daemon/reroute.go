@@ -3,6 +3,7 @@ package daemon
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"time"
 
@@ -46,9 +47,7 @@ func (d *Daemon) endRerouted(cfg config.Config, network gateway.Network) error {
 	if doubtful > 0 || err != nil {
 		d.rerouted.next = max(d.rerouted.next, d.now()+time.Second)
 	}
-	if n > 0 {
-		d.log.Info("flows with mappings left by another link than the one of their address; they ended", "count", n)
-	}
+	d.noted.note(slog.LevelInfo, "rerouted", "flows with mappings left by another link than the one of their address; they ended", uint64(n))
 	return err
 }
 
