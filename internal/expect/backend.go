@@ -3,6 +3,7 @@ package expect
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -51,6 +52,7 @@ type Backend struct {
 	helpers  helpers
 	standing ledger
 	adopted  []Adopted
+	names    []string    // of the helpers on anchors, sorted
 	zoned    atomic.Bool // something stands, or stood, outside the default zone
 
 	// The batch that is under way, kept here so that it costs no allocation.
@@ -81,9 +83,12 @@ func Open(cfg Config) (*Backend, error) {
 	if b.helpers, err = chooseHelpers(c, cfg); err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
+	b.names = []string{b.helpers.v4.name, b.helpers.v6.name}
 	if err := b.adopt(); err != nil {
 		return nil, errors.Join(err, b.Close())
 	}
+	slices.Sort(b.names)
+	b.names = slices.DeleteFunc(slices.Compact(b.names), func(name string) bool { return name == "" })
 	return b, nil
 }
 
@@ -104,6 +109,9 @@ func (b *Backend) adopt() error {
 		b.standing.take(x.anchor(), x.dst.Addr)
 		b.adopted = append(b.adopted, Adopted{x.permission(), cone.ByExpectation, x.left()})
 		b.see(x.zone)
+		if name := unix.ByteSliceToString(x.helper[:]); !slices.Contains(b.names, name) {
+			b.names = append(b.names, name)
+		}
 	})
 }
 
@@ -152,6 +160,10 @@ func (b *Backend) Max() int { return b.standing.max }
 
 // Helpers returns the names of the helpers in use for IPv4 and IPv6.
 func (b *Backend) Helpers() (ipv4, ipv6 string) { return b.helpers.v4.name, b.helpers.v6.name }
+
+// OnAnchors returns the names of all helpers that an anchor may have: those in use, and
+// those that an earlier daemon used.
+func (b *Backend) OnAnchors() []string { return b.names }
 
 // Standing returns how many permissions the backend made or adopted, and has
 // not revoked.

@@ -22,7 +22,7 @@ type expectation struct {
 	wild      uint8  // low bits of src that the mask leaves out
 	masterUDP bool
 	udp       bool
-	helped    bool // its master has a helper
+	helper    [16]byte // of its master, NF_CT_HELPER_NAME_LEN; zero if that has none
 }
 
 // ours reports whether conenatd made x: all that newExpect would write is there.
@@ -36,8 +36,10 @@ func (x *expectation) ours() bool {
 // master it does not: nobody would know that one for an anchor.
 func (x *expectation) stands(p *cone.Permission, a anchor) bool {
 	old := x.permission()
-	return x.ours() && x.helped && old.Key == p.Key && old.Int == p.Int && x.anchor() == a
+	return x.ours() && x.helped() && old.Key == p.Key && old.Int == p.Int && x.anchor() == a
 }
+
+func (x *expectation) helped() bool { return x.helper != [16]byte{} }
 
 // foreign returns what x, which is not ours, tells of the helper that made it.
 func (x *expectation) foreign() Foreign {
@@ -94,7 +96,8 @@ func parseExpectation(b []byte) (x expectation, ok bool) {
 				return fine
 			})
 		case ctaExpectHelp:
-			x.helped, fine = true, true
+			copy(x.helper[:], v)
+			fine = true
 		case ctaExpectFlags:
 			x.flags, fine = be32(v)
 		case ctaExpectTimeout:

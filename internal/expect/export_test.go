@@ -2,8 +2,8 @@ package expect
 
 import "github.com/conenatd/conenatd/internal/cone"
 
-// LoseHelper makes b use a helper that the kernel does not know.
-func (b *Backend) LoseHelper() { b.helpers.v4.name = "conenat-lost" }
+// UseHelper makes b use another helper for IPv4, which the kernel may not know.
+func (b *Backend) UseHelper(name string) { b.helpers.v4.name = name }
 
 // DeleteExpectation takes the expectation of p alone out of the kernel.
 func (b *Backend) DeleteExpectation(p *cone.Permission) error {

@@ -33,8 +33,9 @@ func ownName(netns int) (string, error) {
 }
 
 // kernelHelpers are helpers of the kernel that can sit on an anchor, best first.
-// They would parse packets, but an anchor never gets one.
-var kernelHelpers = []string{"RAS", "netbios-ns", "tftp", "amanda"}
+// They would parse packets, but an anchor never gets one. Our rules know children by
+// the name of the helper: the last one is that by which users forward UDP most.
+var kernelHelpers = []string{"RAS", "netbios-ns", "amanda", "tftp"}
 
 // A helper is one that works. Policy is the timeout, in seconds, that it gives
 // to an expectation.

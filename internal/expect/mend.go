@@ -36,7 +36,7 @@ func (b *Backend) mend(p *cone.Permission, a anchor, errs answers) (cone.Reason,
 			return cone.ReasonHelper, errs.cause()
 		}
 		if err == nil {
-			if found && !x.helped { // Linux 5.10 does not mind that the helper is gone
+			if found && !x.helped() { // Linux 5.10 does not mind that the helper is gone
 				b.registerHelper()
 			}
 			err = b.clear(p, a)

@@ -39,7 +39,7 @@ func TestFailingAnchorLeavesStrangersAlone(t *testing.T) {
 	g := newGate(t, lab.Options{})
 	b := g.open(time.Minute)
 	x := g.stranger("203.0.113.5", "198.51.100.1:5060")
-	b.LoseHelper()
+	b.UseHelper("conenat-lost")
 	free := perm("198.51.100.1:5061", "10.47.11.109:5060", "203.0.113.5")
 	want := refusals{0: cone.ReasonKernel, 1: cone.ReasonKernel}
 	if got := g.grant(b, seed, free); !maps.Equal(got, want) {

@@ -170,7 +170,7 @@ func FuzzParseExpectation(f *testing.F) {
 		p := x.permission()
 		l := newLedger(1)
 		l.take(x.anchor(), p.Ext.Addr)
-		if a, stands, _ := l.of(&p); !stands || x.stands(&p, a) != x.helped {
+		if a, stands, _ := l.of(&p); !stands || x.stands(&p, a) != x.helped() {
 			t.Errorf("%+v is not found again", x)
 		}
 	})

@@ -18,6 +18,28 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
+// Anchors of an earlier daemon may have another helper than is in use now.
+//
+// Fails when only the names of those in use are known.
+func TestHelpersOfAdoptedAnchorsAreKnown(t *testing.T) {
+	const other = "netbios-ns"
+	g := newGate(t, lab.Options{})
+	b := g.open(time.Minute)
+	if names := b.OnAnchors(); slices.Contains(names, other) || slices.Contains(names, "") || len(names) == 0 {
+		t.Errorf("helpers %q", names)
+	}
+	b.UseHelper(other)
+	g.mustGrant(b, seed)
+	b = g.open(time.Minute)
+	v4, v6 := b.Helpers()
+	want := []string{v4, v6, other}
+	slices.Sort(want)
+	want = slices.Compact(want)
+	if got := b.OnAnchors(); !slices.Equal(got, want) {
+		t.Errorf("helpers %q, want %q", got, want)
+	}
+}
+
 func TestRefreshRenewsAndTellsWhatIsLost(t *testing.T) {
 	g := newGate(t, lab.Options{})
 	ps := many(100)
