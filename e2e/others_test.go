@@ -1,8 +1,15 @@
 package e2e
 
 import (
+	"errors"
+	"fmt"
+	"net"
 	"net/netip"
+	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
@@ -195,5 +202,37 @@ func TestExcludedPeerPortGivesNoPermission(t *testing.T) {
 	s.Lost(host, s.PeerSocket(lab.PeerA, 5070), ext, dns)
 	if n := s.Status().Counters.Skipped["peer port is excluded"]; n != 1 {
 		t.Errorf("%d flows skipped, want 1", n)
+	}
+}
+
+// IPv6 is off unless a subnet names it: no rule is about it, and a closed port of the
+// gateway answers.
+//
+// Fails when the guard, or a chain for expectations, takes in all families.
+func TestFamilyThatIsNotEnabledIsLeftAlone(t *testing.T) {
+	s := play(t, lab.Options{IPv6: true})
+	in, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	s.Stands(in, peer, s.Contact(in, peer))
+	s.Must(s.Outside.Do(func() error {
+		c, err := net.Dial("udp", "[2001:db8:ffff::1]:5060")
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		if _, err := c.Write([]byte("x")); err != nil {
+			return err
+		}
+		if err := c.SetReadDeadline(time.Now().Add(stage.Patience())); err != nil {
+			return err
+		}
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNREFUSED) {
+			return fmt.Errorf("the port is not refused: %w", err)
+		}
+		return nil
+	}))
+	list, err := s.Gateway.Output("nft", "list", "table", "inet", "conenat")
+	s.Must(err)
+	if strings.Contains(list, "ip6") || strings.Contains(list, "ipv6") {
+		t.Error(list)
 	}
 }

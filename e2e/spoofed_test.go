@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/conenatd/conenatd/e2e/stage"
@@ -84,5 +85,105 @@ func TestNFTRoadWarriorByPolicyRoutingPasses(t *testing.T) {
 				t.Errorf("%d packets were dropped", n)
 			}
 		})
+	}
+}
+
+// A host of another network, or a neighbour of the inside host, fakes the source of a
+// permitted peer. What it sends does not get in by the peer's expectation, whatever
+// rp_filter and policy routing say, makes no flow, and keeps nobody out. The peer itself
+// gets in.
+//
+// Fails without the rule of chain child about outside links.
+func TestPeerFakedFromInsideGetsNothing(t *testing.T) {
+	stage.NeedsExpect(t)
+	for name, tc := range map[string]struct {
+		rpFilter string
+		rules    string
+		ip6      bool
+	}{
+		"rp_filter 0":    {rpFilter: "0"},
+		"rp_filter 2":    {rpFilter: "2"},
+		"routes by mark": {rpFilter: "0", rules: `table ip marks { chain pre { type filter hook prerouting priority mangle; ct mark != 0 meta mark set ct mark; }; }`},
+		"routed IPv6":    {ip6: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			stage.InModes(t, [][]string{stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
+				s := newScene(t, lab.Options{Inside: 2, Guest: true, IPv6: tc.ip6, Rules: lab.Masquerade + lab.DropPolicy + tc.rules})
+				inside, guest, peer := s.Inside(0).Addr, s.Guest.Addr, lab.PeerA
+				bits := "/32"
+				if tc.ip6 {
+					mode = append(slices.Clip(mode), "--routed", "--subnet", lab.InsideNet6.String())
+					inside, guest, peer = s.Inside(0).Addr6, s.Guest.Addr6, lab.Peer6A
+					bits = "/128 nodad"
+				}
+				for _, link := range []string{"all", "guest0", "lan0"} {
+					if tc.rpFilter != "" {
+						s.Must(s.Gateway.SetSysctl("net.ipv4.conf."+link+".rp_filter", tc.rpFilter))
+					}
+				}
+				if tc.rules != "" {
+					s.IP(s.Gateway, "rule add fwmark 7 lookup 100")
+				}
+				s.Start(stage.Flags(mode, "--max-children=3")...)
+				phone, proxy := s.Socket(s.Inside(0).Namespace, inside, 5060), s.Socket(s.Outside.Namespace, peer, 5060)
+				ext := s.Contact(phone, proxy)
+				s.Stands(phone, proxy, ext)
+
+				type faker struct {
+					host *lab.Host
+					addr netip.Addr
+				}
+				fakers := []faker{{s.Guest, guest}}
+				if !tc.ip6 { // else he reaches the host itself, without the gateway
+					fakers = append(fakers, faker{s.Inside(1), s.Inside(1).Addr})
+				}
+				for _, faker := range fakers {
+					s.IP(faker.host, "addr add "+peer.String()+bits+" dev lo")
+					own := s.Socket(faker.host.Namespace, faker.addr, 5060)
+					seen := s.Contact(phone, own)
+					for port := range uint16(10) {
+						s.Must(lab.Lost(phone,
+							lab.Packet{From: s.Socket(faker.host.Namespace, peer, 5070+port), To: ext, Payload: stage.Payload("faked")},
+							lab.Packet{From: own, To: seen, Payload: stage.Payload("fence")}))
+					}
+				}
+				if n := s.Status().Tables.Guard.Spoofed; n != uint64(10*len(fakers)) {
+					t.Errorf("%d packets were dropped, want 10 of each", n)
+				}
+				for port := range uint16(3) { // as many as there may be
+					s.Arrives(phone, s.Socket(s.Outside.Namespace, peer, 5070+port), ext)
+				}
+			})
+		})
+	}
+}
+
+// What the user's own helpers and rules expect may come from anywhere: from another
+// inside network, say, to which a host has sent.
+//
+// Fails when the chain child is for every expected flow.
+func TestFlowsThatOthersExpectComeFromAnywhere(t *testing.T) {
+	stage.NeedsExpect(t)
+	s := play(t, lab.Options{Guest: true, Rules: lab.Masquerade + lab.DropPolicy + tftpHelper + `table ip others {
+		ct expectation later { protocol udp; dport 7001; timeout 1m; size 2; l3proto ip; }
+		chain c { type filter hook forward priority 0; iifname "lan0" udp dport 7000 ct expectation set "later"; }
+	}`}, "--max-children=1")
+	server := func(port uint16) *lab.Socket { return s.Socket(s.Guest.Namespace, s.Guest.Addr, port) }
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	s.Stands(phone, proxy, s.Contact(phone, proxy))
+
+	client := s.InsideSocket(0, 2070)
+	const request = "\x00\x01boot.cfg\x00octet\x00"
+	tftp := server(69)
+	s.Must(client.Send(tftp.Addr(), request))
+	_, err := tftp.Expect(request)
+	s.Must(err)
+	s.Arrives(client, server(3000), client.Addr())
+
+	host, later := s.InsideSocket(0, 7002), s.InsideSocket(0, 7001)
+	s.Contact(host, server(7000))
+	s.Arrives(later, server(9), later.Addr())
+	if n := s.Status().Tables.Guard.Spoofed; n != 0 {
+		t.Errorf("%d packets were dropped", n)
 	}
 }

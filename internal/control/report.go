@@ -63,7 +63,7 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	line("early packets", "%d", c.Early)
 	line("crowded", "%d children beyond their limit, dropped", c.Crowded+s.Tables.Guard.Children)
 	if s.Tables.Guard.On {
-		line("guard", "on, dropped %d packets that nobody waited for, %d from outside with an inside source",
+		line("guard", "on, dropped %d packets that nobody waited for, %d with a faked source",
 			s.Tables.Guard.Drops, s.Tables.Guard.Spoofed)
 	} else {
 		line("guard", "off")

@@ -170,9 +170,9 @@ type Expected struct {
 type Guard struct {
 	On       bool   `json:"on"`
 	Drops    uint64 `json:"drops"`     // packets that no socket of the gateway waited for
-	Spoofed  uint64 `json:"spoofed"`   // packets from outside with an inside source
+	Spoofed  uint64 `json:"spoofed"`   // packets with a source that is not by the link that they came by
 	Children uint64 `json:"children"`  // first packets of expected children beyond max_children
-	PortZero uint64 `json:"port_zero"` // packets with port 0
+	PortZero uint64 `json:"port_zero"` // packets like an anchor, and ICMP errors about one
 }
 
 // Events is about the kernel's messages since the start.

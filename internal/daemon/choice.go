@@ -98,7 +98,7 @@ func choose(v rules.ChildVerdicts) decision {
 
 // warning says what the user has to do about children that get nowhere.
 func (f *firewall) warning(s config.Subnet, d decision) string {
-	expected := f.withExpectations && (!f.withMap || s.Routed || s.Prefix.Addr().Is6() || d.Choice == cone.ChooseExpectation)
+	expected := f.withExpectations() && (!f.withMap || s.Routed || s.Prefix.Addr().Is6() || d.Choice == cone.ChooseExpectation)
 	switch {
 	case expected && d.MostRelated == rules.Dropped, !expected && d.MostDNATed == rules.Dropped && d.MostRelated == rules.Dropped:
 		return fmt.Sprintf("your firewall drops the flows of peers into subnet %v: %s; %s", s.Prefix, d.Dropper, accept)

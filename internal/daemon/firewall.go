@@ -29,14 +29,15 @@ type firewall struct {
 	mapping   bool          // the tables have rules for it
 
 	// What the tables serve.
-	withMap, withExpectations bool
-	ports                     outsidePorts
-	portInPool                uint16                    // of a socket, as the warning says
-	decisions                 map[netip.Prefix]decision // never changed, but replaced
-	mappedLinks               []string                  // outside links, and those that were: they keep their mappings
-	choosers                  []string                  // rules of the user's that choose outside ports
-	byMark                    bool                      // routes may depend on marks
-	uppers                    map[string]string
+	withMap     bool
+	helpers     []string // on anchors; none without expectations
+	ports       outsidePorts
+	portInPool  uint16                    // of a socket, as the warning says
+	decisions   map[netip.Prefix]decision // never changed, but replaced
+	mappedLinks []string                  // outside links, and those that were: they keep their mappings
+	choosers    []string                  // rules of the user's that choose outside ports
+	byMark      bool                      // routes may depend on marks
+	uppers      map[string]string
 
 	known map[netip.Addr]struct{} // addresses that links had; nil before the first look
 
@@ -112,7 +113,7 @@ func mapConfig(cfg config.Config) *rules.MapConfig {
 func (f *firewall) mapConfig(cfg config.Config) *rules.MapConfig {
 	c := mapConfig(cfg)
 	for _, s := range cfg.Subnets {
-		if f.withExpectations && f.decisions[s.Prefix].Choice == cone.ChooseExpectation && s.Filtering == config.AddressDependent {
+		if f.withExpectations() && f.decisions[s.Prefix].Choice == cone.ChooseExpectation && s.Filtering == config.AddressDependent {
 			c.Subnets = slices.DeleteFunc(c.Subnets, func(p netip.Prefix) bool { return p == s.Prefix })
 			c.ExcludePeers = append(slices.Clip(c.ExcludePeers), s.Prefix) // it is inside all the same
 		}
@@ -127,15 +128,13 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 		return false, nil
 	}
 	d := rules.Desired{
-		OutsideLinks: outside, Guard: cfg.Guard, Uppers: f.uppers,
-		Expectations: f.withExpectations, MaxChildren: cfg.MaxChildren,
+		OutsideLinks: outside, Subnets: prefixes(cfg.Subnets), Guard: cfg.Guard, Uppers: f.uppers,
+		Helpers: f.helpers, MaxChildren: cfg.MaxChildren,
 	}
 	// Where nobody can tell, nothing is dropped. The kernel does not learn from it then.
 	byMark, err := gateway.RoutesByMark(0)
 	f.byMark = byMark || err != nil
-	if cfg.Guard && !f.byMark {
-		d.Inside = prefixes(cfg.Subnets)
-	}
+	d.Spoofed = cfg.Guard && !f.byMark
 	if f.withMap {
 		d.Map = f.mapConfig(cfg)
 	}
@@ -150,6 +149,8 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 	f.mapping = err == nil && d.Mapping != nil && f.maps()
 	return changed, err
 }
+
+func (f *firewall) withExpectations() bool { return len(f.helpers) > 0 }
 
 // sure takes those flows out whose source may be spoofed. It asks after the flows were
 // read: the kernel remembers such a flow before it is in the table of flows.

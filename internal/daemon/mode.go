@@ -34,7 +34,7 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 		return nil, err
 	}
 	d.backends.expect, d.missing = opened.expect, opened.missing
-	d.firewall.withExpectations = opened.expect != nil
+	d.firewall.helpers = onAnchors(opened.expect)
 	var expected []expect.Adopted
 	if e := opened.expect; e != nil {
 		expected = e.Adopted()
@@ -71,6 +71,13 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 		}
 	}
 	return adopted, older.remove(d.log)
+}
+
+func onAnchors(e *expect.Backend) []string {
+	if e == nil {
+		return nil
+	}
+	return e.OnAnchors()
 }
 
 // carry grants what an earlier daemon left. The model decides later what of it
@@ -140,8 +147,11 @@ func (d *Daemon) change(cfg config.Config) error {
 		}
 	}
 	outside := d.network.OutsideLinks()
-	old := d.firewall.ports
-	d.firewall.ports, d.firewall.withExpectations = ports, hasExpect || o.expect != nil
+	old, helpers := d.firewall.ports, d.firewall.helpers
+	d.firewall.ports = ports
+	if o.expect != nil {
+		d.firewall.helpers = onAnchors(o.expect)
+	}
 	decided := d.firewall.decisions
 	d.firewall.decisions = d.firewall.decide(cfg, d.network)
 	if wantsMap(cfg) && d.firewall.missing == nil && !hasMap {
@@ -152,7 +162,7 @@ func (d *Daemon) change(cfg config.Config) error {
 		_, err = d.firewall.set(cfg, outside)
 	}
 	if err != nil {
-		d.firewall.ports, d.firewall.withExpectations, d.firewall.decisions = old, hasExpect, decided
+		d.firewall.ports, d.firewall.helpers, d.firewall.decisions = old, helpers, decided
 		return errors.Join(err, closeExpect(o.expect))
 	}
 	d.do(func() {
@@ -198,7 +208,7 @@ func (d *Daemon) dropExpect(cfg config.Config) (err error) {
 		var all []cone.Permission
 		err = e.List(func(p cone.Permission, _ time.Duration) { all = append(all, p) })
 		err = errors.Join(err, e.Revoke(all), e.Close(), d.conntrack.restore())
-		d.firewall.withExpectations = false
+		d.firewall.helpers = nil
 	})
 	_, failed := d.firewall.set(cfg, d.network.OutsideLinks())
 	return errors.Join(err, failed)

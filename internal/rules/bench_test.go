@@ -16,7 +16,7 @@ import (
 
 // standard is what the daemon wants by default.
 var standard = rules.Desired{
-	OutsideLinks: []string{"wan0"}, Guard: true, Inside: []netip.Prefix{lab.InsideNet},
+	OutsideLinks: []string{"wan0"}, Subnets: []netip.Prefix{lab.InsideNet}, Guard: true, Spoofed: true,
 	Map: &rules.MapConfig{
 		Size: 1 << 20, Lifetime: time.Hour, MaxChildren: 256, Learn: true, LearnRate: 200,
 		Subnets:          []netip.Prefix{lab.InsideNet},
@@ -425,10 +425,10 @@ func BenchmarkNewFlow(b *testing.B) {
 	learning.LearnRate = 1 << 20
 	bare := rules.Desired{OutsideLinks: []string{"wan0"}, Mapping: &mapped}
 	full := bare
-	full.Guard, full.Inside, full.Map = true, mapped.Subnets, &learning
+	full.Guard, full.Spoofed, full.Subnets, full.Map = true, true, mapped.Subnets, &learning
 	with("mapping, newcomers", bare, true)
 	with("mapping, known", bare, false)
-	with("permissions alone", rules.Desired{OutsideLinks: bare.OutsideLinks, Guard: true, Map: &learning}, false)
+	with("permissions alone", rules.Desired{OutsideLinks: bare.OutsideLinks, Subnets: standard.Subnets, Guard: true, Map: &learning}, false)
 	with("mapping, known, and permissions", full, false)
 	for _, a := range arms {
 		begin := a.begin

@@ -20,7 +20,8 @@ import (
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
-func permit(t *testing.T, l *lab.Lab, ext, in string, peers ...netip.Addr) {
+// permit lets permissions stand as expectations and returns what rules must know of them.
+func permit(t *testing.T, l *lab.Lab, ext, in string, peers ...netip.Addr) rules.Desired {
 	t.Helper()
 	b, err := expect.Open(expect.Config{NetNS: l.Gateway.FD(), Lifetime: time.Hour, IPv6: true})
 	if err != nil {
@@ -35,6 +36,7 @@ func permit(t *testing.T, l *lab.Lab, ext, in string, peers ...netip.Addr) {
 		})
 	}
 	b.Grant(ps, func(i int, r cone.Reason, err error) { t.Fatal(ps[i], r, err) })
+	return rules.Desired{OutsideLinks: []string{"wan0"}, Subnets: both, Helpers: b.OnAnchors()}
 }
 
 // eventually waits for what happens by itself.
@@ -78,9 +80,9 @@ func TestChildrenOfAPermissionAreCapped(t *testing.T) {
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			l := lab.ForTest(t, lab.Options{IPv6: true, Rules: lab.Masquerade + lab.DropPolicy})
-			permit(t, l, test.ext, test.in, test.a, test.b)
+			capped := permit(t, l, test.ext, test.in, test.a, test.b)
+			capped.MaxChildren = 10
 			table := open(t, l)
-			capped := rules.Desired{OutsideLinks: []string{"wan0"}, Expectations: true, MaxChildren: 10}
 			set(t, table, capped)
 			in, ext := netip.MustParseAddrPort(test.in), netip.MustParseAddrPort(test.ext)
 			inside := listen(t, l.Inside(0), in.Addr(), in.Port())
@@ -120,8 +122,9 @@ func TestChildrenOfAPermissionAreCapped(t *testing.T) {
 
 func TestAnEndedChildMakesRoom(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{})
-	permit(t, l, "198.51.100.1:5060", "10.47.11.109:5060", lab.PeerA)
-	set(t, open(t, l), rules.Desired{OutsideLinks: []string{"wan0"}, Expectations: true, MaxChildren: 1})
+	capped := permit(t, l, "198.51.100.1:5060", "10.47.11.109:5060", lab.PeerA)
+	capped.MaxChildren = 1
+	set(t, open(t, l), capped)
 	inside := listen(t, l.Inside(0), l.Inside(0).Addr, 5060)
 	ext := netip.MustParseAddrPort("198.51.100.1:5060")
 	one, two := listen(t, l.Outside, lab.PeerA, 6001), listen(t, l.Outside, lab.PeerA, 6002)
@@ -136,7 +139,7 @@ func TestForwardsOfTheUserAreNotCapped(t *testing.T) {
 		chain prerouting { type nat hook prerouting priority dstnat; iifname wan0 udp dport 6000 dnat to 10.47.11.109; }
 	}`})
 	table := open(t, l)
-	set(t, table, rules.Desired{OutsideLinks: []string{"wan0"}, Expectations: true, MaxChildren: 1})
+	set(t, table, rules.Desired{OutsideLinks: []string{"wan0"}, Subnets: both, Helpers: onAnchors, MaxChildren: 1})
 	inside := listen(t, l.Inside(0), l.Inside(0).Addr, 6000)
 	send(t, l, lab.PeerA, 20, netip.MustParseAddrPort("198.51.100.1:6000"))
 	got := 0
@@ -162,20 +165,32 @@ func udp(t *testing.T, h *lab.Host, from, to netip.AddrPort) {
 		b := binary.BigEndian.AppendUint16(nil, from.Port())
 		b = binary.BigEndian.AppendUint16(b, to.Port())
 		b = append(b, 0, 8, 0, 0)
-		if to.Addr().Is6() {
-			return unix.Sendto(fd, b, 0, &unix.SockaddrInet6{Addr: to.Addr().As16()})
+		if to.Addr().Is6() { // which has no packets without a sum
+			if err := unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_CHECKSUM, 6); err != nil {
+				return err
+			}
 		}
-		return unix.Sendto(fd, b, 0, &unix.SockaddrInet4{Addr: to.Addr().As4()})
+		if err := unix.Bind(fd, sockaddr(from.Addr())); err != nil {
+			return err
+		}
+		return unix.Sendto(fd, b, 0, sockaddr(to.Addr()))
 	}))
+}
+
+func sockaddr(a netip.Addr) unix.Sockaddr {
+	if a.Is6() {
+		return &unix.SockaddrInet6{Addr: a.As16()}
+	}
+	return &unix.SockaddrInet4{Addr: a.As4()}
 }
 
 var timeout = regexp.MustCompile(`^udp +17 +(\d+)`)
 
 func TestPortZeroNeverMatchesAnAnchor(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{})
-	permit(t, l, "198.51.100.1:5060", "10.47.11.109:5060", lab.PeerA)
+	d := permit(t, l, "198.51.100.1:5060", "10.47.11.109:5060", lab.PeerA)
 	table := open(t, l)
-	set(t, table, rules.Desired{Expectations: true})
+	set(t, table, d)
 	host := l.Inside(0)
 	in, peer := netip.AddrPortFrom(host.Addr, 0), netip.AddrPortFrom(lab.PeerA, 5060)
 

@@ -10,9 +10,14 @@
 //   - spoofed drops UDP packets from outside links with the source of a host that is
 //     inside and no way back by that link, before conntrack sees them: they would earn
 //     that host a permission, or keep one alive.
-//   - children bounds the flows that one expectation can have at a time.
-//   - port_zero drops UDP packets with port 0 before conntrack sees them, for
-//     only anchors have that port, and a packet must never match one.
+//   - children judges the first packets of flows that expectations on anchors let in,
+//     which it knows by the helper: it drops what came by no outside link, for only a
+//     faker sends that, and bounds the flows of one expectation at a time. It also drops
+//     ICMP errors about an anchor.
+//   - port_zero drops UDP packets like an anchor before conntrack sees them: between a
+//     subnet and elsewhere, with port 0.
+//
+// None of them touches a family without an enabled subnet.
 //
 // The table of family ip is the nft backend. A NAT chain of family inet would
 // put all IPv6 flows of the gateway through NAT, so it is a table of its own:

@@ -25,11 +25,16 @@ func join(pieces ...piece) piece { return slices.Concat(pieces...) }
 
 const reg = unix.NFT_REG_1
 
-const metaKeySecPath expr.MetaKey = 25 // NFT_META_SECPATH
+const (
+	metaKeySecPath  expr.MetaKey = 25 // NFT_META_SECPATH
+	metaKeySDIFName expr.MetaKey = 34 // NFT_META_SDIFNAME
+)
 
 // Bits of conntrack's status, from linux/netfilter/nf_conntrack_common.h.
 const (
 	ctExpected  = 1 << 0
+	ctSeenReply = 1 << 1
+	ctAssured   = 1 << 2
 	ctConfirmed = 1 << 3
 	ctSrcNAT    = 1 << 4
 	ctDstNAT    = 1 << 5
@@ -42,6 +47,9 @@ var (
 	nfproto  = piece{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg}}
 	iifname  = piece{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg}}
 	oifname  = piece{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg}}
+	// The link by which a packet came, where iifname is its VRF; else "".
+	sdifname = piece{&expr.Meta{Key: metaKeySDIFName, Register: reg}}
+	ctHelper = piece{&expr.Ct{Key: expr.CtKeyHELPER, Register: reg}} // of the master
 	// The link that leads to the source of a packet; that there is no way back by the
 	// link that it came by; and what is not for the gateway, before it is routed.
 	wayBack   = piece{&expr.Fib{Register: reg, FlagSADDR: true, FlagMARK: true, ResultOIFNAME: true}}
@@ -154,6 +162,10 @@ func address(offset, word uint32) piece {
 	}}
 }
 
+func ipv6Address(offset uint32) piece {
+	return piece{&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: net.IPv6len, DestRegister: reg}}
+}
+
 func transport(offset, word uint32) piece {
 	return piece{&expr.Payload{
 		Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2, DestRegister: unix.NFT_REG32_00 + word,
@@ -255,17 +267,40 @@ func bucketOf(maxChildren int, wild uint8) bucket {
 	return bucket{size: maxChildren, perMinute: 2 * maxChildren}
 }
 
-// families are the two halves of family inet. The key of a permission, as an
-// expected child has it, is peer . outside address . outside port; zones share a
-// cap.
-var families = []struct {
-	name  string
-	proto byte
-	addr  nftables.SetDatatype
-	key   piece
-}{
-	{"4", unix.NFPROTO_IPV4, nftables.TypeIPAddr, join(
-		original(expr.CtKeySRCIP, 0), original(expr.CtKeyDSTIP, 1), original(expr.CtKeyPROTODST, 2))},
-	{"6", unix.NFPROTO_IPV6, nftables.TypeIP6Addr, join(
-		original(expr.CtKeySRCIP6, 0), original(expr.CtKeyDSTIP6, 4), original(expr.CtKeyPROTODST, 8))},
+// An ipFamily is one of the two families that family inet is made of.
+type ipFamily struct {
+	name                string
+	is                  piece // it is the packet's
+	addr                nftables.SetDatatype
+	source, destination piece // of the packet
+	// The key of a permission, as an expected child has it: peer . outside address .
+	// outside port. Zones share a cap.
+	key  piece
+	icmp byte
+	size int // bytes of an address
+}
+
+var ipFamilies = []*ipFamily{
+	{
+		name: "4", is: join(nfproto, is([]byte{unix.NFPROTO_IPV4})), addr: nftables.TypeIPAddr,
+		source: address(12, 0), destination: address(16, 0),
+		key:  join(original(expr.CtKeySRCIP, 0), original(expr.CtKeyDSTIP, 1), original(expr.CtKeyPROTODST, 2)),
+		icmp: unix.IPPROTO_ICMP, size: net.IPv4len,
+	},
+	{
+		name: "6", is: join(nfproto, is([]byte{unix.NFPROTO_IPV6})), addr: nftables.TypeIP6Addr,
+		source: ipv6Address(8), destination: ipv6Address(24),
+		key:  join(original(expr.CtKeySRCIP6, 0), original(expr.CtKeyDSTIP6, 4), original(expr.CtKeyPROTODST, 8)),
+		icmp: unix.IPPROTO_ICMPV6, size: net.IPv6len,
+	},
+}
+
+// of returns the prefixes of the family.
+func (f *ipFamily) of(prefixes []netip.Prefix) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool { return p.Addr().BitLen() != 8*f.size })
+}
+
+// familiesOf returns the families of prefixes.
+func familiesOf(prefixes []netip.Prefix) []*ipFamily {
+	return slices.DeleteFunc(slices.Clone(ipFamilies), func(f *ipFamily) bool { return len(f.of(prefixes)) == 0 })
 }

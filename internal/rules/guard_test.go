@@ -141,7 +141,7 @@ func TestGuardLeavesInsideLinksAlone(t *testing.T) {
 		t.Errorf("%+v", c)
 	}
 	// With the link among the outside ones the same packet is dropped.
-	set(t, table, rules.Desired{OutsideLinks: []string{"lan0"}, Guard: true})
+	set(t, table, rules.Desired{OutsideLinks: []string{"lan0"}, Subnets: both, Guard: true})
 	inside := listen(t, l.Inside(0), l.Inside(0).Addr, 0)
 	fence := listen(t, l.Gateway, netip.MustParseAddr("10.47.11.1"), 7000)
 	check(t, lab.Lost(fence,
@@ -191,7 +191,7 @@ func TestGuardDropsInsideSourcesFromOutside(t *testing.T) {
 				check(t, l.Gateway.SetSysctl("net.ipv4.conf."+link+".rp_filter", "0"))
 			}
 			table := open(t, l)
-			set(t, table, rules.Desired{OutsideLinks: []string{"wan0"}, Guard: true, Inside: []netip.Prefix{lab.InsideNet, lab.InsideNet6}})
+			set(t, table, rules.Desired{OutsideLinks: []string{"wan0"}, Subnets: both, Guard: true, Spoofed: true})
 			host := listen(t, l.Inside(0), tc.inside, 5060)
 			check(t, host.Send(netip.AddrPortFrom(tc.peer, 5060), "its own"))
 			eventually(t, func() bool { return len(entries(t, l, "-p", "udp", "-f", name)) == 1 })
@@ -235,7 +235,7 @@ func TestGuardLetsInsideHostsThatAreOutside(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			l := lab.ForTest(t, lab.Options{})
 			table := open(t, l)
-			set(t, table, rules.Desired{OutsideLinks: tc.outside, Inside: []netip.Prefix{lab.InsideNet}})
+			set(t, table, rules.Desired{OutsideLinks: tc.outside, Subnets: []netip.Prefix{lab.InsideNet}, Spoofed: true})
 			host := tc.host(l)
 			if host == l.Outside {
 				for _, step := range []struct {

@@ -5,7 +5,6 @@ package rules
 import (
 	"bytes"
 	"encoding/binary"
-	"math"
 	"net"
 	"net/netip"
 	"slices"
@@ -22,35 +21,46 @@ var notUnicast = []netip.Prefix{
 	netip.MustParsePrefix("224.0.0.0/3"), // multicast, reserved, broadcast
 }
 
-// intervals returns the elements of a set with the addresses of the IPv4
-// prefixes: each interval has one for its first address and one for the first
+// intervals returns the elements of a set with the addresses of the IPv4 prefixes.
+func intervals(all []netip.Prefix) []nftables.SetElement { return ipFamilies[0].intervals(all) }
+
+// intervals returns the elements of a set with the addresses of those prefixes that are
+// of the family: each interval has one for its first address and one for the first
 // behind it, unless it goes to the end.
-func intervals(prefixes []netip.Prefix) (es []nftables.SetElement) {
-	type span struct{ first, last uint32 }
+func (f *ipFamily) intervals(all []netip.Prefix) (es []nftables.SetElement) {
+	type span struct{ first, behind netip.Addr } // which is invalid behind the last address
 	var spans []span
-	for _, p := range prefixes {
-		if p.Addr().Is4() {
-			b := p.Masked().Addr().As4()
-			first := binary.BigEndian.Uint32(b[:])
-			spans = append(spans, span{first, first | uint32(1<<(32-p.Bits())-1)})
-		}
+	for _, p := range f.of(all) {
+		spans = append(spans, span{p.Masked().Addr(), lastOf(p).Next()})
 	}
-	slices.SortFunc(spans, func(a, b span) int { return int(int64(a.first) - int64(b.first)) })
+	slices.SortFunc(spans, func(a, b span) int { return a.first.Compare(b.first) })
 	var merged []span
 	for _, s := range spans {
-		if n := len(merged); n > 0 && int64(s.first) <= int64(merged[n-1].last)+1 {
-			merged[n-1].last = max(merged[n-1].last, s.last)
-		} else {
+		n := len(merged) - 1
+		switch {
+		case n < 0 || merged[n].behind.IsValid() && merged[n].behind.Less(s.first):
 			merged = append(merged, s)
+		case merged[n].behind.IsValid() && (!s.behind.IsValid() || merged[n].behind.Less(s.behind)):
+			merged[n].behind = s.behind
 		}
 	}
 	for _, s := range merged {
-		es = append(es, nftables.SetElement{Key: be32(s.first)})
-		if s.last != math.MaxUint32 {
-			es = append(es, nftables.SetElement{Key: be32(s.last + 1), IntervalEnd: true})
+		es = append(es, nftables.SetElement{Key: s.first.AsSlice()})
+		if s.behind.IsValid() {
+			es = append(es, nftables.SetElement{Key: s.behind.AsSlice(), IntervalEnd: true})
 		}
 	}
 	return es
+}
+
+// lastOf returns the last address of a prefix.
+func lastOf(p netip.Prefix) netip.Addr {
+	b := p.Masked().Addr().AsSlice()
+	for bit := p.Bits(); bit < 8*len(b); bit++ {
+		b[bit/8] |= 0x80 >> (bit % 8)
+	}
+	a, _ := netip.AddrFromSlice(b)
+	return a
 }
 
 // prefixes are IPv4 prefixes that addresses are tested for. One is compared with,

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"math"
 	"net"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -114,17 +115,16 @@ type set struct {
 // a map and mappings there is but one.
 func newLayouts(name string, d Desired) ([]*layout, error) {
 	inet := newLayout(name, nftables.TableFamilyINet, d.OutsideLinks)
+	served := familiesOf(d.Subnets)
 	if d.Guard {
-		inet.guard()
+		inet.guard(served)
 	}
-	if len(d.Inside) > 0 {
+	if d.Spoofed && !d.noFib {
 		inet.spoofed(d)
 	}
-	if d.Expectations {
-		inet.portZero()
-	}
-	if d.Expectations && d.MaxChildren > 0 {
-		inet.children(d.MaxChildren)
+	if len(d.Helpers) > 0 {
+		inet.portZero(d.Subnets)
+		inet.children(d, served)
 	}
 	ls := []*layout{inet}
 	if d.Map != nil || d.Mapping != nil {
@@ -145,6 +145,8 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 		ls = append(ls, ip)
 	}
 	for _, l := range ls {
+		slices.Sort(l.counters)
+		l.counters = slices.Compact(l.counters)
 		if err := l.sign(); err != nil {
 			return nil, err
 		}
@@ -184,11 +186,11 @@ func (l *layout) outside(name piece, is bool) piece {
 // would earn that host a permission, or keep one alive. A host that is reached by an
 // outside link is not spoofed, nor is one that comes through IPsec, and what is for the
 // gateway is the user's to judge. Where the way back depends on marks nobody can tell
-// here: then the caller leaves Desired.Inside empty, and unsure does what is needed.
+// here: then the caller does not set Desired.Spoofed, and unsure does what is needed.
 func (l *layout) spoofed(d Desired) {
 	l.counters = append(l.counters, spoofedCounter)
 	c := l.filter("spoofed", nftables.ChainHookPrerouting, rawPriority)
-	if len(d.Inside) > fewPrefixes {
+	if len(d.Subnets) > fewPrefixes {
 		l.rule(c, "", join(l.outside(iifname, false), accept))
 	}
 	test := join(isUDP, noWayBack)
@@ -199,7 +201,7 @@ func (l *layout) spoofed(d Desired) {
 		test = join(test, wayBack, isNot(linkKey(name)))
 	}
 	test = join(test, forwarded, drop(spoofedCounter))
-	for _, p := range d.Inside {
+	for _, p := range d.Subnets {
 		// The source comes first, for it sorts out nearly all packets.
 		l.rule(c, "the way back is not outside", join(sourceIn(p), l.outside(iifname, true), test))
 	}
@@ -208,38 +210,99 @@ func (l *layout) spoofed(d Desired) {
 // fewPrefixes are tested quicker than a link.
 const fewPrefixes = 4
 
-func (l *layout) portZero() {
+// portZero drops what would match an anchor: packets between a subnet and elsewhere with
+// port 0 on one side. It asks for the port first, for hardly a packet has that.
+func (l *layout) portZero(subnets []netip.Prefix) {
 	l.counters = append(l.counters, zeroCounter)
-	zero := l.filter("port_zero", nftables.ChainHookPrerouting, rawPriority)
-	l.rule(zero, "no packet may match an anchor", join(sourcePort, is(be16(0)), isUDP, drop(zeroCounter)))
-	l.rule(zero, "no packet may match an anchor", join(destinationPort, is(be16(0)), isUDP, drop(zeroCounter)))
+	like := l.regular("like_an_anchor")
+	c := l.filter("port_zero", nftables.ChainHookPrerouting, rawPriority)
+	l.rule(c, "", join(sourcePort, is(be16(0)), isUDP, goTo(like)))
+	l.rule(c, "", join(destinationPort, is(be16(0)), isUDP, goTo(like)))
+	for _, f := range familiesOf(subnets) {
+		inside := l.set(subnetsSet+f.name, f.addr)
+		inside.Interval, inside.elements = true, f.intervals(subnets)
+		for _, way := range []piece{
+			join(f.source, in(inside), f.destination, notIn(inside)),
+			join(f.source, notIn(inside), f.destination, in(inside)),
+		} {
+			l.rule(like, "no packet may match an anchor", join(f.is, way, drop(zeroCounter)))
+		}
+	}
 }
 
-func (l *layout) guard() {
+// guard serves the families of subnets that are enabled.
+func (l *layout) guard(served []*ipFamily) {
+	if len(served) == 0 {
+		return
+	}
 	l.counters = append(l.counters, guardCounter)
+	var of piece
+	if len(served) < len(ipFamilies) {
+		of = served[0].is
+	}
 	guard := l.filter("guard", nftables.ChainHookInput, guardPriority)
 	l.rule(guard, "conntrack knows it", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
 	l.rule(guard, "", join(notUDP, accept))
 	l.rule(guard, "", join(l.outside(iifname, false), accept))
 	l.rule(guard, "a socket waits for it", join(hasSocket, accept))
-	l.rule(guard, "it would keep the peer from the inside host", drop(guardCounter))
+	l.rule(guard, "it would keep the peer from the inside host", join(of, drop(guardCounter)))
 }
 
-func (l *layout) children(most int) {
-	l.counters = append(l.counters, childCounter, expectedCounter)
-	children := l.filter("children", nftables.ChainHookForward, childPriority)
-	// The first packet of a child has the one bit and not yet the other.
-	l.rule(children, "not the first packet of an expected flow",
-		join(ctStatus, masked(ctExpected|ctConfirmed), isNot(ne32(ctExpected)), accept))
-	l.rule(children, "", join(l.outside(iifname, false), accept))
-	for _, f := range families {
-		// Each element keeps the limit that it was made with.
-		kids := l.set(fmt.Sprintf("children%s_%d", f.name, most), f.addr, f.addr, nftables.TypeInetService)
-		kids.Dynamic, kids.free = true, true
-		l.rule(children, "flows of one peer to one outside endpoint",
-			join(nfproto, is([]byte{f.proto}), isUDP, f.key, over(kids, most), drop(childCounter)))
+// children judges the first packets of flows that our expectations let in. Those have a
+// master with a helper of ours; what a helper of the user's expects may come from
+// anywhere. Only flows without an answer, and ICMP errors, are related.
+func (l *layout) children(d Desired, served []*ipFamily) {
+	l.counters = append(l.counters, spoofedCounter, zeroCounter, expectedCounter)
+	child := l.regular("child")
+	c := l.filter("children", nftables.ChainHookForward, childPriority)
+	l.rule(c, "", join(ctState, isNot(ne32(expr.CtStateBitRELATED)), accept))
+	for _, helper := range d.Helpers {
+		// The first packet has the one bit and not yet the other.
+		l.rule(c, "the first packet of a child", join(
+			ctStatus, masked(ctExpected|ctConfirmed), is(ne32(ctExpected)), isUDP, ctHelper, is(helperName(helper)), goTo(child)))
 	}
-	l.rule(children, "it goes on to the user's firewall", join(isUDP, count(expectedCounter)))
+	for _, f := range served {
+		for _, port := range []expr.CtKey{expr.CtKeyPROTOSRC, expr.CtKeyPROTODST} {
+			// No packet makes a flow assured that has no reply.
+			l.rule(c, "an ICMP error about an anchor", join(
+				ctStatus, masked(ctSeenReply|ctAssured), is(ne32(ctAssured)),
+				l4proto, is([]byte{f.icmp}), original(port, 0), is(be16(0)), drop(zeroCounter)))
+		}
+	}
+	l.rule(child, "not by an outside link: the peer's address is faked", join(l.notOutside(d.Uppers), drop(spoofedCounter)))
+	l.rule(child, "it would look like an anchor", join(sourcePort, is(be16(0)), isUDP, drop(zeroCounter)))
+	if d.MaxChildren > 0 {
+		l.counters = append(l.counters, childCounter)
+		for _, f := range served {
+			// Each element keeps the limit that it was made with.
+			kids := l.set(fmt.Sprintf("children%s_%d", f.name, d.MaxChildren), f.addr, f.addr, nftables.TypeInetService)
+			kids.Dynamic, kids.free = true, true
+			l.rule(child, "flows of one peer to one outside endpoint",
+				join(f.is, isUDP, f.key, over(kids, d.MaxChildren), drop(childCounter)))
+		}
+	}
+	l.rule(child, "it goes on to the user's firewall", count(expectedCounter))
+}
+
+// notOutside matches what the forward hook sees of packets that came by no outside link:
+// of a link in a VRF it is the name of that, and the link's own apart. Links that share
+// a network are as good as each other.
+func (l *layout) notOutside(uppers map[string]string) (test piece) {
+	shared := map[string]bool{}
+	for upper, lower := range uppers {
+		if slices.Contains(l.links, upper) != slices.Contains(l.links, lower) {
+			shared[upper], shared[lower] = true, true
+		}
+	}
+	for _, name := range []piece{iifname, sdifname} {
+		test = join(test, l.outside(name, false))
+		for _, link := range slices.Sorted(maps.Keys(shared)) {
+			if !slices.Contains(l.links, link) {
+				test = join(test, name, isNot(linkKey(link)))
+			}
+		}
+	}
+	return test
 }
 
 // permissionKey is peer . outside address . outside port, as they lie in a packet.
@@ -437,6 +500,13 @@ func (l *layout) set(name string, key ...nftables.SetDatatype) *set {
 	return s
 }
 
+// regular adds a chain that only others lead to.
+func (l *layout) regular(name string) *nftables.Chain {
+	c := &nftables.Chain{Table: l.table, Name: name}
+	l.chains = append(l.chains, c)
+	return c
+}
+
 func (l *layout) filter(name string, hook *nftables.ChainHook, priority nftables.ChainPriority) *nftables.Chain {
 	return l.chain(name, nftables.ChainTypeFilter, hook, priority)
 }
@@ -476,6 +546,12 @@ func (l *layout) sign() error {
 		r.UserData = userdata.Append(r.UserData, signature, h.Sum(nil))
 	}
 	return nil
+}
+
+// helperName is the name of a conntrack helper, as nft compares it.
+func helperName(name string) []byte {
+	const size = 16 // NF_CT_HELPER_NAME_LEN
+	return append([]byte(name), make([]byte, size-len(name))...)
 }
 
 func linkKey(name string) []byte {

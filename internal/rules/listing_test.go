@@ -23,7 +23,7 @@ var features = map[string]func(d *rules.Desired, m *rules.MapConfig){
 	"without learning":   func(_ *rules.Desired, m *rules.MapConfig) { m.Learn = false },
 	"without a cap":      func(d *rules.Desired, m *rules.MapConfig) { d.MaxChildren, m.MaxChildren = 0, 0 },
 	"expectations alone": func(d *rules.Desired, _ *rules.MapConfig) { d.Map = nil },
-	"map alone":          func(d *rules.Desired, _ *rules.MapConfig) { d.Expectations = false },
+	"map alone":          func(d *rules.Desired, _ *rules.MapConfig) { d.Helpers = nil },
 	"peer groups": func(_ *rules.Desired, m *rules.MapConfig) {
 		m.PeerGroups = []netip.Prefix{
 			netip.MustParsePrefix("203.0.113.0/28"), netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("198.18.0.0/15"),
@@ -34,13 +34,13 @@ var features = map[string]func(d *rules.Desired, m *rules.MapConfig){
 		d.Uppers = map[string]string{"vrrp.51": "wan0", "vrrp.52": "lan0"}
 	},
 	"many subnets": func(d *rules.Desired, m *rules.MapConfig) {
-		d.Inside = nil
+		d.Subnets = nil
 		for _, s := range []string{
 			"10.47.11.0/24", "10.48.0.0/16", "10.64.0.0/10", "192.168.7.0/25", "172.16.0.0/12", "2001:db8::/32", "2001:db8:47::/64", "fd00::/7", "10.9.9.9/32",
 		} {
-			d.Inside = append(d.Inside, netip.MustParsePrefix(s))
+			d.Subnets = append(d.Subnets, netip.MustParsePrefix(s))
 		}
-		m.Subnets = d.Inside
+		m.Subnets = d.Subnets
 		m.ExcludePeers, m.ExcludePeerPorts, m.ExcludePorts = nil, nil, nil
 	},
 }

@@ -16,7 +16,7 @@ import (
 
 // learning has every part of the table.
 var learning = rules.Desired{
-	OutsideLinks: []string{"wan0"}, Guard: true, Expectations: true, MaxChildren: 256,
+	OutsideLinks: []string{"wan0"}, Subnets: both, Guard: true, Helpers: onAnchors, MaxChildren: 256,
 	Map: &rules.MapConfig{
 		Size: 1000, Lifetime: 5 * time.Minute, MaxChildren: 256, Learn: true, LearnRate: 100,
 		Subnets:          []netip.Prefix{lab.InsideNet},

@@ -371,13 +371,6 @@ func (m *mapper) owner(op uint32, ext piece) piece {
 	return p
 }
 
-// regular adds a chain that only others lead to.
-func (m *mapper) regular(name string) *nftables.Chain {
-	c := &nftables.Chain{Table: m.table, Name: name}
-	m.chains = append(m.chains, c)
-	return c
-}
-
 // remember learns mappings, and what is taken, from flows that are translated
 // already and not answered yet.
 func (m *mapper) remember() {

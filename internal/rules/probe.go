@@ -22,19 +22,19 @@ var features = []struct {
 	{UnsupportedError{
 		Feature: FeatureTable,
 		Mend:    "load the module nf_tables (CONFIG_NF_TABLES_INET; OpenWrt: kmod-nft-core)",
-	}, Desired{Expectations: true}},
+	}, Desired{Subnets: tryBoth, Helpers: tryHelpers}},
 	{UnsupportedError{
 		Feature: FeatureGuard,
 		Mend:    "load the module nft_socket (CONFIG_NFT_SOCKET, Linux 5.10; OpenWrt: kmod-nft-socket)",
-	}, Desired{Guard: true}},
+	}, Desired{Subnets: tryBoth, Guard: true}},
 	{UnsupportedError{
 		Feature: FeatureSpoofed,
 		Mend:    "load the module nft_fib_inet (CONFIG_NFT_FIB_INET; OpenWrt: kmod-nft-fib), or set net.ipv4.conf.all.rp_filter = 1",
-	}, Desired{Inside: append([]netip.Prefix{netip.MustParsePrefix("2001:db8::/64")}, tryPrefixes...), noIPsec: true}},
+	}, Desired{Subnets: tryBoth, Spoofed: true, noIPsec: true}},
 	{UnsupportedError{
 		Feature: FeatureMaxChildren,
 		Mend:    "load the module nft_connlimit (CONFIG_NFT_CONNLIMIT; OpenWrt: kmod-nft-connlimit)",
-	}, Desired{Expectations: true, MaxChildren: 1}},
+	}, Desired{Subnets: tryBoth, Helpers: tryHelpers, MaxChildren: 1}},
 	{UnsupportedError{
 		Feature: FeatureMap,
 		Mend: "load the modules nft_chain_nat, nft_nat and nft_socket " +
@@ -63,7 +63,11 @@ var tryMapping = MappingConfig{
 	Subnets: tryPrefixes, Hairpin: tryPrefixes, noIPsec: true,
 }
 
-var tryPrefixes = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}
+var (
+	tryPrefixes = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}
+	tryBoth     = append([]netip.Prefix{netip.MustParsePrefix("2001:db8::/64")}, tryPrefixes...)
+	tryHelpers  = []string{"probe"}
+)
 
 // probe finds out what the kernel offers.
 func (t *Tables) probe() error {
@@ -84,7 +88,7 @@ func (t *Tables) probe() error {
 	}
 	withIPsec := tryMapping
 	withIPsec.noIPsec = false
-	t.noSecPath = t.try(0, Desired{Inside: tryPrefixes}) != nil
+	t.noSecPath = t.try(0, Desired{Subnets: tryPrefixes, Spoofed: true}) != nil
 	t.noIPsec = t.try(0, Desired{Mapping: &withIPsec}) != nil
 	if t.try(both, Desired{}) == nil {
 		t.flags = both

@@ -27,7 +27,7 @@ func TestProbeFindsWhatIsMissingAndChangesNothing(t *testing.T) {
 	defer table.Close()
 
 	for _, key := range []expr.SocketKey{expr.SocketKeyWildcard, 99} {
-		layouts, err := newLayouts("conenat_probe", Desired{Guard: true, Map: &MapConfig{Size: 1}})
+		layouts, err := newLayouts("conenat_probe", Desired{Subnets: tryPrefixes, Guard: true, Map: &MapConfig{Size: 1}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -62,14 +62,14 @@ func TestMissingFeaturesAreLeftOut(t *testing.T) {
 			table.missing = append(table.missing, &features[i].UnsupportedError)
 		}
 	}
-	if _, err := table.Set(Desired{Guard: true, Inside: tryPrefixes, Expectations: true, MaxChildren: 7, Map: &MapConfig{Size: 1}, Mapping: &tryMapping}); err != nil {
+	if _, err := table.Set(Desired{Subnets: tryPrefixes, Guard: true, Spoofed: true, Helpers: tryHelpers, MaxChildren: 7, Map: &MapConfig{Size: 1}, Mapping: &tryMapping}); err != nil {
 		t.Fatal(err)
 	}
 	got, err := l.Ruleset()
 	if err != nil || !strings.Contains(got, "th dport 0") {
 		t.Error(got, err)
 	}
-	for _, name := range []string{"chain guard", "chain spoofed", "chain children", "permissions", "mappings"} {
+	for _, name := range []string{"chain guard", "chain spoofed", "set children", "permissions", "mappings"} {
 		if strings.Contains(got, name) {
 			t.Error(got)
 		}

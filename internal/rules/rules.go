@@ -23,20 +23,23 @@ type Config struct {
 // Desired is what the tables shall do.
 type Desired struct {
 	// OutsideLinks are the names of links, which need not exist. Packets from
-	// other links meet neither the guard nor the cap, nor get permissions.
+	// other links do not meet the guard, nor do they get in by a permission.
 	OutsideLinks []string
+	// Subnets are those that are enabled. A family without any is left alone.
+	Subnets []netip.Prefix
 	// Guard drops new UDP packets to the gateway that no socket waits for.
 	Guard bool
-	// Inside are the prefixes of inside hosts. UDP packets from outside that are not
-	// for the gateway, and have the source of one that is not reached by an outside
-	// link, are dropped. It must be empty where the way back depends on marks.
-	Inside []netip.Prefix
+	// Spoofed drops UDP packets from outside that are not for the gateway, and have a
+	// source in Subnets that is not reached by an outside link. It must not be set where
+	// the way back depends on marks.
+	Spoofed bool
 	// Uppers are links that share the network of another one, each with the name of
-	// that: the way back to a source may be either.
+	// that: a packet may come by either, and the way back to its source be either.
 	Uppers map[string]string
-	// Expectations says that there are permissions that stand as expectations.
-	// UDP packets with port 0 are dropped then: only anchors have that port.
-	Expectations bool
+	// Helpers are the names of the conntrack helpers on anchors. Without any there are
+	// no expectations. With them, packets that match an anchor are dropped, and so are
+	// first packets of expected flows that came by no outside link.
+	Helpers []string
 	// MaxChildren is how many flows at a time one peer may have to one outside
 	// endpoint by way of an expectation; 0 means no cap.
 	MaxChildren int
@@ -144,6 +147,9 @@ var ErrOtherMapping = errors.New("another mapping stands")
 
 // Counters count packets since the tables were made.
 type Counters struct {
+	// SpoofedDrops are those with an inside source from outside, and those with a
+	// peer's source from elsewhere. PortZeroDrops are those that match an anchor, and
+	// ICMP errors about one.
 	GuardDrops, SpoofedDrops, ChildDrops, PortZeroDrops uint64
 	// Unsure are the flows that began by a link that is not the way back to their
 	// source. Nothing is learned from them.
@@ -151,7 +157,7 @@ type Counters struct {
 	// Admitted are the first packets of flows that the map admitted. The user's
 	// firewall may have dropped them afterwards.
 	Admitted uint64
-	// Expected are those of flows that were expected, by whomever.
+	// Expected are those of flows that expectations on anchors let in.
 	Expected uint64
 	// Learned and LearnLimited are the packets from which the kernel learned a
 	// permission, and those from which it did not because of the rate.

@@ -1,6 +1,7 @@
 package rules_test
 
 import (
+	"net/netip"
 	"runtime"
 	"strings"
 	"testing"
@@ -14,7 +15,11 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-var guard = rules.Desired{OutsideLinks: []string{"wan0"}, Guard: true}
+var (
+	both      = []netip.Prefix{lab.InsideNet, lab.InsideNet6}
+	onAnchors = []string{"conenat-0000001"}
+	guard     = rules.Desired{OutsideLinks: []string{"wan0"}, Subnets: both, Guard: true}
+)
 
 func open(t *testing.T, l *lab.Lab) *rules.Tables {
 	t.Helper()

@@ -99,7 +99,7 @@ func (t *Tables) possible(d Desired) Desired {
 	d.noIPsec = t.noSecPath
 	d.Guard = d.Guard && !t.Lacks(FeatureGuard)
 	if t.Lacks(FeatureSpoofed) {
-		d.Inside, d.noFib = nil, true
+		d.noFib = true
 	}
 	if t.Lacks(FeatureMaxChildren) {
 		d.MaxChildren = 0

@@ -2,7 +2,6 @@ package rules_test
 
 import (
 	"errors"
-	"net/netip"
 	"regexp"
 	"slices"
 	"strings"
@@ -15,7 +14,7 @@ import (
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
-var all = rules.Desired{OutsideLinks: []string{"wan0", "ppp0"}, Guard: true, Inside: []netip.Prefix{lab.InsideNet, lab.InsideNet6}, Expectations: true, MaxChildren: 256, Map: learning.Map}
+var all = rules.Desired{OutsideLinks: []string{"wan0", "ppp0"}, Subnets: both, Guard: true, Spoofed: true, Helpers: onAnchors, MaxChildren: 256, Map: learning.Map}
 
 // contents is what all makes of the tables, as nft lists them.
 var contents = map[string]string{"inet": contentsInet, "ip": contentsIP}
@@ -196,6 +195,18 @@ const contentsInet = `
 			     "wan0" }
 	}
 
+	set subnets4 {
+		type ipv4_addr
+		flags interval
+		elements = { 10.47.11.0/24 }
+	}
+
+	set subnets6 {
+		type ipv6_addr
+		flags interval
+		elements = { 2001:db8:47::/64 }
+	}
+
 	set children4_256 {
 		type ipv4_addr . ipv4_addr . inet_service
 		size 65535
@@ -213,8 +224,15 @@ const contentsInet = `
 
 	chain port_zero {
 		type filter hook prerouting priority raw; policy accept;
-		th sport 0 meta l4proto udp counter name "port_zero_drops" drop comment "no packet may match an anchor"
-		th dport 0 meta l4proto udp counter name "port_zero_drops" drop comment "no packet may match an anchor"
+		th sport 0 meta l4proto udp goto like_an_anchor
+		th dport 0 meta l4proto udp goto like_an_anchor
+	}
+
+	chain like_an_anchor {
+		ip saddr @subnets4 ip daddr != @subnets4 counter name "port_zero_drops" drop comment "no packet may match an anchor"
+		ip saddr != @subnets4 ip daddr @subnets4 counter name "port_zero_drops" drop comment "no packet may match an anchor"
+		ip6 saddr @subnets6 ip6 daddr != @subnets6 counter name "port_zero_drops" drop comment "no packet may match an anchor"
+		ip6 saddr != @subnets6 ip6 daddr @subnets6 counter name "port_zero_drops" drop comment "no packet may match an anchor"
 	}
 
 	chain spoofed {
@@ -234,11 +252,20 @@ const contentsInet = `
 
 	chain children {
 		type filter hook forward priority filter - 10; policy accept;
-		ct status != expected / expected,confirmed accept comment "not the first packet of an expected flow"
-		iifname != @outside accept
+		ct state != related accept
+		ct status expected / expected,confirmed meta l4proto udp ct helper "conenat-0000001" goto child comment "the first packet of a child"
+		ct status assured / seen-reply,assured meta l4proto icmp ct original proto-src 0 counter name "port_zero_drops" drop comment "an ICMP error about an anchor"
+		ct status assured / seen-reply,assured meta l4proto icmp ct original proto-dst 0 counter name "port_zero_drops" drop comment "an ICMP error about an anchor"
+		ct status assured / seen-reply,assured meta l4proto ipv6-icmp ct original proto-src 0 counter name "port_zero_drops" drop comment "an ICMP error about an anchor"
+		ct status assured / seen-reply,assured meta l4proto ipv6-icmp ct original proto-dst 0 counter name "port_zero_drops" drop comment "an ICMP error about an anchor"
+	}
+
+	chain child {
+		iifname != @outside meta sdifname != @outside counter name "spoofed_drops" drop comment "not by an outside link: the peer's address is faked"
+		th sport 0 meta l4proto udp counter name "port_zero_drops" drop comment "it would look like an anchor"
 		meta nfproto ipv4 meta l4proto udp add @children4_256 { ct original ip saddr . ct original ip daddr . ct original proto-dst ct count over 256 } counter name "child_drops" drop comment "flows of one peer to one outside endpoint"
 		meta nfproto ipv6 meta l4proto udp add @children6_256 { ct original ip6 saddr . ct original ip6 daddr . ct original proto-dst ct count over 256 } counter name "child_drops" drop comment "flows of one peer to one outside endpoint"
-		meta l4proto udp counter name "expected" comment "it goes on to the user's firewall"
+		counter name "expected" comment "it goes on to the user's firewall"
 	}
 }
 `
@@ -307,11 +334,11 @@ func TestSetChangesWhatIsThere(t *testing.T) {
 		d          rules.Desired
 		has, hasNo []string
 	}{
-		{"nothing but port 0", rules.Desired{Expectations: true}, []string{"th dport 0"}, []string{"chain guard", "chain children", "elements"}},
-		{"guard", guard, []string{"chain guard", `"wan0"`}, []string{"chain children"}},
-		{"links that are not there", rules.Desired{OutsideLinks: []string{"ppp7"}, Guard: true}, []string{`"ppp7"`}, []string{"wan0"}},
-		{"cap", rules.Desired{Expectations: true, MaxChildren: 5}, []string{"ct count over 5 "}, []string{"chain guard", "ppp7"}},
-		{"other cap", rules.Desired{Expectations: true, MaxChildren: 6}, []string{"ct count over 6 "}, []string{"over 5 ", "children4_5"}},
+		{"nothing but port 0", rules.Desired{Helpers: onAnchors}, []string{"th dport 0", "conenat-0000001"}, []string{"chain guard", "set children", "elements"}},
+		{"guard", guard, []string{"chain guard", `"wan0"`}, []string{"chain child"}},
+		{"links that are not there", rules.Desired{OutsideLinks: []string{"ppp7"}, Subnets: both, Guard: true}, []string{`"ppp7"`}, []string{"wan0"}},
+		{"cap", rules.Desired{Subnets: both, Helpers: onAnchors, MaxChildren: 5}, []string{"ct count over 5 "}, []string{"chain guard", "ppp7"}},
+		{"other cap", rules.Desired{Subnets: both, Helpers: onAnchors, MaxChildren: 6}, []string{"ct count over 6 "}, []string{"over 5 ", "children4_5"}},
 		{"all", all, []string{"chain guard", `"ppp0"`, "over 256 "}, []string{"over 6 "}},
 	}
 	for _, test := range tests {

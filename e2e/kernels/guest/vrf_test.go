@@ -1,0 +1,58 @@
+package guest
+
+import (
+	"os"
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// The forward hook sees the name of a VRF instead of that of the link. Peers get in by an
+// outside link in a VRF, no more than there may be; a guest in the same VRF who fakes
+// their address does not.
+//
+// Fails when chain child looks at iifname alone.
+func TestPeersComeByALinkInAVRF(t *testing.T) {
+	for _, mode := range [][]string{stage.Expect, stage.Auto} {
+		t.Run(mode[0], func(t *testing.T) {
+			s := stage.New(t, lab.Options{Guest: true, Rules: lab.Masquerade + lab.DropPolicy})
+			if _, err := s.Gateway.Output("ip", "link", "add", "vrf0", "type", "vrf", "table", "10"); err != nil {
+				if os.Getenv("CONENATD_GUEST") == "" {
+					t.Skipf(`this kernel has no VRF (%v): run "make kernels"`, err)
+				}
+				t.Fatal(err)
+			}
+			for _, args := range []string{
+				"link set vrf0 up", "link set wan0 master vrf0", "link set guest0 master vrf0",
+				"route add default via 198.51.100.254 dev wan0 onlink table 10",
+				"route replace default via 198.51.100.254 dev wan0 onlink",
+				"route add 10.47.12.0/24 dev guest0",
+				"route add 10.47.11.0/24 dev lan0 table 10",
+				"neigh replace 198.51.100.254 lladdr 02:47:c6:33:64:fe dev wan0 nud permanent",
+				"neigh replace 10.47.12.20 lladdr 02:47:0a:2f:0c:14 dev guest0 nud permanent",
+			} {
+				s.IP(s.Gateway, args)
+			}
+			s.Start(stage.Flags(mode, "--max-children=2")...)
+			phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+			ext := s.Contact(phone, proxy)
+			s.Stands(phone, proxy, ext)
+
+			s.IP(s.Guest, "addr add "+lab.PeerA.String()+"/32 dev lo")
+			guest := s.Socket(s.Guest.Namespace, s.Guest.Addr, 5060)
+			seen := s.Contact(phone, guest)
+			s.Must(lab.Lost(phone,
+				lab.Packet{From: s.Socket(s.Guest.Namespace, lab.PeerA, 5070), To: ext, Payload: stage.Payload("faked")},
+				lab.Packet{From: guest, To: seen, Payload: stage.Payload("fence")}))
+			if n := s.Status().Tables.Guard.Spoofed; n != 1 {
+				t.Errorf("%d packets were dropped, want the guest's", n)
+			}
+
+			for port := range uint16(2) {
+				s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070+port), ext)
+			}
+			s.Lost(phone, s.PeerSocket(lab.PeerA, 5080), ext, proxy)
+		})
+	}
+}
