@@ -149,6 +149,32 @@ func TestForwardThatIsConfiguredWins(t *testing.T) {
 	s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
 }
 
+// A range of ports is excluded from end to end, as one interval in the kernel, and what
+// is beside it is not.
+func TestRangeOfPortsIsExcluded(t *testing.T) {
+	s := play(t, lab.Options{}, "--exclude-port=10000-20000", "--exclude-port=5060")
+	peer := s.PeerSocket(lab.PeerA, 5060)
+	for _, port := range []uint16{5060, 10_000, 15_000, 20_000} {
+		in := s.InsideSocket(0, port)
+		ext := s.Contact(in, peer)
+		s.Lost(in, s.PeerSocket(lab.PeerA, 5070+port), ext, peer)
+	}
+	for _, port := range []uint16{5061, 9999, 20_001} {
+		in := s.InsideSocket(0, port)
+		ext := s.Contact(in, peer)
+		s.Stands(in, peer, ext)
+		s.Arrives(in, s.PeerSocket(lab.PeerA, 5070+port), ext)
+	}
+	if n := len(s.List()); n != 3 {
+		t.Errorf("%d permissions", n)
+	}
+	ruleset, err := s.Ruleset()
+	s.Must(err)
+	if strings.Contains(ruleset, "set excluded_ports") && !strings.Contains(ruleset, "elements = { 5060, 10000-20000 }") {
+		t.Error(ruleset)
+	}
+}
+
 func TestGatewaySocketKeepsItsPackets(t *testing.T) {
 	for name, addr := range map[string]netip.Addr{
 		"wildcard":     netip.IPv4Unspecified(),

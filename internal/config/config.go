@@ -51,12 +51,12 @@ type Config struct {
 	// ExcludePeers holds prefixes, masked, whose addresses get no permission.
 	ExcludePeers []netip.Prefix
 
-	// ExcludePeerPorts holds the peer ports towards which a flow supports no
-	// permission. The default, 53, 123 and 443, are servers that answer from
+	// ExcludePeerPorts holds, in order, the peer ports towards which a flow supports
+	// no permission. The default, 53, 123 and 443, are servers that answer from
 	// the port asked, and most of the UDP flows of a network.
 	ExcludePeerPorts []uint16
 
-	// ExcludePorts holds the outside ports (ext:P) that never get a
+	// ExcludePorts holds, in order, the outside ports (ext:P) that never get a
 	// permission, because the user forwards them.
 	ExcludePorts []uint16
 

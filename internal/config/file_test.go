@@ -120,6 +120,10 @@ func TestAcceptedFiles(t *testing.T) {
 		},
 		"auto means auto for now":       {`backend = "auto"`, func(*Config) {}},
 		"an empty array empties a list": {"exclude_peer_ports = []", func(c *Config) { c.ExcludePeerPorts = nil }},
+		"ports may be ranges, in any order, and overlap": {
+			`exclude_ports = ["5062-5064", 5060, "5063-5065", "65535-65535"]`,
+			func(c *Config) { c.ExcludePorts = []uint16{5060, 5062, 5063, 5064, 5065, 65535} },
+		},
 		"all peers can be excluded": {
 			`exclude_peers = ["0.0.0.0/0"]`,
 			func(c *Config) { c.ExcludePeers = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")} },
@@ -180,10 +184,12 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 		"address where a prefix is":    {`exclude_peers = ["203.0.113.7"]`, `1: exclude_peers: expected a prefix such as "203.0.113.0/24" or "203.0.113.7/32", got "203.0.113.7"`},
 		"IPv4-mapped prefix":           {`exclude_peers = ["::ffff:192.0.2.0/120"]`, `1: exclude_peers: expected a prefix such as "203.0.113.0/24" or "203.0.113.7/32", got "::ffff:192.0.2.0/120"`},
 		"peers with host bits":         {`exclude_peers = ["203.0.113.7/24"]`, `1: exclude_peers: expected a prefix without host bits, got "203.0.113.7/24"; did you mean "203.0.113.0/24"?`},
-		"port zero":                    {`exclude_ports = [0]`, `1: exclude_ports: expected a port between 1 and 65535, got 0`},
-		"port out of range":            {`exclude_peer_ports = [53, 65536]`, `1: exclude_peer_ports: expected a port between 1 and 65535, got 65536`},
-		"port as a string":             {`exclude_ports = ["5060"]`, `1: exclude_ports: expected a port between 1 and 65535, got "5060"`},
-		"one port without brackets":    {`exclude_ports = 5060`, `1: exclude_ports: expected an array such as [5060], got 5060`},
+		"port zero":                    {`exclude_ports = [0]`, `1: exclude_ports: expected a port between 1 and 65535 or a range such as "10000-20000", got 0`},
+		"port out of range":            {`exclude_peer_ports = [53, 65536]`, `1: exclude_peer_ports: expected a port between 1 and 65535 or a range such as "10000-20000", got 65536`},
+		"range from port zero":         {`exclude_ports = ["0-9"]`, `1: exclude_ports: expected a port between 1 and 65535 or a range such as "10000-20000", got "0-9"`},
+		"range backwards":              {`exclude_peer_ports = ["9-8"]`, `1: exclude_peer_ports: expected a port between 1 and 65535 or a range such as "10000-20000", got "9-8"`},
+		"port as a string":             {`exclude_ports = ["5060"]`, `1: exclude_ports: expected a port between 1 and 65535 or a range such as "10000-20000", got "5060"`},
+		"one port without brackets":    {`exclude_ports = 5060`, `1: exclude_ports: expected an array such as [5060, "10000-20000"], got 5060`},
 		"buffer too small":             {`event_buffer = 4096`, `1: event_buffer: expected bytes between 65536 (64 KiB) and 1073741824 (1 GiB), got 4096`},
 		"buffer as a float":            {`event_buffer = 1e6`, `1: event_buffer: expected bytes between 65536 (64 KiB) and 1073741824 (1 GiB), got 1e+06`},
 		"relative socket":              {`control_socket = "c.sock"`, `1: control_socket: expected an absolute path of at most 107 bytes, or "", got "c.sock"`},
@@ -308,7 +314,7 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 		},
 		"an array of several lines is named by its first": {
 			"exclude_ports = [\n 1,\n 0,\n]",
-			`1: exclude_ports: expected a port between 1 and 65535, got 0`,
+			`1: exclude_ports: expected a port between 1 and 65535 or a range such as "10000-20000", got 0`,
 		},
 		"all errors, in the order of the file": {
 			"reconcile = 1\nbackend = 2\n[[subnet]]\nrouted = 3\nprefix = 4\n[[subnet]]\nprefix = 5",

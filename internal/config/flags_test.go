@@ -127,8 +127,8 @@ func TestWrongFlagsAreNamed(t *testing.T) {
 		want string
 	}{
 		"duration":           {[]string{"--lifetime=5"}, `--lifetime: expected a duration between 1s and 24h such as "5m", got "5"`},
-		"port out of range":  {[]string{"--exclude-port=1", "--exclude-port=70000"}, `--exclude-port: expected a port between 1 and 65535, got 70000`},
-		"port with a name":   {[]string{"--exclude-peer-port=sip"}, `--exclude-peer-port: expected a port between 1 and 65535, got "sip"`},
+		"port out of range":  {[]string{"--exclude-port=1", "--exclude-port=70000"}, `--exclude-port: expected a port between 1 and 65535 or a range such as "10000-20000", got 70000`},
+		"port with a name":   {[]string{"--exclude-peer-port=sip"}, `--exclude-peer-port: expected a port between 1 and 65535 or a range such as "10000-20000", got "sip"`},
 		"buffer with a unit": {[]string{"--event-buffer=8M"}, `--event-buffer: expected bytes between 65536 (64 KiB) and 1073741824 (1 GiB), got "8M"`},
 		"peer":               {[]string{"--exclude-peer=203.0.113.7/24"}, `--exclude-peer: expected a prefix without host bits, got "203.0.113.7/24"; did you mean "203.0.113.0/24"?`},
 		"subnet":             {[]string{"--subnet=192.168.1.1"}, `--subnet: expected a prefix such as "192.168.1.0/24", or "auto", got "192.168.1.1"`},
@@ -225,7 +225,7 @@ func TestEveryFlag(t *testing.T) {
 		"peer-group":                 {"203.0.113.0/24", nil, func(c Config) any { return c.PeerGroups[0].String() }, "203.0.113.0/24"},
 		"exclude-peer":               {"203.0.113.0/24", nil, func(c Config) any { return c.ExcludePeers[0].String() }, "203.0.113.0/24"},
 		"exclude-peer-port":          {"7", nil, func(c Config) any { return c.ExcludePeerPorts[0] }, uint16(7)},
-		"exclude-port":               {"7", nil, func(c Config) any { return c.ExcludePorts[0] }, uint16(7)},
+		"exclude-port":               {"6-7", nil, func(c Config) any { return c.ExcludePorts[1] }, uint16(7)},
 		"max-permissions":            {"7", nil, func(c Config) any { return c.MaxPermissions }, 7},
 		"max-permissions-per-subnet": {"7", nil, func(c Config) any { return c.MaxPermissionsPerSubnet }, 7},
 		"max-permissions-per-host":   {"7", nil, func(c Config) any { return c.MaxPermissionsPerHost }, 7},

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -84,13 +85,13 @@ var settings = []setting{
 	},
 	{
 		key: "exclude_peer_ports", flag: "exclude-peer-port", kind: "port", def: "53,123,443", list: true, number: true,
-		usage: `peer port towards which no permission arises, instead of the default (repeatable; "" for none)`,
-		set:   list("[53, 123, 443]", port, func(c *Config) *[]uint16 { return &c.ExcludePeerPorts }),
+		usage: `peer port, or range of them, towards which no permission arises, instead of the default (repeatable; "" for none)`,
+		set:   ports(func(c *Config) *[]uint16 { return &c.ExcludePeerPorts }),
 	},
 	{
 		key: "exclude_ports", flag: "exclude-port", kind: "port", list: true, number: true,
-		usage: "outside port that never gets a permission because you forward it (repeatable)",
-		set:   list("[5060]", port, func(c *Config) *[]uint16 { return &c.ExcludePorts }),
+		usage: "outside port, or range such as 10000-20000, that never gets a permission because you forward it (repeatable)",
+		set:   ports(func(c *Config) *[]uint16 { return &c.ExcludePorts }),
 	},
 	{
 		key: "max_permissions", flag: "max-permissions", kind: "number", def: "0", number: true,
@@ -283,22 +284,50 @@ func mapping(v any) (Mapping, error) {
 const LeastPool = 64
 
 func portRange(v any) (PortRange, error) {
+	r, ok := parseRange(v)
+	if !ok || r.Len() < LeastPool {
+		return PortRange{}, expected(fmt.Sprintf(`at least %d ports such as "61000-65535"`, LeastPool), v)
+	}
+	return r, nil
+}
+
+// ports makes the setter of a key that has an array of ports and ranges of ports.
+func ports(field func(*Config) *[]uint16) func(*Config, any) error {
+	return func(c *Config, v any) error {
+		var ranges []PortRange
+		err := list(`[5060, "10000-20000"]`, portOrRange, func(*Config) *[]PortRange { return &ranges })(c, v)
+		if err != nil {
+			return err
+		}
+		var all []uint16
+		for _, r := range ranges {
+			for p := int(r.First); p <= int(r.Last); p++ {
+				all = append(all, uint16(p))
+			}
+		}
+		slices.Sort(all)
+		*field(c) = slices.Compact(all)
+		return nil
+	}
+}
+
+func portOrRange(v any) (PortRange, error) {
+	if n, _ := v.(int64); n >= 1 && n <= 65535 {
+		return PortRange{uint16(n), uint16(n)}, nil
+	}
+	if r, ok := parseRange(v); ok {
+		return r, nil
+	}
+	return PortRange{}, expected(`a port between 1 and 65535 or a range such as "10000-20000"`, v)
+}
+
+// parseRange reads two ports with a dash between them.
+func parseRange(v any) (r PortRange, ok bool) {
 	s, _ := v.(string)
 	first, last, _ := strings.Cut(s, "-")
 	a, err := strconv.ParseUint(first, 10, 16)
 	b, err2 := strconv.ParseUint(last, 10, 16)
-	if err != nil || err2 != nil || a < 1 || b < a+LeastPool-1 {
-		return PortRange{}, expected(fmt.Sprintf(`at least %d ports such as "61000-65535"`, LeastPool), v)
-	}
-	return PortRange{uint16(a), uint16(b)}, nil
-}
-
-func port(v any) (uint16, error) {
-	n, _ := v.(int64)
-	if n < 1 || n > 65535 {
-		return 0, expected("a port between 1 and 65535", v)
-	}
-	return uint16(n), nil
+	return PortRange{uint16(a), uint16(b)}, err == nil && err2 == nil && a >= 1 && a <= b
 }
 
 func count(v any) (int, error) {

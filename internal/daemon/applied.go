@@ -92,7 +92,7 @@ func (m *mapper) check(f *cone.Flow, link string) {
 	switch {
 	case link == "":
 		m.applied.missing(notOnOutside, 1)
-	case slices.Contains(m.barred, f.ReplyDst.Port):
+	case m.bars(f.ReplyDst.Port):
 		m.applied.missing(servedPort, 1)
 	}
 }

@@ -55,7 +55,7 @@ type mapper struct {
 	routes *router
 	inside func(cone.Addr) bool // is in a subnet with mappings
 	served func(cone.Endpoint) bool
-	barred []uint16 // outside ports on which a mapping ends
+	barred []uint16 // outside ports on which a mapping ends, in order
 	exempt []netip.Prefix
 
 	known map[ends]string                 // mappings that stand, and their links
@@ -95,7 +95,7 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 	}
 	owners := make(map[cone.Endpoint]rules.Mapping)
 	return m, m.kernel.List(func(x rules.Mapping, _ time.Duration) {
-		if slices.Contains(m.barred, x.Ext.Port) {
+		if m.bars(x.Ext.Port) {
 			m.bad = append(m.bad, x)
 			return
 		}
@@ -106,6 +106,12 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 		owners[x.Ext] = x
 		m.known[ends{x.Int, x.Ext}] = x.Link
 	})
+}
+
+// bars reports whether a mapping ends on an outside port.
+func (m *mapper) bars(port uint16) bool {
+	_, barred := slices.BinarySearch(m.barred, port)
+	return barred
 }
 
 // maps reports whether the kernel can do endpoint-independent mapping.
@@ -147,7 +153,7 @@ func (m *mapper) see(f *cone.Flow) {
 			link = m.linkOf(f)
 			m.check(f, link)
 		}
-		if link == "" || slices.Contains(m.barred, f.ReplyDst.Port) {
+		if link == "" || m.bars(f.ReplyDst.Port) {
 			m.taken[out] = struct{}{}
 			return
 		}

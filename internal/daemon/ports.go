@@ -23,7 +23,7 @@ const betweenLooks = time.Second
 type outsidePorts struct {
 	wanted config.PortRange // port_pool, of which pool was made
 	pool   config.PortRange // what newcomers get
-	served []uint16         // what no new mapping gets
+	served []uint16         // what no new mapping gets, in order
 	barred []uint16         // those of served on which a mapping that stands ends
 
 	// udpTimeout is how long conntrack keeps a flow without an answer.

@@ -108,7 +108,7 @@ func (d *Daemon) differences(v *control.Verification) (map[string]struct{}, erro
 	}
 	err = q.Dump(func(f *cone.Flow) {
 		v.Flows++
-		if !slices.Contains(cfg.ExcludePeerPorts, f.ReplySrc.Port) {
+		if _, excluded := slices.BinarySearch(cfg.ExcludePeerPorts, f.ReplySrc.Port); !excluded {
 			k := claimed{cone.Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr, Zone: f.ReplyZone}, f.Src}
 			ofAll(k, counted{flows: 1})
 			first, n := cone.Spread(cfg.PeerGroups, f.ReplySrc.Addr)

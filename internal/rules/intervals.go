@@ -3,8 +3,7 @@
 package rules
 
 import (
-	"bytes"
-	"encoding/binary"
+	"math"
 	"net"
 	"net/netip"
 	"slices"
@@ -111,15 +110,20 @@ func (p *prefixes) test(load piece, in bool) piece {
 	return join(load, piece{&expr.Cmp{Op: op, Register: reg, Data: addr}})
 }
 
-func be32(n uint32) []byte { return binary.BigEndian.AppendUint32(nil, n) }
-
-func portElements(ports []uint16) (es []nftables.SetElement) {
-	for _, p := range slices.Compact(slices.Sorted(slices.Values(ports))) {
-		es = append(es, nftables.SetElement{Key: be16(p)})
+// setPorts fills s with ports: many as intervals. Into a set of single ports the kernel
+// puts each in a time that grows with their number (nft_bitmap).
+func (s *set) setPorts(ports []uint16) {
+	ports = slices.Compact(slices.Sorted(slices.Values(ports)))
+	s.Interval = len(ports) > fewPorts
+	for i, p := range ports {
+		if !s.Interval || i == 0 || ports[i-1] != p-1 {
+			s.elements = append(s.elements, nftables.SetElement{Key: be16(p)})
+		}
+		if last := i+1 == len(ports) || ports[i+1] != p+1; s.Interval && last && p != math.MaxUint16 {
+			s.elements = append(s.elements, nftables.SetElement{Key: be16(p + 1), IntervalEnd: true})
+		}
 	}
-	return es
 }
 
-func sameElement(a nftables.SetElement) func(nftables.SetElement) bool {
-	return func(b nftables.SetElement) bool { return bytes.Equal(a.Key, b.Key) && a.IntervalEnd == b.IntervalEnd }
-}
+// fewPorts are looked up quicker as single ones.
+const fewPorts = 256

@@ -455,7 +455,8 @@ func (l *layout) learn(d Desired, kinds []kind) {
 		subnets.Interval, subnets.elements = true, intervals(c.Subnets)
 	}
 	peerPorts, ports := l.set(excludedPeerSet, nftables.TypeInetService), l.set(excludedPortsSet, nftables.TypeInetService)
-	peerPorts.elements, ports.elements = portElements(c.ExcludePeerPorts), portElements(c.ExcludePorts)
+	peerPorts.setPorts(c.ExcludePeerPorts)
+	ports.setPorts(c.ExcludePorts)
 	learners := l.set(learnersSet, nftables.TypeIPAddr)
 	learners.HasTimeout, learners.Timeout, learners.Dynamic, learners.free = true, learnerTimeout, true, true
 	denied := l.set(deniedSet, permissionKey...)

@@ -103,6 +103,10 @@ func dump(netns int, table, set string, f func(key, value []byte, left time.Dura
 
 // dumpElements is dump, and calls f with the attributes of each element.
 func dumpElements(netns int, table, set string, f func(b []byte)) error {
+	return dumpOfFamily(netns, unix.AF_INET, table, set, f)
+}
+
+func dumpOfFamily(netns int, family byte, table, set string, f func(b []byte)) error {
 	c, err := nfnl.Dial(netns)
 	if err != nil {
 		return err
@@ -111,7 +115,7 @@ func dumpElements(netns int, table, set string, f func(b []byte)) error {
 	var refused error
 	err = nfnl.Whole(func() error {
 		var e nfnl.Encoder
-		e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETSETELEM, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_INET)
+		e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETSETELEM, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), family)
 		e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, table)
 		e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
 		e.End()

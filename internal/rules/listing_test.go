@@ -29,6 +29,16 @@ var features = map[string]func(d *rules.Desired, m *rules.MapConfig){
 			netip.MustParsePrefix("203.0.113.0/28"), netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("198.18.0.0/15"),
 		}
 	},
+	"many ports": func(_ *rules.Desired, m *rules.MapConfig) {
+		m.ExcludePorts = nil
+		for p := 10_000; p <= 20_000; p++ {
+			m.ExcludePorts = append(m.ExcludePorts, uint16(p))
+		}
+		for p := 30_000; p <= 0xffff; p++ {
+			m.ExcludePorts = append(m.ExcludePorts, uint16(p))
+		}
+		m.ExcludePeerPorts = m.ExcludePorts
+	},
 	"full cone": func(_ *rules.Desired, m *rules.MapConfig) { m.OpenSubnets = m.Subnets },
 	"links upon others": func(d *rules.Desired, _ *rules.MapConfig) {
 		d.Uppers = map[string]string{"vrrp.51": "wan0", "vrrp.52": "lan0"}

@@ -117,7 +117,7 @@ func (l *layout) mapping(c *MappingConfig) {
 		served:  l.set(servedSet, nftables.TypeInetService),
 		subnets: l.prefixes(mappedSet, c.Subnets),
 	}
-	m.served.elements = portElements(c.Served)
+	m.served.setPorts(c.Served)
 	if len(c.Exempt) > 0 {
 		m.exempt = l.prefixes(exemptSet, c.Exempt)
 	}

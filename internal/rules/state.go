@@ -4,10 +4,12 @@ package rules
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
 	"slices"
+	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -22,7 +24,7 @@ type state struct {
 	chains   []*nftables.Chain
 	sets     []*nftables.Set
 	rules    []*nftables.Rule
-	elements map[string][]nftables.SetElement // by set, of those asked for
+	elements map[string][]setKey // by set, of those asked for, sorted
 	counters map[string]uint64
 }
 
@@ -32,8 +34,8 @@ func (t *Tables) read(table *nftables.Table, want *layout) (*state, error) {
 	if err := t.c.begin(); err != nil {
 		return nil, err
 	}
-	s := &state{counters: map[string]uint64{}, elements: map[string][]nftables.SetElement{}}
-	err := s.read(t.c, table, want)
+	s := &state{counters: map[string]uint64{}, elements: map[string][]setKey{}}
+	err := s.read(t, table, want)
 	switch {
 	case errors.Is(err, unix.ENOENT):
 		return &state{}, nil
@@ -49,7 +51,8 @@ func (t *Tables) read(table *nftables.Table, want *layout) (*state, error) {
 	return nil, fmt.Errorf("table %s: %w", title(table), err)
 }
 
-func (s *state) read(c *conn, t *nftables.Table, want *layout) (err error) {
+func (s *state) read(ours *Tables, t *nftables.Table, want *layout) (err error) {
+	c := ours.c
 	if s.table, err = c.ListTableOfFamily(t.Name, t.Family); err != nil {
 		return err
 	}
@@ -73,9 +76,12 @@ func (s *state) read(c *conn, t *nftables.Table, want *layout) (err error) {
 	}
 	for _, set := range s.sets {
 		if want.writes(set.Name) {
-			if s.elements[set.Name], err = c.GetSetElements(set); err != nil {
+			keys := []setKey{}
+			err := dumpOfFamily(ours.netns, byte(t.Family), t.Name, set.Name, func(b []byte) { keys = append(keys, setKeyOf(b)) })
+			if err != nil {
 				return err
 			}
+			s.elements[set.Name] = slices.Compact(sortKeys(keys))
 		}
 	}
 	objs, err := c.GetNamedObjects(t)
@@ -119,21 +125,48 @@ func sameAll[T any](a, b []T, same func(T) func(T) bool) bool {
 	return len(a) == len(b) && !slices.ContainsFunc(a, func(x T) bool { return !slices.ContainsFunc(b, same(x)) })
 }
 
-// sameElements is sameAll for elements, which may be many.
-func sameElements(a, b []nftables.SetElement) bool {
-	sorted := func(es []nftables.SetElement) []nftables.SetElement {
-		return slices.SortedFunc(slices.Values(es), func(a, b nftables.SetElement) int {
-			c := bytes.Compare(a.Key, b.Key)
-			if c == 0 && a.IntervalEnd != b.IntervalEnd {
-				c = 1
-				if b.IntervalEnd {
-					c = -1
-				}
-			}
+// A setKey is what tells an element of one of our sets from another one.
+type setKey struct {
+	key string
+	end bool // of an interval, which ends before it
+}
+
+// setKeyOf reads an element's attributes.
+func setKeyOf(b []byte) (k setKey) {
+	attributes(b, func(typ uint16, b []byte) {
+		switch typ {
+		case unix.NFTA_SET_ELEM_KEY:
+			k.key = string(data(b))
+		case unix.NFTA_SET_ELEM_FLAGS:
+			k.end = len(b) == 4 && binary.BigEndian.Uint32(b)&unix.NFT_SET_ELEM_INTERVAL_END != 0
+		}
+	})
+	return k
+}
+
+func sortKeys(keys []setKey) []setKey {
+	slices.SortFunc(keys, func(a, b setKey) int {
+		if c := strings.Compare(a.key, b.key); c != 0 || a.end == b.end {
 			return c
-		})
+		}
+		if a.end {
+			return -1
+		}
+		return 1
+	})
+	return keys
+}
+
+// sameElements reports whether keys, which are sorted, are those of elements.
+func sameElements(keys []setKey, elements []nftables.SetElement) bool {
+	if len(keys) != len(elements) {
+		return false
 	}
-	return len(a) == len(b) && slices.EqualFunc(sorted(a), sorted(b), func(a, b nftables.SetElement) bool { return sameElement(a)(b) })
+	want := make([]setKey, len(elements))
+	for i, e := range elements {
+		want[i] = setKey{string(e.Key), e.IntervalEnd}
+	}
+	return slices.Equal(keys, sortKeys(want))
 }
 
 func sameChain(a *nftables.Chain) func(*nftables.Chain) bool {
