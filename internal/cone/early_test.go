@@ -141,3 +141,52 @@ func TestEarlyFlowStaysWhereTheGrantIsRefusedOrRevoked(t *testing.T) {
 		})
 	}
 }
+
+// Anybody outside can fill the table of conntrack with flows to a port that the gateway
+// serves, or that a rule of the user's forwards.
+func TestSnapshotKeepsLittleOfAFlood(t *testing.T) {
+	for name, tc := range map[string]struct{ labels, rulesRead bool }{
+		"children are labelled": {true, true}, "rules cannot be read": {true, false}, "no labels": {false, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := testPolicy
+			p.Mapped, p.Labels = true, tc.labels
+			m := New(p)
+			m.SetTopology(0, testTopology)
+			m.SetForwards(0, nil, tc.rulesRead)
+			m.BeginSnapshot()
+			flood := func(n int) {
+				for i := range n {
+					peer := Endpoint{AddrFrom4([4]byte{60, byte(i >> 16), byte(i >> 8), byte(i)}), 9}
+					early := earlyFlow1
+					early.ID, early.Src, early.ReplyDst = uint32(2*i+10), peer, peer
+					m.SnapshotFlow(0, &early)
+					m.SnapshotFlow(0, &Flow{
+						ID: uint32(2*i + 11), Status: StatusDstNAT, Src: peer, Dst: ep("198.51.100.1:5000"),
+						ReplySrc: ep("10.47.11.111:5000"), ReplyDst: peer,
+					})
+				}
+			}
+			flood(mostForwarded)
+			kept := len(m.snap.inbound)
+			flood(10 * mostForwarded)
+			if n := len(m.snap.inbound); n != kept || n > mostForwarded {
+				t.Errorf("%d flows kept, and %d of ten times as many", kept, n)
+			}
+			// What is not of the flood counts as ever, before its permission or behind it.
+			m.SnapshotFlow(0, &Flow{
+				ID: 3, Status: StatusDstNAT, Labelled: tc.labels, Src: ep("203.0.113.5:5071"), Dst: ep("198.51.100.1:5060"),
+				ReplySrc: ep("10.47.11.109:5060"), ReplyDst: ep("203.0.113.5:5071"),
+			})
+			m.SnapshotFlow(0, &earlyFlow1)
+			m.SnapshotFlow(0, &seedFlow)
+			m.EndSnapshot(0)
+			if kinds, want := carryOut(m), []OpKind{Grant, DropEarly}; !slices.Equal(kinds, want) {
+				t.Errorf("ops %v, want %v", kinds, want)
+			}
+			if n := m.Stats().Flows; n != 2 {
+				t.Errorf("%d flows of the permission, want the host's own and the child", n)
+			}
+		})
+	}
+}

@@ -15,6 +15,7 @@ type snapshot struct {
 	showing bool                // the model looks at one of its flows right now
 	ended   map[uint32]struct{} // flows that ended while it runs
 	inbound []Flow              // looked at last: children find their permission then
+	led     map[lead]struct{}   // what flows of forwards in inbound lead to, whoever the peer
 
 	unplaced bool // what the model had before
 }
@@ -53,9 +54,40 @@ func (m *Model) SnapshotFlow(now time.Duration, f *Flow) {
 	switch role, _, _ := m.role(f); role {
 	case roleOut:
 		m.show(now, f)
-	case roleChild, roleDNAT, roleEarly:
+	case roleEarly: // a permission that comes to stand finds it
+		m.show(now, f)
+	case roleChild:
 		m.snap.inbound = append(m.snap.inbound, *f)
+	case roleDNAT:
+		if m.unread || !m.policy.Labels { // else it is of no use
+			m.snap.keepForwarded(f)
+		}
 	}
+}
+
+// A lead is where DNATed flows lead to.
+type lead struct {
+	extKey
+	in Endpoint
+}
+
+// mostForwarded bounds the flows of forwards of the user's that a snapshot keeps.
+const mostForwarded = 1 << 13
+
+// keepForwarded keeps f, which may be a child of a permission that is seen later. If
+// there are many such flows, one of each forward is enough: anybody outside can make as
+// many as the table of conntrack has room for.
+func (s *snapshot) keepForwarded(f *Flow) {
+	k := lead{extKey{f.Dst, f.OrigZone}, f.ReplySrc}
+	_, led := s.led[k]
+	if led && len(s.inbound) >= mostForwarded || !led && len(s.led) >= mostForwarded {
+		return
+	}
+	if s.led == nil {
+		s.led = make(map[lead]struct{})
+	}
+	s.led[k] = struct{}{}
+	s.inbound = append(s.inbound, *f)
 }
 
 func (m *Model) show(now time.Duration, f *Flow) {

@@ -50,6 +50,8 @@ const (
 const (
 	nfgenmsgLen = 4
 	attrHdrLen  = 4
+	// attributesAt is where the attributes of a message begin.
+	attributesAt = unix.NLMSG_HDRLEN + nfgenmsgLen
 	// The upper two bits of an attribute's type are NLA_F_NESTED and
 	// NLA_F_NET_BYTEORDER.
 	attrTypeMask = 0x3fff

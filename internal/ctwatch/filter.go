@@ -1,76 +1,139 @@
 package ctwatch
 
 import (
+	"encoding/binary"
+	"net/netip"
+	"slices"
+
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
 )
 
+// What the filter returns.
+const (
+	drop = 0
+	pass = 0xffffffff
+)
+
+// mostSources bounds the prefixes that the filter compares. The kernel takes programs of
+// 4,096 instructions, and runs each for every flow of the gateway.
+const mostSources = 128
+
 // eventFilter is the socket filter of a Watcher: UDP, either family, and no anchor
-// that begins. It runs before a message is queued (sk_filter), so what it drops
-// costs neither buffer nor wake-up. It looks at the first message of a
-// datagram; the kernel sends events one by one.
+// that begins; with sources, those of Watcher.SetSources alone. It runs before a message
+// is queued (sk_filter), so what it drops costs neither buffer nor wake-up. It looks at
+// the first message of a datagram; the kernel sends events one by one.
 //
 // Drop only what is known to be foreign: where an attribute is missing the
 // message passes, and the parser looks again and counts it. The kernel finds
 // attributes in its own byte order and the loads are of network byte order,
 // so the program is the same on all machines.
-func eventFilter() ([]bpf.RawInstruction, error) {
-	const (
-		drop = 0
-		pass = 0xffffffff
-	)
-	// Slot of the scratch memory: offset of CTA_TUPLE_PROTO.
-	const proto = 0
+func eventFilter(sources []netip.Prefix) ([]bpf.RawInstruction, error) {
+	// Slots of the scratch memory: offsets of CTA_TUPLE_ORIG and CTA_TUPLE_PROTO.
+	const orig, proto = 0, 1
 
-	// find sets A to the offset of attribute typ, at or in what A points to,
-	// and passes the message when there is none.
-	find := func(ext bpf.Extension, typ uint32) []bpf.Instruction {
-		return []bpf.Instruction{
-			bpf.LoadConstant{Dst: bpf.RegX, Val: typ},
-			bpf.LoadExtension{Num: ext},
-			bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: 0, SkipTrue: 1},
-			bpf.RetConstant{Val: pass},
-		}
-	}
-	// load sets A to the value of the attribute that A points to.
-	load := func(size int) []bpf.Instruction {
-		return []bpf.Instruction{bpf.TAX{}, bpf.LoadIndirect{Off: attrHdrLen, Size: size}}
-	}
-	dropIf := func(cond bpf.JumpTest, val uint32) []bpf.Instruction {
-		return []bpf.Instruction{
-			bpf.JumpIf{Cond: cond, Val: val, SkipFalse: 1},
-			bpf.RetConstant{Val: drop},
-		}
-	}
-
-	var prog []bpf.Instruction
-	add := func(parts ...[]bpf.Instruction) {
-		for _, p := range parts {
-			prog = append(prog, p...)
-		}
-	}
-	add(
-		[]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: unix.NLMSG_HDRLEN + nfgenmsgLen}},
+	prog := slices.Concat(
+		[]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: attributesAt}},
 		find(bpf.ExtNetlinkAttr, ctaTupleOrig),
+		[]bpf.Instruction{bpf.StoreScratch{Src: bpf.RegA, N: orig}},
 		find(bpf.ExtNetlinkAttrNested, ctaTupleProto),
 		[]bpf.Instruction{bpf.StoreScratch{Src: bpf.RegA, N: proto}},
 		find(bpf.ExtNetlinkAttrNested, ctaProtoNum),
 		load(1),
 		dropIf(bpf.JumpNotEqual, unix.IPPROTO_UDP),
 	)
-	// The type of the message, as its two bytes lie in it on either kind of machine.
-	prog = append(prog, bpf.LoadAbsolute{Off: 4, Size: 2})
-	for _, gone := range []uint32{unix.NFNL_SUBSYS_CTNETLINK<<8 | ipctnlMsgCTDelete, ipctnlMsgCTDelete<<8 | unix.NFNL_SUBSYS_CTNETLINK} {
-		prog = append(prog, bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: gone, SkipTrue: 1}, bpf.RetConstant{Val: pass})
-	}
+	var anchors []bpf.Instruction
 	for _, port := range []uint32{ctaProtoSrcPort, ctaProtoDstPort} {
-		add(
+		anchors = slices.Concat(anchors,
 			[]bpf.Instruction{bpf.LoadScratch{Dst: bpf.RegA, N: proto}},
 			find(bpf.ExtNetlinkAttrNested, port),
 			load(2),
 			dropIf(bpf.JumpEqual, 0),
 		)
 	}
-	prog = append(prog, bpf.RetConstant{Val: pass})
+	// Unless it ends. The type of the message, as its two bytes lie in it on either kind
+	// of machine.
+	prog = append(prog, bpf.LoadAbsolute{Off: 4, Size: 2})
+	for i, gone := range []uint32{unix.NFNL_SUBSYS_CTNETLINK<<8 | ipctnlMsgCTDelete, ipctnlMsgCTDelete<<8 | unix.NFNL_SUBSYS_CTNETLINK} {
+		prog = append(prog, bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: gone, SkipTrue: 1}, bpf.Jump{Skip: uint32(2*(1-i) + len(anchors))})
+	}
+	prog = append(prog, anchors...)
+	if len(sources) == 0 || len(sources) > mostSources {
+		return bpf.Assemble(append(prog, bpf.RetConstant{Val: pass}))
+	}
+
+	of4, of6 := fromOneOf(sources, true), fromOneOf(sources, false)
+	prog = slices.Concat(prog,
+		[]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: attributesAt}},
+		find(bpf.ExtNetlinkAttr, ctaStatus),
+		load(4),
+		[]bpf.Instruction{
+			bpf.JumpIf{Cond: bpf.JumpBitsNotSet, Val: uint32(cone.StatusExpected | cone.StatusDstNAT), SkipTrue: 1},
+			bpf.RetConstant{Val: pass},
+			bpf.LoadConstant{Dst: bpf.RegA, Val: attributesAt},
+		},
+		find(bpf.ExtNetlinkAttr, ctaHelp)[:2],
+		[]bpf.Instruction{
+			bpf.JumpIf{Cond: bpf.JumpEqual, Val: 0, SkipTrue: 1},
+			bpf.RetConstant{Val: pass},
+			bpf.LoadAbsolute{Off: unix.NLMSG_HDRLEN, Size: 1}, // the family
+			bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.AF_INET, SkipTrue: 1},
+			bpf.Jump{Skip: uint32(1 + len(find(0, 0)) + len(find(0, 0)) + len(of4))},
+			bpf.LoadScratch{Dst: bpf.RegA, N: orig},
+		},
+		find(bpf.ExtNetlinkAttrNested, ctaTupleIP),
+		find(bpf.ExtNetlinkAttrNested, ctaIPv4Src),
+		of4,
+		[]bpf.Instruction{bpf.LoadScratch{Dst: bpf.RegA, N: orig}},
+		find(bpf.ExtNetlinkAttrNested, ctaTupleIP),
+		find(bpf.ExtNetlinkAttrNested, ctaIPv6Src),
+		of6,
+	)
 	return bpf.Assemble(prog)
+}
+
+// find sets A to the offset of attribute typ, at or in what A points to, and passes the
+// message when there is none.
+func find(ext bpf.Extension, typ uint32) []bpf.Instruction {
+	return []bpf.Instruction{
+		bpf.LoadConstant{Dst: bpf.RegX, Val: typ},
+		bpf.LoadExtension{Num: ext},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: 0, SkipTrue: 1},
+		bpf.RetConstant{Val: pass},
+	}
+}
+
+// load sets A to the value of the attribute that A points to.
+func load(size int) []bpf.Instruction {
+	return []bpf.Instruction{bpf.TAX{}, bpf.LoadIndirect{Off: attrHdrLen, Size: size}}
+}
+
+func dropIf(cond bpf.JumpTest, val uint32) []bpf.Instruction {
+	return []bpf.Instruction{
+		bpf.JumpIf{Cond: cond, Val: val, SkipFalse: 1},
+		bpf.RetConstant{Val: drop},
+	}
+}
+
+// fromOneOf passes the message if the address that A points to is in one of the prefixes
+// of its family, and else drops it.
+func fromOneOf(prefixes []netip.Prefix, is4 bool) []bpf.Instruction {
+	prog := []bpf.Instruction{bpf.TAX{}}
+	for _, p := range prefixes {
+		if p.Addr().Is4() != is4 {
+			continue
+		}
+		addr := p.Masked().Addr().AsSlice()
+		for i := 0; 32*i < p.Bits(); i++ {
+			next := (p.Bits()+31)/32 - i - 1 // words still to compare
+			prog = append(prog,
+				bpf.LoadIndirect{Off: uint32(attrHdrLen + 4*i), Size: 4},
+				bpf.ALUOpConstant{Op: bpf.ALUOpAnd, Val: ^uint32(0) << max(32*(i+1)-p.Bits(), 0)},
+				bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: binary.BigEndian.Uint32(addr[4*i:]), SkipTrue: uint8(3*next + 1)})
+		}
+		prog = append(prog, bpf.RetConstant{Val: pass})
+	}
+	return append(prog, bpf.RetConstant{Val: drop})
 }

@@ -1,11 +1,14 @@
 package ctwatch
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -107,15 +110,16 @@ func TestSocketFilterDropsWhatIsNotOurs(t *testing.T) {
 	}
 }
 
-func TestSocketFilterPassesWhatItDoesNotKnow(t *testing.T) {
-	enterNetNS(t)
+// filtered returns what the filter with these sources lets pass.
+func filtered(t *testing.T, sources ...netip.Prefix) (passes func(msg []byte) bool) {
+	t.Helper()
 	// A socket pair runs the same filter on what the test writes.
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = unix.Close(fds[0]); _ = unix.Close(fds[1]) }()
-	prog, err := eventFilter()
+	t.Cleanup(func() { _ = unix.Close(fds[0]); _ = unix.Close(fds[1]) })
+	prog, err := eventFilter(sources)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -127,6 +131,105 @@ func TestSocketFilterPassesWhatItDoesNotKnow(t *testing.T) {
 		&unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}); err != nil {
 		t.Fatal(err)
 	}
+	return func(msg []byte) bool {
+		if _, err := unix.Write(fds[1], msg); err != nil {
+			t.Fatal(err)
+		}
+		_, err := unix.Read(fds[0], make([]byte, 1024))
+		if err != nil && err != unix.EAGAIN {
+			t.Fatal(err)
+		}
+		return err == nil
+	}
+}
+
+func TestSocketFilterKeepsToItsSources(t *testing.T) {
+	flow := func(src string, status cone.Status, more ...[]byte) []byte {
+		a := netip.MustParseAddr(src)
+		typ, dst := uint16(ctaIPv4Src), attr(ctaIPv4Dst, 192, 0, 2, 2)
+		if a.Is6() {
+			typ, dst = ctaIPv6Src, attr(ctaIPv6Dst, make([]byte, 16)...)
+		}
+		msg := newMsg(nest(ctaTupleOrig, nest(ctaTupleIP, attr(typ, a.AsSlice()...), dst), proto(17, 1, 2)),
+			attr(ctaStatus, binary.BigEndian.AppendUint32(nil, uint32(status|cone.StatusConfirmed))...), bytes.Join(more, nil))
+		if a.Is6() {
+			msg[unix.NLMSG_HDRLEN] = unix.AF_INET6
+		}
+		return msg
+	}
+	end := func(msg []byte) []byte {
+		binary.NativeEndian.PutUint16(msg[4:], ctType(ipctnlMsgCTDelete))
+		return msg
+	}
+	anchor := func(src string) []byte {
+		return newMsg(nest(ctaTupleOrig, nest(ctaTupleIP, attr(ctaIPv4Src, netip.MustParseAddr(src).AsSlice()...)), proto(17, 0, 2)),
+			attr(ctaStatus, 0, 0, 0, byte(cone.StatusConfirmed)))
+	}
+	prefixes := func(ps ...string) (all []netip.Prefix) {
+		for _, p := range ps {
+			all = append(all, netip.MustParsePrefix(p))
+		}
+		return all
+	}
+	several := prefixes("10.47.11.0/24", "2001:db8:47::/52", "192.168.0.0/23", "fd00::1/128", "172.16.9.9/32")
+	for _, tt := range []struct {
+		name    string
+		msg     []byte
+		sources []netip.Prefix
+		pass    bool
+	}{
+		{"from inside", flow("10.47.11.255", cone.StatusSrcNAT), several, true},
+		{"from inside, not translated", flow("192.168.1.7", 0), several, true},
+		{"from one host", flow("172.16.9.9", 0), several, true},
+		{"beside the prefix", flow("10.47.12.0", cone.StatusSrcNAT), several, false},
+		{"beside the host", flow("172.16.9.8", 0), several, false},
+		{"from inside over IPv6", flow("2001:db8:47:fff::1", 0), several, true},
+		{"beside the prefix over IPv6", flow("2001:db8:47:1000::1", 0), several, false},
+		{"from one host over IPv6", flow("fd00::1", 0), several, true},
+		{"beside the host over IPv6", flow("fd00::2", 0), several, false},
+		{"from outside to the gateway", flow("203.0.113.5", 0), several, false},
+		{"from outside, ended", end(flow("203.0.113.5", 0)), several, false},
+		{"from inside, ended", end(flow("10.47.11.7", cone.StatusSrcNAT)), several, true},
+		{"led inside", flow("203.0.113.5", cone.StatusDstNAT), several, true},
+		{"led inside, ended", end(flow("203.0.113.5", cone.StatusDstNAT)), several, true},
+		{"expected", flow("203.0.113.5", cone.StatusExpected), several, true},
+		{"with a helper", flow("203.0.113.5", 0, attr(ctaHelp)), several, true},
+		{"an anchor", anchor("10.47.11.7"), several, false},
+		{"an anchor that ended", end(anchor("10.47.11.7")), several, true},
+		{"no status", newMsg(tuples), several, true},
+		{"no address", newMsg(nest(ctaTupleOrig, proto(17, 1, 2)), attr(ctaStatus, 0, 0, 0, 8)), several, true},
+		{"all are enabled", flow("203.0.113.5", 0), prefixes("0.0.0.0/0"), true},
+		{"no prefix of the family", flow("2001:db8::1", 0), prefixes("10.0.0.0/8"), false},
+		{"no prefix at all", flow("203.0.113.5", 0), nil, true},
+		{"too many prefixes", flow("203.0.113.5", 0), slices.Repeat(prefixes("10.0.0.0/8"), mostSources+1), true},
+		{"as many as can be", flow("203.0.113.5", 0), slices.Repeat(prefixes("2001:db8::/128"), mostSources), false},
+	} {
+		if pass := filtered(t, tt.sources...)(tt.msg); pass != tt.pass {
+			t.Errorf("%s: passes is %v, want %v", tt.name, pass, tt.pass)
+		}
+	}
+}
+
+func TestWatcherHearsOfItsSourcesAlone(t *testing.T) {
+	enterNetNS(t)
+	w := dialWatcher(t, Config{})
+	a, b := listen(t, "127.0.0.1:0"), listen(t, "127.0.0.2:0")
+	for _, sources := range [][]netip.Prefix{{netip.MustParsePrefix("127.0.0.1/32")}, nil} {
+		if err := w.SetSources(sources); err != nil {
+			t.Fatal(err)
+		}
+		peer := endpoint(fmt.Sprintf("127.0.0.1:%d", 9+len(sources)))
+		b.send(t, peer, "x")
+		a.send(t, peer, "x")
+		events := readQueued(t, w)
+		if len(events) != 2-len(sources) || events[len(events)-1].Flow.Src != a.endpoint() {
+			t.Errorf("with %v: %+v", sources, events)
+		}
+	}
+}
+
+func TestSocketFilterPassesWhatItDoesNotKnow(t *testing.T) {
+	passes := filtered(t)
 	udp := attr(ctaProtoNum, 17)
 	for _, tt := range []struct {
 		name string
@@ -146,14 +249,7 @@ func TestSocketFilterPassesWhatItDoesNotKnow(t *testing.T) {
 		{"source port 0", newMsg(nest(ctaTupleOrig, ip4, proto(17, 0, 2))), false},
 		{"destination port 0", newMsg(nest(ctaTupleOrig, ip4, proto(17, 1, 0))), false},
 	} {
-		if _, err := unix.Write(fds[1], tt.msg); err != nil {
-			t.Fatalf("%s: %v", tt.name, err)
-		}
-		_, err := unix.Read(fds[0], make([]byte, 1024))
-		if err != nil && err != unix.EAGAIN {
-			t.Fatalf("%s: %v", tt.name, err)
-		}
-		if pass := err == nil; pass != tt.pass {
+		if pass := passes(tt.msg); pass != tt.pass {
 			t.Errorf("%s: passes is %v, want %v", tt.name, pass, tt.pass)
 		}
 	}

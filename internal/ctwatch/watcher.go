@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/mdlayher/netlink"
+	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -92,6 +94,7 @@ type Stats struct {
 type Watcher struct {
 	conn    socket
 	rc      syscall.RawConn
+	filter  func([]bpf.RawInstruction) error
 	receive func(fd uintptr) bool // w.read, bound once: binding allocates
 	poll    func(fd uintptr)      // the same, whatever the deadline
 
@@ -146,7 +149,7 @@ func Dial(cfg Config) (*Watcher, error) {
 		_ = conn.Close()
 		return nil, err
 	}
-	w.readBuffer = size
+	w.readBuffer, w.filter = size, conn.SetBPF
 	return w, nil
 }
 
@@ -171,7 +174,7 @@ func subscribe(conn *netlink.Conn, cfg Config) (int, error) {
 	}
 
 	// The filter comes before the groups, so that nothing passes unfiltered.
-	prog, err := eventFilter()
+	prog, err := eventFilter(nil)
 	if err != nil {
 		return 0, wrap("assemble socket filter", err)
 	}
@@ -324,6 +327,21 @@ func (w *Watcher) Wake() {
 	w.woken = true
 	// It fails only when the socket is closed, and then Read returns anyhow.
 	_ = w.conn.SetReadDeadline(time.Unix(0, 1))
+}
+
+// SetSources leaves out, from now on, the events of flows that begin outside of these
+// prefixes and are none of: expected, DNATed, looked after by a conntrack helper. Without
+// prefixes, and with very many, all are told of. Those of anchors are in the first case
+// too. What is left out costs the process nothing.
+func (w *Watcher) SetSources(prefixes []netip.Prefix) error {
+	prog, err := eventFilter(prefixes)
+	if err != nil {
+		return wrap("assemble socket filter", err)
+	}
+	if err := w.filter(prog); err != nil {
+		return wrap("attach socket filter", err)
+	}
+	return nil
 }
 
 // awake ends a wake-up.

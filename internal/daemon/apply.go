@@ -6,6 +6,9 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 )
 
+// opsAtOnce is how many decisions are carried out in one piece.
+const opsAtOnce = 1024
+
 // apply carries out what the model decided, in order. Neighbours of one kind
 // share a batch. since is when the event was read that they come from, for the
 // latency; zero when they come from elsewhere.
@@ -13,11 +16,12 @@ func (d *Daemon) apply(since time.Duration) {
 	for ops := d.model.Ops(); len(ops) > 0; ops = d.model.Ops() {
 		for len(ops) > 0 {
 			n := 1
-			for n < len(ops) && ops[n].Kind == ops[0].Kind {
+			for n < min(len(ops), opsAtOnce) && ops[n].Kind == ops[0].Kind {
 				n++
 			}
 			d.run(ops[:n], since)
 			ops = ops[n:]
+			d.beat()
 		}
 	}
 }

@@ -97,10 +97,11 @@ type Daemon struct {
 	reportedEvents ctwatch.Stats
 
 	inbox    chan func()
-	hurry    chan struct{} // a reconcile is wanted
-	moved    chan struct{} // links, addresses or routes changed
-	jobs     chan func()   // for the reconcile
-	reloads  atomic.Uint64 // that began
+	pings    chan chan struct{} // of Alive
+	hurry    chan struct{}      // a reconcile is wanted
+	moved    chan struct{}      // links, addresses or routes changed
+	jobs     chan func()        // for the reconcile
+	reloads  atomic.Uint64      // that began
 	reloaded struct {
 		sync.Mutex
 		last uint64 // the latest that was done
@@ -116,6 +117,7 @@ func New(cfg Config) (d *Daemon, err error) {
 		cfg: cfg, log: cfg.Log,
 		start: time.Now(),
 		inbox: make(chan func(), 64),
+		pings: make(chan chan struct{}, 1),
 		hurry: make(chan struct{}, 1),
 		moved: make(chan struct{}, 1),
 		jobs:  make(chan func()),
@@ -190,6 +192,9 @@ func New(cfg Config) (d *Daemon, err error) {
 	d.firewall.decisions = d.decisions
 	adopted, err := d.openBackends()
 	if err != nil {
+		return d, err
+	}
+	if err := d.events.SetSources(d.sources(d.cfg.Config)); err != nil {
 		return d, err
 	}
 	d.model = cone.New(d.policy(d.cfg.Config))
@@ -299,6 +304,17 @@ func (d *Daemon) policy(cfg config.Config) cone.Policy {
 		})
 	}
 	return p
+}
+
+// sources returns the prefixes from which flows begin that the daemon has to hear of at
+// once; nil if of all. Of early packets' flows, which come from outside, there is none
+// where the guard stands, but to a socket: one that outlives the socket is found by the
+// next reconcile.
+func (d *Daemon) sources(cfg config.Config) []netip.Prefix {
+	if !cfg.Guard || d.firewall.tables == nil || d.firewall.tables.Lacks(rules.FeatureGuard) {
+		return nil
+	}
+	return prefixes(cfg.Subnets)
 }
 
 // filterings are the model's words for those of the configuration.

@@ -53,8 +53,32 @@ func (d *Daemon) do(f func()) bool {
 	}
 }
 
-// Alive waits until the loop has time, and reports whether it runs.
-func (d *Daemon) Alive() bool { return d.do(func() {}) }
+// Alive waits until the loop gets on, and reports whether it runs. It does not wait for
+// what the loop was asked for before: one that has much to do is alive.
+func (d *Daemon) Alive() bool {
+	alive := make(chan struct{})
+	select {
+	case d.pings <- alive:
+	case <-d.ended:
+		return false
+	}
+	d.events.Wake()
+	select {
+	case <-alive:
+		return true
+	case <-d.ended:
+		return false
+	}
+}
+
+// beat answers Alive. The loop calls it between pieces of work.
+func (d *Daemon) beat() {
+	select {
+	case alive := <-d.pings:
+		close(alive)
+	default:
+	}
+}
 
 // loop is the one loop. It returns when ctx ends.
 func (d *Daemon) loop(ctx context.Context) error {
@@ -63,6 +87,7 @@ func (d *Daemon) loop(ctx context.Context) error {
 	events := make([]ctwatch.Event, eventsAtOnce)
 	var deadline time.Time
 	for {
+		d.beat()
 		d.drainInbox()
 		if ctx.Err() != nil {
 			return nil
@@ -146,5 +171,6 @@ func (d *Daemon) drainInbox() {
 		f := <-d.inbox
 		f()
 		d.apply(0)
+		d.beat()
 	}
 }

@@ -51,10 +51,13 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 	second := time.NewTimer(betweenLooks) // look at sockets
 	defer second.Stop()
 	for {
+		began := d.now()
 		err := d.reconcileOnce(q)
 		if ctx.Err() != nil {
 			return nil
 		}
+		ended := d.now()
+		var hurried <-chan time.Time
 		d.failures.note("reconcile", 1, err)
 		var soon <-chan time.Time // instead of what lets a daemon that is ready go again
 		second.Reset(betweenLooks)
@@ -79,7 +82,11 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 			case <-t.C:
 				again = soon == nil
 			case <-d.hurry:
-				again = soon == nil
+				if soon == nil && hurried == nil {
+					hurried = time.After(ended + rest(ended-began) - d.now())
+				}
+			case <-hurried:
+				again = true
 			case job := <-d.jobs:
 				job()
 			case <-second.C:
@@ -98,6 +105,10 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 		}
 	}
 }
+
+// rest is how long after a reconcile that took so long the next one may come that is not
+// due. Where events are lost all the time, looking at the table must not lose more.
+func rest(took time.Duration) time.Duration { return max(time.Second, 4*took) }
 
 // A firstReconcile is about the first good reconcile, which a daemon needs to be
 // ready. Another program may be in the way for a moment.

@@ -24,3 +24,11 @@ func TestReadyAfterAGoodReconcileOnly(t *testing.T) {
 		t.Errorf("the last bad one: %v", err)
 	}
 }
+
+func TestReconcilesInAHurryAreApart(t *testing.T) {
+	for took, want := range map[time.Duration]time.Duration{0: time.Second, 100 * time.Millisecond: time.Second, 3 * time.Second: 12 * time.Second} {
+		if got := rest(took); got != want {
+			t.Errorf("%v after one of %v, want %v", got, took, want)
+		}
+	}
+}
