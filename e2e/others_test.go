@@ -210,6 +210,20 @@ func TestPermissionStandsWhenTheGatewaySocketIsGone(t *testing.T) {
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
 }
 
+// No event tells of the flow, for the guard let the peer's packet pass to the socket.
+func TestFlowToAGatewaySocketThatIsGoneEnds(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	own := s.Socket(s.Gateway.Namespace, s.Gateway.Addr, 5060)
+	s.Start("--subnet", lab.InsideNet.String(), "--reconcile", "1s", "--lifetime", "20s")
+	phone, proxy, media := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070)
+	ext := s.Contact(phone, proxy)
+	s.Listed(phone, proxy, ext, "refused")
+	s.Arrives(own, media, ext)
+	s.Must(own.Close())
+	s.Stands(phone, proxy, ext)
+	s.Until("the flow to the gateway is gone", func() bool { return s.GetsIn(phone, media, ext) })
+}
+
 func TestGatewaySocketThatComesLaterIsServedAfterTheNextReconcile(t *testing.T) {
 	s := play(t, lab.Options{}, "--reconcile", "1s")
 	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)

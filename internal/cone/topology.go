@@ -30,7 +30,7 @@ type Route struct {
 // routes take their time.
 func (t Topology) Compile() Topology {
 	if t.outside == nil {
-		t.outside = newSpans(t.Routes)
+		t.outside, t.Routes = newSpans(t.Routes), nil
 	}
 	return t
 }

@@ -199,6 +199,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	}
 	d.model = cone.New(d.policy(d.cfg.Config))
 	d.topology = d.network.Topology().Compile()
+	d.network = d.network.Lean()
 	d.model.SetTopology(0, d.topology)
 	d.model.SetWay(d.network.Way())
 	d.model.SetForwards(0, d.forwarded.Covers, d.whole)

@@ -198,10 +198,10 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 	d.do(func() {
 		d.tables = tables
 		misjudged = newOutside(d.network, network) || wantsMapping(cfg) && !topology.Equal(d.topology)
-		d.network, d.topology = network, topology
+		d.network, d.topology = network.Lean(), topology
 		d.sockets.SetNetwork(network)
 		misjudged = d.model.SetTopology(d.now(), topology) || misjudged
-		d.model.SetWay(network.Way())
+		d.model.SetWay(d.network.Way())
 		d.reviewSockets()
 		d.warned.tell(d.now(), d.warnings())
 	})

@@ -15,15 +15,16 @@ type known struct {
 	addrs map[Addr]bool
 	named []string
 
-	inside   map[Route]bool // by links that are not outside
-	defaults [2]bool        // whether there is one by an outside link, of IPv4 and IPv6
-	ways     bool           // it matters by which outside link packets leave
+	inside   map[Route]bool        // by links that are not outside
+	covered  map[netip.Prefix]bool // by inside
+	defaults [2]bool               // whether there is one by an outside link, of IPv4 and IPv6
+	ways     bool                  // it matters by which outside link packets leave
 }
 
 func newKnown(n Network, named []string, ways bool) *known {
 	k := &known{
 		ways:  ways && len(n.OutsideLinks()) > 1,
-		links: n.links(), used: map[int]bool{}, addrs: map[Addr]bool{}, inside: map[Route]bool{}, named: slices.Clone(named),
+		links: n.links(), used: map[int]bool{}, addrs: map[Addr]bool{}, inside: map[Route]bool{}, covered: map[netip.Prefix]bool{}, named: slices.Clone(named),
 	}
 	for _, a := range n.Addrs {
 		if !local(a.Prefix.Addr()) {
@@ -37,7 +38,7 @@ func newKnown(n Network, named []string, ways bool) *known {
 		k.used[r.Link] = true
 		switch l := k.links[r.Link]; {
 		case !l.Outside:
-			k.inside[r] = true
+			k.inside[r], k.covered[r.Prefix.Masked()] = true, true
 		case r.Prefix.Bits() == 0:
 			k.defaults[familyIndex(r.Prefix)] = true
 		}
@@ -107,8 +108,8 @@ func (k *known) routeMatters(r Route, gone bool) bool {
 	case k.ways, !k.defaults[familyIndex(r.Prefix)]:
 		return true
 	}
-	for i := range k.inside {
-		if i.Prefix.Bits() <= r.Prefix.Bits() && i.Prefix.Contains(r.Prefix.Addr()) {
+	for bits := 0; bits <= r.Prefix.Bits(); bits++ {
+		if k.covered[netip.PrefixFrom(r.Prefix.Addr(), bits).Masked()] {
 			return true
 		}
 	}

@@ -19,6 +19,8 @@ type Network struct {
 	Ended  []netip.Prefix // IPv4 networks with a route that is local or rejects
 
 	Missing []string // names of outside links that are not there, and may come
+
+	print uint64 // of all routes, where Lean left some out
 }
 
 // A Link is a network interface.

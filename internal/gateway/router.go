@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"net/netip"
 	"slices"
 
@@ -149,7 +150,31 @@ func (n Network) SameRoutes(o Network) bool {
 		}
 		return is
 	}
-	return slices.Equal(n.Routes, o.Routes) && slices.Equal(n.Rules, o.Rules) && slices.Equal(up(n), up(o))
+	return n.routesPrint() == o.routesPrint() && slices.Equal(n.Rules, o.Rules) && slices.Equal(up(n), up(o))
+}
+
+// Lean returns n without the routes by outside links, of which there may be very many:
+// for SameRoutes a hash stands for them. Topology and Watcher.Know need them.
+func (n Network) Lean() Network {
+	links := n.links()
+	n.print = n.routesPrint()
+	n.Routes = slices.Clip(slices.DeleteFunc(slices.Clone(n.Routes), func(r Route) bool { return links[r.Link].Outside }))
+	return n
+}
+
+var printSeed = maphash.MakeSeed()
+
+// routesPrint returns a hash of the routes, other than 0.
+func (n *Network) routesPrint() uint64 {
+	if n.print != 0 {
+		return n.print
+	}
+	var h maphash.Hash
+	h.SetSeed(printSeed)
+	for _, r := range n.Routes {
+		maphash.WriteComparable(&h, r)
+	}
+	return h.Sum64() | 1
 }
 
 // Owned returns the test for IPv4 addresses whose packets end here: a link has it, or it
