@@ -444,3 +444,43 @@ func BenchmarkNewFlow(b *testing.B) {
 	}
 	b.ReportMetric(spreadOf(arms[3].ratios(stock)).median, "mapping/stock")
 }
+
+// BenchmarkLargeSets shows what a look at our tables costs that finds them as they should
+// be, where a country's prefixes, or all ports but some, are excluded.
+func BenchmarkLargeSets(b *testing.B) {
+	for name, exclude := range map[string]func(m *rules.MapConfig){
+		"nothing": func(*rules.MapConfig) {},
+		"20,000 prefixes": func(m *rules.MapConfig) {
+			for i := range 20_000 {
+				a := netip.AddrFrom4([4]byte{byte(100 + i>>15), byte(i >> 7), byte(i << 1)})
+				m.ExcludePeers = append(m.ExcludePeers, netip.PrefixFrom(a, 24))
+			}
+		},
+		"60,000 ports": func(m *rules.MapConfig) {
+			for p := range 60_000 {
+				m.ExcludePorts = append(m.ExcludePorts, uint16(1+p))
+			}
+		},
+		"30,000 single ports": func(m *rules.MapConfig) {
+			for p := range 30_000 {
+				m.ExcludePorts = append(m.ExcludePorts, uint16(1+2*p))
+			}
+		},
+	} {
+		b.Run(name, func(b *testing.B) {
+			l := lab.ForTest(b, lab.Options{})
+			d, m := standard, *standard.Map
+			exclude(&m)
+			d.Map = &m
+			table := open(b, l)
+			began := time.Now()
+			set(b, table, d)
+			b.ReportMetric(time.Since(began).Seconds(), "s/first")
+			for b.Loop() {
+				if changed, err := table.Set(d); changed || err != nil {
+					b.Fatal(changed, err)
+				}
+			}
+		})
+	}
+}

@@ -145,6 +145,7 @@ func is(b []byte) piece    { return piece{&expr.Cmp{Op: expr.CmpOpEq, Register: 
 func isNot(b []byte) piece { return piece{&expr.Cmp{Op: expr.CmpOpNeq, Register: reg, Data: b}} }
 func atMost(b byte) piece  { return piece{&expr.Cmp{Op: expr.CmpOpLte, Register: reg, Data: []byte{b}}} }
 func be16(n uint16) []byte { return binary.BigEndian.AppendUint16(nil, n) }
+func be32(n uint32) []byte { return binary.BigEndian.AppendUint32(nil, n) }
 func ne16(n uint16) []byte { return binary.NativeEndian.AppendUint16(nil, n) }
 func ne32(n uint32) []byte { return binary.NativeEndian.AppendUint32(nil, n) }
 func masked(m uint32) piece {

@@ -28,8 +28,9 @@ func intervals(all []netip.Prefix) []nftables.SetElement { return ipFamilies[0].
 // behind it, unless it goes to the end.
 func (f *ipFamily) intervals(all []netip.Prefix) (es []nftables.SetElement) {
 	type span struct{ first, behind netip.Addr } // which is invalid behind the last address
-	var spans []span
-	for _, p := range f.of(all) {
+	all = f.of(all)
+	spans := make([]span, 0, len(all))
+	for _, p := range all {
 		spans = append(spans, span{p.Masked().Addr(), lastOf(p).Next()})
 	}
 	slices.SortFunc(spans, func(a, b span) int { return a.first.Compare(b.first) })

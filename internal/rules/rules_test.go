@@ -21,7 +21,7 @@ var (
 	guard     = rules.Desired{OutsideLinks: []string{"wan0"}, Subnets: both, Guard: true}
 )
 
-func open(t *testing.T, l *lab.Lab) *rules.Tables {
+func open(t testing.TB, l *lab.Lab) *rules.Tables {
 	t.Helper()
 	table, err := rules.Open(rules.Config{NetNS: l.Gateway.FD()})
 	if err != nil {
@@ -38,7 +38,7 @@ func open(t *testing.T, l *lab.Lab) *rules.Tables {
 	return table
 }
 
-func set(t *testing.T, table *rules.Tables, d rules.Desired) {
+func set(t testing.TB, table *rules.Tables, d rules.Desired) {
 	t.Helper()
 	if _, err := table.Set(d); err != nil {
 		t.Fatal(err)
@@ -73,7 +73,7 @@ func output(t *testing.T, l *lab.Lab, name string, args ...string) string {
 	return out
 }
 
-func check(t *testing.T, err error) {
+func check(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Error(err)

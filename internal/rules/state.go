@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"math"
 	"slices"
 	"strings"
@@ -25,6 +26,7 @@ type state struct {
 	sets     []*nftables.Set
 	rules    []*nftables.Rule
 	elements map[string][]setKey // by set, of those asked for, sorted
+	known    map[string]bool     // sets that surely have the elements that are wanted
 	counters map[string]uint64
 }
 
@@ -34,7 +36,7 @@ func (t *Tables) read(table *nftables.Table, want *layout) (*state, error) {
 	if err := t.c.begin(); err != nil {
 		return nil, err
 	}
-	s := &state{counters: map[string]uint64{}, elements: map[string][]setKey{}}
+	s := &state{counters: map[string]uint64{}, elements: map[string][]setKey{}, known: map[string]bool{}}
 	err := s.read(t, table, want)
 	switch {
 	case errors.Is(err, unix.ENOENT):
@@ -76,6 +78,10 @@ func (s *state) read(ours *Tables, t *nftables.Table, want *layout) (err error) 
 	}
 	for _, set := range s.sets {
 		if want.writes(set.Name) {
+			if s.table.Owner == ours.port && ours.wrote(want, set.Name) {
+				s.known[set.Name] = true
+				continue
+			}
 			keys := []setKey{}
 			err := dumpOfFamily(ours.netns, byte(t.Family), t.Name, set.Name, func(b []byte) { keys = append(keys, setKeyOf(b)) })
 			if err != nil {
@@ -95,6 +101,46 @@ func (s *state) read(ours *Tables, t *nftables.Table, want *layout) (err error) 
 	return err
 }
 
+// A writtenSet names a set of ours of which we know the elements.
+type writtenSet struct {
+	family nftables.TableFamily
+	name   string
+}
+
+var elementSeed = maphash.MakeSeed()
+
+// print returns a hash of the elements, in whatever order.
+func (s *set) print() (sum uint64) {
+	for _, e := range s.elements {
+		n := maphash.Bytes(elementSeed, e.Key)
+		if e.IntervalEnd {
+			n = ^n
+		}
+		sum += n
+	}
+	return sum
+}
+
+// note notes that the kernel has what want says. Nobody else changes the elements of a
+// table that we own, so that these need not be read again.
+func (t *Tables) note(want []*layout) {
+	t.written = map[writtenSet]uint64{}
+	for _, l := range want {
+		for _, s := range l.sets {
+			if !s.free {
+				t.written[writtenSet{l.table.Family, s.Name}] = s.print()
+			}
+		}
+	}
+}
+
+// wrote reports whether a set that we own has what want says.
+func (t *Tables) wrote(want *layout, name string) bool {
+	print, ok := t.written[writtenSet{want.table.Family, name}]
+	i := slices.IndexFunc(want.sets, func(s *set) bool { return s.Name == name })
+	return ok && t.Owned() && i >= 0 && want.sets[i].print() == print
+}
+
 // writes reports whether the elements of a set are ours to write.
 func (l *layout) writes(name string) bool {
 	return l != nil && slices.ContainsFunc(l.sets, func(s *set) bool { return s.Name == name && !s.free })
@@ -106,7 +152,7 @@ func (s *state) holds(l *layout) bool {
 		return false
 	}
 	for _, set := range l.sets {
-		if !set.free && !sameElements(s.elements[set.Name], set.elements) {
+		if !set.free && !s.known[set.Name] && !sameElements(s.elements[set.Name], set.elements) {
 			return false
 		}
 	}

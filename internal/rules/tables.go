@@ -31,11 +31,12 @@ type Tables struct {
 	flags     nftables.TableFlags
 	port      uint32 // of w, by which the kernel knows an owner
 	missing   []*UnsupportedError
-	noIPsec   bool       // nothing is missing then: there are no such policies
-	look      *nfnl.Conn // of Changed; nil before the first call
-	noSecPath bool       // nor such packets
-	mapped    mapped     // that Set made
-	others    uint32     // at the last call of Changed
+	noIPsec   bool                  // nothing is missing then: there are no such policies
+	look      *nfnl.Conn            // of Changed; nil before the first call
+	noSecPath bool                  // nor such packets
+	mapped    mapped                // that Set made
+	written   map[writtenSet]uint64 // what our sets have, unless somebody else may write
+	others    uint32                // at the last call of Changed
 }
 
 // A writer is the connection that owns the tables. The Map shares it with them,
@@ -150,8 +151,10 @@ func (t *Tables) Set(d Desired) (changed bool, err error) {
 	}
 	// Not locked, for grants wait for the lock.
 	if t.holds(have, want) {
+		t.note(want)
 		return false, nil
 	}
+	t.written = nil
 	t.w.Lock()
 	defer t.w.Unlock()
 	for i, h := range have {
@@ -182,8 +185,11 @@ func (t *Tables) Set(d Desired) (changed bool, err error) {
 		return false, nil
 	}
 	err = t.flush("set")
-	if errors.Is(err, unix.ENOENT) {
+	switch {
+	case errors.Is(err, unix.ENOENT):
 		err = fmt.Errorf("%w (somebody changed it meanwhile)", err)
+	case err == nil:
+		t.note(want)
 	}
 	return true, err
 }
@@ -319,6 +325,7 @@ func (t *Tables) Remove() error {
 	if err != nil {
 		return err
 	}
+	t.written = nil
 	t.w.Lock()
 	defer t.w.Unlock()
 	changed := false
