@@ -1,0 +1,226 @@
+package e2e
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// largeTime is how long each is borne: a reconcile is within it.
+const largeTime = 30 * time.Second
+
+// BenchmarkLarge shows what large configurations and rulesets, and load from outside, take
+// of a CPU, how long the first answer of a peer waits for a permission meanwhile, and how
+// long a reload and a stop take.
+//
+// It prints for each the share of a CPU over largeTime and the times.
+func BenchmarkLarge(b *testing.B) {
+	const uplink = "via 198.51.100.254 dev wan0"
+	list := func(n int, item func(i int) string) string {
+		items := make([]string, n)
+		for i := range items {
+			items[i] = item(i)
+		}
+		return "[" + strings.Join(items, ", ") + "]\n"
+	}
+	prefixes := func(n int) string {
+		return "exclude_peers = " + list(n, func(i int) string { return fmt.Sprintf(`"%d.%d.%d.0/24"`, 100+i/(1<<15), i>>7&0xff, i&0x7f<<1) })
+	}
+	ports := func(n int) string {
+		return "exclude_ports = " + list(n, func(i int) string { return strconv.Itoa(1 + i) })
+	}
+	forwards := func(n int) string {
+		var s strings.Builder
+		s.WriteString("table ip busy { chain idle { }\nchain pre { type nat hook prerouting priority dstnat;\n")
+		for i := range n {
+			fmt.Fprintf(&s, "iifname wan0 udp dport %d dnat to %v\n", 5000+i, lab.InsideNet.Addr().Next().Next())
+		}
+		return s.String() + "}; }\n"
+	}
+	routes := func(n int) string {
+		var s strings.Builder
+		for i := range n {
+			fmt.Fprintf(&s, "route add %d.%d.%d.0/24 %s\n", 100+i/(1<<15), i>>7&0xff, i&0x7f<<1, uplink)
+		}
+		return s.String()
+	}
+	route := func(l *lab.Lab, i int) error {
+		_, err := l.Gateway.Output("ip", "route", []string{"add", "del"}[i%2], "99.0.0.0/24", "via", "198.51.100.254", "dev", "wan0")
+		return err
+	}
+	outside := lab.OutsideNet.Addr().Next()
+	const foreign = "add rule ip busy idle udp dport 9 accept; flush chain ip busy idle"
+	nft := func(l *lab.Lab, _ int) error { return l.NFT(foreign) }
+	for _, n := range []struct {
+		name              string
+		config, rules, ip string
+		permissions       int
+		change            func(l *lab.Lab, i int) error
+		perSecond         int
+		flood             uint16 // an outside port that gets 20,000 packets a second
+		flags             string
+	}{
+		{name: "nothing"},
+		{name: "20,000 excluded prefixes", config: prefixes(20_000), flags: "--learn"},
+		{name: "60,000 excluded ports", config: ports(60_000), flags: "--learn"},
+		{name: "36,000 permissions", permissions: 36_000},
+		{name: "36,000 permissions, 5,000 forwards, 4 transactions", permissions: 36_000, rules: forwards(5000), change: nft, perSecond: 4},
+		{name: "50,000 routes, 10 changes", ip: routes(50_000), change: route, perSecond: 10},
+		{name: "200,000 routes, 10 changes", ip: routes(200_000), change: route, perSecond: 10},
+		{name: "20,000 packets to a served port", flood: 4000},
+		{name: "20,000 packets to a served port, no guard", flood: 4000, flags: "--guard=false"},
+		{name: "20,000 packets to a forwarded port", flood: 5000, rules: forwards(1)},
+	} {
+		b.Run(n.name, func(b *testing.B) {
+			must := func(err error) {
+				b.Helper()
+				if err != nil {
+					b.Fatal(err)
+				}
+			}
+			l := lab.ForTest(b, lab.Options{Inside: 2, Rules: lab.Masquerade + lab.DropPolicy})
+			must(l.NFT("insert rule inet filter forward ct status dnat accept; insert rule inet filter input udp dport 4000 accept"))
+			if n.rules != "" {
+				must(l.NFT(n.rules))
+			}
+			for lines := range slices.Chunk(slices.Collect(strings.Lines(n.ip)), 10_000) { // a program has half a minute
+				batch := filepath.Join(b.TempDir(), "batch")
+				must(os.WriteFile(batch, []byte(strings.Join(lines, "")), 0o600))
+				_, err := l.Gateway.Output("ip", "-batch", batch)
+				must(err)
+			}
+			config := filepath.Join(b.TempDir(), "conenatd.toml")
+			must(os.WriteFile(config, []byte(n.config+"[[subnet]]\nprefix = \""+lab.InsideNet.String()+"\"\n"), 0o600))
+			peer, err := l.Outside.Socket(lab.PeerA, 5060)
+			must(err)
+			defer peer.Close()
+			answer, err := l.Outside.Socket(lab.PeerA, 5070)
+			must(err)
+			defer answer.Close()
+			began := time.Now()
+			d, err := l.StartDaemon(stage.Exe(), append([]string{"--config", config, "--learn=false", "--lifetime", "1h", "--max-permissions-per-host=0"}, strings.Fields(n.flags)...)...)
+			must(err)
+			start := time.Since(began)
+			if n.permissions > 0 {
+				fill(b, l, d, n.permissions)
+			}
+			for b.Loop() {
+				stop := everySecond(n.perSecond, func(i int) error { return n.change(l, i) })
+				flood := func() error { return nil }
+				if n.flood != 0 {
+					served, err := l.Gateway.Socket(outside, 4000)
+					must(err)
+					defer served.Close()
+					forwarded, err := l.Inside(0).Socket(l.Inside(0).Addr, 5000)
+					must(err)
+					defer forwarded.Close()
+					flood = floodFromOutside(b, l, netip.AddrPortFrom(outside, n.flood))
+				}
+				time.Sleep(8 * time.Second) // bursts of the start are over
+				var took []time.Duration
+				began, cpu, memory := time.Now(), cpuTime(b, d.PID()), residentMemory(b, d.PID())
+				for port := uint16(62_000); time.Since(began) < largeTime; port++ {
+					in, err := l.Inside(1).Socket(l.Inside(1).Addr, port)
+					must(err)
+					t, err := stage.FirstAnswer(in, peer, answer)
+					must(err)
+					in.Close()
+					took = append(took, t)
+					time.Sleep(100 * time.Millisecond)
+				}
+				cpu = cpuTime(b, d.PID()) - cpu
+				lasted := time.Since(began)
+				grown := residentMemory(b, d.PID()) - memory
+				must(stop())
+				must(flood())
+				began = time.Now()
+				must(control.Dial(d.Socket).Reload(b.Context()))
+				reload := time.Since(began)
+				share := 100 * cpu.Seconds() / lasted.Seconds()
+				fmt.Printf("%-52s %5.1f %% of a CPU, RSS %d MB and %+d MB, start %v, reload %v; %s\n", n.name, share, memory>>20, grown>>20,
+					start.Round(time.Millisecond), reload.Round(time.Millisecond), distribution(took))
+				b.ReportMetric(share, "%CPU")
+			}
+			began = time.Now()
+			must(d.Stop())
+			fmt.Printf("%-52s stop %v\n", "", time.Since(began).Round(time.Millisecond))
+		})
+	}
+}
+
+// everySecond calls f n times a second until it is told to stop.
+func everySecond(n int, f func(i int) error) (stop func() error) {
+	if n == 0 {
+		return func() error { return nil }
+	}
+	end, ended := make(chan struct{}), make(chan error, 1)
+	go func() {
+		pace := time.NewTicker(time.Second / time.Duration(n))
+		defer pace.Stop()
+		for i := 0; ; i++ {
+			select {
+			case <-end:
+				ended <- nil
+				return
+			case <-pace.C:
+			}
+			if err := f(i); err != nil {
+				ended <- err
+				return
+			}
+		}
+	}()
+	return func() error {
+		close(end)
+		return <-ended
+	}
+}
+
+// floodFromOutside sends 20,000 packets a second from random sources to one endpoint.
+func floodFromOutside(b *testing.B, l *lab.Lab, to netip.AddrPort) (stop func() error) {
+	const perSecond, times = 20_000, 100
+	f, err := l.NewFlood(1<<20, false)
+	if err != nil {
+		b.Fatal(err)
+	}
+	for i := range f.Len() {
+		f.Aim(i, netip.AddrPortFrom(netip.AddrFrom4([4]byte{60, byte(i >> 16), byte(i >> 8), byte(i)}), 10_000), to)
+	}
+	at := 0
+	end := everySecond(times, func(int) error {
+		const n = perSecond / times
+		if at+n > f.Len() {
+			at = 0
+		}
+		at += n
+		return f.Send(at-n, at)
+	})
+	return func() error {
+		defer f.Close()
+		return end()
+	}
+}
+
+// residentMemory returns the RSS of a process in bytes.
+func residentMemory(b *testing.B, pid int) int64 {
+	b.Helper()
+	statm, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
+	if err != nil {
+		b.Fatal(err)
+	}
+	pages, err := strconv.ParseInt(strings.Fields(string(statm))[1], 10, 64)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return pages * int64(os.Getpagesize())
+}
