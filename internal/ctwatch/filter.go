@@ -30,7 +30,7 @@ const mostSources = 128
 // message passes, and the parser looks again and counts it. The kernel finds
 // attributes in its own byte order and the loads are of network byte order,
 // so the program is the same on all machines.
-func eventFilter(sources []netip.Prefix) ([]bpf.RawInstruction, error) {
+func eventFilter(sources []netip.Prefix, labelled bool) ([]bpf.RawInstruction, error) {
 	// Slots of the scratch memory: offsets of CTA_TUPLE_ORIG and CTA_TUPLE_PROTO.
 	const orig, proto = 0, 1
 
@@ -53,31 +53,31 @@ func eventFilter(sources []netip.Prefix) ([]bpf.RawInstruction, error) {
 			dropIf(bpf.JumpEqual, 0),
 		)
 	}
-	// Unless it ends. The type of the message, as its two bytes lie in it on either kind
-	// of machine.
-	prog = append(prog, bpf.LoadAbsolute{Off: 4, Size: 2})
-	for i, gone := range []uint32{unix.NFNL_SUBSYS_CTNETLINK<<8 | ipctnlMsgCTDelete, ipctnlMsgCTDelete<<8 | unix.NFNL_SUBSYS_CTNETLINK} {
-		prog = append(prog, bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: gone, SkipTrue: 1}, bpf.Jump{Skip: uint32(2*(1-i) + len(anchors))})
-	}
-	prog = append(prog, anchors...)
+	prog = slices.Concat(prog, skipIfGone(anchors), anchors)
 	if len(sources) == 0 || len(sources) > mostSources {
 		return bpf.Assemble(append(prog, bpf.RetConstant{Val: pass}))
 	}
 
+	led := []bpf.Instruction{bpf.RetConstant{Val: pass}}
+	if labelled { // it must be one of ours, or from one of the sources
+		label := append([]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: attributesAt}}, ifThere(ctaLabels)...)
+		label = append(label, bpf.Jump{Skip: 1})
+		led = slices.Concat(skipIfGone(label), label, led)
+	}
 	of4, of6 := fromOneOf(sources, true), fromOneOf(sources, false)
 	prog = slices.Concat(prog,
 		[]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: attributesAt}},
 		find(bpf.ExtNetlinkAttr, ctaStatus),
 		load(4),
 		[]bpf.Instruction{
-			bpf.JumpIf{Cond: bpf.JumpBitsNotSet, Val: uint32(cone.StatusExpected | cone.StatusDstNAT), SkipTrue: 1},
+			bpf.JumpIf{Cond: bpf.JumpBitsNotSet, Val: uint32(cone.StatusExpected), SkipTrue: 1},
 			bpf.RetConstant{Val: pass},
-			bpf.LoadConstant{Dst: bpf.RegA, Val: attributesAt},
+			bpf.JumpIf{Cond: bpf.JumpBitsNotSet, Val: uint32(cone.StatusDstNAT), SkipTrue: uint8(len(led))},
 		},
-		find(bpf.ExtNetlinkAttr, ctaHelp)[:2],
+		led,
+		[]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: attributesAt}},
+		ifThere(ctaHelp),
 		[]bpf.Instruction{
-			bpf.JumpIf{Cond: bpf.JumpEqual, Val: 0, SkipTrue: 1},
-			bpf.RetConstant{Val: pass},
 			bpf.LoadAbsolute{Off: unix.NLMSG_HDRLEN, Size: 1}, // the family
 			bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.AF_INET, SkipTrue: 1},
 			bpf.Jump{Skip: uint32(1 + len(find(0, 0)) + len(find(0, 0)) + len(of4))},
@@ -103,6 +103,26 @@ func find(ext bpf.Extension, typ uint32) []bpf.Instruction {
 		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: 0, SkipTrue: 1},
 		bpf.RetConstant{Val: pass},
 	}
+}
+
+// ifThere passes the message if there is an attribute typ at what A points to.
+func ifThere(typ uint32) []bpf.Instruction {
+	return []bpf.Instruction{
+		bpf.LoadConstant{Dst: bpf.RegX, Val: typ},
+		bpf.LoadExtension{Num: bpf.ExtNetlinkAttr},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: 0, SkipTrue: 1},
+		bpf.RetConstant{Val: pass},
+	}
+}
+
+// skipIfGone leaves out what follows where the message tells of an end. Its type is as
+// the two bytes lie in it on either kind of machine.
+func skipIfGone(following []bpf.Instruction) []bpf.Instruction {
+	prog := []bpf.Instruction{bpf.LoadAbsolute{Off: 4, Size: 2}}
+	for i, gone := range []uint32{unix.NFNL_SUBSYS_CTNETLINK<<8 | ipctnlMsgCTDelete, ipctnlMsgCTDelete<<8 | unix.NFNL_SUBSYS_CTNETLINK} {
+		prog = append(prog, bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: gone, SkipTrue: 1}, bpf.Jump{Skip: uint32(2*(1-i) + len(following))})
+	}
+	return prog
 }
 
 // load sets A to the value of the attribute that A points to.

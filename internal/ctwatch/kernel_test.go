@@ -111,7 +111,7 @@ func TestSocketFilterDropsWhatIsNotOurs(t *testing.T) {
 }
 
 // filtered returns what the filter with these sources lets pass.
-func filtered(t *testing.T, sources ...netip.Prefix) (passes func(msg []byte) bool) {
+func filtered(t *testing.T, labelled bool, sources ...netip.Prefix) (passes func(msg []byte) bool) {
 	t.Helper()
 	// A socket pair runs the same filter on what the test writes.
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
@@ -119,7 +119,7 @@ func filtered(t *testing.T, sources ...netip.Prefix) (passes func(msg []byte) bo
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = unix.Close(fds[0]); _ = unix.Close(fds[1]) })
-	prog, err := eventFilter(sources)
+	prog, err := eventFilter(sources, labelled)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -204,8 +204,24 @@ func TestSocketFilterKeepsToItsSources(t *testing.T) {
 		{"too many prefixes", flow("203.0.113.5", 0), slices.Repeat(prefixes("10.0.0.0/8"), mostSources+1), true},
 		{"as many as can be", flow("203.0.113.5", 0), slices.Repeat(prefixes("2001:db8::/128"), mostSources), false},
 	} {
-		if pass := filtered(t, tt.sources...)(tt.msg); pass != tt.pass {
-			t.Errorf("%s: passes is %v, want %v", tt.name, pass, tt.pass)
+		for _, labelled := range []bool{false, true} {
+			// Of those above this is the only one that it is about.
+			want := tt.pass && !(labelled && tt.name == "led inside")
+			if pass := filtered(t, labelled, tt.sources...)(tt.msg); pass != want {
+				t.Errorf("%s, labelled is %v: passes is %v, want %v", tt.name, labelled, pass, want)
+			}
+		}
+	}
+	label := attr(ctaLabels, make([]byte, 16)...)
+	for name, msg := range map[string][]byte{
+		"led inside with a label":           flow("203.0.113.5", cone.StatusDstNAT, label),
+		"expected and led inside":           flow("203.0.113.5", cone.StatusDstNAT|cone.StatusExpected),
+		"led elsewhere from inside":         flow("10.47.11.7", cone.StatusDstNAT),
+		"led inside with a helper":          flow("203.0.113.5", cone.StatusDstNAT, attr(ctaHelp)),
+		"led inside over IPv6 with a label": flow("2001:db8::5", cone.StatusDstNAT, label),
+	} {
+		if !filtered(t, true, several...)(msg) {
+			t.Errorf("%s: does not pass", name)
 		}
 	}
 }
@@ -215,7 +231,7 @@ func TestWatcherHearsOfItsSourcesAlone(t *testing.T) {
 	w := dialWatcher(t, Config{})
 	a, b := listen(t, "127.0.0.1:0"), listen(t, "127.0.0.2:0")
 	for _, sources := range [][]netip.Prefix{{netip.MustParsePrefix("127.0.0.1/32")}, nil} {
-		if err := w.SetSources(sources); err != nil {
+		if err := w.SetSources(sources, false); err != nil {
 			t.Fatal(err)
 		}
 		peer := endpoint(fmt.Sprintf("127.0.0.1:%d", 9+len(sources)))
@@ -229,7 +245,7 @@ func TestWatcherHearsOfItsSourcesAlone(t *testing.T) {
 }
 
 func TestSocketFilterPassesWhatItDoesNotKnow(t *testing.T) {
-	passes := filtered(t)
+	passes := filtered(t, false)
 	udp := attr(ctaProtoNum, 17)
 	for _, tt := range []struct {
 		name string

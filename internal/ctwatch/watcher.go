@@ -174,7 +174,7 @@ func subscribe(conn *netlink.Conn, cfg Config) (int, error) {
 	}
 
 	// The filter comes before the groups, so that nothing passes unfiltered.
-	prog, err := eventFilter(nil)
+	prog, err := eventFilter(nil, false)
 	if err != nil {
 		return 0, wrap("assemble socket filter", err)
 	}
@@ -330,11 +330,12 @@ func (w *Watcher) Wake() {
 }
 
 // SetSources leaves out, from now on, the events of flows that begin outside of these
-// prefixes and are none of: expected, DNATed, looked after by a conntrack helper. Without
-// prefixes, and with very many, all are told of. Those of anchors are in the first case
-// too. What is left out costs the process nothing.
-func (w *Watcher) SetSources(prefixes []netip.Prefix) error {
-	prog, err := eventFilter(prefixes)
+// prefixes and are none of: expected, DNATed, looked after by a conntrack helper. If
+// labelled is set, a DNATed flow that begins must have a label. Without prefixes, and with
+// very many, all are told of. Anchors begin in one of the prefixes. What is left out
+// costs the process nothing.
+func (w *Watcher) SetSources(prefixes []netip.Prefix, labelled bool) error {
+	prog, err := eventFilter(prefixes, labelled)
 	if err != nil {
 		return wrap("assemble socket filter", err)
 	}

@@ -194,7 +194,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	if err != nil {
 		return d, err
 	}
-	if err := d.events.SetSources(d.sources(d.cfg.Config)); err != nil {
+	if err := d.filterEvents(d.cfg.Config); err != nil {
 		return d, err
 	}
 	d.model = cone.New(d.policy(d.cfg.Config))
@@ -307,15 +307,15 @@ func (d *Daemon) policy(cfg config.Config) cone.Policy {
 	return p
 }
 
-// sources returns the prefixes from which flows begin that the daemon has to hear of at
-// once; nil if of all. Of early packets' flows, which come from outside, there is none
-// where the guard stands, but to a socket: one that outlives the socket is found by the
-// next reconcile.
-func (d *Daemon) sources(cfg config.Config) []netip.Prefix {
+// filterEvents leaves out the events of flows that are not the daemon's to care for. Of
+// early packets' flows, which come from outside, there is none where the guard stands, but
+// to a socket: one that outlives the socket is found by the next reconcile. And of those
+// that forwards of the user's lead inside none matters where all his rules are known.
+func (d *Daemon) filterEvents(cfg config.Config) error {
 	if !cfg.Guard || d.firewall.tables == nil || d.firewall.tables.Lacks(rules.FeatureGuard) {
-		return nil
+		return d.events.SetSources(nil, false)
 	}
-	return prefixes(cfg.Subnets)
+	return d.events.SetSources(prefixes(cfg.Subnets), d.firewall.labels() && d.firewall.whole)
 }
 
 // filterings are the model's words for those of the configuration.

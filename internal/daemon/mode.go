@@ -178,7 +178,7 @@ func (d *Daemon) change(cfg config.Config) error {
 		d.cfg.Config, d.portWarnings, d.decisions = cfg, warnings, d.firewall.decisions
 		d.backends.configure(cfg)
 		d.model.SetPolicy(d.now(), d.policy(cfg))
-		d.failures.note("filter conntrack events", 1, d.events.SetSources(d.sources(cfg)))
+		d.failures.note("filter conntrack events", 1, d.filterEvents(cfg))
 	})
 	if o.expect == nil && m == nil && (!hasExpect || wantsExpect(cfg)) && (!hasMap || wantsMap(cfg)) {
 		return nil // the same backends

@@ -240,6 +240,7 @@ func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error 
 	}
 	d.forwarded, d.whole = covered, whole
 	d.do(func() { d.model.BeginForwards(covered.Covers, whole) })
+	err = errors.Join(err, d.filterEvents(cfg))
 	for at := 0; at >= 0; {
 		if !d.do(func() { at = d.model.ReviewForwards(d.now(), at, flowsAtOnce) }) {
 			return errEnded
