@@ -86,7 +86,6 @@ func (d *Daemon) loop(ctx context.Context) error {
 	defer context.AfterFunc(ctx, d.events.Wake)()
 	events := make([]ctwatch.Event, eventsAtOnce)
 	var deadline time.Time
-	var pace pace
 	for {
 		d.beat()
 		d.drainInbox()
@@ -114,36 +113,7 @@ func (d *Daemon) loop(ctx context.Context) error {
 		}
 		d.behind = d.model.Tick(d.now(), atOnce)
 		d.apply(0)
-		if pace.fast(read, n) && n < len(events) && !d.behind {
-			time.Sleep(betweenReads)
-		}
 	}
-}
-
-const (
-	// betweenReads is the time between two reads of events where these are fast: to wake
-	// up for each costs several times what is to be done for it.
-	betweenReads = time.Millisecond
-	// fastEvents a second are fast. They are counted for paceTime.
-	fastEvents = 4000
-	paceTime   = 10 * time.Millisecond
-)
-
-// pace says whether events come fast.
-type pace struct {
-	since  time.Duration
-	events int
-	is     bool
-}
-
-// fast takes in that n events were read at now, and reports whether they come fast.
-func (p *pace) fast(now time.Duration, n int) bool {
-	p.events += n
-	if took := now - p.since; took >= paceTime {
-		p.is = float64(p.events) >= fastEvents*took.Seconds()
-		p.since, p.events = now, 0
-	}
-	return p.is
 }
 
 func (d *Daemon) event(now time.Duration, e *ctwatch.Event) {

@@ -24,31 +24,3 @@ func TestTheLoopIsAliveWhileItIsBusy(t *testing.T) {
 	}
 	d.drainInbox()
 }
-
-func TestEventsAreFastWhereMostOfThemWouldWakeTheLoop(t *testing.T) {
-	var p pace
-	now := time.Second
-	come := func(perSecond, n int) (fast bool) {
-		for range n {
-			now += time.Second / time.Duration(perSecond)
-			fast = p.fast(now, 1)
-		}
-		return fast
-	}
-	for _, x := range []struct {
-		perSecond, n int
-		fast         bool
-	}{
-		{1, 3, false},
-		{100_000, 20, false}, // a burst
-		{1000, 100, false},
-		{20_000, 1000, true},
-		{fastEvents / 2, 100, false},
-		{fastEvents * 2, 1000, true},
-		{1, 1, false},
-	} {
-		if got := come(x.perSecond, x.n); got != x.fast {
-			t.Errorf("%d events, %d a second: fast is %v", x.n, x.perSecond, got)
-		}
-	}
-}
