@@ -9,9 +9,10 @@ import (
 // Messages and attributes of linux/netfilter/nfnetlink_conntrack.h. Headers
 // and attribute headers are in host byte order, values in network byte order.
 const (
-	ipctnlMsgCTNew    = 0
-	ipctnlMsgCTGet    = 1
-	ipctnlMsgCTDelete = 2
+	ipctnlMsgCTNew      = 0
+	ipctnlMsgCTGet      = 1
+	ipctnlMsgCTDelete   = 2
+	ipctnlMsgCTGetStats = 5
 
 	ctaTupleOrig     = 1
 	ctaTupleReply    = 2
@@ -41,6 +42,9 @@ const (
 
 	ctaCountersPackets   = 1
 	ctaCounters32Packets = 3
+
+	ctaStatsGlobalEntries    = 1
+	ctaStatsGlobalMaxEntries = 2
 
 	ctaFilterOrigFlags = 1
 	// ctaFilterProtoNum is CTA_FILTER_F_CTA_PROTO_NUM of nf_conntrack_netlink.c.

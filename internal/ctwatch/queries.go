@@ -240,7 +240,7 @@ func (q *Queries) query(typ uint16, flags netlink.HeaderFlags, family uint8, att
 					return syscall.Errno(-errno)
 				}
 				return nil
-			case ctType(ipctnlMsgCTNew):
+			case ctType(ipctnlMsgCTNew), ctType(ipctnlMsgCTGetStats):
 				if fn != nil {
 					fn(h, msg)
 				}
