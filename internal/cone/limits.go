@@ -56,6 +56,7 @@ func (m *Model) account(i int32) {
 	c := &m.claims[i]
 	stands := c.state == StateStanding
 	lingers := stands && c.lingers()
+	m.accountRoom(i)
 	if stands == c.counted && lingers == c.listed {
 		return
 	}
@@ -92,9 +93,9 @@ func (m *Model) account(i int32) {
 
 func full(n int32, limit int) bool { return limit > 0 && int(n) >= limit }
 
-// room makes room for claim c to stand, by ending lingering claims, the oldest
+// underLimits makes room for claim c to stand, by ending lingering claims, the oldest
 // first. Without any it returns the limit that is in the way.
-func (m *Model) room(c *claim, end func(i int32)) Reason {
+func (m *Model) underLimits(c *claim, end func(i int32)) Reason {
 	l := &m.policy.Limits
 	// A claim that ends may let another one of its Key stand: not forever.
 	for range 4 {

@@ -35,6 +35,7 @@ type claim struct {
 	certain bool // the kernel said that it stands
 	counted bool // in its scopes
 	listed  bool // there as lingering
+	room    standing
 
 	outs     int32 // live flows that the inside host opened towards the peer
 	kids     int32 // live children
@@ -47,6 +48,7 @@ type claim struct {
 	flows                int32 // first flow
 	subnet               int32 // index in the policy
 	inHost, inSubnet     links // among the lingering claims of the host and the subnet
+	inRoom               links // among the expectations that stand as room says
 	nextKey              int32 // next claim of the same Key; the first one comes first
 	extPrev              int32 // neighbours on the same outside endpoint
 	extNext              int32
@@ -81,7 +83,10 @@ type Model struct {
 	flows     flowTable
 	early     earlyIndex
 	hosts     map[Addr]scope
-	subnets   []scope             // by index in the policy
+	subnets   []scope // by index in the policy
+	room      Room
+	bounded   bool                // by room
+	expected  [busy + 1]scope     // the claims that stand so, the first to do so first
 	ruled     func(Endpoint) bool // outside endpoints that rules forward; may be nil
 	wheel     wheel
 	snap      snapshot
@@ -123,16 +128,17 @@ type Stats struct {
 // is granted.
 func New(p Policy) *Model {
 	m := &Model{
-		policy:  compilePolicy(p),
-		byKey:   make(map[Key]int32),
-		byExt:   make(map[extKey]int32),
-		shown:   newShown(),
-		fresh:   make(map[extKey]struct{}),
-		pairs:   make(map[pair]time.Duration),
-		hosts:   make(map[Addr]scope),
-		subnets: newScopes(len(p.Subnets)),
-		flows:   newFlowTable(),
-		early:   newEarlyIndex(),
+		policy:   compilePolicy(p),
+		byKey:    make(map[Key]int32),
+		byExt:    make(map[extKey]int32),
+		shown:    newShown(),
+		fresh:    make(map[extKey]struct{}),
+		pairs:    make(map[pair]time.Duration),
+		hosts:    make(map[Addr]scope),
+		subnets:  newScopes(len(p.Subnets)),
+		flows:    newFlowTable(),
+		early:    newEarlyIndex(),
+		expected: [...]scope{emptyScope, emptyScope, emptyScope},
 	}
 	m.wheel = newWheel(&m.claims, p.Lifetime)
 	return m
@@ -232,11 +238,14 @@ func (m *Model) grant(now time.Duration, i int32) {
 	}
 	c.forget()
 	p := m.place(now, c)
+	if m.bounded && p.Why == m.room.Lack && m.makeRoom(now) {
+		p = m.place(now, c)
+	}
 	if p.By == 0 {
 		m.refuse(now, i, p.Why)
 		return
 	}
-	if r := m.room(c, func(i int32) { m.end(now, i, ReasonEvicted) }); r != ReasonNone {
+	if r := m.underLimits(c, func(i int32) { m.end(now, i, ReasonEvicted) }); r != ReasonNone {
 		m.refuse(now, i, r)
 		return
 	}

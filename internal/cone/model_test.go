@@ -53,6 +53,7 @@ type world struct {
 	nextID uint32
 	peers  int // addresses outside
 	full   int // grants to be refused, in percent
+	live   int // expectations that there is room for, 0 for no bound
 	log    []string
 }
 
@@ -159,6 +160,9 @@ func (w *world) check() {
 		}
 		expected += int(by & ByExpectation)
 		mapped += int(by&ByMap) / int(ByMap)
+	}
+	if w.live > 0 && expected > w.live {
+		w.failf("%d are expected, and there is room for %d", expected, w.live)
 	}
 	if s.Expected != expected || s.Mapped != mapped {
 		w.failf("%d are expected, %d in the map; Stats say %d, %d", expected, mapped, s.Expected, s.Mapped)
@@ -404,6 +408,8 @@ func (w *world) change() {
 		w.m.Revoke(w.now, func(p Permission) bool { return p.Int == in })
 		w.ref.revoke(w.now, in)
 	default:
+		w.live = 0
+		w.m.SetRoom(w.now, Room{New: 1000, Live: 1000, Lack: ReasonNoRoom})
 		p := w.ref.policy
 		p.Mapped = !p.Mapped
 		p.Learned = p.Mapped && w.policy.Learned
@@ -417,6 +423,20 @@ func (w *world) change() {
 			}
 		}
 	}
+}
+
+// bound changes the room for expectations, which is no matter to permissions that the
+// map can carry.
+func (w *world) bound() {
+	w.live = 1 + w.rnd.IntN(4)
+	r := Room{New: w.rnd.IntN(w.live + 1), Live: w.live, Lack: ReasonNoRoom}
+	w.notef("room %+v", r)
+	w.m.SetRoom(w.now, r)
+}
+
+// bounded reports whether room may be short without an effect on what stands.
+func (w *world) bounded() bool {
+	return w.ref.policy.Mapped && w.full == 0 && w.policy.Subnets[0].Choice != ChooseMap && w.m.snap.whole
 }
 
 // The model and the naive reference must agree after every step, and no grant
@@ -450,6 +470,8 @@ func (w *world) step() {
 	switch n := w.rnd.IntN(100); {
 	case n < 70:
 		w.traffic()
+	case n < 73 && w.bounded():
+		w.bound()
 	case n < 94:
 		w.tick(time.Duration(1+w.rnd.IntN(20)) * time.Second)
 	case n < 95:

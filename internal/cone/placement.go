@@ -83,6 +83,9 @@ func (m *Model) place(now time.Duration, c *claim) Placement {
 	if why == ReasonNoBackend && by != 0 {
 		why = ReasonNone
 	}
+	if by&ByExpectation != 0 && !m.hasRoom(c) {
+		by, why = can&ByMap, m.room.Lack
+	}
 	return Placement{by, why}
 }
 
@@ -95,6 +98,7 @@ func (m *Model) setPlacement(i int32, p Placement) {
 	m.stats.count(c.placed, -1)
 	c.placed = p
 	m.stats.count(p, 1)
+	m.accountRoom(i)
 }
 
 func (s *Stats) count(p Placement, n int) {
@@ -149,7 +153,7 @@ func (m *Model) reconsiderAll(now time.Duration) {
 }
 
 // move lets claim i, which stands, be carried as p says. The old carrier lets go of it
-// when the new one has it, unless the old one is in somebody's way.
+// when the new one has it, or at once where the old one is in somebody's way.
 func (m *Model) move(i int32, p Placement) {
 	c := &m.claims[i]
 	more, less := p.By&^c.placed.By, c.placed.By&^p.By
@@ -159,7 +163,7 @@ func (m *Model) move(i int32, p Placement) {
 	c.leaving = less
 	p.By |= less
 	m.setPlacement(i, p)
-	if more == 0 || p.Why == ReasonForwarded || p.Why == ReasonHelper {
+	if more == 0 || p.Why == ReasonForwarded || p.Why == ReasonHelper || m.bounded && p.Why == m.room.Lack {
 		m.leave(i)
 	}
 }
@@ -221,5 +225,5 @@ func (m *Model) Retry(now time.Duration, p Permission) {
 // passes reports whether what kept an expectation from being made may be over without
 // a word from anybody.
 func (r Reason) passes() bool {
-	return r == ReasonPeersOnPort || r == ReasonTableFull || r == ReasonTaken || r == ReasonKernel
+	return r == ReasonPeersOnPort || r == ReasonTableFull || r == ReasonNoRoom || r == ReasonTaken || r == ReasonKernel
 }

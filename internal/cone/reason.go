@@ -26,6 +26,7 @@ const (
 	ReasonLocalSocket // the gateway itself serves the outside port
 	ReasonPeersOnPort // too many peers on one outside port for the expectation table
 	ReasonTableFull   // the kernel's table is full
+	ReasonNoRoom      // the conntrack table has no room for its anchor
 	ReasonTaken       // an entry of somebody else's is in the way
 	ReasonHelper      // a conntrack helper of the user's wants its own expectation
 	ReasonKernel      // the kernel refused for another reason
@@ -67,6 +68,7 @@ var reasonNames = [reasons]string{
 	ReasonLocalSocket:      "gateway serves this port",
 	ReasonPeersOnPort:      "too many peers on this port",
 	ReasonTableFull:        "kernel table is full",
+	ReasonNoRoom:           "no room in the conntrack table",
 	ReasonTaken:            "another entry is in the way",
 	ReasonHelper:           "a conntrack helper serves this flow",
 	ReasonKernel:           "kernel refused",

@@ -1,0 +1,165 @@
+package cone
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+)
+
+// in returns inside endpoint i, which has an outside port of its own.
+func in(i int) string { return fmt.Sprintf("10.47.11.109:%d", i) }
+
+const roomPeer = "203.0.113.5:9"
+
+// carriers checks what carries the permissions of inside endpoints 1 to len(want).
+func (d *desk) carriers(what string, want ...Carriers) {
+	d.t.Helper()
+	var got []Carriers
+	for i := range want {
+		k := Key{Ext: Endpoint{ep("198.51.100.1:1").Addr, uint16(i + 1)}, Peer: ep(roomPeer).Addr}
+		got = append(got, d.by[k])
+	}
+	if !slices.Equal(got, want) {
+		d.t.Errorf("%s: carried by %v, want %v", what, got, want)
+	}
+	expected := 0
+	for _, by := range d.by {
+		expected += int(by & ByExpectation)
+	}
+	if n := d.m.Stats().Expected; n != expected {
+		d.t.Errorf("%s: Stats.Expected is %d, want %d", what, n, expected)
+	}
+}
+
+func (d *desk) room(now time.Duration, fresh, live int) {
+	d.m.SetRoom(now, Room{New: fresh, Live: live, Lack: ReasonNoRoom})
+	d.carry()
+}
+
+// Fails when place does not ask for room, and when a refusal is for good.
+func TestExpectationsBeyondTheRoomAreTriedAgain(t *testing.T) {
+	d := newDesk(t, nil)
+	d.room(0, 2, 2)
+	var flows []*Flow
+	for i := range 4 {
+		flows = append(flows, d.open(0, in(i+1), roomPeer))
+	}
+	d.carriers("with room for two", ByExpectation, ByExpectation, 0, 0)
+	if v := d.view(in(3)); v.State != StateRefused || v.Reason != ReasonNoRoom {
+		t.Errorf("the third is %v for %q", v.State, v.Reason)
+	}
+	d.m.Tick(testPolicy.Retry, 10)
+	d.carry()
+	d.carriers("tried again in vain", ByExpectation, ByExpectation, 0, 0)
+	d.room(testPolicy.Retry, 3, 3)
+	for range 4 { // one of the two that wait is tried first
+		d.m.Tick(3*testPolicy.Retry, 10)
+		d.carry()
+	}
+	if n := d.m.Stats().Expected; n != 3 {
+		t.Errorf("with room for three %d stand", n)
+	}
+	d.room(3*testPolicy.Retry, 9, 9)
+	d.m.Tick(6*testPolicy.Retry, 10)
+	d.carry()
+	d.carriers("with room for all", ByExpectation, ByExpectation, ByExpectation, ByExpectation)
+	for _, f := range flows {
+		d.gone(6*testPolicy.Retry, f)
+	}
+	d.room(6*testPolicy.Retry, 0, 0)
+	d.carriers("without flows and room", 0, 0, 0, 0)
+}
+
+// Fails when makeRoom takes those with a live flow, or the youngest.
+func TestLingeringExpectationsMakeWay(t *testing.T) {
+	for name, tt := range map[string]struct {
+		choice func(*Policy)
+		left   Carriers // to the one that made way
+	}{
+		"expectations alone":         {nil, 0},
+		"the map goes on":            {choose(ChooseExpectation), ByMap},
+		"the map carried it as well": {both, ByMap},
+	} {
+		t.Run(name, func(t *testing.T) {
+			all := ByExpectation
+			d := newDesk(t, tt.choice)
+			if d.m.policy.Subnets[0].Choice == ChooseBoth {
+				all = AllCarriers
+			}
+			d.room(0, 3, 3)
+			live := d.open(0, in(1), roomPeer)
+			older, old := d.open(0, in(2), roomPeer), d.open(0, in(3), roomPeer)
+			d.gone(1, older)
+			d.gone(2, old)
+			d.carriers("at first", all, all, all)
+			d.open(3, in(4), roomPeer)
+			d.carriers("a fourth wants room", all, tt.left, all, all)
+			d.open(4, in(5), roomPeer)
+			d.carriers("a fifth", all, tt.left, tt.left, all, all)
+			d.open(5, in(6), roomPeer)
+			d.carriers("a sixth finds none that lingers", all, tt.left, tt.left, all, all, tt.left)
+			d.gone(6, live)
+		})
+	}
+}
+
+// A full table takes the expectations that linger first, then the others, the oldest
+// first.
+//
+// Fails when SetRoom does not end any, and when Live is taken for New.
+func TestLessRoomEndsExpectations(t *testing.T) {
+	for name, tt := range map[string]struct {
+		choice func(*Policy)
+		left   Carriers
+		state  State
+	}{
+		"expectations alone": {nil, 0, StateRefused},
+		"the map goes on":    {choose(ChooseExpectation), ByMap, StateStanding},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, tt.choice)
+			d.room(0, 9, 9)
+			d.open(0, in(1), roomPeer)
+			d.open(0, in(2), roomPeer)
+			d.gone(1, d.open(0, in(3), roomPeer))
+			d.gone(1, d.open(0, in(4), roomPeer))
+			d.room(2, 3, 4)
+			d.carriers("room for three", ByExpectation, ByExpectation, tt.left, ByExpectation)
+			d.room(2, 0, 2)
+			d.carriers("room for live ones alone", ByExpectation, ByExpectation, tt.left, tt.left)
+			d.room(2, 0, 1)
+			d.carriers("room for one live", tt.left, ByExpectation, tt.left, tt.left)
+			if v := d.view(in(1)); v.State != tt.state || tt.left == 0 && v.Reason != ReasonNoRoom || tt.left != 0 && v.Why != ReasonNoRoom {
+				t.Errorf("the first is %v, %q, %q", v.State, v.Reason, v.Why)
+			}
+			d.room(3, 9, 9)
+			d.m.Retry(3, d.view(in(1)).Permission)
+			d.m.Tick(2*testPolicy.Retry, 10)
+			d.carry()
+			d.carriers("room again", ByExpectation, ByExpectation)
+		})
+	}
+}
+
+// Which permission of an earlier daemon has a live flow shows in the first snapshot.
+//
+// Fails when SetRoom does not wait for it.
+func TestNoRoomEndsNothingBeforeTheFirstSnapshot(t *testing.T) {
+	d := &desk{t: t, m: New(testPolicy), up: map[Key]Endpoint{}, by: map[Key]Carriers{}}
+	d.m.SetTopology(0, testTopology)
+	d.room(0, 1, 1)
+	var left []Permission
+	for i := range 2 {
+		p := Permission{Key: Key{Ext: Endpoint{ep("198.51.100.1:1").Addr, uint16(i + 1)}, Peer: ep(roomPeer).Addr}, Int: ep(in(i + 1))}
+		left = append(left, p)
+		d.m.Adopt(0, p, ByExpectation, lifetime)
+		d.up[p.Key], d.by[p.Key] = p.Int, ByExpectation
+	}
+	d.room(0, 1, 1)
+	d.carriers("before", ByExpectation, ByExpectation)
+	f := &Flow{ID: 1, Status: StatusSrcNAT, Src: left[0].Int, Dst: ep(roomPeer), ReplySrc: ep(roomPeer), ReplyDst: left[0].Ext}
+	d.snapshot(1, f)
+	d.room(1, 1, 1)
+	d.carriers("after", ByExpectation, 0)
+}
