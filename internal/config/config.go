@@ -62,14 +62,14 @@ type Config struct {
 
 	// MaxPermissions, MaxPermissionsPerSubnet and MaxPermissionsPerHost bound
 	// how many permissions stand, in all, for one subnet and for one inside
-	// address; 0 is no bound. The kernel's expectation table is a bound too.
+	// address; 0 is no bound. The last may be Auto. The kernel's tables are bounds too.
 	MaxPermissions          int
 	MaxPermissionsPerSubnet int
 	MaxPermissionsPerHost   int
 
 	// MaxChildren bounds the live flows that a peer may have by one permission;
-	// 0 is no bound. One peer must not fill the conntrack table from all its
-	// ports.
+	// 0 is no bound, and it may be Auto. One peer must not fill the conntrack table from
+	// all its ports.
 	MaxChildren int
 
 	// Learn lets the kernel itself add a permission to the nftables map while
@@ -195,8 +195,8 @@ func Default() Config {
 		ExcludePeerPorts: []uint16{53, 123, 443},
 
 		PortPool:              PortRange{61000, 65535},
-		MaxPermissionsPerHost: 4096,
-		MaxChildren:           256,
+		MaxPermissionsPerHost: Auto,
+		MaxChildren:           Auto,
 
 		Learn:     true,
 		LearnRate: 200,
@@ -206,6 +206,31 @@ func Default() Config {
 		OnStop:      OnStopRevoke,
 		EventBuffer: 8 << 20,
 	}
+}
+
+// Auto is the value of a limit that the size of the conntrack table decides.
+const Auto = -1
+
+// What an Auto limit is at most, and the part of the conntrack table that it is else.
+const (
+	mostPerHost, perHostPart   = 4096, 2
+	mostChildren, childrenPart = 256, 32
+)
+
+// Sized returns c with the limits that are Auto as they suit a conntrack table of n
+// entries; 0 is one without a bound.
+func (c Config) Sized(n int) Config {
+	size := func(limit *int, most, part int) {
+		if *limit != Auto {
+			return
+		}
+		if *limit = most; n > 0 {
+			*limit = min(most, max(n/part, 1))
+		}
+	}
+	size(&c.MaxPermissionsPerHost, mostPerHost, perHostPart)
+	size(&c.MaxChildren, mostChildren, childrenPart)
+	return c
 }
 
 // check finds what is wrong between one key and another.

@@ -104,14 +104,14 @@ var settings = []setting{
 		set:   one(count, func(c *Config) *int { return &c.MaxPermissionsPerSubnet }),
 	},
 	{
-		key: "max_permissions_per_host", flag: "max-permissions-per-host", kind: "number", def: "4096", number: true,
-		usage: "permissions of one inside address, 0 for no bound",
-		set:   one(count, func(c *Config) *int { return &c.MaxPermissionsPerHost }),
+		key: "max_permissions_per_host", flag: "max-permissions-per-host", kind: "number", def: "auto", number: true,
+		usage: "permissions of one inside address, 0 for no bound; auto: 4096, or half of nf_conntrack_max if that is less",
+		set:   one(limit, func(c *Config) *int { return &c.MaxPermissionsPerHost }),
 	},
 	{
-		key: "max_children", flag: "max-children", kind: "number", def: "256", number: true,
-		usage: "live flows that a peer may have by one permission, 0 for no bound",
-		set:   one(count, func(c *Config) *int { return &c.MaxChildren }),
+		key: "max_children", flag: "max-children", kind: "number", def: "auto", number: true,
+		usage: "live flows that a peer may have by one permission, 0 for no bound; auto: 256, or 1/32 of nf_conntrack_max if that is less",
+		set:   one(limit, func(c *Config) *int { return &c.MaxChildren }),
 	},
 	{
 		key: "learn", flag: "learn", kind: "bool", def: "true", truth: true,
@@ -336,6 +336,18 @@ func count(v any) (int, error) {
 		return 0, expected("a number from 0 (no bound) to 1073741824", v)
 	}
 	return int(n), nil
+}
+
+// limit is count, or what the size of the conntrack table decides.
+func limit(v any) (int, error) {
+	if v == "auto" {
+		return Auto, nil
+	}
+	n, err := count(v)
+	if err != nil {
+		err = expected(`"auto" or a number from 0 (no bound) to 1073741824`, v)
+	}
+	return n, err
 }
 
 func learnRate(v any) (int, error) {

@@ -89,24 +89,34 @@ func (d *Daemon) adopt(wanted config.Config) error {
 	return nil
 }
 
-// resolve returns what the user wants with the subnets that "auto" finds. A link that was
+// resolve returns what the user wants with the subnets that "auto" finds, and limits that
+// suit the conntrack table. A link that was
 // an outside link does not become an inside one when it loses its default route.
 func (d *Daemon) resolve(wanted config.Config, network gateway.Network) config.Config {
 	wanted.Subnets = subnets(wanted, network.Candidates(d.rerouted.outside))
-	return wanted
+	return wanted.Sized(d.size)
 }
 
-// followLinks enables the subnets that "auto" finds now, and reports whether they are
-// others than those of cfg, which is in force.
-func (d *Daemon) followLinks(cfg config.Config, network gateway.Network) (changed bool, err error) {
+// follow enables the subnets that "auto" finds now, with the limits that suit the
+// conntrack table now, and reports whether they are others than those of cfg, which is
+// in force.
+func (d *Daemon) follow(cfg config.Config, network gateway.Network) (changed bool, err error) {
 	next := d.resolve(d.wanted, network)
-	if slices.Equal(next.Subnets, cfg.Subnets) {
+	sameSubnets := slices.Equal(next.Subnets, cfg.Subnets)
+	sameLimits := next.MaxPermissionsPerHost == cfg.MaxPermissionsPerHost && next.MaxChildren == cfg.MaxChildren
+	if sameSubnets && sameLimits {
 		return false, nil
 	}
 	if err := d.change(next); err != nil {
 		return false, fmt.Errorf("enable the subnets %v: %w", prefixes(next.Subnets), err)
 	}
-	d.log.Info("links changed, and with them the subnets of \"auto\"", "subnets", prefixes(next.Subnets))
+	if !sameSubnets {
+		d.log.Info("links changed, and with them the subnets of \"auto\"", "subnets", prefixes(next.Subnets))
+	}
+	if !sameLimits {
+		d.log.Info("the conntrack table has another size, and so have limits", "entries", d.size,
+			"max_permissions_per_host", next.MaxPermissionsPerHost, "max_children", next.MaxChildren)
+	}
 	return true, nil
 }
 

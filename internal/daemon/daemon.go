@@ -45,6 +45,7 @@ type Daemon struct {
 	conntrack sysctls
 	events    *ctwatch.Watcher
 	queries   *ctwatch.Queries // of the loop
+	reads     *ctwatch.Queries // of the reconcile
 	sockets   *gateway.Sockets // of the loop
 	ports     *gateway.Sockets // of the reconcile
 	links     *gateway.Watcher
@@ -56,6 +57,8 @@ type Daemon struct {
 
 	// The reconcile's own.
 	wanted    config.Config    // as the user gave it; d.cfg has the subnets that "auto" found
+	size      int              // of the conntrack table, which limits of d.cfg suit
+	space     space            // what the model knows
 	held      *gateway.PortSet // sockets at the last look
 	looked    time.Duration    // when that was
 	settled   bool             // they were the same as at the look before
@@ -80,6 +83,8 @@ type Daemon struct {
 	hidden         *rules.Covered // by forwards of the user's: no packet gets to the map
 	portWarnings   []string       // about port_pool
 	decisions      map[netip.Prefix]decision
+	room           cone.Room        // for expectations
+	entries        ctwatch.Table    // when that was found
 	late           time.Duration    // how long changes of neighbours have to wait
 	tables         control.Tables   // as last read
 	served         *gateway.PortSet // at the last two looks; before the second, at the first
@@ -157,6 +162,15 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.queries, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
 		return d, err
 	}
+	if d.reads, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
+		return d, err
+	}
+	conntrack, err := d.reads.Table()
+	if err != nil {
+		return d, err
+	}
+	d.size = conntrack.Max
+	d.cfg.Config = d.cfg.Sized(d.size)
 	if d.sockets, err = gateway.DialSockets(0); err != nil {
 		return d, err
 	}
@@ -204,6 +218,9 @@ func New(cfg Config) (d *Daemon, err error) {
 	d.model.SetWay(d.network.Way())
 	d.model.SetForwards(0, d.forwarded.Covers, d.whole)
 	d.model.Revoked(d.denied)
+	if d.backends.expect != nil {
+		d.setRoom(d.space)
+	}
 	for _, a := range adopted {
 		now := d.now()
 		d.model.Adopt(now, a.Permission, a.By, now+a.Left)
@@ -332,6 +349,9 @@ func (d *Daemon) Close() error {
 	}
 	if d.queries != nil {
 		errs = append(errs, d.queries.Close())
+	}
+	if d.reads != nil {
+		errs = append(errs, d.reads.Close())
 	}
 	if d.sockets != nil {
 		errs = append(errs, d.sockets.Close())
@@ -474,6 +494,7 @@ func (d *Daemon) warnings() (out warnings) {
 	if len(d.network.OutsideLinks()) == 0 && len(d.network.Missing) == 0 {
 		out.add("outside", `no outside link: none has a default route; name one with --outside`)
 	}
+	d.warnRoom(&out)
 	d.warnElsewhere(&out)
 	for _, o := range ownNetworks(d.cfg.Subnets, d.network) {
 		out.add(fmt.Sprintf("own network %v %s", o.subnet, o.link.Name), "subnet %v holds the network of the outside link %s (%v): "+

@@ -121,11 +121,11 @@ func (d *Daemon) open(cfg config.Config) (o opened, err error) {
 	if err != nil {
 		return o, err
 	}
-	_, table, err := d.conntrack.raise()
-	if err != nil {
+	if d.space, _, err = d.readSpace(); err != nil {
 		return o, errors.Join(err, o.expect.Close())
 	}
-	o.expect.SetTableSize(table)
+	n, _ := d.space.share()
+	o.expect.SetMax(n)
 	return o, nil
 }
 
@@ -168,6 +168,7 @@ func (d *Daemon) change(cfg config.Config) error {
 	d.do(func() {
 		if o.expect != nil {
 			d.backends.expect = o.expect
+			d.setRoom(d.space)
 		}
 		if m != nil {
 			d.backends.nft = m

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/rules"
 )
@@ -29,7 +30,11 @@ func TestOneMissingBackendIsOneSentence(t *testing.T) {
 			cfg.Backend = tt.backend
 			d := &Daemon{firewall: &firewall{missing: missing}}
 			d.conntrack = sysctls{dir: sysctlDir, note: filepath.Join(t.TempDir(), "c.sysctl")}
-			err := l.Gateway.Do(func() error {
+			err := l.Gateway.Do(func() (err error) {
+				if d.reads, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
+					return err
+				}
+				defer d.reads.Close()
 				o, err := d.open(cfg)
 				if o.missing != tt.want {
 					t.Errorf("status says %q, want %q", o.missing, tt.want)

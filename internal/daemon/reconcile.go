@@ -38,11 +38,7 @@ const (
 // after an overrun. ready is called after the first time that succeeds; until then
 // it tries again soon, and gives up in the end.
 func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func()) error {
-	q, err := ctwatch.DialQueries(ctwatch.Config{})
-	if err != nil {
-		return err
-	}
-	defer q.Close()
+	q := d.reads
 	t := time.NewTicker(every)
 	defer t.Stop()
 	look := time.NewTicker(lookEvery)
@@ -94,6 +90,9 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 					d.failures.note("look at sockets", 1, err)
 				}
 			case <-look.C:
+				if err := d.lookAtConntrack(); ctx.Err() == nil {
+					d.failures.note("look at conntrack", 1, err)
+				}
 				d.lookAround(ctx, q)
 				if err := d.endReroutedLater(); ctx.Err() == nil {
 					d.failures.note("look at routes", 1, err)
@@ -153,6 +152,11 @@ func (d *Daemon) watchLinks(ctx context.Context) error {
 func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 	var errs []error
 	d.changed = changes{}
+	if t, err := d.reads.Table(); err != nil {
+		errs = append(errs, err)
+	} else {
+		d.size = t.Max
+	}
 	if _, err := d.readGateway(); err != nil {
 		errs = append(errs, err)
 	}
@@ -205,7 +209,7 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 		d.reviewSockets()
 		d.warned.tell(d.now(), d.warnings())
 	})
-	followed, err := d.followLinks(cfg, network)
+	followed, err := d.follow(cfg, network)
 	if followed {
 		d.do(func() { d.warned.tell(d.now(), d.warnings()) })
 	}
@@ -314,29 +318,6 @@ func (d *Daemon) mendRules(cfg config.Config, network gateway.Network) (changed 
 		d.noted.note(slog.LevelWarn, "tables", "somebody changed conenatd's nftables tables; they are put back", 1, "table", cfg.Table)
 	}
 	return changed, err
-}
-
-// mendTableSize makes room in the expectation table again where somebody took it away,
-// or does with what there is.
-func (d *Daemon) mendTableSize() error {
-	if d.backends.expect == nil { // written by the reconcile alone
-		return nil
-	}
-	before, size, err := d.conntrack.raise()
-	if err != nil {
-		return err
-	}
-	ok := d.do(func() {
-		if size != before {
-			d.repaired[tableSize]++
-			d.noted.note(slog.LevelWarn, "table size", "somebody made the expectation table smaller; it has its size again", 1, "sysctl", expectMax, "was", before, "is", size)
-		}
-		d.backends.expect.SetTableSize(size)
-	})
-	if !ok {
-		return errEnded
-	}
-	return nil
 }
 
 // compare looks whether what should stand does, and nothing else. What should

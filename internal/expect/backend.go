@@ -26,9 +26,6 @@ const (
 	// share one chain of the kernel's hash, and every unsolicited packet to
 	// that port walks it under a lock that all namespaces share.
 	maxPeersOnPort = 64
-
-	// share of the kernel's table, in percent, that may be ours.
-	tableShare = 75
 )
 
 // Config tells Open what to do.
@@ -93,8 +90,7 @@ func Open(cfg Config) (*Backend, error) {
 }
 
 func newBackend(cfg Config, c *nfnl.Conn) *Backend {
-	b := &Backend{cfg: cfg, c: c, standing: newLedger(0)}
-	b.SetTableSize(defaultTable)
+	b := &Backend{cfg: cfg, c: c, standing: newLedger(defaultMax)}
 	b.failed = func(seq uint32, err error) {
 		n := int(seq - b.first)
 		b.errs[n/perPermission][n%perPermission] = err
@@ -145,12 +141,13 @@ func (b *Backend) see(zone uint16) {
 	}
 }
 
-// defaultTable is the kernel's least expectation table.
-const defaultTable = 1024
+// defaultMax is Max until SetMax: it leaves a part of the kernel's least expectation
+// table to others.
+const defaultMax = 768
 
-// SetTableSize tells the size of the kernel's expectation table
-// (nf_conntrack_expect_max).
-func (b *Backend) SetTableSize(n int) { b.standing.max = n * tableShare / 100 }
+// SetMax says how many permissions the backend will let stand. More that do already
+// stay.
+func (b *Backend) SetMax(n int) { b.standing.max = n }
 
 // SetLifetime sets Config.Lifetime for what is granted or refreshed from now on.
 func (b *Backend) SetLifetime(d time.Duration) { b.cfg.Lifetime = d }

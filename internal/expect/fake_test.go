@@ -60,7 +60,7 @@ func many(n int) []cone.Permission {
 // forgotten, and nobody waits for a broken kernel more often than needed.
 func TestGrantWithUnknownOutcome(t *testing.T) {
 	b, k := newFakeBackend(t)
-	b.SetTableSize(104) // makes 78
+	b.SetMax(78)
 	ps := many(80)
 	sends := 0
 	k.Answer = func([]nfnltest.Request) [][]byte { sends++; return nil }
@@ -134,7 +134,7 @@ func TestGrantSendsNoMoreThanItMust(t *testing.T) {
 // was not sent, has nothing to do with.
 func TestFailedSendHarmsNoOther(t *testing.T) {
 	b, k := newFakeBackend(t)
-	b.SetTableSize(2) // makes 1
+	b.SetMax(1)
 	ps := many(2)
 	b.Grant(ps[:1], func(int, cone.Reason, error) { t.Error("refused") })
 

@@ -162,10 +162,10 @@ func TestPeersOnOnePortAreCapped(t *testing.T) {
 	g.wantCounts(66, 66)
 }
 
-func TestTableIsFilledToThreeQuarters(t *testing.T) {
+func TestNoMoreStandThanMax(t *testing.T) {
 	g := newGate(t, lab.Options{})
 	b := g.open(time.Minute)
-	b.SetTableSize(5)
+	b.SetMax(3)
 	if b.Max() != 3 {
 		t.Fatalf("Max = %d", b.Max())
 	}
@@ -185,7 +185,7 @@ func TestTableIsFilledToThreeQuarters(t *testing.T) {
 func TestRefusedPermissionsDoNotCount(t *testing.T) {
 	g := newGate(t, lab.Options{})
 	b := g.open(time.Minute)
-	b.SetTableSize(2)
+	b.SetMax(1)
 	ps := many(2)
 	g.stranger("203.0.113.5", ps[0].Ext.String())
 	for range 3 {

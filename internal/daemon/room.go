@@ -1,0 +1,125 @@
+package daemon
+
+import (
+	"log/slog"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/ctwatch"
+)
+
+// Shares of the kernel's tables, in percent. Each expectation has an anchor, which the
+// kernel never drops early: in a full table it drops other people's flows.
+const (
+	expectShare = 75 // of the expectation table may be ours
+	anchorShare = 20 // of the conntrack table may be anchors
+
+	// The conntrack table gets no fuller than this by a new anchor, nor by one that
+	// lingers, nor by any.
+	fullForNew  = 80
+	fullForLive = 90
+)
+
+// A space is what the kernel's tables are like.
+type space struct {
+	expectations int // that there may be (nf_conntrack_expect_max)
+	conntrack    ctwatch.Table
+}
+
+// share returns how many expectations may be ours if the conntrack table is empty else,
+// and why no more.
+func (s space) share() (n int, lack cone.Reason) {
+	n = s.expectations * expectShare / 100
+	if anchors := s.conntrack.Max * anchorShare / 100; s.conntrack.Max > 0 && anchors < n {
+		return anchors, cone.ReasonNoRoom
+	}
+	return n, cone.ReasonTableFull
+}
+
+// room returns the room for expectations if so many entries of conntrack are anchors.
+func (s space) room(anchors int) cone.Room {
+	n, lack := s.share()
+	r := cone.Room{New: n, Live: n, Lack: lack}
+	if s.conntrack.Max == 0 {
+		return r
+	}
+	left := func(full int) int {
+		return max(s.conntrack.Max*full/100-(s.conntrack.Entries-anchors), 0)
+	}
+	if left(fullForNew) < n {
+		r.New, r.Lack = left(fullForNew), cone.ReasonNoRoom
+	}
+	r.Live = min(left(fullForLive), n)
+	return r
+}
+
+// readSpace asks the kernel, and makes the expectation table larger where that is
+// allowed; before is the size that it had.
+func (d *Daemon) readSpace() (s space, before int, err error) {
+	if s.conntrack, err = d.reads.Table(); err != nil {
+		return s, 0, err
+	}
+	before, s.expectations, err = d.conntrack.raise()
+	return s, before, err
+}
+
+// lookAtConntrack sees to the room for expectations. It leaves the loop alone while
+// the conntrack table is far from full.
+func (d *Daemon) lookAtConntrack() (err error) {
+	if d.backends.expect == nil { // written by the reconcile alone
+		return nil
+	}
+	s := d.space
+	if s.conntrack, err = d.reads.Table(); err != nil {
+		return err
+	}
+	n, _ := s.share()
+	if r := s.room(0); r.New == n && r == d.space.room(0) {
+		return nil
+	}
+	d.space = s
+	if !d.do(func() { d.setRoom(s) }) {
+		return errEnded
+	}
+	return nil
+}
+
+// setRoom lets the model and the backend know how much room there is. The loop calls it.
+func (d *Daemon) setRoom(s space) {
+	e := d.backends.expect
+	n, _ := s.share()
+	e.SetMax(n)
+	d.room, d.entries = s.room(e.Standing()), s.conntrack
+	d.model.SetRoom(d.now(), d.room)
+}
+
+// mendTableSize makes room in the expectation table again where somebody took it away,
+// or does with what there is.
+func (d *Daemon) mendTableSize() error {
+	if d.backends.expect == nil { // written by the reconcile alone
+		return nil
+	}
+	s, before, err := d.readSpace()
+	if err != nil {
+		return err
+	}
+	d.space = s
+	ok := d.do(func() {
+		if s.expectations != before {
+			d.repaired[tableSize]++
+			d.noted.note(slog.LevelWarn, "table size", "somebody made the expectation table smaller; it has its size again", 1, "sysctl", expectMax, "was", before, "is", s.expectations)
+		}
+		d.setRoom(s)
+	})
+	if !ok {
+		return errEnded
+	}
+	return nil
+}
+
+// warnRoom warns of a conntrack table that has no room for more expectations.
+func (d *Daemon) warnRoom(out *warnings) {
+	if d.backends.expect != nil && d.room.Lack == cone.ReasonNoRoom && d.model.Stats().Expected >= d.room.New {
+		out.add("room", "conntrack has %d of %d entries, and no room for more than %d expectations, which take one each: "+
+			"what the map cannot carry is refused; raise net.netfilter.nf_conntrack_max", d.entries.Entries, d.entries.Max, d.room.New)
+	}
+}
