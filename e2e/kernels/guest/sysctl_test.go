@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/lab"
 )
 
 // In the machine's first network namespace, where alone that may be written, the
@@ -74,5 +76,39 @@ func TestTheExpectationTableKeepsItsRoom(t *testing.T) {
 	}
 	if got := read(); got != smaller {
 		t.Errorf("the table has room for %s, want %s", got, smaller)
+	}
+}
+
+// The limit of children follows the size of the conntrack table, unless it was set.
+//
+// Fails when the reconcile does not look at that size, and when a limit that was set
+// follows it.
+func TestLimitsFollowTheConntrackTable(t *testing.T) {
+	if os.Getenv("CONENATD_GUEST") == "" {
+		t.Skip("it changes a setting of the whole machine")
+	}
+	const size = "/proc/sys/net/netfilter/nf_conntrack_max"
+	for name, tt := range map[string]struct {
+		args        []string
+		large, less int
+	}{
+		"not set": {nil, 256, 128},
+		"set":     {[]string{"--max-children=200"}, 200, 200},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := stage.New(t, lab.Options{})
+			s.Start(stage.Flags(stage.Expect, append(tt.args, "--reconcile=1s")...)...)
+			children := func(n int) func() bool {
+				return func() bool {
+					rules, err := s.Ruleset()
+					s.Must(err)
+					return strings.Contains(rules, fmt.Sprintf("ct count over %d ", n))
+				}
+			}
+			s.Until("the limit suits a large table", children(tt.large))
+			set(t, size, 4096)
+			s.Until("the room suits a small one", func() bool { return s.Status().Permissions.Limit == 4096/5 })
+			s.Until("the limit does", children(tt.less))
+		})
 	}
 }
