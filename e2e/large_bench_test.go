@@ -126,27 +126,14 @@ func BenchmarkLarge(b *testing.B) {
 					defer forwarded.Close()
 					flood = floodFromOutside(b, l, netip.AddrPortFrom(outside, n.flood))
 				}
-				time.Sleep(8 * time.Second) // bursts of the start are over
-				var took []time.Duration
-				began, cpu, memory := time.Now(), cpuTime(b, d.PID()), residentMemory(b, d.PID())
-				for port := uint16(62_000); time.Since(began) < largeTime; port++ {
-					in, err := l.Inside(1).Socket(l.Inside(1).Addr, port)
-					must(err)
-					t, err := stage.FirstAnswer(in, peer, answer)
-					must(err)
-					in.Close()
-					took = append(took, t)
-					time.Sleep(100 * time.Millisecond)
-				}
-				cpu = cpuTime(b, d.PID()) - cpu
-				lasted := time.Since(began)
+				memory := residentMemory(b, d.PID())
+				share, took := waits(b, l, d, peer, answer, largeTime)
 				grown := residentMemory(b, d.PID()) - memory
 				must(stop())
 				must(flood())
-				began = time.Now()
+				began := time.Now()
 				must(control.Dial(d.Socket).Reload(b.Context()))
 				reload := time.Since(began)
-				share := 100 * cpu.Seconds() / lasted.Seconds()
 				fmt.Printf("%-52s %5.1f %% of a CPU, RSS %d MB and %+d MB, start %v, reload %v; %s\n", n.name, share, memory>>20, grown>>20,
 					start.Round(time.Millisecond), reload.Round(time.Millisecond), distribution(took))
 				b.ReportMetric(share, "%CPU")

@@ -114,52 +114,42 @@ func BenchmarkBusyNeighbours(b *testing.B) {
 			}
 			for b.Loop() {
 				changes := 0
-				end, ended := make(chan struct{}), make(chan error, 1)
-				go func() {
-					if n.change == nil {
-						<-end
-						ended <- nil
-						return
-					}
-					pace := time.NewTicker(time.Second / time.Duration(n.perSecond))
-					defer pace.Stop()
-					for {
-						select {
-						case <-end:
-							ended <- nil
-							return
-						case <-pace.C:
-						}
-						if err := n.change(l, changes); err != nil {
-							ended <- err
-							return
-						}
-						changes++
-					}
-				}()
-				time.Sleep(8 * time.Second) // the burst is over
-				var took []time.Duration
-				began, cpu := time.Now(), cpuTime(b, d.PID())
-				for port := uint16(10_000); time.Since(began) < neighboursTime; port++ {
-					in, err := l.Inside(1).Socket(l.Inside(1).Addr, port)
-					must(err)
-					t, err := stage.FirstAnswer(in, peer, answer)
-					must(err)
-					in.Close()
-					took = append(took, t)
-					time.Sleep(100 * time.Millisecond)
-				}
-				cpu = cpuTime(b, d.PID()) - cpu
-				lasted := time.Since(began)
-				close(end)
-				must(<-ended)
-				share := 100 * cpu.Seconds() / lasted.Seconds()
+				stop := everySecond(n.perSecond, func(i int) error {
+					changes++
+					return n.change(l, i)
+				})
+				share, took := waits(b, l, d, peer, answer, neighboursTime)
+				must(stop())
 				fmt.Printf("%-56s %5.1f %% of a CPU, %d changes; %s\n", n.name, share, changes, distribution(took))
 				b.ReportMetric(share, "%CPU")
 			}
 			must(d.Stop())
 		})
 	}
+}
+
+// waits lets an inside host contact a peer again and again for a time, each time by a
+// fresh port, and returns the share of a CPU that the daemon takes meanwhile, in percent,
+// and how long the first answer by another port was in coming each time.
+func waits(b *testing.B, l *lab.Lab, d *lab.Daemon, peer, answer *lab.Socket, lasting time.Duration) (share float64, took []time.Duration) {
+	b.Helper()
+	time.Sleep(8 * time.Second) // bursts of the start are over
+	began, cpu := time.Now(), cpuTime(b, d.PID())
+	for port := uint16(62_000); time.Since(began) < lasting; port++ {
+		in, err := l.Inside(1).Socket(l.Inside(1).Addr, port)
+		if err != nil {
+			b.Fatal(err)
+		}
+		t, err := stage.FirstAnswer(in, peer, answer)
+		if err != nil {
+			b.Fatal(err)
+		}
+		in.Close()
+		took = append(took, t)
+		time.Sleep(100 * time.Millisecond)
+	}
+	cpu = cpuTime(b, d.PID()) - cpu
+	return 100 * cpu.Seconds() / time.Since(began).Seconds(), took
 }
 
 // cpuTime returns the CPU time of a process, of proc(5).
