@@ -210,8 +210,16 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 	i := m.find(p.Key, p.Int)
 	m.notePassed(f, i)
 	if i == none || m.claims[i].state != StateStanding && !f.Status.Has(StatusSeenReply) {
-		// Without either it may be a flow of a forward of the user's.
-		if f.Status.Has(StatusExpected) || f.Labelled {
+		switch {
+		case f.Status.Has(StatusExpected):
+			m.orphan(f, p)
+		case f.Labelled:
+			// The kernel learns by itself: only a snapshot shows that a permission is gone
+			// of which no event told.
+			if i != none || m.snap.showing {
+				m.orphan(f, p)
+			}
+		case i != none && !m.forwarded(now, p.extKey()):
 			m.orphan(f, p)
 		}
 		return

@@ -278,7 +278,8 @@ func TestChildWithoutAPermissionIsNoForward(t *testing.T) {
 			d := newDesk(t, both)
 			d.open(0, two, "192.0.2.9:9")
 			child, kinds := d.admit(1, "203.0.113.5:77", ext, one, tc.more)
-			d.wantOps("the event", kinds, tc.want...)
+			d.wantOps("the event, which that of its permission may follow", kinds)
+			d.wantOps("the next snapshot", d.snapshot(1, child), tc.want...)
 			if v := d.view(two); v.By != AllCarriers {
 				t.Errorf("another host's stands by %v", v.Placement)
 			}

@@ -117,7 +117,7 @@ func find(name, folder string) (string, error) {
 		return "", fmt.Errorf(`%w: start it with "conenatd run"`, ErrNotRunning)
 	case !trusted(c.holder, string(path), folder):
 		return "", fmt.Errorf("find conenatd: the process with pid %d of user %d has its name in this network namespace, and may not be conenatd: "+
-			"end it, or name the socket with --control-socket", c.holder.Pid, c.holder.Uid)
+			"name its socket with --control-socket if it is, or end it", c.holder.Pid, c.holder.Uid)
 	}
 	return string(path), nil
 }
@@ -127,9 +127,12 @@ const maxPath = 107
 
 // trusted reports whether one who holds the lock tells the truth about the control
 // socket: he is root, this user, or who was given the folder of the default sockets, or
-// the socket is in that folder, where nobody else can make one.
+// it is the default one of this network namespace, which nobody else can make.
 func trusted(holder *unix.Ucred, path, folder string) bool {
-	if holder.Uid == 0 || int(holder.Uid) == os.Geteuid() || filepath.Dir(path) == folder {
+	if holder.Uid == 0 || int(holder.Uid) == os.Geteuid() {
+		return true
+	}
+	if own, err := DefaultSocket(); err == nil && path == filepath.Join(folder, filepath.Base(own)) {
 		return true
 	}
 	info, err := os.Stat(folder)

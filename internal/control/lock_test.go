@@ -156,13 +156,24 @@ func TestAnotherUserIsNotBelieved(t *testing.T) {
 	child := exec.Command(program)
 	child.Dir = his
 	child.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
-	holder(t, child, name, filepath.Join(his, "c.sock"))
+	own, err := DefaultSocket()
+	if err != nil {
+		t.Fatal(err)
+	}
+	holder(t, child, name, filepath.Join(his, filepath.Base(own)))
 	want := fmt.Sprintf("the process with pid %d of user %d has its name", child.Process.Pid, nobody)
 	if got, err := find(name, folder); err == nil || !strings.Contains(err.Error(), want) {
 		t.Errorf("found %q, %v", got, err)
 	}
-	if got, err := find(name, his); err != nil { // it is in the folder of the default sockets
+	if got, err := find(name, his); err != nil { // it is the default socket
 		t.Errorf("found %q, %v", got, err)
+	}
+	other := ownName(t) + "-other"
+	elsewhere := exec.Command(program)
+	elsewhere.Dir, elsewhere.SysProcAttr = his, child.SysProcAttr
+	holder(t, elsewhere, other, filepath.Join(his, "1.sock"))
+	if got, err := find(other, his); err == nil { // it is that of another network namespace
+		t.Errorf("found %q", got)
 	}
 	given := forAll(t)
 	if err := os.Chown(given, nobody, nobody); err != nil {

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -202,7 +203,7 @@ func TestSocketFilterKeepsToItsSources(t *testing.T) {
 		{"no prefix of the family", flow("2001:db8::1", 0), prefixes("10.0.0.0/8"), false},
 		{"no prefix at all", flow("203.0.113.5", 0), nil, true},
 		{"too many prefixes", flow("203.0.113.5", 0), slices.Repeat(prefixes("10.0.0.0/8"), mostSources+1), true},
-		{"as many as can be", flow("203.0.113.5", 0), slices.Repeat(prefixes("2001:db8::/128"), mostSources), false},
+		{"many", flow("203.0.113.5", 0), slices.Repeat(prefixes("10.0.0.0/8", "2001:db8::/64"), 20), false},
 	} {
 		for _, labelled := range []bool{false, true} {
 			// Of those above this is the only one that it is about.
@@ -240,6 +241,31 @@ func TestWatcherHearsOfItsSourcesAlone(t *testing.T) {
 		events := readQueued(t, w)
 		if len(events) != 2-len(sources) || events[len(events)-1].Flow.Src != a.endpoint() {
 			t.Errorf("with %v: %+v", sources, events)
+		}
+	}
+}
+
+// A filter that the kernel has no memory for is left out, and the one before it is gone.
+//
+// Fails when an error is all that comes of it.
+func TestWatcherHearsOfAllWithMoreSourcesThanTheKernelTakes(t *testing.T) {
+	enterNetNS(t)
+	// As it was up to Linux 6.7, for all namespaces.
+	if err := os.WriteFile("/proc/sys/net/core/optmem_max", []byte("20480"), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	w := dialWatcher(t, Config{})
+	a, b := listen(t, "127.0.0.1:0"), listen(t, "127.0.0.2:0")
+	few, many := []netip.Prefix{netip.MustParsePrefix("127.0.0.2/32")}, slices.Repeat([]netip.Prefix{netip.MustParsePrefix("2001:db8::/128")}, mostSources)
+	for i, sources := range [][]netip.Prefix{few, many} {
+		if err := w.SetSources(sources, false); err != nil {
+			t.Fatal(err)
+		}
+		peer := endpoint(fmt.Sprintf("127.0.0.1:%d", 9+i))
+		a.send(t, peer, "x")
+		b.send(t, peer, "x")
+		if n := len(readQueued(t, w)); n != 1+i {
+			t.Errorf("with %d prefixes: %d events, want %d", len(sources), n, 1+i)
 		}
 	}
 }

@@ -111,6 +111,7 @@ func parseFlow(b []byte, f *cone.Flow) error {
 	if reply.zone != 0 {
 		f.ReplyZone = reply.zone
 	}
+	f.Labelled = f.Labelled && f.OrigZone == 0 // the map serves no other zone; that is somebody else's
 	return nil
 }
 

@@ -370,7 +370,7 @@ func referenceFlow(r *conntrack.Flow) cone.Flow {
 		ID: r.ID, Mark: r.Mark, Status: cone.Status(r.Status),
 		OrigZone: zone(r.TupleOrig.Zone), ReplyZone: zone(r.TupleReply.Zone),
 		OrigPackets: r.CountersOrig.Packets, ReplyPackets: r.CountersReply.Packets,
-		Labelled: nfnl.HasChildLabel(r.Labels),
+		Labelled: nfnl.HasChildLabel(r.Labels) && zone(r.TupleOrig.Zone) == 0,
 	}
 	f.Src, f.Dst = ends(r.TupleOrig)
 	f.ReplySrc, f.ReplyDst = ends(r.TupleReply)
@@ -393,6 +393,9 @@ func TestLabelOfAChildIsOneBit(t *testing.T) {
 		"none": {make([]byte, 16), false}, "too short": {ours[:8], false}, "too long": {append(ours[:], 0), false},
 	} {
 		var f cone.Flow
+		if _, err := parseOne(newMsg(tuples, attr(ctaLabels, tc.labels...), attr(ctaZone, 0, 7)), &f); err != nil || f.Labelled {
+			t.Errorf("%s, in a zone: labelled %v, %v", name, f.Labelled, err)
+		}
 		if _, err := parseOne(newMsg(tuples, attr(ctaLabels, tc.labels...)), &f); err != nil || f.Labelled != tc.want {
 			t.Errorf("%s: labelled %v, %v", name, f.Labelled, err)
 		}

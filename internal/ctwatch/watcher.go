@@ -89,12 +89,18 @@ type Stats struct {
 	ReadBuffer int
 }
 
+// filterable is a socket that runs a filter before messages are queued.
+type filterable interface {
+	SetBPF([]bpf.RawInstruction) error
+	RemoveBPF() error
+}
+
 // A Watcher hears of UDP flows that begin and end, and of anchors that end. One
 // goroutine may call Read; all other methods are safe at any time.
 type Watcher struct {
 	conn    socket
 	rc      syscall.RawConn
-	filter  func([]bpf.RawInstruction) error
+	filter  filterable
 	receive func(fd uintptr) bool // w.read, bound once: binding allocates
 	poll    func(fd uintptr)      // the same, whatever the deadline
 
@@ -149,7 +155,7 @@ func Dial(cfg Config) (*Watcher, error) {
 		_ = conn.Close()
 		return nil, err
 	}
-	w.readBuffer, w.filter = size, conn.SetBPF
+	w.readBuffer, w.filter = size, conn
 	return w, nil
 }
 
@@ -332,14 +338,27 @@ func (w *Watcher) Wake() {
 // SetSources leaves out, from now on, the events of flows that begin outside of these
 // prefixes and are none of: expected, DNATed, looked after by a conntrack helper. If
 // labelled is set, a DNATed flow that begins must have a label. Without prefixes, and with
-// very many, all are told of. Anchors begin in one of the prefixes. What is left out
-// costs the process nothing.
+// more than the kernel takes, all are told of. Anchors begin in one of the prefixes. What
+// is left out costs the process nothing.
 func (w *Watcher) SetSources(prefixes []netip.Prefix, labelled bool) error {
+	// A socket may have so much memory for filters (net.core.optmem_max), and the old one
+	// counts as long as it is there. What passes meanwhile is looked at by the parser.
+	if err := w.filter.RemoveBPF(); err != nil {
+		return wrap("detach socket filter", err)
+	}
+	err := w.attach(prefixes, labelled)
+	if errors.Is(err, unix.ENOMEM) {
+		err = w.attach(nil, false)
+	}
+	return err
+}
+
+func (w *Watcher) attach(prefixes []netip.Prefix, labelled bool) error {
 	prog, err := eventFilter(prefixes, labelled)
 	if err != nil {
 		return wrap("assemble socket filter", err)
 	}
-	if err := w.filter(prog); err != nil {
+	if err := w.filter.SetBPF(prog); err != nil {
 		return wrap("attach socket filter", err)
 	}
 	return nil

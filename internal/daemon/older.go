@@ -60,7 +60,7 @@ func (o *olderTables) remove(log *slog.Logger) error {
 		if err := f.remove(); err != nil {
 			return err
 		}
-		log.Info("the tables of an earlier daemon are removed; what they held is in those of this one", "table", f.name)
+		log.Info("the tables of an earlier daemon are removed; the permissions that they held are in those of this one", "table", f.name)
 	}
 	return nil
 }

@@ -230,6 +230,25 @@ func TestGuardLeavesAFamilyThatIsNotEnabledAlone(t *testing.T) {
 	}
 }
 
+// What is expected in a family without an enabled subnet is other people's, though its
+// master has the helper that anchors have.
+//
+// Fails when children asks for no family.
+func TestWhatIsExpectedInAFamilyThatIsNotEnabledGoesOn(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{IPv6: true})
+	in := netip.AddrPortFrom(l.Inside(0).Addr6, 5060)
+	inside, table := listen(t, l.Inside(0), in.Addr(), in.Port()), open(t, l)
+	d := permit(t, l, in.String(), in.String(), lab.Peer6A)
+	d.OutsideLinks = []string{"wan1"}
+	from := listen(t, l.Outside, lab.Peer6A, 0)
+	set(t, table, d)
+	check(t, from.Send(in, "by no outside link"))
+	eventually(t, func() bool { return count(t, table).SpoofedDrops == 1 })
+	d.Subnets = []netip.Prefix{lab.InsideNet}
+	set(t, table, d)
+	check(t, lab.Arrives(inside, lab.Packet{From: from, To: in, Payload: "not ours"}))
+}
+
 // Links that share a network are as good as each other: with VRRP a peer's packet comes by
 // the link of the virtual address, and the default route has the link below, or the other
 // way round.

@@ -237,7 +237,7 @@ func (l *layout) guard(served []*ipFamily) {
 	}
 	l.counters = append(l.counters, guardCounter)
 	var of piece
-	if len(served) < len(ipFamilies) {
+	if len(served) == 1 {
 		of = served[0].is
 	}
 	guard := l.filter("guard", nftables.ChainHookInput, guardPriority)
@@ -253,13 +253,17 @@ func (l *layout) guard(served []*ipFamily) {
 // anywhere. Only flows without an answer, and ICMP errors, are related.
 func (l *layout) children(d Desired, served []*ipFamily) {
 	l.counters = append(l.counters, spoofedCounter, zeroCounter, expectedCounter)
+	var of piece
+	if len(served) == 1 {
+		of = served[0].is
+	}
 	child := l.regular("child")
 	c := l.filter("children", nftables.ChainHookForward, childPriority)
 	l.rule(c, "", join(ctState, isNot(ne32(expr.CtStateBitRELATED)), accept))
 	for _, helper := range d.Helpers {
 		// The first packet has the one bit and not yet the other.
 		l.rule(c, "the first packet of a child", join(
-			ctStatus, masked(ctExpected|ctConfirmed), is(ne32(ctExpected)), isUDP, ctHelper, is(helperName(helper)), goTo(child)))
+			of, ctStatus, masked(ctExpected|ctConfirmed), is(ne32(ctExpected)), isUDP, ctHelper, is(helperName(helper)), goTo(child)))
 	}
 	for _, f := range served {
 		for _, port := range []expr.CtKey{expr.CtKeyPROTOSRC, expr.CtKeyPROTODST} {
