@@ -305,3 +305,11 @@ func (f *ipFamily) of(prefixes []netip.Prefix) []netip.Prefix {
 func familiesOf(prefixes []netip.Prefix) []*ipFamily {
 	return slices.DeleteFunc(slices.Clone(ipFamilies), func(f *ipFamily) bool { return len(f.of(prefixes)) == 0 })
 }
+
+// onlyOf matches if the packet is of the families, unless these are all.
+func onlyOf(families []*ipFamily) piece {
+	if len(families) == 1 {
+		return families[0].is
+	}
+	return nil
+}

@@ -236,16 +236,12 @@ func (l *layout) guard(served []*ipFamily) {
 		return
 	}
 	l.counters = append(l.counters, guardCounter)
-	var of piece
-	if len(served) == 1 {
-		of = served[0].is
-	}
 	guard := l.filter("guard", nftables.ChainHookInput, guardPriority)
 	l.rule(guard, "conntrack knows it", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
 	l.rule(guard, "", join(notUDP, accept))
 	l.rule(guard, "", join(l.outside(iifname, false), accept))
 	l.rule(guard, "a socket waits for it", join(hasSocket, accept))
-	l.rule(guard, "it would keep the peer from the inside host", join(of, drop(guardCounter)))
+	l.rule(guard, "it would keep the peer from the inside host", join(onlyOf(served), drop(guardCounter)))
 }
 
 // children judges the first packets of flows that our expectations let in. Those have a
@@ -253,17 +249,13 @@ func (l *layout) guard(served []*ipFamily) {
 // anywhere. Only flows without an answer, and ICMP errors, are related.
 func (l *layout) children(d Desired, served []*ipFamily) {
 	l.counters = append(l.counters, spoofedCounter, zeroCounter, expectedCounter)
-	var of piece
-	if len(served) == 1 {
-		of = served[0].is
-	}
 	child := l.regular("child")
 	c := l.filter("children", nftables.ChainHookForward, childPriority)
 	l.rule(c, "", join(ctState, isNot(ne32(expr.CtStateBitRELATED)), accept))
 	for _, helper := range d.Helpers {
 		// The first packet has the one bit and not yet the other.
 		l.rule(c, "the first packet of a child", join(
-			of, ctStatus, masked(ctExpected|ctConfirmed), is(ne32(ctExpected)), isUDP, ctHelper, is(helperName(helper)), goTo(child)))
+			onlyOf(served), ctStatus, masked(ctExpected|ctConfirmed), is(ne32(ctExpected)), isUDP, ctHelper, is(helperName(helper)), goTo(child)))
 	}
 	for _, f := range served {
 		for _, port := range []expr.CtKey{expr.CtKeyPROTOSRC, expr.CtKeyPROTODST} {
