@@ -1,14 +1,17 @@
 package daemon
 
 import (
+	"errors"
 	"log/slog"
 	"maps"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
-// failures logs what the kernel refused to do, one episode for each kind of request, and
-// counts it. Its methods may be called from any goroutine.
+// failures logs what the kernel refused to do, one episode for each kind of request and
+// errno, and counts it. Its methods may be called from any goroutine.
 type failures struct {
 	*episodes
 
@@ -29,7 +32,11 @@ func (f *failures) note(what string, n int, err error, args ...any) {
 	f.mu.Lock()
 	f.count[what] += uint64(n)
 	f.mu.Unlock()
-	f.episodes.note(slog.LevelWarn, what, what, uint64(n), append(args, "err", err)...)
+	key := what
+	if errno := unix.Errno(0); errors.As(err, &errno) { // a new cause is news
+		key += ": " + errno.Error()
+	}
+	f.episodes.note(slog.LevelWarn, key, what, uint64(n), append(args, "err", err)...)
 }
 
 // totals returns the counts since the start, by kind.

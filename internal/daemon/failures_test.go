@@ -2,10 +2,13 @@ package daemon
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // logged returns a logger and what it wrote since the last call.
@@ -53,7 +56,11 @@ func TestFailuresAreCountedAndDoNotFloodTheLog(t *testing.T) {
 	expect("level=WARN msg=\"look up flow\" count=2000 src=b err=\"no memory\"\n")
 	f.tell()
 	expect("")
-	if n := f.totals(); n["look up flow"] != 2001 || n["deny permissions"] != 3 {
+	f.note("deny permissions", 1, fmt.Errorf("send: %w", unix.ENOBUFS))
+	expect("level=WARN msg=\"deny permissions\" count=1 err=\"send: no buffer space available\"\n")
+	f.note("deny permissions", 1, fmt.Errorf("send: %w", unix.ENOBUFS))
+	expect("")
+	if n := f.totals(); n["look up flow"] != 2001 || n["deny permissions"] != 5 {
 		t.Errorf("counted %v", n)
 	}
 }
