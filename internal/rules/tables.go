@@ -269,7 +269,7 @@ func (w *writer) make(table *nftables.Table, have *state, want *layout) {
 	}
 	sets := want.kernelSets()
 	for _, s := range have.sets {
-		if !slices.ContainsFunc(sets, sameSet(s)) {
+		if !s.Anonymous && !slices.ContainsFunc(sets, sameSet(s)) { // such a one goes with its rule
 			w.DelSet(s)
 		}
 	}
