@@ -194,7 +194,7 @@ func (w *world) gone(i int) {
 	w.ref.gone(w.now, f)
 }
 
-// asDestroyed is the flow as the event of its end shows it: without a master and labels.
+// asDestroyed returns f as the event of its end shows it: without its master and labels.
 func asDestroyed(f *Flow) *Flow {
 	g := *f
 	g.MasterSrc, g.MasterDst, g.Labelled = Endpoint{}, Endpoint{}, false

@@ -89,9 +89,9 @@ func (d *Daemon) adopt(wanted config.Config) error {
 	return nil
 }
 
-// resolve returns what the user wants with the subnets that "auto" finds, and limits that
-// suit the conntrack table. A link that was
-// an outside link does not become an inside one when it loses its default route.
+// resolve returns what the user wants, with the subnets that "auto" finds and limits that
+// suit the conntrack table. A link that was an outside link does not become an inside one
+// when it loses its default route.
 func (d *Daemon) resolve(wanted config.Config, network gateway.Network) config.Config {
 	wanted.Subnets = subnets(wanted, network.Candidates(d.rerouted.outside))
 	return wanted.Sized(d.size)

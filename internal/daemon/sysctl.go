@@ -30,8 +30,8 @@ type sysctls struct {
 	note string // path of the file
 }
 
-// openSysctls returns those of this network namespace. Where the note is does not depend
-// on the configuration, which another process need not know.
+// openSysctls returns those of this network namespace. The note has a fixed place, so that
+// another process finds it without knowing the configuration.
 func openSysctls() (sysctls, error) {
 	note, err := control.File(".sysctl")
 	return sysctls{dir: sysctlDir, note: note}, err

@@ -4,7 +4,6 @@ package rules
 
 import (
 	"cmp"
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -122,13 +121,8 @@ func (r *hookReader) forwardHook() ([]baseChain, error) {
 		})
 		skipped[k] = flags&uint32(nftables.TableFlagDormant) != 0
 	})
-	switch {
-	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):
-		missing := features[0].UnsupportedError
-		missing.Err = err
-		return nil, &missing
-	case err != nil:
-		return nil, fmt.Errorf("list nftables tables: %w", nfnl.Permitted(err))
+	if err := listError("tables", nfnl.Permitted(err)); err != nil {
+		return nil, err
 	}
 	var bases []baseChain
 	tables := map[key]*hookTable{}

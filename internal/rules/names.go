@@ -3,11 +3,7 @@
 package rules
 
 import (
-	"errors"
-	"fmt"
 	"slices"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
@@ -26,13 +22,8 @@ func Names(netns int) (names []string, err error) {
 	}
 	for _, family := range tables {
 		chains, err := c.ListChainsOfTableFamily(family)
-		switch {
-		case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):
-			missing := features[0].UnsupportedError
-			missing.Err = err
-			return nil, &missing
-		case err != nil:
-			return nil, fmt.Errorf("list nftables chains: %w", nfnl.Permitted(err))
+		if err := listError("chains", nfnl.Permitted(err)); err != nil {
+			return nil, err
 		}
 		for _, chain := range chains {
 			if chain.Name == markerChain {

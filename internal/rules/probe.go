@@ -125,3 +125,17 @@ func (t *Tables) tryLayouts(flags nftables.TableFlags, ls []*layout) error {
 	}
 	return err
 }
+
+// listError says what is wrong with err, from a list of what nftables has; it is an
+// *UnsupportedError where there is no nftables.
+func listError(what string, err error) error {
+	switch {
+	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):
+		missing := features[0].UnsupportedError
+		missing.Err = err
+		return &missing
+	case err != nil:
+		return fmt.Errorf("list nftables %s: %w", what, err)
+	}
+	return nil
+}

@@ -222,13 +222,8 @@ func (r *ForwardReader) outlines() (map[tableKey]*outline, error) {
 			}
 		})
 	})
-	switch {
-	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):
-		missing := features[0].UnsupportedError
-		missing.Err = err
-		return nil, &missing
-	case err != nil:
-		return nil, fmt.Errorf("list nftables tables: %w", err)
+	if err := listError("tables", err); err != nil {
+		return nil, err
 	}
 	all := map[tableKey]*outline{}
 	err = r.dump(unix.NFT_MSG_GETCHAIN, unix.AF_UNSPEC, nil, func(k tableKey, body []byte) {
