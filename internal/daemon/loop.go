@@ -122,7 +122,7 @@ func (d *Daemon) event(now time.Duration, e *ctwatch.Event) {
 		d.model.FlowSeen(now, &e.Flow)
 	case ctwatch.Gone:
 		if f := &e.Flow; cone.IsAnchor(f.Src, f.Dst) {
-			d.anchorGone(f)
+			d.doubtAnchor(f)
 			return
 		}
 		d.model.FlowGone(now, &e.Flow)
@@ -131,9 +131,9 @@ func (d *Daemon) event(now time.Duration, e *ctwatch.Event) {
 	}
 }
 
-// anchorGone looks after the permission whose anchor it was. Of the anchors that the
-// daemon deletes itself none is known any more.
-func (d *Daemon) anchorGone(f *cone.Flow) {
+// doubtAnchor looks after the permission whose anchor f is, or was. Of the anchors that
+// the daemon deletes itself none is known any more.
+func (d *Daemon) doubtAnchor(f *cone.Flow) {
 	if d.backends.expect == nil {
 		return
 	}

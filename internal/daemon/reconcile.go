@@ -276,7 +276,11 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 		d.do(func() {
 			now := d.now()
 			for i := range piece {
-				d.model.SnapshotFlow(now, &piece[i])
+				f := &piece[i]
+				d.model.SnapshotFlow(now, f)
+				if cone.IsAnchor(f.Src, f.Dst) && !f.Helped {
+					d.doubtAnchor(f) // nobody would know its children
+				}
 			}
 		})
 		piece = piece[:0]

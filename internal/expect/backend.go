@@ -354,7 +354,7 @@ func (b *Backend) refresh(base int, ps []cone.Permission, lost func(i int)) {
 	for i := range ps {
 		a, stands, _ := b.standing.of(&ps[i])
 		if b.skip[i] = !stands; stands {
-			b.enc.renewAnchor(b.seq(i), &ps[i], a, anchorTime) // never to expire under its expectation
+			b.enc.renewAnchor(b.seq(i), &ps[i], a, b.helpers.of(&ps[i]).name, anchorTime) // never to expire under its expectation
 			b.enc.renewExpect(b.seq(i)+1, &ps[i], a, expectTime)
 		}
 	}

@@ -117,22 +117,28 @@ func (e *encoder) newAnchor(seq uint32, p *cone.Permission, a anchor, helper str
 	if p.Mark != 0 {
 		e.BE32(ctaMark, p.Mark)
 	}
-	help := e.Nest(ctaHelp)
-	e.Str(ctaHelpName, helper)
-	e.EndNest(help)
+	e.help(helper)
 	e.zone(ctaZone, p.Zone)
 	e.End()
 }
 
+func (e *encoder) help(helper string) {
+	help := e.Nest(ctaHelp)
+	e.Str(ctaHelpName, helper)
+	e.EndNest(help)
+}
+
 // renewAnchor appends a change of the timeout, in seconds, of anchor a. It sets
-// the mark too: an anchor that was adopted may have another.
-func (e *encoder) renewAnchor(seq uint32, p *cone.Permission, a anchor, timeout uint32) {
+// the mark too: an anchor that was adopted may have another. The kernel refuses it
+// if the anchor has not this helper (ctnetlink_change_helper).
+func (e *encoder) renewAnchor(seq uint32, p *cone.Permission, a anchor, helper string, timeout uint32) {
 	src, dst := a.endpoints()
 	v6 := !p.Peer.Is4()
 	e.message(subsysConntrack, msgNew, change, seq, v6)
 	e.tuple(ctaTupleOrig, &src, &dst, v6)
 	e.BE32(ctaTimeout, timeout)
 	e.BE32(ctaMark, p.Mark)
+	e.help(helper)
 	e.zone(ctaZone, p.Zone)
 	e.End()
 }

@@ -129,8 +129,8 @@ func TestEncoder(t *testing.T) {
 			"2/0 " + isChange + " seq 7 family 2: " + tuple4(1, in4, peer4, "13c4", "0000") + " " + tuple4(2, peer4, ext4, "0000", "13c4") +
 				" " + tuple4(3, ones4, ones4, "0000", "ffff") + " 7=0007 4=0000012c",
 		}},
-		{"anchor renewed", func(e *encoder) { e.renewAnchor(7, &zoned, plain(zoned), 360) }, []string{
-			"1/0 " + isChange + " seq 7 family 2: " + tuple4(1, in4, peer4, "0000", "13c4") + " 7=00000168 8=00000000 18=0007",
+		{"anchor renewed", func(e *encoder) { e.renewAnchor(7, &zoned, plain(zoned), "RAS", 360) }, []string{
+			"1/0 " + isChange + " seq 7 family 2: " + tuple4(1, in4, peer4, "0000", "13c4") + " 7=00000168 8=00000000 5{1=52415300} 18=0007",
 		}},
 		{"one of each to find and to delete", func(e *encoder) {
 			e.getExpect(1, &zoned.Key)

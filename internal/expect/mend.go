@@ -111,7 +111,7 @@ func (b *Backend) create(p *cone.Permission, a anchor) answers {
 func (b *Backend) renew(p *cone.Permission, a anchor) answers {
 	anchorTime, expectTime := b.timeouts()
 	return b.three(func(seq uint32) {
-		b.enc.renewAnchor(seq, p, a, anchorTime)
+		b.enc.renewAnchor(seq, p, a, b.helpers.of(p).name, anchorTime)
 		b.enc.renewExpect(seq+1, p, a, expectTime)
 	})
 }

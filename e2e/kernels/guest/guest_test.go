@@ -128,7 +128,8 @@ func TestOwnHelperIsChosenAndGoesWithTheDaemon(t *testing.T) {
 // a grant does not wait for that.
 //
 // Fails when the reconcile compares nothing, when a grant that lacks the helper does
-// not register it, and when an anchor without it is left where it is.
+// not register it, and when an anchor without it is left where it is: for a while the
+// kernel takes it from those that the daemon has just put back.
 func TestOwnHelperIsUnregistered(t *testing.T) {
 	for _, tc := range []struct {
 		name      string
@@ -167,8 +168,9 @@ func TestOwnHelperIsUnregistered(t *testing.T) {
 				t.Logf("mended after %v", time.Since(began).Round(time.Millisecond))
 				s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 				s.Arrives(phone6, s.PeerSocket(lab.Peer6A, 5070), ext6)
-				if n := s.Status().Counters.Repaired["expectations"]; int(n) != len(before) {
-					t.Errorf("%d repairs counted, want %d", n, len(before))
+				// What is put back too soon loses its helper, and is put back again.
+				if n := int(s.Status().Counters.Repaired["expectations"]); n < len(before) || n > 2*len(before) {
+					t.Errorf("%d repairs counted, want %d, or some of them twice", n, len(before))
 				}
 				s.Verified()
 			}
