@@ -181,7 +181,11 @@ func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 		known := m.addFlow(now, i, f, false)
 		c := &m.claims[i]
 		c.Mark = p.Mark // of the newest flow
-		if !known && !m.snap.showing && c.state == StateRefused && c.reason == ReasonRevoked && m.owner(p.Key) == i {
+		switch o := m.owner(p.Key); {
+		case known:
+		case o != i:
+			m.putBack(o)
+		case !m.snap.showing && c.state == StateRefused && c.reason == ReasonRevoked:
 			m.grant(now, i)
 		}
 		return
@@ -203,6 +207,16 @@ func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	default:
 		m.claims[i].reason = ReasonConflict
 		m.stats.Conflicts++
+		m.putBack(o)
+	}
+}
+
+// putBack makes claim i, which goes on to stand, stand in the map again: the kernel lets
+// a new flow of another host have a port if any flow with the same answers has ended.
+func (m *Model) putBack(i int32) {
+	c := &m.claims[i]
+	if m.policy.Learned && !m.snap.showing && c.state == StateStanding && c.placed.By&ByMap != 0 {
+		m.op(Op{Kind: Grant, Permission: c.Permission, By: ByMap})
 	}
 }
 
@@ -215,8 +229,8 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 			m.orphan(f, p)
 		case f.Labelled:
 			// The kernel learns by itself: only a snapshot shows that a permission is gone
-			// of which no event told.
-			if i != none || m.snap.showing {
+			// of which no event told, or that the port has passed to another host.
+			if i != none || m.owner(p.Key) != none || m.snap.showing {
 				m.orphan(f, p)
 			}
 		case i != none && !m.forwarded(now, p.extKey()):

@@ -1,6 +1,9 @@
 package cone
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 // none ends the lists that run through slices.
 const none = int32(-1)
@@ -285,13 +288,16 @@ func (m *Model) deny(i int32) {
 
 // withdraw takes claim i out of the kernel, if it stands, with its unanswered
 // children.
-func (m *Model) withdraw(i int32, r Reason) {
+func (m *Model) withdraw(i int32, r Reason) { m.withdrawFrom(i, AllCarriers, r) } // the kernel may have learned it, too
+
+// withdrawFrom leaves it to others by the other carriers.
+func (m *Model) withdrawFrom(i int32, by Carriers, r Reason) {
 	c := &m.claims[i]
 	if c.state != StateStanding {
 		return
 	}
 	m.stats.Revoked[r]++
-	m.op(Op{Kind: Revoke, Permission: c.Permission, By: AllCarriers, Reason: r}) // the kernel may have learned it, too
+	m.op(Op{Kind: Revoke, Permission: c.Permission, By: by, Reason: r})
 	m.dropChildren(c)
 	m.wheel.remove(i)
 }
@@ -308,14 +314,26 @@ func (m *Model) dropChildren(c *claim) {
 
 // end removes claim i with its flows and lets the next one of its Key stand.
 func (m *Model) end(now time.Duration, i int32, r Reason) {
-	m.withdraw(i, r)
 	c := &m.claims[i]
+	p, stood := c.Permission, c.state == StateStanding
+	first := m.byKey[c.Key] == i
+	heir := none
+	if first {
+		heir = c.nextKey
+	}
+	inherits := heir != none && (m.claims[heir].state == StateWaiting || !m.claims[heir].waitsForFlow())
+	// What the map has for the key may be the heir's already, learned. A grant replaces it.
+	replaced := inherits && m.policy.Learned
+	if replaced {
+		m.withdrawFrom(i, ByExpectation, r)
+	} else {
+		m.withdraw(i, r)
+	}
 	m.wheel.remove(i)
 	for c.flows != none {
 		m.removeFlow(c.flows)
 	}
 
-	first := m.byKey[c.Key] == i
 	switch {
 	case first && c.nextKey == none:
 		delete(m.byKey, c.Key)
@@ -341,10 +359,6 @@ func (m *Model) end(now time.Duration, i int32, r Reason) {
 		m.claims[c.extNext].extPrev = c.extPrev
 	}
 
-	heir := none
-	if first {
-		heir = c.nextKey
-	}
 	*m.gauge(c.state)--
 	m.setPlacement(i, Placement{})
 	c.state = stateUnused
@@ -352,10 +366,13 @@ func (m *Model) end(now time.Duration, i int32, r Reason) {
 	*c = claim{state: stateUnused}
 	m.free = append(m.free, i)
 	switch {
-	case heir == none:
-	case m.claims[heir].state == StateWaiting || !m.claims[heir].waitsForFlow():
+	case inherits:
+		at := len(m.ops)
 		m.grant(now, heir)
-	default:
+		if replaced && stood && m.claims[heir].placed.By&ByMap == 0 {
+			m.ops = slices.Insert(m.ops, at, Op{Kind: Revoke, Permission: p, By: ByMap, Reason: r})
+		}
+	case heir != none:
 		m.deny(heir)
 	}
 }

@@ -36,25 +36,26 @@ var stranger = ep("192.0.2.77:9")
 // world drives a Model and a refModel with the same inputs and plays the
 // kernel: it carries out the ops of the Model and holds what stands.
 type world struct {
-	t      *testing.T
-	rnd    *rand.Rand
-	now    time.Duration
-	m      *Model
-	ref    *refModel
-	policy Policy
-	kernel map[Key]Endpoint
-	by     map[Key]Carriers         // what carries it
-	fell   map[Key]time.Duration    // when it ended
-	taught map[Key]bool             // learned, not granted
-	denied map[Key]time.Duration    // not to be learned until then
-	flows  []*Flow                  // alive
-	sent   map[uint32]time.Duration // by flow: its last packet from inside
-	acct   bool
-	nextID uint32
-	peers  int // addresses outside
-	full   int // grants to be refused, in percent
-	live   int // expectations that there is room for, 0 for no bound
-	log    []string
+	t       *testing.T
+	rnd     *rand.Rand
+	now     time.Duration
+	m       *Model
+	ref     *refModel
+	policy  Policy
+	kernel  map[Key]Endpoint
+	by      map[Key]Carriers         // what carries it
+	fell    map[Key]time.Duration    // when it ended
+	taught  map[Key]bool             // learned, not granted
+	learned map[[2]Endpoint]bool     // the answers of flows that were learned
+	denied  map[Key]time.Duration    // not to be learned until then
+	flows   []*Flow                  // alive
+	sent    map[uint32]time.Duration // by flow: its last packet from inside
+	acct    bool
+	nextID  uint32
+	peers   int // addresses outside
+	full    int // grants to be refused, in percent
+	live    int // expectations that there is room for, 0 for no bound
+	log     []string
 }
 
 func newWorld(t *testing.T, seed uint64, p Policy) *world {
@@ -62,7 +63,7 @@ func newWorld(t *testing.T, seed uint64, p Policy) *world {
 		t: t, rnd: rand.New(rand.NewPCG(seed, 1)),
 		m: New(p), ref: newRef(p, testTopology), policy: p, peers: 2,
 		kernel: map[Key]Endpoint{}, by: map[Key]Carriers{}, fell: map[Key]time.Duration{},
-		taught: map[Key]bool{}, denied: map[Key]time.Duration{}, sent: map[uint32]time.Duration{},
+		taught: map[Key]bool{}, learned: map[[2]Endpoint]bool{}, denied: map[Key]time.Duration{}, sent: map[uint32]time.Duration{},
 	}
 	if len(p.PeerGroups) > 0 {
 		w.peers = 3
@@ -92,7 +93,8 @@ func (w *world) apply() {
 			owner, stands := w.kernel[o.Key]
 			switch o.Kind {
 			case Grant:
-				if stands && owner != o.Int && !w.taught[o.Key] {
+				replaces := o.By&ByMap != 0 && w.by[o.Key] == ByMap && w.ref.policy.Learned
+				if stands && owner != o.Int && !w.taught[o.Key] && !replaces {
 					w.failf("grant of %v to %v while %v owns it", o.Key, o.Int, owner)
 				}
 				w.mayCarry(&o)
@@ -239,16 +241,22 @@ func (w *world) refuse(o *Op) {
 }
 
 // send lets a packet from inside pass the rule that learns: it sees those of
-// flows that had no answer yet, and adds what neither stands nor is denied.
-func (w *world) send(f *Flow) {
+// flows that had no answer yet, and adds what neither stands nor is denied. The first
+// one of a flow takes over what the map has if a flow with the same answers has ended.
+func (w *world) send(f *Flow, first bool) {
 	w.sent[f.ID] = w.now
 	k := w.ref.widen(Permission{Key: Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr, Zone: f.ReplyZone}, Int: f.Src}).Key
+	if !w.ref.policy.Learned || f.Status.Has(StatusSeenReply) || f.ReplySrc.Port == 53 || w.denied[k] > w.now {
+		return
+	}
+	answers := [2]Endpoint{f.ReplySrc, f.ReplyDst}
 	_, stands := w.kernel[k]
-	if w.ref.policy.Learned && !stands && !f.Status.Has(StatusSeenReply) && f.ReplySrc.Port != 53 && w.denied[k] <= w.now {
+	if !stands || first && w.learned[answers] && w.by[k] == ByMap {
 		w.notef("  learn %v %v->%v", k.Peer, k.Ext, f.Src)
 		w.stand(k, f.Src, ByMap)
 		w.taught[k] = true
 	}
+	w.learned[answers] = true
 }
 
 func (w *world) open(f Flow) {
@@ -263,7 +271,7 @@ func (w *world) open(f Flow) {
 	w.notef("new %v->%v reply %v->%v id %d", f.Src, f.Dst, f.ReplySrc, f.ReplyDst, f.ID)
 	w.flows = append(w.flows, &f)
 	if f.Status.Has(StatusSrcNAT) {
-		w.send(&f)
+		w.send(&f, true)
 	}
 	w.seen(&f)
 	f.OrigPackets = 1
@@ -385,7 +393,7 @@ func (w *world) traffic() {
 			f.Status |= StatusSeenReply
 		case f.Status.Has(StatusSrcNAT):
 			f.OrigPackets++
-			w.send(f)
+			w.send(f, false)
 		default:
 			f.ReplyPackets++
 			f.Status |= StatusSeenReply

@@ -81,6 +81,9 @@ var (
 
 	ctMark = piece{&expr.Ct{Key: expr.CtKeyMARK, Register: reg}}
 
+	// replyFlow is a flow from inside, as its answers come: no two have the same.
+	replyFlow = join(reply(expr.CtKeySRCIP, 0), reply(expr.CtKeyPROTOSRC, 1), reply(expr.CtKeyDSTIP, 2), reply(expr.CtKeyPROTODST, 3))
+
 	// flowAddr, flowPort and flowMark are inside address and port, and connmark, of a
 	// flow from inside, behind a key of the map.
 	flowAddr = original(expr.CtKeySRCIP, valueWord)
@@ -246,6 +249,13 @@ func learned(c *MapConfig, wild uint8) piece {
 		}}
 	}
 	return piece{add}
+}
+
+const dynsetDelete = 2 // NFT_DYNSET_OP_DELETE
+
+// removeFrom removes the key in reg from a map. The kernel wants a value all the same.
+func removeFrom(name string) piece {
+	return piece{&expr.Dynset{SrcRegKey: reg, SrcRegData: unix.NFT_REG32_00 + valueWord, SetName: name, Operation: dynsetDelete}}
 }
 
 func addTo(name string, lifetime time.Duration) *expr.Dynset {

@@ -43,6 +43,7 @@ const (
 	portMap          = "permission_ports"
 	marksMap         = "marks"
 	admittedSet      = "admitted_flows"
+	learnedSet       = "learned_flows"
 	deniedSet        = "denied"
 	learnersSet      = "learners"
 	repeatersSet     = "repeaters"
@@ -387,12 +388,14 @@ func (k kind) loadFlow() piece {
 	return join(k.peers(ctReplySource), reply(expr.CtKeyDSTIP, 1), reply(expr.CtKeyPROTODST, 2))
 }
 
-func (k kind) flowKey() piece {
-	var of piece
+func (k kind) flowKey() piece { return join(isUDP, k.ofFlow(), k.loadFlow()) }
+
+// ofFlow matches if a flow gives a permission of this kind.
+func (k kind) ofFlow() piece {
 	if k.open != nil {
-		of = join(ctOriginalSource, in(k.open))
+		return join(ctOriginalSource, in(k.open))
 	}
-	return join(isUDP, of, k.ofGroup(ctReplySource), k.loadFlow())
+	return k.ofGroup(ctReplySource)
 }
 
 // admit needs no conntrack state: a NAT chain sees the first packet only.
@@ -480,6 +483,17 @@ func (l *layout) learn(d Desired, kinds []kind) {
 		l.rule(learn, "the daemon forbids it", join(k.flowKey(), in(denied), accept))
 	}
 	l.rule(learn, "too many at a time", join(ctOriginalSource, limited(learners, c.LearnRate), count(limitedCounter), accept))
+	// Whatever had the same answers has ended. So the outside port passes to this flow, and
+	// what the peer sends must not reach the host of that one any more.
+	flows := l.set(learnedSet, flowKey...)
+	flows.HasTimeout, flows.Timeout, flows.Dynamic, flows.free, flows.Size = true, savedTimeout, true, true, uint32(c.Size)
+	for _, k := range kinds {
+		l.rule(learn, "a flow with the same answers has ended", join(
+			ctStatus, masked(ctConfirmed), is(ne32(0)), isUDP, replyFlow, in(flows),
+			k.ofFlow(), k.loadFlow(), flowPort, removeFrom(portMap), k.loadFlow(), flowAddr, removeFrom(permissionMap),
+			k.loadFlow(), flowMark, removeFrom(marksMap)))
+	}
+	l.rule(learn, "", join(isUDP, replyFlow, piece{&expr.Dynset{SrcRegKey: reg, SetName: flows.Name, Operation: unix.NFT_DYNSET_OP_UPDATE, Timeout: c.Lifetime}}))
 	for _, k := range kinds {
 		l.rule(learn, "", join(ctMark, isNot(ne32(0)), k.flowKey(), flowMark, piece{addTo(marksMap, c.Lifetime)}))
 		l.rule(learn, "one that is there stays as it is",

@@ -1,0 +1,52 @@
+package e2e
+
+import (
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// An outside port passes to another inside host while the permission of the former one
+// lingers. What the peer sends at once, from another port, reaches the new host, whether
+// the daemon runs, is stopped or dead; and nothing of it stays with the former one.
+//
+// Fails when the chain learn leaves an element of another host where it is, and, with a
+// running daemon, when the model revokes the former permission before it grants the new.
+func TestNFTPortPassesToAnotherHost(t *testing.T) {
+	states := []struct {
+		name string
+		to   func(s *stage.Scene)
+	}{
+		{"running", func(*stage.Scene) {}},
+		{"stopped", func(s *stage.Scene) { s.Must(s.Daemon.Pause()) }},
+		{"dead", (*stage.Scene).Kill},
+	}
+	for _, mode := range [][]string{
+		stage.NFT,
+		stage.Auto,
+		append(stage.Auto, "--peer-group=203.0.113.0/24"),
+		append(stage.NFT, "--filtering=endpoint_independent"),
+	} {
+		for _, state := range states {
+			t.Run(mode[len(mode)-1]+"/"+state.name, func(t *testing.T) {
+				s := stage.New(t, lab.Options{Inside: 2})
+				s.Start(stage.Flags(mode)...)
+				former, next := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
+				proxy := s.PeerSocket(lab.PeerA, 5060)
+				ext := s.Contact(former, proxy)
+				s.Until("it stands", func() bool { return len(s.List()) == 1 && s.List()[0].State == "standing" })
+				state.to(s)
+				for i := range uint16(10) {
+					_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "5060")
+					s.Must(err)
+					if got := s.Contact(next, proxy); got != ext {
+						t.Fatalf("the next host has %v, the former had %v", got, ext)
+					}
+					s.Arrives(next, s.PeerSocket(lab.PeerA, 5070+i), ext)
+					former, next = next, former
+				}
+			})
+		}
+	}
+}
