@@ -261,3 +261,51 @@ func TestAdoptionOfAKeyThatIsClaimedIsIgnored(t *testing.T) {
 	d.wantOps("adopted", d.carry())
 	d.want("10.47.11.109:1")
 }
+
+// The outside port of a permission that lingers passes to another host. The kernel may
+// have done so already: what it has is not revoked before it is granted, and a child that
+// went to the former host does not stay there.
+func TestPortThatPassesToAnotherHost(t *testing.T) {
+	const former, next, ext = "10.47.11.109:1", "10.47.11.110:1", "198.51.100.1:1"
+	for name, choice := range map[string]Choice{"map": ChooseMap, "both": ChooseBoth} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, func(p *Policy) {
+				choose(choice)(p)
+				p.Learned, p.Labels = true, true
+			})
+			d.gone(1, d.open(0, former, "203.0.113.5:9"))
+			d.admit(1, "203.0.113.5:77", ext, former, 0)
+			d.ops = nil
+			d.open(2, next, "203.0.113.5:9")
+			d.want(next)
+			for _, o := range d.ops {
+				if o.Kind == Revoke && o.By&ByMap != 0 {
+					t.Errorf("%+v", o)
+				}
+			}
+			if !slices.ContainsFunc(d.ops, func(o Op) bool { return o.Kind == DropUnanswered }) {
+				t.Errorf("the child of the former host stays: %+v", d.ops)
+			}
+			_, kinds := d.admit(3, "203.0.113.5:78", ext, former, 0)
+			d.wantOps("the event of a child of the former host comes late", kinds, DropUnanswered)
+		})
+	}
+}
+
+// The kernel lets another host have a port if one flow with the same answers has ended,
+// though others of the owner go on.
+func TestOwnerThatGoesOnIsPutBack(t *testing.T) {
+	const owner, another = "10.47.11.109:1", "10.47.11.110:1"
+	d := newDesk(t, learned)
+	d.open(0, owner, "203.0.113.5:9")
+	d.gone(1, d.open(0, owner, "203.0.113.5:10"))
+	d.ops = nil
+	for _, peer := range []string{"203.0.113.5:10", "203.0.113.5:11"} {
+		d.open(2, another, peer)
+		if len(d.ops) != 1 || d.ops[0].Kind != Grant || d.ops[0].By != ByMap || d.ops[0].Int != ep(owner) {
+			t.Errorf("another flow to %s: %+v", peer, d.ops)
+		}
+		d.ops = nil
+	}
+	d.want(owner)
+}
