@@ -299,25 +299,32 @@ func (r *ForwardReader) rules(k tableKey) (rulePrints, error) {
 
 // sameRules reports whether a table has those rules whose prints are known, and no other:
 // a dump has no unknown one, and dumps that were interrupted have all known ones together.
+// The kernel shows a rule that a transaction adds and deletes again for a moment, so an
+// interrupted dump with an unknown one is made again, once.
 //
 // An interrupted dump may also leave out a new rule. Then somebody's transaction ended
 // meanwhile, which is a reason to read again.
 func (r *ForwardReader) sameRules(k tableKey, known rulePrints) bool {
 	r.series++
-	seen, unknown := 0, false
+	seen, unknown := 0, 0
 	for range dumpsOfRules {
+		odd := false
 		interrupted, err := r.eachRule(k, func(print uint64) {
 			switch last, ok := known[print]; {
 			case !ok:
-				unknown = true
+				odd = true
 			case last != r.series:
 				known[print] = r.series
 				seen++
 			}
 		})
+		if odd {
+			unknown++
+		}
 		switch {
-		case err != nil, unknown:
+		case err != nil, unknown > 1, odd && !interrupted:
 			return false
+		case odd:
 		case seen == len(known):
 			return true
 		case !interrupted:
