@@ -86,6 +86,7 @@ type Daemon struct {
 	room           cone.Room        // for expectations
 	entries        ctwatch.Table    // when that was found
 	late           time.Duration    // how long changes of neighbours have to wait
+	look           time.Duration    // CPU time of a look at them
 	tables         control.Tables   // as last read
 	served         *gateway.PortSet // at the last two looks; before the second, at the first
 	sure           bool             // there were two
@@ -458,7 +459,7 @@ func (d *Daemon) warnings() (out warnings) {
 	}
 	if d.late >= isLate {
 		out.add("late", "rules, links or routes change so often that a change may take effect %v late: "+
-			"to read them takes no more than 1/%d of a CPU", d.late.Round(time.Second), neighboursShare)
+			"to read them takes %v of CPU time", d.late.Round(time.Second), d.look.Round(time.Millisecond))
 	}
 	if d.missing != "" {
 		out.add("missing", "%s", d.missing)

@@ -169,7 +169,7 @@ func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 	if err := d.compare(false); err != nil {
 		errs = append(errs, err)
 	}
-	d.do(d.report)
+	d.ask(d.report)
 	return errors.Join(errs...)
 }
 
@@ -178,7 +178,7 @@ func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 // misjudged for what it did not know before.
 func (d *Daemon) readGateway() (misjudged bool, err error) {
 	var cfg config.Config
-	if !d.do(func() { cfg = d.cfg.Config }) {
+	if !d.ask(func() { cfg = d.cfg.Config }) {
 		return false, errEnded
 	}
 	network, err := gateway.ReadNetwork(0, cfg.Outside)
@@ -199,7 +199,7 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 	tables := d.firewall.read(cfg)
 	failed = errors.Join(failed, d.redecide(cfg, network, tables))
 	topology := network.Topology().Compile()
-	d.do(func() {
+	d.ask(func() {
 		d.tables = tables
 		misjudged = newOutside(d.network, network) || wantsMapping(cfg) && !topology.Equal(d.topology)
 		d.network, d.topology = network.Lean(), topology
@@ -211,7 +211,7 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 	})
 	followed, err := d.follow(cfg, network)
 	if followed {
-		d.do(func() { d.warned.tell(d.now(), d.warnings()) })
+		d.ask(func() { d.warned.tell(d.now(), d.warnings()) })
 	}
 	return misjudged || followed, errors.Join(failed, err)
 }
@@ -234,7 +234,7 @@ func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error 
 		_, failed := d.firewall.set(cfg, network.OutsideLinks())
 		err = errors.Join(err, failed)
 	}
-	d.do(func() {
+	d.ask(func() {
 		d.ruleWarnings, d.hidden = warnings, d.firewall.hidden
 		d.warned.tell(d.now(), d.warnings())
 	})
@@ -243,10 +243,10 @@ func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error 
 		return err
 	}
 	d.forwarded, d.whole = covered, whole
-	d.do(func() { d.model.BeginForwards(covered.Covers, whole) })
+	d.ask(func() { d.model.BeginForwards(covered.Covers, whole) })
 	err = errors.Join(err, d.filterEvents(cfg))
 	for at := 0; at >= 0; {
-		if !d.do(func() { at = d.model.ReviewForwards(d.now(), at, flowsAtOnce) }) {
+		if !d.ask(func() { at = d.model.ReviewForwards(d.now(), at, flowsAtOnce) }) {
 			return errEnded
 		}
 	}
@@ -257,23 +257,23 @@ func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error 
 func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	var cfg config.Config
 	var served *gateway.PortSet
-	d.do(func() { cfg, served = d.cfg.Config, d.served })
+	d.ask(func() { cfg, served = d.cfg.Config, d.served })
 	m, err := d.firewall.newMapper(cfg, d.network, served)
 	if err != nil {
 		d.failures.note("read mappings", 1, err)
 		m = nil
 	}
 	if m != nil {
-		d.do(func() { m.before = d.applied })
+		d.ask(func() { m.before = d.applied })
 	}
-	d.do(d.model.BeginSnapshot)
+	d.ask(d.model.BeginSnapshot)
 	piece := make([]cone.Flow, 0, flowsAtOnce)
 	var failed error
 	hand := func() {
 		var err error
 		piece, err = d.firewall.sure(piece)
 		failed = errors.Join(failed, err)
-		d.do(func() {
+		d.ask(func() {
 			now := d.now()
 			for i := range piece {
 				f := &piece[i]
@@ -295,18 +295,18 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	})
 	hand()
 	if err = errors.Join(err, failed); err != nil {
-		d.do(d.model.AbortSnapshot)
+		d.ask(d.model.AbortSnapshot)
 		return err
 	}
-	d.do(func() { d.model.EndSnapshot(d.now()) })
+	d.ask(func() { d.model.EndSnapshot(d.now()) })
 	if m != nil {
 		err = m.keep()
-		d.do(func() {
+		d.ask(func() {
 			m.applied.settle(&m.before, d.tables.Mapping)
 			d.applied = m.applied
 		})
 	} else {
-		d.do(func() { d.applied = applied{} })
+		d.ask(func() { d.applied = applied{} })
 	}
 	return err
 }
@@ -329,7 +329,7 @@ func (d *Daemon) mendRules(cfg config.Config, network gateway.Network) (changed 
 // if somebody meddled with it, and then what is missing comes first.
 func (d *Daemon) compare(meddled bool) error {
 	large := false
-	d.do(func() { large = d.model.Stats().Standing > listedAtMost })
+	d.ask(func() { large = d.model.Stats().Standing > listedAtMost })
 	err := d.compareLists(!large)
 	if large && meddled {
 		err = errors.Join(err, d.compareLists(true))
@@ -344,7 +344,7 @@ func (d *Daemon) compareLists(ofMap bool) error {
 	if err != nil {
 		return fmt.Errorf("list permissions: %w", err)
 	}
-	d.do(func() {
+	d.ask(func() {
 		for _, x := range found.foreign {
 			d.model.SeeForeign(d.now(), x.MasterSrc, x.MasterDst, x.Peer, x.Int)
 		}
@@ -356,7 +356,7 @@ func (d *Daemon) compareLists(ofMap bool) error {
 		}
 	})
 	err = d.eachLost(missed, d.onLost) // before what carries it too long ends
-	d.do(func() {
+	d.ask(func() {
 		for i := range retry {
 			d.model.Retry(d.now(), retry[i])
 		}
@@ -408,7 +408,7 @@ func (d *Daemon) eachLost(m missed, f func(cone.Permission, cone.Carriers)) erro
 		}
 	}
 	for ops := range slices.Chunk(m.ops, flowsAtOnce) {
-		d.do(func() { d.backends.missing(ops, again, f) })
+		d.ask(func() { d.backends.missing(ops, again, f) })
 	}
 	return nil
 }
@@ -417,7 +417,7 @@ func (d *Daemon) eachLost(m missed, f func(cone.Permission, cone.Carriers)) erro
 func (d *Daemon) walk(f func(cone.View)) {
 	const atOnce = 1024
 	for at := 0; at >= 0; {
-		if !d.do(func() { at = d.model.Walk(at, atOnce, f) }) {
+		if !d.ask(func() { at = d.model.Walk(at, atOnce, f) }) {
 			return
 		}
 	}
