@@ -65,6 +65,7 @@ type Daemon struct {
 	forwarded *rules.Covered   // what the user's rules forward, as the model knows it
 	whole     bool             // and whether that is all
 	budget    budget           // for what neighbours change
+	part      uint64           // of an owned map, that was compared last
 	changed   changes          // by neighbours, and still to be looked at
 	rerouted  struct {         // flows may leave by other links
 		looks   int             // that are still to come

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"log/slog"
 	"maps"
 	"slices"
@@ -28,6 +29,10 @@ const (
 	// a list the kernel walks the set from its beginning: 200,000 elements take it
 	// 5 s, and to ask for each of them 0.6 s.
 	listedAtMost = 1 << 15
+
+	// ownedParts is the number of parts of such a map, one of which is asked for each time
+	// if nobody but the daemon can change the map.
+	ownedParts = 4
 
 	// learnedTime is how long after the kernel learned a permission the model
 	// surely knows of it.
@@ -326,24 +331,37 @@ func (d *Daemon) mendRules(cfg config.Config, network gateway.Network) (changed 
 
 // compare looks whether what should stand does, and nothing else. What should
 // and does not is granted again. In a large map it looks for what should not only
-// if somebody meddled with it, and then what is missing comes first.
+// if somebody meddled with it, and then what is missing comes first; if the kernel lets
+// nobody else change the map, it looks at one part of it each time.
 func (d *Daemon) compare(meddled bool) error {
 	large := false
 	d.ask(func() { large = d.model.Stats().Standing > listedAtMost })
-	err := d.compareLists(!large)
+	var asked func(cone.Key) bool // all
+	if large && !meddled && d.firewall.tables != nil && d.firewall.tables.Owned() {
+		d.part = (d.part + 1) % ownedParts
+		asked = func(k cone.Key) bool { return partOfKey(k) == d.part }
+	}
+	err := d.compareLists(!large, asked)
 	if large && meddled {
-		err = errors.Join(err, d.compareLists(true))
+		err = errors.Join(err, d.compareLists(true, nil))
 	}
 	return err
 }
 
-// compareLists does so with a list of the map, or by asking for each permission.
-func (d *Daemon) compareLists(ofMap bool) error {
+// partOfKey returns the part of an owned map that k is in.
+func partOfKey(k cone.Key) uint64 { return maphash.Comparable(partSeed, k) % ownedParts }
+
+var partSeed = maphash.MakeSeed()
+
+// compareLists does so with a list of the map, or by asking for each permission that asked
+// selects; nil selects all.
+func (d *Daemon) compareLists(ofMap bool, asked func(cone.Key) bool) error {
 	began := d.now()
 	found, err := d.backends.list(ofMap)
 	if err != nil {
 		return fmt.Errorf("list permissions: %w", err)
 	}
+	found.asked = asked
 	d.ask(func() {
 		for _, x := range found.foreign {
 			d.model.SeeForeign(d.now(), x.MasterSrc, x.MasterDst, x.Peer, x.Int)
