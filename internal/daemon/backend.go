@@ -191,6 +191,7 @@ func (b *backends) Max() (n int) {
 type found struct {
 	expect, nft map[cone.Key]standing
 	foreign     []expect.Foreign
+	asked       func(cone.Key) bool // of a map that is not listed, those to ask for; nil: all
 }
 
 type standing struct {
@@ -219,7 +220,7 @@ func (f found) missing(v *cone.View) (by cone.Carriers) {
 	if v.By&cone.ByExpectation != 0 && f.expect != nil && !has(f.expect, v) {
 		by |= cone.ByExpectation
 	}
-	if v.By&cone.ByMap != 0 && !has(f.nft, v) {
+	if v.By&cone.ByMap != 0 && !has(f.nft, v) && (f.asked == nil || f.asked(v.Key)) {
 		by |= cone.ByMap
 	}
 	return by

@@ -5,27 +5,34 @@ import (
 	"time"
 )
 
+// looks lets each look that is wanted take so long, one every step, and returns how many
+// there were and the longest time between two of them.
+func looks(b *budget, from, to, step, took time.Duration) (n int, apart time.Duration) {
+	last := from
+	for now := from; now < to; now += step {
+		if b.allows(now) {
+			b.charge(took)
+			apart = max(apart, now-last)
+			last = now
+			n++
+		}
+	}
+	return n, max(apart, to-last)
+}
+
 func TestBudgetAllowsABurstAndThenAShare(t *testing.T) {
 	var b budget
-	const piece = 20 * time.Millisecond
-	done := func(from, to time.Duration) (n int) {
-		for now := from; now < to; now += 10 * time.Millisecond {
-			if b.allows(now) {
-				b.left -= piece
-				n++
-			}
-		}
-		return n
-	}
-	if n, burst := done(0, time.Second), int(neighboursBurst/piece); n < burst || n > burst+2 {
-		t.Errorf("%d pieces in the first second, want the burst, %d", n, burst)
+	const look, step = 20 * time.Millisecond, 10 * time.Millisecond
+	if n, _ := looks(&b, 0, time.Second, step, look); n < int(neighboursBurst/look) || n > int(neighboursBurst/look)+2 {
+		t.Errorf("%d looks in the first second, want the burst, %d", n, neighboursBurst/look)
 	}
 	const long = 100 * time.Second
-	if took := time.Duration(done(time.Second, time.Second+long)) * piece; took > long/neighboursShare || took < long/neighboursShare-2*piece {
+	n, _ := looks(&b, time.Second, time.Second+long, step, look)
+	if took := time.Duration(n) * look; took > long/neighboursShare+look || took < long/neighboursShare-2*look {
 		t.Errorf("took %v in %v, want a share of 1/%d", took, long, neighboursShare)
 	}
 	if !b.allows(10*time.Minute) || b.wait() != 0 {
-		t.Error("nothing saved up")
+		t.Error("the burst has not recovered")
 	}
 	b.left = -time.Millisecond
 	if w := b.wait(); w != neighboursShare*time.Millisecond || b.allows(10*time.Minute+w) || !b.allows(10*time.Minute+w+neighboursShare) {
@@ -33,18 +40,107 @@ func TestBudgetAllowsABurstAndThenAShare(t *testing.T) {
 	}
 }
 
-func TestBudgetSpendsCPUTimeAlone(t *testing.T) {
-	b := budget{full: true}
-	b.spend(func() { time.Sleep(30 * time.Millisecond) })
-	if b.left < -20*time.Millisecond {
-		t.Errorf("%v for having waited", -b.left)
-	}
-	b.left = 0
-	b.spend(func() {
-		for began := cpuTime(); cpuTime()-began < 30*time.Millisecond; {
+// On a slow machine, or with many rules, one look takes long. Fails when it uses up the
+// burst, or when its cost is waited for without limit.
+func TestAChangeIsNeverVeryLate(t *testing.T) {
+	for _, tt := range []struct {
+		look  time.Duration
+		burst int           // changes, one a second, each of which is looked at at once
+		late  time.Duration // at most, while there is a change each second
+		share float64       // at most, meanwhile
+	}{
+		{10 * time.Millisecond, 50, time.Second, 0.025},
+		{100 * time.Millisecond, 5, 6 * time.Second, 0.025},
+		{450 * time.Millisecond, 4, mostLate + 2*time.Second, 0.05},
+		{1750 * time.Millisecond, 2, mostLate + 2*time.Second, 0.18},
+	} {
+		var b budget
+		at := time.Duration(0)
+		for i := range tt.burst {
+			if at += time.Second; !b.allows(at) {
+				t.Errorf("looks of %v: change %d waits %v", tt.look, i+1, b.wait())
+			}
+			b.charge(tt.look)
 		}
+		_, _ = looks(&b, at, at+10*time.Minute, time.Second, tt.look) // what is left of the burst
+		const long = 10 * time.Minute
+		n, late := looks(&b, at+10*time.Minute, at+10*time.Minute+long, time.Second, tt.look)
+		if late > tt.late {
+			t.Errorf("looks of %v: %v late, want at most %v", tt.look, late, tt.late)
+		}
+		if share := float64(n) * tt.look.Seconds() / long.Seconds(); share > tt.share+0.005 {
+			t.Errorf("looks of %v take %.1f %% of a CPU, want at most %.1f %%", tt.look, 100*share, 100*tt.share)
+		}
+	}
+}
+
+// A cheap look waits for its own cost, and for that of one costly look before it.
+func TestCheapLooksAfterCostlyOnesAreNotLate(t *testing.T) {
+	const cheap, step = 10 * time.Millisecond, 100 * time.Millisecond
+	var b budget
+	for range 20 {
+		b.charge(3 * time.Second)
+	}
+	if n, _ := looks(&b, 0, mostLate+2*step, step, cheap); n == 0 {
+		t.Errorf("the first waits longer than %v", mostLate)
+	}
+	if _, late := looks(&b, mostLate+2*step, time.Minute, step, cheap); late > neighboursShare*cheap+2*step {
+		t.Errorf("the next ones are %v late", late)
+	}
+}
+
+// Fails when the burst of costly looks is granted again after each cheap one.
+func TestAlternatingLooksTakeALimitedShare(t *testing.T) {
+	for cheap := range 20 {
+		var b budget
+		var took time.Duration
+		const long = time.Hour
+		n := 0
+		for now := time.Duration(0); now < long; now += 250 * time.Millisecond {
+			if b.allows(now) {
+				look := 10 * time.Millisecond
+				if n%(cheap+1) == 0 {
+					look = 400 * time.Millisecond
+				}
+				b.charge(look)
+				took += look
+				n++
+			}
+		}
+		if most := 2*long/neighboursShare + mostBurst; took > most {
+			t.Errorf("with %d cheap looks after each costly one %v of CPU time in %v, want at most %v", cheap, took, long, most)
+		}
+	}
+}
+
+// spin takes CPU time of its thread.
+func spin(d time.Duration) {
+	for began := threadClock(); threadClock()-began < d; {
+	}
+}
+
+// Fails when what others do meanwhile is charged: the events, the requests and the
+// refreshes of the loop.
+func TestBudgetChargesALookAlone(t *testing.T) {
+	const some, much = 30 * time.Millisecond, 200 * time.Millisecond
+	var b budget
+	b.spend(func() {
+		end := make(chan struct{})
+		go func() {
+			defer close(end)
+			threadTime(func() { spin(much) })
+		}()
+		<-end
 	})
-	if b.left > -30*time.Millisecond {
-		t.Errorf("%v for 30 ms of work", -b.left)
+	if took := neighboursBurst - b.left; took > some {
+		t.Errorf("%v for having waited while another goroutine works", took)
+	}
+	b = budget{}
+	b.spend(func() {
+		spin(some)
+		b.inLoop += some // as Daemon.ask does
+	})
+	if took := neighboursBurst - b.left; took < 2*some || took > much {
+		t.Errorf("%v for %v of a look and the same of the loop", took, some)
 	}
 }

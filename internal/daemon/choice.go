@@ -110,7 +110,7 @@ func (f *firewall) warning(s config.Subnet, d decision) string {
 
 // redecide decides anew and lets what stands follow. The reconcile calls it.
 func (d *Daemon) redecide(cfg config.Config, network gateway.Network, tables control.Tables) error {
-	ok := d.do(func() {
+	ok := d.ask(func() {
 		s := d.model.Stats()
 		d.firewall.mapped.read(d.now(), tables.Map.Admitted, s.Passed)
 		d.firewall.related.read(d.now(), tables.Expected.Admitted, s.Through)
@@ -121,7 +121,7 @@ func (d *Daemon) redecide(cfg config.Config, network gateway.Network, tables con
 	all := d.firewall.decide(cfg, network)
 	changed := !maps.EqualFunc(all, d.firewall.decisions, func(a, b decision) bool { return a.Choice == b.Choice })
 	d.firewall.decisions = all
-	ok = d.do(func() {
+	ok = d.ask(func() {
 		for prefix, x := range all {
 			if old, known := d.decisions[prefix]; !known || old.Choice != x.Choice || old.ChildVerdicts != x.ChildVerdicts {
 				d.log.Info("what carries permissions", "subnet", prefix, "by", d.carriers(x.Choice), "why", x.why)

@@ -65,6 +65,7 @@ type Daemon struct {
 	forwarded *rules.Covered   // what the user's rules forward, as the model knows it
 	whole     bool             // and whether that is all
 	budget    budget           // for what neighbours change
+	part      uint64           // of an owned map, that was compared last
 	changed   changes          // by neighbours, and still to be looked at
 	rerouted  struct {         // flows may leave by other links
 		looks   int             // that are still to come
@@ -86,6 +87,7 @@ type Daemon struct {
 	room           cone.Room        // for expectations
 	entries        ctwatch.Table    // when that was found
 	late           time.Duration    // how long changes of neighbours have to wait
+	look           time.Duration    // CPU time of a look at them
 	tables         control.Tables   // as last read
 	served         *gateway.PortSet // at the last two looks; before the second, at the first
 	sure           bool             // there were two
@@ -458,7 +460,7 @@ func (d *Daemon) warnings() (out warnings) {
 	}
 	if d.late >= isLate {
 		out.add("late", "rules, links or routes change so often that a change may take effect %v late: "+
-			"to read them takes no more than 1/%d of a CPU", d.late.Round(time.Second), neighboursShare)
+			"to read them takes %v of CPU time", d.late.Round(time.Second), d.look.Round(time.Millisecond))
 	}
 	if d.missing != "" {
 		out.add("missing", "%s", d.missing)

@@ -53,6 +53,22 @@ func (d *Daemon) do(f func()) bool {
 	}
 }
 
+// ask is do for the reconcile, which alone may call it. The budget is charged with the CPU
+// time of the loop for f, and for the decisions that come of it, if a look is under way.
+func (d *Daemon) ask(f func()) bool {
+	var took time.Duration
+	ok := d.do(func() {
+		took = threadTime(func() {
+			f()
+			d.apply(0)
+		})
+	})
+	if ok {
+		d.budget.inLoop += took
+	}
+	return ok
+}
+
 // Alive waits until the loop gets on, and reports whether it runs. It does not wait for
 // what the loop was asked for before: one that has much to do is alive.
 func (d *Daemon) Alive() bool {

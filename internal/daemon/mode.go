@@ -165,7 +165,7 @@ func (d *Daemon) change(cfg config.Config) error {
 		d.firewall.ports, d.firewall.helpers, d.firewall.decisions = old, helpers, decided
 		return errors.Join(err, closeExpect(o.expect))
 	}
-	d.do(func() {
+	d.ask(func() {
 		if o.expect != nil {
 			d.backends.expect = o.expect
 			d.setRoom(d.space)
@@ -206,7 +206,7 @@ func closeExpect(e *expect.Backend) error {
 // dropExpect ends what is left of the expectations, which the model does not want any
 // more.
 func (d *Daemon) dropExpect(cfg config.Config) (err error) {
-	d.do(func() {
+	d.ask(func() {
 		e := d.backends.expect
 		d.backends.expect = nil
 		var all []cone.Permission
@@ -220,7 +220,7 @@ func (d *Daemon) dropExpect(cfg config.Config) (err error) {
 
 // dropMap ends the map, in which the model does not want anything any more.
 func (d *Daemon) dropMap(cfg config.Config) (err error) {
-	d.do(func() {
+	d.ask(func() {
 		d.backends.nft = nil
 		d.firewall.withMap = false
 	})

@@ -23,7 +23,8 @@ func (d *Daemon) lookAround(ctx context.Context, q *ctwatch.Queries) {
 	err := d.lookAtRules()
 	if d.changed != (changes{}) && d.budget.allows(d.now()) {
 		d.budget.spend(func() { err = errors.Join(err, d.lookAtChanges(q)) })
-		d.do(func() { d.late = d.budget.wait() })
+		late, look := d.budget.wait(), d.budget.look
+		d.ask(func() { d.late, d.look = late, look })
 	}
 	if ctx.Err() == nil {
 		d.failures.note("look at rules, links and flows", 1, err)
@@ -42,7 +43,7 @@ func (d *Daemon) lookAtRules() error {
 	}
 	var broken bool
 	var cfg config.Config
-	ok := d.do(func() {
+	ok := d.ask(func() {
 		cfg = d.cfg.Config
 		broken = d.backends.nft != nil && d.backends.nft.Broken()
 	})
@@ -90,7 +91,7 @@ func (d *Daemon) lookAtChanges(q *ctwatch.Queries) error {
 	try(was.elements, &d.changed.elements, func() error { return d.compare(true) })
 	try(was.flows, &d.changed.flows, func() error {
 		err := d.readFlows(q)
-		d.do(d.report)
+		d.ask(d.report)
 		return err
 	})
 	return errors.Join(errs...)
@@ -99,7 +100,7 @@ func (d *Daemon) lookAtChanges(q *ctwatch.Queries) error {
 // readRules brings the model up to date about what the user's rules do.
 func (d *Daemon) readRules() error {
 	var cfg config.Config
-	if !d.do(func() { cfg = d.cfg.Config }) {
+	if !d.ask(func() { cfg = d.cfg.Config }) {
 		return errEnded
 	}
 	err := d.readForwards(cfg, d.network)

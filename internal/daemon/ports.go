@@ -153,7 +153,7 @@ func (d *Daemon) lookAtSockets(cfg config.Config, network gateway.Network) error
 	d.settled = held.Equal(stays)
 	d.held, d.looked = held, d.now()
 	warnings, err := d.serve(cfg, network, stays)
-	d.do(func() {
+	d.ask(func() {
 		d.portWarnings = warnings
 		d.warned.tell(d.now(), d.warnings())
 		d.served, d.sure = stays, true
@@ -168,7 +168,7 @@ func (d *Daemon) lookAgain() error {
 		return nil
 	}
 	var cfg config.Config
-	d.do(func() { cfg = d.cfg.Config })
+	d.ask(func() { cfg = d.cfg.Config })
 	return d.lookAtSockets(cfg, d.network)
 }
 

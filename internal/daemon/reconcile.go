@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"log/slog"
 	"maps"
 	"slices"
@@ -28,6 +29,10 @@ const (
 	// a list the kernel walks the set from its beginning: 200,000 elements take it
 	// 5 s, and to ask for each of them 0.6 s.
 	listedAtMost = 1 << 15
+
+	// ownedParts is the number of parts of such a map, one of which is asked for each time
+	// if nobody but the daemon can change the map.
+	ownedParts = 4
 
 	// learnedTime is how long after the kernel learned a permission the model
 	// surely knows of it.
@@ -169,7 +174,7 @@ func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 	if err := d.compare(false); err != nil {
 		errs = append(errs, err)
 	}
-	d.do(d.report)
+	d.ask(d.report)
 	return errors.Join(errs...)
 }
 
@@ -178,7 +183,7 @@ func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 // misjudged for what it did not know before.
 func (d *Daemon) readGateway() (misjudged bool, err error) {
 	var cfg config.Config
-	if !d.do(func() { cfg = d.cfg.Config }) {
+	if !d.ask(func() { cfg = d.cfg.Config }) {
 		return false, errEnded
 	}
 	network, err := gateway.ReadNetwork(0, cfg.Outside)
@@ -199,7 +204,7 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 	tables := d.firewall.read(cfg)
 	failed = errors.Join(failed, d.redecide(cfg, network, tables))
 	topology := network.Topology().Compile()
-	d.do(func() {
+	d.ask(func() {
 		d.tables = tables
 		misjudged = newOutside(d.network, network) || wantsMapping(cfg) && !topology.Equal(d.topology)
 		d.network, d.topology = network.Lean(), topology
@@ -211,7 +216,7 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 	})
 	followed, err := d.follow(cfg, network)
 	if followed {
-		d.do(func() { d.warned.tell(d.now(), d.warnings()) })
+		d.ask(func() { d.warned.tell(d.now(), d.warnings()) })
 	}
 	return misjudged || followed, errors.Join(failed, err)
 }
@@ -234,7 +239,7 @@ func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error 
 		_, failed := d.firewall.set(cfg, network.OutsideLinks())
 		err = errors.Join(err, failed)
 	}
-	d.do(func() {
+	d.ask(func() {
 		d.ruleWarnings, d.hidden = warnings, d.firewall.hidden
 		d.warned.tell(d.now(), d.warnings())
 	})
@@ -243,10 +248,10 @@ func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error 
 		return err
 	}
 	d.forwarded, d.whole = covered, whole
-	d.do(func() { d.model.BeginForwards(covered.Covers, whole) })
+	d.ask(func() { d.model.BeginForwards(covered.Covers, whole) })
 	err = errors.Join(err, d.filterEvents(cfg))
 	for at := 0; at >= 0; {
-		if !d.do(func() { at = d.model.ReviewForwards(d.now(), at, flowsAtOnce) }) {
+		if !d.ask(func() { at = d.model.ReviewForwards(d.now(), at, flowsAtOnce) }) {
 			return errEnded
 		}
 	}
@@ -257,23 +262,23 @@ func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error 
 func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	var cfg config.Config
 	var served *gateway.PortSet
-	d.do(func() { cfg, served = d.cfg.Config, d.served })
+	d.ask(func() { cfg, served = d.cfg.Config, d.served })
 	m, err := d.firewall.newMapper(cfg, d.network, served)
 	if err != nil {
 		d.failures.note("read mappings", 1, err)
 		m = nil
 	}
 	if m != nil {
-		d.do(func() { m.before = d.applied })
+		d.ask(func() { m.before = d.applied })
 	}
-	d.do(d.model.BeginSnapshot)
+	d.ask(d.model.BeginSnapshot)
 	piece := make([]cone.Flow, 0, flowsAtOnce)
 	var failed error
 	hand := func() {
 		var err error
 		piece, err = d.firewall.sure(piece)
 		failed = errors.Join(failed, err)
-		d.do(func() {
+		d.ask(func() {
 			now := d.now()
 			for i := range piece {
 				f := &piece[i]
@@ -295,18 +300,18 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	})
 	hand()
 	if err = errors.Join(err, failed); err != nil {
-		d.do(d.model.AbortSnapshot)
+		d.ask(d.model.AbortSnapshot)
 		return err
 	}
-	d.do(func() { d.model.EndSnapshot(d.now()) })
+	d.ask(func() { d.model.EndSnapshot(d.now()) })
 	if m != nil {
 		err = m.keep()
-		d.do(func() {
+		d.ask(func() {
 			m.applied.settle(&m.before, d.tables.Mapping)
 			d.applied = m.applied
 		})
 	} else {
-		d.do(func() { d.applied = applied{} })
+		d.ask(func() { d.applied = applied{} })
 	}
 	return err
 }
@@ -326,25 +331,38 @@ func (d *Daemon) mendRules(cfg config.Config, network gateway.Network) (changed 
 
 // compare looks whether what should stand does, and nothing else. What should
 // and does not is granted again. In a large map it looks for what should not only
-// if somebody meddled with it, and then what is missing comes first.
+// if somebody meddled with it, and then what is missing comes first; if the kernel lets
+// nobody else change the map, it looks at one part of it each time.
 func (d *Daemon) compare(meddled bool) error {
 	large := false
-	d.do(func() { large = d.model.Stats().Standing > listedAtMost })
-	err := d.compareLists(!large)
+	d.ask(func() { large = d.model.Stats().Standing > listedAtMost })
+	var asked func(cone.Key) bool // all
+	if large && !meddled && d.firewall.tables != nil && d.firewall.tables.Owned() {
+		d.part = (d.part + 1) % ownedParts
+		asked = func(k cone.Key) bool { return partOfKey(k) == d.part }
+	}
+	err := d.compareLists(!large, asked)
 	if large && meddled {
-		err = errors.Join(err, d.compareLists(true))
+		err = errors.Join(err, d.compareLists(true, nil))
 	}
 	return err
 }
 
-// compareLists does so with a list of the map, or by asking for each permission.
-func (d *Daemon) compareLists(ofMap bool) error {
+// partOfKey returns the part of an owned map that k is in.
+func partOfKey(k cone.Key) uint64 { return maphash.Comparable(partSeed, k) % ownedParts }
+
+var partSeed = maphash.MakeSeed()
+
+// compareLists does so with a list of the map, or by asking for each permission that asked
+// selects; nil selects all.
+func (d *Daemon) compareLists(ofMap bool, asked func(cone.Key) bool) error {
 	began := d.now()
 	found, err := d.backends.list(ofMap)
 	if err != nil {
 		return fmt.Errorf("list permissions: %w", err)
 	}
-	d.do(func() {
+	found.asked = asked
+	d.ask(func() {
 		for _, x := range found.foreign {
 			d.model.SeeForeign(d.now(), x.MasterSrc, x.MasterDst, x.Peer, x.Int)
 		}
@@ -356,7 +374,7 @@ func (d *Daemon) compareLists(ofMap bool) error {
 		}
 	})
 	err = d.eachLost(missed, d.onLost) // before what carries it too long ends
-	d.do(func() {
+	d.ask(func() {
 		for i := range retry {
 			d.model.Retry(d.now(), retry[i])
 		}
@@ -408,7 +426,7 @@ func (d *Daemon) eachLost(m missed, f func(cone.Permission, cone.Carriers)) erro
 		}
 	}
 	for ops := range slices.Chunk(m.ops, flowsAtOnce) {
-		d.do(func() { d.backends.missing(ops, again, f) })
+		d.ask(func() { d.backends.missing(ops, again, f) })
 	}
 	return nil
 }
@@ -417,7 +435,7 @@ func (d *Daemon) eachLost(m missed, f func(cone.Permission, cone.Carriers)) erro
 func (d *Daemon) walk(f func(cone.View)) {
 	const atOnce = 1024
 	for at := 0; at >= 0; {
-		if !d.do(func() { at = d.model.Walk(at, atOnce, f) }) {
+		if !d.ask(func() { at = d.model.Walk(at, atOnce, f) }) {
 			return
 		}
 	}

@@ -37,13 +37,14 @@ func (d *Daemon) endRerouted(cfg config.Config, network gateway.Network) error {
 	if d.rerouted.looks == 0 || d.now() < d.rerouted.next {
 		return nil
 	}
-	began := cpuTime()
-	n, doubtful, err := endWrongLinks(c, network, d.rerouted.outside)
+	var n, doubtful int
+	var err error
+	took := threadTime(func() { n, doubtful, err = endWrongLinks(c, network, d.rerouted.outside) })
 	d.rerouted.looks--
 	if doubtful == 0 && err == nil {
 		d.rerouted.looks = 0
 	}
-	d.rerouted.next = d.now() + rerouteShare*(cpuTime()-began)
+	d.rerouted.next = d.now() + rerouteShare*took
 	if doubtful > 0 || err != nil {
 		d.rerouted.next = max(d.rerouted.next, d.now()+time.Second)
 	}
@@ -57,7 +58,7 @@ func (d *Daemon) endReroutedLater() error {
 		return nil
 	}
 	var cfg config.Config
-	if !d.do(func() { cfg = d.cfg.Config }) {
+	if !d.ask(func() { cfg = d.cfg.Config }) {
 		return nil
 	}
 	return d.endRerouted(cfg, d.network)

@@ -77,7 +77,7 @@ func (d *Daemon) lookAtConntrack() (err error) {
 		return nil
 	}
 	d.space = s
-	if !d.do(func() { d.setRoom(s) }) {
+	if !d.ask(func() { d.setRoom(s) }) {
 		return errEnded
 	}
 	return nil
@@ -103,7 +103,7 @@ func (d *Daemon) mendTableSize() error {
 		return err
 	}
 	d.space = s
-	ok := d.do(func() {
+	ok := d.ask(func() {
 		if s.expectations != before {
 			d.repaired[tableSize]++
 			d.noted.note(slog.LevelWarn, "table size", "somebody made the expectation table smaller; it has its size again", 1, "sysctl", expectMax, "was", before, "is", s.expectations)

@@ -71,7 +71,7 @@ func (d *Daemon) differences(v *control.Verification) (map[string]struct{}, erro
 	flows := make(map[claimed]counted)
 	wild := make(map[uint8]struct{})
 	var cfg config.Config
-	d.do(func() { cfg = d.cfg.Config })
+	d.ask(func() { cfg = d.cfg.Config })
 	missed := d.match(found, began, func(c *cone.View) {
 		v.Permissions++
 		flows[claimed{c.Key, c.Int}] = counted{c.Flows, c.Children}

@@ -32,6 +32,7 @@ type ForwardReader struct {
 	outside []Link
 	tables  map[tableKey]*readTable
 	seed    maphash.Seed
+	series  uint32                               // the last one of dumps of rules
 	fail    func(k tableKey, chain string) error // of tests; may be nil
 }
 
@@ -60,7 +61,7 @@ func (k tableKey) String() string { return familyOf(k.family) + " " + k.name }
 
 // A readTable is what was read of one table.
 type readTable struct {
-	print uint64            // of its rules
+	rules rulePrints        // of its rules
 	sets  map[string]uint64 // those that its rules ask, and their prints
 	alone []Forward         // what the last reading found that could read it all
 	found []Forward         // the same, and what may have been missed
@@ -98,7 +99,7 @@ func (r *ForwardReader) Read(outside []Link) (found []Forward, same bool, err er
 			continue
 		}
 		same = false
-		t.print, err = r.rules(k)
+		t.rules, err = r.rules(k)
 		decoded = append(decoded, r.decode(k, t, o, err))
 	}
 	after, err := r.changes()
@@ -267,16 +268,84 @@ func chainParts(body []byte) (name, typ string, hook nftables.ChainHook) {
 	return name, typ, hook
 }
 
-// rules returns the print of the rules of a table: a hash of all that does not count
-// packets.
-func (r *ForwardReader) rules(k tableKey) (uint64, error) {
+// rulePrints are the prints of the rules of a table, each with the number of the last
+// dump series that had it.
+//
+// They are a set, for while somebody changes any rule of the table, the kernel may put a
+// rule into a dump twice, or leave one out: it goes on after each message by counting
+// rules from the first, and counts those of transactions that are under way
+// (__nf_tables_dump_rules).
+type rulePrints map[uint64]uint32
+
+// dumpsOfRules is how often the rules of a table are dumped, where the dumps are
+// interrupted, until all were seen.
+const dumpsOfRules = 4
+
+// rules returns the prints of the rules of a table.
+func (r *ForwardReader) rules(k tableKey) (rulePrints, error) {
+	prints := rulePrints{}
+	for n := range dumpsOfRules {
+		known := len(prints)
+		interrupted, err := r.eachRule(k, func(print uint64) { prints[print] = 0 })
+		switch {
+		case err != nil:
+			return nil, err
+		case !interrupted, n > 0 && len(prints) == known:
+			return prints, nil
+		}
+	}
+	return prints, nil
+}
+
+// sameRules reports whether a table has those rules whose prints are known, and no other:
+// a dump has no unknown one, and dumps that were interrupted have all known ones together.
+// The kernel shows a rule that a transaction adds and deletes again for a moment, so an
+// interrupted dump with an unknown one is made again, once.
+//
+// An interrupted dump may also leave out a new rule. Then somebody's transaction ended
+// meanwhile, which is a reason to read again.
+func (r *ForwardReader) sameRules(k tableKey, known rulePrints) bool {
+	r.series++
+	seen, unknown := 0, 0
+	for range dumpsOfRules {
+		odd := false
+		interrupted, err := r.eachRule(k, func(print uint64) {
+			switch last, ok := known[print]; {
+			case !ok:
+				odd = true
+			case last != r.series:
+				known[print] = r.series
+				seen++
+			}
+		})
+		if odd {
+			unknown++
+		}
+		switch {
+		case err != nil, unknown > 1, odd && !interrupted:
+			return false
+		case odd:
+		case seen == len(known):
+			return true
+		case !interrupted:
+			return false
+		}
+	}
+	return false
+}
+
+// eachRule dumps the rules of a table once. It calls f with the print of each: a hash of
+// all that does not count packets, its handle and place among it. It reports whether the
+// dump was interrupted.
+func (r *ForwardReader) eachRule(k tableKey, f func(print uint64)) (interrupted bool, err error) {
 	var h maphash.Hash
 	h.SetSeed(r.seed)
-	err := r.dump(unix.NFT_MSG_GETRULE, byte(k.family), &k, func(_ tableKey, body []byte) {
+	err = r.dumpOnce(unix.NFT_MSG_GETRULE, byte(k.family), &k, func(_ tableKey, body []byte) {
 		if !slices.ContainsFunc(counting, func(name []byte) bool { return bytes.Contains(body, name) }) {
-			_, _ = h.Write(body)
+			f(maphash.Bytes(r.seed, body))
 			return
 		}
+		h.Reset()
 		attributes(body, func(typ uint16, b []byte) {
 			if typ == unix.NFTA_RULE_EXPRESSIONS {
 				attributes(b, func(_ uint16, b []byte) { hashExpression(&h, b) })
@@ -284,8 +353,12 @@ func (r *ForwardReader) rules(k tableKey) (uint64, error) {
 				_, _ = h.Write(b)
 			}
 		})
+		f(h.Sum64())
 	})
-	return h.Sum64(), err
+	if errors.Is(err, nfnl.ErrInterrupted) {
+		return true, nil
+	}
+	return false, err
 }
 
 // counting are the names of expressions whose data changes with each packet.
@@ -344,8 +417,7 @@ var expressions = func() map[string]bool {
 // unchanged reports whether the rules of a table, and the elements that they ask for,
 // are those that were decoded.
 func (r *ForwardReader) unchanged(k tableKey, t *readTable) bool {
-	print, err := r.rules(k)
-	return err == nil && print == t.print && r.sameSets(k, t.sets)
+	return r.sameRules(k, t.rules) && r.sameSets(k, t.sets)
 }
 
 func (r *ForwardReader) sameSets(k tableKey, sets map[string]uint64) bool {
@@ -382,7 +454,7 @@ func (r *ForwardReader) elements(k tableKey, set string) (print uint64) {
 			})
 		})
 	})
-	if err != nil {
+	if uninterrupted(err) != nil {
 		return 0
 	}
 	return max(print, 1)
@@ -391,8 +463,22 @@ func (r *ForwardReader) elements(k tableKey, set string) (print uint64) {
 // nftaSetElemExpressions is from linux/netfilter/nf_tables.h.
 const nftaSetElemExpressions = 11
 
-// dump calls f with the attributes of each object of a kind: of one table, or of all.
+// dump is dumpOnce, and takes one that was interrupted for a good one. Whether somebody
+// changed something meanwhile, Read sees by itself: most interruptions come from what we
+// grant.
 func (r *ForwardReader) dump(typ uint16, family byte, of *tableKey, f func(k tableKey, attrs []byte)) error {
+	return uninterrupted(r.dumpOnce(typ, family, of, f))
+}
+
+func uninterrupted(err error) error {
+	if errors.Is(err, nfnl.ErrInterrupted) {
+		return nil
+	}
+	return err
+}
+
+// dumpOnce calls f with the attributes of each object of a kind: of one table, or of all.
+func (r *ForwardReader) dumpOnce(typ uint16, family byte, of *tableKey, f func(k tableKey, attrs []byte)) error {
 	var e nfnl.Encoder
 	e.Message(unix.NFNL_SUBSYS_NFTABLES, typ, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, r.raw.NextSeq(1), family)
 	if of != nil {
@@ -415,8 +501,7 @@ func (r *ForwardReader) dump(typ uint16, family byte, of *tableKey, f func(k tab
 	})
 }
 
-// exchange asks for a dump. Whether somebody changed something meanwhile, Read sees
-// by itself: most interruptions come from what we grant.
+// exchange asks for a dump. If the kernel refuses it, that comes before an interruption.
 func (r *ForwardReader) exchange(e *nfnl.Encoder, f func(body []byte)) error {
 	var refused error
 	err := r.raw.Exchange(e, func(_ uint32, err error) { refused = err }, func(_ uint16, body []byte) {
@@ -424,8 +509,8 @@ func (r *ForwardReader) exchange(e *nfnl.Encoder, f func(body []byte)) error {
 			f(body)
 		}
 	})
-	if errors.Is(err, nfnl.ErrInterrupted) {
-		err = nil
+	if refused != nil {
+		err = errors.Join(uninterrupted(err), refused)
 	}
-	return nfnl.Permitted(errors.Join(err, refused))
+	return nfnl.Permitted(err)
 }
