@@ -16,8 +16,8 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// neighboursTime is how long each neighbour is borne.
-const neighboursTime = 20 * time.Second
+// neighboursTime is how long each neighbour is borne: one reconcile is within it.
+const neighboursTime = 30 * time.Second
 
 // BenchmarkBusyNeighbours shows what the daemon takes of a CPU, and how long the first
 // answer of a peer waits for a permission, while others change rules, links and routes
