@@ -10,15 +10,15 @@ import (
 const (
 	// neighboursShare is the part of one CPU, as its inverse, that looks at what
 	// neighbours change in rules, links and routes take while they keep changing it.
-	neighboursShare = 40
+	neighboursShare = 50
 	// neighboursBurst is the CPU time that looks may take at once after a quiet time, so
 	// that a change is noticed at once where changes are few. burstLooks is the same in
 	// looks, for a slow machine or many rules, and mostBurst limits it.
-	neighboursBurst = 500 * time.Millisecond
+	neighboursBurst = 250 * time.Millisecond
 	burstLooks      = 4
 	mostBurst       = 2 * time.Second
 	// mostLate is the longest time that a change waits for the budget. It exceeds the
-	// share only if one look takes more than mostLate/neighboursShare (250 ms), and 5 %
+	// share only if one look takes more than mostLate/neighboursShare (200 ms), and 5 %
 	// of a CPU only if one takes more than half a second.
 	mostLate = 10 * time.Second
 )

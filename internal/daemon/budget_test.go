@@ -49,8 +49,8 @@ func TestAChangeIsNeverVeryLate(t *testing.T) {
 		late  time.Duration // at most, while there is a change each second
 		share float64       // at most, meanwhile
 	}{
-		{10 * time.Millisecond, 50, time.Second, 0.025},
-		{100 * time.Millisecond, 5, 6 * time.Second, 0.025},
+		{10 * time.Millisecond, 25, time.Second, 0.02},
+		{100 * time.Millisecond, 4, 6 * time.Second, 0.02},
 		{450 * time.Millisecond, 4, mostLate + 2*time.Second, 0.05},
 		{1750 * time.Millisecond, 2, mostLate + 2*time.Second, 0.18},
 	} {
