@@ -19,7 +19,7 @@ const offloadLifetime = 3 * time.Second
 // offloadModes are the map of permissions alone, and both backends. The kernel
 // counts the packets of flows in one of them; those of a flow in a flowtable it
 // counts in neither.
-var offloadModes = []struct{ backend, accounting string }{{"nft", "1"}, {"auto", "0"}}
+var offloadModes = []struct{ backend, counting string }{{"nft", "1"}, {"auto", "0"}}
 
 // An offloadScene is a lab whose gateway offloads, with a daemon, an inside host,
 // its peer and another port of that peer: a child.
@@ -30,16 +30,16 @@ type offloadScene struct {
 }
 
 // newOffloaded makes one in which both flows are answered.
-func newOffloaded(t *testing.T, backend, accounting string) *offloadScene {
+func newOffloaded(t *testing.T, backend, counting string) *offloadScene {
 	t.Helper()
 	s := &offloadScene{scene: newOffloadScene(t, lab.Options{})}
-	s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_acct", accounting))
 	// A flow shall end soon after its packets. Old kernels (5.10) lack the first
 	// setting and keep an idle flow in the flowtable for 30 s.
 	_ = s.Gateway.SetSysctl("net.netfilter.nf_flowtable_udp_timeout", "3")
 	s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout_stream", "4"))
 	s.Start("--subnet", lab.InsideNet.String(), "--backend="+backend,
 		"--lifetime="+offloadLifetime.String(), "--reconcile=1s")
+	s.Must(s.Gateway.SetSysctl(accounting, counting)) // the daemon has turned it on
 	s.in, s.peer, s.child = s.InsideSocket(0, 0), s.anotherPort(), s.anotherPort()
 	s.ext = s.Contact(s.in, s.peer)
 	s.Stands(s.in, s.peer, s.ext)
@@ -81,7 +81,7 @@ func hasPort(entries []string, with *lab.Socket) bool {
 func TestOffloadTakesAnsweredFlowsAndAnsweredChildren(t *testing.T) {
 	for _, mode := range offloadModes {
 		t.Run(mode.backend, func(t *testing.T) {
-			s := newOffloaded(t, mode.backend, mode.accounting)
+			s := newOffloaded(t, mode.backend, mode.counting)
 			before := s.passed()
 			for name, with := range map[string]*lab.Socket{"flow": s.peer, "child": s.child} {
 				if !s.offloads(with) {
@@ -106,7 +106,7 @@ func TestOffloadedTrafficKeepsThePermission(t *testing.T) {
 			{"of a child", func(s *offloadScene) (talks, silent *lab.Socket) { return s.child, s.peer }},
 		} {
 			t.Run(mode.backend+" "+test.name, func(t *testing.T) {
-				s := newOffloaded(t, mode.backend, mode.accounting)
+				s := newOffloaded(t, mode.backend, mode.counting)
 				talks, silent := test.of(s)
 				before := s.passed()
 				began := s.Listed(s.in, s.peer, s.ext, "standing")

@@ -465,3 +465,44 @@ func TestDNATedChildrenAllocateNothing(t *testing.T) {
 		t.Errorf("%v allocations", n)
 	}
 }
+
+// Flows that began before nf_conntrack_acct was turned on have no counters, beside others
+// that have: each extends by what is known of it.
+//
+// Fails when a flow without counters counts as one whose counters stand still.
+func TestFlowWithoutCountersExtendsBesideOneWithThem(t *testing.T) {
+	const in, from, ext = "10.47.11.109:1", "203.0.113.5:77", "198.51.100.1:1"
+	for name, tc := range map[string]struct {
+		child, counters bool
+		extends         bool
+	}{
+		"the inside host's own":            {false, false, true},
+		"its own, with counters":           {false, true, false},
+		"an answered child":                {true, false, true},
+		"an answered child, with counters": {true, true, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, mapped)
+			other := d.open(0, in, "203.0.113.5:9")
+			other.OrigPackets, other.HasCounters = 1, true // it is silent
+			f := other
+			if tc.child {
+				f, _ = d.admit(0, from, ext, in, StatusSeenReply)
+			} else {
+				f = d.open(0, in, "203.0.113.5:10")
+				f.OrigPackets = 1
+			}
+			f.HasCounters = tc.counters
+			d.snapshot(2, other, f)
+			d.seen(3, other)
+			d.seen(3, f)
+			want := lifetime
+			if tc.extends {
+				want += 3
+			}
+			if got := d.view(in).Expires; got != want {
+				t.Errorf("it ends at %v, want %v", got, want)
+			}
+		})
+	}
+}

@@ -213,6 +213,10 @@ func New(cfg Config) (d *Daemon, err error) {
 	if err := d.filterEvents(d.cfg.Config); err != nil {
 		return d, err
 	}
+	// Only here, where nothing can fail any more: Close restores it if there is a model.
+	// The reconcile leaves it alone, so that the user can turn it off.
+	_, _, err = d.conntrack.raise(acct)
+	d.failures.note("turn on "+acct, 1, err)
 	d.model = cone.New(d.policy(d.cfg.Config))
 	d.topology = d.network.Topology().Compile()
 	d.network = d.network.Lean()
@@ -377,8 +381,8 @@ func (d *Daemon) Close() error {
 		}
 		errs = append(errs, d.firewall.close())
 	}
-	if d.model != nil && !leave { // else the room is still needed
-		errs = append(errs, d.conntrack.restore())
+	if d.model != nil && !leave { // else what stands still needs them
+		errs = append(errs, d.conntrack.restoreAll())
 	}
 	if d.lock != nil {
 		errs = append(errs, d.lock.Close())

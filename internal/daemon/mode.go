@@ -211,7 +211,7 @@ func (d *Daemon) dropExpect(cfg config.Config) (err error) {
 		d.backends.expect = nil
 		var all []cone.Permission
 		err = e.List(func(p cone.Permission, _ time.Duration) { all = append(all, p) })
-		err = errors.Join(err, e.Revoke(all), e.Close(), d.conntrack.restore())
+		err = errors.Join(err, e.Revoke(all), e.Close(), d.conntrack.restore(expectMax))
 		d.firewall.helpers = nil
 	})
 	_, failed := d.firewall.set(cfg, d.network.OutsideLinks())

@@ -29,7 +29,7 @@ func TestOneMissingBackendIsOneSentence(t *testing.T) {
 			cfg := config.Default()
 			cfg.Backend = tt.backend
 			d := &Daemon{firewall: &firewall{missing: missing}}
-			d.conntrack = sysctls{dir: sysctlDir, note: filepath.Join(t.TempDir(), "c.sysctl")}
+			d.conntrack = sysctls{dir: sysctlDir, notes: filepath.Join(t.TempDir(), "c.")}
 			err := l.Gateway.Do(func() (err error) {
 				if d.reads, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
 					return err

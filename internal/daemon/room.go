@@ -58,7 +58,7 @@ func (d *Daemon) readSpace() (s space, before int, err error) {
 	if s.conntrack, err = d.reads.Table(); err != nil {
 		return s, 0, err
 	}
-	before, s.expectations, err = d.conntrack.raise()
+	before, s.expectations, err = d.conntrack.raise(expectMax)
 	return s, before, err
 }
 

@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/conenatd/conenatd/internal/control"
 )
 
@@ -23,18 +25,42 @@ const (
 	wantedExpectMax = 100_000
 )
 
-// sysctls reads and writes the settings of conntrack. What it changed it notes
-// in a file, so that another process can put it back after a kill -9.
+// wanted has the settings that the daemon raises to the value here while it runs, if they
+// are lower.
+var wanted = map[string]int{expectMax: wantedExpectMax, acct: 1}
+
+// sysctls reads and writes the settings of conntrack. For each one that it raised it writes
+// a note, so that another process can restore the setting after a kill -9.
 type sysctls struct {
-	dir  string // sysctlDir but in tests
-	note string // path of the file
+	dir    string // sysctlDir, except in tests
+	notes  string // path of the notes, without the name of the setting
+	cookie uint64 // of the network namespace, 0 before Linux 5.14
 }
 
-// openSysctls returns those of this network namespace. The note has a fixed place, so that
-// another process finds it without knowing the configuration.
+// openSysctls returns those of this network namespace. The notes have a fixed place, so that
+// another process finds them without knowing the configuration.
 func openSysctls() (sysctls, error) {
-	note, err := control.File(".sysctl")
-	return sysctls{dir: sysctlDir, note: note}, err
+	notes, err := control.File(".")
+	if err != nil {
+		return sysctls{}, err
+	}
+	cookie, err := netnsCookie()
+	return sysctls{dir: sysctlDir, notes: notes, cookie: cookie}, err
+}
+
+// netnsCookie returns a number that no other network namespace has or gets until the next
+// boot, unlike the inode, which the kernel gives away again. It is 0 before Linux 5.14.
+func netnsCookie() (uint64, error) {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("identify network namespace: %w", err)
+	}
+	defer unix.Close(fd)
+	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	if err != nil && !errors.Is(err, unix.ENOPROTOOPT) {
+		return 0, fmt.Errorf("identify network namespace: %w", err)
+	}
+	return cookie, nil
 }
 
 func (s sysctls) read(name string) (int, error) {
@@ -49,61 +75,77 @@ func (s sysctls) read(name string) (int, error) {
 	return n, nil
 }
 
-// raise makes room in the expectation table, where that is allowed (in the
-// first network namespace), and returns the size that it had and the one that it has then.
-func (s sysctls) raise() (before, size int, err error) {
-	before, err = s.read(expectMax)
-	if err != nil || before >= wantedExpectMax {
+// raise gives a setting its wanted value if it is lower and may be written, and returns the
+// value before and the value now. It is not an error if it may not be written, as in a
+// container, or if nobody could restore it.
+func (s sysctls) raise(name string) (before, now int, err error) {
+	before, err = s.read(name)
+	if err != nil || before >= wanted[name] {
 		return before, before, err
 	}
-	path := filepath.Join(s.dir, expectMax)
-	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	f, err := os.OpenFile(filepath.Join(s.dir, name), os.O_WRONLY, 0)
 	if err != nil {
-		return before, before, nil // not ours to change; the cap follows
-	}
-	defer f.Close()
-	// The note first: killed in between, there is nothing to put back. Where somebody
-	// made the table smaller since the last time, that is what he gets back.
-	switch err := s.write(before); {
-	case errors.Is(err, fs.ErrPermission):
-		return before, before, nil // nobody could put it back; the cap follows
-	case err != nil:
-		return before, before, fmt.Errorf("note sysctl %s: %w", expectMax, err)
-	}
-	if _, err := fmt.Fprintf(f, "%d\n", wantedExpectMax); err != nil {
 		return before, before, nil
 	}
-	size, err = s.read(expectMax)
-	return before, size, err
+	defer f.Close()
+	// The note comes first: a kill in between leaves nothing to restore. If somebody
+	// lowered the setting since the last time, restore returns to that value.
+	switch err := s.write(name, before); {
+	case errors.Is(err, fs.ErrPermission):
+		return before, before, nil
+	case err != nil:
+		return before, before, fmt.Errorf("note sysctl %s: %w", name, err)
+	}
+	if _, err := fmt.Fprintf(f, "%d\n", wanted[name]); err != nil {
+		return before, before, nil
+	}
+	now, err = s.read(name)
+	return before, now, err
 }
 
-// write makes the note.
-func (s sysctls) write(n int) error {
-	if err := os.MkdirAll(filepath.Dir(s.note), 0o755); err != nil {
+func (s sysctls) note(name string) string { return s.notes + name }
+
+// write makes the note of a setting: the value before, and whose namespace's it is.
+func (s sysctls) write(name string, before int) error {
+	path := s.note(name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
-	if err := os.Remove(s.note); err != nil && !errors.Is(err, fs.ErrNotExist) { // it may be another user's
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) { // it may be another user's
 		return err
 	}
-	return os.WriteFile(s.note, fmt.Appendf(nil, "%d\n", n), 0o644)
+	return os.WriteFile(path, fmt.Appendf(nil, "%d %d\n", before, s.cookie), 0o644)
 }
 
-// restore puts back what raise changed, unless somebody else changed it since.
-func (s sysctls) restore() error {
-	b, err := os.ReadFile(s.note)
+// restore undoes raise for a setting, by the note of whichever process raised it, unless
+// somebody changed the setting since.
+func (s sysctls) restore(name string) error {
+	b, err := os.ReadFile(s.note(name))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("read note of sysctl: %w", err)
 	}
-	if now, err := s.read(expectMax); err == nil && now == wantedExpectMax {
-		if err := os.WriteFile(filepath.Join(s.dir, expectMax), b, 0); err != nil {
+	var before int
+	var cookie uint64
+	_, broken := fmt.Sscan(string(b), &before, &cookie) // as by a full disk
+	if now, err := s.read(name); broken == nil && cookie == s.cookie && err == nil && now == wanted[name] {
+		if err := os.WriteFile(filepath.Join(s.dir, name), fmt.Appendf(nil, "%d\n", before), 0); err != nil {
 			return fmt.Errorf("restore sysctl: %w", err)
 		}
 	}
-	if err := os.Remove(s.note); err != nil {
+	if err := os.Remove(s.note(name)); err != nil {
 		return fmt.Errorf("remove note of sysctl: %w", err)
 	}
 	return nil
+}
+
+// restoreAll restores every setting.
+func (s sysctls) restoreAll() error {
+	var errs []error
+	for name := range wanted {
+		errs = append(errs, s.restore(name))
+	}
+	return errors.Join(errs...)
 }

@@ -1,0 +1,169 @@
+package e2e
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+const accounting = "net.netfilter.nf_conntrack_acct"
+
+// wantAccounting wants the setting to have a value.
+func (s *scene) wantAccounting(when, want string) {
+	s.T.Helper()
+	got, err := s.Gateway.Sysctl(accounting)
+	s.Must(err)
+	if got != want {
+		s.T.Errorf("%s: %s is %s, want %s", when, accounting, got, want)
+	}
+}
+
+// wantNoNote wants no note of the setting in /run/conenatd.
+func (s *scene) wantNoNote() {
+	s.T.Helper()
+	var note string
+	s.Must(s.Gateway.Do(func() (err error) {
+		note, err = control.File(".nf_conntrack_acct")
+		return err
+	}))
+	if _, err := os.Stat(note); !errors.Is(err, fs.ErrNotExist) {
+		s.T.Errorf("the note %s is there: %v", note, err)
+	}
+}
+
+// Each backend counts packets while it runs, and the setting is what it was when the daemon
+// has stopped.
+//
+// Fails when New does not raise the setting, and when Close does not restore it.
+func TestAccountingIsOnWhileTheDaemonRuns(t *testing.T) {
+	for _, backend := range []string{"auto", "nft", "expect"} {
+		for _, before := range []string{"0", "1"} {
+			t.Run(backend+", before "+before, func(t *testing.T) {
+				s := newScene(t, lab.Options{})
+				s.Must(s.Gateway.SetSysctl(accounting, before))
+				s.Start("--subnet", lab.InsideNet.String(), "--backend="+backend)
+				s.wantAccounting("while it runs", "1")
+				if !s.Status().Accounting {
+					t.Error("status says that it is off")
+				}
+				s.Stop()
+				s.wantAccounting("after the stop", before)
+				s.wantNoNote()
+			})
+		}
+	}
+}
+
+// Fails when Cleanup does not restore the setting, or the next start forgets what it was.
+func TestAccountingIsRestoredAfterKill(t *testing.T) {
+	for name, end := range map[string]func(s *scene){
+		"by cleanup": func(s *scene) {
+			if out, code := s.CLI("cleanup"); code != 0 {
+				s.T.Errorf("cleanup: exit %d, %q", code, out)
+			}
+		},
+		"by the next daemon": func(s *scene) {
+			s.Start("--subnet", lab.InsideNet.String())
+			s.wantAccounting("while the next one runs", "1")
+			s.Stop()
+		},
+	} {
+		for _, before := range []string{"0", "1"} {
+			t.Run(name+", before "+before, func(t *testing.T) {
+				s := newScene(t, lab.Options{})
+				s.Must(s.Gateway.SetSysctl(accounting, before))
+				s.Start("--subnet", lab.InsideNet.String())
+				s.Kill()
+				s.wantAccounting("after the kill", "1")
+				end(s)
+				s.wantAccounting("at last", before)
+				s.wantNoNote()
+			})
+		}
+	}
+}
+
+// Fails when the reconcile raises the setting, when status does not say that it is off, and
+// when a stop sets it without a look at what it is.
+func TestAccountingThatTheUserTurnsOffStaysOff(t *testing.T) {
+	for _, before := range []string{"0", "1"} {
+		t.Run("before "+before, func(t *testing.T) {
+			s := newScene(t, lab.Options{})
+			s.Must(s.Gateway.SetSysctl(accounting, before))
+			s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1s")
+			s.Must(s.Gateway.SetSysctl(accounting, "0"))
+			// Without events a reconcile has to find the flows: before it finds the second one,
+			// it has ended after the first.
+			s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_events", "0"))
+			for port := range uint16(2) {
+				phone, proxy := s.InsideSocket(0, 5060+port), s.PeerSocket(lab.PeerA, 5060+port)
+				s.Stands(phone, proxy, s.Contact(phone, proxy))
+			}
+			s.wantAccounting("after a reconcile", "0")
+			if out, code := s.CLI("status"); code != 0 || !strings.Contains(out, "accounting     off (nf_conntrack_acct)") {
+				t.Errorf("exit %d, status does not say that it is off:\n%s", code, out)
+			}
+			s.Stop()
+			s.wantAccounting("after the stop", "0")
+			s.wantNoNote()
+		})
+	}
+}
+
+// What stands goes on with on_stop = "keep", and so does the setting; without anything that
+// stands there is nothing to keep.
+//
+// Fails when Close restores the setting in any case.
+func TestAccountingIsKeptWithThePermissions(t *testing.T) {
+	s := play(t, lab.Options{}, "--on-stop", "keep")
+	s.Stop()
+	s.wantAccounting("after a stop that keeps nothing", "0")
+	s.Start("--subnet", lab.InsideNet.String(), "--on-stop", "keep")
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	s.Stands(phone, proxy, s.Contact(phone, proxy))
+	s.Stop()
+	s.wantAccounting("after a stop that keeps", "1")
+	if out, code := s.CLI("cleanup"); code != 0 {
+		t.Errorf("cleanup: exit %d, %q", code, out)
+	}
+	s.wantAccounting("after cleanup", "0")
+	s.wantNoNote()
+}
+
+// A flow that is older than the daemon has no counters: as long as it lives it holds its
+// permission, though the peer alone feeds it. One that begins later does not.
+//
+// Fails when the daemon does not turn on the counters.
+func TestPeerAloneHoldsOnlyAFlowOlderThanTheCounters(t *testing.T) {
+	s := newScene(t, lab.Options{Inside: 2})
+	older, newer := s.InsideSocket(0, 5060), s.InsideSocket(1, 5061)
+	proxy := s.PeerSocket(lab.PeerA, 5060)
+	extOlder := s.Contact(older, proxy)
+	s.Start("--subnet", lab.InsideNet.String(), "--lifetime", "2s", "--reconcile", "1s")
+	extNewer := s.Contact(newer, proxy)
+	s.Stands(newer, proxy, extNewer)
+	feed := func() {
+		s.Must(proxy.Send(extOlder, "x"))
+		s.Must(proxy.Send(extNewer, "x"))
+	}
+	s.Until("that of the newer flow ended", func() bool {
+		feed()
+		return slices.ContainsFunc(s.List(), func(p control.Permission) bool {
+			return p.Int == newer.Addr() && p.State == "refused"
+		})
+	})
+	for end := time.Now().Add(6 * time.Second); time.Now().Before(end); {
+		feed()
+		s.Stands(older, proxy, extOlder)
+	}
+	if !hasPort(s.ConntrackList("-p", "udp"), newer) {
+		t.Errorf("the newer flow is gone, so this shows nothing\n%s", s.Dump())
+	}
+}
