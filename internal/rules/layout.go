@@ -91,6 +91,9 @@ const (
 	// gateway, and admittedSize bounds how many are on their way.
 	admittedTimeout = time.Second
 	admittedSize    = 1 << 18
+	// learnedSize bounds the flows that the kernel remembers to have learned from. When one
+	// beyond them ends, its port passes on by the daemon alone.
+	learnedSize = 1 << 17
 )
 
 // A layout is the contents of one of our tables.
@@ -486,7 +489,7 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	// Whatever had the same answers has ended. So the outside port passes to this flow, and
 	// what the peer sends must not reach the host of that one any more.
 	flows := l.set(learnedSet, flowKey...)
-	flows.HasTimeout, flows.Timeout, flows.Dynamic, flows.free, flows.Size = true, savedTimeout, true, true, uint32(c.Size)
+	flows.HasTimeout, flows.Timeout, flows.Dynamic, flows.free, flows.Size = true, savedTimeout, true, true, uint32(min(c.Size, learnedSize))
 	for _, k := range kinds {
 		l.rule(learn, "a flow with the same answers has ended", join(
 			ctStatus, masked(ctConfirmed), is(ne32(0)), isUDP, replyFlow, in(flows),
