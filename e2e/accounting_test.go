@@ -110,6 +110,11 @@ func TestAccountingThatTheUserTurnsOffStaysOff(t *testing.T) {
 			if out, code := s.CLI("status"); code != 0 || !strings.Contains(out, "accounting     off (nf_conntrack_acct)") {
 				t.Errorf("exit %d, status does not say that it is off:\n%s", code, out)
 			}
+			const warning = "the kernel does not count packets"
+			s.told(warning)
+			s.Must(s.Gateway.SetSysctl(accounting, "1"))
+			s.over(warning)
+			s.Must(s.Gateway.SetSysctl(accounting, "0"))
 			s.Stop()
 			s.wantAccounting("after the stop", "0")
 			s.wantNoNote()

@@ -492,6 +492,9 @@ func (d *Daemon) warnings() (out warnings) {
 	if n, err := d.conntrack.read(events); err == nil && n == 0 {
 		out.add("events", "the kernel sends no conntrack events: permissions come late, at each reconcile; set net.netfilter.nf_conntrack_events = 2")
 	}
+	if n, err := d.conntrack.read(acct); err == nil && n == 0 {
+		out.add("accounting", "the kernel does not count packets: a peer alone can keep a permission; set net.netfilter.nf_conntrack_acct = 1")
+	}
 	for _, name := range d.network.Missing {
 		out.add("missing "+name, "outside link %s is not there: it counts as soon as it is, or correct its name in the key outside (there are %s)",
 			name, strings.Join(d.network.LinkNames(), ", "))
