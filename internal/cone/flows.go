@@ -215,7 +215,7 @@ func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 // a new flow of another host have a port if any flow with the same answers has ended.
 func (m *Model) putBack(i int32) {
 	c := &m.claims[i]
-	if m.policy.Learned && !m.snap.showing && c.state == StateStanding && c.placed.By&ByMap != 0 {
+	if m.policy.Learned && c.state == StateStanding && c.placed.By&ByMap != 0 {
 		m.op(Op{Kind: Grant, Permission: c.Permission, By: ByMap})
 	}
 }

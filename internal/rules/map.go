@@ -133,21 +133,27 @@ func (m *Map) gone(err error) bool {
 	return gone
 }
 
-// replace makes p, with its port and its mark, stand in place of what has its key.
-func (m *Map) replace(p cone.Permission) error {
+// replace makes p, with its port and its mark, stand in place of what has its key. With an
+// error nothing has it.
+func (m *Map) replace(p cone.Permission) (err error) {
 	errs := m.errs
-	defer func() { m.errs = errs }()
 	one := []cone.Permission{p}
+	defer func() {
+		if err != nil {
+			m.transact(one, m.remove)
+		}
+		m.errs = errs
+	}()
 	put := func(add, renew func(seq uint32, p *cone.Permission)) error {
 		if m.transact(one, add); anothers(m.errs[0]) {
 			m.transact(one, renew)
 		}
 		return m.errs[0]
 	}
-	if p.Mark != 0 {
-		if err := put(m.mark, m.remark); err != nil {
-			return err
-		}
+	if p.Mark == 0 {
+		m.transact(one, m.unmark) // there may be none
+	} else if err := put(m.mark, m.remark); err != nil {
+		return err
 	}
 	if err := put(m.port, m.report); err != nil {
 		return err

@@ -508,7 +508,8 @@ func TestRefreshRenewsTheTimeoutAndTellsWhatIsLost(t *testing.T) {
 	in := netip.MustParseAddrPort("10.47.11.109:5060")
 	p, gone, q := permission(ext, in, lab.PeerA), permission(ext, in, lab.PeerB), permission(ext, in, lab.PeerC)
 	g.m.SetLifetime(time.Minute)
-	g.grant(p, q)
+	g.grant(p)
+	g.grant(q)
 	g.m.SetLifetime(time.Hour)
 	var lost []int
 	g.m.Refresh([]cone.Permission{p, gone, q}, func(i int) { lost = append(lost, i) })
@@ -725,6 +726,14 @@ func TestMarksStandAndGoWithTheirPermissions(t *testing.T) {
 	}
 	q := p
 	q.Int.Port++
+	q.Mark = 0
+	g.grant(q)
+	g.holds(plain, q)
+	if list := marks(); strings.Contains(list, "elements") {
+		t.Error("the mark of the former one stands:", list)
+	}
+	q.Mark = p.Mark
+	g.grant(p)
 	g.grant(q)
 	g.holds(plain, q)
 
