@@ -64,7 +64,7 @@ const half = `^Test[A-M]`
 // than CI may; commandEnv runs others.
 const core = `^Test(Peer|Two|IPv|Routed|Child|Answered|PermissionOutlives|Early|Guard|Stop|Restart|Cleanup|Connmark|Shared|SNAT|` +
 	`Firewalls|Helper|Group|Auto|Tables|Port|Outside|FlowIs|` +
-	`NFT(Learns|Outlives|RunsOut|Second|Children|Unanswered|Stop|Restart|Group|Filtering|Hairpin|Forward|Consoles|Chain))`
+	`NFT(Learns|Outlives|RunsOut|Second|Children|Unanswered|Stop|Restart|Group|Filtering|Hairpin|Forward|Consoles|Chain|PortPasses))`
 
 // suspend is the last job: 9p does not survive it, so the guest loses the host's files.
 // What runs then is in memory; a shell of the host's could not even end. A serial
