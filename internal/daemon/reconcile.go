@@ -382,7 +382,8 @@ func (d *Daemon) compareLists(ofMap bool, asked func(cone.Key) bool) error {
 			d.model.Surplus(d.now(), cone.Permission{Key: k, Int: s.in}, cone.ByExpectation)
 		}
 		for k, s := range found.nft {
-			if d.cfg.Lifetime-s.left > learnedTime {
+			// With more than a lifetime left it is not learned: somebody added it.
+			if age := d.cfg.Lifetime - s.left; age > learnedTime || age < -time.Second {
 				d.model.Surplus(d.now(), cone.Permission{Key: k, Int: s.in}, cone.ByMap)
 			}
 		}
