@@ -290,7 +290,7 @@ func (m *Model) deny(i int32) {
 // children.
 func (m *Model) withdraw(i int32, r Reason) { m.withdrawFrom(i, AllCarriers, r) } // the kernel may have learned it, too
 
-// withdrawFrom leaves it to others by the other carriers.
+// withdrawFrom does the same for some carriers. The caller sees to the others.
 func (m *Model) withdrawFrom(i int32, by Carriers, r Reason) {
 	c := &m.claims[i]
 	if c.state != StateStanding {

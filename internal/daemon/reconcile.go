@@ -30,8 +30,8 @@ const (
 	// 5 s, and to ask for each of them 0.6 s.
 	listedAtMost = 1 << 15
 
-	// ownedParts is the number of parts of such a map, one of which is asked for each time
-	// if nobody but the daemon can change the map.
+	// ownedParts is into how many parts a map larger than that is divided if the kernel
+	// lets only the daemon change it. Each reconcile asks for the elements of one part.
 	ownedParts = 4
 
 	// learnedTime is how long after the kernel learned a permission the model

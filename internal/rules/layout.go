@@ -486,8 +486,9 @@ func (l *layout) learn(d Desired, kinds []kind) {
 		l.rule(learn, "the daemon forbids it", join(k.flowKey(), in(denied), accept))
 	}
 	l.rule(learn, "too many at a time", join(ctOriginalSource, limited(learners, c.LearnRate), count(limitedCounter), accept))
-	// Whatever had the same answers has ended. So the outside port passes to this flow, and
-	// what the peer sends must not reach the host of that one any more.
+	// No two flows have the same answers. If an earlier flow had those of this one, it has
+	// ended, and this flow's host has the outside port now: the peer's packets must not
+	// reach the earlier host any more.
 	flows := l.set(learnedSet, flowKey...)
 	flows.HasTimeout, flows.Timeout, flows.Dynamic, flows.free, flows.Size = true, savedTimeout, true, true, uint32(min(c.Size, learnedSize))
 	for _, k := range kinds {

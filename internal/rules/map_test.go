@@ -508,8 +508,7 @@ func TestRefreshRenewsTheTimeoutAndTellsWhatIsLost(t *testing.T) {
 	in := netip.MustParseAddrPort("10.47.11.109:5060")
 	p, gone, q := permission(ext, in, lab.PeerA), permission(ext, in, lab.PeerB), permission(ext, in, lab.PeerC)
 	g.m.SetLifetime(time.Minute)
-	g.grant(p)
-	g.grant(q)
+	g.grant(p, q)
 	g.m.SetLifetime(time.Hour)
 	var lost []int
 	g.m.Refresh([]cone.Permission{p, gone, q}, func(i int) { lost = append(lost, i) })

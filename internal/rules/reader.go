@@ -297,10 +297,10 @@ func (r *ForwardReader) rules(k tableKey) (rulePrints, error) {
 	return prints, nil
 }
 
-// sameRules reports whether a table has those rules whose prints are known, and no other:
-// a dump has no unknown one, and dumps that were interrupted have all known ones together.
-// The kernel shows a rule that a transaction adds and deletes again for a moment, so an
-// interrupted dump with an unknown one is made again, once.
+// sameRules reports whether a table has the rules whose prints are known, and no others.
+// An interrupted dump may leave out known rules, so the dump is repeated until all of them
+// were seen. It may also show a rule that one transaction adds and deletes again, so one
+// interrupted dump with an unknown rule is ignored.
 //
 // An interrupted dump may also leave out a new rule. Then somebody's transaction ended
 // meanwhile, which is a reason to read again.
