@@ -25,14 +25,21 @@ func (s *scene) wantAccounting(when, want string) {
 	}
 }
 
-// wantNoNote wants no note of the setting in /run/conenatd.
-func (s *scene) wantNoNote() {
+// noteOfAccounting is the path of the note of what the setting was.
+func (s *scene) noteOfAccounting() string {
 	s.T.Helper()
 	var note string
 	s.Must(s.Gateway.Do(func() (err error) {
 		note, err = control.File(".nf_conntrack_acct")
 		return err
 	}))
+	return note
+}
+
+// wantNoNote wants no note of the setting.
+func (s *scene) wantNoNote() {
+	s.T.Helper()
+	note := s.noteOfAccounting()
 	if _, err := os.Stat(note); !errors.Is(err, fs.ErrNotExist) {
 		s.T.Errorf("the note %s is there: %v", note, err)
 	}

@@ -116,7 +116,23 @@ type Scene struct {
 // New makes a lab without a daemon.
 func New(t *testing.T, o lab.Options) *Scene {
 	t.Helper()
-	return &Scene{Lab: lab.ForTest(t, o), T: t, Exe: exe}
+	s := &Scene{Lab: lab.ForTest(t, o), T: t, Exe: exe}
+	t.Cleanup(s.forget)
+	return s
+}
+
+// forget removes what killed daemons left in /run/conenatd.
+func (s *Scene) forget() {
+	var prefix string
+	s.Must(s.Gateway.Do(func() (err error) {
+		prefix, err = control.File(".")
+		return err
+	}))
+	left, err := filepath.Glob(prefix + "*")
+	s.Must(err)
+	for _, path := range left {
+		s.Must(os.Remove(path))
+	}
 }
 
 // Serve starts a daemon that serves the inside network.

@@ -135,7 +135,11 @@ func (s sysctls) restore(name string) error {
 			return fmt.Errorf("restore sysctl: %w", err)
 		}
 	}
-	if err := os.Remove(s.note(name)); err != nil {
+	err = os.Remove(s.note(name))
+	if broken == nil && cookie != s.cookie && errors.Is(err, fs.ErrPermission) {
+		return nil // another user's, for a namespace that is gone
+	}
+	if err != nil {
 		return fmt.Errorf("remove note of sysctl: %w", err)
 	}
 	return nil
