@@ -44,7 +44,14 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 
 // Verify lets the daemon compare itself with the kernel.
 func (c *Client) Verify(ctx context.Context) (Verification, error) {
-	return fetch[Verification](ctx, c, http.MethodGet, pathVerify)
+	answer, err := fetch[struct {
+		Verification
+		failure
+	}](ctx, c, http.MethodGet, pathVerify)
+	if err == nil && answer.Error != "" {
+		err = answer.fault()
+	}
+	return answer.Verification, err
 }
 
 // Permissions calls f for each permission as it arrives, until f returns an

@@ -37,7 +37,7 @@ type Source interface {
 	// own work must not wait for it: hold no lock meanwhile.
 	Permissions(yield func(Permission) bool) error
 
-	// Verify compares the daemon with the kernel. It may take seconds.
+	// Verify compares the daemon with the kernel. It may take minutes.
 	Verify() (Verification, error)
 
 	// Reload reads the configuration again. With an error nothing changed.
@@ -116,8 +116,7 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case r.URL.Path == pathPermissions:
 		h.list(w, r)
 	case r.URL.Path == pathVerify:
-		v, err := h.src.Verify()
-		answer(w, v, err)
+		h.verify(w)
 	case r.URL.Path == pathReload:
 		answer(w, result{}, h.src.Reload())
 	case r.URL.Path == pathRevoke:
@@ -143,6 +142,22 @@ func (h handler) revoke(w http.ResponseWriter, r *http.Request) {
 	}
 	n, err := h.src.Revoke(words)
 	answer(w, result{n}, err)
+}
+
+// verify begins its answer at once: a look at a million permissions may take longer than a
+// client waits for that. If it fails, the answer is a failure all the same.
+func (h handler) verify(w http.ResponseWriter) {
+	w.Header().Set("Content-Type", "application/json")
+	conn := http.NewResponseController(w)
+	_ = conn.SetWriteDeadline(time.Time{})
+	_ = conn.Flush()
+	var answer any
+	answer, err := h.src.Verify()
+	if err != nil {
+		answer = failure{err.Error()}
+	}
+	_ = conn.SetWriteDeadline(time.Now().Add(answerTime))
+	_ = json.NewEncoder(w).Encode(answer) // the client is gone
 }
 
 // answer tells how a command went.

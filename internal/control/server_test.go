@@ -64,6 +64,38 @@ func TestAnIncompleteListIsAnError(t *testing.T) {
 	}
 }
 
+// verifier is a Source whose Verify waits for the next error to return.
+type verifier struct {
+	source
+	errs chan error
+}
+
+func (v verifier) Verify() (Verification, error) { return Verification{Flows: 7}, <-v.errs }
+
+// A client waits for the beginning of an answer only so long.
+//
+// Fails when verify answers after it has looked.
+func TestVerifyBeginsItsAnswerAtOnce(t *testing.T) {
+	src := verifier{errs: make(chan error, 1)}
+	path, _ := start(t, src)
+	c := Dial(path)
+	c.http.Transport.(*http.Transport).ResponseHeaderTimeout = patience
+	for _, want := range []error{nil, errors.New("list permissions: interrupted")} {
+		body, err := c.ask(t.Context(), http.MethodGet, pathVerify)
+		src.errs <- want
+		if err != nil {
+			t.Fatal(err)
+		}
+		body.Close()
+
+		src.errs <- want
+		v, err := c.Verify(t.Context())
+		if want == nil && (err != nil || v.Flows != 7) || want != nil && (err == nil || err.Error() != "conenatd answers: "+want.Error()) {
+			t.Errorf("verify: %+v, %v, want %v", v, err, want)
+		}
+	}
+}
+
 func TestTheCallersErrorEndsTheList(t *testing.T) {
 	path, stop := start(t, source{each: endless})
 	want := errors.New("enough")
