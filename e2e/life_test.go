@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -70,6 +71,52 @@ func TestAnsweredChildHoldsThePermission(t *testing.T) {
 		return time.Since(began) > 6*time.Second
 	})
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
+}
+
+// What a daemon reads late was true earlier: it extends nothing. A flow that began just
+// now has its permission all the same, which the kernel's timeout of the flow shows.
+//
+// Fails when delay is always zero, or when a reconcile does not follow.
+func TestDaemonThatWasStoppedExtendsNothing(t *testing.T) {
+	for _, backend := range []string{"auto", "expect"} {
+		t.Run(backend, func(t *testing.T) {
+			s := play(t, lab.Options{}, "--backend="+backend, "--lifetime=6s", "--reconcile=1h")
+			s.Must(s.Daemon.Pause())
+			began := time.Now()
+			old, young, proxy := s.InsideSocket(0, 5060), s.InsideSocket(0, 5062), s.PeerSocket(lab.PeerA, 5060)
+			s.Contact(old, proxy)
+			s.Until("two lifetimes passed", func() bool { return time.Since(began) > 12*time.Second })
+			ext := s.Contact(young, proxy)
+			s.Must(s.Daemon.Resume())
+			s.Stands(young, proxy, ext)
+			for _, p := range s.List() {
+				if p.Int == old.Addr() && p.State == "standing" {
+					t.Errorf("a permission stands two lifetimes after the last packet: %+v", p)
+				}
+			}
+			s.Arrives(young, s.PeerSocket(lab.PeerA, 5070), ext)
+		})
+	}
+}
+
+// A flow without counters that lives on is not heard all the time.
+//
+// Fails when the model does not know the timeouts of flows.
+func TestPermissionEndsALifetimeAfterTheLastPacketWithoutCounters(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	s.Start("--subnet", lab.InsideNet.String(), "--lifetime=4s", "--reconcile=1s")
+	s.Must(s.Gateway.SetSysctl(accounting, "0"))
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	s.Until("the permission ended", func() bool {
+		return !slices.ContainsFunc(s.List(), func(p control.Permission) bool { return p.State == "standing" })
+	})
+	if !slices.ContainsFunc(s.ConntrackList("-p", "udp"), func(l string) bool {
+		return strings.Contains(l, "src="+phone.Addr().Addr().String()+" ")
+	}) {
+		t.Error("it ended with its flow")
+	}
 }
 
 func TestFlowOlderThanTheDaemonGetsItsPermission(t *testing.T) {

@@ -6,6 +6,10 @@ import (
 	"time"
 )
 
+// SetTimeouts tells how long the kernel keeps flows, from which the model tells when they
+// had their last packet.
+func (m *Model) SetTimeouts(t Timeouts) { m.timeouts = t }
+
 // SetTopology tells the model the gateway's links and addresses. Permissions on
 // an address that the gateway had and has no more end at once. For a lifetime flows
 // with that address give none either: their events may still be on the way.
@@ -204,10 +208,8 @@ func (m *Model) carryOn(now time.Duration, x fedPermission) {
 		}
 		return
 	}
-	i := m.claim(now, x.Permission)
-	c := &m.claims[i]
-	c.fed = x.fed
-	if m.allowed(c) {
+	i := m.claim(x.Permission, x.fed)
+	if m.allowed(&m.claims[i]) {
 		m.grant(now, i)
 	}
 	m.settle(now, i)
@@ -237,12 +239,11 @@ func (m *Model) Adopt(now time.Duration, p Permission, by Carriers, ends time.Du
 		}
 		return
 	}
-	i := m.claim(now, p)
+	i := m.claim(p, min(ends-m.policy.Lifetime, now))
 	c := &m.claims[i]
 	m.setState(i, StateStanding, ReasonNone)
 	m.setPlacement(i, Placement{By: by})
 	c.made, c.certain = now, true
-	c.fed = min(ends, now+m.policy.Lifetime) - m.policy.Lifetime
 	c.refresh = now
 	m.wheel.schedule(i, min(c.refresh, c.fed+m.policy.Lifetime))
 	if !m.allowed(c) {

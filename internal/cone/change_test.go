@@ -530,3 +530,70 @@ func TestWhatIsToldTooLateExtendsNothing(t *testing.T) {
 		})
 	}
 }
+
+// What the kernel still keeps of a flow tells when it had its last packet, however late
+// somebody looks; what is told late was true earlier.
+//
+// Each fails when heard leaves out what it is about.
+func TestPermissionEndsALifetimeAfterTheLastPacket(t *testing.T) {
+	const in, minute = "10.47.11.109:1", time.Minute
+	timeouts := Timeouts{UDP: minute / 2, Stream: 2 * minute}
+	for name, tc := range map[string]struct {
+		now    time.Duration
+		change func(f *Flow)
+		gone   bool
+		want   time.Duration // when the flow had its last packet
+	}{
+		"just now":                 {minute, func(f *Flow) { f.Left = 30 * time.Second }, false, minute},
+		"a while ago":              {minute, func(f *Flow) { f.Left = 10 * time.Second }, false, minute - 19*time.Second},
+		"a stream":                 {minute, func(f *Flow) { f.Left, f.Status = 100*time.Second, f.Status|StatusAssured }, false, minute - 19*time.Second},
+		"in a flowtable":           {minute, func(f *Flow) { f.Left, f.Status = time.Second, f.Status|StatusOffload }, false, minute},
+		"with a longer timeout":    {minute, func(f *Flow) { f.Left = time.Hour }, false, minute},
+		"over":                     {minute, func(f *Flow) {}, true, minute - 30*time.Second},
+		"over, a stream":           {3 * minute, func(f *Flow) { f.Status |= StatusAssured }, true, minute},
+		"ended before its time":    {minute, func(f *Flow) { f.Left = 29 * time.Second }, true, minute},
+		"told late":                {minute, func(f *Flow) { f.Left, f.Late = 29*time.Second, 20*time.Second }, false, minute - 20*time.Second},
+		"its end told late":        {minute, func(f *Flow) { f.Late = 10 * time.Second }, true, minute - 40*time.Second},
+		"before it was seen first": {minute, func(f *Flow) { f.Late = minute }, true, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, func(p *Policy) { p.Lifetime = 10 * minute })
+			f := d.open(0, in, "203.0.113.5:9")
+			d.m.SetTimeouts(timeouts)
+			if tc.change(f); tc.gone {
+				d.m.FlowGone(tc.now, f)
+			} else {
+				d.seen(tc.now, f)
+			}
+			if got := d.view(in).Expires; got != tc.want+10*minute {
+				t.Errorf("it ends at %v, want %v", got, tc.want+10*minute)
+			}
+		})
+	}
+}
+
+// A flow of which the daemon reads when its permission would be over has none, until it
+// shows that it goes on.
+func TestFlowToldTooLateHasNoPermission(t *testing.T) {
+	const in, from, ext = "10.47.11.109:1", "203.0.113.5:9", "198.51.100.1:1"
+	d := newDesk(t, nil)
+	d.m.SetTimeouts(Timeouts{UDP: 4 * lifetime, Stream: 4 * lifetime})
+	f := &Flow{
+		ID: 1, Status: StatusSrcNAT, Src: ep(in), Dst: ep(from), ReplySrc: ep(from), ReplyDst: ep(ext),
+		OrigPackets: 1, HasCounters: true, Left: 4 * lifetime, Late: 2 * lifetime,
+	}
+	d.wantOps("told late", d.seen(3*lifetime, f))
+	f.Late = 0
+	f.Left = 2*lifetime - time.Second
+	d.wantOps("it was silent since", d.snapshot(3*lifetime, f))
+	young := *f
+	young.ID, young.Src, young.ReplyDst, young.Late = 2, ep("10.47.11.110:2"), ep("198.51.100.1:2"), 2*lifetime
+	d.wantOps("another one, told late", d.seen(3*lifetime, &young))
+	young.Late, young.Left = 0, 4*lifetime-2*time.Second
+	d.wantOps("it is young", d.snapshot(3*lifetime+1, f, &young), Grant)
+	f.Left = 4*lifetime - 2*time.Second
+	d.wantOps("shown again", d.snapshot(3*lifetime+2, f)) // no more packets: somebody else's
+	f.OrigPackets++
+	d.wantOps("sent again", d.snapshot(3*lifetime+3, f), Grant)
+	d.want(in, "10.47.11.110:2")
+}

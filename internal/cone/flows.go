@@ -190,7 +190,7 @@ func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 		}
 		return
 	}
-	i := m.claim(now, p)
+	i := m.claim(p, m.heard(now, f))
 	m.addFlow(now, i, f, false)
 	if m.revokedBefore(p.Key) {
 		m.keepRevoked(now, i)
@@ -199,10 +199,13 @@ func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	if !s.Mapping && f.Status.Has(StatusSrcNAT) && (p.Wild > 0 || p.Peer == f.ReplySrc.Addr) {
 		m.compare(f.Src, f.ReplyDst)
 	}
+	over := now >= m.claims[i].fed+m.policy.Lifetime
 	switch o := m.owner(p.Key); {
+	case o == i && over:
+		m.setState(i, StateRefused, ReasonIdle)
 	case o == i:
 		m.grant(now, i)
-	case m.claims[o].lingers():
+	case !over && m.claims[o].lingers():
 		m.end(now, o, ReasonYielded)
 	default:
 		m.claims[i].reason = ReasonConflict
@@ -307,13 +310,32 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known 
 		fed = uint32(packets) != fl.packets
 	}
 	fl.id, fl.packets, fl.gen = f.ID, uint32(packets), m.snap.gen
+	if f.Late > 0 {
+		fl.packets-- // the next look tells when the last of them passed
+	}
 	if child {
 		m.setAnswered(fl, f.Status.Has(StatusSeenReply))
 	}
 	if fed {
-		m.feed(now, i)
+		m.feed(now, i, m.heard(now, f))
 	}
 	return known
+}
+
+// heard returns when the last packet of f passed, as far as the kernel tells. Who sent it
+// is not known. In a flowtable the timeout stands still.
+func (m *Model) heard(now time.Duration, f *Flow) time.Duration {
+	if f.Status.Has(StatusOffload) {
+		return now
+	}
+	kept, left := m.timeouts.UDP, f.Left
+	if f.Status.Has(StatusAssured) {
+		kept = m.timeouts.Stream
+	}
+	if left > 0 {
+		left += time.Second // it is rounded down
+	}
+	return now - f.Late - max(0, kept-left)
 }
 
 func (m *Model) newFlow(k flowKey, peer Addr) int32 {

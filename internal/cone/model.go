@@ -71,8 +71,9 @@ func (k Key) extKey() extKey { return extKey{k.Ext, k.Zone} }
 //
 // Times are durations since any fixed start; they must not run backwards.
 type Model struct {
-	policy policy
-	topo   topology
+	policy   policy
+	topo     topology
+	timeouts Timeouts
 
 	claims    []claim
 	free      []int32 // unused indexes of claims
@@ -172,12 +173,12 @@ func (m *Model) owner(k Key) int32 {
 	return none
 }
 
-// claim makes the claim p and decides whether it stands.
-func (m *Model) claim(now time.Duration, p Permission) int32 {
+// claim makes the claim p, which was fed from inside at the given time.
+func (m *Model) claim(p Permission, fed time.Duration) int32 {
 	i := m.alloc()
 	c := &m.claims[i]
 	*c = claim{
-		Permission: p, state: StateWaiting, fed: now, subnet: m.policy.index(p.Int.Addr.Netip()),
+		Permission: p, state: StateWaiting, fed: fed, subnet: m.policy.index(p.Int.Addr.Netip()),
 		flows: none, nextKey: none, extPrev: none, extNext: none, slot: none,
 	}
 	m.stats.Waiting++
@@ -406,10 +407,17 @@ func (m *Model) settle(now time.Duration, i int32) {
 	}
 }
 
-// feed notes that claim i was fed from inside at now.
-func (m *Model) feed(now time.Duration, i int32) {
+// feed notes that claim i was fed from inside at the given time.
+func (m *Model) feed(now time.Duration, i int32, at time.Duration) {
 	c := &m.claims[i]
-	c.fed, c.ends = now, 0
+	c.fed = max(c.fed, at)
+	if now >= c.fed+m.policy.Lifetime {
+		return
+	}
+	if c.ends != 0 { // it was asked about, and is not to wait for its end
+		c.ends = 0
+		m.wheel.schedule(i, min(c.refresh, c.fed+m.policy.Lifetime))
+	}
 	if c.state == StateRefused && c.reason == ReasonIdle {
 		m.grant(now, i)
 	}

@@ -50,7 +50,9 @@ type world struct {
 	denied  map[Key]time.Duration    // not to be learned until then
 	flows   []*Flow                  // alive
 	sent    map[uint32]time.Duration // by flow: its last packet from inside
+	last    map[uint32]time.Duration // by flow: its last packet
 	acct    bool
+	timed   bool // timeouts are known
 	nextID  uint32
 	peers   int // addresses outside
 	full    int // grants to be refused, in percent
@@ -63,7 +65,8 @@ func newWorld(t *testing.T, seed uint64, p Policy) *world {
 		t: t, rnd: rand.New(rand.NewPCG(seed, 1)),
 		m: New(p), ref: newRef(p, testTopology), policy: p, peers: 2,
 		kernel: map[Key]Endpoint{}, by: map[Key]Carriers{}, fell: map[Key]time.Duration{},
-		taught: map[Key]bool{}, learned: map[[2]Endpoint]bool{}, denied: map[Key]time.Duration{}, sent: map[uint32]time.Duration{},
+		taught: map[Key]bool{}, learned: map[[2]Endpoint]bool{}, denied: map[Key]time.Duration{},
+		sent: map[uint32]time.Duration{}, last: map[uint32]time.Duration{},
 	}
 	if len(p.PeerGroups) > 0 {
 		w.peers = 3
@@ -153,6 +156,9 @@ func (w *world) check() {
 	}
 	expected, mapped := 0, 0
 	for _, c := range w.ref.claims {
+		if i := w.m.find(c.Key, c.Int); i == none || w.m.claims[i].fed != c.fed {
+			w.failf("%v was fed at another time than %v", c.Permission, c.fed)
+		}
 		if c.state != StateStanding {
 			continue
 		}
@@ -181,6 +187,15 @@ func (w *world) permits(peer Addr, ext Endpoint) bool {
 	return false
 }
 
+// setTimed lets the model know how long the kernel keeps flows, or not.
+func (w *world) setTimed(timed bool) {
+	w.timed, w.ref.kept = timed, 0
+	if timed {
+		w.ref.kept = kept
+	}
+	w.m.SetTimeouts(Timeouts{w.ref.kept, w.ref.kept})
+}
+
 func (w *world) seen(f *Flow) {
 	w.m.FlowSeen(w.now, f)
 	w.ref.seen(w.now, f)
@@ -191,7 +206,7 @@ func (w *world) gone(i int) {
 	f := w.flows[i]
 	w.flows = append(w.flows[:i], w.flows[i+1:]...)
 	w.notef("gone %v->%v id %d", f.Src, f.Dst, f.ID)
-	f.HasCounters = w.acct
+	w.report(f)
 	w.m.FlowGone(w.now, asDestroyed(f))
 	w.ref.gone(w.now, f)
 }
@@ -268,6 +283,8 @@ func (w *world) open(f Flow) {
 	}
 	w.nextID++
 	f.ID = w.nextID
+	w.last[f.ID] = w.now
+	w.report(&f)
 	w.notef("new %v->%v reply %v->%v id %d", f.Src, f.Dst, f.ReplySrc, f.ReplyDst, f.ID)
 	w.flows = append(w.flows, &f)
 	if f.Status.Has(StatusSrcNAT) {
@@ -299,7 +316,7 @@ func (w *world) snapshot() {
 			w.traffic()
 			w.apply()
 		}
-		f.HasCounters = w.acct
+		w.report(f)
 		w.m.SnapshotFlow(w.now, f)
 		w.ref.dump(w.now, f)
 	}
@@ -313,7 +330,19 @@ func (w *world) pass(d time.Duration) {
 	for _, f := range w.flows {
 		if f.Status.Has(StatusSrcNAT) && w.now-w.sent[f.ID] > 30*time.Second {
 			f.Status |= StatusSeenReply
+			w.last[f.ID] = w.now
 		}
+	}
+}
+
+// kept is how long the kernel of a world keeps flows.
+const kept = 2 * lifetime
+
+// report lets the kernel report f as it is now.
+func (w *world) report(f *Flow) {
+	f.HasCounters = w.acct
+	if w.timed {
+		f.Left = max(0, kept-(w.now-w.last[f.ID])).Truncate(time.Second)
 	}
 }
 
@@ -335,7 +364,7 @@ func (w *world) tick(d time.Duration) {
 func (w *world) answer(p Permission, fl *refFlow) {
 	for _, f := range w.flows {
 		if f.ID == fl.id {
-			f.HasCounters = w.acct
+			w.report(f)
 			w.seen(f)
 			return
 		}
@@ -385,6 +414,7 @@ func (w *world) traffic() {
 	case len(w.flows) == 0:
 	case n < 70: // packets from inside
 		f := w.flows[w.rnd.IntN(len(w.flows))]
+		w.last[f.ID] = w.now
 		if w.policy.Mapped && w.rnd.IntN(5) == 0 {
 			f.Status ^= StatusOffload
 		}
@@ -464,6 +494,7 @@ func agree(t *testing.T, p Policy) {
 	for seed := range runs {
 		w := newWorld(t, uint64(seed), p)
 		w.acct = seed%2 == 1
+		w.setTimed(seed%4 >= 2)
 		w.full = seed % 3 * 10
 		for range steps {
 			w.step()
@@ -559,6 +590,7 @@ func FuzzModelAgreesWithNaiveReference(f *testing.F) {
 		}
 		w := newWorld(t, 0, policies()[names[int(all[0])%len(names)]])
 		w.acct, w.full = all[0]&4 != 0, int(all[0]>>3&1)*20
+		w.setTimed(all[0]&16 != 0)
 		c := &choices{all[1:]}
 		w.rnd = rand.New(c)
 		for len(c.left) > 0 {

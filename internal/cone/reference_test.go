@@ -18,6 +18,7 @@ type refModel struct {
 	showing   bool                     // one of its flows right now
 	over      map[uint32]bool
 	inbound   []Flow
+	kept      time.Duration // how long the kernel keeps a flow, 0 if not known
 }
 
 type refClaim struct {
@@ -171,13 +172,15 @@ func (r *refModel) seenOf(now time.Duration, f *Flow, what string, p Permission)
 			}
 			return
 		}
-		c = &refClaim{Permission: p, state: StateWaiting}
+		c = &refClaim{Permission: p, state: StateWaiting, fed: r.heard(now, f)}
 		rivals := r.ofKey(p.Key)
 		r.claims = append(r.claims, c)
 		r.add(now, c, f, false)
-		if len(rivals) == 0 {
+		if over := now >= c.fed+r.policy.Lifetime; len(rivals) == 0 && over {
+			c.state, c.reason = StateRefused, ReasonIdle
+		} else if len(rivals) == 0 {
 			r.grant(now, c)
-		} else if rivals[0].lingers() {
+		} else if !over && rivals[0].lingers() {
 			r.end(now, rivals[0])
 		}
 	case "child":
@@ -234,12 +237,27 @@ func (r *refModel) add(now time.Duration, c *refClaim, f *Flow, child bool) (kno
 		r.dumped[fl] = true
 	}
 	if fed {
-		c.fed, c.dieAt = now, 0
+		c.fed = max(c.fed, r.heard(now, f))
+	}
+	if fed && now < c.fed+r.policy.Lifetime {
+		c.dieAt = 0
 		if c.state == StateRefused && c.reason == ReasonIdle {
 			r.grant(now, c)
 		}
 	}
 	return known
+}
+
+// heard returns when the last packet of f passed.
+func (r *refModel) heard(now time.Duration, f *Flow) time.Duration {
+	left := f.Left
+	if left > 0 {
+		left += time.Second
+	}
+	if r.kept < left || f.Status.Has(StatusOffload) {
+		return now
+	}
+	return now - (r.kept - left)
 }
 
 func (r *refModel) grant(now time.Duration, c *refClaim) {

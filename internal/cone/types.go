@@ -2,6 +2,7 @@ package cone
 
 import (
 	"net/netip"
+	"time"
 )
 
 // An Addr is an IPv4 or IPv6 address, IPv4 in its IPv4-mapped form. It holds
@@ -114,6 +115,20 @@ type Flow struct {
 	// the kernel keeps them (nf_conntrack_acct) and the message had them.
 	OrigPackets, ReplyPackets uint64
 	HasCounters               bool
+
+	// Left is how long the kernel would still keep the flow without a packet, rounded
+	// down to seconds; zero for one that is over.
+	Left time.Duration
+
+	// Late is how long ago, at most, what is told of the flow was true.
+	Late time.Duration
+}
+
+// Timeouts are how long the kernel keeps a UDP flow after its last packet. Zero is
+// unknown.
+type Timeouts struct {
+	UDP    time.Duration // nf_conntrack_udp_timeout
+	Stream time.Duration // nf_conntrack_udp_timeout_stream, of assured flows
 }
 
 // A Key names a permission. The kernel knows at most one owner for it.

@@ -18,6 +18,7 @@ const (
 	ctaTupleReply    = 2
 	ctaStatus        = 3
 	ctaHelp          = 5
+	ctaTimeout       = 7
 	ctaMark          = 8
 	ctaCountersOrig  = 9
 	ctaCountersReply = 10

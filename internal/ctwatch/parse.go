@@ -3,6 +3,7 @@ package ctwatch
 import (
 	"encoding/binary"
 	"errors"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -79,6 +80,10 @@ func parseFlow(b []byte, f *cone.Flow) error {
 			f.Helped = true
 		case ctaLabels:
 			f.Labelled = nfnl.HasChildLabel(val)
+		case ctaTimeout: // in seconds, of which the kernel leaves out the last part
+			var v uint32
+			v, ok = uint32Of(val)
+			f.Left = time.Duration(v) * time.Second
 		case ctaMark:
 			f.Mark, ok = uint32Of(val)
 		case ctaID:

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/mdlayher/netlink"
@@ -40,7 +41,7 @@ var golden = []struct {
 			"08000c00eeb9c9900800030000000198080007000000001e0800080011223344",
 		kind: New,
 		want: cone.Flow{
-			ID: 0xeeb9c990, Mark: 0x11223344, Status: 0x198,
+			Left: 30 * time.Second, ID: 0xeeb9c990, Mark: 0x11223344, Status: 0x198,
 			Src: endpoint("127.0.0.1:40000"), Dst: endpoint("127.0.0.2:1001"),
 			ReplySrc: endpoint("127.0.0.2:1001"), ReplyDst: endpoint("127.0.0.9:4444"),
 		},
@@ -54,7 +55,7 @@ var golden = []struct {
 			"08000c00f52ea37a0800030000002188080007000000001e10000580090001007466747000000000",
 		kind: New,
 		want: cone.Flow{
-			ID: 0xf52ea37a, Status: 0x2188, Helped: true,
+			Left: 30 * time.Second, ID: 0xf52ea37a, Status: 0x2188, Helped: true,
 			Src: endpoint("127.0.0.1:40000"), Dst: endpoint("127.0.0.1:69"),
 			ReplySrc: endpoint("127.0.0.1:69"), ReplyDst: endpoint("127.0.0.1:40000"),
 		},
@@ -70,7 +71,7 @@ var golden = []struct {
 			"14000180080001007f000001080002007f0000011c0002800500010011000000060002009c4000000600030000450000",
 		kind: New,
 		want: cone.Flow{
-			ID: 0x5f60dd9a, Status: 0x189,
+			Left: 30 * time.Second, ID: 0x5f60dd9a, Status: 0x189,
 			Src: endpoint("127.0.0.1:5555"), Dst: endpoint("127.0.0.1:40000"),
 			ReplySrc: endpoint("127.0.0.1:40000"), ReplyDst: endpoint("127.0.0.1:5555"),
 			MasterSrc: endpoint("127.0.0.1:40000"), MasterDst: endpoint("127.0.0.1:69"),
@@ -86,7 +87,7 @@ var golden = []struct {
 			"08000c002fcc93410800030000000188080007000000001e",
 		kind: New,
 		want: cone.Flow{
-			ID: 0x2fcc9341, Status: 0x188, OrigZone: 7,
+			Left: 30 * time.Second, ID: 0x2fcc9341, Status: 0x188, OrigZone: 7,
 			Src: endpoint("127.0.0.1:5555"), Dst: endpoint("127.0.0.1:1007"),
 			ReplySrc: endpoint("127.0.0.1:1007"), ReplyDst: endpoint("127.0.0.1:5555"),
 		},
@@ -101,7 +102,7 @@ var golden = []struct {
 			"08000c00e0f5ec230800030000000188080007000000001e",
 		kind: New,
 		want: cone.Flow{
-			ID: 0xe0f5ec23, Status: 0x188, ReplyZone: 8,
+			Left: 30 * time.Second, ID: 0xe0f5ec23, Status: 0x188, ReplyZone: 8,
 			Src: endpoint("127.0.0.1:5555"), Dst: endpoint("127.0.0.1:1008"),
 			ReplySrc: endpoint("127.0.0.1:1008"), ReplyDst: endpoint("127.0.0.1:5555"),
 		},
@@ -115,7 +116,7 @@ var golden = []struct {
 			"060012000009000008000c00c1ad64290800030000000188080007000000001e",
 		kind: New,
 		want: cone.Flow{
-			ID: 0xc1ad6429, Status: 0x188, OrigZone: 9, ReplyZone: 9,
+			Left: 30 * time.Second, ID: 0xc1ad6429, Status: 0x188, OrigZone: 9, ReplyZone: 9,
 			Src: endpoint("127.0.0.1:5555"), Dst: endpoint("127.0.0.1:1009"),
 			ReplySrc: endpoint("127.0.0.1:1009"), ReplyDst: endpoint("127.0.0.1:5555"),
 		},
@@ -132,7 +133,7 @@ var golden = []struct {
 			"1c0009800c00010000000000000000010c00020000000000000000311c000a800c00010000000000000000000c0002000000000000000000",
 		kind: Gone,
 		want: cone.Flow{
-			ID: 0x93ae6ef4, Status: 0x208,
+			Left: 29 * time.Second, ID: 0x93ae6ef4, Status: 0x208,
 			Src: endpoint("[::1]:6666"), Dst: endpoint("[::1]:7777"),
 			ReplySrc: endpoint("[::1]:7777"), ReplyDst: endpoint("[::1]:6666"),
 			OrigPackets: 1, HasCounters: true,
@@ -370,6 +371,7 @@ func referenceFlow(r *conntrack.Flow) cone.Flow {
 		ID: r.ID, Mark: r.Mark, Status: cone.Status(r.Status),
 		OrigZone: zone(r.TupleOrig.Zone), ReplyZone: zone(r.TupleReply.Zone),
 		OrigPackets: r.CountersOrig.Packets, ReplyPackets: r.CountersReply.Packets,
+		Left:     time.Duration(r.Timeout) * time.Second,
 		Labelled: nfnl.HasChildLabel(r.Labels) && zone(r.TupleOrig.Zone) == 0,
 	}
 	f.Src, f.Dst = ends(r.TupleOrig)

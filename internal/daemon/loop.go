@@ -21,6 +21,11 @@ const (
 	// behindAtOnce is how many once they are behind. A permission is refreshed
 	// more often than events tell of it, and one that is late ends in the kernel.
 	behindAtOnce = eventsAtOnce
+	// turnEvery is how often the loop turns at least, and isStopped how long it stands
+	// still only if somebody stops the process, with SIGSTOP or a freezer, or events come
+	// faster than it takes them.
+	turnEvery = time.Second
+	isStopped = 3 * turnEvery
 )
 
 // now returns the time since the daemon was made. Like the kernel's timeouts it
@@ -102,6 +107,7 @@ func (d *Daemon) loop(ctx context.Context) error {
 	defer context.AfterFunc(ctx, d.events.Wake)()
 	events := make([]ctwatch.Event, eventsAtOnce)
 	var deadline time.Time
+	idle := d.now()
 	for {
 		d.beat()
 		d.drainInbox()
@@ -119,8 +125,20 @@ func (d *Daemon) loop(ctx context.Context) error {
 			return fmt.Errorf("read conntrack events: %w", err)
 		}
 		read := d.now()
+		// Events may have waited since the loop last found that there were no more.
+		late := read - idle
+		if late < isStopped {
+			late = 0
+		}
 		for i := range events[:n] {
+			events[i].Flow.Late = late
 			d.event(read, &events[i])
+		}
+		if n > 0 && late >= d.cfg.Lifetime {
+			d.wantReconcile() // it shows how old the flows are
+		}
+		if n < len(events) {
+			idle = read
 		}
 		d.apply(read)
 		atOnce := ticksAtOnce
@@ -168,16 +186,17 @@ func (d *Daemon) wantReconcile() {
 	}
 }
 
-// deadline returns when the model wants to be called next. One that has more to
-// do waits just long enough for events to be taken first.
+// deadline returns when the model wants to be called next, and a turn later at most. One
+// that has more to do waits just long enough for events to be taken first.
 func (d *Daemon) deadline() time.Time {
-	switch next, wanted := d.model.Next(); {
-	case d.behind:
+	if d.behind {
 		return time.Now().Add(50 * time.Microsecond)
-	case wanted:
+	}
+	latest := d.start.Add(d.now().Truncate(turnEvery) + turnEvery)
+	if next, wanted := d.model.Next(); wanted && d.start.Add(next).Before(latest) {
 		return d.start.Add(next)
 	}
-	return time.Time{}
+	return latest
 }
 
 // drainInbox does what is asked for now. Who asks for the next thing at once, as a

@@ -43,9 +43,11 @@ func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, socke
 	if err != nil {
 		return ports, nil, err
 	}
-	if ports.udpTimeout, err = readUDPTimeout(); err != nil {
+	timeouts, err := readTimeouts()
+	if err != nil {
 		return ports, nil, err
 	}
+	ports.udpTimeout = max(timeouts.UDP, timeouts.Stream) // an unanswered flow may have been answered before
 	ports.wanted = cfg.PortPool
 	pool, ok := local.choosePool(cfg.PortPool)
 	ports.pool = pool
@@ -77,21 +79,23 @@ func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, socke
 	return ports, warnings, nil
 }
 
-// readUDPTimeout reads the longer of the timeouts of UDP flows: an unanswered one may
-// have been answered before.
-func readUDPTimeout() (longest time.Duration, err error) {
-	for _, key := range []string{"net.netfilter.nf_conntrack_udp_timeout", "net.netfilter.nf_conntrack_udp_timeout_stream"} {
+// readTimeouts reads how long conntrack keeps UDP flows.
+func readTimeouts() (t cone.Timeouts, err error) {
+	for key, timeout := range map[string]*time.Duration{
+		"net.netfilter.nf_conntrack_udp_timeout":        &t.UDP,
+		"net.netfilter.nf_conntrack_udp_timeout_stream": &t.Stream,
+	} {
 		b, err := os.ReadFile(sysctlPath(key))
 		if err != nil {
-			return 0, fmt.Errorf("read timeout of UDP flows: %w", err)
+			return t, fmt.Errorf("read timeout of UDP flows: %w", err)
 		}
 		seconds, err := strconv.Atoi(strings.TrimSpace(string(b)))
 		if err != nil {
-			return 0, fmt.Errorf("read timeout of UDP flows: %w", err)
+			return t, fmt.Errorf("read timeout of UDP flows: %w", err)
 		}
-		longest = max(longest, time.Duration(seconds)*time.Second)
+		*timeout = time.Duration(seconds) * time.Second
 	}
-	return longest, nil
+	return t, nil
 }
 
 // inPool says that sockets of the gateway have ports of the pool, served among others. It

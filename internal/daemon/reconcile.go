@@ -165,6 +165,11 @@ func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 	if _, err := d.readGateway(); err != nil {
 		errs = append(errs, err)
 	}
+	if t, err := readTimeouts(); err != nil {
+		errs = append(errs, err)
+	} else {
+		d.ask(func() { d.model.SetTimeouts(t) })
+	}
 	if err := d.readFlows(q); err != nil {
 		errs = append(errs, err)
 	}
