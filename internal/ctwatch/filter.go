@@ -17,12 +17,39 @@ const (
 	pass = 0xffffffff
 )
 
-// mostSources bounds the prefixes that the filter compares. The kernel takes programs of
-// 4,096 instructions, and runs each for every flow of the gateway.
-const mostSources = 128
+// Slots of the scratch memory: offsets of CTA_TUPLE_ORIG and CTA_TUPLE_PROTO, and the
+// address and port that the first packet was for.
+const (
+	origSlot = iota
+	protoSlot
+	addrSlot
+	portSlot
+)
+
+// mostSources and mostForwarded bound what the filter compares. The kernel takes programs
+// of 4,096 instructions, and runs each for every flow of the gateway.
+const mostSources, mostForwarded = 128, 64
+
+// Sources are flows whose events a Watcher tells of: those that begin in one of Prefixes,
+// and those that are expected, DNATed or looked after by a conntrack helper.
+type Sources struct {
+	Prefixes []netip.Prefix // none: all flows
+	// Labelled says that of the other DNATed flows only those that have a label when they
+	// begin are meant.
+	Labelled bool
+	// Forwarded are IPv4 endpoints whose DNATed flows had none: the kernel does not name
+	// labels at the end of a flow. More than a few are not compared.
+	Forwarded []Range
+}
+
+// A Range is each endpoint with one of some IPv4 addresses and one of some ports.
+type Range struct {
+	FirstAddr, LastAddr netip.Addr
+	FirstPort, LastPort uint16
+}
 
 // eventFilter is the socket filter of a Watcher: UDP, either family, and no anchor
-// that begins; with sources, those of Watcher.SetSources alone. It runs before a message
+// that begins; with prefixes, those of s alone. It runs before a message
 // is queued (sk_filter), so what it drops costs neither buffer nor wake-up. It looks at
 // the first message of a datagram; the kernel sends events one by one.
 //
@@ -30,16 +57,14 @@ const mostSources = 128
 // message passes, and the parser looks again and counts it. The kernel finds
 // attributes in its own byte order and the loads are of network byte order,
 // so the program is the same on all machines.
-func eventFilter(sources []netip.Prefix, labelled bool) ([]bpf.RawInstruction, error) {
-	// Slots of the scratch memory: offsets of CTA_TUPLE_ORIG and CTA_TUPLE_PROTO.
-	const orig, proto = 0, 1
+func eventFilter(s Sources) ([]bpf.RawInstruction, error) {
 
 	prog := slices.Concat(
 		[]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: attributesAt}},
 		find(bpf.ExtNetlinkAttr, ctaTupleOrig),
-		[]bpf.Instruction{bpf.StoreScratch{Src: bpf.RegA, N: orig}},
+		[]bpf.Instruction{bpf.StoreScratch{Src: bpf.RegA, N: origSlot}},
 		find(bpf.ExtNetlinkAttrNested, ctaTupleProto),
-		[]bpf.Instruction{bpf.StoreScratch{Src: bpf.RegA, N: proto}},
+		[]bpf.Instruction{bpf.StoreScratch{Src: bpf.RegA, N: protoSlot}},
 		find(bpf.ExtNetlinkAttrNested, ctaProtoNum),
 		load(1),
 		dropIf(bpf.JumpNotEqual, unix.IPPROTO_UDP),
@@ -47,24 +72,25 @@ func eventFilter(sources []netip.Prefix, labelled bool) ([]bpf.RawInstruction, e
 	var anchors []bpf.Instruction
 	for _, port := range []uint32{ctaProtoSrcPort, ctaProtoDstPort} {
 		anchors = slices.Concat(anchors,
-			[]bpf.Instruction{bpf.LoadScratch{Dst: bpf.RegA, N: proto}},
+			[]bpf.Instruction{bpf.LoadScratch{Dst: bpf.RegA, N: protoSlot}},
 			find(bpf.ExtNetlinkAttrNested, port),
 			load(2),
 			dropIf(bpf.JumpEqual, 0),
 		)
 	}
 	prog = slices.Concat(prog, skipIfGone(anchors), anchors)
-	if len(sources) == 0 || len(sources) > mostSources {
+	if len(s.Prefixes) == 0 || len(s.Prefixes) > mostSources {
 		return bpf.Assemble(append(prog, bpf.RetConstant{Val: pass}))
 	}
 
 	led := []bpf.Instruction{bpf.RetConstant{Val: pass}}
-	if labelled { // it must be one of ours, or from one of the sources
+	if s.Labelled { // it must be one of ours, or from one of the prefixes
+		led = append(unlessForwarded(s.Forwarded), led...)
 		label := append([]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: attributesAt}}, ifThere(ctaLabels)...)
-		label = append(label, bpf.Jump{Skip: 1})
+		label = append(label, bpf.Jump{Skip: uint32(len(led))})
 		led = slices.Concat(skipIfGone(label), label, led)
 	}
-	of4, of6 := fromOneOf(sources, true), fromOneOf(sources, false)
+	of4, of6 := fromOneOf(s.Prefixes, true), fromOneOf(s.Prefixes, false)
 	prog = slices.Concat(prog,
 		[]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: attributesAt}},
 		find(bpf.ExtNetlinkAttr, ctaStatus),
@@ -72,7 +98,8 @@ func eventFilter(sources []netip.Prefix, labelled bool) ([]bpf.RawInstruction, e
 		[]bpf.Instruction{
 			bpf.JumpIf{Cond: bpf.JumpBitsNotSet, Val: uint32(cone.StatusExpected), SkipTrue: 1},
 			bpf.RetConstant{Val: pass},
-			bpf.JumpIf{Cond: bpf.JumpBitsNotSet, Val: uint32(cone.StatusDstNAT), SkipTrue: uint8(len(led))},
+			bpf.JumpIf{Cond: bpf.JumpBitsSet, Val: uint32(cone.StatusDstNAT), SkipTrue: 1},
+			bpf.Jump{Skip: uint32(len(led))},
 		},
 		led,
 		[]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: attributesAt}},
@@ -81,17 +108,47 @@ func eventFilter(sources []netip.Prefix, labelled bool) ([]bpf.RawInstruction, e
 			bpf.LoadAbsolute{Off: unix.NLMSG_HDRLEN, Size: 1}, // the family
 			bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.AF_INET, SkipTrue: 1},
 			bpf.Jump{Skip: uint32(1 + len(find(0, 0)) + len(find(0, 0)) + len(of4))},
-			bpf.LoadScratch{Dst: bpf.RegA, N: orig},
+			bpf.LoadScratch{Dst: bpf.RegA, N: origSlot},
 		},
 		find(bpf.ExtNetlinkAttrNested, ctaTupleIP),
 		find(bpf.ExtNetlinkAttrNested, ctaIPv4Src),
 		of4,
-		[]bpf.Instruction{bpf.LoadScratch{Dst: bpf.RegA, N: orig}},
+		[]bpf.Instruction{bpf.LoadScratch{Dst: bpf.RegA, N: origSlot}},
 		find(bpf.ExtNetlinkAttrNested, ctaTupleIP),
 		find(bpf.ExtNetlinkAttrNested, ctaIPv6Src),
 		of6,
 	)
 	return bpf.Assemble(prog)
+}
+
+// unlessForwarded leaves out the one instruction that follows where the first packet was
+// for one of some endpoints.
+func unlessForwarded(forwarded []Range) []bpf.Instruction {
+	if len(forwarded) == 0 || len(forwarded) > mostForwarded {
+		return nil
+	}
+	prog := slices.Concat(
+		[]bpf.Instruction{bpf.LoadScratch{Dst: bpf.RegA, N: origSlot}},
+		find(bpf.ExtNetlinkAttrNested, ctaTupleIP),
+		find(bpf.ExtNetlinkAttrNested, ctaIPv4Dst),
+		load(4),
+		[]bpf.Instruction{bpf.StoreScratch{Src: bpf.RegA, N: addrSlot}, bpf.LoadScratch{Dst: bpf.RegA, N: protoSlot}},
+		find(bpf.ExtNetlinkAttrNested, ctaProtoDstPort),
+		load(2),
+		[]bpf.Instruction{bpf.StoreScratch{Src: bpf.RegA, N: portSlot}},
+	)
+	for i, r := range forwarded {
+		first, last := r.FirstAddr.As4(), r.LastAddr.As4()
+		prog = append(prog,
+			bpf.LoadScratch{Dst: bpf.RegA, N: addrSlot},
+			bpf.JumpIf{Cond: bpf.JumpLessThan, Val: binary.BigEndian.Uint32(first[:]), SkipTrue: 5},
+			bpf.JumpIf{Cond: bpf.JumpGreaterThan, Val: binary.BigEndian.Uint32(last[:]), SkipTrue: 4},
+			bpf.LoadScratch{Dst: bpf.RegA, N: portSlot},
+			bpf.JumpIf{Cond: bpf.JumpLessThan, Val: uint32(r.FirstPort), SkipTrue: 2},
+			bpf.JumpIf{Cond: bpf.JumpGreaterThan, Val: uint32(r.LastPort), SkipTrue: 1},
+			bpf.Jump{Skip: uint32(7*(len(forwarded)-1-i) + 1)})
+	}
+	return prog
 }
 
 // find sets A to the offset of attribute typ, at or in what A points to, and passes the

@@ -111,8 +111,8 @@ func TestSocketFilterDropsWhatIsNotOurs(t *testing.T) {
 	}
 }
 
-// filtered returns what the filter with these sources lets pass.
-func filtered(t *testing.T, labelled bool, sources ...netip.Prefix) (passes func(msg []byte) bool) {
+// filtered returns what the filter with sources s lets pass.
+func filtered(t *testing.T, s Sources) (passes func(msg []byte) bool) {
 	t.Helper()
 	// A socket pair runs the same filter on what the test writes.
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
@@ -120,7 +120,7 @@ func filtered(t *testing.T, labelled bool, sources ...netip.Prefix) (passes func
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = unix.Close(fds[0]); _ = unix.Close(fds[1]) })
-	prog, err := eventFilter(sources, labelled)
+	prog, err := eventFilter(s)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -208,7 +208,7 @@ func TestSocketFilterKeepsToItsSources(t *testing.T) {
 		for _, labelled := range []bool{false, true} {
 			// Of those above this is the only one that it is about.
 			want := tt.pass && !(labelled && tt.name == "led inside")
-			if pass := filtered(t, labelled, tt.sources...)(tt.msg); pass != want {
+			if pass := filtered(t, Sources{Prefixes: tt.sources, Labelled: labelled})(tt.msg); pass != want {
 				t.Errorf("%s, labelled is %v: passes is %v, want %v", tt.name, labelled, pass, want)
 			}
 		}
@@ -221,8 +221,65 @@ func TestSocketFilterKeepsToItsSources(t *testing.T) {
 		"led inside with a helper":          flow("203.0.113.5", cone.StatusDstNAT, attr(ctaHelp)),
 		"led inside over IPv6 with a label": flow("2001:db8::5", cone.StatusDstNAT, label),
 	} {
-		if !filtered(t, true, several...)(msg) {
+		if !filtered(t, Sources{Prefixes: several, Labelled: true})(msg) {
 			t.Errorf("%s: does not pass", name)
+		}
+	}
+}
+
+// A forward of the user's may lead a flow of an enabled host, too.
+func TestSocketFilterLeavesOutTheEndsOfForwardedFlows(t *testing.T) {
+	addrs := func(first, last string, ports ...uint16) Range {
+		return Range{netip.MustParseAddr(first), netip.MustParseAddr(last), ports[0], ports[1]}
+	}
+	some := []Range{
+		addrs("198.51.100.1", "198.51.100.1", 5000, 5009), addrs("198.51.100.8", "198.51.100.15", 0, 0xffff),
+		addrs("0.0.0.0", "255.255.255.255", 53, 53), addrs("198.51.100.1", "198.51.100.1", 443, 443),
+	}
+	ended := func(src, dst string, port uint16, status cone.Status) []byte {
+		s, d, typ := netip.MustParseAddr(src), netip.MustParseAddr(dst), uint16(ctaIPv4Src)
+		if s.Is6() {
+			typ = ctaIPv6Src
+		}
+		msg := newMsg(nest(ctaTupleOrig, nest(ctaTupleIP, attr(typ, s.AsSlice()...), attr(typ+1, d.AsSlice()...)), proto(17, 9, port)),
+			attr(ctaStatus, binary.BigEndian.AppendUint32(nil, uint32(status))...))
+		binary.NativeEndian.PutUint16(msg[4:], ctType(ipctnlMsgCTDelete))
+		if msg[unix.NLMSG_HDRLEN] = unix.AF_INET; s.Is6() {
+			msg[unix.NLMSG_HDRLEN] = unix.AF_INET6
+		}
+		return msg
+	}
+	const ours, peer, led = "198.51.100.1", "203.0.113.5", cone.StatusDstNAT
+	for name, tc := range map[string]struct {
+		msg  []byte
+		pass bool
+	}{
+		"the first port":             {ended(peer, ours, 5000, led), false},
+		"the last port":              {ended(peer, ours, 5009, led), false},
+		"one port":                   {ended(peer, ours, 443, led), false},
+		"below the ports":            {ended(peer, ours, 4999, led), true},
+		"above the ports":            {ended(peer, ours, 5010, led), true},
+		"a port of another address":  {ended(peer, "198.51.100.2", 5000, led), true},
+		"the first address":          {ended(peer, "198.51.100.8", 1, led), false},
+		"the last address":           {ended(peer, "198.51.100.15", 65535, led), false},
+		"below the addresses":        {ended(peer, "198.51.100.7", 1, led), true},
+		"above the addresses":        {ended(peer, "198.51.100.16", 1, led), true},
+		"a port of all addresses":    {ended(peer, "9.9.9.9", 53, led), false},
+		"from inside":                {ended("10.47.11.7", "9.9.9.9", 53, led), true},
+		"expected":                   {ended(peer, ours, 5000, led|cone.StatusExpected), true},
+		"over IPv6":                  {ended("2001:db8::1", "2001:db8::2", 53, led), true},
+		"from outside, not led away": {ended(peer, ours, 4999, 0), false},
+	} {
+		s := Sources{Prefixes: []netip.Prefix{netip.MustParsePrefix("10.47.11.0/24")}, Labelled: true, Forwarded: some}
+		if got := filtered(t, s)(tc.msg); got != tc.pass {
+			t.Errorf("%s: passes is %v, want %v", name, got, tc.pass)
+		}
+		s.Forwarded = slices.Repeat(some, mostForwarded/len(some))
+		if got := filtered(t, s)(tc.msg); got != tc.pass {
+			t.Errorf("%s, with the most: passes is %v, want %v", name, got, tc.pass)
+		}
+		if s.Forwarded = append(s.Forwarded, some[0]); tc.pass && !filtered(t, s)(tc.msg) {
+			t.Errorf("%s, with too many: does not pass", name)
 		}
 	}
 }
@@ -232,7 +289,7 @@ func TestWatcherHearsOfItsSourcesAlone(t *testing.T) {
 	w := dialWatcher(t, Config{})
 	a, b := listen(t, "127.0.0.1:0"), listen(t, "127.0.0.2:0")
 	for _, sources := range [][]netip.Prefix{{netip.MustParsePrefix("127.0.0.1/32")}, nil} {
-		if err := w.SetSources(sources, false); err != nil {
+		if err := w.SetSources(Sources{Prefixes: sources}); err != nil {
 			t.Fatal(err)
 		}
 		peer := endpoint(fmt.Sprintf("127.0.0.1:%d", 9+len(sources)))
@@ -258,7 +315,7 @@ func TestWatcherHearsOfAllWithMoreSourcesThanTheKernelTakes(t *testing.T) {
 	a, b := listen(t, "127.0.0.1:0"), listen(t, "127.0.0.2:0")
 	few, many := []netip.Prefix{netip.MustParsePrefix("127.0.0.2/32")}, slices.Repeat([]netip.Prefix{netip.MustParsePrefix("2001:db8::/128")}, mostSources)
 	for i, sources := range [][]netip.Prefix{few, many} {
-		if err := w.SetSources(sources, false); err != nil {
+		if err := w.SetSources(Sources{Prefixes: sources}); err != nil {
 			t.Fatal(err)
 		}
 		peer := endpoint(fmt.Sprintf("127.0.0.1:%d", 9+i))
@@ -271,7 +328,7 @@ func TestWatcherHearsOfAllWithMoreSourcesThanTheKernelTakes(t *testing.T) {
 }
 
 func TestSocketFilterPassesWhatItDoesNotKnow(t *testing.T) {
-	passes := filtered(t, false)
+	passes := filtered(t, Sources{})
 	udp := attr(ctaProtoNum, 17)
 	for _, tt := range []struct {
 		name string

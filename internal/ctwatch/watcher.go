@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/netip"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -180,7 +179,7 @@ func subscribe(conn *netlink.Conn, cfg Config) (int, error) {
 	}
 
 	// The filter comes before the groups, so that nothing passes unfiltered.
-	prog, err := eventFilter(nil, false)
+	prog, err := eventFilter(Sources{})
 	if err != nil {
 		return 0, wrap("assemble socket filter", err)
 	}
@@ -335,26 +334,24 @@ func (w *Watcher) Wake() {
 	_ = w.conn.SetReadDeadline(time.Unix(0, 1))
 }
 
-// SetSources leaves out, from now on, the events of flows that begin outside of these
-// prefixes and are none of: expected, DNATed, looked after by a conntrack helper. If
-// labelled is set, a DNATed flow that begins must have a label. Without prefixes, and with
-// more than the kernel takes, all are told of. Anchors begin in one of the prefixes. What
-// is left out costs the process nothing.
-func (w *Watcher) SetSources(prefixes []netip.Prefix, labelled bool) error {
+// SetSources leaves out, from now on, the events of all flows but s. With more than the
+// kernel takes, all are told of. Anchors begin in one of the prefixes. What is left out
+// costs the process nothing.
+func (w *Watcher) SetSources(s Sources) error {
 	// A socket may have so much memory for filters (net.core.optmem_max), and the old one
 	// counts as long as it is there. What passes meanwhile is looked at by the parser.
 	if err := w.filter.RemoveBPF(); err != nil {
 		return wrap("detach socket filter", err)
 	}
-	err := w.attach(prefixes, labelled)
+	err := w.attach(s)
 	if errors.Is(err, unix.ENOMEM) {
-		err = w.attach(nil, false)
+		err = w.attach(Sources{})
 	}
 	return err
 }
 
-func (w *Watcher) attach(prefixes []netip.Prefix, labelled bool) error {
-	prog, err := eventFilter(prefixes, labelled)
+func (w *Watcher) attach(s Sources) error {
+	prog, err := eventFilter(s)
 	if err != nil {
 		return wrap("assemble socket filter", err)
 	}

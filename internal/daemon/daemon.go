@@ -333,14 +333,21 @@ func (d *Daemon) policy(cfg config.Config) cone.Policy {
 // filterEvents leaves out the events of flows that are not the daemon's to care for. Of
 // early packets' flows, which come from outside, there is none where the guard stands, but
 // to a socket: one that outlives the socket is found by the next reconcile. And of those
-// that forwards of the user's lead inside none matters where all his rules are known. The
+// that forwards of the user's lead inside none matters where all his rules are known; that
+// a child ended on a port of which one covers a part, the next reconcile finds, too. The
 // guard does not know the links of a VRF.
 func (d *Daemon) filterEvents(cfg config.Config) error {
 	inVRF := slices.ContainsFunc(d.network.Links, func(l gateway.Link) bool { return l.Kind == "vrf" })
 	if !cfg.Guard || d.firewall.tables == nil || d.firewall.tables.Lacks(rules.FeatureGuard) || inVRF {
-		return d.events.SetSources(nil, false)
+		return d.events.SetSources(ctwatch.Sources{})
 	}
-	return d.events.SetSources(prefixes(cfg.Subnets), d.firewall.labels() && d.firewall.whole)
+	s := ctwatch.Sources{Prefixes: prefixes(cfg.Subnets), Labelled: d.firewall.labels() && d.firewall.whole}
+	for a, p := range d.forwarded.Ranges() {
+		if a.First.Is4() {
+			s.Forwarded = append(s.Forwarded, ctwatch.Range{FirstAddr: a.First, LastAddr: a.Last, FirstPort: p.First, LastPort: p.Last})
+		}
+	}
+	return d.events.SetSources(s)
 }
 
 // filterings are the model's words for those of the configuration.

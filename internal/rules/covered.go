@@ -2,6 +2,7 @@ package rules
 
 import (
 	"cmp"
+	"iter"
 	"net/netip"
 	"slices"
 
@@ -73,6 +74,22 @@ func (c *Covered) build(low, high int) (last netip.Addr) {
 	}
 	c.last[mid] = last
 	return last
+}
+
+// Ranges yields what c covers, as addresses and ports.
+func (c *Covered) Ranges() iter.Seq2[AddrRange, PortRange] {
+	return func(yield func(AddrRange, PortRange) bool) {
+		if c == nil {
+			return
+		}
+		for _, r := range c.ranges {
+			for _, p := range r.ports {
+				if !yield(r.AddrRange, p) {
+					return
+				}
+			}
+		}
+	}
 }
 
 // Covers reports whether one of the forwards covers e.
