@@ -14,6 +14,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// queryTimeout bounds every wait for an answer of the kernel. It answers at once, so this is
+// only met when something is badly wrong.
+const queryTimeout = 5 * time.Second
+
 // insideLinks returns the link that leads to each of the subnets, nil where there
 // is none or more than one, or one that is outside. More specific routes within a
 // subnet, and routing rules by mark or incoming link, are not seen.

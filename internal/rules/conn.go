@@ -5,7 +5,6 @@ package rules
 import (
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
@@ -15,10 +14,6 @@ import (
 )
 
 const (
-	// queryTimeout bounds every wait for the kernel. It answers at once, so
-	// this is only met when something is badly wrong.
-	queryTimeout = 5 * time.Second
-
 	// buffer is the size of the socket's buffers. The library grows them
 	// itself, but not when it is given an option.
 	buffer = 1 << 20
@@ -29,7 +24,9 @@ const (
 )
 
 // A conn is a lasting connection to nftables. It is not safe for concurrent
-// use.
+// use. It has no deadline, and needs none: the kernel has answered when a request is
+// sent, and the library reads what is there. It does so again and again, for ever, where
+// a read fails at once, as one does for a process that was stopped beyond a deadline.
 type conn struct {
 	*nftables.Conn
 	nl *netlink.Conn
@@ -63,9 +60,3 @@ func usable(nl *netlink.Conn) error {
 		}
 	}), err)
 }
-
-// begin gives the next exchanges their time.
-func (c *conn) begin() error { return c.nl.SetDeadline(time.Now().Add(queryTimeout)) }
-
-// end takes the deadline away again, for others who use the connection.
-func (c *conn) end() error { return c.nl.SetDeadline(time.Time{}) }

@@ -45,9 +45,6 @@ func (w *walker) set(name string) *elementSet {
 	}
 	s := &elementSet{size: 64, unknown: true} // all registers
 	w.sets[name] = s
-	if err := w.c.begin(); err != nil {
-		return s
-	}
 	set, err := w.c.GetSetByName(w.table, name)
 	if err == nil {
 		*s = elementSet{size: int(set.KeyType.Bytes), set: set}
@@ -61,10 +58,7 @@ func (w *walker) load(s *elementSet) {
 		return
 	}
 	s.loaded = true
-	if s.print = w.print(s.set.Name); w.c.begin() != nil {
-		s.unknown = true
-		return
-	}
+	s.print = w.print(s.set.Name)
 	es, err := w.c.GetSetElements(s.set)
 	if err != nil {
 		s.unknown = true

@@ -90,11 +90,7 @@ func (w *walker) chain(name string, in condition, depth int) {
 // read reads the rules of a chain. One that the library does not understand
 // makes them all unknown.
 func (w *walker) read(name string, in condition) []*nftables.Rule {
-	err := w.c.begin()
-	var rules []*nftables.Rule
-	if err == nil {
-		rules, err = w.c.GetRules(w.table, &nftables.Chain{Name: name})
-	}
+	rules, err := w.c.GetRules(w.table, &nftables.Chain{Name: name})
 	if w.fail != nil {
 		err = errors.Join(err, w.fail(name))
 	}

@@ -17,9 +17,6 @@ func Names(netns int) (names []string, err error) {
 		return nil, err
 	}
 	defer func() { _ = c.CloseLasting() }()
-	if err := c.begin(); err != nil {
-		return nil, err
-	}
 	for _, family := range tables {
 		chains, err := c.ListChainsOfTableFamily(family)
 		if err := listError("chains", nfnl.Permitted(err)); err != nil {

@@ -15,9 +15,6 @@ import (
 // the rules of mapping do, as nft names them: those with the lowest priority that there
 // is. Of two the younger one comes first.
 func (t *Tables) Rivals() (names []string, err error) {
-	if err := t.c.begin(); err != nil {
-		return nil, err
-	}
 	for _, family := range tables {
 		chains, err := t.c.ListChainsOfTableFamily(family)
 		if err != nil {

@@ -53,9 +53,6 @@ func eachSourceNAT(netns int, f func(table string, r *nftables.Rule)) error {
 		return err
 	}
 	defer func() { _ = c.CloseLasting() }()
-	if err := c.begin(); err != nil {
-		return err
-	}
 	chains, err := c.ListChains()
 	if err != nil {
 		return fmt.Errorf("list nftables chains: %w", nfnl.Permitted(err))

@@ -33,9 +33,6 @@ type state struct {
 // read reads one of our tables, with the elements of the sets of want that are
 // not free. The error wraps ErrForeignTable or ErrOwned when it is not ours.
 func (t *Tables) read(table *nftables.Table, want *layout) (*state, error) {
-	if err := t.c.begin(); err != nil {
-		return nil, err
-	}
 	s := &state{counters: map[string]uint64{}, elements: map[string][]setKey{}, known: map[string]bool{}}
 	err := s.read(t, table, want)
 	switch {

@@ -355,11 +355,7 @@ func (t *Tables) Close() error {
 
 // flush sends the batch. The writer must be locked.
 func (t *Tables) flush(verb string) error {
-	err := t.w.begin()
-	if err == nil {
-		err = errors.Join(t.w.Flush(), t.w.end())
-	}
-	if err != nil {
+	if err := t.w.Flush(); err != nil {
 		return fmt.Errorf("%s tables %s: %w", verb, t.name, nfnl.Permitted(err))
 	}
 	return nil
