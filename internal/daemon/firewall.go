@@ -85,8 +85,8 @@ func openFirewall(name string) (*firewall, error) {
 }
 
 // leastMapSize is how many permissions the map can hold at least; an element takes
-// about 100 bytes. A map cannot change its size, so that of max_permissions is
-// the model's to hold, but for more than this.
+// about 100 bytes. A map cannot change its size: one of another size begins empty. So the
+// model holds max_permissions, but for more than this (unchangeable).
 const leastMapSize = 1 << 20
 
 func mapConfig(cfg config.Config) *rules.MapConfig {
