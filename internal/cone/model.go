@@ -91,6 +91,7 @@ type Model struct {
 	bounded   bool                // by room
 	expected  [busy + 1]scope     // the claims that stand so, the first to do so first
 	ruled     func(Endpoint) bool // outside endpoints that rules forward; may be nil
+	connected map[Key]struct{}    // of sockets of the gateway
 	wheel     wheel
 	snap      snapshot
 	unplaced  bool // the last snapshot, or a flow since, showed one that gave nothing for the topology
