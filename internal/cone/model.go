@@ -455,7 +455,8 @@ func (m *Model) attend(now time.Duration, i int32) {
 		}
 		deadline = c.ends
 	}
-	if now >= c.refresh && !overdue { // until it was asked about it stands as it is
+	refreshed := now >= c.refresh && !overdue
+	if refreshed { // until it was asked about it stands as it is
 		m.op(Op{Kind: Refresh, Permission: c.Permission, By: c.placed.By})
 		c.refresh = now + m.policy.Lifetime/2
 	}
@@ -463,6 +464,10 @@ func (m *Model) attend(now time.Duration, i int32) {
 		deadline = min(c.refresh, deadline)
 	}
 	m.wheel.schedule(i, deadline)
+	if refreshed && c.unmapped != ReasonNone { // the map may have room by now
+		c.unmapped = ReasonNone
+		m.reconsider(now, i)
+	}
 }
 
 // ask asks the kernel how the flows of c fare, before it is let go, and returns
