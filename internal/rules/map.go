@@ -186,7 +186,7 @@ func (m *Map) Revoke(ps []cone.Permission) error {
 }
 
 // Refresh renews the timeouts of ps and calls lost with the index of each that
-// does not stand any more. Before Linux 6.12 an element that is added again keeps
+// does not stand any more, or not with its mark. Before Linux 6.12 an element that is added again keeps
 // its timeout, so it is deleted and added, which no packet notices.
 func (m *Map) Refresh(ps []cone.Permission, lost func(i int)) {
 	for base := 0; base < len(ps); base += batch {
@@ -201,6 +201,11 @@ func (m *Map) Refresh(ps []cone.Permission, lost func(i int)) {
 		m.transact(m.marked, m.remark)
 		m.haveMarks(m.marked, func(i int) bool { return m.errs[i] != nil })
 		m.transact(m.marked, m.mark)
+		for i := range m.marked {
+			if m.errs[i] != nil {
+				lost(base + slices.IndexFunc(part, func(p cone.Permission) bool { return p.Key == m.marked[i].Key }))
+			}
+		}
 	}
 }
 
