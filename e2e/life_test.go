@@ -339,6 +339,40 @@ func TestRestartAfterKillTakesOverWhatStands(t *testing.T) {
 	}
 }
 
+// After a kill an anchor outlives its expectation by a minute.
+//
+// Fails when the daemon looks after those anchors alone that expectations hang on.
+func TestAnchorWhoseExpectationRanOutGoes(t *testing.T) {
+	for name, next := range map[string]string{"by the same carrier": "expect", "by the other one": "nft"} {
+		t.Run(name, func(t *testing.T) {
+			stage.OfTheDaemon(t)
+			s := newScene(t, lab.Options{Inside: 2})
+			s.Start(stage.Flags(stage.Expect)...)
+			phone, other, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5061), s.PeerSocket(lab.PeerA, 5060)
+			ext := s.Contact(other, proxy)
+			s.Stands(phone, proxy, s.Contact(phone, proxy))
+			s.Stands(other, proxy, ext)
+			s.Kill()
+			for _, args := range [][]string{{"-F", "expect"}, {"-D", "-p", "udp", "--orig-port-src", "5060", "--orig-port-dst", "5060"}} {
+				_, err := s.Gateway.Output("conntrack", args...)
+				s.Must(err)
+			}
+			if n := len(s.Anchors()); n != 2 {
+				t.Fatalf("%d anchors, want 2\n%s", n, s.Dump())
+			}
+			s.Start(stage.Flags([]string{"--backend=" + next})...)
+			s.Stands(other, proxy, ext)
+			if n, want := len(s.Anchors()), map[string]int{"expect": 1}[next]; n != want {
+				t.Errorf("%d anchors, want %d\n%s", n, want, s.Dump())
+			}
+			s.Stop()
+			if left := s.Leftovers(); len(left) > 0 {
+				t.Errorf("left after stop: %q", left)
+			}
+		})
+	}
+}
+
 // With on_stop = "keep" a stop is like a kill: a new program takes over.
 func TestStopThatKeepsLeavesThePermissions(t *testing.T) {
 	s := play(t, lab.Options{}, "--on-stop", "keep")

@@ -484,8 +484,21 @@ func TestMendLimitThatAReloadChanges(t *testing.T) {
 					t.Errorf("the map has %d permissions, want 2", n)
 				}
 			}
+			// A map of another size would begin empty.
+			write("max_permissions = 2000000\n" + toml(mode))
+			if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code == 0 || !strings.Contains(out, "max_permissions: the map of permissions has 1048576 places") {
+				t.Errorf("exit %d, %q", code, out)
+			}
+			if n := len(s.entries()); n != 2 {
+				t.Errorf("the map has %d permissions, want 2", n)
+			}
 			s.Arrives(two, s.PeerSocket(lab.PeerA, 5070), extTwo)
 			t.Logf("the first packets of %d children arrived", fresh())
+			s.Kill()
+			s.Start(append(stage.Flags(mode), "--max-permissions=2000000")...)
+			if n := len(s.entries()); n != 2 {
+				t.Errorf("after a restart the map has %d permissions, want 2", n)
+			}
 		})
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -208,6 +209,37 @@ func TestPermissionStandsWhenTheGatewaySocketIsGone(t *testing.T) {
 	s.Must(own.Close())
 	s.Stands(phone, proxy, ext)
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
+}
+
+// Conntrack has forgotten the flow of a connected socket, which still waits for its peer.
+//
+// Fails when the expectation takes what that sends.
+func TestConnectedGatewaySocketKeepsItsPackets(t *testing.T) {
+	for _, mode := range [][]string{stage.Expect, stage.NFT} {
+		stage.InModes(t, [][]string{mode}, func(t *testing.T, mode ...string) {
+			s := newScene(t, lab.Options{})
+			own := s.Socket(s.Gateway.Namespace, s.Gateway.Addr, 5060)
+			peer := s.PeerSocket(lab.PeerA, 5070)
+			raw, err := own.SyscallConn()
+			s.Must(err)
+			s.Must(raw.Control(func(fd uintptr) {
+				err = unix.Connect(int(fd), &unix.SockaddrInet4{Port: 5070, Addr: lab.PeerA.As4()})
+			}))
+			s.Must(err)
+			s.Start(stage.Flags(mode, "--reconcile", "1s")...)
+			phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+			ext := s.Contact(phone, proxy)
+			if slices.Equal(mode, stage.NFT) {
+				s.Stands(phone, proxy, ext)
+			} else if p := s.Listed(phone, proxy, ext, "refused"); p.Reason != "gateway serves this port" {
+				t.Errorf("reason %q", p.Reason)
+			}
+			s.Arrives(own, peer, ext)
+			s.Must(own.Close())
+			s.Stands(phone, proxy, ext)
+			s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
+		})
+	}
 }
 
 // No event tells of the flow, for the guard let the peer's packet pass to the socket.

@@ -92,6 +92,7 @@ type Model struct {
 	bounded   bool                // by room
 	expected  [busy + 1]scope     // the claims that stand so, the first to do so first
 	ruled     func(Endpoint) bool // outside endpoints that rules forward; may be nil
+	connected map[Key]struct{}    // of sockets of the gateway
 	wheel     wheel
 	snap      snapshot
 	unplaced  bool // the last snapshot, or a flow since, showed one that gave nothing for the topology
@@ -462,7 +463,8 @@ func (m *Model) attend(now time.Duration, i int32) {
 		}
 		deadline = c.ends
 	}
-	if now >= c.refresh && !overdue { // until it was asked about it stands as it is
+	refreshed := now >= c.refresh && !overdue
+	if refreshed { // until it was asked about it stands as it is
 		m.op(Op{Kind: Refresh, Permission: c.Permission, By: c.placed.By})
 		c.refresh = now + m.policy.Lifetime/2
 	}
@@ -470,6 +472,10 @@ func (m *Model) attend(now time.Duration, i int32) {
 		deadline = min(c.refresh, deadline)
 	}
 	m.wheel.schedule(i, deadline)
+	if refreshed && c.unmapped != ReasonNone { // the map may have room by now
+		c.unmapped = ReasonNone
+		m.reconsider(now, i)
+	}
 }
 
 // ask asks the kernel how the flows of c fare, before it is let go, and returns

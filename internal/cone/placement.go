@@ -55,6 +55,8 @@ func (m *Model) place(now time.Duration, c *claim) Placement {
 		why = ReasonForwarded // an expectation comes before the user's rule; a map does not
 	case !m.policy.Expected || c.Wild > 0 && !c.Routed():
 		why = ReasonNoBackend
+	case m.isConnected(&c.Key):
+		why = ReasonLocalSocket // a map asks for sockets, packet by packet
 	case m.helped(now, &c.Permission):
 		why = ReasonHelper
 	case c.unexpected != ReasonNone:
@@ -87,6 +89,25 @@ func (m *Model) place(now time.Duration, c *claim) Placement {
 		by, why = can&ByMap, m.room.Lack
 	}
 	return Placement{by, why}
+}
+
+// SetConnected tells which sockets of the gateway are connected, and to whom. Conntrack may
+// have forgotten their flows, and an expectation with such a key would take their packets.
+func (m *Model) SetConnected(now time.Duration, keys map[Key]struct{}) {
+	old := m.connected
+	m.connected = keys
+	for _, some := range []map[Key]struct{}{old, keys} {
+		for k := range some {
+			if i := m.owner(k); i != none {
+				m.reconsider(now, i)
+			}
+		}
+	}
+}
+
+func (m *Model) isConnected(k *Key) bool {
+	_, connected := m.connected[*k]
+	return connected
 }
 
 // setPlacement notes what carries claim i and keeps the counts.

@@ -82,18 +82,29 @@ func TestFlowsThatGiveNoPermission(t *testing.T) {
 }
 
 // A transparent redirect: the packet goes to somebody else than the inside host
-// thinks, and that is who may answer.
+// thinks, and that is who may answer, unless the port that it goes to is excluded.
 func TestPeerOfARedirectedFlowIsWhoGetsIt(t *testing.T) {
-	m := New(testPolicy)
-	m.SetTopology(0, testTopology)
-	m.FlowSeen(0, &Flow{
-		Status: StatusSrcNAT | StatusDstNAT,
-		Src:    ep("10.47.11.109:5060"), Dst: ep("203.0.113.5:5060"),
-		ReplySrc: ep("192.0.2.77:5062"), ReplyDst: ep("198.51.100.1:5060"),
-	})
-	ops := m.Ops()
-	if len(ops) != 1 || ops[0].Peer != ep("192.0.2.77:1").Addr {
-		t.Errorf("ops: %+v", ops)
+	for name, tc := range map[string]struct {
+		asked, gets string
+		grants      int
+	}{
+		"to another port":      {"203.0.113.5:5060", "192.0.2.77:5062", 1},
+		"to an excluded port":  {"203.0.113.5:5353", "192.0.2.77:53", 0},
+		"from an excluded one": {"203.0.113.5:53", "192.0.2.77:5353", 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := New(testPolicy)
+			m.SetTopology(0, testTopology)
+			m.FlowSeen(0, &Flow{
+				Status: StatusSrcNAT | StatusDstNAT,
+				Src:    ep("10.47.11.109:5060"), Dst: ep(tc.asked),
+				ReplySrc: ep(tc.gets), ReplyDst: ep("198.51.100.1:5060"),
+			})
+			ops := m.Ops()
+			if len(ops) != tc.grants || tc.grants > 0 && ops[0].Peer != ep(tc.gets).Addr {
+				t.Errorf("ops: %+v", ops)
+			}
+		})
 	}
 }
 

@@ -243,13 +243,14 @@ func (f found) settle(v *cone.View) {
 
 // missing calls lost for each of ops that is not in a new list of the expectations,
 // where one was needed, or of which the kernel says that the map does not hold it.
-func (b *backends) missing(ops []cone.Op, f found, lost func(cone.Permission, cone.Carriers)) {
+func (b *backends) missing(ops []cone.Op, f found, lost func(cone.Permission, cone.Carriers)) error {
 	for i := range ops {
 		if p := &ops[i].Permission; ops[i].By&cone.ByExpectation != 0 && f.expect != nil && f.expect[p.Key].in != p.Int {
 			lost(*p, cone.ByExpectation)
 		}
 	}
 	if b.split(ops, cone.ByMap); b.nft != nil && len(b.part) > 0 {
-		b.nft.Missing(b.part, func(i int) { lost(b.part[i], cone.ByMap) })
+		return b.nft.Missing(b.part, func(i int) { lost(b.part[i], cone.ByMap) })
 	}
+	return nil
 }

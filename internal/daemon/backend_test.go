@@ -2,10 +2,12 @@ package daemon
 
 import (
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/rules"
 )
@@ -45,9 +47,103 @@ func TestMissingIsFoundWithoutAList(t *testing.T) {
 			t.Fatalf("%s: %v, %v", name, f, err)
 		}
 		var lost []cone.Permission
-		b.missing(ops, f, func(p cone.Permission, _ cone.Carriers) { lost = append(lost, p) })
-		if len(lost) != 1 || lost[0] != ps[1] {
-			t.Errorf("%s: %v are missing, want %v", name, lost, ps[1])
+		err = b.missing(ops, f, func(p cone.Permission, _ cone.Carriers) { lost = append(lost, p) })
+		if err != nil || len(lost) != 1 || lost[0] != ps[1] {
+			t.Errorf("%s: %v are missing, want %v; %v", name, lost, ps[1], err)
 		}
 	}
+	unprivileged(t, func() {
+		for _, some := range [][]cone.Op{ops, ops[1:2]} {
+			if err := b.missing(some, found{}, func(p cone.Permission, _ cone.Carriers) { t.Errorf("%v is missing", p) }); err == nil {
+				t.Error("the kernel did not answer, and yet there is no error")
+			}
+		}
+	})
+}
+
+// Fails when the daemon takes a denial for lifted that the kernel has still: it would never
+// be lifted.
+func TestDenialThatTheKernelKeepsIsLiftedLater(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{})
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	tables, err := rules.Open(rules.Config{NetNS: l.Gateway.FD()})
+	must(err)
+	defer tables.Close()
+	c := &rules.MapConfig{Size: 100, Lifetime: time.Minute, Subnets: []netip.Prefix{lab.InsideNet}, Learn: true, LearnRate: 1}
+	_, err = tables.Set(rules.Desired{OutsideLinks: []string{"wan0"}, Map: c})
+	must(err)
+	b := newBackends()
+	b.nft = tables.NewMap(c)
+	ps := []cone.Permission{{
+		Key: cone.Key{Ext: cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.1:5060")), Peer: cone.AddrFrom(lab.PeerA)},
+		Int: cone.EndpointFrom(netip.MustParseAddrPort("10.47.11.109:5060")),
+	}}
+	denied := func() bool {
+		t.Helper()
+		out, err := l.Gateway.Output("nft", "list", "set", "ip", "conenat", "denied")
+		must(err)
+		return strings.Contains(out, lab.PeerA.String())
+	}
+	unprivileged(t, func() {
+		if err := b.Deny(ps, cone.ReasonForwarded); err == nil || !strings.Contains(err.Error(), "CAP_NET_ADMIN") {
+			t.Errorf("what the kernel did not deny: %v", err)
+		}
+	})
+	must(b.Deny(ps, cone.ReasonForwarded))
+	unprivileged(t, func() {
+		if err := b.Deny(ps, cone.ReasonRevoked); err == nil { // lifts the old one first
+			t.Error("what the kernel did not lift is no error")
+		}
+		refused := 0
+		b.nft.Grant(ps, func(int, cone.Reason, error) { refused++ })
+		if refused != 1 {
+			t.Error("what the kernel did not grant is not refused")
+		}
+	})
+	if !denied() {
+		t.Fatal("it is not denied")
+	}
+	b.nft.Grant(ps, func(_ int, r cone.Reason, err error) { t.Fatal(r, err) })
+	if denied() {
+		t.Error("it is denied still")
+	}
+}
+
+// Fails when counters that cannot be read count as zero.
+func TestCountersHoldWhileTheyCannotBeRead(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{})
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	tables, err := rules.Open(rules.Config{NetNS: l.Gateway.FD()})
+	must(err)
+	f := &firewall{tables: tables}
+	defer func() { must(f.close()) }()
+	_, err = tables.Set(rules.Desired{OutsideLinks: []string{"wan0"}, Guard: true, Subnets: []netip.Prefix{lab.InsideNet}})
+	must(err)
+	stranger, err := l.Outside.Socket(lab.PeerA, 5070)
+	must(err)
+	defer stranger.Close()
+	var cfg config.Config
+	for drops := uint64(0); drops == 0; {
+		must(stranger.Send(netip.AddrPortFrom(l.Gateway.Addr, 5060), "x"))
+		now, err := f.read(cfg)
+		must(err)
+		drops = now.Guard.Drops
+	}
+	before, err := f.read(cfg)
+	must(err)
+	unprivileged(t, func() {
+		if now, err := f.read(cfg); err == nil || now.Guard != before.Guard {
+			t.Errorf("counters: %+v, want %+v; %v", now.Guard, before.Guard, err)
+		}
+	})
 }

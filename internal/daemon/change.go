@@ -141,6 +141,10 @@ func unchangeable(old, next config.Config) error {
 	if anyIPv6(next.Subnets) && !anyIPv6(old.Subnets) {
 		errs = append(errs, errors.New("subnet: the first IPv6 subnet needs a restart"))
 	}
+	if size := mapConfig(old).Size; size != mapConfig(next).Size && wantsMap(old) && wantsMap(next) {
+		errs = append(errs, fmt.Errorf("max_permissions: the map of permissions has %d places for as long as it is in use; "+
+			"more than %d, and less again, needs a restart", size, leastMapSize))
+	}
 	if len(next.Subnets) == 0 && !next.AutoSubnets {
 		errs = append(errs, errors.New("subnet: none is enabled"))
 	}

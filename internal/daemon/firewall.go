@@ -42,6 +42,7 @@ type firewall struct {
 	known map[netip.Addr]struct{} // addresses that links had; nil before the first look
 
 	admitted, expected, usedUp tally
+	counted                    control.Tables   // as read last
 	mapped, related            witness          // what the user's firewall does with the children of either
 	pool                       config.PortRange // that usedUp is of
 
@@ -85,8 +86,8 @@ func openFirewall(name string) (*firewall, error) {
 }
 
 // leastMapSize is how many permissions the map can hold at least; an element takes
-// about 100 bytes. A map cannot change its size, so that of max_permissions is
-// the model's to hold, but for more than this.
+// about 100 bytes. A map cannot change its size: one of another size begins empty. So the
+// model holds max_permissions, but for more than this (unchangeable).
 const leastMapSize = 1 << 20
 
 func mapConfig(cfg config.Config) *rules.MapConfig {
@@ -305,25 +306,30 @@ func (f *firewall) readSourceNAT(cfg config.Config) (warnings []string, err erro
 	return warnings, err
 }
 
-// read is what status shows of the tables.
-func (f *firewall) read(cfg config.Config) (t control.Tables) {
+// read is what status shows of the tables. What cannot be read is as it was when it was
+// read last: evidence is made of it, too.
+func (f *firewall) read(cfg config.Config) (t control.Tables, err error) {
 	if f.tables == nil {
-		return t
+		return t, nil
 	}
-	t.Repaired = f.repaired
-	if c, err := f.tables.Counters(); err == nil {
-		t.Guard = control.Guard{Drops: c.GuardDrops, Spoofed: c.SpoofedDrops, Children: c.ChildDrops, PortZero: c.PortZeroDrops}
-		t.Map = control.Map{Learn: f.learns(cfg), Admitted: f.admitted.read(c.Admitted), Learned: c.Learned, Limited: c.LearnLimited}
-		t.Expected.Admitted = f.expected.read(c.Expected)
-		if f.pool != f.ports.pool {
-			f.pool, f.usedUp = f.ports.pool, tally{}
-		}
-		t.Mapping = control.Mapping{
+	c, err := f.tables.Counters()
+	if err != nil {
+		return f.counted, fmt.Errorf("read counters: %w", err)
+	}
+	if f.pool != f.ports.pool {
+		f.pool, f.usedUp = f.ports.pool, tally{}
+	}
+	f.counted = control.Tables{
+		Repaired: f.repaired,
+		Guard:    control.Guard{Drops: c.GuardDrops, Spoofed: c.SpoofedDrops, Children: c.ChildDrops, PortZero: c.PortZeroDrops},
+		Map:      control.Map{Learn: f.learns(cfg), Admitted: f.admitted.read(c.Admitted), Learned: c.Learned, Limited: c.LearnLimited},
+		Mapping: control.Mapping{
 			On: f.mapping, Moved: c.Moved, PoolUsedUp: f.usedUp.read(c.PoolUsedUp), Left: c.LeftToRules,
 			Hairpinned: c.Hairpinned,
-		}
+		},
 	}
-	return t
+	f.counted.Expected.Admitted = f.expected.read(c.Expected)
+	return f.counted, nil
 }
 
 // A tally is what a counter of the tables counted since it was read first. The

@@ -104,7 +104,8 @@ func (d *Daemon) readRules() error {
 		return errEnded
 	}
 	err := d.readForwards(cfg, d.network)
-	return errors.Join(err, d.redecide(cfg, d.network, d.firewall.read(cfg)))
+	tables, failed := d.firewall.read(cfg)
+	return errors.Join(err, failed, d.redecide(cfg, d.network, tables))
 }
 
 // isLate is how long others' changes have to wait for a user to be told.

@@ -176,7 +176,8 @@ func (d *Daemon) lookAgain() error {
 	return d.lookAtSockets(cfg, d.network)
 }
 
-// reviewSockets withdraws the permissions on ports of sockets that stay.
+// reviewSockets withdraws the permissions on ports of sockets that stay, and the
+// expectations that could take the packets of connected ones.
 func (d *Daemon) reviewSockets() {
 	if !d.sure {
 		return
@@ -187,6 +188,7 @@ func (d *Daemon) reviewSockets() {
 		}
 		return cone.ReasonNone
 	})
+	d.model.SetConnected(d.now(), d.served.Connected())
 }
 
 // serve keeps mappings off the ports that the gateway serves now.

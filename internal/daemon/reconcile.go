@@ -206,8 +206,8 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 	}
 	failed = errors.Join(failed, err, d.endRerouted(cfg, network))
 	failed = errors.Join(failed, d.readForwards(cfg, network), d.lookAtSockets(cfg, network))
-	tables := d.firewall.read(cfg)
-	failed = errors.Join(failed, d.redecide(cfg, network, tables))
+	tables, err := d.firewall.read(cfg)
+	failed = errors.Join(failed, err, d.redecide(cfg, network, tables))
 	topology := network.Topology().Compile()
 	d.ask(func() {
 		d.tables = tables
@@ -432,7 +432,10 @@ func (d *Daemon) eachLost(m missed, f func(cone.Permission, cone.Carriers)) erro
 		}
 	}
 	for ops := range slices.Chunk(m.ops, flowsAtOnce) {
-		d.ask(func() { d.backends.missing(ops, again, f) })
+		var err error
+		if d.ask(func() { err = d.backends.missing(ops, again, f) }); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -113,7 +113,8 @@ func (d *Daemon) readTables() {
 		if !d.do(func() { cfg = d.cfg.Config }) {
 			return
 		}
-		t := d.firewall.read(cfg)
+		t, err := d.firewall.read(cfg)
+		d.failures.note("read counters", 1, err)
 		d.do(func() { d.tables = t })
 	}
 	wait, cancel := context.WithTimeout(context.Background(), tablesTime)

@@ -99,9 +99,9 @@ func newBackend(cfg Config, c *nfnl.Conn) *Backend {
 }
 
 // adopt takes over what an earlier daemon left, so that it can be revoked,
-// refreshed or granted again.
+// refreshed or granted again. Anchors whose expectations have run out since then end.
 func (b *Backend) adopt() error {
-	return list(b.cfg.NetNS, true, func(x *expectation) {
+	err := list(b.cfg.NetNS, true, func(x *expectation) {
 		b.standing.take(x.anchor(), x.dst.Addr)
 		b.adopted = append(b.adopted, Adopted{x.permission(), cone.ByExpectation, x.left()})
 		b.see(x.zone)
@@ -109,6 +109,11 @@ func (b *Backend) adopt() error {
 			b.names = append(b.names, name)
 		}
 	})
+	if err != nil {
+		return err
+	}
+	_, err = b.dropAnchors()
+	return err
 }
 
 // An Adopted permission stood when the Backend was opened, and would have ended

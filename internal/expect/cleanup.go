@@ -36,23 +36,32 @@ func Cleanup(netns int) (Cleaned, error) {
 			errs = append(errs, fmt.Errorf("delete expectation: %w", err))
 		}
 	}
-	found, err := listAnchors(c)
-	if err != nil {
+	if n.Anchors, err = b.dropAnchors(); err != nil {
 		return n, errors.Join(append(errs, err)...)
-	}
-	for a := range found {
-		err := b.three(func(seq uint32) { b.enc.deleteAnchor(seq, a) })[0]
-		if err == nil {
-			n.Anchors++
-		} else if !errors.Is(err, unix.ENOENT) {
-			errs = append(errs, fmt.Errorf("delete anchor: %w", err))
-		}
 	}
 	name, err := ownName(netns)
 	if err == nil {
 		err = unregisterOwn(c, name)
 	}
 	return n, errors.Join(append(errs, err)...)
+}
+
+// dropAnchors deletes the anchors that nothing stands on, and returns how many.
+func (b *Backend) dropAnchors() (n int, err error) {
+	found, err := listAnchors(b.c)
+	errs := []error{err}
+	for a := range found {
+		if _, stands := b.standing.ext[a]; stands {
+			continue
+		}
+		err := b.three(func(seq uint32) { b.enc.deleteAnchor(seq, a) })[0]
+		if err == nil {
+			n++
+		} else if !errors.Is(err, unix.ENOENT) {
+			errs = append(errs, fmt.Errorf("delete anchor: %w", err))
+		}
+	}
+	return n, errors.Join(errs...)
 }
 
 // listAnchors returns all anchors in the conntrack table, with their marks: UDP

@@ -13,9 +13,11 @@ import (
 )
 
 // A PortSet is the set of endpoints at which local UDP sockets received what came in
-// by an outside link at one time. It may be read from any goroutine.
+// by an outside link at one time, from anybody or from whom they were connected to. It may
+// be read from any goroutine.
 type PortSet struct {
-	bound map[cone.Endpoint]struct{}
+	bound     map[cone.Endpoint]struct{}
+	connected map[cone.Key]struct{}
 }
 
 var any4, any6 = cone.AddrFrom4([4]byte{}), cone.Addr{}
@@ -34,28 +36,38 @@ func (p *PortSet) Serves(ext cone.Endpoint) bool {
 	return ok
 }
 
+// Connected returns the endpoints of connected sockets, each with whom it is connected to,
+// as the keys of permissions. The caller must not change it.
+func (p *PortSet) Connected() map[cone.Key]struct{} { return p.connected }
+
 // All returns the endpoints that sockets were bound to, in any order, those for all
 // addresses among them.
 func (p *PortSet) All() iter.Seq[cone.Endpoint] { return maps.Keys(p.bound) }
 
-// Stay returns the endpoints that are in p and were in old already.
+// Stay returns what is in p and was in old already.
 func (p *PortSet) Stay(old *PortSet) *PortSet {
-	both := maps.Clone(p.bound)
-	maps.DeleteFunc(both, func(e cone.Endpoint, _ struct{}) bool {
-		_, was := old.bound[e]
-		return !was
-	})
-	return &PortSet{bound: both}
+	return &PortSet{both(p.bound, old.bound), both(p.connected, old.connected)}
 }
 
-// Equal reports whether p and q hold the same endpoints.
-func (p *PortSet) Equal(q *PortSet) bool { return maps.Equal(p.bound, q.bound) }
+func both[K comparable](a, b map[K]struct{}) map[K]struct{} {
+	in := maps.Clone(a)
+	maps.DeleteFunc(in, func(k K, _ struct{}) bool {
+		_, is := b[k]
+		return !is
+	})
+	return in
+}
+
+// Equal reports whether p and q hold the same.
+func (p *PortSet) Equal(q *PortSet) bool {
+	return maps.Equal(p.bound, q.bound) && maps.Equal(p.connected, q.connected)
+}
 
 // Ports reads all UDP sockets, for comparing many permissions with them. A
 // socket that is opened or closed meanwhile may be missed; 10,000 of them cost
 // some milliseconds.
 func (s *Sockets) Ports() (*PortSet, error) {
-	p := &PortSet{bound: map[cone.Endpoint]struct{}{}}
+	p := &PortSet{map[cone.Endpoint]struct{}{}, map[cone.Key]struct{}{}}
 	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
 		s.dump[diagFamily] = family
 		err := s.conn.exchange(s.dump, func(b []byte) error { return p.add(b, s.hears) })
@@ -83,8 +95,13 @@ func (p *PortSet) add(b []byte, hears func(link uint32) bool) error {
 		return nil
 	}
 	e := cone.Endpoint{Addr: cone.Addr(b[8:24]), Port: binary.BigEndian.Uint16(b[4:])}
+	peer := cone.Addr(b[24:40])
 	if b[0] == unix.AF_INET {
-		e.Addr = cone.AddrFrom4([4]byte(b[8:12]))
+		e.Addr, peer = cone.AddrFrom4([4]byte(b[8:12])), cone.AddrFrom4([4]byte(b[24:28]))
+	}
+	if b[1] == unix.BPF_TCP_ESTABLISHED {
+		p.connected[cone.Key{Ext: e, Peer: peer}] = struct{}{}
+		return nil
 	}
 	p.bound[e] = struct{}{}
 	if e.Addr != any6 {

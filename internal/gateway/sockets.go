@@ -79,8 +79,8 @@ func (s *Sockets) hears(link uint32) bool { return slices.Contains(s.links, link
 // whatever port, if it comes in by an outside link. It costs a few microseconds for
 // each outside link and does not allocate.
 //
-// A connected socket is not found, whoever it is connected to: conntrack knows its
-// flow, so that no permission takes its packets while it is in use.
+// A connected socket is not found, whoever it is connected to: a permission takes its
+// packets only when conntrack has forgotten its flow. Ports finds such a one.
 func (s *Sockets) Serves(ext cone.Endpoint, peer cone.Addr) (bool, error) {
 	// udp_dump_one looks for the receiver of a packet from src to dst, and so
 	// the other way round than the names of the fields elsewhere say. All
@@ -151,8 +151,8 @@ func newDiagRequest(flags uint16) []byte {
 	b := newRequest(unix.SOCK_DIAG_BY_FAMILY, flags, diagSize)
 	b[diagProtocol] = unix.IPPROTO_UDP
 	// UDP sockets have two of TCP's states: ESTABLISHED when connected, else
-	// CLOSE.
-	binary.NativeEndian.PutUint32(b[diagStates:], 1<<unix.BPF_TCP_CLOSE)
+	// CLOSE. Only a dump heeds them.
+	binary.NativeEndian.PutUint32(b[diagStates:], 1<<unix.BPF_TCP_ESTABLISHED|1<<unix.BPF_TCP_CLOSE)
 	for i := diagCookie; i < len(b); i++ {
 		b[i] = 0xff // INET_DIAG_NOCOOKIE
 	}

@@ -3,6 +3,7 @@ package gateway
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"syscall"
 	"testing"
@@ -142,13 +143,32 @@ func TestReusedPortServesUntilTheLastIsClosed(t *testing.T) {
 }
 
 // The gateway's own resolver holds such a socket for each query.
-func TestConnectedSocketsDoNotCount(t *testing.T) {
+func TestConnectedSocketsServeNobodyElse(t *testing.T) {
 	g := newGateway(t)
 	s := dialSockets(t, g)
 	connect(t, g, ext4+":5060", "203.0.113.9:53")
 	connect(t, g, ext6+":5060", "[2001:db8:5::9]:53")
 	if got := serves(t, s, 5060) + portsServe(t, s, 5060); got != "" {
 		t.Errorf("serves%s", got)
+	}
+	first, err := s.Ports()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[cone.Key]struct{}{
+		{Ext: endpoint(ext4 + ":5060"), Peer: addr("203.0.113.9")}:   {},
+		{Ext: endpoint(ext6 + ":5060"), Peer: addr("2001:db8:5::9")}: {},
+	}
+	if got := first.Connected(); !maps.Equal(got, want) {
+		t.Errorf("connected: %v, want %v", got, want)
+	}
+	connect(t, g, ext4+":5061", "203.0.113.9:53")
+	second, err := s.Ports()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := second.Stay(first).Connected(); !maps.Equal(got, want) || second.Equal(first) {
+		t.Errorf("connected at both looks: %v, want %v", got, want)
 	}
 }
 

@@ -38,7 +38,7 @@ func (m *Map) Deny(ps []cone.Permission, why cone.Reason) error {
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
 		if revoked {
-			m.lift(m.unmarked(part)) // an element that is there keeps its comment
+			errs = append(errs, m.lift(m.unmarked(part))) // an element that is there keeps its comment
 		}
 		if m.hasRoom(room, part) { // the kernel waits for all CPUs where there is none
 			m.transact(part, func(seq uint32, p *cone.Permission) {
@@ -137,16 +137,24 @@ func (m *Map) learned(ps []cone.Permission) (there []cone.Permission) {
 	return there
 }
 
-// lift lifts the denials of ps. One may have ended by itself.
-func (m *Map) lift(ps []cone.Permission) {
+// lift lifts the denials of ps. One may have ended by itself. One that the kernel does not
+// lift is known still, for the next time.
+func (m *Map) lift(ps []cone.Permission) error {
+	var errs []error
 	for i := range ps {
-		if _, denied := m.denied[ps[i].Key]; denied {
-			delete(m.denied, ps[i].Key)
-			m.transact(ps[i:i+1], func(seq uint32, p *cone.Permission) {
-				m.denial(seq, unix.NFT_MSG_DELSETELEM, p, false)
-			})
+		if _, denied := m.denied[ps[i].Key]; !denied {
+			continue
 		}
+		m.transact(ps[i:i+1], func(seq uint32, p *cone.Permission) {
+			m.denial(seq, unix.NFT_MSG_DELSETELEM, p, false)
+		})
+		if err := m.errs[0]; err != nil && !errors.Is(err, unix.ENOENT) {
+			errs = append(errs, fmt.Errorf("lift denial of %v -> %v: %w", ps[i].Peer, ps[i].Ext, nfnl.Permitted(err)))
+			continue
+		}
+		delete(m.denied, ps[i].Key)
 	}
+	return errors.Join(errs...)
 }
 
 // denial appends a message about one element of the set of denials.

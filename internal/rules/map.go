@@ -3,6 +3,7 @@
 package rules
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -105,7 +106,7 @@ func (m *Map) Broken() bool {
 func (m *Map) Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err error)) {
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
-		m.lift(part)
+		_ = m.lift(part) // what is not lifted is known still, and stands all the same
 		m.transact(part, m.add)
 		for i := range part {
 			err := m.errs[i]
@@ -185,7 +186,7 @@ func (m *Map) Revoke(ps []cone.Permission) error {
 }
 
 // Refresh renews the timeouts of ps and calls lost with the index of each that
-// does not stand any more. Before Linux 6.12 an element that is added again keeps
+// does not stand any more, or not with its mark. Before Linux 6.12 an element that is added again keeps
 // its timeout, so it is deleted and added, which no packet notices.
 func (m *Map) Refresh(ps []cone.Permission, lost func(i int)) {
 	for base := 0; base < len(ps); base += batch {
@@ -200,6 +201,11 @@ func (m *Map) Refresh(ps []cone.Permission, lost func(i int)) {
 		m.transact(m.marked, m.remark)
 		m.haveMarks(m.marked, func(i int) bool { return m.errs[i] != nil })
 		m.transact(m.marked, m.mark)
+		for i := range m.marked {
+			if m.errs[i] != nil {
+				lost(base + slices.IndexFunc(part, func(p cone.Permission) bool { return p.Key == m.marked[i].Key }))
+			}
+		}
 	}
 }
 
@@ -215,15 +221,16 @@ func (m *Map) haveMarks(ps []cone.Permission, pass func(i int) bool) {
 }
 
 // Missing calls missing with the index of each of ps that does not stand. It asks
-// for each one: a list that is made while others are refreshed may miss some.
-func (m *Map) Missing(ps []cone.Permission, missing func(i int)) {
+// for each one: a list that is made while others are refreshed may miss some. With an
+// error nobody knows of some.
+func (m *Map) Missing(ps []cone.Permission, missing func(i int)) error {
 	m.w.Lock()
 	defer m.w.Unlock()
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
 		stands, err := m.look(part)
 		if err != nil {
-			return // nobody knows
+			return err
 		}
 		for i := range part {
 			if in, ok := stands[elementKey(&part[i])]; !ok || in != part[i].Int {
@@ -231,6 +238,7 @@ func (m *Map) Missing(ps []cone.Permission, missing func(i int)) {
 			}
 		}
 	}
+	return nil
 }
 
 // elementKey is the Key that an element tells: not for how many peers it is.
@@ -250,12 +258,18 @@ func (m *Map) look(ps []cone.Permission) (stands map[cone.Key]cone.Endpoint, err
 		m.element(first+2*uint32(i)+1, unix.NFT_MSG_GETSETELEM, portMap, &ps[i], false, 0)
 	}
 	var found halves
-	err = m.w.batch.Exchange(&m.enc, func(uint32, error) {}, func(_ uint16, body []byte) {
-		eachElement(body, found.add)
-	})
+	var refused error
+	err = m.w.batch.Exchange(&m.enc, func(_ uint32, err error) {
+		if !errors.Is(err, unix.ENOENT) { // it is there or not, nobody knows
+			refused = err
+		}
+	}, func(_ uint16, body []byte) { eachElement(body, found.add) })
+	if err = cmp.Or(err, refused); err != nil {
+		return nil, fmt.Errorf("look up elements: %w", nfnl.Permitted(err))
+	}
 	stands = make(map[cone.Key]cone.Endpoint)
 	found.each(func(p cone.Permission, _ time.Duration) { stands[p.Key] = p.Int })
-	return stands, err
+	return stands, nil
 }
 
 // transact sends what encode makes of ps, at most batch of them, as one

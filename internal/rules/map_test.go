@@ -405,7 +405,7 @@ func TestPermissionsForManyPeers(t *testing.T) {
 				g.contact(in, g.peer(lab.PeerA, 5072)) // it is in the map already
 				g.holds(p)
 				g.m.Refresh([]cone.Permission{p}, func(int) { t.Error("lost") })
-				g.m.Missing([]cone.Permission{p}, func(int) { t.Error("missing") })
+				check(t, g.m.Missing([]cone.Permission{p}, func(int) { t.Error("missing") }))
 				check(t, g.m.Deny([]cone.Permission{p}, cone.ReasonForwarded))
 				g.holds()
 				g.contact(in, g.peer(lab.PeerA, 5073))
@@ -425,7 +425,7 @@ func TestMissingIsWhatDoesNotStand(t *testing.T) {
 	another.Int.Port++
 	g.grant(another)
 	var got []int
-	g.m.Missing(ps, func(i int) { got = append(got, i) })
+	check(t, g.m.Missing(ps, func(i int) { got = append(got, i) }))
 	if !slices.Equal(got, []int{gone, moved}) {
 		t.Errorf("missing are %v, want %d and %d", got, gone, moved)
 	}

@@ -210,6 +210,20 @@ func TestAPoolThatIsUsedUpLeavesNewcomersToTheRules(t *testing.T) {
 	}
 }
 
+// So no choice of ports that are tried keeps a host that means harm from taking them.
+func TestAPoolPortBelongsToWhoSendsFromIt(t *testing.T) {
+	m := newMapper(t, lab.Options{Inside: 3}, withMapping(func(_ *rules.Desired, c *rules.MappingConfig) {
+		c.Pool = []rules.PortRange{{First: 50000, Last: 50001}}
+	}))
+	peers := m.peers()
+	m.maps(m.host(0, 50000), m.ext(50000), peers...)
+	m.maps(m.host(1, 3074), m.ext(3074), peers...)
+	m.contact(m.host(2, 3074), peers[0])
+	if c := count(t, m.tables); c.Moved != 0 || c.PoolUsedUp != 1 {
+		t.Errorf("%+v", c)
+	}
+}
+
 // With conntrack alone the second host would get port 3074, and the first one's
 // next flow might get any other.
 func TestAMappingOutlivesItsFlows(t *testing.T) {

@@ -115,8 +115,8 @@ func (*Map) HasRevoked() bool { return false }
 // List returns an *UnsupportedError.
 func (*Map) List(func(cone.Permission, time.Duration)) error { return errNoBuild }
 
-// Missing does nothing.
-func (*Map) Missing([]cone.Permission, func(int)) {}
+// Missing fails.
+func (*Map) Missing([]cone.Permission, func(int)) error { return errNoBuild }
 
 // Refresh calls lost for all.
 func (*Map) Refresh(ps []cone.Permission, lost func(i int)) {

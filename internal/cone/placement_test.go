@@ -1,0 +1,90 @@
+package cone
+
+import "testing"
+
+// Fails when place does not ask for connected sockets, and when an expectation is not made
+// again when they are closed.
+func TestNoExpectationTakesThePacketsOfAConnectedSocket(t *testing.T) {
+	const in, peer = "10.47.11.109:1", "203.0.113.5:9"
+	key := Key{Ext: ep("198.51.100.1:1"), Peer: ep(peer).Addr}
+	other := Key{Ext: ep("198.51.100.1:1"), Peer: ep("203.0.113.6:9").Addr}
+	for name, tc := range map[string]struct {
+		change    func(*Policy)
+		connected Carriers // what carries it then
+	}{
+		"without the map": {nil, 0},
+		"with the map": {func(p *Policy) {
+			p.Mapped, p.Subnets = true, []Subnet{{Prefix: p.Subnets[0].Prefix, Choice: ChooseExpectation}}
+		}, ByMap},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, tc.change)
+			want := func(when string, by Carriers) {
+				t.Helper()
+				if d.carry(); d.by[key] != by {
+					t.Errorf("%s: carried by %q, want %q", when, d.by[key], by)
+				}
+			}
+			d.open(0, in, peer)
+			d.m.SetConnected(0, map[Key]struct{}{other: {}})
+			want("connected to somebody else", ByExpectation)
+			d.m.SetConnected(1, map[Key]struct{}{key: {}})
+			want("connected to the peer", tc.connected)
+			if v := d.view(in); tc.connected == 0 && (v.State != StateRefused || v.Reason != ReasonLocalSocket) {
+				t.Errorf("it is %v for %q", v.State, v.Reason)
+			}
+			d.m.SetConnected(2, nil)
+			d.m.Tick(2*testPolicy.Retry, 10) // what was refused waits for that
+			want("closed", ByExpectation)
+		})
+	}
+}
+
+// Fails when what the map refused once is never put there again.
+func TestMapThatWasFullIsTriedAgain(t *testing.T) {
+	for name, choice := range map[string]Choice{"the map in the first place": ChooseMap, "both": ChooseBoth} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, func(p *Policy) {
+				p.Mapped, p.Subnets = true, []Subnet{{Prefix: p.Subnets[0].Prefix, Choice: choice}}
+			})
+			full, tries := true, 0
+			carry := func() {
+				for ops := d.m.Ops(); len(ops) > 0; ops = d.m.Ops() {
+					for _, o := range ops {
+						switch {
+						case o.Kind == Grant && o.By&ByMap != 0 && full:
+							tries++
+							d.m.Failed(0, o.Permission, ByMap, ReasonTableFull)
+						case o.Kind == Grant:
+							d.m.Granted(o.Permission)
+						}
+					}
+				}
+			}
+			want := func(when string, by Carriers) {
+				t.Helper()
+				if v := d.view("10.47.11.109:1"); v.By != by {
+					t.Errorf("%s: carried by %q, want %q", when, v.By, by)
+				}
+			}
+			f := &Flow{
+				ID: 1, Status: StatusSrcNAT, Src: ep("10.47.11.109:1"), Dst: ep("203.0.113.5:9"),
+				ReplySrc: ep("203.0.113.5:9"), ReplyDst: ep("198.51.100.1:1"),
+			}
+			d.m.FlowSeen(0, f)
+			carry()
+			want("the map is full", ByExpectation)
+			d.m.Tick(lifetime/2, 10)
+			carry()
+			want("it is still full", ByExpectation)
+			if tries != 2 {
+				t.Errorf("tried %d times, want 2", tries)
+			}
+			full = false
+			d.m.FlowSeen(lifetime/2, f)
+			d.m.Tick(lifetime, 10)
+			carry()
+			want("there is room", map[Choice]Carriers{ChooseMap: ByMap, ChooseBoth: AllCarriers}[choice])
+		})
+	}
+}

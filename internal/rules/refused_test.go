@@ -1,0 +1,58 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"bytes"
+	"errors"
+	"slices"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl/nfnltest"
+)
+
+// Fails when every refusal counts as that there is no such element.
+func TestOnlyWhatTheKernelDoesNotFindIsMissing(t *testing.T) {
+	for errno, want := range map[unix.Errno]int{unix.ENOENT: 1, unix.ENOMEM: 0} {
+		c, kernel := nfnltest.New(t)
+		kernel.Answer = nfnltest.RefuseAll(errno)
+		var m Map
+		m.begin(&writer{batch: c})
+		missing := 0
+		err := m.Missing(make([]cone.Permission, 1), func(int) { missing++ })
+		if missing != want || (want == 0) != errors.Is(err, errno) {
+			t.Errorf("%v: %d missing, want %d; %v", errno, missing, want, err)
+		}
+	}
+}
+
+// Fails when nobody hears of a mark that the kernel does not renew.
+func TestPermissionWithoutItsMarkIsLost(t *testing.T) {
+	c, kernel := nfnltest.New(t)
+	kernel.Answer = func(sent []nfnltest.Request) (out [][]byte) {
+		for _, r := range sent {
+			switch {
+			case bytes.Contains(r.Body, []byte(marksMap+"\x00")):
+				out = append(out, nfnltest.Says(r.Seq, unix.ENFILE))
+			case r.Flags&unix.NLM_F_ACK != 0:
+				out = append(out, nfnltest.Says(r.Seq, 0))
+			}
+		}
+		return out
+	}
+	var m Map
+	m.begin(&writer{batch: c})
+	ps := make([]cone.Permission, 3)
+	for i := range ps {
+		ps[i].Ext.Port = uint16(i)
+	}
+	ps[1].Mark = 7
+	var lost []int
+	m.Refresh(ps, func(i int) { lost = append(lost, i) })
+	if !slices.Equal(lost, []int{1}) {
+		t.Errorf("lost are %v, want that with a mark", lost)
+	}
+}
