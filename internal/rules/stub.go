@@ -128,6 +128,9 @@ func (*Map) Refresh(ps []cone.Permission, lost func(i int)) {
 // PortChoosers says that this build reads no rules.
 func PortChoosers(int) ([]string, error) { return nil, errNoBuild }
 
+// Uplinks says that no rule names a link.
+func Uplinks(int, []LAN) ([]string, error) { return nil, nil }
+
 // FixedSources says that nothing is known.
 func FixedSources(int) (addrs []AddrRange, unknown bool, err error) { return nil, true, errNoBuild }
 
