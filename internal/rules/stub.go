@@ -60,6 +60,9 @@ func (*Tables) Unsure(func(Direction)) error { return nil }
 // RenewUnsure does nothing.
 func (*Tables) RenewUnsure([]Direction) {}
 
+// AddUnsure does nothing.
+func (*Tables) AddUnsure([]Direction) error { return nil }
+
 // Remove returns an *UnsupportedError.
 func (*Tables) Remove() error { return errNoBuild }
 
