@@ -80,3 +80,73 @@ func TestAutoDoesNotEnableALinkThatWasOutside(t *testing.T) {
 		t.Errorf("subnets %+v", got)
 	}
 }
+
+// An uplink has an address of the provider's private network, but no default route yet.
+// That network is not served, and all works once the route is there.
+//
+// Fails when "auto" takes a link for a LAN of which a rule says, or all the others let
+// it be, that it is an uplink.
+func TestAutoDoesNotEnableAnUplinkWithoutItsRoute(t *testing.T) {
+	setUp := func(t *testing.T, o lab.Options) *scene {
+		s := newScene(t, o)
+		for _, args := range []string{ // a bridge, for "auto" does not look at a veth
+			"link set wan0 down", "address flush dev wan0", "link set wan0 name port0",
+			"link add wan0 type bridge forward_delay 0", "link set port0 master wan0", "link set port0 up",
+			"address add 198.51.100.1/24 dev wan0", "address add 192.168.0.2/24 dev wan0",
+		} {
+			s.IP(s.Gateway, args)
+		}
+		s.LinkUp("wan0")
+		return s
+	}
+	served := func(s *scene) (all []string) {
+		for _, n := range s.Status().Subnets {
+			all = append(all, n.Prefix.String())
+		}
+		return all
+	}
+	lan, both := []string{"10.47.11.0/24"}, []string{"10.47.11.0/24", "192.168.0.0/24"}
+	works := func(s *scene) {
+		s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan0")
+		s.Until("wan0 is an outside link", func() bool { return slices.Contains(s.Status().Outside, "wan0") })
+		s.Until("the LAN is served", func() bool { return slices.Equal(served(s), lan) })
+		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+		ext := s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
+		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+	}
+	t.Run("the only one", func(t *testing.T) {
+		s := setUp(t, lab.Options{})
+		s.Start("--subnet=auto")
+		if got := served(s); !slices.Equal(got, lan) {
+			t.Errorf("served: %q", got)
+		}
+		works(s)
+	})
+	t.Run("the only one, and the rule is for all links", func(t *testing.T) {
+		s := setUp(t, lab.Options{Rules: strings.Replace(lab.Masquerade, `oifname "wan0" `, "", 1)})
+		s.Start("--subnet=auto")
+		s.told("no outside link")
+		if got := served(s); len(got) > 0 {
+			t.Errorf("served: %q", got)
+		}
+		works(s)
+	})
+	t.Run("beside another one", func(t *testing.T) {
+		s := setUp(t, lab.Options{})
+		s.IP(s.Gateway, "link add wan2 type bridge")
+		s.IP(s.Gateway, "address add 192.168.2.2/24 dev wan2")
+		s.IP(s.Gateway, "link set wan2 up")
+		s.IP(s.Gateway, "route add default via 192.168.2.1 dev wan2 metric 100")
+		s.Start("--subnet=auto", "--reconcile=1h")
+		if got := served(s); !slices.Equal(got, lan) {
+			t.Errorf("served: %q", got)
+		}
+		// Rules come and go. Without one nothing tells what wan0 is.
+		s.Must(s.NFT("delete table ip nat"))
+		s.Until("nothing tells that it is an uplink", func() bool { return slices.Equal(served(s), both) })
+		s.Must(s.NFT(lab.Masquerade))
+		s.Until("a rule tells", func() bool { return slices.Equal(served(s), lan) })
+		works(s)
+	})
+}

@@ -44,7 +44,7 @@ func TestRunWithoutSubnetNamesTheCandidates(t *testing.T) {
 		}
 	}
 	out, code := s.CLI("run")
-	if code != 2 || !strings.Contains(out, "conenatd run --subnet 10.47.11.0/24 --subnet 10.47.13.0/24\n") ||
+	if code != 78 || !strings.Contains(out, "conenatd run --subnet 10.47.11.0/24 --subnet 10.47.13.0/24\n") ||
 		!strings.Contains(out, "--subnet auto") {
 		t.Errorf("exit %d, %q", code, out)
 	}
@@ -72,13 +72,14 @@ func TestWrongInputIsNamedAndChangesNothing(t *testing.T) {
 		code int
 		want string
 	}{
-		"wrong value":      {[]string{"run", "--config", file("# x\nlifetime = \"5 minutes\"\n")}, 2, "c.toml:2: lifetime: expected a duration"},
-		"missing file":     {[]string{"run", "--config", filepath.Join(dir, "none.toml")}, 2, "none.toml"},
-		"host bits":        {[]string{"run", "--subnet", "10.47.11.1/24"}, 2, `did you mean "10.47.11.0/24"`},
-		"unknown flag":     {[]string{"run", "--bogus"}, 2, "--bogus"},
+		"wrong value":      {[]string{"run", "--config", file("# x\nlifetime = \"5 minutes\"\n")}, 78, "c.toml:2: lifetime: expected a duration"},
+		"missing file":     {[]string{"run", "--config", filepath.Join(dir, "none.toml")}, 1, "none.toml"},
+		"host bits":        {[]string{"run", "--subnet", "10.47.11.1/24"}, 78, `did you mean "10.47.11.0/24"`},
+		"contradiction":    {[]string{"run", "--subnet", "10.47.11.0/24", "--hairpin"}, 78, "hairpin: expected a subnet with mapping"},
+		"unknown flag":     {[]string{"run", "--bogus"}, 78, "--bogus"},
 		"outside network":  {[]string{"run", "--subnet", "198.51.100.0/24"}, 1, "the network of the outside link wan0"},
 		"status, no one":   {[]string{"status"}, 1, "no conenatd runs in this network namespace"},
-		"check, bad file":  {[]string{"check", file("backend = 7\n")}, 2, "c.toml:1: backend:"},
+		"check, bad file":  {[]string{"check", file("backend = 7\n")}, 78, "c.toml:1: backend:"},
 		"list, no one":     {[]string{"list"}, 1, "conenatd run"},
 		"cleanup, nothing": {[]string{"cleanup"}, 0, "removed 0 expectations"},
 	} {

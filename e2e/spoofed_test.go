@@ -14,7 +14,7 @@ import (
 // comes, and not from a daemon that starts later and reads the flows.
 //
 // Fails without the chain way_back, and when the daemon does not leave out what that
-// remembers.
+// remembers, or does not take it over into other tables.
 func TestNFTSourceByAnotherLinkEarnsNothing(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFT, stage.Auto, append(stage.Auto, "--learn=false")}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{Guest: true}, mode...)
@@ -49,10 +49,12 @@ func TestNFTSourceByAnotherLinkEarnsNothing(t *testing.T) {
 		fence := s.InsideSocket(0, 5062)
 		s.Stands(fence, attacker, s.Contact(fence, attacker))
 		nothing("from the packet")
-		s.Kill()
-		s.Start(stage.Flags(mode)...)
-		s.Stands(fence, attacker, s.Contact(fence, attacker))
-		nothing("by another daemon")
+		for _, table := range []string{"conenat", "young"} {
+			s.Kill()
+			s.Start(stage.Flags(mode, "--table="+table)...)
+			s.Stands(fence, attacker, s.Contact(fence, attacker))
+			nothing("by a daemon with the table " + table)
+		}
 	})
 }
 

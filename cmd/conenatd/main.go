@@ -38,7 +38,7 @@ func main() {
 	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "conenatd:", err)
 		if !started || config.IsUsage(err) {
-			os.Exit(2)
+			os.Exit(config.UsageStatus)
 		}
 		os.Exit(1)
 	}

@@ -31,7 +31,11 @@ func runCommand() *cobra.Command {
 		Long: `Run the daemon in the foreground until SIGTERM or SIGINT. It then takes
 everything that it made out of the kernel, unless on_stop says otherwise. SIGHUP
 and "conenatd reload" make it read the configuration file again; flags override
-the file.`,
+the file.
+
+The exit status is 78 if the configuration or the command line is wrong, so that
+no new start can succeed, and 1 for any other error, such as a file that cannot
+be read. Other commands have the same.`,
 		Example: "  conenatd run --subnet 192.168.1.0/24",
 		Args:    cobra.NoArgs,
 	}

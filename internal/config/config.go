@@ -266,16 +266,20 @@ func (c *Config) check() (key string, err error) {
 	return "", nil
 }
 
-// A UsageError is the user's to mend: a wrong file or command line. Programs
-// end with status 2 for it.
+// A UsageError is the user's to mend: a wrong file or command line. No new start mends
+// it, so programs end with UsageStatus for it.
 type UsageError struct{ Err error }
 
 func (e *UsageError) Error() string { return e.Err.Error() }
 
 func (e *UsageError) Unwrap() error { return e.Err }
 
+// UsageStatus is EX_CONFIG of sysexits.h. The runtime ends a program that panics with 2.
+const UsageStatus = 78
+
 // IsUsage reports whether a UsageError is in the tree of err. All errors of
-// Load and Flags.Resolve are such.
+// Load and Flags.Resolve are such, but that of a file that cannot be read: it may be on
+// a file system that is mounted later.
 func IsUsage(err error) bool {
 	var u *UsageError
 	return errors.As(err, &u)

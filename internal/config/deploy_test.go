@@ -1,6 +1,7 @@
 package config
 
 import (
+	"fmt"
 	"net/netip"
 	"os"
 	"reflect"
@@ -94,15 +95,19 @@ func TestEveryFlagHasItsKeyAndEveryKeyItsFlag(t *testing.T) {
 }
 
 // At boot what the daemon needs may come late, by minutes. systemd by default gives up
-// after five starts in ten seconds.
+// after five starts in ten seconds. Only a wrong configuration needs somebody's hand.
 //
-// Fails when a setting is missing or in a section where systemd ignores it.
-func TestTheUnitNeverGivesUp(t *testing.T) {
+// Fails when a setting is missing or in a section where systemd ignores it, or when the
+// unit does not know the exit status of a wrong configuration.
+func TestTheUnitGivesUpForAWrongConfigurationAlone(t *testing.T) {
 	data, err := os.ReadFile("../../deploy/systemd/conenatd.service")
 	if err != nil {
 		t.Fatal(err)
 	}
-	missing := []string{"[Unit] StartLimitIntervalSec=0", "[Service] Restart=on-failure", "[Service] RestartSec=5"}
+	missing := []string{
+		"[Unit] StartLimitIntervalSec=0", "[Service] Restart=on-failure", "[Service] RestartSec=5",
+		fmt.Sprintf("[Service] RestartPreventExitStatus=%d", UsageStatus),
+	}
 	section := ""
 	for line := range strings.Lines(string(data)) {
 		line = strings.TrimSpace(line)

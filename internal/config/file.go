@@ -14,11 +14,11 @@ import (
 )
 
 // Load reads and checks the file at path. What the file does not say is as in
-// Default. The error, a UsageError, holds all that is wrong, one line each,
+// Default. The error (see IsUsage) holds all that is wrong, one line each,
 // in the order of the file; the Config is then empty.
 func Load(path string) (Config, error) {
 	c, between, err := load(path)
-	if err = usage(err, between); err != nil {
+	if err = errors.Join(err, between); err != nil {
 		return Config{}, err
 	}
 	return c, nil
@@ -33,7 +33,7 @@ func load(path string) (c Config, between, err error) {
 		if pe := (*fs.PathError)(nil); errors.As(err, &pe) {
 			err = pe.Err
 		}
-		return Config{}, nil, usage(fmt.Errorf("%s: expected a readable file: %w", path, err))
+		return Config{}, nil, fmt.Errorf("%s: expected a readable file: %w", path, err)
 	}
 	return parse(path, string(data))
 }

@@ -43,20 +43,18 @@ func (f *Flags) Register(fs *pflag.FlagSet) {
 // Resolve returns Default, overridden by the file of --config, overridden by
 // the flags. A flag replaces the whole value of its key; --subnet replaces all
 // subnets of the file. It reads the file anew at each call, so that a reload
-// is one more call. The error, a UsageError, holds all that is wrong; whether the keys
+// is one more call. The error (see IsUsage) holds all that is wrong; whether the keys
 // go together is asked when each is right.
 func (f *Flags) Resolve() (Config, error) {
 	c := Default()
 	var errs []error
-	var between error // one key of the file and another
+	var between, wrong error // one key of the file and another; what else is wrong with it
 	if n := len(f.config.given); n > 0 {
-		var err error
 		if path := f.config.given[n-1]; path != "" {
-			c, between, err = load(path)
+			c, between, wrong = load(path)
 		} else { // an unset variable in a script
-			err = fmt.Errorf("--config: %w", expected("the path of a file", path))
+			errs = append(errs, fmt.Errorf("--config: %w", expected("the path of a file", path)))
 		}
-		errs = append(errs, err)
 	}
 	for i, t := range f.given {
 		if len(t.given) == 0 {
@@ -96,7 +94,7 @@ func (f *Flags) Resolve() (Config, error) {
 	case len(f.mapping.given) > 0:
 		errs = append(errs, errors.New("--mapping: expected a --subnet beside it"))
 	}
-	if len(errs) == 0 {
+	if wrong == nil && len(errs) == 0 {
 		if key, err := c.check(); err != nil {
 			err = fmt.Errorf("%s: %w", key, err)
 			if between != nil && strings.HasSuffix(between.Error(), err.Error()) {
@@ -105,7 +103,7 @@ func (f *Flags) Resolve() (Config, error) {
 			errs = append(errs, err)
 		}
 	}
-	if err := usage(errs...); err != nil {
+	if err := errors.Join(wrong, usage(errs...)); err != nil {
 		return Config{}, err
 	}
 	return c, nil

@@ -122,6 +122,8 @@ func TestResolve(t *testing.T) {
 
 func TestWrongFlagsAreNamed(t *testing.T) {
 	path := write(t, "backend = 1\nreconcile = 2\n")
+	hairpin, kernel := write(t, "\nhairpin = true"), write(t, "[[subnet]]\nprefix = \"192.168.1.0/24\"")
+	const unmapped = `expected a subnet with mapping = "endpoint_independent": hosts are found by their mappings`
 	for name, tt := range map[string]struct {
 		args []string
 		want string
@@ -140,7 +142,13 @@ func TestWrongFlagsAreNamed(t *testing.T) {
 		"routed without a subnet": {[]string{"--routed"}, `--routed: expected a --subnet beside it`},
 		"routed auto":             {[]string{"--routed", "--subnet=auto"}, `--subnet: expected a prefix beside routed: which networks are routed cannot be guessed, got "auto"`},
 		"empty path":              {[]string{"--config="}, `--config: expected the path of a file, got ""`},
-		"no such file":            {[]string{"--config=/none/c.toml"}, `/none/c.toml: expected a readable file: no such file or directory`},
+		"no such file, wrong flag": {
+			[]string{"--config=/none/c.toml", "--lifetime=5"},
+			`/none/c.toml: expected a readable file: no such file or directory
+--lifetime: expected a duration between 1s and 24h such as "5m", got "5"`,
+		},
+		"one key and another": {[]string{"--config", hairpin, "--subnet=192.168.1.0/24"}, hairpin + ":2: hairpin: " + unmapped},
+		"a key and a flag":    {[]string{"--config", kernel, "--hairpin"}, "hairpin: " + unmapped},
 		"file and flags together": {
 			[]string{"--log-level=loud", "--config", path, "--outside=a/b"},
 			path + `:1: backend: expected "auto", "expect" or "nft", got 1

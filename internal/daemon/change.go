@@ -67,7 +67,10 @@ func (d *Daemon) adopt(wanted config.Config) error {
 	if err != nil {
 		return err
 	}
-	cfg := d.resolve(wanted, network)
+	cfg, err := d.resolve(wanted, network)
+	if err != nil {
+		return err
+	}
 	if err := outsideOwn(cfg.Subnets, network); err != nil {
 		return err
 	}
@@ -92,16 +95,20 @@ func (d *Daemon) adopt(wanted config.Config) error {
 // resolve returns what the user wants, with the subnets that "auto" finds and limits that
 // suit the conntrack table. A link that was an outside link does not become an inside one
 // when it loses its default route.
-func (d *Daemon) resolve(wanted config.Config, network gateway.Network) config.Config {
-	wanted.Subnets = subnets(wanted, network.Candidates(d.rerouted.outside))
-	return wanted.Sized(d.size)
+func (d *Daemon) resolve(wanted config.Config, network gateway.Network) (config.Config, error) {
+	var err error
+	wanted.Subnets, err = subnets(wanted, network, d.rerouted.outside)
+	return wanted.Sized(d.size), err
 }
 
 // follow enables the subnets that "auto" finds now, with the limits that suit the
 // conntrack table now, and reports whether they are others than those of cfg, which is
 // in force.
 func (d *Daemon) follow(cfg config.Config, network gateway.Network) (changed bool, err error) {
-	next := d.resolve(d.wanted, network)
+	next, err := d.resolve(d.wanted, network)
+	if err != nil {
+		return false, err
+	}
 	sameSubnets := slices.Equal(next.Subnets, cfg.Subnets)
 	sameLimits := next.MaxPermissionsPerHost == cfg.MaxPermissionsPerHost && next.MaxChildren == cfg.MaxChildren
 	if sameSubnets && sameLimits {
@@ -111,12 +118,13 @@ func (d *Daemon) follow(cfg config.Config, network gateway.Network) (changed boo
 		return false, fmt.Errorf("enable the subnets %v: %w", prefixes(next.Subnets), err)
 	}
 	if !sameSubnets {
-		d.log.Info("links changed, and with them the subnets of \"auto\"", "subnets", prefixes(next.Subnets))
+		d.log.Info("links or rules changed, and with them the subnets of \"auto\"", "subnets", prefixes(next.Subnets))
 	}
 	if !sameLimits {
 		d.log.Info("the conntrack table has another size, and so have limits", "entries", d.size,
 			"max_permissions_per_host", next.MaxPermissionsPerHost, "max_children", next.MaxChildren)
 	}
+	d.ask(func() { d.warned.tell(d.now(), d.warnings()) })
 	return true, nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -152,7 +153,10 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.network, err = gateway.ReadNetwork(0, cfg.Outside); err != nil {
 		return d, err
 	}
-	d.wanted, d.cfg.Subnets = cfg.Config, subnets(cfg.Config, d.network.Candidates(nil))
+	d.wanted = cfg.Config
+	if d.cfg.Subnets, err = subnets(cfg.Config, d.network, nil); err != nil {
+		return d, err
+	}
 	if err = outsideOwn(d.cfg.Subnets, d.network); err != nil {
 		return d, err
 	}
@@ -236,13 +240,26 @@ func New(cfg Config) (d *Daemon, err error) {
 }
 
 // subnets returns the enabled subnets, the candidates among them if these are
-// asked for and do not overlap what is named.
-func subnets(cfg config.Config, candidates []netip.Prefix) []config.Subnet {
+// asked for and do not overlap what is named. Links that were outside links lead to none.
+func subnets(cfg config.Config, network gateway.Network, were map[string]bool) ([]config.Subnet, error) {
 	enabled := slices.Clone(cfg.Subnets)
 	if !cfg.AutoSubnets {
-		return enabled
+		return enabled, nil
 	}
-	for _, c := range candidates {
+	var lans []rules.LAN
+	for _, l := range network.LANs() {
+		lans = append(lans, rules.LAN{Link: rules.Link{Index: l.Index, Name: l.Name}, Networks: l.Networks})
+	}
+	named, err := rules.Uplinks(0, lans)
+	if err != nil {
+		return nil, fmt.Errorf("find the links of subnet \"auto\": %w", err)
+	}
+	uplinks := make(map[string]bool)
+	maps.Copy(uplinks, were)
+	for _, name := range named {
+		uplinks[name] = true
+	}
+	for _, c := range network.Candidates(uplinks) {
 		free := true
 		for _, s := range cfg.Subnets {
 			free = free && !s.Prefix.Overlaps(c)
@@ -251,7 +268,7 @@ func subnets(cfg config.Config, candidates []netip.Prefix) []config.Subnet {
 			enabled = append(enabled, config.Subnet{Prefix: c})
 		}
 	}
-	return enabled
+	return enabled, nil
 }
 
 // An ownNetwork is that of an outside link, in a subnet: a link to both sides, or one

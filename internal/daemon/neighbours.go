@@ -87,7 +87,11 @@ func (d *Daemon) lookAtChanges(q *ctwatch.Queries) error {
 		was.flows = was.flows || misjudged
 		return err
 	})
-	try(was.rules && !was.links, &d.changed.rules, d.readRules)
+	try(was.rules && !was.links, &d.changed.rules, func() error {
+		followed, err := d.readRules()
+		was.flows = was.flows || followed
+		return err
+	})
 	try(was.elements, &d.changed.elements, func() error { return d.compare(true) })
 	try(was.flows, &d.changed.flows, func() error {
 		err := d.readFlows(q)
@@ -97,15 +101,18 @@ func (d *Daemon) lookAtChanges(q *ctwatch.Queries) error {
 	return errors.Join(errs...)
 }
 
-// readRules brings the model up to date about what the user's rules do.
-func (d *Daemon) readRules() error {
+// readRules brings the model up to date about what the user's rules do. It reports
+// whether other subnets are enabled now.
+func (d *Daemon) readRules() (followed bool, err error) {
 	var cfg config.Config
 	if !d.ask(func() { cfg = d.cfg.Config }) {
-		return errEnded
+		return false, errEnded
 	}
-	err := d.readForwards(cfg, d.network)
+	err = d.readForwards(cfg, d.network)
 	tables, failed := d.firewall.read(cfg)
-	return errors.Join(err, failed, d.redecide(cfg, d.network, tables))
+	err = errors.Join(err, failed, d.redecide(cfg, d.network, tables))
+	followed, failed = d.follow(cfg, d.network)
+	return followed, errors.Join(err, failed)
 }
 
 // isLate is how long others' changes have to wait for a user to be told.

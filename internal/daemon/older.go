@@ -14,7 +14,8 @@ import (
 type olderTables struct {
 	all      []*firewall
 	standing []expect.Adopted
-	revoked  []cone.Key // by the user
+	revoked  []cone.Key        // by the user
+	unsure   []rules.Direction // flows whose source may be spoofed
 }
 
 func (d *Daemon) openOlder() (o olderTables, err error) {
@@ -29,7 +30,7 @@ func (d *Daemon) openOlder() (o olderTables, err error) {
 		errs = append(errs, err)
 		revoked, err := f.tables.NewMap(mapConfig(d.cfg.Config)).Revoked()
 		o.revoked = append(o.revoked, revoked...)
-		errs = append(errs, err)
+		errs = append(errs, err, f.tables.Unsure(func(x rules.Direction) { o.unsure = append(o.unsure, x) }))
 	}
 	if err := errors.Join(errs...); err != nil {
 		o.close()
@@ -38,9 +39,9 @@ func (d *Daemon) openOlder() (o olderTables, err error) {
 	return o, nil
 }
 
-// moveTo puts into m what stands, and what was revoked. The model decides later what of
-// it stays.
-func (o *olderTables) moveTo(m *rules.Map, failures *failures) error {
+// moveTo puts into m, a map of t, what stands, and what was revoked, and into t the flows
+// that give nothing. The model decides later what of it stays.
+func (o *olderTables) moveTo(t *rules.Tables, m *rules.Map, failures *failures) error {
 	ps := make([]cone.Permission, len(o.standing))
 	for i, a := range o.standing {
 		ps[i] = a.Permission
@@ -52,7 +53,7 @@ func (o *olderTables) moveTo(m *rules.Map, failures *failures) error {
 	for _, k := range o.revoked {
 		ps = append(ps, cone.Permission{Key: k})
 	}
-	return m.Deny(ps, cone.ReasonRevoked)
+	return errors.Join(m.Deny(ps, cone.ReasonRevoked), t.AddUnsure(o.unsure))
 }
 
 func (o *olderTables) remove(log *slog.Logger) error {

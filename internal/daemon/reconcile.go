@@ -220,9 +220,6 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 		d.warned.tell(d.now(), d.warnings())
 	})
 	followed, err := d.follow(cfg, network)
-	if followed {
-		d.ask(func() { d.warned.tell(d.now(), d.warnings()) })
-	}
 	return misjudged || followed, errors.Join(failed, err)
 }
 

@@ -15,17 +15,52 @@ var private = []netip.Prefix{ // RFC 1918
 	netip.MustParsePrefix("192.168.0.0/16"),
 }
 
+// A LAN is a link behind which there may be an inside network, whether it is up or not,
+// with its IPv4 networks.
+type LAN struct {
+	Link
+	Networks []netip.Prefix
+}
+
+// LANs returns the links that are no outside links, and not those of a container or
+// machine host, or tunnels.
+func (n Network) LANs() (lans []LAN) {
+	for _, l := range n.Links {
+		if l.Outside || !l.lan() {
+			continue
+		}
+		lan := LAN{Link: l}
+		for _, a := range n.Addrs {
+			if a.Link == l.Index && a.Prefix.Addr().Is4() {
+				lan.Networks = append(lan.Networks, a.Prefix.Masked())
+			}
+		}
+		lans = append(lans, lan)
+	}
+	return lans
+}
+
 // Candidates returns the private IPv4 prefixes (RFC 1918) that look like a LAN
-// behind the gateway: connected, by a link that is up, not an outside link, and
-// not one of a container or machine host, or a tunnel. It is a proposal for the
-// user's subnets, so what is doubtful is left out, and the links of but, by name.
-func (n Network) Candidates(but map[string]bool) []netip.Prefix {
+// behind the gateway: connected, by a link that is up and looks like that of a LAN. It
+// is a proposal for the user's subnets, so what is doubtful is left out: links with an
+// address from DHCP, and uplinks, the names of links that are known to lead outside. Where
+// no outside link is known at all, any of the links may be the one.
+func (n Network) Candidates(uplinks map[string]bool) []netip.Prefix {
+	if len(n.OutsideLinks()) == 0 && len(n.Missing) == 0 && len(uplinks) == 0 {
+		return nil
+	}
+	leased := func(l Link) bool {
+		return slices.ContainsFunc(n.Addrs, func(a Addr) bool { return a.Link == l.Index && a.Leased && a.Prefix.Addr().Is4() })
+	}
 	var found []netip.Prefix
-	links := n.links()
-	for _, a := range n.Addrs {
-		l := links[a.Link]
-		if !l.Outside && !but[l.Name] && l.lan() && !a.Prefix.IsSingleIP() && covered(a.Prefix, private) {
-			found = append(found, a.Prefix.Masked())
+	for _, l := range n.LANs() {
+		if uplinks[l.Name] || !l.is(unix.IFF_UP) || leased(l.Link) {
+			continue
+		}
+		for _, p := range l.Networks {
+			if !p.IsSingleIP() && covered(p, private) {
+				found = append(found, p)
+			}
 		}
 	}
 	return unique(found)
@@ -43,8 +78,7 @@ var hostLinks = []string{
 }
 
 func (l Link) lan() bool {
-	return l.is(unix.IFF_UP) &&
-		l.Flags&(unix.IFF_LOOPBACK|unix.IFF_POINTOPOINT|unix.IFF_NOARP) == 0 &&
+	return l.Flags&(unix.IFF_LOOPBACK|unix.IFF_POINTOPOINT|unix.IFF_NOARP) == 0 &&
 		slices.Contains(lanKinds, l.Kind) &&
 		!slices.ContainsFunc(hostLinks, func(s string) bool { return strings.HasPrefix(l.Name, s) }) &&
 		!dockerBridge.MatchString(l.Name)

@@ -91,7 +91,9 @@ func (r *reader) addr(b []byte) error {
 	if !p.IsValid() {
 		return nil // another address family
 	}
-	r.Addrs = append(r.Addrs, Addr{Prefix: p, Link: int(int32(binary.NativeEndian.Uint32(b[4:])))})
+	r.Addrs = append(r.Addrs, Addr{
+		Prefix: p, Link: int(int32(binary.NativeEndian.Uint32(b[4:]))), Leased: b[2]&unix.IFA_F_PERMANENT == 0,
+	})
 	return nil
 }
 

@@ -40,6 +40,7 @@ type Link struct {
 type Addr struct {
 	Prefix netip.Prefix // not masked
 	Link   int          // index
+	Leased bool         // it has a lifetime, as those have that DHCP gave
 }
 
 // A Route is one next hop of a route.

@@ -223,6 +223,7 @@ func TestCandidatesOnTheKernel(t *testing.T) {
 		"tuntap add tun0 mode tun", "link set tun0 up", "addr add 10.8.0.1/24 dev tun0",
 		"tuntap add tap0 mode tap", "link set tap0 up", "addr add 10.9.0.1/24 dev tap0",
 		"addr add 10.99.0.1/24 dev lo", "addr add 10.98.0.1/24 dev wan0",
+		"link add br-dhcp up type bridge", "addr add 192.168.4.1/24 dev br-dhcp valid_lft 3600 preferred_lft 3600",
 		"addr add 203.0.113.77/24 dev lan0", "addr add 100.64.0.1/24 dev lan0", "addr add 10.97.0.1/32 dev lan0")
 	// Not all kernels have these.
 	for i, kind := range []string{"wireguard", "dummy", "vxlan id 1 dstport 4789"} {
@@ -240,6 +241,15 @@ func TestCandidatesOnTheKernel(t *testing.T) {
 	}
 	if got := readNetwork(t, g).Candidates(map[string]bool{"lan0": true}); !slices.Equal(got, want[1:]) {
 		t.Errorf("without lan0 got %v, want %v", got, want[1:])
+	}
+	// Without a default route wan0, with its private network, may be the uplink.
+	ip(t, g, "route del default")
+	ip(t, g, "-6 route del default")
+	if got := readNetwork(t, g).Candidates(nil); len(got) > 0 {
+		t.Errorf("without an outside link got %v", got)
+	}
+	if got := readNetwork(t, g, "ppp0").Candidates(nil); !slices.Equal(got, want) {
+		t.Errorf("with an outside link that comes later got %v, want %v", got, want)
 	}
 }
 
@@ -274,12 +284,9 @@ func TestLinksThatLookLikeALAN(t *testing.T) {
 		{"lo", "", unix.IFF_LOOPBACK, false},
 	}
 	for _, test := range tests {
-		l := Link{Name: test.name, Kind: test.kind, Flags: test.flags | unix.IFF_UP}
+		l := Link{Name: test.name, Kind: test.kind, Flags: test.flags}
 		if got := l.lan(); got != test.want {
 			t.Errorf("%s of kind %q: %v", test.name, test.kind, got)
-		}
-		if l.Flags &^= unix.IFF_UP; l.lan() {
-			t.Errorf("%s is down", test.name)
 		}
 	}
 }

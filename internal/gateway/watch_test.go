@@ -89,7 +89,8 @@ func TestWatcherPassesOverWhatChangesNoAnswer(t *testing.T) {
 		{"", "link set idle0 down", false},
 		{"", "link add other0 type bridge", false},
 		{"", "link del other0", false},
-		{"", "addr change 10.48.0.1/24 dev busy0 valid_lft 1000 preferred_lft 1000", false},
+		{"", "addr change 10.48.0.1/24 dev busy0 valid_lft 1000 preferred_lft 1000", true},
+		{"", "addr change 10.48.0.1/24 dev busy0 valid_lft 2000 preferred_lft 2000", false}, // a renewed lease
 		{"", "route add 10.99.0.0/16 via 10.47.11.109", true},
 		{"", "route add 10.99.1.0/24 via 198.51.100.254", true}, // within one by another link
 		{"", "route del 10.99.1.0/24", true},

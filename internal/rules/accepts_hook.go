@@ -14,7 +14,7 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// A baseChain is a chain of the forward hook.
+// A baseChain is a chain of a hook.
 type baseChain struct {
 	table    tableReader
 	title    string // of the table, with its family
@@ -49,7 +49,7 @@ func Children(netns int, outside []Link, subnets []netip.Prefix) ([]ChildVerdict
 	}
 	answers, err := readTwice(func() ([]ChildVerdicts, bool, error) {
 		r := &hookReader{c: c}
-		chains, err := r.forwardHook()
+		chains, err := r.baseChains(nftables.ChainHookForward, "")
 		if err != nil {
 			return nil, r.moved, err
 		}
@@ -100,9 +100,9 @@ func readTwice(read func() (answers []ChildVerdicts, moved bool, err error)) ([]
 	return nil, fmt.Errorf("read the chains of the forward hook: %w", nfnl.ErrInterrupted)
 }
 
-// forwardHook lists the base chains of the user's that forwarded packets meet, in
-// the order in which they do.
-func (r *hookReader) forwardHook() ([]baseChain, error) {
+// baseChains lists the base chains of the user's that packets meet in a hook, in
+// the order in which they do; those of one kind, or of all if that is empty.
+func (r *hookReader) baseChains(hook *nftables.ChainHook, kind nftables.ChainType) ([]baseChain, error) {
 	type key struct {
 		family byte
 		name   string
@@ -129,7 +129,7 @@ func (r *hookReader) forwardHook() ([]baseChain, error) {
 	err = r.ask(unix.NFT_MSG_GETCHAIN, unix.NLM_F_DUMP, nftables.TableFamilyUnspecified, nil, func(family byte, b []byte) {
 		base := baseChain{family: nftables.TableFamily(family)}
 		k := key{family: family}
-		forwards := false
+		meets, ofKind := false, kind == ""
 		attributes(b, func(typ uint16, b []byte) {
 			switch typ {
 			case unix.NFTA_CHAIN_TABLE:
@@ -138,11 +138,13 @@ func (r *hookReader) forwardHook() ([]baseChain, error) {
 				base.name = text(b)
 			case unix.NFTA_CHAIN_POLICY:
 				base.drops = number32(b) == uint32(nftables.ChainPolicyDrop)
+			case unix.NFTA_CHAIN_TYPE:
+				ofKind = ofKind || text(b) == string(kind)
 			case unix.NFTA_CHAIN_HOOK:
 				attributes(b, func(typ uint16, b []byte) {
 					switch typ {
 					case unix.NFTA_HOOK_HOOKNUM:
-						forwards = number32(b) == uint32(*nftables.ChainHookForward)
+						meets = number32(b) == uint32(*hook)
 					case unix.NFTA_HOOK_PRIORITY:
 						base.priority = int32(number32(b))
 					}
@@ -150,7 +152,7 @@ func (r *hookReader) forwardHook() ([]baseChain, error) {
 			}
 		})
 		skipped[k] = skipped[k] || base.name == markerChain
-		if !forwards || familyOf(base.family) == "" {
+		if !meets || !ofKind || familyOf(base.family) == "" {
 			return
 		}
 		if tables[k] == nil {

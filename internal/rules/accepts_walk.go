@@ -48,10 +48,11 @@ type tableReader interface {
 type fates uint8
 
 const (
-	accepts  fates = 1 << iota // goes on to the next base chain
-	drops                      // or rejects
-	returns                    // gets to the end of the chain
-	proceeds                   // goes on to the next rule
+	accepts    fates = 1 << iota // goes on to the next base chain
+	drops                        // or rejects
+	returns                      // gets to the end of the chain
+	proceeds                     // goes on to the next rule
+	translates                   // gets another source, in a chain of postrouting
 )
 
 // A hookWalk takes the packets of a class through the chains of one table.
@@ -171,6 +172,9 @@ func (w *hookWalk) statement(regs *cells, s statement) (end fates, c chance, err
 	case *expr.Lookup:
 		return w.lookup(regs, e)
 	case *expr.Target:
+		if slices.Contains(sourceTargets, e.Name) {
+			return translates, always, nil
+		}
 		end, c = xtTarget(e)
 		return end, c, nil
 	case *expr.Match:
@@ -210,6 +214,9 @@ func (w *hookWalk) statement(regs *cells, s statement) (end fates, c chance, err
 	case *expr.Dynset:
 		return 0, maybe, nil // it ends the rule where the set is full or a limit is met
 	default:
+		if s.name == "masq" || s.name == "nat" {
+			return translates, always, nil
+		}
 		return 0, w.other(regs, s.name), nil
 	}
 	return 0, always, nil
@@ -220,7 +227,7 @@ const objectSynProxy = 10 // NFT_OBJECT_SYNPROXY
 // other is for statements that are known by name only.
 func (w *hookWalk) other(regs *cells, name string) chance {
 	switch name {
-	case "counter", "log", "notrack", "dup", "last", "masq", "nat", "redir", "cthelper", "cttimeout", "ctexpect", "secmark":
+	case "counter", "log", "notrack", "dup", "last", "redir", "cthelper", "cttimeout", "ctexpect", "secmark":
 		return always
 	case "byteorder", "hash", "numgen":
 		regs.forget(unix.NFT_REG_1)

@@ -19,6 +19,9 @@ const (
 	xtStateDNAT    = 1 << 7
 )
 
+// sourceTargets translate sources, in a chain of postrouting.
+var sourceTargets = []string{"MASQUERADE", "SNAT", "NETMAP"}
+
 // xtTarget returns what a target of iptables-nft does with a packet. No fates
 // means that the rule goes on.
 func xtTarget(t *expr.Target) (fates, chance) {

@@ -60,6 +60,9 @@ func (*Tables) Unsure(func(Direction)) error { return nil }
 // RenewUnsure does nothing.
 func (*Tables) RenewUnsure([]Direction) {}
 
+// AddUnsure does nothing.
+func (*Tables) AddUnsure([]Direction) error { return nil }
+
 // Remove returns an *UnsupportedError.
 func (*Tables) Remove() error { return errNoBuild }
 
@@ -127,6 +130,9 @@ func (*Map) Refresh(ps []cone.Permission, lost func(i int)) {
 
 // PortChoosers says that this build reads no rules.
 func PortChoosers(int) ([]string, error) { return nil, errNoBuild }
+
+// Uplinks says that no rule names a link.
+func Uplinks(int, []LAN) ([]string, error) { return nil, nil }
 
 // FixedSources says that nothing is known.
 func FixedSources(int) (addrs []AddrRange, unknown bool, err error) { return nil, true, errNoBuild }

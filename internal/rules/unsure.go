@@ -3,6 +3,8 @@
 package rules
 
 import (
+	"errors"
+	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
@@ -13,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 const (
@@ -95,15 +98,36 @@ func (t *Tables) Unsure(f func(Direction)) error {
 
 // RenewUnsure renews flows that Unsure told of.
 func (t *Tables) RenewUnsure(flows []Direction) {
+	_ = t.tellUnsure(flows, unix.NFT_MSG_DELSETELEM, unix.NFT_MSG_NEWSETELEM) // some may have ended
+}
+
+// AddUnsure adds flows that Unsure told of, of other tables. They are forgotten where
+// these tables have no such set.
+func (t *Tables) AddUnsure(flows []Direction) error {
+	if err := t.tellUnsure(flows, unix.NFT_MSG_NEWSETELEM); !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	return nil
+}
+
+// tellUnsure sends messages about each of the flows, and returns the first error.
+func (t *Tables) tellUnsure(flows []Direction, messages ...uint16) (first error) {
 	var b batcher
 	b.begin(t.w)
-	for base := 0; base < len(flows); base += batch {
+	for part := range slices.Chunk(flows, batch) {
 		clear(b.errs[:])
-		transact(&b, flows[base:min(base+batch, len(flows))], 2, func(seq uint32, d *Direction) {
-			b.flow(t.name, seq, unix.NFT_MSG_DELSETELEM, d)
-			b.flow(t.name, seq+1, unix.NFT_MSG_NEWSETELEM, d)
+		transact(&b, part, uint32(len(messages)), func(seq uint32, d *Direction) {
+			for i, typ := range messages {
+				b.flow(t.name, seq+uint32(i), typ, d)
+			}
 		})
+		for _, err := range b.errs[:len(part)] {
+			if err != nil && first == nil {
+				first = fmt.Errorf("add element to set %s: %w", unsureSet, nfnl.Permitted(err))
+			}
+		}
 	}
+	return first
 }
 
 // flow appends a message about a flow in the set.
