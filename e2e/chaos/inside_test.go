@@ -23,6 +23,7 @@ func TestScanFromInside(t *testing.T) {
 			ports = 20
 		}
 		s := stage.New(t, lab.Options{Inside: 2})
+		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600")) // they outlive the test
 		s.Start(stage.Flags(mode, "--max-permissions-per-host=1000")...)
 		victim, proxy := s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
 		ext := s.Contact(victim, proxy)

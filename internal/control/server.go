@@ -182,7 +182,7 @@ func (h handler) list(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
-	buf := bufio.NewWriterSize(w, 64<<10)
+	buf := bufio.NewWriterSize(&patientWriter{w, http.NewResponseController(w), answerTime}, 64<<10)
 	out := json.NewEncoder(buf)
 	if err := h.src.Permissions(func(p Permission) bool { return out.Encode(p) == nil }); err != nil {
 		_ = out.Encode(failure{err.Error()})
@@ -190,6 +190,24 @@ func (h handler) list(w http.ResponseWriter, r *http.Request) {
 	if buf.Flush() != nil {
 		panic(http.ErrAbortHandler) // too slow, or gone: make no proper end
 	}
+}
+
+// A patientWriter gives a client so long to read in all. What the Source takes meanwhile
+// does not count.
+type patientWriter struct {
+	http.ResponseWriter
+	conn *http.ResponseController
+	left time.Duration
+}
+
+func (w *patientWriter) Write(b []byte) (int, error) {
+	began := time.Now()
+	if err := w.conn.SetWriteDeadline(began.Add(w.left)); err != nil {
+		return 0, err
+	}
+	n, err := w.ResponseWriter.Write(b)
+	w.left -= time.Since(began)
+	return n, err
 }
 
 func fail(w http.ResponseWriter, code int, format string, args ...any) {
