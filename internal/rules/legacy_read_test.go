@@ -1,0 +1,40 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules_test
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/rules"
+)
+
+// To ask the kernel for a table makes it.
+func TestReadingMakesNoTableOfIPTablesLegacy(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
+	names := func() (s string) {
+		check(t, l.Gateway.Do(func() error {
+			b, err := os.ReadFile("/proc/thread-self/net/ip_tables_names")
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
+			s = strings.Join(strings.Fields(string(b)), " ")
+			return err
+		}))
+		return s
+	}
+	for _, want := range []string{"", "raw"} {
+		if want != "" {
+			check(t, l.IPTables(lab.IPTablesLegacy, "*raw\nCOMMIT\n"))
+		}
+		forwards(t, l)
+		children(t, l, []rules.Link{wan0(t, l)}, lab.InsideNet)
+		if got := names(); got != want {
+			t.Errorf("tables %q, want %q", got, want)
+		}
+	}
+}
