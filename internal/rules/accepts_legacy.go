@@ -14,8 +14,6 @@ import (
 // forward hook.
 var legacyPriorities = map[string]int32{"mangle": -150, filterTable: 0, "security": 50}
 
-const filterTable = "filter"
-
 // legacyForwardHook reads the base chains of the forward hook that iptables-legacy has for
 // the families of the subnets. hidden reports whether there may be others that filter
 // packets of a subnet, which another user than root may not know.

@@ -18,6 +18,12 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
+// The tables that are asked for by name.
+const (
+	natTable    = "nat"
+	filterTable = "filter"
+)
+
 // A rawLegacy is a table of iptables-legacy as the kernel tells it.
 type rawLegacy struct {
 	family        *legacyFamily
