@@ -63,3 +63,59 @@ func TestAutoTellsOfIPTablesLegacyThatDropsAll(t *testing.T) {
 	s.Stands(phone, proxy, ext)
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 }
+
+// Forwards of each kind, of which nobody has used one yet.
+const legacyForwards = `*nat
+:forwards - [0:0]
+-A PREROUTING -i wan0 -p udp --dport 5060 -j DNAT --to-destination 10.47.11.110
+-A PREROUTING -i wan0 -p udp --dport 6000:6010 -j DNAT --to-destination 10.47.11.110
+-A PREROUTING -d 198.51.100.1 -p udp -m multiport --dports 7000,7010:7020 -j DNAT --to-destination 10.47.11.110
+-A PREROUTING -s 203.0.113.0/24 -p udp --dport 8000 -j DNAT --to-destination 10.47.11.110
+-A PREROUTING ! -i lan0 -j forwards
+-A forwards -p tcp --dport 9001 -j DNAT --to-destination 10.47.11.110
+-A forwards -p udp --dport 9000 -m comment --comment "of Bob" -j DNAT --to-destination 10.47.11.110
+-A forwards -p udp --dport 5353 -j REDIRECT --to-ports 5354
+COMMIT
+`
+
+func TestLegacyForwardsWinBeforeTheirFirstFlow(t *testing.T) {
+	stage.InModes(t, [][]string{stage.Auto, stage.Expect, stage.NFT}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
+		s.Must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade+legacyForwards))
+		s.Start(stage.Flags(mode, "--reconcile=1h")...)
+		proxy, media := s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070)
+		for _, port := range []uint16{5060, 6000, 6010, 7000, 7015, 8000, 9000} {
+			phone, server := s.InsideSocket(0, port), s.InsideSocket(1, port)
+			ext := s.Contact(phone, proxy)
+			// The map stays open for peers that a forward leaves alone.
+			s.hidden(phone, proxy, ext, port != 8000 || slices.Equal(mode, stage.Expect))
+			s.Arrives(server, media, ext)
+			s.Arrives(phone, proxy, ext) // its own flow
+		}
+		phone, own := s.InsideSocket(0, 5353), s.Socket(s.Gateway.Namespace, s.Gateway.Addr, 5354)
+		ext := s.Contact(phone, proxy)
+		s.hidden(phone, proxy, ext, true)
+		s.Arrives(own, media, ext)
+		for _, port := range []uint16{5061, 6011, 7001, 9001} { // of no forward
+			phone := s.InsideSocket(0, port)
+			ext := s.Contact(phone, proxy)
+			s.Stands(phone, proxy, ext)
+			s.Arrives(phone, media, ext)
+		}
+	})
+}
+
+// What stands ends, or is behind the forward, as soon as there is one.
+func TestLegacyForwardThatComesLaterWins(t *testing.T) {
+	stage.InModes(t, [][]string{stage.Auto, stage.Expect, stage.NFT}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
+		s.Must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade))
+		s.Start(stage.Flags(mode, "--reconcile=1h")...)
+		phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
+		ext := s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
+		s.iptables("-t nat -A PREROUTING -i wan0 -p udp --dport 5060 -j DNAT --to-destination 10.47.11.110")
+		s.hidden(phone, proxy, ext, true)
+		s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
+	})
+}
