@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -118,4 +119,27 @@ func TestLegacyForwardThatComesLaterWins(t *testing.T) {
 		s.hidden(phone, proxy, ext, true)
 		s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
 	})
+}
+
+// A rule that chooses among ports keeps every host to them, also one that comes later.
+func TestLegacyRuleThatChoosesPortsIsLeftNewcomers(t *testing.T) {
+	const first, last = 7472, 7487
+	s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
+	s.Must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade))
+	s.Start("--subnet", lab.InsideNet.String(), stage.Auto[0], mapped, "--reconcile=1h")
+	if s.warns("port_pool is not used") {
+		t.Errorf("warnings: %q", s.Status().Warnings)
+	}
+	s.iptables(fmt.Sprintf("-t nat -R POSTROUTING 1 -o wan0 -p udp -j MASQUERADE --to-ports %d-%d", first, last))
+	s.Until("the rule is known", func() bool {
+		return s.warns("a rule of yours chooses outside ports (iptables-legacy nat POSTROUTING rule 1)")
+	})
+	a, b := s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
+	owned := s.Contact(s.InsideSocket(0, 3074), a)
+	newcomer := s.InsideSocket(1, owned.Port())
+	for _, peer := range []*lab.Socket{a, b} {
+		if ext := s.Contact(newcomer, peer); ext.Port() < first || ext.Port() > last {
+			t.Errorf("a newcomer leaves as %v", ext)
+		}
+	}
 }

@@ -36,7 +36,7 @@ func legacyForwardHook(netns int, subnets []netip.Prefix) (bases []baseChain, hi
 			for _, b := range t.bases {
 				if b.hook == *nftables.ChainHookForward {
 					bases = append(bases, baseChain{
-						table: t, title: f.program + " " + raw.name, name: b.name,
+						table: t, title: t.title(), name: b.name,
 						family: f.TableFamily, priority: legacyPriorities[raw.name], drops: b.drops,
 					})
 				}

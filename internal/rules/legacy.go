@@ -27,6 +27,9 @@ type legacyTable struct {
 	chains map[string][]*nftables.Rule
 }
 
+// title names the table for users.
+func (t *legacyTable) title() string { return t.family.program + " " + t.name }
+
 // A legacyBase is a chain that packets get to by a hook.
 type legacyBase struct {
 	name  string
