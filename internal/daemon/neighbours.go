@@ -72,7 +72,7 @@ func (d *Daemon) lookAtRules() error {
 // lookAtLegacy looks whether somebody changed rules of iptables-legacy since the last time,
 // as far as the budget allows.
 func (d *Daemon) lookAtLegacy() (err error) {
-	if d.firewall.tables == nil || !d.budget.allows(d.now()) {
+	if d.firewall.tables == nil || !d.budget.allowsPoll(d.now()) {
 		return nil
 	}
 	d.budget.spend(func() { d.changed.rules, err = d.firewall.tables.LegacyChanged() })
