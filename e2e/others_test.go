@@ -70,9 +70,10 @@ const forward = `table ip forwards {
 }
 `
 
-// A rule of iptables-legacy is not to be read: its first flow shows it.
+// Only root may know which tables iptables-legacy has: another user's daemon learns of a
+// forward there from its first flow.
 func TestForwardThatIsUsedFirstWins(t *testing.T) {
-	s := playLegacyForward(t)
+	s := playHiddenForward(t)
 	phone, server := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
 	proxy := s.PeerSocket(lab.PeerA, 5060)
 	forwarded := netip.AddrPortFrom(s.Gateway.Addr, 5060)
@@ -102,7 +103,7 @@ func (s *scene) hidden(in, peer *lab.Socket, ext netip.AddrPort, byRules bool) {
 }
 
 func TestForwardThatIsUsedLaterWins(t *testing.T) {
-	s := playLegacyForward(t)
+	s := playHiddenForward(t)
 	phone, server := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
 	proxy := s.PeerSocket(lab.PeerA, 5060)
 	ext := s.Contact(phone, proxy)
@@ -113,18 +114,19 @@ func TestForwardThatIsUsedLaterWins(t *testing.T) {
 	s.Arrives(phone, proxy, ext)
 }
 
-func playLegacyForward(t *testing.T) *scene {
+func playHiddenForward(t *testing.T) *scene {
 	t.Helper()
 	s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
 	s.Must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade+`*nat
 -A PREROUTING -i wan0 -p udp --dport 5060 -j DNAT --to-destination 10.47.11.110
 COMMIT
 `))
+	s.Exe = s.unprivileged()
 	s.Start("--subnet", lab.InsideNet.String())
 	return s
 }
 
-// A rule that nftables shows wins before it is used, also one that comes later.
+// A rule that is read wins before it is used, also one that comes later.
 func TestForwardThatNobodyUsedYetWins(t *testing.T) {
 	s := play(t, lab.Options{Inside: 2, Rules: lab.Masquerade + forward}, "--reconcile", "1s")
 	phone, server := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)

@@ -55,6 +55,10 @@ func (b *budget) allows(now time.Duration) bool {
 	return b.left > 0
 }
 
+// allowsPoll reports whether a look may begin that no change asks for. It leaves half of the
+// burst to those that one does, however much polls cost.
+func (b *budget) allowsPoll(now time.Duration) bool { return b.allows(now) && b.left > b.burst/2 }
+
 // open makes a zero budget ready.
 func (b *budget) open() {
 	if b.burst == 0 {

@@ -40,6 +40,31 @@ func TestBudgetAllowsABurstAndThenAShare(t *testing.T) {
 	}
 }
 
+// Fails when polls use up the burst, or are beyond the share.
+func TestPollsLeaveRoomForChanges(t *testing.T) {
+	for _, poll := range []time.Duration{100 * time.Microsecond, 10 * time.Millisecond, 100 * time.Millisecond} {
+		var b budget
+		polls, left := 0, neighboursBurst
+		const long = 10 * time.Minute
+		for now := time.Duration(0); now < long; now += lookEvery {
+			if b.allowsPoll(now) {
+				b.charge(poll)
+				polls++
+			}
+			left = min(left, b.left)
+		}
+		if left < neighboursBurst/2-poll {
+			t.Errorf("polls of %v leave %v to changes", poll, left)
+		}
+		if took := time.Duration(polls) * poll; took > long/neighboursShare+mostBurst {
+			t.Errorf("polls of %v take %v in %v", poll, took, long)
+		}
+		if polls == 0 || poll < lookEvery/neighboursShare && polls != int(long/lookEvery) {
+			t.Errorf("%d polls of %v", polls, poll)
+		}
+	}
+}
+
 // On a slow machine, or with many rules, one look takes long. Fails when it uses up the
 // burst, or when its cost is waited for without limit.
 func TestAChangeIsNeverVeryLate(t *testing.T) {

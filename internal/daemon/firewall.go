@@ -3,11 +3,8 @@ package daemon
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"net/netip"
-	"os"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -229,7 +226,7 @@ func (f *firewall) forwards(network gateway.Network) (covered *rules.Covered, wa
 		f.reader = f.tables.NewForwardReader()
 	}
 	all, same, err := f.reader.Read(outside)
-	f.whole = err == nil && !mayHaveLegacyNAT() &&
+	f.whole = err == nil && !f.reader.Hidden() &&
 		!slices.ContainsFunc(all, func(r rules.Forward) bool { return r.Unknown })
 	switch {
 	case err != nil:
@@ -260,18 +257,6 @@ func (f *firewall) forwards(network gateway.Network) (covered *rules.Covered, wa
 	}
 	f.hidden = rules.Cover(slices.DeleteFunc(sure, func(r rules.Forward) bool { return r.Partial }))
 	return f.forwarded, f.forwardWarnings
-}
-
-// mayHaveLegacyNAT reports whether there may be rules of iptables-legacy that forward. Who
-// may not look cannot tell.
-func mayHaveLegacyNAT() bool {
-	for _, names := range []string{"ip_tables_names", "ip6_tables_names"} {
-		b, err := os.ReadFile("/proc/thread-self/net/" + names)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) || slices.Contains(strings.Fields(string(b)), "nat") {
-			return true
-		}
-	}
-	return false
 }
 
 func outsideLinks(network gateway.Network) (links []rules.Link) {

@@ -11,7 +11,7 @@ import (
 
 // changes are what others changed that the reconcile has still to look at.
 type changes struct {
-	rules    bool // somebody's transaction in nftables
+	rules    bool // somebody's transaction in nftables, or rules of iptables-legacy
 	elements bool // one that could change what is in the map
 	links    bool // links, addresses or routes
 	flows    bool // some may have been misjudged meanwhile
@@ -21,6 +21,9 @@ type changes struct {
 // that comes alone at once, and where they never end, what came since.
 func (d *Daemon) lookAround(ctx context.Context, q *ctwatch.Queries) {
 	err := d.lookAtRules()
+	if d.changed == (changes{}) {
+		err = errors.Join(err, d.lookAtLegacy())
+	}
 	if d.changed != (changes{}) && d.budget.allows(d.now()) {
 		d.budget.spend(func() { err = errors.Join(err, d.lookAtChanges(q)) })
 		late, look := d.budget.wait(), d.budget.look
@@ -63,6 +66,16 @@ func (d *Daemon) lookAtRules() error {
 	if mended && wantsMapping(cfg) {
 		d.wantReconcile() // the mappings of living flows
 	}
+	return err
+}
+
+// lookAtLegacy looks whether somebody changed rules of iptables-legacy since the last time,
+// as far as the budget allows.
+func (d *Daemon) lookAtLegacy() (err error) {
+	if d.firewall.tables == nil || !d.budget.allowsPoll(d.now()) {
+		return nil
+	}
+	d.budget.spend(func() { d.changed.rules, err = d.firewall.tables.LegacyChanged() })
 	return err
 }
 

@@ -342,7 +342,7 @@ func TestLegacyModules(t *testing.T) {
 		"iptable_filter 16384 1 - Live 0x0\nip_tables 32768 1 iptable_filter, Live 0x0\n": true,
 		"iptable_filter2 1 0 - Live\nip_tables 32768 1 iptable_nat, Live 0x0\n":           false,
 	} {
-		if got := mayBeLoaded([]byte(modules), legacyCore4, legacyFilter4); got != want {
+		if got := mayBeLoaded([]byte(modules), legacy4.core, legacy4.module+filterTable); got != want {
 			t.Errorf("%q: %v", modules, got)
 		}
 	}

@@ -27,9 +27,9 @@ type baseChain struct {
 // Children reads what the chains of the forward hook of the network namespace
 // behind the descriptor netns, 0 for the current, do with the first packet of a
 // flow from the links outside, nil for any, to a host of each of the subnets. The
-// answers have the order of the subnets. The chains of our own tables and those of
-// iptables-legacy are not read; where iptables-legacy has a filter table, the
-// answer is Unknown, but for what nftables drops.
+// answers have the order of the subnets. The chains of our own tables are not read.
+// Where iptables-legacy may have a filter table that only root may know of, the answer
+// is Unknown, but for what others drop.
 //
 // An error names the table and chain that could not be read; there is no answer
 // then. Where there is no nftables the error is an *UnsupportedError.
@@ -43,9 +43,9 @@ func Children(netns int, outside []Link, subnets []netip.Prefix) ([]ChildVerdict
 	if err != nil {
 		return nil, err
 	}
-	legacy4, legacy6, err := legacyFilters(netns)
+	legacy, hidden, err := legacyForwardHook(netns, subnets)
 	if err != nil {
-		return nil, fmt.Errorf("look for tables of iptables-legacy: %w", err)
+		return nil, err
 	}
 	answers, err := readTwice(func() ([]ChildVerdicts, bool, error) {
 		r := &hookReader{c: c}
@@ -53,6 +53,8 @@ func Children(netns int, outside []Link, subnets []netip.Prefix) ([]ChildVerdict
 		if err != nil {
 			return nil, r.moved, err
 		}
+		chains = append(chains, legacy...)
+		slices.SortStableFunc(chains, func(a, b baseChain) int { return cmp.Compare(a.priority, b.priority) })
 		answers, err := childVerdicts(chains, outside, inside, subnets)
 		return answers, r.moved, err
 	})
@@ -60,7 +62,7 @@ func Children(netns int, outside []Link, subnets []netip.Prefix) ([]ChildVerdict
 		return nil, err
 	}
 	for i := range answers {
-		if v4 := subnets[i].Addr().Is4(); v4 && legacy4 || !v4 && legacy6 {
+		if hidden(subnets[i]) {
 			answers[i].mayDropAll()
 		}
 	}
@@ -100,8 +102,8 @@ func readTwice(read func() (answers []ChildVerdicts, moved bool, err error)) ([]
 	return nil, fmt.Errorf("read the chains of the forward hook: %w", nfnl.ErrInterrupted)
 }
 
-// baseChains lists the base chains of the user's that packets meet in a hook, in
-// the order in which they do; those of one kind, or of all if that is empty.
+// baseChains lists the base chains of the user's that packets meet in a hook; those of one
+// kind, or of all if that is empty.
 func (r *hookReader) baseChains(hook *nftables.ChainHook, kind nftables.ChainType) ([]baseChain, error) {
 	type key struct {
 		family byte
@@ -168,7 +170,6 @@ func (r *hookReader) baseChains(hook *nftables.ChainHook, kind nftables.ChainTyp
 		t := b.table.(*hookTable)
 		return skipped[key{byte(t.family), t.name}]
 	})
-	slices.SortStableFunc(bases, func(a, b baseChain) int { return cmp.Compare(a.priority, b.priority) })
 	return bases, nil
 }
 

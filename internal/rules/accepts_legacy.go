@@ -3,79 +3,67 @@
 package rules
 
 import (
-	"bytes"
-	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"runtime"
+	"net/netip"
 	"slices"
 
-	"golang.org/x/sys/unix"
+	"github.com/google/nftables"
 )
 
-// The files that list the tables of iptables-legacy, the modules that make such
-// files, and those that make the tables named filter.
-const (
-	legacyTables4, legacyCore4, legacyFilter4 = "/proc/thread-self/net/ip_tables_names", "ip_tables", "iptable_filter"
-	legacyTables6, legacyCore6, legacyFilter6 = "/proc/thread-self/net/ip6_tables_names", "ip6_tables", "ip6table_filter"
-)
+// legacyPriorities are those of the tables of iptables-legacy that have a chain of the
+// forward hook.
+var legacyPriorities = map[string]int32{"mangle": -150, filterTable: 0, "security": 50}
 
-// legacyFilters reports whether iptables-legacy may filter forwarded packets of IPv4
-// and of IPv6. To ask the kernel for a table makes it.
-func legacyFilters(netns int) (v4, v6 bool, err error) {
-	err = inNamespace(netns, func() error {
-		var errs [2]error
-		v4, errs[0] = legacyFilter(legacyTables4, legacyCore4, legacyFilter4)
-		v6, errs[1] = legacyFilter(legacyTables6, legacyCore6, legacyFilter6)
-		return errors.Join(errs[:]...)
-	})
-	return v4, v6, err
-}
-
-func legacyFilter(tables, core, filter string) (bool, error) {
-	b, err := os.ReadFile(tables)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return false, nil
-	case err == nil:
-		return hasLine(b, "filter"), nil
-	case !errors.Is(err, fs.ErrPermission):
-		return false, err
-	}
-	// The file is root's. There is no such table unless its module is loaded or
-	// a part of the kernel.
-	modules, err := os.ReadFile("/proc/modules")
-	return err != nil || mayBeLoaded(modules, core, filter), nil
-}
-
-func mayBeLoaded(modules []byte, core, filter string) bool {
-	return hasLine(modules, filter) || !hasLine(modules, core)
-}
-
-// hasLine reports whether a line begins with a word.
-func hasLine(b []byte, word string) bool {
-	return slices.ContainsFunc(bytes.Split(b, []byte("\n")), func(line []byte) bool {
-		f := bytes.Fields(line)
-		return len(f) > 0 && string(f[0]) == word
-	})
-}
-
-// inNamespace runs fn in the network namespace behind the descriptor netns, 0 for
-// the current.
-func inNamespace(netns int, fn func() error) error {
-	if netns == 0 {
-		return fn()
-	}
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // for good: the thread ends with the goroutine
-		err := unix.Setns(netns, unix.CLONE_NEWNET)
-		if err != nil {
-			done <- fmt.Errorf("enter network namespace: %w", err)
-			return
+// legacyForwardHook reads the base chains of the forward hook that iptables-legacy has for
+// the families of the subnets. hidden reports whether there may be others that filter
+// packets of a subnet, which another user than root may not know.
+func legacyForwardHook(netns int, subnets []netip.Prefix) (bases []baseChain, hidden func(subnet netip.Prefix) bool, err error) {
+	hides := map[*legacyFamily]bool{}
+	for _, f := range []*legacyFamily{legacy4, legacy6} {
+		if !slices.ContainsFunc(subnets, f.has) {
+			continue
 		}
-		done <- fn()
-	}()
-	return <-done
+		tables, unknown, err := readLegacy(netns, f, "mangle", filterTable, "security")
+		if err != nil {
+			return nil, nil, err
+		}
+		hides[f] = slices.Contains(unknown, filterTable)
+		for _, raw := range tables {
+			t, err := raw.decode()
+			if err != nil {
+				return nil, nil, err
+			}
+			for _, b := range t.bases {
+				if b.hook == *nftables.ChainHookForward {
+					bases = append(bases, baseChain{
+						table: t, title: t.title(), name: b.name,
+						family: f.TableFamily, priority: legacyPriorities[raw.name], drops: b.drops,
+					})
+				}
+			}
+		}
+	}
+	return bases, func(subnet netip.Prefix) bool {
+		return hides[legacy4] && legacy4.has(subnet) || hides[legacy6] && legacy6.has(subnet)
+	}, nil
+}
+
+// has reports whether a subnet is of the family.
+func (f *legacyFamily) has(subnet netip.Prefix) bool { return subnet.Addr().Is4() == (f == legacy4) }
+
+// chainRules returns the rules of a chain.
+func (t *legacyTable) chainRules(chain string) (all [][]statement, err error) {
+	for _, r := range t.chains[chain] {
+		var rule []statement
+		for _, e := range r.Exprs {
+			rule = append(rule, statement{expr: e})
+		}
+		all = append(all, rule)
+	}
+	return all, nil
+}
+
+// keySet returns an error: iptables has sets of its own, whose rules only name them.
+func (t *legacyTable) keySet(name string, _ bool) (*keySet, error) {
+	return nil, fmt.Errorf("%s has no set %s", t.family.program, name)
 }

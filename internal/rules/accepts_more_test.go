@@ -2,6 +2,7 @@ package rules_test
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -81,18 +82,69 @@ func TestUnknownLinkToASubnetIsNoneOfTheOutsideLinks(t *testing.T) {
 	equal(t, children(t, l, []rules.Link{wan0(t, l)}, subnet), "accepted accepted")
 }
 
-// Rules of iptables-legacy are not read, so that nothing is known but what
-// nftables drops.
-func TestLegacyFilterMakesWhatIsAcceptedUnknown(t *testing.T) {
+// A packet has to pass the chains of all tables, whoever made these, in the order of
+// their priorities.
+func TestChildrenPassAllTablesOfIPTablesLegacy(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{IPv6: true, Rules: lab.Masquerade})
 	outside := []rules.Link{wan0(t, l)}
-	equal(t, children(t, l, outside, lab.InsideNet, lab.InsideNet6), "accepted accepted", "accepted accepted")
-	check(t, l.IPTables(lab.IPTablesLegacy, "*mangle\n-A FORWARD -j MARK --set-mark 1\nCOMMIT\n"))
+	for _, step := range []struct {
+		variant, rules string
+		v4, v6         string
+	}{
+		{lab.IPTablesLegacy, "*mangle\n-A FORWARD -j MARK --set-mark 1\nCOMMIT\n", "accepted accepted", "accepted accepted"},
+		{
+			lab.IPTablesLegacy, "*filter\n:FORWARD DROP\n-A FORWARD -m conntrack --ctstate DNAT -j ACCEPT\nCOMMIT\n",
+			"accepted accepted", "accepted accepted",
+		},
+		{
+			"ip6tables-legacy", "*filter\n:FORWARD DROP\n-A FORWARD -m conntrack --ctstate RELATED -j ACCEPT\nCOMMIT\n",
+			"accepted accepted", "dropped accepted ip6tables-legacy filter FORWARD",
+		},
+		{
+			lab.IPTablesLegacy, "*filter\n-I FORWARD -m conntrack ! --ctstate RELATED -j DROP\nCOMMIT\n",
+			"dropped accepted iptables-legacy filter FORWARD", "dropped accepted ip6tables-legacy filter FORWARD",
+		},
+		{
+			lab.IPTablesLegacy, "*mangle\n-A FORWARD -m conntrack --ctstate NEW -j DROP\nCOMMIT\n",
+			"dropped accepted iptables-legacy mangle FORWARD", "dropped accepted ip6tables-legacy filter FORWARD",
+		},
+		{
+			"", "table ip late { chain f { type filter hook forward priority 100; drop; }; }",
+			"dropped dropped iptables-legacy mangle FORWARD", "dropped accepted ip6tables-legacy filter FORWARD",
+		},
+	} {
+		if step.variant == "" {
+			check(t, l.NFT(step.rules))
+		} else {
+			check(t, l.IPTables(step.variant, step.rules))
+		}
+		t.Log(step.rules)
+		equal(t, children(t, l, outside, lab.InsideNet, lab.InsideNet6), step.v4, step.v6)
+	}
+}
+
+// Only root may know which tables there are, so for another user nothing is known but
+// what others drop.
+func TestHiddenTablesOfIPTablesLegacyMayDropChildren(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{Rules: inForward("ct state related accept; ct status dnat accept")})
+	check(t, l.IPTables(lab.IPTablesLegacy, "*filter\nCOMMIT\n"))
+	outside := []rules.Link{wan0(t, l)}
+	read := func(want string) {
+		t.Helper()
+		check(t, l.Gateway.Do(func() error {
+			return asAnotherUser(func() error {
+				got, err := rules.Children(0, outside, []netip.Prefix{lab.InsideNet})
+				if err == nil && verdict(got[0]) != want {
+					err = fmt.Errorf("%q, want %q", verdict(got[0]), want)
+				}
+				return err
+			})
+		}))
+	}
 	equal(t, children(t, l, outside, lab.InsideNet), "accepted accepted")
-	check(t, l.IPTables(lab.IPTablesLegacy, "*filter\n-A FORWARD -m conntrack --ctstate DNAT -j ACCEPT\nCOMMIT\n"))
-	equal(t, children(t, l, outside, lab.InsideNet, lab.InsideNet6), "unknown unknown", "accepted accepted")
-	check(t, l.NFT(inForward("ct state related accept")))
-	equal(t, children(t, l, outside, lab.InsideNet), "dropped unknown inet filter forward")
+	read("unknown unknown")
+	check(t, l.NFT("insert rule inet filter forward ct state new drop"))
+	read("dropped unknown inet filter forward")
 }
 
 func TestIPSetsAreNotRead(t *testing.T) {

@@ -135,53 +135,54 @@ func TestChildrenOfNftRules(t *testing.T) {
 
 func TestChildrenOfIPTablesRules(t *testing.T) {
 	tests := []struct{ name, rules, want string }{
-		{"nothing", "", "dropped dropped ip filter FORWARD"},
-		{"established, related", "-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", "dropped accepted ip filter FORWARD"},
-		{"established", "-A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT", "dropped dropped ip filter FORWARD"},
-		{"state", "-A FORWARD -m state --state RELATED,ESTABLISHED -j ACCEPT", "dropped accepted ip filter FORWARD"},
-		{"related for ICMP", "-A FORWARD -p icmp -m conntrack --ctstate RELATED -j ACCEPT", "dropped dropped ip filter FORWARD"},
+		{"nothing", "", "dropped dropped @ filter FORWARD"},
+		{"established, related", "-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", "dropped accepted @ filter FORWARD"},
+		{"established", "-A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT", "dropped dropped @ filter FORWARD"},
+		{"state", "-A FORWARD -m state --state RELATED,ESTABLISHED -j ACCEPT", "dropped accepted @ filter FORWARD"},
+		{"related for ICMP", "-A FORWARD -p icmp -m conntrack --ctstate RELATED -j ACCEPT", "dropped dropped @ filter FORWARD"},
 		{"DNAT", "-A FORWARD -m conntrack --ctstate DNAT -j ACCEPT", "accepted accepted"},
-		{"new and DNAT", "-A FORWARD -m conntrack --ctstate NEW -m conntrack --ctstate DNAT -j ACCEPT", "accepted dropped ip filter FORWARD"},
+		{"new and DNAT", "-A FORWARD -m conntrack --ctstate NEW -m conntrack --ctstate DNAT -j ACCEPT", "accepted dropped @ filter FORWARD"},
 		{"not DNAT", "-A FORWARD -m conntrack ! --ctstate DNAT -j DROP\n-A FORWARD -j ACCEPT", "accepted accepted"},
-		{"status", "-A FORWARD -m conntrack --ctstatus EXPECTED -j ACCEPT", "dropped accepted ip filter FORWARD"},
-		{"not status", "-A FORWARD -m conntrack ! --ctstatus EXPECTED -j ACCEPT", "accepted dropped ip filter FORWARD"},
+		{"status", "-A FORWARD -m conntrack --ctstatus EXPECTED -j ACCEPT", "dropped accepted @ filter FORWARD"},
+		{"not status", "-A FORWARD -m conntrack ! --ctstatus EXPECTED -j ACCEPT", "accepted dropped @ filter FORWARD"},
 		{"protocol of conntrack", "-A FORWARD -m conntrack --ctproto tcp -j DROP\n-A FORWARD -m conntrack --ctproto udp -j ACCEPT", "accepted accepted"},
-		{"direction", "-A FORWARD -m conntrack --ctdir REPLY -j ACCEPT", "dropped dropped ip filter FORWARD"},
+		{"direction", "-A FORWARD -m conntrack --ctdir REPLY -j ACCEPT", "dropped dropped @ filter FORWARD"},
 		{"source of replies", "-A FORWARD -m conntrack --ctreplsrc 10.47.11.0/24 -j ACCEPT", "accepted accepted"},
 		{"original destination", "-A FORWARD -m conntrack --ctorigdst 198.51.100.1 -j ACCEPT", "unknown unknown"},
-		{"reject", "-A FORWARD -m conntrack --ctstate RELATED -j ACCEPT\n-A FORWARD -j REJECT --reject-with icmp-port-unreachable", "dropped accepted ip filter FORWARD"},
+		{"reject", "-A FORWARD -m conntrack --ctstate RELATED -j ACCEPT\n-A FORWARD -j REJECT --reject-with icmp-port-unreachable", "dropped accepted @ filter FORWARD"},
 		{"comment", `-A FORWARD -m comment --comment "all of it" -j ACCEPT`, "accepted accepted"},
 		{"link", "-A FORWARD -i wan0 ! -o wan0 -j ACCEPT", "accepted accepted"},
 		{"links of a pattern", "-A FORWARD -i wan+ -j ACCEPT", "accepted accepted"},
-		{"inside link", "-A FORWARD -i lan0 -j ACCEPT", "dropped dropped ip filter FORWARD"},
+		{"inside link", "-A FORWARD -i lan0 -j ACCEPT", "dropped dropped @ filter FORWARD"},
 		{"subnet", "-A FORWARD -d 10.47.11.0/24 -p udp -j ACCEPT", "accepted accepted"},
 		{"odd subnet", "-A FORWARD -d 10.47.0.0/18 -p udp -j ACCEPT", "accepted accepted"},
 		{"not a subnet", "-A FORWARD ! -d 10.47.0.0/18 -j DROP\n-A FORWARD -j ACCEPT", "accepted accepted"},
-		{"port", "-A FORWARD -p udp -m udp --dport 5060 -j ACCEPT", "unknown (dropped) unknown (dropped) ip filter FORWARD"},
-		{"TCP", "-A FORWARD -p tcp -m tcp --dport 5060 -j ACCEPT", "dropped dropped ip filter FORWARD"},
-		{"ports", "-A FORWARD -p udp -m multiport --dports 5060,6000:7000 -j ACCEPT", "unknown (dropped) unknown (dropped) ip filter FORWARD"},
+		{"port", "-A FORWARD -p udp -m udp --dport 5060 -j ACCEPT", "unknown (dropped) unknown (dropped) @ filter FORWARD"},
+		{"TCP", "-A FORWARD -p tcp -m tcp --dport 5060 -j ACCEPT", "dropped dropped @ filter FORWARD"},
+		{"ports", "-A FORWARD -p udp -m multiport --dports 5060,6000:7000 -j ACCEPT", "unknown (dropped) unknown (dropped) @ filter FORWARD"},
 		{"limit", "-A FORWARD -m limit --limit 3/second -j ACCEPT", "unknown unknown"},
 		{"mark", "-A FORWARD -m mark --mark 1 -j ACCEPT", "unknown unknown"},
 		{"type of address", "-A FORWARD -m addrtype --dst-type LOCAL -j DROP\n-A FORWARD -m addrtype --dst-type UNICAST -j ACCEPT", "accepted accepted"},
 		{"targets that go on", "-A FORWARD -j LOG\n-A FORWARD -j MARK --set-mark 1\n-A FORWARD -j CONNMARK --save-mark\n-A FORWARD -p tcp -m tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu\n-A FORWARD -j ACCEPT", "accepted accepted"},
 		{"queue", "-A FORWARD -j NFQUEUE", "unknown unknown"},
-		{"return", ":A - [0:0]\n-A FORWARD -j A\n-A A -m conntrack --ctstate NEW -j RETURN\n-A A -j ACCEPT", "dropped accepted ip filter FORWARD"},
-		{"goto", ":A - [0:0]\n-A FORWARD -g A\n-A FORWARD -j ACCEPT\n-A A -m conntrack --ctstate NEW -j ACCEPT", "accepted dropped ip filter FORWARD"},
+		{"fragments", "-A FORWARD -f -j DROP\n-A FORWARD ! -f -j ACCEPT", "accepted accepted"},
+		{"no target", "-A FORWARD -p udp", "dropped dropped @ filter FORWARD"},
+		{"return to the policy", "-A FORWARD -m conntrack --ctstate NEW -j RETURN\n-A FORWARD -j ACCEPT", "dropped accepted @ filter FORWARD"},
+		{"return", ":A - [0:0]\n-A FORWARD -j A\n-A A -m conntrack --ctstate NEW -j RETURN\n-A A -j ACCEPT", "dropped accepted @ filter FORWARD"},
+		{"goto", ":A - [0:0]\n-A FORWARD -g A\n-A FORWARD -j ACCEPT\n-A A -m conntrack --ctstate NEW -j ACCEPT", "accepted dropped @ filter FORWARD"},
 	}
-	for _, test := range tests {
-		t.Run(test.name, func(t *testing.T) {
-			t.Parallel()
-			l := lab.ForTest(t, lab.Options{Guest: true, Rules: lab.NoRules})
-			if err := l.IPTables(lab.IPTablesNFT, "*filter\n:FORWARD DROP [0:0]\n"+test.rules+"\nCOMMIT\n"); err != nil {
-				t.Fatal(err)
-			}
-			got, err := rules.Children(l.Gateway.FD(), []rules.Link{wan0(t, l)}, []netip.Prefix{netip.MustParsePrefix("10.47.11.0/24")})
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(test.want, verdict(got[0])); diff != "" {
-				t.Errorf("%s\n%s", diff, output(t, l, "nft", "-n", "--debug=netlink", "list", "table", "ip", "filter"))
-			}
-		})
+	for variant, title := range map[string]string{lab.IPTablesNFT: "ip", lab.IPTablesLegacy: "iptables-legacy"} {
+		for _, test := range tests {
+			t.Run(variant+"/"+test.name, func(t *testing.T) {
+				t.Parallel()
+				l := lab.ForTest(t, lab.Options{Guest: true, Rules: lab.NoRules})
+				check(t, l.IPTables(variant, "*filter\n:FORWARD DROP [0:0]\n"+test.rules+"\nCOMMIT\n"))
+				got, err := rules.Children(l.Gateway.FD(), []rules.Link{wan0(t, l)}, []netip.Prefix{netip.MustParsePrefix("10.47.11.0/24")})
+				check(t, err)
+				if diff := cmp.Diff(strings.ReplaceAll(test.want, "@", title), verdict(got[0])); diff != "" {
+					t.Errorf("%s\n%s", diff, output(t, l, variant+"-save"))
+				}
+			})
+		}
 	}
 }

@@ -24,8 +24,9 @@ type Forward struct {
 	// Partial says that the rule may leave packets alone that it seems to forward: it
 	// asks for more than ports, addresses and links, or an earlier rule may be in its way.
 	Partial bool
-	// Text names the rule: family, table, chain and handle, as nft has them,
-	// and its comment, if any.
+	// Text names the rule: family, table, chain and handle, as nft has them, or
+	// program, table, chain and number where it is of iptables-legacy; and its
+	// comment, if any.
 	Text string
 }
 

@@ -22,7 +22,7 @@ import (
 // the links outside; nil stands for all links. It reads the prerouting chains
 // of all tables of the families ip, ip6 and inet, and what they jump to, but
 // those of our own tables. Chains of the output hook never see such packets.
-// Rules of iptables-nft are among them, those of iptables-legacy are not.
+// Rules of iptables-nft are among them, and those of iptables-legacy.
 //
 // Where there is no nftables the error is an *UnsupportedError.
 func Forwards(netns int, outside []Link) ([]Forward, error) {
@@ -47,9 +47,10 @@ func familyOf(f nftables.TableFamily) string {
 // what their rules ask for, so that a condition on a jump counts for all that
 // comes behind it.
 type walker struct {
-	c       *conn
+	c       *conn                   // nil where all rules are there
 	print   func(set string) uint64 // of the set's elements
 	table   *nftables.Table
+	title   string // of the table
 	outside []Link
 	foreign map[string]string // by chain: an expression that Linux does not have
 	rules   map[string][]*nftables.Rule
@@ -63,7 +64,8 @@ type walker struct {
 }
 
 const (
-	// maxDepth is the kernel's own limit for jumps (NFT_JUMP_STACK_SIZE).
+	// maxDepth is the kernel's own limit for jumps (NFT_JUMP_STACK_SIZE), but for those
+	// of iptables-legacy.
 	maxDepth = 16
 	// maxVisits bounds the rules looked at in a table where each chain jumps
 	// many times to the next.
@@ -77,7 +79,7 @@ func (w *walker) chain(name string, in condition, depth int) {
 		w.rules[name] = rules
 	}
 	for _, r := range rules {
-		if w.visits++; w.visits == maxVisits {
+		if w.visits++; w.visits == maxVisits || depth > maxDepth {
 			w.opaque(in, "too many jumps")
 		}
 		if depth > maxDepth || w.visits >= maxVisits {
@@ -107,7 +109,7 @@ func (w *walker) read(name string, in condition) []*nftables.Rule {
 // opaque reports something that may forward whatever comes there.
 func (w *walker) opaque(in condition, why string) {
 	in.unknown = true
-	w.add(in.forward(fmt.Sprintf("%s %s %s", familyOf(w.table.Family), w.table.Name, why)))
+	w.add(in.forward(w.title + " " + why))
 }
 
 func (w *walker) opaqueAll(conds []condition, why string) {
@@ -179,7 +181,7 @@ func (w *walker) rule(r *nftables.Rule, in condition, depth int) {
 }
 
 func (w *walker) forward(r *nftables.Rule, conds []condition) {
-	text := fmt.Sprintf("%s %s %s handle %d", familyOf(w.table.Family), w.table.Name, r.Chain.Name, r.Handle)
+	text := ruleName(w.title, r)
 	if s := comment(r); s != "" {
 		text += fmt.Sprintf(" (%s)", s)
 	}
@@ -187,6 +189,15 @@ func (w *walker) forward(r *nftables.Rule, conds []condition) {
 		c.partial = c.partial || w.exempts
 		w.add(c.forward(text))
 	}
+}
+
+// ruleName names a rule of a table by its handle, as nft does, or where it has none by its
+// number, as iptables-legacy does.
+func ruleName(table string, r *nftables.Rule) string {
+	if r.Handle == 0 {
+		return fmt.Sprintf("%s %s rule %d", table, r.Chain.Name, r.Position)
+	}
+	return fmt.Sprintf("%s %s handle %d", table, r.Chain.Name, r.Handle)
 }
 
 // add adds what is not there yet: two jumps may lead to one chain.

@@ -206,23 +206,35 @@ func TestForwardsAreFoundInRulesOfIPTables(t *testing.T) {
 		{"netmap", "-d 198.51.100.0/24 -j NETMAP --to 10.47.11.0/24", []string{"all > 198.51.100.0-198.51.100.255"}},
 		{"local", "-m addrtype --dst-type LOCAL -p udp --dport 5060 -j DNAT --to-destination 10.47.11.109", []string{"5060 > ip"}},
 		{"conntrack", "-p udp -m conntrack --ctstate NEW -m udp --dport 5060 -j DNAT --to-destination 10.47.11.109", []string{"5060 > ip"}},
+		{"source", "-s 203.0.113.5/32 -p udp --dport 5060 -j DNAT --to-destination 10.47.11.109", []string{"5060 > ip"}},
+		{"not an address", "! -d 198.51.100.0/25 -p udp --dport 5060 -j DNAT --to-destination 10.47.11.109", []string{"5060 > ip"}},
+		{"pattern of links", "-i wan+ -p udp --dport 5060 -j DNAT --to-destination 10.47.11.109", []string{"5060 > ip"}},
+		{"other pattern of links", "-i la+ -p udp --dport 5060 -j DNAT --to-destination 10.47.11.109", nil},
+		{"longer name of a link", "-i wan01 -p udp --dport 5060 -j DNAT --to-destination 10.47.11.109", nil},
+		{"not UDP", "! -p udp -j DNAT --to-destination 10.47.11.109", nil},
+		{"range to a range", "-p udp --dport 7000:7009 -j DNAT --to-destination 10.47.11.109:8000-8009/7000", []string{"7000-7009 > ip"}},
+		{"user chain", "-p udp -j fw\n-A fw -p udp --dport 5060 -j DNAT --to-destination 10.47.11.109", []string{"5060 > ip"}},
+		{"goto", "-p udp -g fw\n-A fw -p udp --dport 5060 -j DNAT --to-destination 10.47.11.109", []string{"5060 > ip"}},
+		{"no target", "-p udp --dport 5060", nil},
 		{"not NAT", "-p udp --dport 5060 -j LOG", nil},
 	}
-	for _, test := range tests {
-		t.Run(test.name, func(t *testing.T) {
-			t.Parallel()
-			l := lab.ForTest(t, lab.Options{Guest: true, Rules: lab.NoRules})
-			if err := l.IPTables(lab.IPTablesNFT, "*nat\n-A PREROUTING "+test.rule+"\nCOMMIT\n"); err != nil {
-				t.Fatal(err)
-			}
-			var got []string
-			for _, f := range forwards(t, l) {
-				got = append(got, brief(f))
-			}
-			if diff := cmp.Diff(test.want, got); diff != "" {
-				t.Errorf("%s\n%s", diff, output(t, l, "nft", "-n", "--debug=netlink", "list", "table", "ip", "nat"))
-			}
-		})
+	for _, variant := range []string{lab.IPTablesNFT, lab.IPTablesLegacy} {
+		for _, test := range tests {
+			t.Run(variant+"/"+test.name, func(t *testing.T) {
+				t.Parallel()
+				l := lab.ForTest(t, lab.Options{Guest: true, Rules: lab.NoRules})
+				if err := l.IPTables(variant, "*nat\n:fw - [0:0]\n-A PREROUTING "+test.rule+"\nCOMMIT\n"); err != nil {
+					t.Fatal(err)
+				}
+				var got []string
+				for _, f := range forwards(t, l) {
+					got = append(got, brief(f))
+				}
+				if diff := cmp.Diff(test.want, got); diff != "" {
+					t.Errorf("%s\n%s", diff, output(t, l, variant+"-save"))
+				}
+			})
+		}
 	}
 }
 
@@ -243,6 +255,13 @@ func TestForwardsSayWhichRuleItIs(t *testing.T) {
 -A MINIUPNPD -p udp -m udp --dport 9999 -m comment --comment "game of Bob" -j DNAT --to-destination 10.47.11.110:9999
 COMMIT
 `))
+	check(t, l.IPTables(lab.IPTablesLegacy, `*nat
+:fw - [0:0]
+-A PREROUTING -j fw
+-A fw -p tcp --dport 80 -j DNAT --to-destination 10.47.11.109
+-A fw -p udp --dport 7777 -m comment --comment "camera" -j DNAT --to-destination 10.47.11.109
+COMMIT
+`))
 	var got []string
 	for _, f := range forwards(t, l) {
 		got = append(got, brief(f)+" | "+handle.ReplaceAllString(f.Text, "#"))
@@ -251,6 +270,7 @@ COMMIT
 	want := []string{
 		"3478 > ip | ip nat DOCKER #",
 		"5060 > ip | ip user prerouting # (phone of Ann)",
+		"7777 > ip | iptables-legacy nat fw rule 2 (camera)",
 		"9999 > ip | ip nat MINIUPNPD # (game of Bob)",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {

@@ -31,6 +31,8 @@ type ForwardReader struct {
 	raw     *nfnl.Conn
 	outside []Link
 	tables  map[tableKey]*readTable
+	legacy  map[*legacyFamily]*readLegacyTable
+	hidden  bool
 	seed    maphash.Seed
 	series  uint32                               // the last one of dumps of rules
 	fail    func(k tableKey, chain string) error // of tests; may be nil
@@ -85,7 +87,7 @@ func (r *ForwardReader) Read(outside []Link) (found []Forward, same bool, err er
 	}
 	same = r.tables != nil && slices.Equal(r.outside, outside)
 	if !same {
-		r.tables, r.outside = map[tableKey]*readTable{}, slices.Clone(outside)
+		r.tables, r.legacy, r.outside = map[tableKey]*readTable{}, map[*legacyFamily]*readLegacyTable{}, slices.Clone(outside)
 	}
 	var decoded []*decoding
 	for k, o := range outlines {
@@ -123,7 +125,8 @@ func (r *ForwardReader) Read(outside []Link) (found []Forward, same bool, err er
 	for _, k := range r.keys() {
 		found = append(found, r.tables[k].found...)
 	}
-	return found, same, nil
+	more, sameLegacy := r.readLegacy()
+	return append(found, more...), same && sameLegacy, nil
 }
 
 // keys returns the tables in order.
@@ -169,7 +172,7 @@ func (r *ForwardReader) decode(k tableKey, t *readTable, o *outline, failed erro
 	foreign, err := r.foreign(k)
 	failed = errors.Join(failed, err)
 	w := &walker{
-		c: r.c, table: &nftables.Table{Name: k.name, Family: k.family}, outside: r.outside, foreign: foreign,
+		c: r.c, table: &nftables.Table{Name: k.name, Family: k.family}, title: k.String(), outside: r.outside, foreign: foreign,
 		print: func(set string) uint64 { return r.elements(k, set) },
 		rules: map[string][]*nftables.Rule{}, sets: map[string]*elementSet{}, seen: map[string]bool{},
 	}

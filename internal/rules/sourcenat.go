@@ -3,12 +3,11 @@
 package rules
 
 import (
-	"bytes"
+	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
-	"os"
 	"slices"
-	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -19,34 +18,59 @@ import (
 
 // FixedSources reads to which addresses rules of the user's translate the source of IPv4
 // packets, whatever link these leave by; a masquerade is no such rule. unknown says that
-// there are others, or may be: in an expression that is not understood, or in
-// iptables-legacy. A packet that leaves by a link with the address of another one may
-// have it from such a rule alone.
+// there are others, or may be: in an expression that is not understood, or in tables of
+// iptables-legacy that only root may know of. A packet that leaves by a link with the
+// address of another one may have it from such a rule alone.
 func FixedSources(netns int) (addrs []AddrRange, unknown bool, err error) {
-	if hasLegacyNAT() {
-		return nil, true, nil
-	}
-	err = eachSourceNAT(netns, func(_ string, r *nftables.Rule) {
+	see := func(_ string, r *nftables.Rule) {
 		found, ok := fixedSource(r.Exprs)
 		addrs, unknown = append(addrs, found...), unknown || !ok
-	})
-	return addrs, unknown || err != nil, err
+	}
+	hidden, err := eachLegacySourceNAT(netns, see)
+	err = errors.Join(err, eachSourceNAT(netns, see))
+	return addrs, unknown || hidden || err != nil, err
 }
 
 // PortChoosers names the rules of the user's that choose among ports when they translate
 // the source of IPv4 packets: those of a block, or of a map (RFC 7422, MAP-E). A flow
-// must not leave by another port. Rules of iptables-legacy are not read.
+// must not leave by another port. A table of iptables-legacy that cannot be read is among
+// them, but not one that only root may know of.
 func PortChoosers(netns int) (rules []string, err error) {
-	err = eachSourceNAT(netns, func(table string, r *nftables.Rule) {
+	see := func(table string, r *nftables.Rule) {
 		if choosesPort(r.Exprs) {
-			rules = append(rules, fmt.Sprintf("%s %s handle %d", table, r.Chain.Name, r.Handle))
+			rules = append(rules, ruleName(table, r))
 		}
-	})
+	}
+	if _, err := eachLegacySourceNAT(netns, see); err != nil {
+		rules = append(rules, fmt.Sprintf("or may: %v", err))
+	}
+	err = eachSourceNAT(netns, see)
 	return rules, err
 }
 
-// eachSourceNAT calls f for each rule of the tables for IPv4 that have a NAT chain of the
-// postrouting hook, but ours.
+// eachLegacySourceNAT calls f for each rule of the nat table for IPv4 of iptables-legacy.
+// It reports whether there may be one that only root may know of.
+func eachLegacySourceNAT(netns int, f func(table string, r *nftables.Rule)) (hidden bool, err error) {
+	tables, unknown, err := readLegacy(netns, legacy4, natTable)
+	if err != nil {
+		return false, err
+	}
+	for _, raw := range tables {
+		t, err := raw.decode()
+		if err != nil {
+			return false, err
+		}
+		for _, chain := range slices.Sorted(maps.Keys(t.chains)) {
+			for _, r := range t.chains[chain] {
+				f(t.title(), r)
+			}
+		}
+	}
+	return len(unknown) > 0, nil
+}
+
+// eachSourceNAT calls f for each rule of the nftables tables for IPv4 that have a NAT chain
+// of the postrouting hook, but ours.
 func eachSourceNAT(netns int, f func(table string, r *nftables.Rule)) error {
 	c, err := dial(netns)
 	if err != nil {
@@ -95,17 +119,20 @@ func choosesPort(es []expr.Any) bool {
 			return e.Type == expr.NATTypeSourceNAT && e.RegProtoMin != 0
 		case *expr.Masq:
 			return e.ToPorts || e.RegProtoMin != 0
-		case *expr.Target: // of iptables-nft
-			if ranges, ok := e.Info.(*xt.NatIPv4MultiRangeCompat); ok && slices.Contains([]string{"SNAT", "MASQUERADE"}, e.Name) {
-				return slices.ContainsFunc(*ranges, func(r xt.NatIPv4Range) bool { return r.Flags&rangePorts != 0 })
+		case *expr.Target: // of iptables
+			if slices.Contains([]string{"SNAT", "MASQUERADE"}, e.Name) {
+				ranges, ok := e.Info.(*xt.NatIPv4MultiRangeCompat)
+				return !ok || slices.ContainsFunc(*ranges, func(r xt.NatIPv4Range) bool { return r.Flags&rangePorts != 0 })
 			}
 		}
 		return false
 	})
 }
 
-// rangePorts is NF_NAT_RANGE_PROTO_SPECIFIED.
-const rangePorts = 1 << 1
+const (
+	rangeAddrs = 1 << 0 // NF_NAT_RANGE_MAP_IPS
+	rangePorts = 1 << 1 // NF_NAT_RANGE_PROTO_SPECIFIED
+)
 
 // fixedSource returns the addresses to which a rule translates a source; ok is false where
 // there are others.
@@ -131,8 +158,19 @@ func fixedSource(es []expr.Any) (addrs []AddrRange, ok bool) {
 			}
 			addrs = append(addrs, AddrRange{First: first, Last: last})
 		case *expr.Target:
-			if slices.Contains(fixedTargets, e.Name) {
+			if !slices.Contains(fixedTargets, e.Name) {
+				continue
+			}
+			ranges, ok := e.Info.(*xt.NatIPv4MultiRangeCompat)
+			if !ok {
 				return nil, false
+			}
+			for _, r := range *ranges {
+				first, _ := netip.AddrFromSlice(r.MinIP)
+				last, _ := netip.AddrFromSlice(r.MaxIP)
+				if r.Flags&rangeAddrs != 0 {
+					addrs = append(addrs, AddrRange{First: first, Last: last})
+				}
 			}
 		}
 	}
@@ -141,20 +179,6 @@ func fixedSource(es []expr.Any) (addrs []AddrRange, ok bool) {
 
 // fixedTargets are those of iptables, which may be behind nftables.
 var fixedTargets = []string{"SNAT", "NETMAP", "SAME"}
-
-// hasLegacyNAT reports whether there is a nat table of iptables-legacy for IPv4, whose
-// rules are not to be read, or may be.
-func hasLegacyNAT() bool {
-	names, err := os.ReadFile("/proc/net/ip_tables_names")
-	if err == nil {
-		return slices.Contains(strings.Fields(string(names)), "nat")
-	}
-	if os.IsNotExist(err) {
-		return false
-	}
-	modules, err := os.ReadFile("/proc/modules") // another user than root sees these
-	return err != nil || bytes.Contains(modules, []byte("iptable_nat "))
-}
 
 // Has reports whether a is in the range.
 func (r AddrRange) Has(a netip.Addr) bool { return coversAddr([]AddrRange{r}, a) }

@@ -36,6 +36,9 @@ func (*Tables) Lacks(Feature) bool { return true }
 // Changed returns an *UnsupportedError.
 func (*Tables) Changed() (bool, error) { return false, errNoBuild }
 
+// LegacyChanged returns an *UnsupportedError.
+func (*Tables) LegacyChanged() (bool, error) { return false, errNoBuild }
+
 // Owned returns false.
 func (*Tables) Owned() bool { return false }
 
@@ -194,6 +197,9 @@ func (*Tables) NewForwardReader() *ForwardReader { return nil }
 
 // Read returns an *UnsupportedError.
 func (*ForwardReader) Read([]Link) ([]Forward, bool, error) { return nil, false, errNoBuild }
+
+// Hidden returns true.
+func (*ForwardReader) Hidden() bool { return true }
 
 // Close does nothing.
 func (*ForwardReader) Close() error { return nil }

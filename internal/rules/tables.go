@@ -37,6 +37,7 @@ type Tables struct {
 	mapped    mapped                // that Set made
 	written   map[writtenSet]uint64 // what our sets have, unless somebody else may write
 	others    uint32                // at the last call of Changed
+	legacy    uint64                // at the last call of LegacyChanged; 0 before the first
 }
 
 // A writer is the connection that owns the tables. The Map shares it with them,
