@@ -58,7 +58,6 @@ type Range struct {
 // attributes in its own byte order and the loads are of network byte order,
 // so the program is the same on all machines.
 func eventFilter(s Sources) ([]bpf.RawInstruction, error) {
-
 	prog := slices.Concat(
 		[]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: attributesAt}},
 		find(bpf.ExtNetlinkAttr, ctaTupleOrig),
