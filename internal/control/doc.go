@@ -4,7 +4,7 @@
 //
 //	GET  /v1/status                  one Status
 //	GET  /v1/permissions             one Permission per line (NDJSON), in no order
-//	GET  /v1/verify                  one Verification
+//	GET  /v1/verify                  one Verification, or an error in its place
 //	POST /v1/reload                  reads the configuration again
 //	POST /v1/revoke?word=W[&word=W]  ends the permissions that fit all words
 //	POST /v1/flush                   ends all permissions

@@ -1,0 +1,81 @@
+// Package internal_test holds the packages of the project to the direction of their
+// imports.
+package internal_test
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/conenatd/conenatd/"
+
+// allowed are the packages of the project that each may import, in what is not a test.
+var allowed = map[string][]string{
+	"internal/cone":          nil,
+	"internal/config":        nil,
+	"internal/control":       nil,
+	"internal/lab":           nil,
+	"internal/nfnl":          nil,
+	"internal/sandbox":       nil,
+	"internal/gateway":       {"internal/cone"},
+	"internal/ctwatch":       {"internal/cone", "internal/nfnl"},
+	"internal/expect":        {"internal/cone", "internal/nfnl"},
+	"internal/rules":         {"internal/cone", "internal/nfnl"},
+	"internal/nfnl/nfnltest": {"internal/nfnl"},
+	"internal/demo":          {"internal/lab"},
+	"internal/selftest":      {"internal/control", "internal/lab"},
+	"internal/daemon": {
+		"internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/expect", "internal/gateway", "internal/rules",
+	},
+	"cmd/conenatd": {
+		"internal/config", "internal/control", "internal/daemon", "internal/demo", "internal/gateway", "internal/sandbox", "internal/selftest",
+	},
+}
+
+// runners are those that may start other programs: the daemon does not.
+var runners = []string{"internal/lab", "internal/demo", "internal/selftest"}
+
+// Fails when cone imports gateway, say.
+func TestImportsPointOneWay(t *testing.T) {
+	out, err := exec.CommandContext(t.Context(), "go", "list", "-json=ImportPath,Imports", "../internal/...", "../cmd/...").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	for in := json.NewDecoder(strings.NewReader(string(out))); ; {
+		var p struct {
+			ImportPath string
+			Imports    []string
+		}
+		if err := in.Decode(&p); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		name := strings.TrimPrefix(p.ImportPath, module)
+		if name == "internal" {
+			continue // this
+		}
+		seen++
+		may, known := allowed[name]
+		if !known {
+			t.Errorf("%s: not in the picture of docs/architecture.md, nor here", name)
+		}
+		for _, i := range p.Imports {
+			if i, ours := strings.CutPrefix(i, module); ours && !slices.Contains(may, i) {
+				t.Errorf("%s imports %s", name, i)
+			}
+			if i == "os/exec" && !slices.Contains(runners, name) {
+				t.Errorf("%s may start other programs", name)
+			}
+		}
+	}
+	if seen != len(allowed) {
+		t.Errorf("%d packages, %d are known", seen, len(allowed))
+	}
+}

@@ -1,0 +1,59 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+)
+
+// docs/hooks.md has each base chain of ours, where it stands, and no other one.
+//
+// Fails when a chain gets another priority, and when one is added.
+func TestHooksAreDocumented(t *testing.T) {
+	subnets := []netip.Prefix{netip.MustParsePrefix("10.47.11.0/24"), netip.MustParsePrefix("2001:db8::/64")}
+	layouts, err := newLayouts("conenat", Desired{
+		OutsideLinks: []string{"wan0"}, Subnets: subnets, Guard: true, Spoofed: true,
+		Helpers: []string{"RAS"}, MaxChildren: 256,
+		Map:     &MapConfig{Size: 1, Subnets: subnets[:1], Learn: true, LearnRate: 1, Lifetime: time.Minute},
+		Mapping: &MappingConfig{Subnets: subnets[:1], Hairpin: subnets[:1], Pool: []PortRange{{61_000, 61_999}}, Lifetime: time.Minute, Size: 1},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	hooks := map[nftables.ChainHook]string{
+		*nftables.ChainHookPrerouting: "prerouting", *nftables.ChainHookInput: "input",
+		*nftables.ChainHookForward: "forward", *nftables.ChainHookPostrouting: "postrouting",
+	}
+	var want []string
+	for _, l := range layouts {
+		for _, c := range l.chains {
+			if c.Hooknum == nil {
+				continue
+			}
+			hook := hooks[*c.Hooknum]
+			if c.Type == nftables.ChainTypeNAT {
+				hook += ", NAT"
+			}
+			want = append(want, fmt.Sprintf("| `%s` | %s | %s | %d |", c.Name, familyOf(c.Table.Family), hook, *c.Priority))
+		}
+	}
+	text, err := os.ReadFile("../../docs/hooks.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	documented := regexp.MustCompile("(?m)^\\| `.*?` \\|.*?\\|.*?\\|.*?\\|").FindAllString(string(text), -1)
+	slices.Sort(want)
+	slices.Sort(documented)
+	if !slices.Equal(want, documented) {
+		t.Errorf("the rules have\n%s\nthe page has\n%s", strings.Join(want, "\n"), strings.Join(documented, "\n"))
+	}
+}
