@@ -106,7 +106,7 @@ func TestChildWithoutPermissionIsDroppedOnceAllFlowsAreKnown(t *testing.T) {
 	if kinds := carryOut(m); len(kinds) > 0 {
 		t.Errorf("before the first snapshot: %v", kinds)
 	}
-	m.BeginSnapshot()
+	m.BeginSnapshot(0)
 	m.SnapshotFlow(0, &child)
 	m.EndSnapshot(0)
 	if kinds, want := carryOut(m), []OpKind{DropUnanswered}; !slices.Equal(kinds, want) {
@@ -154,7 +154,7 @@ func TestSnapshotKeepsLittleOfAFlood(t *testing.T) {
 			m := New(p)
 			m.SetTopology(0, testTopology)
 			m.SetForwards(0, nil, tc.rulesRead)
-			m.BeginSnapshot()
+			m.BeginSnapshot(0)
 			flood := func(n int) {
 				for i := range n {
 					peer := Endpoint{AddrFrom4([4]byte{60, byte(i >> 16), byte(i >> 8), byte(i)}), 9}

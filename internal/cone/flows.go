@@ -303,11 +303,13 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known 
 		packets = 1 // the one that made it
 	}
 	fl := &t.all[n]
+	heard := m.heard(now, f)
 	fed := !child || f.Status.Has(StatusSeenReply)
 	// The counters of a flow in a flowtable stand still. It has packets, though
 	// nobody knows whose: after 30 s without any it is let go.
 	if fed && known && f.HasCounters && !f.Status.Has(StatusOffload) {
 		fed = uint32(packets) != fl.packets
+		heard = max(heard, m.snap.before) // what it was then is known
 	}
 	fl.id, fl.packets, fl.gen = f.ID, uint32(packets), m.snap.gen
 	if f.Late > 0 {
@@ -317,16 +319,17 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known 
 		m.setAnswered(fl, f.Status.Has(StatusSeenReply))
 	}
 	if fed {
-		m.feed(now, i, m.heard(now, f))
+		m.feed(now, i, heard)
 	}
 	return known
 }
 
-// heard returns when the last packet of f passed, as far as the kernel tells. Who sent it
-// is not known. In a flowtable the timeout stands still.
+// heard returns when the last packet of f passed, as far as the kernel tells; earlier
+// where f has a shorter timeout than others. Who sent it is not known. In a flowtable the
+// timeout stands still.
 func (m *Model) heard(now time.Duration, f *Flow) time.Duration {
-	if f.Status.Has(StatusOffload) {
-		return now
+	if f.Began || f.Status.Has(StatusOffload) {
+		return now - f.Late
 	}
 	kept, left := m.timeouts.UDP, f.Left
 	if f.Status.Has(StatusAssured) {

@@ -29,7 +29,7 @@ func TestNoExpectationWhereAHelperWorks(t *testing.T) {
 		want bool // it is in the way
 	}{
 		"a flow from inside, to an excluded port": {flow(nil), true},
-		"one of a dump":          {func(d *desk, now time.Duration) { d.m.BeginSnapshot(); flow(nil)(d, now) }, true},
+		"one of a dump":          {func(d *desk, now time.Duration) { d.m.BeginSnapshot(now); flow(nil)(d, now) }, true},
 		"a flow of another host": {flow(func(f *Flow) { f.Src = ep("10.47.11.110:1") }), false},
 		"a flow to another peer": {flow(func(f *Flow) { f.ReplySrc = ep("192.0.2.9:53") }), false},
 		"a flow from the peer": {flow(func(f *Flow) {

@@ -51,7 +51,7 @@ func (d *desk) seen(now time.Duration, f *Flow) []OpKind {
 }
 
 func (d *desk) snapshot(now time.Duration, flows ...*Flow) []OpKind {
-	d.m.BeginSnapshot()
+	d.m.BeginSnapshot(now)
 	for _, f := range flows {
 		d.m.SnapshotFlow(now, f)
 	}
@@ -287,7 +287,7 @@ func TestChildWithoutAPermissionIsNoForward(t *testing.T) {
 			n := New(d.m.policy.Policy)
 			n.SetTopology(0, testTopology)
 			n.SetForwards(0, nil, false)
-			n.BeginSnapshot()
+			n.BeginSnapshot(2)
 			n.SnapshotFlow(2, child)
 			if ops := n.Ops(); len(ops) > 0 {
 				t.Errorf("ops %v before it is known which permissions there are", ops)

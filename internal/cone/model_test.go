@@ -290,8 +290,9 @@ func (w *world) open(f Flow) {
 	if f.Status.Has(StatusSrcNAT) {
 		w.send(&f, true)
 	}
+	f.Began = true
 	w.seen(&f)
-	f.OrigPackets = 1
+	f.OrigPackets, f.Began = 1, false
 }
 
 func (w *world) peer() Endpoint {
@@ -308,8 +309,8 @@ func (w *world) inside() Endpoint {
 
 func (w *world) snapshot() {
 	w.notef("snapshot")
-	w.m.BeginSnapshot()
-	w.ref.begin()
+	w.m.BeginSnapshot(w.now)
+	w.ref.begin(w.now)
 	dump := append([]*Flow(nil), w.flows...)
 	for n, f := range dump {
 		if n == len(dump)/2 { // events go on meanwhile

@@ -19,6 +19,8 @@ type refModel struct {
 	over      map[uint32]bool
 	inbound   []Flow
 	kept      time.Duration // how long the kernel keeps a flow, 0 if not known
+	began     time.Duration // the last snapshot
+	before    time.Duration // when the last whole one began
 }
 
 type refClaim struct {
@@ -225,19 +227,19 @@ func (r *refModel) add(now time.Duration, c *refClaim, f *Flow, child bool) (kno
 		fl = &refFlow{peer: peer.Addr, port: peer.Port, child: child}
 		c.flows = append(c.flows, fl)
 	}
-	fed := !child || f.Status.Has(StatusSeenReply)
+	fed, heard := !child || f.Status.Has(StatusSeenReply), r.heard(now, f)
 	if !f.HasCounters && !known && !child {
 		packets = 1
 	}
 	if fed && known && f.HasCounters && !f.Status.Has(StatusOffload) {
-		fed = fl.packets != packets
+		fed, heard = fl.packets != packets, max(heard, r.before)
 	}
 	fl.id, fl.packets, fl.answered = f.ID, packets, child && f.Status.Has(StatusSeenReply)
 	if r.dumped != nil {
 		r.dumped[fl] = true
 	}
 	if fed {
-		c.fed = max(c.fed, r.heard(now, f))
+		c.fed = max(c.fed, heard)
 	}
 	if fed && now < c.fed+r.policy.Lifetime {
 		c.dieAt = 0
@@ -254,7 +256,7 @@ func (r *refModel) heard(now time.Duration, f *Flow) time.Duration {
 	if left > 0 {
 		left += time.Second
 	}
-	if r.kept < left || f.Status.Has(StatusOffload) {
+	if r.kept < left || f.Began || f.Status.Has(StatusOffload) {
 		return now
 	}
 	return now - (r.kept - left)
@@ -403,7 +405,8 @@ func (r *refModel) tick(now, grace time.Duration) (ask []*refClaim) {
 	return ask
 }
 
-func (r *refModel) begin() {
+func (r *refModel) begin(now time.Duration) {
+	r.began = now
 	r.dumped, r.over, r.inbound = map[*refFlow]bool{}, map[uint32]bool{}, nil
 }
 
@@ -431,7 +434,7 @@ func (r *refModel) finish(now time.Duration) {
 		}
 	}
 	seen := r.dumped
-	r.dumped = nil
+	r.dumped, r.before = nil, r.began
 	var lost []*refClaim
 	for _, c := range r.claims {
 		var left []*refFlow

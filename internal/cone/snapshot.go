@@ -9,7 +9,9 @@ import (
 // that ended meanwhile must not come back, and one that began must not count as
 // missing.
 type snapshot struct {
-	gen     uint8 // flows that were seen since the last BeginSnapshot have it
+	gen     uint8         // flows that were seen since the last BeginSnapshot have it
+	began   time.Duration // when that was
+	before  time.Duration // when the last one began that was whole: all flows were looked at since
 	running bool
 	whole   bool                // there was one that showed all
 	showing bool                // the model looks at one of its flows right now
@@ -34,9 +36,9 @@ func (s *snapshot) over(id uint32) bool {
 
 // BeginSnapshot starts to take in a dump of all flows. It must be called before
 // the dump is asked for. A snapshot that is under way is given up.
-func (m *Model) BeginSnapshot() {
+func (m *Model) BeginSnapshot(now time.Duration) {
 	m.snap = snapshot{
-		gen: m.snap.gen + 1, whole: m.snap.whole, running: true,
+		gen: m.snap.gen + 1, whole: m.snap.whole, running: true, began: now, before: m.snap.before,
 		ended:    make(map[uint32]struct{}),
 		unplaced: m.unplaced || m.snap.unplaced,
 	}
@@ -108,7 +110,9 @@ func (m *Model) EndSnapshot(now time.Duration) {
 			m.show(now, f)
 		}
 	}
+	began := m.snap.began
 	m.AbortSnapshot()
+	m.snap.before = began
 	var changed []int32
 	for n := range m.flows.all {
 		fl := &m.flows.all[n]
@@ -133,5 +137,5 @@ func (m *Model) EndSnapshot(now time.Duration) {
 // not show proves nothing.
 func (m *Model) AbortSnapshot() {
 	m.unplaced = m.unplaced || m.snap.unplaced
-	m.snap = snapshot{gen: m.snap.gen, whole: m.snap.whole}
+	m.snap = snapshot{gen: m.snap.gen, whole: m.snap.whole, before: m.snap.before}
 }

@@ -105,12 +105,12 @@ func TestSetTopologyTellsWhetherFlowsWereMisjudged(t *testing.T) {
 	if !m.SetTopology(0, outside("203.0.113.0/25", "192.0.2.0/24")) {
 		t.Error("not with a flow that has a route now")
 	}
-	m.BeginSnapshot()
+	m.BeginSnapshot(0)
 	m.EndSnapshot(0)
 	if m.SetTopology(0, outside("203.0.113.0/25")) {
 		t.Error("after a snapshot that showed no such flow")
 	}
-	m.BeginSnapshot()
+	m.BeginSnapshot(0)
 	m.SnapshotFlow(0, &Flow{
 		ID: 2, Status: StatusSrcNAT, Src: ep("10.47.11.109:5060"), Dst: ep("192.0.2.5:5060"),
 		ReplySrc: ep("192.0.2.5:5060"), ReplyDst: ep("198.51.100.1:5060"),

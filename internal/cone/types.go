@@ -116,6 +116,9 @@ type Flow struct {
 	OrigPackets, ReplyPackets uint64
 	HasCounters               bool
 
+	// Began says that the kernel tells of the flow's first packet.
+	Began bool
+
 	// Left is how long the kernel would still keep the flow without a packet, rounded
 	// down to seconds; zero for one that is over.
 	Left time.Duration

@@ -37,6 +37,7 @@ func parse(h header, msg []byte, f *cone.Flow) (Kind, error) {
 	if kind == New && isAnchor(f) {
 		return 0, errForeign
 	}
+	f.Began = kind == New
 	return kind, nil
 }
 

@@ -41,7 +41,7 @@ var golden = []struct {
 			"08000c00eeb9c9900800030000000198080007000000001e0800080011223344",
 		kind: New,
 		want: cone.Flow{
-			Left: 30 * time.Second, ID: 0xeeb9c990, Mark: 0x11223344, Status: 0x198,
+			Began: true, Left: 30 * time.Second, ID: 0xeeb9c990, Mark: 0x11223344, Status: 0x198,
 			Src: endpoint("127.0.0.1:40000"), Dst: endpoint("127.0.0.2:1001"),
 			ReplySrc: endpoint("127.0.0.2:1001"), ReplyDst: endpoint("127.0.0.9:4444"),
 		},
@@ -55,7 +55,7 @@ var golden = []struct {
 			"08000c00f52ea37a0800030000002188080007000000001e10000580090001007466747000000000",
 		kind: New,
 		want: cone.Flow{
-			Left: 30 * time.Second, ID: 0xf52ea37a, Status: 0x2188, Helped: true,
+			Began: true, Left: 30 * time.Second, ID: 0xf52ea37a, Status: 0x2188, Helped: true,
 			Src: endpoint("127.0.0.1:40000"), Dst: endpoint("127.0.0.1:69"),
 			ReplySrc: endpoint("127.0.0.1:69"), ReplyDst: endpoint("127.0.0.1:40000"),
 		},
@@ -71,7 +71,7 @@ var golden = []struct {
 			"14000180080001007f000001080002007f0000011c0002800500010011000000060002009c4000000600030000450000",
 		kind: New,
 		want: cone.Flow{
-			Left: 30 * time.Second, ID: 0x5f60dd9a, Status: 0x189,
+			Began: true, Left: 30 * time.Second, ID: 0x5f60dd9a, Status: 0x189,
 			Src: endpoint("127.0.0.1:5555"), Dst: endpoint("127.0.0.1:40000"),
 			ReplySrc: endpoint("127.0.0.1:40000"), ReplyDst: endpoint("127.0.0.1:5555"),
 			MasterSrc: endpoint("127.0.0.1:40000"), MasterDst: endpoint("127.0.0.1:69"),
@@ -87,7 +87,7 @@ var golden = []struct {
 			"08000c002fcc93410800030000000188080007000000001e",
 		kind: New,
 		want: cone.Flow{
-			Left: 30 * time.Second, ID: 0x2fcc9341, Status: 0x188, OrigZone: 7,
+			Began: true, Left: 30 * time.Second, ID: 0x2fcc9341, Status: 0x188, OrigZone: 7,
 			Src: endpoint("127.0.0.1:5555"), Dst: endpoint("127.0.0.1:1007"),
 			ReplySrc: endpoint("127.0.0.1:1007"), ReplyDst: endpoint("127.0.0.1:5555"),
 		},
@@ -102,7 +102,7 @@ var golden = []struct {
 			"08000c00e0f5ec230800030000000188080007000000001e",
 		kind: New,
 		want: cone.Flow{
-			Left: 30 * time.Second, ID: 0xe0f5ec23, Status: 0x188, ReplyZone: 8,
+			Began: true, Left: 30 * time.Second, ID: 0xe0f5ec23, Status: 0x188, ReplyZone: 8,
 			Src: endpoint("127.0.0.1:5555"), Dst: endpoint("127.0.0.1:1008"),
 			ReplySrc: endpoint("127.0.0.1:1008"), ReplyDst: endpoint("127.0.0.1:5555"),
 		},
@@ -116,7 +116,7 @@ var golden = []struct {
 			"060012000009000008000c00c1ad64290800030000000188080007000000001e",
 		kind: New,
 		want: cone.Flow{
-			Left: 30 * time.Second, ID: 0xc1ad6429, Status: 0x188, OrigZone: 9, ReplyZone: 9,
+			Began: true, Left: 30 * time.Second, ID: 0xc1ad6429, Status: 0x188, OrigZone: 9, ReplyZone: 9,
 			Src: endpoint("127.0.0.1:5555"), Dst: endpoint("127.0.0.1:1009"),
 			ReplySrc: endpoint("127.0.0.1:1009"), ReplyDst: endpoint("127.0.0.1:5555"),
 		},
@@ -330,6 +330,7 @@ func compareWithReference(t *testing.T, b []byte, kind Kind, got cone.Flow, must
 		t.Errorf("kind %v, the reference decoder says %v", kind, ev.Type)
 	}
 	want := referenceFlow(ev.Flow)
+	want.Began = kind == New
 	want.HasCounters = got.HasCounters // it does not tell zero from absent
 	want.Helped = got.Helped           // nor a name from none
 	if diff := cmp.Diff(want, got); diff != "" {

@@ -273,7 +273,7 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	if m != nil {
 		d.ask(func() { m.before = d.applied })
 	}
-	d.ask(d.model.BeginSnapshot)
+	d.ask(func() { d.model.BeginSnapshot(d.now()) })
 	piece := make([]cone.Flow, 0, flowsAtOnce)
 	var failed error
 	hand := func() {
