@@ -150,3 +150,30 @@ func TestAutoDoesNotEnableAnUplinkWithoutItsRoute(t *testing.T) {
 		works(s)
 	})
 }
+
+// The provider's link has no route for a while, and the daemon is killed and started then:
+// what stood goes on.
+//
+// Fails when "auto" does not know the hosts of what stands for inside hosts.
+func TestAutoGoesOnServingWhileThereIsNoRoute(t *testing.T) {
+	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{})
+		s.Start(append(mode, "--subnet=auto")...)
+		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+		ext := s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
+		s.Kill()
+		_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "5060")
+		s.Must(err)
+		s.IP(s.Gateway, "route del default")
+		s.Start(append(mode, "--subnet=auto")...)
+		if got := s.Status().Subnets; len(got) != 1 || got[0].Prefix != lab.InsideNet {
+			t.Errorf("subnets %+v", got)
+		}
+		s.Stands(phone, proxy, ext)
+		s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan0")
+		s.Until("wan0 is an outside link", func() bool { return slices.Contains(s.Status().Outside, "wan0") })
+		s.Stands(phone, proxy, ext)
+		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+	})
+}

@@ -76,7 +76,7 @@ func TestAnsweredChildHoldsThePermission(t *testing.T) {
 // What a daemon reads late was true earlier: it extends nothing. A flow that began just
 // now has its permission all the same, which the kernel's timeout of the flow shows.
 //
-// Fails when delay is always zero, or when a reconcile does not follow.
+// Fails when the loop takes no event for late, or when a reconcile does not follow.
 func TestDaemonThatWasStoppedExtendsNothing(t *testing.T) {
 	for _, backend := range []string{"auto", "expect"} {
 		t.Run(backend, func(t *testing.T) {

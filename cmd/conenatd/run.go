@@ -53,7 +53,7 @@ func noSubnet(cfg config.Config) error {
 	if err != nil {
 		return err
 	}
-	candidates := network.Candidates(nil)
+	candidates := network.Proposals()
 	if len(candidates) == 0 {
 		return &config.UsageError{Err: errors.New("no subnet is enabled and none looks like an inside network: name one, such as\n" +
 			"  conenatd run --subnet 192.168.1.0/24")}

@@ -164,7 +164,8 @@ func (m *Model) allowed(c *claim) bool {
 	}
 	// Any port that is not excluded will do: those of the flows were looked at.
 	peer := Endpoint{c.Peer, 1}
-	return m.policy.refusesEndpoint(c.Ext, peer, &m.topo) == ReasonNone
+	r := m.policy.refusesEndpoint(c.Ext, peer, &m.topo)
+	return r == ReasonNone || r == ReasonPeerInside && m.topo.peers.none(c.Peer.Netip().Is4()) // a route may come back
 }
 
 // A fedPermission is one that was last fed from inside at some time.

@@ -633,3 +633,26 @@ func TestFlowWithAShorterTimeoutHoldsItsPermission(t *testing.T) {
 	}
 	d.want()
 }
+
+// Of two hosts on one outside port none may have been heard for a lifetime when the first
+// snapshot shows their flows. Who sends then has the permission.
+//
+// Fails when claimOut lets a flow that is known wait behind an owner that is idle.
+func TestWhoSendsFirstAfterALifetimeHasThePermission(t *testing.T) {
+	const from, ext = "203.0.113.5:9", "198.51.100.1:1"
+	flow := func(id uint32, in string) *Flow {
+		return &Flow{
+			ID: id, Status: StatusSrcNAT, Src: ep(in), Dst: ep(from), ReplySrc: ep(from), ReplyDst: ep(ext),
+			OrigPackets: 1, HasCounters: true, Left: lifetime,
+		}
+	}
+	d := newDesk(t, nil)
+	d.m.SetTimeouts(Timeouts{UDP: 4 * lifetime, Stream: 4 * lifetime})
+	first, second := flow(1, "10.47.11.109:1"), flow(2, "10.47.11.110:1")
+	second.ReplySrc.Port = 10
+	d.wantOps("both are old", d.snapshot(lifetime, first, second))
+	second.OrigPackets++
+	second.Left = 4*lifetime - time.Second
+	d.wantOps("one sends", d.snapshot(lifetime+1, first, second), Grant)
+	d.want("10.47.11.110:1")
+}

@@ -182,6 +182,8 @@ func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 		c := &m.claims[i]
 		c.Mark = p.Mark // of the newest flow
 		switch o := m.owner(p.Key); {
+		case o != i && m.claims[o].lingers() && now < c.fed+m.policy.Lifetime:
+			m.end(now, o, ReasonYielded)
 		case known:
 		case o != i:
 			m.putBack(o)

@@ -169,7 +169,9 @@ func (r *refModel) seenOf(now time.Duration, f *Flow, what string, p Permission)
 		}
 		if c != nil {
 			known := r.add(now, c, f, false)
-			if !known && !r.showing && c.reason == ReasonRevoked && r.ofKey(c.Key)[0] == c {
+			if o := r.ofKey(c.Key)[0]; o != c && o.lingers() && now < c.fed+r.policy.Lifetime {
+				r.end(now, o)
+			} else if !known && !r.showing && c.reason == ReasonRevoked && r.ofKey(c.Key)[0] == c {
 				r.grant(now, c)
 			}
 			return

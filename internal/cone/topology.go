@@ -109,6 +109,18 @@ func (s *spans) has(a netip.Addr) bool {
 	return low > 0 && starts[low-1].in
 }
 
+// none reports whether the set has no address of a family.
+func (s *spans) none(is4 bool) bool {
+	if s == nil {
+		return true
+	}
+	starts := s.v6
+	if is4 {
+		starts = s.v4
+	}
+	return !slices.ContainsFunc(starts, func(x spanStart) bool { return x.in })
+}
+
 func (s *spans) equal(t *spans) bool {
 	if s == nil || t == nil {
 		return s == t

@@ -116,7 +116,7 @@ type Flow struct {
 	OrigPackets, ReplyPackets uint64
 	HasCounters               bool
 
-	// Began says that the kernel tells of the flow's first packet.
+	// Began says that the kernel tells of the first packet of the flow.
 	Began bool
 
 	// Left is how long the kernel would still keep the flow without a packet, rounded

@@ -37,7 +37,7 @@ func parse(h header, msg []byte, f *cone.Flow) (Kind, error) {
 	if kind == New && isAnchor(f) {
 		return 0, errForeign
 	}
-	f.Began = kind == New
+	f.Began = kind == New && !f.Status.Has(cone.StatusSeenReply) // else another program made it
 	return kind, nil
 }
 

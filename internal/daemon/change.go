@@ -97,7 +97,7 @@ func (d *Daemon) adopt(wanted config.Config) error {
 // when it loses its default route.
 func (d *Daemon) resolve(wanted config.Config, network gateway.Network) (config.Config, error) {
 	var err error
-	wanted.Subnets, err = subnets(wanted, network, d.rerouted.outside)
+	wanted.Subnets, err = subnets(wanted, network, d.rerouted.outside, d.hosts)
 	return wanted.Sized(d.size), err
 }
 

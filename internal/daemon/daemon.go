@@ -19,6 +19,7 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/ctwatch"
+	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
 )
@@ -58,6 +59,7 @@ type Daemon struct {
 
 	// The reconcile's own.
 	wanted    config.Config    // as the user gave it; d.cfg has the subnets that "auto" found
+	hosts     []netip.Addr     // inside hosts of what stood at the start
 	size      int              // of the conntrack table, which limits of d.cfg suit
 	space     space            // what the model knows
 	held      *gateway.PortSet // sockets at the last look
@@ -65,6 +67,7 @@ type Daemon struct {
 	settled   bool             // they were the same as at the look before
 	forwarded *rules.Covered   // what the user's rules forward, as the model knows it
 	whole     bool             // and whether that is all
+	unheard   *rules.Covered   // of whose flows no event tells
 	budget    budget           // for what neighbours change
 	part      uint64           // of an owned map, that was compared last
 	changed   changes          // by neighbours, and still to be looked at
@@ -154,7 +157,7 @@ func New(cfg Config) (d *Daemon, err error) {
 		return d, err
 	}
 	d.wanted = cfg.Config
-	if d.cfg.Subnets, err = subnets(cfg.Config, d.network, nil); err != nil {
+	if d.cfg.Subnets, err = subnets(cfg.Config, d.network, nil, nil); err != nil {
 		return d, err
 	}
 	if err = outsideOwn(d.cfg.Subnets, d.network); err != nil {
@@ -214,6 +217,9 @@ func New(cfg Config) (d *Daemon, err error) {
 	if err != nil {
 		return d, err
 	}
+	if err := d.goOnServing(adopted); err != nil {
+		return d, err
+	}
 	if err := d.filterEvents(d.cfg.Config); err != nil {
 		return d, err
 	}
@@ -239,9 +245,29 @@ func New(cfg Config) (d *Daemon, err error) {
 	return d, nil
 }
 
+// goOnServing lets "auto" enable the subnets of hosts whose permissions stand from before,
+// also while no outside link is there.
+func (d *Daemon) goOnServing(adopted []expect.Adopted) (err error) {
+	hosts := make(map[netip.Addr]struct{})
+	for _, a := range adopted {
+		hosts[a.Int.Addr.Netip()] = struct{}{}
+	}
+	if !d.wanted.AutoSubnets || len(hosts) == 0 {
+		return nil
+	}
+	d.hosts = slices.Collect(maps.Keys(hosts))
+	if d.cfg.Subnets, err = subnets(d.wanted, d.network, nil, d.hosts); err != nil {
+		return err
+	}
+	d.decisions = d.firewall.decide(d.cfg.Config, d.network)
+	d.firewall.decisions = d.decisions
+	return nil
+}
+
 // subnets returns the enabled subnets, the candidates among them if these are
-// asked for and do not overlap what is named. Links that were outside links lead to none.
-func subnets(cfg config.Config, network gateway.Network, were map[string]bool) ([]config.Subnet, error) {
+// asked for and do not overlap what is named. Links that were outside links lead to none,
+// and hosts are known to be inside.
+func subnets(cfg config.Config, network gateway.Network, were map[string]bool, hosts []netip.Addr) ([]config.Subnet, error) {
 	enabled := slices.Clone(cfg.Subnets)
 	if !cfg.AutoSubnets {
 		return enabled, nil
@@ -259,7 +285,7 @@ func subnets(cfg config.Config, network gateway.Network, were map[string]bool) (
 	for _, name := range named {
 		uplinks[name] = true
 	}
-	for _, c := range network.Candidates(uplinks) {
+	for _, c := range network.Candidates(uplinks, hosts) {
 		free := true
 		for _, s := range cfg.Subnets {
 			free = free && !s.Prefix.Overlaps(c)
@@ -350,16 +376,16 @@ func (d *Daemon) policy(cfg config.Config) cone.Policy {
 // filterEvents leaves out the events of flows that are not the daemon's to care for. Of
 // early packets' flows, which come from outside, there is none where the guard stands, but
 // to a socket: one that outlives the socket is found by the next reconcile. And of those
-// that forwards of the user's lead inside none matters where all his rules are known; that
-// a child ended on a port of which one covers a part, the next reconcile finds, too. The
+// that forwards of the user's lead inside none matters where all his rules are known. The
 // guard does not know the links of a VRF.
 func (d *Daemon) filterEvents(cfg config.Config) error {
+	d.unheard = d.firewall.hidden
 	inVRF := slices.ContainsFunc(d.network.Links, func(l gateway.Link) bool { return l.Kind == "vrf" })
 	if !cfg.Guard || d.firewall.tables == nil || d.firewall.tables.Lacks(rules.FeatureGuard) || inVRF {
 		return d.events.SetSources(ctwatch.Sources{})
 	}
 	s := ctwatch.Sources{Prefixes: prefixes(cfg.Subnets), Labelled: d.firewall.labels() && d.firewall.whole}
-	for a, p := range d.forwarded.Ranges() {
+	for a, p := range d.firewall.hidden.Ranges() {
 		if a.First.Is4() {
 			s.Forwarded = append(s.Forwarded, ctwatch.Range{FirstAddr: a.First, LastAddr: a.Last, FirstPort: p.First, LastPort: p.Last})
 		}

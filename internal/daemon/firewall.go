@@ -255,7 +255,9 @@ func (f *firewall) forwards(network gateway.Network) (covered *rules.Covered, wa
 	if c := rules.Cover(sure); !c.Equal(f.forwarded) {
 		f.forwarded = c
 	}
-	f.hidden = rules.Cover(slices.DeleteFunc(sure, func(r rules.Forward) bool { return r.Partial }))
+	if c := rules.Cover(slices.DeleteFunc(sure, func(r rules.Forward) bool { return r.Partial })); !c.Equal(f.hidden) {
+		f.hidden = c
+	}
 	return f.forwarded, f.forwardWarnings
 }
 

@@ -165,11 +165,9 @@ func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 	if _, err := d.readGateway(); err != nil {
 		errs = append(errs, err)
 	}
-	if t, err := readTimeouts(); err != nil {
-		errs = append(errs, err)
-	} else {
-		d.ask(func() { d.model.SetTimeouts(t) })
-	}
+	timeouts, err := readTimeouts()
+	d.failures.note("read timeouts of flows", 1, err)
+	d.ask(func() { d.model.SetTimeouts(timeouts) })
 	if err := d.readFlows(q); err != nil {
 		errs = append(errs, err)
 	}
@@ -246,12 +244,14 @@ func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error 
 		d.warned.tell(d.now(), d.warnings())
 	})
 	whole := d.firewall.whole
+	if whole != d.whole || d.firewall.hidden != d.unheard {
+		err = errors.Join(err, d.filterEvents(cfg))
+	}
 	if covered == d.forwarded && whole == d.whole {
 		return err
 	}
 	d.forwarded, d.whole = covered, whole
 	d.ask(func() { d.model.BeginForwards(covered.Covers, whole) })
-	err = errors.Join(err, d.filterEvents(cfg))
 	for at := 0; at >= 0; {
 		if !d.ask(func() { at = d.model.ReviewForwards(d.now(), at, flowsAtOnce) }) {
 			return errEnded

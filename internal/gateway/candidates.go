@@ -44,11 +44,19 @@ func (n Network) LANs() (lans []LAN) {
 // behind the gateway: connected, by a link that is up and looks like that of a LAN. It
 // is a proposal for the user's subnets, so what is doubtful is left out: links with an
 // address from DHCP, and uplinks, the names of links that are known to lead outside. Where
-// no outside link is known at all, any of the links may be the one.
-func (n Network) Candidates(uplinks map[string]bool) []netip.Prefix {
-	if len(n.OutsideLinks()) == 0 && len(n.Missing) == 0 && len(uplinks) == 0 {
-		return nil
-	}
+// no outside link is known at all, any of the links may be the one: then only networks
+// with one of hosts, which are known to be inside, are candidates.
+func (n Network) Candidates(uplinks map[string]bool, hosts []netip.Addr) []netip.Prefix {
+	unknown := len(n.OutsideLinks()) == 0 && len(n.Missing) == 0 && len(uplinks) == 0
+	return n.candidates(uplinks, func(p netip.Prefix) bool { return !unknown || slices.ContainsFunc(hosts, p.Contains) })
+}
+
+// Proposals returns the candidates where nothing is known of uplinks: one may be among them.
+func (n Network) Proposals() []netip.Prefix {
+	return n.candidates(nil, func(netip.Prefix) bool { return true })
+}
+
+func (n Network) candidates(uplinks map[string]bool, may func(netip.Prefix) bool) []netip.Prefix {
 	leased := func(l Link) bool {
 		return slices.ContainsFunc(n.Addrs, func(a Addr) bool { return a.Link == l.Index && a.Leased && a.Prefix.Addr().Is4() })
 	}
@@ -58,7 +66,7 @@ func (n Network) Candidates(uplinks map[string]bool) []netip.Prefix {
 			continue
 		}
 		for _, p := range l.Networks {
-			if !p.IsSingleIP() && covered(p, private) {
+			if !p.IsSingleIP() && covered(p, private) && may(p) {
 				found = append(found, p)
 			}
 		}

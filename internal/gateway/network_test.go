@@ -234,21 +234,27 @@ func TestCandidatesOnTheKernel(t *testing.T) {
 		}
 		ip(t, g, "addr add 10.10."+string(rune('0'+i))+".1/24 dev "+name)
 	}
-	got := readNetwork(t, g).Candidates(nil)
+	got := readNetwork(t, g).Candidates(nil, nil)
 	want := []netip.Prefix{lab.InsideNet, netip.MustParsePrefix("192.168.1.0/24")}
 	if !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
-	if got := readNetwork(t, g).Candidates(map[string]bool{"lan0": true}); !slices.Equal(got, want[1:]) {
+	if got := readNetwork(t, g).Candidates(map[string]bool{"lan0": true}, nil); !slices.Equal(got, want[1:]) {
 		t.Errorf("without lan0 got %v, want %v", got, want[1:])
 	}
 	// Without a default route wan0, with its private network, may be the uplink.
 	ip(t, g, "route del default")
 	ip(t, g, "-6 route del default")
-	if got := readNetwork(t, g).Candidates(nil); len(got) > 0 {
+	if got := readNetwork(t, g).Candidates(nil, nil); len(got) > 0 {
 		t.Errorf("without an outside link got %v", got)
 	}
-	if got := readNetwork(t, g, "ppp0").Candidates(nil); !slices.Equal(got, want) {
+	if got := readNetwork(t, g).Candidates(nil, []netip.Addr{want[0].Addr().Next()}); !slices.Equal(got, want[:1]) {
+		t.Errorf("without an outside link, but a host that is inside, got %v, want %v", got, want[:1])
+	}
+	if got := readNetwork(t, g).Proposals(); !slices.Contains(got, want[0]) {
+		t.Errorf("proposed without an outside link: %v", got)
+	}
+	if got := readNetwork(t, g, "ppp0").Candidates(nil, nil); !slices.Equal(got, want) {
 		t.Errorf("with an outside link that comes later got %v, want %v", got, want)
 	}
 }
@@ -310,7 +316,7 @@ func FuzzDecode(f *testing.F) {
 		}
 		r.resolve()
 		r.markOutside(nil)
-		_, _ = r.Topology(), r.Candidates(nil)
+		_, _ = r.Topology(), r.Candidates(nil, nil)
 		p := PortSet{bound: map[cone.Endpoint]struct{}{}}
 		_ = p.add(b, func(uint32) bool { return true })
 	})

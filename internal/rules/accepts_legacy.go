@@ -16,7 +16,7 @@ var legacyPriorities = map[string]int32{"mangle": -150, filterTable: 0, "securit
 
 // legacyForwardHook reads the base chains of the forward hook that iptables-legacy has for
 // the families of the subnets. hidden reports whether there may be others that filter
-// packets of a subnet, which another user than root may not know.
+// packets of a subnet, which another user than root may not know, or that are not understood.
 func legacyForwardHook(netns int, subnets []netip.Prefix) (bases []baseChain, hidden func(subnet netip.Prefix) bool, err error) {
 	hides := map[*legacyFamily]bool{}
 	for _, f := range []*legacyFamily{legacy4, legacy6} {
@@ -30,8 +30,9 @@ func legacyForwardHook(netns int, subnets []netip.Prefix) (bases []baseChain, hi
 		hides[f] = slices.Contains(unknown, filterTable)
 		for _, raw := range tables {
 			t, err := raw.decode()
-			if err != nil {
-				return nil, nil, err
+			if err != nil { // who reads forwards says so
+				hides[f] = true
+				continue
 			}
 			for _, b := range t.bases {
 				if b.hook == *nftables.ChainHookForward {
