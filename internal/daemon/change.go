@@ -200,6 +200,7 @@ func (d *Daemon) Flush() (int, error) {
 func (d *Daemon) revoke(fits func(*cone.Permission) bool) (n int, err error) {
 	ok := d.do(func() {
 		n = d.model.Revoke(d.now(), func(p cone.Permission) bool { return fits(&p) })
+		d.apply(0) // who is answered may kill the daemon
 	})
 	if !ok {
 		return 0, errEnded
