@@ -317,7 +317,7 @@ func FuzzDecode(f *testing.F) {
 		r.resolve()
 		r.markOutside(nil)
 		_, _ = r.Topology(), r.Candidates(nil, nil)
-		p := PortSet{bound: map[cone.Endpoint]struct{}{}}
+		p := PortSet{map[cone.Endpoint]struct{}{}, map[cone.Key]struct{}{}}
 		_ = p.add(b, func(uint32) bool { return true })
 	})
 }
