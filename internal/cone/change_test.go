@@ -54,13 +54,27 @@ func (d *desk) carry() (kinds []OpKind) {
 
 // open lets in send to peer and returns the flow.
 func (d *desk) open(now time.Duration, in, peer string) *Flow {
+	f := d.translated(in, peer)
+	d.m.FlowSeen(now, f)
+	d.carry()
+	return f
+}
+
+// translated returns a new flow of in to peer, which keeps its port, and which the model
+// has not seen.
+func (d *desk) translated(in, peer string) *Flow {
 	d.id++
-	f := &Flow{
+	return &Flow{
 		ID: d.id, Status: StatusSrcNAT, Src: ep(in), Dst: ep(peer), ReplySrc: ep(peer),
 		ReplyDst: Endpoint{ep("198.51.100.1:1").Addr, ep(in).Port},
 	}
-	d.m.FlowSeen(now, f)
-	d.carry()
+}
+
+// counted is the same of a flow that the kernel counted one packet of, and would keep for
+// as long as left says.
+func (d *desk) counted(in, peer string, left time.Duration) *Flow {
+	f := d.translated(in, peer)
+	f.OrigPackets, f.HasCounters, f.Left = 1, true, left
 	return f
 }
 
@@ -575,27 +589,25 @@ func TestPermissionEndsALifetimeAfterTheLastPacket(t *testing.T) {
 // A flow of which the daemon reads when its permission would be over has none, until it
 // shows that it goes on.
 func TestFlowToldTooLateHasNoPermission(t *testing.T) {
-	const in, from, ext = "10.47.11.109:1", "203.0.113.5:9", "198.51.100.1:1"
+	const in, other, from = "10.47.11.109:1", "10.47.11.110:2", "203.0.113.5:9"
 	d := newDesk(t, nil)
 	d.m.SetTimeouts(Timeouts{UDP: 4 * lifetime, Stream: 4 * lifetime})
-	f := &Flow{
-		ID: 1, Status: StatusSrcNAT, Src: ep(in), Dst: ep(from), ReplySrc: ep(from), ReplyDst: ep(ext),
-		OrigPackets: 1, HasCounters: true, Left: 4 * lifetime, Late: 2 * lifetime,
-	}
+	f := d.counted(in, from, 4*lifetime)
+	f.Late = 2 * lifetime
 	d.wantOps("told late", d.seen(3*lifetime, f))
 	f.Late = 0
 	f.Left = 2*lifetime - time.Second
 	d.wantOps("it was silent since", d.snapshot(3*lifetime, f))
-	young := *f
-	young.ID, young.Src, young.ReplyDst, young.Late = 2, ep("10.47.11.110:2"), ep("198.51.100.1:2"), 2*lifetime
-	d.wantOps("another one, told late", d.seen(3*lifetime, &young))
+	young := d.counted(other, from, 2*lifetime-time.Second)
+	young.Late = 2 * lifetime
+	d.wantOps("another one, told late", d.seen(3*lifetime, young))
 	young.Late, young.Left = 0, 4*lifetime-2*time.Second
-	d.wantOps("it is young", d.snapshot(3*lifetime+1, f, &young), Grant)
+	d.wantOps("it is young", d.snapshot(3*lifetime+1, f, young), Grant)
 	f.Left = 4*lifetime - 2*time.Second
 	d.wantOps("shown again", d.snapshot(3*lifetime+2, f)) // no more packets: somebody else's
 	f.OrigPackets++
 	d.wantOps("sent again", d.snapshot(3*lifetime+3, f), Grant)
-	d.want(in, "10.47.11.110:2")
+	d.want(in, other)
 }
 
 // A flow may have a timeout of its own (cttimeout), far less than others: that it has few
@@ -604,13 +616,11 @@ func TestFlowToldTooLateHasNoPermission(t *testing.T) {
 // Fails when heard looks at how much is left of a flow that begins, and when addFlow does
 // not know that counters moved since the last snapshot.
 func TestFlowWithAShorterTimeoutHoldsItsPermission(t *testing.T) {
-	const in, from, ext = "10.47.11.109:1", "203.0.113.5:9", "198.51.100.1:1"
+	const in = "10.47.11.109:1"
 	d := newDesk(t, nil)
 	d.m.SetTimeouts(Timeouts{UDP: 10 * lifetime, Stream: 10 * lifetime})
-	f := &Flow{
-		ID: 1, Status: StatusSrcNAT, Src: ep(in), Dst: ep(from), ReplySrc: ep(from), ReplyDst: ep(ext),
-		OrigPackets: 1, HasCounters: true, Left: 10 * time.Second, Began: true,
-	}
+	f := d.counted(in, "203.0.113.5:9", 10*time.Second)
+	f.Began = true
 	d.wantOps("it begins", d.seen(lifetime, f), Grant)
 	f.Began = false
 	now := lifetime
@@ -639,17 +649,10 @@ func TestFlowWithAShorterTimeoutHoldsItsPermission(t *testing.T) {
 //
 // Fails when claimOut lets a flow that is known wait behind an owner that is idle.
 func TestWhoSendsFirstAfterALifetimeHasThePermission(t *testing.T) {
-	const from, ext = "203.0.113.5:9", "198.51.100.1:1"
-	flow := func(id uint32, in string) *Flow {
-		return &Flow{
-			ID: id, Status: StatusSrcNAT, Src: ep(in), Dst: ep(from), ReplySrc: ep(from), ReplyDst: ep(ext),
-			OrigPackets: 1, HasCounters: true, Left: lifetime,
-		}
-	}
 	d := newDesk(t, nil)
 	d.m.SetTimeouts(Timeouts{UDP: 4 * lifetime, Stream: 4 * lifetime})
-	first, second := flow(1, "10.47.11.109:1"), flow(2, "10.47.11.110:1")
-	second.ReplySrc.Port = 10
+	first := d.counted("10.47.11.109:1", "203.0.113.5:9", lifetime)
+	second := d.counted("10.47.11.110:1", "203.0.113.5:10", lifetime)
 	d.wantOps("both are old", d.snapshot(lifetime, first, second))
 	second.OrigPackets++
 	second.Left = 4*lifetime - time.Second

@@ -182,7 +182,7 @@ func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 		c := &m.claims[i]
 		c.Mark = p.Mark // of the newest flow
 		switch o := m.owner(p.Key); {
-		case o != i && m.claims[o].lingers() && now < c.fed+m.policy.Lifetime:
+		case o != i && m.claims[o].lingers() && !m.isOver(now, c):
 			m.end(now, o, ReasonYielded)
 		case known:
 		case o != i:
@@ -201,7 +201,7 @@ func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	if !s.Mapping && f.Status.Has(StatusSrcNAT) && (p.Wild > 0 || p.Peer == f.ReplySrc.Addr) {
 		m.compare(f.Src, f.ReplyDst)
 	}
-	over := now >= m.claims[i].fed+m.policy.Lifetime
+	over := m.isOver(now, &m.claims[i])
 	switch o := m.owner(p.Key); {
 	case o == i && over:
 		m.setState(i, StateRefused, ReasonIdle)
@@ -453,7 +453,7 @@ func (m *Model) flowGone(now time.Duration, f *Flow, p Permission, peer Endpoint
 	if !ok || m.flows.all[n].id != f.ID {
 		return
 	}
-	if now < m.claims[i].fed+m.policy.Lifetime { // else it was long since, and is told late
+	if !m.isOver(now, &m.claims[i]) { // else it was long since, and is told late
 		m.addFlow(now, i, f, k.child)
 	}
 	m.removeFlow(n)

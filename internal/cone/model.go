@@ -408,11 +408,14 @@ func (m *Model) settle(now time.Duration, i int32) {
 	}
 }
 
+// isOver reports whether c was not fed for a lifetime.
+func (m *Model) isOver(now time.Duration, c *claim) bool { return now >= c.fed+m.policy.Lifetime }
+
 // feed notes that claim i was fed from inside at the given time.
 func (m *Model) feed(now time.Duration, i int32, at time.Duration) {
 	c := &m.claims[i]
 	c.fed = max(c.fed, at)
-	if now >= c.fed+m.policy.Lifetime {
+	if m.isOver(now, c) {
 		return
 	}
 	if c.ends != 0 { // it was asked about, and is not to wait for its end
@@ -452,7 +455,7 @@ func (m *Model) attend(now time.Duration, i int32) {
 	}
 
 	deadline := c.fed + m.policy.Lifetime
-	overdue := now >= deadline
+	overdue := m.isOver(now, c)
 	if overdue {
 		if c.ends == 0 {
 			c.ends = m.ask(now, c)
@@ -529,7 +532,7 @@ func (m *Model) Refused(now time.Duration, p Permission, r Reason, standing bool
 // has run out.
 func (m *Model) Lost(now time.Duration, p Permission, by Carriers) bool {
 	i := m.find(p.Key, p.Int)
-	if i == none || m.claims[i].placed.By&by == 0 || now >= m.claims[i].fed+m.policy.Lifetime {
+	if i == none || m.claims[i].placed.By&by == 0 || m.isOver(now, &m.claims[i]) {
 		return false
 	}
 	c := &m.claims[i]

@@ -110,9 +110,8 @@ func (m *Model) EndSnapshot(now time.Duration) {
 			m.show(now, f)
 		}
 	}
-	began := m.snap.began
+	m.snap.before = m.snap.began
 	m.AbortSnapshot()
-	m.snap.before = began
 	var changed []int32
 	for n := range m.flows.all {
 		fl := &m.flows.all[n]

@@ -12,20 +12,30 @@ import (
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
-// A large map is not listed; what is missing is found all the same.
-func TestMissingIsFoundWithoutAList(t *testing.T) {
-	l := lab.ForTest(t, lab.Options{})
+// setTables sets conenatd's tables in the gateway, and keeps them open until the test ends.
+func setTables(t *testing.T, l *lab.Lab, d rules.Desired) *rules.Tables {
+	t.Helper()
 	tables, err := rules.Open(rules.Config{NetNS: l.Gateway.FD()})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer tables.Close()
-	c := &rules.MapConfig{Size: 100, Lifetime: time.Minute, Subnets: []netip.Prefix{lab.InsideNet}}
-	if _, err := tables.Set(rules.Desired{OutsideLinks: []string{"wan0"}, Map: c}); err != nil {
+	t.Cleanup(func() {
+		if err := tables.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	if _, err := tables.Set(d); err != nil {
 		t.Fatal(err)
 	}
+	return tables
+}
+
+// A large map is not listed; what is missing is found all the same.
+func TestMissingIsFoundWithoutAList(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{})
+	c := &rules.MapConfig{Size: 100, Lifetime: time.Minute, Subnets: []netip.Prefix{lab.InsideNet}}
 	b := newBackends()
-	b.nft = tables.NewMap(c)
+	b.nft = setTables(t, l, rules.Desired{OutsideLinks: []string{"wan0"}, Map: c}).NewMap(c)
 	var ps []cone.Permission
 	var ops []cone.Op
 	for port := range uint16(3) {
@@ -71,14 +81,9 @@ func TestDenialThatTheKernelKeepsIsLiftedLater(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	tables, err := rules.Open(rules.Config{NetNS: l.Gateway.FD()})
-	must(err)
-	defer tables.Close()
 	c := &rules.MapConfig{Size: 100, Lifetime: time.Minute, Subnets: []netip.Prefix{lab.InsideNet}, Learn: true, LearnRate: 1}
-	_, err = tables.Set(rules.Desired{OutsideLinks: []string{"wan0"}, Map: c})
-	must(err)
 	b := newBackends()
-	b.nft = tables.NewMap(c)
+	b.nft = setTables(t, l, rules.Desired{OutsideLinks: []string{"wan0"}, Map: c}).NewMap(c)
 	ps := []cone.Permission{{
 		Key: cone.Key{Ext: cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.1:5060")), Peer: cone.AddrFrom(lab.PeerA)},
 		Int: cone.EndpointFrom(netip.MustParseAddrPort("10.47.11.109:5060")),
@@ -123,12 +128,7 @@ func TestCountersHoldWhileTheyCannotBeRead(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	tables, err := rules.Open(rules.Config{NetNS: l.Gateway.FD()})
-	must(err)
-	f := &firewall{tables: tables}
-	defer func() { must(f.close()) }()
-	_, err = tables.Set(rules.Desired{OutsideLinks: []string{"wan0"}, Guard: true, Subnets: []netip.Prefix{lab.InsideNet}})
-	must(err)
+	f := &firewall{tables: setTables(t, l, rules.Desired{OutsideLinks: []string{"wan0"}, Guard: true, Subnets: []netip.Prefix{lab.InsideNet}})}
 	stranger, err := l.Outside.Socket(lab.PeerA, 5070)
 	must(err)
 	defer stranger.Close()
