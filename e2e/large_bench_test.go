@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -20,8 +21,8 @@ import (
 const largeTime = 30 * time.Second
 
 // BenchmarkLarge shows what large configurations and rulesets, and load from outside, take
-// of a CPU, how long the first answer of a peer waits for a permission meanwhile, and how
-// long a reload and a stop take.
+// of a CPU, how long the first answer of a peer waits for a permission meanwhile, how long
+// the status takes at most, and how long a reload and a stop take.
 //
 // It prints for each the share of a CPU over largeTime and the times.
 func BenchmarkLarge(b *testing.B) {
@@ -59,6 +60,28 @@ func BenchmarkLarge(b *testing.B) {
 		return err
 	}
 	outside := lab.OutsideNet.Addr().Next()
+	served, forwarded := netip.AddrPortFrom(outside, 4000), netip.AddrPortFrom(outside, 5000)
+	others := func(i int) netip.AddrPort {
+		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{60, byte(i >> 16), byte(i >> 8), byte(i)}), 10_000)
+	}
+	toPort := func(p netip.AddrPort) *load {
+		return &load{packets: 1 << 20, times: 100, each: 200, aim: func(i int) (from, to netip.AddrPort) { return others(i), p }}
+	}
+	var addresses, dmz strings.Builder
+	var scanned [4]netip.Addr
+	dmz.WriteString("table ip busy { chain pre { type nat hook prerouting priority dstnat;\n")
+	for i := range scanned {
+		scanned[i] = netip.AddrFrom4([4]byte{198, 51, 100, byte(100 + i)})
+		fmt.Fprintf(&addresses, "addr add %v/24 dev wan0\n", scanned[i])
+		fmt.Fprintf(&dmz, "ip daddr %v dnat to %v\n", scanned[i], lab.InsideNet.Addr().Next().Next())
+	}
+	dmz.WriteString("}; }\n")
+	scan := &load{packets: len(scanned) << 16, times: 100, each: 50, aim: func(i int) (from, to netip.AddrPort) {
+		return netip.AddrPortFrom(lab.PeerB, 10_000), netip.AddrPortFrom(scanned[i%len(scanned)], uint16(i/len(scanned)))
+	}}
+	bursts := &load{packets: 1 << 16, times: 1, each: 300, inside: true, aim: func(i int) (from, to netip.AddrPort) {
+		return netip.AddrPort{}, others(i)
+	}}
 	const foreign = "add rule ip busy idle udp dport 9 accept; flush chain ip busy idle"
 	nft := func(l *lab.Lab, _ int) error { return l.NFT(foreign) }
 	for _, n := range []struct {
@@ -67,7 +90,7 @@ func BenchmarkLarge(b *testing.B) {
 		permissions       int
 		change            func(l *lab.Lab, i int) error
 		perSecond         int
-		flood             uint16 // an outside port that gets 20,000 packets a second
+		load              *load
 		flags             string
 	}{
 		{name: "nothing"},
@@ -77,9 +100,11 @@ func BenchmarkLarge(b *testing.B) {
 		{name: "36,000 permissions, 5,000 forwards, 4 transactions", permissions: 36_000, rules: forwards(5000), change: nft, perSecond: 4},
 		{name: "50,000 routes, 10 changes", ip: routes(50_000), change: route, perSecond: 10},
 		{name: "200,000 routes, 10 changes", ip: routes(200_000), change: route, perSecond: 10},
-		{name: "20,000 packets to a served port", flood: 4000},
-		{name: "20,000 packets to a served port, no guard", flood: 4000, flags: "--guard=false"},
-		{name: "20,000 packets to a forwarded port", flood: 5000, rules: forwards(1)},
+		{name: "20,000 packets to a served port", load: toPort(served)},
+		{name: "20,000 packets to a served port, no guard", load: toPort(served), flags: "--guard=false"},
+		{name: "20,000 packets to a forwarded port", load: toPort(forwarded), rules: forwards(1)},
+		{name: "a scan of four addresses that are forwarded as a whole", load: scan, ip: addresses.String(), rules: dmz.String()},
+		{name: "an overrun each second", load: bursts, config: "event_buffer = 65536\n"},
 	} {
 		b.Run(n.name, func(b *testing.B) {
 			must := func(err error) {
@@ -117,25 +142,39 @@ func BenchmarkLarge(b *testing.B) {
 			for b.Loop() {
 				stop := everySecond(n.perSecond, func(i int) error { return n.change(l, i) })
 				flood := func() error { return nil }
-				if n.flood != 0 {
-					served, err := l.Gateway.Socket(outside, 4000)
-					must(err)
-					defer served.Close()
-					forwarded, err := l.Inside(0).Socket(l.Inside(0).Addr, 5000)
-					must(err)
-					defer forwarded.Close()
-					flood = floodFromOutside(b, l, netip.AddrPortFrom(outside, n.flood))
+				if n.load != nil {
+					for _, at := range []struct {
+						host *lab.Host
+						to   netip.AddrPort
+					}{{l.Gateway, served}, {l.Inside(0), netip.AddrPortFrom(l.Inside(0).Addr, forwarded.Port())}} {
+						s, err := at.host.Socket(at.to.Addr(), at.to.Port())
+						must(err)
+						defer s.Close()
+					}
+					flood = n.load.start(b, l, d)
 				}
+				var slowest time.Duration
+				asked := everySecond(1, func(int) error {
+					began := time.Now()
+					_, err := control.Dial(d.Socket).Status(b.Context())
+					slowest = max(slowest, time.Since(began))
+					return err
+				})
 				memory := residentMemory(b, d.PID())
-				share, took := waits(b, l, d, peer, answer, largeTime)
+				share, took, _ := waits(b, l, d, peer, answer, largeTime)
 				grown := residentMemory(b, d.PID()) - memory
 				must(stop())
 				must(flood())
+				must(asked())
+				st, err := control.Dial(d.Socket).Status(b.Context())
+				must(err)
 				began := time.Now()
 				must(control.Dial(d.Socket).Reload(b.Context()))
 				reload := time.Since(began)
-				fmt.Printf("%-52s %5.1f %% of a CPU, RSS %d MB and %+d MB, start %v, reload %v; %s\n", n.name, share, memory>>20, grown>>20,
-					start.Round(time.Millisecond), reload.Round(time.Millisecond), distribution(took))
+				const round = time.Millisecond
+				fmt.Printf("%-52s %5.1f %% of a CPU, RSS %d MB and %+d MB, start %v, reload %v, status %v, %d overruns, %d lines; %s\n",
+					n.name, share, memory>>20, grown>>20, start.Round(round), reload.Round(round), slowest.Round(round),
+					st.Events.Overruns, strings.Count(d.Output(), "\n"), distribution(took))
 				b.ReportMetric(share, "%CPU")
 			}
 			began = time.Now()
@@ -173,24 +212,38 @@ func everySecond(n int, f func(i int) error) (stop func() error) {
 	}
 }
 
-// floodFromOutside sends 20,000 packets a second from random sources to one endpoint.
-func floodFromOutside(b *testing.B, l *lab.Lab, to netip.AddrPort) (stop func() error) {
-	const perSecond, times = 20_000, 100
-	f, err := l.NewFlood(1<<20, false)
+// A load is packets that are sent again and again, so many times a second so many of them.
+type load struct {
+	packets, times, each int
+	aim                  func(i int) (from, to netip.AddrPort)
+	// inside says that they are of the first inside host, whatever aim says, and that the
+	// daemon is stopped while each burst comes.
+	inside bool
+}
+
+func (w *load) start(b *testing.B, l *lab.Lab, d *lab.Daemon) (stop func() error) {
+	b.Helper()
+	f, err := l.NewFlood(w.packets, w.inside)
 	if err != nil {
 		b.Fatal(err)
 	}
 	for i := range f.Len() {
-		f.Aim(i, netip.AddrPortFrom(netip.AddrFrom4([4]byte{60, byte(i >> 16), byte(i >> 8), byte(i)}), 10_000), to)
+		from, to := w.aim(i)
+		if w.inside {
+			from = netip.AddrPortFrom(l.Inside(0).Addr, 40_000)
+		}
+		f.Aim(i, from, to)
 	}
 	at := 0
-	end := everySecond(times, func(int) error {
-		const n = perSecond / times
-		if at+n > f.Len() {
+	end := everySecond(w.times, func(int) error {
+		if at+w.each > f.Len() {
 			at = 0
 		}
-		at += n
-		return f.Send(at-n, at)
+		at += w.each
+		if !w.inside {
+			return f.Send(at-w.each, at)
+		}
+		return errors.Join(d.Pause(), f.Send(at-w.each, at), d.Resume())
 	})
 	return func() error {
 		defer f.Close()

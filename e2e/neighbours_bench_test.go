@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -11,9 +12,12 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // neighboursTime is how long each neighbour is borne: one reconcile is within it.
@@ -23,7 +27,8 @@ const neighboursTime = 30 * time.Second
 // answer of a peer waits for a permission, while others change rules, links and routes
 // all the time. The kernel learns nothing, so that each permission is a grant.
 //
-// It prints for each neighbour the share of a CPU over neighboursTime and the times.
+// It prints for each neighbour the share of a CPU over neighboursTime, the times, and how
+// long the least transaction takes that anybody could make beside it.
 func BenchmarkBusyNeighbours(b *testing.B) {
 	const (
 		uplink  = "via 198.51.100.254 dev wan0"
@@ -118,9 +123,10 @@ func BenchmarkBusyNeighbours(b *testing.B) {
 					changes++
 					return n.change(l, i)
 				})
-				share, took := waits(b, l, d, peer, answer, neighboursTime)
+				share, took, bare := waits(b, l, d, peer, answer, neighboursTime)
 				must(stop())
-				fmt.Printf("%-56s %5.1f %% of a CPU, %d changes; %s\n", n.name, share, changes, distribution(took))
+				fmt.Printf("%-56s %5.1f %% of a CPU, %d changes; %s\n%56s bare transactions: %s\n",
+					n.name, share, changes, distribution(took), "", distribution(bare))
 				b.ReportMetric(share, "%CPU")
 			}
 			must(d.Stop())
@@ -130,9 +136,11 @@ func BenchmarkBusyNeighbours(b *testing.B) {
 
 // waits lets an inside host contact a peer again and again for a time, each time by a
 // fresh port, and returns the share of a CPU that the daemon takes meanwhile, in percent,
-// and how long the first answer by another port was in coming each time.
-func waits(b *testing.B, l *lab.Lab, d *lab.Daemon, peer, answer *lab.Socket, lasting time.Duration) (share float64, took []time.Duration) {
+// how long the first answer by another port was in coming each time, and how long a bare
+// transaction took after it.
+func waits(b *testing.B, l *lab.Lab, d *lab.Daemon, peer, answer *lab.Socket, lasting time.Duration) (share float64, took, bare []time.Duration) {
 	b.Helper()
+	transact := bareTransaction(b, l)
 	time.Sleep(8 * time.Second) // bursts of the start are over
 	began, cpu := time.Now(), cpuTime(b, d.PID())
 	for port := uint16(62_000); time.Since(began) < lasting; port++ {
@@ -146,10 +154,51 @@ func waits(b *testing.B, l *lab.Lab, d *lab.Daemon, peer, answer *lab.Socket, la
 		}
 		in.Close()
 		took = append(took, t)
+		bare = append(bare, transact(port))
 		time.Sleep(100 * time.Millisecond)
 	}
 	cpu = cpuTime(b, d.PID()) - cpu
-	return 100 * cpu.Seconds() / time.Since(began).Seconds(), took
+	return 100 * cpu.Seconds() / time.Since(began).Seconds(), took, bare
+}
+
+// bareTransaction returns a function that puts one element into a set that nobody else
+// touches, and says how long the kernel took to answer: what the least program that makes a
+// permission waits for.
+func bareTransaction(b *testing.B, l *lab.Lab) func(port uint16) time.Duration {
+	b.Helper()
+	if err := l.NFT("table ip bare { set s { type inet_service; flags timeout; }; }"); err != nil {
+		b.Fatal(err)
+	}
+	c, err := nfnl.Dial(l.Gateway.FD())
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { _ = c.Close() })
+	var e nfnl.Encoder
+	return func(port uint16) time.Duration {
+		e.Reset()
+		seq := c.NextSeq(3)
+		e.BeginTransaction(unix.NFNL_SUBSYS_NFTABLES, seq)
+		e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_NEWSETELEM, unix.NLM_F_REQUEST|unix.NLM_F_CREATE, seq+1, unix.AF_INET)
+		e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, "bare")
+		e.Str(unix.NFTA_SET_ELEM_LIST_SET, "s")
+		list := e.Nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS)
+		element := e.Nest(unix.NFTA_LIST_ELEM)
+		key := e.Nest(unix.NFTA_SET_ELEM_KEY)
+		e.BE16(unix.NFTA_DATA_VALUE, port)
+		e.EndNest(key)
+		e.EndNest(element)
+		e.EndNest(list)
+		e.End()
+		e.EndTransaction(unix.NFNL_SUBSYS_NFTABLES, seq+2)
+		var refused error
+		began := time.Now()
+		err := c.Exchange(&e, func(_ uint32, err error) { refused = err }, nil)
+		if err = errors.Join(err, refused); err != nil {
+			b.Fatal(err)
+		}
+		return time.Since(began)
+	}
 }
 
 // cpuTime returns the CPU time of a process, of proc(5).

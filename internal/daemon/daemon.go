@@ -112,6 +112,7 @@ type Daemon struct {
 	hurry    chan struct{}      // a reconcile is wanted
 	moved    chan struct{}      // links, addresses or routes changed
 	jobs     chan func()        // for the reconcile
+	looks    chan func()        // the same, for what it may do in the middle of its work
 	reloads  atomic.Uint64      // that began
 	reloaded struct {
 		sync.Mutex
@@ -132,6 +133,7 @@ func New(cfg Config) (d *Daemon, err error) {
 		hurry: make(chan struct{}, 1),
 		moved: make(chan struct{}, 1),
 		jobs:  make(chan func()),
+		looks: make(chan func()),
 		ended: make(chan struct{}),
 
 		backends: newBackends(),

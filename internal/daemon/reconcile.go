@@ -25,6 +25,10 @@ const (
 	// nftables. It costs one query.
 	lookEvery = 250 * time.Millisecond
 
+	// hurriedShare is the part of a CPU, as its inverse, that reconciles take for which
+	// lost events ask.
+	hurriedShare = 30
+
 	// listedAtMost is the size of a map that is listed each time. For each message of
 	// a list the kernel walks the set from its beginning: 200,000 elements take it
 	// 5 s, and to ask for each of them 0.6 s.
@@ -52,8 +56,9 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 	second := time.NewTimer(betweenLooks) // look at sockets
 	defer second.Stop()
 	for {
-		began := d.now()
-		err := d.reconcileOnce(q)
+		var err error
+		inLoop := d.budget.inLoop
+		cost := threadTime(func() { err = d.reconcileOnce(q) }) + d.budget.inLoop - inLoop
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -84,12 +89,14 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 				again = soon == nil
 			case <-d.hurry:
 				if soon == nil && hurried == nil {
-					hurried = time.After(ended + rest(ended-began) - d.now())
+					hurried = time.After(ended + rest(cost) - d.now())
 				}
 			case <-hurried:
 				again = true
 			case job := <-d.jobs:
 				job()
+			case look := <-d.looks:
+				look()
 			case <-second.C:
 				if err := d.lookAgain(); ctx.Err() == nil {
 					d.failures.note("look at sockets", 1, err)
@@ -110,9 +117,12 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 	}
 }
 
-// rest is how long after a reconcile that took so long the next one may come that is not
-// due. Where events are lost all the time, looking at the table must not lose more.
-func rest(took time.Duration) time.Duration { return max(time.Second, 4*took) }
+// rest is how long after a reconcile that took so much CPU time the next one may come that
+// is not due. Where events are lost all the time, looking at the table must not lose more,
+// and takes a fixed share of a CPU unless what was lost would wait too long.
+func rest(cost time.Duration) time.Duration {
+	return max(time.Second, 4*cost, min(hurriedShare*cost, mostLate))
+}
 
 // A firstReconcile is about the first good reconcile, which a daemon needs to be
 // ready. Another program may be in the way for a moment.
@@ -291,6 +301,7 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 			}
 		})
 		piece = piece[:0]
+		d.lookBetween()
 	}
 	err = q.Dump(func(f *cone.Flow) {
 		if m != nil {
@@ -316,6 +327,16 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 		d.ask(func() { d.applied = applied{} })
 	}
 	return err
+}
+
+// lookBetween looks at what a status waits for. A long piece of the reconcile calls it, so
+// that the status does not wait for the end.
+func (d *Daemon) lookBetween() {
+	select {
+	case look := <-d.looks:
+		look()
+	default:
+	}
 }
 
 // mendRules makes our tables do what they shall, and counts it where somebody had
@@ -444,6 +465,7 @@ func (d *Daemon) walk(f func(cone.View)) {
 		if !d.ask(func() { at = d.model.Walk(at, atOnce, f) }) {
 			return
 		}
+		d.lookBetween()
 	}
 }
 

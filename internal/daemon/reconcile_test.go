@@ -29,9 +29,12 @@ func TestReadyAfterAGoodReconcileOnly(t *testing.T) {
 }
 
 func TestReconcilesInAHurryAreApart(t *testing.T) {
-	for took, want := range map[time.Duration]time.Duration{0: time.Second, 100 * time.Millisecond: time.Second, 3 * time.Second: 12 * time.Second} {
-		if got := rest(took); got != want {
-			t.Errorf("%v after one of %v, want %v", got, took, want)
+	for cost, want := range map[time.Duration]time.Duration{
+		0: time.Second, 10 * time.Millisecond: time.Second, 100 * time.Millisecond: 3 * time.Second,
+		time.Second: 10 * time.Second, 3 * time.Second: 12 * time.Second,
+	} {
+		if got := rest(cost); got != want {
+			t.Errorf("%v after one of %v, want %v", got, cost, want)
 		}
 	}
 }

@@ -120,7 +120,7 @@ func (d *Daemon) readTables() {
 	wait, cancel := context.WithTimeout(context.Background(), tablesTime)
 	defer cancel()
 	select {
-	case d.jobs <- read:
+	case d.looks <- read:
 		<-done
 	case <-d.ended:
 	case <-wait.Done():
