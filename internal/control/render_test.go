@@ -31,6 +31,10 @@ var full = Status{
 		On: true, Moved: 3, PoolUsedUp: 2, Left: 1, Hairpinned: 4,
 		NotApplied: map[string]uint64{"another address": 1, "the pool had no port": 4},
 	}},
+	Conntrack: Conntrack{
+		Entries: 1200, Max: 4096, InsertFailed: 3, Drop: 5, EarlyDrop: 7, Invalid: 11, Error: 13, SearchRestart: 17,
+		ExpectationsMade: 90, ExpectationsEnded: 50, Expected: 19,
+	},
 	Flows:  55,
 	Events: Events{Received: 9000, Filtered: 120, Malformed: 1, Overruns: 3, ReadBuffer: 8 << 20},
 	Counters: Counters{

@@ -6,6 +6,7 @@ import (
 	"io"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -76,6 +77,14 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	if n := s.Tables.Mapping.NotApplied; len(n) > 0 {
 		line("not mapped", "%s", NotApplied(n))
 	}
+	k := s.Conntrack
+	line("conntrack", "%d of %s entries", k.Entries, most(k.Max))
+	line("  early_drop", "%d entries were taken out to make room in the full table", k.EarlyDrop)
+	line("  insert_failed", "%d packets were dropped because their new entry could not be put into the table: another one has its addresses and ports", k.InsertFailed)
+	line("  drop", "%d packets were dropped, these among them, or because there was no room for a new entry", k.Drop)
+	line("  invalid", "%d packets and %d ICMP messages cannot be tracked", k.Invalid, k.Error)
+	line("  search_restart", "%d look-ups began anew because the table changed", k.SearchRestart)
+	line("  expectations", "%d were made and %d ended, of all programs; they admitted %d flows", k.ExpectationsMade, k.ExpectationsEnded, k.Expected)
 	line("remapped", "%d of %d peers saw another outside port than the peer before", c.Remapped, c.Compared)
 	line("put back", "%s; tables %d times", reasons(c.Repaired), s.Tables.Repaired)
 	if l.Count > 0 {
@@ -102,6 +111,14 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	}
 	_, err := fmt.Fprintf(w, "\nwarnings:\n  %s\n", strings.Join(s.Warnings, "\n  "))
 	return err
+}
+
+// most writes a bound, of which 0 is none.
+func most(n int) string {
+	if n == 0 {
+		return "any number of"
+	}
+	return strconv.Itoa(n)
 }
 
 // mapping says what the mapping rules did.

@@ -70,6 +70,7 @@ type Status struct {
 
 	Permissions Permissions `json:"permissions"`
 	Tables      Tables      `json:"tables"`
+	Conntrack   Conntrack   `json:"conntrack"`
 	Flows       int         `json:"flows"` // flows that support or belong to permissions
 	Events      Events      `json:"events"`
 	Counters    Counters    `json:"counters"`
@@ -173,6 +174,27 @@ type Guard struct {
 	Spoofed  uint64 `json:"spoofed"`   // packets with a source that is not by the link that they came by
 	Children uint64 `json:"children"`  // first packets of expected children beyond max_children
 	PortZero uint64 `json:"port_zero"` // packets like an anchor, and ICMP errors about one
+}
+
+// A Conntrack is what the kernel's connection tracking does in this network namespace,
+// for flows of all protocols, conenatd's or not: how full its table is, and what it did
+// since the daemon started, on all CPUs together. What it did since boot, on each CPU,
+// tells conntrack -S.
+type Conntrack struct {
+	Entries int `json:"entries"`
+	Max     int `json:"max"` // nf_conntrack_max; 0 is no bound
+
+	InsertFailed  uint64 `json:"insert_failed"`  // packets dropped because their new entry could not be put into the table
+	Drop          uint64 `json:"drop"`           // packets dropped, those among them, and those for which there was no new entry
+	EarlyDrop     uint64 `json:"early_drop"`     // entries taken out to make room in a full table
+	Invalid       uint64 `json:"invalid"`        // packets that cannot be tracked
+	Error         uint64 `json:"error"`          // ICMP messages that cannot be tracked
+	SearchRestart uint64 `json:"search_restart"` // look-ups that began anew because the table changed
+
+	// Of all programs and conntrack helpers.
+	ExpectationsMade  uint64 `json:"expectations_made"`
+	ExpectationsEnded uint64 `json:"expectations_ended"`
+	Expected          uint64 `json:"expected"` // flows that an expectation admitted
 }
 
 // Events is about the kernel's messages since the start.

@@ -1,6 +1,7 @@
 // Package ctwatch reads the kernel's connection tracking table: a Watcher
 // hears of UDP flows that begin and end, Queries dumps, looks up and deletes
-// single entries. Both speak ctnetlink and give cone.Flow values.
+// single entries. Both speak ctnetlink and give cone.Flow values. Statistics reads
+// what the kernel counts, by ti-mo/conntrack.
 //
 // The way of an event allocates nothing: a socket filter in the kernel drops
 // what is not ours, one read fills a buffer that stays, and a parser by hand

@@ -43,24 +43,26 @@ type Daemon struct {
 	log   *slog.Logger
 	start time.Time
 
-	lock      *control.Lock
-	conntrack sysctls
-	events    *ctwatch.Watcher
-	queries   *ctwatch.Queries // of the loop
-	reads     *ctwatch.Queries // of the reconcile
-	sockets   *gateway.Sockets // of the loop
-	ports     *gateway.Sockets // of the reconcile
-	links     *gateway.Watcher
-	firewall  *firewall // of the reconcile
-	made      bool      // the tables are ours, not those of an earlier daemon
-	leave     bool      // what stands in the kernel stays when this daemon ends
-	failures  *failures
-	noted     *episodes // of other things that should not happen
+	lock       *control.Lock
+	conntrack  sysctls
+	events     *ctwatch.Watcher
+	queries    *ctwatch.Queries    // of the loop
+	reads      *ctwatch.Queries    // of the reconcile
+	statistics *ctwatch.Statistics // of the reconcile
+	sockets    *gateway.Sockets    // of the loop
+	ports      *gateway.Sockets    // of the reconcile
+	links      *gateway.Watcher
+	firewall   *firewall // of the reconcile
+	made       bool      // the tables are ours, not those of an earlier daemon
+	leave      bool      // what stands in the kernel stays when this daemon ends
+	failures   *failures
+	noted      *episodes // of other things that should not happen
 
 	// The reconcile's own.
 	wanted    config.Config    // as the user gave it; d.cfg has the subnets that "auto" found
 	hosts     []netip.Addr     // inside hosts of what stood at the start
 	size      int              // of the conntrack table, which limits of d.cfg suit
+	counts    ctwatch.Counts   // as read last
 	space     space            // what the model knows
 	held      *gateway.PortSet // sockets at the last look
 	looked    time.Duration    // when that was
@@ -88,13 +90,14 @@ type Daemon struct {
 	hidden         *rules.Covered // by forwards of the user's: no packet gets to the map
 	portWarnings   []string       // about port_pool
 	decisions      map[netip.Prefix]decision
-	room           cone.Room        // for expectations
-	entries        ctwatch.Table    // when that was found
-	late           time.Duration    // how long changes of neighbours have to wait
-	look           time.Duration    // CPU time of a look at them
-	tables         control.Tables   // as last read
-	served         *gateway.PortSet // at the last two looks; before the second, at the first
-	sure           bool             // there were two
+	room           cone.Room         // for expectations
+	entries        ctwatch.Table     // when that was found
+	late           time.Duration     // how long changes of neighbours have to wait
+	look           time.Duration     // CPU time of a look at them
+	tables         control.Tables    // as last read
+	kernel         control.Conntrack // as last read
+	served         *gateway.PortSet  // at the last two looks; before the second, at the first
+	sure           bool              // there were two
 	latency        histogram
 	repaired       [parts]uint64
 	applied        applied // mappings, at the last reconcile
@@ -176,11 +179,12 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.reads, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
 		return d, err
 	}
-	conntrack, err := d.reads.Table()
-	if err != nil {
+	if d.statistics, err = ctwatch.DialStatistics(ctwatch.Config{}); err != nil {
 		return d, err
 	}
-	d.size = conntrack.Max
+	if d.kernel, err = d.readConntrack(); err != nil {
+		return d, err
+	}
 	d.cfg.Config = d.cfg.Sized(d.size)
 	if d.sockets, err = gateway.DialSockets(0); err != nil {
 		return d, err
@@ -412,6 +416,9 @@ func (d *Daemon) Close() error {
 	}
 	if d.reads != nil {
 		errs = append(errs, d.reads.Close())
+	}
+	if d.statistics != nil {
+		errs = append(errs, d.statistics.Close())
 	}
 	if d.sockets != nil {
 		errs = append(errs, d.sockets.Close())

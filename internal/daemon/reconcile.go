@@ -167,10 +167,10 @@ func (d *Daemon) watchLinks(ctx context.Context) error {
 func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 	var errs []error
 	d.changed = changes{}
-	if t, err := d.reads.Table(); err != nil {
+	if k, err := d.readConntrack(); err != nil {
 		errs = append(errs, err)
 	} else {
-		d.size = t.Max
+		d.ask(func() { d.kernel = k })
 	}
 	if _, err := d.readGateway(); err != nil {
 		errs = append(errs, err)

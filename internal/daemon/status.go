@@ -23,7 +23,7 @@ var _ control.Source = source{}
 // Status is what "conenatd status" shows.
 func (s source) Status() control.Status {
 	d := s.Daemon
-	d.readTables()
+	d.readCounters()
 	st := control.Status{
 		Version: d.cfg.Version, PID: os.Getpid(), Started: d.wall(0), Process: readProcess(),
 	}
@@ -47,6 +47,7 @@ func (s source) Status() control.Status {
 		if e := d.backends.expect; e != nil {
 			st.Permissions.Expectations = e.Standing()
 		}
+		st.Conntrack = d.kernel
 		st.Tables = d.tables
 		st.Tables.Mapping.On = d.maps()
 		st.Tables.Mapping.NotApplied = maps.Clone(d.applied.not)
@@ -103,9 +104,9 @@ func (d *Daemon) skipped(m *cone.Stats) map[string]uint64 {
 	return all
 }
 
-// readTables brings what is known of our tables up to date, unless the reconcile is
-// busy for long: then it does so itself.
-func (d *Daemon) readTables() {
+// readCounters brings what is known of our tables and of conntrack up to date, unless the
+// reconcile is busy for long: then it does so itself.
+func (d *Daemon) readCounters() {
 	done := make(chan struct{})
 	read := func() {
 		defer close(done)
@@ -115,7 +116,14 @@ func (d *Daemon) readTables() {
 		}
 		t, err := d.firewall.read(cfg)
 		d.failures.note("read counters", 1, err)
-		d.do(func() { d.tables = t })
+		k, err := d.readConntrack()
+		d.failures.note("read conntrack statistics", 1, err)
+		d.do(func() {
+			d.tables = t
+			if err == nil {
+				d.kernel = k
+			}
+		})
 	}
 	wait, cancel := context.WithTimeout(context.Background(), tablesTime)
 	defer cancel()

@@ -1,0 +1,60 @@
+package e2e
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// What conntrack counts in the gateway's network namespace while the daemon runs. Two
+// flows want the same addresses and ports, for a rule of the user's gives the second one a
+// fixed source port: its packet is dropped.
+//
+// Fails when status has the counters of another namespace, or those of the time before.
+func TestStatusTellsWhatConntrackCounts(t *testing.T) {
+	stage.OfTheDaemon(t)
+	s := newScene(t, lab.Options{Rules: lab.NoRules})
+	s.Must(s.NFT(fmt.Sprintf(`table ip nat {
+	chain postrouting {
+		type nat hook postrouting priority srcnat; policy accept;
+		oifname "wan0" udp sport 7000 snat to %s:7000
+		oifname "wan0" masquerade
+	}
+}
+`, s.Gateway.Addr)))
+	own, host, peer := s.Socket(s.Gateway.Namespace, s.Gateway.Addr, 7000), s.InsideSocket(0, 7000), s.PeerSocket(lab.PeerA, 7000)
+	phone, proxy, other := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerB, 5060), s.PeerSocket(lab.PeerC, 5060)
+	s.Contact(own, peer)
+	clash := func() {
+		s.Must(host.Send(peer.Addr(), "in vain"))
+		s.Contact(phone, other) // it comes behind
+	}
+	clash()
+	s.Start(stage.Flags(stage.Expect)...)
+	before := s.Status().Conntrack
+	if before.InsertFailed != 0 || before.Drop != 0 || before.Entries < 2 || before.Max == 0 {
+		t.Errorf("before: %+v", before)
+	}
+	clash()
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	s.Arrives(phone, s.PeerSocket(lab.PeerB, 6000), ext)
+	after := s.Status().Conntrack
+	if after.InsertFailed != 1 || after.Drop != 1 || after.EarlyDrop != 0 || after.Entries <= before.Entries {
+		t.Errorf("after: %+v", after)
+	}
+	if n := after.ExpectationsMade - before.ExpectationsMade; n != 1 {
+		t.Errorf("%d expectations made, want 1", n)
+	}
+	if n := after.Expected - before.Expected; n != 1 {
+		t.Errorf("%d flows were expected, want 1", n)
+	}
+	if out, code := s.CLI("flush", "--control-socket", s.Daemon.Socket); code != 0 {
+		t.Fatalf("flush: exit %d\n%s", code, out)
+	}
+	if n := s.Status().Conntrack.ExpectationsEnded - after.ExpectationsEnded; n == 0 {
+		t.Error("no expectation ended")
+	}
+}

@@ -1,0 +1,146 @@
+package ctwatch
+
+import (
+	"cmp"
+	"os"
+	"time"
+
+	"github.com/mdlayher/netlink"
+	"github.com/ti-mo/conntrack"
+)
+
+// Counts are what conntrack did in a network namespace, on all CPUs together (struct
+// ip_conntrack_stat, conntrack(8)).
+type Counts struct {
+	InsertFailed  uint64 // packets dropped because their new entry could not be put into the table
+	Drop          uint64 // packets dropped, those among them, and those for which there was no new entry
+	EarlyDrop     uint64 // entries taken out to make room in a full table
+	Invalid       uint64 // packets that cannot be tracked
+	Error         uint64 // ICMP messages that cannot be tracked
+	SearchRestart uint64 // look-ups that began anew because the table changed
+
+	ExpectationsMade  uint64
+	ExpectationsEnded uint64
+	Expected          uint64 // entries that an expectation admitted
+}
+
+// Statistics counts what conntrack does from the first Read on. The kernel counts since
+// the network namespace was made, for each CPU, in 32 bits: Read must be called before
+// a counter grows by as much.
+//
+// One goroutine at a time may use it, Close included.
+type Statistics struct {
+	cfg    Config
+	conn   *conntrack.Conn // nil: to be opened
+	total  Counts
+	last   map[uint16]cpuCounts // as the kernel has them, by CPU; nil before the first time
+	closed bool
+}
+
+// cpuCounts are the counters of one CPU.
+type cpuCounts struct {
+	flows    conntrack.Stats
+	expected conntrack.StatsExpect
+}
+
+// DialStatistics opens a socket, which Read uses. It needs CAP_NET_ADMIN in the user
+// namespace that owns the network namespace; without it the first Read fails.
+func DialStatistics(cfg Config) (*Statistics, error) {
+	cfg.Timeout = cmp.Or(cfg.Timeout, DefaultTimeout)
+	s := &Statistics{cfg: cfg}
+	return s, s.open()
+}
+
+func (s *Statistics) open() (err error) {
+	switch {
+	case s.closed:
+		return errClosed
+	case s.conn != nil:
+		return nil
+	}
+	if s.conn, err = conntrack.Dial(&netlink.Config{NetNS: s.cfg.NetNS}); err != nil {
+		return wrap("open socket for conntrack statistics", err)
+	}
+	return nil
+}
+
+// Read returns the counts since the first Read, which is all zero. It costs two queries.
+func (s *Statistics) Read() (Counts, error) {
+	if err := s.open(); err != nil {
+		return s.total, err
+	}
+	now, err := s.ask()
+	if err != nil {
+		_ = s.reset()
+		return s.total, wrap("read conntrack statistics", err)
+	}
+	s.add(now)
+	return s.total, nil
+}
+
+// ask asks the kernel (ctnetlink_ct_stat_cpu_dump, ctnetlink_exp_stat_cpu_dump).
+func (s *Statistics) ask() (map[uint16]cpuCounts, error) {
+	// The library gives its connection no deadline, but it may be closed meanwhile.
+	conn := s.conn
+	late := time.AfterFunc(s.cfg.Timeout, func() { _ = conn.Close() })
+	flows, err := conn.Stats()
+	var expected []conntrack.StatsExpect
+	if err == nil {
+		expected, err = conn.StatsExpect()
+	}
+	switch inTime := late.Stop(); {
+	case !inTime:
+		return nil, os.ErrDeadlineExceeded
+	case err != nil:
+		return nil, err
+	}
+	now := make(map[uint16]cpuCounts, len(flows))
+	for _, f := range flows {
+		now[f.CPUID] = cpuCounts{flows: f}
+	}
+	for _, e := range expected {
+		now[e.CPUID] = cpuCounts{now[e.CPUID].flows, e}
+	}
+	return now, nil
+}
+
+// add takes in what the counters are now.
+func (s *Statistics) add(now map[uint16]cpuCounts) {
+	was := s.last
+	s.last = now
+	if was == nil {
+		return
+	}
+	t := &s.total
+	for cpu, is := range now {
+		was := was[cpu]
+		grow(&t.InsertFailed, was.flows.InsertFailed, is.flows.InsertFailed)
+		grow(&t.Drop, was.flows.Drop, is.flows.Drop)
+		grow(&t.EarlyDrop, was.flows.EarlyDrop, is.flows.EarlyDrop)
+		grow(&t.Invalid, was.flows.Invalid, is.flows.Invalid)
+		grow(&t.Error, was.flows.Error, is.flows.Error)
+		grow(&t.SearchRestart, was.flows.SearchRestart, is.flows.SearchRestart)
+		grow(&t.ExpectationsMade, was.expected.Create, is.expected.Create)
+		grow(&t.ExpectationsEnded, was.expected.Delete, is.expected.Delete)
+		grow(&t.Expected, was.expected.New, is.expected.New)
+	}
+}
+
+// grow adds to total by how much a counter grew, which may have wrapped meanwhile.
+func grow(total *uint64, was, is uint32) { *total += uint64(is - was) }
+
+// reset drops the socket and with it what may still come for an old query.
+func (s *Statistics) reset() error {
+	if s.conn == nil {
+		return nil
+	}
+	conn := s.conn
+	s.conn = nil
+	return conn.Close()
+}
+
+// Close closes the socket. A second Close does nothing.
+func (s *Statistics) Close() error {
+	s.closed = true
+	return s.reset()
+}

@@ -1,0 +1,35 @@
+package daemon
+
+import (
+	"errors"
+	"log/slog"
+
+	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/ctwatch"
+)
+
+// readConntrack returns what status shows of the kernel's connection tracking. The
+// reconcile calls it.
+func (d *Daemon) readConntrack() (k control.Conntrack, err error) {
+	table, err := d.reads.Table()
+	counts, failed := d.statistics.Read()
+	if err = errors.Join(err, failed); err != nil {
+		return k, err
+	}
+	d.size = table.Max
+	noteFull(d.noted, d.counts, counts, table.Max)
+	d.counts = counts
+	return control.Conntrack{
+		Entries: table.Entries, Max: table.Max,
+		InsertFailed: counts.InsertFailed, Drop: counts.Drop, EarlyDrop: counts.EarlyDrop,
+		Invalid: counts.Invalid, Error: counts.Error, SearchRestart: counts.SearchRestart,
+		ExpectationsMade: counts.ExpectationsMade, ExpectationsEnded: counts.ExpectationsEnded, Expected: counts.Expected,
+	}, nil
+}
+
+// noteFull notes that conntrack was full. That packets were dropped does not tell so: two
+// flows may have wanted the same addresses and ports, which happens on many gateways.
+func noteFull(e *episodes, was, is ctwatch.Counts, most int) {
+	e.note(slog.LevelWarn, "conntrack full", "conntrack was full, and the kernel took out flows before their time; raise net.netfilter.nf_conntrack_max",
+		is.EarlyDrop-was.EarlyDrop, "nf_conntrack_max", most, "packets_dropped", is.Drop-was.Drop)
+}
