@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -71,8 +72,8 @@ func TestAutoTellsOfAFirewallThatDropsAll(t *testing.T) {
 	for _, mode := range [][]string{stage.Auto, stage.Expect, stage.NFT} {
 		s := play(t, lab.Options{Rules: lab.Masquerade + strings.Replace(lab.DropPolicy, "established,related accept", "established accept", 2)}, mode...)
 		w := s.Status().Warnings
-		if !slices.ContainsFunc(w, func(w string) bool {
-			return strings.Contains(w, "inet filter forward") && strings.Contains(w, "ct status dnat")
+		if !slices.ContainsFunc(w, func(w control.Warning) bool {
+			return w.ID == "children_dropped" && strings.Contains(w.Text, "inet filter forward") && strings.Contains(w.Text, "ct status dnat")
 		}) {
 			t.Errorf("%v: warnings %q", mode, w)
 		}
@@ -109,7 +110,7 @@ func TestHelperOfTheUsersWorks(t *testing.T) {
 				_, err = phone.Expect(data)
 				s.Must(err)
 				if mode[0] == stage.Expect[0] {
-					if p := s.Listed(phone, server, ext, "refused"); p.Reason != "a conntrack helper serves this flow" {
+					if p := s.Listed(phone, server, ext, "refused"); p.Reason != "helper" {
 						t.Errorf("reason %q", p.Reason)
 					}
 				} else if p := s.Listed(phone, server, ext, "standing"); p.Backend != "nft" {

@@ -161,12 +161,12 @@ func TestLimitPerHostIsKeptAndShown(t *testing.T) {
 			s.Stands(one, peer, ext)
 			continue
 		}
-		if p := s.Listed(one, peer, ext, "refused"); p.Reason != "limit per inside host" {
+		if p := s.Listed(one, peer, ext, "refused"); p.Reason != "host_limit" {
 			t.Errorf("reason %q", p.Reason)
 		}
 		s.Stands(two, peer, s.Contact(two, peer))
 	}
-	if n := s.Status().Counters.Refused["limit per inside host"]; n != 1 {
+	if n := s.Status().Counters.Refused["host_limit"]; n != 1 {
 		t.Errorf("%d refusals counted, want 1", n)
 	}
 }

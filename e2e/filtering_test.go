@@ -31,7 +31,7 @@ func (s *scene) standsFor(peers netip.Prefix, in *lab.Socket, ext netip.AddrPort
 
 func (s *scene) warns(text string) bool {
 	s.T.Helper()
-	return slices.ContainsFunc(s.Status().Warnings, func(w string) bool { return strings.Contains(w, text) })
+	return stage.Warned(s.Status(), text)
 }
 
 // Fails if the chain admit lacks the look-up for everybody.

@@ -54,8 +54,8 @@ func TestAutoTellsOfIPTablesLegacyThatDropsAll(t *testing.T) {
 	s := newScene(t, lab.Options{Rules: lab.NoRules})
 	s.Must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade+strings.ReplaceAll(lab.IPTablesDropPolicy, ",RELATED", "")))
 	s.Start(stage.Flags(stage.Auto, "--reconcile=1h")...)
-	if w := s.Status().Warnings; !slices.ContainsFunc(w, func(w string) bool { return strings.Contains(w, ": iptables-legacy filter FORWARD; ") }) {
-		t.Errorf("warnings %q", w)
+	if st := s.Status(); !stage.Warned(st, ": iptables-legacy filter FORWARD; ") {
+		t.Errorf("warnings %q", st.Warnings)
 	}
 	s.iptables("-A FORWARD -m conntrack --ctstate DNAT -j ACCEPT")
 	s.Until("the warning is gone", func() bool { return !s.mapWarning() })

@@ -51,13 +51,13 @@ func TestManyPermissions(t *testing.T) {
 	if n := len(s.ConntrackList("expect")); n != stand {
 		t.Errorf("%d expectations, want %d", n, stand)
 	}
-	if refused := s.Status().Counters.Refused["kernel table is full"]; refused != uint64(wanted-stand) {
+	if refused := s.Status().Counters.Refused["table_full"]; refused != uint64(wanted-stand) {
 		t.Errorf("%d refusals counted, want %d", refused, wanted-stand)
 	}
 	// Everything else goes on: what stands works, and what ends makes room.
 	if wanted > stand {
 		s.Must(s.Daemon.Signal(syscall.SIGHUP)) // the next reconcile logs
-		s.Until("there is a warning", func() bool { return strings.Contains(s.Daemon.Output(), "kernel table is full") })
+		s.Until("there is a warning", func() bool { return strings.Contains(s.Daemon.Output(), "table_full") })
 		if out, code := s.CLI("revoke", "--control-socket", s.Daemon.Socket, "203.0.113.100"); code != 0 {
 			t.Errorf("exit %d, %q", code, out)
 		}

@@ -116,7 +116,7 @@ func TestNFTRandomPortsAreSeen(t *testing.T) {
 			if tc.random && c.Remapped < flows-2 || !tc.random && c.Remapped > 0 || tc.mapping == "kernel" && c.Compared != flows-1 {
 				t.Errorf("%d of %d remapped; %d outside endpoints", c.Remapped, c.Compared, len(exts))
 			}
-			warned := strings.Contains(strings.Join(st.Warnings, "\n"), "random or fully-random")
+			warned := stage.Warned(st, "random or fully-random")
 			if warned != tc.random {
 				t.Errorf("warnings: %q", st.Warnings)
 			}

@@ -92,7 +92,7 @@ func TestForwardThatIsUsedFirstWins(t *testing.T) {
 func (s *scene) hidden(in, peer *lab.Socket, ext netip.AddrPort, byRules bool) {
 	s.T.Helper()
 	if byRules || stage.UsesExpectAlone() {
-		if p := s.Listed(in, peer, ext, "refused"); p.Reason != "outside port is forwarded" {
+		if p := s.Listed(in, peer, ext, "refused"); p.Reason != "forwarded" {
 			s.T.Errorf("reason %q", p.Reason)
 		}
 		return
@@ -190,7 +190,7 @@ func TestGatewaySocketKeepsItsPackets(t *testing.T) {
 			phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 			ext := s.Contact(phone, proxy)
 			p := s.Listed(phone, proxy, ext, "refused")
-			if p.Reason != "gateway serves this port" {
+			if p.Reason != "local_socket" {
 				t.Errorf("reason %q", p.Reason)
 			}
 			s.Arrives(own, s.PeerSocket(lab.PeerA, 5070), ext)
@@ -233,7 +233,7 @@ func TestConnectedGatewaySocketKeepsItsPackets(t *testing.T) {
 			ext := s.Contact(phone, proxy)
 			if slices.Equal(mode, stage.NFT) {
 				s.Stands(phone, proxy, ext)
-			} else if p := s.Listed(phone, proxy, ext, "refused"); p.Reason != "gateway serves this port" {
+			} else if p := s.Listed(phone, proxy, ext, "refused"); p.Reason != "local_socket" {
 				t.Errorf("reason %q", p.Reason)
 			}
 			s.Arrives(own, peer, ext)
@@ -274,7 +274,7 @@ func TestExcludedPeerPortGivesNoPermission(t *testing.T) {
 	ext := s.Contact(host, dns)
 	s.Stands(host, proxy, s.Contact(host, proxy))
 	s.Lost(host, s.PeerSocket(lab.PeerA, 5070), ext, dns)
-	if n := s.Status().Counters.Skipped["peer port is excluded"]; n != 1 {
+	if n := s.Status().Counters.Skipped["excluded_peer_port"]; n != 1 {
 		t.Errorf("%d flows skipped, want 1", n)
 	}
 }

@@ -38,7 +38,7 @@ func TestNFTRevokeOutlivesTheDaemon(t *testing.T) {
 
 				end(s)
 				s.Start(args...)
-				if p := s.Listed(phone, proxy, ext, "refused"); p.Reason != "revoked by command" {
+				if p := s.Listed(phone, proxy, ext, "refused"); p.Reason != "revoked" {
 					t.Errorf("reason %q", p.Reason)
 				}
 				s.Stands(one, other, extOne)

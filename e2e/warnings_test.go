@@ -1,7 +1,7 @@
 package e2e
 
 import (
-	"slices"
+	"maps"
 	"strings"
 	"testing"
 
@@ -13,7 +13,7 @@ import (
 func (s *scene) told(text string) {
 	s.T.Helper()
 	s.Until("the status warns of it", func() bool {
-		return slices.ContainsFunc(s.Status().Warnings, func(w string) bool { return strings.Contains(w, text) })
+		return stage.Warned(s.Status(), text)
 	})
 	s.Until("the log warns of it", func() bool { return s.logs("WARN", text) == 1 })
 }
@@ -22,7 +22,7 @@ func (s *scene) told(text string) {
 func (s *scene) over(text string) {
 	s.T.Helper()
 	s.Until("the status does not warn of it any more", func() bool {
-		return !slices.ContainsFunc(s.Status().Warnings, func(w string) bool { return strings.Contains(w, text) })
+		return !stage.Warned(s.Status(), text)
 	})
 	s.Until("the log says that it is over", func() bool { return s.logs("INFO", "no longer: ", text) == 1 })
 }
@@ -61,11 +61,11 @@ func TestMissingSourceNATIsTold(t *testing.T) {
 	s.told(noNAT)
 	s.Until("all are counted", func() bool {
 		st := s.Status()
-		return st.Counters.Skipped["not translated"] == 5 && len(st.Warnings) == 1 &&
-			strings.HasPrefix(st.Warnings[0], noNAT+"5 flows of 10.47.11.0/24 ")
+		return st.Counters.Skipped["untranslated"] == 5 && len(st.Warnings) == 1 &&
+			strings.HasPrefix(st.Warnings[0].Text, noNAT+"5 flows of 10.47.11.0/24 ")
 	})
 	s.Must(s.InsideSocket(0, 5065).Send(peer.Addr(), "no way back"))
-	s.Until("one more is counted", func() bool { return s.Status().Counters.Skipped["not translated"] == 6 })
+	s.Until("one more is counted", func() bool { return s.Status().Counters.Skipped["untranslated"] == 6 })
 	s.Must(s.NFT(lab.Masquerade))
 	s.Contact(s.InsideSocket(0, 5066), s.PeerSocket(lab.PeerA, 5061))
 	s.over(noNAT)
@@ -94,14 +94,13 @@ func TestLinkThatShouldBeOutsideIsNamed(t *testing.T) {
 	s.told("1 translated flows of enabled hosts left by vpn0, which is no outside link")
 	// The guest network is not enabled, and private.
 	s.Contact(phone, s.Socket(s.Guest.Namespace, s.Guest.Addr, 5060))
-	s.Until("it is skipped", func() bool { return len(s.Status().Counters.Skipped) == 2 })
-	want := map[string]uint64{
-		"peer is behind vpn0, which is no outside link": 1, "peer is behind guest0, which is no outside link": 1,
+	s.Until("it is skipped", func() bool { return len(s.Status().Counters.SkippedLinks) == 2 })
+	c := s.Status().Counters
+	if want := map[string]uint64{"vpn0": 1, "guest0": 1}; !maps.Equal(c.SkippedLinks, want) {
+		t.Errorf("skipped by link: %v, want %v", c.SkippedLinks, want)
 	}
-	for name, n := range s.Status().Counters.Skipped {
-		if want[name] != n {
-			t.Errorf("skipped %d: %s", n, name)
-		}
+	if want := map[string]uint64{"not_outside": 2}; !maps.Equal(c.Skipped, want) {
+		t.Errorf("skipped: %v, want %v", c.Skipped, want)
 	}
 	if w := s.Status().Warnings; len(w) != 1 {
 		t.Errorf("warnings %q", w)

@@ -20,8 +20,8 @@ const (
 )
 
 const (
-	tableFull = "kernel table is full"
-	noRoom    = "no room in the conntrack table"
+	tableFull = "table_full"
+	noRoom    = "no_room"
 )
 
 // Others fill conntrack. No anchor takes room from them: what stood and what is new is
@@ -62,7 +62,7 @@ func TestFullConntrack(t *testing.T) {
 			p := s.Status().Permissions
 			return p.Expectations == 0 && p.Standing+p.Refused == n+1
 		})
-		if !slices.ContainsFunc(s.Status().Warnings, func(w string) bool { return strings.Contains(w, "raise net.netfilter.nf_conntrack_max") }) {
+		if !stage.Warned(s.Status(), "raise net.netfilter.nf_conntrack_max") {
 			t.Errorf("no warning: %q", s.Status().Warnings)
 		}
 		s.Arrives(talker, proxy, ext)
@@ -148,7 +148,7 @@ func TestFullLimit(t *testing.T) {
 			return func() bool { return s.Status().Permissions.Standing == n && inKernel(s, mode) == n }
 		}
 		s.Until("as many stand as may", stand(limit))
-		refusedNowAndThen(s, "limit of all permissions", wanted-limit)
+		refusedNowAndThen(s, "total_limit", wanted-limit)
 
 		began := time.Now()
 		for i := range peersOnPort / 2 {
@@ -186,7 +186,7 @@ func TestFullPool(t *testing.T) {
 	if m := st.Tables.Mapping; moved != pool || m.Moved != pool || m.PoolUsedUp != ports-pool {
 		t.Errorf("%d in the pool, %+v", moved, m)
 	}
-	if !slices.ContainsFunc(st.Warnings, func(w string) bool { return strings.Contains(w, "port_pool 61000-61063 had no port for 18 flows") }) {
+	if !stage.Warned(st, "port_pool 61000-61063 had no port for 18 flows") {
 		t.Errorf("warnings: %q", st.Warnings)
 	}
 

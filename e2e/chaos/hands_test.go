@@ -1,7 +1,6 @@
 package chaos
 
 import (
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -68,7 +67,7 @@ func TestHandsSwitchEventsOff(t *testing.T) {
 		ext := s.Contact(phone, proxy)
 		s.Stands(phone, proxy, ext)
 		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
-		if !slices.ContainsFunc(s.Status().Warnings, func(w string) bool { return strings.Contains(w, "no conntrack events") }) {
+		if !stage.Warned(s.Status(), "no conntrack events") {
 			t.Errorf("no warning: %q", s.Status().Warnings)
 		}
 	})

@@ -3,7 +3,6 @@ package nftversions
 import (
 	"net/netip"
 	"regexp"
-	"strings"
 	"testing"
 
 	"github.com/conenatd/conenatd/e2e/stage"
@@ -94,8 +93,8 @@ func takenOver(s *stage.Scene, f feature) {
 	s.Must(lab.Arrives(phone, lab.Packet{From: s.PeerSocket(lab.PeerA, 5071), To: ext, Payload: stage.Payload("child")}))
 	s.Lost(phone, s.PeerSocket(lab.PeerC, 5072), ext, proxy)
 	s.Verified()
-	if w := strings.Join(s.Status().Warnings, "\n"); strings.Contains(w, "table") {
-		s.T.Errorf("warnings: %s", w)
+	if st := s.Status(); stage.Warned(st, "table") {
+		s.T.Errorf("warnings: %q", st.Warnings)
 	}
 	s.Stop()
 	if left := s.Leftovers(); len(left) > 0 {

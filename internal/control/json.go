@@ -7,7 +7,7 @@ func (s Status) MarshalJSON() ([]byte, error) {
 	type plain Status // without this method
 	s.Subnets, s.Outside, s.Warnings = some(s.Subnets), some(s.Outside), some(s.Warnings)
 	c := &s.Counters
-	for _, m := range []*map[string]uint64{&c.Repaired, &c.Refused, &c.Revoked, &c.Skipped, &c.Failed, &s.Tables.Mapping.NotApplied} {
+	for _, m := range []*map[string]uint64{&c.Repaired, &c.Refused, &c.Revoked, &c.Skipped, &c.SkippedLinks, &c.Failed, &s.Tables.Mapping.NotApplied} {
 		if *m == nil {
 			*m = map[string]uint64{}
 		}

@@ -29,7 +29,7 @@ var full = Status{
 	Permissions: Permissions{Standing: 40, Refused: 2, Waiting: 1, Limit: 65536},
 	Tables: Tables{Mapping: Mapping{
 		On: true, Moved: 3, PoolUsedUp: 2, Left: 1, Hairpinned: 4,
-		NotApplied: map[string]uint64{"another address": 1, "the pool had no port": 4},
+		NotApplied: map[string]uint64{"older_flow": 1, "other_endpoint": 4},
 	}},
 	Conntrack: Conntrack{
 		Entries: 1200, Max: 4096, InsertFailed: 3, Drop: 5, EarlyDrop: 7, Invalid: 11, Error: 13, SearchRestart: 17,
@@ -39,16 +39,16 @@ var full = Status{
 	Events: Events{Received: 9000, Filtered: 120, Malformed: 1, Overruns: 3, ReadBuffer: 8 << 20},
 	Counters: Counters{
 		Granted: 412, Conflicts: 7, Early: 5, Repaired: map[string]uint64{"anchors": 1, "expectations": 4},
-		Refused: map[string]uint64{"kernel table is full": 2, "outside port is forwarded": 9},
+		Refused: map[string]uint64{"table_full": 2, "forwarded": 9},
 		Revoked: map[string]uint64{"expired": 372, "stopped": 0},
-		Skipped: map[string]uint64{"peer port is excluded": 8100},
-		Failed:  map[string]uint64{"look up flow": 3},
+		Skipped: map[string]uint64{"excluded_peer_port": 8100, "not_outside": 5}, SkippedLinks: map[string]uint64{"br_lan": 4},
+		Failed: map[string]uint64{"look_up_flow": 3},
 	},
 	Latency: Latency{Count: 412, P50: 41.2, P99: 310, Max: 1234.5},
 	Process: Process{Goroutines: 9, Files: 17, Resident: 25 << 20, Heap: 5 << 20},
-	Warnings: []string{
-		"IPv6 has no helper: load the module nfnetlink_cthelper",
-		"the expectation table is small: set net.netfilter.nf_conntrack_expect_max = 4096",
+	Warnings: []Warning{
+		{"feature_missing", "helper for IPv6", "IPv6 has no helper: load the module nfnetlink_cthelper"},
+		{"table_small", "", "the expectation table is small: set net.netfilter.nf_conntrack_expect_max = 4096"},
 	},
 	Verification: &Verification{
 		Permissions: 2, Expectations: 1, Elements: 2, Flows: 9,
@@ -83,7 +83,7 @@ func TestWriteTable(t *testing.T) {
 	old.Flows = 0
 	refused := Permission{
 		Int: old.Int, Ext: old.Ext, Peer: netip.MustParseAddr("192.0.2.77"),
-		State: "refused", Reason: "kernel table is full", Flows: 1,
+		State: "refused", Reason: "table_full", Flows: 1,
 	}
 	zoned := standing("[2001:db8:47::5]:5060", "[2001:db8:47::5]:5060", "2001:db8:5::5")
 	zoned.Zone = 7

@@ -56,10 +56,10 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	line("lifetime", "%s after the inside host was last heard", s.Lifetime)
 	line("flows", "%d", s.Flows)
 	line("granted", "%d", c.Granted)
-	line("revoked", "%s", reasons(c.Revoked))
-	line("refused", "%s", reasons(c.Refused))
-	line("skipped", "%s", reasons(c.Skipped))
-	line("failed", "%s", reasons(c.Failed))
+	line("revoked", "%s", parts(worded(c.Revoked)))
+	line("refused", "%s", parts(worded(c.Refused)))
+	line("skipped", "%s", parts(skipped(c)))
+	line("failed", "%s", parts(worded(c.Failed)))
 	line("conflicts", "%d", c.Conflicts)
 	line("early packets", "%d", c.Early)
 	line("crowded", "%d children beyond their limit, dropped", c.Crowded+s.Tables.Guard.Children)
@@ -86,7 +86,7 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	line("  search_restart", "%d look-ups began anew because the table changed", k.SearchRestart)
 	line("  expectations", "%d were made and %d ended, of all programs; they admitted %d flows", k.ExpectationsMade, k.ExpectationsEnded, k.Expected)
 	line("remapped", "%d of %d peers saw another outside port than the peer before", c.Remapped, c.Compared)
-	line("put back", "%s; tables %d times", reasons(c.Repaired), s.Tables.Repaired)
+	line("put back", "%s; tables %d times", parts(worded(c.Repaired)), s.Tables.Repaired)
 	if l.Count > 0 {
 		line("latency", "p50 %s, p99 %s, max %s, from event to kernel", micros(l.P50), micros(l.P99), micros(l.Max))
 	}
@@ -109,7 +109,11 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	if err := tw.Flush(); err != nil || len(s.Warnings) == 0 {
 		return err
 	}
-	_, err := fmt.Fprintf(w, "\nwarnings:\n  %s\n", strings.Join(s.Warnings, "\n  "))
+	texts := make([]string, len(s.Warnings))
+	for i, x := range s.Warnings {
+		texts[i] = x.Text
+	}
+	_, err := fmt.Fprintf(w, "\nwarnings:\n  %s\n", strings.Join(texts, "\n  "))
 	return err
 }
 
@@ -132,13 +136,12 @@ func mapping(m Mapping) string {
 
 // NotApplied says how many flows did not get their mapping, and why.
 func NotApplied(counts map[string]uint64) string {
+	counts = worded(counts)
 	var sum uint64
-	for _, n := range counts {
-		sum += n
-	}
 	var parts []string
-	for _, name := range byCount(counts) {
-		parts = append(parts, fmt.Sprintf("%d because %s", counts[name], name))
+	for _, why := range byCount(counts) {
+		sum += counts[why]
+		parts = append(parts, fmt.Sprintf("%d because %s", counts[why], why))
 	}
 	return fmt.Sprintf("%d flows did not get their mapping: %s", sum, strings.Join(parts, ", "))
 }
@@ -162,8 +165,17 @@ func describe(m Map) string {
 
 func list(words []string) string { return cmp.Or(strings.Join(words, ", "), "none") }
 
-// reasons writes the sum and the parts that are not zero, the largest first.
-func reasons(counts map[string]uint64) string {
+// worded returns counts with words in place of identifiers.
+func worded(counts map[string]uint64) map[string]uint64 {
+	out := make(map[string]uint64, len(counts))
+	for id, n := range counts {
+		out[words(id)] += n
+	}
+	return out
+}
+
+// parts writes the sum and the parts that are not zero, the largest first.
+func parts(counts map[string]uint64) string {
 	var sum uint64
 	var parts []string
 	for _, name := range byCount(counts) {
@@ -176,6 +188,16 @@ func reasons(counts map[string]uint64) string {
 		return "0"
 	}
 	return fmt.Sprintf("%d (%s)", sum, strings.Join(parts, ", "))
+}
+
+// skipped tells the links apart that lead to peers and are no outside links.
+func skipped(c Counters) map[string]uint64 {
+	out, all := worded(c.Skipped), words("not_outside")
+	for link, n := range c.SkippedLinks {
+		out[fmt.Sprintf("peer is behind %s, which is no outside link", link)] = n
+		out[all] -= n // some links are not told apart
+	}
+	return out
 }
 
 // byCount returns the names, the one with the largest count first.

@@ -27,7 +27,7 @@ import (
 func TestTheClientReadsWhatTheSourceTells(t *testing.T) {
 	refused := Permission{
 		Int: proxy.Int, Ext: proxy.Ext, Peer: proxy.Peer, Zone: 7,
-		State: "refused", Reason: "kernel table is full",
+		State: "refused", Reason: "table_full",
 	}
 	want := []Permission{proxy, refused, standing("[2001:db8:47::5]:1", "[2001:db8:47::5]:1", "2001:db8:5::5")}
 	path, _ := start(t, source{full, these(nil, want...)})
@@ -47,7 +47,7 @@ func TestTheClientReadsWhatTheSourceTells(t *testing.T) {
 }
 
 func TestTheWordsOfTheWire(t *testing.T) {
-	refused := Permission{Int: proxy.Int, Ext: proxy.Ext, Peer: proxy.Peer, State: "refused", Reason: "not fed from inside"}
+	refused := Permission{Int: proxy.Int, Ext: proxy.Ext, Peer: proxy.Peer, State: "refused", Reason: "idle"}
 	text, err := json.MarshalIndent([]any{full, proxy, refused, failure{"an error"}}, "", "\t")
 	if err != nil {
 		t.Fatal(err)

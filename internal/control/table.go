@@ -31,7 +31,7 @@ func WriteTable(w io.Writer, ps []Permission, now time.Time) error {
 	}
 	row("ZONE", "REASON", "INT", "EXT", "PEER", "STATE", "FLOWS", "CHILDREN", "AGE", "EXPIRES")
 	for _, p := range ps {
-		row(p.Zone, cmp.Or(p.Reason, "-"), p.Int, p.Ext, peer(&p), p.State, p.Flows, p.Children,
+		row(p.Zone, cmp.Or(words(p.Reason), "-"), p.Int, p.Ext, peer(&p), p.State, p.Flows, p.Children,
 			between(p.Since, now), between(now, p.Expires))
 	}
 	return tw.Flush()

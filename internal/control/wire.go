@@ -77,12 +77,17 @@ type Status struct {
 	Latency     Latency     `json:"latency"`
 	Process     Process     `json:"process"`
 
-	// Warnings are sentences for the user: what does not work, and what would
-	// mend it.
-	Warnings []string `json:"warnings"`
+	Warnings []Warning `json:"warnings"`
 
 	// Verification is there where it was asked for.
 	Verification *Verification `json:"verification,omitempty"`
+}
+
+// A Warning says what does not work, and what would mend it.
+type Warning struct {
+	ID    string `json:"id"`
+	About string `json:"about,omitempty"` // which link, subnet or rule, where there may be several
+	Text  string `json:"text"`            // for people
 }
 
 // A Verification is what a comparison of the daemon with the kernel found: how many
@@ -206,8 +211,7 @@ type Events struct {
 	ReadBuffer int    `json:"read_buffer"` // bytes
 }
 
-// Counters count decisions since the start. The maps have texts as keys: the reasons,
-// or what was repaired.
+// Counters count decisions since the start. The maps have identifiers as keys.
 type Counters struct {
 	Granted   uint64 `json:"granted"`
 	Conflicts uint64 `json:"conflicts"` // the permission had an owner
@@ -221,7 +225,10 @@ type Counters struct {
 	Refused  map[string]uint64 `json:"refused"`
 	Revoked  map[string]uint64 `json:"revoked"`
 	Skipped  map[string]uint64 `json:"skipped"` // flows that gave no permission
-	Failed   map[string]uint64 `json:"failed"`  // requests to the kernel
+	// SkippedLinks are those that Skipped counts as not_outside, by the link that leads to
+	// the peer.
+	SkippedLinks map[string]uint64 `json:"skipped_links"`
+	Failed       map[string]uint64 `json:"failed"` // requests to the kernel
 }
 
 // Latency is from the event read to the grant acknowledged by the kernel, in

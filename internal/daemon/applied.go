@@ -8,12 +8,15 @@ import (
 	"github.com/conenatd/conenatd/internal/control"
 )
 
-// Why a flow of a host with mappings is without its own. They are keys of the status.
+// An unmapped is the identifier (docs/control.md) of why a flow of a host with mappings is
+// without its own.
+type unmapped string
+
 const (
-	notOnOutside = "their outside address is on no outside link"
-	servedPort   = "the gateway serves their outside port, or you forward it"
-	olderFlow    = "they are older than conenatd and have another outside endpoint"
-	otherMapping = "a rule before conenatd's gave them another outside endpoint, or something else used that of the mapping"
+	notOnOutside unmapped = "address_not_outside"
+	servedPort   unmapped = "port_in_use" // by a socket of the gateway or a forward
+	olderFlow    unmapped = "older_flow"  // it is older than the daemon
+	otherMapping unmapped = "other_endpoint"
 )
 
 // applied says how many living flows have their mapping and why others have none.
@@ -27,14 +30,14 @@ type applied struct {
 	odd     uint64          // fresh ones beyond those that our rules left
 }
 
-func (a *applied) missing(why string, n int) {
+func (a *applied) missing(why unmapped, n int) {
 	if n == 0 {
 		return
 	}
 	if a.not == nil {
 		a.not = make(map[string]uint64)
 	}
-	a.not[why] += uint64(n)
+	a.not[string(why)] += uint64(n)
 }
 
 // misfit takes in flows with another outside endpoint than their mapping. before is

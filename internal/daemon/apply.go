@@ -32,7 +32,7 @@ func (d *Daemon) run(ops []cone.Op, since time.Duration) {
 	case cone.Grant:
 		d.grant(ops, since)
 	case cone.Revoke:
-		d.failures.note("revoke permissions", len(ops), d.backends.Revoke(ops))
+		d.failures.note(requestRevokePermissions, len(ops), d.backends.Revoke(ops))
 	case cone.Refresh:
 		d.backends.Refresh(ops, func(i int, by cone.Carriers) { d.onLost(ops[i].Permission, by) })
 	case cone.Deny:
@@ -60,7 +60,7 @@ func (d *Daemon) deny(ops []cone.Op) {
 		for n < len(ops) && ops[n].Reason == why {
 			n++
 		}
-		d.failures.note("deny permissions", n, d.backends.Deny(d.collect(ops[:n]), why))
+		d.failures.note(requestDenyPermissions, n, d.backends.Deny(d.collect(ops[:n]), why))
 		ops = ops[n:]
 	}
 }
@@ -113,7 +113,7 @@ func (d *Daemon) granted(p cone.Permission) {
 	}
 	switch served, err := d.sockets.Serves(p.Ext, p.Peer); {
 	case err != nil:
-		d.failures.note("look for local sockets", 1, err, "ext", p.Ext)
+		d.failures.note(requestLookForLocalSockets, 1, err, "ext", p.Ext)
 		d.model.Refused(d.now(), p, cone.ReasonKernel, true)
 	case served:
 		d.model.Refused(d.now(), p, cone.ReasonLocalSocket, true)
@@ -138,7 +138,7 @@ func (d *Daemon) query(o *cone.Op) {
 	f, found, err := d.queries.Get(src, dst, o.Zone)
 	switch {
 	case err != nil:
-		d.failures.note("look up flow", 1, err, "src", src, "dst", dst)
+		d.failures.note(requestLookUpFlow, 1, err, "src", src, "dst", dst)
 	case found && f.ID == o.ID:
 		d.model.FlowSeen(d.now(), &f)
 	default:
@@ -154,7 +154,7 @@ func (d *Daemon) dropUnanswered(o *cone.Op) {
 	if err == nil && found && f.ID == o.ID && !f.Status.Has(cone.StatusSeenReply) {
 		_, err = d.queries.Delete(src, dst, o.Zone, o.ID)
 	}
-	d.failures.note("delete unanswered child", 1, err, "src", src, "dst", dst)
+	d.failures.note(requestDeleteUnansweredChild, 1, err, "src", src, "dst", dst)
 }
 
 // dropEarly deletes the flow of an early packet, unless a local socket gets it.
@@ -164,5 +164,5 @@ func (d *Daemon) dropEarly(o *cone.Op) {
 	if err == nil && !served {
 		_, err = d.queries.Delete(src, dst, o.Zone, o.ID)
 	}
-	d.failures.note("delete flow of early packet", 1, err, "src", src, "dst", dst)
+	d.failures.note(requestDeleteEarlyFlow, 1, err, "src", src, "dst", dst)
 }

@@ -140,11 +140,12 @@ const (
 	parts
 )
 
+// partNames are the identifiers of what is put back (docs/control.md).
 var partNames = [parts]string{
 	anAnchor:      "anchors",
 	anExpectation: "expectations",
-	anElement:     "elements of the map",
-	tableSize:     expectMax,
+	anElement:     "elements",
+	tableSize:     "expect_max",
 }
 
 // partOf is what stands by a carrier.

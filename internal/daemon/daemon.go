@@ -8,7 +8,6 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -86,9 +85,9 @@ type Daemon struct {
 	model          *cone.Model
 	network        gateway.Network
 	topology       cone.Topology  // of network
-	ruleWarnings   []string       // about the user's forwards
+	ruleWarnings   warnings       // about the user's forwards
 	hidden         *rules.Covered // by forwards of the user's: no packet gets to the map
-	portWarnings   []string       // about port_pool
+	portWarnings   warnings       // about port_pool
 	decisions      map[netip.Prefix]decision
 	room           cone.Room         // for expectations
 	entries        ctwatch.Table     // when that was found
@@ -210,7 +209,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	d.whole = d.firewall.whole
 	more, err := d.firewall.readSourceNAT(d.cfg.Config)
 	if err != nil { // the first reconcile tries again
-		more = append(more, fmt.Sprintf("source NAT cannot be read: %v", err))
+		more.add(warnSourceNATUnread, "", "source NAT cannot be read: %v", err)
 	}
 	d.ruleWarnings, d.hidden = slices.Concat(d.ruleWarnings, more), d.firewall.hidden
 	d.firewall.ports, d.portWarnings, err = d.firewall.choosePorts(d.cfg.Config, d.network, d.served, false, d.forwarded.Covers)
@@ -232,7 +231,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	// Only here, where nothing can fail any more: Close restores it if there is a model.
 	// The reconcile leaves it alone, so that the user can turn it off.
 	_, _, err = d.conntrack.raise(acct)
-	d.failures.note("turn on "+acct, 1, err)
+	d.failures.note(requestTurnOnAccounting, 1, err)
 	d.model = cone.New(d.policy(d.cfg.Config))
 	d.topology = d.network.Topology().Compile()
 	d.network = d.network.Lean()
@@ -503,109 +502,6 @@ func (d *Daemon) greet() {
 		"outside", d.network.OutsideLinks(), "backend", d.backends.String(), "helper", d.helper(false),
 		"lifetime", d.cfg.Lifetime, "most_permissions", d.limit())
 	d.warned.tell(d.now(), d.warnings())
-}
-
-// someFlows are more than chance, fewFlows are where there are no others.
-const (
-	someFlows = 10
-	fewFlows  = 3
-)
-
-// warnings says what a user should know about his gateway.
-func (d *Daemon) warnings() (out warnings) {
-	out.addAll(d.firewall.warnings)
-	out.addAll(d.ruleWarnings)
-	out.addAll(d.portWarnings)
-	for _, s := range d.cfg.Subnets {
-		if w := d.decisions[s.Prefix].warning; w != "" {
-			out.add("carriers "+s.Prefix.String(), "%s", w)
-		}
-	}
-	if d.late >= isLate {
-		out.add("late", "rules, links or routes change so often that a change may take effect %v late: "+
-			"to read them takes %v of CPU time", d.late.Round(time.Second), d.look.Round(time.Millisecond))
-	}
-	if d.missing != "" {
-		out.add("missing", "%s", d.missing)
-	}
-	if d.model.Remaps() {
-		out.add("remapped", "peers see another outside port each of one and the same inside port, so a rule of yours has random or fully-random: "+
-			`mapping = "endpoint_independent" keeps one`)
-	}
-	large := func(g netip.Prefix) bool { return g.Addr().Is4() && g.Bits() < 32-cone.SpreadBits }
-	if slices.ContainsFunc(d.cfg.PeerGroups, large) && d.backends.nft == nil {
-		out.add("groups", "peer_groups of more than 16 IPv4 addresses hold for routed subnets alone: only the nft backend can translate for these")
-	}
-	if n := d.tables.Mapping.PoolUsedUp; n >= someFlows {
-		out.add("pool", "port_pool %v had no port for %d flows, whose mapping stays the kernel's: make it larger", d.cfg.PortPool, n)
-	}
-	if wantsMapping(d.cfg.Config) && d.firewall.noMapping != "" {
-		out.add("mapping", "mapping stays the kernel's: %s", d.firewall.noMapping)
-	}
-	switch a := &d.applied; {
-	case a.notInForce():
-		out.add("not mapped", "endpoint-independent mapping is not in force: %s", control.NotApplied(a.not))
-	case a.sum() >= someFlows:
-		out.add("not mapped", "%s", control.NotApplied(a.not))
-	}
-	if n, err := d.conntrack.read(events); err == nil && n == 0 {
-		out.add("events", "the kernel sends no conntrack events: permissions come late, at each reconcile; set net.netfilter.nf_conntrack_events = 2")
-	}
-	if n, err := d.conntrack.read(acct); err == nil && n == 0 {
-		out.add("accounting", "the kernel does not count packets: a peer alone can keep a permission; set net.netfilter.nf_conntrack_acct = 1")
-	}
-	for _, name := range d.network.Missing {
-		out.add("missing "+name, "outside link %s is not there: it counts as soon as it is, or correct its name in the key outside (there are %s)",
-			name, strings.Join(d.network.LinkNames(), ", "))
-	}
-	if d.cfg.AutoSubnets && len(d.cfg.Subnets) == 0 {
-		out.add("auto", `subnet "auto" found no inside network: one is served as soon as it is there, or name it with --subnet`)
-	}
-	if len(d.network.OutsideLinks()) == 0 && len(d.network.Missing) == 0 {
-		out.add("outside", `no outside link: none has a default route; name one with --outside`)
-	}
-	d.warnRoom(&out)
-	d.warnElsewhere(&out)
-	for _, o := range ownNetworks(d.cfg.Subnets, d.network) {
-		out.add(fmt.Sprintf("own network %v %s", o.subnet, o.link.Name), "subnet %v holds the network of the outside link %s (%v): "+
-			"its hosts are inside and no peers, but the kernel neither learns their permissions nor maps their ports", o.subnet, o.link.Name, o.addr)
-	}
-	d.warnSubnets(&out)
-	return out
-}
-
-// warnElsewhere warns of links that should perhaps be outside links.
-func (d *Daemon) warnElsewhere(out *warnings) {
-	elsewhere := d.model.Elsewhere()
-	for _, l := range d.network.Links {
-		if n := elsewhere[l.Name].Translated; n > 0 && !l.Outside {
-			out.add("elsewhere "+l.Name, "%d translated flows of enabled hosts left by %s, which is no outside link, and give no permission: "+
-				"if it leads to peers, name it with --outside %s", n, l.Name, l.Name)
-		}
-	}
-}
-
-// warnSubnets warns of what is special about an enabled subnet.
-func (d *Daemon) warnSubnets(out *warnings) {
-	for _, u := range d.model.Untranslated() {
-		if u.Flows >= fewFlows {
-			out.add("untranslated "+u.Subnet.String(), "no source NAT: %d flows of %v left untranslated and none was translated, so no permission arises; "+
-				"let a rule of yours masquerade them, or set routed = true if the subnet has public addresses", u.Flows, u.Subnet)
-		}
-	}
-	for _, s := range d.cfg.Subnets {
-		translated := s.Prefix.Addr().Is4()
-		switch {
-		case s.Filtering != config.EndpointIndependent:
-		case translated && d.backends.nft == nil:
-			out.add("filtering "+s.Prefix.String(), "subnet %v has address-dependent filtering: only the nft backend can give it endpoint_independent", s.Prefix)
-		default:
-			out.add("open "+s.Prefix.String(), "subnet %v is open: anybody on the Internet may send to a port that its hosts use", s.Prefix)
-		}
-		if s.Prefix.Addr().Is6() && !s.Routed {
-			out.add("IPv6 "+s.Prefix.String(), "subnet %v is not routed: only source-NATed IPv6 flows give permissions", s.Prefix)
-		}
-	}
 }
 
 func (d *Daemon) onLost(p cone.Permission, by cone.Carriers) {

@@ -3,12 +3,41 @@ package daemon
 import (
 	"errors"
 	"log/slog"
-	"maps"
+	"strings"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
+
+// A request is the identifier (docs/control.md) of something that the daemon asks of the
+// kernel.
+type request string
+
+const (
+	requestCarryPermissionOver     request = "carry_permission_over"
+	requestDeleteEarlyFlow         request = "delete_early_flow"
+	requestDeleteUnansweredChild   request = "delete_unanswered_child"
+	requestDenyPermissions         request = "deny_permissions"
+	requestFilterConntrackEvents   request = "filter_conntrack_events"
+	requestLeaveTheOldBackend      request = "leave_the_old_backend"
+	requestLookAtChanges           request = "look_at_changes"
+	requestLookAtConntrack         request = "look_at_conntrack"
+	requestLookAtRoutes            request = "look_at_routes"
+	requestLookAtSockets           request = "look_at_sockets"
+	requestLookForLocalSockets     request = "look_for_local_sockets"
+	requestLookUpFlow              request = "look_up_flow"
+	requestReadConntrackStatistics request = "read_conntrack_statistics"
+	requestReadCounters            request = "read_counters"
+	requestReadMappings            request = "read_mappings"
+	requestReadTimeouts            request = "read_timeouts"
+	requestReconcile               request = "reconcile"
+	requestRevokePermissions       request = "revoke_permissions"
+	requestTurnOnAccounting        request = "turn_on_accounting"
+)
+
+// words is what the log says.
+func (r request) words() string { return strings.ReplaceAll(string(r), "_", " ") }
 
 // failures logs what the kernel refused to do, one episode for each kind of request and
 // errno, and counts it. Its methods may be called from any goroutine.
@@ -16,32 +45,36 @@ type failures struct {
 	*episodes
 
 	mu    sync.Mutex // guards count
-	count map[string]uint64
+	count map[request]uint64
 }
 
 func newFailures(log *slog.Logger, now func() time.Duration, reconcile time.Duration) *failures {
-	return &failures{episodes: newEpisodes(log, now, reconcile), count: make(map[string]uint64)}
+	return &failures{episodes: newEpisodes(log, now, reconcile), count: make(map[request]uint64)}
 }
 
-// note counts n requests that failed with err, if that is not nil; what says which
-// ones in a few words, always the same, and args name this one for the log.
-func (f *failures) note(what string, n int, err error, args ...any) {
+// note counts n requests that failed with err, if that is not nil; args name this one for
+// the log.
+func (f *failures) note(r request, n int, err error, args ...any) {
 	if err == nil || n == 0 {
 		return
 	}
 	f.mu.Lock()
-	f.count[what] += uint64(n)
+	f.count[r] += uint64(n)
 	f.mu.Unlock()
-	key := what
+	key := r.words()
 	if errno := unix.Errno(0); errors.As(err, &errno) { // a new cause is news
 		key += ": " + errno.Error()
 	}
-	f.episodes.note(slog.LevelWarn, key, what, uint64(n), append(args, "err", err)...)
+	f.episodes.note(slog.LevelWarn, key, r.words(), uint64(n), append(args, "err", err)...)
 }
 
 // totals returns the counts since the start, by kind.
 func (f *failures) totals() map[string]uint64 {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return maps.Clone(f.count)
+	out := make(map[string]uint64, len(f.count))
+	for r, n := range f.count {
+		out[string(r)] = n
+	}
+	return out
 }

@@ -48,10 +48,10 @@ type firewall struct {
 	forwarded       *rules.Covered
 	hidden          *rules.Covered // what every packet is forwarded to
 	whole           bool           // there are no others
-	forwardWarnings []string
+	forwardWarnings warnings
 
 	repaired uint64   // how often others' changes of the tables were undone
-	warnings []string // that stay as long as the daemon runs
+	warnings warnings // that stay as long as the daemon runs
 }
 
 func openFirewall(name string) (*firewall, error) {
@@ -59,7 +59,7 @@ func openFirewall(name string) (*firewall, error) {
 	t, err := rules.Open(rules.Config{Name: name})
 	if missing := new(rules.UnsupportedError); errors.As(err, &missing) {
 		f.missing, f.noMapping = missing, missing.Error()
-		f.warnings = append(f.warnings, "no guard and no cap on children: "+missing.Error())
+		f.warnings.add(warnNoNFTables, "", "no guard and no cap on children: %v", missing)
 		return f, nil
 	}
 	if errors.Is(err, rules.ErrForeignTable) {
@@ -76,7 +76,7 @@ func openFirewall(name string) (*firewall, error) {
 		case rules.FeatureMapping:
 			f.noMapping = m.Error()
 		default:
-			f.warnings = append(f.warnings, m.Error())
+			f.warnings.add(warnFeatureMissing, string(m.Feature), "%v", m)
 		}
 	}
 	return f, nil
@@ -214,7 +214,7 @@ func (f *firewall) left(cfg config.Config) (all []expect.Adopted, err error) {
 // forwards returns the test for outside endpoints that rules of the user's
 // forward, and what he should know about these rules. The test is another one only
 // where it has other answers. What cannot be read is as it was when it was read last.
-func (f *firewall) forwards(network gateway.Network) (covered *rules.Covered, warnings []string) {
+func (f *firewall) forwards(network gateway.Network) (covered *rules.Covered, out warnings) {
 	if f.tables == nil {
 		return nil, nil
 	}
@@ -233,8 +233,10 @@ func (f *firewall) forwards(network gateway.Network) (covered *rules.Covered, wa
 		if f.forwarded == nil { // what is not known may forward all
 			f.forwarded = rules.Cover([]rules.Forward{{All: true}})
 		}
-		return f.forwarded, append(slices.Clone(f.forwardWarnings), fmt.Sprintf("port forwards cannot be read, "+
-			"those that were read before hold, and all ports count as forwarded if none were: %v", err))
+		out = slices.Clone(f.forwardWarnings)
+		out.add(warnForwardsUnread, "", "port forwards cannot be read, "+
+			"those that were read before hold, and all ports count as forwarded if none were: %v", err)
+		return f.forwarded, out
 	case same && f.forwarded != nil:
 		return f.forwarded, f.forwardWarnings
 	}
@@ -243,12 +245,11 @@ func (f *firewall) forwards(network gateway.Network) (covered *rules.Covered, wa
 	for _, r := range all {
 		switch {
 		case r.Unknown:
-			f.forwardWarnings = append(f.forwardWarnings, fmt.Sprintf(
-				"a forward that is not understood is known from its first flow on only: %s", r.Text))
+			f.forwardWarnings.add(warnForwardUnknown, r.Text, "a forward that is not understood is known from its first flow on only: %s", r.Text)
 			continue
 		case r.All:
-			f.forwardWarnings = append(f.forwardWarnings, fmt.Sprintf(
-				"a rule forwards all ports, so that no peer gets to an inside host by a permission on its addresses: %s", r.Text))
+			f.forwardWarnings.add(warnForwardsAll, r.Text,
+				"a rule forwards all ports, so that no peer gets to an inside host by a permission on its addresses: %s", r.Text)
 		}
 		sure = append(sure, r)
 	}
@@ -272,25 +273,25 @@ func outsideLinks(network gateway.Network) (links []rules.Link) {
 
 // readSourceNAT reads what the user's source NAT means for mappings, and says what he
 // should know of it.
-func (f *firewall) readSourceNAT(cfg config.Config) (warnings []string, err error) {
+func (f *firewall) readSourceNAT(cfg config.Config) (out warnings, err error) {
 	if !wantsMapping(cfg) || !f.maps() {
 		return nil, nil
 	}
 	chains, err := f.tables.Rivals()
 	for _, c := range chains {
-		warnings = append(warnings, fmt.Sprintf("chain %s has the priority of conenatd's own, -199, and comes before it if it is younger: "+
-			"what it translates gets no mapping; give it another priority", c))
+		out.add(warnRivalChain, c, "chain %s has the priority of conenatd's own, -199, and comes before it if it is younger: "+
+			"what it translates gets no mapping; give it another priority", c)
 	}
 	choosers, failed := rules.PortChoosers(0)
 	if failed != nil {
-		return warnings, errors.Join(err, failed) // what was known before holds
+		return out, errors.Join(err, failed) // what was known before holds
 	}
 	f.choosers = choosers
 	if len(choosers) > 0 {
-		warnings = append(warnings, fmt.Sprintf("port_pool is not used, for a rule of yours chooses outside ports (%s): "+
-			"hosts whose port another one has get one by that rule, and may share it", choosers[0]))
+		out.add(warnPortsChosen, "", "port_pool is not used, for a rule of yours chooses outside ports (%s): "+
+			"hosts whose port another one has get one by that rule, and may share it", choosers[0])
 	}
-	return warnings, err
+	return out, err
 }
 
 // read is what status shows of the tables. What cannot be read is as it was when it was

@@ -49,8 +49,8 @@ func TestForwardsHoldWhileRulesCannotBeRead(t *testing.T) {
 		t.Fatalf("covered %v, warnings %q", before.Covers(e), warnings)
 	}
 	unprivileged(t, func() {
-		if got, warnings := f.forwards(network); got != before || !slices.ContainsFunc(warnings, func(w string) bool {
-			return strings.Contains(w, "port forwards cannot be read") && strings.Contains(w, "CAP_NET_ADMIN")
+		if got, warnings := f.forwards(network); got != before || !slices.ContainsFunc(warnings, func(w warning) bool {
+			return w.id == warnForwardsUnread && strings.Contains(w.text, "port forwards cannot be read") && strings.Contains(w.text, "CAP_NET_ADMIN")
 		}) {
 			t.Errorf("without privilege: covered %v, warnings %q", got.Covers(e), warnings)
 		}

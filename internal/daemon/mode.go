@@ -90,7 +90,7 @@ func (d *Daemon) carry(left []expect.Adopted) {
 	d.backends.each(func(_ cone.Carriers, x backend) {
 		carried := slices.DeleteFunc(slices.Clone(ps), func(p cone.Permission) bool { return !x.Carries(&p) })
 		x.Grant(carried, func(i int, r cone.Reason, err error) {
-			d.failures.note("carry permission over", 1, because(r, err), "ext", carried[i].Ext, "peer", carried[i].Peer)
+			d.failures.note(requestCarryPermissionOver, 1, because(r, err), "ext", carried[i].Ext, "peer", carried[i].Peer)
 		})
 	})
 }
@@ -179,7 +179,7 @@ func (d *Daemon) change(cfg config.Config) error {
 		d.cfg.Config, d.portWarnings, d.decisions = cfg, warnings, d.firewall.decisions
 		d.backends.configure(cfg)
 		d.model.SetPolicy(d.now(), d.policy(cfg))
-		d.failures.note("filter conntrack events", 1, d.filterEvents(cfg))
+		d.failures.note(requestFilterConntrackEvents, 1, d.filterEvents(cfg))
 	})
 	if o.expect == nil && m == nil && (!hasExpect || wantsExpect(cfg)) && (!hasMap || wantsMap(cfg)) {
 		return nil // the same backends
@@ -192,7 +192,7 @@ func (d *Daemon) change(cfg config.Config) error {
 	if hasMap && !wantsMap(cfg) {
 		err = errors.Join(err, d.dropMap(cfg))
 	}
-	d.failures.note("leave the old backend", 1, err)
+	d.failures.note(requestLeaveTheOldBackend, 1, err)
 	return nil
 }
 

@@ -30,7 +30,7 @@ func (d *Daemon) lookAround(ctx context.Context, q *ctwatch.Queries) {
 		d.ask(func() { d.late, d.look = late, look })
 	}
 	if ctx.Err() == nil {
-		d.failures.note("look at rules, links and flows", 1, err)
+		d.failures.note(requestLookAtChanges, 1, err)
 	}
 }
 

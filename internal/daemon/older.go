@@ -21,7 +21,7 @@ type olderTables struct {
 func (d *Daemon) openOlder() (o olderTables, err error) {
 	o.all, err = openTables(d.cfg.Table)
 	if err != nil { // what others hold stays
-		d.firewall.warnings = append(d.firewall.warnings, err.Error())
+		d.firewall.warnings.add(warnOlderTables, "", "%v", err)
 	}
 	var errs []error
 	for _, f := range o.all {
@@ -47,7 +47,7 @@ func (o *olderTables) moveTo(t *rules.Tables, m *rules.Map, failures *failures) 
 		ps[i] = a.Permission
 	}
 	m.Grant(ps, func(i int, r cone.Reason, err error) {
-		failures.note("carry permission over", 1, because(r, err), "ext", ps[i].Ext, "peer", ps[i].Peer)
+		failures.note(requestCarryPermissionOver, 1, because(r, err), "ext", ps[i].Ext, "peer", ps[i].Peer)
 	})
 	ps = ps[:0]
 	for _, k := range o.revoked {

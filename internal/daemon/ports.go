@@ -35,7 +35,7 @@ type outsidePorts struct {
 // The error says how to make a pool where there is none.
 func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, sockets *gateway.PortSet, sure bool,
 	forwarded func(cone.Endpoint) bool,
-) (ports outsidePorts, warnings []string, err error) {
+) (ports outsidePorts, out warnings, err error) {
 	if !wantsMapping(cfg) {
 		return ports, nil, nil
 	}
@@ -54,11 +54,11 @@ func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, socke
 	switch {
 	case !ok && f.ports.wanted == cfg.PortPool: // it was clear before
 		ports.pool = f.ports.pool
-		warnings = append(warnings, local.overlap(ports.pool))
+		out.add(warnPoolOverlaps, "", "%s", local.overlap(ports.pool))
 	case !ok:
 		return ports, nil, errors.New(local.overlap(cfg.PortPool))
 	case pool.Len() < min(poolWanted, cfg.PortPool.Len()) || !pool.Overlaps(cfg.PortPool):
-		warnings = append(warnings, fmt.Sprintf("hosts get outside ports %v: %s", pool, local.overlap(cfg.PortPool)))
+		out.add(warnPoolMoved, "", "hosts get outside ports %v: %s", pool, local.overlap(cfg.PortPool))
 	}
 	addrs := outsideAddrs(network)
 	served := servedPorts(addrs, sockets)
@@ -67,16 +67,16 @@ func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, socke
 	if sure {
 		ports.barred = slices.Clone(ports.served)
 		if w := f.inPool(ports.pool, served); w != "" {
-			warnings = append(warnings, w)
+			out.add(warnPoolServed, "", "%s", w)
 		}
 	}
 	if all := forwardedPorts(ports.pool, addrs, forwarded); len(all) == ports.pool.Len() { // without them there is no pool
-		warnings = append(warnings, fmt.Sprintf("rules of yours forward all of port_pool %v: hosts that get a port of it are reached by nobody new", ports.pool))
+		out.add(warnPoolForwarded, "", "rules of yours forward all of port_pool %v: hosts that get a port of it are reached by nobody new", ports.pool)
 	} else if len(all) > 0 {
-		warnings = append(warnings, fmt.Sprintf("rules of yours forward ports of port_pool %v, such as %d: hosts get the other ones", ports.pool, all[0]))
+		out.add(warnPoolForwarded, "", "rules of yours forward ports of port_pool %v, such as %d: hosts get the other ones", ports.pool, all[0])
 		ports.served = sorted(append(ports.served, all...))
 	}
-	return ports, warnings, nil
+	return ports, out, nil
 }
 
 // readTimeouts reads how long conntrack keeps UDP flows.
@@ -192,15 +192,15 @@ func (d *Daemon) reviewSockets() {
 }
 
 // serve keeps mappings off the ports that the gateway serves now.
-func (d *Daemon) serve(cfg config.Config, network gateway.Network, stays *gateway.PortSet) (warnings []string, err error) {
-	ports, warnings, err := d.firewall.choosePorts(cfg, network, stays, true, d.forwarded.Covers)
+func (d *Daemon) serve(cfg config.Config, network gateway.Network, stays *gateway.PortSet) (out warnings, err error) {
+	ports, out, err := d.firewall.choosePorts(cfg, network, stays, true, d.forwarded.Covers)
 	if err != nil {
-		return warnings, err
+		return out, err
 	}
 	old := d.firewall.ports
 	d.firewall.ports = ports
 	if ports.pool != old.pool || ports.udpTimeout != old.udpTimeout || !slices.Equal(ports.served, old.served) {
 		_, err = d.firewall.set(cfg, network.OutsideLinks())
 	}
-	return warnings, err
+	return out, err
 }

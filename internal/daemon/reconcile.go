@@ -64,7 +64,7 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 		}
 		ended := d.now()
 		var hurried <-chan time.Time
-		d.failures.note("reconcile", 1, err)
+		d.failures.note(requestReconcile, 1, err)
 		var soon <-chan time.Time // instead of what lets a daemon that is ready go again
 		second.Reset(betweenLooks)
 		if ready != nil {
@@ -99,15 +99,15 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 				look()
 			case <-second.C:
 				if err := d.lookAgain(); ctx.Err() == nil {
-					d.failures.note("look at sockets", 1, err)
+					d.failures.note(requestLookAtSockets, 1, err)
 				}
 			case <-look.C:
 				if err := d.lookAtConntrack(); ctx.Err() == nil {
-					d.failures.note("look at conntrack", 1, err)
+					d.failures.note(requestLookAtConntrack, 1, err)
 				}
 				d.lookAround(ctx, q)
 				if err := d.endReroutedLater(); ctx.Err() == nil {
-					d.failures.note("look at routes", 1, err)
+					d.failures.note(requestLookAtRoutes, 1, err)
 				}
 			case <-d.moved:
 				d.changed.links = true
@@ -176,7 +176,7 @@ func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 		errs = append(errs, err)
 	}
 	timeouts, err := readTimeouts()
-	d.failures.note("read timeouts of flows", 1, err)
+	d.failures.note(requestReadTimeouts, 1, err)
 	d.ask(func() { d.model.SetTimeouts(timeouts) })
 	if err := d.readFlows(q); err != nil {
 		errs = append(errs, err)
@@ -277,7 +277,7 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	d.ask(func() { cfg, served = d.cfg.Config, d.served })
 	m, err := d.firewall.newMapper(cfg, d.network, served)
 	if err != nil {
-		d.failures.note("read mappings", 1, err)
+		d.failures.note(requestReadMappings, 1, err)
 		m = nil
 	}
 	if m != nil {

@@ -119,7 +119,7 @@ func (d *Daemon) mendTableSize() error {
 // warnRoom warns of a conntrack table that has no room for more expectations.
 func (d *Daemon) warnRoom(out *warnings) {
 	if d.backends.expect != nil && d.room.Lack == cone.ReasonNoRoom && d.model.Stats().Expected >= d.room.New {
-		out.add("room", "conntrack has %d of %d entries, and no room for more than %d expectations, which take one each: "+
+		out.add(warnNoRoom, "", "conntrack has %d of %d entries, and no room for more than %d expectations, which take one each: "+
 			"what the map cannot carry is refused; raise net.netfilter.nf_conntrack_max", d.entries.Entries, d.entries.Max, d.room.New)
 	}
 }

@@ -3,7 +3,6 @@ package daemon
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"net/netip"
 	"os"
@@ -41,7 +40,7 @@ func (s source) Status() control.Status {
 			st.Subnets = append(st.Subnets, d.subnet(n))
 		}
 		st.Outside = d.network.OutsideLinks()
-		st.Warnings = d.warnings().texts()
+		st.Warnings = d.warnings().status()
 		st.Backend = d.backends.String()
 		st.Helper.IPv4, st.Helper.IPv6 = d.helper(false), d.helper(true)
 		if e := d.backends.expect; e != nil {
@@ -62,7 +61,10 @@ func (s source) Status() control.Status {
 		st.Counters.Repaired = byName(d.repaired[:], func(p int) string { return partNames[p] })
 		st.Counters.Refused = byName(m.Refusals[:], reason)
 		st.Counters.Revoked = byName(m.Revoked[:], reason)
-		st.Counters.Skipped = d.skipped(&m)
+		st.Counters.Skipped, st.Counters.SkippedLinks = byName(m.Skipped[:], reason), map[string]uint64{}
+		for link, n := range d.model.Elsewhere() {
+			st.Counters.SkippedLinks[link] = n.Flows
+		}
 		st.Counters.Failed = d.failures.totals()
 		st.Latency.Count = d.latency.count
 		st.Latency.P50 = microseconds(d.latency.quantile(0.50))
@@ -90,20 +92,6 @@ func (d *Daemon) subnet(s config.Subnet) control.Subnet {
 	return c
 }
 
-// skipped returns why flows gave no permission; it names the links that lead to peers
-// and are no outside links.
-func (d *Daemon) skipped(m *cone.Stats) map[string]uint64 {
-	all := byName(m.Skipped[:], reason)
-	for link, n := range d.model.Elsewhere() {
-		all[fmt.Sprintf("peer is behind %s, which is no outside link", link)] = n.Flows
-		all[cone.ReasonNotOutside.String()] -= n.Flows
-	}
-	if all[cone.ReasonNotOutside.String()] == 0 { // else links beyond those that are told apart
-		delete(all, cone.ReasonNotOutside.String())
-	}
-	return all
-}
-
 // readCounters brings what is known of our tables and of conntrack up to date, unless the
 // reconcile is busy for long: then it does so itself.
 func (d *Daemon) readCounters() {
@@ -115,9 +103,9 @@ func (d *Daemon) readCounters() {
 			return
 		}
 		t, err := d.firewall.read(cfg)
-		d.failures.note("read counters", 1, err)
+		d.failures.note(requestReadCounters, 1, err)
 		k, err := d.readConntrack()
-		d.failures.note("read conntrack statistics", 1, err)
+		d.failures.note(requestReadConntrackStatistics, 1, err)
 		d.do(func() {
 			d.tables = t
 			if err == nil {

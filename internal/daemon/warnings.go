@@ -6,33 +6,73 @@ import (
 	"maps"
 	"slices"
 	"time"
+
+	"github.com/conenatd/conenatd/internal/control"
 )
 
 // warnEvery is the least time between two times that one warning is logged.
 const warnEvery = time.Minute
 
-// A warning is a sentence for the user. The key says what it is about: the numbers in
-// the text may change meanwhile.
-type warning struct{ key, text string }
+// A warningID is the identifier of a warning (docs/control.md).
+type warningID string
+
+const (
+	warnNoNFTables      warningID = "no_nftables"
+	warnFeatureMissing  warningID = "feature_missing" // of the kernel; about names it
+	warnOlderTables     warningID = "older_tables_unread"
+	warnForwardsUnread  warningID = "forwards_unread"
+	warnForwardUnknown  warningID = "forward_not_understood" // about is the rule
+	warnForwardsAll     warningID = "all_ports_forwarded"    // about is the rule
+	warnRivalChain      warningID = "chain_before_mapping"   // about is the chain
+	warnPortsChosen     warningID = "ports_chosen_by_rule"
+	warnSourceNATUnread warningID = "source_nat_unread"
+	warnPoolOverlaps    warningID = "pool_overlaps_local_ports"
+	warnPoolMoved       warningID = "pool_moved"
+	warnPoolServed      warningID = "pool_ports_served"
+	warnPoolForwarded   warningID = "pool_ports_forwarded"
+	warnPoolUsedUp      warningID = "pool_used_up"
+	warnChildrenDropped warningID = "children_dropped" // about is the subnet
+	warnLate            warningID = "changes_late"
+	warnBackendMissing  warningID = "backend_missing"
+	warnPortPerPeer     warningID = "port_per_peer"
+	warnLargeGroups     warningID = "large_peer_groups"
+	warnNoMapping       warningID = "mapping_not_supported"
+	warnNotMapped       warningID = "flows_not_mapped"
+	warnEventsOff       warningID = "events_off"
+	warnAccountingOff   warningID = "accounting_off"
+	warnLinkMissing     warningID = "outside_link_missing" // about is the link
+	warnNoInside        warningID = "no_inside_network"
+	warnNoOutside       warningID = "no_outside_link"
+	warnNoRoom          warningID = "conntrack_nearly_full"
+	warnOwnNetwork      warningID = "subnet_is_outside"  // about is the subnet and the link
+	warnPeersBehindLink warningID = "peers_behind_link"  // about is the link
+	warnNoSourceNAT     warningID = "no_source_nat"      // about is the subnet
+	warnNoFiltering     warningID = "filtering_not_open" // about is the subnet
+	warnSubnetOpen      warningID = "subnet_open"        // about is the subnet
+	warnIPv6NotRouted   warningID = "ipv6_not_routed"    // about is the subnet
+)
+
+// A warning is a sentence for the user. What it is about tells it from others with the
+// same identifier: the numbers in the text may change meanwhile.
+type warning struct {
+	id          warningID
+	about, text string
+}
+
+func (w warning) key() string { return string(w.id) + " " + w.about }
 
 // warnings are those that hold at one time, in the order of a status.
 type warnings []warning
 
-func (w *warnings) add(key, format string, args ...any) {
-	*w = append(*w, warning{key, fmt.Sprintf(format, args...)})
+func (w *warnings) add(id warningID, about, format string, args ...any) {
+	*w = append(*w, warning{id, about, fmt.Sprintf(format, args...)})
 }
 
-// addAll adds texts that are always the same.
-func (w *warnings) addAll(texts []string) {
-	for _, t := range texts {
-		*w = append(*w, warning{t, t})
-	}
-}
-
-func (w warnings) texts() []string {
-	out := make([]string, len(w))
-	for i := range w {
-		out[i] = w[i].text
+// status is what status shows of them.
+func (w warnings) status() []control.Warning {
+	out := make([]control.Warning, len(w))
+	for i, x := range w {
+		out[i] = control.Warning{ID: string(x.id), About: x.about, Text: x.text}
 	}
 	return out
 }
@@ -53,16 +93,17 @@ func newWarner(log *slog.Logger) *warner {
 func (w *warner) tell(now time.Duration, all warnings) {
 	over := maps.Clone(w.holds)
 	for _, x := range all {
-		delete(over, x.key)
-		said, known := w.said[x.key]
-		if _, holds := w.holds[x.key]; !holds {
+		key := x.key()
+		delete(over, key)
+		said, known := w.said[key]
+		if _, holds := w.holds[key]; !holds {
 			if known && now-said < warnEvery {
 				continue
 			}
 			w.log.Warn(x.text)
-			w.said[x.key] = now
+			w.said[key] = now
 		}
-		w.holds[x.key] = x.text
+		w.holds[key] = x.text
 	}
 	for _, key := range slices.Sorted(maps.Keys(over)) {
 		w.log.Info("no longer: " + over[key])

@@ -159,7 +159,7 @@ func runSmall(c *client, flood *lab.Flood, hosts int, mode []string) (r small) {
 	if !seen.warned {
 		s.T.Errorf("no warning: %s", s.Daemon.Output())
 	}
-	if refused := st.Counters.Refused["no room in the conntrack table"] > 0; refused != slices.Equal(mode, stage.Expect) {
+	if refused := st.Counters.Refused["no_room"] > 0; refused != slices.Equal(mode, stage.Expect) {
 		s.T.Errorf("refused for want of room: %v", refused)
 	}
 	s.Verified()
@@ -182,9 +182,7 @@ func (m *sample) take(s *stage.Scene, mode []string) {
 	}
 	st := s.Status()
 	m.expectations = max(m.expectations, st.Permissions.Expectations)
-	m.warned = m.warned || slices.ContainsFunc(st.Warnings, func(w string) bool {
-		return strings.Contains(w, "raise net.netfilter.nf_conntrack_max")
-	})
+	m.warned = m.warned || stage.Warned(st, "raise net.netfilter.nf_conntrack_max")
 }
 
 func sysctl(s *stage.Scene, name string) string {

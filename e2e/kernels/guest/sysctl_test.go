@@ -66,7 +66,7 @@ func TestTheExpectationTableKeepsItsRoom(t *testing.T) {
 	until("the table has its room again", func() bool { return read() == roomy })
 	until("it is counted", func() bool {
 		s, err := status()
-		return err == nil && s.Counters.Repaired["nf_conntrack_expect_max"] == 1
+		return err == nil && s.Counters.Repaired["expect_max"] == 1
 	})
 	if err := c.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)

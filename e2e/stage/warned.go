@@ -1,0 +1,13 @@
+package stage
+
+import (
+	"slices"
+	"strings"
+
+	"github.com/conenatd/conenatd/internal/control"
+)
+
+// Warned reports whether a status has a warning with this text in it.
+func Warned(st control.Status, text string) bool {
+	return slices.ContainsFunc(st.Warnings, func(w control.Warning) bool { return strings.Contains(w.Text, text) })
+}

@@ -1,0 +1,54 @@
+package control
+
+import "strings"
+
+// prose is what people read in place of identifiers that do not speak for themselves.
+var prose = map[string]string{
+	// Reasons.
+	"port_zero":          "port 0",
+	"not_unicast":        "peer is not unicast",
+	"peer_inside":        "peer is inside",
+	"not_outside":        "peer is behind a link that is no outside link",
+	"no_route":           "no route to the peer",
+	"untranslated":       "not translated",
+	"excluded_peer":      "peer is excluded",
+	"excluded_peer_port": "peer port is excluded",
+	"excluded_port":      "outside port is excluded",
+	"filtering":          "filtering of the subnet",
+	"conflict":           "another inside host owns this port and peer",
+	"forwarded":          "outside port is forwarded",
+	"local_socket":       "gateway serves this port",
+	"peers_on_port":      "too many peers on this port",
+	"table_full":         "kernel table is full",
+	"no_room":            "no room in the conntrack table",
+	"taken":              "another entry is in the way",
+	"helper":             "a conntrack helper serves this flow",
+	"kernel":             "kernel refused",
+	"no_backend":         "no backend carries it",
+	"host_limit":         "limit per inside host",
+	"subnet_limit":       "limit per subnet",
+	"total_limit":        "limit of all permissions",
+	"revoked":            "revoked by command",
+	"idle":               "not fed from inside",
+	"policy":             "not allowed any more",
+	"address_gone":       "outside address is gone",
+	"evicted":            "made room under a limit",
+
+	// What was put back.
+	"elements":   "elements of the map",
+	"expect_max": "nf_conntrack_expect_max",
+
+	// Why flows did not get their mapping.
+	"address_not_outside": "their outside address is on no outside link",
+	"port_in_use":         "the gateway serves their outside port, or you forward it",
+	"older_flow":          "they are older than conenatd and have another outside endpoint",
+	"other_endpoint":      "a rule before conenatd's gave them another outside endpoint, or something else used that of the mapping",
+}
+
+// words says what an identifier means.
+func words(id string) string {
+	if w, ok := prose[id]; ok {
+		return w
+	}
+	return strings.ReplaceAll(id, "_", " ")
+}

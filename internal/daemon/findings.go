@@ -1,0 +1,114 @@
+package daemon
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/control"
+)
+
+// someFlows are more than chance, fewFlows are where there are no others.
+const (
+	someFlows = 10
+	fewFlows  = 3
+)
+
+// warnings says what a user should know about his gateway.
+func (d *Daemon) warnings() (out warnings) {
+	out = slices.Concat(d.firewall.warnings, d.ruleWarnings, d.portWarnings)
+	for _, s := range d.cfg.Subnets {
+		if w := d.decisions[s.Prefix].warning; w != "" {
+			out.add(warnChildrenDropped, s.Prefix.String(), "%s", w)
+		}
+	}
+	if d.late >= isLate {
+		out.add(warnLate, "", "rules, links or routes change so often that a change may take effect %v late: "+
+			"to read them takes %v of CPU time", d.late.Round(time.Second), d.look.Round(time.Millisecond))
+	}
+	if d.missing != "" {
+		out.add(warnBackendMissing, "", "%s", d.missing)
+	}
+	if d.model.Remaps() {
+		out.add(warnPortPerPeer, "", "peers see another outside port each of one and the same inside port, so a rule of yours has random or fully-random: "+
+			`mapping = "endpoint_independent" keeps one`)
+	}
+	large := func(g netip.Prefix) bool { return g.Addr().Is4() && g.Bits() < 32-cone.SpreadBits }
+	if slices.ContainsFunc(d.cfg.PeerGroups, large) && d.backends.nft == nil {
+		out.add(warnLargeGroups, "", "peer_groups of more than 16 IPv4 addresses hold for routed subnets alone: only the nft backend can translate for these")
+	}
+	if n := d.tables.Mapping.PoolUsedUp; n >= someFlows {
+		out.add(warnPoolUsedUp, "", "port_pool %v had no port for %d flows, whose mapping stays the kernel's: make it larger", d.cfg.PortPool, n)
+	}
+	if wantsMapping(d.cfg.Config) && d.firewall.noMapping != "" {
+		out.add(warnNoMapping, "", "mapping stays the kernel's: %s", d.firewall.noMapping)
+	}
+	switch a := &d.applied; {
+	case a.notInForce():
+		out.add(warnNotMapped, "", "endpoint-independent mapping is not in force: %s", control.NotApplied(a.not))
+	case a.sum() >= someFlows:
+		out.add(warnNotMapped, "", "%s", control.NotApplied(a.not))
+	}
+	if n, err := d.conntrack.read(events); err == nil && n == 0 {
+		out.add(warnEventsOff, "", "the kernel sends no conntrack events: permissions come late, at each reconcile; set net.netfilter.nf_conntrack_events = 2")
+	}
+	if n, err := d.conntrack.read(acct); err == nil && n == 0 {
+		out.add(warnAccountingOff, "", "the kernel does not count packets: a peer alone can keep a permission; set net.netfilter.nf_conntrack_acct = 1")
+	}
+	for _, name := range d.network.Missing {
+		out.add(warnLinkMissing, name, "outside link %s is not there: it counts as soon as it is, or correct its name in the key outside (there are %s)",
+			name, strings.Join(d.network.LinkNames(), ", "))
+	}
+	if d.cfg.AutoSubnets && len(d.cfg.Subnets) == 0 {
+		out.add(warnNoInside, "", `subnet "auto" found no inside network: one is served as soon as it is there, or name it with --subnet`)
+	}
+	if len(d.network.OutsideLinks()) == 0 && len(d.network.Missing) == 0 {
+		out.add(warnNoOutside, "", `no outside link: none has a default route; name one with --outside`)
+	}
+	d.warnRoom(&out)
+	d.warnElsewhere(&out)
+	for _, o := range ownNetworks(d.cfg.Subnets, d.network) {
+		out.add(warnOwnNetwork, fmt.Sprintf("%v %s", o.subnet, o.link.Name), "subnet %v holds the network of the outside link %s (%v): "+
+			"its hosts are inside and no peers, but the kernel neither learns their permissions nor maps their ports", o.subnet, o.link.Name, o.addr)
+	}
+	d.warnSubnets(&out)
+	return out
+}
+
+// warnElsewhere warns of links that should perhaps be outside links.
+func (d *Daemon) warnElsewhere(out *warnings) {
+	elsewhere := d.model.Elsewhere()
+	for _, l := range d.network.Links {
+		if n := elsewhere[l.Name].Translated; n > 0 && !l.Outside {
+			out.add(warnPeersBehindLink, l.Name, "%d translated flows of enabled hosts left by %s, which is no outside link, and give no permission: "+
+				"if it leads to peers, name it with --outside %s", n, l.Name, l.Name)
+		}
+	}
+}
+
+// warnSubnets warns of what is special about an enabled subnet.
+func (d *Daemon) warnSubnets(out *warnings) {
+	for _, u := range d.model.Untranslated() {
+		if u.Flows >= fewFlows {
+			out.add(warnNoSourceNAT, u.Subnet.String(), "no source NAT: %d flows of %v left untranslated and none was translated, so no permission arises; "+
+				"let a rule of yours masquerade them, or set routed = true if the subnet has public addresses", u.Flows, u.Subnet)
+		}
+	}
+	for _, s := range d.cfg.Subnets {
+		translated := s.Prefix.Addr().Is4()
+		switch {
+		case s.Filtering != config.EndpointIndependent:
+		case translated && d.backends.nft == nil:
+			out.add(warnNoFiltering, s.Prefix.String(), "subnet %v has address-dependent filtering: only the nft backend can give it endpoint_independent", s.Prefix)
+		default:
+			out.add(warnSubnetOpen, s.Prefix.String(), "subnet %v is open: anybody on the Internet may send to a port that its hosts use", s.Prefix)
+		}
+		if s.Prefix.Addr().Is6() && !s.Routed {
+			out.add(warnIPv6NotRouted, s.Prefix.String(), "subnet %v is not routed: only source-NATed IPv6 flows give permissions", s.Prefix)
+		}
+	}
+}
