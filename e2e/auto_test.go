@@ -14,13 +14,14 @@ import (
 // What carries permissions in auto, and that nothing of the user's is in their way or
 // they in its.
 
-// carried waits until the subnet is carried as wanted and returns why.
+// carried waits until the subnet is carried as wanted and returns why, and the chain that
+// drops flows.
 func (s *scene) carried(by string) (why string) {
 	s.T.Helper()
 	s.Until("the subnet is carried by "+by, func() bool {
-		carried, reason, _ := strings.Cut(s.Status().Subnets[0].Carried, ": ")
-		why = reason
-		return carried == by
+		c := s.Status().Subnets[0].Carried
+		why = strings.TrimSpace(c.Why + " " + c.Chain)
+		return c.By == by
 	})
 	return why
 }
@@ -38,10 +39,10 @@ add rule inet filter forward iifname "lan0" accept
 	ext := s.Contact(phone, proxy)
 	port := uint16(6000)
 	for i, step := range []struct{ rules, by, why string }{
-		{"", "expect", "inet filter forward drops DNATed flows and accepts RELATED"},
-		{open, "nft", "your firewall accepts flows with ct status dnat"},
-		{strict, "expect", "inet filter forward drops DNATed flows and accepts RELATED"},
-		{open, "nft", "your firewall accepts flows with ct status dnat"},
+		{"", "expect", "related_accepted inet filter forward"},
+		{open, "nft", "dnat_accepted"},
+		{strict, "expect", "related_accepted inet filter forward"},
+		{open, "nft", "dnat_accepted"},
 	} {
 		if step.rules != "" {
 			s.Must(s.NFT(step.rules))

@@ -22,8 +22,8 @@ func (s *scene) iptables(words string) {
 
 func TestAutoFollowsTheFirewallOfIPTablesLegacy(t *testing.T) {
 	const dnat = "FORWARD -m conntrack --ctstate DNAT -j ACCEPT"
-	const drops = "iptables-legacy filter FORWARD drops DNATed flows and accepts RELATED"
-	const accepts = "your firewall accepts flows with ct status dnat"
+	const drops = "related_accepted iptables-legacy filter FORWARD"
+	const accepts = "dnat_accepted"
 	s := newScene(t, lab.Options{Rules: lab.NoRules})
 	s.Must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade+lab.IPTablesDropPolicy))
 	s.Start(stage.Flags(stage.Auto, "--reconcile=1h")...)

@@ -299,7 +299,7 @@ func TestNFTListAndStatusTellWhatCarriesWhat(t *testing.T) {
 			phone6 := s.Socket(s.Inside(0).Namespace, s.Inside(0).Addr6, 5060)
 			carried("IPv6", tc.ipv6, "no_backend", phone6, s.Socket(s.Outside.Namespace, lab.Peer6A, 5060))
 			st := s.Status()
-			backend := map[string]string{stage.Auto[0]: "expect and nft"}[mode[0]]
+			backend := map[string]string{stage.Auto[0]: "expect+nft"}[mode[0]]
 			if st.Backend != cmp.Or(backend, tc.ipv4) || st.Permissions.Expectations != tc.expected || st.Tables.Map.On != !slices.Equal(mode, stage.Expect) {
 				t.Errorf("backend %q, %d expectations, want %d; %+v", st.Backend, st.Permissions.Expectations, tc.expected, st.Tables.Map)
 			}

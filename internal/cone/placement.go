@@ -13,8 +13,9 @@ const (
 	AllCarriers = ByExpectation | ByMap
 )
 
+// String returns the identifier of c (docs/control.md).
 func (c Carriers) String() string {
-	return [...]string{"", "expect", "nft", "expect and nft"}[c&AllCarriers]
+	return [...]string{"", "expect", "nft", "expect+nft"}[c&AllCarriers]
 }
 
 // A Choice says what carries the permissions of a subnet that both carriers could.

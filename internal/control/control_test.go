@@ -8,11 +8,11 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
 )
 
@@ -80,7 +80,7 @@ func TestCommands(t *testing.T) {
 	if n, err := c.Flush(t.Context()); n != 9 || err != nil {
 		t.Errorf("flush: %d, %v, want 9", n, err)
 	}
-	if v, err := c.Verify(t.Context()); err != nil || !cmp.Equal(&v, full.Verification) {
+	if v, err := c.Verify(t.Context()); err != nil || !reflect.DeepEqual(&v, full.Verification) {
 		t.Errorf("verify: %+v, %v", v, err)
 	}
 }

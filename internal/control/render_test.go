@@ -22,10 +22,15 @@ var full = Status{
 	Version: "0.1.0", PID: 1234, Started: now.Add(-26 * time.Hour),
 	Backend: "expect", Helper: Helper{IPv4: "conenat"},
 	Subnets: []Subnet{
-		{Prefix: netip.MustParsePrefix("10.47.11.0/24"), Mapping: "endpoint_independent", Hairpin: true},
-		{Prefix: netip.MustParsePrefix("2001:db8:47::/64"), Routed: true, Filtering: "endpoint_independent", Mapping: "kernel"},
+		{Prefix: netip.MustParsePrefix("10.47.11.0/24"), Mapping: "endpoint_independent", Hairpin: true, Carried: Carried{
+			By: "expect", Why: "related_accepted", Chain: "inet filter forward",
+			Evidence: []Evidence{{"nft", 12, 0}, {"expect", 8, 7}},
+		}},
+		{Prefix: netip.MustParsePrefix("2001:db8:47::/64"), Routed: true, Filtering: "endpoint_independent", Mapping: "kernel", Carried: Carried{
+			By: "expect+nft", Why: "unread", Error: "list chains: interrupted",
+		}},
 	},
-	Outside: []string{"wan0", "wan1"}, Lifetime: "5m0s",
+	Outside: []string{"wan0", "wan1"}, Lifetime: 300,
 	Permissions: Permissions{Standing: 40, Refused: 2, Waiting: 1, Limit: 65536},
 	Tables: Tables{Mapping: Mapping{
 		On: true, Moved: 3, PoolUsedUp: 2, Left: 1, Hairpinned: 4,
@@ -52,7 +57,7 @@ var full = Status{
 	},
 	Verification: &Verification{
 		Permissions: 2, Expectations: 1, Elements: 2, Flows: 9,
-		Wrong: []string{"203.0.113.5/32 -> 198.51.100.1:5060 stands, but not in the kernel"},
+		Wrong: []Wrong{{"not_in_kernel", netip.MustParsePrefix("203.0.113.5/32"), proxy.Ext}},
 	},
 }
 
@@ -68,7 +73,7 @@ func TestWriteStatusOfAYoungDaemon(t *testing.T) {
 	var out strings.Builder
 	young := Status{
 		Version: "0.1.0", PID: 1234, Started: now, Backend: "expect", Helper: Helper{"conenat", "conenat"},
-		Subnets: full.Subnets[:1], Lifetime: "5m0s", Accounting: true, Events: Events{ReadBuffer: 8 << 20},
+		Subnets: full.Subnets[:1], Lifetime: 300, Accounting: true, Events: Events{ReadBuffer: 8 << 20},
 	}
 	if err := WriteStatus(&out, young, now); err != nil {
 		t.Fatal(err)

@@ -46,14 +46,14 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	line("backend", "%s; helper for IPv4: %s, for IPv6: %s", s.Backend, cmp.Or(s.Helper.IPv4, "none"), cmp.Or(s.Helper.IPv6, "none"))
 	line("subnets", "%s", list(subnets))
 	for _, n := range s.Subnets {
-		if n.Carried != "" {
-			line("carried by", "%s (%v)", n.Carried, n.Prefix)
+		if n.Carried.By != "" {
+			line("carried by", "%s (%v)", carried(n.Carried), n.Prefix)
 		}
 	}
 	line("outside", "%s", list(s.Outside))
 	line("permissions", "%d standing (limit %d, %d as expectations), %d refused, %d waiting for another owner",
 		p.Standing, p.Limit, p.Expectations, p.Refused, p.Waiting)
-	line("lifetime", "%s after the inside host was last heard", s.Lifetime)
+	line("lifetime", "%v after the inside host was last heard", time.Duration(s.Lifetime*float64(time.Second)))
 	line("flows", "%d", s.Flows)
 	line("granted", "%d", c.Granted)
 	line("revoked", "%s", parts(worded(c.Revoked)))
@@ -103,7 +103,7 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 		line("verified", "%d permissions, %d expectations, %d elements of the map, %d flows; %d wrong",
 			v.Permissions, v.Expectations, v.Elements, v.Flows, len(v.Wrong))
 		for _, w := range v.Wrong {
-			line("wrong", "%s", w)
+			line("wrong", "%v -> %v %s", w.Peers, w.Ext, words(w.ID))
 		}
 	}
 	if err := tw.Flush(); err != nil || len(s.Warnings) == 0 {
@@ -123,6 +123,18 @@ func most(n int) string {
 		return "any number of"
 	}
 	return strconv.Itoa(n)
+}
+
+// carried says what carries a subnet, and why.
+func carried(c Carried) string {
+	text := c.By + ": " + strings.ReplaceAll(words(c.Why), "CHAIN", cmp.Or(c.Chain, "the forward chain"))
+	if c.Error != "" {
+		text += " (" + c.Error + ")"
+	}
+	for _, e := range c.Evidence {
+		text += fmt.Sprintf("; of the last %d children that came by %s it let %d pass", e.Children, e.By, e.Passed)
+	}
+	return text
 }
 
 // mapping says what the mapping rules did.

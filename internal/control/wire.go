@@ -65,7 +65,7 @@ type Status struct {
 	Helper     Helper   `json:"helper"`
 	Subnets    []Subnet `json:"subnets"`
 	Outside    []string `json:"outside"`    // outside links
-	Lifetime   string   `json:"lifetime"`   // a Go duration
+	Lifetime   float64  `json:"lifetime_s"` // in seconds
 	Accounting bool     `json:"accounting"` // sysctl nf_conntrack_acct
 
 	Permissions Permissions `json:"permissions"`
@@ -92,13 +92,20 @@ type Warning struct {
 
 // A Verification is what a comparison of the daemon with the kernel found: how many
 // permissions stand, expectations and elements of the map there are, and flows in
-// conntrack; and a sentence for each thing that is wrong.
+// conntrack; and what is wrong.
 type Verification struct {
-	Permissions  int      `json:"permissions"`
-	Expectations int      `json:"expectations"`
-	Elements     int      `json:"elements"`
-	Flows        int      `json:"flows"`
-	Wrong        []string `json:"wrong"`
+	Permissions  int     `json:"permissions"`
+	Expectations int     `json:"expectations"`
+	Elements     int     `json:"elements"`
+	Flows        int     `json:"flows"`
+	Wrong        []Wrong `json:"wrong"`
+}
+
+// Wrong is a permission that the daemon and the kernel do not agree about.
+type Wrong struct {
+	ID    string         `json:"id"`
+	Peers netip.Prefix   `json:"peers"`
+	Ext   netip.AddrPort `json:"ext"`
 }
 
 // Helper names the conntrack helper on anchors, empty where there is none.
@@ -115,11 +122,26 @@ type Subnet struct {
 	Filtering string `json:"filtering"`
 	// Mapping is how its hosts get outside ports (RFC 4787 section 4.1): kernel or
 	// endpoint_independent. It is what is in force.
-	Mapping string `json:"mapping"`
-	Hairpin bool   `json:"hairpin"` // its hosts reach each other by outside endpoints
-	// Carried says what carries its permissions, and why, as in "nft: your firewall
-	// accepts flows with ct status dnat".
-	Carried string `json:"carried"`
+	Mapping string  `json:"mapping"`
+	Hairpin bool    `json:"hairpin"` // its hosts reach each other by outside endpoints
+	Carried Carried `json:"carried"`
+}
+
+// Carried says what carries the permissions of a subnet, and why.
+type Carried struct {
+	By    string `json:"by"`              // expect, nft or expect+nft
+	Why   string `json:"why"`             // an identifier
+	Chain string `json:"chain,omitempty"` // of the user's firewall, that drops flows
+	Error string `json:"error,omitempty"` // why his forward chains cannot be read
+	// Evidence is what his firewall did lately with children, where its rules do not tell.
+	Evidence []Evidence `json:"evidence,omitempty"`
+}
+
+// Evidence is what a firewall did with the last children of one carrier.
+type Evidence struct {
+	By       string `json:"by"` // expect or nft
+	Children uint64 `json:"children"`
+	Passed   uint64 `json:"passed"`
 }
 
 // Permissions counts permissions by state.

@@ -38,6 +38,24 @@ var prose = map[string]string{
 	"elements":   "elements of the map",
 	"expect_max": "nf_conntrack_expect_max",
 
+	// What carries a subnet, and why; CHAIN is the user's that drops flows.
+	"dnat_accepted":    "your firewall accepts flows with ct status dnat",
+	"related_accepted": "CHAIN drops DNATed flows and accepts RELATED",
+	"both_dropped":     "neither gets through: CHAIN drops DNATed and RELATED flows",
+	"dnat_dropped":     "CHAIN drops DNATed flows",
+	"related_dropped":  "CHAIN drops RELATED flows",
+	"cannot_tell":      "whether your firewall accepts DNATed flows cannot be told from its rules",
+	"unread":           "your forward chains cannot be read",
+	"not_mappable":     "it is routed or of IPv6",
+	"only_backend":     "no other backend is in use",
+
+	// What a verification found.
+	"not_in_kernel":       "stands, but not in the kernel",
+	"unknown_expectation": "is expected by the kernel, but does not stand",
+	"unknown_element":     "is in the map, but does not stand",
+	"flows_differ":        "has not the flows that conntrack shows",
+	"children_differ":     "has not the children that conntrack shows",
+
 	// Why flows did not get their mapping.
 	"address_not_outside": "their outside address is on no outside link",
 	"port_in_use":         "the gateway serves their outside port, or you forward it",

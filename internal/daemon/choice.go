@@ -21,29 +21,55 @@ const accept = "let it accept 'ct status dnat' (iptables: -m conntrack --ctstate
 type decision struct {
 	cone.Choice
 	rules.ChildVerdicts
-	why     string
-	warning string // for the user, if there is something for him to do
+	why      why
+	err      error // why the rules could not be read
+	evidence []control.Evidence
+	warning  string // for the user, if there is something for him to do
 }
+
+// chain names the chain that drops flows, if why says that one does.
+func (d *decision) chain() string {
+	switch d.why {
+	case relatedAccepted, bothDropped, dnatDropped, relatedDropped:
+		return d.Dropper
+	}
+	return ""
+}
+
+// A why is the identifier (docs/control.md) of why permissions are carried as they are.
+type why string
+
+const (
+	dnatAccepted    why = "dnat_accepted"
+	relatedAccepted why = "related_accepted" // and DNATed flows are dropped
+	bothDropped     why = "both_dropped"
+	dnatDropped     why = "dnat_dropped"
+	relatedDropped  why = "related_dropped"
+	cannotTell      why = "cannot_tell"
+	cannotRead      why = "unread"
+	notMappable     why = "not_mappable" // routed, or IPv6
+	onlyBackend     why = "only_backend"
+)
 
 // decide says what carries the permissions of each subnet: what the user's forward
 // hook does with children tells, as far as its rules are understood.
 func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.Prefix]decision {
 	verdicts := make([]rules.ChildVerdicts, len(cfg.Subnets))
-	unread := ""
+	var unread error
 	if links := outsideLinks(network); f.tables != nil && len(links) > 0 {
 		found, err := rules.Children(0, links, prefixes(cfg.Subnets))
 		if err == nil {
 			verdicts = found
 		} else {
-			unread = fmt.Sprintf("your forward chains cannot be read (%v)", err)
+			unread = err
 		}
 	}
 	all := make(map[netip.Prefix]decision, len(verdicts))
 	for i, v := range verdicts {
 		s := cfg.Subnets[i]
 		d := f.weigh(v)
-		if unread != "" {
-			d.why = unread
+		if unread != nil {
+			d.why, d.err, d.evidence = cannotRead, unread, nil
 		}
 		d.warning = f.warning(s, d)
 		all[s.Prefix] = d
@@ -53,45 +79,44 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 
 // weigh decides with what became of children where the rules do not tell.
 func (f *firewall) weigh(v rules.ChildVerdicts) decision {
-	answer := func(a *rules.Answer, w *witness) string {
+	answer := func(a *rules.Answer, w *witness, by cone.Carriers) []control.Evidence {
 		pass, known := w.passes()
 		switch {
 		case *a != rules.Unknown || !known:
-			return ""
+			return nil
 		case pass:
 			*a = rules.Accepted
 		default:
 			*a = rules.Dropped
 		}
-		return fmt.Sprintf("; of the last %d children that came so it let %d pass", w.lately, w.through)
+		return []control.Evidence{{By: by.String(), Children: w.lately, Passed: w.through}}
 	}
-	evidence := answer(&v.MostDNATed, &f.mapped)
-	if e := answer(&v.MostRelated, &f.related); v.MostDNATed != rules.Accepted {
-		evidence += e
+	evidence := answer(&v.MostDNATed, &f.mapped, cone.ByMap)
+	if e := answer(&v.MostRelated, &f.related, cone.ByExpectation); v.MostDNATed != rules.Accepted {
+		evidence = append(evidence, e...)
 	}
 	d := choose(v)
-	d.why += evidence
+	d.evidence = evidence
 	return d
 }
 
 // choose decides by what the forward hook does with most children.
 func choose(v rules.ChildVerdicts) decision {
-	v.Dropper = cmp.Or(v.Dropper, "the forward chain")
 	d := decision{ChildVerdicts: v}
 	dnated, related := v.MostDNATed, v.MostRelated
 	switch {
 	case dnated == rules.Accepted:
-		d.Choice, d.why = cone.ChooseMap, "your firewall accepts flows with ct status dnat"
+		d.Choice, d.why = cone.ChooseMap, dnatAccepted
 	case dnated == rules.Dropped && related == rules.Accepted:
-		d.Choice, d.why = cone.ChooseExpectation, v.Dropper+" drops DNATed flows and accepts RELATED"
+		d.Choice, d.why = cone.ChooseExpectation, relatedAccepted
 	case dnated == rules.Dropped && related == rules.Dropped:
-		d.Choice, d.why = cone.ChooseMap, "neither gets through: "+v.Dropper+" drops DNATed and RELATED flows"
+		d.Choice, d.why = cone.ChooseMap, bothDropped
 	case dnated == rules.Dropped:
-		d.Choice, d.why = cone.ChooseExpectation, v.Dropper+" drops DNATed flows"
+		d.Choice, d.why = cone.ChooseExpectation, dnatDropped
 	case related == rules.Dropped:
-		d.Choice, d.why = cone.ChooseMap, v.Dropper+" drops RELATED flows"
+		d.Choice, d.why = cone.ChooseMap, relatedDropped
 	default:
-		d.Choice, d.why = cone.ChooseBoth, "whether your firewall accepts DNATed flows cannot be told from its rules"
+		d.Choice, d.why = cone.ChooseBoth, cannotTell
 	}
 	return d
 }
@@ -99,11 +124,12 @@ func choose(v rules.ChildVerdicts) decision {
 // warning says what the user has to do about children that get nowhere.
 func (f *firewall) warning(s config.Subnet, d decision) string {
 	expected := f.withExpectations() && (!f.withMap || s.Routed || s.Prefix.Addr().Is6() || d.Choice == cone.ChooseExpectation)
+	dropper := cmp.Or(d.Dropper, "the forward chain")
 	switch {
 	case expected && d.MostRelated == rules.Dropped, !expected && d.MostDNATed == rules.Dropped && d.MostRelated == rules.Dropped:
-		return fmt.Sprintf("your firewall drops the flows of peers into subnet %v: %s; %s", s.Prefix, d.Dropper, accept)
+		return fmt.Sprintf("your firewall drops the flows of peers into subnet %v: %s; %s", s.Prefix, dropper, accept)
 	case !expected && d.MostDNATed == rules.Dropped:
-		return fmt.Sprintf("your firewall drops the flows of peers into subnet %v: %s; %s, or set backend = \"auto\"", s.Prefix, d.Dropper, accept)
+		return fmt.Sprintf("your firewall drops the flows of peers into subnet %v: %s; %s, or set backend = \"auto\"", s.Prefix, dropper, accept)
 	}
 	return ""
 }
@@ -124,7 +150,7 @@ func (d *Daemon) redecide(cfg config.Config, network gateway.Network, tables con
 	ok = d.ask(func() {
 		for prefix, x := range all {
 			if old, known := d.decisions[prefix]; !known || old.Choice != x.Choice || old.ChildVerdicts != x.ChildVerdicts {
-				d.log.Info("what carries permissions", "subnet", prefix, "by", d.carriers(x.Choice), "why", x.why)
+				d.log.Info("what carries permissions", "subnet", prefix, "by", d.carriers(x.Choice), "why", x.why, "chain", x.chain())
 			}
 		}
 		d.decisions = all
@@ -158,14 +184,18 @@ func (d *Daemon) carriers(c cone.Choice) cone.Carriers {
 	return by
 }
 
-// carried says in words what carries the permissions of a subnet, and why.
-func (d *Daemon) carried(s config.Subnet) string {
+// carried says what carries the permissions of a subnet, and why.
+func (d *Daemon) carried(s config.Subnet) control.Carried {
 	x, known := d.decisions[s.Prefix]
 	switch {
 	case s.Routed || s.Prefix.Addr().Is6():
-		return "expect: it is routed or of IPv6"
+		return control.Carried{By: cone.ByExpectation.String(), Why: string(notMappable)}
 	case d.backends.carriers() != cone.AllCarriers || !known:
-		return fmt.Sprintf("%v: no other backend is in use", d.backends)
+		return control.Carried{By: d.backends.String(), Why: string(onlyBackend)}
 	}
-	return fmt.Sprintf("%v: %s", d.carriers(x.Choice), x.why)
+	c := control.Carried{By: d.carriers(x.Choice).String(), Why: string(x.why), Chain: x.chain(), Evidence: x.evidence}
+	if x.err != nil {
+		c.Error = x.err.Error()
+	}
+	return c
 }

@@ -1,34 +1,39 @@
 package daemon
 
 import (
-	"strings"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
 func TestWhatTheForwardHookDoesDecides(t *testing.T) {
 	pass, none, few := [2]uint64{10, 10}, [2]uint64{10, 0}, [2]uint64{2, 0}
+	evidence := func(by string, passed uint64) control.Evidence {
+		return control.Evidence{By: by, Children: 10, Passed: passed}
+	}
 	for name, tc := range map[string]struct {
 		dnated, related rules.Answer
 		mapped, others  [2]uint64 // children admitted and passed, by the map and by expectations
 		want            cone.Choice
-		why             string
+		why             why
+		evidence        []control.Evidence
 	}{
-		"both pass":                 {rules.Accepted, rules.Accepted, none, pass, cone.ChooseMap, "accepts flows with ct status dnat"},
-		"DNATed pass":               {rules.Accepted, rules.Dropped, none, none, cone.ChooseMap, "accepts flows with ct status dnat"},
-		"RELATED pass":              {rules.Dropped, rules.Accepted, pass, none, cone.ChooseExpectation, "drops DNATed flows and accepts RELATED"},
-		"neither passes":            {rules.Dropped, rules.Dropped, pass, pass, cone.ChooseMap, "neither gets through"},
-		"DNATed do not pass":        {rules.Dropped, rules.Unknown, pass, few, cone.ChooseExpectation, "drops DNATed flows"},
-		"RELATED do not pass":       {rules.Unknown, rules.Dropped, few, pass, cone.ChooseMap, "drops RELATED flows"},
-		"nobody knows":              {rules.Unknown, rules.Unknown, few, few, cone.ChooseBoth, "cannot be told"},
-		"DNATed passed":             {rules.Unknown, rules.Unknown, pass, none, cone.ChooseMap, "of the last 10 children that came so it let 10 pass"},
-		"DNATed were dropped":       {rules.Unknown, rules.Accepted, none, few, cone.ChooseExpectation, "of the last 10 children that came so it let 0 pass"},
-		"RELATED were dropped":      {rules.Unknown, rules.Unknown, few, none, cone.ChooseMap, "drops RELATED flows"},
-		"both were dropped":         {rules.Unknown, rules.Unknown, none, none, cone.ChooseMap, "neither gets through"},
-		"RELATED passed, no others": {rules.Unknown, rules.Unknown, few, pass, cone.ChooseBoth, "let 10 pass"},
+		"both pass":                 {rules.Accepted, rules.Accepted, none, pass, cone.ChooseMap, dnatAccepted, nil},
+		"DNATed pass":               {rules.Accepted, rules.Dropped, none, none, cone.ChooseMap, dnatAccepted, nil},
+		"RELATED pass":              {rules.Dropped, rules.Accepted, pass, none, cone.ChooseExpectation, relatedAccepted, nil},
+		"neither passes":            {rules.Dropped, rules.Dropped, pass, pass, cone.ChooseMap, bothDropped, nil},
+		"DNATed do not pass":        {rules.Dropped, rules.Unknown, pass, few, cone.ChooseExpectation, dnatDropped, nil},
+		"RELATED do not pass":       {rules.Unknown, rules.Dropped, few, pass, cone.ChooseMap, relatedDropped, nil},
+		"nobody knows":              {rules.Unknown, rules.Unknown, few, few, cone.ChooseBoth, cannotTell, nil},
+		"DNATed passed":             {rules.Unknown, rules.Unknown, pass, none, cone.ChooseMap, dnatAccepted, []control.Evidence{evidence("nft", 10)}},
+		"DNATed were dropped":       {rules.Unknown, rules.Accepted, none, few, cone.ChooseExpectation, relatedAccepted, []control.Evidence{evidence("nft", 0)}},
+		"RELATED were dropped":      {rules.Unknown, rules.Unknown, few, none, cone.ChooseMap, relatedDropped, []control.Evidence{evidence("expect", 0)}},
+		"both were dropped":         {rules.Unknown, rules.Unknown, none, none, cone.ChooseMap, bothDropped, []control.Evidence{evidence("nft", 0), evidence("expect", 0)}},
+		"RELATED passed, no others": {rules.Unknown, rules.Unknown, few, pass, cone.ChooseBoth, cannotTell, []control.Evidence{evidence("expect", 10)}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := &firewall{}
@@ -37,8 +42,8 @@ func TestWhatTheForwardHookDoesDecides(t *testing.T) {
 			f.mapped.read(1, tc.mapped[0], tc.mapped[1])
 			f.related.read(1, tc.others[0], tc.others[1])
 			d := f.weigh(rules.ChildVerdicts{MostDNATed: tc.dnated, MostRelated: tc.related})
-			if d.Choice != tc.want || !strings.Contains(d.why, tc.why) {
-				t.Errorf("%v because %q", d.Choice, d.why)
+			if d.Choice != tc.want || d.why != tc.why || !slices.Equal(d.evidence, tc.evidence) {
+				t.Errorf("%v because %q, %+v", d.Choice, d.why, d.evidence)
 			}
 		})
 	}

@@ -35,7 +35,7 @@ func (s source) Status() control.Status {
 	}
 	d.do(func() {
 		m := d.model.Stats()
-		st.Lifetime = d.cfg.Lifetime.String()
+		st.Lifetime = d.cfg.Lifetime.Seconds()
 		for _, n := range d.cfg.Subnets {
 			st.Subnets = append(st.Subnets, d.subnet(n))
 		}

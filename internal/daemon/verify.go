@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 
@@ -19,7 +20,7 @@ func (s source) Verify() (v control.Verification, err error) {
 	done := make(chan struct{})
 	look := func() {
 		defer close(done)
-		var first, again map[string]struct{}
+		var first, again map[control.Wrong]struct{}
 		if first, err = d.differences(&v); err != nil {
 			return
 		}
@@ -31,7 +32,9 @@ func (s source) Verify() (v control.Verification, err error) {
 				v.Wrong = append(v.Wrong, w)
 			}
 		}
-		slices.Sort(v.Wrong)
+		slices.SortFunc(v.Wrong, func(a, b control.Wrong) int {
+			return cmp.Or(a.Ext.Compare(b.Ext), a.Peers.Compare(b.Peers), cmp.Compare(a.ID, b.ID))
+		})
 	}
 	select {
 	case d.jobs <- look: // of the reconcile, as the lists of the backends are
@@ -41,6 +44,17 @@ func (s source) Verify() (v control.Verification, err error) {
 		return v, errEnded
 	}
 }
+
+// A wrong is the identifier (docs/control.md) of something that is not as it should be.
+type wrong string
+
+const (
+	notInKernel        wrong = "not_in_kernel"
+	unknownExpectation wrong = "unknown_expectation"
+	unknownElement     wrong = "unknown_element"
+	flowsDiffer        wrong = "flows_differ"
+	childrenDiffer     wrong = "children_differ"
+)
 
 // A claimed permission is one inside endpoint's.
 type claimed struct {
@@ -53,7 +67,7 @@ type claimed struct {
 type counted struct{ flows, children int }
 
 // differences looks once.
-func (d *Daemon) differences(v *control.Verification) (map[string]struct{}, error) {
+func (d *Daemon) differences(v *control.Verification) (map[control.Wrong]struct{}, error) {
 	q, err := ctwatch.DialQueries(ctwatch.Config{})
 	if err != nil {
 		return nil, err
@@ -64,8 +78,10 @@ func (d *Daemon) differences(v *control.Verification) (map[string]struct{}, erro
 	if err != nil {
 		return nil, fmt.Errorf("list permissions: %w", err)
 	}
-	wrong := make(map[string]struct{})
-	note := func(format string, args ...any) { wrong[fmt.Sprintf(format, args...)] = struct{}{} }
+	all := make(map[control.Wrong]struct{})
+	note := func(w wrong, k cone.Key) {
+		all[control.Wrong{ID: string(w), Peers: k.Peers(), Ext: k.Ext.Netip()}] = struct{}{}
+	}
 	*v = control.Verification{Expectations: len(found.expect), Elements: len(found.nft)}
 
 	flows := make(map[claimed]counted)
@@ -78,18 +94,18 @@ func (d *Daemon) differences(v *control.Verification) (map[string]struct{}, erro
 		wild[c.Wild] = struct{}{}
 	})
 	err = d.eachLost(missed, func(p cone.Permission, _ cone.Carriers) {
-		note("%v -> %v stands, but not in the kernel", p.Peers(), p.Ext)
+		note(notInKernel, p.Key)
 	})
 	if err != nil {
 		return nil, err
 	}
 	for k := range found.expect {
-		note("%v -> %v is expected by the kernel, but does not stand", k.Peers(), k.Ext)
+		note(unknownExpectation, k)
 	}
 	for k := range found.nft {
 		// What the kernel learned and no event told of runs out by itself.
 		if !d.firewall.learns(cfg) {
-			note("%v -> %v is in the map, but does not stand", k.Peers(), k.Ext)
+			note(unknownElement, k)
 		}
 	}
 
@@ -128,11 +144,11 @@ func (d *Daemon) differences(v *control.Verification) (map[string]struct{}, erro
 	}
 	for k, n := range flows {
 		if n.flows != 0 {
-			note("%v -> %v has not the flows that conntrack shows", k.Peers(), k.Ext)
+			note(flowsDiffer, k.Key)
 		}
 		if n.children != 0 {
-			note("%v -> %v has not the children that conntrack shows", k.Peers(), k.Ext)
+			note(childrenDiffer, k.Key)
 		}
 	}
-	return wrong, nil
+	return all, nil
 }
