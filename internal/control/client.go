@@ -85,7 +85,7 @@ func (c *Client) Permissions(ctx context.Context, f func(Permission) error) erro
 // Reload lets the daemon read its configuration again. With an error the old
 // one stays in force.
 func (c *Client) Reload(ctx context.Context) error {
-	_, err := fetch[result](ctx, c, http.MethodPost, pathReload)
+	_, err := fetch[struct{}](ctx, c, http.MethodPost, pathReload)
 	return err
 }
 

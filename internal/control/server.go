@@ -118,7 +118,7 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case r.URL.Path == pathVerify:
 		h.verify(w)
 	case r.URL.Path == pathReload:
-		answer(w, result{}, h.src.Reload())
+		answer(w, struct{}{}, h.src.Reload())
 	case r.URL.Path == pathRevoke:
 		h.revoke(w, r)
 	case r.URL.Path == pathFlush:
