@@ -16,31 +16,39 @@ const module = "github.com/conenatd/conenatd/"
 
 // allowed are the packages of the project that each may import, in what is not a test.
 var allowed = map[string][]string{
-	"internal/cone":          nil,
-	"internal/config":        nil,
-	"internal/control":       nil,
-	"internal/lab":           nil,
-	"internal/nfnl":          nil,
-	"internal/sandbox":       nil,
-	"internal/gateway":       {"internal/cone"},
-	"internal/ctwatch":       {"internal/cone", "internal/nfnl"},
-	"internal/expect":        {"internal/cone", "internal/nfnl"},
-	"internal/rules":         {"internal/cone", "internal/nfnl"},
-	"internal/nfnl/nfnltest": {"internal/nfnl"},
-	"internal/demo":          {"internal/lab"},
-	"internal/selftest":      {"internal/control", "internal/lab"},
+	"internal/cone":           nil,
+	"internal/config":         nil,
+	"internal/control":        nil,
+	"internal/lab":            nil,
+	"internal/nfnl":           nil,
+	"internal/sandbox":        nil,
+	"internal/gateway":        {"internal/cone"},
+	"internal/ctwatch":        {"internal/cone", "internal/nfnl"},
+	"internal/expect":         {"internal/cone", "internal/nfnl"},
+	"internal/rules":          {"internal/cone", "internal/nfnl", "internal/rules/elements"},
+	"internal/rules/elements": {"internal/cone", "internal/nfnl"},
+	"internal/nfnl/nfnltest":  {"internal/nfnl"},
+	"internal/demo":           {"internal/lab"},
+	"internal/selftest":       {"internal/control", "internal/lab"},
 	"internal/daemon": {
 		"internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/expect", "internal/gateway", "internal/rules",
+		"internal/rules/elements",
 	},
 	"cmd/conenatd": {
 		"internal/config", "internal/control", "internal/daemon", "internal/demo", "internal/gateway", "internal/sandbox", "internal/selftest",
 	},
 }
 
+// users are the packages that may use a library: what it costs, and where it does not
+// compile, is theirs alone.
+var users = map[string][]string{
+	"github.com/google/nftables": {"internal/rules"},
+}
+
 // runners are those that may start other programs: the daemon does not.
 var runners = []string{"internal/lab", "internal/demo", "internal/selftest"}
 
-// Fails when cone imports gateway, say.
+// Fails when cone imports gateway, say, or when elements imports google/nftables.
 func TestImportsPointOneWay(t *testing.T) {
 	out, err := exec.CommandContext(t.Context(), "go", "list", "-json=ImportPath,Imports", "../internal/...", "../cmd/...").Output()
 	if err != nil {
@@ -69,6 +77,11 @@ func TestImportsPointOneWay(t *testing.T) {
 		for _, i := range p.Imports {
 			if i, ours := strings.CutPrefix(i, module); ours && !slices.Contains(may, i) {
 				t.Errorf("%s imports %s", name, i)
+			}
+			for library, by := range users {
+				if (i == library || strings.HasPrefix(i, library+"/")) && !slices.Contains(by, name) {
+					t.Errorf("%s imports %s", name, i)
+				}
 			}
 			if i == "os/exec" && !slices.Contains(runners, name) {
 				t.Errorf("%s may start other programs", name)

@@ -7,7 +7,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/expect"
-	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // A backend makes permissions stand in the kernel: package expect, or the map of
@@ -34,13 +34,13 @@ type backend interface {
 
 var (
 	_ backend = (*expect.Backend)(nil)
-	_ backend = (*rules.Map)(nil)
+	_ backend = (*elements.Map)(nil)
 )
 
 // backends are the ones in use. What stands where, the model says.
 type backends struct {
 	expect *expect.Backend // nil where it is not used
-	nft    *rules.Map      // nil where it is not used
+	nft    *elements.Map   // nil where it is not used
 
 	// The batch that is under way, kept here so that it costs no allocation.
 	part     []cone.Permission
@@ -177,7 +177,7 @@ func because(r cone.Reason, err error) error {
 func (b *backends) configure(cfg config.Config) {
 	b.each(func(_ cone.Carriers, x backend) { x.SetLifetime(cfg.Lifetime) })
 	if b.nft != nil {
-		b.nft.Configure(mapConfig(cfg))
+		b.nft.Configure(cfg.MaxChildren, cfg.PeerGroups)
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // A firewall is what the daemon has to do with nftables: its own tables, and what
@@ -156,20 +157,20 @@ func (f *firewall) sure(flows []cone.Flow) ([]cone.Flow, error) {
 	if f.tables == nil || !f.withMap {
 		return flows, nil
 	}
-	unsure := map[rules.Direction]struct{}{}
-	if err := f.tables.Unsure(func(d rules.Direction) { unsure[d] = struct{}{} }); err != nil {
+	kernel, unsure := f.tables.NewUnsure(), map[elements.Direction]struct{}{}
+	if err := kernel.List(func(d elements.Direction) { unsure[d] = struct{}{} }); err != nil {
 		return nil, err
 	}
-	var alive []rules.Direction
+	var alive []elements.Direction
 	flows = slices.DeleteFunc(flows, func(x cone.Flow) bool {
-		d := rules.Direction{Src: x.Src, Dst: x.Dst}
+		d := elements.Direction{Src: x.Src, Dst: x.Dst}
 		_, is := unsure[d]
 		if is {
 			alive = append(alive, d)
 		}
 		return is
 	})
-	f.tables.RenewUnsure(alive)
+	kernel.Renew(alive)
 	return flows, nil
 }
 
@@ -183,7 +184,7 @@ func (f *firewall) labels() bool { return f.tables != nil && !f.tables.Lacks(rul
 
 // openMap makes the map of permissions, or finds the one that an earlier daemon
 // left.
-func (f *firewall) openMap(cfg config.Config, outside []string) (*rules.Map, error) {
+func (f *firewall) openMap(cfg config.Config, outside []string) (*elements.Map, error) {
 	if f.missing != nil {
 		return nil, f.missing
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // mappingsSize is how many mappings there can be: all ports of some addresses.
@@ -49,7 +50,7 @@ func wantsMapping(cfg config.Config) bool { return mappingConfig(cfg, outsidePor
 // A mapper keeps mappings for as long as a flow of theirs lives: the kernel does
 // that by itself only until the flow is answered. It is made anew for each dump.
 type mapper struct {
-	kernel *rules.Mappings
+	kernel *elements.Mappings
 	links  map[cone.Addr]string // the names, of addresses of outside links
 	owned  func(cone.Addr) bool // its packets end here
 	routes *router
@@ -58,15 +59,15 @@ type mapper struct {
 	barred []uint16 // outside ports on which a mapping ends, in order
 	exempt []netip.Prefix
 
-	known map[ends]string                 // mappings that stand, and their links
-	bad   []rules.Mapping                 // that stand on a port that the gateway serves now
-	twins []rules.Mapping                 // whose outside endpoint another mapping has too
-	live  map[rules.Mapping]struct{}      // that stand, with a living flow
-	older map[rules.Mapping][]rules.Taken // of flows that are older than the rules; what they take if it cannot stand
-	taken map[rules.Taken]struct{}        // by living flows without a mapping
+	known map[ends]string                       // mappings that stand, and their links
+	bad   []elements.Mapping                    // that stand on a port that the gateway serves now
+	twins []elements.Mapping                    // whose outside endpoint another mapping has too
+	live  map[elements.Mapping]struct{}         // that stand, with a living flow
+	older map[elements.Mapping][]elements.Taken // of flows that are older than the rules; what they take if it cannot stand
+	taken map[elements.Taken]struct{}           // by living flows without a mapping
 
-	applied, before applied                    // what is seen now, and was seen at the last look
-	ids             map[rules.Mapping][]uint32 // of the flows in live that need theirs
+	applied, before applied                       // what is seen now, and was seen at the last look
+	ids             map[elements.Mapping][]uint32 // of the flows in live that need theirs
 }
 
 // ends are both ends of a mapping.
@@ -88,13 +89,13 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 		},
 		served: served.Serves, barred: f.ports.barred, exempt: c.Exempt,
 		known: make(map[ends]string),
-		live:  make(map[rules.Mapping]struct{}),
-		older: make(map[rules.Mapping][]rules.Taken),
-		taken: make(map[rules.Taken]struct{}),
-		ids:   make(map[rules.Mapping][]uint32),
+		live:  make(map[elements.Mapping]struct{}),
+		older: make(map[elements.Mapping][]elements.Taken),
+		taken: make(map[elements.Taken]struct{}),
+		ids:   make(map[elements.Mapping][]uint32),
 	}
-	owners := make(map[cone.Endpoint]rules.Mapping)
-	return m, m.kernel.List(func(x rules.Mapping, _ time.Duration) {
+	owners := make(map[cone.Endpoint]elements.Mapping)
+	return m, m.kernel.List(func(x elements.Mapping, _ time.Duration) {
 		if m.bars(x.Ext.Port) {
 			m.bad = append(m.bad, x)
 			return
@@ -144,7 +145,7 @@ func (m *mapper) see(f *cone.Flow) {
 		m.applied.flows++
 		return
 	}
-	out := rules.Taken{Remote: f.ReplySrc, Port: f.ReplyDst.Port}
+	out := elements.Taken{Remote: f.ReplySrc, Port: f.ReplyDst.Port}
 	switch {
 	case f.Status.Has(cone.StatusDstNAT):
 	case f.Status.Has(cone.StatusSrcNAT):
@@ -158,14 +159,14 @@ func (m *mapper) see(f *cone.Flow) {
 			return
 		}
 		// It is older than the rules.
-		x := rules.Mapping{Link: link, Int: f.Src, Ext: f.ReplyDst}
+		x := elements.Mapping{Link: link, Int: f.Src, Ext: f.ReplyDst}
 		m.older[x] = append(m.older[x], out)
 		m.ids[x] = append(m.ids[x], f.ID)
 		m.applied.flows++ // unless it is refused
 	case m.owned(f.Src.Addr):
 		m.taken[out] = struct{}{}
 	case m.owned(f.Dst.Addr) && !m.served(f.Dst):
-		m.taken[rules.Taken{Remote: f.Src, Port: f.Dst.Port}] = struct{}{}
+		m.taken[elements.Taken{Remote: f.Src, Port: f.Dst.Port}] = struct{}{}
 	}
 }
 
@@ -186,7 +187,7 @@ func (m *mapper) linkOf(f *cone.Flow) string {
 func (m *mapper) hold(e ends) bool {
 	link, known := m.known[e]
 	if known {
-		m.live[rules.Mapping{Link: link, Int: e.in, Ext: e.ext}] = struct{}{}
+		m.live[elements.Mapping{Link: link, Int: e.in, Ext: e.ext}] = struct{}{}
 	}
 	return known
 }
@@ -195,10 +196,10 @@ func (m *mapper) hold(e ends) bool {
 func (m *mapper) keep() error {
 	errs := []error{m.routes.close(), m.kernel.Release(m.twins)}
 	live, older := slices.Collect(maps.Keys(m.live)), slices.Collect(maps.Keys(m.older))
-	refused := func(ms []rules.Mapping) func(i int, err error) {
+	refused := func(ms []elements.Mapping) func(i int, err error) {
 		return func(i int, err error) {
 			m.applied.flows -= uint64(len(m.ids[ms[i]]))
-			if errors.Is(err, rules.ErrOtherMapping) {
+			if errors.Is(err, elements.ErrOtherMapping) {
 				m.applied.misfit(&m.before, m.ids[ms[i]])
 			} else {
 				errs = append(errs, fmt.Errorf("keep mapping %v -> %v: %w", ms[i].Int, ms[i].Ext, err))

@@ -9,7 +9,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/expect"
-	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 func wantsExpect(cfg config.Config) bool { return cfg.Backend != config.BackendNFT }
@@ -134,7 +134,7 @@ func (d *Daemon) open(cfg config.Config) (o opened, err error) {
 // let go of it. The reconcile calls it.
 func (d *Daemon) change(cfg config.Config) error {
 	var o opened
-	var m *rules.Map
+	var m *elements.Map
 	forwarded, _ := d.firewall.forwards(d.network)
 	ports, warnings, err := d.firewall.choosePorts(cfg, d.network, d.served, d.sure, forwarded.Covers)
 	if err != nil {

@@ -7,6 +7,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // olderTables are those of an earlier daemon that has another name for them, with what
@@ -14,8 +15,8 @@ import (
 type olderTables struct {
 	all      []*firewall
 	standing []expect.Adopted
-	revoked  []cone.Key        // by the user
-	unsure   []rules.Direction // flows whose source may be spoofed
+	revoked  []cone.Key           // by the user
+	unsure   []elements.Direction // flows whose source may be spoofed
 }
 
 func (d *Daemon) openOlder() (o olderTables, err error) {
@@ -30,7 +31,7 @@ func (d *Daemon) openOlder() (o olderTables, err error) {
 		errs = append(errs, err)
 		revoked, err := f.tables.NewMap(mapConfig(d.cfg.Config)).Revoked()
 		o.revoked = append(o.revoked, revoked...)
-		errs = append(errs, err, f.tables.Unsure(func(x rules.Direction) { o.unsure = append(o.unsure, x) }))
+		errs = append(errs, err, f.tables.NewUnsure().List(func(x elements.Direction) { o.unsure = append(o.unsure, x) }))
 	}
 	if err := errors.Join(errs...); err != nil {
 		o.close()
@@ -41,7 +42,7 @@ func (d *Daemon) openOlder() (o olderTables, err error) {
 
 // moveTo puts into m, a map of t, what stands, and what was revoked, and into t the flows
 // that give nothing. The model decides later what of it stays.
-func (o *olderTables) moveTo(t *rules.Tables, m *rules.Map, failures *failures) error {
+func (o *olderTables) moveTo(t *rules.Tables, m *elements.Map, failures *failures) error {
 	ps := make([]cone.Permission, len(o.standing))
 	for i, a := range o.standing {
 		ps[i] = a.Permission
@@ -53,7 +54,7 @@ func (o *olderTables) moveTo(t *rules.Tables, m *rules.Map, failures *failures) 
 	for _, k := range o.revoked {
 		ps = append(ps, cone.Permission{Key: k})
 	}
-	return errors.Join(m.Deny(ps, cone.ReasonRevoked), t.AddUnsure(o.unsure))
+	return errors.Join(m.Deny(ps, cone.ReasonRevoked), t.NewUnsure().Add(o.unsure))
 }
 
 func (o *olderTables) remove(log *slog.Logger) error {

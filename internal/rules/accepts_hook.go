@@ -113,7 +113,7 @@ func (r *hookReader) baseChains(hook *nftables.ChainHook, kind nftables.ChainTyp
 	err := r.ask(unix.NFT_MSG_GETTABLE, unix.NLM_F_DUMP, nftables.TableFamilyUnspecified, nil, func(family byte, b []byte) {
 		k := key{family: family}
 		flags := uint32(0)
-		attributes(b, func(typ uint16, b []byte) {
+		nfnl.Attributes(b, func(typ uint16, b []byte) {
 			switch typ {
 			case unix.NFTA_TABLE_NAME:
 				k.name = text(b)
@@ -132,7 +132,7 @@ func (r *hookReader) baseChains(hook *nftables.ChainHook, kind nftables.ChainTyp
 		base := baseChain{family: nftables.TableFamily(family)}
 		k := key{family: family}
 		meets, ofKind := false, kind == ""
-		attributes(b, func(typ uint16, b []byte) {
+		nfnl.Attributes(b, func(typ uint16, b []byte) {
 			switch typ {
 			case unix.NFTA_CHAIN_TABLE:
 				k.name = text(b)
@@ -143,7 +143,7 @@ func (r *hookReader) baseChains(hook *nftables.ChainHook, kind nftables.ChainTyp
 			case unix.NFTA_CHAIN_TYPE:
 				ofKind = ofKind || text(b) == string(kind)
 			case unix.NFTA_CHAIN_HOOK:
-				attributes(b, func(typ uint16, b []byte) {
+				nfnl.Attributes(b, func(typ uint16, b []byte) {
 					switch typ {
 					case unix.NFTA_HOOK_HOOKNUM:
 						meets = number32(b) == uint32(*hook)

@@ -45,14 +45,14 @@ func (r *hookReader) ask(typ, flags uint16, family nftables.TableFamily, names m
 		return err
 	}
 	for _, b := range answers {
-		if len(b) < nfgenmsgLen {
+		if len(b) < nfnl.FamilyHeaderLen {
 			return nfnl.ErrMalformed
 		}
 		if r.generation == nil {
-			r.generation = b[2:nfgenmsgLen]
+			r.generation = b[2:nfnl.FamilyHeaderLen]
 		}
-		r.moved = r.moved || !bytes.Equal(b[2:nfgenmsgLen], r.generation)
-		each(b[0], b[nfgenmsgLen:])
+		r.moved = r.moved || !bytes.Equal(b[2:nfnl.FamilyHeaderLen], r.generation)
+		each(b[0], b[nfnl.FamilyHeaderLen:])
 	}
 	return nil
 }
@@ -73,7 +73,7 @@ func newHookTable(r *hookReader, family nftables.TableFamily, name string) *hook
 // ask calls each for every attribute of the answers to a question about something
 // of the table.
 func (t *hookTable) ask(typ, flags, table, which uint16, name string, each func(typ uint16, b []byte)) error {
-	return t.r.ask(typ, flags, t.family, map[uint16]string{table: t.name, which: name}, func(_ byte, b []byte) { attributes(b, each) })
+	return t.r.ask(typ, flags, t.family, map[uint16]string{table: t.name, which: name}, func(_ byte, b []byte) { nfnl.Attributes(b, each) })
 }
 
 // text reads a string that ends with a zero.
@@ -101,9 +101,9 @@ func (t *hookTable) chainRules(chain string) ([][]statement, error) {
 // statements decodes the expressions of a rule. Of those that it does not
 // understand it keeps the name.
 func statements(family byte, b []byte) (rule []statement) {
-	attributes(b, func(_ uint16, b []byte) {
+	nfnl.Attributes(b, func(_ uint16, b []byte) {
 		var s statement
-		attributes(b, func(typ uint16, b []byte) {
+		nfnl.Attributes(b, func(typ uint16, b []byte) {
 			switch typ {
 			case unix.NFTA_EXPR_NAME:
 				s.name = text(b)
@@ -121,7 +121,7 @@ func expression(family byte, name string, b []byte) expr.Any {
 	switch name {
 	case "immediate":
 		e = &expr.Immediate{}
-		attributes(b, func(typ uint16, b []byte) {
+		nfnl.Attributes(b, func(typ uint16, b []byte) {
 			if typ == unix.NFTA_IMMEDIATE_DATA {
 				if v := verdictOf(b); v != nil {
 					e = v
@@ -172,12 +172,12 @@ func expression(family byte, name string, b []byte) expr.Any {
 
 // verdictOf returns the verdict in an attribute of data, nil when it has none.
 func verdictOf(b []byte) (v *expr.Verdict) {
-	attributes(b, func(typ uint16, b []byte) {
+	nfnl.Attributes(b, func(typ uint16, b []byte) {
 		if typ != unix.NFTA_DATA_VERDICT {
 			return
 		}
 		v = &expr.Verdict{}
-		attributes(b, func(typ uint16, b []byte) {
+		nfnl.Attributes(b, func(typ uint16, b []byte) {
 			switch typ {
 			case unix.NFTA_VERDICT_CODE:
 				v.Kind = expr.VerdictKind(int32(number32(b)))
@@ -229,12 +229,12 @@ func (t *hookTable) readSet(name string, s *keySet) error {
 // keyFields reads the sizes of the parts of a key from the description of a set.
 func keyFields(b []byte) (sizes []int) {
 	const concat, length = 2, 1 // NFTA_SET_DESC_CONCAT, NFTA_SET_FIELD_LEN
-	attributes(b, func(typ uint16, b []byte) {
+	nfnl.Attributes(b, func(typ uint16, b []byte) {
 		if typ != concat {
 			return
 		}
-		attributes(b, func(_ uint16, b []byte) {
-			attributes(b, func(typ uint16, b []byte) {
+		nfnl.Attributes(b, func(_ uint16, b []byte) {
+			nfnl.Attributes(b, func(typ uint16, b []byte) {
 				if typ == length {
 					sizes = append(sizes, int(number32(b)))
 				}
@@ -248,7 +248,7 @@ func (t *hookTable) readElements(name string, s *keySet) error {
 	var es []nftables.SetElement
 	err := t.ask(unix.NFT_MSG_GETSETELEM, unix.NLM_F_DUMP, unix.NFTA_SET_ELEM_LIST_TABLE, unix.NFTA_SET_ELEM_LIST_SET, name, func(typ uint16, b []byte) {
 		if typ == unix.NFTA_SET_ELEM_LIST_ELEMENTS {
-			attributes(b, func(_ uint16, b []byte) { es = append(es, elementOf(b)) })
+			nfnl.Attributes(b, func(_ uint16, b []byte) { es = append(es, elementOf(b)) })
 		}
 	})
 	if err != nil {
@@ -278,12 +278,12 @@ func (t *hookTable) readElements(name string, s *keySet) error {
 }
 
 func elementOf(b []byte) (e nftables.SetElement) {
-	attributes(b, func(typ uint16, b []byte) {
+	nfnl.Attributes(b, func(typ uint16, b []byte) {
 		switch typ {
 		case unix.NFTA_SET_ELEM_KEY:
-			e.Key = data(b)
+			e.Key = nfnl.Data(b)
 		case nftables.NFTA_SET_ELEM_KEY_END:
-			e.KeyEnd = data(b)
+			e.KeyEnd = nfnl.Data(b)
 		case unix.NFTA_SET_ELEM_FLAGS:
 			e.IntervalEnd = number32(b)&unix.NFT_SET_ELEM_INTERVAL_END != 0
 		case unix.NFTA_SET_ELEM_DATA:

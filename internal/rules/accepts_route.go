@@ -12,6 +12,8 @@ import (
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // queryTimeout bounds every wait for an answer of the kernel. It answers at once, so this is
@@ -115,7 +117,7 @@ func linkTo(nl *netlink.Conn, host netip.Addr) (int, error) {
 	case unix.RTN_LOCAL:
 		return ownAddress, nil
 	case unix.RTN_UNICAST:
-		attributes(answer[unix.SizeofRtMsg:], func(typ uint16, b []byte) {
+		nfnl.Attributes(answer[unix.SizeofRtMsg:], func(typ uint16, b []byte) {
 			if typ == unix.RTA_OIF && len(b) == 4 {
 				index = int(binary.NativeEndian.Uint32(b))
 			}
@@ -143,7 +145,7 @@ func nameOf(nl *netlink.Conn, index int) (string, error) {
 		if len(m.Data) < unix.SizeofIfInfomsg {
 			continue
 		}
-		attributes(m.Data[unix.SizeofIfInfomsg:], func(typ uint16, b []byte) {
+		nfnl.Attributes(m.Data[unix.SizeofIfInfomsg:], func(typ uint16, b []byte) {
 			if typ == unix.IFLA_IFNAME {
 				name = text(b)
 			}

@@ -12,6 +12,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // standard is what the daemon wants by default.
@@ -87,7 +88,7 @@ func newArmOf(tb testing.TB, name string, f *flood, listen bool) *arm {
 }
 
 // carry lets conenatd's tables carry what comes to the arm.
-func (a *arm) carry(tb testing.TB, d rules.Desired) (*rules.Tables, *rules.Map) {
+func (a *arm) carry(tb testing.TB, d rules.Desired) (*rules.Tables, *elements.Map) {
 	tb.Helper()
 	t, err := rules.Open(rules.Config{NetNS: a.Gateway.FD()})
 	must(tb, err)
@@ -100,7 +101,7 @@ func (a *arm) carry(tb testing.TB, d rules.Desired) (*rules.Tables, *rules.Map) 
 	return t, t.NewMap(d.Map)
 }
 
-func grantAll(tb testing.TB, m *rules.Map, ps []cone.Permission) {
+func grantAll(tb testing.TB, m *elements.Map, ps []cone.Permission) {
 	tb.Helper()
 	m.Grant(ps, func(i int, r cone.Reason, err error) { tb.Fatal(ps[i], r, err) })
 }

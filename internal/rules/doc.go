@@ -46,6 +46,8 @@
 // itself, look-ups in maps give a value that the rule uses, and no value begins with a
 // mark. A loaded copy has no signatures, so the next start makes the rules anew.
 //
+// What is in the sets whose elements come and go is written by package elements.
+//
 // The package never touches another table, nor these when conenatd did not
 // make them. All changes are one transaction: a packet meets the old rules or the
 // new ones.

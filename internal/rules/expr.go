@@ -13,8 +13,8 @@ import (
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
-	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/nfnl"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // Rules are put together from these pieces. A piece that loads something puts
@@ -102,7 +102,7 @@ var (
 		&expr.Ct{Key: expr.CtKeyLABELS, Register: reg, SourceRegister: true},
 	}
 	// inheritMark sets the connmark to the one that the map of marks has for the key.
-	inheritMark = join(lookUp(marksMap, 0), piece{&expr.Ct{Key: expr.CtKeyMARK, Register: reg, SourceRegister: true}})
+	inheritMark = join(lookUp(elements.MarksMap, 0), piece{&expr.Ct{Key: expr.CtKeyMARK, Register: reg, SourceRegister: true}})
 
 	accept = piece{&expr.Verdict{Kind: expr.VerdictAccept}}
 )
@@ -111,7 +111,7 @@ var (
 // port behind it, does what mark says, remembers the flow and counts it. It does not match
 // where the map lacks the key, or its bucket is empty. nft lists the look-ups last.
 func toInside(mark piece) piece {
-	return join(lookUp(permissionMap, valueWord), mark, packetFlow,
+	return join(lookUp(elements.PermissionMap, valueWord), mark, packetFlow,
 		piece{&expr.Dynset{SrcRegKey: reg, SetName: admittedSet, Operation: unix.NFT_DYNSET_OP_ADD}},
 		count(admittedCounter), piece{&expr.NAT{
 			Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4,
@@ -240,12 +240,12 @@ func repeated(s *set) piece {
 // learned puts key and value into the map. An element that is there stays as it
 // is: a second host on the outside endpoint neither takes over nor refreshes.
 func learned(c *MapConfig, wild uint8) piece {
-	add := addTo(permissionMap, c.Lifetime)
+	add := addTo(elements.PermissionMap, c.Lifetime)
 	if c.MaxChildren > 0 {
-		b := bucketOf(c.MaxChildren, wild)
-		b.size++ // to make the element takes one
+		b := elements.BucketOf(c.MaxChildren, wild)
+		b.Size++ // to make the element takes one
 		add.Exprs = []expr.Any{&expr.Limit{
-			Type: expr.LimitTypePkts, Rate: uint64(b.perMinute), Unit: expr.LimitTimeMinute, Burst: uint32(b.size),
+			Type: expr.LimitTypePkts, Rate: uint64(b.PerMinute), Unit: expr.LimitTimeMinute, Burst: uint32(b.Size),
 		}}
 	}
 	return piece{add}
@@ -263,19 +263,6 @@ func addTo(name string, lifetime time.Duration) *expr.Dynset {
 		SrcRegKey: reg, SrcRegData: unix.NFT_REG32_00 + valueWord, SetName: name,
 		Operation: unix.NFT_DYNSET_OP_ADD, Timeout: lifetime,
 	}
-}
-
-// A bucket of tokens, of which a look-up of an element takes one.
-type bucket struct{ size, perMinute int }
-
-// bucketOf returns the bucket that lets an element have about maxChildren children
-// that nobody answers: conntrack forgets those after 30 s (nf_conntrack_udp_timeout).
-// An element that is not for one peer may have more (cone.WildChildren).
-func bucketOf(maxChildren int, wild uint8) bucket {
-	if wild > 0 {
-		maxChildren *= cone.WildChildren
-	}
-	return bucket{size: maxChildren, perMinute: 2 * maxChildren}
 }
 
 // An ipFamily is one of the two families that family inet is made of.

@@ -17,6 +17,8 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // markerChain is empty and only says whose the table is.
@@ -39,12 +41,8 @@ const (
 // Names of sets.
 const (
 	outsideSet       = "outside"
-	permissionMap    = "permissions" // to inside addresses
-	portMap          = "permission_ports"
-	marksMap         = "marks"
 	admittedSet      = "admitted_flows"
 	learnedSet       = "learned_flows"
-	deniedSet        = "denied"
 	learnersSet      = "learners"
 	repeatersSet     = "repeaters"
 	subnetsSet       = "subnets"
@@ -82,11 +80,6 @@ const (
 	// savedTimeout ends what a saved copy of our rules makes: nft 1.0.2 does not print
 	// the timeouts that rules give to elements of maps. Ours always have their own.
 	savedTimeout = 10 * time.Minute
-	// deniedSize bounds the set of what the kernel must not learn, and
-	// deniedTimeout is how long that is so if nobody says it again: longer than
-	// any time between two reconciles.
-	deniedSize    = 1 << 16
-	deniedTimeout = 2 * time.Hour
 	// admittedTimeout is how long the first packet of a child may take through the
 	// gateway, and admittedSize bounds how many are on their way.
 	admittedTimeout = time.Second
@@ -314,7 +307,7 @@ func (l *layout) permissions(c *MapConfig) {
 		typ  nftables.SetDatatype
 		size int
 	}{
-		{permissionMap, nftables.TypeIPAddr, c.Size}, {portMap, nftables.TypeInetService, c.Size}, {marksMap, nftables.TypeMark, marksSize},
+		{elements.PermissionMap, nftables.TypeIPAddr, c.Size}, {elements.PortMap, nftables.TypeInetService, c.Size}, {elements.MarksMap, nftables.TypeMark, marksSize},
 	} {
 		m := l.set(values.of, permissionKey...)
 		m.IsMap, m.DataType = true, values.typ
@@ -425,7 +418,7 @@ func (l *layout) admit(kinds []kind, c *MapConfig) {
 			l.rule(admitted, "", join(packetSource, in(l.noPeers), accept))
 		}
 		l.rule(admitted, "a mark for policy routing", join(k.packetKey(), inheritMark))
-		l.rule(admitted, "a peer may send from any port", join(k.packetKey(), lookUp(portMap, valueWord+1), k.loadPacket(), toInside(mark)))
+		l.rule(admitted, "a peer may send from any port", join(k.packetKey(), lookUp(elements.PortMap, valueWord+1), k.loadPacket(), toInside(mark)))
 	}
 }
 
@@ -461,8 +454,8 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	ports.setPorts(c.ExcludePorts)
 	learners := l.set(learnersSet, nftables.TypeIPAddr)
 	learners.HasTimeout, learners.Timeout, learners.Dynamic, learners.free = true, learnerTimeout, true, true
-	denied := l.set(deniedSet, permissionKey...)
-	denied.HasTimeout, denied.free, denied.Size = true, true, deniedSize
+	denied := l.set(elements.DeniedSet, permissionKey...)
+	denied.HasTimeout, denied.free, denied.Size = true, true, elements.DeniedSize
 
 	l.rule(learn, "", join(l.outside(oifname, false), accept))
 	l.rule(learn, "", join(ctStatus, masked(ctSrcNAT), is(ne32(0)), accept))
@@ -494,14 +487,14 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	for _, k := range kinds {
 		l.rule(learn, "a flow with the same answers has ended", join(
 			ctStatus, masked(ctConfirmed), is(ne32(0)), isUDP, replyFlow, in(flows),
-			k.ofFlow(), k.loadFlow(), flowPort, removeFrom(portMap), k.loadFlow(), flowAddr, removeFrom(permissionMap),
-			k.loadFlow(), flowMark, removeFrom(marksMap)))
+			k.ofFlow(), k.loadFlow(), flowPort, removeFrom(elements.PortMap), k.loadFlow(), flowAddr, removeFrom(elements.PermissionMap),
+			k.loadFlow(), flowMark, removeFrom(elements.MarksMap)))
 	}
 	l.rule(learn, "", join(isUDP, replyFlow, piece{&expr.Dynset{SrcRegKey: reg, SetName: flows.Name, Operation: unix.NFT_DYNSET_OP_UPDATE, Timeout: c.Lifetime}}))
 	for _, k := range kinds {
-		l.rule(learn, "", join(ctMark, isNot(ne32(0)), k.flowKey(), flowMark, piece{addTo(marksMap, c.Lifetime)}))
+		l.rule(learn, "", join(ctMark, isNot(ne32(0)), k.flowKey(), flowMark, piece{addTo(elements.MarksMap, c.Lifetime)}))
 		l.rule(learn, "one that is there stays as it is",
-			join(k.flowKey(), flowPort, piece{addTo(portMap, c.Lifetime)},
+			join(k.flowKey(), flowPort, piece{addTo(elements.PortMap, c.Lifetime)},
 				k.loadFlow(), flowAddr, learned(c, k.wild), count(learnedCounter), accept))
 	}
 }

@@ -122,11 +122,11 @@ func TestNftLoadsWhatItLists(t *testing.T) {
 }
 
 var (
-	flags    = regexp.MustCompile(`(?m)^\tflags (owner|persist).*\n\n?| # progname .*`)
-	elements = regexp.MustCompile(`(?s)\n\t\telements = \{[^}]*timeout[^}]*\}`)
+	flags = regexp.MustCompile(`(?m)^\tflags (owner|persist).*\n\n?| # progname .*`)
+	timed = regexp.MustCompile(`(?s)\n\t\telements = \{[^}]*timeout[^}]*\}`)
 )
 
 // empty is a listing without flags of tables, and without the elements that time out.
 func empty(list string) string {
-	return elements.ReplaceAllString(flags.ReplaceAllString(list, ""), "")
+	return timed.ReplaceAllString(flags.ReplaceAllString(list, ""), "")
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // learning has every part of the table.
@@ -39,7 +40,7 @@ type gate struct {
 	*lab.Lab
 	t      *testing.T
 	tables *rules.Tables
-	m      *rules.Map
+	m      *elements.Map
 }
 
 func newGate(t *testing.T, o lab.Options, d rules.Desired) *gate {
@@ -462,7 +463,7 @@ func TestChildrenOfTheMapAreCapped(t *testing.T) {
 				}
 
 				// Another cap is in force from the next refresh on.
-				g.m.Configure(&rules.MapConfig{})
+				g.m.Configure(0, nil)
 				g.m.Refresh([]cone.Permission{p}, func(int) { t.Fatal("lost") })
 				before := got
 				send(t, g.Lab, lab.PeerA, 40, p.Ext.Netip())
@@ -549,8 +550,8 @@ func TestThereIsRoomForWhatIsForbidden(t *testing.T) {
 		ext := netip.AddrPortFrom(g.Gateway.Addr, uint16(10_000+i/250))
 		scan = append(scan, permission(ext, netip.MustParseAddrPort("10.47.11.109:9"), stranger(i%250)))
 	}
-	if err := g.m.Deny(scan, cone.ReasonHostLimit); !errors.Is(err, rules.ErrNoRoom) {
-		t.Errorf("error %v, want %v", err, rules.ErrNoRoom)
+	if err := g.m.Deny(scan, cone.ReasonHostLimit); !errors.Is(err, elements.ErrNoRoom) {
+		t.Errorf("error %v, want %v", err, elements.ErrNoRoom)
 	}
 	check(t, g.m.Deny([]cone.Permission{p}, cone.ReasonForwarded))
 	g.contact(in, g.peer(lab.PeerA, 5061))
@@ -822,16 +823,16 @@ func TestSourceByAnotherLinkTeachesNothing(t *testing.T) {
 		check(t, spoofer.Send(netip.AddrPortFrom(lab.PeerA, 5060), "spoofed"))
 	}
 	eventually(t, func() bool { return len(entries(t, g.Lab, "-p", "udp", "--dport", "5060")) == 1 })
-	var unsure []rules.Direction
-	check(t, g.tables.Unsure(func(d rules.Direction) { unsure = append(unsure, d) }))
-	want := rules.Direction{
+	var unsure []elements.Direction
+	check(t, g.tables.NewUnsure().List(func(d elements.Direction) { unsure = append(unsure, d) }))
+	want := elements.Direction{
 		Src: cone.EndpointFrom(netip.AddrPortFrom(g.Inside(0).Addr, 5060)), Dst: cone.EndpointFrom(netip.AddrPortFrom(lab.PeerA, 5060)),
 	}
-	if !slices.Equal(unsure, []rules.Direction{want}) {
+	if !slices.Equal(unsure, []elements.Direction{want}) {
 		t.Errorf("unsure of %v", unsure)
 	}
-	g.tables.RenewUnsure(append(unsure, rules.Direction{Src: want.Dst, Dst: want.Src}))
-	check(t, g.tables.Unsure(func(d rules.Direction) { unsure = append(unsure, d) }))
+	g.tables.NewUnsure().Renew(append(unsure, elements.Direction{Src: want.Dst, Dst: want.Src}))
+	check(t, g.tables.NewUnsure().List(func(d elements.Direction) { unsure = append(unsure, d) }))
 	if len(unsure) != 2 {
 		t.Errorf("unsure of %v", unsure)
 	}

@@ -3,32 +3,20 @@
 package rules
 
 import (
-	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
-// Names of sets. Those that end with an underscore are followed by the name of a link;
-// none of these begins with another one.
+// Names of sets and counters.
 const (
-	keptMap        = "kept_"
-	movedMap       = "moved_"
-	portsMap       = "ports_"
-	addressesMap   = "addresses_"
-	translatedSet  = "translated_"
-	severalSet     = "several_"
-	ownedSet       = "owned"
-	ownersMap      = "owners"
-	ownerPortsMap  = "owner_ports"
-	takenSet       = "taken"
 	mappedSet      = "mapped_subnets"
 	exemptSet      = "exempt"
 	servedSet      = "served"
-	goneSet        = "gone"
 	hairpinSet     = "hairpin_subnets"
 	movedCounter   = "moved"
 	usedUpCounter  = "pool_used_up"
@@ -50,19 +38,8 @@ const (
 )
 
 const (
-	// ownedLonger is how much longer an outside endpoint is owned than its
-	// mapping lasts. The other way round two hosts could have it for a moment.
-	ownedLonger = time.Second
-	// takenTimeout and keptTimeout are the least values of MappingConfig.TakenFor and
-	// KeptFor.
+	// takenTimeout is the least value of MappingConfig.TakenFor.
 	takenTimeout = time.Minute
-	keptTimeout  = 3 * time.Minute
-	// addressTimeout is how long it is remembered which of several outside addresses
-	// the user's rules gave a host.
-	addressTimeout = time.Hour
-	// goneTimeout is how long no mapping is learned to an address that is gone, until
-	// the flows that have it have ended.
-	goneTimeout = 10 * time.Second
 	// copyTimeout is that of an element for which the rule tells none: nft 1.0.2 drops the
 	// timeouts of maps where it loads what it listed.
 	copyTimeout = time.Hour
@@ -107,13 +84,13 @@ var (
 // taken by living flows without a mapping, in time. Two first packets at one moment,
 // on two CPUs, may become owners of one endpoint: the daemon ends one.
 func (l *layout) mapping(c *MappingConfig) {
-	l.gatewayAddresses()
+	l.set(elements.GatewaySet, nftables.TypeIPAddr).free = true
 	l.counters = append(l.counters, movedCounter, usedUpCounter, leftCounter)
 	m := &mapper{
 		layout: l, MappingConfig: c,
-		owned:   l.learnedSet(ownedSet, endpointKey, c.Size),
-		taken:   l.learnedSet(takenSet, []nftables.SetDatatype{nftables.TypeInetService, nftables.TypeIPAddr, nftables.TypeInetService}, takenSize),
-		gone:    l.learnedSet(goneSet, addressKey, linkAddressesSize),
+		owned:   l.learnedSet(elements.OwnedSet, endpointKey, c.Size),
+		taken:   l.learnedSet(elements.TakenSet, []nftables.SetDatatype{nftables.TypeInetService, nftables.TypeIPAddr, nftables.TypeInetService}, takenSize),
+		gone:    l.learnedSet(elements.GoneSet, addressKey, linkAddressesSize),
 		served:  l.set(servedSet, nftables.TypeInetService),
 		subnets: l.prefixes(mappedSet, c.Subnets),
 	}
@@ -124,8 +101,8 @@ func (l *layout) mapping(c *MappingConfig) {
 	if len(c.Hairpin) > 0 {
 		l.counters = append(l.counters, hairpinCounter)
 		m.hairpin = l.prefixes(hairpinSet, c.Hairpin)
-		m.owners = l.learnedMap(ownersMap, endpointKey, nftables.TypeIPAddr, c.Size)
-		m.ownerPorts = l.learnedMap(ownerPortsMap, endpointKey, nftables.TypeInetService, c.Size)
+		m.owners = l.learnedMap(elements.OwnersMap, endpointKey, nftables.TypeIPAddr, c.Size)
+		m.ownerPorts = l.learnedMap(elements.OwnerPortsMap, endpointKey, nftables.TypeInetService, c.Size)
 		m.toOutsideEndpoints()
 	}
 	m.foreign, m.left = m.regular("foreign"), m.regular("left")
@@ -193,31 +170,16 @@ type uplink struct {
 }
 
 func (m *mapper) uplink(name string) *uplink {
-	id := identifier(name)
+	sets := elements.SetsOfLink(name)
 	return &uplink{
 		mapper: m, name: name,
-		kept:       m.learnedMap(keptMap+id, endpointKey, nftables.TypeIPAddr, m.Size),
-		moved:      m.learnedMap(movedMap+id, endpointKey, nftables.TypeIPAddr, m.Size),
-		ports:      m.learnedMap(portsMap+id, endpointKey, nftables.TypeInetService, m.Size),
-		addresses:  m.addressMap(addressesMap + id),
-		translated: m.learnedSet(translatedSet+id, addressKey, linkAddressesSize),
-		several:    m.learnedSet(severalSet+id, addressKey, 1),
+		kept:       m.learnedMap(sets.Kept, endpointKey, nftables.TypeIPAddr, m.Size),
+		moved:      m.learnedMap(sets.Moved, endpointKey, nftables.TypeIPAddr, m.Size),
+		ports:      m.learnedMap(sets.Ports, endpointKey, nftables.TypeInetService, m.Size),
+		addresses:  m.addressMap(sets.Addresses),
+		translated: m.learnedSet(sets.Translated, addressKey, linkAddressesSize),
+		several:    m.learnedSet(sets.Several, addressKey, 1),
 	}
-}
-
-// identifier returns the name of a link as a part of one that nft can read. A link's has
-// no slash.
-func identifier(name string) string {
-	var b strings.Builder
-	for _, c := range []byte(name) {
-		switch {
-		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '_', c == '-', c == '.':
-			b.WriteByte(c)
-		default:
-			fmt.Fprintf(&b, "/%02x", c)
-		}
-	}
-	return b.String()
 }
 
 // leaves tells whether the packet leaves by the link.
@@ -226,7 +188,7 @@ func (u *uplink) leaves() piece { return join(oifname, is(linkKey(u.name))) }
 // regular adds a chain of this link that only others lead to. No name may be that of
 // another one and an underscore with something behind.
 func (u *uplink) regular(name string) *nftables.Chain {
-	return u.mapper.regular(name + "_" + identifier(u.name))
+	return u.mapper.regular(name + "_" + elements.Identifier(u.name))
 }
 
 // makeChains makes the chains that others lead to.
@@ -362,11 +324,11 @@ func (u *uplink) movedToPool() *nftables.Chain {
 // owner makes the inside endpoint of the flow the owner of the outside endpoint that
 // load puts into reg.
 func (m *mapper) owner(op uint32, ext piece) piece {
-	p := put(m.owned, op, ext, nil, m.Lifetime+ownedLonger)
+	p := put(m.owned, op, ext, nil, m.Lifetime+elements.OwnedLonger)
 	if m.hairpin != nil {
 		p = join(p,
-			put(m.owners, op, ext, original(expr.CtKeySRCIP, secondWord), m.Lifetime+ownedLonger),
-			put(m.ownerPorts, op, ext, original(expr.CtKeyPROTOSRC, secondWord), m.Lifetime+ownedLonger))
+			put(m.owners, op, ext, original(expr.CtKeySRCIP, secondWord), m.Lifetime+elements.OwnedLonger),
+			put(m.ownerPorts, op, ext, original(expr.CtKeyPROTOSRC, secondWord), m.Lifetime+elements.OwnedLonger))
 	}
 	return p
 }
@@ -418,7 +380,7 @@ func (u *uplink) remembers() *nftables.Chain {
 	u.rule(c, "", join(hasNot(u.translated, reply(expr.CtKeyDSTIP, 0)), jump(u.learnAddress.Name)))
 	u.rule(c, "which one does the host get?", join(
 		has(u.several, nobody(reply(expr.CtKeyDSTIP, 0))),
-		put(u.addresses, opAdd, original(expr.CtKeySRCIP, 0), reply(expr.CtKeyDSTIP, secondWord), addressTimeout)))
+		put(u.addresses, opAdd, original(expr.CtKeySRCIP, 0), reply(expr.CtKeyDSTIP, secondWord), elements.AddressTimeout)))
 	u.rule(c, "the gateway has the port", join(isUDP, has(u.served, reply(expr.CtKeyPROTODST, 0)), goTo(u.foreign)))
 	u.rule(c, "", goTo(u.own))
 	return c

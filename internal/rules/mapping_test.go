@@ -15,6 +15,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // mapping keeps mappings and nothing else.
@@ -268,17 +269,17 @@ func TestRandomPortsStayTheSame(t *testing.T) {
 }
 
 // mappings returns what stands.
-func (m *mapper) mappings() map[rules.Mapping]time.Duration {
+func (m *mapper) mappings() map[elements.Mapping]time.Duration {
 	m.t.Helper()
-	all := map[rules.Mapping]time.Duration{}
-	check(m.t, m.kept().List(func(p rules.Mapping, left time.Duration) { all[p] = left }))
+	all := map[elements.Mapping]time.Duration{}
+	check(m.t, m.kept().List(func(p elements.Mapping, left time.Duration) { all[p] = left }))
 	return all
 }
 
-func (m *mapper) kept() *rules.Mappings { return m.tables.NewMappings(mapping.Mapping) }
+func (m *mapper) kept() *elements.Mappings { return m.tables.NewMappings(mapping.Mapping) }
 
 // holds checks that just these mappings stand.
-func (m *mapper) holds(want ...rules.Mapping) {
+func (m *mapper) holds(want ...elements.Mapping) {
 	m.t.Helper()
 	got := m.mappings()
 	for _, p := range want {
@@ -291,8 +292,8 @@ func (m *mapper) holds(want ...rules.Mapping) {
 	}
 }
 
-func mapped(in *lab.Socket, ext netip.AddrPort) rules.Mapping {
-	return rules.Mapping{Link: "wan0", Int: cone.EndpointFrom(in.Addr()), Ext: cone.EndpointFrom(ext)}
+func mapped(in *lab.Socket, ext netip.AddrPort) elements.Mapping {
+	return elements.Mapping{Link: "wan0", Int: cone.EndpointFrom(in.Addr()), Ext: cone.EndpointFrom(ext)}
 }
 
 // Both hosts share the port as they did before there were mappings. The flows are
@@ -339,7 +340,7 @@ func TestOnlyOwnFlowsRefreshAMapping(t *testing.T) {
 	m.maps(in, m.ext(3074), m.peer(lab.PeerA, 3074))
 	k := m.kept()
 	k.SetLifetime(time.Minute)
-	k.Keep([]rules.Mapping{p}, func(_ int, err error) { t.Error(err) })
+	k.Keep([]elements.Mapping{p}, func(_ int, err error) { t.Error(err) })
 	if left := m.mappings()[p]; left > time.Minute {
 		t.Errorf("%v left of a minute", left)
 	}
@@ -550,7 +551,7 @@ func TestASpoofedSourceFromOutsideGetsNoMapping(t *testing.T) {
 	p := mapped(host, m.contact(host, peer))
 	k := m.kept()
 	k.SetLifetime(time.Minute)
-	k.Keep([]rules.Mapping{p}, func(_ int, err error) { t.Error(err) })
+	k.Keep([]elements.Mapping{p}, func(_ int, err error) { t.Error(err) })
 	again := listen(t, m.Outside, m.Inside(0).Addr, 5061)
 	check(t, again.Send(netip.MustParseAddrPort("192.0.2.99:5060"), "x"))
 	eventually(t, func() bool {
@@ -874,13 +875,13 @@ func TestKeepRefusesWhatAnotherMappingHas(t *testing.T) {
 	r := mapped(two, m.ext(3074)) // it has another owner
 	s := mapped(two, m.ext(5000))
 	k := m.kept()
-	k.Keep([]rules.Mapping{p}, func(_ int, err error) { t.Error(err) })
+	k.Keep([]elements.Mapping{p}, func(_ int, err error) { t.Error(err) })
 	k.SetLifetime(time.Hour)
 	for range 2 { // the second time they stand already
 		var refused []int
-		k.Keep([]rules.Mapping{q, p, r, s}, func(i int, err error) {
+		k.Keep([]elements.Mapping{q, p, r, s}, func(i int, err error) {
 			refused = append(refused, i)
-			if !errors.Is(err, rules.ErrOtherMapping) {
+			if !errors.Is(err, elements.ErrOtherMapping) {
 				t.Error(i, err)
 			}
 		})
@@ -902,7 +903,7 @@ func TestKeepRefusesWhatAnotherMappingHas(t *testing.T) {
 		t.Errorf("an owned port was given away: %v", ext)
 	}
 
-	check(t, k.Revoke([]rules.Mapping{p, s, p}))
+	check(t, k.Revoke([]elements.Mapping{p, s, p}))
 	if all := m.mappings(); len(all) != 2 {
 		t.Errorf("mappings: %v", all)
 	}
@@ -916,7 +917,7 @@ func TestTakeKeepsAMappingFromBeingUsed(t *testing.T) {
 	peers := m.peers()
 	in := m.host(0, 3074)
 	m.maps(in, m.ext(3074), peers[0])
-	taken := []rules.Taken{{Remote: cone.EndpointFrom(peers[1].Addr()), Port: 3074}}
+	taken := []elements.Taken{{Remote: cone.EndpointFrom(peers[1].Addr()), Port: 3074}}
 	for range 2 {
 		check(t, m.kept().Take(taken))
 	}
@@ -980,12 +981,12 @@ func TestKeepAndTakeDoNotAllocate(t *testing.T) {
 	refused := func(i int, err error) { t.Fatal(i, err) }
 	k := m.kept()
 	for _, n := range []int{1, 256, 600} { // 600 is three batches
-		var ms []rules.Mapping
-		var flows []rules.Taken
+		var ms []elements.Mapping
+		var flows []elements.Taken
 		for i := range n {
 			e := cone.EndpointFrom(netip.AddrPortFrom(m.Inside(0).Addr, uint16(1000+i)))
-			ms = append(ms, rules.Mapping{Link: "wan0", Int: e, Ext: cone.EndpointFrom(m.ext(e.Port))})
-			flows = append(flows, rules.Taken{Remote: e, Port: e.Port})
+			ms = append(ms, elements.Mapping{Link: "wan0", Int: e, Ext: cone.EndpointFrom(m.ext(e.Port))})
+			flows = append(flows, elements.Taken{Remote: e, Port: e.Port})
 		}
 		if got := testing.AllocsPerRun(20, func() {
 			k.Keep(ms, refused)
@@ -1158,13 +1159,13 @@ func TestAPoolPortThatIsInUseIsPassedOver(t *testing.T) {
 		t.Error("the gateway serves it")
 	}
 	if got := newcomer(mapping, func(m *mapper, peer *lab.Socket) {
-		check(t, m.kept().Take([]rules.Taken{{Remote: cone.EndpointFrom(peer.Addr()), Port: first.Port()}}))
+		check(t, m.kept().Take([]elements.Taken{{Remote: cone.EndpointFrom(peer.Addr()), Port: first.Port()}}))
 	}); got == first {
 		t.Error("it is taken towards the peer")
 	}
 	if got := newcomer(mapping, func(m *mapper, _ *lab.Socket) {
-		p := rules.Mapping{Link: "wan0", Int: cone.EndpointFrom(netip.MustParseAddrPort("10.47.11.200:1")), Ext: cone.EndpointFrom(first)}
-		m.kept().Keep([]rules.Mapping{p}, func(_ int, err error) { t.Error(err) })
+		p := elements.Mapping{Link: "wan0", Int: cone.EndpointFrom(netip.MustParseAddrPort("10.47.11.200:1")), Ext: cone.EndpointFrom(first)}
+		m.kept().Keep([]elements.Mapping{p}, func(_ int, err error) { t.Error(err) })
 	}); got == first {
 		t.Error("another one has it")
 	}
@@ -1253,7 +1254,7 @@ func TestAFlowLeftToTheRulesIsInNobodysWay(t *testing.T) {
 	one, two, peers := m.host(0, 3074), m.host(1, 3074), m.peers()
 	m.maps(one, m.ext(3074), peers[0])
 	ext := m.contact(two, peers[0])
-	check(t, m.kept().Take([]rules.Taken{{Remote: cone.EndpointFrom(peers[1].Addr()), Port: ext.Port()}}))
+	check(t, m.kept().Take([]elements.Taken{{Remote: cone.EndpointFrom(peers[1].Addr()), Port: ext.Port()}}))
 	m.contact(listen(t, m.Gateway, m.Gateway.Addr, ext.Port()), peers[1])
 	if got := m.contact(two, peers[1]); got != m.ext(3074) {
 		t.Fatalf("got %v", got)
@@ -1279,12 +1280,12 @@ func TestTeachTellsOnWhichAddressTheirPoolIs(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			m := newMapper(t, lab.Options{Inside: 2}, mapping)
 			one, two := m.Inside(0).Addr, m.host(1, 3074)
-			ms := []rules.Mapping{{
+			ms := []elements.Mapping{{
 				Link: "wan0", Int: cone.EndpointFrom(netip.AddrPortFrom(one, 3074)), Ext: cone.EndpointFrom(m.ext(3074)),
 			}}
 			m.kept().Keep(ms, func(_ int, err error) { t.Fatal(err) })
 			for _, a := range tc.more {
-				ms = append(ms, rules.Mapping{
+				ms = append(ms, elements.Mapping{
 					Link: "wan0", Int: cone.EndpointFrom(netip.AddrPortFrom(one, 3075)),
 					Ext: cone.EndpointFrom(netip.AddrPortFrom(netip.MustParseAddr(a), 3075)),
 				})
@@ -1314,7 +1315,7 @@ func TestAnOlderFlowOwnsNothing(t *testing.T) {
 	check(t, m.kept().Forget(m.Gateway.Addr))
 	check(t, m.kept().Return(m.Gateway.Addr))
 	ext := netip.AddrPortFrom(netip.MustParseAddr("198.51.100.77"), old.Port())
-	m.kept().Add([]rules.Mapping{mapped(two, ext)}, func(_ int, err error) { t.Error(err) })
+	m.kept().Add([]elements.Mapping{mapped(two, ext)}, func(_ int, err error) { t.Error(err) })
 	if again, err := two.Contact(peer); again != old || err != nil {
 		t.Error(again, err)
 	}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/nfnl"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // marksSize bounds the connmarks of permissions. It does not follow the size of the map
@@ -26,19 +27,19 @@ func (t *Tables) makeMarks(have *state, want *layout) (changed bool, err error) 
 	if want == nil {
 		return false, nil
 	}
-	i := slices.IndexFunc(want.sets, func(s *set) bool { return s.Name == marksMap })
+	i := slices.IndexFunc(want.sets, func(s *set) bool { return s.Name == elements.MarksMap })
 	if i < 0 {
 		return false, nil
 	}
 	marks := want.sets[i].Set
 	if have.table != nil && have.table.Flags == t.flags {
 		for _, s := range have.sets {
-			if s.Name == marksMap && sameSet(s)(marks) {
+			if s.Name == elements.MarksMap && sameSet(s)(marks) {
 				return false, nil
 			}
 		}
 	}
-	if have.table != nil && (have.table.Flags != t.flags || have.has(marksMap)) {
+	if have.table != nil && (have.table.Flags != t.flags || have.has(elements.MarksMap)) {
 		t.w.DelTable(t.owned(want.table.Family))
 		if err := t.flush("make anew"); err != nil {
 			return false, err

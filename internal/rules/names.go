@@ -26,7 +26,7 @@ func (r *hookReader) names() (names []string, err error) {
 	for _, family := range tables {
 		err := r.ask(unix.NFT_MSG_GETCHAIN, unix.NLM_F_DUMP, family, nil, func(_ byte, b []byte) {
 			var table, chain string
-			attributes(b, func(typ uint16, b []byte) {
+			nfnl.Attributes(b, func(typ uint16, b []byte) {
 				switch typ {
 				case unix.NFTA_CHAIN_TABLE:
 					table = text(b)

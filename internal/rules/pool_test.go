@@ -41,14 +41,3 @@ func TestTriesAreInThePool(t *testing.T) {
 		}
 	}
 }
-
-func TestNamesOfLinksStayApart(t *testing.T) {
-	seen := map[string]string{}
-	for _, name := range []string{"wan0", "wan-0", "wan.0", "wan_0", "wan 0", "wan@0", "wan:0", "wan0:1", "wan\xff", "\xc3\xbc", "0", "_"} {
-		id := identifier(name)
-		if other, is := seen[id]; is {
-			t.Errorf("%q and %q are both %s", name, other, id)
-		}
-		seen[id] = name
-	}
-}

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/nfnl"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // A ForwardReader reads what the user's rules forward again and again, as Forwards
@@ -154,9 +155,9 @@ func (r *ForwardReader) open() (err error) {
 // changes returns a number that is another one when somebody else changed something.
 func (r *ForwardReader) changes() (uint32, error) {
 	if r.w != nil {
-		return r.w.others(r.raw)
+		return r.w.Others(r.raw)
 	}
-	return generation(r.raw)
+	return elements.Generation(r.raw)
 }
 
 // A decoding is a new reading of a table.
@@ -220,7 +221,7 @@ type outline struct{ bases []string }
 func (r *ForwardReader) outlines() (map[tableKey]*outline, error) {
 	skip := map[tableKey]bool{}
 	err := r.dump(unix.NFT_MSG_GETTABLE, unix.AF_UNSPEC, nil, func(k tableKey, body []byte) {
-		attributes(body, func(typ uint16, b []byte) {
+		nfnl.Attributes(body, func(typ uint16, b []byte) {
 			if typ == unix.NFTA_TABLE_FLAGS && len(b) == 4 && binary.BigEndian.Uint32(b)&uint32(nftables.TableFlagDormant) != 0 {
 				skip[k] = true
 			}
@@ -254,14 +255,14 @@ func (r *ForwardReader) outlines() (map[tableKey]*outline, error) {
 
 // chainParts reads a chain; the type of one that is in no hook is empty.
 func chainParts(body []byte) (name, typ string, hook nftables.ChainHook) {
-	attributes(body, func(t uint16, b []byte) {
+	nfnl.Attributes(body, func(t uint16, b []byte) {
 		switch t {
 		case unix.NFTA_CHAIN_NAME:
 			name = text(b)
 		case unix.NFTA_CHAIN_TYPE:
 			typ = text(b)
 		case unix.NFTA_CHAIN_HOOK:
-			attributes(b, func(t uint16, b []byte) {
+			nfnl.Attributes(b, func(t uint16, b []byte) {
 				if t == unix.NFTA_HOOK_HOOKNUM && len(b) == 4 {
 					hook = nftables.ChainHook(binary.BigEndian.Uint32(b))
 				}
@@ -349,9 +350,9 @@ func (r *ForwardReader) eachRule(k tableKey, f func(print uint64)) (interrupted 
 			return
 		}
 		h.Reset()
-		attributes(body, func(typ uint16, b []byte) {
+		nfnl.Attributes(body, func(typ uint16, b []byte) {
 			if typ == unix.NFTA_RULE_EXPRESSIONS {
-				attributes(b, func(_ uint16, b []byte) { hashExpression(&h, b) })
+				nfnl.Attributes(b, func(_ uint16, b []byte) { hashExpression(&h, b) })
 			} else {
 				_, _ = h.Write(b)
 			}
@@ -369,7 +370,7 @@ var counting = [][]byte{[]byte("counter\x00"), []byte("quota\x00"), []byte("last
 
 func hashExpression(h *maphash.Hash, b []byte) {
 	counts := false
-	attributes(b, func(typ uint16, b []byte) {
+	nfnl.Attributes(b, func(typ uint16, b []byte) {
 		if typ == unix.NFTA_EXPR_NAME {
 			counts = slices.ContainsFunc(counting, func(name []byte) bool { return bytes.Equal(name, b) })
 		}
@@ -384,13 +385,13 @@ func (r *ForwardReader) foreign(k tableKey) (map[string]string, error) {
 	found := map[string]string{}
 	err := r.dump(unix.NFT_MSG_GETRULE, byte(k.family), &k, func(_ tableKey, body []byte) {
 		var chain []byte
-		attributes(body, func(typ uint16, b []byte) {
+		nfnl.Attributes(body, func(typ uint16, b []byte) {
 			switch typ {
 			case unix.NFTA_RULE_CHAIN:
 				chain = b
 			case unix.NFTA_RULE_EXPRESSIONS:
-				attributes(b, func(_ uint16, b []byte) {
-					attributes(b, func(typ uint16, b []byte) {
+				nfnl.Attributes(b, func(_ uint16, b []byte) {
+					nfnl.Attributes(b, func(typ uint16, b []byte) {
 						if typ == unix.NFTA_EXPR_NAME && !expressions[string(b)] {
 							found[text(chain)] = text(b)
 						}
@@ -441,14 +442,14 @@ func (r *ForwardReader) elements(k tableKey, set string) (print uint64) {
 	e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
 	e.End()
 	err := r.exchange(&e, func(body []byte) {
-		attributes(body[nfgenmsgLen:], func(typ uint16, b []byte) {
+		nfnl.Attributes(body[nfnl.FamilyHeaderLen:], func(typ uint16, b []byte) {
 			if typ != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
 				return
 			}
-			attributes(b, func(_ uint16, b []byte) {
+			nfnl.Attributes(b, func(_ uint16, b []byte) {
 				var h maphash.Hash
 				h.SetSeed(r.seed)
-				attributes(b, func(typ uint16, b []byte) {
+				nfnl.Attributes(b, func(typ uint16, b []byte) {
 					if typ != unix.NFTA_SET_ELEM_EXPIRATION && typ != unix.NFTA_SET_ELEM_EXPR && typ != nftaSetElemExpressions {
 						_, _ = h.Write(b)
 					}
@@ -489,13 +490,13 @@ func (r *ForwardReader) dumpOnce(typ uint16, family byte, of *tableKey, f func(k
 	}
 	e.End()
 	return r.exchange(&e, func(body []byte) {
-		attrs := body[nfgenmsgLen:]
+		attrs := body[nfnl.FamilyHeaderLen:]
 		if of != nil {
 			f(*of, attrs)
 			return
 		}
 		k := tableKey{family: nftables.TableFamily(body[0])}
-		attributes(attrs, func(typ uint16, b []byte) {
+		nfnl.Attributes(attrs, func(typ uint16, b []byte) {
 			if typ == unix.NFTA_TABLE_NAME { // and NFTA_CHAIN_TABLE
 				k.name = text(b)
 			}
@@ -508,7 +509,7 @@ func (r *ForwardReader) dumpOnce(typ uint16, family byte, of *tableKey, f func(k
 func (r *ForwardReader) exchange(e *nfnl.Encoder, f func(body []byte)) error {
 	var refused error
 	err := r.raw.Exchange(e, func(_ uint32, err error) { refused = err }, func(_ uint16, body []byte) {
-		if len(body) >= nfgenmsgLen {
+		if len(body) >= nfnl.FamilyHeaderLen {
 			f(body)
 		}
 	})

@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"net/netip"
 	"time"
-
-	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // DefaultName is the name of our tables.
@@ -69,7 +67,7 @@ type MappingConfig struct {
 	// rules.
 	Pool []PortRange
 	// Lifetime is how long a mapping stands after the last packet of a flow of
-	// its that is not answered yet, or after the last Refresh.
+	// its that is not answered yet, or after the last Keep.
 	Lifetime time.Duration
 	// Size is how many mappings there can be. Without room for one more, a flow
 	// is left to the user's rules. Another size ends all mappings.
@@ -125,25 +123,6 @@ type MapConfig struct {
 
 	noLabels bool // the kernel has none
 }
-
-// A Mapping is what an inside endpoint is on an outside link.
-type Mapping struct {
-	Link     string
-	Int, Ext cone.Endpoint
-}
-
-// Taken is a remote endpoint towards which an outside port is used by a flow
-// without a mapping.
-type Taken struct {
-	Remote cone.Endpoint
-	Port   uint16
-}
-
-// ErrNoRoom says that a permission ended, but that the kernel may learn it again.
-var ErrNoRoom = errors.New("the set of denials has no room")
-
-// ErrOtherMapping says that a mapping cannot stand beside another one.
-var ErrOtherMapping = errors.New("another mapping stands")
 
 // Counters count packets since the tables were made.
 type Counters struct {

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/nfnl"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // A state is what stands in the kernel of one of our tables.
@@ -80,7 +81,7 @@ func (s *state) read(ours *Tables, t *nftables.Table, want *layout) (err error) 
 				continue
 			}
 			keys := []setKey{}
-			err := dumpOfFamily(ours.netns, byte(t.Family), t.Name, set.Name, func(b []byte) { keys = append(keys, setKeyOf(b)) })
+			err := elements.List(ours.netns, byte(t.Family), t.Name, set.Name, func(b []byte) { keys = append(keys, setKeyOf(b)) })
 			if err != nil {
 				return err
 			}
@@ -176,10 +177,10 @@ type setKey struct {
 
 // setKeyOf reads an element's attributes.
 func setKeyOf(b []byte) (k setKey) {
-	attributes(b, func(typ uint16, b []byte) {
+	nfnl.Attributes(b, func(typ uint16, b []byte) {
 		switch typ {
 		case unix.NFTA_SET_ELEM_KEY:
-			k.key = string(data(b))
+			k.key = string(nfnl.Data(b))
 		case unix.NFTA_SET_ELEM_FLAGS:
 			k.end = len(b) == 4 && binary.BigEndian.Uint32(b)&unix.NFT_SET_ELEM_INTERVAL_END != 0
 		}
@@ -200,13 +201,13 @@ func sortKeys(keys []setKey) []setKey {
 	return keys
 }
 
-// sameElements reports whether keys, which are sorted, are those of elements.
-func sameElements(keys []setKey, elements []nftables.SetElement) bool {
-	if len(keys) != len(elements) {
+// sameElements reports whether keys, which are sorted, are those of es.
+func sameElements(keys []setKey, es []nftables.SetElement) bool {
+	if len(keys) != len(es) {
 		return false
 	}
-	want := make([]setKey, len(elements))
-	for i, e := range elements {
+	want := make([]setKey, len(es))
+	for i, e := range es {
 		want[i] = setKey{string(e.Key), e.IntervalEnd}
 	}
 	return slices.Equal(keys, sortKeys(want))

@@ -5,9 +5,8 @@ package rules
 import (
 	"net/netip"
 	"runtime"
-	"time"
 
-	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 var errNoBuild = &UnsupportedError{
@@ -15,7 +14,7 @@ var errNoBuild = &UnsupportedError{
 	Mend:    "conenatd for " + runtime.GOARCH + " is built without it",
 }
 
-// Tables are never made on this system, nor is a Map.
+// Tables are never made on this system, nor is what writes their elements.
 type Tables struct{}
 
 // Names returns an *UnsupportedError.
@@ -46,25 +45,16 @@ func (*Tables) Owned() bool { return false }
 func (*Tables) Rivals() ([]string, error) { return nil, errNoBuild }
 
 // NewMap returns nil.
-func (*Tables) NewMap(*MapConfig) *Map { return nil }
+func (*Tables) NewMap(*MapConfig) *elements.Map { return nil }
 
 // NewMappings returns nil.
-func (*Tables) NewMappings(*MappingConfig) *Mappings { return nil }
+func (*Tables) NewMappings(*MappingConfig) *elements.Mappings { return nil }
 
 // Counters returns an *UnsupportedError.
 func (*Tables) Counters() (Counters, error) { return Counters{}, errNoBuild }
 
-// A Direction is the source and the destination of a flow as it began.
-type Direction struct{ Src, Dst cone.Endpoint }
-
-// Unsure does nothing.
-func (*Tables) Unsure(func(Direction)) error { return nil }
-
-// RenewUnsure does nothing.
-func (*Tables) RenewUnsure([]Direction) {}
-
-// AddUnsure does nothing.
-func (*Tables) AddUnsure([]Direction) error { return nil }
+// NewUnsure returns nil.
+func (*Tables) NewUnsure() *elements.Unsure { return nil }
 
 // Remove returns an *UnsupportedError.
 func (*Tables) Remove() error { return errNoBuild }
@@ -78,58 +68,8 @@ func Forwards(int, []Link) ([]Forward, error) { return nil, errNoBuild }
 // Children returns an *UnsupportedError.
 func Children(int, []Link, []netip.Prefix) ([]ChildVerdicts, error) { return nil, errNoBuild }
 
-// A Map is never made on this system.
-type Map struct{}
-
 // PeerGroups returns an *UnsupportedError.
 func (*Tables) PeerGroups() ([]netip.Prefix, error) { return nil, errNoBuild }
-
-// Carries returns false.
-func (*Map) Carries(*cone.Permission) bool { return false }
-
-// Max returns 0.
-func (*Map) Max() int { return 0 }
-
-// SetLifetime does nothing.
-func (*Map) SetLifetime(time.Duration) {}
-
-// Configure does nothing.
-func (*Map) Configure(*MapConfig) {}
-
-// Broken returns false.
-func (*Map) Broken() bool { return false }
-
-// Grant refuses all.
-func (*Map) Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err error)) {
-	for i := range ps {
-		refused(i, cone.ReasonNoBackend, errNoBuild)
-	}
-}
-
-// Revoke returns an *UnsupportedError, as do Deny and List.
-func (*Map) Revoke([]cone.Permission) error { return errNoBuild }
-
-// Deny returns an *UnsupportedError.
-func (*Map) Deny([]cone.Permission, cone.Reason) error { return errNoBuild }
-
-// Revoked returns an *UnsupportedError.
-func (*Map) Revoked() ([]cone.Key, error) { return nil, errNoBuild }
-
-// HasRevoked returns false.
-func (*Map) HasRevoked() bool { return false }
-
-// List returns an *UnsupportedError.
-func (*Map) List(func(cone.Permission, time.Duration)) error { return errNoBuild }
-
-// Missing fails.
-func (*Map) Missing([]cone.Permission, func(int)) error { return errNoBuild }
-
-// Refresh calls lost for all.
-func (*Map) Refresh(ps []cone.Permission, lost func(i int)) {
-	for i := range ps {
-		lost(i)
-	}
-}
 
 // PortChoosers says that this build reads no rules.
 func PortChoosers(int) ([]string, error) { return nil, errNoBuild }
@@ -142,52 +82,6 @@ func FixedSources(int) (addrs []AddrRange, unknown bool, err error) { return nil
 
 // Has returns false.
 func (r AddrRange) Has(netip.Addr) bool { return false }
-
-// Mappings are never made on this system.
-type Mappings struct{}
-
-// SetLifetime does nothing.
-func (*Mappings) SetLifetime(time.Duration) {}
-
-// Keep refuses all.
-func (*Mappings) Keep(ms []Mapping, refused func(i int, err error)) {
-	for i := range ms {
-		refused(i, errNoBuild)
-	}
-}
-
-// Add refuses all.
-func (m *Mappings) Add(ms []Mapping, refused func(i int, err error)) { m.Keep(ms, refused) }
-
-// Release returns an *UnsupportedError.
-func (*Mappings) Release([]Mapping) error { return errNoBuild }
-
-// Revoke returns an *UnsupportedError, as do Take, List and Forget.
-func (*Mappings) Revoke([]Mapping) error { return errNoBuild }
-
-// Teach returns an *UnsupportedError.
-func (*Mappings) Teach([]Mapping) error { return errNoBuild }
-
-// Take returns an *UnsupportedError.
-func (*Mappings) Take([]Taken) error { return errNoBuild }
-
-// List returns an *UnsupportedError.
-func (*Mappings) List(func(Mapping, time.Duration)) error { return errNoBuild }
-
-// Forget returns an *UnsupportedError.
-func (*Mappings) Forget(netip.Addr) error { return errNoBuild }
-
-// Addresses returns an *UnsupportedError, as do NoteAddresses and DropAddresses.
-func (*Mappings) Addresses() ([]netip.Addr, error) { return nil, errNoBuild }
-
-// NoteAddresses returns an *UnsupportedError.
-func (*Mappings) NoteAddresses([]netip.Addr) error { return errNoBuild }
-
-// DropAddresses returns an *UnsupportedError.
-func (*Mappings) DropAddresses([]netip.Addr) error { return errNoBuild }
-
-// Return returns an *UnsupportedError.
-func (*Mappings) Return(netip.Addr) error { return errNoBuild }
 
 // A ForwardReader reads nothing on this system.
 type ForwardReader struct{}

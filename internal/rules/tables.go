@@ -7,13 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sync"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/nfnl"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // Tables are our tables in one network namespace. They are not safe for
@@ -31,23 +31,21 @@ type Tables struct {
 	flags     nftables.TableFlags
 	port      uint32 // of w, by which the kernel knows an owner
 	missing   []*UnsupportedError
-	noIPsec   bool                  // nothing is missing then: there are no such policies
-	look      *nfnl.Conn            // of Changed; nil before the first call
-	noSecPath bool                  // nor such packets
-	mapped    mapped                // that Set made
-	written   map[writtenSet]uint64 // what our sets have, unless somebody else may write
-	others    uint32                // at the last call of Changed
-	legacy    uint64                // at the last call of LegacyChanged; 0 before the first
+	noIPsec   bool                    // nothing is missing then: there are no such policies
+	look      *nfnl.Conn              // of Changed; nil before the first call
+	noSecPath bool                    // nor such packets
+	mapped    elements.MappingsConfig // that Set made
+	written   map[writtenSet]uint64   // what our sets have, unless somebody else may write
+	others    uint32                  // at the last call of Changed
+	legacy    uint64                  // at the last call of LegacyChanged; 0 before the first
 }
 
-// A writer is the connection that owns the tables. The Map shares it with them,
-// for the kernel lets nobody else write.
+// A writer is the connection that owns the tables. Those who write elements share it
+// with them, for the kernel lets nobody else write.
 type writer struct {
-	sync.Mutex
+	*elements.Writer // has the lock
 	*conn
-	batch       *nfnl.Conn
-	table       string // its name
-	generations generations
+	batch *nfnl.Conn
 }
 
 // Open finds out by trying what the kernel offers. It changes nothing. The
@@ -71,10 +69,11 @@ func (t *Tables) open() error {
 	if err != nil {
 		return err
 	}
-	t.w = &writer{conn: w, table: t.name}
+	t.w = &writer{conn: w}
 	if t.w.batch, err = nfnl.Over(w.nl); err != nil {
 		return err
 	}
+	t.w.Writer = elements.NewWriter(t.w.batch, t.netns, t.name)
 	if t.port, err = w.GetPortID(); err != nil {
 		return err
 	}

@@ -1,12 +1,9 @@
-//go:build !(386 || arm || mips || mipsle)
-
-package rules
+package elements
 
 import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"net/netip"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -20,7 +17,7 @@ import (
 // connection of its own.
 func (m *Map) List(f func(p cone.Permission, left time.Duration)) error {
 	marks := map[cone.Key]uint32{}
-	err := dump(m.netns, m.table, marksMap, func(key, value []byte, _ time.Duration) {
+	err := m.w.list(MarksMap, func(key, value []byte, _ time.Duration) {
 		if k, ok := keyOf(key); ok && len(value) == markLen {
 			marks[k] = binary.NativeEndian.Uint32(value)
 		}
@@ -29,8 +26,8 @@ func (m *Map) List(f func(p cone.Permission, left time.Duration)) error {
 		return err
 	}
 	var found halves
-	for _, set := range []string{portMap, permissionMap} {
-		if err := dumpElements(m.netns, m.table, set, found.add); err != nil {
+	for _, set := range []string{PortMap, PermissionMap} {
+		if err := m.w.listAttributes(set, found.add); err != nil {
 			return err
 		}
 	}
@@ -82,31 +79,19 @@ func (h *halves) each(f func(p cone.Permission, left time.Duration)) {
 	}
 }
 
-// PeerGroups lists the peer groups that the tables hold, whatever configuration they
-// are from. It has a connection of its own.
-func (t *Tables) PeerGroups() (groups []netip.Prefix, err error) {
-	for bits := 1; bits < 32 && err == nil; bits++ {
-		err = dump(t.netns, t.name, groupsName(bits), func(key, _ []byte, _ time.Duration) {
-			if a, ok := netip.AddrFromSlice(key); ok {
-				groups = append(groups, netip.PrefixFrom(a, bits))
-			}
-		})
-	}
-	return groups, err
+// list calls f for every element of a set of the table of family ip, as List does.
+func (w *Writer) list(set string, f func(key, value []byte, left time.Duration)) error {
+	return w.listAttributes(set, func(b []byte) { f(elementParts(b)) })
 }
 
-// dump calls f for every element of a set, by a connection of its own: for some twice
-// where the list was interrupted. Where there is no such set it does nothing.
-func dump(netns int, table, set string, f func(key, value []byte, left time.Duration)) error {
-	return dumpElements(netns, table, set, func(b []byte) { f(elementParts(b)) })
+func (w *Writer) listAttributes(set string, f func(b []byte)) error {
+	return List(w.netns, unix.AF_INET, w.table, set, f)
 }
 
-// dumpElements is dump, and calls f with the attributes of each element.
-func dumpElements(netns int, table, set string, f func(b []byte)) error {
-	return dumpOfFamily(netns, unix.AF_INET, table, set, f)
-}
-
-func dumpOfFamily(netns int, family byte, table, set string, f func(b []byte)) error {
+// List calls f with the attributes of every element of a set, by a connection of its own:
+// for some twice where the list was interrupted. Where there is no such set it does
+// nothing.
+func List(netns int, family byte, table, set string, f func(b []byte)) error {
 	c, err := nfnl.Dial(netns)
 	if err != nil {
 		return err
@@ -132,28 +117,26 @@ func dumpOfFamily(netns int, family byte, table, set string, f func(b []byte)) e
 	return nil
 }
 
-const nfgenmsgLen = 4
-
 // eachElement calls f for every element in a message of a dump.
 func eachElement(body []byte, f func(b []byte)) {
-	if len(body) < nfgenmsgLen {
+	if len(body) < nfnl.FamilyHeaderLen {
 		return
 	}
-	attributes(body[nfgenmsgLen:], func(typ uint16, b []byte) {
+	nfnl.Attributes(body[nfnl.FamilyHeaderLen:], func(typ uint16, b []byte) {
 		if typ == unix.NFTA_SET_ELEM_LIST_ELEMENTS {
-			attributes(b, func(_ uint16, b []byte) { f(b) })
+			nfnl.Attributes(b, func(_ uint16, b []byte) { f(b) })
 		}
 	})
 }
 
 // elementParts reads one element. It skips what it does not know.
 func elementParts(b []byte) (key, value []byte, left time.Duration) {
-	attributes(b, func(typ uint16, b []byte) {
+	nfnl.Attributes(b, func(typ uint16, b []byte) {
 		switch typ {
 		case unix.NFTA_SET_ELEM_KEY:
-			key = data(b)
+			key = nfnl.Data(b)
 		case unix.NFTA_SET_ELEM_DATA:
-			value = data(b)
+			value = nfnl.Data(b)
 		case unix.NFTA_SET_ELEM_EXPIRATION:
 			if len(b) == 8 {
 				left = time.Duration(binary.BigEndian.Uint64(b)) * time.Millisecond
@@ -175,25 +158,8 @@ func endpoint(b []byte) cone.Endpoint {
 	return cone.Endpoint{Addr: cone.AddrFrom4([4]byte(b)), Port: binary.BigEndian.Uint16(b[4:])}
 }
 
-// data returns the value in an attribute of a key or of data.
-func data(b []byte) (value []byte) {
-	attributes(b, func(typ uint16, b []byte) {
-		if typ == unix.NFTA_DATA_VALUE {
-			value = b
-		}
-	})
-	return value
-}
-
-// attributes calls f for each attribute in b, as far as b is well formed.
-func attributes(b []byte, f func(typ uint16, b []byte)) {
-	const header, mask = 4, 0x3fff // without NLA_F_NESTED and NLA_F_NET_BYTEORDER
-	for len(b) >= header {
-		n := int(binary.NativeEndian.Uint16(b))
-		if n < header || n > len(b) {
-			return
-		}
-		f(binary.NativeEndian.Uint16(b[2:])&mask, b[header:n])
-		b = b[min((n+3)&^3, len(b)):]
-	}
+// Key returns the key among the attributes of an element.
+func Key(b []byte) []byte {
+	key, _, _ := elementParts(b)
+	return key
 }

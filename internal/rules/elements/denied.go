@@ -1,6 +1,4 @@
-//go:build !(386 || arm || mips || mipsle)
-
-package rules
+package elements
 
 import (
 	"errors"
@@ -29,7 +27,7 @@ const revokedNote = "revoked"
 // gets half of it: a host that scans must not use up the room of what is forbidden.
 // What the user revoked is told by Revoked to the next daemon.
 func (m *Map) Deny(ps []cone.Permission, why cone.Reason) error {
-	room := deniedSize
+	room := DeniedSize
 	if why.TooMany() {
 		room /= 2
 	}
@@ -89,7 +87,7 @@ func (m *Map) unmarked(ps []cone.Permission) (others []cone.Permission) {
 // revoked. It has a connection of its own.
 func (m *Map) Revoked() (keys []cone.Key, err error) {
 	now := time.Now()
-	err = dumpElements(m.netns, m.table, deniedSet, func(b []byte) {
+	err = m.w.listAttributes(DeniedSet, func(b []byte) {
 		key, _, left := elementParts(b)
 		if len(key) != keyLen {
 			return
@@ -160,7 +158,7 @@ func (m *Map) lift(ps []cone.Permission) error {
 // denial appends a message about one element of the set of denials.
 func (m *Map) denial(seq uint32, typ uint16, p *cone.Permission, revoked bool) {
 	e := &m.enc
-	list, element := m.openElement(m.table, deniedSet, seq, typ, 0)
+	list, element := m.openElement(DeniedSet, seq, typ, 0)
 	m.key(&p.Key)
 	if typ == unix.NFT_MSG_NEWSETELEM {
 		e.BE64(unix.NFTA_SET_ELEM_TIMEOUT, uint64(deniedTimeout.Milliseconds()))
@@ -182,7 +180,7 @@ const udataComment = 0 // NFTNL_UDATA_SET_ELEM_COMMENT
 
 // noteOf returns the comment among the attributes of an element.
 func noteOf(b []byte) (text string) {
-	attributes(b, func(typ uint16, b []byte) {
+	nfnl.Attributes(b, func(typ uint16, b []byte) {
 		if typ != unix.NFTA_SET_ELEM_USERDATA {
 			return
 		}

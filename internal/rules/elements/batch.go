@@ -1,6 +1,4 @@
-//go:build !(386 || arm || mips || mipsle)
-
-package rules
+package elements
 
 import (
 	"golang.org/x/sys/unix"
@@ -15,7 +13,7 @@ const batch = 256
 // A batcher sends messages about elements of sets, one batch at a time. What it
 // needs is kept, so that a batch costs no allocation.
 type batcher struct {
-	w      *writer
+	w      *Writer
 	enc    nfnl.Encoder
 	errs   [batch]error // of the elements that were refused
 	first  uint32
@@ -24,7 +22,7 @@ type batcher struct {
 	told   func(typ uint16, body []byte)
 }
 
-func (b *batcher) begin(w *writer) {
+func (b *batcher) begin(w *Writer) {
 	b.w = w
 	b.told = func(typ uint16, body []byte) {
 		if id, ok := generationOf(typ, body); ok {
@@ -94,14 +92,14 @@ func (b *batcher) askGeneration() {
 // openElement begins a message of type typ about one element of a set. The caller
 // appends the element's attributes and ends both nests and the message. flags are
 // those beside NLM_F_REQUEST and, for a new element, NLM_F_CREATE.
-func (b *batcher) openElement(table, set string, seq uint32, typ, flags uint16) (list, element int) {
+func (b *batcher) openElement(set string, seq uint32, typ, flags uint16) (list, element int) {
 	flags |= unix.NLM_F_REQUEST
 	if typ == unix.NFT_MSG_NEWSETELEM {
 		flags |= unix.NLM_F_CREATE
 	}
 	e := &b.enc
 	e.Message(unix.NFNL_SUBSYS_NFTABLES, typ, flags, seq, unix.AF_INET)
-	e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, table)
+	e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, b.w.table)
 	e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
 	list = e.Nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS)
 	return list, e.Nest(unix.NFTA_LIST_ELEM)

@@ -1,6 +1,4 @@
-//go:build !(386 || arm || mips || mipsle)
-
-package rules
+package elements
 
 import (
 	"testing"
@@ -23,14 +21,14 @@ var listed = cone.Permission{
 // message is the body of dumps of both maps: the elements of listed as we send them, and
 // those of the peer after it with key and value in another order, and what we do not know.
 func message() []byte {
-	m := Map{table: "conenat", children: 256}
+	m := NewMap(NewWriter(nil, 0, "conenat"), MapConfig{MaxChildren: 256})
 	var body []byte
-	for _, set := range []string{permissionMap, portMap} {
+	for _, set := range []string{PermissionMap, PortMap} {
 		m.enc.Reset()
 		m.element(1, unix.NFT_MSG_NEWSETELEM, set, &listed, true, time.Minute)
 		b := m.enc.B[unix.NLMSG_HDRLEN:]
 		if len(body) > 0 {
-			b = b[nfgenmsgLen:] // all in one message
+			b = b[nfnl.FamilyHeaderLen:] // all in one message
 		}
 		body = append(body, b...)
 	}
@@ -75,8 +73,8 @@ func TestElementsAreReadAsTheyAreWritten(t *testing.T) {
 }
 
 func TestPermissionTakesBothHalves(t *testing.T) {
-	m := Map{table: "conenat"}
-	for _, set := range []string{permissionMap, portMap} {
+	m := NewMap(NewWriter(nil, 0, "conenat"), MapConfig{})
+	for _, set := range []string{PermissionMap, PortMap} {
 		m.enc.Reset()
 		m.element(1, unix.NFT_MSG_NEWSETELEM, set, &listed, true, time.Minute)
 		if all := parse(m.enc.B[unix.NLMSG_HDRLEN:]); len(all) > 0 {

@@ -1,6 +1,4 @@
-//go:build !(386 || arm || mips || mipsle)
-
-package rules
+package elements
 
 import (
 	"cmp"
@@ -19,15 +17,13 @@ import (
 )
 
 // A Map makes permissions stand as elements of the map in our tables. It stands
-// once Tables.Set was told to. It may be used beside the Tables; its own methods
+// once rules.Tables.Set was told to. It may be used beside the tables; its own methods
 // must not be called at the same time, but for List, which may run beside all.
 //
-// The kernel may add elements by itself (MapConfig.Learn). An element is nobody's
+// The kernel may add elements by itself (rules.MapConfig.Learn). An element is nobody's
 // in particular: what the Map grants, refreshes or revokes may have been learned.
 type Map struct {
 	batcher
-	netns    int
-	table    string
 	size     int
 	lifetime time.Duration
 	groups   atomic.Pointer[[]netip.Prefix]
@@ -42,17 +38,28 @@ type Map struct {
 // perElement is how many messages a permission has in a batch at most.
 const perElement = 4
 
-// NewMap returns the Map of t.
-func (t *Tables) NewMap(c *MapConfig) *Map {
-	m := &Map{
-		netns: t.netns, table: t.name, size: c.Size, lifetime: c.Lifetime,
-		uncapped: t.Lacks(FeatureLearn),
-		denied:   make(map[cone.Key]denial),
-	}
-	m.Configure(c)
-	m.begin(t.w)
+// A MapConfig says how the tables of a Map were made.
+type MapConfig struct {
+	// Size is how many permissions there is room for.
+	Size int
+	// Uncapped says that the kernel lacks what a cap on children takes.
+	Uncapped bool
+	// Lifetime, MaxChildren and PeerGroups are as those of rules.MapConfig.
+	Lifetime    time.Duration
+	MaxChildren int
+	PeerGroups  []netip.Prefix
+}
+
+// NewMap returns the Map of the tables of w.
+func NewMap(w *Writer, c MapConfig) *Map {
+	m := &Map{size: c.Size, lifetime: c.Lifetime, uncapped: c.Uncapped, denied: make(map[cone.Key]denial)}
+	m.Configure(c.MaxChildren, c.PeerGroups)
+	m.begin(w)
 	return m
 }
+
+// ErrNoRoom says that a permission ended, but that the kernel may learn it again.
+var ErrNoRoom = errors.New("the set of denials has no room")
 
 // Carries reports whether the map can hold p: it serves IPv4 in the default
 // zone, where the kernel translates.
@@ -68,9 +75,9 @@ func (m *Map) SetLifetime(d time.Duration) { m.lifetime = d }
 
 // Configure sets MapConfig.MaxChildren for what is granted or refreshed from now
 // on, and MapConfig.PeerGroups.
-func (m *Map) Configure(c *MapConfig) {
-	m.children = c.MaxChildren
-	groups := slices.Clone(c.PeerGroups)
+func (m *Map) Configure(maxChildren int, peerGroups []netip.Prefix) {
+	m.children = maxChildren
+	groups := slices.Clone(peerGroups)
 	m.groups.Store(&groups)
 }
 
@@ -254,8 +261,8 @@ func (m *Map) look(ps []cone.Permission) (stands map[cone.Key]cone.Endpoint, err
 	m.enc.Reset()
 	first := m.w.batch.NextSeq(2 * len(ps))
 	for i := range ps {
-		m.element(first+2*uint32(i), unix.NFT_MSG_GETSETELEM, permissionMap, &ps[i], false, 0)
-		m.element(first+2*uint32(i)+1, unix.NFT_MSG_GETSETELEM, portMap, &ps[i], false, 0)
+		m.element(first+2*uint32(i), unix.NFT_MSG_GETSETELEM, PermissionMap, &ps[i], false, 0)
+		m.element(first+2*uint32(i)+1, unix.NFT_MSG_GETSETELEM, PortMap, &ps[i], false, 0)
 	}
 	var found halves
 	var refused error
@@ -289,15 +296,15 @@ func (m *Map) add(seq uint32, p *cone.Permission) {
 }
 
 func (m *Map) permit(seq uint32, p *cone.Permission) {
-	m.element(seq, unix.NFT_MSG_NEWSETELEM, permissionMap, p, true, m.lifetime)
+	m.element(seq, unix.NFT_MSG_NEWSETELEM, PermissionMap, p, true, m.lifetime)
 }
 
 func (m *Map) mark(seq uint32, p *cone.Permission) {
-	m.element(seq, unix.NFT_MSG_NEWSETELEM, marksMap, p, true, m.lifetime)
+	m.element(seq, unix.NFT_MSG_NEWSETELEM, MarksMap, p, true, m.lifetime)
 }
 
 func (m *Map) unmark(seq uint32, p *cone.Permission) {
-	m.element(seq, unix.NFT_MSG_DELSETELEM, marksMap, p, false, 0)
+	m.element(seq, unix.NFT_MSG_DELSETELEM, MarksMap, p, false, 0)
 }
 
 func (m *Map) remark(seq uint32, p *cone.Permission) {
@@ -306,11 +313,11 @@ func (m *Map) remark(seq uint32, p *cone.Permission) {
 }
 
 func (m *Map) port(seq uint32, p *cone.Permission) {
-	m.element(seq, unix.NFT_MSG_NEWSETELEM, portMap, p, true, m.lifetime)
+	m.element(seq, unix.NFT_MSG_NEWSETELEM, PortMap, p, true, m.lifetime)
 }
 
 func (m *Map) unport(seq uint32, p *cone.Permission) {
-	m.element(seq, unix.NFT_MSG_DELSETELEM, portMap, p, false, 0)
+	m.element(seq, unix.NFT_MSG_DELSETELEM, PortMap, p, false, 0)
 }
 
 func (m *Map) report(seq uint32, p *cone.Permission) {
@@ -319,7 +326,7 @@ func (m *Map) report(seq uint32, p *cone.Permission) {
 }
 
 func (m *Map) remove(seq uint32, p *cone.Permission) {
-	m.element(seq, unix.NFT_MSG_DELSETELEM, permissionMap, p, false, 0)
+	m.element(seq, unix.NFT_MSG_DELSETELEM, PermissionMap, p, false, 0)
 }
 
 func (m *Map) repermit(seq uint32, p *cone.Permission) {
@@ -347,15 +354,15 @@ func (m *Map) key(k *cone.Key) {
 // element appends a message about one element of a set.
 func (m *Map) element(seq uint32, typ uint16, set string, p *cone.Permission, value bool, timeout time.Duration) {
 	e := &m.enc
-	list, element := m.openElement(m.table, set, seq, typ, 0)
+	list, element := m.openElement(set, seq, typ, 0)
 	m.key(&p.Key)
 	if value {
 		data := e.Nest(unix.NFTA_SET_ELEM_DATA)
 		switch set {
-		case marksMap:
+		case MarksMap:
 			e.Attr(unix.NFTA_DATA_VALUE, markLen)
 			e.B = binary.NativeEndian.AppendUint32(e.B, p.Mark)
-		case portMap:
+		case PortMap:
 			e.Attr(unix.NFTA_DATA_VALUE, portLen)
 			e.B = binary.BigEndian.AppendUint16(e.B, p.Int.Port)
 			e.Pad()
@@ -368,8 +375,8 @@ func (m *Map) element(seq uint32, typ uint16, set string, p *cone.Permission, va
 	if timeout > 0 {
 		e.BE64(unix.NFTA_SET_ELEM_TIMEOUT, uint64(timeout.Milliseconds()))
 	}
-	if value && set == permissionMap && m.children > 0 && !m.uncapped {
-		m.bucket(bucketOf(m.children, p.Wild))
+	if value && set == PermissionMap && m.children > 0 && !m.uncapped {
+		m.bucket(BucketOf(m.children, p.Wild))
 	}
 	e.EndNest(element)
 	e.EndNest(list)
@@ -377,14 +384,14 @@ func (m *Map) element(seq uint32, typ uint16, set string, p *cone.Permission, va
 }
 
 // bucket appends the expression that caps the children of an element.
-func (m *Map) bucket(b bucket) {
+func (m *Map) bucket(b Bucket) {
 	e := &m.enc
 	limit := e.Nest(unix.NFTA_SET_ELEM_EXPR)
 	e.Str(unix.NFTA_EXPR_NAME, "limit")
 	data := e.Nest(unix.NFTA_EXPR_DATA)
-	e.BE64(unix.NFTA_LIMIT_RATE, uint64(b.perMinute))
+	e.BE64(unix.NFTA_LIMIT_RATE, uint64(b.PerMinute))
 	e.BE64(unix.NFTA_LIMIT_UNIT, 60)
-	e.BE32(unix.NFTA_LIMIT_BURST, uint32(b.size))
+	e.BE32(unix.NFTA_LIMIT_BURST, uint32(b.Size))
 	e.EndNest(data)
 	e.EndNest(limit)
 }

@@ -1,6 +1,4 @@
-//go:build !(386 || arm || mips || mipsle)
-
-package rules
+package elements
 
 import (
 	"bytes"
@@ -19,8 +17,7 @@ func TestOnlyWhatTheKernelDoesNotFindIsMissing(t *testing.T) {
 	for errno, want := range map[unix.Errno]int{unix.ENOENT: 1, unix.ENOMEM: 0} {
 		c, kernel := nfnltest.New(t)
 		kernel.Answer = nfnltest.RefuseAll(errno)
-		var m Map
-		m.begin(&writer{batch: c})
+		m := NewMap(NewWriter(c, 0, "conenat"), MapConfig{})
 		missing := 0
 		err := m.Missing(make([]cone.Permission, 1), func(int) { missing++ })
 		if missing != want || (want == 0) != errors.Is(err, errno) {
@@ -35,7 +32,7 @@ func TestPermissionWithoutItsMarkIsLost(t *testing.T) {
 	kernel.Answer = func(sent []nfnltest.Request) (out [][]byte) {
 		for _, r := range sent {
 			switch {
-			case bytes.Contains(r.Body, []byte(marksMap+"\x00")):
+			case bytes.Contains(r.Body, []byte(MarksMap+"\x00")):
 				out = append(out, nfnltest.Says(r.Seq, unix.ENFILE))
 			case r.Flags&unix.NLM_F_ACK != 0:
 				out = append(out, nfnltest.Says(r.Seq, 0))
@@ -43,8 +40,7 @@ func TestPermissionWithoutItsMarkIsLost(t *testing.T) {
 		}
 		return out
 	}
-	var m Map
-	m.begin(&writer{batch: c})
+	m := NewMap(NewWriter(c, 0, "conenat"), MapConfig{})
 	ps := make([]cone.Permission, 3)
 	for i := range ps {
 		ps[i].Ext.Port = uint16(i)

@@ -1,0 +1,58 @@
+package nfnl
+
+import (
+	"encoding/binary"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// FamilyHeaderLen is the size of struct nfgenmsg, which is before the attributes of a message.
+const FamilyHeaderLen = 4
+
+// Attributes calls f for each attribute in b, as far as b is well formed.
+func Attributes(b []byte, f func(typ uint16, b []byte)) {
+	const header, mask = 4, 0x3fff // without NLA_F_NESTED and NLA_F_NET_BYTEORDER
+	for len(b) >= header {
+		n := int(binary.NativeEndian.Uint16(b))
+		if n < header || n > len(b) {
+			return
+		}
+		f(binary.NativeEndian.Uint16(b[2:])&mask, b[header:n])
+		b = b[min((n+3)&^3, len(b)):]
+	}
+}
+
+// Text reads a string that ends with a zero.
+func Text(b []byte) string { return strings.TrimRight(string(b), "\x00") }
+
+// Data returns the value in an attribute of nftables that holds data, as a key does.
+func Data(b []byte) (value []byte) {
+	Attributes(b, func(typ uint16, b []byte) {
+		if typ == unix.NFTA_DATA_VALUE {
+			value = b
+		}
+	})
+	return value
+}
+
+// LinkKey returns the name of a link as rules of nftables compare it.
+func LinkKey(name string) []byte {
+	key := make([]byte, unix.IFNAMSIZ)
+	copy(key[:unix.IFNAMSIZ-1], name)
+	return key
+}
+
+// FamilyName returns nft's name of the family of a table, or "" where it is not one of
+// those for IPv4, IPv6 or both.
+func FamilyName(family byte) string {
+	switch family {
+	case unix.NFPROTO_IPV4:
+		return "ip"
+	case unix.NFPROTO_IPV6:
+		return "ip6"
+	case unix.NFPROTO_INET:
+		return "inet"
+	}
+	return ""
+}

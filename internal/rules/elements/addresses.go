@@ -1,0 +1,201 @@
+package elements
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// Teach tells the kernel which outside addresses the user's rules gave to the hosts
+// of living flows: a newcomer gets its port of the pool on the same one.
+func (m *Mappings) Teach(ms []Mapping) error {
+	byLink := map[*LinkSets][]Mapping{}
+	for _, p := range ms {
+		if l := m.links[p.Link]; l != nil {
+			byLink[l] = append(byLink[l], p)
+		}
+	}
+	var errs []error
+	for l, ms := range byLink {
+		errs = append(errs, m.teach(l, ms))
+	}
+	return errors.Join(errs...)
+}
+
+func (m *Mappings) teach(l *LinkSets, ms []Mapping) error {
+	nobody := cone.AddrFrom4([4]byte{})
+	known := map[cone.Addr]struct{}{nobody: {}} // the outside addresses
+	err := m.w.list(l.Translated, func(key, _ []byte, _ time.Duration) {
+		if len(key) == addressLen {
+			known[cone.AddrFrom4([4]byte(key))] = struct{}{}
+		}
+	})
+	if err != nil {
+		return err
+	}
+	old := len(known)
+	hosts := map[cone.Addr]cone.Addr{}
+	for _, p := range ms {
+		known[p.Ext.Addr] = struct{}{}
+		hosts[p.Int.Addr] = p.Ext.Addr
+	}
+	var es []setElement
+	if len(known) > old || old == 1 {
+		es = append(es, setElement{set: l.Addresses, key: nobody, value: ms[0].Ext.Addr, isMap: true})
+		for a := range known {
+			es = append(es, setElement{set: l.Translated, key: a})
+		}
+	}
+	if len(known) > 2 {
+		es = append(es, setElement{set: l.Several, key: nobody})
+		for in, ext := range hosts {
+			es = append(es, setElement{set: l.Addresses, key: in, value: ext, isMap: true, timeout: AddressTimeout})
+		}
+	}
+	return m.addElements(es)
+}
+
+// A setElement is one of a set of addresses.
+type setElement struct {
+	set        string
+	key, value cone.Addr
+	isMap      bool
+	timeout    time.Duration // 0 for ever
+}
+
+// addElements adds es, or refreshes those that are there with the same value.
+func (m *Mappings) addElements(es []setElement) error {
+	var errs []error
+	for base := 0; base < len(es); base += batch {
+		part := es[base:min(base+batch, len(es))]
+		clear(m.errs[:])
+		transact(&m.batcher, part, 3, func(seq uint32, x *setElement) {
+			copy(m.key[:], x.key[12:])
+			value := 0
+			if x.isMap {
+				value = m.host(x.value)
+			}
+			for i, typ := range []uint16{unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM, unix.NFT_MSG_NEWSETELEM} {
+				m.element(seq+uint32(i), typ, false, x.set, addressLen, value, x.timeout)
+			}
+		})
+		for _, err := range m.errs[:len(part)] {
+			// Another address for the same host: the kernel's own is newer.
+			if err != nil && !conflicts(err) {
+				errs = append(errs, fmt.Errorf("add element: %w", nfnl.Permitted(err)))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Forget ends all mappings to an outside address that is none any more, and
+// forgets which hosts had it. The zero address stands for all. It does not end
+// the flows: unlike those that MASQUERADE translated, the kernel keeps them when
+// the address goes. They teach no mapping for ten seconds, in which they have to be
+// ended, or until Return.
+func (m *Mappings) Forget(addr netip.Addr) error {
+	var ms []Mapping
+	var errs []error
+	if addr.Is4() {
+		errs = append(errs, m.gone(addr, unix.NFT_MSG_NEWSETELEM))
+	}
+	for _, l := range m.links {
+		had := !addr.IsValid()
+		errs = append(errs, m.w.list(l.Translated, func(key, _ []byte, _ time.Duration) {
+			a, _ := netip.AddrFromSlice(key)
+			had = had || a == addr
+		}))
+		if had { // which ones there are, the next flows tell
+			errs = append(errs, m.empty(l.Translated, l.Several, l.Addresses))
+		}
+	}
+	errs = append(errs, m.List(func(p Mapping, _ time.Duration) {
+		if !addr.IsValid() || p.Ext.Addr.Netip() == addr {
+			ms = append(ms, p)
+		}
+	}), m.Revoke(ms))
+	return errors.Join(errs...)
+}
+
+// empty deletes all elements.
+func (m *Mappings) empty(sets ...string) error {
+	clear(m.errs[:len(sets)])
+	transact(&m.batcher, sets, 1, func(seq uint32, set *string) {
+		e := &m.enc
+		e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_DELSETELEM, unix.NLM_F_REQUEST, seq, unix.AF_INET)
+		e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, m.w.table)
+		e.Str(unix.NFTA_SET_ELEM_LIST_SET, *set)
+		e.End()
+	})
+	var errs []error
+	for i, err := range m.errs[:len(sets)] {
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			errs = append(errs, fmt.Errorf("empty set %s: %w", sets[i], nfnl.Permitted(err)))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Return lets the flows of an outside address that is there teach mappings again.
+func (m *Mappings) Return(addr netip.Addr) error { return m.gone(addr, unix.NFT_MSG_DELSETELEM) }
+
+func (m *Mappings) gone(addr netip.Addr, typ uint16) error {
+	clear(m.errs[:1])
+	transact(&m.batcher, []netip.Addr{addr}, 1, func(seq uint32, a *netip.Addr) {
+		m.element(seq, typ, false, GoneSet, copy(m.key[:], a.AsSlice()), 0, goneTimeout)
+	})
+	if err := m.errs[0]; err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("change set %s: %w", GoneSet, nfnl.Permitted(err))
+	}
+	return nil
+}
+
+// Addresses lists the addresses of the gateway that were noted.
+func (m *Mappings) Addresses() (all []netip.Addr, err error) {
+	err = m.w.list(GatewaySet, func(key, _ []byte, _ time.Duration) {
+		if a, ok := netip.AddrFromSlice(key); ok {
+			all = append(all, a)
+		}
+	})
+	return all, err
+}
+
+// NoteAddresses notes addresses, which are IPv4, and DropAddresses the opposite. It is no
+// error if that is so already.
+func (m *Mappings) NoteAddresses(as []netip.Addr) error {
+	return m.changeAddresses(as, unix.NFT_MSG_NEWSETELEM)
+}
+
+// DropAddresses forgets addresses that were noted.
+func (m *Mappings) DropAddresses(as []netip.Addr) error {
+	return m.changeAddresses(as, unix.NFT_MSG_DELSETELEM)
+}
+
+func (m *Mappings) changeAddresses(as []netip.Addr, typ uint16) error {
+	var errs []error
+	for base := 0; base < len(as); base += batch {
+		part := as[base:min(base+batch, len(as))]
+		clear(m.errs[:])
+		transact(&m.batcher, part, 1, func(seq uint32, a *netip.Addr) {
+			e := &m.enc
+			list, element := m.openElement(GatewaySet, seq, typ, 0)
+			m.data(unix.NFTA_SET_ELEM_KEY, a.AsSlice())
+			e.EndNest(element)
+			e.EndNest(list)
+			e.End()
+		})
+		for _, err := range m.errs[:len(part)] {
+			if err != nil && !errors.Is(err, unix.ENOENT) {
+				errs = append(errs, fmt.Errorf("change set %s: %w", GatewaySet, nfnl.Permitted(err)))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,153 @@
+package elements
+
+import (
+	"encoding/binary"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
+)
+
+// perMapping is the most messages for a mapping.
+const perMapping = 16
+
+// An encoding appends messages about elements, one after another.
+type encoding struct {
+	*Mappings
+	seq uint32
+}
+
+// put appends a message about the element with the first bytes of m.key and m.value.
+// With excl it must not be there.
+func (e *encoding) put(typ uint16, excl bool, set string, key, value int, timeout time.Duration) {
+	e.element(e.seq, typ, excl, set, key, value, timeout)
+	e.seq++
+}
+
+// refresh makes an element anew, whether it is there or not.
+func (e *encoding) refresh(set string, value int, timeout time.Duration) {
+	e.put(unix.NFT_MSG_NEWSETELEM, false, set, endpointLen, value, timeout)
+	e.put(unix.NFT_MSG_DELSETELEM, false, set, endpointLen, 0, 0)
+	e.put(unix.NFT_MSG_NEWSETELEM, false, set, endpointLen, value, timeout)
+}
+
+// kept reports whether the port stays the same.
+func (p *Mapping) kept() bool { return p.Int.Port == p.Ext.Port }
+
+// setsOf returns the names of the sets of p's link. Without any the kernel refuses all.
+func (m *Mappings) setsOf(p *Mapping) *LinkSets {
+	if l := m.links[p.Link]; l != nil {
+		return l
+	}
+	return &unknownLink
+}
+
+var unknownLink = LinkSets{Kept: "unknown", Moved: "unknown", Ports: "unknown"}
+
+// inside and outside make the key, and host and port the value.
+func (m *Mappings) inside(p *Mapping)    { putEndpoint(m.key[:], p.Int) }
+func (m *Mappings) outside(p *Mapping)   { putEndpoint(m.key[:], p.Ext) }
+func (m *Mappings) host(a cone.Addr) int { return copy(m.value[:], a[12:]) }
+func (m *Mappings) port(e cone.Endpoint) int {
+	binary.BigEndian.PutUint16(m.value[:], e.Port)
+	return portLen
+}
+
+func (m *Mappings) add(seq uint32, p *Mapping) {
+	e, l := encoding{m, seq}, m.setsOf(p)
+	m.inside(p)
+	stands, other := l.Kept, l.Moved
+	if !p.kept() {
+		stands, other = other, stands
+	}
+	// It fails where the other map has it.
+	e.put(unix.NFT_MSG_NEWSETELEM, true, other, endpointLen, m.host(p.Ext.Addr), time.Second)
+	e.put(unix.NFT_MSG_DELSETELEM, false, other, endpointLen, 0, 0)
+	e.put(unix.NFT_MSG_NEWSETELEM, true, stands, endpointLen, m.host(p.Ext.Addr), m.lifetime)
+	if !p.kept() {
+		e.refresh(l.Ports, m.port(p.Ext), m.lifetime)
+	}
+	m.outside(p)
+	e.put(unix.NFT_MSG_NEWSETELEM, true, OwnedSet, endpointLen, 0, m.lifetime+OwnedLonger)
+	m.ownedBy(&e, p)
+}
+
+// ownedBy says whose the outside endpoint is.
+func (m *Mappings) ownedBy(e *encoding, p *Mapping) {
+	if m.owners {
+		e.refresh(OwnersMap, m.host(p.Int.Addr), m.lifetime+OwnedLonger)
+		e.refresh(OwnerPortsMap, m.port(p.Int), m.lifetime+OwnedLonger)
+	}
+}
+
+func (m *Mappings) renew(seq uint32, p *Mapping) {
+	e, l := encoding{m, seq}, m.setsOf(p)
+	m.inside(p)
+	stands := l.Kept
+	if !p.kept() {
+		stands = l.Moved
+	}
+	e.put(unix.NFT_MSG_DELSETELEM, false, stands, endpointLen, 0, 0)
+	e.put(unix.NFT_MSG_NEWSETELEM, false, stands, endpointLen, m.host(p.Ext.Addr), m.lifetime)
+	if !p.kept() {
+		e.refresh(l.Ports, m.port(p.Ext), m.lifetime)
+	}
+	m.outside(p)
+	e.refresh(OwnedSet, 0, m.lifetime+OwnedLonger)
+	m.ownedBy(&e, p)
+}
+
+func (m *Mappings) take(seq uint32, f *Taken) {
+	putPort(m.key[:], f.Port)
+	putEndpoint(m.key[4:], f.Remote)
+	for i, typ := range []uint16{unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM, unix.NFT_MSG_NEWSETELEM} {
+		m.element(seq+uint32(i), typ, false, TakenSet, takenKeyLen, 0, m.keptFor)
+	}
+}
+
+// Lengths of keys and values, each part of a key filled up to a register's 4 bytes.
+const (
+	addressLen  = 4
+	portLen     = 2
+	endpointLen = addressLen + 4
+	takenKeyLen = endpointLen + 4
+)
+
+func putEndpoint(b []byte, e cone.Endpoint) {
+	copy(b, e.Addr[12:])
+	putPort(b[4:], e.Port)
+}
+
+// putPort fills a register.
+func putPort(b []byte, port uint16) { binary.BigEndian.PutUint32(b, uint32(port)<<16) }
+
+// element appends a message about the element with the first bytes of m.key and
+// m.value. With excl it must not be there. Without a timeout it stands for ever.
+func (m *Mappings) element(seq uint32, typ uint16, excl bool, set string, key, value int, timeout time.Duration) {
+	isNew, flags := typ == unix.NFT_MSG_NEWSETELEM, uint16(0)
+	if excl {
+		flags = unix.NLM_F_EXCL
+	}
+	e := &m.enc
+	list, element := m.openElement(set, seq, typ, flags)
+	m.data(unix.NFTA_SET_ELEM_KEY, m.key[:key])
+	if isNew && value > 0 {
+		m.data(unix.NFTA_SET_ELEM_DATA, m.value[:value])
+	}
+	if isNew && timeout > 0 {
+		e.BE64(unix.NFTA_SET_ELEM_TIMEOUT, uint64(timeout.Milliseconds()))
+	}
+	e.EndNest(element)
+	e.EndNest(list)
+	e.End()
+}
+
+func (m *Mappings) data(typ uint16, b []byte) {
+	e := &m.enc
+	nest := e.Nest(typ)
+	e.Attr(unix.NFTA_DATA_VALUE, len(b))
+	e.B = append(e.B, b...)
+	e.Pad()
+	e.EndNest(nest)
+}

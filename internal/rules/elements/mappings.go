@@ -1,0 +1,232 @@
+package elements
+
+import (
+	"cmp"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// A Mapping is what an inside endpoint is on an outside link.
+type Mapping struct {
+	Link     string
+	Int, Ext cone.Endpoint
+}
+
+// Taken is a remote endpoint towards which an outside port is used by a flow
+// without a mapping.
+type Taken struct {
+	Remote cone.Endpoint
+	Port   uint16
+}
+
+// ErrOtherMapping says that a mapping cannot stand beside another one.
+var ErrOtherMapping = errors.New("another mapping stands")
+
+// Mappings are those that the kernel learned. They stand once rules.Tables.Set was told
+// to. They may be used beside the tables; their own methods must not be called at
+// the same time, but for List, which may run beside all.
+type Mappings struct {
+	batcher
+	lifetime   time.Duration
+	links      map[string]*LinkSets
+	owners     bool
+	keptFor    time.Duration
+	key, value [64]byte // of the element that is being encoded
+}
+
+// A MappingsConfig says how the tables of Mappings were made.
+type MappingsConfig struct {
+	Links  []string // that have sets
+	Owners bool     // there are OwnersMap and OwnerPortsMap
+	// Lifetime and KeptFor are as those of rules.MappingConfig.
+	Lifetime, KeptFor time.Duration
+}
+
+// NewMappings returns the Mappings of the tables of w.
+func NewMappings(w *Writer, c MappingsConfig) *Mappings {
+	m := &Mappings{
+		lifetime: c.Lifetime, keptFor: max(keptTimeout, c.KeptFor),
+		links: map[string]*LinkSets{}, owners: c.Owners,
+	}
+	for _, link := range c.Links {
+		m.links[link] = SetsOfLink(link)
+	}
+	m.begin(w)
+	return m
+}
+
+// SetLifetime sets the timeout of what is kept from now on.
+func (m *Mappings) SetLifetime(d time.Duration) { m.lifetime = d }
+
+// Keep makes ms stand for another lifetime. One that stands no more it adds. It calls
+// refused as Add does.
+//
+// An element that is added again keeps its timeout before Linux 6.12, so it is deleted
+// and added, which no packet notices.
+func (m *Mappings) Keep(ms []Mapping, refused func(i int, err error)) {
+	for base := 0; base < len(ms); base += batch {
+		part := ms[base:min(base+batch, len(ms))]
+		clear(m.errs[:])
+		transact(&m.batcher, part, perMapping, m.renew)
+		m.addRefused(part, base, refused)
+	}
+}
+
+// Add makes ms stand, and calls refused with the index of each that cannot:
+// ErrOtherMapping where the inside endpoint has a mapping already, or the outside
+// endpoint an owner. A living flow that goes by such a mapping has to be told to Take.
+func (m *Mappings) Add(ms []Mapping, refused func(i int, err error)) {
+	for base := 0; base < len(ms); base += batch {
+		part := ms[base:min(base+batch, len(ms))]
+		clear(m.errs[:])
+		transact(&m.batcher, part, perMapping, m.add)
+		m.addRefused(part, base, refused)
+	}
+}
+
+// addRefused adds those that were refused, one by one: in the way may have been one of
+// the same batch that was refused itself.
+func (m *Mappings) addRefused(part []Mapping, base int, refused func(i int, err error)) {
+	for i := range part {
+		if m.errs[i] == nil {
+			continue
+		}
+		if conflicts(m.errs[i]) || errors.Is(m.errs[i], unix.ENOENT) && m.links[part[i].Link] != nil {
+			m.alone(part, i)
+		}
+		switch err := m.errs[i]; {
+		case err == nil:
+		case conflicts(err):
+			refused(base+i, ErrOtherMapping)
+		default:
+			refused(base+i, fmt.Errorf("add element: %w", nfnl.Permitted(err)))
+		}
+	}
+}
+
+func conflicts(err error) bool { return errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST) }
+
+// alone adds the mapping i of ms once more.
+func (m *Mappings) alone(ms []Mapping, i int) {
+	errs := m.errs
+	m.errs[0] = nil
+	transact(&m.batcher, ms[i:i+1], perMapping, m.add)
+	errs[i] = m.errs[0]
+	m.errs = errs
+}
+
+// Revoke ends ms. What is gone already is no error. The kernel deletes by key:
+// whoever has it. Living flows keep their outside endpoints.
+func (m *Mappings) Revoke(ms []Mapping) error {
+	err := errors.Join(m.Release(ms), m.disown(ms, OwnedSet))
+	if m.owners {
+		err = errors.Join(err, m.disown(ms, OwnersMap), m.disown(ms, OwnerPortsMap))
+	}
+	return err
+}
+
+func (m *Mappings) disown(ms []Mapping, set string) error {
+	return m.remove(ms, func(p *Mapping) string { m.outside(p); return set })
+}
+
+// Release ends ms, and leaves their outside endpoints to others that own them too.
+func (m *Mappings) Release(ms []Mapping) error {
+	return errors.Join(
+		m.remove(ms, func(p *Mapping) string {
+			m.inside(p)
+			if p.kept() {
+				return m.setsOf(p).Kept
+			}
+			return m.setsOf(p).Moved
+		}),
+		m.remove(ms, func(p *Mapping) string {
+			m.inside(p)
+			if p.kept() {
+				return ""
+			}
+			return m.setsOf(p).Ports
+		}))
+}
+
+// remove deletes an element for each of ms: element makes its key, and returns its set,
+// if any.
+func (m *Mappings) remove(ms []Mapping, element func(p *Mapping) string) error {
+	var errs []error
+	for base := 0; base < len(ms); base += batch {
+		part := ms[base:min(base+batch, len(ms))]
+		clear(m.errs[:])
+		transact(&m.batcher, part, 1, func(seq uint32, p *Mapping) {
+			if set := element(p); set != "" {
+				m.element(seq, unix.NFT_MSG_DELSETELEM, false, set, endpointLen, 0, 0)
+			}
+		})
+		for i := range part {
+			if err := m.errs[i]; err != nil && !errors.Is(err, unix.ENOENT) {
+				errs = append(errs, fmt.Errorf("delete mapping %v: %w", part[i].Int, nfnl.Permitted(err)))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Take keeps mappings from being used towards the remote endpoints of flows that
+// have none, for rules.MappingConfig.KeptFor.
+func (m *Mappings) Take(flows []Taken) error {
+	var refused int
+	var first error
+	for base := 0; base < len(flows); base += batch {
+		part := flows[base:min(base+batch, len(flows))]
+		clear(m.errs[:])
+		transact(&m.batcher, part, 3, m.take)
+		for _, err := range m.errs[:len(part)] {
+			if err != nil {
+				refused++
+				first = cmp.Or(first, err)
+			}
+		}
+	}
+	if refused > 0 {
+		return fmt.Errorf("add %d of %d elements: %w", refused, len(flows), nfnl.Permitted(first))
+	}
+	return nil
+}
+
+// List calls f for every mapping, with the time that it has left. What comes or
+// goes meanwhile may be missing. It has a connection of its own.
+func (m *Mappings) List(f func(p Mapping, left time.Duration)) error {
+	var errs []error
+	for _, l := range m.links {
+		errs = append(errs, m.list(l, f))
+	}
+	return errors.Join(errs...)
+}
+
+func (m *Mappings) list(l *LinkSets, f func(p Mapping, left time.Duration)) error {
+	ports := map[cone.Endpoint]uint16{}
+	err := m.w.list(l.Ports, func(key, value []byte, _ time.Duration) {
+		if len(key) == endpointLen && len(value) == portLen {
+			ports[endpoint(key)] = binary.BigEndian.Uint16(value)
+		}
+	})
+	address := func(port func(cone.Endpoint) (uint16, bool)) func(key, value []byte, left time.Duration) {
+		return func(key, value []byte, left time.Duration) {
+			if len(key) != endpointLen || len(value) != addressLen {
+				return
+			}
+			in := endpoint(key)
+			if port, ok := port(in); ok {
+				f(Mapping{Link: l.Link, Int: in, Ext: cone.Endpoint{Addr: cone.AddrFrom4([4]byte(value)), Port: port}}, left)
+			}
+		}
+	}
+	return errors.Join(err,
+		m.w.list(l.Kept, address(func(in cone.Endpoint) (uint16, bool) { return in.Port, true })),
+		m.w.list(l.Moved, address(func(in cone.Endpoint) (uint16, bool) { port, ok := ports[in]; return port, ok })))
+}

@@ -1,0 +1,50 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/rules/elements"
+)
+
+// NewMap returns the permissions of t.
+func (t *Tables) NewMap(c *MapConfig) *elements.Map {
+	return elements.NewMap(t.w.Writer, elements.MapConfig{
+		Size: c.Size, Lifetime: c.Lifetime, MaxChildren: c.MaxChildren, PeerGroups: c.PeerGroups,
+		Uncapped: t.Lacks(FeatureLearn),
+	})
+}
+
+// NewMappings returns the mappings that Set was told of.
+func (t *Tables) NewMappings(c *MappingConfig) *elements.Mappings {
+	m := t.mapped
+	m.Lifetime, m.KeptFor = c.Lifetime, c.KeptFor
+	return elements.NewMappings(t.w.Writer, m)
+}
+
+// mappedOf is what d makes for mappings.
+func mappedOf(d *Desired) (m elements.MappingsConfig) {
+	if d.Mapping != nil {
+		m.Links, m.Owners = d.Mapping.links(d.OutsideLinks), len(d.Mapping.Hairpin) > 0
+	}
+	return m
+}
+
+// NewUnsure returns the flows whose source may be spoofed.
+func (t *Tables) NewUnsure() *elements.Unsure { return elements.NewUnsure(t.w.Writer) }
+
+// PeerGroups lists the peer groups that the tables hold, whatever configuration they
+// are from. It has a connection of its own.
+func (t *Tables) PeerGroups() (groups []netip.Prefix, err error) {
+	for bits := 1; bits < 32 && err == nil; bits++ {
+		err = elements.List(t.netns, unix.AF_INET, t.name, groupsName(bits), func(b []byte) {
+			if a, ok := netip.AddrFromSlice(elements.Key(b)); ok {
+				groups = append(groups, netip.PrefixFrom(a, bits))
+			}
+		})
+	}
+	return groups, err
+}
