@@ -1,0 +1,115 @@
+package rules_test
+
+import (
+	"fmt"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/rules/elements"
+)
+
+// learning has every part of the table.
+var learning = rules.Desired{
+	OutsideLinks: []string{"wan0"}, Subnets: both, Guard: true, Helpers: onAnchors, MaxChildren: 256,
+	Map: &rules.MapConfig{
+		Size: 1000, Lifetime: 5 * time.Minute, MaxChildren: 256, Learn: true, LearnRate: 100,
+		Subnets:          []netip.Prefix{lab.InsideNet},
+		ExcludePeers:     []netip.Prefix{netip.PrefixFrom(lab.PeerB, 32)},
+		ExcludePeerPorts: []uint16{53},
+		ExcludePorts:     []uint16{5066},
+	},
+}
+
+// granting is the same without learning.
+var granting = func() rules.Desired {
+	d, m := learning, *learning.Map
+	m.Learn = false
+	d.Map = &m
+	return d
+}()
+
+// A gate is a lab with our tables and a host inside.
+type gate struct {
+	*lab.Lab
+	t      *testing.T
+	tables *rules.Tables
+	m      *elements.Map
+}
+
+func newGate(t *testing.T, o lab.Options, d rules.Desired) *gate {
+	t.Helper()
+	l := lab.ForTest(t, o)
+	tables := open(t, l)
+	set(t, tables, d)
+	return &gate{l, t, tables, tables.NewMap(d.Map)}
+}
+
+func (g *gate) inside(port uint16) *lab.Socket {
+	g.t.Helper()
+	return listen(g.t, g.Inside(0), g.Inside(0).Addr, port)
+}
+
+func (g *gate) peer(addr netip.Addr, port uint16) *lab.Socket {
+	g.t.Helper()
+	return listen(g.t, g.Outside, addr, port)
+}
+
+// contact lets in send to peer and returns the permission that this gives.
+func (g *gate) contact(in, peer *lab.Socket) cone.Permission {
+	g.t.Helper()
+	ext, err := in.Contact(peer)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	return permission(ext, in.Addr(), peer.Addr().Addr())
+}
+
+func permission(ext, in netip.AddrPort, peer netip.Addr) cone.Permission {
+	return cone.Permission{
+		Key: cone.Key{Ext: cone.EndpointFrom(ext), Peer: cone.AddrFrom(peer)}, Int: cone.EndpointFrom(in),
+	}
+}
+
+func (g *gate) grant(ps ...cone.Permission) {
+	g.t.Helper()
+	g.m.Grant(ps, func(i int, r cone.Reason, err error) { g.t.Fatal(ps[i], r, err) })
+}
+
+// list returns what is in the map.
+func (g *gate) list() map[cone.Permission]time.Duration {
+	g.t.Helper()
+	found := map[cone.Permission]time.Duration{}
+	check(g.t, g.m.List(func(p cone.Permission, left time.Duration) { found[p] = left }))
+	return found
+}
+
+// holds checks that the map holds just ps.
+func (g *gate) holds(ps ...cone.Permission) {
+	g.t.Helper()
+	found := g.list()
+	for _, p := range ps {
+		if _, ok := found[p]; !ok {
+			g.t.Errorf("the map lacks %v", p)
+		}
+	}
+	if len(found) != len(ps) {
+		g.t.Errorf("the map holds %v, want %v", found, ps)
+	}
+}
+
+func (g *gate) arrives(to, from *lab.Socket, ext cone.Endpoint) {
+	g.t.Helper()
+	check(g.t, lab.Arrives(to, lab.Packet{From: from, To: ext.Netip(), Payload: fmt.Sprint("from ", from.Addr())}))
+}
+
+// lost checks that from does not reach in, while the fence does.
+func (g *gate) lost(to, from *lab.Socket, ext cone.Endpoint, fence *lab.Socket) {
+	g.t.Helper()
+	check(g.t, lab.Lost(to,
+		lab.Packet{From: from, To: ext.Netip(), Payload: fmt.Sprint("from ", from.Addr())},
+		lab.Packet{From: fence, To: ext.Netip(), Payload: "fence"}))
+}
