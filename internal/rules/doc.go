@@ -52,6 +52,14 @@
 // make them. All changes are one transaction: a packet meets the old rules or the
 // new ones.
 //
+// A layout is the contents of one of our tables, as a value. It is compared with what
+// stands, sent, and printed in nft's syntax (Text).
+//
+// The library google/nftables makes tables and rules. What it cannot do is encoded here:
+// it reads back no expression that it does not know, so rules are compared by a hash in
+// their user data; it does not write the byte order of a map's values (marks); and it has
+// no request for the number of the last transaction.
+//
 // On 32-bit systems it offers nothing and says so: the library for nftables,
 // at the version that works, does not compile there.
 package rules

@@ -29,17 +29,13 @@ func TestHooksAreDocumented(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	hooks := map[nftables.ChainHook]string{
-		*nftables.ChainHookPrerouting: "prerouting", *nftables.ChainHookInput: "input",
-		*nftables.ChainHookForward: "forward", *nftables.ChainHookPostrouting: "postrouting",
-	}
 	var want []string
 	for _, l := range layouts {
 		for _, c := range l.chains {
 			if c.Hooknum == nil {
 				continue
 			}
-			hook := hooks[*c.Hooknum]
+			hook := hookNames[*c.Hooknum]
 			if c.Type == nftables.ChainTypeNAT {
 				hook += ", NAT"
 			}

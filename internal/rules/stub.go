@@ -20,6 +20,9 @@ type Tables struct{}
 // Names returns an *UnsupportedError.
 func Names(int) ([]string, error) { return nil, errNoBuild }
 
+// Text returns an *UnsupportedError.
+func Text(string, Desired) (string, error) { return "", errNoBuild }
+
 // Open returns an *UnsupportedError.
 func Open(Config) (*Tables, error) { return nil, errNoBuild }
 

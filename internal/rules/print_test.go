@@ -1,0 +1,125 @@
+package rules_test
+
+import (
+	"flag"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/rules"
+)
+
+var update = flag.Bool("update", false, "write the golden files")
+
+// printed are kinds of tables that are kept as nft writes them, in testdata/tables.
+func printed() map[string]rules.Desired {
+	all := map[string]rules.Desired{
+		"mapping": mapping,
+		"hairpin": hairpinning,
+		"mapping without a pool": withMapping(func(_ *rules.Desired, m *rules.MappingConfig) {
+			m.Pool = nil
+		}),
+		"mapping of two subnets by two links": withMapping(func(d *rules.Desired, m *rules.MappingConfig) {
+			d.OutsideLinks = []string{"wan0", "ppp 0"}
+			m.Subnets = append(slices.Clone(m.Subnets), netip.MustParsePrefix("192.168.7.0/24"))
+			m.Exempt, m.Hairpin = append(slices.Clone(m.Exempt), m.Subnets[1]), m.Subnets
+		}),
+		"IPv4 alone": desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Subnets = d.Subnets[:1] }),
+		"IPv6 alone": {OutsideLinks: []string{"wan0"}, Subnets: both[1:], Guard: true, Spoofed: true, Helpers: onAnchors, MaxChildren: 256},
+		"everything": desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Mapping = hairpinning.Mapping }),
+	}
+	for name, change := range features {
+		all[name] = desired(change)
+	}
+	return all
+}
+
+// Fails when a rule, a set or a chain changes: what changes for the user's tables is seen in
+// the golden file, which -update writes.
+func TestTablesArePrinted(t *testing.T) {
+	for name, d := range printed() {
+		t.Run(name, func(t *testing.T) {
+			got, err := rules.Text("conenat", d)
+			if err != nil {
+				t.Fatal(err)
+			}
+			file := filepath.Join("testdata", "tables", strings.ReplaceAll(name, " ", "_")+".nft")
+			if *update {
+				check(t, os.WriteFile(file, []byte(got), 0o644))
+			}
+			want, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(strings.Split(string(want), "\n"), strings.Split(got, "\n")); diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+}
+
+// Fails when what is printed is not what stands in the kernel: a word that nft uses for
+// something else, a register that is read wrong, a set that is left out.
+func TestNFTListsWhatIsPrinted(t *testing.T) {
+	for name, d := range printed() {
+		t.Run(name, func(t *testing.T) {
+			l, copied := lab.ForTest(t, lab.Options{Rules: lab.NoRules}), lab.ForTest(t, lab.Options{Rules: lab.NoRules})
+			set(t, open(t, l), d)
+			text, err := rules.Text("conenat", d)
+			if err != nil {
+				t.Fatal(err)
+			}
+			list := output(t, l, "nft", "--stateless", "list", "ruleset")
+			if diff := cmp.Diff(normal(list), normal(text)); diff != "" {
+				t.Errorf("nft lists other rules:\n%s", diff)
+			}
+			file := filepath.Join(t.TempDir(), "printed.nft")
+			check(t, os.WriteFile(file, []byte(text), 0o600))
+			output(t, copied, "nft", "-c", "-f", file)
+			output(t, copied, "nft", "-f", file)
+			loaded := output(t, copied, "nft", "--stateless", "list", "ruleset")
+			if diff := cmp.Diff(listed(list), listed(loaded)); diff != "" {
+				t.Errorf("nft loads other rules:\n%s", diff)
+			}
+		})
+	}
+}
+
+var (
+	tableList   = regexp.MustCompile(`(?ms)^table (\S+ \S+) \{\n(.*?)^\}$`)
+	elementList = regexp.MustCompile(`(?s)elements = \{(.*?)\}`)
+	implied     = regexp.MustCompile(`meta (l4proto udp|nfproto ipv[46]) `)
+)
+
+// listed are the sections of the tables in a listing, in a fixed order, without the flags of
+// the tables.
+func listed(list string) (all []string) {
+	list = elementList.ReplaceAllStringFunc(flags.ReplaceAllString(list, ""), func(s string) string {
+		es := strings.Split(elementList.FindStringSubmatch(s)[1], ",")
+		for i := range es {
+			es[i] = strings.TrimSpace(es[i])
+		}
+		slices.Sort(es)
+		return "elements = { " + strings.Join(es, ", ") + " }"
+	})
+	for _, table := range tableList.FindAllStringSubmatch(list, -1) {
+		for _, section := range sections(table[2]) {
+			all = append(all, table[1]+" "+section)
+		}
+	}
+	slices.Sort(all)
+	return all
+}
+
+// normal is listed without what nft leaves out, in its various versions: the tests for a
+// protocol that the next expression implies, and the burst that is the default.
+func normal(list string) []string {
+	return listed(strings.ReplaceAll(implied.ReplaceAllString(list, ""), " burst 5 packets", ""))
+}
