@@ -53,7 +53,7 @@ func command() *cobra.Command {
 	}
 	root.AddCommand(
 		runCommand(), listCommand(), statusCommand(), reloadCommand(), revokeCommand(),
-		flushCommand(), checkCommand(), cleanupCommand(), demoCommand(), selftestCommand(), versionCommand(),
+		flushCommand(), checkCommand(), rulesCommand(), cleanupCommand(), demoCommand(), selftestCommand(), versionCommand(),
 	)
 	return root
 }

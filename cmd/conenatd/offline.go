@@ -30,6 +30,40 @@ func checkCommand() *cobra.Command {
 	}
 }
 
+func rulesCommand() *cobra.Command {
+	var flags config.Flags
+	c := &cobra.Command{
+		Use:   "rules",
+		Short: "Print the nftables rules of a configuration",
+		Long: `Print the nftables tables that "conenatd run" would have with the same flags, in
+nft's syntax. Nothing is changed, and a daemon that runs is not asked.
+
+What the rules depend on is read from this gateway: its outside links, sockets and
+conntrack settings, and your own rules. Those can be read by root alone; without, comments
+at the top say what is shown instead. A kernel that lacks a feature gets fewer rules, as
+"conenatd status" says.`,
+		Example: "  sudo conenatd rules --config /etc/conenatd/conenatd.toml",
+		Args:    cobra.NoArgs,
+	}
+	flags.Register(c.Flags())
+	c.RunE = func(c *cobra.Command, _ []string) error {
+		cfg, err := flags.Resolve()
+		if err != nil {
+			return err
+		}
+		if len(cfg.Subnets) == 0 && !cfg.AutoSubnets {
+			return noSubnet(cfg)
+		}
+		text, err := daemon.Rules(cfg)
+		if err != nil {
+			return err
+		}
+		_, err = fmt.Fprint(c.OutOrStdout(), text)
+		return err
+	}
+	return c
+}
+
 func cleanupCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "cleanup",

@@ -56,7 +56,7 @@ const (
 func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.Prefix]decision {
 	verdicts := make([]rules.ChildVerdicts, len(cfg.Subnets))
 	var unread error
-	if links := outsideLinks(network); f.tables != nil && len(links) > 0 {
+	if links := outsideLinks(network); (f.tables != nil || f.shown) && len(links) > 0 {
 		found, err := rules.Children(0, links, prefixes(cfg.Subnets))
 		if err == nil {
 			verdicts = found

@@ -22,6 +22,7 @@ import (
 type firewall struct {
 	name      string
 	tables    *rules.Tables // nil without nftables
+	shown     bool          // the tables are not made, but shown
 	missing   error         // why there is no map of permissions
 	noMapping string        // why there is no endpoint-independent mapping
 	mapping   bool          // the tables have rules for it
@@ -126,6 +127,14 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 	if f.tables == nil {
 		return false, nil
 	}
+	d := f.desired(cfg, outside)
+	changed, err = f.tables.Set(d)
+	f.mapping = err == nil && d.Mapping != nil && f.maps()
+	return changed, err
+}
+
+// desired is what the configuration wants of the tables.
+func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	d := rules.Desired{
 		OutsideLinks: outside, Subnets: prefixes(cfg.Subnets), Guard: cfg.Guard, Uppers: f.uppers,
 		Helpers: f.helpers, MaxChildren: cfg.MaxChildren,
@@ -144,9 +153,7 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 			d.Mapping.Pool = nil
 		}
 	}
-	changed, err = f.tables.Set(d)
-	f.mapping = err == nil && d.Mapping != nil && f.maps()
-	return changed, err
+	return d
 }
 
 func (f *firewall) withExpectations() bool { return len(f.helpers) > 0 }

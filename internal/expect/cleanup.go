@@ -39,7 +39,7 @@ func Cleanup(netns int) (Cleaned, error) {
 	if n.Anchors, err = b.dropAnchors(); err != nil {
 		return n, errors.Join(append(errs, err)...)
 	}
-	name, err := ownName(netns)
+	name, err := OwnName(netns)
 	if err == nil {
 		err = unregisterOwn(c, name)
 	}

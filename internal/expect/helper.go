@@ -18,9 +18,9 @@ import (
 // namespace has a helper of its own, "conenat-" and the end of its inode number.
 const OwnHelper = "conenat"
 
-// ownName is the name of our helper in the network namespace behind the
+// OwnName is the name of our helper in the network namespace behind the
 // descriptor netns, 0 for the current. It has the 15 bytes that a name may have.
-func ownName(netns int) (string, error) {
+func OwnName(netns int) (string, error) {
 	var st unix.Stat_t
 	err := unix.Fstat(netns, &st)
 	if netns == 0 {
@@ -72,7 +72,7 @@ var ErrNoHelper = errors.New("the kernel offers no conntrack helper for UDP: " +
 func chooseHelpers(c *nfnl.Conn, cfg Config) (helpers, error) {
 	var h helpers
 	var err error
-	if h.own, err = ownName(cfg.NetNS); err != nil {
+	if h.own, err = OwnName(cfg.NetNS); err != nil {
 		return helpers{}, err
 	}
 	registerOwn(c, h.own, seconds(cfg.Lifetime))

@@ -1,0 +1,131 @@
+package daemon
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/expect"
+	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/rules"
+)
+
+// Rules returns the nftables tables that a daemon with this configuration has on this
+// gateway, if the kernel has all that they need: a file that nft loads. Comments say what
+// was read of the gateway, and what could not be. It changes nothing.
+func Rules(cfg config.Config) (string, error) {
+	network, err := gateway.ReadNetwork(0, cfg.Outside)
+	if err != nil {
+		return "", err
+	}
+	if cfg.Subnets, err = subnets(cfg, network, nil, nil); err != nil {
+		return "", err
+	}
+	if err := outsideOwn(cfg.Subnets, network); err != nil {
+		return "", err
+	}
+	size, err := readTableSize()
+	if err != nil {
+		return "", err
+	}
+	cfg = cfg.Sized(size)
+	f := &firewall{name: cfg.Table, shown: true, uppers: network.Uppers(), withMap: wantsMap(cfg)}
+	if wantsExpect(cfg) {
+		helper, err := expect.OwnName(0)
+		if err != nil {
+			return "", err
+		}
+		f.helpers = []string{helper}
+	}
+	read, err := f.readForRules(cfg, network)
+	if err != nil {
+		return "", err
+	}
+	outside := network.OutsideLinks()
+	text, err := rules.Text(cfg.Table, f.desired(cfg, outside))
+	if err != nil {
+		return "", err
+	}
+	notes := []string{
+		"conenatd's tables, as this configuration makes them on this gateway. A kernel that lacks",
+		"something gets fewer rules, and another conntrack helper if it has no cthelper. Elements",
+		"that come and go are left out.",
+		"outside links: " + cmp.Or(strings.Join(outside, ", "), "none"),
+	}
+	return comments(append(notes, read...)) + text, nil
+}
+
+// comments are lines that nft skips.
+func comments(notes []string) string {
+	var b strings.Builder
+	for _, n := range notes {
+		fmt.Fprintf(&b, "# %s\n", strings.ReplaceAll(n, "\n", " "))
+	}
+	return b.String()
+}
+
+// readForRules reads what the rules depend on beside the network: sockets, and the user's
+// own rules. It returns what the user should know of it.
+func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (notes []string, err error) {
+	var forwarded func(cone.Endpoint) bool
+	if links := outsideLinks(network); len(links) > 0 {
+		all, err := rules.Forwards(0, links)
+		if err != nil {
+			note := fmt.Sprintf("your own rules cannot be read (%v): shown as if they forward no port and accept what conenatd lets in", err)
+			if errors.Is(err, fs.ErrPermission) {
+				note += "; run this as root"
+			}
+			notes = append(notes, note)
+		} else {
+			all = slices.DeleteFunc(all, func(r rules.Forward) bool { return r.Unknown })
+			forwarded = rules.Cover(all).Covers
+		}
+	}
+	f.decisions = f.decide(cfg, network)
+	if !wantsMapping(cfg) {
+		return notes, nil
+	}
+	if forwarded != nil {
+		if f.choosers, err = rules.PortChoosers(0); err != nil {
+			return nil, err
+		}
+	}
+	sockets, err := gateway.DialSockets(0)
+	if err != nil {
+		return nil, err
+	}
+	defer sockets.Close()
+	sockets.SetNetwork(network)
+	held, err := sockets.Ports()
+	if err != nil {
+		return nil, err
+	}
+	ports, warnings, err := f.choosePorts(cfg, network, held, false, forwarded)
+	f.ports = ports
+	return append(notes, warnings...), err
+}
+
+// readTableSize reads how many entries the conntrack table may have, 0 without a bound, or
+// where the kernel has no conntrack yet.
+func readTableSize() (int, error) {
+	b, err := os.ReadFile(filepath.Join(sysctlDir, "nf_conntrack_max"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("read the size of the conntrack table: %w", err)
+	}
+	n, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		return 0, fmt.Errorf("read the size of the conntrack table: %w", err)
+	}
+	return n, nil
+}
