@@ -110,7 +110,10 @@ func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (not
 	}
 	ports, warnings, err := f.choosePorts(cfg, network, held, false, forwarded)
 	f.ports = ports
-	return append(notes, warnings...), err
+	for _, w := range warnings {
+		notes = append(notes, w.text)
+	}
+	return notes, err
 }
 
 // readTableSize reads how many entries the conntrack table may have, 0 without a bound, or
