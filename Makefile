@@ -1,6 +1,7 @@
-# conenatd: two commands for a fresh Debian 12 with Go.
+# conenatd: three commands for a fresh Debian 12 with Go.
 #
 #   sudo make demo    show in a throw-away lab what conenatd does
+#   make check        what needs neither root nor a minute or two
 #   sudo make test    all checks and tests
 #
 # Each installs what it needs: Debian packages by name, Go modules.
@@ -20,6 +21,8 @@ KERNELS ?= 6.1
 
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOFUMPT     = mvdan.cc/gofumpt@v0.12.0
+ERRCHECK    = github.com/kisielk/errcheck@v1.10.0
+MISSPELL    = github.com/golangci/misspell/cmd/misspell@v0.8.0
 
 FUZZ_TIME ?= 20000x
 SOAK      ?= 3m
@@ -27,7 +30,7 @@ SOAK      ?= 3m
 # Tests that choose the mode of the daemon themselves.
 OWN_MODES = ^Test(Unit|NFT|Legacy|GroupOf|AutoNFT|Mend|Offload|Flow|Reflector|Demo|Selftest|ManyPermissions|TablesOf|LinksMay)
 
-.PHONY: build demo test lint cross unit soak modes fuzz kernels bench clean
+.PHONY: build demo check test lint cross unit soak modes fuzz kernels bench clean
 
 build:
 	$(GO) build -o bin/conenatd ./cmd/conenatd
@@ -36,6 +39,10 @@ demo:
 	@scripts/install-deps $(RUN_PACKAGES)
 	@$(GO) build -o bin/conenatd ./cmd/conenatd
 	@bin/conenatd demo
+
+# The tests that need no lab: those that do are skipped, for root too.
+check: lint
+	CONENATD_NO_LAB=1 $(GO) test ./cmd/... ./internal/...
 
 test: deps lint cross unit soak modes fuzz kernels
 
@@ -48,6 +55,8 @@ lint:
 		echo "gofumpt would change:"; echo "$$unformatted"; exit 1; fi
 	$(GO) vet ./...
 	$(GO) run $(STATICCHECK) -checks all ./...
+	$(GO) run $(ERRCHECK) -ignoretests -exclude .errcheck ./...
+	@$(GO) run $(MISSPELL) -error $$(find . -type f \( -name '*.go' -o -name '*.md' -o -name '*.toml' \))
 
 # 32-bit and big-endian targets are real routers.
 cross:

@@ -52,7 +52,7 @@ func (t Tree) Fetch(ctx context.Context) (dir string, old, err error) {
 	if err != nil {
 		return "", nil, err
 	}
-	defer unlock()
+	defer func() { _ = unlock() }()
 
 	dir, age := t.newest(cache)
 	if dir != "" && age < t.Fresh {

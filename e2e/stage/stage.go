@@ -59,7 +59,7 @@ func build(m *testing.M) (int, error) {
 	flag.Parse()
 	if flag.Lookup("test.bench").Value.String() == "" {
 		// The race detector would make each process sleep before it ends.
-		os.Setenv("GORACE", "atexit_sleep_ms=0")
+		_ = os.Setenv("GORACE", "atexit_sleep_ms=0")
 		args = append(args, "-race")
 	}
 	if err := compile(exe, args...); err != nil {

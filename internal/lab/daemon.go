@@ -69,14 +69,14 @@ func (l *Lab) launch(exe string, args ...string) (*Daemon, error) {
 	go func() {
 		d.exit <- d.cmd.Wait()
 		close(ended)
-		notify.SetReadDeadline(time.Unix(0, 1)) // whoever waits for it to be ready need not
+		_ = notify.SetReadDeadline(time.Unix(0, 1)) // whoever waits for it to be ready need not
 	}()
 	if err := notify.SetReadDeadline(time.Now().Add(startTimeout)); err != nil {
 		return nil, errors.Join(err, d.Kill())
 	}
 	select {
 	case <-ended: // before the deadline above was set
-		notify.SetReadDeadline(time.Unix(0, 1))
+		_ = notify.SetReadDeadline(time.Unix(0, 1))
 	default:
 	}
 	buf := make([]byte, 4096)
@@ -153,7 +153,7 @@ func (d *Daemon) Kill() error {
 	if err := d.Signal(os.Kill); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("kill daemon: %w", err)
 	}
-	d.wait() // it was killed, and says so
+	_ = d.wait() // it was killed, and says so
 	return nil
 }
 
@@ -163,7 +163,7 @@ func (d *Daemon) trace() string {
 	if err := d.Signal(syscall.SIGQUIT); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return errors.Join(err, d.Kill()).Error()
 	}
-	d.wait() // it ends with an error
+	_ = d.wait() // it ends with an error
 	return d.Output()
 }
 

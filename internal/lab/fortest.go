@@ -14,11 +14,14 @@ type TB interface {
 	Fatal(...any)
 }
 
-// ForTest makes a lab that is closed when the test ends. It skips the test
-// where the privilege is missing, but fails it when the environment variable
-// CI is set: there it must run.
+// ForTest makes a lab that is closed when the test ends. It skips the test where the
+// environment variable CONENATD_NO_LAB is set, and where the privilege is missing, but
+// fails it then if CI is set: there it must run.
 func ForTest(t TB, o Options) *Lab {
 	t.Helper()
+	if os.Getenv("CONENATD_NO_LAB") != "" {
+		t.Skip("it needs a lab, and CONENATD_NO_LAB is set")
+	}
 	l, err := New(o)
 	if errors.Is(err, ErrPrivilege) && os.Getenv("CI") == "" {
 		t.Skip(err)
