@@ -14,7 +14,7 @@ const (
 	// Refresh renews the kernel's own timeout of Permission, by By.
 	Refresh
 	// Query asks how the flow from Peer, Port to Ext fares; the answer goes
-	// to FlowSeen or FlowGone.
+	// to FlowSeen or FlowMissing.
 	Query
 	// DropUnanswered deletes the child ID from Peer, Port to Ext, unless the
 	// inside host answered it.

@@ -124,8 +124,9 @@ type Daemon struct {
 	ended chan struct{} // closed when the loop ended
 }
 
-// New opens everything that the daemon needs in the kernel, and fails if
-// something is missing. Nothing is granted yet. The caller must Run or Close.
+// New opens everything that the daemon needs in the kernel, and fails if something is
+// missing. It takes over what an earlier daemon left, and ends what the configuration
+// does not allow any more. The caller must Run or Close.
 func New(cfg Config) (d *Daemon, err error) {
 	d = &Daemon{
 		cfg: cfg, log: cfg.Log,
@@ -302,46 +303,6 @@ func subnets(cfg config.Config, network gateway.Network, were map[string]bool, h
 	return enabled, nil
 }
 
-// An ownNetwork is that of an outside link, in a subnet: a link to both sides, or one
-// inside that got a default route, by a router advertisement say.
-type ownNetwork struct {
-	subnet netip.Prefix
-	link   gateway.Link
-	addr   netip.Prefix
-}
-
-// ownNetworks returns the subnets that hold an outside link's own network. One within a
-// wide outside network is fine.
-func ownNetworks(subnets []config.Subnet, network gateway.Network) (own []ownNetwork) {
-	for _, l := range network.Links {
-		for _, a := range network.Addrs {
-			for _, s := range subnets {
-				if l.Outside && a.Link == l.Index && s.Prefix.Bits() <= a.Prefix.Bits() && s.Prefix.Overlaps(a.Prefix) {
-					own = append(own, ownNetwork{s.Prefix, l, a.Prefix})
-				}
-			}
-		}
-	}
-	return own
-}
-
-// outsideOwn returns an error for each subnet that holds an outside link's own network,
-// whose hosts are peers, if that leaves no other outside link.
-func outsideOwn(subnets []config.Subnet, network gateway.Network) error {
-	own := ownNetworks(subnets, network)
-	for _, name := range network.OutsideLinks() {
-		if !slices.ContainsFunc(own, func(o ownNetwork) bool { return o.link.Name == name }) {
-			return nil
-		}
-	}
-	var errs []error
-	for _, o := range own {
-		errs = append(errs, fmt.Errorf("subnet %v: it holds the network of the outside link %s (%v), "+
-			"whose hosts are peers; name an inside network", o.subnet, o.link.Name, o.addr))
-	}
-	return errors.Join(errs...)
-}
-
 func anyIPv6(subnets []config.Subnet) bool {
 	for _, s := range subnets {
 		if s.Prefix.Addr().Is6() {
@@ -404,7 +365,7 @@ var filterings = map[config.Filtering]cone.Filtering{
 	config.AddressAndPortDependent: cone.AddressAndPortDependent,
 }
 
-// Close lets go of the kernel. It is for a Daemon that did not Run.
+// Close lets go of the kernel. Run calls it; it is also for a Daemon that did not Run.
 func (d *Daemon) Close() error {
 	var errs []error
 	if d.events != nil {

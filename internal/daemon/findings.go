@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -10,6 +11,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/gateway"
 )
 
 // someFlows are more than chance, fewFlows are where there are no others.
@@ -111,4 +113,44 @@ func (d *Daemon) warnSubnets(out *warnings) {
 			out.add(warnIPv6NotRouted, s.Prefix.String(), "subnet %v is not routed: only source-NATed IPv6 flows give permissions", s.Prefix)
 		}
 	}
+}
+
+// An ownNetwork is that of an outside link, in a subnet: a link to both sides, or one
+// inside that got a default route, by a router advertisement say.
+type ownNetwork struct {
+	subnet netip.Prefix
+	link   gateway.Link
+	addr   netip.Prefix
+}
+
+// ownNetworks returns the subnets that hold an outside link's own network. One within a
+// wide outside network is fine.
+func ownNetworks(subnets []config.Subnet, network gateway.Network) (own []ownNetwork) {
+	for _, l := range network.Links {
+		for _, a := range network.Addrs {
+			for _, s := range subnets {
+				if l.Outside && a.Link == l.Index && s.Prefix.Bits() <= a.Prefix.Bits() && s.Prefix.Overlaps(a.Prefix) {
+					own = append(own, ownNetwork{s.Prefix, l, a.Prefix})
+				}
+			}
+		}
+	}
+	return own
+}
+
+// outsideOwn returns an error for each subnet that holds an outside link's own network,
+// whose hosts are peers, if that leaves no other outside link.
+func outsideOwn(subnets []config.Subnet, network gateway.Network) error {
+	own := ownNetworks(subnets, network)
+	for _, name := range network.OutsideLinks() {
+		if !slices.ContainsFunc(own, func(o ownNetwork) bool { return o.link.Name == name }) {
+			return nil
+		}
+	}
+	var errs []error
+	for _, o := range own {
+		errs = append(errs, fmt.Errorf("subnet %v: it holds the network of the outside link %s (%v), "+
+			"whose hosts are peers; name an inside network", o.subnet, o.link.Name, o.addr))
+	}
+	return errors.Join(errs...)
 }

@@ -1,0 +1,133 @@
+package cone
+
+import "time"
+
+// lingers reports whether c makes way for another claim: it has no live flow
+// that is fed from inside, or a limit of its own keeps it from standing.
+func (c *claim) lingers() bool {
+	switch c.state {
+	case StateStanding:
+		return c.outs == 0 && c.answered == 0
+	case StateRefused:
+		return c.reason == ReasonIdle || c.reason == ReasonHostLimit || c.reason == ReasonSubnetLimit
+	}
+	return false
+}
+
+// waitsForFlow reports whether c, which is refused, is not to be tried again
+// before the inside host sends.
+func (c *claim) waitsForFlow() bool {
+	return c.reason == ReasonIdle || c.reason == ReasonRevoked
+}
+
+// settle decides what becomes of claim i after the number of its flows changed.
+func (m *Model) settle(now time.Duration, i int32) {
+	c := &m.claims[i]
+	switch {
+	case c.state != StateStanding && c.outs == 0: // wanted by nobody
+		m.end(now, i, ReasonExpired)
+	case c.lingers() && c.nextKey != none:
+		m.end(now, i, ReasonYielded)
+	}
+}
+
+// isOver reports whether c was not fed for a lifetime.
+func (m *Model) isOver(now time.Duration, c *claim) bool { return now >= c.fed+m.policy.Lifetime }
+
+// feed notes that claim i was fed from inside at the given time.
+func (m *Model) feed(now time.Duration, i int32, at time.Duration) {
+	c := &m.claims[i]
+	c.fed = max(c.fed, at)
+	if m.isOver(now, c) {
+		return
+	}
+	if c.ends != 0 { // it was asked about, and is not to wait for its end
+		c.ends = 0
+		m.wheel.schedule(i, min(c.refresh, c.fed+m.policy.Lifetime))
+	}
+	if c.state == StateRefused && c.reason == ReasonIdle {
+		m.grant(now, i)
+	}
+}
+
+// Tick lets at most limit claims have the attention that is due at now:
+// refresh, retry, expiry. It reports whether more are due.
+func (m *Model) Tick(now time.Duration, limit int) (more bool) {
+	for range limit {
+		i := m.wheel.pop(now)
+		if i == none {
+			return false
+		}
+		m.attend(now, i)
+	}
+	return true
+}
+
+func (m *Model) attend(now time.Duration, i int32) {
+	c := &m.claims[i]
+	if c.state == StateRefused {
+		switch {
+		case now < c.retry:
+			m.wheel.schedule(i, c.retry)
+		case !c.waitsForFlow():
+			m.grant(now, i)
+		case c.reason == ReasonRevoked && m.policy.Learned:
+			m.keepDenied(now, i)
+		}
+		return
+	}
+
+	deadline := c.fed + m.policy.Lifetime
+	overdue := m.isOver(now, c)
+	if overdue {
+		if c.ends == 0 {
+			c.ends = m.ask(now, c)
+		}
+		if now >= c.ends {
+			m.expire(now, i)
+			return
+		}
+		deadline = c.ends
+	}
+	refreshed := now >= c.refresh && !overdue
+	if refreshed { // until it was asked about it stands as it is
+		m.op(Op{Kind: Refresh, Permission: c.Permission, By: c.placed.By})
+		c.refresh = now + m.policy.Lifetime/2
+	}
+	if !overdue {
+		deadline = min(c.refresh, deadline)
+	}
+	m.wheel.schedule(i, deadline)
+	if refreshed && c.unmapped != ReasonNone { // the map may have room by now
+		c.unmapped = ReasonNone
+		m.reconsider(now, i)
+	}
+}
+
+// ask asks the kernel how the flows of c fare, before it is let go, and returns
+// how long to wait for the answers.
+func (m *Model) ask(now time.Duration, c *claim) time.Duration {
+	if c.flows == none {
+		return now
+	}
+	for f := c.flows; f != none; f = m.flows.all[f].next {
+		fl := &m.flows.all[f]
+		m.op(Op{Kind: Query, Permission: c.Permission, From: m.from(f), ID: fl.id})
+	}
+	return now + max(m.policy.Lifetime/16, m.wheel.grain)
+}
+
+// expire ends claim i, which was not fed for a lifetime. While an outbound flow
+// still lives, kept alive by the peer alone, the claim stays and stands again
+// as soon as it is fed.
+func (m *Model) expire(now time.Duration, i int32) {
+	if m.claims[i].outs == 0 || m.claims[i].nextKey != none {
+		m.end(now, i, ReasonExpired)
+		return
+	}
+	m.withdraw(i, ReasonExpired)
+	m.setState(i, StateRefused, ReasonIdle)
+}
+
+// Next returns when Tick wants to be called again, and whether it does at all.
+func (m *Model) Next() (time.Duration, bool) { return m.wheel.next() }
