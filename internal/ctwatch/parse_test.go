@@ -306,6 +306,34 @@ func TestParseDoesNotAllocate(t *testing.T) {
 	}
 }
 
+// BenchmarkDecoders compares the decoder of the event path with ti-mo's, which is the
+// reference: what an event costs after it was read (docs/adr/0003-own-decoder.md).
+func BenchmarkDecoders(b *testing.B) {
+	msg := goldenBytes(b, golden[0].hex)
+	b.Run("ours", func(b *testing.B) {
+		b.ReportAllocs()
+		var f cone.Flow
+		for b.Loop() {
+			if _, err := parseOne(msg, &f); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("ti-mo", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			var m netlink.Message
+			var ev conntrack.Event
+			if err := m.UnmarshalBinary(msg); err != nil {
+				b.Fatal(err)
+			}
+			if err := ev.Unmarshal(m); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
+
 // compareWithReference holds what we decoded against ti-mo's decoder. Where
 // that refuses a message (it knows no unknown attributes) there is nothing to
 // compare, unless mustDecode.
