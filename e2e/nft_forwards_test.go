@@ -1,0 +1,226 @@
+package e2e
+
+import (
+	"net/netip"
+	"slices"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// The map comes after it, so the permission stays in it and admits as soon as the forward
+// is gone. It is shown as refused until then.
+func TestNFTForwardOfTheUsersWins(t *testing.T) {
+	for name, tc := range map[string]struct {
+		load, unload func(s *scene) error
+	}{
+		"nft": {
+			func(s *scene) error { return s.NFT(lab.Masquerade + forward) },
+			func(s *scene) error { return s.NFT("delete table ip forwards") },
+		},
+		"iptables-legacy": {
+			func(s *scene) error {
+				return s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade+`*nat
+-A PREROUTING -i wan0 -p udp --dport 5060 -j DNAT --to-destination 10.47.11.110
+COMMIT
+`)
+			},
+			func(s *scene) error { return s.IPTables(lab.IPTablesLegacy, "*nat\n-F PREROUTING\nCOMMIT\n") },
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
+				s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
+				s.Must(tc.load(s))
+				s.Start(stage.Flags(mode)...)
+				phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
+				ext := s.Contact(phone, proxy)
+				s.Until("it is listed", func() bool { return len(s.List()) == 1 })
+				// Before anybody used the forward.
+				s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
+				if p := s.Listed(phone, proxy, ext, "refused"); p.Backend != "nft" {
+					t.Errorf("it stands by %q", p.Backend)
+				}
+				s.Arrives(server, s.PeerSocket(lab.PeerA, 5071), ext)
+				s.Arrives(phone, proxy, ext) // its own flow
+				s.Must(tc.unload(s))
+				s.Listed(phone, proxy, ext, "standing")
+				s.Arrives(phone, s.PeerSocket(lab.PeerA, 5072), ext)
+			})
+		})
+	}
+}
+
+// Another user than root does not know of it before.
+func TestNFTForwardThatIsUsedFirstWins(t *testing.T) {
+	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
+		s.Must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade+`*nat
+-A PREROUTING -i wan0 -p udp --dport 5060 -j DNAT --to-destination 10.47.11.110
+COMMIT
+`))
+		s.Exe = s.unprivileged()
+		s.Start(stage.Flags(mode)...)
+		phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
+		s.Arrives(server, s.PeerSocket(lab.PeerC, 9), netip.AddrPortFrom(s.Gateway.Addr, 5060))
+		ext := s.Contact(phone, proxy)
+		if p := s.Listed(phone, proxy, ext, "standing"); p.Backend != "nft" {
+			t.Errorf("it stands by %q", p.Backend)
+		}
+		s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
+	})
+}
+
+// Whom a permission led to another host before, the forward leads as soon as it is
+// there, though he goes on sending. Where expectations do the work they leave its way.
+func TestForwardTakesOverUnansweredChildren(t *testing.T) {
+	for name, rules := range map[string]string{"map": lab.Masquerade, "expectations": lab.Masquerade + lab.DropPolicy} {
+		t.Run(name, func(t *testing.T) {
+			s := play(t, lab.Options{Inside: 2, Rules: rules}, stage.Auto...)
+			phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
+			ext := s.Contact(phone, proxy)
+			s.Stands(phone, proxy, ext)
+			media := s.PeerSocket(lab.PeerA, 5070)
+			s.Arrives(phone, media, ext)
+			if rules != lab.Masquerade {
+				s.Must(s.NFT("insert rule inet filter forward ip daddr 10.47.11.110 accept"))
+			}
+			s.Must(s.NFT(forward))
+			s.Must(s.Daemon.Signal(syscall.SIGHUP))
+			s.Until("the forward leads it", func() bool {
+				s.Must(media.Send(ext, "taken over"))
+				_, _, err := server.Recv(50 * time.Millisecond)
+				return err == nil
+			})
+		})
+	}
+}
+
+// A forward of all ports to one host takes every child.
+func TestNFTForwardOfAllPortsWinsAndIsWarnedOf(t *testing.T) {
+	const dmz = `table ip dmz {
+	chain prerouting {
+		type nat hook prerouting priority dstnat;
+		iifname "wan0" dnat to 10.47.11.110
+	}
+}
+`
+	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
+		s := play(t, lab.Options{Inside: 2, Rules: lab.Masquerade + dmz}, mode...)
+		phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
+		ext := s.Contact(phone, proxy)
+		s.Listed(phone, proxy, ext, "refused")
+		s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
+		s.Arrives(phone, proxy, ext)
+		if st := s.Status(); !stage.Warned(st, "forwards all ports") {
+			t.Errorf("warnings: %q", st.Warnings)
+		}
+	})
+}
+
+// shared makes two hosts share an outside port: host one calls peer A, host two
+// peer B and then another port of peer A.
+func (s *scene) shared() (one, two, a, a2 *lab.Socket, ext netip.AddrPort) {
+	s.T.Helper()
+	one, two = s.InsideSocket(0, 3074), s.InsideSocket(1, 3074)
+	a, a2 = s.PeerSocket(lab.PeerA, 3074), s.PeerSocket(lab.PeerA, 3075)
+	b := s.PeerSocket(lab.PeerB, 3074)
+	ext = s.Contact(one, a)
+	s.Stands(one, a, ext)
+	if other := s.Contact(two, b); other != ext {
+		s.T.Fatalf("ports are not shared: %v %v", ext, other)
+	}
+	if other := s.Contact(two, a2); other != ext {
+		s.T.Fatalf("ports are not shared: %v %v", ext, other)
+	}
+	return one, two, a, a2, ext
+}
+
+func TestNFTSecondHostWaitsForTheFirst(t *testing.T) {
+	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
+		s := play(t, lab.Options{Inside: 2}, mode...)
+		one, two, a, a2, ext := s.shared()
+		s.Listed(two, a2, ext, "waiting")
+		s.Arrives(one, s.PeerSocket(lab.PeerA, 5070), ext)
+		if e := s.entries(); len(e) != 2 || !s.inMap(entryOf(one, a, ext)) {
+			t.Errorf("the map has %v", e)
+		}
+		if n := s.Status().Counters.Conflicts; n != 1 {
+			t.Errorf("%d conflicts counted, want 1", n)
+		}
+		_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "-s", "10.47.11.109", "--orig-port-src", "3074", "--orig-port-dst", "3074")
+		s.Must(err)
+		s.Stands(two, a2, ext)
+		if !s.inMap(entryOf(two, a2, ext)) {
+			t.Errorf("the map has %v", s.entries())
+		}
+		s.Arrives(two, s.PeerSocket(lab.PeerA, 5071), ext)
+	})
+}
+
+// Without a daemon too: the second one's packets neither take the element over
+// nor keep it alive. When it has run out, the next packet gets it.
+func TestNFTSecondHostDoesNotRefreshTheFirst(t *testing.T) {
+	s := play(t, lab.Options{Inside: 2}, append(stage.NFT, "--lifetime=4s")...)
+	one, two, a, a2, ext := s.shared()
+	s.Kill()
+	last := time.Hour
+	s.Until("the second host has it", func() bool {
+		s.Contact(two, a2)
+		all := s.entries()
+		if left, ok := all[entryOf(one, a, ext)]; ok {
+			if left > last {
+				t.Fatalf("%v left, and %v after the second host sent", last, left)
+			}
+			last = left
+			return false
+		}
+		_, ok := all[entryOf(two, a2, ext)]
+		return ok
+	})
+	s.Arrives(two, s.PeerSocket(lab.PeerA, 5070), ext)
+}
+
+// Two hosts share an outside port towards different peers. The permission of one
+// ends while its peer goes on sending from ever new ports: the last children, whose
+// events come when the permission is gone, are no forward of the user's that would
+// bar the other host's. Fails if a flow to where a permission led until just now
+// counts as a forward.
+func TestNFTEndOfAPermissionDoesNotBarItsNeighbour(t *testing.T) {
+	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{Inside: 2})
+		s.Start(stage.Flags(mode, "--lifetime=2s", "--reconcile=1s", "--max-children=0")...)
+		one, two := s.InsideSocket(0, 3074), s.InsideSocket(1, 3074)
+		a, b := s.PeerSocket(lab.PeerA, 3074), s.PeerSocket(lab.PeerB, 3074)
+		ext := s.Contact(two, b)
+		if other := s.Contact(one, a); other != ext {
+			t.Fatalf("ports are not shared: %v %v", ext, other)
+		}
+		s.Stands(one, a, ext)
+		s.Stands(two, b, ext)
+		s.Steady(func() error { return two.Send(b.Addr(), "x") })
+		port := uint16(10_000)
+		s.Steady(func() error {
+			from, err := s.Outside.Socket(lab.PeerA, port)
+			if err != nil {
+				return err
+			}
+			defer from.Close()
+			port = max(port+1, 10_000)
+			return from.Send(ext, "x")
+		})
+		_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "-s", "10.47.11.109", "--orig-port-src", "3074", "--orig-port-dst", "3074")
+		s.Must(err)
+		s.Until("the permission of the one has ended", func() bool {
+			return !slices.ContainsFunc(s.List(), func(p control.Permission) bool { return p.Int == one.Addr() })
+		})
+		if n := s.Status().Counters.Refused["forwarded"]; n != 0 {
+			t.Errorf("the other host's was refused %d times, as if the port were forwarded", n)
+		}
+		s.Stands(two, b, ext)
+	})
+}
