@@ -2,6 +2,7 @@ package ctwatch
 
 import (
 	"cmp"
+	"errors"
 	"os"
 	"time"
 
@@ -24,13 +25,15 @@ type Counts struct {
 	Expected          uint64 // entries that an expectation admitted
 }
 
-// Statistics counts what conntrack does from the first Read on. The kernel counts since
-// the network namespace was made, for each CPU, in 32 bits: Read must be called before
-// a counter grows by as much.
+// Statistics tells how full conntrack is, and counts what it does from the first Read on.
+// The kernel counts since the network namespace was made, for each CPU, in 32 bits: Read
+// must be called before a counter grows by as much.
 //
-// One goroutine at a time may use it, Close included.
+// One goroutine at a time may use it, Close included. It shares no connection: it may be
+// read within a Dump of a Queries.
 type Statistics struct {
 	cfg    Config
+	table  *Queries
 	conn   *conntrack.Conn // nil: to be opened
 	total  Counts
 	last   map[uint16]cpuCounts // as the kernel has them, by CPU; nil before the first time
@@ -43,12 +46,19 @@ type cpuCounts struct {
 	expected conntrack.StatsExpect
 }
 
-// DialStatistics opens a socket, which Read uses. It needs CAP_NET_ADMIN in the user
+// DialStatistics opens the sockets that Read uses. It needs CAP_NET_ADMIN in the user
 // namespace that owns the network namespace; without it the first Read fails.
 func DialStatistics(cfg Config) (*Statistics, error) {
 	cfg.Timeout = cmp.Or(cfg.Timeout, DefaultTimeout)
-	s := &Statistics{cfg: cfg}
-	return s, s.open()
+	table, err := DialQueries(cfg)
+	if err != nil {
+		return nil, err
+	}
+	s := &Statistics{cfg: cfg, table: table}
+	if err := s.open(); err != nil {
+		return nil, errors.Join(err, table.Close())
+	}
+	return s, nil
 }
 
 func (s *Statistics) open() (err error) {
@@ -64,18 +74,23 @@ func (s *Statistics) open() (err error) {
 	return nil
 }
 
-// Read returns the counts since the first Read, which is all zero. It costs two queries.
-func (s *Statistics) Read() (Counts, error) {
+// Read returns how full the table is and the counts since the first Read, which are all
+// zero. It costs three queries.
+func (s *Statistics) Read() (Table, Counts, error) {
 	if err := s.open(); err != nil {
-		return s.total, err
+		return Table{}, Counts{}, err
+	}
+	t, err := s.table.Table()
+	if err != nil {
+		return Table{}, Counts{}, err
 	}
 	now, err := s.ask()
 	if err != nil {
 		_ = s.reset()
-		return s.total, wrap("read conntrack statistics", err)
+		return Table{}, Counts{}, wrap("read conntrack statistics", err)
 	}
 	s.add(now)
-	return s.total, nil
+	return t, s.total, nil
 }
 
 // ask asks the kernel (ctnetlink_ct_stat_cpu_dump, ctnetlink_exp_stat_cpu_dump).
@@ -139,8 +154,8 @@ func (s *Statistics) reset() error {
 	return conn.Close()
 }
 
-// Close closes the socket. A second Close does nothing.
+// Close closes the sockets. A second Close does nothing.
 func (s *Statistics) Close() error {
 	s.closed = true
-	return s.reset()
+	return errors.Join(s.reset(), s.table.Close())
 }

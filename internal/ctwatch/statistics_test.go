@@ -75,7 +75,7 @@ func TestStatisticsAreThoseOfTheKernel(t *testing.T) {
 	s := dialStatistics(t)
 	read := func() uint64 {
 		t.Helper()
-		c, err := s.Read()
+		_, c, err := s.Read()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -106,7 +106,7 @@ func TestStatisticsGiveUpAndTryAgain(t *testing.T) {
 	s := dialStatistics(t)
 	s.cfg.Timeout = 1
 	for { // the kernel may be quicker
-		_, err := s.Read()
+		_, _, err := s.Read()
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			break
 		}
@@ -115,13 +115,13 @@ func TestStatisticsGiveUpAndTryAgain(t *testing.T) {
 		}
 	}
 	s.cfg.Timeout = DefaultTimeout
-	if _, err := s.Read(); err != nil {
+	if _, _, err := s.Read(); err != nil {
 		t.Error(err)
 	}
 	if err := s.Close(); err != nil {
 		t.Error(err)
 	}
-	if _, err := s.Read(); err == nil {
+	if _, _, err := s.Read(); err == nil {
 		t.Error("it can be read after Close")
 	}
 }

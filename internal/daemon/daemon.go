@@ -185,6 +185,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.kernel, err = d.readConntrack(); err != nil {
 		return d, err
 	}
+	d.size = d.kernel.Max
 	d.cfg.Config = d.cfg.Sized(d.size)
 	if d.sockets, err = gateway.DialSockets(0); err != nil {
 		return d, err

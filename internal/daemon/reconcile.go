@@ -170,6 +170,7 @@ func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 	if k, err := d.readConntrack(); err != nil {
 		errs = append(errs, err)
 	} else {
+		d.size = k.Max
 		d.ask(func() { d.kernel = k })
 	}
 	if _, err := d.readGateway(); err != nil {

@@ -1,7 +1,6 @@
 package daemon
 
 import (
-	"errors"
 	"log/slog"
 
 	"github.com/conenatd/conenatd/internal/control"
@@ -9,14 +8,12 @@ import (
 )
 
 // readConntrack returns what status shows of the kernel's connection tracking. The
-// reconcile calls it.
+// reconcile calls it, in the middle of its work too: so it has connections of its own.
 func (d *Daemon) readConntrack() (k control.Conntrack, err error) {
-	table, err := d.reads.Table()
-	counts, failed := d.statistics.Read()
-	if err = errors.Join(err, failed); err != nil {
+	table, counts, err := d.statistics.Read()
+	if err != nil {
 		return k, err
 	}
-	d.size = table.Max
 	noteFull(d.noted, d.counts, counts, table.Max)
 	d.counts = counts
 	return control.Conntrack{
