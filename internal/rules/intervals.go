@@ -80,35 +80,40 @@ func (l *layout) prefixes(name string, all []netip.Prefix) *prefixes {
 	return &prefixes{set: s}
 }
 
-// has matches if one of the prefixes has the address that load puts into reg, and
-// hasNot if none has. Without prefixes hasNot is nothing.
-func (p *prefixes) has(load piece) piece { return p.test(load, true) }
+// has matches if the address is in one of the prefixes, and hasNot if it is in none.
+// Without prefixes hasNot is nothing.
+func (p *prefixes) has(addr operand) exprs { return p.test(addr, true) }
 
-func (p *prefixes) hasNot(load piece) piece {
+func (p *prefixes) hasNot(addr operand) exprs {
 	if p == nil {
 		return nil
 	}
-	return p.test(load, false)
+	return p.test(addr, false)
 }
 
-func (p *prefixes) test(load piece, in bool) piece {
+func (p *prefixes) test(addr operand, in bool) exprs {
 	if p.set != nil {
-		return join(load, piece{&expr.Lookup{SourceRegister: reg, SetName: p.set.Name, Invert: !in}})
+		return addr.lookup(p.set, !in)
 	}
+	return addr.inPrefix(p.one, in)
+}
+
+// inPrefix matches if an address is in p, or if it is not. Of a field of the packet only
+// the bytes of the prefix are loaded, if it ends with one, as nft does it.
+func (o operand) inPrefix(p netip.Prefix, in bool) exprs {
 	op := expr.CmpOpNeq
 	if in {
 		op = expr.CmpOpEq
 	}
-	addr, bits := p.one.Addr().AsSlice(), p.one.Bits()
-	if field, ok := load[0].(*expr.Payload); ok && bits > 0 && bits%8 == 0 { // as nft does it
-		whole := *field
-		whole.Len = uint32(bits / 8)
-		return piece{&whole, &expr.Cmp{Op: op, Register: reg, Data: addr[:bits/8]}}
+	addr, bits := p.Masked().Addr().AsSlice(), p.Bits()
+	if field, ok := o.load(0)[0].(*expr.Payload); ok && bits > 0 && bits%8 == 0 {
+		field.Len = uint32(bits / 8)
+		return exprs{field, &expr.Cmp{Op: op, Register: register(0), Data: addr[:bits/8]}}
 	}
-	if bits < 32 {
-		load = join(load, and(net.CIDRMask(bits, 32)))
+	if bits < 8*len(addr) {
+		o = o.and(net.CIDRMask(bits, 8*len(addr)))
 	}
-	return join(load, piece{&expr.Cmp{Op: op, Register: reg, Data: addr}})
+	return o.compare(op, addr)
 }
 
 // setPorts fills s with ports: many as intervals. Into a set of single ports the kernel

@@ -5,10 +5,7 @@ package rules
 import (
 	"fmt"
 	"hash/fnv"
-	"maps"
 	"math"
-	"net"
-	"net/netip"
 	"slices"
 	"time"
 
@@ -18,7 +15,7 @@ import (
 	"github.com/google/nftables/userdata"
 	"golang.org/x/sys/unix"
 
-	"github.com/conenatd/conenatd/internal/rules/elements"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // markerChain is empty and only says whose the table is.
@@ -161,342 +158,31 @@ func newLayout(name string, family nftables.TableFamily, outside []string) *layo
 	links := l.set(outsideSet, nftables.TypeIFName)
 	links.KeyByteOrder = binaryutil.NativeEndian // else nft lists the names wrong
 	for _, name := range l.links {
-		links.elements = append(links.elements, nftables.SetElement{Key: linkKey(name)})
+		links.elements = append(links.elements, nftables.SetElement{Key: nfnl.LinkKey(name)})
 	}
 	return l
 }
 
 // outside tests the name of a link. To compare it with one is cheaper than to look
 // it up among several.
-func (l *layout) outside(name piece, is bool) piece {
-	if len(l.links) != 1 {
-		return join(name, piece{&expr.Lookup{SourceRegister: reg, SetName: outsideSet, Invert: !is}})
+func (l *layout) outside(name operand, is bool) exprs {
+	switch {
+	case len(l.links) != 1:
+		return name.lookup(l.named(outsideSet), !is)
+	case is:
+		return name.is(nfnl.LinkKey(l.links[0]))
 	}
-	op := expr.CmpOpNeq
-	if is {
-		op = expr.CmpOpEq
-	}
-	return join(name, piece{&expr.Cmp{Op: op, Register: reg, Data: linkKey(l.links[0])}})
+	return name.isNot(nfnl.LinkKey(l.links[0]))
 }
 
-// spoofed drops what comes from outside with the source of a host that is inside: it
-// would earn that host a permission, or keep one alive. A host that is reached by an
-// outside link is not spoofed, nor is one that comes through IPsec, and what is for the
-// gateway is the user's to judge. Where the way back depends on marks nobody can tell
-// here: then the caller does not set Desired.Spoofed, and unsure does what is needed.
-func (l *layout) spoofed(d Desired) {
-	l.counters = append(l.counters, spoofedCounter)
-	c := l.filter("spoofed", nftables.ChainHookPrerouting, rawPriority)
-	if len(d.Subnets) > fewPrefixes {
-		l.rule(c, "", join(l.outside(iifname, false), accept))
-	}
-	test := join(isUDP, noWayBack)
-	if !d.noIPsec {
-		test = join(isUDP, noSecurityPath, noWayBack)
-	}
-	for _, name := range l.links { // nft 1.0.6 cannot look up what fib finds in a set
-		test = join(test, wayBack, isNot(linkKey(name)))
-	}
-	test = join(test, forwarded, drop(spoofedCounter))
-	for _, p := range d.Subnets {
-		// The source comes first, for it sorts out nearly all packets.
-		l.rule(c, "the way back is not outside", join(sourceIn(p), l.outside(iifname, true), test))
-	}
-}
-
-// fewPrefixes are tested quicker than a link.
-const fewPrefixes = 4
-
-// portZero drops what would match an anchor: packets between a subnet and elsewhere with
-// port 0 on one side. It asks for the port first, for hardly a packet has that.
-func (l *layout) portZero(subnets []netip.Prefix) {
-	l.counters = append(l.counters, zeroCounter)
-	like := l.regular("like_an_anchor")
-	c := l.filter("port_zero", nftables.ChainHookPrerouting, rawPriority)
-	l.rule(c, "", join(sourcePort, is(be16(0)), isUDP, goTo(like)))
-	l.rule(c, "", join(destinationPort, is(be16(0)), isUDP, goTo(like)))
-	for _, f := range familiesOf(subnets) {
-		inside := l.set(subnetsSet+f.name, f.addr)
-		inside.Interval, inside.elements = true, f.intervals(subnets)
-		for _, way := range []piece{
-			join(f.source, in(inside), f.destination, notIn(inside)),
-			join(f.source, notIn(inside), f.destination, in(inside)),
-		} {
-			l.rule(like, "no packet may match an anchor", join(f.is, way, drop(zeroCounter)))
+// named returns the set of a name, nil without one.
+func (l *layout) named(name string) *set {
+	for _, s := range l.sets {
+		if s.Name == name {
+			return s
 		}
 	}
-}
-
-// guard serves the families of subnets that are enabled.
-func (l *layout) guard(served []*ipFamily) {
-	if len(served) == 0 {
-		return
-	}
-	l.counters = append(l.counters, guardCounter)
-	guard := l.filter("guard", nftables.ChainHookInput, guardPriority)
-	l.rule(guard, "conntrack knows it", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
-	l.rule(guard, "", join(notUDP, accept))
-	l.rule(guard, "", join(l.outside(iifname, false), accept))
-	l.rule(guard, "a socket waits for it", join(hasSocket, accept))
-	l.rule(guard, "it would keep the peer from the inside host", join(onlyOf(served), drop(guardCounter)))
-}
-
-// children judges the first packets of flows that our expectations let in. Those have a
-// master with a helper of ours; what a helper of the user's expects may come from
-// anywhere. Only flows without an answer, and ICMP errors, are related.
-func (l *layout) children(d Desired, served []*ipFamily) {
-	l.counters = append(l.counters, spoofedCounter, zeroCounter, expectedCounter)
-	child := l.regular("child")
-	c := l.filter("children", nftables.ChainHookForward, childPriority)
-	l.rule(c, "", join(ctState, isNot(ne32(expr.CtStateBitRELATED)), accept))
-	for _, helper := range d.Helpers {
-		// The first packet has the one bit and not yet the other.
-		l.rule(c, "the first packet of a child", join(
-			onlyOf(served), ctStatus, masked(ctExpected|ctConfirmed), is(ne32(ctExpected)), isUDP, ctHelper, is(helperName(helper)), goTo(child)))
-	}
-	for _, f := range served {
-		for _, port := range []expr.CtKey{expr.CtKeyPROTOSRC, expr.CtKeyPROTODST} {
-			// No packet makes a flow assured that has no reply.
-			l.rule(c, "an ICMP error about an anchor", join(
-				ctStatus, masked(ctSeenReply|ctAssured), is(ne32(ctAssured)),
-				l4proto, is([]byte{f.icmp}), original(port, 0), is(be16(0)), drop(zeroCounter)))
-		}
-	}
-	l.rule(child, "not by an outside link: the peer's address is faked", join(l.notOutside(d.Uppers), drop(spoofedCounter)))
-	l.rule(child, "it would look like an anchor", join(sourcePort, is(be16(0)), isUDP, drop(zeroCounter)))
-	if d.MaxChildren > 0 {
-		l.counters = append(l.counters, childCounter)
-		for _, f := range served {
-			// Each element keeps the limit that it was made with.
-			kids := l.set(fmt.Sprintf("children%s_%d", f.name, d.MaxChildren), f.addr, f.addr, nftables.TypeInetService)
-			kids.Dynamic, kids.free = true, true
-			l.rule(child, "flows of one peer to one outside endpoint",
-				join(f.is, isUDP, f.key, over(kids, d.MaxChildren), drop(childCounter)))
-		}
-	}
-	l.rule(child, "it goes on to the user's firewall", count(expectedCounter))
-}
-
-// notOutside matches what the forward hook sees of packets that came by no outside link:
-// of a link in a VRF it is the name of that, and the link's own apart. Links that share
-// a network are as good as each other.
-func (l *layout) notOutside(uppers map[string]string) (test piece) {
-	shared := map[string]bool{}
-	for upper, lower := range uppers {
-		if slices.Contains(l.links, upper) != slices.Contains(l.links, lower) {
-			shared[upper], shared[lower] = true, true
-		}
-	}
-	for _, name := range []piece{iifname, sdifname} {
-		test = join(test, l.outside(name, false))
-		for _, link := range slices.Sorted(maps.Keys(shared)) {
-			if !slices.Contains(l.links, link) {
-				test = join(test, name, isNot(linkKey(link)))
-			}
-		}
-	}
-	return test
-}
-
-// permissionKey is peer . outside address . outside port, as they lie in a packet.
-var permissionKey = []nftables.SetDatatype{nftables.TypeIPAddr, nftables.TypeIPAddr, nftables.TypeInetService}
-
-func (l *layout) permissions(c *MapConfig) {
-	for _, values := range []struct {
-		of   string
-		typ  nftables.SetDatatype
-		size int
-	}{
-		{elements.PermissionMap, nftables.TypeIPAddr, c.Size}, {elements.PortMap, nftables.TypeInetService, c.Size}, {elements.MarksMap, nftables.TypeMark, marksSize},
-	} {
-		m := l.set(values.of, permissionKey...)
-		m.IsMap, m.DataType = true, values.typ
-		m.HasTimeout, m.Timeout, m.Dynamic, m.free, m.Size = true, savedTimeout, true, true, uint32(values.size)
-	}
-	l.noPeers = l.set(noPeersSet, nftables.TypeIPAddr)
-	l.noPeers.Interval, l.noPeers.elements = true, intervals(slices.Concat(notUnicast, c.Subnets, c.ExcludePeers))
-}
-
-// A kind of permissions is for one peer, for the peers of groups that leave so
-// many low bits free, or for everybody.
-type kind struct {
-	wild   uint8
-	groups *set // with the first address of each, nil for the others
-	open   *set // with the inside subnets, for everybody
-}
-
-// kinds makes the sets that the kinds need and returns them, the ones for few
-// peers first.
-func (l *layout) kinds(c *MapConfig) []kind {
-	free := map[uint8][]nftables.SetElement{}
-	for _, g := range c.PeerGroups {
-		if wild := 32 - g.Bits(); g.Addr().Is4() && wild > 0 {
-			free[uint8(wild)] = append(free[uint8(wild)], nftables.SetElement{Key: g.Addr().AsSlice()})
-		}
-	}
-	all := []kind{{}}
-	for _, wild := range slices.Sorted(maps.Keys(free)) {
-		s := l.set(groupsName(32-int(wild)), nftables.TypeIPAddr)
-		s.elements = free[wild]
-		all = append(all, kind{wild: wild, groups: s})
-	}
-	if open := intervals(c.OpenSubnets); len(open) > 0 {
-		s := l.set(openSet, nftables.TypeIPAddr)
-		s.Interval, s.elements = true, open
-		all = append(all, kind{wild: 32, open: s})
-	}
-	return all
-}
-
-func groupsName(bits int) string { return fmt.Sprintf("%s_%d", groupsSet, bits) }
-
-// peers clears the low bits of the peer's address, which load puts into reg.
-func (k kind) peers(load piece) piece {
-	if k.wild == 0 {
-		return load
-	}
-	return join(load, piece{&expr.Bitwise{
-		SourceRegister: reg, DestRegister: reg,
-		Len: 4, Mask: net.CIDRMask(32-int(k.wild), 32), Xor: make([]byte, 4),
-	}})
-}
-
-// ofGroup matches if the peer is in a group of this kind.
-func (k kind) ofGroup(load piece) piece {
-	if k.groups == nil {
-		return nil
-	}
-	return join(k.peers(load), in(k.groups))
-}
-
-// packetKey and flowKey are the key of the map, from a packet that comes in, and
-// from a flow that goes out. Each rule tests for UDP, though only UDP gets there: nft
-// needs that to know what a port is.
-func (k kind) packetKey() piece { return join(isUDP, k.ofGroup(packetSource), k.loadPacket()) }
-
-// loadPacket and loadFlow load the key alone. nft loads it anew for each map, and so do
-// our rules, or those that nft loads from its listing would be others.
-func (k kind) loadPacket() piece {
-	return join(k.peers(packetSource), packetDestination, transport(2, 2))
-}
-
-func (k kind) loadFlow() piece {
-	return join(k.peers(ctReplySource), reply(expr.CtKeyDSTIP, 1), reply(expr.CtKeyPROTODST, 2))
-}
-
-func (k kind) flowKey() piece { return join(isUDP, k.ofFlow(), k.loadFlow()) }
-
-// ofFlow matches if a flow gives a permission of this kind.
-func (k kind) ofFlow() piece {
-	if k.open != nil {
-		return join(ctOriginalSource, in(k.open))
-	}
-	return k.ofGroup(ctReplySource)
-}
-
-// admit needs no conntrack state: a NAT chain sees the first packet only.
-//
-// An element carries the cap on its children, a token bucket: looking up one that
-// is empty fails, which costs far less than to count flows. What fails goes on like
-// any unsolicited packet, to the guard as a rule.
-func (l *layout) admit(kinds []kind, c *MapConfig) {
-	l.counters = append(l.counters, admittedCounter)
-	admitted := &nftables.Chain{Table: l.table, Name: "admitted"}
-	l.chains = append(l.chains, admitted)
-	admit := l.chain("admit", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, admitPriority)
-	l.rule(admit, "permissions are of the default zone", join(isUDP, l.outside(iifname, true), ctZone, is(ne16(0)), goTo(admitted)))
-	l.rule(admitted, "the gateway itself serves it", join(hasSocket, accept))
-	flows := l.set(admittedSet, flowKey...)
-	flows.HasTimeout, flows.Dynamic, flows.free = true, true, true
-	flows.Timeout, flows.Size = admittedTimeout, admittedSize
-	mark := setLabel
-	if c.noLabels {
-		mark = nil
-	}
-	for _, k := range kinds {
-		if k.open != nil {
-			l.rule(admitted, "", join(packetSource, in(l.noPeers), accept))
-		}
-		l.rule(admitted, "a mark for policy routing", join(k.packetKey(), inheritMark))
-		l.rule(admitted, "a peer may send from any port", join(k.packetKey(), lookUp(elements.PortMap, valueWord+1), k.loadPacket(), toInside(mark)))
-	}
-}
-
-// keepSource lets the inside host see the peer's own address, as it does with an
-// expectation, where the user's rules translate what comes in. What a rule of the user's
-// forwards is his: it never reaches the chain admitted.
-func (l *layout) keepSource() {
-	c := l.chain("keep_source", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, sourcePriority)
-	l.rule(c, "the inside host sees the peer itself", join(
-		l.outside(iifname, true), ctStatus, masked(ctDstNAT), isNot(ne32(0)), isUDP, originalFlow, piece{&expr.Lookup{SourceRegister: reg, SetName: admittedSet}},
-		packetSource, piece{&expr.NAT{Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: reg}}))
-}
-
-func (l *layout) learn(d Desired, kinds []kind) {
-	c := d.Map
-	if !c.Learn {
-		return
-	}
-	learn := l.filter("learn", nftables.ChainHookPostrouting, learnPriority)
-	l.rule(learn, "answered flows end here", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
-	l.rule(learn, "a source may be spoofed", join(l.outside(iifname, true), accept))
-	l.rule(learn, "", join(notUDP, accept))
-	l.counters = append(l.counters, learnedCounter, limitedCounter)
-	var subnets *set
-	if i := slices.IndexFunc(l.sets, func(s *set) bool { return s.Name == subnetsSet }); i >= 0 {
-		subnets = l.sets[i]
-	} else {
-		subnets = l.set(subnetsSet, nftables.TypeIPAddr)
-		subnets.Interval, subnets.elements = true, intervals(c.Subnets)
-	}
-	peerPorts, ports := l.set(excludedPeerSet, nftables.TypeInetService), l.set(excludedPortsSet, nftables.TypeInetService)
-	peerPorts.setPorts(c.ExcludePeerPorts)
-	ports.setPorts(c.ExcludePorts)
-	learners := l.set(learnersSet, nftables.TypeIPAddr)
-	learners.HasTimeout, learners.Timeout, learners.Dynamic, learners.free = true, learnerTimeout, true, true
-	denied := l.set(elements.DeniedSet, permissionKey...)
-	denied.HasTimeout, denied.free, denied.Size = true, true, elements.DeniedSize
-
-	l.rule(learn, "", join(l.outside(oifname, false), accept))
-	l.rule(learn, "", join(ctStatus, masked(ctSrcNAT), is(ne32(0)), accept))
-	l.rule(learn, "permissions are of the default zone", join(ctZone, isNot(ne16(0)), accept))
-	l.rule(learn, "", join(ctOriginalSource, notIn(subnets), accept))
-	if !d.noFib {
-		l.rule(learn, "a source may be spoofed", join(isUnsure, accept))
-	}
-	l.rule(learn, "", join(ctReplySource, in(l.noPeers), accept))
-	l.rule(learn, "", join(isUDP, ctReplySourcePort, in(peerPorts), accept))
-	l.rule(learn, "", join(isUDP, ctReplyDestinationPort, in(ports), accept))
-	// A look-up takes a token. Whoever sends on without an answer must not take those
-	// of his own children, and yet be learned again when his permission has run out.
-	repeaters := l.set(repeatersSet, permissionKey...)
-	repeaters.HasTimeout, repeaters.Timeout, repeaters.Dynamic, repeaters.free = true, learnerTimeout, true, true
-	l.rule(learn, "a flow that was seen, but for six packets a minute",
-		join(ctStatus, masked(ctConfirmed), isNot(ne32(0)), kinds[0].flowKey(), repeated(repeaters), accept))
-
-	slices.Reverse(kinds) // a flow gives the permission for the most peers
-	for _, k := range kinds {
-		l.rule(learn, "the daemon forbids it", join(k.flowKey(), in(denied), accept))
-	}
-	l.rule(learn, "too many at a time", join(ctOriginalSource, limited(learners, c.LearnRate), count(limitedCounter), accept))
-	// No two flows have the same answers. If an earlier flow had those of this one, it has
-	// ended, and this flow's host has the outside port now: the peer's packets must not
-	// reach the earlier host any more.
-	flows := l.set(learnedSet, flowKey...)
-	flows.HasTimeout, flows.Timeout, flows.Dynamic, flows.free, flows.Size = true, savedTimeout, true, true, uint32(min(c.Size, learnedSize))
-	for _, k := range kinds {
-		l.rule(learn, "a flow with the same answers has ended", join(
-			ctStatus, masked(ctConfirmed), is(ne32(0)), isUDP, replyFlow, in(flows),
-			k.ofFlow(), k.loadFlow(), flowPort, removeFrom(elements.PortMap), k.loadFlow(), flowAddr, removeFrom(elements.PermissionMap),
-			k.loadFlow(), flowMark, removeFrom(elements.MarksMap)))
-	}
-	l.rule(learn, "", join(isUDP, replyFlow, piece{&expr.Dynset{SrcRegKey: reg, SetName: flows.Name, Operation: unix.NFT_DYNSET_OP_UPDATE, Timeout: c.Lifetime}}))
-	for _, k := range kinds {
-		l.rule(learn, "", join(ctMark, isNot(ne32(0)), k.flowKey(), flowMark, piece{addTo(elements.MarksMap, c.Lifetime)}))
-		l.rule(learn, "one that is there stays as it is",
-			join(k.flowKey(), flowPort, piece{addTo(elements.PortMap, c.Lifetime)},
-				k.loadFlow(), flowAddr, learned(c, k.wild), count(learnedCounter), accept))
-	}
+	return nil
 }
 
 func (l *layout) set(name string, key ...nftables.SetDatatype) *set {
@@ -528,8 +214,8 @@ func (l *layout) chain(name string, typ nftables.ChainType, hook *nftables.Chain
 	return c
 }
 
-func (l *layout) rule(c *nftables.Chain, comment string, exprs []expr.Any) {
-	r := &nftables.Rule{Table: c.Table, Chain: c, Exprs: exprs}
+func (l *layout) rule(c *nftables.Chain, comment string, parts ...exprs) {
+	r := &nftables.Rule{Table: c.Table, Chain: c, Exprs: join(parts...)}
 	if comment != "" {
 		r.UserData = userdata.AppendString(nil, userdata.TypeComment, comment)
 	}
@@ -554,12 +240,6 @@ func (l *layout) sign() error {
 		r.UserData = userdata.Append(r.UserData, signature, h.Sum(nil))
 	}
 	return nil
-}
-
-// helperName is the name of a conntrack helper, as nft compares it.
-func helperName(name string) []byte {
-	const size = 16 // NF_CT_HELPER_NAME_LEN
-	return append([]byte(name), make([]byte, size-len(name))...)
 }
 
 func linkKey(name string) []byte {

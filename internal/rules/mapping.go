@@ -7,8 +7,8 @@ import (
 	"time"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 
+	"github.com/conenatd/conenatd/internal/nfnl"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
@@ -106,11 +106,11 @@ func (l *layout) mapping(c *MappingConfig) {
 		m.toOutsideEndpoints()
 	}
 	m.foreign, m.left = m.regular("foreign"), m.regular("left")
-	m.rule(m.foreign, "a flow without a mapping takes the port", join(isUDP, put(m.taken, opUpdate, flowTuple, nil, m.takenFor())))
-	m.rule(m.left, "", insideSource)
-	m.rule(m.left, "its outside port is taken towards this remote endpoint", join(count(leftCounter), accept))
+	m.rule(m.foreign, "a flow without a mapping takes the port", isUDP, updateIn(m.taken, elem{key: flowTuple, timeout: m.takenFor()}))
+	m.rule(m.left, "", setInsideSource)
+	m.rule(m.left, "its outside port is taken towards this remote endpoint", counter(leftCounter), accept)
 	m.unmoved = m.regular("unmoved")
-	m.rule(m.unmoved, "", join(isUDP, insideSourcePort))
+	m.rule(m.unmoved, "", isUDP, setInsidePort)
 	for _, name := range c.links(l.links) {
 		u := m.uplink(name)
 		if slices.Contains(l.links, name) { // else it only keeps its sets
@@ -182,8 +182,8 @@ func (m *mapper) uplink(name string) *uplink {
 	}
 }
 
-// leaves tells whether the packet leaves by the link.
-func (u *uplink) leaves() piece { return join(oifname, is(linkKey(u.name))) }
+// leavesBy matches if the packet leaves by the link.
+func (u *uplink) leavesBy() exprs { return oifname.is(nfnl.LinkKey(u.name)) }
 
 // regular adds a chain of this link that only others lead to. No name may be that of
 // another one and an underscore with something behind.
@@ -204,16 +204,34 @@ func (u *uplink) makeChains() {
 	}
 }
 
+// Keys of the sets: endpoints of the packet and of a flow.
 var (
-	inZone       = join(ctZone, is(ne16(0)))
-	isForwarded  = join(ctStatus, masked(ctDstNAT), is(ne32(ctDstNAT)))
-	isHairpinned = join(ctStatus, masked(ctSrcNAT|ctDstNAT), is(ne32(ctSrcNAT|ctDstNAT)))
-	// A packet that IPsec takes is no packet of the link.
-	isPlain = piece{
-		&expr.Rt{Register: reg, Key: 4}, // NFT_RT_XFRM
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg, Data: []byte{0}},
-	}
+	packetSource = concat(ipSaddr, udpSport)
+	packetTarget = concat(ipDaddr, udpDport)
+	flowInside   = concat(ctOriginalIPSaddr, ctOriginalProtoSrc)
+	flowOutside  = concat(ctReplyIPDaddr, ctReplyProtoDst)
+	flowTarget   = concat(ctOriginalIPDaddr, ctOriginalProtoDst)
+	// flowInside of a flow that kept its port, from its packet: what the packet has is
+	// cheaper to load than what conntrack knows.
+	keptInside = concat(ctOriginalIPSaddr, udpSport)
+	// The key of taken, of a packet that leaves, and of a flow; and of one from outside, as
+	// it came.
+	packetTuple  = concat(udpSport, ipDaddr, udpDport)
+	flowTuple    = concat(ctReplyProtoDst, ctReplyIPSaddr, ctReplyProtoSrc)
+	inboundTuple = concat(ctOriginalProtoDst, ctOriginalIPSaddr, ctOriginalProtoSrc)
 )
+
+// These put back the source that the packet had when it came and, after NAT, that it has
+// when it leaves.
+var (
+	setInsideSource  = setIPSaddr(ctOriginalIPSaddr)
+	setInsidePort    = setUDPSport(ctOriginalProtoSrc)
+	setOutsideSource = setIPSaddr(ctReplyIPDaddr)
+	setOutsidePort   = setUDPSport(ctReplyProtoDst)
+)
+
+// nobody is a constant key, 0.0.0.0, made of an address.
+func nobody(addr operand) operand { return addr.and(be32(0)) }
 
 // apply translates what has a mapping, and moves a newcomer whose port another
 // host has, or the gateway, to the pool. Everything else it leaves to the user's
@@ -223,13 +241,13 @@ func (m *mapper) apply() {
 	if m.hairpin != nil {
 		m.hairpinSources(c)
 	}
-	plain := isPlain
-	if m.noIPsec {
-		plain = nil
+	var plain exprs // a packet that IPsec takes is no packet of the link
+	if !m.noIPsec {
+		plain = rtIPsec.missing(1)
 	}
 	for _, u := range m.uplinks {
-		m.rule(c, "a source from outside may be spoofed", join(
-			isUDP, u.leaves(), m.outside(iifname, false), inZone, m.exempt.hasNot(destination(0)), plain, goTo(u.mapped)))
+		m.rule(c, "a source from outside may be spoofed",
+			isUDP, u.leavesBy(), m.outside(iifname, false), zoneIs0, m.exempt.hasNot(ipDaddr), plain, goTo(u.mapped))
 	}
 }
 
@@ -237,18 +255,16 @@ func (m *mapper) apply() {
 // given the kernel does not look whether the flow is the only one, and drops the packet
 // in the end when it is not.
 func (u *uplink) known(c *nftables.Chain) {
-	u.rule(c, "its mapping", join(
-		isUDP, hasNot(u.taken, packetTuple), find(u.kept, packetSourceEndpoint), transport(0, secondWord), snat(true)))
-	u.rule(c, "its mapping has another port", join(
-		isUDP, setSourcePort(find(u.ports, packetSourceEndpoint)), goTo(u.given)))
-	u.rule(c, "", join(isUDP, has(u.taken, packetTuple), setSource(find(u.kept, packetSourceEndpoint)), goTo(u.left)))
+	u.rule(c, "its mapping", isUDP, packetTuple.notIn(u.taken), snatTo(u.kept.of(packetSource), udpSport))
+	u.rule(c, "its mapping has another port", isUDP, setUDPSport(u.ports.of(packetSource)), goTo(u.given))
+	u.rule(c, "", isUDP, packetTuple.in(u.taken), setIPSaddr(u.kept.of(packetSource)), goTo(u.left))
 }
 
 // givesMoved goes on with a packet that has the source port of its mapping.
 func (u *uplink) givesMoved() *nftables.Chain {
 	c := u.regular("given")
-	u.rule(c, "its outside port is taken towards this remote endpoint", join(
-		isUDP, has(u.taken, packetTuple), insideSourcePort, count(leftCounter), accept))
+	u.rule(c, "its outside port is taken towards this remote endpoint",
+		isUDP, packetTuple.in(u.taken), setInsidePort, counter(leftCounter), accept)
 	u.giveMoved(c)
 	return c
 }
@@ -256,15 +272,14 @@ func (u *uplink) givesMoved() *nftables.Chain {
 // giveMoved adds rules that put the source of the packet back and translate it to the
 // mapping in moved.
 func (u *uplink) giveMoved(c *nftables.Chain) {
-	u.rule(c, "", join(isUDP, insideSourcePort))
-	u.rule(c, "its mapping", join(
-		isUDP, find(u.moved, packetSourceEndpoint), findAt(u.ports, sourceEndpointAt(secondWord), secondWord), snat(true)))
+	u.rule(c, "", isUDP, setInsidePort)
+	u.rule(c, "its mapping", isUDP, snatTo(u.moved.of(packetSource), u.ports.of(packetSource)))
 }
 
 // throughMapping returns the chain for packets that leave by the link.
 func (u *uplink) throughMapping() *nftables.Chain {
 	c := u.regular("mapped")
-	u.rule(c, "from a host without mappings", join(u.subnets.hasNot(source(0)), accept))
+	u.rule(c, "from a host without mappings", u.subnets.hasNot(ipSaddr), accept)
 	u.known(c)
 	if len(u.Pool) == 0 { // the user's rules choose ports for newcomers
 		return c
@@ -272,9 +287,9 @@ func (u *uplink) throughMapping() *nftables.Chain {
 	newcomer := u.regular("newcomer")
 	u.withAddress(c, newcomer)
 
-	u.rule(newcomer, "another one has the port", join(isUDP, has(u.owned, packetSourceEndpoint), goTo(u.pool)))
-	u.rule(newcomer, "the gateway has the port", join(isUDP, has(u.served, sourcePort), goTo(u.pool)))
-	u.rule(newcomer, "", insideSource)
+	u.rule(newcomer, "another one has the port", isUDP, packetSource.in(u.owned), goTo(u.pool))
+	u.rule(newcomer, "the gateway has the port", isUDP, udpSport.in(u.served), goTo(u.pool))
+	u.rule(newcomer, "", setInsideSource)
 	return c
 }
 
@@ -282,9 +297,8 @@ func (u *uplink) throughMapping() *nftables.Chain {
 // would give it as its source, where that is known, and go on to next. A host that was
 // not seen yet is taken to get the address that all others get, where there is but one.
 func (u *uplink) withAddress(c, next *nftables.Chain) {
-	u.rule(c, "all have one address", join(
-		hasNot(u.several, nobody(source(0))), setSource(find(u.addresses, nobody(source(0)))), goTo(next)))
-	u.rule(c, "its address is known", join(setSource(find(u.addresses, source(0))), goTo(next)))
+	u.rule(c, "all have one address", nobody(ipSaddr).notIn(u.several), setIPSaddr(u.addresses.of(nobody(ipSaddr))), goTo(next))
+	u.rule(c, "its address is known", setIPSaddr(u.addresses.of(ipSaddr)), goTo(next))
 }
 
 // movedToPool returns the chain that gives a newcomer a port of the pool that nobody has,
@@ -293,42 +307,48 @@ func (u *uplink) withAddress(c, next *nftables.Chain) {
 // gone. When all tries fail it is left to the user's rules.
 func (u *uplink) movedToPool() *nftables.Chain {
 	c, made := u.regular("pool"), u.regular("made")
-	u.rule(c, "", insideSource)
+	u.rule(c, "", setInsideSource)
 	// The port that is tried first depends on all bits of the port and some of the
 	// address, as a linear hash.
 	for i, x := range mixers {
 		bit := be32(1 << i)
-		u.rule(c, "", join(isUDP, source(0), and(bit), is(bit), setSourcePort(join(sourcePort, bitwise(be16(0xffff), be16(x))))))
+		u.rule(c, "", isUDP, ipSaddr.and(bit).is(bit), setUDPSport(udpSport.bitwise(be16(0xffff), be16(x))))
 	}
 	tries := u.regular("tries")
 	u.withAddress(c, tries)
 	u.rule(c, "", goTo(u.unmoved))
 
-	u.rule(tries, "an address that is gone", join(has(u.gone, source(0)), insideSource, goTo(u.unmoved)))
+	u.rule(tries, "an address that is gone", ipSaddr.in(u.gone), setInsideSource, goTo(u.unmoved))
 	for _, t := range poolTries(u.Pool) {
 		// The low bits are the hash still, or the port that was tried before.
-		u.rule(tries, "", join(isUDP, setSourcePort(join(sourcePort, bitwise(be16(t.mask), be16(t.xor))))))
-		u.rule(tries, "nobody has it, nor is it taken towards this remote endpoint", join(
-			isUDP, hasNot(u.owned, packetSourceEndpoint), hasNot(u.served, sourcePort), hasNot(u.taken, packetTuple),
-			u.owner(opAdd, packetSourceEndpoint),
-			put(u.moved, opUpdate, flowInside, source(secondWord), u.Lifetime),
-			put(u.ports, opUpdate, flowInside, transport(0, secondWord), u.Lifetime),
-			count(movedCounter), goTo(made)))
+		u.rule(tries, "", isUDP, setUDPSport(udpSport.bitwise(be16(t.mask), be16(t.xor))))
+		u.rule(tries, "nobody has it, nor is it taken towards this remote endpoint",
+			isUDP, packetSource.notIn(u.owned), udpSport.notIn(u.served), packetTuple.notIn(u.taken),
+			u.owner(addTo, packetSource), u.movedTo(updateIn, ipSaddr, udpSport), counter(movedCounter), goTo(made))
 	}
-	u.rule(tries, "", join(insideSource, count(usedUpCounter), goTo(u.unmoved)))
-	u.rule(made, "", insideSource)
+	u.rule(tries, "", setInsideSource, counter(usedUpCounter), goTo(u.unmoved))
+	u.rule(made, "", setInsideSource)
 	u.giveMoved(made)
 	return c
 }
 
-// owner makes the inside endpoint of the flow the owner of the outside endpoint that
-// load puts into reg.
-func (m *mapper) owner(op uint32, ext piece) piece {
-	p := put(m.owned, op, ext, nil, m.Lifetime+elements.OwnedLonger)
+// movedTo gives the inside endpoint of the flow a mapping with another port; put is addTo
+// or updateIn.
+func (u *uplink) movedTo(put func(*set, elem) exprs, addr, port operand) exprs {
+	return join(
+		put(u.moved, elem{key: flowInside, timeout: u.Lifetime, data: &addr}),
+		put(u.ports, elem{key: flowInside, timeout: u.Lifetime, data: &port}))
+}
+
+// owner makes the inside endpoint of the flow the owner of an outside endpoint; put is
+// addTo or updateIn.
+func (m *mapper) owner(put func(*set, elem) exprs, ext operand) exprs {
+	const longer = elements.OwnedLonger
+	p := put(m.owned, elem{key: ext, timeout: m.Lifetime + longer})
 	if m.hairpin != nil {
 		p = join(p,
-			put(m.owners, op, ext, original(expr.CtKeySRCIP, secondWord), m.Lifetime+elements.OwnedLonger),
-			put(m.ownerPorts, op, ext, original(expr.CtKeyPROTOSRC, secondWord), m.Lifetime+elements.OwnedLonger))
+			put(m.owners, elem{key: ext, timeout: m.Lifetime + longer, data: &ctOriginalIPSaddr}),
+			put(m.ownerPorts, elem{key: ext, timeout: m.Lifetime + longer, data: &ctOriginalProtoSrc}))
 	}
 	return p
 }
@@ -340,59 +360,54 @@ func (m *mapper) remember() {
 	m.rule(inbound, "its answers take the port", m.takeInbound())
 
 	c := m.filter("remember", nftables.ChainHookPostrouting, rememberPriority)
-	m.rule(c, "answered flows end here", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
+	m.rule(c, "answered flows end here", notNew, accept)
 	for _, u := range m.uplinks {
-		m.rule(c, "a source from outside may be spoofed", join(
-			isUDP, u.leaves(), m.outside(iifname, false), inZone, m.exempt.hasNot(destination(0)), goTo(u.ours)))
+		m.rule(c, "a source from outside may be spoofed",
+			isUDP, u.leavesBy(), m.outside(iifname, false), zoneIs0, m.exempt.hasNot(ipDaddr), goTo(u.ours))
 	}
-	m.rule(c, "its source may be spoofed", join(isUDP, m.outside(iifname, true), inZone, goTo(inbound)))
+	m.rule(c, "its source may be spoofed", isUDP, m.outside(iifname, true), zoneIs0, goTo(inbound))
 	if m.hairpin != nil {
 		m.rememberHairpins(c)
 	}
-	m.rule(c, "", join(isUDP, m.outside(oifname, true), inZone, goTo(m.foreign)))
+	m.rule(c, "", isUDP, m.outside(oifname, true), zoneIs0, goTo(m.foreign))
 }
 
 // remembers returns the chain that does so for flows from inside that leave by the link.
 func (u *uplink) remembers() *nftables.Chain {
 	moved := u.regular("moved_flow")
-	u.rule(moved, "it was left to the rules of others", join(isUDP, has(u.taken, packetTuple), outsideSourcePort, goTo(u.foreign)))
-	u.rule(moved, "", join(isUDP, setSource(find(u.moved, flowInside))))
-	u.rule(moved, "only its own flows refresh a mapping", join(isUDP,
-		u.owner(opUpdate, packetSourceEndpoint),
-		put(u.moved, opUpdate, flowInside, source(secondWord), u.Lifetime),
-		put(u.ports, opUpdate, flowInside, transport(0, secondWord), u.Lifetime)))
-	u.rule(moved, "", outsideSource)
-	u.rule(moved, "", join(isUDP, outsideSourcePort, accept))
+	u.rule(moved, "it was left to the rules of others", isUDP, packetTuple.in(u.taken), setOutsidePort, goTo(u.foreign))
+	u.rule(moved, "", isUDP, setIPSaddr(u.moved.of(flowInside)))
+	u.rule(moved, "only its own flows refresh a mapping",
+		isUDP, u.owner(updateIn, packetSource), u.movedTo(updateIn, ipSaddr, udpSport))
+	u.rule(moved, "", setOutsideSource)
+	u.rule(moved, "", isUDP, setOutsidePort, accept)
 
 	c := u.regular("ours")
 	// A flow that was left to the rules of others may get outside the very port from which
 	// its host has a mapping. It is taken for a flow of that until the next reconcile.
-	u.rule(c, "only its own flows refresh a mapping", join(isUDP,
-		setSource(find(u.kept, keptInside)),
-		put(u.kept, opUpdate, keptInside, source(secondWord), u.Lifetime),
-		u.owner(opUpdate, packetSourceEndpoint), outsideSource, accept))
-	u.rule(c, "its mapping has another port", join(isUDP, setSourcePort(find(u.ports, flowInside)), goTo(moved)))
-	u.rule(c, "from a host without mappings", join(u.subnets.hasNot(original(expr.CtKeySRCIP, 0)), goTo(u.foreign)))
-	u.rule(c, "it was left to the rules of others", join(isUDP, setSource(find(u.kept, flowInside)), outsideSource, goTo(u.foreign)))
-	u.rule(c, "nobody translated it", join(ctStatus, masked(ctSrcNAT), is(ne32(0)), goTo(u.foreign)))
-	u.rule(c, "conntrack takes port 0 for none", join(isUDP, original(expr.CtKeyPROTOSRC, 0), is(be16(0)), goTo(u.foreign)))
-	u.rule(c, "an older flow than its address", join(has(u.gone, reply(expr.CtKeyDSTIP, 0)), accept))
-	u.rule(c, "", join(hasNot(u.translated, reply(expr.CtKeyDSTIP, 0)), jump(u.learnAddress.Name)))
-	u.rule(c, "which one does the host get?", join(
-		has(u.several, nobody(reply(expr.CtKeyDSTIP, 0))),
-		put(u.addresses, opAdd, original(expr.CtKeySRCIP, 0), reply(expr.CtKeyDSTIP, secondWord), elements.AddressTimeout)))
-	u.rule(c, "the gateway has the port", join(isUDP, has(u.served, reply(expr.CtKeyPROTODST, 0)), goTo(u.foreign)))
+	u.rule(c, "only its own flows refresh a mapping", isUDP, setIPSaddr(u.kept.of(keptInside)),
+		updateIn(u.kept, elem{key: keptInside, timeout: u.Lifetime, data: &ipSaddr}), u.owner(updateIn, packetSource), setOutsideSource, accept)
+	u.rule(c, "its mapping has another port", isUDP, setUDPSport(u.ports.of(flowInside)), goTo(moved))
+	u.rule(c, "from a host without mappings", u.subnets.hasNot(ctOriginalIPSaddr), goTo(u.foreign))
+	u.rule(c, "it was left to the rules of others", isUDP, setIPSaddr(u.kept.of(flowInside)), setOutsideSource, goTo(u.foreign))
+	u.rule(c, "nobody translated it", lacksStatus(ctSrcNAT), goTo(u.foreign))
+	u.rule(c, "conntrack takes port 0 for none", isUDP, ctOriginalProtoSrc.is(be16(0)), goTo(u.foreign))
+	u.rule(c, "an older flow than its address", ctReplyIPDaddr.in(u.gone), accept)
+	u.rule(c, "", ctReplyIPDaddr.notIn(u.translated), jump(u.learnAddress))
+	u.rule(c, "which one does the host get?", nobody(ctReplyIPDaddr).in(u.several),
+		addTo(u.addresses, elem{key: ctOriginalIPSaddr, timeout: elements.AddressTimeout, data: &ctReplyIPDaddr}))
+	u.rule(c, "the gateway has the port", isUDP, ctReplyProtoDst.in(u.served), goTo(u.foreign))
 	u.rule(c, "", goTo(u.own))
 	return c
 }
 
 // learnsAddress returns the chain that learns an outside address of the link.
 func (u *uplink) learnsAddress() *nftables.Chain {
-	c, address := u.regular("learn_address"), reply(expr.CtKeyDSTIP, 0)
-	u.rule(c, "a second one", join(has(u.translated, nobody(address)), put(u.several, opAdd, nobody(address), nil, 0)))
-	u.rule(c, "", put(u.addresses, opAdd, nobody(address), reply(expr.CtKeyDSTIP, secondWord), 0))
-	u.rule(c, "", put(u.translated, opAdd, nobody(address), nil, 0))
-	u.rule(c, "", put(u.translated, opAdd, address, nil, 0))
+	c, first := u.regular("learn_address"), nobody(ctReplyIPDaddr)
+	u.rule(c, "a second one", first.in(u.translated), addTo(u.several, elem{key: first}))
+	u.rule(c, "", addTo(u.addresses, elem{key: first, data: &ctReplyIPDaddr}))
+	u.rule(c, "", addTo(u.translated, elem{key: first}))
+	u.rule(c, "", addTo(u.translated, elem{key: ctReplyIPDaddr}))
 	return c
 }
 
@@ -400,21 +415,19 @@ func (u *uplink) learnsAddress() *nftables.Chain {
 // another one is.
 func (u *uplink) owns() *nftables.Chain {
 	c, moved := u.regular("owner"), u.regular("other_port")
-	own := join(isUDP, u.owner(opAdd, flowOutside))
+	own := u.owner(addTo, flowOutside)
 	// A flow that kept its port owns the endpoint with that port now.
-	ownPort := join(reply(expr.CtKeyDSTIP, 0), original(expr.CtKeyPROTOSRC, 1))
-	u.rule(c, "another one owns it", join(isUDP, has(u.owned, flowOutside), goTo(u.foreign)))
-	u.rule(c, "another one owns its own port", join(isUDP, has(u.owned, ownPort), goTo(moved)))
-	u.rule(c, "", own)
-	u.rule(c, "it kept its port", join(isUDP, has(u.owned, ownPort),
-		put(u.kept, opAdd, flowInside, reply(expr.CtKeyDSTIP, secondWord), u.Lifetime), accept))
+	ownPort := concat(ctReplyIPDaddr, ctOriginalProtoSrc)
+	u.rule(c, "another one owns it", isUDP, flowOutside.in(u.owned), goTo(u.foreign))
+	u.rule(c, "another one owns its own port", isUDP, ownPort.in(u.owned), goTo(moved))
+	u.rule(c, "", isUDP, own)
+	u.rule(c, "it kept its port", isUDP, ownPort.in(u.owned),
+		addTo(u.kept, elem{key: flowInside, timeout: u.Lifetime, data: &ctReplyIPDaddr}), accept)
 	u.rule(c, "", goTo(moved))
 
-	u.rule(moved, "", own)
-	u.rule(moved, "there is no room", join(isUDP, hasNot(u.owned, flowOutside), goTo(u.foreign)))
-	u.rule(moved, "it has another port", join(isUDP,
-		put(u.moved, opAdd, flowInside, reply(expr.CtKeyDSTIP, secondWord), u.Lifetime),
-		put(u.ports, opAdd, flowInside, reply(expr.CtKeyPROTODST, secondWord), u.Lifetime)))
+	u.rule(moved, "", isUDP, own)
+	u.rule(moved, "there is no room", isUDP, flowOutside.notIn(u.owned), goTo(u.foreign))
+	u.rule(moved, "it has another port", isUDP, u.movedTo(addTo, ctReplyIPDaddr, ctReplyProtoDst))
 	return c
 }
 
@@ -422,19 +435,19 @@ func (u *uplink) owns() *nftables.Chain {
 func (m *mapper) takenFor() time.Duration { return max(takenTimeout, m.TakenFor) }
 
 // takeInbound remembers a flow from outside by its first packet, as it came.
-func (m *mapper) takeInbound() piece {
-	return join(isUDP, put(m.taken, opUpdate, inboundTuple, nil, m.takenFor()))
+func (m *mapper) takeInbound() exprs {
+	return join(isUDP, updateIn(m.taken, elem{key: inboundTuple, timeout: m.takenFor()}))
 }
 
 // arrivals remembers flows to the gateway itself. Those of a port that it serves
 // are in nobody's way.
 func (m *mapper) arrivals() {
 	c := m.filter("arrivals", nftables.ChainHookInput, arrivalsPriority)
-	m.rule(c, "", join(ctState, isNot(ne32(expr.CtStateBitNEW)), accept))
-	m.rule(c, "", join(notUDP, accept))
-	m.rule(c, "", join(isUDP, has(m.served, original(expr.CtKeyPROTODST, 0)), accept))
-	m.rule(c, "its answers take the port", join(m.outside(iifname, true), m.takeInbound(), accept))
+	m.rule(c, "", notNew, accept)
+	m.rule(c, "", notUDP, accept)
+	m.rule(c, "", isUDP, ctOriginalProtoDst.in(m.served), accept)
+	m.rule(c, "its answers take the port", m.outside(iifname, true), m.takeInbound(), accept)
 	if m.hairpin != nil {
-		m.rule(c, "the same, of a host that there is hairpinning for", join(m.hairpin.has(source(0)), m.takeInbound()))
+		m.rule(c, "the same, of a host that there is hairpinning for", m.hairpin.has(ipSaddr), m.takeInbound())
 	}
 }

@@ -344,13 +344,3 @@ func (p *rulePrinter) verdict(e *expr.Verdict) {
 		p.add("jump %s", e.Chain)
 	}
 }
-
-// named returns the set of a name, nil without one.
-func (l *layout) named(name string) *set {
-	for _, s := range l.sets {
-		if s.Name == name {
-			return s
-		}
-	}
-	return nil
-}

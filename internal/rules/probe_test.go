@@ -36,7 +36,7 @@ func TestProbeFindsWhatIsMissingAndChangesNothing(t *testing.T) {
 				for i, e := range r.Exprs {
 					if _, ok := e.(*expr.Socket); ok {
 						r.Exprs = slices.Clone(r.Exprs)
-						r.Exprs[i] = &expr.Socket{Key: key, Register: reg}
+						r.Exprs[i] = &expr.Socket{Key: key, Register: register(0)}
 					}
 				}
 			}

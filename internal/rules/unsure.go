@@ -10,8 +10,8 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
-	"golang.org/x/sys/unix"
 
+	"github.com/conenatd/conenatd/internal/nfnl"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
@@ -41,38 +41,23 @@ func (l *layout) unsure(d Desired, subnets []netip.Prefix) {
 	flows.HasTimeout, flows.Dynamic, flows.free = true, true, true
 	flows.Timeout, flows.Size = unsureTimeout, unsureSize
 
-	found, from := &nftables.Chain{Table: l.table, Name: "no_way_back"}, &nftables.Chain{Table: l.table, Name: "from_inside"}
-	l.chains = append(l.chains, found, from)
+	found, from := l.regular("no_way_back"), l.regular("from_inside")
 	c := l.chain("way_back", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, sourcePriority)
-	test := noWayBack
-	if !d.noIPsec {
-		test = join(noSecurityPath, noWayBack)
-	}
-	l.rule(c, "", join(isUDP, packetSource, in(inside), goTo(from)))
+	l.rule(c, "", isUDP, ipSaddr.in(inside), goTo(from))
 	for _, upper := range slices.Sorted(maps.Keys(d.Uppers)) {
-		l.rule(from, "the way back is the link below", join(
-			iifname, is(linkKey(upper)), wayBack, is(linkKey(d.Uppers[upper])), accept))
+		l.rule(from, "the way back is the link below",
+			iifname.is(nfnl.LinkKey(upper)), fibSaddrMarkOifname.is(nfnl.LinkKey(d.Uppers[upper])), accept)
 	}
-	l.rule(from, "the way back is not the link that it came by", join(test, forwarded, goTo(found)))
-	l.rule(from, "an earlier flow may have been spoofed", join(isUDP, packetFlow, remember(opDelete)))
-	l.rule(found, "nothing is learned from it", join(isUDP, packetFlow,
-		remember(unix.NFT_DYNSET_OP_ADD), withoutNewEvent, count(unsureCounter), accept))
-	l.rule(found, "too many to remember", drop(unsureCounter))
+	var plain exprs
+	if !d.noIPsec {
+		plain = metaIPsec.missing(1)
+	}
+	flow := elem{key: packetFlow}
+	l.rule(from, "the way back is not the link that it came by", plain, noWayBack, forwarded, goTo(found))
+	l.rule(from, "an earlier flow may have been spoofed", isUDP, deleteFrom(flows, flow))
+	l.rule(found, "nothing is learned from it", isUDP, addTo(flows, flow),
+		setCt(expr.CtKeyEVENTMASK, constant(host32(eventDestroy))), counter(unsureCounter), accept)
+	l.rule(found, "too many to remember", counter(unsureCounter), drop)
 }
 
-// remember adds the flow in reg to the set, or does with it what else op says.
-func remember(op uint32) piece {
-	return piece{&expr.Dynset{SrcRegKey: reg, SetName: elements.UnsureSet, Operation: op}}
-}
-
-const opDelete = 2 // NFT_DYNSET_OP_DELETE
-
-// withoutNewEvent leaves the event of the flow's end alone.
-var withoutNewEvent = piece{
-	&expr.Immediate{Register: reg, Data: ne32(1 << 2)}, // IPCT_DESTROY
-	&expr.Ct{Key: expr.CtKeyEVENTMASK, Register: reg, SourceRegister: true},
-}
-
-// isUnsure matches the flows that unsure remembers, and renews them.
-var isUnsure = join(isUDP, originalFlow, piece{&expr.Lookup{SourceRegister: reg, SetName: elements.UnsureSet}}, originalFlow,
-	remember(unix.NFT_DYNSET_OP_UPDATE))
+const eventDestroy = 1 << 2 // IPCT_DESTROY: no event tells of a new flow

@@ -1,0 +1,240 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"fmt"
+	"maps"
+	"net"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+
+	"github.com/conenatd/conenatd/internal/rules/elements"
+)
+
+// permissionKey is peer . outside address . outside port, as they lie in a packet.
+var permissionKey = []nftables.SetDatatype{nftables.TypeIPAddr, nftables.TypeIPAddr, nftables.TypeInetService}
+
+func (l *layout) permissions(c *MapConfig) {
+	for _, values := range []struct {
+		of   string
+		typ  nftables.SetDatatype
+		size int
+	}{
+		{elements.PermissionMap, nftables.TypeIPAddr, c.Size}, {elements.PortMap, nftables.TypeInetService, c.Size}, {elements.MarksMap, nftables.TypeMark, marksSize},
+	} {
+		m := l.set(values.of, permissionKey...)
+		m.IsMap, m.DataType = true, values.typ
+		m.HasTimeout, m.Timeout, m.Dynamic, m.free, m.Size = true, savedTimeout, true, true, uint32(values.size)
+	}
+	l.noPeers = l.set(noPeersSet, nftables.TypeIPAddr)
+	l.noPeers.Interval, l.noPeers.elements = true, intervals(slices.Concat(notUnicast, c.Subnets, c.ExcludePeers))
+}
+
+// A kind of permissions is for one peer, for the peers of groups that leave so
+// many low bits free, or for everybody.
+type kind struct {
+	wild   uint8
+	groups *set // with the first address of each, nil for the others
+	open   *set // with the inside subnets, for everybody
+}
+
+// kinds makes the sets that the kinds need and returns them, the ones for few
+// peers first.
+func (l *layout) kinds(c *MapConfig) []kind {
+	free := map[uint8][]nftables.SetElement{}
+	for _, g := range c.PeerGroups {
+		if wild := 32 - g.Bits(); g.Addr().Is4() && wild > 0 {
+			free[uint8(wild)] = append(free[uint8(wild)], nftables.SetElement{Key: g.Addr().AsSlice()})
+		}
+	}
+	all := []kind{{}}
+	for _, wild := range slices.Sorted(maps.Keys(free)) {
+		s := l.set(groupsName(32-int(wild)), nftables.TypeIPAddr)
+		s.elements = free[wild]
+		all = append(all, kind{wild: wild, groups: s})
+	}
+	if open := intervals(c.OpenSubnets); len(open) > 0 {
+		s := l.set(openSet, nftables.TypeIPAddr)
+		s.Interval, s.elements = true, open
+		all = append(all, kind{wild: 32, open: s})
+	}
+	return all
+}
+
+func groupsName(bits int) string { return fmt.Sprintf("%s_%d", groupsSet, bits) }
+
+// peers is the peer's address without its low bits.
+func (k kind) peers(addr operand) operand {
+	if k.wild == 0 {
+		return addr
+	}
+	return addr.and(net.CIDRMask(32-int(k.wild), 32))
+}
+
+// packetKey and flowKey are the key of the map, of a packet that comes in, and of a flow
+// that goes out. Each rule tests for UDP, though only UDP gets there: nft needs that to know
+// what a port is. nft loads the key anew for each map, and so do our rules, or those that
+// nft loads from its listing would be others.
+func (k kind) packetKey() operand { return concat(k.peers(ipSaddr), ipDaddr, udpDport) }
+
+func (k kind) flowKey() operand {
+	return concat(k.peers(ctReplyIPSaddr), ctReplyIPDaddr, ctReplyProtoDst)
+}
+
+// hasPacket and hasFlow match if the packet, and the flow, is of this kind.
+func (k kind) hasPacket() exprs { return k.hasPeer(ipSaddr) }
+
+func (k kind) hasFlow() exprs {
+	if k.open != nil {
+		return ctOriginalIPSaddr.in(k.open)
+	}
+	return k.hasPeer(ctReplyIPSaddr)
+}
+
+func (k kind) hasPeer(addr operand) exprs {
+	if k.groups == nil {
+		return nil
+	}
+	return k.peers(addr).in(k.groups)
+}
+
+// A flow as it began, from its packets before NAT; as it began; and as its answers come:
+// no two have the same.
+var (
+	packetFlow   = concat(ipSaddr, udpSport, ipDaddr, udpDport)
+	originalFlow = concat(ctOriginalIPSaddr, ctOriginalProtoSrc, ctOriginalIPDaddr, ctOriginalProtoDst)
+	replyFlow    = concat(ctReplyIPSaddr, ctReplyProtoSrc, ctReplyIPDaddr, ctReplyProtoDst)
+)
+
+// admit needs no conntrack state: a NAT chain sees the first packet only.
+//
+// An element carries the cap on its children, a token bucket: with an empty bucket the
+// look-up does not match, which is far cheaper than to count flows. The packet goes on as
+// any unsolicited one, to the guard as a rule.
+func (l *layout) admit(kinds []kind, c *MapConfig) {
+	l.counters = append(l.counters, admittedCounter)
+	admitted := l.regular("admitted")
+	admit := l.chain("admit", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, admitPriority)
+	l.rule(admit, "permissions are of the default zone", isUDP, l.outside(iifname, true), zoneIs0, goTo(admitted))
+	l.rule(admitted, "the gateway itself serves it", hasSocket, accept)
+	flows := l.set(admittedSet, flowKey...)
+	flows.HasTimeout, flows.Dynamic, flows.free = true, true, true
+	flows.Timeout, flows.Size = admittedTimeout, admittedSize
+	label := setLabel
+	if c.noLabels {
+		label = nil
+	}
+	addrs, ports, marks := l.named(elements.PermissionMap), l.named(elements.PortMap), l.named(elements.MarksMap)
+	for _, k := range kinds {
+		if k.open != nil {
+			l.rule(admitted, "", ipSaddr.in(l.noPeers), accept)
+		}
+		key := k.packetKey()
+		l.rule(admitted, "a mark for policy routing", isUDP, k.hasPacket(), setCt(expr.CtKeyMARK, marks.of(key)))
+		// nft lists the look-ups last, in "dnat to". They come first, for without them the
+		// packet does not match.
+		const addr, port = dataWord, dataWord + 1
+		l.rule(admitted, "a peer may send from any port", isUDP, k.hasPacket(),
+			key.load(0), ports.find(0, port), key.load(0), addrs.find(0, addr),
+			label, addTo(flows, elem{key: packetFlow}), counter(admittedCounter), nat(expr.NATTypeDestNAT, addr, port))
+	}
+}
+
+// keepSource lets the inside host see the peer's own address, as it does with an
+// expectation, where the user's rules translate what comes in. What a rule of the user's
+// forwards is his: it never reaches the chain admitted.
+func (l *layout) keepSource() {
+	c := l.chain("keep_source", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, sourcePriority)
+	l.rule(c, "the inside host sees the peer itself", l.outside(iifname, true), hasStatus(ctDstNAT), isUDP,
+		originalFlow.in(l.named(admittedSet)), snatToAddr(ipSaddr))
+}
+
+func (l *layout) learn(d Desired, kinds []kind) {
+	c := d.Map
+	if !c.Learn {
+		return
+	}
+	learn := l.filter("learn", nftables.ChainHookPostrouting, learnPriority)
+	l.rule(learn, "answered flows end here", notNew, accept)
+	l.rule(learn, "a source may be spoofed", l.outside(iifname, true), accept)
+	l.rule(learn, "", notUDP, accept)
+	l.counters = append(l.counters, learnedCounter, limitedCounter)
+	subnets := l.named(subnetsSet)
+	if subnets == nil {
+		subnets = l.set(subnetsSet, nftables.TypeIPAddr)
+		subnets.Interval, subnets.elements = true, intervals(c.Subnets)
+	}
+	peerPorts, ports := l.set(excludedPeerSet, nftables.TypeInetService), l.set(excludedPortsSet, nftables.TypeInetService)
+	peerPorts.setPorts(c.ExcludePeerPorts)
+	ports.setPorts(c.ExcludePorts)
+	learners := l.set(learnersSet, nftables.TypeIPAddr)
+	learners.HasTimeout, learners.Timeout, learners.Dynamic, learners.free = true, learnerTimeout, true, true
+	denied := l.set(elements.DeniedSet, permissionKey...)
+	denied.HasTimeout, denied.free, denied.Size = true, true, elements.DeniedSize
+
+	l.rule(learn, "", l.outside(oifname, false), accept)
+	l.rule(learn, "", lacksStatus(ctSrcNAT), accept)
+	l.rule(learn, "permissions are of the default zone", zoneIsNot0, accept)
+	l.rule(learn, "", ctOriginalIPSaddr.notIn(subnets), accept)
+	if !d.noFib {
+		// It is renewed, too.
+		unsure := l.named(elements.UnsureSet)
+		l.rule(learn, "a source may be spoofed", isUDP, originalFlow.in(unsure), updateIn(unsure, elem{key: originalFlow}), accept)
+	}
+	l.rule(learn, "", ctReplyIPSaddr.in(l.noPeers), accept)
+	l.rule(learn, "", isUDP, ctReplyProtoSrc.in(peerPorts), accept)
+	l.rule(learn, "", isUDP, ctReplyProtoDst.in(ports), accept)
+	// A look-up takes a token. Whoever sends on without an answer must not take those
+	// of his own children, and yet be learned again when his permission has run out.
+	repeaters := l.set(repeatersSet, permissionKey...)
+	repeaters.HasTimeout, repeaters.Timeout, repeaters.Dynamic, repeaters.free = true, learnerTimeout, true, true
+	l.rule(learn, "a flow that was seen, but for six packets a minute", hasStatus(ctConfirmed), isUDP,
+		addTo(repeaters, elem{key: kinds[0].flowKey(), limit: limitRate(true, 6, expr.LimitTimeMinute, 1)}), accept)
+
+	// A flow gives the permission for the most peers.
+	kinds = slices.Clone(kinds)
+	slices.Reverse(kinds)
+	for _, k := range kinds {
+		l.rule(learn, "the daemon forbids it", isUDP, k.hasFlow(), k.flowKey().in(denied), accept)
+	}
+	l.rule(learn, "too many at a time", addTo(learners, elem{
+		key: ctOriginalIPSaddr, limit: limitRate(true, c.LearnRate, expr.LimitTimeSecond, learnBurst*c.LearnRate),
+	}), counter(limitedCounter), accept)
+	// If an earlier flow had the answers of this one, it has ended, and this flow's host has
+	// the outside port now: the peer's packets must not reach the earlier host any more.
+	flows := l.set(learnedSet, flowKey...)
+	flows.HasTimeout, flows.Timeout, flows.Dynamic, flows.free, flows.Size = true, savedTimeout, true, true, uint32(min(c.Size, learnedSize))
+	addrMap, portMap, marks := l.named(elements.PermissionMap), l.named(elements.PortMap), l.named(elements.MarksMap)
+	for _, k := range kinds {
+		key := k.flowKey()
+		l.rule(learn, "a flow with the same answers has ended", lacksStatus(ctConfirmed), isUDP, replyFlow.in(flows), k.hasFlow(),
+			deleteFrom(portMap, elem{key: key, data: &ctOriginalProtoSrc}),
+			deleteFrom(addrMap, elem{key: key, data: &ctOriginalIPSaddr}),
+			deleteFrom(marks, elem{key: key, data: &ctMark}))
+	}
+	l.rule(learn, "", isUDP, updateIn(flows, elem{key: replyFlow, timeout: c.Lifetime}))
+	for _, k := range kinds {
+		key := k.flowKey()
+		l.rule(learn, "", ctMark.isNot(host32(0)), isUDP, k.hasFlow(), addTo(marks, elem{key: key, timeout: c.Lifetime, data: &ctMark}))
+		// A second host on the outside endpoint neither takes over nor refreshes.
+		l.rule(learn, "one that is there stays as it is", isUDP, k.hasFlow(),
+			addTo(portMap, elem{key: key, timeout: c.Lifetime, data: &ctOriginalProtoSrc}),
+			addTo(addrMap, elem{key: key, timeout: c.Lifetime, limit: k.cap(c), data: &ctOriginalIPSaddr}),
+			counter(learnedCounter), accept)
+	}
+}
+
+// learnBurst is how many times LearnRate the kernel may learn at once.
+const learnBurst = 5
+
+// cap is the cap on the children of an element, nil for none.
+func (k kind) cap(c *MapConfig) expr.Any {
+	if c.MaxChildren == 0 {
+		return nil
+	}
+	b := elements.BucketOf(c.MaxChildren, k.wild)
+	return limitRate(false, b.PerMinute, expr.LimitTimeMinute, b.Size+1) // to make the element takes one
+}

@@ -1,0 +1,68 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+)
+
+// An ipFamily is one of the two families that family inet is made of.
+type ipFamily struct {
+	name         string
+	is           exprs // it is the packet's
+	addr         nftables.SetDatatype
+	saddr, daddr operand
+	// The key of a permission, as an expected child has it: peer . outside address .
+	// outside port. Zones share a cap.
+	key  operand
+	icmp byte
+	size int // bytes of an address
+}
+
+var ipFamilies = []*ipFamily{
+	{
+		name: "4", is: metaNfproto.is([]byte{unix.NFPROTO_IPV4}), addr: nftables.TypeIPAddr,
+		saddr: ipSaddr, daddr: ipDaddr,
+		key:  concat(ctOriginalIPSaddr, ctOriginalIPDaddr, ctOriginalProtoDst),
+		icmp: unix.IPPROTO_ICMP, size: net.IPv4len,
+	},
+	{
+		name: "6", is: metaNfproto.is([]byte{unix.NFPROTO_IPV6}), addr: nftables.TypeIP6Addr,
+		saddr: ip6Saddr, daddr: ip6Daddr,
+		key:  concat(ctOriginalIP6Saddr, ctOriginalIP6Daddr, ctOriginalProtoDst),
+		icmp: unix.IPPROTO_ICMPV6, size: net.IPv6len,
+	},
+}
+
+// of returns the prefixes of the family.
+func (f *ipFamily) of(prefixes []netip.Prefix) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool { return p.Addr().BitLen() != 8*f.size })
+}
+
+// familiesOf returns the families of prefixes.
+func familiesOf(prefixes []netip.Prefix) []*ipFamily {
+	return slices.DeleteFunc(slices.Clone(ipFamilies), func(f *ipFamily) bool { return len(f.of(prefixes)) == 0 })
+}
+
+// onlyOf matches if the packet is of the families, unless these are all.
+func onlyOf(families []*ipFamily) exprs {
+	if len(families) == 1 {
+		return families[0].is
+	}
+	return nil
+}
+
+// saddrIn matches if the source of the packet is in p, in a rule of family inet. A
+// prefix that ends with a byte is compared without a mask, as nft does it.
+func saddrIn(p netip.Prefix) exprs {
+	f := ipFamilies[0]
+	if p.Addr().Is6() {
+		f = ipFamilies[1]
+	}
+	return join(f.saddr.inPrefix(p, true), f.is)
+}

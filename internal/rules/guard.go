@@ -1,0 +1,133 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// spoofed drops what comes from outside with the source of a host that is inside: it
+// would earn that host a permission, or keep one alive. A host that is reached by an
+// outside link is not spoofed, nor is one that comes through IPsec, and what is for the
+// gateway is the user's to judge. Where the way back depends on marks nobody can tell
+// here: then the caller does not set Desired.Spoofed, and unsure does what is needed.
+func (l *layout) spoofed(d Desired) {
+	l.counters = append(l.counters, spoofedCounter)
+	c := l.filter("spoofed", nftables.ChainHookPrerouting, rawPriority)
+	if len(d.Subnets) > fewPrefixes {
+		l.rule(c, "", l.outside(iifname, false), accept)
+	}
+	test := join(isUDP, noWayBack)
+	if !d.noIPsec {
+		test = join(isUDP, metaIPsec.missing(1), noWayBack)
+	}
+	for _, name := range l.links { // nft 1.0.6 cannot look up what fib finds in a set
+		test = join(test, fibSaddrMarkOifname.isNot(nfnl.LinkKey(name)))
+	}
+	test = join(test, forwarded, counter(spoofedCounter), drop)
+	for _, p := range d.Subnets {
+		// The source comes first, for it sorts out nearly all packets.
+		l.rule(c, "the way back is not outside", saddrIn(p), l.outside(iifname, true), test)
+	}
+}
+
+// fewPrefixes are tested quicker than a link.
+const fewPrefixes = 4
+
+// portZero drops what would match an anchor: packets between a subnet and elsewhere with
+// port 0 on one side. It asks for the port first, for hardly a packet has that.
+func (l *layout) portZero(subnets []netip.Prefix) {
+	l.counters = append(l.counters, zeroCounter)
+	like := l.regular("like_an_anchor")
+	c := l.filter("port_zero", nftables.ChainHookPrerouting, rawPriority)
+	l.rule(c, "", udpSport.is(be16(0)), isUDP, goTo(like))
+	l.rule(c, "", udpDport.is(be16(0)), isUDP, goTo(like))
+	for _, f := range familiesOf(subnets) {
+		inside := l.set(subnetsSet+f.name, f.addr)
+		inside.Interval, inside.elements = true, f.intervals(subnets)
+		for _, way := range []exprs{
+			join(f.saddr.in(inside), f.daddr.notIn(inside)),
+			join(f.saddr.notIn(inside), f.daddr.in(inside)),
+		} {
+			l.rule(like, "no packet may match an anchor", f.is, way, counter(zeroCounter), drop)
+		}
+	}
+}
+
+// guard serves the families of subnets that are enabled.
+func (l *layout) guard(served []*ipFamily) {
+	if len(served) == 0 {
+		return
+	}
+	l.counters = append(l.counters, guardCounter)
+	guard := l.filter("guard", nftables.ChainHookInput, guardPriority)
+	l.rule(guard, "conntrack knows it", notNew, accept)
+	l.rule(guard, "", notUDP, accept)
+	l.rule(guard, "", l.outside(iifname, false), accept)
+	l.rule(guard, "a socket waits for it", hasSocket, accept)
+	l.rule(guard, "it would keep the peer from the inside host", onlyOf(served), counter(guardCounter), drop)
+}
+
+// children judges the first packets of flows that our expectations let in. Those have a
+// master with a helper of ours; what a helper of the user's expects may come from
+// anywhere. Only flows without an answer, and ICMP errors, are related.
+func (l *layout) children(d Desired, served []*ipFamily) {
+	l.counters = append(l.counters, spoofedCounter, zeroCounter, expectedCounter)
+	child := l.regular("child")
+	c := l.filter("children", nftables.ChainHookForward, childPriority)
+	l.rule(c, "", ctState.isNot(host32(expr.CtStateBitRELATED)), accept)
+	for _, helper := range d.Helpers {
+		// The first packet has the one bit and not yet the other.
+		l.rule(c, "the first packet of a child",
+			onlyOf(served), statusIs(ctExpected, ctExpected|ctConfirmed), isUDP, ctHelper.is(helperName(helper)), goTo(child))
+	}
+	for _, f := range served {
+		for _, port := range []operand{ctOriginalProtoSrc, ctOriginalProtoDst} {
+			// No packet makes a flow assured that has no reply.
+			l.rule(c, "an ICMP error about an anchor", statusIs(ctAssured, ctSeenReply|ctAssured),
+				metaL4proto.is([]byte{f.icmp}), port.is(be16(0)), counter(zeroCounter), drop)
+		}
+	}
+	l.rule(child, "not by an outside link: the peer's address is faked", l.notOutside(d.Uppers), counter(spoofedCounter), drop)
+	l.rule(child, "it would look like an anchor", udpSport.is(be16(0)), isUDP, counter(zeroCounter), drop)
+	if d.MaxChildren > 0 {
+		l.counters = append(l.counters, childCounter)
+		for _, f := range served {
+			// Each element keeps the limit that it was made with.
+			kids := l.set(fmt.Sprintf("children%s_%d", f.name, d.MaxChildren), f.addr, f.addr, nftables.TypeInetService)
+			kids.Dynamic, kids.free = true, true
+			l.rule(child, "flows of one peer to one outside endpoint",
+				f.is, isUDP, addTo(kids, elem{key: f.key, limit: ctCountOver(d.MaxChildren)}), counter(childCounter), drop)
+		}
+	}
+	l.rule(child, "it goes on to the user's firewall", counter(expectedCounter))
+}
+
+// notOutside matches what the forward hook sees of packets that came by no outside link:
+// of a link in a VRF it is the name of that, and the link's own apart. Links that share
+// a network are as good as each other.
+func (l *layout) notOutside(uppers map[string]string) (test exprs) {
+	shared := map[string]bool{}
+	for upper, lower := range uppers {
+		if slices.Contains(l.links, upper) != slices.Contains(l.links, lower) {
+			shared[upper], shared[lower] = true, true
+		}
+	}
+	for _, name := range []operand{iifname, metaSdifname} {
+		test = join(test, l.outside(name, false))
+		for _, link := range slices.Sorted(maps.Keys(shared)) {
+			if !slices.Contains(l.links, link) {
+				test = join(test, name.isNot(nfnl.LinkKey(link)))
+			}
+		}
+	}
+	return test
+}

@@ -1,0 +1,347 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"encoding/binary"
+	"net"
+	"slices"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// Rules are put together from what is in this file, which has nft's own words: an operand
+// is an expression that has a value, such as "ip saddr . udp sport"; its methods compare
+// it, or look it up in a set; functions make statements, such as "snat to".
+//
+// Each rule loads its registers itself, as nft would: the kernel refuses rules that rely
+// on another one, and nft lists only what it could have written. A rule that names a port
+// must test for UDP first, or nft does not know what that is; and what it loads of the
+// packet must come before what it loads of the flow.
+//
+// nft cannot test for a value that it found in a map. Such a value is put into the source
+// of the packet, where a test finds it, and the source is put back in the same chain. That
+// leaves the checksums alone, for nobody else sees the packet meanwhile.
+
+// exprs are a part of a rule: a test that the packet must pass, or an action.
+type exprs = []expr.Any
+
+// An operand loads a value into the registers, from a word of 4 bytes on.
+type operand struct {
+	load  func(word uint32) exprs
+	words uint32 // that it fills
+}
+
+// dataWord is where nft puts the value that belongs to a key at word 0: that of an element
+// of a map, or the port behind an address.
+const dataWord = 4
+
+func register(word uint32) uint32 { return unix.NFT_REG32_00 + word }
+
+// one is an operand of one expression, which make returns for a register.
+func one(words uint32, make func(register uint32) expr.Any) operand {
+	return operand{func(w uint32) exprs { return exprs{make(register(w))} }, words}
+}
+
+func meta(key expr.MetaKey, words uint32) operand {
+	return one(words, func(r uint32) expr.Any { return &expr.Meta{Key: key, Register: r} })
+}
+
+func ct(key expr.CtKey, words uint32) operand {
+	return one(words, func(r uint32) expr.Any { return &expr.Ct{Key: key, Register: r} })
+}
+
+func ctOriginal(key expr.CtKey, words uint32) operand {
+	return one(words, func(r uint32) expr.Any {
+		return &expr.Ct{Key: key, Register: r, Direction: expr.CtDirOriginal, OptDirection: true}
+	})
+}
+
+func ctReply(key expr.CtKey, words uint32) operand {
+	return one(words, func(r uint32) expr.Any {
+		return &expr.Ct{Key: key, Register: r, Direction: expr.CtDirReply, OptDirection: true}
+	})
+}
+
+func fib(f expr.Fib, words uint32) operand {
+	return one(words, func(r uint32) expr.Any { f := f; f.Register = r; return &f })
+}
+
+func network(offset, size uint32) operand {
+	return one(size/4, func(r uint32) expr.Any {
+		return &expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: size, DestRegister: r}
+	})
+}
+
+func transport(offset uint32) operand {
+	return one(1, func(r uint32) expr.Any {
+		return &expr.Payload{Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2, DestRegister: r}
+	})
+}
+
+const (
+	metaKeySecPath  expr.MetaKey = 25 // NFT_META_SECPATH
+	metaKeySDIFName expr.MetaKey = 34 // NFT_META_SDIFNAME
+	rtKeyXFRM       expr.RtKey   = 4  // NFT_RT_XFRM
+	nameWords                    = unix.IFNAMSIZ / 4
+)
+
+// What nft has a word for. Ports are "udp sport" to nft where the rule has tested for UDP,
+// else "th sport".
+var (
+	metaL4proto  = meta(expr.MetaKeyL4PROTO, 1)
+	metaNfproto  = meta(expr.MetaKeyNFPROTO, 1)
+	metaIPsec    = meta(metaKeySecPath, 1) // IPsec took the packet in
+	iifname      = meta(expr.MetaKeyIIFNAME, nameWords)
+	oifname      = meta(expr.MetaKeyOIFNAME, nameWords)
+	metaSdifname = meta(metaKeySDIFName, nameWords) // the link by which a packet came, where iifname is its VRF; else ""
+
+	rtIPsec = one(1, func(r uint32) expr.Any { return &expr.Rt{Register: r, Key: rtKeyXFRM} }) // IPsec takes the packet
+	// A socket waits for the packet, whatever its address.
+	socketWildcard = one(1, func(r uint32) expr.Any { return &expr.Socket{Key: expr.SocketKeyWildcard, Register: r} })
+
+	// The link that leads to the source of a packet; whether that is the link by which it
+	// came; and whose the destination is, before it is routed.
+	fibSaddrMarkOifname = fib(expr.Fib{FlagSADDR: true, FlagMARK: true, ResultOIFNAME: true}, nameWords)
+	fibSaddrMarkIifOif  = fib(expr.Fib{FlagSADDR: true, FlagMARK: true, FlagIIF: true, ResultOIF: true, FlagPRESENT: true}, 1)
+	fibDaddrType        = fib(expr.Fib{FlagDADDR: true, ResultADDRTYPE: true}, 1)
+
+	ipSaddr  = network(12, net.IPv4len)
+	ipDaddr  = network(16, net.IPv4len)
+	ip6Saddr = network(8, net.IPv6len)
+	ip6Daddr = network(24, net.IPv6len)
+	udpSport = transport(0)
+	udpDport = transport(2)
+
+	ctState  = ct(expr.CtKeySTATE, 1)
+	ctStatus = ct(expr.CtKeySTATUS, 1)
+	ctZone   = ct(expr.CtKeyZONE, 1)
+	ctMark   = ct(expr.CtKeyMARK, 1)
+	ctHelper = ct(expr.CtKeyHELPER, helperNameLen/4) // of the master
+
+	// A flow as its first packet came, and as its answers come.
+	ctOriginalIPSaddr  = ctOriginal(expr.CtKeySRCIP, 1)
+	ctOriginalIPDaddr  = ctOriginal(expr.CtKeyDSTIP, 1)
+	ctOriginalIP6Saddr = ctOriginal(expr.CtKeySRCIP6, net.IPv6len/4)
+	ctOriginalIP6Daddr = ctOriginal(expr.CtKeyDSTIP6, net.IPv6len/4)
+	ctOriginalProtoSrc = ctOriginal(expr.CtKeyPROTOSRC, 1)
+	ctOriginalProtoDst = ctOriginal(expr.CtKeyPROTODST, 1)
+	ctReplyIPSaddr     = ctReply(expr.CtKeySRCIP, 1)
+	ctReplyIPDaddr     = ctReply(expr.CtKeyDSTIP, 1)
+	ctReplyProtoSrc    = ctReply(expr.CtKeyPROTOSRC, 1)
+	ctReplyProtoDst    = ctReply(expr.CtKeyPROTODST, 1)
+)
+
+// concat is "a . b".
+func concat(of ...operand) operand {
+	o := operand{load: func(w uint32) (s exprs) {
+		for _, part := range of {
+			s = append(s, part.load(w)...)
+			w += part.words
+		}
+		return s
+	}}
+	for _, part := range of {
+		o.words += part.words
+	}
+	return o
+}
+
+// and is "o & mask", bitwise "o & mask ^ xor".
+func (o operand) and(mask []byte) operand { return o.bitwise(mask, make([]byte, len(mask))) }
+
+func (o operand) bitwise(mask, xor []byte) operand {
+	return operand{func(w uint32) exprs {
+		return append(o.load(w), &expr.Bitwise{
+			SourceRegister: register(w), DestRegister: register(w), Len: uint32(len(mask)), Mask: mask, Xor: xor,
+		})
+	}, o.words}
+}
+
+// of is "key map @s", the value that the map has for the key. Where it has none, the
+// packet does not pass.
+func (s *set) of(key operand) operand {
+	return operand{func(w uint32) exprs { return join(key.load(w), s.find(w, w)) }, 1}
+}
+
+// find puts the value that the map has for the key at a word to another word.
+func (s *set) find(key, value uint32) exprs {
+	return exprs{&expr.Lookup{SourceRegister: register(key), SetName: s.Name, DestRegister: register(value), IsDestRegSet: true}}
+}
+
+// Tests: "o value", "o != value", "o <= value", "o @s" and "o != @s".
+func (o operand) is(value []byte) exprs     { return o.compare(expr.CmpOpEq, value) }
+func (o operand) isNot(value []byte) exprs  { return o.compare(expr.CmpOpNeq, value) }
+func (o operand) atMost(value []byte) exprs { return o.compare(expr.CmpOpLte, value) }
+func (o operand) in(s *set) exprs           { return o.lookup(s, false) }
+func (o operand) notIn(s *set) exprs        { return o.lookup(s, true) }
+
+func (o operand) compare(op expr.CmpOp, value []byte) exprs {
+	return append(o.load(0), &expr.Cmp{Op: op, Register: register(0), Data: value})
+}
+
+func (o operand) lookup(s *set, not bool) exprs {
+	return append(o.load(0), &expr.Lookup{SourceRegister: register(0), SetName: s.Name, Invert: not})
+}
+
+// missing is the test "o missing", of an operand of a size.
+func (o operand) missing(size int) exprs { return o.is(make([]byte, size)) }
+
+// Bits of conntrack's status, from linux/netfilter/nf_conntrack_common.h.
+const (
+	ctExpected  = 1 << 0
+	ctSeenReply = 1 << 1
+	ctAssured   = 1 << 2
+	ctConfirmed = 1 << 3
+	ctSrcNAT    = 1 << 4
+	ctDstNAT    = 1 << 5
+)
+
+// hasStatus is "ct status bits" (any of them), lacksStatus "ct status ! bits", and
+// statusIs "ct status value / mask".
+func hasStatus(bits uint32) exprs   { return ctStatus.and(host32(bits)).isNot(host32(0)) }
+func lacksStatus(bits uint32) exprs { return statusIs(0, bits) }
+func statusIs(value, mask uint32) exprs {
+	return ctStatus.and(host32(mask)).is(host32(value))
+}
+
+var (
+	isUDP      = metaL4proto.is([]byte{unix.IPPROTO_UDP})
+	notUDP     = metaL4proto.isNot([]byte{unix.IPPROTO_UDP})
+	notNew     = ctState.isNot(host32(expr.CtStateBitNEW))
+	zoneIs0    = ctZone.is(host16(0))
+	zoneIsNot0 = ctZone.isNot(host16(0))
+	hasSocket  = socketWildcard.atMost([]byte{1})
+	// There is no way back to the source by the link that the packet came by.
+	noWayBack = fibSaddrMarkIifOif.missing(4)
+	forwarded = fibDaddrType.isNot(host32(unix.RTN_LOCAL))
+)
+
+func join(parts ...exprs) exprs { return slices.Concat(parts...) }
+
+// Statements.
+var (
+	accept = exprs{&expr.Verdict{Kind: expr.VerdictAccept}}
+	drop   = exprs{&expr.Verdict{Kind: expr.VerdictDrop}}
+)
+
+func goTo(c *nftables.Chain) exprs {
+	return exprs{&expr.Verdict{Kind: expr.VerdictGoto, Chain: c.Name}}
+}
+
+func jump(c *nftables.Chain) exprs {
+	return exprs{&expr.Verdict{Kind: expr.VerdictJump, Chain: c.Name}}
+}
+
+func counter(name string) exprs {
+	return exprs{&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: name}}
+}
+
+// setIPSaddr is "ip saddr set value", and so on.
+func setIPSaddr(value operand) exprs {
+	return append(value.load(0), &expr.Payload{
+		OperationType: expr.PayloadWrite, SourceRegister: register(0), Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 4,
+	})
+}
+
+func setUDPSport(value operand) exprs {
+	return append(value.load(0), &expr.Payload{
+		OperationType: expr.PayloadWrite, SourceRegister: register(0), Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2,
+	})
+}
+
+func setCt(key expr.CtKey, value operand) exprs {
+	return append(value.load(0), &expr.Ct{Key: key, Register: register(0), SourceRegister: true})
+}
+
+// constant is a value that the rule has itself.
+func constant(b []byte) operand {
+	return one(uint32(len(b)+3)/4, func(r uint32) expr.Any { return &expr.Immediate{Register: r, Data: b} })
+}
+
+// An elem is what statements about sets name: "{ key timeout t limit rate … : data }".
+type elem struct {
+	key     operand
+	timeout time.Duration // that of the set where it is 0
+	limit   expr.Any      // of its own; nil for none
+	data    *operand      // of a map
+}
+
+// addTo is "add @s { … }": an element that is there stays as it is. updateIn refreshes
+// it, but not its data. deleteFrom is "delete"; the kernel wants data of a map all the
+// same. The packet does not pass where the set is full, nor where a limit says so.
+func addTo(s *set, e elem) exprs      { return e.in(s, unix.NFT_DYNSET_OP_ADD) }
+func updateIn(s *set, e elem) exprs   { return e.in(s, unix.NFT_DYNSET_OP_UPDATE) }
+func deleteFrom(s *set, e elem) exprs { return e.in(s, dynsetDelete) }
+
+const dynsetDelete = 2 // NFT_DYNSET_OP_DELETE
+
+func (e elem) in(s *set, operation uint32) exprs {
+	d := &expr.Dynset{SrcRegKey: register(0), SetName: s.Name, Operation: operation, Timeout: e.timeout}
+	all := e.key.load(0)
+	if e.data != nil {
+		all = append(all, e.data.load(dataWord)...)
+		d.SrcRegData = register(dataWord)
+	}
+	if e.limit != nil {
+		d.Exprs = []expr.Any{e.limit}
+	}
+	return append(all, d)
+}
+
+// limitRate is "limit rate n/unit burst n packets", with over "limit rate over".
+func limitRate(over bool, rate int, unit expr.LimitTime, burst int) expr.Any {
+	return &expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(rate), Over: over, Unit: unit, Burst: uint32(burst)}
+}
+
+// ctCountOver is "ct count over n".
+func ctCountOver(n int) expr.Any {
+	return &expr.Connlimit{Count: uint32(n), Flags: expr.NFT_CONNLIMIT_F_INV}
+}
+
+// snatTo is "snat to addr:port", and dnatTo the same for destinations; snatToAddr is
+// without a port, and snatToRange with ports of a range.
+func snatTo(addr, port operand) exprs {
+	return join(addr.load(0), port.load(dataWord), nat(expr.NATTypeSourceNAT, 0, dataWord))
+}
+
+func dnatTo(addr, port operand) exprs {
+	return join(addr.load(0), port.load(dataWord), nat(expr.NATTypeDestNAT, 0, dataWord))
+}
+
+func snatToAddr(addr operand) exprs {
+	return append(addr.load(0), &expr.NAT{Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: register(0)})
+}
+
+func snatToRange(addr operand, r PortRange) exprs {
+	const lastWord = 2 * dataWord
+	return join(addr.load(0), constant(be16(r.First)).load(dataWord), constant(be16(r.Last)).load(lastWord), exprs{&expr.NAT{
+		Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: register(0),
+		RegProtoMin: register(dataWord), RegProtoMax: register(lastWord),
+	}})
+}
+
+// nat translates to the address and the port at two words.
+func nat(typ expr.NATType, addr, port uint32) exprs {
+	return exprs{&expr.NAT{Type: typ, Family: unix.NFPROTO_IPV4, RegAddrMin: register(addr), RegProtoMin: register(port)}}
+}
+
+func be16(n uint16) []byte   { return binary.BigEndian.AppendUint16(nil, n) }
+func be32(n uint32) []byte   { return binary.BigEndian.AppendUint32(nil, n) }
+func host16(n uint16) []byte { return binary.NativeEndian.AppendUint16(nil, n) }
+func host32(n uint32) []byte { return binary.NativeEndian.AppendUint32(nil, n) }
+
+const helperNameLen = 16 // NF_CT_HELPER_NAME_LEN
+
+// helperName is the name of a conntrack helper, as nft compares it.
+func helperName(name string) []byte {
+	return append([]byte(name), make([]byte, helperNameLen-len(name))...)
+}
+
+// setLabel tells whoever sees the flow later that we admitted it.
+var setLabel = setCt(expr.CtKeyLABELS, constant(nfnl.ChildLabel[:]))
