@@ -102,7 +102,7 @@ func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (not
 	if err != nil {
 		return nil, err
 	}
-	defer sockets.Close()
+	defer func() { _ = sockets.Close() }()
 	sockets.SetNetwork(network)
 	held, err := sockets.Ports()
 	if err != nil {
