@@ -25,12 +25,12 @@ type Counts struct {
 	Expected          uint64 // entries that an expectation admitted
 }
 
-// Statistics tells how full conntrack is, and counts what it does from the first Read on.
-// The kernel counts since the network namespace was made, for each CPU, in 32 bits: Read
-// must be called before a counter grows by as much.
+// Statistics tells how full conntrack is, and counts what it does from the first call of
+// Counts on. The kernel counts since the network namespace was made, for each CPU, in 32
+// bits: Counts must be called before a counter grows by as much.
 //
 // One goroutine at a time may use it, Close included. It shares no connection: it may be
-// read within a Dump of a Queries.
+// asked within a Dump of a Queries.
 type Statistics struct {
 	cfg    Config
 	table  *Queries
@@ -46,8 +46,8 @@ type cpuCounts struct {
 	expected conntrack.StatsExpect
 }
 
-// DialStatistics opens the sockets that Read uses. It needs CAP_NET_ADMIN in the user
-// namespace that owns the network namespace; without it the first Read fails.
+// DialStatistics opens the sockets. It needs CAP_NET_ADMIN in the user namespace that owns
+// the network namespace; without it the first query fails.
 func DialStatistics(cfg Config) (*Statistics, error) {
 	cfg.Timeout = cmp.Or(cfg.Timeout, DefaultTimeout)
 	table, err := DialQueries(cfg)
@@ -74,23 +74,22 @@ func (s *Statistics) open() (err error) {
 	return nil
 }
 
-// Read returns how full the table is and the counts since the first Read, which are all
-// zero. It costs three queries.
-func (s *Statistics) Read() (Table, Counts, error) {
+// Table tells how full the table is.
+func (s *Statistics) Table() (Table, error) { return s.table.Table() }
+
+// Counts returns the counts since its first call, which are all zero. It costs two queries.
+// With an error they are those of the call before.
+func (s *Statistics) Counts() (Counts, error) {
 	if err := s.open(); err != nil {
-		return Table{}, Counts{}, err
-	}
-	t, err := s.table.Table()
-	if err != nil {
-		return Table{}, Counts{}, err
+		return s.total, err
 	}
 	now, err := s.ask()
 	if err != nil {
 		_ = s.reset()
-		return Table{}, Counts{}, wrap("read conntrack statistics", err)
+		return s.total, wrap("read conntrack statistics", err)
 	}
 	s.add(now)
-	return t, s.total, nil
+	return s.total, nil
 }
 
 // ask asks the kernel (ctnetlink_ct_stat_cpu_dump, ctnetlink_exp_stat_cpu_dump).

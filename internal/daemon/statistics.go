@@ -10,10 +10,12 @@ import (
 // readConntrack returns what status shows of the kernel's connection tracking. The
 // reconcile calls it, in the middle of its work too: so it has connections of its own.
 func (d *Daemon) readConntrack() (k control.Conntrack, err error) {
-	table, counts, err := d.statistics.Read()
+	table, err := d.statistics.Table()
 	if err != nil {
 		return k, err
 	}
+	counts, err := d.statistics.Counts()
+	d.failures.note(requestReadStatistics, 1, err) // what was counted before holds
 	noteFull(d.noted, d.counts, counts, table.Max)
 	d.counts = counts
 	return control.Conntrack{

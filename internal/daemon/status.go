@@ -105,7 +105,7 @@ func (d *Daemon) readCounters() {
 		t, err := d.firewall.read(cfg)
 		d.failures.note(requestReadCounters, 1, err)
 		k, err := d.readConntrack()
-		d.failures.note(requestReadConntrackStatistics, 1, err)
+		d.failures.note(requestLookAtConntrack, 1, err)
 		d.do(func() {
 			d.tables = t
 			if err == nil {
