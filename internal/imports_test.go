@@ -27,12 +27,13 @@ var allowed = map[string][]string{
 	"internal/expect":         {"internal/cone", "internal/nfnl"},
 	"internal/rules":          {"internal/cone", "internal/nfnl", "internal/rules/elements"},
 	"internal/rules/elements": {"internal/cone", "internal/nfnl"},
+	"internal/userrules":      {"internal/cone", "internal/nfnl"},
 	"internal/nfnl/nfnltest":  {"internal/nfnl"},
 	"internal/demo":           {"internal/lab"},
 	"internal/selftest":       {"internal/control", "internal/lab"},
 	"internal/daemon": {
 		"internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/expect", "internal/gateway", "internal/rules",
-		"internal/rules/elements",
+		"internal/rules/elements", "internal/userrules",
 	},
 	"cmd/conenatd": {
 		"internal/config", "internal/control", "internal/daemon", "internal/demo", "internal/gateway", "internal/sandbox", "internal/selftest",
@@ -42,7 +43,7 @@ var allowed = map[string][]string{
 // users are the packages that may use a library: what it costs, and where it does not
 // compile, is theirs alone.
 var users = map[string][]string{
-	"github.com/google/nftables": {"internal/rules"},
+	"github.com/google/nftables": {"internal/rules", "internal/userrules"},
 }
 
 // runners are those that may start other programs: the daemon does not.

@@ -67,6 +67,7 @@ func (d *Daemon) adopt(wanted config.Config) error {
 	if err != nil {
 		return err
 	}
+	d.firewall.look()
 	cfg, err := d.resolve(wanted, network)
 	if err != nil {
 		return err
@@ -97,7 +98,7 @@ func (d *Daemon) adopt(wanted config.Config) error {
 // when it loses its default route.
 func (d *Daemon) resolve(wanted config.Config, network gateway.Network) (config.Config, error) {
 	var err error
-	wanted.Subnets, err = subnets(wanted, network, d.rerouted.outside, d.hosts)
+	wanted.Subnets, err = d.firewall.subnets(wanted, network, d.rerouted.outside, d.hosts)
 	return wanted.Sized(d.size), err
 }
 

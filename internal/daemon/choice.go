@@ -10,7 +10,7 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/gateway"
-	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // accept is what to do about a firewall that lets no child pass.
@@ -20,7 +20,7 @@ const accept = "let it accept 'ct status dnat' (iptables: -m conntrack --ctstate
 // and why.
 type decision struct {
 	cone.Choice
-	rules.ChildVerdicts
+	userrules.ChildVerdicts
 	why      why
 	err      error // why the rules could not be read
 	evidence []control.Evidence
@@ -54,10 +54,10 @@ const (
 // decide says what carries the permissions of each subnet: what the user's forward
 // hook does with children tells, as far as its rules are understood.
 func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.Prefix]decision {
-	verdicts := make([]rules.ChildVerdicts, len(cfg.Subnets))
+	verdicts := make([]userrules.ChildVerdicts, len(cfg.Subnets))
 	var unread error
 	if links := outsideLinks(network); (f.tables != nil || f.shown) && len(links) > 0 {
-		found, err := rules.Children(0, links, prefixes(cfg.Subnets))
+		found, err := f.children(links, network, prefixes(cfg.Subnets))
 		if err == nil {
 			verdicts = found
 		} else {
@@ -77,22 +77,38 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 	return all
 }
 
+// children says what the user's forward hook does with children of the subnets.
+func (f *firewall) children(outside []userrules.Link, network gateway.Network, subnets []netip.Prefix) ([]userrules.ChildVerdicts, error) {
+	if f.unread != nil {
+		return nil, f.unread
+	}
+	to, err := network.LinksTo(0, subnets)
+	if err != nil {
+		return nil, err
+	}
+	var inside []userrules.Link
+	for _, l := range to {
+		inside = append(inside, userrules.Link{Index: l.Index, Name: l.Name})
+	}
+	return f.user.Children(outside, inside, subnets)
+}
+
 // weigh decides with what became of children where the rules do not tell.
-func (f *firewall) weigh(v rules.ChildVerdicts) decision {
-	answer := func(a *rules.Answer, w *witness, by cone.Carriers) []control.Evidence {
+func (f *firewall) weigh(v userrules.ChildVerdicts) decision {
+	answer := func(a *userrules.Answer, w *witness, by cone.Carriers) []control.Evidence {
 		pass, known := w.passes()
 		switch {
-		case *a != rules.Unknown || !known:
+		case *a != userrules.Unknown || !known:
 			return nil
 		case pass:
-			*a = rules.Accepted
+			*a = userrules.Accepted
 		default:
-			*a = rules.Dropped
+			*a = userrules.Dropped
 		}
 		return []control.Evidence{{By: by.String(), Children: w.lately, Passed: w.through}}
 	}
 	evidence := answer(&v.MostDNATed, &f.mapped, cone.ByMap)
-	if e := answer(&v.MostRelated, &f.related, cone.ByExpectation); v.MostDNATed != rules.Accepted {
+	if e := answer(&v.MostRelated, &f.related, cone.ByExpectation); v.MostDNATed != userrules.Accepted {
 		evidence = append(evidence, e...)
 	}
 	d := choose(v)
@@ -101,19 +117,19 @@ func (f *firewall) weigh(v rules.ChildVerdicts) decision {
 }
 
 // choose decides by what the forward hook does with most children.
-func choose(v rules.ChildVerdicts) decision {
+func choose(v userrules.ChildVerdicts) decision {
 	d := decision{ChildVerdicts: v}
 	dnated, related := v.MostDNATed, v.MostRelated
 	switch {
-	case dnated == rules.Accepted:
+	case dnated == userrules.Accepted:
 		d.Choice, d.why = cone.ChooseMap, dnatAccepted
-	case dnated == rules.Dropped && related == rules.Accepted:
+	case dnated == userrules.Dropped && related == userrules.Accepted:
 		d.Choice, d.why = cone.ChooseExpectation, relatedAccepted
-	case dnated == rules.Dropped && related == rules.Dropped:
+	case dnated == userrules.Dropped && related == userrules.Dropped:
 		d.Choice, d.why = cone.ChooseMap, bothDropped
-	case dnated == rules.Dropped:
+	case dnated == userrules.Dropped:
 		d.Choice, d.why = cone.ChooseExpectation, dnatDropped
-	case related == rules.Dropped:
+	case related == userrules.Dropped:
 		d.Choice, d.why = cone.ChooseMap, relatedDropped
 	default:
 		d.Choice, d.why = cone.ChooseBoth, cannotTell
@@ -126,9 +142,9 @@ func (f *firewall) warning(s config.Subnet, d decision) string {
 	expected := f.withExpectations() && (!f.withMap || s.Routed || s.Prefix.Addr().Is6() || d.Choice == cone.ChooseExpectation)
 	dropper := cmp.Or(d.Dropper, "the forward chain")
 	switch {
-	case expected && d.MostRelated == rules.Dropped, !expected && d.MostDNATed == rules.Dropped && d.MostRelated == rules.Dropped:
+	case expected && d.MostRelated == userrules.Dropped, !expected && d.MostDNATed == userrules.Dropped && d.MostRelated == userrules.Dropped:
 		return fmt.Sprintf("your firewall drops the flows of peers into subnet %v: %s; %s", s.Prefix, dropper, accept)
-	case !expected && d.MostDNATed == rules.Dropped:
+	case !expected && d.MostDNATed == userrules.Dropped:
 		return fmt.Sprintf("your firewall drops the flows of peers into subnet %v: %s; %s, or set backend = \"auto\"", s.Prefix, dropper, accept)
 	}
 	return ""

@@ -7,7 +7,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/control"
-	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 func TestWhatTheForwardHookDoesDecides(t *testing.T) {
@@ -16,24 +16,24 @@ func TestWhatTheForwardHookDoesDecides(t *testing.T) {
 		return control.Evidence{By: by, Children: 10, Passed: passed}
 	}
 	for name, tc := range map[string]struct {
-		dnated, related rules.Answer
+		dnated, related userrules.Answer
 		mapped, others  [2]uint64 // children admitted and passed, by the map and by expectations
 		want            cone.Choice
 		why             why
 		evidence        []control.Evidence
 	}{
-		"both pass":                 {rules.Accepted, rules.Accepted, none, pass, cone.ChooseMap, dnatAccepted, nil},
-		"DNATed pass":               {rules.Accepted, rules.Dropped, none, none, cone.ChooseMap, dnatAccepted, nil},
-		"RELATED pass":              {rules.Dropped, rules.Accepted, pass, none, cone.ChooseExpectation, relatedAccepted, nil},
-		"neither passes":            {rules.Dropped, rules.Dropped, pass, pass, cone.ChooseMap, bothDropped, nil},
-		"DNATed do not pass":        {rules.Dropped, rules.Unknown, pass, few, cone.ChooseExpectation, dnatDropped, nil},
-		"RELATED do not pass":       {rules.Unknown, rules.Dropped, few, pass, cone.ChooseMap, relatedDropped, nil},
-		"nobody knows":              {rules.Unknown, rules.Unknown, few, few, cone.ChooseBoth, cannotTell, nil},
-		"DNATed passed":             {rules.Unknown, rules.Unknown, pass, none, cone.ChooseMap, dnatAccepted, []control.Evidence{evidence("nft", 10)}},
-		"DNATed were dropped":       {rules.Unknown, rules.Accepted, none, few, cone.ChooseExpectation, relatedAccepted, []control.Evidence{evidence("nft", 0)}},
-		"RELATED were dropped":      {rules.Unknown, rules.Unknown, few, none, cone.ChooseMap, relatedDropped, []control.Evidence{evidence("expect", 0)}},
-		"both were dropped":         {rules.Unknown, rules.Unknown, none, none, cone.ChooseMap, bothDropped, []control.Evidence{evidence("nft", 0), evidence("expect", 0)}},
-		"RELATED passed, no others": {rules.Unknown, rules.Unknown, few, pass, cone.ChooseBoth, cannotTell, []control.Evidence{evidence("expect", 10)}},
+		"both pass":                 {userrules.Accepted, userrules.Accepted, none, pass, cone.ChooseMap, dnatAccepted, nil},
+		"DNATed pass":               {userrules.Accepted, userrules.Dropped, none, none, cone.ChooseMap, dnatAccepted, nil},
+		"RELATED pass":              {userrules.Dropped, userrules.Accepted, pass, none, cone.ChooseExpectation, relatedAccepted, nil},
+		"neither passes":            {userrules.Dropped, userrules.Dropped, pass, pass, cone.ChooseMap, bothDropped, nil},
+		"DNATed do not pass":        {userrules.Dropped, userrules.Unknown, pass, few, cone.ChooseExpectation, dnatDropped, nil},
+		"RELATED do not pass":       {userrules.Unknown, userrules.Dropped, few, pass, cone.ChooseMap, relatedDropped, nil},
+		"nobody knows":              {userrules.Unknown, userrules.Unknown, few, few, cone.ChooseBoth, cannotTell, nil},
+		"DNATed passed":             {userrules.Unknown, userrules.Unknown, pass, none, cone.ChooseMap, dnatAccepted, []control.Evidence{evidence("nft", 10)}},
+		"DNATed were dropped":       {userrules.Unknown, userrules.Accepted, none, few, cone.ChooseExpectation, relatedAccepted, []control.Evidence{evidence("nft", 0)}},
+		"RELATED were dropped":      {userrules.Unknown, userrules.Unknown, few, none, cone.ChooseMap, relatedDropped, []control.Evidence{evidence("expect", 0)}},
+		"both were dropped":         {userrules.Unknown, userrules.Unknown, none, none, cone.ChooseMap, bothDropped, []control.Evidence{evidence("nft", 0), evidence("expect", 0)}},
+		"RELATED passed, no others": {userrules.Unknown, userrules.Unknown, few, pass, cone.ChooseBoth, cannotTell, []control.Evidence{evidence("expect", 10)}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := &firewall{}
@@ -41,7 +41,7 @@ func TestWhatTheForwardHookDoesDecides(t *testing.T) {
 			f.related.read(0, 0, 0)
 			f.mapped.read(1, tc.mapped[0], tc.mapped[1])
 			f.related.read(1, tc.others[0], tc.others[1])
-			d := f.weigh(rules.ChildVerdicts{MostDNATed: tc.dnated, MostRelated: tc.related})
+			d := f.weigh(userrules.ChildVerdicts{MostDNATed: tc.dnated, MostRelated: tc.related})
 			if d.Choice != tc.want || d.why != tc.why || !slices.Equal(d.evidence, tc.evidence) {
 				t.Errorf("%v because %q, %+v", d.Choice, d.why, d.evidence)
 			}

@@ -21,6 +21,7 @@ import (
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // Config is what New needs beyond the user's configuration.
@@ -58,21 +59,21 @@ type Daemon struct {
 	noted      *episodes // of other things that should not happen
 
 	// The reconcile's own.
-	wanted    config.Config    // as the user gave it; d.cfg has the subnets that "auto" found
-	hosts     []netip.Addr     // inside hosts of what stood at the start
-	size      int              // of the conntrack table, which limits of d.cfg suit
-	counts    ctwatch.Counts   // as read last
-	space     space            // what the model knows
-	held      *gateway.PortSet // sockets at the last look
-	looked    time.Duration    // when that was
-	settled   bool             // they were the same as at the look before
-	forwarded *rules.Covered   // what the user's rules forward, as the model knows it
-	whole     bool             // and whether that is all
-	unheard   *rules.Covered   // of whose flows no event tells
-	budget    budget           // for what neighbours change
-	part      uint64           // of an owned map, that was compared last
-	changed   changes          // by neighbours, and still to be looked at
-	rerouted  struct {         // flows may leave by other links
+	wanted    config.Config      // as the user gave it; d.cfg has the subnets that "auto" found
+	hosts     []netip.Addr       // inside hosts of what stood at the start
+	size      int                // of the conntrack table, which limits of d.cfg suit
+	counts    ctwatch.Counts     // as read last
+	space     space              // what the model knows
+	held      *gateway.PortSet   // sockets at the last look
+	looked    time.Duration      // when that was
+	settled   bool               // they were the same as at the look before
+	forwarded *userrules.Covered // what the user's rules forward, as the model knows it
+	whole     bool               // and whether that is all
+	unheard   *userrules.Covered // of whose flows no event tells
+	budget    budget             // for what neighbours change
+	part      uint64             // of an owned map, that was compared last
+	changed   changes            // by neighbours, and still to be looked at
+	rerouted  struct {           // flows may leave by other links
 		looks   int             // that are still to come
 		next    time.Duration   // not before
 		outside map[string]bool // links that are outside links, or were
@@ -84,10 +85,10 @@ type Daemon struct {
 	denied         []cone.Key // what was revoked when an earlier daemon ran
 	model          *cone.Model
 	network        gateway.Network
-	topology       cone.Topology  // of network
-	ruleWarnings   warnings       // about the user's forwards
-	hidden         *rules.Covered // by forwards of the user's: no packet gets to the map
-	portWarnings   warnings       // about port_pool
+	topology       cone.Topology      // of network
+	ruleWarnings   warnings           // about the user's forwards
+	hidden         *userrules.Covered // by forwards of the user's: no packet gets to the map
+	portWarnings   warnings           // about port_pool
 	decisions      map[netip.Prefix]decision
 	room           cone.Room         // for expectations
 	entries        ctwatch.Table     // when that was found
@@ -162,7 +163,11 @@ func New(cfg Config) (d *Daemon, err error) {
 		return d, err
 	}
 	d.wanted = cfg.Config
-	if d.cfg.Subnets, err = subnets(cfg.Config, d.network, nil, nil); err != nil {
+	if d.firewall, err = openFirewall(cfg.Table); err != nil {
+		return d, err
+	}
+	d.firewall.look()
+	if d.cfg.Subnets, err = d.firewall.subnets(cfg.Config, d.network, nil, nil); err != nil {
 		return d, err
 	}
 	if err = outsideOwn(d.cfg.Subnets, d.network); err != nil {
@@ -202,14 +207,11 @@ func New(cfg Config) (d *Daemon, err error) {
 		return d, err
 	}
 	d.served, d.looked = d.held, d.now()
-	if d.firewall, err = openFirewall(cfg.Table); err != nil {
-		return d, err
-	}
 	d.firewall.uppers = d.network.Uppers()
 	// Known before the first grant.
 	d.forwarded, d.ruleWarnings = d.firewall.forwards(d.network)
 	d.whole = d.firewall.whole
-	more, err := d.firewall.readSourceNAT(d.cfg.Config)
+	more, err := d.firewall.sourceNAT(d.cfg.Config)
 	if err != nil { // the first reconcile tries again
 		more.add(warnSourceNATUnread, "", "source NAT cannot be read: %v", err)
 	}
@@ -263,7 +265,7 @@ func (d *Daemon) goOnServing(adopted []expect.Adopted) (err error) {
 		return nil
 	}
 	d.hosts = slices.Collect(maps.Keys(hosts))
-	if d.cfg.Subnets, err = subnets(d.wanted, d.network, nil, d.hosts); err != nil {
+	if d.cfg.Subnets, err = d.firewall.subnets(d.wanted, d.network, nil, d.hosts); err != nil {
 		return err
 	}
 	d.decisions = d.firewall.decide(d.cfg.Config, d.network)
@@ -274,16 +276,12 @@ func (d *Daemon) goOnServing(adopted []expect.Adopted) (err error) {
 // subnets returns the enabled subnets, the candidates among them if these are
 // asked for and do not overlap what is named. Links that were outside links lead to none,
 // and hosts are known to be inside.
-func subnets(cfg config.Config, network gateway.Network, were map[string]bool, hosts []netip.Addr) ([]config.Subnet, error) {
+func (f *firewall) subnets(cfg config.Config, network gateway.Network, were map[string]bool, hosts []netip.Addr) ([]config.Subnet, error) {
 	enabled := slices.Clone(cfg.Subnets)
 	if !cfg.AutoSubnets {
 		return enabled, nil
 	}
-	var lans []rules.LAN
-	for _, l := range network.LANs() {
-		lans = append(lans, rules.LAN{Link: rules.Link{Index: l.Index, Name: l.Name}, Networks: l.Networks})
-	}
-	named, err := rules.Uplinks(0, lans)
+	named, err := f.uplinks(network)
 	if err != nil {
 		return nil, fmt.Errorf("find the links of subnet \"auto\": %w", err)
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/rules/elements"
+	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // A firewall is what the daemon has to do with nftables: its own tables, and what
@@ -45,11 +46,16 @@ type firewall struct {
 	mapped, related            witness          // what the user's firewall does with the children of either
 	pool                       config.PortRange // that usedUp is of
 
-	// What the user's rules forward, as read last.
-	reader          *rules.ForwardReader // nil before the first time
-	forwarded       *rules.Covered
-	hidden          *rules.Covered // what every packet is forwarded to
-	whole           bool           // there are no others
+	// The user's rules, as read last.
+	reader *userrules.Reader  // nil before the first time
+	user   *userrules.Ruleset // nil before the first good time
+	unread error              // why they could not be read the last time
+
+	// What they forward, as found last.
+	forwarder       userrules.Forwarder
+	forwarded       *userrules.Covered
+	hidden          *userrules.Covered // what every packet is forwarded to
+	whole           bool               // there are no others
 	forwardWarnings warnings
 
 	repaired uint64   // how often others' changes of the tables were undone
@@ -219,10 +225,25 @@ func (f *firewall) left(cfg config.Config) (all []expect.Adopted, err error) {
 	return all, err
 }
 
+// look reads the user's rules. What is asked of them afterwards is about what was read.
+func (f *firewall) look() {
+	if f.reader == nil {
+		c := userrules.Config{OwnChain: rules.MarkerChain}
+		if f.tables != nil {
+			c.Changes = f.tables.OthersChanges
+		}
+		f.reader = userrules.NewReader(c)
+	}
+	rs, err := f.reader.Read()
+	if f.unread = err; err == nil {
+		f.user = rs
+	}
+}
+
 // forwards returns the test for outside endpoints that rules of the user's
 // forward, and what he should know about these rules. The test is another one only
 // where it has other answers. What cannot be read is as it was when it was read last.
-func (f *firewall) forwards(network gateway.Network) (covered *rules.Covered, out warnings) {
+func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered, out warnings) {
 	if f.tables == nil {
 		return nil, nil
 	}
@@ -230,26 +251,23 @@ func (f *firewall) forwards(network gateway.Network) (covered *rules.Covered, ou
 	if len(outside) == 0 {
 		return nil, nil
 	}
-	if f.reader == nil {
-		f.reader = f.tables.NewForwardReader()
-	}
-	all, same, err := f.reader.Read(outside)
-	f.whole = err == nil && !f.reader.Hidden() &&
-		!slices.ContainsFunc(all, func(r rules.Forward) bool { return r.Unknown })
-	switch {
-	case err != nil:
+	if f.unread != nil {
+		f.whole = false
 		if f.forwarded == nil { // what is not known may forward all
-			f.forwarded = rules.Cover([]rules.Forward{{All: true}})
+			f.forwarded = userrules.Cover([]userrules.Forward{{All: true}})
 		}
 		out = slices.Clone(f.forwardWarnings)
 		out.add(warnForwardsUnread, "", "port forwards cannot be read, "+
-			"those that were read before hold, and all ports count as forwarded if none were: %v", err)
+			"those that were read before hold, and all ports count as forwarded if none were: %v", f.unread)
 		return f.forwarded, out
-	case same && f.forwarded != nil:
+	}
+	all, same := f.forwarder.Forwards(f.user, outside)
+	f.whole = !f.user.ForwardsMayBeHidden() && !slices.ContainsFunc(all, func(r userrules.Forward) bool { return r.Unknown })
+	if same && f.forwarded != nil {
 		return f.forwarded, f.forwardWarnings
 	}
 	f.forwardWarnings = nil
-	var sure []rules.Forward
+	var sure []userrules.Forward
 	for _, r := range all {
 		switch {
 		case r.Unknown:
@@ -261,45 +279,81 @@ func (f *firewall) forwards(network gateway.Network) (covered *rules.Covered, ou
 		}
 		sure = append(sure, r)
 	}
-	if c := rules.Cover(sure); !c.Equal(f.forwarded) {
+	if c := userrules.Cover(sure); !c.Equal(f.forwarded) {
 		f.forwarded = c
 	}
-	if c := rules.Cover(slices.DeleteFunc(sure, func(r rules.Forward) bool { return r.Partial })); !c.Equal(f.hidden) {
+	if c := userrules.Cover(slices.DeleteFunc(sure, func(r userrules.Forward) bool { return r.Partial })); !c.Equal(f.hidden) {
 		f.hidden = c
 	}
 	return f.forwarded, f.forwardWarnings
 }
 
-func outsideLinks(network gateway.Network) (links []rules.Link) {
+func outsideLinks(network gateway.Network) (links []userrules.Link) {
 	for _, l := range network.Links {
 		if l.Outside {
-			links = append(links, rules.Link{Index: l.Index, Name: l.Name})
+			links = append(links, userrules.Link{Index: l.Index, Name: l.Name})
 		}
 	}
 	return links
 }
 
-// readSourceNAT reads what the user's source NAT means for mappings, and says what he
-// should know of it.
-func (f *firewall) readSourceNAT(cfg config.Config) (out warnings, err error) {
+// sourceNAT finds what the user's source NAT means for mappings, and says what he should
+// know of it. What cannot be read is as it was when it was read last.
+func (f *firewall) sourceNAT(cfg config.Config) (out warnings, err error) {
 	if !wantsMapping(cfg) || !f.maps() {
 		return nil, nil
 	}
-	chains, err := f.tables.Rivals()
-	for _, c := range chains {
+	if f.unread != nil {
+		return nil, f.unread
+	}
+	for _, c := range rivals(f.user.SourceNATChains()) {
 		out.add(warnRivalChain, c, "chain %s has the priority of conenatd's own, -199, and comes before it if it is younger: "+
 			"what it translates gets no mapping; give it another priority", c)
 	}
-	choosers, failed := rules.PortChoosers(0)
-	if failed != nil {
-		return out, errors.Join(err, failed) // what was known before holds
+	choosers, err := f.user.PortChoosers()
+	if err != nil {
+		return out, err
 	}
 	f.choosers = choosers
 	if len(choosers) > 0 {
 		out.add(warnPortsChosen, "", "port_pool is not used, for a rule of yours chooses outside ports (%s): "+
 			"hosts whose port another one has get one by that rule, and may share it", choosers[0])
 	}
-	return out, err
+	return out, nil
+}
+
+// rivals names the chains that may translate the source of a flow before the rules of
+// mapping do: those with the lowest priority that there is. Of two the younger one comes
+// first.
+func rivals(chains []userrules.Chain) (names []string) {
+	for _, c := range chains {
+		if c.Priority <= rules.MapPriority {
+			names = append(names, c.String())
+		}
+	}
+	return names
+}
+
+// fixedSources returns to which addresses the user's rules translate, and whether there may
+// be others.
+func (f *firewall) fixedSources() (addrs []userrules.AddrRange, unknown bool) {
+	if f.unread != nil || f.user == nil {
+		return nil, true
+	}
+	return f.user.FixedSources()
+}
+
+// uplinks returns the names of the links of which the user's rules say that they lead
+// outside.
+func (f *firewall) uplinks(network gateway.Network) ([]string, error) {
+	if f.unread != nil {
+		return nil, f.unread
+	}
+	var lans []userrules.LAN
+	for _, l := range network.LANs() {
+		lans = append(lans, userrules.LAN{Link: userrules.Link{Index: l.Index, Name: l.Name}, Networks: l.Networks})
+	}
+	return f.user.Uplinks(lans)
 }
 
 // read is what status shows of the tables. What cannot be read is as it was when it was
@@ -360,12 +414,12 @@ func (f *firewall) remove() error {
 
 // close lets go of the tables, which stay as they are.
 func (f *firewall) close() error {
-	if f.tables == nil {
-		return nil
-	}
-	var err error
+	var errs []error
 	if f.reader != nil {
-		err = f.reader.Close()
+		errs = append(errs, f.reader.Close())
 	}
-	return errors.Join(err, f.tables.Close())
+	if f.tables != nil {
+		errs = append(errs, f.tables.Close())
+	}
+	return errors.Join(errs...)
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // Rules that may not be read for a while are not taken for no forwards.
@@ -31,32 +32,49 @@ func TestForwardsHoldWhileRulesCannotBeRead(t *testing.T) {
 	var err error
 	f.tables, err = rules.Open(rules.Config{NetNS: l.Gateway.FD()})
 	must(err)
+	f.reader = userrules.NewReader(userrules.Config{NetNS: l.Gateway.FD(), OwnChain: rules.MarkerChain, Changes: f.tables.OthersChanges})
 	defer func() { must(f.close()) }()
+	forwards := func(network gateway.Network) (*userrules.Covered, warnings) {
+		f.look()
+		return f.forwards(network)
+	}
 	network := gateway.Network{Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: true}}}
 	e := cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.1:5060"))
 
 	unprivileged(t, func() {
-		if got, warnings := f.forwards(network); !got.Covers(e) || len(warnings) == 0 {
+		if got, warnings := forwards(network); !got.Covers(e) || len(warnings) == 0 {
 			t.Errorf("at first, without privilege: covered %v, warnings %q", got.Covers(e), warnings)
 		}
 	})
 	other := cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.1:5061"))
-	if got, _ := f.forwards(network); got.Covers(other) {
+	if got, _ := forwards(network); got.Covers(other) {
 		t.Error("all is covered still")
 	}
-	before, warnings := f.forwards(network)
+	before, warnings := forwards(network)
 	if !before.Covers(e) || len(warnings) > 0 {
 		t.Fatalf("covered %v, warnings %q", before.Covers(e), warnings)
 	}
 	unprivileged(t, func() {
-		if got, warnings := f.forwards(network); got != before || !slices.ContainsFunc(warnings, func(w warning) bool {
+		if got, warnings := forwards(network); got != before || !slices.ContainsFunc(warnings, func(w warning) bool {
 			return w.id == warnForwardsUnread && strings.Contains(w.text, "port forwards cannot be read") && strings.Contains(w.text, "CAP_NET_ADMIN")
 		}) {
 			t.Errorf("without privilege: covered %v, warnings %q", got.Covers(e), warnings)
 		}
 	})
-	if got, warnings := f.forwards(network); got != before || len(warnings) > 0 {
+	if got, warnings := forwards(network); got != before || len(warnings) > 0 {
 		t.Errorf("afterwards: covered %v, warnings %q", got.Covers(e), warnings)
+	}
+}
+
+// Fails when a chain that comes after the rules of mapping is said to come before them.
+func TestRivalsAreChainsBeforeOurs(t *testing.T) {
+	chains := []userrules.Chain{
+		{Table: "ip first", Name: "c", Priority: -199},
+		{Table: "ip first", Name: "later", Priority: -198},
+		{Table: "inet both", Name: "c", Priority: -300},
+	}
+	if got, want := rivals(chains), []string{"ip first c", "inet both c"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
 	}
 }
 

@@ -75,7 +75,7 @@ func (d *Daemon) lookAtLegacy() (err error) {
 	if d.firewall.tables == nil || !d.budget.allowsPoll(d.now()) {
 		return nil
 	}
-	d.budget.spend(func() { d.changed.rules, err = d.firewall.tables.LegacyChanged() })
+	d.budget.spend(func() { d.changed.rules, err = d.firewall.reader.LegacyChanged() })
 	return err
 }
 
@@ -121,6 +121,7 @@ func (d *Daemon) readRules() (followed bool, err error) {
 	if !d.ask(func() { cfg = d.cfg.Config }) {
 		return false, errEnded
 	}
+	d.firewall.look()
 	err = d.readForwards(cfg, d.network)
 	tables, failed := d.firewall.read(cfg)
 	err = errors.Join(err, failed, d.redecide(cfg, d.network, tables))

@@ -205,6 +205,7 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 		return false, err
 	}
 	d.links.Know(network, cfg.Outside, wantsMapping(cfg))
+	d.firewall.look()
 	_, failed := d.mendRules(cfg, network)
 	notes, err := d.firewall.forgetAddresses(cfg, network)
 	for _, n := range notes {
@@ -244,7 +245,7 @@ func newOutside(old, now gateway.Network) bool {
 func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error {
 	covered, warnings := d.firewall.forwards(network)
 	choosers := d.firewall.choosers
-	more, err := d.firewall.readSourceNAT(cfg)
+	more, err := d.firewall.sourceNAT(cfg)
 	warnings = slices.Concat(warnings, more)
 	if (len(choosers) > 0) != (len(d.firewall.choosers) > 0) {
 		_, failed := d.firewall.set(cfg, network.OutsideLinks())

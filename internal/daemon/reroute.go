@@ -11,6 +11,7 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 const (
@@ -39,7 +40,8 @@ func (d *Daemon) endRerouted(cfg config.Config, network gateway.Network) error {
 	}
 	var n, doubtful int
 	var err error
-	took := threadTime(func() { n, doubtful, err = endWrongLinks(c, network, d.rerouted.outside) })
+	fixed, unknown := d.firewall.fixedSources()
+	took := threadTime(func() { n, doubtful, err = endWrongLinks(c, network, d.rerouted.outside, fixed, unknown) })
 	d.rerouted.looks--
 	if doubtful == 0 && err == nil {
 		d.rerouted.looks = 0
@@ -66,12 +68,11 @@ func (d *Daemon) endReroutedLater() error {
 
 // endWrongLinks ends flows with mappings whose address is not right where they leave now.
 // doubtful are those of which that is not sure. outside has the names of all links that
-// are outside links, or were.
-func endWrongLinks(c *rules.MappingConfig, network gateway.Network, outside map[string]bool) (ended, doubtful int, err error) {
-	fixed, unknown, err := rules.FixedSources(0)
-	if err != nil {
-		unknown = true
-	}
+// are outside links, or were; fixed are the addresses to which rules of the user's
+// translate, and unknown says that there may be others.
+func endWrongLinks(
+	c *rules.MappingConfig, network gateway.Network, outside map[string]bool, fixed []userrules.AddrRange, unknown bool,
+) (ended, doubtful int, err error) {
 	links := make(map[cone.Addr]string)
 	for _, a := range network.Addrs {
 		for _, l := range network.Links {
@@ -87,7 +88,7 @@ func endWrongLinks(c *rules.MappingConfig, network gateway.Network, outside map[
 	}
 	right := make(map[way]bool) // the host has a flow there with the link's own address
 	surely := func(f *cone.Flow) bool {
-		return !unknown && !slices.ContainsFunc(fixed, func(r rules.AddrRange) bool { return r.Has(f.ReplyDst.Addr.Netip()) })
+		return !unknown && !slices.ContainsFunc(fixed, func(r userrules.AddrRange) bool { return r.Has(f.ReplyDst.Addr.Netip()) })
 	}
 	// A flow of which it is not sure is asked about again, once all were seen.
 	wrong := func(last bool) func(f *cone.Flow) bool {

@@ -16,6 +16,7 @@ import (
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // Rules returns the nftables tables that a daemon with this configuration has on this
@@ -26,7 +27,10 @@ func Rules(cfg config.Config) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if cfg.Subnets, err = subnets(cfg, network, nil, nil); err != nil {
+	f := &firewall{name: cfg.Table, shown: true, uppers: network.Uppers()}
+	defer func() { _ = f.close() }()
+	f.look()
+	if cfg.Subnets, err = f.subnets(cfg, network, nil, nil); err != nil {
 		return "", err
 	}
 	if err := outsideOwn(cfg.Subnets, network); err != nil {
@@ -37,7 +41,7 @@ func Rules(cfg config.Config) (string, error) {
 		return "", err
 	}
 	cfg = cfg.Sized(size)
-	f := &firewall{name: cfg.Table, shown: true, uppers: network.Uppers(), withMap: wantsMap(cfg)}
+	f.withMap = wantsMap(cfg)
 	if wantsExpect(cfg) {
 		helper, err := expect.OwnName(0)
 		if err != nil {
@@ -77,16 +81,16 @@ func comments(notes []string) string {
 func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (notes []string, err error) {
 	var forwarded func(cone.Endpoint) bool
 	if links := outsideLinks(network); len(links) > 0 {
-		all, err := rules.Forwards(0, links)
-		if err != nil {
-			note := fmt.Sprintf("your own rules cannot be read (%v): shown as if they forward no port and accept what conenatd lets in", err)
-			if errors.Is(err, fs.ErrPermission) {
+		if f.unread != nil {
+			note := fmt.Sprintf("your own rules cannot be read (%v): shown as if they forward no port and accept what conenatd lets in", f.unread)
+			if errors.Is(f.unread, fs.ErrPermission) {
 				note += "; run this as root"
 			}
 			notes = append(notes, note)
 		} else {
-			all = slices.DeleteFunc(all, func(r rules.Forward) bool { return r.Unknown })
-			forwarded = rules.Cover(all).Covers
+			all, _ := f.forwarder.Forwards(f.user, links)
+			all = slices.DeleteFunc(all, func(r userrules.Forward) bool { return r.Unknown })
+			forwarded = userrules.Cover(all).Covers
 		}
 	}
 	f.decisions = f.decide(cfg, network)
@@ -94,7 +98,7 @@ func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (not
 		return notes, nil
 	}
 	if forwarded != nil {
-		if f.choosers, err = rules.PortChoosers(0); err != nil {
+		if f.choosers, err = f.user.PortChoosers(); err != nil {
 			return nil, err
 		}
 	}

@@ -11,7 +11,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
-	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // source answers the control socket; Reload and Revoke are the Daemon's.
@@ -157,7 +157,7 @@ func (s source) Permissions(yield func(control.Permission) bool) error {
 	const atOnce = 256
 	d := s.Daemon
 	piece := make([]cone.View, 0, atOnce)
-	var hidden *rules.Covered
+	var hidden *userrules.Covered
 	for at := 0; at >= 0; {
 		piece = piece[:0]
 		ok := d.do(func() {
@@ -201,7 +201,7 @@ func (d *Daemon) helper(v6 bool) string {
 // permission is a claim as the control socket shows it. One in the map whose packets all
 // go to a forward of the user's, which comes before it, is shown as refused: it admits
 // nobody as long as that forward is there.
-func (d *Daemon) permission(v *cone.View, hidden *rules.Covered) control.Permission {
+func (d *Daemon) permission(v *cone.View, hidden *userrules.Covered) control.Permission {
 	p := control.Permission{
 		Int: v.Int.Netip(), Ext: v.Ext.Netip(), Peer: v.Peer.Netip(), Peers: peers(v.Key), Zone: v.Zone,
 		State: v.State.String(), Reason: v.Reason.String(), Backend: v.By.String(),

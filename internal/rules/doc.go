@@ -1,5 +1,5 @@
-// Package rules keeps conenatd's own nftables tables, and reads what other
-// tables forward, and what becomes of children in their chains of the forward hook.
+// Package rules keeps conenatd's own nftables tables. What the user's rules do is the
+// subject of package userrules.
 //
 // The table of family inet serves IPv4 and IPv6, as conntrack expectations do:
 //

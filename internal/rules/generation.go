@@ -26,3 +26,8 @@ func (t *Tables) Changed() (bool, error) {
 	}
 	return changed, err
 }
+
+// OthersChanges returns a number that is another one when somebody else changed nftables
+// since the last call, by whomever. It asks the kernel by c, and may be called from any
+// goroutine.
+func (t *Tables) OthersChanges(c *nfnl.Conn) (uint32, error) { return t.w.Others(c) }

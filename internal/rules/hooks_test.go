@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/google/nftables"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // docs/hooks.md has each base chain of ours, where it stands, and no other one.
@@ -39,7 +41,7 @@ func TestHooksAreDocumented(t *testing.T) {
 			if c.Type == nftables.ChainTypeNAT {
 				hook += ", NAT"
 			}
-			want = append(want, fmt.Sprintf("| `%s` | %s | %s | %d |", c.Name, familyOf(c.Table.Family), hook, *c.Priority))
+			want = append(want, fmt.Sprintf("| `%s` | %s | %s | %d |", c.Name, nfnl.FamilyName(byte(c.Table.Family)), hook, *c.Priority))
 		}
 	}
 	text, err := os.ReadFile("../../docs/hooks.md")

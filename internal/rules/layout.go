@@ -13,13 +13,13 @@ import (
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
-	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// markerChain is empty and only says whose the table is.
-const markerChain = "made_by_conenatd"
+// MarkerChain is a chain of each of our tables. It is empty and only says whose the table
+// is.
+const MarkerChain = "made_by_conenatd"
 
 // Names of counters. They are objects of their own, so that they go on when
 // rules change.
@@ -150,7 +150,7 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 
 func newLayout(name string, family nftables.TableFamily, outside []string) *layout {
 	l := &layout{table: &nftables.Table{Name: name, Family: family}}
-	l.chains = append(l.chains, &nftables.Chain{Table: l.table, Name: markerChain})
+	l.chains = append(l.chains, &nftables.Chain{Table: l.table, Name: MarkerChain})
 	l.links = slices.Compact(slices.Sorted(slices.Values(outside)))
 	if len(l.links) == 1 {
 		return l
@@ -240,10 +240,4 @@ func (l *layout) sign() error {
 		r.UserData = userdata.Append(r.UserData, signature, h.Sum(nil))
 	}
 	return nil
-}
-
-func linkKey(name string) []byte {
-	key := make([]byte, unix.IFNAMSIZ)
-	copy(key[:unix.IFNAMSIZ-1], name)
-	return key
 }

@@ -24,11 +24,13 @@ const (
 	hairpinCounter = "hairpinned"
 )
 
+// MapPriority is that of the chain that translates what has a mapping, before all of the
+// user's rules that translate: a flow that gets its mapping there is done, any other one
+// goes on to them. nft takes no number below, and all NAT chains run inside one hook of the
+// kernel, so this only orders them.
+const MapPriority = -199
+
 const (
-	// Before all of the user's rules that translate: a flow that gets its mapping here
-	// is done, any other one goes on to them. nft takes no number below, and all NAT
-	// chains run inside one hook of the kernel, so this only orders them.
-	mapPriority = -199
 	// After the user's own forwards, which come first and win, whatever their priority.
 	hairpinPriority = 1<<31 - 1
 	// After srcnat and learn, when the outside endpoint is known.
@@ -237,7 +239,7 @@ func nobody(addr operand) operand { return addr.and(be32(0)) }
 // host has, or the gateway, to the pool. Everything else it leaves to the user's
 // rules. A NAT chain sees the first packet of a flow only.
 func (m *mapper) apply() {
-	c := m.chain("map_source", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, mapPriority)
+	c := m.chain("map_source", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, MapPriority)
 	if m.hairpin != nil {
 		m.hairpinSources(c)
 	}

@@ -314,16 +314,3 @@ func TestARedirectedFlowHasItsMapping(t *testing.T) {
 		t.Errorf("it leaves as %v, want %v (%v)", from, ext, err)
 	}
 }
-
-func TestRivalsAreChainsBeforeOurs(t *testing.T) {
-	m := newMapper(t, lab.Options{Rules: lab.Masquerade + `
-		table ip first { chain c { type nat hook postrouting priority -199; }; chain later { type nat hook postrouting priority -198; }
-			chain other { type nat hook prerouting priority -199; }; chain filter { type filter hook postrouting priority -199; }; }
-		table ip older { chain made_by_conenatd { }; chain map_source { type nat hook postrouting priority -199; }; }
-		table inet both { chain c { type nat hook postrouting priority -199; }; }`}, mapping)
-	got, err := m.tables.Rivals()
-	check(t, err)
-	if fmt.Sprint(got) != "[inet both c ip first c]" {
-		t.Errorf("got %q", got)
-	}
-}

@@ -67,7 +67,7 @@ func (t *Tables) encodeMarks(marks *nftables.Set) error {
 	e.End()
 	message(unix.NFT_MSG_NEWCHAIN)
 	e.Str(unix.NFTA_CHAIN_TABLE, t.name)
-	e.Str(unix.NFTA_CHAIN_NAME, markerChain)
+	e.Str(unix.NFTA_CHAIN_NAME, MarkerChain)
 	e.End()
 	message(unix.NFT_MSG_NEWSET)
 	e.Str(unix.NFTA_SET_TABLE, t.name)

@@ -3,6 +3,7 @@
 package rules
 
 import (
+	"errors"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -19,29 +20,46 @@ func Names(netns int) ([]string, error) {
 		return nil, nfnl.Permitted(err)
 	}
 	defer func() { _ = c.Close() }()
-	return (&hookReader{c: c}).names()
+	return names(c)
 }
 
-func (r *hookReader) names() (names []string, err error) {
+func names(c *nfnl.Conn) (names []string, err error) {
 	for _, family := range tables {
-		err := r.ask(unix.NFT_MSG_GETCHAIN, unix.NLM_F_DUMP, family, nil, func(_ byte, b []byte) {
-			var table, chain string
-			nfnl.Attributes(b, func(typ uint16, b []byte) {
-				switch typ {
-				case unix.NFTA_CHAIN_TABLE:
-					table = text(b)
-				case unix.NFTA_CHAIN_NAME:
-					chain = text(b)
+		var found []string // of the last dump
+		var refused error
+		err := nfnl.Whole(func() error {
+			found, refused = nil, nil
+			var e nfnl.Encoder
+			e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETCHAIN, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), byte(family))
+			e.End()
+			return c.Exchange(&e, func(_ uint32, err error) { refused = err }, func(_ uint16, body []byte) {
+				if table, ours := ownTable(body); ours {
+					found = append(found, table)
 				}
 			})
-			if chain == markerChain {
-				names = append(names, table)
-			}
 		})
-		if err := listError("chains", nfnl.Permitted(err)); err != nil {
+		if err := listError("chains", nfnl.Permitted(errors.Join(err, refused))); err != nil {
 			return nil, err
 		}
+		names = append(names, found...)
 	}
 	slices.Sort(names)
 	return slices.Compact(names), nil
+}
+
+// ownTable returns the table of a chain in a dump, and whether that chain says that the
+// table is ours.
+func ownTable(body []byte) (table string, ours bool) {
+	if len(body) < nfnl.FamilyHeaderLen {
+		return "", false
+	}
+	nfnl.Attributes(body[nfnl.FamilyHeaderLen:], func(typ uint16, b []byte) {
+		switch typ {
+		case unix.NFTA_CHAIN_TABLE:
+			table = nfnl.Text(b)
+		case unix.NFTA_CHAIN_NAME:
+			ours = nfnl.Text(b) == MarkerChain
+		}
+	})
+	return table, ours
 }

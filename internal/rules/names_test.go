@@ -42,11 +42,11 @@ func TestNamesAreReadUntilTheDumpIsWhole(t *testing.T) {
 				seq := sent[0].Seq
 				dumps++
 				flags := uint16(unix.NLM_F_MULTI)
-				chains := [][]byte{chainOf("theirs", "made_by_somebody"), chainOf("cone", markerChain)}
+				chains := [][]byte{chainOf("theirs", "made_by_somebody"), chainOf("cone", MarkerChain)}
 				if dumps <= tt.interruptions {
 					flags |= unix.NLM_F_DUMP_INTR
 				} else {
-					chains = append(chains, chainOf("old", markerChain))
+					chains = append(chains, chainOf("old", MarkerChain))
 				}
 				for _, b := range chains {
 					out = append(out, nfnltest.Message(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWCHAIN, seq, b))
@@ -57,7 +57,7 @@ func TestNamesAreReadUntilTheDumpIsWhole(t *testing.T) {
 				}
 				return out
 			}
-			got, err := (&hookReader{c: c}).names()
+			got, err := names(c)
 			if !slices.Equal(got, tt.want) || !errors.Is(err, tt.err) {
 				t.Errorf("%q, %v, want %q, %v", got, err, tt.want, tt.err)
 			}

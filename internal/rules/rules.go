@@ -92,6 +92,9 @@ type MappingConfig struct {
 	noIPsec bool // the kernel has none
 }
 
+// A PortRange is a range of ports, both ends included.
+type PortRange struct{ First, Last uint16 }
+
 // A MapConfig says how permissions come into the map by which IPv4 packets from
 // outside are admitted, beside those that are granted.
 type MapConfig struct {

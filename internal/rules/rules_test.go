@@ -91,26 +91,3 @@ func withoutCapabilities(fn func() error) error {
 	}
 	return fn()
 }
-
-// asAnotherUser runs fn as a user that has CAP_NET_ADMIN alone. The thread stays his.
-func asAnotherUser(fn func() error) error {
-	runtime.LockOSThread()
-	if err := unix.Prctl(unix.PR_SET_KEEPCAPS, 1, 0, 0, 0); err != nil {
-		return err
-	}
-	const nobody = 65534
-	for _, call := range [][4]uintptr{
-		{unix.SYS_SETGROUPS}, {unix.SYS_SETRESGID, nobody, nobody, nobody}, {unix.SYS_SETRESUID, nobody, nobody, nobody},
-	} {
-		if _, _, errno := unix.Syscall(call[0], call[1], call[2], call[3]); errno != 0 {
-			return errno
-		}
-	}
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	const admin = 1 << unix.CAP_NET_ADMIN
-	caps := [2]unix.CapUserData{{Effective: admin, Permitted: admin}}
-	if err := unix.Capset(&header, &caps[0]); err != nil {
-		return err
-	}
-	return fn()
-}

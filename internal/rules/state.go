@@ -41,7 +41,7 @@ func (t *Tables) read(table *nftables.Table, want *layout) (*state, error) {
 		return &state{}, nil
 	case err != nil:
 		err = nfnl.Permitted(err)
-	case !slices.ContainsFunc(s.chains, func(c *nftables.Chain) bool { return c.Name == markerChain }):
+	case !slices.ContainsFunc(s.chains, func(c *nftables.Chain) bool { return c.Name == MarkerChain }):
 		err = ErrForeignTable
 	case s.table.Flags&nftables.TableFlagOwner != 0 && s.table.Owner != t.port:
 		err = ErrOwned

@@ -6,8 +6,15 @@ import (
 	"net/netip"
 	"runtime"
 
+	"github.com/conenatd/conenatd/internal/nfnl"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
+
+// MarkerChain is a chain of each of our tables.
+const MarkerChain = "made_by_conenatd"
+
+// MapPriority is that of a chain that there is not.
+const MapPriority = -199
 
 var errNoBuild = &UnsupportedError{
 	Feature: FeatureTable,
@@ -38,14 +45,11 @@ func (*Tables) Lacks(Feature) bool { return true }
 // Changed returns an *UnsupportedError.
 func (*Tables) Changed() (bool, error) { return false, errNoBuild }
 
-// LegacyChanged returns an *UnsupportedError.
-func (*Tables) LegacyChanged() (bool, error) { return false, errNoBuild }
+// OthersChanges returns an *UnsupportedError.
+func (*Tables) OthersChanges(*nfnl.Conn) (uint32, error) { return 0, errNoBuild }
 
 // Owned returns false.
 func (*Tables) Owned() bool { return false }
-
-// Rivals returns an *UnsupportedError.
-func (*Tables) Rivals() ([]string, error) { return nil, errNoBuild }
 
 // NewMap returns nil.
 func (*Tables) NewMap(*MapConfig) *elements.Map { return nil }
@@ -65,38 +69,5 @@ func (*Tables) Remove() error { return errNoBuild }
 // Close does nothing.
 func (*Tables) Close() error { return nil }
 
-// Forwards returns an *UnsupportedError.
-func Forwards(int, []Link) ([]Forward, error) { return nil, errNoBuild }
-
-// Children returns an *UnsupportedError.
-func Children(int, []Link, []netip.Prefix) ([]ChildVerdicts, error) { return nil, errNoBuild }
-
 // PeerGroups returns an *UnsupportedError.
 func (*Tables) PeerGroups() ([]netip.Prefix, error) { return nil, errNoBuild }
-
-// PortChoosers says that this build reads no rules.
-func PortChoosers(int) ([]string, error) { return nil, errNoBuild }
-
-// Uplinks says that no rule names a link.
-func Uplinks(int, []LAN) ([]string, error) { return nil, nil }
-
-// FixedSources says that nothing is known.
-func FixedSources(int) (addrs []AddrRange, unknown bool, err error) { return nil, true, errNoBuild }
-
-// Has returns false.
-func (r AddrRange) Has(netip.Addr) bool { return false }
-
-// A ForwardReader reads nothing on this system.
-type ForwardReader struct{}
-
-// NewForwardReader returns nil.
-func (*Tables) NewForwardReader() *ForwardReader { return nil }
-
-// Read returns an *UnsupportedError.
-func (*ForwardReader) Read([]Link) ([]Forward, bool, error) { return nil, false, errNoBuild }
-
-// Hidden returns true.
-func (*ForwardReader) Hidden() bool { return true }
-
-// Close does nothing.
-func (*ForwardReader) Close() error { return nil }

@@ -37,7 +37,6 @@ type Tables struct {
 	mapped    elements.MappingsConfig // that Set made
 	written   map[writtenSet]uint64   // what our sets have, unless somebody else may write
 	others    uint32                  // at the last call of Changed
-	legacy    uint64                  // at the last call of LegacyChanged; 0 before the first
 }
 
 // A writer is the connection that owns the tables. Those who write elements share it
@@ -362,4 +361,4 @@ func (t *Tables) flush(verb string) error {
 }
 
 // title is how nft names a table.
-func title(t *nftables.Table) string { return familyOf(t.Family) + " " + t.Name }
+func title(t *nftables.Table) string { return nfnl.FamilyName(byte(t.Family)) + " " + t.Name }

@@ -1,0 +1,104 @@
+package gateway
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// LinksTo returns the link that leads to each of the subnets; a Link without a name stands
+// for none, more than one, or one that is not in n. More specific routes within a subnet,
+// and routing rules by mark or incoming link, are not seen. It asks the kernel of the
+// network namespace behind the descriptor netns, or of the calling thread's own when it is
+// 0.
+func (n Network) LinksTo(netns int, subnets []netip.Prefix) (links []Link, err error) {
+	c, err := dial(unix.NETLINK_ROUTE, netns)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = c.close() }()
+	known := n.links()
+	for _, subnet := range subnets {
+		index, err := c.linkToAll(subnet)
+		if err != nil {
+			return nil, fmt.Errorf("look up the route to %s: %w", subnet, err)
+		}
+		links = append(links, known[index])
+	}
+	return links, nil
+}
+
+// linkToAll returns the index of the link to some hosts of a subnet, 0 when they have
+// none in common.
+func (c *conn) linkToAll(subnet netip.Prefix) (int, error) {
+	found := 0
+	for _, host := range someHosts(subnet) {
+		index, err := c.linkTo(host)
+		switch {
+		case err != nil:
+			return 0, err
+		case index == ownAddress:
+		case index == 0, found != 0 && found != index:
+			return 0, nil
+		default:
+			found = index
+		}
+	}
+	return found, nil
+}
+
+// someHosts returns the first two and the last two hosts of a subnet.
+func someHosts(subnet netip.Prefix) []netip.Addr {
+	first := subnet.Masked().Addr()
+	b := first.AsSlice()
+	for i := subnet.Bits(); i < first.BitLen(); i++ {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
+	last, _ := netip.AddrFromSlice(b)
+	if first.BitLen()-subnet.Bits() < 3 {
+		return []netip.Addr{first, last}
+	}
+	return []netip.Addr{first.Next(), first.Next().Next(), last.Prev().Prev(), last.Prev()}
+}
+
+// ownAddress stands for the route to an address of the gateway itself.
+const ownAddress = -1
+
+// linkTo returns the index of the link to a host, 0 where there is no route.
+func (c *conn) linkTo(host netip.Addr) (index int, err error) {
+	b := newRequest(unix.RTM_GETROUTE, 0, unix.SizeofRtMsg)
+	h := b[unix.NLMSG_HDRLEN:]
+	if h[0], h[1] = unix.AF_INET, byte(host.BitLen()); host.Is6() {
+		h[0] = unix.AF_INET6
+	}
+	b = appendAttr(b, unix.RTA_DST, host.AsSlice())
+	binary.NativeEndian.PutUint32(b, uint32(len(b)))
+	err = c.exchange(b, func(b []byte) error {
+		if len(b) < unix.SizeofRtMsg {
+			return errMalformed
+		}
+		switch b[7] {
+		case unix.RTN_LOCAL:
+			index = ownAddress
+		case unix.RTN_UNICAST:
+			return attributes(b, unix.SizeofRtMsg, func(ad *netlink.AttributeDecoder) {
+				if ad.Type() == unix.RTA_OIF {
+					index = int(ad.Uint32())
+				}
+			})
+		}
+		return nil
+	})
+	switch {
+	case errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.EHOSTUNREACH), errors.Is(err, unix.EACCES),
+		errors.Is(err, unix.EINVAL), errors.Is(err, unix.EAFNOSUPPORT), errors.Is(err, unix.EOPNOTSUPP):
+		return 0, nil // no route, or one of type prohibit or blackhole, or no IPv6
+	case err != nil:
+		return 0, err
+	}
+	return index, nil
+}

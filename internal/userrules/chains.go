@@ -1,0 +1,51 @@
+package userrules
+
+import "golang.org/x/sys/unix"
+
+// A Chain is a base chain of the user's.
+type Chain struct {
+	Table    string // with the family or program: "ip nat" or "iptables-legacy nat"
+	Name     string
+	Type     string // "nat", "filter" or "route"
+	Hook     string // "prerouting", "forward" or "postrouting"
+	Priority int
+	Drops    bool // its policy
+}
+
+// String names the chain as nft does.
+func (c Chain) String() string { return c.Table + " " + c.Name }
+
+var hookNames = map[uint32]string{
+	unix.NF_INET_PRE_ROUTING: "prerouting", unix.NF_INET_FORWARD: "forward", unix.NF_INET_POST_ROUTING: "postrouting",
+}
+
+// Chains returns the NAT chains of prerouting and postrouting and the chains of the
+// forward hook.
+func (rs *Ruleset) Chains() (all []Chain) {
+	for _, t := range rs.tables {
+		for _, b := range t.bases {
+			if hookNames[b.hook] != "" { // iptables-legacy has others, too
+				all = append(all, t.named([]base{b})...)
+			}
+		}
+	}
+	return all
+}
+
+// SourceNATChains returns the chains that may translate the sources of IPv4 packets.
+func (rs *Ruleset) SourceNATChains() (all []Chain) {
+	for _, t := range rs.sourceTables() {
+		all = append(all, t.named(t.of(unix.NF_INET_POST_ROUTING, natKind))...)
+	}
+	return all
+}
+
+// named returns base chains of the table as users know them.
+func (t *table) named(bases []base) (all []Chain) {
+	for _, b := range bases {
+		all = append(all, Chain{
+			Table: t.title, Name: b.name, Type: b.kind, Hook: hookNames[b.hook], Priority: int(b.priority), Drops: b.drops,
+		})
+	}
+	return all
+}

@@ -1,0 +1,315 @@
+package userrules
+
+import (
+	"bytes"
+	"encoding/binary"
+	"net/netip"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// A condition is what a UDP packet must meet to get to some place in a ruleset.
+// It is never narrower than the truth. Its slices are not changed once made.
+type condition struct {
+	family  byte        // NFPROTO_INET while both are possible
+	ports   []PortRange // sorted; nil stands for any
+	addrs   []AddrRange // nil stands for any
+	unknown bool        // something asked for the port and was not understood
+	partial bool        // something else was asked for, so it may be wider than the truth
+}
+
+func partly(conds []condition) []condition {
+	out := slices.Clone(conds)
+	for i := range out {
+		out[i].partial = true
+	}
+	return out
+}
+
+func (c condition) forward(text string) Forward {
+	f := Forward{Ports: c.ports, All: c.ports == nil, Addrs: c.addrs, Unknown: c.unknown, Partial: c.partial, Text: text}
+	if f.Addrs == nil {
+		switch c.family {
+		case unix.NFPROTO_IPV4:
+			f.Addrs = []AddrRange{addrRange(make([]byte, 4), slices.Repeat([]byte{0xff}, 4))}
+		case unix.NFPROTO_IPV6:
+			f.Addrs = []AddrRange{addrRange(make([]byte, 16), slices.Repeat([]byte{0xff}, 16))}
+		}
+	}
+	return f
+}
+
+// A field is a part of a key that is compared.
+type field struct {
+	kind fieldKind
+	size int
+	mask []byte // nil stands for all bits
+}
+
+type fieldKind uint8
+
+const (
+	other fieldKind = iota // says nothing that is looked at
+	protocol
+	family
+	etherType
+	linkName
+	linkIndex
+	port
+	mangledPort // something computed from the port
+	address4
+	address6
+)
+
+// A span holds all keys from low to high, field by field.
+type span struct{ low, high []byte }
+
+func only(b []byte) span { return span{b, b} }
+
+// cut returns the part of s that belongs to a field, masked.
+func (s span) cut(f field, at int) span {
+	part := func(b []byte) []byte { return bytes.Clone(b[min(at, len(b)):min(at+f.size, len(b))]) }
+	s = span{part(s.low), part(s.high)}
+	for i := range min(len(f.mask), len(s.low), len(s.high)) {
+		s.low[i] &= f.mask[i]
+		s.high[i] |= ^f.mask[i]
+	}
+	return s
+}
+
+// number returns b, at most 8 bytes in network order, filled up to size with
+// fill.
+func number(b []byte, size int, fill byte) uint64 {
+	var n uint64
+	for i := range size {
+		x := fill
+		if i < len(b) {
+			x = b[i]
+		}
+		n = n<<8 | uint64(x)
+	}
+	return n
+}
+
+// A test asks for a key in any of the spans, or in none of them.
+type test struct {
+	any     []span
+	not     bool
+	unknown bool // the keys are not known
+}
+
+// test returns what a lookup in the set asks for.
+func (s *set) test(not bool) test {
+	t := test{not: not, unknown: s.failed != nil || !s.loaded}
+	for _, e := range s.elements {
+		t.any = append(t.any, e.span)
+	}
+	return t
+}
+
+// maxProduct bounds the number of conditions that come out of concatenated keys.
+// Beyond it their fields are taken one by one, which is wider.
+const maxProduct = 1 << 10
+
+// narrow returns what is left of conds when the fields pass the test.
+func (w *walker) narrow(conds []condition, fields []field, t test) []condition {
+	asked := 0
+	for _, f := range fields {
+		if f.isAsked() {
+			asked++
+		}
+	}
+	var left []condition
+	switch {
+	case asked == 0:
+		return partly(conds)
+	case t.unknown, t.not && len(fields) > 1:
+		for _, c := range conds {
+			c.unknown, c.partial = c.unknown || slices.ContainsFunc(fields, field.isPort), true
+			left = append(left, c)
+		}
+	case asked > 1 && len(conds)*len(t.any) <= maxProduct:
+		for _, c := range conds {
+			for _, s := range t.any {
+				if c, ok := w.fields(c, fields, test{any: []span{s}}); ok {
+					left = append(left, c)
+				}
+			}
+		}
+	default:
+		for _, c := range conds {
+			if c, ok := w.fields(c, fields, t); ok {
+				left = append(left, c)
+			}
+		}
+	}
+	return left
+}
+
+func (f field) isAsked() bool { return f.kind != other }
+
+func (f field) isPort() bool { return f.kind == port || f.kind == mangledPort }
+
+// fields tests one field after the other. It reports whether c is possible
+// still.
+func (w *walker) fields(c condition, fields []field, t test) (condition, bool) {
+	at := 0
+	for _, f := range fields {
+		part := test{not: t.not}
+		for _, s := range t.any {
+			part.any = append(part.any, s.cut(f, at))
+		}
+		at += f.size
+		var ok bool
+		if c, ok = w.field(c, f, part); !ok {
+			return c, false
+		}
+	}
+	return c, true
+}
+
+func (w *walker) field(c condition, f field, t test) (condition, bool) {
+	switch f.kind {
+	case other, mangledPort:
+		c.partial = true
+	case linkName, linkIndex:
+		c.partial = c.partial || len(w.outside) != 1
+	case address4, address6:
+		c.partial = c.partial || t.not
+	}
+	c.partial = c.partial || f.mask != nil
+	if f.kind == mangledPort || f.kind == port && t.not && f.mask != nil {
+		c.unknown = true
+		return c, true
+	}
+	if t.not && f.mask != nil {
+		return c, true // a mask makes spans too wide, so their opposite too narrow
+	}
+	passes := func(in func(span) bool) bool { return slices.ContainsFunc(t.any, in) != t.not }
+	anyLink := func(in func(Link, span) bool) bool {
+		return w.outside == nil || slices.ContainsFunc(w.outside, func(l Link) bool {
+			return passes(func(s span) bool { return in(l, s) })
+		})
+	}
+	is := func(n uint64) func(span) bool {
+		return func(s span) bool { return number(s.low, f.size, 0) <= n && n <= number(s.high, f.size, 0xff) }
+	}
+	switch f.kind {
+	case protocol:
+		return c, passes(is(unix.IPPROTO_UDP))
+	case family:
+		return c.ofFamily(passes(is(unix.NFPROTO_IPV4)), passes(is(unix.NFPROTO_IPV6)))
+	case etherType:
+		return c.ofFamily(passes(is(unix.ETH_P_IP)), passes(is(unix.ETH_P_IPV6)))
+	case linkName:
+		return c, anyLink(func(l Link, s span) bool { return bytes.HasPrefix(nfnl.LinkKey(l.Name), s.low) })
+	case linkIndex:
+		return c, anyLink(func(l Link, s span) bool {
+			return bytes.Equal(s.low, binary.NativeEndian.AppendUint32(nil, uint32(l.Index)))
+		})
+	case port:
+		var ports []PortRange
+		for _, s := range t.any {
+			ports = append(ports, PortRange{uint16(number(s.low, 2, 0)), uint16(number(s.high, 2, 0xff))})
+		}
+		ports = merge(ports)
+		if t.not {
+			ports = complement(ports)
+		}
+		c.ports = intersect(c.ports, ports)
+		return c, len(c.ports) > 0
+	case address4, address6:
+		if t.not {
+			return c, true
+		}
+		size := 4
+		if f.kind == address6 {
+			size = 16
+		}
+		var addrs []AddrRange
+		for _, s := range t.any {
+			low, high := make([]byte, size), slices.Repeat([]byte{0xff}, size)
+			copy(low, s.low)
+			copy(high, s.high)
+			addrs = append(addrs, addrRange(low, high))
+		}
+		c.addrs = intersectAddrs(c.addrs, addrs)
+		return c, len(c.addrs) > 0
+	}
+	return c, true
+}
+
+func (c condition) ofFamily(v4, v6 bool) (condition, bool) {
+	v4 = v4 && c.family != unix.NFPROTO_IPV6
+	v6 = v6 && c.family != unix.NFPROTO_IPV4
+	switch {
+	case v4 && !v6:
+		c.family = unix.NFPROTO_IPV4
+	case v6 && !v4:
+		c.family = unix.NFPROTO_IPV6
+	}
+	return c, v4 || v6
+}
+
+func addrRange(low, high []byte) AddrRange {
+	first, _ := netip.AddrFromSlice(low)
+	last, _ := netip.AddrFromSlice(high)
+	return AddrRange{first, last}
+}
+
+// complement returns the ports that are not in the merged ranges.
+func complement(ranges []PortRange) []PortRange {
+	var out []PortRange
+	next := 0
+	for _, r := range ranges {
+		if next < int(r.First) {
+			out = append(out, PortRange{uint16(next), r.First - 1})
+		}
+		next = int(r.Last) + 1
+	}
+	if next <= 0xffff {
+		out = append(out, PortRange{uint16(next), 0xffff})
+	}
+	return out
+}
+
+// intersect returns the ports in both; nil stands for all in a.
+func intersect(a, b []PortRange) []PortRange {
+	if a == nil {
+		return b
+	}
+	out := []PortRange{}
+	for _, x := range a {
+		for _, y := range b {
+			if r := (PortRange{max(x.First, y.First), min(x.Last, y.Last)}); r.First <= r.Last {
+				out = append(out, r)
+			}
+		}
+	}
+	return merge(out)
+}
+
+func intersectAddrs(a, b []AddrRange) []AddrRange {
+	if a == nil {
+		return b
+	}
+	out := []AddrRange{}
+	for _, x := range a {
+		for _, y := range b {
+			r := x
+			if y.First.Compare(r.First) > 0 {
+				r.First = y.First
+			}
+			if y.Last.Compare(r.Last) < 0 {
+				r.Last = y.Last
+			}
+			if x.First.BitLen() == y.First.BitLen() && r.First.Compare(r.Last) <= 0 {
+				out = append(out, r)
+			}
+		}
+	}
+	return out
+}

@@ -1,0 +1,72 @@
+package userrules
+
+import (
+	"net/netip"
+
+	"github.com/conenatd/conenatd/internal/cone"
+)
+
+// A Forward is what a rule of the user's translates to another destination, as
+// far as UDP packets from outside links are concerned. It never says less than
+// the rule does: conditions that are not looked at, such as a packet's source
+// or an earlier rule that accepts, make it too wide.
+type Forward struct {
+	// Ports are the outside ports; nil when All is set.
+	Ports []PortRange
+	// All says that the rule has no condition on the port. With such a
+	// catch-all forward (DMZ host) every port is forwarded.
+	All bool
+	// Addrs are the destination addresses; nil stands for any.
+	Addrs []AddrRange
+	// Unknown says that the rule has a condition on the port that was not
+	// understood. Ports, or All, then say what it forwards at most.
+	Unknown bool
+	// Partial says that the rule may leave packets alone that it seems to forward: it
+	// asks for more than ports, addresses and links, or an earlier rule may be in its way.
+	Partial bool
+	// Text names the rule: family, table, chain and handle, as nft has them, or
+	// program, table, chain and number where it is of iptables-legacy; and its
+	// comment, if any.
+	Text string
+}
+
+// A PortRange is a range of ports, both ends included.
+type PortRange struct{ First, Last uint16 }
+
+// An AddrRange is a range of addresses of one family, both ends included.
+type AddrRange struct{ First, Last netip.Addr }
+
+// A Link is a network interface.
+type Link struct {
+	Index int
+	Name  string
+}
+
+// A LAN is a link that may lead to an inside network, with its IPv4 networks.
+type LAN struct {
+	Link
+	Networks []netip.Prefix
+}
+
+// Covers reports whether a packet to ext may be forwarded by the rule.
+func (f Forward) Covers(ext cone.Endpoint) bool {
+	return (f.All || covers(f.Ports, ext.Port)) && (f.Addrs == nil || coversAddr(f.Addrs, ext.Addr.Netip()))
+}
+
+func covers(ranges []PortRange, port uint16) bool {
+	for _, r := range ranges {
+		if r.First <= port && port <= r.Last {
+			return true
+		}
+	}
+	return false
+}
+
+func coversAddr(ranges []AddrRange, a netip.Addr) bool {
+	for _, r := range ranges {
+		if r.First.BitLen() == a.BitLen() && r.First.Compare(a) <= 0 && a.Compare(r.Last) <= 0 {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,191 @@
+package userrules
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// A baseChain is a chain of a hook, with its table.
+type baseChain struct {
+	*table
+	base
+}
+
+// Children says what the chains of the forward hook do with the first packet of a flow
+// from the links outside, nil for any, to a host of each of the subnets. The answers have
+// the order of the subnets, and so have the links inside that lead to them. One that has no
+// name, or is outside, is not known, but none of the links outside. Where iptables-legacy
+// may have a filter table that only root may know of, or has one that is not understood,
+// the answer is Unknown, but for what others drop.
+//
+// An error names the table and chain that could not be read; there is no answer then.
+func (rs *Ruleset) Children(outside, inside []Link, subnets []netip.Prefix) ([]ChildVerdicts, error) {
+	chains, err := rs.forwardHook(subnets)
+	if err != nil {
+		return nil, err
+	}
+	to := make([]*Link, len(subnets))
+	for i := range inside {
+		if l := &inside[i]; l.Name != "" && !slices.ContainsFunc(outside, func(o Link) bool { return o.Index == l.Index }) {
+			to[i] = l
+		}
+	}
+	answers, err := childVerdicts(chains, outside, to, subnets)
+	if err != nil {
+		return nil, err
+	}
+	for i, s := range subnets {
+		if rs.mayDropAll(s) {
+			answers[i].mayDropAll()
+		}
+	}
+	return answers, nil
+}
+
+// forwardHook returns the chains of the forward hook for packets to some of the subnets, in
+// the order in which packets meet them.
+func (rs *Ruleset) forwardHook(subnets []netip.Prefix) (chains []baseChain, err error) {
+	for _, t := range rs.tables {
+		t = t.settled()
+		if !slices.ContainsFunc(subnets, func(s netip.Prefix) bool { return t.has(familyOf(s)) }) {
+			continue
+		}
+		bases := t.of(unix.NF_INET_FORWARD, "")
+		switch {
+		case t.refused && t.name != natTable:
+			return nil, t.failed
+		case t.torn && len(bases) > 0:
+			return nil, fmt.Errorf("read nftables table %s: %w", t.title, nfnl.ErrInterrupted)
+		}
+		for _, b := range bases {
+			chains = append(chains, baseChain{t, b})
+		}
+	}
+	slices.SortStableFunc(chains, func(a, b baseChain) int { return cmp.Compare(a.priority, b.priority) })
+	return chains, nil
+}
+
+func familyOf(subnet netip.Prefix) byte {
+	if subnet.Addr().Is4() {
+		return unix.NFPROTO_IPV4
+	}
+	return unix.NFPROTO_IPV6
+}
+
+// mayDropAll reports whether there may be a table of iptables-legacy that filters packets
+// to a subnet and of which nothing is known.
+func (rs *Ruleset) mayDropAll(subnet netip.Prefix) bool {
+	for _, t := range rs.tables {
+		if t.legacy != nil && t.failed != nil && t.name != natTable && t.family == familyOf(subnet) {
+			return true
+		}
+	}
+	return rs.hides(legacyOf(familyOf(subnet)), filterTable)
+}
+
+// mayDropAll makes unknown what was accepted.
+func (v *ChildVerdicts) mayDropAll() {
+	for _, a := range []*Answer{&v.DNATed, &v.Related, &v.MostDNATed, &v.MostRelated} {
+		if *a == Accepted {
+			*a = Unknown
+		}
+	}
+}
+
+// childVerdicts answers for each of the subnets. The links inside lead to them, where
+// they are known.
+func childVerdicts(chains []baseChain, outside []Link, inside []*Link, subnets []netip.Prefix) ([]ChildVerdicts, error) {
+	from := []*Link{nil}
+	if len(outside) > 0 {
+		from = nil
+	}
+	for i := range outside {
+		from = append(from, &outside[i])
+	}
+	answers := make([]ChildVerdicts, len(subnets))
+	for i, subnet := range subnets {
+		for n, in := range from {
+			v, err := verdicts(chains, func(related bool) *child {
+				return newChild(related, in, inside[i], outside, subnet, subnets)
+			})
+			if err != nil {
+				return nil, err
+			}
+			if a := &answers[i]; n == 0 {
+				*a = v
+			} else {
+				a.DNATed, a.Related = both(a.DNATed, v.DNATed), both(a.Related, v.Related)
+				a.MostDNATed, a.MostRelated = both(a.MostDNATed, v.MostDNATed), both(a.MostRelated, v.MostRelated)
+			}
+		}
+		if a := &answers[i]; a.MostDNATed != Dropped && a.MostRelated != Dropped {
+			a.Dropper = ""
+		}
+	}
+	return answers, nil
+}
+
+// verdicts answers for the packets of both kinds that packets returns.
+func verdicts(chains []baseChain, packets func(related bool) *child) (v ChildVerdicts, err error) {
+	for _, kind := range []struct {
+		related   bool
+		all, most *Answer
+	}{{true, &v.Related, &v.MostRelated}, {false, &v.DNATed, &v.MostDNATed}} {
+		var dropper string
+		if *kind.all, dropper, err = hookAnswer(chains, packets(kind.related), false); err != nil {
+			return v, err
+		}
+		if *kind.most = *kind.all; *kind.all == Unknown {
+			if *kind.most, dropper, err = hookAnswer(chains, packets(kind.related), true); err != nil {
+				return v, err
+			}
+		}
+		if *kind.most == Dropped {
+			v.Dropper = dropper
+		}
+	}
+	return v, nil
+}
+
+func both(a, b Answer) Answer {
+	if a != b {
+		return Unknown
+	}
+	return a
+}
+
+// hookAnswer takes packets through all chains. An accept ends one chain only.
+func hookAnswer(chains []baseChain, packets *child, most bool) (Answer, string, error) {
+	answer := Accepted
+	for _, c := range chains {
+		if !c.has(packets.family) {
+			continue
+		}
+		w := hookWalk{table: c.table, child: packets, most: most, known: map[string]fates{}}
+		f, err := w.chain(c.base.name)
+		if err != nil {
+			return Unknown, "", fmt.Errorf("read nftables table %s: %w", c.title, nfnl.Permitted(err))
+		}
+		if f&returns != 0 {
+			if f &^= returns; c.drops {
+				f |= drops
+			} else {
+				f |= accepts
+			}
+		}
+		switch f {
+		case accepts:
+		case drops:
+			return Dropped, c.title + " " + c.base.name, nil
+		default:
+			answer = Unknown
+		}
+	}
+	return answer, "", nil
+}

@@ -1,0 +1,335 @@
+package userrules
+
+import (
+	"fmt"
+	"math"
+	"slices"
+
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// fates is a set of what may become of a packet.
+type fates uint8
+
+const (
+	accepts    fates = 1 << iota // goes on to the next base chain
+	drops                        // or rejects
+	returns                      // gets to the end of the chain
+	proceeds                     // goes on to the next rule
+	translates                   // gets another source, in a chain of postrouting
+)
+
+// A hookWalk takes the packets of a class through the chains of one table.
+type hookWalk struct {
+	table *table
+	child *child
+	// most leaves out what matches a few packets only.
+	most  bool
+	known map[string]fates // by chain
+	depth int
+	// listed says that the last statement looked up an address in a set that was
+	// not read. It is a list of a few if packets in it are dropped, but may well
+	// have most addresses if they are accepted.
+	listed bool
+	at     string // the chain of the last statement
+}
+
+// chain returns what may become of the packets in a chain.
+func (w *hookWalk) chain(name string) (f fates, err error) {
+	if f, ok := w.known[name]; ok {
+		return f, nil
+	}
+	// The kernel has neither loops nor more jumps than this.
+	if w.known[name] = anyFate &^ proceeds; w.depth > maxDepth {
+		return w.known[name], nil
+	}
+	w.depth++
+	defer func() { w.depth-- }()
+	c := w.table.chains[name]
+	if c == nil {
+		c = &chain{} // it is gone, or nothing gets to it
+	}
+	if c.failed != nil {
+		return 0, fmt.Errorf("chain %s: %w", name, c.failed)
+	}
+	for i := range c.rules {
+		here, err := w.rule(&c.rules[i])
+		if err != nil {
+			return 0, err
+		}
+		f |= here &^ proceeds
+		if here&proceeds == 0 {
+			w.known[name] = f
+			return f, nil
+		}
+	}
+	f |= returns
+	w.known[name] = f
+	return f, nil
+}
+
+// weigh takes what is rare for what never happens, if that is asked for.
+func (w *hookWalk) weigh(c chance) chance {
+	switch {
+	case w.most && c == rarely:
+		return never
+	case w.most && c == mostly:
+		return always
+	}
+	return c
+}
+
+// rule returns what may become of the packets at a rule.
+func (w *hookWalk) rule(r *rule) (fates, error) {
+	var regs cells
+	regs.forget(unix.NFT_REG_1)
+	match, listed := always, false
+	for _, s := range r.statements {
+		w.listed, w.at = false, r.chain
+		end, c, err := w.statement(&regs, s)
+		if err != nil {
+			return 0, err
+		}
+		if match = match.and(c); match == never {
+			break
+		}
+		if end == 0 {
+			listed = listed || w.listed
+			continue
+		}
+		// The statement ends the rule.
+		blocks := match == rarely && end == drops || match == mostly && end == accepts
+		if listed && match != always && !blocks {
+			match = maybe
+		}
+		switch w.weigh(match) {
+		case never:
+			return proceeds, nil
+		case always:
+			return end, nil
+		}
+		return end | proceeds, nil
+	}
+	return proceeds, nil
+}
+
+const anyFate = accepts | drops | returns | proceeds
+
+// statement returns the chance that the rule goes on behind a statement, or, if
+// the statement ends it, what becomes of the packets and the chance of that.
+func (w *hookWalk) statement(regs *cells, s statement) (end fates, c chance, err error) {
+	switch e := s.expr.(type) {
+	case *expr.Verdict:
+		end, err = w.verdict(*e)
+		return end, always, err
+	case *expr.Reject:
+		return drops, always, nil
+	case *expr.Queue:
+		return accepts | drops, always, nil
+	case *expr.FlowOffload:
+		return 0, never, nil // ends the rule while conntrack has not confirmed the flow
+	case *expr.Lookup:
+		return w.lookup(regs, e)
+	case *expr.Target:
+		if slices.Contains(sourceTargets, e.Name) {
+			return translates, always, nil
+		}
+		end, c = xtTarget(e)
+		return end, c, nil
+	case *expr.Match:
+		w.listed = e.Name == "set"
+		return 0, w.child.xtMatch(e), nil
+	case *expr.Cmp:
+		return 0, regs.compare(e), nil
+	case *expr.Range:
+		in, _ := within(regs.get(e.Register, len(e.FromData)), e.FromData, e.ToData)
+		return 0, in.inverted(e.Op == expr.CmpOpNeq), nil
+	case *expr.Payload:
+		if e.OperationType == expr.PayloadLoad {
+			w.child.load(regs, e)
+		} else {
+			w.child.rewritten = true
+			clear(w.known)
+		}
+	case *expr.Bitwise, *expr.Meta, *expr.Ct, *expr.Fib, *expr.Immediate:
+		w.child.load(regs, e)
+	case *expr.Objref:
+		switch e.Type {
+		case unix.NFT_OBJECT_QUOTA, unix.NFT_OBJECT_LIMIT, unix.NFT_OBJECT_CONNLIMIT, objectSynProxy:
+			return 0, maybe, nil
+		}
+	case *expr.Dynset:
+		return 0, maybe, nil // it ends the rule where the set is full or a limit is met
+	default:
+		if s.name == "masq" || s.name == "nat" {
+			return translates, always, nil
+		}
+		return 0, w.other(regs, s.name), nil
+	}
+	return 0, always, nil
+}
+
+const objectSynProxy = 10 // NFT_OBJECT_SYNPROXY
+
+// other is for statements that are known by name only.
+func (w *hookWalk) other(regs *cells, name string) chance {
+	switch name {
+	case "counter", "log", "notrack", "dup", "last", "redir", "cthelper", "cttimeout", "ctexpect", "secmark":
+		return always
+	case "byteorder", "hash", "numgen":
+		regs.forget(unix.NFT_REG_1)
+		return always
+	}
+	regs.forget(unix.NFT_REG_1)
+	return maybe
+}
+
+func (w *hookWalk) verdict(v expr.Verdict) (fates, error) {
+	switch v.Kind {
+	case expr.VerdictAccept:
+		return accepts, nil
+	case expr.VerdictDrop:
+		return drops, nil
+	case expr.VerdictReturn:
+		return returns, nil
+	case expr.VerdictContinue, expr.VerdictBreak:
+		return proceeds, nil
+	case expr.VerdictGoto:
+		return w.chain(v.Chain)
+	case expr.VerdictJump:
+		f, err := w.chain(v.Chain)
+		if f&returns != 0 {
+			f = f&^returns | proceeds
+		}
+		return f, err
+	case expr.VerdictQueue:
+		return accepts | drops, nil
+	}
+	return anyFate, nil
+}
+
+// lookup works off a look-up in a set, a map, or a map of verdicts.
+func (w *hookWalk) lookup(regs *cells, e *expr.Lookup) (fates, chance, error) {
+	set, err := w.set(e.SetName)
+	if err != nil {
+		return 0, never, err
+	}
+	key := slices.Clone(regs.get(e.SourceRegister, set.size))
+	verdicts := set.verdicts && e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT
+	// Of a named set of addresses, which may be long, the elements do not matter.
+	ask := !set.changing && set.loaded && (verdicts || !set.named || slices.ContainsFunc(key, func(c cell) bool { return c.known != 0 }))
+	if e.IsDestRegSet && !verdicts {
+		regs.put(e.DestRegister, unknownBytes(16, nil))
+	}
+	if !ask {
+		c := maybe
+		if slices.ContainsFunc(key, func(c cell) bool { return c.origin != nil && c.even && c.known == 0 }) {
+			c, w.listed = rarely, true
+		}
+		if verdicts {
+			return anyFate, maybe, nil
+		}
+		return 0, c.inverted(e.Invert), nil
+	}
+	if !verdicts {
+		c := set.contains(key)
+		return 0, c.inverted(e.Invert), nil
+	}
+	return w.branch(set, key)
+}
+
+// set returns a set that a rule of the table looks up.
+func (w *hookWalk) set(name string) (*set, error) {
+	s := w.table.sets[name]
+	switch {
+	case s == nil:
+		return nil, fmt.Errorf("chain %s: set %s is not known", w.at, name)
+	case s.failed != nil:
+		return nil, fmt.Errorf("chain %s: %w", w.at, s.failed)
+	}
+	return s, nil
+}
+
+// contains returns the chance that the key is in the set.
+func (s *set) contains(key []cell) (c chance) {
+	sum := 0.
+	for _, el := range s.elements {
+		if el.others {
+			return always
+		}
+		one, p := s.has(key, el)
+		c = max(c, one)
+		if c == always {
+			return always
+		}
+		if sum += p; sum > 0 && c < mostly {
+			c = max(c, portion(sum))
+		}
+	}
+	return c
+}
+
+// branch returns what may become of packets at a map of verdicts, and the chance
+// that their key is in it.
+func (w *hookWalk) branch(set *set, key []cell) (end fates, c chance, err error) {
+	rest := always // the chance that no element before has the key
+	for _, el := range set.elements {
+		one := rest
+		if !el.others {
+			one, _ = set.has(key, el)
+		}
+		if one = w.weigh(one); one == never {
+			continue
+		}
+		f, err := w.verdict(el.verdict)
+		if err != nil {
+			return 0, never, err
+		}
+		if one == always {
+			return f, always, nil
+		}
+		end |= f
+		c = max(c, one)
+		rest = rest.and(one.not())
+		if el.others {
+			c = always
+		}
+	}
+	if end == 0 {
+		return 0, never, nil
+	}
+	return end, c, nil
+}
+
+// has returns the chance that a key is one of an element's, and, where all keys
+// are equally likely, of how many.
+func (s *set) has(key []cell, el element) (chance, float64) {
+	if slices.Equal(el.low, el.high) && len(s.fields) <= 1 {
+		c := equals(key, el.low)
+		if c == rarely || c == mostly {
+			unknown := 0
+			for _, x := range key[:len(el.low)] {
+				for bits := ^x.known; bits != 0; bits &= bits - 1 {
+					unknown++
+				}
+			}
+			return c, math.Ldexp(1, -unknown)
+		}
+		return c, 0
+	}
+	fields := s.fields
+	if len(fields) == 0 {
+		fields = []int{len(el.low)}
+	}
+	c, p, at := always, 1., 0
+	for _, n := range fields {
+		if at+n > len(key) || at+n > len(el.low) || at+n > len(el.high) {
+			return min(c, maybe), 0
+		}
+		one, part := within(key[at:at+n], el.low[at:at+n], el.high[at:at+n])
+		c, p = c.and(one), p*part
+		at += (n + 3) &^ 3
+	}
+	return c, p
+}

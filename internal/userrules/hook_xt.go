@@ -1,0 +1,200 @@
+package userrules
+
+import (
+	"encoding/binary"
+	"slices"
+
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/xt"
+	"golang.org/x/sys/unix"
+)
+
+// The bits of a state mask of iptables; see XT_CONNTRACK_STATE_BIT.
+const (
+	xtStateRelated = 1 << 2
+	xtStateNew     = 1 << 3
+	xtStateSNAT    = 1 << 6
+	xtStateDNAT    = 1 << 7
+)
+
+// sourceTargets translate sources, in a chain of postrouting.
+var sourceTargets = []string{"MASQUERADE", "SNAT", "NETMAP"}
+
+// xtTarget returns what a target of iptables-nft does with a packet. No fates
+// means that the rule goes on.
+func xtTarget(t *expr.Target) (fates, chance) {
+	switch t.Name {
+	case "REJECT", "DROP":
+		return drops, always
+	case "ACCEPT":
+		return accepts, always
+	case "LOG", "NFLOG", "ULOG", "AUDIT", "TRACE", "MARK", "CONNMARK", "SECMARK", "CONNSECMARK", "CT",
+		"CLASSIFY", "DSCP", "TOS", "TTL", "HL", "ECN", "TCPMSS", "TCPOPTSTRIP", "CHECKSUM", "SET", "TEE",
+		"IDLETIMER", "LED", "HMARK", "RATEEST", "FLOWOFFLOAD", "NOTRACK":
+		return 0, always // XT_CONTINUE
+	case "NFQUEUE":
+		return accepts | drops, always
+	}
+	return anyFate, always
+}
+
+// xtMatch returns the chance that a match of iptables-nft matches.
+func (c *child) xtMatch(m *expr.Match) chance {
+	switch info := m.Info.(type) {
+	case *xt.Comment:
+		return always
+	case *xt.Tcp:
+		return never
+	case *xt.Udp:
+		return c.xtPorts(info.SrcPorts).inverted(info.InvFlags&xt.UdpInvSrcPorts != 0).
+			and(c.xtPorts(info.DstPorts).inverted(info.InvFlags&xt.UdpInvDestPorts != 0))
+	case *xt.ConntrackMtinfo1:
+		return c.xtConntrack(info.ConntrackMtinfoBase, uint16(info.StateMask), uint16(info.StatusMask))
+	case *xt.ConntrackMtinfo2:
+		return c.xtConntrack(info.ConntrackMtinfoBase, info.StateMask, info.StatusMask)
+	case *xt.ConntrackMtinfo3:
+		return c.xtConntrack(info.ConntrackMtinfoBase, info.StateMask, info.StatusMask)
+	case *xt.AddrType:
+		return xtAddrType(info.Source, info.Dest, info.InvertDest)
+	case *xt.AddrTypeV1:
+		const invertDest, limits = 2, 4 | 8
+		if info.Flags&limits != 0 {
+			return maybe
+		}
+		return xtAddrType(info.Source, info.Dest, info.Flags&invertDest != 0)
+	case *xt.Unknown:
+		return c.xtUnknown(m.Name, m.Rev, *info)
+	}
+	return maybe
+}
+
+func (c *child) xtUnknown(name string, rev uint32, info []byte) chance {
+	switch name {
+	case "comment":
+		return always
+	case "icmp", "icmp6", "sctp", "dccp", "ah", "esp":
+		return never // of another protocol
+	case "state":
+		if len(info) < 4 {
+			return maybe
+		}
+		return certain(binary.NativeEndian.Uint32(info)&uint32(c.xtState()) != 0)
+	case "physdev":
+		// struct xt_physdev_info: four names and masks, invert, bitmask. A routed
+		// packet is none that is bridged (XT_PHYSDEV_OP_BRIDGED).
+		const invert, bitmask, bridged = 64, 65, 4
+		if len(info) > bitmask && info[bitmask]&bridged != 0 && info[invert]&bridged == 0 {
+			return never
+		}
+	case "multiport":
+		if len(info) >= multiportSize {
+			return rarely.inverted(info[multiportInvert] != 0)
+		}
+	case "set":
+		// struct xt_set_info: index, dim, flags; the bit 1 of flags inverts.
+		if rev >= 1 && len(info) >= 4 {
+			return rarely.inverted(info[3]&1 != 0)
+		}
+	}
+	return maybe
+}
+
+func (c *child) xtPorts(ports [2]uint16) chance {
+	span := portSpan(ports[0], ports[1])
+	in, _ := within(c.transport[:2], span.low, span.high)
+	return in
+}
+
+func (c *child) xtState() uint16 {
+	if c.state == expr.CtStateBitRELATED {
+		return xtStateRelated
+	}
+	return xtStateNew
+}
+
+// xtConntrack follows conntrack_mt of the kernel.
+func (c *child) xtConntrack(info xt.ConntrackMtinfoBase, stateMask, statusMask uint16) chance {
+	does := func(f xt.ConntrackFlags) bool { return info.MatchFlags&uint16(f) != 0 }
+	inverts := func(f xt.ConntrackFlags) bool { return info.InvertFlags&uint16(f) != 0 }
+	match := always
+	if does(xt.ConntrackState) {
+		one := never
+		switch {
+		case stateMask&c.xtState() != 0:
+			one = always
+		case stateMask&xtStateSNAT != 0:
+			one = maybe
+		}
+		if stateMask&xtStateDNAT != 0 {
+			one = max(one, c.hasStatus(statusDstNAT))
+		}
+		match = match.and(one.inverted(inverts(xt.ConntrackState)))
+	}
+	if does(xt.ConntrackStatus) {
+		match = match.and(c.hasStatus(uint32(statusMask)).inverted(inverts(xt.ConntrackStatus)))
+	}
+	if does(xt.ConntrackProto) {
+		match = match.and(certain(info.L4Proto == unix.IPPROTO_UDP).inverted(inverts(xt.ConntrackProto)))
+	}
+	if does(xt.ConntrackDirection) {
+		match = match.and(always.inverted(inverts(xt.ConntrackDirection)))
+	}
+	if does(xt.ConntrackReplSrc) {
+		// The source of a reply is the inside host.
+		host := c.network[c.destination():]
+		match = match.and(maskedEquals(host, info.ReplSrcAddr, info.ReplSrcMask).inverted(inverts(xt.ConntrackReplSrc)))
+	}
+	const addresses = xt.ConntrackOrigSrc | xt.ConntrackOrigDst | xt.ConntrackReplDst |
+		xt.ConntrackOrigSrcPort | xt.ConntrackOrigDstPort | xt.ConntrackReplSrcPort | xt.ConntrackReplDstPrt | xt.ConntrackExpires
+	if does(addresses) {
+		match = match.and(maybe)
+	}
+	return match
+}
+
+// destination returns where the destination address is in the header.
+func (c *child) destination() int {
+	if c.family == unix.NFPROTO_IPV6 {
+		return 24
+	}
+	return 16
+}
+
+// hasStatus returns the chance that a bit of mask is set.
+func (c *child) hasStatus(mask uint32) chance {
+	switch {
+	case c.status&c.knownStatus&mask != 0:
+		return always
+	case mask&^c.knownStatus != 0:
+		return maybe
+	}
+	return never
+}
+
+// maskedEquals returns the chance that an address is in a network.
+func maskedEquals(address []cell, network, mask []byte) chance {
+	if len(network) < len(address) || len(mask) < len(address) {
+		return maybe
+	}
+	// An IPv4 address may have been put into 16 bytes.
+	network, mask = network[len(network)-len(address):], mask[len(mask)-len(address):]
+	masked := slices.Clone(address)
+	for i := range masked {
+		c := &masked[i]
+		c.val &= mask[i]
+		c.known |= ^mask[i]
+		c.mask &= mask[i]
+	}
+	return equals(masked, network)
+}
+
+func xtAddrType(source, dest uint16, invertDest bool) chance {
+	match := always
+	if source != 0 {
+		match = match.and(maybe)
+	}
+	if dest != 0 {
+		match = match.and(certain(dest&(1<<unix.RTN_UNICAST) != 0).inverted(invertDest))
+	}
+	return match
+}

@@ -1,0 +1,187 @@
+package userrules
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"slices"
+
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// A child is the class of packets that a question is about: the first packet of a
+// UDP flow from outside to a host of a subnet, as the forward hook sees it.
+type child struct {
+	state       uint32 // of conntrack, as nft has it
+	status      uint32
+	knownStatus uint32 // the bits of status that are known
+	family      byte
+	network     []cell // the header
+	transport   []cell
+	in, out     linkCells
+	rewritten   bool // a rule has changed a header
+}
+
+type linkCells struct{ name, index []cell }
+
+// The bits of enum ip_conntrack_status.
+const (
+	statusExpected  = 1 << 0
+	statusSeenReply = 1 << 1
+	statusAssured   = 1 << 2
+	statusConfirmed = 1 << 3
+	statusDstNAT    = 1 << 5
+)
+
+// newChild returns the children of one kind that go from a link, nil for any
+// outside, to a subnet, over the link out, nil for any that is not outside.
+func newChild(related bool, in, out *Link, outside []Link, subnet netip.Prefix, subnets []netip.Prefix) *child {
+	c := &child{
+		state:       expr.CtStateBitNEW,
+		status:      statusDstNAT,
+		knownStatus: statusExpected | statusSeenReply | statusAssured | statusConfirmed | statusDstNAT,
+		family:      unix.NFPROTO_IPV4,
+		transport:   slices.Concat(unknownBytes(2, &origin{even: true}), unknownBytes(2, &origin{even: true})),
+	}
+	if related {
+		c.state = expr.CtStateBitRELATED
+		c.status |= statusExpected
+		if !subnet.Addr().IsPrivate() || subnet.Addr().Is6() {
+			c.knownStatus &^= statusDstNAT // it may be routed
+		}
+	}
+	if subnet.Addr().Is6() {
+		c.family = unix.NFPROTO_IPV6
+		c.network = slices.Concat(unknownBytes(6, nil), knownBytes([]byte{unix.IPPROTO_UDP}), unknownBytes(1, nil),
+			outOf(subnets, 16), inPrefix(subnet))
+		c.network[0] = cell{val: 6 << 4, known: 0xf0, mask: 0xff}
+	} else {
+		// Conntrack has put fragments together.
+		c.network = slices.Concat(unknownBytes(9, nil), knownBytes([]byte{unix.IPPROTO_UDP}), unknownBytes(2, nil),
+			outOf(subnets, 4), inPrefix(subnet))
+		c.network[0] = cell{val: 4 << 4, known: 0xf0, mask: 0xff}
+		c.network[6] = cell{known: 0xbf, mask: 0xff}
+		c.network[7] = cell{known: 0xff, mask: 0xff}
+	}
+	c.in = oneLink(in, nil)
+	c.out = oneLink(out, outside)
+	return c
+}
+
+// oneLink returns what is known of a link, which is none of not.
+func oneLink(l *Link, not []Link) linkCells {
+	if l != nil {
+		return linkCells{knownBytes(nfnl.LinkKey(l.Name)), knownBytes(binary.NativeEndian.AppendUint32(nil, uint32(l.Index)))}
+	}
+	is := func(key func(Link) []byte) *origin {
+		return &origin{other: func(low, high []byte) bool {
+			return slices.Equal(low, high) && slices.ContainsFunc(not, func(l Link) bool {
+				// iptables compares a name up to its end, and a pattern without.
+				k := key(l)
+				return slices.Equal(k, low) || slices.Contains(low, 0) && slices.Equal(k, filled(low, len(k), 0))
+			})
+		}}
+	}
+	return linkCells{
+		unknownBytes(unix.IFNAMSIZ, is(func(l Link) []byte { return nfnl.LinkKey(l.Name) })),
+		unknownBytes(4, is(func(l Link) []byte { return binary.NativeEndian.AppendUint32(nil, uint32(l.Index)) })),
+	}
+}
+
+// load puts what a statement loads into registers, as far as it is known. Other statements
+// load nothing.
+func (c *child) load(regs *cells, e expr.Any) {
+	switch e := e.(type) {
+	case *expr.Bitwise:
+		regs.bitwise(e)
+	case *expr.Meta:
+		if !e.SourceRegister {
+			regs.put(e.Register, c.meta(e.Key))
+		}
+	case *expr.Ct:
+		if !e.SourceRegister {
+			regs.put(e.Register, c.ct(e.Key))
+		}
+	case *expr.Payload:
+		if e.OperationType == expr.PayloadLoad {
+			regs.put(e.DestRegister, c.payload(e))
+		}
+	case *expr.Fib:
+		regs.put(e.Register, c.fib(e))
+	case *expr.Immediate:
+		regs.put(e.Register, knownBytes(e.Data))
+	}
+}
+
+// meta returns what is known of a key of meta; it has at most 16 bytes.
+func (c *child) meta(key expr.MetaKey) []cell {
+	switch key {
+	case expr.MetaKeyL4PROTO:
+		return knownBytes([]byte{unix.IPPROTO_UDP})
+	case expr.MetaKeyNFPROTO:
+		return knownBytes([]byte{c.family})
+	case expr.MetaKeyPROTOCOL:
+		if c.family == unix.NFPROTO_IPV6 {
+			return knownBytes(binary.BigEndian.AppendUint16(nil, unix.ETH_P_IPV6))
+		}
+		return knownBytes(binary.BigEndian.AppendUint16(nil, unix.ETH_P_IP))
+	case expr.MetaKeyIIFNAME:
+		return c.in.name
+	case expr.MetaKeyIIF:
+		return c.in.index
+	case expr.MetaKeyOIFNAME:
+		return c.out.name
+	case expr.MetaKeyOIF:
+		return c.out.index
+	case expr.MetaKeyPKTTYPE:
+		return knownBytes([]byte{unix.PACKET_HOST}) // ip_forward drops others
+	}
+	return unknownBytes(16, nil)
+}
+
+// ct returns what is known of a key of conntrack.
+func (c *child) ct(key expr.CtKey) []cell {
+	switch key {
+	case expr.CtKeySTATE:
+		return knownBytes(binary.NativeEndian.AppendUint32(nil, c.state))
+	case expr.CtKeySTATUS:
+		cells := knownBytes(binary.NativeEndian.AppendUint32(nil, c.status))
+		for i, b := range binary.NativeEndian.AppendUint32(nil, c.knownStatus) {
+			cells[i].known = b
+		}
+		return cells
+	case expr.CtKeyDIRECTION:
+		return knownBytes([]byte{0}) // original
+	case expr.CtKeyL3PROTOCOL:
+		return knownBytes([]byte{c.family})
+	case expr.CtKeyPROTOCOL:
+		return knownBytes([]byte{unix.IPPROTO_UDP})
+	}
+	return unknownBytes(16, nil)
+}
+
+// payload returns what is known of a part of a header.
+func (c *child) payload(e *expr.Payload) []cell {
+	var header []cell
+	switch e.Base {
+	case expr.PayloadBaseNetworkHeader:
+		header = c.network
+	case expr.PayloadBaseTransportHeader:
+		header = c.transport
+	}
+	from, n := uint64(e.Offset), int(min(e.Len, 64))
+	if c.rewritten || from+uint64(n) > uint64(len(header)) {
+		return unknownBytes(n, nil)
+	}
+	return slices.Clone(header[from:][:n])
+}
+
+// fib returns what is known of a look-up of a route.
+func (c *child) fib(e *expr.Fib) []cell {
+	if e.ResultADDRTYPE && e.FlagDADDR && !e.FlagIIF && !e.FlagOIF && !e.FlagMARK && !e.FlagPRESENT {
+		return knownBytes(binary.NativeEndian.AppendUint32(nil, unix.RTN_UNICAST))
+	}
+	return unknownBytes(16, nil)
+}

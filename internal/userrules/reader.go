@@ -1,0 +1,457 @@
+package userrules
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// A Config tells a Reader what to read.
+type Config struct {
+	// NetNS is a file descriptor of the network namespace, 0 for the current.
+	NetNS int
+	// OwnChain is the name of a chain that the tables of this program have. They are not
+	// read.
+	OwnChain string
+	// Changes returns a number that is another one if somebody else changed nftables since
+	// the last call. It may ask the kernel by the connection. Without it a Reader takes
+	// every table that it finds changed for one that may be changing still.
+	Changes func(*nfnl.Conn) (uint32, error)
+}
+
+// A Reader reads the user's rules again and again. It decodes only chains and sets that
+// are others than before; what counts packets does not matter. It is not safe for
+// concurrent use.
+//
+// A rule that somebody changes beside the reading may be missed by it. Then the table is
+// kept as torn, together with what was read of it before.
+type Reader struct {
+	cfg    Config
+	c      *nfnl.Conn // nil before the first time
+	seed   maphash.Seed
+	series uint32 // the last one of dumps of rules
+
+	last   *Ruleset
+	order  []tableKey
+	tables map[tableKey]*table
+	gone   map[tableKey]bool       // tables that were not there the last time
+	prints map[tableKey]rulePrints // of all rules of tables that are read in one go
+	legacy legacyReader
+
+	fail func(title, chain string) error // of tests; may be nil
+}
+
+// NewReader returns a reader. It opens its connection when it reads first.
+func NewReader(cfg Config) *Reader {
+	r := &Reader{cfg: cfg, seed: maphash.MakeSeed(), prints: map[tableKey]rulePrints{}}
+	r.legacy.read = func(f *legacyFamily) ([]rawLegacy, []string, error) { return readLegacy(cfg.NetNS, f, legacyTables...) }
+	return r
+}
+
+// Close ends the connection.
+func (r *Reader) Close() error {
+	if r.c == nil {
+		return nil
+	}
+	return r.c.Close()
+}
+
+// A tableKey names a table of nftables.
+type tableKey struct {
+	family byte
+	name   string
+}
+
+func (k tableKey) title() string { return nfnl.FamilyName(k.family) + " " + k.name }
+
+// Read reads the rules. It returns the value of the last time if they are the same. Where
+// there is no nftables it returns what iptables-legacy has. With an error nothing is known;
+// that a table, a chain or a set could not be read is none.
+func (r *Reader) Read() (*Ruleset, error) {
+	same, err := r.readNFT()
+	if err != nil {
+		return nil, err
+	}
+	legacy, hidden, sameLegacy := r.legacy.tables()
+	if r.last != nil && same && sameLegacy {
+		return r.last, nil
+	}
+	r.last = &Ruleset{hidden: hidden}
+	for _, k := range r.order {
+		r.last.tables = append(r.last.tables, r.tables[k])
+	}
+	r.last.tables = append(r.last.tables, legacy...)
+	return r.last, nil
+}
+
+// readNFT reads the tables of nftables. It reports whether they are the same as the last
+// time.
+func (r *Reader) readNFT() (same bool, err error) {
+	if r.c == nil {
+		if r.c, err = nfnl.Dial(r.cfg.NetNS); err != nil {
+			return false, nfnl.Permitted(err)
+		}
+	}
+	before, err := r.changes()
+	if err != nil {
+		return false, err
+	}
+	there, err := r.outlines()
+	if err != nil {
+		return false, err
+	}
+	var order []tableKey
+	tables := map[tableKey]*table{}
+	for _, o := range there {
+		order = append(order, o.key)
+		tables[o.key] = r.table(o, r.tables[o.key])
+	}
+	after, err := r.changes()
+	if err != nil {
+		return false, err
+	}
+	gone := map[tableKey]bool{}
+	if r.cfg.Changes == nil || before != after {
+		for _, o := range there {
+			if t := tables[o.key]; t != r.tables[o.key] {
+				tables[o.key] = r.settle(o, t)
+			}
+		}
+		for _, k := range r.order {
+			if tables[k] == nil && !r.gone[k] { // or it was missed
+				order, tables[k], gone[k] = append(order, k), r.tables[k], true
+			}
+		}
+	}
+	same = slices.Equal(order, r.order)
+	for k, t := range tables {
+		if old := r.tables[k]; t != old {
+			t.follow(old)
+			same = false
+		}
+	}
+	for k := range r.prints {
+		if tables[k] == nil {
+			delete(r.prints, k)
+		}
+	}
+	r.order, r.tables, r.gone = order, tables, gone
+	return same, nil
+}
+
+func (r *Reader) changes() (uint32, error) {
+	if r.cfg.Changes == nil {
+		return 0, nil
+	}
+	n, err := r.cfg.Changes(r.c)
+	if isMissing(err) {
+		return 0, nil
+	}
+	return n, err
+}
+
+// isMissing reports whether the kernel says that it has no nftables.
+func isMissing(err error) bool { return errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) }
+
+// settleReads is how often a table that changes is read again at once.
+const settleReads = 3
+
+// settle reads a table again that somebody may have changed while it was read, until it is
+// the same twice.
+func (r *Reader) settle(o outline, t *table) *table {
+	for range settleReads {
+		again := r.table(o, t)
+		if again == t {
+			return t
+		}
+		t = again
+	}
+	t.torn = true
+	return t
+}
+
+// An outline is what the base chains of a table say.
+type outline struct {
+	key   tableKey
+	bases []base
+}
+
+// purposes are what chains are read for.
+type purposes uint8
+
+const (
+	forDestinations purposes = 1 << iota // what is translated to other destinations
+	forSources                           // what is translated to other sources
+	forVerdicts                          // what is let pass
+
+	anyPurpose = forDestinations | forSources | forVerdicts
+)
+
+// purposes returns what a base chain is read for.
+func (b *base) purposes(family byte) purposes {
+	switch {
+	case b.kind == "":
+	case b.hook == unix.NF_INET_FORWARD:
+		return forVerdicts
+	case b.kind == natKind && b.hook == unix.NF_INET_PRE_ROUTING:
+		return forDestinations
+	case b.kind == natKind && b.hook == unix.NF_INET_POST_ROUTING && family != unix.NFPROTO_IPV6:
+		return forSources
+	}
+	return 0
+}
+
+// outlines reads those of all tables that matter, but this program's own and those that
+// are dormant.
+func (r *Reader) outlines() (all []outline, err error) {
+	skip := map[tableKey]bool{}
+	err = r.dump(unix.NFT_MSG_GETTABLE, unix.AF_UNSPEC, nil, "", func(k tableKey, body []byte) {
+		nfnl.Attributes(body, func(typ uint16, b []byte) {
+			const dormant = 1 // NFT_TABLE_F_DORMANT
+			if typ == unix.NFTA_TABLE_FLAGS && number32(b)&dormant != 0 {
+				skip[k] = true
+			}
+		})
+	})
+	switch {
+	case isMissing(err):
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("list nftables tables: %w", err)
+	}
+	err = r.dump(unix.NFT_MSG_GETCHAIN, unix.AF_UNSPEC, nil, "", func(k tableKey, body []byte) {
+		b := baseOf(body)
+		if b.name == r.cfg.OwnChain {
+			skip[k] = true
+		}
+		if nfnl.FamilyName(k.family) == "" || b.purposes(k.family) == 0 {
+			return
+		}
+		i := slices.IndexFunc(all, func(o outline) bool { return o.key == k })
+		if i < 0 {
+			i, all = len(all), append(all, outline{key: k})
+		}
+		all[i].bases = append(all[i].bases, b)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list nftables chains: %w", err)
+	}
+	return slices.DeleteFunc(all, func(o outline) bool { return skip[o.key] }), nil
+}
+
+// elements returns the print of the elements of a set, in whatever order; 0 is that
+// of one that could not be read. It calls f with the attributes of each.
+func (r *Reader) elements(k tableKey, set string, f func(b []byte)) (print uint64, err error) {
+	err = r.ask(unix.NFT_MSG_GETSETELEM, unix.NLM_F_DUMP, k.family, func(e *nfnl.Encoder) {
+		e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, k.name)
+		e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
+	}, func(body []byte) {
+		nfnl.Attributes(body[nfnl.FamilyHeaderLen:], func(typ uint16, b []byte) {
+			if typ != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
+				return
+			}
+			nfnl.Attributes(b, func(_ uint16, b []byte) {
+				var h maphash.Hash
+				h.SetSeed(r.seed)
+				nfnl.Attributes(b, func(typ uint16, b []byte) {
+					if typ != unix.NFTA_SET_ELEM_EXPIRATION && typ != unix.NFTA_SET_ELEM_EXPR && typ != nftaSetElemExpressions {
+						_, _ = h.Write(b)
+					}
+				})
+				print += h.Sum64()
+				if f != nil {
+					f(b)
+				}
+			})
+		})
+	})
+	if err = uninterrupted(err); err != nil {
+		return 0, err
+	}
+	return max(print, 1), nil
+}
+
+// set reads a set, without its elements.
+func (r *Reader) set(k tableKey, name string) (s *set) {
+	s = &set{failed: fmt.Errorf("set %s: %w", name, unix.ENOENT)}
+	err := r.ask(unix.NFT_MSG_GETSET, 0, k.family, func(e *nfnl.Encoder) {
+		e.Str(unix.NFTA_SET_TABLE, k.name)
+		e.Str(unix.NFTA_SET_NAME, name)
+	}, func(body []byte) { s = setOf(body[nfnl.FamilyHeaderLen:]) })
+	if err = uninterrupted(err); err != nil {
+		s = &set{failed: fmt.Errorf("set %s: %w", name, err)}
+	}
+	return s
+}
+
+// dump is dumpOnce, and takes one that was interrupted for a good one. Whether somebody
+// changed something meanwhile, Read sees by itself: most interruptions come from what this
+// program changes.
+func (r *Reader) dump(typ uint16, family byte, of *tableKey, chain string, f func(k tableKey, attrs []byte)) error {
+	return uninterrupted(r.dumpOnce(typ, family, of, chain, f))
+}
+
+func uninterrupted(err error) error {
+	if errors.Is(err, nfnl.ErrInterrupted) {
+		return nil
+	}
+	return err
+}
+
+// dumpOnce calls f with the attributes of each object of a kind: of one table, or of one
+// of its chains if that is not empty, or of all.
+func (r *Reader) dumpOnce(typ uint16, family byte, of *tableKey, chain string, f func(k tableKey, attrs []byte)) error {
+	return r.ask(typ, unix.NLM_F_DUMP, family, func(e *nfnl.Encoder) {
+		if of != nil {
+			e.Str(unix.NFTA_RULE_TABLE, of.name)
+		}
+		if chain != "" {
+			e.Str(unix.NFTA_RULE_CHAIN, chain)
+		}
+	}, func(body []byte) {
+		attrs := body[nfnl.FamilyHeaderLen:]
+		if of != nil {
+			f(*of, attrs)
+			return
+		}
+		k := tableKey{family: body[0]}
+		nfnl.Attributes(attrs, func(typ uint16, b []byte) {
+			if typ == unix.NFTA_TABLE_NAME { // and NFTA_CHAIN_TABLE
+				k.name = nfnl.Text(b)
+			}
+		})
+		f(k, attrs)
+	})
+}
+
+// ask sends a request, with the attributes that names appends, and calls f with each
+// answer. If the kernel refuses it, that comes before an interruption.
+func (r *Reader) ask(typ, flags uint16, family byte, names func(*nfnl.Encoder), f func(body []byte)) error {
+	var e nfnl.Encoder
+	e.Message(unix.NFNL_SUBSYS_NFTABLES, typ, unix.NLM_F_REQUEST|flags, r.c.NextSeq(1), family)
+	names(&e)
+	e.End()
+	var refused error
+	err := r.c.Exchange(&e, func(_ uint32, err error) { refused = err }, func(_ uint16, body []byte) {
+		if len(body) >= nfnl.FamilyHeaderLen {
+			f(body)
+		}
+	})
+	if refused != nil {
+		err = errors.Join(uninterrupted(err), refused)
+	}
+	return nfnl.Permitted(err)
+}
+
+// rulePrints are the prints of rules, each with the number of the last series of dumps
+// that had it.
+//
+// They are a set, for while somebody changes any rule of the table, the kernel may put a
+// rule into a dump twice, or leave one out: it goes on after each message by counting
+// rules from the first, and counts those of transactions that are under way
+// (__nf_tables_dump_rules).
+type rulePrints map[uint64]uint32
+
+// equal reports whether others are the same rules.
+func (p rulePrints) equal(others rulePrints) bool {
+	if len(p) != len(others) {
+		return false
+	}
+	for print := range p {
+		if _, there := others[print]; !there {
+			return false
+		}
+	}
+	return true
+}
+
+// dumpsOfRules is how often rules are dumped, where the dumps are interrupted, until all
+// were seen.
+const dumpsOfRules = 4
+
+// sameRules reports whether a chain, or the whole table if that is empty, has the rules
+// whose prints are known, and no others. An interrupted dump may leave out known rules, so
+// the dump is repeated until all of them were seen. It may also show a rule that one
+// transaction adds and deletes again, so one interrupted dump with an unknown rule is
+// ignored.
+//
+// An interrupted dump may also leave out a new rule. Then somebody's transaction ended
+// meanwhile, which is a reason to read again.
+func (r *Reader) sameRules(k tableKey, chain string, known rulePrints) bool {
+	r.series++
+	seen, unknown := 0, 0
+	for range dumpsOfRules {
+		odd := false
+		interrupted, err := r.eachRule(k, chain, func(print uint64, _ []byte) {
+			switch last, ok := known[print]; {
+			case !ok:
+				odd = true
+			case last != r.series:
+				known[print] = r.series
+				seen++
+			}
+		})
+		if odd {
+			unknown++
+		}
+		switch {
+		case err != nil, unknown > 1, odd && !interrupted:
+			return false
+		case odd:
+		case seen == len(known):
+			return true
+		case !interrupted:
+			return false
+		}
+	}
+	return false
+}
+
+// eachRule dumps the rules of a chain once, or of the whole table if that is empty. It
+// calls f with the print of each: a hash of all that does not count packets, its handle and
+// place among it; and with its attributes, which are valid during the call. It reports
+// whether the dump was interrupted.
+func (r *Reader) eachRule(k tableKey, chain string, f func(print uint64, body []byte)) (interrupted bool, err error) {
+	var h maphash.Hash
+	h.SetSeed(r.seed)
+	err = r.dumpOnce(unix.NFT_MSG_GETRULE, k.family, &k, chain, func(_ tableKey, body []byte) {
+		if !slices.ContainsFunc(counting, func(name []byte) bool { return bytes.Contains(body, name) }) {
+			f(maphash.Bytes(r.seed, body), body)
+			return
+		}
+		h.Reset()
+		nfnl.Attributes(body, func(typ uint16, b []byte) {
+			if typ == unix.NFTA_RULE_EXPRESSIONS {
+				nfnl.Attributes(b, func(_ uint16, b []byte) { hashExpression(&h, b) })
+			} else {
+				_, _ = h.Write(b)
+			}
+		})
+		f(h.Sum64(), body)
+	})
+	if errors.Is(err, nfnl.ErrInterrupted) {
+		return true, nil
+	}
+	return false, err
+}
+
+// counting are the names of expressions whose data changes with each packet.
+var counting = [][]byte{[]byte("counter\x00"), []byte("quota\x00"), []byte("last\x00")}
+
+func hashExpression(h *maphash.Hash, b []byte) {
+	counts := false
+	nfnl.Attributes(b, func(typ uint16, b []byte) {
+		if typ == unix.NFTA_EXPR_NAME {
+			counts = slices.ContainsFunc(counting, func(name []byte) bool { return bytes.Equal(name, b) })
+		}
+		if typ == unix.NFTA_EXPR_NAME || !counts {
+			_, _ = h.Write(b)
+		}
+	})
+}

@@ -1,0 +1,225 @@
+package userrules
+
+import (
+	"slices"
+
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// registers are the registers of a rule, in words of 4 bytes, each with the
+// fields that were loaded into it and those behind it. A field is forgotten
+// once it was compared: the library leaves out expressions that it does not
+// know, and what these load must not be taken for what was there before.
+type registers [64][]field
+
+// word returns the place of a register: those from 1 to 4 have 16 bytes each,
+// those from 8 on are the same memory in words.
+func word(reg uint32) int {
+	if reg >= unix.NFT_REG32_00 {
+		return min(int(reg-unix.NFT_REG32_00), 63)
+	}
+	return int((reg - 1) % 4 * 4)
+}
+
+func (r *registers) put(reg uint32, fields []field) { r[word(reg)] = fields }
+
+// get returns the fields of a key of the given size.
+func (r *registers) get(reg uint32, size int) []field {
+	var key []field
+	for w, at := word(reg), 0; at < size && w < len(r); {
+		n := 0
+		for _, f := range r[w] {
+			n += f.size
+		}
+		key = append(key, r[w]...)
+		if pad := (n + 3) &^ 3; n == 0 || pad > n && at+n < size {
+			pad = max(pad, 4)
+			key = append(key, field{size: pad - n})
+			n = pad
+		}
+		at += n
+		w += (n + 3) / 4
+	}
+	return key
+}
+
+// take is get, and forgets the fields.
+func (r *registers) take(reg uint32, size int) []field {
+	key := r.get(reg, size)
+	for w := word(reg); w < min(word(reg)+(size+3)/4, len(r)); w++ {
+		r[w] = nil
+	}
+	return key
+}
+
+// bitwise puts what is in src, masked, into dst.
+func (r *registers) bitwise(e *expr.Bitwise) {
+	fields := slices.Clone(r.get(e.SourceRegister, int(e.Len)))
+	at := 0
+	for i := range fields {
+		f := &fields[i]
+		end := at + f.size
+		switch {
+		case slices.ContainsFunc(e.Xor, func(b byte) bool { return b != 0 }), end > len(e.Mask), f.mask != nil:
+			*f = field{kind: mangled(f.kind), size: f.size}
+		default:
+			f.mask = e.Mask[at:end]
+		}
+		at = end
+	}
+	r.put(e.DestRegister, fields)
+}
+
+func mangled(k fieldKind) fieldKind {
+	if k == port || k == mangledPort {
+		return mangledPort
+	}
+	return other
+}
+
+// load puts what a statement loads into registers. Other statements load nothing.
+func (r *registers) load(e expr.Any, family byte) {
+	switch e := e.(type) {
+	case *expr.Meta:
+		if !e.SourceRegister {
+			r.put(e.Register, metaFields(e.Key))
+		}
+	case *expr.Payload:
+		if e.OperationType == expr.PayloadLoad {
+			r.put(e.DestRegister, payloadFields(e, family))
+		}
+	case *expr.Bitwise:
+		r.bitwise(e)
+	case *expr.Ct:
+		if !e.SourceRegister {
+			r.put(e.Register, nil)
+		}
+	case *expr.Immediate:
+		r.put(e.Register, nil)
+	case *expr.Fib:
+		r.put(e.Register, nil)
+	case *expr.Numgen:
+		r.put(e.Register, nil)
+	case *expr.Hash:
+		r.put(e.DestRegister, nil)
+	case *expr.Exthdr:
+		r.put(e.DestRegister, nil)
+	}
+}
+
+// plain works off a statement that is neither a verdict nor a lookup.
+func (w *walker) plain(conds []condition, regs *registers, s statement) []condition {
+	switch e := s.expr.(type) {
+	case *expr.Payload:
+		if len(conds) > 0 {
+			regs.load(e, conds[0].family)
+		}
+	case *expr.Meta, *expr.Bitwise, *expr.Ct, *expr.Immediate, *expr.Fib, *expr.Numgen, *expr.Hash, *expr.Exthdr:
+		regs.load(e, w.table.family)
+	case *expr.Cmp:
+		return w.compare(conds, regs, e)
+	case *expr.Range:
+		fields := regs.take(e.Register, len(e.FromData))
+		return w.narrow(conds, fields, test{any: []span{{e.FromData, e.ToData}}, not: e.Op == expr.CmpOpNeq})
+	case nil:
+		if slices.Contains(passed, s.name) {
+			return conds
+		}
+		if s.name != "byteorder" { // which nft has for single bytes, too
+			*regs = registers{} // it may have loaded one
+		}
+		return partly(conds)
+	default: // a limit, say
+		return partly(conds)
+	}
+	return conds
+}
+
+// passed are statements that each packet passes as it is.
+var passed = []string{"counter", "last", "log"}
+
+// compare works off a comparison. Two of them make a range, the lower end
+// first, so this one is not the last to see the register.
+func (w *walker) compare(conds []condition, regs *registers, e *expr.Cmp) []condition {
+	size := len(e.Data)
+	low, high := make([]byte, size), slices.Repeat([]byte{0xff}, size)
+	switch e.Op {
+	case expr.CmpOpEq, expr.CmpOpNeq:
+		return w.narrow(conds, regs.take(e.Register, size), test{any: []span{only(e.Data)}, not: e.Op == expr.CmpOpNeq})
+	case expr.CmpOpGte:
+		return w.narrow(conds, regs.get(e.Register, size), test{any: []span{{e.Data, high}}})
+	case expr.CmpOpGt:
+		return w.narrow(conds, regs.get(e.Register, size), test{any: []span{{low, e.Data}}, not: true})
+	case expr.CmpOpLte:
+		return w.narrow(conds, regs.take(e.Register, size), test{any: []span{{low, e.Data}}})
+	case expr.CmpOpLt:
+		return w.narrow(conds, regs.take(e.Register, size), test{any: []span{{e.Data, high}}, not: true})
+	}
+	return conds
+}
+
+func metaFields(key expr.MetaKey) []field {
+	switch key {
+	case expr.MetaKeyL4PROTO:
+		return []field{{kind: protocol, size: 1}}
+	case expr.MetaKeyNFPROTO:
+		return []field{{kind: family, size: 1}}
+	case expr.MetaKeyPROTOCOL:
+		return []field{{kind: etherType, size: 2}}
+	case expr.MetaKeyIIFNAME:
+		return []field{{kind: linkName, size: unix.IFNAMSIZ}}
+	case expr.MetaKeyIIF:
+		return []field{{kind: linkIndex, size: 4}}
+	}
+	return nil
+}
+
+// A place is where a field lies in a header.
+type place struct {
+	kind     fieldKind
+	from, to int
+}
+
+var (
+	transportHeader = []place{{port, 2, 4}}
+	header4         = []place{{protocol, 9, 10}, {address4, 16, 20}}
+	header6         = []place{{protocol, 6, 7}, {address6, 24, 40}}
+)
+
+// payloadFields returns the fields in a part of a header. nft loads fields that
+// lie side by side in one go, and only the beginning of an address for a prefix.
+func payloadFields(e *expr.Payload, fam byte) []field {
+	var places []place
+	switch {
+	case e.Base == expr.PayloadBaseTransportHeader:
+		places = transportHeader
+	case e.Base != expr.PayloadBaseNetworkHeader:
+	case fam == unix.NFPROTO_IPV6, fam == unix.NFPROTO_INET && e.Offset+e.Len > 20:
+		places = header6
+	default:
+		places = header4
+	}
+	var fields []field
+	at, end := int(e.Offset), int(e.Offset+e.Len)
+	for _, p := range places {
+		from, to := max(p.from, at), min(p.to, end)
+		if from >= to {
+			continue
+		}
+		if from > at {
+			fields = append(fields, field{size: from - at})
+		}
+		switch {
+		case from == p.from && to == p.to, from == p.from && p.kind != port:
+			fields = append(fields, field{kind: p.kind, size: to - from})
+		default:
+			fields = append(fields, field{kind: mangled(p.kind), size: to - from})
+		}
+		at = to
+	}
+	if at < end {
+		fields = append(fields, field{size: end - at})
+	}
+	return fields
+}

@@ -1,0 +1,100 @@
+package userrules
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// Uplinks returns the names of those links of which rules of nftables say that they lead
+// outside: what leaves by them from another one gets another source, while what leaves by
+// other links does not. A rule for all links says nothing of any. Rules for a few
+// destinations (hairpin) do not count, nor do those of iptables-legacy.
+func (rs *Ruleset) Uplinks(links []LAN) (names []string, err error) {
+	if len(links) == 0 {
+		return nil, nil
+	}
+	var chains []baseChain
+	for _, t := range rs.sourceTables() {
+		if t.legacy == nil {
+			for _, b := range t.of(unix.NF_INET_POST_ROUTING, natKind) {
+				chains = append(chains, baseChain{t, b})
+			}
+		}
+	}
+	// No link can have this name: what leaves by it meets rules for all links.
+	differ := false
+	for _, l := range append(slices.Clip(links), LAN{Link: Link{Name: "/"}}) {
+		translated, err := translatesBy(chains, l, links)
+		if err != nil {
+			return nil, err
+		}
+		if translated {
+			names = append(names, l.Name)
+		} else {
+			differ = true
+		}
+	}
+	if !differ {
+		return nil, nil
+	}
+	return slices.DeleteFunc(names, func(name string) bool { return name == "/" }), nil
+}
+
+// translatesBy reports whether chains translate the source of UDP packets that leave by a
+// link from the networks of the others: of all, or, where a rule asks for something that
+// is not known, of some.
+func translatesBy(chains []baseChain, out LAN, links []LAN) (bool, error) {
+	var from []netip.Prefix
+	for _, l := range links {
+		if l.Name != out.Name {
+			from = append(from, l.Networks...)
+		}
+	}
+	source := &origin{even: true}
+	if len(from) > 0 {
+		source = &origin{other: func(low, high []byte) bool { return !overlapsAny(from, low, high) }}
+	}
+	packets := &child{
+		state:       expr.CtStateBitNEW,
+		knownStatus: statusExpected | statusSeenReply | statusAssured | statusConfirmed | statusDstNAT,
+		family:      unix.NFPROTO_IPV4,
+		transport:   slices.Concat(unknownBytes(2, &origin{even: true}), unknownBytes(2, &origin{even: true})),
+		network: slices.Concat(unknownBytes(9, nil), knownBytes([]byte{unix.IPPROTO_UDP}), unknownBytes(2, nil),
+			unknownBytes(4, source), unknownBytes(4, &origin{even: true})),
+		in:  oneLink(nil, []Link{out.Link}),
+		out: oneLink(&out.Link, nil),
+	}
+	for _, c := range chains {
+		w := hookWalk{table: c.table, child: packets, most: true, known: map[string]fates{}}
+		f, err := w.chain(c.base.name)
+		if err != nil {
+			return false, fmt.Errorf("read nftables table %s: %w", c.title, err)
+		}
+		if f&translates != 0 {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// overlapsAny reports whether an address from low to high is in one of the prefixes.
+func overlapsAny(prefixes []netip.Prefix, low, high []byte) bool {
+	asked := []AddrRange{addrRange(filled(low, 4, 0), filled(high, 4, 0xff))}
+	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool {
+		return len(intersectAddrs(asked, []AddrRange{{First: p.Masked().Addr(), Last: lastOf(p)}})) > 0
+	})
+}
+
+// lastOf returns the last address of a prefix.
+func lastOf(p netip.Prefix) netip.Addr {
+	b := p.Masked().Addr().AsSlice()
+	for bit := p.Bits(); bit < 8*len(b); bit++ {
+		b[bit/8] |= 0x80 >> (bit % 8)
+	}
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}

@@ -1,0 +1,80 @@
+package userrules_test
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/userrules"
+)
+
+// Fails when a rule for one uplink is not seen, or one for a LAN, a tunnel or all links
+// is taken for one.
+func TestUplinksAreTheLinksThatRulesTranslateBy(t *testing.T) {
+	prefix := netip.MustParsePrefix
+	lans := []userrules.LAN{
+		{Link: userrules.Link{Index: 11, Name: "lan0"}, Networks: []netip.Prefix{prefix("10.47.11.0/24")}},
+		{Link: userrules.Link{Index: 12, Name: "lan1"}, Networks: []netip.Prefix{prefix("10.47.12.0/24")}},
+		{Link: userrules.Link{Index: 13, Name: "wan2"}, Networks: []netip.Prefix{prefix("192.168.0.0/24")}},
+		{Link: userrules.Link{Index: 14, Name: "wan3"}},
+	}
+	in := func(rules string) string {
+		return "table ip nat { chain post { type nat hook postrouting priority srcnat; " + rules + "; }; }\n"
+	}
+	for _, test := range []struct{ name, rules, want string }{
+		{"no rules", "", ""},
+		{"by name", in(`oifname "wan2" masquerade`), "wan2"},
+		{"by a set of names", in(`oifname { "wan0", "wan2", "wan3" } masquerade`), "wan2 wan3"},
+		{"by a pattern", in(`oifname "wan*" snat to 198.51.100.1`), "wan2 wan3"},
+		{"by its not being the LAN", in(`oifname != { "lan0", "lan1" } masquerade`), "wan2 wan3"},
+		{"for a LAN", in(`ip saddr 10.47.11.0/24 oifname "wan2" masquerade`), "wan2"},
+		{"for destinations that are not inside", in(`ip daddr != 10.0.0.0/8 oifname "wan2" masquerade`), "wan2"},
+		{"for some destinations", in(`ip daddr 192.168.0.1 oifname "wan2" masquerade`), ""},
+		{"in by a LAN", in(`iifname "lan0" oifname "wan2" masquerade`), "wan2"},
+		{"with a mark", in(`meta mark 1 oifname "wan2" masquerade`), "wan2"},
+		{"for UDP", in(`meta l4proto { tcp, udp } oifname "wan2" masquerade to :1024-65535`), "wan2"},
+		{"for TCP alone", in(`meta l4proto tcp oifname "wan2" masquerade to :1024-65535`), ""},
+		{"not at last", in(`oifname "wan2" accept; oifname "wan*" masquerade`), "wan3"},
+		{"in another chain", "table inet fw4 { chain wan { masquerade; }; chain post { type nat hook postrouting priority srcnat; oifname \"wan2\" jump wan; }; }", "wan2"},
+		{"by a map", "table ip nat { chain wan { masquerade; }; chain post { type nat hook postrouting priority srcnat; oifname vmap { \"wan2\" : jump wan, \"lan0\" : accept }; }; }", "wan2"},
+		{"of two chains", in(`oifname "lan0" accept`) + "table ip later { chain post { type nat hook postrouting priority 200; oifname \"wan2\" masquerade; }; }", "wan2"},
+		{"another one of all links", in(`oifname "wan2" masquerade; ip saddr 172.17.0.0/16 oifname != "docker0" masquerade`), "wan2"},
+
+		{"all links", in("masquerade"), ""},
+		{"sources of two LANs, by all links", in("ip saddr 10.47.0.0/16 masquerade"), ""},
+		{"another uplink", in(`oifname "wan0" masquerade`), ""},
+		{"hairpin", in(`oifname "wan0" masquerade; ip saddr 10.47.11.0/24 oifname "lan0" masquerade; iifname "lan1" oifname "lan1" masquerade`), ""},
+		{"hairpin for one host", in(`ip daddr 10.47.11.109 oifname "lan0" masquerade`), ""},
+		{"a tunnel's hosts", in(`ip saddr 10.8.0.0/24 oifname "lan0" masquerade`), ""},
+		{"to the gateway", "table ip nat { chain pre { type nat hook prerouting priority dstnat; iifname \"wan2\" udp dport 9 dnat to 10.47.11.109; }; }", ""},
+		{"IPv6", "table ip6 nat { chain post { type nat hook postrouting priority srcnat; oifname \"wan2\" masquerade; }; }", ""},
+		{"ours", "table ip conenat { chain made_by_conenatd { }; chain post { type nat hook postrouting priority srcnat; oifname \"wan2\" masquerade; }; }", ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
+			check(t, l.NFT(test.rules))
+			got, err := ruleset(t, l).Uplinks(lans)
+			if err != nil || strings.Join(got, " ") != test.want {
+				t.Errorf("%q, %v, want %q", got, err, test.want)
+			}
+		})
+	}
+	t.Run("a LAN beside links without addresses", func(t *testing.T) {
+		l := lab.ForTest(t, lab.Options{Rules: in(`oifname "wan3" masquerade; ip saddr 10.8.0.0/24 oifname "lan0" masquerade`)})
+		got, err := ruleset(t, l).Uplinks([]userrules.LAN{lans[0], lans[3]})
+		if want := []string{"wan3"}; err != nil || !slices.Equal(got, want) {
+			t.Errorf("%q, %v, want %q", got, err, want)
+		}
+	})
+	t.Run("iptables", func(t *testing.T) {
+		l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
+		check(t, l.IPTables(lab.IPTablesNFT, strings.ReplaceAll(lab.IPTablesMasquerade, "wan0", "wan2")))
+		got, err := ruleset(t, l).Uplinks(lans)
+		if want := []string{"wan2"}; err != nil || !slices.Equal(got, want) {
+			t.Errorf("%q, %v, want %q", got, err, want)
+		}
+	})
+}

@@ -1,0 +1,57 @@
+package userrules
+
+import (
+	"encoding/binary"
+
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/xt"
+)
+
+// Flags and offsets of struct xt_multiport_v1.
+const (
+	multiportDestination = 1
+	multiportPorts       = 2
+	multiportRanges      = multiportPorts + 2*15
+	multiportInvert      = multiportRanges + 15
+	multiportSize        = multiportInvert + 1
+)
+
+// xtMatch returns what a match of iptables-nft asks for. No fields stand for
+// nothing that is looked at.
+func xtMatch(m *expr.Match) ([]field, test) {
+	ports := []field{{kind: port, size: 2}}
+	switch info := m.Info.(type) {
+	case *xt.Udp:
+		return ports, test{
+			any: []span{portSpan(info.DstPorts[0], info.DstPorts[1])},
+			not: info.InvFlags&xt.UdpInvDestPorts != 0,
+		}
+	case *xt.Unknown:
+		if m.Name != "multiport" {
+			return nil, test{}
+		}
+		b := []byte(*info)
+		if m.Rev != 1 || len(b) < multiportSize || b[1] > 15 {
+			return ports, test{unknown: true}
+		}
+		if b[0] != multiportDestination {
+			return nil, test{}
+		}
+		t := test{not: b[multiportInvert] != 0}
+		at := func(i int) uint16 { return binary.NativeEndian.Uint16(b[multiportPorts+2*i:]) }
+		for i := 0; i < int(b[1]); i++ {
+			first := at(i)
+			if b[multiportRanges+i] != 0 && i+1 < int(b[1]) {
+				i++
+			}
+			t.any = append(t.any, portSpan(first, at(i)))
+		}
+		return ports, t
+	}
+	return nil, test{}
+}
+
+// portSpan is a span of ports.
+func portSpan(first, last uint16) span {
+	return span{binary.BigEndian.AppendUint16(nil, first), binary.BigEndian.AppendUint16(nil, last)}
+}
