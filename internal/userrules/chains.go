@@ -19,12 +19,12 @@ var hookNames = map[uint32]string{
 	unix.NF_INET_PRE_ROUTING: "prerouting", unix.NF_INET_FORWARD: "forward", unix.NF_INET_POST_ROUTING: "postrouting",
 }
 
-// Chains returns the NAT chains of prerouting and postrouting and the chains of the
-// forward hook.
+// Chains returns the chains that are read: the NAT chains of prerouting, those of
+// postrouting for IPv4, and the chains of the forward hook.
 func (rs *Ruleset) Chains() (all []Chain) {
 	for _, t := range rs.tables {
 		for _, b := range t.bases {
-			if hookNames[b.hook] != "" { // iptables-legacy has others, too
+			if b.purposes(t.family) != 0 { // iptables-legacy has others, too
 				all = append(all, t.named([]base{b})...)
 			}
 		}

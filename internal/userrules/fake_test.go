@@ -115,8 +115,8 @@ func (k *fakeKernel) put(objects ...object) {
 	k.objects = append(k.objects, objects...)
 }
 
-// message makes an object.
-func message(typ uint16, encode func(e *nfnl.Encoder)) object {
+// made makes an object.
+func made(typ uint16, encode func(e *nfnl.Encoder)) object {
 	var e nfnl.Encoder
 	e.Message(unix.NFNL_SUBSYS_NFTABLES, typ, 0, 0, unix.NFPROTO_IPV4)
 	encode(&e)
@@ -125,7 +125,7 @@ func message(typ uint16, encode func(e *nfnl.Encoder)) object {
 }
 
 func madeTable(name string) object {
-	return message(unix.NFT_MSG_NEWTABLE, func(e *nfnl.Encoder) { e.Str(unix.NFTA_TABLE_NAME, name) })
+	return made(unix.NFT_MSG_NEWTABLE, func(e *nfnl.Encoder) { e.Str(unix.NFTA_TABLE_NAME, name) })
 }
 
 // natChain makes a NAT chain of the prerouting hook.
@@ -135,7 +135,7 @@ func natChain(table, name string) object {
 
 // hooked makes a base chain that accepts what its rules do not drop.
 func hooked(table, name, kind string, number uint32) object {
-	return message(unix.NFT_MSG_NEWCHAIN, func(e *nfnl.Encoder) {
+	return made(unix.NFT_MSG_NEWCHAIN, func(e *nfnl.Encoder) {
 		e.Str(unix.NFTA_CHAIN_TABLE, table)
 		e.Str(unix.NFTA_CHAIN_NAME, name)
 		hook := e.Nest(unix.NFTA_CHAIN_HOOK)
@@ -148,7 +148,7 @@ func hooked(table, name, kind string, number uint32) object {
 
 // redirects makes a rule that redirects packets to a port.
 func redirects(table, chain string, handle uint64, port uint16) object {
-	return message(unix.NFT_MSG_NEWRULE, func(e *nfnl.Encoder) {
+	return made(unix.NFT_MSG_NEWRULE, func(e *nfnl.Encoder) {
 		e.Str(unix.NFTA_RULE_TABLE, table)
 		e.Str(unix.NFTA_RULE_CHAIN, chain)
 		e.BE64(unix.NFTA_RULE_HANDLE, handle)
@@ -183,7 +183,7 @@ func redirects(table, chain string, handle uint64, port uint16) object {
 
 // rejects makes a rule that rejects all packets.
 func rejects(table, chain string, handle uint64) object {
-	return message(unix.NFT_MSG_NEWRULE, func(e *nfnl.Encoder) {
+	return made(unix.NFT_MSG_NEWRULE, func(e *nfnl.Encoder) {
 		e.Str(unix.NFTA_RULE_TABLE, table)
 		e.Str(unix.NFTA_RULE_CHAIN, chain)
 		e.BE64(unix.NFTA_RULE_HANDLE, handle)

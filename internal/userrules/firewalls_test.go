@@ -1,0 +1,259 @@
+package userrules
+
+import (
+	"bytes"
+	"compress/gzip"
+	"encoding/binary"
+	"encoding/gob"
+	"errors"
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// testdata/firewalls has rulesets in the shape of what many gateways have: the rules, what
+// a kernel said of them (.dump), and what is known of them (.want). With -update, as root,
+// the latter two are made anew; read what they say then.
+var update = flag.Bool("update", false, "write testdata/firewalls anew")
+
+const firewallsDir = "testdata/firewalls/"
+
+// A dump is what a kernel says of rules.
+type dump struct {
+	NFT    []message // of nftables
+	Legacy []legacyTable
+}
+
+// A message is one of nfnetlink: its type, without the subsystem, and what is behind its
+// header.
+type message struct {
+	Type uint16
+	Body []byte
+}
+
+// A legacyTable is a table of iptables-legacy, or ip6tables-legacy.
+type legacyTable struct {
+	Family        byte
+	Name          string
+	Info, Entries []byte
+}
+
+// firewalls calls f for each ruleset, with the kind of its rules: "nft", "iptables" or
+// "legacy".
+func firewalls(t *testing.T, f func(t *testing.T, name, kind, rules string)) {
+	t.Helper()
+	files, err := filepath.Glob(firewallsDir + "*.want")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if *update {
+		files, _ = filepath.Glob(firewallsDir + "*")
+	}
+	seen := map[string]bool{}
+	for _, path := range files {
+		name := strings.TrimSuffix(filepath.Base(path), filepath.Ext(path))
+		if seen[name] {
+			continue
+		}
+		seen[name] = true
+		for _, kind := range []string{"nft", "iptables", "legacy"} {
+			rules, err := os.ReadFile(firewallsDir + name + "." + kind)
+			if err == nil {
+				t.Run(name, func(t *testing.T) { f(t, name, kind, string(rules)) })
+			}
+		}
+	}
+	if len(seen) < 10 {
+		t.Errorf("%d rulesets", len(seen))
+	}
+}
+
+var (
+	handles = regexp.MustCompile(`handle \d+`)
+	inside4 = netip.MustParsePrefix("10.47.11.0/24")
+	inside6 = netip.MustParsePrefix("2001:db8:47::/64")
+)
+
+// report says what is known of rules.
+func report(rs *Ruleset) string {
+	var b strings.Builder
+	wan, lan := Link{Index: 1 << 20, Name: "wan0"}, Link{Index: 1<<20 + 1, Name: "lan0"}
+	line := func(format string, args ...any) {
+		b.WriteString(handles.ReplaceAllString(fmt.Sprintf(format, args...), "#") + "\n")
+	}
+	for _, c := range rs.Chains() {
+		line("chain %v: %s, %s %d, drops %v", c, c.Type, c.Hook, c.Priority, c.Drops)
+	}
+	for _, f := range rs.Forwards([]Link{wan}) {
+		what := fmt.Sprint(f.Ports)
+		if f.All {
+			what = "all"
+		}
+		line("forward of %s to %v, partial %v, unknown %v: %s", what, f.Addrs, f.Partial, f.Unknown, f.Text)
+	}
+	fixed, unknown := rs.FixedSources()
+	line("fixed sources %v, others %v", fixed, unknown)
+	choosers, err := rs.PortChoosers()
+	line("port choosers %q, %v", choosers, err)
+	uplinks, err := rs.Uplinks([]LAN{{Link: lan, Networks: []netip.Prefix{inside4}}, {Link: wan}})
+	line("uplinks %q, %v", uplinks, err)
+	subnets := []netip.Prefix{inside4, inside6}
+	children, err := rs.Children([]Link{wan}, []Link{lan, lan}, subnets)
+	for i, v := range children {
+		line("children of %v: DNATed %v, most %v; RELATED %v, most %v; by %q", subnets[i], v.DNATed, v.MostDNATed, v.Related, v.MostRelated, v.Dropper)
+	}
+	line("children %v", err)
+	return b.String()
+}
+
+// Fails when something of these rulesets is understood in another way than what the files
+// say, without root.
+func TestFirewallsAreUnderstood(t *testing.T) {
+	if binary.NativeEndian.Uint16([]byte{1, 0}) != 1 {
+		t.Skip("they were recorded on a little-endian machine")
+	}
+	firewalls(t, func(t *testing.T, name, _, _ string) {
+		d := readDump(t, name)
+		want, err := os.ReadFile(firewallsDir + name + ".want")
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := newFake(t, d.kernel())
+		r.legacy.read = d.legacy
+		if diff := cmp.Diff(string(want), report(readFake(t, r))); diff != "" {
+			t.Error(diff)
+		}
+	})
+}
+
+// Another kernel, and another nft, may say the same in other bytes: what is known of it has
+// to be the same.
+//
+// Fails when a recorded dump is not what this kernel says of the rules.
+func TestFirewallsAreWhatTheKernelSays(t *testing.T) {
+	firewalls(t, func(t *testing.T, name, kind, rules string) {
+		t.Parallel()
+		l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
+		var err error
+		switch kind {
+		case "nft":
+			err = l.NFT(rules)
+		case "iptables":
+			err = l.IPTables(lab.IPTablesNFT, rules)
+		case "legacy":
+			err = l.IPTables(lab.IPTablesLegacy, rules)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := NewReader(Config{NetNS: l.Gateway.FD()})
+		defer func() { _ = r.Close() }()
+		got := report(readFake(t, r))
+		if *update {
+			record(t, r, name)
+			if err := os.WriteFile(firewallsDir+name+".want", []byte(got), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want, err := os.ReadFile(firewallsDir + name + ".want")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(string(want), got); diff != "" {
+			t.Error(diff)
+		}
+	})
+}
+
+// record writes what the kernel says.
+func record(t *testing.T, r *Reader, name string) {
+	t.Helper()
+	var d dump
+	note := func(typ uint16) func(body []byte) {
+		return func(body []byte) { d.NFT = append(d.NFT, message{typ, bytes.Clone(body)}) }
+	}
+	check := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, kind := range []struct{ asked, told uint16 }{
+		{unix.NFT_MSG_GETTABLE, unix.NFT_MSG_NEWTABLE},
+		{unix.NFT_MSG_GETCHAIN, unix.NFT_MSG_NEWCHAIN},
+		{unix.NFT_MSG_GETRULE, unix.NFT_MSG_NEWRULE},
+		{unix.NFT_MSG_GETSET, unix.NFT_MSG_NEWSET},
+	} {
+		check(r.ask(kind.asked, unix.NLM_F_DUMP, unix.AF_UNSPEC, func(*nfnl.Encoder) {}, note(kind.told)))
+	}
+	for _, m := range slices.Clone(d.NFT) {
+		if m.Type == unix.NFT_MSG_NEWSET {
+			table, set := namesIn(m.Type, m.Body)
+			check(r.ask(unix.NFT_MSG_GETSETELEM, unix.NLM_F_DUMP, m.Body[0], func(e *nfnl.Encoder) {
+				e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, table)
+				e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
+			}, note(unix.NFT_MSG_NEWSETELEM)))
+		}
+	}
+	for _, f := range []*legacyFamily{legacy4, legacy6} {
+		tables, hidden, err := r.legacy.read(f)
+		check(err)
+		if len(hidden) > 0 {
+			t.Fatal(hidden)
+		}
+		for _, x := range tables {
+			check(x.err)
+			d.Legacy = append(d.Legacy, legacyTable{f.number, x.name, x.info, x.entries})
+		}
+	}
+	var b bytes.Buffer
+	z := gzip.NewWriter(&b)
+	check(errors.Join(gob.NewEncoder(z).Encode(d), z.Close(), os.WriteFile(firewallsDir+name+".dump", b.Bytes(), 0o644)))
+}
+
+func readDump(t testing.TB, name string) (d dump) {
+	t.Helper()
+	b, err := os.ReadFile(firewallsDir + name + ".dump")
+	if err != nil {
+		t.Fatal(err)
+	}
+	z, err := gzip.NewReader(bytes.NewReader(b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := gob.NewDecoder(z).Decode(&d); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// kernel returns a kernel that says what the recorded one said of nftables.
+func (d *dump) kernel() *fakeKernel {
+	k := &fakeKernel{}
+	for _, m := range d.NFT {
+		k.objects = append(k.objects, newObject(m.Type, m.Body))
+	}
+	return k
+}
+
+// legacy returns what the recorded kernel said of iptables-legacy.
+func (d *dump) legacy(f *legacyFamily) (tables []rawLegacy, hidden []string, err error) {
+	for _, x := range d.Legacy {
+		if x.Family == f.number {
+			tables = append(tables, rawLegacy{family: f, name: x.Name, info: x.Info, entries: x.Entries})
+		}
+	}
+	return tables, nil, nil
+}
