@@ -53,7 +53,8 @@ func askedBy(e *expr.Lookup, s *set, packets []*knownPacket) lookup {
 		l.asks = forSources | forVerdicts
 	}
 	for _, p := range packets {
-		if slices.ContainsFunc(p.fields.get(e.SourceRegister, s.size), field.isAsked) {
+		fields := p.fields.get(e.SourceRegister, s.size)
+		if slices.ContainsFunc(fields, field.isAsked) || !s.named && slices.ContainsFunc(fields, field.isSource) {
 			l.asks |= forDestinations
 		}
 		if slices.ContainsFunc(p.regs.get(e.SourceRegister, s.size), func(c cell) bool { return c.known != 0 }) {

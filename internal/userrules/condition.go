@@ -17,6 +17,7 @@ type condition struct {
 	family  byte        // NFPROTO_INET while both are possible
 	ports   []PortRange // sorted; nil stands for any
 	addrs   []AddrRange // nil stands for any
+	sources []AddrRange // nil stands for any
 	unknown bool        // something asked for the port and was not understood
 	partial bool        // something else was asked for, so it may be wider than the truth
 }
@@ -30,7 +31,7 @@ func partly(conds []condition) []condition {
 }
 
 func (c condition) forward(text string) Forward {
-	f := Forward{Ports: c.ports, All: c.ports == nil, Addrs: c.addrs, Unknown: c.unknown, Partial: c.partial, Text: text}
+	f := Forward{Ports: c.ports, All: c.ports == nil, Addrs: c.addrs, Sources: c.sources, Unknown: c.unknown, Partial: c.partial, Text: text}
 	if f.Addrs == nil {
 		switch c.family {
 		case unix.NFPROTO_IPV4:
@@ -62,12 +63,19 @@ const (
 	mangledPort // something computed from the port
 	address4
 	address6
+	source4
+	source6
 )
 
 // A span holds all keys from low to high, field by field.
 type span struct{ low, high []byte }
 
 func only(b []byte) span { return span{b, b} }
+
+// isAll reports whether all keys are in the span.
+func (s span) isAll() bool {
+	return !slices.ContainsFunc(s.low, func(b byte) bool { return b != 0 }) && !slices.ContainsFunc(s.high, func(b byte) bool { return b != 0xff })
+}
 
 // cut returns the part of s that belongs to a field, masked.
 func (s span) cut(f field, at int) span {
@@ -99,11 +107,22 @@ type test struct {
 	any     []span
 	not     bool
 	unknown bool // the keys are not known
+	// byPart says that each field of a key has to be in its part of a span. Otherwise the
+	// key as a whole is a number between the ends.
+	byPart bool
+}
+
+// isNumber reports whether a test is about a key of more than one field as a number, which
+// tells nothing of each field.
+func (t *test) isNumber(fields []field) bool {
+	return !t.byPart && len(fields) > 1 && slices.ContainsFunc(t.any, func(s span) bool {
+		return !bytes.Equal(s.low, s.high) && !s.isAll()
+	})
 }
 
 // test returns what a lookup in the set asks for.
 func (s *set) test(not bool) test {
-	t := test{not: not, unknown: s.failed != nil || !s.loaded}
+	t := test{not: not, unknown: s.failed != nil || !s.loaded, byPart: len(s.fields) > 1}
 	for _, e := range s.elements {
 		t.any = append(t.any, e.span)
 	}
@@ -124,9 +143,9 @@ func (w *walker) narrow(conds []condition, fields []field, t test) []condition {
 	}
 	var left []condition
 	switch {
-	case asked == 0:
+	case asked == 0 && !slices.ContainsFunc(fields, field.isSource):
 		return partly(conds)
-	case t.unknown, t.not && len(fields) > 1:
+	case t.unknown, t.not && len(fields) > 1, t.isNumber(fields):
 		for _, c := range conds {
 			c.unknown, c.partial = c.unknown || slices.ContainsFunc(fields, field.isPort), true
 			left = append(left, c)
@@ -149,7 +168,10 @@ func (w *walker) narrow(conds []condition, fields []field, t test) []condition {
 	return left
 }
 
-func (f field) isAsked() bool { return f.kind != other }
+// isAsked reports whether a set is read for the field, however many elements it has.
+func (f field) isAsked() bool { return f.kind != other && !f.isSource() }
+
+func (f field) isSource() bool { return f.kind == source4 || f.kind == source6 }
 
 func (f field) isPort() bool { return f.kind == port || f.kind == mangledPort }
 
@@ -173,7 +195,7 @@ func (w *walker) fields(c condition, fields []field, t test) (condition, bool) {
 
 func (w *walker) field(c condition, f field, t test) (condition, bool) {
 	switch f.kind {
-	case other, mangledPort:
+	case other, mangledPort, source4, source6:
 		c.partial = true
 	case linkName, linkIndex:
 		c.partial = c.partial || len(w.outside) != 1
@@ -225,21 +247,31 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 		if t.not {
 			return c, true
 		}
-		size := 4
-		if f.kind == address6 {
-			size = 16
-		}
-		var addrs []AddrRange
-		for _, s := range t.any {
-			low, high := make([]byte, size), slices.Repeat([]byte{0xff}, size)
-			copy(low, s.low)
-			copy(high, s.high)
-			addrs = append(addrs, addrRange(low, high))
-		}
-		c.addrs = intersectAddrs(c.addrs, addrs)
+		c.addrs = intersectAddrs(c.addrs, t.addrs(f.kind == address6))
 		return c, len(c.addrs) > 0
+	case source4, source6:
+		if t.not {
+			return c, true
+		}
+		c.sources = intersectAddrs(c.sources, t.addrs(f.kind == source6))
+		return c, len(c.sources) > 0
 	}
 	return c, true
+}
+
+// addrs returns the addresses in the spans, of which only the beginning may be there.
+func (t *test) addrs(v6 bool) (all []AddrRange) {
+	size := 4
+	if v6 {
+		size = 16
+	}
+	for _, s := range t.any {
+		low, high := make([]byte, size), slices.Repeat([]byte{0xff}, size)
+		copy(low, s.low)
+		copy(high, s.high)
+		all = append(all, addrRange(low, high))
+	}
+	return all
 }
 
 func (c condition) ofFamily(v4, v6 bool) (condition, bool) {

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -70,9 +71,15 @@ func firewalls(t *testing.T, f func(t *testing.T, name, kind, rules string)) {
 		seen[name] = true
 		for _, kind := range []string{"nft", "iptables", "legacy"} {
 			rules, err := os.ReadFile(firewallsDir + name + "." + kind)
-			if err == nil {
-				t.Run(name, func(t *testing.T) { f(t, name, kind, string(rules)) })
+			if err != nil {
+				continue
 			}
+			t.Run(name, func(t *testing.T) {
+				if kind == "legacy" && strconv.IntSize < 64 {
+					t.Skip("a 32-bit machine has the tables of iptables-legacy in another form")
+				}
+				f(t, name, kind, string(rules))
+			})
 		}
 	}
 	if len(seen) < 10 {
@@ -100,6 +107,9 @@ func report(rs *Ruleset) string {
 		what := fmt.Sprint(f.Ports)
 		if f.All {
 			what = "all"
+		}
+		if f.Sources != nil {
+			what += fmt.Sprint(" from ", f.Sources)
 		}
 		line("forward of %s to %v, partial %v, unknown %v: %s", what, f.Addrs, f.Partial, f.Unknown, f.Text)
 	}

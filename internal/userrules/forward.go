@@ -8,8 +8,8 @@ import (
 
 // A Forward is what a rule of the user's translates to another destination, as
 // far as UDP packets from outside links are concerned. It never says less than
-// the rule does: conditions that are not looked at, such as a packet's source
-// or an earlier rule that accepts, make it too wide.
+// the rule does: conditions that are not looked at, or an earlier rule that accepts, make
+// it too wide.
 type Forward struct {
 	// Ports are the outside ports; nil when All is set.
 	Ports []PortRange
@@ -18,6 +18,9 @@ type Forward struct {
 	All bool
 	// Addrs are the destination addresses; nil stands for any.
 	Addrs []AddrRange
+	// Sources are those of the packets, where that is known; nil stands for any. A named
+	// set of sources is not read: it may be long.
+	Sources []AddrRange
 	// Unknown says that the rule has a condition on the port that was not
 	// understood. Ports, or All, then say what it forwards at most.
 	Unknown bool

@@ -113,7 +113,10 @@ func (w *walker) chain(name string, in condition, depth int) {
 		w.opaque(in, fmt.Sprintf("%s: %s", name, c.odd))
 	}
 	for i := range c.rules {
-		if w.visits++; w.visits == maxVisits || depth > maxDepth {
+		switch w.visits++; {
+		case w.visits == maxVisits: // nobody looks at what comes elsewhere either
+			w.opaque(condition{family: w.table.family}, "too many jumps")
+		case depth > maxDepth:
 			w.opaque(in, "too many jumps")
 		}
 		if depth > maxDepth || w.visits >= maxVisits {
@@ -202,7 +205,7 @@ func (w *walker) branch(r *rule, conds []condition, name string, fields []field,
 		w.opaqueAll(conds, fmt.Sprintf("%s: map %s cannot be read", r.chain, name))
 	}
 	for _, el := range set.elements {
-		for _, c := range w.narrow(conds, fields, test{any: []span{el.span}}) {
+		for _, c := range w.narrow(conds, fields, test{any: []span{el.span}, byPart: len(set.fields) > 1}) {
 			if el.verdict.Chain == "" {
 				w.exempts = true
 			} else {

@@ -183,8 +183,8 @@ type place struct {
 
 var (
 	transportHeader = []place{{port, 2, 4}}
-	header4         = []place{{protocol, 9, 10}, {address4, 16, 20}}
-	header6         = []place{{protocol, 6, 7}, {address6, 24, 40}}
+	header4         = []place{{protocol, 9, 10}, {source4, 12, 16}, {address4, 16, 20}}
+	header6         = []place{{protocol, 6, 7}, {source6, 8, 24}, {address6, 24, 40}}
 )
 
 // payloadFields returns the fields in a part of a header. nft loads fields that
