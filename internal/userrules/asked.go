@@ -13,29 +13,26 @@ import (
 // set of the addresses of peers, say, may be long, and its elements tell nothing. describe
 // returns a set without its elements.
 func asked(r *rule, family byte, describe func(name string) *set) (all []lookup) {
-	var sure cells // of all UDP packets
 	packets := knownPackets(family)
-	sure.forget(unix.NFT_REG_1)
 	for _, s := range r.statements {
 		switch e := s.expr.(type) {
 		case *expr.Lookup:
 			all = append(all, askedBy(e, describe(e.SetName), packets))
 			if e.DestRegister != unix.NFT_REG_VERDICT && e.IsDestRegSet {
-				sure.put(e.DestRegister, unknownBytes(16, nil))
 				for _, p := range packets {
 					p.fields.put(e.DestRegister, nil)
 					p.regs.put(e.DestRegister, unknownBytes(16, nil))
+					p.sure.put(e.DestRegister, unknownBytes(16, nil))
 				}
 			}
 		case *expr.Cmp:
-			if sure.compare(e) == never {
+			packets = slices.DeleteFunc(packets, func(p *knownPacket) bool { return p.sure.compare(e) == never })
+			if len(packets) == 0 {
 				return all // it is for another protocol
 			}
 		default:
-			loadSure(&sure, s.expr, family)
 			for _, p := range packets {
-				p.fields.load(s.expr, p.packet.family)
-				p.packet.load(&p.regs, s.expr)
+				p.load(s.expr)
 			}
 		}
 	}
@@ -58,7 +55,7 @@ func askedBy(e *expr.Lookup, s *set, packets []*knownPacket) lookup {
 			l.asks |= forDestinations
 		}
 		if slices.ContainsFunc(p.regs.get(e.SourceRegister, s.size), func(c cell) bool { return c.known != 0 }) {
-			l.asks |= forSources | forVerdicts
+			l.asks |= p.why
 		}
 	}
 	return l
@@ -67,8 +64,10 @@ func askedBy(e *expr.Lookup, s *set, packets []*knownPacket) lookup {
 // A knownPacket is one of which all is known that may be known of any that a question is
 // about.
 type knownPacket struct {
+	why    purposes
 	packet *child
 	regs   cells     // what is known of their bytes
+	sure   cells     // what is true of all UDP packets of the family
 	fields registers // what they hold
 }
 
@@ -77,35 +76,42 @@ func knownPackets(family byte) (all []*knownPacket) {
 		netip.PrefixFrom(netip.IPv4Unspecified(), 32), netip.PrefixFrom(netip.IPv6Unspecified(), 128),
 	} {
 		if f := familyOf(subnet); f == family || family == unix.NFPROTO_INET {
-			p := &knownPacket{packet: newChild(false, &Link{}, &Link{}, nil, subnet, nil)}
-			p.regs.forget(unix.NFT_REG_1)
-			all = append(all, p)
+			all = append(all, &knownPacket{why: forVerdicts, packet: newChild(false, &Link{}, &Link{}, nil, subnet, nil)})
 		}
+	}
+	if family != unix.NFPROTO_IPV6 {
+		all = append(all, &knownPacket{why: forSources, packet: translated(&Link{}, nil, nil)})
+	}
+	for _, p := range all {
+		p.regs.forget(unix.NFT_REG_1)
+		p.sure.forget(unix.NFT_REG_1)
 	}
 	return all
 }
 
-// loadSure puts into registers what is true of all UDP packets.
-func loadSure(regs *cells, e expr.Any, family byte) {
+// load puts what a statement loads into the registers.
+func (p *knownPacket) load(e expr.Any) {
+	p.fields.load(e, p.packet.family)
+	p.packet.load(&p.regs, e)
 	udp := knownBytes([]byte{unix.IPPROTO_UDP})
 	switch e := e.(type) {
 	case *expr.Meta:
 		switch {
 		case e.SourceRegister:
-		case e.Key == expr.MetaKeyL4PROTO:
-			regs.put(e.Register, udp)
+		case e.Key == expr.MetaKeyL4PROTO, e.Key == expr.MetaKeyNFPROTO, e.Key == expr.MetaKeyPROTOCOL:
+			p.sure.put(e.Register, p.packet.meta(e.Key))
 		default:
-			regs.put(e.Register, unknownBytes(16, nil))
+			p.sure.put(e.Register, unknownBytes(16, nil))
 		}
 	case *expr.Payload:
-		if e.Base == expr.PayloadBaseNetworkHeader && family == unix.NFPROTO_IPV4 && e.Offset == 9 && e.Len == 1 {
-			regs.put(e.DestRegister, udp)
+		if e.Base == expr.PayloadBaseNetworkHeader && p.packet.family == unix.NFPROTO_IPV4 && e.Offset == 9 && e.Len == 1 {
+			p.sure.put(e.DestRegister, udp)
 		} else if e.OperationType == expr.PayloadLoad {
-			regs.forget(e.DestRegister)
+			p.sure.forget(e.DestRegister)
 		}
 	case *expr.Bitwise:
-		regs.bitwise(e)
+		p.sure.bitwise(e)
 	default:
-		regs.forget(unix.NFT_REG_1)
+		p.sure.forget(unix.NFT_REG_1)
 	}
 }

@@ -58,16 +58,7 @@ func translatesBy(chains []baseChain, out LAN, links []LAN) (bool, error) {
 	if len(from) > 0 {
 		source = &origin{other: func(low, high []byte) bool { return !overlapsAny(from, low, high) }}
 	}
-	packets := &child{
-		state:       expr.CtStateBitNEW,
-		knownStatus: statusExpected | statusSeenReply | statusAssured | statusConfirmed | statusDstNAT,
-		family:      unix.NFPROTO_IPV4,
-		transport:   slices.Concat(unknownBytes(2, &origin{even: true}), unknownBytes(2, &origin{even: true})),
-		network: slices.Concat(unknownBytes(9, nil), knownBytes([]byte{unix.IPPROTO_UDP}), unknownBytes(2, nil),
-			unknownBytes(4, source), unknownBytes(4, &origin{even: true})),
-		in:  oneLink(nil, []Link{out.Link}),
-		out: oneLink(&out.Link, nil),
-	}
+	packets := translated(&out.Link, []Link{out.Link}, source)
 	for _, c := range chains {
 		w := hookWalk{table: c.table, child: packets, most: true, known: map[string]fates{}}
 		f, err := w.chain(c.base.name)
@@ -79,6 +70,21 @@ func translatesBy(chains []baseChain, out LAN, links []LAN) (bool, error) {
 		}
 	}
 	return false, nil
+}
+
+// translated returns the packets from a source that leave by a link, as the NAT chains of
+// the postrouting hook see them. They come by a link that is none of notFrom.
+func translated(out *Link, notFrom []Link, source *origin) *child {
+	return &child{
+		state:       expr.CtStateBitNEW,
+		knownStatus: statusExpected | statusSeenReply | statusAssured | statusConfirmed | statusDstNAT,
+		family:      unix.NFPROTO_IPV4,
+		transport:   slices.Concat(unknownBytes(2, &origin{even: true}), unknownBytes(2, &origin{even: true})),
+		network: slices.Concat(unknownBytes(9, nil), knownBytes([]byte{unix.IPPROTO_UDP}), unknownBytes(2, nil),
+			unknownBytes(4, source), unknownBytes(4, &origin{even: true})),
+		in:  oneLink(nil, notFrom),
+		out: oneLink(out, nil),
+	}
 }
 
 // overlapsAny reports whether an address from low to high is in one of the prefixes.
