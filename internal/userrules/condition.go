@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -18,6 +19,7 @@ type condition struct {
 	ports   []PortRange // sorted; nil stands for any
 	addrs   []AddrRange // nil stands for any
 	sources []AddrRange // nil stands for any
+	out     []string    // links that packets leave by; nil stands for any
 	unknown bool        // something asked for the port and was not understood
 	partial bool        // something else was asked for, so it may be wider than the truth
 }
@@ -65,6 +67,7 @@ const (
 	address6
 	source4
 	source6
+	outName
 )
 
 // A span holds all keys from low to high, field by field.
@@ -143,7 +146,7 @@ func (w *walker) narrow(conds []condition, fields []field, t test) []condition {
 	}
 	var left []condition
 	switch {
-	case asked == 0 && !slices.ContainsFunc(fields, field.isSource):
+	case asked == 0 && !slices.ContainsFunc(fields, field.isTold):
 		return partly(conds)
 	case t.unknown, t.not && len(fields) > 1, t.isNumber(fields):
 		for _, c := range conds {
@@ -169,7 +172,10 @@ func (w *walker) narrow(conds []condition, fields []field, t test) []condition {
 }
 
 // isAsked reports whether a set is read for the field, however many elements it has.
-func (f field) isAsked() bool { return f.kind != other && !f.isSource() }
+func (f field) isAsked() bool { return f.kind != other && !f.isTold() }
+
+// isTold reports whether the field is told of, though no set is read for it.
+func (f field) isTold() bool { return f.isSource() || f.kind == outName }
 
 func (f field) isSource() bool { return f.kind == source4 || f.kind == source6 }
 
@@ -197,6 +203,8 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 	switch f.kind {
 	case other, mangledPort, source4, source6:
 		c.partial = true
+	case outName:
+		c.partial = c.partial || t.not
 	case linkName, linkIndex:
 		c.partial = c.partial || len(w.outside) != 1
 	case address4, address6:
@@ -249,6 +257,12 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 		}
 		c.addrs = intersectAddrs(c.addrs, t.addrs(f.kind == address6))
 		return c, len(c.addrs) > 0
+	case outName:
+		if t.not {
+			return c, true
+		}
+		c.out = c.leaving(t.any)
+		return c, len(c.out) > 0
 	case source4, source6:
 		if t.not {
 			return c, true
@@ -257,6 +271,33 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 		return c, len(c.sources) > 0
 	}
 	return c, true
+}
+
+// leaving returns the links of c that have one of the names, or begin with it where that
+// is not ended.
+func (c *condition) leaving(names []span) (links []string) {
+	for _, s := range names {
+		name := string(bytes.TrimRight(s.low, "\x00"))
+		if !bytes.ContainsRune(s.low, 0) {
+			name += "*"
+		}
+		if c.out == nil || slices.ContainsFunc(c.out, func(o string) bool { return covered(o, name) }) {
+			links = append(links, name)
+			continue
+		}
+		for _, o := range c.out {
+			if covered(name, o) {
+				links = append(links, o)
+			}
+		}
+	}
+	return links
+}
+
+// covered reports whether a pattern has a name, or all names of another one.
+func covered(pattern, name string) bool {
+	prefix, is := strings.CutSuffix(pattern, "*")
+	return pattern == name || is && strings.HasPrefix(name, prefix)
 }
 
 // addrs returns the addresses in the spans, of which only the beginning may be there.

@@ -113,6 +113,10 @@ func report(rs *Ruleset) string {
 		}
 		line("forward of %s to %v, partial %v, unknown %v: %s", what, f.Addrs, f.Partial, f.Unknown, f.Text)
 	}
+	for _, n := range rs.SourceNAT() {
+		line("source NAT from %v by %q to %v, masquerade %v, ports %v, random %v, partial %v, unknown %v: %s",
+			n.Sources, n.Links, n.Addrs, n.Masquerade, n.ChoosesPort, n.Random, n.Partial, n.Unknown, n.Text)
+	}
 	fixed, unknown := rs.FixedSources()
 	line("fixed sources %v, others %v", fixed, unknown)
 	choosers, err := rs.PortChoosers()

@@ -90,6 +90,8 @@ type walker struct {
 	seen    map[string]bool
 	visits  int
 	exempts bool // a rule that was seen may let packets go on as they are
+	// sources gets what translates sources, in chains of postrouting; nil in others.
+	sources func(r *rule, n SourceNAT, conds []condition)
 }
 
 const (
@@ -144,6 +146,10 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 	conds := []condition{in}
 	var regs registers
 	for _, s := range r.statements {
+		if w.sources != nil && s.translatesSource() {
+			w.sources(r, r.sourceNAT(), conds)
+			return
+		}
 		switch e := s.expr.(type) {
 		case *expr.Verdict:
 			if e.Kind == expr.VerdictJump || e.Kind == expr.VerdictGoto {

@@ -169,6 +169,8 @@ func metaFields(key expr.MetaKey) []field {
 		return []field{{kind: etherType, size: 2}}
 	case expr.MetaKeyIIFNAME:
 		return []field{{kind: linkName, size: unix.IFNAMSIZ}}
+	case expr.MetaKeyOIFNAME:
+		return []field{{kind: outName, size: unix.IFNAMSIZ}}
 	case expr.MetaKeyIIF:
 		return []field{{kind: linkIndex, size: 4}}
 	}

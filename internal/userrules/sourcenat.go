@@ -11,6 +11,54 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// A SourceNAT is what a rule translates the sources of IPv4 packets to, as far as UDP
+// packets are concerned. Like a Forward it never says less than the rule does.
+type SourceNAT struct {
+	// Addrs are the addresses that it takes. A masquerade takes one of the link by which
+	// the packet leaves instead.
+	Addrs      []AddrRange
+	Masquerade bool
+	// ChoosesPort says that it names the ports among which the kernel chooses, and Random
+	// that it chooses at random.
+	ChoosesPort, Random bool
+	// Links are those by which the packets leave, a pattern with an asterisk at its end;
+	// nil stands for any. Sources are those of the packets; nil stands for any.
+	Links   []string
+	Sources []AddrRange
+	// Partial says that the rule may leave packets alone that it seems to translate.
+	Partial bool
+	// Unknown says that there may be other addresses: from a map, or in what is not
+	// understood.
+	Unknown bool
+	// Text names the rule as that of a Forward does.
+	Text string
+}
+
+// SourceNAT returns what the rules do to the sources of UDP packets over IPv4. It follows
+// the NAT chains of the postrouting hook, and what they jump to.
+func (rs *Ruleset) SourceNAT() (all []SourceNAT) {
+	for _, t := range rs.sourceTables() {
+		if t.failed != nil {
+			all = append(all, SourceNAT{Unknown: true, Text: t.failed.Error()})
+		}
+		w := &walker{table: t, seen: map[string]bool{}}
+		w.sources = func(r *rule, n SourceNAT, conds []condition) {
+			for _, c := range conds {
+				n.Text, n.Links, n.Sources = r.title(t), c.out, c.sources
+				n.Partial = c.partial || w.exempts || c.ports != nil || c.addrs != nil
+				all = append(all, n)
+			}
+		}
+		for _, b := range t.of(unix.NF_INET_POST_ROUTING, natKind) {
+			w.chain(b.name, condition{family: unix.NFPROTO_IPV4}, 0)
+		}
+		for _, f := range w.found {
+			all = append(all, SourceNAT{Unknown: true, Sources: f.Sources, Text: f.Text})
+		}
+	}
+	return all
+}
+
 // FixedSources returns to which addresses rules translate the source of IPv4 packets,
 // whatever link these leave by; a masquerade is no such rule. unknown says that there are
 // others, or may be: in what is not understood or could not be read, or in tables of
@@ -21,9 +69,9 @@ func (rs *Ruleset) FixedSources() (addrs []AddrRange, unknown bool) {
 		unknown = unknown || t.torn || t.failed != nil
 		t.each(func(name string, c *chain) {
 			unknown = unknown || c.failed != nil || c.odd != ""
-			for _, r := range c.rules {
-				found, ok := fixedSource(r.statements)
-				addrs, unknown = append(addrs, found...), unknown || !ok
+			for i := range c.rules {
+				n := c.rules[i].sourceNAT()
+				addrs, unknown = append(addrs, n.Addrs...), unknown || n.Unknown
 			}
 		})
 	}
@@ -48,7 +96,7 @@ func (rs *Ruleset) PortChoosers() (rules []string, err error) {
 				rules = append(rules, fmt.Sprintf("or may: %s %s: %s", t.title, name, c.odd))
 			}
 			for i := range c.rules {
-				if choosesPort(c.rules[i].statements) {
+				if c.rules[i].sourceNAT().ChoosesPort {
 					rules = append(rules, c.rules[i].title(t))
 				}
 			}
@@ -75,74 +123,94 @@ func (t *table) each(f func(name string, c *chain)) {
 	}
 }
 
-// choosesPort reports whether a rule translates a source to ports that it names.
-func choosesPort(all []statement) bool {
-	return slices.ContainsFunc(all, func(s statement) bool {
-		switch e := s.expr.(type) {
-		case *expr.NAT:
-			return e.Type == expr.NATTypeSourceNAT && e.RegProtoMin != 0
-		case *expr.Masq:
-			return e.ToPorts || e.RegProtoMin != 0
-		case *expr.Target: // of iptables
-			if slices.Contains([]string{"SNAT", "MASQUERADE"}, e.Name) {
-				ranges, ok := e.Info.(*xt.NatIPv4MultiRangeCompat)
-				return !ok || slices.ContainsFunc(*ranges, func(r xt.NatIPv4Range) bool { return r.Flags&rangePorts != 0 })
-			}
-		}
-		return false
-	})
+// translatesSource reports whether a statement is one that sourceNAT is about.
+func (s *statement) translatesSource() bool {
+	switch e := s.expr.(type) {
+	case *expr.NAT:
+		return e.Type == expr.NATTypeSourceNAT
+	case *expr.Masq:
+		return true
+	case *expr.Target:
+		return e.Name == "MASQUERADE" || slices.Contains(fixedTargets, e.Name)
+	}
+	return false
 }
 
+// Flags of struct nf_nat_range.
 const (
-	rangeAddrs = 1 << 0 // NF_NAT_RANGE_MAP_IPS
-	rangePorts = 1 << 1 // NF_NAT_RANGE_PROTO_SPECIFIED
+	rangeAddrs  = 1 << 0 // NF_NAT_RANGE_MAP_IPS
+	rangePorts  = 1 << 1 // NF_NAT_RANGE_PROTO_SPECIFIED
+	rangeRandom = 1<<2 | 1<<4
 )
 
-// fixedSource returns the addresses to which a rule translates a source; ok is false where
-// there are others.
-func fixedSource(all []statement) (addrs []AddrRange, ok bool) {
+// sourceNAT returns what a rule translates sources to, where it does.
+func (r *rule) sourceNAT() (n SourceNAT) {
 	loaded := make(map[uint32][]byte) // constants, by register
-	for _, s := range all {
+	for _, s := range r.statements {
 		switch e := s.expr.(type) {
 		case *expr.Immediate:
 			loaded[e.Register] = e.Data
 		case *expr.Lookup:
 			delete(loaded, e.DestRegister)
 		case *expr.NAT:
-			if e.Type != expr.NATTypeSourceNAT || e.RegAddrMin == 0 {
-				continue
+			if s.translatesSource() {
+				n.nat(e, loaded)
 			}
-			first, ok := netip.AddrFromSlice(loaded[e.RegAddrMin])
-			last := first
-			if ok && e.RegAddrMax != 0 {
-				last, ok = netip.AddrFromSlice(loaded[e.RegAddrMax])
-			}
-			if !ok {
-				return nil, false
-			}
-			addrs = append(addrs, AddrRange{First: first, Last: last})
-		case *expr.Target:
-			if !slices.Contains(fixedTargets, e.Name) {
-				continue
-			}
-			ranges, ok := e.Info.(*xt.NatIPv4MultiRangeCompat)
-			if !ok {
-				return nil, false
-			}
-			for _, r := range *ranges {
-				first, _ := netip.AddrFromSlice(r.MinIP)
-				last, _ := netip.AddrFromSlice(r.MaxIP)
-				if r.Flags&rangeAddrs != 0 {
-					addrs = append(addrs, AddrRange{First: first, Last: last})
-				}
+		case *expr.Masq:
+			n.Masquerade = true
+			n.ChoosesPort = n.ChoosesPort || e.ToPorts || e.RegProtoMin != 0
+			n.Random = n.Random || e.Random || e.FullyRandom
+		case *expr.Target: // of iptables
+			if s.translatesSource() {
+				n.target(e)
 			}
 		}
 	}
-	return addrs, true
+	return n
+}
+
+// nat takes in a statement that translates to an address, from constants that registers
+// have.
+func (n *SourceNAT) nat(e *expr.NAT, loaded map[uint32][]byte) {
+	n.ChoosesPort = n.ChoosesPort || e.RegProtoMin != 0
+	n.Random = n.Random || e.Random || e.FullyRandom
+	if e.RegAddrMin == 0 {
+		return
+	}
+	first, ok := netip.AddrFromSlice(loaded[e.RegAddrMin])
+	last := first
+	if ok && e.RegAddrMax != 0 {
+		last, ok = netip.AddrFromSlice(loaded[e.RegAddrMax])
+	}
+	if !ok {
+		n.Unknown = true
+		return
+	}
+	n.Addrs = append(n.Addrs, AddrRange{First: first, Last: last})
 }
 
 // fixedTargets are those of iptables, which may be behind nftables.
 var fixedTargets = []string{"SNAT", "NETMAP", "SAME"}
+
+// target takes in a target of iptables.
+func (n *SourceNAT) target(e *expr.Target) {
+	fixed, named := slices.Contains(fixedTargets, e.Name), e.Name == "SNAT" || e.Name == "MASQUERADE"
+	n.Masquerade = n.Masquerade || e.Name == "MASQUERADE"
+	ranges, ok := e.Info.(*xt.NatIPv4MultiRangeCompat)
+	if !ok {
+		n.ChoosesPort, n.Unknown = n.ChoosesPort || named, n.Unknown || fixed
+		return
+	}
+	for _, r := range *ranges {
+		n.ChoosesPort = n.ChoosesPort || named && r.Flags&rangePorts != 0
+		n.Random = n.Random || r.Flags&rangeRandom != 0
+		first, _ := netip.AddrFromSlice(r.MinIP)
+		last, _ := netip.AddrFromSlice(r.MaxIP)
+		if fixed && r.Flags&rangeAddrs != 0 {
+			n.Addrs = append(n.Addrs, AddrRange{First: first, Last: last})
+		}
+	}
+}
 
 // Has reports whether a is in the range.
 func (r AddrRange) Has(a netip.Addr) bool { return coversAddr([]AddrRange{r}, a) }
