@@ -13,6 +13,10 @@ import (
 // set of the addresses of peers, say, may be long, and its elements tell nothing. describe
 // returns a set without its elements.
 func asked(r *rule, family byte, describe func(name string) *set) (all []lookup) {
+	looksUp := func(s statement) bool { _, is := s.expr.(*expr.Lookup); return is }
+	if !slices.ContainsFunc(r.statements, looksUp) {
+		return nil // as most do
+	}
 	packets := knownPackets(family)
 	for _, s := range r.statements {
 		switch e := s.expr.(type) {

@@ -337,6 +337,28 @@ func TestTableThatChangesOnceIsReadAgain(t *testing.T) {
 	}
 }
 
+// Fails when what a reading found that did not come to its end counts as known afterwards.
+func TestReadingThatFailsLeavesNothing(t *testing.T) {
+	k := &fakeKernel{objects: []object{madeTable("fw"), natChain("fw", "pre"), redirects("fw", "pre", 1, 5060)}}
+	r := newFake(t, k)
+	fails := 0
+	r.cfg.Changes = func(*nfnl.Conn) (uint32, error) {
+		if fails--; fails == 0 {
+			return 0, unix.ENOBUFS
+		}
+		return 7, nil
+	}
+	readFake(t, r)
+	k.put(redirects("fw", "pre", 2, 5061))
+	fails = 2
+	if _, err := r.Read(); !errors.Is(err, unix.ENOBUFS) {
+		t.Fatal(err)
+	}
+	if got := ports(readFake(t, r)); !slices.Equal(got, []int{5061}) {
+		t.Errorf("forwarded are %v", got)
+	}
+}
+
 // Fails when no answer is taken for no rules.
 func TestWithoutNFTablesThereAreNoRules(t *testing.T) {
 	k := &fakeKernel{refuse: unix.EINVAL}

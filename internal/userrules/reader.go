@@ -114,6 +114,7 @@ func (r *Reader) readNFT() (same bool, err error) {
 	}
 	after, err := r.changes()
 	if err != nil {
+		clear(r.prints) // they are of tables that nobody keeps
 		return false, err
 	}
 	gone := map[tableKey]bool{}
