@@ -94,7 +94,7 @@ kernels:
 # Measurements; docs/results says what they gave.
 bench:
 	@scripts/install-deps $(RUN_PACKAGES)
-	$(GO) test -count=1 -run '^$$' -bench . -benchtime 1x -timeout 30m ./e2e ./e2e/chaos ./internal/rules
+	$(GO) test -count=1 -run '^$$' -bench . -benchtime 1x -timeout 30m ./e2e ./e2e/chaos ./internal/rules ./internal/userrules
 
 clean:
 	rm -rf bin

@@ -53,10 +53,11 @@ const kernelTime = 50 * time.Minute
 
 // packages are the ones whose tests run in a guest.
 var packages = []string{
-	"e2e/kernels/guest", "internal/expect", "internal/ctwatch", "internal/gateway", "internal/rules", "e2e",
+	"e2e/kernels/guest", "internal/expect", "internal/ctwatch", "internal/gateway", "internal/rules", "internal/userrules", "e2e",
 }
 
-// half are as many tests of internal/rules as the other guest has time for.
+// half are as many tests of internal/rules and internal/userrules as the other guest has
+// time for.
 const half = `^Test[A-M]`
 
 // core are the end-to-end tests that a guest runs: what lets packets in and keeps them
@@ -92,11 +93,13 @@ func guests(root string) map[string][]job {
 			tests("internal/ctwatch", ""),
 			tests("internal/gateway", ""),
 			tests("internal/rules", "-test.run '"+half+"'"),
+			tests("internal/userrules", "-test.run '"+half+"'"),
 			suspend,
 		},
 		"end to end": {
 			tests("e2e", "-test.run '"+core+"'"),
 			tests("internal/rules", "-test.skip '"+half+"'"),
+			tests("internal/userrules", "-test.skip '"+half+"'"),
 		},
 	}
 }
