@@ -68,6 +68,7 @@ func (d *Daemon) adopt(wanted config.Config) error {
 		return err
 	}
 	d.firewall.look()
+	d.changed.rules = true // what is new in them is still to be followed, whatever comes of this
 	cfg, err := d.resolve(wanted, network)
 	if err != nil {
 		return err

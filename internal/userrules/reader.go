@@ -2,6 +2,7 @@ package userrules
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -110,7 +111,14 @@ func (r *Reader) readNFT() (same bool, err error) {
 	tables := map[tableKey]*table{}
 	for _, o := range there {
 		order = append(order, o.key)
-		tables[o.key] = r.table(o, r.tables[o.key])
+		old := r.tables[o.key]
+		if old != nil && old.handle != o.handle {
+			// It was made anew: its rules and sets have the numbers and names of those that
+			// went, whatever is in them.
+			old = nil
+			delete(r.prints, o.key)
+		}
+		tables[o.key] = r.table(o, old)
 	}
 	after, err := r.changes()
 	if err != nil {
@@ -179,8 +187,9 @@ func (r *Reader) settle(o outline, t *table) *table {
 
 // An outline is what the base chains of a table say.
 type outline struct {
-	key   tableKey
-	bases []base
+	key    tableKey
+	handle uint64 // of the table
+	bases  []base
 }
 
 // purposes are what chains are read for.
@@ -211,12 +220,15 @@ func (b *base) purposes(family byte) purposes {
 // outlines reads those of all tables that matter, but this program's own and those that
 // are dormant.
 func (r *Reader) outlines() (all []outline, err error) {
-	skip := map[tableKey]bool{}
+	skip, handles := map[tableKey]bool{}, map[tableKey]uint64{}
 	err = r.dump(unix.NFT_MSG_GETTABLE, unix.AF_UNSPEC, nil, "", func(k tableKey, body []byte) {
 		nfnl.Attributes(body, func(typ uint16, b []byte) {
 			const dormant = 1 // NFT_TABLE_F_DORMANT
-			if typ == unix.NFTA_TABLE_FLAGS && number32(b)&dormant != 0 {
+			switch {
+			case typ == unix.NFTA_TABLE_FLAGS && number32(b)&dormant != 0:
 				skip[k] = true
+			case typ == nftaTableHandle && len(b) == 8:
+				handles[k] = binary.BigEndian.Uint64(b)
 			}
 		})
 	})
@@ -236,7 +248,7 @@ func (r *Reader) outlines() (all []outline, err error) {
 		}
 		i := slices.IndexFunc(all, func(o outline) bool { return o.key == k })
 		if i < 0 {
-			i, all = len(all), append(all, outline{key: k})
+			i, all = len(all), append(all, outline{key: k, handle: handles[k]})
 		}
 		all[i].bases = append(all[i].bases, b)
 	})
@@ -245,6 +257,8 @@ func (r *Reader) outlines() (all []outline, err error) {
 	}
 	return slices.DeleteFunc(all, func(o outline) bool { return skip[o.key] }), nil
 }
+
+const nftaTableHandle = 4 // NFTA_TABLE_HANDLE
 
 // elements returns the print of the elements of a set, in whatever order; 0 is that
 // of one that could not be read. It calls f with the attributes of each.

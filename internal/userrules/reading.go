@@ -48,6 +48,9 @@ func (r *Reader) table(o outline, old *table) *table {
 		chains: map[string]*chain{}, sets: map[string]*set{},
 		done: map[string]purposes{}, fresh: map[string]bool{}, loaded: map[string]bool{},
 	}
+	if !w.inOneGo() {
+		delete(r.prints, o.key) // they would be of an earlier table
+	}
 	if old != nil {
 		w.compare()
 	}
@@ -58,7 +61,7 @@ func (r *Reader) table(o outline, old *table) *table {
 	if w.same && len(w.chains) == len(old.chains) {
 		return old
 	}
-	return &table{title: o.key.title(), name: o.key.name, family: o.key.family, bases: o.bases, chains: w.chains, sets: w.sets}
+	return &table{title: o.key.title(), name: o.key.name, family: o.key.family, handle: o.handle, bases: o.bases, chains: w.chains, sets: w.sets}
 }
 
 // inOneGo reports whether all rules of the table are dumped at once. Tables that translate
@@ -174,7 +177,8 @@ func (w *reading) rules(name string) (raw []rawRule, err error) {
 			chain := chainOf(body)
 			w.dumped[chain] = append(w.dumped[chain], rawRule{print, bytes.Clone(body)})
 		})
-		if w.r.prints[w.key] = all; w.failed != nil {
+		// Chains that were found to be the same before may be others in this dump.
+		if w.r.prints[w.key] = all; w.failed != nil || w.sameRules[""] {
 			delete(w.r.prints, w.key)
 		}
 	}
@@ -201,8 +205,12 @@ func (w *reading) set(name string, fresh bool) *set {
 		w.sets[name] = w.old.sets[name]
 		return w.sets[name]
 	}
+	wanted := w.loaded[name] // by a chain that was followed before
 	w.same = false
 	w.sets[name], w.fresh[name], w.loaded[name] = w.r.set(w.key, name), true, false
+	if wanted {
+		return w.load(name)
+	}
 	return w.sets[name]
 }
 

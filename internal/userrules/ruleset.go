@@ -40,6 +40,7 @@ type table struct {
 	title  string // as users name it: "ip nat" or "iptables-legacy nat"
 	name   string
 	family byte
+	handle uint64        // of nftables: that of no other table, before or after
 	legacy *legacyFamily // nil for nftables
 	bases  []base
 	chains map[string]*chain

@@ -65,8 +65,11 @@ func (rs *Ruleset) SourceNAT() (all []SourceNAT) {
 // iptables-legacy that only root may know of. A packet that leaves by a link with the
 // address of another one may have it from such a rule alone.
 func (rs *Ruleset) FixedSources() (addrs []AddrRange, unknown bool) {
+	for _, t := range rs.tables {
+		unknown = unknown || t.torn && t.has(unix.NFPROTO_IPV4)
+	}
 	for _, t := range rs.sourceTables() {
-		unknown = unknown || t.torn || t.failed != nil
+		unknown = unknown || t.failed != nil
 		t.each(func(name string, c *chain) {
 			unknown = unknown || c.failed != nil || c.odd != ""
 			for i := range c.rules {
