@@ -72,8 +72,8 @@ add rule inet filter forward iifname "lan0" accept
 func TestAutoTellsOfAFirewallThatDropsAll(t *testing.T) {
 	for _, mode := range [][]string{stage.Auto, stage.Expect, stage.NFT} {
 		s := play(t, lab.Options{Rules: lab.Masquerade + strings.Replace(lab.DropPolicy, "established,related accept", "established accept", 2)}, mode...)
-		w := s.Status().Warnings
-		if !slices.ContainsFunc(w, func(w control.Warning) bool {
+		w := s.Status().Findings
+		if !slices.ContainsFunc(w, func(w control.Finding) bool {
 			return w.ID == "children_dropped" && strings.Contains(w.Text, "inet filter forward") && strings.Contains(w.Text, "ct status dnat")
 		}) {
 			t.Errorf("%v: warnings %q", mode, w)

@@ -46,7 +46,7 @@ func TestLinksMayComeAfterTheDaemon(t *testing.T) {
 		s.Stands(phone, proxy, ext)
 		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 		// On a busy machine the changes above may be many for the time.
-		if w := slices.DeleteFunc(s.Status().Warnings, func(w control.Warning) bool { return w.ID == "changes_late" }); len(w) > 0 {
+		if w := slices.DeleteFunc(s.Status().Findings, func(w control.Finding) bool { return w.ID == "changes_late" }); len(w) > 0 {
 			t.Errorf("warnings %q", w)
 		}
 

@@ -62,7 +62,7 @@ func TestMissingSourceNATIsTold(t *testing.T) {
 	s.Until("all are counted", func() bool {
 		st := s.Status()
 		return st.Counters.Skipped["untranslated"] == 5 && len(st.Warnings) == 1 &&
-			strings.HasPrefix(st.Warnings[0].Text, noNAT+"5 flows of 10.47.11.0/24 ")
+			strings.HasPrefix(st.Warnings[0], noNAT+"5 flows of 10.47.11.0/24 ")
 	})
 	s.Must(s.InsideSocket(0, 5065).Send(peer.Addr(), "no way back"))
 	s.Until("one more is counted", func() bool { return s.Status().Counters.Skipped["untranslated"] == 6 })

@@ -9,5 +9,5 @@ import (
 
 // Warned reports whether a status has a warning with this text in it.
 func Warned(st control.Status, text string) bool {
-	return slices.ContainsFunc(st.Warnings, func(w control.Warning) bool { return strings.Contains(w.Text, text) })
+	return slices.ContainsFunc(st.Warnings, func(w string) bool { return strings.Contains(w, text) })
 }

@@ -51,7 +51,11 @@ var full = Status{
 	},
 	Latency: Latency{Count: 412, P50: 41.2, P99: 310, Max: 1234.5},
 	Process: Process{Goroutines: 9, Files: 17, Resident: 25 << 20, Heap: 5 << 20},
-	Warnings: []Warning{
+	Warnings: []string{
+		"IPv6 has no helper: load the module nfnetlink_cthelper",
+		"the expectation table is small: set net.netfilter.nf_conntrack_expect_max = 4096",
+	},
+	Findings: []Finding{
 		{"feature_missing", "helper for IPv6", "IPv6 has no helper: load the module nfnetlink_cthelper"},
 		{"table_small", "", "the expectation table is small: set net.netfilter.nf_conntrack_expect_max = 4096"},
 	},

@@ -109,11 +109,7 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	if err := tw.Flush(); err != nil || len(s.Warnings) == 0 {
 		return err
 	}
-	texts := make([]string, len(s.Warnings))
-	for i, x := range s.Warnings {
-		texts[i] = x.Text
-	}
-	_, err := fmt.Fprintf(w, "\nwarnings:\n  %s\n", strings.Join(texts, "\n  "))
+	_, err := fmt.Fprintf(w, "\nwarnings:\n  %s\n", strings.Join(s.Warnings, "\n  "))
 	return err
 }
 

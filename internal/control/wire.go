@@ -77,14 +77,16 @@ type Status struct {
 	Latency     Latency     `json:"latency"`
 	Process     Process     `json:"process"`
 
-	Warnings []Warning `json:"warnings"`
+	// Warnings are the texts of Findings.
+	Warnings []string  `json:"warnings"`
+	Findings []Finding `json:"findings"`
 
 	// Verification is there where it was asked for.
 	Verification *Verification `json:"verification,omitempty"`
 }
 
-// A Warning says what does not work, and what would mend it.
-type Warning struct {
+// A Finding says what does not work, and what would mend it.
+type Finding struct {
 	ID    string `json:"id"`
 	About string `json:"about,omitempty"` // which link, subnet or rule, where there may be several
 	Text  string `json:"text"`            // for people

@@ -40,7 +40,7 @@ func (s source) Status() control.Status {
 			st.Subnets = append(st.Subnets, d.subnet(n))
 		}
 		st.Outside = d.network.OutsideLinks()
-		st.Warnings = d.warnings().status()
+		st.Warnings, st.Findings = d.warnings().status()
 		st.Backend = d.backends.String()
 		st.Helper.IPv4, st.Helper.IPv6 = d.helper(false), d.helper(true)
 		if e := d.backends.expect; e != nil {

@@ -68,13 +68,13 @@ func (w *warnings) add(id warningID, about, format string, args ...any) {
 	*w = append(*w, warning{id, about, fmt.Sprintf(format, args...)})
 }
 
-// status is what status shows of them.
-func (w warnings) status() []control.Warning {
-	out := make([]control.Warning, len(w))
-	for i, x := range w {
-		out[i] = control.Warning{ID: string(x.id), About: x.about, Text: x.text}
+// status is what status shows of them: the sentences, and what programs want.
+func (w warnings) status() (texts []string, findings []control.Finding) {
+	for _, x := range w {
+		texts = append(texts, x.text)
+		findings = append(findings, control.Finding{ID: string(x.id), About: x.about, Text: x.text})
 	}
-	return out
+	return texts, findings
 }
 
 // A warner logs a warning when it arises and when it is over.
