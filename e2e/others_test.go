@@ -185,7 +185,8 @@ func TestGatewaySocketKeepsItsPackets(t *testing.T) {
 		"dual stacked": netip.IPv6Unspecified(),
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := play(t, lab.Options{}) // the next reconcile is too far off to help
+			s := play(t, lab.Options{})                                                  // the next reconcile is too far off to help, but with nft alone
+			s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "120")) // the flow is there then
 			own := s.Socket(s.Gateway.Namespace, addr, 5060)
 			phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 			ext := s.Contact(phone, proxy)
