@@ -215,15 +215,6 @@ func (w *hookWalk) lookup(regs *cells, e *expr.Lookup) (fates, chance, error) {
 	if err != nil {
 		return 0, never, err
 	}
-	if set == nil { // the rule is for another protocol; here that was not known any more
-		if e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT {
-			return anyFate, maybe, nil
-		}
-		if e.IsDestRegSet {
-			regs.put(e.DestRegister, unknownBytes(16, nil))
-		}
-		return 0, maybe, nil
-	}
 	key := slices.Clone(regs.get(e.SourceRegister, set.size))
 	verdicts := set.verdicts && e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT
 	// Of a named set of addresses, which may be long, the elements do not matter.
@@ -248,11 +239,14 @@ func (w *hookWalk) lookup(regs *cells, e *expr.Lookup) (fates, chance, error) {
 	return w.branch(set, key)
 }
 
-// set returns a set that a rule of the table looks up, nil if UDP packets were not taken to
-// get there when it was read (asked).
+// set returns a set that a rule of the table looks up. Where UDP packets were not taken to
+// get there (asked), nothing of it was read; the look-up says whether it has verdicts.
 func (w *hookWalk) set(name string) (*set, error) {
 	s := w.table.sets[name]
-	if s != nil && s.failed != nil {
+	switch {
+	case s == nil:
+		return &set{verdicts: true}, nil
+	case s.failed != nil:
 		return nil, fmt.Errorf("chain %s: %w", w.at, s.failed)
 	}
 	return s, nil
