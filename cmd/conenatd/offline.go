@@ -51,7 +51,7 @@ at the top say what is shown instead. A kernel that lacks a feature gets fewer r
 		if err != nil {
 			return err
 		}
-		if len(cfg.Subnets) == 0 && !cfg.AutoSubnets {
+		if cfg.EnablesNone() {
 			return noSubnet(cfg)
 		}
 		text, err := daemon.Rules(cfg)

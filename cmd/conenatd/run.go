@@ -72,7 +72,7 @@ func run(ctx context.Context, flags *config.Flags, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	if len(cfg.Subnets) == 0 && !cfg.AutoSubnets {
+	if cfg.EnablesNone() {
 		return noSubnet(cfg)
 	}
 	socket := cfg.ControlSocket

@@ -155,7 +155,7 @@ func unchangeable(old, next config.Config) error {
 		errs = append(errs, fmt.Errorf("max_permissions: the map of permissions has %d places for as long as it is in use; "+
 			"more than %d, and less again, needs a restart", size, leastMapSize))
 	}
-	if len(next.Subnets) == 0 && !next.AutoSubnets {
+	if next.EnablesNone() {
 		errs = append(errs, errors.New("subnet: none is enabled"))
 	}
 	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })

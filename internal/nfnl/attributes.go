@@ -2,6 +2,7 @@ package nfnl
 
 import (
 	"encoding/binary"
+	"net/netip"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -41,6 +42,16 @@ func LinkKey(name string) []byte {
 	key := make([]byte, unix.IFNAMSIZ)
 	copy(key[:unix.IFNAMSIZ-1], name)
 	return key
+}
+
+// LastAddr returns the last address of a prefix, where an interval that is the prefix ends.
+func LastAddr(p netip.Prefix) netip.Addr {
+	b := p.Masked().Addr().AsSlice()
+	for bit := p.Bits(); bit < 8*len(b); bit++ {
+		b[bit/8] |= 0x80 >> (bit % 8)
+	}
+	a, _ := netip.AddrFromSlice(b)
+	return a
 }
 
 // FamilyName returns nft's name of the family of a table, or "" where it is not one of

@@ -10,6 +10,8 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // notUnicast are the IPv4 prefixes whose addresses are no peers.
@@ -31,7 +33,7 @@ func (f *ipFamily) intervals(all []netip.Prefix) (es []nftables.SetElement) {
 	all = f.of(all)
 	spans := make([]span, 0, len(all))
 	for _, p := range all {
-		spans = append(spans, span{p.Masked().Addr(), lastOf(p).Next()})
+		spans = append(spans, span{p.Masked().Addr(), nfnl.LastAddr(p).Next()})
 	}
 	slices.SortFunc(spans, func(a, b span) int { return a.first.Compare(b.first) })
 	var merged []span
@@ -51,16 +53,6 @@ func (f *ipFamily) intervals(all []netip.Prefix) (es []nftables.SetElement) {
 		}
 	}
 	return es
-}
-
-// lastOf returns the last address of a prefix.
-func lastOf(p netip.Prefix) netip.Addr {
-	b := p.Masked().Addr().AsSlice()
-	for bit := p.Bits(); bit < 8*len(b); bit++ {
-		b[bit/8] |= 0x80 >> (bit % 8)
-	}
-	a, _ := netip.AddrFromSlice(b)
-	return a
 }
 
 // prefixes are IPv4 prefixes that addresses are tested for. One is compared with,

@@ -13,6 +13,8 @@ import (
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // Text returns the tables of a name that do what d wants, on a kernel that has every
@@ -148,7 +150,7 @@ func oneBefore(b []byte) []byte {
 func rangeText(text func([]byte) string, first, last []byte) string {
 	from, ok := netip.AddrFromSlice(first)
 	for bits := 0; ok && bits < 8*len(first); bits++ {
-		if p := netip.PrefixFrom(from, bits); p.Masked() == p && lastOf(p).Compare(netipAddr(last)) == 0 {
+		if p := netip.PrefixFrom(from, bits); p.Masked() == p && nfnl.LastAddr(p).Compare(netipAddr(last)) == 0 {
 			return p.String()
 		}
 	}

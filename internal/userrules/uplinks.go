@@ -7,6 +7,8 @@ import (
 
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // Uplinks returns the names of those links of which rules of nftables say that they lead
@@ -91,16 +93,6 @@ func translated(out *Link, notFrom []Link, source *origin) *child {
 func overlapsAny(prefixes []netip.Prefix, low, high []byte) bool {
 	asked := []AddrRange{addrRange(filled(low, 4, 0), filled(high, 4, 0xff))}
 	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool {
-		return len(intersectAddrs(asked, []AddrRange{{First: p.Masked().Addr(), Last: lastOf(p)}})) > 0
+		return len(intersectAddrs(asked, []AddrRange{{First: p.Masked().Addr(), Last: nfnl.LastAddr(p)}})) > 0
 	})
-}
-
-// lastOf returns the last address of a prefix.
-func lastOf(p netip.Prefix) netip.Addr {
-	b := p.Masked().Addr().AsSlice()
-	for bit := p.Bits(); bit < 8*len(b); bit++ {
-		b[bit/8] |= 0x80 >> (bit % 8)
-	}
-	a, _ := netip.AddrFromSlice(b)
-	return a
 }
