@@ -2,12 +2,9 @@ package daemon
 
 import (
 	"net/netip"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/gateway"
@@ -83,14 +80,7 @@ func unprivileged(t *testing.T, f func()) {
 	t.Helper()
 	done := make(chan error)
 	go func() {
-		runtime.LockOSThread() // and never unlocked
-		h := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-		var none [2]unix.CapUserData
-		err := unix.Capset(&h, &none[0])
-		if err == nil {
-			f()
-		}
-		done <- err
+		done <- lab.WithoutCapabilities(func() error { f(); return nil })
 	}()
 	if err := <-done; err != nil {
 		t.Fatal(err)

@@ -90,14 +90,19 @@ func (g *gate) list() map[cone.Permission]time.Duration {
 // holds checks that the map holds just ps.
 func (g *gate) holds(ps ...cone.Permission) {
 	g.t.Helper()
-	found := g.list()
-	for _, p := range ps {
-		if _, ok := found[p]; !ok {
-			g.t.Errorf("the map lacks %v", p)
+	hasJust(g.t, g.list(), ps)
+}
+
+// hasJust checks that found has the wanted ones, which are different, and no others.
+func hasJust[E comparable](t *testing.T, found map[E]time.Duration, want []E) {
+	t.Helper()
+	for _, e := range want {
+		if _, ok := found[e]; !ok {
+			t.Errorf("the kernel lacks %v", e)
 		}
 	}
-	if len(found) != len(ps) {
-		g.t.Errorf("the map holds %v, want %v", found, ps)
+	if len(found) != len(want) {
+		t.Errorf("the kernel holds %v, want %v", found, want)
 	}
 }
 

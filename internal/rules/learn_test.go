@@ -77,25 +77,7 @@ func TestKernelLearnsNothingElse(t *testing.T) {
 // The source is an inside host's, the packet comes from outside.
 func TestSpoofedSourceFromOutsideTeachesNothing(t *testing.T) {
 	g := newGate(t, lab.Options{}, learning)
-	for _, name := range []string{"all", "wan0"} {
-		check(t, g.Gateway.SetSysctl("net.ipv4.conf."+name+".rp_filter", "0"))
-	}
-	// One outside address lies behind the gateway for those who spoof.
-	for _, args := range []string{
-		"addr add 10.47.11.109/32 dev lo",
-		"route add table local unicast 192.0.2.99/32 via 198.51.100.1",
-	} {
-		if _, err := g.Outside.Output("ip", strings.Fields(args)...); err != nil {
-			t.Fatal(err)
-		}
-	}
-	check(t, g.NFT(`table ip see { chain c {
-		type filter hook postrouting priority 299; iifname "wan0" oifname "wan0" ct status snat counter; }; }`))
-	spoofer := listen(t, g.Outside, g.Inside(0).Addr, 5060)
-	check(t, spoofer.Send(netip.MustParseAddrPort("192.0.2.99:5060"), "x"))
-	eventually(t, func() bool {
-		return strings.Contains(output(t, g.Lab, "nft", "list", "chain", "ip", "see", "c"), "packets 1 ")
-	})
+	newSpoofer(t, g.Lab).send(5060)
 	g.holds()
 }
 

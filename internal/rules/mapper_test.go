@@ -126,15 +126,7 @@ func (m *mapper) kept() *elements.Mappings { return m.tables.NewMappings(mapping
 // holds checks that just these mappings stand.
 func (m *mapper) holds(want ...elements.Mapping) {
 	m.t.Helper()
-	got := m.mappings()
-	for _, p := range want {
-		if _, ok := got[p]; !ok {
-			m.t.Errorf("lacks %v", p)
-		}
-	}
-	if len(got) != len(want) {
-		m.t.Errorf("holds %v, want %v", got, want)
-	}
+	hasJust(m.t, m.mappings(), want)
 }
 
 func mapped(in *lab.Socket, ext netip.AddrPort) elements.Mapping {

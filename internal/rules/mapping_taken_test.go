@@ -161,24 +161,8 @@ func TestNothingElseGetsAMapping(t *testing.T) {
 // Nor does it get, or refresh, that of the host whose address it has.
 func TestASpoofedSourceFromOutsideGetsNoMapping(t *testing.T) {
 	m := newMapper(t, lab.Options{Rules: randomly("fully-random")}, mapping)
-	for _, name := range []string{"all", "wan0"} {
-		check(t, m.Gateway.SetSysctl("net.ipv4.conf."+name+".rp_filter", "0"))
-	}
-	for _, args := range []string{
-		"addr add 10.47.11.109/32 dev lo",
-		"route add table local unicast 192.0.2.99/32 via 198.51.100.1",
-	} {
-		if _, err := m.Outside.Output("ip", strings.Fields(args)...); err != nil {
-			t.Fatal(err)
-		}
-	}
-	check(t, m.NFT(`table ip see { chain c {
-		type filter hook postrouting priority 299; iifname "wan0" oifname "wan0" ct status snat counter; }; }`))
-	spoofer := listen(t, m.Outside, m.Inside(0).Addr, 5060)
-	check(t, spoofer.Send(netip.MustParseAddrPort("192.0.2.99:5060"), "x"))
-	eventually(t, func() bool {
-		return strings.Contains(output(t, m.Lab, "nft", "list", "chain", "ip", "see", "c"), "packets 1 ")
-	})
+	s := newSpoofer(t, m.Lab)
+	s.send(5060)
 	m.holds()
 
 	host, peer := m.host(0, 5061), m.peer(lab.PeerA, 5060)
@@ -186,11 +170,7 @@ func TestASpoofedSourceFromOutsideGetsNoMapping(t *testing.T) {
 	k := m.kept()
 	k.SetLifetime(time.Minute)
 	k.Keep([]elements.Mapping{p}, func(_ int, err error) { t.Error(err) })
-	again := listen(t, m.Outside, m.Inside(0).Addr, 5061)
-	check(t, again.Send(netip.MustParseAddrPort("192.0.2.99:5060"), "x"))
-	eventually(t, func() bool {
-		return strings.Contains(output(t, m.Lab, "nft", "list", "chain", "ip", "see", "c"), "packets 2 ")
-	})
+	s.send(5061)
 	m.holds(p)
 	if left := m.mappings()[p]; left > time.Minute {
 		t.Errorf("the spoofed packet refreshed it: %v left", left)

@@ -2,12 +2,10 @@ package rules_test
 
 import (
 	"net/netip"
-	"runtime"
 	"strings"
 	"testing"
 
 	"go.uber.org/goleak"
-	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/rules"
@@ -78,16 +76,4 @@ func check(t testing.TB, err error) {
 	if err != nil {
 		t.Error(err)
 	}
-}
-
-// withoutCapabilities runs fn without effective capabilities, on a thread that
-// must not be used again.
-func withoutCapabilities(fn func() error) error {
-	runtime.LockOSThread()
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var none [2]unix.CapUserData
-	if err := unix.Capset(&header, &none[0]); err != nil {
-		return err
-	}
-	return fn()
 }

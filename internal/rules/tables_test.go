@@ -255,7 +255,7 @@ func TestOwnedTableStaysWithItsOwner(t *testing.T) {
 func TestOpenNeedsPrivilege(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{})
 	err := l.Gateway.Do(func() error {
-		return withoutCapabilities(func() error { _, err := rules.Open(rules.Config{}); return err })
+		return lab.WithoutCapabilities(func() error { _, err := rules.Open(rules.Config{}); return err })
 	})
 	if !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "CAP_NET_ADMIN") {
 		t.Error(err)

@@ -337,7 +337,7 @@ func TestTableThatChangesOnceIsReadAgain(t *testing.T) {
 	}
 }
 
-// Fails when what a reading found that did not come to its end counts as known afterwards.
+// Fails when a reading that ended in an error counts as done: its rules would be taken for known.
 func TestReadingThatFailsLeavesNothing(t *testing.T) {
 	k := &fakeKernel{objects: []object{madeTable("fw"), natChain("fw", "pre"), redirects("fw", "pre", 1, 5060)}}
 	r := newFake(t, k)

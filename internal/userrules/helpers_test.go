@@ -85,18 +85,6 @@ func check(t testing.TB, err error) {
 	}
 }
 
-// withoutCapabilities runs fn without effective capabilities, on a thread that
-// must not be used again.
-func withoutCapabilities(fn func() error) error {
-	runtime.LockOSThread()
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var none [2]unix.CapUserData
-	if err := unix.Capset(&header, &none[0]); err != nil {
-		return err
-	}
-	return fn()
-}
-
 // asAnotherUser runs fn as a user that has CAP_NET_ADMIN alone. The thread stays his.
 func asAnotherUser(fn func() error) error {
 	runtime.LockOSThread()

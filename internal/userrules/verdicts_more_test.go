@@ -163,7 +163,7 @@ COMMIT
 func TestChildrenNeedPrivilege(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{})
 	err := l.Gateway.Do(func() error {
-		return withoutCapabilities(func() error {
+		return lab.WithoutCapabilities(func() error {
 			_, err := childrenOf(0, nil, []netip.Prefix{lab.InsideNet})
 			return err
 		})
