@@ -161,7 +161,7 @@ func BenchmarkLarge(b *testing.B) {
 					return err
 				})
 				memory := residentMemory(b, d.PID())
-				share, took, _ := waits(b, l, d, peer, answer, largeTime)
+				share, took := waits(b, l, d, peer, answer, largeTime)
 				grown := residentMemory(b, d.PID()) - memory
 				must(stop())
 				must(flood())
