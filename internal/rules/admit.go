@@ -159,7 +159,9 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	}
 	learn := l.filter("learn", nftables.ChainHookPostrouting, learnPriority)
 	l.rule(learn, "answered flows end here", notNew, accept)
-	l.rule(learn, "a source may be spoofed", l.outside(iifname, true), accept)
+	if test, any := l.surelyOutside(d); any {
+		l.rule(learn, "a source may be spoofed", test, accept)
+	}
 	l.rule(learn, "", notUDP, accept)
 	l.counters = append(l.counters, learnedCounter, limitedCounter)
 	subnets := l.named(subnetsSet)
@@ -180,9 +182,7 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	l.rule(learn, "permissions are of the default zone", zoneIsNot0, accept)
 	l.rule(learn, "", ctOriginalIPSaddr.notIn(subnets), accept)
 	if !d.noFib {
-		// It is renewed, too.
-		unsure := l.named(elements.UnsureSet)
-		l.rule(learn, "a source may be spoofed", isUDP, originalFlow.in(unsure), updateIn(unsure, elem{key: originalFlow}), accept)
+		l.rule(learn, "a source may be spoofed", l.isUnsure(), accept)
 	}
 	l.rule(learn, "", ctReplyIPSaddr.in(l.noPeers), accept)
 	l.rule(learn, "", isUDP, ctReplyProtoSrc.in(peerPorts), accept)

@@ -30,6 +30,9 @@ func (l *layout) spoofed(d Desired) {
 		test = join(isUDP, metaIPsec.missing(1), noWayBack)
 	}
 	for _, name := range l.links { // nft 1.0.6 cannot look up what fib finds in a set
+		if slices.Contains(d.OneArmed, name) { // who is reached by it is inside
+			continue
+		}
 		test = join(test, fibSaddrMarkOifname.isNot(nfnl.LinkKey(name)))
 	}
 	test = join(test, forwarded, counter(spoofedCounter), drop)
@@ -97,6 +100,12 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 		}
 	}
 	l.rule(child, "not by an outside link: the peer's address is faked", l.notOutside(d.Uppers), counter(spoofedCounter), drop)
+	for _, name := range slices.Sorted(slices.Values(d.Not4)) {
+		for _, by := range []operand{iifname, metaSdifname} {
+			l.rule(child, "no outside link for IPv4: the peer's address is faked",
+				ipFamilies[0].is, by.is(nfnl.LinkKey(name)), counter(spoofedCounter), drop)
+		}
+	}
 	l.rule(child, "it would look like an anchor", udpSport.is(be16(0)), isUDP, counter(zeroCounter), drop)
 	if d.MaxChildren > 0 {
 		l.counters = append(l.counters, childCounter)

@@ -122,19 +122,21 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 	}
 	ls := []*layout{inet}
 	if d.Map != nil || d.Mapping != nil {
-		ip := newLayout(name, nftables.TableFamilyIPv4, d.OutsideLinks)
+		ip := newLayout(name, nftables.TableFamilyIPv4, d.outside4())
 		if d.Map != nil {
 			ip.permissions(d.Map)
-			if !d.noFib {
-				ip.unsure(d, d.Map.Subnets)
-			}
+		}
+		if sources := d.unsureSources(); sources != nil {
+			ip.unsure(d, sources)
+		}
+		if d.Map != nil {
 			kinds := ip.kinds(d.Map)
 			ip.admit(kinds, d.Map)
 			ip.keepSource()
 			ip.learn(d, kinds)
 		}
 		if d.Mapping != nil {
-			ip.mapping(d.Mapping)
+			ip.mapping(d)
 		}
 		ls = append(ls, ip)
 	}

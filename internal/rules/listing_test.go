@@ -43,6 +43,11 @@ var features = map[string]func(d *rules.Desired, m *rules.MapConfig){
 	"links upon others": func(d *rules.Desired, _ *rules.MapConfig) {
 		d.Uppers = map[string]string{"vrrp.51": "wan0", "vrrp.52": "lan0"}
 	},
+	"one arm": func(d *rules.Desired, _ *rules.MapConfig) { d.OneArmed = d.OutsideLinks },
+	"one arm beside other links": func(d *rules.Desired, _ *rules.MapConfig) {
+		d.OutsideLinks, d.OneArmed = []string{"wan0", "eth0", "eth1"}, []string{"eth1", "eth0"}
+		d.Not4, d.InsideLinks = []string{"wan0"}, []string{"lan1", "lan0"}
+	},
 	"many subnets": func(d *rules.Desired, m *rules.MapConfig) {
 		d.Subnets = nil
 		for _, s := range []string{

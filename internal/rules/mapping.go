@@ -85,11 +85,12 @@ var (
 // its port: it is the daemon's to refresh those of living flows, and what is
 // taken by living flows without a mapping, in time. Two first packets at one moment,
 // on two CPUs, may become owners of one endpoint: the daemon ends one.
-func (l *layout) mapping(c *MappingConfig) {
+func (l *layout) mapping(d Desired) {
+	c := d.Mapping
 	l.set(elements.GatewaySet, nftables.TypeIPAddr).free = true
 	l.counters = append(l.counters, movedCounter, usedUpCounter, leftCounter)
 	m := &mapper{
-		layout: l, MappingConfig: c,
+		layout: l, MappingConfig: c, arms: d.arms(),
 		owned:   l.learnedSet(elements.OwnedSet, endpointKey, c.Size),
 		taken:   l.learnedSet(elements.TakenSet, []nftables.SetDatatype{nftables.TypeInetService, nftables.TypeIPAddr, nftables.TypeInetService}, takenSize),
 		gone:    l.learnedSet(elements.GoneSet, addressKey, linkAddressesSize),
@@ -159,6 +160,7 @@ type mapper struct {
 	owned, taken, gone, served *set
 	owners, ownerPorts         *set      // nil without hairpinning
 	subnets, exempt, hairpin   *prefixes // the last two may be nil
+	arms                       []string  // outside links by which hosts of subnets come, too
 	foreign, left, unmoved     *nftables.Chain
 	uplinks                    []*uplink
 }
@@ -251,6 +253,7 @@ func (m *mapper) apply() {
 		m.rule(c, "a source from outside may be spoofed",
 			isUDP, u.leavesBy(), m.outside(iifname, false), zoneIs0, m.exempt.hasNot(ipDaddr), plain, goTo(u.mapped))
 	}
+	m.applyByArm(c, plain)
 }
 
 // known adds the rules for a packet whose source has a mapping. With a port that is
@@ -367,6 +370,7 @@ func (m *mapper) remember() {
 		m.rule(c, "a source from outside may be spoofed",
 			isUDP, u.leavesBy(), m.outside(iifname, false), zoneIs0, m.exempt.hasNot(ipDaddr), goTo(u.ours))
 	}
+	m.rememberByArm(c, inbound)
 	m.rule(c, "its source may be spoofed", isUDP, m.outside(iifname, true), zoneIs0, goTo(inbound))
 	if m.hairpin != nil {
 		m.rememberHairpins(c)

@@ -23,6 +23,8 @@ type Desired struct {
 	// OutsideLinks are the names of links, which need not exist. Packets from
 	// other links do not meet the guard, nor do they get in by a permission.
 	OutsideLinks []string
+	// Not4 are those of OutsideLinks that are none for IPv4.
+	Not4 []string
 	// Subnets are those that are enabled. A family without any is left alone.
 	Subnets []netip.Prefix
 	// Guard drops new UDP packets to the gateway that no socket waits for.
@@ -31,6 +33,12 @@ type Desired struct {
 	// source in Subnets that is not reached by an outside link. It must not be set where
 	// the way back depends on marks.
 	Spoofed bool
+	// OneArmed are those of OutsideLinks by which hosts of Subnets come, too: what comes by
+	// them with a source in Subnets is from inside if they are the way back to it.
+	OneArmed []string
+	// InsideLinks are links of which the user says that a source in Subnets is not spoofed,
+	// whatever link is the way back to it. None of them is an outside link.
+	InsideLinks []string
 	// Uppers are links that share the network of another one, each with the name of
 	// that: a packet may come by either, and the way back to its source be either.
 	Uppers map[string]string

@@ -16,6 +16,8 @@ import (
 )
 
 const (
+	// sourcesSet has the sources that may be spoofed, where they are not those of subnetsSet.
+	sourcesSet = "sources"
 	// unsureTimeout is longer than any time between two reconciles, at which the
 	// daemon renews the flows that live on. unsureSize bounds how many there are.
 	unsureTimeout = 2 * time.Hour
@@ -33,10 +35,14 @@ var flowKey = []nftables.SetDatatype{
 // alone: their event says nothing of links, so there is none.
 //
 // A NAT chain sees the first packet only, with the marks that the user's chains gave it.
-func (l *layout) unsure(d Desired, subnets []netip.Prefix) {
+func (l *layout) unsure(d Desired, sources []netip.Prefix) {
 	l.counters = append(l.counters, unsureCounter)
-	inside := l.set(subnetsSet, nftables.TypeIPAddr)
-	inside.Interval, inside.elements = true, intervals(subnets)
+	name := subnetsSet
+	if d.Map == nil || len(sources) != len(d.Map.Subnets) {
+		name = sourcesSet
+	}
+	inside := l.set(name, nftables.TypeIPAddr)
+	inside.Interval, inside.elements = true, intervals(sources)
 	flows := l.set(elements.UnsureSet, flowKey...)
 	flows.HasTimeout, flows.Dynamic, flows.free = true, true, true
 	flows.Timeout, flows.Size = unsureTimeout, unsureSize
@@ -44,6 +50,10 @@ func (l *layout) unsure(d Desired, subnets []netip.Prefix) {
 	found, from := l.regular("no_way_back"), l.regular("from_inside")
 	c := l.chain("way_back", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, sourcePriority)
 	l.rule(c, "", isUDP, ipSaddr.in(inside), goTo(from))
+	flow := elem{key: packetFlow}
+	for _, link := range slices.Sorted(slices.Values(d.InsideLinks)) {
+		l.rule(from, "the user says that it is inside", isUDP, iifname.is(nfnl.LinkKey(link)), deleteFrom(flows, flow), accept)
+	}
 	for _, upper := range slices.Sorted(maps.Keys(d.Uppers)) {
 		l.rule(from, "the way back is the link below",
 			iifname.is(nfnl.LinkKey(upper)), fibSaddrMarkOifname.is(nfnl.LinkKey(d.Uppers[upper])), accept)
@@ -52,12 +62,39 @@ func (l *layout) unsure(d Desired, subnets []netip.Prefix) {
 	if !d.noIPsec {
 		plain = metaIPsec.missing(1)
 	}
-	flow := elem{key: packetFlow}
 	l.rule(from, "the way back is not the link that it came by", plain, noWayBack, forwarded, goTo(found))
 	l.rule(from, "an earlier flow may have been spoofed", isUDP, deleteFrom(flows, flow))
 	l.rule(found, "nothing is learned from it", isUDP, addTo(flows, flow),
 		setCt(expr.CtKeyEVENTMASK, constant(host32(eventDestroy))), counter(unsureCounter), accept)
 	l.rule(found, "too many to remember", counter(unsureCounter), drop)
+}
+
+// isUnsure matches the flows that unsure remembers, and renews them.
+func (l *layout) isUnsure() exprs {
+	flows := l.named(elements.UnsureSet)
+	return join(isUDP, originalFlow.in(flows), updateIn(flows, elem{key: originalFlow}))
+}
+
+// unsureSources are the IPv4 subnets whose hosts must not be spoofed: those from which
+// permissions are learned, and on a gateway with one arm those with mappings. It is nil
+// where nobody can tell.
+func (d *Desired) unsureSources() []netip.Prefix {
+	mapped := d.Mapping != nil && len(d.OneArmed) > 0
+	if d.noFib || d.Map == nil && !mapped {
+		return nil
+	}
+	sources := []netip.Prefix{}
+	if d.Map != nil {
+		sources = append(sources, d.Map.Subnets...)
+	}
+	if mapped {
+		for _, p := range d.Mapping.Subnets {
+			if !slices.Contains(sources, p) {
+				sources = append(sources, p)
+			}
+		}
+	}
+	return sources
 }
 
 const eventDestroy = 1 << 2 // IPCT_DESTROY: no event tells of a new flow

@@ -11,20 +11,18 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// Uplinks returns the names of those links of which rules of nftables say that they lead
-// outside: what leaves by them from another one gets another source, while what leaves by
-// other links does not. A rule for all links says nothing of any. Rules for a few
-// destinations (hairpin) do not count, nor do those of iptables-legacy.
+// Uplinks returns the names of those links of which rules say that they lead outside: what
+// leaves by them from another one gets another source, while what leaves by other links
+// does not. A rule for all links says nothing of any. Rules for a few destinations (hairpin)
+// do not count, nor do those of iptables-legacy that only root may know of.
 func (rs *Ruleset) Uplinks(links []LAN) (names []string, err error) {
 	if len(links) == 0 {
 		return nil, nil
 	}
 	var chains []baseChain
 	for _, t := range rs.sourceTables() {
-		if t.legacy == nil {
-			for _, b := range t.of(unix.NF_INET_POST_ROUTING, natKind) {
-				chains = append(chains, baseChain{t, b})
-			}
+		for _, b := range t.of(unix.NF_INET_POST_ROUTING, natKind) {
+			chains = append(chains, baseChain{t, b})
 		}
 	}
 	// No link can have this name: what leaves by it meets rules for all links.

@@ -77,4 +77,12 @@ func TestUplinksAreTheLinksThatRulesTranslateBy(t *testing.T) {
 			t.Errorf("%q, %v, want %q", got, err, want)
 		}
 	})
+	t.Run("iptables-legacy", func(t *testing.T) {
+		l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
+		check(t, l.IPTables(lab.IPTablesLegacy, strings.ReplaceAll(lab.IPTablesMasquerade, "wan0", "wan2")))
+		got, err := ruleset(t, l).Uplinks(lans)
+		if want := []string{"wan2"}; err != nil || !slices.Equal(got, want) {
+			t.Errorf("%q, %v, want %q", got, err, want)
+		}
+	})
 }
