@@ -19,6 +19,7 @@ func (m *Model) SetTimeouts(t Timeouts) { m.timeouts = t }
 func (m *Model) SetTopology(now time.Duration, t Topology) (misjudged bool) {
 	old := m.topo
 	m.topo = compileTopology(t)
+	m.strays = strays{flows: m.strays.flows}
 	misjudged = m.unplaced && !old.peers.equal(m.topo.peers)
 	for a, until := range old.lost {
 		if _, back := m.topo.local[a]; !back && now < until {
@@ -165,7 +166,11 @@ func (m *Model) allowed(c *claim) bool {
 	// Any port that is not excluded will do: those of the flows were looked at.
 	peer := Endpoint{c.Peer, 1}
 	r := m.policy.refusesEndpoint(c.Ext, peer, &m.topo)
-	return r == ReasonNone || r == ReasonPeerInside && m.topo.peers.none(c.Peer.Netip().Is4()) // a route may come back
+	if r != ReasonPeerInside {
+		return r == ReasonNone
+	}
+	_, _, inside := m.policy.subnet(c.Peer.Netip())
+	return !inside && !m.topo.reached(c.Peer.Netip()) // a route may come back
 }
 
 // A fedPermission is one that was last fed from inside at some time.

@@ -158,6 +158,9 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	}
 	if r != ReasonNone {
 		m.unplaced = m.unplaced || r == ReasonAddressGone || r == ReasonPeerInside && !m.topo.outside(f.ReplySrc.Addr.Netip())
+		if r == ReasonPeerInside && !m.topo.outside(f.ReplySrc.Addr.Netip()) {
+			m.stray(f)
+		}
 		m.skip(f, r)
 		return
 	}

@@ -98,6 +98,7 @@ type Model struct {
 	unplaced  bool // the last snapshot, or a flow since, showed one that gave nothing for the topology
 	last      lastMappings
 	skips     skips
+	strays    strays
 	revoked   map[Key]struct{} // what an earlier model knew as revoked, until the first snapshot is whole
 
 	stopped bool

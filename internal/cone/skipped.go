@@ -53,6 +53,18 @@ func (m *Model) Untranslated() (all []Untranslated) {
 	return all
 }
 
+// Heard reports whether there is a flow of an enabled subnet, or was one that went outside
+// untranslated, or a permission of its stands.
+func (m *Model) Heard(subnet netip.Prefix) bool {
+	for i, s := range m.policy.Subnets {
+		if s.Prefix == subnet {
+			_, natted := m.skips.natted[subnet]
+			return natted || m.skips.plain[subnet] > 0 || m.subnets[i].standing > 0
+		}
+	}
+	return false
+}
+
 // skip counts f, a flow of an enabled host that gives no permission because of r.
 func (m *Model) skip(f *Flow, r Reason) {
 	if m.snap.showing { // it was counted before
@@ -88,7 +100,7 @@ func (m *Model) whyInside(f *Flow) Reason {
 	}
 	n := s.elsewhere[link]
 	n.Flows++
-	if f.Status.Has(StatusSrcNAT) && !peer.IsPrivate() && !sharedAddresses.Contains(peer) {
+	if f.Status.Has(StatusSrcNAT) && onInternet(peer) {
 		n.Translated++
 	}
 	s.elsewhere[link] = n

@@ -18,6 +18,7 @@ type Topology struct {
 	Routes []Route
 
 	outside *spans // of Routes; nil before Compile
+	inside  *spans // what routes by other links than outside ones lead to
 }
 
 // A Route says whether a prefix lies behind an outside link.
@@ -30,14 +31,20 @@ type Route struct {
 // routes take their time.
 func (t Topology) Compile() Topology {
 	if t.outside == nil {
-		t.outside, t.Routes = newSpans(t.Routes), nil
+		var inside []netip.Prefix
+		for _, r := range t.Routes {
+			if !r.Outside {
+				inside = append(inside, r.Prefix)
+			}
+		}
+		t.outside, t.inside, t.Routes = newSpans(t.Routes), spansOf(inside), nil
 	}
 	return t
 }
 
 // Equal reports whether t and u, which both are compiled, give the same answers.
 func (t Topology) Equal(u Topology) bool {
-	return slices.Equal(t.Local, u.Local) && t.outside.equal(u.outside)
+	return slices.Equal(t.Local, u.Local) && t.outside.equal(u.outside) && t.inside.equal(u.inside)
 }
 
 // topology is a Topology made quick to ask.
@@ -45,13 +52,15 @@ type topology struct {
 	local map[Addr]struct{}
 	lost  map[Addr]time.Duration // until when flows with it give nothing
 	peers *spans                 // those behind outside links
+	other *spans                 // those behind other links
 }
 
 func compileTopology(t Topology) topology {
+	t = t.Compile()
 	c := topology{
 		local: make(map[Addr]struct{}, len(t.Local)),
 		lost:  make(map[Addr]time.Duration),
-		peers: t.Compile().outside,
+		peers: t.outside, other: t.inside,
 	}
 	for _, a := range t.Local {
 		c.local[AddrFrom(a)] = struct{}{}
@@ -61,6 +70,9 @@ func compileTopology(t Topology) topology {
 
 // outside reports whether a lies behind an outside link.
 func (t *topology) outside(a netip.Addr) bool { return t.peers.has(a) }
+
+// reached reports whether a route leads to a, by whatever link.
+func (t *topology) reached(a netip.Addr) bool { return t.peers.has(a) || t.other.has(a) }
 
 // spans is a set of addresses, made of prefixes of which longer ones count more. What
 // asking costs grows with the logarithm of their number. Nil is the empty set.
@@ -107,18 +119,6 @@ func (s *spans) has(a netip.Addr) bool {
 		}
 	}
 	return low > 0 && starts[low-1].in
-}
-
-// none reports whether the set has no address of a family.
-func (s *spans) none(is4 bool) bool {
-	if s == nil {
-		return true
-	}
-	starts := s.v6
-	if is4 {
-		starts = s.v4
-	}
-	return !slices.ContainsFunc(starts, func(x spanStart) bool { return x.in })
 }
 
 func (s *spans) equal(t *spans) bool {

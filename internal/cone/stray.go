@@ -1,0 +1,61 @@
+package cone
+
+import "net/netip"
+
+const (
+	// mostStrays bounds the flows that wait to be asked for.
+	mostStrays = 64
+	// mostStrayPeers bounds the peers that are remembered as asked for.
+	mostStrayPeers = 4096
+)
+
+// strays are translated flows towards peers on the Internet that are behind no outside
+// link: each may show that another link is one, too.
+type strays struct {
+	flows []Flow
+	peers map[Addr]struct{} // of flows that were told since the topology changed
+}
+
+// Strays returns one such flow for each peer since the last call, or since the topology
+// changed.
+func (m *Model) Strays() []Flow {
+	flows := m.strays.flows
+	m.strays.flows = nil
+	return flows
+}
+
+// HasStrays reports whether Strays would return a flow.
+func (m *Model) HasStrays() bool { return len(m.strays.flows) > 0 }
+
+// stray takes in a flow of an enabled host whose peer is behind no outside link.
+func (m *Model) stray(f *Flow) {
+	s := &m.strays
+	peer := f.ReplySrc.Addr
+	if _, told := s.peers[peer]; told || len(s.flows) == mostStrays || !mayStray(f) {
+		return
+	}
+	if _, _, inside := m.policy.subnet(peer.Netip()); inside {
+		return
+	}
+	if s.peers == nil || len(s.peers) == mostStrayPeers {
+		s.peers = make(map[Addr]struct{})
+	}
+	s.peers[peer] = struct{}{}
+	s.flows = append(s.flows, *f)
+}
+
+// IsStray reports whether f is a translated flow towards a peer on the Internet that is
+// behind no outside link of t, which is compiled. Whose flow it is does not matter.
+func IsStray(f *Flow, t Topology) bool {
+	return mayStray(f) && !t.outside.has(f.ReplySrc.Addr.Netip())
+}
+
+func mayStray(f *Flow) bool {
+	peer := f.ReplySrc.Addr.Netip()
+	return f.Status.Has(StatusSrcNAT) && !f.Status.Has(StatusDstNAT) && f.Src.Addr.Is4() && !IsAnchor(f.Src, f.Dst) && onInternet(peer)
+}
+
+// onInternet reports whether a is none of the addresses that networks use inside.
+func onInternet(a netip.Addr) bool {
+	return unicast(a) && !a.IsPrivate() && !sharedAddresses.Contains(a)
+}
