@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/conenatd/conenatd/e2e/stage"
@@ -42,19 +43,50 @@ func TestNewUplinkWithPolicyRoutingByConnmark(t *testing.T) {
 	s.Arrives(one, s.PeerSocket(lab.PeerA, 6000), extOne)
 }
 
-// A router advertisement or a backup gives an inside link a default route: reload and the
-// next start go on, and hosts are reached. Fails where such a subnet is refused.
+// A router advertisement or a backup gives an inside link a default route: the link stays
+// inside, for hosts, for what the kernel learns and for mappings, at once, after a reload
+// and after a start, and the user is told.
+//
+// Fails where a default route makes any link an outside link, where one of IPv6 does for
+// IPv4, and where such a subnet is refused.
 func TestInsideLinkWithADefaultRoute(t *testing.T) {
-	s := play(t, lab.Options{})
-	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
-	s.IP(s.Gateway, "route add default via "+s.Inside(0).Addr.String()+" dev lan0 metric 200")
-	s.Until("it is told", func() bool { return s.warns("holds the network of the outside link lan0") })
-	if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code != 0 {
-		t.Errorf("reload: exit %d, %q", code, out)
+	for name, tc := range map[string]struct{ route, why string }{
+		"IPv6, advertised":      {"-6 route add default via fe80::1 dev lan0 proto ra metric 1024", "lan0 has a default route (IPv6)"},
+		"IPv4, a backup":        {"route add default via 10.47.11.110 dev lan0 metric 200", "lan0 has a default route (IPv4)"},
+		"IPv4, another table":   {"route add default via 10.47.11.110 dev lan0 table 77", "lan0 has a default route (IPv4)"},
+		"IPv4, a nexthop group": {"route add default metric 300 nexthop via 10.47.11.109 nexthop via 10.47.11.110", "lan0 has a default route (IPv4)"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
+				for _, subnet := range []string{lab.InsideNet.String(), "auto"} {
+					s := newScene(t, lab.Options{Inside: 2})
+					s.Start(append(slices.Clone(mode), "--subnet="+subnet)...)
+					s.IP(s.Gateway, tc.route)
+					s.Until("it is told", func() bool { return s.warns(tc.why) })
+					s.works(lab.PeerA, 5060, s.Gateway.Addr)
+					if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code != 0 {
+						t.Errorf("reload: exit %d, %q", code, out)
+					}
+					s.works(lab.PeerA, 5070, s.Gateway.Addr)
+					if outside := s.Status().Outside; !slices.Equal(outside, []string{"wan0"}) {
+						t.Errorf("outside links %v", outside)
+					}
+					m := s.Status().Tables.Map
+					if m.Learn && m.Learned < 2 {
+						t.Errorf("the kernel learned %d", m.Learned)
+					}
+					s.Stop()
+					if subnet == "auto" {
+						continue // of one that comes with its backup's route nobody can tell
+					}
+					s.Start(stage.Flags(mode, mapped)...)
+					_, exts := s.consoles(2)
+					if exts[0] == exts[1] {
+						t.Errorf("both leave as %v", exts[0])
+					}
+					s.works(lab.PeerA, 5080, s.Gateway.Addr)
+				}
+			})
+		})
 	}
-	s.Stop()
-	s.Start("--subnet", lab.InsideNet.String())
-	ext := s.Contact(phone, proxy)
-	s.Stands(phone, proxy, ext)
-	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 }

@@ -49,7 +49,7 @@ be read. Other commands have the same.`,
 // noSubnet says that no subnet is enabled, and lists the candidates and the
 // command that enables them.
 func noSubnet(cfg config.Config) error {
-	network, err := gateway.ReadNetwork(0, cfg.Outside)
+	network, err := gateway.ReadNetwork(0, gateway.Sides{Outside: cfg.Outside})
 	if err != nil {
 		return err
 	}

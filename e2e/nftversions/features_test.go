@@ -57,6 +57,8 @@ var features = []feature{
 	{name: "mapping", args: mapping, shows: permissions},
 	{name: "mapping and hairpin", args: hairpin, shows: permissions},
 	{name: "two uplinks", args: hairpin, uplinks: true, shows: permissions},
+	{name: "one arm and mapping", args: slices.Concat(mapping, []string{"--outside=lan0", "--inside=lan1"}), shows: permissions},
+	{name: "one arm, expect", args: slices.Concat(stage.Expect, mapping, []string{"--outside=lan0"})},
 	{name: "routed IPv6", args: routed, lab: lab.Options{IPv6: true}, shows: permissions},
 	{name: "all at once", args: slices.Concat(hairpin, groups, []string{
 		"--port-pool=62000-62999", "--exclude-peer=198.18.0.0/15", "--exclude-port=4500", "--exclude-port=4501",

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -30,6 +31,10 @@ type Config struct {
 	// Outside names links that are outside links although no default route
 	// leaves by them. Those with a default route need no mention.
 	Outside []string
+
+	// Inside names links that are never outside links, whatever routes and rules there
+	// are: what comes by them with a source in an enabled subnet is from inside.
+	Inside []string
 
 	// PeerGroups holds prefixes, masked, that do not overlap: a contact with one
 	// address of such a prefix permits all of them.
@@ -106,6 +111,23 @@ type Config struct {
 
 	// Subnets holds the enabled subnets in the order given. No two overlap.
 	Subnets []Subnet
+
+	// LinkSubnets holds links whose connected prefixes are enabled, in the order given.
+	// The caller finds the prefixes. What Subnets names goes first.
+	LinkSubnets []LinkSubnet
+}
+
+// EnablesNone reports whether no subnet can ever be enabled.
+func (c *Config) EnablesNone() bool {
+	return len(c.Subnets) == 0 && len(c.LinkSubnets) == 0 && !c.AutoSubnets
+}
+
+// A LinkSubnet stands for the prefixes that are connected to a link: those of IPv4, and if
+// Like is routed those of IPv6, too.
+type LinkSubnet struct {
+	Link string
+	// Like is a subnet as each of them is, without its prefix.
+	Like Subnet
 }
 
 // EnablesNone reports whether no subnet can ever be enabled.
@@ -255,13 +277,29 @@ func (c *Config) check() (key string, err error) {
 			}
 		}
 	}
-	mapped := false
-	for _, s := range c.Subnets {
-		if s.Routed && s.Filtering == EndpointIndependent {
-			return "subnet", fmt.Errorf("%q is routed, and endpoint_independent filtering is for source NAT: "+
-				"an expectation for everybody would let other inside networks in", s.Prefix)
+	for _, name := range c.Inside {
+		if slices.Contains(c.Outside, name) {
+			return "inside", fmt.Errorf("link %q is one of outside, too: a link is one or the other, so take it out of one of the two", name)
 		}
+	}
+	mapped := false
+	check := func(name string, s Subnet) error {
 		mapped = mapped || s.Mapping == EndpointIndependentMapping
+		if s.Routed && s.Filtering == EndpointIndependent {
+			return fmt.Errorf("%q is routed, and endpoint_independent filtering is for source NAT: "+
+				"an expectation for everybody would let other inside networks in", name)
+		}
+		return nil
+	}
+	for _, s := range c.Subnets {
+		if err := check(s.Prefix.String(), s); err != nil {
+			return "subnet", err
+		}
+	}
+	for _, s := range c.LinkSubnets {
+		if err := check(s.Link, s.Like); err != nil {
+			return "subnet", err
+		}
 	}
 	if c.Hairpin && !mapped {
 		return "hairpin", errors.New(`expected a subnet with mapping = "endpoint_independent": hosts are found by their mappings`)

@@ -223,7 +223,7 @@ func (f *file) subnets(v any) {
 			}
 		}
 	}
-	f.config.AutoSubnets, f.config.Subnets = l.auto, l.list
+	l.set(&f.config)
 }
 
 func unknownInSubnet(key string) error {

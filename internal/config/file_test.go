@@ -20,6 +20,7 @@ lifetime = "90s"
 reconcile = "1m"
 log_level = "debug"
 outside = ["wan0", "ppp0"]
+inside = ["lan0"]
 port_pool = "20000-29999"
 mapping_exempt = ["192.0.2.0/24"]
 hairpin = true
@@ -49,6 +50,10 @@ routed = true
 filtering = "address_and_port_dependent"
 
 [[subnet]]
+prefix = "lan0"
+mapping = "endpoint_independent"
+
+[[subnet]]
 prefix = "auto"
 `
 
@@ -59,6 +64,7 @@ func everyConfig() Config {
 		Reconcile:        time.Minute,
 		LogLevel:         slog.LevelDebug,
 		Outside:          []string{"wan0", "ppp0"},
+		Inside:           []string{"lan0"},
 		PortPool:         PortRange{20000, 29999},
 		MappingExempt:    []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")},
 		Hairpin:          true,
@@ -82,6 +88,7 @@ func everyConfig() Config {
 			{Prefix: netip.MustParsePrefix("192.168.1.0/24"), Mapping: EndpointIndependentMapping},
 			{Prefix: netip.MustParsePrefix("2001:db8:1::/64"), Routed: true, Filtering: AddressAndPortDependent},
 		},
+		LinkSubnets: []LinkSubnet{{Link: "lan0", Like: Subnet{Mapping: EndpointIndependentMapping}}},
 	}
 }
 
@@ -200,15 +207,15 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 
 		"unknown key": {
 			"# typo\nlifetme = \"5m\"",
-			`2: lifetme: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, port_pool, mapping_exempt, hairpin, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`2: lifetme: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"unknown table": {
 			"lifetime = \"5m\"\n[limits.host]\nx = 1",
-			`2: limits: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, port_pool, mapping_exempt, hairpin, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`2: limits: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"key of another case": {
 			`Lifetime = "5m"`,
-			`1: Lifetime: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, port_pool, mapping_exempt, hairpin, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`1: Lifetime: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"unknown key in the second subnet": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n[[subnet]]\nprefix = \"192.168.0.0/16\"\nmtu = 1500",
@@ -228,11 +235,27 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 		},
 		"subnet without a prefix": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n\n[[subnet]]\nrouted = true",
-			`4: subnet.prefix: expected a prefix such as "192.168.1.0/24", or "auto", got nothing`,
+			`4: subnet.prefix: expected a prefix such as "192.168.1.0/24", a link such as "lan0", or "auto", got nothing`,
 		},
 		"subnet that is no prefix": {
-			"[[subnet]]\nprefix = \"lan0\"",
-			`2: subnet.prefix: expected a prefix such as "192.168.1.0/24", or "auto", got "lan0"`,
+			"[[subnet]]\nprefix = \"10.0.0\"",
+			`2: subnet.prefix: expected a prefix such as "192.168.1.0/24", a link such as "lan0", or "auto", got "10.0.0"`,
+		},
+		"subnet that can be no link": {
+			"[[subnet]]\nprefix = \"2001:db8::\"",
+			`2: subnet.prefix: expected a prefix such as "192.168.1.0/24", a link such as "lan0", or "auto", got "2001:db8::"`,
+		},
+		"link twice": {
+			"[[subnet]]\nprefix = \"lan0\"\n[[subnet]]\nprefix = \"lan0\"\nrouted = true",
+			`4: subnet.prefix: expected each link once, got "lan0"; keep one of the two`,
+		},
+		"routed link with filtering": {
+			"[[subnet]]\nprefix = \"lan0\"\nrouted = true\nfiltering = \"endpoint_independent\"",
+			`1: subnet: "lan0" is routed, and endpoint_independent filtering is for source NAT: an expectation for everybody would let other inside networks in`,
+		},
+		"link inside and outside": {
+			"outside = [\"wan0\", \"lan0\"]\ninside = [\"lan0\"]",
+			`2: inside: link "lan0" is one of outside, too: a link is one or the other, so take it out of one of the two`,
 		},
 		"subnet with host bits": {
 			"[[subnet]]\nprefix = \"192.168.1.1/24\"",
@@ -296,7 +319,7 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 		},
 		"inline subnets in which the second is wrong": {
 			"\nsubnet = [\n {prefix = \"10.0.0.0/8\"},\n {prefix = 1},\n]",
-			`2: subnet.prefix: expected a prefix such as "192.168.1.0/24", or "auto", got 1`,
+			`2: subnet.prefix: expected a prefix such as "192.168.1.0/24", a link such as "lan0", or "auto", got 1`,
 		},
 		"the same subnet twice": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n[[subnet]]\nprefix = \"10.0.0.0/8\"",
@@ -324,8 +347,8 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 			`1: reconcile: expected a duration between 1s and 1h such as "30s", got 1
 2: backend: expected "auto", "expect" or "nft", got 2
 4: subnet.routed: expected true or false, got 3
-5: subnet.prefix: expected a prefix such as "192.168.1.0/24", or "auto", got 4
-7: subnet.prefix: expected a prefix such as "192.168.1.0/24", or "auto", got 5`,
+5: subnet.prefix: expected a prefix such as "192.168.1.0/24", a link such as "lan0", or "auto", got 4
+7: subnet.prefix: expected a prefix such as "192.168.1.0/24", a link such as "lan0", or "auto", got 5`,
 		},
 
 		"a duration without quotes": {
@@ -338,7 +361,7 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 		},
 		"a prefix without quotes": {
 			"[[subnet]]\nprefix = 192.168.1.0/24",
-			`2: subnet.prefix: expected a prefix such as "192.168.1.0/24", or "auto", got 192.168.1.0/24 (not valid TOML: Invalid float value: "192.168.1.0")`,
+			`2: subnet.prefix: expected a prefix such as "192.168.1.0/24", a link such as "lan0", or "auto", got 192.168.1.0/24 (not valid TOML: Invalid float value: "192.168.1.0")`,
 		},
 		"a capital in a boolean": {
 			"[[subnet]]\nrouted = True",

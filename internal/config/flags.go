@@ -24,7 +24,7 @@ func (f *Flags) Register(fs *pflag.FlagSet) {
 	f.config.kind = "file"
 	fs.Var(&f.config, "config", "configuration `file`; flags go before it")
 	f.subnets.kind = "prefix"
-	fs.Var(&f.subnets, "subnet", `inside prefix to enable, or "auto", instead of those of the file (repeatable)`)
+	fs.Var(&f.subnets, "subnet", `inside prefix to enable, a link for its prefixes, or "auto", instead of those of the file (repeatable)`)
 	fs.BoolVar(&f.routed, "routed", false, "the subnets of --subnet are routed, not only NATed")
 	f.filters = texts{kind: "name", def: AddressDependent.String()}
 	fs.Var(&f.filters, "filtering", "who may send to the hosts of --subnet: address_dependent, endpoint_independent (anybody) or address_and_port_dependent (no permissions)")
@@ -86,7 +86,7 @@ func (f *Flags) Resolve() (Config, error) {
 	}
 	switch {
 	case len(f.subnets.given) > 0:
-		c.AutoSubnets, c.Subnets = l.auto, l.list
+		l.set(&c)
 	case f.routed:
 		errs = append(errs, errors.New("--routed: expected a --subnet beside it"))
 	case len(f.filters.given) > 0:

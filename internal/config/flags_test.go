@@ -39,12 +39,12 @@ func write(t *testing.T, data string) string {
 func TestFlagsAndFileSayTheSame(t *testing.T) {
 	got, err := resolve(
 		t, "--backend=expect", "--lifetime=90s", "--reconcile=1m", "--log-level=debug",
-		"--outside=wan0", "--outside=ppp0", "--peer-group=198.51.100.0/28", "--peer-group=2001:db9::/64",
+		"--outside=wan0", "--outside=ppp0", "--inside=lan0", "--peer-group=198.51.100.0/28", "--peer-group=2001:db9::/64",
 		"--exclude-peer=203.0.113.0/24", "--exclude-peer=2001:db8::/32",
 		"--port-pool=20000-29999", "--mapping-exempt=192.0.2.0/24", "--exclude-peer-port=53", "--exclude-port=5060", "--exclude-port=65535",
 		"--max-permissions=1000", "--max-permissions-per-subnet=500", "--max-permissions-per-host=50",
 		"--max-children=10", "--learn=false", "--learn-rate=7", "--guard=false", "--table=cone2", "--on-stop=keep", "--event-buffer=65536", "--control-socket=/run/c.sock",
-		"--subnet=192.168.1.0/24", "--subnet=2001:db8:1::/64", "--subnet=auto",
+		"--subnet=192.168.1.0/24", "--subnet=2001:db8:1::/64", "--subnet=lan0", "--subnet=auto",
 	)
 	if err != nil {
 		t.Fatal(err)
@@ -52,6 +52,7 @@ func TestFlagsAndFileSayTheSame(t *testing.T) {
 	want := everyConfig()
 	want.Subnets[1].Routed, want.Subnets[1].Filtering = false, AddressDependent // one flag is for all or none
 	want.Subnets[0].Mapping, want.Hairpin = KernelMapping, false                // not with "auto"
+	want.LinkSubnets[0].Like.Mapping = KernelMapping
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
 	}
@@ -133,8 +134,8 @@ func TestWrongFlagsAreNamed(t *testing.T) {
 		"port with a name":   {[]string{"--exclude-peer-port=sip"}, `--exclude-peer-port: expected a port between 1 and 65535 or a range such as "10000-20000", got "sip"`},
 		"buffer with a unit": {[]string{"--event-buffer=8M"}, `--event-buffer: expected bytes between 65536 (64 KiB) and 1073741824 (1 GiB), got "8M"`},
 		"peer":               {[]string{"--exclude-peer=203.0.113.7/24"}, `--exclude-peer: expected a prefix without host bits, got "203.0.113.7/24"; did you mean "203.0.113.0/24"?`},
-		"subnet":             {[]string{"--subnet=192.168.1.1"}, `--subnet: expected a prefix such as "192.168.1.0/24", or "auto", got "192.168.1.1"`},
-		"empty subnet":       {[]string{"--subnet="}, `--subnet: expected a prefix such as "192.168.1.0/24", or "auto", got ""`},
+		"subnet":             {[]string{"--subnet=192.168.1.1"}, `--subnet: expected a prefix such as "192.168.1.0/24", a link such as "lan0", or "auto", got "192.168.1.1"`},
+		"empty subnet":       {[]string{"--subnet="}, `--subnet: expected a prefix such as "192.168.1.0/24", a link such as "lan0", or "auto", got ""`},
 		"nested subnets": {
 			[]string{"--subnet=10.0.0.0/8", "--subnet=10.1.0.0/16"},
 			`--subnet: expected subnets that do not overlap, got "10.1.0.0/16" inside "10.0.0.0/8" of --subnet; a host belongs to one subnet, so keep one of the two`,
@@ -227,6 +228,7 @@ func TestEveryFlag(t *testing.T) {
 		"reconcile":                  {"2m", nil, func(c Config) any { return c.Reconcile }, 2 * time.Minute},
 		"log-level":                  {"debug", nil, func(c Config) any { return c.LogLevel }, slog.LevelDebug},
 		"outside":                    {"wan0", nil, func(c Config) any { return c.Outside[0] }, "wan0"},
+		"inside":                     {"lan0", nil, func(c Config) any { return c.Inside[0] }, "lan0"},
 		"port-pool":                  {"20000-29999", nil, func(c Config) any { return c.PortPool }, PortRange{20000, 29999}},
 		"mapping-exempt":             {"192.0.2.0/24", nil, func(c Config) any { return c.MappingExempt[0].String() }, "192.0.2.0/24"},
 		"hairpin":                    {"", append(subnet, "--mapping=endpoint_independent"), func(c Config) any { return c.Hairpin }, true},

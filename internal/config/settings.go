@@ -55,8 +55,13 @@ var settings = []setting{
 	},
 	{
 		key: "outside", flag: "outside", kind: "link", list: true,
-		usage: "outside link besides those with a default route (repeatable)",
+		usage: "outside link besides those that routes, rules and flows tell of (repeatable)",
 		set:   list(`["wan0"]`, link, func(c *Config) *[]string { return &c.Outside }),
+	},
+	{
+		key: "inside", flag: "inside", kind: "link", list: true,
+		usage: "link that is no outside link, whatever routes and rules say (repeatable)",
+		set:   list(`["lan0"]`, link, func(c *Config) *[]string { return &c.Inside }),
 	},
 	{
 		key: "port_pool", flag: "port-pool", kind: "ports", def: "61000-65535",

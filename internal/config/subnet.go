@@ -3,6 +3,8 @@ package config
 import (
 	"fmt"
 	"net/netip"
+	"slices"
+	"strings"
 )
 
 // notUnicast holds what no subnet may touch, with the RFC that says so.
@@ -23,13 +25,26 @@ var notUnicast = []struct {
 
 // subnetList collects subnets from one source, the file or the flags.
 type subnetList struct {
-	auto bool
-	list []Subnet
-	at   []string // where each of list was given, for errors
+	auto  bool
+	list  []Subnet
+	at    []string // where each of list was given, for errors
+	links []LinkSubnet
 }
 
-// add checks one more prefix, a value as TOML decodes it or "auto", for a subnet
-// that is like s else. It may overlap none of those before.
+// set puts what was collected into c.
+func (l *subnetList) set(c *Config) {
+	c.AutoSubnets, c.Subnets, c.LinkSubnets = l.auto, l.list, l.links
+}
+
+// namesLink reports whether a value is the name of a link, and not an address or a part
+// of one.
+func namesLink(v any) bool {
+	s, err := link(v)
+	return err == nil && strings.Trim(s, "0123456789.-") != ""
+}
+
+// add checks one more prefix, a value as TOML decodes it, the name of a link or "auto", for
+// a subnet that is like s else. It may overlap none of those before.
 func (l *subnetList) add(at string, v any, s Subnet) error {
 	if v == "auto" {
 		switch {
@@ -43,7 +58,15 @@ func (l *subnetList) add(at string, v any, s Subnet) error {
 		l.auto = true
 		return nil
 	}
-	p, err := prefix(`a prefix such as "192.168.1.0/24", or "auto"`, v)
+	if namesLink(v) {
+		name, _ := v.(string)
+		if slices.ContainsFunc(l.links, func(x LinkSubnet) bool { return x.Link == name }) {
+			return fmt.Errorf("%w; keep one of the two", expected("each link once", v))
+		}
+		l.links = append(l.links, LinkSubnet{Link: name, Like: s})
+		return nil
+	}
+	p, err := prefix(`a prefix such as "192.168.1.0/24", a link such as "lan0", or "auto"`, v)
 	if err != nil {
 		return err
 	}

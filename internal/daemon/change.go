@@ -63,22 +63,23 @@ func (d *Daemon) reload(cfg config.Config, err error) error {
 // adopt puts a new configuration in force. All that can be wrong is found before
 // anything changes. The reconcile calls it.
 func (d *Daemon) adopt(wanted config.Config) error {
-	network, err := gateway.ReadNetwork(0, wanted.Outside)
-	if err != nil {
-		return err
-	}
-	d.firewall.look()
-	d.changed.rules = true // what is new in them is still to be followed, whatever comes of this
-	cfg, err := d.resolve(wanted, network)
-	if err != nil {
-		return err
-	}
-	if err := outsideOwn(cfg.Subnets, network); err != nil {
-		return err
-	}
 	var old config.Config
 	if !d.do(func() { old = d.cfg.Config }) {
 		return errEnded
+	}
+	marked := wanted
+	if wanted.AutoSubnets { // what "auto" found is inside, whatever routes it got
+		marked.Subnets = slices.Concat(wanted.Subnets, old.Subnets)
+	}
+	d.firewall.look()
+	d.changed.rules = true // what is new in them is still to be followed, whatever comes of this
+	network, err := d.readNetwork(marked)
+	if err != nil {
+		return err
+	}
+	cfg, err := d.resolve(wanted, network)
+	if err != nil {
+		return err
 	}
 	if err := unchangeable(old, cfg); err != nil {
 		return err
@@ -94,16 +95,16 @@ func (d *Daemon) adopt(wanted config.Config) error {
 	return nil
 }
 
-// resolve returns what the user wants, with the subnets that "auto" finds and limits that
+// resolve returns what the user wants, with the subnets of links and limits that
 // suit the conntrack table. A link that was an outside link does not become an inside one
 // when it loses its default route.
 func (d *Daemon) resolve(wanted config.Config, network gateway.Network) (config.Config, error) {
 	var err error
-	wanted.Subnets, err = d.firewall.subnets(wanted, network, d.rerouted.outside, d.hosts)
+	wanted.Subnets, err = d.firewall.subnets(wanted, network, d.uplinks.routed, d.hosts)
 	return wanted.Sized(d.size), err
 }
 
-// follow enables the subnets that "auto" finds now, with the limits that suit the
+// follow enables the subnets that links have now, with the limits that suit the
 // conntrack table now, and reports whether they are others than those of cfg, which is
 // in force.
 func (d *Daemon) follow(cfg config.Config, network gateway.Network) (changed bool, err error) {
@@ -120,13 +121,14 @@ func (d *Daemon) follow(cfg config.Config, network gateway.Network) (changed boo
 		return false, fmt.Errorf("enable the subnets %v: %w", prefixes(next.Subnets), err)
 	}
 	if !sameSubnets {
-		d.log.Info("links or rules changed, and with them the subnets of \"auto\"", "subnets", prefixes(next.Subnets))
+		d.log.Info("links or rules changed, and with them the subnets of links", "subnets", prefixes(next.Subnets))
 	}
 	if !sameLimits {
 		d.log.Info("the conntrack table has another size, and so have limits", "entries", d.size,
 			"max_permissions_per_host", next.MaxPermissionsPerHost, "max_children", next.MaxChildren)
 	}
 	d.ask(func() { d.warned.tell(d.now(), d.warnings()) })
+	d.wantReconcile() // the links of other subnets lead inside
 	return true, nil
 }
 
@@ -148,7 +150,7 @@ func unchangeable(old, next config.Config) error {
 			errs = append(errs, fmt.Errorf("%s: a change needs a restart", key))
 		}
 	}
-	if anyIPv6(next.Subnets) && !anyIPv6(old.Subnets) {
+	if anyIPv6(next) && !anyIPv6(old) {
 		errs = append(errs, errors.New("subnet: the first IPv6 subnet needs a restart"))
 	}
 	if size := mapConfig(old).Size; size != mapConfig(next).Size && wantsMap(old) && wantsMap(next) {

@@ -3,7 +3,6 @@ package daemon
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"maps"
 	"net/netip"
@@ -73,6 +72,7 @@ type Daemon struct {
 	budget    budget             // for what neighbours change
 	part      uint64             // of an owned map, that was compared last
 	changed   changes            // by neighbours, and still to be looked at
+	uplinks   uplinks            // that routes do not tell of
 	rerouted  struct {           // flows may leave by other links
 		looks   int             // that are still to come
 		next    time.Duration   // not before
@@ -114,6 +114,7 @@ type Daemon struct {
 	pings    chan chan struct{} // of Alive
 	hurry    chan struct{}      // a reconcile is wanted
 	moved    chan struct{}      // links, addresses or routes changed
+	strays   chan struct{}      // translated flows left by links that are not outside links
 	jobs     chan func()        // for the reconcile
 	looks    chan func()        // the same, for what it may do in the middle of its work
 	reloads  atomic.Uint64      // that began
@@ -131,14 +132,15 @@ type Daemon struct {
 func New(cfg Config) (d *Daemon, err error) {
 	d = &Daemon{
 		cfg: cfg, log: cfg.Log,
-		start: time.Now(),
-		inbox: make(chan func(), 64),
-		pings: make(chan chan struct{}, 1),
-		hurry: make(chan struct{}, 1),
-		moved: make(chan struct{}, 1),
-		jobs:  make(chan func()),
-		looks: make(chan func()),
-		ended: make(chan struct{}),
+		start:  time.Now(),
+		inbox:  make(chan func(), 64),
+		pings:  make(chan chan struct{}, 1),
+		hurry:  make(chan struct{}, 1),
+		moved:  make(chan struct{}, 1),
+		strays: make(chan struct{}, 1),
+		jobs:   make(chan func()),
+		looks:  make(chan func()),
+		ended:  make(chan struct{}),
 
 		backends: newBackends(),
 	}
@@ -159,19 +161,21 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.conntrack, err = openSysctls(); err != nil {
 		return d, err
 	}
-	if d.network, err = gateway.ReadNetwork(0, cfg.Outside); err != nil {
-		return d, err
-	}
 	d.wanted = cfg.Config
 	if d.firewall, err = openFirewall(cfg.Table); err != nil {
 		return d, err
 	}
 	d.firewall.look()
+	if d.network, err = d.readNetwork(cfg.Config); err != nil {
+		return d, err
+	}
 	if d.cfg.Subnets, err = d.firewall.subnets(cfg.Config, d.network, nil, nil); err != nil {
 		return d, err
 	}
-	if err = outsideOwn(d.cfg.Subnets, d.network); err != nil {
-		return d, err
+	if len(d.cfg.Subnets) > len(cfg.Subnets) { // the links of these lead inside
+		if d.network, err = d.readNetwork(d.cfg.Config); err != nil {
+			return d, err
+		}
 	}
 	// Subscribed before the first dump, so that no flow is missed in between.
 	d.events, err = ctwatch.Dial(ctwatch.Config{ReadBuffer: cfg.EventBuffer})
@@ -182,6 +186,9 @@ func New(cfg Config) (d *Daemon, err error) {
 		return d, err
 	}
 	if d.reads, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
+		return d, err
+	}
+	if err := d.seeFlowsBefore(); err != nil {
 		return d, err
 	}
 	if d.statistics, err = ctwatch.DialStatistics(ctwatch.Config{}); err != nil {
@@ -207,7 +214,7 @@ func New(cfg Config) (d *Daemon, err error) {
 		return d, err
 	}
 	d.served, d.looked = d.held, d.now()
-	d.firewall.uppers = d.network.Uppers()
+	d.firewall.setSides(d.network)
 	// Known before the first grant.
 	d.forwarded, d.ruleWarnings = d.firewall.forwards(d.network)
 	d.whole = d.firewall.whole
@@ -273,42 +280,10 @@ func (d *Daemon) goOnServing(adopted []expect.Adopted) (err error) {
 	return nil
 }
 
-// subnets returns the enabled subnets, the candidates among them if these are
-// asked for and do not overlap what is named. Links that were outside links lead to none,
-// and hosts are known to be inside.
-func (f *firewall) subnets(cfg config.Config, network gateway.Network, were map[string]bool, hosts []netip.Addr) ([]config.Subnet, error) {
-	enabled := slices.Clone(cfg.Subnets)
-	if !cfg.AutoSubnets {
-		return enabled, nil
-	}
-	named, err := f.uplinks(network)
-	if err != nil {
-		return nil, fmt.Errorf("find the links of subnet \"auto\": %w", err)
-	}
-	uplinks := make(map[string]bool)
-	maps.Copy(uplinks, were)
-	for _, name := range named {
-		uplinks[name] = true
-	}
-	for _, c := range network.Candidates(uplinks, hosts) {
-		free := true
-		for _, s := range cfg.Subnets {
-			free = free && !s.Prefix.Overlaps(c)
-		}
-		if free {
-			enabled = append(enabled, config.Subnet{Prefix: c})
-		}
-	}
-	return enabled, nil
-}
-
-func anyIPv6(subnets []config.Subnet) bool {
-	for _, s := range subnets {
-		if s.Prefix.Addr().Is6() {
-			return true
-		}
-	}
-	return false
+// anyIPv6 reports whether a subnet is of IPv6, or may come to be.
+func anyIPv6(cfg config.Config) bool {
+	return slices.ContainsFunc(cfg.Subnets, func(s config.Subnet) bool { return s.Prefix.Addr().Is6() }) ||
+		slices.ContainsFunc(cfg.LinkSubnets, func(l config.LinkSubnet) bool { return l.Like.Routed })
 }
 
 // policy returns the policy of a configuration, with the backends in use.

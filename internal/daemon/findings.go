@@ -1,8 +1,6 @@
 package daemon
 
 import (
-	"errors"
-	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -11,7 +9,6 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
-	"github.com/conenatd/conenatd/internal/gateway"
 )
 
 // someFlows are more than chance, fewFlows are where there are no others.
@@ -65,18 +62,16 @@ func (d *Daemon) warnings() (out warnings) {
 		out.add(warnLinkMissing, name, "outside link %s is not there: it counts as soon as it is, or correct its name in the key outside (there are %s)",
 			name, strings.Join(d.network.LinkNames(), ", "))
 	}
+	d.warnLinkSubnets(&out)
 	if d.cfg.AutoSubnets && len(d.cfg.Subnets) == 0 {
 		out.add(warnNoInside, "", `subnet "auto" found no inside network: one is served as soon as it is there, or name it with --subnet`)
 	}
 	if len(d.network.OutsideLinks()) == 0 && len(d.network.Missing) == 0 {
-		out.add(warnNoOutside, "", `no outside link: none has a default route; name one with --outside`)
+		out.add(warnNoOutside, "", `no outside link: none has a default route, no rule translates by one and no translated flow left; name one with --outside`)
 	}
 	d.warnRoom(&out)
 	d.warnElsewhere(&out)
-	for _, o := range ownNetworks(d.cfg.Subnets, d.network) {
-		out.add(warnOwnNetwork, fmt.Sprintf("%v %s", o.subnet, o.link.Name), "subnet %v holds the network of the outside link %s (%v): "+
-			"its hosts are inside and no peers, but the kernel neither learns their permissions nor maps their ports", o.subnet, o.link.Name, o.addr)
-	}
+	d.warnSides(&out)
 	d.warnSubnets(&out)
 	return out
 }
@@ -85,7 +80,7 @@ func (d *Daemon) warnings() (out warnings) {
 func (d *Daemon) warnElsewhere(out *warnings) {
 	elsewhere := d.model.Elsewhere()
 	for _, l := range d.network.Links {
-		if n := elsewhere[l.Name].Translated; n > 0 && !l.Outside {
+		if n := elsewhere[l.Name].Translated; n > 0 && l.Outside == 0 {
 			out.add(warnPeersBehindLink, l.Name, "%d translated flows of enabled hosts left by %s, which is no outside link, and give no permission: "+
 				"if it leads to peers, name it with --outside %s", n, l.Name, l.Name)
 		}
@@ -113,44 +108,4 @@ func (d *Daemon) warnSubnets(out *warnings) {
 			out.add(warnIPv6NotRouted, s.Prefix.String(), "subnet %v is not routed: only source-NATed IPv6 flows give permissions", s.Prefix)
 		}
 	}
-}
-
-// An ownNetwork is that of an outside link, in a subnet: a link to both sides, or one
-// inside that got a default route, by a router advertisement say.
-type ownNetwork struct {
-	subnet netip.Prefix
-	link   gateway.Link
-	addr   netip.Prefix
-}
-
-// ownNetworks returns the subnets that hold an outside link's own network. One within a
-// wide outside network is fine.
-func ownNetworks(subnets []config.Subnet, network gateway.Network) (own []ownNetwork) {
-	for _, l := range network.Links {
-		for _, a := range network.Addrs {
-			for _, s := range subnets {
-				if l.Outside && a.Link == l.Index && s.Prefix.Bits() <= a.Prefix.Bits() && s.Prefix.Overlaps(a.Prefix) {
-					own = append(own, ownNetwork{s.Prefix, l, a.Prefix})
-				}
-			}
-		}
-	}
-	return own
-}
-
-// outsideOwn returns an error for each subnet that holds an outside link's own network,
-// whose hosts are peers, if that leaves no other outside link.
-func outsideOwn(subnets []config.Subnet, network gateway.Network) error {
-	own := ownNetworks(subnets, network)
-	for _, name := range network.OutsideLinks() {
-		if !slices.ContainsFunc(own, func(o ownNetwork) bool { return o.link.Name == name }) {
-			return nil
-		}
-	}
-	var errs []error
-	for _, o := range own {
-		errs = append(errs, fmt.Errorf("subnet %v: it holds the network of the outside link %s (%v), "+
-			"whose hosts are peers; name an inside network", o.subnet, o.link.Name, o.addr))
-	}
-	return errors.Join(errs...)
 }

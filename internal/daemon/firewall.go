@@ -3,6 +3,7 @@ package daemon
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -38,6 +39,8 @@ type firewall struct {
 	choosers    []string                  // rules of the user's that choose outside ports
 	byMark      bool                      // routes may depend on marks
 	uppers      map[string]string
+	oneArmed    []string // outside links that lead inside, too
+	not4        []string // outside links that are none for IPv4
 
 	known map[netip.Addr]struct{} // addresses that links had; nil before the first look
 
@@ -127,6 +130,15 @@ func (f *firewall) mapConfig(cfg config.Config) *rules.MapConfig {
 	return c
 }
 
+// setSides tells which links share a network, and which are not outside links alone. It
+// reports whether that was told before.
+func (f *firewall) setSides(n gateway.Network) (same bool) {
+	uppers, oneArmed, not4 := n.Uppers(), n.OneArmed(), n.Not4()
+	same = maps.Equal(uppers, f.uppers) && slices.Equal(oneArmed, f.oneArmed) && slices.Equal(not4, f.not4)
+	f.uppers, f.oneArmed, f.not4 = uppers, oneArmed, not4
+	return same
+}
+
 // set makes the tables do what the configuration wants, and reports whether they
 // did not.
 func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err error) {
@@ -143,6 +155,7 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	d := rules.Desired{
 		OutsideLinks: outside, Subnets: prefixes(cfg.Subnets), Guard: cfg.Guard, Uppers: f.uppers,
+		OneArmed: f.oneArmed, Not4: f.not4, InsideLinks: cfg.Inside,
 		Helpers: f.helpers, MaxChildren: cfg.MaxChildren,
 	}
 	// Where nobody can tell, nothing is dropped. The kernel does not learn from it then.
@@ -167,7 +180,7 @@ func (f *firewall) withExpectations() bool { return len(f.helpers) > 0 }
 // sure takes those flows out whose source may be spoofed. It asks after the flows were
 // read: the kernel remembers such a flow before it is in the table of flows.
 func (f *firewall) sure(flows []cone.Flow) ([]cone.Flow, error) {
-	if f.tables == nil || !f.withMap {
+	if f.tables == nil || !f.withMap && !f.mapping {
 		return flows, nil
 	}
 	kernel, unsure := f.tables.NewUnsure(), map[elements.Direction]struct{}{}
@@ -290,7 +303,7 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 
 func outsideLinks(network gateway.Network) (links []userrules.Link) {
 	for _, l := range network.Links {
-		if l.Outside {
+		if l.Outside != 0 {
 			links = append(links, userrules.Link{Index: l.Index, Name: l.Name})
 		}
 	}
@@ -343,17 +356,13 @@ func (f *firewall) fixedSources() (addrs []userrules.AddrRange, unknown bool) {
 	return f.user.FixedSources()
 }
 
-// uplinks returns the names of the links of which the user's rules say that they lead
-// outside.
-func (f *firewall) uplinks(network gateway.Network) ([]string, error) {
+// uplinks returns the names of those of the links of which the user's rules say that they
+// lead outside.
+func (f *firewall) uplinks(links []userrules.LAN) ([]string, error) {
 	if f.unread != nil {
 		return nil, f.unread
 	}
-	var lans []userrules.LAN
-	for _, l := range network.LANs() {
-		lans = append(lans, userrules.LAN{Link: userrules.Link{Index: l.Index, Name: l.Name}, Networks: l.Networks})
-	}
-	return f.user.Uplinks(lans)
+	return f.user.Uplinks(links)
 }
 
 // read is what status shows of the tables. What cannot be read is as it was when it was

@@ -35,7 +35,7 @@ func TestForwardsHoldWhileRulesCannotBeRead(t *testing.T) {
 		f.look()
 		return f.forwards(network)
 	}
-	network := gateway.Network{Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: true}}}
+	network := gateway.Network{Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: gateway.IPv4}}}
 	e := cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.1:5060"))
 
 	unprivileged(t, func() {

@@ -147,6 +147,12 @@ func (d *Daemon) loop(ctx context.Context) error {
 		}
 		d.behind = d.model.Tick(d.now(), atOnce)
 		d.apply(0)
+		if d.model.HasStrays() {
+			select {
+			case d.strays <- struct{}{}:
+			default: // it is going to look
+			}
+		}
 	}
 }
 

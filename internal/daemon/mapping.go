@@ -118,11 +118,12 @@ func (m *mapper) bars(port uint16) bool {
 // maps reports whether the kernel can do endpoint-independent mapping.
 func (f *firewall) maps() bool { return f.tables != nil && !f.tables.Lacks(rules.FeatureMapping) }
 
-// outsideAddrs returns the gateway's addresses on outside links, and these.
+// outsideAddrs returns the gateway's addresses on outside links, and these. What has an
+// address of a link that only shares the network of another one leaves by that.
 func outsideAddrs(n gateway.Network) map[cone.Addr]string {
 	names := make(map[int]string)
 	for _, l := range n.Links {
-		if l.Outside {
+		if l.Outside&gateway.IPv4 != 0 && l.Cause != gateway.SharedLink {
 			names[l.Index] = l.Name
 		}
 	}
@@ -177,7 +178,7 @@ func (m *mapper) linkOf(f *cone.Flow) string {
 	if link := m.links[f.ReplyDst.Addr]; link != "" || !m.owned(f.ReplyDst.Addr) {
 		return link
 	}
-	if links := m.routes.links(f); len(links) == 1 && links[0].Outside {
+	if links := m.routes.links(f); len(links) == 1 && links[0].Outside&gateway.IPv4 != 0 {
 		return links[0].Name
 	}
 	return ""

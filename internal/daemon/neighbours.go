@@ -14,6 +14,7 @@ type changes struct {
 	rules    bool // somebody's transaction in nftables, or rules of iptables-legacy
 	elements bool // one that could change what is in the map
 	links    bool // links, addresses or routes
+	ways     bool // translated flows left by links that are not outside links
 	flows    bool // some may have been misjudged meanwhile
 }
 
@@ -94,6 +95,15 @@ func (d *Daemon) lookAtChanges(q *ctwatch.Queries) error {
 			errs = append(errs, err)
 		}
 	}
+	try(was.ways && !was.links, &d.changed.ways, func() error {
+		var cfg config.Config
+		if !d.ask(func() { cfg = d.cfg.Config }) {
+			return errEnded
+		}
+		found, err := d.followFlows(cfg)
+		was.links = was.links || found
+		return err
+	})
 	try(was.links, &d.changed.links, func() error {
 		// A flow that began meanwhile may have been misjudged.
 		misjudged, err := d.readGateway()
@@ -122,6 +132,10 @@ func (d *Daemon) readRules() (followed bool, err error) {
 		return false, errEnded
 	}
 	d.firewall.look()
+	if other, err := d.uplinks.ask(d.firewall, d.network); err != nil || other {
+		misjudged, failed := d.readGateway()
+		return misjudged, errors.Join(err, failed)
+	}
 	err = d.readForwards(cfg, d.network)
 	tables, failed := d.firewall.read(cfg)
 	err = errors.Join(err, failed, d.redecide(cfg, d.network, tables))

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"hash/maphash"
 	"log/slog"
-	"maps"
 	"slices"
 	"time"
 
@@ -112,6 +111,9 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 			case <-d.moved:
 				d.changed.links = true
 				d.lookAround(ctx, q)
+			case <-d.strays:
+				d.changed.ways = true
+				d.lookAround(ctx, q)
 			}
 		}
 	}
@@ -200,12 +202,14 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 	if !d.ask(func() { cfg = d.cfg.Config }) {
 		return false, errEnded
 	}
-	network, err := gateway.ReadNetwork(0, cfg.Outside)
+	_, err = d.followFlows(cfg)
+	d.failures.note("find the links of translated flows", 1, err)
+	d.firewall.look()
+	network, err := d.readNetwork(cfg)
 	if err != nil {
 		return false, err
 	}
-	d.links.Know(network, cfg.Outside, wantsMapping(cfg))
-	d.firewall.look()
+	d.links.Know(network, slices.Concat(cfg.Outside, cfg.Inside), wantsMapping(cfg))
 	_, failed := d.mendRules(cfg, network)
 	notes, err := d.firewall.forgetAddresses(cfg, network)
 	for _, n := range notes {
@@ -344,10 +348,9 @@ func (d *Daemon) lookBetween() {
 // mendRules makes our tables do what they shall, and counts it where somebody had
 // changed them.
 func (d *Daemon) mendRules(cfg config.Config, network gateway.Network) (changed bool, err error) {
-	byMark, uppers := d.firewall.byMark, d.firewall.uppers
-	d.firewall.uppers = network.Uppers()
+	byMark, same := d.firewall.byMark, d.firewall.setSides(network)
 	changed, err = d.firewall.set(cfg, network.OutsideLinks())
-	if changed && byMark == d.firewall.byMark && maps.Equal(uppers, d.firewall.uppers) && slices.Equal(d.network.OutsideLinks(), network.OutsideLinks()) {
+	if changed && byMark == d.firewall.byMark && same && slices.Equal(d.network.OutsideLinks(), network.OutsideLinks()) {
 		d.firewall.repaired++
 		d.noted.note(slog.LevelWarn, "tables", "somebody changed conenatd's nftables tables; they are put back", 1, "table", cfg.Table)
 	}

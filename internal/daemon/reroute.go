@@ -27,8 +27,10 @@ const (
 // one that has their address, when routes changed. The kernel does so for a masquerade,
 // packet by packet, and a mapping must not keep such flows from healing.
 func (d *Daemon) endRerouted(cfg config.Config, network gateway.Network) error {
-	for _, name := range network.OutsideLinks() {
-		d.rerouted.outside[name] = true
+	for _, l := range network.Links {
+		if l.Outside != 0 && l.Cause != gateway.SharedLink {
+			d.rerouted.outside[l.Name] = true
+		}
 	}
 	c := mappingConfig(cfg, d.firewall.ports)
 	if c == nil || !d.firewall.maps() {

@@ -23,19 +23,19 @@ import (
 // gateway, if the kernel has all that they need: a file that nft loads. Comments say what
 // was read of the gateway, and what could not be. It changes nothing.
 func Rules(cfg config.Config) (string, error) {
-	network, err := gateway.ReadNetwork(0, cfg.Outside)
+	f := &firewall{name: cfg.Table, shown: true}
+	defer func() { _ = f.close() }()
+	f.look()
+	var ways uplinks
+	network, _, err := ways.readNetwork(cfg, f)
 	if err != nil {
 		return "", err
 	}
-	f := &firewall{name: cfg.Table, shown: true, uppers: network.Uppers()}
-	defer func() { _ = f.close() }()
-	f.look()
 	if cfg.Subnets, err = f.subnets(cfg, network, nil, nil); err != nil {
 		return "", err
 	}
-	if err := outsideOwn(cfg.Subnets, network); err != nil {
-		return "", err
-	}
+	network.Mark(ways.sides(cfg)) // the links of these lead inside
+	f.setSides(network)
 	size, err := readTableSize()
 	if err != nil {
 		return "", err

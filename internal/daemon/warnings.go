@@ -44,12 +44,18 @@ const (
 	warnNoInside        warningID = "no_inside_network"
 	warnNoOutside       warningID = "no_outside_link"
 	warnNoRoom          warningID = "conntrack_nearly_full"
-	warnOwnNetwork      warningID = "subnet_is_outside"  // about is the subnet and the link
-	warnPeersBehindLink warningID = "peers_behind_link"  // about is the link
-	warnNoSourceNAT     warningID = "no_source_nat"      // about is the subnet
-	warnNoFiltering     warningID = "filtering_not_open" // about is the subnet
-	warnSubnetOpen      warningID = "subnet_open"        // about is the subnet
-	warnIPv6NotRouted   warningID = "ipv6_not_routed"    // about is the subnet
+	warnInsideMissing   warningID = "inside_link_missing"    // about is the link
+	warnAssumedOutside  warningID = "link_assumed_outside"   // about is the link
+	warnOneArm          warningID = "one_link_to_both_sides" // about is the link
+	warnUnusedDefault   warningID = "default_route_inside"   // about is the link and the families
+	warnSubnetLink      warningID = "subnet_link_empty"      // about is the link
+	warnOwnAddress      warningID = "subnet_is_own_address"  // about is the subnet
+	warnUnreached       warningID = "subnet_on_no_link"      // about is the subnet
+	warnPeersBehindLink warningID = "peers_behind_link"      // about is the link
+	warnNoSourceNAT     warningID = "no_source_nat"          // about is the subnet
+	warnNoFiltering     warningID = "filtering_not_open"     // about is the subnet
+	warnSubnetOpen      warningID = "subnet_open"            // about is the subnet
+	warnIPv6NotRouted   warningID = "ipv6_not_routed"        // about is the subnet
 )
 
 // A warning is a sentence for the user. What it is about tells it from others with the

@@ -26,7 +26,7 @@ type LAN struct {
 // machine host, or tunnels.
 func (n Network) LANs() (lans []LAN) {
 	for _, l := range n.Links {
-		if l.Outside || !l.lan() {
+		if l.Outside&IPv4 != 0 || !l.lan() {
 			continue
 		}
 		lan := LAN{Link: l}

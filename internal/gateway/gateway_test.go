@@ -36,7 +36,7 @@ func ip(t testing.TB, g *lab.Host, command string) {
 
 func readNetwork(t testing.TB, g *lab.Host, outside ...string) Network {
 	t.Helper()
-	n, err := ReadNetwork(g.FD(), outside)
+	n, err := ReadNetwork(g.FD(), Sides{Outside: outside})
 	if err != nil {
 		t.Fatal(err)
 	}

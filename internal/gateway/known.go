@@ -37,7 +37,7 @@ func newKnown(n Network, named []string, ways bool) *known {
 		}
 		k.used[r.Link] = true
 		switch l := k.links[r.Link]; {
-		case !l.Outside:
+		case !l.outsideFor(r.Prefix):
 			k.inside[r], k.covered[r.Prefix.Masked()] = true, true
 		case r.Prefix.Bits() == 0:
 			k.defaults[familyIndex(r.Prefix)] = true
@@ -84,7 +84,7 @@ func (k *known) linkMatters(l Link, gone bool) bool {
 	switch {
 	case slices.Contains(k.named, l.Name) || there && slices.Contains(k.named, old.Name):
 		return !there || gone || old.Name != l.Name || (old.Flags^l.Flags)&unix.IFF_UP != 0
-	case !there || !old.Outside && !k.used[l.Index]:
+	case !there || old.Outside == 0 && !k.used[l.Index]:
 		return false
 	}
 	flags := uint32(unix.IFF_UP | unix.IFF_LOOPBACK)
@@ -103,7 +103,7 @@ func (k *known) routeMatters(r Route, gone bool) bool {
 		return false
 	case !there, isDefault(r.Prefix):
 		return true
-	case !l.Outside:
+	case !l.outsideFor(r.Prefix):
 		return gone || !k.inside[r]
 	case k.ways, !k.defaults[familyIndex(r.Prefix)]:
 		return true

@@ -18,7 +18,10 @@ type Network struct {
 	Rules  []Rule         // for IPv4
 	Ended  []netip.Prefix // IPv4 networks with a route that is local or rejects
 
-	Missing []string // names of outside links that are not there, and may come
+	Missing   []string       // names of outside links that are not there, and may come
+	Unreached []netip.Prefix // enabled subnets to which nothing but a default route leads
+
+	behind map[int][]netip.Prefix // enabled subnets, by the index of the link that leads to them
 
 	print uint64 // of all routes, where Lean left some out
 }
@@ -31,10 +34,20 @@ type Link struct {
 	Flags uint32 // IFF_UP and so on
 	Lower int    // index of the link below, 0 if there is none or elsewhere
 
-	// Outside says that the link holds a default route, in whatever table, or
-	// was named.
-	Outside bool
+	// Outside are the families for which it is an outside link (Mark), and Cause is why.
+	Outside Families
+	Cause   Cause
+	// Inside says that the link leads to an enabled subnet, or is named as an inside
+	// link. Unused are the families for which it is no outside link though it holds a
+	// default route, in whatever table.
+	Inside bool
+	Unused Families
+	// Far says that no route but a default route of the link leads to an enabled subnet.
+	Far bool
 }
+
+// outsideFor reports whether the link is an outside link for the family of a prefix.
+func (l Link) outsideFor(p netip.Prefix) bool { return l.Outside&familyOf(p) != 0 }
 
 // An Addr is an own address, with the prefix that is connected by it.
 type Addr struct {
@@ -55,9 +68,8 @@ type Route struct {
 const attempts = 5
 
 // ReadNetwork reads the network namespace behind the descriptor netns, or the
-// calling thread's own when it is 0. The links named in outside are outside
-// links beside those that hold a default route.
-func ReadNetwork(netns int, outside []string) (Network, error) {
+// calling thread's own when it is 0, and marks its links.
+func ReadNetwork(netns int, s Sides) (Network, error) {
 	c, err := dial(unix.NETLINK_ROUTE, netns)
 	if err != nil {
 		return Network{}, err
@@ -73,7 +85,7 @@ func ReadNetwork(netns int, outside []string) (Network, error) {
 	if err != nil {
 		return Network{}, err
 	}
-	r.markOutside(outside)
+	r.Mark(s)
 	return r.Network, nil
 }
 
@@ -107,33 +119,13 @@ func (r *reader) read(c *conn) error {
 	return nil
 }
 
-// markOutside finds the outside links.
-func (n *Network) markOutside(named []string) {
-	holds := map[int]bool{}
-	for _, r := range n.Routes {
-		if isDefault(r.Prefix) {
-			holds[r.Link] = true
-		}
-	}
-	for i := range n.Links {
-		l := &n.Links[i]
-		l.Outside = !l.is(unix.IFF_LOOPBACK) && holds[l.Index] || slices.Contains(named, l.Name)
-	}
-	there := n.LinkNames()
-	for _, name := range named {
-		if !slices.Contains(there, name) {
-			n.Missing = append(n.Missing, name)
-		}
-	}
-}
-
 func (l Link) is(flags uint32) bool { return l.Flags&flags == flags }
 
 // OutsideLinks returns the names of the outside links.
 func (n Network) OutsideLinks() []string {
 	var names []string
 	for _, l := range n.Links {
-		if l.Outside {
+		if l.Outside != 0 {
 			names = append(names, l.Name)
 		}
 	}
@@ -151,7 +143,7 @@ func (n Network) LinkNames() (names []string) {
 // OutsideAddrs returns the addresses on outside links.
 func (n Network) OutsideAddrs() []Addr {
 	links := n.links()
-	return slices.DeleteFunc(slices.Clone(n.Addrs), func(a Addr) bool { return !links[a.Link].Outside })
+	return slices.DeleteFunc(slices.Clone(n.Addrs), func(a Addr) bool { return links[a.Link].Outside == 0 })
 }
 
 // Uppers returns the links that are another MAC or IP address of the link below, as VRRP
@@ -159,7 +151,7 @@ func (n Network) OutsideAddrs() []Addr {
 func (n Network) Uppers() map[string]string {
 	links, uppers := n.links(), map[string]string{}
 	for _, l := range n.Links {
-		if below, ok := links[l.Lower]; ok && slices.Contains([]string{"macvlan", "macvtap", "ipvlan"}, l.Kind) {
+		if below, ok := links[l.Lower]; ok && l.sharesLower() {
 			uppers[l.Name] = below.Name
 		}
 	}

@@ -112,7 +112,7 @@ func TestNexthopObjectsAreResolvedWithoutCompatMode(t *testing.T) {
 }
 
 func TestNamedLinkThatIsNotThereIsMissing(t *testing.T) {
-	n, err := ReadNetwork(newGateway(t).FD(), []string{"ppp0", "wan0"})
+	n, err := ReadNetwork(newGateway(t).FD(), Sides{Outside: []string{"ppp0", "wan0"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -201,8 +201,8 @@ func TestTopology(t *testing.T) {
 			n := Network{
 				Links: []Link{
 					{Index: lo, Name: "lo", Flags: unix.IFF_LOOPBACK},
-					{Index: wan, Name: "wan0", Outside: true},
-					{Index: tun, Name: "tun0", Outside: true},
+					{Index: wan, Name: "wan0", Outside: bothFamilies},
+					{Index: tun, Name: "tun0", Outside: bothFamilies},
 					{Index: lan, Name: "lan0"},
 				},
 				Routes: test.routes,
@@ -298,7 +298,7 @@ func TestLinksThatLookLikeALAN(t *testing.T) {
 }
 
 func TestOwnNamespaceIsReadWithoutDescriptor(t *testing.T) {
-	n, err := ReadNetwork(0, nil)
+	n, err := ReadNetwork(0, Sides{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -315,7 +315,7 @@ func FuzzDecode(f *testing.F) {
 			_ = decode(b)
 		}
 		r.resolve()
-		r.markOutside(nil)
+		r.Mark(Sides{})
 		_, _ = r.Topology(), r.Candidates(nil, nil)
 		p := PortSet{map[cone.Endpoint]struct{}{}, map[cone.Key]struct{}{}}
 		_ = p.add(b, func(uint32) bool { return true })

@@ -158,7 +158,7 @@ func (n Network) SameRoutes(o Network) bool {
 func (n Network) Lean() Network {
 	links := n.links()
 	n.print = n.routesPrint()
-	n.Routes = slices.Clip(slices.DeleteFunc(slices.Clone(n.Routes), func(r Route) bool { return links[r.Link].Outside }))
+	n.Routes = slices.Clip(slices.DeleteFunc(slices.Clone(n.Routes), func(r Route) bool { return links[r.Link].outsideFor(r.Prefix) }))
 	return n
 }
 

@@ -64,7 +64,7 @@ func (s *Sockets) Close() error { return s.conn.close() }
 func (s *Sockets) SetNetwork(n Network) {
 	s.links = s.links[:0]
 	for _, l := range n.Links {
-		if l.Outside || l.Kind == "vrf" {
+		if l.Outside != 0 || l.Kind == "vrf" {
 			s.links = append(s.links, uint32(l.Index))
 		}
 	}

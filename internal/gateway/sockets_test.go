@@ -183,7 +183,7 @@ func TestKernelThatFindsNothingIsNoticed(t *testing.T) {
 // What comes in by a link of a VRF reaches the sockets that are bound to the VRF.
 func TestSocketsOfVRFsCount(t *testing.T) {
 	var s Sockets
-	s.SetNetwork(Network{Links: []Link{{Index: 2, Name: "lan0"}, {Index: 3, Name: "wan0", Outside: true}, {Index: 4, Kind: "vrf"}}})
+	s.SetNetwork(Network{Links: []Link{{Index: 2, Name: "lan0"}, {Index: 3, Name: "wan0", Outside: bothFamilies}, {Index: 4, Kind: "vrf"}}})
 	for link, want := range map[uint32]bool{2: false, 3: true, 4: true} {
 		if s.hears(link) != want {
 			t.Errorf("a socket on link %d counts: %v", link, !want)

@@ -20,9 +20,12 @@ func (n Network) Topology() cone.Topology {
 	}
 	links := n.links()
 	for _, r := range n.Routes {
-		if l, known := links[r.Link]; known && !l.is(unix.IFF_LOOPBACK) && !r.Prefix.Addr().IsLinkLocalUnicast() {
-			t.Routes = append(t.Routes, cone.Route{Prefix: r.Prefix, Outside: l.Outside})
+		l, known := links[r.Link]
+		// A default route by a link that is inside says nothing of any peer.
+		if !known || l.is(unix.IFF_LOOPBACK) || r.Prefix.Addr().IsLinkLocalUnicast() || isDefault(r.Prefix) && !l.outsideFor(r.Prefix) {
+			continue
 		}
+		t.Routes = append(t.Routes, cone.Route{Prefix: r.Prefix, Outside: l.outsideFor(r.Prefix)})
 	}
 	t.Local = unique(t.Local)
 	return t

@@ -62,7 +62,7 @@ func TestWatcherPassesOverWhatChangesNoAnswer(t *testing.T) {
 	}
 	know := func(named ...string) gateway.Network {
 		t.Helper()
-		n, err := gateway.ReadNetwork(l.Gateway.FD(), named)
+		n, err := gateway.ReadNetwork(l.Gateway.FD(), gateway.Sides{Outside: named})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -113,7 +113,7 @@ func TestWatcherPassesOverWhatChangesNoAnswer(t *testing.T) {
 		heard := make(chan error, 1)
 		go func() { heard <- w.Wait() }()
 		run(test.change)
-		after, _ := gateway.ReadNetwork(l.Gateway.FD(), named)
+		after, _ := gateway.ReadNetwork(l.Gateway.FD(), gateway.Sides{Outside: named})
 		if !test.matters {
 			if a, b := before.Topology(), after.Topology(); !slices.Equal(a.Local, b.Local) || !slices.Equal(before.OutsideLinks(), after.OutsideLinks()) {
 				t.Errorf("%q changed an answer", test.change)

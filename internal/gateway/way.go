@@ -29,7 +29,7 @@ func (n Network) ways() map[netip.Prefix]string {
 	links, ways := n.links(), make(map[netip.Prefix]string)
 	for _, r := range n.Routes {
 		l, there := links[r.Link]
-		if _, before := ways[r.Prefix.Masked()]; there && !before && !l.Outside && !l.is(unix.IFF_LOOPBACK) {
+		if _, before := ways[r.Prefix.Masked()]; there && !before && !l.outsideFor(r.Prefix) && !isDefault(r.Prefix) && !l.is(unix.IFF_LOOPBACK) {
 			ways[r.Prefix.Masked()] = l.Name
 		}
 	}

@@ -11,7 +11,7 @@ func TestWayIsTheLongestRouteThatIsNotOutside(t *testing.T) {
 	n := Network{
 		Links: []Link{
 			{Index: 1, Name: "lo", Flags: unix.IFF_LOOPBACK},
-			{Index: 2, Name: "wan0", Outside: true},
+			{Index: 2, Name: "wan0", Outside: bothFamilies},
 			{Index: 3, Name: "lan0"},
 			{Index: 4, Name: "vpn0"},
 		},
@@ -39,7 +39,7 @@ func TestWayIsTheLongestRouteThatIsNotOutside(t *testing.T) {
 // A router on the Internet has a million routes by outside links.
 func TestRoutesByOutsideLinksAreNotKept(t *testing.T) {
 	n := Network{
-		Links: []Link{{Index: 2, Name: "wan0", Outside: true}, {Index: 3, Name: "lan0"}},
+		Links: []Link{{Index: 2, Name: "wan0", Outside: bothFamilies}, {Index: 3, Name: "lan0"}},
 		Routes: []Route{
 			{Prefix: netip.MustParsePrefix("198.18.0.0/15"), Link: 2},
 			{Prefix: netip.MustParsePrefix("10.47.11.0/24"), Link: 3},

@@ -348,7 +348,7 @@ func TestChildrenMeetWhatTheirFirewallSays(t *testing.T) {
 // children says what the forward hook does with children of the inside network.
 func children(t *testing.T, l *lab.Lab) userrules.ChildVerdicts {
 	t.Helper()
-	n, err := gateway.ReadNetwork(l.Gateway.FD(), nil)
+	n, err := gateway.ReadNetwork(l.Gateway.FD(), gateway.Sides{})
 	check(t, err)
 	subnets := []netip.Prefix{lab.InsideNet}
 	to, err := n.LinksTo(l.Gateway.FD(), subnets)

@@ -54,7 +54,7 @@ func childrenOf(netns int, outside []userrules.Link, subnets []netip.Prefix) ([]
 	if err != nil {
 		return nil, err
 	}
-	n, err := gateway.ReadNetwork(netns, nil)
+	n, err := gateway.ReadNetwork(netns, gateway.Sides{})
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,172 @@
+package e2e
+
+import (
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+const (
+	mainRouter = "10.47.11.254" // of a gateway with one arm
+	farHost    = "10.47.12.109" // behind it
+)
+
+// oneArm takes away wan0 and puts the outside behind the inside network, as a main router
+// in it does that leads to everywhere.
+func (s *scene) oneArm() {
+	s.T.Helper()
+	s.IP(s.Gateway, "link del wan0")
+	s.IP(s.Outside, "addr add 198.51.100.254/32 dev lo")
+	s.AddLink("arm", mainRouter)
+	s.IP(s.Gateway, "addr flush dev arm")
+	s.IP(s.Outside, "route flush dev arm")
+	s.IP(s.Outside, "addr add "+mainRouter+"/24 dev arm")
+	s.IP(s.Gateway, "link set arm master lan0")
+	s.IP(s.Gateway, "route add default via "+mainRouter)
+	if _, err := os.Stat("/proc/sys/net/bridge"); err == nil { // the switch is not the gateway
+		s.Must(s.Gateway.SetSysctl("net.bridge.bridge-nf-call-iptables", "0"))
+	}
+	for _, link := range []string{"all", "default", "lan0"} {
+		s.Must(s.Gateway.SetSysctl("net.ipv4.conf."+link+".send_redirects", "0"))
+	}
+}
+
+// armNAT translates what hosts send on to elsewhere, by the link through which it came.
+const armNAT = `table ip nat { chain post { type nat hook postrouting priority srcnat;
+	ip saddr 10.47.0.0/16 ip daddr != 10.47.0.0/16 masquerade; }; }
+`
+
+// A side router, a VPN exit with a table of its own, and a NAT instance in a cloud have one
+// link to inside hosts and to the way out. With a subnet that is the link's network, a part
+// of it, or elsewhere.
+//
+// Fails where a packet is from inside if its link is not outside, and where a subnet that
+// holds an outside link's network is refused.
+func TestGatewayWithOneArm(t *testing.T) {
+	tunnel := func(s *scene) {
+		s.AddLink("tun0", vpnAddr)
+		s.IP(s.Gateway, "route add default via 198.51.100.254 dev tun0 onlink table 100")
+		s.IP(s.Gateway, "rule add iif lan0 table 100 prio 100")
+		s.IP(s.Gateway, "rule add iif lan0 to 10.47.11.0/24 table main prio 90")
+	}
+	for name, tc := range map[string]struct {
+		subnet string
+		args   []string
+		set    func(s *scene)
+		from   string // outside address
+		far    bool
+		both   bool // lan0 leads to both sides
+	}{
+		"side router":              {subnet: "10.47.11.0/24", from: "10.47.11.1", both: true},
+		"side router, for some":    {subnet: "10.47.11.96/27", from: "10.47.11.1", both: true},
+		"side router, as outside":  {subnet: "10.47.11.0/24", args: []string{"--outside=lan0"}, from: "10.47.11.1", both: true},
+		"VPN exit":                 {subnet: "10.47.11.0/24", set: tunnel, from: vpnAddr},
+		"VPN exit, for some":       {subnet: "10.47.11.96/27", set: tunnel, from: vpnAddr},
+		"VPN exit, by its name":    {subnet: "10.47.11.0/24", args: []string{"--outside=tun0"}, set: tunnel, from: vpnAddr},
+		"VPN exit, inside by name": {subnet: "10.47.11.0/24", args: []string{"--inside=lan0"}, set: tunnel, from: vpnAddr},
+		"NAT instance in a cloud":  {subnet: "10.47.12.0/24", from: "10.47.11.1", far: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
+				s := newScene(t, lab.Options{Inside: 2, Rules: armNAT})
+				s.oneArm()
+				if tc.set != nil {
+					tc.set(s)
+				}
+				hosts := []*lab.Socket{}
+				for i := range 2 {
+					addr := s.Inside(i).Addr
+					if tc.far {
+						addr = netip.MustParseAddr(farHost)
+						for range i {
+							addr = addr.Next()
+						}
+						s.IP(s.Inside(i), "addr add "+addr.String()+"/32 dev lo")
+						s.IP(s.Outside, "route add "+addr.String()+"/32 via "+s.Inside(i).Addr.String())
+						// It is the main router, and has the addresses of the peers.
+						for key, value := range map[string]string{"ip_forward": "1", "conf.all.accept_local": "1", "conf.all.rp_filter": "0", "conf.arm.rp_filter": "0"} {
+							s.Must(s.Outside.SetSysctl("net.ipv4."+key, value))
+						}
+					}
+					hosts = append(hosts, s.Socket(s.Inside(i).Namespace, addr, 3074))
+				}
+				s.Start(slices.Concat(mode, tc.args, []string{"--subnet", tc.subnet, mapped, "--reconcile=1h"})...)
+
+				peers := []*lab.Socket{s.PeerSocket(lab.PeerA, 3478), s.PeerSocket(lab.PeerB, 3478), s.PeerSocket(lab.PeerC, 3478)}
+				var exts []netip.AddrPort
+				for _, host := range hosts {
+					ext := s.Contact(host, peers[0])
+					if ext.Addr().String() != tc.from || slices.Contains(exts, ext) {
+						t.Fatalf("%v leaves as %v, like others %v", host.Addr(), ext, exts)
+					}
+					for _, peer := range peers[1:] {
+						if other := s.Contact(host, peer); other != ext {
+							t.Errorf("%v leaves as %v and as %v", host.Addr(), ext, other)
+						}
+					}
+					exts = append(exts, ext)
+					s.Stands(host, peers[0], ext)
+					s.Arrives(host, s.PeerSocket(lab.PeerA, ext.Port()), ext)
+					s.Lost(host, s.PeerSocket(stranger, ext.Port()), ext, peers[0])
+				}
+				if m := s.Status().Tables.Map; m.Learn && m.Learned == 0 {
+					t.Errorf("the kernel learned nothing: %+v", m)
+				}
+				if both := s.warns("lan0 leads outside ("); both != tc.both {
+					t.Errorf("warnings %q", s.Status().Warnings)
+				}
+			})
+		})
+	}
+}
+
+// What comes by the tunnel of a VPN exit with the source of an inside host earns no
+// permission, makes no mapping and keeps nothing alive.
+//
+// Fails when lan0 counts as another uplink by which the host is reached.
+func TestNFTSpoofedSourceByTheOtherArm(t *testing.T) {
+	stage.InModes(t, [][]string{stage.Auto, stage.NFT}, func(t *testing.T, mode ...string) {
+		for _, guard := range []string{"true", "false"} {
+			s := newScene(t, lab.Options{Rules: armNAT})
+			s.oneArm()
+			s.AddLink("tun0", vpnAddr)
+			for _, link := range []string{"all", "tun0"} {
+				s.Must(s.Gateway.SetSysctl("net.ipv4.conf."+link+".rp_filter", "0"))
+			}
+			s.IP(s.Gateway, "route add default via 198.51.100.254 dev tun0 onlink table 100")
+			s.Start(stage.Flags(mode, mapped, "--guard="+guard, "--outside=lan0")...)
+			victim := s.InsideSocket(0, 5060)
+			peer := s.PeerSocket(lab.PeerA, 5060)
+			s.Stands(victim, peer, s.Contact(victim, peer))
+
+			faked := netip.AddrPortFrom(s.Inside(0).Addr, 7777)
+			s.IP(s.Outside, "addr add "+faked.Addr().String()+"/32 dev lo")
+			const far = "192.0.2.200"
+			s.IP(s.Outside, "route del local 192.0.2.0/24 dev lo")
+			s.IP(s.Outside, "route add "+far+"/32 via "+vpnAddr+" dev tun0 onlink")
+			spoofer := s.Socket(s.Outside.Namespace, faked.Addr(), faked.Port())
+			s.Must(spoofer.Send(netip.MustParseAddrPort(far+":9"), "spoofed"))
+			s.Until("it was seen", func() bool {
+				return s.Status().Tables.Guard.Spoofed == 1 || len(s.ConntrackList("-p", "udp", "--orig-src", faked.Addr().String(), "--sport", "7777")) > 0
+			})
+			for _, p := range s.List() {
+				if p.Int == faked {
+					t.Errorf("guard %s: it earned %+v", guard, p)
+				}
+			}
+			if n := s.Status().Tables.Guard.Spoofed; guard == "true" && n != 1 {
+				t.Errorf("%d packets were dropped", n)
+			}
+			kept, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", "kept_lan0")
+			s.Must(err)
+			if !strings.Contains(kept, ". 5060 ") || strings.Contains(kept, ". 7777 ") {
+				t.Errorf("guard %s: mappings are %s", guard, kept)
+			}
+		}
+	})
+}

@@ -1,0 +1,157 @@
+package e2e
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// vpnAddr is the address of the gateway on vpn0 (addVPN).
+const vpnAddr = "10.66.0.2"
+
+// addVPN adds a second link to the outside, by which routes lead to prefixes.
+func (s *scene) addVPN(prefixes ...string) {
+	s.T.Helper()
+	s.AddLink("vpn0", vpnAddr)
+	for _, p := range prefixes {
+		s.IP(s.Gateway, "route add "+p+" via 198.51.100.254 dev vpn0 onlink")
+	}
+}
+
+// natBy are rules that translate by some links, or by all.
+func natBy(links ...string) string {
+	if len(links) == 0 {
+		return "table ip nat { chain post { type nat hook postrouting priority srcnat; masquerade; }; }\n"
+	}
+	return fmt.Sprintf("table ip nat { chain post { type nat hook postrouting priority srcnat; oifname { %s } masquerade; }; }\n", strings.Join(links, ", "))
+}
+
+// works checks that a peer of the inside host gets in from another port, and nobody else.
+func (s *scene) works(peer netip.Addr, port uint16, from netip.Addr) {
+	s.T.Helper()
+	phone, proxy := s.InsideSocket(0, port), s.PeerSocket(peer, port)
+	ext := s.Contact(phone, proxy)
+	if ext.Addr() != from {
+		s.T.Fatalf("it leaves as %v, want from %v", ext, from)
+	}
+	s.Stands(phone, proxy, ext)
+	s.Arrives(phone, s.PeerSocket(peer, port+1), ext)
+	s.Lost(phone, s.PeerSocket(stranger, port+2), ext, proxy)
+}
+
+// An uplink without a default route: a VPN with most of the Internet, a provider's VLAN, a
+// router with full tables. Rules tell of it, or the first flow.
+//
+// Fails when a link is an outside link by a default route alone.
+func TestUplinkWithoutADefaultRoute(t *testing.T) {
+	most := []string{"0.0.0.0/5", "128.0.0.0/3", "192.0.0.0/9", "200.0.0.0/5"}
+	private := netip.MustParseAddr("172.20.0.5")
+	for name, tc := range map[string]struct {
+		routes []string
+		rules  string
+		legacy bool
+		full   bool // wan0 has routes alone
+		peer   netip.Addr
+	}{
+		"most of the Internet":              {routes: most, rules: natBy("wan0", "vpn0"), peer: lab.PeerA},
+		"one prefix":                        {routes: []string{"203.0.113.0/24"}, rules: natBy("wan0", "vpn0"), peer: lab.PeerA},
+		"one prefix, by its first flow":     {routes: []string{"203.0.113.0/24"}, rules: natBy(), peer: lab.PeerA},
+		"one prefix, by iptables-legacy":    {routes: []string{"203.0.113.0/24"}, legacy: true, peer: lab.PeerA},
+		"private peers":                     {routes: []string{"172.20.0.0/24"}, rules: natBy("vpn0"), peer: private},
+		"full tables":                       {full: true, rules: natBy("wan0"), peer: lab.PeerA},
+		"full tables, by its first flow":    {full: true, rules: natBy(), peer: lab.PeerA},
+		"by its first flow, in other words": {routes: most, rules: strings.Replace(natBy(), "masquerade", "ip daddr 203.0.113.0/24 oifname \"vpn0\" snat to "+vpnAddr, 1), peer: lab.PeerA},
+	} {
+		t.Run(name, func(t *testing.T) {
+			stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
+				rules := tc.rules + lab.DropPolicy
+				if slices.Contains(mode, stage.NFT[0]) {
+					rules = tc.rules
+				}
+				s := newScene(t, lab.Options{Rules: rules})
+				if tc.legacy {
+					s.Must(s.IPTables(lab.IPTablesLegacy, strings.ReplaceAll(lab.IPTablesMasquerade, "wan0", "vpn0")))
+				}
+				from := s.Gateway.Addr
+				if tc.full {
+					s.IP(s.Gateway, "route del default")
+					s.IP(s.Gateway, "route add 203.0.113.0/24 via 198.51.100.254")
+					s.IP(s.Gateway, "route add 192.0.2.0/24 via 198.51.100.254")
+				} else {
+					s.addVPN(tc.routes...)
+					from = netip.MustParseAddr(vpnAddr)
+				}
+				s.IP(s.Outside, "addr add "+private.String()+"/32 dev lo")
+				s.Start(stage.Flags(mode, "--reconcile=1h")...)
+				s.works(tc.peer, 5060, from)
+				link := "vpn0"
+				if tc.full {
+					link = "wan0"
+				}
+				s.told(link + " counts as an outside link, for ")
+			})
+		})
+	}
+}
+
+// The outside address is on a macvlan of the uplink, as keepalived's use_vmac has it: what
+// peers send comes by that, and leaves by the link below.
+//
+// Fails when packets from outside are expected by the links alone that default routes use.
+func TestOutsideAddressOnAMacvlan(t *testing.T) {
+	const virtual, mac = "198.51.100.10", "00:00:5e:00:01:33"
+	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{Inside: 2, Rules: strings.Replace(lab.Masquerade, "masquerade", "snat to "+virtual, 1)})
+		s.IP(s.Gateway, "link add vrrp0 link wan0 address "+mac+" type macvlan mode private")
+		s.IP(s.Gateway, "addr add "+virtual+"/32 dev vrrp0")
+		s.IP(s.Gateway, "link set vrrp0 up")
+		for _, link := range []string{"all", "vrrp0", "wan0"} {
+			s.Must(s.Gateway.SetSysctl("net.ipv4.conf."+link+".rp_filter", "0"))
+		}
+		s.IP(s.Outside, "neigh replace "+virtual+" lladdr "+mac+" dev eth0 nud permanent")
+		s.Start(stage.Flags(mode, mapped, "--on-stop=keep")...)
+		s.works(lab.PeerA, 5060, netip.MustParseAddr(virtual))
+		hosts, exts := s.consoles(2)
+
+		// A source of an inside host that comes by it is spoofed.
+		const far = "192.0.2.200"
+		faked := s.Inside(0).Addr
+		s.IP(s.Outside, "addr add "+faked.String()+"/32 dev lo")
+		s.IP(s.Outside, "route del local 192.0.2.0/24 dev lo")
+		s.IP(s.Outside, "route add "+far+"/32 via "+virtual+" dev eth0 onlink")
+		s.Must(s.Socket(s.Outside.Namespace, faked, 7777).Send(netip.MustParseAddrPort(far+":9"), "spoofed"))
+		s.Until("it is dropped", func() bool { return s.Status().Tables.Guard.Spoofed == 1 })
+
+		s.Stop()
+		s.Start(stage.Flags(mode, mapped)...)
+		peer := s.PeerSocket(lab.PeerB, 3076)
+		for i, host := range hosts {
+			if ext := s.Contact(host, peer); ext != exts[i] {
+				t.Errorf("host %d left as %v, and after a start as %v", i, exts[i], ext)
+			}
+		}
+	})
+}
+
+// The user knows better than rules and flows.
+//
+// Fails when inside does not count against them.
+func TestLinkThatIsInsideByName(t *testing.T) {
+	s := newScene(t, lab.Options{Rules: natBy("wan0", "vpn0")})
+	s.addVPN("203.0.113.0/24")
+	s.Start("--subnet", lab.InsideNet.String(), "--inside=vpn0", "--inside=later0")
+	s.told("inside link later0 is not there")
+	phone, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	s.Contact(phone, peer)
+	s.Until("it gives no permission", func() bool {
+		return s.Status().Counters.Skipped["peer is behind vpn0, which is no outside link"] == 1
+	})
+	if outside := s.Status().Outside; !slices.Equal(outside, []string{"wan0"}) {
+		t.Errorf("outside links %v", outside)
+	}
+}

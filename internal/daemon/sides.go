@@ -1,0 +1,215 @@
+package daemon
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/userrules"
+)
+
+// uplinks are outside links that no default route tells of.
+type uplinks struct {
+	ruled  []string        // rules of the user's translate what leaves by them
+	seen   map[string]int  // translated flows left by them; their indexes
+	routed map[string]bool // had a default route once, or were named
+
+	// What was asked for the first ones.
+	rules *userrules.Ruleset
+	links []userrules.LAN
+}
+
+// mostDoubtful bounds the links of which the user's rules are asked: each costs a walk
+// through his chains.
+const mostDoubtful = 64
+
+// readNetwork reads links, addresses and routes, and tells outside links from others, for
+// the subnets of cfg, by the rules that were read last. What rules tell of a link is as it
+// was where they cannot be read.
+func (d *Daemon) readNetwork(cfg config.Config) (gateway.Network, error) {
+	network, unruled, err := d.uplinks.readNetwork(cfg, d.firewall)
+	d.failures.note("find the links that rules translate by", 1, unruled)
+	return network, err
+}
+
+// readNetwork does so. unruled says why rules could not tell.
+func (u *uplinks) readNetwork(cfg config.Config, f *firewall) (network gateway.Network, unruled, err error) {
+	if network, err = gateway.ReadNetwork(0, u.sides(cfg)); err != nil {
+		return network, nil, err
+	}
+	maps.DeleteFunc(u.seen, func(name string, index int) bool {
+		return !slices.ContainsFunc(network.Links, func(l gateway.Link) bool { return l.Name == name && l.Index == index })
+	})
+	_, unruled = u.ask(f, network)
+	network.Mark(u.sides(cfg))
+	for _, l := range network.Links {
+		if l.Cause == gateway.Named || l.Cause == gateway.DefaultRoute {
+			if u.routed == nil {
+				u.routed = make(map[string]bool)
+			}
+			u.routed[l.Name] = true
+		}
+	}
+	return network, unruled, nil
+}
+
+// sides is what is known of the sides of links beside their routes.
+func (u *uplinks) sides(cfg config.Config) gateway.Sides {
+	return gateway.Sides{
+		Outside: cfg.Outside, Inside: cfg.Inside, Subnets: prefixes(cfg.Subnets),
+		RuledNAT: u.ruled, SeenNAT: slices.Sorted(maps.Keys(u.seen)),
+	}
+}
+
+// ask finds the links by which rules of the user's translate what comes from enabled
+// subnets, and reports whether they are others than before. The rules are asked only if
+// they or the links changed since the last time.
+func (u *uplinks) ask(f *firewall, network gateway.Network) (changed bool, err error) {
+	var links []userrules.LAN
+	for _, l := range network.Links {
+		if l.Inside {
+			links = append(links, userrules.LAN{Link: userrules.Link{Index: l.Index, Name: l.Name}, Networks: network.SubnetsOf(l)})
+		}
+	}
+	leads := len(links)
+	for _, l := range network.Doubtful() {
+		if len(links) < leads+mostDoubtful {
+			links = append(links, userrules.LAN{Link: userrules.Link{Index: l.Index, Name: l.Name}})
+		}
+	}
+	if f.unread == nil && u.rules == f.user && slices.EqualFunc(links, u.links, func(a, b userrules.LAN) bool {
+		return a.Link == b.Link && slices.Equal(a.Networks, b.Networks)
+	}) {
+		return false, nil
+	}
+	var names []string
+	if len(links) > leads {
+		if names, err = f.uplinks(links); err != nil {
+			return false, err
+		}
+	}
+	names = slices.DeleteFunc(names, func(name string) bool {
+		return slices.ContainsFunc(links[:leads], func(l userrules.LAN) bool { return l.Name == name })
+	})
+	slices.Sort(names)
+	changed = !slices.Equal(names, u.ruled)
+	u.ruled, u.rules, u.links = names, f.user, links
+	return changed, nil
+}
+
+// followFlows finds the links by which translated flows left towards peers on the
+// Internet that were behind no outside link, and reports whether there is a new one. The
+// kernel is asked once for each peer.
+func (d *Daemon) followFlows(cfg config.Config) (found bool, err error) {
+	var flows []cone.Flow
+	if !d.ask(func() { flows = d.model.Strays() }) {
+		return false, errEnded
+	}
+	return d.seeNAT(cfg, flows)
+}
+
+// seeFlowsBefore does so at the start, before the first rule of ours: an earlier daemon may
+// have had permissions and mappings on such a link.
+func (d *Daemon) seeFlowsBefore() error {
+	if !d.network.Hidden() {
+		return nil
+	}
+	const most = 4096
+	topology := d.network.Topology().Compile()
+	asked := make(map[cone.Addr]struct{})
+	var flows []cone.Flow
+	err := d.reads.Dump(func(f *cone.Flow) {
+		peer := f.ReplySrc.Addr
+		if _, known := asked[peer]; known || len(asked) == most || !cone.IsStray(f, topology) || !isEnabled(d.cfg.Subnets, f.Src.Addr) {
+			return
+		}
+		asked[peer] = struct{}{}
+		flows = append(flows, *f)
+	})
+	if err != nil {
+		return err
+	}
+	found, err := d.seeNAT(d.cfg.Config, flows)
+	if found {
+		d.network.Mark(d.uplinks.sides(d.cfg.Config))
+	}
+	return err
+}
+
+func isEnabled(subnets []config.Subnet, a cone.Addr) bool {
+	return slices.ContainsFunc(subnets, func(s config.Subnet) bool { return s.Prefix.Contains(a.Netip()) })
+}
+
+// seeNAT takes in translated flows, and reports whether one left by a link that was not
+// known to be an outside link.
+func (d *Daemon) seeNAT(cfg config.Config, flows []cone.Flow) (found bool, err error) {
+	if len(flows) == 0 {
+		return false, nil
+	}
+	routes := &router{network: d.network}
+	for i := range flows {
+		f := &flows[i]
+		l, ok := leftBy(routes.links(f), d.network, f.ReplyDst.Addr.Netip())
+		if !ok || l.Outside&gateway.IPv4 != 0 || slices.Contains(cfg.Inside, l.Name) || !d.network.ShowsOutside(l, f.ReplySrc.Addr.Netip()) {
+			continue
+		}
+		if _, known := d.uplinks.seen[l.Name]; known {
+			continue
+		}
+		if d.uplinks.seen == nil {
+			d.uplinks.seen = make(map[string]int)
+		}
+		d.uplinks.seen[l.Name], found = l.Index, true
+	}
+	if err := routes.close(); err != nil {
+		return found, fmt.Errorf("find the links of translated flows: %w", err)
+	}
+	return found, nil
+}
+
+// leftBy returns the one of the links by which a flow with an outside address left: where
+// marks may decide, the one that has the address.
+func leftBy(links []gateway.Link, network gateway.Network, ext netip.Addr) (l gateway.Link, ok bool) {
+	if len(links) == 1 {
+		return links[0], true
+	}
+	i := slices.IndexFunc(links, func(l gateway.Link) bool {
+		return slices.ContainsFunc(network.Addrs, func(a gateway.Addr) bool { return a.Link == l.Index && a.Prefix.Addr() == ext })
+	})
+	if i < 0 {
+		return l, false
+	}
+	return links[i], true
+}
+
+// warnSides says what was assumed of links where causes contradict each other, or no
+// default route tells.
+func (d *Daemon) warnSides(out *warnings) {
+	for _, l := range d.network.Links {
+		subnets := d.network.SubnetsOf(l)
+		switch {
+		case l.Cause == gateway.RuledNAT || l.Cause == gateway.SeenNAT:
+			out.add(warnAssumedOutside, l.Name, "%s counts as an outside link, for %v, though no default route uses it: "+
+				"outside = [%q] says that it is one, and inside = [%q] that it is none", l.Name, l.Cause, l.Name, l.Name)
+		case l.Inside && l.Outside != 0 && len(subnets) > 0:
+			out.add(warnOneArm, l.Name, "%s leads outside (%v), and to the subnet %v: packets with a source of the subnet count as from inside, "+
+				"all others as from outside, so that a host there can fake the address of a peer", l.Name, l.Cause, subnets[0])
+		case l.Unused != 0 && !slices.Contains(d.cfg.Inside, l.Name):
+			why := "no subnet of that family is enabled"
+			if len(subnets) > 0 {
+				why = fmt.Sprintf("it leads to the subnet %v", subnets[0])
+			}
+			out.add(warnUnusedDefault, fmt.Sprintf("%s %v", l.Name, l.Unused), "%s has a default route (%v) and stays inside, for %s: "+
+				"if peers are behind it, set outside = [%q]; inside = [%q] says that none are", l.Name, l.Unused, why, l.Name, l.Name)
+		}
+	}
+	for _, name := range d.cfg.Inside {
+		if !slices.Contains(d.network.LinkNames(), name) {
+			out.add(warnInsideMissing, name, "inside link %s is not there: it counts as soon as it is, or correct its name in the key inside", name)
+		}
+	}
+}

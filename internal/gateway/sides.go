@@ -1,0 +1,303 @@
+package gateway
+
+import (
+	"net/netip"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+// Families are address families.
+type Families uint8
+
+// The families.
+const (
+	IPv4 Families = 1 << iota
+	IPv6
+
+	bothFamilies = IPv4 | IPv6
+)
+
+func familyOf(p netip.Prefix) Families {
+	if p.Addr().Is4() {
+		return IPv4
+	}
+	return IPv6
+}
+
+func (f Families) String() string {
+	return [...]string{0: "none", IPv4: "IPv4", IPv6: "IPv6", bothFamilies: "IPv4 and IPv6"}[f&bothFamilies]
+}
+
+// A Cause is why a link is an outside link.
+type Cause uint8
+
+// The causes. The first one that holds counts.
+const (
+	NoCause      Cause = iota
+	Named              // the user says so
+	DefaultRoute       // one leaves by it
+	RuledNAT           // a rule translates the source of what leaves by it
+	SeenNAT            // a flow left by it, translated, towards a peer on the Internet
+	SharedLink         // it is another MAC or IP address of an outside link
+)
+
+func (c Cause) String() string {
+	return [...]string{
+		NoCause: "", Named: "the configuration names it", DefaultRoute: "a default route uses it",
+		RuledNAT: "a rule of yours translates what leaves by it", SeenNAT: "translated flows left by it",
+		SharedLink: "it shares the network of an outside link",
+	}[c]
+}
+
+// Sides is what tells links that lead outside from others, beside their routes.
+type Sides struct {
+	Outside, Inside []string       // links that the user names
+	Subnets         []netip.Prefix // that are enabled
+	RuledNAT        []string       // links by which rules of the user's translate
+	SeenNAT         []string       // links by which translated flows left
+}
+
+// Mark says which links are outside links, and which lead inside.
+//
+// A link that leads to an enabled subnet is not outside only because of a default route
+// that it got, by a router advertisement say, while another link leads outside, or no
+// subnet of that family is enabled. Else it is both: the gateway has one arm.
+func (n *Network) Mark(s Sides) {
+	n.Missing = nil
+	n.Unreached = slices.DeleteFunc(slices.Clone(s.Subnets), n.reaches)
+	far := n.byDefault(s.Subnets)
+	defaults := make(map[int]Families)
+	for _, r := range n.Routes {
+		if isDefault(r.Prefix) {
+			defaults[r.Link] |= familyOf(r.Prefix)
+		}
+	}
+	n.behind = n.leadsTo(s.Subnets)
+	var enabled, others Families
+	for _, p := range s.Subnets {
+		enabled |= familyOf(p)
+	}
+	for i := range n.Links {
+		l := &n.Links[i]
+		l.Outside, l.Cause, l.Unused, l.Inside = 0, NoCause, 0, len(n.behind[l.Index]) > 0
+		l.Far = far[l.Index]
+		by := defaults[l.Index]
+		if l.is(unix.IFF_LOOPBACK) {
+			by = 0
+		}
+		switch {
+		case slices.Contains(s.Inside, l.Name):
+			l.Inside, l.Unused = true, by
+			continue
+		case slices.Contains(s.Outside, l.Name):
+			l.Outside, l.Cause = bothFamilies, Named
+		case by != 0 && !l.Inside:
+			l.Outside, l.Cause = by, DefaultRoute
+		}
+		if nat := natCause(s, l.Name); nat != NoCause {
+			l.Outside |= IPv4
+			if l.Cause == NoCause {
+				l.Cause = nat
+			}
+		}
+		others |= l.Outside
+		l.Unused = by &^ l.Outside
+	}
+	for _, name := range s.Outside {
+		if !slices.Contains(n.LinkNames(), name) {
+			n.Missing, others = append(n.Missing, name), bothFamilies
+		}
+	}
+	for i := range n.Links {
+		if l := &n.Links[i]; !slices.Contains(s.Inside, l.Name) {
+			arm := l.Unused & enabled &^ others
+			if l.Unused &^= arm; arm != 0 {
+				l.Outside |= arm
+				l.Cause = DefaultRoute
+			}
+		}
+	}
+	n.markUppers(s)
+}
+
+func natCause(s Sides, link string) Cause {
+	switch {
+	case slices.Contains(s.RuledNAT, link):
+		return RuledNAT
+	case slices.Contains(s.SeenNAT, link):
+		return SeenNAT
+	}
+	return NoCause
+}
+
+// markUppers makes those links outside links that share the network of one: packets from
+// outside come by them (VRRP with a MAC address of its own), whatever link others leave by.
+func (n *Network) markUppers(s Sides) {
+	links := n.links()
+	for i := range n.Links {
+		l := &n.Links[i]
+		below, ok := links[l.Lower]
+		if !ok || below.Outside == 0 || l.Inside || l.Outside != 0 || !l.sharesLower() || slices.Contains(s.Inside, l.Name) {
+			continue
+		}
+		l.Outside, l.Cause = below.Outside, SharedLink
+	}
+}
+
+// sharesLower reports whether the link is another MAC or IP address of the one below.
+func (l Link) sharesLower() bool {
+	return slices.Contains([]string{"macvlan", "macvtap", "ipvlan"}, l.Kind)
+}
+
+// leadsTo returns the links behind which subnets are, and these: those with a network of
+// their own in one, and those by which the longest route leads to all of one, if that is no
+// default route.
+func (n *Network) leadsTo(subnets []netip.Prefix) map[int][]netip.Prefix {
+	leads := make(map[int][]netip.Prefix)
+	for _, s := range subnets {
+		lead := func(link int) {
+			if !slices.Contains(leads[link], s) {
+				leads[link] = append(leads[link], s)
+			}
+		}
+		for _, a := range n.Addrs {
+			if p := a.Prefix; !p.IsSingleIP() && s.Bits() <= p.Bits() && s.Contains(p.Addr()) {
+				lead(a.Link)
+			}
+		}
+		longest := -1
+		var by []int
+		for _, r := range n.Routes {
+			switch p := r.Prefix; {
+			case isDefault(p) || p.Bits() > s.Bits() || !p.Contains(s.Addr()) || p.Bits() < longest:
+			case p.Bits() > longest:
+				longest, by = p.Bits(), []int{r.Link}
+			default:
+				by = append(by, r.Link)
+			}
+		}
+		for _, link := range by {
+			lead(link)
+		}
+	}
+	return leads
+}
+
+// byDefault returns the links whose default routes are the way to one of the subnets, as
+// in a cloud: nothing else leads to it.
+func (n *Network) byDefault(subnets []netip.Prefix) map[int]bool {
+	by := make(map[int]bool)
+	for _, s := range subnets {
+		if len(n.leadsTo([]netip.Prefix{s})) > 0 {
+			continue
+		}
+		for _, r := range n.Routes {
+			if isDefault(r.Prefix) && familyOf(r.Prefix) == familyOf(s) {
+				by[r.Link] = true
+			}
+		}
+	}
+	return by
+}
+
+// Hidden reports whether there may be an outside link that only flows tell of: another
+// link has a route to addresses on the Internet beyond its own networks.
+func (n Network) Hidden() bool {
+	links := n.links()
+	return slices.ContainsFunc(n.Routes, func(r Route) bool {
+		l, there := links[r.Link]
+		return there && r.Prefix.Addr().Is4() && l.Outside&IPv4 == 0 && !l.is(unix.IFF_LOOPBACK) && !notPublic(r.Prefix) && !n.connected(l.Index, r.Prefix.Addr())
+	})
+}
+
+// ShowsOutside reports whether a translated flow to a peer shows that the link it left by is
+// an outside link: the peer is on the Internet, and in no network of the link itself, as
+// behind a rule that masquerades towards all links it may be. By a link that leads inside,
+// it takes a default route: one of its other routes may lead to a further inside network.
+func (n Network) ShowsOutside(l Link, peer netip.Addr) bool {
+	host := netip.PrefixFrom(peer, peer.BitLen())
+	if l.is(unix.IFF_LOOPBACK) || notPublic(host) || n.connected(l.Index, peer) {
+		return false
+	}
+	return !l.Inside || !slices.ContainsFunc(n.Routes, func(r Route) bool {
+		return r.Link == l.Index && !isDefault(r.Prefix) && r.Prefix.Contains(peer)
+	})
+}
+
+// connected reports whether an address is in a network that the link has an address of.
+func (n Network) connected(link int, a netip.Addr) bool {
+	return slices.ContainsFunc(n.Addrs, func(own Addr) bool { return own.Link == link && own.Prefix.Contains(a) })
+}
+
+var sharedAddresses = netip.MustParsePrefix("100.64.0.0/10") // RFC 6598
+
+// notPublic reports whether no address of p is on the Internet.
+func notPublic(p netip.Prefix) bool {
+	return covered(p, private) || covered(p, []netip.Prefix{sharedAddresses, linkLocal4}) || p.Addr().IsLoopback() || p.Addr().IsMulticast()
+}
+
+var linkLocal4 = netip.MustParsePrefix("169.254.0.0/16")
+
+// Doubtful returns the links of which rules of the user's may tell that they are outside
+// links: those that are not, nor lead inside, and have an IPv4 address or route.
+func (n Network) Doubtful() (links []Link) {
+	used := make(map[int]bool)
+	for _, r := range n.Routes {
+		used[r.Link] = used[r.Link] || r.Prefix.Addr().Is4()
+	}
+	for _, a := range n.Addrs {
+		used[a.Link] = used[a.Link] || a.Prefix.Addr().Is4()
+	}
+	for _, l := range n.Links {
+		byRoute := l.Cause == Named || l.Cause == DefaultRoute
+		if used[l.Index] && !l.Inside && !l.is(unix.IFF_LOOPBACK) && (!byRoute || l.Outside&IPv4 == 0) && l.Cause != SharedLink {
+			links = append(links, l)
+		}
+	}
+	return links
+}
+
+// SubnetsOf returns the enabled subnets to which the link leads.
+func (n Network) SubnetsOf(l Link) []netip.Prefix { return n.behind[l.Index] }
+
+// Connected returns the prefixes of networks that the link of a name has addresses of, but
+// link-local ones, in order.
+func (n Network) Connected(link string) (prefixes []netip.Prefix) {
+	for _, l := range n.Links {
+		for _, a := range n.Addrs {
+			if p := a.Prefix; l.Name == link && a.Link == l.Index && !local(p.Addr()) && !p.IsSingleIP() {
+				prefixes = append(prefixes, p.Masked())
+			}
+		}
+	}
+	return unique(prefixes)
+}
+
+// reaches reports whether a link leads to a subnet, or to a part of it, by other than a
+// default route.
+func (n *Network) reaches(subnet netip.Prefix) bool {
+	within := func(p netip.Prefix) bool { return subnet.Bits() <= p.Bits() && subnet.Contains(p.Addr()) }
+	return len(n.leadsTo([]netip.Prefix{subnet})) > 0 || slices.ContainsFunc(n.Routes, func(r Route) bool { return within(r.Prefix) })
+}
+
+// OneArmed returns the names of the outside links by which hosts of enabled subnets come,
+// too.
+func (n Network) OneArmed() (names []string) {
+	for _, l := range n.Links {
+		if (l.Inside || l.Far) && l.Outside != 0 {
+			names = append(names, l.Name)
+		}
+	}
+	return names
+}
+
+// Not4 returns the names of the outside links that are none for IPv4.
+func (n Network) Not4() (names []string) {
+	for _, l := range n.Links {
+		if l.Outside == IPv6 {
+			names = append(names, l.Name)
+		}
+	}
+	return names
+}
