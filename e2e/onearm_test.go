@@ -125,41 +125,47 @@ func TestGatewayWithOneArm(t *testing.T) {
 	}
 }
 
-// What comes by the tunnel of a VPN exit with the source of an inside host earns no
-// permission, makes no mapping and keeps nothing alive.
+// What comes by the tunnel of a VPN exit with the source of an inside host, or by the one arm
+// with that of a host on another link, earns no permission, makes no mapping and keeps
+// nothing alive.
 //
-// Fails when lan0 counts as another uplink by which the host is reached.
-func TestNFTSpoofedSourceByTheOtherArm(t *testing.T) {
+// Fails when lan0 counts as another uplink by which the host is reached, and when all
+// sources of subnets are believed that come by it.
+func TestNFTSpoofedSourceByAnArm(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT}, func(t *testing.T, mode ...string) {
 		for _, guard := range []string{"true", "false"} {
-			s := newScene(t, lab.Options{Rules: armNAT})
+			s := newScene(t, lab.Options{Guest: true, Rules: armNAT})
 			s.oneArm()
 			s.AddLink("tun0", vpnAddr)
-			for _, link := range []string{"all", "tun0"} {
+			for _, link := range []string{"all", "tun0", "lan0"} {
 				s.Must(s.Gateway.SetSysctl("net.ipv4.conf."+link+".rp_filter", "0"))
 			}
 			s.IP(s.Gateway, "route add default via 198.51.100.254 dev tun0 onlink table 100")
-			s.Start(stage.Flags(mode, mapped, "--guard="+guard, "--outside=lan0")...)
+			s.Start(stage.Flags(mode, mapped, "--guard="+guard, "--outside=lan0", "--subnet", lab.GuestNet.String())...)
 			victim := s.InsideSocket(0, 5060)
 			peer := s.PeerSocket(lab.PeerA, 5060)
 			s.Stands(victim, peer, s.Contact(victim, peer))
 
-			faked := netip.AddrPortFrom(s.Inside(0).Addr, 7777)
-			s.IP(s.Outside, "addr add "+faked.Addr().String()+"/32 dev lo")
-			const far = "192.0.2.200"
 			s.IP(s.Outside, "route del local 192.0.2.0/24 dev lo")
-			s.IP(s.Outside, "route add "+far+"/32 via "+vpnAddr+" dev tun0 onlink")
-			spoofer := s.Socket(s.Outside.Namespace, faked.Addr(), faked.Port())
-			s.Must(spoofer.Send(netip.MustParseAddrPort(far+":9"), "spoofed"))
-			s.Until("it was seen", func() bool {
-				return s.Status().Tables.Guard.Spoofed == 1 || len(s.ConntrackList("-p", "udp", "--orig-src", faked.Addr().String(), "--sport", "7777")) > 0
+			fakes := map[netip.Addr]string{
+				s.Inside(0).Addr: "via " + vpnAddr + " dev tun0 onlink",
+				s.Guest.Addr:     "via " + lab.InsideNet.Addr().Next().String() + " dev arm",
+			}
+			for faked, way := range fakes {
+				far := netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, 200 + faked.As4()[2]}), 9)
+				s.IP(s.Outside, "addr add "+faked.String()+"/32 dev lo")
+				s.IP(s.Outside, "route add "+far.Addr().String()+"/32 "+way)
+				s.Must(s.Socket(s.Outside.Namespace, faked, 7777).Send(far, "spoofed"))
+			}
+			s.Until("they were seen", func() bool {
+				return s.Status().Tables.Guard.Spoofed == 2 || len(s.ConntrackList("-p", "udp", "--sport", "7777")) == 2
 			})
 			for _, p := range s.List() {
-				if p.Int == faked {
+				if p.Int.Port() == 7777 {
 					t.Errorf("guard %s: it earned %+v", guard, p)
 				}
 			}
-			if n := s.Status().Tables.Guard.Spoofed; guard == "true" && n != 1 {
+			if n := s.Status().Tables.Guard.Spoofed; guard == "true" && n != 2 {
 				t.Errorf("%d packets were dropped", n)
 			}
 			kept, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", "kept_lan0")

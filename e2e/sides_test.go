@@ -155,3 +155,29 @@ func TestLinkThatIsInsideByName(t *testing.T) {
 		t.Errorf("outside links %v", outside)
 	}
 }
+
+// Only flows told of the uplink. The daemon is killed, and the next one knows at once:
+// permissions go on, and so do mappings.
+//
+// Fails when flows are looked at only once a new daemon has made its tables.
+func TestUplinkThatOnlyFlowsTellOfOutlivesTheDaemon(t *testing.T) {
+	stage.InModes(t, [][]string{stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{Inside: 2, Rules: natBy()})
+		s.addVPN("203.0.113.0/24")
+		s.Start(stage.Flags(mode, mapped, "--reconcile=1h")...)
+		s.works(lab.PeerA, 5060, netip.MustParseAddr(vpnAddr)) // nothing has a mapping before
+		hosts, exts := s.consoles(2)
+		s.Kill()
+		s.Start(stage.Flags(mode, mapped, "--reconcile=1h")...)
+		peer := s.PeerSocket(lab.PeerB, 3076)
+		for i, host := range hosts {
+			s.Arrives(host, s.PeerSocket(lab.PeerA, 20_000+uint16(i)), exts[i])
+			if ext := s.Contact(host, peer); ext != exts[i] {
+				t.Errorf("host %d left as %v, and after a start as %v", i, exts[i], ext)
+			}
+		}
+		if n := s.Status().Counters.Revoked["not allowed any more"]; n > 0 {
+			t.Errorf("%d permissions ended", n)
+		}
+	})
+}
