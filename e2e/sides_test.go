@@ -181,3 +181,38 @@ func TestUplinkThatOnlyFlowsTellOfOutlivesTheDaemon(t *testing.T) {
 		}
 	})
 }
+
+// A rule that names an uplink comes and goes while the daemon runs, of nftables or of
+// iptables-legacy.
+//
+// Fails when rules are asked for uplinks at the start alone, or with the links alone.
+func TestRuleTellsOfAnUplinkWhenItComes(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	s.addVPN("172.20.0.0/24")
+	s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1h")
+	outside := func() bool { return slices.Contains(s.Status().Outside, "vpn0") }
+	if outside() {
+		t.Fatal("it is an outside link without a rule")
+	}
+	for name, change := range map[string][2]func() error{
+		"nftables": {
+			func() error {
+				return s.NFT("table ip later { chain post { type nat hook postrouting priority srcnat; oifname \"vpn0\" masquerade; }; }")
+			},
+			func() error { return s.NFT("delete table ip later") },
+		},
+		"iptables-legacy": {
+			func() error {
+				return s.IPTables(lab.IPTablesLegacy, strings.ReplaceAll(lab.IPTablesMasquerade, "wan0", "vpn0"))
+			},
+			func() error {
+				return s.IPTables(lab.IPTablesLegacy, "*nat\n-D POSTROUTING -o vpn0 -j MASQUERADE\nCOMMIT\n")
+			},
+		},
+	} {
+		s.Must(change[0]())
+		s.Until("the rule of "+name+" tells", outside)
+		s.Must(change[1]())
+		s.Until("that of "+name+" tells no more", func() bool { return !outside() })
+	}
+}
