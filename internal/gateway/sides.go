@@ -249,6 +249,9 @@ func (n Network) Doubtful() (links []Link) {
 	for _, a := range n.Addrs {
 		used[a.Link] = used[a.Link] || a.Prefix.Addr().Is4()
 	}
+	for _, l := range n.Links { // routes by outside links may have been left out (Lean)
+		used[l.Index] = used[l.Index] || l.Outside&IPv4 != 0
+	}
 	for _, l := range n.Links {
 		byRoute := l.Cause == Named || l.Cause == DefaultRoute
 		if used[l.Index] && !l.Inside && !l.is(unix.IFF_LOOPBACK) && (!byRoute || l.Outside&IPv4 == 0) && l.Cause != SharedLink {

@@ -152,6 +152,23 @@ func TestMarkTellsOutsideFromInside(t *testing.T) {
 
 // An outside link is shown by a flow to the Internet, but not by one to what may be a
 // further inside network.
+// Fails when an outside link without an address is asked of only while its routes are known.
+func TestTheSameLinksAreDoubtfulWithoutRoutes(t *testing.T) {
+	n := sidesNetwork()
+	n.Addrs = slices.DeleteFunc(n.Addrs, func(a Addr) bool { return a.Link == 5 })
+	n.Mark(Sides{Subnets: prefixesOf("10.47.11.0/24"), RuledNAT: []string{"vpn0"}})
+	names := func(links []Link) (names []string) {
+		for _, l := range links {
+			names = append(names, l.Name)
+		}
+		return names
+	}
+	full, lean := names(n.Doubtful()), names(n.Lean().Doubtful())
+	if !slices.Contains(full, "vpn0") || !slices.Equal(full, lean) {
+		t.Errorf("doubtful are %q, and without routes by outside links %q", full, lean)
+	}
+}
+
 func TestShowsOutside(t *testing.T) {
 	n := sidesNetwork()
 	n.Routes = append(n.Routes, Route{Prefix: netip.MustParsePrefix("192.0.2.0/24"), Link: 3}, Route{Prefix: netip.MustParsePrefix("0.0.0.0/0"), Link: 3})
