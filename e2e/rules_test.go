@@ -107,3 +107,18 @@ exec setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps -all --boundi
 		}
 	}
 }
+
+// Fails when a subnet that is a link's network counts as none.
+func TestRulesOfTheNetworkOfALink(t *testing.T) {
+	stage.OfTheDaemon(t)
+	s := newScene(t, lab.Options{Rules: lab.Masquerade})
+	named, code := s.CLI("rules", "--subnet", lab.InsideNet.String())
+	ofLink, ofLinkCode := s.CLI("rules", "--subnet", "lan0")
+	if code != 0 || ofLinkCode != 0 || named != ofLink {
+		t.Errorf("exit %d and %d; by prefix\n%s\nby link\n%s", code, ofLinkCode, named, ofLink)
+	}
+	// It may come.
+	if out, code := s.CLI("rules", "--subnet", "lan9"); code != 0 || !strings.Contains(out, "table inet conenat {") {
+		t.Errorf("exit %d:\n%s", code, out)
+	}
+}
