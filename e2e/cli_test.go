@@ -77,7 +77,6 @@ func TestWrongInputIsNamedAndChangesNothing(t *testing.T) {
 		"host bits":        {[]string{"run", "--subnet", "10.47.11.1/24"}, 78, `did you mean "10.47.11.0/24"`},
 		"contradiction":    {[]string{"run", "--subnet", "10.47.11.0/24", "--hairpin"}, 78, "hairpin: expected a subnet with mapping"},
 		"unknown flag":     {[]string{"run", "--bogus"}, 78, "--bogus"},
-		"outside network":  {[]string{"run", "--subnet", "198.51.100.0/24"}, 1, "the network of the outside link wan0"},
 		"status, no one":   {[]string{"status"}, 1, "no conenatd runs in this network namespace"},
 		"check, bad file":  {[]string{"check", file("backend = 7\n")}, 78, "c.toml:1: backend:"},
 		"list, no one":     {[]string{"list"}, 1, "conenatd run"},

@@ -138,6 +138,32 @@ func TestOutsideAddressOnAMacvlan(t *testing.T) {
 	})
 }
 
+// Rules that name the LAN, and not the uplink, say nothing of other links. Nor do those that
+// translate towards a network of the gateway's own.
+//
+// Fails when whatever is not the LAN, or is translated towards, counts as outside.
+func TestRuleMakesNoNetworkOfTheGatewayAnUplink(t *testing.T) {
+	stage.OfTheDaemon(t)
+	for name, rule := range map[string]string{
+		"by its source":     "ip saddr " + lab.InsideNet.String() + " masquerade",
+		"by its link":       `oifname != "lan0" masquerade`,
+		"and not to itself": "ip saddr " + lab.InsideNet.String() + " ip daddr != " + lab.InsideNet.String() + " masquerade",
+		"towards a network": `oifname { "wan0", "guest0" } masquerade`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newScene(t, lab.Options{Guest: true, Rules: strings.Replace(natBy(), "masquerade", rule, 1)})
+			s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1s")
+			phone := s.InsideSocket(0, 5060)
+			s.Contact(phone, s.PeerSocket(lab.PeerA, 5060))
+			s.Contact(phone, s.Socket(s.Guest.Namespace, s.Guest.Addr, 5060))
+			s.Until("a permission stands", func() bool { return s.Status().Permissions.Standing == 1 })
+			if outside := s.Status().Outside; !slices.Equal(outside, []string{"wan0"}) {
+				t.Errorf("outside links %v", outside)
+			}
+		})
+	}
+}
+
 // The user knows better than rules and flows.
 //
 // Fails when inside does not count against them.
@@ -148,9 +174,7 @@ func TestLinkThatIsInsideByName(t *testing.T) {
 	s.told("inside link later0 is not there")
 	phone, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 	s.Contact(phone, peer)
-	s.Until("it gives no permission", func() bool {
-		return s.Status().Counters.Skipped["peer is behind vpn0, which is no outside link"] == 1
-	})
+	s.Until("it gives no permission", func() bool { return s.Status().Counters.SkippedLinks["vpn0"] == 1 })
 	if outside := s.Status().Outside; !slices.Equal(outside, []string{"wan0"}) {
 		t.Errorf("outside links %v", outside)
 	}

@@ -40,6 +40,7 @@ type firewall struct {
 	byMark      bool                      // routes may depend on marks
 	uppers      map[string]string
 	oneArmed    []string // outside links that lead inside, too
+	far         []string // those of them that do so by a default route alone
 	not4        []string // outside links that are none for IPv4
 
 	known map[netip.Addr]struct{} // addresses that links had; nil before the first look
@@ -133,9 +134,10 @@ func (f *firewall) mapConfig(cfg config.Config) *rules.MapConfig {
 // setSides tells which links share a network, and which are not outside links alone. It
 // reports whether that was told before.
 func (f *firewall) setSides(n gateway.Network) (same bool) {
-	uppers, oneArmed, not4 := n.Uppers(), n.OneArmed(), n.Not4()
-	same = maps.Equal(uppers, f.uppers) && slices.Equal(oneArmed, f.oneArmed) && slices.Equal(not4, f.not4)
-	f.uppers, f.oneArmed, f.not4 = uppers, oneArmed, not4
+	uppers, not4 := n.Uppers(), n.Not4()
+	oneArmed, far := n.OneArmed()
+	same = maps.Equal(uppers, f.uppers) && slices.Equal(oneArmed, f.oneArmed) && slices.Equal(far, f.far) && slices.Equal(not4, f.not4)
+	f.uppers, f.oneArmed, f.far, f.not4 = uppers, oneArmed, far, not4
 	return same
 }
 
@@ -155,7 +157,7 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	d := rules.Desired{
 		OutsideLinks: outside, Subnets: prefixes(cfg.Subnets), Guard: cfg.Guard, Uppers: f.uppers,
-		OneArmed: f.oneArmed, Not4: f.not4, InsideLinks: cfg.Inside,
+		OneArmed: f.oneArmed, Far: f.far, Not4: f.not4, InsideLinks: cfg.Inside,
 		Helpers: f.helpers, MaxChildren: cfg.MaxChildren,
 	}
 	// Where nobody can tell, nothing is dropped. The kernel does not learn from it then.
@@ -356,13 +358,13 @@ func (f *firewall) fixedSources() (addrs []userrules.AddrRange, unknown bool) {
 	return f.user.FixedSources()
 }
 
-// uplinks returns the names of those of the links of which the user's rules say that they
-// lead outside.
+// uplinks returns the names of those of the links of which the user's rules say, by name, that
+// they lead outside.
 func (f *firewall) uplinks(links []userrules.LAN) ([]string, error) {
 	if f.unread != nil {
 		return nil, f.unread
 	}
-	return f.user.Uplinks(links)
+	return f.user.NamedUplinks(links)
 }
 
 // read is what status shows of the tables. What cannot be read is as it was when it was

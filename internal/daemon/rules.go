@@ -34,7 +34,9 @@ func Rules(cfg config.Config) (string, error) {
 	if cfg.Subnets, err = f.subnets(cfg, network, nil, nil); err != nil {
 		return "", err
 	}
-	network.Mark(ways.sides(cfg)) // the links of these lead inside
+	if network, _, err = ways.readNetwork(cfg, f); err != nil { // the links of these lead inside
+		return "", err
+	}
 	f.setSides(network)
 	size, err := readTableSize()
 	if err != nil {

@@ -47,7 +47,7 @@ func (u *uplinks) readNetwork(cfg config.Config, f *firewall) (network gateway.N
 	_, unruled = u.ask(f, network)
 	network.Mark(u.sides(cfg))
 	for _, l := range network.Links {
-		if l.Cause == gateway.Named || l.Cause == gateway.DefaultRoute {
+		if (l.Cause == gateway.Named || l.Cause == gateway.DefaultRoute) && l.Outside&gateway.IPv4 != 0 && !l.Inside {
 			if u.routed == nil {
 				u.routed = make(map[string]bool)
 			}
@@ -171,19 +171,22 @@ func (d *Daemon) seeNAT(cfg config.Config, flows []cone.Flow) (found bool, err e
 	return found, nil
 }
 
-// leftBy returns the one of the links by which a flow with an outside address left: where
-// marks may decide, the one that has the address.
+// leftBy returns the one of the links by which a flow with an outside address left: the one
+// that has the address. One of several it is only if it has, for marks may decide; a single
+// one, too, if no other link that leads anywhere has it. What leads to a peer now need not be
+// the link by which an older flow left.
 func leftBy(links []gateway.Link, network gateway.Network, ext netip.Addr) (l gateway.Link, ok bool) {
-	if len(links) == 1 {
-		return links[0], true
-	}
-	i := slices.IndexFunc(links, func(l gateway.Link) bool {
+	holds := func(l gateway.Link) bool {
 		return slices.ContainsFunc(network.Addrs, func(a gateway.Addr) bool { return a.Link == l.Index && a.Prefix.Addr() == ext })
-	})
-	if i < 0 {
+	}
+	if i := slices.IndexFunc(links, holds); i >= 0 {
+		return links[i], true
+	}
+	elsewhere := slices.ContainsFunc(network.Links, func(l gateway.Link) bool { return holds(l) && (l.Outside != 0 || network.Leads(l)) })
+	if len(links) != 1 || elsewhere {
 		return l, false
 	}
-	return links[i], true
+	return links[0], true
 }
 
 // warnSides says what was assumed of links where causes contradict each other, or no

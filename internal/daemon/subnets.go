@@ -41,7 +41,10 @@ func (f *firewall) subnets(cfg config.Config, network gateway.Network, were map[
 	for _, l := range network.LANs() {
 		lans = append(lans, userrules.LAN{Link: userrules.Link{Index: l.Index, Name: l.Name}, Networks: l.Networks})
 	}
-	named, err := f.uplinks(lans)
+	if f.unread != nil {
+		return nil, fmt.Errorf("find the links of subnet \"auto\": %w", f.unread)
+	}
+	named, err := f.user.Uplinks(lans)
 	if err != nil {
 		return nil, fmt.Errorf("find the links of subnet \"auto\": %w", err)
 	}

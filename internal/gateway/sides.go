@@ -95,7 +95,7 @@ func (n *Network) Mark(s Sides) {
 		case by != 0 && !l.Inside:
 			l.Outside, l.Cause = by, DefaultRoute
 		}
-		if nat := natCause(s, l.Name); nat != NoCause {
+		if nat := natCause(s, l.Name); nat != NoCause && (by != 0 || n.Leads(*l)) {
 			l.Outside |= IPv4
 			if l.Cause == NoCause {
 				l.Cause = nat
@@ -119,6 +119,13 @@ func (n *Network) Mark(s Sides) {
 		}
 	}
 	n.markUppers(s)
+}
+
+// Leads reports whether an IPv4 route by the link leads beyond its own networks.
+func (n Network) Leads(l Link) bool {
+	return slices.ContainsFunc(n.Routes, func(r Route) bool {
+		return r.Link == l.Index && r.Prefix.Addr().Is4() && !n.connected(l.Index, r.Prefix.Addr())
+	})
 }
 
 func natCause(s Sides, link string) Cause {
@@ -285,14 +292,17 @@ func (n *Network) reaches(subnet netip.Prefix) bool {
 }
 
 // OneArmed returns the names of the outside links by which hosts of enabled subnets come,
-// too.
-func (n Network) OneArmed() (names []string) {
+// too, and of those of them that only a default route makes the way to hosts.
+func (n Network) OneArmed() (names, far []string) {
 	for _, l := range n.Links {
 		if (l.Inside || l.Far) && l.Outside != 0 {
 			names = append(names, l.Name)
+			if !l.Inside {
+				far = append(far, l.Name)
+			}
 		}
 	}
-	return names
+	return names, far
 }
 
 // Not4 returns the names of the outside links that are none for IPv4.

@@ -72,8 +72,12 @@ func TestMarkTellsOutsideFromInside(t *testing.T) {
 			want:  "wan0/IPv4 and IPv6 lan0+ vpn0/IPv4 and IPv6 vrrp0+",
 		},
 		"a rule and a flow": {
-			sides: Sides{Subnets: prefixesOf(lan), RuledNAT: []string{"vpn0"}, SeenNAT: []string{"guest0"}},
+			sides: Sides{Subnets: prefixesOf(lan), RuledNAT: []string{"vpn0"}, SeenNAT: []string{"guest0"}}, routes: []Route{route("192.0.2.0/24", 4)},
 			want:  "wan0/IPv4 and IPv6 lan0+ guest0/IPv4 vpn0/IPv4 vrrp0/IPv4 and IPv6",
+		},
+		"a rule and a flow towards a network of the gateway's": {
+			sides: Sides{Subnets: prefixesOf(lan), RuledNAT: []string{"guest0"}, SeenNAT: []string{"guest0"}},
+			want:  "wan0/IPv4 and IPv6 lan0+ vrrp0/IPv4 and IPv6",
 		},
 		"the user's word against a rule": {
 			sides: Sides{Subnets: prefixesOf(lan), RuledNAT: []string{"vpn0"}, Inside: []string{"vpn0", "wan0"}},

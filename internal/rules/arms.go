@@ -13,8 +13,11 @@ import (
 // An outside link may lead inside, too (Desired.OneArmed): then a packet is from inside if
 // its source is in a subnet and its flow is not one that unsure remembers.
 
-// arms returns OneArmed in the order of rules.
-func (d *Desired) arms() []string { return slices.Compact(slices.Sorted(slices.Values(d.OneArmed))) }
+// arms returns those of OneArmed that are outside links for IPv4, in the order of rules.
+func (d *Desired) arms() []string {
+	arms := slices.DeleteFunc(slices.Sorted(slices.Values(d.OneArmed)), func(name string) bool { return !slices.Contains(d.outside4(), name) })
+	return slices.Compact(arms)
+}
 
 // outside4 returns the outside links for IPv4.
 func (d *Desired) outside4() []string {
@@ -25,14 +28,11 @@ func (d *Desired) outside4() []string {
 // comes, if there is such a link.
 func (l *layout) surelyOutside(d Desired) (test exprs, any bool) {
 	test = l.outside(iifname, true)
-	arms := 0
-	for _, name := range d.arms() {
-		if slices.Contains(l.links, name) {
-			test = join(test, iifname.isNot(nfnl.LinkKey(name)))
-			arms++
-		}
+	arms := d.arms()
+	for _, name := range arms {
+		test = join(test, iifname.isNot(nfnl.LinkKey(name)))
 	}
-	return test, arms == 0 || arms < len(l.links)
+	return test, len(arms) == 0 || len(arms) < len(l.links)
 }
 
 // applyByArm adds the rules of apply for what came by such a link.

@@ -30,7 +30,7 @@ func (l *layout) spoofed(d Desired) {
 		test = join(isUDP, metaIPsec.missing(1), noWayBack)
 	}
 	for _, name := range l.links { // nft 1.0.6 cannot look up what fib finds in a set
-		if slices.Contains(d.OneArmed, name) { // who is reached by it is inside
+		if slices.Contains(d.OneArmed, name) && !slices.Contains(d.Far, name) { // who is reached by it is inside
 			continue
 		}
 		test = join(test, fibSaddrMarkOifname.isNot(nfnl.LinkKey(name)))

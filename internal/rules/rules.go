@@ -36,6 +36,9 @@ type Desired struct {
 	// OneArmed are those of OutsideLinks by which hosts of Subnets come, too: what comes by
 	// them with a source in Subnets is from inside if they are the way back to it.
 	OneArmed []string
+	// Far are those of OneArmed that only a default route makes the way back to hosts of
+	// Subnets: of two such links either may be it, and a host may come by the other one.
+	Far []string
 	// InsideLinks are links of which the user says that a source in Subnets is not spoofed,
 	// whatever link is the way back to it. None of them is an outside link.
 	InsideLinks []string

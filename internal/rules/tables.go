@@ -99,7 +99,7 @@ func (t *Tables) possible(d Desired) Desired {
 	d.noIPsec = t.noSecPath
 	d.Guard = d.Guard && !t.Lacks(FeatureGuard)
 	if t.Lacks(FeatureSpoofed) {
-		d.noFib, d.OneArmed = true, nil // nobody could tell inside from outside there
+		d.noFib, d.OneArmed, d.Far = true, nil, nil // nobody could tell inside from outside there
 	}
 	if t.Lacks(FeatureMaxChildren) {
 		d.MaxChildren = 0

@@ -79,7 +79,7 @@ func (l *layout) isUnsure() exprs {
 // permissions are learned, and on a gateway with one arm those with mappings. It is nil
 // where nobody can tell.
 func (d *Desired) unsureSources() []netip.Prefix {
-	mapped := d.Mapping != nil && len(d.OneArmed) > 0
+	mapped := d.Mapping != nil && len(d.arms()) > 0
 	if d.noFib || d.Map == nil && !mapped {
 		return nil
 	}

@@ -15,9 +15,25 @@ import (
 // leaves by them from another one gets another source, while what leaves by other links
 // does not. A rule for all links says nothing of any. Rules for a few destinations (hairpin)
 // do not count, nor do those of iptables-legacy that only root may know of.
-func (rs *Ruleset) Uplinks(links []LAN) (names []string, err error) {
+func (rs *Ruleset) Uplinks(links []LAN) ([]string, error) {
+	names, _, err := rs.uplinks(links)
+	return names, err
+}
+
+// NamedUplinks returns those of them that rules name: none where rules tell inside links from
+// all others, as "ip saddr LAN masquerade" does, for then another one need not lead outside.
+func (rs *Ruleset) NamedUplinks(links []LAN) ([]string, error) {
+	names, others, err := rs.uplinks(links)
+	if others {
+		names = nil
+	}
+	return names, err
+}
+
+// uplinks returns the names, and whether a link of which no rule knows would be one of them.
+func (rs *Ruleset) uplinks(links []LAN) (names []string, others bool, err error) {
 	if len(links) == 0 {
-		return nil, nil
+		return nil, false, nil
 	}
 	var chains []baseChain
 	for _, t := range rs.sourceTables() {
@@ -30,7 +46,7 @@ func (rs *Ruleset) Uplinks(links []LAN) (names []string, err error) {
 	for _, l := range append(slices.Clip(links), LAN{Link: Link{Name: "/"}}) {
 		translated, err := translatesBy(chains, l, links)
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
 		if translated {
 			names = append(names, l.Name)
@@ -39,9 +55,10 @@ func (rs *Ruleset) Uplinks(links []LAN) (names []string, err error) {
 		}
 	}
 	if !differ {
-		return nil, nil
+		return nil, false, nil
 	}
-	return slices.DeleteFunc(names, func(name string) bool { return name == "/" }), nil
+	isOther := func(name string) bool { return name == "/" }
+	return slices.DeleteFunc(slices.Clone(names), isOther), slices.ContainsFunc(names, isOther), nil
 }
 
 // translatesBy reports whether chains translate the source of UDP packets that leave by a

@@ -62,6 +62,24 @@ func TestUplinksAreTheLinksThatRulesTranslateBy(t *testing.T) {
 			}
 		})
 	}
+	// What tells the LAN from all others names no uplink.
+	for rule, want := range map[string][]string{
+		`ip saddr 10.47.11.0/24 masquerade`:                               nil,
+		`oifname != "lan0" masquerade`:                                    nil,
+		`ip saddr 10.47.11.0/24 ip daddr != 10.47.11.0/24 masquerade`:     nil,
+		`oifname "wan3" masquerade`:                                       {"wan3"},
+		`oifname "wan3" masquerade; ip saddr 10.8.0.0/24 masquerade`:      {"wan3"},
+		`oifname != { "lan0", "wan3" } ip saddr 10.47.11.0/24 masquerade`: nil,
+	} {
+		t.Run("named by "+rule, func(t *testing.T) {
+			t.Parallel()
+			l := lab.ForTest(t, lab.Options{Rules: in(rule)})
+			got, err := ruleset(t, l).NamedUplinks([]userrules.LAN{lans[0], {Link: lans[3].Link}})
+			if err != nil || !slices.Equal(got, want) {
+				t.Errorf("%q, %v, want %q", got, err, want)
+			}
+		})
+	}
 	t.Run("a LAN beside links without addresses", func(t *testing.T) {
 		l := lab.ForTest(t, lab.Options{Rules: in(`oifname "wan3" masquerade; ip saddr 10.8.0.0/24 oifname "lan0" masquerade`)})
 		got, err := ruleset(t, l).Uplinks([]userrules.LAN{lans[0], lans[3]})
