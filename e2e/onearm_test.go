@@ -54,6 +54,11 @@ func TestGatewayWithOneArm(t *testing.T) {
 		s.IP(s.Gateway, "rule add iif lan0 table 100 prio 100")
 		s.IP(s.Gateway, "rule add iif lan0 to 10.47.11.0/24 table main prio 90")
 	}
+	unused := func(s *scene) {
+		s.AddLink("tun0", vpnAddr)
+		s.IP(s.Gateway, "route add default via 198.51.100.254 dev tun0 onlink table 100")
+		s.IP(s.Gateway, "rule add from 10.99.0.0/16 table 100 prio 100")
+	}
 	for name, tc := range map[string]struct {
 		subnet string
 		args   []string
@@ -61,15 +66,17 @@ func TestGatewayWithOneArm(t *testing.T) {
 		from   string // outside address
 		far    bool
 		both   bool // lan0 leads to both sides
+		first  bool // which its first flow shows
 	}{
-		"side router":              {subnet: "10.47.11.0/24", from: "10.47.11.1", both: true},
-		"side router, for some":    {subnet: "10.47.11.96/27", from: "10.47.11.1", both: true},
-		"side router, as outside":  {subnet: "10.47.11.0/24", args: []string{"--outside=lan0"}, from: "10.47.11.1", both: true},
-		"VPN exit":                 {subnet: "10.47.11.0/24", set: tunnel, from: vpnAddr},
-		"VPN exit, for some":       {subnet: "10.47.11.96/27", set: tunnel, from: vpnAddr},
-		"VPN exit, by its name":    {subnet: "10.47.11.0/24", args: []string{"--outside=tun0"}, set: tunnel, from: vpnAddr},
-		"VPN exit, inside by name": {subnet: "10.47.11.0/24", args: []string{"--inside=lan0"}, set: tunnel, from: vpnAddr},
-		"NAT instance in a cloud":  {subnet: "10.47.12.0/24", from: "10.47.11.1", far: true},
+		"side router":                {subnet: "10.47.11.0/24", from: "10.47.11.1", both: true},
+		"side router, for some":      {subnet: "10.47.11.96/27", from: "10.47.11.1", both: true},
+		"side router, as outside":    {subnet: "10.47.11.0/24", args: []string{"--outside=lan0"}, from: "10.47.11.1", both: true},
+		"side router, with a tunnel": {subnet: "10.47.11.0/24", set: unused, from: "10.47.11.1", both: true, first: true},
+		"VPN exit":                   {subnet: "10.47.11.0/24", set: tunnel, from: vpnAddr},
+		"VPN exit, for some":         {subnet: "10.47.11.96/27", set: tunnel, from: vpnAddr},
+		"VPN exit, by its name":      {subnet: "10.47.11.0/24", args: []string{"--outside=tun0"}, set: tunnel, from: vpnAddr},
+		"VPN exit, inside by name":   {subnet: "10.47.11.0/24", args: []string{"--inside=lan0"}, set: tunnel, from: vpnAddr},
+		"NAT instance in a cloud":    {subnet: "10.47.12.0/24", from: "10.47.11.1", far: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
@@ -98,6 +105,10 @@ func TestGatewayWithOneArm(t *testing.T) {
 				s.Start(slices.Concat(mode, tc.args, []string{"--subnet", tc.subnet, mapped, "--reconcile=1h"})...)
 
 				peers := []*lab.Socket{s.PeerSocket(lab.PeerA, 3478), s.PeerSocket(lab.PeerB, 3478), s.PeerSocket(lab.PeerC, 3478)}
+				if tc.first {
+					s.Contact(s.InsideSocket(0, 9999), peers[0])
+					s.Until("a flow shows that it leads outside, too", func() bool { return slices.Contains(s.Status().Outside, "lan0") })
+				}
 				var exts []netip.AddrPort
 				for _, host := range hosts {
 					ext := s.Contact(host, peers[0])

@@ -156,11 +156,13 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 			m.Surplus(now, p, ByMap)
 		}
 	}
+	_, unused := m.topo.unused[f.ReplyDst.Addr]
+	behind := r != ReasonPeerInside || m.topo.outside(f.ReplySrc.Addr.Netip())
+	if unused || !behind {
+		m.stray(f)
+	}
 	if r != ReasonNone {
-		m.unplaced = m.unplaced || r == ReasonAddressGone || r == ReasonPeerInside && !m.topo.outside(f.ReplySrc.Addr.Netip())
-		if r == ReasonPeerInside && !m.topo.outside(f.ReplySrc.Addr.Netip()) {
-			m.stray(f)
-		}
+		m.unplaced = m.unplaced || r == ReasonAddressGone || !behind
 		m.skip(f, r)
 		return
 	}

@@ -1,6 +1,9 @@
 package cone
 
-import "net/netip"
+import (
+	"net/netip"
+	"slices"
+)
 
 const (
 	// mostStrays bounds the flows that wait to be asked for.
@@ -10,7 +13,7 @@ const (
 )
 
 // strays are translated flows towards peers on the Internet that are behind no outside
-// link: each may show that another link is one, too.
+// link, or with an address of a link that is none: each may show that it is one, too.
 type strays struct {
 	flows []Flow
 	peers map[Addr]struct{} // of flows that were told since the topology changed
@@ -27,7 +30,7 @@ func (m *Model) Strays() []Flow {
 // HasStrays reports whether Strays would return a flow.
 func (m *Model) HasStrays() bool { return len(m.strays.flows) > 0 }
 
-// stray takes in a flow of an enabled host whose peer is behind no outside link.
+// stray takes in a flow of an enabled host that may show an outside link.
 func (m *Model) stray(f *Flow) {
 	s := &m.strays
 	peer := f.ReplySrc.Addr
@@ -44,10 +47,10 @@ func (m *Model) stray(f *Flow) {
 	s.flows = append(s.flows, *f)
 }
 
-// IsStray reports whether f is a translated flow towards a peer on the Internet that is
-// behind no outside link of t, which is compiled. Whose flow it is does not matter.
+// IsStray reports whether f may show that a link is an outside link that t, which is compiled,
+// does not know as one. Whose flow it is does not matter.
 func IsStray(f *Flow, t Topology) bool {
-	return mayStray(f) && !t.outside.has(f.ReplySrc.Addr.Netip())
+	return mayStray(f) && (!t.outside.has(f.ReplySrc.Addr.Netip()) || slices.Contains(t.Unused, f.ReplyDst.Addr.Netip()))
 }
 
 func mayStray(f *Flow) bool {

@@ -12,6 +12,9 @@ import (
 type Topology struct {
 	// Local are the gateway's own addresses.
 	Local []netip.Addr
+	// Unused are those of links that are no outside links though a default route uses them:
+	// flows with one may show that they are.
+	Unused []netip.Addr
 	// Routes decide by longest match whether a peer is outside; default
 	// routes are among them. A peer without a route is not outside. One prefix
 	// that is there twice, once outside and once not, is not.
@@ -44,7 +47,7 @@ func (t Topology) Compile() Topology {
 
 // Equal reports whether t and u, which both are compiled, give the same answers.
 func (t Topology) Equal(u Topology) bool {
-	return slices.Equal(t.Local, u.Local) && t.outside.equal(u.outside) && t.inside.equal(u.inside)
+	return slices.Equal(t.Local, u.Local) && slices.Equal(t.Unused, u.Unused) && t.outside.equal(u.outside) && t.inside.equal(u.inside)
 }
 
 // topology is a Topology made quick to ask.
@@ -53,6 +56,8 @@ type topology struct {
 	lost  map[Addr]time.Duration // until when flows with it give nothing
 	peers *spans                 // those behind outside links
 	other *spans                 // those behind other links
+
+	unused map[Addr]struct{}
 }
 
 func compileTopology(t Topology) topology {
@@ -64,6 +69,12 @@ func compileTopology(t Topology) topology {
 	}
 	for _, a := range t.Local {
 		c.local[AddrFrom(a)] = struct{}{}
+	}
+	for _, a := range t.Unused {
+		if c.unused == nil {
+			c.unused = make(map[Addr]struct{})
+		}
+		c.unused[AddrFrom(a)] = struct{}{}
 	}
 	return c
 }

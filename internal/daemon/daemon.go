@@ -188,9 +188,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.reads, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
 		return d, err
 	}
-	if err := d.seeFlowsBefore(); err != nil {
-		return d, err
-	}
+	d.seeFlowsBefore()
 	if d.statistics, err = ctwatch.DialStatistics(ctwatch.Config{}); err != nil {
 		return d, err
 	}

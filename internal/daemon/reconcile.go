@@ -79,6 +79,10 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 			}
 		}
 		for again := false; !again; {
+			strays := d.strays
+			if d.changed.ways { // they wait for the budget
+				strays = nil
+			}
 			select {
 			case <-ctx.Done():
 				return nil
@@ -111,7 +115,7 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 			case <-d.moved:
 				d.changed.links = true
 				d.lookAround(ctx, q)
-			case <-d.strays:
+			case <-strays:
 				d.changed.ways = true
 				d.lookAround(ctx, q)
 			}

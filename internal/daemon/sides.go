@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -113,10 +114,10 @@ func (d *Daemon) followFlows(cfg config.Config) (found bool, err error) {
 }
 
 // seeFlowsBefore does so at the start, before the first rule of ours: an earlier daemon may
-// have had permissions and mappings on such a link.
-func (d *Daemon) seeFlowsBefore() error {
+// have had permissions and mappings on such a link. What fails the first reconcile tries again.
+func (d *Daemon) seeFlowsBefore() {
 	if !d.network.Hidden() {
-		return nil
+		return
 	}
 	const most = 4096
 	topology := d.network.Topology().Compile()
@@ -130,14 +131,11 @@ func (d *Daemon) seeFlowsBefore() error {
 		asked[peer] = struct{}{}
 		flows = append(flows, *f)
 	})
-	if err != nil {
-		return err
-	}
-	found, err := d.seeNAT(d.cfg.Config, flows)
+	found, failed := d.seeNAT(d.cfg.Config, flows)
 	if found {
 		d.network.Mark(d.uplinks.sides(d.cfg.Config))
 	}
-	return err
+	d.failures.note("find the links of translated flows", 1, errors.Join(err, failed))
 }
 
 func isEnabled(subnets []config.Subnet, a cone.Addr) bool {

@@ -97,7 +97,11 @@ func (n *Network) Mark(s Sides) {
 		}
 		if nat := natCause(s, l.Name); nat != NoCause && (by != 0 || n.Leads(*l)) {
 			l.Outside |= IPv4
-			if l.Cause == NoCause {
+			switch {
+			case l.Cause != NoCause:
+			case by&IPv4 != 0:
+				l.Cause = DefaultRoute
+			default:
 				l.Cause = nat
 			}
 		}
@@ -209,9 +213,12 @@ func (n *Network) byDefault(subnets []netip.Prefix) map[int]bool {
 }
 
 // Hidden reports whether there may be an outside link that only flows tell of: another
-// link has a route to addresses on the Internet beyond its own networks.
+// link has a default route, or one to addresses on the Internet beyond its own networks.
 func (n Network) Hidden() bool {
 	links := n.links()
+	if slices.ContainsFunc(n.Links, func(l Link) bool { return l.Unused&IPv4 != 0 }) {
+		return true
+	}
 	return slices.ContainsFunc(n.Routes, func(r Route) bool {
 		l, there := links[r.Link]
 		return there && r.Prefix.Addr().Is4() && l.Outside&IPv4 == 0 && !l.is(unix.IFF_LOOPBACK) && !notPublic(r.Prefix) && !n.connected(l.Index, r.Prefix.Addr())

@@ -19,6 +19,11 @@ func (n Network) Topology() cone.Topology {
 		}
 	}
 	links := n.links()
+	for _, a := range n.Addrs {
+		if links[a.Link].Unused&familyOf(a.Prefix) != 0 {
+			t.Unused = append(t.Unused, a.Prefix.Addr())
+		}
+	}
 	for _, r := range n.Routes {
 		l, known := links[r.Link]
 		// A default route by a link that is inside says nothing of any peer.
@@ -27,7 +32,7 @@ func (n Network) Topology() cone.Topology {
 		}
 		t.Routes = append(t.Routes, cone.Route{Prefix: r.Prefix, Outside: l.outsideFor(r.Prefix)})
 	}
-	t.Local = unique(t.Local)
+	t.Local, t.Unused = unique(t.Local), unique(t.Unused)
 	return t
 }
 
