@@ -130,9 +130,6 @@ type LinkSubnet struct {
 	Like Subnet
 }
 
-// EnablesNone reports whether no subnet can ever be enabled.
-func (c *Config) EnablesNone() bool { return len(c.Subnets) == 0 && !c.AutoSubnets }
-
 // A Subnet is an inside prefix whose hosts get permissions.
 type Subnet struct {
 	// Prefix is masked, unicast, and neither loopback nor link-local.
