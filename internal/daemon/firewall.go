@@ -41,7 +41,7 @@ type firewall struct {
 	uppers      map[string]string
 	oneArmed    []string // outside links that lead inside, too
 	far         []string // those of them that do so by a default route alone
-	not4        []string // outside links that are none for IPv4
+	not4, not6  []string // outside links that are none for IPv4, and for IPv6
 
 	known map[netip.Addr]struct{} // addresses that links had; nil before the first look
 
@@ -134,10 +134,11 @@ func (f *firewall) mapConfig(cfg config.Config) *rules.MapConfig {
 // setSides tells which links share a network, and which are not outside links alone. It
 // reports whether that was told before.
 func (f *firewall) setSides(n gateway.Network) (same bool) {
-	uppers, not4 := n.Uppers(), n.Not4()
+	uppers, not4, not6 := n.Uppers(), n.Without(gateway.IPv4), n.Without(gateway.IPv6)
 	oneArmed, far := n.OneArmed()
-	same = maps.Equal(uppers, f.uppers) && slices.Equal(oneArmed, f.oneArmed) && slices.Equal(far, f.far) && slices.Equal(not4, f.not4)
-	f.uppers, f.oneArmed, f.far, f.not4 = uppers, oneArmed, far, not4
+	same = maps.Equal(uppers, f.uppers) && slices.Equal(oneArmed, f.oneArmed) && slices.Equal(far, f.far) &&
+		slices.Equal(not4, f.not4) && slices.Equal(not6, f.not6)
+	f.uppers, f.oneArmed, f.far, f.not4, f.not6 = uppers, oneArmed, far, not4, not6
 	return same
 }
 
@@ -157,7 +158,7 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	d := rules.Desired{
 		OutsideLinks: outside, Subnets: prefixes(cfg.Subnets), Guard: cfg.Guard, Uppers: f.uppers,
-		OneArmed: f.oneArmed, Far: f.far, Not4: f.not4, InsideLinks: cfg.Inside,
+		OneArmed: f.oneArmed, Far: f.far, Not4: f.not4, Not6: f.not6, InsideLinks: cfg.Inside,
 		Helpers: f.helpers, MaxChildren: cfg.MaxChildren,
 	}
 	// Where nobody can tell, nothing is dropped. The kernel does not learn from it then.

@@ -9,6 +9,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
@@ -24,9 +25,9 @@ type uplinks struct {
 	links []userrules.LAN
 }
 
-// mostDoubtful bounds the links of which the user's rules are asked: each costs a walk
-// through his chains.
-const mostDoubtful = 64
+// mostAsked bounds the links of each side of which the user's rules are asked: each costs a
+// walk through his chains.
+const mostAsked = 64
 
 // readNetwork reads links, addresses and routes, and tells outside links from others, for
 // the subnets of cfg, by the rules that were read last. What rules tell of a link is as it
@@ -72,13 +73,13 @@ func (u *uplinks) sides(cfg config.Config) gateway.Sides {
 func (u *uplinks) ask(f *firewall, network gateway.Network) (changed bool, err error) {
 	var links []userrules.LAN
 	for _, l := range network.Links {
-		if l.Inside {
+		if l.Inside && len(links) < mostAsked {
 			links = append(links, userrules.LAN{Link: userrules.Link{Index: l.Index, Name: l.Name}, Networks: network.SubnetsOf(l)})
 		}
 	}
 	leads := len(links)
 	for _, l := range network.Doubtful() {
-		if len(links) < leads+mostDoubtful {
+		if len(links) < leads+mostAsked {
 			links = append(links, userrules.LAN{Link: userrules.Link{Index: l.Index, Name: l.Name}})
 		}
 	}
@@ -114,7 +115,8 @@ func (d *Daemon) followFlows(cfg config.Config) (found bool, err error) {
 }
 
 // seeFlowsBefore does so at the start, before the first rule of ours: an earlier daemon may
-// have had permissions and mappings on such a link. What fails the first reconcile tries again.
+// have had permissions and mappings on such a link. A permission that it left stands for its
+// flow, which may have ended. What fails the first reconcile tries again.
 func (d *Daemon) seeFlowsBefore() {
 	if !d.network.Hidden() {
 		return
@@ -123,19 +125,29 @@ func (d *Daemon) seeFlowsBefore() {
 	topology := d.network.Topology().Compile()
 	asked := make(map[cone.Addr]struct{})
 	var flows []cone.Flow
-	err := d.reads.Dump(func(f *cone.Flow) {
+	see := func(f *cone.Flow) {
 		peer := f.ReplySrc.Addr
 		if _, known := asked[peer]; known || len(asked) == most || !cone.IsStray(f, topology) || !isEnabled(d.cfg.Subnets, f.Src.Addr) {
 			return
 		}
 		asked[peer] = struct{}{}
 		flows = append(flows, *f)
-	})
-	found, failed := d.seeNAT(d.cfg.Config, flows)
+	}
+	errs := []error{d.reads.Dump(see)}
+	inMap, err := d.firewall.left(d.cfg.Config)
+	expected, failed := expect.Left(0)
+	errs = append(errs, err, failed)
+	for _, a := range slices.Concat(inMap, expected) {
+		if a.Int.Addr != a.Ext.Addr {
+			peer := cone.Endpoint{Addr: a.Peer, Port: 1} // whatever port
+			see(&cone.Flow{Src: a.Int, Dst: peer, ReplySrc: peer, ReplyDst: a.Ext, Status: cone.StatusSrcNAT})
+		}
+	}
+	found, err := d.seeNAT(d.cfg.Config, flows)
 	if found {
 		d.network.Mark(d.uplinks.sides(d.cfg.Config))
 	}
-	d.failures.note("find the links of translated flows", 1, errors.Join(err, failed))
+	d.failures.note("find the links of translated flows", 1, errors.Join(append(errs, err)...))
 }
 
 func isEnabled(subnets []config.Subnet, a cone.Addr) bool {

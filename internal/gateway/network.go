@@ -21,7 +21,7 @@ type Network struct {
 	Missing   []string       // names of outside links that are not there, and may come
 	Unreached []netip.Prefix // enabled subnets to which nothing but a default route leads
 
-	behind map[int][]netip.Prefix // enabled subnets, by the index of the link that leads to them
+	places *places // of the subnets that it was marked for
 
 	print uint64 // of all routes, where Lean left some out
 }

@@ -65,23 +65,19 @@ type Sides struct {
 // subnet of that family is enabled. Else it is both: the gateway has one arm.
 func (n *Network) Mark(s Sides) {
 	n.Missing = nil
-	n.Unreached = slices.DeleteFunc(slices.Clone(s.Subnets), n.reaches)
-	far := n.byDefault(s.Subnets)
-	defaults := make(map[int]Families)
-	for _, r := range n.Routes {
-		if isDefault(r.Prefix) {
-			defaults[r.Link] |= familyOf(r.Prefix)
-		}
+	if p := n.places; p == nil || !slices.Equal(p.subnets, s.Subnets) {
+		n.places = n.place(s.Subnets)
 	}
-	n.behind = n.leadsTo(s.Subnets)
+	n.Unreached = n.places.unreached
+	defaults := n.places.defaults
 	var enabled, others Families
 	for _, p := range s.Subnets {
 		enabled |= familyOf(p)
 	}
 	for i := range n.Links {
 		l := &n.Links[i]
-		l.Outside, l.Cause, l.Unused, l.Inside = 0, NoCause, 0, len(n.behind[l.Index]) > 0
-		l.Far = far[l.Index]
+		l.Outside, l.Cause, l.Unused, l.Inside = 0, NoCause, 0, len(n.SubnetsOf(*l)) > 0
+		l.Far = n.places.far[l.Index]
 		by := defaults[l.Index]
 		if l.is(unix.IFF_LOOPBACK) {
 			by = 0
@@ -120,6 +116,12 @@ func (n *Network) Mark(s Sides) {
 				l.Outside |= arm
 				l.Cause = DefaultRoute
 			}
+		}
+	}
+	for i := range n.Links {
+		// Where IPv4 leaves, routes of IPv6 to a few destinations lead outside, too.
+		if l := &n.Links[i]; l.Cause == DefaultRoute && l.Outside&IPv4 != 0 && !l.Inside {
+			l.Outside = bothFamilies
 		}
 	}
 	n.markUppers(s)
@@ -161,55 +163,76 @@ func (l Link) sharesLower() bool {
 	return slices.Contains([]string{"macvlan", "macvtap", "ipvlan"}, l.Kind)
 }
 
-// leadsTo returns the links behind which subnets are, and these: those with a network of
-// their own in one, and those by which the longest route leads to all of one, if that is no
-// default route.
-func (n *Network) leadsTo(subnets []netip.Prefix) map[int][]netip.Prefix {
-	leads := make(map[int][]netip.Prefix)
-	for _, s := range subnets {
-		lead := func(link int) {
-			if !slices.Contains(leads[link], s) {
-				leads[link] = append(leads[link], s)
-			}
-		}
-		for _, a := range n.Addrs {
-			if p := a.Prefix; !p.IsSingleIP() && s.Bits() <= p.Bits() && s.Contains(p.Addr()) {
-				lead(a.Link)
-			}
-		}
-		longest := -1
-		var by []int
-		for _, r := range n.Routes {
-			switch p := r.Prefix; {
-			case isDefault(p) || p.Bits() > s.Bits() || !p.Contains(s.Addr()) || p.Bits() < longest:
-			case p.Bits() > longest:
-				longest, by = p.Bits(), []int{r.Link}
-			default:
-				by = append(by, r.Link)
-			}
-		}
-		for _, link := range by {
-			lead(link)
-		}
-	}
-	return leads
+// places are where enabled subnets are.
+type places struct {
+	subnets []netip.Prefix
+
+	// behind has the subnets to which a link leads, by its index: it has a network of its own
+	// in one, or the longest route to all of one, if that is no default route, is by it.
+	behind map[int][]netip.Prefix
+	// far has the links with a default route that is the way to a subnet, as in a cloud:
+	// nothing else leads to it.
+	far map[int]bool
+	// unreached are the subnets to no part of which anything but a default route leads.
+	unreached []netip.Prefix
+	defaults  map[int]Families // default routes by link
 }
 
-// byDefault returns the links whose default routes are the way to one of the subnets, as
-// in a cloud: nothing else leads to it.
-func (n *Network) byDefault(subnets []netip.Prefix) map[int]bool {
-	by := make(map[int]bool)
-	for _, s := range subnets {
-		if len(n.leadsTo([]netip.Prefix{s})) > 0 {
+// place finds the subnets by the addresses and routes of links.
+func (n *Network) place(subnets []netip.Prefix) *places {
+	type way struct {
+		longest int
+		links   []int
+		partly  bool
+	}
+	ways := make([]way, len(subnets))
+	p := &places{
+		subnets: slices.Clone(subnets),
+		behind:  make(map[int][]netip.Prefix), far: make(map[int]bool), defaults: make(map[int]Families),
+	}
+	for _, r := range n.Routes {
+		if isDefault(r.Prefix) {
+			p.defaults[r.Link] |= familyOf(r.Prefix)
 			continue
 		}
-		for _, r := range n.Routes {
-			if isDefault(r.Prefix) && familyOf(r.Prefix) == familyOf(s) {
-				by[r.Link] = true
+		for i, s := range subnets {
+			w := &ways[i]
+			switch bits := r.Prefix.Bits(); {
+			case !r.Prefix.Overlaps(s):
+			case bits > s.Bits():
+				w.partly = true
+			case bits > w.longest:
+				w.longest, w.links = bits, []int{r.Link}
+			case bits == w.longest:
+				w.links = append(w.links, r.Link)
 			}
 		}
 	}
-	return by
+	for i, s := range subnets {
+		w := &ways[i]
+		for _, a := range n.Addrs {
+			if own := a.Prefix; !own.IsSingleIP() && s.Bits() <= own.Bits() && s.Contains(own.Addr()) {
+				w.links = append(w.links, a.Link)
+			}
+		}
+		for _, link := range w.links {
+			if !slices.Contains(p.behind[link], s) {
+				p.behind[link] = append(p.behind[link], s)
+			}
+		}
+		if len(w.links) > 0 {
+			continue
+		}
+		if !w.partly {
+			p.unreached = append(p.unreached, s)
+		}
+		for link, families := range p.defaults {
+			if families&familyOf(s) != 0 {
+				p.far[link] = true
+			}
+		}
+	}
+	return p
 }
 
 // Hidden reports whether there may be an outside link that only flows tell of: another
@@ -276,7 +299,12 @@ func (n Network) Doubtful() (links []Link) {
 }
 
 // SubnetsOf returns the enabled subnets to which the link leads.
-func (n Network) SubnetsOf(l Link) []netip.Prefix { return n.behind[l.Index] }
+func (n Network) SubnetsOf(l Link) []netip.Prefix {
+	if n.places == nil {
+		return nil
+	}
+	return n.places.behind[l.Index]
+}
 
 // Connected returns the prefixes of networks that the link of a name has addresses of, but
 // link-local ones, in order.
@@ -289,13 +317,6 @@ func (n Network) Connected(link string) (prefixes []netip.Prefix) {
 		}
 	}
 	return unique(prefixes)
-}
-
-// reaches reports whether a link leads to a subnet, or to a part of it, by other than a
-// default route.
-func (n *Network) reaches(subnet netip.Prefix) bool {
-	within := func(p netip.Prefix) bool { return subnet.Bits() <= p.Bits() && subnet.Contains(p.Addr()) }
-	return len(n.leadsTo([]netip.Prefix{subnet})) > 0 || slices.ContainsFunc(n.Routes, func(r Route) bool { return within(r.Prefix) })
 }
 
 // OneArmed returns the names of the outside links by which hosts of enabled subnets come,
@@ -312,10 +333,10 @@ func (n Network) OneArmed() (names, far []string) {
 	return names, far
 }
 
-// Not4 returns the names of the outside links that are none for IPv4.
-func (n Network) Not4() (names []string) {
+// Without returns the names of the outside links that are none for a family.
+func (n Network) Without(f Families) (names []string) {
 	for _, l := range n.Links {
-		if l.Outside == IPv6 {
+		if l.Outside != 0 && l.Outside&f == 0 {
 			names = append(names, l.Name)
 		}
 	}

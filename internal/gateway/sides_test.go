@@ -73,7 +73,7 @@ func TestMarkTellsOutsideFromInside(t *testing.T) {
 		},
 		"a rule and a flow": {
 			sides: Sides{Subnets: prefixesOf(lan), RuledNAT: []string{"vpn0"}, SeenNAT: []string{"guest0"}}, routes: []Route{route("192.0.2.0/24", 4)},
-			want:  "wan0/IPv4 and IPv6 lan0+ guest0/IPv4 vpn0/IPv4 vrrp0/IPv4 and IPv6",
+			want: "wan0/IPv4 and IPv6 lan0+ guest0/IPv4 vpn0/IPv4 vrrp0/IPv4 and IPv6",
 		},
 		"a rule and a flow towards a network of the gateway's": {
 			sides: Sides{Subnets: prefixesOf(lan), RuledNAT: []string{"guest0"}, SeenNAT: []string{"guest0"}},
@@ -85,11 +85,11 @@ func TestMarkTellsOutsideFromInside(t *testing.T) {
 		},
 		"advertised to the LAN": {
 			sides: Sides{Subnets: prefixesOf(lan)}, routes: []Route{route("::/0", 3), route("0.0.0.0/0", 2)}, without: 2,
-			want: "wan0/IPv4 lan0+- vrrp0/IPv4",
+			want: "wan0/IPv4 and IPv6 lan0+- vrrp0/IPv4 and IPv6",
 		},
 		"advertised to a LAN with IPv6": {
 			sides: Sides{Subnets: prefixesOf(lan, lan6)}, routes: []Route{route("::/0", 3), route("0.0.0.0/0", 2)}, without: 2,
-			want: "wan0/IPv4 lan0/IPv6+ vrrp0/IPv4 shim0/IPv6",
+			want: "wan0/IPv4 and IPv6 lan0/IPv6+ vrrp0/IPv4 and IPv6 shim0/IPv6",
 		},
 		"a backup in the LAN": {
 			sides: Sides{Subnets: prefixesOf(lan)}, routes: []Route{route("0.0.0.0/0", 3)},
@@ -109,7 +109,7 @@ func TestMarkTellsOutsideFromInside(t *testing.T) {
 		},
 		"one arm, hosts beyond": {
 			sides: Sides{Subnets: prefixesOf("10.47.99.0/24")}, routes: []Route{route("0.0.0.0/0", 3)}, without: 2,
-			want: "lan0/IPv4~ shim0/IPv4",
+			want: "lan0/IPv4 and IPv6~ shim0/IPv4 and IPv6",
 		},
 		"a part of the LAN": {
 			sides: Sides{Subnets: prefixesOf("10.47.11.96/27")}, routes: []Route{route("0.0.0.0/0", 3)},

@@ -29,17 +29,20 @@ func (l *layout) spoofed(d Desired) {
 	if !d.noIPsec {
 		test = join(isUDP, metaIPsec.missing(1), noWayBack)
 	}
-	for _, name := range l.links { // nft 1.0.6 cannot look up what fib finds in a set
+	found := l.regular("no_way_back_outside")
+	for _, p := range d.Subnets {
+		// The source comes first, for it sorts out nearly all packets.
+		l.rule(c, "the way back is another link", saddrIn(p), l.outside(iifname, true), test, goTo(found))
+	}
+	// One rule each, for a rule has room for 128 expressions (NFT_RULE_MAXEXPRS), and nft
+	// 1.0.6 cannot look up what fib finds in a set.
+	for _, name := range l.links {
 		if slices.Contains(d.OneArmed, name) && !slices.Contains(d.Far, name) { // who is reached by it is inside
 			continue
 		}
-		test = join(test, fibSaddrMarkOifname.isNot(nfnl.LinkKey(name)))
+		l.rule(found, "the way back is outside, too", fibSaddrMarkOifname.is(nfnl.LinkKey(name)), accept)
 	}
-	test = join(test, forwarded, counter(spoofedCounter), drop)
-	for _, p := range d.Subnets {
-		// The source comes first, for it sorts out nearly all packets.
-		l.rule(c, "the way back is not outside", saddrIn(p), l.outside(iifname, true), test)
-	}
+	l.rule(found, "the way back is inside", forwarded, counter(spoofedCounter), drop)
 }
 
 // fewPrefixes are tested quicker than a link.
@@ -100,10 +103,16 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 		}
 	}
 	l.rule(child, "not by an outside link: the peer's address is faked", l.notOutside(d.Uppers), counter(spoofedCounter), drop)
-	for _, name := range slices.Sorted(slices.Values(d.Not4)) {
-		for _, by := range []operand{iifname, metaSdifname} {
-			l.rule(child, "no outside link for IPv4: the peer's address is faked",
-				ipFamilies[0].is, by.is(nfnl.LinkKey(name)), counter(spoofedCounter), drop)
+	for _, f := range served {
+		links, family := d.Not4, "IPv4"
+		if f.addr == nftables.TypeIP6Addr {
+			links, family = d.Not6, "IPv6"
+		}
+		for _, name := range slices.Sorted(slices.Values(links)) {
+			for _, by := range []operand{iifname, metaSdifname} {
+				l.rule(child, "no outside link for "+family+": the peer's address is faked",
+					f.is, by.is(nfnl.LinkKey(name)), counter(spoofedCounter), drop)
+			}
 		}
 	}
 	l.rule(child, "it would look like an anchor", udpSport.is(be16(0)), isUDP, counter(zeroCounter), drop)

@@ -1,6 +1,7 @@
 package rules_test
 
 import (
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -47,6 +48,13 @@ var features = map[string]func(d *rules.Desired, m *rules.MapConfig){
 	"one arm beside other links": func(d *rules.Desired, _ *rules.MapConfig) {
 		d.OutsideLinks, d.OneArmed = []string{"wan0", "eth0", "eth1"}, []string{"eth1", "eth0"}
 		d.Not4, d.InsideLinks = []string{"wan0"}, []string{"lan1", "lan0"}
+	},
+	// More than one rule has expressions for (NFT_RULE_MAXEXPRS).
+	"many outside links": func(d *rules.Desired, _ *rules.MapConfig) {
+		for i := range 150 {
+			d.OutsideLinks = append(d.OutsideLinks, fmt.Sprintf("ppp%d", i))
+		}
+		d.Not6 = d.OutsideLinks[1:3]
 	},
 	"many subnets": func(d *rules.Desired, m *rules.MapConfig) {
 		d.Subnets = nil

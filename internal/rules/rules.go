@@ -23,8 +23,8 @@ type Desired struct {
 	// OutsideLinks are the names of links, which need not exist. Packets from
 	// other links do not meet the guard, nor do they get in by a permission.
 	OutsideLinks []string
-	// Not4 are those of OutsideLinks that are none for IPv4.
-	Not4 []string
+	// Not4 and Not6 are those of OutsideLinks that are none for IPv4 and for IPv6.
+	Not4, Not6 []string
 	// Subnets are those that are enabled. A family without any is left alone.
 	Subnets []netip.Prefix
 	// Guard drops new UDP packets to the gateway that no socket waits for.
