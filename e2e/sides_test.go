@@ -206,6 +206,29 @@ func TestUplinkThatOnlyFlowsTellOfOutlivesTheDaemon(t *testing.T) {
 	})
 }
 
+// A permission stands for the flow that made it: after a start it tells of such an uplink
+// though the flow has ended.
+//
+// Fails when only flows are asked at the start: the permission is revoked then.
+func TestPermissionTellsOfAnUplinkAtTheStart(t *testing.T) {
+	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{Rules: natBy()})
+		s.addVPN("203.0.113.0/24")
+		s.Start(stage.Flags(mode, "--reconcile=1h")...)
+		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+		ext := s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
+		s.Kill()
+		_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "5060", "--orig-port-dst", "5060")
+		s.Must(err)
+		s.Start(stage.Flags(mode, "--reconcile=1h")...)
+		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+		if n := s.Status().Counters.Revoked["not allowed any more"]; n > 0 {
+			t.Errorf("%d permissions ended", n)
+		}
+	})
+}
+
 // A rule that names an uplink comes and goes while the daemon runs, of nftables or of
 // iptables-legacy.
 //
