@@ -263,3 +263,67 @@ func TestRuleTellsOfAnUplinkWhenItComes(t *testing.T) {
 		s.Until("that of "+name+" tells no more", func() bool { return !outside() })
 	}
 }
+
+// An uplink of which only a rule or a flow tells leads to a part of the Internet: what comes
+// by it from somebody else fakes a peer.
+//
+// Fails when whoever is on such a link can speak for all peers.
+func TestOnlyPeersBehindAPartialUplinkComeByIt(t *testing.T) {
+	for name, rules := range map[string]string{"rule": natBy(`"wan0"`, `"vpn0"`), "flow": natBy()} {
+		t.Run(name, func(t *testing.T) {
+			stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
+				s := newScene(t, lab.Options{Rules: rules})
+				s.addVPN("192.0.2.0/24")
+				for _, link := range []string{"all", "vpn0"} {
+					s.Must(s.Gateway.SetSysctl("net.ipv4.conf."+link+".rp_filter", "0"))
+				}
+				s.Start(stage.Flags(mode, "--reconcile=1h")...)
+				phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+				s.Contact(s.InsideSocket(0, 5061), s.PeerSocket(lab.PeerC, 5061))
+				s.Until("vpn0 is an outside link", func() bool { return slices.Contains(s.Status().Outside, "vpn0") })
+				ext := s.Contact(phone, proxy)
+				s.Stands(phone, proxy, ext)
+				s.IP(s.Outside, "route add "+ext.Addr().String()+"/32 via "+vpnAddr+" dev vpn0 onlink")
+				s.Lost(phone, s.PeerSocket(lab.PeerA, 5070), ext, proxy)
+				s.IP(s.Outside, "route del "+ext.Addr().String()+"/32")
+				s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
+			})
+		})
+	}
+}
+
+// A router in the LAN that takes over for a time makes its link no uplink for good, and
+// "auto" goes on to serve what is behind it.
+//
+// Fails when "auto" leaves out the networks of links with the way outside, and when a flow
+// makes a link an outside link until the daemon ends.
+func TestBackupInTheLANIsForgotten(t *testing.T) {
+	for _, subnet := range []string{lab.InsideNet.String(), "auto"} {
+		t.Run(subnet, func(t *testing.T) {
+			s := newScene(t, lab.Options{Inside: 2, Rules: natBy()})
+			s.Start("--subnet="+subnet, "--reconcile=1h")
+			s.works(lab.PeerA, 5060, s.Gateway.Addr)
+			outside := func(links ...string) func() bool {
+				return func() bool { return slices.Equal(slices.Sorted(slices.Values(s.Status().Outside)), links) }
+			}
+			backup := "route add default via " + s.Inside(1).Addr.String() + " dev lan0"
+			s.IP(s.Gateway, "route del default")
+			s.IP(s.Gateway, "route add default via 198.51.100.254 metric 100")
+			s.IP(s.Gateway, backup+" metric 50")
+			s.IP(s.Gateway, backup+" metric 700")
+			s.Must(s.InsideSocket(0, 5080).Send(netip.AddrPortFrom(lab.PeerB, 5080), "by the backup"))
+			s.Until("lan0 is the way outside", outside("lan0", "wan0"))
+			s.Until("it has a permission", func() bool { return s.Status().Permissions.Standing == 2 })
+
+			s.IP(s.Gateway, "route del default metric 50 dev lan0")
+			out, code := s.CLI("flush", "--control-socket", s.Daemon.Socket)
+			if code != 0 {
+				t.Fatalf("flush: exit %d, %q", code, out)
+			}
+			s.IP(s.Gateway, "route del default metric 700 dev lan0")
+			s.IP(s.Gateway, backup+" metric 800")
+			s.Until("lan0 is inside again", outside("wan0"))
+			s.works(lab.PeerA, 5090, s.Gateway.Addr)
+		})
+	}
+}

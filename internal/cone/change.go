@@ -1,6 +1,7 @@
 package cone
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -15,12 +16,13 @@ func (m *Model) SetTimeouts(t Timeouts) { m.timeouts = t }
 // with that address give none either: their events may still be on the way.
 //
 // It reports whether a flow that gave no permission, for what was known of links and
-// addresses, may give one now: only a snapshot shows which.
+// addresses, may give one now, or may be a stray now: only a snapshot shows which.
 func (m *Model) SetTopology(now time.Duration, t Topology) (misjudged bool) {
 	old := m.topo
 	m.topo = compileTopology(t)
 	m.strays = strays{flows: m.strays.flows}
-	misjudged = m.unplaced && !old.peers.equal(m.topo.peers)
+	misjudged = m.unplaced && !old.peers.equal(m.topo.peers) ||
+		m.topo.doubtful && (!old.doubtful || !maps.Equal(old.uplinks, m.topo.uplinks))
 	for a, until := range old.lost {
 		if _, back := m.topo.local[a]; !back && now < until {
 			m.topo.lost[a] = until

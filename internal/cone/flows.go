@@ -156,9 +156,8 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 			m.Surplus(now, p, ByMap)
 		}
 	}
-	_, unused := m.topo.unused[f.ReplyDst.Addr]
 	behind := r != ReasonPeerInside || m.topo.outside(f.ReplySrc.Addr.Netip())
-	if unused || !behind {
+	if !behind || m.topo.doubts(f.ReplyDst.Addr) {
 		m.stray(f)
 	}
 	if r != ReasonNone {

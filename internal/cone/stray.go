@@ -13,7 +13,7 @@ const (
 )
 
 // strays are translated flows towards peers on the Internet that are behind no outside
-// link, or with an address of a link that is none: each may show that it is one, too.
+// link, or with an address of no outside link: each may show that a link is one, too.
 type strays struct {
 	flows []Flow
 	peers map[Addr]struct{} // of flows that were told since the topology changed
@@ -50,7 +50,7 @@ func (m *Model) stray(f *Flow) {
 // IsStray reports whether f may show that a link is an outside link that t, which is compiled,
 // does not know as one. Whose flow it is does not matter.
 func IsStray(f *Flow, t Topology) bool {
-	return mayStray(f) && (!t.outside.has(f.ReplySrc.Addr.Netip()) || slices.Contains(t.Unused, f.ReplyDst.Addr.Netip()))
+	return mayStray(f) && (!t.outside.has(f.ReplySrc.Addr.Netip()) || t.Doubtful && !slices.Contains(t.Uplinks, f.ReplyDst.Addr.Netip()))
 }
 
 func mayStray(f *Flow) bool {

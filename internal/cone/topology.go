@@ -12,9 +12,10 @@ import (
 type Topology struct {
 	// Local are the gateway's own addresses.
 	Local []netip.Addr
-	// Unused are those of links that are no outside links though a default route uses them:
-	// flows with one may show that they are.
-	Unused []netip.Addr
+	// Doubtful says that a link is no outside link though a default route uses it: flows with
+	// an outside address that is none of Uplinks, those of outside links, may show that it is.
+	Doubtful bool
+	Uplinks  []netip.Addr
 	// Routes decide by longest match whether a peer is outside; default
 	// routes are among them. A peer without a route is not outside. One prefix
 	// that is there twice, once outside and once not, is not.
@@ -47,7 +48,7 @@ func (t Topology) Compile() Topology {
 
 // Equal reports whether t and u, which both are compiled, give the same answers.
 func (t Topology) Equal(u Topology) bool {
-	return slices.Equal(t.Local, u.Local) && slices.Equal(t.Unused, u.Unused) && t.outside.equal(u.outside) && t.inside.equal(u.inside)
+	return slices.Equal(t.Local, u.Local) && t.Doubtful == u.Doubtful && slices.Equal(t.Uplinks, u.Uplinks) && t.outside.equal(u.outside) && t.inside.equal(u.inside)
 }
 
 // topology is a Topology made quick to ask.
@@ -57,7 +58,8 @@ type topology struct {
 	peers *spans                 // those behind outside links
 	other *spans                 // those behind other links
 
-	unused map[Addr]struct{}
+	doubtful bool
+	uplinks  map[Addr]struct{} // where doubtful
 }
 
 func compileTopology(t Topology) topology {
@@ -70,17 +72,27 @@ func compileTopology(t Topology) topology {
 	for _, a := range t.Local {
 		c.local[AddrFrom(a)] = struct{}{}
 	}
-	for _, a := range t.Unused {
-		if c.unused == nil {
-			c.unused = make(map[Addr]struct{})
+	if t.Doubtful {
+		c.doubtful, c.uplinks = true, make(map[Addr]struct{}, len(t.Uplinks))
+		for _, a := range t.Uplinks {
+			c.uplinks[AddrFrom(a)] = struct{}{}
 		}
-		c.unused[AddrFrom(a)] = struct{}{}
 	}
 	return c
 }
 
 // outside reports whether a lies behind an outside link.
 func (t *topology) outside(a netip.Addr) bool { return t.peers.has(a) }
+
+// doubts reports whether flows with an outside address may leave by a link that is not known
+// as an outside link.
+func (t *topology) doubts(ext Addr) bool {
+	if !t.doubtful {
+		return false
+	}
+	_, known := t.uplinks[ext]
+	return !known
+}
 
 // reached reports whether a route leads to a, by whatever link.
 func (t *topology) reached(a netip.Addr) bool { return t.peers.has(a) || t.other.has(a) }

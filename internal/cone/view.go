@@ -1,6 +1,9 @@
 package cone
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 // A View is one claim as a user wants to see it.
 type View struct {
@@ -15,6 +18,11 @@ type View struct {
 	// Expires is when the permission ends unless it is fed again. A live flow
 	// feeds it each time that it is seen.
 	Expires time.Duration
+}
+
+// UsesOutside reports whether a permission with an outside address stands.
+func (m *Model) UsesOutside(ext Addr) bool {
+	return slices.ContainsFunc(m.claims, func(c claim) bool { return c.state == StateStanding && c.Ext.Addr == ext })
 }
 
 // Walk calls f for the claims in the places from to from+n of the model, which

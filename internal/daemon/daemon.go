@@ -243,6 +243,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	d.failures.note(requestTurnOnAccounting, 1, err)
 	d.model = cone.New(d.policy(d.cfg.Config))
 	d.topology = d.network.Topology().Compile()
+	d.uplinks.remember(d.network)
 	d.network = d.network.Lean()
 	d.model.SetTopology(0, d.topology)
 	d.model.SetWay(d.network.Way())

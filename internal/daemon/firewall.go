@@ -27,6 +27,7 @@ type firewall struct {
 	shown     bool          // the tables are not made, but shown
 	missing   error         // why there is no map of permissions
 	noMapping string        // why there is no endpoint-independent mapping
+	noPartial string        // why children of expectations do not come by such links
 	mapping   bool          // the tables have rules for it
 
 	// What the tables serve.
@@ -42,6 +43,7 @@ type firewall struct {
 	oneArmed    []string // outside links that lead inside, too
 	far         []string // those of them that do so by a default route alone
 	not4, not6  []string // outside links that are none for IPv4, and for IPv6
+	partial     []string // those by which only peers come to whom they are the way
 
 	known map[netip.Addr]struct{} // addresses that links had; nil before the first look
 
@@ -87,6 +89,8 @@ func openFirewall(name string) (*firewall, error) {
 			f.missing = m
 		case rules.FeatureMapping:
 			f.noMapping = m.Error()
+		case rules.FeaturePartial:
+			f.noPartial = m.Error()
 		default:
 			f.warnings.add(warnFeatureMissing, string(m.Feature), "%v", m)
 		}
@@ -131,14 +135,14 @@ func (f *firewall) mapConfig(cfg config.Config) *rules.MapConfig {
 	return c
 }
 
-// setSides tells which links share a network, and which are not outside links alone. It
-// reports whether that was told before.
+// setSides tells which links share a network, and which are not outside links for all and
+// alone. It reports whether that was told before.
 func (f *firewall) setSides(n gateway.Network) (same bool) {
-	uppers, not4, not6 := n.Uppers(), n.Without(gateway.IPv4), n.Without(gateway.IPv6)
+	uppers, not4, not6, partial := n.Uppers(), n.Without(gateway.IPv4), n.Without(gateway.IPv6), n.Partial()
 	oneArmed, far := n.OneArmed()
 	same = maps.Equal(uppers, f.uppers) && slices.Equal(oneArmed, f.oneArmed) && slices.Equal(far, f.far) &&
-		slices.Equal(not4, f.not4) && slices.Equal(not6, f.not6)
-	f.uppers, f.oneArmed, f.far, f.not4, f.not6 = uppers, oneArmed, far, not4, not6
+		slices.Equal(not4, f.not4) && slices.Equal(not6, f.not6) && slices.Equal(partial, f.partial)
+	f.uppers, f.oneArmed, f.far, f.not4, f.not6, f.partial = uppers, oneArmed, far, not4, not6, partial
 	return same
 }
 
@@ -158,7 +162,7 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	d := rules.Desired{
 		OutsideLinks: outside, Subnets: prefixes(cfg.Subnets), Guard: cfg.Guard, Uppers: f.uppers,
-		OneArmed: f.oneArmed, Far: f.far, Not4: f.not4, Not6: f.not6, InsideLinks: cfg.Inside,
+		OneArmed: f.oneArmed, Far: f.far, Not4: f.not4, Not6: f.not6, Partial: f.partial, InsideLinks: cfg.Inside,
 		Helpers: f.helpers, MaxChildren: cfg.MaxChildren,
 	}
 	// Where nobody can tell, nothing is dropped. The kernel does not learn from it then.

@@ -213,6 +213,10 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 	if err != nil {
 		return false, err
 	}
+	if d.forgetBackups(network) {
+		network.Mark(d.uplinks.sides(cfg))
+	}
+	d.uplinks.remember(network)
 	d.links.Know(network, slices.Concat(cfg.Outside, cfg.Inside), wantsMapping(cfg))
 	_, failed := d.mendRules(cfg, network)
 	notes, err := d.firewall.forgetAddresses(cfg, network)

@@ -16,13 +16,19 @@ import (
 
 // uplinks are outside links that no default route tells of.
 type uplinks struct {
-	ruled  []string        // rules of the user's translate what leaves by them
-	seen   map[string]int  // translated flows left by them; their indexes
-	routed map[string]bool // had a default route once, or were named
+	ruled  []string            // rules of the user's translate what leaves by them
+	seen   map[string]seenLink // translated flows left by them
+	routed map[string]bool     // had a default route once, or were named
 
 	// What was asked for the first ones.
 	rules *userrules.Ruleset
 	links []userrules.LAN
+}
+
+// A seenLink is an outside link of which a translated flow told.
+type seenLink struct {
+	index int
+	ext   cone.Addr // the flow's outside address
 }
 
 // mostAsked bounds the links of each side of which the user's rules are asked: each costs a
@@ -43,11 +49,18 @@ func (u *uplinks) readNetwork(cfg config.Config, f *firewall) (network gateway.N
 	if network, err = gateway.ReadNetwork(0, u.sides(cfg)); err != nil {
 		return network, nil, err
 	}
-	maps.DeleteFunc(u.seen, func(name string, index int) bool {
-		return !slices.ContainsFunc(network.Links, func(l gateway.Link) bool { return l.Name == name && l.Index == index })
+	maps.DeleteFunc(u.seen, func(name string, s seenLink) bool {
+		return !slices.ContainsFunc(network.Links, func(l gateway.Link) bool {
+			return l.Name == name && l.Index == s.index && network.LeadsToInternet(l)
+		})
 	})
 	_, unruled = u.ask(f, network)
 	network.Mark(u.sides(cfg))
+	return network, unruled, nil
+}
+
+// remember takes in that links were outside links, by a configuration in force.
+func (u *uplinks) remember(network gateway.Network) {
 	for _, l := range network.Links {
 		if (l.Cause == gateway.Named || l.Cause == gateway.DefaultRoute) && l.Outside&gateway.IPv4 != 0 && !l.Inside {
 			if u.routed == nil {
@@ -56,7 +69,27 @@ func (u *uplinks) readNetwork(cfg config.Config, f *firewall) (network gateway.N
 			u.routed[l.Name] = true
 		}
 	}
-	return network, unruled, nil
+}
+
+// forgetBackups ends what flows told of links that lead inside, too, and were outside links
+// for a time, once no permission has the outside address of such a flow and another link is
+// the way outside.
+func (d *Daemon) forgetBackups(network gateway.Network) (forgot bool) {
+	for _, l := range network.Links {
+		s, seen := d.uplinks.seen[l.Name]
+		another := slices.ContainsFunc(network.Links, func(o gateway.Link) bool {
+			return o.Cause == gateway.DefaultRoute && o.Outside&gateway.IPv4 != 0 && !o.Inside
+		})
+		if !seen || !l.Inside || !another {
+			continue
+		}
+		var inUse bool
+		if d.ask(func() { inUse = d.model.UsesOutside(s.ext) }) && !inUse {
+			delete(d.uplinks.seen, l.Name)
+			forgot = true
+		}
+	}
+	return forgot
 }
 
 // sides is what is known of the sides of links beside their routes.
@@ -171,9 +204,9 @@ func (d *Daemon) seeNAT(cfg config.Config, flows []cone.Flow) (found bool, err e
 			continue
 		}
 		if d.uplinks.seen == nil {
-			d.uplinks.seen = make(map[string]int)
+			d.uplinks.seen = make(map[string]seenLink)
 		}
-		d.uplinks.seen[l.Name], found = l.Index, true
+		d.uplinks.seen[l.Name], found = seenLink{l.Index, f.ReplyDst.Addr}, true
 	}
 	if err := routes.close(); err != nil {
 		return found, fmt.Errorf("find the links of translated flows: %w", err)
@@ -204,6 +237,9 @@ func leftBy(links []gateway.Link, network gateway.Network, ext netip.Addr) (l ga
 func (d *Daemon) warnSides(out *warnings) {
 	for _, l := range d.network.Links {
 		subnets := d.network.SubnetsOf(l)
+		if l.Partial && d.backends.expect != nil && d.firewall.noPartial != "" {
+			out.add(warnFeatureMissing, l.Name, "no child of an expectation is let in by %s: %s", l.Name, d.firewall.noPartial)
+		}
 		switch {
 		case l.Cause == gateway.RuledNAT || l.Cause == gateway.SeenNAT:
 			out.add(warnAssumedOutside, l.Name, "%s counts as an outside link, for %v, though no default route uses it: "+

@@ -53,6 +53,12 @@ func (f *firewall) subnets(cfg config.Config, network gateway.Network, were map[
 	for _, name := range named {
 		uplinks[name] = true
 	}
+	// What is behind a link that leads inside, whatever else it does, stays enabled.
+	for _, l := range network.Links {
+		if l.Inside {
+			delete(uplinks, l.Name)
+		}
+	}
 	for _, c := range network.Candidates(uplinks, hosts) {
 		add(c, config.Subnet{})
 	}

@@ -22,11 +22,11 @@ type LAN struct {
 	Networks []netip.Prefix
 }
 
-// LANs returns the links that are no outside links, and not those of a container or
-// machine host, or tunnels.
+// LANs returns the links that are no outside links or lead inside, too, and not those of a
+// container or machine host, or tunnels.
 func (n Network) LANs() (lans []LAN) {
 	for _, l := range n.Links {
-		if l.Outside&IPv4 != 0 || !l.lan() {
+		if l.Outside&IPv4 != 0 && !l.Inside || !l.lan() {
 			continue
 		}
 		lan := LAN{Link: l}

@@ -44,6 +44,10 @@ type Link struct {
 	Unused Families
 	// Far says that no route but a default route of the link leads to an enabled subnet.
 	Far bool
+	// Partial says that it is an outside link for a rule or a flow alone, and that routes of
+	// the main table lead to all that is behind it: packets of others that come by it are
+	// faked.
+	Partial bool
 }
 
 // outsideFor reports whether the link is an outside link for the family of a prefix.

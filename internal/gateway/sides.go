@@ -77,7 +77,7 @@ func (n *Network) Mark(s Sides) {
 	for i := range n.Links {
 		l := &n.Links[i]
 		l.Outside, l.Cause, l.Unused, l.Inside = 0, NoCause, 0, len(n.SubnetsOf(*l)) > 0
-		l.Far = n.places.far[l.Index]
+		l.Far, l.Partial = n.places.far[l.Index], false
 		by := defaults[l.Index]
 		if l.is(unix.IFF_LOOPBACK) {
 			by = 0
@@ -91,14 +91,14 @@ func (n *Network) Mark(s Sides) {
 		case by != 0 && !l.Inside:
 			l.Outside, l.Cause = by, DefaultRoute
 		}
-		if nat := natCause(s, l.Name); nat != NoCause && (by != 0 || n.Leads(*l)) {
+		if nat := n.natCause(s, *l); nat != NoCause {
 			l.Outside |= IPv4
 			switch {
 			case l.Cause != NoCause:
 			case by&IPv4 != 0:
 				l.Cause = DefaultRoute
 			default:
-				l.Cause = nat
+				l.Cause, l.Partial = nat, n.ledByMain(*l)
 			}
 		}
 		others |= l.Outside
@@ -127,21 +127,39 @@ func (n *Network) Mark(s Sides) {
 	n.markUppers(s)
 }
 
-// Leads reports whether an IPv4 route by the link leads beyond its own networks.
-func (n Network) Leads(l Link) bool {
-	return slices.ContainsFunc(n.Routes, func(r Route) bool {
-		return r.Link == l.Index && r.Prefix.Addr().Is4() && !n.connected(l.Index, r.Prefix.Addr())
-	})
-}
-
-func natCause(s Sides, link string) Cause {
+// natCause returns whether rules or flows tell of a link by which a route of IPv4 leads
+// beyond its own networks: for flows, one to addresses on the Internet.
+func (n Network) natCause(s Sides, l Link) Cause {
 	switch {
-	case slices.Contains(s.RuledNAT, link):
+	case slices.Contains(s.RuledNAT, l.Name) && n.Leads(l):
 		return RuledNAT
-	case slices.Contains(s.SeenNAT, link):
+	case slices.Contains(s.SeenNAT, l.Name) && n.LeadsToInternet(l):
 		return SeenNAT
 	}
 	return NoCause
+}
+
+// Leads reports whether a route of IPv4 by the link leads beyond its own networks.
+func (n Network) Leads(l Link) bool { return slices.ContainsFunc(n.Routes, n.leadsBy(l)) }
+
+// LeadsToInternet reports whether such a route leads to addresses on the Internet.
+func (n Network) LeadsToInternet(l Link) bool {
+	leads := n.leadsBy(l)
+	return slices.ContainsFunc(n.Routes, func(r Route) bool { return leads(r) && !notPublic(r.Prefix) })
+}
+
+// ledByMain reports whether all such routes are in the main table.
+func (n Network) ledByMain(l Link) bool {
+	leads := n.leadsBy(l)
+	return !slices.ContainsFunc(n.Routes, func(r Route) bool { return leads(r) && r.Table != unix.RT_TABLE_MAIN })
+}
+
+func (n Network) leadsBy(l Link) func(Route) bool {
+	return func(r Route) bool {
+		return r.Link == l.Index && r.Prefix.Addr().Is4() && !slices.ContainsFunc(n.Addrs, func(own Addr) bool {
+			return own.Link == l.Index && covered(r.Prefix, []netip.Prefix{own.Prefix.Masked()})
+		})
+	}
 }
 
 // markUppers makes those links outside links that share the network of one: packets from
@@ -227,12 +245,20 @@ func (n *Network) place(subnets []netip.Prefix) *places {
 			p.unreached = append(p.unreached, s)
 		}
 		for link, families := range p.defaults {
-			if families&familyOf(s) != 0 {
+			// A link without a private address is an uplink, and the way to the subnet
+			// (a tunnel) is only not there yet.
+			if families&familyOf(s) != 0 && n.hasPrivate(link) {
 				p.far[link] = true
 			}
 		}
 	}
 	return p
+}
+
+func (n *Network) hasPrivate(link int) bool {
+	return slices.ContainsFunc(n.Addrs, func(a Addr) bool {
+		return a.Link == link && a.Prefix.Addr().Is4() && notPublic(netip.PrefixFrom(a.Prefix.Addr(), 32))
+	})
 }
 
 // Hidden reports whether there may be an outside link that only flows tell of: another
@@ -244,7 +270,7 @@ func (n Network) Hidden() bool {
 	}
 	return slices.ContainsFunc(n.Routes, func(r Route) bool {
 		l, there := links[r.Link]
-		return there && r.Prefix.Addr().Is4() && l.Outside&IPv4 == 0 && !l.is(unix.IFF_LOOPBACK) && !notPublic(r.Prefix) && !n.connected(l.Index, r.Prefix.Addr())
+		return there && l.Outside&IPv4 == 0 && !l.is(unix.IFF_LOOPBACK) && !notPublic(r.Prefix) && n.leadsBy(l)(r)
 	})
 }
 
@@ -331,6 +357,16 @@ func (n Network) OneArmed() (names, far []string) {
 		}
 	}
 	return names, far
+}
+
+// Partial returns the names of the outside links that are partial ones.
+func (n Network) Partial() (names []string) {
+	for _, l := range n.Links {
+		if l.Partial {
+			names = append(names, l.Name)
+		}
+	}
+	return names
 }
 
 // Without returns the names of the outside links that are none for a family.

@@ -19,9 +19,12 @@ func (n Network) Topology() cone.Topology {
 		}
 	}
 	links := n.links()
-	for _, a := range n.Addrs {
-		if links[a.Link].Unused&familyOf(a.Prefix) != 0 {
-			t.Unused = append(t.Unused, a.Prefix.Addr())
+	t.Doubtful = slices.ContainsFunc(n.Links, func(l Link) bool { return l.Unused&IPv4 != 0 })
+	if t.Doubtful {
+		for _, a := range n.Addrs {
+			if links[a.Link].outsideFor(a.Prefix) {
+				t.Uplinks = append(t.Uplinks, a.Prefix.Addr())
+			}
 		}
 	}
 	for _, r := range n.Routes {
@@ -32,7 +35,7 @@ func (n Network) Topology() cone.Topology {
 		}
 		t.Routes = append(t.Routes, cone.Route{Prefix: r.Prefix, Outside: l.outsideFor(r.Prefix)})
 	}
-	t.Local, t.Unused = unique(t.Local), unique(t.Unused)
+	t.Local, t.Uplinks = unique(t.Local), unique(t.Uplinks)
 	return t
 }
 

@@ -114,17 +114,20 @@ var (
 // An element carries the cap on its children, a token bucket: with an empty bucket the
 // look-up does not match, which is far cheaper than to count flows. The packet goes on as
 // any unsolicited one, to the guard as a rule.
-func (l *layout) admit(kinds []kind, c *MapConfig) {
+func (l *layout) admit(d Desired, kinds []kind) {
 	l.counters = append(l.counters, admittedCounter)
 	admitted := l.regular("admitted")
 	admit := l.chain("admit", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, admitPriority)
+	for _, name := range slices.Sorted(slices.Values(d.Partial)) {
+		l.rule(admit, "the peer is not behind it", isUDP, notBehind(name, !d.noFib), accept)
+	}
 	l.rule(admit, "permissions are of the default zone", isUDP, l.outside(iifname, true), zoneIs0, goTo(admitted))
 	l.rule(admitted, "the gateway itself serves it", hasSocket, accept)
 	flows := l.set(admittedSet, flowKey...)
 	flows.HasTimeout, flows.Dynamic, flows.free = true, true, true
 	flows.Timeout, flows.Size = admittedTimeout, admittedSize
 	label := setLabel
-	if c.noLabels {
+	if d.Map.noLabels {
 		label = nil
 	}
 	addrs, ports, marks := l.named(elements.PermissionMap), l.named(elements.PortMap), l.named(elements.MarksMap)

@@ -13,6 +13,9 @@ import (
 // An outside link may lead inside, too (Desired.OneArmed): then a packet is from inside if
 // its source is in a subnet and its flow is not one that unsure remembers.
 
+// armsSet has the links of arms, if there are several.
+const armsSet = "one_armed"
+
 // arms returns those of OneArmed that are outside links for IPv4, in the order of rules.
 func (d *Desired) arms() []string {
 	arms := slices.DeleteFunc(slices.Sorted(slices.Values(d.OneArmed)), func(name string) bool { return !slices.Contains(d.outside4(), name) })
@@ -29,8 +32,12 @@ func (d *Desired) outside4() []string {
 func (l *layout) surelyOutside(d Desired) (test exprs, any bool) {
 	test = l.outside(iifname, true)
 	arms := d.arms()
-	for _, name := range arms {
-		test = join(test, iifname.isNot(nfnl.LinkKey(name)))
+	switch len(arms) {
+	case 0:
+	case 1:
+		test = join(test, iifname.isNot(nfnl.LinkKey(arms[0])))
+	default:
+		test = join(test, iifname.notIn(l.linkSet(armsSet, arms)))
 	}
 	return test, len(arms) == 0 || len(arms) < len(l.links)
 }

@@ -115,6 +115,9 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 			}
 		}
 	}
+	for _, name := range slices.Sorted(slices.Values(d.Partial)) {
+		l.rule(child, "the peer is not behind it", notBehind(name, !d.noForwardFib), counter(spoofedCounter), drop)
+	}
 	l.rule(child, "it would look like an anchor", udpSport.is(be16(0)), isUDP, counter(zeroCounter), drop)
 	if d.MaxChildren > 0 {
 		l.counters = append(l.counters, childCounter)
@@ -127,6 +130,15 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 		}
 	}
 	l.rule(child, "it goes on to the user's firewall", counter(expectedCounter))
+}
+
+// notBehind matches packets by a link of Desired.Partial from peers who are not behind it, or
+// all by it where nobody can tell.
+func notBehind(link string, told bool) exprs {
+	if !told {
+		return iifname.is(nfnl.LinkKey(link))
+	}
+	return join(iifname.is(nfnl.LinkKey(link)), noWayBack)
 }
 
 // notOutside matches what the forward hook sees of packets that came by no outside link:

@@ -131,7 +131,7 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 		}
 		if d.Map != nil {
 			kinds := ip.kinds(d.Map)
-			ip.admit(kinds, d.Map)
+			ip.admit(d, kinds)
 			ip.keepSource()
 			ip.learn(d, kinds)
 		}
@@ -157,12 +157,17 @@ func newLayout(name string, family nftables.TableFamily, outside []string) *layo
 	if len(l.links) == 1 {
 		return l
 	}
-	links := l.set(outsideSet, nftables.TypeIFName)
-	links.KeyByteOrder = binaryutil.NativeEndian // else nft lists the names wrong
-	for _, name := range l.links {
-		links.elements = append(links.elements, nftables.SetElement{Key: nfnl.LinkKey(name)})
-	}
+	l.linkSet(outsideSet, l.links)
 	return l
+}
+
+func (l *layout) linkSet(name string, links []string) *set {
+	s := l.set(name, nftables.TypeIFName)
+	s.KeyByteOrder = binaryutil.NativeEndian // else nft lists the names wrong
+	for _, link := range links {
+		s.elements = append(s.elements, nftables.SetElement{Key: nfnl.LinkKey(link)})
+	}
+	return s
 }
 
 // outside tests the name of a link. To compare it with one is cheaper than to look

@@ -45,6 +45,9 @@ var features = map[string]func(d *rules.Desired, m *rules.MapConfig){
 		d.Uppers = map[string]string{"vrrp.51": "wan0", "vrrp.52": "lan0"}
 	},
 	"one arm": func(d *rules.Desired, _ *rules.MapConfig) { d.OneArmed = d.OutsideLinks },
+	"an uplink to a part of the Internet": func(d *rules.Desired, _ *rules.MapConfig) {
+		d.OutsideLinks, d.Partial = []string{"wan0", "vpn0"}, []string{"vpn0"}
+	},
 	"one arm beside other links": func(d *rules.Desired, _ *rules.MapConfig) {
 		d.OutsideLinks, d.OneArmed = []string{"wan0", "eth0", "eth1"}, []string{"eth1", "eth0"}
 		d.Not4, d.InsideLinks = []string{"wan0"}, []string{"lan1", "lan0"}

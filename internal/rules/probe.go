@@ -32,6 +32,10 @@ var features = []struct {
 		Mend:    "load the module nft_fib_inet (CONFIG_NFT_FIB_INET; OpenWrt: kmod-nft-fib), or set net.ipv4.conf.all.rp_filter = 1",
 	}, Desired{Subnets: tryBoth, Spoofed: true, noIPsec: true}},
 	{UnsupportedError{
+		Feature: FeaturePartial,
+		Mend:    "use Linux 5.18, or the map (backend = \"nft\" or \"auto\") for peers behind such a link",
+	}, Desired{Subnets: tryBoth, Helpers: tryHelpers, OutsideLinks: []string{"probe"}, Partial: []string{"probe"}}},
+	{UnsupportedError{
 		Feature: FeatureMaxChildren,
 		Mend:    "load the module nft_connlimit (CONFIG_NFT_CONNLIMIT; OpenWrt: kmod-nft-connlimit)",
 	}, Desired{Subnets: tryBoth, Helpers: tryHelpers, MaxChildren: 1}},

@@ -33,6 +33,9 @@ type Desired struct {
 	// source in Subnets that is not reached by an outside link. It must not be set where
 	// the way back depends on marks.
 	Spoofed bool
+	// Partial are those of OutsideLinks behind which there are only peers to whom they are
+	// the way: others that come by them are faked.
+	Partial []string
 	// OneArmed are those of OutsideLinks by which hosts of Subnets come, too: what comes by
 	// them with a source in Subnets is from inside if they are the way back to it.
 	OneArmed []string
@@ -58,8 +61,9 @@ type Desired struct {
 	// that is left to the user's rules and the kernel.
 	Mapping *MappingConfig
 
-	noIPsec bool // the kernel has none
-	noFib   bool // nor a look-up of routes
+	noIPsec      bool // the kernel has none
+	noFib        bool // nor a look-up of routes
+	noForwardFib bool // nor one in the forward hook
 }
 
 // A MappingConfig says how UDP flows over IPv4 get their outside endpoints
@@ -170,6 +174,7 @@ const (
 	FeatureTable       Feature = "nftables"
 	FeatureGuard       Feature = "guard"
 	FeatureSpoofed     Feature = "drop of inside sources that come from outside"
+	FeaturePartial     Feature = "children by links that lead to a part of the Internet"
 	FeatureMaxChildren Feature = "cap on children"
 	FeatureMap         Feature = "map of permissions"
 	FeatureLearn       Feature = "learning in the kernel, with a cap on children of the map"

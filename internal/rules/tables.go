@@ -101,6 +101,7 @@ func (t *Tables) possible(d Desired) Desired {
 	if t.Lacks(FeatureSpoofed) {
 		d.noFib, d.OneArmed, d.Far = true, nil, nil // nobody could tell inside from outside there
 	}
+	d.noForwardFib = t.Lacks(FeaturePartial)
 	if t.Lacks(FeatureMaxChildren) {
 		d.MaxChildren = 0
 	}
