@@ -327,3 +327,20 @@ func TestBackupInTheLANIsForgotten(t *testing.T) {
 		})
 	}
 }
+
+// A mark that the user's rules set before routing chooses a table for the way out, which may
+// lead nowhere else.
+//
+// Fails when the way back to a host is looked up with the mark of its packet alone.
+func TestMarkForTheWayOutMakesNoSourceDoubtful(t *testing.T) {
+	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{Rules: natBy() + `table ip pbr { chain pre { type filter hook prerouting priority mangle;
+			iifname "lan0" meta mark set 2; }; }
+		`})
+		s.addVPN()
+		s.IP(s.Gateway, "route add default via 198.51.100.254 dev vpn0 onlink table 102")
+		s.IP(s.Gateway, "rule add fwmark 2 table 102")
+		s.Start(stage.Flags(mode, "--reconcile=1h")...)
+		s.works(lab.PeerA, 5060, netip.MustParseAddr(vpnAddr))
+	})
+}

@@ -245,14 +245,6 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 	return misjudged || followed, errors.Join(failed, err)
 }
 
-// newOutside reports whether there is an outside link, or an address on one, that was
-// not there before: it may have flows already.
-func newOutside(old, now gateway.Network) bool {
-	known := old.OutsideAddrs()
-	return slices.ContainsFunc(now.OutsideAddrs(), func(a gateway.Addr) bool { return !slices.Contains(known, a) }) ||
-		slices.ContainsFunc(now.OutsideLinks(), func(l string) bool { return !slices.Contains(old.OutsideLinks(), l) })
-}
-
 // readForwards brings the model up to date about what the user's rules forward.
 func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error {
 	covered, warnings := d.firewall.forwards(network)

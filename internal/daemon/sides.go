@@ -232,6 +232,14 @@ func leftBy(links []gateway.Link, network gateway.Network, ext netip.Addr) (l ga
 	return links[0], true
 }
 
+// newOutside reports whether there is an outside link, or an address on one, that was
+// not there before: it may have flows already.
+func newOutside(old, now gateway.Network) bool {
+	known := old.OutsideAddrs()
+	return slices.ContainsFunc(now.OutsideAddrs(), func(a gateway.Addr) bool { return !slices.Contains(known, a) }) ||
+		slices.ContainsFunc(now.OutsideLinks(), func(l string) bool { return !slices.Contains(old.OutsideLinks(), l) })
+}
+
 // warnSides says what was assumed of links where causes contradict each other, or no
 // default route tells.
 func (d *Daemon) warnSides(out *warnings) {

@@ -109,6 +109,7 @@ var (
 	// came; and whose the destination is, before it is routed.
 	fibSaddrMarkOifname = fib(expr.Fib{FlagSADDR: true, FlagMARK: true, ResultOIFNAME: true}, nameWords)
 	fibSaddrMarkIifOif  = fib(expr.Fib{FlagSADDR: true, FlagMARK: true, FlagIIF: true, ResultOIF: true, FlagPRESENT: true}, 1)
+	fibSaddrIifOif      = fib(expr.Fib{FlagSADDR: true, FlagIIF: true, ResultOIF: true, FlagPRESENT: true}, 1)
 	fibDaddrType        = fib(expr.Fib{FlagDADDR: true, ResultADDRTYPE: true}, 1)
 
 	ipSaddr  = network(12, net.IPv4len)
@@ -218,8 +219,9 @@ var (
 	zoneIsNot0 = ctZone.isNot(host16(0))
 	hasSocket  = socketWildcard.atMost([]byte{1})
 	// There is no way back to the source by the link that the packet came by.
-	noWayBack = fibSaddrMarkIifOif.missing(4)
-	forwarded = fibDaddrType.isNot(host32(unix.RTN_LOCAL))
+	noWayBack         = fibSaddrMarkIifOif.missing(4)
+	noWayBackUnmarked = fibSaddrIifOif.missing(4)
+	forwarded         = fibDaddrType.isNot(host32(unix.RTN_LOCAL))
 )
 
 func join(parts ...exprs) exprs { return slices.Concat(parts...) }

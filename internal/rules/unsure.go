@@ -62,7 +62,8 @@ func (l *layout) unsure(d Desired, sources []netip.Prefix) {
 	if !d.noIPsec {
 		plain = metaIPsec.missing(1)
 	}
-	l.rule(from, "the way back is not the link that it came by", plain, noWayBack, forwarded, goTo(found))
+	// A mark may be for the way out alone, with a table that leads nowhere else.
+	l.rule(from, "the way back is not the link that it came by", plain, noWayBack, noWayBackUnmarked, forwarded, goTo(found))
 	l.rule(from, "an earlier flow may have been spoofed", isUDP, deleteFrom(flows, flow))
 	l.rule(found, "nothing is learned from it", isUDP, addTo(flows, flow),
 		setCt(expr.CtKeyEVENTMASK, constant(host32(eventDestroy))), counter(unsureCounter), accept)
