@@ -31,7 +31,7 @@ const contentsIP = `
 	}
 
 	chain from_inside {
-		meta ipsec missing fib saddr . mark . iif oif missing fib daddr type != local goto no_way_back comment "the way back is not the link that it came by"
+		meta ipsec missing fib saddr . mark . iif oif missing fib saddr . iif oif missing fib daddr type != local goto no_way_back comment "the way back is not the link that it came by"
 		delete @unsure { ip saddr . udp sport . ip daddr . udp dport } comment "an earlier flow may have been spoofed"
 	}
 
@@ -230,8 +230,14 @@ const contentsInet = `
 
 	chain spoofed {
 		type filter hook prerouting priority raw; policy accept;
-		@nh,96,24 0xa2f0b meta nfproto ipv4 iifname @outside meta l4proto udp meta ipsec missing fib saddr . mark . iif oif missing fib saddr . mark oifname != "ppp0" fib saddr . mark oifname != "wan0" fib daddr type != local counter name "spoofed_drops" drop comment "the way back is not outside"
-		@nh,64,64 0x20010db800470000 meta nfproto ipv6 iifname @outside meta l4proto udp meta ipsec missing fib saddr . mark . iif oif missing fib saddr . mark oifname != "ppp0" fib saddr . mark oifname != "wan0" fib daddr type != local counter name "spoofed_drops" drop comment "the way back is not outside"
+		@nh,96,24 0xa2f0b meta nfproto ipv4 iifname @outside meta l4proto udp meta ipsec missing fib saddr . mark . iif oif missing goto no_way_back_outside comment "the way back is another link"
+		@nh,64,64 0x20010db800470000 meta nfproto ipv6 iifname @outside meta l4proto udp meta ipsec missing fib saddr . mark . iif oif missing goto no_way_back_outside comment "the way back is another link"
+	}
+
+	chain no_way_back_outside {
+		fib saddr . mark oifname "ppp0" accept comment "the way back is outside, too"
+		fib saddr . mark oifname "wan0" accept comment "the way back is outside, too"
+		fib daddr type != local counter name "spoofed_drops" drop comment "the way back is inside"
 	}
 
 	chain guard {

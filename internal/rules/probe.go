@@ -33,7 +33,7 @@ var features = []struct {
 	}, Desired{Subnets: tryBoth, Spoofed: true, noIPsec: true}},
 	{UnsupportedError{
 		Feature: FeaturePartial,
-		Mend:    "use Linux 5.18, or the map (backend = \"nft\" or \"auto\") for peers behind such a link",
+		Mend:    "load the module nft_fib_inet (CONFIG_NFT_FIB_INET), on Linux 5.18 or later",
 	}, Desired{Subnets: tryBoth, Helpers: tryHelpers, OutsideLinks: []string{"probe"}, Partial: []string{"probe"}}},
 	{UnsupportedError{
 		Feature: FeatureMaxChildren,
