@@ -50,14 +50,14 @@ func (f *firewall) subnets(cfg config.Config, network gateway.Network, were map[
 	}
 	uplinks := make(map[string]bool)
 	maps.Copy(uplinks, were)
-	for _, name := range named {
-		uplinks[name] = true
-	}
-	// What is behind a link that leads inside, whatever else it does, stays enabled.
+	// What is behind a link that leads inside stays enabled, though it led outside for a time.
 	for _, l := range network.Links {
 		if l.Inside {
 			delete(uplinks, l.Name)
 		}
+	}
+	for _, name := range named {
+		uplinks[name] = !slices.Contains(cfg.Inside, name)
 	}
 	for _, c := range network.Candidates(uplinks, hosts) {
 		add(c, config.Subnet{})
