@@ -28,7 +28,7 @@ FUZZ_TIME ?= 20000x
 SOAK      ?= 3m
 
 # Tests that choose the mode of the daemon themselves.
-OWN_MODES = ^Test(Unit|NFT|Legacy|GroupOf|AutoNFT|Mend|Offload|Flow|Reflector|Demo|Selftest|ManyPermissions|TablesOf|LinksMay)
+OWN_MODES = ^Test(Unit|NFT|Legacy|GroupOf|AutoNFT|Mend|Offload|Flow|Reflector|Demo|Selftest|ManyPermissions|TablesOf|LinksMay|Recipes)
 
 .PHONY: build demo check test lint cross unit soak modes fuzz kernels bench clean
 

@@ -1,0 +1,203 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+)
+
+// recipes is where the pages are.
+const recipes = "../docs/recipes"
+
+// The sections of a page that the tests know, and in this order.
+const (
+	pageGateway = "The gateway"          // links, routes and rules
+	pageConfig  = "conenatd.toml"        // the configuration
+	pageLine    = "The line to add"      // without it answers are lost
+	pageStatus  = "What status shows"    // with that line
+	pageOneLink = "A host by one uplink" // a variation
+	pageMapLine = "A line for the map"   // with it the map can carry
+	pageMore    = "What to look out for" // words alone
+)
+
+// A block of a page is what its fence says, or a ruleset that a link leads to.
+type block struct{ section, lang, text string }
+
+// A page is a recipe as the tests read it.
+type page struct {
+	name   string
+	blocks []block
+}
+
+var (
+	// An outline has the headings, the fenced blocks and the links to rulesets.
+	outline = regexp.MustCompile("(?ms)^## ([^\n]+)$|^```(\\S*)\n(.*?)^```$|\\]\\((\\.\\./\\.\\./internal/[^)]+)\\)")
+	// loaded are the languages of the blocks that tests play; text is for people.
+	loaded = []string{"nft", "iptables-restore", "sh", "toml", "status"}
+)
+
+func readPage(t *testing.T, name string) page {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(recipes, name+".md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, section := page{name: name}, ""
+	for _, m := range outline.FindAllStringSubmatch(string(text), -1) {
+		heading, lang, body, link := m[1], m[2], m[3], m[4]
+		switch {
+		case heading != "":
+			section = heading
+			if !slices.Contains([]string{pageGateway, pageConfig, pageLine, pageStatus, pageOneLink, pageMapLine, pageMore}, section) {
+				t.Fatalf("%s: no test knows a section %q", name, section)
+			}
+		case link != "":
+			rules, err := os.ReadFile(filepath.Join(recipes, link))
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			lang = map[string]string{".nft": "nft", ".iptables": "iptables-restore"}[filepath.Ext(link)]
+			p.blocks = append(p.blocks, block{section, lang, string(rules)})
+		case lang != "text":
+			p.blocks = append(p.blocks, block{section, lang, body})
+		}
+	}
+	for _, b := range p.blocks {
+		if !slices.Contains(loaded, b.lang) {
+			t.Fatalf("%s: no test loads a block of %q in %q: have it as text if it is for people alone", name, b.lang, b.section)
+		}
+	}
+	for _, section := range []string{pageGateway, pageConfig, pageStatus} {
+		if len(p.in(section)) == 0 {
+			t.Fatalf("%s: nothing in the section %q", name, section)
+		}
+	}
+	return p
+}
+
+// in returns the blocks of a section, of the given languages or of all.
+func (p page) in(section string, langs ...string) (out []block) {
+	for _, b := range p.blocks {
+		if b.section == section && (len(langs) == 0 || slices.Contains(langs, b.lang)) {
+			out = append(out, b)
+		}
+	}
+	return out
+}
+
+// config writes the page's configuration to a file.
+func (p page) config(t *testing.T) string {
+	t.Helper()
+	blocks := p.in(pageConfig)
+	if len(blocks) != 1 || blocks[0].lang != "toml" {
+		t.Fatalf("%s: want one toml block in %q, got %v", p.name, pageConfig, blocks)
+	}
+	path := filepath.Join(t.TempDir(), "conenatd.toml")
+	if err := os.WriteFile(path, []byte(blocks[0].text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// load does in the gateway what a section says: rules and commands, as they stand.
+func (r *recipe) load(section string) {
+	r.T.Helper()
+	for _, b := range r.in(section, "nft", "iptables-restore", "sh") {
+		switch b.lang {
+		case "nft":
+			r.Must(r.NFT(b.text))
+		case "iptables-restore":
+			r.Must(r.IPTables(r.variant, b.text))
+		case "sh":
+			r.shell(b.text)
+		}
+	}
+}
+
+// shell runs commands in the gateway, of which iptables is the variant of the play.
+func (r *recipe) shell(commands string) {
+	r.T.Helper()
+	ctx, cancel := context.WithTimeout(r.T.Context(), stage.Patience())
+	defer cancel()
+	script := fmt.Sprintf("PATH=$PATH:/usr/sbin:/sbin\niptables() { %s \"$@\"; }\n%s", r.variant, commands)
+	if out, err := r.Gateway.Command(ctx, "sh", "-e", "-c", script).CombinedOutput(); err != nil {
+		r.T.Fatalf("%v: %s\n%s", err, out, commands)
+	}
+}
+
+// shows waits until status has the lines of a section. "..." stands for anything.
+func (r *recipe) shows(section string) {
+	r.T.Helper()
+	for _, b := range r.in(section, "status") {
+		for line := range strings.Lines(b.text) {
+			want := regexp.MustCompile("(?m)^" + strings.ReplaceAll(regexp.QuoteMeta(unspaced(line)), `\.\.\.`, ".*") + "$")
+			end, out := time.Now().Add(stage.Patience()), ""
+			for out = r.status(); !want.MatchString(out); out = r.status() {
+				if time.Now().After(end) {
+					r.T.Fatalf("%q is not in status:\n%s", line, out)
+				}
+			}
+		}
+	}
+}
+
+// status is what "conenatd status" prints.
+func (r *recipe) status() string {
+	r.T.Helper()
+	out, code := r.CLI("status", "--control-socket", r.Daemon.Socket)
+	if code != 0 {
+		r.T.Fatalf("status: exit %d, %s", code, out)
+	}
+	return unspaced(out)
+}
+
+var spaces = regexp.MustCompile(`(?m)[ \t]+|^[ \t]+|[ \t]+$`)
+
+// unspaced makes lines compare however their columns are aligned.
+func unspaced(text string) string {
+	lines := strings.Split(strings.TrimSpace(text), "\n")
+	for i, l := range lines {
+		lines[i] = strings.TrimSpace(spaces.ReplaceAllString(l, " "))
+	}
+	return strings.Join(lines, "\n")
+}
+
+// Each page is played by a test, and the list of pages has it.
+//
+// Fails when a page is added to neither, or one is gone.
+func TestRecipesAreAllListedAndPlayed(t *testing.T) {
+	files, err := filepath.Glob(filepath.Join(recipes, "*.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := os.ReadFile(filepath.Join(recipes, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pages, listed, played []string
+	for _, f := range files {
+		if name := strings.TrimSuffix(filepath.Base(f), ".md"); name != "README" {
+			pages = append(pages, name)
+		}
+	}
+	for _, m := range regexp.MustCompile(`\]\(([\w-]+)\.md\)`).FindAllStringSubmatch(string(list), -1) {
+		listed = append(listed, m[1])
+	}
+	for _, r := range plays {
+		played = append(played, r.page)
+	}
+	slices.Sort(pages)
+	slices.Sort(listed)
+	slices.Sort(played)
+	if played = slices.Compact(played); !slices.Equal(listed, pages) || !slices.Equal(played, pages) || len(pages) == 0 {
+		t.Errorf("there are pages %q, the list has %q, and the tests play %q", pages, listed, played)
+	}
+}
