@@ -68,6 +68,20 @@ add rule inet filter forward iifname "lan0" accept
 	}
 }
 
+// A start in auto tells of no chain that drops what is carried otherwise.
+//
+// Fails when the warnings of the start are made before it is known which backends are in use.
+func TestAutoStartsWithoutAFalseWarning(t *testing.T) {
+	stage.NeedsExpect(t)
+	s := play(t, lab.Options{Rules: lab.Masquerade + lab.DropPolicy}, stage.Auto...)
+	s.carried("expect")
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	s.Stands(phone, proxy, s.Contact(phone, proxy))
+	if out := s.Daemon.Output(); strings.Contains(out, "your firewall drops") {
+		t.Error(out)
+	}
+}
+
 // A forward chain that lets no child pass is told before one is lost.
 func TestAutoTellsOfAFirewallThatDropsAll(t *testing.T) {
 	for _, mode := range [][]string{stage.Auto, stage.Expect, stage.NFT} {

@@ -225,12 +225,12 @@ func New(cfg Config) (d *Daemon, err error) {
 	if err != nil {
 		return d, err
 	}
-	d.decisions = d.firewall.decide(d.cfg.Config, d.network)
-	d.firewall.decisions = d.decisions
+	d.decide()
 	adopted, err := d.openBackends()
 	if err != nil {
 		return d, err
 	}
+	d.decide() // anew, for the warnings depend on the backends that are in use
 	if err := d.goOnServing(adopted); err != nil {
 		return d, err
 	}
@@ -260,6 +260,12 @@ func New(cfg Config) (d *Daemon, err error) {
 	return d, nil
 }
 
+// decide says what carries the permissions of each subnet, before the loop runs.
+func (d *Daemon) decide() {
+	d.decisions = d.firewall.decide(d.cfg.Config, d.network)
+	d.firewall.decisions = d.decisions
+}
+
 // goOnServing lets "auto" enable the subnets of hosts whose permissions stand from before,
 // also while no outside link is there.
 func (d *Daemon) goOnServing(adopted []expect.Adopted) (err error) {
@@ -274,8 +280,7 @@ func (d *Daemon) goOnServing(adopted []expect.Adopted) (err error) {
 	if d.cfg.Subnets, err = d.firewall.subnets(d.wanted, d.network, nil, d.hosts); err != nil {
 		return err
 	}
-	d.decisions = d.firewall.decide(d.cfg.Config, d.network)
-	d.firewall.decisions = d.decisions
+	d.decide()
 	return nil
 }
 
