@@ -39,7 +39,6 @@ func proxmoxBridges(s *scene) {
 		s.IP(s.Gateway, "link set "+link+" up")
 	}
 	s.LinkUp("fwln100i0")
-	s.Must(s.Gateway.SetSysctl("net.bridge.bridge-nf-call-iptables", "1"))
 }
 
 const (
@@ -88,12 +87,12 @@ func (r *recipe) endsAllOf(addr string) {
 	})
 }
 
-const secondAddr = "198.51.100.129"
+const secondUplinkAddr = "198.51.100.129"
 
 // secondUplink adds wan1. Each provider drops what has the other one's address.
 func secondUplink(s *scene) {
 	s.T.Helper()
-	s.AddLink("wan1", secondAddr)
+	s.AddLink("wan1", secondUplinkAddr)
 	_, err := s.Outside.Output("nft", fmt.Sprintf(`table ip provider {
 	counter wrong {}
 	chain prerouting {
@@ -101,7 +100,7 @@ func secondUplink(s *scene) {
 		iifname "eth0" ip saddr %s counter name wrong drop
 		iifname "wan1" ip saddr %v counter name wrong drop
 	}
-}`, secondAddr, s.Gateway.Addr))
+}`, secondUplinkAddr, s.Gateway.Addr))
 	s.Must(err)
 }
 
@@ -171,7 +170,7 @@ func (r *recipe) leavesBySecond(first uint16) {
 	for port := first; port < first+8; port++ {
 		phone, proxy := r.InsideSocket(1, port), r.PeerSocket(lab.PeerA, port)
 		ext := r.Contact(phone, proxy)
-		if ext.Addr().String() != secondAddr {
+		if ext.Addr().String() != secondUplinkAddr {
 			r.T.Fatalf("it leaves as %v", ext)
 		}
 		r.Stands(phone, proxy, ext)

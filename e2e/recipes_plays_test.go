@@ -39,7 +39,7 @@ var plays = []recipePlay{
 	// Links and routes.
 	{page: "proxmox", links: proxmoxBridges},
 	{page: "pppoe", from: pppAddr, links: dialUp, forward: &forwarded{port: 3478, peer: stranger, host: insideHost(1), to: 3478}, also: (*recipe).reconnects},
-	{page: "two-uplinks", from: "198.51.100.1 " + secondAddr, links: secondUplink, needs: (*recipe).needsMarks, also: (*recipe).bindsAHost},
+	{page: "two-uplinks", from: "198.51.100.1 " + secondUplinkAddr, links: secondUplink, needs: (*recipe).needsMarks, also: (*recipe).bindsAHost},
 	{page: "map-e", also: (*recipe).staysInItsBlocks},
 	{page: "ipsec", also: (*recipe).tunnelGivesNoPermission},
 	{page: "wireguard", from: wgAddr, guest: true, links: wireguardLinks, also: (*recipe).guestIsAnswered},
