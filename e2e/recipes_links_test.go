@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"regexp"
+	"strings"
 	"time"
 
 	"github.com/conenatd/conenatd/e2e/stage"
@@ -264,11 +265,19 @@ func virtualMAC(s *scene) {
 	s.IP(s.Outside, "neigh replace "+virtualAddr+" lladdr "+mac+" dev eth0 nud permanent")
 }
 
-// fallsOver shows that permissions end with the virtual address, and arise again.
+// fallsOver shows that permissions end with the virtual address, and arise again: as hosts
+// send, and for a flow that another gateway had.
 func (r *recipe) fallsOver() {
 	r.T.Helper()
 	r.IP(r.Gateway, "link del vrrp51")
 	r.endsAllOf(virtualAddr)
 	virtualMAC(r.scene)
 	r.answers(6300)
+
+	phone, proxy := r.InsideSocket(0, 6400), r.PeerSocket(lab.PeerA, 6400)
+	_, err := r.Gateway.Output("conntrack", strings.Fields("-I -p udp -t 60 -s 10.47.11.109 -d 203.0.113.5 --sport 6400 --dport 6400 --src-nat "+virtualAddr)...)
+	r.Must(err)
+	ext := netip.AddrPortFrom(netip.MustParseAddr(virtualAddr), 6400)
+	r.Stands(phone, proxy, ext)
+	r.Arrives(phone, r.PeerSocket(lab.PeerA, 6401), ext)
 }
