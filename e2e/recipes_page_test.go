@@ -133,9 +133,11 @@ func (r *recipe) shell(commands string) {
 	}
 }
 
-// shows waits until status has the lines of a section. "..." stands for anything.
+// shows waits until status has the lines of a section, and no warning but these. "..."
+// stands for anything.
 func (r *recipe) shows(section string) {
 	r.T.Helper()
+	var told []*regexp.Regexp
 	for _, b := range r.in(section, "status") {
 		for line := range strings.Lines(b.text) {
 			want := regexp.MustCompile("(?m)^" + strings.ReplaceAll(regexp.QuoteMeta(unspaced(line)), `\.\.\.`, ".*") + "$")
@@ -145,6 +147,12 @@ func (r *recipe) shows(section string) {
 					r.T.Fatalf("%q is not in status:\n%s", line, out)
 				}
 			}
+			told = append(told, want)
+		}
+	}
+	for _, w := range r.Status().Warnings {
+		if !slices.ContainsFunc(told, func(line *regexp.Regexp) bool { return line.MatchString(w) }) {
+			r.T.Errorf("%q does not tell of the warning %q", section, w)
 		}
 	}
 }
