@@ -57,6 +57,7 @@ var features = []feature{
 	{name: "mapping", args: mapping, shows: permissions},
 	{name: "mapping and hairpin", args: hairpin, shows: permissions},
 	{name: "two uplinks", args: hairpin, uplinks: true, shows: permissions},
+	{name: "uplink marks", args: []string{"--outside=wan0", "--outside=wan1", "--uplink-marks"}, uplinks: true, shows: append([]string{"meta mark set meta mark | 0x01000000"}, permissions...)},
 	{name: "one arm and mapping", args: slices.Concat(mapping, []string{"--outside=lan0", "--inside=lan1"}), shows: permissions},
 	{name: "one arm, expect", args: slices.Concat(stage.Expect, mapping, []string{"--outside=lan0"})},
 	{name: "routed IPv6", args: routed, lab: lab.Options{IPv6: true}, shows: permissions},

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/bits"
 	"net/netip"
 	"slices"
 	"time"
@@ -35,6 +36,14 @@ type Config struct {
 	// Inside names links that are never outside links, whatever routes and rules there
 	// are: what comes by them with a source in an enabled subnet is from inside.
 	Inside []string
+
+	// UplinkMarks marks the flows of the subnets, and their packets, by the link of Outside
+	// that they leave or come by, for rules of policy routing.
+	UplinkMarks bool
+
+	// UplinkMask has the bits of the marks that tell the link, side by side: in these bits
+	// the first link of Outside has the value 1, the second 2.
+	UplinkMask uint32
 
 	// PeerGroups holds prefixes, masked, that do not overlap: a contact with one
 	// address of such a prefix permits all of them.
@@ -216,6 +225,7 @@ func Default() Config {
 		LogLevel:         slog.LevelInfo,
 		ExcludePeerPorts: []uint16{53, 123, 443},
 
+		UplinkMask:            0x0f00_0000,
 		PortPool:              PortRange{61000, 65535},
 		MaxPermissionsPerHost: Auto,
 		MaxChildren:           Auto,
@@ -277,6 +287,15 @@ func (c *Config) check() (key string, err error) {
 	for _, name := range c.Inside {
 		if slices.Contains(c.Outside, name) {
 			return "inside", fmt.Errorf("link %q is one of outside, too: a link is one or the other, so take it out of one of the two", name)
+		}
+	}
+	if c.UplinkMarks {
+		most := int(c.UplinkMask >> bits.TrailingZeros32(c.UplinkMask))
+		switch n := len(c.Outside); {
+		case n == 0:
+			return "uplink_marks", errors.New(`expected the uplinks in outside, such as ["wan0", "wan1"]: the mark of each is its place there`)
+		case n > most:
+			return "uplink_mask", fmt.Errorf("%#08x has room for %d uplinks, and outside has %d: give it more bits", c.UplinkMask, most, n)
 		}
 	}
 	mapped := false

@@ -24,6 +24,8 @@ inside = ["lan0"]
 port_pool = "20000-29999"
 mapping_exempt = ["192.0.2.0/24"]
 hairpin = true
+uplink_marks = true
+uplink_mask = 0xff00
 peer_groups = ["198.51.100.0/28", "2001:db9::/64"]
 exclude_peers = ["203.0.113.0/24", "2001:db8::/32"]
 exclude_peer_ports = [53]
@@ -68,6 +70,8 @@ func everyConfig() Config {
 		PortPool:         PortRange{20000, 29999},
 		MappingExempt:    []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")},
 		Hairpin:          true,
+		UplinkMarks:      true,
+		UplinkMask:       0xff00,
 		PeerGroups:       []netip.Prefix{netip.MustParsePrefix("198.51.100.0/28"), netip.MustParsePrefix("2001:db9::/64")},
 		ExcludePeers:     []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("2001:db8::/32")},
 		ExcludePeerPorts: []uint16{53},
@@ -207,15 +211,15 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 
 		"unknown key": {
 			"# typo\nlifetme = \"5m\"",
-			`2: lifetme: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`2: lifetme: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, uplink_marks, uplink_mask, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"unknown table": {
 			"lifetime = \"5m\"\n[limits.host]\nx = 1",
-			`2: limits: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`2: limits: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, uplink_marks, uplink_mask, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"key of another case": {
 			`Lifetime = "5m"`,
-			`1: Lifetime: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`1: Lifetime: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, uplink_marks, uplink_mask, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"unknown key in the second subnet": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n[[subnet]]\nprefix = \"192.168.0.0/16\"\nmtu = 1500",
@@ -284,6 +288,26 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 		"hairpin without mapping": {
 			"hairpin = true\n[[subnet]]\nprefix = \"10.0.0.0/8\"",
 			`1: hairpin: expected a subnet with mapping = "endpoint_independent": hosts are found by their mappings`,
+		},
+		"marks without uplinks": {
+			"uplink_marks = true",
+			`1: uplink_marks: expected the uplinks in outside, such as ["wan0", "wan1"]: the mark of each is its place there`,
+		},
+		"marks for fewer uplinks": {
+			"outside = [\"wan0\", \"wan1\"]\nuplink_marks = true\nuplink_mask = 0x100",
+			`3: uplink_mask: 0x00000100 has room for 1 uplinks, and outside has 2: give it more bits`,
+		},
+		"a mask with a hole": {
+			"uplink_mask = 0x101",
+			`1: uplink_mask: expected bits of a mark side by side such as 0x0f000000, got 257`,
+		},
+		"a mask without bits": {
+			"uplink_mask = 0",
+			`1: uplink_mask: expected bits of a mark side by side such as 0x0f000000, got 0`,
+		},
+		"a mask that is too wide": {
+			"uplink_mask = 0xf00000000",
+			`1: uplink_mask: expected bits of a mark side by side such as 0x0f000000, got 64424509440`,
 		},
 		"a pool that is too small": {
 			"port_pool = \"61000-61001\"",

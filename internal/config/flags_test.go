@@ -39,7 +39,7 @@ func write(t *testing.T, data string) string {
 func TestFlagsAndFileSayTheSame(t *testing.T) {
 	got, err := resolve(
 		t, "--backend=expect", "--lifetime=90s", "--reconcile=1m", "--log-level=debug",
-		"--outside=wan0", "--outside=ppp0", "--inside=lan0", "--peer-group=198.51.100.0/28", "--peer-group=2001:db9::/64",
+		"--outside=wan0", "--outside=ppp0", "--inside=lan0", "--uplink-marks", "--uplink-mask=0xff00", "--peer-group=198.51.100.0/28", "--peer-group=2001:db9::/64",
 		"--exclude-peer=203.0.113.0/24", "--exclude-peer=2001:db8::/32",
 		"--port-pool=20000-29999", "--mapping-exempt=192.0.2.0/24", "--exclude-peer-port=53", "--exclude-port=5060", "--exclude-port=65535",
 		"--max-permissions=1000", "--max-permissions-per-subnet=500", "--max-permissions-per-host=50",
@@ -232,6 +232,8 @@ func TestEveryFlag(t *testing.T) {
 		"port-pool":                  {"20000-29999", nil, func(c Config) any { return c.PortPool }, PortRange{20000, 29999}},
 		"mapping-exempt":             {"192.0.2.0/24", nil, func(c Config) any { return c.MappingExempt[0].String() }, "192.0.2.0/24"},
 		"hairpin":                    {"", append(subnet, "--mapping=endpoint_independent"), func(c Config) any { return c.Hairpin }, true},
+		"uplink-marks":               {"", []string{"--outside=wan0"}, func(c Config) any { return c.UplinkMarks }, true},
+		"uplink-mask":                {"0xff00", nil, func(c Config) any { return c.UplinkMask }, uint32(0xff00)},
 		"peer-group":                 {"203.0.113.0/24", nil, func(c Config) any { return c.PeerGroups[0].String() }, "203.0.113.0/24"},
 		"exclude-peer":               {"203.0.113.0/24", nil, func(c Config) any { return c.ExcludePeers[0].String() }, "203.0.113.0/24"},
 		"exclude-peer-port":          {"7", nil, func(c Config) any { return c.ExcludePeerPorts[0] }, uint16(7)},

@@ -3,6 +3,7 @@ package config
 import (
 	"fmt"
 	"log/slog"
+	"math/bits"
 	"net/netip"
 	"path/filepath"
 	"regexp"
@@ -77,6 +78,16 @@ var settings = []setting{
 		key: "hairpin", flag: "hairpin", kind: "bool", def: "false", truth: true,
 		usage: "let inside hosts reach each other by their outside endpoints (needs endpoint-independent mapping)",
 		set:   one(truth, func(c *Config) *bool { return &c.Hairpin }),
+	},
+	{
+		key: "uplink_marks", flag: "uplink-marks", kind: "bool", def: "false", truth: true,
+		usage: "mark flows by the link of --outside that they leave or come by, for your rules of policy routing",
+		set:   one(truth, func(c *Config) *bool { return &c.UplinkMarks }),
+	},
+	{
+		key: "uplink_mask", flag: "uplink-mask", kind: "bits", def: "0x0f000000", number: true,
+		usage: "bits of the marks that tell the link: 1 in them is the first of --outside, 2 the second",
+		set:   one(markBits, func(c *Config) *uint32 { return &c.UplinkMask }),
 	},
 	{
 		key: "peer_groups", flag: "peer-group", kind: "prefix", list: true,
@@ -381,6 +392,19 @@ func table(v any) (string, error) {
 }
 
 var tableName = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9_]{0,31}$`)
+
+// markBits accepts bits of a mark that are side by side. A flag has them as text.
+func markBits(v any) (uint32, error) {
+	n, _ := v.(int64)
+	if s, ok := v.(string); ok {
+		n, _ = strconv.ParseInt(s, 0, 64)
+	}
+	m := uint32(n)
+	if int64(m) != n || m == 0 || bits.OnesCount32(m) != bits.Len32(m)-bits.TrailingZeros32(m) {
+		return 0, expected("bits of a mark side by side such as 0x0f000000", v)
+	}
+	return m, nil
+}
 
 func onStop(v any) (OnStop, error) {
 	switch v {

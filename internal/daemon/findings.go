@@ -9,6 +9,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/rules"
 )
 
 // someFlows are more than chance, fewFlows are where there are no others.
@@ -45,6 +46,9 @@ func (d *Daemon) warnings() (out warnings) {
 	}
 	if wantsMapping(d.cfg.Config) && d.firewall.noMapping != "" {
 		out.add(warnNoMapping, "", "mapping stays the kernel's: %s", d.firewall.noMapping)
+	}
+	if d.cfg.UplinkMarks && d.firewall.noMarks != "" {
+		out.add(warnFeatureMissing, string(rules.FeatureUplinkMarks), "uplink_marks is not in force: %s", d.firewall.noMarks)
 	}
 	switch a := &d.applied; {
 	case a.notInForce():

@@ -28,6 +28,7 @@ type firewall struct {
 	missing   error         // why there is no map of permissions
 	noMapping string        // why there is no endpoint-independent mapping
 	noPartial string        // why children of expectations do not come by such links
+	noMarks   string        // why flows cannot be marked by their uplink
 	mapping   bool          // the tables have rules for it
 
 	// What the tables serve.
@@ -72,7 +73,7 @@ func openFirewall(name string) (*firewall, error) {
 	f := &firewall{name: name}
 	t, err := rules.Open(rules.Config{Name: name})
 	if missing := new(rules.UnsupportedError); errors.As(err, &missing) {
-		f.missing, f.noMapping = missing, missing.Error()
+		f.missing, f.noMapping, f.noMarks = missing, missing.Error(), missing.Error()
 		f.warnings.add(warnNoNFTables, "", "no guard and no cap on children: %v", missing)
 		return f, nil
 	}
@@ -91,6 +92,8 @@ func openFirewall(name string) (*firewall, error) {
 			f.noMapping = m.Error()
 		case rules.FeaturePartial:
 			f.noPartial = m.Error()
+		case rules.FeatureUplinkMarks:
+			f.noMarks = m.Error()
 		default:
 			f.warnings.add(warnFeatureMissing, string(m.Feature), "%v", m)
 		}
@@ -171,6 +174,9 @@ func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	d.Spoofed = cfg.Guard && !f.byMark
 	if f.withMap {
 		d.Map = f.mapConfig(cfg)
+	}
+	if cfg.UplinkMarks {
+		d.UplinkMarks = &rules.UplinkMarks{Mask: cfg.UplinkMask, Links: cfg.Outside}
 	}
 	if d.Mapping = mappingConfig(cfg, f.ports); d.Mapping != nil {
 		f.mappedLinks = slices.Compact(slices.Sorted(slices.Values(slices.Concat(f.mappedLinks, outside))))

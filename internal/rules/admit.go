@@ -130,13 +130,19 @@ func (l *layout) admit(d Desired, kinds []kind) {
 	if d.Map.noLabels {
 		label = nil
 	}
+	// With marks of uplinks each permission has a mark, and the user's rules may have given
+	// the child one.
+	var unmarked exprs
+	if d.UplinkMarks != nil {
+		unmarked = ctMark.is(host32(0))
+	}
 	addrs, ports, marks := l.named(elements.PermissionMap), l.named(elements.PortMap), l.named(elements.MarksMap)
 	for _, k := range kinds {
 		if k.open != nil {
 			l.rule(admitted, "", ipSaddr.in(l.noPeers), accept)
 		}
 		key := k.packetKey()
-		l.rule(admitted, "a mark for policy routing", isUDP, k.hasPacket(), setCt(expr.CtKeyMARK, marks.of(key)))
+		l.rule(admitted, "a mark for policy routing", isUDP, unmarked, k.hasPacket(), setCt(expr.CtKeyMARK, marks.of(key)))
 		// nft lists the look-ups last, in "dnat to". They come first, for without them the
 		// packet does not match.
 		const addr, port = dataWord, dataWord + 1

@@ -57,8 +57,7 @@ func (l *layout) portZero(subnets []netip.Prefix) {
 	l.rule(c, "", udpSport.is(be16(0)), isUDP, goTo(like))
 	l.rule(c, "", udpDport.is(be16(0)), isUDP, goTo(like))
 	for _, f := range familiesOf(subnets) {
-		inside := l.set(subnetsSet+f.name, f.addr)
-		inside.Interval, inside.elements = true, f.intervals(subnets)
+		inside := l.inside(f, subnets)
 		for _, way := range []exprs{
 			join(f.saddr.in(inside), f.daddr.notIn(inside)),
 			join(f.saddr.notIn(inside), f.daddr.in(inside)),

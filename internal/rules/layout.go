@@ -120,6 +120,9 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 		inet.portZero(d.Subnets)
 		inet.children(d, served)
 	}
+	if d.UplinkMarks != nil {
+		inet.uplinkMarks(d.UplinkMarks, d.Subnets)
+	}
 	ls := []*layout{inet}
 	if d.Map != nil || d.Mapping != nil {
 		ip := newLayout(name, nftables.TableFamilyIPv4, d.outside4())

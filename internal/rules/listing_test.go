@@ -40,6 +40,10 @@ var features = map[string]func(d *rules.Desired, m *rules.MapConfig){
 		}
 		m.ExcludePeerPorts = m.ExcludePorts
 	},
+	"uplink marks": func(d *rules.Desired, _ *rules.MapConfig) {
+		d.OutsideLinks = []string{"wan0", "wan1"}
+		d.UplinkMarks = &rules.UplinkMarks{Mask: 0x0f000000, Links: d.OutsideLinks}
+	},
 	"full cone": func(_ *rules.Desired, m *rules.MapConfig) { m.OpenSubnets = m.Subnets },
 	"links upon others": func(d *rules.Desired, _ *rules.MapConfig) {
 		d.Uppers = map[string]string{"vrrp.51": "wan0", "vrrp.52": "lan0"}

@@ -96,6 +96,7 @@ const (
 var (
 	metaL4proto  = meta(expr.MetaKeyL4PROTO, 1)
 	metaNfproto  = meta(expr.MetaKeyNFPROTO, 1)
+	metaMark     = meta(expr.MetaKeyMARK, 1)
 	metaIPsec    = meta(metaKeySecPath, 1) // IPsec took the packet in
 	iifname      = meta(expr.MetaKeyIIFNAME, nameWords)
 	oifname      = meta(expr.MetaKeyOIFNAME, nameWords)
@@ -163,6 +164,9 @@ func (o operand) bitwise(mask, xor []byte) operand {
 		})
 	}, o.words}
 }
+
+// or is "o | bits", of a mark.
+func (o operand) or(bits uint32) operand { return o.bitwise(host32(^bits), host32(bits)) }
 
 // of is "key map @s", the value that the map has for the key. Where it has none, the
 // packet does not pass.
@@ -259,6 +263,11 @@ func setUDPSport(value operand) exprs {
 
 func setCt(key expr.CtKey, value operand) exprs {
 	return append(value.load(0), &expr.Ct{Key: key, Register: register(0), SourceRegister: true})
+}
+
+// setMetaMark is "meta mark set value".
+func setMetaMark(value operand) exprs {
+	return append(value.load(0), &expr.Meta{Key: expr.MetaKeyMARK, Register: register(0), SourceRegister: true})
 }
 
 // constant is a value that the rule has itself.

@@ -66,7 +66,11 @@ func (p *rulePrinter) at(register uint32) held      { return p.registers[registe
 func (p *rulePrinter) print(e expr.Any) {
 	switch e := e.(type) {
 	case *expr.Meta:
-		p.load(e.Register, metaWords[e.Key])
+		if o := metaWords[e.Key]; e.SourceRegister {
+			p.add("%s set %s", o.text, p.at(e.Register).as(o.typ))
+		} else {
+			p.load(e.Register, o)
+		}
 	case *expr.Ct:
 		p.ct(e)
 	case *expr.Rt:
@@ -105,6 +109,7 @@ var metaWords = map[expr.MetaKey]held{
 	expr.MetaKeyNFPROTO: {text: "meta nfproto", typ: "nf_proto"},
 	expr.MetaKeyIIFNAME: {text: "iifname", typ: "ifname"},
 	expr.MetaKeyOIFNAME: {text: "oifname", typ: "ifname"},
+	expr.MetaKeyMARK:    {text: "meta mark", typ: "mark"},
 	metaKeySDIFName:     {text: "meta sdifname", typ: "ifname"},
 	metaKeySecPath:      {text: "meta ipsec", typ: "boolean"},
 }

@@ -58,6 +58,10 @@ var features = []struct {
 		Mend: "load the modules nft_chain_nat, nft_nat and nft_socket " +
 			"(CONFIG_NFT_NAT, CONFIG_NFT_SOCKET, CONFIG_NF_CONNTRACK_ZONES; OpenWrt: kmod-nft-nat, kmod-nft-socket)",
 	}, Desired{Mapping: &tryMapping}},
+	{UnsupportedError{
+		Feature: FeatureUplinkMarks,
+		Mend:    "load the module nf_conntrack built with CONFIG_NF_CONNTRACK_MARK",
+	}, Desired{Subnets: tryBoth, UplinkMarks: &UplinkMarks{Mask: 1, Links: []string{"probe0"}}}},
 }
 
 // tryMapping has all that mappings need but for a look at IPsec policies, which a

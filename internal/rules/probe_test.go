@@ -62,14 +62,14 @@ func TestMissingFeaturesAreLeftOut(t *testing.T) {
 			table.missing = append(table.missing, &features[i].UnsupportedError)
 		}
 	}
-	if _, err := table.Set(Desired{Subnets: tryPrefixes, Guard: true, Spoofed: true, Helpers: tryHelpers, MaxChildren: 7, Map: &MapConfig{Size: 1}, Mapping: &tryMapping}); err != nil {
+	if _, err := table.Set(Desired{Subnets: tryPrefixes, Guard: true, Spoofed: true, Helpers: tryHelpers, MaxChildren: 7, Map: &MapConfig{Size: 1}, Mapping: &tryMapping, UplinkMarks: &UplinkMarks{Mask: 1}}); err != nil {
 		t.Fatal(err)
 	}
 	got, err := l.Ruleset()
 	if err != nil || !strings.Contains(got, "th dport 0") {
 		t.Error(got, err)
 	}
-	for _, name := range []string{"chain guard", "chain spoofed", "set children", "permissions", "mappings"} {
+	for _, name := range []string{"chain guard", "chain spoofed", "set children", "permissions", "mappings", "uplink"} {
 		if strings.Contains(got, name) {
 			t.Error(got)
 		}

@@ -3,6 +3,7 @@ package rules
 import (
 	"errors"
 	"fmt"
+	"math/bits"
 	"net/netip"
 	"time"
 )
@@ -60,6 +61,9 @@ type Desired struct {
 	// Mapping keeps one outside endpoint for each inside endpoint. Without it
 	// that is left to the user's rules and the kernel.
 	Mapping *MappingConfig
+	// UplinkMarks keeps flows of Subnets, and their children, on their uplink. Without it
+	// marks are the user's alone.
+	UplinkMarks *UplinkMarks
 
 	noIPsec      bool // the kernel has none
 	noFib        bool // nor a look-up of routes
@@ -106,6 +110,18 @@ type MappingConfig struct {
 
 	noIPsec bool // the kernel has none
 }
+
+// UplinkMarks say how the marks of flows, and of their packets from inside, tell by which
+// uplink they leave, for rules of policy routing.
+type UplinkMarks struct {
+	// Mask has the bits of the marks that tell it, side by side. No other bit changes.
+	Mask uint32
+	// Links are the uplinks: in these bits the first has the value 1, the second 2.
+	Links []string
+}
+
+// Mark returns the mark of Links[i].
+func (m *UplinkMarks) Mark(i int) uint32 { return uint32(i+1) << bits.TrailingZeros32(m.Mask) }
 
 // A PortRange is a range of ports, both ends included.
 type PortRange struct{ First, Last uint16 }
@@ -180,6 +196,7 @@ const (
 	FeatureLearn       Feature = "learning in the kernel, with a cap on children of the map"
 	FeatureLabels      Feature = "label of children of the map"
 	FeatureMapping     Feature = "endpoint-independent mapping"
+	FeatureUplinkMarks Feature = "marks of uplinks"
 )
 
 // An UnsupportedError says that the kernel, or this build, lacks a Feature.

@@ -105,6 +105,9 @@ func (t *Tables) possible(d Desired) Desired {
 	if t.Lacks(FeatureMaxChildren) {
 		d.MaxChildren = 0
 	}
+	if t.Lacks(FeatureUplinkMarks) {
+		d.UplinkMarks = nil
+	}
 	switch {
 	case d.Map == nil:
 	case t.Lacks(FeatureMap):

@@ -1,0 +1,59 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"net/netip"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+const (
+	// Behind the user's marks of packets (mangle) and behind NAT, when the destination is
+	// the inside host, and before the packet is routed.
+	restorePriority = -50
+	// Behind the user's connmarks, and before learn, which hands the connmark on.
+	markPriority = 280
+)
+
+// uplinkMarks marks the flows of subnets by the uplink that they leave or come by, and
+// gives the mark to their packets from inside before these are routed. A flow, or a
+// packet, that has a mark in these bits keeps it.
+//
+// Each uplink has rules of its own with constants: before Linux 6.13 the kernel cannot
+// put some bits of one mark into another one.
+func (l *layout) uplinkMarks(m *UplinkMarks, subnets []netip.Prefix) {
+	mask, none := host32(m.Mask), host32(0)
+	restore := l.filter("restore_uplink", nftables.ChainHookPrerouting, restorePriority)
+	mark := l.filter("mark_uplink", nftables.ChainHookPostrouting, markPriority)
+	back, came, left := l.regular("back_by_uplink"), l.regular("came_by_uplink"), l.regular("left_by_uplink")
+	l.rule(restore, "", notUDP, accept)
+	l.rule(mark, "", notUDP, accept)
+	l.rule(mark, "it has its mark", ctMark.and(mask).isNot(none), accept)
+	for _, f := range familiesOf(subnets) {
+		inside := l.inside(f, subnets)
+		l.rule(restore, "from inside", f.is, f.saddr.in(inside), goTo(back))
+		l.rule(restore, "to the inside, by a forward or a permission", f.is, f.daddr.in(inside), ctMark.and(mask).is(none), goTo(came))
+		l.rule(mark, "from inside", f.is, f.daddr.notIn(inside), f.opener.in(inside), goTo(left))
+	}
+	l.rule(back, "the user's rules chose", metaMark.and(mask).isNot(none), accept)
+	for i, name := range m.Links {
+		bits, link := m.Mark(i), nfnl.LinkKey(name)
+		l.rule(back, "", ctMark.and(mask).is(host32(bits)), setMetaMark(metaMark.or(bits)))
+		l.rule(came, "", iifname.is(link), setCt(expr.CtKeyMARK, ctMark.or(bits)))
+		l.rule(left, "", oifname.is(link), setCt(expr.CtKeyMARK, ctMark.or(bits)))
+	}
+}
+
+// inside returns the set of the subnets of a family.
+func (l *layout) inside(f *ipFamily, subnets []netip.Prefix) *set {
+	if s := l.named(subnetsSet + f.name); s != nil {
+		return s
+	}
+	s := l.set(subnetsSet+f.name, f.addr)
+	s.Interval, s.elements = true, f.intervals(subnets)
+	return s
+}
