@@ -56,7 +56,7 @@ const (
 func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.Prefix]decision {
 	verdicts := make([]userrules.ChildVerdicts, len(cfg.Subnets))
 	var unread error
-	if links := outsideLinks(network); (f.tables != nil || f.shown) && len(links) > 0 {
+	if links := outsideLinks(network); len(links) > 0 {
 		found, err := f.children(links, network, prefixes(cfg.Subnets))
 		if err == nil {
 			verdicts = found

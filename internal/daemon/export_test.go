@@ -1,5 +1,14 @@
 package daemon
 
+import "github.com/conenatd/conenatd/internal/rules"
+
+// WithoutNFTables lets all daemons of this process find a kernel that has no nftables.
+func WithoutNFTables() {
+	openRules = func(rules.Config) (*rules.Tables, error) {
+		return nil, &rules.UnsupportedError{Feature: rules.FeatureTable, Mend: "it is a test"}
+	}
+}
+
 // FailLinks lets the daemon find its link watcher broken, which ends it.
 func (d *Daemon) FailLinks() { _ = d.links.Close() }
 

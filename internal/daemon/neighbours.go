@@ -73,7 +73,7 @@ func (d *Daemon) lookAtRules() error {
 // lookAtLegacy looks whether somebody changed rules of iptables-legacy since the last time,
 // as far as the budget allows.
 func (d *Daemon) lookAtLegacy() (err error) {
-	if d.firewall.tables == nil || !d.budget.allowsPoll(d.now()) {
+	if !d.budget.allowsPoll(d.now()) {
 		return nil
 	}
 	d.budget.spend(func() { d.changed.rules, err = d.firewall.reader.LegacyChanged() })

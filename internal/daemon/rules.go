@@ -23,7 +23,7 @@ import (
 // gateway, if the kernel has all that they need: a file that nft loads. Comments say what
 // was read of the gateway, and what could not be. It changes nothing.
 func Rules(cfg config.Config) (string, error) {
-	f := &firewall{name: cfg.Table, shown: true}
+	f := &firewall{name: cfg.Table}
 	defer func() { _ = f.close() }()
 	f.look()
 	var ways uplinks
