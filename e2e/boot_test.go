@@ -133,8 +133,10 @@ func TestAutoDoesNotEnableAnUplinkWithoutItsRoute(t *testing.T) {
 		}
 		works(s)
 	})
-	t.Run("beside another one", func(t *testing.T) {
-		s := setUp(t, lab.Options{})
+	const gone = "*nat\n-D POSTROUTING -o wan0 -j MASQUERADE\nCOMMIT\n"
+	besides := func(t *testing.T, rule, none func(s *scene) error) {
+		s := setUp(t, lab.Options{Rules: lab.NoRules})
+		s.Must(rule(s))
 		s.IP(s.Gateway, "link add wan2 type bridge")
 		s.IP(s.Gateway, "address add 192.168.2.2/24 dev wan2")
 		s.IP(s.Gateway, "link set wan2 up")
@@ -144,11 +146,18 @@ func TestAutoDoesNotEnableAnUplinkWithoutItsRoute(t *testing.T) {
 			t.Errorf("served: %q", got)
 		}
 		// Rules come and go. Without one nothing tells what wan0 is.
-		s.Must(s.NFT("delete table ip nat"))
+		s.Must(none(s))
 		s.Until("nothing tells that it is an uplink", func() bool { return slices.Equal(served(s), both) })
-		s.Must(s.NFT(lab.Masquerade))
+		s.Must(rule(s))
 		s.Until("a rule tells", func() bool { return slices.Equal(served(s), lan) })
 		works(s)
+	}
+	t.Run("beside another one", func(t *testing.T) {
+		besides(t, func(s *scene) error { return s.NFT(lab.Masquerade) }, func(s *scene) error { return s.NFT("delete table ip nat") })
+	})
+	t.Run("beside another one, by iptables-legacy", func(t *testing.T) {
+		besides(t, func(s *scene) error { return s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade) },
+			func(s *scene) error { return s.IPTables(lab.IPTablesLegacy, gone) })
 	})
 }
 

@@ -22,15 +22,12 @@ const bothUplinks = `table ip nat {
 `
 
 // twoUplinks makes a lab with two uplinks, of which the first is in use.
-func twoUplinks(t *testing.T, o lab.Options, args ...string) (s *scene, second netip.Addr) {
+func twoUplinks(t *testing.T, o lab.Options) (s *scene, second netip.Addr) {
 	t.Helper()
 	second = netip.MustParseAddr("198.51.100.129")
 	s = newScene(t, o)
 	s.AddLink("wan1", second.String())
 	s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink metric 200")
-	if len(args) > 0 {
-		s.Serve(args...)
-	}
 	return s, second
 }
 
@@ -55,13 +52,20 @@ func TestNFTFailoverHealsAllFlowsOfAMapping(t *testing.T) {
 		"link down": "link set wan0 down",
 		"by rule":   "rule add iif lan0 table 109",
 	} {
-		for how, rules := range map[string]string{
-			"masquerade": bothUplinks,
-			"a fixed address for others": strings.Replace(bothUplinks, "\t\toifname",
-				"\t\tip saddr 192.168.9.9 snat to 198.51.100.1\n\t\toifname", 1),
+		for how, rules := range map[string]struct{ nft, legacy string }{
+			"masquerade": {bothUplinks, ""},
+			"a fixed address for others": {strings.Replace(bothUplinks, "\t\toifname",
+				"\t\tip saddr 192.168.9.9 snat to 198.51.100.1\n\t\toifname", 1), ""},
+			"a fixed address for others, by iptables-legacy": {
+				lab.NoRules, "*nat\n-A POSTROUTING -s 192.168.9.9 -j SNAT --to-source 198.51.100.1\n-A POSTROUTING -o wan+ -j MASQUERADE\nCOMMIT\n",
+			},
 		} {
 			t.Run(way+", "+how, func(t *testing.T) {
-				s, second := twoUplinks(t, lab.Options{Rules: rules}, mapped, "--reconcile=1h")
+				s, second := twoUplinks(t, lab.Options{Rules: rules.nft})
+				if rules.legacy != "" {
+					s.Must(s.IPTables(lab.IPTablesLegacy, rules.legacy))
+				}
+				s.Serve(mapped, "--reconcile=1h")
 				s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 109")
 				s.Until("both uplinks are known", func() bool { return len(s.Status().Outside) == 2 })
 				phone := s.InsideSocket(0, 5060)
@@ -86,23 +90,27 @@ func TestNFTFailoverHealsAllFlowsOfAMapping(t *testing.T) {
 // the same one on both links, or leads some packets by another link than the routes
 // without marks say. Such flows go on.
 func TestNFTFailoverEndsNoFlowWhoseAddressIsRight(t *testing.T) {
+	const byRoute = "route del default via 198.51.100.254 dev wan0"
+	one := func(s *scene) bool { return len(s.Status().Outside) == 1 }
 	for name, tc := range map[string]struct {
-		rules, change string
-		host          int
-		lands         func(s *scene) bool
+		rules, legacy, change string
+		host                  int
+		lands                 func(s *scene) bool
 	}{
-		"one address on both links": {
-			strings.Replace(bothUplinks, "masquerade", "snat to 198.51.100.1", 1),
-			"route del default via 198.51.100.254 dev wan0", 0,
-			func(s *scene) bool { return s.warns("wan0 counts as an outside link, for a rule") },
+		"one address on both links": {strings.Replace(bothUplinks, "masquerade", "snat to 198.51.100.1", 1), "", byRoute, 0, one},
+		"one address on both links, by iptables-legacy": {
+			lab.NoRules, "*nat\n-A POSTROUTING -o wan+ -j SNAT --to-source 198.51.100.1\nCOMMIT\n", byRoute, 0, one,
 		},
 		"marked packets": {
-			stage.UplinkRules, "route add default via 198.51.100.254 dev wan2 onlink metric 300", 1,
+			stage.UplinkRules, "", "route add default via 198.51.100.254 dev wan2 onlink metric 300", 1,
 			func(s *scene) bool { return len(s.Status().Outside) == 3 },
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, _ := twoUplinks(t, lab.Options{Inside: 2, Rules: tc.rules})
+			if tc.legacy != "" {
+				s.Must(s.IPTables(lab.IPTablesLegacy, tc.legacy))
+			}
 			s.AddLink("wan2", "198.51.100.130")
 			s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 102")
 			s.IP(s.Gateway, "rule add fwmark 2 iif lan0 table 102")

@@ -55,17 +55,19 @@ func TestUplinkWithoutADefaultRoute(t *testing.T) {
 		routes []string
 		rules  string
 		legacy bool
+		user   bool // another user than root, who may not know the tables of iptables-legacy
 		full   bool // wan0 has routes alone
 		peer   netip.Addr
 	}{
-		"most of the Internet":              {routes: most, rules: natBy("wan0", "vpn0"), peer: lab.PeerA},
-		"one prefix":                        {routes: []string{"203.0.113.0/24"}, rules: natBy("wan0", "vpn0"), peer: lab.PeerA},
-		"one prefix, by its first flow":     {routes: []string{"203.0.113.0/24"}, rules: natBy(), peer: lab.PeerA},
-		"one prefix, by iptables-legacy":    {routes: []string{"203.0.113.0/24"}, legacy: true, peer: lab.PeerA},
-		"private peers":                     {routes: []string{"172.20.0.0/24"}, rules: natBy("vpn0"), peer: private},
-		"full tables":                       {full: true, rules: natBy("wan0"), peer: lab.PeerA},
-		"full tables, by its first flow":    {full: true, rules: natBy(), peer: lab.PeerA},
-		"by its first flow, in other words": {routes: most, rules: strings.Replace(natBy(), "masquerade", "ip daddr 203.0.113.0/24 oifname \"vpn0\" snat to "+vpnAddr, 1), peer: lab.PeerA},
+		"most of the Internet":                                  {routes: most, rules: natBy("wan0", "vpn0"), peer: lab.PeerA},
+		"one prefix":                                            {routes: []string{"203.0.113.0/24"}, rules: natBy("wan0", "vpn0"), peer: lab.PeerA},
+		"one prefix, by its first flow":                         {routes: []string{"203.0.113.0/24"}, rules: natBy(), peer: lab.PeerA},
+		"one prefix, by iptables-legacy":                        {routes: []string{"203.0.113.0/24"}, legacy: true, peer: lab.PeerA},
+		"one prefix, by its first flow, for the rule is root's": {routes: []string{"203.0.113.0/24"}, legacy: true, user: true, peer: lab.PeerA},
+		"private peers":                                         {routes: []string{"172.20.0.0/24"}, rules: natBy("vpn0"), peer: private},
+		"full tables":                                           {full: true, rules: natBy("wan0"), peer: lab.PeerA},
+		"full tables, by its first flow":                        {full: true, rules: natBy(), peer: lab.PeerA},
+		"by its first flow, in other words":                     {routes: most, rules: strings.Replace(natBy(), "masquerade", "ip daddr 203.0.113.0/24 oifname \"vpn0\" snat to "+vpnAddr, 1), peer: lab.PeerA},
 	} {
 		t.Run(name, func(t *testing.T) {
 			stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
@@ -87,6 +89,9 @@ func TestUplinkWithoutADefaultRoute(t *testing.T) {
 					from = netip.MustParseAddr(vpnAddr)
 				}
 				s.IP(s.Outside, "addr add "+private.String()+"/32 dev lo")
+				if tc.user {
+					s.Exe = s.unprivileged()
+				}
 				s.Start(stage.Flags(mode, "--reconcile=1h")...)
 				s.works(tc.peer, 5060, from)
 				link := "vpn0"

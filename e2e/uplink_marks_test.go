@@ -142,11 +142,11 @@ func TestUplinkMarksLeaveTheUsersMarks(t *testing.T) {
 		chain pre { type filter hook prerouting priority mangle;
 			iifname "lan0" ct state new ct mark set 0x2a
 			iifname "wan0" ct state new,related udp sport 6000 ct mark set 7
-			iifname "lan0" udp sport 5061 meta mark set 0x03000007
+			iifname "lan0" udp sport 5061 meta mark set 0x02000007
 			iifname "lan0" udp sport 5062 meta mark set 5
 		}
 		chain forward { type filter hook forward priority filter;
-			udp sport 5061 meta mark 0x03000007 counter name chosen
+			udp sport 5061 meta mark 0x02000007 counter name chosen
 			udp sport 5062 meta mark 0x01000005 counter name both
 		}
 	}
