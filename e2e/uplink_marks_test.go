@@ -56,18 +56,26 @@ func (s *scene) addSecondUplink() {
 	}
 }
 
-// byBothUplinks sends from ports of the inside host until one leaves by each uplink.
-func (s *scene) byBothUplinks() map[*lab.Socket]netip.AddrPort {
+// A flow is one of the inside host.
+type flow struct {
+	phone, proxy *lab.Socket
+	ext          netip.AddrPort
+}
+
+// byBothUplinks sends from ports of the inside host until one leaves by each uplink, and
+// returns their flows by outside address.
+func (s *scene) byBothUplinks() map[netip.Addr]flow {
 	s.T.Helper()
-	left, found := make(map[netip.Addr]bool), make(map[*lab.Socket]netip.AddrPort)
-	for port := uint16(5060); len(left) < 2; port++ {
+	found := make(map[netip.Addr]flow)
+	for port := uint16(5060); len(found) < 2; port++ {
 		if port == 5160 {
-			s.T.Fatalf("all leave by %v", left)
+			s.T.Fatalf("all leave by %v", found)
 		}
-		phone, proxy := s.InsideSocket(0, port), s.PeerSocket(lab.PeerA, port)
-		if ext := s.Contact(phone, proxy); !left[ext.Addr()] {
-			left[ext.Addr()], found[phone] = true, ext
-			s.Stands(phone, proxy, ext)
+		f := flow{phone: s.InsideSocket(0, port), proxy: s.PeerSocket(lab.PeerA, port)}
+		f.ext = s.Contact(f.phone, f.proxy)
+		if _, known := found[f.ext.Addr()]; !known {
+			found[f.ext.Addr()] = f
+			s.Stands(f.phone, f.proxy, f.ext)
 		}
 	}
 	return found
@@ -110,9 +118,9 @@ func TestChildrenAnswerByTheirUplink(t *testing.T) {
 				s.addSecondUplink()
 				s.Start(stage.Flags(mode, flags...)...)
 				marked, port := name == "with marks", uint16(20_000)
-				for phone, ext := range s.byBothUplinks() {
-					if wrong := s.answered(phone, lab.PeerA, port, ext); (wrong == "packets 0") != marked {
-						t.Errorf("to children of %v: wrong %s", ext, wrong)
+				for _, f := range s.byBothUplinks() {
+					if wrong := s.answered(f.phone, lab.PeerA, port, f.ext); (wrong == "packets 0") != marked {
+						t.Errorf("to children of %v: wrong %s", f.ext, wrong)
 					}
 					port += 100
 				}
