@@ -80,7 +80,7 @@ func TestLegacyRulesAreFollowedWithoutNFTables(t *testing.T) {
 		_ = input.Close()
 		must(c.Wait())
 	}()
-	daemon := control.Dial(filepath.Join(dir, "control.sock"))
+	client := control.Dial(filepath.Join(dir, "control.sock"))
 	until := func(what string, cond func() bool) {
 		t.Helper()
 		for end := time.Now().Add(time.Minute); !cond(); {
@@ -91,7 +91,7 @@ func TestLegacyRulesAreFollowedWithoutNFTables(t *testing.T) {
 	}
 	is := func(port uint16, state, reason string) func() bool {
 		return func() (found bool) {
-			_ = daemon.Permissions(t.Context(), func(p control.Permission) error {
+			_ = client.Permissions(t.Context(), func(p control.Permission) error {
 				found = found || p.Ext == exts[port] && p.State == state && p.Reason == reason
 				return nil
 			})
@@ -99,7 +99,7 @@ func TestLegacyRulesAreFollowedWithoutNFTables(t *testing.T) {
 		}
 	}
 	warned := func() bool {
-		st, err := daemon.Status(t.Context())
+		st, err := client.Status(t.Context())
 		must(err)
 		return slices.ContainsFunc(st.Warnings, func(w string) bool { return strings.Contains(w, "iptables-legacy filter FORWARD") })
 	}

@@ -156,11 +156,14 @@ func getsockopt(fd, level, name int, b []byte) ([]byte, error) {
 	return b[:min(int(n), len(b))], nil
 }
 
+// decodesLegacy says that tables have the form that decodeLegacy knows.
+const decodesLegacy = strconv.IntSize == 64
+
 // decode decodes the table. One that could not be read, or is not understood, says so.
 func (t rawLegacy) decode() *table {
 	d, err := (*table)(nil), t.err
 	if err == nil {
-		if strconv.IntSize < 64 {
+		if !decodesLegacy {
 			err = errors.New("a 32-bit machine has it in another form")
 		} else {
 			d, err = decodeLegacy(t.family, t.info, t.entries)

@@ -32,8 +32,12 @@ var legacyTables = []string{natTable, "mangle", filterTable, "security"}
 // LegacyChanged reports whether rules of iptables-legacy are others than those that were
 // read last; the first call returns true, unless Read was called before. The kernel tells
 // of no such change, so this reads all rules that translate or filter: what it costs grows
-// with their number. The next Read takes what was read. Counters do not matter.
+// with their number. The next Read takes what was read. Counters do not matter. Where no
+// table is understood, on 32-bit machines, it returns false.
 func (r *Reader) LegacyChanged() (bool, error) {
+	if !decodesLegacy {
+		return false, nil
+	}
 	l := &r.legacy
 	dumps := l.dump()
 	if err := failed(dumps); err != nil {
