@@ -290,6 +290,11 @@ func (c *Config) check() (key string, err error) {
 		}
 	}
 	if c.UplinkMarks {
+		for i, name := range c.Outside {
+			if slices.Contains(c.Outside[:i], name) {
+				return "outside", fmt.Errorf("link %q is there twice: its place is its mark, so take one of them out", name)
+			}
+		}
 		most := int(c.UplinkMask >> bits.TrailingZeros32(c.UplinkMask))
 		switch n := len(c.Outside); {
 		case n == 0:

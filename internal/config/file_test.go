@@ -293,6 +293,10 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 			"uplink_marks = true",
 			`1: uplink_marks: expected the uplinks in outside, such as ["wan0", "wan1"]: the mark of each is its place there`,
 		},
+		"a mark twice": {
+			"outside = [\"wan0\", \"wan1\", \"wan0\"]\nuplink_marks = true",
+			`1: outside: link "wan0" is there twice: its place is its mark, so take one of them out`,
+		},
 		"marks for fewer uplinks": {
 			"outside = [\"wan0\", \"wan1\"]\nuplink_marks = true\nuplink_mask = 0x100",
 			`3: uplink_mask: 0x00000100 has room for 1 uplinks, and outside has 2: give it more bits`,

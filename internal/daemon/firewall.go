@@ -171,7 +171,11 @@ func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 		Helpers: f.helpers, MaxChildren: cfg.MaxChildren,
 	}
 	// Where nobody can tell, nothing is dropped. The kernel does not learn from it then.
-	byMark, err := gateway.RoutesByMark(0)
+	var ours uint32 // bits that nobody has set where the way back is looked up
+	if cfg.UplinkMarks && f.noMarks == "" {
+		ours = cfg.UplinkMask
+	}
+	byMark, err := gateway.RoutesByMark(0, ours)
 	f.byMark = byMark || err != nil
 	d.Spoofed = cfg.Guard && !f.byMark
 	if f.withMap {

@@ -4,15 +4,16 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
 // RoutesByMark reports whether a rule of policy routing asks for a mark (ip rule add
-// fwmark). Then nobody can tell the way back to a source before the mark is set, and
-// the mark may be one that only the answers get.
-func RoutesByMark(netns int) (is bool, err error) {
+// fwmark), in other bits than ours. Then nobody can tell the way back to a source before the
+// mark is set, and the mark may be one that only the answers get.
+func RoutesByMark(netns int, ours uint32) (is bool, err error) {
 	c, err := dial(unix.NETLINK_ROUTE, netns)
 	if err != nil {
 		return false, err
@@ -21,12 +22,20 @@ func RoutesByMark(netns int) (is bool, err error) {
 	for range attempts {
 		is = false
 		err = c.exchange(newRequest(unix.RTM_GETRULE, unix.NLM_F_DUMP, fibRuleHeaderLen), func(b []byte) error {
-			return attributes(b, fibRuleHeaderLen, func(ad *netlink.AttributeDecoder) {
-				if ad.Type() == unix.FRA_FWMARK {
-					// 0 asks for packets without a mark, and is not there as a rule.
-					is = is || binary.NativeEndian.Uint32(ad.Bytes()) != 0
+			mark, mask := uint32(0), uint32(math.MaxUint32)
+			err := attributes(b, fibRuleHeaderLen, func(ad *netlink.AttributeDecoder) {
+				switch ad.Type() {
+				case unix.FRA_FWMARK:
+					mark = ad.Uint32()
+				case unix.FRA_FWMASK:
+					mask = ad.Uint32()
 				}
 			})
+			// A mark of 0 asks for packets without one, and is not there as a rule. Any rule
+			// may have the mask alone.
+			isOurs := mask&^ours == 0 && binary.NativeEndian.Uint32(b[8:])&unix.FIB_RULE_INVERT == 0
+			is = is || mark != 0 && !isOurs
+			return err
 		})
 		if !errors.Is(err, errInterrupted) {
 			break
