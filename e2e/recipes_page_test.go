@@ -190,7 +190,8 @@ func TestRecipesAreAllListedAndPlayed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var pages, listed, played []string
+	var pages, listed []string
+	played := []string{"uplink-marks"} // by TestChildrenAnswerByTheirUplink
 	for _, f := range files {
 		if name := strings.TrimSuffix(filepath.Base(f), ".md"); name != "README" {
 			pages = append(pages, name)
