@@ -8,6 +8,8 @@ import (
 	"math/bits"
 	"net/netip"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 )
 
@@ -50,9 +52,9 @@ type Config struct {
 	PeerGroups []netip.Prefix
 
 	// PortPool holds the outside ports for hosts of subnets with endpoint-
-	// independent mapping whose own port is another's on the outside. It must be
-	// clear of all ports that the gateway itself uses.
-	PortPool PortRange
+	// independent mapping whose own port is another's on the outside. A subnet may have
+	// one of its own.
+	PortPool PortPool
 
 	// MappingExempt holds prefixes, masked, towards which no flow is mapped: those
 	// that leave by an outside link and are not source-NATed.
@@ -155,7 +157,13 @@ type Subnet struct {
 	// Mapping says how its flows get their outside endpoints (RFC 4787 section
 	// 4). It is of no meaning for IPv6.
 	Mapping Mapping
+
+	// PortPool is used in place of that of the Config, if it is not empty.
+	PortPool PortPool
 }
+
+// Pool returns the ports for hosts of a subnet whose own port is another's.
+func (c *Config) Pool(s Subnet) PortPool { return cmp.Or(s.PortPool, c.PortPool) }
 
 // Mapping says how flows get their outside endpoints.
 type Mapping string
@@ -169,10 +177,49 @@ const (
 // String returns the word of the configuration.
 func (m Mapping) String() string { return cmp.Or(string(m), "kernel") }
 
+// A PortPool holds ports as text: ranges in order, with a comma between two, or NoPool.
+// Empty, it is none of its own (Subnet.PortPool).
+type PortPool string
+
+// NoPool has no port: whose own port is another's on the outside is left to the user's
+// rules.
+const NoPool PortPool = "none"
+
+func (p PortPool) String() string { return string(p) }
+
+// Ranges returns the ranges of a pool, in order. No two of them overlap.
+func (p PortPool) Ranges() (all []PortRange) {
+	for text := range strings.SplitSeq(string(p), ",") {
+		if r, ok := parsePorts(text); ok {
+			all = append(all, r)
+		}
+	}
+	return all
+}
+
+// poolOf is the pool with these ports.
+func poolOf(ranges []PortRange) PortPool {
+	slices.SortFunc(ranges, func(a, b PortRange) int { return cmp.Compare(a.First, b.First) })
+	var texts []string
+	for i := 0; i < len(ranges); {
+		r := ranges[i]
+		for i++; i < len(ranges) && int(ranges[i].First) <= int(r.Last)+1; i++ {
+			r.Last = max(r.Last, ranges[i].Last)
+		}
+		texts = append(texts, r.String())
+	}
+	return PortPool(strings.Join(texts, ","))
+}
+
 // PortRange are the ports from First to Last.
 type PortRange struct{ First, Last uint16 }
 
-func (r PortRange) String() string { return fmt.Sprintf("%d-%d", r.First, r.Last) }
+func (r PortRange) String() string {
+	if r.First == r.Last {
+		return strconv.Itoa(int(r.First))
+	}
+	return fmt.Sprintf("%d-%d", r.First, r.Last)
+}
 
 // Has reports whether port p is in the range.
 func (r PortRange) Has(p uint16) bool { return r.First <= p && p <= r.Last }
@@ -226,7 +273,7 @@ func Default() Config {
 		ExcludePeerPorts: []uint16{53, 123, 443},
 
 		UplinkMask:            0x0f00_0000,
-		PortPool:              PortRange{61000, 65535},
+		PortPool:              "61000-65535",
 		MaxPermissionsPerHost: Auto,
 		MaxChildren:           Auto,
 
@@ -309,6 +356,9 @@ func (c *Config) check() (key string, err error) {
 		if s.Routed && s.Filtering == EndpointIndependent {
 			return fmt.Errorf("%q is routed, and endpoint_independent filtering is for source NAT: "+
 				"an expectation for everybody would let other inside networks in", name)
+		}
+		if s.PortPool != "" && s.Mapping != EndpointIndependentMapping {
+			return fmt.Errorf(`%q has a port_pool, which is for mapping = "endpoint_independent": add that, or take the port_pool out`, name)
 		}
 		return nil
 	}

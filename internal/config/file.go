@@ -198,12 +198,15 @@ func (f *file) subnets(v any) {
 		n := i + 1
 		routed, isBool := table["routed"].(bool)
 		s := Subnet{Routed: routed}
-		var noFiltering, noMapping error
+		var noFiltering, noMapping, noPool error
 		if v, ok := table["filtering"]; ok {
 			s.Filtering, noFiltering = filtering(v)
 		}
 		if v, ok := table["mapping"]; ok {
 			s.Mapping, noMapping = mapping(v)
+		}
+		if v, ok := table["port_pool"]; ok && v != "" {
+			s.PortPool, noPool = portPool(v)
 		}
 		if _, ok := table["prefix"]; !ok {
 			table["prefix"] = nil // required: let the check below say so
@@ -216,6 +219,8 @@ func (f *file) subnets(v any) {
 				f.fail(n, key, noFiltering)
 			case key == "mapping":
 				f.fail(n, key, noMapping)
+			case key == "port_pool":
+				f.fail(n, key, noPool)
 			case key != "routed":
 				f.fail(n, key, unknownInSubnet(key))
 			case !isBool:
@@ -227,7 +232,7 @@ func (f *file) subnets(v any) {
 }
 
 func unknownInSubnet(key string) error {
-	const what = "unknown key, expected prefix, routed, filtering or mapping"
+	const what = "unknown key, expected prefix, routed, filtering, mapping or port_pool"
 	// In TOML a table has no end: all that follows its header belongs to it.
 	if slices.Contains(topKeys(), key) {
 		return fmt.Errorf("%s; %s stands above the first [[subnet]]", what, key)

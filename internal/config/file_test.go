@@ -21,7 +21,7 @@ reconcile = "1m"
 log_level = "debug"
 outside = ["wan0", "ppp0"]
 inside = ["lan0"]
-port_pool = "20000-29999"
+port_pool = ["30016-30031", "20000-29999"]
 mapping_exempt = ["192.0.2.0/24"]
 hairpin = true
 uplink_marks = true
@@ -54,6 +54,7 @@ filtering = "address_and_port_dependent"
 [[subnet]]
 prefix = "lan0"
 mapping = "endpoint_independent"
+port_pool = "none"
 
 [[subnet]]
 prefix = "auto"
@@ -67,7 +68,7 @@ func everyConfig() Config {
 		LogLevel:         slog.LevelDebug,
 		Outside:          []string{"wan0", "ppp0"},
 		Inside:           []string{"lan0"},
-		PortPool:         PortRange{20000, 29999},
+		PortPool:         "20000-29999,30016-30031",
 		MappingExempt:    []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")},
 		Hairpin:          true,
 		UplinkMarks:      true,
@@ -92,7 +93,7 @@ func everyConfig() Config {
 			{Prefix: netip.MustParsePrefix("192.168.1.0/24"), Mapping: EndpointIndependentMapping},
 			{Prefix: netip.MustParsePrefix("2001:db8:1::/64"), Routed: true, Filtering: AddressAndPortDependent},
 		},
-		LinkSubnets: []LinkSubnet{{Link: "lan0", Like: Subnet{Mapping: EndpointIndependentMapping}}},
+		LinkSubnets: []LinkSubnet{{Link: "lan0", Like: Subnet{Mapping: EndpointIndependentMapping, PortPool: NoPool}}},
 	}
 }
 
@@ -223,15 +224,15 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 		},
 		"unknown key in the second subnet": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n[[subnet]]\nprefix = \"192.168.0.0/16\"\nmtu = 1500",
-			`5: subnet.mtu: unknown key, expected prefix, routed, filtering or mapping`,
+			`5: subnet.mtu: unknown key, expected prefix, routed, filtering, mapping or port_pool`,
 		},
 		"key of the top below a subnet": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n\nlifetime = \"5m\"",
-			`4: subnet.lifetime: unknown key, expected prefix, routed, filtering or mapping; lifetime stands above the first [[subnet]]`,
+			`4: subnet.lifetime: unknown key, expected prefix, routed, filtering, mapping or port_pool; lifetime stands above the first [[subnet]]`,
 		},
 		"table in a subnet": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n[subnet.limits]\nx = 1",
-			`3: subnet.limits: unknown key, expected prefix, routed, filtering or mapping`,
+			`3: subnet.limits: unknown key, expected prefix, routed, filtering, mapping or port_pool`,
 		},
 		"wrong type in the second subnet": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\nrouted = true\n[[subnet]]\nprefix = \"192.168.0.0/16\"\nrouted = \"yes\"",
@@ -313,9 +314,29 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 			"uplink_mask = 0xf00000000",
 			`1: uplink_mask: expected bits of a mark side by side such as 0x0f000000, got 64424509440`,
 		},
-		"a pool that is too small": {
-			"port_pool = \"61000-61001\"",
-			`1: port_pool: expected at least 64 ports such as "61000-65535", got "61000-61001"`,
+		"a pool that ends before it begins": {
+			"port_pool = [\"7472-7487\", \"61001-61000\"]",
+			`1: port_pool: expected ports such as "61000-65535" or ["7472-7487", "11568-11583"], or "none", got "61001-61000"`,
+		},
+		"an empty pool": {
+			"port_pool = []",
+			`1: port_pool: expected ports such as "61000-65535" or ["7472-7487", "11568-11583"], or "none", got an array`,
+		},
+		"a pool and none": {
+			"port_pool = [\"7472-7487\", \"none\"]",
+			`1: port_pool: expected ports such as "61000-65535" or ["7472-7487", "11568-11583"], or "none", got "none"`,
+		},
+		"a pool with port 0": {
+			"port_pool = \"0-15\"",
+			`1: port_pool: expected ports such as "61000-65535" or ["7472-7487", "11568-11583"], or "none", got "0-15"`,
+		},
+		"a pool of a subnet without mapping": {
+			"[[subnet]]\nprefix = \"10.0.0.0/8\"\nport_pool = \"none\"",
+			`1: subnet: "10.0.0.0/8" has a port_pool, which is for mapping = "endpoint_independent": add that, or take the port_pool out`,
+		},
+		"a pool of subnets that are found": {
+			"[[subnet]]\nprefix = \"auto\"\nport_pool = \"none\"",
+			`2: subnet.prefix: expected a prefix beside port_pool: whom it is for should not be guessed, got "auto"`,
 		},
 		"an open subnet that is routed": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\nrouted = true\nfiltering = \"endpoint_independent\"",

@@ -41,7 +41,7 @@ func TestFlagsAndFileSayTheSame(t *testing.T) {
 		t, "--backend=expect", "--lifetime=90s", "--reconcile=1m", "--log-level=debug",
 		"--outside=wan0", "--outside=ppp0", "--inside=lan0", "--uplink-marks", "--uplink-mask=0xff00", "--peer-group=198.51.100.0/28", "--peer-group=2001:db9::/64",
 		"--exclude-peer=203.0.113.0/24", "--exclude-peer=2001:db8::/32",
-		"--port-pool=20000-29999", "--mapping-exempt=192.0.2.0/24", "--exclude-peer-port=53", "--exclude-port=5060", "--exclude-port=65535",
+		"--port-pool=30016-30031", "--port-pool=20000-29999", "--mapping-exempt=192.0.2.0/24", "--exclude-peer-port=53", "--exclude-port=5060", "--exclude-port=65535",
 		"--max-permissions=1000", "--max-permissions-per-subnet=500", "--max-permissions-per-host=50",
 		"--max-children=10", "--learn=false", "--learn-rate=7", "--guard=false", "--table=cone2", "--on-stop=keep", "--event-buffer=65536", "--control-socket=/run/c.sock",
 		"--subnet=192.168.1.0/24", "--subnet=2001:db8:1::/64", "--subnet=lan0", "--subnet=auto",
@@ -52,7 +52,7 @@ func TestFlagsAndFileSayTheSame(t *testing.T) {
 	want := everyConfig()
 	want.Subnets[1].Routed, want.Subnets[1].Filtering = false, AddressDependent // one flag is for all or none
 	want.Subnets[0].Mapping, want.Hairpin = KernelMapping, false                // not with "auto"
-	want.LinkSubnets[0].Like.Mapping = KernelMapping
+	want.LinkSubnets[0].Like = Subnet{}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
 	}
@@ -229,7 +229,7 @@ func TestEveryFlag(t *testing.T) {
 		"log-level":                  {"debug", nil, func(c Config) any { return c.LogLevel }, slog.LevelDebug},
 		"outside":                    {"wan0", nil, func(c Config) any { return c.Outside[0] }, "wan0"},
 		"inside":                     {"lan0", nil, func(c Config) any { return c.Inside[0] }, "lan0"},
-		"port-pool":                  {"20000-29999", nil, func(c Config) any { return c.PortPool }, PortRange{20000, 29999}},
+		"port-pool":                  {"20000-29999,5061", nil, func(c Config) any { return c.PortPool }, PortPool("5061,20000-29999")},
 		"mapping-exempt":             {"192.0.2.0/24", nil, func(c Config) any { return c.MappingExempt[0].String() }, "192.0.2.0/24"},
 		"hairpin":                    {"", append(subnet, "--mapping=endpoint_independent"), func(c Config) any { return c.Hairpin }, true},
 		"uplink-marks":               {"", []string{"--outside=wan0"}, func(c Config) any { return c.UplinkMarks }, true},

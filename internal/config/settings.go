@@ -65,9 +65,9 @@ var settings = []setting{
 		set:   list(`["lan0"]`, link, func(c *Config) *[]string { return &c.Inside }),
 	},
 	{
-		key: "port_pool", flag: "port-pool", kind: "ports", def: "61000-65535",
-		usage: "outside ports for hosts with endpoint-independent mapping whose own port another host has",
-		set:   one(portRange, func(c *Config) *PortRange { return &c.PortPool }),
+		key: "port_pool", flag: "port-pool", kind: "ports", def: "61000-65535", list: true,
+		usage: "outside ports for hosts with endpoint-independent mapping whose own port another host has, or none (repeatable)",
+		set:   one(portPool, func(c *Config) *PortPool { return &c.PortPool }),
 	},
 	{
 		key: "mapping_exempt", flag: "mapping-exempt", kind: "prefix", list: true,
@@ -296,16 +296,32 @@ func mapping(v any) (Mapping, error) {
 	return "", expected(`"kernel" or "endpoint_independent"`, v)
 }
 
-// LeastPool is how many ports a pool has at least.
-const LeastPool = 64
-
-func portRange(v any) (PortRange, error) {
-	r, ok := parseRange(v)
-	if !ok || r.Len() < LeastPool {
-		return PortRange{}, expected(fmt.Sprintf(`at least %d ports such as "61000-65535"`, LeastPool), v)
+// portPool accepts one range, an array of them, or "none".
+func portPool(v any) (PortPool, error) {
+	items, many := v.([]any)
+	if !many {
+		items = []any{v}
 	}
-	return r, nil
+	if len(items) == 1 && items[0] == string(NoPool) {
+		return NoPool, nil
+	}
+	var ranges []PortRange
+	for _, item := range items {
+		for text := range strings.SplitSeq(fmt.Sprint(item), ",") {
+			r, ok := parsePorts(text)
+			if !ok {
+				return "", expected(poolForm, item)
+			}
+			ranges = append(ranges, r)
+		}
+	}
+	if len(ranges) == 0 {
+		return "", expected(poolForm, v)
+	}
+	return poolOf(ranges), nil
 }
+
+const poolForm = `ports such as "61000-65535" or ["7472-7487", "11568-11583"], or "none"`
 
 // ports makes the setter of a key that has an array of ports and ranges of ports.
 func ports(field func(*Config) *[]uint16) func(*Config, any) error {
@@ -335,6 +351,14 @@ func portOrRange(v any) (PortRange, error) {
 		return r, nil
 	}
 	return PortRange{}, expected(`a port between 1 and 65535 or a range such as "10000-20000"`, v)
+}
+
+// parsePorts reads one port, or two with a dash between them.
+func parsePorts(text string) (r PortRange, ok bool) {
+	if !strings.Contains(text, "-") {
+		text += "-" + text
+	}
+	return parseRange(text)
 }
 
 // parseRange reads two ports with a dash between them.

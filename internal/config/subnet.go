@@ -54,6 +54,8 @@ func (l *subnetList) add(at string, v any, s Subnet) error {
 			return expected("a prefix beside filtering: whom it is for should not be guessed", v)
 		case s.Mapping != "":
 			return expected("a prefix beside mapping: whom it is for should not be guessed", v)
+		case s.PortPool != "":
+			return expected("a prefix beside port_pool: whom it is for should not be guessed", v)
 		}
 		l.auto = true
 		return nil

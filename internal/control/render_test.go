@@ -33,7 +33,7 @@ var full = Status{
 	Outside: []string{"wan0", "wan1"}, Lifetime: 300,
 	Permissions: Permissions{Standing: 40, Refused: 2, Waiting: 1, Limit: 65536},
 	Tables: Tables{Mapping: Mapping{
-		On: true, Moved: 3, PoolUsedUp: 2, Left: 1, Hairpinned: 4,
+		On: true, Moved: 3, PoolUsedUp: 2, Left: 1, Shared: 6, Hairpinned: 4,
 		NotApplied: map[string]uint64{"older_flow": 1, "other_endpoint": 4},
 	}},
 	Conntrack: Conntrack{

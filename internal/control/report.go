@@ -138,8 +138,8 @@ func mapping(m Mapping) string {
 	if !m.On {
 		return "the kernel's"
 	}
-	return fmt.Sprintf("endpoint-independent; %d newcomers got a port of the pool, %d found none, %d flows were left to the kernel, %d hairpinned",
-		m.Moved, m.PoolUsedUp, m.Left, m.Hairpinned)
+	return fmt.Sprintf("endpoint-independent; %d newcomers got a port of the pool, %d found none, %d flows were left to the kernel, %d share the port of another host, %d hairpinned",
+		m.Moved, m.PoolUsedUp, m.Left, m.Shared, m.Hairpinned)
 }
 
 // NotApplied says how many flows did not get their mapping, and why.

@@ -172,6 +172,7 @@ type Mapping struct {
 	Moved      uint64 `json:"moved"`        // to the pool: another one had the outside port
 	PoolUsedUp uint64 `json:"pool_used_up"` // flows left to the kernel: the pool had no port for them
 	Left       uint64 `json:"left"`         // flows left to the kernel: something else used the port towards that peer
+	Shared     uint64 `json:"shared"`       // flows to which the user's rules gave the outside port of another host's mapping
 	Hairpinned uint64 `json:"hairpinned"`   // flows between inside hosts by outside endpoints
 	// NotApplied counts the live flows that should have a mapping and have none or
 	// another outside endpoint, at the last reconcile, by reason.

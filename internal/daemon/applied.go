@@ -17,6 +17,7 @@ const (
 	servedPort   unmapped = "port_in_use" // by a socket of the gateway or a forward
 	olderFlow    unmapped = "older_flow"  // it is older than the daemon
 	otherMapping unmapped = "other_endpoint"
+	sharedPort   unmapped = "port_shared" // with a host that has it as its mapping
 )
 
 // applied says how many living flows have their mapping and why others have none.

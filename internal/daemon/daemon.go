@@ -216,7 +216,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	// Known before the first grant.
 	d.forwarded, d.ruleWarnings = d.firewall.forwards(d.network)
 	d.whole = d.firewall.whole
-	more, err := d.firewall.sourceNAT(d.cfg.Config)
+	more, err := d.firewall.sourceNAT(d.cfg.Config, d.network)
 	if err != nil { // the first reconcile tries again
 		more.add(warnSourceNATUnread, "", "source NAT cannot be read: %v", err)
 	}

@@ -42,7 +42,7 @@ func (d *Daemon) warnings() (out warnings) {
 		out.add(warnLargeGroups, "", "peer_groups of more than 16 IPv4 addresses hold for routed subnets alone: only the nft backend can translate for these")
 	}
 	if n := d.tables.Mapping.PoolUsedUp; n >= someFlows {
-		out.add(warnPoolUsedUp, "", "port_pool %v had no port for %d flows, whose mapping stays the kernel's: make it larger", d.cfg.PortPool, n)
+		out.add(warnPoolUsedUp, "", "port_pool %v had no port for %d flows, whose mapping stays the kernel's: make it larger", poolText(d.cfg.Config), n)
 	}
 	if wantsMapping(d.cfg.Config) && d.firewall.noMapping != "" {
 		out.add(warnNoMapping, "", "mapping stays the kernel's: %s", d.firewall.noMapping)
@@ -52,7 +52,13 @@ func (d *Daemon) warnings() (out warnings) {
 	}
 	switch a := &d.applied; {
 	case a.notInForce():
-		out.add(warnNotMapped, "", "endpoint-independent mapping is not in force: %s", control.NotApplied(a.not))
+		first := ""
+		for _, w := range d.ruleWarnings {
+			if w.id == warnRivalChain {
+				first = "chain " + w.about + " comes before conenatd's: "
+			}
+		}
+		out.add(warnNotMapped, "", "endpoint-independent mapping is not in force: %s%s", first, control.NotApplied(a.not))
 	case a.sum() >= someFlows:
 		out.add(warnNotMapped, "", "%s", control.NotApplied(a.not))
 	}

@@ -37,7 +37,7 @@ type firewall struct {
 	portInPool  uint16                    // of a socket, as the warning says
 	decisions   map[netip.Prefix]decision // never changed, but replaced
 	mappedLinks []string                  // outside links, and those that were: they keep their mappings
-	choosers    []string                  // rules of the user's that choose outside ports
+	choosers    []userrules.SourceNAT     // rules of the user's that choose outside ports
 	byMark      bool                      // routes may depend on marks
 	uppers      map[string]string
 	oneArmed    []string // outside links that lead inside, too
@@ -48,9 +48,9 @@ type firewall struct {
 	known map[netip.Addr]struct{} // addresses that links had; nil before the first look
 
 	admitted, expected, usedUp tally
-	counted                    control.Tables   // as read last
-	mapped, related            witness          // what the user's firewall does with the children of either
-	pool                       config.PortRange // that usedUp is of
+	counted                    control.Tables                 // as read last
+	mapped, related            witness                        // what the user's firewall does with the children of either
+	pools                      map[config.PortPool]portRanges // that usedUp is of
 
 	// The user's rules, as read last.
 	reader *userrules.Reader  // nil before the first time
@@ -187,9 +187,7 @@ func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	if d.Mapping = mappingConfig(cfg, f.ports); d.Mapping != nil {
 		f.mappedLinks = slices.Compact(slices.Sorted(slices.Values(slices.Concat(f.mappedLinks, outside))))
 		d.Mapping.Links = f.mappedLinks
-		if len(f.choosers) > 0 {
-			d.Mapping.Pool = nil
-		}
+		d.Mapping.Choosers = chosenPorts(f.choosers, d.Mapping.Subnets, outside)
 	}
 	return d
 }
@@ -328,7 +326,7 @@ func outsideLinks(network gateway.Network) (links []userrules.Link) {
 
 // sourceNAT finds what the user's source NAT means for mappings, and says what he should
 // know of it. What cannot be read is as it was when it was read last.
-func (f *firewall) sourceNAT(cfg config.Config) (out warnings, err error) {
+func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out warnings, err error) {
 	if !wantsMapping(cfg) || !f.maps() {
 		return nil, nil
 	}
@@ -337,18 +335,32 @@ func (f *firewall) sourceNAT(cfg config.Config) (out warnings, err error) {
 	}
 	for _, c := range rivals(f.user.SourceNATChains()) {
 		out.add(warnRivalChain, c, "chain %s has the priority of conenatd's own, -199, and comes before it if it is younger: "+
-			"what it translates gets no mapping; give it another priority", c)
+			"mapping is not in force for what it translates; give it another priority", c)
 	}
 	choosers, err := f.user.PortChoosers()
 	if err != nil {
 		return out, err
 	}
 	f.choosers = choosers
-	if len(choosers) > 0 {
-		out.add(warnPortsChosen, "", "port_pool is not used, for a rule of yours chooses outside ports (%s): "+
-			"hosts whose port another one has get one by that rule, and may share it", choosers[0])
+	pool := poolText(cfg)
+	for i := range choosers {
+		hosts := hostsOf(chosenPorts(choosers[i:i+1], mappingConfig(cfg, f.ports).Subnets, network.OutsideLinks()))
+		if len(hosts) > 0 && pool != "" {
+			out.add(warnPortsChosen, "", "port_pool is not used, for a rule of yours chooses outside ports (%s): "+
+				"hosts in %v whose port another one has get one by that rule, not one of %s, and may share it", choosers[i].Text, hosts[0], pool)
+			break
+		}
 	}
 	return out, nil
+}
+
+// chosen returns for which hosts the user's rules choose outside ports, by outside link.
+func (f *firewall) chosen(cfg config.Config, network gateway.Network) map[string][]netip.Prefix {
+	c := mappingConfig(cfg, f.ports)
+	if c == nil {
+		return nil
+	}
+	return chosenPorts(f.choosers, c.Subnets, network.OutsideLinks())
 }
 
 // rivals names the chains that may translate the source of a flow before the rules of
@@ -391,8 +403,8 @@ func (f *firewall) read(cfg config.Config) (t control.Tables, err error) {
 	if err != nil {
 		return f.counted, fmt.Errorf("read counters: %w", err)
 	}
-	if f.pool != f.ports.pool {
-		f.pool, f.usedUp = f.ports.pool, tally{}
+	if !samePools(f.pools, f.ports.pools) {
+		f.pools, f.usedUp = f.ports.pools, tally{}
 	}
 	f.counted = control.Tables{
 		Repaired: f.repaired,
@@ -400,7 +412,7 @@ func (f *firewall) read(cfg config.Config) (t control.Tables, err error) {
 		Map:      control.Map{Learn: f.learns(cfg), Admitted: f.admitted.read(c.Admitted), Learned: c.Learned, Limited: c.LearnLimited},
 		Mapping: control.Mapping{
 			On: f.mapping, Moved: c.Moved, PoolUsedUp: f.usedUp.read(c.PoolUsedUp), Left: c.LeftToRules,
-			Hairpinned: c.Hairpinned,
+			Shared: c.PortShared, Hairpinned: c.Hairpinned,
 		},
 	}
 	f.counted.Expected.Admitted = f.expected.read(c.Expected)

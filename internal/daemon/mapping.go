@@ -13,6 +13,7 @@ import (
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/rules/elements"
+	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // mappingsSize is how many mappings there can be: all ports of some addresses.
@@ -22,7 +23,6 @@ const mappingsSize = 1 << 18
 // mapping, nil without any.
 func mappingConfig(cfg config.Config, ports outsidePorts) *rules.MappingConfig {
 	c := &rules.MappingConfig{
-		Pool:   []rules.PortRange{{First: ports.pool.First, Last: ports.pool.Last}},
 		Exempt: cfg.MappingExempt, Served: ports.served,
 		// A mapping is refreshed at each reconcile while a flow of it lives.
 		Lifetime: max(cfg.Lifetime, 3*cfg.Reconcile), Size: mappingsSize,
@@ -30,9 +30,11 @@ func mappingConfig(cfg config.Config, ports outsidePorts) *rules.MappingConfig {
 		// as the flow does.
 		TakenFor: max(ports.udpTimeout, 2*cfg.Reconcile), KeptFor: max(ports.udpTimeout, 3*cfg.Reconcile),
 	}
+	pools := make(map[config.PortPool][]netip.Prefix)
 	for _, s := range cfg.Subnets {
 		if s.Mapping == config.EndpointIndependentMapping {
 			c.Subnets = append(c.Subnets, s.Prefix)
+			pools[cfg.Pool(s)] = append(pools[cfg.Pool(s)], s.Prefix)
 		}
 		if cfg.Hairpin && s.Prefix.Addr().Is4() {
 			c.Hairpin = append(c.Hairpin, s.Prefix)
@@ -41,7 +43,38 @@ func mappingConfig(cfg config.Config, ports outsidePorts) *rules.MappingConfig {
 	if len(c.Subnets) == 0 {
 		return nil
 	}
+	for _, wanted := range poolsOf(cfg) {
+		p := rules.Pool{Subnets: pools[wanted]}
+		for _, r := range ports.pools[wanted] {
+			p.Ports = append(p.Ports, rules.PortRange(r))
+		}
+		c.Pools = append(c.Pools, p)
+	}
 	return c
+}
+
+// chosenPorts returns for which hosts of subnets rules of the user's choose outside ports, by
+// the outside links for IPv4.
+func chosenPorts(choosers []userrules.SourceNAT, subnets []netip.Prefix, outside []string) map[string][]netip.Prefix {
+	chosen := make(map[string][]netip.Prefix)
+	for _, link := range outside {
+		for i := range choosers {
+			if choosers[i].LeavesBy(link) {
+				chosen[link] = append(chosen[link], choosers[i].Within(subnets)...)
+			}
+		}
+	}
+	return chosen
+}
+
+// hostsOf returns the hosts for which rules of the user's choose outside ports, by whatever link.
+func hostsOf(chosen map[string][]netip.Prefix) []netip.Prefix {
+	var all []netip.Prefix
+	for _, hosts := range chosen {
+		all = append(all, hosts...)
+	}
+	slices.SortFunc(all, netip.Prefix.Compare)
+	return slices.Compact(all)
 }
 
 // wantsMapping reports whether a subnet has endpoint-independent mapping.
@@ -65,6 +98,8 @@ type mapper struct {
 	live  map[elements.Mapping]struct{}         // that stand, with a living flow
 	older map[elements.Mapping][]elements.Taken // of flows that are older than the rules; what they take if it cannot stand
 	taken map[elements.Taken]struct{}           // by living flows without a mapping
+
+	insides map[elements.Mapping]int // outside endpoints of each inside endpoint and link, those of older ones too
 
 	applied, before applied                       // what is seen now, and was seen at the last look
 	ids             map[elements.Mapping][]uint32 // of the flows in live that need theirs
@@ -93,6 +128,8 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 		older: make(map[elements.Mapping][]elements.Taken),
 		taken: make(map[elements.Taken]struct{}),
 		ids:   make(map[elements.Mapping][]uint32),
+
+		insides: make(map[elements.Mapping]int),
 	}
 	owners := make(map[cone.Endpoint]elements.Mapping)
 	return m, m.kernel.List(func(x elements.Mapping, _ time.Duration) {
@@ -106,8 +143,12 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 		}
 		owners[x.Ext] = x
 		m.known[ends{x.Int, x.Ext}] = x.Link
+		m.insides[inside(x)]++
 	})
 }
+
+// inside is the part of a mapping that may have but one outside endpoint.
+func inside(x elements.Mapping) elements.Mapping { return elements.Mapping{Link: x.Link, Int: x.Int} }
 
 // bars reports whether a mapping ends on an outside port.
 func (m *mapper) bars(port uint16) bool {
@@ -161,6 +202,9 @@ func (m *mapper) see(f *cone.Flow) {
 		}
 		// It is older than the rules.
 		x := elements.Mapping{Link: link, Int: f.Src, Ext: f.ReplyDst}
+		if len(m.older[x]) == 0 {
+			m.insides[inside(x)]++
+		}
 		m.older[x] = append(m.older[x], out)
 		m.ids[x] = append(m.ids[x], f.ID)
 		m.applied.flows++ // unless it is refused
@@ -200,10 +244,13 @@ func (m *mapper) keep() error {
 	refused := func(ms []elements.Mapping) func(i int, err error) {
 		return func(i int, err error) {
 			m.applied.flows -= uint64(len(m.ids[ms[i]]))
-			if errors.Is(err, elements.ErrOtherMapping) {
-				m.applied.misfit(&m.before, m.ids[ms[i]])
-			} else {
+			switch {
+			case !errors.Is(err, elements.ErrOtherMapping):
 				errs = append(errs, fmt.Errorf("keep mapping %v -> %v: %w", ms[i].Int, ms[i].Ext, err))
+			case m.insides[inside(ms[i])] == 1: // so its outside endpoint is another one's
+				m.applied.missing(sharedPort, len(m.ids[ms[i]]))
+			default:
+				m.applied.misfit(&m.before, m.ids[ms[i]])
 			}
 			for _, t := range m.older[ms[i]] {
 				m.taken[t] = struct{}{}

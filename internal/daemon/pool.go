@@ -3,6 +3,7 @@ package daemon
 import (
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -13,6 +14,8 @@ const (
 	// poolWanted is how many ports a pool should have: with fewer than that left of
 	// the default one, another place is better.
 	poolWanted = 1024
+	// leastPool is how many ports are a pool, where the user chose none.
+	leastPool  = 64
 	rangeKey   = "net.ipv4.ip_local_port_range"
 	reserveKey = "net.ipv4.ip_local_reserved_ports"
 )
@@ -86,34 +89,68 @@ func (l *localPorts) clear(r config.PortRange) (part config.PortRange, n int) {
 	return part, n
 }
 
-// choosePool returns the ports of the pool that are not local ones. Where too few of
-// the default pool are left, which nobody chose, it returns ports elsewhere. ok is
-// false where there are none.
-func (l *localPorts) choosePool(wanted config.PortRange) (pool config.PortRange, ok bool) {
-	pool, n := l.clear(wanted)
+// choosePool returns the ports of the pool that are not local ones, of each range the
+// longest part. Where too few of the default pool are left, which nobody chose, it returns
+// ports elsewhere. ok is false where there are none.
+func (l *localPorts) choosePool(wanted config.PortPool) (pool portRanges, ok bool) {
+	for _, r := range wanted.Ranges() {
+		if part, n := l.clear(r); n > 0 {
+			pool = append(pool, part)
+		}
+	}
+	n := pool.Len()
 	if n >= poolWanted || wanted != config.Default().PortPool {
-		return pool, n >= config.LeastPool
+		return pool, n > 0 || wanted == config.NoPool
 	}
 	if other, m := l.clear(config.PortRange{First: 1024, Last: 65535}); m > n {
-		pool, n = other, m
+		pool, n = portRanges{other}, m
 	}
-	if size := wanted.Len(); n > size {
-		pool.First = uint16(int(pool.Last) - size + 1)
+	if size := portRanges(wanted.Ranges()).Len(); n > size {
+		pool[0].First = uint16(int(pool[0].Last) - size + 1)
 	}
-	return pool, n >= config.LeastPool
+	return pool, n >= leastPool
 }
 
-// reserve is the command that takes r from the local ports.
-func (l *localPorts) reserve(r config.PortRange) string {
-	all := r.String()
+// portRanges are the ports of a pool, in order.
+type portRanges []config.PortRange
+
+func (p portRanges) String() string {
+	texts := make([]string, len(p))
+	for i, r := range p {
+		texts[i] = r.String()
+	}
+	return strings.Join(texts, ",")
+}
+
+// Len returns how many ports there are.
+func (p portRanges) Len() (n int) {
+	for _, r := range p {
+		n += r.Len()
+	}
+	return n
+}
+
+// Has reports whether port is one of them.
+func (p portRanges) Has(port uint16) bool {
+	return slices.ContainsFunc(p, func(r config.PortRange) bool { return r.Has(port) })
+}
+
+// overlaps reports whether they have a port in common with others.
+func (p portRanges) overlaps(others portRanges) bool {
+	return slices.ContainsFunc(p, func(r config.PortRange) bool { return slices.ContainsFunc(others, r.Overlaps) })
+}
+
+// reserve is the command that takes a pool from the local ports.
+func (l *localPorts) reserve(pool fmt.Stringer) string {
+	all := pool.String()
 	if l.reserved != "" {
 		all = l.reserved + "," + all
 	}
 	return "sysctl -w " + reserveKey + "=" + all
 }
 
-// overlap says that the gateway's own connections use ports of r, and what ends that.
-func (l *localPorts) overlap(r config.PortRange) string {
+// overlap says that the gateway's own connections use ports of a pool, and what ends that.
+func (l *localPorts) overlap(pool fmt.Stringer) string {
 	return fmt.Sprintf("port_pool %v overlaps the ports of the gateway's own connections (%s = %v): keep them apart with '%s'",
-		r, rangeKey, l.given, l.reserve(r))
+		pool, rangeKey, l.given, l.reserve(pool))
 }

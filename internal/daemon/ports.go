@@ -3,6 +3,7 @@ package daemon
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"strconv"
@@ -21,10 +22,9 @@ const betweenLooks = time.Second
 
 // outsidePorts are what mappings may and may not have.
 type outsidePorts struct {
-	wanted config.PortRange // port_pool, of which pool was made
-	pool   config.PortRange // what newcomers get
-	served []uint16         // what no new mapping gets, in order
-	barred []uint16         // those of served on which a mapping that stands ends
+	pools  map[config.PortPool]portRanges // what newcomers get of each port_pool that is in use
+	served []uint16                       // what no new mapping gets, in order
+	barred []uint16                       // those of served on which a mapping that stands ends
 
 	// udpTimeout is how long conntrack keeps a flow without an answer.
 	udpTimeout time.Duration
@@ -48,17 +48,21 @@ func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, socke
 		return ports, nil, err
 	}
 	ports.udpTimeout = max(timeouts.UDP, timeouts.Stream) // an unanswered flow may have been answered before
-	ports.wanted = cfg.PortPool
-	pool, ok := local.choosePool(cfg.PortPool)
-	ports.pool = pool
-	switch {
-	case !ok && f.ports.wanted == cfg.PortPool: // it was clear before
-		ports.pool = f.ports.pool
-		out.add(warnPoolOverlaps, "", "%s", local.overlap(ports.pool))
-	case !ok:
-		return ports, nil, errors.New(local.overlap(cfg.PortPool))
-	case pool.Len() < min(poolWanted, cfg.PortPool.Len()) || !pool.Overlaps(cfg.PortPool):
-		out.add(warnPoolMoved, "", "hosts get outside ports %v: %s", pool, local.overlap(cfg.PortPool))
+	ports.pools = make(map[config.PortPool]portRanges)
+	pools := poolsOf(cfg)
+	for _, wanted := range pools {
+		pool, ok := local.choosePool(wanted)
+		all, old := portRanges(wanted.Ranges()), f.ports.pools[wanted]
+		switch {
+		case !ok && len(old) > 0: // it was clear before
+			pool = old
+			out.add(warnPoolOverlaps, aboutPool(cfg, wanted), "%s", local.overlap(pool))
+		case !ok:
+			return ports, nil, errors.New(local.overlap(wanted))
+		case pool.Len() < min(poolWanted, all.Len()) || len(all) > 0 && !pool.overlaps(all):
+			out.add(warnPoolMoved, aboutPool(cfg, wanted), "hosts get outside ports %v: %s", pool, local.overlap(wanted))
+		}
+		ports.pools[wanted] = pool
 	}
 	addrs := outsideAddrs(network)
 	served := servedPorts(addrs, sockets)
@@ -66,17 +70,65 @@ func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, socke
 	ports.barred = cfg.ExcludePorts
 	if sure {
 		ports.barred = slices.Clone(ports.served)
-		if w := f.inPool(ports.pool, served); w != "" {
+		if w := f.inPool(ports.all(), served); w != "" {
 			out.add(warnPoolServed, "", "%s", w)
 		}
 	}
-	if all := forwardedPorts(ports.pool, addrs, forwarded); len(all) == ports.pool.Len() { // without them there is no pool
-		out.add(warnPoolForwarded, "", "rules of yours forward all of port_pool %v: hosts that get a port of it are reached by nobody new", ports.pool)
-	} else if len(all) > 0 {
-		out.add(warnPoolForwarded, "", "rules of yours forward ports of port_pool %v, such as %d: hosts get the other ones", ports.pool, all[0])
-		ports.served = sorted(append(ports.served, all...))
+	for _, wanted := range pools {
+		pool, about := ports.pools[wanted], aboutPool(cfg, wanted)
+		switch all := forwardedPorts(pool, addrs, forwarded); {
+		case len(all) == 0:
+		case len(all) == pool.Len(): // without them there is no pool
+			out.add(warnPoolForwarded, about, "rules of yours forward all of port_pool %v: hosts that get a port of it are reached by nobody new", pool)
+		default:
+			out.add(warnPoolForwarded, about, "rules of yours forward ports of port_pool %v, such as %d: hosts get the other ones", pool, all[0])
+			ports.served = sorted(append(ports.served, all...))
+		}
 	}
 	return ports, out, nil
+}
+
+// poolsOf returns each port_pool that hosts with mappings have.
+func poolsOf(cfg config.Config) (pools []config.PortPool) {
+	for _, s := range cfg.Subnets {
+		if s.Mapping == config.EndpointIndependentMapping && !slices.Contains(pools, cfg.Pool(s)) {
+			pools = append(pools, cfg.Pool(s))
+		}
+	}
+	return pools
+}
+
+// aboutPool is what a warning about a pool is about: nothing but where it is that of some
+// subnets.
+func aboutPool(cfg config.Config, pool config.PortPool) string {
+	if pool == cfg.PortPool {
+		return ""
+	}
+	return pool.String()
+}
+
+// all returns the ports of all pools.
+func (p *outsidePorts) all() (all portRanges) {
+	for _, wanted := range slices.Sorted(maps.Keys(p.pools)) {
+		all = append(all, p.pools[wanted]...)
+	}
+	return all
+}
+
+// poolText names the ports of all pools, as they are configured; it is empty without any.
+func poolText(cfg config.Config) string {
+	var texts []string
+	for _, p := range poolsOf(cfg) {
+		if p != config.NoPool {
+			texts = append(texts, p.String())
+		}
+	}
+	return strings.Join(texts, ",")
+}
+
+// samePools reports whether two have the same pools.
+func samePools(a, b map[config.PortPool]portRanges) bool {
+	return maps.EqualFunc(a, b, func(x, y portRanges) bool { return slices.Equal(x, y) })
 }
 
 // readTimeouts reads how long conntrack keeps UDP flows.
@@ -100,7 +152,7 @@ func readTimeouts() (t cone.Timeouts, err error) {
 
 // inPool says that sockets of the gateway have ports of the pool, served among others. It
 // names the same port for as long as that is in use, for others may come and go.
-func (f *firewall) inPool(pool config.PortRange, served []uint16) string {
+func (f *firewall) inPool(pool portRanges, served []uint16) string {
 	if !pool.Has(f.portInPool) || !slices.Contains(served, f.portInPool) {
 		i := slices.IndexFunc(served, pool.Has)
 		if i < 0 {
@@ -126,11 +178,13 @@ func servedPorts(outside map[cone.Addr]string, sockets *gateway.PortSet) (all []
 
 // forwardedPorts returns those of the pool that rules of the user's forward on one of the
 // outside addresses.
-func forwardedPorts(pool config.PortRange, outside map[cone.Addr]string, forwarded func(cone.Endpoint) bool) (all []uint16) {
+func forwardedPorts(pool portRanges, outside map[cone.Addr]string, forwarded func(cone.Endpoint) bool) (all []uint16) {
 	for a := range outside {
-		for p := int(pool.First); a.Is4() && forwarded != nil && p <= int(pool.Last); p++ {
-			if forwarded(cone.Endpoint{Addr: a, Port: uint16(p)}) {
-				all = append(all, uint16(p))
+		for _, r := range pool {
+			for p := int(r.First); a.Is4() && forwarded != nil && p <= int(r.Last); p++ {
+				if forwarded(cone.Endpoint{Addr: a, Port: uint16(p)}) {
+					all = append(all, uint16(p))
+				}
 			}
 		}
 	}
@@ -199,7 +253,7 @@ func (d *Daemon) serve(cfg config.Config, network gateway.Network, stays *gatewa
 	}
 	old := d.firewall.ports
 	d.firewall.ports = ports
-	if ports.pool != old.pool || ports.udpTimeout != old.udpTimeout || !slices.Equal(ports.served, old.served) {
+	if !samePools(ports.pools, old.pools) || ports.udpTimeout != old.udpTimeout || !slices.Equal(ports.served, old.served) {
 		_, err = d.firewall.set(cfg, network.OutsideLinks())
 	}
 	return out, err

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"log/slog"
+	"maps"
 	"slices"
 	"time"
 
@@ -248,10 +249,10 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 // readForwards brings the model up to date about what the user's rules forward.
 func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error {
 	covered, warnings := d.firewall.forwards(network)
-	choosers := d.firewall.choosers
-	more, err := d.firewall.sourceNAT(cfg)
+	chosen := d.firewall.chosen(cfg, network)
+	more, err := d.firewall.sourceNAT(cfg, network)
 	warnings = slices.Concat(warnings, more)
-	if (len(choosers) > 0) != (len(d.firewall.choosers) > 0) {
+	if !maps.EqualFunc(chosen, d.firewall.chosen(cfg, network), slices.Equal) {
 		_, failed := d.firewall.set(cfg, network.OutsideLinks())
 		err = errors.Join(err, failed)
 	}

@@ -420,7 +420,7 @@ func BenchmarkNewFlow(b *testing.B) {
 		arms = append(arms, a)
 	}
 	mapped := rules.MappingConfig{
-		Subnets: []netip.Prefix{lab.InsideNet}, Pool: []rules.PortRange{{First: 61000, Last: 65535}}, Lifetime: time.Hour, Size: 1 << 18,
+		Subnets: []netip.Prefix{lab.InsideNet}, Pools: pool(61000, 65535), Lifetime: time.Hour, Size: 1 << 18,
 	}
 	learning := *standard.Map
 	learning.LearnRate = 1 << 20

@@ -26,7 +26,9 @@ func (m *mapper) hairpinSources(c *nftables.Chain) {
 	m.rule(h, "a forward of the user's", isUDP, flowTarget.notIn(m.owned), accept)
 	for _, u := range m.uplinks {
 		u.known(u.hairpinned)
-		u.rule(u.hairpinned, "", goTo(without))
+		if !u.chosen.leaves(u, u.hairpinned, ipSaddr, snatToAddr(ctOriginalIPDaddr)) {
+			u.rule(u.hairpinned, "", goTo(without))
+		}
 		m.rule(h, "", ctOriginalIPDaddr.in(u.translated), goTo(u.hairpinned))
 	}
 	m.rule(h, "", goTo(without))
@@ -37,10 +39,10 @@ func (m *mapper) hairpinSources(c *nftables.Chain) {
 // too.
 func (m *mapper) hairpinAddress() *nftables.Chain {
 	c := m.regular("hairpin_address")
-	if len(m.Pool) > 0 {
-		pool := snatToRange(ctOriginalIPDaddr, largest(m.Pool))
-		m.rule(c, "another one has its port", isUDP, concat(ctOriginalIPDaddr, udpSport).in(m.owned), pool)
-		m.rule(c, "the gateway has its port", isUDP, udpSport.in(m.served), pool)
+	for _, p := range m.pools {
+		pool := snatToRange(ctOriginalIPDaddr, largest(p.ports))
+		m.rule(c, "another one has its port", isUDP, p.hosts(ipSaddr), concat(ctOriginalIPDaddr, udpSport).in(m.owned), pool)
+		m.rule(c, "the gateway has its port", isUDP, p.hosts(ipSaddr), udpSport.in(m.served), pool)
 	}
 	m.rule(c, "", snatToAddr(ctOriginalIPDaddr))
 	return c
@@ -63,6 +65,9 @@ func (u *uplink) remembersHairpin() *nftables.Chain {
 	u.rule(c, "it has a mapping", isUDP, setIPSaddr(u.kept.of(flowInside)), setOutsideSource, accept)
 	u.rule(c, "the same, with another port", isUDP, setUDPSport(u.ports.of(flowInside)), setOutsidePort, accept)
 	u.rule(c, "", u.subnets.hasNot(ctOriginalIPSaddr), goTo(u.foreign))
+	if u.chosen.leaves(u, c, ctOriginalIPSaddr, goTo(u.foreign)) { // no rule of the user's chose this port
+		return c
+	}
 	u.rule(c, "", isUDP, ctOriginalProtoSrc.is(be16(0)), goTo(u.foreign))
 	u.rule(c, "", isUDP, ctReplyProtoDst.in(u.served), goTo(u.foreign))
 	u.rule(c, "", goTo(u.own))

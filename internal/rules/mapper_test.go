@@ -18,11 +18,16 @@ var mapping = rules.Desired{
 	Mapping: &rules.MappingConfig{
 		Subnets:  []netip.Prefix{lab.InsideNet},
 		Exempt:   []netip.Prefix{netip.PrefixFrom(lab.PeerC, 32)},
-		Pool:     []rules.PortRange{{First: 50000, Last: 59999}},
+		Pools:    pool(50000, 59999),
 		Lifetime: 5 * time.Minute,
 		Size:     1000,
 		Served:   []uint16{53},
 	},
+}
+
+// pool is one for all hosts.
+func pool(first, last uint16) []rules.Pool {
+	return []rules.Pool{{Subnets: []netip.Prefix{lab.InsideNet}, Ports: []rules.PortRange{{First: first, Last: last}}}}
 }
 
 // withMapping returns mapping after a change.

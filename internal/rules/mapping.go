@@ -21,6 +21,7 @@ const (
 	movedCounter   = "moved"
 	usedUpCounter  = "pool_used_up"
 	leftCounter    = "left_to_rules"
+	sharedCounter  = "port_shared"
 	hairpinCounter = "hairpinned"
 )
 
@@ -88,7 +89,7 @@ var (
 func (l *layout) mapping(d Desired) {
 	c := d.Mapping
 	l.set(elements.GatewaySet, nftables.TypeIPAddr).free = true
-	l.counters = append(l.counters, movedCounter, usedUpCounter, leftCounter)
+	l.counters = append(l.counters, movedCounter, usedUpCounter, leftCounter, sharedCounter)
 	m := &mapper{
 		layout: l, MappingConfig: c, arms: d.arms(),
 		owned:   l.learnedSet(elements.OwnedSet, endpointKey, c.Size),
@@ -98,6 +99,7 @@ func (l *layout) mapping(d Desired) {
 		subnets: l.prefixes(mappedSet, c.Subnets),
 	}
 	m.served.setPorts(c.Served)
+	m.makePools()
 	if len(c.Exempt) > 0 {
 		m.exempt = l.prefixes(exemptSet, c.Exempt)
 	}
@@ -161,6 +163,7 @@ type mapper struct {
 	owners, ownerPorts         *set      // nil without hairpinning
 	subnets, exempt, hairpin   *prefixes // the last two may be nil
 	arms                       []string  // outside links by which hosts of subnets come, too
+	pools                      []*hostPool
 	foreign, left, unmoved     *nftables.Chain
 	uplinks                    []*uplink
 }
@@ -168,9 +171,10 @@ type mapper struct {
 // An uplink makes the rules and sets that are there once for each outside link.
 type uplink struct {
 	*mapper
-	name                                                     string
-	kept, moved, ports, addresses, translated, several       *set
-	mapped, given, pool, learnAddress, own, ours, hairpinned *nftables.Chain
+	name                                               string
+	kept, moved, ports, addresses, translated, several *set
+	chosen                                             *chosen
+	mapped, given, learnAddress, own, ours, hairpinned *nftables.Chain
 }
 
 func (m *mapper) uplink(name string) *uplink {
@@ -183,6 +187,7 @@ func (m *mapper) uplink(name string) *uplink {
 		addresses:  m.addressMap(sets.Addresses),
 		translated: m.learnedSet(sets.Translated, addressKey, linkAddressesSize),
 		several:    m.learnedSet(sets.Several, addressKey, 1),
+		chosen:     m.chosenBy(name),
 	}
 }
 
@@ -198,7 +203,6 @@ func (u *uplink) regular(name string) *nftables.Chain {
 // makeChains makes the chains that others lead to.
 func (u *uplink) makeChains() {
 	u.given = u.givesMoved()
-	u.pool = u.movedToPool()
 	u.mapped = u.throughMapping()
 	u.learnAddress = u.learnsAddress()
 	u.own = u.owns()
@@ -286,32 +290,34 @@ func (u *uplink) throughMapping() *nftables.Chain {
 	c := u.regular("mapped")
 	u.rule(c, "from a host without mappings", u.subnets.hasNot(ipSaddr), accept)
 	u.known(c)
-	if len(u.Pool) == 0 { // the user's rules choose ports for newcomers
+	if len(u.pools) > 0 && u.chosen.leaves(u, c, ipSaddr, accept) {
 		return c
 	}
-	newcomer := u.regular("newcomer")
-	u.withAddress(c, newcomer)
+	for _, p := range u.pools {
+		newcomer, pool := u.regular("newcomer"+p.suffix), u.movedToPool(p)
+		u.withAddress(c, p.hosts(ipSaddr), newcomer)
 
-	u.rule(newcomer, "another one has the port", isUDP, packetSource.in(u.owned), goTo(u.pool))
-	u.rule(newcomer, "the gateway has the port", isUDP, udpSport.in(u.served), goTo(u.pool))
-	u.rule(newcomer, "", setInsideSource)
+		u.rule(newcomer, "another one has the port", isUDP, packetSource.in(u.owned), goTo(pool))
+		u.rule(newcomer, "the gateway has the port", isUDP, udpSport.in(u.served), goTo(pool))
+		u.rule(newcomer, "", setInsideSource)
+	}
 	return c
 }
 
-// withAddress adds rules that give the packet the outside address that the user's rules
-// would give it as its source, where that is known, and go on to next. A host that was
+// withAddress adds rules that give a packet of hosts the outside address that the user's
+// rules would give it as its source, where that is known, and go on to next. A host that was
 // not seen yet is taken to get the address that all others get, where there is but one.
-func (u *uplink) withAddress(c, next *nftables.Chain) {
-	u.rule(c, "all have one address", nobody(ipSaddr).notIn(u.several), setIPSaddr(u.addresses.of(nobody(ipSaddr))), goTo(next))
-	u.rule(c, "its address is known", setIPSaddr(u.addresses.of(ipSaddr)), goTo(next))
+func (u *uplink) withAddress(c *nftables.Chain, hosts exprs, next *nftables.Chain) {
+	u.rule(c, "all have one address", hosts, nobody(ipSaddr).notIn(u.several), setIPSaddr(u.addresses.of(nobody(ipSaddr))), goTo(next))
+	u.rule(c, "its address is known", hosts, setIPSaddr(u.addresses.of(ipSaddr)), goTo(next))
 }
 
 // movedToPool returns the chain that gives a newcomer a port of the pool that nobody has,
 // even or odd as its own (REQ-4). An inside endpoint gets the same ports to try each
 // time: two first packets at once agree, and so does the next flow when the mapping is
 // gone. When all tries fail it is left to the user's rules.
-func (u *uplink) movedToPool() *nftables.Chain {
-	c, made := u.regular("pool"), u.regular("made")
+func (u *uplink) movedToPool(p *hostPool) *nftables.Chain {
+	c, made := u.regular("pool"+p.suffix), u.regular("made"+p.suffix)
 	u.rule(c, "", setInsideSource)
 	// The port that is tried first depends on all bits of the port and some of the
 	// address, as a linear hash.
@@ -319,16 +325,21 @@ func (u *uplink) movedToPool() *nftables.Chain {
 		bit := be32(1 << i)
 		u.rule(c, "", isUDP, ipSaddr.and(bit).is(bit), setUDPSport(udpSport.bitwise(be16(0xffff), be16(x))))
 	}
-	tries := u.regular("tries")
-	u.withAddress(c, tries)
+	tries := u.regular("tries" + p.suffix)
+	u.withAddress(c, nil, tries)
 	u.rule(c, "", goTo(u.unmoved))
 
 	u.rule(tries, "an address that is gone", ipSaddr.in(u.gone), setInsideSource, goTo(u.unmoved))
-	for _, t := range poolTries(u.Pool) {
+	for _, t := range poolTries(p.ports) {
 		// The low bits are the hash still, or the port that was tried before.
-		u.rule(tries, "", isUDP, setUDPSport(udpSport.bitwise(be16(t.mask), be16(t.xor))))
+		port := udpSport.bitwise(be16(t.mask), be16(t.xor))
+		var fits exprs // a single port is for those with its parity
+		if t.mask == 0 {
+			port, fits = constant(be16(t.xor)), udpSport.and(be16(1)).is(be16(t.xor&1))
+		}
+		u.rule(tries, "", isUDP, fits, setUDPSport(port))
 		u.rule(tries, "nobody has it, nor is it taken towards this remote endpoint",
-			isUDP, packetSource.notIn(u.owned), udpSport.notIn(u.served), packetTuple.notIn(u.taken),
+			isUDP, fits, packetSource.notIn(u.owned), udpSport.notIn(u.served), packetTuple.notIn(u.taken),
 			u.owner(addTo, packetSource), u.movedTo(updateIn, ipSaddr, udpSport), counter(movedCounter), goTo(made))
 	}
 	u.rule(tries, "", setInsideSource, counter(usedUpCounter), goTo(u.unmoved))
@@ -424,7 +435,8 @@ func (u *uplink) owns() *nftables.Chain {
 	own := u.owner(addTo, flowOutside)
 	// A flow that kept its port owns the endpoint with that port now.
 	ownPort := concat(ctReplyIPDaddr, ctOriginalProtoSrc)
-	u.rule(c, "another one owns it", isUDP, flowOutside.in(u.owned), goTo(u.foreign))
+	u.rule(c, "another one owns it", isUDP, flowOutside.in(u.owned), flowTuple.notIn(u.taken), counter(sharedCounter))
+	u.rule(c, "", isUDP, flowOutside.in(u.owned), goTo(u.foreign))
 	u.rule(c, "another one owns its own port", isUDP, ownPort.in(u.owned), goTo(moved))
 	u.rule(c, "", isUDP, own)
 	u.rule(c, "it kept its port", isUDP, ownPort.in(u.owned),

@@ -26,7 +26,7 @@ func TestAPoolPortIsOddWhereTheOwnPortIs(t *testing.T) {
 // Most of the first tries find a port that is owned.
 func TestMostOfASmallPoolIsUsed(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 9}, withMapping(func(_ *rules.Desired, c *rules.MappingConfig) {
-		c.Pool = []rules.PortRange{{First: 50000, Last: 50031}} // 16 of them are even
+		c.Pools = pool(50000, 50031) // 16 of them are even
 	}))
 	peer, seen := m.peer(lab.PeerA, 3074), map[netip.AddrPort]bool{}
 	for i := range 9 {
@@ -47,7 +47,7 @@ func TestMostOfASmallPoolIsUsed(t *testing.T) {
 // no packet is lost, whoever has the port that he asks for.
 func TestAPoolThatIsUsedUpLeavesNewcomersToTheRules(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 4}, withMapping(func(_ *rules.Desired, c *rules.MappingConfig) {
-		c.Pool = []rules.PortRange{{First: 50000, Last: 50001}}
+		c.Pools = pool(50000, 50001)
 	}))
 	peers := m.peers()
 	first := m.host(0, 3074)
@@ -71,7 +71,7 @@ func TestAPoolThatIsUsedUpLeavesNewcomersToTheRules(t *testing.T) {
 // So no choice of ports that are tried keeps a host that means harm from taking them.
 func TestAPoolPortBelongsToWhoSendsFromIt(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 3}, withMapping(func(_ *rules.Desired, c *rules.MappingConfig) {
-		c.Pool = []rules.PortRange{{First: 50000, Last: 50001}}
+		c.Pools = pool(50000, 50001)
 	}))
 	peers := m.peers()
 	m.maps(m.host(0, 50000), m.ext(50000), peers...)

@@ -211,7 +211,7 @@ func TestSetOfMappingsChangesNothingTheSecondTime(t *testing.T) {
 	p := mapped(in, m.contact(in, m.peer(lab.PeerA, 3074)))
 	for _, d := range []rules.Desired{hairpinning, mapping, mapping, withMapping(func(d *rules.Desired, c *rules.MappingConfig) {
 		c.Served, c.Exempt, c.Lifetime = []uint16{1, 2}, nil, time.Hour
-		c.Pool = []rules.PortRange{{First: 50000, Last: 50999}}
+		c.Pools = pool(50000, 50999)
 		d.OutsideLinks = []string{"wan0", "ppp0"}
 	})} {
 		set(t, m.tables, d)
@@ -249,7 +249,14 @@ func TestNFTListsMappings(t *testing.T) {
 		c.Subnets = []netip.Prefix{lab.InsideNet, netip.MustParsePrefix("10.47.8.0/23")}
 		c.Exempt = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/25")}
 		c.Hairpin = []netip.Prefix{netip.MustParsePrefix("10.47.8.0/22")}
-		c.Pool = []rules.PortRange{{First: 50000, Last: 50031}, {First: 30001, Last: 30998}, {First: 2, Last: 3}}
+		c.Pools = []rules.Pool{
+			{Subnets: c.Subnets[:1], Ports: []rules.PortRange{{First: 50000, Last: 50031}, {First: 30001, Last: 30998}, {First: 2, Last: 3}}},
+			{Subnets: c.Subnets[1:], Ports: []rules.PortRange{{First: 61001, Last: 61001}}},
+		}
+		c.Choosers = map[string][]netip.Prefix{
+			"wan-1.7": {netip.MustParsePrefix("10.47.11.7/32"), netip.MustParsePrefix("10.47.8.16/28")},
+			"p p@:%":  c.Subnets,
+		}
 	})
 	for _, d := range []rules.Desired{mapping, hairpinning, several} {
 		m := newMapper(t, lab.Options{Inside: 2}, d)

@@ -17,7 +17,8 @@ var mixers = [...]uint16{0x0d3a, 0x0b56, 0x0e9c, 0x07e2, 0x1a64, 0x0c8e, 0x13d8,
 const poolSteps = 8
 
 // A poolTry makes a port of the pool from a hash, or from the port that was tried
-// before: it takes the bits of mask from that, and changes those of xor.
+// before: it takes the bits of mask from that, and changes those of xor. Without mask it is
+// for newcomers with the parity of xor alone.
 type poolTry struct{ mask, xor uint16 }
 
 // A block is a part of the pool that begins at a multiple of its size, a power of two.
@@ -32,7 +33,7 @@ func poolTries(pool []PortRange) (all []poolTry) {
 		for i := range blocks {
 			b := &blocks[i]
 			// There is one port of a parity in two.
-			if b.tries < b.size/2 && (best == nil || b.size*(best.tries+1) > best.size*(b.tries+1)) {
+			if b.tries < max(1, b.size/2) && (best == nil || b.size*(best.tries+1) > best.size*(b.tries+1)) {
 				best = b
 			}
 		}
@@ -53,7 +54,7 @@ func poolTries(pool []PortRange) (all []poolTry) {
 	return all
 }
 
-// blocksOf takes the pool apart, but for what has no two ports.
+// blocksOf takes the pool apart.
 func blocksOf(pool []PortRange) (blocks []block) {
 	for _, r := range pool {
 		for first, end := int(r.First), int(r.Last)+1; first < end; {
@@ -61,9 +62,7 @@ func blocksOf(pool []PortRange) (blocks []block) {
 			if first > 0 {
 				size = min(size, first&-first)
 			}
-			if size > 1 {
-				blocks = append(blocks, block{first: first, size: size})
-			}
+			blocks = append(blocks, block{first: first, size: size})
 			first += size
 		}
 	}

@@ -18,6 +18,8 @@ func TestTriesAreInThePool(t *testing.T) {
 		{{50000, 50001}},
 		{{1, 65535}},
 		{{2, 3}, {40000, 40015}, {30001, 30001}},
+		{{50001, 50001}},
+		{{50001, 50002}},
 	} {
 		tries := poolTries(pool)
 		if len(tries) == 0 || len(tries) > poolSteps {
@@ -26,6 +28,9 @@ func TestTriesAreInThePool(t *testing.T) {
 		for first := range 1 << 16 {
 			port, seen := uint16(first), []uint16{}
 			for _, try := range tries {
+				if try.mask == 0 && int(try.xor)&1 != first&1 {
+					continue
+				}
 				port = port&try.mask ^ try.xor
 				in := slices.ContainsFunc(pool, func(r PortRange) bool { return r.First <= port && port <= r.Last })
 				if !in || int(port)&1 != first&1 || slices.Contains(seen, port) {
@@ -35,9 +40,7 @@ func TestTriesAreInThePool(t *testing.T) {
 			}
 		}
 	}
-	for _, pool := range [][]PortRange{nil, {{50001, 50001}}, {{50001, 50002}}} {
-		if tries := poolTries(pool); len(tries) > 0 {
-			t.Errorf("%v in %v", tries, pool)
-		}
+	if tries := poolTries(nil); len(tries) > 0 {
+		t.Errorf("%v without a pool", tries)
 	}
 }

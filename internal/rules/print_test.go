@@ -24,12 +24,23 @@ func printed() map[string]rules.Desired {
 		"mapping": mapping,
 		"hairpin": hairpinning,
 		"mapping without a pool": withMapping(func(_ *rules.Desired, m *rules.MappingConfig) {
-			m.Pool = nil
+			m.Pools = nil
 		}),
 		"mapping of two subnets by two links": withMapping(func(d *rules.Desired, m *rules.MappingConfig) {
 			d.OutsideLinks = []string{"wan0", "ppp 0"}
 			m.Subnets = append(slices.Clone(m.Subnets), netip.MustParsePrefix("192.168.7.0/24"))
 			m.Exempt, m.Hairpin = append(slices.Clone(m.Exempt), m.Subnets[1]), m.Subnets
+			m.Pools = []rules.Pool{{Subnets: m.Subnets, Ports: m.Pools[0].Ports}}
+		}),
+		"mapping with a pool of its own for each subnet": withMapping(func(_ *rules.Desired, m *rules.MappingConfig) {
+			other := netip.MustParsePrefix("192.168.7.0/24")
+			m.Subnets = append(slices.Clone(m.Subnets), other)
+			m.Pools = append(slices.Clone(m.Pools), rules.Pool{Subnets: m.Subnets[1:], Ports: []rules.PortRange{{First: 7472, Last: 7487}, {First: 11567, Last: 11567}}})
+			m.Hairpin = m.Subnets[:1]
+			m.Choosers = map[string][]netip.Prefix{"wan0": {netip.MustParsePrefix("10.47.11.109/32")}}
+		}),
+		"mapping with ports by rules of the user's": withMapping(func(_ *rules.Desired, m *rules.MappingConfig) {
+			m.Hairpin, m.Choosers = m.Subnets, map[string][]netip.Prefix{"wan0": m.Subnets}
 		}),
 		"IPv4 alone": desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Subnets = d.Subnets[:1] }),
 		"IPv6 alone": {OutsideLinks: []string{"wan0"}, Subnets: both[1:], Guard: true, Spoofed: true, Helpers: onAnchors, MaxChildren: 256},

@@ -67,7 +67,7 @@ var features = []struct {
 // tryMapping has all that mappings need but for a look at IPsec policies, which a
 // kernel without IPsec has not (CONFIG_XFRM).
 var tryMapping = MappingConfig{
-	Pool: []PortRange{{1024, 2047}}, Lifetime: time.Second, Size: 1,
+	Pools: []Pool{{tryPrefixes, []PortRange{{1024, 2047}}}}, Lifetime: time.Second, Size: 1,
 	Subnets: tryPrefixes, Hairpin: tryPrefixes, noIPsec: true,
 }
 

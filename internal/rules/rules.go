@@ -81,10 +81,12 @@ type MappingConfig struct {
 	// user's rules leave untranslated, though it leaves by an outside link, has
 	// to be among them, but not what IPsec takes.
 	Exempt []netip.Prefix
-	// Pool are the outside ports for a newcomer whose own port another one owns, or
-	// the gateway serves. None of them may be 0. Without any he is left to the user's
-	// rules.
-	Pool []PortRange
+	// Pools have the outside ports for newcomers whose own port another one owns, or the
+	// gateway serves. A host of none is left to the user's rules.
+	Pools []Pool
+	// Choosers are the hosts for which the user's rules choose outside ports themselves,
+	// by outside link. They are left to these rules.
+	Choosers map[string][]netip.Prefix
 	// Lifetime is how long a mapping stands after the last packet of a flow of
 	// its that is not answered yet, or after the last Keep.
 	Lifetime time.Duration
@@ -122,6 +124,13 @@ type UplinkMarks struct {
 
 // Mark returns the mark of Links[i].
 func (m *UplinkMarks) Mark(i int) uint32 { return uint32(i+1) << bits.TrailingZeros32(m.Mask) }
+
+// A Pool has the outside ports for hosts of some of the subnets with mappings. No two
+// pools have a subnet in common, and no port is 0.
+type Pool struct {
+	Subnets []netip.Prefix
+	Ports   []PortRange
+}
 
 // A PortRange is a range of ports, both ends included.
 type PortRange struct{ First, Last uint16 }
@@ -180,6 +189,9 @@ type Counters struct {
 	// because something else uses the outside port towards that remote endpoint.
 	// Hairpinned are flows from inside to an outside endpoint.
 	Moved, PoolUsedUp, LeftToRules, Hairpinned uint64
+	// PortShared are the flows to which the user's rules gave the outside endpoint of
+	// another one's mapping.
+	PortShared uint64
 }
 
 // A Feature is something that a kernel may lack.

@@ -317,7 +317,7 @@ func (t *Tables) Counters() (Counters, error) {
 		GuardDrops: n[guardCounter], SpoofedDrops: n[spoofedCounter], ChildDrops: n[childCounter], PortZeroDrops: n[zeroCounter],
 		Unsure: n[unsureCounter], Admitted: n[admittedCounter], Expected: n[expectedCounter],
 		Learned: n[learnedCounter], LearnLimited: n[limitedCounter],
-		Moved: n[movedCounter], PoolUsedUp: n[usedUpCounter], LeftToRules: n[leftCounter], Hairpinned: n[hairpinCounter],
+		Moved: n[movedCounter], PoolUsedUp: n[usedUpCounter], LeftToRules: n[leftCounter], PortShared: n[sharedCounter], Hairpinned: n[hairpinCounter],
 	}, nil
 }
 

@@ -120,7 +120,11 @@ func report(rs *Ruleset) string {
 	fixed, unknown := rs.FixedSources()
 	line("fixed sources %v, others %v", fixed, unknown)
 	choosers, err := rs.PortChoosers()
-	line("port choosers %q, %v", choosers, err)
+	names := []string{}
+	for _, c := range choosers {
+		names = append(names, c.Text)
+	}
+	line("port choosers %q, %v", names, err)
 	uplinks, err := rs.Uplinks([]LAN{{Link: lan, Networks: []netip.Prefix{inside4}}, {Link: wan}})
 	line("uplinks %q, %v", uplinks, err)
 	subnets := []netip.Prefix{inside4, inside6}

@@ -9,6 +9,8 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/xt"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // A SourceNAT is what a rule translates the sources of IPv4 packets to, as far as UDP
@@ -18,8 +20,8 @@ type SourceNAT struct {
 	// the packet leaves instead.
 	Addrs      []AddrRange
 	Masquerade bool
-	// ChoosesPort says that it names the ports among which the kernel chooses, and Random
-	// that it chooses at random.
+	// ChoosesPort says that it names the ports among which the kernel chooses, or may do so,
+	// and Random that it chooses at random.
 	ChoosesPort, Random bool
 	// Links are those by which the packets leave, a pattern with an asterisk at its end;
 	// nil stands for any. Sources are those of the packets; nil stands for any.
@@ -39,7 +41,7 @@ type SourceNAT struct {
 func (rs *Ruleset) SourceNAT() (all []SourceNAT) {
 	for _, t := range rs.sourceTables() {
 		if t.failed != nil {
-			all = append(all, SourceNAT{Unknown: true, Text: t.failed.Error()})
+			all = append(all, SourceNAT{ChoosesPort: true, Unknown: true, Text: t.failed.Error()})
 		}
 		w := &walker{table: t, seen: map[string]bool{}}
 		w.sources = func(r *rule, n SourceNAT, conds []condition) {
@@ -53,7 +55,7 @@ func (rs *Ruleset) SourceNAT() (all []SourceNAT) {
 			w.chain(b.name, condition{family: unix.NFPROTO_IPV4}, 0)
 		}
 		for _, f := range w.found {
-			all = append(all, SourceNAT{Unknown: true, Sources: f.Sources, Text: f.Text})
+			all = append(all, SourceNAT{ChoosesPort: true, Unknown: true, Sources: f.Sources, Text: f.Text})
 		}
 	}
 	return all
@@ -81,31 +83,20 @@ func (rs *Ruleset) FixedSources() (addrs []AddrRange, unknown bool) {
 	return addrs, unknown || rs.hides(legacy4, natTable)
 }
 
-// PortChoosers names the rules that choose among ports when they translate the source of
-// IPv4 packets: those of a block, or of a map (RFC 7422, MAP-E). A flow must not leave by
-// another port. What is not understood is among them, and a table of iptables-legacy that
-// cannot be read, but not one that only root may know of. An error says that a table of
-// nftables could not be read.
-func (rs *Ruleset) PortChoosers() (rules []string, err error) {
+// PortChoosers returns those rules that choose a port when they translate the source of UDP
+// packets over IPv4, where others keep it if they can: those of a block, or of a map
+// (RFC 7422, MAP-E), and at random. A flow must not leave by another port. What is not
+// understood is among them, and a table of iptables-legacy that cannot be read, but not one
+// that only root may know of. An error says that a table of nftables could not be read.
+func (rs *Ruleset) PortChoosers() (rules []SourceNAT, err error) {
 	for _, t := range rs.sourceTables() {
-		if t.failed != nil {
-			rules = append(rules, fmt.Sprintf("or may: %v", t.failed))
-		}
 		t.each(func(name string, c *chain) {
 			if c.failed != nil && err == nil {
 				err = fmt.Errorf("read nftables table %s: chain %s: %w", t.title, name, c.failed)
 			}
-			if c.odd != "" {
-				rules = append(rules, fmt.Sprintf("or may: %s %s: %s", t.title, name, c.odd))
-			}
-			for i := range c.rules {
-				if c.rules[i].sourceNAT().ChoosesPort {
-					rules = append(rules, c.rules[i].title(t))
-				}
-			}
 		})
 	}
-	return rules, err
+	return slices.DeleteFunc(rs.SourceNAT(), func(n SourceNAT) bool { return !n.ChoosesPort && !n.Random }), err
 }
 
 // sourceTables returns the tables that may translate the sources of IPv4 packets.
@@ -213,6 +204,43 @@ func (n *SourceNAT) target(e *expr.Target) {
 			n.Addrs = append(n.Addrs, AddrRange{First: first, Last: last})
 		}
 	}
+}
+
+// LeavesBy reports whether packets that it translates may leave by a link.
+func (n *SourceNAT) LeavesBy(link string) bool {
+	return n.Links == nil || slices.ContainsFunc(n.Links, func(l string) bool { return covered(l, link) })
+}
+
+// Within returns those of IPv4 subnets, or the parts of them, from which packets come that it
+// may translate.
+func (n *SourceNAT) Within(subnets []netip.Prefix) (all []netip.Prefix) {
+	if n.Sources == nil {
+		return slices.Clone(subnets)
+	}
+	for _, s := range subnets {
+		whole := AddrRange{First: s.Masked().Addr(), Last: nfnl.LastAddr(s)}
+		for _, r := range intersectAddrs([]AddrRange{whole}, n.Sources) {
+			all = append(all, r.prefixes()...)
+		}
+	}
+	return all
+}
+
+// prefixes returns the prefixes that make up the range.
+func (r AddrRange) prefixes() (all []netip.Prefix) {
+	for a := r.First; a.IsValid() && a.Compare(r.Last) <= 0; {
+		p := netip.PrefixFrom(a, a.BitLen())
+		for p.Bits() > 0 {
+			wider := netip.PrefixFrom(a, p.Bits()-1)
+			if wider.Masked().Addr() != a || nfnl.LastAddr(wider).Compare(r.Last) > 0 {
+				break
+			}
+			p = wider
+		}
+		all = append(all, p)
+		a = nfnl.LastAddr(p).Next()
+	}
+	return all
 }
 
 // Has reports whether a is in the range.

@@ -20,10 +20,17 @@ func TestSourceNATOfIPTables(t *testing.T) {
 			choosers []string
 			fixed    string
 		}{
-			"masquerade":        {"-A POSTROUTING -o wan0 -j MASQUERADE", nil, "[] false"},
-			"masquerade ports":  {"-A POSTROUTING -o wan0 -p udp -j MASQUERADE --to-ports 1000-2000", []string{"POSTROUTING"}, "[] false"},
-			"random masquerade": {"-A POSTROUTING -o wan0 -j MASQUERADE --random", nil, "[] false"},
-			"address":           {"-A POSTROUTING -o wan0 -j SNAT --to-source 198.51.100.1", nil, "[198.51.100.1-198.51.100.1] false"},
+			"masquerade":              {"-A POSTROUTING -o wan0 -j MASQUERADE", nil, "[] false"},
+			"masquerade ports":        {"-A POSTROUTING -o wan0 -p udp -j MASQUERADE --to-ports 1000-2000", []string{"POSTROUTING"}, "[] false"},
+			"random masquerade":       {"-A POSTROUTING -o wan0 -j MASQUERADE --random", []string{"POSTROUTING"}, "[] false"},
+			"random-fully masquerade": {"-A POSTROUTING -o wan0 -j MASQUERADE --random-fully", []string{"POSTROUTING"}, "[] false"},
+			"masquerade of TCP":       {"-A POSTROUTING -o wan0 -p tcp -j MASQUERADE --to-ports 1000-2000", nil, "[] false"},
+			"address at random": {
+				"-A POSTROUTING -o wan0 -j SNAT --to-source 198.51.100.1 --random-fully",
+				[]string{"POSTROUTING"},
+				"[198.51.100.1-198.51.100.1] false",
+			},
+			"address": {"-A POSTROUTING -o wan0 -j SNAT --to-source 198.51.100.1", nil, "[198.51.100.1-198.51.100.1] false"},
 			"addresses and ports": {
 				"-A POSTROUTING -p udp -j SNAT --to-source 198.51.100.1-198.51.100.9:1000-2000",
 				[]string{"POSTROUTING"},
@@ -45,10 +52,11 @@ func TestSourceNATOfIPTables(t *testing.T) {
 				rs := ruleset(t, l)
 				choosers, err := rs.PortChoosers()
 				check(t, err)
-				for i, c := range choosers {
-					choosers[i] = named.ReplaceAllString(c, "$1")
+				var names []string
+				for _, c := range choosers {
+					names = append(names, named.ReplaceAllString(c.Text, "$1"))
 				}
-				if diff := cmp.Diff(test.choosers, choosers); diff != "" {
+				if diff := cmp.Diff(test.choosers, names); diff != "" {
 					t.Error(diff)
 				}
 				addrs, unknown := rs.FixedSources()

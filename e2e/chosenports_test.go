@@ -1,0 +1,286 @@
+package e2e
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// Rules of the user's that choose outside ports, and the ports that are for hosts.
+
+// natChain is a source NAT chain of a priority with rules for UDP by wan0.
+func natChain(priority string, rules ...string) string {
+	return fmt.Sprintf("table ip nat { chain postrouting { type nat hook postrouting priority %s;\noifname \"wan0\" meta l4proto udp %s; }; }\n",
+		priority, strings.Join(rules, "\noifname \"wan0\" meta l4proto udp "))
+}
+
+// ports are inclusive ranges.
+type ports [][2]uint16
+
+func (p ports) has(e netip.AddrPort) bool {
+	return slices.ContainsFunc(p, func(r [2]uint16) bool { return r[0] <= e.Port() && e.Port() <= r[1] })
+}
+
+// mapE are the blocks of a subscriber, and the statement that gives flows their ports in turn.
+var mapE = ports{{7472, 7487}, {11568, 11583}}
+
+func numgen() string {
+	var all []string
+	for _, r := range mapE {
+		for port := r[0]; port <= r[1]; port++ {
+			all = append(all, fmt.Sprintf("%d : %d", len(all), port))
+		}
+	}
+	return fmt.Sprintf("snat ip to 198.51.100.1 : numgen inc mod %d map { %s }", len(all), strings.Join(all, ", "))
+}
+
+// newcomer lets host 0 get an outside port, and host 1 send from that port. Host 1 has one
+// outside port, and is reached by it. It is returned with that of host 0.
+func (s *scene) newcomer() (first, second netip.AddrPort) {
+	s.T.Helper()
+	a, b := s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
+	first = s.Contact(s.InsideSocket(0, 3074), a)
+	host := s.InsideSocket(1, first.Port())
+	second = s.Contact(host, a)
+	if other := s.Contact(host, b); other != second {
+		s.T.Errorf("host 1 leaves as %v and as %v", second, other)
+	}
+	if second == first {
+		s.T.Errorf("both leave as %v", first)
+	}
+	s.Arrives(host, s.PeerSocket(lab.PeerA, 5070), second)
+	return first, second
+}
+
+// A host whose port is another's gets one that the rule gives, however the rule chooses, and
+// at whatever priority. Fails where it is moved to the pool.
+func TestNFTPortsOfARuleAreKept(t *testing.T) {
+	for name, tc := range map[string]struct {
+		rules  string
+		first  ports // of host 0
+		second ports
+	}{
+		"MAP-E":             {natChain("srcnat", numgen()), mapE, mapE},
+		"a range":           {natChain("srcnat", "snat to 198.51.100.1:7000-7015"), ports{{7000, 7015}}, ports{{7000, 7015}}},
+		"before srcnat":     {natChain("-150", "masquerade to :7000-7015"), ports{{7000, 7015}}, ports{{7000, 7015}}},
+		"behind srcnat":     {natChain("300", "masquerade to :7000-7015"), ports{{7000, 7015}}, ports{{7000, 7015}}},
+		"the lowest of all": {natChain("-199", "masquerade to :7000-7015"), ports{{7000, 7015}}, ports{{7000, 7015}}},
+		"a block for each host": {
+			natChain("srcnat", "ip saddr 10.47.11.109 snat to 198.51.100.1:1024-2023", "ip saddr 10.47.11.110 snat to 198.51.100.1:2024-3023"),
+			ports{{1024, 2023}},
+			ports{{2024, 3023}},
+		},
+		"a map of blocks": {
+			natChain("srcnat", "snat ip to ip saddr map { 10.47.11.109 : 198.51.100.1 . 1024-2023, 10.47.11.110 : 198.51.100.1 . 2024-3023 }"),
+			ports{{1024, 2023}},
+			ports{{2024, 3023}},
+		},
+		"a block for one host": {
+			natChain("srcnat", "ip saddr 10.47.11.110 snat to 198.51.100.1:2024-3023", "masquerade"),
+			ports{{3074, 3074}},
+			ports{{2024, 3023}},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := play(t, lab.Options{Inside: 2, Rules: tc.rules}, stage.Auto[0], mapped)
+			first, second := s.newcomer()
+			if !tc.first.has(first) || !tc.second.has(second) {
+				t.Errorf("they leave as %v and %v", first, second)
+			}
+			if m := s.Status().Tables.Mapping; !m.On || m.Moved > 0 {
+				t.Errorf("%+v", m)
+			}
+		})
+	}
+}
+
+// A rule for other hosts, for TCP, or by another link chooses no port for these: the pool is
+// theirs. Fails where any rule that chooses ports ends it.
+func TestNFTPoolStandsBesideRulesForOthers(t *testing.T) {
+	for name, rule := range map[string]string{
+		"another network":  "ip saddr 192.168.122.0/24 meta l4proto udp masquerade to :1024-65535",
+		"another host":     "ip saddr 10.47.11.109 meta l4proto udp masquerade to :1024-65535",
+		"TCP":              "meta l4proto tcp masquerade to :1024-65535",
+		"another link":     `oifname "lan0" meta l4proto udp masquerade to :1024-65535`,
+		"a chain for none": `return; meta l4proto udp jump elsewhere`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			rules := fmt.Sprintf(`table ip nat {
+				chain elsewhere { meta l4proto udp masquerade to :1024-65535; }
+				chain postrouting { type nat hook postrouting priority srcnat; %s; oifname "wan0" masquerade; }
+			}`, rule)
+			if strings.HasPrefix(rule, "return") {
+				rules = lab.Masquerade + "table ip nat { chain elsewhere { meta l4proto udp masquerade to :1024-65535; }; }\n"
+			}
+			s := play(t, lab.Options{Inside: 2, Rules: rules}, stage.Auto[0], mapped)
+			if _, second := s.newcomer(); !inPool(second) {
+				t.Errorf("host 1 leaves as %v", second)
+			}
+		})
+	}
+}
+
+// What iptables says is read as well, and what it chooses is kept.
+func TestPortsOfARuleOfIPTablesAreKept(t *testing.T) {
+	for _, variant := range []string{lab.IPTablesNFT, lab.IPTablesLegacy} {
+		for name, tc := range map[string]struct {
+			rule string
+			in   ports
+		}{
+			"masquerade": {"-p udp -j MASQUERADE --to-ports 7000-7015", ports{{7000, 7015}}},
+			"SNAT":       {"-p udp -j SNAT --to-source 198.51.100.1:7000-7015", ports{{7000, 7015}}},
+			"random":     {"-j MASQUERADE --random", ports{{1024, 65535}}},
+			"randomly":   {"-j SNAT --to-source 198.51.100.1 --random-fully", ports{{1024, 65535}}},
+		} {
+			t.Run(variant+"/"+name, func(t *testing.T) {
+				s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
+				s.Must(s.IPTables(variant, "*nat\n-A POSTROUTING -o wan0 "+tc.rule+"\nCOMMIT\n"))
+				s.Serve(stage.Auto[0], mapped)
+				if first, second := s.newcomer(); !tc.in.has(first) || !tc.in.has(second) {
+					t.Errorf("they leave as %v and %v", first, second)
+				}
+				if m := s.Status().Tables.Mapping; m.Moved > 0 || !s.warns("a rule of yours chooses outside ports") {
+					t.Errorf("%+v; warnings %q", m, s.Status().Warnings)
+				}
+			})
+		}
+	}
+}
+
+// Who talks to an inside host first keeps its own port towards that one, and gets a port of
+// the rule outside. Fails where a hairpinned flow makes a mapping.
+func TestNFTHairpinMakesNoMappingWhereARuleChoosesPorts(t *testing.T) {
+	s := play(t, lab.Options{Inside: 2, Rules: natChain("srcnat", numgen())}, stage.Auto[0], mapped, "--hairpin=true")
+	one, two, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5062), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(one, proxy)
+	p := stage.Payload("hairpin")
+	s.Must(two.Send(ext, p))
+	from, err := one.Expect(p)
+	s.Must(err)
+	s.Must(one.Send(from, p+" answer"))
+	if from, err = two.Expect(p + " answer"); err != nil || from != ext {
+		t.Errorf("the answer arrives from %v (%v), want %v", from, err, ext)
+	}
+	for _, peer := range []*lab.Socket{proxy, s.PeerSocket(lab.PeerB, 5060)} {
+		if got := s.Contact(two, peer); !mapE.has(got) {
+			t.Errorf("it leaves as %v", got)
+		}
+	}
+}
+
+// Two ports in turn for four hosts, each with a peer of its own: two get a port that another
+// has. Each such flow is counted once, and mapping is in force for the others.
+func TestNFTPortsThatARuleGivesTwiceAreCounted(t *testing.T) {
+	s := play(t, lab.Options{Inside: 4, Rules: natChain("srcnat", "snat ip to 198.51.100.1 : numgen inc mod 2 map { 0 : 7472, 1 : 7473 }")},
+		stage.Auto[0], mapped, "--reconcile=1s")
+	for i := range 4 {
+		host, peer := s.InsideSocket(i, 3074), s.PeerSocket(lab.PeerA, uint16(5060+i))
+		for range 3 {
+			s.Contact(host, peer)
+		}
+	}
+	s.Until("the flows are seen", func() bool { return s.Status().Tables.Mapping.NotApplied["port_shared"] == 2 })
+	if m := s.Status().Tables.Mapping; m.Shared != 2 || !m.On {
+		t.Errorf("%+v", m)
+	}
+}
+
+// A pool may be a list, and each subnet may have its own, or none: then the rule's port is
+// shared as without mappings, and counted. Single ports are for hosts with that parity.
+func TestNFTPoolsOfSubnets(t *testing.T) {
+	s := newScene(t, lab.Options{Inside: 6})
+	subnet := "[[subnet]]\nprefix = \"10.47.11.%d/32\"\nmapping = \"endpoint_independent\"\n"
+	s.configured("reconcile = \"1s\"\nport_pool = [\"7472-7475\", \"11568-11569\"]\n" +
+		fmt.Sprintf(subnet, 109) + fmt.Sprintf(subnet, 110) +
+		fmt.Sprintf(subnet, 111) + "port_pool = [9001, 9003]\n" +
+		fmt.Sprintf(subnet, 112) + "port_pool = \"none\"\n" +
+		fmt.Sprintf(subnet, 113) + "port_pool = \"5061\"\n" +
+		fmt.Sprintf(subnet, 114))
+	contact := func(host int, port uint16) (ext netip.AddrPort) {
+		t.Helper()
+		in := s.InsideSocket(host, port)
+		for i, addr := range []netip.Addr{lab.PeerA, lab.PeerB} { // of its own, so that a port can be shared
+			got := s.Contact(in, s.PeerSocket(addr, 20_000+100*uint16(host)+port%100))
+			if i > 0 && got != ext {
+				t.Errorf("host %d leaves as %v and as %v", host, ext, got)
+			}
+			ext = got
+		}
+		s.Arrives(in, s.PeerSocket(lab.PeerA, 30_000+100*uint16(host)+port%100), ext)
+		return ext
+	}
+	own := map[uint16]netip.AddrPort{}
+	for _, port := range []uint16{3074, 3075, 3077, 3079, 3081} {
+		if own[port] = contact(0, port); own[port].Port() != port {
+			t.Fatalf("host 0 leaves as %v", own[port])
+		}
+	}
+	var got []uint16
+	for _, x := range []struct {
+		host int
+		port uint16
+	}{
+		{1, 3074},
+		{5, 3074},
+		{1, 3075},
+		{5, 3075},
+		{1, 3077},
+		{2, 3075},
+		{2, 3077},
+		{4, 3079},
+	} {
+		got = append(got, contact(x.host, x.port).Port())
+	}
+	slices.Sort(got)
+	if want := []uint16{5061, 7472, 7473, 7474, 7475, 9001, 9003, 11569}; !slices.Equal(got, want) {
+		t.Errorf("hosts get the ports %d of the pools, want %d", got, want)
+	}
+	before := s.Status().Tables.Mapping
+	in := s.InsideSocket(3, 3081)
+	if ext := s.Contact(in, s.PeerSocket(lab.PeerB, 40_000)); ext != own[3081] {
+		t.Errorf("without a pool it leaves as %v", ext)
+	}
+	if m := s.Status().Tables.Mapping; m.Shared != before.Shared+1 || m.PoolUsedUp != 0 || m.Moved != uint64(len(got)) {
+		t.Errorf("%+v, before %+v", m, before)
+	}
+}
+
+// A chain that stands before conenatd's own and gives other ports to each flow: mapping is
+// not in force, and the chain is named. One that stands behind changes nothing.
+func TestNFTChainBeforeMappingsEndsThem(t *testing.T) {
+	const rival = `table ip first { chain c { type nat hook postrouting priority -199; oifname "wan0" meta l4proto udp masquerade fully-random; }; }`
+	for _, before := range []bool{true, false} {
+		t.Run(fmt.Sprint("before conenatd ", before), func(t *testing.T) {
+			s := newScene(t, lab.Options{})
+			if before {
+				s.Must(s.NFT(rival))
+			}
+			s.Serve(stage.Auto[0], mapped, "--reconcile=1s")
+			if !before {
+				s.Must(s.NFT(rival))
+			}
+			phone, exts := s.InsideSocket(0, 5060), map[netip.AddrPort]bool{}
+			const flows = 8
+			for i := range uint16(flows) {
+				exts[s.Contact(phone, s.PeerSocket(lab.PeerB, 6000+i))] = true
+			}
+			if before {
+				if m := s.Status().Tables.Mapping; len(exts) != 1 || !m.On {
+					t.Errorf("it leaves as %v; %+v", exts, m)
+				}
+				return
+			}
+			s.Until("it is told", func() bool {
+				return s.warns("mapping is not in force: chain ip first c comes before conenatd's") && !s.Status().Tables.Mapping.On
+			})
+			if len(exts) == 1 {
+				t.Errorf("it leaves as %v, so mapping is in force", exts)
+			}
+		})
+	}
+}

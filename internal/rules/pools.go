@@ -1,0 +1,83 @@
+//go:build !(386 || arm || mips || mipsle)
+
+package rules
+
+import (
+	"net/netip"
+	"slices"
+	"strconv"
+
+	"github.com/google/nftables"
+
+	"github.com/conenatd/conenatd/internal/rules/elements"
+)
+
+// A hostPool is a Pool, as rules ask for its hosts.
+type hostPool struct {
+	ports   []PortRange
+	subnets *prefixes // nil if all hosts with mappings have it
+	suffix  string    // of the names of its chains
+}
+
+// makePools makes the pools that have ports.
+func (m *mapper) makePools() {
+	for _, c := range m.Pools {
+		if len(c.Ports) == 0 {
+			continue
+		}
+		p := &hostPool{ports: c.Ports}
+		if n := len(m.pools) + 1; n > 1 {
+			p.suffix = strconv.Itoa(n)
+		}
+		if !covers(c.Subnets, m.Subnets) {
+			p.subnets = m.prefixes("pool_subnets"+p.suffix, c.Subnets)
+		}
+		m.pools = append(m.pools, p)
+	}
+}
+
+// hosts matches if an address is that of a host of the pool, where others have mappings.
+func (p *hostPool) hosts(addr operand) exprs {
+	if p.subnets == nil {
+		return nil
+	}
+	return p.subnets.has(addr)
+}
+
+// A chosen has the hosts for which rules of the user's choose ports on a link.
+type chosen struct {
+	hosts *prefixes // nil if they are all with mappings
+}
+
+// chosenBy returns nil if there are none.
+func (m *mapper) chosenBy(link string) *chosen {
+	all := m.Choosers[link]
+	switch {
+	case len(all) == 0:
+		return nil
+	case covers(all, m.Subnets):
+		return &chosen{}
+	}
+	return &chosen{m.prefixes("chosen_"+elements.Identifier(link), all)}
+}
+
+// leaves adds a rule that ends what is done for these hosts, if there are any. It reports
+// whether they are all.
+func (c *chosen) leaves(u *uplink, in *nftables.Chain, addr operand, end exprs) (all bool) {
+	if c == nil {
+		return false
+	}
+	var test exprs
+	if c.hosts != nil {
+		test = c.hosts.has(addr)
+	}
+	u.rule(in, "a rule of the user's chooses its port", test, end)
+	return c.hosts == nil
+}
+
+// covers reports whether each of the subnets is in one of the prefixes.
+func covers(prefixes, subnets []netip.Prefix) bool {
+	return !slices.ContainsFunc(subnets, func(s netip.Prefix) bool {
+		return !slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Bits() <= s.Bits() && p.Contains(s.Addr()) })
+	})
+}
