@@ -250,36 +250,44 @@ func TestNFTPoolsOfSubnets(t *testing.T) {
 	}
 }
 
-// A chain that stands before conenatd's own and gives other ports to each flow: mapping is
-// not in force, and the chain is named. One that stands behind changes nothing.
+// A chain that stands before conenatd's own: mapping is not in force, and the chain is named,
+// before any flow shows it. One that is for others alone is named, and one that stands behind
+// changes nothing.
 func TestNFTChainBeforeMappingsEndsThem(t *testing.T) {
-	const rival = `table ip first { chain c { type nat hook postrouting priority -199; oifname "wan0" meta l4proto udp masquerade fully-random; }; }`
-	for _, before := range []bool{true, false} {
-		t.Run(fmt.Sprint("before conenatd ", before), func(t *testing.T) {
+	const named = "chain ip first c has the priority of conenatd's own, -199, and comes before it: mapping is not in force"
+	for name, tc := range map[string]struct {
+		before     bool
+		statement  string
+		ends, says bool
+	}{
+		"younger":            {false, "masquerade fully-random", true, true},
+		"younger, of others": {false, "ip saddr 192.168.122.0/24 masquerade fully-random", false, true},
+		"older":              {true, "masquerade fully-random", false, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			rival := fmt.Sprintf("table ip first { chain c { type nat hook postrouting priority -199; oifname \"wan0\" meta l4proto udp %s; }; }", tc.statement)
 			s := newScene(t, lab.Options{})
-			if before {
+			if tc.before {
 				s.Must(s.NFT(rival))
 			}
 			s.Serve(stage.Auto[0], mapped, "--reconcile=1s")
-			if !before {
+			if !tc.before {
 				s.Must(s.NFT(rival))
 			}
+			if tc.says {
+				s.Until("it is told", func() bool { return s.warns(named) })
+			}
+			s.Until("status knows", func() bool { return s.Status().Tables.Mapping.On != tc.ends })
 			phone, exts := s.InsideSocket(0, 5060), map[netip.AddrPort]bool{}
-			const flows = 8
-			for i := range uint16(flows) {
+			for i := range uint16(8) {
 				exts[s.Contact(phone, s.PeerSocket(lab.PeerB, 6000+i))] = true
 			}
-			if before {
-				if m := s.Status().Tables.Mapping; len(exts) != 1 || !m.On {
-					t.Errorf("it leaves as %v; %+v", exts, m)
-				}
-				return
+			if st := s.Status(); (len(exts) > 1) != tc.ends || st.Tables.Mapping.On == tc.ends || s.warns("chain ip first c") != tc.says {
+				t.Errorf("it leaves as %v; %+v; warnings %q", exts, st.Tables.Mapping, st.Warnings)
 			}
-			s.Until("it is told", func() bool {
-				return s.warns("mapping is not in force: chain ip first c comes before conenatd's") && !s.Status().Tables.Mapping.On
-			})
-			if len(exts) == 1 {
-				t.Errorf("it leaves as %v, so mapping is in force", exts)
+			if tc.ends { // the chain of before, made anew, comes first again; without it all is well
+				s.Must(s.NFT("delete table ip first"))
+				s.Until("it is in force", func() bool { return !s.warns("chain ip first c") })
 			}
 		})
 	}

@@ -89,6 +89,7 @@ type Daemon struct {
 	ruleWarnings   warnings           // about the user's forwards
 	hidden         *userrules.Covered // by forwards of the user's: no packet gets to the map
 	portWarnings   warnings           // about port_pool
+	overtaken      bool               // a chain of the user's translates before our own does
 	decisions      map[netip.Prefix]decision
 	room           cone.Room         // for expectations
 	entries        ctwatch.Table     // when that was found
@@ -216,7 +217,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	// Known before the first grant.
 	d.forwarded, d.ruleWarnings = d.firewall.forwards(d.network)
 	d.whole = d.firewall.whole
-	more, err := d.firewall.sourceNAT(d.cfg.Config, d.network)
+	more, _, err := d.firewall.sourceNAT(d.cfg.Config, d.network)
 	if err != nil { // the first reconcile tries again
 		more.add(warnSourceNATUnread, "", "source NAT cannot be read: %v", err)
 	}
@@ -231,6 +232,10 @@ func New(cfg Config) (d *Daemon, err error) {
 		return d, err
 	}
 	d.decide() // anew, for the warnings depend on the backends that are in use
+	// Now that it is known which of them stood before our own chain.
+	d.ruleWarnings = slices.DeleteFunc(d.ruleWarnings, func(w warning) bool { return w.id == warnRivalChain })
+	d.ruleWarnings = append(d.ruleWarnings, d.firewall.rivals(d.cfg.Config, d.network)...)
+	d.overtaken = d.firewall.overtaken
 	if err := d.goOnServing(adopted); err != nil {
 		return d, err
 	}

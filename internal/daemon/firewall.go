@@ -38,6 +38,8 @@ type firewall struct {
 	decisions   map[netip.Prefix]decision // never changed, but replaced
 	mappedLinks []string                  // outside links, and those that were: they keep their mappings
 	choosers    []userrules.SourceNAT     // rules of the user's that choose outside ports
+	behind      map[[2]uint64]bool        // rivals that come after our chain, by their handles; nil if nobody knows
+	overtaken   bool                      // a rival translates all that has mappings
 	byMark      bool                      // routes may depend on marks
 	uppers      map[string]string
 	oneArmed    []string // outside links that lead inside, too
@@ -160,6 +162,16 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 	d := f.desired(cfg, outside)
 	changed, err = f.tables.Set(d)
 	f.mapping = err == nil && d.Mapping != nil && f.maps()
+	if f.tables.Leads() {
+		f.look() // what is there now is older than our chain
+		f.behind = nil
+		if f.unread == nil {
+			f.behind = map[[2]uint64]bool{}
+			for _, c := range f.user.SourceNATChains() {
+				f.behind[c.Handles] = true
+			}
+		}
+	}
 	return changed, err
 }
 
@@ -322,57 +334,6 @@ func outsideLinks(network gateway.Network) (links []userrules.Link) {
 		}
 	}
 	return links
-}
-
-// sourceNAT finds what the user's source NAT means for mappings, and says what he should
-// know of it. What cannot be read is as it was when it was read last.
-func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out warnings, err error) {
-	if !wantsMapping(cfg) || !f.maps() {
-		return nil, nil
-	}
-	if f.unread != nil {
-		return nil, f.unread
-	}
-	for _, c := range rivals(f.user.SourceNATChains()) {
-		out.add(warnRivalChain, c, "chain %s has the priority of conenatd's own, -199, and comes before it if it is younger: "+
-			"mapping is not in force for what it translates; give it another priority", c)
-	}
-	choosers, err := f.user.PortChoosers()
-	if err != nil {
-		return out, err
-	}
-	f.choosers = choosers
-	pool := poolText(cfg)
-	for i := range choosers {
-		hosts := hostsOf(chosenPorts(choosers[i:i+1], mappingConfig(cfg, f.ports).Subnets, network.OutsideLinks()))
-		if len(hosts) > 0 && pool != "" {
-			out.add(warnPortsChosen, "", "port_pool is not used, for a rule of yours chooses outside ports (%s): "+
-				"hosts in %v whose port another one has get one by that rule, not one of %s, and may share it", choosers[i].Text, hosts[0], pool)
-			break
-		}
-	}
-	return out, nil
-}
-
-// chosen returns for which hosts the user's rules choose outside ports, by outside link.
-func (f *firewall) chosen(cfg config.Config, network gateway.Network) map[string][]netip.Prefix {
-	c := mappingConfig(cfg, f.ports)
-	if c == nil {
-		return nil
-	}
-	return chosenPorts(f.choosers, c.Subnets, network.OutsideLinks())
-}
-
-// rivals names the chains that may translate the source of a flow before the rules of
-// mapping do: those with the lowest priority that there is. Of two the younger one comes
-// first.
-func rivals(chains []userrules.Chain) (names []string) {
-	for _, c := range chains {
-		if c.Priority <= rules.MapPriority {
-			names = append(names, c.String())
-		}
-	}
-	return names
 }
 
 // fixedSources returns to which addresses the user's rules translate, and whether there may

@@ -70,7 +70,7 @@ func TestRivalsAreChainsBeforeOurs(t *testing.T) {
 		{Table: "ip first", Name: "later", Priority: -198},
 		{Table: "inet both", Name: "c", Priority: -300},
 	}
-	if got, want := rivals(chains), []string{"ip first c", "inet both c"}; !slices.Equal(got, want) {
+	if got, want := lowest(chains), []string{"ip first c", "inet both c"}; !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }

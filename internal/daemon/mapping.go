@@ -13,7 +13,6 @@ import (
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/rules/elements"
-	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // mappingsSize is how many mappings there can be: all ports of some addresses.
@@ -51,30 +50,6 @@ func mappingConfig(cfg config.Config, ports outsidePorts) *rules.MappingConfig {
 		c.Pools = append(c.Pools, p)
 	}
 	return c
-}
-
-// chosenPorts returns for which hosts of subnets rules of the user's choose outside ports, by
-// the outside links for IPv4.
-func chosenPorts(choosers []userrules.SourceNAT, subnets []netip.Prefix, outside []string) map[string][]netip.Prefix {
-	chosen := make(map[string][]netip.Prefix)
-	for _, link := range outside {
-		for i := range choosers {
-			if choosers[i].LeavesBy(link) {
-				chosen[link] = append(chosen[link], choosers[i].Within(subnets)...)
-			}
-		}
-	}
-	return chosen
-}
-
-// hostsOf returns the hosts for which rules of the user's choose outside ports, by whatever link.
-func hostsOf(chosen map[string][]netip.Prefix) []netip.Prefix {
-	var all []netip.Prefix
-	for _, hosts := range chosen {
-		all = append(all, hosts...)
-	}
-	slices.SortFunc(all, netip.Prefix.Compare)
-	return slices.Compact(all)
 }
 
 // wantsMapping reports whether a subnet has endpoint-independent mapping.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"hash/maphash"
 	"log/slog"
-	"maps"
 	"slices"
 	"time"
 
@@ -249,15 +248,14 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 // readForwards brings the model up to date about what the user's rules forward.
 func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error {
 	covered, warnings := d.firewall.forwards(network)
-	chosen := d.firewall.chosen(cfg, network)
-	more, err := d.firewall.sourceNAT(cfg, network)
+	more, changed, err := d.firewall.sourceNAT(cfg, network)
 	warnings = slices.Concat(warnings, more)
-	if !maps.EqualFunc(chosen, d.firewall.chosen(cfg, network), slices.Equal) {
+	if changed {
 		_, failed := d.firewall.set(cfg, network.OutsideLinks())
 		err = errors.Join(err, failed)
 	}
 	d.ask(func() {
-		d.ruleWarnings, d.hidden = warnings, d.firewall.hidden
+		d.ruleWarnings, d.hidden, d.overtaken = warnings, d.firewall.hidden, d.firewall.overtaken
 		d.warned.tell(d.now(), d.warnings())
 	})
 	whole := d.firewall.whole

@@ -75,7 +75,7 @@ func (s source) Status() control.Status {
 }
 
 // maps reports whether endpoint-independent mapping is in force.
-func (d *Daemon) maps() bool { return d.tables.Mapping.On && !d.applied.notInForce() }
+func (d *Daemon) maps() bool { return d.tables.Mapping.On && !d.applied.notInForce() && !d.overtaken }
 
 // subnet is an enabled subnet as status shows it.
 func (d *Daemon) subnet(s config.Subnet) control.Subnet {

@@ -23,6 +23,7 @@ const (
 	leftCounter    = "left_to_rules"
 	sharedCounter  = "port_shared"
 	hairpinCounter = "hairpinned"
+	sourceChain    = "map_source"
 )
 
 // MapPriority is that of the chain that translates what has a mapping, before all of the
@@ -245,7 +246,7 @@ func nobody(addr operand) operand { return addr.and(be32(0)) }
 // host has, or the gateway, to the pool. Everything else it leaves to the user's
 // rules. A NAT chain sees the first packet of a flow only.
 func (m *mapper) apply() {
-	c := m.chain("map_source", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, MapPriority)
+	c := m.chain(sourceChain, nftables.ChainTypeNAT, nftables.ChainHookPostrouting, MapPriority)
 	if m.hairpin != nil {
 		m.hairpinSources(c)
 	}

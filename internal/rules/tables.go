@@ -37,6 +37,7 @@ type Tables struct {
 	mapped    elements.MappingsConfig // that Set made
 	written   map[writtenSet]uint64   // what our sets have, unless somebody else may write
 	others    uint32                  // at the last call of Changed
+	leads     bool                    // the last Set made the chain of MapPriority
 }
 
 // A writer is the connection that owns the tables. Those who write elements share it
@@ -136,12 +137,17 @@ func (t *Tables) possibleMap(c MapConfig) MapConfig {
 	return c
 }
 
+// Leads reports whether the last Set made the chain of MapPriority: then it comes before all
+// chains of that priority that stood before.
+func (t *Tables) Leads() bool { return t.leads }
+
 // Set makes the tables do what d wants, in one transaction, but for what Missing
 // names, and makes us their owner. Where they do so already, nothing is changed;
 // where somebody has changed them, they are repaired. It reports whether there
 // was something to change. Counters go on, permissions stay, and so do the
 // counts of children unless the cap is another one.
 func (t *Tables) Set(d Desired) (changed bool, err error) {
+	t.leads = false
 	d = t.possible(d)
 	want, err := newLayouts(t.name, d)
 	if err != nil {
@@ -181,8 +187,11 @@ func (t *Tables) Set(d Desired) (changed bool, err error) {
 			}
 		}
 	}
+	leads := false
 	for i, h := range have {
-		changed = t.change(tables[i], h, layoutOf(want, tables[i])) || changed
+		l := layoutOf(want, tables[i])
+		leads = leads || makes(h, l, sourceChain, t.flags)
+		changed = t.change(tables[i], h, l) || changed
 	}
 	if !changed {
 		return false, nil
@@ -192,9 +201,19 @@ func (t *Tables) Set(d Desired) (changed bool, err error) {
 	case errors.Is(err, unix.ENOENT):
 		err = fmt.Errorf("%w (somebody changed it meanwhile)", err)
 	case err == nil:
+		t.leads = leads
 		t.note(want)
 	}
 	return true, err
+}
+
+// makes reports whether a chain is wanted, and is not there as it should be.
+func makes(have *state, want *layout, chain string, flags nftables.TableFlags) bool {
+	if want == nil {
+		return false
+	}
+	i := slices.IndexFunc(want.chains, func(c *nftables.Chain) bool { return c.Name == chain })
+	return i >= 0 && (have.table == nil || have.table.Flags != flags || !slices.ContainsFunc(have.chains, sameChain(want.chains[i])))
 }
 
 // holds reports whether nothing is to be changed.

@@ -10,6 +10,8 @@ type Chain struct {
 	Hook     string // "prerouting", "forward" or "postrouting"
 	Priority int
 	Drops    bool // its policy
+	// Handles are those of its table and of itself: what is made anew has others.
+	Handles [2]uint64
 }
 
 // String names the chain as nft does.
@@ -45,6 +47,7 @@ func (t *table) named(bases []base) (all []Chain) {
 	for _, b := range bases {
 		all = append(all, Chain{
 			Table: t.title, Name: b.name, Type: b.kind, Hook: hookNames[b.hook], Priority: int(b.priority), Drops: b.drops,
+			Handles: [2]uint64{t.handle, b.handle},
 		})
 	}
 	return all

@@ -22,6 +22,8 @@ func baseOf(b []byte) (c base) {
 		switch typ {
 		case unix.NFTA_CHAIN_NAME:
 			c.name = nfnl.Text(b)
+		case unix.NFTA_CHAIN_HANDLE:
+			c.handle = number(b, 8, 0)
 		case unix.NFTA_CHAIN_TYPE:
 			c.kind = nfnl.Text(b)
 		case unix.NFTA_CHAIN_POLICY:

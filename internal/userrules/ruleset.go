@@ -66,7 +66,8 @@ type base struct {
 	kind     string // "nat", "filter" or "route"
 	hook     uint32
 	priority int32
-	drops    bool // its policy
+	drops    bool   // its policy
+	handle   uint64 // 0 in iptables-legacy
 }
 
 // A chain is what was read of a chain.

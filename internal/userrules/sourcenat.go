@@ -32,8 +32,9 @@ type SourceNAT struct {
 	// Unknown says that there may be other addresses: from a map, or in what is not
 	// understood.
 	Unknown bool
-	// Text names the rule as that of a Forward does.
-	Text string
+	// Text names the rule as that of a Forward does, and Chain the base chain that leads to
+	// it, as a Chain does.
+	Text, Chain string
 }
 
 // SourceNAT returns what the rules do to the sources of UDP packets over IPv4. It follows
@@ -44,14 +45,16 @@ func (rs *Ruleset) SourceNAT() (all []SourceNAT) {
 			all = append(all, SourceNAT{ChoosesPort: true, Unknown: true, Text: t.failed.Error()})
 		}
 		w := &walker{table: t, seen: map[string]bool{}}
+		var base string
 		w.sources = func(r *rule, n SourceNAT, conds []condition) {
 			for _, c := range conds {
-				n.Text, n.Links, n.Sources = r.title(t), c.out, c.sources
+				n.Text, n.Chain, n.Links, n.Sources = r.title(t), base, c.out, c.sources
 				n.Partial = c.partial || w.exempts || c.ports != nil || c.addrs != nil
 				all = append(all, n)
 			}
 		}
 		for _, b := range t.of(unix.NF_INET_POST_ROUTING, natKind) {
+			base = t.title + " " + b.name
 			w.chain(b.name, condition{family: unix.NFPROTO_IPV4}, 0)
 		}
 		for _, f := range w.found {

@@ -1,0 +1,120 @@
+package daemon
+
+import (
+	"maps"
+	"net/netip"
+	"slices"
+
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/userrules"
+)
+
+// sourceNAT finds what the user's source NAT means for mappings, whether that is something
+// else for our tables than before, and what he should know of it. What cannot be read is as it was when it was read last.
+func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out warnings, changed bool, err error) {
+	if !wantsMapping(cfg) || !f.maps() {
+		return nil, false, nil
+	}
+	if f.unread != nil {
+		return nil, false, f.unread
+	}
+	out = f.rivals(cfg, network)
+	choosers, err := f.user.PortChoosers()
+	if err != nil {
+		return out, false, err
+	}
+	before := f.chosen(cfg, network)
+	f.choosers = choosers
+	changed = !maps.EqualFunc(before, f.chosen(cfg, network), slices.Equal)
+	pool := poolText(cfg)
+	for i := range choosers {
+		hosts := hostsOf(chosenPorts(choosers[i:i+1], mappingConfig(cfg, f.ports).Subnets, network.OutsideLinks()))
+		if len(hosts) > 0 && pool != "" {
+			out.add(warnPortsChosen, "", "port_pool is not used, for a rule of yours chooses outside ports (%s): "+
+				"hosts in %v whose port another one has get one by that rule, not one of %s, and may share it", choosers[i].Text, hosts[0], pool)
+			break
+		}
+	}
+	return out, changed, nil
+}
+
+// chosen returns for which hosts the user's rules choose outside ports, by outside link.
+func (f *firewall) chosen(cfg config.Config, network gateway.Network) map[string][]netip.Prefix {
+	c := mappingConfig(cfg, f.ports)
+	if c == nil {
+		return nil
+	}
+	return chosenPorts(f.choosers, c.Subnets, network.OutsideLinks())
+}
+
+// rivals warns of chains of the user's that come before our own, or may do so.
+func (f *firewall) rivals(cfg config.Config, network gateway.Network) (out warnings) {
+	f.overtaken = false
+	if !wantsMapping(cfg) || !f.maps() || f.unread != nil {
+		return nil
+	}
+	older := ""
+	if f.behind == nil {
+		older = " if it is younger"
+	}
+	chains := slices.DeleteFunc(f.user.SourceNATChains(), func(c userrules.Chain) bool { return f.behind[c.Handles] })
+	for _, c := range lowest(chains) {
+		out.add(warnRivalChain, c, "chain %s has the priority of conenatd's own, -199, and comes before it%s: "+
+			"mapping is not in force for what it translates; give it another priority", c, older)
+		f.overtaken = f.overtaken || f.behind != nil && f.translatesAll(c, mappingConfig(cfg, f.ports).Subnets, network.OutsideLinks())
+	}
+	return out
+}
+
+// translatesAll reports whether a chain of the user's translates all that leaves subnets by
+// one of the outside links.
+func (f *firewall) translatesAll(chain string, subnets []netip.Prefix, outside []string) bool {
+	for _, n := range f.user.SourceNAT() {
+		if n.Chain != chain || n.Partial || !slices.ContainsFunc(outside, n.LeavesBy) {
+			continue
+		}
+		hosts := n.Within(subnets)
+		if !slices.ContainsFunc(subnets, func(s netip.Prefix) bool { return !slices.Contains(hosts, s) }) {
+			return true
+		}
+	}
+	return false
+}
+
+// lowest names the chains that may translate the source of a flow before the rules of
+// mapping do: those with the lowest priority that there is. Of two the younger one comes
+// first.
+func lowest(chains []userrules.Chain) (names []string) {
+	for _, c := range chains {
+		if c.Priority <= rules.MapPriority {
+			names = append(names, c.String())
+		}
+	}
+	return names
+}
+
+// chosenPorts returns for which hosts of subnets rules of the user's choose outside ports, by
+// the outside links for IPv4.
+func chosenPorts(choosers []userrules.SourceNAT, subnets []netip.Prefix, outside []string) map[string][]netip.Prefix {
+	chosen := make(map[string][]netip.Prefix)
+	for _, link := range outside {
+		for i := range choosers {
+			if choosers[i].LeavesBy(link) {
+				chosen[link] = append(chosen[link], choosers[i].Within(subnets)...)
+			}
+		}
+	}
+	return chosen
+}
+
+// hostsOf returns the hosts for which rules of the user's choose outside ports, by whatever link.
+func hostsOf(chosen map[string][]netip.Prefix) []netip.Prefix {
+	var all []netip.Prefix
+	for _, hosts := range chosen {
+		all = append(all, hosts...)
+	}
+	slices.SortFunc(all, netip.Prefix.Compare)
+	return slices.Compact(all)
+}
