@@ -326,6 +326,10 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 			"port_pool = [\"7472-7487\", \"none\"]",
 			`1: port_pool: expected ports such as "61000-65535" or ["7472-7487", "11568-11583"], or "none", got "none"`,
 		},
+		"a pool without quotes": {
+			"port_pool = 61000-65535",
+			`1: port_pool: expected ports such as "61000-65535" or ["7472-7487", "11568-11583"], or "none", got 61000-65535 (not valid TOML: invalid datetime: "61000-65535")`,
+		},
 		"a pool with port 0": {
 			"port_pool = \"0-15\"",
 			`1: port_pool: expected ports such as "61000-65535" or ["7472-7487", "11568-11583"], or "none", got "0-15"`,

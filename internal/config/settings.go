@@ -307,7 +307,11 @@ func portPool(v any) (PortPool, error) {
 	}
 	var ranges []PortRange
 	for _, item := range items {
-		for text := range strings.SplitSeq(fmt.Sprint(item), ",") {
+		text, _ := item.(string)
+		if n, ok := item.(int64); ok {
+			text = strconv.FormatInt(n, 10)
+		}
+		for text := range strings.SplitSeq(text, ",") {
 			r, ok := parsePorts(text)
 			if !ok {
 				return "", expected(poolForm, item)

@@ -13,8 +13,9 @@ import (
 var mixers = [...]uint16{0x0d3a, 0x0b56, 0x0e9c, 0x07e2, 0x1a64, 0x0c8e, 0x13d8, 0x0f12, 0x09b4, 0x1466}
 
 // poolSteps are how many ports of the pool are looked at for a newcomer: with half of
-// the pool owned one in 256 finds none.
-const poolSteps = 8
+// the pool owned one in 256 finds none. Of a pool that is many small blocks (MAP-E) there is
+// one in each of the largest, up to mostSteps.
+const poolSteps, mostSteps = 8, 64
 
 // A poolTry makes a port of the pool from a hash, or from the port that was tried
 // before: it takes the bits of mask from that, and changes those of xor. Without mask it is
@@ -28,7 +29,12 @@ type block struct{ first, size, tries int }
 // as large as they are.
 func poolTries(pool []PortRange) (all []poolTry) {
 	blocks := blocksOf(pool)
-	for range poolSteps {
+	size := 0
+	for _, b := range blocks {
+		size = max(size, b.size)
+	}
+	large := len(slices.DeleteFunc(slices.Clone(blocks), func(b block) bool { return b.size < size }))
+	for range max(poolSteps, min(large, mostSteps)) {
 		var best *block
 		for i := range blocks {
 			b := &blocks[i]

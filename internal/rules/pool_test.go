@@ -40,6 +40,17 @@ func TestTriesAreInThePool(t *testing.T) {
 			}
 		}
 	}
+	var blocks []PortRange // every 16th of 1,024, as MAP-E with an offset has them
+	for first := 1 << 10; first < 1<<16; first += 1 << 10 {
+		blocks = append(blocks, PortRange{First: uint16(first + 64), Last: uint16(first + 79)})
+	}
+	tried := map[uint16]bool{}
+	for _, try := range poolTries(blocks) {
+		tried[try.xor&^15] = true
+	}
+	if len(tried) != len(blocks) {
+		t.Errorf("ports of %d blocks of %d are tried", len(tried), len(blocks))
+	}
 	if tries := poolTries(nil); len(tries) > 0 {
 		t.Errorf("%v without a pool", tries)
 	}
