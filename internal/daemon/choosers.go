@@ -12,7 +12,8 @@ import (
 )
 
 // sourceNAT finds what the user's source NAT means for mappings, whether that is something
-// else for our tables than before, and what he should know of it. What cannot be read is as it was when it was read last.
+// else for our tables than before, and what he should know of it. What cannot be read is as
+// it was when it was read last.
 func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out warnings, changed bool, err error) {
 	if !wantsMapping(cfg) || !f.maps() {
 		return nil, false, nil

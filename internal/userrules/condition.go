@@ -22,12 +22,13 @@ type condition struct {
 	out     []string    // links that packets leave by; nil stands for any
 	unknown bool        // something asked for the port and was not understood
 	partial bool        // something else was asked for, so it may be wider than the truth
+	asks    bool        // that was neither an address, nor a port, nor a link
 }
 
 func partly(conds []condition) []condition {
 	out := slices.Clone(conds)
 	for i := range out {
-		out[i].partial = true
+		out[i].partial, out[i].asks = true, true
 	}
 	return out
 }

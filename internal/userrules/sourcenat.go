@@ -32,6 +32,8 @@ type SourceNAT struct {
 	// Unknown says that there may be other addresses: from a map, or in what is not
 	// understood.
 	Unknown bool
+	// asks says that it translates some of these packets, by what else they are: by a mark, say.
+	asks bool
 	// Text names the rule as that of a Forward does, and Chain the base chain that leads to
 	// it, as a Chain does.
 	Text, Chain string
@@ -49,6 +51,7 @@ func (rs *Ruleset) SourceNAT() (all []SourceNAT) {
 		w.sources = func(r *rule, n SourceNAT, conds []condition) {
 			for _, c := range conds {
 				n.Text, n.Chain, n.Links, n.Sources = r.title(t), base, c.out, c.sources
+				n.asks = c.asks || w.exempts
 				n.Partial = c.partial || w.exempts || c.ports != nil || c.addrs != nil
 				all = append(all, n)
 			}
@@ -88,8 +91,9 @@ func (rs *Ruleset) FixedSources() (addrs []AddrRange, unknown bool) {
 
 // PortChoosers returns those rules that choose a port when they translate the source of UDP
 // packets over IPv4, where others keep it if they can: those of a block, or of a map
-// (RFC 7422, MAP-E), and at random. A flow must not leave by another port. What is not
-// understood is among them, and a table of iptables-legacy that cannot be read, but not one
+// (RFC 7422, MAP-E), and at random. A flow must not leave by another port. A rule for some
+// packets that chooses at random among all ports is none (that of Kubernetes, for marked
+// ones): any port is one that it gives. What is not understood is among them, and a table of iptables-legacy that cannot be read, but not one
 // that only root may know of. An error says that a table of nftables could not be read.
 func (rs *Ruleset) PortChoosers() (rules []SourceNAT, err error) {
 	for _, t := range rs.sourceTables() {
@@ -99,7 +103,7 @@ func (rs *Ruleset) PortChoosers() (rules []SourceNAT, err error) {
 			}
 		})
 	}
-	return slices.DeleteFunc(rs.SourceNAT(), func(n SourceNAT) bool { return !n.ChoosesPort && !n.Random }), err
+	return slices.DeleteFunc(rs.SourceNAT(), func(n SourceNAT) bool { return !n.ChoosesPort && (!n.Random || n.asks) }), err
 }
 
 // sourceTables returns the tables that may translate the sources of IPv4 packets.

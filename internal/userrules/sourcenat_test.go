@@ -24,7 +24,14 @@ func TestSourceNATOfIPTables(t *testing.T) {
 			"masquerade ports":        {"-A POSTROUTING -o wan0 -p udp -j MASQUERADE --to-ports 1000-2000", []string{"POSTROUTING"}, "[] false"},
 			"random masquerade":       {"-A POSTROUTING -o wan0 -j MASQUERADE --random", []string{"POSTROUTING"}, "[] false"},
 			"random-fully masquerade": {"-A POSTROUTING -o wan0 -j MASQUERADE --random-fully", []string{"POSTROUTING"}, "[] false"},
-			"masquerade of TCP":       {"-A POSTROUTING -o wan0 -p tcp -j MASQUERADE --to-ports 1000-2000", nil, "[] false"},
+			"random, of some":         {"-A POSTROUTING -s 10.47.11.0/24 -o wan0 -j MASQUERADE --random", []string{"POSTROUTING"}, "[] false"},
+			"random, of marked ones": {
+				":KUBE - [0:0]\n-A POSTROUTING -j KUBE\n-A KUBE -m mark ! --mark 0x4000/0x4000 -j RETURN\n" +
+					"-A KUBE -j MASQUERADE --random-fully\n-A POSTROUTING -o wan0 -j MASQUERADE",
+				nil, "[] false",
+			},
+			"random, if marked": {"-A POSTROUTING -m mark --mark 7 -j MASQUERADE --random", nil, "[] false"},
+			"masquerade of TCP": {"-A POSTROUTING -o wan0 -p tcp -j MASQUERADE --to-ports 1000-2000", nil, "[] false"},
 			"address at random": {
 				"-A POSTROUTING -o wan0 -j SNAT --to-source 198.51.100.1 --random-fully",
 				[]string{"POSTROUTING"},
