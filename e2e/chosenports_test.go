@@ -103,11 +103,13 @@ func TestNFTPortsOfARuleAreKept(t *testing.T) {
 // theirs. Fails where any rule that chooses ports ends it.
 func TestNFTPoolStandsBesideRulesForOthers(t *testing.T) {
 	for name, rule := range map[string]string{
-		"another network": "ip saddr 192.168.122.0/24 meta l4proto udp masquerade to :1024-65535",
-		"another host":    "ip saddr 10.47.11.109 meta l4proto udp masquerade to :1024-65535",
-		"TCP":             "meta l4proto tcp masquerade to :1024-65535",
-		"another link":    `oifname "lan0" meta l4proto udp masquerade to :1024-65535`,
-		"no packet":       "",
+		"another network":     "ip saddr 192.168.122.0/24 meta l4proto udp masquerade to :1024-65535",
+		"another host":        "ip saddr 10.47.11.109 meta l4proto udp masquerade to :1024-65535",
+		"DNS, at random":      `oifname "wan0" udp dport 53 masquerade fully-random`,
+		"one peer, at random": `oifname "wan0" ip daddr 192.0.2.1 masquerade fully-random`,
+		"TCP":                 "meta l4proto tcp masquerade to :1024-65535",
+		"another link":        `oifname "lan0" meta l4proto udp masquerade to :1024-65535`,
+		"no packet":           "",
 	} {
 		t.Run(name, func(t *testing.T) {
 			rules := fmt.Sprintf(`table ip nat {

@@ -32,7 +32,8 @@ type SourceNAT struct {
 	// Unknown says that there may be other addresses: from a map, or in what is not
 	// understood.
 	Unknown bool
-	// asks says that it translates some of these packets, by what else they are: by a mark, say.
+	// asks says that what else the packets are decides whether it translates them: by a mark
+	// or to whom they go, say.
 	asks bool
 	// Text names the rule as that of a Forward does, and Chain the base chain that leads to
 	// it, as a Chain does.
@@ -51,7 +52,7 @@ func (rs *Ruleset) SourceNAT() (all []SourceNAT) {
 		w.sources = func(r *rule, n SourceNAT, conds []condition) {
 			for _, c := range conds {
 				n.Text, n.Chain, n.Links, n.Sources = r.title(t), base, c.out, c.sources
-				n.asks = c.asks || w.exempts
+				n.asks = c.asks || w.exempts || c.ports != nil || c.addrs != nil
 				n.Partial = c.partial || w.exempts || c.ports != nil || c.addrs != nil
 				all = append(all, n)
 			}
@@ -93,7 +94,7 @@ func (rs *Ruleset) FixedSources() (addrs []AddrRange, unknown bool) {
 // packets over IPv4, where others keep it if they can: those of a block, or of a map
 // (RFC 7422, MAP-E), and at random. A flow must not leave by another port. A rule for some
 // packets that chooses at random among all ports is none (that of Kubernetes, for marked
-// ones): any port is one that it gives. What is not understood is among them, and a table of iptables-legacy that cannot be read, but not one
+// ones, or one for DNS): any port is one that it gives. What is not understood is among them, and a table of iptables-legacy that cannot be read, but not one
 // that only root may know of. An error says that a table of nftables could not be read.
 func (rs *Ruleset) PortChoosers() (rules []SourceNAT, err error) {
 	for _, t := range rs.sourceTables() {

@@ -31,6 +31,12 @@ func TestSourceNATOfIPTables(t *testing.T) {
 				nil, "[] false",
 			},
 			"random, if marked": {"-A POSTROUTING -m mark --mark 7 -j MASQUERADE --random", nil, "[] false"},
+			"random, to a port": {"-A POSTROUTING -o wan0 -p udp --dport 53 -j MASQUERADE --random-fully\n-A POSTROUTING -o wan0 -j MASQUERADE", nil, "[] false"},
+			"ports, to a port": {
+				"-A POSTROUTING -o wan0 -p udp --dport 53 -j MASQUERADE --to-ports 1000-2000 --random\n-A POSTROUTING -o wan0 -j MASQUERADE",
+				[]string{"POSTROUTING"},
+				"[] false",
+			},
 			"masquerade of TCP": {"-A POSTROUTING -o wan0 -p tcp -j MASQUERADE --to-ports 1000-2000", nil, "[] false"},
 			"address at random": {
 				"-A POSTROUTING -o wan0 -j SNAT --to-source 198.51.100.1 --random-fully",
