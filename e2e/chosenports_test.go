@@ -291,3 +291,112 @@ func TestNFTChainBeforeMappingsEndsThem(t *testing.T) {
 		})
 	}
 }
+
+// A mapping that is older than the rule that chooses ports ends with its flows: the next one
+// leaves by a port of the rule. What is on such a port goes on. Fails where what stands is
+// given to the next flow, whatever the rules say by then.
+func TestNFTMappingsLeavePortsThatNoRuleGivesNow(t *testing.T) {
+	const plain, block = "masquerade", "masquerade to :7000-7015"
+	for name, tc := range map[string]struct {
+		before, after string
+		in            ports
+		stays         uint16
+		stopped       bool // the daemon, while the rules change
+	}{
+		"a range":       {plain, block, ports{{7000, 7015}}, 7005, false},
+		"of SNAT":       {plain, "snat to 198.51.100.1:7000-7015", ports{{7000, 7015}}, 7005, false},
+		"another range": {"masquerade to :9000-9015", block, ports{{7000, 7015}}, 0, false},
+		"MAP-E":         {plain, numgen(), mapE, 0, false},
+		"a block for each host": {
+			plain,
+			"ip saddr 10.47.11.109 masquerade to :7000-7015;\noifname \"wan0\" ip saddr 10.47.11.110 meta l4proto udp masquerade to :7000-7015;\noifname \"wan0\" masquerade",
+			ports{{7000, 7015}},
+			7005, false,
+		},
+		"while stopped": {plain, block, ports{{7000, 7015}}, 7005, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := play(t, lab.Options{Inside: 2, Rules: natChain("srcnat", tc.before)}, stage.Auto[0], mapped, "--reconcile=1h")
+			peer, other := s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
+			hosts := []*lab.Socket{s.InsideSocket(0, 3074), s.InsideSocket(1, 3074)}
+			for _, h := range hosts {
+				if ext := s.Contact(h, peer); tc.in.has(ext) {
+					t.Fatalf("it leaves as %v before", ext)
+				}
+			}
+			var stays *lab.Socket
+			var legal []string
+			if tc.stays != 0 {
+				stays = s.InsideSocket(0, tc.stays)
+				s.Contact(stays, peer)
+				legal = s.flowOf(stays)
+			}
+			if tc.stopped {
+				s.Stop()
+			}
+			s.Must(s.NFT("delete table ip nat\n" + natChain("srcnat", tc.after)))
+			if tc.stopped {
+				s.Serve(stage.Auto[0], mapped, "--reconcile=1h")
+			}
+			for i, h := range hosts {
+				s.Until("its flow ended", func() bool { return len(s.flowOf(h)) == 0 })
+				first := s.Contact(h, peer)
+				if second := s.Contact(h, other); second != first || !tc.in.has(first) {
+					t.Errorf("it leaves as %v and as %v", first, second)
+				}
+				s.Arrives(h, s.PeerSocket(lab.PeerA, 6000+uint16(i)), first)
+			}
+			if tc.stays != 0 && (len(legal) != 1 || !slices.Equal(s.flowOf(stays), legal)) {
+				t.Errorf("the flow %q is %q now", legal, s.flowOf(stays))
+			}
+		})
+	}
+}
+
+// flowOf returns the conntrack entries of an inside endpoint, by their identifiers.
+func (s *scene) flowOf(in *lab.Socket) (ids []string) {
+	s.T.Helper()
+	for _, line := range s.ConntrackList("-p", "udp", "--orig-src", in.Addr().Addr().String(), "--orig-port-src", itoa(in.Addr().Port()), "-o", "id") {
+		_, id, ok := strings.Cut(line, " id=")
+		if !ok {
+			s.T.Fatalf("no identifier in %q", line)
+		}
+		ids = append(ids, id)
+	}
+	return ids
+}
+
+// What a host got of the pool ends where its pool is another one. A port that both have
+// stays, and so does one that is no pool's. Fails where mappings outlive their pool.
+func TestNFTMappingsLeaveAPoolThatChanges(t *testing.T) {
+	s := newScene(t, lab.Options{Inside: 3})
+	subnet := "reconcile = \"1h\"\nport_pool = %s\n[[subnet]]\nprefix = \"10.47.11.0/24\"\nmapping = \"endpoint_independent\"\n"
+	write := s.configured(fmt.Sprintf(subnet, `["7472-7475", "11568"]`))
+	peer := s.PeerSocket(lab.PeerA, 5060)
+	first, both, one := s.InsideSocket(0, 3074), s.InsideSocket(1, 3074), s.InsideSocket(2, 3074)
+	own := s.Contact(first, peer)
+	var exts []netip.AddrPort
+	for _, h := range []*lab.Socket{both, one} {
+		exts = append(exts, s.Contact(h, peer))
+	}
+	if exts[1] == exts[0] || own.Port() != 3074 {
+		t.Fatalf("they leave as %v and %v", own, exts)
+	}
+	stay := []*lab.Socket{first, both}
+	legal := [][]string{s.flowOf(first), s.flowOf(both)}
+	write(fmt.Sprintf(subnet, fmt.Sprintf(`[%d, "9000-9015"]`, exts[0].Port())))
+	if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code != 0 {
+		t.Fatalf("exit %d, %q", code, out)
+	}
+	s.Until("its flow ended", func() bool { return len(s.flowOf(one)) == 0 })
+	for i, want := range legal {
+		if got := s.flowOf(stay[i]); len(want) != 1 || !slices.Equal(got, want) {
+			t.Errorf("host %d: the flow %q is %q now", i, want, got)
+		}
+	}
+	ext := s.Contact(one, s.PeerSocket(lab.PeerB, 5060))
+	if ext.Port() < 9000 || ext.Port() > 9015 {
+		t.Errorf("it leaves as %v", ext)
+	}
+	s.Arrives(one, s.PeerSocket(lab.PeerB, 5070), ext)
+}

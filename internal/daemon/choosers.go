@@ -18,18 +18,33 @@ func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out wa
 	if !wantsMapping(cfg) || !f.maps() {
 		return nil, false, nil
 	}
-	if f.unread != nil {
-		return nil, false, f.unread
+	choosers, err := f.readChoosers()
+	if f.unread == nil {
+		out = f.rivals(cfg, network)
 	}
-	out = f.rivals(cfg, network)
-	choosers, err := f.user.PortChoosers()
 	if err != nil {
-		return out, false, err
+		out.add(warnSourceNATUnread, "", "source NAT cannot be read, what was read before holds, "+
+			"and where nothing was, hosts whose port another one has are left to your rules: %v", err)
+		if f.choosers != nil {
+			return out, false, err
+		}
 	}
-	before := f.chosen(cfg, network)
-	f.choosers = choosers
-	changed = !maps.EqualFunc(before, f.chosen(cfg, network), slices.Equal)
-	pool := poolText(cfg)
+	before, known, same := f.chosen(cfg, network), f.choosers != nil, sameGiven(f.choosers, choosers)
+	f.choosers, f.sources = choosers, nil
+	now := f.chosen(cfg, network)
+	if changed = !same || !maps.EqualFunc(before, now, slices.Equal); changed && known {
+		f.old.chosenSince(before, now)
+	}
+	if err != nil {
+		return out, changed, err
+	}
+	if len(choosers) > 0 {
+		f.sources = f.user.SourceNAT()
+	}
+	pool, hidden := poolText(cfg), f.user.SourcesMayBeHidden()
+	if hidden { // any port may be one that they give
+		f.sources = append(f.sources, userrules.SourceNAT{ChoosesPort: true, Unknown: true})
+	}
 	for i := range choosers {
 		hosts := hostsOf(chosenPorts(choosers[i:i+1], mappingConfig(cfg, f.ports).Subnets, network.OutsideLinks()))
 		if len(hosts) > 0 && pool != "" {
@@ -39,6 +54,19 @@ func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out wa
 		}
 	}
 	return out, changed, nil
+}
+
+// readChoosers returns those rules of the user's that choose outside ports, never nil. Where
+// they cannot be read, any may.
+func (f *firewall) readChoosers() (rules []userrules.SourceNAT, err error) {
+	err = f.unread
+	if err == nil {
+		rules, err = f.user.PortChoosers()
+	}
+	if err != nil {
+		return []userrules.SourceNAT{{ChoosesPort: true, Unknown: true, Text: err.Error()}}, err
+	}
+	return append([]userrules.SourceNAT{}, rules...), nil
 }
 
 // chosen returns for which hosts the user's rules choose outside ports, by outside link.

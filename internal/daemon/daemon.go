@@ -217,10 +217,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	// Known before the first grant.
 	d.forwarded, d.ruleWarnings = d.firewall.forwards(d.network)
 	d.whole = d.firewall.whole
-	more, _, err := d.firewall.sourceNAT(d.cfg.Config, d.network)
-	if err != nil { // the first reconcile tries again
-		more.add(warnSourceNATUnread, "", "source NAT cannot be read: %v", err)
-	}
+	more, _, _ := d.firewall.sourceNAT(d.cfg.Config, d.network) // the first reconcile tries again
 	d.ruleWarnings, d.hidden = slices.Concat(d.ruleWarnings, more), d.firewall.hidden
 	d.firewall.ports, d.portWarnings, err = d.firewall.choosePorts(d.cfg.Config, d.network, d.served, false, d.forwarded.Covers)
 	if err != nil {

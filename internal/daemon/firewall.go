@@ -38,6 +38,8 @@ type firewall struct {
 	decisions   map[netip.Prefix]decision // never changed, but replaced
 	mappedLinks []string                  // outside links, and those that were: they keep their mappings
 	choosers    []userrules.SourceNAT     // rules of the user's that choose outside ports
+	sources     []userrules.SourceNAT     // all that translate sources, where there are choosers
+	old         oldPorts                  // that mappings may have, which they should not
 	behind      map[[2]uint64]bool        // rivals that come after our chain, by their handles; nil if nobody knows
 	overtaken   bool                      // a rival translates all that has mappings
 	byMark      bool                      // routes may depend on marks

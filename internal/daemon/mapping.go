@@ -66,9 +66,13 @@ type mapper struct {
 	served func(cone.Endpoint) bool
 	barred []uint16 // outside ports on which a mapping ends, in order
 	exempt []netip.Prefix
+	// outdated reports whether its host may have the port of a mapping no more.
+	outdated func(elements.Mapping) bool
+	ending   map[ends]struct{} // those of them that stand
+	ended    []cone.Flow       // on such ports
 
 	known map[ends]string                       // mappings that stand, and their links
-	bad   []elements.Mapping                    // that stand on a port that the gateway serves now
+	bad   []elements.Mapping                    // that stand on a port that the gateway serves now, or that is outdated
 	twins []elements.Mapping                    // whose outside endpoint another mapping has too
 	live  map[elements.Mapping]struct{}         // that stand, with a living flow
 	older map[elements.Mapping][]elements.Taken // of flows that are older than the rules; what they take if it cannot stand
@@ -97,18 +101,23 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 		inside: func(a cone.Addr) bool {
 			return slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { return p.Contains(a.Netip()) })
 		},
-		served: served.Serves, barred: f.ports.barred, exempt: c.Exempt,
-		known: make(map[ends]string),
-		live:  make(map[elements.Mapping]struct{}),
-		older: make(map[elements.Mapping][]elements.Taken),
-		taken: make(map[elements.Taken]struct{}),
-		ids:   make(map[elements.Mapping][]uint32),
+		served: served.Serves, barred: f.ports.barred, exempt: c.Exempt, outdated: f.outdated(cfg),
+		known:  make(map[ends]string),
+		ending: make(map[ends]struct{}),
+		live:   make(map[elements.Mapping]struct{}),
+		older:  make(map[elements.Mapping][]elements.Taken),
+		taken:  make(map[elements.Taken]struct{}),
+		ids:    make(map[elements.Mapping][]uint32),
 
 		insides: make(map[elements.Mapping]int),
 	}
 	owners := make(map[cone.Endpoint]elements.Mapping)
 	return m, m.kernel.List(func(x elements.Mapping, _ time.Duration) {
-		if m.bars(x.Ext.Port) {
+		outdated := m.outdated(x)
+		if outdated {
+			m.ending[ends{x.Int, x.Ext}] = struct{}{}
+		}
+		if outdated || m.bars(x.Ext.Port) {
 			m.bad = append(m.bad, x)
 			return
 		}
@@ -162,6 +171,10 @@ func (m *mapper) see(f *cone.Flow) {
 		m.applied.flows++
 		return
 	}
+	if _, outdated := m.ending[ends{f.Src, f.ReplyDst}]; outdated {
+		m.ended = append(m.ended, *f)
+		return
+	}
 	out := elements.Taken{Remote: f.ReplySrc, Port: f.ReplyDst.Port}
 	switch {
 	case f.Status.Has(cone.StatusDstNAT):
@@ -177,6 +190,14 @@ func (m *mapper) see(f *cone.Flow) {
 		}
 		// It is older than the rules.
 		x := elements.Mapping{Link: link, Int: f.Src, Ext: f.ReplyDst}
+		if m.outdated(x) {
+			if m.leavesBy(f, link) {
+				m.ended = append(m.ended, *f)
+			} else {
+				m.taken[out] = struct{}{}
+			}
+			return
+		}
 		if len(m.older[x]) == 0 {
 			m.insides[inside(x)]++
 		}

@@ -176,6 +176,7 @@ func (d *Daemon) change(cfg config.Config) error {
 		if !hasExpect || !wantsExpect(cfg) {
 			d.missing = o.missing
 		}
+		d.firewall.old.leavePools(d.cfg.Config, old.pools, cfg)
 		d.cfg.Config, d.portWarnings, d.decisions = cfg, warnings, d.firewall.decisions
 		d.backends.configure(cfg)
 		d.model.SetPolicy(d.now(), d.policy(cfg))

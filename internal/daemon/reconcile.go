@@ -253,6 +253,7 @@ func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error 
 	if changed {
 		_, failed := d.firewall.set(cfg, network.OutsideLinks())
 		err = errors.Join(err, failed)
+		d.wantReconcile()
 	}
 	d.ask(func() {
 		d.ruleWarnings, d.hidden, d.overtaken = warnings, d.firewall.hidden, d.firewall.overtaken
@@ -323,7 +324,7 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	}
 	d.ask(func() { d.model.EndSnapshot(d.now()) })
 	if m != nil {
-		err = m.keep()
+		err = d.keep(m, q)
 		d.ask(func() {
 			m.applied.settle(&m.before, d.tables.Mapping)
 			d.applied = m.applied

@@ -23,6 +23,8 @@ type SourceNAT struct {
 	// ChoosesPort says that it names the ports among which the kernel chooses, or may do so,
 	// and Random that it chooses at random.
 	ChoosesPort, Random bool
+	// Ports are those that it names; none where they are not known.
+	Ports []PortRange
 	// Links are those by which the packets leave, a pattern with an asterisk at its end;
 	// nil stands for any. Sources are those of the packets; nil stands for any.
 	Links   []string
@@ -87,15 +89,16 @@ func (rs *Ruleset) FixedSources() (addrs []AddrRange, unknown bool) {
 			}
 		})
 	}
-	return addrs, unknown || rs.hides(legacy4, natTable)
+	return addrs, unknown || rs.SourcesMayBeHidden()
 }
 
 // PortChoosers returns those rules that choose a port when they translate the source of UDP
 // packets over IPv4, where others keep it if they can: those of a block, or of a map
 // (RFC 7422, MAP-E), and at random. A flow must not leave by another port. A rule for some
 // packets that chooses at random among all ports is none (that of Kubernetes, for marked
-// ones, or one for DNS): any port is one that it gives. What is not understood is among them, and a table of iptables-legacy that cannot be read, but not one
-// that only root may know of. An error says that a table of nftables could not be read.
+// ones, or one for DNS): any port is one that it gives. What is not understood is among
+// them, and a table of iptables-legacy that cannot be read, but not one that only root may
+// know of (SourcesMayBeHidden). An error says that a table of nftables could not be read.
 func (rs *Ruleset) PortChoosers() (rules []SourceNAT, err error) {
 	for _, t := range rs.sourceTables() {
 		t.each(func(name string, c *chain) {
@@ -106,6 +109,10 @@ func (rs *Ruleset) PortChoosers() (rules []SourceNAT, err error) {
 	}
 	return slices.DeleteFunc(rs.SourceNAT(), func(n SourceNAT) bool { return !n.ChoosesPort && (!n.Random || n.asks) }), err
 }
+
+// SourcesMayBeHidden reports whether there may be source NAT of iptables-legacy that only root
+// may know of.
+func (rs *Ruleset) SourcesMayBeHidden() bool { return rs.hides(legacy4, natTable) }
 
 // sourceTables returns the tables that may translate the sources of IPv4 packets.
 func (rs *Ruleset) sourceTables() (all []*table) {
@@ -154,13 +161,18 @@ func (r *rule) sourceNAT() (n SourceNAT) {
 			loaded[e.Register] = e.Data
 		case *expr.Lookup:
 			delete(loaded, e.DestRegister)
+		case *expr.Numgen:
+			delete(loaded, e.Register)
+		case *expr.Hash:
+			delete(loaded, e.DestRegister)
 		case *expr.NAT:
 			if s.translatesSource() {
 				n.nat(e, loaded)
 			}
 		case *expr.Masq:
 			n.Masquerade = true
-			n.ChoosesPort = n.ChoosesPort || e.ToPorts || e.RegProtoMin != 0
+			n.ChoosesPort = n.ChoosesPort || e.ToPorts
+			n.chooses(e.RegProtoMin, e.RegProtoMax, loaded)
 			n.Random = n.Random || e.Random || e.FullyRandom
 		case *expr.Target: // of iptables
 			if s.translatesSource() {
@@ -174,7 +186,7 @@ func (r *rule) sourceNAT() (n SourceNAT) {
 // nat takes in a statement that translates to an address, from constants that registers
 // have.
 func (n *SourceNAT) nat(e *expr.NAT, loaded map[uint32][]byte) {
-	n.ChoosesPort = n.ChoosesPort || e.RegProtoMin != 0
+	n.chooses(e.RegProtoMin, e.RegProtoMax, loaded)
 	n.Random = n.Random || e.Random || e.FullyRandom
 	if e.RegAddrMin == 0 {
 		return
@@ -204,7 +216,9 @@ func (n *SourceNAT) target(e *expr.Target) {
 		return
 	}
 	for _, r := range *ranges {
-		n.ChoosesPort = n.ChoosesPort || named && r.Flags&rangePorts != 0
+		if named && r.Flags&rangePorts != 0 {
+			n.ChoosesPort, n.Ports = true, append(n.Ports, PortRange{r.MinPort, r.MaxPort})
+		}
 		n.Random = n.Random || r.Flags&rangeRandom != 0
 		first, _ := netip.AddrFromSlice(r.MinIP)
 		last, _ := netip.AddrFromSlice(r.MaxIP)

@@ -1,0 +1,52 @@
+package userrules
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"slices"
+)
+
+// chooses takes in that a statement names the ports of a range by registers, first and
+// last; last may be none.
+func (n *SourceNAT) chooses(first, last uint32, loaded map[uint32][]byte) {
+	if first == 0 {
+		return
+	}
+	if last == 0 {
+		last = first
+	}
+	n.ChoosesPort = true
+	if a, b := loaded[first], loaded[last]; len(a) == 2 && len(b) == 2 {
+		n.Ports = append(n.Ports, PortRange{binary.BigEndian.Uint16(a), binary.BigEndian.Uint16(b)})
+	}
+}
+
+// MayGive reports whether rules, as SourceNAT returns them, may give a host an outside port
+// on a link. sure says that they tell: no rule that may translate the host's packets has
+// ports that are not known, and none before the one that gives the port may translate them all.
+func MayGive(rules []SourceNAT, link string, host netip.Addr, port uint16) (may, sure bool) {
+	asked, unknown := false, false
+	// Chains of which no later rule translates the host's packets, and of which none may do so.
+	var done, perhaps []string
+	for i := range rules {
+		n := &rules[i]
+		if slices.Contains(done, n.Chain) || !n.LeavesBy(link) || n.Sources != nil && !coversAddr(n.Sources, host) {
+			continue
+		}
+		asked = true
+		switch {
+		case !n.ChoosesPort, slices.ContainsFunc(n.Ports, func(r PortRange) bool { return r.First <= port && port <= r.Last }):
+			return true, !slices.Contains(perhaps, n.Chain)
+		case len(n.Ports) == 0:
+			unknown = true
+		}
+		switch {
+		case n.Unknown, n.asks:
+		case n.Partial:
+			perhaps = append(perhaps, n.Chain)
+		default:
+			done = append(done, n.Chain)
+		}
+	}
+	return !asked || unknown, !unknown
+}

@@ -1,0 +1,50 @@
+package userrules
+
+import (
+	"net/netip"
+	"testing"
+)
+
+// Fails when a port that some rule may give is denied, for then its flows end: that of a
+// rule for others of the host's packets, in another chain, or with ports that are not known.
+func TestPortsThatRulesMayGive(t *testing.T) {
+	host, other := netip.MustParseAddr("10.47.11.109"), netip.MustParseAddr("10.47.11.110")
+	only := func(a netip.Addr) []AddrRange { return []AddrRange{{a, a}} }
+	low, high := []PortRange{{1024, 2023}}, []PortRange{{2024, 3023}}
+	plain := SourceNAT{Chain: "c"}
+	block := SourceNAT{Chain: "c", ChoosesPort: true, Ports: low}
+	change := func(n SourceNAT, f func(*SourceNAT)) SourceNAT { f(&n); return n }
+	partial := change(block, func(n *SourceNAT) { n.Partial, n.asks = true, true })
+	some := change(block, func(n *SourceNAT) { n.Partial = true })
+	unknown := change(block, func(n *SourceNAT) { n.Ports = nil })
+	for name, tt := range map[string]struct {
+		rules     []SourceNAT
+		port      uint16
+		may, sure bool
+	}{
+		"no rule":                        {nil, 3074, true, true},
+		"any port":                       {[]SourceNAT{plain}, 3074, true, true},
+		"at random":                      {[]SourceNAT{change(plain, func(n *SourceNAT) { n.Random = true })}, 3074, true, true},
+		"the first of a block":           {[]SourceNAT{block}, 1024, true, true},
+		"the last":                       {[]SourceNAT{block}, 2023, true, true},
+		"beyond it":                      {[]SourceNAT{block}, 2024, false, true},
+		"unknown ports":                  {[]SourceNAT{unknown}, 3074, true, false},
+		"behind it, any":                 {[]SourceNAT{block, plain}, 3074, false, true},
+		"before it, any":                 {[]SourceNAT{plain, block}, 3074, true, true},
+		"behind one for some":            {[]SourceNAT{partial, plain}, 3074, true, true},
+		"a block behind one for some":    {[]SourceNAT{partial, change(block, func(n *SourceNAT) { n.Ports = high })}, 2500, true, true},
+		"neither":                        {[]SourceNAT{partial, change(block, func(n *SourceNAT) { n.Ports = high })}, 3074, false, true},
+		"in another chain, any":          {[]SourceNAT{block, change(plain, func(n *SourceNAT) { n.Chain = "d" })}, 3074, true, true},
+		"behind one for perhaps all":     {[]SourceNAT{some, plain}, 3074, true, false},
+		"of one for perhaps all":         {[]SourceNAT{some, plain}, 1024, true, true},
+		"by another link":                {[]SourceNAT{change(plain, func(n *SourceNAT) { n.Links = []string{"ppp*"} }), block}, 3074, false, true},
+		"a block for another host":       {[]SourceNAT{change(block, func(n *SourceNAT) { n.Sources = only(other) }), plain}, 3074, true, true},
+		"a block for it, any for others": {[]SourceNAT{change(block, func(n *SourceNAT) { n.Sources = only(host) }), plain}, 3074, false, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if may, sure := MayGive(tt.rules, "wan0", host, tt.port); may != tt.may || sure != tt.sure {
+				t.Errorf("may %v, sure %v", may, sure)
+			}
+		})
+	}
+}
