@@ -400,3 +400,26 @@ func TestNFTMappingsLeaveAPoolThatChanges(t *testing.T) {
 	}
 	s.Arrives(one, s.PeerSocket(lab.PeerB, 5070), ext)
 }
+
+// Rules that only root may read may choose ports: that is told where there may be some. Fails
+// where nobody learns that the pool may go beyond them.
+func TestRulesThatOnlyRootMayReadMayChoosePorts(t *testing.T) {
+	const told = `set port_pool = "none"`
+	for name, tc := range map[string]struct{ asRoot, mapped bool }{"as root": {true, true}, "as another user": {false, true}, "without mapping": {false, false}} {
+		t.Run(name, func(t *testing.T) {
+			s := newScene(t, lab.Options{})
+			s.Must(s.IPTables(lab.IPTablesLegacy, "*nat\nCOMMIT\n"))
+			if !tc.asRoot {
+				s.Exe = s.unprivileged()
+			}
+			flags := []string{stage.Auto[0]}
+			if tc.mapped {
+				flags = append(flags, mapped)
+			}
+			s.Serve(flags...)
+			if got := s.warns(told); got != (tc.mapped && !tc.asRoot) {
+				t.Errorf("warnings %q", s.Status().Warnings)
+			}
+		})
+	}
+}

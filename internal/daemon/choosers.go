@@ -45,6 +45,10 @@ func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out wa
 	if hidden { // any port may be one that they give
 		f.sources = append(f.sources, userrules.SourceNAT{ChoosesPort: true, Unknown: true})
 	}
+	if hidden && pool != "" {
+		out.add(warnSourceNATHidden, "", "only root may read the rules of iptables-legacy: if one of them chooses outside ports "+
+			`(--to-ports, --to-source with ports), set port_pool = "none", so that hosts keep to it`)
+	}
 	for i := range choosers {
 		hosts := hostsOf(chosenPorts(choosers[i:i+1], mappingConfig(cfg, f.ports).Subnets, network.OutsideLinks()))
 		if len(hosts) > 0 && pool != "" {

@@ -26,6 +26,7 @@ const (
 	warnRivalChain      warningID = "chain_before_mapping"   // about is the chain
 	warnPortsChosen     warningID = "ports_chosen_by_rule"
 	warnSourceNATUnread warningID = "source_nat_unread"
+	warnSourceNATHidden warningID = "source_nat_hidden"
 	warnPoolOverlaps    warningID = "pool_overlaps_local_ports"
 	warnPoolMoved       warningID = "pool_moved"
 	warnPoolServed      warningID = "pool_ports_served"
