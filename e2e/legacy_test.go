@@ -16,7 +16,13 @@ import (
 // iptables runs iptables-legacy with these words in the gateway.
 func (s *scene) iptables(words string) {
 	s.T.Helper()
-	_, err := s.Gateway.Output(lab.IPTablesLegacy, strings.Fields(words)...)
+	s.iptablesOf(lab.IPTablesLegacy, words)
+}
+
+// iptablesOf runs a variant of iptables with these words in the gateway.
+func (s *scene) iptablesOf(variant, words string) {
+	s.T.Helper()
+	_, err := s.Gateway.Output(variant, strings.Fields(words)...)
 	s.Must(err)
 }
 

@@ -54,10 +54,11 @@ func (m *Model) lost(now time.Duration, p *Permission) bool {
 	return lost && now < until && !p.Routed()
 }
 
-// SetForwards tells which outside endpoints rules of the user's forward. f may be nil.
-// Permissions on such endpoints have no expectation any more. If whole is false there may
-// be other forwards, and flows are believed that show one.
-func (m *Model) SetForwards(now time.Duration, f func(Endpoint) bool, whole bool) {
+// SetForwards tells what rules of the user's forward. f reports whether one may lead a
+// peer of a permission elsewhere than the permission does; it may be nil. Such permissions
+// have no expectation any more, and others may have one. If whole is false there may be
+// other forwards, and flows are believed that show one.
+func (m *Model) SetForwards(now time.Duration, f func(Permission) bool, whole bool) {
 	m.BeginForwards(f, whole)
 	for at := 0; at >= 0; {
 		at = m.ReviewForwards(now, at, len(m.claims))
@@ -66,7 +67,10 @@ func (m *Model) SetForwards(now time.Duration, f func(Endpoint) bool, whole bool
 
 // BeginForwards is SetForwards for what is decided from now on. What stands already
 // is for ReviewForwards.
-func (m *Model) BeginForwards(f func(Endpoint) bool, whole bool) { m.ruled, m.unread = f, !whole }
+func (m *Model) BeginForwards(f func(Permission) bool, whole bool) {
+	m.ruled, m.unread = f, !whole
+	m.explainShown()
+}
 
 // ReviewForwards places the next n claims from at on anew, for what is forwarded now,
 // and returns where to go on, or -1 at the end. It begins with 0.
@@ -74,6 +78,7 @@ func (m *Model) ReviewForwards(now time.Duration, at, n int) int {
 	end := min(at+n, len(m.claims))
 	for i := at; i < end; i++ {
 		m.reconsider(now, int32(i))
+		m.retryForwarded(now, int32(i))
 	}
 	if end >= len(m.claims) {
 		return -1

@@ -127,7 +127,7 @@ func (m *Model) FlowSeen(now time.Duration, f *Flow) {
 		m.seeChild(now, f, p)
 	case roleDNAT:
 		if m.unread {
-			m.showForward(now, p.extKey())
+			m.showForward(now, f, p.extKey())
 		}
 	case roleEarly:
 		m.seeEarly(f, p)
@@ -242,7 +242,7 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 			if i != none || m.owner(p.Key) != none || m.snap.showing {
 				m.orphan(f, p)
 			}
-		case i != none && !m.forwarded(now, p.extKey()):
+		case i != none && !m.leads(p.extKey(), f.Src.Addr) && !(m.unread && m.shown.has(now, p.extKey())):
 			m.orphan(f, p)
 		}
 		return

@@ -9,46 +9,98 @@ const forwardMemory = 5 * time.Minute
 // maxForwarded bounds the memory that a forward of all ports can cost.
 const maxForwarded = 1 << 16
 
-// shown are the outside endpoints whose forwards flows showed, and when they did last. If
-// there are too many, the older half is forgotten.
+// shown are the outside endpoints whose forwards flows showed, and the flows that did so
+// last. Those of which a rule told are no evidence of another one, and still none when
+// that rule is gone. If there are too many, the older half is forgotten.
 type shown struct {
-	recent, older map[extKey]time.Duration
+	flows recent[extKey, shownBy]
+	ruled recent[uint32, struct{}] // identifiers of the flows of which a rule told
+}
+
+// shownBy is the flow that showed a forward last.
+type shownBy struct {
+	at   time.Duration
+	peer Addr
+	id   uint32
 }
 
 func newShown() shown {
-	return shown{recent: make(map[extKey]time.Duration), older: make(map[extKey]time.Duration)}
-}
-
-func (s *shown) add(now time.Duration, e extKey) {
-	if _, known := s.recent[e]; !known && len(s.recent) >= maxForwarded/2 {
-		s.recent, s.older = s.older, s.recent
-		clear(s.recent)
-	}
-	s.recent[e] = now
+	return shown{newRecent[extKey, shownBy](), newRecent[uint32, struct{}]()}
 }
 
 func (s *shown) has(now time.Duration, e extKey) bool {
-	seen, ok := s.recent[e]
-	if !ok {
-		seen, ok = s.older[e]
-	}
-	return ok && now-seen < forwardMemory
+	by, ok := s.flows.get(e)
+	return ok && now-by.at < forwardMemory
 }
 
-// showForward notes that a flow to e, which is none of ours, was DNATed, and takes the
-// expectations away that this bars.
-func (m *Model) showForward(now time.Duration, e extKey) {
+// A recent holds what was put into it last.
+type recent[K comparable, V any] struct{ newer, older map[K]V }
+
+func newRecent[K comparable, V any]() recent[K, V] {
+	return recent[K, V]{make(map[K]V), make(map[K]V)}
+}
+
+func (r *recent[K, V]) put(k K, v V) {
+	if _, known := r.newer[k]; !known && len(r.newer) >= maxForwarded/2 {
+		r.newer, r.older = r.older, r.newer
+		clear(r.newer)
+	}
+	r.newer[k] = v
+}
+
+func (r *recent[K, V]) get(k K) (v V, ok bool) {
+	if v, ok = r.newer[k]; !ok {
+		v, ok = r.older[k]
+	}
+	return v, ok
+}
+
+// showForward takes in f, a flow to e that is none of ours and was DNATed. If no rule
+// tells of it, it takes the expectations away that this bars.
+func (m *Model) showForward(now time.Duration, f *Flow, e extKey) {
+	if m.leads(e, f.Src.Addr) {
+		m.shown.ruled.put(f.ID, struct{}{})
+		return
+	}
+	if _, told := m.shown.ruled.get(f.ID); told {
+		return
+	}
 	known := m.shown.has(now, e)
-	m.shown.add(now, e)
+	m.shown.flows.put(e, shownBy{now, f.Src.Addr, f.ID})
 	if !known {
 		m.withdrawForwarded(now, e)
 	}
 }
 
-// forwarded reports whether a forward of the user's covers an outside endpoint, by his
-// rules or by what flows show.
-func (m *Model) forwarded(now time.Duration, e extKey) bool {
-	return m.ruled != nil && m.ruled(e.ext) || m.unread && m.shown.has(now, e)
+// explainShown forgets what flows showed of forwards of which rules tell now.
+func (m *Model) explainShown() {
+	for _, some := range []map[extKey]shownBy{m.shown.flows.newer, m.shown.flows.older} {
+		for e, by := range some {
+			if m.leads(e, by.peer) {
+				delete(some, e)
+				m.shown.ruled.put(by.id, struct{}{})
+			}
+		}
+	}
+}
+
+// leads reports whether the user's rules forward what a peer sends to e, wherever to.
+func (m *Model) leads(e extKey, peer Addr) bool {
+	return m.ruled != nil && m.ruled(Permission{Key: Key{Ext: e.ext, Peer: peer, Zone: e.zone}})
+}
+
+// forwarded reports whether a forward of the user's may lead peers of p elsewhere than p
+// does, by his rules or by what flows show.
+func (m *Model) forwarded(now time.Duration, p *Permission) bool {
+	return m.ruled != nil && m.ruled(*p) || m.unread && m.shown.has(now, p.extKey())
+}
+
+// retryForwarded lets claim i stand, if it was refused for a forward that is gone.
+func (m *Model) retryForwarded(now time.Duration, i int32) {
+	c := &m.claims[i]
+	if c.state == StateRefused && c.reason == ReasonForwarded && m.owner(c.Key) == i && !m.forwarded(now, &c.Permission) {
+		m.grant(now, i)
+	}
 }
 
 // freshTime is how long after a forward was noticed a child may still be told of

@@ -89,10 +89,10 @@ type Model struct {
 	hosts     map[Addr]scope
 	subnets   []scope // by index in the policy
 	room      Room
-	bounded   bool                // by room
-	expected  [busy + 1]scope     // the claims that stand so, the first to do so first
-	ruled     func(Endpoint) bool // outside endpoints that rules forward; may be nil
-	connected map[Key]struct{}    // of sockets of the gateway
+	bounded   bool                  // by room
+	expected  [busy + 1]scope       // the claims that stand so, the first to do so first
+	ruled     func(Permission) bool // peers of it may be led elsewhere by rules; may be nil
+	connected map[Key]struct{}      // of sockets of the gateway
 	wheel     wheel
 	snap      snapshot
 	unplaced  bool // the last snapshot, or a flow since, showed one that gave nothing for the topology

@@ -52,7 +52,7 @@ func (m *Model) place(now time.Duration, c *claim) Placement {
 	var can Carriers
 	why := ReasonNone
 	switch {
-	case m.forwarded(now, c.extKey()):
+	case m.forwarded(now, &c.Permission):
 		why = ReasonForwarded // an expectation comes before the user's rule; a map does not
 	case !m.policy.Expected || c.Wild > 0 && !c.Routed():
 		why = ReasonNoBackend

@@ -249,7 +249,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	d.network = d.network.Lean()
 	d.model.SetTopology(0, d.topology)
 	d.model.SetWay(d.network.Way())
-	d.model.SetForwards(0, d.forwarded.Covers, d.whole)
+	d.model.SetForwards(0, d.forwarded.Bars, d.whole)
 	d.model.Revoked(d.denied)
 	if d.backends.expect != nil {
 		d.setRoom(d.space)

@@ -267,7 +267,7 @@ func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error 
 		return err
 	}
 	d.forwarded, d.whole = covered, whole
-	d.ask(func() { d.model.BeginForwards(covered.Covers, whole) })
+	d.ask(func() { d.model.BeginForwards(covered.Bars, whole) })
 	for at := 0; at >= 0; {
 		if !d.ask(func() { at = d.model.ReviewForwards(d.now(), at, flowsAtOnce) }) {
 			return errEnded

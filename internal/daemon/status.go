@@ -209,7 +209,7 @@ func (d *Daemon) permission(v *cone.View, hidden *userrules.Covered) control.Per
 	}
 	switch {
 	case v.State != cone.StateStanding:
-	case v.By == cone.ByMap && hidden.Covers(v.Ext):
+	case v.By == cone.ByMap && hidden.Bars(v.Permission):
 		p.State, p.Reason = cone.StateRefused.String(), cone.ReasonForwarded.String()
 	default:
 		p.Since, p.Expires = d.wall(v.Since), d.wall(v.Expires)

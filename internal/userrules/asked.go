@@ -10,8 +10,8 @@ import (
 
 // asked returns the lookups of a rule, as far as UDP packets get to them, each with what
 // the elements of the set matter for. They do where something may be known of the key: a
-// set of the addresses of peers, say, may be long, and its elements tell nothing. describe
-// returns a set without its elements.
+// set of the addresses of peers, say, may be long, and its elements tell no more than whom
+// a forward is for. describe returns a set without its elements.
 func asked(r *rule, family byte, describe func(name string) *set) (all []lookup) {
 	looksUp := func(s statement) bool { _, is := s.expr.(*expr.Lookup); return is }
 	if !slices.ContainsFunc(r.statements, looksUp) {
@@ -58,6 +58,7 @@ func askedBy(e *expr.Lookup, s *set, packets []*knownPacket) lookup {
 		if slices.ContainsFunc(fields, field.isAsked) || !s.named && slices.ContainsFunc(fields, field.isSource) {
 			l.asks |= forDestinations
 		}
+		l.sources = l.sources || s.fixed() && slices.ContainsFunc(fields, field.isSource)
 		if slices.ContainsFunc(p.regs.get(e.SourceRegister, s.size), func(c cell) bool { return c.known != 0 }) {
 			l.asks |= p.why
 		}

@@ -22,14 +22,14 @@ type Covered struct {
 
 type coveredRange struct {
 	AddrRange
-	ports []PortRange // sorted and disjoint
+	ports []coveredPorts // sorted and disjoint
 }
 
 var everyPort = []PortRange{{0, 0xffff}}
 
 // Cover returns what the forwards cover.
 func Cover(forwards []Forward) *Covered {
-	ports := map[AddrRange][]PortRange{}
+	takers, ports := map[string]*taker{}, map[AddrRange][]takenPorts{}
 	for _, f := range forwards {
 		p := f.Ports
 		if f.All {
@@ -39,13 +39,16 @@ func Cover(forwards []Forward) *Covered {
 		if addrs == nil {
 			addrs = everyAddr
 		}
+		by := takerOf(f, takers)
 		for _, a := range addrs {
-			ports[a] = append(ports[a], p...)
+			for _, r := range p {
+				ports[a] = append(ports[a], takenPorts{r, by})
+			}
 		}
 	}
 	c := &Covered{}
 	for a, p := range ports {
-		c.ranges = append(c.ranges, coveredRange{a, merge(p)})
+		c.ranges = append(c.ranges, coveredRange{a, divide(p)})
 	}
 	slices.SortFunc(c.ranges, func(a, b coveredRange) int {
 		return cmp.Or(a.First.Compare(b.First), a.Last.Compare(b.Last))
@@ -83,7 +86,11 @@ func (c *Covered) Ranges() iter.Seq2[AddrRange, PortRange] {
 			return
 		}
 		for _, r := range c.ranges {
+			var ports []PortRange
 			for _, p := range r.ports {
+				ports = append(ports, p.PortRange)
+			}
+			for _, p := range merge(ports) {
 				if !yield(r.AddrRange, p) {
 					return
 				}
@@ -94,10 +101,18 @@ func (c *Covered) Ranges() iter.Seq2[AddrRange, PortRange] {
 
 // Covers reports whether one of the forwards covers e.
 func (c *Covered) Covers(e cone.Endpoint) bool {
-	return c != nil && c.covers(0, len(c.ranges), e.Addr.Netip(), e.Port)
+	return c != nil && c.takes(0, len(c.ranges), e.Addr.Netip(), e.Port, nil)
 }
 
-func (c *Covered) covers(low, high int, a netip.Addr, port uint16) bool {
+// Bars reports whether one of the forwards may lead a packet of a peer of p elsewhere than
+// p does.
+func (c *Covered) Bars(p cone.Permission) bool {
+	return c != nil && c.takes(0, len(c.ranges), p.Ext.Addr.Netip(), p.Ext.Port, &p)
+}
+
+// takes reports whether a forward of a part of the tree takes packets to an endpoint: those
+// that are for p, or any if that is nil.
+func (c *Covered) takes(low, high int, a netip.Addr, port uint16, p *cone.Permission) bool {
 	for low < high {
 		mid := (low + high) / 2
 		if c.last[mid].Compare(a) < 0 {
@@ -108,26 +123,12 @@ func (c *Covered) covers(low, high int, a netip.Addr, port uint16) bool {
 			high = mid
 			continue
 		}
-		if a.Compare(r.Last) <= 0 && hasPort(r.ports, port) || c.covers(low, mid, a, port) {
+		if a.Compare(r.Last) <= 0 && take(r.ports, port, p) || c.takes(low, mid, a, port, p) {
 			return true
 		}
 		low = mid + 1
 	}
 	return false
-}
-
-// hasPort reports whether a port is in sorted, disjoint ranges.
-func hasPort(ranges []PortRange, port uint16) bool {
-	_, found := slices.BinarySearchFunc(ranges, port, func(r PortRange, port uint16) int {
-		switch {
-		case r.Last < port:
-			return -1
-		case r.First > port:
-			return 1
-		}
-		return 0
-	})
-	return found
 }
 
 // Equal reports whether both cover the same by the same ranges.
@@ -136,7 +137,7 @@ func (c *Covered) Equal(d *Covered) bool {
 		return c == d
 	}
 	return slices.EqualFunc(c.ranges, d.ranges, func(a, b coveredRange) bool {
-		return a.AddrRange == b.AddrRange && slices.Equal(a.ports, b.ports)
+		return a.AddrRange == b.AddrRange && slices.EqualFunc(a.ports, b.ports, coveredPorts.equal)
 	})
 }
 

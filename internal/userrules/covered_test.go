@@ -40,6 +40,13 @@ func TestCoveredIsWhatAnyForwardCovers(t *testing.T) {
 					f.Addrs = append(f.Addrs, userrules.AddrRange{First: a, Last: b})
 				}
 			}
+			if r.IntN(2) == 0 {
+				a := addr()
+				f.Sources = []userrules.AddrRange{{First: a, Last: a}}
+			}
+			if r.IntN(2) == 0 {
+				f.To = netip.AddrPortFrom(addr(), port()%3)
+			}
 			all = append(all, f)
 		}
 		covered := userrules.Cover(all)
@@ -48,6 +55,15 @@ func TestCoveredIsWhatAnyForwardCovers(t *testing.T) {
 			want := slices.ContainsFunc(all, func(f userrules.Forward) bool { return f.Covers(e) })
 			if got := covered.Covers(e); got != want {
 				t.Fatalf("%v covered: %v, want %v, by %+v", e, got, want, all)
+			}
+			p := cone.Permission{Key: cone.Key{Ext: e, Peer: cone.AddrFrom(addr())}, Int: cone.EndpointFrom(netip.AddrPortFrom(addr(), e.Port%3))}
+			if r.IntN(4) == 0 {
+				p.Wild = 3
+				p.Peer = p.Peer.WithoutLow(p.Wild)
+			}
+			want = slices.ContainsFunc(all, func(f userrules.Forward) bool { return f.Covers(e) && bars(f, p) })
+			if got := covered.Bars(p); got != want {
+				t.Fatalf("%v barred: %v, want %v, by %+v", p, got, want, all)
 			}
 		}
 		shuffled := slices.Clone(all)
@@ -64,6 +80,32 @@ func TestCoveredIsWhatAnyForwardCovers(t *testing.T) {
 	var none *userrules.Covered
 	if none.Covers(cone.EndpointFrom(netip.AddrPortFrom(addr(), 5060))) || !none.Equal(nil) {
 		t.Error("nothing covers something")
+	}
+}
+
+// bars asks peer by peer.
+func bars(f userrules.Forward, p cone.Permission) bool {
+	to := f.To
+	if to.Port() == 0 {
+		to = netip.AddrPortFrom(to.Addr(), p.Ext.Port)
+	}
+	if to == p.Int.Netip() {
+		return false
+	}
+	return f.Sources == nil || p.Peers().Contains(f.Sources[0].First)
+}
+
+// Fails when more takers of a port than are told apart are forgotten.
+func TestManyTakersOfAPortBarAll(t *testing.T) {
+	at := func(n int) cone.Addr { return cone.AddrFrom4([4]byte{203, 0, 113, byte(n)}) }
+	p := cone.Permission{Key: cone.Key{Ext: cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.1:5060")), Peer: at(200)}}
+	var all []userrules.Forward
+	for i := range 100 {
+		a := at(i).Netip()
+		all = append(all, userrules.Forward{All: true, Sources: []userrules.AddrRange{{First: a, Last: a}}})
+		if got, want := userrules.Cover(all).Bars(p), i >= 64; got != want {
+			t.Fatalf("%d forwards for others bar: %v, want %v", i+1, got, want)
+		}
 	}
 }
 

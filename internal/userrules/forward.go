@@ -19,8 +19,11 @@ type Forward struct {
 	// Addrs are the destination addresses; nil stands for any.
 	Addrs []AddrRange
 	// Sources are those of the packets, where that is known; nil stands for any. A named
-	// set of sources is not read: it may be long.
+	// set of sources is read if it is one of intervals that is not long.
 	Sources []AddrRange
+	// To is where the rule leads the packets, if that is one endpoint; the zero value says
+	// that it is not known. Port 0 stands for the port that the packet had.
+	To netip.AddrPort
 	// Unknown says that the rule has a condition on the port that was not
 	// understood. Ports, or All, then say what it forwards at most.
 	Unknown bool

@@ -181,6 +181,9 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 		case *expr.Lookup:
 			set := w.set(e.SetName)
 			fields := regs.take(e.SourceRegister, set.size)
+			if !set.fixed() {
+				fields = withoutSources(fields)
+			}
 			if e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT {
 				w.branch(r, conds, e.SetName, fields, depth)
 				continue // what is not in the map goes on
@@ -202,6 +205,18 @@ func (w *walker) set(name string) *set {
 		return s
 	}
 	return &set{size: 64, failed: unix.ENOENT}
+}
+
+// withoutSources returns fields with nothing known of sources: packets may add others to
+// the set at any time.
+func withoutSources(fields []field) []field {
+	fields = slices.Clone(fields)
+	for i := range fields {
+		if fields[i].isSource() {
+			fields[i].kind = other
+		}
+	}
+	return fields
 }
 
 // branch follows packets through a map of verdicts.
@@ -228,7 +243,9 @@ func (w *walker) forward(r *rule, conds []condition) {
 	}
 	for _, c := range conds {
 		c.partial = c.partial || w.exempts
-		w.add(c.forward(text))
+		f := c.forward(text)
+		f.To = r.leadsTo()
+		w.add(f)
 	}
 }
 

@@ -109,6 +109,8 @@ func (w *reading) follow(name string, why purposes) {
 		s := w.set(l.set, false)
 		if asks := l.asks & why; asks&forDestinations != 0 || asks != 0 && !s.changing {
 			s = w.load(l.set)
+		} else if l.sources && why&forDestinations != 0 {
+			w.loadFew(l.set)
 		}
 		if l.verdicts {
 			for _, e := range s.elements {
@@ -239,11 +241,29 @@ func (w *reading) load(name string) *set {
 	return &with
 }
 
+// mostSources bounds the elements of a set that matters for sources alone. It would be read
+// again at each change of the rules.
+const mostSources = 4096
+
+// loadFew is load, but a set with many elements is left as it was. That it has many holds
+// until a rule that looks it up changes.
+func (w *reading) loadFew(name string) {
+	if w.sets[name].long || w.loaded[name] {
+		return
+	}
+	if s := w.load(name); len(s.elements) > mostSources {
+		long := *s
+		long.elements, long.loaded, long.long = nil, false, true
+		w.sets[name], w.loaded[name] = &long, false
+	}
+}
+
 // A lookup is one in a set or map.
 type lookup struct {
 	set      string
 	verdicts bool
 	asks     purposes // for which its elements matter
+	sources  bool     // they tell whom a forward is for, if they are few
 }
 
 // references returns what rules look up, and where they jump to.

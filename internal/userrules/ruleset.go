@@ -106,9 +106,14 @@ type set struct {
 	changing bool  // packets add elements, or these expire
 	failed   error // why it could not be read
 	loaded   bool  // all elements are there
+	long     bool  // they are not, for they are many
 	elements []element
 	print    uint64 // of the elements
 }
+
+// fixed reports whether packets cannot add elements: the kernel has no interval set that
+// they may, whatever its flags.
+func (s *set) fixed() bool { return !s.changing && (!s.named || s.interval) }
 
 // An element has the keys in its span, and, in a map of verdicts, what becomes of
 // packets with them. The one for all other keys comes last.

@@ -147,9 +147,10 @@ func (s *statement) translatesSource() bool {
 
 // Flags of struct nf_nat_range.
 const (
-	rangeAddrs  = 1 << 0 // NF_NAT_RANGE_MAP_IPS
-	rangePorts  = 1 << 1 // NF_NAT_RANGE_PROTO_SPECIFIED
-	rangeRandom = 1<<2 | 1<<4
+	rangeAddrs      = 1 << 0 // NF_NAT_RANGE_MAP_IPS
+	rangePorts      = 1 << 1 // NF_NAT_RANGE_PROTO_SPECIFIED
+	rangeRandom     = 1<<2 | 1<<4
+	rangePersistent = 1 << 3 // NF_NAT_RANGE_PERSISTENT
 )
 
 // sourceNAT returns what a rule translates sources to, where it does.

@@ -1,0 +1,190 @@
+package e2e
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// A forward bars an expectation only where it may lead a peer of it elsewhere. The next
+// reconcile is too far off to help.
+
+// inChain are rules of a chain of nftables that forwards.
+func inChain(rules string) func(s *scene) error {
+	return func(s *scene) error {
+		return s.NFT(lab.Masquerade + "table ip fw { set provider { type ipv4_addr; flags interval; elements = { 203.0.113.0/24 }; }; " +
+			"chain pre { type nat hook prerouting priority dstnat; " + rules + "; }; }")
+	}
+}
+
+// inPrerouting is a rule of iptables that forwards.
+func inPrerouting(variant, rule string) func(s *scene) error {
+	return func(s *scene) error {
+		return s.IPTables(variant, lab.IPTablesMasquerade+"*nat\n-A PREROUTING -i wan0 -p udp "+rule+"\nCOMMIT\n")
+	}
+}
+
+// The forward is for the peers in 203.0.113.0/24 alone.
+//
+// Fails when the sources of a forward are not read, or not asked for.
+func TestForwardForSomePeersBarsNoOthers(t *testing.T) {
+	const to = " dnat to 10.47.11.110"
+	for name, load := range map[string]func(s *scene) error{
+		"nftables, a prefix":  inChain(`iifname "wan0" ip saddr 203.0.113.0/24 udp dport 5060-5069` + to),
+		"nftables, a range":   inChain(`ip saddr 203.0.113.1-203.0.113.9 udp dport 5060` + to),
+		"nftables, a set":     inChain(`ip saddr { 203.0.113.5, 203.0.113.64/26 } udp dport 5060` + to),
+		"nftables, a name":    inChain(`ip saddr @provider udp dport 5060` + to),
+		"iptables-nft":        inPrerouting(lab.IPTablesNFT, "-s 203.0.113.0/24 --dport 5060 -j DNAT --to-destination 10.47.11.110"),
+		"iptables-legacy":     inPrerouting(lab.IPTablesLegacy, "-s 203.0.113.0/24 --dport 5060 -j DNAT --to-destination 10.47.11.110"),
+		"iptables-legacy, to": inPrerouting(lab.IPTablesLegacy, "-s 203.0.113.0/24 --dport 5060 -j DNAT --to-destination 10.47.11.110:5060"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
+			s.Must(load(s))
+			s.Start(stage.Flags(stage.Expect, "--reconcile=1h")...)
+			phone, server := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
+			other, provider := s.PeerSocket(lab.PeerC, 9), s.PeerSocket(lab.PeerA, 9)
+			ext := s.Contact(phone, other)
+			s.Stands(phone, other, ext)
+			s.Arrives(phone, s.PeerSocket(lab.PeerC, 10), ext)
+			s.Contact(phone, provider)
+			if p := s.Listed(phone, provider, ext, "refused"); p.Reason != "forwarded" {
+				t.Errorf("reason %q", p.Reason)
+			}
+			s.Arrives(server, s.PeerSocket(lab.PeerA, 10), ext)
+			s.Arrives(phone, provider, ext) // its own flow
+		})
+	}
+}
+
+// What the forward asks for beyond ports and sources is not known, but where it leads is.
+//
+// Fails when where a forward leads is not read, or not asked for.
+func TestForwardToTheSameEndpointBarsNobody(t *testing.T) {
+	for name, load := range map[string]func(s *scene) error{
+		"nftables":               inChain(`udp sport 7 udp dport 5060 dnat to 10.47.11.109`),
+		"nftables, another port": inChain(`udp sport 7 udp dport 5000-5100 dnat to 10.47.11.109:5060`),
+		"iptables-nft":           inPrerouting(lab.IPTablesNFT, "--sport 7 --dport 5060 -j DNAT --to-destination 10.47.11.109"),
+		"iptables-legacy":        inPrerouting(lab.IPTablesLegacy, "--sport 7 --dport 5060 -j DNAT --to-destination 10.47.11.109:5060"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
+			s.Must(load(s))
+			s.Start(stage.Flags(stage.Expect, "--reconcile=1h")...)
+			phone, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 9)
+			ext := s.Contact(phone, peer)
+			s.Stands(phone, peer, ext)
+			s.Arrives(phone, s.PeerSocket(lab.PeerA, 10), ext)
+			s.Arrives(phone, s.PeerSocket(lab.PeerA, 7), ext)
+			s.Arrives(phone, s.PeerSocket(lab.PeerC, 7), ext)                            // by the forward
+			s.Lost(phone, s.PeerSocket(lab.PeerC, 10), ext, s.PeerSocket(lab.PeerA, 11)) // a stranger
+			// Another endpoint of the same host is another one.
+			other := s.InsideSocket(0, 5061)
+			s.Must(s.NFT("table ip more { chain pre { type nat hook prerouting priority dstnat; udp dport 5061 dnat to 10.47.11.109:5060; }; }"))
+			ext = s.Contact(other, peer)
+			s.Listed(other, peer, ext, "refused")
+		})
+	}
+}
+
+// The sources of a forward are in a named set, which changes, or gets too long to be read.
+//
+// Fails when the set is not read again, or when what is not read is taken for empty.
+func TestForwardForASetOfPeersFollowsTheSet(t *testing.T) {
+	s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
+	s.Must(inChain("ip saddr @provider udp dport 5060 dnat to 10.47.11.110")(s))
+	s.Start(stage.Flags(stage.Expect, "--reconcile=1h")...)
+	phone, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerC, 9)
+	ext := s.Contact(phone, peer)
+	s.Stands(phone, peer, ext)
+	s.Must(s.NFT("add element ip fw provider { 192.0.2.64/26 }"))
+	s.Listed(phone, peer, ext, "refused")
+	s.Must(s.NFT("delete element ip fw provider { 192.0.2.64/26 }"))
+	s.Stands(phone, peer, ext)
+	var long strings.Builder
+	for i := range 4100 {
+		fmt.Fprintf(&long, "add element ip fw provider { 100.64.%d.%d }\n", i/128, i%128*2)
+	}
+	s.Must(s.NFT(long.String()))
+	s.Listed(phone, peer, ext, "refused")
+}
+
+// A lease of UPnP moves from one console to the other, and ends.
+//
+// Fails when a permission that was refused for a forward waits for its next try.
+func TestPermissionFollowsAForwardThatMoves(t *testing.T) {
+	lease := func(to string) string {
+		return "flush chain ip upnp prerouting; add rule ip upnp prerouting iifname \"wan0\" udp dport 5060 dnat to " + to
+	}
+	steps := []struct {
+		nft, iptables string
+		state         string
+	}{
+		{lease("10.47.11.110:5060"), "-t nat -A PREROUTING -i wan0 -p udp --dport 5060 -j DNAT --to-destination 10.47.11.110:5060", "refused"},
+		{lease("10.47.11.109:5060"), "-t nat -R PREROUTING 1 -i wan0 -p udp --dport 5060 -j DNAT --to-destination 10.47.11.109:5060", "standing"},
+		{lease("10.47.11.110:5060"), "-t nat -R PREROUTING 1 -i wan0 -p udp --dport 5060 -j DNAT --to-destination 10.47.11.110:5060", "refused"},
+		{"flush chain ip upnp prerouting", "-t nat -F PREROUTING", "standing"},
+	}
+	for _, variant := range []string{"nftables", lab.IPTablesNFT, lab.IPTablesLegacy} {
+		t.Run(variant, func(t *testing.T) {
+			s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
+			if variant == "nftables" {
+				s.Must(s.NFT(lab.Masquerade + "table ip upnp { chain prerouting { type nat hook prerouting priority dstnat; }; }"))
+			} else {
+				s.Must(s.IPTables(variant, lab.IPTablesMasquerade))
+			}
+			s.Start(stage.Flags(stage.Expect, "--reconcile=1h")...)
+			phone, server, peer := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 9)
+			ext := s.Contact(phone, peer)
+			s.Stands(phone, peer, ext)
+			for i, step := range steps {
+				if variant == "nftables" {
+					s.Must(s.NFT(step.nft))
+				} else {
+					s.iptablesOf(variant, step.iptables)
+				}
+				s.Listed(phone, peer, ext, step.state)
+				to := phone
+				if step.state == "refused" {
+					to = server
+				}
+				s.Arrives(to, s.PeerSocket(lab.PeerA, uint16(10+i)), ext)
+			}
+		})
+	}
+}
+
+// Another user than root does not know whether there are more rules, so he believes flows.
+// What one of a known rule showed goes with that rule, though the flow lives on.
+//
+// Fails when a flow that a rule explains is taken for one of a rule that nobody knows.
+func TestForwardThatAFlowShowsIsForgottenWithItsRule(t *testing.T) {
+	s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
+	s.Must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade))
+	s.Must(s.NFT(forward))
+	s.Exe = s.unprivileged()
+	s.Start(stage.Flags(stage.Expect, "--reconcile=1h")...)
+	phone, server, peer := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 9)
+	ext := s.Contact(phone, peer)
+	s.Listed(phone, peer, ext, "refused")
+	user := s.PeerSocket(lab.PeerC, 9)
+	s.Arrives(server, user, ext)
+	s.readAgain()
+	s.Must(s.NFT("delete table ip forwards"))
+	s.Stands(phone, peer, ext)
+	s.Arrives(server, user, ext) // it lives on
+	s.readAgain()
+	s.Stands(phone, peer, ext)
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 10), ext)
+}
+
+// readAgain lets the daemon read all flows.
+func (s *scene) readAgain() {
+	s.T.Helper()
+	if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code != 0 {
+		s.T.Fatalf("exit %d, %q", code, out)
+	}
+}

@@ -1,0 +1,64 @@
+package cone
+
+import "testing"
+
+// forwardsPort is a rule that forwards one outside port for everybody to one endpoint.
+func forwardsPort(port uint16, to Endpoint) func(Permission) bool {
+	return func(p Permission) bool { return p.Ext.Port == port && p.Int != to }
+}
+
+// A refused permission need not wait for its next try when the forward goes.
+//
+// Fails when only what stands is placed anew.
+func TestPermissionStandsAtOnceWhenTheForwardGoes(t *testing.T) {
+	const in = "10.47.11.109:5060"
+	d := newDesk(t, nil)
+	d.m.SetForwards(0, forwardsPort(5060, ep("10.47.11.110:5060")), true)
+	f := d.open(1, in, "203.0.113.5:9")
+	d.want()
+	d.m.SetForwards(2, forwardsPort(5060, ep(in)), true)
+	d.carry()
+	d.want(in)
+	d.m.SetForwards(3, forwardsPort(5060, ep("10.47.11.110:5060")), true)
+	d.carry()
+	d.want()
+	d.m.SetForwards(4, nil, true)
+	d.carry()
+	d.want(in)
+	// What else keeps it from standing stays.
+	d.m.Revoke(5, func(Permission) bool { return true })
+	d.m.SetForwards(5, nil, true)
+	d.carry()
+	d.want()
+	d.gone(6, f)
+}
+
+// A rule of which nobody knows may be there, and a flow shows one. That of a rule which is
+// known shows nothing, whether the rule or the flow is read first, and as long as it lives.
+//
+// Fails when the flow is kept as evidence in either order.
+func TestForwardIsForgottenWithTheRuleThatExplainedIt(t *testing.T) {
+	const in, ext, other = "10.47.11.109:5060", "198.51.100.1:5060", "10.47.11.110:5060"
+	rule := forwardsPort(5060, ep(other))
+	for name, ruleFirst := range map[string]bool{"the rule first": true, "the flow first": false} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, nil)
+			if ruleFirst {
+				d.m.SetForwards(0, rule, false)
+			}
+			led, _ := d.dnat(1, "192.0.2.77:9", ext, other, StatusSeenReply)
+			d.m.SetForwards(2, rule, false)
+			f := d.open(3, in, "203.0.113.5:9")
+			d.want()
+			d.m.SetForwards(4, nil, false)
+			d.carry()
+			d.want(in)
+			d.snapshot(5, f, led)
+			d.seen(6, led)
+			d.want(in)
+			// A flow that no rule tells of is evidence still.
+			d.dnat(7, "192.0.2.78:9", ext, other, 0)
+			d.want()
+		})
+	}
+}

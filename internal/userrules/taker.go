@@ -1,0 +1,127 @@
+package userrules
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// A taker is whose packets a forward takes, and where it leads them.
+type taker struct {
+	sources []AddrRange    // nil stands for any
+	to      netip.AddrPort // as Forward.To
+	key     string         // tells it from others
+}
+
+// anyTaker leads packets of everybody to where nobody knows.
+var anyTaker = &taker{}
+
+// takerOf returns the taker that f is, one for all forwards alike.
+func takerOf(f Forward, known map[string]*taker) *taker {
+	if f.Sources == nil && !f.To.IsValid() {
+		return anyTaker
+	}
+	key := fmt.Sprint(f.Sources, f.Sources == nil, f.To)
+	if known[key] == nil {
+		known[key] = &taker{f.Sources, f.To, key}
+	}
+	return known[key]
+}
+
+// bars reports whether packets of peers of p may be led elsewhere than p does.
+func (t *taker) bars(p *cone.Permission) bool {
+	if in := p.Int.Netip(); t.to.Addr() == in.Addr() && cmp.Or(t.to.Port(), p.Ext.Port) == in.Port() {
+		return false
+	}
+	if t.sources == nil {
+		return true
+	}
+	peers := p.Peers()
+	first, last := peers.Addr(), nfnl.LastAddr(peers)
+	return slices.ContainsFunc(t.sources, func(r AddrRange) bool {
+		return r.First.BitLen() == first.BitLen() && r.First.Compare(last) <= 0 && first.Compare(r.Last) <= 0
+	})
+}
+
+// coveredPorts are ports that the same forwards cover.
+type coveredPorts struct {
+	PortRange
+	by []*taker // sorted by key
+}
+
+func (c coveredPorts) equal(d coveredPorts) bool {
+	return c.PortRange == d.PortRange && slices.EqualFunc(c.by, d.by, func(a, b *taker) bool { return a.key == b.key })
+}
+
+// take reports whether ports have one whose packets are taken: those that are for p, or any
+// if that is nil.
+func take(ports []coveredPorts, port uint16, p *cone.Permission) bool {
+	i, found := slices.BinarySearchFunc(ports, port, func(r coveredPorts, port uint16) int {
+		switch {
+		case r.Last < port:
+			return -1
+		case r.First > port:
+			return 1
+		}
+		return 0
+	})
+	return found && (p == nil || slices.ContainsFunc(ports[i].by, func(t *taker) bool { return t.bars(p) }))
+}
+
+// mostTakers bounds those of one port that are told apart. More of them count as one that
+// takes all: a look-up asks each.
+const mostTakers = 64
+
+// takenPorts are ports that a forward covers.
+type takenPorts struct {
+	PortRange
+	by *taker
+}
+
+// divide returns the ports of all, sorted and disjoint, each range with its takers.
+func divide(all []takenPorts) (out []coveredPorts) {
+	type edge struct {
+		at  int // the first port of a range, or the first after it
+		by  *taker
+		add int
+	}
+	var edges []edge
+	for _, p := range all {
+		if p.First <= p.Last {
+			edges = append(edges, edge{int(p.First), p.by, 1}, edge{int(p.Last) + 1, p.by, -1})
+		}
+	}
+	slices.SortFunc(edges, func(a, b edge) int { return a.at - b.at })
+	active := map[*taker]int{}
+	for i, e := range edges {
+		if active[e.by] += e.add; active[e.by] == 0 {
+			delete(active, e.by)
+		}
+		if i+1 == len(edges) || edges[i+1].at == e.at || len(active) == 0 {
+			continue
+		}
+		next := coveredPorts{PortRange{uint16(e.at), uint16(edges[i+1].at - 1)}, together(active)}
+		if n := len(out); n > 0 && int(out[n-1].Last)+1 == e.at && slices.Equal(out[n-1].by, next.by) {
+			out[n-1].Last = next.Last
+		} else {
+			out = append(out, next)
+		}
+	}
+	return out
+}
+
+// together returns takers that cover the same ports.
+func together(active map[*taker]int) (by []*taker) {
+	if active[anyTaker] > 0 || len(active) > mostTakers {
+		return []*taker{anyTaker}
+	}
+	for t := range active {
+		by = append(by, t)
+	}
+	slices.SortFunc(by, func(a, b *taker) int { return cmp.Compare(a.key, b.key) })
+	return by
+}
