@@ -64,6 +64,10 @@ type Config struct {
 	// independent mapping by their outside endpoints (RFC 4787 REQ-9).
 	Hairpin bool
 
+	// HealFlows ends flows of IPv4 subnets that leave untranslated, or with another
+	// address than that which the user's rules would surely give them now.
+	HealFlows bool
+
 	// ExcludePeers holds prefixes, masked, whose addresses get no permission.
 	ExcludePeers []netip.Prefix
 

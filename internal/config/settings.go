@@ -90,6 +90,11 @@ var settings = []setting{
 		set:   one(markBits, func(c *Config) *uint32 { return &c.UplinkMask }),
 	},
 	{
+		key: "heal_flows", flag: "heal-flows", kind: "bool", def: "false", truth: true,
+		usage: "end UDP flows of enabled hosts that leave with a source that your rules would not give them now",
+		set:   one(truth, func(c *Config) *bool { return &c.HealFlows }),
+	},
+	{
 		key: "peer_groups", flag: "peer-group", kind: "prefix", list: true,
 		usage: "peers of which a contact with one permits all, such as those of a SIP provider (repeatable)",
 		set:   list(`["203.0.113.0/24"]`, peers, func(c *Config) *[]netip.Prefix { return &c.PeerGroups }),

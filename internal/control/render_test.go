@@ -40,10 +40,14 @@ var full = Status{
 		Entries: 1200, Max: 4096, InsertFailed: 3, Drop: 5, EarlyDrop: 7, Invalid: 11, Error: 13, SearchRestart: 17,
 		ExpectationsMade: 90, ExpectationsEnded: 50, Expected: 19,
 	},
-	Flows:  55,
+	Flows: 55,
+	BrokenFlows: []BrokenFlows{
+		{netip.MustParsePrefix("192.168.1.0/24"), "wan0", netip.Addr{}, 2, netip.MustParseAddrPort("192.168.1.9:5060"), netip.MustParseAddrPort("203.0.113.5:5060")},
+		{netip.MustParsePrefix("192.168.1.0/24"), "wan1", netip.MustParseAddr("198.51.100.1"), 1, netip.MustParseAddrPort("192.168.1.9:5061"), netip.MustParseAddrPort("203.0.113.5:5060")},
+	},
 	Events: Events{Received: 9000, Filtered: 120, Malformed: 1, Overruns: 3, ReadBuffer: 8 << 20},
 	Counters: Counters{
-		Granted: 412, Conflicts: 7, Early: 5, Repaired: map[string]uint64{"anchors": 1, "expectations": 4},
+		Granted: 412, Conflicts: 7, Early: 5, Healed: 6, Repaired: map[string]uint64{"anchors": 1, "expectations": 4},
 		Refused: map[string]uint64{"table_full": 2, "forwarded": 9},
 		Revoked: map[string]uint64{"expired": 372, "stopped": 0},
 		Skipped: map[string]uint64{"excluded_peer_port": 8100, "not_outside": 5}, SkippedLinks: map[string]uint64{"br_lan": 4},

@@ -77,6 +77,9 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	if n := s.Tables.Mapping.NotApplied; len(n) > 0 {
 		line("not mapped", "%s", NotApplied(n))
 	}
+	if c.Healed > 0 {
+		line("healed", "%d flows that left with another source than your rules give them", c.Healed)
+	}
 	k := s.Conntrack
 	line("conntrack", "%d of %s entries", k.Entries, most(k.Max))
 	line("  early_drop", "%d entries were taken out to make room in the full table", k.EarlyDrop)

@@ -72,10 +72,13 @@ type Status struct {
 	Tables      Tables      `json:"tables"`
 	Conntrack   Conntrack   `json:"conntrack"`
 	Flows       int         `json:"flows"` // flows that support or belong to permissions
-	Events      Events      `json:"events"`
-	Counters    Counters    `json:"counters"`
-	Latency     Latency     `json:"latency"`
-	Process     Process     `json:"process"`
+	// BrokenFlows are flows of enabled hosts that leave with a source that the user's rules
+	// would surely not give them now, at the last look.
+	BrokenFlows []BrokenFlows `json:"broken_flows"`
+	Events      Events        `json:"events"`
+	Counters    Counters      `json:"counters"`
+	Latency     Latency       `json:"latency"`
+	Process     Process       `json:"process"`
 
 	// Warnings are the texts of Findings.
 	Warnings []string  `json:"warnings"`
@@ -90,6 +93,16 @@ type Finding struct {
 	ID    string `json:"id"`
 	About string `json:"about,omitempty"` // which link, subnet or rule, where there may be several
 	Text  string `json:"text"`            // for people
+}
+
+// BrokenFlows are flows of a subnet that leave by one link with one source.
+type BrokenFlows struct {
+	Subnet netip.Prefix   `json:"subnet"`
+	Link   string         `json:"link"`
+	Source netip.Addr     `json:"source,omitzero"` // missing where they are untranslated
+	Flows  int            `json:"flows"`
+	Int    netip.AddrPort `json:"int"` // of one of them
+	Peer   netip.AddrPort `json:"peer"`
 }
 
 // A Verification is what a comparison of the daemon with the kernel found: how many
@@ -246,6 +259,7 @@ type Counters struct {
 	Remapped uint64            `json:"remapped"`
 	Early    uint64            `json:"early"`    // packets that came before their permission
 	Crowded  uint64            `json:"crowded"`  // children beyond max_children, dropped
+	Healed   uint64            `json:"healed"`   // broken flows that were ended
 	Repaired map[string]uint64 `json:"repaired"` // what was gone from the kernel and put back
 	Refused  map[string]uint64 `json:"refused"`
 	Revoked  map[string]uint64 `json:"revoked"`

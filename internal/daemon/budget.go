@@ -88,6 +88,13 @@ func (b *budget) charge(took time.Duration) {
 	b.look = took
 }
 
+// rest is how long after a reconcile that took so much CPU time the next one may come that
+// is not due. Where events are lost all the time, looking at the table must not lose more,
+// and takes a fixed share of a CPU unless what was lost would wait too long.
+func rest(cost time.Duration) time.Duration {
+	return max(time.Second, 4*cost, min(hurriedShare*cost, mostLate))
+}
+
 // threadTime returns the CPU time that f takes in this goroutine.
 func threadTime(f func()) time.Duration {
 	runtime.LockOSThread()

@@ -73,7 +73,8 @@ type Daemon struct {
 	part      uint64             // of an owned map, that was compared last
 	changed   changes            // by neighbours, and still to be looked at
 	uplinks   uplinks            // that routes do not tell of
-	rerouted  struct {           // flows may leave by other links
+	broken    brokenFlows
+	rerouted  struct { // flows may leave by other links
 		looks   int             // that are still to come
 		next    time.Duration   // not before
 		outside map[string]bool // links that are outside links, or were
@@ -101,7 +102,9 @@ type Daemon struct {
 	sure           bool              // there were two
 	latency        histogram
 	repaired       [parts]uint64
-	applied        applied // mappings, at the last reconcile
+	applied        applied               // mappings, at the last reconcile
+	brokenNow      []control.BrokenFlows // at the last look
+	healed         uint64                // broken flows that ended
 	warned         *warner
 	behind         bool
 	perms          []cone.Permission

@@ -25,6 +25,7 @@ const (
 	requestLookAtConntrack       request = "look_at_conntrack"
 	requestLookAtRoutes          request = "look_at_routes"
 	requestLookAtSockets         request = "look_at_sockets"
+	requestLookForBroken         request = "look_for_broken_flows"
 	requestLookForLocalSockets   request = "look_for_local_sockets"
 	requestLookUpFlow            request = "look_up_flow"
 	requestReadStatistics        request = "read_statistics"

@@ -83,6 +83,7 @@ func (d *Daemon) warnings() (out warnings) {
 	d.warnElsewhere(&out)
 	d.warnSides(&out)
 	d.warnSubnets(&out)
+	d.warnBroken(&out)
 	return out
 }
 

@@ -132,6 +132,7 @@ func (d *Daemon) readRules() (followed bool, err error) {
 		return false, errEnded
 	}
 	d.firewall.look()
+	d.broken.due = true
 	if other, err := d.uplinks.ask(d.firewall, d.network); err != nil || other {
 		misjudged, failed := d.readGateway()
 		return misjudged, errors.Join(err, failed)

@@ -109,9 +109,7 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 					d.failures.note(requestLookAtConntrack, 1, err)
 				}
 				d.lookAround(ctx, q)
-				if err := d.endReroutedLater(); ctx.Err() == nil {
-					d.failures.note(requestLookAtRoutes, 1, err)
-				}
+				d.lookAtFlows(ctx)
 			case <-d.moved:
 				d.changed.links = true
 				d.lookAround(ctx, q)
@@ -121,13 +119,6 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 			}
 		}
 	}
-}
-
-// rest is how long after a reconcile that took so much CPU time the next one may come that
-// is not due. Where events are lost all the time, looking at the table must not lose more,
-// and takes a fixed share of a CPU unless what was lost would wait too long.
-func rest(cost time.Duration) time.Duration {
-	return max(time.Second, 4*cost, min(hurriedShare*cost, mostLate))
 }
 
 // A firstReconcile is about the first good reconcile, which a daemon needs to be
@@ -241,6 +232,7 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 		d.reviewSockets()
 		d.warned.tell(d.now(), d.warnings())
 	})
+	d.broken.due = true
 	followed, err := d.follow(cfg, network)
 	return misjudged || followed, errors.Join(failed, err)
 }

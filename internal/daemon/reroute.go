@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -54,6 +55,16 @@ func (d *Daemon) endRerouted(cfg config.Config, network gateway.Network) error {
 	}
 	d.noted.note(slog.LevelInfo, "rerouted", "flows with mappings left by another link than the one of their address; they ended", uint64(n))
 	return err
+}
+
+// lookAtFlows looks at what flows leave with, where that was put off.
+func (d *Daemon) lookAtFlows(ctx context.Context) {
+	if err := d.endReroutedLater(); ctx.Err() == nil {
+		d.failures.note(requestLookAtRoutes, 1, err)
+	}
+	if err := d.lookForBroken(); ctx.Err() == nil {
+		d.failures.note(requestLookForBroken, 1, err)
+	}
 }
 
 // endReroutedLater does what endRerouted put off.

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/netip"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -54,7 +55,7 @@ func (s source) Status() control.Status {
 		st.Tables.Map.On, st.Tables.Map.Passed, st.Tables.Expected.Passed = d.backends.nft != nil, m.Passed, m.Through
 		st.Permissions.Standing, st.Permissions.Refused = m.Standing, m.Refused
 		st.Permissions.Waiting, st.Permissions.Limit = m.Waiting, d.limit()
-		st.Flows = m.Flows
+		st.Flows, st.BrokenFlows, st.Counters.Healed = m.Flows, slices.Clone(d.brokenNow), d.healed
 		st.Counters.Granted, st.Counters.Conflicts, st.Counters.Early = m.Granted, m.Conflicts, m.Early
 		st.Counters.Compared, st.Counters.Remapped = m.Compared, m.Remapped
 		st.Counters.Crowded = m.Crowded

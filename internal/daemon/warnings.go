@@ -54,6 +54,7 @@ const (
 	warnUnreached       warningID = "subnet_on_no_link"      // about is the subnet
 	warnPeersBehindLink warningID = "peers_behind_link"      // about is the link
 	warnNoSourceNAT     warningID = "no_source_nat"          // about is the subnet
+	warnBrokenFlows     warningID = "broken_flows"           // about is the subnet, the link and the source
 	warnNoFiltering     warningID = "filtering_not_open"     // about is the subnet
 	warnSubnetOpen      warningID = "subnet_open"            // about is the subnet
 	warnIPv6NotRouted   warningID = "ipv6_not_routed"        // about is the subnet

@@ -33,6 +33,8 @@ type hookWalk struct {
 	// have most addresses if they are accepted.
 	listed bool
 	at     string // the chain of the last statement
+	// translator gets the rules that may translate the packets; it may be nil.
+	translator func(r *rule)
 }
 
 // chain returns what may become of the packets in a chain.
@@ -103,7 +105,11 @@ func (w *hookWalk) rule(r *rule) (fates, error) {
 		if listed && match != always && !blocks {
 			match = maybe
 		}
-		switch w.weigh(match) {
+		likely := w.weigh(match)
+		if end == translates && likely != never && w.translator != nil {
+			w.translator(r)
+		}
+		switch likely {
 		case never:
 			return proceeds, nil
 		case always:

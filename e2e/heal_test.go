@@ -1,0 +1,170 @@
+package e2e
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// Flows whose source is not that which the rules would give them now.
+
+const heal = "--heal-flows"
+
+// tracked are rules for which there is connection tracking, but no NAT.
+const tracked = "table inet f { chain forward { type filter hook forward priority filter; ct state invalid drop; }; }\n"
+
+// A brokenPlay breaks a flow of the first inside host to peer A. What it sends has the
+// address good, when the flow is healed.
+type brokenPlay struct {
+	rules, source string // source is what status names, empty where the flow is untranslated
+	breaks        func(s *scene)
+	link          string
+	good          string
+}
+
+var brokenPlays = map[string]brokenPlay{
+	// The flow began before there was a rule; its packets go on untranslated.
+	"older than the rule": {
+		tracked, "", func(s *scene) { s.Must(s.NFT(lab.Masquerade)) }, "wan0", "198.51.100.1",
+	},
+	"older than the rule, of iptables-legacy": {
+		tracked, "", func(s *scene) { s.Must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade)) }, "wan0", "198.51.100.1",
+	},
+	// A re-dial gives another address, and a script another rule.
+	"another address": {
+		fixedSource("wan0", "198.51.100.1"), "198.51.100.1", func(s *scene) {
+			s.IP(s.Outside, "route add 198.51.100.9/32 via 198.51.100.1")
+			s.IP(s.Gateway, "address add 198.51.100.9/24 dev wan0")
+			s.Must(s.NFT("flush chain ip nat postrouting; add rule ip nat postrouting oifname wan0 snat to 198.51.100.9"))
+			s.IP(s.Gateway, "address del 198.51.100.1/24 dev wan0")
+			s.IP(s.Gateway, "address replace 198.51.100.9/24 dev wan0")
+			s.IP(s.Gateway, "route replace default via 198.51.100.254 dev wan0")
+		}, "wan0", "198.51.100.9",
+	},
+	"another uplink": {
+		fixedSource("wan0", "198.51.100.1", "wan1", "198.51.100.129"), "198.51.100.1", func(s *scene) {
+			s.IP(s.Gateway, "route replace default via 198.51.100.254 dev wan1 onlink")
+		}, "wan1", "198.51.100.129",
+	},
+}
+
+// fixedSource is a table that translates to an address on each link.
+func fixedSource(linksAndAddrs ...string) string {
+	var b strings.Builder
+	b.WriteString("table ip nat { chain postrouting { type nat hook postrouting priority srcnat; ")
+	for pair := range slices.Chunk(linksAndAddrs, 2) {
+		b.WriteString("oifname " + pair[0] + " snat to " + pair[1] + "; ")
+	}
+	return b.String() + "}; }"
+}
+
+// broken plays until the flow is broken, and returns its ends.
+func (tt brokenPlay) broken(t *testing.T, args ...string) (s *scene, phone, peer *lab.Socket) {
+	t.Helper()
+	s, _ = twoUplinks(t, lab.Options{Rules: tt.rules})
+	phone, peer = s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	if tt.source == "" {
+		s.Must(phone.Send(peer.Addr(), "too early"))
+	} else {
+		s.Arrives(phone, peer, s.Contact(phone, peer))
+	}
+	s.Start(stage.Flags(args, "--reconcile=1h")...)
+	tt.breaks(s)
+	return s, phone, peer
+}
+
+// named waits until status tells of the flow.
+func (tt brokenPlay) named(s *scene, phone, peer *lab.Socket) {
+	s.T.Helper()
+	want := control.BrokenFlows{Subnet: lab.InsideNet, Link: tt.link, Flows: 1, Int: phone.Addr(), Peer: peer.Addr()}
+	if tt.source != "" {
+		want.Source = netip.MustParseAddr(tt.source)
+	}
+	var got []control.BrokenFlows
+	s.Until("status tells of the flow", func() bool {
+		got = s.Status().BrokenFlows
+		return slices.Equal(got, []control.BrokenFlows{want})
+	})
+	if st := s.Status(); !stage.Warned(st, "1 flows of 10.47.11.0/24 leave by "+tt.link) {
+		s.T.Errorf("warnings %q", st.Warnings)
+	}
+}
+
+// Fails when the flow is not seen, or when it stays.
+func TestBrokenFlowsAreHealed(t *testing.T) {
+	for name, tt := range brokenPlays {
+		t.Run(name, func(t *testing.T) {
+			s, phone, peer := tt.broken(t, heal)
+			s.heals(phone, peer, netip.MustParseAddr(tt.good))
+			s.Until("status tells of no flow", func() bool {
+				st := s.Status()
+				return len(st.BrokenFlows) == 0 && st.Counters.Healed == 1
+			})
+			ext := netip.AddrPortFrom(netip.MustParseAddr(tt.good), 5060)
+			s.Stands(phone, peer, ext)
+			s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+		})
+	}
+}
+
+// Fails when a flow ends that nobody wanted to end.
+func TestBrokenFlowsAreCountedAlone(t *testing.T) {
+	for name, tt := range brokenPlays {
+		t.Run(name, func(t *testing.T) {
+			s, phone, peer := tt.broken(t)
+			tt.named(s, phone, peer)
+			before := s.insideFlows()
+			for range 2 {
+				s.readAgain()
+				tt.named(s, phone, peer)
+			}
+			if after := s.insideFlows(); !slices.Equal(after, before) || s.Status().Counters.Healed != 0 {
+				t.Errorf("before:\n%s\nafter:\n%s", strings.Join(before, "\n"), strings.Join(after, "\n"))
+			}
+		})
+	}
+}
+
+// Rules exempt some flows, others may be exempt by what nobody knows, and one is answered
+// as it is. They end neither with the one that is surely broken nor later.
+//
+// Fails when a flow ends that rules leave as it is, that they may leave so, or that works.
+func TestFlowsThatMayWorkAreNotHealed(t *testing.T) {
+	const rules = `table ip nat { chain postrouting { type nat hook postrouting priority srcnat;
+	ip daddr 203.0.113.6 accept
+	udp sport 7000 meta mark 7 accept
+	oifname wan0 masquerade
+}; }`
+	s := newScene(t, lab.Options{Inside: 3, Rules: tracked})
+	s.IP(s.Outside, "route add 10.47.11.111/32 via 198.51.100.1")
+	broken, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	answered, other := s.InsideSocket(2, 5060), s.PeerSocket(lab.PeerC, 5060)
+	s.Must(s.InsideSocket(0, 5061).Send(s.PeerSocket(lab.PeerB, 5060).Addr(), "exempt"))
+	s.Must(s.InsideSocket(1, 7000).Send(peer.Addr(), "marked, for all that is known"))
+	s.Arrives(answered, other, s.Contact(answered, other))
+	before := s.insideFlows()
+	if len(before) != 3 {
+		t.Fatalf("flows %q", before)
+	}
+	s.Must(broken.Send(peer.Addr(), "too early"))
+	s.Start(stage.Flags([]string{heal}, "--reconcile=1h")...)
+	s.Must(s.NFT(rules))
+	s.heals(broken, peer, s.Gateway.Addr)
+	s.Until("status tells of no flow", func() bool { return len(s.Status().BrokenFlows) == 0 })
+	s.readAgain()
+	s.Until("another look was made", func() bool { return len(s.Status().BrokenFlows) == 0 })
+	after := s.insideFlows()
+	for _, f := range before {
+		if !slices.Contains(after, f) {
+			t.Errorf("it ended: %s\nleft are:\n%s", f, strings.Join(after, "\n"))
+		}
+	}
+	if n := s.Status().Counters.Healed; n != 1 {
+		t.Errorf("%d flows were healed, want 1", n)
+	}
+}

@@ -1,0 +1,86 @@
+package userrules_test
+
+import (
+	"fmt"
+	"net/netip"
+	"testing"
+
+	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/userrules"
+)
+
+// Fails when a rule counts that does not match, when one that may match counts as sure, or
+// when what comes before it is not looked at.
+func TestSourceOfAPacket(t *testing.T) {
+	const masquerade, asIs, unsure = "masquerade", "as it is", "unsure"
+	chain := func(priority, rules string) string {
+		return "chain c" + fmt.Sprint(len(rules)) + " { type nat hook postrouting priority " + priority + "; " + rules + "; }; "
+	}
+	nat := func(chains string) string { return "table ip nat { " + chains + " }" }
+	for name, tt := range map[string]struct{ nft, want string }{
+		"no rule":              {lab.NoRules, asIs},
+		"masquerade":           {lab.Masquerade, masquerade},
+		"another link":         {nat(chain("srcnat", `oifname "wan1" masquerade`)), asIs},
+		"a fixed address":      {nat(chain("srcnat", `ip saddr 10.47.11.0/24 oifname "wan0" snat to 198.51.100.1`)), "198.51.100.1"},
+		"another host":         {nat(chain("srcnat", `ip saddr 10.47.11.110 masquerade`)), asIs},
+		"its port":             {nat(chain("srcnat", `udp sport 5060 counter masquerade`)), masquerade},
+		"the peer's port":      {nat(chain("srcnat", `udp dport 5061 masquerade`)), asIs},
+		"exempt":               {nat(chain("srcnat", `ip daddr 203.0.113.0/24 accept; masquerade`)), asIs},
+		"others exempt":        {nat(chain("srcnat", `ip daddr 192.0.2.0/24 accept; masquerade`)), masquerade},
+		"perhaps exempt":       {nat(chain("srcnat", `meta mark 7 accept; masquerade`)), unsure},
+		"perhaps translated":   {nat(chain("srcnat", `ct mark 7 masquerade`)), unsure},
+		"IPsec is exempt":      {nat(chain("srcnat", `rt ipsec exists accept; masquerade`)), unsure},
+		"dropped":              {nat(chain("srcnat", `udp dport 5060 drop; masquerade`)), unsure},
+		"by a map":             {nat(chain("srcnat", `snat to ip saddr map { 10.47.11.109 : 198.51.100.1 }`)), unsure},
+		"an earlier chain":     {nat(chain("90", `snat to 198.51.100.9`) + chain("srcnat", `masquerade`)), "198.51.100.9"},
+		"exempt in one chain":  {nat(chain("90", `accept`) + chain("srcnat", `masquerade`)), masquerade},
+		"two chains, one hook": {nat(chain("srcnat", `snat to 198.51.100.9`) + chain("srcnat", `masquerade`)), unsure},
+		"a jump":               {nat("chain x { oifname wan0 masquerade; }; " + chain("srcnat", `ip saddr 10.0.0.0/8 jump x`)), masquerade},
+		"a named set":          {nat("set lan { type ipv4_addr; flags interval; elements = { 10.47.11.0/24 }; }; " + chain("srcnat", `ip saddr @lan masquerade`)), unsure}, // it is not read
+		"dormant":              {"table ip nat { flags dormant; " + chain("srcnat", "masquerade") + " }", asIs},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
+			check(t, l.NFT(tt.nft))
+			sourceOf(t, l, tt.want)
+		})
+	}
+	for name, tt := range map[string]struct{ rules, want string }{
+		"masquerade":      {"-o wan0 -j MASQUERADE", masquerade},
+		"a fixed address": {"-s 10.47.11.0/24 -j SNAT --to-source 198.51.100.1", "198.51.100.1"},
+		"exempt":          {"-d 203.0.113.5 -j ACCEPT\n-A POSTROUTING -j MASQUERADE", asIs},
+		"perhaps exempt":  {"-m policy --dir out --pol ipsec -j ACCEPT\n-A POSTROUTING -j MASQUERADE", unsure},
+	} {
+		for _, variant := range []string{lab.IPTablesNFT, lab.IPTablesLegacy} {
+			t.Run(variant+"/"+name, func(t *testing.T) {
+				t.Parallel()
+				l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
+				check(t, l.IPTables(variant, "*nat\n-A POSTROUTING "+tt.rules+"\nCOMMIT\n"))
+				sourceOf(t, l, tt.want)
+			})
+		}
+	}
+}
+
+func sourceOf(t *testing.T, l *lab.Lab, want string) {
+	t.Helper()
+	n, sure := ruleset(t, l).SourceOf(userrules.Leaving{
+		Src: netip.MustParseAddrPort("10.47.11.109:5060"), Dst: netip.MustParseAddrPort("203.0.113.5:5060"),
+		Out: userrules.Link{Index: 7, Name: "wan0"},
+	})
+	got := "as it is"
+	switch {
+	case !sure:
+		got = "unsure"
+	case n.Masquerade:
+		got = "masquerade"
+	case len(n.Addrs) == 1 && n.Addrs[0].First == n.Addrs[0].Last:
+		got = n.Addrs[0].First.String()
+	case len(n.Addrs) > 0:
+		got = fmt.Sprint(n.Addrs)
+	}
+	if got != want {
+		t.Errorf("got %s (%+v), want %s", got, n, want)
+	}
+}
