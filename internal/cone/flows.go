@@ -422,6 +422,9 @@ func (m *Model) removeFlow(n int32) {
 func (m *Model) FlowGone(now time.Duration, f *Flow) {
 	m.snap.gone(f.ID)
 	role, p, _ := m.role(f)
+	if role == roleDNAT {
+		m.shown.ruled.drop(f.ID) // another flow may get it
+	}
 	// The kernel names neither a master nor labels when it destroys a child. The
 	// identifier tells that it is one of ours.
 	if role == roleOther && f.Status.Has(StatusExpected) && f.MasterSrc == (Endpoint{}) && f.MasterDst == (Endpoint{}) || role == roleDNAT {

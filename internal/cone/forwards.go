@@ -55,6 +55,11 @@ func (r *recent[K, V]) get(k K) (v V, ok bool) {
 	return v, ok
 }
 
+func (r *recent[K, V]) drop(k K) {
+	delete(r.newer, k)
+	delete(r.older, k)
+}
+
 // showForward takes in f, a flow to e that is none of ours and was DNATed. If no rule
 // tells of it, it takes the expectations away that this bars.
 func (m *Model) showForward(now time.Duration, f *Flow, e extKey) {

@@ -56,8 +56,9 @@ func TestForwardIsForgottenWithTheRuleThatExplainedIt(t *testing.T) {
 			d.snapshot(5, f, led)
 			d.seen(6, led)
 			d.want(in)
-			// A flow that no rule tells of is evidence still.
-			d.dnat(7, "192.0.2.78:9", ext, other, 0)
+			// A flow that no rule tells of is evidence still, with whatever identifier.
+			d.gone(7, led)
+			d.seen(7, led)
 			d.want()
 		})
 	}

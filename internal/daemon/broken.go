@@ -37,6 +37,28 @@ type brokenFlows struct {
 	next   time.Duration // not before
 	from   int           // the first of the flows to ask about
 	before map[uint32]*userrules.Ruleset
+	ended  map[endedFlow]time.Duration // when
+}
+
+// An endedFlow is one that ended, with the source that was wrong.
+type endedFlow struct {
+	src, peer cone.Endpoint
+	source    cone.Addr
+}
+
+// sawEnd notes that a flow ends now, and reports whether one like it did so a short while
+// ago. If it came back as it was, something else than rules translates it.
+func (b *brokenFlows) sawEnd(now time.Duration, f *brokenFlow) bool {
+	const memory, most = time.Minute, 1 << 14
+	k := endedFlow{f.Src, f.ReplySrc, f.ReplyDst.Addr}
+	if at, ended := b.ended[k]; ended && now-at < memory {
+		return true
+	}
+	if b.ended == nil || len(b.ended) == most {
+		b.ended = make(map[endedFlow]time.Duration)
+	}
+	b.ended[k] = now
+	return false
 }
 
 // lookForBroken looks for broken flows, if something changed, counts them, and ends them if
@@ -220,6 +242,9 @@ func (d *Daemon) heal(cfg config.Config, found []brokenFlow) (ended int, err err
 		f := &found[i]
 		if before[f.ID] != d.firewall.user || ended == mostHealed {
 			d.broken.before[f.ID] = d.firewall.user
+			continue
+		}
+		if d.broken.sawEnd(d.now(), f) {
 			continue
 		}
 		ok, err := q.Delete(f.Src, f.Dst, f.OrigZone, f.ID)
