@@ -60,6 +60,30 @@ func TestForwardForSomePeersBarsNoOthers(t *testing.T) {
 	}
 }
 
+// Beside a firewall that lets no DNATed child pass, the map would be of no use to peers that
+// the forward is not for.
+//
+// Fails when they have no expectation.
+func TestAutoGivesOthersThanThoseOfAForwardExpectations(t *testing.T) {
+	s := newScene(t, lab.Options{Inside: 2, Rules: lab.DropPolicy})
+	s.Must(inChain(`iifname "wan0" ip saddr 203.0.113.0/24 udp dport 5060 dnat to 10.47.11.110`)(s))
+	s.Must(s.NFT("insert rule inet filter forward ip daddr 10.47.11.110 accept"))
+	s.Start(stage.Flags(stage.Auto, "--reconcile=1h")...)
+	s.carried("expect")
+	phone, server := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
+	other, provider := s.PeerSocket(lab.PeerC, 9), s.PeerSocket(lab.PeerA, 9)
+	ext := s.Contact(phone, other)
+	if p := s.Listed(phone, other, ext, "standing"); p.Backend != "expect" {
+		t.Errorf("it stands by %q", p.Backend)
+	}
+	s.Arrives(phone, s.PeerSocket(lab.PeerC, 10), ext)
+	s.Contact(phone, provider)
+	if p := s.Listed(phone, provider, ext, "standing"); p.Backend != "nft" {
+		t.Errorf("the provider's stands by %q", p.Backend)
+	}
+	s.Arrives(server, s.PeerSocket(lab.PeerA, 10), ext)
+}
+
 // What the forward asks for beyond ports and sources is not known, but where it leads is.
 //
 // Fails when where a forward leads is not read, or not asked for.
