@@ -36,8 +36,19 @@ type brokenFlows struct {
 	due    bool          // something changed since the last look
 	next   time.Duration // not before
 	from   int           // the first of the flows to ask about
+	asked  int           // how many flows there were to ask about
 	before map[uint32]*userrules.Ruleset
 	ended  map[endedFlow]time.Duration // when
+}
+
+// goOn lets the next look ask about other flows, unless it must find the same ones again.
+func (b *brokenFlows) goOn() {
+	if len(b.before) > 0 {
+		return
+	}
+	if b.from += mostAskedFlows; b.from >= b.asked {
+		b.from = 0
+	}
 }
 
 // An endedFlow is one that ended, with the source that was wrong.
@@ -80,6 +91,7 @@ func (d *Daemon) lookForBroken() error {
 			ended, err = d.heal(cfg, found)
 		}
 	})
+	d.broken.goOn()
 	d.broken.next = d.now() + max(brokenAgain, brokenShare*took)
 	if err != nil {
 		return fmt.Errorf("look for flows with another source than rules give: %w", err)
@@ -130,9 +142,7 @@ func (d *Daemon) findBroken(cfg config.Config) (found []brokenFlow, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if d.broken.from += mostAskedFlows; d.broken.from >= n {
-		d.broken.from = 0
-	}
+	d.broken.asked = n
 	routes := &router{network: d.network}
 	for i := range flows {
 		if f := &flows[i]; ways.broken(rs, routes, f) {
@@ -173,7 +183,7 @@ func newSources(n gateway.Network) *sources {
 	}
 	outside := 0
 	for _, l := range n.Links {
-		if l.Outside != 0 {
+		if l.Outside&gateway.IPv4 != 0 {
 			outside++
 			s.only = l.Index
 		}
@@ -198,7 +208,7 @@ func (s *sources) broken(rs *userrules.Ruleset, routes *router, f *brokenFlow) b
 	}
 	ways := routes.links(&f.Flow)
 	for _, l := range ways {
-		if l.Outside == 0 || !s.gives(rs, l, f) {
+		if l.Outside&gateway.IPv4 == 0 || !s.gives(rs, l, f) {
 			return false
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // A flow that comes back with the source that was wrong is not ended again and again.
@@ -31,6 +32,20 @@ func TestFlowThatComesBackIsLeftAloneForAWhile(t *testing.T) {
 	} {
 		if got := b.sawEnd(step.now, flow(step.source)); got != step.ended {
 			t.Errorf("at %v, %s: it ended before: %v, want %v", step.now, step.source, got, step.ended)
+		}
+	}
+}
+
+// Fails when flows that must be found twice are not asked about twice, or the others never.
+func TestLooksAtBrokenFlowsGoOn(t *testing.T) {
+	b := brokenFlows{asked: 2*mostAskedFlows + 1}
+	for i, want := range []int{mostAskedFlows, mostAskedFlows, 2 * mostAskedFlows, 0, mostAskedFlows} {
+		b.before = nil
+		if i == 1 {
+			b.before = map[uint32]*userrules.Ruleset{7: nil}
+		}
+		if b.goOn(); b.from != want {
+			t.Errorf("after look %d it goes on at %d, want %d", i, b.from, want)
 		}
 	}
 }
