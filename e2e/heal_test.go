@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/control"
@@ -46,12 +47,19 @@ var brokenPlays = map[string]brokenPlay{
 			s.IP(s.Gateway, "route replace default via 198.51.100.254 dev wan0")
 		}, "wan0", "198.51.100.9",
 	},
+	// Nobody answers to the address of the other uplink, as the kernel counts.
 	"another uplink": {
-		fixedSource("wan0", "198.51.100.1", "wan1", "198.51.100.129"), "198.51.100.1", func(s *scene) {
+		eachItsOwn, "198.51.100.1", func(s *scene) {
 			s.IP(s.Gateway, "route replace default via 198.51.100.254 dev wan1 onlink")
 		}, "wan1", "198.51.100.129",
 	},
+	"another uplink, and the first is down": {
+		eachItsOwn, "198.51.100.1", func(s *scene) { s.IP(s.Gateway, "link set wan0 down") }, "wan1", "198.51.100.129",
+	},
 }
+
+// eachItsOwn are rules that translate to the address of each uplink.
+var eachItsOwn = fixedSource("wan0", "198.51.100.1", "wan1", "198.51.100.129")
 
 // fixedSource is a table that translates to an address on each link.
 func fixedSource(linksAndAddrs ...string) string {
@@ -67,6 +75,7 @@ func fixedSource(linksAndAddrs ...string) string {
 func (tt brokenPlay) broken(t *testing.T, args ...string) (s *scene, phone, peer *lab.Socket) {
 	t.Helper()
 	s, _ = twoUplinks(t, lab.Options{Rules: tt.rules})
+	s.countPackets()
 	phone, peer = s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 	if tt.source == "" {
 		s.Must(phone.Send(peer.Addr(), "too early"))
@@ -87,12 +96,29 @@ func (tt brokenPlay) named(s *scene, phone, peer *lab.Socket) {
 	}
 	var got []control.BrokenFlows
 	s.Until("status tells of the flow", func() bool {
+		s.Must(phone.Send(peer.Addr(), "nobody answers"))
 		got = s.Status().BrokenFlows
 		return slices.Equal(got, []control.BrokenFlows{want})
 	})
 	if st := s.Status(); !stage.Warned(st, "1 flows of 10.47.11.0/24 leave by "+tt.link) {
 		s.T.Errorf("warnings %q", st.Warnings)
 	}
+}
+
+// insideIDs returns the identifiers of the flows of inside hosts.
+func (s *scene) insideIDs() (all []string) {
+	s.T.Helper()
+	for _, f := range s.insideFlows() {
+		all = append(all, f[strings.LastIndex(f, " id=")+1:])
+	}
+	slices.Sort(all)
+	return all
+}
+
+// countPackets lets the kernel count the packets of new flows.
+func (s *scene) countPackets() {
+	s.T.Helper()
+	s.Must(s.Gateway.SetSysctl(accounting, "1"))
 }
 
 // Fails when the flow is not seen, or when it stays.
@@ -118,12 +144,12 @@ func TestBrokenFlowsAreCountedAlone(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s, phone, peer := tt.broken(t)
 			tt.named(s, phone, peer)
-			before := s.insideFlows()
+			before := s.insideIDs()
 			for range 2 {
 				s.readAgain()
 				tt.named(s, phone, peer)
 			}
-			if after := s.insideFlows(); !slices.Equal(after, before) || s.Status().Counters.Healed != 0 {
+			if after := s.insideIDs(); !slices.Equal(after, before) || s.Status().Counters.Healed != 0 {
 				t.Errorf("before:\n%s\nafter:\n%s", strings.Join(before, "\n"), strings.Join(after, "\n"))
 			}
 		})
@@ -166,5 +192,131 @@ func TestFlowsThatMayWorkAreNotHealed(t *testing.T) {
 	}
 	if n := s.Status().Counters.Healed; n != 1 {
 		t.Errorf("%d flows were healed, want 1", n)
+	}
+}
+
+// A workingPlay changes what the rules give a flow of the first inside host to peer A, or by
+// which link it leaves, while the flow works. Rules translate the flows of the second host
+// after the change alone.
+type workingPlay struct {
+	commands []string // of ip(8), before the flow begins
+	rules    string   // what translates the flow
+	change   []string // of ip(8)
+	after    string   // the rules then
+	counted  bool     // the kernel counts packets
+	oneWay   bool     // nobody answers, or none needs to
+	fence    string   // the address of the second host then; empty if nothing ends there, either
+}
+
+// talk sends a packet, and an answer unless nobody answers.
+func (tt workingPlay) talk(phone, peer *lab.Socket) error {
+	if tt.oneWay {
+		_, _, _ = phone.Recv(20 * time.Millisecond) // not too fast
+		return phone.Send(peer.Addr(), "nobody answers")
+	}
+	ext, err := phone.Contact(peer)
+	if err != nil {
+		return err
+	}
+	answer := stage.Payload("answer")
+	if err := peer.Send(ext, answer); err != nil {
+		return err
+	}
+	_, err = phone.Expect(answer)
+	return err
+}
+
+var workingPlays = map[string]workingPlay{
+	"a routed address, and another one": {
+		rules: "snat to 198.51.100.200", after: "snat to 198.51.100.201", fence: "198.51.100.201",
+	},
+	"a routed address of a blackhole route, and a link had it": {
+		commands: []string{"route add blackhole 198.51.100.200/30", "address add 198.51.100.200/32 dev wan0"},
+		rules:    "snat to 198.51.100.200", change: []string{"address del 198.51.100.200/32 dev wan0"}, after: "snat to 198.51.100.1",
+		fence: "198.51.100.1",
+	},
+	"an address of the link, and another one": {
+		commands: []string{"address add 198.51.100.200/32 dev wan0"},
+		rules:    "snat to 198.51.100.200", after: "snat to 198.51.100.1",
+		fence: "198.51.100.1",
+	},
+	"answers come by the other uplink": {
+		rules:  "oifname wan0 snat to 198.51.100.1; oifname wan1 snat to 198.51.100.129",
+		change: []string{"route replace 203.0.113.5/32 via 198.51.100.254 dev wan1 onlink"},
+		after:  "oifname wan0 snat to 198.51.100.1; oifname wan1 snat to 198.51.100.129",
+		fence:  "198.51.100.1",
+	},
+	"answers come by the other uplink, and are counted": {
+		rules:   "oifname wan0 snat to 198.51.100.1; oifname wan1 snat to 198.51.100.129",
+		change:  []string{"route replace 203.0.113.5/32 via 198.51.100.254 dev wan1 onlink"},
+		after:   "oifname wan0 snat to 198.51.100.1; oifname wan1 snat to 198.51.100.129",
+		counted: true, fence: "198.51.100.1",
+	},
+	"by an uplink without an address of its own": {
+		commands: []string{
+			"address flush dev wan1", "address add 169.254.7.1/32 dev wan1 scope link",
+			"address flush dev lan0", "address add 10.47.11.1/24 dev lan0 scope link",
+			"route replace 203.0.113.5/32 via 198.51.100.254 dev wan1 onlink",
+		},
+		rules: "masquerade", after: "masquerade", oneWay: true, fence: "198.51.100.1",
+	},
+	"by a type of service": {
+		commands: []string{"route add default via 198.51.100.254 dev wan1 onlink table 109", "rule add tos 0x18 table 109"},
+		rules:    "oifname wan0 snat to 198.51.100.1; oifname wan1 snat to 198.51.100.129",
+		after:    "oifname wan0 snat to 198.51.100.1; oifname wan1 snat to 198.51.100.129", oneWay: true,
+	},
+	"to a local socket by a mark": {
+		commands: []string{"route add local default dev lo table 109", "rule add fwmark 9 table 109"},
+		rules:    "masquerade", after: "masquerade", oneWay: true,
+	},
+}
+
+// Rules or routes change, and flows go on as they are.
+//
+// Fails when such a flow ends.
+func TestFlowsThatWorkAreNotHealed(t *testing.T) {
+	const before = `table ip m { chain prerouting { type filter hook prerouting priority mangle;
+	ip saddr 10.47.11.109 ip dscp set 6; ip saddr 10.47.11.109 meta mark set 9; }; }
+table ip nat { chain postrouting { type nat hook postrouting priority srcnat; ip saddr 10.47.11.110 accept; `
+	for name, tt := range workingPlays {
+		t.Run(name, func(t *testing.T) {
+			s, _ := twoUplinks(t, lab.Options{Inside: 2, Rules: before + tt.rules + "; }; }"})
+			for _, a := range []string{routedAddr, "198.51.100.201"} {
+				s.IP(s.Outside, "route add "+a+"/32 via 198.51.100.1 dev eth0")
+			}
+			for _, c := range tt.commands {
+				s.IP(s.Gateway, c)
+			}
+			if tt.counted {
+				s.countPackets()
+			}
+			phone, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+			if !tt.oneWay {
+				s.Arrives(phone, peer, s.Contact(phone, peer))
+			} else {
+				s.Must(phone.Send(peer.Addr(), "nobody answers"))
+			}
+			works := s.insideIDs()
+			if len(works) != 1 {
+				t.Fatalf("flows %q", works)
+			}
+			fence, other := s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerB, 5060)
+			s.Must(fence.Send(other.Addr(), "too early"))
+			s.Start(stage.Flags([]string{heal}, "--outside=wan0", "--outside=wan1", "--reconcile=1h")...)
+			for _, c := range tt.change {
+				s.IP(s.Gateway, c)
+			}
+			s.Must(s.NFT("flush chain ip nat postrouting\ntable ip nat { chain postrouting { " + tt.after + "; }; }"))
+			began := time.Now()
+			stop := s.Steady(func() error { return tt.talk(phone, peer) })
+			if tt.fence != "" {
+				s.heals(fence, other, netip.MustParseAddr(tt.fence))
+			}
+			s.Until("it looked at flows some times", func() bool { s.readAgain(); return time.Since(began) > 4*time.Second })
+			stop()
+			if after := s.insideIDs(); !slices.Contains(after, works[0]) {
+				t.Errorf("it ended: %s\nleft are:\n%s", works[0], strings.Join(after, "\n"))
+			}
+		})
 	}
 }

@@ -42,8 +42,8 @@ var full = Status{
 	},
 	Flows: 55,
 	BrokenFlows: []BrokenFlows{
-		{netip.MustParsePrefix("192.168.1.0/24"), "wan0", netip.Addr{}, 2, netip.MustParseAddrPort("192.168.1.9:5060"), netip.MustParseAddrPort("203.0.113.5:5060")},
-		{netip.MustParsePrefix("192.168.1.0/24"), "wan1", netip.MustParseAddr("198.51.100.1"), 1, netip.MustParseAddrPort("192.168.1.9:5061"), netip.MustParseAddrPort("203.0.113.5:5060")},
+		{netip.MustParsePrefix("192.168.1.0/24"), "wan0", netip.Addr{}, 2, false, netip.MustParseAddrPort("192.168.1.9:5060"), netip.MustParseAddrPort("203.0.113.5:5060")},
+		{netip.MustParsePrefix("192.168.1.0/24"), "wan1", netip.MustParseAddr("198.51.100.1"), 1, true, netip.MustParseAddrPort("192.168.1.9:5061"), netip.MustParseAddrPort("203.0.113.5:5060")},
 	},
 	Events: Events{Received: 9000, Filtered: 120, Malformed: 1, Overruns: 3, ReadBuffer: 8 << 20},
 	Counters: Counters{

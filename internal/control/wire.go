@@ -97,12 +97,14 @@ type Finding struct {
 
 // BrokenFlows are flows of a subnet that leave by one link with one source.
 type BrokenFlows struct {
-	Subnet netip.Prefix   `json:"subnet"`
-	Link   string         `json:"link"`
-	Source netip.Addr     `json:"source,omitzero"` // missing where they are untranslated
-	Flows  int            `json:"flows"`
-	Int    netip.AddrPort `json:"int"` // of one of them
-	Peer   netip.AddrPort `json:"peer"`
+	Subnet netip.Prefix `json:"subnet"`
+	Link   string       `json:"link"`
+	Source netip.Addr   `json:"source,omitzero"` // missing where they are untranslated
+	Flows  int          `json:"flows"`
+	// CameBack says that they came back with this source when they were ended.
+	CameBack bool           `json:"came_back"`
+	Int      netip.AddrPort `json:"int"` // of one of them
+	Peer     netip.AddrPort `json:"peer"`
 }
 
 // A Verification is what a comparison of the daemon with the kernel found: how many

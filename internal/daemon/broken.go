@@ -23,66 +23,74 @@ const (
 	brokenShare = 50
 	// brokenAgain is the time between two looks of which both must find a flow broken.
 	brokenAgain = time.Second
+	// longestLook bounds the time in which one look asks rules and routes about flows.
+	longestLook = 100 * time.Millisecond
+	// brokenLooks is how many looks after a change wait for answers to flows.
+	brokenLooks = 10
 	// mostHealed bounds the flows that end after one look.
 	mostHealed = 500
-	// mostAskedFlows bounds the flows that one look asks rules and routes about. The next one
-	// goes on with the others.
-	mostAskedFlows = 1 << 14
 )
 
 // brokenFlows is about flows of enabled hosts that leave with a source that the user's
-// rules would not give them now.
+// rules would not give them now, and that cannot work with the one that they have.
 type brokenFlows struct {
 	due    bool          // something changed since the last look
 	next   time.Duration // not before
-	from   int           // the first of the flows to ask about
-	asked  int           // how many flows there were to ask about
-	before map[uint32]*userrules.Ruleset
-	ended  map[endedFlow]time.Duration // when
+	looks  int           // still to come that wait for answers
+	walk   walk
+	sum    []control.BrokenFlows // of the walk
+	before map[uint32]foundBefore
+	by     *userrules.Ruleset // at the last look
+	healed healedFlows
+	had    map[cone.Addr]struct{} // IPv4 addresses that outside links have, or had
+	answers
 }
 
-// goOn lets the next look ask about other flows, unless it must find the same ones again.
-func (b *brokenFlows) goOn() {
-	if len(b.before) > 0 {
-		return
-	}
-	if b.from += mostAskedFlows; b.from >= b.asked {
-		b.from = 0
-	}
+// foundBefore says that a flow was found at the last look.
+type foundBefore struct {
+	by   *userrules.Ruleset // that told so
+	walk int
 }
 
-// An endedFlow is one that ended, with the source that was wrong.
-type endedFlow struct {
-	src, peer cone.Endpoint
-	source    cone.Addr
+// changed notes that rules, routes or addresses changed.
+func (b *brokenFlows) changed() {
+	b.due, b.looks = true, brokenLooks
+	b.healed.changes++
 }
 
-// sawEnd notes that a flow ends now, and reports whether one like it did so a short while
-// ago. If it came back as it was, something else than rules translates it.
-func (b *brokenFlows) sawEnd(now time.Duration, f *brokenFlow) bool {
-	const memory, most = time.Minute, 1 << 14
-	k := endedFlow{f.Src, f.ReplySrc, f.ReplyDst.Addr}
-	if at, ended := b.ended[k]; ended && now-at < memory {
-		return true
+// sawNetwork notes the addresses of outside links. A flow with any other address may have
+// one that is routed to the gateway and that no link has.
+func (b *brokenFlows) sawNetwork(before, now gateway.Network) {
+	const most = 1 << 12
+	if b.due = true; !now.SameRoutes(before) || !slices.Equal(now.Addrs, before.Addrs) {
+		b.changed()
 	}
-	if b.ended == nil || len(b.ended) == most {
-		b.ended = make(map[endedFlow]time.Duration)
+	if b.had == nil || len(b.had) > most {
+		b.had = make(map[cone.Addr]struct{})
 	}
-	b.ended[k] = now
-	return false
+	for _, a := range now.OutsideAddrs() {
+		if a.Prefix.Addr().Is4() {
+			b.had[cone.AddrFrom(a.Prefix.Addr())] = struct{}{}
+		}
+	}
 }
 
 // lookForBroken looks for broken flows, if something changed, counts them, and ends them if
 // the user wants that and they were broken at the last look by the same rules.
 func (d *Daemon) lookForBroken() error {
-	if !d.broken.due || d.now() < d.broken.next {
+	b := &d.broken
+	if !b.due || d.now() < b.next {
 		return nil
 	}
 	var cfg config.Config
 	if !d.ask(func() { cfg = d.cfg.Config }) {
 		return nil
 	}
-	d.broken.due = false
+	if b.by != d.firewall.user {
+		b.by = d.firewall.user
+		b.changed()
+	}
+	b.due = false
 	var found []brokenFlow
 	var ended int
 	var err error
@@ -91,15 +99,27 @@ func (d *Daemon) lookForBroken() error {
 			ended, err = d.heal(cfg, found)
 		}
 	})
-	d.broken.goOn()
-	d.broken.next = d.now() + max(brokenAgain, brokenShare*took)
+	b.next = d.now() + max(brokenAgain, brokenShare*took)
 	if err != nil {
+		b.walk.from, b.sum = 0, nil
 		return fmt.Errorf("look for flows with another source than rules give: %w", err)
 	}
 	d.noted.note(slog.LevelInfo, "healed", "flows left with another source than your rules give now; they ended", uint64(ended))
-	sum := sumBroken(found)
+	whole := b.walk.from == 0
+	sum := b.sum
+	if whole {
+		b.sum = nil
+		b.answers.next()
+	}
+	if b.awaited && b.looks > 0 {
+		b.looks--
+		b.due = true
+	}
+	b.due = b.due || !whole
 	d.ask(func() {
-		d.brokenNow = sum
+		if whole {
+			d.brokenNow = sum
+		}
 		d.healed += uint64(ended)
 		d.warned.tell(d.now(), d.warnings())
 	})
@@ -111,16 +131,22 @@ type brokenFlow struct {
 	cone.Flow
 	subnet netip.Prefix
 	link   string
+	at     int  // in the walk
+	back   bool // it came back as it was
 }
 
 // source returns the address with which f leaves.
 func (f *brokenFlow) source() netip.Addr { return f.ReplyDst.Addr.Netip() }
 
-// findBroken returns the flows of enabled hosts that the user's rules would surely give
-// another source now. Where these cannot be read it finds none.
+// findBroken returns the flows of enabled hosts that cannot work any more, and to which the
+// user's rules would surely give another source now. It asks about those that it found at
+// the last look, and goes on with the others from where that ended. Where rules cannot be
+// read, or nobody knows by which links packets leave, it finds none.
 func (d *Daemon) findBroken(cfg config.Config) (found []brokenFlow, err error) {
-	rs := d.firewall.user
-	if rs == nil || d.firewall.unread != nil {
+	b, rs := &d.broken, d.firewall.user
+	b.awaited = false
+	if rs == nil || d.firewall.unread != nil || d.network.HidesWays() {
+		b.walk.from, b.sum = 0, nil
 		return nil, nil
 	}
 	q, err := ctwatch.DialQueries(ctwatch.Config{})
@@ -128,27 +154,47 @@ func (d *Daemon) findBroken(cfg config.Config) (found []brokenFlow, err error) {
 		return nil, err
 	}
 	defer q.Close()
-	flows, n := []brokenFlow{}, 0
-	ways := newSources(d.network)
+	b.walk.begin()
+	var again, others []brokenFlow
+	ways, n := newSources(d.network, b.had), 0
+	mapped := d.firewall.mapping
 	err = q.Dump(func(f *cone.Flow) {
+		if n++; n%flowsAtOnce == 0 {
+			d.lookBetween()
+		}
 		subnet, ok := mayBreak(cfg, f)
-		if !ok || f.Status.Has(cone.StatusSrcNAT) && (d.firewall.mapping && subnet.Mapping == config.EndpointIndependentMapping || ways.isOnlyWay(f)) {
+		if !ok || f.Status.Has(cone.StatusSrcNAT) && (mapped && subnet.Mapping == config.EndpointIndependentMapping || !ways.mayBeWrong(f)) {
 			return
 		}
-		if n++; n > d.broken.from && len(flows) < mostAskedFlows {
-			flows = append(flows, brokenFlow{Flow: *f, subnet: subnet.Prefix})
+		_, twice := b.before[f.ID]
+		if at, ok := b.walk.take(twice); ok && twice {
+			again = append(again, brokenFlow{Flow: *f, subnet: subnet.Prefix, at: at})
+		} else if ok {
+			others = append(others, brokenFlow{Flow: *f, subnet: subnet.Prefix, at: at})
 		}
 	})
 	if err != nil {
 		return nil, err
 	}
-	d.broken.asked = n
-	routes := &router{network: d.network}
-	for i := range flows {
-		if f := &flows[i]; ways.broken(rs, routes, f) {
-			found = append(found, *f)
+	routes, began := &router{network: d.network}, d.now()
+	for i, f := range slices.Concat(again, others) {
+		const atOnce = 64
+		if i%atOnce == 0 {
+			d.lookBetween()
+			if i >= len(again)+atOnce && d.now()-began > longestLook {
+				b.walk.stop()
+				break
+			}
+		}
+		if i >= len(again) {
+			b.walk.last = f.at
+		}
+		if ways.broken(rs, routes, &f) && b.unanswered(&f.Flow, ways.isGone(&f.Flow)) {
+			f.back = b.healed.cameBack(d.now(), &f)
+			found = append(found, f)
 		}
 	}
+	b.walk.end()
 	return found, routes.close()
 }
 
@@ -168,95 +214,38 @@ func mayBreak(cfg config.Config, f *cone.Flow) (s config.Subnet, ok bool) {
 	return cfg.Subnets[i], true
 }
 
-// sources are the addresses of links.
-type sources struct {
-	byLink map[int][]netip.Addr
-	own    map[cone.Addr]int // the link of each
-	only   int               // the only outside link, or 0
-}
-
-func newSources(n gateway.Network) *sources {
-	s := &sources{byLink: make(map[int][]netip.Addr), own: make(map[cone.Addr]int)}
-	for _, a := range n.Addrs {
-		s.byLink[a.Link] = append(s.byLink[a.Link], a.Prefix.Addr())
-		s.own[cone.AddrFrom(a.Prefix.Addr())] = a.Link
-	}
-	outside := 0
-	for _, l := range n.Links {
-		if l.Outside&gateway.IPv4 != 0 {
-			outside++
-			s.only = l.Index
-		}
-	}
-	if outside != 1 {
-		s.only = 0
-	}
-	return s
-}
-
-// isOnlyWay reports whether f has an address of the only outside link: no route need be
-// asked for.
-func (s *sources) isOnlyWay(f *cone.Flow) bool {
-	return s.only != 0 && s.own[f.ReplyDst.Addr] == s.only
-}
-
-// broken reports whether rules would surely give f another source on each link by which it
-// may leave, and notes the first.
-func (s *sources) broken(rs *userrules.Ruleset, routes *router, f *brokenFlow) bool {
-	if _, own := s.own[f.Src.Addr]; own {
-		return false
-	}
-	ways := routes.links(&f.Flow)
-	for _, l := range ways {
-		if l.Outside&gateway.IPv4 == 0 || !s.gives(rs, l, f) {
-			return false
-		}
-	}
-	if len(ways) == 0 {
-		return false
-	}
-	f.link = ways[0].Name
-	return true
-}
-
-// gives reports whether rules would surely give f another source on a link.
-func (s *sources) gives(rs *userrules.Ruleset, l gateway.Link, f *brokenFlow) bool {
-	n, sure := rs.SourceOf(userrules.Leaving{
-		Src: f.Src.Netip(), Dst: f.ReplySrc.Netip(), Out: userrules.Link{Index: l.Index, Name: l.Name},
-	})
-	if !sure || !n.Masquerade && len(n.Addrs) == 0 || n.Masquerade && len(s.byLink[l.Index]) == 0 {
-		return false
-	}
-	if n.Masquerade && slices.Contains(s.byLink[l.Index], f.source()) {
-		return false
-	}
-	return !slices.ContainsFunc(n.Addrs, func(r userrules.AddrRange) bool { return r.Has(f.source()) })
-}
-
-// heal ends those that were found broken at the last look, too, by the same rules.
+// heal ends those that were found broken at the last look, too, by the same rules, and
+// counts all.
 func (d *Daemon) heal(cfg config.Config, found []brokenFlow) (ended int, err error) {
-	before := d.broken.before
-	d.broken.before = nil
+	b := &d.broken
+	before := b.before
+	b.before = nil
+	for i := range found {
+		if was, twice := before[found[i].ID]; !twice || was.walk != b.walk.number {
+			b.sum = addBroken(b.sum, &found[i])
+		}
+	}
 	if !cfg.HealFlows || len(found) == 0 {
 		return 0, nil
 	}
-	d.broken.due = true // to see that they are gone, or to end them
 	q, err := ctwatch.DialQueries(ctwatch.Config{})
 	if err != nil {
 		return 0, err
 	}
 	defer q.Close()
-	d.broken.before = make(map[uint32]*userrules.Ruleset)
+	b.before = make(map[uint32]foundBefore)
 	var errs []error
 	for i := range found {
 		f := &found[i]
-		if before[f.ID] != d.firewall.user || ended == mostHealed {
-			d.broken.before[f.ID] = d.firewall.user
+		if f.back {
 			continue
 		}
-		if d.broken.sawEnd(d.now(), f) {
+		b.due = true // to end it, or to see that it is gone
+		if before[f.ID].by != b.by || ended == mostHealed {
+			b.before[f.ID] = foundBefore{b.by, b.walk.number}
 			continue
 		}
+		b.healed.note(d.now(), f)
 		ok, err := q.Delete(f.Src, f.Dst, f.OrigZone, f.ID)
 		errs = append(errs, err)
 		if ok {
@@ -266,27 +255,21 @@ func (d *Daemon) heal(cfg config.Config, found []brokenFlow) (ended int, err err
 	return ended, errors.Join(errs...)
 }
 
-// sumBroken returns what status shows of broken flows.
-func sumBroken(found []brokenFlow) (all []control.BrokenFlows) {
-	for i := range found {
-		f := &found[i]
-		b := control.BrokenFlows{Subnet: f.subnet, Link: f.link, Flows: 1, Int: f.Src.Netip(), Peer: f.ReplySrc.Netip()}
-		if f.Status.Has(cone.StatusSrcNAT) {
-			b.Source = f.source()
-		}
-		at := slices.IndexFunc(all, func(a control.BrokenFlows) bool {
-			return a.Subnet == b.Subnet && a.Link == b.Link && a.Source == b.Source
-		})
-		switch {
-		case at >= 0:
-			all[at].Flows++
-		case len(all) < mostBrokenKinds:
-			all = append(all, b)
-		}
+// addBroken adds f to what status shows of broken flows.
+func addBroken(all []control.BrokenFlows, f *brokenFlow) []control.BrokenFlows {
+	b := control.BrokenFlows{Subnet: f.subnet, Link: f.link, Flows: 1, CameBack: f.back, Int: f.Src.Netip(), Peer: f.ReplySrc.Netip()}
+	if f.Status.Has(cone.StatusSrcNAT) {
+		b.Source = f.source()
 	}
-	slices.SortFunc(all, func(a, b control.BrokenFlows) int {
-		return strings.Compare(fmt.Sprint(a.Subnet, a.Link, a.Source), fmt.Sprint(b.Subnet, b.Link, b.Source))
+	at, known := slices.BinarySearchFunc(all, b, func(a, b control.BrokenFlows) int {
+		return strings.Compare(fmt.Sprint(a.Subnet, a.Link, a.Source, a.CameBack), fmt.Sprint(b.Subnet, b.Link, b.Source, b.CameBack))
 	})
+	switch {
+	case known:
+		all[at].Flows++
+	case len(all) < mostBrokenKinds:
+		all = slices.Insert(all, at, b)
+	}
 	return all
 }
 
@@ -302,7 +285,11 @@ func (d *Daemon) warnBroken(out *warnings) {
 			about += " " + b.Source.String()
 		}
 		advice := "heal_flows = true ends such flows"
-		if d.cfg.HealFlows {
+		switch {
+		case b.CameBack:
+			advice = "they came back as they were when heal_flows ended them, so something else than your rules translates them"
+			about += " came back"
+		case d.cfg.HealFlows:
 			advice = "they are being ended"
 		}
 		out.add(warnBrokenFlows, about, "%d flows of %v leave by %s %s, such as that of %v to %v, where your rules would give them another source now: %s",

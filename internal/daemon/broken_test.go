@@ -6,46 +6,121 @@ import (
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
-	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // A flow that comes back with the source that was wrong is not ended again and again.
 //
 // Fails when it is, or when it is never ended again.
-func TestFlowThatComesBackIsLeftAloneForAWhile(t *testing.T) {
+func TestFlowThatComesBackIsLeftAlone(t *testing.T) {
 	flow := func(source string) *brokenFlow {
 		ep := func(s string) cone.Endpoint { return cone.EndpointFrom(netip.MustParseAddrPort(s)) }
 		return &brokenFlow{Flow: cone.Flow{Src: ep("10.47.11.109:5060"), ReplySrc: ep("203.0.113.5:5060"), ReplyDst: ep(source)}}
 	}
 	var b brokenFlows
 	for _, step := range []struct {
-		now    time.Duration
-		source string
-		ended  bool
+		now     time.Duration
+		source  string
+		changed bool
+		back    bool
 	}{
-		{0, "198.51.100.1:5060", false},
-		{2 * time.Second, "198.51.100.1:5060", true},
-		{2 * time.Second, "198.51.100.129:5060", false}, // a failover, and one back
-		{59 * time.Second, "198.51.100.1:1024", true},
-		{time.Minute, "198.51.100.1:5060", false},
-		{61 * time.Second, "198.51.100.1:5060", true},
+		{0, "198.51.100.1:5060", false, false},
+		{2 * time.Second, "198.51.100.1:5060", false, true},
+		{2 * time.Second, "198.51.100.129:5060", false, false}, // a failover, and one back
+		{59 * time.Second, "198.51.100.1:1024", true, true},
+		{time.Minute, "198.51.100.1:5060", false, false},
+		{time.Hour, "198.51.100.1:5060", false, true}, // nothing changed
+		{time.Hour, "198.51.100.1:5060", true, false},
 	} {
-		if got := b.sawEnd(step.now, flow(step.source)); got != step.ended {
-			t.Errorf("at %v, %s: it ended before: %v, want %v", step.now, step.source, got, step.ended)
+		if step.changed {
+			b.changed()
+		}
+		f := flow(step.source)
+		back := b.healed.cameBack(step.now, f)
+		if back != step.back {
+			t.Errorf("at %v, %s: it came back: %v, want %v", step.now, step.source, back, step.back)
+		}
+		if !back {
+			b.healed.note(step.now, f)
 		}
 	}
 }
 
-// Fails when flows that must be found twice are not asked about twice, or the others never.
+// Looks find a flow of each part of a large table twice, and the whole walk counts each once.
+//
+// Fails when a flow is never asked about, or never at two looks that follow each other.
 func TestLooksAtBrokenFlowsGoOn(t *testing.T) {
-	b := brokenFlows{asked: 2*mostAskedFlows + 1}
-	for i, want := range []int{mostAskedFlows, mostAskedFlows, 2 * mostAskedFlows, 0, mostAskedFlows} {
-		b.before = nil
-		if i == 1 {
-			b.before = map[uint32]*userrules.Ruleset{7: nil}
+	const flows = 2*mostAskedFlows + 100
+	broken := map[int]bool{0: true, mostAskedFlows + 1: true, flows - 1: true}
+	var w walk
+	before, ended, asked := map[int]bool{}, map[int]bool{}, map[int]int{}
+	for look := 1; look == 1 || w.from != 0 || len(before) > 0; look++ {
+		if look > 10 {
+			t.Fatalf("the walk does not end: it is at %d", w.from)
 		}
-		if b.goOn(); b.from != want {
-			t.Errorf("after look %d it goes on at %d, want %d", i, b.from, want)
+		w.begin()
+		found := map[int]bool{}
+		for i := range flows {
+			if ended[i] {
+				continue
+			}
+			at, ok := w.take(before[i])
+			if !ok {
+				continue
+			}
+			if !before[i] {
+				w.last = at
+			}
+			asked[i]++
+			switch {
+			case broken[i] && before[i]:
+				ended[i] = true
+			case broken[i]:
+				found[i] = true
+			}
+		}
+		w.end()
+		before = found
+	}
+	for i := range broken {
+		if !ended[i] {
+			t.Errorf("flow %d was found %d times, and never twice", i, asked[i])
+		}
+	}
+	if len(asked) < flows-len(broken) { // those that ended move the others
+		t.Errorf("%d flows of %d were asked about", len(asked), flows)
+	}
+}
+
+// Fails when a flow with the address of another link counts as not answered for less than
+// packets that it sent and that nobody answered, or one whose address is gone does not.
+func TestFlowsAreNotAnsweredIfTheKernelSaysSo(t *testing.T) {
+	look := func(sent, answered uint64) cone.Flow {
+		return cone.Flow{ID: 7, Status: cone.StatusSeenReply, HasCounters: true, OrigPackets: sent, ReplyPackets: answered}
+	}
+	for name, tc := range map[string]struct {
+		looks       []cone.Flow
+		there, gone bool // what the last look finds
+	}{
+		"never answered":   {[]cone.Flow{{ID: 7}}, true, true},
+		"without counters": {[]cone.Flow{{ID: 7, Status: cone.StatusSeenReply}, {ID: 7, Status: cone.StatusSeenReply}}, false, true},
+		"one look":         {[]cone.Flow{look(100, 1)}, false, true},
+		"idle":             {[]cone.Flow{look(100, 1), look(100, 1)}, false, true},
+		"a packet":         {[]cone.Flow{look(100, 1), look(101, 1)}, false, true},
+		"packets":          {[]cone.Flow{look(100, 1), look(101, 1), look(103, 1)}, true, true},
+		"answered":         {[]cone.Flow{look(100, 1), look(200, 2)}, false, false},
+		"answered before":  {[]cone.Flow{look(100, 1), look(200, 2), look(203, 2)}, true, true},
+		"another flow":     {[]cone.Flow{look(100, 1), look(3, 1)}, false, true},
+	} {
+		for gone, want := range map[bool]bool{false: tc.there, true: tc.gone} {
+			var a answers
+			var got bool
+			for i := range tc.looks {
+				got = a.unanswered(&tc.looks[i], gone)
+				a.next()
+			}
+			if got != want {
+				t.Errorf("%s, address gone %v: unanswered %v", name, gone, got)
+			}
 		}
 	}
 }

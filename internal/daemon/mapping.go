@@ -218,7 +218,7 @@ func (m *mapper) linkOf(f *cone.Flow) string {
 	if link := m.links[f.ReplyDst.Addr]; link != "" || !m.owned(f.ReplyDst.Addr) {
 		return link
 	}
-	if links := m.routes.links(f); len(links) == 1 && links[0].Outside&gateway.IPv4 != 0 {
+	if links, _ := m.routes.links(f); len(links) == 1 && links[0].Outside&gateway.IPv4 != 0 {
 		return links[0].Name
 	}
 	return ""

@@ -214,6 +214,7 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 	for _, n := range notes {
 		d.log.Info(n)
 	}
+	d.broken.sawNetwork(d.network, network)
 	if !network.SameRoutes(d.network) {
 		d.rerouted.looks = rerouteLooks
 	}
@@ -232,7 +233,6 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 		d.reviewSockets()
 		d.warned.tell(d.now(), d.warnings())
 	})
-	d.broken.due = true
 	followed, err := d.follow(cfg, network)
 	return misjudged || followed, errors.Join(failed, err)
 }

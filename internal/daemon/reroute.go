@@ -86,6 +86,9 @@ func (d *Daemon) endReroutedLater() error {
 func endWrongLinks(
 	c *rules.MappingConfig, network gateway.Network, outside map[string]bool, fixed []userrules.AddrRange, unknown bool,
 ) (ended, doubtful int, err error) {
+	if network.HidesWays() {
+		return 0, 0, nil
+	}
 	links := make(map[cone.Addr]string)
 	for _, a := range network.Addrs {
 		for _, l := range network.Links {
@@ -110,7 +113,7 @@ func endWrongLinks(
 			if !onLink || f.Status.Has(cone.StatusDstNAT) {
 				return false
 			}
-			ways := routes.links(f)
+			ways, _ := routes.links(f)
 			if len(ways) == 0 {
 				return false
 			}

@@ -15,8 +15,8 @@ type router struct {
 }
 
 // links returns the links by which packets of the flow from its opener may leave; none
-// if they do not leave, or nobody knows.
-func (r *router) links(f *cone.Flow) (links []gateway.Link) {
+// if they do not leave, or nobody knows. all is false if some may not leave at all.
+func (r *router) links(f *cone.Flow) (links []gateway.Link, all bool) {
 	if r.kernel == nil && r.err == nil {
 		r.kernel, r.err = gateway.DialRouter(0, r.network)
 		r.byIndex = make(map[int]gateway.Link)
@@ -25,20 +25,20 @@ func (r *router) links(f *cone.Flow) (links []gateway.Link) {
 		}
 	}
 	if r.err != nil {
-		return nil
+		return nil, false
 	}
 	var indexes []int
-	if indexes, r.err = r.kernel.Links(f.Src, f.ReplySrc); r.err != nil {
-		return nil
+	if indexes, all, r.err = r.kernel.Links(f.Src, f.ReplySrc); r.err != nil {
+		return nil, false
 	}
 	for _, i := range indexes {
 		l, ok := r.byIndex[i]
 		if !ok {
-			return nil // a new one
+			return nil, false // a new one
 		}
 		links = append(links, l)
 	}
-	return links
+	return links, all
 }
 
 // close ends the connection, and returns what went wrong since it was opened.

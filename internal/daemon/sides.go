@@ -196,7 +196,8 @@ func (d *Daemon) seeNAT(cfg config.Config, flows []cone.Flow) (found bool, err e
 	routes := &router{network: d.network}
 	for i := range flows {
 		f := &flows[i]
-		l, ok := leftBy(routes.links(f), d.network, f.ReplyDst.Addr.Netip())
+		ways, _ := routes.links(f)
+		l, ok := leftBy(ways, d.network, f.ReplyDst.Addr.Netip())
 		if !ok || l.Outside&gateway.IPv4 != 0 || slices.Contains(cfg.Inside, l.Name) || !d.network.ShowsOutside(l, f.ReplySrc.Addr.Netip()) {
 			continue
 		}

@@ -93,6 +93,7 @@ func (r *reader) addr(b []byte) error {
 	}
 	r.Addrs = append(r.Addrs, Addr{
 		Prefix: p, Link: int(int32(binary.NativeEndian.Uint32(b[4:]))), Leased: b[2]&unix.IFA_F_PERMANENT == 0,
+		Narrow: b[3] != unix.RT_SCOPE_UNIVERSE,
 	})
 	return nil
 }
@@ -138,6 +139,7 @@ func (r *reader) route(b []byte) error {
 	if typ != rtnUnicast || table == unix.RT_TABLE_LOCAL || cloned {
 		return nil
 	}
+	r.routesByTOS = r.routesByTOS || family == unix.AF_INET && b[3] != 0
 	if !dst.IsValid() {
 		switch family {
 		case unix.AF_INET:

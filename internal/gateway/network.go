@@ -18,6 +18,8 @@ type Network struct {
 	Rules  []Rule         // for IPv4
 	Ended  []netip.Prefix // IPv4 networks with a route that is local or rejects
 
+	routesByTOS bool // an IPv4 route is for a type of service
+
 	Missing   []string       // names of outside links that are not there, and may come
 	Unreached []netip.Prefix // enabled subnets to which nothing but a default route leads
 
@@ -58,6 +60,7 @@ type Addr struct {
 	Prefix netip.Prefix // not masked
 	Link   int          // index
 	Leased bool         // it has a lifetime, as those have that DHCP gave
+	Narrow bool         // its scope is not global: masquerade does not take it
 }
 
 // A Route is one next hop of a route.
@@ -124,6 +127,9 @@ func (r *reader) read(c *conn) error {
 }
 
 func (l Link) is(flags uint32) bool { return l.Flags&flags == flags }
+
+// Runs reports whether the link is up and can carry packets.
+func (l Link) Runs() bool { return l.is(unix.IFF_UP | unix.IFF_RUNNING) }
 
 // OutsideLinks returns the names of the outside links.
 func (n Network) OutsideLinks() []string {

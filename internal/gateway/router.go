@@ -45,30 +45,34 @@ func (r *Router) Close() error { return r.conn.close() }
 
 // Links returns the indexes of the links by which a packet of an inside host from src to
 // dst may leave: the one, or, as rules of the user's may mark packets in a way that
-// nobody knows, one for each mark of a routing rule. Both are IPv4 endpoints.
-func (r *Router) Links(src, dst cone.Endpoint) (links []int, err error) {
+// nobody knows, one for each mark of a routing rule. all is false if it does not leave with
+// one of these marks. Both are IPv4 endpoints.
+func (r *Router) Links(src, dst cone.Endpoint) (links []int, all bool, err error) {
 	from, known := r.inside[src.Addr]
 	if !known { // by which its packets come in
 		link, err := r.lookup(cone.Endpoint{}, src, 0, 0)
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
 		from = uint32(link)
 		r.inside[src.Addr] = from
 	}
 	if from == 0 {
-		return nil, nil
+		return nil, false, nil
 	}
+	all = true
 	for _, mark := range r.marks {
 		link, err := r.lookup(src, dst, from, mark)
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
-		if link != 0 && !slices.Contains(links, link) {
+		if link == 0 {
+			all = false
+		} else if !slices.Contains(links, link) {
 			links = append(links, link)
 		}
 	}
-	return links, nil
+	return links, all, nil
 }
 
 // lookup returns the link by which a packet leaves that comes in by the link from, or is
@@ -120,31 +124,42 @@ func appendAttr(b []byte, typ uint16, value []byte) []byte {
 
 // A Rule is a routing rule for IPv4.
 type Rule struct {
-	Mark uint32
-	all  string // the message
+	Mark   uint32
+	hidden bool   // it asks for what nobody knows of a packet, other than a mark
+	all    string // the message
 }
 
 // rule decodes a struct fib_rule_hdr with attributes.
 func (r *reader) rule(b []byte) error {
-	const sizeofFibRuleHdr, fraFwmark = 12, 10
+	const sizeofFibRuleHdr, fraSportMask, fraDportMask = 12, 28, 29 // Linux 6.15
 	if len(b) < sizeofFibRuleHdr || b[0] != unix.AF_INET {
 		return nil
 	}
-	rule := Rule{all: string(b)}
+	rule := Rule{hidden: b[3] != 0, all: string(b)} // the type of service
 	err := attributes(b, sizeofFibRuleHdr, func(ad *netlink.AttributeDecoder) {
-		if ad.Type() == fraFwmark {
+		switch typ := ad.Type(); {
+		case typ == unix.FRA_FWMARK:
 			rule.Mark = ad.Uint32()
+		case typ == fraSportMask, typ == fraDportMask: // the kernel was told the ports
+		case typ == unix.FRA_TUN_ID, typ > unix.FRA_DPORT_RANGE: // a DSCP, among others
+			rule.hidden = true
 		}
 	})
 	r.Rules = append(r.Rules, rule)
 	return err
 }
 
+// HidesWays reports whether IPv4 packets may take other ways than a Router tells, since a
+// routing rule or a route asks for a type of service, or for what is not understood.
+func (n Network) HidesWays() bool {
+	return n.routesByTOS || slices.ContainsFunc(n.Rules, func(r Rule) bool { return r.hidden })
+}
+
 // SameRoutes reports whether packets take the same ways in n and in o.
 func (n Network) SameRoutes(o Network) bool {
 	up := func(n Network) (is []int) {
 		for _, l := range n.Links {
-			if l.is(unix.IFF_UP | unix.IFF_RUNNING) {
+			if l.Runs() {
 				is = append(is, l.Index)
 			}
 		}

@@ -24,6 +24,9 @@ func TestRouterFindsTheLinksOfAHostsPackets(t *testing.T) {
 		{"rule del ipproto udp dport 5060 table 7", []string{"wan1"}},
 		{"rule add fwmark 2 table 7", []string{"wan1", "vpn0"}},
 		{"rule del fwmark 2 table 7", []string{"wan1"}},
+		{"route add local default dev lo table 8", []string{"wan1"}},
+		{"rule add fwmark 3 table 8", []string{"wan1"}}, // as for TPROXY
+		{"rule del fwmark 3 table 8", []string{"wan1"}},
 		{"route add blackhole 203.0.113.0/24", nil},
 		{"route del blackhole 203.0.113.0/24", []string{"wan1"}},
 		{"link set wan1 down", nil},
@@ -35,7 +38,7 @@ func TestRouterFindsTheLinksOfAHostsPackets(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		links, err := r.Links(src, dst)
+		links, all, err := r.Links(src, dst)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -44,6 +47,9 @@ func TestRouterFindsTheLinksOfAHostsPackets(t *testing.T) {
 			if slices.Contains(links, l.Index) {
 				names = append(names, l.Name)
 			}
+		}
+		if some := step.command == "rule add fwmark 3 table 8"; all == (some || len(step.want) == 0) {
+			t.Errorf("after %q: its packets leave with each mark: %v", step.command, all)
 		}
 		slices.Sort(names)
 		slices.Sort(step.want)
@@ -55,6 +61,29 @@ func TestRouterFindsTheLinksOfAHostsPackets(t *testing.T) {
 		}
 		if err := r.Close(); err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// Fails when a selector of a rule or route, of which nobody knows whether a packet matches
+// it, is not seen, or when it is one that the kernel was asked about.
+func TestNetworkKnowsThatWaysAreHidden(t *testing.T) {
+	for command, want := range map[string]bool{
+		"route add 203.0.113.0/24 dev wan0":                 false,
+		"rule add fwmark 2 table 7":                         false,
+		"rule add ipproto udp dport 5060 table 7":           false,
+		"rule add from 10.47.11.0/24 iif lan0 table 7":      false,
+		"rule add tos 0x10 table 7":                         true,
+		"route add 203.0.113.0/24 dev wan0 tos 0x10":        true,
+		"route add default dev wan0 tos 0x08 table 7":       true,
+		"rule add tun_id 7 table 7":                         true,
+		"rule add table main suppress_prefixlength 0":       false,
+		"rule add from 10.47.11.0/24 goto 32766 priority 9": false,
+	} {
+		g := newGateway(t)
+		ip(t, g, command)
+		if got := readNetwork(t, g).Lean().HidesWays(); got != want {
+			t.Errorf("%q: %v", command, got)
 		}
 	}
 }

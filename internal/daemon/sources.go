@@ -1,0 +1,240 @@
+package daemon
+
+import (
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/userrules"
+)
+
+// mostAskedFlows bounds the flows that one look asks rules and routes about, beside those
+// that the last one found. The next one goes on with the others.
+const mostAskedFlows = 1 << 14
+
+// A walk goes through flows in the order of the table, some of them at each look.
+type walk struct {
+	number int
+	from   int // how many the last looks asked about, 0 at the start
+	seen   int // at this look
+	taken  int
+	last   int // that was asked about
+	cut    bool
+}
+
+// begin begins a look, and another walk if the last one ended.
+func (w *walk) begin() {
+	w.seen, w.taken, w.last, w.cut = 0, 0, w.from, false
+	if w.from == 0 {
+		w.number++
+	}
+}
+
+// take returns the place of the next flow, and whether this look asks about it: one that
+// the last look found, too, or one that it is the turn of.
+func (w *walk) take(again bool) (at int, ok bool) {
+	w.seen++
+	if again || w.seen <= w.from {
+		return w.seen, again
+	}
+	if w.taken == mostAskedFlows {
+		w.cut = true
+		return w.seen, false
+	}
+	w.taken++
+	return w.seen, true
+}
+
+// stop says that this look asks about no more flows.
+func (w *walk) stop() { w.cut = true }
+
+// end ends the look, and the walk unless there are others to ask about.
+func (w *walk) end() {
+	w.from = 0
+	if w.cut {
+		w.from = w.last
+	}
+}
+
+// healedFlows are flows that heal_flows ended.
+type healedFlows struct {
+	flows   map[healedFlow]healing
+	changes int // of rules, routes and addresses so far
+}
+
+// A healedFlow is one that ended, with the source that was wrong.
+type healedFlow struct {
+	src, peer cone.Endpoint
+	source    cone.Addr
+}
+
+type healing struct {
+	at      time.Duration
+	changes int
+}
+
+// note notes that a flow ends now.
+func (h *healedFlows) note(now time.Duration, f *brokenFlow) {
+	const most = 1 << 14
+	if h.flows == nil || len(h.flows) == most {
+		h.flows = make(map[healedFlow]healing)
+	}
+	h.flows[healedFlow{f.Src, f.ReplySrc, f.ReplyDst.Addr}] = healing{now, h.changes}
+}
+
+// cameBack reports whether a flow like f ended a short while ago, or since something
+// changed. If it came back as it was, something else than rules translates it.
+func (h *healedFlows) cameBack(now time.Duration, f *brokenFlow) bool {
+	const memory = time.Minute
+	was, ended := h.flows[healedFlow{f.Src, f.ReplySrc, f.ReplyDst.Addr}]
+	return ended && (was.changes == h.changes || now-was.at < memory)
+}
+
+// answers tell whether flows are answered, where the kernel counts their packets.
+type answers struct {
+	now, last map[uint32]packets // of this walk and the one before
+	awaited   bool               // a flow may show that it is not answered
+}
+
+type packets struct{ sent, answered uint64 }
+
+// next begins another walk.
+func (a *answers) next() { a.last, a.now = a.now, nil }
+
+// unanswered reports whether f is surely not answered any more. gone says that its address
+// or the link that has it is gone: then that only does not hold if it still gets answers.
+func (a *answers) unanswered(f *cone.Flow, gone bool) bool {
+	const most, enough = 1 << 16, 3
+	if !f.Status.Has(cone.StatusSeenReply) {
+		return true
+	}
+	if !f.HasCounters || f.Status.Has(cone.StatusOffload) {
+		return gone
+	}
+	now := packets{f.OrigPackets, f.ReplyPackets}
+	was, known := a.now[f.ID]
+	if !known {
+		was, known = a.last[f.ID]
+	}
+	answered := known && now.answered != was.answered
+	if !known || answered || now.sent < was.sent {
+		was = now
+	}
+	if a.now == nil {
+		a.now = make(map[uint32]packets)
+	}
+	if len(a.now) < most {
+		a.now[f.ID] = was
+	}
+	if gone {
+		return !answered
+	}
+	if now.sent-was.sent >= enough {
+		return true
+	}
+	a.awaited = true
+	return false
+}
+
+// sources are the addresses of links.
+type sources struct {
+	had    map[cone.Addr]struct{} // that outside links have, or had
+	byLink map[int][]ownAddr
+	own    map[cone.Addr]place
+	only   int // the only outside link, or 0
+	owned  func(cone.Addr) bool
+}
+
+// An ownAddr is an address that a link has.
+type ownAddr struct {
+	addr   netip.Addr
+	narrow bool
+}
+
+// A place is where an address is: on a link, of which one at least runs.
+type place struct {
+	link int
+	runs bool
+}
+
+func newSources(n gateway.Network, had map[cone.Addr]struct{}) *sources {
+	s := &sources{had: had, byLink: make(map[int][]ownAddr), own: make(map[cone.Addr]place), owned: n.Owned()}
+	runs := make(map[int]bool)
+	outside := 0
+	for _, l := range n.Links {
+		runs[l.Index] = l.Runs()
+		if l.Outside&gateway.IPv4 != 0 {
+			outside++
+			s.only = l.Index
+		}
+	}
+	if outside != 1 {
+		s.only = 0
+	}
+	for _, a := range n.Addrs {
+		addr := cone.AddrFrom(a.Prefix.Addr())
+		s.byLink[a.Link] = append(s.byLink[a.Link], ownAddr{a.Prefix.Addr(), a.Narrow})
+		s.own[addr] = place{a.Link, runs[a.Link] || s.own[addr].runs}
+	}
+	return s
+}
+
+// mayBeWrong reports whether f, which is translated, has an address that an outside link
+// has or had, so that another one may be right. What no link had is routed to the gateway.
+func (s *sources) mayBeWrong(f *cone.Flow) bool {
+	if _, had := s.had[f.ReplyDst.Addr]; !had {
+		return false
+	}
+	if p, own := s.own[f.ReplyDst.Addr]; own {
+		return s.only == 0 || p.link != s.only
+	}
+	return s.isGone(f)
+}
+
+// isGone reports whether the address of f is gone, or no link that has it runs.
+func (s *sources) isGone(f *cone.Flow) bool {
+	if p, own := s.own[f.ReplyDst.Addr]; own {
+		return !p.runs
+	}
+	return !s.owned(f.ReplyDst.Addr)
+}
+
+// broken reports whether no link by which f may leave has its source, and rules would
+// surely give it another one on each of them. It notes the first.
+func (s *sources) broken(rs *userrules.Ruleset, routes *router, f *brokenFlow) bool {
+	if _, own := s.own[f.Src.Addr]; own {
+		return false
+	}
+	ways, all := routes.links(&f.Flow)
+	if !all || len(ways) == 0 {
+		return false
+	}
+	for _, l := range ways {
+		if l.Outside&gateway.IPv4 == 0 || s.has(l, f.source()) || !s.gives(rs, l, f) {
+			return false
+		}
+	}
+	f.link = ways[0].Name
+	return true
+}
+
+func (s *sources) has(l gateway.Link, a netip.Addr) bool {
+	return slices.ContainsFunc(s.byLink[l.Index], func(o ownAddr) bool { return o.addr == a })
+}
+
+// gives reports whether rules would surely give f another source on a link. Masquerade takes
+// an address of any other link where this one has none of global scope.
+func (s *sources) gives(rs *userrules.Ruleset, l gateway.Link, f *brokenFlow) bool {
+	n, sure := rs.SourceOf(userrules.Leaving{
+		Src: f.Src.Netip(), Dst: f.ReplySrc.Netip(), Out: userrules.Link{Index: l.Index, Name: l.Name},
+	})
+	if !sure || !n.Masquerade && len(n.Addrs) == 0 {
+		return false
+	}
+	if n.Masquerade && !slices.ContainsFunc(s.byLink[l.Index], func(o ownAddr) bool { return o.addr.Is4() && !o.narrow }) {
+		return false
+	}
+	return !slices.ContainsFunc(n.Addrs, func(r userrules.AddrRange) bool { return r.Has(f.source()) })
+}
