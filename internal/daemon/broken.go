@@ -26,7 +26,7 @@ const (
 	// longestLook bounds the time in which one look asks rules and routes about flows.
 	longestLook = 100 * time.Millisecond
 	// brokenLooks is how many looks after a change wait for answers to flows.
-	brokenLooks = 10
+	brokenLooks = 20
 	// mostHealed bounds the flows that end after one look.
 	mostHealed = 500
 )
@@ -189,7 +189,7 @@ func (d *Daemon) findBroken(cfg config.Config) (found []brokenFlow, err error) {
 		if i >= len(again) {
 			b.walk.last = f.at
 		}
-		if ways.broken(rs, routes, &f) && b.unanswered(&f.Flow, ways.isGone(&f.Flow)) {
+		if ways.broken(rs, routes, &f) && b.unanswered(d.now(), &f.Flow, ways.isGone(&f.Flow)) {
 			f.back = b.healed.cameBack(d.now(), &f)
 			found = append(found, f)
 		}

@@ -100,22 +100,27 @@ func TestFlowsAreNotAnsweredIfTheKernelSaysSo(t *testing.T) {
 	for name, tc := range map[string]struct {
 		looks       []cone.Flow
 		there, gone bool // what the last look finds
+		apart       time.Duration
 	}{
-		"never answered":   {[]cone.Flow{{ID: 7}}, true, true},
-		"without counters": {[]cone.Flow{{ID: 7, Status: cone.StatusSeenReply}, {ID: 7, Status: cone.StatusSeenReply}}, false, true},
-		"one look":         {[]cone.Flow{look(100, 1)}, false, true},
-		"idle":             {[]cone.Flow{look(100, 1), look(100, 1)}, false, true},
-		"a packet":         {[]cone.Flow{look(100, 1), look(101, 1)}, false, true},
-		"packets":          {[]cone.Flow{look(100, 1), look(101, 1), look(103, 1)}, true, true},
-		"answered":         {[]cone.Flow{look(100, 1), look(200, 2)}, false, false},
-		"answered before":  {[]cone.Flow{look(100, 1), look(200, 2), look(203, 2)}, true, true},
-		"another flow":     {[]cone.Flow{look(100, 1), look(3, 1)}, false, true},
+		"never answered":     {[]cone.Flow{{ID: 7}}, true, true, 0},
+		"without counters":   {[]cone.Flow{{ID: 7, Status: cone.StatusSeenReply}, {ID: 7, Status: cone.StatusSeenReply}}, false, true, 0},
+		"one look":           {[]cone.Flow{look(100, 1)}, false, true, 0},
+		"idle":               {[]cone.Flow{look(100, 1), look(100, 1)}, false, true, 0},
+		"a packet":           {[]cone.Flow{look(100, 1), look(101, 1)}, false, true, 0},
+		"packets":            {[]cone.Flow{look(100, 1), look(101, 1), look(103, 1)}, true, true, 0},
+		"answered":           {[]cone.Flow{look(100, 1), look(200, 2)}, false, false, 0},
+		"answered before":    {[]cone.Flow{look(100, 1), look(200, 2), look(203, 2)}, true, true, 0},
+		"another flow":       {[]cone.Flow{look(100, 1), look(3, 1)}, false, true, 0},
+		"silent for seconds": {[]cone.Flow{look(100, 1), look(300, 1), look(500, 1)}, false, true, 4 * time.Second},
 	} {
 		for gone, want := range map[bool]bool{false: tc.there, true: tc.gone} {
+			if tc.apart == 0 {
+				tc.apart = 10 * time.Second
+			}
 			var a answers
 			var got bool
 			for i := range tc.looks {
-				got = a.unanswered(&tc.looks[i], gone)
+				got = a.unanswered(time.Duration(i)*tc.apart, &tc.looks[i], gone)
 				a.next()
 			}
 			if got != want {

@@ -98,22 +98,27 @@ type answers struct {
 	awaited   bool               // a flow may show that it is not answered
 }
 
-type packets struct{ sent, answered uint64 }
+// packets are how many there were at a time, since when none was answered.
+type packets struct {
+	sent, answered uint64
+	at             time.Duration
+}
 
 // next begins another walk.
 func (a *answers) next() { a.last, a.now = a.now, nil }
 
 // unanswered reports whether f is surely not answered any more. gone says that its address
 // or the link that has it is gone: then that only does not hold if it still gets answers.
-func (a *answers) unanswered(f *cone.Flow, gone bool) bool {
-	const most, enough = 1 << 16, 3
+// Else answers must be missing for a while: the other side of a call may be silent.
+func (a *answers) unanswered(at time.Duration, f *cone.Flow, gone bool) bool {
+	const most, enough, silence = 1 << 16, 3, 10 * time.Second
 	if !f.Status.Has(cone.StatusSeenReply) {
 		return true
 	}
 	if !f.HasCounters || f.Status.Has(cone.StatusOffload) {
 		return gone
 	}
-	now := packets{f.OrigPackets, f.ReplyPackets}
+	now := packets{f.OrigPackets, f.ReplyPackets, at}
 	was, known := a.now[f.ID]
 	if !known {
 		was, known = a.last[f.ID]
@@ -131,7 +136,7 @@ func (a *answers) unanswered(f *cone.Flow, gone bool) bool {
 	if gone {
 		return !answered
 	}
-	if now.sent-was.sent >= enough {
+	if now.sent-was.sent >= enough && at-was.at >= silence {
 		return true
 	}
 	a.awaited = true
