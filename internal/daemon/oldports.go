@@ -123,8 +123,8 @@ func (d *Daemon) keep(m *mapper, q *ctwatch.Queries) error {
 // leavesBy reports whether f surely leaves by the link that has its outside address: the
 // rules for another one may give that, too.
 func (m *mapper) leavesBy(f *cone.Flow, link string) bool {
-	ways := m.routes.links(f)
-	return len(ways) == 1 && ways[0].Name == link
+	ways, all := m.routes.links(f)
+	return all && len(ways) == 1 && ways[0].Name == link
 }
 
 // sameGiven reports whether rules of the user's choose the same ports for the same hosts.
