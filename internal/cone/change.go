@@ -18,8 +18,9 @@ func (m *Model) SetTimeouts(t Timeouts) { m.timeouts = t }
 // It reports whether a flow that gave no permission, for what was known of links and
 // addresses, may give one now, or may be a stray now: only a snapshot shows which.
 func (m *Model) SetTopology(now time.Duration, t Topology) (misjudged bool) {
-	old := m.topo
+	old, wereOwn := m.topo, m.policy.own
 	m.topo = compileTopology(t)
+	m.policy.own = m.policy.ownOf(m.topo.local)
 	m.strays = strays{flows: m.strays.flows}
 	misjudged = m.unplaced && !old.peers.equal(m.topo.peers) ||
 		m.topo.doubtful && (!old.doubtful || !maps.Equal(old.uplinks, m.topo.uplinks))
@@ -43,7 +44,8 @@ func (m *Model) SetTopology(now time.Duration, t Topology) (misjudged bool) {
 	m.endWhere(now, ReasonAddressGone, func(c *claim) bool {
 		_, had := old.local[c.Ext.Addr]
 		_, has := m.topo.local[c.Ext.Addr]
-		return had && !has && !c.Routed()
+		_, wasOwn := wereOwn[c.Int.Addr]
+		return had && !has && (!c.Routed() || wasOwn)
 	})
 	return misjudged
 }
@@ -92,7 +94,7 @@ func (m *Model) ReviewForwards(now time.Duration, at, n int) int {
 func (m *Model) SetPolicy(now time.Duration, p Policy) {
 	shorter := p.Lifetime < m.policy.Lifetime
 	learns := !m.policy.Learned && p.Learned
-	m.policy = compilePolicy(p)
+	m.policy = compilePolicy(p, m.topo.local)
 	m.wheel = newWheel(&m.claims, p.Lifetime)
 	m.wheel.done = int64(now / m.wheel.grain)
 	m.hosts = make(map[Addr]scope)
@@ -103,7 +105,7 @@ func (m *Model) SetPolicy(now time.Duration, p Policy) {
 		if c.state == stateUnused {
 			continue
 		}
-		c.subnet = m.policy.index(c.Int.Addr.Netip())
+		c.subnet, c.self = m.policy.index(c.Int.Addr.Netip()), m.policy.isOwn(c.Int.Addr)
 		m.account(int32(i))
 		switch c.state {
 		case StateStanding:
@@ -344,13 +346,16 @@ func (m *Model) endWhere(now time.Duration, r Reason, f func(*claim) bool) {
 }
 
 func newScopes(n int) []scope {
-	// One more for claims whose subnet is not enabled any more.
+	// One more for the gateway itself, and for claims whose subnet is not enabled any more.
 	return slices.Repeat([]scope{emptyScope}, n+1)
 }
 
-// subnet returns the enabled subnet that holds a and its index; without one,
-// the index is past the last.
+// subnet returns the enabled subnet that holds a and its index; without one, and for the
+// gateway itself, the index is past the last.
 func (p *policy) subnet(a netip.Addr) (int, Subnet, bool) {
+	if len(p.own) > 0 && p.isOwn(AddrFrom(a)) {
+		return len(p.Subnets), selfSubnet, true
+	}
 	for i, s := range p.Subnets {
 		if s.Prefix.Contains(a) {
 			return i, s, true

@@ -186,8 +186,8 @@ func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 		c := &m.claims[i]
 		c.Mark = p.Mark // of the newest flow
 		switch o := m.owner(p.Key); {
-		case o != i && m.claims[o].lingers() && !m.isOver(now, c):
-			m.end(now, o, ReasonYielded)
+		case o != i && m.yields(o, i) && !m.isOver(now, c):
+			m.makeWay(now, i)
 		case known:
 		case o != i:
 			m.putBack(o)
@@ -211,8 +211,8 @@ func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 		m.setState(i, StateRefused, ReasonIdle)
 	case o == i:
 		m.grant(now, i)
-	case !over && m.claims[o].lingers():
-		m.end(now, o, ReasonYielded)
+	case !over && m.yields(o, i):
+		m.makeWay(now, i)
 	default:
 		m.claims[i].reason = ReasonConflict
 		m.stats.Conflicts++
@@ -263,7 +263,7 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 // notePassed counts f, a child of claim i if there is one, the first time that it
 // is seen. What was there before the first snapshot passed long ago.
 func (m *Model) notePassed(f *Flow, i int32) {
-	if m.snap.showing || !m.snap.whole {
+	if m.snap.showing || !m.snap.whole || m.policy.isOwn(f.ReplySrc.Addr) { // which the forward hook does not see
 		return
 	}
 	known := false

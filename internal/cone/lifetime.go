@@ -3,13 +3,17 @@ package cone
 import "time"
 
 // lingers reports whether c makes way for another claim: it has no live flow
-// that is fed from inside, or a limit of its own keeps it from standing.
+// that is fed from inside, or what keeps it from standing is its own: a limit, or the lack of
+// a socket.
 func (c *claim) lingers() bool {
 	switch c.state {
 	case StateStanding:
 		return c.outs == 0 && c.answered == 0
 	case StateRefused:
-		return c.reason == ReasonIdle || c.reason == ReasonHostLimit || c.reason == ReasonSubnetLimit
+		switch c.reason {
+		case ReasonIdle, ReasonHostLimit, ReasonSubnetLimit, ReasonNoSocket:
+			return true
+		}
 	}
 	return false
 }
@@ -26,7 +30,7 @@ func (m *Model) settle(now time.Duration, i int32) {
 	switch {
 	case c.state != StateStanding && c.outs == 0: // wanted by nobody
 		m.end(now, i, ReasonExpired)
-	case c.lingers() && c.nextKey != none:
+	case c.nextKey != none && m.yields(i, c.nextKey):
 		m.end(now, i, ReasonYielded)
 	}
 }

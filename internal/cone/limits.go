@@ -60,7 +60,7 @@ func (m *Model) account(i int32) {
 	if stands == c.counted && lingers == c.listed {
 		return
 	}
-	host, ok := m.hosts[c.Int.Addr]
+	host, ok := m.hosts[c.host()]
 	if !ok {
 		host = emptyScope
 	}
@@ -85,10 +85,19 @@ func (m *Model) account(i int32) {
 		c.listed = lingers
 	}
 	if host.standing == 0 {
-		delete(m.hosts, c.Int.Addr)
+		delete(m.hosts, c.host())
 	} else {
-		m.hosts[c.Int.Addr] = host
+		m.hosts[c.host()] = host
 	}
+}
+
+// host returns the inside address that counts for the limit of a host: the gateway is one
+// host, whatever addresses it has.
+func (c *claim) host() Addr {
+	if c.self {
+		return Addr{}
+	}
+	return c.Int.Addr
 }
 
 func full(n int32, limit int) bool { return limit > 0 && int(n) >= limit }
@@ -99,7 +108,7 @@ func (m *Model) underLimits(c *claim, end func(i int32)) Reason {
 	l := &m.policy.Limits
 	// A claim that ends may let another one of its Key stand: not forever.
 	for range 4 {
-		host, known := m.hosts[c.Int.Addr]
+		host, known := m.hosts[c.host()]
 		subnet := &m.subnets[c.subnet]
 		oldest, reason := none, ReasonNone
 		switch {

@@ -38,6 +38,7 @@ type claim struct {
 	certain bool // the kernel said that it stands
 	counted bool // in its scopes
 	listed  bool // there as lingering
+	self    bool // of the gateway itself
 	room    standing
 
 	outs     int32 // live flows that the inside host opened towards the peer
@@ -134,7 +135,7 @@ type Stats struct {
 // is granted.
 func New(p Policy) *Model {
 	m := &Model{
-		policy:   compilePolicy(p),
+		policy:   compilePolicy(p, nil),
 		byKey:    make(map[Key]int32),
 		byExt:    make(map[extKey]int32),
 		shown:    newShown(),
@@ -181,6 +182,7 @@ func (m *Model) claim(p Permission, fed time.Duration) int32 {
 	c := &m.claims[i]
 	*c = claim{
 		Permission: p, state: StateWaiting, fed: fed, subnet: m.policy.index(p.Int.Addr.Netip()),
+		self:  m.policy.isOwn(p.Int.Addr),
 		flows: none, nextKey: none, extPrev: none, extNext: none, slot: none,
 	}
 	m.stats.Waiting++

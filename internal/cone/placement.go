@@ -36,9 +36,10 @@ type Placement struct {
 	Why Reason
 }
 
-// mappable reports whether a map can carry p.
+// mappable reports whether a map can carry p. One for the gateway itself it cannot: DNAT
+// leaves the packet NEW, and the input hook of the user's firewall drops it.
 func (p *policy) mappable(x *Permission) bool {
-	return p.Mapped && x.Ext.Addr.Is4() && x.Zone == 0 && !x.Routed()
+	return p.Mapped && x.Ext.Addr.Is4() && x.Zone == 0 && !x.Routed() && !p.isOwn(x.Int.Addr)
 }
 
 // choice returns what carries the permissions of an inside address.
@@ -56,7 +57,7 @@ func (m *Model) place(now time.Duration, c *claim) Placement {
 		why = ReasonForwarded // an expectation comes before the user's rule; a map does not
 	case !m.policy.Expected || c.Wild > 0 && !c.Routed():
 		why = ReasonNoBackend
-	case m.isConnected(&c.Key):
+	case m.isConnected(&c.Key) && !m.policy.forSocket(&c.Permission):
 		why = ReasonLocalSocket // a map asks for sockets, packet by packet
 	case m.helped(now, &c.Permission):
 		why = ReasonHelper

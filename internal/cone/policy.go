@@ -11,6 +11,11 @@ type Policy struct {
 	Subnets []Subnet
 	Limits  Limits
 
+	// Self4 and Self6 let the gateway's own addresses of a family be inside hosts, whether
+	// their flows are translated or not. All of them count as one host, and as one subnet.
+	// Only expectations carry their permissions.
+	Self4, Self6 bool
+
 	// Lifetime is how long a permission lives at least after it was last fed
 	// from inside (RFC 4787 REQ-5, RFC 8656 section 9). It must be positive.
 	Lifetime time.Duration
@@ -87,10 +92,15 @@ type policy struct {
 	peerPorts, ports *portSet
 	excluded         *spans // peers
 	wild             bool   // there may be permissions for more than one peer
+
+	// own are the gateway's addresses, of the families of Self4 and Self6.
+	own map[Addr]struct{}
 }
 
-func compilePolicy(p Policy) policy {
+// compilePolicy makes p quick to ask on a gateway with these addresses.
+func compilePolicy(p Policy, local map[Addr]struct{}) policy {
 	return policy{
+		own:       p.ownOf(local),
 		Policy:    p,
 		peerPorts: newPortSet(p.ExcludePeerPorts),
 		ports:     newPortSet(p.ExcludePorts),

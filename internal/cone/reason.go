@@ -24,6 +24,7 @@ const (
 	ReasonConflict    // another inside endpoint owns this outside endpoint and peer
 	ReasonForwarded   // a rule of the user's forwards the outside port
 	ReasonLocalSocket // the gateway itself serves the outside port
+	ReasonNoSocket    // of the gateway itself, and no socket gets what the peer sends from other ports
 	ReasonPeersOnPort // too many peers on one outside port for the expectation table
 	ReasonTableFull   // the kernel's table is full
 	ReasonNoRoom      // the conntrack table has no room for its anchor
@@ -66,6 +67,7 @@ var reasonNames = [reasons]string{
 	ReasonConflict:         "conflict",
 	ReasonForwarded:        "forwarded",
 	ReasonLocalSocket:      "local_socket",
+	ReasonNoSocket:         "no_socket",
 	ReasonPeersOnPort:      "peers_on_port",
 	ReasonTableFull:        "table_full",
 	ReasonNoRoom:           "no_room",

@@ -68,6 +68,10 @@ type Config struct {
 	// address than that which the user's rules would surely give them now.
 	HealFlows bool
 
+	// Self lets the gateway's own programs get permissions, too, by which a peer that they
+	// sent to is RELATED in the input hook. Only expectations carry these.
+	Self bool
+
 	// ExcludePeers holds prefixes, masked, whose addresses get no permission.
 	ExcludePeers []netip.Prefix
 
@@ -132,9 +136,9 @@ type Config struct {
 	LinkSubnets []LinkSubnet
 }
 
-// EnablesNone reports whether no subnet can ever be enabled.
+// EnablesNone reports whether neither a subnet can ever be enabled nor the gateway itself is.
 func (c *Config) EnablesNone() bool {
-	return len(c.Subnets) == 0 && len(c.LinkSubnets) == 0 && !c.AutoSubnets
+	return len(c.Subnets) == 0 && len(c.LinkSubnets) == 0 && !c.AutoSubnets && !c.Self
 }
 
 // A LinkSubnet stands for the prefixes that are connected to a link: those of IPv4, and if
@@ -353,6 +357,10 @@ func (c *Config) check() (key string, err error) {
 		case n > most:
 			return "uplink_mask", fmt.Errorf("%#08x has room for %d uplinks, and outside has %d: give it more bits", c.UplinkMask, most, n)
 		}
+	}
+	if c.Self && c.Backend == BackendNFT {
+		return "self", errors.New(`only expectations carry permissions of the gateway's own programs, and backend "nft" has none: ` +
+			`set backend = "auto" or "expect"`)
 	}
 	mapped := false
 	check := func(name string, s Subnet) error {

@@ -27,6 +27,7 @@ hairpin = true
 uplink_marks = true
 uplink_mask = 0xff00
 heal_flows = true
+self = true
 peer_groups = ["198.51.100.0/28", "2001:db9::/64"]
 exclude_peers = ["203.0.113.0/24", "2001:db8::/32"]
 exclude_peer_ports = [53]
@@ -75,6 +76,7 @@ func everyConfig() Config {
 		UplinkMarks:      true,
 		UplinkMask:       0xff00,
 		HealFlows:        true,
+		Self:             true,
 		PeerGroups:       []netip.Prefix{netip.MustParsePrefix("198.51.100.0/28"), netip.MustParsePrefix("2001:db9::/64")},
 		ExcludePeers:     []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("2001:db8::/32")},
 		ExcludePeerPorts: []uint16{53},
@@ -214,15 +216,15 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 
 		"unknown key": {
 			"# typo\nlifetme = \"5m\"",
-			`2: lifetme: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, uplink_marks, uplink_mask, heal_flows, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`2: lifetme: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, uplink_marks, uplink_mask, heal_flows, self, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"unknown table": {
 			"lifetime = \"5m\"\n[limits.host]\nx = 1",
-			`2: limits: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, uplink_marks, uplink_mask, heal_flows, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`2: limits: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, uplink_marks, uplink_mask, heal_flows, self, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"key of another case": {
 			`Lifetime = "5m"`,
-			`1: Lifetime: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, uplink_marks, uplink_mask, heal_flows, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`1: Lifetime: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, uplink_marks, uplink_mask, heal_flows, self, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"unknown key in the second subnet": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n[[subnet]]\nprefix = \"192.168.0.0/16\"\nmtu = 1500",
@@ -287,6 +289,10 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 		"mapping of IPv6": {
 			"[[subnet]]\nprefix = \"2001:db8::/64\"\nmapping = \"endpoint_independent\"",
 			`2: subnet.prefix: expected an IPv4 prefix beside mapping, got "2001:db8::/64"; mapping is about IPv4 addresses that are translated`,
+		},
+		"self without expectations": {
+			"backend = \"nft\"\nself = true",
+			`2: self: only expectations carry permissions of the gateway's own programs, and backend "nft" has none: set backend = "auto" or "expect"`,
 		},
 		"hairpin without mapping": {
 			"hairpin = true\n[[subnet]]\nprefix = \"10.0.0.0/8\"",

@@ -43,7 +43,7 @@ func TestFlagsAndFileSayTheSame(t *testing.T) {
 		"--exclude-peer=203.0.113.0/24", "--exclude-peer=2001:db8::/32",
 		"--port-pool=30016-30031", "--port-pool=20000-29999", "--mapping-exempt=192.0.2.0/24", "--exclude-peer-port=53", "--exclude-port=5060", "--exclude-port=65535",
 		"--max-permissions=1000", "--max-permissions-per-subnet=500", "--max-permissions-per-host=50",
-		"--heal-flows", "--max-children=10", "--learn=false", "--learn-rate=7", "--guard=false", "--table=cone2", "--on-stop=keep", "--event-buffer=65536", "--control-socket=/run/c.sock",
+		"--heal-flows", "--max-children=10", "--self", "--learn=false", "--learn-rate=7", "--guard=false", "--table=cone2", "--on-stop=keep", "--event-buffer=65536", "--control-socket=/run/c.sock",
 		"--subnet=192.168.1.0/24", "--subnet=2001:db8:1::/64", "--subnet=lan0", "--subnet=auto",
 	)
 	if err != nil {
@@ -232,6 +232,7 @@ func TestEveryFlag(t *testing.T) {
 		"port-pool":                  {"20000-29999,5061", nil, func(c Config) any { return c.PortPool }, PortPool("5061,20000-29999")},
 		"mapping-exempt":             {"192.0.2.0/24", nil, func(c Config) any { return c.MappingExempt[0].String() }, "192.0.2.0/24"},
 		"heal-flows":                 {"", nil, func(c Config) any { return c.HealFlows }, true},
+		"self":                       {"", subnet, func(c Config) any { return c.Self }, true},
 		"hairpin":                    {"", append(subnet, "--mapping=endpoint_independent"), func(c Config) any { return c.Hairpin }, true},
 		"uplink-marks":               {"", []string{"--outside=wan0"}, func(c Config) any { return c.UplinkMarks }, true},
 		"uplink-mask":                {"0xff00", nil, func(c Config) any { return c.UplinkMask }, uint32(0xff00)},

@@ -95,6 +95,11 @@ var settings = []setting{
 		set:   one(truth, func(c *Config) *bool { return &c.HealFlows }),
 	},
 	{
+		key: "self", flag: "self", kind: "bool", def: "false", truth: true,
+		usage: "let peers of the gateway's own programs answer from any port, too (not with --backend nft)",
+		set:   one(truth, func(c *Config) *bool { return &c.Self }),
+	},
+	{
 		key: "peer_groups", flag: "peer-group", kind: "prefix", list: true,
 		usage: "peers of which a contact with one permits all, such as those of a SIP provider (repeatable)",
 		set:   list(`["203.0.113.0/24"]`, peers, func(c *Config) *[]netip.Prefix { return &c.PeerGroups }),

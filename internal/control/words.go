@@ -18,6 +18,7 @@ var prose = map[string]string{
 	"conflict":           "another inside host owns this port and peer",
 	"forwarded":          "outside port is forwarded",
 	"local_socket":       "gateway serves this port",
+	"no_socket":          "no socket of the gateway gets other ports",
 	"peers_on_port":      "too many peers on this port",
 	"table_full":         "kernel table is full",
 	"no_room":            "no room in the conntrack table",

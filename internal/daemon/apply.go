@@ -82,8 +82,8 @@ func (d *Daemon) grant(ops []cone.Op, since time.Duration) {
 	d.grants = d.grants[:0]
 	for i := range ops {
 		o := &ops[i]
-		if d.served.Serves(o.Ext) {
-			d.model.Refused(d.now(), o.Permission, cone.ReasonLocalSocket, false)
+		if r := d.barred(&o.Permission); r != cone.ReasonNone {
+			d.model.Refused(d.now(), o.Permission, r, false)
 			continue
 		}
 		o.By &= d.backends.carriers() // others went since
@@ -103,11 +103,31 @@ func (d *Daemon) grant(ops []cone.Op, since time.Duration) {
 	}
 }
 
+// barred returns why p must not be granted for sockets of the gateway that are known, or for
+// the lack of one: a connected socket gets nothing from other ports of the peer, and there
+// may be thousands of them, as a resolver has.
+func (d *Daemon) barred(p *cone.Permission) cone.Reason {
+	if d.served.Serves(p.Ext) && !d.model.ForSocket(p) {
+		return cone.ReasonLocalSocket
+	}
+	if !d.model.IsSelf(p) {
+		return cone.ReasonNone
+	}
+	switch waits, err := d.sockets.Serves(p.Int, p.Peer); {
+	case err != nil:
+		d.failures.note(requestLookForLocalSockets, 1, err, "ext", p.Ext)
+		return cone.ReasonKernel
+	case !waits:
+		return cone.ReasonNoSocket
+	}
+	return cone.ReasonNone
+}
+
 // granted tells the model that p stands, unless it finds that a local socket gets what it
 // admits. The map's rule asks for sockets itself, packet by packet: where there is
 // nothing else, that is left to the next look at all of them.
 func (d *Daemon) granted(p cone.Permission) {
-	if d.backends.expect == nil {
+	if d.backends.expect == nil || d.model.ForSocket(&p) {
 		d.model.Granted(p)
 		return
 	}

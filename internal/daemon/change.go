@@ -153,6 +153,9 @@ func unchangeable(old, next config.Config) error {
 	if anyIPv6(next) && !anyIPv6(old) {
 		errs = append(errs, errors.New("subnet: the first IPv6 subnet needs a restart"))
 	}
+	if next.Self && !old.Self && wantsExpect(old) && !anyIPv6(old) {
+		errs = append(errs, errors.New("self: to turn it on needs a restart where no IPv6 subnet is enabled"))
+	}
 	if size := mapConfig(old).Size; size != mapConfig(next).Size && wantsMap(old) && wantsMap(next) {
 		errs = append(errs, fmt.Errorf("max_permissions: the map of permissions has %d places for as long as it is in use; "+
 			"more than %d, and less again, needs a restart", size, leastMapSize))

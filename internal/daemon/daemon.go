@@ -313,6 +313,7 @@ func (d *Daemon) policy(cfg config.Config) cone.Policy {
 		ExcludePeerPorts: cfg.ExcludePeerPorts,
 		ExcludePorts:     cfg.ExcludePorts,
 	}
+	p.Self4, p.Self6 = d.self(cfg)
 	for _, s := range cfg.Subnets {
 		p.Subnets = append(p.Subnets, cone.Subnet{
 			Prefix: s.Prefix, Routed: s.Routed, Filtering: filterings[s.Filtering], Choice: d.decisions[s.Prefix].Choice,
@@ -333,7 +334,7 @@ func (d *Daemon) filterEvents(cfg config.Config) error {
 	if !cfg.Guard || d.firewall.tables == nil || d.firewall.tables.Lacks(rules.FeatureGuard) || inVRF {
 		return d.events.SetSources(ctwatch.Sources{})
 	}
-	s := ctwatch.Sources{Prefixes: prefixes(cfg.Subnets), Labelled: d.firewall.labels() && d.firewall.whole}
+	s := ctwatch.Sources{Prefixes: slices.Concat(prefixes(cfg.Subnets), d.ownAddresses(cfg)), Labelled: d.firewall.labels() && d.firewall.whole}
 	for a, p := range d.firewall.hidden.Ranges() {
 		if a.First.Is4() {
 			s.Forwarded = append(s.Forwarded, ctwatch.Range{FirstAddr: a.First, LastAddr: a.Last, FirstPort: p.First, LastPort: p.Last})

@@ -84,6 +84,7 @@ func (d *Daemon) warnings() (out warnings) {
 	d.warnSides(&out)
 	d.warnSubnets(&out)
 	d.warnBroken(&out)
+	d.warnSelf(&out)
 	return out
 }
 

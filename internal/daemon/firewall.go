@@ -182,7 +182,7 @@ func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	d := rules.Desired{
 		OutsideLinks: outside, Subnets: prefixes(cfg.Subnets), Guard: cfg.Guard, Uppers: f.uppers,
 		OneArmed: f.oneArmed, Far: f.far, Not4: f.not4, Not6: f.not6, Partial: f.partial, InsideLinks: cfg.Inside,
-		Helpers: f.helpers, MaxChildren: cfg.MaxChildren,
+		Helpers: f.helpers, MaxChildren: cfg.MaxChildren, Self: cfg.Self,
 	}
 	// Where nobody can tell, nothing is dropped. The kernel does not learn from it then.
 	var ours uint32 // bits that nobody has set where the way back is looked up

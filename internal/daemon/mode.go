@@ -113,7 +113,7 @@ func (d *Daemon) open(cfg config.Config) (o opened, err error) {
 	if !wantsExpect(cfg) {
 		return o, nil
 	}
-	o.expect, err = expect.Open(expect.Config{Lifetime: cfg.Lifetime, IPv6: anyIPv6(cfg)})
+	o.expect, err = expect.Open(expect.Config{Lifetime: cfg.Lifetime, IPv6: anyIPv6(cfg), MayIPv6: cfg.Self})
 	if errors.Is(err, expect.ErrNoHelper) && wantsMap(cfg) && d.firewall.missing == nil {
 		o.missing = fmt.Sprintf("the expect backend is missing: %v", err)
 		return o, nil

@@ -237,7 +237,7 @@ func (d *Daemon) reviewSockets() {
 		return
 	}
 	d.model.Review(d.now(), func(p cone.Permission) cone.Reason {
-		if d.served.Serves(p.Ext) {
+		if d.served.Serves(p.Ext) && !d.model.ForSocket(&p) {
 			return cone.ReasonLocalSocket
 		}
 		return cone.ReasonNone

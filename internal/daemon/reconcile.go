@@ -223,6 +223,7 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 	tables, err := d.firewall.read(cfg)
 	failed = errors.Join(failed, err, d.redecide(cfg, network, tables))
 	topology := network.Topology().Compile()
+	hear := d.hearSelf(cfg)
 	d.ask(func() {
 		d.tables = tables
 		misjudged = newOutside(d.network, network) || wantsMapping(cfg) && !topology.Equal(d.topology)
@@ -234,7 +235,7 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 		d.warned.tell(d.now(), d.warnings())
 	})
 	followed, err := d.follow(cfg, network)
-	return misjudged || followed, errors.Join(failed, err)
+	return hear() || misjudged || followed, errors.Join(failed, err)
 }
 
 // readForwards brings the model up to date about what the user's rules forward.

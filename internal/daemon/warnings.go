@@ -58,6 +58,7 @@ const (
 	warnNoFiltering     warningID = "filtering_not_open"     // about is the subnet
 	warnSubnetOpen      warningID = "subnet_open"            // about is the subnet
 	warnIPv6NotRouted   warningID = "ipv6_not_routed"        // about is the subnet
+	warnSelf            warningID = "self_not_served"        // about is the family, or empty for both
 )
 
 // A warning is a sentence for the user. What it is about tells it from others with the

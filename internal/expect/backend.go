@@ -36,8 +36,9 @@ type Config struct {
 	// until the first Refresh; it must be refreshed after half of it. If the
 	// daemon dies, nothing stays open for longer.
 	Lifetime time.Duration
-	// IPv6 wants permissions for IPv6 too.
-	IPv6 bool
+	// IPv6 wants permissions for IPv6 too, and MayIPv6 does where the kernel has a helper
+	// for them.
+	IPv6, MayIPv6 bool
 }
 
 // A Backend makes permissions stand as expectations. Its methods must not be

@@ -78,8 +78,11 @@ func chooseHelpers(c *nfnl.Conn, cfg Config) (helpers, error) {
 	registerOwn(c, h.own, seconds(cfg.Lifetime))
 	names := append([]string{h.own}, kernelHelpers...)
 	h.v4, err = chooseHelper(c, names, false)
-	if err == nil && cfg.IPv6 {
+	if err == nil && (cfg.IPv6 || cfg.MayIPv6) {
 		h.v6, err = chooseHelper(c, names, true)
+		if !cfg.IPv6 && errors.Is(err, ErrNoHelper) {
+			err = nil
+		}
 	}
 	if err != nil {
 		return helpers{}, errors.Join(err, unregisterOwn(c, h.own))

@@ -5,7 +5,6 @@ package rules
 import (
 	"fmt"
 	"maps"
-	"net/netip"
 	"slices"
 
 	"github.com/google/nftables"
@@ -49,15 +48,19 @@ func (l *layout) spoofed(d Desired) {
 const fewPrefixes = 4
 
 // portZero drops what would match an anchor: packets between a subnet and elsewhere with
-// port 0 on one side. It asks for the port first, for hardly a packet has that.
-func (l *layout) portZero(subnets []netip.Prefix) {
+// port 0 on one side, and those to the gateway. It asks for the port first, for hardly a
+// packet has that.
+func (l *layout) portZero(d Desired) {
 	l.counters = append(l.counters, zeroCounter)
 	like := l.regular("like_an_anchor")
 	c := l.filter("port_zero", nftables.ChainHookPrerouting, rawPriority)
 	l.rule(c, "", udpSport.is(be16(0)), isUDP, goTo(like))
 	l.rule(c, "", udpDport.is(be16(0)), isUDP, goTo(like))
-	for _, f := range familiesOf(subnets) {
-		inside := l.inside(f, subnets)
+	if d.Self && !d.noFib {
+		l.rule(like, "no packet may match an anchor", toGateway, counter(zeroCounter), drop)
+	}
+	for _, f := range familiesOf(d.Subnets) {
+		inside := l.inside(f, d.Subnets)
 		for _, way := range []exprs{
 			join(f.saddr.in(inside), f.daddr.notIn(inside)),
 			join(f.saddr.notIn(inside), f.daddr.in(inside)),
@@ -87,18 +90,16 @@ func (l *layout) guard(served []*ipFamily) {
 func (l *layout) children(d Desired, served []*ipFamily) {
 	l.counters = append(l.counters, spoofedCounter, zeroCounter, expectedCounter)
 	child := l.regular("child")
-	c := l.filter("children", nftables.ChainHookForward, childPriority)
-	l.rule(c, "", ctState.isNot(host32(expr.CtStateBitRELATED)), accept)
-	for _, helper := range d.Helpers {
-		// The first packet has the one bit and not yet the other.
-		l.rule(c, "the first packet of a child",
-			onlyOf(served), statusIs(ctExpected, ctExpected|ctConfirmed), isUDP, ctHelper.is(helperName(helper)), goTo(child))
-	}
-	for _, f := range served {
-		for _, port := range []operand{ctOriginalProtoSrc, ctOriginalProtoDst} {
-			// No packet makes a flow assured that has no reply.
-			l.rule(c, "an ICMP error about an anchor", statusIs(ctAssured, ctSeenReply|ctAssured),
-				metaL4proto.is([]byte{f.icmp}), port.is(be16(0)), counter(zeroCounter), drop)
+	l.childrenOf("children", nftables.ChainHookForward, d.Helpers, served, child)
+	ends := exprs(nil)
+	if d.Self {
+		served = ipFamilies
+		l.childrenOf("own_children", nftables.ChainHookInput, d.Helpers, served, child)
+		if !d.noFib {
+			ends = forwarded
+			c := l.filter("own_source", nftables.ChainHookForward, childPriority)
+			l.rule(c, "", notNew, accept)
+			l.rule(c, "the source is the gateway, which did not send it", l.outside(oifname, true), isUDP, ofGateway, counter(spoofedCounter), drop)
 		}
 	}
 	l.rule(child, "not by an outside link: the peer's address is faked", l.notOutside(d.Uppers), counter(spoofedCounter), drop)
@@ -128,7 +129,25 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 				f.is, isUDP, addTo(kids, elem{key: f.key, limit: ctCountOver(d.MaxChildren)}), counter(childCounter), drop)
 		}
 	}
-	l.rule(child, "it goes on to the user's firewall", counter(expectedCounter))
+	l.rule(child, "it goes on to the user's firewall", ends, counter(expectedCounter))
+}
+
+// childrenOf adds the chain of a hook that leads the first packets of children to child.
+func (l *layout) childrenOf(name string, hook *nftables.ChainHook, helpers []string, served []*ipFamily, child *nftables.Chain) {
+	c := l.filter(name, hook, childPriority)
+	l.rule(c, "", ctState.isNot(host32(expr.CtStateBitRELATED)), accept)
+	for _, helper := range helpers {
+		// The first packet has the one bit and not yet the other.
+		l.rule(c, "the first packet of a child",
+			onlyOf(served), statusIs(ctExpected, ctExpected|ctConfirmed), isUDP, ctHelper.is(helperName(helper)), goTo(child))
+	}
+	for _, f := range served {
+		for _, port := range []operand{ctOriginalProtoSrc, ctOriginalProtoDst} {
+			// No packet makes a flow assured that has no reply.
+			l.rule(c, "an ICMP error about an anchor", statusIs(ctAssured, ctSeenReply|ctAssured),
+				metaL4proto.is([]byte{f.icmp}), port.is(be16(0)), counter(zeroCounter), drop)
+		}
+	}
 }
 
 // notBehind matches packets by a link of Desired.Partial from peers who are not behind it, or

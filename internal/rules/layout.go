@@ -117,7 +117,7 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 		inet.spoofed(d)
 	}
 	if len(d.Helpers) > 0 {
-		inet.portZero(d.Subnets)
+		inet.portZero(d)
 		inet.children(d, served)
 	}
 	if d.UplinkMarks != nil {

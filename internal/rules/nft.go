@@ -107,11 +107,12 @@ var (
 	socketWildcard = one(1, func(r uint32) expr.Any { return &expr.Socket{Key: expr.SocketKeyWildcard, Register: r} })
 
 	// The link that leads to the source of a packet; whether that is the link by which it
-	// came; and whose the destination is, before it is routed.
+	// came; and whose destination and source are.
 	fibSaddrMarkOifname = fib(expr.Fib{FlagSADDR: true, FlagMARK: true, ResultOIFNAME: true}, nameWords)
 	fibSaddrMarkIifOif  = fib(expr.Fib{FlagSADDR: true, FlagMARK: true, FlagIIF: true, ResultOIF: true, FlagPRESENT: true}, 1)
 	fibSaddrIifOif      = fib(expr.Fib{FlagSADDR: true, FlagIIF: true, ResultOIF: true, FlagPRESENT: true}, 1)
 	fibDaddrType        = fib(expr.Fib{FlagDADDR: true, ResultADDRTYPE: true}, 1)
+	fibSaddrType        = fib(expr.Fib{FlagSADDR: true, ResultADDRTYPE: true}, 1)
 
 	ipSaddr  = network(12, net.IPv4len)
 	ipDaddr  = network(16, net.IPv4len)
@@ -226,6 +227,8 @@ var (
 	noWayBack         = fibSaddrMarkIifOif.missing(4)
 	noWayBackUnmarked = fibSaddrIifOif.missing(4)
 	forwarded         = fibDaddrType.isNot(host32(unix.RTN_LOCAL))
+	toGateway         = fibDaddrType.is(host32(unix.RTN_LOCAL))
+	ofGateway         = fibSaddrType.is(host32(unix.RTN_LOCAL))
 )
 
 func join(parts ...exprs) exprs { return slices.Concat(parts...) }

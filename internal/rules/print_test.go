@@ -42,9 +42,10 @@ func printed() map[string]rules.Desired {
 		"mapping with ports by rules of the user's": withMapping(func(_ *rules.Desired, m *rules.MappingConfig) {
 			m.Hairpin, m.Choosers = m.Subnets, map[string][]netip.Prefix{"wan0": m.Subnets}
 		}),
-		"IPv4 alone": desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Subnets = d.Subnets[:1] }),
-		"IPv6 alone": {OutsideLinks: []string{"wan0"}, Subnets: both[1:], Guard: true, Spoofed: true, Helpers: onAnchors, MaxChildren: 256},
-		"everything": desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Mapping = hairpinning.Mapping }),
+		"IPv4 alone":         desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Subnets = d.Subnets[:1] }),
+		"IPv6 alone":         {OutsideLinks: []string{"wan0"}, Subnets: both[1:], Guard: true, Spoofed: true, Helpers: onAnchors, MaxChildren: 256},
+		"the gateway itself": desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Subnets, d.Map, d.Self = d.Subnets[:1], nil, true }),
+		"everything":         desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Mapping = hairpinning.Mapping }),
 	}
 	for name, change := range features {
 		all[name] = desired(change)

@@ -53,6 +53,9 @@ type Desired struct {
 	// no expectations. With them, packets that match an anchor are dropped, and so are
 	// first packets of expected flows that came by no outside link.
 	Helpers []string
+	// Self lets expectations be for sockets of the gateway itself, too: their children are
+	// judged in the input hook, and nobody else may send with an address of the gateway.
+	Self bool
 	// MaxChildren is how many flows at a time one peer may have to one outside
 	// endpoint by way of an expectation; 0 means no cap.
 	MaxChildren int

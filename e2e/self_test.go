@@ -1,0 +1,308 @@
+package e2e
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// A PBX is a program of the gateway itself that speaks to a proxy outside.
+type pbx struct {
+	*lab.Socket
+	proxy, stranger *lab.Socket
+	free            uint16 // port of the proxy that nobody used
+}
+
+// newPBX opens its socket at an address of the gateway.
+func (s *scene) newPBX(addr netip.Addr) *pbx {
+	s.T.Helper()
+	proxy, stranger := lab.PeerA, lab.PeerB
+	if addr.Is6() {
+		proxy, stranger = lab.Peer6A, lab.Peer6B
+	}
+	return &pbx{
+		Socket: s.Socket(s.Gateway.Namespace, addr, 5060),
+		proxy:  s.PeerSocket(proxy, 5060), stranger: s.PeerSocket(stranger, 5060), free: 5070,
+	}
+}
+
+// another opens a socket of the proxy with a port that is new to the gateway.
+func (s *scene) another(p *pbx) *lab.Socket {
+	s.T.Helper()
+	p.free++
+	return s.PeerSocket(p.proxy.Addr().Addr(), p.free)
+}
+
+// reached checks that the proxy reaches the PBX from any port, and nobody else does.
+func (s *scene) reached(p *pbx) {
+	s.T.Helper()
+	s.Contact(p.Socket, p.proxy)
+	s.Stands(p.Socket, p.proxy, p.Addr())
+	s.Arrives(p.Socket, s.another(p), p.Addr())
+	s.Lost(p.Socket, p.stranger, p.Addr(), p.proxy)
+	s.Verified()
+}
+
+// unreached checks that the proxy reaches the PBX from the port that was asked alone.
+func (s *scene) unreached(p *pbx) {
+	s.T.Helper()
+	s.Contact(p.Socket, p.proxy)
+	s.Lost(p.Socket, s.another(p), p.Addr(), p.proxy)
+}
+
+// ofSelf are rules of a gateway with a PBX.
+const ofSelf = lab.Masquerade + lab.DropPolicy
+
+// The PBX is the gateway's own. A firewall that accepts what is RELATED lets the proxy answer
+// from another port, and nobody else. It is so without self = true as with any firewall.
+//
+// Fails when flows of the gateway's own addresses give no permission, when one is refused for
+// the very socket that it is for, and when they give one without being asked for.
+func TestSelfGetsAnswersFromAnyPort(t *testing.T) {
+	stage.NeedsExpect(t)
+	stage.InModes(t, [][]string{stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{IPv6: true, Rules: ofSelf})
+		four, six := s.newPBX(s.Gateway.Addr), s.newPBX(s.Gateway.Addr6)
+		s.Serve(mode...)
+		for _, p := range []*pbx{four, six} {
+			s.unreached(p)
+		}
+		phone := s.InsideSocket(0, 5062)
+		s.Stands(phone, four.proxy, s.Contact(phone, four.proxy)) // all flows before it were seen
+		for _, p := range s.List() {
+			if p.Int.Addr() == s.Gateway.Addr || p.Int.Addr() == s.Gateway.Addr6 {
+				t.Errorf("without self: %+v", p)
+			}
+		}
+		s.Stop()
+		s.Serve(append(slices.Clone(mode), "--self")...)
+		for _, p := range []*pbx{four, six} {
+			s.reached(p)
+		}
+		s.Stop()
+		if left := s.Leftovers(); len(left) > 0 {
+			t.Errorf("a stop leaves %q", left)
+		}
+		for _, p := range []*pbx{four, six} {
+			s.unreached(p)
+		}
+	})
+}
+
+// A gateway that translates nothing, with a public address on its loopback link for its
+// programs, and no inside network that is enabled.
+//
+// Fails when only addresses of outside links, or only translated flows, are the gateway's.
+func TestSelfWithAnAddressOfItsOwn(t *testing.T) {
+	stage.NeedsExpect(t)
+	s := newScene(t, lab.Options{Rules: lab.DropPolicy})
+	public := netip.MustParseAddr("192.0.2.200")
+	s.Start("--self", "--reconcile=1h")
+	s.IP(s.Gateway, "addr add "+public.String()+"/32 dev lo") // when the daemon runs already
+	s.IP(s.Outside, "route add table local unicast "+public.String()+"/32 via "+s.Gateway.Addr.String())
+	s.reached(s.newPBX(public))
+	s.IP(s.Gateway, "addr del "+public.String()+"/32 dev lo")
+	s.Until("the permission ends with the address", func() bool { return len(s.ConntrackList("expect")) == 0 })
+}
+
+// The permission survives kill -9 into the next daemon, ends with its lifetime without one, and
+// with a cleanup.
+//
+// Fails when a permission of the gateway's is not taken over, or not found by a cleanup.
+func TestSelfAfterTheDaemon(t *testing.T) {
+	stage.NeedsExpect(t)
+	s := newScene(t, lab.Options{Rules: ofSelf})
+	p := s.newPBX(s.Gateway.Addr)
+	start := func(more ...string) { s.Serve(append([]string{"--self"}, more...)...) }
+	start()
+	s.reached(p)
+	s.Kill()
+	s.Arrives(p.Socket, s.another(p), p.Addr())
+	start()
+	s.Arrives(p.Socket, s.another(p), p.Addr())
+	s.Verified()
+	s.Kill()
+	if out, code := s.CLI("cleanup"); code != 0 {
+		t.Errorf("cleanup: exit %d, %q", code, out)
+	}
+	if left := s.Leftovers(); len(left) > 0 {
+		t.Errorf("a cleanup leaves %q", left)
+	}
+	s.unreached(p)
+	start("--lifetime=2s")
+	s.reached(p)
+	s.Kill()
+	s.Until("the permission has run out", func() bool { return len(s.ConntrackList("expect")) == 0 })
+	s.unreached(p)
+}
+
+// A reload turns it off and on.
+//
+// Fails when the permissions stay, or the flows from before give none.
+func TestSelfIsReloaded(t *testing.T) {
+	stage.NeedsExpect(t)
+	s := newScene(t, lab.Options{IPv6: true, Rules: ofSelf})
+	p := s.newPBX(s.Gateway.Addr)
+	path := filepath.Join(t.TempDir(), "c.toml")
+	write := func(self bool) {
+		s.Must(os.WriteFile(path, fmt.Appendf(nil, "self = %v\n[[subnet]]\nprefix = %q\nrouted = true\n", self, lab.InsideNet6), 0o644))
+	}
+	reload := func(self bool) {
+		write(self)
+		if out, code := s.CLI("reload"); code != 0 {
+			t.Fatalf("exit %d, %q", code, out)
+		}
+	}
+	write(true)
+	s.Start("--config", path)
+	s.reached(p)
+	reload(false)
+	s.Until("the permission is gone", func() bool { return len(s.ConntrackList("expect")) == 0 })
+	s.unreached(p)
+	reload(true)
+	s.Stands(p.Socket, p.proxy, p.Addr())
+	s.Arrives(p.Socket, s.another(p), p.Addr())
+}
+
+// The gateway's permission lets in what comes by an outside link, and not more flows than
+// max_children.
+//
+// Fails without the chain own_children.
+func TestSelfJudgesChildren(t *testing.T) {
+	stage.NeedsExpect(t)
+	stage.InModes(t, [][]string{stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{Guest: true, Rules: ofSelf})
+		for _, link := range []string{"all", "guest0"} {
+			s.Must(s.Gateway.SetSysctl("net.ipv4.conf."+link+".rp_filter", "0"))
+		}
+		s.Serve(append(slices.Clone(mode), "--self", "--max-children=2")...)
+		p := s.newPBX(s.Gateway.Addr)
+		s.Contact(p.Socket, p.proxy)
+		s.Stands(p.Socket, p.proxy, p.Addr())
+		s.IP(s.Guest, "addr add "+lab.PeerA.String()+"/32 dev lo")
+		own := s.Socket(s.Guest.Namespace, s.Guest.Addr, 5061)
+		s.Contact(p.Socket, own)
+		s.Lost(p.Socket, s.Socket(s.Guest.Namespace, lab.PeerA, 5099), p.Addr(), own)
+		s.Arrives(p.Socket, s.another(p), p.Addr())
+		s.Arrives(p.Socket, s.another(p), p.Addr())
+		s.Lost(p.Socket, s.another(p), p.Addr(), p.proxy)
+		g := s.Status().Tables.Guard
+		if g.Spoofed != 1 || g.Children != 1 {
+			t.Errorf("spoofed %d, beyond the limit %d", g.Spoofed, g.Children)
+		}
+	})
+}
+
+// A host that sends with an IPv6 address of the gateway earns it no permission: Linux lets it,
+// unlike with one of IPv4.
+//
+// Fails without the chain own_source.
+func TestSelfIsFakedByNobody(t *testing.T) {
+	stage.NeedsExpect(t)
+	s := newScene(t, lab.Options{IPv6: true, Rules: ofSelf})
+	s.Serve("--self")
+	p := s.newPBX(s.Gateway.Addr6)
+	s.IP(s.Inside(0), "addr add "+s.Gateway.Addr6.String()+"/128 dev lo nodad")
+	faker := s.Socket(s.Inside(0).Namespace, s.Gateway.Addr6, 5060)
+	s.Must(faker.Send(p.stranger.Addr(), "for the gateway"))
+	s.Until("it is dropped", func() bool { return s.Status().Tables.Guard.Spoofed > 0 })
+	s.reached(p)
+	for _, x := range s.List() {
+		if x.Peer == p.stranger.Addr().Addr() {
+			t.Errorf("it earned %+v", x)
+		}
+	}
+}
+
+// What the PBX has is refused to an inside host on the same outside port, and an inside host
+// that came first does not keep it from the PBX. Connected sockets, of which a resolver has
+// thousands, get nothing: no packet from another port would reach them.
+//
+// Fails when a claim that was refused for the socket goes first, when a look at the sockets
+// takes the PBX its own permission, and when each flow of the gateway's gives one.
+func TestSelfBesideInsideHosts(t *testing.T) {
+	stage.NeedsExpect(t)
+	stage.InModes(t, [][]string{stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{Rules: ofSelf})
+		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600")) // the phone's flow stays
+		s.Serve(append(slices.Clone(mode), "--self", "--reconcile=1s")...)
+		p := s.newPBX(s.Gateway.Addr)
+		phone, other := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5080)
+		if ext := s.Contact(phone, other); ext != p.Addr() {
+			t.Fatalf("the phone has %v", ext)
+		}
+		s.Until("the phone is refused", func() bool {
+			return slices.ContainsFunc(s.List(), func(x control.Permission) bool { return x.Int == phone.Addr() && x.Reason == "local_socket" })
+		})
+		s.reached(p)
+		since := s.Listed(p.Socket, p.proxy, p.Addr(), "standing").Since
+		later := s.InsideSocket(0, 5090)
+		ext := s.Contact(later, other)
+		s.Stands(later, other, ext)
+		s.Socket(s.Gateway.Namespace, ext.Addr(), ext.Port())
+		s.Listed(later, other, ext, "refused") // sockets were looked at
+		if again := s.Listed(p.Socket, p.proxy, p.Addr(), "standing").Since; !again.Equal(since) {
+			t.Errorf("the PBX lost its permission for its own socket: it stands since %v, not %v", again, since)
+		}
+
+		var connected netip.AddrPort
+		s.Must(s.Gateway.Do(func() error {
+			c, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(other.Addr()))
+			if err != nil {
+				return err
+			}
+			t.Cleanup(func() { c.Close() })
+			connected = c.LocalAddr().(*net.UDPAddr).AddrPort()
+			_, err = c.Write([]byte("a query"))
+			return err
+		}))
+		s.Until("the connected socket is refused", func() bool {
+			return slices.ContainsFunc(s.List(), func(x control.Permission) bool {
+				return x.Int == connected && x.State == "refused" && x.Reason == "no_socket"
+			})
+		})
+	})
+}
+
+// An inside host has the flow that the PBX would have, so the kernel gives the PBX another
+// outside port. What the proxy sends there is translated back, and RELATED all the same.
+//
+// Fails when the map carries what is translated, whose children the input hook drops.
+func TestSelfIsTranslated(t *testing.T) {
+	stage.NeedsExpect(t)
+	stage.InModes(t, [][]string{stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{Rules: ofSelf})
+		s.Serve(append(slices.Clone(mode), "--self")...)
+		p, phone := s.newPBX(s.Gateway.Addr), s.InsideSocket(0, 5060)
+		s.Contact(phone, p.proxy)
+		ext := s.Contact(p.Socket, p.proxy)
+		if ext == p.Addr() {
+			t.Fatalf("the PBX has %v, as the phone", ext)
+		}
+		s.Stands(p.Socket, p.proxy, ext)
+		s.Arrives(p.Socket, s.another(p), ext)
+		s.Lost(p.Socket, p.stranger, ext, p.proxy)
+		s.Verified()
+	})
+}
+
+// The map cannot do it: its children are NEW.
+//
+// Fails when such a configuration is taken.
+func TestSelfTakesExpectations(t *testing.T) {
+	stage.OfTheDaemon(t)
+	s := newScene(t, lab.Options{})
+	out, code := s.CLI("run", "--self", "--backend=nft")
+	if code != 78 || !strings.Contains(out, `self: only expectations carry permissions of the gateway's own programs`) {
+		t.Errorf("exit %d, %q", code, out)
+	}
+}

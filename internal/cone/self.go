@@ -1,0 +1,59 @@
+package cone
+
+import "time"
+
+// selfSubnet is the subnet of the gateway's own addresses.
+var selfSubnet = Subnet{Routed: true, Choice: ChooseExpectation}
+
+// ownOf returns those of the gateway's addresses that are inside hosts, too.
+func (p *Policy) ownOf(local map[Addr]struct{}) map[Addr]struct{} {
+	if !p.Self4 && !p.Self6 {
+		return nil
+	}
+	own := make(map[Addr]struct{}, len(local))
+	for a := range local {
+		if a.Is4() && p.Self4 || !a.Is4() && p.Self6 {
+			own[a] = struct{}{}
+		}
+	}
+	return own
+}
+
+func (p *policy) isOwn(a Addr) bool {
+	_, own := p.own[a]
+	return own
+}
+
+// forSocket reports whether x lets packets in to where they are sent, which is the gateway
+// itself. So it takes none from a socket.
+func (p *policy) forSocket(x *Permission) bool { return x.Routed() && p.isOwn(x.Int.Addr) }
+
+// ForSocket reports whether p takes no packet from a socket of the gateway, though one has its
+// outside port: what the peer sends goes to that socket.
+func (m *Model) ForSocket(p *Permission) bool { return m.policy.forSocket(p) }
+
+// IsSelf reports whether p is one of the gateway itself.
+func (m *Model) IsSelf(p *Permission) bool { return m.policy.isOwn(p.Int.Addr) }
+
+// yields reports whether claim o, the first of its Key, makes way for claim i of the same
+// Key. That of a socket of the gateway stays until it ends by itself, for an inside host would
+// be refused for the socket; and one that was refused for it makes way at once.
+func (m *Model) yields(o, i int32) bool {
+	c := &m.claims[o]
+	first, next := m.policy.forSocket(&c.Permission), m.policy.forSocket(&m.claims[i].Permission)
+	switch {
+	case first && !next:
+		return c.state == StateRefused && c.lingers()
+	case next && !first && c.state == StateRefused && c.reason == ReasonLocalSocket:
+		return true
+	}
+	return c.lingers()
+}
+
+// makeWay ends the claims that come before claim i of the same Key.
+func (m *Model) makeWay(now time.Duration, i int32) {
+	k := m.claims[i].Key
+	for o := m.owner(k); o != i && m.yields(o, i); o = m.owner(k) {
+		m.end(now, o, ReasonYielded)
+	}
+}

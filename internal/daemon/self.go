@@ -1,0 +1,66 @@
+package daemon
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/rules"
+)
+
+// self reports for which families the gateway's own programs get permissions. Expectations
+// alone carry them. Linux takes no IPv4 packet that has an address of the gateway as its
+// source; for IPv6 a rule of ours has to drop it, or a host could earn a permission in the
+// gateway's name.
+func (d *Daemon) self(cfg config.Config) (ipv4, ipv6 bool) {
+	if !cfg.Self || d.backends.expect == nil || !wantsExpect(cfg) {
+		return false, false
+	}
+	v4, v6 := d.backends.expect.Helpers()
+	return v4 != "", v6 != "" && d.firewall.knowsOwn()
+}
+
+// knowsOwn reports whether our tables can tell an address of the gateway.
+func (f *firewall) knowsOwn() bool { return f.tables != nil && !f.tables.Lacks(rules.FeatureSpoofed) }
+
+// ownAddresses returns the gateway's addresses if its own programs may get permissions.
+func (d *Daemon) ownAddresses(cfg config.Config) (all []netip.Prefix) {
+	if !cfg.Self {
+		return nil
+	}
+	for _, a := range d.network.Topology().Local {
+		all = append(all, netip.PrefixFrom(a, a.BitLen()))
+	}
+	return all
+}
+
+// hearSelf returns what to call when the network was read anew: it listens for the flows of the
+// gateway's addresses if these are others then, and reports whether they are.
+func (d *Daemon) hearSelf(cfg config.Config) func() (moved bool) {
+	old := d.ownAddresses(cfg)
+	return func() (moved bool) {
+		if slices.Equal(old, d.ownAddresses(cfg)) {
+			return false
+		}
+		d.failures.note(requestFilterConntrackEvents, 1, d.filterEvents(cfg))
+		return true
+	}
+}
+
+// warnSelf says for what the gateway's own programs get no permissions.
+func (d *Daemon) warnSelf(out *warnings) {
+	if !d.cfg.Self {
+		return
+	}
+	switch ipv4, ipv6 := d.self(d.cfg.Config); {
+	case !ipv4:
+		out.add(warnSelf, "", "self = true has no effect: the gateway's own programs get permissions by expectations alone, "+
+			"and the expect backend is missing")
+	case !ipv6 && !d.firewall.knowsOwn():
+		out.add(warnSelf, "IPv6", "self = true is for IPv4 alone: without nftables and its module nft_fib_inet "+
+			"a host could send with an IPv6 address of the gateway, and earn a permission for it")
+	case !ipv6:
+		out.add(warnSelf, "IPv6", "self = true is for IPv4 alone: the kernel has no conntrack helper for IPv6 "+
+			"(nfnetlink_cthelper, nf_conntrack_h323 or nf_conntrack_tftp)")
+	}
+}
