@@ -102,7 +102,7 @@ func (m *Model) role(f *Flow) (role, Permission, Subnet) {
 			return roleChild, inbound, Subnet{}
 		}
 		return roleDNAT, inbound, Subnet{}
-	case !f.Status.Has(StatusDstNAT) && !f.Status.Has(StatusSrcNAT) && local:
+	case !f.Status.Has(StatusDstNAT) && !f.Status.Has(StatusSrcNAT) && local && !expected:
 		return roleEarly, inbound, Subnet{}
 	}
 	return roleOther, inbound, Subnet{}
@@ -132,7 +132,9 @@ func (m *Model) FlowSeen(now time.Duration, f *Flow) {
 	case roleEarly:
 		m.seeEarly(f, p)
 	case roleOther:
-		if f.Status.Has(StatusExpected) && m.snap.whole && !m.snap.showing && m.topo.outside(f.Src.Addr.Netip()) {
+		// What ends on the gateway does not pass the forward hook.
+		_, ends := m.topo.local[f.ReplySrc.Addr]
+		if f.Status.Has(StatusExpected) && !ends && m.snap.whole && !m.snap.showing && m.topo.outside(f.Src.Addr.Netip()) {
 			m.stats.Through++
 		}
 	}

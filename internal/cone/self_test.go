@@ -120,3 +120,47 @@ func TestTheGatewayAndAnInsideHostOnOnePort(t *testing.T) {
 		d.want(host)
 	})
 }
+
+// The kernel names no master when it destroys a child, and nothing translated this one.
+//
+// Fails when the end of a child is taken for that of an early packet's flow: the model counts
+// it on, and drops the next child as one too many.
+func TestChildrenOfTheGatewayEnd(t *testing.T) {
+	const own = "198.51.100.1:5060"
+	d := selfDesk(t, func(p *Policy) { p.Limits.Children = 1 })
+	f := d.send(0, own, "203.0.113.5:5060")
+	for _, from := range []string{"203.0.113.5:6000", "203.0.113.5:6001"} {
+		child := Flow{
+			Status: StatusExpected, Src: ep(from), Dst: ep(own), ReplySrc: ep(own), ReplyDst: ep(from),
+			MasterSrc: Endpoint{Addr: f.Src.Addr}, MasterDst: Endpoint{f.ReplySrc.Addr, f.Src.Port},
+		}
+		end, kinds := d.inbound(0, child)
+		d.wantOps("a child", kinds)
+		if n := d.view(own).Children; n != 1 {
+			t.Errorf("%d children, want 1", n)
+		}
+		end.MasterSrc, end.MasterDst = Endpoint{}, Endpoint{}
+		d.gone(0, end)
+		if n := d.view(own).Children; n != 0 {
+			t.Errorf("%d children after the end, want 0", n)
+		}
+	}
+}
+
+// The rule that counts what passes looks at the forward hook alone.
+//
+// Fails when a flow that somebody else's helper expected for the gateway counts as passed.
+func TestExpectedFlowsToTheGatewayPassNoForwardHook(t *testing.T) {
+	d := newDesk(t, nil)
+	from := ep("203.0.113.5:6000")
+	for in, want := range map[string]uint64{"198.51.100.1:5060": 0, "10.47.11.109:5060": 1} {
+		d.inbound(0, Flow{
+			Status: StatusExpected, Src: from, Dst: ep(in), ReplySrc: ep(in), ReplyDst: from,
+			MasterSrc: ep("10.47.11.109:69"), MasterDst: ep("203.0.113.5:69"),
+		})
+		if got := d.m.Stats().Through; got != want {
+			t.Errorf("to %s: %d counted, want %d", in, got, want)
+		}
+		d.m.stats.Through = 0
+	}
+}
