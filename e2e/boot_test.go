@@ -82,24 +82,27 @@ func TestAutoDoesNotEnableALinkThatWasOutside(t *testing.T) {
 	}
 }
 
+// newBridgedUplink makes a gateway whose uplink is a bridge, for "auto" does not look at a veth.
+// It has an address of the provider's private network, too, and no default route yet.
+func newBridgedUplink(t *testing.T, o lab.Options) *scene {
+	s := newScene(t, o)
+	for _, args := range []string{
+		"link set wan0 down", "address flush dev wan0", "link set wan0 name port0",
+		"link add wan0 type bridge forward_delay 0", "link set port0 master wan0", "link set port0 up",
+		"address add 198.51.100.1/24 dev wan0", "address add 192.168.0.2/24 dev wan0",
+	} {
+		s.IP(s.Gateway, args)
+	}
+	s.LinkUp("wan0")
+	return s
+}
+
 // An uplink has an address of the provider's private network, but no default route yet.
 // That network is not served, and all works once the route is there.
 //
 // Fails when "auto" takes a link for a LAN of which a rule says, or all the others let
 // it be, that it is an uplink.
 func TestAutoDoesNotEnableAnUplinkWithoutItsRoute(t *testing.T) {
-	setUp := func(t *testing.T, o lab.Options) *scene {
-		s := newScene(t, o)
-		for _, args := range []string{ // a bridge, for "auto" does not look at a veth
-			"link set wan0 down", "address flush dev wan0", "link set wan0 name port0",
-			"link add wan0 type bridge forward_delay 0", "link set port0 master wan0", "link set port0 up",
-			"address add 198.51.100.1/24 dev wan0", "address add 192.168.0.2/24 dev wan0",
-		} {
-			s.IP(s.Gateway, args)
-		}
-		s.LinkUp("wan0")
-		return s
-	}
 	served := func(s *scene) (all []string) {
 		for _, n := range s.Status().Subnets {
 			all = append(all, n.Prefix.String())
@@ -117,7 +120,7 @@ func TestAutoDoesNotEnableAnUplinkWithoutItsRoute(t *testing.T) {
 		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 	}
 	t.Run("the only one", func(t *testing.T) {
-		s := setUp(t, lab.Options{})
+		s := newBridgedUplink(t, lab.Options{})
 		s.Start("--subnet=auto")
 		if got := served(s); !slices.Equal(got, lan) {
 			t.Errorf("served: %q", got)
@@ -125,7 +128,7 @@ func TestAutoDoesNotEnableAnUplinkWithoutItsRoute(t *testing.T) {
 		works(s)
 	})
 	t.Run("the only one, and the rule is for all links", func(t *testing.T) {
-		s := setUp(t, lab.Options{Rules: strings.Replace(lab.Masquerade, `oifname "wan0" `, "", 1)})
+		s := newBridgedUplink(t, lab.Options{Rules: strings.Replace(lab.Masquerade, `oifname "wan0" `, "", 1)})
 		s.Start("--subnet=auto")
 		s.told("no outside link")
 		if got := served(s); len(got) > 0 {
@@ -135,7 +138,7 @@ func TestAutoDoesNotEnableAnUplinkWithoutItsRoute(t *testing.T) {
 	})
 	const gone = "*nat\n-D POSTROUTING -o wan0 -j MASQUERADE\nCOMMIT\n"
 	besides := func(t *testing.T, rule, none func(s *scene) error) {
-		s := setUp(t, lab.Options{Rules: lab.NoRules})
+		s := newBridgedUplink(t, lab.Options{Rules: lab.NoRules})
 		s.Must(rule(s))
 		s.IP(s.Gateway, "link add wan2 type bridge")
 		s.IP(s.Gateway, "address add 192.168.2.2/24 dev wan2")

@@ -145,6 +145,25 @@ func TestSelfAfterTheDaemon(t *testing.T) {
 	s.unreached(p)
 }
 
+// The gateway's address is one of a private network of the provider's, and the daemon is killed
+// and started while there is no route.
+//
+// Fails when "auto" takes the gateway for an inside host, and enables the provider's network.
+func TestSelfIsNoInsideHostForAuto(t *testing.T) {
+	stage.NeedsExpect(t)
+	s := newBridgedUplink(t, lab.Options{Rules: strings.Replace(lab.Masquerade, `oifname "wan0" `, "", 1)})
+	s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan0")
+	s.Start("--subnet=auto", "--self")
+	pbx, proxy := s.Socket(s.Gateway.Namespace, netip.MustParseAddr("192.168.0.2"), 5060), s.PeerSocket(lab.PeerA, 5060)
+	s.Stands(pbx, proxy, s.Contact(pbx, proxy))
+	s.Kill()
+	s.IP(s.Gateway, "route del default")
+	s.Start("--subnet=auto", "--self")
+	if got := s.enabled(); len(got) > 0 {
+		t.Errorf("served: %q", got)
+	}
+}
+
 // A reload turns it off and on.
 //
 // Fails when the permissions stay, or the flows from before give none.

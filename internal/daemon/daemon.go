@@ -272,11 +272,14 @@ func (d *Daemon) decide() {
 }
 
 // goOnServing lets "auto" enable the subnets of hosts whose permissions stand from before,
-// also while no outside link is there.
+// also while no outside link is there. The gateway itself may have permissions on an uplink.
 func (d *Daemon) goOnServing(adopted []expect.Adopted) (err error) {
 	hosts := make(map[netip.Addr]struct{})
 	for _, a := range adopted {
 		hosts[a.Int.Addr.Netip()] = struct{}{}
+	}
+	for _, a := range d.network.Addrs {
+		delete(hosts, a.Prefix.Addr())
 	}
 	if !d.wanted.AutoSubnets || len(hosts) == 0 {
 		return nil
