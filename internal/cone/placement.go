@@ -57,7 +57,7 @@ func (m *Model) place(now time.Duration, c *claim) Placement {
 		why = ReasonForwarded // an expectation comes before the user's rule; a map does not
 	case !m.policy.Expected || c.Wild > 0 && !c.Routed():
 		why = ReasonNoBackend
-	case m.isConnected(&c.Key) && !m.policy.forSocket(&c.Permission):
+	case m.isConnected(&c.Key) && !(c.self && c.Routed()):
 		why = ReasonLocalSocket // a map asks for sockets, packet by packet
 	case m.helped(now, &c.Permission):
 		why = ReasonHelper

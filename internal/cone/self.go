@@ -24,13 +24,12 @@ func (p *policy) isOwn(a Addr) bool {
 	return own
 }
 
-// forSocket reports whether x lets packets in to where they are sent, which is the gateway
-// itself. So it takes none from a socket.
-func (p *policy) forSocket(x *Permission) bool { return x.Routed() && p.isOwn(x.Int.Addr) }
-
-// ForSocket reports whether p takes no packet from a socket of the gateway, though one has its
-// outside port: what the peer sends goes to that socket.
-func (m *Model) ForSocket(p *Permission) bool { return m.policy.forSocket(p) }
+// forSocket reports whether x lets packets in to a port of the gateway that they are sent to. A
+// socket that has it may be bound to all addresses: then it is all the same that x leads them
+// from one to another.
+func (p *policy) forSocket(x *Permission) bool {
+	return x.Ext.Port == x.Int.Port && p.isOwn(x.Int.Addr)
+}
 
 // IsSelf reports whether p is one of the gateway itself.
 func (m *Model) IsSelf(p *Permission) bool { return m.policy.isOwn(p.Int.Addr) }

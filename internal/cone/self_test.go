@@ -99,6 +99,12 @@ func TestTheGatewayAndAnInsideHostOnOnePort(t *testing.T) {
 		d.send(0, own, peer)
 		d.want(own)
 	})
+	t.Run("the host was refused for the socket, which sends by another address", func(t *testing.T) {
+		d := selfDesk(t, nil)
+		d.refused(0, d.open(0, host, again), ReasonLocalSocket)
+		d.open(0, "198.51.100.2:5060", peer)
+		d.want("198.51.100.2:5060")
+	})
 	t.Run("the host is refused later", func(t *testing.T) {
 		d := selfDesk(t, nil)
 		f := d.open(0, host, again)

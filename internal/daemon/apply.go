@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/gateway"
 )
 
 // opsAtOnce is how many decisions are carried out in one piece.
@@ -107,12 +108,17 @@ func (d *Daemon) grant(ops []cone.Op, since time.Duration) {
 // the lack of one: a connected socket gets nothing from other ports of the peer, and there
 // may be thousands of them, as a resolver has.
 func (d *Daemon) barred(p *cone.Permission) cone.Reason {
-	if d.served.Serves(p.Ext) && !d.model.ForSocket(p) {
+	if d.losesTo(p, d.served) {
 		return cone.ReasonLocalSocket
 	}
 	if !d.model.IsSelf(p) {
 		return cone.ReasonNone
 	}
+	return d.lacksSocket(p)
+}
+
+// lacksSocket returns ReasonNoSocket if no socket gets what p, of the gateway itself, admits.
+func (d *Daemon) lacksSocket(p *cone.Permission) cone.Reason {
 	switch waits, err := d.sockets.Serves(p.Int, p.Peer); {
 	case err != nil:
 		d.failures.note(requestLookForLocalSockets, 1, err, "ext", p.Ext)
@@ -123,15 +129,31 @@ func (d *Daemon) barred(p *cone.Permission) cone.Reason {
 	return cone.ReasonNone
 }
 
+// losesTo reports whether one of sockets would lose packets to p. What is for the gateway
+// itself takes none from a socket that gets them all the same.
+func (d *Daemon) losesTo(p *cone.Permission, sockets *gateway.PortSet) bool {
+	if d.model.IsSelf(p) {
+		return sockets.Takes(p.Ext, p.Int)
+	}
+	return sockets.Serves(p.Ext)
+}
+
 // granted tells the model that p stands, unless it finds that a local socket gets what it
 // admits. The map's rule asks for sockets itself, packet by packet: where there is
 // nothing else, that is left to the next look at all of them.
 func (d *Daemon) granted(p cone.Permission) {
-	if d.backends.expect == nil || d.model.ForSocket(&p) {
+	if d.backends.expect == nil {
 		d.model.Granted(p)
 		return
 	}
-	switch served, err := d.sockets.Serves(p.Ext, p.Peer); {
+	var served bool
+	var err error
+	if d.model.IsSelf(&p) {
+		served, err = d.sockets.Takes(p.Ext, p.Int, p.Peer)
+	} else {
+		served, err = d.sockets.Serves(p.Ext, p.Peer)
+	}
+	switch {
 	case err != nil:
 		d.failures.note(requestLookForLocalSockets, 1, err, "ext", p.Ext)
 		d.model.Refused(d.now(), p, cone.ReasonKernel, true)

@@ -99,6 +99,7 @@ type Daemon struct {
 	tables         control.Tables    // as last read
 	kernel         control.Conntrack // as last read
 	served         *gateway.PortSet  // at the last two looks; before the second, at the first
+	lately         *gateway.PortSet  // at one of the last two looks
 	sure           bool              // there were two
 	latency        histogram
 	repaired       [parts]uint64
@@ -215,7 +216,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.held, err = d.ports.Ports(); err != nil {
 		return d, err
 	}
-	d.served, d.looked = d.held, d.now()
+	d.served, d.lately, d.looked = d.held, d.held, d.now()
 	d.firewall.setSides(d.network)
 	// Known before the first grant.
 	d.forwarded, d.ruleWarnings = d.firewall.forwards(d.network)

@@ -16,8 +16,8 @@ import (
 )
 
 // betweenLooks is the time between two looks at the gateway's sockets. One that is
-// there at both stays; those of resolvers come and go, and nothing that stands ends for
-// them.
+// there at both stays, and one that is there at neither is gone; those of resolvers come and
+// go, and nothing that stands ends for them.
 const betweenLooks = time.Second
 
 // outsidePorts are what mappings may and may not have.
@@ -207,20 +207,21 @@ func (d *Daemon) lookAtSockets(cfg config.Config, network gateway.Network) error
 	if err != nil {
 		return err
 	}
-	stays := held.Stay(d.held)
-	d.settled = held.Equal(stays)
+	before := d.held
+	stays := held.Stay(before)
+	d.settled = held.Equal(before)
 	d.held, d.looked = held, d.now()
 	warnings, err := d.serve(cfg, network, stays)
 	d.ask(func() {
 		d.portWarnings = warnings
 		d.warned.tell(d.now(), d.warnings())
-		d.served, d.sure = stays, true
+		d.served, d.lately, d.sure = stays, held.Either(before), true
 		d.reviewSockets()
 	})
 	return err
 }
 
-// lookAgain looks at the sockets again where the last look found new ones.
+// lookAgain looks at the sockets again where the last look found new ones, or missed some.
 func (d *Daemon) lookAgain() error {
 	if d.settled {
 		return nil
@@ -230,15 +231,19 @@ func (d *Daemon) lookAgain() error {
 	return d.lookAtSockets(cfg, d.network)
 }
 
-// reviewSockets withdraws the permissions on ports of sockets that stay, and the
-// expectations that could take the packets of connected ones.
+// reviewSockets withdraws the permissions on ports of sockets that stay, those of the gateway
+// itself whose sockets are gone, and the expectations that could take the packets of
+// connected ones.
 func (d *Daemon) reviewSockets() {
 	if !d.sure {
 		return
 	}
 	d.model.Review(d.now(), func(p cone.Permission) cone.Reason {
-		if d.served.Serves(p.Ext) && !d.model.ForSocket(&p) {
+		switch {
+		case d.losesTo(&p, d.served):
 			return cone.ReasonLocalSocket
+		case d.model.IsSelf(&p) && !d.lately.Serves(p.Int) && d.lacksSocket(&p) == cone.ReasonNoSocket: // nor since
+			return cone.ReasonNoSocket
 		}
 		return cone.ReasonNone
 	})

@@ -36,6 +36,16 @@ func (p *PortSet) Serves(ext cone.Endpoint) bool {
 	return ok
 }
 
+// Takes is Sockets.Takes for what p holds.
+func (p *PortSet) Takes(ext, in cone.Endpoint) bool {
+	if ext == in || !p.Serves(ext) {
+		return false
+	}
+	_, there := p.bound[ext]
+	_, other := p.bound[in]
+	return ext.Port != in.Port || there || other
+}
+
 // Connected returns the endpoints of connected sockets, each with whom it is connected to,
 // as the keys of permissions. The caller must not change it.
 func (p *PortSet) Connected() map[cone.Key]struct{} { return p.connected }
@@ -47,6 +57,14 @@ func (p *PortSet) All() iter.Seq[cone.Endpoint] { return maps.Keys(p.bound) }
 // Stay returns what is in p and was in old already.
 func (p *PortSet) Stay(old *PortSet) *PortSet {
 	return &PortSet{both(p.bound, old.bound), both(p.connected, old.connected)}
+}
+
+// Either returns what is in p or was in old.
+func (p *PortSet) Either(old *PortSet) *PortSet {
+	all := &PortSet{maps.Clone(p.bound), maps.Clone(p.connected)}
+	maps.Copy(all.bound, old.bound)
+	maps.Copy(all.connected, old.connected)
+	return all
 }
 
 func both[K comparable](a, b map[K]struct{}) map[K]struct{} {
@@ -94,10 +112,9 @@ func (p *PortSet) add(b []byte, hears func(link uint32) bool) error {
 	if link := binary.NativeEndian.Uint32(b[inetDiagIf:]); link != 0 && !hears(link) {
 		return nil
 	}
-	e := cone.Endpoint{Addr: cone.Addr(b[8:24]), Port: binary.BigEndian.Uint16(b[4:])}
-	peer := cone.Addr(b[24:40])
+	e, peer := endpointOf(b), cone.Addr(b[24:40])
 	if b[0] == unix.AF_INET {
-		e.Addr, peer = cone.AddrFrom4([4]byte(b[8:12])), cone.AddrFrom4([4]byte(b[24:28]))
+		peer = cone.AddrFrom4([4]byte(b[24:28]))
 	}
 	if b[1] == unix.BPF_TCP_ESTABLISHED {
 		p.connected[cone.Key{Ext: e, Peer: peer}] = struct{}{}
@@ -117,4 +134,13 @@ func (p *PortSet) add(b []byte, hears func(link uint32) bool) error {
 		p.bound[cone.Endpoint{Addr: any4, Port: e.Port}] = struct{}{}
 	}
 	return err
+}
+
+// endpointOf returns what the socket of a struct inet_diag_msg is bound to.
+func endpointOf(b []byte) cone.Endpoint {
+	e := cone.Endpoint{Addr: cone.Addr(b[8:24]), Port: binary.BigEndian.Uint16(b[4:])}
+	if b[0] == unix.AF_INET {
+		e.Addr = cone.AddrFrom4([4]byte(b[8:12]))
+	}
+	return e
 }

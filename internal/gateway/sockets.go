@@ -24,9 +24,18 @@ type Sockets struct {
 	conn      *conn
 	links     []uint32 // by which packets from outside come in; 0 where none is known
 	one, dump []byte   // requests
-	found     bool
+	found     socketAt
 	find      func([]byte) error // sets found
 }
+
+// socketAt says where the socket is that gets a packet.
+type socketAt uint8
+
+const (
+	nowhere        socketAt = iota
+	atAddress               // bound to the packet's destination
+	atAllAddresses          // it gets what is sent to any address
+)
 
 // DialSockets opens the connection to the network namespace behind the
 // descriptor netns, or to the calling thread's own when it is 0. It looks for a
@@ -43,8 +52,14 @@ func DialSockets(netns int) (*Sockets, error) {
 		one:   newDiagRequest(0),
 		dump:  newDiagRequest(unix.NLM_F_DUMP),
 	}
-	s.find = func([]byte) error {
-		s.found = true
+	s.find = func(b []byte) error {
+		if len(b) < sizeofInetDiagMsg {
+			return errMalformed
+		}
+		s.found = atAddress
+		if e := endpointOf(b); e.Addr == any4 || e.Addr == any6 {
+			s.found = atAllAddresses
+		}
 		return nil
 	}
 	if err := s.probe(netns); err != nil {
@@ -82,6 +97,41 @@ func (s *Sockets) hears(link uint32) bool { return slices.Contains(s.links, link
 // A connected socket is not found, whoever it is connected to: a permission takes its
 // packets only when conntrack has forgotten its flow. Ports finds such a one.
 func (s *Sockets) Serves(ext cone.Endpoint, peer cone.Addr) (bool, error) {
+	for _, link := range s.links {
+		if at, err := s.lookUp(ext, peer, link); at != nowhere || err != nil {
+			return at != nowhere, err
+		}
+	}
+	return false, nil
+}
+
+// Takes reports whether a local socket would lose what peer sends to ext if it were led to in,
+// an address of the gateway, too. One that is bound to all addresses gets it there as well.
+func (s *Sockets) Takes(ext, in cone.Endpoint, peer cone.Addr) (bool, error) {
+	if ext == in {
+		return false, nil
+	}
+	for _, link := range s.links {
+		from, err := s.lookUp(ext, peer, link)
+		if err != nil {
+			return false, err
+		}
+		if from == nowhere {
+			continue
+		}
+		to, err := s.lookUp(in, peer, link)
+		if err != nil {
+			return false, err
+		}
+		if ext.Port != in.Port || from != atAllAddresses || to != atAllAddresses {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// lookUp finds the socket that gets what peer sends to ext and what comes in by link.
+func (s *Sockets) lookUp(ext cone.Endpoint, peer cone.Addr, link uint32) (socketAt, error) {
 	// udp_dump_one looks for the receiver of a packet from src to dst, and so
 	// the other way round than the names of the fields elsewhere say. All
 	// kernels do so; probe would notice one that does not. A source port of 0
@@ -94,16 +144,10 @@ func (s *Sockets) Serves(ext cone.Endpoint, peer cone.Addr) (bool, error) {
 	binary.BigEndian.PutUint16(s.one[diagDport:], ext.Port)
 	copy(s.one[diagSrc:], from)
 	copy(s.one[diagDst:], to)
-	s.found = false
-	for _, link := range s.links {
-		binary.NativeEndian.PutUint32(s.one[diagIf:], link)
-		err := s.conn.exchange(s.one, s.find)
-		if err != nil && !errors.Is(err, unix.ENOENT) {
-			return false, fmt.Errorf("look up UDP socket: %w", err)
-		}
-		if s.found {
-			break
-		}
+	binary.NativeEndian.PutUint32(s.one[diagIf:], link)
+	s.found = nowhere
+	if err := s.conn.exchange(s.one, s.find); err != nil && !errors.Is(err, unix.ENOENT) {
+		return nowhere, fmt.Errorf("look up UDP socket: %w", err)
 	}
 	return s.found, nil
 }

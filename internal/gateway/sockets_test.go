@@ -285,3 +285,47 @@ func BenchmarkPortsOf10000Sockets(b *testing.B) {
 		}
 	}
 }
+
+// What is for one address of the gateway is led to another one.
+//
+// Fails when a socket for all addresses bars that, and when one does not that gets nothing there.
+func TestSocketsLosePacketsThatAreLedToOthers(t *testing.T) {
+	tests := []struct {
+		name   string
+		listen []string // of the port 5060, with SO_REUSEPORT
+		in     string
+		takes  bool
+	}{
+		{"no socket", nil, other4 + ":5060", false},
+		{"for all addresses", []string{"0.0.0.0"}, other4 + ":5060", false},
+		{"two of them", []string{"0.0.0.0", "0.0.0.0"}, other4 + ":5060", false},
+		{"of both families", []string{"[::]"}, other4 + ":5060", false},
+		{"another port", []string{"0.0.0.0"}, other4 + ":5061", true},
+		{"where it is sent", []string{ext4}, other4 + ":5060", true},
+		{"where it is led", []string{other4}, other4 + ":5060", false},
+		{"one for each", []string{ext4, other4}, other4 + ":5060", true},
+		{"for all, and where it is sent", []string{"0.0.0.0", ext4}, other4 + ":5060", true},
+		{"for all, and where it is led", []string{"0.0.0.0", other4}, other4 + ":5060", true},
+		{"nowhere else", []string{ext4}, ext4 + ":5060", false},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			g := newGateway(t)
+			s := dialSockets(t, g)
+			for _, a := range test.listen {
+				listen(t, g, "udp", a+":5060", reusePort)
+			}
+			got, err := s.Takes(endpoint(ext4+":5060"), endpoint(test.in), peer4)
+			if err != nil || got != test.takes {
+				t.Errorf("Sockets say %v, %v; want %v", got, err, test.takes)
+			}
+			p, err := s.Ports()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := p.Takes(endpoint(ext4+":5060"), endpoint(test.in)); got != test.takes {
+				t.Errorf("Ports say %v; want %v", got, test.takes)
+			}
+		})
+	}
+}
