@@ -83,3 +83,24 @@ func TestSelfSendsByAnotherAddress(t *testing.T) {
 		s.Until("it is refused", is(s, "refused", "local_socket"))
 	})
 }
+
+// A program speaks to more peers, one after another, than its port has expectations for.
+//
+// Fails when peers without a flow keep a new one from having a permission.
+func TestSelfMakesRoomForNewPeers(t *testing.T) {
+	stage.NeedsExpect(t)
+	s := newScene(t, lab.Options{Rules: ofSelf})
+	s.Serve("--self")
+	p := s.newPBX(s.Gateway.Addr)
+	for i := range 64 {
+		peer := s.PeerSocket(netip.AddrFrom4([4]byte{203, 0, 113, byte(100 + i)}), 5060)
+		s.Stands(p.Socket, peer, s.Contact(p.Socket, peer))
+	}
+	s.Contact(p.Socket, p.proxy)
+	if got := s.Listed(p.Socket, p.proxy, p.Addr(), "refused").Reason; got != "peers_on_port" {
+		t.Errorf("refused for %q", got)
+	}
+	_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "5060")
+	s.Must(err)
+	s.reached(p)
+}

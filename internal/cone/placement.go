@@ -226,11 +226,37 @@ func (m *Model) Failed(now time.Duration, p Permission, by Carriers, r Reason) {
 	c.leaving = 0
 	m.setPlacement(i, left)
 	next := m.place(now, c)
+	if next.By == 0 && r == ReasonPeersOnPort && m.makeRoomOnPort(now, i) {
+		c = &m.claims[i]
+		c.unexpected = ReasonNone
+		next = m.place(now, c)
+	}
 	if next.By == 0 {
 		m.Refused(now, p, r, left.By != 0)
 		return
 	}
 	m.move(i, next)
+}
+
+// makeRoomOnPort ends the permission that lingers longest of those that have an expectation
+// on the outside port of claim i, and reports whether there was one.
+func (m *Model) makeRoomOnPort(now time.Duration, i int32) bool {
+	if !m.snap.whole { // nobody knows what lingers
+		return false
+	}
+	oldest := none
+	for o := m.byExt[m.claims[i].extKey()]; o != none; o = m.claims[o].extNext {
+		c := &m.claims[o]
+		if o != i && c.state == StateStanding && c.placed.By&ByExpectation != 0 && c.lingers() &&
+			(oldest == none || c.fed < m.claims[oldest].fed) {
+			oldest = o
+		}
+	}
+	if oldest == none {
+		return false
+	}
+	m.end(now, oldest, ReasonYielded)
+	return true
 }
 
 // Retry tells the model that the expectation that p lacks may be possible now.

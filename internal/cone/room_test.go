@@ -163,3 +163,38 @@ func TestNoRoomEndsNothingBeforeTheFirstSnapshot(t *testing.T) {
 	d.room(1, 1, 1)
 	d.carriers("after", ByExpectation, 0)
 }
+
+// The expectations of an outside port are all in use.
+//
+// Fails when peers without a live flow keep a new one from having one, when the newest of them
+// goes, and when one with a live flow does.
+func TestLingeringPeersOfAPortMakeRoom(t *testing.T) {
+	const in = "10.47.11.109:5060"
+	d := newDesk(t, nil)
+	first, second := d.open(0, in, "203.0.113.1:5060"), d.open(time.Second, in, "203.0.113.2:5060")
+	d.open(0, in, "203.0.113.3:5060")
+	full := func(now time.Duration, peer string) {
+		f := d.translated(in, peer)
+		d.m.FlowSeen(now, f)
+		p := d.m.Ops()[0].Permission
+		d.m.Failed(now, p, ByExpectation, ReasonPeersOnPort)
+		d.carry()
+	}
+	stands := func(want ...string) {
+		t.Helper()
+		var got []string
+		for k := range d.up {
+			got = append(got, k.Peer.Netip().String())
+		}
+		slices.Sort(got)
+		if !slices.Equal(got, want) {
+			t.Errorf("permissions stand for %q, want %q", got, want)
+		}
+	}
+	full(2*time.Second, "203.0.113.4:5060")
+	stands("203.0.113.1", "203.0.113.2", "203.0.113.3")
+	d.gone(2*time.Second, first)
+	d.gone(3*time.Second, second)
+	full(4*time.Second, "203.0.113.5:5060")
+	stands("203.0.113.2", "203.0.113.3", "203.0.113.5")
+}
