@@ -89,19 +89,27 @@ func (l *layout) guard(served []*ipFamily) {
 // anywhere. Only flows without an answer, and ICMP errors, are related.
 func (l *layout) children(d Desired, served []*ipFamily) {
 	l.counters = append(l.counters, spoofedCounter, zeroCounter, expectedCounter)
-	child := l.regular("child")
-	l.childrenOf("children", nftables.ChainHookForward, d.Helpers, served, child)
-	ends := exprs(nil)
-	if d.Self {
-		served = ipFamilies
-		l.childrenOf("own_children", nftables.ChainHookInput, d.Helpers, served, child)
-		if !d.noFib {
-			ends = forwarded
-			c := l.filter("own_source", nftables.ChainHookForward, childPriority)
-			l.rule(c, "", notNew, accept)
-			l.rule(c, "the source is the gateway, which did not send it", l.outside(oifname, true), isUDP, ofGateway, counter(spoofedCounter), drop)
-		}
+	if d.MaxChildren > 0 {
+		l.counters = append(l.counters, childCounter)
 	}
+	child := l.judge("child", d, served)
+	l.rule(child, "it goes on to the user's firewall", counter(expectedCounter))
+	l.childrenOf("children", nftables.ChainHookForward, d.Helpers, served, child)
+	if !d.Self {
+		return
+	}
+	// What it lets pass does not count: the user's forward hook does not see it.
+	l.childrenOf("own_children", nftables.ChainHookInput, d.Helpers, ipFamilies, l.judge("own_child", d, ipFamilies))
+	if !d.noFib {
+		c := l.filter("own_source", nftables.ChainHookForward, childPriority)
+		l.rule(c, "", notNew, accept)
+		l.rule(c, "the source is the gateway, which did not send it", l.outside(oifname, true), isUDP, ofGateway, counter(spoofedCounter), drop)
+	}
+}
+
+// judge returns a chain that drops first packets of children that must not be.
+func (l *layout) judge(name string, d Desired, served []*ipFamily) *nftables.Chain {
+	child := l.regular(name)
 	l.rule(child, "not by an outside link: the peer's address is faked", l.notOutside(d.Uppers), counter(spoofedCounter), drop)
 	for _, f := range served {
 		links, family := d.Not4, "IPv4"
@@ -120,16 +128,19 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 	}
 	l.rule(child, "it would look like an anchor", udpSport.is(be16(0)), isUDP, counter(zeroCounter), drop)
 	if d.MaxChildren > 0 {
-		l.counters = append(l.counters, childCounter)
 		for _, f := range served {
 			// Each element keeps the limit that it was made with.
-			kids := l.set(fmt.Sprintf("children%s_%d", f.name, d.MaxChildren), f.addr, f.addr, nftables.TypeInetService)
-			kids.Dynamic, kids.free = true, true
+			name := fmt.Sprintf("children%s_%d", f.name, d.MaxChildren)
+			kids := l.named(name)
+			if kids == nil {
+				kids = l.set(name, f.addr, f.addr, nftables.TypeInetService)
+				kids.Dynamic, kids.free = true, true
+			}
 			l.rule(child, "flows of one peer to one outside endpoint",
 				f.is, isUDP, addTo(kids, elem{key: f.key, limit: ctCountOver(d.MaxChildren)}), counter(childCounter), drop)
 		}
 	}
-	l.rule(child, "it goes on to the user's firewall", ends, counter(expectedCounter))
+	return child
 }
 
 // childrenOf adds the chain of a hook that leads the first packets of children to child.

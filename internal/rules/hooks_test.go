@@ -55,3 +55,29 @@ func TestHooksAreDocumented(t *testing.T) {
 		t.Errorf("the rules have\n%s\nthe page has\n%s", strings.Join(want, "\n"), strings.Join(documented, "\n"))
 	}
 }
+
+// What passes the forward hook is compared with what this rule counted. The input hook is none
+// of it, whatever look-ups the kernel has.
+//
+// Fails when children of the gateway itself count.
+func TestChildrenOfTheGatewayDoNotCountAsForwarded(t *testing.T) {
+	for _, noFib := range []bool{false, true} {
+		text, err := Text("conenat", Desired{
+			OutsideLinks: []string{"wan0"}, Helpers: []string{"RAS"}, MaxChildren: 256, Self: true, noFib: noFib,
+			Subnets: []netip.Prefix{netip.MustParsePrefix("10.47.11.0/24")},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for chain, want := range map[string]bool{"child": true, "own_child": false} {
+			_, rules, found := strings.Cut(text, "\tchain "+chain+" {\n")
+			rules, _, _ = strings.Cut(rules, "\t}\n")
+			if got := strings.Contains(rules, `counter name "`+expectedCounter+`"`); !found || got != want {
+				t.Errorf("noFib %v: %s counts: %v, want %v\n%s", noFib, chain, got, want, text)
+			}
+		}
+		if _, rules, _ := strings.Cut(text, "chain own_children {"); !strings.Contains(rules, "goto own_child") {
+			t.Errorf("noFib %v: own_children goes elsewhere", noFib)
+		}
+	}
+}

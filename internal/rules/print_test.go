@@ -45,7 +45,10 @@ func printed() map[string]rules.Desired {
 		"IPv4 alone":         desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Subnets = d.Subnets[:1] }),
 		"IPv6 alone":         {OutsideLinks: []string{"wan0"}, Subnets: both[1:], Guard: true, Spoofed: true, Helpers: onAnchors, MaxChildren: 256},
 		"the gateway itself": desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Subnets, d.Map, d.Self = d.Subnets[:1], nil, true }),
-		"everything":         desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Mapping = hairpinning.Mapping }),
+		"the gateway itself and uplink marks": desired(func(d *rules.Desired, _ *rules.MapConfig) {
+			d.Self, d.UplinkMarks = true, &rules.UplinkMarks{Mask: 0xff, Links: d.OutsideLinks}
+		}),
+		"everything": desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Mapping = hairpinning.Mapping }),
 	}
 	for name, change := range features {
 		all[name] = desired(change)
