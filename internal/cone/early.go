@@ -19,15 +19,16 @@ type earlyFlow struct {
 	Key
 	id         uint32
 	port       uint16
+	zone       uint16 // of the packets
 	used       bool
 	prev, more int32 // neighbours of the same Key
 }
 
 func newEarlyIndex() earlyIndex { return earlyIndex{byKey: make(map[Key]int32)} }
 
-func (x *earlyIndex) add(k Key, port uint16, id uint32) {
+func (x *earlyIndex) add(k Key, port, zone uint16, id uint32) {
 	if i := x.find(k, port); i != none {
-		x.ring[i].id = id
+		x.ring[i].id, x.ring[i].zone = id, zone
 		return
 	}
 	if len(x.ring) < earlySize {
@@ -40,7 +41,7 @@ func (x *earlyIndex) add(k Key, port uint16, id uint32) {
 	} else {
 		x.ring[head].prev = int32(x.next)
 	}
-	x.ring[x.next] = earlyFlow{Key: k, id: id, port: port, used: true, prev: none, more: head}
+	x.ring[x.next] = earlyFlow{Key: k, id: id, port: port, zone: zone, used: true, prev: none, more: head}
 	x.byKey[k] = int32(x.next)
 	x.next = (x.next + 1) % earlySize
 }
@@ -88,10 +89,10 @@ func (m *Model) seeEarly(f *Flow, p Permission) {
 	k := exact(p.Key, f.Src.Addr)
 	if m.stands(k) {
 		p.Key = k
-		m.dropEarly(p, f.Src.Port, f.ID)
+		m.dropEarly(p, f.Src.Port, f.OrigZone, f.ID)
 		return
 	}
-	m.early.add(k, f.Src.Port, f.ID)
+	m.early.add(k, f.Src.Port, f.OrigZone, f.ID)
 }
 
 // exact returns k for a single peer.
@@ -151,11 +152,11 @@ func (m *Model) dropAllEarly(p Permission) {
 func (m *Model) dropEarlyAt(p Permission, i int32) {
 	e := &m.early.ring[i]
 	p.Key = e.Key
-	m.dropEarly(p, e.port, e.id)
+	m.dropEarly(p, e.port, e.zone, e.id)
 	m.early.drop(i)
 }
 
-func (m *Model) dropEarly(p Permission, port uint16, id uint32) {
+func (m *Model) dropEarly(p Permission, port, zone uint16, id uint32) {
 	m.stats.Early++
-	m.op(Op{Kind: DropEarly, Permission: p, From: Endpoint{p.Peer, port}, ID: id})
+	m.op(Op{Kind: DropEarly, Permission: p, From: Endpoint{p.Peer, port}, FromZone: zone, ID: id})
 }

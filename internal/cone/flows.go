@@ -14,6 +14,7 @@ type flow struct {
 	packets    uint32 // from inside, when last seen; wraps
 	host       uint32 // as flowKey.host
 	port       uint16 // the peer's
+	zone       uint16 // of the packets that come from the peer
 	gen        uint8  // of the snapshot that saw it last
 	child      bool
 	answered   bool
@@ -77,7 +78,7 @@ const (
 // role says what f is, and which permission it would belong to.
 func (m *Model) role(f *Flow) (role, Permission, Subnet) {
 	inbound := Permission{
-		Key:  Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.OrigZone},
+		Key:  Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.ReplyZone},
 		Int:  f.ReplySrc,
 		Mark: f.Mark,
 	}
@@ -145,9 +146,12 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 		m.plain(f, s)
 		return
 	}
+	if f.Status.Has(StatusSrcNAT) {
+		m.noteZone(f)
+	}
 	r := m.policy.refuses(f.ReplyDst, f.ReplySrc, &m.topo)
 	if r != ReasonPeerInside && f.Status.Has(StatusSrcNAT) {
-		m.translated(s)
+		m.translated(f, s)
 	}
 	if s.Filtering == AddressAndPortDependent {
 		r = ReasonFiltering
@@ -255,7 +259,7 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 			m.stats.Crowded++
 		}
 		if crowded || m.misled(now, f, &m.claims[i]) {
-			m.op(Op{Kind: DropUnanswered, Permission: p, From: f.Src, ID: f.ID})
+			m.op(Op{Kind: DropUnanswered, Permission: p, From: f.Src, FromZone: f.OrigZone, ID: f.ID})
 			return
 		}
 	}
@@ -287,7 +291,7 @@ func (m *Model) notePassed(f *Flow, i int32) {
 // of the permission. Before the first snapshot nobody knows what is gone.
 func (m *Model) orphan(f *Flow, p Permission) {
 	if m.snap.whole && !f.Status.Has(StatusSeenReply) {
-		m.op(Op{Kind: DropUnanswered, Permission: p, From: f.Src, ID: f.ID})
+		m.op(Op{Kind: DropUnanswered, Permission: p, From: f.Src, FromZone: f.OrigZone, ID: f.ID})
 	}
 }
 
@@ -296,9 +300,9 @@ func (m *Model) orphan(f *Flow, p Permission) {
 // it is the inside host's own flow or a child that it answered. It returns
 // whether the flow was known.
 func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known bool) {
-	peer, packets := f.ReplySrc, f.OrigPackets
+	peer, zone, packets := f.ReplySrc, f.ReplyZone, f.OrigPackets
 	if child {
-		peer, packets = f.Src, f.ReplyPackets
+		peer, zone, packets = f.Src, f.OrigZone, f.ReplyPackets
 	}
 	k := m.flowKey(i, peer, child)
 	t := &m.flows
@@ -319,7 +323,7 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known 
 		fed = uint32(packets) != fl.packets
 		heard = max(heard, m.snap.before) // what it was then is known
 	}
-	fl.id, fl.packets, fl.gen = f.ID, uint32(packets), m.snap.gen
+	fl.id, fl.zone, fl.packets, fl.gen = f.ID, zone, uint32(packets), m.snap.gen
 	if f.Late > 0 {
 		fl.packets-- // the next look tells when the last of them passed
 	}

@@ -116,7 +116,7 @@ func (m *Model) ask(now time.Duration, c *claim) time.Duration {
 	}
 	for f := c.flows; f != none; f = m.flows.all[f].next {
 		fl := &m.flows.all[f]
-		m.op(Op{Kind: Query, Permission: c.Permission, From: m.from(f), ID: fl.id})
+		m.op(Op{Kind: Query, Permission: c.Permission, From: m.from(f), FromZone: fl.zone, ID: fl.id})
 	}
 	return now + max(m.policy.Lifetime/16, m.wheel.grain)
 }

@@ -96,6 +96,7 @@ type Model struct {
 	connected map[Key]struct{}      // of sockets of the gateway
 	wheel     wheel
 	snap      snapshot
+	zones     Zones
 	unplaced  bool // the last snapshot, or a flow since, showed one that gave nothing for the topology
 	last      lastMappings
 	skips     skips
@@ -312,7 +313,7 @@ func (m *Model) withdrawFrom(i int32, by Carriers, r Reason) {
 func (m *Model) dropChildren(c *claim) {
 	for f := c.flows; f != none; f = m.flows.all[f].next {
 		if fl := &m.flows.all[f]; fl.child && !fl.answered {
-			m.op(Op{Kind: DropUnanswered, Permission: c.Permission, From: m.from(f), ID: fl.id})
+			m.op(Op{Kind: DropUnanswered, Permission: c.Permission, From: m.from(f), FromZone: fl.zone, ID: fl.id})
 		}
 	}
 }

@@ -37,11 +37,13 @@ func (k OpKind) String() string {
 // An Op is one decision of the model, to be carried out in order.
 type Op struct {
 	Permission
-	ID     uint32   // of the flow, for Query, DropUnanswered, DropEarly
-	From   Endpoint // the peer's, for the same
-	Kind   OpKind
-	By     Carriers // for Grant, Revoke and Refresh
-	Reason Reason   // why, for Revoke and Deny
+	ID   uint32   // of the flow, for Query, DropUnanswered, DropEarly
+	From Endpoint // the peer's, for the same
+	// FromZone is the conntrack zone of the packets from there, for the same.
+	FromZone uint16
+	Kind     OpKind
+	By       Carriers // for Grant, Revoke and Refresh
+	Reason   Reason   // why, for Revoke and Deny
 }
 
 // FlowTuple returns the endpoints of the flow that a Query, DropUnanswered or

@@ -116,7 +116,7 @@ func (r *refModel) spread(p Permission) (all []Permission) {
 
 // classify says what f is: "out", "child", "dnat" or "".
 func (r *refModel) classify(f *Flow) (string, Permission) {
-	in := r.widen(Permission{Key: Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.OrigZone}, Int: f.ReplySrc})
+	in := r.widen(Permission{Key: Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.ReplyZone}, Int: f.ReplySrc})
 	inside := false
 	for _, s := range r.policy.Subnets {
 		inside = inside || s.Prefix.Contains(f.Src.Addr.Netip())

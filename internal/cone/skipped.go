@@ -33,6 +33,8 @@ type skips struct {
 	elsewhere map[string]Elsewhere
 	plain     map[netip.Prefix]uint64   // untranslated flows, by subnet
 	natted    map[netip.Prefix]struct{} // subnets of which a flow was translated
+	inZones   map[ends]uint16           // untranslated flows in zones
+	second    map[netip.Prefix]uint16   // the second zone of subnets
 }
 
 // SetWay tells how peers are reached that are not outside. It goes with a Topology.
@@ -126,10 +128,14 @@ func (m *Model) leadsInside(link string, host netip.Addr) bool {
 // subnet that is not routed. What it counts went to a peer outside, as a packet that
 // waits for an answer in vain does.
 func (m *Model) plain(f *Flow, s Subnet) {
-	if m.snap.showing || s.Routed || !f.Src.Addr.Is4() || f.Status.Has(StatusDstNAT) {
+	if s.Routed || !f.Src.Addr.Is4() || f.Status.Has(StatusDstNAT) {
 		return
 	}
 	if _, local := m.topo.local[f.ReplySrc.Addr]; local || m.policy.refusesEndpoint(f.ReplyDst, f.ReplySrc, &m.topo) != ReasonNone {
+		return
+	}
+	m.plainInZone(f) // there may be no event of it
+	if m.snap.showing {
 		return
 	}
 	m.stats.Skipped[ReasonUntranslated]++
@@ -139,9 +145,10 @@ func (m *Model) plain(f *Flow, s Subnet) {
 	m.skips.plain[s.Prefix]++
 }
 
-// translated takes in that a flow of s to a peer outside was source-NATed. It costs
+// translated takes in that f, a flow of s to a peer outside, was source-NATed. It costs
 // nothing where all are.
-func (m *Model) translated(s Subnet) {
+func (m *Model) translated(f *Flow, s Subnet) {
+	m.translatedToo(f, s)
 	if len(m.skips.plain) == 0 {
 		return
 	}

@@ -20,6 +20,9 @@ type snapshot struct {
 	led     map[lead]struct{}   // what flows of forwards in inbound lead to, whoever the peer
 
 	unplaced bool // what the model had before
+
+	translated bool  // there were translated flows of enabled hosts
+	zones      Zones // that these had
 }
 
 func (s *snapshot) gone(id uint32) {
@@ -111,6 +114,9 @@ func (m *Model) EndSnapshot(now time.Duration) {
 		}
 	}
 	m.snap.before = m.snap.began
+	if m.snap.translated {
+		m.zones = m.snap.zones
+	}
 	m.AbortSnapshot()
 	var changed []int32
 	for n := range m.flows.all {

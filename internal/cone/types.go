@@ -138,7 +138,7 @@ type Timeouts struct {
 type Key struct {
 	Ext  Endpoint // outside endpoint of the mapping
 	Peer Addr     // who may send to it, from any port
-	Zone uint16   // conntrack zone of the direction from outside
+	Zone uint16   // conntrack zone of the reply direction of its flows
 	// Wild is how many low bits of Peer, which are zero, stand for any: more
 	// than none where the peer is a group of addresses, or everybody.
 	Wild uint8

@@ -41,7 +41,7 @@ type Permission struct {
 	Ext     netip.AddrPort `json:"ext"` // equals Int in a routed subnet
 	Peer    netip.Addr     `json:"peer"`
 	Peers   netip.Prefix   `json:"peers,omitzero"`    // where the peer is a group, or everybody
-	Zone    uint16         `json:"zone"`              // conntrack zone of the direction from outside
+	Zone    uint16         `json:"zone"`              // conntrack zone of the reply direction of its flows
 	State   string         `json:"state"`             // standing, refused or waiting
 	Reason  string         `json:"reason,omitempty"`  // why it does not stand
 	Backend string         `json:"backend,omitempty"` // what carries it

@@ -48,6 +48,7 @@ var prose = map[string]string{
 	"cannot_tell":      "whether your firewall accepts DNATed flows cannot be told from its rules",
 	"unread":           "your forward chains cannot be read",
 	"not_mappable":     "it is routed or of IPv6",
+	"zone_of_packets":  "packets from outside come in a conntrack zone in which no expectation stands",
 	"only_backend":     "no other backend is in use",
 
 	// What a verification found.
@@ -62,6 +63,7 @@ var prose = map[string]string{
 	"port_in_use":         "the gateway serves their outside port, or you forward it",
 	"older_flow":          "they are older than conenatd and have another outside endpoint",
 	"port_shared":         "a rule of yours gave them an outside port that another host has",
+	"conntrack_zone":      "a rule of yours puts their answers into a conntrack zone: give the zone to the original direction alone (ct original zone set)",
 	"other_endpoint":      "a rule before conenatd's gave them another outside endpoint, or something else used that of the mapping",
 }
 

@@ -117,7 +117,7 @@ func parseFlow(b []byte, f *cone.Flow) error {
 	if reply.zone != 0 {
 		f.ReplyZone = reply.zone
 	}
-	f.Labelled = f.Labelled && f.OrigZone == 0 // the map serves no other zone; that is somebody else's
+	f.Labelled = f.Labelled && f.ReplyZone == 0 // the map serves no other zone; that is somebody else's
 	return nil
 }
 

@@ -18,6 +18,7 @@ const (
 	olderFlow    unmapped = "older_flow"  // it is older than the daemon
 	otherMapping unmapped = "other_endpoint"
 	sharedPort   unmapped = "port_shared" // with a host that has it as its mapping
+	otherZone    unmapped = "conntrack_zone"
 )
 
 // applied says how many living flows have their mapping and why others have none.
@@ -94,6 +95,8 @@ func (m *mapper) check(f *cone.Flow, link string) {
 		return
 	}
 	switch {
+	case f.ReplyZone != 0:
+		m.applied.missing(otherZone, 1)
 	case link == "":
 		m.applied.missing(notOnOutside, 1)
 	case m.bars(f.ReplyDst.Port):

@@ -177,7 +177,7 @@ func (d *Daemon) failed(i int, by cone.Carriers, r cone.Reason, err error) {
 
 func (d *Daemon) query(o *cone.Op) {
 	src, dst := o.FlowTuple()
-	f, found, err := d.queries.Get(src, dst, o.Zone)
+	f, found, err := d.queries.Get(src, dst, o.FromZone)
 	switch {
 	case err != nil:
 		d.failures.note(requestLookUpFlow, 1, err, "src", src, "dst", dst)
@@ -192,9 +192,9 @@ func (d *Daemon) query(o *cone.Op) {
 // host answered it: then it is a flow like any other.
 func (d *Daemon) dropUnanswered(o *cone.Op) {
 	src, dst := o.FlowTuple()
-	f, found, err := d.queries.Get(src, dst, o.Zone)
+	f, found, err := d.queries.Get(src, dst, o.FromZone)
 	if err == nil && found && f.ID == o.ID && !f.Status.Has(cone.StatusSeenReply) {
-		_, err = d.queries.Delete(src, dst, o.Zone, o.ID)
+		_, err = d.queries.Delete(src, dst, o.FromZone, o.ID)
 	}
 	d.failures.note(requestDeleteUnansweredChild, 1, err, "src", src, "dst", dst)
 }
@@ -204,7 +204,7 @@ func (d *Daemon) dropEarly(o *cone.Op) {
 	src, dst := o.FlowTuple()
 	served, err := d.sockets.Serves(o.Ext, o.From.Addr)
 	if err == nil && !served {
-		_, err = d.queries.Delete(src, dst, o.Zone, o.ID)
+		_, err = d.queries.Delete(src, dst, o.FromZone, o.ID)
 	}
 	d.failures.note(requestDeleteEarlyFlow, 1, err, "src", src, "dst", dst)
 }

@@ -25,6 +25,7 @@ type decision struct {
 	err      error // why the rules could not be read
 	evidence []control.Evidence
 	warning  string // for the user, if there is something for him to do
+	zoned    bool   // the warning is about conntrack zones
 }
 
 // chain names the chain that drops flows, if why says that one does.
@@ -48,6 +49,7 @@ const (
 	cannotTell      why = "cannot_tell"
 	cannotRead      why = "unread"
 	notMappable     why = "not_mappable" // routed, or IPv6
+	zoneOfPackets   why = "zone_of_packets"
 	onlyBackend     why = "only_backend"
 )
 
@@ -71,7 +73,10 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 		if unread != nil {
 			d.why, d.err, d.evidence = cannotRead, unread, nil
 		}
-		d.warning = f.warning(s, d)
+		if f.packetsInZone {
+			d.Choice, d.why, d.evidence = cone.ChooseMap, zoneOfPackets, nil
+		}
+		d.warning, d.zoned = f.warning(s, d)
 		all[s.Prefix] = d
 	}
 	return all
@@ -137,17 +142,24 @@ func choose(v userrules.ChildVerdicts) decision {
 	return d
 }
 
-// warning says what the user has to do about children that get nowhere.
-func (f *firewall) warning(s config.Subnet, d decision) string {
+// warning says what the user has to do about children that get nowhere, and whether that
+// is because of conntrack zones.
+func (f *firewall) warning(s config.Subnet, d decision) (text string, zoned bool) {
+	const inZone = "packets from outside come in another conntrack zone than answers do, where no expectation stands"
 	expected := f.withExpectations() && (!f.withMap || s.Routed || s.Prefix.Addr().Is6() || d.Choice == cone.ChooseExpectation)
 	dropper := cmp.Or(d.Dropper, "the forward chain")
 	switch {
+	case f.packetsInZone && expected:
+		return fmt.Sprintf("%s, and subnet %v needs expectations: give your zone to both directions of all its flows (ct zone set), or to none that come from outside",
+			inZone, s.Prefix), true
+	case f.packetsInZone && d.MostDNATed == userrules.Dropped:
+		return fmt.Sprintf("%s, and %s drops what the map admits into subnet %v: %s", inZone, dropper, s.Prefix, accept), true
 	case expected && d.MostRelated == userrules.Dropped, !expected && d.MostDNATed == userrules.Dropped && d.MostRelated == userrules.Dropped:
-		return fmt.Sprintf("your firewall drops the flows of peers into subnet %v: %s; %s", s.Prefix, dropper, accept)
+		return fmt.Sprintf("your firewall drops the flows of peers into subnet %v: %s; %s", s.Prefix, dropper, accept), false
 	case !expected && d.MostDNATed == userrules.Dropped:
-		return fmt.Sprintf("your firewall drops the flows of peers into subnet %v: %s; %s, or set backend = \"auto\"", s.Prefix, dropper, accept)
+		return fmt.Sprintf("your firewall drops the flows of peers into subnet %v: %s; %s, or set backend = \"auto\"", s.Prefix, dropper, accept), false
 	}
-	return ""
+	return "", false
 }
 
 // redecide decides anew and lets what stands follow. The reconcile calls it.
@@ -156,6 +168,7 @@ func (d *Daemon) redecide(cfg config.Config, network gateway.Network, tables con
 		s := d.model.Stats()
 		d.firewall.mapped.read(d.now(), tables.Map.Admitted, s.Passed)
 		d.firewall.related.read(d.now(), tables.Expected.Admitted, s.Through)
+		d.firewall.noteZoned(d.now(), d.model.Zones())
 	})
 	if !ok {
 		return errEnded

@@ -1,6 +1,11 @@
 package daemon
 
-import "time"
+import (
+	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
+)
 
 const (
 	// enoughChildren tell what a firewall does. Some of their events may be lost.
@@ -35,6 +40,31 @@ func (w *witness) read(now time.Duration, admitted, passed uint64) {
 	if now-w.seen >= evidenceMemory {
 		w.lately, w.through = 0, 0
 	}
+}
+
+// noteZoned notes whether packets from outside came lately in a conntrack zone in which no
+// expectation stands: those stand in the zone of the flow's answers.
+func (f *firewall) noteZoned(now time.Duration, zones cone.Zones) {
+	if f.zoned.total > f.zonedBefore {
+		f.zonedBefore, f.zonedSeen, f.packetsInZone = f.zoned.total, now, true
+	}
+	f.packetsInZone = f.packetsInZone && !zones.Both && now-f.zonedSeen < evidenceMemory
+}
+
+// followZones lets the rules serve flows in zones of the original direction, unless there
+// are zones of both: the rules cannot tell them apart.
+func (d *Daemon) followZones() error {
+	var cfg config.Config
+	var zones cone.Zones
+	if !d.ask(func() { cfg, zones = d.cfg.Config, d.model.Zones() }) {
+		return nil
+	}
+	if zones != d.firewall.zones {
+		d.firewall.zones = zones
+		_, err := d.firewall.set(cfg, d.network.OutsideLinks())
+		return err
+	}
+	return nil
 }
 
 // passes reports whether children pass, if that can be told.

@@ -22,8 +22,11 @@ const (
 func (d *Daemon) warnings() (out warnings) {
 	out = slices.Concat(d.firewall.warnings, d.ruleWarnings, d.portWarnings)
 	for _, s := range d.cfg.Subnets {
-		if w := d.decisions[s.Prefix].warning; w != "" {
-			out.add(warnChildrenDropped, s.Prefix.String(), "%s", w)
+		switch x := d.decisions[s.Prefix]; {
+		case x.zoned:
+			out.add(warnPacketsInZone, s.Prefix.String(), "%s", x.warning)
+		case x.warning != "":
+			out.add(warnChildrenDropped, s.Prefix.String(), "%s", x.warning)
 		}
 	}
 	if d.late >= isLate {
@@ -106,6 +109,10 @@ func (d *Daemon) warnSubnets(out *warnings) {
 			out.add(warnNoSourceNAT, u.Subnet.String(), "no source NAT: %d flows of %v left untranslated and none was translated, so no permission arises; "+
 				"let a rule of yours masquerade them, or set routed = true if the subnet has public addresses", u.Flows, u.Subnet)
 		}
+	}
+	for _, z := range d.model.SecondZones() {
+		out.add(warnSecondZone, z.Subnet.String(), "flows of %v pass conntrack twice, in zone %d untranslated, as behind the firewall of a bridge (Proxmox): "+
+			"it knows nothing of what a permission admits and may drop it; set routed = true for this subnet", z.Subnet, z.Zone)
 	}
 	for _, s := range d.cfg.Subnets {
 		translated := s.Prefix.Addr().Is4()

@@ -46,12 +46,19 @@ type firewall struct {
 	uppers      map[string]string
 	oneArmed    []string // outside links that lead inside, too
 	far         []string // those of them that do so by a default route alone
+	bridges     []string // that only bridge
 	not4, not6  []string // outside links that are none for IPv4, and for IPv6
 	partial     []string // those by which only peers come to whom they are the way
+
+	zones cone.Zones // of translated flows
 
 	known map[netip.Addr]struct{} // addresses that links had; nil before the first look
 
 	admitted, expected, usedUp tally
+	zoned                      tally            // packets in a zone where no expectation stands
+	zonedBefore                uint64           // its total at the last look
+	zonedSeen                  time.Duration    // when there was one last
+	packetsInZone              bool             // there was one lately
 	counted                    control.Tables                 // as read last
 	mapped, related            witness                        // what the user's firewall does with the children of either
 	pools                      map[config.PortPool]portRanges // that usedUp is of
@@ -149,9 +156,10 @@ func (f *firewall) mapConfig(cfg config.Config) *rules.MapConfig {
 func (f *firewall) setSides(n gateway.Network) (same bool) {
 	uppers, not4, not6, partial := n.Uppers(), n.Without(gateway.IPv4), n.Without(gateway.IPv6), n.Partial()
 	oneArmed, far := n.OneArmed()
-	same = maps.Equal(uppers, f.uppers) && slices.Equal(oneArmed, f.oneArmed) && slices.Equal(far, f.far) &&
+	bridges := n.Bridges()
+	same = maps.Equal(uppers, f.uppers) && slices.Equal(oneArmed, f.oneArmed) && slices.Equal(bridges, f.bridges) && slices.Equal(far, f.far) &&
 		slices.Equal(not4, f.not4) && slices.Equal(not6, f.not6) && slices.Equal(partial, f.partial)
-	f.uppers, f.oneArmed, f.far, f.not4, f.not6, f.partial = uppers, oneArmed, far, not4, not6, partial
+	f.uppers, f.oneArmed, f.far, f.bridges, f.not4, f.not6, f.partial = uppers, oneArmed, far, bridges, not4, not6, partial
 	return same
 }
 
@@ -181,6 +189,7 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	d := rules.Desired{
 		OutsideLinks: outside, Subnets: prefixes(cfg.Subnets), Guard: cfg.Guard, Uppers: f.uppers,
+		ZonesOfOneDirection: f.zones.Original && !f.zones.Both, ZonesOfBoth: f.zones.Both, Bridges: f.bridges,
 		OneArmed: f.oneArmed, Far: f.far, Not4: f.not4, Not6: f.not6, Partial: f.partial, InsideLinks: cfg.Inside,
 		Helpers: f.helpers, MaxChildren: cfg.MaxChildren, Self: cfg.Self,
 	}
@@ -379,6 +388,7 @@ func (f *firewall) read(cfg config.Config) (t control.Tables, err error) {
 		},
 	}
 	f.counted.Expected.Admitted = f.expected.read(c.Expected)
+	f.zoned.read(c.Zoned)
 	return f.counted, nil
 }
 

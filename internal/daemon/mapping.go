@@ -163,7 +163,11 @@ func outsideAddrs(n gateway.Network) map[cone.Addr]string {
 
 // see takes in a living flow.
 func (m *mapper) see(f *cone.Flow) {
-	if f.OrigZone != 0 || f.ReplyZone != 0 || !f.Src.Addr.Is4() || cone.IsAnchor(f.Src, f.Dst) {
+	if !f.Src.Addr.Is4() || cone.IsAnchor(f.Src, f.Dst) {
+		return
+	}
+	if f.ReplyZone != 0 {
+		m.check(f, "")
 		return
 	}
 	m.hold(ends{f.ReplySrc, f.Dst}) // a child, or hairpinned
@@ -206,7 +210,7 @@ func (m *mapper) see(f *cone.Flow) {
 		m.applied.flows++ // unless it is refused
 	case m.owned(f.Src.Addr):
 		m.taken[out] = struct{}{}
-	case m.owned(f.Dst.Addr) && !m.served(f.Dst):
+	case m.owned(f.Dst.Addr) && !m.served(f.Dst) && f.OrigZone == 0:
 		m.taken[elements.Taken{Remote: f.Src, Port: f.Dst.Port}] = struct{}{}
 	}
 }

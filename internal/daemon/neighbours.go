@@ -21,7 +21,7 @@ type changes struct {
 // lookAround looks at what others changed, as far as the budget allows: a change
 // that comes alone at once, and where they never end, what came since.
 func (d *Daemon) lookAround(ctx context.Context, q *ctwatch.Queries) {
-	err := d.lookAtRules()
+	err := errors.Join(d.followZones(), d.lookAtRules())
 	if d.changed == (changes{}) {
 		err = errors.Join(err, d.lookAtLegacy())
 	}

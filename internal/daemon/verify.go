@@ -136,7 +136,7 @@ func (d *Daemon) differences(v *control.Verification) (map[control.Wrong]struct{
 		}
 		// What a helper of the user's expected is no child of ours.
 		if !f.Status.Has(cone.StatusExpected) || cone.IsAnchor(f.MasterSrc, f.MasterDst) {
-			ofAll(claimed{cone.Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.OrigZone}, f.ReplySrc}, counted{children: 1})
+			ofAll(claimed{cone.Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.ReplyZone}, f.ReplySrc}, counted{children: 1})
 		}
 	})
 	if err != nil {

@@ -33,6 +33,8 @@ const (
 	warnPoolForwarded   warningID = "pool_ports_forwarded"
 	warnPoolUsedUp      warningID = "pool_used_up"
 	warnChildrenDropped warningID = "children_dropped" // about is the subnet
+	warnPacketsInZone   warningID = "packets_in_zone"  // about is the subnet
+	warnSecondZone      warningID = "second_zone"      // about is the subnet
 	warnLate            warningID = "changes_late"
 	warnBackendMissing  warningID = "backend_missing"
 	warnPortPerPeer     warningID = "port_per_peer"

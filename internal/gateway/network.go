@@ -168,6 +168,17 @@ func (n Network) Uppers() map[string]string {
 	return uppers
 }
 
+// Bridges returns the names of the bridges of which the gateway is no host: it has no
+// address there, and so routes nothing to or from them.
+func (n Network) Bridges() (names []string) {
+	for _, l := range n.Links {
+		if l.Kind == "bridge" && !slices.ContainsFunc(n.Addrs, func(a Addr) bool { return a.Link == l.Index && !local(a.Prefix.Addr()) }) {
+			names = append(names, l.Name)
+		}
+	}
+	return names
+}
+
 // links returns the links by index.
 func (n Network) links() map[int]Link {
 	m := make(map[int]Link, len(n.Links))

@@ -109,19 +109,24 @@ var (
 	replyFlow    = concat(ctReplyIPSaddr, ctReplyProtoSrc, ctReplyIPDaddr, ctReplyProtoDst)
 )
 
-// admit needs no conntrack state: a NAT chain sees the first packet only.
+// admit needs no conntrack state: a NAT chain sees the first packet only. In which conntrack
+// zone that comes does not matter while all flows are answered in zone 0.
 //
 // An element carries the cap on its children, a token bucket: with an empty bucket the
 // look-up does not match, which is far cheaper than to count flows. The packet goes on as
 // any unsolicited one, to the guard as a rule.
 func (l *layout) admit(d Desired, kinds []kind) {
-	l.counters = append(l.counters, admittedCounter)
+	l.counters = append(l.counters, admittedCounter, zonedCounter)
 	admitted := l.regular("admitted")
 	admit := l.chain("admit", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, admitPriority)
 	for _, name := range slices.Sorted(slices.Values(d.Partial)) {
 		l.rule(admit, "the peer is not behind it", isUDP, notBehind(name, !d.noFib), accept)
 	}
-	l.rule(admit, "permissions are of the default zone", isUDP, l.outside(iifname, true), zoneIs0, goTo(admitted))
+	if d.ZonesOfBoth {
+		l.rule(admit, "permissions are of the default zone", isUDP, l.outside(iifname, true), zoneIs0, goTo(admitted))
+	} else {
+		l.rule(admit, "", isUDP, l.outside(iifname, true), goTo(admitted))
+	}
 	l.rule(admitted, "the gateway itself serves it", hasSocket, accept)
 	flows := l.set(admittedSet, flowKey...)
 	flows.HasTimeout, flows.Dynamic, flows.free = true, true, true
@@ -150,6 +155,7 @@ func (l *layout) admit(d Desired, kinds []kind) {
 			key.load(0), ports.find(0, port), key.load(0), addrs.find(0, addr),
 			label, addTo(flows, elem{key: packetFlow}), counter(admittedCounter), nat(expr.NATTypeDestNAT, addr, port))
 	}
+	l.rule(admitted, "no expectation admitted it", zoneIsNot0, counter(zonedCounter))
 }
 
 // keepSource lets the inside host see the peer's own address, as it does with an
@@ -188,7 +194,9 @@ func (l *layout) learn(d Desired, kinds []kind) {
 
 	l.rule(learn, "", l.outside(oifname, false), accept)
 	l.rule(learn, "", lacksStatus(ctSrcNAT), accept)
-	l.rule(learn, "permissions are of the default zone", zoneIsNot0, accept)
+	if len(l.inZone0) > 0 {
+		l.rule(learn, "permissions are of the default zone", zoneIsNot0, accept)
+	}
 	l.rule(learn, "", ctOriginalIPSaddr.notIn(subnets), accept)
 	if !d.noFib {
 		l.rule(learn, "a source may be spoofed", l.isUnsure(), accept)

@@ -48,7 +48,7 @@ func (m *mapper) applyByArm(c *nftables.Chain, plain exprs) {
 		by := join(isUDP, iifname.is(nfnl.LinkKey(arm)))
 		m.rule(c, "a source from outside may be spoofed", by, m.isUnsure(), accept)
 		for _, u := range m.uplinks {
-			m.rule(c, "", by, u.leavesBy(), zoneIs0, m.exempt.hasNot(ipDaddr), plain, goTo(u.mapped))
+			m.rule(c, "", by, u.leavesBy(), m.inZone0, m.exempt.hasNot(ipDaddr), plain, goTo(u.mapped))
 		}
 	}
 }
@@ -62,7 +62,7 @@ func (m *mapper) rememberByArm(c, inbound *nftables.Chain) {
 	m.rule(inbound, "it goes out again", isUDP, m.outside(oifname, true), goTo(m.foreign))
 	arm := m.regular("arm")
 	for _, name := range m.arms {
-		m.rule(c, "", isUDP, iifname.is(nfnl.LinkKey(name)), zoneIs0, goTo(arm))
+		m.rule(c, "", isUDP, iifname.is(nfnl.LinkKey(name)), m.inZone0, goTo(arm))
 	}
 	m.rule(arm, "it comes from outside", isUDP, m.subnets.hasNot(ctOriginalIPSaddr), goTo(inbound))
 	m.rule(arm, "its source may be spoofed", m.isUnsure(), goTo(inbound))

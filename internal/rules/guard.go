@@ -110,7 +110,11 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 // judge returns a chain that drops first packets of children that must not be.
 func (l *layout) judge(name string, d Desired, served []*ipFamily) *nftables.Chain {
 	child := l.regular(name)
-	l.rule(child, "not by an outside link: the peer's address is faked", l.notOutside(d.Uppers), counter(spoofedCounter), drop)
+	fake := l.notOutside(d.Uppers)
+	if len(d.Bridges) > 0 {
+		fake = join(fake, iifname.notIn(l.linkSet(bridgesSet, d.Bridges)))
+	}
+	l.rule(child, "not by an outside link: the peer's address is faked", fake, counter(spoofedCounter), drop)
 	for _, f := range served {
 		links, family := d.Not4, "IPv4"
 		if f.addr == nftables.TypeIP6Addr {

@@ -10,7 +10,7 @@ import "github.com/google/nftables"
 func (m *mapper) toOutsideEndpoints() {
 	to := m.regular("to_outside_endpoint")
 	c := m.chain("hairpin", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, hairpinPriority)
-	m.rule(c, "", isUDP, m.outside(iifname, false), m.hairpin.has(ipSaddr), zoneIs0, goTo(to))
+	m.rule(c, "", isUDP, m.outside(iifname, false), m.hairpin.has(ipSaddr), m.inZone0, goTo(to))
 	m.rule(to, "the gateway itself serves it", hasSocket, accept)
 	m.rule(to, "", isUDP, packetTarget.in(m.owned), counter(hairpinCounter),
 		dnatTo(m.owners.of(packetTarget), m.ownerPorts.of(packetTarget)))
@@ -51,7 +51,7 @@ func (m *mapper) hairpinAddress() *nftables.Chain {
 // rememberHairpins learns from hairpinned flows as remember does from others.
 func (m *mapper) rememberHairpins(c *nftables.Chain) {
 	h := m.regular("remember_hairpin")
-	m.rule(c, "", isUDP, m.outside(oifname, false), zoneIs0, m.hairpin.has(ctOriginalIPSaddr),
+	m.rule(c, "", isUDP, m.outside(oifname, false), m.inZone0, m.hairpin.has(ctOriginalIPSaddr),
 		statusIs(ctSrcNAT|ctDstNAT, ctSrcNAT|ctDstNAT), goTo(h))
 	m.rule(h, "a forward of the user's", isUDP, flowTarget.notIn(m.owned), accept)
 	for _, u := range m.uplinks {

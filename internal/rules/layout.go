@@ -33,11 +33,13 @@ const (
 	expectedCounter = "expected"
 	learnedCounter  = "learned"
 	limitedCounter  = "learn_limited"
+	zonedCounter    = "arrived_in_zone"
 )
 
 // Names of sets.
 const (
 	outsideSet       = "outside"
+	bridgesSet       = "bridges"
 	admittedSet      = "admitted_flows"
 	learnedSet       = "learned_flows"
 	learnersSet      = "learners"
@@ -95,6 +97,7 @@ type layout struct {
 	rules    []*nftables.Rule
 	links    []string // the outside ones, sorted
 	noPeers  *set     // addresses that are never peers
+	inZone0  exprs    // matches flows whose outside endpoint is of the default conntrack zone
 }
 
 // A set is one with the elements that we want, or one whose elements come and
@@ -126,6 +129,9 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 	ls := []*layout{inet}
 	if d.Map != nil || d.Mapping != nil {
 		ip := newLayout(name, nftables.TableFamilyIPv4, d.outside4())
+		if !d.ZonesOfOneDirection {
+			ip.inZone0 = zoneIs0
+		}
 		if d.Map != nil {
 			ip.permissions(d.Map)
 		}
@@ -164,10 +170,11 @@ func newLayout(name string, family nftables.TableFamily, outside []string) *layo
 	return l
 }
 
+// linkSet makes a set of the names of links.
 func (l *layout) linkSet(name string, links []string) *set {
 	s := l.set(name, nftables.TypeIFName)
 	s.KeyByteOrder = binaryutil.NativeEndian // else nft lists the names wrong
-	for _, link := range links {
+	for _, link := range slices.Compact(slices.Sorted(slices.Values(links))) {
 		s.elements = append(s.elements, nftables.SetElement{Key: nfnl.LinkKey(link)})
 	}
 	return s

@@ -256,7 +256,7 @@ func (m *mapper) apply() {
 	}
 	for _, u := range m.uplinks {
 		m.rule(c, "a source from outside may be spoofed",
-			isUDP, u.leavesBy(), m.outside(iifname, false), zoneIs0, m.exempt.hasNot(ipDaddr), plain, goTo(u.mapped))
+			isUDP, u.leavesBy(), m.outside(iifname, false), m.inZone0, m.exempt.hasNot(ipDaddr), plain, goTo(u.mapped))
 	}
 	m.applyByArm(c, plain)
 }
@@ -380,14 +380,14 @@ func (m *mapper) remember() {
 	m.rule(c, "answered flows end here", notNew, accept)
 	for _, u := range m.uplinks {
 		m.rule(c, "a source from outside may be spoofed",
-			isUDP, u.leavesBy(), m.outside(iifname, false), zoneIs0, m.exempt.hasNot(ipDaddr), goTo(u.ours))
+			isUDP, u.leavesBy(), m.outside(iifname, false), m.inZone0, m.exempt.hasNot(ipDaddr), goTo(u.ours))
 	}
 	m.rememberByArm(c, inbound)
 	m.rule(c, "its source may be spoofed", isUDP, m.outside(iifname, true), zoneIs0, goTo(inbound))
 	if m.hairpin != nil {
 		m.rememberHairpins(c)
 	}
-	m.rule(c, "", isUDP, m.outside(oifname, true), zoneIs0, goTo(m.foreign))
+	m.rule(c, "", isUDP, m.outside(oifname, true), m.inZone0, goTo(m.foreign))
 }
 
 // remembers returns the chain that does so for flows from inside that leave by the link.

@@ -123,7 +123,7 @@ var (
 
 	ctState  = ct(expr.CtKeySTATE, 1)
 	ctStatus = ct(expr.CtKeySTATUS, 1)
-	ctZone   = ct(expr.CtKeyZONE, 1)
+	ctZone   = ct(expr.CtKeyZONE, 1) // whatever its direction: the library cannot ask for one
 	ctMark   = ct(expr.CtKeyMARK, 1)
 	ctHelper = ct(expr.CtKeyHELPER, helperNameLen/4) // of the master
 
