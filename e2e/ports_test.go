@@ -178,6 +178,23 @@ func TestSocketsThatComeAndGoEndNothing(t *testing.T) {
 	})
 }
 
+// A socket that is there for a moment while a host begins, as that of a resolver, does not
+// keep its permission away, and gets its packets all the same.
+//
+// Fails where the daemon asks for sockets when it grants what the map carries.
+func TestNFTSocketOfAMomentBarsNothing(t *testing.T) {
+	s := play(t, lab.Options{}, stage.Auto[0], "--reconcile=10m")
+	brief, err := s.Gateway.Socket(netip.IPv4Unspecified(), 5060)
+	s.Must(err)
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Arrives(brief, s.PeerSocket(lab.PeerA, 5070), ext)
+	s.Until("the daemon knows of it", func() bool { return len(s.List()) == 1 })
+	s.Must(brief.Close())
+	s.Stands(phone, proxy, ext)
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
+}
+
 // A socket that no packet from outside reaches bars nothing: one on an inside address or
 // link, of containers, or of a transparent proxy. What does get such packets does.
 func TestSocketsThatGetNothingFromOutsideBarNothing(t *testing.T) {

@@ -100,7 +100,7 @@ func (d *Daemon) grant(ops []cone.Op, since time.Duration) {
 		if since != 0 {
 			d.latency.record(now - since)
 		}
-		d.granted(o.Permission)
+		d.granted(o.Permission, o.By)
 	}
 }
 
@@ -138,11 +138,12 @@ func (d *Daemon) losesTo(p *cone.Permission, sockets *gateway.PortSet) bool {
 	return sockets.Serves(p.Ext)
 }
 
-// granted tells the model that p stands, unless it finds that a local socket gets what it
-// admits. The map's rule asks for sockets itself, packet by packet: where there is
-// nothing else, that is left to the next look at all of them.
-func (d *Daemon) granted(p cone.Permission) {
-	if d.backends.expect == nil {
+// granted tells the model that p stands by some carriers, unless it finds that a local
+// socket gets what an expectation admits. The map's rule asks for sockets itself, packet by
+// packet: a socket that is there for a moment must not cost the permission, and one that
+// stays is found by the next looks at all of them.
+func (d *Daemon) granted(p cone.Permission, by cone.Carriers) {
+	if by&cone.ByExpectation == 0 {
 		d.model.Granted(p)
 		return
 	}
