@@ -121,6 +121,7 @@ func (m *Model) FlowSeen(now time.Duration, f *Flow) {
 	if f.Helped {
 		m.seeHelped(now, f)
 	}
+	m.noteZones(f)
 	switch role, p, subnet := m.role(f); role {
 	case roleOut:
 		m.seeOut(now, f, p, subnet)
@@ -147,7 +148,7 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 		return
 	}
 	if f.Status.Has(StatusSrcNAT) {
-		m.noteZone(f)
+		m.noteSubnetZone(f, s)
 	}
 	r := m.policy.refuses(f.ReplyDst, f.ReplySrc, &m.topo)
 	if r != ReasonPeerInside && f.Status.Has(StatusSrcNAT) {

@@ -1,6 +1,7 @@
 package cone
 
 import (
+	"net/netip"
 	"slices"
 	"time"
 )
@@ -97,7 +98,8 @@ type Model struct {
 	wheel     wheel
 	snap      snapshot
 	zones     Zones
-	unplaced  bool // the last snapshot, or a flow since, showed one that gave nothing for the topology
+	inZone    map[netip.Prefix]uint16 // of the original direction, in which an enabled subnet was seen first
+	unplaced  bool                    // the last snapshot, or a flow since, showed one that gave nothing for the topology
 	last      lastMappings
 	skips     skips
 	strays    strays

@@ -1,6 +1,7 @@
 package cone
 
 import (
+	"net/netip"
 	"slices"
 	"time"
 )
@@ -21,8 +22,8 @@ type snapshot struct {
 
 	unplaced bool // what the model had before
 
-	translated bool  // there were translated flows of enabled hosts
-	zones      Zones // that these had
+	inZones map[ends]uint16         // as in skips, of the flows that it showed and of those since
+	second  map[netip.Prefix]uint16 // likewise
 }
 
 func (s *snapshot) gone(id uint32) {
@@ -56,6 +57,7 @@ func (m *Model) SnapshotFlow(now time.Duration, f *Flow) {
 	if f.Helped {
 		m.seeHelped(now, f)
 	}
+	m.noteZones(f)
 	switch role, _, _ := m.role(f); role {
 	case roleOut:
 		m.show(now, f)
@@ -114,9 +116,7 @@ func (m *Model) EndSnapshot(now time.Duration) {
 		}
 	}
 	m.snap.before = m.snap.began
-	if m.snap.translated {
-		m.zones = m.snap.zones
-	}
+	m.skips.inZones, m.skips.second = m.snap.inZones, m.snap.second
 	m.AbortSnapshot()
 	var changed []int32
 	for n := range m.flows.all {

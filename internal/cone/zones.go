@@ -1,22 +1,63 @@
 package cone
 
-import "net/netip"
+import (
+	"net/netip"
+	"slices"
+)
 
-// Zones says which conntrack zones translated flows of enabled hosts have.
+// Zones says which conntrack zones flows had since the start of the daemon.
 type Zones struct {
-	Original bool // some of the original direction alone: their outside endpoints are of zone 0
-	Both     bool // some of both directions
+	// Original says that some flow had a zone of the original direction alone.
+	Original bool
+	// Both says that answers to some translated flow came in a zone. It may be a flow of
+	// another network, with the outside endpoints of flows in zone 0.
+	Both bool
+	// Several are the enabled subnets with translated flows in more than one zone of the
+	// original direction: hosts of two networks may have the same addresses.
+	Several []netip.Prefix
+	// Outside are outside addresses of enabled hosts, in zone 0, at most mostOutside.
+	Outside []netip.Addr
 }
 
-// Zones returns what the flows had that the last snapshot showed, and those since then.
+const mostOutside = 16
+
+// OneDirection reports whether zones are of the original direction alone, and the hosts of
+// an enabled subnet are in one of them.
+func (z Zones) OneDirection() bool { return z.Original && !z.Both && len(z.Several) == 0 }
+
+// Zones returns the zones that flows had. The caller must not change the slices.
 func (m *Model) Zones() Zones { return m.zones }
 
-// noteZone notes the zones of a translated flow.
-func (m *Model) noteZone(f *Flow) {
-	m.snap.translated = true
-	for _, z := range []*Zones{&m.zones, &m.snap.zones} {
-		z.Both = z.Both || f.ReplyZone != 0
-		z.Original = z.Original || f.ReplyZone == 0 && f.OrigZone != 0
+// AdoptZones tells what an earlier daemon knew of zones.
+func (m *Model) AdoptZones(z Zones) { m.zones = z }
+
+// noteZones notes the zones of any flow.
+func (m *Model) noteZones(f *Flow) {
+	switch {
+	case f.ReplyZone == 0:
+		m.zones.Original = m.zones.Original || f.OrigZone != 0
+	case f.Status.Has(StatusSrcNAT) || f.Status.Has(StatusDstNAT):
+		m.zones.Both = true
+	}
+}
+
+// noteSubnetZone notes the zone of f, a translated flow of s, if its answers come in zone 0.
+func (m *Model) noteSubnetZone(f *Flow, s Subnet) {
+	if f.ReplyZone != 0 {
+		return
+	}
+	z := &m.zones
+	if zone, known := m.inZone[s.Prefix]; !known {
+		if m.inZone == nil {
+			m.inZone = make(map[netip.Prefix]uint16)
+		}
+		m.inZone[s.Prefix] = f.OrigZone
+	} else if zone != f.OrigZone && !slices.Contains(z.Several, s.Prefix) {
+		z.Several = append(slices.Clip(z.Several), s.Prefix)
+	}
+	a := f.ReplyDst.Addr
+	if a.Is4() && len(z.Outside) < mostOutside && !slices.Contains(z.Outside, a.Netip()) {
+		z.Outside = append(slices.Clip(z.Outside), a.Netip())
 	}
 }
 
@@ -48,10 +89,12 @@ func (m *Model) plainInZone(f *Flow) {
 	if f.ReplyZone == 0 {
 		return
 	}
-	if m.skips.inZones == nil || len(m.skips.inZones) >= mostInZones {
-		m.skips.inZones = make(map[ends]uint16)
+	for _, in := range []*map[ends]uint16{&m.skips.inZones, &m.snap.inZones} {
+		if *in == nil || len(*in) >= mostInZones {
+			*in = make(map[ends]uint16)
+		}
+		(*in)[ends{f.Src, f.Dst}] = f.ReplyZone
 	}
-	m.skips.inZones[ends{f.Src, f.Dst}] = f.ReplyZone
 }
 
 // translatedToo looks whether f, a translated flow of s, is untranslated in another zone.
@@ -60,8 +103,10 @@ func (m *Model) translatedToo(f *Flow, s Subnet) {
 	if !is || zone == f.ReplyZone {
 		return
 	}
-	if m.skips.second == nil {
-		m.skips.second = make(map[netip.Prefix]uint16)
+	for _, second := range []*map[netip.Prefix]uint16{&m.skips.second, &m.snap.second} {
+		if *second == nil {
+			*second = make(map[netip.Prefix]uint16)
+		}
+		(*second)[s.Prefix] = zone
 	}
-	m.skips.second[s.Prefix] = zone
 }

@@ -95,7 +95,7 @@ func (m *mapper) check(f *cone.Flow, link string) {
 		return
 	}
 	switch {
-	case f.ReplyZone != 0:
+	case f.ReplyZone != 0 || f.OrigZone != 0 && !m.zoned:
 		m.applied.missing(otherZone, 1)
 	case link == "":
 		m.applied.missing(notOnOutside, 1)

@@ -49,7 +49,6 @@ const (
 	cannotTell      why = "cannot_tell"
 	cannotRead      why = "unread"
 	notMappable     why = "not_mappable" // routed, or IPv6
-	zoneOfPackets   why = "zone_of_packets"
 	onlyBackend     why = "only_backend"
 )
 
@@ -72,9 +71,6 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 		d := f.weigh(v)
 		if unread != nil {
 			d.why, d.err, d.evidence = cannotRead, unread, nil
-		}
-		if f.packetsInZone {
-			d.Choice, d.why, d.evidence = cone.ChooseMap, zoneOfPackets, nil
 		}
 		d.warning, d.zoned = f.warning(s, d)
 		all[s.Prefix] = d
@@ -149,10 +145,7 @@ func (f *firewall) warning(s config.Subnet, d decision) (text string, zoned bool
 	expected := f.withExpectations() && (!f.withMap || s.Routed || s.Prefix.Addr().Is6() || d.Choice == cone.ChooseExpectation)
 	dropper := cmp.Or(d.Dropper, "the forward chain")
 	switch {
-	case f.packetsInZone && expected:
-		return fmt.Sprintf("%s, and subnet %v needs expectations: give your zone to both directions of all its flows (ct zone set), or to none that come from outside",
-			inZone, s.Prefix), true
-	case f.packetsInZone && d.MostDNATed == userrules.Dropped:
+	case f.packetsInZone && expected && f.withMap && !s.Routed && s.Prefix.Addr().Is4():
 		return fmt.Sprintf("%s, and %s drops what the map admits into subnet %v: %s", inZone, dropper, s.Prefix, accept), true
 	case expected && d.MostRelated == userrules.Dropped, !expected && d.MostDNATed == userrules.Dropped && d.MostRelated == userrules.Dropped:
 		return fmt.Sprintf("your firewall drops the flows of peers into subnet %v: %s; %s", s.Prefix, dropper, accept), false
@@ -168,7 +161,7 @@ func (d *Daemon) redecide(cfg config.Config, network gateway.Network, tables con
 		s := d.model.Stats()
 		d.firewall.mapped.read(d.now(), tables.Map.Admitted, s.Passed)
 		d.firewall.related.read(d.now(), tables.Expected.Admitted, s.Through)
-		d.firewall.noteZoned(d.now(), d.model.Zones())
+		d.firewall.noteZoned(d.now())
 	})
 	if !ok {
 		return errEnded

@@ -170,6 +170,9 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.firewall, err = openFirewall(cfg.Table); err != nil {
 		return d, err
 	}
+	if d.firewall.zones, err = d.firewall.leftZones(); err != nil {
+		return d, err
+	}
 	d.firewall.look()
 	if d.network, err = d.readNetwork(cfg.Config); err != nil {
 		return d, err
@@ -248,6 +251,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	_, _, err = d.conntrack.raise(acct)
 	d.failures.note(requestTurnOnAccounting, 1, err)
 	d.model = cone.New(d.policy(d.cfg.Config))
+	d.model.AdoptZones(d.firewall.zones)
 	d.topology = d.network.Topology().Compile()
 	d.uplinks.remember(d.network)
 	d.network = d.network.Lean()

@@ -1,6 +1,8 @@
 package daemon
 
 import (
+	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -44,26 +46,49 @@ func (w *witness) read(now time.Duration, admitted, passed uint64) {
 
 // noteZoned notes whether packets from outside came lately in a conntrack zone in which no
 // expectation stands: those stand in the zone of the flow's answers.
-func (f *firewall) noteZoned(now time.Duration, zones cone.Zones) {
+func (f *firewall) noteZoned(now time.Duration) {
 	if f.zoned.total > f.zonedBefore {
 		f.zonedBefore, f.zonedSeen, f.packetsInZone = f.zoned.total, now, true
 	}
-	f.packetsInZone = f.packetsInZone && !zones.Both && now-f.zonedSeen < evidenceMemory
+	f.packetsInZone = f.packetsInZone && f.zones.OneDirection() && now-f.zonedSeen < evidenceMemory
 }
 
-// followZones lets the rules serve flows in zones of the original direction, unless there
-// are zones of both: the rules cannot tell them apart.
+// zonedAddrs are the outside addresses for which the rules serve flows in conntrack zones.
+func (f *firewall) zonedAddrs() []netip.Addr {
+	if !f.zones.OneDirection() {
+		return nil
+	}
+	return f.zones.Outside
+}
+
+// leftZones returns what the tables of an earlier daemon tell of zones.
+func (f *firewall) leftZones() (cone.Zones, error) {
+	if f.tables == nil {
+		return cone.Zones{}, nil
+	}
+	addrs, err := f.tables.ZonedAddrs()
+	return cone.Zones{Original: len(addrs) > 0, Outside: addrs}, err
+}
+
+// followZones lets the rules serve flows in zones of the original direction alone, and no
+// others: the rules cannot tell zones apart.
 func (d *Daemon) followZones() error {
 	var cfg config.Config
 	var zones cone.Zones
 	if !d.ask(func() { cfg, zones = d.cfg.Config, d.model.Zones() }) {
 		return nil
 	}
-	if zones != d.firewall.zones {
-		d.firewall.zones = zones
-		_, err := d.firewall.set(cfg, d.network.OutsideLinks())
+	before := d.firewall.zones
+	was := d.firewall.zonedAddrs()
+	d.firewall.zones = zones
+	if slices.Equal(was, d.firewall.zonedAddrs()) {
+		return nil
+	}
+	if _, err := d.firewall.set(cfg, d.network.OutsideLinks()); err != nil {
+		d.firewall.zones = before // try again at the next look
 		return err
 	}
+	d.wantReconcile() // mappings of flows that there are
 	return nil
 }
 

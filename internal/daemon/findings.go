@@ -110,6 +110,10 @@ func (d *Daemon) warnSubnets(out *warnings) {
 				"let a rule of yours masquerade them, or set routed = true if the subnet has public addresses", u.Flows, u.Subnet)
 		}
 	}
+	for _, s := range d.model.Zones().Several {
+		out.add(warnSeveralZones, s.String(), "flows of %v came in several conntrack zones, where other networks may have the same addresses: "+
+			"the map and mappings serve no flow with a zone; give the networks different subnets, and restart conenatd", s)
+	}
 	for _, z := range d.model.SecondZones() {
 		out.add(warnSecondZone, z.Subnet.String(), "flows of %v pass conntrack twice, in zone %d untranslated, as behind the firewall of a bridge (Proxmox): "+
 			"it knows nothing of what a permission admits and may drop it; set routed = true for this subnet", z.Subnet, z.Zone)

@@ -50,7 +50,7 @@ type firewall struct {
 	not4, not6  []string // outside links that are none for IPv4, and for IPv6
 	partial     []string // those by which only peers come to whom they are the way
 
-	zones cone.Zones // of translated flows
+	zones cone.Zones // of flows, as the rules follow them
 
 	known map[netip.Addr]struct{} // addresses that links had; nil before the first look
 
@@ -189,7 +189,7 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	d := rules.Desired{
 		OutsideLinks: outside, Subnets: prefixes(cfg.Subnets), Guard: cfg.Guard, Uppers: f.uppers,
-		ZonesOfOneDirection: f.zones.Original && !f.zones.Both, ZonesOfBoth: f.zones.Both, Bridges: f.bridges,
+		ZonedAddrs: f.zonedAddrs(), Bridges: f.bridges,
 		OneArmed: f.oneArmed, Far: f.far, Not4: f.not4, Not6: f.not6, Partial: f.partial, InsideLinks: cfg.Inside,
 		Helpers: f.helpers, MaxChildren: cfg.MaxChildren, Self: cfg.Self,
 	}

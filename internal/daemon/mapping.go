@@ -70,6 +70,7 @@ type mapper struct {
 	outdated func(elements.Mapping) bool
 	ending   map[ends]struct{} // those of them that stand
 	ended    []cone.Flow       // on such ports
+	zoned  bool // the rules serve zones of the original direction
 
 	known map[ends]string                       // mappings that stand, and their links
 	bad   []elements.Mapping                    // that stand on a port that the gateway serves now, or that is outdated
@@ -101,7 +102,7 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 		inside: func(a cone.Addr) bool {
 			return slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { return p.Contains(a.Netip()) })
 		},
-		served: served.Serves, barred: f.ports.barred, exempt: c.Exempt, outdated: f.outdated(cfg),
+		served: served.Serves, barred: f.ports.barred, exempt: c.Exempt, outdated: f.outdated(cfg), zoned: len(f.zonedAddrs()) > 0,
 		known:  make(map[ends]string),
 		ending: make(map[ends]struct{}),
 		live:   make(map[elements.Mapping]struct{}),
@@ -166,7 +167,7 @@ func (m *mapper) see(f *cone.Flow) {
 	if !f.Src.Addr.Is4() || cone.IsAnchor(f.Src, f.Dst) {
 		return
 	}
-	if f.ReplyZone != 0 {
+	if f.ReplyZone != 0 || f.OrigZone != 0 && !m.zoned {
 		m.check(f, "")
 		return
 	}

@@ -35,6 +35,7 @@ const (
 	warnChildrenDropped warningID = "children_dropped" // about is the subnet
 	warnPacketsInZone   warningID = "packets_in_zone"  // about is the subnet
 	warnSecondZone      warningID = "second_zone"      // about is the subnet
+	warnSeveralZones    warningID = "several_zones"    // about is the subnet
 	warnLate            warningID = "changes_late"
 	warnBackendMissing  warningID = "backend_missing"
 	warnPortPerPeer     warningID = "port_per_peer"

@@ -110,19 +110,19 @@ var (
 )
 
 // admit needs no conntrack state: a NAT chain sees the first packet only. In which conntrack
-// zone that comes does not matter while all flows are answered in zone 0.
+// zone that comes does not matter where zones are of the original direction alone.
 //
 // An element carries the cap on its children, a token bucket: with an empty bucket the
 // look-up does not match, which is far cheaper than to count flows. The packet goes on as
 // any unsolicited one, to the guard as a rule.
 func (l *layout) admit(d Desired, kinds []kind) {
-	l.counters = append(l.counters, admittedCounter, zonedCounter)
+	l.counters = append(l.counters, admittedCounter)
 	admitted := l.regular("admitted")
 	admit := l.chain("admit", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, admitPriority)
 	for _, name := range slices.Sorted(slices.Values(d.Partial)) {
 		l.rule(admit, "the peer is not behind it", isUDP, notBehind(name, !d.noFib), accept)
 	}
-	if d.ZonesOfBoth {
+	if l.zoned == nil {
 		l.rule(admit, "permissions are of the default zone", isUDP, l.outside(iifname, true), zoneIs0, goTo(admitted))
 	} else {
 		l.rule(admit, "", isUDP, l.outside(iifname, true), goTo(admitted))
@@ -155,7 +155,10 @@ func (l *layout) admit(d Desired, kinds []kind) {
 			key.load(0), ports.find(0, port), key.load(0), addrs.find(0, addr),
 			label, addTo(flows, elem{key: packetFlow}), counter(admittedCounter), nat(expr.NATTypeDestNAT, addr, port))
 	}
-	l.rule(admitted, "no expectation admitted it", zoneIsNot0, counter(zonedCounter))
+	if l.zoned != nil {
+		l.counters = append(l.counters, zonedCounter)
+		l.rule(admitted, "no expectation admitted it", zoneIsNot0, ipDaddr.in(l.zoned), counter(zonedCounter))
+	}
 }
 
 // keepSource lets the inside host see the peer's own address, as it does with an

@@ -35,9 +35,6 @@ const contentsIP = `
 		delete @unsure { ip saddr . udp sport . ip daddr . udp dport } comment "an earlier flow may have been spoofed"
 	}
 
-	counter arrived_in_zone {
-	}
-
 	counter learn_limited {
 	}
 
@@ -133,12 +130,11 @@ const contentsIP = `
 		socket wildcard <= 1 accept comment "the gateway itself serves it"
 		ct mark set ip saddr . ip daddr . udp dport map @marks comment "a mark for policy routing"
 		meta l4proto udp ct label set 126 add @admitted_flows { ip saddr . udp sport . ip daddr . udp dport } counter name "admitted" dnat to ip saddr . ip daddr . udp dport map @permissions:ip saddr . ip daddr . udp dport map @permission_ports comment "a peer may send from any port"
-		ct zone != 0 counter name "arrived_in_zone" comment "no expectation admitted it"
 	}
 
 	chain admit {
 		type nat hook prerouting priority 2147483646; policy accept;
-		meta l4proto udp iifname @outside goto admitted
+		meta l4proto udp iifname @outside ct zone 0 goto admitted comment "permissions are of the default zone"
 	}
 
 	chain keep_source {

@@ -98,8 +98,11 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 	if !d.Self {
 		return
 	}
-	// What it lets pass does not count: the user's forward hook does not see it.
-	l.childrenOf("own_children", nftables.ChainHookInput, d.Helpers, ipFamilies, l.judge("own_child", d, ipFamilies))
+	// What it lets pass does not count: the user's forward hook does not see it. What comes by
+	// a bridge to the gateway does not stay on it.
+	own := d
+	own.Bridges = nil
+	l.childrenOf("own_children", nftables.ChainHookInput, d.Helpers, ipFamilies, l.judge("own_child", own, ipFamilies))
 	if !d.noFib {
 		c := l.filter("own_source", nftables.ChainHookForward, childPriority)
 		l.rule(c, "", notNew, accept)
@@ -111,10 +114,16 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 func (l *layout) judge(name string, d Desired, served []*ipFamily) *nftables.Chain {
 	child := l.regular(name)
 	fake := l.notOutside(d.Uppers)
-	if len(d.Bridges) > 0 {
-		fake = join(fake, iifname.notIn(l.linkSet(bridgesSet, d.Bridges)))
+	if len(d.Bridges) == 0 {
+		l.rule(child, "not by an outside link: the peer's address is faked", fake, counter(spoofedCounter), drop)
+	} else {
+		bridges := l.linkSet(bridgesSet, d.Bridges)
+		l.rule(child, "not by an outside link: the peer's address is faked", fake, iifname.notIn(bridges), counter(spoofedCounter), drop)
+		for _, name := range slices.Compact(slices.Sorted(slices.Values(d.Bridges))) {
+			l.rule(child, "it does not stay on the bridge: the peer's address is faked",
+				fake, iifname.is(nfnl.LinkKey(name)), oifname.isNot(nfnl.LinkKey(name)), counter(spoofedCounter), drop)
+		}
 	}
-	l.rule(child, "not by an outside link: the peer's address is faked", fake, counter(spoofedCounter), drop)
 	for _, f := range served {
 		links, family := d.Not4, "IPv4"
 		if f.addr == nftables.TypeIP6Addr {

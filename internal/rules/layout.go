@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/fnv"
 	"math"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -40,6 +41,7 @@ const (
 const (
 	outsideSet       = "outside"
 	bridgesSet       = "bridges"
+	zonedSet         = "zoned_addresses"
 	admittedSet      = "admitted_flows"
 	learnedSet       = "learned_flows"
 	learnersSet      = "learners"
@@ -98,6 +100,7 @@ type layout struct {
 	links    []string // the outside ones, sorted
 	noPeers  *set     // addresses that are never peers
 	inZone0  exprs    // matches flows whose outside endpoint is of the default conntrack zone
+	zoned    *set     // outside addresses, where zones are of the original direction alone
 }
 
 // A set is one with the elements that we want, or one whose elements come and
@@ -129,8 +132,13 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 	ls := []*layout{inet}
 	if d.Map != nil || d.Mapping != nil {
 		ip := newLayout(name, nftables.TableFamilyIPv4, d.outside4())
-		if !d.ZonesOfOneDirection {
+		if len(d.ZonedAddrs) == 0 {
 			ip.inZone0 = zoneIs0
+		} else {
+			ip.zoned = ip.set(zonedSet, nftables.TypeIPAddr)
+			for _, a := range slices.SortedFunc(slices.Values(d.ZonedAddrs), netip.Addr.Compare) {
+				ip.zoned.elements = append(ip.zoned.elements, nftables.SetElement{Key: a.AsSlice()})
+			}
 		}
 		if d.Map != nil {
 			ip.permissions(d.Map)

@@ -56,9 +56,10 @@ var features = map[string]func(d *rules.Desired, m *rules.MapConfig){
 		d.OutsideLinks, d.OneArmed = []string{"wan0", "eth0", "eth1"}, []string{"eth1", "eth0"}
 		d.Not4, d.InsideLinks = []string{"wan0"}, []string{"lan1", "lan0"}
 	},
-	"zones of one direction":   func(d *rules.Desired, _ *rules.MapConfig) { d.ZonesOfOneDirection = true },
-	"zones of both directions": func(d *rules.Desired, _ *rules.MapConfig) { d.ZonesOfBoth = true },
-	"bridges with a firewall":  func(d *rules.Desired, _ *rules.MapConfig) { d.Bridges = []string{"fwbr101", "fwbr100"} },
+	"zones of one direction": func(d *rules.Desired, _ *rules.MapConfig) {
+		d.ZonedAddrs = []netip.Addr{netip.MustParseAddr("198.51.100.2"), netip.MustParseAddr("198.51.100.1")}
+	},
+	"bridges with a firewall": func(d *rules.Desired, _ *rules.MapConfig) { d.Bridges = []string{"fwbr101", "fwbr100"} },
 	// More than one rule has expressions for (NFT_RULE_MAXEXPRS).
 	"many outside links": func(d *rules.Desired, _ *rules.MapConfig) {
 		for i := range 150 {

@@ -49,12 +49,12 @@ type Desired struct {
 	// Uppers are links that share the network of another one, each with the name of
 	// that: a packet may come by either, and the way back to its source be either.
 	Uppers map[string]string
-	// ZonesOfOneDirection says that conntrack zones are given to the original direction
-	// alone, so that all flows have their outside endpoints in the default zone. Otherwise
-	// what has a zone is left alone. ZonesOfBoth says that some are given to both.
-	ZonesOfOneDirection, ZonesOfBoth bool
-	// Bridges are links of which the gateway is no host. With a firewall there the forward hook sees their
-	// packets, too, of which nobody can tell where they came from.
+	// ZonedAddrs are outside addresses of flows where conntrack zones are given to the
+	// original direction alone, so that all outside endpoints are of the default zone.
+	// Without any, what has a zone is left alone.
+	ZonedAddrs []netip.Addr
+	// Bridges are links of which the gateway is no host. With a firewall there the forward
+	// hook sees the packets that stay on one, too, and cannot tell where they came from.
 	Bridges []string
 	// Helpers are the names of the conntrack helpers on anchors. Without any there are
 	// no expectations. With them, packets that match an anchor are dropped, and so are
@@ -191,8 +191,8 @@ type Counters struct {
 	Admitted uint64
 	// Expected are those of flows that expectations on anchors let in.
 	Expected uint64
-	// Zoned are packets from outside that neither the map nor an expectation admitted and that
-	// came in a conntrack zone.
+	// Zoned are packets from outside to one of Desired.ZonedAddrs that neither the map nor an
+	// expectation admitted and that came in a conntrack zone.
 	Zoned uint64
 	// Learned and LearnLimited are the packets from which the kernel learned a
 	// permission, and those from which it did not because of the rate.

@@ -36,6 +36,16 @@ func mappedOf(d *Desired) (m elements.MappingsConfig) {
 // NewUnsure returns the flows whose source may be spoofed.
 func (t *Tables) NewUnsure() *elements.Unsure { return elements.NewUnsure(t.w.Writer) }
 
+// ZonedAddrs lists Desired.ZonedAddrs as the tables hold them. It has a connection of its own.
+func (t *Tables) ZonedAddrs() (addrs []netip.Addr, err error) {
+	err = elements.List(t.netns, unix.AF_INET, t.name, zonedSet, func(b []byte) {
+		if a, ok := netip.AddrFromSlice(elements.Key(b)); ok {
+			addrs = append(addrs, a)
+		}
+	})
+	return addrs, err
+}
+
 // PeerGroups lists the peer groups that the tables hold, whatever configuration they
 // are from. It has a connection of its own.
 func (t *Tables) PeerGroups() (groups []netip.Prefix, err error) {

@@ -1,0 +1,74 @@
+package cone
+
+import (
+	"net/netip"
+	"testing"
+)
+
+// inZones returns a translated flow in zones.
+func (d *desk) inZones(in, peer string, orig, reply uint16) *Flow {
+	f := d.translated(in, peer)
+	f.OrigZone, f.ReplyZone = orig, reply
+	return f
+}
+
+// What flows had is known for good, whatever the next snapshots show.
+//
+// Fails where a snapshot forgets, where hosts that are not enabled do not count, and where
+// one of two zones of a subnet is not noted.
+func TestZonesOfFlows(t *testing.T) {
+	for name, tc := range map[string]struct {
+		flows    [][2]uint16 // zones of the original and of the reply direction
+		stranger bool        // the last one is of a host that is not enabled
+		want     bool
+	}{
+		"none":                              {flows: [][2]uint16{{0, 0}}},
+		"of one direction":                  {flows: [][2]uint16{{250, 0}, {250, 0}}, want: true},
+		"of a host that is not enabled":     {flows: [][2]uint16{{0, 0}, {250, 0}}, stranger: true, want: true},
+		"of both directions":                {flows: [][2]uint16{{250, 0}, {250, 250}}},
+		"of both, of a host not enabled":    {flows: [][2]uint16{{250, 0}, {260, 260}}, stranger: true},
+		"two of one subnet":                 {flows: [][2]uint16{{250, 0}, {251, 0}}},
+		"one, and none, of one subnet":      {flows: [][2]uint16{{0, 0}, {250, 0}}},
+		"two, one of a host not in it":      {flows: [][2]uint16{{250, 0}, {251, 0}}, stranger: true, want: true},
+		"of both directions, and then none": {flows: [][2]uint16{{250, 250}, {250, 0}}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, nil)
+			for i, zones := range tc.flows {
+				in := "10.47.11.109:5060"
+				if tc.stranger && i == len(tc.flows)-1 {
+					in = "192.168.1.5:5060"
+				}
+				d.seen(1, d.inZones(in, "203.0.113.5:5060", zones[0], zones[1]))
+			}
+			d.snapshot(2)
+			if z := d.m.Zones(); z.OneDirection() != tc.want {
+				t.Errorf("%+v, want %v", z, tc.want)
+			}
+		})
+	}
+}
+
+// A second zone is one of the last snapshots: a warning of it ends.
+//
+// Fails where what was seen once stays.
+func TestSecondZoneEnds(t *testing.T) {
+	d := newDesk(t, nil)
+	translated := d.translated("10.47.11.109:5060", "203.0.113.5:5060")
+	plain := d.inZones("10.47.11.109:5060", "203.0.113.5:5060", 1, 1)
+	plain.Status, plain.ReplyDst = 0, plain.Src
+	d.seen(1, plain)
+	d.seen(1, translated)
+	want := SecondZone{netip.MustParsePrefix("10.47.11.0/24"), 1}
+	for range 2 {
+		if all := d.m.SecondZones(); len(all) != 1 || all[0] != want {
+			t.Errorf("second zones %v, want %v", all, want)
+		}
+		d.snapshot(2, plain, translated)
+	}
+	d.snapshot(3, translated)
+	d.snapshot(4, translated)
+	if all := d.m.SecondZones(); len(all) != 0 {
+		t.Errorf("second zones %v, want none", all)
+	}
+}
