@@ -48,7 +48,6 @@ var prose = map[string]string{
 	"cannot_tell":      "whether your firewall accepts DNATed flows cannot be told from its rules",
 	"unread":           "your forward chains cannot be read",
 	"not_mappable":     "it is routed or of IPv6",
-	"zone_of_packets":  "packets from outside come in a conntrack zone in which no expectation stands",
 	"only_backend":     "no other backend is in use",
 
 	// What a verification found.
