@@ -55,10 +55,10 @@ type firewall struct {
 	known map[netip.Addr]struct{} // addresses that links had; nil before the first look
 
 	admitted, expected, usedUp tally
-	zoned                      tally            // packets in a zone where no expectation stands
-	zonedBefore                uint64           // its total at the last look
-	zonedSeen                  time.Duration    // when there was one last
-	packetsInZone              bool             // there was one lately
+	zoned                      tally                          // packets in a zone where no expectation stands
+	zonedBefore                uint64                         // its total at the last look
+	zonedSeen                  time.Duration                  // when there was one last
+	packetsInZone              bool                           // there was one lately
 	counted                    control.Tables                 // as read last
 	mapped, related            witness                        // what the user's firewall does with the children of either
 	pools                      map[config.PortPool]portRanges // that usedUp is of

@@ -70,7 +70,7 @@ type mapper struct {
 	outdated func(elements.Mapping) bool
 	ending   map[ends]struct{} // those of them that stand
 	ended    []cone.Flow       // on such ports
-	zoned  bool // the rules serve zones of the original direction
+	zoned    bool              // the rules serve zones of the original direction
 
 	known map[ends]string                       // mappings that stand, and their links
 	bad   []elements.Mapping                    // that stand on a port that the gateway serves now, or that is outdated
