@@ -183,6 +183,9 @@ func TestAutoGoesOnServingWhileThereIsNoRoute(t *testing.T) {
 		if got := s.Status().Subnets; len(got) != 1 || got[0].Prefix != lab.InsideNet {
 			t.Errorf("subnets %+v", got)
 		}
+		if n := s.Status().Tables.Repaired; n > 0 {
+			t.Errorf("%d times the tables were not as they should be", n)
+		}
 		s.Stands(phone, proxy, ext)
 		s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan0")
 		s.Until("wan0 is an outside link", func() bool { return slices.Contains(s.Status().Outside, "wan0") })

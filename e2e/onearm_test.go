@@ -187,3 +187,20 @@ func TestNFTSpoofedSourceByAnArm(t *testing.T) {
 		}
 	})
 }
+
+// Hosts of inside networks see each other as they are, also where one network is behind the
+// link that leads outside.
+//
+// Fails when the arm's mapping is for all that leaves by it.
+func TestNFTInsideNetworksOfAnArmSeeEachOther(t *testing.T) {
+	s := newScene(t, lab.Options{Guest: true, Rules: armNAT})
+	s.oneArm()
+	s.Start(stage.Flags(stage.NFT, mapped, "--subnet", lab.GuestNet.String())...)
+	guest := s.Socket(s.Guest.Namespace, s.Guest.Addr, 3074)
+	if ext := s.Contact(guest, s.PeerSocket(lab.PeerA, 3478)); ext.Addr() == s.Guest.Addr {
+		t.Fatalf("it leaves as %v", ext)
+	}
+	if from := s.Contact(guest, s.InsideSocket(0, 3074)); from != guest.Addr() {
+		t.Errorf("an inside host sees %v as %v", guest.Addr(), from)
+	}
+}

@@ -42,8 +42,9 @@ func (m *Model) noteZones(f *Flow) {
 }
 
 // noteSubnetZone notes the zone of f, a translated flow of s, if its answers come in zone 0.
+// The gateway's own flows are of no subnet.
 func (m *Model) noteSubnetZone(f *Flow, s Subnet) {
-	if f.ReplyZone != 0 {
+	if f.ReplyZone != 0 || !s.Prefix.IsValid() {
 		return
 	}
 	z := &m.zones

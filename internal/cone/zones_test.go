@@ -1,6 +1,7 @@
 package cone
 
 import (
+	"fmt"
 	"net/netip"
 	"testing"
 )
@@ -46,6 +47,19 @@ func TestZonesOfFlows(t *testing.T) {
 				t.Errorf("%+v, want %v", z, tc.want)
 			}
 		})
+	}
+}
+
+// The gateway's own programs are of no subnet: their zones keep nobody's apart.
+//
+// Fails where they count as flows of one.
+func TestZonesOfTheGatewayItself(t *testing.T) {
+	d := newDesk(t, func(p *Policy) { p.Self4 = true })
+	for i, zone := range []uint16{250, 251} {
+		d.seen(1, d.inZones(fmt.Sprintf("198.51.100.1:%d", 5060+i), "203.0.113.5:5060", zone, 0))
+	}
+	if z := d.m.Zones(); len(z.Several) > 0 {
+		t.Errorf("%+v", z)
 	}
 }
 

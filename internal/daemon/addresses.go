@@ -18,7 +18,7 @@ import (
 // that the user translates to, did not go. The tables hold the addresses, so this is
 // known of an earlier daemon too. It returns what should be logged.
 func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (notes []string, err error) {
-	c := mappingConfig(cfg, f.ports)
+	c := f.mappingConfig(cfg)
 	if c == nil || !f.maps() {
 		return nil, nil
 	}

@@ -19,8 +19,10 @@ import (
 
 const (
 	// brokenShare bounds the CPU time of looks at flows that may be broken: one part in so
-	// many.
-	brokenShare = 50
+	// many, unless the next one would be later than brokenLate. It is beside the budget for
+	// looks at what neighbours change, which such a look must not delay.
+	brokenShare = 200
+	brokenLate  = 30 * time.Second
 	// brokenAgain is the time between two looks of which both must find a flow broken.
 	brokenAgain = time.Second
 	// longestLook bounds the time in which one look asks rules and routes about flows.
@@ -39,6 +41,7 @@ type brokenFlows struct {
 	looks  int           // still to come that wait for answers
 	walk   walk
 	sum    []control.BrokenFlows // of the walk
+	shown  bool                  // the last walk found some: they may end
 	before map[uint32]foundBefore
 	by     *userrules.Ruleset // at the last look
 	healed healedFlows
@@ -62,8 +65,11 @@ func (b *brokenFlows) changed() {
 // one that is routed to the gateway and that no link has.
 func (b *brokenFlows) sawNetwork(before, now gateway.Network) {
 	const most = 1 << 12
-	if b.due = true; !now.SameRoutes(before) || !slices.Equal(now.Addrs, before.Addrs) {
+	switch {
+	case b.had == nil, !now.SameRoutes(before), !slices.Equal(now.Addrs, before.Addrs):
 		b.changed()
+	case b.shown:
+		b.due = true
 	}
 	if b.had == nil || len(b.had) > most {
 		b.had = make(map[cone.Addr]struct{})
@@ -99,7 +105,7 @@ func (d *Daemon) lookForBroken() error {
 			ended, err = d.heal(cfg, found)
 		}
 	})
-	b.next = d.now() + max(brokenAgain, brokenShare*took)
+	b.next = d.now() + max(brokenAgain, min(brokenShare*took, brokenLate))
 	if err != nil {
 		b.walk.from, b.sum = 0, nil
 		return fmt.Errorf("look for flows with another source than rules give: %w", err)
@@ -108,7 +114,7 @@ func (d *Daemon) lookForBroken() error {
 	whole := b.walk.from == 0
 	sum := b.sum
 	if whole {
-		b.sum = nil
+		b.sum, b.shown = nil, len(sum) > 0
 		b.answers.next()
 	}
 	if b.awaited && b.looks > 0 {

@@ -16,6 +16,7 @@ import (
 // it was when it was read last.
 func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out warnings, changed bool, err error) {
 	if !wantsMapping(cfg) || !f.maps() {
+		f.choosers = nil
 		return nil, false, nil
 	}
 	choosers, err := f.readChoosers()
@@ -50,7 +51,7 @@ func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out wa
 			`(--to-ports, --to-source with ports), set port_pool = "none", so that hosts keep to it`)
 	}
 	for i := range choosers {
-		hosts := hostsOf(chosenPorts(choosers[i:i+1], mappingConfig(cfg, f.ports).Subnets, network.OutsideLinks()))
+		hosts := hostsOf(chosenPorts(choosers[i:i+1], f.mappingConfig(cfg).Subnets, network.OutsideLinks4()))
 		if len(hosts) > 0 && pool != "" {
 			out.add(warnPortsChosen, "", "port_pool is not used, for a rule of yours chooses outside ports (%s): "+
 				"hosts in %v whose port another one has get one by that rule, not one of %s, and may share it", choosers[i].Text, hosts[0], pool)
@@ -75,11 +76,11 @@ func (f *firewall) readChoosers() (rules []userrules.SourceNAT, err error) {
 
 // chosen returns for which hosts the user's rules choose outside ports, by outside link.
 func (f *firewall) chosen(cfg config.Config, network gateway.Network) map[string][]netip.Prefix {
-	c := mappingConfig(cfg, f.ports)
+	c := f.mappingConfig(cfg)
 	if c == nil {
 		return nil
 	}
-	return chosenPorts(f.choosers, c.Subnets, network.OutsideLinks())
+	return chosenPorts(f.choosers, c.Subnets, network.OutsideLinks4())
 }
 
 // rivals warns of chains of the user's that come before our own, or may do so.
@@ -96,7 +97,7 @@ func (f *firewall) rivals(cfg config.Config, network gateway.Network) (out warni
 	for _, c := range lowest(chains) {
 		out.add(warnRivalChain, c, "chain %s has the priority of conenatd's own, -199, and comes before it%s: "+
 			"mapping is not in force for what it translates; give it another priority", c, older)
-		f.overtaken = f.overtaken || f.behind != nil && f.translatesAll(c, mappingConfig(cfg, f.ports).Subnets, network.OutsideLinks())
+		f.overtaken = f.overtaken || f.behind != nil && f.translatesAll(c, f.mappingConfig(cfg).Subnets, network.OutsideLinks4())
 	}
 	return out
 }

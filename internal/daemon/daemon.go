@@ -294,7 +294,8 @@ func (d *Daemon) goOnServing(adopted []expect.Adopted) (err error) {
 		return err
 	}
 	d.decide()
-	return nil
+	_, err = d.firewall.set(d.cfg.Config, d.network.OutsideLinks())
+	return err
 }
 
 // anyIPv6 reports whether a subnet is of IPv6, or may come to be.

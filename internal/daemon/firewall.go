@@ -207,7 +207,8 @@ func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	if cfg.UplinkMarks {
 		d.UplinkMarks = &rules.UplinkMarks{Mask: cfg.UplinkMask, Links: cfg.Outside}
 	}
-	if d.Mapping = mappingConfig(cfg, f.ports); d.Mapping != nil {
+	if d.Mapping = f.mappingConfig(cfg); d.Mapping != nil {
+		outside := slices.DeleteFunc(slices.Clone(outside), func(name string) bool { return slices.Contains(f.not4, name) })
 		f.mappedLinks = slices.Compact(slices.Sorted(slices.Values(slices.Concat(f.mappedLinks, outside))))
 		d.Mapping.Links = f.mappedLinks
 		d.Mapping.Choosers = chosenPorts(f.choosers, d.Mapping.Subnets, outside)

@@ -19,8 +19,10 @@ import (
 const mappingsSize = 1 << 18
 
 // mappingConfig is what the tables do for subnets with endpoint-independent
-// mapping, nil without any.
-func mappingConfig(cfg config.Config, ports outsidePorts) *rules.MappingConfig {
+// mapping, nil without any. Where inside hosts are behind an outside link, what goes to them
+// has no mapping.
+func (f *firewall) mappingConfig(cfg config.Config) *rules.MappingConfig {
+	ports := f.ports
 	c := &rules.MappingConfig{
 		Exempt: cfg.MappingExempt, Served: ports.served,
 		// A mapping is refreshed at each reconcile while a flow of it lives.
@@ -38,6 +40,9 @@ func mappingConfig(cfg config.Config, ports outsidePorts) *rules.MappingConfig {
 		if cfg.Hairpin && s.Prefix.Addr().Is4() {
 			c.Hairpin = append(c.Hairpin, s.Prefix)
 		}
+		if len(f.oneArmed) > 0 && s.Prefix.Addr().Is4() {
+			c.Exempt = append(slices.Clip(c.Exempt), s.Prefix)
+		}
 	}
 	if len(c.Subnets) == 0 {
 		return nil
@@ -53,7 +58,9 @@ func mappingConfig(cfg config.Config, ports outsidePorts) *rules.MappingConfig {
 }
 
 // wantsMapping reports whether a subnet has endpoint-independent mapping.
-func wantsMapping(cfg config.Config) bool { return mappingConfig(cfg, outsidePorts{}) != nil }
+func wantsMapping(cfg config.Config) bool {
+	return slices.ContainsFunc(cfg.Subnets, func(s config.Subnet) bool { return s.Mapping == config.EndpointIndependentMapping })
+}
 
 // A mapper keeps mappings for as long as a flow of theirs lives: the kernel does
 // that by itself only until the flow is answered. It is made anew for each dump.
@@ -90,7 +97,7 @@ type ends struct{ in, ext cone.Endpoint }
 
 // newMapper lists what stands. It returns nil where there are no mappings.
 func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served *gateway.PortSet) (*mapper, error) {
-	c := mappingConfig(cfg, f.ports)
+	c := f.mappingConfig(cfg)
 	if c == nil || !f.maps() {
 		return nil, nil
 	}

@@ -136,6 +136,10 @@ func (d *Daemon) change(cfg config.Config) error {
 	var o opened
 	var m *elements.Map
 	forwarded, _ := d.firewall.forwards(d.network)
+	if d.firewall.choosers == nil { // the first mapping must keep to what rules choose
+		_, _, err := d.firewall.sourceNAT(cfg, d.network)
+		d.failures.note(requestLookAtChanges, 1, err)
+	}
 	ports, warnings, err := d.firewall.choosePorts(cfg, d.network, d.served, d.sure, forwarded.Covers)
 	if err != nil {
 		return err

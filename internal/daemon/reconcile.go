@@ -208,7 +208,7 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 		network.Mark(d.uplinks.sides(cfg))
 	}
 	d.uplinks.remember(network)
-	d.links.Know(network, slices.Concat(cfg.Outside, cfg.Inside), wantsMapping(cfg))
+	d.links.Know(network, slices.Concat(cfg.Outside, cfg.Inside), wantsMapping(cfg) || cfg.HealFlows)
 	_, failed := d.mendRules(cfg, network)
 	notes, err := d.firewall.forgetAddresses(cfg, network)
 	for _, n := range notes {
@@ -234,8 +234,9 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 		d.reviewSockets()
 		d.warned.tell(d.now(), d.warnings())
 	})
+	moved := hear() // before other subnets are heard
 	followed, err := d.follow(cfg, network)
-	return hear() || misjudged || followed, errors.Join(failed, err)
+	return moved || misjudged || followed, errors.Join(failed, err)
 }
 
 // readForwards brings the model up to date about what the user's rules forward.

@@ -29,11 +29,11 @@ const (
 // packet by packet, and a mapping must not keep such flows from healing.
 func (d *Daemon) endRerouted(cfg config.Config, network gateway.Network) error {
 	for _, l := range network.Links {
-		if l.Outside != 0 && l.Cause != gateway.SharedLink {
+		if l.Outside&gateway.IPv4 != 0 && l.Cause != gateway.SharedLink {
 			d.rerouted.outside[l.Name] = true
 		}
 	}
-	c := mappingConfig(cfg, d.firewall.ports)
+	c := d.firewall.mappingConfig(cfg)
 	if c == nil || !d.firewall.maps() {
 		d.rerouted.looks = 0
 		return nil

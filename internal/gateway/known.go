@@ -15,6 +15,8 @@ type known struct {
 	addrs map[Addr]bool
 	named []string
 
+	subnets []netip.Prefix // that are enabled
+
 	inside   map[Route]bool        // by links that are not outside
 	covered  map[netip.Prefix]bool // by inside
 	defaults [2]bool               // whether there is one by an outside link, of IPv4 and IPv6
@@ -25,6 +27,9 @@ func newKnown(n Network, named []string, ways bool) *known {
 	k := &known{
 		ways:  ways && len(n.OutsideLinks()) > 1,
 		links: n.links(), used: map[int]bool{}, addrs: map[Addr]bool{}, inside: map[Route]bool{}, covered: map[netip.Prefix]bool{}, named: slices.Clone(named),
+	}
+	if n.places != nil {
+		k.subnets = n.places.subnets
 	}
 	for _, a := range n.Addrs {
 		if !local(a.Prefix.Addr()) {
@@ -44,6 +49,10 @@ func newKnown(n Network, named []string, ways bool) *known {
 		}
 	}
 	return k
+}
+
+func overlapsAny(p netip.Prefix, others []netip.Prefix) bool {
+	return slices.ContainsFunc(others, p.Overlaps)
 }
 
 // local reports whether no peer has an address.
@@ -95,7 +104,8 @@ func (k *known) linkMatters(l Link, gone bool) bool {
 }
 
 // routeMatters is about a route. Unless the ways matter, one by an outside link says
-// nothing new beside a default route by one, except within a route by another link.
+// nothing new beside a default route by one, except within a route by another link, if the
+// link is an outside link for its routes, and if it leads to an enabled subnet.
 func (k *known) routeMatters(r Route, gone bool) bool {
 	l, there := k.links[r.Link]
 	switch {
@@ -105,7 +115,7 @@ func (k *known) routeMatters(r Route, gone bool) bool {
 		return true
 	case !l.outsideFor(r.Prefix):
 		return gone || !k.inside[r]
-	case k.ways, !k.defaults[familyIndex(r.Prefix)]:
+	case k.ways, !k.defaults[familyIndex(r.Prefix)], l.Cause == RuledNAT, l.Cause == SeenNAT, overlapsAny(r.Prefix, k.subnets):
 		return true
 	}
 	for bits := 0; bits <= r.Prefix.Bits(); bits++ {

@@ -142,6 +142,11 @@ func (n Network) OutsideLinks() []string {
 	return names
 }
 
+// OutsideLinks4 returns the names of those that are outside links for IPv4.
+func (n Network) OutsideLinks4() []string {
+	return slices.DeleteFunc(n.OutsideLinks(), func(name string) bool { return slices.Contains(n.Without(IPv4), name) })
+}
+
 // LinkNames returns the names of all links.
 func (n Network) LinkNames() (names []string) {
 	for _, l := range n.Links {

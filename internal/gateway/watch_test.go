@@ -137,3 +137,45 @@ func TestWatcherPassesOverWhatChangesNoAnswer(t *testing.T) {
 		}
 	}
 }
+
+// Routes by a link that only a rule tells of make it an outside link, beside a default route.
+//
+// Fails when the default route covers them.
+func TestWatcherHearsOfTheRoutesOfAnUplink(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{})
+	w, err := gateway.Watch(l.Gateway.FD())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = w.Close() }()
+	run := func(args string) {
+		t.Helper()
+		if _, err := l.Gateway.Output("ip", strings.Fields(args)...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, args := range []string{"link add vpn0 type bridge", "addr add 10.66.0.2/24 dev vpn0", "link set vpn0 up", "route add 192.0.2.0/25 via 10.66.0.1"} {
+		run(args)
+	}
+	if err := w.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	for _, change := range []string{"route add 192.0.2.128/25 via 10.66.0.1", "route del 192.0.2.128/25", "route del 192.0.2.0/25"} {
+		n, err := gateway.ReadNetwork(l.Gateway.FD(), gateway.Sides{RuledNAT: []string{"vpn0"}})
+		if err != nil || !slices.Contains(n.OutsideLinks(), "vpn0") {
+			t.Fatal(n.OutsideLinks(), err)
+		}
+		w.Know(n, nil, false)
+		heard := make(chan error, 1)
+		go func() { heard <- w.Wait() }()
+		run(change)
+		select {
+		case err := <-heard:
+			if err != nil {
+				t.Errorf("%q: %v", change, err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatalf("%q was not heard of", change)
+		}
+	}
+}

@@ -48,6 +48,12 @@ func (*Tables) Changed() (bool, error) { return false, errNoBuild }
 // OthersChanges returns an *UnsupportedError.
 func (*Tables) OthersChanges(*nfnl.Conn) (uint32, error) { return 0, errNoBuild }
 
+// Leads returns false.
+func (*Tables) Leads() bool { return false }
+
+// ZonedAddrs returns an *UnsupportedError.
+func (*Tables) ZonedAddrs() ([]netip.Addr, error) { return nil, errNoBuild }
+
 // Owned returns false.
 func (*Tables) Owned() bool { return false }
 
