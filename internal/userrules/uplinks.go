@@ -14,37 +14,29 @@ import (
 // Uplinks returns the names of those links of which rules say that they lead outside: what
 // leaves by them from another one gets another source, while what leaves by other links
 // does not. A rule for all links says nothing of any. Rules for a few destinations (hairpin)
-// do not count, nor do those of iptables-legacy that only root may know of, and none of
-// these where they tell inside links from all others.
+// do not count, nor do those of iptables-legacy that only root may know of.
 func (rs *Ruleset) Uplinks(links []LAN) ([]string, error) {
-	names, others, err := rs.uplinks(links, true)
-	if others {
-		names, _, err = rs.uplinks(links, false)
-	}
+	names, _, err := rs.uplinks(links)
 	return names, err
 }
 
 // NamedUplinks returns those of them that rules name: none where rules tell inside links from
 // all others, as "ip saddr LAN masquerade" does, for then another one need not lead outside.
 func (rs *Ruleset) NamedUplinks(links []LAN) ([]string, error) {
-	names, others, err := rs.uplinks(links, true)
+	names, others, err := rs.uplinks(links)
 	if others {
 		names = nil
 	}
 	return names, err
 }
 
-// uplinks returns the names, with or without rules of iptables-legacy, and whether a link of
-// which no rule knows would be one of them.
-func (rs *Ruleset) uplinks(links []LAN, legacy bool) (names []string, others bool, err error) {
+// uplinks returns the names, and whether a link of which no rule knows would be one of them.
+func (rs *Ruleset) uplinks(links []LAN) (names []string, others bool, err error) {
 	if len(links) == 0 {
 		return nil, false, nil
 	}
 	var chains []baseChain
 	for _, t := range rs.sourceTables() {
-		if t.legacy != nil && !legacy {
-			continue
-		}
 		for _, b := range t.of(unix.NF_INET_POST_ROUTING, natKind) {
 			chains = append(chains, baseChain{t, b})
 		}
