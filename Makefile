@@ -65,7 +65,7 @@ cross:
 
 # The kernels' tests are not among them: they have a target of their own.
 unit:
-	$(GO) test -race -count=1 -timeout 30m $$($(GO) list ./... | grep -v /e2e/kernels)
+	$(GO) test -race -count=1 -timeout 60m $$($(GO) list ./... | grep -v /e2e/kernels)
 
 # Minutes of 5,000 new flows a second, with nothing beside.
 soak:
@@ -76,7 +76,7 @@ soak:
 modes:
 	@for mode in --backend=expect --backend=nft "--backend=nft --learn=false"; do \
 		echo "e2e $$mode"; \
-		CONENATD_MODE="$$mode" $(GO) test -race -count=1 -timeout 15m -skip '$(OWN_MODES)' ./e2e || exit 1; done
+		CONENATD_MODE="$$mode" $(GO) test -race -count=1 -timeout 25m -skip '$(OWN_MODES)' ./e2e || exit 1; done
 
 # A short run of each fuzz target, from the kept corpora.
 fuzz:
