@@ -155,7 +155,7 @@ func TestMappingThatIsNotInForceIsTold(t *testing.T) {
 	s.Until("it is in force again", func() bool { return s.Status().Tables.Mapping.On })
 }
 
-// A phone's port is forwarded to it, and the phone goes on.
+// A phone's port is forwarded to another one of it, and the phone goes on.
 //
 // Fails when each reconcile logs that its permission is refused.
 func TestRefusalThatGoesOnIsLoggedOnce(t *testing.T) {
@@ -163,7 +163,7 @@ func TestRefusalThatGoesOnIsLoggedOnce(t *testing.T) {
 	s := newScene(t, lab.Options{Rules: lab.Masquerade + `table ip forwards {
 	chain prerouting {
 		type nat hook prerouting priority dstnat; policy accept;
-		iifname "wan0" udp dport 5060 dnat to 10.47.11.109
+		iifname "wan0" udp dport 5060 dnat to 10.47.11.109:5061
 	}
 }
 `})
