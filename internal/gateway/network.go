@@ -133,24 +133,23 @@ func (l Link) Runs() bool { return l.is(unix.IFF_UP | unix.IFF_RUNNING) }
 
 // OutsideLinks returns the names of the outside links.
 func (n Network) OutsideLinks() []string {
-	var names []string
-	for _, l := range n.Links {
-		if l.Outside != 0 {
-			names = append(names, l.Name)
-		}
-	}
-	return names
+	return n.names(func(l Link) bool { return l.Outside != 0 })
 }
 
 // OutsideLinks4 returns the names of those that are outside links for IPv4.
 func (n Network) OutsideLinks4() []string {
-	return slices.DeleteFunc(n.OutsideLinks(), func(name string) bool { return slices.Contains(n.Without(IPv4), name) })
+	return n.names(func(l Link) bool { return l.Outside&IPv4 != 0 })
 }
 
 // LinkNames returns the names of all links.
-func (n Network) LinkNames() (names []string) {
+func (n Network) LinkNames() []string { return n.names(func(Link) bool { return true }) }
+
+// names returns the names of those links of which is holds, in the order of their indexes.
+func (n Network) names(is func(Link) bool) (names []string) {
 	for _, l := range n.Links {
-		names = append(names, l.Name)
+		if is(l) {
+			names = append(names, l.Name)
+		}
 	}
 	return names
 }
@@ -175,13 +174,10 @@ func (n Network) Uppers() map[string]string {
 
 // Bridges returns the names of the bridges of which the gateway is no host: it has no
 // address there, and so routes nothing to or from them.
-func (n Network) Bridges() (names []string) {
-	for _, l := range n.Links {
-		if l.Kind == "bridge" && !slices.ContainsFunc(n.Addrs, func(a Addr) bool { return a.Link == l.Index && !local(a.Prefix.Addr()) }) {
-			names = append(names, l.Name)
-		}
-	}
-	return names
+func (n Network) Bridges() []string {
+	return n.names(func(l Link) bool {
+		return l.Kind == "bridge" && !slices.ContainsFunc(n.Addrs, func(a Addr) bool { return a.Link == l.Index && !local(a.Prefix.Addr()) })
+	})
 }
 
 // links returns the links by index.

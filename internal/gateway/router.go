@@ -122,33 +122,6 @@ func appendAttr(b []byte, typ uint16, value []byte) []byte {
 	return append(b, make([]byte, (4-len(value)%4)%4)...)
 }
 
-// A Rule is a routing rule for IPv4.
-type Rule struct {
-	Mark   uint32
-	hidden bool   // it asks for what nobody knows of a packet, other than a mark
-	all    string // the message
-}
-
-// rule decodes a struct fib_rule_hdr with attributes.
-func (r *reader) rule(b []byte) error {
-	const sizeofFibRuleHdr, fraSportMask, fraDportMask = 12, 28, 29 // Linux 6.15
-	if len(b) < sizeofFibRuleHdr || b[0] != unix.AF_INET {
-		return nil
-	}
-	rule := Rule{hidden: b[3] != 0, all: string(b)} // the type of service
-	err := attributes(b, sizeofFibRuleHdr, func(ad *netlink.AttributeDecoder) {
-		switch typ := ad.Type(); {
-		case typ == unix.FRA_FWMARK:
-			rule.Mark = ad.Uint32()
-		case typ == fraSportMask, typ == fraDportMask: // the kernel was told the ports
-		case typ == unix.FRA_TUN_ID, typ > unix.FRA_DPORT_RANGE: // a DSCP, among others
-			rule.hidden = true
-		}
-	})
-	r.Rules = append(r.Rules, rule)
-	return err
-}
-
 // HidesWays reports whether IPv4 packets may take other ways than a Router tells, since a
 // routing rule or a route asks for a type of service, or for what is not understood.
 func (n Network) HidesWays() bool {

@@ -348,33 +348,14 @@ func (n Network) Connected(link string) (prefixes []netip.Prefix) {
 // OneArmed returns the names of the outside links by which hosts of enabled subnets come,
 // too, and of those of them that only a default route makes the way to hosts.
 func (n Network) OneArmed() (names, far []string) {
-	for _, l := range n.Links {
-		if (l.Inside || l.Far) && l.Outside != 0 {
-			names = append(names, l.Name)
-			if !l.Inside {
-				far = append(far, l.Name)
-			}
-		}
-	}
-	return names, far
+	return n.names(func(l Link) bool { return (l.Inside || l.Far) && l.Outside != 0 }),
+		n.names(func(l Link) bool { return l.Far && !l.Inside && l.Outside != 0 })
 }
 
 // Partial returns the names of the outside links that are partial ones.
-func (n Network) Partial() (names []string) {
-	for _, l := range n.Links {
-		if l.Partial {
-			names = append(names, l.Name)
-		}
-	}
-	return names
-}
+func (n Network) Partial() []string { return n.names(func(l Link) bool { return l.Partial }) }
 
 // Without returns the names of the outside links that are none for a family.
-func (n Network) Without(f Families) (names []string) {
-	for _, l := range n.Links {
-		if l.Outside != 0 && l.Outside&f == 0 {
-			names = append(names, l.Name)
-		}
-	}
-	return names
+func (n Network) Without(f Families) []string {
+	return n.names(func(l Link) bool { return l.Outside != 0 && l.Outside&f == 0 })
 }

@@ -45,21 +45,27 @@ func TestWatcherHearsOfLinksAddressesAndRoutes(t *testing.T) {
 	}
 }
 
-// A Watcher that knows the Network hears of what changes an answer, and of nothing
-// else: a route or a link that changes all the time costs nothing.
-func TestWatcherPassesOverWhatChangesNoAnswer(t *testing.T) {
-	l := lab.ForTest(t, lab.Options{IPv6: true})
+// watching returns a Watcher of the gateway, and a function that runs ip there.
+func watching(t *testing.T, l *lab.Lab) (w *gateway.Watcher, run func(args string)) {
+	t.Helper()
 	w, err := gateway.Watch(l.Gateway.FD())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = w.Close() }()
-	run := func(args string) {
+	t.Cleanup(func() { _ = w.Close() })
+	return w, func(args string) {
 		t.Helper()
 		if _, err := l.Gateway.Output("ip", strings.Fields(args)...); err != nil {
 			t.Fatal(err)
 		}
 	}
+}
+
+// A Watcher that knows the Network hears of what changes an answer, and of nothing
+// else: a route or a link that changes all the time costs nothing.
+func TestWatcherPassesOverWhatChangesNoAnswer(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{IPv6: true})
+	w, run := watching(t, l)
 	know := func(named ...string) gateway.Network {
 		t.Helper()
 		n, err := gateway.ReadNetwork(l.Gateway.FD(), gateway.Sides{Outside: named})
@@ -143,17 +149,7 @@ func TestWatcherPassesOverWhatChangesNoAnswer(t *testing.T) {
 // Fails when the default route covers them.
 func TestWatcherHearsOfTheRoutesOfAnUplink(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{})
-	w, err := gateway.Watch(l.Gateway.FD())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = w.Close() }()
-	run := func(args string) {
-		t.Helper()
-		if _, err := l.Gateway.Output("ip", strings.Fields(args)...); err != nil {
-			t.Fatal(err)
-		}
-	}
+	w, run := watching(t, l)
 	for _, args := range []string{"link add vpn0 type bridge", "addr add 10.66.0.2/24 dev vpn0", "link set vpn0 up", "route add 192.0.2.0/25 via 10.66.0.1"} {
 		run(args)
 	}
