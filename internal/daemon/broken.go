@@ -23,6 +23,9 @@ const (
 	// looks at what neighbours change, which such a look must not delay.
 	brokenShare = 200
 	brokenLate  = 30 * time.Second
+	// healShare and healLate do so while flows wait for the look that ends them.
+	healShare = 20
+	healLate  = 3 * time.Second
 	// brokenAgain is the time between two looks of which both must find a flow broken.
 	brokenAgain = time.Second
 	// longestLook bounds the time in which one look asks rules and routes about flows.
@@ -105,7 +108,7 @@ func (d *Daemon) lookForBroken() error {
 			ended, err = d.heal(cfg, found)
 		}
 	})
-	b.next = d.now() + max(brokenAgain, min(brokenShare*took, brokenLate))
+	b.next = d.now() + untilNextLook(took, len(b.before) > 0)
 	if err != nil {
 		b.walk.from, b.sum = 0, nil
 		return fmt.Errorf("look for flows with another source than rules give: %w", err)
@@ -130,6 +133,14 @@ func (d *Daemon) lookForBroken() error {
 		d.warned.tell(d.now(), d.warnings())
 	})
 	return nil
+}
+
+// untilNextLook returns the time from a look that took so much CPU time to the next one.
+func untilNextLook(took time.Duration, toHeal bool) time.Duration {
+	if toHeal {
+		return max(brokenAgain, min(healShare*took, healLate))
+	}
+	return max(brokenAgain, min(brokenShare*took, brokenLate))
 }
 
 // A brokenFlow is one with the subnet that it is of, and the link by which it leaves.
@@ -213,7 +224,8 @@ func mayBreak(cfg config.Config, f *cone.Flow) (s config.Subnet, ok bool) {
 		!f.Status.Has(cone.StatusSrcNAT) && f.Status.Has(cone.StatusSeenReply) {
 		return s, false
 	}
-	i := slices.IndexFunc(cfg.Subnets, func(s config.Subnet) bool { return s.Prefix.Contains(f.Src.Addr.Netip()) })
+	src := f.Src.Addr.Netip()
+	i := slices.IndexFunc(cfg.Subnets, func(s config.Subnet) bool { return s.Prefix.Contains(src) })
 	if i < 0 || cfg.Subnets[i].Routed {
 		return s, false
 	}

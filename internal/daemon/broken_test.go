@@ -129,3 +129,22 @@ func TestFlowsAreNotAnsweredIfTheKernelSaysSo(t *testing.T) {
 		}
 	}
 }
+
+func TestFlowsThatWaitToEndAreLookedAtSoon(t *testing.T) {
+	for _, tt := range []struct {
+		took   time.Duration
+		toHeal bool
+		want   time.Duration
+	}{
+		{0, false, brokenAgain},
+		{0, true, brokenAgain},
+		{100 * time.Millisecond, false, 20 * time.Second},
+		{100 * time.Millisecond, true, 2 * time.Second},
+		{time.Second, false, 30 * time.Second},
+		{time.Second, true, 3 * time.Second},
+	} {
+		if got := untilNextLook(tt.took, tt.toHeal); got != tt.want {
+			t.Errorf("%v after a look of %v (to heal: %t), want %v", got, tt.took, tt.toHeal, tt.want)
+		}
+	}
+}
