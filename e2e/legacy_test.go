@@ -19,7 +19,7 @@ func (s *scene) iptables(words string) {
 	s.iptablesOf(lab.IPTablesLegacy, words)
 }
 
-// iptablesOf runs a variant of iptables with these words in the gateway.
+// iptablesOf runs a variant of iptables in the gateway, with the words as its arguments.
 func (s *scene) iptablesOf(variant, words string) {
 	s.T.Helper()
 	_, err := s.Gateway.Output(variant, strings.Fields(words)...)

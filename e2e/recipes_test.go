@@ -28,7 +28,7 @@ type recipePlay struct {
 	proxyPort uint16
 	// needs shows what the page's line is for, if not that answers arrive.
 	needs func(r *recipe)
-	// beforeMap takes away what makes the line for the map superfluous.
+	// beforeMap removes rules with which children pass without the line for the map.
 	beforeMap func(r *recipe)
 	// also are promises of this page alone; the daemon runs as the page configures it.
 	also func(r *recipe)

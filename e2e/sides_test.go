@@ -214,7 +214,7 @@ func TestUplinkThatOnlyFlowsTellOfOutlivesTheDaemon(t *testing.T) {
 // A permission stands for the flow that made it: after a start it tells of such an uplink
 // though the flow has ended.
 //
-// Fails when only flows are asked at the start: the permission is revoked then.
+// Fails when only flows are read at the start: the permission is revoked then.
 func TestPermissionTellsOfAnUplinkAtTheStart(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Rules: natBy()})

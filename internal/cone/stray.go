@@ -47,8 +47,8 @@ func (m *Model) stray(f *Flow) {
 	s.flows = append(s.flows, *f)
 }
 
-// IsStray reports whether f may show that a link is an outside link that t, which is compiled,
-// does not know as one. Whose flow it is does not matter.
+// IsStray reports whether f may show an outside link that t does not know. The topology must be
+// compiled. f may be a flow of any host.
 func IsStray(f *Flow, t Topology) bool {
 	return mayStray(f) && (!t.outside.has(f.ReplySrc.Addr.Netip()) || t.Doubtful && !slices.Contains(t.Uplinks, f.ReplyDst.Addr.Netip()))
 }

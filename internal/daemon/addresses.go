@@ -111,16 +111,24 @@ func endFlows(c *rules.MappingConfig, wrong func(*cone.Flow) bool) (flows []cone
 			flows = append(flows, *f)
 		}
 	})
-	errs := []error{err}
+	return flows, errors.Join(err, deleteFlows(q, flows))
+}
+
+func deleteFlows(q *ctwatch.Queries, flows []cone.Flow) error {
+	var errs []error
 	for _, f := range flows {
 		_, err := q.Delete(f.Src, f.Dst, f.OrigZone, f.ID)
 		errs = append(errs, err)
 	}
-	return flows, errors.Join(errs...)
+	return errors.Join(errs...)
 }
 
 // isMapped reports whether f is a translated flow of a host with mappings.
 func isMapped(c *rules.MappingConfig, f *cone.Flow) bool {
-	return f.Status.Has(cone.StatusSrcNAT) && f.Src.Addr.Is4() &&
-		slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { return p.Contains(f.Src.Addr.Netip()) })
+	return f.Status.Has(cone.StatusSrcNAT) && f.Src.Addr.Is4() && within(c.Subnets, f.Src.Addr)
+}
+
+// within reports whether an address is in one of the prefixes.
+func within(all []netip.Prefix, a cone.Addr) bool {
+	return slices.ContainsFunc(all, func(p netip.Prefix) bool { return p.Contains(a.Netip()) })
 }

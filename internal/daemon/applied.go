@@ -1,9 +1,6 @@
 package daemon
 
 import (
-	"net/netip"
-	"slices"
-
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/control"
 )
@@ -90,8 +87,7 @@ func (a *applied) sum() (n uint64) {
 // check notes why f, which has no mapping, can get none. What goes to an address that
 // is exempt needs none.
 func (m *mapper) check(f *cone.Flow, link string) {
-	if !f.Status.Has(cone.StatusSrcNAT) || f.Status.Has(cone.StatusDstNAT) || !m.inside(f.Src.Addr) ||
-		slices.ContainsFunc(m.exempt, func(p netip.Prefix) bool { return p.Contains(f.Dst.Addr.Netip()) }) {
+	if !f.Status.Has(cone.StatusSrcNAT) || f.Status.Has(cone.StatusDstNAT) || !m.inside(f.Src.Addr) || within(m.exempt, f.Dst.Addr) {
 		return
 	}
 	switch {

@@ -104,9 +104,9 @@ func (d *Daemon) grant(ops []cone.Op, since time.Duration) {
 	}
 }
 
-// barred returns why p must not be granted for sockets of the gateway that are known, or for
-// the lack of one: a connected socket gets nothing from other ports of the peer, and there
-// may be thousands of them, as a resolver has.
+// barred returns why p must not be granted: a socket of the gateway, which is known, would
+// lose packets, or p is for the gateway itself and no socket gets what it lets in. A connected
+// socket gets nothing from other ports of the peer; a resolver may have thousands of these.
 func (d *Daemon) barred(p *cone.Permission) cone.Reason {
 	if d.losesTo(p, d.served) {
 		return cone.ReasonLocalSocket

@@ -70,14 +70,10 @@ func (f *firewall) leftZones() (cone.Zones, error) {
 	return cone.Zones{Original: len(addrs) > 0, Outside: addrs}, err
 }
 
-// followZones lets the rules serve flows in zones of the original direction alone, and no
-// others: the rules cannot tell zones apart.
-func (d *Daemon) followZones() error {
-	var cfg config.Config
-	var zones cone.Zones
-	if !d.ask(func() { cfg, zones = d.cfg.Config, d.model.Zones() }) {
-		return nil
-	}
+// followZones makes the rules serve flows with conntrack zones, if the model says that all
+// zones are of the original direction alone. Else they serve none: rules cannot tell one zone
+// from another.
+func (d *Daemon) followZones(cfg config.Config, zones cone.Zones) error {
 	before := d.firewall.zones
 	was := d.firewall.zonedAddrs()
 	d.firewall.zones = zones

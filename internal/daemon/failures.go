@@ -19,6 +19,8 @@ const (
 	requestDeleteEarlyFlow       request = "delete_early_flow"
 	requestDeleteUnansweredChild request = "delete_unanswered_child"
 	requestDenyPermissions       request = "deny_permissions"
+	requestFindUplinks           request = "find_uplinks"
+	requestFollowFlows           request = "follow_flows"
 	requestFilterConntrackEvents request = "filter_conntrack_events"
 	requestLeaveTheOldBackend    request = "leave_the_old_backend"
 	requestLookAtChanges         request = "look_at_changes"

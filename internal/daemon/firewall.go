@@ -3,8 +3,8 @@ package daemon
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
+	"reflect"
 	"slices"
 	"time"
 
@@ -42,13 +42,8 @@ type firewall struct {
 	old         oldPorts                  // that mappings may have, which they should not
 	behind      map[[2]uint64]bool        // rivals that come after our chain, by their handles; nil if nobody knows
 	overtaken   bool                      // a rival translates all that has mappings
-	byMark      bool                      // routes may depend on marks
-	uppers      map[string]string
-	oneArmed    []string // outside links that lead inside, too
-	far         []string // those of them that do so by a default route alone
-	bridges     []string // that only bridge
-	not4, not6  []string // outside links that are none for IPv4, and for IPv6
-	partial     []string // those by which only peers come to whom they are the way
+	sides       rules.Desired             // what links tell of it
+	last        *rules.Desired            // that was set; nil before the first time
 
 	zones cone.Zones // of flows, as the rules follow them
 
@@ -152,25 +147,29 @@ func (f *firewall) mapConfig(cfg config.Config) *rules.MapConfig {
 }
 
 // setSides tells which links share a network, and which are not outside links for all and
-// alone. It reports whether that was told before.
-func (f *firewall) setSides(n gateway.Network) (same bool) {
-	uppers, not4, not6, partial := n.Uppers(), n.Without(gateway.IPv4), n.Without(gateway.IPv6), n.Partial()
-	oneArmed, far := n.OneArmed()
-	bridges := n.Bridges()
-	same = maps.Equal(uppers, f.uppers) && slices.Equal(oneArmed, f.oneArmed) && slices.Equal(bridges, f.bridges) && slices.Equal(far, f.far) &&
-		slices.Equal(not4, f.not4) && slices.Equal(not6, f.not6) && slices.Equal(partial, f.partial)
-	f.uppers, f.oneArmed, f.far, f.bridges, f.not4, f.not6, f.partial = uppers, oneArmed, far, bridges, not4, not6, partial
-	return same
+// alone.
+func (f *firewall) setSides(n gateway.Network) {
+	f.sides = rules.Desired{
+		Uppers: n.Uppers(), Bridges: n.Bridges(),
+		Not4: n.Without(gateway.IPv4), Not6: n.Without(gateway.IPv6), Partial: n.Partial(),
+	}
+	f.sides.OneArmed, f.sides.Far = n.OneArmed()
 }
 
-// set makes the tables do what the configuration wants, and reports whether they
-// did not.
+// set makes the tables do what the configuration wants, and reports whether they did not. If
+// nothing else was wanted the last time, somebody had changed them: that is counted.
 func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err error) {
 	if f.tables == nil {
 		return false, nil
 	}
 	d := f.desired(cfg, outside)
 	changed, err = f.tables.Set(d)
+	if changed && f.last != nil && reflect.DeepEqual(d, *f.last) {
+		f.repaired++
+	}
+	if err == nil {
+		f.last = &d
+	}
 	f.mapping = err == nil && d.Mapping != nil && f.maps()
 	if f.tables.Leads() {
 		f.look() // what is there now is older than our chain
@@ -187,20 +186,17 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 
 // desired is what the configuration wants of the tables.
 func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
-	d := rules.Desired{
-		OutsideLinks: outside, Subnets: prefixes(cfg.Subnets), Guard: cfg.Guard, Uppers: f.uppers,
-		ZonedAddrs: f.zonedAddrs(), Bridges: f.bridges,
-		OneArmed: f.oneArmed, Far: f.far, Not4: f.not4, Not6: f.not6, Partial: f.partial, InsideLinks: cfg.Inside,
-		Helpers: f.helpers, MaxChildren: cfg.MaxChildren, Self: cfg.Self,
-	}
+	d := f.sides
+	d.OutsideLinks, d.InsideLinks = outside, cfg.Inside
+	d.Subnets, d.ZonedAddrs = prefixes(cfg.Subnets), f.zonedAddrs()
+	d.Helpers, d.MaxChildren, d.Guard, d.Self = f.helpers, cfg.MaxChildren, cfg.Guard, cfg.Self
 	// Where nobody can tell, nothing is dropped. The kernel does not learn from it then.
 	var ours uint32 // bits that nobody has set where the way back is looked up
 	if cfg.UplinkMarks && f.noMarks == "" {
 		ours = cfg.UplinkMask
 	}
 	byMark, err := gateway.RoutesByMark(0, ours)
-	f.byMark = byMark || err != nil
-	d.Spoofed = cfg.Guard && !f.byMark
+	d.Spoofed = cfg.Guard && !byMark && err == nil
 	if f.withMap {
 		d.Map = f.mapConfig(cfg)
 	}
@@ -208,7 +204,7 @@ func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 		d.UplinkMarks = &rules.UplinkMarks{Mask: cfg.UplinkMask, Links: cfg.Outside}
 	}
 	if d.Mapping = f.mappingConfig(cfg); d.Mapping != nil {
-		outside := slices.DeleteFunc(slices.Clone(outside), func(name string) bool { return slices.Contains(f.not4, name) })
+		outside := slices.DeleteFunc(slices.Clone(outside), func(name string) bool { return slices.Contains(d.Not4, name) })
 		f.mappedLinks = slices.Compact(slices.Sorted(slices.Values(slices.Concat(f.mappedLinks, outside))))
 		d.Mapping.Links = f.mappedLinks
 		d.Mapping.Choosers = chosenPorts(f.choosers, d.Mapping.Subnets, outside)

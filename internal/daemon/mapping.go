@@ -40,7 +40,7 @@ func (f *firewall) mappingConfig(cfg config.Config) *rules.MappingConfig {
 		if cfg.Hairpin && s.Prefix.Addr().Is4() {
 			c.Hairpin = append(c.Hairpin, s.Prefix)
 		}
-		if len(f.oneArmed) > 0 && s.Prefix.Addr().Is4() {
+		if len(f.sides.OneArmed) > 0 && s.Prefix.Addr().Is4() {
 			c.Exempt = append(slices.Clip(c.Exempt), s.Prefix)
 		}
 	}
@@ -106,9 +106,7 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 		links:  outsideAddrs(network),
 		owned:  network.Owned(),
 		routes: &router{network: network},
-		inside: func(a cone.Addr) bool {
-			return slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { return p.Contains(a.Netip()) })
-		},
+		inside: func(a cone.Addr) bool { return within(c.Subnets, a) },
 		served: served.Serves, barred: f.ports.barred, exempt: c.Exempt, outdated: f.outdated(cfg), zoned: len(f.zonedAddrs()) > 0,
 		known:  make(map[ends]string),
 		ending: make(map[ends]struct{}),

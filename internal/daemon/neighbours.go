@@ -5,6 +5,7 @@ import (
 	"errors"
 	"time"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/ctwatch"
 )
@@ -21,7 +22,7 @@ type changes struct {
 // lookAround looks at what others changed, as far as the budget allows: a change
 // that comes alone at once, and where they never end, what came since.
 func (d *Daemon) lookAround(ctx context.Context, q *ctwatch.Queries) {
-	err := errors.Join(d.followZones(), d.lookAtRules())
+	err := d.lookAtRules()
 	if d.changed == (changes{}) {
 		err = errors.Join(err, d.lookAtLegacy())
 	}
@@ -47,20 +48,23 @@ func (d *Daemon) lookAtRules() error {
 	}
 	var broken bool
 	var cfg config.Config
+	var zones cone.Zones
 	ok := d.ask(func() {
-		cfg = d.cfg.Config
+		cfg, zones = d.cfg.Config, d.model.Zones()
 		broken = d.backends.nft != nil && d.backends.nft.Broken()
 	})
 	if !ok {
 		return errEnded
 	}
 	d.changed.rules = d.changed.rules || changed
+	err = d.followZones(cfg, zones)
 	if !broken && (!changed || d.firewall.tables.Owned()) {
-		return nil
+		return err
 	}
 	// Elements that somebody deleted are found by nothing else.
 	d.changed.elements = true
-	mended, err := d.mendRules(cfg, d.network)
+	mended, failed := d.mendRules(cfg, d.network)
+	err = errors.Join(err, failed)
 	if mended || broken {
 		err = errors.Join(err, d.compare(true))
 	}

@@ -9,6 +9,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/ctwatch"
+	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
@@ -21,12 +22,12 @@ const oldPortLooks = 3
 // the pools changed.
 type oldPorts struct {
 	chosen map[string][]netip.Prefix // hosts that are left to rules since then, by link
-	pools  []oldPool
+	pools  []hostPool
 	looks  int // that there are still at most
 }
 
-// An oldPool is what hosts got before.
-type oldPool struct {
+// A hostPool has the ports of a pool for some hosts.
+type hostPool struct {
 	hosts netip.Prefix
 	ports portRanges
 }
@@ -36,7 +37,7 @@ func (o *oldPorts) chosenSince(before, now map[string][]netip.Prefix) {
 	o.looks = oldPortLooks
 	for link, hosts := range now {
 		for _, p := range hosts {
-			if !slices.ContainsFunc(before[link], func(b netip.Prefix) bool { return b.Bits() <= p.Bits() && b.Contains(p.Addr()) }) {
+			if !gateway.Covered(p, before[link]) {
 				if o.chosen == nil {
 					o.chosen = make(map[string][]netip.Prefix)
 				}
@@ -53,7 +54,7 @@ func (o *oldPorts) leavePools(before config.Config, pools map[config.PortPool]po
 			return n.Prefix == s.Prefix && now.Pool(n) == before.Pool(s)
 		})
 		if s.Mapping == config.EndpointIndependentMapping && !same {
-			o.pools = append(o.pools, oldPool{s.Prefix, pools[before.Pool(s)]})
+			o.pools = append(o.pools, hostPool{s.Prefix, pools[before.Pool(s)]})
 			o.looks = oldPortLooks
 		}
 	}
@@ -74,46 +75,42 @@ func (o *oldPorts) looked(found int) (again bool) {
 func (f *firewall) outdated(cfg config.Config) func(elements.Mapping) bool {
 	pools := hostPools(cfg, f.ports.pools)
 	// Where ports are not known: what it has without the rules.
-	since := func(x elements.Mapping, host netip.Addr) bool {
-		return slices.ContainsFunc(f.old.chosen[x.Link], func(p netip.Prefix) bool { return p.Contains(host) }) &&
-			(x.Int.Port == x.Ext.Port || pools(host).Has(x.Ext.Port))
+	since := func(x elements.Mapping) bool {
+		return within(f.old.chosen[x.Link], x.Int.Addr) && (x.Int.Port == x.Ext.Port || inPools(pools, x))
 	}
 	return func(x elements.Mapping) bool {
-		host := x.Int.Addr.Netip()
 		if len(f.choosers) > 0 {
-			may, sure := userrules.MayGive(f.sources, x.Link, host, x.Ext.Port)
-			if !may || !sure && since(x, host) {
+			may, sure := userrules.MayGive(f.sources, x.Link, x.Int.Addr.Netip(), x.Ext.Port)
+			if !may || !sure && since(x) {
 				return true
 			}
 		}
-		return x.Int.Port != x.Ext.Port && !pools(host).Has(x.Ext.Port) &&
-			slices.ContainsFunc(f.old.pools, func(o oldPool) bool { return o.hosts.Contains(host) && o.ports.Has(x.Ext.Port) })
+		return x.Int.Port != x.Ext.Port && inPools(f.old.pools, x) && !inPools(pools, x)
 	}
 }
 
-// hostPools returns the ports of the pool that a host has: those that the user names, too,
-// of which some may be left out for now.
-func hostPools(cfg config.Config, pools map[config.PortPool]portRanges) func(netip.Addr) portRanges {
-	return func(host netip.Addr) (all portRanges) {
-		for _, s := range cfg.Subnets {
-			if s.Mapping == config.EndpointIndependentMapping && s.Prefix.Contains(host) {
-				wanted := cfg.Pool(s)
-				all = append(append(all, pools[wanted]...), wanted.Ranges()...)
-			}
+// hostPools returns the ports that hosts may have of pools: those that the user names, too,
+// of which some may be left out at this time.
+func hostPools(cfg config.Config, pools map[config.PortPool]portRanges) (all []hostPool) {
+	for _, s := range cfg.Subnets {
+		if s.Mapping == config.EndpointIndependentMapping {
+			wanted := cfg.Pool(s)
+			all = append(all, hostPool{s.Prefix, slices.Concat(pools[wanted], wanted.Ranges())})
 		}
-		return all
 	}
+	return all
+}
+
+// inPools reports whether the outside port of a mapping is in a pool of its host.
+func inPools(pools []hostPool, x elements.Mapping) bool {
+	host := x.Int.Addr.Netip()
+	return slices.ContainsFunc(pools, func(p hostPool) bool { return p.hosts.Contains(host) && p.ports.Has(x.Ext.Port) })
 }
 
 // keep renews what flows hold, and ends what is on ports that its host may have no more.
 func (d *Daemon) keep(m *mapper, q *ctwatch.Queries) error {
-	errs := []error{m.keep()}
-	for _, f := range m.ended {
-		_, err := q.Delete(f.Src, f.Dst, f.OrigZone, f.ID)
-		errs = append(errs, err)
-	}
+	err := errors.Join(m.keep(), deleteFlows(q, m.ended))
 	d.noted.note(slog.LevelInfo, "outdated", "flows with mappings had an outside port that a rule or port_pool allows no more; they ended", uint64(len(m.ended)))
-	err := errors.Join(errs...)
 	if err == nil && d.firewall.old.looked(len(m.ended)) {
 		d.wantReconcile()
 	}

@@ -198,7 +198,7 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 		return false, errEnded
 	}
 	_, err = d.followFlows(cfg)
-	d.failures.note("find the links of translated flows", 1, err)
+	d.failures.note(requestFollowFlows, 1, err)
 	d.firewall.look()
 	network, err := d.readNetwork(cfg)
 	if err != nil {
@@ -339,13 +339,13 @@ func (d *Daemon) lookBetween() {
 	}
 }
 
-// mendRules makes our tables do what they shall, and counts it where somebody had
-// changed them.
+// mendRules makes our tables do what they shall, and says so where somebody had changed
+// them.
 func (d *Daemon) mendRules(cfg config.Config, network gateway.Network) (changed bool, err error) {
-	byMark, same := d.firewall.byMark, d.firewall.setSides(network)
+	d.firewall.setSides(network)
+	repaired := d.firewall.repaired
 	changed, err = d.firewall.set(cfg, network.OutsideLinks())
-	if changed && byMark == d.firewall.byMark && same && slices.Equal(d.network.OutsideLinks(), network.OutsideLinks()) {
-		d.firewall.repaired++
+	if d.firewall.repaired > repaired {
 		d.noted.note(slog.LevelWarn, "tables", "somebody changed conenatd's nftables tables; they are put back", 1, "table", cfg.Table)
 	}
 	return changed, err

@@ -40,7 +40,7 @@ const mostAsked = 64
 // was where they cannot be read.
 func (d *Daemon) readNetwork(cfg config.Config) (gateway.Network, error) {
 	network, unruled, err := d.uplinks.readNetwork(cfg, d.firewall)
-	d.failures.note("find the links that rules translate by", 1, unruled)
+	d.failures.note(requestFindUplinks, 1, unruled)
 	return network, err
 }
 
@@ -155,12 +155,12 @@ func (d *Daemon) seeFlowsBefore() {
 		return
 	}
 	const most = 4096
-	topology := d.network.Topology().Compile()
+	topology, enabled := d.network.Topology().Compile(), prefixes(d.cfg.Subnets)
 	asked := make(map[cone.Addr]struct{})
 	var flows []cone.Flow
 	see := func(f *cone.Flow) {
 		peer := f.ReplySrc.Addr
-		if _, known := asked[peer]; known || len(asked) == most || !cone.IsStray(f, topology) || !isEnabled(d.cfg.Subnets, f.Src.Addr) {
+		if _, known := asked[peer]; known || len(asked) == most || !cone.IsStray(f, topology) || !within(enabled, f.Src.Addr) {
 			return
 		}
 		asked[peer] = struct{}{}
@@ -180,11 +180,7 @@ func (d *Daemon) seeFlowsBefore() {
 	if found {
 		d.network.Mark(d.uplinks.sides(d.cfg.Config))
 	}
-	d.failures.note("find the links of translated flows", 1, errors.Join(append(errs, err)...))
-}
-
-func isEnabled(subnets []config.Subnet, a cone.Addr) bool {
-	return slices.ContainsFunc(subnets, func(s config.Subnet) bool { return s.Prefix.Contains(a.Netip()) })
+	d.failures.note(requestFollowFlows, 1, errors.Join(append(errs, err)...))
 }
 
 // seeNAT takes in translated flows, and reports whether one left by a link that was not
@@ -215,10 +211,10 @@ func (d *Daemon) seeNAT(cfg config.Config, flows []cone.Flow) (found bool, err e
 	return found, nil
 }
 
-// leftBy returns the one of the links by which a flow with an outside address left: the one
-// that has the address. One of several it is only if it has, for marks may decide; a single
-// one, too, if no other link that leads anywhere has it. What leads to a peer now need not be
-// the link by which an older flow left.
+// leftBy returns by which of the links a flow with an outside address left. That is the link
+// that has the address. Where none of them has it, a single link is the answer, unless another
+// link that leads somewhere has the address: an older flow may have left by that. Of several
+// links nobody knows: marks may decide.
 func leftBy(links []gateway.Link, network gateway.Network, ext netip.Addr) (l gateway.Link, ok bool) {
 	holds := func(l gateway.Link) bool {
 		return slices.ContainsFunc(network.Addrs, func(a gateway.Addr) bool { return a.Link == l.Index && a.Prefix.Addr() == ext })

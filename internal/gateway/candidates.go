@@ -66,7 +66,7 @@ func (n Network) candidates(uplinks map[string]bool, may func(netip.Prefix) bool
 			continue
 		}
 		for _, p := range l.Networks {
-			if !p.IsSingleIP() && covered(p, private) && may(p) {
+			if !p.IsSingleIP() && Covered(p, private) && may(p) {
 				found = append(found, p)
 			}
 		}

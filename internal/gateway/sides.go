@@ -60,9 +60,9 @@ type Sides struct {
 
 // Mark says which links are outside links, and which lead inside.
 //
-// A link that leads to an enabled subnet is not outside only because of a default route
-// that it got, by a router advertisement say, while another link leads outside, or no
-// subnet of that family is enabled. Else it is both: the gateway has one arm.
+// A link that leads to an enabled subnet may get a default route, by a router advertisement
+// say. That does not make it an outside link while another link leads outside, or no subnet of
+// that family is enabled. Else it is both: the gateway has one arm.
 func (n *Network) Mark(s Sides) {
 	n.Missing = nil
 	if p := n.places; p == nil || !slices.Equal(p.subnets, s.Subnets) {
@@ -157,7 +157,7 @@ func (n Network) ledByMain(l Link) bool {
 func (n Network) leadsBy(l Link) func(Route) bool {
 	return func(r Route) bool {
 		return r.Link == l.Index && r.Prefix.Addr().Is4() && !slices.ContainsFunc(n.Addrs, func(own Addr) bool {
-			return own.Link == l.Index && covered(r.Prefix, []netip.Prefix{own.Prefix.Masked()})
+			return own.Link == l.Index && Covered(r.Prefix, []netip.Prefix{own.Prefix.Masked()})
 		})
 	}
 }
@@ -297,7 +297,7 @@ var sharedAddresses = netip.MustParsePrefix("100.64.0.0/10") // RFC 6598
 
 // notPublic reports whether no address of p is on the Internet.
 func notPublic(p netip.Prefix) bool {
-	return covered(p, private) || covered(p, []netip.Prefix{sharedAddresses, linkLocal4}) || p.Addr().IsLoopback() || p.Addr().IsMulticast()
+	return Covered(p, private) || Covered(p, []netip.Prefix{sharedAddresses, linkLocal4}) || p.Addr().IsLoopback() || p.Addr().IsMulticast()
 }
 
 var linkLocal4 = netip.MustParsePrefix("169.254.0.0/16")

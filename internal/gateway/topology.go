@@ -39,8 +39,8 @@ func (n Network) Topology() cone.Topology {
 	return t
 }
 
-// covered reports whether one of the prefixes holds all of p.
-func covered(p netip.Prefix, by []netip.Prefix) bool {
+// Covered reports whether one of the prefixes holds all of p.
+func Covered(p netip.Prefix, by []netip.Prefix) bool {
 	return slices.ContainsFunc(by, func(b netip.Prefix) bool {
 		return b.Bits() <= p.Bits() && b.Contains(p.Addr())
 	})

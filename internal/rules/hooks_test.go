@@ -56,8 +56,8 @@ func TestHooksAreDocumented(t *testing.T) {
 	}
 }
 
-// What passes the forward hook is compared with what this rule counted. The input hook is none
-// of it, whatever look-ups the kernel has.
+// The daemon compares the children that this rule counts with those that pass the forward hook.
+// Children of the gateway itself do not pass it.
 //
 // Fails when children of the gateway itself count.
 func TestChildrenOfTheGatewayDoNotCountAsForwarded(t *testing.T) {

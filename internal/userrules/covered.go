@@ -110,8 +110,8 @@ func (c *Covered) Bars(p cone.Permission) bool {
 	return c != nil && c.takes(0, len(c.ranges), p.Ext.Addr.Netip(), p.Ext.Port, &p)
 }
 
-// takes reports whether a forward of a part of the tree takes packets to an endpoint: those
-// that are for p, or any if that is nil.
+// takes reports whether a forward in a part of the tree covers an endpoint and bars p. If p is
+// nil, each forward that covers the endpoint counts.
 func (c *Covered) takes(low, high int, a netip.Addr, port uint16, p *cone.Permission) bool {
 	for low < high {
 		mid := (low + high) / 2

@@ -42,14 +42,7 @@ func TestForwardsTellWhereTheyLead(t *testing.T) {
 		"a port":        {"--to-destination :5070", none},
 		"shifted ports": {"--to-destination 10.47.11.109:5070-5071/5060", none},
 	} {
-		for _, variant := range []string{lab.IPTablesNFT, lab.IPTablesLegacy} {
-			t.Run(variant+"/"+name, func(t *testing.T) {
-				t.Parallel()
-				l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
-				check(t, l.IPTables(variant, "*nat\n-A PREROUTING -p udp --dport 5060 -j DNAT "+tt.rule+"\nCOMMIT\n"))
-				leads(t, l, tt.want)
-			})
-		}
+		withIPTables(t, name, "*nat\n-A PREROUTING -p udp --dport 5060 -j DNAT "+tt.rule+"\nCOMMIT\n", func(t *testing.T, l *lab.Lab) { leads(t, l, tt.want) })
 	}
 }
 

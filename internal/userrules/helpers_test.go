@@ -29,6 +29,19 @@ func newReader(t testing.TB, l *lab.Lab) *userrules.Reader {
 	return r
 }
 
+// withIPTables runs a test with each of both iptables, in a lab that has these rules alone.
+func withIPTables(t *testing.T, name, rules string, test func(t *testing.T, l *lab.Lab)) {
+	t.Helper()
+	for _, variant := range []string{lab.IPTablesNFT, lab.IPTablesLegacy} {
+		t.Run(variant+"/"+name, func(t *testing.T) {
+			t.Parallel()
+			l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
+			check(t, l.IPTables(variant, rules))
+			test(t, l)
+		})
+	}
+}
+
 // readOnce reads the rules of a network namespace.
 func readOnce(netns int) (*userrules.Ruleset, error) {
 	r := userrules.NewReader(userrules.Config{NetNS: netns, OwnChain: rules.MarkerChain})

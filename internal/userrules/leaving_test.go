@@ -52,14 +52,7 @@ func TestSourceOfAPacket(t *testing.T) {
 		"exempt":          {"-d 203.0.113.5 -j ACCEPT\n-A POSTROUTING -j MASQUERADE", asIs},
 		"perhaps exempt":  {"-m policy --dir out --pol ipsec -j ACCEPT\n-A POSTROUTING -j MASQUERADE", unsure},
 	} {
-		for _, variant := range []string{lab.IPTablesNFT, lab.IPTablesLegacy} {
-			t.Run(variant+"/"+name, func(t *testing.T) {
-				t.Parallel()
-				l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
-				check(t, l.IPTables(variant, "*nat\n-A POSTROUTING "+tt.rules+"\nCOMMIT\n"))
-				sourceOf(t, l, tt.want)
-			})
-		}
+		withIPTables(t, name, "*nat\n-A POSTROUTING "+tt.rules+"\nCOMMIT\n", func(t *testing.T, l *lab.Lab) { sourceOf(t, l, tt.want) })
 	}
 }
 

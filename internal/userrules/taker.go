@@ -57,8 +57,7 @@ func (c coveredPorts) equal(d coveredPorts) bool {
 	return c.PortRange == d.PortRange && slices.EqualFunc(c.by, d.by, func(a, b *taker) bool { return a.key == b.key })
 }
 
-// take reports whether ports have one whose packets are taken: those that are for p, or any
-// if that is nil.
+// take reports whether a forward of a port bars p. If p is nil, each forward of the port counts.
 func take(ports []coveredPorts, port uint16, p *cone.Permission) bool {
 	i, found := slices.BinarySearchFunc(ports, port, func(r coveredPorts, port uint16) int {
 		switch {

@@ -92,7 +92,7 @@ func TestUplinksAreTheLinksThatRulesTranslateBy(t *testing.T) {
 // The same rules say the same, whichever iptables has them.
 //
 // Fails when a condition of iptables is not followed: a pattern of links, an inverted one, a
-// chain, or a match that says nothing of links.
+// chain, or a match of something else than links.
 func TestUplinksOfIPTables(t *testing.T) {
 	prefix := netip.MustParsePrefix
 	lan := userrules.LAN{Link: userrules.Link{Index: 11, Name: "lan0"}, Networks: []netip.Prefix{prefix("10.47.11.0/24")}}
@@ -117,20 +117,15 @@ func TestUplinksOfIPTables(t *testing.T) {
 		{"-A POSTROUTING -o wan2 -p tcp -j MASQUERADE", "", ""},
 		{"-A PREROUTING -i wan2 -p udp --dport 9 -j DNAT --to-destination 10.47.11.109", "", ""},
 	} {
-		for _, program := range []string{lab.IPTablesLegacy, lab.IPTablesNFT} {
-			t.Run(program+" "+test.rules, func(t *testing.T) {
-				t.Parallel()
-				l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
-				check(t, l.IPTables(program, "*nat\n"+test.rules+"\nCOMMIT\n"))
-				rs := ruleset(t, l)
-				all, err := rs.Uplinks(lans)
-				check(t, err)
-				named, err := rs.NamedUplinks(lans)
-				check(t, err)
-				if strings.Join(all, " ") != test.want || strings.Join(named, " ") != test.named {
-					t.Errorf("%q, named %q, want %q and %q", all, named, test.want, test.named)
-				}
-			})
-		}
+		withIPTables(t, test.rules, "*nat\n"+test.rules+"\nCOMMIT\n", func(t *testing.T, l *lab.Lab) {
+			rs := ruleset(t, l)
+			all, err := rs.Uplinks(lans)
+			check(t, err)
+			named, err := rs.NamedUplinks(lans)
+			check(t, err)
+			if strings.Join(all, " ") != test.want || strings.Join(named, " ") != test.named {
+				t.Errorf("%q, named %q, want %q and %q", all, named, test.want, test.named)
+			}
+		})
 	}
 }
