@@ -177,7 +177,7 @@ func because(r cone.Reason, err error) error {
 func (b *backends) configure(cfg config.Config) {
 	b.each(func(_ cone.Carriers, x backend) { x.SetLifetime(cfg.Lifetime) })
 	if b.nft != nil {
-		b.nft.Configure(cfg.MaxChildren, cfg.PeerGroups)
+		b.nft.SetPeerGroups(cfg.PeerGroups)
 	}
 }
 

@@ -7,10 +7,12 @@ import (
 	"maps"
 	"net"
 	"slices"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
@@ -112,9 +114,9 @@ var (
 // admit needs no conntrack state: a NAT chain sees the first packet only. In which conntrack
 // zone that comes does not matter where zones are of the original direction alone.
 //
-// An element carries the cap on its children, a token bucket: with an empty bucket the
-// look-up does not match, which is far cheaper than to count flows. The packet goes on as
-// any unsolicited one, to the guard as a rule.
+// The cap on children is a token bucket, which is far cheaper than to count flows. A child
+// takes a token; where there is none its packet goes on as any unsolicited one, to the guard as
+// a rule.
 func (l *layout) admit(d Desired, kinds []kind) {
 	l.counters = append(l.counters, admittedCounter)
 	admitted := l.regular("admitted")
@@ -141,6 +143,13 @@ func (l *layout) admit(d Desired, kinds []kind) {
 	if d.UplinkMarks != nil {
 		unmarked = ctMark.is(host32(0))
 	}
+	var buckets *set
+	if d.Map.MaxChildren > 0 {
+		// Each element keeps the limit that it was made with.
+		buckets = l.set(fmt.Sprintf("%s_%d", bucketsSet, d.Map.MaxChildren), permissionKey...)
+		buckets.HasTimeout, buckets.Timeout, buckets.Dynamic, buckets.free = true, bucketTimeout, true, true
+		buckets.Size = uint32(d.Map.Size)
+	}
 	addrs, ports, marks := l.named(elements.PermissionMap), l.named(elements.PortMap), l.named(elements.MarksMap)
 	for _, k := range kinds {
 		if k.open != nil {
@@ -152,7 +161,7 @@ func (l *layout) admit(d Desired, kinds []kind) {
 		// packet does not match.
 		const addr, port = dataWord, dataWord + 1
 		l.rule(admitted, "a peer may send from any port", isUDP, k.hasPacket(),
-			key.load(0), ports.find(0, port), key.load(0), addrs.find(0, addr),
+			key.load(0), ports.find(0, port), key.load(0), addrs.find(0, addr), k.takeToken(buckets, d.Map.MaxChildren),
 			label, addTo(flows, elem{key: packetFlow}), counter(admittedCounter), nat(expr.NATTypeDestNAT, addr, port))
 	}
 	if l.zoned != nil {
@@ -207,8 +216,8 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	l.rule(learn, "", ctReplyIPSaddr.in(l.noPeers), accept)
 	l.rule(learn, "", isUDP, ctReplyProtoSrc.in(peerPorts), accept)
 	l.rule(learn, "", isUDP, ctReplyProtoDst.in(ports), accept)
-	// A look-up takes a token. Whoever sends on without an answer must not take those
-	// of his own children, and yet be learned again when his permission has run out.
+	// Whoever sends on without an answer must not use up what his host may learn, and yet be
+	// learned again when his permission has run out.
 	repeaters := l.set(repeatersSet, permissionKey...)
 	repeaters.HasTimeout, repeaters.Timeout, repeaters.Dynamic, repeaters.free = true, learnerTimeout, true, true
 	l.rule(learn, "a flow that was seen, but for six packets a minute", hasStatus(ctConfirmed), isUDP,
@@ -242,7 +251,7 @@ func (l *layout) learn(d Desired, kinds []kind) {
 		// A second host on the outside endpoint neither takes over nor refreshes.
 		l.rule(learn, "one that is there stays as it is", isUDP, k.hasFlow(),
 			addTo(portMap, elem{key: key, timeout: c.Lifetime, data: &ctOriginalProtoSrc}),
-			addTo(addrMap, elem{key: key, timeout: c.Lifetime, limit: k.cap(c), data: &ctOriginalIPSaddr}),
+			addTo(addrMap, elem{key: key, timeout: c.Lifetime, data: &ctOriginalIPSaddr}),
 			counter(learnedCounter), accept)
 	}
 }
@@ -250,11 +259,19 @@ func (l *layout) learn(d Desired, kinds []kind) {
 // learnBurst is how many times LearnRate the kernel may learn at once.
 const learnBurst = 5
 
-// cap is the cap on the children of an element, nil for none.
-func (k kind) cap(c *MapConfig) expr.Any {
-	if c.MaxChildren == 0 {
+// takeToken matches while the permission of a child may have another one: maxChildren at
+// once, and as many again in 30 s, the time that conntrack keeps a flow that nobody answers
+// (nf_conntrack_udp_timeout). A permission that is not for one peer may have more
+// (cone.WildChildren).
+func (k kind) takeToken(buckets *set, maxChildren int) exprs {
+	if maxChildren == 0 {
 		return nil
 	}
-	b := elements.BucketOf(c.MaxChildren, k.wild)
-	return limitRate(false, b.PerMinute, expr.LimitTimeMinute, b.Size+1) // to make the element takes one
+	if k.wild > 0 {
+		maxChildren *= cone.WildChildren
+	}
+	return updateIn(buckets, elem{key: k.packetKey(), limit: limitRate(false, 2*maxChildren, expr.LimitTimeMinute, maxChildren)})
 }
+
+// bucketTimeout is longer than it takes until a bucket is full.
+const bucketTimeout = time.Minute

@@ -103,6 +103,13 @@ const contentsIP = `
 		timeout 1m
 	}
 
+	set buckets_256 {
+		type ipv4_addr . ipv4_addr . inet_service
+		size 1000
+		flags dynamic,timeout
+		timeout 1m
+	}
+
 	set repeaters {
 		type ipv4_addr . ipv4_addr . inet_service
 		size 65535
@@ -129,7 +136,7 @@ const contentsIP = `
 	chain admitted {
 		socket wildcard <= 1 accept comment "the gateway itself serves it"
 		ct mark set ip saddr . ip daddr . udp dport map @marks comment "a mark for policy routing"
-		meta l4proto udp ct label set 126 add @admitted_flows { ip saddr . udp sport . ip daddr . udp dport } counter name "admitted" dnat to ip saddr . ip daddr . udp dport map @permissions:ip saddr . ip daddr . udp dport map @permission_ports comment "a peer may send from any port"
+		update @buckets_256 { ip saddr . ip daddr . udp dport limit rate 512/minute burst 256 packets } ct label set 126 add @admitted_flows { ip saddr . udp sport . ip daddr . udp dport } counter name "admitted" dnat to ip saddr . ip daddr . udp dport map @permissions:ip saddr . ip daddr . udp dport map @permission_ports comment "a peer may send from any port"
 	}
 
 	chain admit {
@@ -161,7 +168,7 @@ const contentsIP = `
 		ct status ! confirmed meta l4proto udp ct reply ip saddr . ct reply proto-src . ct reply ip daddr . ct reply proto-dst @learned_flows delete @permission_ports { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst : ct original proto-src } delete @permissions { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst : ct original ip saddr } delete @marks { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst : ct mark } comment "a flow with the same answers has ended"
 		meta l4proto udp update @learned_flows { ct reply ip saddr . ct reply proto-src . ct reply ip daddr . ct reply proto-dst timeout 5m }
 		ct mark != 0x00000000 meta l4proto udp add @marks { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m : ct mark }
-		meta l4proto udp add @permission_ports { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m : ct original proto-src } add @permissions { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m limit rate 512/minute burst 257 packets : ct original ip saddr } counter name "learned" accept comment "one that is there stays as it is"
+		meta l4proto udp add @permission_ports { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m : ct original proto-src } add @permissions { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m : ct original ip saddr } counter name "learned" accept comment "one that is there stays as it is"
 	}
 }
 `

@@ -46,6 +46,7 @@ const (
 	learnedSet       = "learned_flows"
 	learnersSet      = "learners"
 	repeatersSet     = "repeaters"
+	bucketsSet       = "buckets" // and the cap on children
 	subnetsSet       = "subnets"
 	noPeersSet       = "no_peers"
 	groupsSet        = "groups" // and the length of their prefixes

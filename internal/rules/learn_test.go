@@ -171,6 +171,27 @@ func TestOneWayTrafficLeavesRoomForChildren(t *testing.T) {
 	eventually(t, func() bool { got += receive(t, in); return got >= 9 })
 }
 
+// A host that opens flow after flow to one peer leaves tokens to its children.
+// Fails if a new flow of the host takes one.
+func TestNewFlowsLeaveRoomForChildren(t *testing.T) {
+	for name, groups := range map[string][]netip.Prefix{"peer": nil, "group": {netip.MustParsePrefix("203.0.113.0/28")}} {
+		t.Run(name, func(t *testing.T) {
+			d, m := learning, *learning.Map
+			m.MaxChildren, m.PeerGroups, m.LearnRate = 10, groups, 10_000
+			d.Map = &m
+			g := newGate(t, lab.Options{}, d)
+			in, peer := g.inside(5060), g.peer(lab.PeerA, 5060)
+			p := g.contact(in, peer)
+			for i := range 400 { // a group may have 160 children
+				check(t, in.Send(netip.AddrPortFrom(lab.PeerA, uint16(20_000+i)), "another flow"))
+			}
+			send(t, g.Lab, lab.PeerA, 10, p.Ext.Netip())
+			got := 0
+			eventually(t, func() bool { got += receive(t, in); return got == 10 })
+		})
+	}
+}
+
 func TestDeniedIsNotLearnedUntilGranted(t *testing.T) {
 	g := newGate(t, lab.Options{}, learning)
 	in, peer := g.inside(5060), g.peer(lab.PeerA, 5060)

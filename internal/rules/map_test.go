@@ -166,9 +166,11 @@ func TestChildrenOfTheMapAreCapped(t *testing.T) {
 					t.Errorf("%d came in; %+v", got, c)
 				}
 
-				// Another cap is in force from the next refresh on.
-				g.m.Configure(0, nil)
-				g.m.Refresh([]cone.Permission{p}, func(int) { t.Fatal("lost") })
+				// Another cap is in force at once.
+				d := capped(learn)
+				d.Map.MaxChildren = 100
+				_, err := g.tables.Set(d)
+				check(t, err)
 				before := got
 				send(t, g.Lab, lab.PeerA, 40, p.Ext.Netip())
 				eventually(t, func() bool { got += receive(t, in); return got == before+40 })

@@ -13,8 +13,7 @@ import (
 // NewMap returns the permissions of t.
 func (t *Tables) NewMap(c *MapConfig) *elements.Map {
 	return elements.NewMap(t.w.Writer, elements.MapConfig{
-		Size: c.Size, Lifetime: c.Lifetime, MaxChildren: c.MaxChildren, PeerGroups: c.PeerGroups,
-		Uncapped: t.Lacks(FeatureLearn),
+		Size: c.Size, Lifetime: c.Lifetime, PeerGroups: c.PeerGroups,
 	})
 }
 

@@ -27,8 +27,6 @@ type Map struct {
 	size     int
 	lifetime time.Duration
 	groups   atomic.Pointer[[]netip.Prefix]
-	children int                 // as MapConfig.MaxChildren
-	uncapped bool                // the kernel lacks what that takes
 	denied   map[cone.Key]denial // as far as this process knows
 	swept    time.Time           // when it was last looked for what ended
 	marked   []cone.Permission   // of a batch
@@ -42,18 +40,15 @@ const perElement = 4
 type MapConfig struct {
 	// Size is how many permissions there is room for.
 	Size int
-	// Uncapped says that the kernel lacks what a cap on children takes.
-	Uncapped bool
-	// Lifetime, MaxChildren and PeerGroups are as those of rules.MapConfig.
-	Lifetime    time.Duration
-	MaxChildren int
-	PeerGroups  []netip.Prefix
+	// Lifetime and PeerGroups are as those of rules.MapConfig.
+	Lifetime   time.Duration
+	PeerGroups []netip.Prefix
 }
 
 // NewMap returns the Map of the tables of w.
 func NewMap(w *Writer, c MapConfig) *Map {
-	m := &Map{size: c.Size, lifetime: c.Lifetime, uncapped: c.Uncapped, denied: make(map[cone.Key]denial)}
-	m.Configure(c.MaxChildren, c.PeerGroups)
+	m := &Map{size: c.Size, lifetime: c.Lifetime, denied: make(map[cone.Key]denial)}
+	m.SetPeerGroups(c.PeerGroups)
 	m.begin(w)
 	return m
 }
@@ -73,12 +68,10 @@ func (m *Map) Max() int { return m.size }
 // SetLifetime sets the timeout of what is granted or refreshed from now on.
 func (m *Map) SetLifetime(d time.Duration) { m.lifetime = d }
 
-// Configure sets MapConfig.MaxChildren for what is granted or refreshed from now
-// on, and MapConfig.PeerGroups.
-func (m *Map) Configure(maxChildren int, peerGroups []netip.Prefix) {
-	m.children = maxChildren
-	groups := slices.Clone(peerGroups)
-	m.groups.Store(&groups)
+// SetPeerGroups sets MapConfig.PeerGroups.
+func (m *Map) SetPeerGroups(all []netip.Prefix) {
+	all = slices.Clone(all)
+	m.groups.Store(&all)
 }
 
 // wild returns how many low bits of a peer in the map stand for any. An element
@@ -375,25 +368,9 @@ func (m *Map) element(seq uint32, typ uint16, set string, p *cone.Permission, va
 	if timeout > 0 {
 		e.BE64(unix.NFTA_SET_ELEM_TIMEOUT, uint64(timeout.Milliseconds()))
 	}
-	if value && set == PermissionMap && m.children > 0 && !m.uncapped {
-		m.bucket(BucketOf(m.children, p.Wild))
-	}
 	e.EndNest(element)
 	e.EndNest(list)
 	e.End()
-}
-
-// bucket appends the expression that caps the children of an element.
-func (m *Map) bucket(b Bucket) {
-	e := &m.enc
-	limit := e.Nest(unix.NFTA_SET_ELEM_EXPR)
-	e.Str(unix.NFTA_EXPR_NAME, "limit")
-	data := e.Nest(unix.NFTA_EXPR_DATA)
-	e.BE64(unix.NFTA_LIMIT_RATE, uint64(b.PerMinute))
-	e.BE64(unix.NFTA_LIMIT_UNIT, 60)
-	e.BE32(unix.NFTA_LIMIT_BURST, uint32(b.Size))
-	e.EndNest(data)
-	e.EndNest(limit)
 }
 
 // Lengths of a key, each part filled up to a register's 4 bytes, and of the values; see

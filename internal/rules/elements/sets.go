@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"strings"
 	"time"
-
-	"github.com/conenatd/conenatd/internal/cone"
 )
 
 // Names of the sets and maps whose elements come and go.
@@ -78,16 +76,3 @@ const (
 	// the flows that have it have ended.
 	goneTimeout = 10 * time.Second
 )
-
-// A Bucket has tokens, of which a look-up of an element of PermissionMap takes one.
-type Bucket struct{ Size, PerMinute int }
-
-// BucketOf returns the bucket that lets an element have about maxChildren children
-// that nobody answers: conntrack forgets those after 30 s (nf_conntrack_udp_timeout).
-// An element that is not for one peer may have more (cone.WildChildren).
-func BucketOf(maxChildren int, wild uint8) Bucket {
-	if wild > 0 {
-		maxChildren *= cone.WildChildren
-	}
-	return Bucket{Size: maxChildren, PerMinute: 2 * maxChildren}
-}
