@@ -1,0 +1,181 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// sipHelper are rules that attach the SIP helper of the kernel.
+const sipHelper = `table ip h {
+	ct helper sip-udp { type "sip" protocol udp; }
+	ct helper sip-tcp { type "sip" protocol tcp; }
+	chain p {
+		type filter hook prerouting priority 0;
+		iifname "lan0" udp dport 5060 ct helper set "sip-udp"
+		iifname "lan0" tcp dport 5060 ct helper set "sip-tcp"
+	}
+}
+`
+
+// A sipCall is between a phone and a proxy on peer A. The SIP helper translates what is in
+// its messages, and expects its media.
+type sipCall struct {
+	*scene
+	transport          string // as in a Via header
+	phone, media       *lab.Socket
+	proxy, proxyMedia  *lab.Socket
+	overTCP, acceptTCP net.Conn // nil with UDP
+	seq                int
+}
+
+func newSIPCall(s *scene, transport string) *sipCall {
+	s.T.Helper()
+	c := &sipCall{
+		scene: s, transport: transport,
+		phone: s.InsideSocket(0, 6010), media: s.InsideSocket(0, 7010),
+		proxy: s.PeerSocket(lab.PeerA, 5060), proxyMedia: s.PeerSocket(lab.PeerA, 40010),
+	}
+	if transport == "TCP" {
+		var l net.Listener
+		s.Must(s.Outside.Do(func() (err error) {
+			l, err = net.Listen("tcp", c.proxy.Addr().String())
+			return err
+		}))
+		defer l.Close()
+		s.Must(s.Inside(0).Do(func() (err error) {
+			d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(c.phone.Addr()), Timeout: 5 * time.Second}
+			c.overTCP, err = d.Dial("tcp", c.proxy.Addr().String())
+			return err
+		}))
+		s.T.Cleanup(func() { c.overTCP.Close() })
+		var err error
+		c.acceptTCP, err = l.Accept()
+		s.Must(err)
+		s.T.Cleanup(func() { c.acceptTCP.Close() })
+	}
+	return c
+}
+
+// message is a SIP message with a description of media.
+func (c *sipCall) message(first, method string, from, media netip.AddrPort) string {
+	body := fmt.Sprintf("v=0\r\no=- 1 1 IN IP4 %v\r\ns=-\r\nc=IN IP4 %v\r\nt=0 0\r\nm=audio %d RTP/AVP 0\r\n", media.Addr(), media.Addr(), media.Port())
+	return fmt.Sprintf("%s\r\nVia: SIP/2.0/%s %v;branch=z9hG4bK%d\r\nFrom: <sip:1@203.0.113.5>;tag=a\r\nTo: <sip:2@203.0.113.5>;tag=b\r\n"+
+		"Call-ID: 1@10.47.11.109\r\nCSeq: %d %s\r\nContact: <sip:1@%v>\r\nContent-Type: application/sdp\r\nContent-Length: %d\r\n\r\n%s",
+		first, c.transport, from, c.seq, c.seq, method, from, len(body), body)
+}
+
+// pass sends a message the one way or the other, and returns it as it arrives, and its source.
+func (c *sipCall) pass(text string, toProxy bool, ext netip.AddrPort) (string, netip.AddrPort, error) {
+	if c.transport == "TCP" {
+		from, to := c.overTCP, c.acceptTCP
+		if !toProxy {
+			from, to = to, from
+		}
+		buf := make([]byte, 4096)
+		_, err := from.Write([]byte(text))
+		err = errors.Join(err, to.SetReadDeadline(time.Now().Add(5*time.Second)))
+		n, failed := to.Read(buf)
+		return string(buf[:n]), netip.AddrPort{}, errors.Join(err, failed)
+	}
+	from, to, dst := c.phone, c.proxy, c.proxy.Addr()
+	if !toProxy {
+		from, to, dst = to, from, ext
+	}
+	if err := from.Send(dst, text); err != nil {
+		return "", netip.AddrPort{}, err
+	}
+	return to.Recv(5 * time.Second)
+}
+
+var sipMedia = regexp.MustCompile(`c=IN IP4 (\S+)[\s\S]*m=audio (\d+)`)
+
+// invite invites the proxy, as often as phones do that again, and gets its answer. It returns
+// the outside endpoint of the media.
+func (c *sipCall) invite() (media netip.AddrPort) {
+	c.T.Helper()
+	c.seq++
+	for range 3 {
+		text, ext, err := c.pass(c.message("INVITE sip:2@203.0.113.5 SIP/2.0", "INVITE", c.phone.Addr(), c.media.Addr()), true, netip.AddrPort{})
+		if err != nil {
+			c.T.Fatalf("the invitation is lost: %v\n%s", err, c.Dump())
+		}
+		m := sipMedia.FindStringSubmatch(text)
+		if m == nil {
+			c.T.Fatalf("message %q", text)
+		}
+		if got, want := m[1]+":"+m[2], netip.AddrPortFrom(c.Gateway.Addr, c.media.Addr().Port()).String(); got != want {
+			c.T.Fatalf("the helper tells of media at %s, want %s\n%s", got, want, c.Dump())
+		}
+		media = netip.MustParseAddrPort(m[1] + ":" + m[2])
+		answer := c.message("SIP/2.0 200 OK", "INVITE", c.proxy.Addr(), c.proxyMedia.Addr())
+		if ext.IsValid() { // the answer is for who sent it
+			answer = strings.Replace(answer, "Via: SIP/2.0/UDP "+c.proxy.Addr().String(), "Via: SIP/2.0/UDP "+ext.String(), 1)
+		}
+		if _, _, err := c.pass(answer, false, ext); err != nil {
+			c.T.Fatalf("the answer is lost: %v\n%s", err, c.Dump())
+		}
+	}
+	return media
+}
+
+// bye ends the call: the helper forgets its media.
+func (c *sipCall) bye() {
+	c.T.Helper()
+	c.seq++
+	_, _, err := c.pass(c.message("BYE sip:2@203.0.113.5 SIP/2.0", "BYE", c.phone.Addr(), c.media.Addr()), true, netip.AddrPort{})
+	c.Must(err)
+}
+
+// talk passes media both ways, and, if there is a map, from a port of the proxy that no message
+// told of: an expectation of ours would be in the helper's way.
+func (c *sipCall) talk(media netip.AddrPort, withMap bool) {
+	c.T.Helper()
+	const up = "media of the phone"
+	c.Must(c.media.Send(c.proxyMedia.Addr(), up))
+	if from, err := c.proxyMedia.Expect(up); err != nil || from != media {
+		c.T.Fatalf("media from %v, want %v: %v", from, media, err)
+	}
+	c.Arrives(c.media, c.proxyMedia, media)
+	if !withMap {
+		if p := c.Listed(c.media, c.proxyMedia, media, "refused"); p.Reason != "helper" {
+			c.T.Errorf("reason %q", p.Reason)
+		}
+		return
+	}
+	c.Stands(c.media, c.proxyMedia, media)
+	other := c.PeerSocket(lab.PeerA, 41510)
+	defer other.Close()
+	c.Arrives(c.media, other, media)
+}
+
+// The SIP helper of the user's works as without conenatd: invitations in a call, and a second
+// call with the same endpoint of media.
+//
+// Fails when an expectation of ours is where the helper needs its own.
+func TestSIPHelperOfTheUsersWorks(t *testing.T) {
+	for _, transport := range []string{"UDP", "TCP"} {
+		for _, mode := range [][]string{stage.Auto, stage.Expect, stage.NFT} {
+			t.Run(transport+"/"+mode[0][len("--backend="):], func(t *testing.T) {
+				s := play(t, lab.Options{Rules: lab.Masquerade + lab.DropPolicy + sipHelper}, append(mode, "--reconcile=1s")...)
+				s.Must(s.NFT("add rule inet filter forward ct status dnat accept"))
+				c := newSIPCall(s, transport)
+				for range 2 {
+					for range 2 {
+						c.talk(c.invite(), mode[0] != stage.Expect[0])
+						s.readAgain()
+					}
+					c.bye()
+				}
+			})
+		}
+	}
+}
