@@ -118,9 +118,7 @@ func IsAnchor(src, dst Endpoint) bool {
 // FlowSeen takes in a flow that is alive: a new one, or one seen again with its
 // present status and counters.
 func (m *Model) FlowSeen(now time.Duration, f *Flow) {
-	if f.Helped {
-		m.seeHelped(now, f)
-	}
+	m.seeHelped(now, f)
 	m.noteZones(f)
 	switch role, p, subnet := m.role(f); role {
 	case roleOut:

@@ -64,10 +64,12 @@ func (m *Model) forgetHelpers(now time.Duration) {
 	}
 }
 
-// seeHelped takes in that a helper works on f. A child may have the one of its anchor,
-// on kernels that hand it down.
+// seeHelped takes in that a helper of the user's works on f, or expected it: that of a TCP
+// flow, say, which nobody hears of. A child may have the one of its anchor, on kernels that
+// hand it down.
 func (m *Model) seeHelped(now time.Duration, f *Flow) {
-	if f.Status.Has(StatusExpected) && IsAnchor(f.MasterSrc, f.MasterDst) {
+	expected := f.Status.Has(StatusExpected) && f.MasterSrc != (Endpoint{})
+	if expected && IsAnchor(f.MasterSrc, f.MasterDst) || !expected && !f.Helped {
 		return
 	}
 	if _, _, inside := m.policy.subnet(f.Src.Addr.Netip()); inside {

@@ -54,9 +54,7 @@ func (m *Model) SnapshotFlow(now time.Duration, f *Flow) {
 	if !m.snap.running || m.snap.over(f.ID) {
 		return
 	}
-	if f.Helped {
-		m.seeHelped(now, f)
-	}
+	m.seeHelped(now, f)
 	m.noteZones(f)
 	switch role, _, _ := m.role(f); role {
 	case roleOut:
