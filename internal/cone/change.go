@@ -274,9 +274,10 @@ func (m *Model) Adopt(now time.Duration, p Permission, by Carriers, ends time.Du
 }
 
 // Revoke ends the permissions for which f returns true, for good: the flows
-// that hold them now do not bring them back, a new one does. It returns how
-// many stood.
+// that hold them now do not bring them back, a new one does. Other inside endpoints that
+// waited for one of them get theirs. It returns how many stood.
 func (m *Model) Revoke(now time.Duration, f func(Permission) bool) (n int) {
+	var revoked []int32
 	for i := range m.claims {
 		c := &m.claims[i]
 		if c.state == stateUnused || !f(c.Permission) {
@@ -287,18 +288,34 @@ func (m *Model) Revoke(now time.Duration, f func(Permission) bool) (n int) {
 		}
 		m.withdraw(int32(i), ReasonRevoked)
 		m.wheel.remove(int32(i))
-		m.keepRevoked(now, int32(i))
-		m.settle(now, int32(i))
+		m.markRevoked(int32(i))
+		revoked = append(revoked, int32(i))
+	}
+	for _, i := range revoked { // only now it is known who is first
+		if o := m.owner(m.claims[i].Key); m.claims[o].state == StateWaiting {
+			m.grant(now, o)
+		}
+		if m.policy.Learned {
+			m.keepDenied(now, i)
+		}
+		m.settle(now, i)
 	}
 	return n
 }
 
 // keepRevoked refuses claim i, which does not stand, until a new flow asks for it.
 func (m *Model) keepRevoked(now time.Duration, i int32) {
-	m.setState(i, StateRefused, ReasonRevoked)
+	m.markRevoked(i)
 	if m.policy.Learned {
 		m.keepDenied(now, i)
 	}
+}
+
+// markRevoked notes that claim i, which is not in the kernel, was revoked.
+func (m *Model) markRevoked(i int32) {
+	m.claims[i].ends = 0
+	m.setState(i, StateRefused, ReasonRevoked)
+	m.requeue(i)
 }
 
 // Revoked tells a new model what the user revoked while an earlier one was there: the

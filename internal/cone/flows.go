@@ -190,13 +190,19 @@ func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 		known := m.addFlow(now, i, f, false)
 		c := &m.claims[i]
 		c.Mark = p.Mark // of the newest flow
+		asks := c.isRevoked() && !known && !m.snap.showing
+		if asks {
+			m.wheel.remove(i)
+			m.setState(i, StateWaiting, ReasonConflict)
+			m.requeue(i)
+		}
 		switch o := m.owner(p.Key); {
 		case o != i && m.yields(o, i) && !m.isOver(now, c):
 			m.makeWay(now, i)
 		case known:
 		case o != i:
 			m.putBack(o)
-		case !m.snap.showing && c.state == StateRefused && c.reason == ReasonRevoked:
+		case asks:
 			m.grant(now, i)
 		}
 		return

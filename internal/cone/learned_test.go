@@ -157,9 +157,14 @@ func TestKeyIsNotDeniedWhileAnotherClaimOfItStands(t *testing.T) {
 	d.wantOps("the one that waits", d.carry())
 	d.want("10.47.11.109:1")
 
-	// The owner goes: now it would be learned.
-	d.ops = nil
+	// The owner's permission ends a lifetime later: now it would be learned.
 	d.gone(2+testPolicy.Retry, f)
+	d.want("10.47.11.109:1")
+	d.m.Tick(lifetime, 10)
+	d.carry()
+	d.ops = nil
+	d.m.Tick(2*lifetime, 10)
+	d.carry()
 	d.want()
 	if len(d.ops) != 2 || d.ops[0].Kind != Revoke || d.ops[1].Kind != Deny || d.ops[1].Int != ep("10.47.11.110:1") {
 		t.Errorf("ops %+v, want the owner revoked and the other denied", d.ops)

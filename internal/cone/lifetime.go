@@ -30,7 +30,7 @@ func (m *Model) settle(now time.Duration, i int32) {
 	switch {
 	case c.state != StateStanding && c.outs == 0: // wanted by nobody
 		m.end(now, i, ReasonExpired)
-	case c.nextKey != none && m.yields(i, c.nextKey):
+	case m.isWanted(i) && m.yields(i, c.nextKey):
 		m.end(now, i, ReasonYielded)
 	}
 }
@@ -125,7 +125,7 @@ func (m *Model) ask(now time.Duration, c *claim) time.Duration {
 // still lives, kept alive by the peer alone, the claim stays and stands again
 // as soon as it is fed.
 func (m *Model) expire(now time.Duration, i int32) {
-	if m.claims[i].outs == 0 || m.claims[i].nextKey != none {
+	if m.claims[i].outs == 0 || m.isWanted(i) {
 		m.end(now, i, ReasonExpired)
 		return
 	}

@@ -190,15 +190,7 @@ func (m *Model) claim(p Permission, fed time.Duration) int32 {
 	}
 	m.stats.Waiting++
 
-	if o := m.owner(p.Key); o == none {
-		m.byKey[p.Key] = i
-	} else {
-		last := o
-		for m.claims[last].nextKey != none {
-			last = m.claims[last].nextKey
-		}
-		m.claims[last].nextKey = i
-	}
+	m.enqueue(i)
 	if h, ok := m.byExt[p.extKey()]; ok {
 		c.extNext = h
 		m.claims[h].extPrev = i
@@ -342,19 +334,7 @@ func (m *Model) end(now time.Duration, i int32, r Reason) {
 		m.removeFlow(c.flows)
 	}
 
-	switch {
-	case first && c.nextKey == none:
-		delete(m.byKey, c.Key)
-	case first:
-		m.byKey[c.Key] = c.nextKey
-	default:
-		prev := m.byKey[c.Key]
-		for m.claims[prev].nextKey != i {
-			prev = m.claims[prev].nextKey
-		}
-		m.claims[prev].nextKey = c.nextKey
-	}
-
+	m.dequeue(i)
 	switch {
 	case c.extPrev != none:
 		m.claims[c.extPrev].extNext = c.extNext

@@ -47,13 +47,23 @@ func newRef(p Policy, t Topology) *refModel {
 	return &refModel{policy: p, topo: t, forwarded: map[extKey]time.Duration{}}
 }
 
+// ofKey returns the claims of k: the revoked ones are last.
 func (r *refModel) ofKey(k Key) (cs []*refClaim) {
-	for _, c := range r.claims {
-		if c.Key == k {
-			cs = append(cs, c)
+	for _, revoked := range []bool{false, true} {
+		for _, c := range r.claims {
+			if c.Key == k && c.revoked() == revoked {
+				cs = append(cs, c)
+			}
 		}
 	}
 	return cs
+}
+
+func (c *refClaim) revoked() bool { return c.state == StateRefused && c.reason == ReasonRevoked }
+
+// wanted reports whether another claim waits for the end of c.
+func (r *refModel) wanted(c *refClaim) bool {
+	return slices.ContainsFunc(r.ofKey(c.Key), func(x *refClaim) bool { return x != c && !x.revoked() })
 }
 
 func (r *refModel) find(k Key, in Endpoint) *refClaim {
@@ -169,23 +179,28 @@ func (r *refModel) seenOf(now time.Duration, f *Flow, what string, p Permission)
 		}
 		if c != nil {
 			known := r.add(now, c, f, false)
-			if o := r.ofKey(c.Key)[0]; o != c && o.lingers() && now < c.fed+r.policy.Lifetime {
+			asks := !known && !r.showing && c.revoked()
+			if asks { // and is the last to do so
+				c.state, c.reason = StateWaiting, ReasonNone
+				r.claims = append(slices.DeleteFunc(r.claims, func(x *refClaim) bool { return x == c }), c)
+			}
+			if o := r.ofKey(c.Key)[0]; o != c && o.lingers() && !c.revoked() && now < c.fed+r.policy.Lifetime {
 				r.end(now, o)
-			} else if !known && !r.showing && c.reason == ReasonRevoked && r.ofKey(c.Key)[0] == c {
+			} else if o == c && asks {
 				r.grant(now, c)
 			}
 			return
 		}
 		c = &refClaim{Permission: p, state: StateWaiting, fed: r.heard(now, f)}
-		rivals := r.ofKey(p.Key)
 		r.claims = append(r.claims, c)
 		r.add(now, c, f, false)
-		if over := now >= c.fed+r.policy.Lifetime; len(rivals) == 0 && over {
+		first := r.ofKey(p.Key)[0]
+		if over := now >= c.fed+r.policy.Lifetime; first == c && over {
 			c.state, c.reason = StateRefused, ReasonIdle
-		} else if len(rivals) == 0 {
+		} else if first == c {
 			r.grant(now, c)
-		} else if !over && rivals[0].lingers() {
-			r.end(now, rivals[0])
+		} else if !over && first.lingers() {
+			r.end(now, first)
 		}
 	case "child":
 		if c == nil || c.state != StateStanding && !f.Status.Has(StatusSeenReply) {
@@ -296,11 +311,18 @@ func (r *refModel) end(now time.Duration, c *refClaim) {
 }
 
 func (r *refModel) revoke(now time.Duration, in Endpoint) {
-	for _, c := range append([]*refClaim(nil), r.claims...) {
+	var revoked []*refClaim
+	for _, c := range r.claims {
 		if c.Int == in {
 			c.state, c.reason = StateRefused, ReasonRevoked
-			r.settle(now, c)
+			revoked = append(revoked, c)
 		}
+	}
+	for _, c := range revoked {
+		if o := r.ofKey(c.Key)[0]; o.state == StateWaiting {
+			r.grant(now, o)
+		}
+		r.settle(now, c)
 	}
 }
 
@@ -322,7 +344,7 @@ func (r *refModel) setPolicy(now time.Duration, p Policy) {
 
 func (r *refModel) settle(now time.Duration, c *refClaim) {
 	if c.state != StateStanding && c.count(false, false) == 0 ||
-		c.lingers() && len(r.ofKey(c.Key)) > 1 {
+		c.lingers() && r.wanted(c) {
 		r.end(now, c)
 	}
 }
@@ -397,7 +419,7 @@ func (r *refModel) tick(now, grace time.Duration) (ask []*refClaim) {
 				c.dieAt = now + grace
 				ask = append(ask, c)
 			case now < c.dieAt:
-			case c.count(false, false) == 0 || len(r.ofKey(c.Key)) > 1:
+			case c.count(false, false) == 0 || r.wanted(c):
 				r.end(now, c)
 			default:
 				c.state, c.reason = StateRefused, ReasonIdle

@@ -36,8 +36,12 @@ func (m *Model) IsSelf(p *Permission) bool { return m.policy.isOwn(p.Int.Addr) }
 
 // yields reports whether claim o, the first of its Key, makes way for claim i of the same
 // Key. That of a socket of the gateway stays until it ends by itself, for an inside host would
-// be refused for the socket; and one that was refused for it makes way at once.
+// be refused for the socket; and one that was refused for it makes way at once. None makes way
+// for one that was revoked.
 func (m *Model) yields(o, i int32) bool {
+	if m.claims[i].isRevoked() {
+		return false
+	}
 	c := &m.claims[o]
 	first, next := m.policy.forSocket(&c.Permission), m.policy.forSocket(&m.claims[i].Permission)
 	switch {

@@ -1,0 +1,52 @@
+package cone
+
+// The claims of one Key form a queue: the first one stands, or would stand. Those that the
+// user revoked come last, for they wait for a new flow, and must not keep others waiting.
+
+// isRevoked reports whether the user revoked c, and no new flow asked for it since.
+func (c *claim) isRevoked() bool { return c.state == StateRefused && c.reason == ReasonRevoked }
+
+// enqueue puts claim i into the queue of its Key. Of the revoked ones the last that was
+// revoked is first, so that it is denied if no other is.
+func (m *Model) enqueue(i int32) {
+	c := &m.claims[i]
+	prev, next := none, m.owner(c.Key)
+	for next != none && !m.claims[next].isRevoked() {
+		prev, next = next, m.claims[next].nextKey
+	}
+	c.nextKey = next
+	if prev == none {
+		m.byKey[c.Key] = i
+	} else {
+		m.claims[prev].nextKey = i
+	}
+}
+
+// dequeue takes claim i out of the queue of its Key.
+func (m *Model) dequeue(i int32) {
+	c := &m.claims[i]
+	switch prev := m.byKey[c.Key]; {
+	case prev != i:
+		for m.claims[prev].nextKey != i {
+			prev = m.claims[prev].nextKey
+		}
+		m.claims[prev].nextKey = c.nextKey
+	case c.nextKey == none:
+		delete(m.byKey, c.Key)
+	default:
+		m.byKey[c.Key] = c.nextKey
+	}
+	c.nextKey = none
+}
+
+// requeue moves claim i to its place after it was revoked, or asked for again.
+func (m *Model) requeue(i int32) {
+	m.dequeue(i)
+	m.enqueue(i)
+}
+
+// isWanted reports whether another claim waits for claim i, the first of its Key, to end.
+func (m *Model) isWanted(i int32) bool {
+	next := m.claims[i].nextKey
+	return next != none && !m.claims[next].isRevoked()
+}

@@ -1,0 +1,71 @@
+package cone
+
+import "testing"
+
+const (
+	sharing1, sharing2, sharing3 = "10.47.11.109:1", "10.47.11.110:1", "10.47.11.111:1"
+)
+
+// Two hosts share an outside port towards one peer. The owner's permission was revoked, and he
+// goes on in his old flow: the other one gets his own, and keeps it until he ends.
+//
+// Fails when a revoked claim stays the first of its Key, or counts as one that waits.
+func TestRevokedPermissionKeepsNobodyWaiting(t *testing.T) {
+	for name, change := range map[string]func(*Policy){"expected": nil, "learned": learned} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, change)
+			old := d.open(0, sharing1, "203.0.113.5:9")
+			other := d.open(0, sharing2, "203.0.113.5:10")
+			d.want(sharing1)
+			if n := d.m.Revoke(1, func(p Permission) bool { return p.Int == ep(sharing1) }); n != 1 {
+				t.Errorf("%d revoked, want 1", n)
+			}
+			d.carry()
+			d.want(sharing2)
+			d.gone(2, other) // its permission lingers
+			d.snapshot(3, old)
+			d.want(sharing2)
+			for now := testPolicy.Retry; now <= lifetime+testPolicy.Retry; now += testPolicy.Retry {
+				d.m.Tick(now, 10)
+				d.carry()
+			}
+			d.want() // the old flow brings nothing back
+			d.open(2*lifetime, sharing3, "203.0.113.5:11")
+			d.want(sharing3)
+			d.open(2*lifetime, sharing1, "203.0.113.5:12") // asks again, and waits
+			d.want(sharing3)
+			d.m.Revoke(2*lifetime, func(p Permission) bool { return p.Int == ep(sharing3) })
+			d.carry()
+			d.want(sharing1)
+		})
+	}
+}
+
+// Who asks again comes before those that were revoked and did not, and after those that wait.
+//
+// Fails when claimOut leaves a revoked claim where it is.
+func TestWhoAsksAgainWaitsForTheOthers(t *testing.T) {
+	d := newDesk(t, nil)
+	d.open(0, sharing1, "203.0.113.5:9")
+	second := d.open(0, sharing2, "203.0.113.5:10")
+	third := d.open(0, sharing3, "203.0.113.5:11")
+	d.m.Revoke(1, func(p Permission) bool { return p.Int != ep(sharing2) })
+	d.carry()
+	d.want(sharing2)
+	d.open(2, sharing3, "203.0.113.5:12")
+	d.want(sharing2)
+	d.gone(3, third)
+	d.gone(4, second)
+	d.want(sharing3)
+}
+
+// Revoked at once, none has it even for a moment.
+//
+// Fails when Revoke lets the next one stand before it has asked about all.
+func TestRevokeOfSharedPermissionGrantsNothing(t *testing.T) {
+	d := newDesk(t, nil)
+	d.open(0, sharing1, "203.0.113.5:9")
+	d.open(0, sharing2, "203.0.113.5:10")
+	d.m.Revoke(1, func(Permission) bool { return true })
+	d.wantOps("all revoked", d.carry(), Revoke)
+}
