@@ -373,10 +373,8 @@ func (p *policy) subnet(a netip.Addr) (int, Subnet, bool) {
 	if len(p.own) > 0 && p.isOwn(AddrFrom(a)) {
 		return len(p.Subnets), selfSubnet, true
 	}
-	for i, s := range p.Subnets {
-		if s.Prefix.Contains(a) {
-			return i, s, true
-		}
+	if i := p.subnets.Find(a); i >= 0 {
+		return i, p.Subnets[i], true
 	}
 	return len(p.Subnets), Subnet{}, false
 }

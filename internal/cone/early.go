@@ -113,7 +113,7 @@ func (m *Model) stands(k Key) bool {
 	if certain(0) {
 		return true
 	}
-	return m.policy.wild && (certain(groupBits(m.policy.PeerGroups, k.Peer)) || certain(uint8(k.Peer.Netip().BitLen())))
+	return m.policy.wild && (certain(groupBits(m.policy.groups, k.Peer)) || certain(uint8(k.Peer.Netip().BitLen())))
 }
 
 // Granted tells the model that p stands in the kernel. Flows of early packets

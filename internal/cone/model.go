@@ -401,7 +401,7 @@ func (m *Model) Lost(now time.Duration, p Permission, by Carriers) bool {
 // stand, it is refreshed now, which shows, and Doubt returns true. Whether it is for a
 // group is not asked.
 func (m *Model) Doubt(k Key) bool {
-	for _, k.Wild = range [...]uint8{0, groupBits(m.policy.PeerGroups, k.Peer)} {
+	for _, k.Wild = range [...]uint8{0, groupBits(m.policy.groups, k.Peer)} {
 		if i := m.owner(k); i != none && m.claims[i].state == StateStanding {
 			m.op(Op{Kind: Refresh, Permission: m.claims[i].Permission, By: m.claims[i].placed.By})
 			return true

@@ -91,7 +91,8 @@ type policy struct {
 	Policy
 	peerPorts, ports *portSet
 	excluded         *spans // peers
-	wild             bool   // there may be permissions for more than one peer
+	groups, subnets  *PrefixTable
+	wild             bool // there may be permissions for more than one peer
 
 	// own are the gateway's addresses, of the families of Self4 and Self6.
 	own map[Addr]struct{}
@@ -99,12 +100,18 @@ type policy struct {
 
 // compilePolicy makes p quick to ask on a gateway with these addresses.
 func compilePolicy(p Policy, local map[Addr]struct{}) policy {
+	prefixes := make([]netip.Prefix, len(p.Subnets))
+	for i, s := range p.Subnets {
+		prefixes[i] = s.Prefix
+	}
 	return policy{
 		own:       p.ownOf(local),
 		Policy:    p,
 		peerPorts: newPortSet(p.ExcludePeerPorts),
 		ports:     newPortSet(p.ExcludePorts),
 		excluded:  spansOf(p.ExcludePeers),
+		groups:    NewPrefixTable(p.PeerGroups),
+		subnets:   NewPrefixTable(prefixes),
 		wild: len(p.PeerGroups) > 0 || slices.ContainsFunc(p.Subnets, func(s Subnet) bool {
 			return s.Filtering == EndpointIndependent
 		}),
@@ -125,21 +132,20 @@ func (p *policy) widen(x *Permission) {
 		if x.Peer.Is4() {
 			x.Wild = 32
 		}
-	} else if low := groupBits(p.PeerGroups, x.Peer); x.Routed() || !p.Expected || s.Choice == ChooseMap || low > SpreadBits {
+	} else if low := groupBits(p.groups, x.Peer); x.Routed() || !p.Expected || s.Choice == ChooseMap || low > SpreadBits {
 		x.Wild = low
 	}
 	x.Peer = x.Peer.WithoutLow(x.Wild)
 }
 
 // groupBits returns how many low bits of a peer's address do not matter.
-func groupBits(groups []netip.Prefix, peer Addr) uint8 {
+func groupBits(groups *PrefixTable, peer Addr) uint8 {
 	a := peer.Netip()
-	for _, g := range groups {
-		if g.Contains(a) {
-			return uint8(a.BitLen() - g.Bits())
-		}
+	i := groups.Find(a)
+	if i < 0 {
+		return 0
 	}
-	return 0
+	return uint8(a.BitLen() - groups.prefixes[i].Bits())
 }
 
 // SpreadBits bounds the groups whose permissions are spread, one for each address: they
@@ -148,7 +154,7 @@ const SpreadBits = 4
 
 // Spread returns the first peer of the small group that peer is of, and how many there
 // are (Addr.Plus); without such a group it is the peer alone.
-func Spread(groups []netip.Prefix, peer Addr) (first Addr, n int) {
+func Spread(groups *PrefixTable, peer Addr) (first Addr, n int) {
 	if low := groupBits(groups, peer); low <= SpreadBits {
 		return peer.WithoutLow(low), 1 << low
 	}
@@ -160,7 +166,7 @@ func Spread(groups []netip.Prefix, peer Addr) (first Addr, n int) {
 // for as a whole: an expectation that translates is for one peer.
 func (p *policy) spread(x *Permission) (first Addr, n int) {
 	if p.wild && x.Wild == 0 && !x.Routed() {
-		return Spread(p.PeerGroups, x.Peer)
+		return Spread(p.groups, x.Peer)
 	}
 	return x.Peer, 1
 }

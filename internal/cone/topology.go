@@ -97,15 +97,16 @@ func (t *topology) doubts(ext Addr) bool {
 // reached reports whether a route leads to a, by whatever link.
 func (t *topology) reached(a netip.Addr) bool { return t.peers.has(a) || t.other.has(a) }
 
-// spans is a set of addresses, made of prefixes of which longer ones count more. What
-// asking costs grows with the logarithm of their number. Nil is the empty set.
+// spans gives addresses numbers, as prefixes that hold them say; where none does it is 0.
+// What asking costs grows with the logarithm of their number. As a set it has the addresses
+// whose number is not 0. Nil is the empty set.
 type spans struct{ v4, v6 []spanStart }
 
-// A spanStart says whether addresses are in the set, from one up to that of the next
-// one. Neighbours differ, so that equal sets are equal slices.
+// A spanStart is the number of addresses from one up to that of the next one. Neighbours
+// differ, so that equal spans are equal slices.
 type spanStart struct {
-	first addrBits
-	in    bool
+	first  addrBits
+	number int32
 }
 
 // addrBits are the bits of an address, an IPv4-mapped one for IPv4.
@@ -124,9 +125,12 @@ func (a addrBits) compare(b addrBits) int {
 }
 
 // has reports whether a is in the set.
-func (s *spans) has(a netip.Addr) bool {
+func (s *spans) has(a netip.Addr) bool { return s.find(a) != 0 }
+
+// find returns the number of a.
+func (s *spans) find(a netip.Addr) int32 {
 	if s == nil {
-		return false
+		return 0
 	}
 	starts := s.v6
 	if a.Is4() {
@@ -141,7 +145,10 @@ func (s *spans) has(a netip.Addr) bool {
 			high = mid
 		}
 	}
-	return low > 0 && starts[low-1].in
+	if low == 0 {
+		return 0
+	}
+	return starts[low-1].number
 }
 
 func (s *spans) equal(t *spans) bool {
@@ -162,54 +169,88 @@ func spansOf(prefixes []netip.Prefix) *spans {
 
 // newSpans returns the set of what is outside.
 func newSpans(routes []Route) *spans {
-	var v4, v6 []block
-	for _, r := range routes {
-		if r.Prefix.Addr().Is4() {
-			v4 = append(v4, newBlock(bitsOf(r.Prefix.Addr()), 96+r.Prefix.Bits(), r.Outside))
-		} else {
-			v6 = append(v6, newBlock(bitsOf(r.Prefix.Addr()), r.Prefix.Bits(), r.Outside))
+	blocks := make([]block, len(routes))
+	for i, r := range routes {
+		blocks[i] = newBlock(r.Prefix, 0)
+		if r.Outside {
+			blocks[i].number = 1
 		}
 	}
-	return &spans{startsOf(v4), startsOf(v6)}
+	return spansOfBlocks(blocks, func(_, inner int32) int32 { return inner })
 }
+
+// A PrefixTable finds the prefix that an address is in.
+type PrefixTable struct {
+	prefixes []netip.Prefix
+	spans    *spans // 1 more than the place in prefixes
+}
+
+// NewPrefixTable returns the table of some prefixes. Of several with one address the first
+// counts.
+func NewPrefixTable(prefixes []netip.Prefix) *PrefixTable {
+	blocks := make([]block, len(prefixes))
+	for i, p := range prefixes {
+		blocks[i] = newBlock(p, int32(i+1))
+	}
+	return &PrefixTable{prefixes, spansOfBlocks(blocks, func(outer, inner int32) int32 { return min(outer, inner) })}
+}
+
+// Find returns the place of the prefix that a is in, or -1.
+func (t *PrefixTable) Find(a netip.Addr) int { return int(t.spans.find(a)) - 1 }
 
 // A block holds the addresses of a prefix.
 type block struct {
 	first, last addrBits
-	outside     bool
+	is4         bool
+	number      int32
 }
 
-func newBlock(a addrBits, bits int, outside bool) block {
+func newBlock(p netip.Prefix, number int32) block {
+	a, bits, is4 := bitsOf(p.Addr()), p.Bits(), p.Addr().Is4()
+	if is4 {
+		bits += 96
+	}
 	host := addrBits{^uint64(0) >> min(bits, 64), ^uint64(0) >> max(bits-64, 0)} // a shift by 64 leaves 0
 	return block{
 		first: addrBits{a.high &^ host.high, a.low &^ host.low}, last: addrBits{a.high | host.high, a.low | host.low},
-		outside: outside,
+		is4: is4, number: number,
 	}
 }
 
+// spansOfBlocks returns the spans of blocks; both tells the number of an inner one from those
+// of the block around it and its own.
+func spansOfBlocks(blocks []block, both func(outer, inner int32) int32) *spans {
+	var v4, v6 []block
+	for _, b := range blocks {
+		if b.is4 {
+			v4 = append(v4, b)
+		} else {
+			v6 = append(v6, b)
+		}
+	}
+	return &spans{startsOf(v4, both), startsOf(v6, both)}
+}
+
 // startsOf returns the starts for the blocks of one family.
-func startsOf(blocks []block) []spanStart {
-	// A block comes after those that hold it; of equal ones that which counts last.
+func startsOf(blocks []block, both func(outer, inner int32) int32) []spanStart {
+	// A block comes after those that hold it; of equal ones the least number last.
 	slices.SortFunc(blocks, func(a, b block) int {
 		c := a.first.compare(b.first)
 		if c == 0 {
 			c = b.last.compare(a.last)
 		}
-		switch {
-		case c != 0 || a.outside == b.outside:
-			return c
-		case a.outside:
-			return -1
+		if c == 0 {
+			c = cmp.Compare(b.number, a.number)
 		}
-		return 1
+		return c
 	})
 	var starts []spanStart
-	add := func(first addrBits, in bool) { // which is at or behind the last one
+	add := func(first addrBits, number int32) { // which is at or behind the last one
 		if n := len(starts); n > 0 && starts[n-1].first == first {
 			starts = starts[:n-1]
 		}
-		if n := len(starts); n == 0 && in || n > 0 && starts[n-1].in != in {
-			starts = append(starts, spanStart{first, in})
+		if n := len(starts); n == 0 && number != 0 || n > 0 && starts[n-1].number != number {
+			starts = append(starts, spanStart{first, number})
 		}
 	}
 	var open []block // each within the one before
@@ -220,7 +261,11 @@ func startsOf(blocks []block) []spanStart {
 			next.high++
 		}
 		if next != (addrBits{}) { // else it was the last address of all
-			add(next, n > 0 && open[n-1].outside)
+			around := int32(0)
+			if n > 0 {
+				around = open[n-1].number
+			}
+			add(next, around)
 		}
 		open = open[:n]
 	}
@@ -228,8 +273,11 @@ func startsOf(blocks []block) []spanStart {
 		for len(open) > 0 && open[len(open)-1].last.compare(b.first) < 0 {
 			end()
 		}
+		if n := len(open); n > 0 {
+			b.number = both(open[n-1].number, b.number)
+		}
 		open = append(open, b)
-		add(b.first, b.outside)
+		add(b.first, b.number)
 	}
 	for len(open) > 0 {
 		end()

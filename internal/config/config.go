@@ -322,22 +322,8 @@ func (c Config) Sized(n int) Config {
 
 // check finds what is wrong between one key and another.
 func (c *Config) check() (key string, err error) {
-	for i, g := range c.PeerGroups {
-		for _, s := range c.Subnets {
-			if g.Overlaps(s.Prefix) {
-				return "peer_groups", fmt.Errorf("%q overlaps subnet %q, whose hosts are inside: name peers", g, s.Prefix)
-			}
-		}
-		for _, h := range c.PeerGroups[:i] {
-			if g.Overlaps(h) {
-				return "peer_groups", fmt.Errorf("%q overlaps %q; a peer belongs to one group, so keep one of the two", g, h)
-			}
-		}
-		for _, x := range c.ExcludePeers {
-			if g.Overlaps(x) {
-				return "peer_groups", fmt.Errorf("%q overlaps %q of exclude_peers, whose addresses would be permitted with the group; keep one of the two", g, x)
-			}
-		}
+	if err := c.checkGroups(); err != nil {
+		return "peer_groups", err
 	}
 	for _, name := range c.Inside {
 		if slices.Contains(c.Outside, name) {

@@ -106,8 +106,9 @@ func endFlows(c *rules.MappingConfig, wrong func(*cone.Flow) bool) (flows []cone
 		return nil, err
 	}
 	defer q.Close()
+	subnets := cone.NewPrefixTable(c.Subnets)
 	err = q.Dump(func(f *cone.Flow) {
-		if isMapped(c, f) && wrong(f) {
+		if isMapped(subnets, f) && wrong(f) {
 			flows = append(flows, *f)
 		}
 	})
@@ -124,8 +125,8 @@ func deleteFlows(q *ctwatch.Queries, flows []cone.Flow) error {
 }
 
 // isMapped reports whether f is a translated flow of a host with mappings.
-func isMapped(c *rules.MappingConfig, f *cone.Flow) bool {
-	return f.Status.Has(cone.StatusSrcNAT) && f.Src.Addr.Is4() && within(c.Subnets, f.Src.Addr)
+func isMapped(subnets *cone.PrefixTable, f *cone.Flow) bool {
+	return f.Status.Has(cone.StatusSrcNAT) && f.Src.Addr.Is4() && subnets.Find(f.Src.Addr.Netip()) >= 0
 }
 
 // within reports whether an address is in one of the prefixes.

@@ -174,13 +174,21 @@ func (d *Daemon) findBroken(cfg config.Config) (found []brokenFlow, err error) {
 	b.walk.begin()
 	var again, others []brokenFlow
 	ways, n := newSources(d.network, b.had), 0
+	subnets := cone.NewPrefixTable(prefixes(cfg.Subnets))
 	mapped := d.firewall.mapping
 	err = q.Dump(func(f *cone.Flow) {
 		if n++; n%flowsAtOnce == 0 {
 			d.lookBetween()
 		}
-		subnet, ok := mayBreak(cfg, f)
-		if !ok || f.Status.Has(cone.StatusSrcNAT) && (mapped && subnet.Mapping == config.EndpointIndependentMapping || !ways.mayBeWrong(f)) {
+		if !mayBreak(f) {
+			return
+		}
+		i := subnets.Find(f.Src.Addr.Netip())
+		if i < 0 || cfg.Subnets[i].Routed {
+			return
+		}
+		subnet := cfg.Subnets[i]
+		if f.Status.Has(cone.StatusSrcNAT) && (mapped && subnet.Mapping == config.EndpointIndependentMapping || !ways.mayBeWrong(f)) {
 			return
 		}
 		_, twice := b.before[f.ID]
@@ -215,21 +223,13 @@ func (d *Daemon) findBroken(cfg config.Config) (found []brokenFlow, err error) {
 	return found, routes.close()
 }
 
-// mayBreak reports whether f is a flow that rules of the user's may translate: one of an
-// IPv4 host of a subnet that is not routed. One that was answered though it was not
-// translated works. Conntrack helpers translate the flows that they expect.
-func mayBreak(cfg config.Config, f *cone.Flow) (s config.Subnet, ok bool) {
-	if !f.Src.Addr.Is4() || f.OrigZone != 0 || f.ReplyZone != 0 || cone.IsAnchor(f.Src, f.Dst) ||
-		f.Status.Has(cone.StatusDstNAT) || f.Status.Has(cone.StatusExpected) ||
-		!f.Status.Has(cone.StatusSrcNAT) && f.Status.Has(cone.StatusSeenReply) {
-		return s, false
-	}
-	src := f.Src.Addr.Netip()
-	i := slices.IndexFunc(cfg.Subnets, func(s config.Subnet) bool { return s.Prefix.Contains(src) })
-	if i < 0 || cfg.Subnets[i].Routed {
-		return s, false
-	}
-	return cfg.Subnets[i], true
+// mayBreak reports whether rules of the user's may translate f, if it is one of a host of an
+// IPv4 subnet that is not routed. One that was answered though it was not translated works.
+// Conntrack helpers translate the flows that they expect.
+func mayBreak(f *cone.Flow) bool {
+	return f.Src.Addr.Is4() && f.OrigZone == 0 && f.ReplyZone == 0 && !cone.IsAnchor(f.Src, f.Dst) &&
+		!f.Status.Has(cone.StatusDstNAT) && !f.Status.Has(cone.StatusExpected) &&
+		(f.Status.Has(cone.StatusSrcNAT) || !f.Status.Has(cone.StatusSeenReply))
 }
 
 // heal ends those that were found broken at the last look, too, by the same rules, and

@@ -155,12 +155,12 @@ func (d *Daemon) seeFlowsBefore() {
 		return
 	}
 	const most = 4096
-	topology, enabled := d.network.Topology().Compile(), prefixes(d.cfg.Subnets)
+	topology, enabled := d.network.Topology().Compile(), cone.NewPrefixTable(prefixes(d.cfg.Subnets))
 	asked := make(map[cone.Addr]struct{})
 	var flows []cone.Flow
 	see := func(f *cone.Flow) {
 		peer := f.ReplySrc.Addr
-		if _, known := asked[peer]; known || len(asked) == most || !cone.IsStray(f, topology) || !within(enabled, f.Src.Addr) {
+		if _, known := asked[peer]; known || len(asked) == most || !cone.IsStray(f, topology) || enabled.Find(f.Src.Addr.Netip()) < 0 {
 			return
 		}
 		asked[peer] = struct{}{}

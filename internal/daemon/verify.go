@@ -122,12 +122,13 @@ func (d *Daemon) differences(v *control.Verification) (map[control.Wrong]struct{
 			count(x, n)
 		}
 	}
+	groups := cone.NewPrefixTable(cfg.PeerGroups)
 	err = q.Dump(func(f *cone.Flow) {
 		v.Flows++
 		if _, excluded := slices.BinarySearch(cfg.ExcludePeerPorts, f.ReplySrc.Port); !excluded {
 			k := claimed{cone.Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr, Zone: f.ReplyZone}, f.Src}
 			ofAll(k, counted{flows: 1})
-			first, n := cone.Spread(cfg.PeerGroups, f.ReplySrc.Addr)
+			first, n := cone.Spread(groups, f.ReplySrc.Addr)
 			for i := range n {
 				if k.Peer = first.Plus(i); k.Peer != f.ReplySrc.Addr {
 					count(k, counted{flows: 1})

@@ -26,7 +26,7 @@ type Map struct {
 	batcher
 	size     int
 	lifetime time.Duration
-	groups   atomic.Pointer[[]netip.Prefix]
+	groups   atomic.Pointer[map[netip.Addr]uint8]
 	denied   map[cone.Key]denial // as far as this process knows
 	swept    time.Time           // when it was last looked for what ended
 	marked   []cone.Permission   // of a batch
@@ -70,18 +70,21 @@ func (m *Map) SetLifetime(d time.Duration) { m.lifetime = d }
 
 // SetPeerGroups sets MapConfig.PeerGroups.
 func (m *Map) SetPeerGroups(all []netip.Prefix) {
-	all = slices.Clone(all)
-	m.groups.Store(&all)
+	groups := make(map[netip.Addr]uint8, len(all))
+	for _, g := range all {
+		if _, known := groups[g.Addr()]; !known && g.Addr().Is4() {
+			groups[g.Addr()] = uint8(32 - g.Bits())
+		}
+	}
+	m.groups.Store(&groups)
 }
 
 // wild returns how many low bits of a peer in the map stand for any. An element
 // does not say.
 func (m *Map) wild(peer cone.Addr) uint8 {
 	a := peer.Netip()
-	for _, g := range *m.groups.Load() {
-		if g.Addr() == a {
-			return uint8(32 - g.Bits())
-		}
+	if low, ok := (*m.groups.Load())[a]; ok {
+		return low
 	}
 	if a.IsUnspecified() {
 		return 32
