@@ -18,8 +18,10 @@ const (
 	readTime = 5 * time.Second
 
 	// maxReads is how many reads there are at a time. One that hangs holds a thread, and
-	// nothing can end it.
-	maxReads = 8
+	// nothing can end it. There is room for the reloads of somebody who mends the file, or
+	// puts another one in its place: that a path leads elsewhere by now only shows when it
+	// is read.
+	maxReads = 64
 )
 
 var errSlow = fmt.Errorf("its file system does not answer within %v: mount it again, or move the file", readTime)
