@@ -1,6 +1,7 @@
 package ctwatch
 
 import (
+	"cmp"
 	"encoding/binary"
 	"net/netip"
 	"slices"
@@ -27,8 +28,9 @@ const (
 )
 
 // mostSources and mostForwarded bound what the filter compares. The kernel takes programs
-// of 4,096 instructions, and runs each for every flow of the gateway.
-const mostSources, mostForwarded = 128, 64
+// of 4,096 instructions, and runs each for every flow of the gateway. A source takes up to
+// 13 of them, and what is forwarded 7, but only those of a DNATed flow that ends are run.
+const mostSources, mostForwarded = 128, 256
 
 // Sources are flows whose events a Watcher tells of: those that begin in one of Prefixes,
 // and those that are expected, DNATed or looked after by a conntrack helper.
@@ -38,7 +40,8 @@ type Sources struct {
 	// begin are meant.
 	Labelled bool
 	// Forwarded are IPv4 endpoints whose DNATed flows had none: the kernel does not name
-	// labels at the end of a flow. More than a few are not compared.
+	// labels at the end of a flow. Of IPv6 none has one. If there are many, ends of flows to
+	// endpoints between these are left out, too.
 	Forwarded []Range
 }
 
@@ -84,7 +87,12 @@ func eventFilter(s Sources) ([]bpf.RawInstruction, error) {
 
 	led := []bpf.Instruction{bpf.RetConstant{Val: pass}}
 	if s.Labelled { // it must be one of ours, or from one of the prefixes
-		led = append(unlessForwarded(s.Forwarded), led...)
+		led = append(unlessForwarded(fewer(s.Forwarded, mostForwarded)), led...)
+		led = append([]bpf.Instruction{
+			bpf.LoadAbsolute{Off: unix.NLMSG_HDRLEN, Size: 1}, // the family
+			bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.AF_INET6, SkipTrue: 1},
+			bpf.Jump{Skip: uint32(len(led))},
+		}, led...)
 		label := append([]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: attributesAt}}, ifThere(ctaLabels)...)
 		label = append(label, bpf.Jump{Skip: uint32(len(led))})
 		led = slices.Concat(skipIfGone(label), label, led)
@@ -123,7 +131,7 @@ func eventFilter(s Sources) ([]bpf.RawInstruction, error) {
 // unlessForwarded leaves out the one instruction that follows where the first packet was
 // for one of some endpoints.
 func unlessForwarded(forwarded []Range) []bpf.Instruction {
-	if len(forwarded) == 0 || len(forwarded) > mostForwarded {
+	if len(forwarded) == 0 {
 		return nil
 	}
 	prog := slices.Concat(
@@ -148,6 +156,49 @@ func unlessForwarded(forwarded []Range) []bpf.Instruction {
 			bpf.Jump{Skip: uint32(7*(len(forwarded)-1-i) + 1)})
 	}
 	return prog
+}
+
+// fewer returns at most so many ranges that cover what the given ones do. Those that are
+// nearest to each other are made one: on the same addresses if that is enough.
+func fewer(ranges []Range, most int) (few []Range) {
+	if len(ranges) <= most {
+		return ranges
+	}
+	ranges = slices.Clone(ranges)
+	slices.SortFunc(ranges, func(a, b Range) int {
+		return cmp.Or(a.FirstAddr.Compare(b.FirstAddr), a.LastAddr.Compare(b.LastAddr), cmp.Compare(a.FirstPort, b.FirstPort))
+	})
+	number := func(a netip.Addr) int64 {
+		b := a.As4()
+		return int64(binary.BigEndian.Uint32(b[:]))
+	}
+	gaps := make([]int64, len(ranges)) // to the one before
+	for i := range ranges[1:] {
+		a, b := ranges[i], ranges[i+1]
+		if gaps[i+1] = max(0, int64(b.FirstPort)-int64(a.LastPort)); a.FirstAddr != b.FirstAddr || a.LastAddr != b.LastAddr {
+			gaps[i+1] = 1<<16 + max(number(b.FirstAddr)-number(a.FirstAddr), number(b.LastAddr)-number(a.LastAddr))
+		}
+	}
+	sorted := slices.Sorted(slices.Values(gaps[1:]))
+	closed := len(ranges) - most
+	widest := sorted[closed-1]
+	narrower, _ := slices.BinarySearch(sorted, widest)
+	asWide := closed - narrower // so many of those may be closed
+	for i, r := range ranges {
+		if i == 0 || gaps[i] > widest || gaps[i] == widest && asWide == 0 {
+			few = append(few, r)
+			continue
+		}
+		if gaps[i] == widest {
+			asWide--
+		}
+		last := &few[len(few)-1]
+		if last.LastAddr.Less(r.LastAddr) {
+			last.LastAddr = r.LastAddr
+		}
+		last.FirstPort, last.LastPort = min(last.FirstPort, r.FirstPort), max(last.LastPort, r.LastPort)
+	}
+	return few
 }
 
 // find sets A to the offset of attribute typ, at or in what A points to, and passes the

@@ -345,6 +345,10 @@ func (w *Watcher) SetSources(s Sources) error {
 	}
 	err := w.attach(s)
 	if errors.Is(err, unix.ENOMEM) {
+		s.Forwarded = fewer(s.Forwarded, mostForwarded/8)
+		err = w.attach(s)
+	}
+	if errors.Is(err, unix.ENOMEM) {
 		err = w.attach(Sources{})
 	}
 	return err

@@ -1,0 +1,72 @@
+package ctwatch
+
+import (
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"github.com/conenatd/conenatd/internal/cone"
+)
+
+// Fails when two ranges become one that covers less, or when too many or too few are left.
+func TestFewerRangesCoverAll(t *testing.T) {
+	r := rand.New(rand.NewPCG(5, 1))
+	for range 1000 {
+		var all []Range
+		for range 2 + r.IntN(20) {
+			first, port := byte(r.UintN(4)), uint16(r.UintN(1000))
+			all = append(all, Range{
+				netip.AddrFrom4([4]byte{198, 51, 100, first}), netip.AddrFrom4([4]byte{198, 51, 100, first + byte(r.UintN(3))}),
+				port, port + uint16(r.UintN(10)),
+			})
+		}
+		most := 1 + r.IntN(10)
+		few := fewer(all, most)
+		if want := min(most, len(all)); len(few) != want {
+			t.Fatalf("%d ranges for %d, want %d", len(few), len(all), want)
+		}
+		for _, x := range all {
+			if !slices.ContainsFunc(few, func(y Range) bool {
+				return y.FirstAddr.Compare(x.FirstAddr) <= 0 && y.LastAddr.Compare(x.LastAddr) >= 0 &&
+					y.FirstPort <= x.FirstPort && y.LastPort >= x.LastPort
+			}) {
+				t.Fatalf("%v is not covered by %v, made of %v", x, few, all)
+			}
+		}
+	}
+}
+
+// Of many forwards those are made one between which few ports are.
+func TestFewerRangesKeepWhatIsFarApart(t *testing.T) {
+	a, b := netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("198.51.100.2")
+	all := []Range{{b, b, 5060, 5060}, {a, a, 5060, 5060}, {a, a, 1000, 1000}, {a, a, 1002, 1009}, {a, a, 5061, 5070}}
+	want := []Range{{a, a, 1000, 1009}, {a, a, 5060, 5070}, {b, b, 5060, 5060}}
+	if got := fewer(all, 3); !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+}
+
+// The kernel takes the longest program.
+//
+// Fails when more ranges are compared than there is room for beside the sources.
+func TestSocketFilterWithTheMostOfAllIsTaken(t *testing.T) {
+	s := Sources{Prefixes: slices.Repeat([]netip.Prefix{netip.MustParsePrefix("2001:db8::1/128")}, mostSources), Labelled: true}
+	for i := range uint16(1000) {
+		a := netip.AddrFrom4([4]byte{198, 51, 100, byte(i % 5)})
+		s.Forwarded = append(s.Forwarded, Range{a, a, 7 * i, 7 * i})
+	}
+	prog, err := eventFilter(s)
+	if err != nil || len(prog) > 4096 {
+		t.Errorf("%d instructions, %v", len(prog), err)
+	}
+	passes := filtered(t, s)
+	for i, r := range s.Forwarded {
+		if passes(ended("203.0.113.5", r.FirstAddr.String(), r.FirstPort, cone.StatusDstNAT)) {
+			t.Fatalf("the end of a flow of forward %d passes", i)
+		}
+	}
+	if !passes(ended("203.0.113.5", "198.51.100.1", 40_000, cone.StatusDstNAT)) {
+		t.Error("the end of a flow of none does not pass")
+	}
+}
