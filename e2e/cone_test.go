@@ -144,6 +144,14 @@ func TestSharedOutsidePortKeepsItsOwners(t *testing.T) {
 	if st := s.Status(); st.Counters.Conflicts == 0 {
 		t.Error("the conflict is not counted")
 	}
+
+	// Revoked, his flow goes on, and the other one need not wait for its end.
+	if out, code := s.CLI("revoke", "--control-socket", s.Daemon.Socket, one.Addr().String(), lab.PeerA.String()); code != 0 {
+		t.Errorf("exit %d, %q", code, out)
+	}
+	s.Stands(two, a2, extOne)
+	s.Arrives(two, s.PeerSocket(lab.PeerA, 5072), extOne)
+	s.Arrives(one, a, extOne)
 }
 
 // Children inherit the connmark of the flow that earned the permission, so that

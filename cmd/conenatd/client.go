@@ -57,8 +57,9 @@ func revokeCommand() *cobra.Command {
 			return revoked(c, n, err)
 		})
 	c.Long = `End the permissions that fit all words. A word is an address (of an inside
-host, of the outside, of a peer) or an endpoint (inside or outside). The flows
-that hold them go on but do not bring them back; a new flow does.`
+host, of the outside, of a peer) or an endpoint (inside or outside). Flows that
+are there go on, children that were answered too, but do not bring them back; a
+new flow does. Another host that waited for one of them gets its own.`
 	c.Example = "  conenatd revoke 192.168.1.20\n  conenatd revoke 198.51.100.1:5060 203.0.113.5"
 	return c
 }
@@ -71,10 +72,14 @@ func flushCommand() *cobra.Command {
 		})
 }
 
-// revoked says how many permissions ended.
+// revoked says how many permissions ended, and what did not.
 func revoked(c *cobra.Command, n int, err error) error {
-	if err == nil {
-		fmt.Fprintf(c.OutOrStdout(), "revoked %d permissions\n", n)
+	switch {
+	case err != nil:
+	case n == 0:
+		fmt.Fprintln(c.OutOrStdout(), "revoked 0 permissions")
+	default:
+		fmt.Fprintf(c.OutOrStdout(), "revoked %d permissions; flows that are there go on, and a new one brings its permission back\n", n)
 	}
 	return err
 }
