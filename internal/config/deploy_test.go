@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"reflect"
 	"regexp"
 	"slices"
@@ -125,5 +126,33 @@ func TestTheUnitGivesUpForAWrongConfigurationAlone(t *testing.T) {
 	}
 	if len(missing) > 0 {
 		t.Errorf("missing: %q", missing)
+	}
+}
+
+// After a crash the permissions stay for the next daemon.
+//
+// Fails when the unit cleans up after any other end, or not after a timeout.
+func TestTheUnitCleansUpAfterATimeoutAlone(t *testing.T) {
+	data, err := os.ReadFile("../../deploy/systemd/conenatd.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(data), "\nExecStopPost=/bin/sh -c '")
+	script, _, found := strings.Cut(rest, "'\n")
+	if !found {
+		t.Fatal("no script")
+	}
+	script = strings.ReplaceAll(script, "/usr/bin/conenatd", "echo")
+	for _, result := range []string{"success", "exit-code", "signal", "core-dump", "watchdog", "timeout"} { // systemd.exec(5)
+		c := exec.Command("/bin/sh", "-c", script)
+		c.Env = []string{"SERVICE_RESULT=" + result}
+		out, err := c.Output()
+		want := ""
+		if result == "timeout" {
+			want = "cleanup\n"
+		}
+		if err != nil || string(out) != want {
+			t.Errorf("%s: %q, %v, want %q", result, out, err, want)
+		}
 	}
 }
