@@ -60,22 +60,25 @@ func TestNFTSourceByAnotherLinkEarnsNothing(t *testing.T) {
 
 // A road warrior with an address of the LAN comes by an outside link, and only a rule of
 // policy routing leads back to it: by a mark that the packet has when it comes, or that
-// its answers get. Its packets pass.
+// its answers get, by the link that these come by, or by their ports. Its packets pass.
 //
-// Fails when the chain spoofed does not know of marks.
+// Fails when the chain spoofed does not know of marks, or of rules that ask for other things
+// that only the answers have.
 func TestNFTRoadWarriorByPolicyRoutingPasses(t *testing.T) {
 	const warrior, far = "10.47.11.200", "192.0.2.99"
-	for name, when := range map[string]string{
-		"marked as it comes":     `iifname "wan0" ip saddr 10.47.11.200 meta mark set 7`,
-		"marked on its way back": `iifname "lan0" ip daddr 10.47.11.200 meta mark set 7`,
+	for name, tc := range map[string]struct{ mark, rule string }{
+		"marked as it comes":     {`iifname "wan0" ip saddr 10.47.11.200 meta mark set 7;`, "fwmark 7"},
+		"marked on its way back": {`iifname "lan0" ip daddr 10.47.11.200 meta mark set 7;`, "fwmark 7"},
+		"by the answers' link":   {rule: "iif lan0"},
+		"by the answers' ports":  {rule: "ipproto udp sport 5060"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newScene(t, lab.Options{Rules: lab.Masquerade + `table ip marks { chain pre {
-				type filter hook prerouting priority mangle; ` + when + `; }; }`})
+				type filter hook prerouting priority mangle; ` + tc.mark + ` }; }`})
 			for _, link := range []string{"all", "wan0"} {
 				s.Must(s.Gateway.SetSysctl("net.ipv4.conf."+link+".rp_filter", "0"))
 			}
-			s.IP(s.Gateway, "rule add fwmark 7 lookup 100")
+			s.IP(s.Gateway, "rule add "+tc.rule+" lookup 100")
 			s.IP(s.Gateway, "route add "+warrior+"/32 via 198.51.100.254 dev wan0 table 100")
 			s.IP(s.Outside, "addr add "+warrior+"/32 dev lo")
 			s.IP(s.Outside, "route add table local unicast "+far+"/32 via 198.51.100.1")

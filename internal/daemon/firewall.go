@@ -195,8 +195,8 @@ func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	if cfg.UplinkMarks && f.noMarks == "" {
 		ours = cfg.UplinkMask
 	}
-	byMark, err := gateway.RoutesByMark(0, ours)
-	d.Spoofed = cfg.Guard && !byMark && err == nil
+	hidden, err := gateway.HidesWaysBack(0, ours)
+	d.Spoofed = cfg.Guard && !hidden && err == nil
 	if f.withMap {
 		d.Map = f.mapConfig(cfg)
 	}

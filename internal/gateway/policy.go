@@ -10,10 +10,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// RoutesByMark reports whether a rule of policy routing asks for a mark (ip rule add
-// fwmark), in other bits than ours. Then nobody can tell the way back to a source before the
-// mark is set, and the mark may be one that only the answers get.
-func RoutesByMark(netns int, ours uint32) (is bool, err error) {
+// HidesWaysBack reports whether a rule of policy routing asks for what only the answers to a
+// UDP packet have: a mark (ip rule add fwmark), in other bits than ours, the link that they
+// come by (iif), ports, a type of service or a tunnel. Then nobody can tell the way back to
+// the packet's source from the packet alone: fib of nftables looks that up as if the gateway
+// sent the answers itself, without ports, and with the packet's own mark and type of service.
+func HidesWaysBack(netns int, ours uint32) (is bool, err error) {
 	c, err := dial(unix.NETLINK_ROUTE, netns)
 	if err != nil {
 		return false, err
@@ -23,7 +25,7 @@ func RoutesByMark(netns int, ours uint32) (is bool, err error) {
 		is = false
 		err = c.exchange(newRequest(unix.RTM_GETRULE, unix.NLM_F_DUMP, fibRuleHeaderLen), func(b []byte) error {
 			rule, err := decodeRule(b)
-			is = is || rule.asksForMark(ours)
+			is = is || rule.hidesWayBack(ours)
 			return err
 		})
 		if !errors.Is(err, errInterrupted) {
@@ -47,6 +49,8 @@ type Rule struct {
 	mask   uint32 // of Mark
 	invert bool   // it is for packets that it does not describe
 	hidden bool   // it asks for what nobody knows of a packet, other than a mark
+	ofWay  bool   // it asks for a link or for ports, which packets of the other direction do not tell
+	proto  uint8  // that it asks for; 0 for any
 	all    string // the message
 }
 
@@ -67,6 +71,10 @@ func decodeRule(b []byte) (r Rule, err error) {
 			r.Mark = ad.Uint32()
 		case typ == unix.FRA_FWMASK:
 			r.mask = ad.Uint32()
+		case typ == unix.FRA_IIFNAME, typ == unix.FRA_SPORT_RANGE, typ == unix.FRA_DPORT_RANGE:
+			r.ofWay = true
+		case typ == unix.FRA_IP_PROTO:
+			r.proto = ad.Uint8()
 		case typ == fraSportMask, typ == fraDportMask: // the kernel was told the ports
 		case typ == unix.FRA_TUN_ID, typ > unix.FRA_DPORT_RANGE: // a DSCP, among others
 			r.hidden = true
@@ -75,10 +83,15 @@ func decodeRule(b []byte) (r Rule, err error) {
 	return r, err
 }
 
-// asksForMark reports whether the rule asks for a mark in other bits than ours. A mark of 0
-// asks for packets without one, and is not there as a rule. Any rule may have the mask alone.
-func (r Rule) asksForMark(ours uint32) bool {
-	return r.Mark != 0 && (r.mask&^ours != 0 || r.invert)
+// hidesWayBack reports whether the rule asks for what HidesWaysBack says. A mark of 0 asks for
+// packets without one, and is not there as a rule. Any rule may have the mask alone. Old
+// kernels look up the way back without the protocol; one that is not UDP rules out all that
+// matters here.
+func (r Rule) hidesWayBack(ours uint32) bool {
+	if r.proto != 0 && r.proto != unix.IPPROTO_UDP {
+		return false
+	}
+	return r.hidden || r.ofWay || r.proto != 0 || r.Mark != 0 && (r.mask&^ours != 0 || r.invert)
 }
 
 // rule takes in a routing rule for IPv4.

@@ -16,8 +16,9 @@ import (
 // spoofed drops what comes from outside with the source of a host that is inside: it
 // would earn that host a permission, or keep one alive. A host that is reached by an
 // outside link is not spoofed, nor is one that comes through IPsec, and what is for the
-// gateway is the user's to judge. Where the way back depends on marks nobody can tell
-// here: then the caller does not set Desired.Spoofed, and unsure does what is needed.
+// gateway is the user's to judge. Where the way back depends on what only the answers have,
+// nobody can tell here: then the caller does not set Desired.Spoofed, and unsure does what is
+// needed.
 func (l *layout) spoofed(d Desired) {
 	l.counters = append(l.counters, spoofedCounter)
 	c := l.filter("spoofed", nftables.ChainHookPrerouting, rawPriority)

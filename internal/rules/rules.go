@@ -32,7 +32,7 @@ type Desired struct {
 	Guard bool
 	// Spoofed drops UDP packets from outside that are not for the gateway, and have a
 	// source in Subnets that is not reached by an outside link. It must not be set where
-	// the way back depends on marks.
+	// the way back depends on what only the answers have.
 	Spoofed bool
 	// Partial are those of OutsideLinks behind which there are only peers to whom they are
 	// the way: others that come by them are faked.
