@@ -10,52 +10,70 @@ import (
 )
 
 // A packet that fakes the source of an inside host, by a link that is neither inside nor
-// outside, passes as the user's firewall lets it, and earns no permission: not when it
-// comes, and not from a daemon that starts later and reads the flows.
+// outside, passes as the user's firewall lets it, and earns no permission, whatever would
+// carry it: not when it comes, and not from a daemon that starts later and reads the flows.
 //
-// Fails without the chain way_back, and when the daemon does not leave out what that
-// remembers, or does not take it over into other tables.
+// Fails without the chain way_back, when that leaves out subnets whose permissions are
+// expectations, and when the daemon does not leave out what the chain remembers, or does not
+// take it over into other tables.
 func TestNFTSourceByAnotherLinkEarnsNothing(t *testing.T) {
-	stage.InModes(t, [][]string{stage.NFT, stage.Auto, append(stage.Auto, "--learn=false")}, func(t *testing.T, mode ...string) {
-		s := play(t, lab.Options{Guest: true}, mode...)
-		for _, link := range []string{"all", "guest0"} {
-			s.Must(s.Gateway.SetSysctl("net.ipv4.conf."+link+".rp_filter", "0"))
-		}
-		victim := netip.AddrPortFrom(s.Inside(0).Addr, 7777)
-		s.IP(s.Guest, "addr add "+victim.Addr().String()+"/32 dev lo")
-		spoofer := s.Socket(s.Guest.Namespace, victim.Addr(), victim.Port())
-		attacker := s.PeerSocket(lab.PeerA, 9)
-		ext := netip.AddrPortFrom(s.Gateway.Addr, victim.Port())
-		for _, payload := range []string{"one", "two", "three"} {
-			s.Must(spoofer.Send(attacker.Addr(), payload))
-			_, err := attacker.Expect(payload)
-			s.Must(err)
-		}
-		s.Must(attacker.Send(ext, "an answer"))
+	for name, tc := range map[string]struct {
+		rules string
+		modes [][]string
+	}{
+		"DNAT passes":          {lab.Masquerade, [][]string{stage.NFT, stage.Auto, append(stage.Auto, "--learn=false"), stage.Expect}},
+		"RELATED alone passes": {lab.Masquerade + lab.DropPolicy, [][]string{stage.Auto}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			stage.InModes(t, tc.modes, func(t *testing.T, mode ...string) {
+				s := play(t, lab.Options{Guest: true, Rules: tc.rules}, mode...)
+				for _, link := range []string{"all", "guest0"} {
+					s.Must(s.Gateway.SetSysctl("net.ipv4.conf."+link+".rp_filter", "0"))
+				}
+				s.sourceByAnotherLinkEarnsNothing(mode, s.Inside(0).Addr, lab.PeerA, s.Gateway.Addr)
+			})
+		})
+	}
+}
 
-		nothing := func(when string) {
-			t.Helper()
-			for _, p := range s.List() {
-				if p.Int == victim {
-					t.Errorf("%s: it earned %+v", when, p)
-				}
-			}
-			for e := range s.entries() {
-				if e.in == victim {
-					t.Errorf("%s: the map has %v", when, e)
-				}
+// sourceByAnotherLinkEarnsNothing lets the guest fake the source of an inside host towards a
+// peer, who answers to the outside address ext.
+func (s *scene) sourceByAnotherLinkEarnsNothing(mode []string, inside, peer, ext netip.Addr) {
+	t := s.T
+	t.Helper()
+	victim := netip.AddrPortFrom(inside, 7777)
+	s.IP(s.Guest, "addr add "+netip.PrefixFrom(inside, inside.BitLen()).String()+" dev lo")
+	spoofer := s.Socket(s.Guest.Namespace, victim.Addr(), victim.Port())
+	attacker := s.PeerSocket(peer, 9)
+	for _, payload := range []string{"one", "two", "three"} {
+		s.Must(spoofer.Send(attacker.Addr(), payload))
+		_, err := attacker.Expect(payload)
+		s.Must(err)
+	}
+	s.Must(attacker.Send(netip.AddrPortFrom(ext, victim.Port()), "an answer"))
+
+	nothing := func(when string) {
+		t.Helper()
+		for _, p := range s.List() {
+			if p.Int == victim {
+				t.Errorf("%s: it earned %+v", when, p)
 			}
 		}
-		fence := s.InsideSocket(0, 5062)
+		for e := range s.entries() {
+			if e.in == victim {
+				t.Errorf("%s: the map has %v", when, e)
+			}
+		}
+	}
+	fence := s.Socket(s.Inside(0).Namespace, inside, 5062)
+	s.Stands(fence, attacker, s.Contact(fence, attacker))
+	nothing("from the packet")
+	for _, table := range []string{"conenat", "young"} {
+		s.Kill()
+		s.Start(stage.Flags(mode, "--table="+table)...)
 		s.Stands(fence, attacker, s.Contact(fence, attacker))
-		nothing("from the packet")
-		for _, table := range []string{"conenat", "young"} {
-			s.Kill()
-			s.Start(stage.Flags(mode, "--table="+table)...)
-			s.Stands(fence, attacker, s.Contact(fence, attacker))
-			nothing("by a daemon with the table " + table)
-		}
-	})
+		nothing("by a daemon with the table " + table)
+	}
 }
 
 // A road warrior with an address of the LAN comes by an outside link, and only a rule of

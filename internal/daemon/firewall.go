@@ -217,7 +217,7 @@ func (f *firewall) withExpectations() bool { return len(f.helpers) > 0 }
 // sure takes those flows out whose source may be spoofed. It asks after the flows were
 // read: the kernel remembers such a flow before it is in the table of flows.
 func (f *firewall) sure(flows []cone.Flow) ([]cone.Flow, error) {
-	if f.tables == nil || !f.withMap && !f.mapping {
+	if f.tables == nil {
 		return flows, nil
 	}
 	kernel, unsure := f.tables.NewUnsure(), map[elements.Direction]struct{}{}

@@ -50,7 +50,7 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 		if d.denied, err = d.backends.nft.Revoked(); err != nil {
 			return nil, err
 		}
-		if err := older.moveTo(d.firewall.tables, d.backends.nft, d.failures); err != nil {
+		if err := older.moveTo(d.backends.nft, d.failures); err != nil {
 			return nil, err
 		}
 		d.denied = append(d.denied, older.revoked...)
@@ -69,6 +69,9 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 		if _, err = d.firewall.set(cfg, d.network.OutsideLinks()); err != nil {
 			return nil, err
 		}
+	}
+	if err := older.moveUnsureTo(d.firewall.tables); err != nil {
+		return nil, err
 	}
 	return adopted, older.remove(d.log)
 }

@@ -40,9 +40,9 @@ func (d *Daemon) openOlder() (o olderTables, err error) {
 	return o, nil
 }
 
-// moveTo puts into m, a map of t, what stands, and what was revoked, and into t the flows
-// that give nothing. The model decides later what of it stays.
-func (o *olderTables) moveTo(t *rules.Tables, m *elements.Map, failures *failures) error {
+// moveTo puts into m what stands, and what was revoked. The model decides later what of it
+// stays.
+func (o *olderTables) moveTo(m *elements.Map, failures *failures) error {
 	ps := make([]cone.Permission, len(o.standing))
 	for i, a := range o.standing {
 		ps[i] = a.Permission
@@ -54,7 +54,15 @@ func (o *olderTables) moveTo(t *rules.Tables, m *elements.Map, failures *failure
 	for _, k := range o.revoked {
 		ps = append(ps, cone.Permission{Key: k})
 	}
-	return errors.Join(m.Deny(ps, cone.ReasonRevoked), t.NewUnsure().Add(o.unsure))
+	return m.Deny(ps, cone.ReasonRevoked)
+}
+
+// moveUnsureTo puts into t, which has its sets, the flows that give nothing.
+func (o *olderTables) moveUnsureTo(t *rules.Tables) error {
+	if len(o.unsure) == 0 {
+		return nil
+	}
+	return t.NewUnsure().Add(o.unsure)
 }
 
 func (o *olderTables) remove(log *slog.Logger) error {

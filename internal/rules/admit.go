@@ -210,7 +210,7 @@ func (l *layout) learn(d Desired, kinds []kind) {
 		l.rule(learn, "permissions are of the default zone", zoneIsNot0, accept)
 	}
 	l.rule(learn, "", ctOriginalIPSaddr.notIn(subnets), accept)
-	if !d.noFib {
+	if l.named(elements.UnsureSet) != nil {
 		l.rule(learn, "a source may be spoofed", l.isUnsure(), accept)
 	}
 	l.rule(learn, "", ctReplyIPSaddr.in(l.noPeers), accept)

@@ -19,8 +19,9 @@
 //
 // None of them touches a family without an enabled subnet.
 //
-// The table of family ip is the nft backend. A NAT chain of family inet would
-// put all IPv6 flows of the gateway through NAT, so it is a table of its own:
+// The table of family ip is the nft backend, but for way_back, which serves expectations,
+// too. A NAT chain of family inet would put all IPv6 flows of the gateway through NAT, so
+// it is a table of its own:
 //
 //   - permissions is a map from outside endpoint and peer to inside endpoint.
 //   - marks is a map with the same keys to the connmarks that children inherit.

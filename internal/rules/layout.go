@@ -112,8 +112,8 @@ type set struct {
 	free     bool
 }
 
-// newLayouts returns the contents of both tables that do what d wants; without
-// a map and mappings there is but one.
+// newLayouts returns the contents of both tables that do what d wants; without a map, mappings
+// and IPv4 sources that may be spoofed there is but one.
 func newLayouts(name string, d Desired) ([]*layout, error) {
 	inet := newLayout(name, nftables.TableFamilyINet, d.OutsideLinks)
 	served := familiesOf(d.Subnets)
@@ -131,11 +131,13 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 		inet.uplinkMarks(d.UplinkMarks, d.Subnets)
 	}
 	ls := []*layout{inet}
-	if d.Map != nil || d.Mapping != nil {
+	sources := d.unsureSources()
+	if d.Map != nil || d.Mapping != nil || len(sources) > 0 {
 		ip := newLayout(name, nftables.TableFamilyIPv4, d.outside4())
-		if len(d.ZonedAddrs) == 0 {
+		switch {
+		case len(d.ZonedAddrs) == 0:
 			ip.inZone0 = zoneIs0
-		} else {
+		case d.Map != nil || d.Mapping != nil:
 			ip.zoned = ip.set(zonedSet, nftables.TypeIPAddr)
 			for _, a := range slices.SortedFunc(slices.Values(d.ZonedAddrs), netip.Addr.Compare) {
 				ip.zoned.elements = append(ip.zoned.elements, nftables.SetElement{Key: a.AsSlice()})
@@ -144,7 +146,7 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 		if d.Map != nil {
 			ip.permissions(d.Map)
 		}
-		if sources := d.unsureSources(); sources != nil {
+		if len(sources) > 0 {
 			ip.unsure(d, sources)
 		}
 		if d.Map != nil {

@@ -22,7 +22,7 @@ var features = []struct {
 	{UnsupportedError{
 		Feature: FeatureTable,
 		Mend:    "load the module nf_tables (CONFIG_NF_TABLES_INET; OpenWrt: kmod-nft-core)",
-	}, Desired{Subnets: tryBoth, Helpers: tryHelpers}},
+	}, Desired{Subnets: tryBoth, Helpers: tryHelpers, noWayBack: true}},
 	{UnsupportedError{
 		Feature: FeatureGuard,
 		Mend:    "load the module nft_socket (CONFIG_NFT_SOCKET, Linux 5.10; OpenWrt: kmod-nft-socket)",
@@ -32,13 +32,18 @@ var features = []struct {
 		Mend:    "load the module nft_fib_inet (CONFIG_NFT_FIB_INET; OpenWrt: kmod-nft-fib), or set net.ipv4.conf.all.rp_filter = 1",
 	}, Desired{Subnets: tryBoth, Spoofed: true, noIPsec: true}},
 	{UnsupportedError{
+		Feature: FeatureWayBack,
+		Mend: "load the modules nft_chain_nat and nft_fib_ipv4 (CONFIG_NFT_NAT, CONFIG_NFT_FIB_IPV4; OpenWrt: kmod-nft-nat, " +
+			"kmod-nft-fib), or set net.ipv4.conf.all.rp_filter = 1",
+	}, Desired{Subnets: tryPrefixes, Helpers: tryHelpers, noIPsec: true}},
+	{UnsupportedError{
 		Feature: FeaturePartial,
 		Mend:    "load the module nft_fib_inet (CONFIG_NFT_FIB_INET), on Linux 5.18 or later",
-	}, Desired{Subnets: tryBoth, Helpers: tryHelpers, OutsideLinks: []string{"probe"}, Partial: []string{"probe"}}},
+	}, Desired{Subnets: tryBoth, Helpers: tryHelpers, OutsideLinks: []string{"probe"}, Partial: []string{"probe"}, noWayBack: true}},
 	{UnsupportedError{
 		Feature: FeatureMaxChildren,
 		Mend:    "load the module nft_connlimit (CONFIG_NFT_CONNLIMIT; OpenWrt: kmod-nft-connlimit)",
-	}, Desired{Subnets: tryBoth, Helpers: tryHelpers, MaxChildren: 1}},
+	}, Desired{Subnets: tryBoth, Helpers: tryHelpers, MaxChildren: 1, noWayBack: true}},
 	{UnsupportedError{
 		Feature: FeatureMap,
 		Mend: "load the modules nft_chain_nat, nft_nat and nft_socket " +

@@ -77,6 +77,7 @@ type Desired struct {
 
 	noIPsec      bool // the kernel has none
 	noFib        bool // nor a look-up of routes
+	noWayBack    bool // nor one in the chain way_back
 	noForwardFib bool // nor one in the forward hook
 }
 
@@ -215,6 +216,7 @@ const (
 	FeatureTable       Feature = "nftables"
 	FeatureGuard       Feature = "guard"
 	FeatureSpoofed     Feature = "drop of inside sources that come from outside"
+	FeatureWayBack     Feature = "doubt about inside sources that come by another link"
 	FeaturePartial     Feature = "children by links that lead to a part of the Internet"
 	FeatureMaxChildren Feature = "cap on children"
 	FeatureMap         Feature = "map of permissions"

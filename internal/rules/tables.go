@@ -102,6 +102,9 @@ func (t *Tables) possible(d Desired) Desired {
 	if t.Lacks(FeatureSpoofed) {
 		d.noFib, d.OneArmed, d.Far = true, nil, nil // nobody could tell inside from outside there
 	}
+	if t.Lacks(FeatureWayBack) {
+		d.noWayBack, d.OneArmed, d.Far = true, nil, nil
+	}
 	d.noForwardFib = t.Lacks(FeaturePartial)
 	if t.Lacks(FeatureMaxChildren) {
 		d.MaxChildren = 0

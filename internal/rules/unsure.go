@@ -38,7 +38,7 @@ var flowKey = []nftables.SetDatatype{
 func (l *layout) unsure(d Desired, sources []netip.Prefix) {
 	l.counters = append(l.counters, unsureCounter)
 	name := subnetsSet
-	if d.Map == nil || len(sources) != len(d.Map.Subnets) {
+	if d.Map == nil || len(sources) != len(ipFamilies[0].of(d.Map.Subnets)) {
 		name = sourcesSet
 	}
 	inside := l.set(name, nftables.TypeIPAddr)
@@ -76,26 +76,19 @@ func (l *layout) isUnsure() exprs {
 	return join(isUDP, originalFlow.in(flows), updateIn(flows, elem{key: originalFlow}))
 }
 
-// unsureSources are the IPv4 subnets whose hosts must not be spoofed: those from which
-// permissions are learned, and on a gateway with one arm those with mappings. It is nil
-// where nobody can tell.
+// unsureSources are the IPv4 subnets whose hosts must not be spoofed: all whose flows may
+// earn permissions, and on a gateway with one arm those with mappings. There are none where
+// nobody can tell.
 func (d *Desired) unsureSources() []netip.Prefix {
-	mapped := d.Mapping != nil && len(d.arms()) > 0
-	if d.noFib || d.Map == nil && !mapped {
+	switch {
+	case d.noFib || d.noWayBack:
 		return nil
+	case d.Map != nil || len(d.Helpers) > 0:
+		return ipFamilies[0].of(d.Subnets)
+	case d.Mapping != nil && len(d.arms()) > 0:
+		return ipFamilies[0].of(d.Mapping.Subnets)
 	}
-	sources := []netip.Prefix{}
-	if d.Map != nil {
-		sources = append(sources, d.Map.Subnets...)
-	}
-	if mapped {
-		for _, p := range d.Mapping.Subnets {
-			if !slices.Contains(sources, p) {
-				sources = append(sources, p)
-			}
-		}
-	}
-	return sources
+	return nil
 }
 
 const eventDestroy = 1 << 2 // IPCT_DESTROY: no event tells of a new flow
