@@ -36,13 +36,55 @@ func TestNFTSourceByAnotherLinkEarnsNothing(t *testing.T) {
 	}
 }
 
+// The same with routed IPv6, whose permissions are all expectations.
+//
+// Fails without the chain way_back of family inet, when it judges IPv4 alone, and when the
+// daemon does not read what that remembers, or does not take it over.
+func TestIPv6SourceByAnotherLinkEarnsNothing(t *testing.T) {
+	stage.NeedsExpect(t)
+	stage.InModes(t, [][]string{stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
+		mode = append(slices.Clip(mode), "--routed", "--subnet", lab.InsideNet6.String())
+		s := play(t, lab.Options{Guest: true, IPv6: true, Rules: lab.Masquerade + lab.DropPolicy}, mode...)
+		s.sourceByAnotherLinkEarnsNothing(mode, s.Inside(0).Addr6, lab.Peer6A, s.Inside(0).Addr6)
+	})
+}
+
+// Where a routing rule asks for a mark, what fakes an inside source passes by an outside
+// link, too, as the user's firewall lets it.
+//
+// Fails without the chain way_back of family inet.
+func TestIPv6SourceFromOutsideEarnsNothing(t *testing.T) {
+	stage.NeedsExpect(t)
+	s := newScene(t, lab.Options{IPv6: true})
+	s.IP(s.Gateway, "-6 rule add fwmark 7 lookup 100")
+	s.Start(stage.Flags(stage.Auto, "--routed", "--subnet", lab.InsideNet6.String())...)
+	victim, far := netip.AddrPortFrom(s.Inside(0).Addr6, 7777), netip.MustParseAddrPort("[2001:db8:5::99]:9")
+	s.IP(s.Outside, "addr add "+victim.Addr().String()+"/128 dev lo nodad")
+	s.IP(s.Outside, "-6 route add table local unicast "+far.Addr().String()+"/128 via "+s.Gateway.Addr6.String())
+	s.Must(s.Socket(s.Outside.Namespace, victim.Addr(), victim.Port()).Send(far, "faked"))
+	s.Until("the packet passed", func() bool {
+		return len(s.ConntrackList("-f", "ipv6", "-p", "udp", "--orig-src", victim.Addr().String())) > 0
+	})
+	fence, peer := s.Socket(s.Inside(0).Namespace, victim.Addr(), 5062), s.PeerSocket(lab.Peer6B, 9)
+	s.Stands(fence, peer, s.Contact(fence, peer))
+	for _, p := range s.List() {
+		if p.Int == victim {
+			t.Errorf("it earned %+v", p)
+		}
+	}
+}
+
 // sourceByAnotherLinkEarnsNothing lets the guest fake the source of an inside host towards a
 // peer, who answers to the outside address ext.
 func (s *scene) sourceByAnotherLinkEarnsNothing(mode []string, inside, peer, ext netip.Addr) {
 	t := s.T
 	t.Helper()
 	victim := netip.AddrPortFrom(inside, 7777)
-	s.IP(s.Guest, "addr add "+netip.PrefixFrom(inside, inside.BitLen()).String()+" dev lo")
+	nodad := ""
+	if inside.Is6() {
+		nodad = " nodad"
+	}
+	s.IP(s.Guest, "addr add "+netip.PrefixFrom(inside, inside.BitLen()).String()+" dev lo"+nodad)
 	spoofer := s.Socket(s.Guest.Namespace, victim.Addr(), victim.Port())
 	attacker := s.PeerSocket(peer, 9)
 	for _, payload := range []string{"one", "two", "three"} {

@@ -177,6 +177,32 @@ const contentsInet = `
 	counter expected {
 	}
 
+	counter unsure {
+	}
+
+	set unsure6 {
+		type ipv6_addr . inet_service . ipv6_addr . inet_service
+		size 262144
+		flags dynamic,timeout
+		timeout 2h
+	}
+
+	chain no_way_back {
+		add @unsure6 { ip6 saddr . udp sport . ip6 daddr . udp dport } ct event set destroy counter name "unsure" accept comment "nothing is learned from it"
+		counter name "unsure" drop comment "too many to remember"
+	}
+
+	chain way_back {
+		type filter hook prerouting priority -111; policy accept;
+		meta nfproto ipv6 ct status ! confirmed meta l4proto udp goto from_inside comment "the first packet of a flow"
+	}
+
+	chain from_inside {
+		ip6 saddr != @subnets6 accept
+		meta ipsec missing fib saddr . mark . iif oif missing fib saddr . iif oif missing fib daddr type != local goto no_way_back comment "the way back is not the link that it came by"
+		delete @unsure6 { ip6 saddr . udp sport . ip6 daddr . udp dport } comment "an earlier flow may have been spoofed"
+	}
+
 	counter guard_drops {
 	}
 

@@ -14,6 +14,8 @@
 //     which it knows by the helper: it drops what came by no outside link, for only a
 //     faker sends that, and bounds the flows of one expectation at a time. It also drops
 //     ICMP errors about an anchor.
+//   - way_back remembers the IPv6 flows of inside hosts that begin by another link than the
+//     way back to them, for their source may be spoofed: they earn nothing.
 //   - port_zero drops UDP packets like an anchor before conntrack sees them: between a
 //     subnet and elsewhere, with port 0.
 //
@@ -27,8 +29,7 @@
 //   - marks is a map with the same keys to the connmarks that children inherit.
 //   - admit translates what the map knows, after every NAT chain of the user's. Like
 //     any NAT chain it sees the first packet of a flow only.
-//   - way_back remembers the flows of inside hosts that begin by another link than the
-//     way back to them, for their source may be spoofed: nothing is learned from them.
+//   - way_back does so for IPv4.
 //   - keep_source keeps the peer's address for what admit let in.
 //   - learn adds to the map what the first packet of a flow gives, while that
 //     packet is still inside, but not what is in the set denied.

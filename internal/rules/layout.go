@@ -70,6 +70,9 @@ const (
 	// Before every chain of the user's, for the same reason: it keeps the source of
 	// what was admitted. nft allows no NAT chain below.
 	sourcePriority = -199
+	// After the user's marks (mangle) and before NAT, where nft has no name for a priority:
+	// its versions have different ones.
+	wayBackPriority = -111
 	// After srcnat, when the outside endpoint is known, and after what the
 	// user's own chains may drop there.
 	learnPriority = 290
@@ -126,6 +129,9 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 	if len(d.Helpers) > 0 {
 		inet.portZero(d)
 		inet.children(d, served)
+	}
+	if d.unsure6Wanted() {
+		inet.unsure6(d)
 	}
 	if d.UplinkMarks != nil {
 		inet.uplinkMarks(d.UplinkMarks, d.Subnets)

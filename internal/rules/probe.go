@@ -33,9 +33,9 @@ var features = []struct {
 	}, Desired{Subnets: tryBoth, Spoofed: true, noIPsec: true}},
 	{UnsupportedError{
 		Feature: FeatureWayBack,
-		Mend: "load the modules nft_chain_nat and nft_fib_ipv4 (CONFIG_NFT_NAT, CONFIG_NFT_FIB_IPV4; OpenWrt: kmod-nft-nat, " +
+		Mend: "load the modules nft_chain_nat and nft_fib_inet (CONFIG_NFT_NAT, CONFIG_NFT_FIB_INET; OpenWrt: kmod-nft-nat, " +
 			"kmod-nft-fib), or set net.ipv4.conf.all.rp_filter = 1",
-	}, Desired{Subnets: tryPrefixes, Helpers: tryHelpers, noIPsec: true}},
+	}, Desired{Subnets: tryBoth, Helpers: tryHelpers, noIPsec: true}},
 	{UnsupportedError{
 		Feature: FeaturePartial,
 		Mend:    "load the module nft_fib_inet (CONFIG_NFT_FIB_INET), on Linux 5.18 or later",

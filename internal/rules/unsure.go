@@ -25,34 +25,57 @@ const (
 )
 
 // flowKey is an original direction: source and destination.
-var flowKey = []nftables.SetDatatype{
-	nftables.TypeIPAddr, nftables.TypeInetService, nftables.TypeIPAddr, nftables.TypeInetService,
+var flowKey = ipFamilies[0].flowKey()
+
+// flowKey is that of a flow of the family.
+func (f *ipFamily) flowKey() []nftables.SetDatatype {
+	return []nftables.SetDatatype{f.addr, nftables.TypeInetService, f.addr, nftables.TypeInetService}
 }
 
-// unsure remembers flows that begin with a source of a subnet, by a link that is not the
+// unsure remembers IPv4 flows that begin with a source of a subnet, by a link that is not the
 // way back to it: the source may be spoofed, so nothing is learned from them. They pass;
 // a gateway may have good reasons for such packets. The daemon hears of them by the set
 // alone: their event says nothing of links, so there is none.
 //
 // A NAT chain sees the first packet only, with the marks that the user's chains gave it.
 func (l *layout) unsure(d Desired, sources []netip.Prefix) {
-	l.counters = append(l.counters, unsureCounter)
 	name := subnetsSet
 	if d.Map == nil || len(sources) != len(ipFamilies[0].of(d.Map.Subnets)) {
 		name = sourcesSet
 	}
 	inside := l.set(name, nftables.TypeIPAddr)
 	inside.Interval, inside.elements = true, intervals(sources)
-	flows := l.set(elements.UnsureSet, flowKey...)
+	from := l.fromInside(d, ipFamilies[0], elements.UnsureSet, nil)
+	c := l.chain("way_back", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, sourcePriority)
+	l.rule(c, "", isUDP, ipSaddr.in(inside), goTo(from))
+}
+
+// unsure6 is the same for IPv6. A NAT chain would put all IPv6 flows of the gateway through
+// NAT, which costs each packet more than this one rule.
+func (l *layout) unsure6(d Desired) {
+	f := ipFamilies[1]
+	from := l.fromInside(d, f, elements.Unsure6Set, l.inside(f, d.Subnets))
+	c := l.filter("way_back", nftables.ChainHookPrerouting, wayBackPriority)
+	l.rule(c, "the first packet of a flow", f.is, lacksStatus(ctConfirmed), isUDP, goTo(from))
+}
+
+// fromInside adds a chain that judges first packets by the link that they came by, and puts
+// their flows into a set, or takes them out. Sources that are not in inside are left alone;
+// without it that was asked before.
+func (l *layout) fromInside(d Desired, f *ipFamily, name string, inside *set) *nftables.Chain {
+	l.counters = append(l.counters, unsureCounter)
+	flows := l.set(name, f.flowKey()...)
 	flows.HasTimeout, flows.Dynamic, flows.free = true, true, true
 	flows.Timeout, flows.Size = unsureTimeout, unsureSize
 
 	found, from := l.regular("no_way_back"), l.regular("from_inside")
-	c := l.chain("way_back", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, sourcePriority)
-	l.rule(c, "", isUDP, ipSaddr.in(inside), goTo(from))
-	flow := elem{key: packetFlow}
+	flow, ofFamily := elem{key: concat(f.saddr, udpSport, f.daddr, udpDport)}, isUDP
+	if inside != nil {
+		ofFamily = join(f.is, isUDP)
+		l.rule(from, "", f.is, f.saddr.notIn(inside), accept)
+	}
 	for _, link := range slices.Sorted(slices.Values(d.InsideLinks)) {
-		l.rule(from, "the user says that it is inside", isUDP, iifname.is(nfnl.LinkKey(link)), deleteFrom(flows, flow), accept)
+		l.rule(from, "the user says that it is inside", ofFamily, iifname.is(nfnl.LinkKey(link)), deleteFrom(flows, flow), accept)
 	}
 	for _, upper := range slices.Sorted(maps.Keys(d.Uppers)) {
 		l.rule(from, "the way back is the link below",
@@ -64,10 +87,11 @@ func (l *layout) unsure(d Desired, sources []netip.Prefix) {
 	}
 	// A mark may be for the way out alone, with a table that leads nowhere else.
 	l.rule(from, "the way back is not the link that it came by", plain, noWayBack, noWayBackUnmarked, forwarded, goTo(found))
-	l.rule(from, "an earlier flow may have been spoofed", isUDP, deleteFrom(flows, flow))
-	l.rule(found, "nothing is learned from it", isUDP, addTo(flows, flow),
+	l.rule(from, "an earlier flow may have been spoofed", ofFamily, deleteFrom(flows, flow))
+	l.rule(found, "nothing is learned from it", ofFamily, addTo(flows, flow),
 		setCt(expr.CtKeyEVENTMASK, constant(host32(eventDestroy))), counter(unsureCounter), accept)
 	l.rule(found, "too many to remember", counter(unsureCounter), drop)
+	return from
 }
 
 // isUnsure matches the flows that unsure remembers, and renews them.
@@ -89,6 +113,12 @@ func (d *Desired) unsureSources() []netip.Prefix {
 		return ipFamilies[0].of(d.Mapping.Subnets)
 	}
 	return nil
+}
+
+// unsure6Wanted reports whether there are such subnets of IPv6. Expectations alone carry
+// their permissions.
+func (d *Desired) unsure6Wanted() bool {
+	return !d.noFib && !d.noWayBack && len(d.Helpers) > 0 && len(ipFamilies[1].of(d.Subnets)) > 0
 }
 
 const eventDestroy = 1 << 2 // IPCT_DESTROY: no event tells of a new flow

@@ -14,6 +14,7 @@ const batch = 256
 // needs is kept, so that a batch costs no allocation.
 type batcher struct {
 	w      *Writer
+	family byte // of the table
 	enc    nfnl.Encoder
 	errs   [batch]error // of the elements that were refused
 	first  uint32
@@ -23,7 +24,7 @@ type batcher struct {
 }
 
 func (b *batcher) begin(w *Writer) {
-	b.w = w
+	b.w, b.family = w, unix.AF_INET
 	b.told = func(typ uint16, body []byte) {
 		if id, ok := generationOf(typ, body); ok {
 			w.generations.ours(id)
@@ -84,7 +85,7 @@ func transact[E any](b *batcher, es []E, per uint32, encode func(seq uint32, e *
 // where it is not there, what follows fails. Its refusal is that of the
 // transaction, whose sequence number it has.
 func (b *batcher) askGeneration() {
-	b.enc.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_NEWTABLE, unix.NLM_F_REQUEST|unix.NLM_F_ECHO, b.first, unix.AF_INET)
+	b.enc.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_NEWTABLE, unix.NLM_F_REQUEST|unix.NLM_F_ECHO, b.first, b.family)
 	b.enc.Str(unix.NFTA_TABLE_NAME, b.w.table)
 	b.enc.End()
 }
@@ -98,7 +99,7 @@ func (b *batcher) openElement(set string, seq uint32, typ, flags uint16) (list, 
 		flags |= unix.NLM_F_CREATE
 	}
 	e := &b.enc
-	e.Message(unix.NFNL_SUBSYS_NFTABLES, typ, flags, seq, unix.AF_INET)
+	e.Message(unix.NFNL_SUBSYS_NFTABLES, typ, flags, seq, b.family)
 	e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, b.w.table)
 	e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
 	list = e.Nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS)

@@ -25,8 +25,10 @@ const (
 	// the daemon, so that the next one sees which of them went.
 	GoneSet    = "gone"
 	GatewaySet = "gateway_addresses"
-	// UnsureSet has the flows whose source may be spoofed.
-	UnsureSet = "unsure"
+	// UnsureSet has the IPv4 flows whose source may be spoofed, Unsure6Set, in the table of
+	// family inet, those of IPv6.
+	UnsureSet  = "unsure"
+	Unsure6Set = "unsure6"
 )
 
 // LinkSets are the names of the sets that an outside link has for mappings. None of them
