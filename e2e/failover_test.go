@@ -1,11 +1,14 @@
 package e2e
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
@@ -130,6 +133,66 @@ func TestNFTFailoverEndsNoFlowWhoseAddressIsRight(t *testing.T) {
 			s.Until("it looked at flows", func() bool { s.Status(); return time.Since(began) > 1500*time.Millisecond })
 			if after := s.insideFlows(); !slices.Equal(after, before) {
 				t.Errorf("before:\n%s\nafter:\n%s", strings.Join(before, "\n"), strings.Join(after, "\n"))
+			}
+		})
+	}
+}
+
+// Calls take the second uplink, for their type of service. Two uplinks fail one after the
+// other: each flow heals whose link failed, and no other one ends.
+//
+// Fails when flows stay since nobody asks where packets with that type of service go, or when
+// calls end since others leave by another link.
+func TestNFTFailoverHealsWhereRoutesAskForTOS(t *testing.T) {
+	const lowDelay = 0x18
+	for name, byTOS := range map[string]string{
+		"a rule":  "rule add tos 0x18 table 109",
+		"a route": "route add default via 198.51.100.254 dev wan1 onlink tos 0x18",
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, second := twoUplinks(t, lab.Options{Rules: strings.Replace(bothUplinks, `"wan1"`, `"wan1", "wan2"`, 1)})
+			third := netip.MustParseAddr("198.51.100.130")
+			s.AddLink("wan2", third.String())
+			s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan2 onlink metric 300")
+			s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 109")
+			s.IP(s.Gateway, byTOS)
+			s.Serve(mapped, "--reconcile=1h")
+			phone, call := s.InsideSocket(0, 5060), s.InsideSocket(0, 5062)
+			raw, err := call.SyscallConn()
+			s.Must(err)
+			s.Must(raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_TOS, lowDelay) }))
+			s.Must(err)
+			// The second flow of each has the mapping of the first.
+			peers := []*lab.Socket{s.PeerSocket(lab.PeerA, 5080), s.PeerSocket(lab.PeerB, 5080)}
+			for in, addr := range map[*lab.Socket]netip.Addr{phone: s.Gateway.Addr, call: second} {
+				for _, peer := range peers {
+					ext := s.Contact(in, peer)
+					if ext.Addr() != addr {
+						t.Fatalf("%v leaves as %v, want %v", in.Addr(), ext, addr)
+					}
+					s.Arrives(in, peer, ext)
+				}
+			}
+			flowsOf := func(in *lab.Socket) (all []string) {
+				return slices.DeleteFunc(s.insideFlows(), func(f string) bool {
+					return !strings.Contains(f, fmt.Sprintf(" sport=%d ", in.Addr().Port()))
+				})
+			}
+			for _, fails := range []struct {
+				command     string
+				heals, stay *lab.Socket
+			}{
+				{"route replace default via 198.51.100.254 dev wan2 onlink", phone, call},
+				{"link set wan1 down", call, phone},
+			} {
+				before := flowsOf(fails.stay)
+				s.IP(s.Gateway, fails.command)
+				for _, peer := range peers {
+					s.heals(fails.heals, peer, third)
+				}
+				if after := flowsOf(fails.stay); len(before) != len(peers) || !slices.Equal(after, before) {
+					t.Errorf("after %q there is %q, and before %q", fails.command, after, before)
+				}
 			}
 		})
 	}

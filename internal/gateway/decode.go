@@ -3,6 +3,7 @@ package gateway
 import (
 	"encoding/binary"
 	"net/netip"
+	"slices"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -139,7 +140,9 @@ func (r *reader) route(b []byte) error {
 	if typ != rtnUnicast || table == unix.RT_TABLE_LOCAL || cloned {
 		return nil
 	}
-	r.routesByTOS = r.routesByTOS || family == unix.AF_INET && b[3] != 0
+	if tos := b[3]; family == unix.AF_INET && tos != 0 && !slices.Contains(r.routeTOS, tos) {
+		r.routeTOS = append(r.routeTOS, tos)
+	}
 	if !dst.IsValid() {
 		switch family {
 		case unix.AF_INET:

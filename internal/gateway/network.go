@@ -18,7 +18,7 @@ type Network struct {
 	Rules  []Rule         // for IPv4
 	Ended  []netip.Prefix // IPv4 networks with a route that is local or rejects
 
-	routesByTOS bool // an IPv4 route is for a type of service
+	routeTOS []uint8 // types of service that IPv4 routes are for
 
 	Missing   []string       // names of outside links that are not there, and may come
 	Unreached []netip.Prefix // enabled subnets to which nothing but a default route leads

@@ -48,22 +48,25 @@ type Rule struct {
 	Mark   uint32
 	mask   uint32 // of Mark
 	invert bool   // it is for packets that it does not describe
-	hidden bool   // it asks for what nobody knows of a packet, other than a mark
 	ofWay  bool   // it asks for a link or for ports, which packets of the other direction do not tell
 	proto  uint8  // that it asks for; 0 for any
+	tos    uint8  // the type of service that it asks for, if byTOS
+	byTOS  bool
+	hidden bool   // it asks for what a Router does not try
 	all    string // the message
 }
 
 // decodeRule decodes a struct fib_rule_hdr with attributes.
 func decodeRule(b []byte) (r Rule, err error) {
-	const fraSportMask, fraDportMask = 28, 29 // Linux 6.15
+	const fraDSCP, fraSportMask, fraDportMask, fraDSCPMask = 25, 28, 29, 30 // Linux 6.13, and 6.15 for the masks
+	const wholeDSCP = 1<<6 - 1
 	if len(b) < fibRuleHeaderLen {
 		return r, errMalformed
 	}
 	r = Rule{
 		mask: math.MaxUint32, invert: binary.NativeEndian.Uint32(b[8:])&unix.FIB_RULE_INVERT != 0,
-		hidden: b[3] != 0, // the type of service
-		all:    string(b),
+		tos: b[3], byTOS: b[3] != 0,
+		all: string(b),
 	}
 	err = attributes(b, fibRuleHeaderLen, func(ad *netlink.AttributeDecoder) {
 		switch typ := ad.Type(); {
@@ -76,7 +79,11 @@ func decodeRule(b []byte) (r Rule, err error) {
 		case typ == unix.FRA_IP_PROTO:
 			r.proto = ad.Uint8()
 		case typ == fraSportMask, typ == fraDportMask: // the kernel was told the ports
-		case typ == unix.FRA_TUN_ID, typ > unix.FRA_DPORT_RANGE: // a DSCP, among others
+		case typ == fraDSCP:
+			r.tos, r.byTOS = ad.Uint8()<<2, true
+		case typ == fraDSCPMask:
+			r.hidden = r.hidden || ad.Uint8() != wholeDSCP
+		case typ == unix.FRA_TUN_ID, typ > unix.FRA_DPORT_RANGE: // a flow label, among others
 			r.hidden = true
 		}
 	})
@@ -91,7 +98,7 @@ func (r Rule) hidesWayBack(ours uint32) bool {
 	if r.proto != 0 && r.proto != unix.IPPROTO_UDP {
 		return false
 	}
-	return r.hidden || r.ofWay || r.proto != 0 || r.Mark != 0 && (r.mask&^ours != 0 || r.invert)
+	return r.hidden || r.ofWay || r.byTOS || r.proto != 0 || r.Mark != 0 && (r.mask&^ours != 0 || r.invert)
 }
 
 // rule takes in a routing rule for IPv4.

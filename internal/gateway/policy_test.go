@@ -1,8 +1,11 @@
 package gateway
 
 import (
+	"slices"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/lab"
 )
@@ -45,5 +48,43 @@ func TestHidesWaysBack(t *testing.T) {
 				t.Error(is, err)
 			}
 		})
+	}
+}
+
+// Rules have a DSCP as these attributes tell it from Linux 6.13 on, and its mask from 6.15 on.
+//
+// Fails when it is taken for 4 times as much or as little, when a rule for the DSCP 0 is taken
+// for one for all packets, or when a part of the DSCP is taken for the whole.
+func TestRulesAskForADSCP(t *testing.T) {
+	const dscp, mask = 25, 30
+	rule := func(dscps ...uint8) (n Network) {
+		for _, d := range dscps {
+			b := make([]byte, fibRuleHeaderLen)
+			b[0] = unix.AF_INET
+			b = appendAttr(appendAttr(b, dscp, []byte{d}), mask, []byte{0x3f})
+			r, err := decodeRule(b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			n.Rules = append(n.Rules, r)
+		}
+		return n
+	}
+	for _, tt := range []struct {
+		n    Network
+		want []uint8
+	}{
+		{rule(), []uint8{0}},
+		{rule(46), []uint8{0, 0xb8}},
+		{rule(46, 10, 46), []uint8{0, 0xb8, 0x28}},
+		{rule(0, 1), []uint8{8, 0, 4}},
+	} {
+		if got := tt.n.toses(); !slices.Equal(got, tt.want) || tt.n.HidesWays() {
+			t.Errorf("%x, want %x; ways are hidden: %v", got, tt.want, tt.n.HidesWays())
+		}
+	}
+	part := appendAttr(appendAttr(make([]byte, fibRuleHeaderLen), dscp, []byte{0x28}), mask, []byte{0x38})
+	if r, err := decodeRule(part); err != nil || !(Network{Rules: []Rule{r}}).HidesWays() {
+		t.Errorf("a rule for a part of the DSCP is %+v, %v", r, err)
 	}
 }

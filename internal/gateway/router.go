@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"math"
 	"net/netip"
 	"slices"
 
@@ -19,19 +20,20 @@ import (
 type Router struct {
 	conn    *conn
 	marks   []uint32 // that packets may have, 0 among them
+	toses   []uint8  // likewise, types of service
 	inside  map[cone.Addr]uint32
 	request []byte
 }
 
 // DialRouter opens the connection to the network namespace behind the descriptor netns,
-// or to the calling thread's own when it is 0. The Router knows the marks of the routing
-// rules that there are now.
+// or to the calling thread's own when it is 0. The Router knows the marks and the types of
+// service that routing rules and routes ask for now.
 func DialRouter(netns int, n Network) (*Router, error) {
 	c, err := dial(unix.NETLINK_ROUTE, netns)
 	if err != nil {
 		return nil, err
 	}
-	r := &Router{conn: c, marks: []uint32{0}, inside: make(map[cone.Addr]uint32)}
+	r := &Router{conn: c, marks: []uint32{0}, toses: n.toses(), inside: make(map[cone.Addr]uint32)}
 	for _, rule := range n.Rules {
 		if rule.Mark != 0 && !slices.Contains(r.marks, rule.Mark) {
 			r.marks = append(r.marks, rule.Mark)
@@ -44,13 +46,13 @@ func DialRouter(netns int, n Network) (*Router, error) {
 func (r *Router) Close() error { return r.conn.close() }
 
 // Links returns the indexes of the links by which a packet of an inside host from src to
-// dst may leave: the one, or, as rules of the user's may mark packets in a way that
-// nobody knows, one for each mark of a routing rule. all is false if it does not leave with
-// one of these marks. Both are IPv4 endpoints.
+// dst may leave: the one, or, as nobody knows how rules of the user's mark packets and which
+// type of service programs ask for, one for each mark and type of service that routes depend
+// on. all is false if it does not leave with one of these. Both are IPv4 endpoints.
 func (r *Router) Links(src, dst cone.Endpoint) (links []int, all bool, err error) {
 	from, known := r.inside[src.Addr]
 	if !known { // by which its packets come in
-		link, err := r.lookup(cone.Endpoint{}, src, 0, 0)
+		link, err := r.lookup(cone.Endpoint{}, src, 0, 0, 0)
 		if err != nil {
 			return nil, false, err
 		}
@@ -62,14 +64,16 @@ func (r *Router) Links(src, dst cone.Endpoint) (links []int, all bool, err error
 	}
 	all = true
 	for _, mark := range r.marks {
-		link, err := r.lookup(src, dst, from, mark)
-		if err != nil {
-			return nil, false, err
-		}
-		if link == 0 {
-			all = false
-		} else if !slices.Contains(links, link) {
-			links = append(links, link)
+		for _, tos := range r.toses {
+			link, err := r.lookup(src, dst, from, mark, tos)
+			if err != nil {
+				return nil, false, err
+			}
+			if link == 0 {
+				all = false
+			} else if !slices.Contains(links, link) {
+				links = append(links, link)
+			}
 		}
 	}
 	return links, all, nil
@@ -77,10 +81,10 @@ func (r *Router) Links(src, dst cone.Endpoint) (links []int, all bool, err error
 
 // lookup returns the link by which a packet leaves that comes in by the link from, or is
 // the gateway's own; 0 if it does not leave.
-func (r *Router) lookup(src, dst cone.Endpoint, from, mark uint32) (link int, err error) {
+func (r *Router) lookup(src, dst cone.Endpoint, from, mark uint32, tos uint8) (link int, err error) {
 	b := append(r.request[:0], newRequest(unix.RTM_GETROUTE, 0, unix.SizeofRtMsg)...)
 	h := b[unix.NLMSG_HDRLEN:]
-	h[0], h[1] = unix.AF_INET, 32
+	h[0], h[1], h[3] = unix.AF_INET, 32, tos
 	b = appendAttr(b, unix.RTA_DST, dst.Addr[12:])
 	if from != 0 {
 		b[unix.NLMSG_HDRLEN+2] = 32
@@ -123,9 +127,28 @@ func appendAttr(b []byte, typ uint16, value []byte) []byte {
 }
 
 // HidesWays reports whether IPv4 packets may take other ways than a Router tells, since a
-// routing rule or a route asks for a type of service, or for what is not understood.
+// routing rule asks for a part of the DSCP, or for what is not understood.
 func (n Network) HidesWays() bool {
-	return n.routesByTOS || slices.ContainsFunc(n.Rules, func(r Rule) bool { return r.hidden })
+	return slices.ContainsFunc(n.Rules, func(r Rule) bool { return r.hidden })
+}
+
+// toses returns the types of service with which packets may take different ways: one that no
+// routing rule or route asks for, which is 0 unless a rule asks for that, and each one that
+// some ask for.
+func (n Network) toses() []uint8 {
+	asked := slices.Clone(n.routeTOS)
+	for _, r := range n.Rules {
+		if r.byTOS && !slices.Contains(asked, r.tos) {
+			asked = append(asked, r.tos)
+		}
+	}
+	const next = 1 << 2 // the bits below are not of the DSCP
+	for tos := 0; tos <= math.MaxUint8; tos += next {
+		if !slices.Contains(asked, uint8(tos)) {
+			return slices.Insert(asked, 0, uint8(tos))
+		}
+	}
+	return asked
 }
 
 // SameRoutes reports whether packets take the same ways in n and in o.
@@ -138,7 +161,7 @@ func (n Network) SameRoutes(o Network) bool {
 		}
 		return is
 	}
-	return n.routesPrint() == o.routesPrint() && slices.Equal(n.Rules, o.Rules) && slices.Equal(up(n), up(o))
+	return n.routesPrint() == o.routesPrint() && slices.Equal(n.routeTOS, o.routeTOS) && slices.Equal(n.Rules, o.Rules) && slices.Equal(up(n), up(o))
 }
 
 // Lean returns n without the routes by outside links, of which there may be very many:

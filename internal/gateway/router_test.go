@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// The kernel says by which link a host's packets leave, for each mark that routing rules
-// ask for.
+// The kernel says by which link a host's packets leave, for each mark and type of service
+// that routing rules and routes ask for.
 func TestRouterFindsTheLinksOfAHostsPackets(t *testing.T) {
 	g := newGateway(t,
 		"link add wan1 type bridge", "address add 198.51.100.129/32 dev wan1", "link set wan1 up",
@@ -27,6 +27,14 @@ func TestRouterFindsTheLinksOfAHostsPackets(t *testing.T) {
 		{"route add local default dev lo table 8", []string{"wan1"}},
 		{"rule add fwmark 3 table 8", []string{"wan1"}}, // as for TPROXY
 		{"rule del fwmark 3 table 8", []string{"wan1"}},
+		{"rule add tos 0x18 table 7", []string{"wan1", "vpn0"}},
+		{"route add default dev wan0 tos 0x10", []string{"wan1", "vpn0", "wan0"}},
+		{"rule del tos 0x18 table 7", []string{"wan1", "wan0"}},
+		{"rule add tos 0x18 fwmark 2 table 7", []string{"wan1", "wan0", "vpn0"}},
+		{"rule del tos 0x18 fwmark 2 table 7", []string{"wan1", "wan0"}},
+		{"route del default tos 0x10", []string{"wan1"}},
+		{"rule add not tos 0x18 table 7", []string{"wan1", "vpn0"}},
+		{"rule del not tos 0x18 table 7", []string{"wan1"}},
 		{"route add blackhole 203.0.113.0/24", nil},
 		{"route del blackhole 203.0.113.0/24", []string{"wan1"}},
 		{"link set wan1 down", nil},
@@ -73,9 +81,9 @@ func TestNetworkKnowsThatWaysAreHidden(t *testing.T) {
 		"rule add fwmark 2 table 7":                         false,
 		"rule add ipproto udp dport 5060 table 7":           false,
 		"rule add from 10.47.11.0/24 iif lan0 table 7":      false,
-		"rule add tos 0x10 table 7":                         true,
-		"route add 203.0.113.0/24 dev wan0 tos 0x10":        true,
-		"route add default dev wan0 tos 0x08 table 7":       true,
+		"rule add tos 0x10 table 7":                         false,
+		"route add 203.0.113.0/24 dev wan0 tos 0x10":        false,
+		"route add default dev wan0 tos 0x08 table 7":       false,
 		"rule add tun_id 7 table 7":                         true,
 		"rule add table main suppress_prefixlength 0":       false,
 		"rule add from 10.47.11.0/24 goto 32766 priority 9": false,
