@@ -295,9 +295,7 @@ func (m *Model) Revoke(now time.Duration, f func(Permission) bool) (n int) {
 		if o := m.owner(m.claims[i].Key); m.claims[o].state == StateWaiting {
 			m.grant(now, o)
 		}
-		if m.policy.Learned {
-			m.keepDenied(now, i)
-		}
+		m.keepDenied(now, i)
 		m.settle(now, i)
 	}
 	return n
@@ -306,9 +304,7 @@ func (m *Model) Revoke(now time.Duration, f func(Permission) bool) (n int) {
 // keepRevoked refuses claim i, which does not stand, until a new flow asks for it.
 func (m *Model) keepRevoked(now time.Duration, i int32) {
 	m.markRevoked(i)
-	if m.policy.Learned {
-		m.keepDenied(now, i)
-	}
+	m.keepDenied(now, i)
 }
 
 // markRevoked notes that claim i, which is not in the kernel, was revoked.

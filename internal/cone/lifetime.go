@@ -75,7 +75,7 @@ func (m *Model) attend(now time.Duration, i int32) {
 			m.wheel.schedule(i, c.retry)
 		case !c.waitsForFlow():
 			m.grant(now, i)
-		case c.reason == ReasonRevoked && m.policy.Learned:
+		case c.reason == ReasonRevoked:
 			m.keepDenied(now, i)
 		}
 		return

@@ -87,7 +87,7 @@ func TestUnansweredDNATedChildrenAreDroppedAtARevoke(t *testing.T) {
 	d.admit(1, "203.0.113.5:77", ext, in, 0)
 	d.admit(1, "203.0.113.5:78", ext, in, StatusSeenReply)
 	d.m.Revoke(2, func(Permission) bool { return true })
-	d.wantOps("revoked", d.carry(), Revoke, DropUnanswered)
+	d.wantOps("revoked", d.carry(), Revoke, DropUnanswered, Deny)
 	_, kinds := d.admit(3, "203.0.113.5:79", ext, in, 0)
 	d.wantOps("the event of a child comes late", kinds, DropUnanswered)
 }

@@ -274,16 +274,20 @@ func (m *Model) refuse(now time.Duration, i int32, r Reason) {
 
 // deny tells a kernel that learns by itself that claim i, which is refused, must
 // not stand, if the reason says so and a flow could teach it. The Key is denied
-// to all claims of it, so not while another one stands.
+// to all claims of it, so not while another one stands. What was revoked is told anyway.
 func (m *Model) deny(i int32) {
 	c := &m.claims[i]
-	if !m.policy.Learned || c.outs == 0 || !c.reason.denies() {
+	if !m.policy.Learned && c.reason != ReasonRevoked || c.outs == 0 || !c.reason.denies() {
 		return
 	}
 	if o := m.owner(c.Key); o != i && (m.claims[o].state == StateStanding || m.claims[o].reason.denies()) {
 		return
 	}
-	m.op(Op{Kind: Deny, Permission: c.Permission, Reason: c.reason})
+	var by Carriers
+	if m.policy.Learned {
+		by = ByMap
+	}
+	m.op(Op{Kind: Deny, Permission: c.Permission, By: by, Reason: c.reason})
 }
 
 // withdraw takes claim i out of the kernel, if it stands, with its unanswered

@@ -26,7 +26,8 @@ const (
 	// standing: a kernel that learns by itself must not learn its Key, and
 	// what it learned already ends. A later Grant of the same Key lifts the
 	// denial, and so does a timeout of its own. While the denial holds, it is
-	// renewed every Policy.Retry. Only with Policy.Learned.
+	// renewed every Policy.Retry. By is ByMap with Policy.Learned; without, there is
+	// a Deny only of what the user revoked, for the next daemon (Model.Revoked).
 	Deny
 )
 
@@ -42,7 +43,7 @@ type Op struct {
 	// FromZone is the conntrack zone of the packets from there, for the same.
 	FromZone uint16
 	Kind     OpKind
-	By       Carriers // for Grant, Revoke and Refresh
+	By       Carriers // for Grant, Revoke, Refresh and Deny
 	Reason   Reason   // why, for Revoke and Deny
 }
 

@@ -87,8 +87,14 @@ func (w *world) apply() {
 				delete(w.taught, o.Key)
 				w.m.Granted(o.Permission)
 			case Deny:
-				if !w.ref.policy.Learned {
-					w.failf("a kernel that does not learn is told what not to learn")
+				if (o.By == ByMap) != w.ref.policy.Learned {
+					w.failf("a kernel that does not learn is told what not to learn, or one that learns is not")
+				}
+				if o.By == 0 {
+					if o.Reason != ReasonRevoked {
+						w.failf("the next daemon is told of %v", o.Reason)
+					}
+					continue
 				}
 				w.fall(o.Key, ByMap)
 				w.denied[o.Key] = w.now + 2*testPolicy.Retry

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"errors"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -53,15 +54,23 @@ func (d *Daemon) run(ops []cone.Op, since time.Duration) {
 	}
 }
 
-// deny keeps the kernel from learning the permissions of ops. Neighbours with the same
-// reason go together.
+// deny keeps the kernel from learning the permissions of ops, and notes what the user
+// revoked. Neighbours with the same reason go together.
 func (d *Daemon) deny(ops []cone.Op) {
 	for len(ops) > 0 {
-		why, n := ops[0].Reason, 1
-		for n < len(ops) && ops[n].Reason == why {
+		why, by, n := ops[0].Reason, ops[0].By, 1
+		for n < len(ops) && ops[n].Reason == why && ops[n].By == by {
 			n++
 		}
-		d.failures.note(requestDenyPermissions, n, d.backends.Deny(d.collect(ops[:n]), why))
+		ps := d.collect(ops[:n])
+		var errs []error
+		if why == cone.ReasonRevoked {
+			errs = append(errs, d.backends.NoteRevoked(ps))
+		}
+		if by&cone.ByMap != 0 {
+			errs = append(errs, d.backends.Deny(ps, why))
+		}
+		d.failures.note(requestDenyPermissions, n, errors.Join(errs...))
 		ops = ops[n:]
 	}
 }

@@ -42,6 +42,8 @@ type backends struct {
 	expect *expect.Backend // nil where it is not used
 	nft    *elements.Map   // nil where it is not used
 
+	revoked *elements.Revoked // by the user; nil without nftables
+
 	// The batch that is under way, kept here so that it costs no allocation.
 	part     []cone.Permission
 	index    []int // of part, in the batch
@@ -93,6 +95,7 @@ type failure func(i int, by cone.Carriers, r cone.Reason, err error)
 // refuses one.
 func (b *backends) Grant(ops []cone.Op, failed failure) {
 	b.failed = failed
+	b.forgetRevoked(ops)
 	if b.expect != nil {
 		b.split(ops, cone.ByExpectation)
 		b.by = cone.ByExpectation
@@ -127,6 +130,32 @@ func (b *backends) Deny(ps []cone.Permission, why cone.Reason) error {
 		}
 	}
 	return b.nft.Deny(b.part, why)
+}
+
+// NoteRevoked notes for the next daemon that the user took ps away.
+func (b *backends) NoteRevoked(ps []cone.Permission) error {
+	if b.revoked == nil {
+		return nil
+	}
+	keys := make([]cone.Key, len(ps))
+	for i := range ps {
+		keys[i] = ps[i].Key
+	}
+	return b.revoked.Add(keys)
+}
+
+// forgetRevoked forgets that the user took the permissions of ops away.
+func (b *backends) forgetRevoked(ops []cone.Op) {
+	if b.revoked == nil {
+		return
+	}
+	var keys []cone.Key
+	for i := range ops {
+		if b.revoked.Has(ops[i].Key) {
+			keys = append(keys, ops[i].Key)
+		}
+	}
+	_ = b.revoked.Drop(keys) // what is not dropped is known still
 }
 
 // A part is something of ours in the kernel that somebody else can take away.

@@ -433,7 +433,7 @@ func (d *Daemon) Run(ctx context.Context, ready func()) error {
 // holds reports whether there is something in the kernel for a next daemon: what
 // stands, or what the user revoked.
 func (d *Daemon) holds() bool {
-	return d.model.Stats().Standing > 0 || d.backends.nft != nil && d.backends.nft.HasRevoked()
+	return d.model.Stats().Standing > 0 || d.backends.revoked != nil && d.backends.revoked.Any()
 }
 
 // revokeAll takes every permission out of the kernel. The map goes first, whole,

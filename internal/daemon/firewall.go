@@ -82,7 +82,7 @@ func openFirewall(name string) (*firewall, error) {
 	t, err := openRules(rules.Config{Name: name})
 	if missing := new(rules.UnsupportedError); errors.As(err, &missing) {
 		f.missing, f.noMapping, f.noMarks = missing, missing.Error(), missing.Error()
-		f.warnings.add(warnNoNFTables, "", "no guard and no cap on children: %v", missing)
+		f.warnings.add(warnNoNFTables, "", "no guard and no cap on children, and what is revoked comes back at a restart: %v", missing)
 		return f, nil
 	}
 	if errors.Is(err, rules.ErrForeignTable) {

@@ -47,14 +47,12 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 		if d.backends.nft, err = d.firewall.openMap(cfg, d.network.OutsideLinks()); err != nil {
 			return nil, err
 		}
-		if d.denied, err = d.backends.nft.Revoked(); err != nil {
+		if err := d.backends.nft.AdoptDenied(); err != nil {
 			return nil, err
 		}
 		if err := older.moveTo(d.backends.nft, d.failures); err != nil {
 			return nil, err
 		}
-		d.denied = append(d.denied, older.revoked...)
-		d.leave = d.leave || len(d.denied) > 0
 	}
 	// What stood by a backend that is not in use any more stands by the other one
 	// before it goes.
@@ -70,10 +68,25 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 			return nil, err
 		}
 	}
-	if err := older.moveUnsureTo(d.firewall.tables); err != nil {
+	if err := errors.Join(older.moveUnsureTo(d.firewall.tables), d.adoptRevoked(older.revoked)); err != nil {
 		return nil, err
 	}
 	return adopted, older.remove(d.log)
+}
+
+// adoptRevoked takes over what the user revoked when an earlier daemon ran; in older are
+// those of tables with another name.
+func (d *Daemon) adoptRevoked(older []cone.Key) (err error) {
+	if d.firewall.tables == nil {
+		return nil
+	}
+	d.backends.revoked = d.firewall.tables.NewRevoked()
+	if d.denied, err = d.backends.revoked.Adopt(); err != nil {
+		return err
+	}
+	d.denied = append(d.denied, older...)
+	d.leave = d.leave || len(d.denied) > 0
+	return d.backends.revoked.Add(older)
 }
 
 func onAnchors(e *expect.Backend) []string {

@@ -29,7 +29,7 @@ func (d *Daemon) openOlder() (o olderTables, err error) {
 		standing, err := f.left(d.cfg.Config)
 		o.standing = append(o.standing, standing...)
 		errs = append(errs, err)
-		revoked, err := f.tables.NewMap(mapConfig(d.cfg.Config)).Revoked()
+		revoked, err := f.tables.NewRevoked().Adopt()
 		o.revoked = append(o.revoked, revoked...)
 		errs = append(errs, err, f.tables.NewUnsure().List(func(x elements.Direction) { o.unsure = append(o.unsure, x) }))
 	}
@@ -51,8 +51,10 @@ func (o *olderTables) moveTo(m *elements.Map, failures *failures) error {
 		failures.note(requestCarryPermissionOver, 1, because(r, err), "ext", ps[i].Ext, "peer", ps[i].Peer)
 	})
 	ps = ps[:0]
-	for _, k := range o.revoked {
-		ps = append(ps, cone.Permission{Key: k})
+	for _, k := range o.revoked { // until the model denies them
+		if p := (cone.Permission{Key: k}); m.Carries(&p) {
+			ps = append(ps, p)
+		}
 	}
 	return m.Deny(ps, cone.ReasonRevoked)
 }

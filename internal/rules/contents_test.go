@@ -221,6 +221,12 @@ const contentsInet = `
 			     "wan0" }
 	}
 
+	set revoked {
+		type ipv6_addr . ipv6_addr . inet_service . inet_service . inet_service
+		size 65536
+		flags timeout
+	}
+
 	set subnets4 {
 		type ipv4_addr
 		flags interval

@@ -16,6 +16,7 @@ import (
 	"github.com/google/nftables/userdata"
 
 	"github.com/conenatd/conenatd/internal/nfnl"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // MarkerChain is a chain of each of our tables. It is empty and only says whose the table
@@ -119,6 +120,10 @@ type set struct {
 // and IPv4 sources that may be spoofed there is but one.
 func newLayouts(name string, d Desired) ([]*layout, error) {
 	inet := newLayout(name, nftables.TableFamilyINet, d.OutsideLinks)
+	// nft has no type for a zone and for a number of bits: these are two more ports.
+	revoked := inet.set(elements.RevokedSet, nftables.TypeIP6Addr, nftables.TypeIP6Addr,
+		nftables.TypeInetService, nftables.TypeInetService, nftables.TypeInetService)
+	revoked.HasTimeout, revoked.free, revoked.Size = true, true, elements.DeniedSize
 	served := familiesOf(d.Subnets)
 	if d.Guard {
 		inet.guard(served)

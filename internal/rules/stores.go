@@ -35,6 +35,9 @@ func mappedOf(d *Desired) (m elements.MappingsConfig) {
 // NewUnsure returns the flows whose source may be spoofed.
 func (t *Tables) NewUnsure() *elements.Unsure { return elements.NewUnsure(t.w.Writer) }
 
+// NewRevoked returns the permissions that the user took away.
+func (t *Tables) NewRevoked() *elements.Revoked { return elements.NewRevoked(t.w.Writer) }
+
 // ZonedAddrs lists Desired.ZonedAddrs as the tables hold them. It has a connection of its own.
 func (t *Tables) ZonedAddrs() (addrs []netip.Addr, err error) {
 	err = elements.List(t.netns, unix.AF_INET, t.name, zonedSet, func(b []byte) {

@@ -69,6 +69,9 @@ func (*Tables) Counters() (Counters, error) { return Counters{}, errNoBuild }
 // NewUnsure returns nil.
 func (*Tables) NewUnsure() *elements.Unsure { return nil }
 
+// NewRevoked returns nil.
+func (*Tables) NewRevoked() *elements.Revoked { return nil }
+
 // Remove returns an *UnsupportedError.
 func (*Tables) Remove() error { return errNoBuild }
 

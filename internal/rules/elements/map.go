@@ -27,9 +27,9 @@ type Map struct {
 	size     int
 	lifetime time.Duration
 	groups   atomic.Pointer[map[netip.Addr]uint8]
-	denied   map[cone.Key]denial // as far as this process knows
-	swept    time.Time           // when it was last looked for what ended
-	marked   []cone.Permission   // of a batch
+	denied   map[cone.Key]time.Time // until when, as far as this process knows
+	swept    time.Time              // when it was last looked for what ended
+	marked   []cone.Permission      // of a batch
 	broken   bool
 }
 
@@ -47,7 +47,7 @@ type MapConfig struct {
 
 // NewMap returns the Map of the tables of w.
 func NewMap(w *Writer, c MapConfig) *Map {
-	m := &Map{size: c.Size, lifetime: c.Lifetime, denied: make(map[cone.Key]denial)}
+	m := &Map{size: c.Size, lifetime: c.Lifetime, denied: make(map[cone.Key]time.Time)}
 	m.SetPeerGroups(c.PeerGroups)
 	m.begin(w)
 	return m

@@ -29,6 +29,9 @@ const (
 	// family inet, those of IPv6.
 	UnsureSet  = "unsure"
 	Unsure6Set = "unsure6"
+	// RevokedSet has the permissions that the user took away. It is in the table of family
+	// inet, and no rule asks for it.
+	RevokedSet = "revoked"
 )
 
 // LinkSets are the names of the sets that an outside link has for mappings. None of them
@@ -62,7 +65,7 @@ func Identifier(link string) string {
 }
 
 const (
-	// DeniedSize bounds the set of what the kernel must not learn. A denial lasts for
+	// DeniedSize bounds the set of what the kernel must not learn, and RevokedSet. A denial lasts for
 	// deniedTimeout if nobody says it again: longer than any time between two reconciles.
 	DeniedSize    = 1 << 16
 	deniedTimeout = 2 * time.Hour

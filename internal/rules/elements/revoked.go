@@ -1,0 +1,128 @@
+package elements
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
+)
+
+// Revoked are the permissions that the user took away: the next daemon must not bring them
+// back for the flows that are there. It is not safe for concurrent use.
+type Revoked struct {
+	batcher
+	known map[cone.Key]time.Time // until when, as far as this process knows
+}
+
+// NewRevoked returns the permissions in the tables of w.
+func NewRevoked(w *Writer) *Revoked {
+	r := &Revoked{known: make(map[cone.Key]time.Time)}
+	r.begin(w)
+	r.family = unix.NFPROTO_INET
+	return r
+}
+
+// Adopt takes over what an earlier daemon added, and returns it. It has a connection of its
+// own.
+func (r *Revoked) Adopt() (keys []cone.Key, err error) {
+	now := time.Now()
+	err = List(r.w.netns, r.family, r.w.table, RevokedSet, func(b []byte) {
+		key, _, left := elementParts(b)
+		if len(key) != revokedKeyLen {
+			return
+		}
+		k := cone.Key{
+			Peer: cone.Addr(key), Ext: cone.Endpoint{Addr: cone.Addr(key[16:]), Port: binary.BigEndian.Uint16(key[32:])},
+			Zone: binary.BigEndian.Uint16(key[36:]), Wild: uint8(binary.BigEndian.Uint16(key[40:])),
+		}
+		if _, known := r.known[k]; !known {
+			keys = append(keys, k)
+		}
+		r.known[k] = now.Add(left)
+	})
+	return keys, err
+}
+
+// Add adds keys, for two hours or until they are dropped. Where the table is gone it does
+// nothing.
+func (r *Revoked) Add(keys []cone.Key) error {
+	now := time.Now()
+	if len(r.known) >= DeniedSize {
+		maps.DeleteFunc(r.known, func(_ cone.Key, until time.Time) bool { return now.After(until) })
+	}
+	return r.send(unix.NFT_MSG_NEWSETELEM, keys, func(k cone.Key) { r.known[k] = now.Add(deniedTimeout) })
+}
+
+// Has reports whether k was added or adopted, and not dropped since.
+func (r *Revoked) Has(k cone.Key) bool {
+	_, known := r.known[k]
+	return known
+}
+
+// Drop drops keys. Some may have ended by themselves. One that the kernel does not drop is
+// known still, for the next time.
+func (r *Revoked) Drop(keys []cone.Key) error {
+	return r.send(unix.NFT_MSG_DELSETELEM, keys, func(k cone.Key) { delete(r.known, k) })
+}
+
+// Any reports whether something is there for the next daemon.
+func (r *Revoked) Any() bool {
+	now := time.Now()
+	for _, until := range r.known {
+		if now.Before(until) {
+			return true
+		}
+	}
+	return false
+}
+
+// send sends a message about each of keys, and calls done for those that the kernel did.
+func (r *Revoked) send(typ uint16, keys []cone.Key, done func(cone.Key)) error {
+	var errs []error
+	for part := range slices.Chunk(keys, batch) {
+		clear(r.errs[:])
+		transact(&r.batcher, part, 1, func(seq uint32, k *cone.Key) { r.element(seq, typ, k) })
+		for i, k := range part {
+			switch err := r.errs[i]; {
+			case err == nil, typ == unix.NFT_MSG_DELSETELEM && errors.Is(err, unix.ENOENT):
+				done(k)
+			case errors.Is(err, unix.ENOENT): // the table comes back, and k is added again
+			default:
+				errs = append(errs, fmt.Errorf("change set %s for %v -> %v: %w", RevokedSet, k.Peer, k.Ext, nfnl.Permitted(err)))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// revokedKeyLen is the length of peer . outside address . outside port . zone . low bits of
+// the peer that stand for any, each part filled up to a register's 4 bytes. IPv4 addresses
+// are mapped into IPv6.
+const revokedKeyLen = 44
+
+// element appends a message about one element.
+func (r *Revoked) element(seq uint32, typ uint16, k *cone.Key) {
+	e := &r.enc
+	list, element := r.openElement(RevokedSet, seq, typ, 0)
+	key := e.Nest(unix.NFTA_SET_ELEM_KEY)
+	e.Attr(unix.NFTA_DATA_VALUE, revokedKeyLen)
+	e.B = append(append(e.B, k.Peer[:]...), k.Ext.Addr[:]...)
+	for _, x := range []uint16{k.Ext.Port, k.Zone, uint16(k.Wild)} {
+		e.B = binary.BigEndian.AppendUint16(e.B, x)
+		e.Pad()
+	}
+	e.EndNest(key)
+	if typ == unix.NFT_MSG_NEWSETELEM {
+		e.BE64(unix.NFTA_SET_ELEM_TIMEOUT, uint64(deniedTimeout.Milliseconds()))
+	}
+	e.EndNest(element)
+	e.EndNest(list)
+	e.End()
+}
