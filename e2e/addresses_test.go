@@ -154,3 +154,36 @@ func TestNFTAddressThatWentWhileNoDaemonRan(t *testing.T) {
 		t.Error(s.Daemon.Output())
 	}
 }
+
+// The gateway serves a port on an address that hosts are translated to. No mapping has that
+// port, whether the address is on an outside link or not, and whatever rule translates.
+//
+// Fails when a host keeps the port: its peers could answer from no other one of theirs.
+func TestNFTPortServedOnAnyOutsideAddressIsTheGateways(t *testing.T) {
+	for _, where := range []string{"loopback", "a link of no one", "outside link"} {
+		for _, rule := range []string{"", "ip saddr map { 10.47.11.109 : " + routedAddr + " }"} {
+			t.Run(where+" "+rule, func(t *testing.T) {
+				s := withAddress(t, ownAddresses[where])
+				if rule != "" {
+					s.Must(s.NFT("flush chain ip nat postrouting; add rule ip nat postrouting oifname wan0 snat to " + rule))
+				}
+				own := s.Socket(s.Gateway.Namespace, netip.MustParseAddr(routedAddr), 5060)
+				s.Serve(mapped, "--reconcile=1s")
+				phone := s.InsideSocket(0, 5060)
+				var peer *lab.Socket
+				var ext netip.AddrPort
+				port := uint16(20_000)
+				s.Until("new flows leave by another port", func() bool {
+					s.readAgain()
+					port++
+					peer = s.PeerSocket(lab.PeerA, port)
+					ext = s.Contact(phone, peer)
+					return ext.Port() != own.Addr().Port()
+				})
+				s.Stands(phone, peer, ext)
+				s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+				s.Arrives(own, s.PeerSocket(lab.PeerA, 5071), own.Addr())
+			})
+		}
+	}
+}

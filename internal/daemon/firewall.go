@@ -37,6 +37,7 @@ type firewall struct {
 	portInPool  uint16                    // of a socket, as the warning says
 	decisions   map[netip.Prefix]decision // never changed, but replaced
 	mappedLinks []string                  // outside links, and those that were: they keep their mappings
+	mappedAddrs map[cone.Addr]struct{}    // outside addresses that mappings had
 	choosers    []userrules.SourceNAT     // rules of the user's that choose outside ports
 	sources     []userrules.SourceNAT     // all that translate sources, where there are choosers
 	old         oldPorts                  // that mappings may have, which they should not

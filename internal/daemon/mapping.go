@@ -119,7 +119,11 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 		insides: make(map[elements.Mapping]int),
 	}
 	owners := make(map[cone.Endpoint]elements.Mapping)
+	if f.mappedAddrs == nil {
+		f.mappedAddrs = make(map[cone.Addr]struct{})
+	}
 	return m, m.kernel.List(func(x elements.Mapping, _ time.Duration) {
+		f.mappedAddrs[x.Ext.Addr] = struct{}{}
 		outdated := m.outdated(x)
 		if outdated {
 			m.ending[ends{x.Int, x.Ext}] = struct{}{}

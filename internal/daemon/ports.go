@@ -64,7 +64,7 @@ func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, socke
 		}
 		ports.pools[wanted] = pool
 	}
-	addrs := outsideAddrs(network)
+	addrs := f.translatedAddrs(network)
 	served := servedPorts(addrs, sockets)
 	ports.served = sorted(slices.Concat(cfg.ExcludePorts, served))
 	ports.barred = cfg.ExcludePorts
@@ -162,6 +162,19 @@ func (f *firewall) inPool(pool portRanges, served []uint16) string {
 	}
 	return fmt.Sprintf("sockets of the gateway have ports of port_pool %v, such as %d ('ss -ulnp sport = :%d' names the program): hosts get the other ones",
 		pool, f.portInPool, f.portInPool)
+}
+
+// translatedAddrs returns the gateway's addresses that are outside addresses of hosts: those on
+// outside links, and others that mappings had, as rules may translate to an address of lo.
+func (f *firewall) translatedAddrs(network gateway.Network) map[cone.Addr]string {
+	all := outsideAddrs(network)
+	for _, a := range network.Addrs {
+		addr := cone.AddrFrom(a.Prefix.Addr())
+		if _, mapped := f.mappedAddrs[addr]; mapped {
+			all[addr] = "" // on no outside link
+		}
+	}
+	return all
 }
 
 // servedPorts returns the ports of sockets that are bound to all addresses or to an

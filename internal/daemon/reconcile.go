@@ -275,7 +275,9 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	var cfg config.Config
 	var served *gateway.PortSet
 	d.ask(func() { cfg, served = d.cfg.Config, d.served })
+	addrs := len(d.firewall.mappedAddrs)
 	m, err := d.firewall.newMapper(cfg, d.network, served)
+	d.settled = d.settled && len(d.firewall.mappedAddrs) == addrs // else look what is served there
 	if err != nil {
 		d.failures.note(requestReadMappings, 1, err)
 		m = nil
