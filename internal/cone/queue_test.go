@@ -67,5 +67,5 @@ func TestRevokeOfSharedPermissionGrantsNothing(t *testing.T) {
 	d.open(0, sharing1, "203.0.113.5:9")
 	d.open(0, sharing2, "203.0.113.5:10")
 	d.m.Revoke(1, func(Permission) bool { return true })
-	d.wantOps("all revoked", d.carry(), Revoke)
+	d.wantOps("all revoked", d.carry(), Revoke, Deny)
 }
