@@ -84,6 +84,44 @@ func TestAutoGivesOthersThanThoseOfAForwardExpectations(t *testing.T) {
 	s.Arrives(server, s.PeerSocket(lab.PeerA, 10), ext)
 }
 
+// Of the ports of a forward nothing is known, but of its sources something is. It wins, like
+// any other.
+//
+// Fails when expectations stand where it may lead packets elsewhere, and when they do not
+// where it cannot.
+func TestAutoLeavesTheWayOfAForwardThatIsNotUnderstood(t *testing.T) {
+	stage.NeedsExpect(t)
+	for _, rule := range []string{
+		"udp dport & 0xf000 != 0x2000 dnat to 10.47.11.110",
+		"udp dport & 1 != 1 jump led",
+		"ip saddr . udp dport != { 203.0.113.9 . 5070 } dnat to 10.47.11.110",
+	} {
+		t.Run(rule, func(t *testing.T) {
+			s := newScene(t, lab.Options{Inside: 2, Rules: lab.DropPolicy})
+			s.Must(s.NFT("table ip fw { chain led { dnat to 10.47.11.110; }; }"))
+			s.Must(inChain(`iifname "wan0" ip saddr 203.0.113.0/24 ` + rule)(s))
+			s.Must(s.NFT("insert rule inet filter forward ip daddr 10.47.11.110 accept"))
+			s.Start(stage.Flags(stage.Auto, "--reconcile=1h")...)
+			s.carried("expect")
+			phone, server := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
+			other, provider := s.PeerSocket(lab.PeerC, 9), s.PeerSocket(lab.PeerA, 9)
+			ext := s.Contact(phone, other)
+			if p := s.Listed(phone, other, ext, "standing"); p.Backend != "expect" {
+				t.Errorf("it stands by %q", p.Backend)
+			}
+			s.Arrives(phone, s.PeerSocket(lab.PeerC, 10), ext)
+			s.Contact(phone, provider)
+			if p := s.Listed(phone, provider, ext, "standing"); p.Backend != "nft" {
+				t.Errorf("the provider's stands by %q", p.Backend)
+			}
+			s.Arrives(server, s.PeerSocket(lab.PeerA, 10), ext)
+			if st := s.Status(); !stage.Warned(st, "a forward is not understood") {
+				t.Errorf("warnings: %q", st.Warnings)
+			}
+		})
+	}
+}
+
 // What the forward asks for beyond ports and sources is not known, but where it leads is.
 //
 // Fails when where a forward leads is not read, or not asked for.

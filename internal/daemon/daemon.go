@@ -226,7 +226,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	d.whole = d.firewall.whole
 	more, _, _ := d.firewall.sourceNAT(d.cfg.Config, d.network) // the first reconcile tries again
 	d.ruleWarnings, d.hidden = slices.Concat(d.ruleWarnings, more), d.firewall.hidden
-	d.firewall.ports, d.portWarnings, err = d.firewall.choosePorts(d.cfg.Config, d.network, d.served, false, d.forwarded.Covers)
+	d.firewall.ports, d.portWarnings, err = d.firewall.choosePorts(d.cfg.Config, d.network, d.served, false, d.firewall.understood.Covers)
 	if err != nil {
 		return d, err
 	}

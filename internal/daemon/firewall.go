@@ -66,7 +66,8 @@ type firewall struct {
 
 	// What they forward, as found last.
 	forwarder       userrules.Forwarder
-	forwarded       *userrules.Covered
+	forwarded       *userrules.Covered // what may be forwarded
+	understood      *userrules.Covered // of that, by rules that are understood
 	hidden          *userrules.Covered // what every packet is forwarded to
 	whole           bool               // there are no others
 	forwardWarnings warnings
@@ -303,6 +304,7 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 		f.whole = false
 		if f.forwarded == nil { // what is not known may forward all
 			f.forwarded = userrules.Cover([]userrules.Forward{{All: true}})
+			f.understood = f.forwarded
 		}
 		out = slices.Clone(f.forwardWarnings)
 		out.add(warnForwardsUnread, "", "port forwards cannot be read, "+
@@ -315,25 +317,47 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 		return f.forwarded, f.forwardWarnings
 	}
 	f.forwardWarnings = nil
-	var sure []userrules.Forward
+	var possible, understood, certain []userrules.Forward
 	for _, r := range all {
-		switch {
-		case r.Unknown:
-			f.forwardWarnings.add(warnForwardUnknown, r.Text, "a forward that is not understood is known from its first flow on only: %s", r.Text)
+		f.forwardWarnings.addForward(r)
+		if r.Unread {
 			continue
-		case r.All:
-			f.forwardWarnings.add(warnForwardsAll, r.Text,
-				"a rule forwards all ports, so that no peer gets to an inside host by a permission on its addresses: %s", r.Text)
 		}
-		sure = append(sure, r)
+		possible = append(possible, r)
+		if r.Unknown {
+			continue
+		}
+		understood = append(understood, r)
+		if !r.Partial {
+			certain = append(certain, r)
+		}
 	}
-	if c := userrules.Cover(sure); !c.Equal(f.forwarded) {
-		f.forwarded = c
-	}
-	if c := userrules.Cover(slices.DeleteFunc(sure, func(r userrules.Forward) bool { return r.Partial })); !c.Equal(f.hidden) {
-		f.hidden = c
-	}
+	cover(&f.forwarded, possible)
+	cover(&f.understood, understood)
+	cover(&f.hidden, certain)
 	return f.forwarded, f.forwardWarnings
+}
+
+// cover makes c what the forwards cover. As long as they cover the same it stays the same.
+func cover(c **userrules.Covered, forwards []userrules.Forward) {
+	if next := userrules.Cover(forwards); !next.Equal(*c) {
+		*c = next
+	}
+}
+
+// addForward adds what the user should know of a forward.
+func (w *warnings) addForward(r userrules.Forward) {
+	switch {
+	case r.Unread:
+		w.add(warnForwardsUnread, r.Text, "port forwards cannot be read, "+
+			"those that were read before hold, and others are known from their first flow on only: %s", r.Text)
+	case r.Unknown:
+		w.add(warnForwardUnknown, r.Text,
+			"a forward is not understood, so that no expectation stands where it may lead a packet elsewhere, and the map alone admits there: %s", r.Text)
+	case r.All:
+		w.add(warnForwardsAll, r.Text,
+			"a rule forwards all ports, so that no peer gets to an inside host by a permission on its addresses: %s", r.Text)
+	}
 }
 
 func outsideLinks(network gateway.Network) (links []userrules.Link) {

@@ -63,6 +63,44 @@ func TestForwardsHoldWhileRulesCannotBeRead(t *testing.T) {
 	}
 }
 
+// A forward of which not all is understood bars expectations alone: it takes no port from
+// hosts with mappings, and hides nothing from the map for sure.
+//
+// Fails when one of the three counts it otherwise.
+func TestForwardThatIsNotUnderstoodBarsExpectationsAlone(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(l.NFT(`table ip fw { chain pre { type nat hook prerouting priority dstnat
+		udp dport 5060 dnat to 10.47.11.110
+		udp sport 7 udp dport 5061 dnat to 10.47.11.110
+		udp dport 5000-5100 udp dport & 1 != 1 dnat to 10.47.11.110
+	}; }`))
+	f := &firewall{reader: userrules.NewReader(userrules.Config{NetNS: l.Gateway.FD()})}
+	defer func() { must(f.close()) }()
+	f.look()
+	network := gateway.Network{Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: gateway.IPv4}}}
+	covered, warnings := f.forwards(network)
+	if len(warnings) != 1 || warnings[0].id != warnForwardUnknown {
+		t.Errorf("warnings %q", warnings)
+	}
+	for port, want := range map[uint16][3]bool{
+		5060: {true, true, true},
+		5061: {true, true, false},
+		5062: {true, false, false},
+		5101: {false, false, false},
+	} {
+		e := cone.EndpointFrom(netip.AddrPortFrom(netip.MustParseAddr("198.51.100.1"), port))
+		if got := [3]bool{covered.Covers(e), f.understood.Covers(e), f.hidden.Covers(e)}; got != want {
+			t.Errorf("port %d: may be forwarded, is understood, is certain: %v, want %v", port, got, want)
+		}
+	}
+}
+
 // Fails when a chain that comes after the rules of mapping is said to come before them.
 func TestRivalsAreChainsBeforeOurs(t *testing.T) {
 	chains := []userrules.Chain{

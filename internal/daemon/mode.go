@@ -151,12 +151,12 @@ func (d *Daemon) open(cfg config.Config) (o opened, err error) {
 func (d *Daemon) change(cfg config.Config) error {
 	var o opened
 	var m *elements.Map
-	forwarded, _ := d.firewall.forwards(d.network)
+	d.firewall.forwards(d.network)
 	if d.firewall.choosers == nil { // the first mapping must keep to what rules choose
 		_, _, err := d.firewall.sourceNAT(cfg, d.network)
 		d.failures.note(requestLookAtChanges, 1, err)
 	}
-	ports, warnings, err := d.firewall.choosePorts(cfg, d.network, d.served, d.sure, forwarded.Covers)
+	ports, warnings, err := d.firewall.choosePorts(cfg, d.network, d.served, d.sure, d.firewall.understood.Covers)
 	if err != nil {
 		return err
 	}

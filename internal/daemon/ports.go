@@ -265,7 +265,7 @@ func (d *Daemon) reviewSockets() {
 
 // serve keeps mappings off the ports that the gateway serves now.
 func (d *Daemon) serve(cfg config.Config, network gateway.Network, stays *gateway.PortSet) (out warnings, err error) {
-	ports, out, err := d.firewall.choosePorts(cfg, network, stays, true, d.forwarded.Covers)
+	ports, out, err := d.firewall.choosePorts(cfg, network, stays, true, d.firewall.understood.Covers)
 	if err != nil {
 		return out, err
 	}

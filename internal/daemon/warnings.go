@@ -20,7 +20,7 @@ const (
 	warnNoNFTables      warningID = "no_nftables"
 	warnFeatureMissing  warningID = "feature_missing" // of the kernel; about names it
 	warnOlderTables     warningID = "older_tables_unread"
-	warnForwardsUnread  warningID = "forwards_unread"
+	warnForwardsUnread  warningID = "forwards_unread"        // about is the table or chain, or empty for all
 	warnForwardUnknown  warningID = "forward_not_understood" // about is the rule
 	warnForwardsAll     warningID = "all_ports_forwarded"    // about is the rule
 	warnRivalChain      warningID = "chain_before_mapping"   // about is the chain

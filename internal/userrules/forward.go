@@ -27,6 +27,10 @@ type Forward struct {
 	// Unknown says that the rule has a condition on the port that was not
 	// understood. Ports, or All, then say what it forwards at most.
 	Unknown bool
+	// Unread says that it is Unknown because something could not be read that is known in
+	// another way: a chain, of which the answer has what was read before, or a table of
+	// iptables-legacy, of which flows tell.
+	Unread bool
 	// Partial says that the rule may leave packets alone that it seems to forward: it
 	// asks for more than ports, addresses and links, or an earlier rule may be in its way.
 	Partial bool

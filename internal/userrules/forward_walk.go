@@ -67,8 +67,7 @@ func (t *table) forwards(outside []Link) []Forward {
 			w.chain(b.name, in, 0)
 		}
 	case t.name == natTable:
-		in.unknown = true
-		w.add(in.forward(t.failed.Error()))
+		w.unread(in, t.failed.Error())
 	default:
 		return nil
 	}
@@ -109,7 +108,7 @@ func (w *walker) chain(name string, in condition, depth int) {
 		return // it is gone, or no packet gets there
 	}
 	if c.failed != nil {
-		w.opaque(in, fmt.Sprintf("%s: %v", name, c.failed))
+		w.unread(in, fmt.Sprintf("%s %s: %v", w.table.title, name, c.failed))
 	}
 	if c.odd != "" {
 		w.opaque(in, fmt.Sprintf("%s: %s", name, c.odd))
@@ -132,6 +131,14 @@ func (w *walker) chain(name string, in condition, depth int) {
 func (w *walker) opaque(in condition, why string) {
 	in.unknown = true
 	w.add(in.forward(w.table.title + " " + why))
+}
+
+// unread reports something that could not be read.
+func (w *walker) unread(in condition, text string) {
+	in.unknown = true
+	f := in.forward(text)
+	f.Unread = w.table.failed != nil || w.table.readable != nil
+	w.add(f)
 }
 
 func (w *walker) opaqueAll(conds []condition, why string) {

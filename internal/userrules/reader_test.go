@@ -218,7 +218,7 @@ func TestForwardsThatCannotBeReadHold(t *testing.T) {
 		}
 		all, _, err := r.read()
 		check(t, err)
-		named := slices.ContainsFunc(all, func(f userrules.Forward) bool { return strings.Contains(f.Text, "ip fw pre") && f.Unknown })
+		named := slices.ContainsFunc(all, func(f userrules.Forward) bool { return strings.Contains(f.Text, "ip fw pre") && f.Unknown && f.Unread })
 		if named != step.unreadable {
 			t.Errorf("unreadable %v, and that is said: %v", step.unreadable, named)
 		}
