@@ -116,10 +116,32 @@ func TestNFTForwardOfAllPortsWinsAndIsWarnedOf(t *testing.T) {
 		s.Listed(phone, proxy, ext, "refused")
 		s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
 		s.Arrives(phone, proxy, ext)
-		if st := s.Status(); !stage.Warned(st, "forwards all ports") {
+		if st := s.Status(); !stage.Warned(st, "forwards all ports to 10.47.11.110, so that no peer gets to another inside host") {
 			t.Errorf("warnings: %q", st.Warnings)
 		}
 	})
+}
+
+// A forward of all ports for some packets alone leaves others to the map.
+//
+// Fails when it is said that no peer gets in.
+func TestNFTForwardOfAllPortsForSomePeersIsWarnedOfAsSuch(t *testing.T) {
+	for _, condition := range []string{"ip saddr 192.0.2.0/24", "meta mark 0x64"} {
+		t.Run(condition, func(t *testing.T) {
+			s := play(t, lab.Options{Inside: 2, Rules: lab.Masquerade + `table ip dmz {
+				chain marks { type filter hook prerouting priority mangle; ip saddr 192.0.2.0/24 meta mark set 0x64; }
+				chain prerouting { type nat hook prerouting priority dstnat; iifname "wan0" ` + condition + ` dnat to 10.47.11.110; }
+			}`}, stage.Auto...)
+			phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
+			ext := s.Contact(phone, proxy)
+			s.Stands(phone, proxy, ext)
+			s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+			s.Arrives(server, s.PeerSocket(lab.PeerC, 5070), ext)
+			if st := s.Status(); !stage.Warned(st, "forwards all ports of what it matches") || stage.Warned(st, "no peer gets") {
+				t.Errorf("warnings: %q", st.Warnings)
+			}
+		})
+	}
 }
 
 // shared makes two hosts share an outside port: host one calls peer A, host two

@@ -354,9 +354,16 @@ func (w *warnings) addForward(r userrules.Forward) {
 	case r.Unknown:
 		w.add(warnForwardUnknown, r.Text,
 			"a forward is not understood, so that no expectation stands where it may lead a packet elsewhere, and the map alone admits there: %s", r.Text)
+	case r.All && r.Partial:
+		w.add(warnForwardsAll, r.Text, "a rule forwards all ports of what it matches: no permission admits that to another host, "+
+			"and no expectation stands for a peer that may send it: %s", r.Text)
 	case r.All:
+		to, host := "", "an"
+		if r.To.IsValid() {
+			to, host = fmt.Sprintf(" to %v", r.To.Addr()), "another"
+		}
 		w.add(warnForwardsAll, r.Text,
-			"a rule forwards all ports, so that no peer gets to an inside host by a permission on its addresses: %s", r.Text)
+			"a rule forwards all ports%s, so that no peer gets to %s inside host by a permission on its addresses: %s", to, host, r.Text)
 	}
 }
 
