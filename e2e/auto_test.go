@@ -143,3 +143,64 @@ func TestHelperOfTheUsersWorks(t *testing.T) {
 		})
 	}
 }
+
+// A chain of another hook drops what the forward chain would accept. What becomes of children
+// tells, and no longer when the chain is gone.
+//
+// Fails when the forward hook alone decides, and when evidence outlives the rules.
+func TestAutoSeesWhatOtherHooksDrop(t *testing.T) {
+	stage.NeedsExpect(t)
+	for hook, link := range map[string]string{"prerouting": `iifname "wan0"`, "postrouting": `oifname "lan0"`} {
+		t.Run(hook, func(t *testing.T) {
+			s := play(t, lab.Options{Rules: lab.Masquerade + "table inet f { chain c { type filter hook " + hook + " priority filter; " +
+				link + " ct state new meta l4proto udp drop; }; }\n"}, append(stage.Auto, "--reconcile=1s")...)
+			if why := s.carried("nft"); why != "dnat_accepted" {
+				t.Fatalf("at first because %q", why)
+			}
+			phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+			ext := s.Contact(phone, proxy)
+			s.Stands(phone, proxy, ext)
+			port := uint16(6000)
+			s.Until("children that are lost are told of", func() bool {
+				port++
+				from, err := s.Outside.Socket(lab.PeerA, port)
+				s.Must(err)
+				defer from.Close()
+				s.Must(from.Send(ext, "lost"))
+				return s.Status().Subnets[0].Carried.By == "expect"
+			})
+			c := s.Status().Subnets[0].Carried
+			if c.Why != "related_accepted" || c.Chain != "" || len(c.Evidence) == 0 || c.Evidence[0].By != "nft" || c.Evidence[0].Passed != 0 {
+				t.Errorf("carried %+v", c)
+			}
+			s.Until("it stands by an expectation", func() bool { return s.Listed(phone, proxy, ext, "standing").Backend == "expect" })
+			s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+			if s.mapWarning() {
+				t.Errorf("warnings %q", s.Status().Warnings)
+			}
+			s.Must(s.NFT("delete table inet f"))
+			s.carried("nft")
+			s.Until("it stands in the map", func() bool { return s.Listed(phone, proxy, ext, "standing").Backend == "nft" })
+			s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
+		})
+	}
+}
+
+// Without expectations nothing gets in, which the rules of the forward hook do not tell.
+//
+// Fails when no warning comes of lost children, and when it outlives the rules.
+func TestNFTChildrenThatOtherHooksDropAreTold(t *testing.T) {
+	s := play(t, lab.Options{Rules: lab.Masquerade + "table inet f { chain c { type filter hook prerouting priority filter; " +
+		`iifname "wan0" ct state new meta l4proto udp drop; }; }` + "\n"}, append(stage.NFT, "--reconcile=1s")...)
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	for i := range uint16(4) {
+		s.Must(s.PeerSocket(lab.PeerA, 6000+i).Send(ext, "lost"))
+	}
+	const text = "your firewall drops the flows of peers into subnet 10.47.11.0/24: a chain of another hook than forward"
+	s.told(text)
+	s.Must(s.NFT("delete table inet f"))
+	s.over(text)
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+}

@@ -272,9 +272,10 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 }
 
 // notePassed counts f, a child of claim i if there is one, the first time that it
-// is seen. What was there before the first snapshot passed long ago.
+// is seen. What was there before the first snapshot passed long ago; a later one shows those
+// of which events were lost.
 func (m *Model) notePassed(f *Flow, i int32) {
-	if m.snap.showing || !m.snap.whole || m.policy.isOwn(f.ReplySrc.Addr) { // which the forward hook does not see
+	if !m.snap.whole || m.snap.showing && (m.snap.first || i == none) || m.policy.isOwn(f.ReplySrc.Addr) { // which the forward hook does not see
 		return
 	}
 	known := false

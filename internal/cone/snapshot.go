@@ -15,6 +15,7 @@ type snapshot struct {
 	before  time.Duration // when the last one began that was whole: all flows were looked at since
 	running bool
 	whole   bool                // there was one that showed all
+	first   bool                // there was none before this one
 	showing bool                // the model looks at one of its flows right now
 	ended   map[uint32]struct{} // flows that ended while it runs
 	inbound []Flow              // looked at last: children find their permission then
@@ -42,7 +43,7 @@ func (s *snapshot) over(id uint32) bool {
 // the dump is asked for. A snapshot that is under way is given up.
 func (m *Model) BeginSnapshot(now time.Duration) {
 	m.snap = snapshot{
-		gen: m.snap.gen + 1, whole: m.snap.whole, running: true, began: now, before: m.snap.before,
+		gen: m.snap.gen + 1, whole: m.snap.whole, first: !m.snap.whole, running: true, began: now, before: m.snap.before,
 		ended:    make(map[uint32]struct{}),
 		unplaced: m.unplaced || m.snap.unplaced,
 	}

@@ -126,7 +126,7 @@ func most(n int) string {
 
 // carried says what carries a subnet, and why.
 func carried(c Carried) string {
-	text := c.By + ": " + strings.ReplaceAll(words(c.Why), "CHAIN", cmp.Or(c.Chain, "the forward chain"))
+	text := c.By + ": " + strings.ReplaceAll(words(c.Why), "CHAIN", cmp.Or(c.Chain, "your firewall"))
 	if c.Error != "" {
 		text += " (" + c.Error + ")"
 	}

@@ -26,6 +26,8 @@ type decision struct {
 	evidence []control.Evidence
 	warning  string // for the user, if there is something for him to do
 	zoned    bool   // the warning is about conntrack zones
+	// elsewhere says that children are lost though the forward hook accepts most of them.
+	elsewhere bool
 }
 
 // chain names the chain that drops flows, if why says that one does.
@@ -65,10 +67,11 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 			unread = err
 		}
 	}
+	dnated, related := accepted(verdicts, cfg.Subnets)
 	all := make(map[netip.Prefix]decision, len(verdicts))
 	for i, v := range verdicts {
 		s := cfg.Subnets[i]
-		d := f.weigh(v)
+		d := f.weigh(v, dnated, related)
 		if unread != nil {
 			d.why, d.err, d.evidence = cannotRead, unread, nil
 		}
@@ -94,26 +97,43 @@ func (f *firewall) children(outside []userrules.Link, network gateway.Network, s
 	return f.user.Children(outside, inside, subnets)
 }
 
-// weigh decides with what became of children where the rules do not tell.
-func (f *firewall) weigh(v userrules.ChildVerdicts) decision {
-	answer := func(a *userrules.Answer, w *witness, by cone.Carriers) []control.Evidence {
+// accepted reports whether the forward hook accepts most children of the map, and of
+// expectations, into all subnets that have such: no rule of it explains that any are lost.
+func accepted(verdicts []userrules.ChildVerdicts, subnets []config.Subnet) (dnated, related bool) {
+	dnated, related = true, true
+	for i, v := range verdicts {
+		mapped := !subnets[i].Routed && subnets[i].Prefix.Addr().Is4()
+		dnated = dnated && (!mapped || v.MostDNATed == userrules.Accepted)
+		related = related && v.MostRelated == userrules.Accepted
+	}
+	return dnated, related
+}
+
+// weigh decides with what became of children where the rules do not tell, and where children
+// are lost though the forward hook accepts most of them. dnated and related say that it does
+// so for all subnets: nobody knows into which of them the lost ones went.
+func (f *firewall) weigh(v userrules.ChildVerdicts, dnated, related bool) decision {
+	elsewhere := false
+	answer := func(a *userrules.Answer, w *witness, by cone.Carriers, accepted bool) []control.Evidence {
 		pass, known := w.passes()
 		switch {
-		case *a != userrules.Unknown || !known:
-			return nil
-		case pass:
+		case *a == userrules.Unknown && known && pass:
 			*a = userrules.Accepted
-		default:
+		case *a == userrules.Unknown && known:
 			*a = userrules.Dropped
+		case *a == userrules.Accepted && accepted && w.contradicts():
+			*a, elsewhere = userrules.Dropped, true
+		default:
+			return nil
 		}
 		return []control.Evidence{{By: by.String(), Children: w.lately, Passed: w.through}}
 	}
-	evidence := answer(&v.MostDNATed, &f.mapped, cone.ByMap)
-	if e := answer(&v.MostRelated, &f.related, cone.ByExpectation); v.MostDNATed != userrules.Accepted {
+	evidence := answer(&v.MostDNATed, &f.mapped, cone.ByMap, dnated)
+	if e := answer(&v.MostRelated, &f.related, cone.ByExpectation, related); v.MostDNATed != userrules.Accepted {
 		evidence = append(evidence, e...)
 	}
 	d := choose(v)
-	d.evidence = evidence
+	d.evidence, d.elsewhere = evidence, elsewhere
 	return d
 }
 
@@ -144,6 +164,9 @@ func (f *firewall) warning(s config.Subnet, d decision) (text string, zoned bool
 	const inZone = "packets from outside come in another conntrack zone than answers do, where no expectation stands"
 	expected := f.withExpectations() && (!f.withMap || s.Routed || s.Prefix.Addr().Is6() || d.Choice == cone.ChooseExpectation)
 	dropper := cmp.Or(d.Dropper, "the forward chain")
+	if d.elsewhere {
+		dropper = "a chain of another hook than forward, or a rule for some of them"
+	}
 	switch {
 	case f.packetsInZone && expected && f.withMap && !s.Routed && s.Prefix.Addr().Is4():
 		return fmt.Sprintf("%s, and %s drops what the map admits into subnet %v: %s", inZone, dropper, s.Prefix, accept), true
@@ -159,8 +182,11 @@ func (f *firewall) warning(s config.Subnet, d decision) (text string, zoned bool
 func (d *Daemon) redecide(cfg config.Config, network gateway.Network, tables control.Tables) error {
 	ok := d.ask(func() {
 		s := d.model.Stats()
-		d.firewall.mapped.read(d.now(), tables.Map.Admitted, s.Passed)
-		d.firewall.related.read(d.now(), tables.Expected.Admitted, s.Through)
+		if n, err := d.conntrack.read(events); err == nil && n == 0 { // nobody tells which children pass
+			d.firewall.mapped, d.firewall.related = witness{}, witness{}
+		} else {
+			d.firewall.readEvidence(d.now(), tables.Map.Admitted, tables.Expected.Admitted, s.Passed, s.Through)
+		}
 		d.firewall.noteZoned(d.now())
 	})
 	if !ok {

@@ -1,11 +1,13 @@
 package daemon
 
 import (
+	"net/netip"
 	"slices"
 	"testing"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
@@ -41,7 +43,7 @@ func TestWhatTheForwardHookDoesDecides(t *testing.T) {
 			f.related.read(0, 0, 0)
 			f.mapped.read(1, tc.mapped[0], tc.mapped[1])
 			f.related.read(1, tc.others[0], tc.others[1])
-			d := f.weigh(userrules.ChildVerdicts{MostDNATed: tc.dnated, MostRelated: tc.related})
+			d := f.weigh(userrules.ChildVerdicts{MostDNATed: tc.dnated, MostRelated: tc.related}, true, true)
 			if d.Choice != tc.want || d.why != tc.why || !slices.Equal(d.evidence, tc.evidence) {
 				t.Errorf("%v because %q, %+v", d.Choice, d.why, d.evidence)
 			}
@@ -65,4 +67,47 @@ func TestEvidenceAges(t *testing.T) {
 	tell(evidenceMemory+2, 1500, 1490, true, true)
 	tell(evidenceMemory+3, 1500, 1490, false, false)
 	tell(evidenceMemory+4, 1501, 1491, true, true)
+}
+
+// Children are lost that the rules of the forward hook accept.
+//
+// Fails when one dump decides, or readings without one, when a rule for another subnet may have dropped them, and
+// when the change of the rules does not begin new evidence.
+func TestLostChildrenContradictTheRules(t *testing.T) {
+	accepts := userrules.ChildVerdicts{MostDNATed: userrules.Accepted, MostRelated: userrules.Accepted}
+	f := &firewall{}
+	read := func(now time.Duration, admitted uint64, explained bool, want cone.Choice) {
+		t.Helper()
+		f.dumped = now != 3
+		f.readEvidence(now, admitted, 0, 0, 0)
+		d := f.weigh(accepts, !explained, true)
+		f.decisions = map[netip.Prefix]decision{{}: d}
+		if d.Choice != want || d.elsewhere != (want != cone.ChooseMap) {
+			t.Errorf("at %v: %v because %q, elsewhere %v", now, d.Choice, d.why, d.elsewhere)
+		}
+	}
+	read(0, 0, false, cone.ChooseMap)
+	read(2, 10, false, cone.ChooseMap) // the dump may show them
+	read(3, 10, false, cone.ChooseMap)
+	read(4, 10, true, cone.ChooseMap)
+	read(5, 10, false, cone.ChooseExpectation)
+	f.retry.changed = true
+	read(6, 10, false, cone.ChooseMap)
+	read(7, 20, false, cone.ChooseMap)
+	read(8, 20, false, cone.ChooseExpectation)
+	f.retry.changed = true // all the time, so it has to wait
+	read(9, 20, false, cone.ChooseExpectation)
+	read(6+time.Minute, 20, false, cone.ChooseMap)
+}
+
+// Fails when a subnet that the map cannot carry counts for it.
+func TestForwardHookAcceptsForAllSubnets(t *testing.T) {
+	related := userrules.ChildVerdicts{MostDNATed: userrules.Dropped, MostRelated: userrules.Accepted}
+	for text, want := range map[string]bool{"10.47.12.0/24": false, "2001:db8::/64": true} {
+		subnets := []config.Subnet{{Prefix: netip.MustParsePrefix("10.47.11.0/24")}, {Prefix: netip.MustParsePrefix(text)}}
+		all := []userrules.ChildVerdicts{{MostDNATed: userrules.Accepted, MostRelated: userrules.Accepted}, related}
+		if dnated, related := accepted(all, subnets); dnated != want || !related {
+			t.Errorf("with %s: DNATed %v, RELATED %v", text, dnated, related)
+		}
+	}
 }

@@ -26,14 +26,17 @@ type witness struct {
 	admitted, passed uint64 // as read last
 	lately, through  uint64
 	seen             time.Duration // when there was a child
+	failing          int           // dumps of flows in a row after which children do not pass
 }
 
-// read takes in the totals.
+// read takes in the totals. A child may be in the one of a later reading than in the other.
 func (w *witness) read(now time.Duration, admitted, passed uint64) {
-	if w.counting && admitted > w.admitted {
-		w.lately += admitted - w.admitted
-		w.through += passed - w.passed
-		w.seen = now
+	if w.counting {
+		if admitted > w.admitted {
+			w.lately += admitted - w.admitted
+			w.seen = now
+		}
+		w.through = min(w.through+passed-w.passed, w.lately)
 	}
 	w.counting, w.admitted, w.passed = true, admitted, passed
 	if w.lately > manyChildren {
@@ -42,6 +45,70 @@ func (w *witness) read(now time.Duration, admitted, passed uint64) {
 	if now-w.seen >= evidenceMemory {
 		w.lately, w.through = 0, 0
 	}
+}
+
+// judge takes in that flows were dumped since the last time, or not.
+func (w *witness) judge(dumped bool) {
+	switch pass, known := w.passes(); {
+	case !known || pass:
+		w.failing = 0
+	case dumped:
+		w.failing++
+	}
+}
+
+// contradicts reports whether children are lost that rules of the forward hook accept: by a
+// chain of another hook, say. Where events were lost, the dump that follows shows the children.
+func (w *witness) contradicts() bool { return w.failing > 1 }
+
+// restart forgets the children of before.
+func (w *witness) restart() { w.lately, w.through, w.failing = 0, 0, 0 }
+
+// A retry says when evidence against rules is gathered anew, because somebody changed them.
+// That costs children each time, so where they change all the time the waits between grow.
+type retry struct {
+	changed  bool
+	at, wait time.Duration
+}
+
+// due reports whether to begin now.
+func (r *retry) due(now time.Duration) bool {
+	if !r.changed || now-r.at < r.wait {
+		return false
+	}
+	if now-r.at >= evidenceMemory {
+		r.wait = 0
+	}
+	r.changed, r.at, r.wait = false, now, min(max(2*r.wait, time.Minute), evidenceMemory)
+	return true
+}
+
+// readEvidence takes in what became of children. If others have changed the ruleset, what is
+// known against the rules begins anew.
+func (f *firewall) readEvidence(now time.Duration, admitted, expected, passed, through uint64) {
+	f.mapped.read(now, admitted, passed)
+	f.related.read(now, expected, through)
+	f.mapped.judge(f.dumped)
+	f.related.judge(f.dumped)
+	f.dumped = false
+	if !f.contradicted() {
+		f.retry.changed = false
+		return
+	}
+	if f.retry.due(now) {
+		f.mapped.restart()
+		f.related.restart()
+	}
+}
+
+// contradicted reports whether evidence goes against rules.
+func (f *firewall) contradicted() bool {
+	for _, d := range f.decisions {
+		if d.elsewhere {
+			return true
+		}
+	}
+	return false
 }
 
 // noteZoned notes whether packets from outside came lately in a conntrack zone in which no

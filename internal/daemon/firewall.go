@@ -57,6 +57,8 @@ type firewall struct {
 	packetsInZone              bool                           // there was one lately
 	counted                    control.Tables                 // as read last
 	mapped, related            witness                        // what the user's firewall does with the children of either
+	retry                      retry                          // of evidence against rules
+	dumped                     bool                           // flows were, since evidence was read last
 	pools                      map[config.PortPool]portRanges // that usedUp is of
 
 	// The user's rules, as read last.

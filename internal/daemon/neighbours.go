@@ -89,6 +89,7 @@ func (d *Daemon) lookAtLegacy() (err error) {
 func (d *Daemon) lookAtChanges(q *ctwatch.Queries) error {
 	was := d.changed
 	d.changed = changes{}
+	d.firewall.retry.changed = d.firewall.retry.changed || was.rules
 	var errs []error
 	try := func(wanted bool, again *bool, look func() error) {
 		if !wanted {

@@ -319,6 +319,7 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 		return err
 	}
 	d.ask(func() { d.model.EndSnapshot(d.now()) })
+	d.firewall.dumped = true
 	if m != nil {
 		err = d.keep(m, q)
 		d.ask(func() {
