@@ -1,14 +1,18 @@
 package daemon
 
 import (
+	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/nfnl"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
@@ -108,6 +112,27 @@ func TestForwardHookAcceptsForAllSubnets(t *testing.T) {
 		all := []userrules.ChildVerdicts{{MostDNATed: userrules.Accepted, MostRelated: userrules.Accepted}, related}
 		if dnated, related := accepted(all, subnets); dnated != want || !related {
 			t.Errorf("with %s: DNATed %v, RELATED %v", text, dnated, related)
+		}
+	}
+}
+
+// Fails when a chain that cannot be read is no warning, or one for each subnet, and when one
+// that is read at the next look is one.
+func TestUnreadChainIsOneWarning(t *testing.T) {
+	subnets := []config.Subnet{{Prefix: netip.MustParsePrefix("10.47.11.0/24")}, {Prefix: netip.MustParsePrefix("10.47.12.0/24")}}
+	const chain = "read nftables table inet filter: chain forward: an expression that nobody knows"
+	for _, tc := range []struct {
+		err  error
+		want int
+	}{{nil, 0}, {errors.New(chain), 1}, {fmt.Errorf("inet filter: %w", nfnl.ErrInterrupted), 0}} {
+		decisions := map[netip.Prefix]decision{}
+		for _, s := range subnets {
+			decisions[s.Prefix] = decision{err: tc.err}
+		}
+		var got warnings
+		got.addDecisions(subnets, decisions)
+		if len(got) != tc.want || tc.want > 0 && (got[0].id != warnChainsUnread || !strings.Contains(got[0].text, chain)) {
+			t.Errorf("with %v: %q", tc.err, got)
 		}
 	}
 }

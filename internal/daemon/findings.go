@@ -1,6 +1,8 @@
 package daemon
 
 import (
+	"cmp"
+	"errors"
 	"net/netip"
 	"slices"
 	"strings"
@@ -9,6 +11,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/nfnl"
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
@@ -21,14 +24,7 @@ const (
 // warnings says what a user should know about his gateway.
 func (d *Daemon) warnings() (out warnings) {
 	out = slices.Concat(d.firewall.warnings, d.ruleWarnings, d.portWarnings)
-	for _, s := range d.cfg.Subnets {
-		switch x := d.decisions[s.Prefix]; {
-		case x.zoned:
-			out.add(warnPacketsInZone, s.Prefix.String(), "%s", x.warning)
-		case x.warning != "":
-			out.add(warnChildrenDropped, s.Prefix.String(), "%s", x.warning)
-		}
-	}
+	out.addDecisions(d.cfg.Subnets, d.decisions)
 	if d.late >= isLate {
 		out.add(warnLate, "", "rules, links or routes change so often that a change may take effect %v late: "+
 			"to read them takes %v of CPU time", d.late.Round(time.Second), d.look.Round(time.Millisecond))
@@ -89,6 +85,27 @@ func (d *Daemon) warnings() (out warnings) {
 	d.warnBroken(&out)
 	d.warnSelf(&out)
 	return out
+}
+
+// addDecisions warns of children that get nowhere, and of chains that cannot be read. What
+// somebody is changing is read at the next look.
+func (w *warnings) addDecisions(subnets []config.Subnet, decisions map[netip.Prefix]decision) {
+	var unread error
+	for _, s := range subnets {
+		x := decisions[s.Prefix]
+		if !errors.Is(x.err, nfnl.ErrInterrupted) {
+			unread = cmp.Or(unread, x.err)
+		}
+		switch {
+		case x.zoned:
+			w.add(warnPacketsInZone, s.Prefix.String(), "%s", x.warning)
+		case x.warning != "":
+			w.add(warnChildrenDropped, s.Prefix.String(), "%s", x.warning)
+		}
+	}
+	if unread != nil {
+		w.add(warnChainsUnread, "", "what your forward chains let pass is told by flows of peers alone, for they cannot be read: %v", unread)
+	}
 }
 
 // warnElsewhere warns of links that should perhaps be outside links.

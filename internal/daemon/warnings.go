@@ -32,6 +32,7 @@ const (
 	warnPoolServed      warningID = "pool_ports_served"
 	warnPoolForwarded   warningID = "pool_ports_forwarded"
 	warnPoolUsedUp      warningID = "pool_used_up"
+	warnChainsUnread    warningID = "forward_chains_unread"
 	warnChildrenDropped warningID = "children_dropped" // about is the subnet
 	warnPacketsInZone   warningID = "packets_in_zone"  // about is the subnet
 	warnSecondZone      warningID = "second_zone"      // about is the subnet
