@@ -186,6 +186,37 @@ func TestAutoSeesWhatOtherHooksDrop(t *testing.T) {
 	}
 }
 
+// Neither carrier's children pass. When the chain is gone both do, and the map carries.
+//
+// Fails when the one that is tried last is believed for ever.
+func TestAutoTellsOfOtherHooksThatDropAll(t *testing.T) {
+	stage.NeedsExpect(t)
+	s := play(t, lab.Options{Rules: lab.Masquerade + `table inet f { chain c { type filter hook postrouting priority filter
+		oifname "lan0" ct state new,related meta l4proto udp drop
+	}; }
+`}, append(stage.Auto, "--reconcile=1s")...)
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	port := uint16(6000)
+	s.Until("both kinds of children are lost", func() bool {
+		port++
+		from, err := s.Outside.Socket(lab.PeerA, port)
+		s.Must(err)
+		defer from.Close()
+		s.Must(from.Send(ext, "lost"))
+		return s.Status().Subnets[0].Carried.Why == "both_dropped"
+	})
+	const text = "your firewall drops the flows of peers into subnet 10.47.11.0/24: a chain of another hook than forward"
+	s.told(text)
+	s.Must(s.NFT("delete table inet f"))
+	s.over(text)
+	if why := s.carried("nft"); why != "dnat_accepted" {
+		t.Errorf("because %q", why)
+	}
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+}
+
 // Without expectations nothing gets in, which the rules of the forward hook do not tell.
 //
 // Fails when no warning comes of lost children, and when it outlives the rules.
