@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -214,7 +215,11 @@ func (d *Daemon) redecide(cfg config.Config, network gateway.Network, tables con
 		return nil
 	}
 	_, err := d.firewall.set(cfg, network.OutsideLinks()) // the kernel learns for others
-	d.wantReconcile()                                     // to find the flows that give other permissions now
+	if d.firewall.tables != nil {
+		own, failed := d.firewall.tables.Changed() // or this would look like rules of others
+		d.changed.rules, err = d.changed.rules || own, errors.Join(err, failed)
+	}
+	d.wantReconcile() // to find the flows that give other permissions now
 	return err
 }
 

@@ -57,6 +57,7 @@ func (d *Daemon) lookAtRules() error {
 		return errEnded
 	}
 	d.changed.rules = d.changed.rules || changed
+	d.firewall.retry.changed = d.firewall.retry.changed || changed
 	err = d.followZones(cfg, zones)
 	if !broken && (!changed || d.firewall.tables.Owned()) {
 		return err
@@ -81,6 +82,7 @@ func (d *Daemon) lookAtLegacy() (err error) {
 		return nil
 	}
 	d.budget.spend(func() { d.changed.rules, err = d.firewall.reader.LegacyChanged() })
+	d.firewall.retry.changed = d.firewall.retry.changed || d.changed.rules
 	return err
 }
 
@@ -89,7 +91,6 @@ func (d *Daemon) lookAtLegacy() (err error) {
 func (d *Daemon) lookAtChanges(q *ctwatch.Queries) error {
 	was := d.changed
 	d.changed = changes{}
-	d.firewall.retry.changed = d.firewall.retry.changed || was.rules
 	var errs []error
 	try := func(wanted bool, again *bool, look func() error) {
 		if !wanted {
