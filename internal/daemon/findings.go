@@ -11,8 +11,8 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
-	"github.com/conenatd/conenatd/internal/nfnl"
 	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // someFlows are more than chance, fewFlows are where there are no others.
@@ -93,7 +93,7 @@ func (w *warnings) addDecisions(subnets []config.Subnet, decisions map[netip.Pre
 	var unread error
 	for _, s := range subnets {
 		x := decisions[s.Prefix]
-		if !errors.Is(x.err, nfnl.ErrInterrupted) {
+		if !errors.Is(x.err, userrules.ErrChanging) {
 			unread = cmp.Or(unread, x.err)
 		}
 		switch {

@@ -63,6 +63,10 @@ func (r *Reader) Close() error {
 	return r.c.Close()
 }
 
+// ErrChanging says that somebody was changing rules while they were read. They are read at
+// the next look.
+var ErrChanging = nfnl.ErrInterrupted
+
 // A tableKey names a table of nftables.
 type tableKey struct {
 	family byte
