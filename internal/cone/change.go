@@ -301,43 +301,6 @@ func (m *Model) Revoke(now time.Duration, f func(Permission) bool) (n int) {
 	return n
 }
 
-// keepRevoked refuses claim i, which does not stand, until a new flow asks for it.
-func (m *Model) keepRevoked(now time.Duration, i int32) {
-	m.markRevoked(i)
-	m.keepDenied(now, i)
-}
-
-// markRevoked notes that claim i, which is not in the kernel, was revoked.
-func (m *Model) markRevoked(i int32) {
-	m.claims[i].ends = 0
-	m.setState(i, StateRefused, ReasonRevoked)
-	m.requeue(i)
-}
-
-// Revoked tells a new model what the user revoked while an earlier one was there: the
-// flows of the first snapshot do not bring it back.
-func (m *Model) Revoked(keys []Key) {
-	m.revoked = make(map[Key]struct{}, len(keys))
-	for _, k := range keys {
-		m.revoked[k] = struct{}{}
-	}
-}
-
-// revokedBefore reports whether the flow that the model looks at is an old one of k, that
-// was revoked.
-func (m *Model) revokedBefore(k Key) bool {
-	_, revoked := m.revoked[k]
-	return revoked && m.snap.showing && !m.snap.whole
-}
-
-// keepDenied denies claim i, which was revoked, and comes back to do so again:
-// unlike the others that are refused, nothing tries it again.
-func (m *Model) keepDenied(now time.Duration, i int32) {
-	m.deny(i)
-	m.claims[i].retry = now + m.policy.Retry
-	m.wheel.schedule(i, m.claims[i].retry)
-}
-
 // endWhere ends the claims for which f returns true. One that comes to stand in
 // place of another is asked about too.
 func (m *Model) endWhere(now time.Duration, r Reason, f func(*claim) bool) {

@@ -209,7 +209,7 @@ func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	}
 	i := m.claim(p, m.heard(now, f))
 	m.addFlow(now, i, f, false)
-	if m.revokedBefore(p.Key) {
+	if m.revokedBefore(now, f, &p) {
 		m.keepRevoked(now, i)
 		return
 	}

@@ -103,7 +103,7 @@ type Model struct {
 	last      lastMappings
 	skips     skips
 	strays    strays
-	revoked   map[Key]struct{} // what an earlier model knew as revoked, until the first snapshot is whole
+	revoked   map[Key]revocation
 
 	stopped bool
 	ops     []Op
@@ -320,6 +320,9 @@ func (m *Model) dropChildren(c *claim) {
 func (m *Model) end(now time.Duration, i int32, r Reason) {
 	c := &m.claims[i]
 	p, stood := c.Permission, c.state == StateStanding
+	if c.isRevoked() && c.outs > 0 {
+		m.noteRevoked(now, p.Key, p.Int)
+	}
 	first := m.byKey[c.Key] == i
 	heir := none
 	if first {

@@ -1,6 +1,7 @@
 package cone
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -114,6 +115,7 @@ func (m *Model) EndSnapshot(now time.Duration) {
 			m.show(now, f)
 		}
 	}
+	maps.DeleteFunc(m.revoked, func(_ Key, r revocation) bool { return r.in == Endpoint{} }) // no flow of theirs is there
 	m.snap.before = m.snap.began
 	m.skips.inZones, m.skips.second = m.snap.inZones, m.snap.second
 	m.AbortSnapshot()

@@ -258,7 +258,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	d.model.SetTopology(0, d.topology)
 	d.model.SetWay(d.network.Way())
 	d.model.SetForwards(0, d.forwarded.Bars, d.whole)
-	d.model.Revoked(d.denied)
+	d.model.Revoked(0, d.denied)
 	if d.backends.expect != nil {
 		d.setRoom(d.space)
 	}

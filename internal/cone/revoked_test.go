@@ -1,0 +1,66 @@
+package cone
+
+import (
+	"net/netip"
+	"testing"
+)
+
+// What the user revoked stays so when its claim ends though its flow goes on.
+//
+// Fails when the next snapshot brings it back, or when a new flow does not.
+func TestRevokedOutlivesItsClaim(t *testing.T) {
+	group := func(p *Policy) { p.PeerGroups = []netip.Prefix{netip.MustParsePrefix("203.0.113.0/28")} }
+	grouped := func(c Choice) func(*Policy) {
+		return func(p *Policy) {
+			choose(c)(p)
+			p.Expected = true
+			group(p)
+		}
+	}
+	for name, tt := range map[string]struct{ before, meanwhile, after func(*Policy) }{
+		"the subnet goes and comes": {
+			func(*Policy) {}, func(p *Policy) { p.Subnets = nil }, func(*Policy) {},
+		},
+		"the group is carried as one": {grouped(ChooseBoth), grouped(ChooseMap), grouped(ChooseMap)},
+		"each of the group is":        {grouped(ChooseMap), grouped(ChooseBoth), grouped(ChooseBoth)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, tt.before)
+			old := d.open(0, sharing1, "203.0.113.5:9")
+			if len(d.up) == 0 {
+				t.Fatal("nothing stands")
+			}
+			d.m.Revoke(1, func(Permission) bool { return true })
+			d.carry()
+			d.want()
+			for _, change := range []func(*Policy){tt.meanwhile, tt.after} {
+				p := testPolicy
+				change(&p)
+				d.m.SetPolicy(2, p)
+				d.carry()
+				d.snapshot(2, old)
+				d.want()
+			}
+			d.open(3, sharing1, "203.0.113.5:10")
+			if len(d.up) == 0 {
+				t.Error("a new flow does not bring it back")
+			}
+		})
+	}
+}
+
+// The address of the outside link goes and comes again.
+func TestRevokedOutlivesItsAddress(t *testing.T) {
+	d := newDesk(t, nil)
+	old := d.open(0, sharing1, "203.0.113.5:9")
+	d.m.Revoke(1, func(Permission) bool { return true })
+	d.carry()
+	for _, topology := range []Topology{{}, testTopology} {
+		d.m.SetTopology(2, topology)
+		d.carry()
+		d.snapshot(2, old)
+		d.want()
+	}
+	d.open(3, sharing1, "203.0.113.5:10")
+	d.want(sharing1)
+}
