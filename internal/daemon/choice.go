@@ -69,6 +69,10 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 		}
 	}
 	dnated, related := accepted(verdicts, cfg.Subnets)
+	if unread == nil {
+		f.mapped.acceptedNow(dnated)
+		f.related.acceptedNow(related)
+	}
 	all := make(map[netip.Prefix]decision, len(verdicts))
 	for i, v := range verdicts {
 		s := cfg.Subnets[i]
@@ -127,7 +131,7 @@ func (f *firewall) weigh(v userrules.ChildVerdicts, dnated, related bool) decisi
 		default:
 			return nil
 		}
-		return []control.Evidence{{By: by.String(), Children: w.lately, Passed: w.through}}
+		return []control.Evidence{{By: by.String(), Children: w.lately, Passed: min(w.through, w.lately)}}
 	}
 	evidence := answer(&v.MostDNATed, &f.mapped, cone.ByMap, dnated)
 	if e := answer(&v.MostRelated, &f.related, cone.ByExpectation, related); v.MostDNATed != userrules.Accepted {

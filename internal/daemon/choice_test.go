@@ -104,6 +104,33 @@ func TestLostChildrenContradictTheRules(t *testing.T) {
 	read(6+time.Minute, 20, false, cone.ChooseMap)
 }
 
+// Fails when children that the rules dropped speak against those that the user mended, or when
+// those of one peer do that are lost beside others that pass.
+func TestChildrenThatDoNotContradictTheRules(t *testing.T) {
+	lost := func(accepted bool, passed uint64) *witness {
+		w := new(witness)
+		w.acceptedNow(accepted)
+		w.read(0, 0, 0)
+		w.read(1, 50, passed)
+		w.judge(true)
+		w.judge(true)
+		return w
+	}
+	if !lost(true, 0).contradicts() {
+		t.Error("all are lost")
+	}
+	if lost(true, 1).contradicts() {
+		t.Error("one passed")
+	}
+	w := lost(false, 0)
+	w.acceptedNow(true)
+	w.judge(true)
+	w.judge(true)
+	if w.contradicts() {
+		t.Error("they were lost by other rules")
+	}
+}
+
 // Fails when a subnet that the map cannot carry counts for it.
 func TestForwardHookAcceptsForAllSubnets(t *testing.T) {
 	related := userrules.ChildVerdicts{MostDNATed: userrules.Dropped, MostRelated: userrules.Accepted}

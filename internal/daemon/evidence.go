@@ -26,17 +26,21 @@ type witness struct {
 	admitted, passed uint64 // as read last
 	lately, through  uint64
 	seen             time.Duration // when there was a child
-	failing          int           // dumps of flows in a row after which children do not pass
+	failing          int           // dumps of flows in a row after which no child had passed
+	anyPassed        bool          // since restart
+	accepted         bool          // the rules of the forward hook accept all children
 }
 
-// read takes in the totals. A child may be in the one of a later reading than in the other.
+// read takes in the totals.
 func (w *witness) read(now time.Duration, admitted, passed uint64) {
 	if w.counting {
 		if admitted > w.admitted {
 			w.lately += admitted - w.admitted
 			w.seen = now
 		}
-		w.through = min(w.through+passed-w.passed, w.lately)
+		// Of one child the two totals may be of different readings.
+		w.through += passed - w.passed
+		w.anyPassed = w.anyPassed || passed > w.passed
 	}
 	w.counting, w.admitted, w.passed = true, admitted, passed
 	if w.lately > manyChildren {
@@ -50,19 +54,29 @@ func (w *witness) read(now time.Duration, admitted, passed uint64) {
 // judge takes in that flows were dumped since the last time, or not.
 func (w *witness) judge(dumped bool) {
 	switch pass, known := w.passes(); {
-	case !known || pass:
+	case !known || pass || w.anyPassed:
 		w.failing = 0
 	case dumped:
 		w.failing++
 	}
 }
 
-// contradicts reports whether children are lost that rules of the forward hook accept: by a
-// chain of another hook, say. Where events were lost, the dump that follows shows the children.
+// contradicts reports whether all children are lost though rules of the forward hook accept
+// them: by a chain of another hook, say. If one passed, the others may be those of a peer that
+// the user bars. Where events were lost, the dump that follows shows the children.
 func (w *witness) contradicts() bool { return w.failing > 1 }
 
+// acceptedNow takes in whether the rules of the forward hook accept all children. What was
+// lost before they did says nothing against them.
+func (w *witness) acceptedNow(accepted bool) {
+	if accepted && !w.accepted {
+		w.restart()
+	}
+	w.accepted = accepted
+}
+
 // restart forgets the children of before.
-func (w *witness) restart() { w.lately, w.through, w.failing = 0, 0, 0 }
+func (w *witness) restart() { w.lately, w.through, w.failing, w.anyPassed = 0, 0, 0, false }
 
 // A retry says when evidence against rules is gathered anew, because somebody changed them.
 // That costs children each time, so where they change all the time the waits between grow.
@@ -92,6 +106,11 @@ func (f *firewall) readEvidence(now time.Duration, admitted, expected, passed, t
 	f.related.judge(f.dumped)
 	f.dumped = false
 	if !f.contradicted() {
+		if f.retry.changed {
+			for _, w := range []*witness{&f.mapped, &f.related} {
+				w.failing, w.anyPassed = 0, false
+			}
+		}
 		f.retry.changed = false
 		return
 	}
