@@ -86,7 +86,8 @@ func (d *Daemon) adoptRevoked(older []cone.Key) (err error) {
 	}
 	d.denied = append(d.denied, older...)
 	d.leave = d.leave || len(d.denied) > 0
-	return d.backends.revoked.Add(older)
+	d.failures.note(requestDenyPermissions, len(older), d.backends.revoked.Add(older))
+	return nil
 }
 
 func onAnchors(e *expect.Backend) []string {

@@ -3,6 +3,7 @@ package elements
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"time"
 
@@ -24,7 +25,7 @@ func (m *Map) Deny(ps []cone.Permission, why cone.Reason) error {
 	var errs []error
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
-		if m.hasRoom(room, part) { // the kernel waits for all CPUs where there is none
+		if m.hasRoom(room, part) {
 			m.transact(part, func(seq uint32, p *cone.Permission) { m.denial(seq, unix.NFT_MSG_NEWSETELEM, p) })
 			for i := range part {
 				switch err := m.errs[i]; {
@@ -58,17 +59,30 @@ func (m *Map) AdoptDenied() error {
 
 // hasRoom reports whether ps can be denied.
 func (m *Map) hasRoom(room int, ps []cone.Permission) bool {
+	return hasRoom(m.denied, &m.swept, room, func(yield func(cone.Key) bool) {
+		for i := range ps {
+			if !yield(ps[i].Key) {
+				return
+			}
+		}
+	})
+}
+
+// hasRoom reports whether keys can be added to what is known of a set, which tells when
+// each ends. What has ended is swept out at most once a minute. Without room the kernel
+// refuses the whole transaction, and waits for all CPUs.
+func hasRoom(known map[cone.Key]time.Time, swept *time.Time, room int, keys iter.Seq[cone.Key]) bool {
 	now, more := time.Now(), 0
-	for i := range ps {
-		if _, is := m.denied[ps[i].Key]; !is {
+	for k := range keys {
+		if _, is := known[k]; !is {
 			more++
 		}
 	}
-	if len(m.denied)+more > room && now.Sub(m.swept) > time.Minute {
-		m.swept = now
-		maps.DeleteFunc(m.denied, func(_ cone.Key, until time.Time) bool { return now.After(until) })
+	if len(known)+more > room && now.Sub(*swept) > time.Minute {
+		*swept = now
+		maps.DeleteFunc(known, func(_ cone.Key, until time.Time) bool { return now.After(until) })
 	}
-	return len(m.denied)+more <= room
+	return len(known)+more <= room
 }
 
 // learned returns those of ps, at most batch, that stand. The kernel waits for all CPUs

@@ -53,7 +53,8 @@ func NewMap(w *Writer, c MapConfig) *Map {
 	return m
 }
 
-// ErrNoRoom says that a permission ended, but that the kernel may learn it again.
+// ErrNoRoom says that a permission ended, but that the kernel may learn it again, or the next
+// daemon bring it back.
 var ErrNoRoom = errors.New("the set of denials has no room")
 
 // Carries reports whether the map can hold p: it serves IPv4 in the default

@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"time"
 
@@ -19,6 +18,7 @@ import (
 type Revoked struct {
 	batcher
 	known map[cone.Key]time.Time // until when, as far as this process knows
+	swept time.Time              // when it was last looked for what ended
 }
 
 // NewRevoked returns the permissions in the tables of w.
@@ -50,14 +50,20 @@ func (r *Revoked) Adopt() (keys []cone.Key, err error) {
 	return keys, err
 }
 
-// Add adds keys, for two hours or until they are dropped. Where the table is gone it does
-// nothing.
+// Add adds keys, as long as there is room, for two hours or until they are dropped. Before
+// Linux 6.12 the two hours of one that is there already do not begin anew. Where the table is
+// gone it does nothing.
 func (r *Revoked) Add(keys []cone.Key) error {
-	now := time.Now()
-	if len(r.known) >= DeniedSize {
-		maps.DeleteFunc(r.known, func(_ cone.Key, until time.Time) bool { return now.After(until) })
+	now, full := time.Now(), error(nil)
+	var errs []error
+	for part := range slices.Chunk(keys, batch) {
+		if !hasRoom(r.known, &r.swept, DeniedSize, slices.Values(part)) {
+			full = ErrNoRoom
+			continue
+		}
+		errs = append(errs, r.send(unix.NFT_MSG_NEWSETELEM, part, func(k cone.Key) { r.known[k] = now.Add(deniedTimeout) }))
 	}
-	return r.send(unix.NFT_MSG_NEWSETELEM, keys, func(k cone.Key) { r.known[k] = now.Add(deniedTimeout) })
+	return errors.Join(append(errs, full)...)
 }
 
 // Has reports whether k was added or adopted, and not dropped since.
