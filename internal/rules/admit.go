@@ -143,13 +143,6 @@ func (l *layout) admit(d Desired, kinds []kind) {
 	if d.UplinkMarks != nil {
 		unmarked = ctMark.is(host32(0))
 	}
-	var buckets *set
-	if d.Map.MaxChildren > 0 {
-		// Each element keeps the limit that it was made with.
-		buckets = l.set(fmt.Sprintf("%s_%d", bucketsSet, d.Map.MaxChildren), permissionKey...)
-		buckets.HasTimeout, buckets.Timeout, buckets.Dynamic, buckets.free = true, bucketTimeout, true, true
-		buckets.Size = uint32(d.Map.Size)
-	}
 	addrs, ports, marks := l.named(elements.PermissionMap), l.named(elements.PortMap), l.named(elements.MarksMap)
 	for _, k := range kinds {
 		if k.open != nil {
@@ -161,7 +154,7 @@ func (l *layout) admit(d Desired, kinds []kind) {
 		// packet does not match.
 		const addr, port = dataWord, dataWord + 1
 		l.rule(admitted, "a peer may send from any port", isUDP, k.hasPacket(),
-			key.load(0), ports.find(0, port), key.load(0), addrs.find(0, addr), k.takeToken(buckets, d.Map.MaxChildren),
+			key.load(0), ports.find(0, port), key.load(0), addrs.find(0, addr), l.takeToken(k, d.Map),
 			label, addTo(flows, elem{key: packetFlow}), counter(admittedCounter), nat(expr.NATTypeDestNAT, addr, port))
 	}
 	if l.zoned != nil {
@@ -259,18 +252,25 @@ func (l *layout) learn(d Desired, kinds []kind) {
 // learnBurst is how many times LearnRate the kernel may learn at once.
 const learnBurst = 5
 
-// takeToken matches while the permission of a child may have another one: maxChildren at
+// takeToken matches while the permission of a child may have another one: c.MaxChildren at
 // once, and as many again in 30 s, the time that conntrack keeps a flow that nobody answers
 // (nf_conntrack_udp_timeout). A permission that is not for one peer may have more
 // (cone.WildChildren).
-func (k kind) takeToken(buckets *set, maxChildren int) exprs {
-	if maxChildren == 0 {
+func (l *layout) takeToken(k kind, c *MapConfig) exprs {
+	most := c.MaxChildren
+	if most == 0 {
 		return nil
 	}
 	if k.wild > 0 {
-		maxChildren *= cone.WildChildren
+		most *= cone.WildChildren
 	}
-	return updateIn(buckets, elem{key: k.packetKey(), limit: limitRate(false, 2*maxChildren, expr.LimitTimeMinute, maxChildren)})
+	name := fmt.Sprintf("%s_%d", bucketsSet, most) // each element keeps the limit that it was made with
+	buckets := l.named(name)
+	if buckets == nil {
+		buckets = l.set(name, permissionKey...)
+		buckets.HasTimeout, buckets.Timeout, buckets.Dynamic, buckets.free, buckets.Size = true, bucketTimeout, true, true, uint32(c.Size)
+	}
+	return updateIn(buckets, elem{key: k.packetKey(), limit: limitRate(false, 2*most, expr.LimitTimeMinute, most)})
 }
 
 // bucketTimeout is longer than it takes until a bucket is full.

@@ -79,7 +79,7 @@ func (l *layout) fromInside(d Desired, f *ipFamily, name string, inside *set) *n
 	}
 	for _, upper := range slices.Sorted(maps.Keys(d.Uppers)) {
 		l.rule(from, "the way back is the link below",
-			iifname.is(nfnl.LinkKey(upper)), fibSaddrMarkOifname.is(nfnl.LinkKey(d.Uppers[upper])), accept)
+			iifname.is(nfnl.LinkKey(upper)), fibSaddrMarkOifname.is(nfnl.LinkKey(d.Uppers[upper])), ofFamily, deleteFrom(flows, flow), accept)
 	}
 	var plain exprs
 	if !d.noIPsec {
