@@ -5,28 +5,28 @@ import (
 	"github.com/conenatd/conenatd/internal/control"
 )
 
-// An unmapped is the identifier (docs/control.md) of why a flow of a host with mappings is
-// without its own.
+// An unmapped is the identifier (docs/control.md) of the reason why a flow of a host with
+// mappings does not use its mapping.
 type unmapped string
 
 const (
 	notOnOutside unmapped = "address_not_outside"
 	servedPort   unmapped = "port_in_use" // by a socket of the gateway or a forward
-	olderFlow    unmapped = "older_flow"  // it is older than the daemon
+	olderFlow    unmapped = "older_flow"  // the flow is older than the daemon
 	otherMapping unmapped = "other_endpoint"
-	sharedPort   unmapped = "port_shared" // with a host that has it as its mapping
+	sharedPort   unmapped = "port_shared" // with another host, whose mapping has the port
 	otherZone    unmapped = "conntrack_zone"
 )
 
-// applied says how many living flows have their mapping and why others have none.
+// applied counts the living flows that use their mapping, and says why others do not.
 type applied struct {
 	flows uint64
 	not   map[string]uint64
 
-	misfits map[uint32]bool // flows with another outside endpoint than their mapping: whether older than conenatd
-	fresh   uint64          // of these, those that were not there at the look before
-	left    uint64          // flows that our rules left to the user's, until now
-	odd     uint64          // fresh ones beyond those that our rules left
+	misfits map[uint32]bool // IDs of flows with another outside endpoint than their mapping; true: older than us
+	fresh   uint64          // misfits that the previous look did not have
+	left    uint64          // flows that our rules left to the user's rules so far
+	odd     uint64          // fresh misfits that left does not explain
 }
 
 func (a *applied) missing(why unmapped, n int) {
@@ -39,8 +39,8 @@ func (a *applied) missing(why unmapped, n int) {
 	a.not[string(why)] += uint64(n)
 }
 
-// misfit takes in flows with another outside endpoint than their mapping. before is
-// the look before, if there was one.
+// misfit takes in flows whose outside endpoint is not that of their mapping. before is
+// the previous look, if there was one.
 func (a *applied) misfit(before *applied, ids []uint32) {
 	if a.misfits == nil {
 		a.misfits = make(map[uint32]bool)
@@ -62,8 +62,9 @@ func (a *applied) misfit(before *applied, ids []uint32) {
 	}
 }
 
-// settle ends a look, after the one before. What our rules left to the user's they
-// counted, some of it perhaps after m was read.
+// settle ends a look; before is the previous one. Our rules count the flows that they leave
+// to the user's rules, which explains as many misfits. It subtracts them also from the
+// misfits of the previous look, since some may have been counted only after m was read.
 func (a *applied) settle(before *applied, m control.Mapping) {
 	if a.misfits == nil {
 		a.misfits = make(map[uint32]bool)
@@ -74,7 +75,7 @@ func (a *applied) settle(before *applied, m control.Mapping) {
 	a.odd -= min(a.odd, explained)
 }
 
-// notInForce reports whether most flows get no mapping, and our rules do not know why.
+// notInForce reports whether most flows get no mapping, and our rules do not explain it.
 func (a *applied) notInForce() bool { return a.odd >= fewFlows && a.sum() > a.flows }
 
 func (a *applied) sum() (n uint64) {
@@ -84,8 +85,8 @@ func (a *applied) sum() (n uint64) {
 	return n
 }
 
-// check notes why f, which has no mapping, can get none. What goes to an address that
-// is exempt needs none.
+// check notes why f, which has no mapping, can get none. A flow to an exempt address needs
+// none.
 func (m *mapper) check(f *cone.Flow, link string) {
 	if !f.Status.Has(cone.StatusSrcNAT) || f.Status.Has(cone.StatusDstNAT) || !m.inside(f.Src.Addr) || within(m.exempt, f.Dst.Addr) {
 		return

@@ -11,9 +11,9 @@ import (
 // opsAtOnce is how many decisions are carried out in one piece.
 const opsAtOnce = 1024
 
-// apply carries out what the model decided, in order. Neighbours of one kind
-// share a batch. since is when the event was read that they come from, for the
-// latency; zero when they come from elsewhere.
+// apply carries out the model's decisions, in order. Consecutive ones of one kind
+// share a batch. since is when the event that caused them was read, for the
+// latency; zero if no event caused them.
 func (d *Daemon) apply(since time.Duration) {
 	for ops := d.model.Ops(); len(ops) > 0; ops = d.model.Ops() {
 		for len(ops) > 0 {
@@ -55,7 +55,7 @@ func (d *Daemon) run(ops []cone.Op, since time.Duration) {
 }
 
 // deny keeps the kernel from learning the permissions of ops, and notes what the user
-// revoked. Neighbours with the same reason go together.
+// revoked. Consecutive ops with the same reason and carriers go together.
 func (d *Daemon) deny(ops []cone.Op) {
 	for len(ops) > 0 {
 		why, by, n := ops[0].Reason, ops[0].By, 1
@@ -75,7 +75,7 @@ func (d *Daemon) deny(ops []cone.Op) {
 	}
 }
 
-// collect returns the permissions of ops, in a slice that is used again.
+// collect returns the permissions of ops, in a slice that the next call reuses.
 func (d *Daemon) collect(ops []cone.Op) []cone.Permission {
 	d.perms = d.perms[:0]
 	for i := range ops {
@@ -85,9 +85,9 @@ func (d *Daemon) collect(ops []cone.Op) []cone.Permission {
 }
 
 // grant makes the permissions of ops stand, except where a local socket would
-// lose its packets. What the last reconcile knew of sockets is asked before; the
-// kernel, which takes as long to ask as the grant itself, right after. So a
-// socket that was opened since loses its packets for microseconds at most.
+// lose its packets. Before the grant it checks the sockets found by the last looks.
+// Right after, granted asks the kernel, which takes as long as the grant itself. So
+// a socket opened since the last look loses packets for microseconds at most.
 func (d *Daemon) grant(ops []cone.Op, since time.Duration) {
 	d.grants = d.grants[:0]
 	for i := range ops {
@@ -96,7 +96,7 @@ func (d *Daemon) grant(ops []cone.Op, since time.Duration) {
 			d.model.Refused(d.now(), o.Permission, r, false)
 			continue
 		}
-		o.By &= d.backends.carriers() // others went since
+		o.By &= d.backends.carriers() // a backend may have been closed since the decision
 		d.grants = append(d.grants, *o)
 	}
 	d.backends.Grant(d.grants, d.onFailed)
@@ -113,9 +113,9 @@ func (d *Daemon) grant(ops []cone.Op, since time.Duration) {
 	}
 }
 
-// barred returns why p must not be granted: a socket of the gateway, which is known, would
-// lose packets, or p is for the gateway itself and no socket gets what it lets in. A connected
-// socket gets nothing from other ports of the peer; a resolver may have thousands of these.
+// barred returns why p must not be granted: a known socket of the gateway would lose packets,
+// or p is for the gateway itself and no socket gets what p admits. Connected sockets do not
+// count: they get nothing from other ports of the peer, and a resolver may have thousands.
 func (d *Daemon) barred(p *cone.Permission) cone.Reason {
 	if d.losesTo(p, d.served) {
 		return cone.ReasonLocalSocket
@@ -126,7 +126,8 @@ func (d *Daemon) barred(p *cone.Permission) cone.Reason {
 	return d.lacksSocket(p)
 }
 
-// lacksSocket returns ReasonNoSocket if no socket gets what p, of the gateway itself, admits.
+// lacksSocket returns ReasonNoSocket if no socket gets what p admits, a permission of the
+// gateway itself.
 func (d *Daemon) lacksSocket(p *cone.Permission) cone.Reason {
 	switch waits, err := d.sockets.Serves(p.Int, p.Peer); {
 	case err != nil:
@@ -138,8 +139,8 @@ func (d *Daemon) lacksSocket(p *cone.Permission) cone.Reason {
 	return cone.ReasonNone
 }
 
-// losesTo reports whether one of sockets would lose packets to p. What is for the gateway
-// itself takes none from a socket that gets them all the same.
+// losesTo reports whether one of sockets would lose packets to p. A permission of the gateway
+// itself takes none from a socket that also gets the packets at p.Int.
 func (d *Daemon) losesTo(p *cone.Permission, sockets *gateway.PortSet) bool {
 	if d.model.IsSelf(p) {
 		return sockets.Takes(p.Ext, p.Int)
@@ -147,10 +148,10 @@ func (d *Daemon) losesTo(p *cone.Permission, sockets *gateway.PortSet) bool {
 	return sockets.Serves(p.Ext)
 }
 
-// granted tells the model that p stands by some carriers, unless it finds that a local
-// socket gets what an expectation admits. The map's rule asks for sockets itself, packet by
-// packet: a socket that is there for a moment must not cost the permission, and one that
-// stays is found by the next looks at all of them.
+// granted tells the model that p stands by these carriers, unless a local socket gets what
+// an expectation admits. It does not ask for the map, whose rule looks up sockets packet by
+// packet: a short-lived socket must not cost the permission there, and the regular looks find
+// one that stays.
 func (d *Daemon) granted(p cone.Permission, by cone.Carriers) {
 	if by&cone.ByExpectation == 0 {
 		d.model.Granted(p)
@@ -174,8 +175,8 @@ func (d *Daemon) granted(p cone.Permission, by cone.Carriers) {
 	}
 }
 
-// failed tells the model what a carrier did not do of the grants under way, and keeps
-// the first error of each kind for the log.
+// failed tells the model that a carrier refused grant i of those under way, and keeps the
+// first error for each reason for the log.
 func (d *Daemon) failed(i int, by cone.Carriers, r cone.Reason, err error) {
 	o := &d.grants[i]
 	o.By &^= by
@@ -209,7 +210,7 @@ func (d *Daemon) dropUnanswered(o *cone.Op) {
 	d.failures.note(requestDeleteUnansweredChild, 1, err, "src", src, "dst", dst)
 }
 
-// dropEarly deletes the flow of an early packet, unless a local socket gets it.
+// dropEarly deletes the flow of an early packet, unless a local socket gets its packets.
 func (d *Daemon) dropEarly(o *cone.Op) {
 	src, dst := o.FlowTuple()
 	served, err := d.sockets.Serves(o.Ext, o.From.Addr)

@@ -18,7 +18,7 @@ type backend interface {
 	// Grant makes ps stand, in order, and calls refused for each that does
 	// not: its index, why, and the kernel's error if there was one.
 	Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err error))
-	// Revoke ends ps. What is gone already is no error.
+	// Revoke ends ps. It is no error if some are gone already.
 	Revoke(ps []cone.Permission) error
 	// Refresh renews the kernel's timeouts of ps and calls lost for each that
 	// does not stand any more.
@@ -37,16 +37,16 @@ var (
 	_ backend = (*elements.Map)(nil)
 )
 
-// backends are the ones in use. What stands where, the model says.
+// backends are the backends in use. The model knows which permission stands in which.
 type backends struct {
 	expect *expect.Backend // nil where it is not used
 	nft    *elements.Map   // nil where it is not used
 
-	revoked *elements.Revoked // by the user; nil without nftables
+	revoked *elements.Revoked // what the user revoked; nil without nftables
 
-	// The batch that is under way, kept here so that it costs no allocation.
+	// The batch under way, kept here to avoid allocations.
 	part     []cone.Permission
-	index    []int // of part, in the batch
+	index    []int // for each of part, its index in the batch
 	by       cone.Carriers
 	failed   failure
 	onFailed func(i int, r cone.Reason, err error)
@@ -77,8 +77,8 @@ func (b *backends) carriers() (by cone.Carriers) {
 // String names the backends in use.
 func (b *backends) String() string { return b.carriers().String() }
 
-// split puts the permissions of those of ops that are by some carrier into b.part and
-// b.index.
+// split selects the ops for a carrier: it puts their permissions into b.part and their
+// indexes into b.index.
 func (b *backends) split(ops []cone.Op, by cone.Carriers) {
 	b.part, b.index = b.part[:0], b.index[:0]
 	for i := range ops {
@@ -88,7 +88,7 @@ func (b *backends) split(ops []cone.Op, by cone.Carriers) {
 	}
 }
 
-// A failure is what a carrier did not do of a batch: the index, and why.
+// A failure is called for each op of a batch that a carrier refused: with its index, and why.
 type failure func(i int, by cone.Carriers, r cone.Reason, err error)
 
 // Grant makes the permissions of ops stand and calls failed for each carrier that
@@ -132,7 +132,7 @@ func (b *backends) Deny(ps []cone.Permission, why cone.Reason) error {
 	return b.nft.Deny(b.part, why)
 }
 
-// NoteRevoked notes for the next daemon that the user took ps away.
+// NoteRevoked notes for the next daemon that the user revoked ps.
 func (b *backends) NoteRevoked(ps []cone.Permission) error {
 	if b.revoked == nil {
 		return nil
@@ -144,7 +144,7 @@ func (b *backends) NoteRevoked(ps []cone.Permission) error {
 	return b.revoked.Add(keys)
 }
 
-// forgetRevoked forgets that the user took the permissions of ops away.
+// forgetRevoked forgets that the user revoked the permissions of ops.
 func (b *backends) forgetRevoked(ops []cone.Op) {
 	if b.revoked == nil {
 		return
@@ -155,7 +155,7 @@ func (b *backends) forgetRevoked(ops []cone.Op) {
 			keys = append(keys, ops[i].Key)
 		}
 	}
-	_ = b.revoked.Drop(keys) // what is not dropped is known still
+	_ = b.revoked.Drop(keys) // a key that could not be dropped stays known
 }
 
 // A part is something of ours in the kernel that somebody else can take away.
@@ -169,7 +169,7 @@ const (
 	parts
 )
 
-// partNames are the identifiers of what is put back (docs/control.md).
+// partNames are the identifiers of what is repaired (docs/control.md).
 var partNames = [parts]string{
 	anAnchor:      "anchors",
 	anExpectation: "expectations",
@@ -177,7 +177,7 @@ var partNames = [parts]string{
 	tableSize:     "expect_max",
 }
 
-// partOf is what stands by a carrier.
+// partOf returns the part that a carrier makes for a permission.
 func partOf(by cone.Carriers) part {
 	if by == cone.ByMap {
 		return anElement
@@ -185,8 +185,8 @@ func partOf(by cone.Carriers) part {
 	return anExpectation
 }
 
-// Refresh renews the timeouts of ops and calls lost with the index of each that does
-// not stand any more, and by what it did.
+// Refresh renews the timeouts of ops. It calls lost with the index of each op that no
+// longer stands, and the carrier by which it stood.
 func (b *backends) Refresh(ops []cone.Op, lost func(i int, by cone.Carriers)) {
 	b.each(func(by cone.Carriers, x backend) {
 		b.split(ops, by)
@@ -194,7 +194,7 @@ func (b *backends) Refresh(ops []cone.Op, lost func(i int, by cone.Carriers)) {
 	})
 }
 
-// because returns err, or without one an error that says r.
+// because returns err, or an error that says r if err is nil.
 func because(r cone.Reason, err error) error {
 	if err == nil {
 		err = errors.New(r.String())
@@ -216,12 +216,12 @@ func (b *backends) Max() (n int) {
 	return n
 }
 
-// found is what stands in the kernel, by backend; that of one that was not listed is
-// nil.
+// found is what stands in the kernel, by backend. A backend that was not listed has a nil
+// map.
 type found struct {
 	expect, nft map[cone.Key]standing
 	foreign     []expect.Foreign
-	asked       func(cone.Key) bool // of a map that is not listed, those to ask for; nil: all
+	asked       func(cone.Key) bool // if the nft map is not listed, the keys to ask for; nil: all
 }
 
 type standing struct {
@@ -229,7 +229,7 @@ type standing struct {
 	left time.Duration
 }
 
-// list lists what stands, as expectations and, if it is asked for, in the map.
+// list lists the expectations that stand and, if ofMap is set, the elements of the map.
 func (b *backends) list(ofMap bool) (f found, err error) {
 	into := func(m *map[cone.Key]standing) func(p cone.Permission, left time.Duration) {
 		*m = make(map[cone.Key]standing)
@@ -244,8 +244,9 @@ func (b *backends) list(ofMap bool) (f found, err error) {
 	return f, err
 }
 
-// missing returns by what v, which stands, should be listed and is not. A list that was
-// not made misses nothing, but for the map: there it is asked for.
+// missing returns the carriers by which v stands but whose lists lack it. Without a list of
+// expectations none is missing. Without one of the map, each element selected by asked
+// counts as missing, and backends.missing asks the kernel.
 func (f found) missing(v *cone.View) (by cone.Carriers) {
 	if v.By&cone.ByExpectation != 0 && f.expect != nil && !has(f.expect, v) {
 		by |= cone.ByExpectation
@@ -261,7 +262,7 @@ func has(m map[cone.Key]standing, v *cone.View) bool {
 	return ok && s.in == v.Int
 }
 
-// settle takes v, which stands, out of the lists, wherever it should.
+// settle removes v, which stands, from the lists that should have it.
 func (f found) settle(v *cone.View) {
 	if v.By&cone.ByExpectation != 0 {
 		delete(f.expect, v.Key)
@@ -271,8 +272,8 @@ func (f found) settle(v *cone.View) {
 	}
 }
 
-// missing calls lost for each of ops that is not in a new list of the expectations,
-// where one was needed, or of which the kernel says that the map does not hold it.
+// missing calls lost for each op that f, a new list of the expectations, lacks if one was
+// made, and for each op that the map does not hold, by the kernel's answer.
 func (b *backends) missing(ops []cone.Op, f found, lost func(cone.Permission, cone.Carriers)) error {
 	for i := range ops {
 		if p := &ops[i].Permission; ops[i].By&cone.ByExpectation != 0 && f.expect != nil && f.expect[p.Key].in != p.Int {

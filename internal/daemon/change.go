@@ -13,9 +13,9 @@ import (
 )
 
 // Reload reads the configuration again and puts it in force. Permissions that
-// it still allows are not touched. With an error nothing changed. A file that does not
-// let itself be read keeps up neither a stop nor the next Reload, which it must not undo
-// when it is read at last.
+// it still allows are not touched. If it returns an error, nothing has changed. A read that
+// hangs delays neither a stop nor a later Reload, and does not undo that later Reload when
+// it returns at last.
 func (d *Daemon) Reload() error {
 	n := d.reloads.Add(1)
 	type result struct {
@@ -33,7 +33,7 @@ func (d *Daemon) Reload() error {
 	case <-d.ended:
 		return errEnded
 	}
-	d.reloaded.Lock() // by one command at a time
+	d.reloaded.Lock() // one reload at a time
 	defer d.reloaded.Unlock()
 	if n < d.reloaded.last {
 		return d.reloaded.err
@@ -60,19 +60,19 @@ func (d *Daemon) reload(cfg config.Config, err error) error {
 	return nil
 }
 
-// adopt puts a new configuration in force. All that can be wrong is found before
-// anything changes. The reconcile calls it.
+// adopt puts a new configuration in force. It finds everything that can be wrong before it
+// changes anything. The reconcile calls it.
 func (d *Daemon) adopt(wanted config.Config) error {
 	var old config.Config
 	if !d.do(func() { old = d.cfg.Config }) {
 		return errEnded
 	}
 	marked := wanted
-	if wanted.AutoSubnets { // what "auto" found is inside, whatever routes it got
+	if wanted.AutoSubnets { // subnets found by "auto" stay inside, whatever routes their links got
 		marked.Subnets = slices.Concat(wanted.Subnets, old.Subnets)
 	}
 	d.firewall.look()
-	d.changed.rules = true // what is new in them is still to be followed, whatever comes of this
+	d.changed.rules = true // lookAround must follow what look found, even if adopt fails
 	network, err := d.readNetwork(marked)
 	if err != nil {
 		return err
@@ -95,9 +95,9 @@ func (d *Daemon) adopt(wanted config.Config) error {
 	return nil
 }
 
-// resolve returns what the user wants, with the subnets of links and limits that
-// suit the conntrack table. A link that was an outside link does not become an inside one
-// when it loses its default route.
+// resolve returns the wanted configuration with the subnets of links filled in, and limits
+// that suit the conntrack table. A former outside link does not become an inside one when it
+// loses its default route.
 func (d *Daemon) resolve(wanted config.Config, network gateway.Network) (config.Config, error) {
 	var err error
 	wanted.Subnets, err = d.firewall.subnets(wanted, network, d.uplinks.routed, d.hosts)
@@ -105,8 +105,8 @@ func (d *Daemon) resolve(wanted config.Config, network gateway.Network) (config.
 }
 
 // follow enables the subnets that links have now, with the limits that suit the
-// conntrack table now, and reports whether they are others than those of cfg, which is
-// in force.
+// conntrack table now. It reports whether these differ from cfg, the configuration in
+// force.
 func (d *Daemon) follow(cfg config.Config, network gateway.Network) (changed bool, err error) {
 	next, err := d.resolve(d.wanted, network)
 	if err != nil {
@@ -128,7 +128,7 @@ func (d *Daemon) follow(cfg config.Config, network gateway.Network) (changed boo
 			"max_permissions_per_host", next.MaxPermissionsPerHost, "max_children", next.MaxChildren)
 	}
 	d.ask(func() { d.warned.tell(d.now(), d.warnings()) })
-	d.wantReconcile() // the links of other subnets lead inside
+	d.wantReconcile() // links to other subnets lead inside now
 	return true, nil
 }
 
@@ -137,7 +137,7 @@ func (d *Daemon) keepOld(err error) error {
 	return err
 }
 
-// unchangeable says which change needs a restart.
+// unchangeable returns an error that names each change that needs a restart.
 func unchangeable(old, next config.Config) error {
 	var errs []error
 	for key, changed := range map[string]bool{
@@ -207,7 +207,7 @@ func (d *Daemon) Flush() (int, error) {
 func (d *Daemon) revoke(fits func(*cone.Permission) bool) (n int, err error) {
 	ok := d.do(func() {
 		n = d.model.Revoke(d.now(), func(p cone.Permission) bool { return fits(&p) })
-		d.apply(0) // who is answered may kill the daemon
+		d.apply(0) // now: the caller may kill the daemon as soon as it is answered
 	})
 	if !ok {
 		return 0, errEnded

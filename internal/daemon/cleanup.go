@@ -19,8 +19,8 @@ type Cleaned struct {
 	Tables   []string // names of our nftables tables
 }
 
-// Cleanup takes every trace of a dead daemon, whatever its configuration was, out of the
-// kernel, in the network namespace of this process. It refuses while a daemon runs
+// Cleanup removes every trace of a dead daemon from the kernel, whatever its configuration
+// was, in the network namespace of this process. It refuses while a daemon runs
 // (control.RunningError).
 func Cleanup() (n Cleaned, err error) {
 	lock, err := control.Acquire("")
@@ -60,8 +60,8 @@ func dropTables() (names []string, elements int, err error) {
 	return names, elements, errors.Join(errs...)
 }
 
-// openTables opens our nftables tables, but for those of one name. An error is about some
-// of them; the others are opened all the same.
+// openTables opens our nftables tables except those with the name but. Even with an error
+// it returns the tables that it could open.
 func openTables(but string) (all []*firewall, err error) {
 	names, err := rules.Names(0)
 	if missing := new(rules.UnsupportedError); errors.As(err, &missing) {

@@ -32,7 +32,7 @@ type Config struct {
 	// Reload reads the configuration again.
 	Reload func() (config.Config, error)
 	Log    *slog.Logger
-	// Level is what Log listens to; a reload sets it. It may be nil.
+	// Level is the level of Log; a reload sets it. It may be nil.
 	Level *slog.LevelVar
 }
 
@@ -52,60 +52,60 @@ type Daemon struct {
 	ports      *gateway.Sockets    // of the reconcile
 	links      *gateway.Watcher
 	firewall   *firewall // of the reconcile
-	made       bool      // the tables are ours, not those of an earlier daemon
-	leave      bool      // what stands in the kernel stays when this daemon ends
+	made       bool      // this daemon took over the tables of an earlier one, or made them
+	leave      bool      // permissions and tables stay in the kernel when this daemon ends
 	failures   *failures
-	noted      *episodes // of other things that should not happen
+	noted      *episodes // of other abnormal conditions
 
 	// The reconcile's own.
-	wanted    config.Config      // as the user gave it; d.cfg has the subnets that "auto" found
-	hosts     []netip.Addr       // inside hosts of what stood at the start
-	size      int                // of the conntrack table, which limits of d.cfg suit
-	counts    ctwatch.Counts     // as read last
-	space     space              // what the model knows
+	wanted    config.Config      // as the user gave it; d.cfg also has the subnets found by "auto"
+	hosts     []netip.Addr       // inside hosts of the permissions adopted at the start
+	size      int                // of the conntrack table; the limits of d.cfg are for this size
+	counts    ctwatch.Counts     // conntrack statistics, as last read
+	space     space              // as last told to the model
 	held      *gateway.PortSet   // sockets at the last look
-	looked    time.Duration      // when that was
-	settled   bool               // they were the same as at the look before
-	forwarded *userrules.Covered // what the user's rules forward, as the model knows it
-	whole     bool               // and whether that is all
-	unheard   *userrules.Covered // of whose flows no event tells
-	budget    budget             // for what neighbours change
-	part      uint64             // of an owned map, that was compared last
-	changed   changes            // by neighbours, and still to be looked at
-	uplinks   uplinks            // that routes do not tell of
+	looked    time.Duration      // time of that look
+	settled   bool               // the last two looks found the same sockets
+	forwarded *userrules.Covered // what the user's rules forward, as last told to the model
+	whole     bool               // forwarded is complete
+	unheard   *userrules.Covered // forwards whose flows the event filter leaves out
+	budget    budget             // of CPU time for looks at changes by neighbours
+	part      uint64             // of an owned map: the part that was compared last
+	changed   changes            // by neighbours, still to be looked at
+	uplinks   uplinks            // outside links that no default route shows
 	broken    brokenFlows
-	rerouted  struct { // flows may leave by other links
-		looks   int             // that are still to come
-		next    time.Duration   // not before
-		outside map[string]bool // links that are outside links, or were
+	rerouted  struct { // routes changed: flows may leave by other links now
+		looks   int             // looks still to come
+		next    time.Duration   // earliest time of the next look
+		outside map[string]bool // current and former outside links
 	}
 
 	// The loop's own.
 	backends       *backends
 	missing        string     // which backend is missing and why
-	denied         []cone.Key // what was revoked when an earlier daemon ran
+	denied         []cone.Key // what the user revoked under an earlier daemon
 	model          *cone.Model
 	network        gateway.Network
 	topology       cone.Topology      // of network
 	ruleWarnings   warnings           // about the user's forwards
-	hidden         *userrules.Covered // by forwards of the user's: no packet gets to the map
+	hidden         *userrules.Covered // forwarded by the user's rules: no packet reaches the map
 	portWarnings   warnings           // about port_pool
-	overtaken      bool               // a chain of the user's translates before our own does
+	overtaken      bool               // a chain of the user's translates all mapped traffic before ours
 	decisions      map[netip.Prefix]decision
 	room           cone.Room         // for expectations
-	entries        ctwatch.Table     // when that was found
-	late           time.Duration     // how long changes of neighbours have to wait
-	look           time.Duration     // CPU time of a look at them
+	entries        ctwatch.Table     // of conntrack, when room was computed
+	late           time.Duration     // how long changes by neighbours wait
+	look           time.Duration     // CPU time of one look at such changes
 	tables         control.Tables    // as last read
 	kernel         control.Conntrack // as last read
-	served         *gateway.PortSet  // at the last two looks; before the second, at the first
-	lately         *gateway.PortSet  // at one of the last two looks
-	sure           bool              // there were two
+	served         *gateway.PortSet  // ports held at both of the last two looks, or at the only one
+	lately         *gateway.PortSet  // ports held at either of the last two looks
+	sure           bool              // there were two looks
 	latency        histogram
 	repaired       [parts]uint64
 	applied        applied               // mappings, at the last reconcile
-	brokenNow      []control.BrokenFlows // at the last look
-	healed         uint64                // broken flows that ended
+	brokenNow      []control.BrokenFlows // found by the last whole walk
+	healed         uint64                // broken flows that the daemon ended
 	warned         *warner
 	behind         bool
 	perms          []cone.Permission
@@ -120,20 +120,20 @@ type Daemon struct {
 	hurry    chan struct{}      // a reconcile is wanted
 	moved    chan struct{}      // links, addresses or routes changed
 	strays   chan struct{}      // translated flows left by links that are not outside links
-	jobs     chan func()        // for the reconcile
-	looks    chan func()        // the same, for what it may do in the middle of its work
-	reloads  atomic.Uint64      // that began
+	jobs     chan func()        // run by the reconcile when it is idle
+	looks    chan func()        // run by the reconcile, even in the middle of its work
+	reloads  atomic.Uint64      // number of reloads begun
 	reloaded struct {
 		sync.Mutex
-		last uint64 // the latest that was done
-		err  error  // of that
+		last uint64 // number of the latest reload that is done
+		err  error  // its result
 	}
 	ended chan struct{} // closed when the loop ended
 }
 
 // New opens everything that the daemon needs in the kernel, and fails if something is
-// missing. It takes over what an earlier daemon left, and ends what the configuration
-// does not allow any more. The caller must Run or Close.
+// missing. It takes over what an earlier daemon left, and revokes permissions that the
+// configuration no longer allows. The caller must call Run or Close.
 func New(cfg Config) (d *Daemon, err error) {
 	d = &Daemon{
 		cfg: cfg, log: cfg.Log,
@@ -180,12 +180,12 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.cfg.Subnets, err = d.firewall.subnets(cfg.Config, d.network, nil, nil); err != nil {
 		return d, err
 	}
-	if len(d.cfg.Subnets) > len(cfg.Subnets) { // the links of these lead inside
+	if len(d.cfg.Subnets) > len(cfg.Subnets) { // links to the added subnets lead inside
 		if d.network, err = d.readNetwork(d.cfg.Config); err != nil {
 			return d, err
 		}
 	}
-	// Subscribed before the first dump, so that no flow is missed in between.
+	// Subscribe before the first dump, so that no flow is missed in between.
 	d.events, err = ctwatch.Dial(ctwatch.Config{ReadBuffer: cfg.EventBuffer})
 	if err != nil {
 		return d, err
@@ -221,7 +221,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	}
 	d.served, d.lately, d.looked = d.held, d.held, d.now()
 	d.firewall.setSides(d.network)
-	// Known before the first grant.
+	// The model must know the forwards before the first grant.
 	d.forwarded, d.ruleWarnings = d.firewall.forwards(d.network)
 	d.whole = d.firewall.whole
 	more, _, _ := d.firewall.sourceNAT(d.cfg.Config, d.network) // the first reconcile tries again
@@ -235,8 +235,8 @@ func New(cfg Config) (d *Daemon, err error) {
 	if err != nil {
 		return d, err
 	}
-	d.decide() // anew, for the warnings depend on the backends that are in use
-	// Now that it is known which of them stood before our own chain.
+	d.decide() // again: the warnings depend on the backends in use
+	// Only now is it known which of the user's chains are older than our own chain.
 	d.ruleWarnings = slices.DeleteFunc(d.ruleWarnings, func(w warning) bool { return w.id == warnRivalChain })
 	d.ruleWarnings = append(d.ruleWarnings, d.firewall.rivals(d.cfg.Config, d.network)...)
 	d.overtaken = d.firewall.overtaken
@@ -246,8 +246,8 @@ func New(cfg Config) (d *Daemon, err error) {
 	if err := d.filterEvents(d.cfg.Config); err != nil {
 		return d, err
 	}
-	// Only here, where nothing can fail any more: Close restores it if there is a model.
-	// The reconcile leaves it alone, so that the user can turn it off.
+	// Turn on accounting last, when nothing can fail any more: Close restores it only if
+	// there is a model. The reconcile does not repeat this, so the user can turn it off.
 	_, _, err = d.conntrack.raise(acct)
 	d.failures.note(requestTurnOnAccounting, 1, err)
 	d.model = cone.New(d.policy(d.cfg.Config))
@@ -266,7 +266,7 @@ func New(cfg Config) (d *Daemon, err error) {
 		now := d.now()
 		d.model.Adopt(now, a.Permission, a.By, now+a.Left)
 	}
-	d.apply(0) // what the configuration does not allow goes
+	d.apply(0) // revokes what the configuration does not allow
 	return d, nil
 }
 
@@ -276,8 +276,9 @@ func (d *Daemon) decide() {
 	d.firewall.decisions = d.decisions
 }
 
-// goOnServing lets "auto" enable the subnets of hosts whose permissions stand from before,
-// also while no outside link is there. The gateway itself may have permissions on an uplink.
+// goOnServing lets "auto" enable the subnets of hosts with adopted permissions, even while
+// there is no outside link. It ignores permissions of the gateway's own addresses, which may
+// be on an uplink.
 func (d *Daemon) goOnServing(adopted []expect.Adopted) (err error) {
 	hosts := make(map[netip.Addr]struct{})
 	for _, a := range adopted {
@@ -298,7 +299,7 @@ func (d *Daemon) goOnServing(adopted []expect.Adopted) (err error) {
 	return err
 }
 
-// anyIPv6 reports whether a subnet is of IPv6, or may come to be.
+// anyIPv6 reports whether a subnet is IPv6, or a named link may get an IPv6 subnet.
 func anyIPv6(cfg config.Config) bool {
 	return slices.ContainsFunc(cfg.Subnets, func(s config.Subnet) bool { return s.Prefix.Addr().Is6() }) ||
 		slices.ContainsFunc(cfg.LinkSubnets, func(l config.LinkSubnet) bool { return l.Like.Routed })
@@ -332,11 +333,11 @@ func (d *Daemon) policy(cfg config.Config) cone.Policy {
 	return p
 }
 
-// filterEvents leaves out the events of flows that are not the daemon's to care for. Of
-// early packets' flows, which come from outside, there is none where the guard stands, but
-// to a socket: one that outlives the socket is found by the next reconcile. And of those
-// that forwards of the user's lead inside none matters where all his rules are known. The
-// guard does not know the links of a VRF.
+// filterEvents leaves out the events of flows that the daemon does not need. Where the guard
+// stands, early packets from outside make no flows except to local sockets; the next
+// reconcile finds a flow that outlives its socket. Flows that the user's forwards lead inside
+// do not matter if all his rules are known. All events pass without the guard, and with a
+// VRF, whose links the guard does not know.
 func (d *Daemon) filterEvents(cfg config.Config) error {
 	d.unheard = d.firewall.hidden
 	inVRF := slices.ContainsFunc(d.network.Links, func(l gateway.Link) bool { return l.Kind == "vrf" })
@@ -352,13 +353,14 @@ func (d *Daemon) filterEvents(cfg config.Config) error {
 	return d.events.SetSources(s)
 }
 
-// filterings are the model's words for those of the configuration.
+// filterings translates the configuration's kinds of filtering into the model's.
 var filterings = map[config.Filtering]cone.Filtering{
 	config.EndpointIndependent:     cone.EndpointIndependent,
 	config.AddressAndPortDependent: cone.AddressAndPortDependent,
 }
 
-// Close lets go of the kernel. Run calls it; it is also for a Daemon that did not Run.
+// Close closes what New opened, and removes our tables unless permissions are to stay. Run
+// calls it; call it for a Daemon that did not Run.
 func (d *Daemon) Close() error {
 	var errs []error
 	if d.events != nil {
@@ -384,7 +386,7 @@ func (d *Daemon) Close() error {
 	}
 	leave := d.leave
 	if e := d.backends.expect; e != nil {
-		leave = leave || e.Standing() > 0 // it could not be revoked
+		leave = leave || e.Standing() > 0 // some expectations could not be revoked
 		errs = append(errs, e.Close())
 	}
 	if d.firewall != nil {
@@ -393,7 +395,7 @@ func (d *Daemon) Close() error {
 		}
 		errs = append(errs, d.firewall.close())
 	}
-	if d.model != nil && !leave { // else what stands still needs them
+	if d.model != nil && !leave { // permissions that stay need the settings
 		errs = append(errs, d.conntrack.restoreAll())
 	}
 	if d.lock != nil {
@@ -402,9 +404,9 @@ func (d *Daemon) Close() error {
 	return errors.Join(errs...)
 }
 
-// Run works until ctx ends, then takes everything it made out of the kernel. It
-// calls ready when the flows that were there before have their permissions. If it
-// fails before ctx ends, what stands stays for the next daemon, as after a crash.
+// Run runs the daemon until ctx ends, then removes everything it made from the kernel,
+// unless on_stop is "keep". It calls ready once existing flows have their permissions. If it
+// fails before ctx ends, permissions stay for the next daemon, as after a crash.
 func (d *Daemon) Run(ctx context.Context, ready func()) error {
 	stop := ctx
 	ln, err := control.Listen(d.cfg.Socket)
@@ -430,13 +432,13 @@ func (d *Daemon) Run(ctx context.Context, ready func()) error {
 	return errors.Join(err, d.Close())
 }
 
-// holds reports whether there is something in the kernel for a next daemon: what
-// stands, or what the user revoked.
+// holds reports whether the kernel holds something for the next daemon: standing
+// permissions, or the user's revocations.
 func (d *Daemon) holds() bool {
 	return d.model.Stats().Standing > 0 || d.backends.revoked != nil && d.backends.revoked.Any()
 }
 
-// revokeAll takes every permission out of the kernel. The map goes first, whole,
+// revokeAll removes every permission from the kernel. It removes the whole map first,
 // so that the kernel learns nothing meanwhile.
 func (d *Daemon) revokeAll() error {
 	var errs []error
@@ -446,7 +448,7 @@ func (d *Daemon) revokeAll() error {
 	}
 	d.model.RevokeAll()
 	d.apply(0)
-	// Children of the last moment, whose events were not read any more.
+	// Also delete children that came too late for their events to be read.
 	_, err := dropUnanswered()
 	return errors.Join(append(errs, err)...)
 }
@@ -459,7 +461,7 @@ func (d *Daemon) greet() {
 }
 
 func (d *Daemon) onLost(p cone.Permission, by cone.Carriers) {
-	if d.model.Lost(d.now(), p, by) { // it may have ended since it was missed
+	if d.model.Lost(d.now(), p, by) { // false if p has ended meanwhile
 		d.repaired[partOf(by)]++
 	}
 }

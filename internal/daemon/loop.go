@@ -12,18 +12,18 @@ import (
 )
 
 const (
-	// eventsAtOnce is how many events are taken before their decisions are
+	// eventsAtOnce is how many events are read before their decisions are
 	// carried out.
 	eventsAtOnce = 128
-	// ticksAtOnce is how many permissions are looked after before the next
-	// events are taken.
+	// ticksAtOnce is how many permissions Tick handles before the next events
+	// are read.
 	ticksAtOnce = 32
-	// behindAtOnce is how many once they are behind. A permission is refreshed
-	// more often than events tell of it, and one that is late ends in the kernel.
+	// behindAtOnce is the same while Tick is behind. A permission needs more
+	// refreshes than it has events, and if refreshed late it ends in the kernel.
 	behindAtOnce = eventsAtOnce
-	// turnEvery is how often the loop turns at least, and isStopped how long it stands
-	// still only if somebody stops the process, with SIGSTOP or a freezer, or events come
-	// faster than it takes them.
+	// turnEvery is the longest time of one turn of the loop. If the loop does not empty the
+	// event socket for isStopped, somebody stopped the process (SIGSTOP, freezer), or events
+	// come faster than the loop reads them.
 	turnEvery = time.Second
 	isStopped = 3 * turnEvery
 )
@@ -32,16 +32,16 @@ const (
 // stands still while the machine is suspended, and ignores the wall clock.
 func (d *Daemon) now() time.Duration { return time.Since(d.start) }
 
-// wall returns t, a time as now tells it, by the wall clock as that is now: since
-// the start it may have been set, or gone on alone while the machine was suspended. To
-// the millisecond, for two clocks are read.
+// wall converts t, a time of now, to the present wall clock: since the start that may have
+// been set, or have gone on while the machine was suspended. The result is rounded to the
+// millisecond, since two clocks are read.
 func (d *Daemon) wall(t time.Duration) time.Time {
 	now := time.Now()
 	return now.Add(t - now.Sub(d.start)).Round(time.Millisecond)
 }
 
 // do runs f in the loop and waits for it. It returns false if the loop ended
-// before.
+// first.
 func (d *Daemon) do(f func()) bool {
 	done := make(chan struct{})
 	select {
@@ -58,8 +58,8 @@ func (d *Daemon) do(f func()) bool {
 	}
 }
 
-// ask is do for the reconcile, which alone may call it. The budget is charged with the CPU
-// time of the loop for f, and for the decisions that come of it, if a look is under way.
+// ask is do for the reconcile; nobody else may call it. The CPU time of the loop for f and
+// the resulting decisions is charged to the budget if a look is under way.
 func (d *Daemon) ask(f func()) bool {
 	var took time.Duration
 	ok := d.do(func() {
@@ -74,8 +74,8 @@ func (d *Daemon) ask(f func()) bool {
 	return ok
 }
 
-// Alive waits until the loop gets on, and reports whether it runs. It does not wait for
-// what the loop was asked for before: one that has much to do is alive.
+// Alive waits for the loop's next beat, and reports whether the loop runs. It does not wait
+// for requests that were queued before it: a busy loop is alive.
 func (d *Daemon) Alive() bool {
 	alive := make(chan struct{})
 	select {
@@ -125,7 +125,7 @@ func (d *Daemon) loop(ctx context.Context) error {
 			return fmt.Errorf("read conntrack events: %w", err)
 		}
 		read := d.now()
-		// Events may have waited since the loop last found that there were no more.
+		// Events may have waited since the loop last emptied the socket.
 		late := read - idle
 		if late < isStopped {
 			late = 0
@@ -135,7 +135,7 @@ func (d *Daemon) loop(ctx context.Context) error {
 			d.event(read, &events[i])
 		}
 		if n > 0 && late >= d.cfg.Lifetime {
-			d.wantReconcile() // it shows how old the flows are
+			d.wantReconcile() // a dump shows how old the flows are
 		}
 		if n < len(events) {
 			idle = read
@@ -150,7 +150,7 @@ func (d *Daemon) loop(ctx context.Context) error {
 		if d.model.HasStrays() {
 			select {
 			case d.strays <- struct{}{}:
-			default: // it is going to look
+			default: // a look is already asked for
 			}
 		}
 	}
@@ -171,8 +171,8 @@ func (d *Daemon) event(now time.Duration, e *ctwatch.Event) {
 	}
 }
 
-// doubtAnchor looks after the permission whose anchor f is, or was. Of the anchors that
-// the daemon deletes itself none is known any more.
+// doubtAnchor rechecks the permission whose anchor f is, or was. It ignores anchors that the
+// daemon deleted itself: the backend has forgotten them.
 func (d *Daemon) doubtAnchor(f *cone.Flow) {
 	if d.backends.expect == nil {
 		return
@@ -184,16 +184,16 @@ func (d *Daemon) doubtAnchor(f *cone.Flow) {
 	}
 }
 
-// wantReconcile lets the next reconcile come at once.
+// wantReconcile asks for a reconcile as soon as rest allows.
 func (d *Daemon) wantReconcile() {
 	select {
 	case d.hurry <- struct{}{}:
-	default: // it is asked for already
+	default: // already asked for
 	}
 }
 
-// deadline returns when the model wants to be called next, and a turn later at most. One
-// that has more to do waits just long enough for events to be taken first.
+// deadline returns when the model wants to be called next, at most one turn from now. While
+// Tick is behind, the deadline leaves just enough time to read events first.
 func (d *Daemon) deadline() time.Time {
 	if d.behind {
 		return time.Now().Add(50 * time.Microsecond)
@@ -205,8 +205,8 @@ func (d *Daemon) deadline() time.Time {
 	return latest
 }
 
-// drainInbox does what is asked for now. Who asks for the next thing at once, as a
-// reconcile or a list does, does not keep the loop from events.
+// drainInbox runs only what is queued now. A caller that immediately asks again, as a
+// reconcile or a list does, cannot keep the loop from events.
 func (d *Daemon) drainInbox() {
 	for range len(d.inbox) {
 		f := <-d.inbox

@@ -15,11 +15,11 @@ import (
 func wantsExpect(cfg config.Config) bool { return cfg.Backend != config.BackendNFT }
 func wantsMap(cfg config.Config) bool    { return cfg.Backend != config.BackendExpect }
 
-// openBackends opens what the configuration wants, and returns what an earlier
-// daemon left. The loop does not run yet.
+// openBackends opens the backends that the configuration wants, and returns the permissions
+// that an earlier daemon left. The loop does not run yet.
 func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 	cfg := d.cfg.Config
-	inMap, err := d.firewall.left(cfg) // whether a map is wanted or not
+	inMap, err := d.firewall.left(cfg) // even if no map is wanted
 	if err != nil {
 		return nil, err
 	}
@@ -54,8 +54,8 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 			return nil, err
 		}
 	}
-	// What stood by a backend that is not in use any more stands by the other one
-	// before it goes.
+	// The other backend takes over the permissions of one that is no longer in use
+	// before they end there.
 	if d.backends.expect == nil {
 		d.carry(expected)
 		if _, err := expect.Cleanup(0); err != nil {
@@ -74,8 +74,8 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 	return adopted, older.remove(d.log)
 }
 
-// adoptRevoked takes over what the user revoked when an earlier daemon ran; in older are
-// those of tables with another name.
+// adoptRevoked takes over what the user revoked under an earlier daemon; older has what
+// tables with another name hold of it.
 func (d *Daemon) adoptRevoked(older []cone.Key) (err error) {
 	if d.firewall.tables == nil {
 		return nil
@@ -97,8 +97,7 @@ func onAnchors(e *expect.Backend) []string {
 	return e.OnAnchors()
 }
 
-// carry grants what an earlier daemon left. The model decides later what of it
-// stays.
+// carry grants what an earlier daemon left. The model decides later what stays.
 func (d *Daemon) carry(left []expect.Adopted) {
 	var ps []cone.Permission
 	for _, a := range left {
@@ -112,10 +111,10 @@ func (d *Daemon) carry(left []expect.Adopted) {
 	})
 }
 
-// An opened backend is ready to be used, and not used yet.
+// An opened backend is ready, but not in use yet.
 type opened struct {
 	expect  *expect.Backend
-	missing string // why a backend that is wanted is not there; the other one is
+	missing string // why one wanted backend is missing; the other one is there
 }
 
 // open opens the expect backend if cfg wants it, and says what is missing.
@@ -146,14 +145,13 @@ func (d *Daemon) open(cfg config.Config) (o opened, err error) {
 	return o, nil
 }
 
-// change brings the backends from one mode to another, and with them the rest of
-// the configuration. What stands is carried by the new ones before the old ones
-// let go of it. The reconcile calls it.
+// change puts cfg in force, and switches backends if cfg wants others. New backends carry
+// what stands before old ones let go of it. The reconcile calls it.
 func (d *Daemon) change(cfg config.Config) error {
 	var o opened
 	var m *elements.Map
 	d.firewall.forwards(d.network)
-	if d.firewall.choosers == nil { // the first mapping must keep to what rules choose
+	if d.firewall.choosers == nil { // the first mapping must respect ports that rules choose
 		_, _, err := d.firewall.sourceNAT(cfg, d.network)
 		d.failures.note(requestLookAtChanges, 1, err)
 	}
@@ -161,7 +159,7 @@ func (d *Daemon) change(cfg config.Config) error {
 	if err != nil {
 		return err
 	}
-	hasExpect, hasMap := d.backends.expect != nil, d.backends.nft != nil // written by us alone
+	hasExpect, hasMap := d.backends.expect != nil, d.backends.nft != nil // only the reconcile writes them
 	if !hasExpect || !wantsExpect(cfg) {
 		if o, err = d.open(cfg); err != nil {
 			return err
@@ -206,7 +204,7 @@ func (d *Daemon) change(cfg config.Config) error {
 	if o.expect == nil && m == nil && (!hasExpect || wantsExpect(cfg)) && (!hasMap || wantsMap(cfg)) {
 		return nil // the same backends
 	}
-	// It is in force: what fails now is for the log, and the next reconcile.
+	// cfg is in force: what fails now is logged, and left to the next reconcile.
 	err = d.compare(false)
 	if hasExpect && !wantsExpect(cfg) {
 		err = errors.Join(err, d.dropExpect(cfg))
@@ -225,8 +223,8 @@ func closeExpect(e *expect.Backend) error {
 	return e.Close()
 }
 
-// dropExpect ends what is left of the expectations, which the model does not want any
-// more.
+// dropExpect ends what is left of the expectations, of which the model no longer wants
+// any.
 func (d *Daemon) dropExpect(cfg config.Config) (err error) {
 	d.ask(func() {
 		e := d.backends.expect
@@ -240,7 +238,7 @@ func (d *Daemon) dropExpect(cfg config.Config) (err error) {
 	return errors.Join(err, failed)
 }
 
-// dropMap ends the map, in which the model does not want anything any more.
+// dropMap removes the map, in which the model no longer wants anything.
 func (d *Daemon) dropMap(cfg config.Config) (err error) {
 	d.ask(func() {
 		d.backends.nft = nil

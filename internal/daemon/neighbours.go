@@ -10,17 +10,17 @@ import (
 	"github.com/conenatd/conenatd/internal/ctwatch"
 )
 
-// changes are what others changed that the reconcile has still to look at.
+// changes are changes by others that the reconcile has still to look at.
 type changes struct {
 	rules    bool // somebody's transaction in nftables, or rules of iptables-legacy
-	elements bool // one that could change what is in the map
+	elements bool // a transaction that could change elements of the map
 	links    bool // links, addresses or routes
 	ways     bool // translated flows left by links that are not outside links
 	flows    bool // some may have been misjudged meanwhile
 }
 
-// lookAround looks at what others changed, as far as the budget allows: a change
-// that comes alone at once, and where they never end, what came since.
+// lookAround looks at what others changed, as far as the budget allows: at a single change
+// at once, and if changes never end, at all that came since the last look.
 func (d *Daemon) lookAround(ctx context.Context, q *ctwatch.Queries) {
 	err := d.lookAtRules()
 	if d.changed == (changes{}) {
@@ -36,8 +36,8 @@ func (d *Daemon) lookAround(ctx context.Context, q *ctwatch.Queries) {
 	}
 }
 
-// lookAtRules looks whether somebody changed nftables since the last time. Our own
-// tables are mended at once if that is possible and they are not as they should be.
+// lookAtRules checks whether somebody changed nftables since the last time. It repairs our
+// own tables at once if somebody may have changed or deleted them.
 func (d *Daemon) lookAtRules() error {
 	if d.firewall.tables == nil {
 		return nil
@@ -62,7 +62,7 @@ func (d *Daemon) lookAtRules() error {
 	if !broken && (!changed || d.firewall.tables.Owned()) {
 		return err
 	}
-	// Elements that somebody deleted are found by nothing else.
+	// Nothing else finds elements that somebody deleted.
 	d.changed.elements = true
 	mended, failed := d.mendRules(cfg, d.network)
 	err = errors.Join(err, failed)
@@ -70,12 +70,12 @@ func (d *Daemon) lookAtRules() error {
 		err = errors.Join(err, d.compare(true))
 	}
 	if mended && wantsMapping(cfg) {
-		d.wantReconcile() // the mappings of living flows
+		d.wantReconcile() // for the mappings of living flows
 	}
 	return err
 }
 
-// lookAtLegacy looks whether somebody changed rules of iptables-legacy since the last time,
+// lookAtLegacy checks whether somebody changed rules of iptables-legacy since the last time,
 // as far as the budget allows.
 func (d *Daemon) lookAtLegacy() (err error) {
 	if !d.budget.allowsPoll(d.now()) {
@@ -86,8 +86,8 @@ func (d *Daemon) lookAtLegacy() (err error) {
 	return err
 }
 
-// lookAtChanges looks at all that others changed. What it could not look at is for
-// the next time.
+// lookAtChanges looks at all that others changed. Looks that fail are left for the next
+// time.
 func (d *Daemon) lookAtChanges(q *ctwatch.Queries) error {
 	was := d.changed
 	d.changed = changes{}
@@ -150,5 +150,5 @@ func (d *Daemon) readRules() (followed bool, err error) {
 	return followed, errors.Join(err, failed)
 }
 
-// isLate is how long others' changes have to wait for a user to be told.
+// isLate is the delay of others' changes from which on the user is warned.
 const isLate = 2 * time.Second

@@ -10,8 +10,8 @@ import (
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
-// olderTables are those of an earlier daemon that has another name for them, with what
-// is in them. This daemon takes that over and removes the tables: nobody else would.
+// olderTables are tables of an earlier daemon with another name, and what they hold. This
+// daemon takes over the contents and removes the tables: nobody else would.
 type olderTables struct {
 	all      []*firewall
 	standing []expect.Adopted
@@ -21,7 +21,7 @@ type olderTables struct {
 
 func (d *Daemon) openOlder() (o olderTables, err error) {
 	o.all, err = openTables(d.cfg.Table)
-	if err != nil { // what others hold stays
+	if err != nil { // tables that cannot be opened, such as another process's, stay
 		d.firewall.warnings.add(warnOlderTables, "", "%v", err)
 	}
 	var errs []error
@@ -40,8 +40,7 @@ func (d *Daemon) openOlder() (o olderTables, err error) {
 	return o, nil
 }
 
-// moveTo puts into m what stands, and what was revoked. The model decides later what of it
-// stays.
+// moveTo puts into m what stands, and what was revoked. The model decides later what stays.
 func (o *olderTables) moveTo(m *elements.Map, failures *failures) error {
 	ps := make([]cone.Permission, len(o.standing))
 	for i, a := range o.standing {
@@ -59,7 +58,8 @@ func (o *olderTables) moveTo(m *elements.Map, failures *failures) error {
 	return m.Deny(ps, cone.ReasonRevoked)
 }
 
-// moveUnsureTo puts into t, which has its sets, the flows that give nothing.
+// moveUnsureTo puts the flows whose source may be spoofed into the sets of t, which must
+// exist.
 func (o *olderTables) moveUnsureTo(t *rules.Tables) error {
 	if len(o.unsure) == 0 {
 		return nil

@@ -16,35 +16,35 @@ import (
 )
 
 const (
-	// flowsAtOnce is how many flows of a dump the loop takes in one piece, and
-	// how many permissions it puts back in one.
+	// flowsAtOnce is how many flows of a dump, or lost permissions, the loop
+	// handles in one piece.
 	flowsAtOnce = 1024
 
-	// lookEvery is the time between two looks at whether somebody changed
-	// nftables. It costs one query.
+	// lookEvery is the time between two checks whether somebody changed
+	// nftables. A check costs one query.
 	lookEvery = 250 * time.Millisecond
 
-	// hurriedShare is the part of a CPU, as its inverse, that reconciles take for which
-	// lost events ask.
+	// hurriedShare limits reconciles that lost events ask for to 1/hurriedShare of a CPU
+	// (see rest).
 	hurriedShare = 30
 
-	// listedAtMost is the size of a map that is listed each time. For each message of
-	// a list the kernel walks the set from its beginning: 200,000 elements take it
-	// 5 s, and to ask for each of them 0.6 s.
+	// listedAtMost is the largest map that each reconcile lists. For each message of a
+	// list the kernel walks the set from its beginning: to list 200,000 elements takes
+	// 5 s, to ask for each of them 0.6 s.
 	listedAtMost = 1 << 15
 
-	// ownedParts is into how many parts a map larger than that is divided if the kernel
-	// lets only the daemon change it. Each reconcile asks for the elements of one part.
+	// ownedParts is the number of parts of a map that is larger than that and that only
+	// the daemon can change. Each reconcile asks for the elements of one part.
 	ownedParts = 4
 
-	// learnedTime is how long after the kernel learned a permission the model
-	// surely knows of it.
+	// learnedTime is the longest time until the model knows a permission that the
+	// kernel learned.
 	learnedTime = 2 * time.Second
 )
 
-// reconcile repairs whatever events did not tell: at the start, regularly, and
-// after an overrun. ready is called after the first time that succeeds; until then
-// it tries again soon, and gives up in the end.
+// reconcile repairs whatever the events missed: at the start, regularly, and after an
+// overrun. It calls ready after the first success. Until then it retries soon, and gives
+// up after firstTries failures.
 func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func()) error {
 	q := d.reads
 	t := time.NewTicker(every)
@@ -52,7 +52,7 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 	look := time.NewTicker(lookEvery)
 	defer look.Stop()
 	var first firstReconcile
-	second := time.NewTimer(betweenLooks) // look at sockets
+	second := time.NewTimer(betweenLooks) // for the second look at sockets
 	defer second.Stop()
 	for {
 		var err error
@@ -64,7 +64,7 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 		ended := d.now()
 		var hurried <-chan time.Time
 		d.failures.note(requestReconcile, 1, err)
-		var soon <-chan time.Time // instead of what lets a daemon that is ready go again
+		var soon <-chan time.Time // the retry of a daemon that is not ready
 		second.Reset(betweenLooks)
 		if ready != nil {
 			wait, err := first.tried(err)
@@ -80,7 +80,7 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 		}
 		for again := false; !again; {
 			strays := d.strays
-			if d.changed.ways { // they wait for the budget
+			if d.changed.ways { // strays already wait for the budget
 				strays = nil
 			}
 			select {
@@ -121,8 +121,8 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 	}
 }
 
-// A firstReconcile is about the first good reconcile, which a daemon needs to be
-// ready. Another program may be in the way for a moment.
+// A firstReconcile counts failures until the first successful reconcile, which makes a
+// daemon ready. Another program may be in the way for a moment.
 type firstReconcile struct{ failed int }
 
 const (
@@ -130,8 +130,8 @@ const (
 	firstWait  = 100 * time.Millisecond // doubled each time: 12.7 s in all
 )
 
-// tried takes in how a try went. It returns how long to wait for the next one, 0 after
-// a good one, and an error if there have been enough.
+// tried takes the result of a try. It returns how long to wait before the next one, 0 after
+// a success, and an error after firstTries failures.
 func (f *firstReconcile) tried(err error) (wait time.Duration, _ error) {
 	if err == nil {
 		return 0, nil
@@ -142,7 +142,7 @@ func (f *firstReconcile) tried(err error) (wait time.Duration, _ error) {
 	return firstWait << (f.failed - 1), nil
 }
 
-// watchLinks lets the reconcile look at the gateway as soon as links, addresses
+// watchLinks makes the reconcile look at the gateway as soon as links, addresses
 // or routes change.
 func (d *Daemon) watchLinks(ctx context.Context) error {
 	defer context.AfterFunc(ctx, func() { _ = d.links.Close() })()
@@ -156,7 +156,7 @@ func (d *Daemon) watchLinks(ctx context.Context) error {
 		}
 		select {
 		case d.moved <- struct{}{}:
-		default: // it is going to look
+		default: // a look is already asked for
 		}
 	}
 }
@@ -190,8 +190,8 @@ func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 }
 
 // readGateway brings the model up to date about links, addresses, the user's
-// forwards and the gateway's own sockets. It returns whether flows may have been
-// misjudged for what it did not know before.
+// forwards and the gateway's own sockets. It reports whether flows may have been
+// misjudged because the model did not know this before.
 func (d *Daemon) readGateway() (misjudged bool, err error) {
 	var cfg config.Config
 	if !d.ask(func() { cfg = d.cfg.Config }) {
@@ -234,7 +234,7 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 		d.reviewSockets()
 		d.warned.tell(d.now(), d.warnings())
 	})
-	moved := hear() // before other subnets are heard
+	moved := hear() // for the old subnets, before follow enables others
 	followed, err := d.follow(cfg, network)
 	return moved || misjudged || followed, errors.Join(failed, err)
 }
@@ -270,14 +270,14 @@ func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error 
 	return err
 }
 
-// readFlows shows the model all flows that there are.
+// readFlows shows the model all flows in the conntrack table.
 func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	var cfg config.Config
 	var served *gateway.PortSet
 	d.ask(func() { cfg, served = d.cfg.Config, d.served })
 	addrs := len(d.firewall.mappedAddrs)
 	m, err := d.firewall.newMapper(cfg, d.network, served)
-	d.settled = d.settled && len(d.firewall.mappedAddrs) == addrs // else look what is served there
+	d.settled = d.settled && len(d.firewall.mappedAddrs) == addrs // else look for sockets on the new ones
 	if err != nil {
 		d.failures.note(requestReadMappings, 1, err)
 		m = nil
@@ -298,7 +298,7 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 				f := &piece[i]
 				d.model.SnapshotFlow(now, f)
 				if cone.IsAnchor(f.Src, f.Dst) && !f.Helped {
-					d.doubtAnchor(f) // nobody would know its children
+					d.doubtAnchor(f) // our rules know children by the anchor's helper
 				}
 			}
 		})
@@ -332,8 +332,8 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	return err
 }
 
-// lookBetween looks at what a status waits for. A long piece of the reconcile calls it, so
-// that the status does not wait for the end.
+// lookBetween runs a look that a status request waits for. Long parts of the reconcile call
+// it, so that the request does not wait for their end.
 func (d *Daemon) lookBetween() {
 	select {
 	case look := <-d.looks:
@@ -342,7 +342,7 @@ func (d *Daemon) lookBetween() {
 	}
 }
 
-// mendRules makes our tables do what they shall, and says so where somebody had changed
+// mendRules brings our tables to the desired state, and logs it if somebody had changed
 // them.
 func (d *Daemon) mendRules(cfg config.Config, network gateway.Network) (changed bool, err error) {
 	d.firewall.setSides(network)
@@ -354,14 +354,14 @@ func (d *Daemon) mendRules(cfg config.Config, network gateway.Network) (changed 
 	return changed, err
 }
 
-// compare looks whether what should stand does, and nothing else. What should
-// and does not is granted again. In a large map it looks for what should not only
-// if somebody meddled with it, and then what is missing comes first; if the kernel lets
-// nobody else change the map, it looks at one part of it each time.
+// compare checks that exactly the desired permissions stand. It grants missing ones again
+// and revokes unexpected ones. In a large map it looks for unexpected ones only if somebody
+// meddled with it, and grants missing ones first. If only the daemon can change a large
+// map, each call checks one part of it.
 func (d *Daemon) compare(meddled bool) error {
 	large := false
 	d.ask(func() { large = d.model.Stats().Standing > listedAtMost })
-	var asked func(cone.Key) bool // all
+	var asked func(cone.Key) bool // nil: all
 	if large && !meddled && d.firewall.tables != nil && d.firewall.tables.Owned() {
 		d.part = (d.part + 1) % ownedParts
 		asked = func(k cone.Key) bool { return partOfKey(k) == d.part }
@@ -378,8 +378,8 @@ func partOfKey(k cone.Key) uint64 { return maphash.Comparable(partSeed, k) % own
 
 var partSeed = maphash.MakeSeed()
 
-// compareLists does so with a list of the map, or by asking for each permission that asked
-// selects; nil selects all.
+// compareLists compares with a list of the map if ofMap is set. Otherwise it asks the map
+// for each permission that asked selects; nil selects all.
 func (d *Daemon) compareLists(ofMap bool, asked func(cone.Key) bool) error {
 	began := d.now()
 	found, err := d.backends.list(ofMap)
@@ -398,7 +398,7 @@ func (d *Daemon) compareLists(ofMap bool, asked func(cone.Key) bool) error {
 			retry = append(retry, v.Permission)
 		}
 	})
-	err = d.eachLost(missed, d.onLost) // before what carries it too long ends
+	err = d.eachLost(missed, d.onLost) // before unexpected carriers of the same permissions end
 	d.ask(func() {
 		for i := range retry {
 			d.model.Retry(d.now(), retry[i])
@@ -407,7 +407,8 @@ func (d *Daemon) compareLists(ofMap bool, asked func(cone.Key) bool) error {
 			d.model.Surplus(d.now(), cone.Permission{Key: k, Int: s.in}, cone.ByExpectation)
 		}
 		for k, s := range found.nft {
-			// With more than a lifetime left it is not learned: somebody added it.
+			// A younger element may just have been learned, and the model does not know it
+			// yet. One with more than a lifetime left was not learned: somebody added it.
 			if age := d.cfg.Lifetime - s.left; age > learnedTime || age < -time.Second {
 				d.model.Surplus(d.now(), cone.Permission{Key: k, Int: s.in}, cone.ByMap)
 			}
@@ -418,19 +419,19 @@ func (d *Daemon) compareLists(ofMap bool, asked func(cone.Key) bool) error {
 
 // missed are permissions that should be in a list and are not.
 type missed struct {
-	ops    []cone.Op // what, and by which carriers
-	expect bool      // in the list of expectations, one of them
+	ops    []cone.Op // the permissions, with the carriers that lack them
+	expect bool      // some are missing from the list of expectations
 }
 
-// match calls f, in the loop, for each permission that stands, and returns those that
-// are not in the lists wherever they should, which were asked for when it was began.
-// What is left in them is what should not stand.
+// match calls f, in the loop, for each standing permission, and returns those that the
+// lists in l should have but lack. l was requested at began. match removes the expected
+// entries from l: what remains should not stand.
 func (d *Daemon) match(l found, began time.Duration, f func(v *cone.View)) (m missed) {
 	d.walk(func(v cone.View) {
 		if v.State != cone.StateStanding {
 			return
 		}
-		// What was granted after the lists were asked for need not be in them.
+		// A permission granted after the lists were requested need not be in them.
 		if by := l.missing(&v); v.Since < began && by != 0 {
 			m.ops = append(m.ops, cone.Op{Permission: v.Permission, By: by})
 			m.expect = m.expect || by&cone.ByExpectation != 0
@@ -441,8 +442,8 @@ func (d *Daemon) match(l found, began time.Duration, f func(v *cone.View)) (m mi
 	return m
 }
 
-// eachLost calls f, in the loop, for each of those that were missed that the kernel
-// does not hold. A list misses some that are refreshed, and some while others end.
+// eachLost calls f, in the loop, for each missed permission that the kernel really lacks.
+// A list can miss permissions that are being refreshed, or some while others end.
 func (d *Daemon) eachLost(m missed, f func(cone.Permission, cone.Carriers)) error {
 	var again found
 	if m.expect {
