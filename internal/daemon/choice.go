@@ -14,11 +14,11 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// accept is what to do about a firewall that lets no child pass.
+// accept is the advice for a firewall that lets no child pass.
 const accept = "let it accept 'ct status dnat' (iptables: -m conntrack --ctstate DNAT -j ACCEPT), which serves both kinds of children"
 
-// A decision says what carries the permissions of a subnet that both carriers could,
-// and why.
+// A decision says which carrier the permissions of a subnet use if both could carry
+// them, and why.
 type decision struct {
 	cone.Choice
 	userrules.ChildVerdicts
@@ -40,7 +40,7 @@ func (d *decision) chain() string {
 	return ""
 }
 
-// A why is the identifier (docs/control.md) of why permissions are carried as they are.
+// A why is the identifier (docs/control.md) of the reason for a decision.
 type why string
 
 const (
@@ -55,8 +55,8 @@ const (
 	onlyBackend     why = "only_backend"
 )
 
-// decide says what carries the permissions of each subnet: what the user's forward
-// hook does with children tells, as far as its rules are understood.
+// decide returns what carries the permissions of each subnet, judging by what the user's
+// forward hook does with children.
 func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.Prefix]decision {
 	verdicts := make([]userrules.ChildVerdicts, len(cfg.Subnets))
 	var unread error
@@ -102,8 +102,9 @@ func (f *firewall) children(outside []userrules.Link, network gateway.Network, s
 	return f.user.Children(outside, inside, subnets)
 }
 
-// accepted reports whether the forward hook accepts most children of the map, and of
-// expectations, into all subnets that have such: no rule of it explains that any are lost.
+// accepted reports whether the forward hook accepts most children of the map (dnated), and of
+// expectations (related), into all subnets that can have them. Then no rule in that hook
+// explains lost children.
 func accepted(verdicts []userrules.ChildVerdicts, subnets []config.Subnet) (dnated, related bool) {
 	dnated, related = true, true
 	for i, v := range verdicts {
@@ -114,9 +115,10 @@ func accepted(verdicts []userrules.ChildVerdicts, subnets []config.Subnet) (dnat
 	return dnated, related
 }
 
-// weigh decides with what became of children where the rules do not tell, and where children
-// are lost though the forward hook accepts most of them. dnated and related say that it does
-// so for all subnets: nobody knows into which of them the lost ones went.
+// weigh decides by the rules. It decides by evidence, that is, by what became of children, if
+// the answer of the rules is unknown, or if children are lost although the forward hook
+// accepts most of them in all subnets (dnated, related: see accepted). It needs all subnets
+// because nobody knows to which of them the lost children went.
 func (f *firewall) weigh(v userrules.ChildVerdicts, dnated, related bool) decision {
 	elsewhere := false
 	answer := func(a *userrules.Answer, w *witness, by cone.Carriers, accepted bool) []control.Evidence {
@@ -163,8 +165,8 @@ func choose(v userrules.ChildVerdicts) decision {
 	return d
 }
 
-// warning says what the user has to do about children that get nowhere, and whether that
-// is because of conntrack zones.
+// warning says what the user has to do about children that are dropped, and whether
+// conntrack zones are the reason.
 func (f *firewall) warning(s config.Subnet, d decision) (text string, zoned bool) {
 	const inZone = "packets from outside come in another conntrack zone than answers do, where no expectation stands"
 	expected := f.withExpectations() && (!f.withMap || s.Routed || s.Prefix.Addr().Is6() || d.Choice == cone.ChooseExpectation)
@@ -183,11 +185,12 @@ func (f *firewall) warning(s config.Subnet, d decision) (text string, zoned bool
 	return "", false
 }
 
-// redecide decides anew and lets what stands follow. The reconcile calls it.
+// redecide decides again, and moves what stands to the carriers chosen. The reconcile calls
+// it.
 func (d *Daemon) redecide(cfg config.Config, network gateway.Network, tables control.Tables) error {
 	ok := d.ask(func() {
 		s := d.model.Stats()
-		if n, err := d.conntrack.read(events); err == nil && n == 0 { // nobody tells which children pass
+		if n, err := d.conntrack.read(events); err == nil && n == 0 { // no event shows which children pass
 			d.firewall.mapped, d.firewall.related = witness{}, witness{}
 		} else {
 			d.firewall.readEvidence(d.now(), tables.Map.Admitted, tables.Expected.Admitted, s.Passed, s.Through)
@@ -218,9 +221,9 @@ func (d *Daemon) redecide(cfg config.Config, network gateway.Network, tables con
 	if !changed {
 		return nil
 	}
-	_, err := d.firewall.set(cfg, network.OutsideLinks()) // the kernel learns for others
+	_, err := d.firewall.set(cfg, network.OutsideLinks()) // the kernel learns for other subnets now
 	if d.firewall.tables != nil {
-		own, failed := d.firewall.tables.Changed() // or this would look like rules of others
+		own, failed := d.firewall.tables.Changed() // else our own change would look like somebody else's
 		d.changed.rules, err = d.changed.rules || own, errors.Join(err, failed)
 	}
 	d.wantReconcile() // to find the flows that give other permissions now

@@ -11,9 +11,8 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// sourceNAT finds what the user's source NAT means for mappings, whether that is something
-// else for our tables than before, and what he should know of it. What cannot be read is as
-// it was when it was read last.
+// sourceNAT finds what the user's source NAT means for mappings. It returns warnings for him,
+// and whether our tables must change. If the rules cannot be read, the last reading holds.
 func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out warnings, changed bool, err error) {
 	if !wantsMapping(cfg) || !f.maps() {
 		f.choosers = nil
@@ -43,7 +42,7 @@ func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out wa
 		f.sources = f.user.SourceNAT()
 	}
 	pool, hidden := poolText(cfg), f.user.SourcesMayBeHidden()
-	if hidden { // any port may be one that they give
+	if hidden { // hidden rules may give any port
 		f.sources = append(f.sources, userrules.SourceNAT{ChoosesPort: true, Unknown: true})
 	}
 	if hidden && pool != "" {
@@ -61,8 +60,8 @@ func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out wa
 	return out, changed, nil
 }
 
-// readChoosers returns those rules of the user's that choose outside ports, never nil. Where
-// they cannot be read, any may.
+// readChoosers returns the user's rules that choose outside ports, never nil. If they cannot
+// be read, it returns one unknown rule, which may choose any port.
 func (f *firewall) readChoosers() (rules []userrules.SourceNAT, err error) {
 	err = f.unread
 	if err == nil {
@@ -74,7 +73,7 @@ func (f *firewall) readChoosers() (rules []userrules.SourceNAT, err error) {
 	return append([]userrules.SourceNAT{}, rules...), nil
 }
 
-// chosen returns for which hosts the user's rules choose outside ports, by outside link.
+// chosen returns the hosts for which the user's rules choose outside ports, by outside link.
 func (f *firewall) chosen(cfg config.Config, network gateway.Network) map[string][]netip.Prefix {
 	c := f.mappingConfig(cfg)
 	if c == nil {
@@ -83,7 +82,7 @@ func (f *firewall) chosen(cfg config.Config, network gateway.Network) map[string
 	return chosenPorts(f.choosers, c.Subnets, network.OutsideLinks4())
 }
 
-// rivals warns of chains of the user's that come before our own, or may do so.
+// rivals warns of source NAT chains of the user's that run before ours, or may do so.
 func (f *firewall) rivals(cfg config.Config, network gateway.Network) (out warnings) {
 	f.overtaken = false
 	if !wantsMapping(cfg) || !f.maps() || f.unread != nil {
@@ -102,8 +101,8 @@ func (f *firewall) rivals(cfg config.Config, network gateway.Network) (out warni
 	return out
 }
 
-// translatesAll reports whether a chain of the user's translates all that leaves subnets by
-// one of the outside links.
+// translatesAll reports whether a chain of the user's translates all traffic from subnets
+// that leaves by one of the outside links.
 func (f *firewall) translatesAll(chain string, subnets []netip.Prefix, outside []string) bool {
 	for _, n := range f.user.SourceNAT() {
 		if n.Chain != chain || n.Partial || !slices.ContainsFunc(outside, n.LeavesBy) {
@@ -117,9 +116,9 @@ func (f *firewall) translatesAll(chain string, subnets []netip.Prefix, outside [
 	return false
 }
 
-// lowest names the chains that may translate the source of a flow before the rules of
-// mapping do: those with the lowest priority that there is. Of two the younger one comes
-// first.
+// lowest names the chains that may translate the source of a flow before our mapping rules
+// do: those with the same priority, the lowest that there is. Of two such chains the younger
+// runs first.
 func lowest(chains []userrules.Chain) (names []string) {
 	for _, c := range chains {
 		if c.Priority <= rules.MapPriority {
@@ -129,8 +128,8 @@ func lowest(chains []userrules.Chain) (names []string) {
 	return names
 }
 
-// chosenPorts returns for which hosts of subnets rules of the user's choose outside ports, by
-// the outside links for IPv4.
+// chosenPorts returns, by outside link, the hosts of subnets for which the choosers choose
+// outside ports. outside are the outside links for IPv4.
 func chosenPorts(choosers []userrules.SourceNAT, subnets []netip.Prefix, outside []string) map[string][]netip.Prefix {
 	chosen := make(map[string][]netip.Prefix)
 	for _, link := range outside {
@@ -143,7 +142,7 @@ func chosenPorts(choosers []userrules.SourceNAT, subnets []netip.Prefix, outside
 	return chosen
 }
 
-// hostsOf returns the hosts for which rules of the user's choose outside ports, by whatever link.
+// hostsOf returns the hosts in chosen, whatever their link.
 func hostsOf(chosen map[string][]netip.Prefix) []netip.Prefix {
 	var all []netip.Prefix
 	for _, hosts := range chosen {

@@ -10,23 +10,25 @@ import (
 )
 
 const (
-	// enoughChildren tell what a firewall does. Some of their events may be lost.
+	// enoughChildren is how many children it takes to show that a firewall drops them, since
+	// events of a few may be lost.
 	enoughChildren = 3
-	// manyChildren are so many that the older ones count half.
+	// manyChildren is the count above which all counts are halved, so that older children
+	// weigh less.
 	manyChildren = 64
-	// evidenceMemory is how long children tell of what a firewall does. It may have
-	// changed, and nobody noticed.
+	// evidenceMemory is how long evidence holds after the last child: the firewall may have
+	// changed unnoticed.
 	evidenceMemory = time.Hour
 )
 
-// A witness knows how many children one carrier admitted lately, and how many of them
-// the user's firewall let pass: these conntrack has confirmed.
+// A witness counts the children that one carrier admitted lately, and how many of them
+// the user's firewall let pass: those that conntrack confirmed.
 type witness struct {
 	counting         bool
 	admitted, passed uint64 // as read last
 	lately, through  uint64
-	seen             time.Duration // when there was a child
-	failing          int           // dumps of flows in a row after which no child had passed
+	seen             time.Duration // when the last child came
+	failing          int           // consecutive dumps of flows after which no child had passed
 	anyPassed        bool          // since restart
 	accepted         bool          // the rules of the forward hook accept all children
 }
@@ -51,7 +53,7 @@ func (w *witness) read(now time.Duration, admitted, passed uint64) {
 	}
 }
 
-// judge takes in that flows were dumped since the last time, or not.
+// judge updates failing. dumped says whether flows were dumped since the last call.
 func (w *witness) judge(dumped bool) {
 	switch pass, known := w.passes(); {
 	case !known || pass || w.anyPassed:
@@ -61,13 +63,14 @@ func (w *witness) judge(dumped bool) {
 	}
 }
 
-// contradicts reports whether all children are lost though rules of the forward hook accept
-// them: by a chain of another hook, say. If one passed, the others may be those of a peer that
-// the user bars. Where events were lost, the dump that follows shows the children.
+// contradicts reports whether all children are lost though the rules of the forward hook accept
+// them, for instance in a chain of another hook. If one child passed, the lost ones may be those
+// of a peer that the user blocks. One dump does not suffice: if events were lost, it is the next
+// dump that shows the children.
 func (w *witness) contradicts() bool { return w.failing > 1 }
 
-// acceptedNow takes in whether the rules of the forward hook accept all children. What was
-// lost before they did says nothing against them.
+// acceptedNow takes in whether the rules of the forward hook accept all children. Children that
+// were lost before say nothing against them.
 func (w *witness) acceptedNow(accepted bool) {
 	if accepted && !w.accepted {
 		w.restart()
@@ -75,11 +78,11 @@ func (w *witness) acceptedNow(accepted bool) {
 	w.accepted = accepted
 }
 
-// restart forgets the children of before.
+// restart forgets earlier children.
 func (w *witness) restart() { w.lately, w.through, w.failing, w.anyPassed = 0, 0, 0, false }
 
-// A retry says when evidence against rules is gathered anew, because somebody changed them.
-// That costs children each time, so where they change all the time the waits between grow.
+// A retry says when to gather evidence against rules again, because somebody changed them.
+// Each time children may be lost, so the waits grow if the rules keep changing.
 type retry struct {
 	changed  bool
 	at, wait time.Duration
@@ -97,8 +100,8 @@ func (r *retry) due(now time.Duration) bool {
 	return true
 }
 
-// readEvidence takes in what became of children. If others have changed the ruleset, what is
-// known against the rules begins anew.
+// readEvidence takes in what became of children. If others have changed the ruleset, it
+// starts to gather evidence against the rules again.
 func (f *firewall) readEvidence(now time.Duration, admitted, expected, passed, through uint64) {
 	f.mapped.read(now, admitted, passed)
 	f.related.read(now, expected, through)
@@ -120,7 +123,7 @@ func (f *firewall) readEvidence(now time.Duration, admitted, expected, passed, t
 	}
 }
 
-// contradicted reports whether evidence goes against rules.
+// contradicted reports whether a decision goes against the rules, by evidence.
 func (f *firewall) contradicted() bool {
 	for _, d := range f.decisions {
 		if d.elsewhere {
@@ -130,8 +133,8 @@ func (f *firewall) contradicted() bool {
 	return false
 }
 
-// noteZoned notes whether packets from outside came lately in a conntrack zone in which no
-// expectation stands: those stand in the zone of the flow's answers.
+// noteZoned notes whether packets from outside came lately in a conntrack zone without
+// expectations: these stand in the zone of the flow's reply direction.
 func (f *firewall) noteZoned(now time.Duration) {
 	if f.zoned.total > f.zonedBefore {
 		f.zonedBefore, f.zonedSeen, f.packetsInZone = f.zoned.total, now, true
@@ -147,7 +150,7 @@ func (f *firewall) zonedAddrs() []netip.Addr {
 	return f.zones.Outside
 }
 
-// leftZones returns what the tables of an earlier daemon tell of zones.
+// leftZones returns what the tables of an earlier daemon say about zones.
 func (f *firewall) leftZones() (cone.Zones, error) {
 	if f.tables == nil {
 		return cone.Zones{}, nil
@@ -157,8 +160,8 @@ func (f *firewall) leftZones() (cone.Zones, error) {
 }
 
 // followZones makes the rules serve flows with conntrack zones, if the model says that all
-// zones are of the original direction alone. Else they serve none: rules cannot tell one zone
-// from another.
+// zones are of the original direction alone. Otherwise the rules serve no flow with a zone:
+// they cannot tell zones apart.
 func (d *Daemon) followZones(cfg config.Config, zones cone.Zones) error {
 	before := d.firewall.zones
 	was := d.firewall.zonedAddrs()
@@ -170,11 +173,11 @@ func (d *Daemon) followZones(cfg config.Config, zones cone.Zones) error {
 		d.firewall.zones = before // try again at the next look
 		return err
 	}
-	d.wantReconcile() // mappings of flows that there are
+	d.wantReconcile() // for the mappings of existing flows
 	return nil
 }
 
-// passes reports whether children pass, if that can be told.
+// passes reports whether children pass, and whether there is enough evidence to know.
 func (w *witness) passes() (pass, known bool) {
 	switch {
 	case w.lately > 0 && 2*w.through >= w.lately:

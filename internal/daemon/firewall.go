@@ -18,67 +18,67 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// A firewall is what the daemon has to do with nftables: its own tables, and what
-// rules of the user's forward. The reconcile owns it. Where the kernel has no
-// nftables it does nothing and warns.
+// A firewall has the daemon's own nftables tables, and what the daemon knows of the
+// user's rules. The reconcile owns it. Without nftables in the kernel it has no tables,
+// and warns.
 type firewall struct {
 	name      string
 	tables    *rules.Tables // nil without nftables
 	missing   error         // why there is no map of permissions
 	noMapping string        // why there is no endpoint-independent mapping
-	noPartial string        // why children of expectations do not come by such links
+	noPartial string        // why children of expectations are not let in by partial links
 	noMarks   string        // why flows cannot be marked by their uplink
-	mapping   bool          // the tables have rules for it
+	mapping   bool          // the tables have rules for mapping
 
 	// What the tables serve.
 	withMap     bool
 	helpers     []string // on anchors; none without expectations
 	ports       outsidePorts
-	portInPool  uint16                    // of a socket, as the warning says
-	decisions   map[netip.Prefix]decision // never changed, but replaced
-	mappedLinks []string                  // outside links, and those that were: they keep their mappings
+	portInPool  uint16                    // port of a socket that the warning names
+	decisions   map[netip.Prefix]decision // replaced as a whole, never modified
+	mappedLinks []string                  // current and former outside links: the latter keep their mappings
 	mappedAddrs map[cone.Addr]struct{}    // outside addresses that mappings had
 	choosers    []userrules.SourceNAT     // rules of the user's that choose outside ports
-	sources     []userrules.SourceNAT     // all that translate sources, where there are choosers
-	old         oldPorts                  // that mappings may have, which they should not
-	behind      map[[2]uint64]bool        // rivals that come after our chain, by their handles; nil if nobody knows
-	overtaken   bool                      // a rival translates all that has mappings
-	sides       rules.Desired             // what links tell of it
-	last        *rules.Desired            // that was set; nil before the first time
+	sources     []userrules.SourceNAT     // all rules that translate sources, if there are choosers
+	old         oldPorts                  // ports that mappings may still have and must lose
+	behind      map[[2]uint64]bool        // the user's chains that run after ours, by their handles; nil: unknown
+	overtaken   bool                      // a chain of the user's translates all mapped traffic before ours
+	sides       rules.Desired             // the part that depends on links
+	last        *rules.Desired            // as set last; nil before the first time
 
-	zones cone.Zones // of flows, as the rules follow them
+	zones cone.Zones // of flows, as the rules serve them
 
 	known map[netip.Addr]struct{} // addresses that links had; nil before the first look
 
 	admitted, expected, usedUp tally
 	zoned                      tally                          // packets in a zone where no expectation stands
 	zonedBefore                uint64                         // its total at the last look
-	zonedSeen                  time.Duration                  // when there was one last
-	packetsInZone              bool                           // there was one lately
+	zonedSeen                  time.Duration                  // when zoned last grew
+	packetsInZone              bool                           // zoned grew lately
 	counted                    control.Tables                 // as read last
-	mapped, related            witness                        // what the user's firewall does with the children of either
+	mapped, related            witness                        // of what the user's firewall does with DNATed and RELATED children
 	retry                      retry                          // of evidence against rules
-	dumped                     bool                           // flows were, since evidence was read last
-	pools                      map[config.PortPool]portRanges // that usedUp is of
+	dumped                     bool                           // flows were dumped since evidence was read last
+	pools                      map[config.PortPool]portRanges // the pools that usedUp counts for
 
 	// The user's rules, as read last.
 	reader *userrules.Reader  // nil before the first time
-	user   *userrules.Ruleset // nil before the first good time
-	unread error              // why they could not be read the last time
+	user   *userrules.Ruleset // nil before the first successful read
+	unread error              // why the last read failed
 
 	// What they forward, as found last.
 	forwarder       userrules.Forwarder
 	forwarded       *userrules.Covered // what may be forwarded
-	understood      *userrules.Covered // of that, by rules that are understood
-	hidden          *userrules.Covered // what every packet is forwarded to
-	whole           bool               // there are no others
+	understood      *userrules.Covered // the part that understood rules forward
+	hidden          *userrules.Covered // endpoints of which every packet is forwarded
+	whole           bool               // there are no other forwards
 	forwardWarnings warnings
 
 	repaired uint64   // how often others' changes of the tables were undone
 	warnings warnings // that stay as long as the daemon runs
 }
 
-// openRules is rules.Open, but in tests of a kernel without nftables.
+// openRules is rules.Open, except in tests of a kernel without nftables.
 var openRules = rules.Open
 
 func openFirewall(name string) (*firewall, error) {
@@ -97,7 +97,7 @@ func openFirewall(name string) (*firewall, error) {
 	}
 	f.tables = t
 	for _, m := range t.Missing() {
-		switch m.Feature { // who wants these says so
+		switch m.Feature { // the code that needs the first four warns of them
 		case rules.FeatureMap:
 			f.missing = m
 		case rules.FeatureMapping:
@@ -113,9 +113,10 @@ func openFirewall(name string) (*firewall, error) {
 	return f, nil
 }
 
-// leastMapSize is how many permissions the map can hold at least; an element takes
-// about 100 bytes. A map cannot change its size: one of another size begins empty. So the
-// model holds max_permissions, but for more than this (unchangeable).
+// leastMapSize is the least size of the map, in permissions; an element takes about 100
+// bytes. A set's size is fixed when it is created: a map of another size begins empty. So
+// the map is at least this large, and the model enforces a smaller max_permissions. A change
+// beyond this size needs a restart (unchangeable).
 const leastMapSize = 1 << 20
 
 func mapConfig(cfg config.Config) *rules.MapConfig {
@@ -126,7 +127,7 @@ func mapConfig(cfg config.Config) *rules.MapConfig {
 	}
 	for _, s := range cfg.Subnets {
 		if s.Filtering == config.AddressAndPortDependent {
-			c.ExcludePeers = append(slices.Clip(c.ExcludePeers), s.Prefix) // it is inside all the same
+			c.ExcludePeers = append(slices.Clip(c.ExcludePeers), s.Prefix) // its hosts are inside: no peers
 			continue
 		}
 		c.Subnets = append(c.Subnets, s.Prefix)
@@ -137,21 +138,21 @@ func mapConfig(cfg config.Config) *rules.MapConfig {
 	return c
 }
 
-// mapConfig is the same for what is decided: where expectations do the work, the kernel
-// learns nothing. What is open to everybody can but stand in the map.
+// mapConfig applies the decisions, too: the kernel learns nothing for subnets that
+// expectations serve. Subnets open to everybody stay, since only the map can serve them.
 func (f *firewall) mapConfig(cfg config.Config) *rules.MapConfig {
 	c := mapConfig(cfg)
 	for _, s := range cfg.Subnets {
 		if f.withExpectations() && f.decisions[s.Prefix].Choice == cone.ChooseExpectation && s.Filtering == config.AddressDependent {
 			c.Subnets = slices.DeleteFunc(c.Subnets, func(p netip.Prefix) bool { return p == s.Prefix })
-			c.ExcludePeers = append(slices.Clip(c.ExcludePeers), s.Prefix) // it is inside all the same
+			c.ExcludePeers = append(slices.Clip(c.ExcludePeers), s.Prefix) // its hosts are inside: no peers
 		}
 	}
 	return c
 }
 
-// setSides tells which links share a network, and which are not outside links for all and
-// alone.
+// setSides takes from n which links share a network, and which outside links are so only for
+// one IP version or some peers, or lead inside too.
 func (f *firewall) setSides(n gateway.Network) {
 	f.sides = rules.Desired{
 		Uppers: n.Uppers(), Bridges: n.Bridges(),
@@ -160,8 +161,9 @@ func (f *firewall) setSides(n gateway.Network) {
 	f.sides.OneArmed, f.sides.Far = n.OneArmed()
 }
 
-// set makes the tables do what the configuration wants, and reports whether they did not. If
-// nothing else was wanted the last time, somebody had changed them: that is counted.
+// set brings the tables to the state that the configuration wants, and reports whether it had
+// to change them. If the last call wanted the same, somebody else had changed them: this
+// counts as a repair.
 func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err error) {
 	if f.tables == nil {
 		return false, nil
@@ -176,7 +178,7 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 	}
 	f.mapping = err == nil && d.Mapping != nil && f.maps()
 	if f.tables.Leads() {
-		f.look() // what is there now is older than our chain
+		f.look() // all chains that are there now are older than ours
 		f.behind = nil
 		if f.unread == nil {
 			f.behind = map[[2]uint64]bool{}
@@ -188,14 +190,15 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 	return changed, err
 }
 
-// desired is what the configuration wants of the tables.
+// desired returns the state of the tables that the configuration wants.
 func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	d := f.sides
 	d.OutsideLinks, d.InsideLinks = outside, cfg.Inside
 	d.Subnets, d.ZonedAddrs = prefixes(cfg.Subnets), f.zonedAddrs()
 	d.Helpers, d.MaxChildren, d.Guard, d.Self = f.helpers, cfg.MaxChildren, cfg.Guard, cfg.Self
-	// Where nobody can tell, nothing is dropped. The kernel does not learn from it then.
-	var ours uint32 // bits that nobody has set where the way back is looked up
+	// If routing rules hide the way back, spoofed packets cannot be told from others: they are
+	// not dropped, but the kernel does not learn from doubtful ones.
+	var ours uint32 // mark bits that are never set when the way back is looked up
 	if cfg.UplinkMarks && f.noMarks == "" {
 		ours = cfg.UplinkMask
 	}
@@ -218,8 +221,8 @@ func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 
 func (f *firewall) withExpectations() bool { return len(f.helpers) > 0 }
 
-// sure takes those flows out whose source may be spoofed. It asks after the flows were
-// read: the kernel remembers such a flow before it is in the table of flows.
+// sure removes the flows whose source may be spoofed. It must list them after flows was
+// read: the kernel remembers such a flow before it enters the conntrack table.
 func (f *firewall) sure(flows []cone.Flow) ([]cone.Flow, error) {
 	if f.tables == nil {
 		return flows, nil
@@ -262,8 +265,8 @@ func (f *firewall) openMap(cfg config.Config, outside []string) (*elements.Map, 
 	return f.tables.NewMap(mapConfig(cfg)), nil
 }
 
-// left lists what the map holds that an earlier daemon left, if there is one. Its
-// groups of peers may be others than those of cfg.
+// left lists the permissions in the map of an earlier daemon, if there is one. That
+// daemon's peer groups may differ from those of cfg.
 func (f *firewall) left(cfg config.Config) (all []expect.Adopted, err error) {
 	if f.tables == nil {
 		return nil, nil
@@ -279,7 +282,7 @@ func (f *firewall) left(cfg config.Config) (all []expect.Adopted, err error) {
 	return all, err
 }
 
-// look reads the user's rules. What is asked of them afterwards is about what was read.
+// look reads the user's rules. The other methods answer from what it read.
 func (f *firewall) look() {
 	if f.reader == nil {
 		c := userrules.Config{OwnChain: rules.MarkerChain}
@@ -294,9 +297,9 @@ func (f *firewall) look() {
 	}
 }
 
-// forwards returns the test for outside endpoints that rules of the user's
-// forward, and what he should know about these rules. The test is another one only
-// where it has other answers. What cannot be read is as it was when it was read last.
+// forwards returns the outside endpoints that the user's rules forward, and warnings
+// about these rules. covered stays the same pointer as long as it covers the same. If
+// the rules cannot be read, the last reading holds.
 func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered, out warnings) {
 	outside := outsideLinks(network)
 	if len(outside) == 0 {
@@ -304,7 +307,7 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 	}
 	if f.unread != nil {
 		f.whole = false
-		if f.forwarded == nil { // what is not known may forward all
+		if f.forwarded == nil { // unknown rules may forward everything
 			f.forwarded = userrules.Cover([]userrules.Forward{{All: true}})
 			f.understood = f.forwarded
 		}
@@ -340,14 +343,14 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 	return f.forwarded, f.forwardWarnings
 }
 
-// cover makes c what the forwards cover. As long as they cover the same it stays the same.
+// cover sets c to what the forwards cover. As long as that is the same, the pointer stays.
 func cover(c **userrules.Covered, forwards []userrules.Forward) {
 	if next := userrules.Cover(forwards); !next.Equal(*c) {
 		*c = next
 	}
 }
 
-// addForward adds what the user should know of a forward.
+// addForward adds what the user should know about a forward.
 func (w *warnings) addForward(r userrules.Forward) {
 	switch {
 	case r.Unread:
@@ -378,8 +381,8 @@ func outsideLinks(network gateway.Network) (links []userrules.Link) {
 	return links
 }
 
-// fixedSources returns to which addresses the user's rules translate, and whether there may
-// be others.
+// fixedSources returns the addresses to which the user's rules translate sources, and whether
+// there may be others.
 func (f *firewall) fixedSources() (addrs []userrules.AddrRange, unknown bool) {
 	if f.unread != nil || f.user == nil {
 		return nil, true
@@ -387,8 +390,8 @@ func (f *firewall) fixedSources() (addrs []userrules.AddrRange, unknown bool) {
 	return f.user.FixedSources()
 }
 
-// uplinks returns the names of those of the links of which the user's rules say, by name, that
-// they lead outside.
+// uplinks returns the names of the links that lead outside according to rules of the user's
+// that name them.
 func (f *firewall) uplinks(links []userrules.LAN) ([]string, error) {
 	if f.unread != nil {
 		return nil, f.unread
@@ -396,8 +399,8 @@ func (f *firewall) uplinks(links []userrules.LAN) ([]string, error) {
 	return f.user.NamedUplinks(links)
 }
 
-// read is what status shows of the tables. What cannot be read is as it was when it was
-// read last: evidence is made of it, too.
+// read returns what status shows of the tables. If they cannot be read, it returns the last
+// reading, since evidence is drawn from it, too.
 func (f *firewall) read(cfg config.Config) (t control.Tables, err error) {
 	if f.tables == nil {
 		return t, nil
@@ -423,14 +426,14 @@ func (f *firewall) read(cfg config.Config) (t control.Tables, err error) {
 	return f.counted, nil
 }
 
-// A tally is what a counter of the tables counted since it was read first. The
-// counter starts again with a new table.
+// A tally is what a counter of the tables counted since it was first read. The tally
+// goes on when a new table starts the counter at zero again.
 type tally struct {
 	counting    bool
 	total, last uint64
 }
 
-// read returns the total where the counter is at n now.
+// read takes n, the present value of the counter, and returns the total.
 func (t *tally) read(n uint64) uint64 {
 	switch {
 	case !t.counting:
@@ -444,7 +447,7 @@ func (t *tally) read(n uint64) uint64 {
 	return t.total
 }
 
-// remove takes the tables out of the kernel, and with them all permissions in the
+// remove removes the tables from the kernel, and with them all permissions in the
 // map.
 func (f *firewall) remove() error {
 	if f.tables == nil {

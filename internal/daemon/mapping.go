@@ -18,17 +18,17 @@ import (
 // mappingsSize is how many mappings there can be: all ports of some addresses.
 const mappingsSize = 1 << 18
 
-// mappingConfig is what the tables do for subnets with endpoint-independent
-// mapping, nil without any. Where inside hosts are behind an outside link, what goes to them
-// has no mapping.
+// mappingConfig returns what the tables do for subnets with endpoint-independent
+// mapping, nil without any. If inside hosts are behind an outside link, flows to them get no
+// mapping.
 func (f *firewall) mappingConfig(cfg config.Config) *rules.MappingConfig {
 	ports := f.ports
 	c := &rules.MappingConfig{
 		Exempt: cfg.MappingExempt, Served: ports.served,
 		// A mapping is refreshed at each reconcile while a flow of it lives.
 		Lifetime: max(cfg.Lifetime, 3*cfg.Reconcile), Size: mappingsSize,
-		// Until the next reconcile sees that the flow lives; and without a daemon as long
-		// as the flow does.
+		// Long enough for the next reconcile to see that the flow lives and, without a
+		// daemon, for as long as conntrack keeps the flow.
 		TakenFor: max(ports.udpTimeout, 2*cfg.Reconcile), KeptFor: max(ports.udpTimeout, 3*cfg.Reconcile),
 	}
 	pools := make(map[config.PortPool][]netip.Prefix)
@@ -62,40 +62,40 @@ func wantsMapping(cfg config.Config) bool {
 	return slices.ContainsFunc(cfg.Subnets, func(s config.Subnet) bool { return s.Mapping == config.EndpointIndependentMapping })
 }
 
-// A mapper keeps mappings for as long as a flow of theirs lives: the kernel does
-// that by itself only until the flow is answered. It is made anew for each dump.
+// A mapper keeps each mapping for as long as one of its flows lives: the kernel does
+// that by itself only until the flow is answered. Each dump has a new mapper.
 type mapper struct {
 	kernel *elements.Mappings
-	links  map[cone.Addr]string // the names, of addresses of outside links
-	owned  func(cone.Addr) bool // its packets end here
+	links  map[cone.Addr]string // names of outside links, by their addresses
+	owned  func(cone.Addr) bool // packets to the address end here
 	routes *router
 	inside func(cone.Addr) bool // is in a subnet with mappings
 	served func(cone.Endpoint) bool
-	barred []uint16 // outside ports on which a mapping ends, in order
+	barred []uint16 // outside ports on which mappings must end, sorted
 	exempt []netip.Prefix
-	// outdated reports whether its host may have the port of a mapping no more.
+	// outdated reports whether the host of a mapping may no longer have its port.
 	outdated func(elements.Mapping) bool
-	ending   map[ends]struct{} // those of them that stand
-	ended    []cone.Flow       // on such ports
+	ending   map[ends]struct{} // outdated mappings that stand
+	ended    []cone.Flow       // flows on ports of outdated mappings
 	zoned    bool              // the rules serve zones of the original direction
 
 	known map[ends]string                       // mappings that stand, and their links
-	bad   []elements.Mapping                    // that stand on a port that the gateway serves now, or that is outdated
-	twins []elements.Mapping                    // whose outside endpoint another mapping has too
-	live  map[elements.Mapping]struct{}         // that stand, with a living flow
-	older map[elements.Mapping][]elements.Taken // of flows that are older than the rules; what they take if it cannot stand
-	taken map[elements.Taken]struct{}           // by living flows without a mapping
+	bad   []elements.Mapping                    // outdated, or on a port that the gateway serves now
+	twins []elements.Mapping                    // their outside endpoint is another mapping's, too
+	live  map[elements.Mapping]struct{}         // known mappings with a living flow
+	older map[elements.Mapping][]elements.Taken // new ones, from flows older than the rules; what these take if refused
+	taken map[elements.Taken]struct{}           // ports in use by living flows without a mapping
 
-	insides map[elements.Mapping]int // outside endpoints of each inside endpoint and link, those of older ones too
+	insides map[elements.Mapping]int // number of outside endpoints by inside endpoint and link, with those in older
 
-	applied, before applied                       // what is seen now, and was seen at the last look
-	ids             map[elements.Mapping][]uint32 // of the flows in live that need theirs
+	applied, before applied                       // result of this look, and of the last one
+	ids             map[elements.Mapping][]uint32 // IDs of the flows behind each mapping in older
 }
 
 // ends are both ends of a mapping.
 type ends struct{ in, ext cone.Endpoint }
 
-// newMapper lists what stands. It returns nil where there are no mappings.
+// newMapper lists the mappings that stand. It returns nil if no subnet has mappings.
 func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served *gateway.PortSet) (*mapper, error) {
 	c := f.mappingConfig(cfg)
 	if c == nil || !f.maps() {
@@ -132,7 +132,7 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 			m.bad = append(m.bad, x)
 			return
 		}
-		if other, ok := owners[x.Ext]; ok && other != x { // two first packets at one moment
+		if other, ok := owners[x.Ext]; ok && other != x { // two first packets raced
 			m.twins = append(m.twins, x)
 			return
 		}
@@ -142,10 +142,11 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 	})
 }
 
-// inside is the part of a mapping that may have but one outside endpoint.
+// inside returns the link and inside endpoint of a mapping, which may have one outside
+// endpoint only.
 func inside(x elements.Mapping) elements.Mapping { return elements.Mapping{Link: x.Link, Int: x.Int} }
 
-// bars reports whether a mapping ends on an outside port.
+// bars reports whether mappings on an outside port must end.
 func (m *mapper) bars(port uint16) bool {
 	_, barred := slices.BinarySearch(m.barred, port)
 	return barred
@@ -154,8 +155,9 @@ func (m *mapper) bars(port uint16) bool {
 // maps reports whether the kernel can do endpoint-independent mapping.
 func (f *firewall) maps() bool { return f.tables != nil && !f.tables.Lacks(rules.FeatureMapping) }
 
-// outsideAddrs returns the gateway's addresses on outside links, and these. What has an
-// address of a link that only shares the network of another one leaves by that.
+// outsideAddrs returns the names of outside links, by their addresses. A link that only
+// shares the network of another one is left out: flows with its address leave by that other
+// link.
 func outsideAddrs(n gateway.Network) map[cone.Addr]string {
 	names := make(map[int]string)
 	for _, l := range n.Links {
@@ -203,7 +205,7 @@ func (m *mapper) see(f *cone.Flow) {
 			m.taken[out] = struct{}{}
 			return
 		}
-		// It is older than the rules.
+		// The flow is older than the rules.
 		x := elements.Mapping{Link: link, Int: f.Src, Ext: f.ReplyDst}
 		if m.outdated(x) {
 			if m.leavesBy(f, link) {
@@ -226,9 +228,9 @@ func (m *mapper) see(f *cone.Flow) {
 	}
 }
 
-// linkOf returns the outside link on which the outside endpoint of the flow is a mapping:
-// the one that has the address, else the one by which the flow leaves. Of an address
-// that is neither on a link nor anywhere else it returns none: it may be one that went.
+// linkOf returns the outside link for a mapping of the flow: the link that has the outside
+// address, else the link by which the flow leaves. It returns none if the address is not the
+// gateway's: the gateway may have lost it.
 func (m *mapper) linkOf(f *cone.Flow) string {
 	if link := m.links[f.ReplyDst.Addr]; link != "" || !m.owned(f.ReplyDst.Addr) {
 		return link
@@ -239,7 +241,7 @@ func (m *mapper) linkOf(f *cone.Flow) string {
 	return ""
 }
 
-// hold notes that a flow of a mapping that stands lives.
+// hold notes that the mapping e has a living flow. It returns false if e does not stand.
 func (m *mapper) hold(e ends) bool {
 	link, known := m.known[e]
 	if known {
@@ -248,7 +250,7 @@ func (m *mapper) hold(e ends) bool {
 	return known
 }
 
-// keep renews what the flows that were seen hold.
+// keep renews the mappings of the flows that were seen, and the ports that others use.
 func (m *mapper) keep() error {
 	errs := []error{m.routes.close(), m.kernel.Release(m.twins)}
 	live, older := slices.Collect(maps.Keys(m.live)), slices.Collect(maps.Keys(m.older))
@@ -258,7 +260,7 @@ func (m *mapper) keep() error {
 			switch {
 			case !errors.Is(err, elements.ErrOtherMapping):
 				errs = append(errs, fmt.Errorf("keep mapping %v -> %v: %w", ms[i].Int, ms[i].Ext, err))
-			case m.insides[inside(ms[i])] == 1: // so its outside endpoint is another one's
+			case m.insides[inside(ms[i])] == 1: // so another mapping has its outside endpoint
 				m.applied.missing(sharedPort, len(m.ids[ms[i]]))
 			default:
 				m.applied.misfit(&m.before, m.ids[ms[i]])

@@ -14,16 +14,16 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// oldPortLooks is how often a change of ports is looked at: a packet that found its mapping
-// may make a flow a moment later.
+// oldPortLooks is how many looks follow a change of ports: a packet that found its mapping
+// before may make a flow a moment later.
 const oldPortLooks = 3
 
-// oldPorts are outside ports that hosts may have no more, since the rules of the user's or
-// the pools changed.
+// oldPorts are outside ports that hosts may no longer have, since the user's rules or the
+// pools changed.
 type oldPorts struct {
-	chosen map[string][]netip.Prefix // hosts that are left to rules since then, by link
+	chosen map[string][]netip.Prefix // hosts whose ports rules choose since then, by link
 	pools  []hostPool
-	looks  int // that there are still at most
+	looks  int // still to come at most
 }
 
 // A hostPool has the ports of a pool for some hosts.
@@ -32,7 +32,7 @@ type hostPool struct {
 	ports portRanges
 }
 
-// chosenSince notes for which hosts rules choose ports that did not before.
+// chosenSince notes the hosts for which rules choose ports now and did not before.
 func (o *oldPorts) chosenSince(before, now map[string][]netip.Prefix) {
 	o.looks = oldPortLooks
 	for link, hosts := range now {
@@ -60,8 +60,8 @@ func (o *oldPorts) leavePools(before config.Config, pools map[config.PortPool]po
 	}
 }
 
-// looked ends a look that was good and found so many flows and mappings. It reports whether
-// there should be another one soon.
+// looked ends a successful look that found so many flows on old ports. It reports whether
+// another look should follow soon.
 func (o *oldPorts) looked(found int) (again bool) {
 	if o.looks--; found > 0 && o.looks > 0 {
 		return true
@@ -70,11 +70,11 @@ func (o *oldPorts) looked(found int) (again bool) {
 	return false
 }
 
-// outdated returns the test for mappings on ports that the host may have no more: no rule of
-// the user's gives them, or they are of a pool that it had before.
+// outdated returns the test for mappings on ports that the host may no longer have: no rule
+// of the user's gives the port, or it is from the host's former pool.
 func (f *firewall) outdated(cfg config.Config) func(elements.Mapping) bool {
 	pools := hostPools(cfg, f.ports.pools)
-	// Where ports are not known: what it has without the rules.
+	// If the ports of the rules are unknown: a port that the host has only without the rules.
 	since := func(x elements.Mapping) bool {
 		return within(f.old.chosen[x.Link], x.Int.Addr) && (x.Int.Port == x.Ext.Port || inPools(pools, x))
 	}
@@ -89,8 +89,8 @@ func (f *firewall) outdated(cfg config.Config) func(elements.Mapping) bool {
 	}
 }
 
-// hostPools returns the ports that hosts may have of pools: those that the user names, too,
-// of which some may be left out at this time.
+// hostPools returns the pool ports that hosts may have. These include all ports that the user
+// names, even if pools leaves some out at present.
 func hostPools(cfg config.Config, pools map[config.PortPool]portRanges) (all []hostPool) {
 	for _, s := range cfg.Subnets {
 		if s.Mapping == config.EndpointIndependentMapping {
@@ -107,7 +107,8 @@ func inPools(pools []hostPool, x elements.Mapping) bool {
 	return slices.ContainsFunc(pools, func(p hostPool) bool { return p.hosts.Contains(host) && p.ports.Has(x.Ext.Port) })
 }
 
-// keep renews what flows hold, and ends what is on ports that its host may have no more.
+// keep renews the mappings of living flows, and ends flows on ports that their host may no
+// longer have.
 func (d *Daemon) keep(m *mapper, q *ctwatch.Queries) error {
 	err := errors.Join(m.keep(), deleteFlows(q, m.ended))
 	d.noted.note(slog.LevelInfo, "outdated", "flows with mappings had an outside port that a rule or port_pool allows no more; they ended", uint64(len(m.ended)))
@@ -117,8 +118,8 @@ func (d *Daemon) keep(m *mapper, q *ctwatch.Queries) error {
 	return err
 }
 
-// leavesBy reports whether f surely leaves by the link that has its outside address: the
-// rules for another one may give that, too.
+// leavesBy reports whether f surely leaves by link, which has its outside address. Rules for
+// another link may give that address, too.
 func (m *mapper) leavesBy(f *cone.Flow, link string) bool {
 	ways, all := m.routes.links(f)
 	return all && len(ways) == 1 && ways[0].Name == link

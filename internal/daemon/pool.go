@@ -11,10 +11,10 @@ import (
 )
 
 const (
-	// poolWanted is how many ports a pool should have: with fewer than that left of
-	// the default one, another place is better.
+	// poolWanted is how many ports a pool should have: if the default pool has fewer
+	// left, other ports are used.
 	poolWanted = 1024
-	// leastPool is how many ports are a pool, where the user chose none.
+	// leastPool is the least size of a pool if the user chose none.
 	leastPool  = 64
 	rangeKey   = "net.ipv4.ip_local_port_range"
 	reserveKey = "net.ipv4.ip_local_reserved_ports"
@@ -89,9 +89,9 @@ func (l *localPorts) clear(r config.PortRange) (part config.PortRange, n int) {
 	return part, n
 }
 
-// choosePool returns the ports of the pool that are not local ones, of each range the
-// longest part. Where too few of the default pool are left, which nobody chose, it returns
-// ports elsewhere. ok is false where there are none.
+// choosePool returns ports of the wanted pool that are not local ones: the longest such part
+// of each range. If too few are left of the default pool, which nobody chose, it returns
+// other ports. ok is false if too few are left for a pool.
 func (l *localPorts) choosePool(wanted config.PortPool) (pool portRanges, ok bool) {
 	for _, r := range wanted.Ranges() {
 		if part, n := l.clear(r); n > 0 {
@@ -140,7 +140,7 @@ func (p portRanges) overlaps(others portRanges) bool {
 	return slices.ContainsFunc(p, func(r config.PortRange) bool { return slices.ContainsFunc(others, r.Overlaps) })
 }
 
-// reserve is the command that takes a pool from the local ports.
+// reserve returns the command that reserves a pool, so that it has no local ports.
 func (l *localPorts) reserve(pool fmt.Stringer) string {
 	all := pool.String()
 	if l.reserved != "" {
@@ -149,7 +149,7 @@ func (l *localPorts) reserve(pool fmt.Stringer) string {
 	return "sysctl -w " + reserveKey + "=" + all
 }
 
-// overlap says that the gateway's own connections use ports of a pool, and what ends that.
+// overlap says that the gateway's own connections use ports of a pool, and how to stop that.
 func (l *localPorts) overlap(pool fmt.Stringer) string {
 	return fmt.Sprintf("port_pool %v overlaps the ports of the gateway's own connections (%s = %v): keep them apart with '%s'",
 		pool, rangeKey, l.given, l.reserve(pool))

@@ -15,24 +15,24 @@ import (
 	"github.com/conenatd/conenatd/internal/gateway"
 )
 
-// betweenLooks is the time between two looks at the gateway's sockets. One that is
-// there at both stays, and one that is there at neither is gone; those of resolvers come and
-// go, and nothing that stands ends for them.
+// betweenLooks is the time between two looks at the gateway's sockets. A socket that both
+// looks find counts as lasting, one that neither finds as gone. The short-lived sockets of
+// resolvers end no permission or mapping.
 const betweenLooks = time.Second
 
-// outsidePorts are what mappings may and may not have.
+// outsidePorts are the ports that mappings may and may not have.
 type outsidePorts struct {
-	pools  map[config.PortPool]portRanges // what newcomers get of each port_pool that is in use
-	served []uint16                       // what no new mapping gets, in order
-	barred []uint16                       // those of served on which a mapping that stands ends
+	pools  map[config.PortPool]portRanges // ports for newcomers, by each port_pool in use
+	served []uint16                       // ports that no new mapping gets, sorted
+	barred []uint16                       // ports in served on which existing mappings end
 
 	// udpTimeout is how long conntrack keeps a flow without an answer.
 	udpTimeout time.Duration
 }
 
-// choosePorts returns the outside ports for mappings. sure says that the sockets were
-// there at two looks. Sockets and forwards in the pool are stepped over, with a warning.
-// The error says how to make a pool where there is none.
+// choosePorts returns the outside ports for mappings. sure says that two looks found the
+// sockets. It skips ports of sockets and forwards in a pool, with a warning. If no pool is
+// left, the error says how to make one.
 func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, sockets *gateway.PortSet, sure bool,
 	forwarded func(cone.Endpoint) bool,
 ) (ports outsidePorts, out warnings, err error) {
@@ -78,7 +78,7 @@ func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, socke
 		pool, about := ports.pools[wanted], aboutPool(cfg, wanted)
 		switch all := forwardedPorts(pool, addrs, forwarded); {
 		case len(all) == 0:
-		case len(all) == pool.Len(): // without them there is no pool
+		case len(all) == pool.Len(): // to skip them would leave no pool
 			out.add(warnPoolForwarded, about, "rules of yours forward all of port_pool %v: hosts that get a port of it are reached by nobody new", pool)
 		default:
 			out.add(warnPoolForwarded, about, "rules of yours forward ports of port_pool %v, such as %d: hosts get the other ones", pool, all[0])
@@ -98,8 +98,8 @@ func poolsOf(cfg config.Config) (pools []config.PortPool) {
 	return pools
 }
 
-// aboutPool is what a warning about a pool is about: nothing but where it is that of some
-// subnets.
+// aboutPool returns what a warning about a pool is about: nothing for the port_pool of all
+// subnets, else the pool.
 func aboutPool(cfg config.Config, pool config.PortPool) string {
 	if pool == cfg.PortPool {
 		return ""
@@ -150,8 +150,9 @@ func readTimeouts() (t cone.Timeouts, err error) {
 	return t, nil
 }
 
-// inPool says that sockets of the gateway have ports of the pool, served among others. It
-// names the same port for as long as that is in use, for others may come and go.
+// inPool returns a warning if some of the served ports, which sockets of the gateway have,
+// are in the pool. It names the same port for as long as that is in use, since others may
+// come and go.
 func (f *firewall) inPool(pool portRanges, served []uint16) string {
 	if !pool.Has(f.portInPool) || !slices.Contains(served, f.portInPool) {
 		i := slices.IndexFunc(served, pool.Has)
@@ -164,8 +165,8 @@ func (f *firewall) inPool(pool portRanges, served []uint16) string {
 		pool, f.portInPool, f.portInPool)
 }
 
-// translatedAddrs returns the gateway's addresses that are outside addresses of hosts: those on
-// outside links, and others that mappings had, as rules may translate to an address of lo.
+// translatedAddrs returns the gateway's addresses to which hosts are translated: those on
+// outside links, and others that mappings had, since rules may translate to an address of lo.
 func (f *firewall) translatedAddrs(network gateway.Network) map[cone.Addr]string {
 	all := outsideAddrs(network)
 	for _, a := range network.Addrs {
@@ -189,7 +190,7 @@ func servedPorts(outside map[cone.Addr]string, sockets *gateway.PortSet) (all []
 	return sorted(all)
 }
 
-// forwardedPorts returns those of the pool that rules of the user's forward on one of the
+// forwardedPorts returns the ports of the pool that rules of the user's forward on one of the
 // outside addresses.
 func forwardedPorts(pool portRanges, outside map[cone.Addr]string, forwarded func(cone.Endpoint) bool) (all []uint16) {
 	for a := range outside {
@@ -209,8 +210,9 @@ func sorted(ports []uint16) []uint16 {
 	return slices.Compact(ports)
 }
 
-// lookAtSockets reads the sockets of the gateway. What stands ends where a socket was
-// there at the last look too. Within a second of that one it does nothing.
+// lookAtSockets reads the sockets of the gateway. It ends permissions and mappings on the
+// ports of sockets that the last look found, too. It does nothing within about a second of
+// that look.
 func (d *Daemon) lookAtSockets(cfg config.Config, network gateway.Network) error {
 	if d.now()-d.looked < betweenLooks*9/10 {
 		return nil
@@ -234,7 +236,7 @@ func (d *Daemon) lookAtSockets(cfg config.Config, network gateway.Network) error
 	return err
 }
 
-// lookAgain looks at the sockets again where the last look found new ones, or missed some.
+// lookAgain looks at the sockets again if the last look found a change.
 func (d *Daemon) lookAgain() error {
 	if d.settled {
 		return nil
@@ -244,9 +246,9 @@ func (d *Daemon) lookAgain() error {
 	return d.lookAtSockets(cfg, d.network)
 }
 
-// reviewSockets withdraws the permissions on ports of sockets that stay, those of the gateway
-// itself whose sockets are gone, and the expectations that could take the packets of
-// connected ones.
+// reviewSockets withdraws the permissions on ports of lasting sockets, permissions of the
+// gateway itself whose sockets are gone, and expectations that could take packets from
+// connected sockets.
 func (d *Daemon) reviewSockets() {
 	if !d.sure {
 		return
@@ -255,7 +257,7 @@ func (d *Daemon) reviewSockets() {
 		switch {
 		case d.losesTo(&p, d.served):
 			return cone.ReasonLocalSocket
-		case d.model.IsSelf(&p) && !d.lately.Serves(p.Int) && d.lacksSocket(&p) == cone.ReasonNoSocket: // nor since
+		case d.model.IsSelf(&p) && !d.lately.Serves(p.Int) && d.lacksSocket(&p) == cone.ReasonNoSocket: // and no new one
 			return cone.ReasonNoSocket
 		}
 		return cone.ReasonNone

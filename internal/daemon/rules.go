@@ -20,8 +20,8 @@ import (
 )
 
 // Rules returns the nftables tables that a daemon with this configuration has on this
-// gateway, if the kernel has all that they need: a file that nft loads. Comments say what
-// was read of the gateway, and what could not be. It changes nothing.
+// gateway, if the kernel has all features that they need: a file that nft loads. Comments in
+// it say what was read from the gateway, and what could not be read. Rules changes nothing.
 func Rules(cfg config.Config) (string, error) {
 	f := &firewall{name: cfg.Table}
 	defer func() { _ = f.close() }()
@@ -34,7 +34,7 @@ func Rules(cfg config.Config) (string, error) {
 	if cfg.Subnets, err = f.subnets(cfg, network, nil, nil); err != nil {
 		return "", err
 	}
-	if network, _, err = ways.readNetwork(cfg, f); err != nil { // the links of these lead inside
+	if network, _, err = ways.readNetwork(cfg, f); err != nil { // links to these subnets lead inside
 		return "", err
 	}
 	f.setSides(network)
@@ -78,8 +78,8 @@ func comments(notes []string) string {
 	return b.String()
 }
 
-// readForRules reads what the rules depend on beside the network: sockets, and the user's
-// own rules. It returns what the user should know of it.
+// readForRules reads what the rules depend on besides the network: sockets, and the user's
+// own rules. It returns notes for the user.
 func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (notes []string, err error) {
 	var forwarded func(cone.Endpoint) bool
 	if links := outsideLinks(network); len(links) > 0 {
@@ -122,8 +122,8 @@ func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (not
 	return notes, err
 }
 
-// readTableSize reads how many entries the conntrack table may have, 0 without a bound, or
-// where the kernel has no conntrack yet.
+// readTableSize reads how many entries the conntrack table may have; 0 if there is no bound,
+// or no conntrack in the kernel yet.
 func readTableSize() (int, error) {
 	b, err := os.ReadFile(filepath.Join(sysctlDir, "nf_conntrack_max"))
 	if errors.Is(err, fs.ErrNotExist) {

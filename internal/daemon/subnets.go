@@ -11,10 +11,9 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// subnets returns the enabled subnets: those that are named, the prefixes of links that are
-// named, and, if these are asked for, the candidates, as far as they do not overlap what
-// goes before. Links that were outside links lead to no candidate, and hosts are known to be
-// inside.
+// subnets returns the enabled subnets: those that cfg names, the prefixes of links that it
+// names, and with "auto" the candidates. One that overlaps an earlier one is left out. were
+// are former outside links, which lead to no candidate; hosts are known to be inside.
 func (f *firewall) subnets(cfg config.Config, network gateway.Network, were map[string]bool, hosts []netip.Addr) ([]config.Subnet, error) {
 	enabled := slices.Clone(cfg.Subnets)
 	add := func(p netip.Prefix, like config.Subnet) {
@@ -29,7 +28,7 @@ func (f *firewall) subnets(cfg config.Config, network gateway.Network, were map[
 			case p.Addr().Is4():
 				add(p, like)
 			case like.Routed:
-				like.Mapping = config.KernelMapping // there is no other one
+				like.Mapping = config.KernelMapping // the only one for IPv6
 				add(p, like)
 			}
 		}
@@ -50,7 +49,7 @@ func (f *firewall) subnets(cfg config.Config, network gateway.Network, were map[
 	}
 	uplinks := make(map[string]bool)
 	maps.Copy(uplinks, were)
-	// What is behind a link that leads inside stays enabled, though it led outside for a time.
+	// Subnets behind a link that leads inside stay enabled, even if it led outside for a time.
 	for _, l := range network.Links {
 		if l.Inside {
 			delete(uplinks, l.Name)
@@ -65,8 +64,8 @@ func (f *firewall) subnets(cfg config.Config, network gateway.Network, were map[
 	return enabled, nil
 }
 
-// warnLinkSubnets warns of links that are named for their prefixes and have none, and of
-// subnets that no link has.
+// warnLinkSubnets warns of links named as subnets that are missing or have no prefix, and of
+// subnets that are the gateway's own address or that no link leads to.
 func (d *Daemon) warnLinkSubnets(out *warnings) {
 	for _, l := range d.cfg.LinkSubnets {
 		switch {
