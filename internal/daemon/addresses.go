@@ -13,10 +13,10 @@ import (
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
-// forgetAddresses ends the mappings to addresses that links of the gateway had and have
-// no more, and the flows that have them. What no link ever had, such as a routed network
-// that the user translates to, did not go. The tables hold the addresses, so this is
-// known of an earlier daemon too. It returns what should be logged.
+// forgetAddresses ends the mappings to addresses that the gateway's links have lost, and
+// the flows with these addresses. An address that no link ever had, as in a routed network
+// that the user translates to, is not lost. The tables hold the addresses, so those of an
+// earlier daemon's time are known too. It returns notes for the log.
 func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (notes []string, err error) {
 	c := f.mappingConfig(cfg)
 	if c == nil || !f.maps() {
@@ -51,7 +51,7 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 			gone[cone.AddrFrom(a)] = struct{}{}
 		}
 	}
-	errs = append(errs, kernel.NoteAddresses(now)) // again, for somebody may have taken them
+	errs = append(errs, kernel.NoteAddresses(now)) // each time: somebody may have deleted them
 	for _, a := range now {
 		f.known[a] = struct{}{}
 	}
@@ -73,8 +73,8 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 func (f *firewall) forget(c *rules.MappingConfig, gone map[cone.Addr]struct{}) (ended map[cone.Addr]int, err error) {
 	var errs []error
 	ended = make(map[cone.Addr]int)
-	// A packet that found its mapping may make a flow a moment later: until there
-	// are none.
+	// Repeat until there are no flows: a packet that found its mapping before may make
+	// a flow a moment later.
 	for range 10 {
 		if len(gone) == 0 {
 			break
@@ -97,9 +97,9 @@ func (f *firewall) forget(c *rules.MappingConfig, gone map[cone.Addr]struct{}) (
 	return ended, errors.Join(errs...)
 }
 
-// endFlows ends the flows of hosts with mappings that were translated and for which
-// wrong returns true, and returns them. The kernel does that for a masquerade when its
-// address or link changes, but not for the fixed address of a mapping.
+// endFlows ends the translated flows of hosts with mappings for which wrong returns true,
+// and returns them. The kernel itself ends masqueraded flows when their address or link
+// changes, but not flows with the fixed address of a mapping.
 func endFlows(c *rules.MappingConfig, wrong func(*cone.Flow) bool) (flows []cone.Flow, err error) {
 	q, err := ctwatch.DialQueries(ctwatch.Config{})
 	if err != nil {

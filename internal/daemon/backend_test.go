@@ -71,8 +71,8 @@ func TestMissingIsFoundWithoutAList(t *testing.T) {
 	})
 }
 
-// Fails when the daemon takes a denial for lifted that the kernel has still: it would never
-// be lifted.
+// Fails when the daemon believes that a denial is lifted which the kernel still has: nobody
+// would ever lift it.
 func TestDenialThatTheKernelKeepsIsLiftedLater(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{})
 	must := func(err error) {

@@ -18,35 +18,35 @@ import (
 )
 
 const (
-	// brokenShare bounds the CPU time of looks at flows that may be broken: one part in so
-	// many, unless the next one would be later than brokenLate. It is beside the budget for
-	// looks at what neighbours change, which such a look must not delay.
+	// brokenShare bounds the CPU time of looks for broken flows to 1/brokenShare of a CPU,
+	// but the next look comes after brokenLate at most. This is apart from the budget for
+	// changes by neighbours, whose looks must not be delayed.
 	brokenShare = 200
 	brokenLate  = 30 * time.Second
-	// healShare and healLate do so while flows wait for the look that ends them.
+	// healShare and healLate do the same while flows wait for the look that ends them.
 	healShare = 20
 	healLate  = 3 * time.Second
-	// brokenAgain is the time between two looks of which both must find a flow broken.
+	// brokenAgain is the least time between two looks. A flow is ended when two find it broken.
 	brokenAgain = time.Second
-	// longestLook bounds the time in which one look asks rules and routes about flows.
+	// longestLook bounds the time that one look spends on rules and routes of flows.
 	longestLook = 100 * time.Millisecond
-	// brokenLooks is how many looks after a change wait for answers to flows.
+	// brokenLooks is how many looks after a change wait to see whether flows are answered.
 	brokenLooks = 20
-	// mostHealed bounds the flows that end after one look.
+	// mostHealed bounds the flows that one look ends.
 	mostHealed = 500
 )
 
-// brokenFlows is about flows of enabled hosts that leave with a source that the user's
-// rules would not give them now, and that cannot work with the one that they have.
+// brokenFlows is the search for broken flows: flows of enabled hosts that cannot work with
+// the source that they have, which the user's rules would not give them now.
 type brokenFlows struct {
 	due    bool          // something changed since the last look
-	next   time.Duration // not before
-	looks  int           // still to come that wait for answers
+	next   time.Duration // earliest time of the next look
+	looks  int           // looks still to come that wait for answers
 	walk   walk
-	sum    []control.BrokenFlows // of the walk
-	shown  bool                  // the last walk found some: they may end
+	sum    []control.BrokenFlows // found by this walk so far
+	shown  bool                  // the last walk found some, which may have ended since
 	before map[uint32]foundBefore
-	by     *userrules.Ruleset // at the last look
+	by     *userrules.Ruleset // the rules at the last look
 	healed healedFlows
 	had    map[cone.Addr]struct{} // IPv4 addresses that outside links have, or had
 	answers
@@ -54,7 +54,7 @@ type brokenFlows struct {
 
 // foundBefore says that a flow was found at the last look.
 type foundBefore struct {
-	by   *userrules.Ruleset // that told so
+	by   *userrules.Ruleset // the rules then
 	walk int
 }
 
@@ -64,8 +64,8 @@ func (b *brokenFlows) changed() {
 	b.healed.changes++
 }
 
-// sawNetwork notes the addresses of outside links. A flow with any other address may have
-// one that is routed to the gateway and that no link has.
+// sawNetwork notes the addresses of outside links. Any other source of a flow may be an
+// address that is routed to the gateway without being on a link.
 func (b *brokenFlows) sawNetwork(before, now gateway.Network) {
 	const most = 1 << 12
 	switch {
@@ -84,8 +84,8 @@ func (b *brokenFlows) sawNetwork(before, now gateway.Network) {
 	}
 }
 
-// lookForBroken looks for broken flows, if something changed, counts them, and ends them if
-// the user wants that and they were broken at the last look by the same rules.
+// lookForBroken looks for broken flows if something changed, and counts them. With heal_flows
+// it ends those that the last look found broken, too, by the same rules.
 func (d *Daemon) lookForBroken() error {
 	b := &d.broken
 	if !b.due || d.now() < b.next {
@@ -143,22 +143,22 @@ func untilNextLook(took time.Duration, toHeal bool) time.Duration {
 	return max(brokenAgain, min(brokenShare*took, brokenLate))
 }
 
-// A brokenFlow is one with the subnet that it is of, and the link by which it leaves.
+// A brokenFlow is a broken flow with its subnet and the link by which it leaves.
 type brokenFlow struct {
 	cone.Flow
 	subnet netip.Prefix
 	link   string
-	at     int  // in the walk
-	back   bool // it came back as it was
+	at     int  // position in the walk
+	back   bool // it was ended before, and came back unchanged
 }
 
 // source returns the address with which f leaves.
 func (f *brokenFlow) source() netip.Addr { return f.ReplyDst.Addr.Netip() }
 
-// findBroken returns the flows of enabled hosts that cannot work any more, and to which the
-// user's rules would surely give another source now. It asks about those that it found at
-// the last look, and goes on with the others from where that ended. Where rules cannot be
-// read, or nobody knows by which links packets leave, it finds none.
+// findBroken returns the flows of enabled hosts that can no longer work, and to which the
+// user's rules would surely give another source now. It first checks the flows that the last
+// look found, then goes on where that look ended. It finds none if rules cannot be read, or
+// if routing rules hide by which links packets leave.
 func (d *Daemon) findBroken(cfg config.Config) (found []brokenFlow, err error) {
 	b, rs := &d.broken, d.firewall.user
 	b.awaited = false
@@ -223,17 +223,17 @@ func (d *Daemon) findBroken(cfg config.Config) (found []brokenFlow, err error) {
 	return found, routes.close()
 }
 
-// mayBreak reports whether rules of the user's may translate f, if it is one of a host of an
-// IPv4 subnet that is not routed. One that was answered though it was not translated works.
-// Conntrack helpers translate the flows that they expect.
+// mayBreak reports whether the user's rules may translate f, provided that it comes from an
+// IPv4 subnet that is not routed. An answered flow without translation works. Expected flows
+// do not count: their conntrack helper translates them.
 func mayBreak(f *cone.Flow) bool {
 	return f.Src.Addr.Is4() && f.OrigZone == 0 && f.ReplyZone == 0 && !cone.IsAnchor(f.Src, f.Dst) &&
 		!f.Status.Has(cone.StatusDstNAT) && !f.Status.Has(cone.StatusExpected) &&
 		(f.Status.Has(cone.StatusSrcNAT) || !f.Status.Has(cone.StatusSeenReply))
 }
 
-// heal ends those that were found broken at the last look, too, by the same rules, and
-// counts all.
+// heal counts the flows in found, and ends those that the last look found broken, too, by the
+// same rules.
 func (d *Daemon) heal(cfg config.Config, found []brokenFlow) (ended int, err error) {
 	b := &d.broken
 	before := b.before
@@ -291,7 +291,7 @@ func addBroken(all []control.BrokenFlows, f *brokenFlow) []control.BrokenFlows {
 	return all
 }
 
-// mostBrokenKinds bounds what status shows of them.
+// mostBrokenKinds bounds the kinds of broken flows that status shows.
 const mostBrokenKinds = 64
 
 // warnBroken warns of flows that cannot work any more.

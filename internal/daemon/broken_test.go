@@ -47,7 +47,7 @@ func TestFlowThatComesBackIsLeftAlone(t *testing.T) {
 
 // Looks find a flow of each part of a large table twice, and the whole walk counts each once.
 //
-// Fails when a flow is never asked about, or never at two looks that follow each other.
+// Fails when a flow is never checked, or never by two consecutive looks.
 func TestLooksAtBrokenFlowsGoOn(t *testing.T) {
 	const flows = 2*mostAskedFlows + 100
 	broken := map[int]bool{0: true, mostAskedFlows + 1: true, flows - 1: true}
@@ -91,8 +91,8 @@ func TestLooksAtBrokenFlowsGoOn(t *testing.T) {
 	}
 }
 
-// Fails when a flow with the address of another link counts as not answered for less than
-// packets that it sent and that nobody answered, or one whose address is gone does not.
+// Fails when a flow with the address of another link counts as unanswered before it has sent
+// packets that nobody answered, or when one whose address is gone does not.
 func TestFlowsAreNotAnsweredIfTheKernelSaysSo(t *testing.T) {
 	look := func(sent, answered uint64) cone.Flow {
 		return cone.Flow{ID: 7, Status: cone.StatusSeenReply, HasCounters: true, OrigPackets: sent, ReplyPackets: answered}

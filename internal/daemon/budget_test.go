@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// looks lets each look that is wanted take so long, one every step, and returns how many
-// there were and the longest time between two of them.
+// looks asks for a look every step and lets each take this long. It returns how many there
+// were and the longest time between two of them.
 func looks(b *budget, from, to, step, took time.Duration) (n int, apart time.Duration) {
 	last := from
 	for now := from; now < to; now += step {

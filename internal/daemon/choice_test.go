@@ -75,8 +75,9 @@ func TestEvidenceAges(t *testing.T) {
 
 // Children are lost that the rules of the forward hook accept.
 //
-// Fails when one dump decides, or readings without one, when a rule for another subnet may have dropped them, and
-// when the change of the rules does not begin new evidence.
+// Fails when a single dump decides, or readings without a dump; when they decide though a rule
+// for another subnet may have dropped the children; and when a change of the rules does not
+// start the evidence again.
 func TestLostChildrenContradictTheRules(t *testing.T) {
 	accepts := userrules.ChildVerdicts{MostDNATed: userrules.Accepted, MostRelated: userrules.Accepted}
 	f := &firewall{}
@@ -143,8 +144,8 @@ func TestForwardHookAcceptsForAllSubnets(t *testing.T) {
 	}
 }
 
-// Fails when a chain that cannot be read is no warning, or one for each subnet, and when one
-// that is read at the next look is one.
+// Fails when a chain that cannot be read gives no warning, or one for each subnet, and when a
+// chain gives one that the next look will read.
 func TestUnreadChainIsOneWarning(t *testing.T) {
 	subnets := []config.Subnet{{Prefix: netip.MustParsePrefix("10.47.11.0/24")}, {Prefix: netip.MustParsePrefix("10.47.12.0/24")}}
 	const chain = "read nftables table inet filter: chain forward: an expression that nobody knows"

@@ -12,16 +12,16 @@ import (
 const (
 	// episodeEvery is the least time between two lines of the log about one episode.
 	episodeEvery = time.Minute
-	// episodeGrowth is how many times as much it must be for another line.
+	// episodeGrowth is the factor by which the count must grow for another line.
 	episodeGrowth = 10
-	// episodeQuiet is how long nothing must come for an episode to be over, and more than
-	// so many reconciles: what goes on may be seen at each of these alone.
+	// An episode is over after episodeQuiet without a note, and after episodeReconciles
+	// reconciles without one: some conditions are seen only by a reconcile.
 	episodeQuiet      = 15 * time.Minute
 	episodeReconciles = 3
 )
 
-// episodes logs what should not happen, and may go on for days: when it begins, whenever
-// it is ten times as much, and when it is over. Its methods may be called from any
+// episodes logs abnormal conditions, which may go on for days: when one begins, whenever
+// its count has grown tenfold, and when it is over. Its methods may be called from any
 // goroutine.
 type episodes struct {
 	log   *slog.Logger
@@ -35,20 +35,20 @@ type episodes struct {
 type episode struct {
 	level slog.Level
 	what  string
-	args  []any // of the last that was noted
+	args  []any // of the last note
 
-	count, told uint64 // told are those that a line of the log had
+	count, told uint64 // told is the count that the log has reported
 	said        time.Duration
-	last        time.Duration // when something came
+	last        time.Duration // time of the last note
 }
 
-// newEpisodes is for a daemon with that time between two reconciles.
+// newEpisodes is for a daemon with this time between two reconciles.
 func newEpisodes(log *slog.Logger, now func() time.Duration, reconcile time.Duration) *episodes {
 	return &episodes{log: log, now: now, quiet: max(episodeQuiet, episodeReconciles*reconcile), all: make(map[string]*episode)}
 }
 
-// note takes in n times what. Those with the same key are one episode; args are for the
-// log.
+// note counts n occurrences of what. Notes with the same key are one episode; args are for
+// the log.
 func (e *episodes) note(level slog.Level, key, what string, n uint64, args ...any) {
 	if n == 0 {
 		return
@@ -66,7 +66,7 @@ func (e *episodes) note(level slog.Level, key, what string, n uint64, args ...an
 	e.say(x)
 }
 
-// tell logs what was kept back for long enough, and what is over.
+// tell logs growth that was kept back for long enough, and episodes that are over.
 func (e *episodes) tell() {
 	e.mu.Lock()
 	defer e.mu.Unlock()

@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// Fails when what goes on is logged at each reconcile, or no more once it was.
+// Fails when a lasting condition is logged at each reconcile, or never again after the first
+// time.
 func TestWhatGoesOnIsLoggedWhenItBeginsGrowsAndEnds(t *testing.T) {
 	log, lines := logged()
 	now := time.Hour

@@ -39,7 +39,7 @@ const (
 	requestTurnOnAccounting      request = "turn_on_accounting"
 )
 
-// words is what the log says.
+// words is r as the log shows it.
 func (r request) words() string { return strings.ReplaceAll(string(r), "_", " ") }
 
 // failures logs what the kernel refused to do, one episode for each kind of request and
@@ -55,8 +55,8 @@ func newFailures(log *slog.Logger, now func() time.Duration, reconcile time.Dura
 	return &failures{episodes: newEpisodes(log, now, reconcile), count: make(map[request]uint64)}
 }
 
-// note counts n requests that failed with err, if that is not nil; args name this one for
-// the log.
+// note counts n requests that failed with err, if that is not nil; args describe the request
+// in the log.
 func (f *failures) note(r request, n int, err error, args ...any) {
 	if err == nil || n == 0 {
 		return
@@ -65,7 +65,7 @@ func (f *failures) note(r request, n int, err error, args ...any) {
 	f.count[r] += uint64(n)
 	f.mu.Unlock()
 	key := r.words()
-	if errno := unix.Errno(0); errors.As(err, &errno) { // a new cause is news
+	if errno := unix.Errno(0); errors.As(err, &errno) { // a new cause is a new episode
 		key += ": " + errno.Error()
 	}
 	f.episodes.note(slog.LevelWarn, key, r.words(), uint64(n), append(args, "err", err)...)

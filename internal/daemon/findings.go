@@ -15,7 +15,8 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// someFlows are more than chance, fewFlows are where there are no others.
+// A warning about flows needs someFlows of them to rule out chance, or fewFlows if most or
+// all flows are affected.
 const (
 	someFlows = 10
 	fewFlows  = 3
@@ -87,8 +88,8 @@ func (d *Daemon) warnings() (out warnings) {
 	return out
 }
 
-// addDecisions warns of children that get nowhere, and of chains that cannot be read. What
-// somebody is changing is read at the next look.
+// addDecisions warns of children that are dropped, and of chains that cannot be read. Rules
+// that changed during the reading are no warning: the next look reads them.
 func (w *warnings) addDecisions(subnets []config.Subnet, decisions map[netip.Prefix]decision) {
 	var unread error
 	for _, s := range subnets {
@@ -119,7 +120,7 @@ func (d *Daemon) warnElsewhere(out *warnings) {
 	}
 }
 
-// warnSubnets warns of what is special about an enabled subnet.
+// warnSubnets warns of peculiarities of enabled subnets.
 func (d *Daemon) warnSubnets(out *warnings) {
 	for _, u := range d.model.Untranslated() {
 		if u.Flows >= fewFlows {

@@ -13,7 +13,7 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// Rules that may not be read for a while are not taken for no forwards.
+// The last known forwards hold while rules cannot be read.
 //
 // Fails when an error of the reading gives an empty answer.
 func TestForwardsHoldWhileRulesCannotBeRead(t *testing.T) {
@@ -63,10 +63,10 @@ func TestForwardsHoldWhileRulesCannotBeRead(t *testing.T) {
 	}
 }
 
-// A forward of which not all is understood bars expectations alone: it takes no port from
-// hosts with mappings, and hides nothing from the map for sure.
+// A forward that is not fully understood prevents expectations only: it takes no port from
+// hosts with mappings, and does not surely hide anything from the map.
 //
-// Fails when one of the three counts it otherwise.
+// Fails when one of the three treats it otherwise.
 func TestForwardThatIsNotUnderstoodBarsExpectationsAlone(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
 	must := func(err error) {

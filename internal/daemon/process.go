@@ -10,12 +10,12 @@ import (
 	"github.com/conenatd/conenatd/internal/control"
 )
 
-// readProcess says what this process takes of the machine. What it cannot find out
-// is zero.
+// readProcess says which resources this process uses. What it cannot find out is
+// zero.
 func readProcess() control.Process {
 	p := control.Process{Goroutines: runtime.NumGoroutine(), Resident: resident(), Heap: heap()}
 	if entries, err := os.ReadDir("/proc/self/fd"); err == nil {
-		p.Files = len(entries) - 1 // one is of the look itself
+		p.Files = len(entries) - 1 // without that of ReadDir
 	}
 	return p
 }
@@ -37,8 +37,8 @@ func resident() uint64 {
 	return pages * uint64(os.Getpagesize())
 }
 
-// heap returns the bytes of all objects, those among them that the garbage collector
-// did not free yet. Unlike runtime.ReadMemStats it stops nothing.
+// heap returns the bytes of all objects on the heap, including dead ones that the garbage
+// collector has not freed yet. Unlike runtime.ReadMemStats it does not stop the world.
 func heap() uint64 {
 	sample := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}}
 	metrics.Read(sample)

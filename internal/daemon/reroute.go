@@ -16,17 +16,17 @@ import (
 )
 
 const (
-	// rerouteShare bounds the CPU time that looks at flows take where routes change all
-	// the time: one part in so many.
+	// rerouteShare bounds the CPU time of looks at flows to 1/rerouteShare of a CPU while
+	// routes change all the time.
 	rerouteShare = 50
-	// rerouteLooks is how often one change is looked at: whether an address is wrong on a
-	// link may only be seen when another flow has left by it.
+	// rerouteLooks is how many looks follow one change: that an address is wrong on a link
+	// may only show once another flow has left by that link.
 	rerouteLooks = 10
 )
 
-// endRerouted ends the flows of hosts with mappings that leave by another link than the
-// one that has their address, when routes changed. The kernel does so for a masquerade,
-// packet by packet, and a mapping must not keep such flows from healing.
+// endRerouted ends the flows of hosts with mappings that, after routes changed, leave by
+// another link than the one that has their address. The kernel does so for a masquerade,
+// packet by packet, and flows with a mapping must recover as well.
 func (d *Daemon) endRerouted(cfg config.Config, network gateway.Network) error {
 	for _, l := range network.Links {
 		if l.Outside&gateway.IPv4 != 0 && l.Cause != gateway.SharedLink {
@@ -57,7 +57,7 @@ func (d *Daemon) endRerouted(cfg config.Config, network gateway.Network) error {
 	return err
 }
 
-// lookAtFlows looks at what flows leave with, where that was put off.
+// lookAtFlows runs the looks at the outside addresses of flows that are due.
 func (d *Daemon) lookAtFlows(ctx context.Context) {
 	if err := d.endReroutedLater(); ctx.Err() == nil {
 		d.failures.note(requestLookAtRoutes, 1, err)
@@ -79,9 +79,9 @@ func (d *Daemon) endReroutedLater() error {
 	return d.endRerouted(cfg, d.network)
 }
 
-// endWrongLinks ends flows with mappings whose address is not right where they leave now.
-// doubtful are those of which that is not sure. outside has the names of all links that
-// are outside links, or were; fixed are the addresses to which rules of the user's
+// endWrongLinks ends flows with mappings whose outside address is wrong for the link by which
+// they leave now. doubtful counts flows for which that is not sure. outside has the names of
+// current and former outside links; fixed are the addresses to which rules of the user's
 // translate, and unknown says that there may be others.
 func endWrongLinks(
 	c *rules.MappingConfig, network gateway.Network, outside map[string]bool, fixed []userrules.AddrRange, unknown bool,
@@ -106,7 +106,7 @@ func endWrongLinks(
 	surely := func(f *cone.Flow) bool {
 		return !unknown && !slices.ContainsFunc(fixed, func(r userrules.AddrRange) bool { return r.Has(f.ReplyDst.Addr.Netip()) })
 	}
-	// A flow of which it is not sure is asked about again, once all were seen.
+	// Doubtful flows are checked again once all flows were seen.
 	wrong := func(last bool) func(f *cone.Flow) bool {
 		return func(f *cone.Flow) bool {
 			link, onLink := links[f.ReplyDst.Addr]

@@ -8,24 +8,24 @@ import (
 )
 
 // Shares of the kernel's tables, in percent. Each expectation has an anchor, which the
-// kernel never drops early: in a full table it drops other people's flows.
+// kernel never drops early: if the table is full it drops other people's flows instead.
 const (
 	expectShare = 75 // of the expectation table may be ours
 	anchorShare = 20 // of the conntrack table may be anchors
 
-	// The conntrack table gets no fuller than this by a new anchor, nor by one that
-	// lingers, nor by any.
+	// Anchors may fill the conntrack table up to fullForNew while new ones are made or
+	// idle permissions keep theirs, and up to fullForLive in any case.
 	fullForNew  = 80
 	fullForLive = 90
 )
 
-// A space is what the kernel's tables are like.
+// A space is the size of the kernel's tables, and how full conntrack is.
 type space struct {
-	expectations int // that there may be (nf_conntrack_expect_max)
+	expectations int // most that the kernel allows (nf_conntrack_expect_max)
 	conntrack    ctwatch.Table
 }
 
-// share returns how many expectations may be ours if the conntrack table is empty else,
+// share returns how many expectations may be ours if the conntrack table is otherwise empty,
 // and why no more.
 func (s space) share() (n int, lack cone.Reason) {
 	n = s.expectations * expectShare / 100
@@ -35,7 +35,7 @@ func (s space) share() (n int, lack cone.Reason) {
 	return n, cone.ReasonTableFull
 }
 
-// room returns the room for expectations if so many entries of conntrack are anchors.
+// room returns the room for expectations if this many entries of conntrack are anchors.
 func (s space) room(anchors int) cone.Room {
 	n, lack := s.share()
 	r := cone.Room{New: n, Live: n, Lack: lack}
@@ -52,8 +52,8 @@ func (s space) room(anchors int) cone.Room {
 	return r
 }
 
-// readSpace asks the kernel, and makes the expectation table larger where that is
-// allowed; before is the size that it had.
+// readSpace asks the kernel, and makes the expectation table larger if that is
+// allowed; before is its size before that.
 func (d *Daemon) readSpace() (s space, before int, err error) {
 	if s.conntrack, err = d.reads.Table(); err != nil {
 		return s, 0, err
@@ -62,7 +62,7 @@ func (d *Daemon) readSpace() (s space, before int, err error) {
 	return s, before, err
 }
 
-// lookAtConntrack sees to the room for expectations. It leaves the loop alone while
+// lookAtConntrack updates the room for expectations. It leaves the loop alone while
 // the conntrack table is far from full.
 func (d *Daemon) lookAtConntrack() (err error) {
 	if d.backends.expect == nil { // written by the reconcile alone
@@ -83,7 +83,7 @@ func (d *Daemon) lookAtConntrack() (err error) {
 	return nil
 }
 
-// setRoom lets the model and the backend know how much room there is. The loop calls it.
+// setRoom tells the model and the backend how much room there is. The loop calls it.
 func (d *Daemon) setRoom(s space) {
 	e := d.backends.expect
 	n, _ := s.share()
@@ -92,8 +92,8 @@ func (d *Daemon) setRoom(s space) {
 	d.model.SetRoom(d.now(), d.room)
 }
 
-// mendTableSize makes room in the expectation table again where somebody took it away,
-// or does with what there is.
+// mendTableSize makes the expectation table larger again if somebody made it smaller, or
+// adapts the room to its size.
 func (d *Daemon) mendTableSize() error {
 	if d.backends.expect == nil { // written by the reconcile alone
 		return nil

@@ -5,17 +5,17 @@ import (
 	"github.com/conenatd/conenatd/internal/gateway"
 )
 
-// A router finds the links by which flows leave. It opens its connection when it is
-// asked first.
+// A router finds the links by which flows leave. It opens its connection on first
+// use.
 type router struct {
 	network gateway.Network
 	kernel  *gateway.Router
 	byIndex map[int]gateway.Link
-	err     error // the first
+	err     error // the first error
 }
 
-// links returns the links by which packets of the flow from its opener may leave; none
-// if they do not leave, or nobody knows. all is false if some may not leave at all.
+// links returns the links by which the packets of the flow's opener may leave; none if
+// they do not leave, or if that is unknown. all is false if some may not leave at all.
 func (r *router) links(f *cone.Flow) (links []gateway.Link, all bool) {
 	if r.kernel == nil && r.err == nil {
 		r.kernel, r.err = gateway.DialRouter(0, r.network)
@@ -34,14 +34,14 @@ func (r *router) links(f *cone.Flow) (links []gateway.Link, all bool) {
 	for _, i := range indexes {
 		l, ok := r.byIndex[i]
 		if !ok {
-			return nil, false // a new one
+			return nil, false // a link newer than network
 		}
 		links = append(links, l)
 	}
 	return links, all
 }
 
-// close ends the connection, and returns what went wrong since it was opened.
+// close ends the connection, and returns the first error since it was opened.
 func (r *router) close() error {
 	err := r.err
 	if r.kernel != nil {

@@ -8,10 +8,10 @@ import (
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
-// self reports for which families the gateway's own programs get permissions. Expectations
-// alone carry them. Linux takes no IPv4 packet that has an address of the gateway as its
-// source; for IPv6 a rule of ours has to drop it, or a host could earn a permission in the
-// gateway's name.
+// self reports for which families the gateway's own programs get permissions. Only
+// expectations carry them. Linux drops IPv4 packets that come in with an address of the
+// gateway as their source; for IPv6 a rule of ours has to do so, or a host could gain a
+// permission in the gateway's name.
 func (d *Daemon) self(cfg config.Config) (ipv4, ipv6 bool) {
 	if !cfg.Self || d.backends.expect == nil || !wantsExpect(cfg) {
 		return false, false
@@ -20,7 +20,7 @@ func (d *Daemon) self(cfg config.Config) (ipv4, ipv6 bool) {
 	return v4 != "", v6 != "" && d.firewall.knowsOwn()
 }
 
-// knowsOwn reports whether our tables can tell an address of the gateway.
+// knowsOwn reports whether our tables can recognise an address of the gateway.
 func (f *firewall) knowsOwn() bool { return f.tables != nil && !f.tables.Lacks(rules.FeatureSpoofed) }
 
 // ownAddresses returns the gateway's addresses if its own programs may get permissions.
@@ -34,8 +34,8 @@ func (d *Daemon) ownAddresses(cfg config.Config) (all []netip.Prefix) {
 	return all
 }
 
-// hearSelf returns what to call when the network was read anew: it listens for the flows of the
-// gateway's addresses if these are others then, and reports whether they are.
+// hearSelf returns a function to call once d.network is updated. If the gateway's addresses
+// changed, that function lets events of their flows pass; it reports whether they changed.
 func (d *Daemon) hearSelf(cfg config.Config) func() (moved bool) {
 	old := d.ownAddresses(cfg)
 	return func() (moved bool) {
@@ -47,7 +47,7 @@ func (d *Daemon) hearSelf(cfg config.Config) func() (moved bool) {
 	}
 }
 
-// warnSelf says for what the gateway's own programs get no permissions.
+// warnSelf warns if the gateway's own programs get no permissions for a family.
 func (d *Daemon) warnSelf(out *warnings) {
 	if !d.cfg.Self {
 		return

@@ -14,37 +14,37 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// uplinks are outside links that no default route tells of.
+// uplinks are outside links that no default route shows.
 type uplinks struct {
 	ruled  []string            // rules of the user's translate what leaves by them
 	seen   map[string]seenLink // translated flows left by them
 	routed map[string]bool     // had a default route once, or were named
 
-	// What was asked for the first ones.
+	// What ruled was computed from.
 	rules *userrules.Ruleset
 	links []userrules.LAN
 }
 
-// A seenLink is an outside link of which a translated flow told.
+// A seenLink is an outside link that a translated flow showed.
 type seenLink struct {
 	index int
 	ext   cone.Addr // the flow's outside address
 }
 
-// mostAsked bounds the links of each side of which the user's rules are asked: each costs a
-// walk through his chains.
+// mostAsked bounds the links of each side that are checked against the user's rules: each
+// costs a walk through his chains.
 const mostAsked = 64
 
 // readNetwork reads links, addresses and routes, and tells outside links from others, for
-// the subnets of cfg, by the rules that were read last. What rules tell of a link is as it
-// was where they cannot be read.
+// the subnets of cfg, by the rules that were read last. If the rules cannot be read, what
+// they said of links before holds.
 func (d *Daemon) readNetwork(cfg config.Config) (gateway.Network, error) {
 	network, unruled, err := d.uplinks.readNetwork(cfg, d.firewall)
 	d.failures.note(requestFindUplinks, 1, unruled)
 	return network, err
 }
 
-// readNetwork does so. unruled says why rules could not tell.
+// readNetwork does this for Daemon.readNetwork. unruled says why the rules could not tell.
 func (u *uplinks) readNetwork(cfg config.Config, f *firewall) (network gateway.Network, unruled, err error) {
 	if network, err = gateway.ReadNetwork(0, u.sides(cfg)); err != nil {
 		return network, nil, err
@@ -59,7 +59,7 @@ func (u *uplinks) readNetwork(cfg config.Config, f *firewall) (network gateway.N
 	return network, unruled, nil
 }
 
-// remember takes in that links were outside links, by a configuration in force.
+// remember notes which links are outside links under the configuration in force.
 func (u *uplinks) remember(network gateway.Network) {
 	for _, l := range network.Links {
 		if (l.Cause == gateway.Named || l.Cause == gateway.DefaultRoute) && l.Outside&gateway.IPv4 != 0 && !l.Inside {
@@ -71,9 +71,9 @@ func (u *uplinks) remember(network gateway.Network) {
 	}
 }
 
-// forgetBackups ends what flows told of links that lead inside, too, and were outside links
-// for a time, once no permission has the outside address of such a flow and another link is
-// the way outside.
+// forgetBackups forgets links that also lead inside and that flows showed to be outside links
+// for a time, once no permission has the outside address of such a flow and another link has
+// a default route.
 func (d *Daemon) forgetBackups(network gateway.Network) (forgot bool) {
 	for _, l := range network.Links {
 		s, seen := d.uplinks.seen[l.Name]
@@ -92,7 +92,7 @@ func (d *Daemon) forgetBackups(network gateway.Network) (forgot bool) {
 	return forgot
 }
 
-// sides is what is known of the sides of links beside their routes.
+// sides returns what is known of the sides of links besides their routes.
 func (u *uplinks) sides(cfg config.Config) gateway.Sides {
 	return gateway.Sides{
 		Outside: cfg.Outside, Inside: cfg.Inside, Subnets: prefixes(cfg.Subnets),
@@ -101,8 +101,8 @@ func (u *uplinks) sides(cfg config.Config) gateway.Sides {
 }
 
 // ask finds the links by which rules of the user's translate what comes from enabled
-// subnets, and reports whether they are others than before. The rules are asked only if
-// they or the links changed since the last time.
+// subnets, and reports whether these changed. It looks at the rules only if they or the
+// links changed since the last time.
 func (u *uplinks) ask(f *firewall, network gateway.Network) (changed bool, err error) {
 	var links []userrules.LAN
 	for _, l := range network.Links {
@@ -136,9 +136,9 @@ func (u *uplinks) ask(f *firewall, network gateway.Network) (changed bool, err e
 	return changed, nil
 }
 
-// followFlows finds the links by which translated flows left towards peers on the
-// Internet that were behind no outside link, and reports whether there is a new one. The
-// kernel is asked once for each peer.
+// followFlows finds the links by which translated flows left for peers on the Internet
+// that are behind no known outside link, and reports whether there is a new one. It asks the
+// kernel once for each peer.
 func (d *Daemon) followFlows(cfg config.Config) (found bool, err error) {
 	var flows []cone.Flow
 	if !d.ask(func() { flows = d.model.Strays() }) {
@@ -147,9 +147,9 @@ func (d *Daemon) followFlows(cfg config.Config) (found bool, err error) {
 	return d.seeNAT(cfg, flows)
 }
 
-// seeFlowsBefore does so at the start, before the first rule of ours: an earlier daemon may
-// have had permissions and mappings on such a link. A permission that it left stands for its
-// flow, which may have ended. What fails the first reconcile tries again.
+// seeFlowsBefore does the same at the start, before the first rule of ours: an earlier daemon
+// may have had permissions and mappings on such a link. A permission that it left counts like
+// its flow, which may have ended. The first reconcile tries again what fails.
 func (d *Daemon) seeFlowsBefore() {
 	if !d.network.Hidden() {
 		return
@@ -172,7 +172,7 @@ func (d *Daemon) seeFlowsBefore() {
 	errs = append(errs, err, failed)
 	for _, a := range slices.Concat(inMap, expected) {
 		if a.Int.Addr != a.Ext.Addr {
-			peer := cone.Endpoint{Addr: a.Peer, Port: 1} // whatever port
+			peer := cone.Endpoint{Addr: a.Peer, Port: 1} // any port
 			see(&cone.Flow{Src: a.Int, Dst: peer, ReplySrc: peer, ReplyDst: a.Ext, Status: cone.StatusSrcNAT})
 		}
 	}
@@ -211,10 +211,10 @@ func (d *Daemon) seeNAT(cfg config.Config, flows []cone.Flow) (found bool, err e
 	return found, nil
 }
 
-// leftBy returns by which of the links a flow with an outside address left. That is the link
-// that has the address. Where none of them has it, a single link is the answer, unless another
-// link that leads somewhere has the address: an older flow may have left by that. Of several
-// links nobody knows: marks may decide.
+// leftBy returns which of links a flow with the outside address ext left by: the link that
+// has the address. If none of them has it, a single link is the answer, unless another link
+// that leads somewhere has the address: an older flow may have left by that other link. With
+// several links there is no answer, since marks may decide.
 func leftBy(links []gateway.Link, network gateway.Network, ext netip.Addr) (l gateway.Link, ok bool) {
 	holds := func(l gateway.Link) bool {
 		return slices.ContainsFunc(network.Addrs, func(a gateway.Addr) bool { return a.Link == l.Index && a.Prefix.Addr() == ext })
@@ -229,16 +229,16 @@ func leftBy(links []gateway.Link, network gateway.Network, ext netip.Addr) (l ga
 	return links[0], true
 }
 
-// newOutside reports whether there is an outside link, or an address on one, that was
-// not there before: it may have flows already.
+// newOutside reports whether there is a new outside link, or a new address on one: it may
+// have flows already.
 func newOutside(old, now gateway.Network) bool {
 	known := old.OutsideAddrs()
 	return slices.ContainsFunc(now.OutsideAddrs(), func(a gateway.Addr) bool { return !slices.Contains(known, a) }) ||
 		slices.ContainsFunc(now.OutsideLinks(), func(l string) bool { return !slices.Contains(old.OutsideLinks(), l) })
 }
 
-// warnSides says what was assumed of links where causes contradict each other, or no
-// default route tells.
+// warnSides warns of what was assumed about links for which causes contradict each other, or
+// that no default route shows.
 func (d *Daemon) warnSides(out *warnings) {
 	for _, l := range d.network.Links {
 		subnets := d.network.SubnetsOf(l)

@@ -10,17 +10,17 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// mostAskedFlows bounds the flows that one look asks rules and routes about, beside those
-// that the last one found. The next one goes on with the others.
+// mostAskedFlows bounds the flows that one look checks against rules and routes, besides
+// those that the last look found. The next look goes on with the others.
 const mostAskedFlows = 1 << 14
 
-// A walk goes through flows in the order of the table, some of them at each look.
+// A walk checks all flows in the order of the table, some of them at each look.
 type walk struct {
 	number int
-	from   int // how many the last looks asked about, 0 at the start
-	seen   int // at this look
+	from   int // position up to which earlier looks checked, 0 at the start
+	seen   int // by this look
 	taken  int
-	last   int // that was asked about
+	last   int // position of the last flow checked
 	cut    bool
 }
 
@@ -32,8 +32,8 @@ func (w *walk) begin() {
 	}
 }
 
-// take returns the place of the next flow, and whether this look asks about it: one that
-// the last look found, too, or one that it is the turn of.
+// take returns the position of the next flow, and whether this look checks it: if the last
+// look found it (again), or if it is the flow's turn.
 func (w *walk) take(again bool) (at int, ok bool) {
 	w.seen++
 	if again || w.seen <= w.from {
@@ -47,10 +47,10 @@ func (w *walk) take(again bool) (at int, ok bool) {
 	return w.seen, true
 }
 
-// stop says that this look asks about no more flows.
+// stop says that this look checks no more flows.
 func (w *walk) stop() { w.cut = true }
 
-// end ends the look, and the walk unless there are others to ask about.
+// end ends the look, and the walk unless there are flows left to check.
 func (w *walk) end() {
 	w.from = 0
 	if w.cut {
@@ -64,7 +64,7 @@ type healedFlows struct {
 	changes int // of rules, routes and addresses so far
 }
 
-// A healedFlow is one that ended, with the source that was wrong.
+// A healedFlow identifies a flow that was ended, with its wrong source.
 type healedFlow struct {
 	src, peer cone.Endpoint
 	source    cone.Addr
@@ -84,21 +84,21 @@ func (h *healedFlows) note(now time.Duration, f *brokenFlow) {
 	h.flows[healedFlow{f.Src, f.ReplySrc, f.ReplyDst.Addr}] = healing{now, h.changes}
 }
 
-// cameBack reports whether a flow like f ended a short while ago, or since something
-// changed. If it came back as it was, something else than rules translates it.
+// cameBack reports whether a flow like f was ended less than a minute ago, or since the last
+// change. Then f came back as it was: something other than the rules translates it.
 func (h *healedFlows) cameBack(now time.Duration, f *brokenFlow) bool {
 	const memory = time.Minute
 	was, ended := h.flows[healedFlow{f.Src, f.ReplySrc, f.ReplyDst.Addr}]
 	return ended && (was.changes == h.changes || now-was.at < memory)
 }
 
-// answers tell whether flows are answered, where the kernel counts their packets.
+// answers tell whether flows are answered, if the kernel counts their packets.
 type answers struct {
 	now, last map[uint32]packets // of this walk and the one before
-	awaited   bool               // a flow may show that it is not answered
+	awaited   bool               // a later look may find that a flow is not answered
 }
 
-// packets are how many there were at a time, since when none was answered.
+// packets are a flow's counters at a time since which it had no answer.
 type packets struct {
 	sent, answered uint64
 	at             time.Duration
@@ -107,9 +107,9 @@ type packets struct {
 // next begins another walk.
 func (a *answers) next() { a.last, a.now = a.now, nil }
 
-// unanswered reports whether f is surely not answered any more. gone says that its address
-// or the link that has it is gone: then that only does not hold if it still gets answers.
-// Else answers must be missing for a while: the other side of a call may be silent.
+// unanswered reports whether f is surely no longer answered. gone says that its address, or
+// the link that has it, is gone: then f is unanswered unless it still gets answers. Otherwise
+// answers must be missing for a while, since the other side of a call may be silent.
 func (a *answers) unanswered(at time.Duration, f *cone.Flow, gone bool) bool {
 	const most, enough, silence = 1 << 16, 3, 10 * time.Second
 	if !f.Status.Has(cone.StatusSeenReply) {
@@ -158,10 +158,10 @@ type ownAddr struct {
 	narrow bool
 }
 
-// A place is where an address is: on a link, of which one at least runs.
+// A place is where an address is: on a link.
 type place struct {
 	link int
-	runs bool
+	runs bool // at least one link with the address runs
 }
 
 func newSources(n gateway.Network, had map[cone.Addr]struct{}) *sources {
@@ -186,8 +186,9 @@ func newSources(n gateway.Network, had map[cone.Addr]struct{}) *sources {
 	return s
 }
 
-// mayBeWrong reports whether f, which is translated, has an address that an outside link
-// has or had, so that another one may be right. What no link had is routed to the gateway.
+// mayBeWrong reports whether f, which is translated, may have the wrong address: one that an
+// outside link had, or one of a link that is not the only outside link. An address that no
+// link ever had is routed to the gateway.
 func (s *sources) mayBeWrong(f *cone.Flow) bool {
 	if _, had := s.had[f.ReplyDst.Addr]; !had {
 		return false
@@ -206,8 +207,8 @@ func (s *sources) isGone(f *cone.Flow) bool {
 	return !s.owned(f.ReplyDst.Addr)
 }
 
-// broken reports whether no link by which f may leave has its source, and rules would
-// surely give it another one on each of them. It notes the first.
+// broken reports whether f is broken: no link by which it may leave has its source, and the
+// rules would surely give it another source on each of them. It notes the first link in f.
 func (s *sources) broken(rs *userrules.Ruleset, routes *router, f *brokenFlow) bool {
 	if _, own := s.own[f.Src.Addr]; own {
 		return false
@@ -229,8 +230,9 @@ func (s *sources) has(l gateway.Link, a netip.Addr) bool {
 	return slices.ContainsFunc(s.byLink[l.Index], func(o ownAddr) bool { return o.addr == a })
 }
 
-// gives reports whether rules would surely give f another source on a link. Masquerade takes
-// an address of any other link where this one has none of global scope.
+// gives reports whether rules would surely give f another source on link l. That is not sure
+// if they masquerade and l has no address of global scope: masquerade takes one of another
+// link then.
 func (s *sources) gives(rs *userrules.Ruleset, l gateway.Link, f *brokenFlow) bool {
 	n, sure := rs.SourceOf(userrules.Leaving{
 		Src: f.Src.Netip(), Dst: f.ReplySrc.Netip(), Out: userrules.Link{Index: l.Index, Name: l.Name},

@@ -8,14 +8,14 @@ import (
 )
 
 // readConntrack returns what status shows of the kernel's connection tracking. The
-// reconcile calls it, in the middle of its work too: so it has connections of its own.
+// reconcile calls it, even in the middle of its work: so it has connections of its own.
 func (d *Daemon) readConntrack() (k control.Conntrack, err error) {
 	table, err := d.statistics.Table()
 	if err != nil {
 		return k, err
 	}
 	counts, err := d.statistics.Counts()
-	d.failures.note(requestReadStatistics, 1, err) // what was counted before holds
+	d.failures.note(requestReadStatistics, 1, err) // counts are the last ones then
 	noteFull(d.noted, d.counts, counts, table.Max)
 	d.counts = counts
 	return control.Conntrack{
@@ -26,8 +26,8 @@ func (d *Daemon) readConntrack() (k control.Conntrack, err error) {
 	}, nil
 }
 
-// noteFull notes that conntrack was full. That packets were dropped does not tell so: two
-// flows may have wanted the same addresses and ports, which happens on many gateways.
+// noteFull notes that conntrack was full, as early drops show. Dropped packets do not show
+// it: two flows may have wanted the same addresses and ports, as happens on many gateways.
 func noteFull(e *episodes, was, is ctwatch.Counts, most int) {
 	e.note(slog.LevelWarn, "conntrack full", "conntrack was full, and the kernel took out flows before their time; raise net.netfilter.nf_conntrack_max",
 		is.EarlyDrop-was.EarlyDrop, "nf_conntrack_max", most, "packets_dropped", is.Drop-was.Drop)

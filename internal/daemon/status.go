@@ -93,8 +93,8 @@ func (d *Daemon) subnet(s config.Subnet) control.Subnet {
 	return c
 }
 
-// readCounters brings what is known of our tables and of conntrack up to date, unless the
-// reconcile is busy for long: then it does so itself.
+// readCounters lets the reconcile read the counters of our tables and of conntrack. It gives
+// up after tablesTime, if the reconcile is too busy: the last reading holds.
 func (d *Daemon) readCounters() {
 	done := make(chan struct{})
 	read := func() {
@@ -131,7 +131,7 @@ func microseconds(d time.Duration) float64 { return float64(d) / float64(time.Mi
 
 func reason(r int) string { return cone.Reason(r).String() }
 
-// byName returns the counts that are not 0, but for one of something without a name.
+// byName returns the counts that are not 0, without those of something that has no name.
 func byName(counts []uint64, name func(i int) string) map[string]uint64 {
 	out := map[string]uint64{}
 	for i, n := range counts {
@@ -142,7 +142,7 @@ func byName(counts []uint64, name func(i int) string) map[string]uint64 {
 	return out
 }
 
-// peers returns the peers of a permission that is not for one address.
+// peers returns the prefix of a permission for several peers; for one peer it is invalid.
 func peers(k cone.Key) (p netip.Prefix) {
 	if k.Wild > 0 {
 		p = k.Peers()
@@ -152,7 +152,7 @@ func peers(k cone.Key) (p netip.Prefix) {
 
 var errEnded = errors.New("the daemon is stopping")
 
-// Permissions gives every claim to yield, a piece at a time, so that a slow
+// Permissions passes every claim to yield, a piece at a time, so that a slow
 // reader does not hold up the loop.
 func (s source) Permissions(yield func(control.Permission) bool) error {
 	const atOnce = 256
@@ -199,8 +199,8 @@ func (d *Daemon) helper(v6 bool) string {
 	return ipv4
 }
 
-// permission is a claim as the control socket shows it. One in the map whose packets all
-// go to a forward of the user's, which comes before it, is shown as refused: it admits
+// permission is a claim as the control socket shows it. A claim in the map is shown as refused
+// if all its packets match a forward of the user's, which comes before the map: it admits
 // nobody as long as that forward is there.
 func (d *Daemon) permission(v *cone.View, hidden *userrules.Covered) control.Permission {
 	p := control.Permission{

@@ -49,7 +49,7 @@ func openSysctls() (sysctls, error) {
 }
 
 // netnsCookie returns a number that no other network namespace has or gets until the next
-// boot, unlike the inode, which the kernel gives away again. It is 0 before Linux 5.14.
+// boot, unlike the inode number, which the kernel reuses. It is 0 before Linux 5.14.
 func netnsCookie() (uint64, error) {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -105,7 +105,7 @@ func (s sysctls) raise(name string) (before, now int, err error) {
 
 func (s sysctls) note(name string) string { return s.notes + name }
 
-// write makes the note of a setting: the value before, and whose namespace's it is.
+// write makes the note of a setting: the value before, and the cookie of the namespace.
 func (s sysctls) write(name string, before int) error {
 	path := s.note(name)
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -129,7 +129,7 @@ func (s sysctls) restore(name string) error {
 	}
 	var before int
 	var cookie uint64
-	_, broken := fmt.Sscan(string(b), &before, &cookie) // as by a full disk
+	_, broken := fmt.Sscan(string(b), &before, &cookie) // for instance after a full disk
 	if now, err := s.read(name); broken == nil && cookie == s.cookie && err == nil && now == wanted[name] {
 		if err := os.WriteFile(filepath.Join(s.dir, name), fmt.Appendf(nil, "%d\n", before), 0); err != nil {
 			return fmt.Errorf("restore sysctl: %w", err)

@@ -11,10 +11,9 @@ import (
 	"github.com/conenatd/conenatd/internal/ctwatch"
 )
 
-// Verify compares what the daemon takes for true with what the kernel holds:
-// permissions with expectations and the map, flows and children with conntrack. It
-// changes nothing. It looks twice and tells what is wrong both times, for the kernel
-// goes on meanwhile.
+// Verify compares the model with the kernel: permissions with expectations and the map,
+// flows and children with conntrack. It changes nothing. It looks twice and reports what
+// is wrong both times, since the kernel's state changes meanwhile.
 func (s source) Verify() (v control.Verification, err error) {
 	d := s.Daemon
 	done := make(chan struct{})
@@ -37,7 +36,7 @@ func (s source) Verify() (v control.Verification, err error) {
 		})
 	}
 	select {
-	case d.jobs <- look: // of the reconcile, as the lists of the backends are
+	case d.jobs <- look: // the reconcile runs it, as it alone lists the backends
 		<-done
 		return v, err
 	case <-d.ended:
@@ -56,17 +55,17 @@ const (
 	childrenDiffer     wrong = "children_differ"
 )
 
-// A claimed permission is one inside endpoint's.
+// A claimed permission is a permission with the inside endpoint that claims it.
 type claimed struct {
 	cone.Key
 	in cone.Endpoint
 }
 
-// counted are flows and children, as the model has them less those that conntrack
-// shows.
+// counted are the numbers of flows and children in the model, minus those in
+// conntrack.
 type counted struct{ flows, children int }
 
-// differences looks once.
+// differences compares once.
 func (d *Daemon) differences(v *control.Verification) (map[control.Wrong]struct{}, error) {
 	q, err := ctwatch.DialQueries(ctwatch.Config{})
 	if err != nil {
@@ -103,7 +102,7 @@ func (d *Daemon) differences(v *control.Verification) (map[control.Wrong]struct{
 		note(unknownExpectation, k)
 	}
 	for k := range found.nft {
-		// What the kernel learned and no event told of runs out by itself.
+		// An element that the kernel learned and no event reported expires by itself.
 		if !d.firewall.learns(cfg) {
 			note(unknownElement, k)
 		}
@@ -114,7 +113,7 @@ func (d *Daemon) differences(v *control.Verification) (map[control.Wrong]struct{
 			flows[k] = counted{have.flows - n.flows, have.children - n.children}
 		}
 	}
-	// ofAll counts for permissions for one peer and for several.
+	// ofAll counts for all permissions that cover the peer: for it alone, or for a prefix.
 	ofAll := func(k claimed, n counted) {
 		for k.Wild = range wild {
 			x := k
@@ -135,7 +134,7 @@ func (d *Daemon) differences(v *control.Verification) (map[control.Wrong]struct{
 				}
 			}
 		}
-		// What a helper of the user's expected is no child of ours.
+		// A flow that a helper of the user's expected is no child of ours.
 		if !f.Status.Has(cone.StatusExpected) || cone.IsAnchor(f.MasterSrc, f.MasterDst) {
 			ofAll(claimed{cone.Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.ReplyZone}, f.ReplySrc}, counted{children: 1})
 		}

@@ -65,8 +65,8 @@ const (
 	warnSelf            warningID = "self_not_served"        // about is the family, or empty for both
 )
 
-// A warning is a sentence for the user. What it is about tells it from others with the
-// same identifier: the numbers in the text may change meanwhile.
+// A warning is a sentence for the user. about tells it from others with the same
+// identifier, since the numbers in the text may change.
 type warning struct {
 	id          warningID
 	about, text string
@@ -81,7 +81,7 @@ func (w *warnings) add(id warningID, about, format string, args ...any) {
 	*w = append(*w, warning{id, about, fmt.Sprintf(format, args...)})
 }
 
-// status is what status shows of them: the sentences, and what programs want.
+// status returns what status shows: the sentences, and the findings for programs.
 func (w warnings) status() (texts []string, findings []control.Finding) {
 	for _, x := range w {
 		texts = append(texts, x.text)
@@ -101,7 +101,7 @@ func newWarner(log *slog.Logger) *warner {
 	return &warner{log, make(map[string]string), make(map[string]time.Duration)}
 }
 
-// tell takes in which warnings hold now. One that comes and goes is logged once in
+// tell takes in which warnings hold now. One that comes and goes is logged at most once in
 // warnEvery.
 func (w *warner) tell(now time.Duration, all warnings) {
 	over := maps.Clone(w.holds)

@@ -43,7 +43,7 @@ func withoutNFTables(dir string) error {
 // they forward gets no permission, a chain that drops children is named, and a change of
 // either counts long before the next reconcile.
 //
-// Fails when rules are read, or looked at again, for the sake of tables of ours alone.
+// Fails when rules are read, or looked at again, only if we have tables of our own.
 func TestLegacyRulesAreFollowedWithoutNFTables(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{Inside: 2, Rules: lab.NoRules})
 	must := func(err error) {
