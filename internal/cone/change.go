@@ -7,16 +7,16 @@ import (
 	"time"
 )
 
-// SetTimeouts tells how long the kernel keeps flows, from which the model tells when they
-// had their last packet.
+// SetTimeouts sets how long the kernel keeps flows. From these and what a flow has left the
+// model computes when its last packet passed.
 func (m *Model) SetTimeouts(t Timeouts) { m.timeouts = t }
 
-// SetTopology tells the model the gateway's links and addresses. Permissions on
-// an address that the gateway had and has no more end at once. For a lifetime flows
-// with that address give none either: their events may still be on the way.
+// SetTopology sets the gateway's links and addresses. Permissions on an address that the
+// gateway has lost end at once. For one lifetime flows with that address give none either,
+// because their events may still be on the way.
 //
-// It reports whether a flow that gave no permission, for what was known of links and
-// addresses, may give one now, or may be a stray now: only a snapshot shows which.
+// It reports whether flows that gave no permission because of the old links and addresses
+// may give one now, or may be strays now: only a snapshot shows which.
 func (m *Model) SetTopology(now time.Duration, t Topology) (misjudged bool) {
 	old, wereOwn := m.topo, m.policy.own
 	m.topo = compileTopology(t)
@@ -50,16 +50,16 @@ func (m *Model) SetTopology(now time.Duration, t Topology) (misjudged bool) {
 	return misjudged
 }
 
-// lost reports whether p is on an address that the gateway lost a while ago.
+// lost reports whether the gateway lost the outside address of p within the last lifetime.
 func (m *Model) lost(now time.Duration, p *Permission) bool {
 	until, lost := m.topo.lost[p.Ext.Addr]
 	return lost && now < until && !p.Routed()
 }
 
-// SetForwards tells what rules of the user's forward. f reports whether one may lead a
-// peer of a permission elsewhere than the permission does; it may be nil. Such permissions
-// have no expectation any more, and others may have one. If whole is false there may be
-// other forwards, and flows are believed that show one.
+// SetForwards sets what the user's rules forward. f reports whether a rule may lead a peer
+// of a permission elsewhere than the permission does; it may be nil. Such permissions lose
+// their expectation, and others may get one. If whole is false, f may not know all
+// forwards; then forwards that flows show count too.
 func (m *Model) SetForwards(now time.Duration, f func(Permission) bool, whole bool) {
 	m.BeginForwards(f, whole)
 	for at := 0; at >= 0; {
@@ -67,15 +67,15 @@ func (m *Model) SetForwards(now time.Duration, f func(Permission) bool, whole bo
 	}
 }
 
-// BeginForwards is SetForwards for what is decided from now on. What stands already
-// is for ReviewForwards.
+// BeginForwards is SetForwards for decisions from now on. ReviewForwards applies it to what
+// stands already.
 func (m *Model) BeginForwards(f func(Permission) bool, whole bool) {
 	m.ruled, m.unread = f, !whole
 	m.explainShown()
 }
 
-// ReviewForwards places the next n claims from at on anew, for what is forwarded now,
-// and returns where to go on, or -1 at the end. It begins with 0.
+// ReviewForwards decides again, by the present forwards, what carries the n claims from at
+// on, and returns where to continue, or -1 at the end. Start with 0.
 func (m *Model) ReviewForwards(now time.Duration, at, n int) int {
 	end := min(at+n, len(m.claims))
 	for i := at; i < end; i++ {
@@ -88,9 +88,9 @@ func (m *Model) ReviewForwards(now time.Duration, at, n int) int {
 	return end
 }
 
-// SetPolicy changes the policy. Permissions that it still allows are not
-// touched; the others end, each for one with more peers where the policy makes it
-// that. Flows that give a permission only now are found by the next snapshot.
+// SetPolicy changes the policy. Permissions that it still allows stay untouched. The others
+// end; if the new policy gives one for more peers instead, that one replaces it. The next
+// snapshot finds flows that give a permission only now.
 func (m *Model) SetPolicy(now time.Duration, p Policy) {
 	shorter := p.Lifetime < m.policy.Lifetime
 	learns := !m.policy.Learned && p.Learned
@@ -110,12 +110,12 @@ func (m *Model) SetPolicy(now time.Duration, p Policy) {
 		switch c.state {
 		case StateStanding:
 			c.refresh = min(c.refresh, now+p.Lifetime/2)
-			if shorter { // what is in the kernel must not outlive it
+			if shorter { // what is in the kernel must not outlive the new lifetime
 				c.refresh = now
 			}
 			m.wheel.schedule(int32(i), min(c.refresh, c.fed+p.Lifetime))
 		case StateRefused:
-			if learns { // refused again, it is denied
+			if learns { // if it is refused again, it is denied
 				c.retry = now
 			}
 			m.wheel.schedule(int32(i), c.retry)
@@ -138,22 +138,22 @@ func (m *Model) SetPolicy(now time.Duration, p Policy) {
 	if !learns {
 		return
 	}
-	for i := range m.claims { // what the kernel learns meanwhile should stand, or be denied
+	for i := range m.claims { // what the kernel may learn now must stand, or be denied
 		if c := &m.claims[i]; c.state == StateRefused && !c.waitsForFlow() {
 			m.grant(now, int32(i))
 		}
 	}
 }
 
-// allowed reports whether the policy allows c. Flows to excluded peer ports
-// support it no more.
+// allowed reports whether the policy allows c. It removes flows of c that no longer support
+// it, such as those to excluded peer ports.
 func (m *Model) allowed(c *claim) bool {
 	_, s, ok := m.policy.subnet(c.Int.Addr.Netip())
 	if !ok || c.Routed() && !s.Routed || s.Filtering == AddressAndPortDependent {
 		return false
 	}
 	if m.widened(c).Key != c.Key {
-		return false // it would be another one now
+		return false // the policy makes another permission of it now
 	}
 	had := c.outs > 0
 	for f := c.flows; f != none; {
@@ -172,24 +172,24 @@ func (m *Model) allowed(c *claim) bool {
 	if c.Wild > 0 {
 		return !m.policy.ports.has(c.Ext.Port)
 	}
-	// Any port that is not excluded will do: those of the flows were looked at.
+	// Port 1 stands for any port: the ports of the flows were checked above.
 	peer := Endpoint{c.Peer, 1}
 	r := m.policy.refusesEndpoint(c.Ext, peer, &m.topo)
 	if r != ReasonPeerInside {
 		return r == ReasonNone
 	}
 	_, _, inside := m.policy.subnet(c.Peer.Netip())
-	return !inside && !m.topo.reached(c.Peer.Netip()) // a route may come back
+	return !inside && !m.topo.reached(c.Peer.Netip()) // no route: it may come back
 }
 
-// A fedPermission is one that was last fed from inside at some time.
+// A fedPermission is a permission with the time of its last traffic from inside.
 type fedPermission struct {
 	Permission
 	fed time.Duration
 }
 
-// widened returns what c would be by the policy. If c stands for several peers it is
-// that of the first.
+// widened returns the permission that the policy now makes of c. If c is for several peers,
+// the first one counts.
 func (m *Model) widened(c *claim) fedPermission {
 	x := fedPermission{c.Permission, c.fed}
 	x.Wild = 0
@@ -197,8 +197,8 @@ func (m *Model) widened(c *claim) fedPermission {
 	return x
 }
 
-// goesOn returns what takes the place of c, which the policy ends: the same for more
-// peers, unless the policy gives none for a contact with that of c.
+// goesOn returns the permission for more peers that replaces c, which the policy ends. ok
+// is false if there is none, or if the policy gives none for the contacts of c.
 func (m *Model) goesOn(c *claim) (x fedPermission, ok bool) {
 	if x = m.widened(c); c.state != StateStanding || x.Wild <= c.Wild {
 		return x, false
@@ -214,8 +214,8 @@ func (m *Model) goesOn(c *claim) (x fedPermission, ok bool) {
 	return x, ok
 }
 
-// carryOn lets x stand in place of one for fewer peers that ended, for as long as
-// that one would have, or as another one that came to be the same.
+// carryOn grants x, which replaces a narrower permission that just ended, for that one's
+// remaining lifetime. If x.Int has a claim on x.Key already, it only extends that claim.
 func (m *Model) carryOn(now time.Duration, x fedPermission) {
 	if o := m.owner(x.Key); o != none {
 		if c := &m.claims[o]; c.Int == x.Int {
@@ -230,7 +230,7 @@ func (m *Model) carryOn(now time.Duration, x fedPermission) {
 	m.settle(now, i)
 }
 
-// supports reports whether a contact with another peer may hold c.
+// supports reports whether a contact, maybe with another peer, gives c.
 func (m *Model) supports(contact *Permission, c *claim) bool {
 	if c.Wild > 0 {
 		return true
@@ -244,9 +244,9 @@ func (m *Model) supports(contact *Permission, c *claim) bool {
 	return false
 }
 
-// Adopt takes over p, which the kernel carries from an earlier daemon. Unless
-// flows hold it, it ends at the time at which it would have ended without a
-// daemon. What the policy does not allow is revoked.
+// Adopt takes over p, which the kernel carries from an earlier daemon. Unless flows hold p,
+// it ends when it would have ended without a daemon. If the policy does not allow p, it is
+// revoked.
 func (m *Model) Adopt(now time.Duration, p Permission, by Carriers, ends time.Duration) {
 	if o := m.owner(p.Key); o != none {
 		if c := &m.claims[o]; c.Int == p.Int && c.state == StateStanding && c.placed.By&by == 0 {
@@ -269,13 +269,13 @@ func (m *Model) Adopt(now time.Duration, p Permission, by Carriers, ends time.Du
 		}
 		return
 	}
-	// No limit counts: it stood before, and makes room when another wants it.
+	// Limits do not count here: p stood before, and makes room when another claim needs it.
 	m.reconsider(now, i)
 }
 
-// Revoke ends the permissions for which f returns true, for good: the flows
-// that hold them now do not bring them back, a new one does. Other inside endpoints that
-// waited for one of them get theirs. It returns how many stood.
+// Revoke ends the permissions for which f returns true. The flows that hold them now do not
+// bring them back; a new flow does. Other inside endpoints that waited for one of them get
+// theirs. It returns how many stood.
 func (m *Model) Revoke(now time.Duration, f func(Permission) bool) (n int) {
 	var revoked []int32
 	for i := range m.claims {
@@ -291,7 +291,7 @@ func (m *Model) Revoke(now time.Duration, f func(Permission) bool) (n int) {
 		m.markRevoked(int32(i))
 		revoked = append(revoked, int32(i))
 	}
-	for _, i := range revoked { // only now it is known who is first
+	for _, i := range revoked { // only now the first claim of each Key is known
 		if o := m.owner(m.claims[i].Key); m.claims[o].state == StateWaiting {
 			m.grant(now, o)
 		}
@@ -301,8 +301,8 @@ func (m *Model) Revoke(now time.Duration, f func(Permission) bool) (n int) {
 	return n
 }
 
-// endWhere ends the claims for which f returns true. One that comes to stand in
-// place of another is asked about too.
+// endWhere ends the claims for which f returns true. It asks f about waiting claims too,
+// since one of them may come to stand in place of another.
 func (m *Model) endWhere(now time.Duration, r Reason, f func(*claim) bool) {
 	var ends []int32
 	for i := range m.claims {
@@ -310,24 +310,24 @@ func (m *Model) endWhere(now time.Duration, r Reason, f func(*claim) bool) {
 			ends = append(ends, int32(i))
 		}
 	}
-	// Those that wait go first, so that none of them is granted for a moment.
+	// End waiting claims first, so that none of them is granted for a moment.
 	slices.SortStableFunc(ends, func(a, b int32) int {
 		return int(m.claims[b].state) - int(m.claims[a].state)
 	})
 	for _, i := range ends {
-		if m.claims[i].state != stateUnused { // evicted meanwhile
+		if m.claims[i].state != stateUnused { // else it was evicted meanwhile
 			m.end(now, i, r)
 		}
 	}
 }
 
 func newScopes(n int) []scope {
-	// One more for the gateway itself, and for claims whose subnet is not enabled any more.
+	// One more for the gateway itself, and for claims whose subnet is no longer enabled.
 	return slices.Repeat([]scope{emptyScope}, n+1)
 }
 
-// subnet returns the enabled subnet that holds a and its index; without one, and for the
-// gateway itself, the index is past the last.
+// subnet returns the enabled subnet that holds a, and its index. For the gateway itself,
+// and if no subnet holds a, the index is one past the last.
 func (p *policy) subnet(a netip.Addr) (int, Subnet, bool) {
 	if len(p.own) > 0 && p.isOwn(AddrFrom(a)) {
 		return len(p.Subnets), selfSubnet, true

@@ -1,8 +1,8 @@
 package cone
 
-// earlySize bounds the index of early packets' flows. It is a ring: in a flood
-// from outside the oldest are forgotten, and their peers stay locked out until
-// their flows end, as without repair.
+// earlySize bounds the index of early packets' flows. It is a ring: a flood from outside
+// overwrites the oldest, and their peers stay locked out until their flows end, as they
+// would without repair.
 const earlySize = 4096
 
 // An earlyIndex remembers flows from outside that end on the gateway itself: a
@@ -11,7 +11,7 @@ const earlySize = 4096
 // permission stands.
 type earlyIndex struct {
 	ring  []earlyFlow
-	next  int           // slot of ring to be used next
+	next  int           // next slot of ring to use
 	byKey map[Key]int32 // first slot of each Key
 }
 
@@ -19,7 +19,7 @@ type earlyFlow struct {
 	Key
 	id         uint32
 	port       uint16
-	zone       uint16 // of the packets
+	zone       uint16 // of the packets from the peer
 	used       bool
 	prev, more int32 // neighbours of the same Key
 }
@@ -64,7 +64,7 @@ func (x *earlyIndex) remove(k Key, port uint16, id uint32) {
 	}
 }
 
-// drop frees slot i of the ring.
+// drop frees slot i of the ring if it is in use.
 func (x *earlyIndex) drop(i int32) {
 	e := &x.ring[i]
 	if !e.used {
@@ -101,8 +101,8 @@ func exact(k Key, peer Addr) Key {
 	return k
 }
 
-// stands reports whether a permission that surely stands lets the peer of k in,
-// be it its own, or that of its group or of everybody.
+// stands reports whether a permission that the kernel has confirmed lets the peer of k in:
+// its own permission, or that of its group or of everybody.
 func (m *Model) stands(k Key) bool {
 	certain := func(wild uint8) bool {
 		k := k
@@ -116,8 +116,8 @@ func (m *Model) stands(k Key) bool {
 	return m.policy.wild && (certain(groupBits(m.policy.groups, k.Peer)) || certain(uint8(k.Peer.Netip().BitLen())))
 }
 
-// Granted tells the model that p stands in the kernel. Flows of early packets
-// that would hide it go now.
+// Granted tells the model that the kernel carries p. It drops the flows of early packets
+// that would hide p.
 func (m *Model) Granted(p Permission) {
 	o := m.find(p.Key, p.Int)
 	if o == none || m.claims[o].state != StateStanding {

@@ -5,26 +5,26 @@ import (
 	"time"
 )
 
-// A flow is a live conntrack entry that belongs to a claim: one that the inside
-// host opened, or a child.
+// A flow is a live conntrack entry that belongs to a claim: the inside host opened it, or
+// it is a child.
 type flow struct {
 	claim      int32
 	next, prev int32
 	id         uint32
 	packets    uint32 // from inside, when last seen; wraps
-	host       uint32 // as flowKey.host
+	host       uint32 // see flowKey.host
 	port       uint16 // the peer's
-	zone       uint16 // of the packets that come from the peer
-	gen        uint8  // of the snapshot that saw it last
+	zone       uint16 // of the packets from the peer
+	gen        uint8  // generation of the snapshot that saw it last
 	child      bool
 	answered   bool
 }
 
-// flowKey names a flow: with the claim it gives the whole tuple, but for IPv6
-// addresses within a group, which it only tells apart well enough.
+// flowKey names a flow. With the claim it gives the whole tuple, except that for IPv6 peers
+// in a group host is only a hash.
 type flowKey struct {
 	claim int32
-	host  uint32 // which peer, where it is not the one of the claim; else 0
+	host  uint32 // which peer, if it is not the claim's; else 0
 	port  uint16
 	child bool
 }
@@ -36,7 +36,7 @@ type flowTable struct {
 	all   []flow
 	free  []int32
 	byKey map[flowKey]int32
-	peers map[int32]Addr // by flow, where it is not the one of the claim
+	peers map[int32]Addr // by flow, if the peer is not the claim's
 }
 
 func newFlowTable() flowTable {
@@ -71,11 +71,11 @@ const (
 	roleOther role = iota // nothing to do with permissions
 	roleOut               // an enabled inside host opened it towards a peer
 	roleChild             // a permission admitted it
-	roleDNAT              // came in by a port forward of the user's: supports nothing
+	roleDNAT              // came in by a user's port forward: supports nothing
 	roleEarly             // came in and ends on the gateway
 )
 
-// role says what f is, and which permission it would belong to.
+// role returns what f is, and which permission it would belong to.
 func (m *Model) role(f *Flow) (role, Permission, Subnet) {
 	inbound := Permission{
 		Key:  Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.ReplyZone},
@@ -109,14 +109,14 @@ func (m *Model) role(f *Flow) (role, Permission, Subnet) {
 	return roleOther, inbound, Subnet{}
 }
 
-// IsAnchor reports whether an entry with this original direction has the mark
-// of an anchor of ours: a port that real packets do not use.
+// IsAnchor reports whether an entry with this original direction looks like one of our
+// anchors: one of its ports is 0, which real packets do not use.
 func IsAnchor(src, dst Endpoint) bool {
 	return (src.Port == 0) != (dst.Port == 0)
 }
 
-// FlowSeen takes in a flow that is alive: a new one, or one seen again with its
-// present status and counters.
+// FlowSeen handles a flow that is alive: a new one, or one seen again with its present
+// status and counters.
 func (m *Model) FlowSeen(now time.Duration, f *Flow) {
 	m.seeHelped(now, f)
 	m.noteZones(f)
@@ -132,7 +132,7 @@ func (m *Model) FlowSeen(now time.Duration, f *Flow) {
 	case roleEarly:
 		m.seeEarly(f, p)
 	case roleOther:
-		// What ends on the gateway does not pass the forward hook.
+		// Flows that end on the gateway do not pass the forward hook.
 		_, ends := m.topo.local[f.ReplySrc.Addr]
 		if f.Status.Has(StatusExpected) && !ends && m.snap.whole && !m.snap.showing && m.topo.outside(f.Src.Addr.Netip()) {
 			m.stats.Through++
@@ -157,7 +157,7 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	}
 	if r == ReasonNone && m.lost(now, &p) {
 		r = ReasonAddressGone
-		if m.policy.Learned && !m.snap.showing { // the kernel made it as long as it had the address
+		if m.policy.Learned && !m.snap.showing { // the kernel could learn it while the address was there
 			m.Surplus(now, p, ByMap)
 		}
 	}
@@ -179,7 +179,7 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	}
 }
 
-// gives reports whether f gives the permission p of those for which it is spread.
+// gives reports whether f gives p, one of the permissions into which its group is expanded.
 func (m *Model) gives(f *Flow, p *Permission) bool {
 	return p.Wild > 0 || p.Peer == f.ReplySrc.Addr ||
 		m.policy.refusesEndpoint(p.Ext, Endpoint{p.Peer, 1}, &m.topo) == ReasonNone
@@ -189,7 +189,7 @@ func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	if i := m.find(p.Key, p.Int); i != none {
 		known := m.addFlow(now, i, f, false)
 		c := &m.claims[i]
-		c.Mark = p.Mark // of the newest flow
+		c.Mark = p.Mark // the mark of the newest flow
 		asks := c.isRevoked() && !known && !m.snap.showing
 		if asks {
 			m.wheel.remove(i)
@@ -231,8 +231,9 @@ func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	}
 }
 
-// putBack makes claim i, which goes on to stand, stand in the map again: the kernel lets
-// a new flow of another host have a port if any flow with the same answers has ended.
+// putBack grants claim i, which keeps its Key, in the map again. The kernel gives a port to
+// a new flow of another host once a flow with the same reply tuple has ended, and the map
+// may have learned that host.
 func (m *Model) putBack(i int32) {
 	c := &m.claims[i]
 	if m.policy.Learned && c.state == StateStanding && c.placed.By&ByMap != 0 {
@@ -248,8 +249,9 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 		case f.Status.Has(StatusExpected):
 			m.orphan(f, p)
 		case f.Labelled:
-			// The kernel learns by itself: only a snapshot shows that a permission is gone
-			// of which no event told, or that the port has passed to another host.
+			// The map may have learned a permission of which no event came yet. So drop the
+			// child only if there is a claim of its Key, or in a snapshot, which would show
+			// that permission's flow.
 			if i != none || m.owner(p.Key) != none || m.snap.showing {
 				m.orphan(f, p)
 			}
@@ -271,9 +273,9 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 	m.addFlow(now, i, f, true)
 }
 
-// notePassed counts f, a child of claim i if there is one, the first time that it
-// is seen. What was there before the first snapshot passed long ago; a later one shows those
-// of which events were lost.
+// notePassed counts f, a child of claim i if that is not none, when it is first seen. Flows
+// of the first snapshot passed long ago and do not count; later snapshots show children
+// whose events were lost.
 func (m *Model) notePassed(f *Flow, i int32) {
 	if !m.snap.whole || m.snap.showing && (m.snap.first || i == none) || m.policy.isOwn(f.ReplySrc.Addr) { // which the forward hook does not see
 		return
@@ -292,19 +294,19 @@ func (m *Model) notePassed(f *Flow, i int32) {
 	}
 }
 
-// orphan drops a child whose permission is gone, unless the inside host answered
-// it. A daemon that died may have left it; or its first packet met the very end
-// of the permission. Before the first snapshot nobody knows what is gone.
+// orphan drops a child whose permission is gone, unless the inside host answered it. A
+// daemon that died may have left it, or its first packet came just as the permission ended.
+// Before the first snapshot it is not known what is gone.
 func (m *Model) orphan(f *Flow, p Permission) {
 	if m.snap.whole && !f.Status.Has(StatusSeenReply) {
 		m.op(Op{Kind: DropUnanswered, Permission: p, From: f.Src, FromZone: f.OrigZone, ID: f.ID})
 	}
 }
 
-// addFlow notes that f belongs to claim i and is alive. The claim is fed if f
-// had packets from inside since it was last seen; without counters that move, if
-// it is the inside host's own flow or a child that it answered. It returns
-// whether the flow was known.
+// addFlow notes that f belongs to claim i and is alive. It feeds the claim if f had packets
+// from inside since it was last seen. If the counters of f do not count, it feeds the claim
+// if f is the inside host's own flow or a child that it answered. It returns whether the
+// flow was known.
 func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known bool) {
 	peer, zone, packets := f.ReplySrc, f.ReplyZone, f.OrigPackets
 	if child {
@@ -318,20 +320,20 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known 
 		n = m.newFlow(k, peer.Addr)
 	}
 	if !known && !child && !f.HasCounters {
-		packets = 1 // the one that made it
+		packets = 1 // the packet that made it
 	}
 	fl := &t.all[n]
 	heard := m.heard(now, f)
 	fed := !child || f.Status.Has(StatusSeenReply)
-	// The counters of a flow in a flowtable stand still. It has packets, though
-	// nobody knows whose: after 30 s without any it is let go.
+	// The counters of a flow in a flowtable stand still. Such a flow has packets, though
+	// from which side is not known: after 30 s without any the flowtable lets it go.
 	if fed && known && f.HasCounters && !f.Status.Has(StatusOffload) {
 		fed = uint32(packets) != fl.packets
-		heard = max(heard, m.snap.before) // what it was then is known
+		heard = max(heard, m.snap.before) // the count at that time is known
 	}
 	fl.id, fl.zone, fl.packets, fl.gen = f.ID, zone, uint32(packets), m.snap.gen
 	if f.Late > 0 {
-		fl.packets-- // the next look tells when the last of them passed
+		fl.packets-- // the next look finds a change, and when the last packet passed
 	}
 	if child {
 		m.setAnswered(fl, f.Status.Has(StatusSeenReply))
@@ -342,9 +344,9 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known 
 	return known
 }
 
-// heard returns when the last packet of f passed, as far as the kernel tells; earlier
-// where f has a shorter timeout than others. Who sent it is not known. In a flowtable the
-// timeout stands still.
+// heard returns when the last packet of f passed, from either side, as far as the kernel
+// tells. If f has a shorter timeout than other flows, the result is too early. In a
+// flowtable the timeout stands still, so the flow counts as just heard.
 func (m *Model) heard(now time.Duration, f *Flow) time.Duration {
 	if f.Began || f.Status.Has(StatusOffload) {
 		return now - f.Late
@@ -402,7 +404,7 @@ func (m *Model) setAnswered(fl *flow, answered bool) {
 	m.account(fl.claim)
 }
 
-// removeFlow forgets flow n. The caller settles the claim.
+// removeFlow forgets flow n. The caller must settle the claim.
 func (m *Model) removeFlow(n int32) {
 	t := &m.flows
 	fl := &t.all[n]
@@ -429,16 +431,16 @@ func (m *Model) removeFlow(n int32) {
 	m.stats.Flows--
 }
 
-// FlowGone takes in the end of a flow. Its last status and counters tell
-// whether it was fed from inside to the end.
+// FlowGone handles the end of a flow. Its last status and counters tell whether it was fed
+// from inside to the end.
 func (m *Model) FlowGone(now time.Duration, f *Flow) {
 	m.snap.gone(f.ID)
 	role, p, _ := m.role(f)
 	if role == roleDNAT {
-		m.shown.ruled.drop(f.ID) // another flow may get it
+		m.shown.ruled.drop(f.ID) // another flow may get this ID
 	}
-	// The kernel names neither a master nor labels when it destroys a child. The
-	// identifier tells that it is one of ours.
+	// A DESTROY event names neither the master nor the labels of a child. flowGone knows
+	// our children by their ID.
 	if role == roleOther && f.Status.Has(StatusExpected) && f.MasterSrc == (Endpoint{}) && f.MasterDst == (Endpoint{}) || role == roleDNAT {
 		role = roleChild
 	}
@@ -461,7 +463,7 @@ func (m *Model) FlowGone(now time.Duration, f *Flow) {
 	}
 }
 
-// flowGone takes in the end of a flow with the given peer that belonged to p.
+// flowGone handles the end of a flow with the given peer that belonged to p.
 func (m *Model) flowGone(now time.Duration, f *Flow, p Permission, peer Endpoint, child bool) {
 	i := m.find(p.Key, p.Int)
 	if i == none {
@@ -472,15 +474,15 @@ func (m *Model) flowGone(now time.Duration, f *Flow, p Permission, peer Endpoint
 	if !ok || m.flows.all[n].id != f.ID {
 		return
 	}
-	if !m.isOver(now, &m.claims[i]) { // else it was long since, and is told late
+	if !m.isOver(now, &m.claims[i]) { // else the flow ended long ago, and its event is late
 		m.addFlow(now, i, f, k.child)
 	}
 	m.removeFlow(n)
 	m.settle(now, i)
 }
 
-// FlowMissing takes in that the flow of a Query is not there any more, though
-// no event told so. The time of its end is unknown, so it feeds nothing.
+// FlowMissing handles the answer that the flow of a Query is gone, although no event said
+// so. When it ended is unknown, so it feeds nothing.
 func (m *Model) FlowMissing(now time.Duration, o *Op) {
 	i := m.find(o.Key, o.Int)
 	if i == none {

@@ -3,18 +3,18 @@ package cone
 import "time"
 
 // forwardMemory is how long a port counts as forwarded after the last flow through a
-// forward was seen that no rule tells of.
+// forward that no known rule explains.
 const forwardMemory = 5 * time.Minute
 
-// maxForwarded bounds the memory that a forward of all ports can cost.
+// maxForwarded bounds the memory that a forward of all ports can cost: entries of a recent.
 const maxForwarded = 1 << 16
 
-// shown are the outside endpoints whose forwards flows showed, and the flows that did so
-// last. Those of which a rule told are no evidence of another one, and still none when
-// that rule is gone. If there are too many, the older half is forgotten.
+// shown holds the outside endpoints whose forwards were seen in flows, each with the flow
+// that showed it last. A flow that a rule explains is no evidence of another forward, not
+// even when that rule is gone. If there are too many, the older half is forgotten.
 type shown struct {
 	flows recent[extKey, shownBy]
-	ruled recent[uint32, struct{}] // identifiers of the flows of which a rule told
+	ruled recent[uint32, struct{}] // IDs of flows that a rule explained
 }
 
 // shownBy is the flow that showed a forward last.
@@ -33,7 +33,7 @@ func (s *shown) has(now time.Duration, e extKey) bool {
 	return ok && now-by.at < forwardMemory
 }
 
-// A recent holds what was put into it last.
+// A recent holds the entries that were put into it last.
 type recent[K comparable, V any] struct{ newer, older map[K]V }
 
 func newRecent[K comparable, V any]() recent[K, V] {
@@ -60,8 +60,8 @@ func (r *recent[K, V]) drop(k K) {
 	delete(r.older, k)
 }
 
-// showForward takes in f, a flow to e that is none of ours and was DNATed. If no rule
-// tells of it, it takes the expectations away that this bars.
+// showForward handles f, a DNATed flow to e that is not ours. If no rule explains it, the
+// expectations that conflict with its forward end.
 func (m *Model) showForward(now time.Duration, f *Flow, e extKey) {
 	if m.leads(e, f.Src.Addr) {
 		m.shown.ruled.put(f.ID, struct{}{})
@@ -77,7 +77,7 @@ func (m *Model) showForward(now time.Duration, f *Flow, e extKey) {
 	}
 }
 
-// explainShown forgets what flows showed of forwards of which rules tell now.
+// explainShown forgets forwards that flows showed and rules now explain.
 func (m *Model) explainShown() {
 	for _, some := range []map[extKey]shownBy{m.shown.flows.newer, m.shown.flows.older} {
 		for e, by := range some {
@@ -89,18 +89,18 @@ func (m *Model) explainShown() {
 	}
 }
 
-// leads reports whether the user's rules forward what a peer sends to e, wherever to.
+// leads reports whether the user's rules forward what peer sends to e, to any destination.
 func (m *Model) leads(e extKey, peer Addr) bool {
 	return m.ruled != nil && m.ruled(Permission{Key: Key{Ext: e.ext, Peer: peer, Zone: e.zone}})
 }
 
-// forwarded reports whether a forward of the user's may lead peers of p elsewhere than p
-// does, by his rules or by what flows show.
+// forwarded reports whether a user's forward may lead peers of p elsewhere than p does,
+// according to the rules or to flows seen.
 func (m *Model) forwarded(now time.Duration, p *Permission) bool {
 	return m.ruled != nil && m.ruled(*p) || m.unread && m.shown.has(now, p.extKey())
 }
 
-// retryForwarded lets claim i stand, if it was refused for a forward that is gone.
+// retryForwarded grants claim i if it was refused for a forward that is gone.
 func (m *Model) retryForwarded(now time.Duration, i int32) {
 	c := &m.claims[i]
 	if c.state == StateRefused && c.reason == ReasonForwarded && m.owner(c.Key) == i && !m.forwarded(now, &c.Permission) {
@@ -108,13 +108,13 @@ func (m *Model) retryForwarded(now time.Duration, i int32) {
 	}
 }
 
-// freshTime is how long after a forward was noticed a child may still be told of
-// that was admitted before.
+// freshTime is how long after a forward was noticed events may still report a child that
+// was admitted before it.
 const freshTime = 2 * time.Second
 
-// seeForwarded takes in that a forward covers the outside endpoint of claim i, which
-// stands, as it did not before. The peers' packets are the forward's now, if they are
-// among those that it is for: who may have been led elsewhere is led anew.
+// seeForwarded notes that a forward now covers the outside endpoint of claim i, which
+// stands. The forward now gets the packets that match it: drop the children that were
+// admitted before, so that their next packets are translated anew.
 func (m *Model) seeForwarded(now time.Duration, i int32) {
 	c := &m.claims[i]
 	m.dropChildren(c)
@@ -125,8 +125,8 @@ func (m *Model) seeForwarded(now time.Duration, i int32) {
 	m.freshEnds = now + freshTime
 }
 
-// misled reports whether f, a new child of c that nobody answered, may have been
-// admitted before the forward that is for it. One of an expectation was in any case.
+// misled reports whether f, a new unanswered child of c, may have been admitted before the
+// forward that its packets belong to. A child of an expectation always was.
 func (m *Model) misled(now time.Duration, f *Flow, c *claim) bool {
 	if c.placed.Why != ReasonForwarded || f.Status.Has(StatusSeenReply) {
 		return false
@@ -135,9 +135,10 @@ func (m *Model) misled(now time.Duration, f *Flow, c *claim) bool {
 	return f.Status.Has(StatusExpected) || fresh && now < m.freshEnds
 }
 
-// withdrawForwarded withdraws what a forward bars of one outside endpoint.
+// withdrawForwarded withdraws what conflicts with a new forward of one outside endpoint.
 func (m *Model) withdrawForwarded(now time.Duration, e extKey) {
-	// Listed first: one that ends may let another stand, and that evict a third.
+	// Collect the claims first: one that ends may let another stand, which may evict a
+	// third.
 	var barred []int32
 	if i, ok := m.byExt[e]; ok {
 		for ; i != none; i = m.claims[i].extNext {

@@ -2,19 +2,19 @@ package cone
 
 import "time"
 
-// helperMemory is how long a conntrack helper counts as at work for two hosts after
-// it was last seen: longer than a permission that it could meet stands by itself.
+// helperMemory is how long a conntrack helper counts as at work between two hosts after it
+// was last seen: longer than a permission that it could meet stands by itself.
 const helperMemory = time.Hour
 
-// maxHelped bounds the memory of it.
+// maxHelped bounds the pairs that are remembered.
 const maxHelped = 1 << 16
 
-// A pair is an inside address and a peer, between which a conntrack helper of the
-// user's works. One that is zero is any.
+// A pair is an inside address and a peer between which a conntrack helper of the user's
+// works. A zero address stands for any.
 type pair struct{ in, peer Addr }
 
-// helped reports whether a helper may want an expectation where p would have one:
-// the kernel refuses the helper's then, and the helper drops the user's packet.
+// helped reports whether a helper may want an expectation where p would have one. The
+// kernel would refuse the helper's, and the helper would drop the user's packet.
 func (m *Model) helped(now time.Duration, p *Permission) bool {
 	if len(m.pairs) == 0 {
 		return false
@@ -27,9 +27,9 @@ func (m *Model) helped(now time.Duration, p *Permission) bool {
 	return false
 }
 
-// SeeHelper tells the model that a conntrack helper of the user's is at work between
-// an inside address and a peer, of which one may be zero, for any. Expectations of ours
-// leave its way at once.
+// SeeHelper tells the model that a conntrack helper of the user's works between an inside
+// address and a peer. One of them may be zero, for any. Our expectations between them end
+// at once.
 func (m *Model) SeeHelper(now time.Duration, in, peer Addr) {
 	k := pair{in, peer}
 	seen, known := m.pairs[k]
@@ -49,7 +49,7 @@ func (m *Model) SeeHelper(now time.Duration, in, peer Addr) {
 	}
 }
 
-// forgetHelpers makes room: the old ones go, or, if there is none, any one.
+// forgetHelpers makes room for a pair: it forgets the old ones, or any one if none is old.
 func (m *Model) forgetHelpers(now time.Duration) {
 	for k, seen := range m.pairs {
 		if now-seen >= helperMemory {
@@ -64,9 +64,9 @@ func (m *Model) forgetHelpers(now time.Duration) {
 	}
 }
 
-// seeHelped takes in that a helper of the user's works on f, or expected it: that of a TCP
-// flow, say, which nobody hears of. A child may have the one of its anchor, on kernels that
-// hand it down.
+// seeHelped notes a helper of the user's that works on f, or that expected f: for instance
+// the helper of a TCP flow, of which no event tells. It skips our children: on some kernels
+// they inherit the helper of their anchor.
 func (m *Model) seeHelped(now time.Duration, f *Flow) {
 	expected := f.Status.Has(StatusExpected) && f.MasterSrc != (Endpoint{})
 	if expected && IsAnchor(f.MasterSrc, f.MasterDst) || !expected && !f.Helped {
@@ -79,9 +79,9 @@ func (m *Model) seeHelped(now time.Duration, f *Flow) {
 	}
 }
 
-// SeeForeign tells the model of an expectation of the user's: between which hosts the
-// flow of its master began, which peer it waits for, zero for any, and where it leads
-// that, zero if it does not say.
+// SeeForeign tells the model of an expectation that is not ours. src and dst are the
+// original addresses of its master, peer is who it waits for (zero for any), and in is
+// where it leads that peer (zero if unknown).
 func (m *Model) SeeForeign(now time.Duration, src, dst, peer, in Addr) {
 	if _, _, inside := m.policy.subnet(src.Netip()); inside {
 		m.SeeHelper(now, src, dst)
@@ -89,7 +89,7 @@ func (m *Model) SeeForeign(now time.Duration, src, dst, peer, in Addr) {
 		return
 	}
 	if _, _, inside := m.policy.subnet(in.Netip()); !inside && (in != (Addr{}) || !m.topo.outside(src.Netip())) {
-		return // of a network that is not ours
+		return // of a network that is not enabled
 	}
 	m.SeeHelper(now, in, src)
 	if in != (Addr{}) || peer != (Addr{}) {

@@ -2,9 +2,9 @@ package cone
 
 import "time"
 
-// lingers reports whether c makes way for another claim: it has no live flow
-// that is fed from inside, or what keeps it from standing is its own: a limit, or the lack of
-// a socket.
+// lingers reports whether c makes way for another claim: it stands without a live flow that
+// is fed from inside, or it is refused for a reason of its own: no inside traffic, a limit,
+// or no socket.
 func (c *claim) lingers() bool {
 	switch c.state {
 	case StateStanding:
@@ -18,34 +18,34 @@ func (c *claim) lingers() bool {
 	return false
 }
 
-// waitsForFlow reports whether c, which is refused, is not to be tried again
-// before the inside host sends.
+// waitsForFlow reports whether c, which is refused, is tried again only when the inside
+// host sends.
 func (c *claim) waitsForFlow() bool {
 	return c.reason == ReasonIdle || c.reason == ReasonRevoked
 }
 
-// settle decides what becomes of claim i after the number of its flows changed.
+// settle decides what becomes of claim i after its flows changed.
 func (m *Model) settle(now time.Duration, i int32) {
 	c := &m.claims[i]
 	switch {
-	case c.state != StateStanding && c.outs == 0: // wanted by nobody
+	case c.state != StateStanding && c.outs == 0: // no flow asks for it any more
 		m.end(now, i, ReasonExpired)
 	case m.isWanted(i) && m.yields(i, c.nextKey):
 		m.end(now, i, ReasonYielded)
 	}
 }
 
-// isOver reports whether c was not fed for a lifetime.
+// isOver reports whether c had no traffic from inside for a lifetime.
 func (m *Model) isOver(now time.Duration, c *claim) bool { return now >= c.fed+m.policy.Lifetime }
 
-// feed notes that claim i was fed from inside at the given time.
+// feed notes traffic from inside for claim i at the given time.
 func (m *Model) feed(now time.Duration, i int32, at time.Duration) {
 	c := &m.claims[i]
 	c.fed = max(c.fed, at)
 	if m.isOver(now, c) {
 		return
 	}
-	if c.ends != 0 { // it was asked about, and is not to wait for its end
+	if c.ends != 0 { // its flows were queried: it no longer ends then
 		c.ends = 0
 		m.wheel.schedule(i, min(c.refresh, c.fed+m.policy.Lifetime))
 	}
@@ -54,8 +54,8 @@ func (m *Model) feed(now time.Duration, i int32, at time.Duration) {
 	}
 }
 
-// Tick lets at most limit claims have the attention that is due at now:
-// refresh, retry, expiry. It reports whether more are due.
+// Tick does the work that is due at now (refresh, retry, expiry) for at most limit claims.
+// It reports whether more is due.
 func (m *Model) Tick(now time.Duration, limit int) (more bool) {
 	for range limit {
 		i := m.wheel.pop(now)
@@ -94,7 +94,7 @@ func (m *Model) attend(now time.Duration, i int32) {
 		deadline = c.ends
 	}
 	refreshed := now >= c.refresh && !overdue
-	if refreshed { // until it was asked about it stands as it is
+	if refreshed { // an overdue claim is not refreshed before its flows are queried
 		m.op(Op{Kind: Refresh, Permission: c.Permission, By: c.placed.By})
 		c.refresh = now + m.policy.Lifetime/2
 	}
@@ -108,8 +108,8 @@ func (m *Model) attend(now time.Duration, i int32) {
 	}
 }
 
-// ask asks the kernel how the flows of c fare, before it is let go, and returns
-// how long to wait for the answers.
+// ask queries the flows of c before it expires, and returns until when to wait for the
+// answers.
 func (m *Model) ask(now time.Duration, c *claim) time.Duration {
 	if c.flows == none {
 		return now
@@ -121,9 +121,9 @@ func (m *Model) ask(now time.Duration, c *claim) time.Duration {
 	return now + max(m.policy.Lifetime/16, m.wheel.grain)
 }
 
-// expire ends claim i, which was not fed for a lifetime. While an outbound flow
-// still lives, kept alive by the peer alone, the claim stays and stands again
-// as soon as it is fed.
+// expire ends claim i, which had no traffic from inside for a lifetime. If the peer alone
+// keeps an outbound flow alive, and no other claim waits, the claim stays refused and
+// stands again as soon as it is fed.
 func (m *Model) expire(now time.Duration, i int32) {
 	if m.claims[i].outs == 0 || m.isWanted(i) {
 		m.end(now, i, ReasonExpired)
@@ -133,5 +133,5 @@ func (m *Model) expire(now time.Duration, i int32) {
 	m.setState(i, StateRefused, ReasonIdle)
 }
 
-// Next returns when Tick wants to be called again, and whether it does at all.
+// Next returns when Tick must be called next. It returns false if nothing is scheduled.
 func (m *Model) Next() (time.Duration, bool) { return m.wheel.next() }

@@ -5,17 +5,16 @@ type Limits struct {
 	Total     int
 	PerSubnet int
 	PerHost   int // inside address
-	// Children is how many live children a permission may have: one permitted
-	// peer, or one who spoofs it, must not fill the conntrack table from all
-	// its ports.
+	// Children is how many live children a permission may have. A permitted peer, or an
+	// attacker that spoofs it, must not fill the conntrack table from all its ports.
 	Children int
 }
 
 // links make a claim a member of a list.
 type links struct{ prev, next int32 }
 
-// A scope is what a limit counts: one subnet, or one inside host. Lingering
-// claims, which make way for others, are listed, the oldest first.
+// A scope is what a limit counts: one subnet, or one inside host. Its lingering claims,
+// which make way for others, are in a list, the oldest first.
 type scope struct {
 	standing    int32
 	first, last int32
@@ -51,7 +50,7 @@ func (m *Model) unlink(s *scope, i int32, at func(*claim) *links) {
 func inHost(c *claim) *links   { return &c.inHost }
 func inSubnet(c *claim) *links { return &c.inSubnet }
 
-// account brings the scopes up to date with claim i, after any change of it.
+// account updates the scopes after any change of claim i.
 func (m *Model) account(i int32) {
 	c := &m.claims[i]
 	stands := c.state == StateStanding
@@ -91,8 +90,8 @@ func (m *Model) account(i int32) {
 	}
 }
 
-// host returns the inside address that counts for the limit of a host: the gateway is one
-// host, whatever addresses it has.
+// host returns the inside address to which the limit of a host applies. The gateway is one
+// host, however many addresses it has.
 func (c *claim) host() Addr {
 	if c.self {
 		return Addr{}
@@ -102,11 +101,11 @@ func (c *claim) host() Addr {
 
 func full(n int32, limit int) bool { return limit > 0 && int(n) >= limit }
 
-// underLimits makes room for claim c to stand, by ending lingering claims, the oldest
-// first. Without any it returns the limit that is in the way.
+// underLimits makes room for claim c to stand by ending lingering claims, the oldest first.
+// If none is left, it returns the limit that was reached.
 func (m *Model) underLimits(c *claim, end func(i int32)) Reason {
 	l := &m.policy.Limits
-	// A claim that ends may let another one of its Key stand: not forever.
+	// A claim that ends may let another one of its Key stand, so do not try forever.
 	for range 4 {
 		host, known := m.hosts[c.host()]
 		subnet := &m.subnets[c.subnet]
@@ -121,7 +120,7 @@ func (m *Model) underLimits(c *claim, end func(i int32)) Reason {
 		default:
 			return ReasonNone
 		}
-		// Before the first snapshot nobody knows what lingers.
+		// Before the first snapshot it is unknown which claims linger.
 		if oldest == none || !m.snap.whole {
 			return reason
 		}
@@ -130,7 +129,7 @@ func (m *Model) underLimits(c *claim, end func(i int32)) Reason {
 	return ReasonLimit
 }
 
-// oldest returns the claim that lingers longest in any subnet.
+// oldest returns the claim of any subnet that has lingered longest.
 func (m *Model) oldest() int32 {
 	oldest := none
 	for s := range m.subnets {

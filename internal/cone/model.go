@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// none ends the lists that run through slices.
+// none ends the linked lists in slices.
 const none = int32(-1)
 
 // A State says how a claim on a permission fares.
@@ -18,44 +18,44 @@ const (
 	StateRefused               // wanted, but refused for a Reason; tried again
 	StateWaiting               // another claim of the same Key comes first
 
-	stateUnused // a free place in the slice of claims
+	stateUnused // a free element of the slice of claims
 )
 
 func (s State) String() string {
 	return [...]string{"standing", "refused", "waiting"}[s]
 }
 
-// A claim is one inside endpoint's wish for a permission. Claims live in one
-// slice and point at each other by index.
+// A claim is one inside endpoint's request for a permission. Claims live in one slice and
+// refer to each other by index.
 type claim struct {
 	Permission
 	state   State
 	reason  Reason
 	placed  Placement
-	leaving Carriers // of these, when another one has it
-	// Why the kernel gave it no expectation, or no element of the map.
+	leaving Carriers // to be revoked when the new carrier has it
+	// Why the kernel refused the expectation, and the element of the map.
 	unexpected, unmapped Reason
 
-	certain bool // the kernel said that it stands
-	counted bool // in its scopes
-	listed  bool // there as lingering
-	self    bool // of the gateway itself
+	certain bool // the kernel confirmed that it stands
+	counted bool // among the standing claims of its scopes
+	listed  bool // in the lists of lingering claims of its scopes
+	self    bool // Int is an address of the gateway itself
 	room    standing
 
 	outs     int32 // live flows that the inside host opened towards the peer
 	kids     int32 // live children
 	answered int32 // children that the inside host answered
 
-	made, fed, refresh time.Duration // granted; last fed from inside; next refresh
-	retry              time.Duration // refused: not before
-	ends               time.Duration // its flows were asked about: ends then, unless fed; else 0
+	made, fed, refresh time.Duration // granted; last traffic from inside; next refresh
+	retry              time.Duration // if refused: not tried again before
+	ends               time.Duration // if its flows were queried: ends then, unless fed; else 0
 
 	flows                int32 // first flow
 	subnet               int32 // index in the policy
-	inHost, inSubnet     links // among the lingering claims of the host and the subnet
-	inRoom               links // among the expectations that stand as room says
-	nextKey              int32 // next claim of the same Key; the first one comes first
-	extPrev              int32 // neighbours on the same outside endpoint
+	inHost, inSubnet     links // in the lists of lingering claims of host and subnet
+	inRoom               links // in the list Model.expected[room]
+	nextKey              int32 // next claim in the queue of its Key (queue.go)
+	extPrev              int32 // neighbours in the list of its outside endpoint
 	extNext              int32
 	slot                 int32 // of the wheel
 	wheelPrev, wheelNext int32
@@ -81,25 +81,25 @@ type Model struct {
 	free      []int32 // unused indexes of claims
 	byKey     map[Key]int32
 	byExt     map[extKey]int32
-	shown     shown                  // forwards that flows showed
-	unread    bool                   // there may be some that rules do not tell of
-	fresh     map[extKey]struct{}    // endpoints whose forward was noticed just now
-	freshEnds time.Duration          // until when that is so
-	pairs     map[pair]time.Duration // of hosts that a helper works for: last seen
+	shown     shown                  // forwards that were seen in flows
+	unread    bool                   // there may be forwards that the known rules do not show
+	fresh     map[extKey]struct{}    // endpoints whose forward was noticed within freshTime
+	freshEnds time.Duration          // when fresh expires
+	pairs     map[pair]time.Duration // hosts that a helper works between: when last seen
 	flows     flowTable
 	early     earlyIndex
 	hosts     map[Addr]scope
 	subnets   []scope // by index in the policy
 	room      Room
-	bounded   bool                  // by room
-	expected  [busy + 1]scope       // the claims that stand so, the first to do so first
-	ruled     func(Permission) bool // peers of it may be led elsewhere by rules; may be nil
-	connected map[Key]struct{}      // of sockets of the gateway
+	bounded   bool                  // room limits the expectations
+	expected  [busy + 1]scope       // standing expectations, by how they stand; the oldest first
+	ruled     func(Permission) bool // whether rules may lead some of its peers elsewhere; may be nil
+	connected map[Key]struct{}      // Keys that connected sockets of the gateway use
 	wheel     wheel
 	snap      snapshot
 	zones     Zones
-	inZone    map[netip.Prefix]uint16 // of the original direction, in which an enabled subnet was seen first
-	unplaced  bool                    // the last snapshot, or a flow since, showed one that gave nothing for the topology
+	inZone    map[netip.Prefix]uint16 // the original zone in which each enabled subnet was first seen
+	unplaced  bool                    // since the last snapshot the topology refused a flow
 	last      lastMappings
 	skips     skips
 	strays    strays
@@ -116,19 +116,19 @@ type Stats struct {
 	Standing, Refused, Waiting int // claims by state
 	Flows                      int // flows that support or belong to claims
 	Expected, Mapped           int // claims that stand, by carrier
-	// MapAlone counts those that the map alone carries, by why no expectation does.
+	// MapAlone counts claims that only the map carries, by why they have no expectation.
 	MapAlone [Reasons]int
-	Helped   int // pairs of hosts that a conntrack helper was seen at work for
+	Helped   int // pairs of hosts between which a conntrack helper was seen at work
 
 	Granted   uint64 // grants decided, retries included
-	Conflicts uint64 // claims that found the permission owned
-	// Claims whose inside endpoint had another one a while before, and those among
-	// them with another outside port, where the mapping is the kernel's.
+	Conflicts uint64 // claims whose permission another claim owned
+	// Where the kernel chooses the mapping: claims whose inside endpoint had a mapping a
+	// while before, and those of them whose outside port differed.
 	Compared, Remapped uint64
 	Crowded            uint64          // children beyond the limit, dropped
 	Passed             uint64          // children that a map admitted and the user's firewall let pass
-	Through            uint64          // expected flows from outside that it let pass, whoever expected them
-	Early              uint64          // early packets' flows to be repaired
+	Through            uint64          // expected flows from outside that it let pass, ours or not
+	Early              uint64          // flows of early packets that were to be deleted
 	Skipped            [Reasons]uint64 // flows that gave no permission, by reason
 	Refusals           [Reasons]uint64 // permissions refused, by reason
 	Revoked            [Reasons]uint64 // permissions ended, by reason
@@ -171,7 +171,7 @@ func (m *Model) find(k Key, in Endpoint) int32 {
 	return none
 }
 
-// owner returns the claim of k that stands or would stand, or none.
+// owner returns the claim of k that stands or comes first, or none.
 func (m *Model) owner(k Key) int32 {
 	if i, ok := m.byKey[k]; ok {
 		return i
@@ -179,7 +179,7 @@ func (m *Model) owner(k Key) int32 {
 	return none
 }
 
-// claim makes the claim p, which was fed from inside at the given time.
+// claim makes a claim for p; fed is the time of the last traffic from inside.
 func (m *Model) claim(p Permission, fed time.Duration) int32 {
 	i := m.alloc()
 	c := &m.claims[i]
@@ -209,7 +209,7 @@ func (m *Model) alloc() int32 {
 	return int32(len(m.claims) - 1)
 }
 
-// setState moves claim i to a state and keeps the counts.
+// setState changes the state of claim i and updates the counts.
 func (m *Model) setState(i int32, s State, r Reason) {
 	c := &m.claims[i]
 	*m.gauge(c.state)--
@@ -258,7 +258,7 @@ func (m *Model) grant(now time.Duration, i int32) {
 	c.refresh = now + m.policy.Lifetime/2
 	m.stats.Granted++
 	m.op(Op{Kind: Grant, Permission: c.Permission, By: p.By})
-	// One that waited long may be past its deadline: its flows are asked next.
+	// A claim that waited long may be past its deadline: then its flows are queried next.
 	m.wheel.schedule(i, min(c.refresh, max(c.fed+m.policy.Lifetime, now+m.wheel.grain)))
 }
 
@@ -272,9 +272,9 @@ func (m *Model) refuse(now time.Duration, i int32, r Reason) {
 	m.deny(i)
 }
 
-// deny tells a kernel that learns by itself that claim i, which is refused, must
-// not stand, if the reason says so and a flow could teach it. The Key is denied
-// to all claims of it, so not while another one stands. What was revoked is told anyway.
+// deny keeps a kernel that learns by itself from learning claim i, which is refused, if the
+// reason denies it and an outbound flow could teach it. A denial is for all claims of the
+// Key, so there is none while another one stands. A revocation is told to any kernel.
 func (m *Model) deny(i int32) {
 	c := &m.claims[i]
 	if !m.policy.Learned && c.reason != ReasonRevoked || c.outs == 0 || !c.reason.denies() {
@@ -292,9 +292,9 @@ func (m *Model) deny(i int32) {
 
 // withdraw takes claim i out of the kernel, if it stands, with its unanswered
 // children.
-func (m *Model) withdraw(i int32, r Reason) { m.withdrawFrom(i, AllCarriers, r) } // the kernel may have learned it, too
+func (m *Model) withdraw(i int32, r Reason) { m.withdrawFrom(i, AllCarriers, r) } // all: the map may have learned it
 
-// withdrawFrom does the same for some carriers. The caller sees to the others.
+// withdrawFrom is withdraw for some carriers. The caller handles the others.
 func (m *Model) withdrawFrom(i int32, by Carriers, r Reason) {
 	c := &m.claims[i]
 	if c.state != StateStanding {
@@ -306,8 +306,8 @@ func (m *Model) withdrawFrom(i int32, by Carriers, r Reason) {
 	m.wheel.remove(i)
 }
 
-// dropChildren drops the children that the inside host never answered: these
-// would live for as long as the peer keeps sending.
+// dropChildren drops the children that the inside host never answered: they would live as
+// long as the peer keeps sending.
 func (m *Model) dropChildren(c *claim) {
 	for f := c.flows; f != none; f = m.flows.all[f].next {
 		if fl := &m.flows.all[f]; fl.child && !fl.answered {
@@ -329,7 +329,8 @@ func (m *Model) end(now time.Duration, i int32, r Reason) {
 		heir = c.nextKey
 	}
 	inherits := heir != none && (m.claims[heir].state == StateWaiting || !m.claims[heir].waitsForFlow())
-	// What the map has for the key may be the heir's already, learned. A grant replaces it.
+	// The map may have learned the Key for the heir already. The heir's grant replaces the
+	// element, so it is not revoked here.
 	replaced := inherits && m.policy.Learned
 	if replaced {
 		m.withdrawFrom(i, ByExpectation, r)
@@ -372,27 +373,27 @@ func (m *Model) end(now time.Duration, i int32, r Reason) {
 	}
 }
 
-// Refused tells the model that the kernel or the gateway refuses p. If
-// standing, p had been granted before and is taken out of the kernel.
+// Refused tells the model that the kernel or the gateway refuses p. If standing is set, p
+// is in the kernel by an earlier grant, and is withdrawn.
 func (m *Model) Refused(now time.Duration, p Permission, r Reason, standing bool) {
 	i := m.find(p.Key, p.Int)
 	if i == none || m.claims[i].state != StateStanding {
 		return
 	}
-	if standing || m.claims[i].leaving != 0 { // by another carrier
+	if standing || m.claims[i].leaving != 0 { // it still stands by another carrier
 		standing = true
 		m.withdraw(i, r)
 	}
 	m.refuse(now, i, r)
 	if !standing && m.policy.Learned && r.denies() {
-		m.dropChildren(&m.claims[i]) // it stood all the same, learned
+		m.dropChildren(&m.claims[i]) // the map had learned it, so it may have children
 	}
 	m.settle(now, i)
 }
 
-// Lost tells the model that the kernel carries p by some carriers no more. If it
-// should, p is granted again, and Lost returns true. One that was not fed for a lifetime
-// has run out.
+// Lost tells the model that the kernel no longer carries p by some carriers. If it should,
+// Lost grants p again and returns true. A permission without inside traffic for a lifetime
+// has run out and is not granted again.
 func (m *Model) Lost(now time.Duration, p Permission, by Carriers) bool {
 	i := m.find(p.Key, p.Int)
 	if i == none || m.claims[i].placed.By&by == 0 || m.isOver(now, &m.claims[i]) {
@@ -405,8 +406,8 @@ func (m *Model) Lost(now time.Duration, p Permission, by Carriers) bool {
 }
 
 // Doubt tells the model that the permission k may be gone from the kernel. If it should
-// stand, it is refreshed now, which shows, and Doubt returns true. Whether it is for a
-// group is not asked.
+// stand, Doubt returns true and refreshes it now, which shows whether it is there. k.Wild
+// is ignored: the caller does not know it.
 func (m *Model) Doubt(k Key) bool {
 	for _, k.Wild = range [...]uint8{0, groupBits(m.policy.groups, k.Peer)} {
 		if i := m.owner(k); i != none && m.claims[i].state == StateStanding {
@@ -417,10 +418,10 @@ func (m *Model) Doubt(k Key) bool {
 	return false
 }
 
-// Surplus tells the model that the kernel carries p by some carrier. If it should
-// not, that ends; if another inside endpoint should have its Key there, that one is
-// granted, to replace p: a map knows a permission by its Key alone, so to revoke p
-// could end the other one.
+// Surplus tells the model that the kernel carries p by some carriers. If they should not
+// hold its Key, p is revoked. If they should hold it for another inside endpoint, that one
+// is granted instead and replaces p: a map knows a permission by its Key alone, so revoking
+// p could end the other one.
 func (m *Model) Surplus(now time.Duration, p Permission, by Carriers) {
 	switch o := m.owner(p.Key); {
 	case o == none || m.claims[o].placed.By&by == 0:
@@ -430,8 +431,8 @@ func (m *Model) Surplus(now time.Duration, p Permission, by Carriers) {
 	}
 }
 
-// Review asks f about every standing permission, and withdraws it if f returns
-// a reason. It is tried again later.
+// Review calls f for every standing permission, and withdraws the permission if f returns a
+// reason. It is tried again later.
 func (m *Model) Review(now time.Duration, f func(Permission) Reason) {
 	for i := range m.claims {
 		c := &m.claims[i]
@@ -444,7 +445,7 @@ func (m *Model) Review(now time.Duration, f func(Permission) Reason) {
 	}
 }
 
-// RevokeAll withdraws everything, for a clean stop. Nothing is granted any more.
+// RevokeAll withdraws everything, for a clean stop. After it nothing is granted.
 func (m *Model) RevokeAll() {
 	m.stopped = true
 	for i := range m.claims {

@@ -5,16 +5,16 @@ type OpKind uint8
 
 // The kinds of Op.
 const (
-	// Grant makes Permission stand by the carriers By. It may stand already; with
-	// Policy.Learned the kernel may have learned its Key for another inside endpoint,
-	// which it replaces. The outcome goes to Granted, Failed or Refused.
+	// Grant makes Permission stand by the carriers By. It may stand already. With
+	// Policy.Learned the kernel may have learned its Key for another inside endpoint; the
+	// grant replaces that element. The outcome goes to Granted, Failed or Refused.
 	Grant OpKind = iota
 	// Revoke ends Permission as far as it stands by By. It may be gone already.
 	Revoke
 	// Refresh renews the kernel's own timeout of Permission, by By.
 	Refresh
-	// Query asks how the flow from Peer, Port to Ext fares; the answer goes
-	// to FlowSeen or FlowMissing.
+	// Query looks up the flow from Peer, Port to Ext; the answer goes to FlowSeen or
+	// FlowMissing.
 	Query
 	// DropUnanswered deletes the child ID from Peer, Port to Ext, unless the
 	// inside host answered it.
@@ -22,12 +22,12 @@ const (
 	// DropEarly deletes the flow ID from Peer, Port to Ext that ends on the
 	// gateway itself, unless a local socket serves it.
 	DropEarly
-	// Deny keeps Permission, which a flow wants and must not have, from
-	// standing: a kernel that learns by itself must not learn its Key, and
-	// what it learned already ends. A later Grant of the same Key lifts the
-	// denial, and so does a timeout of its own. While the denial holds, it is
-	// renewed every Policy.Retry. By is ByMap with Policy.Learned; without, there is
-	// a Deny only of what the user revoked, for the next daemon (Model.Revoked).
+	// Deny keeps Permission, which a flow asks for, from standing: a kernel that learns by
+	// itself must not learn its Key, and an element that it has learned already ends. A
+	// later Grant of the same Key lifts the denial; otherwise it times out, and the model
+	// renews it every Policy.Retry while its reason holds. By is ByMap with Policy.Learned.
+	// Without Learned, only what the user revoked is denied, for the next daemon
+	// (Model.Revoked).
 	Deny
 )
 
@@ -38,9 +38,9 @@ func (k OpKind) String() string {
 // An Op is one decision of the model, to be carried out in order.
 type Op struct {
 	Permission
-	ID   uint32   // of the flow, for Query, DropUnanswered, DropEarly
-	From Endpoint // the peer's, for the same
-	// FromZone is the conntrack zone of the packets from there, for the same.
+	ID   uint32   // the flow's, for Query, DropUnanswered and DropEarly
+	From Endpoint // the flow's endpoint on the peer's side, for the same kinds
+	// FromZone is the conntrack zone of packets from From, for the same kinds.
 	FromZone uint16
 	Kind     OpKind
 	By       Carriers // for Grant, Revoke, Refresh and Deny
@@ -55,9 +55,9 @@ func (o *Op) FlowTuple() (src, dst Endpoint) {
 
 func (m *Model) op(o Op) { m.ops = append(m.ops, o) }
 
-// Ops returns what was decided since the last call, in order. The slice is
-// valid until the next call of Ops; the outcome of an Op may be told to m while
-// the slice is worked off.
+// Ops returns the decisions since the last call, in order. The slice is valid until the
+// next call of Ops; the caller may report the outcome of an Op to m while it works through
+// the slice.
 func (m *Model) Ops() []Op {
 	ops := m.ops
 	m.ops, m.spare = m.spare[:0], ops

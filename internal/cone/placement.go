@@ -2,7 +2,7 @@ package cone
 
 import "time"
 
-// Carriers are ways by which a permission stands in the kernel, or'ed.
+// Carriers is a bit set of the ways in which a permission stands in the kernel.
 type Carriers uint8
 
 // The carriers.
@@ -18,10 +18,10 @@ func (c Carriers) String() string {
 	return [...]string{"", "expect", "nft", "expect+nft"}[c&AllCarriers]
 }
 
-// A Choice says what carries the permissions of a subnet that both carriers could.
+// A Choice says which carrier to use for permissions of a subnet that both can carry.
 type Choice uint8
 
-// The choices. One carrier stands in for the other where that cannot.
+// The choices. If the chosen carrier cannot hold a permission, the other one does.
 const (
 	ChooseMap Choice = iota
 	ChooseExpectation
@@ -31,34 +31,33 @@ const (
 // A Placement says what carries a permission that stands.
 type Placement struct {
 	By Carriers
-	// Why is why it must or can have no expectation, and ReasonNone if it has one or
-	// needs none.
+	// Why says why it has no expectation; it is ReasonNone if it has one or needs none.
 	Why Reason
 }
 
-// mappable reports whether a map can carry p. One for the gateway itself it cannot: DNAT
-// leaves the packet NEW, and the input hook of the user's firewall drops it.
+// mappable reports whether a map can carry p. It cannot carry one of the gateway itself:
+// DNAT leaves the packet NEW, and the input hook of the user's firewall drops it.
 func (p *policy) mappable(x *Permission) bool {
 	return p.Mapped && x.Ext.Addr.Is4() && x.Zone == 0 && !x.Routed() && !p.isOwn(x.Int.Addr)
 }
 
-// choice returns what carries the permissions of an inside address.
+// choice returns the carriers that are preferred for an inside address.
 func (p *policy) choice(in Addr) Choice {
 	_, s, _ := p.subnet(in.Netip())
 	return s.Choice
 }
 
-// place decides what carries c. Without any carrier Why says why.
+// place decides what carries c. If nothing can, Why says why.
 func (m *Model) place(now time.Duration, c *claim) Placement {
 	var can Carriers
 	why := ReasonNone
 	switch {
 	case m.forwarded(now, &c.Permission):
-		why = ReasonForwarded // an expectation comes before the user's rule; a map does not
+		why = ReasonForwarded // an expectation would override the user's rule; a map does not
 	case !m.policy.Expected || c.Wild > 0 && !c.Routed():
 		why = ReasonNoBackend
 	case m.isConnected(&c.Key) && !(c.self && c.Routed()):
-		why = ReasonLocalSocket // a map asks for sockets, packet by packet
+		why = ReasonLocalSocket // the map's rules look for a socket packet by packet
 	case m.helped(now, &c.Permission):
 		why = ReasonHelper
 	case c.unexpected != ReasonNone:
@@ -93,8 +92,8 @@ func (m *Model) place(now time.Duration, c *claim) Placement {
 	return Placement{by, why}
 }
 
-// SetConnected tells which sockets of the gateway are connected, and to whom. Conntrack may
-// have forgotten their flows, and an expectation with such a key would take their packets.
+// SetConnected sets the Keys that the gateway's connected sockets use. Conntrack may have
+// forgotten their flows, and then an expectation with such a Key would take their packets.
 func (m *Model) SetConnected(now time.Duration, keys map[Key]struct{}) {
 	old := m.connected
 	m.connected = keys
@@ -136,8 +135,8 @@ func (s *Stats) count(p Placement, n int) {
 	}
 }
 
-// forget lets c be tried again by what the kernel refused: there may be room by now.
-// Not in the way of a helper, who may come back for its own.
+// forget clears what the kernel refused for c, which may have room by now. It keeps a
+// refusal for a helper, which may want its own expectation again.
 func (c *claim) forget() {
 	c.unmapped = ReasonNone
 	if c.unexpected != ReasonHelper {
@@ -168,15 +167,15 @@ func (m *Model) reconsider(now time.Duration, i int32) {
 	}
 }
 
-// reconsiderAll does so for all claims.
+// reconsiderAll reconsiders all claims.
 func (m *Model) reconsiderAll(now time.Duration) {
 	for i := range m.claims {
 		m.reconsider(now, int32(i))
 	}
 }
 
-// move lets claim i, which stands, be carried as p says. The old carrier lets go of it
-// when the new one has it, or at once where the old one is in somebody's way.
+// move changes what carries claim i, which stands, to p. The old carrier is revoked when
+// the new one has it, or at once if it is in the way of something else.
 func (m *Model) move(i int32, p Placement) {
 	c := &m.claims[i]
 	more, less := p.By&^c.placed.By, c.placed.By&^p.By
@@ -191,7 +190,7 @@ func (m *Model) move(i int32, p Placement) {
 	}
 }
 
-// leave lets the carriers go that claim i has no need of any more.
+// leave revokes the carriers that claim i no longer needs.
 func (m *Model) leave(i int32) {
 	c := &m.claims[i]
 	if c.leaving == 0 {
@@ -204,8 +203,8 @@ func (m *Model) leave(i int32) {
 	m.setPlacement(i, p)
 }
 
-// Failed tells the model that the kernel refused to carry p by some carriers. It
-// stands by others, if it can.
+// Failed tells the model that the kernel refused to carry p by some carriers. Others carry
+// it from now on, if they can.
 func (m *Model) Failed(now time.Duration, p Permission, by Carriers, r Reason) {
 	i := m.find(p.Key, p.Int)
 	if i == none || m.claims[i].state != StateStanding {
@@ -238,10 +237,10 @@ func (m *Model) Failed(now time.Duration, p Permission, by Carriers, r Reason) {
 	m.move(i, next)
 }
 
-// makeRoomOnPort ends the permission that lingers longest of those that have an expectation
-// on the outside port of claim i, and reports whether there was one.
+// makeRoomOnPort ends the permission that has lingered longest among those with an
+// expectation on the outside port of claim i, and reports whether there was one.
 func (m *Model) makeRoomOnPort(now time.Duration, i int32) bool {
-	if !m.snap.whole { // nobody knows what lingers
+	if !m.snap.whole { // it is unknown which claims linger
 		return false
 	}
 	oldest := none
@@ -259,7 +258,7 @@ func (m *Model) makeRoomOnPort(now time.Duration, i int32) bool {
 	return true
 }
 
-// Retry tells the model that the expectation that p lacks may be possible now.
+// Retry tells the model that the missing expectation of p may be possible now.
 func (m *Model) Retry(now time.Duration, p Permission) {
 	i := m.find(p.Key, p.Int)
 	if i == none {
@@ -271,8 +270,8 @@ func (m *Model) Retry(now time.Duration, p Permission) {
 	m.reconsider(now, i)
 }
 
-// passes reports whether what kept an expectation from being made may be over without
-// a word from anybody.
+// passes reports whether r, for which an expectation was refused, may be over without any
+// notice.
 func (r Reason) passes() bool {
 	return r == ReasonPeersOnPort || r == ReasonTableFull || r == ReasonNoRoom || r == ReasonTaken || r == ReasonKernel
 }

@@ -11,13 +11,13 @@ type Policy struct {
 	Subnets []Subnet
 	Limits  Limits
 
-	// Self4 and Self6 let the gateway's own addresses of a family be inside hosts, whether
+	// Self4 and Self6 make the gateway's own addresses of a family inside hosts, whether
 	// their flows are translated or not. All of them count as one host, and as one subnet.
 	// Only expectations carry their permissions.
 	Self4, Self6 bool
 
-	// Lifetime is how long a permission lives at least after it was last fed
-	// from inside (RFC 4787 REQ-5, RFC 8656 section 9). It must be positive.
+	// Lifetime is how long a permission lives at least after its last traffic from inside
+	// (RFC 4787 REQ-5, RFC 8656 section 9). It must be positive.
 	Lifetime time.Duration
 
 	// Retry is how long a refused permission waits before it is tried again.
@@ -27,22 +27,21 @@ type Policy struct {
 	// Expected says that permissions may stand as expectations.
 	Expected bool
 
-	// Mapped says that permissions may stand as elements of an nftables map.
-	// Their children are DNATed, not expected, as flows of a forward of the user's.
+	// Mapped says that permissions may stand as elements of an nftables map. Their children
+	// are DNATed and not expected, like flows of a user's forward.
 	Mapped bool
 
-	// Labels says that the kernel labels the children of the map. Without, a flow that
-	// a forward leads where a permission would is taken for a child.
+	// Labels says that the kernel labels the children of the map. Without labels, a DNATed
+	// flow that goes where a permission leads is taken for a child.
 	Labels bool
 
-	// Learned says that the kernel makes permissions by itself, while the
-	// first packet of a flow passes. Deny tells it which it must not make.
+	// Learned says that the kernel makes permissions by itself while the first packet of a
+	// flow passes. Deny tells it which ones it must not make.
 	Learned bool
 
-	// PeerGroups are prefixes inside which a contact with one address permits
-	// all. They do not overlap. Where permissions cannot stand for a group, each
-	// peer of a small one (SpreadBits) gets its own, of others each that was
-	// contacted.
+	// PeerGroups are prefixes inside which a contact with one address permits all. They do
+	// not overlap. Where a permission cannot stand for a group, each address of a small
+	// group (SpreadBits) gets its own; of a larger group only contacted addresses do.
 	PeerGroups []netip.Prefix
 
 	ExcludePeers     []netip.Prefix // peers that never get a permission
@@ -50,13 +49,13 @@ type Policy struct {
 	ExcludePorts     []uint16       // outside ports that never get one
 }
 
-// A Subnet is an enabled inside network. Routed takes flows that were not
-// source-NATed too.
+// A Subnet is an enabled inside network. If Routed is set, flows without source NAT count
+// too.
 type Subnet struct {
 	Prefix    netip.Prefix
 	Routed    bool
 	Filtering Filtering
-	Mapping   bool // its mapping is endpoint-independent: who gets which port is not the kernel's choice
+	Mapping   bool // its mapping is endpoint-independent: our rules choose the ports
 	Choice    Choice
 }
 
@@ -65,7 +64,7 @@ type Filtering uint8
 
 // The kinds of filtering.
 const (
-	// AddressDependent lets in whom the inside host has sent to, from any port.
+	// AddressDependent lets in the peers that the inside host has sent to, from any port.
 	AddressDependent Filtering = iota
 	// EndpointIndependent lets in anybody (a full cone).
 	EndpointIndependent
@@ -73,7 +72,7 @@ const (
 	AddressAndPortDependent
 )
 
-// portSet is a set of ports that costs one load to ask.
+// portSet is a set of ports; a look-up costs one load.
 type portSet [1 << 16 / 64]uint64
 
 func newPortSet(ports []uint16) *portSet {
@@ -86,7 +85,7 @@ func newPortSet(ports []uint16) *portSet {
 
 func (s *portSet) has(p uint16) bool { return s[p/64]&(1<<(p%64)) != 0 }
 
-// policy is a Policy made quick to ask.
+// policy is a Policy prepared for fast look-ups.
 type policy struct {
 	Policy
 	peerPorts, ports *portSet
@@ -98,7 +97,7 @@ type policy struct {
 	own map[Addr]struct{}
 }
 
-// compilePolicy makes p quick to ask on a gateway with these addresses.
+// compilePolicy prepares p for a gateway with these addresses.
 func compilePolicy(p Policy, local map[Addr]struct{}) policy {
 	prefixes := make([]netip.Prefix, len(p.Subnets))
 	for i, s := range p.Subnets {
@@ -118,10 +117,10 @@ func compilePolicy(p Policy, local map[Addr]struct{}) policy {
 	}
 }
 
-// widen makes p, a permission for one peer, the one for all peers that the
-// contact with it permits. A map holds such a one, and so does an expectation
-// that translates nothing; one that does makes the peer's address its own. So where
-// the expectations of a subnet do the work, a small group is spread.
+// widen turns x, a permission for one peer, into the one for all peers that a contact with
+// this peer permits. A map can hold it, and so can an expectation that translates nothing;
+// an expectation that translates is for one peer only. So if a subnet uses expectations, a
+// small group is expanded instead (spread).
 func (p *policy) widen(x *Permission) {
 	if !p.wild || !x.Routed() && !p.mappable(x) {
 		return
@@ -148,12 +147,12 @@ func groupBits(groups *PrefixTable, peer Addr) uint8 {
 	return uint8(a.BitLen() - groups.prefixes[i].Bits())
 }
 
-// SpreadBits bounds the groups whose permissions are spread, one for each address: they
-// leave at most so many bits free.
+// SpreadBits bounds the groups that are expanded into one permission for each address:
+// their prefixes leave at most so many bits free.
 const SpreadBits = 4
 
-// Spread returns the first peer of the small group that peer is of, and how many there
-// are (Addr.Plus); without such a group it is the peer alone.
+// Spread returns the first address of the small group that holds peer, and how many there
+// are (Addr.Plus). Without such a group it returns peer alone.
 func Spread(groups *PrefixTable, peer Addr) (first Addr, n int) {
 	if low := groupBits(groups, peer); low <= SpreadBits {
 		return peer.WithoutLow(low), 1 << low
@@ -161,9 +160,9 @@ func Spread(groups *PrefixTable, peer Addr) (first Addr, n int) {
 	return peer, 1
 }
 
-// spread returns for how many peers a contact gives a permission like x, each of its
-// own, and the first. It is more than one for a small group that no permission can be
-// for as a whole: an expectation that translates is for one peer.
+// spread returns the first of the peers to which a contact gives permissions like x, one
+// each, and how many they are. They are more than one for a small group that x cannot cover
+// as a whole: an expectation that translates is for one peer.
 func (p *policy) spread(x *Permission) (first Addr, n int) {
 	if p.wild && x.Wild == 0 && !x.Routed() {
 		return Spread(p.groups, x.Peer)
@@ -179,8 +178,8 @@ func (p *policy) children(k *Key) int {
 	return p.Limits.Children
 }
 
-// WildChildren is how many times as many children a permission may have that is
-// not for one peer.
+// WildChildren is how many times as many children a permission for more than one peer may
+// have.
 const WildChildren = 16
 
 // refuses returns why a flow from an enabled subnet gives no permission, or
@@ -192,7 +191,7 @@ func (p *policy) refuses(ext, peer Endpoint, t *topology) Reason {
 	return p.refusesEndpoint(ext, peer, t)
 }
 
-// refusesEndpoint is refuses for whatever port of the peer.
+// refusesEndpoint is refuses without the check for excluded peer ports.
 func (p *policy) refusesEndpoint(ext, peer Endpoint, t *topology) Reason {
 	a := peer.Addr.Netip()
 	switch {

@@ -1,13 +1,13 @@
 package cone
 
-// The claims of one Key form a queue: the first one stands, or would stand. Those that the
-// user revoked come last, for they wait for a new flow, and must not keep others waiting.
+// The claims of one Key form a queue: the first one stands, or is the next to stand. Those
+// that the user revoked come last: they wait for a new flow, and must not hold up others.
 
-// isRevoked reports whether the user revoked c, and no new flow asked for it since.
+// isRevoked reports whether the user revoked c and no new flow has asked for it since.
 func (c *claim) isRevoked() bool { return c.state == StateRefused && c.reason == ReasonRevoked }
 
-// enqueue puts claim i into the queue of its Key. Of the revoked ones the last that was
-// revoked is first, so that it is denied if no other is.
+// enqueue puts claim i into the queue of its Key, ahead of all revoked claims. So the one
+// that was revoked last comes first among these, and is denied if no other claim is.
 func (m *Model) enqueue(i int32) {
 	c := &m.claims[i]
 	prev, next := none, m.owner(c.Key)
@@ -39,13 +39,14 @@ func (m *Model) dequeue(i int32) {
 	c.nextKey = none
 }
 
-// requeue moves claim i to its place after it was revoked, or asked for again.
+// requeue moves claim i to its new place after it was revoked, or asked for again.
 func (m *Model) requeue(i int32) {
 	m.dequeue(i)
 	m.enqueue(i)
 }
 
-// isWanted reports whether another claim waits for claim i, the first of its Key, to end.
+// isWanted reports whether another claim waits for the end of claim i, the first of its
+// Key.
 func (m *Model) isWanted(i int32) bool {
 	next := m.claims[i].nextKey
 	return next != none && !m.claims[next].isRevoked()

@@ -4,17 +4,17 @@ package cone
 // gives none.
 type Reason uint8
 
-// The reasons. The order is of no meaning and may change.
+// The reasons. Their order has no meaning and may change.
 const (
 	ReasonNone Reason = iota
 
 	// The flow gives no permission.
 	ReasonPortZero
 	ReasonNotUnicast
-	ReasonPeerInside // in an enabled subnet, or by a link that leads to one
-	ReasonNotOutside // behind a link that is no outside link
+	ReasonPeerInside // in an enabled subnet, or reached by a link that leads to one
+	ReasonNotOutside // reached by a link that is not an outside link
 	ReasonNoRoute
-	ReasonUntranslated // it went outside without source NAT
+	ReasonUntranslated // the flow went outside without source NAT
 	ReasonExcludedPeer
 	ReasonExcludedPeerPort
 	ReasonExcludedPort
@@ -24,26 +24,26 @@ const (
 	ReasonConflict    // another inside endpoint owns this outside endpoint and peer
 	ReasonForwarded   // a rule of the user's forwards the outside port
 	ReasonLocalSocket // the gateway itself serves the outside port
-	ReasonNoSocket    // of the gateway itself, and no socket gets what the peer sends from other ports
+	ReasonNoSocket    // the gateway's own, but none of its sockets receives from other ports of the peer
 	ReasonPeersOnPort // too many peers on one outside port for the expectation table
 	ReasonTableFull   // the kernel's table is full
 	ReasonNoRoom      // the conntrack table has no room for its anchor
-	ReasonTaken       // an entry of somebody else's is in the way
+	ReasonTaken       // an entry of another program is in the way
 	ReasonHelper      // a conntrack helper of the user's wants its own expectation
 	ReasonKernel      // the kernel refused for another reason
 	ReasonNoBackend   // no backend in use can carry it
-	ReasonHostLimit   // the inside host has all the permissions it may have
-	ReasonSubnetLimit // the subnet has
-	ReasonLimit       // all together have
-	ReasonRevoked     // the user took it away
-	ReasonIdle        // its flow lives by packets from outside alone
+	ReasonHostLimit   // the inside host has reached its limit
+	ReasonSubnetLimit // the subnet has reached its limit
+	ReasonLimit       // the total limit is reached
+	ReasonRevoked     // the user revoked it
+	ReasonIdle        // only packets from outside keep its flow alive
 
 	// The permission ended.
 	ReasonExpired
-	ReasonPolicy      // the configuration does not allow it any more
+	ReasonPolicy      // the configuration no longer allows it
 	ReasonAddressGone // the gateway lost the outside address
-	ReasonEvicted     // it lingered and made room under a limit
-	ReasonYielded     // a lingering owner made way for one with a live flow
+	ReasonEvicted     // it lingered, and ended to make room under a limit
+	ReasonYielded     // it lingered, and ended for another claim of its Key or outside port
 	ReasonStopped
 
 	reasons
@@ -93,8 +93,8 @@ func (r Reason) TooMany() bool {
 	return r == ReasonHostLimit || r == ReasonSubnetLimit || r == ReasonLimit
 }
 
-// denies reports whether a permission that is refused for r must not stand, by
-// whatever means. Where the kernel refused, there is nothing to forbid.
+// denies reports whether a permission refused for r must be denied, so that the kernel does
+// not learn it either. If the kernel itself refused, there is nothing to deny.
 func (r Reason) denies() bool {
 	switch r {
 	case ReasonLocalSocket, ReasonRevoked:
@@ -103,8 +103,8 @@ func (r Reason) denies() bool {
 	return r.TooMany()
 }
 
-// String returns the identifier of r, which programs may rely on (docs/control.md): it does
-// not change.
+// String returns the identifier of r. It never changes: programs may rely on it
+// (docs/control.md).
 func (r Reason) String() string {
 	if r < reasons {
 		return reasonNames[r]

@@ -1,16 +1,16 @@
 package cone
 
-// lastMappings remembers some inside endpoints and the outside ones that they had
-// last. The kernel gives one and the same to all flows of an inside endpoint where it
-// can, but for rules with random or fully-random: then each peer sees another port,
-// and what a STUN server said is of no use for the next peer (RFC 4787 section 4.1).
+// lastMappings remembers the last outside endpoints of some inside endpoints. If it can,
+// the kernel gives the same one to all flows of an inside endpoint, except under rules with
+// random or fully-random: then each peer sees another port, and the address that a STUN
+// server reports is useless for the next peer (RFC 4787 section 4.1).
 type lastMappings struct {
 	slots [1024]struct{ in, ext Endpoint }
-	// Of the last ones that were compared, and so many of them were different.
+	// recent counts comparisons and is halved at 64; different counts those that differed.
 	recent, different int
 }
 
-// compare looks whether the outside endpoint of in is the one that it had.
+// compare counts whether the outside endpoint of in is the one that it had last.
 func (m *Model) compare(in, ext Endpoint) {
 	l := &m.last
 	h := uint32(in.Port)
@@ -31,6 +31,6 @@ func (m *Model) compare(in, ext Endpoint) {
 	slot.in, slot.ext = in, ext
 }
 
-// Remaps reports whether most inside endpoints got another outside port lately. That
-// of one may have been taken, those of most are not.
+// Remaps reports whether most inside endpoints got another outside port lately. For one of
+// them the port may have been in use, but not for most.
 func (m *Model) Remaps() bool { return m.last.recent >= 10 && m.last.different > m.last.recent/2 }

@@ -2,23 +2,22 @@ package cone
 
 import "time"
 
-// A Room is what the kernel has for permissions that stand as expectations: each
-// takes an entry of the conntrack table for its anchor, which the kernel never drops
-// early.
+// A Room is what the kernel can hold of permissions that stand as expectations: each takes
+// an entry of the conntrack table for its anchor, which the kernel never drops early.
 type Room struct {
-	// New is how many may stand while one more is made. Permissions that linger make
-	// way for it.
+	// New is the most that may stand after one more is made. Lingering ones make way for
+	// it.
 	New int
-	// Live is how many may stay that do not linger; it is not less than New.
+	// Live is the most that may stay if none lingers. It is not less than New.
 	Live int
-	// Lack is why there is room for no more.
+	// Lack is the reason if there is no room for more.
 	Lack Reason
 }
 
-// SetRoom tells how much room there is for expectations; until then there is no
-// bound. Those beyond it end, the oldest first: permissions go on in the map where
-// that can carry them. The first snapshot must be whole before any of them ends: until
-// then nobody knows what lingers.
+// SetRoom sets how much room there is for expectations; before the first call there is no
+// bound. Expectations beyond it end, the oldest first; the map goes on to carry those
+// permissions that it can. None ends before the first snapshot is complete: until then it
+// is unknown which linger.
 func (m *Model) SetRoom(now time.Duration, r Room) {
 	m.room, m.bounded = r, true
 	if !m.snap.whole {
@@ -28,7 +27,7 @@ func (m *Model) SetRoom(now time.Duration, r Room) {
 	m.giveUp(now, busy, r.Live)
 }
 
-// giveUp ends expectations that stand so until there are only so many in all.
+// giveUp ends expectations that stand as s says, until there are at most most of any kind.
 func (m *Model) giveUp(now time.Duration, s standing, most int) {
 	list := &m.expected[s]
 	for n := m.stats.Expected - most; n > 0 && list.first != none; n-- {
@@ -49,8 +48,8 @@ func (m *Model) giveUpOne(now time.Duration, i int32) {
 	}
 }
 
-// hasRoom reports whether c may stand as an expectation. One that does may stay until
-// SetRoom says otherwise.
+// hasRoom reports whether c may stand as an expectation. A claim that has one may keep it
+// until SetRoom says otherwise.
 func (m *Model) hasRoom(c *claim) bool {
 	return !m.bounded || c.room != notExpected || m.stats.Expected < m.room.New
 }
@@ -85,8 +84,7 @@ func (c *claim) standing() standing {
 
 func inRoom(c *claim) *links { return &c.inRoom }
 
-// accountRoom brings the lists of expectations up to date with claim i, after any
-// change of it.
+// accountRoom updates the lists of expectations after any change of claim i.
 func (m *Model) accountRoom(i int32) {
 	c := &m.claims[i]
 	now := c.standing()

@@ -5,7 +5,7 @@ import "time"
 // selfSubnet is the subnet of the gateway's own addresses.
 var selfSubnet = Subnet{Routed: true, Choice: ChooseExpectation}
 
-// ownOf returns those of the gateway's addresses that are inside hosts, too.
+// ownOf returns the addresses of the gateway that are inside hosts too.
 func (p *Policy) ownOf(local map[Addr]struct{}) map[Addr]struct{} {
 	if !p.Self4 && !p.Self6 {
 		return nil
@@ -24,9 +24,8 @@ func (p *policy) isOwn(a Addr) bool {
 	return own
 }
 
-// forSocket reports whether x lets packets in to a port of the gateway that they are sent to. A
-// socket that has it may be bound to all addresses: then it is all the same that x leads them
-// from one to another.
+// forSocket reports whether x admits packets to the gateway port that they are sent to. x
+// may lead them from one address to another: the socket with that port may be bound to all.
 func (p *policy) forSocket(x *Permission) bool {
 	return x.Ext.Port == x.Int.Port && p.isOwn(x.Int.Addr)
 }
@@ -35,9 +34,9 @@ func (p *policy) forSocket(x *Permission) bool {
 func (m *Model) IsSelf(p *Permission) bool { return m.policy.isOwn(p.Int.Addr) }
 
 // yields reports whether claim o, the first of its Key, makes way for claim i of the same
-// Key. That of a socket of the gateway stays until it ends by itself, for an inside host would
-// be refused for the socket; and one that was refused for it makes way at once. None makes way
-// for one that was revoked.
+// Key. While a gateway socket's claim stands, no inside host's claim replaces it: the
+// latter would be refused for the socket. An inside host's claim that was refused for the
+// socket makes way at once for the socket's own. No claim makes way for a revoked one.
 func (m *Model) yields(o, i int32) bool {
 	if m.claims[i].isRevoked() {
 		return false
@@ -53,7 +52,7 @@ func (m *Model) yields(o, i int32) bool {
 	return c.lingers()
 }
 
-// makeWay ends the claims that come before claim i of the same Key.
+// makeWay ends the claims that come before claim i of the same Key and yield to it.
 func (m *Model) makeWay(now time.Duration, i int32) {
 	k := m.claims[i].Key
 	for o := m.owner(k); o != i && m.yields(o, i); o = m.owner(k) {

@@ -5,16 +5,15 @@ import (
 	"net/netip"
 )
 
-// A Way finds the link by which a peer is reached that is not outside, by routes of
-// other links than outside ones.
+// A Way finds the link by which a peer that is not outside is reached. It knows only routes
+// by links that are not outside links.
 type Way func(peer netip.Addr) (link string, ok bool)
 
-// Elsewhere counts flows of enabled hosts whose peer is behind a link that is neither
-// outside nor leads to an enabled subnet.
+// Elsewhere counts flows of enabled hosts whose peer is behind a link that is not an
+// outside link and does not lead to an enabled subnet.
 type Elsewhere struct {
 	Flows uint64
-	// Translated counts those among them that were source-NATed, towards a peer on the
-	// Internet.
+	// Translated counts those of them that were source-NATed, to a peer on the Internet.
 	Translated uint64
 }
 
@@ -24,27 +23,28 @@ type Untranslated struct {
 	Flows  uint64
 }
 
-// mostLinks bounds the links that are told apart: they may come and go.
+// mostLinks bounds the links that are counted one by one: links may come and go.
 const mostLinks = 64
 
-// skips is why flows gave no permission, beyond a Reason.
+// skips holds details, beyond a Reason, of why flows gave no permission.
 type skips struct {
 	way       Way // may be nil
 	elsewhere map[string]Elsewhere
 	plain     map[netip.Prefix]uint64   // untranslated flows, by subnet
-	natted    map[netip.Prefix]struct{} // subnets of which a flow was translated
+	natted    map[netip.Prefix]struct{} // subnets that had a translated flow
 	inZones   map[ends]uint16           // untranslated flows in zones
 	second    map[netip.Prefix]uint16   // the second zone of subnets
 }
 
-// SetWay tells how peers are reached that are not outside. It goes with a Topology.
+// SetWay sets how peers that are not outside are reached. w belongs to the present
+// Topology.
 func (m *Model) SetWay(w Way) { m.skips.way = w }
 
 // Elsewhere returns the counts since the start, by link.
 func (m *Model) Elsewhere() map[string]Elsewhere { return maps.Clone(m.skips.elsewhere) }
 
-// Untranslated returns the enabled subnets that have flows which went outside without
-// source NAT, and none with.
+// Untranslated returns the enabled subnets that had flows outside without source NAT, and
+// none with it.
 func (m *Model) Untranslated() (all []Untranslated) {
 	for _, s := range m.policy.Subnets {
 		_, natted := m.skips.natted[s.Prefix]
@@ -55,8 +55,8 @@ func (m *Model) Untranslated() (all []Untranslated) {
 	return all
 }
 
-// Heard reports whether there is a flow of an enabled subnet, or was one that went outside
-// untranslated, or a permission of its stands.
+// Heard reports whether the model knows traffic of an enabled subnet with peers outside: a
+// flow, translated or not, or a permission that stands.
 func (m *Model) Heard(subnet netip.Prefix) bool {
 	for i, s := range m.policy.Subnets {
 		if s.Prefix == subnet {
@@ -78,7 +78,7 @@ func (m *Model) skip(f *Flow, r Reason) {
 	m.stats.Skipped[r]++
 }
 
-// whyInside says more of a peer that is not outside.
+// whyInside returns a more precise reason for a peer that is not outside.
 func (m *Model) whyInside(f *Flow) Reason {
 	peer := f.ReplySrc.Addr.Netip()
 	if _, _, inside := m.policy.subnet(peer); inside || m.skips.way == nil {
@@ -124,9 +124,8 @@ func (m *Model) leadsInside(link string, host netip.Addr) bool {
 	return false
 }
 
-// plain takes in a flow of an enabled host that was not source-NATed and is of a
-// subnet that is not routed. What it counts went to a peer outside, as a packet that
-// waits for an answer in vain does.
+// plain handles a flow of an enabled host that was not source-NATed. It counts f if s is
+// not routed and the peer is outside: such a packet waits for an answer in vain.
 func (m *Model) plain(f *Flow, s Subnet) {
 	if s.Routed || !f.Src.Addr.Is4() || f.Status.Has(StatusDstNAT) {
 		return
@@ -134,7 +133,7 @@ func (m *Model) plain(f *Flow, s Subnet) {
 	if _, local := m.topo.local[f.ReplySrc.Addr]; local || m.policy.refusesEndpoint(f.ReplyDst, f.ReplySrc, &m.topo) != ReasonNone {
 		return
 	}
-	m.plainInZone(f) // there may be no event of it
+	m.plainInZone(f) // in a snapshot too: there may be no event of f
 	if m.snap.showing {
 		return
 	}
@@ -145,8 +144,8 @@ func (m *Model) plain(f *Flow, s Subnet) {
 	m.skips.plain[s.Prefix]++
 }
 
-// translated takes in that f, a flow of s to a peer outside, was source-NATed. It costs
-// nothing where all are.
+// translated handles f, a flow of s to a peer outside that was source-NATed. It costs next
+// to nothing while all flows are.
 func (m *Model) translated(f *Flow, s Subnet) {
 	m.translatedToo(f, s)
 	if len(m.skips.plain) == 0 {

@@ -7,24 +7,23 @@ import (
 	"time"
 )
 
-// A snapshot is a dump in progress. Events go on while the dump runs, so a flow
-// that ended meanwhile must not come back, and one that began must not count as
-// missing.
+// A snapshot is a dump in progress. Events go on while the dump runs: a flow that ended
+// meanwhile must not come back, and a flow that began must not count as missing.
 type snapshot struct {
-	gen     uint8         // flows that were seen since the last BeginSnapshot have it
-	began   time.Duration // when that was
-	before  time.Duration // when the last one began that was whole: all flows were looked at since
+	gen     uint8         // stamped on flows seen since the last BeginSnapshot
+	began   time.Duration // time of the last BeginSnapshot
+	before  time.Duration // when the last complete snapshot began: all flows were looked at since
 	running bool
-	whole   bool                // there was one that showed all
-	first   bool                // there was none before this one
-	showing bool                // the model looks at one of its flows right now
+	whole   bool                // there was a complete snapshot
+	first   bool                // there was no complete snapshot before this one
+	showing bool                // the model handles one of its flows right now
 	ended   map[uint32]struct{} // flows that ended while it runs
-	inbound []Flow              // looked at last: children find their permission then
-	led     map[lead]struct{}   // what flows of forwards in inbound lead to, whoever the peer
+	inbound []Flow              // handled last, when the permissions of children are known
+	led     map[lead]struct{}   // where flows of forwards in inbound lead, whoever the peer
 
-	unplaced bool // what the model had before
+	unplaced bool // Model.unplaced before this snapshot
 
-	inZones map[ends]uint16         // as in skips, of the flows that it showed and of those since
+	inZones map[ends]uint16         // as in skips, but only of flows seen since it began
 	second  map[netip.Prefix]uint16 // likewise
 }
 
@@ -40,8 +39,8 @@ func (s *snapshot) over(id uint32) bool {
 	return ok
 }
 
-// BeginSnapshot starts to take in a dump of all flows. It must be called before
-// the dump is asked for. A snapshot that is under way is given up.
+// BeginSnapshot begins a snapshot, a dump of all flows. Call it before asking for the dump.
+// It abandons a snapshot that is under way.
 func (m *Model) BeginSnapshot(now time.Duration) {
 	m.snap = snapshot{
 		gen: m.snap.gen + 1, whole: m.snap.whole, first: !m.snap.whole, running: true, began: now, before: m.snap.before,
@@ -51,7 +50,7 @@ func (m *Model) BeginSnapshot(now time.Duration) {
 	m.unplaced = false
 }
 
-// SnapshotFlow takes in one flow of the dump.
+// SnapshotFlow handles one flow of the dump.
 func (m *Model) SnapshotFlow(now time.Duration, f *Flow) {
 	if !m.snap.running || m.snap.over(f.ID) {
 		return
@@ -61,12 +60,12 @@ func (m *Model) SnapshotFlow(now time.Duration, f *Flow) {
 	switch role, _, _ := m.role(f); role {
 	case roleOut:
 		m.show(now, f)
-	case roleEarly: // a permission that comes to stand finds it
+	case roleEarly: // kept for a permission that comes to stand later
 		m.show(now, f)
 	case roleChild:
 		m.snap.inbound = append(m.snap.inbound, *f)
 	case roleDNAT:
-		if m.unread || !m.policy.Labels { // else it is of no use
+		if m.unread || !m.policy.Labels { // else nothing needs it
 			m.snap.keepForwarded(f)
 		}
 	}
@@ -81,9 +80,9 @@ type lead struct {
 // mostForwarded bounds the flows of forwards of the user's that a snapshot keeps.
 const mostForwarded = 1 << 13
 
-// keepForwarded keeps f, which may be a child of a permission that is seen later. If
-// there are many such flows, one of each forward is enough: anybody outside can make as
-// many as the table of conntrack has room for.
+// keepForwarded keeps f, which may be a child of a permission that is seen later. If there
+// are many such flows, it keeps only one of each forward: anybody outside can make as many
+// as the conntrack table has room for.
 func (s *snapshot) keepForwarded(f *Flow) {
 	k := lead{extKey{f.Dst, f.OrigZone}, f.ReplySrc}
 	_, led := s.led[k]
@@ -103,8 +102,8 @@ func (m *Model) show(now time.Duration, f *Flow) {
 	m.snap.showing = false
 }
 
-// EndSnapshot tells that the dump was whole: flows that it did not show are
-// gone. They feed nothing, for nobody knows when they ended.
+// EndSnapshot says that the dump was complete: flows that it did not show are gone. They
+// feed nothing, because when they ended is unknown.
 func (m *Model) EndSnapshot(now time.Duration) {
 	if !m.snap.running {
 		return
@@ -129,7 +128,7 @@ func (m *Model) EndSnapshot(now time.Duration) {
 	}
 	slices.Sort(changed)
 	changed = slices.Compact(changed)
-	// Claimants that lost their flow go first, so that none of them inherits.
+	// Settle claims that do not stand first, so that none that lost its flow inherits.
 	for _, state := range []State{StateWaiting, StateRefused, StateStanding} {
 		for _, i := range changed {
 			if m.claims[i].state == state {
@@ -139,8 +138,8 @@ func (m *Model) EndSnapshot(now time.Duration) {
 	}
 }
 
-// AbortSnapshot tells that the dump failed: what it showed counts, what it did
-// not show proves nothing.
+// AbortSnapshot says that the dump failed: flows that it showed count, but flows that it
+// did not show may still be there.
 func (m *Model) AbortSnapshot() {
 	m.unplaced = m.unplaced || m.snap.unplaced
 	m.snap = snapshot{gen: m.snap.gen, whole: m.snap.whole, before: m.snap.before}

@@ -6,21 +6,21 @@ import (
 )
 
 const (
-	// mostStrays bounds the flows that wait to be asked for.
+	// mostStrays bounds the flows that wait for a call of Strays.
 	mostStrays = 64
-	// mostStrayPeers bounds the peers that are remembered as asked for.
+	// mostStrayPeers bounds the peers that are remembered as returned.
 	mostStrayPeers = 4096
 )
 
-// strays are translated flows towards peers on the Internet that are behind no outside
-// link, or with an address of no outside link: each may show that a link is one, too.
+// strays are translated flows to peers on the Internet that are not behind an outside link,
+// or whose outside address belongs to no outside link. Each may show another outside link.
 type strays struct {
 	flows []Flow
-	peers map[Addr]struct{} // of flows that were told since the topology changed
+	peers map[Addr]struct{} // peers of flows that were returned since the topology changed
 }
 
-// Strays returns one such flow for each peer since the last call, or since the topology
-// changed.
+// Strays returns the strays since the last call: one for each peer, until the topology
+// changes.
 func (m *Model) Strays() []Flow {
 	flows := m.strays.flows
 	m.strays.flows = nil
@@ -47,8 +47,8 @@ func (m *Model) stray(f *Flow) {
 	s.flows = append(s.flows, *f)
 }
 
-// IsStray reports whether f may show an outside link that t does not know. The topology must be
-// compiled. f may be a flow of any host.
+// IsStray reports whether f, a flow of any host, may show an outside link that t does not
+// know. t must be compiled.
 func IsStray(f *Flow, t Topology) bool {
 	return mayStray(f) && (!t.outside.has(f.ReplySrc.Addr.Netip()) || t.Doubtful && !slices.Contains(t.Uplinks, f.ReplyDst.Addr.Netip()))
 }
@@ -58,7 +58,7 @@ func mayStray(f *Flow) bool {
 	return f.Status.Has(StatusSrcNAT) && !f.Status.Has(StatusDstNAT) && f.Src.Addr.Is4() && !IsAnchor(f.Src, f.Dst) && onInternet(peer)
 }
 
-// onInternet reports whether a is none of the addresses that networks use inside.
+// onInternet reports whether a is not an address that networks use inside.
 func onInternet(a netip.Addr) bool {
 	return unicast(a) && !a.IsPrivate() && !sharedAddresses.Contains(a)
 }

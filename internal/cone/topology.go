@@ -12,17 +12,18 @@ import (
 type Topology struct {
 	// Local are the gateway's own addresses.
 	Local []netip.Addr
-	// Doubtful says that a link is no outside link though a default route uses it: flows with
-	// an outside address that is none of Uplinks, those of outside links, may show that it is.
+	// Doubtful says that a default route uses a link that is not an outside link. Flows
+	// with an outside address that is not in Uplinks, the addresses of outside links, may
+	// show that it is one.
 	Doubtful bool
 	Uplinks  []netip.Addr
-	// Routes decide by longest match whether a peer is outside; default
-	// routes are among them. A peer without a route is not outside. One prefix
-	// that is there twice, once outside and once not, is not.
+	// Routes decide by longest match whether a peer is outside; default routes are among
+	// them. A peer without a route is not outside. A prefix that is listed both as outside
+	// and as not outside is not outside.
 	Routes []Route
 
 	outside *spans // of Routes; nil before Compile
-	inside  *spans // what routes by other links than outside ones lead to
+	inside  *spans // destinations of routes by links that are not outside links
 }
 
 // A Route says whether a prefix lies behind an outside link.
@@ -31,8 +32,8 @@ type Route struct {
 	Outside bool
 }
 
-// Compile returns t made ready for SetTopology, which else does it itself: many
-// routes take their time.
+// Compile returns t prepared for SetTopology. SetTopology does it otherwise, but with many
+// routes it takes time.
 func (t Topology) Compile() Topology {
 	if t.outside == nil {
 		var inside []netip.Prefix
@@ -46,20 +47,20 @@ func (t Topology) Compile() Topology {
 	return t
 }
 
-// Equal reports whether t and u, which both are compiled, give the same answers.
+// Equal reports whether t and u, which must be compiled, give the same answers.
 func (t Topology) Equal(u Topology) bool {
 	return slices.Equal(t.Local, u.Local) && t.Doubtful == u.Doubtful && slices.Equal(t.Uplinks, u.Uplinks) && t.outside.equal(u.outside) && t.inside.equal(u.inside)
 }
 
-// topology is a Topology made quick to ask.
+// topology is a Topology prepared for fast look-ups.
 type topology struct {
 	local map[Addr]struct{}
-	lost  map[Addr]time.Duration // until when flows with it give nothing
-	peers *spans                 // those behind outside links
-	other *spans                 // those behind other links
+	lost  map[Addr]time.Duration // lost addresses: until when their flows give nothing
+	peers *spans                 // addresses behind outside links
+	other *spans                 // addresses behind other links
 
 	doubtful bool
-	uplinks  map[Addr]struct{} // where doubtful
+	uplinks  map[Addr]struct{} // set if doubtful
 }
 
 func compileTopology(t Topology) topology {
@@ -84,8 +85,8 @@ func compileTopology(t Topology) topology {
 // outside reports whether a lies behind an outside link.
 func (t *topology) outside(a netip.Addr) bool { return t.peers.has(a) }
 
-// doubts reports whether flows with an outside address may leave by a link that is not known
-// as an outside link.
+// doubts reports whether flows with the outside address ext may leave by a link that is not
+// known as an outside link.
 func (t *topology) doubts(ext Addr) bool {
 	if !t.doubtful {
 		return false
@@ -94,22 +95,22 @@ func (t *topology) doubts(ext Addr) bool {
 	return !known
 }
 
-// reached reports whether a route leads to a, by whatever link.
+// reached reports whether a route by any link leads to a.
 func (t *topology) reached(a netip.Addr) bool { return t.peers.has(a) || t.other.has(a) }
 
-// spans gives addresses numbers, as prefixes that hold them say; where none does it is 0.
-// What asking costs grows with the logarithm of their number. As a set it has the addresses
+// spans maps each address to the number of the prefix that holds it, or to 0 if none does.
+// The cost of a look-up grows with the logarithm of its size. As a set it has the addresses
 // whose number is not 0. Nil is the empty set.
 type spans struct{ v4, v6 []spanStart }
 
-// A spanStart is the number of addresses from one up to that of the next one. Neighbours
-// differ, so that equal spans are equal slices.
+// A spanStart gives number to the addresses from first up to the next spanStart. Neighbours
+// have different numbers, so that equal spans are equal slices.
 type spanStart struct {
 	first  addrBits
 	number int32
 }
 
-// addrBits are the bits of an address, an IPv4-mapped one for IPv4.
+// addrBits are the bits of an address, of an IPv4 address in its IPv4-mapped form.
 type addrBits struct{ high, low uint64 }
 
 func bitsOf(a netip.Addr) addrBits {
@@ -137,7 +138,7 @@ func (s *spans) find(a netip.Addr) int32 {
 		starts = s.v4
 	}
 	x := bitsOf(a)
-	low, high := 0, len(starts) // all before low begin at x or before, none from high on
+	low, high := 0, len(starts) // starts before low are at x or below, those from high on above x
 	for low < high {
 		if mid := (low + high) / 2; starts[mid].first.compare(x) <= 0 {
 			low = mid + 1
@@ -158,7 +159,7 @@ func (s *spans) equal(t *spans) bool {
 	return slices.Equal(s.v4, t.v4) && slices.Equal(s.v6, t.v6)
 }
 
-// spansOf returns the set of all addresses of some prefixes.
+// spansOf returns the set of the addresses in some prefixes.
 func spansOf(prefixes []netip.Prefix) *spans {
 	routes := make([]Route, len(prefixes))
 	for i, p := range prefixes {
@@ -167,7 +168,7 @@ func spansOf(prefixes []netip.Prefix) *spans {
 	return newSpans(routes)
 }
 
-// newSpans returns the set of what is outside.
+// newSpans returns the set of addresses that routes lead outside.
 func newSpans(routes []Route) *spans {
 	blocks := make([]block, len(routes))
 	for i, r := range routes {
@@ -182,11 +183,11 @@ func newSpans(routes []Route) *spans {
 // A PrefixTable finds the prefix that an address is in.
 type PrefixTable struct {
 	prefixes []netip.Prefix
-	spans    *spans // 1 more than the place in prefixes
+	spans    *spans // the index in prefixes plus 1
 }
 
-// NewPrefixTable returns the table of some prefixes. Of several with one address the first
-// counts.
+// NewPrefixTable returns the table of some prefixes. If several hold an address, the first
+// of them counts.
 func NewPrefixTable(prefixes []netip.Prefix) *PrefixTable {
 	blocks := make([]block, len(prefixes))
 	for i, p := range prefixes {
@@ -195,7 +196,7 @@ func NewPrefixTable(prefixes []netip.Prefix) *PrefixTable {
 	return &PrefixTable{prefixes, spansOfBlocks(blocks, func(outer, inner int32) int32 { return min(outer, inner) })}
 }
 
-// Find returns the place of the prefix that a is in, or -1.
+// Find returns the index of the prefix that holds a, or -1.
 func (t *PrefixTable) Find(a netip.Addr) int { return int(t.spans.find(a)) - 1 }
 
 // A block holds the addresses of a prefix.
@@ -217,8 +218,8 @@ func newBlock(p netip.Prefix, number int32) block {
 	}
 }
 
-// spansOfBlocks returns the spans of blocks; both tells the number of an inner one from those
-// of the block around it and its own.
+// spansOfBlocks returns the spans of blocks. both computes the number of a block inside
+// another one from the numbers of the two.
 func spansOfBlocks(blocks []block, both func(outer, inner int32) int32) *spans {
 	var v4, v6 []block
 	for _, b := range blocks {
@@ -233,7 +234,7 @@ func spansOfBlocks(blocks []block, both func(outer, inner int32) int32) *spans {
 
 // startsOf returns the starts for the blocks of one family.
 func startsOf(blocks []block, both func(outer, inner int32) int32) []spanStart {
-	// A block comes after those that hold it; of equal ones the least number last.
+	// Sort a block after those that hold it, and equal blocks by falling number.
 	slices.SortFunc(blocks, func(a, b block) int {
 		c := a.first.compare(b.first)
 		if c == 0 {
@@ -245,7 +246,7 @@ func startsOf(blocks []block, both func(outer, inner int32) int32) []spanStart {
 		return c
 	})
 	var starts []spanStart
-	add := func(first addrBits, number int32) { // which is at or behind the last one
+	add := func(first addrBits, number int32) { // first is not below the last start
 		if n := len(starts); n > 0 && starts[n-1].first == first {
 			starts = starts[:n-1]
 		}
@@ -253,14 +254,14 @@ func startsOf(blocks []block, both func(outer, inner int32) int32) []spanStart {
 			starts = append(starts, spanStart{first, number})
 		}
 	}
-	var open []block // each within the one before
-	end := func() {  // of the last one: behind it the one around it counts, if any
+	var open []block // each inside the one before
+	end := func() {  // closes the last one: after it the block around it counts, if any
 		n := len(open) - 1
 		next := open[n].last
 		if next.low++; next.low == 0 {
 			next.high++
 		}
-		if next != (addrBits{}) { // else it was the last address of all
+		if next != (addrBits{}) { // else the block ends with the very last address
 			around := int32(0)
 			if n > 0 {
 				around = open[n-1].number

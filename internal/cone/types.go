@@ -37,8 +37,7 @@ func (a Addr) WithoutLow(n uint8) Addr {
 	return a
 }
 
-// Plus returns the address that is n further, which may be as many as the last byte
-// has room for.
+// Plus returns the address n after a. The last byte must have room for the sum.
 func (a Addr) Plus(n int) Addr {
 	a[len(a)-1] += byte(n)
 	return a
@@ -75,7 +74,7 @@ const (
 	StatusConfirmed Status = 1 << 3  // in the table
 	StatusSrcNAT    Status = 1 << 4  // source of the original direction changed
 	StatusDstNAT    Status = 1 << 5  // destination of the original direction changed
-	StatusOffload   Status = 1 << 14 // in a flowtable: counters and timeout stand still
+	StatusOffload   Status = 1 << 14 // in a flowtable: counters and timeout are not updated
 	StatusHWOffload Status = 1 << 15 // in the flowtable of a network card, beside StatusOffload
 )
 
@@ -84,8 +83,8 @@ func (s Status) Has(t Status) bool { return s&t == t }
 
 // A Flow is one UDP conntrack entry, as an event or a dump reports it.
 type Flow struct {
-	// ID is the kernel's identifier (CTA_ID). It is a hash: unique enough
-	// beside the tuple, not alone.
+	// ID is the kernel's identifier (CTA_ID). It is a hash: unique enough together with the
+	// tuple, not alone.
 	ID     uint32
 	Mark   uint32
 	Status Status
@@ -111,23 +110,23 @@ type Flow struct {
 	// Helped says that a conntrack helper works on the flow.
 	Helped bool
 
-	// OrigPackets and ReplyPackets count packets where HasCounters says that
-	// the kernel keeps them (nf_conntrack_acct) and the message had them.
+	// OrigPackets and ReplyPackets are valid if HasCounters is set: the kernel counts
+	// packets (nf_conntrack_acct) and the message carried the counters.
 	OrigPackets, ReplyPackets uint64
 	HasCounters               bool
 
-	// Began says that the kernel tells of the first packet of the flow.
+	// Began says that the message is the kernel's report of the flow's first packet.
 	Began bool
 
-	// Left is how long the kernel would still keep the flow without a packet, rounded
-	// down to seconds; zero for one that is over.
+	// Left is how long the kernel would keep the flow without another packet, rounded down
+	// to seconds; zero if the flow has ended.
 	Left time.Duration
 
-	// Late is how long ago, at most, what is told of the flow was true.
+	// Late is the greatest possible age of this information about the flow.
 	Late time.Duration
 }
 
-// Timeouts are how long the kernel keeps a UDP flow after its last packet. Zero is
+// Timeouts are how long the kernel keeps a UDP flow after its last packet. Zero means
 // unknown.
 type Timeouts struct {
 	UDP    time.Duration // nf_conntrack_udp_timeout
@@ -139,8 +138,8 @@ type Key struct {
 	Ext  Endpoint // outside endpoint of the mapping
 	Peer Addr     // who may send to it, from any port
 	Zone uint16   // conntrack zone of the reply direction of its flows
-	// Wild is how many low bits of Peer, which are zero, stand for any: more
-	// than none where the peer is a group of addresses, or everybody.
+	// Wild is the number of low bits of Peer that match any value; they are zero in Peer.
+	// It is above 0 if the peer is a group of addresses, or everybody.
 	Wild uint8
 }
 
@@ -161,5 +160,5 @@ type Permission struct {
 	Mark uint32
 }
 
-// Routed reports whether the permission is one without address translation.
+// Routed reports whether the permission involves no address translation.
 func (p Permission) Routed() bool { return p.Ext == p.Int }

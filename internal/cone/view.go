@@ -10,25 +10,24 @@ type View struct {
 	Permission
 	State     State
 	Reason    Reason // why it does not stand
-	Placement        // of one that stands
+	Placement        // zero unless it stands
 	Flows     int    // live flows that the inside host opened
 	Children  int    // live flows that the peer opened
 	Answered  int    // children that the inside host answered
 	Since     time.Duration
-	// Expires is when the permission ends unless it is fed again. A live flow
-	// feeds it each time that it is seen.
+	// Expires is when the permission ends unless it is fed again. A live flow feeds it each
+	// time it is seen.
 	Expires time.Duration
 }
 
-// UsesOutside reports whether a permission with an outside address stands.
+// UsesOutside reports whether a permission on the outside address ext stands.
 func (m *Model) UsesOutside(ext Addr) bool {
 	return slices.ContainsFunc(m.claims, func(c claim) bool { return c.state == StateStanding && c.Ext.Addr == ext })
 }
 
-// Walk calls f for the claims in the places from to from+n of the model, which
-// are in no order, and returns the place to go on from, or -1 at the end. A long
-// list can so be made in steps; what changes between two steps may be missing.
-// f must not call methods of m.
+// Walk calls f for up to n claims, in no order, starting at place from of the model. It
+// returns the place to continue at, or -1 at the end. So a long list can be made in steps;
+// claims that change between two steps may be missing. f must not call methods of m.
 func (m *Model) Walk(from, n int, f func(View)) (next int) {
 	end := min(from+n, len(m.claims))
 	for i := from; i < end; i++ {

@@ -2,21 +2,20 @@ package cone
 
 import "time"
 
-// A wheel keeps claims by the time at which they want attention. It may call
-// early, never late by more than its grain; who is called early schedules
-// itself again. Lists run through the claims themselves, so that scheduling
-// costs no memory.
+// A wheel orders claims by the time of their next work. It may return a claim early, but
+// never late by more than its grain; the caller schedules an early one again. Lists run
+// through the claims themselves, so that scheduling costs no memory.
 type wheel struct {
 	grain  time.Duration
-	done   int64 // last tick that was worked off
+	done   int64 // last tick that was worked through
 	count  int
 	claims *[]claim
 	slots  [wheelSlots]int32 // first claim of each slot, -1 for none
 }
 
-// wheelSlots must be more than twice wheelPerLifetime: nothing is scheduled
-// further ahead than a lifetime, and one clamped to the horizon just comes
-// back once more.
+// wheelSlots must be more than twice wheelPerLifetime: nothing is scheduled further ahead
+// than a lifetime, and a claim clamped to the horizon is just returned and scheduled once
+// more.
 const (
 	wheelSlots       = 256
 	wheelPerLifetime = 64
@@ -30,7 +29,7 @@ func newWheel(claims *[]claim, lifetime time.Duration) wheel {
 	return w
 }
 
-// schedule puts claim i in the slot for time t, from wherever it was.
+// schedule puts claim i into the slot for time t, and removes it from any other.
 func (w *wheel) schedule(i int32, t time.Duration) {
 	w.remove(i)
 	tick := int64((t + w.grain - 1) / w.grain)
@@ -63,14 +62,14 @@ func (w *wheel) remove(i int32) {
 	w.count--
 }
 
-// pop returns a claim whose slot is due at now, out of the wheel, or none.
+// pop removes a claim whose slot is due at now and returns it, or none.
 func (w *wheel) pop(now time.Duration) int32 {
 	due := int64(now / w.grain)
 	if w.count == 0 {
 		w.done = max(w.done, due)
 		return none
 	}
-	// After a long pause one turn meets every slot.
+	// After a long pause one turn visits every slot.
 	w.done = max(w.done, due-wheelSlots)
 	for ; w.done < due; w.done++ {
 		if i := w.slots[(w.done+1)%wheelSlots]; i != none {
@@ -81,7 +80,7 @@ func (w *wheel) pop(now time.Duration) int32 {
 	return none
 }
 
-// next returns when pop wants to be called again, and whether it does at all.
+// next returns when pop must be called next, and false if the wheel is empty.
 func (w *wheel) next() (time.Duration, bool) {
 	return time.Duration(w.done+1) * w.grain, w.count > 0
 }

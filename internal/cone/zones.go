@@ -5,12 +5,12 @@ import (
 	"slices"
 )
 
-// Zones says which conntrack zones flows had since the start of the daemon.
+// Zones says which conntrack zones flows have had since the daemon started.
 type Zones struct {
-	// Original says that some flow had a zone of the original direction alone.
+	// Original says that some flow had a zone in its original direction only.
 	Original bool
-	// Both says that answers to some translated flow came in a zone. It may be a flow of
-	// another network, with the outside endpoints of flows in zone 0.
+	// Both says that some translated flow had a zone in its reply direction. It may be a
+	// flow of another network, with the outside endpoints of flows in zone 0.
 	Both bool
 	// Several are the enabled subnets with translated flows in more than one zone of the
 	// original direction: hosts of two networks may have the same addresses.
@@ -21,14 +21,14 @@ type Zones struct {
 
 const mostOutside = 16
 
-// OneDirection reports whether zones are of the original direction alone, and the hosts of
-// an enabled subnet are in one of them.
+// OneDirection reports whether zones are given to the original direction only, and the
+// hosts of each enabled subnet are in a single zone.
 func (z Zones) OneDirection() bool { return z.Original && !z.Both && len(z.Several) == 0 }
 
 // Zones returns the zones that flows had. The caller must not change the slices.
 func (m *Model) Zones() Zones { return m.zones }
 
-// AdoptZones tells what an earlier daemon knew of zones.
+// AdoptZones sets what an earlier daemon knew of zones.
 func (m *Model) AdoptZones(z Zones) { m.zones = z }
 
 // noteZones notes the zones of any flow.
@@ -62,8 +62,8 @@ func (m *Model) noteSubnetZone(f *Flow, s Subnet) {
 	}
 }
 
-// A SecondZone is a conntrack zone in which flows of a subnet are untranslated that another
-// zone has translated, as of a host behind a bridge with a firewall of its own.
+// A SecondZone is a conntrack zone that has flows of a subnet untranslated while another
+// zone has them translated, as for a host behind a bridge with its own firewall.
 type SecondZone struct {
 	Subnet netip.Prefix
 	Zone   uint16
@@ -72,7 +72,7 @@ type SecondZone struct {
 // mostInZones bounds the untranslated flows in zones that are remembered.
 const mostInZones = 64
 
-// ends are those of a flow before it was translated.
+// ends are the endpoints of a flow before translation.
 type ends struct{ in, peer Endpoint }
 
 // SecondZones returns the second zone of each subnet that has one and is not routed.
@@ -85,7 +85,7 @@ func (m *Model) SecondZones() (all []SecondZone) {
 	return all
 }
 
-// plainInZone remembers f, which is untranslated, if it is in a zone.
+// plainInZone remembers f, which is untranslated, if it is not in zone 0.
 func (m *Model) plainInZone(f *Flow) {
 	if f.ReplyZone == 0 {
 		return
@@ -98,7 +98,8 @@ func (m *Model) plainInZone(f *Flow) {
 	}
 }
 
-// translatedToo looks whether f, a translated flow of s, is untranslated in another zone.
+// translatedToo notes the second zone of s if f, a translated flow of s, is untranslated in
+// another zone.
 func (m *Model) translatedToo(f *Flow, s Subnet) {
 	zone, is := m.skips.inZones[ends{f.Src, f.Dst}]
 	if !is || zone == f.ReplyZone {
