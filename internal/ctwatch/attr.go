@@ -73,8 +73,8 @@ type header struct {
 	seq        uint32
 }
 
-// nextMessage splits the first message off a datagram. msg has the header in
-// it. When ok is false nothing more of b can be read.
+// nextMessage splits the first message off a datagram. msg includes the header. If ok is
+// false, nothing more of b can be read.
 func nextMessage(b []byte) (h header, msg, rest []byte, ok bool) {
 	if len(b) < unix.NLMSG_HDRLEN {
 		return header{}, nil, nil, false

@@ -11,13 +11,13 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 )
 
-// Dump calls fn for each UDP entry of the table, both families, all zones,
-// without anchors (ctnetlink_dump_table). The Flow is the same one each time:
-// fn copies what it keeps, and must not use q.
+// Dump calls fn for each UDP entry of the table, both families, all zones, without anchors
+// (ctnetlink_dump_table). The Flow is the same one each time: fn must copy what it keeps,
+// and must not use q.
 //
-// The table goes on living: an entry that is made or deleted meanwhile may be
-// there or not. With an error entries are missing, but what fn got is true;
-// ErrInterrupted says that the dump went on to its end all the same.
+// The table changes during the dump: an entry that is made or deleted meanwhile may be
+// shown or not. After an error entries are missing, but those that fn got are true.
+// ErrInterrupted says that the dump nevertheless ran to its end.
 func (q *Queries) Dump(fn func(*cone.Flow)) error {
 	var f cone.Flow
 	var interrupted bool
@@ -32,8 +32,8 @@ func (q *Queries) Dump(fn func(*cone.Flow)) error {
 		}
 	}
 
-	// The kernel takes a filter by protocol for one family only. Two walks
-	// through the table cost less than entries of TCP that nobody reads.
+	// The kernel accepts a filter by protocol for one family only. Two walks through the
+	// table cost less than TCP entries that nobody reads.
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		if err := q.dumpFamily(family, each); err != nil {
 			return wrap("dump conntrack table", err)
@@ -61,9 +61,8 @@ func (q *Queries) dumpFamily(family uint8, each func(h header, msg []byte)) erro
 	return q.query(ipctnlMsgCTGet, netlink.Dump, family, nil, each)
 }
 
-// onlyUDP encodes a filter that leaves other protocols out (CTA_FILTER, since
-// Linux 5.8). An older kernel skips the attribute it does not know and sends
-// all; the parser drops the others again.
+// onlyUDP encodes a filter for UDP (CTA_FILTER, since Linux 5.8). An older kernel skips the
+// unknown attribute and sends all protocols; the parser drops the others.
 func onlyUDP() []byte {
 	proto := appendAttr(nil, ctaProtoNum, unix.IPPROTO_UDP)
 	attrs := appendNest(nil, ctaTupleOrig, appendNest(nil, ctaTupleProto, proto))

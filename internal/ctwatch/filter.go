@@ -19,7 +19,7 @@ const (
 )
 
 // Slots of the scratch memory: offsets of CTA_TUPLE_ORIG and CTA_TUPLE_PROTO, and the
-// address and port that the first packet was for.
+// destination address and port of the first packet.
 const (
 	origSlot = iota
 	protoSlot
@@ -27,39 +27,39 @@ const (
 	portSlot
 )
 
-// mostSources and mostForwarded bound what the filter compares. The kernel takes programs
-// of 4,096 instructions, and runs each for every flow of the gateway. A source takes up to
-// 13 of them, and what is forwarded 7, but only those of a DNATed flow that ends are run.
+// mostSources and mostForwarded bound what the filter compares. The kernel accepts programs
+// of 4,096 instructions, and runs the filter for every flow of the gateway. A source takes
+// up to 13 of them. A forwarded range takes 7, which run only when a DNATed flow ends.
 const mostSources, mostForwarded = 128, 256
 
-// Sources are flows whose events a Watcher tells of: those that begin in one of Prefixes,
-// and those that are expected, DNATed or looked after by a conntrack helper.
+// Sources are the flows whose events a Watcher reports: those that begin in one of
+// Prefixes, and those that are expected, DNATed or handled by a conntrack helper.
 type Sources struct {
 	Prefixes []netip.Prefix // none: all flows
-	// Labelled says that of the other DNATed flows only those that have a label when they
-	// begin are meant.
+	// Labelled says that other DNATed flows are reported only if they have a label when
+	// they begin.
 	Labelled bool
-	// Forwarded are IPv4 endpoints whose DNATed flows had none: the kernel does not name
-	// labels at the end of a flow. Of IPv6 none has one. If there are many, ends of flows to
-	// endpoints between these are left out, too.
+	// Forwarded are IPv4 endpoints whose DNATed flows had no label: the kernel does not
+	// report labels when a flow ends. IPv6 flows never have one. If there are many, the
+	// ends of flows to endpoints between them are left out too.
 	Forwarded []Range
 }
 
-// A Range is each endpoint with one of some IPv4 addresses and one of some ports.
+// A Range is all endpoints with an address and a port in these bounds, which are included.
 type Range struct {
 	FirstAddr, LastAddr netip.Addr
 	FirstPort, LastPort uint16
 }
 
-// eventFilter is the socket filter of a Watcher: UDP, either family, and no anchor
-// that begins; with prefixes, those of s alone. It runs before a message
-// is queued (sk_filter), so what it drops costs neither buffer nor wake-up. It looks at
-// the first message of a datagram; the kernel sends events one by one.
+// eventFilter is the socket filter of a Watcher. It passes UDP events of both families,
+// except new anchors; with prefixes, only those of s. It runs before a message is queued
+// (sk_filter), so what it drops costs neither buffer nor wake-up. It looks at the first
+// message of a datagram; the kernel sends events one by one.
 //
-// Drop only what is known to be foreign: where an attribute is missing the
-// message passes, and the parser looks again and counts it. The kernel finds
-// attributes in its own byte order and the loads are of network byte order,
-// so the program is the same on all machines.
+// Drop only what is known to be foreign: if an attribute is missing, the message passes,
+// and the parser looks again and counts it. The kernel finds attributes in its own byte
+// order and the loads are in network byte order, so the program is the same on all
+// machines.
 func eventFilter(s Sources) ([]bpf.RawInstruction, error) {
 	prog := slices.Concat(
 		[]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: attributesAt}},
@@ -86,7 +86,7 @@ func eventFilter(s Sources) ([]bpf.RawInstruction, error) {
 	}
 
 	led := []bpf.Instruction{bpf.RetConstant{Val: pass}}
-	if s.Labelled { // it must be one of ours, or from one of the prefixes
+	if s.Labelled { // it must be one of our children, or from one of the prefixes
 		led = append(unlessForwarded(fewer(s.Forwarded, mostForwarded)), led...)
 		led = append([]bpf.Instruction{
 			bpf.LoadAbsolute{Off: unix.NLMSG_HDRLEN, Size: 1}, // the family
@@ -128,8 +128,8 @@ func eventFilter(s Sources) ([]bpf.RawInstruction, error) {
 	return bpf.Assemble(prog)
 }
 
-// unlessForwarded leaves out the one instruction that follows where the first packet was
-// for one of some endpoints.
+// unlessForwarded skips the instruction that follows it if the first packet was for one of
+// some endpoints.
 func unlessForwarded(forwarded []Range) []bpf.Instruction {
 	if len(forwarded) == 0 {
 		return nil
@@ -158,8 +158,8 @@ func unlessForwarded(forwarded []Range) []bpf.Instruction {
 	return prog
 }
 
-// fewer returns at most so many ranges that cover what the given ones do. Those that are
-// nearest to each other are made one: on the same addresses if that is enough.
+// fewer returns at most most ranges that cover the given ones. It merges the ranges that
+// are nearest to each other, those on the same addresses first.
 func fewer(ranges []Range, most int) (few []Range) {
 	if len(ranges) <= most {
 		return ranges
@@ -183,7 +183,7 @@ func fewer(ranges []Range, most int) (few []Range) {
 	closed := len(ranges) - most
 	widest := sorted[closed-1]
 	narrower, _ := slices.BinarySearch(sorted, widest)
-	asWide := closed - narrower // so many of those may be closed
+	asWide := closed - narrower // how many gaps of this width may be closed
 	for i, r := range ranges {
 		if i == 0 || gaps[i] > widest || gaps[i] == widest && asWide == 0 {
 			few = append(few, r)
@@ -201,8 +201,8 @@ func fewer(ranges []Range, most int) (few []Range) {
 	return few
 }
 
-// find sets A to the offset of attribute typ, at or in what A points to, and passes the
-// message when there is none.
+// find sets A to the offset of attribute typ, at or inside what A points to. It passes the
+// message if there is none.
 func find(ext bpf.Extension, typ uint32) []bpf.Instruction {
 	return []bpf.Instruction{
 		bpf.LoadConstant{Dst: bpf.RegX, Val: typ},
@@ -222,8 +222,9 @@ func ifThere(typ uint32) []bpf.Instruction {
 	}
 }
 
-// skipIfGone leaves out what follows where the message tells of an end. Its type is as
-// the two bytes lie in it on either kind of machine.
+// skipIfGone skips the following instructions if the message says that a flow ended. It
+// compares the two bytes of the message type in both byte orders, for either kind of
+// machine.
 func skipIfGone(following []bpf.Instruction) []bpf.Instruction {
 	prog := []bpf.Instruction{bpf.LoadAbsolute{Off: 4, Size: 2}}
 	for i, gone := range []uint32{unix.NFNL_SUBSYS_CTNETLINK<<8 | ipctnlMsgCTDelete, ipctnlMsgCTDelete<<8 | unix.NFNL_SUBSYS_CTNETLINK} {
@@ -244,8 +245,8 @@ func dropIf(cond bpf.JumpTest, val uint32) []bpf.Instruction {
 	}
 }
 
-// fromOneOf passes the message if the address that A points to is in one of the prefixes
-// of its family, and else drops it.
+// fromOneOf passes the message if the address that A points to is in one of the prefixes of
+// its family, and otherwise drops it.
 func fromOneOf(prefixes []netip.Prefix, is4 bool) []bpf.Instruction {
 	prog := []bpf.Instruction{bpf.TAX{}}
 	for _, p := range prefixes {

@@ -12,15 +12,15 @@ import (
 )
 
 var (
-	// errForeign marks a sound message that is no news of a UDP flow.
+	// errForeign marks a valid message that is not an event of a UDP flow.
 	errForeign = errors.New("not an event of a UDP flow")
 	// errMalformed marks a message that the kernel does not write.
 	errMalformed = errors.New("malformed conntrack message")
 )
 
-// parse decodes one event, netlink header and all, as ctnetlink_conntrack_event
-// of the kernel writes it. It does not allocate and keeps no part of msg.
-// The error is errForeign or errMalformed; f is then worth nothing.
+// parse decodes one event, netlink header included, as ctnetlink_conntrack_event of the
+// kernel writes it. It does not allocate and keeps no part of msg. The error is errForeign
+// or errMalformed; the content of f is then undefined.
 func parse(h header, msg []byte, f *cone.Flow) (Kind, error) {
 	var kind Kind
 	switch {
@@ -37,7 +37,7 @@ func parse(h header, msg []byte, f *cone.Flow) (Kind, error) {
 	if kind == New && isAnchor(f) {
 		return 0, errForeign
 	}
-	f.Began = kind == New && !f.Status.Has(cone.StatusSeenReply) // else another program made it
+	f.Began = kind == New && !f.Status.Has(cone.StatusSeenReply) // else another program made the entry
 	return kind, nil
 }
 
@@ -45,14 +45,13 @@ func parse(h header, msg []byte, f *cone.Flow) (Kind, error) {
 // packets do not use port 0.
 func isAnchor(f *cone.Flow) bool { return f.Src.Port == 0 || f.Dst.Port == 0 }
 
-// parseFlow decodes nfgenmsg and the attributes behind it
-// (ctnetlink_fill_info). Attributes that it does not know are skipped, so that
-// a newer kernel does not stop us.
+// parseFlow decodes nfgenmsg and the attributes behind it (ctnetlink_fill_info). It skips
+// unknown attributes, so that a newer kernel does not stop us.
 func parseFlow(b []byte, f *cone.Flow) error {
 	if len(b) < nfgenmsgLen || b[1] != unix.NFNETLINK_V0 {
 		return errMalformed
 	}
-	family := b[0] // parseIP knows two
+	family := b[0] // parseIP accepts IPv4 and IPv6
 
 	*f = cone.Flow{}
 	var orig, reply, master tuple
@@ -67,7 +66,7 @@ func parseFlow(b []byte, f *cone.Flow) error {
 		case ctaTupleOrig:
 			ok = orig.parse(val, family)
 			if ok && orig.proto != unix.IPPROTO_UDP {
-				return errForeign // the rest is not worth the time
+				return errForeign // the rest is of no interest
 			}
 		case ctaTupleReply:
 			ok = reply.parse(val, family)
@@ -77,11 +76,11 @@ func parseFlow(b []byte, f *cone.Flow) error {
 			var v uint32
 			v, ok = uint32Of(val)
 			f.Status = cone.Status(v)
-		case ctaHelp: // the kernel leaves it out where there is no helper
+		case ctaHelp: // the kernel sends it only if there is a helper
 			f.Helped = true
 		case ctaLabels:
 			f.Labelled = nfnl.HasChildLabel(val)
-		case ctaTimeout: // in seconds, of which the kernel leaves out the last part
+		case ctaTimeout: // in seconds, which the kernel rounds down
 			var v uint32
 			v, ok = uint32Of(val)
 			f.Left = time.Duration(v) * time.Second
@@ -108,8 +107,8 @@ func parseFlow(b []byte, f *cone.Flow) error {
 	f.ReplySrc, f.ReplyDst = reply.src, reply.dst
 	f.MasterSrc, f.MasterDst = master.src, master.dst
 
-	// CTA_ZONE is a zone of both directions. One that was given to a single
-	// direction stands in that tuple (ctnetlink_dump_zone_id).
+	// CTA_ZONE is the zone of both directions. The zone of a single direction is in the
+	// tuple of that direction (ctnetlink_dump_zone_id).
 	f.OrigZone, f.ReplyZone = zone, zone
 	if orig.zone != 0 {
 		f.OrigZone = orig.zone
@@ -117,23 +116,23 @@ func parseFlow(b []byte, f *cone.Flow) error {
 	if reply.zone != 0 {
 		f.ReplyZone = reply.zone
 	}
-	f.Labelled = f.Labelled && f.ReplyZone == 0 // the map serves no other zone; that is somebody else's
+	f.Labelled = f.Labelled && f.ReplyZone == 0 // the map serves zone 0 only: else it is not our label
 	return nil
 }
 
-// tuple is one direction of an entry. The master of an expected flow need not
-// be UDP, so a tuple is sound without ports.
+// tuple is one direction of an entry. The master of an expected flow need not be UDP, so a
+// tuple without ports is valid.
 type tuple struct {
 	src, dst     cone.Endpoint
 	zone         uint16
 	proto        uint8
-	sport, dport bool // there
+	sport, dport bool // present
 }
 
 func (t *tuple) hasPorts() bool { return t.sport && t.dport }
 
-// parse decodes a CTA_TUPLE_* attribute; t must be empty, which also refuses a
-// tuple that comes twice.
+// parse decodes a CTA_TUPLE_* attribute. t must be empty: a tuple that comes twice is
+// refused.
 func (t *tuple) parse(b []byte, family uint8) bool {
 	if t.proto != 0 {
 		return false

@@ -17,28 +17,28 @@ import (
 // DefaultTimeout is how long Queries waits for each part of an answer.
 const DefaultTimeout = 5 * time.Second
 
-// ErrInterrupted says that the table changed during a dump so that entries may
-// be missing or came twice.
+// ErrInterrupted says that the table changed during a dump, so that entries may be missing
+// or may have come twice.
 var ErrInterrupted = errors.New("conntrack dump was interrupted")
 
 // errFlush stops a message that would empty the whole table.
 var errFlush = errors.New("delete without a tuple and an id refused: it would flush the table")
 
-// Queries asks the conntrack table. Every wait has a deadline; a query that
-// fails on the way (not by an answer of the kernel) closes the socket, and the
-// next query opens a new one, so that no answer is taken for another's.
+// Queries asks the conntrack table. Every wait has a deadline. If a query fails for another
+// reason than the kernel's answer, the socket is closed and the next query opens a new one,
+// so that no answer is taken for that of another query.
 //
-// One goroutine at a time may use it, Close included.
+// Only one goroutine at a time may use it, Close included.
 type Queries struct {
 	cfg     Config
-	conn    *netlink.Conn // nil: to be opened
+	conn    *netlink.Conn // nil until it is opened
 	rc      syscall.RawConn
 	receive func(fd uintptr) bool // q.read, bound once: binding allocates
 	buf     []byte
 	n       int
 	err     error
 	closed  bool
-	// noFilter: the kernel refused CTA_FILTER.
+	// noFilter says that the kernel refused CTA_FILTER.
 	noFilter bool
 }
 
@@ -48,8 +48,8 @@ func DialQueries(cfg Config) (*Queries, error) {
 	if cfg.Timeout == 0 {
 		cfg.Timeout = DefaultTimeout
 	}
-	// The kernel writes a dump in parts of up to 32 KiB when it sees that the
-	// reader has room for them (netlink_dump).
+	// The kernel writes a dump in parts of up to 32 KiB if the reader's buffer has room for
+	// them (netlink_dump).
 	q := &Queries{cfg: cfg, buf: make([]byte, 64<<10)}
 	q.receive = q.read
 	if err := q.open(); err != nil {
@@ -78,7 +78,7 @@ func (q *Queries) open() error {
 	return nil
 }
 
-// reset drops the socket and with it what may still come for an old query.
+// reset closes the socket, and so discards late answers to an old query.
 func (q *Queries) reset() error {
 	if q.conn == nil {
 		return nil
@@ -94,9 +94,9 @@ func (q *Queries) Close() error {
 	return q.reset()
 }
 
-// Get returns the UDP entry that has src and dst as its original or its reply
-// direction, in the zone of that direction (ctnetlink_get_conntrack). It
-// returns false when there is none. Anchors are found, too.
+// Get returns the UDP entry that has src and dst as its original or its reply direction, in
+// the zone of that direction (ctnetlink_get_conntrack). It returns false if there is none.
+// It finds anchors too.
 func (q *Queries) Get(src, dst cone.Endpoint, zone uint16) (cone.Flow, bool, error) {
 	attrs, err := lookup(src, dst, zone)
 	if err != nil {
@@ -105,8 +105,8 @@ func (q *Queries) Get(src, dst cone.Endpoint, zone uint16) (cone.Flow, bool, err
 	var f cone.Flow
 	var found bool
 	var bad error
-	// The kernel marks the one message as part of many (ctnetlink_fill_info)
-	// but sends no end mark behind it: the acknowledgement ends the answer.
+	// The kernel marks its single message as part of many (ctnetlink_fill_info) but sends
+	// no end mark after it: the acknowledgement ends the answer.
 	err = q.query(ipctnlMsgCTGet, netlink.Acknowledge, family(src.Addr), attrs, func(_ header, msg []byte) {
 		bad = parseFlow(msg, &f)
 		found = bad == nil
@@ -123,9 +123,8 @@ func (q *Queries) Get(src, dst cone.Endpoint, zone uint16) (cone.Flow, bool, err
 	return f, found, nil
 }
 
-// Delete removes the UDP entry that Get would return if its id is id, and
-// returns false when there is no such entry (ctnetlink_del_conntrack). A
-// Watcher hears of it as Gone.
+// Delete removes the UDP entry that Get would return, if its ID is id, and returns false if
+// there is no such entry (ctnetlink_del_conntrack). A Watcher reports it as Gone.
 func (q *Queries) Delete(src, dst cone.Endpoint, zone uint16, id uint32) (bool, error) {
 	attrs, err := lookup(src, dst, zone)
 	if err != nil {
@@ -149,9 +148,8 @@ func family(a cone.Addr) uint8 {
 	return unix.AF_INET6
 }
 
-// lookup encodes the attributes that name a UDP entry. CTA_ZONE names the zone
-// of both directions, which also finds an entry that has it in the direction
-// of the tuple alone.
+// lookup encodes the attributes that name a UDP entry. CTA_ZONE names the zone of both
+// directions. It also finds an entry that has the zone only in the direction of the tuple.
 func lookup(src, dst cone.Endpoint, zone uint16) ([]byte, error) {
 	if src.Addr.Is4() != dst.Addr.Is4() {
 		return nil, fmt.Errorf("%v and %v are of different families", src, dst)
@@ -192,9 +190,9 @@ func hasAttr(attrs []byte, typ uint16) bool {
 	return false
 }
 
-// query sends one request, which must be a dump or ask to be acknowledged, and
-// calls fn for each message of the answer; msg begins at nfgenmsg. The error is the kernel's errno or that of the
-// socket.
+// query sends one request, which must be a dump or ask for an acknowledgement, and calls fn
+// for each message of the answer; msg begins at nfgenmsg. The error is the kernel's errno
+// or that of the socket.
 func (q *Queries) query(typ uint16, flags netlink.HeaderFlags, family uint8, attrs []byte, fn func(h header, msg []byte)) error {
 	if typ == ipctnlMsgCTDelete && !(hasAttr(attrs, ctaTupleOrig) && hasAttr(attrs, ctaID)) {
 		return errFlush
@@ -254,7 +252,7 @@ func (q *Queries) fail(err error) error {
 	return err
 }
 
-// next returns the next datagram; it is good until the next call.
+// next returns the next datagram; it is valid until the next call.
 func (q *Queries) next() ([]byte, error) {
 	if err := q.conn.SetReadDeadline(time.Now().Add(q.cfg.Timeout)); err != nil {
 		return nil, err
@@ -265,7 +263,7 @@ func (q *Queries) next() ([]byte, error) {
 	return q.buf[:max(q.n, 0)], os.NewSyscallError("read", q.err)
 }
 
-// read takes one datagram (syscall.RawConn).
+// read reads one datagram (syscall.RawConn).
 func (q *Queries) read(fd uintptr) bool {
 	for {
 		q.n, q.err = unix.Read(int(fd), q.buf)

@@ -10,11 +10,11 @@ import (
 	"github.com/ti-mo/conntrack"
 )
 
-// Counts are what conntrack did in a network namespace, on all CPUs together (struct
+// Counts are what conntrack has done in a network namespace, on all CPUs together (struct
 // ip_conntrack_stat, conntrack(8)).
 type Counts struct {
 	InsertFailed  uint64 // packets dropped because their new entry could not be put into the table
-	Drop          uint64 // packets dropped, those among them, and those for which there was no new entry
+	Drop          uint64 // packets dropped: those of InsertFailed, and those that got no new entry
 	EarlyDrop     uint64 // entries taken out to make room in a full table
 	Invalid       uint64 // packets that cannot be tracked
 	Error         uint64 // ICMP messages that cannot be tracked
@@ -26,17 +26,17 @@ type Counts struct {
 }
 
 // Statistics tells how full conntrack is, and counts what it does from the first call of
-// Counts on. The kernel counts since the network namespace was made, for each CPU, in 32
-// bits: Counts must be called before a counter grows by as much.
+// Counts on. The kernel's counters start with the network namespace, one set for each CPU,
+// and have 32 bits: call Counts before a counter can grow by 2^32.
 //
-// One goroutine at a time may use it, Close included. It shares no connection: it may be
-// asked within a Dump of a Queries.
+// Only one goroutine at a time may use it, Close included. It has connections of its own,
+// so it may be asked within a Dump of a Queries.
 type Statistics struct {
 	cfg    Config
 	table  *Queries
-	conn   *conntrack.Conn // nil: to be opened
+	conn   *conntrack.Conn // nil until it is opened
 	total  Counts
-	last   map[uint16]cpuCounts // as the kernel has them, by CPU; nil before the first time
+	last   map[uint16]cpuCounts // the kernel's counters at the last call, by CPU; nil before the first
 	closed bool
 }
 
@@ -77,8 +77,8 @@ func (s *Statistics) open() (err error) {
 // Table tells how full the table is.
 func (s *Statistics) Table() (Table, error) { return s.table.Table() }
 
-// Counts returns the counts since its first call, which are all zero. It costs two queries.
-// With an error they are those of the call before.
+// Counts returns the counts since its first call, which returns zeros. It costs two
+// queries. With an error it returns the counts of the call before.
 func (s *Statistics) Counts() (Counts, error) {
 	if err := s.open(); err != nil {
 		return s.total, err
@@ -94,7 +94,8 @@ func (s *Statistics) Counts() (Counts, error) {
 
 // ask asks the kernel (ctnetlink_ct_stat_cpu_dump, ctnetlink_exp_stat_cpu_dump).
 func (s *Statistics) ask() (map[uint16]cpuCounts, error) {
-	// The library gives its connection no deadline, but it may be closed meanwhile.
+	// The library sets no deadline on its connection, but the connection may be closed
+	// meanwhile.
 	conn := s.conn
 	late := time.AfterFunc(s.cfg.Timeout, func() { _ = conn.Close() })
 	flows, err := conn.Stats()
@@ -118,7 +119,7 @@ func (s *Statistics) ask() (map[uint16]cpuCounts, error) {
 	return now, nil
 }
 
-// add takes in what the counters are now.
+// add adds to the totals what the counters grew by since the last call.
 func (s *Statistics) add(now map[uint16]cpuCounts) {
 	was := s.last
 	s.last = now
@@ -140,10 +141,10 @@ func (s *Statistics) add(now map[uint16]cpuCounts) {
 	}
 }
 
-// grow adds to total by how much a counter grew, which may have wrapped meanwhile.
+// grow adds to total the growth of a counter, which may have wrapped meanwhile.
 func grow(total *uint64, was, is uint32) { *total += uint64(is - was) }
 
-// reset drops the socket and with it what may still come for an old query.
+// reset closes the socket, and so discards late answers to an old query.
 func (s *Statistics) reset() error {
 	if s.conn == nil {
 		return nil

@@ -9,10 +9,10 @@ import (
 
 // A Table says how full the conntrack table is.
 type Table struct {
-	// Entries are those of this network namespace, of all protocols, with those that
-	// timed out and are still to be collected.
+	// Entries counts those of this network namespace, of all protocols, including those
+	// that timed out and were not collected yet.
 	Entries int
-	// Max is how many there may be (nf_conntrack_max), 0 for no bound.
+	// Max is how many there may be (nf_conntrack_max); 0 means no bound.
 	Max int
 }
 

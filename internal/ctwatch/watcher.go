@@ -24,12 +24,12 @@ const DefaultReadBuffer = 8 << 20
 // A Config says where and how to open a socket. The zero value is the current
 // network namespace with default sizes.
 type Config struct {
-	// NetNS is a file descriptor of a network namespace, 0 for the current
-	// one. Queries may need it again until it is closed.
+	// NetNS is a file descriptor of a network namespace, 0 for the current one. It must
+	// stay open as long as a Queries that uses it.
 	NetNS int
 	// ReadBuffer is the size of a Watcher's receive buffer in bytes, 0 for
-	// DefaultReadBuffer. With CAP_NET_ADMIN it may exceed net.core.rmem_max.
-	// Queries does not use it: the kernel fits a dump to the buffer.
+	// DefaultReadBuffer. With CAP_NET_ADMIN it may exceed net.core.rmem_max. Queries does
+	// not use it: the kernel adapts a dump to the buffer.
 	ReadBuffer int
 	// Timeout is how long Queries waits for each part of an answer, 0 for
 	// DefaultTimeout. A Watcher does not use it.
@@ -43,12 +43,12 @@ type Kind uint8
 const (
 	// New is a flow that was confirmed: its first packet is about to leave.
 	New Kind = iota + 1
-	// Gone is a flow that was destroyed. Expiry is reported late, up to a
-	// minute, when the garbage collector passes.
+	// Gone is a flow that was destroyed. Expiry is reported up to a minute late, when the
+	// garbage collector runs.
 	Gone
-	// Overrun says that events were lost; Flow is zero. It comes after all
-	// that was queued before the loss, when the kernel delivers again, so a
-	// dump that is made now misses nothing.
+	// Overrun says that events were lost; Flow is zero. It comes after all events that were
+	// queued before the loss, once the kernel delivers again, so a dump made now misses
+	// nothing.
 	Overrun
 )
 
@@ -64,7 +64,7 @@ func (k Kind) String() string {
 	return fmt.Sprintf("Kind(%d)", uint8(k))
 }
 
-// An Event is one piece of news from the conntrack table.
+// An Event is one report from the conntrack table.
 type Event struct {
 	Kind Kind
 	Flow cone.Flow
@@ -74,14 +74,12 @@ type Event struct {
 type Stats struct {
 	// Received counts events of kind New and Gone.
 	Received uint64
-	// Filtered counts messages that came through the socket filter and were
-	// no event of a UDP flow all the same. What the filter itself dropped the
-	// kernel does not tell.
+	// Filtered counts messages that passed the socket filter but were not events of a UDP
+	// flow. The kernel does not report what the filter dropped.
 	Filtered uint64
 	// Malformed counts messages that could not be decoded.
 	Malformed uint64
-	// Overruns counts how often the kernel said ENOBUFS; each stands for an
-	// unknown number of lost events.
+	// Overruns counts ENOBUFS errors; each stands for an unknown number of lost events.
 	Overruns uint64
 	// ReadBuffer is the receive buffer that the kernel gave, in the unit of
 	// Config.ReadBuffer (the kernel itself counts twice that, for overhead).
@@ -94,22 +92,22 @@ type filterable interface {
 	RemoveBPF() error
 }
 
-// A Watcher hears of UDP flows that begin and end, and of anchors that end. One
-// goroutine may call Read; all other methods are safe at any time.
+// A Watcher reports UDP flows that begin and end, and anchors that end. One goroutine may
+// call Read; all other methods are safe at any time.
 type Watcher struct {
 	conn    socket
 	rc      syscall.RawConn
 	filter  filterable
 	receive func(fd uintptr) bool // w.read, bound once: binding allocates
-	poll    func(fd uintptr)      // the same, whatever the deadline
+	poll    func(fd uintptr)      // the same, regardless of the deadline
 
-	// Of Read alone.
+	// Used by Read alone.
 	buf     []byte
-	rest    []byte  // messages of the last datagram for which there was no room
+	rest    []byte  // messages of the last datagram that did not fit into events
 	events  []Event // what the running Read fills
 	n       int
 	err     error
-	overrun bool // to be told as soon as the queue is empty
+	overrun bool // to be reported as soon as the queue is empty
 
 	mu       sync.Mutex // guards deadline and woken
 	deadline time.Time
@@ -129,8 +127,8 @@ type socket interface {
 
 var errClosed error = closedError{}
 
-// closedError is os.ErrClosed and net.ErrClosed at once: callers look for
-// either after the Close of a socket.
+// closedError matches both os.ErrClosed and net.ErrClosed: after Close of a socket callers
+// may look for either.
 type closedError struct{}
 
 func (closedError) Error() string { return "conntrack socket is closed" }
@@ -158,14 +156,13 @@ func Dial(cfg Config) (*Watcher, error) {
 	return w, nil
 }
 
-// subscribe prepares conn and joins the groups; it returns the size of the
-// receive buffer.
+// subscribe prepares conn and joins the groups. It returns the size of the receive buffer.
 func subscribe(conn *netlink.Conn, cfg Config) (int, error) {
 	size := cfg.ReadBuffer
 	if size == 0 {
 		size = DefaultReadBuffer
 	}
-	// SO_RCVBUFFORCE, or SO_RCVBUF where that is not allowed.
+	// This uses SO_RCVBUFFORCE, or SO_RCVBUF without the privilege.
 	if err := conn.SetReadBuffer(size); err != nil {
 		return 0, wrap("set receive buffer", err)
 	}
@@ -173,12 +170,12 @@ func subscribe(conn *netlink.Conn, cfg Config) (int, error) {
 	if err != nil {
 		return 0, wrap("get receive buffer", err)
 	}
-	// With this option a loss would go unnoticed.
+	// If this option were set, a loss would go unnoticed.
 	if err := conn.SetOption(netlink.NoENOBUFS, false); err != nil {
 		return 0, wrap("clear NETLINK_NO_ENOBUFS", err)
 	}
 
-	// The filter comes before the groups, so that nothing passes unfiltered.
+	// Attach the filter before joining the groups, so that nothing passes unfiltered.
 	prog, err := eventFilter(Sources{})
 	if err != nil {
 		return 0, wrap("assemble socket filter", err)
@@ -186,7 +183,7 @@ func subscribe(conn *netlink.Conn, cfg Config) (int, error) {
 	if err := conn.SetBPF(prog); err != nil {
 		return 0, wrap("attach socket filter", err)
 	}
-	// DESTROY first: a flow that is seen to begin is then seen to end.
+	// Join DESTROY first: then every flow that is seen to begin is also seen to end.
 	for _, group := range []uint32{unix.NFNLGRP_CONNTRACK_DESTROY, unix.NFNLGRP_CONNTRACK_NEW} {
 		if err := conn.JoinGroup(group); err != nil {
 			return 0, wrap("join conntrack event group", err)
@@ -207,7 +204,7 @@ func newWatcher(conn socket) (*Watcher, error) {
 	return w, nil
 }
 
-// wrap returns err as "what: err" and says what mends a lack of privilege.
+// wrap returns err as "what: err", and for EPERM adds the privilege that is needed.
 func wrap(what string, err error) error {
 	if errors.Is(err, unix.EPERM) {
 		return fmt.Errorf("%s: %w (run as root or with CAP_NET_ADMIN)", what, err)
@@ -215,13 +212,13 @@ func wrap(what string, err error) error {
 	return fmt.Errorf("%s: %w", what, err)
 }
 
-// Read waits for news, then fills events with what is there, without waiting
-// again, and returns how many it filled. It does not allocate. Lost events
-// (Overrun) and messages that cannot be decoded are not errors.
+// Read waits for an event, then fills events with what is queued, without waiting again,
+// and returns how many it filled. It does not allocate. Lost events (Overrun) and messages
+// that cannot be decoded are not errors.
 //
-// When the deadline has passed, or Wake was called, it returns what is there. If
-// that is nothing, it returns 0 and os.ErrDeadlineExceeded.
-// After Close it returns an error that is both os.ErrClosed and net.ErrClosed.
+// If the deadline has passed, or Wake was called, it returns what is queued. If that is
+// nothing, it returns 0 and os.ErrDeadlineExceeded. After Close it returns an error that is
+// both os.ErrClosed and net.ErrClosed.
 func (w *Watcher) Read(events []Event) (int, error) {
 	if len(events) == 0 {
 		return 0, nil
@@ -231,7 +228,8 @@ func (w *Watcher) Read(events []Event) (int, error) {
 	err := w.rc.Read(w.receive)
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		w.awake()
-		// Who is woken again and again, or always late, must read all the same.
+		// Poll once even after a wake-up or a missed deadline; otherwise a loop that is
+		// always woken never reads.
 		if failed := cmp.Or(w.rc.Control(w.poll), w.err); failed != nil {
 			err = failed
 		}
@@ -240,7 +238,7 @@ func (w *Watcher) Read(events []Event) (int, error) {
 
 	switch {
 	case w.n > 0:
-		return w.n, nil // an error comes again, at the next Read
+		return w.n, nil // the next Read meets the error again
 	case w.closed.Load():
 		return 0, errClosed
 	case errors.Is(err, os.ErrDeadlineExceeded):
@@ -251,8 +249,8 @@ func (w *Watcher) Read(events []Event) (int, error) {
 	return 0, wrap("read conntrack events", err)
 }
 
-// read takes datagrams until the queue or w.events is at its end. It returns
-// false to be called again when there is more to read (syscall.RawConn).
+// read reads datagrams until the queue is empty or w.events is full. It returns false to be
+// called again when there is more to read (syscall.RawConn).
 func (w *Watcher) read(fd uintptr) bool {
 	for w.n < len(w.events) {
 		n, err := unix.Read(int(fd), w.buf)
@@ -265,9 +263,9 @@ func (w *Watcher) read(fd uintptr) bool {
 			w.tellOverrun()
 			return w.n > 0
 		case unix.ENOBUFS:
-			// The kernel queues nothing until we have read the queue empty
-			// (netlink_overrun, netlink_rcv_wake), so tell it only then; at
-			// the latest here, as a second loss means that it was empty.
+			// The kernel queues nothing until the queue was read empty (netlink_overrun,
+			// netlink_rcv_wake), so report the overrun only then; at the latest here, since
+			// a second loss means that the queue was empty.
 			w.tellOverrun()
 			w.overrun = true
 			w.overruns.Add(1)
@@ -287,7 +285,7 @@ func (w *Watcher) tellOverrun() {
 	}
 }
 
-// parseRest turns w.rest into events as far as there is room.
+// parseRest turns w.rest into events, as many as w.events has room for.
 func (w *Watcher) parseRest() {
 	for len(w.rest) > 0 && w.n < len(w.events) {
 		h, msg, rest, ok := nextMessage(w.rest)
@@ -311,8 +309,8 @@ func (w *Watcher) parseRest() {
 	}
 }
 
-// SetReadDeadline sets the time at which a Read, also one that waits already,
-// gives up; the zero time is never.
+// SetReadDeadline sets the time at which a Read gives up, even one that is waiting already.
+// The zero time means never.
 func (w *Watcher) SetReadDeadline(t time.Time) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -323,23 +321,22 @@ func (w *Watcher) SetReadDeadline(t time.Time) error {
 	return w.conn.SetReadDeadline(t)
 }
 
-// Wake makes one Read return without waiting: the one that waits, else
-// the next. It is not lost to a SetReadDeadline that runs at the same time.
-// Calls before that Read returns count as one.
+// Wake makes one Read return without waiting: the one that is waiting, else the next. A
+// concurrent SetReadDeadline does not undo it. Calls before that Read returns count as one.
 func (w *Watcher) Wake() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.woken = true
-	// It fails only when the socket is closed, and then Read returns anyhow.
+	// It fails only if the socket is closed, and then Read returns anyway.
 	_ = w.conn.SetReadDeadline(time.Unix(0, 1))
 }
 
-// SetSources leaves out, from now on, the events of all flows but s. With more than the
-// kernel takes, all are told of. Anchors begin in one of the prefixes. What is left out
-// costs the process nothing.
+// SetSources makes w report, from now on, only the events of s. If s is more than the
+// kernel accepts, w reports all flows. Anchors begin in one of the prefixes. Events that
+// are left out cost the process nothing.
 func (w *Watcher) SetSources(s Sources) error {
-	// A socket may have so much memory for filters (net.core.optmem_max), and the old one
-	// counts as long as it is there. What passes meanwhile is looked at by the parser.
+	// The memory for a socket's filters is limited (net.core.optmem_max), and the old
+	// filter counts until it is detached. The parser looks at what passes meanwhile.
 	if err := w.filter.RemoveBPF(); err != nil {
 		return wrap("detach socket filter", err)
 	}
@@ -365,7 +362,7 @@ func (w *Watcher) attach(s Sources) error {
 	return nil
 }
 
-// awake ends a wake-up.
+// awake ends a wake-up and restores the deadline.
 func (w *Watcher) awake() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
