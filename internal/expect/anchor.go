@@ -2,13 +2,12 @@ package expect
 
 import "github.com/conenatd/conenatd/internal/cone"
 
-// An anchor names the conntrack entry that an expectation hangs on: inside
-// address to peer, since nat-follow-master reads these, with the outside port
-// on one side and port 0 on the other.
+// An anchor names the conntrack entry that an expectation hangs on. It goes from the inside
+// address to the peer, since nat-follow-master reads these, with the outside port on one
+// side and port 0 on the other.
 //
-// With two uplinks an inside endpoint may have the same outside port on both
-// outside addresses towards one peer. Then the second anchor has its ports
-// flipped.
+// With two uplinks an inside endpoint may use the same outside port on both outside
+// addresses towards one peer. Then the second anchor has its ports flipped.
 type anchor struct {
 	in, peer cone.Addr
 	port     uint16
@@ -20,7 +19,7 @@ func anchorOf(p *cone.Permission, flipped bool) anchor {
 	return anchor{in: p.Int.Addr, peer: p.Peer, port: p.Ext.Port, zone: p.Zone, flipped: flipped}
 }
 
-// anchorAt is the anchor with this original direction; see cone.IsAnchor.
+// anchorAt returns the anchor with this original direction; see cone.IsAnchor.
 func anchorAt(src, dst cone.Endpoint, zone uint16) anchor {
 	return anchor{
 		in: src.Addr, peer: dst.Addr, port: src.Port | dst.Port, zone: zone,
@@ -44,8 +43,7 @@ type port struct {
 	zone uint16
 }
 
-// A ledger knows what stands, as far as that takes to address it and to hold
-// the caps.
+// A ledger records what stands, as far as needed to address it and to enforce the limits.
 type ledger struct {
 	ext    map[anchor]cone.Addr // outside address that each anchor serves
 	onPort map[port]int
@@ -56,7 +54,7 @@ func newLedger(limit int) ledger {
 	return ledger{ext: make(map[anchor]cone.Addr), onPort: make(map[port]int), max: limit}
 }
 
-// of returns the anchor of p: the one that it has, else a free one.
+// of returns the anchor of p: the one that p has, else a free one.
 func (l *ledger) of(p *cone.Permission) (a anchor, stands, ok bool) {
 	plain, flipped := anchorOf(p, false), anchorOf(p, true)
 	plainExt, plainTaken := l.ext[plain]
@@ -89,10 +87,10 @@ func (l *ledger) place(p *cone.Permission) (a anchor, stands bool, r cone.Reason
 	return a, stands, r
 }
 
-// reserve finds the anchor of p and takes it, if the caps allow.
+// reserve finds the anchor of p and takes it if the limits allow.
 func (l *ledger) reserve(p *cone.Permission) (anchor, cone.Reason) {
 	a, stands, r := l.place(p)
-	if r == cone.ReasonNone && !stands { // take, without looking for what is known not to be there
+	if r == cone.ReasonNone && !stands { // take without its release: a is known to be free
 		l.ext[a] = p.Ext.Addr
 		l.onPort[port{p.Ext, p.Zone}]++
 	}

@@ -14,17 +14,17 @@ import (
 )
 
 const (
-	// batch is how many permissions go into one send: enough to share its
-	// cost, few enough that a burst does not hold up the next event.
+	// batch is how many permissions go into one send: enough to share its cost, few enough
+	// that a burst does not delay the next event.
 	batch = 64
 
-	// anchorExtra is how much longer an anchor lives than its expectation,
-	// which dies with it.
+	// anchorExtra is how much longer an anchor lives than its expectation: an expectation
+	// dies with its anchor.
 	anchorExtra = 60 * time.Second
 
-	// maxPeersOnPort bounds the expectations of one outside endpoint. They
-	// share one chain of the kernel's hash, and every unsolicited packet to
-	// that port walks it under a lock that all namespaces share.
+	// maxPeersOnPort bounds the expectations of one outside endpoint. They share one chain
+	// of the kernel's hash table, and every unsolicited packet to that port walks the chain
+	// under a lock that all namespaces share.
 	maxPeersOnPort = 64
 )
 
@@ -32,12 +32,12 @@ const (
 type Config struct {
 	// NetNS is a file descriptor of the network namespace, 0 for the current.
 	NetNS int
-	// Lifetime is the timeout that an expectation gets, or a little less
-	// until the first Refresh; it must be refreshed after half of it. If the
-	// daemon dies, nothing stays open for longer.
+	// Lifetime is the timeout of an expectation; until its first Refresh the timeout may be
+	// a little less. Refresh must be called after half of it. If the daemon dies, nothing
+	// stays open for longer.
 	Lifetime time.Duration
-	// IPv6 wants permissions for IPv6 too, and MayIPv6 does where the kernel has a helper
-	// for them.
+	// IPv6 requests permissions for IPv6 too. MayIPv6 requests them only if the kernel has
+	// a helper for them.
 	IPv6, MayIPv6 bool
 }
 
@@ -51,9 +51,9 @@ type Backend struct {
 	standing ledger
 	adopted  []Adopted
 	names    []string    // of the helpers on anchors, sorted
-	zoned    atomic.Bool // something stands, or stood, outside the default zone
+	zoned    atomic.Bool // something stands or has stood outside the default zone
 
-	// The batch that is under way, kept here so that it costs no allocation.
+	// The batch in progress, kept here so that it costs no allocation.
 	perms   []cone.Permission
 	anchors [batch]anchor
 	skip    [batch]bool // not sent
@@ -62,16 +62,14 @@ type Backend struct {
 	failed  func(seq uint32, err error)
 }
 
-// answers are what the kernel said to the messages of one permission, nil for
-// yes.
+// answers are the kernel's answers to the messages of one permission, nil for success.
 type answers [3]error
 
 func (a answers) failed() bool { return a != answers{} }
 
-// Open finds out by trying which helper the kernel offers for anchors, and
-// returns a Backend that uses it and owns what an earlier daemon left. It
-// leaves nothing in the kernel but, where the kernel has nfnetlink_cthelper,
-// our own helper; see OwnHelper.
+// Open tries which helper the kernel offers for anchors, and returns a Backend that uses it
+// and owns what an earlier daemon left. It leaves nothing in the kernel except our own
+// helper (OwnHelper), if the kernel has nfnetlink_cthelper.
 func Open(cfg Config) (*Backend, error) {
 	c, err := nfnl.Dial(cfg.NetNS)
 	if err != nil {
@@ -99,8 +97,8 @@ func newBackend(cfg Config, c *nfnl.Conn) *Backend {
 	return b
 }
 
-// adopt takes over what an earlier daemon left, so that it can be revoked,
-// refreshed or granted again. Anchors whose expectations have run out since then end.
+// adopt takes over what an earlier daemon left, so that it can be revoked, refreshed or
+// granted again. It deletes anchors whose expectations have expired since.
 func (b *Backend) adopt() error {
 	err := list(b.cfg.NetNS, true, func(x *expectation) {
 		b.standing.take(x.anchor(), x.dst.Addr)
@@ -117,16 +115,16 @@ func (b *Backend) adopt() error {
 	return err
 }
 
-// An Adopted permission stood when the Backend was opened, and would have ended
-// after Left without a daemon.
+// An Adopted permission stood when the Backend was opened. Without a daemon it would have
+// ended after Left.
 type Adopted struct {
 	cone.Permission
 	By   cone.Carriers
 	Left time.Duration
 }
 
-// Left returns what an earlier daemon left in the network namespace behind a
-// descriptor, 0 for the current.
+// Left returns what an earlier daemon left in the network namespace behind the descriptor
+// netns, 0 for the current.
 func Left(netns int) (found []Adopted, err error) {
 	err = list(netns, true, func(x *expectation) {
 		found = append(found, Adopted{x.permission(), cone.ByExpectation, x.left()})
@@ -134,7 +132,7 @@ func Left(netns int) (found []Adopted, err error) {
 	return found, err
 }
 
-// Adopted returns what an earlier daemon left, at the first call.
+// Adopted returns what an earlier daemon left. Further calls return nothing.
 func (b *Backend) Adopted() []Adopted {
 	found := b.adopted
 	b.adopted = nil
@@ -147,18 +145,18 @@ func (b *Backend) see(zone uint16) {
 	}
 }
 
-// defaultMax is Max until SetMax: it leaves a part of the kernel's least expectation
-// table to others.
+// defaultMax is Max until SetMax. It leaves part of the kernel's smallest expectation table
+// to others.
 const defaultMax = 768
 
-// SetMax says how many permissions the backend will let stand. More that do already
-// stay.
+// SetMax sets how many permissions may stand. If more stand already, they stay.
 func (b *Backend) SetMax(n int) { b.standing.max = n }
 
-// SetLifetime sets Config.Lifetime for what is granted or refreshed from now on.
+// SetLifetime sets Config.Lifetime for permissions that are granted or refreshed from now
+// on.
 func (b *Backend) SetLifetime(d time.Duration) { b.cfg.Lifetime = d }
 
-// Max returns how many permissions the backend will let stand.
+// Max returns how many permissions may stand.
 func (b *Backend) Max() int { return b.standing.max }
 
 // Helpers returns the names of the helpers in use for IPv4 and IPv6.
@@ -168,38 +166,36 @@ func (b *Backend) Helpers() (ipv4, ipv6 string) { return b.helpers.v4.name, b.he
 // those that an earlier daemon used.
 func (b *Backend) OnAnchors() []string { return b.names }
 
-// Standing returns how many permissions the backend made or adopted, and has
-// not revoked.
+// Standing returns how many permissions the backend has made or adopted, and not revoked.
 func (b *Backend) Standing() int { return len(b.standing.ext) }
 
-// Stands reports whether the backend made or adopted p, and has not revoked it.
+// Stands reports whether the backend has made or adopted p, and not revoked it.
 func (b *Backend) Stands(p *cone.Permission) bool {
 	_, stands, _ := b.standing.of(p)
 	return stands
 }
 
-// Carries reports whether p can stand as an expectation. One that translates is
-// for one peer: nat-follow-master makes the peer of its master the source of all
-// children.
+// Carries reports whether p can stand as an expectation. An expectation that translates is
+// for one peer: nat-follow-master makes the peer of its master the source of all children.
 func (*Backend) Carries(p *cone.Permission) bool { return p.Wild == 0 || p.Routed() }
 
-// Anchored returns the key of the permission that stands by an anchor with this
-// original direction, but for Wild, and whether there is one.
+// Anchored returns the Key, without Wild, of the permission whose anchor has this original
+// direction, and whether there is one.
 func (b *Backend) Anchored(src, dst cone.Endpoint, zone uint16) (k cone.Key, ok bool) {
 	a := anchorAt(src, dst, zone)
 	ext, ok := b.standing.ext[a]
 	return cone.Key{Ext: cone.Endpoint{Addr: ext, Port: a.port}, Peer: a.peer, Zone: zone}, ok
 }
 
-// HasRoom reports whether the caps let p, which does not stand, stand.
+// HasRoom reports whether p, which does not stand yet, may stand: the limits allow it, and
+// it has a helper.
 func (b *Backend) HasRoom(p *cone.Permission) bool {
 	_, stands, r := b.standing.place(p)
 	return b.Carries(p) && !stands && r == cone.ReasonNone && b.helpers.of(p).name != ""
 }
 
-// Close closes the connection. It revokes nothing. It removes our own helper
-// unless something stands: the kernel ends the expectations of a helper that
-// goes.
+// Close closes the connection. It revokes nothing. It removes our own helper unless
+// something stands: when a helper goes, the kernel ends its expectations.
 func (b *Backend) Close() error {
 	var err error
 	if b.Standing() == 0 {
@@ -214,9 +210,9 @@ func (b *Backend) timeouts() (anchor, expectation uint32) {
 	return seconds(b.cfg.Lifetime + anchorExtra), seconds(b.cfg.Lifetime)
 }
 
-// Grant makes ps stand, in order. For each that does not stand afterwards it
-// calls refused with its index, the reason and the kernel's error, if any. One
-// that stands already is renewed.
+// Grant makes ps stand, in order. A permission that stands already is renewed. For each
+// that does not stand afterwards Grant calls refused with its index, the reason and the
+// kernel's error, if any.
 func (b *Backend) Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err error)) {
 	for base := 0; base < len(ps); base += batch {
 		b.grant(base, ps[base:min(base+batch, len(ps))], refused)
@@ -251,7 +247,7 @@ func (b *Backend) grant(base int, ps []cone.Permission, refused func(i int, r co
 		switch {
 		case b.skip[i]:
 		case err != nil:
-			// What the kernel did is not known.
+			// It is unknown what the kernel did.
 			refused(base+i, cone.ReasonKernel, err)
 			if !broken {
 				broken = b.withdraw(&ps[i], b.anchors[i]) != nil
@@ -264,10 +260,9 @@ func (b *Backend) grant(base int, ps []cone.Permission, refused func(i int, r co
 	}
 }
 
-// setTimeouts gives the new expectations of the batch their timeout, unless
-// that of their helper suits. It is a send of its own: where the kernel refused
-// the expectation because somebody else's is in the way, the message would
-// change that one.
+// setTimeouts gives the new expectations of the batch their timeout, unless their helper's
+// own suits. It is a separate send: if the kernel refused an expectation because another
+// program's is in the way, the message would change that one.
 func (b *Backend) setTimeouts() error {
 	_, timeout := b.timeouts()
 	b.enc.Reset()
@@ -280,7 +275,7 @@ func (b *Backend) setTimeouts() error {
 	return b.c.Exchange(&b.enc.Encoder, b.failed, nil)
 }
 
-// perPermission is how many messages a permission has in a batch at most.
+// perPermission is the largest number of messages that a permission has in a batch.
 const perPermission = len(answers{})
 
 // begin starts a batch for ps.
@@ -294,11 +289,10 @@ func (b *Backend) begin(ps []cone.Permission) {
 // seq returns the sequence number of the first message of permission i.
 func (b *Backend) seq(i int) uint32 { return b.first + uint32(perPermission*i) }
 
-// Revoke ends ps. What is gone already is no error; other errors are joined,
-// and what they are about still counts as standing. Nothing is sent for a
-// permission that the backend neither made nor adopted. The kernel deletes by
-// tuple: if the expectation vanished unnoticed and somebody else made one like
-// it since, that one goes.
+// Revoke ends ps. A permission that is gone already is no error. Other errors are joined,
+// and their permissions still count as standing. Nothing is sent for a permission that the
+// backend neither made nor adopted. The kernel deletes by tuple: if an expectation vanished
+// unnoticed and another program has made one like it since, that one is deleted.
 func (b *Backend) Revoke(ps []cone.Permission) error {
 	var errs []error
 	for base := 0; base < len(ps); base += batch {
@@ -336,7 +330,7 @@ func (b *Backend) revoke(ps []cone.Permission) error {
 	return errors.Join(errs...)
 }
 
-// deleted returns the first error but for those that say that it is gone.
+// deleted returns the first error other than that the entry is gone.
 func (a answers) deleted() error {
 	for _, err := range a {
 		if err != nil && !errors.Is(err, unix.ENOENT) {
@@ -346,8 +340,8 @@ func (a answers) deleted() error {
 	return nil
 }
 
-// Refresh renews the timeouts of ps and calls lost with the index of each that
-// is not whole in the kernel any more.
+// Refresh renews the timeouts of ps and calls lost with the index of each permission that
+// is no longer complete in the kernel.
 func (b *Backend) Refresh(ps []cone.Permission, lost func(i int)) {
 	for base := 0; base < len(ps); base += batch {
 		b.refresh(base, ps[base:min(base+batch, len(ps))], lost)
@@ -360,7 +354,7 @@ func (b *Backend) refresh(base int, ps []cone.Permission, lost func(i int)) {
 	for i := range ps {
 		a, stands, _ := b.standing.of(&ps[i])
 		if b.skip[i] = !stands; stands {
-			b.enc.renewAnchor(b.seq(i), &ps[i], a, b.helpers.of(&ps[i]).name, anchorTime) // never to expire under its expectation
+			b.enc.renewAnchor(b.seq(i), &ps[i], a, b.helpers.of(&ps[i]).name, anchorTime) // it must outlive its expectation
 			b.enc.renewExpect(b.seq(i)+1, &ps[i], a, expectTime)
 		}
 	}

@@ -9,11 +9,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Cleaned counts what Cleanup took out of the kernel.
+// Cleaned counts what Cleanup removed from the kernel.
 type Cleaned struct{ Expectations, Anchors int }
 
-// Cleanup takes every expectation and anchor of a dead daemon, and our helper,
-// out of the kernel. No daemon may be running.
+// Cleanup removes every expectation and anchor of a dead daemon, and our helper, from the
+// kernel. No daemon may be running.
 func Cleanup(netns int) (Cleaned, error) {
 	var n Cleaned
 	var errs []error
@@ -46,7 +46,7 @@ func Cleanup(netns int) (Cleaned, error) {
 	return n, errors.Join(append(errs, err)...)
 }
 
-// dropAnchors deletes the anchors that nothing stands on, and returns how many.
+// dropAnchors deletes the anchors on which nothing stands, and returns how many.
 func (b *Backend) dropAnchors() (n int, err error) {
 	found, err := listAnchors(b.c)
 	errs := []error{err}
@@ -64,8 +64,8 @@ func (b *Backend) dropAnchors() (n int, err error) {
 	return n, errors.Join(errs...)
 }
 
-// listAnchors returns all anchors in the conntrack table, with their marks: UDP
-// entries with one port 0 and a helper, that are never dropped early.
+// listAnchors returns all anchors in the conntrack table, with their marks: UDP entries
+// that have one port 0 and a helper, and are never dropped early.
 func listAnchors(c *nfnl.Conn) (map[anchor]uint32, error) {
 	found := make(map[anchor]uint32)
 	var refused error

@@ -80,8 +80,8 @@ func (e *encoder) addr(typ4, typ6 uint16, a *cone.Addr, v6 bool) {
 	e.B = append(e.B, a[12:]...)
 }
 
-// tuple appends a UDP tuple. The family must be told: the mask of an IPv4
-// expectation is no IPv4 address.
+// tuple appends a UDP tuple. The caller gives the family: the mask of an IPv4 expectation
+// is not an IPv4 address.
 func (e *encoder) tuple(typ uint16, src, dst *cone.Endpoint, v6 bool) {
 	t := e.Nest(typ)
 	ip := e.Nest(ctaTupleIP)
@@ -105,7 +105,7 @@ func (e *encoder) zone(typ, zone uint16) {
 // anchorStatus keeps an anchor from being dropped early.
 const anchorStatus = cone.StatusConfirmed | cone.StatusAssured
 
-// newAnchor appends the creation of the anchor a of p.
+// newAnchor appends the request to create the anchor a of p.
 func (e *encoder) newAnchor(seq uint32, p *cone.Permission, a anchor, helper string, timeout uint32) {
 	src, dst := a.endpoints()
 	v6 := !p.Peer.Is4()
@@ -128,9 +128,9 @@ func (e *encoder) help(helper string) {
 	e.EndNest(help)
 }
 
-// renewAnchor appends a change of the timeout, in seconds, of anchor a. It sets
-// the mark too: an anchor that was adopted may have another. The kernel refuses it
-// if the anchor has not this helper (ctnetlink_change_helper).
+// renewAnchor appends the request to set the timeout, in seconds, of anchor a. It sets the
+// mark too: an adopted anchor may have another one. The kernel refuses it if the anchor
+// does not have this helper (ctnetlink_change_helper).
 func (e *encoder) renewAnchor(seq uint32, p *cone.Permission, a anchor, helper string, timeout uint32) {
 	src, dst := a.endpoints()
 	v6 := !p.Peer.Is4()
@@ -155,8 +155,8 @@ var (
 // master's addresses and the saved port (nf_nat_follow_master).
 const followMaster = "nat-follow-master"
 
-// newExpect appends the creation of the expectation of p on anchor a. The
-// kernel ignores a timeout here; renewExpect sets it.
+// newExpect appends the request to create the expectation of p on anchor a. The kernel
+// ignores a timeout here; renewExpect sets it.
 func (e *encoder) newExpect(seq uint32, p *cone.Permission, a anchor) {
 	v6 := e.expect(seq, create, p, a)
 	e.BE32(ctaExpectFlags, expectPermanent)
@@ -170,7 +170,7 @@ func (e *encoder) newExpect(seq uint32, p *cone.Permission, a anchor) {
 	e.End()
 }
 
-// renewExpect appends a change of the timeout, in seconds, of the expectation.
+// renewExpect appends the request to set the timeout, in seconds, of the expectation.
 func (e *encoder) renewExpect(seq uint32, p *cone.Permission, a anchor, timeout uint32) {
 	e.expect(seq, change, p, a)
 	e.BE32(ctaExpectTimeout, timeout)
@@ -184,7 +184,7 @@ func (e *encoder) expect(seq uint32, flags uint16, p *cone.Permission, a anchor)
 	e.message(subsysExpect, msgNew, flags, seq, v6)
 	e.tuple(ctaExpectMaster, &src, &dst, v6)
 	e.tuple(ctaExpectTuple, &peer, &p.Ext, v6)
-	maskSrc := cone.Endpoint{Addr: allOnes.WithoutLow(p.Wild)} // any source port
+	maskSrc := cone.Endpoint{Addr: allOnes.WithoutLow(p.Wild)} // port 0: any source port
 	e.tuple(ctaExpectMask, &maskSrc, &maskDst, v6)
 	e.zone(ctaExpectZone, p.Zone)
 	return v6

@@ -14,26 +14,26 @@ import (
 type expectation struct {
 	master    [2]cone.Endpoint // original direction of its master
 	src, dst  cone.Endpoint
-	nat       cone.Endpoint // where it sends a child; zero without NAT
+	nat       cone.Endpoint // where it leads a child; zero without NAT
 	zone      uint16        // of the master
 	mark      uint32        // of the master
 	flags     uint32
 	timeout   uint32 // seconds left
-	wild      uint8  // low bits of src that the mask leaves out
+	wild      uint8  // low bits of src that the mask does not cover
 	masterUDP bool
 	udp       bool
 	helper    [16]byte // of its master, NF_CT_HELPER_NAME_LEN; zero if that has none
 }
 
-// ours reports whether conenatd made x: all that newExpect would write is there.
+// ours reports whether conenatd made x: x has all that newExpect would write.
 func (x *expectation) ours() bool {
 	p, a := x.permission(), x.anchor()
 	return x.udp && x.masterUDP && x.flags&expectPermanent != 0 && x.src.Port == 0 &&
 		cone.IsAnchor(x.master[0], x.master[1]) && a == anchorOf(&p, a.flipped)
 }
 
-// stands reports whether x is the expectation of p on a. Without a helper on its
-// master it does not: nobody would know that one for an anchor.
+// stands reports whether x is the expectation of p on a. Its master must have a helper:
+// without one it would not be known as an anchor.
 func (x *expectation) stands(p *cone.Permission, a anchor) bool {
 	old := x.permission()
 	return x.ours() && x.helped() && old.Key == p.Key && old.Int == p.Int && x.anchor() == a
@@ -41,7 +41,7 @@ func (x *expectation) stands(p *cone.Permission, a anchor) bool {
 
 func (x *expectation) helped() bool { return x.helper != [16]byte{} }
 
-// foreign returns what x, which is not ours, tells of the helper that made it.
+// foreign returns what x, which is not ours, says about the helper that made it.
 func (x *expectation) foreign() Foreign {
 	y := Foreign{MasterSrc: x.master[0].Addr, MasterDst: x.master[1].Addr, Int: x.nat.Addr}
 	if x.wild == 0 {
@@ -53,7 +53,7 @@ func (x *expectation) foreign() Foreign {
 // left is how long the expectation has left.
 func (x *expectation) left() time.Duration { return time.Duration(x.timeout) * time.Second }
 
-// permission returns what x, which must be ours, stands for.
+// permission returns the permission that x, which must be ours, carries.
 func (x *expectation) permission() cone.Permission {
 	p := cone.Permission{
 		Key:  cone.Key{Ext: x.dst, Peer: x.src.Addr, Zone: x.zone, Wild: x.wild},
@@ -70,9 +70,8 @@ func (x *expectation) anchor() anchor {
 	return anchorAt(x.master[0], x.master[1], x.zone)
 }
 
-// parseExpectation decodes the attributes that ctnetlink_exp_dump_expect sends,
-// without the netlink header. Unknown attributes are skipped. Zone and mark are
-// not among them.
+// parseExpectation decodes the attributes that ctnetlink_exp_dump_expect sends, without the
+// netlink header. It skips unknown attributes. The kernel sends neither zone nor mark.
 func parseExpectation(b []byte) (x expectation, ok bool) {
 	if len(b) < 4 {
 		return x, false
@@ -136,8 +135,7 @@ func be32(v []byte) (uint32, bool) {
 	return binary.BigEndian.Uint32(v), true
 }
 
-// parseTuple decodes a tuple; udp is false for other protocols, whose ports
-// are left zero.
+// parseTuple decodes a tuple. udp is false for other protocols.
 func parseTuple(b []byte) (src, dst cone.Endpoint, udp, ok bool) {
 	ok = eachAttr(b, func(typ uint16, v []byte) bool {
 		switch typ {
@@ -173,8 +171,8 @@ func parseTuple(b []byte) (src, dst cone.Endpoint, udp, ok bool) {
 	return src, dst, udp, ok
 }
 
-// eachAttr calls f for every attribute in b until f returns false, and reports
-// whether all of b was well formed and accepted.
+// eachAttr calls f for every attribute in b until f returns false, and reports whether all
+// of b was well formed and accepted by f.
 func eachAttr(b []byte, f func(typ uint16, value []byte) bool) bool {
 	for len(b) >= 4 {
 		n := int(binary.NativeEndian.Uint16(b))

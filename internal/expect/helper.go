@@ -10,16 +10,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// OwnHelper begins the name of our own helper: a user-space helper
-// (nfnetlink_cthelper) that is left disabled, so it never sees a packet.
+// OwnHelper is the name prefix of our own helper, a user-space helper (nfnetlink_cthelper)
+// that is left disabled, so it never sees a packet.
 //
-// Helpers are global, and the kernel takes away the expectations of all network
-// namespaces when one is unregistered (nf_conntrack_helper_unregister). So each
-// namespace has a helper of its own, "conenat-" and the end of its inode number.
+// Helpers are global: when one is unregistered, the kernel removes its expectations in all
+// network namespaces (nf_conntrack_helper_unregister). So each namespace has a helper of
+// its own, "conenat-" and the end of the namespace's inode number.
 const OwnHelper = "conenat"
 
-// OwnName is the name of our helper in the network namespace behind the
-// descriptor netns, 0 for the current. It has the 15 bytes that a name may have.
+// OwnName returns the name of our helper in the network namespace behind the descriptor
+// netns, 0 for the current. It is 15 bytes long, the most that a name may have.
 func OwnName(netns int) (string, error) {
 	var st unix.Stat_t
 	err := unix.Fstat(netns, &st)
@@ -32,28 +32,28 @@ func OwnName(netns int) (string, error) {
 	return fmt.Sprintf("%s-%07x", OwnHelper, st.Ino&0xfffffff), nil
 }
 
-// kernelHelpers are helpers of the kernel that can sit on an anchor, best first.
-// They would parse packets, but an anchor never gets one. Our rules know children by
-// the name of the helper: the last one is that by which users forward UDP most.
+// kernelHelpers are helpers of the kernel that can be on an anchor, best first. They would
+// parse packets, but an anchor never gets one. Our rules recognise children by the helper's
+// name, so the last one is the helper that users need most for forwarded UDP.
 var kernelHelpers = []string{"RAS", "netbios-ns", "amanda", "tftp"}
 
-// A helper is one that works. Policy is the timeout, in seconds, that it gives
-// to an expectation.
+// A helper is a conntrack helper that works on anchors. policy is the timeout, in seconds,
+// that it gives to an expectation.
 type helper struct {
 	name   string
 	policy uint32
 }
 
-// suits reports whether an expectation may have the helper's own timeout until
-// it is refreshed, after half of timeout: then a grant is a message shorter.
+// suits reports whether an expectation may keep the helper's own timeout until it is
+// refreshed, after half of timeout: that saves a grant one message.
 func (h helper) suits(timeout uint32) bool {
 	return h.policy <= timeout && h.policy >= timeout-timeout/4
 }
 
-// helpers are those in use, by family; without a name where there is none.
+// helpers are the helpers in use, by family; one without a name says that there is none.
 type helpers struct {
 	v4, v6 helper
-	own    string // the name of our own, in use or not
+	own    string // the name of our own helper, in use or not
 }
 
 func (h *helpers) of(p *cone.Permission) helper {
@@ -63,11 +63,11 @@ func (h *helpers) of(p *cone.Permission) helper {
 	return h.v6
 }
 
-// ErrNoHelper says that the kernel has no helper that can sit on an anchor.
+// ErrNoHelper says that the kernel has no helper that can be on an anchor.
 var ErrNoHelper = errors.New("the kernel offers no conntrack helper for UDP: " +
 	"load one of the modules nfnetlink_cthelper, nf_conntrack_h323, nf_conntrack_netbios_ns, nf_conntrack_tftp")
 
-// chooseHelpers finds for each family the first helper that works, by making a
+// chooseHelpers finds for each family the first helper that works. To try one it makes a
 // real anchor and expectation on documentation addresses (RFC 5737, RFC 3849).
 func chooseHelpers(c *nfnl.Conn, cfg Config) (helpers, error) {
 	var h helpers
@@ -105,8 +105,8 @@ func chooseHelper(c *nfnl.Conn, names []string, v6 bool) (helper, error) {
 	return helper{}, fmt.Errorf("%w (%w)", ErrNoHelper, errors.Join(errs...))
 }
 
-// tryHelper makes a permission stand with the helper and takes it away again. It
-// returns the timeout that the expectation had before it was set.
+// tryHelper makes a permission stand with the helper and removes it again. It returns the
+// timeout that the expectation had from its helper.
 func tryHelper(c *nfnl.Conn, name string, v6 bool) (policy uint32, err error) {
 	in, ext, peer := "192.0.2.1:9", "198.51.100.1:9", "203.0.113.1"
 	if v6 {
@@ -121,7 +121,7 @@ func tryHelper(c *nfnl.Conn, name string, v6 bool) (policy uint32, err error) {
 	}
 	b := newBackend(Config{}, c)
 	a := anchorOf(&p, false)
-	if err := b.clear(&p, a); err != nil { // of a probe that was killed
+	if err := b.clear(&p, a); err != nil { // left by a probe that was killed
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, b.clear(&p, a)) }()
@@ -130,7 +130,7 @@ func tryHelper(c *nfnl.Conn, name string, v6 bool) (policy uint32, err error) {
 			b.enc.newAnchor(seq, &p, a, name, 10)
 			b.enc.newExpect(seq+1, &p, a)
 		})
-		if errors.Is(errs[0], unix.EAGAIN) { // the kernel just loaded its module
+		if errors.Is(errs[0], unix.EAGAIN) { // the kernel has just loaded the helper's module
 			continue
 		}
 		if errs.failed() {
@@ -164,9 +164,8 @@ const (
 	nfcthSetTimeout = 3
 )
 
-// registerOwn registers our helper for both families, with the timeout, in
-// seconds, that an expectation gets. Where the kernel cannot, or it is
-// registered already, tryHelper finds out.
+// registerOwn registers our helper for both families, with the timeout, in seconds, that an
+// expectation gets. It ignores errors: if the helper does not work, tryHelper finds out.
 func registerOwn(c *nfnl.Conn, name string, timeout uint32) {
 	var e encoder
 	for _, v6 := range []bool{false, true} {
@@ -192,7 +191,7 @@ func registerOwn(c *nfnl.Conn, name string, timeout uint32) {
 		e.BE32(nfcthPrivLen, 0)
 		e.BE32(nfcthStatus, 0) // disabled: it never queues a packet
 		e.End()
-		_ = c.Exchange(&e.Encoder, func(uint32, error) {}, nil) // tryHelper tells
+		_ = c.Exchange(&e.Encoder, func(uint32, error) {}, nil) // tryHelper finds out
 	}
 }
 
@@ -203,7 +202,7 @@ func (h *helpers) register(c *nfnl.Conn, timeout uint32) {
 	}
 }
 
-// unregister takes our own helper out of the kernel if it was in use.
+// unregister removes our own helper from the kernel if it was in use.
 func (h *helpers) unregister(c *nfnl.Conn) error {
 	if h.v4.name != h.own && h.v6.name != h.own {
 		return nil
@@ -222,7 +221,7 @@ func unregisterOwn(c *nfnl.Conn, name string) error {
 	case err != nil:
 		return err
 	case errors.Is(refused, unix.ENOENT), // there is none
-		errors.Is(refused, unix.EPERM),  // nor could we have registered it
+		errors.Is(refused, unix.EPERM),  // we could not have registered it either
 		errors.Is(refused, unix.EINVAL), // the kernel has no nfnetlink_cthelper
 		errors.Is(refused, unix.EOPNOTSUPP):
 		return nil

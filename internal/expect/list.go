@@ -10,33 +10,33 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// List calls f for every permission that stands in the kernel, made by this or
-// an earlier daemon, with the time it has left. Marks are not known. It has a connection of its own and
-// may run beside all other methods.
+// List calls f for every permission that stands in the kernel, made by this or an earlier
+// daemon, with the time it has left. Its Mark may be missing. List has a connection of its
+// own and may run beside all other methods.
 func (b *Backend) List(f func(p cone.Permission, left time.Duration)) error {
 	return b.ListAll(f, func(Foreign) {})
 }
 
 // A Foreign expectation is one that a conntrack helper of the user's made.
 type Foreign struct {
-	MasterSrc, MasterDst cone.Addr // of the flow that the helper works on, as that began
+	MasterSrc, MasterDst cone.Addr // original direction of the flow that the helper works on
 	Peer                 cone.Addr // who is expected; zero for anybody
-	Int                  cone.Addr // where that is to be led; zero if it is not known
+	Int                  cone.Addr // where the peer is led; zero if unknown
 }
 
-// ListAll does what List does and calls foreign for all others.
+// ListAll does what List does, and calls foreign for all other expectations.
 func (b *Backend) ListAll(f func(p cone.Permission, left time.Duration), foreign func(Foreign)) error {
 	return listAll(b.cfg.NetNS, b.zoned.Load(), func(x *expectation) { f(x.permission(), x.left()) }, foreign)
 }
 
-// list calls f for every expectation that is ours. If whole is set it finds out
-// zones and marks too, which costs a dump of all conntrack entries; else it takes
-// all for those of the default zone.
+// list calls f for every expectation that is ours. If whole is set it finds out zones and
+// marks too, which costs a dump of all conntrack entries; otherwise it takes all to be in
+// the default zone.
 func list(netns int, whole bool, f func(*expectation)) error {
 	return listAll(netns, whole, f, func(Foreign) {})
 }
 
-// listAll does the same and calls foreign for every one that is not ours.
+// listAll is list, and calls foreign for every expectation that is not ours.
 func listAll(netns int, whole bool, f func(*expectation), foreign func(Foreign)) error {
 	c, err := nfnl.Dial(netns)
 	if err != nil {
@@ -90,8 +90,8 @@ func listExpectations(c *nfnl.Conn, foreign func(Foreign)) ([]expectation, error
 	return xs, nil
 }
 
-// join returns xs with the zones and marks of their anchors. What lost its
-// anchor meanwhile is left out.
+// join returns xs with the zones and marks of their anchors, without expectations that lost
+// their anchor meanwhile.
 func join(c *nfnl.Conn, xs []expectation) ([]expectation, error) {
 	marks, err := listAnchors(c)
 	if err != nil {
@@ -117,8 +117,8 @@ func join(c *nfnl.Conn, xs []expectation) ([]expectation, error) {
 			seen[k] = true
 			found := x
 			if len(in) > 1 {
-				// Anchors alike in several zones. Only asking tells
-				// which expectation is whose.
+				// Several zones have such an anchor. Ask the kernel which of them has this
+				// expectation.
 				var ok bool
 				if found, ok, err = get(c, &e, &k); err != nil {
 					return nil, err

@@ -10,10 +10,9 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// mend tries once more where the kernel refused p, after taking away what was
-// in the way and is ours: the leavings of a daemon that died, or an entry that
-// an inside host made by sending from port 0. What stays in the kernel then is
-// either all of p or nothing.
+// mend retries p once after the kernel refused it. First it removes what is in the way:
+// what a daemon that died left, or an entry that an inside host made by sending from port
+// 0. Then the kernel has either all of p or nothing.
 func (b *Backend) mend(p *cone.Permission, a anchor, errs answers) (cone.Reason, error) {
 	retry := false
 	for _, e := range errs {
@@ -21,7 +20,7 @@ func (b *Backend) mend(p *cone.Permission, a anchor, errs answers) (cone.Reason,
 		case inTheWay(e):
 			retry = true
 		case errors.Is(e, unix.EAGAIN), errors.Is(e, unix.EOPNOTSUPP):
-			// The helper is gone, or not loaded yet.
+			// The helper is gone, or its module is not loaded yet.
 			b.registerHelper()
 			retry = true
 		}
@@ -36,7 +35,7 @@ func (b *Backend) mend(p *cone.Permission, a anchor, errs answers) (cone.Reason,
 			return cone.ReasonHelper, errs.cause()
 		}
 		if err == nil {
-			if found && !x.helped() { // Linux 5.10 does not mind that the helper is gone
+			if found && !x.helped() { // Linux 5.10 gives no error if the helper is gone
 				b.registerHelper()
 			}
 			err = b.clear(p, a)
@@ -58,9 +57,10 @@ func inTheWay(err error) bool {
 	return errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EALREADY)
 }
 
-// helped reports whether the expectation of p met one that is not ours, unless ours
-// overlap: that of a helper, which wants to make such a one again and drops the user's
-// packets if it cannot. So it is not tried until that one is used up.
+// helped reports whether the expectation of p met a foreign one. Permissions for groups do
+// not count: ours may overlap. The foreign one is a helper's, which wants to make such a
+// one again and drops the user's packets if it cannot. So p is not tried again until it is
+// used up.
 func (a answers) helped(p *cone.Permission) bool {
 	return a[0] == nil && inTheWay(a[1]) && p.Wild == 0
 }
@@ -71,7 +71,7 @@ func (b *Backend) registerHelper() {
 	b.helpers.register(b.c, timeout)
 }
 
-// cause returns the first error: what comes later comes of it.
+// cause returns the first error: later ones are consequences.
 func (a answers) cause() error {
 	for i, verb := range [...]string{"create anchor", "create expectation", "set timeout of expectation"} {
 		if a[i] != nil {
@@ -107,7 +107,7 @@ func (b *Backend) create(p *cone.Permission, a anchor) answers {
 	return errs
 }
 
-// renew is what Refresh does, for p alone.
+// renew does for p alone what Refresh does.
 func (b *Backend) renew(p *cone.Permission, a anchor) answers {
 	anchorTime, expectTime := b.timeouts()
 	return b.three(func(seq uint32) {
@@ -116,8 +116,8 @@ func (b *Backend) renew(p *cone.Permission, a anchor) answers {
 	})
 }
 
-// withdraw clears the way of p, which then does not stand any more. If the
-// kernel did not do it, p still counts, so that it can be revoked.
+// withdraw removes p and its anchor from the kernel, as clear does, so that p no longer
+// stands. If the kernel fails, p still counts as standing, so that it can be revoked.
 func (b *Backend) withdraw(p *cone.Permission, a anchor) error {
 	err := b.clear(p, a)
 	if err == nil {
@@ -126,9 +126,9 @@ func (b *Backend) withdraw(p *cone.Permission, a anchor) error {
 	return err
 }
 
-// clear takes the anchor a out of the kernel, and the expectation with the key
-// of p if it is ours, with its anchor if that is another one. They may be gone
-// already. The expectation goes first: the kernel need not race the two.
+// clear removes the anchor a from the kernel, and the expectation with the Key of p if it
+// is ours, with its anchor if that is not a. They may be gone already. The expectation goes
+// first, so that the kernel does not race the two.
 func (b *Backend) clear(p *cone.Permission, a anchor) error {
 	x, found, err := b.get(&p.Key)
 	if err != nil {
@@ -150,7 +150,7 @@ func (b *Backend) clear(p *cone.Permission, a anchor) error {
 	return err
 }
 
-// get returns the kernel's expectation for k, anybody's.
+// get returns the kernel's expectation for k, whoever made it.
 func (b *Backend) get(k *cone.Key) (x expectation, found bool, err error) {
 	return get(b.c, &b.enc, k)
 }
@@ -170,11 +170,11 @@ func get(c *nfnl.Conn, e *encoder, k *cone.Key) (x expectation, found bool, err 
 	if err != nil {
 		return x, false, fmt.Errorf("look up expectation: %w", err)
 	}
-	x.zone = k.Zone // the kernel does not tell
+	x.zone = k.Zone // the kernel does not report it
 	return x, found, nil
 }
 
-// three sends up to three messages on their own and returns the answers.
+// three sends up to three messages in a send of their own and returns the answers.
 func (b *Backend) three(encode func(seq uint32)) (errs answers) {
 	b.enc.Reset()
 	first := b.c.NextSeq(len(errs))
