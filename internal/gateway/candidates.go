@@ -15,15 +15,15 @@ var private = []netip.Prefix{ // RFC 1918
 	netip.MustParsePrefix("192.168.0.0/16"),
 }
 
-// A LAN is a link behind which there may be an inside network, whether it is up or not,
-// with its IPv4 networks.
+// A LAN is a link, up or down, that may have an inside network behind it, with the link's
+// IPv4 networks.
 type LAN struct {
 	Link
 	Networks []netip.Prefix
 }
 
-// LANs returns the links that are no outside links or lead inside, too, and not those of a
-// container or machine host, or tunnels.
+// LANs returns the links that are not outside links for IPv4, or that lead inside too. It
+// leaves out tunnels and the links of containers and virtual machines on the gateway.
 func (n Network) LANs() (lans []LAN) {
 	for _, l := range n.Links {
 		if l.Outside&IPv4 != 0 && !l.Inside || !l.lan() {
@@ -40,18 +40,19 @@ func (n Network) LANs() (lans []LAN) {
 	return lans
 }
 
-// Candidates returns the private IPv4 prefixes (RFC 1918) that look like a LAN
-// behind the gateway: connected, by a link that is up and looks like that of a LAN. It
-// is a proposal for the user's subnets, so what is doubtful is left out: links with an
-// address from DHCP, and uplinks, the names of links that are known to lead outside. Where
-// no outside link is known at all, any of the links may be the one: then only networks
-// with one of hosts, which are known to be inside, are candidates.
+// Candidates returns the private IPv4 prefixes (RFC 1918) that look like a LAN behind the
+// gateway: connected, on a link that is up and looks like a LAN. They are a proposal for
+// the user's subnets, so doubtful links are left out: those with an address from DHCP, and
+// those named in uplinks, which are known to lead outside. If no outside link is known at
+// all, any link may be one: then only networks with one of hosts, which are known to be
+// inside, are candidates.
 func (n Network) Candidates(uplinks map[string]bool, hosts []netip.Addr) []netip.Prefix {
 	unknown := len(n.OutsideLinks()) == 0 && len(n.Missing) == 0 && len(uplinks) == 0
 	return n.candidates(uplinks, func(p netip.Prefix) bool { return !unknown || slices.ContainsFunc(hosts, p.Contains) })
 }
 
-// Proposals returns the candidates where nothing is known of uplinks: one may be among them.
+// Proposals returns the candidates if nothing is known about uplinks: the network of one
+// may be among them.
 func (n Network) Proposals() []netip.Prefix {
 	return n.candidates(nil, func(netip.Prefix) bool { return true })
 }
@@ -74,12 +75,12 @@ func (n Network) candidates(uplinks map[string]bool, may func(netip.Prefix) bool
 	return unique(found)
 }
 
-// lanKinds are the kinds of link that a LAN can be behind. All others are
-// tunnels, ends of containers and machines, and the like.
+// lanKinds are the kinds of link that a LAN can be behind. All others are tunnels, links of
+// containers and virtual machines, and the like.
 var lanKinds = []string{"", "bond", "bridge", "dsa", "macvlan", "openvswitch", "team", "vlan"}
 
-// hostLinks begin the names of links, most of them bridges, behind which are
-// containers and machines of the gateway itself.
+// hostLinks are name prefixes of links, most of them bridges, that lead to containers and
+// virtual machines on the gateway itself.
 var hostLinks = []string{
 	"cali", "cbr", "cni", "docker", "flannel", "incus", "kube", "lxc", "lxd",
 	"nerdctl", "podman", "vboxnet", "veth", "virbr", "vmnet", "vnet", "weave",
@@ -92,5 +93,5 @@ func (l Link) lan() bool {
 		!dockerBridge.MatchString(l.Name)
 }
 
-// dockerBridge is the name of a bridge of "docker network create".
+// dockerBridge matches the name of a bridge of "docker network create".
 var dockerBridge = regexp.MustCompile(`^br-[0-9a-f]{12}$`)

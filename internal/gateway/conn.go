@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// queryTimeout bounds every wait for the kernel. It answers before the send
-// returns, so this is only met when something is badly wrong.
+// queryTimeout bounds every wait for the kernel. The kernel answers before the send
+// returns, so the timeout is reached only if something is badly wrong.
 const queryTimeout = 5 * time.Second
 
 var (
@@ -29,7 +29,7 @@ type conn struct {
 	in  []byte
 	seq uint32
 
-	// What read and write work on, so that they need no closure per call.
+	// What read and write use, kept here so that they need no closure per call.
 	out         []byte
 	n           int
 	err         error
@@ -72,10 +72,9 @@ func newRequest(typ, flags uint16, body int) []byte {
 	return b
 }
 
-// exchange sends a request and calls each with the body of every message of
-// the answer; the body is valid during the call. The kernel's refusal is
-// returned as it is, an unix.Errno. errInterrupted says that a dump is complete
-// but may have gaps.
+// exchange sends a request and calls each with the body of every message of the answer; the
+// body is valid during the call. If the kernel refuses, the error is its unix.Errno.
+// errInterrupted says that a dump is complete but may have gaps.
 func (c *conn) exchange(request []byte, each func(body []byte) error) error {
 	c.seq++
 	binary.NativeEndian.PutUint32(request[8:], c.seq)
@@ -103,7 +102,7 @@ func (c *conn) exchange(request []byte, each func(body []byte) error) error {
 			body := b[unix.NLMSG_HDRLEN:n]
 			b = b[min((n+3)&^3, len(b)):]
 			if seq != c.seq {
-				continue // an answer to an exchange that was given up
+				continue // an answer to an earlier exchange that failed
 			}
 			interrupted = interrupted || flags&unix.NLM_F_DUMP_INTR != 0
 			if typ != unix.NLMSG_ERROR && typ != unix.NLMSG_DONE {

@@ -19,18 +19,18 @@ const (
 	rtaNHID        = 30
 )
 
-// leastEnded is the shortest prefix of a route that ends packets that is not taken for
-// one for all kinds of addresses.
+// leastEnded is the shortest prefix of local and rejecting routes in Ended. A shorter one
+// is for all kinds of addresses.
 const leastEnded = 16
 
-// A reader takes in the messages of rtnetlink's dumps.
+// A reader decodes the messages of rtnetlink's dumps.
 type reader struct {
 	Network
-	// byNexthop are the routes whose links the kernel does not tell. It does
-	// unless net.ipv4.nexthop_compat_mode is 0.
+	// byNexthop are the routes for which the kernel names a nexthop object and no link, as
+	// it does if net.ipv4.nexthop_compat_mode is 0.
 	byNexthop []nexthopRoute
 	nexthops  map[uint32][]int    // the links of a nexthop object
-	groups    map[uint32][]uint32 // the members of a group of them
+	groups    map[uint32][]uint32 // the members of a group of nexthop objects
 }
 
 type nexthopRoute struct {
@@ -84,7 +84,7 @@ func (r *reader) addr(b []byte) error {
 	bits := int(b[1])
 	switch {
 	case !local.IsValid():
-		local = address // as IPv6 has it
+		local = address // IPv6 sends IFA_ADDRESS only
 	case address.IsValid() && address != local:
 		bits = local.BitLen() // point to point: the prefix is the other end's
 	}
@@ -132,7 +132,7 @@ func (r *reader) route(b []byte) error {
 	cloned := binary.NativeEndian.Uint32(b[8:])&unix.RTM_F_CLONED != 0
 	switch p := netip.PrefixFrom(dst, bits); typ {
 	case rtnLocal, rtnBlackhole, rtnUnreachable, rtnProhibit:
-		// One for all addresses says nothing of any, nor does a wide one.
+		// A route for all addresses, or a wide one, says nothing about a single address.
 		if family == unix.AF_INET && p.IsValid() && bits >= leastEnded && !dst.IsLoopback() {
 			r.Ended = append(r.Ended, p)
 		}
@@ -207,7 +207,7 @@ func (r *reader) nexthop(b []byte) error {
 	return nil
 }
 
-// resolve adds the routes by nexthop object. A group has no groups in it.
+// resolve adds the routes by nexthop object. A group contains no groups.
 func (r *reader) resolve() {
 	for _, by := range r.byNexthop {
 		for _, id := range append([]uint32{by.id}, r.groups[by.id]...) {

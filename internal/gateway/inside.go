@@ -10,11 +10,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// LinksTo returns the link that leads to each of the subnets; a Link without a name stands
-// for none, more than one, or one that is not in n. More specific routes within a subnet,
-// and routing rules by mark or incoming link, are not seen. It asks the kernel of the
-// network namespace behind the descriptor netns, or of the calling thread's own when it is
-// 0.
+// LinksTo returns the link that leads to each of the subnets. A Link without a name means
+// that there is no link, more than one, or one that n lacks. More specific routes within a
+// subnet, and routing rules by mark or incoming link, are not seen. It asks the kernel of
+// the network namespace behind the descriptor netns, or of the calling thread's own if that
+// is 0.
 func (n Network) LinksTo(netns int, subnets []netip.Prefix) (links []Link, err error) {
 	c, err := dial(unix.NETLINK_ROUTE, netns)
 	if err != nil {
@@ -32,8 +32,8 @@ func (n Network) LinksTo(netns int, subnets []netip.Prefix) (links []Link, err e
 	return links, nil
 }
 
-// linkToAll returns the index of the link to some hosts of a subnet, 0 when they have
-// none in common.
+// linkToAll returns the index of the link to some hosts of a subnet, 0 if they do not share
+// one.
 func (c *conn) linkToAll(subnet netip.Prefix) (int, error) {
 	found := 0
 	for _, host := range someHosts(subnet) {
@@ -68,7 +68,7 @@ func someHosts(subnet netip.Prefix) []netip.Addr {
 // ownAddress stands for the route to an address of the gateway itself.
 const ownAddress = -1
 
-// linkTo returns the index of the link to a host, 0 where there is no route.
+// linkTo returns the index of the link to a host, 0 if there is no route.
 func (c *conn) linkTo(host netip.Addr) (index int, err error) {
 	b := newRequest(unix.RTM_GETROUTE, 0, unix.SizeofRtMsg)
 	h := b[unix.NLMSG_HDRLEN:]

@@ -8,18 +8,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// known is what of a Network tells which messages change an answer of its.
+// known holds the part of a Network that tells which messages change one of its answers.
 type known struct {
 	links map[int]Link
 	used  map[int]bool // links with an address or a route
 	addrs map[Addr]bool
 	named []string
 
-	subnets []netip.Prefix // that are enabled
+	subnets []netip.Prefix // enabled subnets
 
-	inside   map[Route]bool        // by links that are not outside
-	covered  map[netip.Prefix]bool // by inside
-	defaults [2]bool               // whether there is one by an outside link, of IPv4 and IPv6
+	inside   map[Route]bool        // routes by links that are not outside links
+	covered  map[netip.Prefix]bool // prefixes of inside
+	defaults [2]bool               // whether an outside link has a default route, for IPv4 and IPv6
 	ways     bool                  // it matters by which outside link packets leave
 }
 
@@ -55,7 +55,7 @@ func overlapsAny(p netip.Prefix, others []netip.Prefix) bool {
 	return slices.ContainsFunc(others, p.Overlaps)
 }
 
-// local reports whether no peer has an address.
+// local reports whether a is an address that no peer has.
 func local(a netip.Addr) bool { return a.IsLoopback() || a.IsLinkLocalUnicast() }
 
 func familyIndex(p netip.Prefix) int {
@@ -65,7 +65,7 @@ func familyIndex(p netip.Prefix) int {
 	return 1
 }
 
-// matters reports whether a message may change an answer: what is doubtful does.
+// matters reports whether a message may change an answer; in doubt it returns true.
 func (k *known) matters(m netlink.Message) bool {
 	var r reader
 	var err error
@@ -86,8 +86,8 @@ func (k *known) matters(m netlink.Message) bool {
 		slices.ContainsFunc(r.Routes, func(r Route) bool { return k.routeMatters(r, gone) })
 }
 
-// linkMatters is about a link. Its addresses and routes have messages of their own, but
-// the routes of IPv4 that end with it, or when it goes down.
+// linkMatters is matters for a link. Its addresses and routes have messages of their own,
+// except the IPv4 routes that end with the link, or because it goes down.
 func (k *known) linkMatters(l Link, gone bool) bool {
 	old, there := k.links[l.Index]
 	switch {
@@ -103,9 +103,10 @@ func (k *known) linkMatters(l Link, gone bool) bool {
 	return gone || old.Name != l.Name || (old.Flags^l.Flags)&flags != 0
 }
 
-// routeMatters is about a route. Unless the ways matter, one by an outside link says
-// nothing new beside a default route by one, except within a route by another link, if the
-// link is an outside link for its routes, and if it leads to an enabled subnet.
+// routeMatters is matters for a route. If an outside link has a default route, and the ways
+// do not matter, a further route by an outside link matters only if it lies within a route
+// by another link, if it is a reason why the link is an outside link (RuledNAT, SeenNAT),
+// or if it leads to an enabled subnet.
 func (k *known) routeMatters(r Route, gone bool) bool {
 	l, there := k.links[r.Link]
 	switch {

@@ -9,23 +9,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Network is what the links of a network namespace looked like at one time.
-// Its methods only read it.
+// A Network is what the links of a network namespace looked like at one time. Its methods
+// only read it.
 type Network struct {
 	Links  []Link         // by index
 	Addrs  []Addr         // of all links
-	Routes []Route        // unicast routes of all tables, but those of table local
+	Routes []Route        // unicast routes of all tables except table local
 	Rules  []Rule         // for IPv4
-	Ended  []netip.Prefix // IPv4 networks with a route that is local or rejects
+	Ended  []netip.Prefix // IPv4 networks with a local or rejecting route
 
-	routeTOS []uint8 // types of service that IPv4 routes are for
+	routeTOS []uint8 // types of service that IPv4 routes select by
 
-	Missing   []string       // names of outside links that are not there, and may come
-	Unreached []netip.Prefix // enabled subnets to which nothing but a default route leads
+	Missing   []string       // names of outside links that do not exist, and may appear
+	Unreached []netip.Prefix // enabled subnets to which only a default route leads
 
-	places *places // of the subnets that it was marked for
+	places *places // of the subnets that Mark was called with
 
-	print uint64 // of all routes, where Lean left some out
+	print uint64 // hash of all routes, if Lean left some out
 }
 
 // A Link is a network interface.
@@ -34,32 +34,32 @@ type Link struct {
 	Name  string
 	Kind  string // as in "ip -details link"; empty for most hardware
 	Flags uint32 // IFF_UP and so on
-	Lower int    // index of the link below, 0 if there is none or elsewhere
+	Lower int    // index of the link below (IFLA_LINK), 0 if there is none
 
 	// Outside are the families for which it is an outside link (Mark), and Cause is why.
 	Outside Families
 	Cause   Cause
-	// Inside says that the link leads to an enabled subnet, or is named as an inside
-	// link. Unused are the families for which it is no outside link though it holds a
-	// default route, in whatever table.
+	// Inside says that the link leads to an enabled subnet, or that the user names it as an
+	// inside link. Unused are the families for which it is not an outside link although it
+	// has a default route, in any table.
 	Inside bool
 	Unused Families
-	// Far says that no route but a default route of the link leads to an enabled subnet.
+	// Far says that only a default route of the link leads to an enabled subnet.
 	Far bool
-	// Partial says that it is an outside link for a rule or a flow alone, and that routes of
-	// the main table lead to all that is behind it: packets of others that come by it are
-	// faked.
+	// Partial says that it is an outside link only because of a rule or a flow, and that
+	// all that is behind it has routes in the main table: packets from other sources that
+	// come by it are spoofed.
 	Partial bool
 }
 
 // outsideFor reports whether the link is an outside link for the family of a prefix.
 func (l Link) outsideFor(p netip.Prefix) bool { return l.Outside&familyOf(p) != 0 }
 
-// An Addr is an own address, with the prefix that is connected by it.
+// An Addr is an address of the gateway, with its connected prefix.
 type Addr struct {
 	Prefix netip.Prefix // not masked
 	Link   int          // index
-	Leased bool         // it has a lifetime, as those have that DHCP gave
+	Leased bool         // it has a lifetime, like an address from DHCP
 	Narrow bool         // its scope is not global: masquerade does not take it
 }
 
@@ -70,12 +70,12 @@ type Route struct {
 	Link   int // index
 }
 
-// attempts is how often a network that changes under our eyes is read. One
-// reading takes well below a millisecond on most gateways.
+// attempts is how often to read a network that changes meanwhile. One reading takes well
+// below a millisecond on most gateways.
 const attempts = 5
 
-// ReadNetwork reads the network namespace behind the descriptor netns, or the
-// calling thread's own when it is 0, and marks its links.
+// ReadNetwork reads the network namespace behind the descriptor netns, or the calling
+// thread's own if that is 0, and marks its links.
 func ReadNetwork(netns int, s Sides) (Network, error) {
 	c, err := dial(unix.NETLINK_ROUTE, netns)
 	if err != nil {
@@ -136,7 +136,7 @@ func (n Network) OutsideLinks() []string {
 	return n.names(func(l Link) bool { return l.Outside != 0 })
 }
 
-// OutsideLinks4 returns the names of those that are outside links for IPv4.
+// OutsideLinks4 returns the names of the outside links for IPv4.
 func (n Network) OutsideLinks4() []string {
 	return n.names(func(l Link) bool { return l.Outside&IPv4 != 0 })
 }
@@ -144,7 +144,8 @@ func (n Network) OutsideLinks4() []string {
 // LinkNames returns the names of all links.
 func (n Network) LinkNames() []string { return n.names(func(Link) bool { return true }) }
 
-// names returns the names of those links of which is holds, in the order of their indexes.
+// names returns the names of the links for which is returns true, in the order of their
+// indexes.
 func (n Network) names(is func(Link) bool) (names []string) {
 	for _, l := range n.Links {
 		if is(l) {
@@ -161,7 +162,8 @@ func (n Network) OutsideAddrs() []Addr {
 }
 
 // Uppers returns the links that are another MAC or IP address of the link below, as VRRP
-// makes them, with the name of that: a packet may come by the one and go by the other.
+// makes them, each with the name of the link below: a packet may come by one and leave by
+// the other.
 func (n Network) Uppers() map[string]string {
 	links, uppers := n.links(), map[string]string{}
 	for _, l := range n.Links {
@@ -172,8 +174,8 @@ func (n Network) Uppers() map[string]string {
 	return uppers
 }
 
-// Bridges returns the names of the bridges of which the gateway is no host: it has no
-// address there, and so routes nothing to or from them.
+// Bridges returns the names of the bridges on which the gateway has no address: it routes
+// nothing to or from them.
 func (n Network) Bridges() []string {
 	return n.names(func(l Link) bool {
 		return l.Kind == "bridge" && !slices.ContainsFunc(n.Addrs, func(a Addr) bool { return a.Link == l.Index && !local(a.Prefix.Addr()) })
@@ -191,9 +193,9 @@ func (n Network) links() map[int]Link {
 
 var global6 = netip.MustParsePrefix("2000::/3") // all of the IPv6 Internet
 
-// isDefault reports whether p is a default route, or one of the parts that some
-// VPN programs lay over it (OpenVPN's redirect-gateway: 0.0.0.0/1, 128.0.0.0/1,
-// 2000::/4, 3000::/4).
+// isDefault reports whether p is a default route, or one of the parts with which some VPN
+// programs cover it (OpenVPN's redirect-gateway: 0.0.0.0/1, 128.0.0.0/1, 2000::/4,
+// 3000::/4).
 func isDefault(p netip.Prefix) bool {
 	return p.Bits() <= 1 || p.Bits() <= 4 && p.Overlaps(global6)
 }

@@ -10,11 +10,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// HidesWaysBack reports whether a rule of policy routing asks for what only the answers to a
-// UDP packet have: a mark (ip rule add fwmark), in other bits than ours, the link that they
-// come by (iif), ports, a type of service or a tunnel. Then nobody can tell the way back to
-// the packet's source from the packet alone: fib of nftables looks that up as if the gateway
-// sent the answers itself, without ports, and with the packet's own mark and type of service.
+// HidesWaysBack reports whether a policy routing rule selects by something that only the
+// answers to a UDP packet have: a mark (ip rule add fwmark) in other bits than ours, the
+// incoming link (iif), ports, a type of service or a tunnel. Then the packet alone does not
+// tell the way back to its source: the fib expression of nftables looks that up as if the
+// gateway sent the answers itself, without ports, and with the packet's own mark and type
+// of service.
 func HidesWaysBack(netns int, ours uint32) (is bool, err error) {
 	c, err := dial(unix.NETLINK_ROUTE, netns)
 	if err != nil {
@@ -47,13 +48,13 @@ const fibRuleHeaderLen = 12 // struct fib_rule_hdr
 type Rule struct {
 	Mark   uint32
 	mask   uint32 // of Mark
-	invert bool   // it is for packets that it does not describe
-	ofWay  bool   // it asks for a link or for ports, which packets of the other direction do not tell
-	proto  uint8  // that it asks for; 0 for any
-	tos    uint8  // the type of service that it asks for, if byTOS
+	invert bool   // it matches the packets that it does not describe
+	ofWay  bool   // it selects by link or ports, which packets of the other direction do not show
+	proto  uint8  // the protocol that it selects; 0 for any
+	tos    uint8  // the type of service that it selects, if byTOS
 	byTOS  bool
-	hidden bool   // it asks for what a Router does not try
-	all    string // the message
+	hidden bool   // it selects by something that a Router does not try
+	all    string // the whole message
 }
 
 // decodeRule decodes a struct fib_rule_hdr with attributes.
@@ -78,7 +79,7 @@ func decodeRule(b []byte) (r Rule, err error) {
 			r.ofWay = true
 		case typ == unix.FRA_IP_PROTO:
 			r.proto = ad.Uint8()
-		case typ == fraSportMask, typ == fraDportMask: // the kernel was told the ports
+		case typ == fraSportMask, typ == fraDportMask: // comes with the ports
 		case typ == fraDSCP:
 			r.tos, r.byTOS = ad.Uint8()<<2, true
 		case typ == fraDSCPMask:
@@ -90,10 +91,10 @@ func decodeRule(b []byte) (r Rule, err error) {
 	return r, err
 }
 
-// hidesWayBack reports whether the rule asks for what HidesWaysBack says. A mark of 0 asks for
-// packets without one, and is not there as a rule. Any rule may have the mask alone. Old
-// kernels look up the way back without the protocol; one that is not UDP rules out all that
-// matters here.
+// hidesWayBack reports whether the rule is one that HidesWaysBack looks for. A rule for
+// mark 0, which may have a mask alone, selects packets without a mark and does not count. A
+// protocol counts because old kernels look up the way back without it; a rule for another
+// protocol than UDP never counts.
 func (r Rule) hidesWayBack(ours uint32) bool {
 	if r.proto != 0 && r.proto != unix.IPPROTO_UDP {
 		return false
@@ -101,7 +102,7 @@ func (r Rule) hidesWayBack(ours uint32) bool {
 	return r.hidden || r.ofWay || r.byTOS || r.proto != 0 || r.Mark != 0 && (r.mask&^ours != 0 || r.invert)
 }
 
-// rule takes in a routing rule for IPv4.
+// rule decodes a routing rule for IPv4.
 func (r *reader) rule(b []byte) error {
 	if len(b) < fibRuleHeaderLen || b[0] != unix.AF_INET {
 		return nil

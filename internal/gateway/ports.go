@@ -12,9 +12,9 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 )
 
-// A PortSet is the set of endpoints at which local UDP sockets received what came in
-// by an outside link at one time, from anybody or from whom they were connected to. It may
-// be read from any goroutine.
+// A PortSet holds the endpoints at which local UDP sockets received packets from outside
+// links at one time: from anybody, or from the peer to which they were connected. It may be
+// read from any goroutine.
 type PortSet struct {
 	bound     map[cone.Endpoint]struct{}
 	connected map[cone.Key]struct{}
@@ -36,7 +36,7 @@ func (p *PortSet) Serves(ext cone.Endpoint) bool {
 	return ok
 }
 
-// Takes is Sockets.Takes for what p holds.
+// Takes is Sockets.Takes for the sockets in p.
 func (p *PortSet) Takes(ext, in cone.Endpoint) bool {
 	if ext == in || !p.Serves(ext) {
 		return false
@@ -46,20 +46,20 @@ func (p *PortSet) Takes(ext, in cone.Endpoint) bool {
 	return ext.Port != in.Port || there || other
 }
 
-// Connected returns the endpoints of connected sockets, each with whom it is connected to,
-// as the keys of permissions. The caller must not change it.
+// Connected returns the endpoints of connected sockets with their peers, as Keys of
+// permissions. The caller must not change the map.
 func (p *PortSet) Connected() map[cone.Key]struct{} { return p.connected }
 
-// All returns the endpoints that sockets were bound to, in any order, those for all
-// addresses among them.
+// All returns the endpoints that sockets were bound to, in any order, including those for
+// all addresses.
 func (p *PortSet) All() iter.Seq[cone.Endpoint] { return maps.Keys(p.bound) }
 
-// Stay returns what is in p and was in old already.
+// Stay returns what is in both p and old.
 func (p *PortSet) Stay(old *PortSet) *PortSet {
 	return &PortSet{both(p.bound, old.bound), both(p.connected, old.connected)}
 }
 
-// Either returns what is in p or was in old.
+// Either returns what is in p or in old.
 func (p *PortSet) Either(old *PortSet) *PortSet {
 	all := &PortSet{maps.Clone(p.bound), maps.Clone(p.connected)}
 	maps.Copy(all.bound, old.bound)
@@ -81,9 +81,8 @@ func (p *PortSet) Equal(q *PortSet) bool {
 	return maps.Equal(p.bound, q.bound) && maps.Equal(p.connected, q.connected)
 }
 
-// Ports reads all UDP sockets, for comparing many permissions with them. A
-// socket that is opened or closed meanwhile may be missed; 10,000 of them cost
-// some milliseconds.
+// Ports reads all UDP sockets, to compare many permissions with them. It may miss a socket
+// that is opened or closed meanwhile. 10,000 sockets cost some milliseconds.
 func (s *Sockets) Ports() (*PortSet, error) {
 	p := &PortSet{map[cone.Endpoint]struct{}{}, map[cone.Key]struct{}{}}
 	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {

@@ -15,19 +15,19 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 )
 
-// A Router asks the kernel by which link it sends packets of inside hosts. It is not
-// safe for concurrent use.
+// A Router asks the kernel by which link it sends packets of inside hosts. It is not safe
+// for concurrent use.
 type Router struct {
 	conn    *conn
-	marks   []uint32 // that packets may have, 0 among them
-	toses   []uint8  // likewise, types of service
+	marks   []uint32 // marks that packets may have, including 0
+	toses   []uint8  // types of service that packets may have
 	inside  map[cone.Addr]uint32
 	request []byte
 }
 
-// DialRouter opens the connection to the network namespace behind the descriptor netns,
-// or to the calling thread's own when it is 0. The Router knows the marks and the types of
-// service that routing rules and routes ask for now.
+// DialRouter opens the connection to the network namespace behind the descriptor netns, or
+// to the calling thread's own if that is 0. The Router tries the marks and types of service
+// that routing rules and routes of n select by.
 func DialRouter(netns int, n Network) (*Router, error) {
 	c, err := dial(unix.NETLINK_ROUTE, netns)
 	if err != nil {
@@ -45,13 +45,13 @@ func DialRouter(netns int, n Network) (*Router, error) {
 // Close ends the connection.
 func (r *Router) Close() error { return r.conn.close() }
 
-// Links returns the indexes of the links by which a packet of an inside host from src to
-// dst may leave: the one, or, as nobody knows how rules of the user's mark packets and which
-// type of service programs ask for, one for each mark and type of service that routes depend
-// on. all is false if it does not leave with one of these. Both are IPv4 endpoints.
+// Links returns the indexes of the links by which an inside host's packet from src to dst
+// may leave. How the user's rules mark packets, and which type of service programs ask for,
+// is unknown: Links tries each mark and type of service that routes depend on. all is false
+// if the packet does not leave with one of these. Both are IPv4 endpoints.
 func (r *Router) Links(src, dst cone.Endpoint) (links []int, all bool, err error) {
 	from, known := r.inside[src.Addr]
-	if !known { // by which its packets come in
+	if !known { // find the link by which its packets come in
 		link, err := r.lookup(cone.Endpoint{}, src, 0, 0, 0)
 		if err != nil {
 			return nil, false, err
@@ -79,8 +79,8 @@ func (r *Router) Links(src, dst cone.Endpoint) (links []int, all bool, err error
 	return links, all, nil
 }
 
-// lookup returns the link by which a packet leaves that comes in by the link from, or is
-// the gateway's own; 0 if it does not leave.
+// lookup returns the link by which a packet leaves that came in by link from; from is 0 for
+// the gateway's own packets. It returns 0 if the packet does not leave.
 func (r *Router) lookup(src, dst cone.Endpoint, from, mark uint32, tos uint8) (link int, err error) {
 	b := append(r.request[:0], newRequest(unix.RTM_GETROUTE, 0, unix.SizeofRtMsg)...)
 	h := b[unix.NLMSG_HDRLEN:]
@@ -107,7 +107,7 @@ func (r *Router) lookup(src, dst cone.Endpoint, from, mark uint32, tos uint8) (l
 			}
 		})
 	})
-	// No route, or one that rejects: it does not leave.
+	// No route, or a rejecting one: the packet does not leave.
 	for _, no := range []unix.Errno{unix.ENETUNREACH, unix.EHOSTUNREACH, unix.EACCES, unix.EINVAL, unix.EAGAIN, unix.EXDEV, unix.ENODEV, unix.ENETDOWN, unix.EOPNOTSUPP} {
 		if errors.Is(err, no) {
 			return 0, nil
@@ -126,15 +126,15 @@ func appendAttr(b []byte, typ uint16, value []byte) []byte {
 	return append(b, make([]byte, (4-len(value)%4)%4)...)
 }
 
-// HidesWays reports whether IPv4 packets may take other ways than a Router tells, since a
-// routing rule asks for a part of the DSCP, or for what is not understood.
+// HidesWays reports whether IPv4 packets may take other ways than a Router finds, because a
+// routing rule selects by part of the DSCP, or by something that we do not know.
 func (n Network) HidesWays() bool {
 	return slices.ContainsFunc(n.Rules, func(r Rule) bool { return r.hidden })
 }
 
-// toses returns the types of service with which packets may take different ways: one that no
-// routing rule or route asks for, which is 0 unless a rule asks for that, and each one that
-// some ask for.
+// toses returns the types of service with which packets may take different ways: each one
+// that a routing rule or route selects by, after one that none selects by, which is 0
+// unless a rule selects by 0.
 func (n Network) toses() []uint8 {
 	asked := slices.Clone(n.routeTOS)
 	for _, r := range n.Rules {
@@ -142,7 +142,7 @@ func (n Network) toses() []uint8 {
 			asked = append(asked, r.tos)
 		}
 	}
-	const next = 1 << 2 // the bits below are not of the DSCP
+	const next = 1 << 2 // the lower bits are not part of the DSCP
 	for tos := 0; tos <= math.MaxUint8; tos += next {
 		if !slices.Contains(asked, uint8(tos)) {
 			return slices.Insert(asked, 0, uint8(tos))
@@ -151,7 +151,7 @@ func (n Network) toses() []uint8 {
 	return asked
 }
 
-// SameRoutes reports whether packets take the same ways in n and in o.
+// SameRoutes reports whether packets take the same ways in n and o.
 func (n Network) SameRoutes(o Network) bool {
 	up := func(n Network) (is []int) {
 		for _, l := range n.Links {
@@ -164,8 +164,9 @@ func (n Network) SameRoutes(o Network) bool {
 	return n.routesPrint() == o.routesPrint() && slices.Equal(n.routeTOS, o.routeTOS) && slices.Equal(n.Rules, o.Rules) && slices.Equal(up(n), up(o))
 }
 
-// Lean returns n without the routes by outside links, of which there may be very many:
-// for SameRoutes a hash stands for them. Topology and Watcher.Know need them.
+// Lean returns n without the routes by outside links, of which there may be very many;
+// SameRoutes uses a hash in their place. Topology and Watcher.Know need a Network that has
+// them.
 func (n Network) Lean() Network {
 	links := n.links()
 	n.print = n.routesPrint()
@@ -188,9 +189,9 @@ func (n *Network) routesPrint() uint64 {
 	return h.Sum64() | 1
 }
 
-// Owned returns the test for IPv4 addresses whose packets end here: a link has it, or it
-// is in a local route, or in one that rejects, as people have it for addresses that they
-// translate to and that no link has.
+// Owned returns a test for IPv4 addresses whose packets end at the gateway: a link has the
+// address, or it is in a local or rejecting route. People use rejecting routes for
+// addresses that they translate to and no link has.
 func (n Network) Owned() func(cone.Addr) bool {
 	owned := make(map[netip.Prefix]struct{})
 	for _, a := range n.Addrs {

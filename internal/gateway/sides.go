@@ -35,10 +35,10 @@ type Cause uint8
 // The causes. The first one that holds counts.
 const (
 	NoCause      Cause = iota
-	Named              // the user says so
-	DefaultRoute       // one leaves by it
-	RuledNAT           // a rule translates the source of what leaves by it
-	SeenNAT            // a flow left by it, translated, towards a peer on the Internet
+	Named              // the user names it
+	DefaultRoute       // a default route uses it
+	RuledNAT           // a rule translates the source of packets that leave by it
+	SeenNAT            // a translated flow to a peer on the Internet left by it
 	SharedLink         // it is another MAC or IP address of an outside link
 )
 
@@ -50,19 +50,19 @@ func (c Cause) String() string {
 	}[c]
 }
 
-// Sides is what tells links that lead outside from others, beside their routes.
+// Sides tells, besides routes, which links lead outside.
 type Sides struct {
 	Outside, Inside []string       // links that the user names
-	Subnets         []netip.Prefix // that are enabled
+	Subnets         []netip.Prefix // the enabled subnets
 	RuledNAT        []string       // links by which rules of the user's translate
 	SeenNAT         []string       // links by which translated flows left
 }
 
-// Mark says which links are outside links, and which lead inside.
+// Mark decides which links are outside links, and which lead inside.
 //
-// A link that leads to an enabled subnet may get a default route, by a router advertisement
-// say. That does not make it an outside link while another link leads outside, or no subnet of
-// that family is enabled. Else it is both: the gateway has one arm.
+// A link that leads to an enabled subnet may get a default route, for instance by a router
+// advertisement. That does not make it an outside link while another link leads outside, or
+// no subnet of that family is enabled. Otherwise it is both: the gateway is one-armed.
 func (n *Network) Mark(s Sides) {
 	n.Missing = nil
 	if p := n.places; p == nil || !slices.Equal(p.subnets, s.Subnets) {
@@ -119,7 +119,7 @@ func (n *Network) Mark(s Sides) {
 		}
 	}
 	for i := range n.Links {
-		// Where IPv4 leaves, routes of IPv6 to a few destinations lead outside, too.
+		// If IPv4 leaves by a link, its IPv6 routes to a few destinations lead outside too.
 		if l := &n.Links[i]; l.Cause == DefaultRoute && l.Outside&IPv4 != 0 && !l.Inside {
 			l.Outside = bothFamilies
 		}
@@ -127,8 +127,9 @@ func (n *Network) Mark(s Sides) {
 	n.markUppers(s)
 }
 
-// natCause returns whether rules or flows tell of a link by which a route of IPv4 leads
-// beyond its own networks: for flows, one to addresses on the Internet.
+// natCause returns RuledNAT or SeenNAT if rules translate what leaves by the link, or
+// translated flows left by it, and an IPv4 route by it leads beyond its own networks; for
+// SeenNAT, to addresses on the Internet.
 func (n Network) natCause(s Sides, l Link) Cause {
 	switch {
 	case slices.Contains(s.RuledNAT, l.Name) && n.Leads(l):
@@ -139,7 +140,7 @@ func (n Network) natCause(s Sides, l Link) Cause {
 	return NoCause
 }
 
-// Leads reports whether a route of IPv4 by the link leads beyond its own networks.
+// Leads reports whether an IPv4 route by the link leads beyond its own networks.
 func (n Network) Leads(l Link) bool { return slices.ContainsFunc(n.Routes, n.leadsBy(l)) }
 
 // LeadsToInternet reports whether such a route leads to addresses on the Internet.
@@ -162,8 +163,9 @@ func (n Network) leadsBy(l Link) func(Route) bool {
 	}
 }
 
-// markUppers makes those links outside links that share the network of one: packets from
-// outside come by them (VRRP with a MAC address of its own), whatever link others leave by.
+// markUppers makes links that share the network of an outside link outside links: packets
+// from outside come by them (VRRP with a MAC address of its own), whatever link other
+// packets leave by.
 func (n *Network) markUppers(s Sides) {
 	links := n.links()
 	for i := range n.Links {
@@ -185,13 +187,15 @@ func (l Link) sharesLower() bool {
 type places struct {
 	subnets []netip.Prefix
 
-	// behind has the subnets to which a link leads, by its index: it has a network of its own
-	// in one, or the longest route to all of one, if that is no default route, is by it.
+	// behind has the subnets to which a link leads, by its index: it has a network of its
+	// own in the subnet, or the longest route to the whole subnet, except default routes,
+	// is by it.
 	behind map[int][]netip.Prefix
-	// far has the links with a default route that is the way to a subnet, as in a cloud:
-	// nothing else leads to it.
+	// far has the links with a default route that is the only way to a subnet, as in a
+	// cloud.
 	far map[int]bool
-	// unreached are the subnets to no part of which anything but a default route leads.
+	// unreached are the subnets that no route leads to, not even to a part, except default
+	// routes.
 	unreached []netip.Prefix
 	defaults  map[int]Families // default routes by link
 }
@@ -245,8 +249,8 @@ func (n *Network) place(subnets []netip.Prefix) *places {
 			p.unreached = append(p.unreached, s)
 		}
 		for link, families := range p.defaults {
-			// A link without a private address is an uplink, and the way to the subnet
-			// (a tunnel) is only not there yet.
+			// A link without a private address is an uplink: then the way to the subnet (a
+			// tunnel) is just not there yet.
 			if families&familyOf(s) != 0 && n.hasPrivate(link) {
 				p.far[link] = true
 			}
@@ -261,8 +265,9 @@ func (n *Network) hasPrivate(link int) bool {
 	})
 }
 
-// Hidden reports whether there may be an outside link that only flows tell of: another
-// link has a default route, or one to addresses on the Internet beyond its own networks.
+// Hidden reports whether there may be an outside link that only flows can show: a link that
+// is not an outside link has a default route, or a route to addresses on the Internet
+// beyond its own networks.
 func (n Network) Hidden() bool {
 	links := n.links()
 	if slices.ContainsFunc(n.Links, func(l Link) bool { return l.Unused&IPv4 != 0 }) {
@@ -274,10 +279,10 @@ func (n Network) Hidden() bool {
 	})
 }
 
-// ShowsOutside reports whether a translated flow to a peer shows that the link it left by is
-// an outside link: the peer is on the Internet, and in no network of the link itself, as
-// behind a rule that masquerades towards all links it may be. By a link that leads inside,
-// it takes a default route: one of its other routes may lead to a further inside network.
+// ShowsOutside reports whether a translated flow to a peer shows that the link it left by
+// is an outside link. The peer must be on the Internet, and not in a network of the link
+// itself, for a rule may masquerade on all links. On a link that leads inside, the flow
+// must take a default route: another route may lead to a further inside network.
 func (n Network) ShowsOutside(l Link, peer netip.Addr) bool {
 	host := netip.PrefixFrom(peer, peer.BitLen())
 	if l.is(unix.IFF_LOOPBACK) || notPublic(host) || n.connected(l.Index, peer) {
@@ -288,7 +293,7 @@ func (n Network) ShowsOutside(l Link, peer netip.Addr) bool {
 	})
 }
 
-// connected reports whether an address is in a network that the link has an address of.
+// connected reports whether a is in a network of which the link has an address.
 func (n Network) connected(link int, a netip.Addr) bool {
 	return slices.ContainsFunc(n.Addrs, func(own Addr) bool { return own.Link == link && own.Prefix.Contains(a) })
 }
@@ -302,8 +307,9 @@ func notPublic(p netip.Prefix) bool {
 
 var linkLocal4 = netip.MustParsePrefix("169.254.0.0/16")
 
-// Doubtful returns the links of which rules of the user's may tell that they are outside
-// links: those that are not, nor lead inside, and have an IPv4 address or route.
+// Doubtful returns the links that the user's rules may show to be outside links: they have
+// an IPv4 address or route, do not lead inside, and are not outside links for IPv4 by name,
+// default route or shared network.
 func (n Network) Doubtful() (links []Link) {
 	used := make(map[int]bool)
 	for _, r := range n.Routes {
@@ -332,8 +338,8 @@ func (n Network) SubnetsOf(l Link) []netip.Prefix {
 	return n.places.behind[l.Index]
 }
 
-// Connected returns the prefixes of networks that the link of a name has addresses of, but
-// link-local ones, in order.
+// Connected returns the connected networks of the link with this name, without link-local
+// ones, in order.
 func (n Network) Connected(link string) (prefixes []netip.Prefix) {
 	for _, l := range n.Links {
 		for _, a := range n.Addrs {
@@ -345,17 +351,17 @@ func (n Network) Connected(link string) (prefixes []netip.Prefix) {
 	return unique(prefixes)
 }
 
-// OneArmed returns the names of the outside links by which hosts of enabled subnets come,
-// too, and of those of them that only a default route makes the way to hosts.
+// OneArmed returns the names of the outside links by which hosts of enabled subnets come
+// too. far are those of them that only a default route makes the way to these hosts.
 func (n Network) OneArmed() (names, far []string) {
 	return n.names(func(l Link) bool { return (l.Inside || l.Far) && l.Outside != 0 }),
 		n.names(func(l Link) bool { return l.Far && !l.Inside && l.Outside != 0 })
 }
 
-// Partial returns the names of the outside links that are partial ones.
+// Partial returns the names of the outside links that are partial (Link.Partial).
 func (n Network) Partial() []string { return n.names(func(l Link) bool { return l.Partial }) }
 
-// Without returns the names of the outside links that are none for a family.
+// Without returns the names of the outside links that are not outside links for f.
 func (n Network) Without(f Families) []string {
 	return n.names(func(l Link) bool { return l.Outside != 0 && l.Outside&f == 0 })
 }

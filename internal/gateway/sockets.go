@@ -22,25 +22,24 @@ var ErrNoUDPDiag = errors.New("the kernel does not find UDP sockets: load the mo
 // (sock_diag(7)). It is not safe for concurrent use.
 type Sockets struct {
 	conn      *conn
-	links     []uint32 // by which packets from outside come in; 0 where none is known
+	links     []uint32 // by which packets from outside come in; 0 if none is known
 	one, dump []byte   // requests
 	found     socketAt
 	find      func([]byte) error // sets found
 }
 
-// socketAt says where the socket is that gets a packet.
+// socketAt says how the socket that gets a packet is bound.
 type socketAt uint8
 
 const (
 	nowhere        socketAt = iota
 	atAddress               // bound to the packet's destination
-	atAllAddresses          // it gets what is sent to any address
+	atAllAddresses          // bound to all addresses
 )
 
-// DialSockets opens the connection to the network namespace behind the
-// descriptor netns, or to the calling thread's own when it is 0. It looks for a
-// socket of its own to see whether the kernel can be trusted with that;
-// otherwise the error is ErrNoUDPDiag.
+// DialSockets opens the connection to the network namespace behind the descriptor netns, or
+// to the calling thread's own if that is 0. It looks up a socket of its own to see whether
+// the kernel finds sockets; otherwise the error is ErrNoUDPDiag.
 func DialSockets(netns int) (*Sockets, error) {
 	c, err := dial(unix.NETLINK_SOCK_DIAG, netns)
 	if err != nil {
@@ -72,10 +71,9 @@ func DialSockets(netns int) (*Sockets, error) {
 // Close ends the connection.
 func (s *Sockets) Close() error { return s.conn.close() }
 
-// SetNetwork tells which links are outside links. A socket that is bound to a device
-// counts if the device is one of them, or a VRF: what comes in by a link of a VRF
-// reaches the sockets that are bound to the VRF. Before the first call no such socket
-// counts.
+// SetNetwork sets which links are outside links. A socket that is bound to a device counts
+// if the device is one of them, or a VRF: packets that come in by a link of a VRF reach the
+// sockets bound to the VRF. Before the first call no such socket counts.
 func (s *Sockets) SetNetwork(n Network) {
 	s.links = s.links[:0]
 	for _, l := range n.Links {
@@ -90,12 +88,12 @@ func (s *Sockets) SetNetwork(n Network) {
 
 func (s *Sockets) hears(link uint32) bool { return slices.Contains(s.links, link) }
 
-// Serves reports whether a local socket gets what peer sends to ext, from
-// whatever port, if it comes in by an outside link. It costs a few microseconds for
-// each outside link and does not allocate.
+// Serves reports whether a local socket gets what peer sends to ext, from any port, if it
+// comes in by an outside link. It costs a few microseconds for each outside link and does
+// not allocate.
 //
-// A connected socket is not found, whoever it is connected to: a permission takes its
-// packets only when conntrack has forgotten its flow. Ports finds such a one.
+// Connected sockets are not found, whatever their peer: a permission takes the packets of
+// one only after conntrack has forgotten its flow. Ports finds them.
 func (s *Sockets) Serves(ext cone.Endpoint, peer cone.Addr) (bool, error) {
 	for _, link := range s.links {
 		if at, err := s.lookUp(ext, peer, link); at != nowhere || err != nil {
@@ -105,8 +103,9 @@ func (s *Sockets) Serves(ext cone.Endpoint, peer cone.Addr) (bool, error) {
 	return false, nil
 }
 
-// Takes reports whether a local socket would lose what peer sends to ext if it were led to in,
-// an address of the gateway, too. One that is bound to all addresses gets it there as well.
+// Takes reports whether a local socket would lose what peer sends to ext if that were led
+// to in, which is an address of the gateway too. A socket that is bound to all addresses
+// gets it there as well.
 func (s *Sockets) Takes(ext, in cone.Endpoint, peer cone.Addr) (bool, error) {
 	if ext == in {
 		return false, nil
@@ -130,12 +129,12 @@ func (s *Sockets) Takes(ext, in cone.Endpoint, peer cone.Addr) (bool, error) {
 	return false, nil
 }
 
-// lookUp finds the socket that gets what peer sends to ext and what comes in by link.
+// lookUp finds the socket that gets a packet that peer sends to ext and that comes in by
+// link.
 func (s *Sockets) lookUp(ext cone.Endpoint, peer cone.Addr, link uint32) (socketAt, error) {
-	// udp_dump_one looks for the receiver of a packet from src to dst, and so
-	// the other way round than the names of the fields elsewhere say. All
-	// kernels do so; probe would notice one that does not. A source port of 0
-	// keeps connected sockets out.
+	// udp_dump_one looks for the receiver of a packet from src to dst, so these fields are
+	// the other way round than elsewhere. All kernels do so; probe would notice one that
+	// does not. A source port of 0 excludes connected sockets.
 	family, from, to := byte(unix.AF_INET6), peer[:], ext.Addr[:]
 	if ext.Addr.Is4() {
 		family, from, to = unix.AF_INET, from[12:], to[12:]
@@ -152,8 +151,8 @@ func (s *Sockets) lookUp(ext cone.Endpoint, peer cone.Addr, link uint32) (socket
 	return s.found, nil
 }
 
-// probe looks for a socket that is there: a kernel without udp_diag says the
-// same as for a socket that is not.
+// probe looks up a socket that exists: a kernel without udp_diag answers as it does for a
+// missing socket.
 func (s *Sockets) probe(netns int) error {
 	u, err := socket.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0, "probe", &socket.Config{NetNS: netns})
 	if err != nil {
@@ -178,7 +177,7 @@ func (s *Sockets) probe(netns int) error {
 	return err
 }
 
-// Offsets of a request, which is a struct inet_diag_req_v2 behind the header.
+// Offsets in a request, which is a struct inet_diag_req_v2 after the header.
 const (
 	diagFamily   = unix.NLMSG_HDRLEN + 0
 	diagProtocol = unix.NLMSG_HDRLEN + 1
@@ -194,8 +193,8 @@ const (
 func newDiagRequest(flags uint16) []byte {
 	b := newRequest(unix.SOCK_DIAG_BY_FAMILY, flags, diagSize)
 	b[diagProtocol] = unix.IPPROTO_UDP
-	// UDP sockets have two of TCP's states: ESTABLISHED when connected, else
-	// CLOSE. Only a dump heeds them.
+	// UDP sockets have two of TCP's states: ESTABLISHED if connected, else CLOSE. Only
+	// dumps use this field.
 	binary.NativeEndian.PutUint32(b[diagStates:], 1<<unix.BPF_TCP_ESTABLISHED|1<<unix.BPF_TCP_CLOSE)
 	for i := diagCookie; i < len(b); i++ {
 		b[i] = 0xff // INET_DIAG_NOCOOKIE

@@ -9,8 +9,8 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 )
 
-// Topology returns what the model must know. Loopback and link-local addresses and
-// routes are left out: no peer has one.
+// Topology returns what the model must know. It leaves out loopback and link-local
+// addresses and routes: no peer has such an address.
 func (n Network) Topology() cone.Topology {
 	var t cone.Topology
 	for _, a := range n.Addrs {
@@ -29,7 +29,8 @@ func (n Network) Topology() cone.Topology {
 	}
 	for _, r := range n.Routes {
 		l, known := links[r.Link]
-		// A default route by a link that is inside says nothing of any peer.
+		// A default route by a link that is not an outside link says nothing about any
+		// peer.
 		if !known || l.is(unix.IFF_LOOPBACK) || r.Prefix.Addr().IsLinkLocalUnicast() || isDefault(r.Prefix) && !l.outsideFor(r.Prefix) {
 			continue
 		}
@@ -46,7 +47,7 @@ func Covered(p netip.Prefix, by []netip.Prefix) bool {
 	})
 }
 
-// unique sorts s and takes out what is in it twice.
+// unique sorts s and removes duplicates.
 func unique[T interface {
 	comparable
 	Compare(T) int

@@ -12,12 +12,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Watcher tells when links, addresses, routes or routing rules change (rtnetlink(7))
-// in a way that may matter to a Network that was read.
+// A Watcher reports changes of links, addresses, routes or routing rules (rtnetlink(7))
+// that may matter to a Network that was read.
 type Watcher struct {
 	nl     *netlink.Conn
 	closed atomic.Bool
-	known  atomic.Pointer[known] // nil while everything matters
+	known  atomic.Pointer[known] // nil while every message matters
 }
 
 // watched are the multicast groups, as the bits that bind(2) takes.
@@ -35,21 +35,20 @@ func Watch(netns int) (*Watcher, error) {
 	return &Watcher{nl: nl}, nil
 }
 
-// settle is how long it must be quiet before Wait returns: one change of a link
-// comes as many messages. settleMost bounds it where routes change all the time.
+// settle is how long it must be quiet before Wait returns: one change of a link causes many
+// messages. settleMost bounds the wait if routes change all the time.
 const (
 	settle     = 20 * time.Millisecond
 	settleMost = 500 * time.Millisecond
 )
 
-// Know tells what was read, with the links that were named as in ReadNetwork. Wait
-// passes over what changes nothing of that, until the next change that does: from then
-// on everything matters until Know is called again, for the Network may be older than
-// a message. If ways is set, it also matters by which outside link packets leave.
+// Know sets the Network that was read, and the links that the user names. Wait skips
+// messages that change nothing in n, until one that does. From then on every message
+// matters until Know is called again, because the next Network may be older than a message.
+// If ways is set, it also matters by which outside link packets leave.
 func (w *Watcher) Know(n Network, named []string, ways bool) { w.known.Store(newKnown(n, named, ways)) }
 
-// Wait returns nil when something changed since the last call, lost messages
-// included.
+// Wait returns nil when something has changed since the last call, or messages were lost.
 func (w *Watcher) Wait() error {
 	for matters := false; !matters; {
 		var err error
@@ -69,7 +68,7 @@ func (w *Watcher) Wait() error {
 	return nil
 }
 
-// receive takes in the next messages, and reports whether one of them matters.
+// receive reads the next messages, and reports whether one of them matters.
 func (w *Watcher) receive(deadline time.Time) (matters bool, err error) {
 	if err := w.nl.SetReadDeadline(deadline); err != nil {
 		return false, w.fail(err)
@@ -77,7 +76,7 @@ func (w *Watcher) receive(deadline time.Time) (matters bool, err error) {
 	messages, err := w.nl.Receive()
 	switch {
 	case errors.Is(err, unix.ENOBUFS):
-		matters = true // some of those that are lost, perhaps
+		matters = true // a lost message may matter
 	case err != nil:
 		return false, w.fail(err)
 	default:
@@ -90,7 +89,7 @@ func (w *Watcher) receive(deadline time.Time) (matters bool, err error) {
 	return matters, nil
 }
 
-// fail makes the error of a closed connection recognisable.
+// fail returns os.ErrClosed in place of any error of a closed connection.
 func (w *Watcher) fail(err error) error {
 	if err != nil && w.closed.Load() {
 		return os.ErrClosed

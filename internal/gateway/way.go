@@ -6,8 +6,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Way returns a function that finds the link by which an address is reached among
-// those that are not outside, by longest match. It costs nothing until it is called, and
+// Way returns a function that finds the link by which an address is reached, among links
+// that are not outside links, by longest match. It costs nothing until it is called, and
 // only one goroutine may use it at a time.
 func (n Network) Way() func(netip.Addr) (link string, ok bool) {
 	var links map[netip.Prefix]string
@@ -24,7 +24,8 @@ func (n Network) Way() func(netip.Addr) (link string, ok bool) {
 	}
 }
 
-// ways returns the names of the links of all routes that are not by an outside link.
+// ways returns the links of all routes by links that are not outside links, except default
+// routes, by prefix.
 func (n Network) ways() map[netip.Prefix]string {
 	links, ways := n.links(), make(map[netip.Prefix]string)
 	for _, r := range n.Routes {
