@@ -153,8 +153,8 @@ func TestAddressThatGoesAwayEndsItsPermissions(t *testing.T) {
 	}
 }
 
-// Events tell late of flows on an address that went meanwhile. What the kernel learned
-// of them ends. Once the address is back, or a lifetime is over, flows count again.
+// Events may still report flows on an address that is gone; what the kernel learned from
+// them ends. Once the address is back, or a lifetime is over, flows on it count again.
 func TestFlowOnAnAddressThatIsGoneGivesNothing(t *testing.T) {
 	const in, next = "10.47.11.109:1", "10.47.11.109:2"
 	other := testTopology
@@ -315,8 +315,8 @@ func TestRevokedClaimDoesNotInherit(t *testing.T) {
 	d.want("10.47.11.110:1")
 }
 
-// The first packet of a child met the end of the permission; its event comes
-// after, while the inside host's flow still holds the claim.
+// The first packet of a child arrived just as the permission ended. Its event comes later,
+// while the inside host's flow still holds the claim.
 func TestChildOfAWithdrawnPermissionIsDropped(t *testing.T) {
 	d := newDesk(t, nil)
 	f := d.open(0, "10.47.11.109:1", "203.0.113.5:9")

@@ -68,8 +68,8 @@ func (d *desk) translated(in, peer string) *Flow {
 	}
 }
 
-// counted is the same of a flow that the kernel counted one packet of, and would keep for
-// as long as left says.
+// counted is translated, for a flow of which the kernel counted one packet, and which it
+// would keep for left.
 func (d *desk) counted(in, peer string, left time.Duration) *Flow {
 	f := d.translated(in, peer)
 	f.OrigPackets, f.HasCounters, f.Left = 1, true, left
@@ -125,7 +125,7 @@ func choose(c Choice) func(*Policy) {
 	}
 }
 
-// admit lets from send to ext, from where the map leads it to in.
+// admit makes from send a packet to ext that the map leads to in.
 func (d *desk) admit(now time.Duration, from, ext, in string, more Status) (*Flow, []OpKind) {
 	return d.inbound(now, Flow{
 		Status: StatusDstNAT | more, Labelled: d.m.policy.Labels,
@@ -133,7 +133,7 @@ func (d *desk) admit(now time.Duration, from, ext, in string, more Status) (*Flo
 	})
 }
 
-// dnat does the same with a forward of the user's.
+// dnat is admit with a forward of the user's in place of the map.
 func (d *desk) dnat(now time.Duration, from, ext, in string, more Status) (*Flow, []OpKind) {
 	return d.inbound(now, Flow{
 		Status: StatusDstNAT | more,

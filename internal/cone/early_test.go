@@ -119,7 +119,7 @@ func TestChildWithoutPermissionIsDroppedOnceAllFlowsAreKnown(t *testing.T) {
 	}
 }
 
-// Deleting the flow would be of no use where the permission does not stand.
+// Deleting the flow helps only if the permission stands.
 func TestEarlyFlowStaysWhereTheGrantIsRefusedOrRevoked(t *testing.T) {
 	for name, outcome := range map[string]func(m *Model, p Permission){
 		"refused": func(m *Model, p Permission) { m.Refused(0, p, ReasonTableFull, false) },
@@ -142,8 +142,8 @@ func TestEarlyFlowStaysWhereTheGrantIsRefusedOrRevoked(t *testing.T) {
 	}
 }
 
-// Anybody outside can fill the table of conntrack with flows to a port that the gateway
-// serves, or that a rule of the user's forwards.
+// Anybody outside can fill the conntrack table with flows to a port that the gateway
+// serves, or that a user's rule forwards.
 func TestSnapshotKeepsLittleOfAFlood(t *testing.T) {
 	for name, tc := range map[string]struct{ labels, rulesRead bool }{
 		"children are labelled": {true, true}, "rules cannot be read": {true, false}, "no labels": {false, true},
@@ -173,7 +173,8 @@ func TestSnapshotKeepsLittleOfAFlood(t *testing.T) {
 			if n := len(m.snap.inbound); n != kept || n > mostForwarded {
 				t.Errorf("%d flows kept, and %d of ten times as many", kept, n)
 			}
-			// What is not of the flood counts as ever, before its permission or behind it.
+			// Flows that are not part of the flood count as ever, before or after their
+			// permission.
 			m.SnapshotFlow(0, &Flow{
 				ID: 3, Status: StatusDstNAT, Labelled: tc.labels, Src: ep("203.0.113.5:5071"), Dst: ep("198.51.100.1:5060"),
 				ReplySrc: ep("10.47.11.109:5060"), ReplyDst: ep("203.0.113.5:5071"),

@@ -7,9 +7,10 @@ func forwardsPort(port uint16, to Endpoint) func(Permission) bool {
 	return func(p Permission) bool { return p.Ext.Port == port && p.Int != to }
 }
 
-// A refused permission need not wait for its next try when the forward goes.
+// When a forward goes, a permission that was refused for it stands at once, before the
+// retry.
 //
-// Fails when only what stands is placed anew.
+// Fails when only permissions that stand are placed again.
 func TestPermissionStandsAtOnceWhenTheForwardGoes(t *testing.T) {
 	const in = "10.47.11.109:5060"
 	d := newDesk(t, nil)
@@ -25,7 +26,7 @@ func TestPermissionStandsAtOnceWhenTheForwardGoes(t *testing.T) {
 	d.m.SetForwards(4, nil, true)
 	d.carry()
 	d.want(in)
-	// What else keeps it from standing stays.
+	// Another reason for which it does not stand remains.
 	d.m.Revoke(5, func(Permission) bool { return true })
 	d.m.SetForwards(5, nil, true)
 	d.carry()
@@ -33,10 +34,10 @@ func TestPermissionStandsAtOnceWhenTheForwardGoes(t *testing.T) {
 	d.gone(6, f)
 }
 
-// A rule of which nobody knows may be there, and a flow shows one. That of a rule which is
-// known shows nothing, whether the rule or the flow is read first, and as long as it lives.
+// A flow may show a forward whose rule is unknown. A flow that a known rule explains shows
+// nothing, in whatever order rule and flow are read, for as long as the flow lives.
 //
-// Fails when the flow is kept as evidence in either order.
+// Fails when such a flow is kept as evidence in either order.
 func TestForwardIsForgottenWithTheRuleThatExplainedIt(t *testing.T) {
 	const in, ext, other = "10.47.11.109:5060", "198.51.100.1:5060", "10.47.11.110:5060"
 	rule := forwardsPort(5060, ep(other))
@@ -56,7 +57,8 @@ func TestForwardIsForgottenWithTheRuleThatExplainedIt(t *testing.T) {
 			d.snapshot(5, f, led)
 			d.seen(6, led)
 			d.want(in)
-			// A flow that no rule tells of is evidence still, with whatever identifier.
+			// A later flow that no rule explains is evidence again, even with the same
+			// identifier.
 			d.gone(7, led)
 			d.seen(7, led)
 			d.want()

@@ -88,7 +88,7 @@ func TestNoExpectationWhereAHelperWorks(t *testing.T) {
 						t.Fatalf("%s: %v by %v", mode, o.Kind, o.By)
 					}
 				}
-				// Long after, a new one is as all others.
+				// After helperMemory a new permission stands as usual.
 				d.gone(lifetime*4, f)
 				d.m.Revoke(lifetime*4, func(Permission) bool { return true })
 				d.carry()

@@ -8,8 +8,8 @@ import (
 
 func learned(p *Policy) { p.Mapped, p.Learned = true, true }
 
-// What the kernel learned by itself must go where a permission is refused, and
-// must not come back with the next packet.
+// If a permission is refused, what the kernel learned of it must go, and must not come back
+// with the next packet.
 func TestRefusedPermissionIsDeniedToAKernelThatLearns(t *testing.T) {
 	const in, second = "10.47.11.109:1", "10.47.11.109:2"
 	refuse := func(r Reason, standing bool) func(*desk) {
@@ -94,8 +94,7 @@ func TestChildrenOfALearnedPermissionThatIsRefusedAreDropped(t *testing.T) {
 	d.wantOps("the event of a child comes late", kinds, DropUnanswered)
 }
 
-// An idle flow lives by the peer's packets alone; the rule that learns does not
-// see it.
+// Only the peer's packets keep an idle flow alive, and the learning rule does not see them.
 func TestIdlePermissionIsNotDenied(t *testing.T) {
 	d := newDesk(t, learned)
 	f := d.open(0, "10.47.11.109:1", "203.0.113.5:9")
@@ -147,7 +146,7 @@ func TestDenialIsRenewedForAsLongAsItHolds(t *testing.T) {
 	}
 }
 
-// A denial is for a Key, whoever wants it.
+// A denial is for a Key, whichever host asks for it.
 func TestKeyIsNotDeniedWhileAnotherClaimOfItStands(t *testing.T) {
 	is := func(in string) func(Permission) bool {
 		return func(p Permission) bool { return p.Int == ep(in) }
@@ -270,9 +269,9 @@ func TestAdoptionOfAKeyThatIsClaimedIsIgnored(t *testing.T) {
 	d.want("10.47.11.109:1")
 }
 
-// The outside port of a permission that lingers passes to another host. The kernel may
-// have done so already: what it has is not revoked before it is granted, and a child that
-// went to the former host does not stay there.
+// The outside port of a lingering permission passes to another host. The map may have
+// learned that already: its element is not revoked before the grant, and a child of the
+// former host does not stay.
 func TestPortThatPassesToAnotherHost(t *testing.T) {
 	const former, next, ext = "10.47.11.109:1", "10.47.11.110:1", "198.51.100.1:1"
 	for name, choice := range map[string]Choice{"map": ChooseMap, "both": ChooseBoth} {
@@ -300,8 +299,8 @@ func TestPortThatPassesToAnotherHost(t *testing.T) {
 	}
 }
 
-// The kernel lets another host have a port if one flow with the same answers has ended,
-// though others of the owner go on.
+// When one flow with the same reply tuple has ended, the kernel lets another host have the
+// port, although other flows of the owner go on.
 func TestOwnerThatGoesOnIsPutBack(t *testing.T) {
 	const owner, another = "10.47.11.109:1", "10.47.11.110:1"
 	d := newDesk(t, learned)

@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// A daemon that was stopped for longer than a lifetime reads late what happened meanwhile:
-// nothing of it gives back what ran out.
+// A daemon that was stopped for longer than a lifetime reads late what happened meanwhile.
+// Nothing of that revives a permission that has run out.
 func TestWhatIsToldTooLateExtendsNothing(t *testing.T) {
 	const in = "10.47.11.109:1"
 	for name, late := range map[string]func(d *desk, now time.Duration, f *Flow){
@@ -46,10 +46,10 @@ func TestWhatIsToldTooLateExtendsNothing(t *testing.T) {
 	}
 }
 
-// What the kernel still keeps of a flow tells when it had its last packet, however late
-// somebody looks; what is told late was true earlier.
+// What is left of a flow's timeout tells when its last packet passed, however late the
+// daemon looks. A late report was true at an earlier time.
 //
-// Each fails when heard leaves out what it is about.
+// Each case fails when heard ignores what its name says.
 func TestPermissionEndsALifetimeAfterTheLastPacket(t *testing.T) {
 	const in, minute = "10.47.11.109:1", time.Minute
 	timeouts := Timeouts{UDP: minute / 2, Stream: 2 * minute}
@@ -87,7 +87,7 @@ func TestPermissionEndsALifetimeAfterTheLastPacket(t *testing.T) {
 	}
 }
 
-// A flow of which the daemon reads when its permission would be over has none, until it
+// A flow that is reported so late that its permission would be over gets none, until it
 // shows that it goes on.
 func TestFlowToldTooLateHasNoPermission(t *testing.T) {
 	const in, other, from = "10.47.11.109:1", "10.47.11.110:2", "203.0.113.5:9"
@@ -111,11 +111,11 @@ func TestFlowToldTooLateHasNoPermission(t *testing.T) {
 	d.want(in, other)
 }
 
-// A flow may have a timeout of its own (cttimeout), far less than others: that it has few
-// seconds left does not mean that it is idle.
+// A flow may have its own timeout (cttimeout), far shorter than others: few seconds left do
+// not mean that it is idle.
 //
-// Fails when heard looks at how much is left of a flow that begins, and when addFlow does
-// not know that counters moved since the last snapshot.
+// Fails when heard uses what is left of a flow that begins, and when addFlow does not know
+// that counters moved since the last snapshot.
 func TestFlowWithAShorterTimeoutHoldsItsPermission(t *testing.T) {
 	const in = "10.47.11.109:1"
 	d := newDesk(t, nil)
@@ -145,10 +145,10 @@ func TestFlowWithAShorterTimeoutHoldsItsPermission(t *testing.T) {
 	d.want()
 }
 
-// Of two hosts on one outside port none may have been heard for a lifetime when the first
-// snapshot shows their flows. Who sends then has the permission.
+// When the first snapshot shows the flows of two hosts on one outside port, both may have
+// been silent for a lifetime. The one that sends next gets the permission.
 //
-// Fails when claimOut lets a flow that is known wait behind an owner that is idle.
+// Fails when claimOut lets a known flow wait behind an idle owner.
 func TestWhoSendsFirstAfterALifetimeHasThePermission(t *testing.T) {
 	d := newDesk(t, nil)
 	d.m.SetTimeouts(Timeouts{UDP: 4 * lifetime, Stream: 4 * lifetime})

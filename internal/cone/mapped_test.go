@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// A flowtable keeps the counters of its flows, and no event tells of them.
+// A flowtable does not update the counters of its flows, and no event reports them.
 func TestFlowInAFlowtableFeedsThoughItsCountersStandStill(t *testing.T) {
 	const in, from, ext = "10.47.11.109:1", "203.0.113.5:77", "198.51.100.1:1"
 	for name, tc := range map[string]struct {
@@ -63,7 +63,7 @@ func TestDNATedChildIsAChildLikeAnyOther(t *testing.T) {
 		t.Errorf("%d children, %d answered, ends at %v; want 1, 1, %v", v.Children, v.Answered, v.Expires, lifetime+2)
 	}
 
-	// It holds the permission alone, and is asked about before the end.
+	// The child alone holds the permission, and is queried before the end.
 	d.gone(3, out)
 	d.m.Tick(3+lifetime, 10)
 	if kinds := d.carry(); !slices.Contains(kinds, Query) {
@@ -105,8 +105,8 @@ func TestDNATedChildrenBeyondTheLimitAreDropped(t *testing.T) {
 	}
 }
 
-// It may have come in by a forward of the user's. What the permission admitted right
-// before that came is another matter.
+// The flow may have come in by a user's forward. That differs from a child that the
+// permission admitted just before the forward was made.
 func TestDNATedFlowThatAForwardMayHaveLetInIsNeverDropped(t *testing.T) {
 	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
 	for name, tc := range map[string]struct {
@@ -147,7 +147,7 @@ func TestDNATedFlowThatAForwardMayHaveLetInIsNeverDropped(t *testing.T) {
 	}
 }
 
-// It bars the expectation; the map comes after it in any case.
+// The forward conflicts with the expectation; the map's rule comes after it in any case.
 func TestForwardThatAFlowShowsBarsWhateverItsTarget(t *testing.T) {
 	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
 	for name, tc := range map[string]struct {
@@ -190,8 +190,8 @@ func TestForwardThatAFlowShowsBarsWhateverItsTarget(t *testing.T) {
 	}
 }
 
-// What a permission admitted that is gone, or that an earlier daemon knew, is no forward:
-// it bars nobody. It goes if nobody answered it.
+// A child whose permission is gone, or was known to an earlier daemon only, shows no
+// forward and keeps nobody from an expectation. It is dropped if nobody answered it.
 func TestChildWithoutAPermissionIsNoForward(t *testing.T) {
 	const one, two, ext = "10.47.11.109:1", "10.47.11.110:1", "198.51.100.1:1"
 	for name, tc := range map[string]struct {
@@ -234,7 +234,7 @@ func opKinds(ops []Op) iter.Seq[OpKind] {
 	}
 }
 
-// Rules that are known whole need no flows to show what they forward.
+// If all rules are known, no flow is needed to show what they forward.
 func TestFlowsShowForwardsOnlyWhereRulesMayBeMissing(t *testing.T) {
 	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
 	for _, whole := range []bool{false, true} {
@@ -283,8 +283,9 @@ func TestForwardsThatFlowsShowAreForgotten(t *testing.T) {
 	}
 }
 
-// A forward takes the ports that it covers: what our permission led elsewhere before is
-// led anew, but not what is a flow of the forward itself later, nor an answered one.
+// A forward takes over the ports that it covers: unanswered children that our permission
+// led elsewhere before are dropped. Answered ones, and later flows of the forward itself,
+// are not.
 func TestForwardTakesUnansweredChildren(t *testing.T) {
 	const in, ext, other = "10.47.11.109:1", "198.51.100.1:1", "10.47.11.200:80"
 	for name, tc := range map[string]struct {
@@ -332,7 +333,7 @@ func TestForwardTakesUnansweredChildren(t *testing.T) {
 	}
 }
 
-// A map that goes away must leave its children, those too of which events tell later.
+// When the map goes away its children must stay, also those whose events come later.
 func TestPolicySwitchesMappedOnAndOff(t *testing.T) {
 	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
 	on, off := testPolicy, testPolicy
@@ -390,8 +391,8 @@ func TestDNATedChildrenAllocateNothing(t *testing.T) {
 	}
 }
 
-// Flows that began before nf_conntrack_acct was turned on have no counters, beside others
-// that have: each extends by what is known of it.
+// Flows that began before nf_conntrack_acct was turned on have no counters, and others
+// have. Each extends its permission by what is known of it.
 //
 // Fails when a flow without counters counts as one whose counters stand still.
 func TestFlowWithoutCountersExtendsBesideOneWithThem(t *testing.T) {
@@ -431,10 +432,10 @@ func TestFlowWithoutCountersExtendsBesideOneWithThem(t *testing.T) {
 	}
 }
 
-// A child of which the event was lost has passed the user's firewall all the same.
+// A child whose event was lost has nevertheless passed the user's firewall.
 //
-// Fails when a dump does not count it, when each dump does, and when the first one does, of
-// which the children may be older than the daemon.
+// Fails when a dump does not count it, when each dump does, and when the first dump does,
+// whose children may be older than the daemon.
 func TestDumpShowsThatChildrenPassed(t *testing.T) {
 	d := newDesk(t, choose(ChooseMap))
 	f := d.open(0, "10.47.11.109:5060", "203.0.113.5:5060")

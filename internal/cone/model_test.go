@@ -120,7 +120,7 @@ func (w *world) change() {
 	}
 }
 
-// bound changes the room for expectations, which is no matter to permissions that the
+// bound changes the room for expectations, which does not matter to permissions that the
 // map can carry.
 func (w *world) bound() {
 	w.live = 1 + w.rnd.IntN(4)
@@ -129,7 +129,7 @@ func (w *world) bound() {
 	w.m.SetRoom(w.now, r)
 }
 
-// bounded reports whether room may be short without an effect on what stands.
+// bounded reports whether a lack of room does not change what stands.
 func (w *world) bounded() bool {
 	return w.ref.policy.Mapped && w.full == 0 && w.policy.Subnets[0].Choice != ChooseMap && w.m.snap.whole
 }

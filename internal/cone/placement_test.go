@@ -2,8 +2,8 @@ package cone
 
 import "testing"
 
-// Fails when place does not ask for connected sockets, and when an expectation is not made
-// again when they are closed.
+// Fails when place ignores connected sockets, and when no expectation is made again after
+// they are closed.
 func TestNoExpectationTakesThePacketsOfAConnectedSocket(t *testing.T) {
 	const in, peer = "10.47.11.109:1", "203.0.113.5:9"
 	key := Key{Ext: ep("198.51.100.1:1"), Peer: ep(peer).Addr}
@@ -40,7 +40,7 @@ func TestNoExpectationTakesThePacketsOfAConnectedSocket(t *testing.T) {
 	}
 }
 
-// Fails when what the map refused once is never put there again.
+// Fails when a permission that the map refused once is never put there again.
 func TestMapThatWasFullIsTriedAgain(t *testing.T) {
 	for name, choice := range map[string]Choice{"the map in the first place": ChooseMap, "both": ChooseBoth} {
 		t.Run(name, func(t *testing.T) {

@@ -81,8 +81,8 @@ func TestFlowsThatGiveNoPermission(t *testing.T) {
 	}
 }
 
-// A transparent redirect: the packet goes to somebody else than the inside host
-// thinks, and that is who may answer, unless the port that it goes to is excluded.
+// A transparent redirect: the packet goes to another peer than the inside host thinks, and
+// that peer may answer, unless the port that it goes to is excluded.
 func TestPeerOfARedirectedFlowIsWhoGetsIt(t *testing.T) {
 	for name, tc := range map[string]struct {
 		asked, gets string

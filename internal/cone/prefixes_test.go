@@ -8,7 +8,8 @@ import (
 	"testing"
 )
 
-// Fails when the number of an inner prefix counts though the one around it comes first.
+// Fails when the number of an inner prefix counts although the prefix around it comes
+// first.
 func TestPrefixTableFindsTheFirstThatHoldsAnAddress(t *testing.T) {
 	r := rand.New(rand.NewPCG(7, 1))
 	four := func() netip.Addr { return netip.AddrFrom4([4]byte{10, 0, byte(r.UintN(2)), byte(r.UintN(16))}) }

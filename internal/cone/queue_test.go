@@ -6,8 +6,9 @@ const (
 	sharing1, sharing2, sharing3 = "10.47.11.109:1", "10.47.11.110:1", "10.47.11.111:1"
 )
 
-// Two hosts share an outside port towards one peer. The owner's permission was revoked, and he
-// goes on in his old flow: the other one gets his own, and keeps it until he ends.
+// Two hosts share an outside port towards one peer. The owner's permission was revoked, and
+// the owner's old flow goes on: the other host gets its permission, and keeps it until its
+// own end.
 //
 // Fails when a revoked claim stays the first of its Key, or counts as one that waits.
 func TestRevokedPermissionKeepsNobodyWaiting(t *testing.T) {
@@ -41,9 +42,10 @@ func TestRevokedPermissionKeepsNobodyWaiting(t *testing.T) {
 	}
 }
 
-// Who asks again comes before those that were revoked and did not, and after those that wait.
+// A revoked claim that is asked for again comes before those that are still revoked, and
+// after those that wait.
 //
-// Fails when claimOut leaves a revoked claim where it is.
+// Fails when claimOut does not move a revoked claim.
 func TestWhoAsksAgainWaitsForTheOthers(t *testing.T) {
 	d := newDesk(t, nil)
 	d.open(0, sharing1, "203.0.113.5:9")
@@ -59,7 +61,7 @@ func TestWhoAsksAgainWaitsForTheOthers(t *testing.T) {
 	d.want(sharing3)
 }
 
-// Revoked at once, none has it even for a moment.
+// If all are revoked at once, none stands even for a moment.
 //
 // Fails when Revoke lets the next one stand before it has asked about all.
 func TestRevokeOfSharedPermissionGrantsNothing(t *testing.T) {

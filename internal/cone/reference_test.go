@@ -89,7 +89,7 @@ func (c *refClaim) lingers() bool {
 		c.state == StateRefused && c.reason == ReasonIdle
 }
 
-// widen makes p the permission of all that a contact with its peer permits.
+// widen makes p the permission for all peers that a contact with its peer permits.
 func (r *refModel) widen(p Permission) Permission {
 	if !r.policy.Mapped {
 		return p
@@ -109,8 +109,8 @@ func (r *refModel) widen(p Permission) Permission {
 	return p
 }
 
-// spread returns the permissions that a contact gives: those for the other peers of a
-// group too, where it cannot be one.
+// spread returns the permissions that a contact gives: those for the other peers of a group
+// too, if one permission cannot be for the group.
 func (r *refModel) spread(p Permission) (all []Permission) {
 	for _, g := range r.policy.PeerGroups {
 		if !r.policy.Mapped && g.Contains(p.Peer.Netip()) {
@@ -145,13 +145,13 @@ func (r *refModel) classify(f *Flow) (string, Permission) {
 	return "", in
 }
 
-// bars reports whether a forward keeps c from standing: it bars an expectation, and
-// all that can stand else is an element.
+// bars reports whether a forward keeps c from standing: it rules out an expectation, so c
+// stands only if the map can carry it.
 func (r *refModel) bars(now time.Duration, c *refClaim) bool {
 	return !r.policy.Mapped && r.barred(now, c)
 }
 
-// barred reports whether a DNATed flow was seen that bars an expectation of c.
+// barred reports whether a DNATed flow was seen that conflicts with an expectation of c.
 func (r *refModel) barred(now time.Duration, c *refClaim) bool {
 	seen, ok := r.forwarded[c.extKey()]
 	return ok && now-seen < forwardMemory

@@ -5,9 +5,9 @@ import (
 	"testing"
 )
 
-// Whether peers see one outside port of an inside port, lately: it changes both ways.
-// With mapping nothing is compared. Fails if the first endpoint counts, or if what
-// was seen long ago weighs as much as what is seen now.
+// TestRemaps checks whether peers lately see a single outside port of an inside port, which
+// may change both ways. With mapping nothing is compared. It fails if the first endpoint
+// counts, or if old observations weigh as much as new ones.
 func TestRemaps(t *testing.T) {
 	for _, mapping := range []bool{false, true} {
 		d := newDesk(t, func(p *Policy) {

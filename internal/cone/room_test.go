@@ -142,7 +142,7 @@ func TestLessRoomEndsExpectations(t *testing.T) {
 	}
 }
 
-// Which permission of an earlier daemon has a live flow shows in the first snapshot.
+// Only the first snapshot shows which permissions of an earlier daemon have a live flow.
 //
 // Fails when SetRoom does not wait for it.
 func TestNoRoomEndsNothingBeforeTheFirstSnapshot(t *testing.T) {
@@ -164,10 +164,10 @@ func TestNoRoomEndsNothingBeforeTheFirstSnapshot(t *testing.T) {
 	d.carriers("after", ByExpectation, 0)
 }
 
-// The expectations of an outside port are all in use.
+// The outside port has all the expectations that it may have.
 //
-// Fails when peers without a live flow keep a new one from having one, when the newest of them
-// goes, and when one with a live flow does.
+// Fails when peers without a live flow keep a new peer from an expectation, when the newest
+// of them ends, and when one with a live flow ends.
 func TestLingeringPeersOfAPortMakeRoom(t *testing.T) {
 	const in = "10.47.11.109:5060"
 	d := newDesk(t, nil)

@@ -38,8 +38,8 @@ func (d *desk) refused(now time.Duration, f *Flow, r Reason) {
 	d.carry()
 }
 
-// Fails when an address of the gateway earns nothing, or what no peer outside is for; and when
-// another address is another host.
+// Fails when an address of the gateway gets no permission, or gets one towards a peer that
+// is not outside; and when two addresses count as two hosts.
 func TestTheGatewayIsOneHost(t *testing.T) {
 	d := selfDesk(t, func(p *Policy) { p.Limits.PerHost = 2 })
 	d.send(0, "198.51.100.1:53000", "203.0.113.5:53")
@@ -64,8 +64,8 @@ func TestTheGatewayIsOneHost(t *testing.T) {
 	d.want("198.51.100.1:5060", "10.47.11.109:5062")
 }
 
-// Expectations carry the permissions of the gateway itself, translated or not, and nothing does
-// where these cannot.
+// Expectations carry the permissions of the gateway itself, translated or not. If they
+// cannot, nothing does.
 //
 // Fails when the map carries one.
 func TestTheMapCarriesNothingOfTheGateways(t *testing.T) {
@@ -87,10 +87,11 @@ func TestTheMapCarriesNothingOfTheGateways(t *testing.T) {
 	}
 }
 
-// The same outside endpoint and peer is wanted by the gateway and by an inside host.
+// The gateway and an inside host want the same outside endpoint and peer.
 //
-// Fails when the claim that a socket bars goes before that of the socket, when a flow of the
-// gateway that has no socket takes an inside host's permission, and when it keeps it.
+// Fails when a claim refused for a socket keeps the socket's own from standing, when a flow
+// of the gateway that has no socket takes an inside host's permission, and when it keeps
+// it.
 func TestTheGatewayAndAnInsideHostOnOnePort(t *testing.T) {
 	const own, host, peer, again = "198.51.100.1:5060", "10.47.11.109:5060", "203.0.113.5:5060", "203.0.113.5:5061"
 	t.Run("the host was refused for the socket", func(t *testing.T) {
@@ -127,10 +128,10 @@ func TestTheGatewayAndAnInsideHostOnOnePort(t *testing.T) {
 	})
 }
 
-// The kernel names no master when it destroys a child, and nothing translated this one.
+// A DESTROY event names no master, and this child was not translated.
 //
-// Fails when the end of a child is taken for that of an early packet's flow: the model counts
-// it on, and drops the next child as one too many.
+// Fails when the end of a child is taken for the end of an early packet's flow: the model
+// still counts the child, and drops the next one as over the limit.
 func TestChildrenOfTheGatewayEnd(t *testing.T) {
 	const own = "198.51.100.1:5060"
 	d := selfDesk(t, func(p *Policy) { p.Limits.Children = 1 })

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// A flow is told once for each peer, and again when the topology changed.
+// Strays returns a flow once for each peer, and again when the topology changed.
 func TestStraysAreTranslatedFlowsToTheInternet(t *testing.T) {
 	outbound := func(peer string, s Status) *Flow {
 		return &Flow{ID: 1, Status: s, Src: ep("10.47.11.109:5060"), Dst: ep(peer), ReplySrc: ep(peer), ReplyDst: ep("10.66.0.2:5060")}
@@ -59,10 +59,11 @@ func TestStraysAreBounded(t *testing.T) {
 	}
 }
 
-// The route to a peer goes, and with it perhaps all that lead outside but that of another
-// link. It may come back; a route by a link inside means that the peer is no peer.
+// The route to a peer goes, perhaps with all outside routes except those of another link.
+// It may come back. A route by an inside link means that the peer is no longer outside.
 //
-// Fails when a permission ends because its peer is behind no outside link, while others are.
+// Fails when a permission ends because no route leads to its peer, while others lead
+// outside.
 func TestPermissionOutlivesTheRouteToItsPeer(t *testing.T) {
 	route := func(prefix string, outside bool) Route { return Route{netip.MustParsePrefix(prefix), outside} }
 	uplink := route("198.51.100.0/24", true)

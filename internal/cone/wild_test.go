@@ -65,7 +65,7 @@ func TestPeersOfAPermission(t *testing.T) {
 	}
 }
 
-// Two peers of a group have one port.
+// Two peers of a group use the same port.
 func TestFlowsOfAGroupAreToldApart(t *testing.T) {
 	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
 	d := newDesk(t, func(p *Policy) { wildPolicy(p); p.Limits.Children = 1 })
@@ -81,7 +81,7 @@ func TestFlowsOfAGroupAreToldApart(t *testing.T) {
 		t.Errorf("%d flows, %d children are left; want 1, 1", v.Flows, v.Children)
 	}
 
-	// The kernel is asked for the right ones.
+	// The model queries the right flows.
 	d.m.Tick(2+lifetime, 10)
 	d.ops = nil
 	d.carry()
@@ -100,7 +100,7 @@ func TestFlowsOfAGroupAreToldApart(t *testing.T) {
 		t.Errorf("left: %v, %v", d.m.flows.peers, d.m.flows.byKey)
 	}
 
-	// There may be more children than of one peer.
+	// A group may have more children than a single peer.
 	for i := range WildChildren + 1 {
 		from := Endpoint{ep("203.0.113.5:1").Addr, uint16(1000 + i)}.String()
 		if i == 0 {
@@ -149,8 +149,8 @@ func TestEarlyPacketsOfAllPeersGo(t *testing.T) {
 	}
 }
 
-// What only an answered child holds has no flow that would bring it back. Fails
-// when SetPolicy, or Adopt, lets nothing carry on.
+// If only an answered child holds a permission, no flow would bring it back. Fails when
+// SetPolicy or Adopt does not carry it on.
 func TestPermissionWithoutItsFlowIsWidened(t *testing.T) {
 	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
 	wide := testPolicy
@@ -238,8 +238,8 @@ func TestSpreadPermissionsEndWithTheirGroup(t *testing.T) {
 	d.want()
 }
 
-// What a new policy would make another permission of ends; the next snapshot
-// brings it back as that one.
+// A permission that the new policy makes wider or narrower ends; the next snapshot brings
+// it back in its new form.
 func TestPolicyChangesThePeersOfPermissions(t *testing.T) {
 	const in = "10.47.11.109:1"
 	narrow, wide := testPolicy, testPolicy

@@ -223,7 +223,7 @@ func (w *world) mayCarry(o *Op) {
 	}
 }
 
-// refuse lets the kernel refuse what o grants. By another carrier it may stand.
+// refuse makes the kernel refuse what o grants. It may still stand by another carrier.
 func (w *world) refuse(o *Op) {
 	why := ReasonTableFull
 	if w.policy.Learned { // what stands is no question of room
@@ -238,9 +238,10 @@ func (w *world) refuse(o *Op) {
 	w.ref.refused(w.now, o.Permission, why)
 }
 
-// send lets a packet from inside pass the rule that learns: it sees those of
-// flows that had no answer yet, and adds what neither stands nor is denied. The first
-// one of a flow takes over what the map has if a flow with the same answers has ended.
+// send passes a packet from inside through the rule that learns. The rule sees packets of
+// flows that have no answer yet, and adds what neither stands nor is denied. The first
+// packet of a flow takes over the map's element if a flow with the same reply tuple has
+// ended.
 func (w *world) send(f *Flow, first bool) {
 	w.sent[f.ID] = w.now
 	k := w.ref.widen(Permission{Key: Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr, Zone: f.ReplyZone}, Int: f.Src}).Key
@@ -308,7 +309,7 @@ func (w *world) snapshot() {
 	w.ref.finish(w.now)
 }
 
-// pass lets time pass. A flow that nobody feeds lives by answers.
+// pass lets time pass. Answers keep a flow alive that the inside host no longer feeds.
 func (w *world) pass(d time.Duration) {
 	w.now += d
 	for _, f := range w.flows {

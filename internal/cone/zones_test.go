@@ -13,10 +13,10 @@ func (d *desk) inZones(in, peer string, orig, reply uint16) *Flow {
 	return f
 }
 
-// What flows had is known for good, whatever the next snapshots show.
+// Zones that flows had stay known, whatever later snapshots show.
 //
-// Fails where a snapshot forgets, where hosts that are not enabled do not count, and where
-// one of two zones of a subnet is not noted.
+// Fails when a snapshot forgets them, when hosts that are not enabled do not count, and
+// when one of two zones of a subnet is not noted.
 func TestZonesOfFlows(t *testing.T) {
 	for name, tc := range map[string]struct {
 		flows    [][2]uint16 // zones of the original and of the reply direction
@@ -50,9 +50,9 @@ func TestZonesOfFlows(t *testing.T) {
 	}
 }
 
-// The gateway's own programs are of no subnet: their zones keep nobody's apart.
+// The gateway's own flows are of no subnet: their zones do not count as zones of a subnet.
 //
-// Fails where they count as flows of one.
+// Fails when they do.
 func TestZonesOfTheGatewayItself(t *testing.T) {
 	d := newDesk(t, func(p *Policy) { p.Self4 = true })
 	for i, zone := range []uint16{250, 251} {
@@ -63,9 +63,9 @@ func TestZonesOfTheGatewayItself(t *testing.T) {
 	}
 }
 
-// A second zone is one of the last snapshots: a warning of it ends.
+// A second zone is reported only while recent snapshots show it.
 //
-// Fails where what was seen once stays.
+// Fails when one that was seen once stays.
 func TestSecondZoneEnds(t *testing.T) {
 	d := newDesk(t, nil)
 	translated := d.translated("10.47.11.109:5060", "203.0.113.5:5060")
