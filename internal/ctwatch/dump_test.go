@@ -44,7 +44,7 @@ func TestDumpGivesUDPFlowsOfBothFamilies(t *testing.T) {
 		}
 	}
 
-	// The kernel's part of the filter: of all entries the UDP ones.
+	// The kernel's part of the filter: only the UDP entries.
 	count := func(attrs []byte) (n int) {
 		err := q.query(ipctnlMsgCTGet, netlink.Dump, unix.AF_INET, attrs, func(header, []byte) { n++ })
 		if err != nil {

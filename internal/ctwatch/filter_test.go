@@ -37,7 +37,7 @@ func TestFewerRangesCoverAll(t *testing.T) {
 	}
 }
 
-// Of many forwards those are made one between which few ports are.
+// Ranges with few ports between them are merged first.
 func TestFewerRangesKeepWhatIsFarApart(t *testing.T) {
 	a, b := netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("198.51.100.2")
 	all := []Range{{b, b, 5060, 5060}, {a, a, 5060, 5060}, {a, a, 1000, 1000}, {a, a, 1002, 1009}, {a, a, 5061, 5070}}
@@ -47,7 +47,7 @@ func TestFewerRangesKeepWhatIsFarApart(t *testing.T) {
 	}
 }
 
-// The kernel takes the longest program.
+// The kernel accepts the longest program.
 //
 // Fails when more ranges are compared than there is room for beside the sources.
 func TestSocketFilterWithTheMostOfAllIsTaken(t *testing.T) {

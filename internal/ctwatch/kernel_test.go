@@ -203,7 +203,7 @@ func TestSocketFilterKeepsToItsSources(t *testing.T) {
 		{"many", flow("203.0.113.5", 0), slices.Repeat(prefixes("10.0.0.0/8", "2001:db8::/64"), 20), false},
 	} {
 		for _, labelled := range []bool{false, true} {
-			// Of those above this is the only one that it is about.
+			// Only this one of the cases above depends on Labelled.
 			want := tt.pass && !(labelled && tt.name == "led inside")
 			if pass := filtered(t, Sources{Prefixes: tt.sources, Labelled: labelled})(tt.msg); pass != want {
 				t.Errorf("%s, labelled is %v: passes is %v, want %v", tt.name, labelled, pass, want)
@@ -239,7 +239,7 @@ func ended(src, dst string, port uint16, status cone.Status) []byte {
 	return msg
 }
 
-// A forward of the user's may lead a flow of an enabled host, too.
+// A user's forward may lead a flow of an enabled host too.
 func TestSocketFilterLeavesOutTheEndsOfForwardedFlows(t *testing.T) {
 	addrs := func(first, last string, ports ...uint16) Range {
 		return Range{netip.MustParseAddr(first), netip.MustParseAddr(last), ports[0], ports[1]}
@@ -304,9 +304,10 @@ func TestWatcherHearsOfItsSourcesAlone(t *testing.T) {
 	}
 }
 
-// A filter that the kernel has no memory for is left out, and the one before it is gone.
+// If the kernel has no memory for the new filter, there is none: the old one is gone
+// already.
 //
-// Fails when an error is all that comes of it.
+// Fails when SetSources only returns an error.
 func TestWatcherHearsOfAllWithMoreSourcesThanTheKernelTakes(t *testing.T) {
 	enterNetNS(t)
 	// As it was up to Linux 6.7, for all namespaces.
@@ -377,7 +378,7 @@ func TestWatcherTellsOfAnOverrunAndGoesOn(t *testing.T) {
 	if st := w.Stats(); st.Overruns != 1 || st.Received != uint64(n) {
 		t.Errorf("counters %+v, %d events", st, n)
 	}
-	// The kernel must deliver again when the overrun is told.
+	// The kernel must deliver again when the overrun is reported.
 	s.send(t, endpoint("127.0.0.1:2000"), "x")
 	if ev := readOne(t, w); ev.Kind != New || ev.Flow.Dst.Port != 2000 {
 		t.Errorf("event after the overrun: %+v", ev)

@@ -170,7 +170,7 @@ func TestParseReadsWhatTheKernelWrites(t *testing.T) {
 	}
 }
 
-// A message builder for what no kernel at hand writes.
+// A message builder for messages that no kernel at hand writes.
 
 // netlinkMsg puts a netlink header before b.
 func netlinkMsg(typ, flags uint16, b []byte) []byte {
@@ -198,13 +198,13 @@ func proto(num byte, sport, dport uint16) []byte {
 	return nest(ctaTupleProto, attr(ctaProtoNum, num), attr(ctaProtoSrcPort, be16(sport)...), attr(ctaProtoDstPort, be16(dport)...))
 }
 
-// tuples is a sound flow that the cases below add to.
+// tuples is a valid flow that the cases below add to.
 var tuples = bytes.Join([][]byte{
 	nest(ctaTupleOrig, ip4, proto(17, 1, 2)),
 	nest(ctaTupleReply, ip4, proto(17, 2, 1)),
 }, nil)
 
-// withOrig is a message that is sound but for its original tuple.
+// withOrig is a valid message except for its original tuple.
 func withOrig(parts ...[]byte) []byte {
 	return newMsg(nest(ctaTupleOrig, parts...), nest(ctaTupleReply, ip4, proto(17, 2, 1)))
 }
@@ -334,9 +334,9 @@ func BenchmarkDecoders(b *testing.B) {
 	})
 }
 
-// compareWithReference holds what we decoded against ti-mo's decoder. Where
-// that refuses a message (it knows no unknown attributes) there is nothing to
-// compare, unless mustDecode.
+// compareWithReference compares what we decoded with ti-mo's decoder. If that refuses a
+// message (it fails on unknown attributes) there is nothing to compare, unless mustDecode
+// is set.
 func compareWithReference(t *testing.T, b []byte, kind Kind, got cone.Flow, mustDecode bool) {
 	t.Helper()
 	var m netlink.Message
@@ -409,7 +409,8 @@ func referenceFlow(r *conntrack.Flow) cone.Flow {
 	return f
 }
 
-// Whoever else labels flows uses other bits, and may have done so to one of ours.
+// Other programs that label flows use other bits, and may have labelled one of our
+// children.
 func TestLabelOfAChildIsOneBit(t *testing.T) {
 	ours, others := nfnl.ChildLabel, [16]byte{1: 0xff, 7: 0x80}
 	both := ours

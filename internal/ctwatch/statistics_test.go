@@ -10,8 +10,8 @@ import (
 	"github.com/ti-mo/conntrack"
 )
 
-// Fails when a counter is taken for another one, when that of one CPU replaces that of
-// another, and when what was counted before the first look counts.
+// Fails when one counter is taken for another, when the counter of one CPU replaces that of
+// another, and when what was counted before the first call counts.
 func TestCountsAreTheSumOfAllCPUsSinceTheFirstLook(t *testing.T) {
 	counts := func(n uint32) cpuCounts {
 		return cpuCounts{
@@ -32,7 +32,7 @@ func TestCountsAreTheSumOfAllCPUsSinceTheFirstLook(t *testing.T) {
 	}
 }
 
-// Fails when a counter that wrapped counts as one that began anew.
+// Fails when a counter that wrapped counts as one that started again.
 func TestCountersOfTheKernelMayWrap(t *testing.T) {
 	var s Statistics
 	for _, n := range []uint32{1<<32 - 2, 1, 1<<32 - 1, 0} {
@@ -99,8 +99,8 @@ func TestStatisticsAreThoseOfTheKernel(t *testing.T) {
 	}
 }
 
-// Fails when a kernel that does not answer is waited for, when what was counted before is
-// forgotten then, and when the connection that was given up is used again.
+// Fails when Counts waits for a kernel that does not answer, when it then forgets its
+// totals, and when it uses the abandoned connection again.
 func TestStatisticsGiveUpAndTryAgain(t *testing.T) {
 	enterNetNS(t)
 	s := dialStatistics(t)

@@ -70,7 +70,7 @@ func TestReadCountsAndSkipsWhatItCannotUse(t *testing.T) {
 			write(tt.msg)
 		}
 	}
-	// What stands behind a broken length in a datagram is lost, no more.
+	// Only what follows a broken length in the same datagram is lost.
 	write(flowMsg(1), []byte{3, 0, 0, 0}, flowMsg(2))
 	write(flowMsg(3))
 	if got := marks(readQueued(t, w)); string(got) != "\x01\x03" {
@@ -169,7 +169,7 @@ func TestWakeIsNotLostToANewDeadline(t *testing.T) {
 	readOne(t, w)
 }
 
-// Else who is asked again and again, or always late, never reads.
+// Otherwise a loop that is always woken, or always late, never reads.
 func TestReadTakesWhatIsQueuedWhenItIsWokenOrLate(t *testing.T) {
 	w, write := pipeWatcher(t)
 	write(flowMsg(1))

@@ -9,7 +9,7 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// At thousands of permissions a second, garbage would count.
+// At thousands of permissions a second, garbage matters.
 func TestGrantRefreshAndRevokeDoNotAllocate(t *testing.T) {
 	// The helper's own timeout suits the first lifetime and not the second.
 	for _, lifetime := range []time.Duration{5 * time.Minute, time.Minute} {

@@ -15,8 +15,7 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl/nfnltest"
 )
 
-// The answer to a look-up that was given up must not be taken for the answer to
-// the next.
+// An answer to an abandoned look-up must not be taken for the answer to the next one.
 func TestLateAnswersAreSkipped(t *testing.T) {
 	c, k := nfnltest.New(t)
 	c.Timeout = 10 * time.Millisecond
@@ -56,8 +55,8 @@ func many(n int) []cone.Permission {
 	return ps
 }
 
-// When nobody knows what the kernel did, nothing is taken for granted nor
-// forgotten, and nobody waits for a broken kernel more often than needed.
+// If it is unknown what the kernel did, permissions are neither assumed nor forgotten, and
+// there are no more sends to a broken kernel than needed.
 func TestGrantWithUnknownOutcome(t *testing.T) {
 	b, k := newFakeBackend(t)
 	b.SetMax(78)
@@ -93,7 +92,7 @@ func TestGrantWithUnknownOutcome(t *testing.T) {
 	}
 }
 
-// A grant is what latency is made of.
+// Every message of a grant adds to the latency of a permission.
 func TestGrantSendsNoMoreThanItMust(t *testing.T) {
 	const (
 		anchor = subsysConntrack << 8
@@ -130,8 +129,8 @@ func TestGrantSendsNoMoreThanItMust(t *testing.T) {
 	}
 }
 
-// A send that fails must not harm what a refused permission of the batch, which
-// was not sent, has nothing to do with.
+// After a failed send nothing is deleted for a permission of the batch that was refused,
+// and so was not sent.
 func TestFailedSendHarmsNoOther(t *testing.T) {
 	b, k := newFakeBackend(t)
 	b.SetMax(1)

@@ -273,7 +273,7 @@ func TestZonesAreKeptApart(t *testing.T) {
 	g.wantCounts(3, 3)
 	g.wantPermissions(b, seed, zoned, other)
 
-	// The kernel does not tell the zone of an expectation.
+	// The kernel does not report the zone of an expectation.
 	heir := g.open(time.Minute)
 	if heir.Standing() != 3 {
 		t.Errorf("%d of 3 adopted", heir.Standing())

@@ -30,8 +30,8 @@ func perm(ext, in, peer string) cone.Permission {
 
 var seed = perm("198.51.100.1:5060", "10.47.11.109:5060", "203.0.113.5")
 
-// A gate is a lab with an eye of its own on the gateway's tables: ti-mo's
-// decoder, not ours.
+// A gate is a lab that reads the gateway's tables independently, with ti-mo's decoder and
+// not with ours.
 type gate struct {
 	*lab.Lab
 	t  testing.TB

@@ -25,7 +25,7 @@ func TestWhatSomebodyElseExpectsIsLeftAlone(t *testing.T) {
 				g.wantUntouched(x)
 				g.wantCounts(1, 0)
 
-				// Nor is it ours to revoke or to list.
+				// We may not revoke or list it either.
 				g.mustRevoke(b, seed)
 				g.wantUntouched(x)
 				g.wantPermissions(b)
@@ -34,7 +34,8 @@ func TestWhatSomebodyElseExpectsIsLeftAlone(t *testing.T) {
 	}
 }
 
-// When the anchor cannot be made, what is sent after it must hit nobody else.
+// If the anchor cannot be made, the messages sent after it must not change another
+// program's entries.
 func TestFailingAnchorLeavesStrangersAlone(t *testing.T) {
 	g := newGate(t, lab.Options{})
 	b := g.open(time.Minute)
@@ -152,7 +153,7 @@ func TestGrantRenewsWhatStandsWithoutAGap(t *testing.T) {
 	}
 }
 
-// Twice the same in one batch is renewed; for twice the same key the later one
+// The same permission twice in one batch is renewed; of two with the same Key the later one
 // counts.
 func TestOneBatchMayContradictItself(t *testing.T) {
 	g := newGate(t, lab.Options{})

@@ -56,7 +56,7 @@ func littleEndian(t testing.TB) {
 	}
 }
 
-// Linux 5.10 lets one be made on an anchor whose helper was unregistered.
+// Linux 5.10 allows an expectation on an anchor whose helper was unregistered.
 func TestExpectationWithoutHelperDoesNotStand(t *testing.T) {
 	littleEndian(t)
 	help := unhex("0800060052415300")
@@ -81,7 +81,7 @@ func TestParseExpectation(t *testing.T) {
 			if diff := cmp.Diff(tt.want, x.permission()); diff != "" {
 				t.Error(diff)
 			}
-			// A part of it must not pass for another one.
+			// A truncated message must not pass for another expectation.
 			for n := range len(tt.b) {
 				if x, ok := parseExpectation(tt.b[:n:n]); ok && x.ours() && x.permission() != tt.want {
 					t.Errorf("%d bytes: %+v", n, x)
@@ -165,8 +165,8 @@ func FuzzParseExpectation(f *testing.F) {
 		if !ok || !x.ours() {
 			return
 		}
-		// What is ours must be found again by what it stands for: else it could
-		// be listed for ever and never be revoked.
+		// What is ours must be found again by its permission: otherwise it would be listed
+		// for ever and could never be revoked.
 		p := x.permission()
 		l := newLedger(1)
 		l.take(x.anchor(), p.Ext.Addr)

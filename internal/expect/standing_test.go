@@ -258,7 +258,7 @@ func TestWithoutPrivilege(t *testing.T) {
 			t.Errorf("%d lost", lost)
 		}
 	})
-	// The kernel answers a batch without privilege once, not at its end.
+	// The kernel answers a batch sent without privilege once, not at its end.
 	if took := time.Since(began); took > 4*time.Second {
 		t.Errorf("it took %v", took)
 	}

@@ -51,10 +51,10 @@ func TestHidesWaysBack(t *testing.T) {
 	}
 }
 
-// Rules have a DSCP as these attributes tell it from Linux 6.13 on, and its mask from 6.15 on.
+// A rule has its DSCP in these attributes from Linux 6.13 on, and the mask from 6.15 on.
 //
-// Fails when it is taken for 4 times as much or as little, when a rule for the DSCP 0 is taken
-// for one for all packets, or when a part of the DSCP is taken for the whole.
+// Fails when the DSCP is decoded as 4 times as much or as little, when a rule for DSCP 0 is
+// taken for a rule for all packets, or when a part of the DSCP is taken for the whole.
 func TestRulesAskForADSCP(t *testing.T) {
 	const dscp, mask = 25, 30
 	rule := func(dscps ...uint8) (n Network) {

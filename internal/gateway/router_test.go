@@ -6,7 +6,7 @@ import (
 )
 
 // The kernel says by which link a host's packets leave, for each mark and type of service
-// that routing rules and routes ask for.
+// that routing rules and routes select by.
 func TestRouterFindsTheLinksOfAHostsPackets(t *testing.T) {
 	g := newGateway(t,
 		"link add wan1 type bridge", "address add 198.51.100.129/32 dev wan1", "link set wan1 up",
@@ -73,8 +73,8 @@ func TestRouterFindsTheLinksOfAHostsPackets(t *testing.T) {
 	}
 }
 
-// Fails when a selector of a rule or route, of which nobody knows whether a packet matches
-// it, is not seen, or when it is one that the kernel was asked about.
+// Fails when a selector of a rule or route that the Router cannot try is overlooked, and
+// when one that it tries counts as hidden.
 func TestNetworkKnowsThatWaysAreHidden(t *testing.T) {
 	for command, want := range map[string]bool{
 		"route add 203.0.113.0/24 dev wan0":                 false,

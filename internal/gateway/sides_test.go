@@ -154,9 +154,7 @@ func TestMarkTellsOutsideFromInside(t *testing.T) {
 	}
 }
 
-// An outside link is shown by a flow to the Internet, but not by one to what may be a
-// further inside network.
-// Fails when an outside link without an address is asked of only while its routes are known.
+// Fails when an outside link without an address is doubtful only while its routes are known.
 func TestTheSameLinksAreDoubtfulWithoutRoutes(t *testing.T) {
 	n := sidesNetwork()
 	n.Addrs = slices.DeleteFunc(n.Addrs, func(a Addr) bool { return a.Link == 5 })
@@ -173,6 +171,8 @@ func TestTheSameLinksAreDoubtfulWithoutRoutes(t *testing.T) {
 	}
 }
 
+// A flow to the Internet shows an outside link, but not a flow to what may be a further inside
+// network.
 func TestShowsOutside(t *testing.T) {
 	n := sidesNetwork()
 	n.Routes = append(n.Routes, Route{Prefix: netip.MustParsePrefix("192.0.2.0/24"), Link: 3}, Route{Prefix: netip.MustParsePrefix("0.0.0.0/0"), Link: 3})

@@ -174,7 +174,7 @@ func TestConnectedSocketsServeNobodyElse(t *testing.T) {
 
 func TestKernelThatFindsNothingIsNoticed(t *testing.T) {
 	s := dialSockets(t, newGateway(t))
-	// The probe's socket in another namespace is one that is not found.
+	// The kernel does not find a probe socket in another namespace.
 	if err := s.probe(newGateway(t).FD()); !errors.Is(err, ErrNoUDPDiag) {
 		t.Errorf("got %v", err)
 	}
@@ -286,9 +286,10 @@ func BenchmarkPortsOf10000Sockets(b *testing.B) {
 	}
 }
 
-// What is for one address of the gateway is led to another one.
+// Packets for one address of the gateway are led to another one.
 //
-// Fails when a socket for all addresses bars that, and when one does not that gets nothing there.
+// Fails when a socket for all addresses prevents that, and when a socket that gets nothing
+// there does not.
 func TestSocketsLosePacketsThatAreLedToOthers(t *testing.T) {
 	tests := []struct {
 		name   string

@@ -61,8 +61,8 @@ func watching(t *testing.T, l *lab.Lab) (w *gateway.Watcher, run func(args strin
 	}
 }
 
-// A Watcher that knows the Network hears of what changes an answer, and of nothing
-// else: a route or a link that changes all the time costs nothing.
+// A Watcher that knows the Network reports only what changes an answer: a route or a link
+// that changes all the time costs nothing.
 func TestWatcherPassesOverWhatChangesNoAnswer(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{IPv6: true})
 	w, run := watching(t, l)
@@ -124,7 +124,7 @@ func TestWatcherPassesOverWhatChangesNoAnswer(t *testing.T) {
 			if a, b := before.Topology(), after.Topology(); !slices.Equal(a.Local, b.Local) || !slices.Equal(before.OutsideLinks(), after.OutsideLinks()) {
 				t.Errorf("%q changed an answer", test.change)
 			}
-			// What comes next is heard, so what comes first was passed over.
+			// The next change is reported, so the first one was skipped.
 			select {
 			case err := <-heard:
 				t.Errorf("%q was heard of: %v", test.change, err)
@@ -144,7 +144,8 @@ func TestWatcherPassesOverWhatChangesNoAnswer(t *testing.T) {
 	}
 }
 
-// Routes by a link that only a rule tells of make it an outside link, beside a default route.
+// Routes by a link that only a NAT rule makes an outside link matter, also beside a default
+// route.
 //
 // Fails when the default route covers them.
 func TestWatcherHearsOfTheRoutesOfAnUplink(t *testing.T) {
