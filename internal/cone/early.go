@@ -84,7 +84,7 @@ func (x *earlyIndex) drop(i int32) {
 	*e = earlyFlow{}
 }
 
-// seeEarly takes in a flow from outside that ends on the gateway.
+// seeEarly handles a flow from outside that ends on the gateway.
 func (m *Model) seeEarly(f *Flow, p Permission) {
 	k := exact(p.Key, f.Src.Addr)
 	if m.stands(k) {

@@ -30,7 +30,7 @@ func (m *Model) Strays() []Flow {
 // HasStrays reports whether Strays would return a flow.
 func (m *Model) HasStrays() bool { return len(m.strays.flows) > 0 }
 
-// stray takes in a flow of an enabled host that may show an outside link.
+// stray notes a flow of an enabled host that may show an outside link.
 func (m *Model) stray(f *Flow) {
 	s := &m.strays
 	peer := f.ReplySrc.Addr
