@@ -34,7 +34,7 @@ type Link struct {
 	Name  string
 	Kind  string // as in "ip -details link"; empty for most hardware
 	Flags uint32 // IFF_UP and so on
-	Lower int    // index of the link below (IFLA_LINK), 0 if there is none
+	Lower int    // index of the link below (IFLA_LINK), maybe of another namespace; 0 if there is none
 
 	// Outside are the families for which it is an outside link (Mark), and Cause is why.
 	Outside Families
