@@ -16,7 +16,8 @@ import (
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
-// permissionKey is peer . outside address . outside port, as they lie in a packet.
+// permissionKey is peer . outside address . outside port, in the order in which an incoming
+// packet has them.
 var permissionKey = []nftables.SetDatatype{nftables.TypeIPAddr, nftables.TypeIPAddr, nftables.TypeInetService}
 
 func (l *layout) permissions(c *MapConfig) {
@@ -35,15 +36,15 @@ func (l *layout) permissions(c *MapConfig) {
 	l.noPeers.Interval, l.noPeers.elements = true, intervals(slices.Concat(notUnicast, c.Subnets, c.ExcludePeers))
 }
 
-// A kind of permissions is for one peer, for the peers of groups that leave so
-// many low bits free, or for everybody.
+// A kind of permissions is for one peer, for the peers of groups with that many host bits,
+// or for everybody.
 type kind struct {
 	wild   uint8
-	groups *set // with the first address of each, nil for the others
-	open   *set // with the inside subnets, for everybody
+	groups *set // the first address of each group; nil for the other kinds
+	open   *set // the inside subnets whose permissions are for everybody
 }
 
-// kinds makes the sets that the kinds need and returns them, the ones for few
+// kinds makes the sets that the kinds need and returns the kinds, those for the fewest
 // peers first.
 func (l *layout) kinds(c *MapConfig) []kind {
 	free := map[uint8][]nftables.SetElement{}
@@ -68,7 +69,7 @@ func (l *layout) kinds(c *MapConfig) []kind {
 
 func groupsName(bits int) string { return fmt.Sprintf("%s_%d", groupsSet, bits) }
 
-// peers is the peer's address without its low bits.
+// peers is the peer's address without its host bits.
 func (k kind) peers(addr operand) operand {
 	if k.wild == 0 {
 		return addr
@@ -76,17 +77,17 @@ func (k kind) peers(addr operand) operand {
 	return addr.and(net.CIDRMask(32-int(k.wild), 32))
 }
 
-// packetKey and flowKey are the key of the map, of a packet that comes in, and of a flow
-// that goes out. Each rule tests for UDP, though only UDP gets there: nft needs that to know
-// what a port is. nft loads the key anew for each map, and so do our rules, or those that
-// nft loads from its listing would be others.
+// packetKey is the map's key of an incoming packet, flowKey that of an outgoing flow. Each
+// rule tests for UDP, though only UDP gets there: nft needs the test to know what a port
+// is. Our rules load the key anew for each map, as nft does; otherwise nft would turn its
+// own listing into different rules.
 func (k kind) packetKey() operand { return concat(k.peers(ipSaddr), ipDaddr, udpDport) }
 
 func (k kind) flowKey() operand {
 	return concat(k.peers(ctReplyIPSaddr), ctReplyIPDaddr, ctReplyProtoDst)
 }
 
-// hasPacket and hasFlow match if the packet, and the flow, is of this kind.
+// hasPacket matches a packet of this kind, hasFlow a flow of this kind.
 func (k kind) hasPacket() exprs { return k.hasPeer(ipSaddr) }
 
 func (k kind) hasFlow() exprs {
@@ -103,20 +104,20 @@ func (k kind) hasPeer(addr operand) exprs {
 	return k.peers(addr).in(k.groups)
 }
 
-// A flow as it began, from its packets before NAT; as it began; and as its answers come:
-// no two have the same.
+// Three keys of a flow: from its packets before NAT, from its original direction, and from
+// its reply direction. No two flows share one.
 var (
 	packetFlow   = concat(ipSaddr, udpSport, ipDaddr, udpDport)
 	originalFlow = concat(ctOriginalIPSaddr, ctOriginalProtoSrc, ctOriginalIPDaddr, ctOriginalProtoDst)
 	replyFlow    = concat(ctReplyIPSaddr, ctReplyProtoSrc, ctReplyIPDaddr, ctReplyProtoDst)
 )
 
-// admit needs no conntrack state: a NAT chain sees the first packet only. In which conntrack
-// zone that comes does not matter where zones are of the original direction alone.
+// admit needs no conntrack state: a NAT chain sees the first packet only. Where zones exist
+// in the original direction alone, the zone of that packet does not matter.
 //
-// The cap on children is a token bucket, which is far cheaper than to count flows. A child
-// takes a token; where there is none its packet goes on as any unsolicited one, to the guard as
-// a rule.
+// The cap on children is a token bucket, which is far cheaper than counting flows. Each
+// child takes a token. Without a token the packet continues as unsolicited, normally to the
+// guard chain.
 func (l *layout) admit(d Desired, kinds []kind) {
 	l.counters = append(l.counters, admittedCounter)
 	admitted := l.regular("admitted")
@@ -137,8 +138,8 @@ func (l *layout) admit(d Desired, kinds []kind) {
 	if d.Map.noLabels {
 		label = nil
 	}
-	// With marks of uplinks each permission has a mark, and the user's rules may have given
-	// the child one.
+	// With uplink marks each permission has a mark. Do not overwrite a mark that the user's
+	// rules gave the child.
 	var unmarked exprs
 	if d.UplinkMarks != nil {
 		unmarked = ctMark.is(host32(0))
@@ -150,8 +151,8 @@ func (l *layout) admit(d Desired, kinds []kind) {
 		}
 		key := k.packetKey()
 		l.rule(admitted, "a mark for policy routing", isUDP, unmarked, k.hasPacket(), setCt(expr.CtKeyMARK, marks.of(key)))
-		// nft lists the look-ups last, in "dnat to". They come first, for without them the
-		// packet does not match.
+		// nft lists the lookups last, in "dnat to". Do them first, because the rule must
+		// not match without them.
 		const addr, port = dataWord, dataWord + 1
 		l.rule(admitted, "a peer may send from any port", isUDP, k.hasPacket(),
 			key.load(0), ports.find(0, port), key.load(0), addrs.find(0, addr), l.takeToken(k, d.Map),
@@ -163,9 +164,9 @@ func (l *layout) admit(d Desired, kinds []kind) {
 	}
 }
 
-// keepSource lets the inside host see the peer's own address, as it does with an
-// expectation, where the user's rules translate what comes in. What a rule of the user's
-// forwards is his: it never reaches the chain admitted.
+// keepSource lets the inside host see the peer's own address, as with an expectation, even
+// where the user's rules translate the source of incoming packets. Flows that the user's
+// own rules forward stay as they are: they never reach the chain admitted.
 func (l *layout) keepSource() {
 	c := l.chain("keep_source", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, sourcePriority)
 	l.rule(c, "the inside host sees the peer itself", l.outside(iifname, true), hasStatus(ctDstNAT), isUDP,
@@ -209,14 +210,14 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	l.rule(learn, "", ctReplyIPSaddr.in(l.noPeers), accept)
 	l.rule(learn, "", isUDP, ctReplyProtoSrc.in(peerPorts), accept)
 	l.rule(learn, "", isUDP, ctReplyProtoDst.in(ports), accept)
-	// Whoever sends on without an answer must not use up what his host may learn, and yet be
-	// learned again when his permission has run out.
+	// A sender without an answer must not use up the learning rate of its host, but must be
+	// learned again after its permission has expired.
 	repeaters := l.set(repeatersSet, permissionKey...)
 	repeaters.HasTimeout, repeaters.Timeout, repeaters.Dynamic, repeaters.free = true, learnerTimeout, true, true
 	l.rule(learn, "a flow that was seen, but for six packets a minute", hasStatus(ctConfirmed), isUDP,
 		addTo(repeaters, elem{key: kinds[0].flowKey(), limit: limitRate(true, 6, expr.LimitTimeMinute, 1)}), accept)
 
-	// A flow gives the permission for the most peers.
+	// A flow gets the permission for the most peers, so try the widest kind first.
 	kinds = slices.Clone(kinds)
 	slices.Reverse(kinds)
 	for _, k := range kinds {
@@ -225,8 +226,8 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	l.rule(learn, "too many at a time", addTo(learners, elem{
 		key: ctOriginalIPSaddr, limit: limitRate(true, c.LearnRate, expr.LimitTimeSecond, learnBurst*c.LearnRate),
 	}), counter(limitedCounter), accept)
-	// If an earlier flow had the answers of this one, it has ended, and this flow's host has
-	// the outside port now: the peer's packets must not reach the earlier host any more.
+	// An earlier flow with the same reply direction has ended, and this flow's host has the
+	// outside port now: the peer's packets must not reach the earlier host any more.
 	flows := l.set(learnedSet, flowKey...)
 	flows.HasTimeout, flows.Timeout, flows.Dynamic, flows.free, flows.Size = true, savedTimeout, true, true, uint32(min(c.Size, learnedSize))
 	addrMap, portMap, marks := l.named(elements.PermissionMap), l.named(elements.PortMap), l.named(elements.MarksMap)
@@ -241,7 +242,8 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	for _, k := range kinds {
 		key := k.flowKey()
 		l.rule(learn, "", ctMark.isNot(host32(0)), isUDP, k.hasFlow(), addTo(marks, elem{key: key, timeout: c.Lifetime, data: &ctMark}))
-		// A second host on the outside endpoint neither takes over nor refreshes.
+		// A second host on the outside endpoint must neither take over nor refresh the
+		// element.
 		l.rule(learn, "one that is there stays as it is", isUDP, k.hasFlow(),
 			addTo(portMap, elem{key: key, timeout: c.Lifetime, data: &ctOriginalProtoSrc}),
 			addTo(addrMap, elem{key: key, timeout: c.Lifetime, data: &ctOriginalIPSaddr}),
@@ -249,12 +251,12 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	}
 }
 
-// learnBurst is how many times LearnRate the kernel may learn at once.
+// learnBurst times LearnRate is how many permissions the kernel may learn at once.
 const learnBurst = 5
 
-// takeToken matches while the permission of a child may have another one: c.MaxChildren at
-// once, and as many again in 30 s, the time that conntrack keeps a flow that nobody answers
-// (nf_conntrack_udp_timeout). A permission that is not for one peer may have more
+// takeToken matches while the permission may have another child: c.MaxChildren at once, and
+// as many again in 30 s, the time that conntrack keeps an unanswered flow
+// (nf_conntrack_udp_timeout). A permission for more than one peer may have more
 // (cone.WildChildren).
 func (l *layout) takeToken(k kind, c *MapConfig) exprs {
 	most := c.MaxChildren
@@ -273,5 +275,5 @@ func (l *layout) takeToken(k kind, c *MapConfig) exprs {
 	return updateIn(buckets, elem{key: k.packetKey(), limit: limitRate(false, 2*most, expr.LimitTimeMinute, most)})
 }
 
-// bucketTimeout is longer than it takes until a bucket is full.
+// bucketTimeout is longer than an empty bucket takes to fill up.
 const bucketTimeout = time.Minute

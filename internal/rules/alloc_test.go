@@ -7,7 +7,7 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// At thousands of permissions a second, garbage would count.
+// At thousands of permissions per second, garbage would matter.
 func TestGrantRefreshAndRevokeDoNotAllocate(t *testing.T) {
 	g := newGate(t, lab.Options{}, granting)
 	refused := func(i int, r cone.Reason, err error) { t.Fatalf("permission %d refused: %v: %v", i, r, err) }

@@ -15,11 +15,11 @@ import (
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
-// Only what can match an anchor is dropped for a port 0 (a source port that does not
-// matter, RFC 768): not what other networks send, what is for the gateway, what a bridge
-// passes from host to host, nor a family that is not enabled.
+// A packet with port 0 is dropped only if it can match an anchor. Port 0 is legal as a
+// source port that does not matter (RFC 768), so packets of other networks, to the gateway,
+// within a bridge, and of a family that is not enabled pass.
 //
-// Fails when the chain port_zero does not look at addresses.
+// Fails when the chain port_zero does not test addresses.
 func TestPortZeroOfOthersPasses(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{Inside: 2, Guest: true, IPv6: true})
 	if err := l.Gateway.SetSysctl("net.bridge.bridge-nf-call-iptables", "1"); err != nil {
@@ -51,12 +51,12 @@ func TestPortZeroOfOthersPasses(t *testing.T) {
 	if n := count(t, table).PortZeroDrops; n != 0 {
 		t.Errorf("%d packets were dropped", n)
 	}
-	// Nobody else may reach an anchor by the inside address.
+	// No other network may reach an anchor through the inside address.
 	udp(t, l.Guest, netip.AddrPortFrom(l.Guest.Addr, 5060), netip.AddrPortFrom(l.Inside(0).Addr, 0))
 	eventually(t, func() bool { return count(t, table).PortZeroDrops == 1 })
 }
 
-// An unreachable is an ICMP error "port unreachable" about a packet.
+// An unreachable is an ICMP error "port unreachable" about a packet from src to dst.
 type unreachable struct{ src, dst netip.AddrPort }
 
 func (u unreachable) message(mark string) []byte {
@@ -111,10 +111,10 @@ func rawICMP(t *testing.T, h *lab.Host, of netip.Addr) (fd int) {
 	return fd
 }
 
-// An ICMP error about an anchor is related to it, and gets to nobody, whatever the user's
-// firewall accepts. One about a flow that there is gets where it belongs.
+// An ICMP error about an anchor is RELATED to it and reaches nobody, whatever the user's
+// firewall accepts. An error about an existing flow reaches the flow's host.
 //
-// Fails without the rules of chain children about ICMP.
+// Fails without the ICMP rules of the chain children.
 func TestICMPErrorAboutAnAnchorReachesNobody(t *testing.T) {
 	for _, family := range []struct {
 		name          string
@@ -200,7 +200,7 @@ func TestICMPErrorAboutAnAnchorReachesNobody(t *testing.T) {
 
 // A family without an enabled subnet is not guarded: its closed ports answer.
 //
-// Fails when the guard asks for no family.
+// Fails when the guard does not test the family.
 func TestGuardLeavesAFamilyThatIsNotEnabledAlone(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{IPv6: true})
 	table := open(t, l)
@@ -230,10 +230,10 @@ func TestGuardLeavesAFamilyThatIsNotEnabledAlone(t *testing.T) {
 	}
 }
 
-// What is expected in a family without an enabled subnet is other people's, though its
-// master has the helper that anchors have.
+// Expected flows in a family without an enabled subnet are not ours, even if their master
+// has the helper that anchors have.
 //
-// Fails when children asks for no family.
+// Fails when children does not test the family.
 func TestWhatIsExpectedInAFamilyThatIsNotEnabledGoesOn(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{IPv6: true})
 	in := netip.AddrPortFrom(l.Inside(0).Addr6, 5060)
@@ -249,11 +249,10 @@ func TestWhatIsExpectedInAFamilyThatIsNotEnabledGoesOn(t *testing.T) {
 	check(t, lab.Arrives(inside, lab.Packet{From: from, To: in, Payload: "not ours"}))
 }
 
-// Links that share a network are as good as each other: with VRRP a peer's packet comes by
-// the link of the virtual address, and the default route has the link below, or the other
-// way round.
+// Links that share a network are equivalent: with VRRP a peer's packet comes by the link of
+// the virtual address while the default route uses the link below, or the other way round.
 //
-// Fails when chain child knows the names of outside links alone.
+// Fails when the chain child knows only the names of outside links.
 func TestPeersComeByALinkThatSharesTheOutsideNetwork(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{})
 	for _, args := range []string{

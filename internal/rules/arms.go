@@ -10,13 +10,13 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// An outside link may lead inside, too (Desired.OneArmed): then a packet is from inside if
-// its source is in a subnet and its flow is not one that unsure remembers.
+// An outside link may also lead inside (Desired.OneArmed). On such a link a packet is from
+// inside if its source is in a subnet and unsure does not remember its flow.
 
-// armsSet has the links of arms, if there are several.
+// armsSet has the names of the arms, if there is more than one.
 const armsSet = "one_armed"
 
-// arms returns those of OneArmed that are outside links for IPv4, in the order of rules.
+// arms returns the links of OneArmed that are outside links for IPv4, sorted.
 func (d *Desired) arms() []string {
 	arms := slices.DeleteFunc(slices.Sorted(slices.Values(d.OneArmed)), func(name string) bool { return !slices.Contains(d.outside4(), name) })
 	return slices.Compact(arms)
@@ -27,8 +27,8 @@ func (d *Desired) outside4() []string {
 	return slices.DeleteFunc(slices.Clone(d.OutsideLinks), func(name string) bool { return slices.Contains(d.Not4, name) })
 }
 
-// surelyOutside matches packets that came by an outside link by which no host of a subnet
-// comes, if there is such a link.
+// surelyOutside matches packets that came by an outside link through which no host of a
+// subnet comes. any is false if there is no such link.
 func (l *layout) surelyOutside(d Desired) (test exprs, any bool) {
 	test = l.outside(iifname, true)
 	arms := d.arms()
@@ -42,7 +42,7 @@ func (l *layout) surelyOutside(d Desired) (test exprs, any bool) {
 	return test, len(arms) == 0 || len(arms) < len(l.links)
 }
 
-// applyByArm adds the rules of apply for what came by such a link.
+// applyByArm adds the rules of apply for packets that came by an arm.
 func (m *mapper) applyByArm(c *nftables.Chain, plain exprs) {
 	for _, arm := range m.arms {
 		by := join(isUDP, iifname.is(nfnl.LinkKey(arm)))
@@ -53,8 +53,8 @@ func (m *mapper) applyByArm(c *nftables.Chain, plain exprs) {
 	}
 }
 
-// rememberByArm adds the rules of remember for what came by a link that leads to both
-// sides. What is not from inside goes to inbound.
+// rememberByArm adds the rules of remember for packets that came by a link that leads both
+// inside and outside. Packets that are not from inside go to inbound.
 func (m *mapper) rememberByArm(c, inbound *nftables.Chain) {
 	if len(m.arms) == 0 {
 		return

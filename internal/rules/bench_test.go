@@ -15,7 +15,7 @@ import (
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
-// standard is what the daemon wants by default.
+// standard is the daemon's default.
 var standard = rules.Desired{
 	OutsideLinks: []string{"wan0"}, Subnets: []netip.Prefix{lab.InsideNet}, Guard: true, Spoofed: true,
 	Map: &rules.MapConfig{
@@ -32,7 +32,7 @@ var uncapped = func() rules.Desired {
 	return d
 }()
 
-// oneForward is what a permission is measured against.
+// oneForward is the baseline for the cost of a permission.
 const oneForward = lab.Masquerade + `table ip user { chain c {
 	type nat hook prerouting priority dstnat; iifname "wan0" udp dport 5060 dnat to 10.47.11.109:5060; }; }`
 
@@ -53,12 +53,12 @@ func strangers(first, n int) (ps []cone.Permission) {
 	return ps
 }
 
-// An arm is one of the things that are measured side by side.
+// An arm is one of the set-ups that are measured side by side.
 type arm struct {
 	name string
 	*flood
 	events listener // 0 where nobody listens
-	// begin makes ready for a round, over tells whether all went as it should.
+	// begin prepares a round, over checks that all went well.
 	begin func(round int)
 	over  func(sent int) bool
 
@@ -66,8 +66,8 @@ type arm struct {
 	cost []float64 // ns a packet, for each round
 }
 
-// newArm makes a lab for an arm. Without a listener there are no events at all,
-// for one in any other namespace of the machine would cost packets here.
+// newArm makes a lab for an arm. Without a listener there must be no events at all: a
+// listener in any network namespace of the machine would cost packets here.
 func newArm(tb testing.TB, name string, o lab.Options, packets int, listen bool) *arm {
 	tb.Helper()
 	l := lab.ForTest(tb, o)
@@ -87,7 +87,7 @@ func newArmOf(tb testing.TB, name string, f *flood, listen bool) *arm {
 	return a
 }
 
-// carry lets conenatd's tables carry what comes to the arm.
+// carry makes conenatd's tables carry the arm's packets.
 func (a *arm) carry(tb testing.TB, d rules.Desired) (*rules.Tables, *elements.Map) {
 	tb.Helper()
 	t, err := rules.Open(rules.Config{NetNS: a.Gateway.FD()})
@@ -106,9 +106,9 @@ func grantAll(tb testing.TB, m *elements.Map, ps []cone.Permission) {
 	m.Grant(ps, func(i int, r cone.Reason, err error) { tb.Fatal(ps[i], r, err) })
 }
 
-// race measures arms in turns, a part of their packets at a time, for some
-// rounds, and returns how many were void, because packets went astray. The order
-// within a round changes.
+// race measures the arms in turns, a part of their packets at a time, for some rounds. The
+// order within a round changes. It returns how many rounds were void because packets got
+// lost.
 func race(tb testing.TB, arms []*arm, rounds, parts int) (void int) {
 	tb.Helper()
 	runtime.GC()
@@ -146,7 +146,7 @@ func race(tb testing.TB, arms []*arm, rounds, parts int) (void int) {
 	return void
 }
 
-// ratios returns what each round gave, against the same round of base.
+// ratios returns the cost of each round relative to the same round of base.
 func (a *arm) ratios(base *arm) (all []float64) {
 	for i := range a.cost {
 		all = append(all, a.cost[i]/base.cost[i])
@@ -162,7 +162,7 @@ func spreadOf(all []float64) spread {
 	return spread{s[len(s)/2], s[len(s)/4], s[len(s)*3/4]}
 }
 
-// report prints what a race gave: each arm against the first.
+// report prints the result of a race: each arm relative to the first.
 func report(b *testing.B, title string, arms []*arm, void int) {
 	b.Helper()
 	fmt.Printf("%s (%d rounds, %d void)\n", title, len(arms[0].cost)+void, void)
@@ -180,15 +180,15 @@ const (
 	flowParts = 16
 )
 
-// spreadOut sends from one port of each peer, then from the next port of each:
-// the children of a permission lie milliseconds apart. inARow sends from all
-// ports of a peer, then goes to the next peer, as those who search a way in do.
+// spreadOut sends from one port of each peer, then from the next port of each: the children
+// of a permission are milliseconds apart. inARow sends from all ports of a peer, then goes
+// to the next peer, as a port scan does.
 func spreadOut(i int) (peer, port int) { return i % peers, i / peers }
 func inARow(i int) (peer, port int)    { return i / ports, i % ports }
 
-// BenchmarkFirstPacketOfAChild compares the first packet of a new flow that the
-// map admits with that of one which a static rule forwards. The packets are the
-// same. Each round has peers of its own.
+// BenchmarkFirstPacketOfAChild compares the first packet of a flow that the map admits with
+// that of a flow that a static rule forwards. The packets are the same. Each round has its
+// own peers.
 func BenchmarkFirstPacketOfAChild(b *testing.B) {
 	for _, test := range []struct {
 		name   string
@@ -243,9 +243,9 @@ func BenchmarkFirstPacketOfAChild(b *testing.B) {
 	}
 }
 
-// BenchmarkUnsolicitedPacket compares a packet from a peer without permission to
-// a port of the gateway that nobody serves with a gateway that lacks conenatd. A
-// few peers have permissions.
+// BenchmarkUnsolicitedPacket measures a packet from a peer without permission to a port of
+// the gateway without a socket. The baseline is a gateway without conenatd. A few peers
+// have permissions.
 func BenchmarkUnsolicitedPacket(b *testing.B) {
 	for _, test := range []struct{ name, rules string }{
 		{"input accepts", lab.Masquerade},
@@ -275,8 +275,8 @@ func BenchmarkUnsolicitedPacket(b *testing.B) {
 	}
 }
 
-// BenchmarkPacketOfAnAnsweredFlow compares any later packet from the peer that
-// the inside host talks to with a gateway that lacks conenatd.
+// BenchmarkPacketOfAnAnsweredFlow measures a later packet from the peer that the inside
+// host talks to. The baseline is a gateway without conenatd.
 func BenchmarkPacketOfAnAnsweredFlow(b *testing.B) {
 	onOneCPU(b)
 	arms := []*arm{
@@ -305,10 +305,10 @@ func BenchmarkPacketOfAnAnsweredFlow(b *testing.B) {
 	b.ReportMetric(spreadOf(arms[2].ratios(arms[0])).median, "conenatd/stock")
 }
 
-// BenchmarkGrowth shows how the cost of a child's first packet grows with the
-// number of permissions in the map, as the exponent of a power law, and that of a
-// stranger's packet to the same port, which nothing may let in. The packets
-// of a burst go to permissions from all over the map; to the single one, all.
+// BenchmarkGrowth shows, as the exponent of a power law, how the cost of a child's first
+// packet grows with the number of permissions in the map, and the cost of a stranger's
+// packet to the same port, which is not admitted. The packets of a burst go to permissions
+// from all over the map, or all to the single one.
 func BenchmarkGrowth(b *testing.B) {
 	const most, burst = 200_000, 200 // fewer than the cap
 	for _, test := range []struct {
@@ -360,9 +360,9 @@ func BenchmarkGrowth(b *testing.B) {
 	}
 }
 
-// BenchmarkEventDriven shows how many permissions a second the daemon can put into
-// the map, take out, and refresh, in batches as it sends them, while the map holds
-// many. The unit "permissions/s" is of grants.
+// BenchmarkEventDriven shows how many permissions per second the daemon can add to the map,
+// delete and refresh, in batches as it sends them, while the map holds many. The unit
+// "permissions/s" is for grants.
 func BenchmarkEventDriven(b *testing.B) {
 	const many, some = 200_000, 20_000
 	a := newArm(b, "", lab.Options{}, 1, false)
@@ -398,10 +398,9 @@ func BenchmarkEventDriven(b *testing.B) {
 	}
 }
 
-// BenchmarkNewFlow compares the first packet that an inside host sends to a peer
-// with a gateway that lacks conenatd: with mappings to learn, with mappings that
-// are known, and with permissions to learn too. Each has a source port and a peer
-// of its own.
+// BenchmarkNewFlow measures the first packet that an inside host sends to a peer: with
+// mappings to learn, with known mappings, and with permissions to learn, too. The baseline
+// is a gateway without conenatd. Each packet has its own source port and peer.
 func BenchmarkNewFlow(b *testing.B) {
 	onOneCPU(b)
 	const flows = 4000
@@ -446,8 +445,8 @@ func BenchmarkNewFlow(b *testing.B) {
 	b.ReportMetric(spreadOf(arms[3].ratios(stock)).median, "mapping/stock")
 }
 
-// BenchmarkLargeSets shows what a look at our tables costs that finds them as they should
-// be, where a country's prefixes, or all ports but some, are excluded.
+// BenchmarkLargeSets shows the cost of checking tables that are right already, with a
+// country's prefixes, or almost all ports, excluded.
 func BenchmarkLargeSets(b *testing.B) {
 	for name, exclude := range map[string]func(m *rules.MapConfig){
 		"nothing": func(*rules.MapConfig) {},

@@ -20,7 +20,7 @@ import (
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
-// permit lets permissions stand as expectations and returns what rules must know of them.
+// permit makes permissions stand as expectations and returns the rules that fit them.
 func permit(t *testing.T, l *lab.Lab, ext, in string, peers ...netip.Addr) rules.Desired {
 	t.Helper()
 	b, err := expect.Open(expect.Config{NetNS: l.Gateway.FD(), Lifetime: time.Hour, IPv6: true})
@@ -39,7 +39,7 @@ func permit(t *testing.T, l *lab.Lab, ext, in string, peers ...netip.Addr) rules
 	return rules.Desired{OutsideLinks: []string{"wan0"}, Subnets: both, Helpers: b.OnAnchors()}
 }
 
-// eventually waits for what happens by itself.
+// eventually waits for something that happens by itself.
 func eventually(t *testing.T, what func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(5 * time.Second); !what(); runtime.Gosched() {
@@ -49,7 +49,7 @@ func eventually(t *testing.T, what func() bool) {
 	}
 }
 
-// send sends a packet each from n new ports of a peer.
+// send sends one packet from each of n new ports of a peer.
 func send(t *testing.T, l *lab.Lab, peer netip.Addr, n int, to netip.AddrPort) {
 	t.Helper()
 	for i := range n {
@@ -57,7 +57,7 @@ func send(t *testing.T, l *lab.Lab, peer netip.Addr, n int, to netip.AddrPort) {
 	}
 }
 
-// receive counts the packets that have come.
+// receive counts the packets that have arrived.
 func receive(t *testing.T, s *lab.Socket) (n int) {
 	t.Helper()
 	for ; ; n++ {
@@ -87,7 +87,7 @@ func TestChildrenOfAPermissionAreCapped(t *testing.T) {
 			in, ext := netip.MustParseAddrPort(test.in), netip.MustParseAddrPort(test.ext)
 			inside := listen(t, l.Inside(0), in.Addr(), in.Port())
 
-			// A child of before, which the cap must not disturb.
+			// An earlier child, which the cap must not disturb.
 			child := listen(t, l.Outside, test.a, 0)
 			check(t, lab.Arrives(inside, lab.Packet{From: child, To: ext, Payload: "first"}))
 			send(t, l, test.a, 39, ext)
@@ -104,10 +104,10 @@ func TestChildrenOfAPermissionAreCapped(t *testing.T) {
 				t.Errorf("%+v", c)
 			}
 
-			// Another peer has a cap of its own.
+			// Another peer has its own cap.
 			check(t, lab.Arrives(inside, lab.Packet{From: listen(t, l.Outside, test.b, 0), To: ext, Payload: "other"}))
 
-			// Another link is no fresh start, another cap is at once in force.
+			// Another link does not reset the counts; another cap applies at once.
 			capped.OutsideLinks = append(capped.OutsideLinks, "ppp0")
 			set(t, table, capped)
 			check(t, lab.Lost(inside,
@@ -149,7 +149,7 @@ func TestForwardsOfTheUserAreNotCapped(t *testing.T) {
 	}
 }
 
-// udp sends a datagram with ports that a UDP socket refuses.
+// udp sends a datagram with ports that a UDP socket does not allow.
 func udp(t *testing.T, h *lab.Host, from, to netip.AddrPort) {
 	t.Helper()
 	check(t, h.Do(func() error {

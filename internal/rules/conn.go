@@ -14,19 +14,19 @@ import (
 )
 
 const (
-	// buffer is the size of the socket's buffers. The library grows them
-	// itself, but not when it is given an option.
+	// buffer is the size of the socket's buffers. The library grows them itself only if it
+	// gets no socket options.
 	buffer = 1 << 20
 
-	// maxFD is the first descriptor that the library cannot select(2) on: it
-	// would panic.
+	// maxFD is the first descriptor that the library cannot pass to select(2); it would
+	// panic.
 	maxFD = unix.FD_SETSIZE
 )
 
-// A conn is a lasting connection to nftables. It is not safe for concurrent
-// use. It has no deadline, and needs none: the kernel has answered when a request is
-// sent, and the library reads what is there. It does so again and again, for ever, where
-// a read fails at once, as one does for a process that was stopped beyond a deadline.
+// A conn is a lasting connection to nftables. It is not safe for concurrent use. It has no
+// deadline and needs none: the kernel has answered by the time a request is sent, and the
+// library only reads what is queued. A deadline would do harm: if it passes while the
+// process is stopped, each read fails at once, and the library retries for ever.
 type conn struct {
 	*nftables.Conn
 	nl *netlink.Conn

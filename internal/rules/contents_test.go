@@ -1,6 +1,6 @@
 package rules_test
 
-// contents is what all makes of the tables, as nft lists them.
+// contents has the tables that all asks for, as nft lists them.
 var contents = map[string]string{"inet": contentsInet, "ip": contentsIP}
 
 const contentsIP = `

@@ -11,8 +11,8 @@ import (
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
-// Fails when a part of a permission is lost on the way to the next daemon, or when what
-// is dropped stays.
+// Fails when a part of a permission does not reach the next daemon, or when a dropped key
+// stays.
 func TestWhatWasRevokedIsKnownToTheNextDaemon(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{})
 	tables := open(t, l)
@@ -58,7 +58,7 @@ func TestWhatWasRevokedIsKnownToTheNextDaemon(t *testing.T) {
 	}
 }
 
-// Fails when a new Map does not lift what it did not deny itself.
+// Fails when a new Map does not lift a denial of an earlier one.
 func TestDenialsOfAnEarlierDaemonAreLifted(t *testing.T) {
 	g := newGate(t, lab.Options{}, learning)
 	in := g.inside(5060)

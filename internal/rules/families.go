@@ -11,13 +11,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// An ipFamily is one of the two families that family inet is made of.
+// An ipFamily is one of the two families that family inet combines.
 type ipFamily struct {
 	name         string
-	is           exprs // it is the packet's
+	is           exprs // matches packets of the family
 	addr         nftables.SetDatatype
 	saddr, daddr operand
-	opener       operand // the source of a flow as it began
+	opener       operand // the source of the flow's original direction
 	// The key of a permission, as an expected child has it: peer . outside address .
 	// outside port. Zones share a cap.
 	key  operand
@@ -50,7 +50,7 @@ func familiesOf(prefixes []netip.Prefix) []*ipFamily {
 	return slices.DeleteFunc(slices.Clone(ipFamilies), func(f *ipFamily) bool { return len(f.of(prefixes)) == 0 })
 }
 
-// onlyOf matches if the packet is of the families, unless these are all.
+// onlyOf matches packets of the families. It is empty if these are all families.
 func onlyOf(families []*ipFamily) exprs {
 	if len(families) == 1 {
 		return families[0].is
@@ -58,8 +58,8 @@ func onlyOf(families []*ipFamily) exprs {
 	return nil
 }
 
-// saddrIn matches if the source of the packet is in p, in a rule of family inet. A
-// prefix that ends with a byte is compared without a mask, as nft does it.
+// saddrIn matches if the source of the packet is in p, in a rule of family inet. A prefix
+// that ends at a byte boundary is compared without a mask, as nft does it.
 func saddrIn(p netip.Prefix) exprs {
 	f := ipFamilies[0]
 	if p.Addr().Is6() {

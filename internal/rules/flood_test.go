@@ -14,16 +14,16 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// A flood is one whose CPU time is measured: that of the sending thread is what the
-// packets cost.
+// A flood is a series of packets whose cost is measured as the CPU time of the sending
+// thread.
 type flood struct {
 	*lab.Lab
 	*lab.Flood
 	sink *lab.Host
 }
 
-// newFlood prepares n packets that go in, or out. The receiving host counts what
-// comes and takes it no further, so that nobody has to empty a socket.
+// newFlood prepares n packets that go in, or out. The receiving host counts and drops them,
+// so that no socket has to be emptied.
 func newFlood(tb testing.TB, l *lab.Lab, n int, out bool) *flood {
 	tb.Helper()
 	f := &flood{Lab: l, sink: l.Inside(0)}
@@ -40,8 +40,8 @@ func newFlood(tb testing.TB, l *lab.Lab, n int, out bool) *flood {
 	return f
 }
 
-// send sends the packets from first to last and returns the CPU time that this
-// took. The thread must be bound to one CPU.
+// send sends the packets from first to last and returns the CPU time of that. The thread
+// must be bound to one CPU.
 func (f *flood) send(tb testing.TB, first, last int) time.Duration {
 	tb.Helper()
 	began := threadTime(tb)
@@ -61,7 +61,7 @@ func (f *flood) came(tb testing.TB) int {
 	return n
 }
 
-// A listener gets the gateway's events of new flows, as conenatd does.
+// A listener receives the gateway's events of new flows, as conenatd does.
 type listener int
 
 func listenForEvents(tb testing.TB, l *lab.Lab) listener {
@@ -80,7 +80,7 @@ func listenForEvents(tb testing.TB, l *lab.Lab) listener {
 	return listener(fd)
 }
 
-// empty reads what has come and returns how many events that is.
+// empty reads the queued events and returns their number.
 func (l listener) empty() (n int) {
 	var b [1 << 12]byte
 	for ; ; n++ {
@@ -97,8 +97,8 @@ func threadTime(tb testing.TB) time.Duration {
 	return time.Duration(t.Nano())
 }
 
-// onOneCPU binds the goroutine to its thread, and that to a CPU, until the
-// benchmark ends: the last CPU, for the first serves most interrupts.
+// onOneCPU binds the goroutine to its thread, and the thread to a CPU, until the benchmark
+// ends. It takes the last CPU, because the first serves most interrupts.
 func onOneCPU(tb testing.TB) {
 	tb.Helper()
 	runtime.LockOSThread()

@@ -58,7 +58,7 @@ func (g *gate) peer(addr netip.Addr, port uint16) *lab.Socket {
 	return listen(g.t, g.Outside, addr, port)
 }
 
-// contact lets in send to peer and returns the permission that this gives.
+// contact makes in send to peer and returns the permission that results.
 func (g *gate) contact(in, peer *lab.Socket) cone.Permission {
 	g.t.Helper()
 	ext, err := in.Contact(peer)
@@ -87,13 +87,13 @@ func (g *gate) list() map[cone.Permission]time.Duration {
 	return found
 }
 
-// holds checks that the map holds just ps.
+// holds checks that the map holds exactly ps.
 func (g *gate) holds(ps ...cone.Permission) {
 	g.t.Helper()
 	hasJust(g.t, g.list(), ps)
 }
 
-// hasJust checks that found has the wanted ones, which are different, and no others.
+// hasJust checks that found has exactly the wanted values, which must be distinct.
 func hasJust[E comparable](t *testing.T, found map[E]time.Duration, want []E) {
 	t.Helper()
 	for _, e := range want {
@@ -111,7 +111,7 @@ func (g *gate) arrives(to, from *lab.Socket, ext cone.Endpoint) {
 	check(g.t, lab.Arrives(to, lab.Packet{From: from, To: ext.Netip(), Payload: fmt.Sprint("from ", from.Addr())}))
 }
 
-// lost checks that from does not reach in, while the fence does.
+// lost checks that a packet from from does not arrive, while the one from fence does.
 func (g *gate) lost(to, from *lab.Socket, ext cone.Endpoint, fence *lab.Socket) {
 	g.t.Helper()
 	check(g.t, lab.Lost(to,

@@ -4,13 +4,12 @@ package rules
 
 import "github.com/conenatd/conenatd/internal/nfnl"
 
-// Changed reports whether somebody else may have changed nftables since the last
-// call; the first one returns true, and so does the one after a Set or Remove that
-// changed our tables. A transaction about elements is never taken for
-// somebody else's, nor does it hide one.
+// Changed reports whether somebody else may have changed nftables since the last call. It
+// also returns true on the first call, and after a Set or Remove that changed our tables. A
+// transaction about elements never counts as somebody else's change, nor does it hide one.
 //
-// It costs one query; a subscription to the events of nftables would make each
-// element that we add or delete cost an event.
+// Changed costs one query. A subscription to nftables events would instead deliver one
+// event for each element that we add or delete.
 func (t *Tables) Changed() (bool, error) {
 	if t.look == nil {
 		c, err := nfnl.Dial(t.netns)
@@ -27,7 +26,7 @@ func (t *Tables) Changed() (bool, error) {
 	return changed, err
 }
 
-// OthersChanges returns a number that is another one when somebody else changed nftables
-// since the last call, by whomever. It asks the kernel by c, and may be called from any
-// goroutine.
+// OthersChanges returns a number that differs from that of the last call if somebody else
+// changed nftables in between; it does not matter who called. It asks the kernel over c,
+// and may be called from any goroutine.
 func (t *Tables) OthersChanges(c *nfnl.Conn) (uint32, error) { return t.w.Others(c) }

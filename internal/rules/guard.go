@@ -13,12 +13,12 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// spoofed drops what comes from outside with the source of a host that is inside: it
-// would earn that host a permission, or keep one alive. A host that is reached by an
-// outside link is not spoofed, nor is one that comes through IPsec, and what is for the
-// gateway is the user's to judge. Where the way back depends on what only the answers have,
-// nobody can tell here: then the caller does not set Desired.Spoofed, and unsure does what is
-// needed.
+// spoofed drops packets from outside with the source of an inside host: they would earn
+// that host a permission, or keep one alive. It lets pass hosts that are routed through an
+// outside link, packets that came through IPsec, and packets to the gateway, which the
+// user's rules judge. Where the way back depends on something that only the answers have,
+// such as a mark, this chain cannot decide. Then the caller does not set Desired.Spoofed,
+// and unsure does the work.
 func (l *layout) spoofed(d Desired) {
 	l.counters = append(l.counters, spoofedCounter)
 	c := l.filter("spoofed", nftables.ChainHookPrerouting, rawPriority)
@@ -31,13 +31,13 @@ func (l *layout) spoofed(d Desired) {
 	}
 	found := l.regular("no_way_back_outside")
 	for _, p := range d.Subnets {
-		// The source comes first, for it sorts out nearly all packets.
+		// Test the source first: it excludes nearly all packets.
 		l.rule(c, "the way back is another link", saddrIn(p), l.outside(iifname, true), test, goTo(found))
 	}
-	// One rule each, for a rule has room for 128 expressions (NFT_RULE_MAXEXPRS), and nft
-	// 1.0.6 cannot look up what fib finds in a set.
+	// One rule for each link, because a rule holds at most 128 expressions
+	// (NFT_RULE_MAXEXPRS), and nft 1.0.6 cannot look up the result of fib in a set.
 	for _, name := range l.links {
-		if slices.Contains(d.OneArmed, name) && !slices.Contains(d.Far, name) { // who is reached by it is inside
+		if slices.Contains(d.OneArmed, name) && !slices.Contains(d.Far, name) { // hosts routed by it are inside
 			continue
 		}
 		l.rule(found, "the way back is outside, too", fibSaddrMarkOifname.is(nfnl.LinkKey(name)), accept)
@@ -45,12 +45,12 @@ func (l *layout) spoofed(d Desired) {
 	l.rule(found, "the way back is inside", forwarded, counter(spoofedCounter), drop)
 }
 
-// fewPrefixes are tested quicker than a link.
+// Up to fewPrefixes prefixes are faster to test than the link.
 const fewPrefixes = 4
 
-// portZero drops what would match an anchor: packets between a subnet and elsewhere with
-// port 0 on one side, and those to the gateway. It asks for the port first, for hardly a
-// packet has that.
+// portZero drops packets that would match an anchor: packets with port 0 on one side
+// between a subnet and elsewhere, and those to the gateway. It tests the port first,
+// because hardly any packet has port 0.
 func (l *layout) portZero(d Desired) {
 	l.counters = append(l.counters, zeroCounter)
 	like := l.regular("like_an_anchor")
@@ -71,7 +71,7 @@ func (l *layout) portZero(d Desired) {
 	}
 }
 
-// guard serves the families of subnets that are enabled.
+// guard adds the guard chain for the families served, which have enabled subnets.
 func (l *layout) guard(served []*ipFamily) {
 	if len(served) == 0 {
 		return
@@ -85,9 +85,9 @@ func (l *layout) guard(served []*ipFamily) {
 	l.rule(guard, "it would keep the peer from the inside host", onlyOf(served), counter(guardCounter), drop)
 }
 
-// children judges the first packets of flows that our expectations let in. Those have a
-// master with a helper of ours; what a helper of the user's expects may come from
-// anywhere. Only flows without an answer, and ICMP errors, are related.
+// children judges the first packets of flows that our expectations let in. These flows have
+// a master with a helper of ours. A flow that the user's own helper expects may come from
+// anywhere. Only unanswered flows and ICMP errors have the state related.
 func (l *layout) children(d Desired, served []*ipFamily) {
 	l.counters = append(l.counters, spoofedCounter, zeroCounter, expectedCounter)
 	if d.MaxChildren > 0 {
@@ -99,8 +99,8 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 	if !d.Self {
 		return
 	}
-	// What it lets pass does not count: the user's forward hook does not see it. What comes by
-	// a bridge to the gateway does not stay on it.
+	// Packets that own_child lets pass are not counted: they do not reach the user's
+	// forward hook. A packet that comes by a bridge to the gateway leaves the bridge.
 	own := d
 	own.Bridges = nil
 	l.childrenOf("own_children", nftables.ChainHookInput, d.Helpers, ipFamilies, l.judge("own_child", own, ipFamilies))
@@ -111,7 +111,7 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 	}
 }
 
-// judge returns a chain that drops first packets of children that must not be.
+// judge returns a chain that drops the first packets of children that are not allowed.
 func (l *layout) judge(name string, d Desired, served []*ipFamily) *nftables.Chain {
 	child := l.regular(name)
 	fake := l.notOutside(d.Uppers)
@@ -157,26 +157,27 @@ func (l *layout) judge(name string, d Desired, served []*ipFamily) *nftables.Cha
 	return child
 }
 
-// childrenOf adds the chain of a hook that leads the first packets of children to child.
+// childrenOf adds a chain on a hook that sends the first packets of children to child.
 func (l *layout) childrenOf(name string, hook *nftables.ChainHook, helpers []string, served []*ipFamily, child *nftables.Chain) {
 	c := l.filter(name, hook, childPriority)
 	l.rule(c, "", ctState.isNot(host32(expr.CtStateBitRELATED)), accept)
 	for _, helper := range helpers {
-		// The first packet has the one bit and not yet the other.
+		// Only the first packet is expected and not yet confirmed.
 		l.rule(c, "the first packet of a child",
 			onlyOf(served), statusIs(ctExpected, ctExpected|ctConfirmed), isUDP, ctHelper.is(helperName(helper)), goTo(child))
 	}
 	for _, f := range served {
 		for _, port := range []operand{ctOriginalProtoSrc, ctOriginalProtoDst} {
-			// No packet makes a flow assured that has no reply.
+			// Only our anchors are assured without a reply: no packet sets that status.
 			l.rule(c, "an ICMP error about an anchor", statusIs(ctAssured, ctSeenReply|ctAssured),
 				metaL4proto.is([]byte{f.icmp}), port.is(be16(0)), counter(zeroCounter), drop)
 		}
 	}
 }
 
-// notBehind matches packets by a link of Desired.Partial from peers who are not behind it, or
-// all by it where nobody can tell.
+// notBehind matches packets from a link of Desired.Partial whose peer is not reached by
+// that link. If told is false the kernel cannot decide, and all packets from the link
+// match.
 func notBehind(link string, told bool) exprs {
 	if !told {
 		return iifname.is(nfnl.LinkKey(link))
@@ -184,9 +185,9 @@ func notBehind(link string, told bool) exprs {
 	return join(iifname.is(nfnl.LinkKey(link)), noWayBack)
 }
 
-// notOutside matches what the forward hook sees of packets that came by no outside link:
-// of a link in a VRF it is the name of that, and the link's own apart. Links that share
-// a network are as good as each other.
+// notOutside matches packets that came by no outside link, as the forward hook sees them:
+// for a link in a VRF iifname is the VRF, and sdifname is the link itself. Links that share
+// a network count as the same link.
 func (l *layout) notOutside(uppers map[string]string) (test exprs) {
 	shared := map[string]bool{}
 	for upper, lower := range uppers {

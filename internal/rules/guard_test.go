@@ -109,7 +109,7 @@ func setBroadcast(t *testing.T, c syscall.Conn) {
 	check(t, raw.Control(func(fd uintptr) { check(t, unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_BROADCAST, 1)) }))
 }
 
-// refused sends a packet and waits for the answer that the port is closed.
+// refused sends a packet and waits for the ICMP error that the port is closed.
 func refused(h *lab.Host, to string) error {
 	return h.Do(func() error {
 		c, err := net.Dial("udp", to)
@@ -168,10 +168,10 @@ func TestRejectOfTheUserStillAnswers(t *testing.T) {
 	}
 }
 
-// An inside host's source that comes from outside leaves no trace, whether there is such
-// a flow or not; the inside host's own packets go on.
+// A packet from outside with an inside host's source leaves no trace, whether the host has
+// such a flow or not. The inside host's own packets pass.
 //
-// Fails without the rules of chain spoofed.
+// Fails without the rules of the chain spoofed.
 func TestGuardDropsInsideSourcesFromOutside(t *testing.T) {
 	for name, tc := range map[string]struct {
 		inside, peer, far netip.Addr
@@ -218,10 +218,10 @@ func TestGuardDropsInsideSourcesFromOutside(t *testing.T) {
 	}
 }
 
-// A host of an enabled prefix that is reached by an outside link is not spoofed: a tunnel
-// that comes in by it, a router with one link, a link that got a default route.
+// A host of an enabled prefix that is routed through an outside link is not spoofed: behind
+// a tunnel over that link, a router with one link, or a link that got a default route.
 //
-// Fails without the look at the way back.
+// Fails when the rules do not test the way back.
 func TestGuardLetsInsideHostsThatAreOutside(t *testing.T) {
 	const far = "192.0.2.99"
 	for name, tc := range map[string]struct {

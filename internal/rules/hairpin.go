@@ -4,9 +4,9 @@ package rules
 
 import "github.com/google/nftables"
 
-// toOutsideEndpoints sends packets from inside to an outside endpoint on to its
-// owner (REQ-9), whatever the permissions say. An owner is in a subnet with mappings,
-// and those have hairpinning.
+// toOutsideEndpoints sends packets from inside to an outside endpoint on to its owner
+// (REQ-9), regardless of permissions. Owners are in subnets with mappings, all of which
+// have hairpinning.
 func (m *mapper) toOutsideEndpoints() {
 	to := m.regular("to_outside_endpoint")
 	c := m.chain("hairpin", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, hairpinPriority)
@@ -16,9 +16,9 @@ func (m *mapper) toOutsideEndpoints() {
 		dnatTo(m.owners.of(packetTarget), m.ownerPorts.of(packetTarget)))
 }
 
-// hairpinSources translates the source of what toOutsideEndpoints translated to its
-// own outside endpoint on that link (REQ-9a); where it has none, to the same
-// outside address, with a port that no other one has.
+// hairpinSources translates the source of packets that toOutsideEndpoints redirected to the
+// source's own outside endpoint on that link (REQ-9a). A source without one gets the same
+// outside address, and a port that no other source has.
 func (m *mapper) hairpinSources(c *nftables.Chain) {
 	h, without := m.regular("hairpinned"), m.hairpinAddress()
 	m.rule(c, "", isUDP, m.outside(iifname, false), m.outside(oifname, false), m.hairpin.has(ipSaddr),
@@ -34,8 +34,8 @@ func (m *mapper) hairpinSources(c *nftables.Chain) {
 	m.rule(h, "", goTo(without))
 }
 
-// hairpinAddress returns the chain that gives but the address: the kernel keeps the port
-// where it can, and looks whether the flow is the only one. With a range it does that
+// hairpinAddress returns the chain that translates only the address: the kernel keeps the
+// port where it can, and makes sure that the flow is unique. It does so with a port range,
 // too.
 func (m *mapper) hairpinAddress() *nftables.Chain {
 	c := m.regular("hairpin_address")
@@ -59,7 +59,8 @@ func (m *mapper) rememberHairpins(c *nftables.Chain) {
 	}
 }
 
-// remembersHairpin returns the chain for those to an outside endpoint on the link.
+// remembersHairpin returns the chain for hairpinned flows to an outside endpoint on the
+// link.
 func (u *uplink) remembersHairpin() *nftables.Chain {
 	c := u.regular("remember_hairpin")
 	u.rule(c, "it has a mapping", isUDP, setIPSaddr(u.kept.of(flowInside)), setOutsideSource, accept)

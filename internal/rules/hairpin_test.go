@@ -11,8 +11,8 @@ import (
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
-// hairpins checks that what from sends to the outside endpoint to arrives at in,
-// from the outside endpoint as, and that an answer finds its way back.
+// hairpins checks that a packet from from to the outside endpoint to arrives at in, with
+// the source as, and that an answer gets back.
 func (m *mapper) hairpins(from *lab.Socket, to netip.AddrPort, in *lab.Socket, as netip.AddrPort) {
 	m.t.Helper()
 	payload := fmt.Sprintf("hairpin of %v to %v", from.Addr(), to)
@@ -46,7 +46,7 @@ func TestHairpinHasTheOutsideSource(t *testing.T) {
 			m.hairpins(two, m.ext(3074), one, ext) // the other one opens it
 			m.hairpins(one, ext, two, m.ext(3074))
 
-			// One without a mapping gets one.
+			// A host without a mapping gets one.
 			three := m.host(2, 5000)
 			m.hairpins(three, ext, two, m.ext(5000))
 			m.maps(three, m.ext(5000), peers...)
@@ -114,7 +114,7 @@ func TestHairpinLeavesAlone(t *testing.T) {
 			m := newMapper(t, lab.Options{Inside: 3, Guest: true, Rules: lab.Masquerade + test.user}, hairpinning)
 			one, two := m.host(0, 3074), m.host(1, 4000)
 			m.maps(one, m.ext(3074), m.peer(lab.PeerA, 1))
-			// Its answer would go by the user's forward: it needs none.
+			// Its answer uses the user's forward, so it needs no mapping.
 			ext, err := two.Contact(m.peer(lab.PeerA, 2))
 			if err != nil || ext != m.ext(4000) {
 				t.Fatal(ext, err)
@@ -124,7 +124,7 @@ func TestHairpinLeavesAlone(t *testing.T) {
 	}
 }
 
-// The peer's packet to the gateway has made an entry that is in the way.
+// The peer's packet to the gateway has made a conflicting conntrack entry.
 func TestAHairpinAfterAPacketToTheGatewayIsNotLost(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 2}, hairpinning)
 	one, two := m.host(0, 3074), m.host(1, 4000)
@@ -139,7 +139,7 @@ func TestAHairpinAfterAPacketToTheGatewayIsNotLost(t *testing.T) {
 	}
 }
 
-// Between the subnets of Hairpin, with mappings or without.
+// Hairpinning works between the subnets of Hairpin, with and without mappings.
 func TestHairpinOfASubnetWithoutMappings(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 2, Guest: true}, withMapping(func(_ *rules.Desired, c *rules.MappingConfig) {
 		c.Hairpin = []netip.Prefix{lab.InsideNet, lab.GuestNet}

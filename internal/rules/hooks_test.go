@@ -17,9 +17,9 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// docs/hooks.md has each base chain of ours, where it stands, and no other one.
+// docs/hooks.md lists exactly our base chains, with their hooks and priorities.
 //
-// Fails when a chain gets another priority, and when one is added.
+// Fails when a chain gets another priority, or when a chain is added.
 func TestHooksAreDocumented(t *testing.T) {
 	subnets := []netip.Prefix{netip.MustParsePrefix("10.47.11.0/24"), netip.MustParsePrefix("2001:db8::/64")}
 	layouts, err := newLayouts("conenat", Desired{
@@ -56,10 +56,10 @@ func TestHooksAreDocumented(t *testing.T) {
 	}
 }
 
-// The daemon compares the children that this rule counts with those that pass the forward hook.
-// Children of the gateway itself do not pass it.
+// The daemon compares the children that this rule counts with those that pass the forward
+// hook. Children of the gateway itself do not pass that hook.
 //
-// Fails when children of the gateway itself count.
+// Fails when children of the gateway itself are counted.
 func TestChildrenOfTheGatewayDoNotCountAsForwarded(t *testing.T) {
 	for _, noFib := range []bool{false, true} {
 		text, err := Text("conenat", Desired{

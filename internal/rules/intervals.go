@@ -14,7 +14,7 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// notUnicast are the IPv4 prefixes whose addresses are no peers.
+// notUnicast are the IPv4 prefixes whose addresses cannot be peers.
 var notUnicast = []netip.Prefix{
 	netip.MustParsePrefix("0.0.0.0/8"),
 	netip.MustParsePrefix("127.0.0.0/8"),
@@ -25,11 +25,11 @@ var notUnicast = []netip.Prefix{
 // intervals returns the elements of a set with the addresses of the IPv4 prefixes.
 func intervals(all []netip.Prefix) []nftables.SetElement { return ipFamilies[0].intervals(all) }
 
-// intervals returns the elements of a set with the addresses of those prefixes that are
-// of the family: each interval has one for its first address and one for the first
-// behind it, unless it goes to the end.
+// intervals returns the elements of a set with the addresses of those prefixes that are of
+// the family. Each interval has one element for its first address and one for the address
+// behind its last; the second is missing if the interval ends with the address space.
 func (f *ipFamily) intervals(all []netip.Prefix) (es []nftables.SetElement) {
-	type span struct{ first, behind netip.Addr } // which is invalid behind the last address
+	type span struct{ first, behind netip.Addr } // behind is invalid after the last address
 	all = f.of(all)
 	spans := make([]span, 0, len(all))
 	for _, p := range all {
@@ -55,8 +55,8 @@ func (f *ipFamily) intervals(all []netip.Prefix) (es []nftables.SetElement) {
 	return es
 }
 
-// prefixes are IPv4 prefixes that addresses are tested for. One is compared with,
-// which is cheaper than to look it up in a set.
+// prefixes are IPv4 prefixes to match addresses against. A single prefix is compared
+// directly, which is cheaper than a set lookup.
 type prefixes struct {
 	set *set
 	one netip.Prefix
@@ -72,8 +72,8 @@ func (l *layout) prefixes(name string, all []netip.Prefix) *prefixes {
 	return &prefixes{set: s}
 }
 
-// has matches if the address is in one of the prefixes, and hasNot if it is in none.
-// Without prefixes hasNot is nothing.
+// has matches if the address is in one of the prefixes, hasNot if it is in none. For a nil
+// p hasNot is empty, so it always matches.
 func (p *prefixes) has(addr operand) exprs { return p.test(addr, true) }
 
 func (p *prefixes) hasNot(addr operand) exprs {
@@ -90,8 +90,8 @@ func (p *prefixes) test(addr operand, in bool) exprs {
 	return addr.inPrefix(p.one, in)
 }
 
-// inPrefix matches if an address is in p, or if it is not. Of a field of the packet only
-// the bytes of the prefix are loaded, if it ends with one, as nft does it.
+// inPrefix matches if the address is in p, or with in false if it is not. If p ends at a
+// byte boundary, only those bytes of a packet field are loaded, as nft does it.
 func (o operand) inPrefix(p netip.Prefix, in bool) exprs {
 	op := expr.CmpOpNeq
 	if in {
@@ -108,8 +108,8 @@ func (o operand) inPrefix(p netip.Prefix, in bool) exprs {
 	return o.compare(op, addr)
 }
 
-// setPorts fills s with ports: many as intervals. Into a set of single ports the kernel
-// puts each in a time that grows with their number (nft_bitmap).
+// setPorts fills s with ports, as intervals if there are many: to insert into a set of
+// single ports, the kernel (nft_bitmap) takes a time that grows with the number of ports.
 func (s *set) setPorts(ports []uint16) {
 	ports = slices.Compact(slices.Sorted(slices.Values(ports)))
 	s.Interval = len(ports) > fewPorts
@@ -123,5 +123,5 @@ func (s *set) setPorts(ports []uint16) {
 	}
 }
 
-// fewPorts are looked up quicker as single ones.
+// Up to fewPorts ports are looked up faster as single elements.
 const fewPorts = 256

@@ -19,12 +19,12 @@ import (
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
-// MarkerChain is a chain of each of our tables. It is empty and only says whose the table
-// is.
+// MarkerChain is an empty chain in each of our tables. It shows that conenatd made the
+// table.
 const MarkerChain = "made_by_conenatd"
 
-// Names of counters. They are objects of their own, so that they go on when
-// rules change.
+// Names of counters. They are named objects, so that they keep their values when rules
+// change.
 const (
 	guardCounter    = "guard_drops"
 	childCounter    = "child_drops"
@@ -56,12 +56,12 @@ const (
 	excludedPortsSet = "excluded_ports"
 )
 
-// Priorities. A verdict "accept" ends a chain of ours, no other one.
+// Priorities. A verdict "accept" ends only our own chain, not those of others.
 const (
-	// After the user's filter rules, so that their rejects and counters stay,
-	// and after IPVS, which takes packets to no local socket.
+	// After the user's filter rules, so that their rejects and counters keep working, and
+	// after IPVS, which takes packets that have no local socket.
 	guardPriority = 200
-	// Before the user's filter rules: what is over the cap costs them nothing.
+	// Before the user's filter rules: flows over the cap cost them nothing.
 	childPriority = -10
 	// Before conntrack.
 	rawPriority = -300
@@ -69,29 +69,30 @@ const (
 	// kernel, and their priority only orders them. So the user's own forwards win.
 	admitPriority = math.MaxInt32 - 1
 	// Before every chain of the user's, for the same reason: it keeps the source of
-	// what was admitted. nft allows no NAT chain below.
+	// admitted flows. nft allows no NAT chain at a lower priority.
 	sourcePriority = -199
-	// After the user's marks (mangle) and before NAT, where nft has no name for a priority:
-	// its versions have different ones.
+	// After the user's marks (mangle) and before NAT, at a priority for which nft has no
+	// name: these names differ between nft versions.
 	wayBackPriority = -111
-	// After srcnat, when the outside endpoint is known, and after what the
-	// user's own chains may drop there.
+	// After srcnat, when the outside endpoint is known, and after the user's own chains,
+	// which may drop the packet there.
 	learnPriority = 290
 )
 
 const (
-	// learnerTimeout is how long the rate of an inside address, or of a flow that
-	// goes on unanswered, is remembered.
+	// learnerTimeout is how long the rate of an inside address, or of an unanswered flow,
+	// is remembered.
 	learnerTimeout = time.Minute
-	// savedTimeout ends what a saved copy of our rules makes: nft 1.0.2 does not print
-	// the timeouts that rules give to elements of maps. Ours always have their own.
+	// savedTimeout is the timeout of elements that a saved copy of our rules makes: nft
+	// 1.0.2 does not print the timeouts that rules give to elements of maps. Our own
+	// elements always have their own.
 	savedTimeout = 10 * time.Minute
-	// admittedTimeout is how long the first packet of a child may take through the
-	// gateway, and admittedSize bounds how many are on their way.
+	// admittedTimeout is how long the first packet of a child may take through the gateway.
+	// admittedSize limits how many such packets may be under way.
 	admittedTimeout = time.Second
 	admittedSize    = 1 << 18
-	// learnedSize bounds the flows that the kernel remembers to have learned from. When one
-	// beyond them ends, its port passes on by the daemon alone.
+	// learnedSize limits how many learned flows the kernel remembers. When a flow beyond
+	// that limit ends, only the daemon passes its outside port on to another host.
 	learnedSize = 1 << 17
 )
 
@@ -102,13 +103,13 @@ type layout struct {
 	chains   []*nftables.Chain
 	sets     []*set
 	rules    []*nftables.Rule
-	links    []string // the outside ones, sorted
+	links    []string // the outside links, sorted
 	noPeers  *set     // addresses that are never peers
-	inZone0  exprs    // matches flows whose outside endpoint is of the default conntrack zone
-	zoned    *set     // outside addresses, where zones are of the original direction alone
+	inZone0  exprs    // matches flows whose outside endpoint is in the default conntrack zone
+	zoned    *set     // outside addresses whose flows have a zone in the original direction alone
 }
 
-// A set is one with the elements that we want, or one whose elements come and
+// A set either has exactly the elements that we want, or it is free: its elements come and
 // go.
 type set struct {
 	*nftables.Set
@@ -116,11 +117,11 @@ type set struct {
 	free     bool
 }
 
-// newLayouts returns the contents of both tables that do what d wants; without a map, mappings
-// and IPv4 sources that may be spoofed there is but one.
+// newLayouts returns the contents of the tables that d asks for. There is only one table
+// without a map, mappings and IPv4 sources that may be spoofed.
 func newLayouts(name string, d Desired) ([]*layout, error) {
 	inet := newLayout(name, nftables.TableFamilyINet, d.OutsideLinks)
-	// nft has no type for a zone and for a number of bits: these are two more ports.
+	// nft has no types for a zone and for a number of host bits: both are encoded as ports.
 	revoked := inet.set(elements.RevokedSet, nftables.TypeIP6Addr, nftables.TypeIP6Addr,
 		nftables.TypeInetService, nftables.TypeInetService, nftables.TypeInetService)
 	revoked.HasTimeout, revoked.free, revoked.Size = true, true, elements.DeniedSize
@@ -195,15 +196,15 @@ func newLayout(name string, family nftables.TableFamily, outside []string) *layo
 // linkSet makes a set of the names of links.
 func (l *layout) linkSet(name string, links []string) *set {
 	s := l.set(name, nftables.TypeIFName)
-	s.KeyByteOrder = binaryutil.NativeEndian // else nft lists the names wrong
+	s.KeyByteOrder = binaryutil.NativeEndian // otherwise nft lists the names wrong
 	for _, link := range slices.Compact(slices.Sorted(slices.Values(links))) {
 		s.elements = append(s.elements, nftables.SetElement{Key: nfnl.LinkKey(link)})
 	}
 	return s
 }
 
-// outside tests the name of a link. To compare it with one is cheaper than to look
-// it up among several.
+// outside tests whether the name of a link is that of an outside link. A single name is
+// compared directly, which is cheaper than a set lookup.
 func (l *layout) outside(name operand, is bool) exprs {
 	switch {
 	case len(l.links) != 1:
@@ -214,7 +215,7 @@ func (l *layout) outside(name operand, is bool) exprs {
 	return name.isNot(nfnl.LinkKey(l.links[0]))
 }
 
-// named returns the set of a name, nil without one.
+// named returns the set with that name, or nil.
 func (l *layout) named(name string) *set {
 	for _, s := range l.sets {
 		if s.Name == name {
@@ -233,7 +234,7 @@ func (l *layout) set(name string, key ...nftables.SetDatatype) *set {
 	return s
 }
 
-// regular adds a chain that only others lead to.
+// regular adds a chain without a hook, for goto and jump.
 func (l *layout) regular(name string) *nftables.Chain {
 	c := &nftables.Chain{Table: l.table, Name: name}
 	l.chains = append(l.chains, c)
@@ -261,11 +262,11 @@ func (l *layout) rule(c *nftables.Chain, comment string, parts ...exprs) {
 	l.rules = append(l.rules, r)
 }
 
-// signature is the type of an attribute of a rule's user data. nft skips it.
+// signature is the type of an attribute in a rule's user data. nft ignores it.
 const signature userdata.Type = 0xc0
 
-// sign puts a hash of each rule beside its comment. The library cannot read all
-// expressions back, so what stands is compared by that.
+// sign puts a hash of each rule beside its comment. The library cannot read all expressions
+// back, so the kernel's rules are compared by these hashes.
 func (l *layout) sign() error {
 	for _, r := range l.rules {
 		h := fnv.New64a()

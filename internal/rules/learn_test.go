@@ -29,7 +29,7 @@ func TestKernelLearnsFromTheFirstPacket(t *testing.T) {
 	}
 }
 
-// Each packet would give a permission but for one thing.
+// Each packet would give a permission except for one property.
 func TestKernelLearnsNothingElse(t *testing.T) {
 	for _, test := range []struct {
 		name  string
@@ -62,7 +62,7 @@ func TestKernelLearnsNothingElse(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			g := newGate(t, lab.Options{Guest: true, Rules: test.rules}, learning)
 			test.send(g)
-			// The rules have seen it: a packet that gives a permission comes later.
+			// The rules have seen the packet, because a later packet gives a permission.
 			check(t, g.NFT(`table ip nat2 { chain c { type nat hook postrouting priority srcnat; oifname "wan0" masquerade; }; }`))
 			p := g.contact(g.inside(6000), g.peer(lab.PeerC, 6000))
 			if strings.Contains(test.rules, "zone") {
@@ -119,7 +119,7 @@ func TestLearningHasARateForEachInsideAddress(t *testing.T) {
 	if c := count(t, g.tables); c.Learned+c.LearnLimited != 251 {
 		t.Errorf("%+v", c)
 	}
-	// Packets of a one-way flow that is known cost nothing of the rate.
+	// Packets of a known one-way flow do not use up the rate.
 	limited := count(t, g.tables).LearnLimited
 	for range 100 {
 		check(t, other.Send(netip.AddrPortFrom(lab.PeerA, 7000), "again"))
@@ -129,7 +129,7 @@ func TestLearningHasARateForEachInsideAddress(t *testing.T) {
 	}
 }
 
-// Counters stand behind the look at the conntrack state.
+// The counters are behind the test of the conntrack state.
 func TestAnsweredFlowsDoNotReachTheRules(t *testing.T) {
 	g := newGate(t, lab.Options{}, learning)
 	in, peer := g.inside(5060), g.peer(lab.PeerA, 5060)
@@ -154,8 +154,8 @@ func TestAnsweredFlowsDoNotReachTheRules(t *testing.T) {
 	}
 }
 
-// A host that sends on and on without an answer leaves tokens to its children.
-// Fails if each packet of an unanswered flow looks its permission up.
+// A host that keeps sending without an answer leaves tokens to its children. Fails if each
+// packet of an unanswered flow looks up its permission.
 func TestOneWayTrafficLeavesRoomForChildren(t *testing.T) {
 	d, m := learning, *learning.Map
 	m.MaxChildren = 10
@@ -208,7 +208,7 @@ func TestDeniedIsNotLearnedUntilGranted(t *testing.T) {
 	g.holds(p)
 }
 
-// Fails when what is one too many may have all the room.
+// Fails when denials because of a limit may use all the room.
 func TestThereIsRoomForWhatIsForbidden(t *testing.T) {
 	g := newGate(t, lab.Options{}, learning)
 	in, peer := g.inside(5060), g.peer(lab.PeerA, 5060)
@@ -226,7 +226,7 @@ func TestThereIsRoomForWhatIsForbidden(t *testing.T) {
 	g.holds()
 }
 
-// What the kernel has no room for it does not learn, and the flow goes on. When others
+// If the map is full, the kernel does not learn, and the flow continues. When permissions
 // end it learns again. Fails when the map has room for more than its size.
 func TestFullMapLearnsNoMore(t *testing.T) {
 	d, m := learning, *learning.Map
@@ -257,9 +257,9 @@ func TestFullMapLearnsNoMore(t *testing.T) {
 	g.holds(ps...)
 }
 
-// A source is believed where the way back is the link that a packet came by. What else
-// has the source of an inside host passes, and earns nothing, nor does it make an event;
-// what comes by the right link earns a permission all the same.
+// A source is trusted if the packet came by the link that is the way back. Other packets
+// with an inside host's source pass, but earn nothing and cause no event. Packets by the
+// right link still earn a permission.
 //
 // Fails without the chain way_back.
 func TestSourceByAnotherLinkTeachesNothing(t *testing.T) {
@@ -297,11 +297,11 @@ func TestSourceByAnotherLinkTeachesNothing(t *testing.T) {
 	g.holds(p, q)
 }
 
-// The same of IPv6: the first packet of a flow tells. One that fakes a source in a flow that
-// the host itself began takes nothing from it, and what the host sends once the faked flow
-// has ended is believed.
+// The same for IPv6: the first packet of a flow decides. A spoofed packet in a flow that
+// the host itself began takes nothing from that flow. After a spoofed flow has ended,
+// packets of the host are trusted.
 //
-// Fails without the chain way_back of family inet, and when that looks at later packets.
+// Fails without the chain way_back of family inet, and when that chain tests later packets.
 func TestIPv6SourceByAnotherLinkIsUnsure(t *testing.T) {
 	g := newGate(t, lab.Options{Guest: true, IPv6: true}, learning)
 	host := g.Inside(0).Addr6
@@ -339,8 +339,8 @@ func TestIPv6SourceByAnotherLinkIsUnsure(t *testing.T) {
 	unsure()
 }
 
-// A host of the LAN may come by a link that VRRP put upon the one that leads back to it.
-// Whoever spoofs by such a link of the other side earns nothing.
+// A host of the LAN may come by a link that VRRP put on top of the link that leads back to
+// it. A spoofer on such a link of the other side earns nothing.
 //
 // Fails without Desired.Uppers.
 func TestSourceByALinkUponTheWayBackIsLearned(t *testing.T) {
@@ -356,7 +356,8 @@ func TestSourceByALinkUponTheWayBackIsLearned(t *testing.T) {
 	for _, name := range []string{"all", "vrrp1", "lan0"} {
 		check(t, g.Gateway.SetSysctl("net.ipv4.conf."+name+".rp_filter", "0"))
 	}
-	// lan0 is a bridge. What it gave to iptables passes no hook again on the link upon it.
+	// lan0 is a bridge. A packet that it passed to iptables does not pass the hooks again
+	// on the link on top of it.
 	if err := g.Gateway.SetSysctl("net.bridge.bridge-nf-call-iptables", "0"); err != nil {
 		t.Log(err)
 	}

@@ -60,7 +60,7 @@ var features = map[string]func(d *rules.Desired, m *rules.MapConfig){
 		d.ZonedAddrs = []netip.Addr{netip.MustParseAddr("198.51.100.2"), netip.MustParseAddr("198.51.100.1")}
 	},
 	"bridges with a firewall": func(d *rules.Desired, _ *rules.MapConfig) { d.Bridges = []string{"fwbr101", "fwbr100"} },
-	// More than one rule has expressions for (NFT_RULE_MAXEXPRS).
+	// More links than a rule has room for expressions (NFT_RULE_MAXEXPRS).
 	"many outside links": func(d *rules.Desired, _ *rules.MapConfig) {
 		for i := range 150 {
 			d.OutsideLinks = append(d.OutsideLinks, fmt.Sprintf("ppp%d", i))
@@ -86,10 +86,10 @@ func desired(change func(d *rules.Desired, m *rules.MapConfig)) rules.Desired {
 	return d
 }
 
-// What nft lists it loads again, as it is. The copy is harmless, and the next start
-// takes it over.
+// nft loads its own listing unchanged. The copy is harmless, and the next start takes it
+// over.
 //
-// Fails with an expression that nft cannot print or read back: a bare look-up in a map,
+// Fails with an expression that nft cannot print or read back: a bare lookup in a map, or
 // ct original proto-dst without meta l4proto.
 func TestNftLoadsWhatItLists(t *testing.T) {
 	for name, change := range features {

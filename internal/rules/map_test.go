@@ -33,7 +33,7 @@ func TestGrantAdmitsThePeerFromAnyPortAndNobodyElse(t *testing.T) {
 	g.lost(in, g.peer(lab.PeerA, 5072), p.Ext, peer)
 }
 
-// Fails when a chain of the user's comes after ours.
+// Fails when one of the user's chains comes after ours.
 func TestUsersForwardWins(t *testing.T) {
 	for _, priority := range []string{"dstnat", "-90", "500", "2147483645"} {
 		t.Run(priority, func(t *testing.T) {
@@ -64,8 +64,8 @@ func TestPortThatTheGatewayServesStaysItsOwn(t *testing.T) {
 	g.arrives(in, g.peer(lab.PeerA, 0), p.Ext)
 }
 
-// In a group one contact permits all, in an open subnet anybody, and that comes
-// from the kernel or from the daemon alike. Whoever is excluded stays out.
+// In a group one contact permits all peers, in an open subnet everybody. The kernel and the
+// daemon grant the same. Excluded peers stay out.
 func TestPermissionsForManyPeers(t *testing.T) {
 	group := netip.MustParsePrefix("203.0.113.4/31") // PeerA is its second address
 	stranger := netip.MustParseAddr("203.0.113.99")
@@ -136,7 +136,7 @@ func TestMissingIsWhatDoesNotStand(t *testing.T) {
 	}
 }
 
-// That a bucket fills again takes time, so a few more than ten may come in.
+// A bucket refills over time, so a few more than ten may come in.
 func TestChildrenOfTheMapAreCapped(t *testing.T) {
 	capped := func(learn bool) rules.Desired {
 		d, m := learning, *learning.Map
@@ -166,7 +166,7 @@ func TestChildrenOfTheMapAreCapped(t *testing.T) {
 					t.Errorf("%d came in; %+v", got, c)
 				}
 
-				// Another cap is in force at once.
+				// Another cap applies at once.
 				d := capped(learn)
 				d.Map.MaxChildren = 100
 				_, err := g.tables.Set(d)
@@ -336,8 +336,8 @@ func TestChangedTellsWhoseTransactionItWas(t *testing.T) {
 	}
 }
 
-// The inside host sees the peer's own address, whatever the user's rules do to what
-// comes in. What they forward by themselves they translate as before.
+// The inside host sees the peer's own address, even if the user's rules translate incoming
+// packets. Packets that the user's own rules forward are translated as before.
 //
 // Fails without the chain keep_source.
 func TestChildrenKeepTheirSource(t *testing.T) {

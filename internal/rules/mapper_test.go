@@ -12,7 +12,7 @@ import (
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
-// mapping keeps mappings and nothing else.
+// mapping asks for mappings and nothing else.
 var mapping = rules.Desired{
 	OutsideLinks: []string{"wan0"},
 	Mapping: &rules.MappingConfig{
@@ -25,7 +25,7 @@ var mapping = rules.Desired{
 	},
 }
 
-// pool is one for all hosts.
+// pool is a pool for all hosts.
 func pool(first, last uint16) []rules.Pool {
 	return []rules.Pool{{Subnets: []netip.Prefix{lab.InsideNet}, Ports: []rules.PortRange{{First: first, Last: last}}}}
 }
@@ -71,8 +71,7 @@ func (m *mapper) peers() []*lab.Socket {
 	return []*lab.Socket{m.peer(lab.PeerA, 3074), m.peer(lab.PeerA, 4000), m.peer(lab.PeerB, 3074)}
 }
 
-// contact lets in send to peer and the peer answer, and returns the outside
-// endpoint.
+// contact makes in send to peer and the peer answer, and returns the outside endpoint.
 func (m *mapper) contact(in, peer *lab.Socket) netip.AddrPort {
 	m.t.Helper()
 	ext, err := in.Contact(peer)
@@ -118,7 +117,7 @@ func randomly(how string) string {
 	return `table ip nat { chain postrouting { type nat hook postrouting priority srcnat; oifname "wan0" masquerade ` + how + `; }; }`
 }
 
-// mappings returns what stands.
+// mappings returns the mappings that exist.
 func (m *mapper) mappings() map[elements.Mapping]time.Duration {
 	m.t.Helper()
 	all := map[elements.Mapping]time.Duration{}
@@ -128,7 +127,7 @@ func (m *mapper) mappings() map[elements.Mapping]time.Duration {
 
 func (m *mapper) kept() *elements.Mappings { return m.tables.NewMappings(mapping.Mapping) }
 
-// holds checks that just these mappings stand.
+// holds checks that exactly these mappings exist.
 func (m *mapper) holds(want ...elements.Mapping) {
 	m.t.Helper()
 	hasJust(m.t, m.mappings(), want)

@@ -26,29 +26,29 @@ const (
 	sourceChain    = "map_source"
 )
 
-// MapPriority is that of the chain that translates what has a mapping, before all of the
-// user's rules that translate: a flow that gets its mapping there is done, any other one
-// goes on to them. nft takes no number below, and all NAT chains run inside one hook of the
-// kernel, so this only orders them.
+// MapPriority is the priority of the chain that translates packets that have a mapping. It
+// comes before all of the user's source NAT rules: a flow that gets its mapping there is
+// done, any other flow continues to them. nft accepts no lower number. All NAT chains run
+// inside one hook of the kernel, so the number only orders them.
 const MapPriority = -199
 
 const (
-	// After the user's own forwards, which come first and win, whatever their priority.
+	// After the user's own forwards, whatever their priority: they come first and win.
 	hairpinPriority = 1<<31 - 1
 	// After srcnat and learn, when the outside endpoint is known.
 	rememberPriority = 291
-	// After guard: what it drops takes no outside endpoint.
+	// After guard: packets that guard drops occupy no outside endpoint.
 	arrivalsPriority = 210
 )
 
 const (
-	// takenTimeout is the least value of MappingConfig.TakenFor.
+	// takenTimeout is the minimum of MappingConfig.TakenFor.
 	takenTimeout = time.Minute
-	// copyTimeout is that of an element for which the rule tells none: nft 1.0.2 drops the
-	// timeouts of maps where it loads what it listed.
+	// copyTimeout is the timeout of elements for which the rule gives none: nft 1.0.2 drops
+	// the timeouts of map elements when it loads its own listing.
 	copyTimeout = time.Hour
-	// takenSize bounds the flows that are remembered, addressesSize the hosts, and
-	// linkAddressesSize the outside addresses of a link.
+	// takenSize limits how many flows are remembered, addressesSize how many hosts, and
+	// linkAddressesSize how many outside addresses of a link.
 	takenSize         = 1 << 18
 	addressesSize     = 1 << 16
 	linkAddressesSize = 1 << 12
@@ -60,33 +60,33 @@ var (
 	endpointKey = []nftables.SetDatatype{nftables.TypeIPAddr, nftables.TypeInetService}
 )
 
-// mapping keeps one outside endpoint for each inside endpoint and outside link,
-// and gives it to no other one (RFC 4787, REQ-1 to REQ-4). An outside link has sets of
-// its own, which keep their elements while it is away:
+// mapping keeps one outside endpoint for each inside endpoint and outside link, and gives
+// that endpoint to no other inside endpoint (RFC 4787, REQ-1 to REQ-4). Each outside link
+// has its own sets, which keep their elements while the link is away:
 //
-//   - kept has the outside address of an inside endpoint that kept its port, moved
-//     and ports have that and the port of one that has another. They learn from
-//     the first flow, as the user's own rules translated it, or from the pool. Only
-//     flows of the inside endpoint itself refresh them.
-//   - addresses has, under 0.0.0.0, the outside address that the user's rules gave to
-//     the first host that was seen; translated has all that they gave, and 0.0.0.0
-//     once there is one; several has 0.0.0.0 once there is a second one. From then on
-//     addresses has the one of each host.
+//   - kept has the outside address of each inside endpoint that kept its port. For an
+//     inside endpoint with another outside port, moved has the outside address and ports
+//     the port. They learn from the first flow, as the user's own rules or the pool
+//     translated it. Only flows of the inside endpoint itself refresh them.
+//   - addresses has, under the key 0.0.0.0, the outside address that the user's rules gave
+//     to the first host that was seen. translated has all addresses that they gave, and
+//     0.0.0.0 once there is one; several has 0.0.0.0 once there is a second one. From then
+//     on addresses has the outside address of each host.
 //
 // And for all links:
 //
 //   - owned has the outside endpoints of all mappings. With hairpinning, owners and
 //     owner_ports have the inside endpoint of each.
-//   - taken has the remote endpoints towards which an outside port is used by
-//     something that has no mapping: the gateway itself, a packet that came
-//     before the answer, a host whose subnet is not enabled.
-//   - gone has the outside addresses that went a moment ago.
+//   - taken has the remote endpoints towards which an outside port is in use without a
+//     mapping: by the gateway itself, by a packet that came before the answer, or by a host
+//     whose subnet is not enabled.
+//   - gone has the outside addresses that were lost a moment ago.
 //
-// A flow that is answered does not refresh its mapping, for its packets do not
-// come here. A mapping must not end before its last flow, or another host gets
-// its port: it is the daemon's to refresh those of living flows, and what is
-// taken by living flows without a mapping, in time. Two first packets at one moment,
-// on two CPUs, may become owners of one endpoint: the daemon ends one.
+// An answered flow does not refresh its mapping, because its packets do not reach these
+// chains. A mapping must not end before its last flow, or another host gets its port: the
+// daemon must refresh the mappings of living flows in time, and the elements of taken for
+// living flows without a mapping. Two simultaneous first packets on two CPUs may become
+// owners of the same endpoint: the daemon ends one of the mappings.
 func (l *layout) mapping(d Desired) {
 	c := d.Mapping
 	l.set(elements.GatewaySet, nftables.TypeIPAddr).free = true
@@ -119,7 +119,7 @@ func (l *layout) mapping(d Desired) {
 	m.rule(m.unmoved, "", isUDP, setInsidePort)
 	for _, name := range c.links(l.links) {
 		u := m.uplink(name)
-		if slices.Contains(l.links, name) { // else it only keeps its sets
+		if slices.Contains(l.links, name) { // a former outside link only keeps its sets
 			m.uplinks = append(m.uplinks, u)
 			u.makeChains()
 		}
@@ -129,8 +129,8 @@ func (l *layout) mapping(d Desired) {
 	m.arrivals()
 }
 
-// links returns the names of the links that have sets: the outside ones, and those that
-// were.
+// links returns the names of the links that have sets: the current and the former outside
+// links.
 func (c *MappingConfig) links(outside []string) []string {
 	return slices.Compact(slices.Sorted(slices.Values(slices.Concat(outside, c.Links))))
 }
@@ -147,15 +147,15 @@ func (l *layout) learnedMap(name string, key []nftables.SetDatatype, value nftab
 	return s
 }
 
-// addressMap makes a map in which an element without a timeout stands for ever.
+// addressMap makes a map in which elements without a timeout never expire.
 func (l *layout) addressMap(name string) *set {
 	s := l.learnedMap(name, addressKey, nftables.TypeIPAddr, addressesSize)
 	s.Timeout = 0
 	return s
 }
 
-// A mapper has the sets that the rules of mapping name. All rules load their
-// registers themselves: the kernel refuses those that rely on another rule.
+// A mapper has the sets that the rules of mapping use. Each rule loads its registers
+// itself: the kernel refuses rules that rely on another rule's registers.
 type mapper struct {
 	*layout
 	*MappingConfig
@@ -163,13 +163,13 @@ type mapper struct {
 	owned, taken, gone, served *set
 	owners, ownerPorts         *set      // nil without hairpinning
 	subnets, exempt, hairpin   *prefixes // the last two may be nil
-	arms                       []string  // outside links by which hosts of subnets come, too
+	arms                       []string  // outside links by which hosts of subnets also come
 	pools                      []*hostPool
 	foreign, left, unmoved     *nftables.Chain
 	uplinks                    []*uplink
 }
 
-// An uplink makes the rules and sets that are there once for each outside link.
+// An uplink makes the rules and sets that exist once for each outside link.
 type uplink struct {
 	*mapper
 	name                                               string
@@ -195,13 +195,13 @@ func (m *mapper) uplink(name string) *uplink {
 // leavesBy matches if the packet leaves by the link.
 func (u *uplink) leavesBy() exprs { return oifname.is(nfnl.LinkKey(u.name)) }
 
-// regular adds a chain of this link that only others lead to. No name may be that of
-// another one and an underscore with something behind.
+// regular adds a chain of this link without a hook, for goto and jump. No name may be that
+// of another chain followed by an underscore and more.
 func (u *uplink) regular(name string) *nftables.Chain {
 	return u.mapper.regular(name + "_" + elements.Identifier(u.name))
 }
 
-// makeChains makes the chains that others lead to.
+// makeChains makes the link's chains for goto and jump.
 func (u *uplink) makeChains() {
 	u.given = u.givesMoved()
 	u.mapped = u.throughMapping()
@@ -220,18 +220,18 @@ var (
 	flowInside   = concat(ctOriginalIPSaddr, ctOriginalProtoSrc)
 	flowOutside  = concat(ctReplyIPDaddr, ctReplyProtoDst)
 	flowTarget   = concat(ctOriginalIPDaddr, ctOriginalProtoDst)
-	// flowInside of a flow that kept its port, from its packet: what the packet has is
-	// cheaper to load than what conntrack knows.
+	// flowInside of a flow that kept its port, taken from its packet: a field of the packet
+	// is cheaper to load than one of conntrack.
 	keptInside = concat(ctOriginalIPSaddr, udpSport)
-	// The key of taken, of a packet that leaves, and of a flow; and of one from outside, as
-	// it came.
+	// The key of taken: for a packet that leaves, for a flow, and for a packet from outside
+	// before NAT.
 	packetTuple  = concat(udpSport, ipDaddr, udpDport)
 	flowTuple    = concat(ctReplyProtoDst, ctReplyIPSaddr, ctReplyProtoSrc)
 	inboundTuple = concat(ctOriginalProtoDst, ctOriginalIPSaddr, ctOriginalProtoSrc)
 )
 
-// These put back the source that the packet had when it came and, after NAT, that it has
-// when it leaves.
+// The first two restore the source that the packet had when it arrived. The other two
+// restore the source that it has after NAT.
 var (
 	setInsideSource  = setIPSaddr(ctOriginalIPSaddr)
 	setInsidePort    = setUDPSport(ctOriginalProtoSrc)
@@ -239,18 +239,18 @@ var (
 	setOutsidePort   = setUDPSport(ctReplyProtoDst)
 )
 
-// nobody is a constant key, 0.0.0.0, made of an address.
+// nobody is the constant key 0.0.0.0, computed from an address.
 func nobody(addr operand) operand { return addr.and(be32(0)) }
 
-// apply translates what has a mapping, and moves a newcomer whose port another
-// host has, or the gateway, to the pool. Everything else it leaves to the user's
-// rules. A NAT chain sees the first packet of a flow only.
+// apply translates packets that have a mapping. It moves a newcomer to the pool if another
+// host or the gateway has its port. It leaves all other packets to the user's rules. A NAT
+// chain sees the first packet of a flow only.
 func (m *mapper) apply() {
 	c := m.chain(sourceChain, nftables.ChainTypeNAT, nftables.ChainHookPostrouting, MapPriority)
 	if m.hairpin != nil {
 		m.hairpinSources(c)
 	}
-	var plain exprs // a packet that IPsec takes is no packet of the link
+	var plain exprs // excludes packets that IPsec takes, which do not leave by the link
 	if !m.noIPsec {
 		plain = rtIPsec.missing(1)
 	}
@@ -261,16 +261,16 @@ func (m *mapper) apply() {
 	m.applyByArm(c, plain)
 }
 
-// known adds the rules for a packet whose source has a mapping. With a port that is
-// given the kernel does not look whether the flow is the only one, and drops the packet
-// in the end when it is not.
+// known adds the rules for a packet whose source has a mapping. With a fixed port the
+// kernel does not check whether the flow is unique; it later drops the packet if it is not.
 func (u *uplink) known(c *nftables.Chain) {
 	u.rule(c, "its mapping", isUDP, packetTuple.notIn(u.taken), snatTo(u.kept.of(packetSource), udpSport))
 	u.rule(c, "its mapping has another port", isUDP, setUDPSport(u.ports.of(packetSource)), goTo(u.given))
 	u.rule(c, "", isUDP, packetTuple.in(u.taken), setIPSaddr(u.kept.of(packetSource)), goTo(u.left))
 }
 
-// givesMoved goes on with a packet that has the source port of its mapping.
+// givesMoved returns the chain for a packet that already carries the source port of its
+// mapping.
 func (u *uplink) givesMoved() *nftables.Chain {
 	c := u.regular("given")
 	u.rule(c, "its outside port is taken towards this remote endpoint",
@@ -279,7 +279,7 @@ func (u *uplink) givesMoved() *nftables.Chain {
 	return c
 }
 
-// giveMoved adds rules that put the source of the packet back and translate it to the
+// giveMoved adds rules that restore the source of the packet and translate it to the
 // mapping in moved.
 func (u *uplink) giveMoved(c *nftables.Chain) {
 	u.rule(c, "", isUDP, setInsidePort)
@@ -305,22 +305,22 @@ func (u *uplink) throughMapping() *nftables.Chain {
 	return c
 }
 
-// withAddress adds rules that give a packet of hosts the outside address that the user's
-// rules would give it as its source, where that is known, and go on to next. A host that was
-// not seen yet is taken to get the address that all others get, where there is but one.
+// withAddress adds rules for packets of hosts. They set the source to the outside address
+// that the user's rules would give, if that is known, and go on to next. While there is
+// only one outside address, a host that was not seen yet is assumed to get that one.
 func (u *uplink) withAddress(c *nftables.Chain, hosts exprs, next *nftables.Chain) {
 	u.rule(c, "all have one address", hosts, nobody(ipSaddr).notIn(u.several), setIPSaddr(u.addresses.of(nobody(ipSaddr))), goTo(next))
 	u.rule(c, "its address is known", hosts, setIPSaddr(u.addresses.of(ipSaddr)), goTo(next))
 }
 
-// movedToPool returns the chain that gives a newcomer a port of the pool that nobody has,
-// even or odd as its own (REQ-4). An inside endpoint gets the same ports to try each
-// time: two first packets at once agree, and so does the next flow when the mapping is
-// gone. When all tries fail it is left to the user's rules.
+// movedToPool returns the chain that gives a newcomer a free port of the pool with the
+// parity of its own port (REQ-4). An inside endpoint tries the same ports each time: two
+// simultaneous first packets agree, and so does the next flow after the mapping has ended.
+// When all tries fail, the packet is left to the user's rules.
 func (u *uplink) movedToPool(p *hostPool) *nftables.Chain {
 	c, made := u.regular("pool"+p.suffix), u.regular("made"+p.suffix)
 	u.rule(c, "", setInsideSource)
-	// The port that is tried first depends on all bits of the port and some of the
+	// The first port to try depends on all bits of the source port and some bits of the
 	// address, as a linear hash.
 	for i, x := range mixers {
 		bit := be32(1 << i)
@@ -332,9 +332,9 @@ func (u *uplink) movedToPool(p *hostPool) *nftables.Chain {
 
 	u.rule(tries, "an address that is gone", ipSaddr.in(u.gone), setInsideSource, goTo(u.unmoved))
 	for _, t := range poolTries(p.ports) {
-		// The low bits are the hash still, or the port that was tried before.
+		// The low bits come from the hash, or from the port that was tried before.
 		port := udpSport.bitwise(be16(t.mask), be16(t.xor))
-		var fits exprs // a single port is for those with its parity
+		var fits exprs // a single port fits only sources of its parity
 		if t.mask == 0 {
 			port, fits = constant(be16(t.xor)), udpSport.and(be16(1)).is(be16(t.xor&1))
 		}
@@ -349,7 +349,7 @@ func (u *uplink) movedToPool(p *hostPool) *nftables.Chain {
 	return c
 }
 
-// movedTo gives the inside endpoint of the flow a mapping with another port; put is addTo
+// movedTo gives the inside endpoint of the flow a mapping with another port. put is addTo
 // or updateIn.
 func (u *uplink) movedTo(put func(*set, elem) exprs, addr, port operand) exprs {
 	return join(
@@ -357,7 +357,7 @@ func (u *uplink) movedTo(put func(*set, elem) exprs, addr, port operand) exprs {
 		put(u.ports, elem{key: flowInside, timeout: u.Lifetime, data: &port}))
 }
 
-// owner makes the inside endpoint of the flow the owner of an outside endpoint; put is
+// owner makes the inside endpoint of the flow the owner of an outside endpoint. put is
 // addTo or updateIn.
 func (m *mapper) owner(put func(*set, elem) exprs, ext operand) exprs {
 	const longer = elements.OwnedLonger
@@ -370,8 +370,8 @@ func (m *mapper) owner(put func(*set, elem) exprs, ext operand) exprs {
 	return p
 }
 
-// remember learns mappings, and what is taken, from flows that are translated
-// already and not answered yet.
+// remember learns mappings and elements of taken from flows that are already translated and
+// not yet answered.
 func (m *mapper) remember() {
 	inbound := m.regular("inbound")
 	m.rule(inbound, "its answers take the port", m.takeInbound())
@@ -390,7 +390,7 @@ func (m *mapper) remember() {
 	m.rule(c, "", isUDP, m.outside(oifname, true), m.inZone0, goTo(m.foreign))
 }
 
-// remembers returns the chain that does so for flows from inside that leave by the link.
+// remembers returns the chain that learns from flows from inside that leave by the link.
 func (u *uplink) remembers() *nftables.Chain {
 	moved := u.regular("moved_flow")
 	u.rule(moved, "it was left to the rules of others", isUDP, packetTuple.in(u.taken), setOutsidePort, goTo(u.foreign))
@@ -401,8 +401,8 @@ func (u *uplink) remembers() *nftables.Chain {
 	u.rule(moved, "", isUDP, setOutsidePort, accept)
 
 	c := u.regular("ours")
-	// A flow that was left to the rules of others may get outside the very port from which
-	// its host has a mapping. It is taken for a flow of that until the next reconcile.
+	// A flow that was left to other rules may get the same outside port that its host's
+	// mapping comes from. Until the next reconcile it counts as a flow of that mapping.
 	u.rule(c, "only its own flows refresh a mapping", isUDP, setIPSaddr(u.kept.of(keptInside)),
 		updateIn(u.kept, elem{key: keptInside, timeout: u.Lifetime, data: &ipSaddr}), u.owner(updateIn, packetSource), setOutsideSource, accept)
 	u.rule(c, "its mapping has another port", isUDP, setUDPSport(u.ports.of(flowInside)), goTo(moved))
@@ -429,12 +429,12 @@ func (u *uplink) learnsAddress() *nftables.Chain {
 	return c
 }
 
-// owns returns the chain that makes the flow the owner of its outside endpoint, unless
-// another one is.
+// owns returns the chain that makes the flow the owner of its outside endpoint, unless that
+// has an owner already.
 func (u *uplink) owns() *nftables.Chain {
 	c, moved := u.regular("owner"), u.regular("other_port")
 	own := u.owner(addTo, flowOutside)
-	// A flow that kept its port owns the endpoint with that port now.
+	// A flow that kept its port now owns the endpoint with that port.
 	ownPort := concat(ctReplyIPDaddr, ctOriginalProtoSrc)
 	u.rule(c, "another one owns it", isUDP, flowOutside.in(u.owned), flowTuple.notIn(u.taken), counter(sharedCounter))
 	u.rule(c, "", isUDP, flowOutside.in(u.owned), goTo(u.foreign))
@@ -450,16 +450,16 @@ func (u *uplink) owns() *nftables.Chain {
 	return c
 }
 
-// takenFor is how long what is taken is remembered after its last packet.
+// takenFor is how long an element of taken outlives the last packet of its flow.
 func (m *mapper) takenFor() time.Duration { return max(takenTimeout, m.TakenFor) }
 
-// takeInbound remembers a flow from outside by its first packet, as it came.
+// takeInbound remembers a flow from outside by its first packet before NAT.
 func (m *mapper) takeInbound() exprs {
 	return join(isUDP, updateIn(m.taken, elem{key: inboundTuple, timeout: m.takenFor()}))
 }
 
-// arrivals remembers flows to the gateway itself. Those of a port that it serves
-// are in nobody's way.
+// arrivals remembers flows to the gateway itself, except those to ports that it serves: no
+// mapping uses these ports.
 func (m *mapper) arrivals() {
 	c := m.filter("arrivals", nftables.ChainHookInput, arrivalsPriority)
 	m.rule(c, "", notNew, accept)

@@ -41,7 +41,7 @@ func TestKeepRefusesWhatAnotherMappingHas(t *testing.T) {
 			}
 		}
 	}
-	// The rules take what was put there, port 5000 of host two, and its owner.
+	// The rules use the elements that were added: port 5000 of host two, and its owner.
 	peer := m.peer(lab.PeerA, 1)
 	m.maps(two, m.ext(5000), peer)
 	m.maps(m.host(0, 5001), m.ext(5001), peer) // the outside address is known now
@@ -145,7 +145,7 @@ func TestKeepAndTakeDoNotAllocate(t *testing.T) {
 	}
 }
 
-// A daemon that starts knows mappings from flows, and the kernel has seen none.
+// A daemon that starts knows mappings from flows that the kernel's rules have not seen.
 func TestTeachTellsOnWhichAddressTheirPoolIs(t *testing.T) {
 	for name, tc := range map[string]struct {
 		more  []string // further outside addresses of the link
@@ -183,8 +183,8 @@ func TestTeachTellsOnWhichAddressTheirPoolIs(t *testing.T) {
 	}
 }
 
-// A flow that is older than its mapping may have another outside endpoint. It makes
-// nobody the owner of that.
+// A flow that is older than its mapping may have another outside endpoint. It does not
+// become the owner of that endpoint.
 func TestAnOlderFlowOwnsNothing(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 2}, mapping)
 	one, two, peer := m.host(0, 3074), m.host(1, 3074), m.peer(lab.PeerA, 1)

@@ -23,7 +23,7 @@ func TestAPoolPortIsOddWhereTheOwnPortIs(t *testing.T) {
 	}
 }
 
-// Most of the first tries find a port that is owned.
+// Most of the first tries hit a port that is owned.
 func TestMostOfASmallPoolIsUsed(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 9}, withMapping(func(_ *rules.Desired, c *rules.MappingConfig) {
 		c.Pools = pool(50000, 50031) // 16 of them are even
@@ -43,8 +43,8 @@ func TestMostOfASmallPoolIsUsed(t *testing.T) {
 	}
 }
 
-// One port of the pool is even. Who finds none is where he would be without mappings:
-// no packet is lost, whoever has the port that he asks for.
+// One port of the pool is even. A host that finds no port is treated as without mappings:
+// no packet is lost, whoever has the port.
 func TestAPoolThatIsUsedUpLeavesNewcomersToTheRules(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 4}, withMapping(func(_ *rules.Desired, c *rules.MappingConfig) {
 		c.Pools = pool(50000, 50001)
@@ -68,7 +68,8 @@ func TestAPoolThatIsUsedUpLeavesNewcomersToTheRules(t *testing.T) {
 	}
 }
 
-// So no choice of ports that are tried keeps a host that means harm from taking them.
+// A host can occupy ports of the pool by sending from them. No choice of the ports to try
+// can prevent that.
 func TestAPoolPortBelongsToWhoSendsFromIt(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 3}, withMapping(func(_ *rules.Desired, c *rules.MappingConfig) {
 		c.Pools = pool(50000, 50001)
@@ -94,7 +95,7 @@ func TestAPortThatTheGatewayServesGoesToThePool(t *testing.T) {
 	m.maps(in, ext, peers...)
 }
 
-// In the pool the kernel would not look for another port by itself.
+// For a port of the pool the kernel would not look for another port by itself.
 func TestAnEarlyPacketToAPoolPort(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 2}, mapping)
 	peers := m.peers()
@@ -123,7 +124,8 @@ func TestAPoolPortIsOnTheHostsOwnOutsideAddress(t *testing.T) {
 	m.maps(m.host(0, 3074), m.ext(3074), peers...)
 	m.maps(m.host(1, 4000), ext2(4000), peers...)
 	m.maps(m.host(1, 3074), ext2(3074), peers...) // nobody owns it on that address
-	// Nobody knows yet what host three gets, so its first flow is left to the rules.
+	// The outside address of host three is not known yet, so its first flow is left to the
+	// rules.
 	three := m.host(3, 3074)
 	m.maps(three, ext2(3074), m.peer(lab.PeerB, 9))
 	ext := m.contact(three, peers[1])
@@ -133,9 +135,9 @@ func TestAPoolPortIsOnTheHostsOwnOutsideAddress(t *testing.T) {
 	m.maps(three, ext, peers[2])
 }
 
-// Whatever uses the outside ports, and in whatever order: each packet arrives, an
-// inside endpoint has one outside endpoint, but where something else has it towards
-// that peer, and no two have the same.
+// Whatever uses the outside ports, and in whatever order: each packet arrives. An inside
+// endpoint has one outside endpoint, unless something else uses that towards the peer. No
+// two inside endpoints have the same one.
 func TestNoPacketIsLostWhateverComes(t *testing.T) {
 	for seed := range uint64(4) {
 		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {

@@ -14,7 +14,7 @@ import (
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
-// The gateway's socket would lose its port, or the packet would be dropped.
+// Otherwise the gateway's socket would lose its port, or the packet would be dropped.
 func TestAFlowOfTheGatewayIsInNobodysWay(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 2}, mapping)
 	peers := m.peers()
@@ -31,12 +31,12 @@ func TestAFlowOfTheGatewayIsInNobodysWay(t *testing.T) {
 	if c := count(t, m.tables); c.LeftToRules != 1 {
 		t.Errorf("%+v", c)
 	}
-	// The other way round the kernel gives the gateway another port.
+	// In the other order the kernel gives the gateway another port.
 	m.contact(own, peers[0])
 	m.maps(in, m.ext(3074), peers[0])
 }
 
-// A host of a network without mappings is in the way as well.
+// A host of a network without mappings may also use the port.
 func TestAFlowOfAnotherSubnetIsInNobodysWay(t *testing.T) {
 	m := newMapper(t, lab.Options{Guest: true}, mapping)
 	peers := m.peers()
@@ -54,7 +54,7 @@ func TestAnEarlyPacketIsNoEnd(t *testing.T) {
 	m := newMapper(t, lab.Options{}, mapping)
 	in := m.host(0, 3074)
 	peers := m.peers()
-	// The packet comes first, and nobody guards the gateway.
+	// The packet comes before the flow, and there is no guard.
 	early := func(peer *lab.Socket) {
 		t.Helper()
 		check(t, peer.Send(m.ext(3074), "early"))
@@ -65,20 +65,20 @@ func TestAnEarlyPacketIsNoEnd(t *testing.T) {
 	if ext := m.contact(in, peers[2]); ext == m.ext(3074) {
 		t.Error("the outside port was free")
 	}
-	// It comes to a mapping that stands.
+	// The packet comes to an existing mapping.
 	other := m.peer(netip.MustParseAddr("203.0.113.7"), 9)
 	early(other)
 	if ext := m.contact(in, other); ext == m.ext(3074) {
 		t.Error("the outside port was free")
 	}
-	// The inside host is first: it is the answer.
+	// The inside host sends first, so the packet is its answer.
 	m.maps(in, m.ext(3074), peers[1])
 	if c := count(t, m.tables); c.LeftToRules != 2 {
 		t.Errorf("%+v", c)
 	}
 }
 
-// A child of a permission ends at the inside host, and the mapping goes on.
+// A child of a permission ends at the inside host, and the mapping stays.
 func TestAChildIsInNobodysWay(t *testing.T) {
 	d := withMapping(func(d *rules.Desired, _ *rules.MappingConfig) { d.Map = learning.Map })
 	m := newMapper(t, lab.Options{}, d)
@@ -107,7 +107,7 @@ func TestExemptDestinationsAreTheUsersRules(t *testing.T) {
 	m.holds(mapped(one, m.ext(3074)))
 }
 
-// Each packet would give a mapping but for one thing.
+// Each packet would give a mapping except for one property.
 func TestNothingElseGetsAMapping(t *testing.T) {
 	for _, test := range []struct {
 		name  string
@@ -145,7 +145,7 @@ func TestNothingElseGetsAMapping(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			m := newMapper(t, lab.Options{Guest: true, Rules: test.rules}, mapping)
 			test.send(m)
-			// The rules have seen it: a packet that gives a mapping comes later.
+			// The rules have seen the packet, because a later packet gives a mapping.
 			check(t, m.NFT(`table ip nat2 { chain c { type nat hook postrouting priority srcnat; oifname "wan0" masquerade; }; }`))
 			last := m.host(0, 6000)
 			ext := m.contact(last, m.peer(lab.PeerA, 6000))
@@ -158,7 +158,7 @@ func TestNothingElseGetsAMapping(t *testing.T) {
 	}
 }
 
-// Nor does it get, or refresh, that of the host whose address it has.
+// The spoofer neither gets nor refreshes the mapping of the host whose address it uses.
 func TestASpoofedSourceFromOutsideGetsNoMapping(t *testing.T) {
 	m := newMapper(t, lab.Options{Rules: randomly("fully-random")}, mapping)
 	s := newSpoofer(t, m.Lab)
@@ -181,7 +181,7 @@ func TestASpoofedSourceFromOutsideGetsNoMapping(t *testing.T) {
 	}
 }
 
-// Ports of TCP are others.
+// TCP has its own ports.
 func TestTCPIsTheUsersRules(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 2}, hairpinning)
 	one, two, peer := m.host(0, 3074), m.host(1, 3074), m.peer(lab.PeerA, 3074)
@@ -214,7 +214,7 @@ func TestTCPIsTheUsersRules(t *testing.T) {
 	m.holds(mapped(one, m.ext(3074)), mapped(two, ext))
 }
 
-// An inside host may send from port 0; conntrack takes that for none.
+// An inside host may send from port 0, which conntrack treats as no port.
 func TestPortZeroGetsNoMapping(t *testing.T) {
 	m := newMapper(t, lab.Options{}, mapping)
 	udp(t, m.Inside(0), netip.AddrPortFrom(m.Inside(0).Addr, 0), netip.AddrPortFrom(lab.PeerA, 5060))
@@ -238,7 +238,7 @@ func TestFlowsOfOtherZonesAreLeftToTheRules(t *testing.T) {
 	t.Errorf("%v went by its mapping", in.Addr())
 }
 
-// A packet from outside in another zone takes no port of the default one's.
+// A packet from outside in another zone occupies no port of the default zone.
 func TestArrivalsOfOtherZonesTakeNothing(t *testing.T) {
 	m := newMapper(t, lab.Options{Rules: lab.Masquerade + `
 		table ip zones { chain c { type filter hook prerouting priority -300; iifname "wan0" ct zone set 7; }; }
@@ -253,7 +253,7 @@ func TestArrivalsOfOtherZonesTakeNothing(t *testing.T) {
 	}
 }
 
-// The user forwards a port that a mapping has, and the peer comes in by that.
+// The user forwards a port that a mapping has, and the peer uses that forward.
 func TestAForwardOfTheUsersIsInNobodysWay(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 2}, mapping)
 	one, two, peers := m.host(0, 4000), m.host(1, 9), m.peers()
@@ -267,7 +267,7 @@ func TestAForwardOfTheUsersIsInNobodysWay(t *testing.T) {
 	m.maps(one, m.ext(4000), peers[0])
 }
 
-// The second host's flow cannot have its mapping, and gets the first one's port.
+// The second host's flow cannot use its mapping, and gets the port of the first host.
 func TestAFlowLeftToTheRulesIsInNobodysWay(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 2}, mapping)
 	one, two, peers := m.host(0, 3074), m.host(1, 3074), m.peers()

@@ -28,7 +28,7 @@ func TestTwoHostsOnOneSourcePortHaveOneOutsidePortEach(t *testing.T) {
 	if c := count(t, m.tables); c.Moved != 1 || c.LeftToRules != 0 {
 		t.Errorf("%+v", c)
 	}
-	// All have the first one's, as long as no other one is seen.
+	// All hosts have the first host's address until another one is seen.
 	if list := m.listSet("map", "addresses_wan0"); !strings.Contains(list, "0.0.0.0 : 198.51.100.1") || strings.Contains(list, "10.47.11.1") {
 		t.Error(list)
 	}
@@ -56,8 +56,8 @@ func TestTenHostsOnOneSourcePort(t *testing.T) {
 	}
 }
 
-// With conntrack alone the second host would get port 3074, and the first one's
-// next flow might get any other.
+// With conntrack alone the second host would get port 3074, and the next flow of the first
+// host might get any other port.
 func TestAMappingOutlivesItsFlows(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 2, Rules: randomly("random")}, mapping)
 	peers := m.peers()
@@ -95,8 +95,8 @@ func TestRandomPortsStayTheSame(t *testing.T) {
 	}
 }
 
-// Both hosts share the port as they did before there were mappings. The flows are
-// not answered yet, so the rules meet them.
+// Both hosts share the port as before there were mappings. The flows are not answered yet,
+// so their packets reach the rules.
 func TestASecondHostNeitherTakesOverNorRefreshesAMapping(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 2}, guard)
 	peers := m.peers()
@@ -119,7 +119,7 @@ func TestASecondHostNeitherTakesOverNorRefreshesAMapping(t *testing.T) {
 	if after := m.mappings()[p]; after > before {
 		t.Errorf("%v left, and %v after the second host sent", before, after)
 	}
-	// That flow has the port towards peers[1]: the first host must not be lost.
+	// That flow uses the port towards peers[1]: the first host's packets must not be lost.
 	if ext := m.contact(one, peers[1]); ext == m.ext(3074) {
 		t.Error("two flows have one outside port towards one peer")
 	}
@@ -152,7 +152,7 @@ func TestOnlyOwnFlowsRefreshAMapping(t *testing.T) {
 	}
 }
 
-// What host two sends takes the second uplink, or does not.
+// Packets of host two use the second uplink, or do not.
 func TestTwoOutsideLinksDoNotMixAddresses(t *testing.T) {
 	d := withMapping(func(d *rules.Desired, _ *rules.MappingConfig) { d.OutsideLinks = []string{"wan0", "wan1"} })
 	m := newMapper(t, lab.Options{Inside: 2, Rules: `table ip nat { chain postrouting {
@@ -231,7 +231,7 @@ func TestSetOfMappingsChangesNothingTheSecondTime(t *testing.T) {
 	set(t, m.tables, hairpinning)
 	m.holds(p)
 	m.maps(in, m.ext(3074), m.peer(lab.PeerB, 1))
-	// Beside the map of permissions, and without.
+	// With the map of permissions, and without it.
 	both := learning
 	both.Mapping = mapping.Mapping
 	set(t, m.tables, both)
@@ -242,7 +242,7 @@ func TestSetOfMappingsChangesNothingTheSecondTime(t *testing.T) {
 	m.holds()
 }
 
-// Any nft lists the rules, and loads what it listed; e2e tries other versions.
+// Any version of nft lists the rules and loads its own listing; e2e tries other versions.
 func TestNFTListsMappings(t *testing.T) {
 	several := withMapping(func(d *rules.Desired, c *rules.MappingConfig) {
 		d.OutsideLinks = []string{"wan0", "wan-1.7", "p p@:%"}
@@ -280,7 +280,7 @@ func TestNFTListsMappings(t *testing.T) {
 		if strings.Contains(list, "hook prerouting") && !strings.Contains(list, "priority 2147483647;") {
 			t.Error("the user's forwards do not come before hairpinning")
 		}
-		// An owned table would end with nft.
+		// nft would own the table, which would end with nft.
 		file, list := t.TempDir()+"/list", ownerFlags.ReplaceAllString(list, "")
 		check(t, os.WriteFile(file, []byte(list), 0o600))
 		if out, err := m.Outside.Output("nft", "-f", file); err != nil {
@@ -296,7 +296,7 @@ func TestNFTListsMappings(t *testing.T) {
 
 var ownerFlags = regexp.MustCompile(`\tflags owner.*\n`)
 
-// lacking returns the lines of list that are not in copied, but for elements.
+// lacking returns the lines of list that copied lacks, except for elements.
 func lacking(list, copied string) (lacks []string) {
 	for line := range strings.Lines(list) {
 		if !strings.Contains(copied, line) && !strings.Contains(line, " expires ") && !strings.HasPrefix(line, "table") &&
@@ -307,7 +307,7 @@ func lacking(list, copied string) (lacks []string) {
 	return lacks
 }
 
-// The user leads what his hosts send elsewhere. That is no hairpin.
+// The user redirects flows of inside hosts. That is not a hairpin.
 func TestARedirectedFlowHasItsMapping(t *testing.T) {
 	m := newMapper(t, lab.Options{Inside: 2, Rules: lab.Masquerade + `table ip f { chain c {
 		type nat hook prerouting priority dstnat; iifname "lan0" udp dport 9999 dnat to 203.0.113.6:3074; }; }`}, hairpinning)

@@ -15,14 +15,13 @@ import (
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
-// marksSize bounds the connmarks of permissions. It does not follow the size of the map
-// of permissions, so that this map never has to be made again.
+// marksSize limits the connmarks of permissions. It does not depend on the size of the map
+// of permissions, so the map of marks never has to be recreated.
 const marksSize = 1 << 20
 
-// makeMarks makes the map of connmarks where want needs one, in a transaction of its
-// own: nft lists its values in the byte order that the user data of the map tell, and
-// the library does not write that. It reports whether it changed the table. The writer
-// must be locked.
+// makeMarks makes the map of connmarks if want needs one, in a separate transaction: nft
+// lists the map's values in the byte order given in the map's user data, which the library
+// does not write. It reports whether it changed the table. The writer must be locked.
 func (t *Tables) makeMarks(have *state, want *layout) (changed bool, err error) {
 	if want == nil {
 		return false, nil

@@ -11,8 +11,8 @@ import (
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
-// Policy routing by connmarks sends the answers of a child out by the link that
-// it came in by.
+// Policy routing by connmarks sends the answers of a child out by the link by which it came
+// in.
 func TestChildrenInheritTheConnmark(t *testing.T) {
 	const marks = `table ip marks { chain c { type filter hook prerouting priority mangle; iifname "lan0" ct mark set 42; }; }`
 	for name, d := range map[string]rules.Desired{"learned": learning, "granted": granting} {
@@ -45,7 +45,8 @@ func TestPermissionWithoutMarkLeavesTheMarkOfTheChild(t *testing.T) {
 	}
 }
 
-// A mark follows its permission: granted, changed, renewed, put back and revoked.
+// A mark follows its permission: when it is granted, changed, renewed, restored and
+// revoked.
 func TestMarksStandAndGoWithTheirPermissions(t *testing.T) {
 	g := newGate(t, lab.Options{}, granting)
 	p := permission(netip.MustParseAddrPort("198.51.100.1:5060"), netip.MustParseAddrPort("10.47.11.109:5060"), lab.PeerA)

@@ -12,8 +12,8 @@ import (
 )
 
 // Names returns the names of conenatd's tables in the network namespace behind the
-// descriptor netns, or in the current one when it is 0, whatever daemon made them. The
-// error is an *UnsupportedError where there is no nftables.
+// descriptor netns (0 for the current one), whichever daemon made them. The error is an
+// *UnsupportedError if the kernel has no nftables.
 func Names(netns int) ([]string, error) {
 	c, err := nfnl.Dial(netns)
 	if err != nil {
@@ -47,8 +47,8 @@ func names(c *nfnl.Conn) (names []string, err error) {
 	return slices.Compact(names), nil
 }
 
-// ownTable returns the table of a chain in a dump, and whether that chain says that the
-// table is ours.
+// ownTable returns the table of a chain in a dump, and whether the chain is our marker
+// chain.
 func ownTable(body []byte) (table string, ours bool) {
 	if len(body) < nfnl.FamilyHeaderLen {
 		return "", false

@@ -14,7 +14,7 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl/nfnltest"
 )
 
-// chainOf is what the kernel says of a chain.
+// chainOf is the kernel's message about a chain.
 func chainOf(table, name string) []byte {
 	var e nfnl.Encoder
 	e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_NEWCHAIN, 0, 0, unix.NFPROTO_INET)
@@ -24,7 +24,7 @@ func chainOf(table, name string) []byte {
 	return e.B[unix.NLMSG_HDRLEN:]
 }
 
-// Fails when an interrupted dump, which leaves out a table, is taken for a whole one.
+// Fails when an interrupted dump, which lacks a table, is taken for a complete one.
 func TestNamesAreReadUntilTheDumpIsWhole(t *testing.T) {
 	for name, tt := range map[string]struct {
 		interruptions int

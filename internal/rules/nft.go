@@ -15,35 +15,35 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// Rules are put together from what is in this file, which has nft's own words: an operand
-// is an expression that has a value, such as "ip saddr . udp sport"; its methods compare
-// it, or look it up in a set; functions make statements, such as "snat to".
+// Rules are built from the parts in this file, which use nft's words. An operand is an
+// expression with a value, such as "ip saddr . udp sport". Its methods compare it or look
+// it up in a set. Functions make statements, such as "snat to".
 //
-// Each rule loads its registers itself, as nft would: the kernel refuses rules that rely
-// on another one, and nft lists only what it could have written. A rule that names a port
-// must test for UDP first, or nft does not know what that is; and what it loads of the
-// packet must come before what it loads of the flow.
+// Each rule loads its registers itself, as nft would: the kernel refuses rules that rely on
+// the registers of another rule, and nft correctly lists only what it could have written. A
+// rule that names a port must test for UDP first, or nft does not know what the port is. A
+// rule must load fields of the packet before fields of the flow.
 //
-// nft cannot test for a value that it found in a map. Such a value is put into the source
-// of the packet, where a test finds it, and the source is put back in the same chain. That
-// leaves the checksums alone, for nobody else sees the packet meanwhile.
+// nft cannot test a value that it found in a map. Such a value is written into the source
+// of the packet, where a test finds it, and the source is restored in the same chain.
+// Checksums stay as they are, because nobody else sees the packet meanwhile.
 
-// exprs are a part of a rule: a test that the packet must pass, or an action.
+// exprs are a part of a rule: a test that the packet must match, or an action.
 type exprs = []expr.Any
 
-// An operand loads a value into the registers, from a word of 4 bytes on.
+// An operand loads a value into the registers, starting at a word of 4 bytes.
 type operand struct {
 	load  func(word uint32) exprs
-	words uint32 // that it fills
+	words uint32 // how many words the value fills
 }
 
-// dataWord is where nft puts the value that belongs to a key at word 0: that of an element
-// of a map, or the port behind an address.
+// dataWord is where nft puts the value that belongs to the key at word 0: the data of a map
+// element, or the port of an address.
 const dataWord = 4
 
 func register(word uint32) uint32 { return unix.NFT_REG32_00 + word }
 
-// one is an operand of one expression, which make returns for a register.
+// one is an operand of a single expression. make returns that expression for a register.
 func one(words uint32, make func(register uint32) expr.Any) operand {
 	return operand{func(w uint32) exprs { return exprs{make(register(w))} }, words}
 }
@@ -91,23 +91,24 @@ const (
 	nameWords                    = unix.IFNAMSIZ / 4
 )
 
-// What nft has a word for. Ports are "udp sport" to nft where the rule has tested for UDP,
-// else "th sport".
+// The words of nft. nft writes a port as "udp sport" if the rule has tested for UDP,
+// otherwise as "th sport".
 var (
 	metaL4proto  = meta(expr.MetaKeyL4PROTO, 1)
 	metaNfproto  = meta(expr.MetaKeyNFPROTO, 1)
 	metaMark     = meta(expr.MetaKeyMARK, 1)
-	metaIPsec    = meta(metaKeySecPath, 1) // IPsec took the packet in
+	metaIPsec    = meta(metaKeySecPath, 1) // the packet came through IPsec
 	iifname      = meta(expr.MetaKeyIIFNAME, nameWords)
 	oifname      = meta(expr.MetaKeyOIFNAME, nameWords)
-	metaSdifname = meta(metaKeySDIFName, nameWords) // the link by which a packet came, where iifname is its VRF; else ""
+	metaSdifname = meta(metaKeySDIFName, nameWords) // the packet's link if iifname is its VRF; else ""
 
-	rtIPsec = one(1, func(r uint32) expr.Any { return &expr.Rt{Register: r, Key: rtKeyXFRM} }) // IPsec takes the packet
-	// A socket waits for the packet, whatever its address.
+	rtIPsec = one(1, func(r uint32) expr.Any { return &expr.Rt{Register: r, Key: rtKeyXFRM} }) // IPsec will take the packet
+	// The gateway has a socket for the packet, on any address.
 	socketWildcard = one(1, func(r uint32) expr.Any { return &expr.Socket{Key: expr.SocketKeyWildcard, Register: r} })
 
-	// The link that leads to the source of a packet; whether that is the link by which it
-	// came; and whose destination and source are.
+	// In this order: the link that leads to the packet's source; whether that is the link
+	// by which the packet came, with and without its mark; the address types of its
+	// destination and of its source.
 	fibSaddrMarkOifname = fib(expr.Fib{FlagSADDR: true, FlagMARK: true, ResultOIFNAME: true}, nameWords)
 	fibSaddrMarkIifOif  = fib(expr.Fib{FlagSADDR: true, FlagMARK: true, FlagIIF: true, ResultOIF: true, FlagPRESENT: true}, 1)
 	fibSaddrIifOif      = fib(expr.Fib{FlagSADDR: true, FlagIIF: true, ResultOIF: true, FlagPRESENT: true}, 1)
@@ -123,11 +124,11 @@ var (
 
 	ctState  = ct(expr.CtKeySTATE, 1)
 	ctStatus = ct(expr.CtKeySTATUS, 1)
-	ctZone   = ct(expr.CtKeyZONE, 1) // whatever its direction: the library cannot ask for one
+	ctZone   = ct(expr.CtKeyZONE, 1) // without a direction: the library cannot ask for one
 	ctMark   = ct(expr.CtKeyMARK, 1)
-	ctHelper = ct(expr.CtKeyHELPER, helperNameLen/4) // of the master
+	ctHelper = ct(expr.CtKeyHELPER, helperNameLen/4) // the helper of the master flow
 
-	// A flow as its first packet came, and as its answers come.
+	// A flow's original direction, and its reply direction.
 	ctOriginalIPSaddr  = ctOriginal(expr.CtKeySRCIP, 1)
 	ctOriginalIPDaddr  = ctOriginal(expr.CtKeyDSTIP, 1)
 	ctOriginalIP6Saddr = ctOriginal(expr.CtKeySRCIP6, net.IPv6len/4)
@@ -169,13 +170,13 @@ func (o operand) bitwise(mask, xor []byte) operand {
 // or is "o | bits", of a mark.
 func (o operand) or(bits uint32) operand { return o.bitwise(host32(^bits), host32(bits)) }
 
-// of is "key map @s", the value that the map has for the key. Where it has none, the
-// packet does not pass.
+// of is "key map @s", the value of the key in the map. A rule does not match if the map
+// lacks the key.
 func (s *set) of(key operand) operand {
 	return operand{func(w uint32) exprs { return join(key.load(w), s.find(w, w)) }, 1}
 }
 
-// find puts the value that the map has for the key at a word to another word.
+// find looks up the key at one word and stores its value at another.
 func (s *set) find(key, value uint32) exprs {
 	return exprs{&expr.Lookup{SourceRegister: register(key), SetName: s.Name, DestRegister: register(value), IsDestRegSet: true}}
 }
@@ -195,7 +196,7 @@ func (o operand) lookup(s *set, not bool) exprs {
 	return append(o.load(0), &expr.Lookup{SourceRegister: register(0), SetName: s.Name, Invert: not})
 }
 
-// missing is the test "o missing", of an operand of a size.
+// missing is the test "o missing", for an operand of size bytes.
 func (o operand) missing(size int) exprs { return o.is(make([]byte, size)) }
 
 // Bits of conntrack's status, from linux/netfilter/nf_conntrack_common.h.
@@ -223,7 +224,7 @@ var (
 	zoneIs0    = ctZone.is(host16(0))
 	zoneIsNot0 = ctZone.isNot(host16(0))
 	hasSocket  = socketWildcard.atMost([]byte{1})
-	// There is no way back to the source by the link that the packet came by.
+	// The link by which the packet came is not the way back to its source.
 	noWayBack         = fibSaddrMarkIifOif.missing(4)
 	noWayBackUnmarked = fibSaddrIifOif.missing(4)
 	forwarded         = fibDaddrType.isNot(host32(unix.RTN_LOCAL))
@@ -273,22 +274,23 @@ func setMetaMark(value operand) exprs {
 	return append(value.load(0), &expr.Meta{Key: expr.MetaKeyMARK, Register: register(0), SourceRegister: true})
 }
 
-// constant is a value that the rule has itself.
+// constant is an immediate value in the rule.
 func constant(b []byte) operand {
 	return one(uint32(len(b)+3)/4, func(r uint32) expr.Any { return &expr.Immediate{Register: r, Data: b} })
 }
 
-// An elem is what statements about sets name: "{ key timeout t limit rate … : data }".
+// An elem is the element of a set statement: "{ key timeout t limit rate … : data }".
 type elem struct {
 	key     operand
-	timeout time.Duration // that of the set where it is 0
-	limit   expr.Any      // of its own; nil for none
-	data    *operand      // of a map
+	timeout time.Duration // 0 means the set's timeout
+	limit   expr.Any      // of the element; nil for none
+	data    *operand      // for a map
 }
 
-// addTo is "add @s { … }": an element that is there stays as it is. updateIn refreshes
-// it, but not its data. deleteFrom is "delete"; the kernel wants data of a map all the
-// same. The packet does not pass where the set is full, nor where a limit says so.
+// addTo is "add @s { … }": an existing element stays as it is. updateIn refreshes an
+// existing element, but not its data. deleteFrom is "delete"; for a map the kernel requires
+// data even then. The rule does not match if the set is full, or if the element's limit
+// refuses.
 func addTo(s *set, e elem) exprs      { return e.in(s, unix.NFT_DYNSET_OP_ADD) }
 func updateIn(s *set, e elem) exprs   { return e.in(s, unix.NFT_DYNSET_OP_UPDATE) }
 func deleteFrom(s *set, e elem) exprs { return e.in(s, dynsetDelete) }
@@ -308,7 +310,7 @@ func (e elem) in(s *set, operation uint32) exprs {
 	return append(all, d)
 }
 
-// limitRate is "limit rate n/unit burst n packets", with over "limit rate over".
+// limitRate is "limit rate n/unit burst n packets", or "limit rate over" if over is set.
 func limitRate(over bool, rate int, unit expr.LimitTime, burst int) expr.Any {
 	return &expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(rate), Over: over, Unit: unit, Burst: uint32(burst)}
 }
@@ -318,8 +320,8 @@ func ctCountOver(n int) expr.Any {
 	return &expr.Connlimit{Count: uint32(n), Flags: expr.NFT_CONNLIMIT_F_INV}
 }
 
-// snatTo is "snat to addr:port", and dnatTo the same for destinations; snatToAddr is
-// without a port, and snatToRange with ports of a range.
+// snatTo is "snat to addr:port", dnatTo the same for destinations. snatToAddr has no port,
+// snatToRange a range of ports.
 func snatTo(addr, port operand) exprs {
 	return join(addr.load(0), port.load(dataWord), nat(expr.NATTypeSourceNAT, 0, dataWord))
 }
@@ -340,7 +342,7 @@ func snatToRange(addr operand, r PortRange) exprs {
 	}})
 }
 
-// nat translates to the address and the port at two words.
+// nat translates to the address and the port in two words.
 func nat(typ expr.NATType, addr, port uint32) exprs {
 	return exprs{&expr.NAT{Type: typ, Family: unix.NFPROTO_IPV4, RegAddrMin: register(addr), RegProtoMin: register(port)}}
 }
@@ -352,10 +354,10 @@ func host32(n uint32) []byte { return binary.NativeEndian.AppendUint32(nil, n) }
 
 const helperNameLen = 16 // NF_CT_HELPER_NAME_LEN
 
-// helperName is the name of a conntrack helper, as nft compares it.
+// helperName is the name of a conntrack helper in the form that nft compares.
 func helperName(name string) []byte {
 	return append([]byte(name), make([]byte, helperNameLen-len(name))...)
 }
 
-// setLabel tells whoever sees the flow later that we admitted it.
+// setLabel marks the flow as admitted by us.
 var setLabel = setCt(expr.CtKeyLABELS, constant(nfnl.ChildLabel[:]))

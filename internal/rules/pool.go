@@ -8,25 +8,26 @@ import (
 	"slices"
 )
 
-// mixers are what each of the lowest bits of an inside address changes in the port that
-// it is given first. They are even: an odd port stays odd.
+// Each of the lowest bits of an inside address, if set, changes the first port to try by
+// its mixer. Mixers are even, so an odd port stays odd.
 var mixers = [...]uint16{0x0d3a, 0x0b56, 0x0e9c, 0x07e2, 0x1a64, 0x0c8e, 0x13d8, 0x0f12, 0x09b4, 0x1466}
 
-// poolSteps are how many ports of the pool are looked at for a newcomer: with half of
-// the pool owned one in 256 finds none. Of a pool that is many small blocks (MAP-E) there is
-// one in each of the largest, up to mostSteps.
+// poolSteps is how many ports of the pool are tried for a newcomer: with half of the pool
+// in use, one newcomer in 256 finds no port. For a pool of many small blocks (MAP-E) one
+// port of each of the largest blocks is tried, up to mostSteps.
 const poolSteps, mostSteps = 8, 64
 
-// A poolTry makes a port of the pool from a hash, or from the port that was tried
-// before: it takes the bits of mask from that, and changes those of xor. Without mask it is
-// for newcomers with the parity of xor alone.
+// A poolTry makes a port of the pool from a hash, or from the port that was tried before:
+// it keeps the bits of mask and flips those of xor. With mask 0 it makes the single port
+// xor, for newcomers with the parity of xor only.
 type poolTry struct{ mask, xor uint16 }
 
-// A block is a part of the pool that begins at a multiple of its size, a power of two.
+// A block is a part of the pool. Its size is a power of two, and it begins at a multiple of
+// it.
 type block struct{ first, size, tries int }
 
-// poolTries returns what is tried, in order. The blocks of the pool have a share in it
-// as large as they are.
+// poolTries returns the ports to try, in order. Each block gets tries in proportion to its
+// size.
 func poolTries(pool []PortRange) (all []poolTry) {
 	blocks := blocksOf(pool)
 	size := 0
@@ -38,7 +39,7 @@ func poolTries(pool []PortRange) (all []poolTry) {
 		var best *block
 		for i := range blocks {
 			b := &blocks[i]
-			// There is one port of a parity in two.
+			// Half of the ports of a block have the parity that a newcomer needs.
 			if b.tries < max(1, b.size/2) && (best == nil || b.size*(best.tries+1) > best.size*(b.tries+1)) {
 				best = b
 			}
@@ -47,11 +48,11 @@ func poolTries(pool []PortRange) (all []poolTry) {
 			best.tries++
 		}
 	}
-	slices.SortStableFunc(blocks, func(a, b block) int { return cmp.Compare(b.size, a.size) }) // what has many bits comes first
+	slices.SortStableFunc(blocks, func(a, b block) int { return cmp.Compare(b.size, a.size) }) // the largest keep most bits of the hash
 	for _, b := range blocks {
 		last := 0
 		for i := range b.tries {
-			const step = 2 * 723 // times an odd number, so that no two are the same
+			const step = 2 * 723 // twice an odd number, so no two tries are the same
 			at := i * step & (b.size - 1)
 			all = append(all, poolTry{uint16(b.size - 1), uint16(b.first | (at ^ last))})
 			last = at
@@ -60,7 +61,7 @@ func poolTries(pool []PortRange) (all []poolTry) {
 	return all
 }
 
-// blocksOf takes the pool apart.
+// blocksOf splits the pool into blocks.
 func blocksOf(pool []PortRange) (blocks []block) {
 	for _, r := range pool {
 		for first, end := int(r.First), int(r.Last)+1; first < end; {

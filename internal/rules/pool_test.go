@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// Whatever comes first, each try gives a port of the pool with the same parity, and none
-// the same as another one.
+// Whatever the starting port, each try gives a port of the pool with the same parity, and
+// no two tries give the same port.
 func TestTriesAreInThePool(t *testing.T) {
 	for _, pool := range [][]PortRange{
 		{{61000, 65535}},

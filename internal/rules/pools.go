@@ -12,10 +12,10 @@ import (
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
-// A hostPool is a Pool, as rules ask for its hosts.
+// A hostPool is a Pool, with what rules need to match its hosts.
 type hostPool struct {
 	ports   []PortRange
-	subnets *prefixes // nil if all hosts with mappings have it
+	subnets *prefixes // nil if the pool is for all hosts with mappings
 	suffix  string    // of the names of its chains
 }
 
@@ -36,7 +36,8 @@ func (m *mapper) makePools() {
 	}
 }
 
-// hosts matches if an address is that of a host of the pool, where others have mappings.
+// hosts matches the addresses of hosts of the pool. It is empty if the pool is for all
+// hosts with mappings.
 func (p *hostPool) hosts(addr operand) exprs {
 	if p.subnets == nil {
 		return nil
@@ -44,12 +45,12 @@ func (p *hostPool) hosts(addr operand) exprs {
 	return p.subnets.has(addr)
 }
 
-// A chosen has the hosts for which rules of the user's choose ports on a link.
+// A chosen has the hosts for which the user's rules choose the ports on a link.
 type chosen struct {
-	hosts *prefixes // nil if they are all with mappings
+	hosts *prefixes // nil for all hosts with mappings
 }
 
-// chosenBy returns nil if there are none.
+// chosenBy returns nil if there are no such hosts.
 func (m *mapper) chosenBy(link string) *chosen {
 	all := m.Choosers[link]
 	switch {
@@ -61,8 +62,8 @@ func (m *mapper) chosenBy(link string) *chosen {
 	return &chosen{m.prefixes("chosen_"+elements.Identifier(link), all)}
 }
 
-// leaves adds a rule that ends what is done for these hosts, if there are any. It reports
-// whether they are all.
+// leaves adds a rule that leaves these hosts to the user's rules with the statement end, if
+// there are such hosts. It reports whether they are all hosts with mappings.
 func (c *chosen) leaves(u *uplink, in *nftables.Chain, addr operand, end exprs) (all bool) {
 	if c == nil {
 		return false

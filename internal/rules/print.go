@@ -17,8 +17,8 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// Text returns the tables of a name that do what d wants, on a kernel that has every
-// Feature, as a file that nft loads. It asks no kernel.
+// Text returns the tables with that name which do what d wants, as a file that nft loads.
+// It assumes a kernel with every Feature, and asks none.
 func Text(name string, d Desired) (string, error) {
 	ls, err := newLayouts(name, d)
 	if err != nil {
@@ -32,8 +32,9 @@ func Text(name string, d Desired) (string, error) {
 }
 
 // String returns the table in the syntax of nft, as "nft --stateless list table" shows it,
-// but for two things: the flags owner and persist, which only a program that lives can
-// have, and tests for a protocol that nft leaves out where what follows implies them.
+// except for two things: it omits the flags owner and persist, which only a running program
+// can set, and it keeps protocol tests that nft omits where the rest of the rule implies
+// them.
 func (l *layout) String() string {
 	var parts []string
 	for _, name := range l.counters {
@@ -68,7 +69,7 @@ var hookNames = map[nftables.ChainHook]string{
 	*nftables.ChainHookForward: "forward", *nftables.ChainHookPostrouting: "postrouting",
 }
 
-// priorityText names a priority as nft does: by a standard one that is near.
+// priorityText names a priority as nft does: relative to a standard priority close by.
 func priorityText(p nftables.ChainPriority) string {
 	for name, base := range map[string]nftables.ChainPriority{"raw": rawPriority, "filter": 0} {
 		switch near := p - base; {
@@ -83,7 +84,7 @@ func priorityText(p nftables.ChainPriority) string {
 	return fmt.Sprint(p)
 }
 
-// String returns the set in the syntax of nft, with the elements that are ours to write.
+// String returns the set in the syntax of nft, with the elements that this package writes.
 func (s *set) String() string {
 	var b strings.Builder
 	kind, of := "set", s.KeyType.Name
@@ -134,7 +135,7 @@ func (s *set) elementTexts() (all []string) {
 	return all
 }
 
-// oneBefore returns the key before b, which is not 0.
+// oneBefore returns the key before b. b must not be all zeros.
 func oneBefore(b []byte) []byte {
 	b = bytes.Clone(b)
 	for i := len(b) - 1; i >= 0; i-- {
@@ -145,8 +146,8 @@ func oneBefore(b []byte) []byte {
 	return b
 }
 
-// rangeText names the constants from first to last, those of addresses by a prefix where
-// that has the same.
+// rangeText names the range from first to last. A range of addresses is named by a prefix
+// if one covers exactly that range.
 func rangeText(text func([]byte) string, first, last []byte) string {
 	from, ok := netip.AddrFromSlice(first)
 	for bits := 0; ok && bits < 8*len(first); bits++ {
@@ -165,7 +166,7 @@ func netipAddr(b []byte) netip.Addr {
 	return a
 }
 
-// timeText is a time as nft writes it: 1h30s.
+// timeText is a duration as nft writes it: 1h30s.
 func timeText(d time.Duration) string {
 	var b strings.Builder
 	for _, unit := range []struct {
@@ -180,7 +181,7 @@ func timeText(d time.Duration) string {
 	return b.String()
 }
 
-// constants write values of the types of nft.
+// constants format values of nft's types.
 var constants = map[string]func([]byte) string{
 	"ipv4_addr":    addrText,
 	"ipv6_addr":    addrText,
@@ -225,7 +226,7 @@ func named(n uint32, names map[uint32]string) string {
 	return fmt.Sprint(n)
 }
 
-// bitNames are the names of the bits of n, from the lowest on.
+// bitNames are the names of the set bits of n, from the lowest on.
 func bitNames(n uint32, names []string) string {
 	var set []string
 	for i := range 32 {

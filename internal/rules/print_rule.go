@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ruleText returns a rule in the syntax of nft, read from its expressions: what the
-// kernel gets is what is shown.
+// ruleText returns a rule in the syntax of nft. It reads the rule's expressions, so it
+// shows what the kernel gets.
 func (l *layout) ruleText(r *nftables.Rule) string {
 	p := rulePrinter{layout: l}
 	if l.table.Family == nftables.TableFamilyIPv4 {
@@ -31,28 +31,28 @@ func (l *layout) ruleText(r *nftables.Rule) string {
 	return strings.Join(p.words, " ")
 }
 
-// A rulePrinter follows what the registers of a rule hold.
+// A rulePrinter tracks what the registers hold while it prints a rule.
 type rulePrinter struct {
 	*layout
 	words              []string
-	registers          [16]held // of 4 bytes
-	network, transport string   // protocols that the rule has tested for
+	registers          [16]held // each of 4 bytes
+	network, transport string   // the protocols that the rule has tested for
 }
 
-// held is what a register holds.
+// held is the content of a register.
 type held struct {
 	text      string // as nft writes it; "" for a constant
-	typ       string // of constants
+	typ       string // the type, for constants
 	data      []byte // the constant
-	mask, xor []byte // what became of it; nil for nothing
-	bits      int    // of an address, if it holds no whole one
+	mask, xor []byte // the operations on it; nil for none
+	bits      int    // how many bits of an address it holds, if not all
 }
 
 func (p *rulePrinter) add(format string, args ...any) {
 	p.words = append(p.words, fmt.Sprintf(format, args...))
 }
 
-// registerWord returns the number of the word of 4 bytes where a register begins.
+// registerWord returns the index of the word of 4 bytes at which a register begins.
 func registerWord(register uint32) uint32 {
 	if register < unix.NFT_REG32_00 {
 		return 4 * (register - unix.NFT_REG_1)
@@ -164,8 +164,7 @@ func fibWords(e *expr.Fib) held {
 	return held{text: text + " oif", typ: "boolean"}
 }
 
-// headerFields are the fields of the headers of packets that rules use, by protocol and
-// offset.
+// headerFields are the packet header fields that rules use, by protocol and offset.
 var headerFields = map[string]map[uint32]held{
 	"ip":  {12: {text: "ip saddr", typ: "ipv4_addr"}, 16: {text: "ip daddr", typ: "ipv4_addr"}},
 	"ip6": {8: {text: "ip6 saddr", typ: "ipv6_addr"}, 24: {text: "ip6 daddr", typ: "ipv6_addr"}},
@@ -177,7 +176,7 @@ func (p *rulePrinter) payload(e *expr.Payload) {
 	protocol, raw := p.network, "nh"
 	if e.Base == expr.PayloadBaseTransportHeader {
 		if protocol, raw = p.transport, "th"; protocol == "" {
-			protocol = "th" // whatever it is
+			protocol = "th" // any transport protocol
 		}
 	}
 	o, known := headerFields[protocol][e.Offset]
@@ -196,12 +195,12 @@ func (p *rulePrinter) payload(e *expr.Payload) {
 
 var addressSizes = map[string]uint32{"ipv4_addr": net.IPv4len, "ipv6_addr": net.IPv6len}
 
-// as returns what nft writes for a value of a type.
+// as returns the value as nft writes it for that type.
 func (o held) as(typ string) string {
 	if o.text == "" {
 		return constants[typ](o.data)
 	}
-	// mask and xor are what is left of "& m ^ x | o".
+	// Convert mask and xor back to the form "& m ^ x | o".
 	m, x, or := bytes.Clone(o.mask), bytes.Clone(o.xor), make([]byte, len(o.mask))
 	for i := range m {
 		or[i] = x[i] &^ m[i]
@@ -241,7 +240,7 @@ func (p *rulePrinter) compare(o held, e *expr.Cmp) {
 		p.add("%s ! %s", o.text, constants[o.typ](o.mask))
 	case o.typ == "ct_status" && isZero(value):
 		p.add("%s %s", o.text, constants[o.typ](o.mask))
-	// Of one bit, nft writes "& dnat == dnat".
+	// nft writes a test of a single bit as "& dnat == dnat".
 	case o.typ == "ct_status" && (!bytes.Equal(value, o.mask) || strings.Contains(constants[o.typ](value), ",")):
 		p.add("%s %s%s / %s", o.text, operators[e.Op], constants[o.typ](value), constants[o.typ](o.mask))
 	default:
@@ -253,7 +252,7 @@ func (p *rulePrinter) compare(o held, e *expr.Cmp) {
 		op := map[expr.CmpOp]string{expr.CmpOpEq: "==", expr.CmpOpNeq: "!="}[e.Op]
 		p.add("%s %s %s", o.as(o.typ), op, constants[o.typ](value))
 	}
-	if e.Op == expr.CmpOpEq { // what follows is read by the protocol
+	if e.Op == expr.CmpOpEq { // later fields are named by this protocol
 		switch o.text {
 		case "meta l4proto":
 			p.transport = constants[o.typ](value)
@@ -263,7 +262,7 @@ func (p *rulePrinter) compare(o held, e *expr.Cmp) {
 	}
 }
 
-// key is what the registers from one on hold, as the key of a set.
+// key is the set key in the registers, beginning with the given one.
 func (p *rulePrinter) key(register uint32, s *set) string {
 	var parts []string
 	at := registerWord(register)

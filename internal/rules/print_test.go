@@ -18,7 +18,7 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files")
 
-// printed are kinds of tables that are kept as nft writes them, in testdata/tables.
+// printed are kinds of tables whose text testdata/tables keeps, in nft's syntax.
 func printed() map[string]rules.Desired {
 	all := map[string]rules.Desired{
 		"mapping": mapping,
@@ -56,8 +56,8 @@ func printed() map[string]rules.Desired {
 	return all
 }
 
-// Fails when a rule, a set or a chain changes: what changes for the user's tables is seen in
-// the golden file, which -update writes.
+// Fails when a rule, a set or a chain changes. The golden file, which -update writes, shows
+// what changes for users.
 func TestTablesArePrinted(t *testing.T) {
 	for name, d := range printed() {
 		t.Run(name, func(t *testing.T) {
@@ -80,8 +80,8 @@ func TestTablesArePrinted(t *testing.T) {
 	}
 }
 
-// Fails when what is printed is not what stands in the kernel: a word that nft uses for
-// something else, a register that is read wrong, a set that is left out.
+// Fails when the printed text differs from the kernel's table: a word with another meaning
+// in nft, a register that is read wrong, a set that is missing.
 func TestNFTListsWhatIsPrinted(t *testing.T) {
 	for name, d := range printed() {
 		t.Run(name, func(t *testing.T) {
@@ -113,8 +113,8 @@ var (
 	implied     = regexp.MustCompile(`meta (l4proto udp|nfproto ipv[46]) `)
 )
 
-// listed are the sections of the tables in a listing, in a fixed order, without the flags of
-// the tables.
+// listed returns the sections of the tables in a listing, in a fixed order, without the
+// flags of the tables.
 func listed(list string) (all []string) {
 	list = elementList.ReplaceAllStringFunc(flags.ReplaceAllString(list, ""), func(s string) string {
 		es := strings.Split(elementList.FindStringSubmatch(s)[1], ",")
@@ -133,8 +133,8 @@ func listed(list string) (all []string) {
 	return all
 }
 
-// normal is listed without what nft leaves out, in its various versions: the tests for a
-// protocol that the next expression implies, and the burst that is the default.
+// normal is listed without the things that some versions of nft omit: tests for a protocol
+// that the next expression implies, and the default burst.
 func normal(list string) []string {
 	return listed(strings.ReplaceAll(implied.ReplaceAllString(list, ""), " burst 5 packets", ""))
 }

@@ -14,7 +14,7 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// features are the parts that a kernel may lack, each with something to try.
+// features are the parts that a kernel may lack, each with tables that need it.
 var features = []struct {
 	UnsupportedError
 	try Desired
@@ -69,8 +69,8 @@ var features = []struct {
 	}, Desired{Subnets: tryBoth, UplinkMarks: &UplinkMarks{Mask: 1, Links: []string{"probe0"}}}},
 }
 
-// tryMapping has all that mappings need but for a look at IPsec policies, which a
-// kernel without IPsec has not (CONFIG_XFRM).
+// tryMapping uses all that mappings need, except the test for IPsec policies, which a
+// kernel without IPsec lacks (CONFIG_XFRM).
 var tryMapping = MappingConfig{
 	Pools: []Pool{{tryPrefixes, []PortRange{{1024, 2047}}}}, Lifetime: time.Second, Size: 1,
 	Subnets: tryPrefixes, Hairpin: tryPrefixes, noIPsec: true,
@@ -109,8 +109,8 @@ func (t *Tables) probe() error {
 	return nil
 }
 
-// try sends a transaction that would make tables that do what d wants, and ends
-// in what cannot be: so the kernel checks it, loads modules, and changes nothing.
+// try sends a transaction that makes the tables for d and ends with an impossible request:
+// the kernel checks the transaction, loads modules, and changes nothing.
 func (t *Tables) try(flags nftables.TableFlags, d Desired) error {
 	ls, err := t.tried(d)
 	if err != nil {
@@ -119,8 +119,8 @@ func (t *Tables) try(flags nftables.TableFlags, d Desired) error {
 	return t.tryLayouts(flags, ls)
 }
 
-// tried are the tables of a try. Without links most rules would be left out; with two
-// they are looked up in a set.
+// tried returns the tables to try. Without outside links most rules would be left out; two
+// links exercise the set lookup.
 func (t *Tables) tried(d Desired) ([]*layout, error) {
 	d.OutsideLinks = []string{"probe0", "probe1"}
 	return newLayouts(t.name+"_probe", d)
@@ -131,7 +131,7 @@ func (t *Tables) tryLayouts(flags nftables.TableFlags, ls []*layout) error {
 		l.table.Flags = flags
 		t.w.make(l.table, &state{}, l)
 	}
-	t.w.CreateTable(ls[0].table) // there already
+	t.w.CreateTable(ls[0].table) // fails, because the table exists already
 	err := t.flush("try")
 	if errors.Is(err, unix.EEXIST) {
 		return nil
@@ -139,8 +139,8 @@ func (t *Tables) tryLayouts(flags nftables.TableFlags, ls []*layout) error {
 	return err
 }
 
-// listError says what is wrong with err, from a list of what nftables has; it is an
-// *UnsupportedError where there is no nftables.
+// listError wraps an error from listing nftables objects. It returns an *UnsupportedError
+// if the kernel has no nftables.
 func listError(what string, err error) error {
 	switch {
 	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):

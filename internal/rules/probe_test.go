@@ -16,8 +16,7 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// An expression with a key that no kernel knows stands in for one that is
-// missing.
+// An expression with a key that no kernel knows stands for an expression that is missing.
 func TestProbeFindsWhatIsMissingAndChangesNothing(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
 	table, err := Open(Config{NetNS: l.Gateway.FD()})
@@ -81,7 +80,8 @@ func TestMissingFeaturesAreLeftOut(t *testing.T) {
 	}
 }
 
-// What only some kernels have is in the rules of the probe. Fails when it has no links.
+// Features that only some kernels have are in the probe's rules. Fails when the probe has
+// no links.
 func TestProbeTriesWhatMappingsNeed(t *testing.T) {
 	ls, err := new(Tables).tried(Desired{Mapping: &tryMapping})
 	if err != nil {
@@ -102,7 +102,7 @@ func TestProbeTriesWhatMappingsNeed(t *testing.T) {
 	}
 }
 
-// A kernel without IPsec has no policies to look at; mappings go without.
+// A kernel without IPsec has no policies to test; mappings work without the test.
 func TestMappingsWithoutIPsec(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{})
 	table, err := Open(Config{NetNS: l.Gateway.FD()})

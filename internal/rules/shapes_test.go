@@ -12,7 +12,7 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// A firewall is a ruleset in the shape of what many gateways have.
+// A firewall is a ruleset like those of many gateways.
 type firewall struct {
 	name     string
 	nft      string
@@ -315,8 +315,7 @@ const proxmox = `*filter
 COMMIT
 `
 
-// A child of each kind is sent through each firewall, and what becomes of it is
-// what Children says.
+// Sends a child of each kind through each firewall. Its fate is what Children says.
 func TestChildrenMeetWhatTheirFirewallSays(t *testing.T) {
 	for _, f := range firewalls {
 		t.Run(f.name, func(t *testing.T) {
@@ -331,7 +330,7 @@ func TestChildrenMeetWhatTheirFirewallSays(t *testing.T) {
 				t.Errorf("not for all alike: %+v", got)
 			}
 
-			// An answer from outside proves that what came before it was lost.
+			// A later packet from outside that arrives proves that an earlier one was lost.
 			in, peer := g.inside(5060), g.peer(lab.PeerA, 9000)
 			p := g.contact(in, peer)
 			ext := p.Ext.Netip()
@@ -345,7 +344,7 @@ func TestChildrenMeetWhatTheirFirewallSays(t *testing.T) {
 	}
 }
 
-// children says what the forward hook does with children of the inside network.
+// children returns what the forward hook does with children of the inside network.
 func children(t *testing.T, l *lab.Lab) userrules.ChildVerdicts {
 	t.Helper()
 	n, err := gateway.ReadNetwork(l.Gateway.FD(), gateway.Sides{})

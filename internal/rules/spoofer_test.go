@@ -9,7 +9,7 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// A spoofer is outside and has the address of the first inside host. What it sends goes
+// A spoofer is outside and uses the address of the first inside host. Its packets go
 // through the gateway and out again.
 type spoofer struct {
 	t    *testing.T
@@ -22,7 +22,7 @@ func newSpoofer(t *testing.T, l *lab.Lab) *spoofer {
 	for _, name := range []string{"all", "wan0"} {
 		check(t, l.Gateway.SetSysctl("net.ipv4.conf."+name+".rp_filter", "0"))
 	}
-	// One outside address lies behind the gateway for those who spoof.
+	// For the spoofer, one outside address is behind the gateway.
 	for _, args := range []string{
 		"addr add 10.47.11.109/32 dev lo",
 		"route add table local unicast 192.0.2.99/32 via 198.51.100.1",

@@ -20,19 +20,19 @@ import (
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
-// A state is what stands in the kernel of one of our tables.
+// A state is what the kernel holds of one of our tables.
 type state struct {
-	table    *nftables.Table // nil where there is none
+	table    *nftables.Table // nil if there is none
 	chains   []*nftables.Chain
 	sets     []*nftables.Set
 	rules    []*nftables.Rule
-	elements map[string][]setKey // by set, of those asked for, sorted
-	known    map[string]bool     // sets that surely have the elements that are wanted
+	elements map[string][]setKey // by set, sorted; only of sets that were read
+	known    map[string]bool     // sets that certainly have the wanted elements
 	counters map[string]uint64
 }
 
-// read reads one of our tables, with the elements of the sets of want that are
-// not free. The error wraps ErrForeignTable or ErrOwned when it is not ours.
+// read reads one of our tables, with the elements of those sets of want that are not free.
+// The error wraps ErrForeignTable or ErrOwned if the table is not ours.
 func (t *Tables) read(table *nftables.Table, want *layout) (*state, error) {
 	s := &state{counters: map[string]uint64{}, elements: map[string][]setKey{}, known: map[string]bool{}}
 	err := s.read(t, table, want)
@@ -99,7 +99,7 @@ func (s *state) read(ours *Tables, t *nftables.Table, want *layout) (err error) 
 	return err
 }
 
-// A writtenSet names a set of ours of which we know the elements.
+// A writtenSet names a set of ours whose elements we know.
 type writtenSet struct {
 	family nftables.TableFamily
 	name   string
@@ -107,7 +107,7 @@ type writtenSet struct {
 
 var elementSeed = maphash.MakeSeed()
 
-// print returns a hash of the elements, in whatever order.
+// print returns a hash of the elements that does not depend on their order.
 func (s *set) print() (sum uint64) {
 	for _, e := range s.elements {
 		n := maphash.Bytes(elementSeed, e.Key)
@@ -119,8 +119,8 @@ func (s *set) print() (sum uint64) {
 	return sum
 }
 
-// note notes that the kernel has what want says. Nobody else changes the elements of a
-// table that we own, so that these need not be read again.
+// note records that the kernel now holds what want says. Nobody else can change the
+// elements of a table that we own, so they need not be read again.
 func (t *Tables) note(want []*layout) {
 	t.written = map[writtenSet]uint64{}
 	for _, l := range want {
@@ -132,19 +132,19 @@ func (t *Tables) note(want []*layout) {
 	}
 }
 
-// wrote reports whether a set that we own has what want says.
+// wrote reports whether we own the set and last wrote the elements that want says.
 func (t *Tables) wrote(want *layout, name string) bool {
 	print, ok := t.written[writtenSet{want.table.Family, name}]
 	i := slices.IndexFunc(want.sets, func(s *set) bool { return s.Name == name })
 	return ok && t.Owned() && i >= 0 && want.sets[i].print() == print
 }
 
-// writes reports whether the elements of a set are ours to write.
+// writes reports whether this package writes the elements of the set.
 func (l *layout) writes(name string) bool {
 	return l != nil && slices.ContainsFunc(l.sets, func(s *set) bool { return s.Name == name && !s.free })
 }
 
-// holds reports whether the table is there with the contents l.
+// holds reports whether the table exists with the contents l.
 func (s *state) holds(l *layout) bool {
 	if s.table == nil || len(s.counters) != len(l.counters) {
 		return false
@@ -164,15 +164,15 @@ func (l *layout) kernelSets() (sets []*nftables.Set) {
 	return sets
 }
 
-// sameAll compares two lists without doublets, in any order.
+// sameAll compares two lists without duplicates, in any order.
 func sameAll[T any](a, b []T, same func(T) func(T) bool) bool {
 	return len(a) == len(b) && !slices.ContainsFunc(a, func(x T) bool { return !slices.ContainsFunc(b, same(x)) })
 }
 
-// A setKey is what tells an element of one of our sets from another one.
+// A setKey identifies an element of one of our sets.
 type setKey struct {
 	key string
-	end bool // of an interval, which ends before it
+	end bool // the element ends an interval, which lies before it
 }
 
 // setKeyOf reads an element's attributes.
@@ -201,7 +201,7 @@ func sortKeys(keys []setKey) []setKey {
 	return keys
 }
 
-// sameElements reports whether keys, which are sorted, are those of es.
+// sameElements reports whether keys, which must be sorted, are those of es.
 func sameElements(keys []setKey, es []nftables.SetElement) bool {
 	if len(keys) != len(es) {
 		return false

@@ -19,7 +19,7 @@ import (
 
 const readsEnv = "CONENATD_TEST_READS"
 
-// A process that is stopped for long while it reads rules goes on where it was.
+// A process that is stopped for a long time while it reads rules continues where it was.
 //
 // Fails when a conn has a deadline of 5 s: the library then reads for ever.
 func TestStoppedWhileItReads(t *testing.T) {
@@ -28,7 +28,7 @@ func TestStoppedWhileItReads(t *testing.T) {
 	}
 	l := lab.ForTest(t, lab.Options{})
 	many := strings.Repeat("ip saddr 10.47.11.109 masquerade\n", 1000)
-	// One of ours, that somebody put many rules into.
+	// A table with our marker chain, into which somebody put many rules.
 	if err := l.NFT("table ip busy { chain made_by_conenatd { }; chain post { type nat hook postrouting priority srcnat;\n" + many + "}; }"); err != nil {
 		t.Fatal(err)
 	}
@@ -110,7 +110,7 @@ func readForEver() {
 	}
 }
 
-// answersWait reports whether there are answers of netfilter that nobody has read yet.
+// answersWait reports whether unread netfilter answers are queued.
 func answersWait(t *testing.T, l *lab.Lab) bool {
 	t.Helper()
 	var sockets []byte

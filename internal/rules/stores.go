@@ -17,14 +17,14 @@ func (t *Tables) NewMap(c *MapConfig) *elements.Map {
 	})
 }
 
-// NewMappings returns the mappings that Set was told of.
+// NewMappings returns the mappings of the last Set.
 func (t *Tables) NewMappings(c *MappingConfig) *elements.Mappings {
 	m := t.mapped
 	m.Lifetime, m.KeptFor = c.Lifetime, c.KeptFor
 	return elements.NewMappings(t.w.Writer, m)
 }
 
-// mappedOf is what d makes for mappings.
+// mappedOf says which sets for mappings d makes.
 func mappedOf(d *Desired) (m elements.MappingsConfig) {
 	if d.Mapping != nil {
 		m.Links, m.Owners = d.Mapping.links(d.OutsideLinks), len(d.Mapping.Hairpin) > 0
@@ -35,10 +35,10 @@ func mappedOf(d *Desired) (m elements.MappingsConfig) {
 // NewUnsure returns the flows whose source may be spoofed.
 func (t *Tables) NewUnsure() *elements.Unsure { return elements.NewUnsure(t.w.Writer) }
 
-// NewRevoked returns the permissions that the user took away.
+// NewRevoked returns the permissions that the user revoked.
 func (t *Tables) NewRevoked() *elements.Revoked { return elements.NewRevoked(t.w.Writer) }
 
-// ZonedAddrs lists Desired.ZonedAddrs as the tables hold them. It has a connection of its own.
+// ZonedAddrs lists Desired.ZonedAddrs as the tables hold them. It uses its own connection.
 func (t *Tables) ZonedAddrs() (addrs []netip.Addr, err error) {
 	err = elements.List(t.netns, unix.AF_INET, t.name, zonedSet, func(b []byte) {
 		if a, ok := netip.AddrFromSlice(elements.Key(b)); ok {
@@ -48,8 +48,8 @@ func (t *Tables) ZonedAddrs() (addrs []netip.Addr, err error) {
 	return addrs, err
 }
 
-// PeerGroups lists the peer groups that the tables hold, whatever configuration they
-// are from. It has a connection of its own.
+// PeerGroups lists the peer groups that the tables hold, from whatever configuration. It
+// uses its own connection.
 func (t *Tables) PeerGroups() (groups []netip.Prefix, err error) {
 	for bits := 1; bits < 32 && err == nil; bits++ {
 		err = elements.List(t.netns, unix.AF_INET, t.name, groupsName(bits), func(b []byte) {

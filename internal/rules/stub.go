@@ -13,7 +13,7 @@ import (
 // MarkerChain is a chain of each of our tables.
 const MarkerChain = "made_by_conenatd"
 
-// MapPriority is that of a chain that there is not.
+// MapPriority is the priority of a chain that does not exist on this system.
 const MapPriority = -199
 
 var errNoBuild = &UnsupportedError{
@@ -21,7 +21,7 @@ var errNoBuild = &UnsupportedError{
 	Mend:    "conenatd for " + runtime.GOARCH + " is built without it",
 }
 
-// Tables are never made on this system, nor is what writes their elements.
+// Tables are never made on this system, nor are the values that write their elements.
 type Tables struct{}
 
 // Names returns an *UnsupportedError.

@@ -16,41 +16,40 @@ import (
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
-// Tables are our tables in one network namespace. They are not safe for
-// concurrent use, but their Map may be used beside them.
+// Tables are our tables in one network namespace. They are not safe for concurrent use, but
+// their Map may be used concurrently with them.
 //
-// Where the kernel has both flags (Linux 6.9), the tables are owned by the
-// connection and persist: nobody else can change them, "nft flush ruleset"
-// passes them by, and they outlive the process, so that the next one can take
-// them over. The flag owner alone would end them with the process.
+// If the kernel has both flags (Linux 6.9), the connection owns the tables and they
+// persist: nobody else can change them, "nft flush ruleset" skips them, and they outlive
+// the process, so that the next process can take them over. With the flag owner alone they
+// would end with the process.
 type Tables struct {
-	c         *conn // reads
+	c         *conn // for reading
 	w         *writer
 	name      string
 	netns     int
 	flags     nftables.TableFlags
-	port      uint32 // of w, by which the kernel knows an owner
+	port      uint32 // port ID of w, by which the kernel identifies the owner
 	missing   []*UnsupportedError
-	noIPsec   bool                    // nothing is missing then: there are no such policies
-	look      *nfnl.Conn              // of Changed; nil before the first call
-	noSecPath bool                    // nor such packets
-	mapped    elements.MappingsConfig // that Set made
-	written   map[writtenSet]uint64   // what our sets have, unless somebody else may write
-	others    uint32                  // at the last call of Changed
+	noIPsec   bool                    // the kernel has no IPsec policies, so no rule need test for them
+	look      *nfnl.Conn              // for Changed; nil before its first call
+	noSecPath bool                    // the kernel has no packets that came through IPsec
+	mapped    elements.MappingsConfig // what the last Set made
+	written   map[writtenSet]uint64   // hashes of our sets' elements, if nobody else may write
+	others    uint32                  // the number at the last call of Changed
 	leads     bool                    // the last Set made the chain of MapPriority
 }
 
-// A writer is the connection that owns the tables. Those who write elements share it
-// with them, for the kernel lets nobody else write.
+// A writer is the connection that owns the tables. All that write elements share it,
+// because the kernel lets no other connection write.
 type writer struct {
 	*elements.Writer // has the lock
 	*conn
 	batch *nfnl.Conn
 }
 
-// Open finds out by trying what the kernel offers. It changes nothing. The
-// error is an *UnsupportedError where there is no nftables, and wraps
-// ErrForeignTable or ErrOwned where a table is not for us.
+// Open probes what the kernel offers. It changes nothing. The error is an *UnsupportedError
+// if there is no nftables, and wraps ErrForeignTable or ErrOwned if a table is not ours.
 func Open(cfg Config) (*Tables, error) {
 	t := &Tables{name: cmp.Or(cfg.Name, DefaultName), netns: cfg.NetNS}
 	err := t.open()
@@ -95,12 +94,12 @@ func (t *Tables) Lacks(f Feature) bool {
 	return slices.ContainsFunc(t.missing, func(m *UnsupportedError) bool { return m.Feature == f })
 }
 
-// possible is d without what the kernel lacks.
+// possible is d without the features that the kernel lacks.
 func (t *Tables) possible(d Desired) Desired {
 	d.noIPsec = t.noSecPath
 	d.Guard = d.Guard && !t.Lacks(FeatureGuard)
 	if t.Lacks(FeatureSpoofed) {
-		d.noFib, d.OneArmed, d.Far = true, nil, nil // nobody could tell inside from outside there
+		d.noFib, d.OneArmed, d.Far = true, nil, nil // nothing could tell inside from outside there
 	}
 	if t.Lacks(FeatureWayBack) {
 		d.noWayBack, d.OneArmed, d.Far = true, nil, nil
@@ -140,15 +139,15 @@ func (t *Tables) possibleMap(c MapConfig) MapConfig {
 	return c
 }
 
-// Leads reports whether the last Set made the chain of MapPriority: then it comes before all
-// chains of that priority that stood before.
+// Leads reports whether the last Set made the chain of MapPriority anew: then it runs
+// before all older chains of that priority.
 func (t *Tables) Leads() bool { return t.leads }
 
-// Set makes the tables do what d wants, in one transaction, but for what Missing
-// names, and makes us their owner. Where they do so already, nothing is changed;
-// where somebody has changed them, they are repaired. It reports whether there
-// was something to change. Counters go on, permissions stay, and so do the
-// counts of children unless the cap is another one.
+// Set makes the tables do what d wants, in one transaction, except for the features that
+// Missing returns, and makes us their owner. It changes nothing if the tables are right
+// already, and repairs them if somebody changed them. It reports whether it changed
+// something. Counters keep their values and permissions stay; the counts of children stay
+// unless the cap changes.
 func (t *Tables) Set(d Desired) (changed bool, err error) {
 	t.leads = false
 	d = t.possible(d)
@@ -161,7 +160,7 @@ func (t *Tables) Set(d Desired) (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	// Not locked, for grants wait for the lock.
+	// Compare without the lock, because grants wait for it.
 	if t.holds(have, want) {
 		t.note(want)
 		return false, nil
@@ -171,7 +170,7 @@ func (t *Tables) Set(d Desired) (changed bool, err error) {
 	defer t.w.Unlock()
 	for i, h := range have {
 		if h.table != nil && h.table.Flags == t.flags&^nftables.TableFlagOwner {
-			// The kernel wants a transaction of its own for a new owner.
+			// The kernel requires a separate transaction for a new owner.
 			t.w.AddTable(t.owned(tables[i]))
 			if err := t.flush("take over"); err != nil {
 				return false, err
@@ -210,7 +209,7 @@ func (t *Tables) Set(d Desired) (changed bool, err error) {
 	return true, err
 }
 
-// makes reports whether a chain is wanted, and is not there as it should be.
+// makes reports whether the chain is wanted and has to be made.
 func makes(have *state, want *layout, chain string, flags nftables.TableFlags) bool {
 	if want == nil {
 		return false
@@ -219,7 +218,7 @@ func makes(have *state, want *layout, chain string, flags nftables.TableFlags) b
 	return i >= 0 && (have.table == nil || have.table.Flags != flags || !slices.ContainsFunc(have.chains, sameChain(want.chains[i])))
 }
 
-// holds reports whether nothing is to be changed.
+// holds reports whether nothing needs to change.
 func (t *Tables) holds(have []*state, want []*layout) bool {
 	for i, h := range have {
 		switch l := layoutOf(want, tables[i]); {
@@ -260,8 +259,8 @@ func (t *Tables) readAll(want []*layout) (have []*state, err error) {
 	return have, nil
 }
 
-// change puts into the batch what turns have into want, which is nil where no
-// table is wanted. It reports whether that is something.
+// change adds to the batch the changes that turn have into want. want is nil if the table
+// is not wanted. It reports whether there are any changes.
 func (t *Tables) change(family nftables.TableFamily, have *state, want *layout) bool {
 	table := t.owned(family)
 	switch {
@@ -280,7 +279,7 @@ func (t *Tables) change(family nftables.TableFamily, have *state, want *layout) 
 	return true
 }
 
-// make puts into the batch what makes table hold what is wanted.
+// make adds to the batch what makes the table hold exactly what is wanted.
 func (w *writer) make(table *nftables.Table, have *state, want *layout) {
 	w.AddTable(table)
 	for _, name := range want.counters {
@@ -294,7 +293,7 @@ func (w *writer) make(table *nftables.Table, have *state, want *layout) {
 	}
 	sets := want.kernelSets()
 	for _, s := range have.sets {
-		if !s.Anonymous && !slices.ContainsFunc(sets, sameSet(s)) { // such a one goes with its rule
+		if !s.Anonymous && !slices.ContainsFunc(sets, sameSet(s)) { // an anonymous set goes with its rule
 			w.DelSet(s)
 		}
 	}
@@ -308,7 +307,7 @@ func (w *writer) make(table *nftables.Table, have *state, want *layout) {
 			w.AddChain(c)
 		}
 	}
-	// Flush returns the errors of these too.
+	// Flush also returns the errors of these calls.
 	for _, s := range want.sets {
 		if !slices.ContainsFunc(have.sets, sameSet(s.Set)) {
 			_ = w.AddSet(s.Set, nil)
@@ -323,7 +322,7 @@ func (w *writer) make(table *nftables.Table, have *state, want *layout) {
 	}
 }
 
-// Counters reads the counters. All are 0 while the tables are not there.
+// Counters reads the counters. All are 0 if the tables do not exist.
 func (t *Tables) Counters() (Counters, error) {
 	have, err := t.readAll(nil)
 	if err != nil {
@@ -343,8 +342,7 @@ func (t *Tables) Counters() (Counters, error) {
 	}, nil
 }
 
-// Remove deletes the tables, if they are there, and with them all permissions of
-// the map.
+// Remove deletes the tables, if they exist, and with them all permissions of the map.
 func (t *Tables) Remove() error {
 	have, err := t.readAll(nil)
 	if err != nil {

@@ -24,8 +24,8 @@ func TestTableIsWhatNftWouldMake(t *testing.T) {
 
 var head = regexp.MustCompile(`(?m)^table .*\n|^\t(flags|# progname) .*\n\n?`)
 
-// checkContents compares the table with contents, but for its head, where there
-// are flags that depend on the kernel, and the order of things in it.
+// checkContents compares the table with contents, except for its head, which has flags that
+// depend on the kernel, and for the order of its parts.
 func checkContents(t *testing.T, l *lab.Lab) {
 	t.Helper()
 	for family, want := range contents {
@@ -142,7 +142,7 @@ func TestSetRepairsWhatSomebodyChanged(t *testing.T) {
 	}
 }
 
-// Fails when what an older conenatd left is taken for the same, or cannot be replaced.
+// Fails when the table of an older conenatd is taken for the same, or cannot be replaced.
 func TestSetReplacesWhatAnOlderOneMade(t *testing.T) {
 	for name, older := range map[string]string{
 		"with marks in the map": `
@@ -184,7 +184,7 @@ func TestForeignTableIsLeftAlone(t *testing.T) {
 	}
 	set(t, table, all)
 	check(t, table.Remove())
-	// One that came later.
+	// A table that was made later.
 	check(t, l.NFT("table inet cone { }"))
 	_, err = table.Set(all)
 	for _, err := range []error{err, table.Remove()} {

@@ -16,26 +16,27 @@ import (
 )
 
 const (
-	// sourcesSet has the sources that may be spoofed, where they are not those of subnetsSet.
+	// sourcesSet has the sources that may be spoofed, if they differ from subnetsSet.
 	sourcesSet = "sources"
-	// unsureTimeout is longer than any time between two reconciles, at which the
-	// daemon renews the flows that live on. unsureSize bounds how many there are.
+	// unsureTimeout is longer than any interval between two reconciles, at which the daemon
+	// renews the flows that still live. unsureSize limits how many there are.
 	unsureTimeout = 2 * time.Hour
 	unsureSize    = 1 << 18
 )
 
-// flowKey is an original direction: source and destination.
+// flowKey is the key of an original direction: source and destination.
 var flowKey = ipFamilies[0].flowKey()
 
-// flowKey is that of a flow of the family.
+// flowKey is the key of a flow of the family.
 func (f *ipFamily) flowKey() []nftables.SetDatatype {
 	return []nftables.SetDatatype{f.addr, nftables.TypeInetService, f.addr, nftables.TypeInetService}
 }
 
-// unsure remembers IPv4 flows that begin with a source of a subnet, by a link that is not the
-// way back to it: the source may be spoofed, so nothing is learned from them. They pass;
-// a gateway may have good reasons for such packets. The daemon hears of them by the set
-// alone: their event says nothing of links, so there is none.
+// unsure remembers IPv4 flows whose first packet has a source in a subnet but came by a
+// link that is not the way back to that source. The source may be spoofed, so nothing is
+// learned from these flows. They pass; a gateway may have good reasons for such packets.
+// The daemon learns of them only from the set: a NEW event does not name the link, so it is
+// suppressed.
 //
 // A NAT chain sees the first packet only, with the marks that the user's chains gave it.
 func (l *layout) unsure(d Desired, sources []netip.Prefix) {
@@ -50,8 +51,8 @@ func (l *layout) unsure(d Desired, sources []netip.Prefix) {
 	l.rule(c, "", isUDP, ipSaddr.in(inside), goTo(from))
 }
 
-// unsure6 is the same for IPv6. A NAT chain would put all IPv6 flows of the gateway through
-// NAT, which costs each packet more than this one rule.
+// unsure6 is the same for IPv6, in a filter chain. A NAT chain would put all IPv6 flows of
+// the gateway through NAT, which costs each packet more than this one rule.
 func (l *layout) unsure6(d Desired) {
 	f := ipFamilies[1]
 	from := l.fromInside(d, f, elements.Unsure6Set, l.inside(f, d.Subnets))
@@ -59,9 +60,9 @@ func (l *layout) unsure6(d Desired) {
 	l.rule(c, "the first packet of a flow", f.is, lacksStatus(ctConfirmed), isUDP, goTo(from))
 }
 
-// fromInside adds a chain that judges first packets by the link that they came by, and puts
-// their flows into a set, or takes them out. Sources that are not in inside are left alone;
-// without it that was asked before.
+// fromInside adds a chain that judges first packets by the link that they came by. It adds
+// their flows to a set, or removes them. Sources outside the set inside are left alone; if
+// inside is nil, the caller has tested the source.
 func (l *layout) fromInside(d Desired, f *ipFamily, name string, inside *set) *nftables.Chain {
 	l.counters = append(l.counters, unsureCounter)
 	flows := l.set(name, f.flowKey()...)
@@ -85,7 +86,8 @@ func (l *layout) fromInside(d Desired, f *ipFamily, name string, inside *set) *n
 	if !d.noIPsec {
 		plain = metaIPsec.missing(1)
 	}
-	// A mark may be for the way out alone, with a table that leads nowhere else.
+	// Test without the mark, too: a mark may be for the way out alone, with a routing table
+	// that leads nowhere else.
 	l.rule(from, "the way back is not the link that it came by", plain, noWayBack, noWayBackUnmarked, forwarded, goTo(found))
 	l.rule(from, "an earlier flow may have been spoofed", ofFamily, deleteFrom(flows, flow))
 	l.rule(found, "nothing is learned from it", ofFamily, addTo(flows, flow),
@@ -94,15 +96,15 @@ func (l *layout) fromInside(d Desired, f *ipFamily, name string, inside *set) *n
 	return from
 }
 
-// isUnsure matches the flows that unsure remembers, and renews them.
+// isUnsure matches flows that unsure remembers, and refreshes their elements.
 func (l *layout) isUnsure() exprs {
 	flows := l.named(elements.UnsureSet)
 	return join(isUDP, originalFlow.in(flows), updateIn(flows, elem{key: originalFlow}))
 }
 
-// unsureSources are the IPv4 subnets whose hosts must not be spoofed: all whose flows may
-// earn permissions, and on a gateway with one arm those with mappings. There are none where
-// nobody can tell.
+// unsureSources are the IPv4 subnets whose hosts must not be spoofed: all subnets whose
+// flows may earn permissions, and on a gateway with an arm the subnets with mappings. It is
+// empty if the kernel cannot tell.
 func (d *Desired) unsureSources() []netip.Prefix {
 	switch {
 	case d.noFib || d.noWayBack:
@@ -115,10 +117,10 @@ func (d *Desired) unsureSources() []netip.Prefix {
 	return nil
 }
 
-// unsure6Wanted reports whether there are such subnets of IPv6. Expectations alone carry
-// their permissions.
+// unsure6Wanted reports whether there are such IPv6 subnets. Only expectations carry IPv6
+// permissions.
 func (d *Desired) unsure6Wanted() bool {
 	return !d.noFib && !d.noWayBack && len(d.Helpers) > 0 && len(ipFamilies[1].of(d.Subnets)) > 0
 }
 
-const eventDestroy = 1 << 2 // IPCT_DESTROY: no event tells of a new flow
+const eventDestroy = 1 << 2 // IPCT_DESTROY alone: no event for the new flow

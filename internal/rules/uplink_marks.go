@@ -12,19 +12,19 @@ import (
 )
 
 const (
-	// Behind the user's marks of packets (mangle) and behind NAT, when the destination is
-	// the inside host, and before the packet is routed.
+	// After the user's packet marks (mangle) and after NAT, when the destination is the
+	// inside host, and before the packet is routed.
 	restorePriority = -50
-	// Behind the user's connmarks, and before learn, which hands the connmark on.
+	// After the user's connmarks, and before learn, which passes the connmark on.
 	markPriority = 280
 )
 
-// uplinkMarks marks the flows of subnets by the uplink that they leave or come by, and
-// gives the mark to their packets from inside before these are routed. A flow, or a
-// packet, that has a mark in these bits keeps it.
+// uplinkMarks marks the flows of subnets with the uplink that they leave or come by, and
+// copies the mark to their packets from inside before these are routed. A flow or packet
+// that already has a mark in these bits keeps it.
 //
-// Each uplink has rules of its own with constants: before Linux 6.13 the kernel cannot
-// put some bits of one mark into another one.
+// Each uplink has its own rules with constants: before Linux 6.13 the kernel cannot copy
+// some bits of one mark into another.
 func (l *layout) uplinkMarks(m *UplinkMarks, subnets []netip.Prefix) {
 	mask, none := host32(m.Mask), host32(0)
 	restore := l.filter("restore_uplink", nftables.ChainHookPrerouting, restorePriority)

@@ -11,11 +11,12 @@ import (
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
-// Flows that leave a subnet are marked by their uplink, of IPv6 and of the second of two
-// links, too; flows between two subnets are not, though a link of outside leads there.
+// Flows that leave a subnet are marked by their uplink, including IPv6 flows and flows by
+// the second of two links. Flows between two subnets are not marked, even if an outside
+// link leads to one of them.
 //
-// Fails when one family is left out, when marks do not follow the order of the links, and
-// when a route by the mark could take packets away from an inside network.
+// Fails when a family is left out, when marks do not follow the order of the links, or when
+// a route by the mark could take packets away from an inside network.
 func TestFlowsAreMarkedByTheirUplink(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{IPv6: true, Guest: true})
 	d := rules.Desired{

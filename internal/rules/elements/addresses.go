@@ -12,8 +12,8 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// Teach tells the kernel which outside addresses the user's rules gave to the hosts
-// of living flows: a newcomer gets its port of the pool on the same one.
+// Teach tells the kernel which outside addresses the user's rules gave to hosts with living
+// flows. A newcomer of such a host gets its pool port on the same address.
 func (m *Mappings) Teach(ms []Mapping) error {
 	byLink := map[*LinkSets][]Mapping{}
 	for _, p := range ms {
@@ -61,15 +61,15 @@ func (m *Mappings) teach(l *LinkSets, ms []Mapping) error {
 	return m.addElements(es)
 }
 
-// A setElement is one of a set of addresses.
+// A setElement is an element of a set or map of addresses.
 type setElement struct {
 	set        string
 	key, value cone.Addr
 	isMap      bool
-	timeout    time.Duration // 0 for ever
+	timeout    time.Duration // 0 means that it never expires
 }
 
-// addElements adds es, or refreshes those that are there with the same value.
+// addElements adds es, and refreshes those that exist with the same value.
 func (m *Mappings) addElements(es []setElement) error {
 	var errs []error
 	for base := 0; base < len(es); base += batch {
@@ -86,7 +86,8 @@ func (m *Mappings) addElements(es []setElement) error {
 			}
 		})
 		for _, err := range m.errs[:len(part)] {
-			// Another address for the same host: the kernel's own is newer.
+			// The map has another address for the host: the kernel's own knowledge is
+			// newer.
 			if err != nil && !conflicts(err) {
 				errs = append(errs, fmt.Errorf("add element: %w", nfnl.Permitted(err)))
 			}
@@ -95,11 +96,11 @@ func (m *Mappings) addElements(es []setElement) error {
 	return errors.Join(errs...)
 }
 
-// Forget ends all mappings to an outside address that is none any more, and
-// forgets which hosts had it. The zero address stands for all. It does not end
-// the flows: unlike those that MASQUERADE translated, the kernel keeps them when
-// the address goes. They teach no mapping for ten seconds, in which they have to be
-// ended, or until Return.
+// Forget ends all mappings to an outside address that the gateway lost, and forgets which
+// hosts had it. The zero address stands for all addresses. Forget does not end the flows:
+// when an address goes, the kernel keeps flows unless MASQUERADE translated them. For ten
+// seconds, or until Return, these flows teach no mapping; the caller must end them within
+// that time.
 func (m *Mappings) Forget(addr netip.Addr) error {
 	var ms []Mapping
 	var errs []error
@@ -112,7 +113,7 @@ func (m *Mappings) Forget(addr netip.Addr) error {
 			a, _ := netip.AddrFromSlice(key)
 			had = had || a == addr
 		}))
-		if had { // which ones there are, the next flows tell
+		if had { // the next flows tell which addresses are left
 			errs = append(errs, m.empty(l.Translated, l.Several, l.Addresses))
 		}
 	}
@@ -124,7 +125,7 @@ func (m *Mappings) Forget(addr netip.Addr) error {
 	return errors.Join(errs...)
 }
 
-// empty deletes all elements.
+// empty deletes all elements of the sets.
 func (m *Mappings) empty(sets ...string) error {
 	clear(m.errs[:len(sets)])
 	transact(&m.batcher, sets, 1, func(seq uint32, set *string) {
@@ -143,7 +144,7 @@ func (m *Mappings) empty(sets ...string) error {
 	return errors.Join(errs...)
 }
 
-// Return lets the flows of an outside address that is there teach mappings again.
+// Return lets the flows of an outside address that came back teach mappings again.
 func (m *Mappings) Return(addr netip.Addr) error { return m.gone(addr, unix.NFT_MSG_DELSETELEM) }
 
 func (m *Mappings) gone(addr netip.Addr, typ uint16) error {
@@ -157,7 +158,7 @@ func (m *Mappings) gone(addr netip.Addr, typ uint16) error {
 	return nil
 }
 
-// Addresses lists the addresses of the gateway that were noted.
+// Addresses lists the gateway addresses that NoteAddresses noted.
 func (m *Mappings) Addresses() (all []netip.Addr, err error) {
 	err = m.w.list(GatewaySet, func(key, _ []byte, _ time.Duration) {
 		if a, ok := netip.AddrFromSlice(key); ok {
@@ -167,13 +168,13 @@ func (m *Mappings) Addresses() (all []netip.Addr, err error) {
 	return all, err
 }
 
-// NoteAddresses notes addresses, which are IPv4, and DropAddresses the opposite. It is no
-// error if that is so already.
+// NoteAddresses notes IPv4 addresses of the gateway. It is no error if some are noted
+// already.
 func (m *Mappings) NoteAddresses(as []netip.Addr) error {
 	return m.changeAddresses(as, unix.NFT_MSG_NEWSETELEM)
 }
 
-// DropAddresses forgets addresses that were noted.
+// DropAddresses forgets noted addresses. It is no error if some are not noted.
 func (m *Mappings) DropAddresses(as []netip.Addr) error {
 	return m.changeAddresses(as, unix.NFT_MSG_DELSETELEM)
 }

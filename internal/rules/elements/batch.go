@@ -6,19 +6,19 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// batch is how many elements go into one transaction. Its cost is shared; a
-// socket's buffer must have room for as many answers.
+// batch is how many elements go into one transaction. They share its cost, but the socket
+// buffer must have room for as many answers.
 const batch = 256
 
-// A batcher sends messages about elements of sets, one batch at a time. What it
-// needs is kept, so that a batch costs no allocation.
+// A batcher sends messages about elements of sets, one batch at a time. It keeps its
+// buffers, so that a batch allocates nothing.
 type batcher struct {
 	w      *Writer
 	family byte // of the table
 	enc    nfnl.Encoder
-	errs   [batch]error // of the elements that were refused
+	errs   [batch]error // of the elements that the kernel refused
 	first  uint32
-	per    uint32 // messages for each element
+	per    uint32 // messages per element
 	failed func(seq uint32, err error)
 	told   func(typ uint16, body []byte)
 }
@@ -31,16 +31,16 @@ func (b *batcher) begin(w *Writer) {
 		}
 	}
 	b.failed = func(seq uint32, err error) {
-		// What comes later fails for what came first.
+		// The first error of an element is the cause; later messages fail because of it.
 		if i := (seq - b.first - 1) / b.per; i < batch && b.errs[i] == nil {
 			b.errs[i] = err
 		}
 	}
 }
 
-// transact sends what encode makes of es, at most batch, as one transaction, leaving
-// out what has an error in b.errs and what the kernel refuses. That is in b.errs
-// afterwards.
+// transact sends what encode makes of es, at most batch elements, as one transaction. It
+// leaves out elements that have an error in b.errs, and repeats the transaction without
+// those that the kernel refuses. Their errors are in b.errs afterwards.
 func transact[E any](b *batcher, es []E, per uint32, encode func(seq uint32, e *E)) {
 	b.per = per
 	b.w.Lock()
@@ -68,7 +68,7 @@ func transact[E any](b *batcher, es []E, per uint32, encode func(seq uint32, e *
 			switch {
 			case b.errs[i] != nil:
 			case err != nil:
-				b.errs[i] = err // nobody knows what the kernel did
+				b.errs[i] = err // it is unknown what the kernel did
 			default:
 				done++
 			}
@@ -79,20 +79,21 @@ func transact[E any](b *batcher, es []E, per uint32, encode func(seq uint32, e *
 	}
 }
 
-// askGeneration asks the kernel for the number of the transaction that begins. It
-// tells it if the first message has the flag NLM_F_ECHO; one about an element would
-// be sent back too. This one asks for a table that is there and changes nothing:
-// where it is not there, what follows fails. Its refusal is that of the
-// transaction, whose sequence number it has.
+// askGeneration asks the kernel for the number of the transaction that begins. The kernel
+// tells the number if the first message has the flag NLM_F_ECHO, but would echo a message
+// about an element, too. So this message asks to create our table, which exists already,
+// and changes nothing. If the table is missing, the messages that follow fail. The message
+// has the sequence number of the transaction, so its refusal counts as that of the
+// transaction.
 func (b *batcher) askGeneration() {
 	b.enc.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_NEWTABLE, unix.NLM_F_REQUEST|unix.NLM_F_ECHO, b.first, b.family)
 	b.enc.Str(unix.NFTA_TABLE_NAME, b.w.table)
 	b.enc.End()
 }
 
-// openElement begins a message of type typ about one element of a set. The caller
-// appends the element's attributes and ends both nests and the message. flags are
-// those beside NLM_F_REQUEST and, for a new element, NLM_F_CREATE.
+// openElement begins a message of type typ about one element of a set. The caller appends
+// the element's attributes and ends both nests and the message. NLM_F_REQUEST and, for a
+// new element, NLM_F_CREATE are added to flags.
 func (b *batcher) openElement(set string, seq uint32, typ, flags uint16) (list, element int) {
 	flags |= unix.NLM_F_REQUEST
 	if typ == unix.NFT_MSG_NEWSETELEM {

@@ -13,9 +13,10 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// Deny ends ps, and keeps the kernel from learning them again until one is
-// granted, or two hours are over, as long as there is room. What is but one too many
-// gets half of it: a host that scans must not use up the room of what is forbidden.
+// Deny ends ps, and keeps the kernel from learning them again until they are granted or two
+// hours have passed, as long as there is room. Denials caused by a limit may use only half
+// of the set, so that a scanning host cannot crowd out denials that protect forwarded or
+// served ports.
 func (m *Map) Deny(ps []cone.Permission, why cone.Reason) error {
 	room := DeniedSize
 	if why.TooMany() {
@@ -38,7 +39,7 @@ func (m *Map) Deny(ps []cone.Permission, why cone.Reason) error {
 		} else {
 			full = true
 		}
-		errs = append(errs, m.Revoke(m.learned(part))) // last: a packet may have taught it meanwhile
+		errs = append(errs, m.Revoke(m.learned(part))) // last, because the kernel may have learned it meanwhile
 	}
 	if full {
 		errs = append(errs, ErrNoRoom)
@@ -46,7 +47,7 @@ func (m *Map) Deny(ps []cone.Permission, why cone.Reason) error {
 	return errors.Join(errs...)
 }
 
-// AdoptDenied takes over what an earlier daemon denied. It has a connection of its own.
+// AdoptDenied takes over the denials of an earlier daemon. It uses its own connection.
 func (m *Map) AdoptDenied() error {
 	now := time.Now()
 	return m.w.list(DeniedSet, func(key, _ []byte, left time.Duration) {
@@ -57,7 +58,7 @@ func (m *Map) AdoptDenied() error {
 	})
 }
 
-// hasRoom reports whether ps can be denied.
+// hasRoom reports whether the set has room for denials of ps.
 func (m *Map) hasRoom(room int, ps []cone.Permission) bool {
 	return hasRoom(m.denied, &m.swept, room, func(yield func(cone.Key) bool) {
 		for i := range ps {
@@ -85,14 +86,14 @@ func hasRoom(known map[cone.Key]time.Time, swept *time.Time, room int, keys iter
 	return len(known)+more <= room
 }
 
-// learned returns those of ps, at most batch, that stand. The kernel waits for all CPUs
-// where it is asked to delete what is not there.
+// learned returns those of ps, at most batch, that exist in the map. Deleting a missing
+// element aborts the transaction, and an abort waits for an RCU grace period.
 func (m *Map) learned(ps []cone.Permission) (there []cone.Permission) {
 	m.w.Lock()
 	defer m.w.Unlock()
 	stands, err := m.look(ps)
 	if err != nil {
-		return ps // nobody knows
+		return ps // it is unknown which exist
 	}
 	for i := range ps {
 		if _, ok := stands[elementKey(&ps[i])]; ok {
@@ -102,8 +103,8 @@ func (m *Map) learned(ps []cone.Permission) (there []cone.Permission) {
 	return there
 }
 
-// lift lifts the denials of ps. One may have ended by itself. One that the kernel does not
-// lift is known still, for the next time.
+// lift lifts the denials of ps. A denial may have expired. A denial that the kernel refuses
+// to delete stays known, so that the next call tries again.
 func (m *Map) lift(ps []cone.Permission) error {
 	var errs []error
 	for i := range ps {

@@ -12,9 +12,9 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// List calls f for every permission in the map, granted or learned, with the
-// time that it has left. What comes or goes meanwhile may be missing. It has a
-// connection of its own.
+// List calls f for every permission in the map, granted or learned, with its remaining
+// time. Permissions that are added or removed during the call may be missing. It uses its
+// own connection.
 func (m *Map) List(f func(p cone.Permission, left time.Duration)) error {
 	marks := map[cone.Key]uint32{}
 	err := m.w.list(MarksMap, func(key, value []byte, _ time.Duration) {
@@ -39,8 +39,8 @@ func (m *Map) List(f func(p cone.Permission, left time.Duration)) error {
 	return nil
 }
 
-// halves puts permissions together from the elements of the map of inside addresses and
-// the one of inside ports. The zero value is ready for use.
+// halves combines permissions from the elements of two maps, the inside addresses and the
+// inside ports. The zero value is ready for use.
 type halves struct {
 	ports map[cone.Key]uint16
 	addrs map[cone.Key]timedAddr
@@ -51,7 +51,7 @@ type timedAddr struct {
 	left time.Duration
 }
 
-// add takes in an element of either map. It skips what it does not know.
+// add takes an element of either map. It skips elements that it does not understand.
 func (h *halves) add(b []byte) {
 	key, value, left := elementParts(b)
 	k, ok := keyOf(key)
@@ -70,7 +70,7 @@ func (h *halves) add(b []byte) {
 	}
 }
 
-// each calls f for every permission of which both halves are there.
+// each calls f for every permission of which both halves were added.
 func (h *halves) each(f func(p cone.Permission, left time.Duration)) {
 	for k, a := range h.addrs {
 		if port, ok := h.ports[k]; ok {
@@ -79,7 +79,7 @@ func (h *halves) each(f func(p cone.Permission, left time.Duration)) {
 	}
 }
 
-// list calls f for every element of a set of the table of family ip, as List does.
+// list calls f for every element of a set in the table of family ip, as List does.
 func (w *Writer) list(set string, f func(key, value []byte, left time.Duration)) error {
 	return w.listAttributes(set, func(b []byte) { f(elementParts(b)) })
 }
@@ -88,9 +88,8 @@ func (w *Writer) listAttributes(set string, f func(b []byte)) error {
 	return List(w.netns, unix.AF_INET, w.table, set, f)
 }
 
-// List calls f with the attributes of every element of a set, by a connection of its own:
-// for some twice where the list was interrupted. Where there is no such set it does
-// nothing.
+// List calls f with the attributes of every element of a set, over its own connection. If
+// the dump was interrupted, f may get an element twice. A missing set has no elements.
 func List(netns int, family byte, table, set string, f func(b []byte)) error {
 	c, err := nfnl.Dial(netns)
 	if err != nil {
@@ -108,7 +107,7 @@ func List(netns int, family byte, table, set string, f func(b []byte)) error {
 			eachElement(body, f)
 		})
 	})
-	if err == nil && !errors.Is(refused, unix.ENOENT) { // else the table is not there
+	if err == nil && !errors.Is(refused, unix.ENOENT) { // with ENOENT the table does not exist
 		err = refused
 	}
 	if err != nil {
@@ -129,7 +128,7 @@ func eachElement(body []byte, f func(b []byte)) {
 	})
 }
 
-// elementParts reads one element. It skips what it does not know.
+// elementParts reads one element. It skips unknown attributes.
 func elementParts(b []byte) (key, value []byte, left time.Duration) {
 	nfnl.Attributes(b, func(typ uint16, b []byte) {
 		switch typ {

@@ -19,7 +19,7 @@ var listed = cone.Permission{
 }
 
 // message is the body of dumps of both maps: the elements of listed as we send them, and
-// those of the peer after it with key and value in another order, and what we do not know.
+// those of the next peer with key and value in another order and with unknown attributes.
 func message() []byte {
 	m := NewMap(NewWriter(nil, 0, "conenat"), MapConfig{})
 	var body []byte

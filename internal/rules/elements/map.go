@@ -16,31 +16,31 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// A Map makes permissions stand as elements of the map in our tables. It stands
-// once rules.Tables.Set was told to. It may be used beside the tables; its own methods
-// must not be called at the same time, but for List, which may run beside all.
+// A Map writes permissions as elements of the map in our tables. The map exists once
+// rules.Tables.Set made it. A Map may be used concurrently with the tables, but its own
+// methods must not be called concurrently, except for List.
 //
-// The kernel may add elements by itself (rules.MapConfig.Learn). An element is nobody's
-// in particular: what the Map grants, refreshes or revokes may have been learned.
+// The kernel may add elements by itself (rules.MapConfig.Learn). Elements have no owner: an
+// element that the Map grants, refreshes or revokes may have been learned.
 type Map struct {
 	batcher
 	size     int
 	lifetime time.Duration
 	groups   atomic.Pointer[map[netip.Addr]uint8]
-	denied   map[cone.Key]time.Time // until when, as far as this process knows
-	swept    time.Time              // when it was last looked for what ended
-	marked   []cone.Permission      // of a batch
+	denied   map[cone.Key]time.Time // with the time of expiry, as far as this process knows
+	swept    time.Time              // when expired denials were last removed
+	marked   []cone.Permission      // permissions with marks in the current batch
 	broken   bool
 }
 
-// perElement is how many messages a permission has in a batch at most.
+// perElement is the maximum number of messages for a permission in a batch.
 const perElement = 4
 
 // A MapConfig says how the tables of a Map were made.
 type MapConfig struct {
-	// Size is how many permissions there is room for.
+	// Size is the maximum number of permissions.
 	Size int
-	// Lifetime and PeerGroups are as those of rules.MapConfig.
+	// Lifetime and PeerGroups are those of rules.MapConfig.
 	Lifetime   time.Duration
 	PeerGroups []netip.Prefix
 }
@@ -53,20 +53,20 @@ func NewMap(w *Writer, c MapConfig) *Map {
 	return m
 }
 
-// ErrNoRoom says that a permission ended, but that the kernel may learn it again, or the next
-// daemon bring it back.
+// ErrNoRoom says that a permission ended but could not be denied: the kernel may learn it
+// again, or the next daemon may restore it.
 var ErrNoRoom = errors.New("the set of denials has no room")
 
-// Carries reports whether the map can hold p: it serves IPv4 in the default
-// zone, where the kernel translates.
+// Carries reports whether the map can hold p. It holds translated IPv4 permissions in the
+// default zone.
 func (*Map) Carries(p *cone.Permission) bool {
 	return p.Peer.Is4() && p.Zone == 0 && !p.Routed()
 }
 
-// Max returns how many permissions can stand.
+// Max returns the maximum number of permissions.
 func (m *Map) Max() int { return m.size }
 
-// SetLifetime sets the timeout of what is granted or refreshed from now on.
+// SetLifetime sets the timeout of permissions that are granted or refreshed from now on.
 func (m *Map) SetLifetime(d time.Duration) { m.lifetime = d }
 
 // SetPeerGroups sets MapConfig.PeerGroups.
@@ -80,8 +80,7 @@ func (m *Map) SetPeerGroups(all []netip.Prefix) {
 	m.groups.Store(&groups)
 }
 
-// wild returns how many low bits of a peer in the map stand for any. An element
-// does not say.
+// wild returns how many host bits a peer in the map has. The element itself does not say.
 func (m *Map) wild(peer cone.Addr) uint8 {
 	a := peer.Netip()
 	if low, ok := (*m.groups.Load())[a]; ok {
@@ -93,24 +92,24 @@ func (m *Map) wild(peer cone.Addr) uint8 {
 	return 0
 }
 
-// Broken reports whether the table was found gone since the last call. What was
-// granted meanwhile does not stand.
+// Broken reports whether the table was found missing since the last call. Permissions that
+// were granted while it was missing do not exist.
 func (m *Map) Broken() bool {
 	b := m.broken
 	m.broken = false
 	return b
 }
 
-// Grant makes ps stand, in order, and calls refused with the index, the reason
-// and the kernel's error, if any, of each that does not. One that stands for
-// another inside endpoint is replaced. It lifts a denial.
+// Grant adds ps, in order. For each one that could not be added it calls refused with the
+// index, the reason, and the kernel's error, if any. An element of another inside endpoint
+// is replaced. Grant lifts denials of ps.
 //
-// Where the table is gone nothing is refused: it comes back, and what should
-// stand in it with it; see Broken.
+// If the table is missing, nothing is refused: the daemon makes the table again and adds
+// the wanted permissions; see Broken.
 func (m *Map) Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err error)) {
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
-		_ = m.lift(part) // what is not lifted is known still, and stands all the same
+		_ = m.lift(part) // the permission is added even if its denial could not be lifted
 		m.transact(part, m.add)
 		for i := range part {
 			err := m.errs[i]
@@ -128,7 +127,7 @@ func (m *Map) Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err
 	}
 }
 
-// gone notes that the table is not there.
+// gone reports whether err says that the table is missing, and remembers that.
 func (m *Map) gone(err error) bool {
 	gone := errors.Is(err, unix.ENOENT)
 	if gone {
@@ -138,8 +137,8 @@ func (m *Map) gone(err error) bool {
 	return gone
 }
 
-// replace makes p, with its port and its mark, stand in place of what has its key. With an
-// error nothing has it.
+// replace adds p, with its port and its mark, in place of the elements with its key. If it
+// fails, no permission has that key.
 func (m *Map) replace(p cone.Permission) (err error) {
 	errs := m.errs
 	one := []cone.Permission{p}
@@ -156,7 +155,7 @@ func (m *Map) replace(p cone.Permission) (err error) {
 		return m.errs[0]
 	}
 	if p.Mark == 0 {
-		m.transact(one, m.unmark) // there may be none
+		m.transact(one, m.unmark) // there may be no mark
 	} else if err := put(m.mark, m.remark); err != nil {
 		return err
 	}
@@ -166,11 +165,11 @@ func (m *Map) replace(p cone.Permission) (err error) {
 	return put(m.permit, m.repermit)
 }
 
-// anothers reports whether an element with the same key stands, and another value.
+// anothers reports whether an element with the same key but another value exists.
 func anothers(err error) bool { return errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST) }
 
-// Revoke ends ps. What is gone already is no error. The kernel deletes by key:
-// whoever has it.
+// Revoke ends ps. It is no error if some have ended already. The kernel deletes by key,
+// whatever inside endpoint the element has.
 func (m *Map) Revoke(ps []cone.Permission) error {
 	var errs []error
 	for base := 0; base < len(ps); base += batch {
@@ -181,7 +180,7 @@ func (m *Map) Revoke(ps []cone.Permission) error {
 				errs = append(errs, fmt.Errorf("delete element %v -> %v: %w", part[i].Peer, part[i].Ext, err))
 			}
 		}
-		// What is left of one that is gone permits nothing, and is no error.
+		// Without its address, what is left of a permission permits nothing. Ignore errors.
 		m.transact(part, m.unport)
 		m.haveMarks(part, func(int) bool { return true })
 		m.transact(m.marked, m.unmark)
@@ -189,9 +188,9 @@ func (m *Map) Revoke(ps []cone.Permission) error {
 	return errors.Join(errs...)
 }
 
-// Refresh renews the timeouts of ps and calls lost with the index of each that
-// does not stand any more, or not with its mark. Before Linux 6.12 an element that is added again keeps
-// its timeout, so it is deleted and added, which no packet notices.
+// Refresh renews the timeouts of ps. It calls lost with the index of each that no longer
+// exists, or not with its mark. Before Linux 6.12, adding an element again does not renew
+// its timeout, so it is deleted and added in one transaction, which no packet notices.
 func (m *Map) Refresh(ps []cone.Permission, lost func(i int)) {
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
@@ -213,8 +212,8 @@ func (m *Map) Refresh(ps []cone.Permission, lost func(i int)) {
 	}
 }
 
-// haveMarks puts those of ps, at most batch, into m.marked that have a mark and pass.
-// A mark that stands alone ends by itself, and marks no packet that nobody permits.
+// haveMarks puts those of ps, at most batch, into m.marked that have a mark and for which
+// pass returns true. A mark without a permission expires by itself, and marks no packet.
 func (m *Map) haveMarks(ps []cone.Permission, pass func(i int) bool) {
 	m.marked = m.marked[:0]
 	for i := range ps {
@@ -224,9 +223,9 @@ func (m *Map) haveMarks(ps []cone.Permission, pass func(i int) bool) {
 	}
 }
 
-// Missing calls missing with the index of each of ps that does not stand. It asks
-// for each one: a list that is made while others are refreshed may miss some. With an
-// error nobody knows of some.
+// Missing calls missing with the index of each of ps that does not exist. It looks up each
+// of them, because a list that is made while elements are refreshed may miss some. If it
+// returns an error, some of ps were not looked up.
 func (m *Map) Missing(ps []cone.Permission, missing func(i int)) error {
 	m.w.Lock()
 	defer m.w.Unlock()
@@ -245,15 +244,15 @@ func (m *Map) Missing(ps []cone.Permission, missing func(i int)) error {
 	return nil
 }
 
-// elementKey is the Key that an element tells: not for how many peers it is.
+// elementKey is the key of p as read from an element, which does not contain the host bits.
 func elementKey(p *cone.Permission) cone.Key {
 	k := p.Key
 	k.Wild = 0
 	return k
 }
 
-// look asks for the elements of ps, at most batch, and returns those that there are.
-// The writer must be locked.
+// look looks up the elements of ps, at most batch, and returns those that exist. The writer
+// must be locked.
 func (m *Map) look(ps []cone.Permission) (stands map[cone.Key]cone.Endpoint, err error) {
 	m.enc.Reset()
 	first := m.w.batch.NextSeq(2 * len(ps))
@@ -264,7 +263,7 @@ func (m *Map) look(ps []cone.Permission) (stands map[cone.Key]cone.Endpoint, err
 	var found halves
 	var refused error
 	err = m.w.batch.Exchange(&m.enc, func(_ uint32, err error) {
-		if !errors.Is(err, unix.ENOENT) { // it is there or not, nobody knows
+		if !errors.Is(err, unix.ENOENT) { // it is unknown whether the element exists
 			refused = err
 		}
 	}, func(_ uint16, body []byte) { eachElement(body, found.add) })
@@ -276,14 +275,14 @@ func (m *Map) look(ps []cone.Permission) (stands map[cone.Key]cone.Endpoint, err
 	return stands, nil
 }
 
-// transact sends what encode makes of ps, at most batch of them, as one
-// transaction, leaving out what the kernel refuses. That is in m.errs afterwards.
+// transact sends what encode makes of ps, at most batch of them, as one transaction. It
+// leaves out what the kernel refuses; the errors are in m.errs afterwards.
 func (m *Map) transact(ps []cone.Permission, encode func(seq uint32, p *cone.Permission)) {
 	clear(m.errs[:len(ps)])
 	transact(&m.batcher, ps, perElement, encode)
 }
 
-// add adds the address last: no child may come without the rest.
+// add adds the address last: without it the other elements admit no child.
 func (m *Map) add(seq uint32, p *cone.Permission) {
 	if p.Mark != 0 {
 		m.mark(seq, p)
@@ -336,7 +335,7 @@ func (m *Map) renew(seq uint32, p *cone.Permission) {
 	m.repermit(seq+2, p)
 }
 
-// key writes the key of a permission into the element that is open.
+// key writes the key of a permission into the open element.
 func (m *Map) key(k *cone.Key) {
 	e := &m.enc
 	key := e.Nest(unix.NFTA_SET_ELEM_KEY)
@@ -377,8 +376,8 @@ func (m *Map) element(seq uint32, typ uint16, set string, p *cone.Permission, va
 	e.End()
 }
 
-// Lengths of a key, each part filled up to a register's 4 bytes, and of the values; see
-// addressLen and portLen, too.
+// Lengths of the key, with each part padded to a register's 4 bytes, and of the values. See
+// also addressLen and portLen.
 const (
 	keyLen  = 12
 	markLen = 4

@@ -9,7 +9,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 )
 
-// perMapping is the most messages for a mapping.
+// perMapping is the maximum number of messages for a mapping.
 const perMapping = 16
 
 // An encoding appends messages about elements, one after another.
@@ -18,24 +18,25 @@ type encoding struct {
 	seq uint32
 }
 
-// put appends a message about the element with the first bytes of m.key and m.value.
-// With excl it must not be there.
+// put appends a message about the element in the first bytes of m.key and m.value. With
+// excl the kernel refuses an element that exists.
 func (e *encoding) put(typ uint16, excl bool, set string, key, value int, timeout time.Duration) {
 	e.element(e.seq, typ, excl, set, key, value, timeout)
 	e.seq++
 }
 
-// refresh makes an element anew, whether it is there or not.
+// refresh replaces an element, whether it exists or not.
 func (e *encoding) refresh(set string, value int, timeout time.Duration) {
 	e.put(unix.NFT_MSG_NEWSETELEM, false, set, endpointLen, value, timeout)
 	e.put(unix.NFT_MSG_DELSETELEM, false, set, endpointLen, 0, 0)
 	e.put(unix.NFT_MSG_NEWSETELEM, false, set, endpointLen, value, timeout)
 }
 
-// kept reports whether the port stays the same.
+// kept reports whether the outside port is the inside port.
 func (p *Mapping) kept() bool { return p.Int.Port == p.Ext.Port }
 
-// setsOf returns the names of the sets of p's link. Without any the kernel refuses all.
+// setsOf returns the names of the sets of p's link. For an unknown link it returns names
+// that the kernel refuses.
 func (m *Mappings) setsOf(p *Mapping) *LinkSets {
 	if l := m.links[p.Link]; l != nil {
 		return l
@@ -45,7 +46,7 @@ func (m *Mappings) setsOf(p *Mapping) *LinkSets {
 
 var unknownLink = LinkSets{Kept: "unknown", Moved: "unknown", Ports: "unknown"}
 
-// inside and outside make the key, and host and port the value.
+// inside and outside write m.key; host and port write m.value and return its length.
 func (m *Mappings) inside(p *Mapping)    { putEndpoint(m.key[:], p.Int) }
 func (m *Mappings) outside(p *Mapping)   { putEndpoint(m.key[:], p.Ext) }
 func (m *Mappings) host(a cone.Addr) int { return copy(m.value[:], a[12:]) }
@@ -61,7 +62,7 @@ func (m *Mappings) add(seq uint32, p *Mapping) {
 	if !p.kept() {
 		stands, other = other, stands
 	}
-	// It fails where the other map has it.
+	// This fails if the other map has the key.
 	e.put(unix.NFT_MSG_NEWSETELEM, true, other, endpointLen, m.host(p.Ext.Addr), time.Second)
 	e.put(unix.NFT_MSG_DELSETELEM, false, other, endpointLen, 0, 0)
 	e.put(unix.NFT_MSG_NEWSETELEM, true, stands, endpointLen, m.host(p.Ext.Addr), m.lifetime)
@@ -73,7 +74,7 @@ func (m *Mappings) add(seq uint32, p *Mapping) {
 	m.ownedBy(&e, p)
 }
 
-// ownedBy says whose the outside endpoint is.
+// ownedBy records the owner of p's outside endpoint, if owners are recorded.
 func (m *Mappings) ownedBy(e *encoding, p *Mapping) {
 	if m.owners {
 		e.refresh(OwnersMap, m.host(p.Int.Addr), m.lifetime+OwnedLonger)
@@ -106,7 +107,7 @@ func (m *Mappings) take(seq uint32, f *Taken) {
 	}
 }
 
-// Lengths of keys and values, each part of a key filled up to a register's 4 bytes.
+// Lengths of keys and values. Each part of a key is padded to a register's 4 bytes.
 const (
 	addressLen  = 4
 	portLen     = 2
@@ -119,11 +120,11 @@ func putEndpoint(b []byte, e cone.Endpoint) {
 	putPort(b[4:], e.Port)
 }
 
-// putPort fills a register.
+// putPort writes a port, padded to a register's 4 bytes.
 func putPort(b []byte, port uint16) { binary.BigEndian.PutUint32(b, uint32(port)<<16) }
 
-// element appends a message about the element with the first bytes of m.key and
-// m.value. With excl it must not be there. Without a timeout it stands for ever.
+// element appends a message about the element in the first bytes of m.key and m.value. With
+// excl the kernel refuses an element that exists. With timeout 0 the element never expires.
 func (m *Mappings) element(seq uint32, typ uint16, excl bool, set string, key, value int, timeout time.Duration) {
 	isNew, flags := typ == unix.NFT_MSG_NEWSETELEM, uint16(0)
 	if excl {

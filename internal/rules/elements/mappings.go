@@ -13,25 +13,24 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// A Mapping is what an inside endpoint is on an outside link.
+// A Mapping is the outside endpoint of an inside endpoint on an outside link.
 type Mapping struct {
 	Link     string
 	Int, Ext cone.Endpoint
 }
 
-// Taken is a remote endpoint towards which an outside port is used by a flow
-// without a mapping.
+// Taken is an outside port that a flow without a mapping uses towards a remote endpoint.
 type Taken struct {
 	Remote cone.Endpoint
 	Port   uint16
 }
 
-// ErrOtherMapping says that a mapping cannot stand beside another one.
+// ErrOtherMapping says that a mapping conflicts with an existing one.
 var ErrOtherMapping = errors.New("another mapping stands")
 
-// Mappings are those that the kernel learned. They stand once rules.Tables.Set was told
-// to. They may be used beside the tables; their own methods must not be called at
-// the same time, but for List, which may run beside all.
+// Mappings are those that the kernel learned. Their sets exist once rules.Tables.Set made
+// them. Mappings may be used concurrently with the tables, but its own methods must not be
+// called concurrently, except for List.
 type Mappings struct {
 	batcher
 	lifetime   time.Duration
@@ -43,9 +42,9 @@ type Mappings struct {
 
 // A MappingsConfig says how the tables of Mappings were made.
 type MappingsConfig struct {
-	Links  []string // that have sets
-	Owners bool     // there are OwnersMap and OwnerPortsMap
-	// Lifetime and KeptFor are as those of rules.MappingConfig.
+	Links  []string // the links that have sets
+	Owners bool     // OwnersMap and OwnerPortsMap exist
+	// Lifetime and KeptFor are those of rules.MappingConfig.
 	Lifetime, KeptFor time.Duration
 }
 
@@ -62,14 +61,14 @@ func NewMappings(w *Writer, c MappingsConfig) *Mappings {
 	return m
 }
 
-// SetLifetime sets the timeout of what is kept from now on.
+// SetLifetime sets the timeout of mappings that are added or kept from now on.
 func (m *Mappings) SetLifetime(d time.Duration) { m.lifetime = d }
 
-// Keep makes ms stand for another lifetime. One that stands no more it adds. It calls
+// Keep extends ms by another lifetime, and adds those that no longer exist. It calls
 // refused as Add does.
 //
-// An element that is added again keeps its timeout before Linux 6.12, so it is deleted
-// and added, which no packet notices.
+// Before Linux 6.12, adding an element again does not renew its timeout, so it is deleted
+// and added in one transaction, which no packet notices.
 func (m *Mappings) Keep(ms []Mapping, refused func(i int, err error)) {
 	for base := 0; base < len(ms); base += batch {
 		part := ms[base:min(base+batch, len(ms))]
@@ -79,9 +78,9 @@ func (m *Mappings) Keep(ms []Mapping, refused func(i int, err error)) {
 	}
 }
 
-// Add makes ms stand, and calls refused with the index of each that cannot:
-// ErrOtherMapping where the inside endpoint has a mapping already, or the outside
-// endpoint an owner. A living flow that goes by such a mapping has to be told to Take.
+// Add adds ms, and calls refused with the index of each that it could not add. The error is
+// ErrOtherMapping if the inside endpoint has a mapping already, or the outside endpoint an
+// owner. The caller must pass living flows of a refused mapping to Take.
 func (m *Mappings) Add(ms []Mapping, refused func(i int, err error)) {
 	for base := 0; base < len(ms); base += batch {
 		part := ms[base:min(base+batch, len(ms))]
@@ -91,8 +90,8 @@ func (m *Mappings) Add(ms []Mapping, refused func(i int, err error)) {
 	}
 }
 
-// addRefused adds those that were refused, one by one: in the way may have been one of
-// the same batch that was refused itself.
+// addRefused adds refused mappings again, one by one: the conflict may have been with a
+// mapping of the same batch that was refused itself.
 func (m *Mappings) addRefused(part []Mapping, base int, refused func(i int, err error)) {
 	for i := range part {
 		if m.errs[i] == nil {
@@ -113,7 +112,7 @@ func (m *Mappings) addRefused(part []Mapping, base int, refused func(i int, err 
 
 func conflicts(err error) bool { return errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST) }
 
-// alone adds the mapping i of ms once more.
+// alone adds mapping i of ms in its own transaction.
 func (m *Mappings) alone(ms []Mapping, i int) {
 	errs := m.errs
 	m.errs[0] = nil
@@ -122,8 +121,8 @@ func (m *Mappings) alone(ms []Mapping, i int) {
 	m.errs = errs
 }
 
-// Revoke ends ms. What is gone already is no error. The kernel deletes by key:
-// whoever has it. Living flows keep their outside endpoints.
+// Revoke ends ms. It is no error if some have ended already. The kernel deletes by key,
+// whatever value the element has. Living flows keep their outside endpoints.
 func (m *Mappings) Revoke(ms []Mapping) error {
 	err := errors.Join(m.Release(ms), m.disown(ms, OwnedSet))
 	if m.owners {
@@ -136,7 +135,7 @@ func (m *Mappings) disown(ms []Mapping, set string) error {
 	return m.remove(ms, func(p *Mapping) string { m.outside(p); return set })
 }
 
-// Release ends ms, and leaves their outside endpoints to others that own them too.
+// Release ends ms, but leaves their outside endpoints to other owners.
 func (m *Mappings) Release(ms []Mapping) error {
 	return errors.Join(
 		m.remove(ms, func(p *Mapping) string {
@@ -155,8 +154,8 @@ func (m *Mappings) Release(ms []Mapping) error {
 		}))
 }
 
-// remove deletes an element for each of ms: element makes its key, and returns its set,
-// if any.
+// remove deletes an element for each of ms. element writes its key and returns its set, or
+// "" for none.
 func (m *Mappings) remove(ms []Mapping, element func(p *Mapping) string) error {
 	var errs []error
 	for base := 0; base < len(ms); base += batch {
@@ -176,8 +175,8 @@ func (m *Mappings) remove(ms []Mapping, element func(p *Mapping) string) error {
 	return errors.Join(errs...)
 }
 
-// Take keeps mappings from being used towards the remote endpoints of flows that
-// have none, for rules.MappingConfig.KeptFor.
+// Take keeps mappings from being used towards the remote endpoints of flows without a
+// mapping, for rules.MappingConfig.KeptFor.
 func (m *Mappings) Take(flows []Taken) error {
 	var refused int
 	var first error
@@ -198,8 +197,8 @@ func (m *Mappings) Take(flows []Taken) error {
 	return nil
 }
 
-// List calls f for every mapping, with the time that it has left. What comes or
-// goes meanwhile may be missing. It has a connection of its own.
+// List calls f for every mapping, with its remaining time. Mappings that are added or
+// removed during the call may be missing. It uses its own connection.
 func (m *Mappings) List(f func(p Mapping, left time.Duration)) error {
 	var errs []error
 	for _, l := range m.links {

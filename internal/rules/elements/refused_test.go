@@ -12,7 +12,7 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl/nfnltest"
 )
 
-// Fails when every refusal counts as that there is no such element.
+// Fails when every refusal is taken for a missing element.
 func TestOnlyWhatTheKernelDoesNotFindIsMissing(t *testing.T) {
 	for errno, want := range map[unix.Errno]int{unix.ENOENT: 1, unix.ENOMEM: 0} {
 		c, kernel := nfnltest.New(t)
@@ -26,7 +26,7 @@ func TestOnlyWhatTheKernelDoesNotFindIsMissing(t *testing.T) {
 	}
 }
 
-// Fails when nobody hears of a mark that the kernel does not renew.
+// Fails when a mark that the kernel does not renew goes unreported.
 func TestPermissionWithoutItsMarkIsLost(t *testing.T) {
 	c, kernel := nfnltest.New(t)
 	kernel.Answer = func(sent []nfnltest.Request) (out [][]byte) {

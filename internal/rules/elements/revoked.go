@@ -13,15 +13,15 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// Revoked are the permissions that the user took away: the next daemon must not bring them
-// back for the flows that are there. It is not safe for concurrent use.
+// Revoked are the permissions that the user revoked: the next daemon must not restore them
+// for existing flows. It is not safe for concurrent use.
 type Revoked struct {
 	batcher
-	known map[cone.Key]time.Time // until when, as far as this process knows
-	swept time.Time              // when it was last looked for what ended
+	known map[cone.Key]time.Time // with the time of expiry, as far as this process knows
+	swept time.Time              // when expired keys were last removed
 }
 
-// NewRevoked returns the permissions in the tables of w.
+// NewRevoked returns the revoked permissions in the tables of w.
 func NewRevoked(w *Writer) *Revoked {
 	r := &Revoked{known: make(map[cone.Key]time.Time)}
 	r.begin(w)
@@ -29,8 +29,8 @@ func NewRevoked(w *Writer) *Revoked {
 	return r
 }
 
-// Adopt takes over what an earlier daemon added, and returns it. It has a connection of its
-// own.
+// Adopt takes over what an earlier daemon added, and returns it. It uses its own
+// connection.
 func (r *Revoked) Adopt() (keys []cone.Key, err error) {
 	now := time.Now()
 	err = List(r.w.netns, r.family, r.w.table, RevokedSet, func(b []byte) {
@@ -51,8 +51,8 @@ func (r *Revoked) Adopt() (keys []cone.Key, err error) {
 }
 
 // Add adds keys, as long as there is room, for two hours or until they are dropped. Before
-// Linux 6.12 the two hours of one that is there already do not begin anew. Where the table is
-// gone it does nothing.
+// Linux 6.12, adding a key again does not extend its two hours. If the table is missing Add
+// does nothing.
 func (r *Revoked) Add(keys []cone.Key) error {
 	now, full := time.Now(), error(nil)
 	var errs []error
@@ -66,19 +66,19 @@ func (r *Revoked) Add(keys []cone.Key) error {
 	return errors.Join(append(errs, full)...)
 }
 
-// Has reports whether k was added or adopted, and not dropped since.
+// Has reports whether k was added or adopted, and not dropped since then.
 func (r *Revoked) Has(k cone.Key) bool {
 	_, known := r.known[k]
 	return known
 }
 
-// Drop drops keys. Some may have ended by themselves. One that the kernel does not drop is
-// known still, for the next time.
+// Drop drops keys. Some may have expired. A key that the kernel refuses to delete stays
+// known, so that the next call tries again.
 func (r *Revoked) Drop(keys []cone.Key) error {
 	return r.send(unix.NFT_MSG_DELSETELEM, keys, func(k cone.Key) { delete(r.known, k) })
 }
 
-// Any reports whether something is there for the next daemon.
+// Any reports whether there are keys for the next daemon.
 func (r *Revoked) Any() bool {
 	now := time.Now()
 	for _, until := range r.known {
@@ -89,7 +89,8 @@ func (r *Revoked) Any() bool {
 	return false
 }
 
-// send sends a message about each of keys, and calls done for those that the kernel did.
+// send sends a message about each of keys, and calls done for those that the kernel
+// accepted.
 func (r *Revoked) send(typ uint16, keys []cone.Key, done func(cone.Key)) error {
 	var errs []error
 	for part := range slices.Chunk(keys, batch) {
@@ -99,7 +100,7 @@ func (r *Revoked) send(typ uint16, keys []cone.Key, done func(cone.Key)) error {
 			switch err := r.errs[i]; {
 			case err == nil, typ == unix.NFT_MSG_DELSETELEM && errors.Is(err, unix.ENOENT):
 				done(k)
-			case errors.Is(err, unix.ENOENT): // the table comes back, and k is added again
+			case errors.Is(err, unix.ENOENT): // the table will be made again, and k added again
 			default:
 				errs = append(errs, fmt.Errorf("change set %s for %v -> %v: %w", RevokedSet, k.Peer, k.Ext, nfnl.Permitted(err)))
 			}
@@ -108,9 +109,9 @@ func (r *Revoked) send(typ uint16, keys []cone.Key, done func(cone.Key)) error {
 	return errors.Join(errs...)
 }
 
-// revokedKeyLen is the length of peer . outside address . outside port . zone . low bits of
-// the peer that stand for any, each part filled up to a register's 4 bytes. IPv4 addresses
-// are mapped into IPv6.
+// revokedKeyLen is the length of peer . outside address . outside port . zone . number of
+// host bits of the peer, with each part padded to a register's 4 bytes. IPv4 addresses are
+// mapped into IPv6.
 const revokedKeyLen = 44
 
 // element appends a message about one element.

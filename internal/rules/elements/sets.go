@@ -9,33 +9,34 @@ import (
 // Names of the sets and maps whose elements come and go.
 const (
 	// PermissionMap and PortMap have the inside address and the inside port of each
-	// permission, MarksMap the connmarks, and DeniedSet what the kernel must not learn.
+	// permission, MarksMap the connmarks, and DeniedSet the permissions that the kernel
+	// must not learn.
 	PermissionMap = "permissions"
 	PortMap       = "permission_ports"
 	MarksMap      = "marks"
 	DeniedSet     = "denied"
 	// OwnedSet has the outside endpoints of all mappings, OwnersMap and OwnerPortsMap the
-	// inside endpoint of each, and TakenSet what is in use by flows without a mapping.
+	// inside endpoint of each. TakenSet has the ports that flows without a mapping use.
 	OwnedSet      = "owned"
 	OwnersMap     = "owners"
 	OwnerPortsMap = "owner_ports"
 	TakenSet      = "taken"
-	// GoneSet has the outside addresses that went a moment ago. GatewaySet has the IPv4
-	// addresses that links of the gateway have, as the daemon last saw them; it outlives
-	// the daemon, so that the next one sees which of them went.
+	// GoneSet has the outside addresses that were lost a moment ago. GatewaySet has the
+	// IPv4 addresses of the gateway's links as the daemon last saw them; it outlives the
+	// daemon, so that the next one sees which addresses were lost.
 	GoneSet    = "gone"
 	GatewaySet = "gateway_addresses"
-	// UnsureSet has the IPv4 flows whose source may be spoofed, Unsure6Set, in the table of
-	// family inet, those of IPv6.
+	// UnsureSet has the IPv4 flows whose source may be spoofed. Unsure6Set has those of
+	// IPv6; it is in the table of family inet.
 	UnsureSet  = "unsure"
 	Unsure6Set = "unsure6"
-	// RevokedSet has the permissions that the user took away. It is in the table of family
-	// inet, and no rule asks for it.
+	// RevokedSet has the permissions that the user revoked. It is in the table of family
+	// inet, and no rule looks it up.
 	RevokedSet = "revoked"
 )
 
-// LinkSets are the names of the sets that an outside link has for mappings. None of them
-// is the name of another set.
+// LinkSets are the names of the sets for mappings of an outside link. They never clash with
+// the name of another set.
 type LinkSets struct {
 	Link, Kept, Moved, Ports, Addresses, Translated, Several string
 }
@@ -49,8 +50,8 @@ func SetsOfLink(link string) *LinkSets {
 	}
 }
 
-// Identifier returns the name of a link as a part of one that nft can read. A link's has
-// no slash.
+// Identifier returns the name of a link in a form that nft accepts as part of an
+// identifier. It escapes with a slash, which names of links never contain.
 func Identifier(link string) string {
 	var b strings.Builder
 	for _, c := range []byte(link) {
@@ -65,19 +66,19 @@ func Identifier(link string) string {
 }
 
 const (
-	// DeniedSize bounds the set of what the kernel must not learn, and RevokedSet. A denial lasts for
-	// deniedTimeout if nobody says it again: longer than any time between two reconciles.
+	// DeniedSize limits the set of denials, and RevokedSet. A denial that is not repeated
+	// lasts for deniedTimeout, which is longer than any interval between two reconciles.
 	DeniedSize    = 1 << 16
 	deniedTimeout = 2 * time.Hour
 	// OwnedLonger is how much longer an outside endpoint is owned than its mapping lasts.
-	// The other way round two hosts could have it for a moment.
+	// If ownership ended first, two hosts could share the endpoint for a moment.
 	OwnedLonger = time.Second
-	// keptTimeout is the least value of MappingsConfig.KeptFor.
+	// keptTimeout is the minimum of MappingsConfig.KeptFor.
 	keptTimeout = 3 * time.Minute
-	// AddressTimeout is how long it is remembered which of several outside addresses the
+	// AddressTimeout is how long the sets remember which of several outside addresses the
 	// user's rules gave a host.
 	AddressTimeout = time.Hour
-	// goneTimeout is how long no mapping is learned to an address that is gone, until
-	// the flows that have it have ended.
+	// goneTimeout is how long no mapping to a lost address is learned. Within that time the
+	// flows with that address must end.
 	goneTimeout = 10 * time.Second
 )

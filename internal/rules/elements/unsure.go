@@ -13,21 +13,21 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// A Direction is the source and the destination of a flow as it began.
+// A Direction is the source and the destination of a flow in its original direction.
 type Direction struct{ Src, Dst cone.Endpoint }
 
-// Unsure are the flows whose source may be spoofed: the kernel adds them by itself. It is
+// Unsure are the flows whose source may be spoofed. The kernel adds them by itself. It is
 // not safe for concurrent use.
 type Unsure struct{ v4, v6 unsureSet }
 
-// An unsureSet has those of one IP version.
+// An unsureSet has the flows of one IP version.
 type unsureSet struct {
 	batcher
 	name string
 	size int // of an address
 }
 
-// NewUnsure returns the flows in the tables of w.
+// NewUnsure returns the unsure flows in the tables of w.
 func NewUnsure(w *Writer) *Unsure {
 	u := &Unsure{v4: unsureSet{name: UnsureSet, size: net.IPv4len}, v6: unsureSet{name: Unsure6Set, size: net.IPv6len}}
 	u.v4.begin(w)
@@ -36,18 +36,18 @@ func NewUnsure(w *Writer) *Unsure {
 	return u
 }
 
-// List calls f for every flow. It has a connection of its own.
+// List calls f for every flow. It uses its own connection.
 func (u *Unsure) List(f func(Direction)) error { return errors.Join(u.v4.list(f), u.v6.list(f)) }
 
-// Renew renews flows that List told of.
+// Renew renews the timeouts of flows that List returned.
 func (u *Unsure) Renew(flows []Direction) {
 	v4, v6 := byVersion(flows)
 	_ = u.v4.send(v4, unix.NFT_MSG_DELSETELEM, unix.NFT_MSG_NEWSETELEM) // some may have ended
 	_ = u.v6.send(v6, unix.NFT_MSG_DELSETELEM, unix.NFT_MSG_NEWSETELEM)
 }
 
-// Add adds flows that List told of, of other tables. They are forgotten where these
-// tables have no such set.
+// Add adds flows that List returned for other tables. They are dropped if these tables have
+// no such set.
 func (u *Unsure) Add(flows []Direction) error {
 	v4, v6 := byVersion(flows)
 	return errors.Join(u.v4.add(v4), u.v6.add(v6))
@@ -108,7 +108,7 @@ func (u *unsureSet) send(flows []Direction, messages ...uint16) (first error) {
 	return first
 }
 
-// flow appends a message about a flow in the set.
+// flow appends a message about a flow's element.
 func (u *unsureSet) flow(seq uint32, typ uint16, d *Direction) {
 	e := &u.enc
 	list, element := u.openElement(u.name, seq, typ, 0)

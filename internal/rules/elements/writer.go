@@ -11,8 +11,9 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// A Writer is the connection by which the tables of one name are written, as the kernel
-// lets nobody else write what it owns. Each transaction by it is made while it is locked.
+// A Writer is the one connection that writes the tables with a given name: the kernel lets
+// no other connection write tables that it owns. Each transaction over it is made with the
+// lock held.
 type Writer struct {
 	sync.Mutex
 	batch       *nfnl.Conn
@@ -21,26 +22,26 @@ type Writer struct {
 	generations generations
 }
 
-// NewWriter returns a Writer for the tables of a name in the network namespace behind the
-// descriptor netns, 0 for the current one. Others may use c while they hold the lock.
+// NewWriter returns a Writer for the tables with that name in the network namespace behind
+// the descriptor netns, 0 for the current one. Others may use c while they hold the lock.
 func NewWriter(c *nfnl.Conn, netns int, table string) *Writer {
 	return &Writer{batch: c, netns: netns, table: table}
 }
 
-// generations tell when somebody else changed nftables. The kernel numbers the
-// transactions of a network namespace that change something, and a batch asks to be
-// told the number of its own (nf_tables_gen_notify). A transaction that changes
-// nothing, for its elements stand already, has none. So each number that was not
-// told to us is somebody else's, or that of a transaction that did not ask.
+// generations detect that somebody else changed nftables. The kernel numbers the
+// transactions of a network namespace that change something, and a batch asks for its own
+// number (nf_tables_gen_notify). A transaction that changes nothing, because its elements
+// exist already, has no number. So each number that we were not told belongs to somebody
+// else, or to a transaction of ours that did not ask.
 //
-// Linux before 5.10.20 tells the number only while somebody listens to nftables:
-// there every change counts as somebody else's.
+// Linux before 5.10.20 tells the number only while somebody listens to nftables: there
+// every change counts as somebody else's.
 type generations struct {
-	seen   uint32 // the last one that was ours, or that was looked at
-	others uint32 // goes up when one before it was not ours
+	seen   uint32 // the last number that was ours or that look saw
+	others uint32 // increases when an earlier number was not ours
 }
 
-// ours notes a transaction of ours.
+// ours records a transaction of ours.
 func (g *generations) ours(id uint32) {
 	if id != g.seen+1 {
 		g.others++
@@ -48,7 +49,7 @@ func (g *generations) ours(id uint32) {
 	g.seen = id
 }
 
-// look notes the present generation.
+// look records the current generation.
 func (g *generations) look(id uint32) {
 	if id != g.seen {
 		g.others++
@@ -56,10 +57,10 @@ func (g *generations) look(id uint32) {
 	g.seen = id
 }
 
-// Others returns a number that is another one when somebody else changed nftables
-// since the last call, by whomever. It asks the kernel by c.
+// Others returns a number that differs from that of the last call if somebody else changed
+// nftables in between; it does not matter who called. It asks the kernel over c.
 func (w *Writer) Others(c *nfnl.Conn) (uint32, error) {
-	// Locked, so that no transaction of ours is under way.
+	// Hold the lock, so that no transaction of ours is under way.
 	w.Lock()
 	defer w.Unlock()
 	id, err := Generation(c)
@@ -84,7 +85,7 @@ func Generation(c *nfnl.Conn) (id uint32, err error) {
 	return id, errors.Join(err, failure)
 }
 
-// generationOf reads the number in a message of the kernel that tells one.
+// generationOf reads the number from a message of the kernel that contains one.
 func generationOf(typ uint16, body []byte) (id uint32, ok bool) {
 	if typ != unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWGEN || len(body) < nfnl.FamilyHeaderLen {
 		return 0, false
