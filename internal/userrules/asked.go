@@ -8,14 +8,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// asked returns the lookups of a rule, as far as UDP packets get to them, each with what
-// the elements of the set matter for. They do where something may be known of the key: a
-// set of the addresses of peers, say, may be long, and its elements tell no more than whom
-// a forward is for. describe returns a set without its elements.
+// asked returns the lookups of a rule that UDP packets may reach, each with the purposes
+// for which the elements of the set matter. They matter if part of the key may be known. A
+// set of peer addresses, say, may be long, and its elements only tell whom a forward is
+// for. describe returns a set without its elements.
 func asked(r *rule, family byte, describe func(name string) *set) (all []lookup) {
 	looksUp := func(s statement) bool { _, is := s.expr.(*expr.Lookup); return is }
 	if !slices.ContainsFunc(r.statements, looksUp) {
-		return nil // as most do
+		return nil // like most rules
 	}
 	packets := knownPackets(family)
 	for _, s := range r.statements {
@@ -32,7 +32,7 @@ func asked(r *rule, family byte, describe func(name string) *set) (all []lookup)
 		case *expr.Cmp:
 			packets = slices.DeleteFunc(packets, func(p *knownPacket) bool { return p.sure.compare(e) == never })
 			if len(packets) == 0 {
-				return all // it is for another protocol
+				return all // the rule is for another protocol
 			}
 		default:
 			for _, p := range packets {
@@ -66,14 +66,14 @@ func askedBy(e *expr.Lookup, s *set, packets []*knownPacket) lookup {
 	return l
 }
 
-// A knownPacket is one of which all is known that may be known of any that a question is
-// about.
+// A knownPacket is a packet of which everything is known that any question may know of its
+// packets.
 type knownPacket struct {
 	why    purposes
 	packet *child
-	regs   cells     // what is known of their bytes
-	sure   cells     // what is true of all UDP packets of the family
-	fields registers // what they hold
+	regs   cells     // what is known of the registers' bytes
+	sure   cells     // what holds for all UDP packets of the family
+	fields registers // the fields that the registers hold
 }
 
 func knownPackets(family byte) (all []*knownPacket) {
@@ -94,7 +94,7 @@ func knownPackets(family byte) (all []*knownPacket) {
 	return all
 }
 
-// load puts what a statement loads into the registers.
+// load updates the registers with what a statement loads.
 func (p *knownPacket) load(e expr.Any) {
 	p.fields.load(e, p.packet.family)
 	p.packet.load(&p.regs, e)

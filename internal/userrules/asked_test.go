@@ -7,8 +7,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Sets may be long, and are read each time. Those of addresses of peers are not, nor those
-// of rules for another protocol.
+// Sets may be long, and each reading reads them again. Sets of peer addresses, and sets of
+// rules for another protocol, are not read.
 //
 // Fails when more or less of a set is read than the answers need.
 func TestOnlySetsThatMatterAreRead(t *testing.T) {

@@ -8,23 +8,23 @@ import (
 	"github.com/google/nftables/expr"
 )
 
-// A cell is one byte of a register: the bits of val that are set in known are
-// known, the others have any value.
+// A cell is one byte of a register: the bits of val that are set in known are known, the
+// other bits may have any value.
 type cell struct {
 	val, known byte
 	mask       byte // bits that were not masked out
 	changed    bool // by an exclusive or
-	at         int  // place in the value of origin
+	at         int  // index in the value of origin
 	*origin
 }
 
-// An origin is where an unknown value comes from.
+// An origin is the source of an unknown value.
 type origin struct {
 	even  bool                        // all values are equally likely: addresses, ports
 	other func(low, high []byte) bool // reports whether no packet has a value from low to high
 }
 
-// unknownBytes returns n bytes of any value.
+// unknownBytes returns n unknown bytes.
 func unknownBytes(n int, s *origin) []cell {
 	cells := make([]cell, n)
 	for i := range cells {
@@ -41,7 +41,7 @@ func knownBytes(b []byte) []cell {
 	return cells
 }
 
-// inPrefix returns an address of any host of the prefix.
+// inPrefix returns the unknown address of a host in the prefix.
 func inPrefix(p netip.Prefix) []cell {
 	cells := unknownBytes(p.Addr().BitLen()/8, &origin{even: true})
 	for i, b := range p.Masked().Addr().AsSlice() {
@@ -52,7 +52,7 @@ func inPrefix(p netip.Prefix) []cell {
 	return cells
 }
 
-// outOf returns an address that is in none of the prefixes.
+// outOf returns an unknown address outside all of the prefixes.
 func outOf(prefixes []netip.Prefix, size int) []cell {
 	return unknownBytes(size, &origin{even: true, other: func(low, high []byte) bool {
 		first, ok := netip.AddrFromSlice(filled(low, size, 0))
@@ -100,8 +100,7 @@ func equals(cells []cell, b []byte) chance {
 	return portion(math.Ldexp(1, -unknown))
 }
 
-// impossible reports whether it is known of the origin of the cells that they do
-// not hold what is from low to high.
+// impossible reports whether the origin of the cells excludes all values from low to high.
 func impossible(cells []cell, low, high []byte) bool {
 	s := cells[0].origin
 	if s == nil || s.other == nil {
@@ -118,8 +117,8 @@ func impossible(cells []cell, low, high []byte) bool {
 	return s.other(low, high)
 }
 
-// within returns the chance that the cells hold a number from low to high, and
-// what part of their values that is, if all are equally likely.
+// within returns the chance that the cells hold a number from low to high. If all their
+// values are equally likely, it also returns the fraction that lies in that range.
 func within(cells []cell, low, high []byte) (chance, float64) {
 	n := len(low)
 	if len(cells) < n || len(high) < n || n == 0 {
@@ -163,7 +162,7 @@ func float(b []byte) (f float64) {
 // cells are the registers of a rule, byte by byte.
 type cells [80]cell
 
-// at returns the place of a register.
+// at returns the index of a register's first byte.
 func (r *cells) at(reg uint32) int { return 4 * min(word(max(reg, 1)), 15) }
 
 func (r *cells) get(reg uint32, size int) []cell {
@@ -171,7 +170,7 @@ func (r *cells) get(reg uint32, size int) []cell {
 	return r[at : at+min(max(size, 0), len(r)-at)]
 }
 
-// put loads a register. The kernel fills up its last word with zeros.
+// put loads a register. As in the kernel, the rest of its last word becomes zero.
 func (r *cells) put(reg uint32, b []cell) {
 	for len(b)%4 != 0 {
 		b = append(b, knownBytes([]byte{0})...)
@@ -179,7 +178,7 @@ func (r *cells) put(reg uint32, b []cell) {
 	copy(r[r.at(reg):], b)
 }
 
-// forget makes all registers unknown, from reg on.
+// forget makes the registers from reg on unknown.
 func (r *cells) forget(reg uint32) {
 	for i := r.at(reg); i < len(r); i++ {
 		r[i] = cell{mask: 0xff}
@@ -190,7 +189,7 @@ func (r *cells) bitwise(e *expr.Bitwise) {
 	n := int(e.Len)
 	src := append([]cell(nil), r.get(e.SourceRegister, n)...)
 	if len(e.Mask) != n || len(e.Xor) != n || len(src) != n {
-		r.forget(e.DestRegister) // a shift, for one
+		r.forget(e.DestRegister) // for example a shift
 		return
 	}
 	for i := range src {

@@ -2,15 +2,16 @@ package userrules
 
 import "golang.org/x/sys/unix"
 
-// A Chain is a base chain of the user's.
+// A Chain is one of the user's base chains.
 type Chain struct {
 	Table    string // with the family or program: "ip nat" or "iptables-legacy nat"
 	Name     string
 	Type     string // "nat", "filter" or "route"
 	Hook     string // "prerouting", "forward" or "postrouting"
 	Priority int
-	Drops    bool // its policy
-	// Handles are those of its table and of itself: what is made anew has others.
+	Drops    bool // its policy is drop
+	// Handles are those of its table and of the chain. A table or chain that is made again
+	// gets a new handle.
 	Handles [2]uint64
 }
 
@@ -21,12 +22,12 @@ var hookNames = map[uint32]string{
 	unix.NF_INET_PRE_ROUTING: "prerouting", unix.NF_INET_FORWARD: "forward", unix.NF_INET_POST_ROUTING: "postrouting",
 }
 
-// Chains returns the chains that are read: the NAT chains of prerouting, those of
+// Chains returns the chains that a Reader reads: the NAT chains of prerouting, those of
 // postrouting for IPv4, and the chains of the forward hook.
 func (rs *Ruleset) Chains() (all []Chain) {
 	for _, t := range rs.tables {
 		for _, b := range t.bases {
-			if b.purposes(t.family) != 0 { // iptables-legacy has others, too
+			if b.purposes(t.family) != 0 { // iptables-legacy has other chains, too
 				all = append(all, t.named([]base{b})...)
 			}
 		}

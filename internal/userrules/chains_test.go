@@ -7,8 +7,8 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// Fails when a chain of another hook or type is taken for one that translates sources, and
-// when one of this program's own is.
+// Fails when a chain of another hook or type, or one of this program's own chains, is taken
+// for a chain that translates sources.
 func TestSourceNATChainsAreThoseOfTheUser(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{Rules: `
 		table ip first { chain c { type nat hook postrouting priority -199; }; chain later { type nat hook postrouting priority -198; }

@@ -1,7 +1,8 @@
 package userrules
 
-// A chance says how likely a packet of a class matches. Only never and always are
-// certain: what is rare is a few addresses or ports out of many.
+// A chance says how likely it is that a packet of a class matches. Only never and always
+// are certain. Rarely stands for a few addresses or ports out of many, mostly for all but a
+// few.
 type chance uint8
 
 const (
@@ -25,10 +26,10 @@ func (c chance) inverted(not bool) chance {
 	return c
 }
 
-// few is the part of all packets that counts as rare.
+// few is the largest fraction of all packets that counts as rare.
 const few = 1. / 8
 
-// portion returns the chance of a match for part p of all packets, some but not
+// portion returns the chance of a match if fraction p of all packets match, some but not
 // all.
 func portion(p float64) chance {
 	switch {

@@ -12,17 +12,17 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// A condition is what a UDP packet must meet to get to some place in a ruleset.
-// It is never narrower than the truth. Its slices are not changed once made.
+// A condition is what a UDP packet must meet to reach some place in a ruleset. It is never
+// narrower than the truth. Its slices are not changed once made.
 type condition struct {
 	family  byte        // NFPROTO_INET while both are possible
 	ports   []PortRange // sorted; nil stands for any
 	addrs   []AddrRange // nil stands for any
 	sources []AddrRange // nil stands for any
-	out     []string    // links that packets leave by; nil stands for any
-	unknown bool        // something asked for the port and was not understood
-	partial bool        // something else was asked for, so it may be wider than the truth
-	asks    bool        // that was neither an address, nor a port, nor a link
+	out     []string    // the outgoing links; nil stands for any
+	unknown bool        // a test of the port was not understood
+	partial bool        // something else was tested, so the condition may be wider than the truth
+	asks    bool        // that test was for neither an address, nor a port, nor a link
 }
 
 func partly(conds []condition) []condition {
@@ -46,7 +46,7 @@ func (c condition) forward(text string) Forward {
 	return f
 }
 
-// A field is a part of a key that is compared.
+// A field is a part of a key that a rule compares.
 type field struct {
 	kind fieldKind
 	size int
@@ -56,7 +56,7 @@ type field struct {
 type fieldKind uint8
 
 const (
-	other fieldKind = iota // says nothing that is looked at
+	other fieldKind = iota // a field that does not matter here
 	protocol
 	family
 	etherType
@@ -81,7 +81,7 @@ func (s span) isAll() bool {
 	return !slices.ContainsFunc(s.low, func(b byte) bool { return b != 0 }) && !slices.ContainsFunc(s.high, func(b byte) bool { return b != 0xff })
 }
 
-// cut returns the part of s that belongs to a field, masked.
+// cut returns the part of s for the field at an offset, masked.
 func (s span) cut(f field, at int) span {
 	part := func(b []byte) []byte { return bytes.Clone(b[min(at, len(b)):min(at+f.size, len(b))]) }
 	s = span{part(s.low), part(s.high)}
@@ -92,8 +92,7 @@ func (s span) cut(f field, at int) span {
 	return s
 }
 
-// number returns b, at most 8 bytes in network order, filled up to size with
-// fill.
+// number returns b, at most 8 bytes in network order, padded to size with fill.
 func number(b []byte, size int, fill byte) uint64 {
 	var n uint64
 	for i := range size {
@@ -106,25 +105,25 @@ func number(b []byte, size int, fill byte) uint64 {
 	return n
 }
 
-// A test asks for a key in any of the spans, or in none of them.
+// A test matches a key in any of the spans, or, if not is set, a key in none of them.
 type test struct {
 	any     []span
 	not     bool
 	unknown bool // the keys are not known
-	// byPart says that each field of a key has to be in its part of a span. Otherwise the
-	// key as a whole is a number between the ends.
+	// byPart says that each field of a key must be in its part of a span. Otherwise the key
+	// as a whole is a number from low to high.
 	byPart bool
 }
 
-// isNumber reports whether a test is about a key of more than one field as a number, which
-// tells nothing of each field.
+// isNumber reports whether the test compares a key of several fields as one number, which
+// says nothing about each field.
 func (t *test) isNumber(fields []field) bool {
 	return !t.byPart && len(fields) > 1 && slices.ContainsFunc(t.any, func(s span) bool {
 		return !bytes.Equal(s.low, s.high) && !s.isAll()
 	})
 }
 
-// test returns what a lookup in the set asks for.
+// test returns the test that a lookup in the set makes.
 func (s *set) test(not bool) test {
 	t := test{not: not, unknown: s.failed != nil || !s.loaded, byPart: len(s.fields) > 1}
 	for _, e := range s.elements {
@@ -133,11 +132,11 @@ func (s *set) test(not bool) test {
 	return t
 }
 
-// maxProduct bounds the number of conditions that come out of concatenated keys.
-// Beyond it their fields are taken one by one, which is wider.
+// maxProduct limits the number of conditions that concatenated keys produce. Beyond that
+// their fields are tested one by one, which gives a wider condition.
 const maxProduct = 1 << 10
 
-// narrow returns what is left of conds when the fields pass the test.
+// narrow returns conds restricted to packets whose fields pass the test.
 func (w *walker) narrow(conds []condition, fields []field, t test) []condition {
 	asked := 0
 	for _, f := range fields {
@@ -172,18 +171,19 @@ func (w *walker) narrow(conds []condition, fields []field, t test) []condition {
 	return left
 }
 
-// isAsked reports whether a set is read for the field, however many elements it has.
+// isAsked reports whether the elements of a set matter for the field, however many there
+// are.
 func (f field) isAsked() bool { return f.kind != other && !f.isTold() }
 
-// isTold reports whether the field is told of, though no set is read for it.
+// isTold reports whether answers contain the field, although no set is read because of it.
 func (f field) isTold() bool { return f.isSource() || f.kind == outName }
 
 func (f field) isSource() bool { return f.kind == source4 || f.kind == source6 }
 
 func (f field) isPort() bool { return f.kind == port || f.kind == mangledPort }
 
-// fields tests one field after the other. It reports whether c is possible
-// still.
+// fields applies the test to one field after the other. It reports whether c is still
+// possible.
 func (w *walker) fields(c condition, fields []field, t test) (condition, bool) {
 	at := 0
 	for _, f := range fields {
@@ -217,7 +217,7 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 		return c, true
 	}
 	if t.not && f.mask != nil {
-		return c, true // a mask makes spans too wide, so their opposite too narrow
+		return c, true // a mask makes the spans too wide, so their complement would be too narrow
 	}
 	passes := func(in func(span) bool) bool { return slices.ContainsFunc(t.any, in) != t.not }
 	anyLink := func(in func(Link, span) bool) bool {
@@ -274,8 +274,8 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 	return c, true
 }
 
-// leaving returns the links of c that have one of the names, or begin with it where that
-// is not ended.
+// leaving returns the links of c that match one of the names. A name without its end (a
+// zero byte) matches all names that begin with it.
 func (c *condition) leaving(names []span) (links []string) {
 	for _, s := range names {
 		name := string(bytes.TrimRight(s.low, "\x00"))
@@ -295,13 +295,14 @@ func (c *condition) leaving(names []span) (links []string) {
 	return links
 }
 
-// covered reports whether a pattern has a name, or all names of another one.
+// covered reports whether a pattern matches a name, or all names of another pattern.
 func covered(pattern, name string) bool {
 	prefix, is := strings.CutSuffix(pattern, "*")
 	return pattern == name || is && strings.HasPrefix(name, prefix)
 }
 
-// addrs returns the addresses in the spans, of which only the beginning may be there.
+// addrs returns the addresses in the spans. A span may hold only the first bytes of an
+// address.
 func (t *test) addrs(v6 bool) (all []AddrRange) {
 	size := 4
 	if v6 {

@@ -9,13 +9,13 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 )
 
-// A Covered is what any of some forwards covers, made quick to ask: what a look-up
-// costs grows with the logarithm of their number. It is not changed once made, and
-// safe for concurrent use. Nil covers nothing.
+// A Covered has the endpoints that any of several forwards covers, arranged for fast
+// lookup: the cost grows with the logarithm of their number. It is not changed once made,
+// and safe for concurrent use. A nil Covered covers nothing.
 type Covered struct {
-	// By range of addresses, sorted; ranges may overlap.
+	// The ranges of addresses, sorted; they may overlap.
 	ranges []coveredRange
-	// last of a range is the last address of all of its half of the tree, which is
+	// last has, for each range, the last address of any range in its subtree. The tree is
 	// that of a binary search.
 	last []netip.Addr
 }
@@ -63,7 +63,7 @@ var everyAddr = []AddrRange{
 	{netip.IPv6Unspecified(), netip.MustParseAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")},
 }
 
-// build fills in c.last from low up to high and returns the last address there.
+// build fills in c.last for the ranges from low up to high, and returns their last address.
 func (c *Covered) build(low, high int) (last netip.Addr) {
 	if low == high {
 		return netip.Addr{}
@@ -79,7 +79,7 @@ func (c *Covered) build(low, high int) (last netip.Addr) {
 	return last
 }
 
-// Ranges yields what c covers, as addresses and ports.
+// Ranges yields the addresses and ports that c covers.
 func (c *Covered) Ranges() iter.Seq2[AddrRange, PortRange] {
 	return func(yield func(AddrRange, PortRange) bool) {
 		if c == nil {
@@ -104,14 +104,14 @@ func (c *Covered) Covers(e cone.Endpoint) bool {
 	return c != nil && c.takes(0, len(c.ranges), e.Addr.Netip(), e.Port, nil)
 }
 
-// Bars reports whether one of the forwards may lead a packet of a peer of p elsewhere than
-// p does.
+// Bars reports whether one of the forwards conflicts with p: it may lead a packet from a
+// peer of p elsewhere than p does.
 func (c *Covered) Bars(p cone.Permission) bool {
 	return c != nil && c.takes(0, len(c.ranges), p.Ext.Addr.Netip(), p.Ext.Port, &p)
 }
 
-// takes reports whether a forward in a part of the tree covers an endpoint and bars p. If p is
-// nil, each forward that covers the endpoint counts.
+// takes reports whether a forward in the subtree covers the endpoint and conflicts with p.
+// If p is nil, each forward that covers the endpoint counts.
 func (c *Covered) takes(low, high int, a netip.Addr, port uint16, p *cone.Permission) bool {
 	for low < high {
 		mid := (low + high) / 2
@@ -131,7 +131,7 @@ func (c *Covered) takes(low, high int, a netip.Addr, port uint16, p *cone.Permis
 	return false
 }
 
-// Equal reports whether both cover the same by the same ranges.
+// Equal reports whether c and d cover the same endpoints with the same ranges.
 func (c *Covered) Equal(d *Covered) bool {
 	if c == nil || d == nil {
 		return c == d

@@ -11,7 +11,7 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// The quick answer is that of the forwards, asked one by one.
+// The fast lookup gives the same answer as asking each forward.
 func TestCoveredIsWhatAnyForwardCovers(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	addr := func() netip.Addr {
@@ -95,7 +95,7 @@ func bars(f userrules.Forward, p cone.Permission) bool {
 	return f.Sources == nil || p.Peers().Contains(f.Sources[0].First)
 }
 
-// Fails when more takers of a port than are told apart are forgotten.
+// Fails when takers of a port beyond the limit are forgotten.
 func TestManyTakersOfAPortBarAll(t *testing.T) {
 	at := func(n int) cone.Addr { return cone.AddrFrom4([4]byte{203, 0, 113, byte(n)}) }
 	p := cone.Permission{Key: cone.Key{Ext: cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.1:5060")), Peer: at(200)}}
@@ -109,8 +109,7 @@ func TestManyTakersOfAPortBarAll(t *testing.T) {
 	}
 }
 
-// What 10,000 forwards cost to ask is what matters where 50,000 permissions are asked
-// about.
+// The cost of asking 10,000 forwards matters when 50,000 permissions are checked.
 func BenchmarkCovered(b *testing.B) {
 	var all []userrules.Forward
 	for i := range uint32(10_000) {

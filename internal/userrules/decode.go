@@ -16,7 +16,7 @@ import (
 
 func number32(b []byte) uint32 { return uint32(number(b, 4, 0)) }
 
-// baseOf decodes a chain; one that is in no hook has no kind.
+// baseOf decodes a chain. A chain without a hook has no kind.
 func baseOf(b []byte) (c base) {
 	nfnl.Attributes(b, func(typ uint16, b []byte) {
 		switch typ {
@@ -42,7 +42,7 @@ func baseOf(b []byte) (c base) {
 	return c
 }
 
-// ruleOf decodes a rule. It says what in it is not understood, if something is not.
+// ruleOf decodes a rule. odd says what in it is not understood; empty means nothing.
 func ruleOf(family byte, b []byte) (r rule, odd string) {
 	nfnl.Attributes(b, func(typ uint16, b []byte) {
 		switch typ {
@@ -75,8 +75,8 @@ func userComment(b []byte) string {
 	return ""
 }
 
-// statements decodes the expressions of a rule. Of those that do not matter, and of those
-// that it does not understand, it keeps the name; and it says of one what is not understood.
+// statements decodes the expressions of a rule. It keeps only the name of expressions that
+// do not matter or are not understood. odd names one that is not understood.
 func statements(family byte, b []byte) (all []statement, odd string) {
 	nfnl.Attributes(b, func(_ uint16, b []byte) {
 		var s statement
@@ -98,7 +98,7 @@ func statements(family byte, b []byte) (all []statement, odd string) {
 	return all, odd
 }
 
-// expressions are those that Linux has.
+// expressions are all expressions of Linux.
 var expressions = func() map[string]bool {
 	all := map[string]bool{}
 	for _, name := range []string{
@@ -112,7 +112,7 @@ var expressions = func() map[string]bool {
 	return all
 }()
 
-// expression decodes the data of an expression, if they matter.
+// expression decodes the data of an expression, if it matters here.
 func expression(family byte, name string, b []byte) (expr.Any, error) {
 	var e expr.Any
 	switch name {
@@ -179,7 +179,7 @@ func expression(family byte, name string, b []byte) (expr.Any, error) {
 	return e, nil
 }
 
-// verdictOf returns the verdict in an attribute of data, nil when it has none.
+// verdictOf returns the verdict in a data attribute, or nil if there is none.
 func verdictOf(b []byte) (v *expr.Verdict) {
 	nfnl.Attributes(b, func(typ uint16, b []byte) {
 		if typ != unix.NFTA_DATA_VERDICT {
@@ -238,11 +238,11 @@ func keyFields(b []byte) (sizes []int) {
 	return sizes
 }
 
-// A rawElement is an element as the kernel tells it. An interval has two of them, unless
+// A rawElement is an element as the kernel reports it. An interval has two elements, unless
 // its key has several parts.
 type rawElement struct {
-	key, end []byte // key is nil for the element that has what no other one has
-	isEnd    bool   // of an interval, which ends before the key
+	key, end []byte // key is nil for the catch-all element
+	isEnd    bool   // the element ends an interval, which lies before the key
 	verdict  expr.Verdict
 }
 
@@ -270,7 +270,7 @@ const (
 	nftaSetElemExpressions = 11
 )
 
-// fill puts elements into the set, as the kernel told them.
+// fill adds elements to the set, as the kernel reported them.
 func (s *set) fill(es []rawElement) {
 	if s.interval && len(s.fields) <= 1 {
 		es = joinIntervals(es, s.size)
@@ -291,8 +291,8 @@ func (s *set) fill(es []rawElement) {
 	s.elements, s.loaded = append(s.elements, others...), true
 }
 
-// joinIntervals puts the two elements that an interval has into one. The second
-// holds the first key that is not in it, and is missing at the end.
+// joinIntervals joins the two elements of each interval. The second element has the first
+// key behind the interval; it is missing if the interval has the last key.
 func joinIntervals(es []rawElement, size int) []rawElement {
 	slices.SortStableFunc(es, func(a, b rawElement) int { return bytes.Compare(a.key, b.key) })
 	var out []rawElement
@@ -312,7 +312,7 @@ func joinIntervals(es []rawElement, size int) []rawElement {
 	return out
 }
 
-// before returns the key before b, which is not 0.
+// before returns the key before b. b must not be all zeros.
 func before(b []byte) []byte {
 	n := new(big.Int).SetBytes(b)
 	return n.Sub(n, big.NewInt(1)).FillBytes(make([]byte, len(b)))

@@ -7,9 +7,9 @@ import (
 	"github.com/google/nftables/xt"
 )
 
-// leadsTo returns the one endpoint to which a rule translates destinations, as Forward.To
-// has it. The zero value stands for all else: several addresses, some ports, a map, a port
-// by chance, or the gateway itself.
+// leadsTo returns the one endpoint to which a rule translates destinations, as in
+// Forward.To. The zero value stands for everything else: several addresses, a range of
+// ports, a map, a random port, or the gateway itself.
 func (r *rule) leadsTo() netip.AddrPort {
 	loaded := make(map[uint32][]byte) // constants, by register
 	for _, s := range r.statements {
@@ -31,7 +31,8 @@ func (r *rule) leadsTo() netip.AddrPort {
 	return netip.AddrPort{}
 }
 
-// nftDestination returns it for a statement of nftables, from constants that registers have.
+// nftDestination is leadsTo for a statement of nftables, with the constants in the
+// registers.
 func nftDestination(e *expr.NAT, loaded map[uint32][]byte) (none netip.AddrPort) {
 	one := func(first, last uint32) ([]byte, bool) {
 		return loaded[first], last == 0 || last == first
@@ -52,7 +53,7 @@ func nftDestination(e *expr.NAT, loaded map[uint32][]byte) (none netip.AddrPort)
 	return netip.AddrPortFrom(addr, port)
 }
 
-// xtDestination returns it for the data of a target DNAT.
+// xtDestination is leadsTo for the data of a DNAT target.
 func xtDestination(info xt.InfoAny) (none netip.AddrPort) {
 	var r xt.NatRange
 	switch info := info.(type) {

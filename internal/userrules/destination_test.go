@@ -6,9 +6,9 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// Where a rule leads packets is known where that is one endpoint, and nowhere else.
+// The destination of a rule is known only if it is a single endpoint.
 //
-// Fails when a range, a map, a random port or a translated port alone is taken for one
+// Fails when a range, a map, a random port, or a port without an address is taken for one
 // endpoint.
 func TestForwardsTellWhereTheyLead(t *testing.T) {
 	const one, none = "10.47.11.109:0", "invalid AddrPort"

@@ -2,7 +2,7 @@ package userrules
 
 import "errors"
 
-// FailToRead lets the reading of all chains of a table fail from now on, or not.
+// FailToRead makes the reading of all chains of a table fail from now on, or succeed again.
 func FailToRead(r *Reader, table string, fails bool) {
 	r.fail = func(title, _ string) error {
 		if fails && title == table {

@@ -14,7 +14,7 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl/nfnltest"
 )
 
-// A fakeKernel answers a Reader with messages that a kernel sent, or that a test made.
+// A fakeKernel answers a Reader with messages that a kernel sent or that a test made.
 type fakeKernel struct {
 	objects []object
 	asked   map[uint16]int // how often it was asked for what
@@ -36,8 +36,8 @@ func newObject(typ uint16, body []byte) object {
 	return o
 }
 
-// namesIn returns the table and the chain or set that a message is about. Their attributes
-// have the same numbers in all kinds of messages, but for the name of a chain.
+// namesIn returns the table and the chain or set that a message is about. The numbers of
+// their attributes are the same in all types of messages, except for the name of a chain.
 func namesIn(typ uint16, body []byte) (table, name string) {
 	nfnl.Attributes(body[nfnl.FamilyHeaderLen:], func(t uint16, b []byte) {
 		switch {
@@ -107,7 +107,7 @@ func (k *fakeKernel) answer(q nfnltest.Request) (out [][]byte) {
 
 func padded(b []byte) []byte { return append(b, make([]byte, (4-len(b)%4)%4)...) }
 
-// put replaces the objects of a kind, table and name, or adds them.
+// put adds objects, or replaces those of the same type, table and name.
 func (k *fakeKernel) put(objects ...object) {
 	for _, o := range objects {
 		k.objects = slices.DeleteFunc(k.objects, func(x object) bool { return x.typ == o.typ && x.table == o.table && x.name == o.name })
@@ -133,7 +133,7 @@ func natChain(table, name string) object {
 	return hooked(table, name, natKind, unix.NF_INET_PRE_ROUTING)
 }
 
-// hooked makes a base chain that accepts what its rules do not drop.
+// hooked makes a base chain with policy accept.
 func hooked(table, name, kind string, number uint32) object {
 	return made(unix.NFT_MSG_NEWCHAIN, func(e *nfnl.Encoder) {
 		e.Str(unix.NFTA_CHAIN_TABLE, table)
@@ -196,7 +196,7 @@ func rejects(table, chain string, handle uint64) object {
 	})
 }
 
-// ports returns the ports that are forwarded, with 0 for what is not known.
+// ports returns the forwarded ports, with 0 for unknown ones.
 func ports(rs *Ruleset) (all []int) {
 	for _, f := range rs.Forwards(nil) {
 		if f.Unknown {
@@ -219,7 +219,7 @@ func readFake(t *testing.T, r *Reader) *Ruleset {
 	return rs
 }
 
-// Fails when a table is dumped twice or decoded, or a value made, that is the same as before.
+// Fails when an unchanged table is dumped twice, decoded again, or made into a new value.
 func TestTheSameRulesAreTheSameValue(t *testing.T) {
 	k := &fakeKernel{objects: []object{
 		madeTable("fw"), natChain("fw", "pre"), redirects("fw", "pre", 1, 5060),
@@ -251,9 +251,9 @@ func TestTheSameRulesAreTheSameValue(t *testing.T) {
 	}
 }
 
-// A table that changes while it is read, and goes on to change, has what it had before.
+// A table that changes while it is read, and keeps changing, also has its earlier contents.
 //
-// Fails when it is taken for whole, and when the reader goes on for ever.
+// Fails when the table is taken for complete, or when the reader does not end.
 func TestTableThatChangesAllTheTimeIsTorn(t *testing.T) {
 	k := &fakeKernel{objects: []object{madeTable("fw"), natChain("fw", "pre"), redirects("fw", "pre", 1, 5060)}}
 	r := newFake(t, k)
@@ -282,10 +282,10 @@ func TestTableThatChangesAllTheTimeIsTorn(t *testing.T) {
 	}
 }
 
-// What forward chains do that change all the time is what they did at last, and unknown if
-// nobody knows.
+// For forward chains that keep changing, the answer comes from the last consistent reading,
+// and is unknown if there is none.
 //
-// Fails when what never stood at one time is taken for an answer.
+// Fails when an answer comes from rules that never existed at the same time.
 func TestForwardChainThatChangesAllTheTime(t *testing.T) {
 	k := &fakeKernel{objects: []object{madeTable("fw"), hooked("fw", "forward", "filter", unix.NF_INET_FORWARD)}}
 	handle, changing := uint64(0), false
@@ -319,7 +319,7 @@ func TestForwardChainThatChangesAllTheTime(t *testing.T) {
 	}
 }
 
-// Fails when one change beside the reading makes a table torn.
+// Fails when a single change during the reading makes a table torn.
 func TestTableThatChangesOnceIsReadAgain(t *testing.T) {
 	k := &fakeKernel{objects: []object{madeTable("fw"), natChain("fw", "pre"), redirects("fw", "pre", 1, 5060)}}
 	r := newFake(t, k)
@@ -337,7 +337,8 @@ func TestTableThatChangesOnceIsReadAgain(t *testing.T) {
 	}
 }
 
-// Fails when a reading that ended in an error counts as done: its rules would be taken for known.
+// Fails when a reading that ended in an error counts as complete: its rules would be taken
+// for known.
 func TestReadingThatFailsLeavesNothing(t *testing.T) {
 	k := &fakeKernel{objects: []object{madeTable("fw"), natChain("fw", "pre"), redirects("fw", "pre", 1, 5060)}}
 	r := newFake(t, k)
@@ -359,7 +360,7 @@ func TestReadingThatFailsLeavesNothing(t *testing.T) {
 	}
 }
 
-// Fails when no answer is taken for no rules.
+// Fails when the error that there is no nftables is not taken for an empty ruleset.
 func TestWithoutNFTablesThereAreNoRules(t *testing.T) {
 	k := &fakeKernel{refuse: unix.EINVAL}
 	if rs := readFake(t, newFake(t, k)); len(rs.tables) != 0 {

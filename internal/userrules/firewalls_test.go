@@ -24,20 +24,20 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// testdata/firewalls has rulesets in the shape of what many gateways have: the rules, what
-// a kernel said of them (.dump), and what is known of them (.want). With -update, as root,
-// the latter two are made anew; read what they say then.
+// testdata/firewalls has rulesets like those of many gateways: the rules, the kernel's
+// messages about them (.dump), and what the package knows of them (.want). With -update, as
+// root, the latter two are written again; then review them.
 var update = flag.Bool("update", false, "write testdata/firewalls anew")
 
 const firewallsDir = "testdata/firewalls/"
 
-// A dump is what a kernel says of rules.
+// A dump has the kernel's messages about rules.
 type dump struct {
 	NFT    []message // of nftables
 	Legacy []legacyTable
 }
 
-// A message is one of nfnetlink: its type, without the subsystem, and what is behind its
+// A message is a nfnetlink message: its type, without the subsystem, and what follows its
 // header.
 type message struct {
 	Type uint16
@@ -93,7 +93,7 @@ var (
 	inside6 = netip.MustParsePrefix("2001:db8:47::/64")
 )
 
-// report says what is known of rules.
+// report lists what is known of rules.
 func report(rs *Ruleset) string {
 	var b strings.Builder
 	wan, lan := Link{Index: 1 << 20, Name: "wan0"}, Link{Index: 1<<20 + 1, Name: "lan0"}
@@ -136,8 +136,8 @@ func report(rs *Ruleset) string {
 	return b.String()
 }
 
-// Fails when something of these rulesets is understood in another way than what the files
-// say, without root.
+// Fails when something in these rulesets is understood differently from what the files say.
+// It needs no root.
 func TestFirewallsAreUnderstood(t *testing.T) {
 	if binary.NativeEndian.Uint16([]byte{1, 0}) != 1 {
 		t.Skip("they were recorded on a little-endian machine")
@@ -156,10 +156,11 @@ func TestFirewallsAreUnderstood(t *testing.T) {
 	})
 }
 
-// Another kernel, and another nft, may say the same in other bytes: what is known of it has
-// to be the same.
+// Another kernel, and another nft, may encode the same rules differently. What is known of
+// them must be the same.
 //
-// Fails when a recorded dump is not what this kernel says of the rules.
+// Fails when a recorded dump means something else than this kernel's messages about the
+// rules.
 func TestFirewallsAreWhatTheKernelSays(t *testing.T) {
 	firewalls(t, func(t *testing.T, name, kind, rules string) {
 		t.Parallel()
@@ -198,7 +199,7 @@ func TestFirewallsAreWhatTheKernelSays(t *testing.T) {
 	})
 }
 
-// record writes what the kernel says.
+// record writes the kernel's messages.
 func record(t *testing.T, r *Reader, name string) {
 	t.Helper()
 	var d dump
@@ -260,7 +261,7 @@ func readDump(t testing.TB, name string) (d dump) {
 	return d
 }
 
-// kernel returns a kernel that says what the recorded one said of nftables.
+// kernel returns a fake kernel with the recorded messages of nftables.
 func (d *dump) kernel() *fakeKernel {
 	k := &fakeKernel{}
 	for _, m := range d.NFT {
@@ -269,7 +270,7 @@ func (d *dump) kernel() *fakeKernel {
 	return k
 }
 
-// legacy returns what the recorded kernel said of iptables-legacy.
+// legacy returns the recorded tables of iptables-legacy.
 func (d *dump) legacy(f *legacyFamily) (tables []rawLegacy, hidden []string, err error) {
 	for _, x := range d.Legacy {
 		if x.Family == f.number {

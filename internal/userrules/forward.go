@@ -6,10 +6,10 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 )
 
-// A Forward is what a rule of the user's translates to another destination, as
-// far as UDP packets from outside links are concerned. It never says less than
-// the rule does: conditions that are not looked at, or an earlier rule that accepts, make
-// it too wide.
+// A Forward is what one of the user's rules translates to another destination, for UDP
+// packets from outside links. It never says less than the rule does. It is too wide if the
+// rule has conditions that are not evaluated, or if an earlier rule accepts some of the
+// packets.
 type Forward struct {
 	// Ports are the outside ports; nil when All is set.
 	Ports []PortRange
@@ -18,25 +18,25 @@ type Forward struct {
 	All bool
 	// Addrs are the destination addresses; nil stands for any.
 	Addrs []AddrRange
-	// Sources are those of the packets, where that is known; nil stands for any. A named
-	// set of sources is read if it is one of intervals that is not long.
+	// Sources are the sources of the packets, if known; nil stands for any. A named set of
+	// sources is read only if it is an interval set and not long.
 	Sources []AddrRange
-	// To is where the rule leads the packets, if that is one endpoint; the zero value says
-	// that it is not known. Port 0 stands for the port that the packet had.
+	// To is the endpoint to which the rule sends the packets, if there is only one; the
+	// zero value means that it is not known. Port 0 stands for the packet's own port.
 	To netip.AddrPort
-	// Unknown says that the rule has a condition on the port that was not
-	// understood. Ports, or All, then say what it forwards at most.
+	// Unknown says that a condition on the port was not understood. Ports, or All, then say
+	// what the rule forwards at most.
 	Unknown bool
-	// Unread says that it is Unknown because something could not be read that is known in
-	// another way: a chain, of which the answer has what was read before, or a table of
-	// iptables-legacy, of which flows tell.
+	// Unread says that the Forward is Unknown because something could not be read that is
+	// known in another way: a chain, whose last readable contents are in the answer, too,
+	// or a table of iptables-legacy, whose forwards show in flows.
 	Unread bool
-	// Partial says that the rule may leave packets alone that it seems to forward: it
-	// asks for more than ports, addresses and links, or an earlier rule may be in its way.
+	// Partial says that the rule may not forward all packets that match: it has conditions
+	// other than on ports, addresses and links, or an earlier rule may accept some of the
+	// packets.
 	Partial bool
-	// Text names the rule: family, table, chain and handle, as nft has them, or
-	// program, table, chain and number where it is of iptables-legacy; and its
-	// comment, if any.
+	// Text names the rule: family, table, chain and handle as nft does, or for
+	// iptables-legacy program, table, chain and number; and its comment, if any.
 	Text string
 }
 
@@ -58,7 +58,7 @@ type LAN struct {
 	Networks []netip.Prefix
 }
 
-// Covers reports whether a packet to ext may be forwarded by the rule.
+// Covers reports whether the rule may forward a packet to ext.
 func (f Forward) Covers(ext cone.Endpoint) bool {
 	return (f.All || covers(f.Ports, ext.Port)) && (f.Addrs == nil || coversAddr(f.Addrs, ext.Addr.Netip()))
 }

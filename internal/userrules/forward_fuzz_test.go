@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// translate lets some rules of a table end with a translation, and chains jump to later ones
-// only: the kernel has no loops.
+// translate makes some rules of a table end with a translation. Chains jump only to later
+// ones, because the kernel has no loops.
 func translate(t *table, r *rand.Rand) {
 	for at, name := range madeChains {
 		later := func(v *expr.Verdict) {
@@ -49,7 +49,7 @@ func FuzzForwards(f *testing.F) {
 	f.Fuzz(func(t *testing.T, seed uint64, b []byte) { saysNoLess(t, seed, b) })
 }
 
-// Fails when a set, a range or a jump lets a forward be narrower than its rule.
+// Fails when a set, a range or a jump makes a forward narrower than its rule.
 func TestForwardsNeverSayLessThanTheRules(t *testing.T) {
 	translated := 0
 	for i := range uint64(3000) {
@@ -60,8 +60,8 @@ func TestForwardsNeverSayLessThanTheRules(t *testing.T) {
 	}
 }
 
-// saysNoLess checks that packets that are translated are covered by what is said of the
-// table. It returns how many were.
+// saysNoLess checks that the forwards of the table cover all packets that it translates. It
+// returns how many packets were translated.
 func saysNoLess(t *testing.T, seed uint64, b []byte) (translated int) {
 	t.Helper()
 	r := rand.New(rand.NewPCG(seed, 3))
@@ -86,7 +86,7 @@ func saysNoLess(t *testing.T, seed uint64, b []byte) (translated int) {
 	return translated
 }
 
-// takes reports whether a forward may take a packet of which all is known.
+// takes reports whether a forward may take a packet of which everything is known.
 func takes(f Forward, packet *child) bool {
 	number := func(cells []cell) (b []byte) {
 		for _, c := range cells {

@@ -9,11 +9,11 @@ import (
 )
 
 // Forwards returns what the rules do to UDP packets that come in by one of the links
-// outside; nil stands for all links. It follows the NAT chains of the prerouting hook, and
-// what they jump to. Chains of the output hook never see such packets.
+// outside; nil stands for all links. It follows the NAT chains of the prerouting hook and
+// the chains that they jump to. Chains of the output hook never see such packets.
 //
-// What was not understood is never taken for nothing: a Forward that is Unknown stands for
-// it. Where something may have been missed, what was read before is in the answer, too.
+// A rule that was not understood is never ignored: a Forward that is Unknown stands for it.
+// If something may have been missed, the answer also includes the last complete reading.
 func (rs *Ruleset) Forwards(outside []Link) (found []Forward) {
 	for _, t := range rs.tables {
 		found = append(found, t.forwards(outside)...)
@@ -21,21 +21,21 @@ func (rs *Ruleset) Forwards(outside []Link) (found []Forward) {
 	return found
 }
 
-// ForwardsMayBeHidden reports whether there may be forwards of iptables-legacy that nobody
-// but root may know of.
+// ForwardsMayBeHidden reports whether iptables-legacy may have forwards that only root can
+// see.
 func (rs *Ruleset) ForwardsMayBeHidden() bool {
 	return rs.hides(legacy4, natTable) || rs.hides(legacy6, natTable)
 }
 
-// A Forwarder finds forwards in one Ruleset after the other. It looks only into tables
-// that are others than before. The zero value is ready for use.
+// A Forwarder finds the forwards in one Ruleset after the other. It looks only at tables
+// that changed. The zero value is ready for use.
 type Forwarder struct {
 	outside []Link
 	found   map[*table][]Forward
 }
 
-// Forwards returns those of a ruleset, and whether they are the same as the last time, for
-// the same links.
+// Forwards returns the forwards of a ruleset, and whether they are the same as in the last
+// call with the same links.
 func (f *Forwarder) Forwards(rs *Ruleset, outside []Link) (all []Forward, same bool) {
 	before := f.found
 	if !slices.Equal(f.outside, outside) {
@@ -57,7 +57,7 @@ func (f *Forwarder) Forwards(rs *Ruleset, outside []Link) (all []Forward, same b
 	return all, same && len(f.found) == len(before)
 }
 
-// forwards returns what the table forwards.
+// forwards returns the forwards of the table.
 func (t *table) forwards(outside []Link) []Forward {
 	w := &walker{table: t, outside: outside, seen: map[string]bool{}}
 	in := condition{family: t.family}
@@ -79,33 +79,32 @@ func (t *table) forwards(outside []Link) []Forward {
 	return w.found
 }
 
-// A walker follows packets through the chains of one table. It carries along
-// what their rules ask for, so that a condition on a jump counts for all that
-// comes behind it.
+// A walker follows packets through the chains of one table. It carries the conditions of
+// the rules along, so that a condition on a jump applies to everything behind the jump.
 type walker struct {
 	table   *table
 	outside []Link
 	found   []Forward
 	seen    map[string]bool
 	visits  int
-	exempts bool // a rule that was seen may let packets go on as they are
-	// sources gets what translates sources, in chains of postrouting; nil in others.
+	exempts bool // an earlier rule may let packets pass untranslated
+	// sources gets the rules that translate sources, in postrouting chains; nil for others.
 	sources func(r *rule, n SourceNAT, conds []condition)
 }
 
 const (
-	// maxDepth is the kernel's own limit for jumps (NFT_JUMP_STACK_SIZE), but for those
-	// of iptables-legacy.
+	// maxDepth is the kernel's own limit for jumps (NFT_JUMP_STACK_SIZE); iptables-legacy
+	// has another one.
 	maxDepth = 16
-	// maxVisits bounds the rules looked at in a table where each chain jumps
-	// many times to the next.
+	// maxVisits limits how many rules of a table are visited if each chain jumps many times
+	// to the next.
 	maxVisits = 1 << 18
 )
 
 func (w *walker) chain(name string, in condition, depth int) {
 	c := w.table.chains[name]
 	if c == nil {
-		return // it is gone, or no packet gets there
+		return // it was deleted, or no packet reaches it
 	}
 	if c.failed != nil {
 		w.unread(in, fmt.Sprintf("%s %s: %v", w.table.title, name, c.failed))
@@ -115,7 +114,7 @@ func (w *walker) chain(name string, in condition, depth int) {
 	}
 	for i := range c.rules {
 		switch w.visits++; {
-		case w.visits == maxVisits: // nobody looks at what comes elsewhere either
+		case w.visits == maxVisits: // nobody looks at the remaining rules, whatever their conditions
 			w.opaque(condition{family: w.table.family}, "too many jumps")
 		case depth > maxDepth:
 			w.opaque(in, "too many jumps")
@@ -127,7 +126,7 @@ func (w *walker) chain(name string, in condition, depth int) {
 	}
 }
 
-// opaque reports something that may forward whatever comes there.
+// opaque reports something that may forward any packet that reaches it.
 func (w *walker) opaque(in condition, why string) {
 	in.unknown = true
 	w.add(in.forward(w.table.title + " " + why))
@@ -147,8 +146,8 @@ func (w *walker) opaqueAll(conds []condition, why string) {
 	}
 }
 
-// rule works off one rule. More than one condition at a time come from sets of
-// concatenated keys; a packet has to meet one of them.
+// rule evaluates one rule. Sets of concatenated keys lead to several conditions at a time;
+// a packet must meet one of them.
 func (w *walker) rule(r *rule, in condition, depth int) {
 	conds := []condition{in}
 	var regs registers
@@ -193,7 +192,7 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 			}
 			if e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT {
 				w.branch(r, conds, e.SetName, fields, depth)
-				continue // what is not in the map goes on
+				continue // packets whose key is not in the map continue
 			}
 			conds = w.narrow(conds, fields, set.test(e.Invert))
 			if e.IsDestRegSet {
@@ -205,8 +204,8 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 	}
 }
 
-// set returns a set that a rule looks up; all registers are the key of one of which
-// nothing is known.
+// set returns a set that a rule looks up. If nothing is known of it, its key is all
+// registers.
 func (w *walker) set(name string) *set {
 	if s := w.table.sets[name]; s != nil && s.failed == nil {
 		return s
@@ -214,8 +213,8 @@ func (w *walker) set(name string) *set {
 	return &set{size: 64, failed: unix.ENOENT}
 }
 
-// withoutSources returns fields with nothing known of sources: packets may add others to
-// the set at any time.
+// withoutSources returns fields without what is known of sources: packets may add sources
+// to the set at any time.
 func withoutSources(fields []field) []field {
 	fields = slices.Clone(fields)
 	for i := range fields {
@@ -226,7 +225,7 @@ func withoutSources(fields []field) []field {
 	return fields
 }
 
-// branch follows packets through a map of verdicts.
+// branch follows packets through a verdict map.
 func (w *walker) branch(r *rule, conds []condition, name string, fields []field, depth int) {
 	set := w.set(name)
 	if set.failed != nil || !set.loaded {
@@ -256,8 +255,8 @@ func (w *walker) forward(r *rule, conds []condition) {
 	}
 }
 
-// title names a rule of a table by its handle, as nft does, or where it has none by its
-// number, as iptables-legacy does.
+// title names a rule of a table by its handle, as nft does, or by its number, as
+// iptables-legacy does.
 func (r *rule) title(t *table) string {
 	if t.legacy != nil {
 		return fmt.Sprintf("%s %s rule %d", t.title, r.chain, r.number)
@@ -265,7 +264,7 @@ func (r *rule) title(t *table) string {
 	return fmt.Sprintf("%s %s handle %d", t.title, r.chain, r.handle)
 }
 
-// add adds what is not there yet: two jumps may lead to one chain.
+// add adds f unless it was found already: two jumps may lead to one chain.
 func (w *walker) add(f Forward) {
 	key := fmt.Sprint(f)
 	if !w.seen[key] {
@@ -274,8 +273,8 @@ func (w *walker) add(f Forward) {
 	}
 }
 
-// ofFamily narrows to the family that a statement translates; "dnat ip" in a
-// table of family inet passes IPv6 by.
+// ofFamily narrows conds to the family that a statement translates: "dnat ip" in a table of
+// family inet leaves IPv6 packets alone.
 func (w *walker) ofFamily(conds []condition, fam byte) []condition {
 	return w.narrow(conds, []field{{kind: family, size: 1}}, test{any: []span{only([]byte{fam})}})
 }

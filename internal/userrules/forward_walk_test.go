@@ -30,9 +30,9 @@ var (
 	}}
 )
 
-// Packets that a map of verdicts accepts go on as they are.
+// Packets that a verdict map accepts pass untranslated.
 //
-// Fails when a rule behind it is said to forward all packets.
+// Fails when a rule behind the map is said to forward all packets.
 func TestMapOfVerdictsExemptsWhatItAccepts(t *testing.T) {
 	for kind, want := range map[expr.VerdictKind]bool{expr.VerdictAccept: true, expr.VerdictJump: false} {
 		table := newNAT()
@@ -49,10 +49,10 @@ func TestMapOfVerdictsExemptsWhatItAccepts(t *testing.T) {
 	}
 }
 
-// The kernel compares a key of several fields with the ends of an interval as a number,
-// unless the set says how long the fields are.
+// The kernel compares a key of several fields with the ends of an interval as one number,
+// unless the set has the lengths of the fields.
 //
-// Fails when each field is taken for one that is between its ends.
+// Fails when each field is taken to lie between its own ends.
 func TestIntervalOfKeysOfSeveralFields(t *testing.T) {
 	span := span{[]byte{203, 0, 113, 5, 10, 47, 11, 1}, []byte{203, 0, 113, 9, 10, 47, 11, 2}}
 	inside, _ := netip.ParseAddr("10.47.11.99")
@@ -90,10 +90,10 @@ func TestIntervalOfKeysOfSeveralFields(t *testing.T) {
 	}
 }
 
-// What was not looked at any more may forward whatever comes to the table, not what came to
-// where the looking ended.
+// Rules that were not visited may forward any packet of the table, not only packets that
+// reach the place where the walk stopped.
 //
-// Fails when that is taken for all that may be forwarded.
+// Fails when only the latter are reported as possibly forwarded.
 func TestTooManyJumpsMayForwardAnything(t *testing.T) {
 	jump := func(to string) statement {
 		return statement{"immediate", &expr.Verdict{Kind: expr.VerdictJump, Chain: to}}

@@ -32,7 +32,7 @@ COMMIT
 	}
 }
 
-// Counters are no change, and a rule in the place of another of the same size is one.
+// Counters are not a change. A rule in the place of another rule of the same size is.
 func TestForwardsOfIPTablesLegacyAreReadAgainOnlyIfTheyChanged(t *testing.T) {
 	const load = "*nat\n:PREROUTING ACCEPT [0:0]\n"
 	l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
@@ -63,7 +63,8 @@ func TestForwardsOfIPTablesLegacyAreReadAgainOnlyIfTheyChanged(t *testing.T) {
 	}
 }
 
-// The kernel lets nft jump 16 times, and iptables-legacy as often as it has chains.
+// The kernel allows 16 jumps in nftables, and in iptables-legacy as many as there are
+// chains.
 func TestForwardsOfIPTablesLegacyBehindManyJumps(t *testing.T) {
 	const chains = 20
 	var heads, rules strings.Builder

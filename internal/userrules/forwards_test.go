@@ -16,7 +16,7 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// brief writes a Forward as "ports > addresses", with a ? when it is unknown.
+// brief writes a Forward as "ports > addresses", with a ? if it is unknown.
 func brief(f userrules.Forward) string {
 	ports, addrs := []string{}, []string{}
 	for _, p := range f.Ports {

@@ -16,7 +16,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// newReader returns a reader of the gateway's rules, as the daemon has it.
+// newReader returns a reader of the gateway's rules, set up as in the daemon.
 func newReader(t testing.TB, l *lab.Lab) *userrules.Reader {
 	t.Helper()
 	ours, err := rules.Open(rules.Config{NetNS: l.Gateway.FD()})
@@ -29,7 +29,8 @@ func newReader(t testing.TB, l *lab.Lab) *userrules.Reader {
 	return r
 }
 
-// withIPTables runs a test with each of both iptables, in a lab that has these rules alone.
+// withIPTables runs a test with each of the two iptables, in a lab that has only these
+// rules.
 func withIPTables(t *testing.T, name, rules string, test func(t *testing.T, l *lab.Lab)) {
 	t.Helper()
 	for _, variant := range []string{lab.IPTablesNFT, lab.IPTablesLegacy} {
@@ -61,7 +62,7 @@ func ruleset(t testing.TB, l *lab.Lab) *userrules.Ruleset {
 	return rs
 }
 
-// childrenOf says what becomes of children in the forward hook of a network namespace.
+// childrenOf says what the forward hook of a network namespace does with children.
 func childrenOf(netns int, outside []userrules.Link, subnets []netip.Prefix) ([]userrules.ChildVerdicts, error) {
 	rs, err := readOnce(netns)
 	if err != nil {
@@ -98,7 +99,8 @@ func check(t testing.TB, err error) {
 	}
 }
 
-// asAnotherUser runs fn as a user that has CAP_NET_ADMIN alone. The thread stays his.
+// asAnotherUser runs fn as a user that has only CAP_NET_ADMIN. The thread cannot become
+// root again.
 func asAnotherUser(fn func() error) error {
 	runtime.LockOSThread()
 	if err := unix.Prctl(unix.PR_SET_KEEPCAPS, 1, 0, 0, 0); err != nil {

@@ -11,20 +11,20 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// A baseChain is a chain of a hook, with its table.
+// A baseChain is a base chain with its table.
 type baseChain struct {
 	*table
 	base
 }
 
-// Children says what the chains of the forward hook do with the first packet of a flow
-// from the links outside, nil for any, to a host of each of the subnets. The answers have
-// the order of the subnets, and so have the links inside that lead to them. One that has no
-// name, or is outside, is not known, but none of the links outside. Where iptables-legacy
-// may have a filter table that only root may know of, or has one that is not understood,
-// the answer is Unknown, but for what others drop.
+// Children says what the chains of the forward hook do with the first packet of a flow from
+// the links outside, nil for any, to a host of each of the subnets. The answers are in the
+// order of the subnets, as are the links inside that lead to them. A link of inside without
+// a name, or one that is also outside, counts as unknown, but not as one of outside. The
+// answer is Unknown, unless other chains drop, if iptables-legacy may have a filter table
+// that only root can see, or has one that is not understood.
 //
-// An error names the table and chain that could not be read; there is no answer then.
+// An error names the table and chain that could not be read; then there is no answer.
 func (rs *Ruleset) Children(outside, inside []Link, subnets []netip.Prefix) ([]ChildVerdicts, error) {
 	chains, err := rs.forwardHook(subnets)
 	if err != nil {
@@ -48,7 +48,7 @@ func (rs *Ruleset) Children(outside, inside []Link, subnets []netip.Prefix) ([]C
 	return answers, nil
 }
 
-// forwardHook returns the chains of the forward hook for packets to some of the subnets, in
+// forwardHook returns the chains of the forward hook for packets to any of the subnets, in
 // the order in which packets meet them.
 func (rs *Ruleset) forwardHook(subnets []netip.Prefix) (chains []baseChain, err error) {
 	for _, t := range rs.tables {
@@ -78,8 +78,8 @@ func familyOf(subnet netip.Prefix) byte {
 	return unix.NFPROTO_IPV6
 }
 
-// mayDropAll reports whether there may be a table of iptables-legacy that filters packets
-// to a subnet and of which nothing is known.
+// mayDropAll reports whether iptables-legacy may have a table that filters packets to the
+// subnet and of which nothing is known.
 func (rs *Ruleset) mayDropAll(subnet netip.Prefix) bool {
 	for _, t := range rs.tables {
 		if t.legacy != nil && t.failed != nil && t.name != natTable && t.family == familyOf(subnet) {
@@ -89,7 +89,7 @@ func (rs *Ruleset) mayDropAll(subnet netip.Prefix) bool {
 	return rs.hides(legacyOf(familyOf(subnet)), filterTable)
 }
 
-// mayDropAll makes unknown what was accepted.
+// mayDropAll turns the answer Accepted into Unknown.
 func (v *ChildVerdicts) mayDropAll() {
 	for _, a := range []*Answer{&v.DNATed, &v.Related, &v.MostDNATed, &v.MostRelated} {
 		if *a == Accepted {
@@ -98,8 +98,8 @@ func (v *ChildVerdicts) mayDropAll() {
 	}
 }
 
-// childVerdicts answers for each of the subnets. The links inside lead to them, where
-// they are known.
+// childVerdicts answers for each of the subnets. inside has the links that lead to them,
+// nil for an unknown one.
 func childVerdicts(chains []baseChain, outside []Link, inside []*Link, subnets []netip.Prefix) ([]ChildVerdicts, error) {
 	from := []*Link{nil}
 	if len(outside) > 0 {
@@ -131,7 +131,7 @@ func childVerdicts(chains []baseChain, outside []Link, inside []*Link, subnets [
 	return answers, nil
 }
 
-// verdicts answers for the packets of both kinds that packets returns.
+// verdicts answers for both kinds of packets that the function packets returns.
 func verdicts(chains []baseChain, packets func(related bool) *child) (v ChildVerdicts, err error) {
 	for _, kind := range []struct {
 		related   bool
@@ -160,7 +160,7 @@ func both(a, b Answer) Answer {
 	return a
 }
 
-// hookAnswer takes packets through all chains. An accept ends one chain only.
+// hookAnswer takes packets through all chains. An accept ends only one chain.
 func hookAnswer(chains []baseChain, packets *child, most bool) (Answer, string, error) {
 	answer := Accepted
 	for _, c := range chains {

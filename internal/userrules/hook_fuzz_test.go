@@ -35,7 +35,7 @@ var (
 	madeOutside = []Link{{2, "wan0"}, {5, "ppp0"}}
 )
 
-// A maker makes rules of bytes.
+// A maker makes rules from bytes.
 type maker struct{ b []byte }
 
 func (m *maker) next() byte {
@@ -51,7 +51,7 @@ func (m *maker) among(n int) int { return int(m.next()) % n }
 
 func pick[T any](m *maker, all ...T) T { return all[m.among(len(all))] }
 
-// value returns n bytes, often such as packets have.
+// value returns n bytes, often values that packets have.
 func (m *maker) value(n int) []byte {
 	known := pick(m,
 		[]byte{10, 47, 11, 109}, []byte{10, 47, 11, 0}, []byte{10, 47, 0, 0}, []byte{203, 0, 113, 5}, []byte{0, 0, 0, 0},
@@ -138,7 +138,7 @@ func (m *maker) statement(t *table) statement {
 	return statement{name: pick(m, "counter", "limit", "socket", "byteorder")}
 }
 
-// usual returns a condition as many rules have it.
+// usual returns a condition that is common in rules.
 func (m *maker) usual() []statement {
 	load, key := expr.Any(&expr.Payload{OperationType: expr.PayloadLoad, DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 4}), []byte{203, 0, 113, 5}
 	switch m.among(4) {
@@ -221,7 +221,8 @@ func madeBytes(seed uint64) []byte {
 	return b
 }
 
-// holds checks that what is said of all packets of a class is true of some of them.
+// holds checks that the answers for a class of packets are true of some packets of the
+// class.
 func holds(t *testing.T, seed uint64, b []byte) {
 	table := makeTable(b)
 	r := rand.New(rand.NewPCG(seed, 2))
@@ -269,8 +270,8 @@ func FuzzStatements(f *testing.F) {
 	})
 }
 
-// The kernel offloads no flow whose first packet is under way, and goes on with the
-// next rule (nft_flow_offload_eval).
+// The kernel does not offload a flow while its first packet is under way, and continues
+// with the next rule (nft_flow_offload_eval).
 func TestFirstPacketIsNotOffloaded(t *testing.T) {
 	table := newTable()
 	table.add("base", statement{expr: &expr.FlowOffload{}}, statement{expr: &expr.Verdict{Kind: expr.VerdictAccept}})

@@ -9,40 +9,40 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// fates is a set of what may become of a packet.
+// fates is a set of things that may happen to a packet.
 type fates uint8
 
 const (
 	accepts    fates = 1 << iota // goes on to the next base chain
 	drops                        // or rejects
-	returns                      // gets to the end of the chain
+	returns                      // reaches the end of the chain
 	proceeds                     // goes on to the next rule
-	translates                   // gets another source, in a chain of postrouting
+	translates                   // gets another source, in a postrouting chain
 )
 
 // A hookWalk takes the packets of a class through the chains of one table.
 type hookWalk struct {
 	table *table
 	child *child
-	// most leaves out what matches a few packets only.
+	// most ignores rules that match only a few packets.
 	most  bool
 	known map[string]fates // by chain
 	depth int
-	// listed says that the last statement looked up an address in a set that was
-	// not read. It is a list of a few if packets in it are dropped, but may well
-	// have most addresses if they are accepted.
+	// listed says that the last statement looked up an address in a set that was not read.
+	// If packets in the set are dropped, the set is assumed to have few addresses; if they
+	// are accepted, it may have most.
 	listed bool
 	at     string // the chain of the last statement
-	// translator gets the rules that may translate the packets; it may be nil.
+	// translator gets the rules that may translate the packets. It may be nil.
 	translator func(r *rule)
 }
 
-// chain returns what may become of the packets in a chain.
+// chain returns the possible fates of the packets in a chain.
 func (w *hookWalk) chain(name string) (f fates, err error) {
 	if f, ok := w.known[name]; ok {
 		return f, nil
 	}
-	// The kernel has neither loops nor more jumps than this.
+	// The kernel allows neither loops nor more jumps than this.
 	if w.known[name] = anyFate &^ proceeds; w.depth > maxDepth {
 		return w.known[name], nil
 	}
@@ -50,7 +50,7 @@ func (w *hookWalk) chain(name string) (f fates, err error) {
 	defer func() { w.depth-- }()
 	c := w.table.chains[name]
 	if c == nil {
-		c = &chain{} // it is gone, or nothing gets to it
+		c = &chain{} // it was deleted, or no packet reaches it
 	}
 	if c.failed != nil {
 		return 0, fmt.Errorf("chain %s: %w", name, c.failed)
@@ -71,7 +71,7 @@ func (w *hookWalk) chain(name string) (f fates, err error) {
 	return f, nil
 }
 
-// weigh takes what is rare for what never happens, if that is asked for.
+// weigh rounds rare cases to never, and their opposite to always, if w.most is set.
 func (w *hookWalk) weigh(c chance) chance {
 	switch {
 	case w.most && c == rarely:
@@ -82,7 +82,7 @@ func (w *hookWalk) weigh(c chance) chance {
 	return c
 }
 
-// rule returns what may become of the packets at a rule.
+// rule returns the possible fates of the packets at a rule.
 func (w *hookWalk) rule(r *rule) (fates, error) {
 	var regs cells
 	regs.forget(unix.NFT_REG_1)
@@ -122,8 +122,8 @@ func (w *hookWalk) rule(r *rule) (fates, error) {
 
 const anyFate = accepts | drops | returns | proceeds
 
-// statement returns the chance that the rule goes on behind a statement, or, if
-// the statement ends it, what becomes of the packets and the chance of that.
+// statement returns the chance that the rule continues after the statement. If the
+// statement ends the rule, it returns the packets' fates and their chance instead.
 func (w *hookWalk) statement(regs *cells, s statement) (end fates, c chance, err error) {
 	switch e := s.expr.(type) {
 	case *expr.Verdict:
@@ -134,7 +134,7 @@ func (w *hookWalk) statement(regs *cells, s statement) (end fates, c chance, err
 	case *expr.Queue:
 		return accepts | drops, always, nil
 	case *expr.FlowOffload:
-		return 0, never, nil // ends the rule while conntrack has not confirmed the flow
+		return 0, never, nil // does not match while conntrack has not confirmed the flow
 	case *expr.Lookup:
 		return w.lookup(regs, e)
 	case *expr.Target:
@@ -166,7 +166,7 @@ func (w *hookWalk) statement(regs *cells, s statement) (end fates, c chance, err
 			return 0, maybe, nil
 		}
 	case *expr.Dynset:
-		return 0, maybe, nil // it ends the rule where the set is full or a limit is met
+		return 0, maybe, nil // does not match if the set is full or a limit is met
 	default:
 		if s.name == "masq" || s.name == "nat" {
 			return translates, always, nil
@@ -178,7 +178,7 @@ func (w *hookWalk) statement(regs *cells, s statement) (end fates, c chance, err
 
 const objectSynProxy = 10 // NFT_OBJECT_SYNPROXY
 
-// other is for statements that are known by name only.
+// other evaluates statements of which only the name is known.
 func (w *hookWalk) other(regs *cells, name string) chance {
 	switch name {
 	case "counter", "log", "notrack", "dup", "last", "redir", "cthelper", "cttimeout", "ctexpect", "secmark":
@@ -215,7 +215,7 @@ func (w *hookWalk) verdict(v expr.Verdict) (fates, error) {
 	return anyFate, nil
 }
 
-// lookup works off a look-up in a set, a map, or a map of verdicts.
+// lookup evaluates a lookup in a set, a map, or a verdict map.
 func (w *hookWalk) lookup(regs *cells, e *expr.Lookup) (fates, chance, error) {
 	set, err := w.set(e.SetName)
 	if err != nil {
@@ -223,7 +223,7 @@ func (w *hookWalk) lookup(regs *cells, e *expr.Lookup) (fates, chance, error) {
 	}
 	key := slices.Clone(regs.get(e.SourceRegister, set.size))
 	verdicts := set.verdicts && e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT
-	// Of a named set of addresses, which may be long, the elements do not matter.
+	// The elements of a named set of addresses, which may be long, do not matter.
 	ask := !set.changing && set.loaded && (verdicts || !set.named || slices.ContainsFunc(key, func(c cell) bool { return c.known != 0 }))
 	if e.IsDestRegSet && !verdicts {
 		regs.put(e.DestRegister, unknownBytes(16, nil))
@@ -245,8 +245,9 @@ func (w *hookWalk) lookup(regs *cells, e *expr.Lookup) (fates, chance, error) {
 	return w.branch(set, key)
 }
 
-// set returns a set that a rule of the table looks up. Where UDP packets were not taken to
-// get there (asked), nothing of it was read; the look-up says whether it has verdicts.
+// set returns a set that a rule of the table looks up. If UDP packets were not expected to
+// reach the lookup (asked), the set was not read; the lookup says whether it is a verdict
+// map.
 func (w *hookWalk) set(name string) (*set, error) {
 	s := w.table.sets[name]
 	switch {
@@ -277,10 +278,10 @@ func (s *set) contains(key []cell) (c chance) {
 	return c
 }
 
-// branch returns what may become of packets at a map of verdicts, and the chance
-// that their key is in it.
+// branch returns the possible fates of packets at a verdict map, and the chance that their
+// key is in the map.
 func (w *hookWalk) branch(set *set, key []cell) (end fates, c chance, err error) {
-	rest := always // the chance that no element before has the key
+	rest := always // the chance that no earlier element has the key
 	for _, el := range set.elements {
 		one := rest
 		if !el.others {
@@ -309,8 +310,8 @@ func (w *hookWalk) branch(set *set, key []cell) (end fates, c chance, err error)
 	return end, c, nil
 }
 
-// has returns the chance that a key is one of an element's, and, where all keys
-// are equally likely, of how many.
+// has returns the chance that a key is in an element. If all keys are equally likely, it
+// also returns the fraction of keys that the element has.
 func (s *set) has(key []cell, el element) (chance, float64) {
 	if slices.Equal(el.low, el.high) && len(s.fields) <= 1 {
 		c := equals(key, el.low)

@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The bits of a state mask of iptables; see XT_CONNTRACK_STATE_BIT.
+// Bits of an iptables state mask; see XT_CONNTRACK_STATE_BIT.
 const (
 	xtStateRelated = 1 << 2
 	xtStateNew     = 1 << 3
@@ -17,11 +17,11 @@ const (
 	xtStateDNAT    = 1 << 7
 )
 
-// sourceTargets translate sources, in a chain of postrouting.
+// sourceTargets are the targets that translate sources, in postrouting chains.
 var sourceTargets = []string{"MASQUERADE", "SNAT", "NETMAP"}
 
-// xtTarget returns what a target of iptables-nft does with a packet. No fates
-// means that the rule goes on.
+// xtTarget returns what a target of iptables-nft does with a packet. Empty fates mean that
+// the rule continues.
 func xtTarget(t *expr.Target) (fates, chance) {
 	switch t.Name {
 	case "REJECT", "DROP":
@@ -73,15 +73,15 @@ func (c *child) xtUnknown(name string, rev uint32, info []byte) chance {
 	case "comment":
 		return always
 	case "icmp", "icmp6", "sctp", "dccp", "ah", "esp":
-		return never // of another protocol
+		return never // another protocol
 	case "state":
 		if len(info) < 4 {
 			return maybe
 		}
 		return certain(binary.NativeEndian.Uint32(info)&uint32(c.xtState()) != 0)
 	case "physdev":
-		// struct xt_physdev_info: four names and masks, invert, bitmask. A routed
-		// packet is none that is bridged (XT_PHYSDEV_OP_BRIDGED).
+		// struct xt_physdev_info: four names and masks, invert, bitmask. A routed packet is
+		// not bridged (XT_PHYSDEV_OP_BRIDGED).
 		const invert, bitmask, bridged = 64, 65, 4
 		if len(info) > bitmask && info[bitmask]&bridged != 0 && info[invert]&bridged == 0 {
 			return never
@@ -91,7 +91,7 @@ func (c *child) xtUnknown(name string, rev uint32, info []byte) chance {
 			return rarely.inverted(info[multiportInvert] != 0)
 		}
 	case "set":
-		// struct xt_set_info: index, dim, flags; the bit 1 of flags inverts.
+		// struct xt_set_info: index, dim, flags; bit 0 of flags inverts.
 		if rev >= 1 && len(info) >= 4 {
 			return rarely.inverted(info[3]&1 != 0)
 		}
@@ -112,7 +112,7 @@ func (c *child) xtState() uint16 {
 	return xtStateNew
 }
 
-// xtConntrack follows conntrack_mt of the kernel.
+// xtConntrack follows conntrack_mt in the kernel.
 func (c *child) xtConntrack(info xt.ConntrackMtinfoBase, stateMask, statusMask uint16) chance {
 	does := func(f xt.ConntrackFlags) bool { return info.MatchFlags&uint16(f) != 0 }
 	inverts := func(f xt.ConntrackFlags) bool { return info.InvertFlags&uint16(f) != 0 }
@@ -140,7 +140,7 @@ func (c *child) xtConntrack(info xt.ConntrackMtinfoBase, stateMask, statusMask u
 		match = match.and(always.inverted(inverts(xt.ConntrackDirection)))
 	}
 	if does(xt.ConntrackReplSrc) {
-		// The source of a reply is the inside host.
+		// The source of the reply is the inside host.
 		host := c.network[c.destination():]
 		match = match.and(maskedEquals(host, info.ReplSrcAddr, info.ReplSrcMask).inverted(inverts(xt.ConntrackReplSrc)))
 	}
@@ -152,7 +152,7 @@ func (c *child) xtConntrack(info xt.ConntrackMtinfoBase, stateMask, statusMask u
 	return match
 }
 
-// destination returns where the destination address is in the header.
+// destination returns the offset of the destination address in the header.
 func (c *child) destination() int {
 	if c.family == unix.NFPROTO_IPV6 {
 		return 24
@@ -176,7 +176,7 @@ func maskedEquals(address []cell, network, mask []byte) chance {
 	if len(network) < len(address) || len(mask) < len(address) {
 		return maybe
 	}
-	// An IPv4 address may have been put into 16 bytes.
+	// The network may be an IPv4 address padded to 16 bytes.
 	network, mask = network[len(network)-len(address):], mask[len(mask)-len(address):]
 	masked := slices.Clone(address)
 	for i := range masked {

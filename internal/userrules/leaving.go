@@ -8,17 +8,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Leaving is the first packet of a UDP flow over IPv4 from one host to another, as the NAT
-// chains of the postrouting hook see it.
+// A Leaving is the first packet of a UDP flow over IPv4 from one host to another, as the
+// NAT chains of the postrouting hook see it.
 type Leaving struct {
 	Src, Dst netip.AddrPort
 	Out      Link
 }
 
-// SourceOf returns what the rules translate the source of a packet to; it neither has
-// addresses nor is a masquerade if they leave the packet as it is. sure is false where that
-// depends on what is not known of the packet, or where rules are not understood or may be
-// missing.
+// SourceOf returns what the rules translate the source of a packet to. If they leave the
+// packet as it is, n has no addresses and is not a masquerade. sure is false if the result
+// depends on something that is not known of the packet, or if rules are not understood or
+// may be missing.
 func (rs *Ruleset) SourceOf(p Leaving) (n SourceNAT, sure bool) {
 	if rs.hides(legacy4, natTable) {
 		return n, false
@@ -39,7 +39,7 @@ func (rs *Ruleset) SourceOf(p Leaving) (n SourceNAT, sure bool) {
 	var at int32 // the priority of the chain that translates
 	for _, c := range chains {
 		if found && c.priority != at {
-			break // the first that translates ends it
+			break // the first chain that translates ends it
 		}
 		w := hookWalk{table: c.table, child: packet, known: map[string]fates{}}
 		w.translator = func(r *rule) {
@@ -52,7 +52,7 @@ func (rs *Ruleset) SourceOf(p Leaving) (n SourceNAT, sure bool) {
 		case err != nil, c.drops, f&drops != 0:
 			return n, false
 		case f&translates == 0:
-		case f == translates && !found: // which of two is the first, nobody knows
+		case f == translates && !found: // of two at one priority it is unknown which is first
 			found, at = true, c.priority
 		default:
 			return n, false
@@ -61,7 +61,7 @@ func (rs *Ruleset) SourceOf(p Leaving) (n SourceNAT, sure bool) {
 	return n, !n.Unknown
 }
 
-// packet returns what is known of p.
+// packet returns the packet p in the form that a hookWalk takes.
 func (p Leaving) packet() *child {
 	port := func(n uint16) []cell { return knownBytes([]byte{byte(n >> 8), byte(n)}) }
 	c := translated(&p.Out, nil, nil)

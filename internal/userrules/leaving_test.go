@@ -9,8 +9,8 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// Fails when a rule counts that does not match, when one that may match counts as sure, or
-// when what comes before it is not looked at.
+// Fails when a rule that does not match counts, when one that may match counts as sure, or
+// when earlier rules are ignored.
 func TestSourceOfAPacket(t *testing.T) {
 	const masquerade, asIs, unsure = "masquerade", "as it is", "unsure"
 	chain := func(priority, rules string) string {

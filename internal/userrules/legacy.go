@@ -14,19 +14,19 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// A legacyFamily is what differs between iptables-legacy and ip6tables-legacy.
+// A legacyFamily has the differences between iptables-legacy and ip6tables-legacy.
 type legacyFamily struct {
 	number  byte
 	program string
-	// names is the file that lists the tables; modules are those that make it, and, with
-	// the name of a table behind it, the one that makes the table.
+	// names is the file that lists the tables. core is the module that makes the file, and
+	// module, with the name of a table appended, the one that makes the table.
 	names, core, module string
-	// domain and level are those of the socket that reads tables.
+	// domain and level are those of the socket over which tables are read.
 	domain, level int
-	// Of struct ipt_ip or ip6t_ip6: the size of an address, and where protocol, flags and
-	// inverted flags are.
+	// In struct ipt_ip or ip6t_ip6: the size of an address, and the offsets of protocol,
+	// flags and inverted flags.
 	address, protocol, flags, inverted int
-	// Of struct ipt_entry or ip6t_entry: where target_offset and the counters are.
+	// In struct ipt_entry or ip6t_entry: the offsets of target_offset and of the counters.
 	target, counters int
 }
 
@@ -52,7 +52,7 @@ func legacyOf(family byte) *legacyFamily {
 	return legacy6
 }
 
-// Of struct ipt_getinfo and ip6t_getinfo, which are the same.
+// Offsets in struct ipt_getinfo and ip6t_getinfo, which are the same.
 const (
 	legacyNameLen = 32 // XT_TABLE_MAXNAMELEN
 	legacyHooks   = 5  // NF_INET_NUMHOOKS
@@ -73,8 +73,7 @@ const (
 	standardTarget, errorTarget  = "", "ERROR"
 )
 
-// The bits of flags of struct ipt_ip, and those of the inverted flags, which
-// struct ip6t_ip6 has, too.
+// The flags of struct ipt_ip, and the inverted flags, which struct ip6t_ip6 has, too.
 const (
 	legacyFragment  = 1 << 0 // IPT_F_FRAG
 	legacyHasProto6 = 1 << 0 // IP6T_F_PROTO
@@ -89,7 +88,8 @@ const (
 	invertProtocol    = 1 << 6
 )
 
-// size is that of an entry of the family without matches and target, on 64-bit machines.
+// size is the size of an entry of the family without matches and target, on 64-bit
+// machines.
 func (f *legacyFamily) size() int { return f.counters + legacyCounters }
 
 // A legacyEntry is a rule, the head of a chain, or the end of the table.
@@ -107,12 +107,12 @@ type xtPart struct {
 	info     []byte
 }
 
-// decodeLegacy decodes what IPT_SO_GET_INFO and IPT_SO_GET_ENTRIES say of a table, the
-// latter without its header, as a 64-bit machine has it. The table has the form of one of
-// iptables-nft, but its rules have numbers instead of handles. Its chains have neither the
-// policy of a base chain nor the return at the end of any other one, and no rule jumps to a
-// chain that is not there. What is not understood is an error, or a match or target that is
-// known by name only; the table keeps parts of entries.
+// decodeLegacy decodes a table from the answers to IPT_SO_GET_INFO and IPT_SO_GET_ENTRIES,
+// the latter without its header, in the layout of a 64-bit machine. The result has the form
+// of a table of iptables-nft, but its rules have numbers instead of handles. Its chains
+// contain neither the policy rule of a base chain nor the final return of other chains, and
+// no rule jumps to a chain that does not exist. What is not understood is an error, or a
+// match or target of which only the name is known. The table keeps references into entries.
 func decodeLegacy(f *legacyFamily, info, entries []byte) (*table, error) {
 	if len(info) < legacyInfoLen {
 		return nil, errors.New("description is too short")
@@ -166,8 +166,8 @@ func (f *legacyFamily) table(name string) *table {
 	return &table{title: f.program + " " + name, name: name, family: f.number, legacy: f, chains: map[string]*chain{}}
 }
 
-// legacyPriorities are those of the base chains of the tables of iptables-legacy; those
-// of table nat are of prerouting and output, and negative for the others.
+// legacyPriorities are the priorities of the base chains of iptables-legacy. Those of table
+// nat are for prerouting and output, and negated for the other hooks.
 var legacyPriorities = map[string]int32{"raw": -300, "mangle": -150, natTable: -100, filterTable: 0, "security": 50}
 
 // legacyBase returns a base chain of a table.
@@ -182,7 +182,7 @@ func legacyBase(table, name string, hook uint32) base {
 	return b
 }
 
-// entries cuts a table into its entries.
+// entries splits a table into its entries.
 func (f *legacyFamily) entries(b []byte) (all []legacyEntry, err error) {
 	for at := 0; at < len(b); {
 		e, err := f.entry(b[at:])
@@ -199,7 +199,7 @@ func (f *legacyFamily) entries(b []byte) (all []legacyEntry, err error) {
 	return all, nil
 }
 
-// entry cuts off the first entry of b.
+// entry decodes the first entry of b.
 func (f *legacyFamily) entry(b []byte) (e legacyEntry, err error) {
 	size := f.size()
 	if len(b) < size {
@@ -224,7 +224,7 @@ func (f *legacyFamily) entry(b []byte) (e legacyEntry, err error) {
 	return e, nil
 }
 
-// cutPart cuts off the first match or target of b, and returns its size.
+// cutPart decodes the first match or target of b, and returns its size.
 func cutPart(b []byte) (p xtPart, n int, err error) {
 	if len(b) < xtHeader {
 		return p, 0, errors.New("too short")
@@ -236,8 +236,8 @@ func cutPart(b []byte) (p xtPart, n int, err error) {
 	return xtPart{string(name), uint32(b[xtRevision]), b[xtHeader:n]}, n, nil
 }
 
-// legacyOutline makes the chains, still without rules. It returns the chain that begins with an
-// entry, and the one whose policy an entry is.
+// legacyOutline makes the chains, still without rules. By offset of an entry, starts has
+// the chain that begins there, and policies the chain whose policy is there.
 func (t *table) legacyOutline(info []byte, all []legacyEntry) (starts, policies map[int]string, err error) {
 	starts, policies = map[int]string{}, map[int]string{}
 	begin := func(at int, name string) error {
@@ -292,12 +292,12 @@ func (t *table) legacyPolicy(chain string, e legacyEntry) error {
 	return nil
 }
 
-// isUnconditional follows unconditional of the kernel.
+// isUnconditional follows unconditional in the kernel.
 func (e legacyEntry) isUnconditional() bool {
 	return len(e.matches) == 0 && !slices.ContainsFunc(e.conditions, func(b byte) bool { return b != 0 })
 }
 
-// The verdicts of a standard target; one that is not negative is where to go on.
+// The verdicts of a standard target. A verdict of 0 or more is the offset to continue at.
 const (
 	verdictDrop   = -1 // -NF_DROP - 1
 	verdictAccept = -2
@@ -317,7 +317,7 @@ func (p xtPart) isReturn() bool {
 	return err == nil && v == verdictReturn
 }
 
-// rule returns an entry as iptables-nft would have it.
+// rule returns an entry as a rule of iptables-nft.
 func (f *legacyFamily) rule(e legacyEntry, starts map[int]string) (r rule, err error) {
 	for _, c := range f.conditions(e.conditions) {
 		r.statements = append(r.statements, statement{expr: c})
@@ -346,7 +346,7 @@ func (f *legacyFamily) rule(e legacyEntry, starts map[int]string) (r rule, err e
 	}
 	verdict := &expr.Verdict{}
 	switch v {
-	case e.next: // no target
+	case e.next: // the rule has no target
 		return r, nil
 	case verdictAccept:
 		verdict.Kind = expr.VerdictAccept
@@ -369,8 +369,8 @@ func (f *legacyFamily) rule(e legacyEntry, starts map[int]string) (r rule, err e
 	return r, nil
 }
 
-// targetInfo decodes the data of a target. That of one that translates has a range, and
-// before it their number, 1, in the first revisions for IPv4; the library takes each
+// targetInfo decodes the data of a target. A target that translates has a range. In its
+// first revisions for IPv4 the number of ranges, 1, precedes it. The library takes every
 // revision of SNAT for the first.
 func (f *legacyFamily) targetInfo(p xtPart) (xt.InfoAny, error) {
 	if f == legacy4 && slices.Contains([]string{"SNAT", "DNAT", "MASQUERADE", "REDIRECT"}, p.name) {
@@ -393,8 +393,9 @@ func (f *legacyFamily) goes(conditions []byte) bool {
 	return conditions[f.flags]&bit != 0
 }
 
-// conditions returns what a rule asks of addresses, links, protocol and fragments as
-// iptables-nft has it. It follows ip_packet_match and ip6_packet_match of the kernel.
+// conditions returns the conditions of a rule on addresses, links, protocol and fragments,
+// in the form of iptables-nft. It follows ip_packet_match and ip6_packet_match in the
+// kernel.
 func (f *legacyFamily) conditions(b []byte) (es []expr.Any) {
 	inverted := func(bit byte) bool { return b[f.inverted]&bit != 0 }
 	compare := func(load expr.Any, mask, data []byte, not bool) {
@@ -431,11 +432,11 @@ func (f *legacyFamily) conditions(b []byte) (es []expr.Any) {
 	link := func(n int) []byte { return b[names+n*unix.IFNAMSIZ:][:unix.IFNAMSIZ] }
 	for n, bit := range []byte{invertIn, invertOut} {
 		key := [...]expr.MetaKey{expr.MetaKeyIIFNAME, expr.MetaKeyOIFNAME}[n]
-		// The mask covers a name with the zero behind it, or the beginning of names.
+		// The mask covers a name including its zero byte, or the first bytes of names.
 		mask := bytes.TrimRight(link(2+n), "\x00")
 		switch {
 		case isOdd(mask):
-			es = append(es, &expr.Match{Name: "link", Info: &xt.Unknown{}}) // nothing that iptables makes
+			es = append(es, &expr.Match{Name: "link", Info: &xt.Unknown{}}) // iptables makes no such mask
 		case len(mask) > 0 || inverted(bit):
 			compare(&expr.Meta{Key: key, Register: unix.NFT_REG_1}, nil, link(n)[:len(mask)], inverted(bit))
 		}
@@ -450,7 +451,7 @@ func (f *legacyFamily) conditions(b []byte) (es []expr.Any) {
 	return es
 }
 
-// isOdd reports whether a mask leaves out bits.
+// isOdd reports whether a mask has clear bits.
 func isOdd(mask []byte) bool {
 	return slices.ContainsFunc(mask, func(b byte) bool { return b != 0xff })
 }

@@ -7,7 +7,7 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// A rule in the place of another one of the same size is a change, counters are none.
+// A rule in the place of another rule of the same size is a change. Counters are not.
 func TestChangesOfIPTablesLegacyAreSeen(t *testing.T) {
 	const nat, filter = "*nat\n:PREROUTING ACCEPT [0:0]\n", "*filter\n:FORWARD ACCEPT [0:0]\n"
 	l := lab.ForTest(t, lab.Options{IPv6: true, Rules: lab.NoRules})

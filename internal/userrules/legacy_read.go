@@ -17,25 +17,25 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// The tables that are asked for by name.
+// Tables that are looked for by name.
 const (
 	natTable    = "nat"
 	filterTable = "filter"
 )
 
-// A rawLegacy is a table of iptables-legacy as the kernel tells it.
+// A rawLegacy is a table of iptables-legacy as the kernel returned it.
 type rawLegacy struct {
 	family        *legacyFamily
 	name          string
 	info, entries []byte
 	err           error  // why it could not be read
-	sum           uint64 // its print
+	sum           uint64 // hash of the table
 }
 
-// readLegacy reads those tables of iptables-legacy of some names that there are in the
-// network namespace behind the descriptor netns, 0 for the current. It asks the kernel
-// only for tables that are listed, because to ask for another one makes it. Hidden are
-// those that there may be, for another user than root may not read the list.
+// readLegacy reads the tables of iptables-legacy with the given names, as far as they
+// exist, in the network namespace behind the descriptor netns, 0 for the current one. It
+// asks the kernel only for tables that are listed, because asking for a missing table
+// creates it. hidden are the tables that may exist: only root may read the list.
 func readLegacy(netns int, f *legacyFamily, names ...string) (tables []rawLegacy, hidden []string, err error) {
 	err = inNamespace(netns, func() error {
 		var there []string
@@ -60,8 +60,8 @@ func readLegacy(netns int, f *legacyFamily, names ...string) (tables []rawLegacy
 	return tables, hidden, err
 }
 
-// listed returns those of the tables that the current network namespace has, and those
-// that it may have.
+// listed returns those of the tables that exist in the current network namespace, and those
+// that may exist.
 func (f *legacyFamily) listed(tables []string) (there, hidden []string, err error) {
 	b, err := os.ReadFile(f.names)
 	switch {
@@ -72,7 +72,7 @@ func (f *legacyFamily) listed(tables []string) (there, hidden []string, err erro
 	case !errors.Is(err, fs.ErrPermission):
 		return nil, nil, fmt.Errorf("list the tables of %s: %w", f.program, err)
 	}
-	// There is no such table unless its module is loaded or a part of the kernel.
+	// A table exists only if its module is loaded or built into the kernel.
 	modules, err := os.ReadFile("/proc/modules")
 	return nil, filter(tables, func(t string) bool { return err != nil || mayBeLoaded(modules, f.core, f.module+t) }), nil
 }
@@ -85,7 +85,7 @@ func mayBeLoaded(modules []byte, core, table string) bool {
 	return hasLine(modules, table) || !hasLine(modules, core)
 }
 
-// hasLine reports whether a line begins with a word.
+// hasLine reports whether the first word of a line is word.
 func hasLine(b []byte, word string) bool {
 	return slices.ContainsFunc(bytes.Split(b, []byte("\n")), func(line []byte) bool {
 		f := bytes.Fields(line)
@@ -93,7 +93,7 @@ func hasLine(b []byte, word string) bool {
 	})
 }
 
-// maxReads is how often a table is read that changes all the time.
+// maxReads is how often a table that keeps changing is read.
 const maxReads = 5
 
 const (
@@ -105,8 +105,8 @@ const (
 	legacyHeader = legacyNameLen + 8
 )
 
-// read reads the table by a socket. The kernel tells the description and the entries one
-// after the other, and refuses entries of another size.
+// read reads the table over a socket. The kernel returns description and entries
+// separately, and refuses to return entries if their size differs from the one given.
 func (t *rawLegacy) read(fd int) error {
 	for range maxReads {
 		before, err := t.describe(fd)
@@ -145,7 +145,7 @@ func (t *rawLegacy) describe(fd int) ([]byte, error) {
 	return b, err
 }
 
-// getsockopt asks with what is in b, and returns the part of it that is the answer.
+// getsockopt sends the request in b, and returns the part of b that holds the answer.
 func getsockopt(fd, level, name int, b []byte) ([]byte, error) {
 	n := uint32(len(b))
 	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(name),
@@ -156,10 +156,11 @@ func getsockopt(fd, level, name int, b []byte) ([]byte, error) {
 	return b[:min(int(n), len(b))], nil
 }
 
-// decodesLegacy says that tables have the form that decodeLegacy knows.
+// decodesLegacy says that tables have the layout that decodeLegacy knows.
 const decodesLegacy = strconv.IntSize == 64
 
-// decode decodes the table. One that could not be read, or is not understood, says so.
+// decode decodes the table. If it could not be read, or is not understood, the result says
+// so in failed.
 func (t rawLegacy) decode() *table {
 	d, err := (*table)(nil), t.err
 	if err == nil {
@@ -182,15 +183,15 @@ func (t rawLegacy) decode() *table {
 	return d
 }
 
-// inNamespace runs fn in the network namespace behind the descriptor netns, 0 for
-// the current.
+// inNamespace runs fn in the network namespace behind the descriptor netns, 0 for the
+// current one.
 func inNamespace(netns int, fn func() error) error {
 	if netns == 0 {
 		return fn()
 	}
 	done := make(chan error)
 	go func() {
-		runtime.LockOSThread() // for good: the thread ends with the goroutine
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
 		err := unix.Setns(netns, unix.CLONE_NEWNET)
 		if err != nil {
 			done <- fmt.Errorf("enter network namespace: %w", err)

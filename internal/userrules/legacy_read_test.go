@@ -11,7 +11,7 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// To ask the kernel for a table makes it.
+// Asking the kernel for a missing table creates it.
 func TestReadingMakesNoTableOfIPTablesLegacy(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
 	names := func() (s string) {

@@ -8,17 +8,16 @@ import (
 	"slices"
 )
 
-// A legacyReader reads the tables of iptables-legacy, and decodes those that are others
-// than before.
+// A legacyReader reads the tables of iptables-legacy, and decodes only those that changed.
 type legacyReader struct {
 	read   func(*legacyFamily) (tables []rawLegacy, hidden []string, err error)
-	polled []legacyDump // that LegacyChanged read, and Read did not use yet
-	print  uint64       // of what was read last; 0 before
+	polled []legacyDump // what LegacyChanged read and Read has not used yet
+	print  uint64       // hash of the last complete reading; 0 if there is none
 	last   []*table
 	hidden []hiddenTable
 }
 
-// A legacyDump is what there is of one family.
+// A legacyDump has the tables of one family.
 type legacyDump struct {
 	family *legacyFamily
 	tables []rawLegacy
@@ -26,14 +25,14 @@ type legacyDump struct {
 	err    error
 }
 
-// legacyTables are the tables that may translate packets, or drop what is forwarded.
+// legacyTables are the tables that may translate packets, or drop forwarded packets.
 var legacyTables = []string{natTable, "mangle", filterTable, "security"}
 
-// LegacyChanged reports whether rules of iptables-legacy are others than those that were
-// read last; the first call returns true, unless Read was called before. The kernel tells
-// of no such change, so this reads all rules that translate or filter: what it costs grows
-// with their number. The next Read takes what was read. Counters do not matter. Where no
-// table is understood, on 32-bit machines, it returns false.
+// LegacyChanged reports whether rules of iptables-legacy changed since the last reading.
+// The first call returns true, unless Read was called before. The kernel does not report
+// such changes, so LegacyChanged reads all rules that translate or filter; its cost grows
+// with their number. The next Read uses this reading. Counters do not matter. On 32-bit
+// machines, where the tables are not understood, it returns false.
 func (r *Reader) LegacyChanged() (bool, error) {
 	if !decodesLegacy {
 		return false, nil
@@ -62,7 +61,7 @@ func (l *legacyReader) dump() (dumps []legacyDump) {
 	return dumps
 }
 
-// failed returns what could not be read.
+// failed returns the errors of what could not be read.
 func failed(dumps []legacyDump) error {
 	var errs []error
 	for _, d := range dumps {
@@ -74,7 +73,7 @@ func failed(dumps []legacyDump) error {
 	return errors.Join(errs...)
 }
 
-// printOf returns a hash of all tables, other than 0.
+// printOf returns a hash of all tables. It is never 0.
 func printOf(dumps []legacyDump) uint64 {
 	var h maphash.Hash
 	h.SetSeed(legacySeed)
@@ -87,8 +86,8 @@ func printOf(dumps []legacyDump) uint64 {
 	return max(h.Sum64(), 1)
 }
 
-// tables returns the tables, those that there may be, and whether all is the same as the
-// last time. A table that cannot be read is among them, as one of which nothing is known.
+// tables returns the tables that exist, those that may exist, and whether both are the same
+// as the last time. A table that cannot be read is included, with nothing known of it.
 func (l *legacyReader) tables() (all []*table, hidden []hiddenTable, same bool) {
 	dumps := l.polled
 	if l.polled = nil; dumps == nil {
@@ -115,7 +114,7 @@ func (l *legacyReader) tables() (all []*table, hidden []hiddenTable, same bool) 
 	return all, hidden, same
 }
 
-// table returns a table: that of the last time if it is the same.
+// table decodes a table, or returns that of the last time if it did not change.
 func (l *legacyReader) table(raw rawLegacy) *table {
 	var old *table
 	if i := slices.IndexFunc(l.last, func(t *table) bool { return t.legacy == raw.family && t.name == raw.name }); i >= 0 {
@@ -131,7 +130,7 @@ func (l *legacyReader) table(raw rawLegacy) *table {
 
 var legacySeed = maphash.MakeSeed()
 
-// print is a hash of the rules and the name of the table, without what counts packets; it
+// print is a hash of the rules and the name of the table, without the packet counters. It
 // is never 0.
 func (t rawLegacy) print() uint64 {
 	var h maphash.Hash
@@ -141,7 +140,7 @@ func (t rawLegacy) print() uint64 {
 	for f := t.family; len(rest) >= f.size(); {
 		next := int(binary.NativeEndian.Uint16(rest[f.target+2:]))
 		if next < f.size() || next > len(rest) {
-			break // it is not understood, and so are its counters
+			break // neither this entry nor its counters are understood
 		}
 		_, _ = h.Write(rest[:f.counters])
 		_, _ = h.Write(rest[f.size():next])

@@ -120,7 +120,7 @@ func TestLegacyTablesAreDecoded(t *testing.T) {
 	}
 }
 
-// What is not as the kernel makes it is an error, never a table without it.
+// A table that the kernel would not make is an error, never a table without the odd part.
 func TestLegacyTablesThatAreNotUnderstood(t *testing.T) {
 	const entry = 112 // struct ipt_entry
 	number := binary.NativeEndian.PutUint32
@@ -181,7 +181,7 @@ func FuzzDecodeLegacy(f *testing.F) {
 	f.Fuzz(decodes)
 }
 
-// decodes checks that what is decoded of whatever bytes is a table that can be read.
+// decodes checks that any bytes decode to an error or to a table that can be used.
 func decodes(t *testing.T, v6 bool, info, entries []byte) {
 	family := legacy4
 	if v6 {

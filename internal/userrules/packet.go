@@ -11,10 +11,10 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// A child is the class of packets that a question is about: the first packet of a
-// UDP flow from outside to a host of a subnet, as the forward hook sees it.
+// A child is the class of packets that a question is about: the first packet of a UDP flow
+// from outside to a host of a subnet, as the forward hook sees it.
 type child struct {
-	state       uint32 // of conntrack, as nft has it
+	state       uint32 // conntrack state, with nft's bits
 	status      uint32
 	knownStatus uint32 // the bits of status that are known
 	family      byte
@@ -35,8 +35,8 @@ const (
 	statusDstNAT    = 1 << 5
 )
 
-// newChild returns the children of one kind that go from a link, nil for any
-// outside, to a subnet, over the link out, nil for any that is not outside.
+// newChild returns the children of one kind that come by the link in (nil for any outside
+// link) and leave by the link out (nil for any that is not outside) to a subnet.
 func newChild(related bool, in, out *Link, outside []Link, subnet netip.Prefix, subnets []netip.Prefix) *child {
 	c := &child{
 		state:       expr.CtStateBitNEW,
@@ -58,7 +58,7 @@ func newChild(related bool, in, out *Link, outside []Link, subnet netip.Prefix, 
 			outOf(subnets, 16), inPrefix(subnet))
 		c.network[0] = cell{val: 6 << 4, known: 0xf0, mask: 0xff}
 	} else {
-		// Conntrack has put fragments together.
+		// Conntrack has reassembled fragments.
 		c.network = slices.Concat(unknownBytes(9, nil), knownBytes([]byte{unix.IPPROTO_UDP}), unknownBytes(2, nil),
 			outOf(subnets, 4), inPrefix(subnet))
 		c.network[0] = cell{val: 4 << 4, known: 0xf0, mask: 0xff}
@@ -70,7 +70,8 @@ func newChild(related bool, in, out *Link, outside []Link, subnet netip.Prefix, 
 	return c
 }
 
-// oneLink returns what is known of a link, which is none of not.
+// oneLink returns what is known of a link. If l is nil, the link is unknown, but none of
+// not.
 func oneLink(l *Link, not []Link) linkCells {
 	if l != nil {
 		return linkCells{knownBytes(nfnl.LinkKey(l.Name)), knownBytes(binary.NativeEndian.AppendUint32(nil, uint32(l.Index)))}
@@ -78,7 +79,8 @@ func oneLink(l *Link, not []Link) linkCells {
 	is := func(key func(Link) []byte) *origin {
 		return &origin{other: func(low, high []byte) bool {
 			return slices.Equal(low, high) && slices.ContainsFunc(not, func(l Link) bool {
-				// iptables compares a name up to its end, and a pattern without.
+				// iptables compares a name including its zero byte, and a pattern without
+				// one.
 				k := key(l)
 				return slices.Equal(k, low) || slices.Contains(low, 0) && slices.Equal(k, filled(low, len(k), 0))
 			})
@@ -90,8 +92,8 @@ func oneLink(l *Link, not []Link) linkCells {
 	}
 }
 
-// load puts what a statement loads into registers, as far as it is known. Other statements
-// load nothing.
+// load updates the registers with what a statement loads, as far as it is known. Other
+// statements load nothing.
 func (c *child) load(regs *cells, e expr.Any) {
 	switch e := e.(type) {
 	case *expr.Bitwise:
@@ -115,7 +117,7 @@ func (c *child) load(regs *cells, e expr.Any) {
 	}
 }
 
-// meta returns what is known of a key of meta; it has at most 16 bytes.
+// meta returns what is known of the value of a meta key, which has at most 16 bytes.
 func (c *child) meta(key expr.MetaKey) []cell {
 	switch key {
 	case expr.MetaKeyL4PROTO:
@@ -141,7 +143,7 @@ func (c *child) meta(key expr.MetaKey) []cell {
 	return unknownBytes(16, nil)
 }
 
-// ct returns what is known of a key of conntrack.
+// ct returns what is known of the value of a conntrack key.
 func (c *child) ct(key expr.CtKey) []cell {
 	switch key {
 	case expr.CtKeySTATE:
@@ -178,7 +180,7 @@ func (c *child) payload(e *expr.Payload) []cell {
 	return slices.Clone(header[from:][:n])
 }
 
-// fib returns what is known of a look-up of a route.
+// fib returns what is known of the result of a route lookup.
 func (c *child) fib(e *expr.Fib) []cell {
 	if e.ResultADDRTYPE && e.FlagDADDR && !e.FlagIIF && !e.FlagOIF && !e.FlagMARK && !e.FlagPRESENT {
 		return knownBytes(binary.NativeEndian.AppendUint32(nil, unix.RTN_UNICAST))

@@ -6,8 +6,8 @@ import (
 	"slices"
 )
 
-// chooses takes in that a statement names the ports of a range by registers, first and
-// last; last may be none.
+// chooses adds the ports of a statement, which names the first and the last of a range by
+// registers. last may be 0 for a single port.
 func (n *SourceNAT) chooses(first, last uint32, loaded map[uint32][]byte) {
 	if first == 0 {
 		return
@@ -22,11 +22,13 @@ func (n *SourceNAT) chooses(first, last uint32, loaded map[uint32][]byte) {
 }
 
 // MayGive reports whether rules, as SourceNAT returns them, may give a host an outside port
-// on a link. sure says that they tell: no rule that may translate the host's packets has
-// ports that are not known, and none before the one that gives the port may translate them all.
+// on a link. sure is true if the rules decide that: the ports of all rules that may
+// translate the host's packets are known, and no rule before the one that gives the port
+// may translate all of the packets first.
 func MayGive(rules []SourceNAT, link string, host netip.Addr, port uint16) (may, sure bool) {
 	asked, unknown := false, false
-	// Chains of which no later rule translates the host's packets, and of which none may do so.
+	// The base chains in which an earlier rule translates all of the host's packets, and
+	// those in which an earlier rule may do so.
 	var done, perhaps []string
 	for i := range rules {
 		n := &rules[i]

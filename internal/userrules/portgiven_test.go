@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// Fails when a port that some rule may give is denied, for then its flows end: that of a
-// rule for others of the host's packets, in another chain, or with ports that are not known.
+// Fails when a port that some rule may give is denied, because then its flows end. The rule
+// may be for others of the host's packets, in another chain, or with unknown ports.
 func TestPortsThatRulesMayGive(t *testing.T) {
 	host, other := netip.MustParseAddr("10.47.11.109"), netip.MustParseAddr("10.47.11.110")
 	only := func(a netip.Addr) []AddrRange { return []AddrRange{{a, a}} }

@@ -15,40 +15,40 @@ import (
 
 // A Config tells a Reader what to read.
 type Config struct {
-	// NetNS is a file descriptor of the network namespace, 0 for the current.
+	// NetNS is a file descriptor of the network namespace, 0 for the current one.
 	NetNS int
-	// OwnChain is the name of a chain that the tables of this program have. They are not
-	// read.
+	// OwnChain is the name of a chain that this program's own tables have. Tables with such
+	// a chain are not read.
 	OwnChain string
-	// Changes returns a number that is another one if somebody else changed nftables since
-	// the last call. It may ask the kernel by the connection. Without it a Reader takes
-	// every table that it finds changed for one that may be changing still.
+	// Changes returns a number that differs from that of the last call if somebody else
+	// changed nftables in between. It may query the kernel over the connection. If Changes
+	// is nil, a Reader assumes that every table that it finds changed may still be
+	// changing.
 	Changes func(*nfnl.Conn) (uint32, error)
 }
 
 // A Reader reads the user's rules again and again. It decodes only chains and sets that
-// are others than before; what counts packets does not matter. It is not safe for
-// concurrent use.
+// changed; packet counters do not matter. It is not safe for concurrent use.
 //
-// A rule that somebody changes beside the reading may be missed by it. Then the table is
-// kept as torn, together with what was read of it before.
+// If somebody changes rules during the reading, it may miss a rule. Then the table is kept
+// as torn, together with its last good reading.
 type Reader struct {
 	cfg    Config
-	c      *nfnl.Conn // nil before the first time
+	c      *nfnl.Conn // nil before the first reading
 	seed   maphash.Seed
-	series uint32 // the last one of dumps of rules
+	series uint32 // number of the last series of rule dumps
 
 	last   *Ruleset
 	order  []tableKey
 	tables map[tableKey]*table
-	gone   map[tableKey]bool       // tables that were not there the last time
-	prints map[tableKey]rulePrints // of all rules of tables that are read in one go
+	gone   map[tableKey]bool       // tables that were missing in the last reading
+	prints map[tableKey]rulePrints // of all rules, for tables that are dumped in one go
 	legacy legacyReader
 
-	fail func(title, chain string) error // of tests; may be nil
+	fail func(title, chain string) error // for tests; may be nil
 }
 
-// NewReader returns a reader. It opens its connection when it reads first.
+// NewReader returns a reader. It opens its connection with the first reading.
 func NewReader(cfg Config) *Reader {
 	r := &Reader{cfg: cfg, seed: maphash.MakeSeed(), prints: map[tableKey]rulePrints{}}
 	r.legacy.read = func(f *legacyFamily) ([]rawLegacy, []string, error) { return readLegacy(cfg.NetNS, f, legacyTables...) }
@@ -63,8 +63,8 @@ func (r *Reader) Close() error {
 	return r.c.Close()
 }
 
-// ErrChanging says that somebody was changing rules while they were read. They are read at
-// the next look.
+// ErrChanging says that somebody was changing rules while they were read. The next look
+// reads them again.
 var ErrChanging = nfnl.ErrInterrupted
 
 // A tableKey names a table of nftables.
@@ -75,9 +75,9 @@ type tableKey struct {
 
 func (k tableKey) title() string { return nfnl.FamilyName(k.family) + " " + k.name }
 
-// Read reads the rules. It returns the value of the last time if they are the same. Where
-// there is no nftables it returns what iptables-legacy has. With an error nothing is known;
-// that a table, a chain or a set could not be read is none.
+// Read reads the rules. It returns the same value as the last time if they did not change.
+// If there is no nftables, it returns the rules of iptables-legacy. After an error nothing
+// is known. It is not an error if a table, a chain or a set could not be read.
 func (r *Reader) Read() (*Ruleset, error) {
 	same, err := r.readNFT()
 	if err != nil {
@@ -117,8 +117,8 @@ func (r *Reader) readNFT() (same bool, err error) {
 		order = append(order, o.key)
 		old := r.tables[o.key]
 		if old != nil && old.handle != o.handle {
-			// It was made anew: its rules and sets have the numbers and names of those that
-			// went, whatever is in them.
+			// The table was made again: its rules and sets have the numbers and names of
+			// the old ones, whatever they contain.
 			old = nil
 			delete(r.prints, o.key)
 		}
@@ -126,7 +126,7 @@ func (r *Reader) readNFT() (same bool, err error) {
 	}
 	after, err := r.changes()
 	if err != nil {
-		clear(r.prints) // they are of tables that nobody keeps
+		clear(r.prints) // they describe tables that are thrown away
 		return false, err
 	}
 	gone := map[tableKey]bool{}
@@ -137,7 +137,7 @@ func (r *Reader) readNFT() (same bool, err error) {
 			}
 		}
 		for _, k := range r.order {
-			if tables[k] == nil && !r.gone[k] { // or it was missed
+			if tables[k] == nil && !r.gone[k] { // the list may have missed the table: keep it once
 				order, tables[k], gone[k] = append(order, k), r.tables[k], true
 			}
 		}
@@ -172,11 +172,11 @@ func (r *Reader) changes() (uint32, error) {
 // isMissing reports whether the kernel says that it has no nftables.
 func isMissing(err error) bool { return errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) }
 
-// settleReads is how often a table that changes is read again at once.
+// settleReads is how often a changing table is read again at once.
 const settleReads = 3
 
-// settle reads a table again that somebody may have changed while it was read, until it is
-// the same twice.
+// settle reads a table again that somebody may have changed while it was read, until two
+// readings agree.
 func (r *Reader) settle(o outline, t *table) *table {
 	for range settleReads {
 		again := r.table(o, t)
@@ -189,20 +189,20 @@ func (r *Reader) settle(o outline, t *table) *table {
 	return t
 }
 
-// An outline is what the base chains of a table say.
+// An outline is a table with its base chains, before its rules are read.
 type outline struct {
 	key    tableKey
 	handle uint64 // of the table
 	bases  []base
 }
 
-// purposes are what chains are read for.
+// purposes say what chains are read for.
 type purposes uint8
 
 const (
-	forDestinations purposes = 1 << iota // what is translated to other destinations
-	forSources                           // what is translated to other sources
-	forVerdicts                          // what is let pass
+	forDestinations purposes = 1 << iota // which destinations are translated
+	forSources                           // which sources are translated
+	forVerdicts                          // which packets pass
 
 	anyPurpose = forDestinations | forSources | forVerdicts
 )
@@ -221,8 +221,8 @@ func (b *base) purposes(family byte) purposes {
 	return 0
 }
 
-// outlines reads those of all tables that matter, but this program's own and those that
-// are dormant.
+// outlines reads the outlines of all tables that matter, except for this program's own
+// tables and dormant ones.
 func (r *Reader) outlines() (all []outline, err error) {
 	skip, handles := map[tableKey]bool{}, map[tableKey]uint64{}
 	err = r.dump(unix.NFT_MSG_GETTABLE, unix.AF_UNSPEC, nil, "", func(k tableKey, body []byte) {
@@ -264,8 +264,8 @@ func (r *Reader) outlines() (all []outline, err error) {
 
 const nftaTableHandle = 4 // NFTA_TABLE_HANDLE
 
-// elements returns the print of the elements of a set, in whatever order; 0 is that
-// of one that could not be read. It calls f with the attributes of each.
+// elements returns a hash of the elements of a set that does not depend on their order; it
+// is 0 if they could not be read. It calls f with the attributes of each element.
 func (r *Reader) elements(k tableKey, set string, f func(b []byte)) (print uint64, err error) {
 	err = r.ask(unix.NFT_MSG_GETSETELEM, unix.NLM_F_DUMP, k.family, func(e *nfnl.Encoder) {
 		e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, k.name)
@@ -309,9 +309,9 @@ func (r *Reader) set(k tableKey, name string) (s *set) {
 	return s
 }
 
-// dump is dumpOnce, and takes one that was interrupted for a good one. Whether somebody
-// changed something meanwhile, Read sees by itself: most interruptions come from what this
-// program changes.
+// dump is dumpOnce, but accepts an interrupted dump. Read itself finds out whether somebody
+// changed something meanwhile: most interruptions come from changes that this program
+// makes.
 func (r *Reader) dump(typ uint16, family byte, of *tableKey, chain string, f func(k tableKey, attrs []byte)) error {
 	return uninterrupted(r.dumpOnce(typ, family, of, chain, f))
 }
@@ -323,8 +323,8 @@ func uninterrupted(err error) error {
 	return err
 }
 
-// dumpOnce calls f with the attributes of each object of a kind: of one table, or of one
-// of its chains if that is not empty, or of all.
+// dumpOnce calls f with the attributes of each object of a type: of one table, of one of
+// its chains if chain is not empty, or of all tables if of is nil.
 func (r *Reader) dumpOnce(typ uint16, family byte, of *tableKey, chain string, f func(k tableKey, attrs []byte)) error {
 	return r.ask(typ, unix.NLM_F_DUMP, family, func(e *nfnl.Encoder) {
 		if of != nil {
@@ -350,7 +350,7 @@ func (r *Reader) dumpOnce(typ uint16, family byte, of *tableKey, chain string, f
 }
 
 // ask sends a request, with the attributes that names appends, and calls f with each
-// answer. If the kernel refuses it, that comes before an interruption.
+// answer. An error from the kernel takes precedence over an interruption.
 func (r *Reader) ask(typ, flags uint16, family byte, names func(*nfnl.Encoder), f func(body []byte)) error {
 	var e nfnl.Encoder
 	e.Message(unix.NFNL_SUBSYS_NFTABLES, typ, unix.NLM_F_REQUEST|flags, r.c.NextSeq(1), family)
@@ -368,16 +368,16 @@ func (r *Reader) ask(typ, flags uint16, family byte, names func(*nfnl.Encoder), 
 	return nfnl.Permitted(err)
 }
 
-// rulePrints are the prints of rules, each with the number of the last series of dumps
-// that had it.
+// rulePrints are the hashes of rules, each with the number of the last series of dumps that
+// showed it.
 //
-// They are a set, for while somebody changes any rule of the table, the kernel may put a
-// rule into a dump twice, or leave one out: it goes on after each message by counting
-// rules from the first, and counts those of transactions that are under way
-// (__nf_tables_dump_rules).
+// They are a set, because the kernel may put a rule into a dump twice, or leave one out,
+// while somebody changes any rule of the table: after each message the kernel finds its
+// place again by counting rules from the first, and also counts those of transactions that
+// are under way (__nf_tables_dump_rules).
 type rulePrints map[uint64]uint32
 
-// equal reports whether others are the same rules.
+// equal reports whether p and others are the same rules.
 func (p rulePrints) equal(others rulePrints) bool {
 	if len(p) != len(others) {
 		return false
@@ -390,18 +390,17 @@ func (p rulePrints) equal(others rulePrints) bool {
 	return true
 }
 
-// dumpsOfRules is how often rules are dumped, where the dumps are interrupted, until all
-// were seen.
+// dumpsOfRules is how often rules are dumped at most, if dumps are interrupted, until all
+// known rules were seen.
 const dumpsOfRules = 4
 
-// sameRules reports whether a chain, or the whole table if that is empty, has the rules
-// whose prints are known, and no others. An interrupted dump may leave out known rules, so
-// the dump is repeated until all of them were seen. It may also show a rule that one
-// transaction adds and deletes again, so one interrupted dump with an unknown rule is
-// ignored.
+// sameRules reports whether a chain, or the whole table if chain is empty, has exactly the
+// rules whose hashes are known. An interrupted dump may leave out known rules, so the dump
+// is repeated until all of them were seen. It may also show a rule that one transaction
+// adds and deletes again, so one interrupted dump with an unknown rule is ignored.
 //
 // An interrupted dump may also leave out a new rule. Then somebody's transaction ended
-// meanwhile, which is a reason to read again.
+// during the dump, which makes the caller read again.
 func (r *Reader) sameRules(k tableKey, chain string, known rulePrints) bool {
 	r.series++
 	seen, unknown := 0, 0
@@ -432,10 +431,10 @@ func (r *Reader) sameRules(k tableKey, chain string, known rulePrints) bool {
 	return false
 }
 
-// eachRule dumps the rules of a chain once, or of the whole table if that is empty. It
-// calls f with the print of each: a hash of all that does not count packets, its handle and
-// place among it; and with its attributes, which are valid during the call. It reports
-// whether the dump was interrupted.
+// eachRule dumps the rules of a chain once, or of the whole table if chain is empty. It
+// calls f for each rule with its hash and its attributes. The hash covers everything except
+// packet counters, so handle and position, too. The attributes are valid during the call.
+// eachRule reports whether the dump was interrupted.
 func (r *Reader) eachRule(k tableKey, chain string, f func(print uint64, body []byte)) (interrupted bool, err error) {
 	var h maphash.Hash
 	h.SetSeed(r.seed)

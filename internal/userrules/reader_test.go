@@ -29,7 +29,7 @@ func (r *forwardReader) read() (all []userrules.Forward, same bool, err error) {
 	return all, same, nil
 }
 
-// A reading is what a forwardReader said.
+// A reading is the result of a forwardReader.
 type reading struct {
 	forwards []string
 	same     bool
@@ -54,7 +54,7 @@ func reader(t *testing.T, l *lab.Lab) *forwardReader {
 	return &forwardReader{Reader: newReader(t, l)}
 }
 
-// Only what changes what packets meet is another ruleset.
+// The ruleset is a new one only if something changed that matters to packets.
 func TestForwardsAreReadAgainOnlyIfTheyChanged(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{Rules: lab.Masquerade + `table ip fw {
 	map m { type inet_service : ipv4_addr; elements = { 5060 : 10.47.11.109 }; }
@@ -113,8 +113,8 @@ table ip filter { chain c { }; }
 	}
 }
 
-// A forward that stands all the time is never missed, however much is changed
-// beside the reading.
+// A forward that exists all the time is never missed, however much is changed during the
+// reading.
 func TestForwardsAreNotMissedWhileRulesChange(t *testing.T) {
 	var b strings.Builder
 	for i := range 300 {
@@ -141,7 +141,7 @@ func TestForwardsAreNotMissedWhileRulesChange(t *testing.T) {
 	stop()
 }
 
-// changing runs nft's commands again and again, until stop.
+// changing runs nft's commands again and again, until stop is called.
 func changing(t *testing.T, l *lab.Lab, commands string) (stop func()) {
 	t.Helper()
 	end, ended := make(chan struct{}), make(chan error, 1)
@@ -166,9 +166,9 @@ func changing(t *testing.T, l *lab.Lab, commands string) (stop func()) {
 	}
 }
 
-// What somebody changes beside the rules that forward, in their table too, gives no reason
-// to decode them again. Fails when a dump that the kernel interrupts is taken for another
-// ruleset, which costs ten times as much.
+// Changes to other rules than those that forward, even in the same table, are no reason to
+// decode these again. Fails when an interrupted dump is taken for another ruleset, which
+// costs ten times as much.
 func TestForwardsAreTheSameWhileOtherRulesOfTheirTableChange(t *testing.T) {
 	var b strings.Builder
 	for i := range 5000 {
@@ -189,13 +189,14 @@ func TestForwardsAreTheSameWhileOtherRulesOfTheirTableChange(t *testing.T) {
 		}
 	}
 	stop()
-	// A dump may meet the added rule in the microseconds that it exists.
+	// A dump may see the added rule in the microseconds that it exists.
 	if others > readings/4 {
 		t.Errorf("%d of %d readings took the rules for others", others, readings)
 	}
 }
 
-// What could not be read is known to be unknown, and what was read before holds.
+// Rules that could not be read are reported as unknown, and the earlier reading still
+// counts.
 func TestForwardsThatCannotBeReadHold(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
 	check(t, l.NFT("table ip fw { chain pre { type nat hook prerouting priority dstnat; udp dport 5060 dnat to 10.47.11.109; }; }"))

@@ -11,36 +11,35 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// A reading reads one table, chain by chain, as packets get to them from the base chains.
-// Of the last reading it takes what is the same still.
+// A reading reads one table, chain by chain, as packets reach them from the base chains. It
+// reuses the unchanged parts of the last reading.
 type reading struct {
 	r     *Reader
 	key   tableKey
 	bases []base
 	old   *table // nil for a new table
-	same  bool   // so far as old has it
+	same  bool   // everything so far is the same as in old
 
-	// What of old was found to be the same.
-	sameRules map[string]bool // of a chain, or of all if the name is empty
-	sameSets  map[string]bool // of which the elements are the same
+	// The parts of old that were found unchanged.
+	sameRules map[string]bool // by chain; the empty name stands for all chains
+	sameSets  map[string]bool // by set: the elements are the same
 
-	dumped map[string][]rawRule // of all chains; nil until they are read in one go
-	failed error                // of that
+	dumped map[string][]rawRule // by chain; nil until all are dumped in one go
+	failed error                // of the dump in one go
 	chains map[string]*chain
 	sets   map[string]*set
 	done   map[string]purposes // by chain
 	fresh  map[string]bool     // sets that were described in this reading
-	loaded map[string]bool     // sets whose elements are those of this reading
+	loaded map[string]bool     // sets whose elements were read or compared in this reading
 }
 
-// A rawRule is a rule as the kernel tells it.
+// A rawRule is a rule as the kernel returned it.
 type rawRule struct {
 	print uint64
 	body  []byte
 }
 
-// table reads a table. It returns old, which is what was read before or nil, if that is the
-// same still.
+// table reads a table. It returns old, the last reading or nil, if that is still the same.
 func (r *Reader) table(o outline, old *table) *table {
 	w := &reading{
 		r: r, key: o.key, bases: o.bases, old: old,
@@ -49,7 +48,7 @@ func (r *Reader) table(o outline, old *table) *table {
 		done: map[string]purposes{}, fresh: map[string]bool{}, loaded: map[string]bool{},
 	}
 	if !w.inOneGo() {
-		delete(r.prints, o.key) // they would be of an earlier table
+		delete(r.prints, o.key) // the hashes would be those of an earlier table
 	}
 	if old != nil {
 		w.compare()
@@ -65,13 +64,13 @@ func (r *Reader) table(o outline, old *table) *table {
 }
 
 // inOneGo reports whether all rules of the table are dumped at once. Tables that translate
-// may have thousands of chains, and those that filter very many rules that matter to
-// nobody here.
+// may have thousands of chains. Tables that only filter may have very many rules that do
+// not matter here.
 func (w *reading) inOneGo() bool {
 	return slices.ContainsFunc(w.bases, func(b base) bool { return b.kind == natKind })
 }
 
-// compare notes what of old is the same still.
+// compare finds out which parts of old are still the same.
 func (w *reading) compare() {
 	if w.inOneGo() {
 		known := w.r.prints[w.key]
@@ -85,7 +84,7 @@ func (w *reading) compare() {
 		if s.failed != nil || !s.loaded {
 			continue
 		}
-		if !s.named { // it is that of one rule, and cannot be changed
+		if !s.named { // it belongs to one rule, and cannot be changed
 			w.sameSets[name] = true
 			continue
 		}
@@ -94,7 +93,8 @@ func (w *reading) compare() {
 	}
 }
 
-// follow reads a chain for some purposes, and what packets get to from it.
+// follow reads a chain for some purposes, and the chains and sets that packets reach from
+// it.
 func (w *reading) follow(name string, why purposes) {
 	if w.done[name]&why == why {
 		return
@@ -179,7 +179,7 @@ func (w *reading) rules(name string) (raw []rawRule, err error) {
 			chain := chainOf(body)
 			w.dumped[chain] = append(w.dumped[chain], rawRule{print, bytes.Clone(body)})
 		})
-		// Chains that were found to be the same before may be others in this dump.
+		// Chains that compared as the same before may differ in this dump.
 		if w.r.prints[w.key] = all; w.failed != nil || w.sameRules[""] {
 			delete(w.r.prints, w.key)
 		}
@@ -197,8 +197,8 @@ func chainOf(body []byte) (name string) {
 	return name
 }
 
-// set describes a set once, without its elements. A fresh one is not that of the last
-// reading: a rule that is new may look up another set of the same name.
+// set describes a set once, without its elements. With fresh it does not reuse the last
+// reading: a new rule may look up another set of the same name.
 func (w *reading) set(name string, fresh bool) *set {
 	if s := w.sets[name]; s != nil && (w.fresh[name] || !fresh) {
 		return s
@@ -207,7 +207,7 @@ func (w *reading) set(name string, fresh bool) *set {
 		w.sets[name] = w.old.sets[name]
 		return w.sets[name]
 	}
-	wanted := w.loaded[name] // by a chain that was followed before
+	wanted := w.loaded[name] // by a chain that was followed earlier
 	w.same = false
 	w.sets[name], w.fresh[name], w.loaded[name] = w.r.set(w.key, name), true, false
 	if wanted {
@@ -216,7 +216,7 @@ func (w *reading) set(name string, fresh bool) *set {
 	return w.sets[name]
 }
 
-// load reads the elements of a set that was described, once.
+// load reads the elements of a set that set described, once.
 func (w *reading) load(name string) *set {
 	s := w.sets[name]
 	if w.loaded[name] || s.failed != nil {
@@ -241,12 +241,12 @@ func (w *reading) load(name string) *set {
 	return &with
 }
 
-// mostSources bounds the elements of a set that matters for sources alone. It would be read
+// mostSources limits the elements of a set that is read only for sources. It would be read
 // again at each change of the rules.
 const mostSources = 4096
 
-// loadFew is load, but a set with many elements is left as it was. That it has many holds
-// until a rule that looks it up changes.
+// loadFew is load, but leaves a set with many elements unread. The set counts as long until
+// a rule that looks it up changes.
 func (w *reading) loadFew(name string) {
 	if w.sets[name].long || w.loaded[name] {
 		return
@@ -258,15 +258,15 @@ func (w *reading) loadFew(name string) {
 	}
 }
 
-// A lookup is one in a set or map.
+// A lookup is a lookup in a set or map.
 type lookup struct {
 	set      string
 	verdicts bool
-	asks     purposes // for which its elements matter
-	sources  bool     // they tell whom a forward is for, if they are few
+	asks     purposes // the purposes for which the elements matter
+	sources  bool     // the elements say whom a forward is for, if they are few
 }
 
-// references returns what rules look up, and where they jump to.
+// references returns the lookups of rules, and the chains that they jump to.
 func (w *reading) references(rules []rule) (lookups []lookup, jumps []string) {
 	for i := range rules {
 		for _, l := range asked(&rules[i], w.key.family, func(name string) *set { return w.set(name, true) }) {

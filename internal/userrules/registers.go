@@ -7,14 +7,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// registers are the registers of a rule, in words of 4 bytes, each with the
-// fields that were loaded into it and those behind it. A field is forgotten
-// once it was compared: the library leaves out expressions that it does not
-// know, and what these load must not be taken for what was there before.
+// registers are the registers of a rule, in words of 4 bytes. The word where a value begins
+// has the fields that were loaded there. A field is forgotten once it was compared: the
+// library omits expressions that it does not know, and what they load must not be taken for
+// the earlier fields.
 type registers [64][]field
 
-// word returns the place of a register: those from 1 to 4 have 16 bytes each,
-// those from 8 on are the same memory in words.
+// word returns the index of a register. Registers 1 to 4 have 16 bytes each; registers from
+// 8 on are the same memory in words.
 func word(reg uint32) int {
 	if reg >= unix.NFT_REG32_00 {
 		return min(int(reg-unix.NFT_REG32_00), 63)
@@ -44,7 +44,7 @@ func (r *registers) get(reg uint32, size int) []field {
 	return key
 }
 
-// take is get, and forgets the fields.
+// take is get, but also forgets the fields.
 func (r *registers) take(reg uint32, size int) []field {
 	key := r.get(reg, size)
 	for w := word(reg); w < min(word(reg)+(size+3)/4, len(r)); w++ {
@@ -53,7 +53,7 @@ func (r *registers) take(reg uint32, size int) []field {
 	return key
 }
 
-// bitwise puts what is in src, masked, into dst.
+// bitwise puts the fields of the source register, masked, into the destination register.
 func (r *registers) bitwise(e *expr.Bitwise) {
 	fields := slices.Clone(r.get(e.SourceRegister, int(e.Len)))
 	at := 0
@@ -78,7 +78,7 @@ func mangled(k fieldKind) fieldKind {
 	return other
 }
 
-// load puts what a statement loads into registers. Other statements load nothing.
+// load updates the registers with what a statement loads. Other statements load nothing.
 func (r *registers) load(e expr.Any, family byte) {
 	switch e := e.(type) {
 	case *expr.Meta:
@@ -108,7 +108,7 @@ func (r *registers) load(e expr.Any, family byte) {
 	}
 }
 
-// plain works off a statement that is neither a verdict nor a lookup.
+// plain evaluates a statement that is neither a verdict nor a lookup.
 func (w *walker) plain(conds []condition, regs *registers, s statement) []condition {
 	switch e := s.expr.(type) {
 	case *expr.Payload:
@@ -126,21 +126,21 @@ func (w *walker) plain(conds []condition, regs *registers, s statement) []condit
 		if slices.Contains(passed, s.name) {
 			return conds
 		}
-		if s.name != "byteorder" { // which nft has for single bytes, too
-			*regs = registers{} // it may have loaded one
+		if s.name != "byteorder" { // nft uses byteorder for single bytes, too
+			*regs = registers{} // the statement may have loaded a register
 		}
 		return partly(conds)
-	default: // a limit, say
+	default: // for example a limit
 		return partly(conds)
 	}
 	return conds
 }
 
-// passed are statements that each packet passes as it is.
+// passed are statements that let each packet continue unchanged.
 var passed = []string{"counter", "last", "log"}
 
-// compare works off a comparison. Two of them make a range, the lower end
-// first, so this one is not the last to see the register.
+// compare evaluates a comparison. A range consists of two comparisons, the lower end first,
+// so that one must not forget the field.
 func (w *walker) compare(conds []condition, regs *registers, e *expr.Cmp) []condition {
 	size := len(e.Data)
 	low, high := make([]byte, size), slices.Repeat([]byte{0xff}, size)
@@ -177,7 +177,7 @@ func metaFields(key expr.MetaKey) []field {
 	return nil
 }
 
-// A place is where a field lies in a header.
+// A place is the position of a field in a header.
 type place struct {
 	kind     fieldKind
 	from, to int
@@ -189,8 +189,8 @@ var (
 	header6         = []place{{protocol, 6, 7}, {source6, 8, 24}, {address6, 24, 40}}
 )
 
-// payloadFields returns the fields in a part of a header. nft loads fields that
-// lie side by side in one go, and only the beginning of an address for a prefix.
+// payloadFields returns the fields in a part of a header. nft loads adjacent fields in one
+// go, and only the first bytes of an address to test a prefix.
 func payloadFields(e *expr.Payload, fam byte) []field {
 	var places []place
 	switch {

@@ -9,9 +9,10 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// A file that begins with "flush ruleset" makes all anew, with the same handles and names.
+// A file that begins with "flush ruleset" makes everything anew, with the same handles and
+// names.
 //
-// Fails when what is behind the same numbers and names counts as the same.
+// Fails when objects with the same numbers and names count as unchanged.
 func TestFileThatIsLoadedAgainIsReadAgain(t *testing.T) {
 	file := func(ports, set, states string) string {
 		return `flush ruleset
@@ -53,7 +54,7 @@ table inet fw {
 	}
 }
 
-// Fails when another chain that looks up a set too, and changes, takes its elements away.
+// Fails when a change of another chain that looks up the same set loses the set's elements.
 func TestSetOfAChainThatStaysIsKnown(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
 	check(t, l.NFT(`table inet fw {
@@ -76,8 +77,8 @@ func TestSetOfAChainThatStaysIsKnown(t *testing.T) {
 	}
 }
 
-// Fails when a set that nothing was asked of, for its rule is for TCP, makes the whole hook
-// unreadable behind a rule that writes into the packet.
+// Fails when a set that was not read, because its rule is for TCP, makes the whole hook
+// unreadable if an earlier rule writes into the packet.
 func TestRuleForAnotherProtocolBehindOneThatRewrites(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
 	check(t, l.NFT(`table ip fw {

@@ -5,22 +5,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Ruleset is what was read of the user's rules at one time: those of nftables, and with
-// them those of iptables-nft, and those of iptables-legacy. It has the tables with a NAT
-// chain of the prerouting or postrouting hook or a chain of the forward hook, with the
-// rules that packets can get to from these chains, and the sets and maps that matter for
-// them. It is not changed once read, and its methods read nothing, so that they may be
-// called from any goroutine.
+// A Ruleset is what was read of the user's rules at one time: those of nftables, including
+// iptables-nft, and those of iptables-legacy. It has the tables with a NAT chain of the
+// prerouting or postrouting hook or a chain of the forward hook, with the rules that
+// packets can reach from these chains, and the sets and maps that matter for them. It is
+// not changed once read. Its methods read nothing from the kernel, so they may be called
+// from any goroutine.
 //
-// What could not be read, or was not understood, is in it as such: an answer that depends
-// on it is "unknown", never "no".
+// It records what could not be read or was not understood: an answer that depends on such a
+// part is "unknown", never "no".
 type Ruleset struct {
-	tables []*table // those of nftables first
+	tables []*table // nftables first
 	hidden []hiddenTable
 }
 
-// A hiddenTable is a table of iptables-legacy that there may be: another user than root
-// may not know which there are.
+// A hiddenTable is a table of iptables-legacy that may exist: only root can see which
+// tables there are.
 type hiddenTable struct {
 	family *legacyFamily
 	name   string
@@ -40,33 +40,33 @@ type table struct {
 	title  string // as users name it: "ip nat" or "iptables-legacy nat"
 	name   string
 	family byte
-	handle uint64        // of nftables: that of no other table, before or after
+	handle uint64        // nftables only; the kernel never uses a handle twice
 	legacy *legacyFamily // nil for nftables
 	bases  []base
 	chains map[string]*chain
-	sets   map[string]*set // by name, those that rules look up
-	failed error           // why nothing is known of it; of iptables-legacy alone
-	// refused says that the kernel did not show the table; otherwise what it shows is not
-	// understood.
+	sets   map[string]*set // the sets that rules look up, by name
+	failed error           // why nothing is known of it; iptables-legacy only
+	// refused says that the kernel did not return the table. If failed is set without
+	// refused, the table is not understood.
 	refused bool
-	// torn says that somebody changed the table while it was read: the rules in it may
-	// never have stood together, and some may have been missed.
+	// torn says that somebody changed the table while it was read: its rules may never have
+	// existed together, and some may have been missed.
 	torn bool
-	// What was read before, where this is torn or not all: the last reading in which
-	// nothing was unreadable, and the last that was not torn either. They have no
-	// predecessors themselves.
+	// Earlier readings, if this one is torn or incomplete: readable is the last reading in
+	// which nothing was unreadable, whole the last that was not torn either. They have no
+	// earlier readings themselves.
 	readable, whole *table
 
-	print uint64 // of a table of iptables-legacy
+	print uint64 // hash of a table of iptables-legacy
 }
 
-// A base is a chain that packets get to by a hook.
+// A base is a chain that packets reach from a hook.
 type base struct {
 	name     string
 	kind     string // "nat", "filter" or "route"
 	hook     uint32
 	priority int32
-	drops    bool   // its policy
+	drops    bool   // its policy is drop
 	handle   uint64 // 0 in iptables-legacy
 }
 
@@ -74,7 +74,7 @@ type base struct {
 type chain struct {
 	rules  []rule
 	failed error  // why its rules could not be read
-	odd    string // what is not understood in one of its rules; empty if nothing is
+	odd    string // what is not understood in one of its rules, if anything
 
 	lookups []lookup
 	jumps   []string
@@ -84,8 +84,8 @@ type chain struct {
 // A rule is one rule of a chain.
 type rule struct {
 	chain      string
-	handle     uint64 // of nftables
-	number     int    // of iptables-legacy, from 1 on
+	handle     uint64 // nftables only
+	number     int    // iptables-legacy only, from 1 on
 	comment    string
 	statements []statement
 }
@@ -93,7 +93,7 @@ type rule struct {
 // A statement is an expression of a rule.
 type statement struct {
 	name string
-	expr expr.Any // nil where nothing of it is needed or understood
+	expr expr.Any // nil if it is not needed or not understood
 }
 
 // A set is what was read of a set or map.
@@ -103,23 +103,23 @@ type set struct {
 	verdicts bool
 	interval bool
 	named    bool
-	changing bool  // packets add elements, or these expire
+	changing bool  // packets add elements, or elements expire
 	failed   error // why it could not be read
-	loaded   bool  // all elements are there
-	long     bool  // they are not, for they are many
+	loaded   bool  // all elements were read
+	long     bool  // the elements were not kept, because they are many
 	elements []element
-	print    uint64 // of the elements
+	print    uint64 // hash of the elements
 }
 
-// fixed reports whether packets cannot add elements: the kernel has no interval set that
-// they may, whatever its flags.
+// fixed reports whether packets cannot add elements. They never can to an interval set,
+// whatever its flags.
 func (s *set) fixed() bool { return !s.changing && (!s.named || s.interval) }
 
-// An element has the keys in its span, and, in a map of verdicts, what becomes of
-// packets with them. The one for all other keys comes last.
+// An element has the keys in its span and, in a verdict map, the verdict for packets with
+// them. The catch-all element comes last.
 type element struct {
 	span
-	others  bool // it has all keys that no other one has
+	others  bool // it has all keys that no other element has
 	verdict expr.Verdict
 }
 
@@ -141,8 +141,8 @@ func (t *table) unread() bool {
 	return false
 }
 
-// settled returns the table as it stood at one time, if that is known, otherwise the
-// table as it is.
+// settled returns the last reading of the table that was consistent, if there is one,
+// otherwise the table as it is.
 func (t *table) settled() *table {
 	if t.torn && t.whole != nil {
 		return t.whole
@@ -150,7 +150,7 @@ func (t *table) settled() *table {
 	return t
 }
 
-// follow notes what was read before, which is nil for a new table.
+// follow keeps the earlier readings of the table. old is nil for a new table.
 func (t *table) follow(old *table) {
 	if old == nil || !t.torn && !t.unread() {
 		return
@@ -166,8 +166,7 @@ func (t *table) follow(old *table) {
 	}
 }
 
-// of returns those of the base chains that are of a hook, and of a kind if that is not
-// empty.
+// of returns the base chains of a hook, and of a kind if kind is not empty.
 func (t *table) of(hook uint32, kind string) (bases []base) {
 	for _, b := range t.bases {
 		if b.hook == hook && (kind == "" || b.kind == kind) {
@@ -177,8 +176,8 @@ func (t *table) of(hook uint32, kind string) (bases []base) {
 	return bases
 }
 
-// has reports whether packets of a family get to the table.
+// has reports whether packets of a family reach the table.
 func (t *table) has(family byte) bool { return t.family == family || t.family == unix.NFPROTO_INET }
 
-// natKind is the type of chains that translate.
+// natKind is the type of chains that translate packets.
 const natKind = "nat"

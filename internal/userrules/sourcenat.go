@@ -13,37 +13,38 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// A SourceNAT is what a rule translates the sources of IPv4 packets to, as far as UDP
-// packets are concerned. Like a Forward it never says less than the rule does.
+// A SourceNAT says to what a rule translates the sources of IPv4 packets, for UDP packets.
+// Like a Forward it never says less than the rule does.
 type SourceNAT struct {
-	// Addrs are the addresses that it takes. A masquerade takes one of the link by which
-	// the packet leaves instead.
+	// Addrs are the addresses that the rule uses. A masquerade instead uses an address of
+	// the link by which the packet leaves.
 	Addrs      []AddrRange
 	Masquerade bool
-	// ChoosesPort says that it names the ports among which the kernel chooses, or may do so,
-	// and Random that it chooses at random.
+	// ChoosesPort says that the rule names, or may name, the ports among which the kernel
+	// chooses. Random says that the kernel chooses at random.
 	ChoosesPort, Random bool
-	// Ports are those that it names; none where they are not known.
+	// Ports are the ports that the rule names; none if they are not known.
 	Ports []PortRange
-	// Links are those by which the packets leave, a pattern with an asterisk at its end;
-	// nil stands for any. Sources are those of the packets; nil stands for any.
+	// Links are the links by which the packets leave; a name that ends with an asterisk is
+	// a pattern; nil stands for any. Sources are the sources of the packets; nil stands for
+	// any.
 	Links   []string
 	Sources []AddrRange
-	// Partial says that the rule may leave packets alone that it seems to translate.
+	// Partial says that the rule may not translate all packets that match.
 	Partial bool
-	// Unknown says that there may be other addresses: from a map, or in what is not
-	// understood.
+	// Unknown says that there may be other addresses: from a map, or from something that is
+	// not understood.
 	Unknown bool
-	// asks says that what else the packets are decides whether it translates them: by a mark
-	// or to whom they go, say.
+	// asks says that other properties of the packets, for example a mark or their
+	// destination, decide whether the rule translates them.
 	asks bool
-	// Text names the rule as that of a Forward does, and Chain the base chain that leads to
-	// it, as a Chain does.
+	// Text names the rule as in a Forward, and Chain the base chain that leads to it, as
+	// Chain.String does.
 	Text, Chain string
 }
 
 // SourceNAT returns what the rules do to the sources of UDP packets over IPv4. It follows
-// the NAT chains of the postrouting hook, and what they jump to.
+// the NAT chains of the postrouting hook and the chains that they jump to.
 func (rs *Ruleset) SourceNAT() (all []SourceNAT) {
 	for _, t := range rs.sourceTables() {
 		if t.failed != nil {
@@ -70,11 +71,11 @@ func (rs *Ruleset) SourceNAT() (all []SourceNAT) {
 	return all
 }
 
-// FixedSources returns to which addresses rules translate the source of IPv4 packets,
-// whatever link these leave by; a masquerade is no such rule. unknown says that there are
-// others, or may be: in what is not understood or could not be read, or in tables of
-// iptables-legacy that only root may know of. A packet that leaves by a link with the
-// address of another one may have it from such a rule alone.
+// FixedSources returns the addresses to which rules translate the source of IPv4 packets on
+// any outgoing link, other than by masquerading. unknown says that there are or may be
+// more: in rules that are not understood or could not be read, or in tables of
+// iptables-legacy that only root can see. A packet that leaves by one link with the address
+// of another link can have that address only from such a rule.
 func (rs *Ruleset) FixedSources() (addrs []AddrRange, unknown bool) {
 	for _, t := range rs.tables {
 		unknown = unknown || t.torn && t.has(unix.NFPROTO_IPV4)
@@ -92,13 +93,14 @@ func (rs *Ruleset) FixedSources() (addrs []AddrRange, unknown bool) {
 	return addrs, unknown || rs.SourcesMayBeHidden()
 }
 
-// PortChoosers returns those rules that choose a port when they translate the source of UDP
-// packets over IPv4, where others keep it if they can: those of a block, or of a map
-// (RFC 7422, MAP-E), and at random. A flow must not leave by another port. A rule for some
-// packets that chooses at random among all ports is none (that of Kubernetes, for marked
-// ones, or one for DNS): any port is one that it gives. What is not understood is among
-// them, and a table of iptables-legacy that cannot be read, but not one that only root may
-// know of (SourcesMayBeHidden). An error says that a table of nftables could not be read.
+// PortChoosers returns the rules that choose a port when they translate the source of UDP
+// packets over IPv4; other rules keep the port if they can. They choose from a block or a
+// map (RFC 7422, MAP-E), or at random. A flow must not leave by any other port. A rule that
+// chooses at random among all ports, but only for some packets, does not count (Kubernetes
+// has one for marked packets; another may be for DNS): it may give any port. The result
+// includes rules that are not understood, and a table of iptables-legacy that cannot be
+// read, but not one that only root can see (SourcesMayBeHidden). An error says that a table
+// of nftables could not be read.
 func (rs *Ruleset) PortChoosers() (rules []SourceNAT, err error) {
 	for _, t := range rs.sourceTables() {
 		t.each(func(name string, c *chain) {
@@ -110,8 +112,8 @@ func (rs *Ruleset) PortChoosers() (rules []SourceNAT, err error) {
 	return slices.DeleteFunc(rs.SourceNAT(), func(n SourceNAT) bool { return !n.ChoosesPort && (!n.Random || n.asks) }), err
 }
 
-// SourcesMayBeHidden reports whether there may be source NAT of iptables-legacy that only root
-// may know of.
+// SourcesMayBeHidden reports whether iptables-legacy may have source NAT that only root can
+// see.
 func (rs *Ruleset) SourcesMayBeHidden() bool { return rs.hides(legacy4, natTable) }
 
 // sourceTables returns the tables that may translate the sources of IPv4 packets.
@@ -125,14 +127,14 @@ func (rs *Ruleset) sourceTables() (all []*table) {
 	return all
 }
 
-// each calls f for each chain, by name.
+// each calls f for each chain, sorted by name.
 func (t *table) each(f func(name string, c *chain)) {
 	for _, name := range slices.Sorted(maps.Keys(t.chains)) {
 		f(name, t.chains[name])
 	}
 }
 
-// translatesSource reports whether a statement is one that sourceNAT is about.
+// translatesSource reports whether a statement translates sources.
 func (s *statement) translatesSource() bool {
 	switch e := s.expr.(type) {
 	case *expr.NAT:
@@ -153,7 +155,7 @@ const (
 	rangePersistent = 1 << 3 // NF_NAT_RANGE_PERSISTENT
 )
 
-// sourceNAT returns what a rule translates sources to, where it does.
+// sourceNAT returns to what a rule translates sources, if it does.
 func (r *rule) sourceNAT() (n SourceNAT) {
 	loaded := make(map[uint32][]byte) // constants, by register
 	for _, s := range r.statements {
@@ -184,8 +186,7 @@ func (r *rule) sourceNAT() (n SourceNAT) {
 	return n
 }
 
-// nat takes in a statement that translates to an address, from constants that registers
-// have.
+// nat adds a statement that translates to an address, with the constants in the registers.
 func (n *SourceNAT) nat(e *expr.NAT, loaded map[uint32][]byte) {
 	n.chooses(e.RegProtoMin, e.RegProtoMax, loaded)
 	n.Random = n.Random || e.Random || e.FullyRandom
@@ -204,10 +205,11 @@ func (n *SourceNAT) nat(e *expr.NAT, loaded map[uint32][]byte) {
 	n.Addrs = append(n.Addrs, AddrRange{First: first, Last: last})
 }
 
-// fixedTargets are those of iptables, which may be behind nftables.
+// fixedTargets are the iptables targets with fixed addresses. Rules of nftables may have
+// them, too.
 var fixedTargets = []string{"SNAT", "NETMAP", "SAME"}
 
-// target takes in a target of iptables.
+// target adds a target of iptables.
 func (n *SourceNAT) target(e *expr.Target) {
 	fixed, named := slices.Contains(fixedTargets, e.Name), e.Name == "SNAT" || e.Name == "MASQUERADE"
 	n.Masquerade = n.Masquerade || e.Name == "MASQUERADE"
@@ -229,13 +231,13 @@ func (n *SourceNAT) target(e *expr.Target) {
 	}
 }
 
-// LeavesBy reports whether packets that it translates may leave by a link.
+// LeavesBy reports whether packets that the rule translates may leave by a link.
 func (n *SourceNAT) LeavesBy(link string) bool {
 	return n.Links == nil || slices.ContainsFunc(n.Links, func(l string) bool { return covered(l, link) })
 }
 
-// Within returns those of IPv4 subnets, or the parts of them, from which packets come that it
-// may translate.
+// Within returns those IPv4 subnets, or parts of them, whose packets the rule may
+// translate.
 func (n *SourceNAT) Within(subnets []netip.Prefix) (all []netip.Prefix) {
 	if n.Sources == nil {
 		return slices.Clone(subnets)

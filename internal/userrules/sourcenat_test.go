@@ -10,7 +10,7 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// named replaces what names a rule in its table.
+// named matches the name of a rule in its table, for replacement.
 var named = regexp.MustCompile(`^.*(POSTROUTING|fw) .*$`)
 
 func TestSourceNATOfIPTables(t *testing.T) {

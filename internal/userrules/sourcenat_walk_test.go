@@ -10,8 +10,8 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// Fails when what rules before it ask for does not count for a rule, and when an address
-// that comes from a map is taken for known.
+// Fails when conditions of earlier jumps do not count for a rule, or when an address from a
+// map is taken for known.
 func TestSourceNATByLinks(t *testing.T) {
 	by := func(op expr.CmpOp, name []byte) []statement {
 		return []statement{{"meta", &expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 1}}, {"cmp", &expr.Cmp{Op: op, Register: 1, Data: name}}}

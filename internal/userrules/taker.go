@@ -10,17 +10,17 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// A taker is whose packets a forward takes, and where it leads them.
+// A taker says whose packets a forward takes, and where it sends them.
 type taker struct {
 	sources []AddrRange    // nil stands for any
 	to      netip.AddrPort // as Forward.To
-	key     string         // tells it from others
+	key     string         // identifies the taker
 }
 
-// anyTaker leads packets of everybody to where nobody knows.
+// anyTaker takes packets of everybody and sends them to an unknown endpoint.
 var anyTaker = &taker{}
 
-// takerOf returns the taker that f is, one for all forwards alike.
+// takerOf returns the taker of f; forwards that are alike share one.
 func takerOf(f Forward, known map[string]*taker) *taker {
 	if f.Sources == nil && !f.To.IsValid() {
 		return anyTaker
@@ -32,7 +32,8 @@ func takerOf(f Forward, known map[string]*taker) *taker {
 	return known[key]
 }
 
-// bars reports whether packets of peers of p may be led elsewhere than p does.
+// bars reports whether the taker conflicts with p: it may send packets of p's peers
+// elsewhere than p does.
 func (t *taker) bars(p *cone.Permission) bool {
 	if in := p.Int.Netip(); t.to.Addr() == in.Addr() && cmp.Or(t.to.Port(), p.Ext.Port) == in.Port() {
 		return false
@@ -57,7 +58,8 @@ func (c coveredPorts) equal(d coveredPorts) bool {
 	return c.PortRange == d.PortRange && slices.EqualFunc(c.by, d.by, func(a, b *taker) bool { return a.key == b.key })
 }
 
-// take reports whether a forward of a port bars p. If p is nil, each forward of the port counts.
+// take reports whether a forward of the port conflicts with p. If p is nil, each forward of
+// the port counts.
 func take(ports []coveredPorts, port uint16, p *cone.Permission) bool {
 	i, found := slices.BinarySearchFunc(ports, port, func(r coveredPorts, port uint16) int {
 		switch {
@@ -71,8 +73,8 @@ func take(ports []coveredPorts, port uint16, p *cone.Permission) bool {
 	return found && (p == nil || slices.ContainsFunc(ports[i].by, func(t *taker) bool { return t.bars(p) }))
 }
 
-// mostTakers bounds those of one port that are told apart. More of them count as one that
-// takes all: a look-up asks each.
+// mostTakers limits how many takers of one port are kept apart, because a lookup asks each
+// of them. More of them count as one that takes all packets.
 const mostTakers = 64
 
 // takenPorts are ports that a forward covers.
@@ -113,7 +115,7 @@ func divide(all []takenPorts) (out []coveredPorts) {
 	return out
 }
 
-// together returns takers that cover the same ports.
+// together returns the takers that cover the same ports.
 func together(active map[*taker]int) (by []*taker) {
 	if active[anyTaker] > 0 || len(active) > mostTakers {
 		return []*taker{anyTaker}

@@ -11,17 +11,19 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// Uplinks returns the names of those links of which rules say that they lead outside: what
-// leaves by them from another one gets another source, while what leaves by other links
-// does not. A rule for all links says nothing of any. Rules for a few destinations (hairpin)
-// do not count, nor do those of iptables-legacy that only root may know of.
+// Uplinks returns the names of the links that lead outside according to the rules: packets
+// that leave by them from another link get another source, and packets that leave by some
+// other link do not. A rule for all links says nothing about any of them. Rules for a few
+// destinations (hairpin) do not count, nor do rules of iptables-legacy that only root can
+// see.
 func (rs *Ruleset) Uplinks(links []LAN) ([]string, error) {
 	names, _, err := rs.uplinks(links)
 	return names, err
 }
 
-// NamedUplinks returns those of them that rules name: none where rules tell inside links from
-// all others, as "ip saddr LAN masquerade" does, for then another one need not lead outside.
+// NamedUplinks returns those Uplinks that the rules name. It returns none if the rules name
+// the inside instead, as "ip saddr LAN masquerade" does: then any other link would count as
+// an uplink, though it need not lead outside.
 func (rs *Ruleset) NamedUplinks(links []LAN) ([]string, error) {
 	names, others, err := rs.uplinks(links)
 	if others {
@@ -30,7 +32,8 @@ func (rs *Ruleset) NamedUplinks(links []LAN) ([]string, error) {
 	return names, err
 }
 
-// uplinks returns the names, and whether a link of which no rule knows would be one of them.
+// uplinks returns the names. others says that a link that no rule knows would be one of
+// them.
 func (rs *Ruleset) uplinks(links []LAN) (names []string, others bool, err error) {
 	if len(links) == 0 {
 		return nil, false, nil
@@ -41,7 +44,7 @@ func (rs *Ruleset) uplinks(links []LAN) (names []string, others bool, err error)
 			chains = append(chains, baseChain{t, b})
 		}
 	}
-	// No link can have this name: what leaves by it meets rules for all links.
+	// No link can have this name: packets that leave by it match only rules for all links.
 	differ := false
 	for _, l := range append(slices.Clip(links), LAN{Link: Link{Name: "/"}}) {
 		translated, err := translatesBy(chains, l, links)
@@ -61,9 +64,9 @@ func (rs *Ruleset) uplinks(links []LAN) (names []string, others bool, err error)
 	return slices.DeleteFunc(slices.Clone(names), isOther), slices.ContainsFunc(names, isOther), nil
 }
 
-// translatesBy reports whether chains translate the source of UDP packets that leave by a
-// link from the networks of the others: of all, or, where a rule asks for something that
-// is not known, of some.
+// translatesBy reports whether chains translate the source of UDP packets from the networks
+// of the other links that leave by the link out. If a rule tests something that is not
+// known, it is enough that some packets may be translated.
 func translatesBy(chains []baseChain, out LAN, links []LAN) (bool, error) {
 	var from []netip.Prefix
 	for _, l := range links {
@@ -90,7 +93,7 @@ func translatesBy(chains []baseChain, out LAN, links []LAN) (bool, error) {
 }
 
 // translated returns the packets from a source that leave by a link, as the NAT chains of
-// the postrouting hook see them. They come by a link that is none of notFrom.
+// the postrouting hook see them. They did not come by a link of notFrom.
 func translated(out *Link, notFrom []Link, source *origin) *child {
 	return &child{
 		state:       expr.CtStateBitNEW,

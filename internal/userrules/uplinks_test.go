@@ -10,8 +10,8 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// Fails when a rule for one uplink is not seen, or one for a LAN, a tunnel or all links
-// is taken for one.
+// Fails when a rule for one uplink is not seen, or when a rule for a LAN, a tunnel or all
+// links is taken for one.
 func TestUplinksAreTheLinksThatRulesTranslateBy(t *testing.T) {
 	prefix := netip.MustParsePrefix
 	lans := []userrules.LAN{
@@ -62,7 +62,7 @@ func TestUplinksAreTheLinksThatRulesTranslateBy(t *testing.T) {
 			}
 		})
 	}
-	// What tells the LAN from all others names no uplink.
+	// A rule that distinguishes the LAN from all other links names no uplink.
 	for rule, want := range map[string][]string{
 		`ip saddr 10.47.11.0/24 masquerade`:                               nil,
 		`oifname != "lan0" masquerade`:                                    nil,
@@ -89,10 +89,10 @@ func TestUplinksAreTheLinksThatRulesTranslateBy(t *testing.T) {
 	})
 }
 
-// The same rules say the same, whichever iptables has them.
+// The same rules give the same answer with either iptables.
 //
-// Fails when a condition of iptables is not followed: a pattern of links, an inverted one, a
-// chain, or a match of something else than links.
+// Fails when a condition of iptables is not followed: a pattern of links, an inverted one,
+// a chain, or a match of something other than links.
 func TestUplinksOfIPTables(t *testing.T) {
 	prefix := netip.MustParsePrefix
 	lan := userrules.LAN{Link: userrules.Link{Index: 11, Name: "lan0"}, Networks: []netip.Prefix{prefix("10.47.11.0/24")}}

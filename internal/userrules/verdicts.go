@@ -1,9 +1,9 @@
 package userrules
 
-// An Answer says what a firewall does, as far as its rules are understood.
+// An Answer says what a firewall does with packets, as far as its rules are understood.
 type Answer uint8
 
-// The answers. Unknown also stands for packets that are not treated alike.
+// The answers. Unknown also stands for packets that are treated differently.
 const (
 	Unknown Answer = iota
 	Accepted
@@ -20,8 +20,8 @@ func (a Answer) String() string {
 	return "unknown"
 }
 
-// ChildVerdicts says what the user's forward hook does with the first packet of
-// a flow that a peer opened to a host of a subnet.
+// ChildVerdicts says what the user's forward hook does with the first packet of a flow that
+// a peer opens to a host of a subnet.
 type ChildVerdicts struct {
 	// DNATed is for a child that the map admitted: the packet is NEW and its
 	// destination was translated (ct state new, ct status dnat).
@@ -32,7 +32,7 @@ type ChildVerdicts struct {
 	// MostDNATed and MostRelated are the answers for all but a few addresses
 	// and ports: they leave out a rule for one host or port, or a blocklist.
 	MostDNATed, MostRelated Answer
-	// Dropper is the first base chain that drops or rejects most of what is
-	// DNATed, else of what is RELATED, as in "ip filter FORWARD", for messages.
+	// Dropper is the first base chain that drops or rejects most packets of the DNATed
+	// kind, otherwise of the RELATED kind, as in "ip filter FORWARD". It is for messages.
 	Dropper string
 }

@@ -50,7 +50,7 @@ func TestChildrenOfEachSubnet(t *testing.T) {
 		"dropped unknown inet filter forward") // it may be behind guest0
 }
 
-// A routed host gets a child that is not translated.
+// A routed host gets children that are not translated.
 func TestRelatedChildrenOfIPv6NeedNotBeDNATed(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{IPv6: true, Rules: inForward("ct status dnat accept")})
 	equal(t, children(t, l, []userrules.Link{wan0(t, l)}, lab.InsideNet6, netip.MustParsePrefix("192.0.2.0/24")),
@@ -82,7 +82,7 @@ func TestUnknownLinkToASubnetIsNoneOfTheOutsideLinks(t *testing.T) {
 	equal(t, children(t, l, []userrules.Link{wan0(t, l)}, subnet), "accepted accepted")
 }
 
-// A packet has to pass the chains of all tables, whoever made these, in the order of
+// A packet must pass the chains of all tables, whichever program made them, in the order of
 // their priorities.
 func TestChildrenPassAllTablesOfIPTablesLegacy(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{IPv6: true, Rules: lab.Masquerade})
@@ -123,8 +123,8 @@ func TestChildrenPassAllTablesOfIPTablesLegacy(t *testing.T) {
 	}
 }
 
-// Only root may know which tables there are, so for another user nothing is known but
-// what others drop.
+// Only root can see which tables there are, so another user knows only what other chains
+// drop.
 func TestHiddenTablesOfIPTablesLegacyMayDropChildren(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{Rules: inForward("ct state related accept; ct status dnat accept")})
 	check(t, l.IPTables(lab.IPTablesLegacy, "*filter\nCOMMIT\n"))
@@ -173,7 +173,7 @@ func TestChildrenNeedPrivilege(t *testing.T) {
 	}
 }
 
-// A grant is a change of the ruleset, too: the daemon makes thousands a second.
+// A grant changes the ruleset, too: the daemon makes thousands per second.
 func TestChildrenAreReadBesideGrants(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
 	check(t, l.NFT("table inet other { set s { type ipv4_addr; }; }"))

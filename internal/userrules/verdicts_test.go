@@ -26,8 +26,8 @@ func wan0(t *testing.T, l *lab.Lab) userrules.Link {
 	return link
 }
 
-// verdict writes an answer as "DNATed related dropper", with what holds for most
-// packets in parentheses where it is another.
+// verdict writes an answer as "DNATed related dropper". The answer for most packets follows
+// each in parentheses if it differs.
 func verdict(v userrules.ChildVerdicts) string {
 	one := func(all, most userrules.Answer) string {
 		if all == most {
@@ -38,7 +38,7 @@ func verdict(v userrules.ChildVerdicts) string {
 	return strings.TrimSpace(one(v.DNATed, v.MostDNATed) + " " + one(v.Related, v.MostRelated) + " " + v.Dropper)
 }
 
-// inForward puts rules into a chain that drops what they do not accept.
+// inForward puts rules into a chain with policy drop.
 func inForward(rules string) string {
 	return "table inet filter { chain forward { type filter hook forward priority filter; policy drop; " + rules + "; }; }\n"
 }

@@ -16,8 +16,8 @@ const (
 	multiportSize        = multiportInvert + 1
 )
 
-// xtMatch returns what a match of iptables-nft asks for. No fields stand for
-// nothing that is looked at.
+// xtMatch returns the test that a match of iptables-nft makes. No fields means that it
+// tests nothing that matters here.
 func xtMatch(m *expr.Match) ([]field, test) {
 	ports := []field{{kind: port, size: 2}}
 	switch info := m.Info.(type) {
