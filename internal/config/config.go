@@ -13,86 +13,87 @@ import (
 	"time"
 )
 
-// A Config is a checked configuration. Its zero value is not valid: begin with
-// Default, Load or Flags.Resolve.
+// A Config is a checked configuration. Its zero value is not valid: start with Default,
+// Load or Flags.Resolve.
 type Config struct {
 	// Backend says what carries permissions in the kernel.
 	Backend Backend
 
-	// Lifetime is how long a permission stands after the inside host was last
-	// heard, 1 s to 24 h. RFC 4787 REQ-5 asks for 2 minutes or more and
-	// recommends 5; RFC 8656 section 9 gives permissions 5 minutes.
+	// Lifetime is how long a permission lives after the last packet of the inside host, 1 s
+	// to 24 h. RFC 4787 REQ-5 asks for 2 minutes or more and recommends 5; RFC 8656 section
+	// 9 gives permissions 5 minutes.
 	Lifetime time.Duration
 
-	// Reconcile is the time between two comparisons of what stands in the
-	// kernel with what should, 1 s to 1 h.
+	// Reconcile is the interval at which the kernel's state is compared with the desired
+	// state, 1 s to 1 h.
 	Reconcile time.Duration
 
-	// LogLevel is the least level that is logged.
+	// LogLevel is the lowest level that is logged.
 	LogLevel slog.Level
 
-	// Outside names links that are outside links although no default route
-	// leaves by them. Those with a default route need no mention.
+	// Outside names links that are outside links although no default route leaves by them.
+	// Links with a default route need not be named.
 	Outside []string
 
-	// Inside names links that are never outside links, whatever routes and rules there
-	// are: what comes by them with a source in an enabled subnet is from inside.
+	// Inside names links that are never outside links, whatever routes and rules there are:
+	// packets that come by them with a source in an enabled subnet are from inside.
 	Inside []string
 
-	// UplinkMarks marks the flows of the subnets, and their packets, by the link of Outside
-	// that they leave or come by, for rules of policy routing.
+	// UplinkMarks marks the flows of the subnets, and their packets, with the link of
+	// Outside by which they leave or come, for rules of policy routing.
 	UplinkMarks bool
 
-	// UplinkMask has the bits of the marks that tell the link, side by side: in these bits
-	// the first link of Outside has the value 1, the second 2.
+	// UplinkMask has the bits of the mark that encode the link; they are adjacent. In these
+	// bits the first link of Outside has the value 1, the second 2.
 	UplinkMask uint32
 
-	// PeerGroups holds prefixes, masked, that do not overlap: a contact with one
-	// address of such a prefix permits all of them.
+	// PeerGroups holds masked prefixes that do not overlap. A flow to one address of such a
+	// prefix permits the whole prefix.
 	PeerGroups []netip.Prefix
 
-	// PortPool holds the outside ports for hosts of subnets with endpoint-
-	// independent mapping whose own port is another's on the outside. A subnet may have
-	// one of its own.
+	// PortPool holds the outside ports for hosts of subnets with endpoint-independent
+	// mapping whose own port another host has on the outside. A subnet may have its own
+	// pool.
 	PortPool PortPool
 
-	// MappingExempt holds prefixes, masked, towards which no flow is mapped: those
-	// that leave by an outside link and are not source-NATed.
+	// MappingExempt holds masked prefixes. Flows to them are not mapped, because they leave
+	// by an outside link without source NAT.
 	MappingExempt []netip.Prefix
 
-	// Hairpin lets the hosts of all IPv4 subnets reach those with endpoint-
-	// independent mapping by their outside endpoints (RFC 4787 REQ-9).
+	// Hairpin lets the hosts of all IPv4 subnets reach hosts with endpoint-independent
+	// mapping at their outside endpoints (RFC 4787 REQ-9).
 	Hairpin bool
 
-	// HealFlows ends flows of IPv4 subnets that leave untranslated, or with another
-	// address than that which the user's rules would surely give them now.
+	// HealFlows ends flows of IPv4 subnets that leave untranslated, or with a source
+	// address that certainly differs from the one that the user's rules would give them
+	// now.
 	HealFlows bool
 
-	// Self lets the gateway's own programs get permissions, too, by which a peer that they
-	// sent to is RELATED in the input hook. Only expectations carry these.
+	// Self gives permissions to the gateway's own programs, too: peers that they sent to
+	// are RELATED in the input hook. Only expectations carry these permissions.
 	Self bool
 
-	// ExcludePeers holds prefixes, masked, whose addresses get no permission.
+	// ExcludePeers holds masked prefixes whose addresses get no permission.
 	ExcludePeers []netip.Prefix
 
-	// ExcludePeerPorts holds, in order, the peer ports towards which a flow supports
-	// no permission. The default, 53, 123 and 443, are servers that answer from
-	// the port asked, and most of the UDP flows of a network.
+	// ExcludePeerPorts holds, sorted, the peer ports to which a flow supports no
+	// permission. The default is 53, 123 and 443: their servers answer from the port that
+	// was asked, and they are most of the UDP flows of a network.
 	ExcludePeerPorts []uint16
 
-	// ExcludePorts holds, in order, the outside ports (ext:P) that never get a
-	// permission, because the user forwards them.
+	// ExcludePorts holds, sorted, the outside ports (ext:P) that never get a permission,
+	// because the user forwards them.
 	ExcludePorts []uint16
 
-	// MaxPermissions, MaxPermissionsPerSubnet and MaxPermissionsPerHost bound
-	// how many permissions stand, in all, for one subnet and for one inside
-	// address; 0 is no bound. The last may be Auto. The kernel's tables are bounds too.
+	// MaxPermissions, MaxPermissionsPerSubnet and MaxPermissionsPerHost limit the number of
+	// permissions in total, for one subnet and for one inside address; 0 means no limit.
+	// The last may be Auto. The sizes of the kernel's tables are limits, too.
 	MaxPermissions          int
 	MaxPermissionsPerSubnet int
 	MaxPermissionsPerHost   int
 
-	// MaxChildren bounds the live flows that a peer may have by one permission;
-	// 0 is no bound, and it may be Auto. One peer must not fill the conntrack table from
+	// MaxChildren limits the live flows that a peer may open by one permission; 0 means no
+	// limit, and it may be Auto. One peer must not be able to fill the conntrack table from
 	// all its ports.
 	MaxChildren int
 
@@ -100,52 +101,53 @@ type Config struct {
 	// the first packet of a flow is still inside.
 	Learn bool
 
-	// LearnRate is how many permissions the kernel learns from one inside
-	// address in a second, 1 to 100,000, and five times as many at once. What
-	// is beyond has to wait for the daemon.
+	// LearnRate is how many permissions per second the kernel learns from one inside
+	// address, 1 to 100,000. Bursts may be five times as large. Flows beyond that wait for
+	// the daemon.
 	LearnRate int
 
-	// Guard drops new UDP packets from outside that no socket of the gateway
-	// waits for, before conntrack makes a flow of them.
+	// Guard drops new UDP packets from outside for which the gateway has no socket, before
+	// conntrack makes a flow of them.
 	Guard bool
 
 	// Table is the name of our own nftables table.
 	Table string
 
-	// OnStop says what becomes of the permissions when the daemon is stopped.
+	// OnStop says what happens to the permissions when the daemon stops.
 	OnStop OnStop
 
 	// EventBuffer is the receive buffer of the event socket in bytes, 64 KiB
 	// to 1 GiB, as given to SO_RCVBUFFORCE (socket(7); the kernel doubles it).
 	EventBuffer int
 
-	// ControlSocket is the path of the control socket, absolute and at most
-	// 107 bytes (sun_path, unix(7)). Empty means the default of the network
-	// namespace, which the caller computes.
+	// ControlSocket is the path of the control socket, absolute and at most 107 bytes
+	// (sun_path, unix(7)). Empty means the default for the network namespace, which the
+	// caller computes.
 	ControlSocket string
 
-	// AutoSubnets adds the private prefixes that the caller finds on inside
-	// links. They may overlap Subnets: what is named there goes first.
+	// AutoSubnets adds the private prefixes that the caller finds on inside links. They may
+	// overlap Subnets, which then takes precedence.
 	AutoSubnets bool
 
-	// Subnets holds the enabled subnets in the order given. No two overlap.
+	// Subnets holds the enabled subnets in the given order. They do not overlap.
 	Subnets []Subnet
 
-	// LinkSubnets holds links whose connected prefixes are enabled, in the order given.
-	// The caller finds the prefixes. What Subnets names goes first.
+	// LinkSubnets holds links whose connected prefixes are enabled, in the given order. The
+	// caller finds the prefixes. Subnets takes precedence.
 	LinkSubnets []LinkSubnet
 }
 
-// EnablesNone reports whether neither a subnet can ever be enabled nor the gateway itself is.
+// EnablesNone reports whether no subnet can ever be enabled, and the gateway itself is not
+// enabled either.
 func (c *Config) EnablesNone() bool {
 	return len(c.Subnets) == 0 && len(c.LinkSubnets) == 0 && !c.AutoSubnets && !c.Self
 }
 
-// A LinkSubnet stands for the prefixes that are connected to a link: those of IPv4, and if
-// Like is routed those of IPv6, too.
+// A LinkSubnet stands for the prefixes that are connected to a link: the IPv4 prefixes, and
+// the IPv6 prefixes, too, if Like is routed.
 type LinkSubnet struct {
 	Link string
-	// Like is a subnet as each of them is, without its prefix.
+	// Like has the settings for each of the prefixes. Its own prefix is empty.
 	Like Subnet
 }
 
@@ -154,48 +156,50 @@ type Subnet struct {
 	// Prefix is masked, unicast, and neither loopback nor link-local.
 	Prefix netip.Prefix
 
-	// Routed lets flows that were not source-NATed support permissions too:
-	// routed IPv4, and IPv6 as a rule.
+	// Routed lets flows without source NAT support permissions, too: routed IPv4, and
+	// normally IPv6.
 	Routed bool
 
-	// Filtering says who may send to the mappings of its hosts (RFC 4787 section
+	// Filtering says who may send to the mappings of the subnet's hosts (RFC 4787 section
 	// 5).
 	Filtering Filtering
 
-	// Mapping says how its flows get their outside endpoints (RFC 4787 section
-	// 4). It is of no meaning for IPv6.
+	// Mapping says how the subnet's flows get their outside endpoints (RFC 4787 section 4).
+	// It has no meaning for IPv6.
 	Mapping Mapping
 
-	// PortPool is used in place of that of the Config, if it is not empty.
+	// PortPool replaces Config.PortPool, unless it is empty.
 	PortPool PortPool
 }
 
-// Pool returns the ports for hosts of a subnet whose own port is another's.
+// Pool returns the pool for hosts of a subnet whose own port another host has on the
+// outside.
 func (c *Config) Pool(s Subnet) PortPool { return cmp.Or(s.PortPool, c.PortPool) }
 
 // Mapping says how flows get their outside endpoints.
 type Mapping string
 
-// What a Config can ask for. The default is empty: a Subnet need not name it.
+// The mappings that a Config can ask for. The default is empty, so a Subnet need not set
+// it.
 const (
 	KernelMapping              Mapping = ""                     // whatever the kernel's NAT finds free
 	EndpointIndependentMapping Mapping = "endpoint_independent" // one for each inside endpoint, and nobody else's
 )
 
-// String returns the word of the configuration.
+// String returns the word used in the configuration.
 func (m Mapping) String() string { return cmp.Or(string(m), "kernel") }
 
-// A PortPool holds ports as text: ranges in order, with a comma between two, or NoPool.
-// Empty, it is none of its own (Subnet.PortPool).
+// A PortPool holds ports as text: sorted ranges separated by commas, or NoPool. An empty
+// pool means that the subnet has no pool of its own (Subnet.PortPool).
 type PortPool string
 
-// NoPool has no port: whose own port is another's on the outside is left to the user's
-// rules.
+// NoPool has no ports: hosts whose own port another host has on the outside are left to the
+// user's rules.
 const NoPool PortPool = "none"
 
 func (p PortPool) String() string { return string(p) }
 
-// Ranges returns the ranges of a pool, in order. No two of them overlap.
+// Ranges returns the ranges of a pool, sorted. They do not overlap.
 func (p PortPool) Ranges() (all []PortRange) {
 	for text := range strings.SplitSeq(string(p), ",") {
 		if r, ok := parsePorts(text); ok {
@@ -205,7 +209,7 @@ func (p PortPool) Ranges() (all []PortRange) {
 	return all
 }
 
-// poolOf is the pool with these ports.
+// poolOf returns the pool with these ports.
 func poolOf(ranges []PortRange) PortPool {
 	slices.SortFunc(ranges, func(a, b PortRange) int { return cmp.Compare(a.First, b.First) })
 	var texts []string
@@ -219,7 +223,7 @@ func poolOf(ranges []PortRange) PortPool {
 	return PortPool(strings.Join(texts, ","))
 }
 
-// PortRange are the ports from First to Last.
+// PortRange is the range of ports from First to Last, both included.
 type PortRange struct{ First, Last uint16 }
 
 func (r PortRange) String() string {
@@ -232,7 +236,7 @@ func (r PortRange) String() string {
 // Has reports whether port p is in the range.
 func (r PortRange) Has(p uint16) bool { return r.First <= p && p <= r.Last }
 
-// Len returns how many ports r has.
+// Len returns the number of ports in r.
 func (r PortRange) Len() int { return int(r.Last) - int(r.First) + 1 }
 
 // Overlaps reports whether two ranges have a port in common.
@@ -241,14 +245,15 @@ func (r PortRange) Overlaps(o PortRange) bool { return r.First <= o.Last && o.Fi
 // Filtering says who may send to a mapping.
 type Filtering string
 
-// What a Config can ask for. The default is empty: a Subnet need not name it.
+// The filterings that a Config can ask for. The default is empty, so a Subnet need not set
+// it.
 const (
-	AddressDependent        Filtering = ""                           // whom the host has sent to, from any port
+	AddressDependent        Filtering = ""                           // peers that the host has sent to, from any port
 	EndpointIndependent     Filtering = "endpoint_independent"       // anybody: a full cone
-	AddressAndPortDependent Filtering = "address_and_port_dependent" // the kernel's own: no permissions
+	AddressAndPortDependent Filtering = "address_and_port_dependent" // the kernel's own behaviour: no permissions
 )
 
-// String returns the word of the configuration.
+// String returns the word used in the configuration.
 func (f Filtering) String() string { return cmp.Or(string(f), "address_dependent") }
 
 // A Backend names what carries permissions in the kernel.
@@ -256,22 +261,22 @@ type Backend string
 
 // The backends that a Config can ask for.
 const (
-	BackendAuto   Backend = "auto"   // the map where it can, expectations where they must
+	BackendAuto   Backend = "auto"   // the map where possible, expectations where needed
 	BackendExpect Backend = "expect" // conntrack expectations
 	BackendNFT    Backend = "nft"    // elements of an nftables map
 )
 
-// OnStop says what a stopped daemon leaves.
+// OnStop says what a stopped daemon leaves in the kernel.
 type OnStop string
 
-// What a Config can ask for.
+// The values that a Config can ask for.
 const (
 	OnStopRevoke OnStop = "revoke" // nothing
 	OnStopKeep   OnStop = "keep"   // the permissions, for a new daemon to take over
 )
 
-// Default returns the configuration of an empty file. It enables no subnet.
-// The caller owns the value and what it points to.
+// Default returns the configuration of an empty file. It enables no subnet. The caller owns
+// the value and what it points to.
 func Default() Config {
 	return Config{
 		Backend:          BackendAuto,
@@ -295,17 +300,18 @@ func Default() Config {
 	}
 }
 
-// Auto is the value of a limit that the size of the conntrack table decides.
+// Auto as a limit means that the size of the conntrack table decides.
 const Auto = -1
 
-// What an Auto limit is at most, and the part of the conntrack table that it is else.
+// The maximum of an Auto limit, and the divisor of the conntrack table's size that gives it
+// otherwise.
 const (
 	mostPerHost, perHostPart   = 4096, 2
 	mostChildren, childrenPart = 256, 32
 )
 
-// Sized returns c with the limits that are Auto as they suit a conntrack table of n
-// entries; 0 is one without a bound.
+// Sized returns c with Auto limits computed for a conntrack table of n entries; 0 means
+// that the table is unlimited.
 func (c Config) Sized(n int) Config {
 	size := func(limit *int, most, part int) {
 		if *limit != Auto {
@@ -320,7 +326,7 @@ func (c Config) Sized(n int) Config {
 	return c
 }
 
-// check finds what is wrong between one key and another.
+// check finds keys whose values contradict each other.
 func (c *Config) check() (key string, err error) {
 	if err := c.checkGroups(); err != nil {
 		return "peer_groups", err
@@ -376,26 +382,28 @@ func (c *Config) check() (key string, err error) {
 	return "", nil
 }
 
-// A UsageError is the user's to mend: a wrong file or command line. No new start mends
-// it, so programs end with UsageStatus for it.
+// A UsageError is one that the user must fix: a wrong file or command line. Starting again
+// does not help, so programs exit with UsageStatus.
 type UsageError struct{ Err error }
 
 func (e *UsageError) Error() string { return e.Err.Error() }
 
 func (e *UsageError) Unwrap() error { return e.Err }
 
-// UsageStatus is EX_CONFIG of sysexits.h. The runtime ends a program that panics with 2.
+// UsageStatus is EX_CONFIG of sysexits.h. It is not 2, because the Go runtime exits with 2
+// after a panic.
 const UsageStatus = 78
 
-// IsUsage reports whether a UsageError is in the tree of err. All errors of
-// Load and Flags.Resolve are such, but that of a file that cannot be read: it may be on
-// a file system that is mounted later.
+// IsUsage reports whether a UsageError is in the tree of err. All errors of Load and
+// Flags.Resolve are usage errors, except for a file that cannot be read: its file system
+// may be mounted later.
 func IsUsage(err error) bool {
 	var u *UsageError
 	return errors.As(err, &u)
 }
 
-// usage joins errs, nil ones left out, into a UsageError, or nil.
+// usage joins errs, except for nil ones, into a UsageError. It returns nil if there are
+// none.
 func usage(errs ...error) error {
 	if err := errors.Join(errs...); err != nil {
 		return &UsageError{Err: err}

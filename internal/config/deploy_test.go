@@ -102,8 +102,8 @@ func TestEveryFlagHasItsKeyAndEveryKeyItsFlag(t *testing.T) {
 	}
 }
 
-// At boot what the daemon needs may come late, by minutes. systemd by default gives up
-// after five starts in ten seconds. Only a wrong configuration needs somebody's hand.
+// At boot, things that the daemon needs may come minutes late. By default systemd gives up
+// after five starts in ten seconds. Only a wrong configuration needs a human.
 //
 // Fails when a setting is missing or in a section where systemd ignores it, or when the
 // unit does not know the exit status of a wrong configuration.

@@ -13,9 +13,9 @@ import (
 	"github.com/BurntSushi/toml"
 )
 
-// Load reads and checks the file at path. What the file does not say is as in
-// Default. The error (see IsUsage) holds all that is wrong, one line each,
-// in the order of the file; the Config is then empty.
+// Load reads and checks the file at path. Keys that the file does not set are as in
+// Default. The error (see IsUsage) holds everything that is wrong, one line each, in the
+// order of the file; the Config is then empty.
 func Load(path string) (Config, error) {
 	c, between, err := load(path)
 	if err = errors.Join(err, between); err != nil {
@@ -24,12 +24,12 @@ func Load(path string) (Config, error) {
 	return c, nil
 }
 
-// load is Load, but what is wrong between one key and another it returns apart:
-// flags may override one of them.
+// load is Load, but returns contradictions between keys separately, because flags may
+// override one of the keys.
 func load(path string) (c Config, between, err error) {
 	data, err := readFile(path)
 	if err != nil {
-		// The path goes in front here too, so only the cause is wanted.
+		// The path goes in front here too, so keep only the cause.
 		if pe := (*fs.PathError)(nil); errors.As(err, &pe) {
 			err = pe.Err
 		}
@@ -38,11 +38,11 @@ func load(path string) (c Config, between, err error) {
 	return parse(path, string(data))
 }
 
-// parse is load without the reading.
+// parse is load without reading the file.
 //
-// It decodes into plain maps and walks them itself. A decode into a struct
-// would meet the keys in random order, end at the first wrong type, and know
-// only the last of several [[subnet]] tables.
+// It decodes into plain maps and walks them itself. Decoding into a struct would meet the
+// keys in random order, stop at the first wrong type, and keep only the last of several
+// [[subnet]] tables.
 func parse(path, data string) (c Config, between, err error) {
 	data = strings.TrimPrefix(data, "\ufeff")
 	var root map[string]any
@@ -70,12 +70,12 @@ func parse(path, data string) (c Config, between, err error) {
 	return f.config, usage(f.errs...), nil
 }
 
-// bare is the text of a value that TOML does not know. No check accepts it.
+// bare is the text of a value that is not valid TOML. No check accepts it.
 type bare string
 
-// syntaxError puts an error of the decoder into our form. The decoder knows
-// TOML but not our keys; to one who wrote 5m without quotes it speaks of a
-// missing newline. So where a line alone is wrong, say what its key expects.
+// syntaxError converts an error of the decoder into our form. The decoder knows TOML but
+// not our keys: for 5m without quotes it reports a missing newline. So if a line by itself
+// is invalid, say what its key expects.
 func syntaxError(path, data string, err error) error {
 	var pe toml.ParseError
 	if !errors.As(err, &pe) {
@@ -95,7 +95,8 @@ func syntaxError(path, data string, err error) error {
 	return fmt.Errorf("%s:%d: %s", path, pe.Position.Line, strings.Map(visible, text))
 }
 
-// visible keeps control characters of a broken file off the terminal.
+// visible replaces control characters of a broken file, so that they do not reach the
+// terminal.
 func visible(r rune) rune {
 	if unicode.IsPrint(r) {
 		return r
@@ -113,8 +114,8 @@ func nthLine(data string, n int) string {
 	return ""
 }
 
-// check returns the full name of a key, found by its last part, and the error
-// for v, if v is wrong and the key known.
+// check returns the full name of a key, found by its last part, and the error for v if the
+// key is known and v is wrong.
 func check(key string, v any) (name string, err error) {
 	switch key {
 	case "prefix":
@@ -136,7 +137,7 @@ func check(key string, v any) (name string, err error) {
 	return "", nil
 }
 
-// topKeys returns the keys that may stand outside tables.
+// topKeys returns the keys that are allowed outside tables.
 func topKeys() []string {
 	var keys []string
 	for _, s := range settings {
@@ -153,12 +154,12 @@ type file struct {
 	errs   []error
 }
 
-// at returns where a key stands: "conenatd.toml:7".
+// at returns the position of a key: "conenatd.toml:7".
 func (f *file) at(subnet int, key string) string {
 	return fmt.Sprintf("%s:%d", f.path, f.lines.of(subnet, key))
 }
 
-// fail notes an error, if it is one, for a key of a table (see place).
+// fail records err, unless it is nil, for a key of a table (see place).
 func (f *file) fail(subnet int, key string, err error) {
 	if err == nil {
 		return
@@ -177,7 +178,7 @@ func (f *file) sorted(subnet int, table map[string]any) []string {
 	})
 }
 
-// subnets checks all [[subnet]] tables, or an array of inline ones.
+// subnets checks all [[subnet]] tables, or an array of inline tables.
 func (f *file) subnets(v any) {
 	tables, ok := v.([]map[string]any)
 	if items, inline := v.([]any); inline {
@@ -209,7 +210,7 @@ func (f *file) subnets(v any) {
 			s.PortPool, noPool = portPool(v)
 		}
 		if _, ok := table["prefix"]; !ok {
-			table["prefix"] = nil // required: let the check below say so
+			table["prefix"] = nil // required: let the check below report it
 		}
 		for _, key := range f.sorted(n, table) {
 			switch {
@@ -233,7 +234,7 @@ func (f *file) subnets(v any) {
 
 func unknownInSubnet(key string) error {
 	const what = "unknown key, expected prefix, routed, filtering, mapping or port_pool"
-	// In TOML a table has no end: all that follows its header belongs to it.
+	// In TOML a table has no end: all keys that follow its header belong to it.
 	if slices.Contains(topKeys(), key) {
 		return fmt.Errorf("%s; %s stands above the first [[subnet]]", what, key)
 	}

@@ -35,24 +35,24 @@ func (f *Flags) Register(fs *pflag.FlagSet) {
 		f.given[i] = texts{kind: s.kind, def: s.def}
 		flag := fs.VarPF(&f.given[i], s.flag, "", s.usage)
 		if s.truth {
-			flag.NoOptDefVal = "true" // or the flag takes the next word as its value
+			flag.NoOptDefVal = "true" // otherwise the flag takes the next word as its value
 		}
 	}
 }
 
-// Resolve returns Default, overridden by the file of --config, overridden by
-// the flags. A flag replaces the whole value of its key; --subnet replaces all
-// subnets of the file. It reads the file anew at each call, so that a reload
-// is one more call. The error (see IsUsage) holds all that is wrong; whether the keys
-// go together is asked when each is right.
+// Resolve returns Default, overridden by the file of --config, overridden by the flags. A
+// flag replaces the whole value of its key; --subnet replaces all subnets of the file. Each
+// call reads the file again, so a reload is just another call. The error (see IsUsage)
+// holds everything that is wrong. Contradictions between keys are checked once each key is
+// right.
 func (f *Flags) Resolve() (Config, error) {
 	c := Default()
 	var errs []error
-	var between, wrong error // one key of the file and another; what else is wrong with it
+	var between, wrong error // contradictions between keys of the file; other errors of the file
 	if n := len(f.config.given); n > 0 {
 		if path := f.config.given[n-1]; path != "" {
 			c, between, wrong = load(path)
-		} else { // an unset variable in a script
+		} else { // for example from an unset variable in a script
 			errs = append(errs, fmt.Errorf("--config: %w", expected("the path of a file", path)))
 		}
 	}
@@ -98,7 +98,7 @@ func (f *Flags) Resolve() (Config, error) {
 		if key, err := c.check(); err != nil {
 			err = fmt.Errorf("%s: %w", key, err)
 			if between != nil && strings.HasSuffix(between.Error(), err.Error()) {
-				err = between // which says where
+				err = between // it has the line number
 			}
 			errs = append(errs, err)
 		}
@@ -109,8 +109,8 @@ func (f *Flags) Resolve() (Config, error) {
 	return c, nil
 }
 
-// value turns the texts given to a flag into the value that the file would
-// have. An empty text empties a list. Of a single value the last text wins.
+// value converts the texts given to a flag into the value that the file would have. An
+// empty text empties a list. For a single value the last text wins.
 func (s setting) value(given []string) any {
 	one := func(text string) any {
 		if n, err := strconv.ParseInt(text, 10, 64); s.number && err == nil {
@@ -133,8 +133,8 @@ func (s setting) value(given []string) any {
 	return items
 }
 
-// texts is a pflag.Value that keeps what was typed. Resolve checks it, so that
-// flags and file share one check and one form of error.
+// texts is a pflag.Value that keeps the text as typed. Resolve checks it, so that flags and
+// file share the checks and the form of errors.
 type texts struct {
 	given     []string
 	kind, def string

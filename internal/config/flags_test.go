@@ -206,11 +206,12 @@ func TestHelpShowsTheDefaults(t *testing.T) {
 	}
 }
 
-// Each flag of run, before another one: a boolean without a value and with each, any
-// other one with its value in the same word and in the next.
+// Puts each flag of run before another flag: a boolean without a value and with each value,
+// any other flag with its value in the same word and in the next.
 func TestEveryFlag(t *testing.T) {
 	path := write(t, `lifetime = "1m"`)
-	// What a flag needs beside it, and, if it has a value, one that is not the default.
+	// The other flags that a flag needs, and, if it takes a value, one that is not the
+	// default.
 	subnet := []string{"--subnet=192.168.1.0/24"}
 	flags := map[string]struct {
 		value string
@@ -267,7 +268,7 @@ func TestEveryFlag(t *testing.T) {
 			if flag.Value.Type() == "bool" {
 				lines = map[string]any{name: true, name + "=true": true, name + "=false": false}
 			}
-			// The flag behind it, whose own words must still be read as such.
+			// The next flag, whose own words must still be read as such.
 			const next = "--exclude-port 4242"
 			for line, want := range lines {
 				args := slices.Concat(strings.Fields(line), strings.Fields(next), tt.with)

@@ -7,11 +7,11 @@ import (
 	"slices"
 )
 
-// A namedPrefix is one of a list of the configuration.
+// A namedPrefix is a prefix from one of the lists of the configuration.
 type namedPrefix struct {
 	netip.Prefix
 	list listName
-	at   int // place in the list
+	at   int // index in the list
 }
 
 type listName uint8
@@ -22,9 +22,9 @@ const (
 	listExcluded
 )
 
-// checkGroups finds a group of peers that overlaps another one, an enabled subnet, or peers
-// that are excluded. Of two prefixes that overlap one is within the other, so each is
-// compared with the one around it.
+// checkGroups finds a peer group that overlaps another one, an enabled subnet, or excluded
+// peers. If two prefixes overlap, one contains the other, so each is compared only with the
+// smallest one around it.
 func (c *Config) checkGroups() error {
 	if len(c.PeerGroups) == 0 {
 		return nil
@@ -42,7 +42,7 @@ func (c *Config) checkGroups() error {
 	slices.SortFunc(all, func(a, b namedPrefix) int {
 		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()), cmp.Compare(a.list, b.list), cmp.Compare(a.at, b.at))
 	})
-	var around []namedPrefix // the outer ones first
+	var around []namedPrefix // the outer prefixes first
 	for _, p := range all {
 		for n := len(around); n > 0 && !around[n-1].Contains(p.Addr()); n-- {
 			around = around[:n-1]
@@ -57,7 +57,7 @@ func (c *Config) checkGroups() error {
 	return nil
 }
 
-// overlap says what is wrong with two prefixes that overlap, if anything is.
+// overlap returns an error if two overlapping prefixes contradict each other.
 func overlap(a, b namedPrefix) error {
 	if a.list > b.list || a.list == b.list && a.at < b.at {
 		a, b = b, a

@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// Fails when a prefix is compared with the one before it, though that is not around it.
+// Fails when a prefix is compared with the previous one, although that does not contain it.
 func TestGroupsAreComparedWithAllThatTheyMayOverlap(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 1))
 	some := func(n int) (all []netip.Prefix) {

@@ -14,12 +14,12 @@ type place struct {
 	key   string
 }
 
-// lines says on which line, counted from 1, a key begins. The decoder keeps
-// one position per name, so it cannot tell one [[subnet]] from the next.
+// lines has the line, counted from 1, on which a key begins. The decoder keeps one position
+// per name, so it cannot tell one [[subnet]] from the next.
 type lines map[place]int
 
-// of returns the line of a key, else of its table, else of the first mention
-// of subnet (an array of inline tables is one statement).
+// of returns the line of a key, otherwise of its table, otherwise of the first mention of
+// subnet (an array of inline tables is one statement).
 func (l lines) of(table int, key string) int {
 	for _, p := range []place{{table, key}, {table, ""}, {0, "subnet"}} {
 		if line, ok := l[p]; ok {
@@ -29,12 +29,12 @@ func (l lines) of(table int, key string) int {
 	return 1
 }
 
-// token matches what can hold or hide the end of a statement: strings (of
-// several lines first), comments, brackets, ends of lines.
+// token matches everything that can contain or hide the end of a statement: strings (those
+// of several lines first), comments, brackets, line ends.
 var token = regexp.MustCompile(`(?s)"""(?:[^\\]|\\.)*?"{3,5}|'''.*?'{3,5}|"(?:[^"\\]|\\.)*"|'[^']*'|#[^\n]*|[\[\]{}]|\n`)
 
-// statements cuts data, which must be valid TOML, behind each end of a line
-// that is neither in a string nor within brackets.
+// statements splits data, which must be valid TOML, after each line end that is neither in
+// a string nor within brackets.
 func statements(data string) []string {
 	var all []string
 	start, depth := 0, 0
@@ -54,12 +54,12 @@ func statements(data string) []string {
 	return append(all, data[start:])
 }
 
-// findLines finds the keys of data, which must be valid TOML. What a statement
-// says is left to the decoder, which is given one at a time.
+// findLines finds the keys of data, which must be valid TOML. It passes each statement to
+// the decoder on its own.
 func findLines(data string) lines {
 	found := make(lines)
 	var (
-		table   toml.Key // that the statement stands in
+		table   toml.Key // the table that the statement is in
 		subnets int      // [[subnet]] headers so far
 		line    = 1      // of the statement
 	)

@@ -11,30 +11,31 @@ import (
 )
 
 const (
-	// maxFile is the size of the largest file that is read: 20,000 prefixes take 0.5 MB.
+	// maxFile is the size of the largest file that is read. For comparison: 20,000 prefixes
+	// take 0.5 MB.
 	maxFile = 16 << 20
 
-	// readTime bounds the wait for a file system, such as NFS without its server.
+	// readTime limits the wait for a file system, such as NFS without its server.
 	readTime = 5 * time.Second
 
-	// maxReads is how many reads there are at a time. One that hangs holds a thread, and
-	// nothing can end it. There is room for the reloads of somebody who mends the file, or
-	// puts another one in its place: that a path leads elsewhere by now only shows when it
-	// is read.
+	// maxReads limits the concurrent reads. A read that hangs holds a thread, and nothing
+	// can end it. There is room for the reloads of a user who repairs the file or replaces
+	// it: whether the path leads elsewhere by now shows only when it is read.
 	maxReads = 64
 )
 
 var errSlow = fmt.Errorf("its file system does not answer within %v: mount it again, or move the file", readTime)
 
-// readFile returns what is in the file at path, without its name in the error.
+// readFile returns the contents of the file at path. Errors do not contain the path.
 func readFile(path string) ([]byte, error) {
 	return within(time.After(readTime), func() ([]byte, error) { return readRegular(path) })
 }
 
-// reading has a place for each read that is under way.
+// reading has an element for each read that is under way.
 var reading = make(chan struct{}, maxReads)
 
-// within returns what read returns, unless the time is up before; read may go on then.
+// within returns the result of read, or errSlow if end fires first; then read may still be
+// running.
 func within(end <-chan time.Time, read func() ([]byte, error)) ([]byte, error) {
 	select {
 	case reading <- struct{}{}:
@@ -59,7 +60,8 @@ func within(end <-chan time.Time, read func() ([]byte, error)) ([]byte, error) {
 	}
 }
 
-// readRegular waits for no writer of a named pipe and no holder of a lease.
+// readRegular reads a regular file. It does not wait for the writer of a named pipe or the
+// holder of a lease.
 func readRegular(path string) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {

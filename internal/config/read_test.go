@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Fails, for good, when a pipe is read, or what has no end.
+// Fails, by hanging, when a pipe or a file without an end is read.
 func TestFilesThatBlockOrNeverEndAreRefused(t *testing.T) {
 	dir := t.TempDir()
 	pipe, large := filepath.Join(dir, "pipe"), filepath.Join(dir, "large")
@@ -35,8 +35,8 @@ func TestFilesThatBlockOrNeverEndAreRefused(t *testing.T) {
 	}
 }
 
-// Fails when a file system that does not answer holds up whoever reads, or takes all threads;
-// for good, when after ten reloads it keeps a file on another one from being read.
+// Fails when a file system that does not answer blocks the caller or takes all threads.
+// Hangs when after ten reloads it keeps a file on another file system from being read.
 func TestAReadThatHangsIsGivenUp(t *testing.T) {
 	free := make(chan struct{})
 	over := make(chan time.Time)

@@ -13,24 +13,22 @@ import (
 	"time"
 )
 
-// A setting is one key of the file together with its flag. Subnets are the one
-// thing that is not a setting.
+// A setting is one key of the file together with its flag. Only subnets are not settings.
 type setting struct {
 	key    string // in the file
-	flag   string // the key with dashes, singular where it may be repeated
-	kind   string // of value, for --help
+	flag   string // the key with dashes, singular if it may be repeated
+	kind   string // kind of value, for --help
 	def    string // default, for --help
 	usage  string // for --help
 	list   bool   // the file has an array, the flag may be repeated
 	number bool   // the file has integers, not strings
 	truth  bool   // the file has booleans, not strings
 
-	// set checks v, a value as TOML decodes it, and puts it into the Config.
+	// set checks v, a value as TOML decodes it, and stores it in the Config.
 	set func(c *Config, v any) error
 }
 
-// settings has every key but subnet, once. What a key means is said at its
-// field of Config.
+// settings has every key except subnet, once. The fields of Config document the keys.
 var settings = []setting{
 	{
 		key: "backend", flag: "backend", kind: "name", def: "auto",
@@ -176,7 +174,7 @@ var settings = []setting{
 	},
 }
 
-// one makes the setter of a key that has a single value.
+// one returns the setter for a key with a single value.
 func one[T any](parse func(any) (T, error), field func(*Config) *T) func(*Config, any) error {
 	return func(c *Config, v any) error {
 		t, err := parse(v)
@@ -187,8 +185,8 @@ func one[T any](parse func(any) (T, error), field func(*Config) *T) func(*Config
 	}
 }
 
-// list makes the setter of a key that has an array of values. The array
-// replaces the default.
+// list returns the setter for a key with an array of values. The array replaces the
+// default.
 func list[T any](example string, parse func(any) (T, error), field func(*Config) *[]T) func(*Config, any) error {
 	return func(c *Config, v any) error {
 		items, ok := v.([]any)
@@ -208,12 +206,12 @@ func list[T any](example string, parse func(any) (T, error), field func(*Config)
 	}
 }
 
-// expected is the error for a value that is not what it should be.
+// expected returns the error for a value that differs from what was expected.
 func expected(what string, got any) error {
 	return fmt.Errorf("expected %s, got %s", what, literal(got))
 }
 
-// literal shows a value in the way TOML writes it, arrays and tables in short.
+// literal shows a value as TOML writes it; for arrays and tables it only names the type.
 func literal(v any) string {
 	switch v := v.(type) {
 	case nil:
@@ -263,7 +261,7 @@ func level(v any) (slog.Level, error) {
 	return 0, expected(`"debug", "info", "warn" or "error"`, v)
 }
 
-// link accepts what dev_valid_name of the kernel accepts.
+// link accepts the names that dev_valid_name in the kernel accepts.
 func link(v any) (string, error) {
 	s, _ := v.(string)
 	if s == "" || s == "." || s == ".." || len(s) > 15 || strings.ContainsAny(s, "/: \t\n\v\f\r") {
@@ -337,7 +335,7 @@ func portPool(v any) (PortPool, error) {
 
 const poolForm = `ports such as "61000-65535" or ["7472-7487", "11568-11583"], or "none"`
 
-// ports makes the setter of a key that has an array of ports and ranges of ports.
+// ports returns the setter for a key with an array of ports and ranges of ports.
 func ports(field func(*Config) *[]uint16) func(*Config, any) error {
 	return func(c *Config, v any) error {
 		var ranges []PortRange
@@ -392,7 +390,7 @@ func count(v any) (int, error) {
 	return int(n), nil
 }
 
-// limit is count, or what the size of the conntrack table decides.
+// limit accepts what count accepts, and "auto".
 func limit(v any) (int, error) {
 	if v == "auto" {
 		return Auto, nil
@@ -420,7 +418,7 @@ func truth(v any) (bool, error) {
 	return b, nil
 }
 
-// table accepts what nft accepts without quotes.
+// table accepts names that nft accepts without quotes.
 func table(v any) (string, error) {
 	s, _ := v.(string)
 	if !tableName.MatchString(s) {
@@ -431,7 +429,7 @@ func table(v any) (string, error) {
 
 var tableName = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9_]{0,31}$`)
 
-// markBits accepts bits of a mark that are side by side. A flag has them as text.
+// markBits accepts adjacent bits of a mark. A flag has them as text.
 func markBits(v any) (uint32, error) {
 	n, _ := v.(int64)
 	if s, ok := v.(string); ok {

@@ -2,8 +2,8 @@ package config
 
 import "testing"
 
-// Fails when a limit that was set follows the size of the table, and when one that was
-// not set does not.
+// Fails when a limit that was set depends on the size of the table, or when an Auto limit
+// does not.
 func TestLimitsSuitTheConntrackTable(t *testing.T) {
 	for _, tt := range []struct {
 		args              []string

@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// notUnicast holds what no subnet may touch, with the RFC that says so.
+// notUnicast has the prefixes that no subnet may overlap, with the RFC that defines each.
 var notUnicast = []struct {
 	prefix netip.Prefix
 	name   string
@@ -27,24 +27,25 @@ var notUnicast = []struct {
 type subnetList struct {
 	auto  bool
 	list  []Subnet
-	at    []string // where each of list was given, for errors
+	at    []string // where each of list was given, for error messages
 	links []LinkSubnet
 }
 
-// set puts what was collected into c.
+// set stores the collected subnets in c.
 func (l *subnetList) set(c *Config) {
 	c.AutoSubnets, c.Subnets, c.LinkSubnets = l.auto, l.list, l.links
 }
 
-// namesLink reports whether a value is the name of a link, and not an address or a part
+// namesLink reports whether a value is the name of a link, rather than an address or a part
 // of one.
 func namesLink(v any) bool {
 	s, err := link(v)
 	return err == nil && strings.Trim(s, "0123456789.-") != ""
 }
 
-// add checks one more prefix, a value as TOML decodes it, the name of a link or "auto", for
-// a subnet that is like s else. It may overlap none of those before.
+// add checks one more subnet and adds it with the other settings of s. v is a value as TOML
+// decodes it: a prefix, the name of a link, or "auto". The subnet must not overlap an
+// earlier one.
 func (l *subnetList) add(at string, v any, s Subnet) error {
 	if v == "auto" {
 		switch {

@@ -17,15 +17,15 @@ import (
 // ErrNotRunning says that nobody listens on the control socket.
 var ErrNotRunning = errors.New("no conenatd runs in this network namespace")
 
-// A Client asks the daemon. Its methods may be called from any goroutine; each
-// call is a connection of its own, so there is nothing to close.
+// A Client sends requests to the daemon. Its methods may be called from any goroutine. Each
+// call uses its own connection, so there is nothing to close.
 type Client struct {
 	path string
 	http http.Client
 }
 
-// Dial returns a client for the control socket at path. It does not connect:
-// the first request will tell whether somebody listens.
+// Dial returns a client for the control socket at path. It does not connect: the first
+// request shows whether somebody listens.
 func Dial(path string) *Client {
 	return &Client{path, http.Client{Transport: &http.Transport{
 		DisableKeepAlives:     true,
@@ -42,7 +42,7 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 	return fetch[Status](ctx, c, http.MethodGet, pathStatus)
 }
 
-// Verify lets the daemon compare itself with the kernel.
+// Verify makes the daemon compare its state with the kernel's.
 func (c *Client) Verify(ctx context.Context) (Verification, error) {
 	answer, err := fetch[struct {
 		Verification
@@ -54,9 +54,9 @@ func (c *Client) Verify(ctx context.Context) (Verification, error) {
 	return answer.Verification, err
 }
 
-// Permissions calls f for each permission as it arrives, until f returns an
-// error, which Permissions returns as it is. Any other error means that the
-// list is not complete; it is ErrNotRunning if there is no daemon.
+// Permissions calls f for each permission as it arrives, until f returns an error, which
+// Permissions returns unchanged. Any other error means that the list is not complete; it is
+// ErrNotRunning if there is no daemon.
 func (c *Client) Permissions(ctx context.Context, f func(Permission) error) error {
 	body, err := c.ask(ctx, http.MethodGet, pathPermissions)
 	if err != nil {
@@ -82,14 +82,14 @@ func (c *Client) Permissions(ctx context.Context, f func(Permission) error) erro
 	}
 }
 
-// Reload lets the daemon read its configuration again. With an error the old
-// one stays in force.
+// Reload makes the daemon read its configuration again. After an error the old
+// configuration stays in force.
 func (c *Client) Reload(ctx context.Context) error {
 	_, err := fetch[struct{}](ctx, c, http.MethodPost, pathReload)
 	return err
 }
 
-// Revoke ends the permissions that fit all words, see Source.Revoke.
+// Revoke ends the permissions that match all words; see Source.Revoke.
 func (c *Client) Revoke(ctx context.Context, words []string) (int, error) {
 	r, err := fetch[result](ctx, c, http.MethodPost, pathRevoke+"?"+url.Values{wordParameter: words}.Encode())
 	return r.Revoked, err
@@ -101,7 +101,7 @@ func (c *Client) Flush(ctx context.Context) (int, error) {
 	return r.Revoked, err
 }
 
-// fetch returns a good answer that is one value.
+// fetch returns a successful answer that is one value.
 func fetch[T any](ctx context.Context, c *Client, method, path string) (v T, err error) {
 	body, err := c.ask(ctx, method, path)
 	if err != nil {
@@ -114,7 +114,7 @@ func fetch[T any](ctx context.Context, c *Client, method, path string) (v T, err
 	return v, nil
 }
 
-// ask returns the body of a good answer. The caller must close it.
+// ask returns the body of a successful answer. The caller must close it.
 func (c *Client) ask(ctx context.Context, method, path string) (io.ReadCloser, error) {
 	req, err := http.NewRequestWithContext(ctx, method, "http://conenatd"+path, nil)
 	if err != nil {
@@ -135,10 +135,10 @@ func (c *Client) ask(ctx context.Context, method, path string) (io.ReadCloser, e
 	return nil, f.fault()
 }
 
-// explain says what would mend the error.
+// explain adds to the error what the user can do about it.
 func (c *Client) explain(err error) error {
 	if wrap := (*url.Error)(nil); errors.As(err, &wrap) {
-		err = wrap.Err // without it the text has a URL that nobody asked for
+		err = wrap.Err // the URL means nothing to the user
 	}
 	var late net.Error
 	switch {

@@ -16,8 +16,8 @@ import (
 	"go.uber.org/goleak"
 )
 
-// patience bounds the wait for what must come. It is used up only where a test
-// fails.
+// patience limits the wait for something that must come. Only a failing test waits that
+// long.
 const patience = 20 * time.Second
 
 func TestMain(m *testing.M) {
@@ -27,7 +27,7 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// now is when the tests' daemon is looked at.
+// now is the time at which the tests look at the daemon.
 var now = time.Date(2003, 5, 1, 12, 0, 0, 0, time.UTC)
 
 func standing(in, ext, peer string) Permission {
@@ -85,7 +85,7 @@ func TestCommands(t *testing.T) {
 	}
 }
 
-// endless yields until it may not.
+// endless yields until yield returns false.
 func endless(yield func(Permission) bool) error {
 	for yield(proxy) {
 	}

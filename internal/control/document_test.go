@@ -88,7 +88,7 @@ func values(t reflect.Type) map[string]string {
 	panic("no JSON that the document knows: " + t.String())
 }
 
-// Fails when a path, a member or its type is in the code or in the document alone.
+// Fails when a path, a member or its type is only in the code or only in the document.
 func TestTheDocumentDescribesTheWire(t *testing.T) {
 	answers := map[string]reflect.Type{
 		pathPermissions: reflect.TypeFor[Permission](),
@@ -122,8 +122,8 @@ func TestTheDocumentDescribesTheWire(t *testing.T) {
 	}
 }
 
-// Fails when there is prose for something that the document does not know. That the
-// document and the daemon have the same identifiers is the daemon's test.
+// Fails when there is prose for an identifier that the document lacks. A test of the daemon
+// checks that document and daemon have the same identifiers.
 func TestProseIsForIdentifiersOfTheDocument(t *testing.T) {
 	known := make(map[string]bool)
 	for _, body := range sections(t) {

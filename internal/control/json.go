@@ -2,7 +2,7 @@ package control
 
 import "encoding/json"
 
-// MarshalJSON writes an empty list or object where there is nothing, never null.
+// MarshalJSON writes an empty list or object instead of null.
 func (s Status) MarshalJSON() ([]byte, error) {
 	type plain Status // without this method
 	s.Subnets, s.Outside, s.Warnings, s.Findings = some(s.Subnets), some(s.Outside), some(s.Warnings), some(s.Findings)
@@ -16,7 +16,7 @@ func (s Status) MarshalJSON() ([]byte, error) {
 	return json.Marshal(plain(s))
 }
 
-// MarshalJSON writes an empty list where nothing is wrong, never null.
+// MarshalJSON writes an empty list instead of null if nothing is wrong.
 func (v Verification) MarshalJSON() ([]byte, error) {
 	type plain Verification
 	v.Wrong = some(v.Wrong)

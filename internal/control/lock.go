@@ -13,26 +13,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lockName is an abstract unix socket. The kernel scopes its name to the
-// network namespace, whatever the mounts, and frees it when the process ends
-// in any way, so nothing stays behind after kill -9.
+// lockName is an abstract unix socket. The kernel scopes its name to the network namespace,
+// whatever the mounts, and frees it however the process ends, so nothing is left after kill
+// -9.
 //
-// Any local user may take an abstract name. One who does keeps the daemon from
-// starting, and RunningError names his process; he gains nothing else, for Find does
-// not believe him.
+// Any local user may take an abstract name. That keeps the daemon from starting, and
+// RunningError names the user's process. The user gains nothing else, because Find does not
+// trust that process.
 const lockName = "@conenatd"
 
-// A Lock makes this daemon the only one of its network namespace, and tells commands
-// where it listens.
+// A Lock makes this daemon the only one in its network namespace, and tells commands where
+// it listens.
 type Lock struct {
 	ln     net.Listener
 	socket string
 	done   chan struct{}
 }
 
-// A RunningError says that another daemon has the network namespace.
+// A RunningError says that another daemon holds the lock of the network namespace.
 type RunningError struct {
-	PID int // 0 if it cannot be seen, as from another PID namespace
+	PID int // 0 if it is not visible, for example in another PID namespace
 }
 
 func (e *RunningError) Error() string {
@@ -44,11 +44,11 @@ func (e *RunningError) Error() string {
 		`: stop it first, or see "conenatd status"`
 }
 
-// Acquire takes the lock of the calling thread's network namespace, for a daemon that
-// listens on the control socket at this path, or for a process that is no daemon if
-// that is empty. It does not wait: when the lock is taken the error is a *RunningError.
-// The caller must Close the Lock, after Serve has returned: what it protects includes
-// the control socket.
+// Acquire takes the lock of the calling thread's network namespace. socket is the path of
+// the control socket on which the daemon listens; it is empty for a process that is not a
+// daemon. Acquire does not wait: if the lock is taken, the error is a *RunningError. The
+// caller must Close the Lock after Serve has returned, because the lock also protects the
+// control socket.
 func Acquire(socket string) (*Lock, error) { return acquire(lockName, socket) }
 
 func acquire(name, socket string) (*Lock, error) {
@@ -69,17 +69,18 @@ func acquire(name, socket string) (*Lock, error) {
 	return l, nil
 }
 
-// Close gives the lock back.
+// Close releases the lock.
 func (l *Lock) Close() error {
 	err := l.ln.Close()
 	<-l.done
 	return err
 }
 
-// answer tells whoever connects the path of the control socket, and hangs up. The
-// kernel has told him our pid by then. A connection left in the backlog would stay
-// there when its client is gone: some thousand of them, and nobody could connect any
-// more. An error ends the loop but not the lock, which is the bound name.
+// answer sends the path of the control socket to each client that connects, and closes the
+// connection. The client already knows our pid from the kernel. Without this loop,
+// connections would stay in the backlog after their clients are gone; after some thousands
+// nobody could connect any more. An error ends the loop but not the lock, which is the
+// bound name.
 func (l *Lock) answer() {
 	defer close(l.done)
 	for {
@@ -92,9 +93,8 @@ func (l *Lock) answer() {
 	}
 }
 
-// Find returns the path of the control socket of the daemon in the calling thread's
-// network namespace, whatever its configuration says. The error is ErrNotRunning if
-// there is none.
+// Find returns the path of the control socket of the daemon in the calling thread's network
+// namespace, whatever its configuration. The error is ErrNotRunning if there is no daemon.
 func Find() (string, error) { return find(lockName, folder) }
 
 func find(name, folder string) (string, error) {
@@ -125,9 +125,10 @@ func find(name, folder string) (string, error) {
 // maxPath is the length of the longest path of a unix socket.
 const maxPath = 107
 
-// trusted reports whether one who holds the lock tells the truth about the control
-// socket: he is root, this user, or who was given the folder of the default sockets, or
-// it is the default one of this network namespace, which nobody else can make.
+// trusted reports whether to believe the lock holder's answer about the control socket. The
+// holder must run as root, as this user, or as the owner of the folder of the default
+// sockets. Otherwise the path must be the default one for this network namespace, where no
+// other user can make a socket.
 func trusted(holder *unix.Ucred, path, folder string) bool {
 	if holder.Uid == 0 || int(holder.Uid) == os.Geteuid() {
 		return true
@@ -146,10 +147,10 @@ func trusted(holder *unix.Ucred, path, folder string) bool {
 // A lockConn is a connection to the process that holds a lock.
 type lockConn struct {
 	net.Conn
-	holder *unix.Ucred // of the process that called listen; the pid is 0 if it cannot be seen
+	holder *unix.Ucred // the process that called listen; pid 0 if it is not visible
 }
 
-// dialLock never blocks: to connect to a unix socket with a full backlog fails at once.
+// dialLock never blocks: connecting to a unix socket with a full backlog fails at once.
 func dialLock(name string) (*lockConn, error) {
 	c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: name, Net: "unix"})
 	if err != nil {

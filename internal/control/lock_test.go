@@ -18,7 +18,7 @@ import (
 // it is killed.
 const holdLock = "CONENATD_TEST_HOLD_LOCK"
 
-// holdSocket is where the copy says that it listens.
+// holdSocket is the path on which the copy says that it listens.
 const holdSocket = "CONENATD_TEST_HOLD_SOCKET"
 
 func hold(name string) {
@@ -30,7 +30,7 @@ func hold(name string) {
 	select {}
 }
 
-// ownName is a lock that no other test and no daemon knows.
+// ownName is the name of a lock that no other test and no daemon uses.
 func ownName(t *testing.T) string {
 	return fmt.Sprintf("%s-%d-%s", lockName, os.Getpid(), t.Name())
 }
@@ -54,7 +54,7 @@ func mustClose(t *testing.T, l *Lock) {
 func TestTheSecondDaemonIsToldThePIDOfTheFirst(t *testing.T) {
 	name := ownName(t)
 	l := mustAcquire(t, name)
-	// More often than a backlog is long: what was turned away stays nowhere.
+	// More connections than a backlog holds: none of them must stay in it.
 	for range 10_000 {
 		_, err := acquire(name, "")
 		var running *RunningError
@@ -136,9 +136,9 @@ func TestWhoHoldsTheLockSaysWhereItListens(t *testing.T) {
 	}
 }
 
-// Any local user may take the lock. Root does not ask his socket.
+// Any local user may take the lock. Root must not use that user's socket.
 //
-// Fails when everybody is trusted.
+// Fails when every holder is trusted.
 func TestAnotherUserIsNotBelieved(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: run with sudo")

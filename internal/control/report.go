@@ -12,13 +12,13 @@ import (
 	"time"
 )
 
-// What is the default is not worth a word.
+// Defaults are not worth printing.
 const (
 	defaultFiltering = "address_dependent"
 	defaultMapping   = "kernel"
 )
 
-// WriteStatus writes a status for people.
+// WriteStatus writes a status as text for people.
 func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	line := func(name, format string, args ...any) {
@@ -116,7 +116,7 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	return err
 }
 
-// most writes a bound, of which 0 is none.
+// most formats a limit; 0 means that there is none.
 func most(n int) string {
 	if n == 0 {
 		return "any number of"
@@ -157,8 +157,8 @@ func NotApplied(counts map[string]uint64) string {
 	return fmt.Sprintf("%d flows did not get their mapping: %s", sum, strings.Join(parts, ", "))
 }
 
-// describe says what the map of permissions does, and whether its children get
-// through the user's firewall.
+// describe says what the map of permissions does, and whether its children get through the
+// user's firewall.
 func describe(m Map) string {
 	if !m.On {
 		return "off"
@@ -176,7 +176,7 @@ func describe(m Map) string {
 
 func list(words []string) string { return cmp.Or(strings.Join(words, ", "), "none") }
 
-// worded returns counts with words in place of identifiers.
+// worded returns counts with words for people instead of identifiers.
 func worded(counts map[string]uint64) map[string]uint64 {
 	out := make(map[string]uint64, len(counts))
 	for id, n := range counts {
@@ -185,7 +185,7 @@ func worded(counts map[string]uint64) map[string]uint64 {
 	return out
 }
 
-// parts writes the sum and the parts that are not zero, the largest first.
+// parts formats the sum and, the largest first, the counts that are not zero.
 func parts(counts map[string]uint64) string {
 	var sum uint64
 	var parts []string
@@ -201,24 +201,24 @@ func parts(counts map[string]uint64) string {
 	return fmt.Sprintf("%d (%s)", sum, strings.Join(parts, ", "))
 }
 
-// skipped tells the links apart that lead to peers and are no outside links.
+// skipped counts flows to peers behind other than outside links separately for each link.
 func skipped(c Counters) map[string]uint64 {
 	out, all := worded(c.Skipped), words("not_outside")
 	for link, n := range c.SkippedLinks {
 		out[fmt.Sprintf("peer is behind %s, which is no outside link", link)] = n
-		out[all] -= n // some links are not told apart
+		out[all] -= n // the rest is of links that are not counted separately
 	}
 	return out
 }
 
-// byCount returns the names, the one with the largest count first.
+// byCount returns the names, sorted by count, the largest first.
 func byCount(counts map[string]uint64) []string {
 	return slices.SortedFunc(maps.Keys(counts), func(a, b string) int {
 		return cmp.Or(cmp.Compare(counts[b], counts[a]), cmp.Compare(a, b))
 	})
 }
 
-// micros writes microseconds with the unit that suits them.
+// micros formats microseconds with a suitable unit.
 func micros(us float64) string {
 	return time.Duration(us * float64(time.Microsecond)).Round(time.Microsecond).String()
 }

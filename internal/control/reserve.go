@@ -11,14 +11,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A reserve is a listener that keeps a descriptor back, for the time when the process,
-// or the machine, has no other left: connections are accepted then too, one at a time.
-// Accept never returns EMFILE or ENFILE.
+// A reserve is a listener that keeps a spare descriptor, for the time when the process or
+// the machine has no other left. Even then it accepts connections, one at a time. Accept
+// never returns EMFILE or ENFILE.
 type reserve struct {
 	net.Listener
 
 	mu     sync.Mutex
-	spare  *os.File // nil while it is in use, or could not be had again
+	spare  *os.File // nil while in use, or if it could not be opened again
 	closed bool
 }
 
@@ -28,7 +28,7 @@ func newReserve(ln net.Listener) net.Listener {
 	return l
 }
 
-// exhaustedTime is the time between two looks for clients while there is no descriptor.
+// exhaustedTime is the interval between attempts to accept while there is no descriptor.
 const exhaustedTime = 50 * time.Millisecond
 
 func (l *reserve) Accept() (net.Conn, error) {
@@ -36,8 +36,8 @@ func (l *reserve) Accept() (net.Conn, error) {
 		c, err := l.Listener.Accept()
 		switch {
 		case errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE):
-			// The kernel says so whether there is a client or not. Without one, somebody else
-			// would take the descriptor.
+			// The kernel returns this error whether a client waits or not. Do not release
+			// the descriptor without a client: somebody else would take it.
 			if !l.pending() || !l.lend() {
 				time.Sleep(exhaustedTime)
 			}
@@ -50,7 +50,7 @@ func (l *reserve) Accept() (net.Conn, error) {
 	}
 }
 
-// pending reports whether a client waits.
+// pending reports whether a client is waiting.
 func (l *reserve) pending() bool {
 	ln, ok := l.Listener.(syscall.Conn)
 	if !ok {
@@ -64,7 +64,7 @@ func (l *reserve) pending() bool {
 	err = raw.Control(func(fd uintptr) {
 		n, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
 	})
-	return err != nil || n > 0 // a listener that is closed says so itself
+	return err != nil || n > 0 // Accept reports a closed listener
 }
 
 func (l *reserve) Close() error {
@@ -75,16 +75,16 @@ func (l *reserve) Close() error {
 	return l.Listener.Close()
 }
 
-// keep takes a descriptor back if there is one.
+// keep opens the spare descriptor again, if possible.
 func (l *reserve) keep() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.spare == nil && !l.closed {
-		l.spare, _ = os.Open(os.DevNull) // else the end of a connection tries again
+		l.spare, _ = os.Open(os.DevNull) // if this fails, the end of a connection tries again
 	}
 }
 
-// lend makes the descriptor free, and reports whether there was one.
+// lend closes the spare descriptor, and reports whether there was one.
 func (l *reserve) lend() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -96,7 +96,7 @@ func (l *reserve) lend() bool {
 	return true
 }
 
-// A reserveConn gives its descriptor to the reserve when it ends.
+// A reserveConn returns its descriptor to the reserve when it is closed.
 type reserveConn struct {
 	net.Conn
 	l *reserve

@@ -15,46 +15,45 @@ import (
 	"golang.org/x/net/netutil"
 )
 
-// What one client, or a thousand, can take from the daemon.
+// Limits on what one client, or a thousand, can take from the daemon.
 const (
 	maxConns   = 64              // more wait in the kernel's backlog
-	maxLists   = 4               // lists at once: each may cost the Source a copy
+	maxLists   = 4               // concurrent lists; each may cost the Source a copy
 	maxHeader  = 4 << 10         // bytes; net/http adds 4 KiB
 	headerTime = 2 * time.Second // to send a request
 	answerTime = time.Minute     // to read the answer; a million permissions take seconds
 	graceTime  = time.Second     // to finish when Serve ends
 )
 
-// A Source is what the daemon tells. Its methods are called from many
-// goroutines at once, and Serve does not return before they have.
+// A Source is the daemon, as the server sees it. Its methods are called from many
+// goroutines concurrently. Serve waits for these calls before it returns.
 type Source interface {
 	// Status must not block for long.
 	Status() Status
 	// Permissions yields every permission, in any order, until yield returns
 	// false. An error says that the list is not complete.
 	//
-	// yield blocks while a slow client reads, up to a minute. The daemon's
-	// own work must not wait for it: hold no lock meanwhile.
+	// yield blocks while a slow client reads, up to a minute. The daemon's own work must
+	// not wait for that, so hold no lock during the call.
 	Permissions(yield func(Permission) bool) error
 
 	// Verify compares the daemon with the kernel. It may take minutes.
 	Verify() (Verification, error)
 
-	// Reload reads the configuration again. With an error nothing changed.
+	// Reload reads the configuration again. After an error nothing has changed.
 	Reload() error
-	// Revoke ends the permissions that fit all words, of which there is at least
-	// one, and returns how many stood. A word is an address (inside, outside or
-	// peer) or an endpoint (inside or outside).
+	// Revoke ends the permissions that match all words and returns how many ended. There is
+	// at least one word. A word is an address (inside, outside or peer) or an endpoint
+	// (inside or outside).
 	Revoke(words []string) (int, error)
-	// Flush ends all permissions and returns how many stood.
+	// Flush ends all permissions and returns how many ended.
 	Flush() (int, error)
 }
 
-// Serve answers requests on ln until ctx ends. Requests that are under way
-// then have a second to finish. When Serve returns, ln is closed, its file
-// removed, and no goroutine left. The error is nil if ctx ended it. Where there is no
-// descriptor left, requests are answered one at a time. What goes wrong with a
-// connection is for log.
+// Serve answers requests on ln until ctx ends. Requests that are under way then have a
+// second to finish. When Serve returns, ln is closed, its file is removed, and no goroutine
+// is left. The error is nil if ctx ended it. If no descriptors are left, Serve answers one
+// request at a time. Errors of single connections go to log.
 func Serve(ctx context.Context, ln net.Listener, src Source, log *slog.Logger) error {
 	var conns sync.WaitGroup
 	srv := &http.Server{
@@ -63,7 +62,7 @@ func Serve(ctx context.Context, ln net.Listener, src Source, log *slog.Logger) e
 		MaxHeaderBytes:    maxHeader,
 		ReadHeaderTimeout: headerTime,
 		WriteTimeout:      answerTime,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn), // else net/http writes to stderr
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn), // by default net/http writes to stderr
 		// Close does not wait for the connections' goroutines, so count them.
 		ConnState: func(_ net.Conn, s http.ConnState) {
 			switch s {
@@ -74,7 +73,7 @@ func Serve(ctx context.Context, ln net.Listener, src Source, log *slog.Logger) e
 			}
 		},
 	}
-	// A client asks once: an idle one would only hold a place.
+	// A client sends one request: an idle connection would only occupy a place.
 	srv.SetKeepAlivesEnabled(false)
 
 	served := make(chan error, 1)
@@ -86,7 +85,7 @@ func Serve(ctx context.Context, ln net.Listener, src Source, log *slog.Logger) e
 	case <-ctx.Done():
 		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), graceTime)
 		defer cancel()
-		_ = srv.Shutdown(grace) // late ones are cut off below
+		_ = srv.Shutdown(grace) // requests that take longer are cut off below
 		<-served
 	}
 	_ = srv.Close()
@@ -96,12 +95,12 @@ func Serve(ctx context.Context, ln net.Listener, src Source, log *slog.Logger) e
 
 type handler struct {
 	src   Source
-	lists chan struct{} // a place for each list under way
+	lists chan struct{} // one element for each list under way
 }
 
 func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	// No request has a body. net/http drains one that is announced, for as
-	// long as it takes, unless there is a deadline.
+	// No request has a body. Without a deadline, net/http reads an announced body to its
+	// end, however long that takes.
 	defer func() { _ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(headerTime)) }()
 	method, known := methods[r.URL.Path]
 	switch {
@@ -112,7 +111,7 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		fail(w, http.StatusMethodNotAllowed, "method %q: only %s is answered", r.Method, method)
 	case r.URL.Path == pathStatus:
 		w.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(w).Encode(h.src.Status()) // the client is gone
+		_ = json.NewEncoder(w).Encode(h.src.Status()) // an error means that the client is gone
 	case r.URL.Path == pathPermissions:
 		h.list(w, r)
 	case r.URL.Path == pathVerify:
@@ -127,8 +126,8 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// revoke refuses a request without a word, and one that it reads in part only: the
-// fewer words there are, the more a revoke ends.
+// revoke refuses a request without a word, and one that it understands only in part: the
+// fewer words there are, the more permissions a revoke ends.
 func (h handler) revoke(w http.ResponseWriter, r *http.Request) {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	words := query[wordParameter]
@@ -144,8 +143,8 @@ func (h handler) revoke(w http.ResponseWriter, r *http.Request) {
 	answer(w, result{n}, err)
 }
 
-// verify begins its answer at once: a look at a million permissions may take longer than a
-// client waits for that. If it fails, the answer is a failure all the same.
+// verify sends the header at once, because comparing a million permissions may take longer
+// than a client waits for it. So a failed verification is reported in the body.
 func (h handler) verify(w http.ResponseWriter) {
 	w.Header().Set("Content-Type", "application/json")
 	conn := http.NewResponseController(w)
@@ -157,27 +156,27 @@ func (h handler) verify(w http.ResponseWriter) {
 		answer = failure{err.Error()}
 	}
 	_ = conn.SetWriteDeadline(time.Now().Add(answerTime))
-	_ = json.NewEncoder(w).Encode(answer) // the client is gone
+	_ = json.NewEncoder(w).Encode(answer) // an error means that the client is gone
 }
 
-// answer tells how a command went.
+// answer sends the result of a command.
 func answer(w http.ResponseWriter, r any, err error) {
 	if err != nil {
 		fail(w, http.StatusUnprocessableEntity, "%w", err)
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(w).Encode(r) // the client is gone
+	_ = json.NewEncoder(w).Encode(r) // an error means that the client is gone
 }
 
-// list writes one permission per line, so that neither side needs the whole
-// list as text. A list cut off lacks the last HTTP chunk; one that the Source
-// could not complete ends with an error line.
+// list writes one permission per line, so that neither side needs the whole list as text. A
+// truncated list lacks the last HTTP chunk. A list that the Source could not complete ends
+// with an error line.
 func (h handler) list(w http.ResponseWriter, r *http.Request) {
 	select {
 	case h.lists <- struct{}{}:
 		defer func() { <-h.lists }()
-	case <-r.Context().Done(): // silence would be an empty list
+	case <-r.Context().Done(): // no answer at all would look like an empty list
 		fail(w, http.StatusServiceUnavailable, "stopping")
 		return
 	}
@@ -188,12 +187,12 @@ func (h handler) list(w http.ResponseWriter, r *http.Request) {
 		_ = out.Encode(failure{err.Error()})
 	}
 	if buf.Flush() != nil {
-		panic(http.ErrAbortHandler) // too slow, or gone: make no proper end
+		panic(http.ErrAbortHandler) // the client is too slow or gone: do not end the list properly
 	}
 }
 
-// A patientWriter gives a client so long to read in all. What the Source takes meanwhile
-// does not count.
+// A patientWriter limits the total time that a client takes to read. Time that the Source
+// takes does not count.
 type patientWriter struct {
 	http.ResponseWriter
 	conn *http.ResponseController

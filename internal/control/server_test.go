@@ -72,9 +72,9 @@ type verifier struct {
 
 func (v verifier) Verify() (Verification, error) { return Verification{Flows: 7}, <-v.errs }
 
-// A client waits for the beginning of an answer only so long.
+// A client waits only a limited time for the beginning of an answer.
 //
-// Fails when verify answers after it has looked.
+// Fails when verify sends nothing before the comparison has ended.
 func TestVerifyBeginsItsAnswerAtOnce(t *testing.T) {
 	src := verifier{errs: make(chan error, 1)}
 	path, _ := start(t, src)
@@ -131,7 +131,7 @@ func TestTheClientSaysWhatWouldMendIt(t *testing.T) {
 	}
 }
 
-// A revoke whose words are lost on the way must not end more than was meant.
+// A revoke that lost some of its words on the way must not end more than was meant.
 func TestARevokeThatIsNotWholeEndsNothing(t *testing.T) {
 	path, _ := start(t, unrevoked{t: t})
 	for name, query := range map[string]string{
@@ -159,7 +159,7 @@ func TestARevokeThatIsNotWholeEndsNothing(t *testing.T) {
 	}
 }
 
-// unrevoked is a source of which nothing may be revoked.
+// unrevoked is a source that fails the test if something is revoked.
 type unrevoked struct {
 	source
 	t *testing.T
@@ -172,7 +172,7 @@ func (u unrevoked) Revoke(words []string) (int, error) {
 
 func (u unrevoked) Flush() (int, error) { return u.Revoke(nil) }
 
-// Whoever reads a list need not ask whether there is one.
+// A reader of a list need not handle null.
 func TestNothingIsNull(t *testing.T) {
 	for _, v := range []any{Status{}, &Status{Verification: &Verification{}}, Verification{}, &Verification{}} {
 		text, err := json.Marshal(v)
@@ -221,8 +221,8 @@ func TestBadRequestsAreAnsweredAndClosed(t *testing.T) {
 					}
 				}
 			}
-			// Closed by the server and not by our deadline. With unread bytes of
-			// ours the close is a reset.
+			// The server closed it, not our deadline. If the server left bytes of ours
+			// unread, the close is a reset.
 			if n, err := io.Copy(io.Discard, in); n != 0 && tt.code != 0 || err != nil && !errors.Is(err, unix.ECONNRESET) {
 				t.Errorf("after the answer: %d bytes, %v", n, err)
 			}
@@ -230,7 +230,7 @@ func TestBadRequestsAreAnsweredAndClosed(t *testing.T) {
 	}
 }
 
-// Whatever a client sends, it gets an end, and the next one his answer.
+// Whatever a client sends, its request ends, and the next client gets an answer.
 func FuzzRequest(f *testing.F) {
 	for _, request := range []string{
 		"GET /v1/status HTTP/1.1\r\nHost: c\r\n\r\n",

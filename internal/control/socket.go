@@ -14,18 +14,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// socketMode lets root and the file's group in. Linux asks for write
-// permission to connect.
+// socketMode gives access to root and the file's group. On Linux, connecting requires write
+// permission.
 const socketMode = 0o660
 
 // DefaultSocket returns the path of the control socket for the network namespace of the
-// calling thread, /run/conenatd/INODE.sock (see File). Daemons in two namespaces of one
-// machine do not meet.
+// calling thread, /run/conenatd/INODE.sock (see File). So daemons in two namespaces of one
+// machine do not conflict.
 func DefaultSocket() (string, error) { return File(".sock") }
 
-// File returns the path of a file of the calling thread's network namespace, whatever
-// the configuration: /run/conenatd/INODE and the suffix, where INODE is the number in
-// "readlink /proc/self/ns/net".
+// File returns the path of a file for the calling thread's network namespace, independent
+// of the configuration: /run/conenatd/INODE followed by the suffix, where INODE is the
+// number in "readlink /proc/self/ns/net".
 func File(suffix string) (string, error) {
 	var st unix.Stat_t
 	if err := unix.Stat("/proc/thread-self/ns/net", &st); err != nil {
@@ -36,9 +36,10 @@ func File(suffix string) (string, error) {
 
 const folder = "/run/conenatd"
 
-// TakeFolder gives root the folder of the default sockets, which a daemon with a user of
-// its own may have left: root without CAP_DAC_OVERRIDE could write nothing there. systemd
-// gives it back to that user when it starts his daemon. Any other folder is left alone.
+// TakeFolder makes root the owner of the folder of the default sockets. A daemon that runs
+// as another user may have owned it, and root without CAP_DAC_OVERRIDE cannot write there.
+// systemd returns the folder to that user when it starts that daemon. Other folders are
+// left alone.
 func TakeFolder(path string) error { return takeFolder(path, folder) }
 
 func takeFolder(path, folder string) error {
@@ -51,11 +52,11 @@ func takeFolder(path, folder string) error {
 	return nil
 }
 
-// Listen opens the control socket, readable and writable for its owner and
-// group. It makes the directory if there is none. A socket on which nobody
-// answers is left from a dead daemon and replaced; a socket in use or anything
-// else in the way is an error and stays. Beside a default socket it removes those of
-// dead daemons of other network namespaces, which may never get another one.
+// Listen opens the control socket, readable and writable for its owner and group. It makes
+// the directory if there is none. A socket on which nobody answers is from a dead daemon
+// and is replaced. A socket in use, or another file at the path, stays and is an error. If
+// path is in the default folder, Listen also removes the sockets of dead daemons of other
+// network namespaces, which may never get a new daemon.
 func Listen(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("make directory of control socket: %w", err)
@@ -70,7 +71,7 @@ func Listen(path string) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open control socket: %w", err)
 	}
-	// What the umask took away.
+	// Restore the bits that the umask removed.
 	if err := os.Chmod(path, socketMode); err != nil {
 		return nil, errors.Join(fmt.Errorf("open control socket: %w", err), ln.Close())
 	}
@@ -80,7 +81,7 @@ func Listen(path string) (net.Listener, error) {
 	return ln, nil
 }
 
-// Sweep removes the default sockets of dead daemons. The caller holds the lock of its
+// Sweep removes the default sockets of dead daemons. The caller must hold the lock of its
 // network namespace.
 func Sweep() error {
 	path, err := DefaultSocket()
@@ -94,14 +95,14 @@ func Sweep() error {
 	return err
 }
 
-// staleTime is the age from which on a socket on which nobody answers is of a dead
-// daemon: between bind(2) and listen(2) nobody answers either.
+// staleTime is the age at which a socket on which nobody answers counts as one of a dead
+// daemon: nobody answers between bind(2) and listen(2) either.
 const staleTime = time.Minute
 
-// sweep removes the sockets in dir that are that old and on which nobody answers. What
-// cannot be removed, as another user's, stays.
+// sweep removes the sockets in dir that are at least as old as age and on which nobody
+// answers. Sockets that cannot be removed, such as another user's, stay.
 func sweep(dir string, age time.Duration) {
-	paths, _ := filepath.Glob(filepath.Join(dir, "*.sock")) // the pattern is right
+	paths, _ := filepath.Glob(filepath.Join(dir, "*.sock")) // the error is for a bad pattern only
 	for _, path := range paths {
 		if info, err := os.Lstat(path); err == nil && time.Since(info.ModTime()) >= age && stale(path) {
 			_ = os.Remove(path)
@@ -109,7 +110,7 @@ func sweep(dir string, age time.Duration) {
 	}
 }
 
-// stale reports whether there is a socket at path on which nobody answers.
+// stale reports whether path is a socket on which nobody answers.
 func stale(path string) bool {
 	if info, err := os.Lstat(path); err != nil || info.Mode().Type() != fs.ModeSocket {
 		return false
@@ -118,12 +119,11 @@ func stale(path string) bool {
 	if err == nil {
 		conn.Close()
 	}
-	return errors.Is(err, unix.ECONNREFUSED) // a full backlog is EAGAIN: somebody lives
+	return errors.Is(err, unix.ECONNREFUSED) // a full backlog gives EAGAIN: somebody listens
 }
 
-// bind sets the mode before there is a file: the kernel gives the file the
-// socket's own mode (unix_bind_bsd), so there is no moment when it is open to
-// all, whatever the umask.
+// bind sets the mode before the file exists: the kernel gives the file the socket's own
+// mode (unix_bind_bsd). So the socket is never open to all, whatever the umask.
 func bind(path string) (net.Listener, error) {
 	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var err error

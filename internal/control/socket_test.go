@@ -106,7 +106,7 @@ func TestWhatIsNoSocketStays(t *testing.T) {
 	}
 }
 
-// Fails when the folder stays another user's.
+// Fails when the folder still belongs to another user.
 func TestRootTakesTheFolderOfTheDefaultSockets(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: run with sudo")
@@ -134,9 +134,9 @@ func TestRootTakesTheFolderOfTheDefaultSockets(t *testing.T) {
 	}
 }
 
-// Daemons of network namespaces that are gone left their sockets.
+// Daemons of network namespaces that no longer exist left their sockets.
 //
-// Fails when a daemon removes no socket but its own.
+// Fails when a daemon removes only its own socket.
 func TestSocketsOfDeadDaemonsAreRemoved(t *testing.T) {
 	dir := t.TempDir()
 	old := time.Now().Add(-time.Hour)

@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// WriteTable writes permissions as a table for people, and sorts ps for it.
-// The columns ZONE and REASON are there when they have something to say.
+// WriteTable writes permissions as a table for people. It sorts ps. The columns ZONE and
+// REASON are left out if they would be empty.
 func WriteTable(w io.Writer, ps []Permission, now time.Time) error {
 	slices.SortFunc(ps, func(a, b Permission) int {
 		return cmp.Or(a.Int.Compare(b.Int), a.Ext.Compare(b.Ext), a.Peer.Compare(b.Peer), cmp.Compare(a.Zone, b.Zone))
@@ -37,7 +37,7 @@ func WriteTable(w io.Writer, ps []Permission, now time.Time) error {
 	return tw.Flush()
 }
 
-// peer is who may send.
+// peer names the peers that may send.
 func peer(p *Permission) string {
 	switch {
 	case !p.Peers.IsValid():
@@ -48,7 +48,7 @@ func peer(p *Permission) string {
 	return p.Peers.String()
 }
 
-// between is the time from a to b, or a dash if one of them is not known.
+// between is the time from a to b, or a dash if either is unknown.
 func between(a, b time.Time) string {
 	if a.IsZero() || b.IsZero() {
 		return "-"
@@ -56,8 +56,7 @@ func between(a, b time.Time) string {
 	return span(b.Sub(a))
 }
 
-// span writes a duration in at most two units, which is as much as a reader
-// takes in.
+// span formats a duration in at most two units, which is enough for a reader.
 func span(d time.Duration) string {
 	const day = 24 * time.Hour
 	d = max(d, 0)

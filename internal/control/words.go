@@ -2,7 +2,7 @@ package control
 
 import "strings"
 
-// prose is what people read in place of identifiers that do not speak for themselves.
+// prose has texts for people, for identifiers that need an explanation.
 var prose = map[string]string{
 	// Reasons.
 	"port_zero":          "port 0",
@@ -35,11 +35,11 @@ var prose = map[string]string{
 	"address_gone":       "outside address is gone",
 	"evicted":            "made room under a limit",
 
-	// What was put back.
+	// What was repaired.
 	"elements":   "elements of the map",
 	"expect_max": "nf_conntrack_expect_max",
 
-	// What carries a subnet, and why; CHAIN is the user's that drops flows.
+	// What carries a subnet, and why. CHAIN stands for the user's chain that drops flows.
 	"dnat_accepted":    "your firewall accepts flows with ct status dnat",
 	"related_accepted": "CHAIN drops DNATed flows and accepts RELATED",
 	"both_dropped":     "neither gets through: CHAIN drops DNATed and RELATED flows",
@@ -66,7 +66,7 @@ var prose = map[string]string{
 	"other_endpoint":      "a rule before conenatd's gave them another outside endpoint, or something else used that of the mapping",
 }
 
-// words says what an identifier means.
+// words returns the text for an identifier.
 func words(id string) string {
 	if w, ok := prose[id]; ok {
 		return w

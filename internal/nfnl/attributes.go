@@ -8,10 +8,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// FamilyHeaderLen is the size of struct nfgenmsg, which is before the attributes of a message.
+// FamilyHeaderLen is the size of struct nfgenmsg, which precedes the attributes of a
+// message.
 const FamilyHeaderLen = 4
 
-// Attributes calls f for each attribute in b, as far as b is well formed.
+// Attributes calls f for each attribute in b. It stops at the first malformed one.
 func Attributes(b []byte, f func(typ uint16, b []byte)) {
 	const header, mask = 4, 0x3fff // without NLA_F_NESTED and NLA_F_NET_BYTEORDER
 	for len(b) >= header {
@@ -24,10 +25,10 @@ func Attributes(b []byte, f func(typ uint16, b []byte)) {
 	}
 }
 
-// Text reads a string that ends with a zero.
+// Text reads a string that ends with a zero byte.
 func Text(b []byte) string { return strings.TrimRight(string(b), "\x00") }
 
-// Data returns the value in an attribute of nftables that holds data, as a key does.
+// Data returns the value in an nftables data attribute, such as a key.
 func Data(b []byte) (value []byte) {
 	Attributes(b, func(typ uint16, b []byte) {
 		if typ == unix.NFTA_DATA_VALUE {
@@ -37,14 +38,14 @@ func Data(b []byte) (value []byte) {
 	return value
 }
 
-// LinkKey returns the name of a link as rules of nftables compare it.
+// LinkKey returns the name of a link in the form that nftables rules compare.
 func LinkKey(name string) []byte {
 	key := make([]byte, unix.IFNAMSIZ)
 	copy(key[:unix.IFNAMSIZ-1], name)
 	return key
 }
 
-// LastAddr returns the last address of a prefix, where an interval that is the prefix ends.
+// LastAddr returns the last address of a prefix, which is the end of its interval.
 func LastAddr(p netip.Prefix) netip.Addr {
 	b := p.Masked().Addr().AsSlice()
 	for bit := p.Bits(); bit < 8*len(b); bit++ {
@@ -54,8 +55,8 @@ func LastAddr(p netip.Prefix) netip.Addr {
 	return a
 }
 
-// FamilyName returns nft's name of the family of a table, or "" where it is not one of
-// those for IPv4, IPv6 or both.
+// FamilyName returns nft's name of a table family, or "" if the family is not for IPv4,
+// IPv6 or both.
 func FamilyName(family byte) string {
 	switch family {
 	case unix.NFPROTO_IPV4:

@@ -15,8 +15,8 @@ import (
 // A Conn is a netlink connection that sends batches and reads their answers
 // without allocating. It is not safe for concurrent use.
 type Conn struct {
-	// Timeout bounds every wait for the kernel. It answers requests before the
-	// send returns, so this is only met when something is badly wrong.
+	// Timeout limits every wait for the kernel. The kernel answers a request before the
+	// send returns, so the timeout expires only if something is badly wrong.
 	Timeout time.Duration
 
 	nl  *netlink.Conn
@@ -24,7 +24,7 @@ type Conn struct {
 	in  []byte
 	seq uint32
 
-	// What send and recv work on, so that they need no closure per call.
+	// Arguments and results of send and recv, so that they need no closure per call.
 	out         []byte
 	n           int
 	err         error
@@ -32,15 +32,15 @@ type Conn struct {
 	tryFn       func(fd uintptr)
 }
 
-// Dial connects to the netfilter of the network namespace behind a descriptor,
-// 0 for the current.
+// Dial connects to netfilter in the network namespace behind a descriptor, 0 for the
+// current one.
 func Dial(netns int) (*Conn, error) {
 	nl, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: netns})
 	if err != nil {
 		return nil, fmt.Errorf("dial netfilter: %w", err)
 	}
-	// Answers must fit even if the kernel refuses every message of a batch. A
-	// smaller buffer without privilege is found out at the first request.
+	// Answers must fit even if the kernel refuses every message of a batch. Without
+	// privilege the buffer stays smaller, but then the first request fails anyway.
 	_ = nl.SetReadBuffer(4 << 20)
 	_ = nl.SetWriteBuffer(1 << 20)
 	c, err := Over(nl)
@@ -50,8 +50,7 @@ func Dial(netns int) (*Conn, error) {
 	return c, nil
 }
 
-// Over returns a Conn that works over nl, which others may use as well, but not
-// while an exchange is under way.
+// Over returns a Conn that uses nl. Others may use nl, too, but not during an exchange.
 func Over(nl *netlink.Conn) (*Conn, error) {
 	c := &Conn{nl: nl, Timeout: 5 * time.Second, in: make([]byte, 256<<10)}
 	var err error
@@ -75,7 +74,7 @@ func Over(nl *netlink.Conn) (*Conn, error) {
 	return c, nil
 }
 
-// OverFake is Over for tests: send gets what would be sent.
+// OverFake is Over for tests: messages go to send instead of the kernel.
 func OverFake(nl *netlink.Conn, send func(b []byte)) (*Conn, error) {
 	c, err := Over(nl)
 	if err == nil {
@@ -88,7 +87,7 @@ func OverFake(nl *netlink.Conn, send func(b []byte)) (*Conn, error) {
 	return c, err
 }
 
-// Close closes the connection below.
+// Close closes the underlying connection.
 func (c *Conn) Close() error { return c.nl.Close() }
 
 // NextSeq reserves n sequence numbers and returns the first.
@@ -109,9 +108,8 @@ func (c *Conn) send(b []byte) error {
 	return nil
 }
 
-// receive returns the next datagram. It is there already as a rule, for the
-// kernel works a request off before the send returns; only else does it cost a
-// deadline.
+// receive returns the next datagram. Normally the datagram is queued already, because the
+// kernel processes a request before the send returns. Only otherwise a deadline is set.
 func (c *Conn) receive() ([]byte, error) {
 	err := c.raw.Control(c.tryFn)
 	if err == nil && errors.Is(c.err, unix.EAGAIN) {
@@ -134,11 +132,10 @@ func (c *Conn) wait() error {
 	return errors.Join(err, c.nl.SetReadDeadline(time.Time{}))
 }
 
-// Exchange sends the messages in e, asks for an acknowledgement of the last and
-// waits for it. It calls failed for each message that the kernel refuses, and
-// data for each that it answers, if not nil; body is valid during the call. An
-// error says that the outcome is not known; ErrInterrupted, that a dump went on to
-// its end all the same, and may lack something.
+// Exchange sends the messages in e, asks for an acknowledgement of the last and waits for
+// it. It calls failed for each message that the kernel refuses, and data, if not nil, for
+// each answer; body is valid during the call. An error says that the outcome is not known.
+// ErrInterrupted says that a dump was read to its end, but may lack something.
 func (c *Conn) Exchange(e *Encoder, failed func(seq uint32, err error), data func(typ uint16, body []byte)) error {
 	if len(e.B) == 0 {
 		return nil
@@ -168,17 +165,17 @@ func (c *Conn) Exchange(e *Encoder, failed func(seq uint32, err error), data fun
 	}
 }
 
-// drain throws away what the kernel said after the error that ended an exchange,
-// so that nobody takes it for an answer to something else.
+// drain discards what the kernel sent after the error that ended an exchange, so that it is
+// not taken for an answer to another request.
 func (c *Conn) drain() {
 	for c.raw.Control(c.tryFn) == nil && c.err == nil {
 	}
 }
 
-// walk reads the messages of one datagram, which may answer the requests with
-// the sequence numbers first to last. Answers to others, of an exchange that
-// was given up, are skipped. It reports whether the last request is answered, and
-// whether the kernel says that what it dumps changed meanwhile (nl_dump_check_consistent).
+// walk reads the messages of one datagram, which may answer the requests with the sequence
+// numbers first to last. It skips other answers, which belong to an exchange that was given
+// up. It reports whether the last request is answered, and whether the kernel says that the
+// dumped objects changed during the dump (nl_dump_check_consistent).
 func walk(b []byte, first, last uint32, transaction bool, failed func(seq uint32, err error), data func(typ uint16, body []byte)) (done, interrupted bool, err error) {
 	for len(b) >= unix.NLMSG_HDRLEN {
 		n := binary.NativeEndian.Uint32(b)
@@ -200,9 +197,8 @@ func walk(b []byte, first, last uint32, transaction bool, failed func(seq uint32
 			}
 			errno := -int32(binary.NativeEndian.Uint32(body))
 			if errno > 0 && seq == first && first != last && (transaction || unix.Errno(errno) == unix.EPERM) {
-				// The transaction as a whole was refused; or without
-				// privilege, when nfnetlink answers the first message and
-				// drops the others.
+				// The transaction as a whole was refused. Or the privilege is missing: then
+				// nfnetlink answers the first message and drops the others.
 				return false, false, unix.Errno(errno)
 			}
 			if errno > 0 {
@@ -218,17 +214,17 @@ func walk(b []byte, first, last uint32, transaction bool, failed func(seq uint32
 	return false, interrupted, nil
 }
 
-// ErrMalformed says that an answer is no netlink message.
+// ErrMalformed says that an answer is not a netlink message.
 var ErrMalformed = errors.New("receive netlink answer: malformed message")
 
-// ErrInterrupted says that what was dumped changed meanwhile, so that something may
-// be missing, or be there twice.
+// ErrInterrupted says that the dumped objects changed during the dump, so that some may be
+// missing or appear twice.
 var ErrInterrupted = errors.New("receive netlink answer: the dump was interrupted by a change")
 
-// dumps is how often an interrupted dump is made in all.
+// dumps is how often an interrupted dump is made in total.
 const dumps = 4
 
-// Whole calls dump again while it is interrupted, a few times at most.
+// Whole calls dump until it is not interrupted, a few times at most.
 func Whole(dump func() error) (err error) {
 	for range dumps {
 		if err = dump(); !errors.Is(err, ErrInterrupted) {
@@ -238,7 +234,7 @@ func Whole(dump func() error) (err error) {
 	return err
 }
 
-// Permitted adds to an error for want of privilege what would mend it.
+// Permitted adds to an EPERM which privilege is needed.
 func Permitted(err error) error {
 	if errors.Is(err, unix.EPERM) {
 		return fmt.Errorf("%w: run as root or with CAP_NET_ADMIN", err)

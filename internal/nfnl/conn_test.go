@@ -80,7 +80,7 @@ func TestExchangeFails(t *testing.T) {
 	}
 }
 
-// The kernel answers the end of a transaction on new versions only.
+// Only newer kernels answer the end of a transaction.
 func TestLastMessageIsAcknowledgedAndNoOther(t *testing.T) {
 	for name, encode := range map[string]func(e *nfnl.Encoder){
 		"single messages": func(e *nfnl.Encoder) { some(e, 7); some(e, 9); some(e, 12) },
@@ -110,8 +110,8 @@ func TestLastMessageIsAcknowledgedAndNoOther(t *testing.T) {
 	}
 }
 
-// Each message of a transaction has an answer of its own; one to the beginning
-// is about all of them, and what comes behind it belongs to no other exchange.
+// Each message of a transaction has its own answer. An answer to the first message is about
+// the whole transaction, and later answers must not count for another exchange.
 func TestRefusedTransaction(t *testing.T) {
 	c, k := nfnltest.New(t)
 	k.Answer = func([]nfnltest.Request) [][]byte {
@@ -133,8 +133,8 @@ func TestRefusedTransaction(t *testing.T) {
 	}
 }
 
-// The flag is on whatever message the kernel writes next, the last one among them, and
-// the dump goes on to its end.
+// The kernel sets the flag on the next message that it writes, which may be the last one,
+// and the dump continues to its end.
 func TestInterruptedDump(t *testing.T) {
 	part := func(seq uint32, flags uint16) []byte {
 		b := nfnltest.Message(0x200, seq, []byte("body"))

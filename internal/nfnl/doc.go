@@ -1,4 +1,4 @@
-// Package nfnl sends batches of nfnetlink messages and reads what the kernel
-// answers, without allocating: the part that package expect and package rules
-// share. It knows no message of either.
+// Package nfnl sends batches of nfnetlink messages and reads the kernel's answers, without
+// allocating. It is what packages such as expect and rules have in common, and knows none
+// of their messages.
 package nfnl

@@ -6,18 +6,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// HeaderLen is the length of what a message begins with: nlmsghdr and nfgenmsg.
+// HeaderLen is the length of the headers of a message: nlmsghdr and nfgenmsg.
 const HeaderLen = unix.NLMSG_HDRLEN + 4
 
-// An Encoder appends netlink messages to B. The zero value is ready. It is not
-// safe for concurrent use.
+// An Encoder appends netlink messages to B. The zero value is ready for use. It is not safe
+// for concurrent use.
 type Encoder struct {
 	B           []byte
 	last        int // offset of the last message that is not the end of a transaction
 	transaction bool
 }
 
-// Reset forgets all messages and keeps the memory.
+// Reset discards all messages but keeps the memory.
 func (e *Encoder) Reset() { e.B, e.last, e.transaction = e.B[:0], 0, false }
 
 // Message begins a message for a family such as unix.AF_INET. End sets its
@@ -41,23 +41,23 @@ func (e *Encoder) End() {
 	binary.NativeEndian.PutUint32(e.B[e.last:], uint32(len(e.B)-e.last))
 }
 
-// BeginTransaction appends the message after which a subsystem that works by
-// transactions does all or nothing. EndTransaction must follow the last message.
+// BeginTransaction appends the message that begins a transaction, for a subsystem that has
+// them: it applies all messages or none. EndTransaction must follow the last message.
 func (e *Encoder) BeginTransaction(subsys uint16, seq uint32) {
 	e.last, e.transaction = len(e.B), true
 	e.header(unix.NFNL_MSG_BATCH_BEGIN, unix.NLM_F_REQUEST, seq, unix.AF_UNSPEC, subsys)
 	e.End()
 }
 
-// EndTransaction appends the end of a transaction. The kernel answers no such
-// message, so the one before it stays the last.
+// EndTransaction appends the end of a transaction. The kernel does not answer this message,
+// so lastSeq still returns the one before it.
 func (e *Encoder) EndTransaction(subsys uint16, seq uint32) {
 	at := len(e.B)
 	e.header(unix.NFNL_MSG_BATCH_END, unix.NLM_F_REQUEST, seq, unix.AF_UNSPEC, subsys)
 	binary.NativeEndian.PutUint32(e.B[at:], HeaderLen)
 }
 
-// ack asks the kernel to answer the last message even if it went well.
+// ack asks the kernel to acknowledge the last message even if it succeeds.
 func (e *Encoder) ack() {
 	flags := binary.NativeEndian.Uint16(e.B[e.last+6:])
 	binary.NativeEndian.PutUint16(e.B[e.last+6:], flags|unix.NLM_F_ACK)
@@ -68,14 +68,14 @@ func (e *Encoder) ack() {
 func (e *Encoder) firstSeq() uint32 { return binary.NativeEndian.Uint32(e.B[8:]) }
 func (e *Encoder) lastSeq() uint32  { return binary.NativeEndian.Uint32(e.B[e.last+8:]) }
 
-// Attr appends the header of an attribute of n bytes; the caller appends these
-// and pads with Pad.
+// Attr appends the header of an attribute of n bytes. The caller appends the bytes and pads
+// them with Pad.
 func (e *Encoder) Attr(typ uint16, n int) {
 	e.B = binary.NativeEndian.AppendUint16(e.B, uint16(4+n))
 	e.B = binary.NativeEndian.AppendUint16(e.B, typ)
 }
 
-// Pad fills up to the next attribute.
+// Pad appends zeros up to the alignment of the next attribute.
 func (e *Encoder) Pad() {
 	for len(e.B)%4 != 0 {
 		e.B = append(e.B, 0)
@@ -120,7 +120,7 @@ func (e *Encoder) BE64(typ uint16, v uint64) {
 	e.B = binary.BigEndian.AppendUint64(e.B, v)
 }
 
-// Str appends s with the NUL that the kernel wants.
+// Str appends s with the NUL that the kernel requires.
 func (e *Encoder) Str(typ uint16, s string) {
 	e.Attr(typ, len(s)+1)
 	e.B = append(e.B, s...)

@@ -3,8 +3,8 @@ package nfnl
 import "encoding/binary"
 
 // ChildLabel is the conntrack label (struct nf_conn_labels, CTA_LABELS) of the flows that
-// our map of permissions admits: bit 126, as nft lays it out, a number of 128 bits in the
-// byte order of the machine. Other bits are other people's.
+// our map of permissions admits: bit 126, in nft's layout, a 128-bit number in host byte
+// order. Other bits belong to others.
 var ChildLabel = childLabel()
 
 func childLabel() (l [16]byte) {
@@ -17,7 +17,7 @@ func childLabel() (l [16]byte) {
 	return l
 }
 
-// HasChildLabel reports whether the labels of a flow have ChildLabel among them.
+// HasChildLabel reports whether the labels of a flow include ChildLabel.
 func HasChildLabel(labels []byte) bool {
 	if len(labels) != len(ChildLabel) {
 		return false

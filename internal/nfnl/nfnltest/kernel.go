@@ -1,5 +1,5 @@
-// Package nfnltest has a fake kernel for tests of what happens when the real one
-// refuses, is silent or talks nonsense.
+// Package nfnltest has a fake kernel, for tests in which the kernel refuses, is silent or
+// sends nonsense.
 package nfnltest
 
 import (
@@ -16,20 +16,20 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// A Request is a message that the Kernel got.
+// A Request is a message that the Kernel received.
 type Request struct {
 	Type, Flags uint16
 	Seq         uint32
-	Body        []byte // behind struct nlmsghdr
+	Body        []byte // what follows struct nlmsghdr
 }
 
-// A Kernel answers each send with what Answer returns, a datagram each.
+// A Kernel answers each send with the datagrams that Answer returns.
 type Kernel struct {
 	*os.File // the near end
 	Answer   func(sent []Request) [][]byte
 }
 
-// New returns a connection to a Kernel that does everything. Like the real one
+// New returns a connection to a Kernel that acknowledges everything. Like the real kernel
 // it answers before the send returns.
 func New(t *testing.T) (*nfnl.Conn, *Kernel) {
 	t.Helper()
@@ -53,7 +53,7 @@ func New(t *testing.T) (*nfnl.Conn, *Kernel) {
 	return c, k
 }
 
-// SetOption does nothing, successfully.
+// SetOption does nothing and succeeds.
 func (*Kernel) SetOption(netlink.ConnOption, bool) error { return nil }
 
 // Send fails, as do all methods that an nfnl.Conn does not use.
@@ -90,15 +90,15 @@ func Message(typ uint16, seq uint32, body []byte) []byte {
 	return append(b, body...)
 }
 
-// Says is the answer of a kernel to message seq; errno 0 acknowledges.
+// Says is a kernel's answer to message seq; errno 0 acknowledges.
 func Says(seq uint32, errno unix.Errno) []byte {
 	return Message(unix.NLMSG_ERROR, seq, binary.NativeEndian.AppendUint32(nil, -uint32(errno)))
 }
 
-// Acknowledge is what a kernel says that did everything.
+// Acknowledge is the answer of a kernel that did everything.
 func Acknowledge(sent []Request) [][]byte { return [][]byte{Says(sent[len(sent)-1].Seq, 0)} }
 
-// RefuseAll is what a kernel says that does nothing.
+// RefuseAll is the answer of a kernel that refuses everything.
 func RefuseAll(errno unix.Errno) func(sent []Request) [][]byte {
 	return func(sent []Request) (out [][]byte) {
 		for _, r := range sent {
@@ -108,5 +108,5 @@ func RefuseAll(errno unix.Errno) func(sent []Request) [][]byte {
 	}
 }
 
-// Silent is a kernel that is broken.
+// Silent is the missing answer of a broken kernel.
 func Silent([]Request) [][]byte { return nil }
