@@ -10,8 +10,8 @@ import (
 	"github.com/conenatd/conenatd/internal/control"
 )
 
-// clientCommand is a command that talks to the running daemon. It adds the
-// flags that all of these have.
+// clientCommand returns a command that talks to the running daemon, with the flags that all
+// such commands have.
 func clientCommand(use, short string, args cobra.PositionalArgs,
 	ask func(c *cobra.Command, client *control.Client, args []string) error,
 ) *cobra.Command {
@@ -35,7 +35,7 @@ func clientCommand(use, short string, args cobra.PositionalArgs,
 	return c
 }
 
-// showCommand is a clientCommand that prints what the daemon knows.
+// showCommand is a clientCommand that prints the daemon's state.
 func showCommand(use, short string, show func(c *cobra.Command, client *control.Client, asJSON bool) error) *cobra.Command {
 	var asJSON bool
 	c := clientCommand(use, short, cobra.NoArgs, func(c *cobra.Command, client *control.Client, _ []string) error {
@@ -74,7 +74,7 @@ func flushCommand() *cobra.Command {
 		})
 }
 
-// revoked says how many permissions ended, and what did not.
+// revoked prints how many permissions ended.
 func revoked(c *cobra.Command, n int, err error) error {
 	switch {
 	case err != nil:

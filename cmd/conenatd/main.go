@@ -1,6 +1,6 @@
-// Conenatd lets peers behind Linux source NAT answer from any port: restricted
-// cone NAT (RFC 4787: endpoint-independent mapping with address-dependent
-// filtering) for UDP, on the stock kernel.
+// Conenatd lets peers answer hosts behind Linux source NAT from any port: restricted cone
+// NAT (RFC 4787: endpoint-independent mapping with address-dependent filtering) for UDP, on
+// the stock kernel.
 package main
 
 import (
@@ -33,7 +33,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	root := command()
-	started := false // else the command line is wrong
+	started := false // if it stays false, the command line is wrong
 	root.PersistentPreRun = func(*cobra.Command, []string) { started = true }
 	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "conenatd:", err)

@@ -46,8 +46,8 @@ be read. Other commands have the same.`,
 	return c
 }
 
-// noSubnet says that no subnet is enabled, and lists the candidates and the
-// command that enables them.
+// noSubnet says that no subnet is enabled, and lists the candidates and the command that
+// enables them.
 func noSubnet(cfg config.Config) error {
 	network, err := gateway.ReadNetwork(0, gateway.Sides{Outside: cfg.Outside})
 	if err != nil {
@@ -90,7 +90,7 @@ func run(ctx context.Context, flags *config.Flags, stderr io.Writer) error {
 	var level slog.LevelVar
 	level.Set(cfg.LogLevel)
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: &level}))
-	// From the first moment on, for its default is to end the program.
+	// Catch SIGHUP from the start, because by default it ends the program.
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
 	defer signal.Stop(hangup)
@@ -118,8 +118,7 @@ func run(ctx context.Context, flags *config.Flags, stderr io.Writer) error {
 	})
 }
 
-// reloadOn reloads the configuration for each signal. The daemon logs how it
-// went.
+// reloadOn reloads the configuration at each signal. The daemon logs the result.
 func reloadOn(hangup <-chan os.Signal, ended <-chan struct{}, d *daemon.Daemon) {
 	for {
 		select {
@@ -131,8 +130,8 @@ func reloadOn(hangup <-chan os.Signal, ended <-chan struct{}, d *daemon.Daemon) 
 	}
 }
 
-// watchdog tells the service manager that the daemon's loop still works, twice
-// in each WATCHDOG_USEC (sd_watchdog_enabled(3)), if it wants to know.
+// watchdog tells the service manager that the daemon's loop still works, twice in each
+// WATCHDOG_USEC (sd_watchdog_enabled(3)), if the manager asks for that.
 func watchdog(notify *sdnotify.Notifier, ended <-chan struct{}, d *daemon.Daemon) {
 	n, err := strconv.ParseInt(os.Getenv("WATCHDOG_USEC"), 10, 64)
 	if err != nil || n <= 0 {
@@ -144,7 +143,7 @@ func watchdog(notify *sdnotify.Notifier, ended <-chan struct{}, d *daemon.Daemon
 		select {
 		case <-t.C:
 			if d.Alive() {
-				_ = notify.Notify("WATCHDOG=1") // what was not told counts as dead
+				_ = notify.Notify("WATCHDOG=1") // if telling fails, the manager takes the daemon for dead
 			}
 		case <-ended:
 			return
