@@ -20,7 +20,8 @@ import (
 const (
 	// brokenShare bounds the CPU time of looks for broken flows to 1/brokenShare of a CPU,
 	// but the next look comes after brokenLate at most. This is apart from the budget for
-	// changes by neighbours, whose looks must not be delayed.
+	// changes by neighbours, whose looks must not be delayed. While something changes all
+	// the time and looks find nothing, the time between them doubles.
 	brokenShare = 200
 	brokenLate  = 30 * time.Second
 	// healShare and healLate do the same while flows wait for the look that ends them.
@@ -42,6 +43,7 @@ type brokenFlows struct {
 	due    bool          // something changed since the last look
 	next   time.Duration // earliest time of the next look
 	looks  int           // looks still to come that wait for answers
+	empty  int           // looks in a row that found nothing, with little time between
 	walk   walk
 	sum    []control.BrokenFlows // found by this walk so far
 	shown  bool                  // the last walk found some, which may have ended since
@@ -99,6 +101,9 @@ func (d *Daemon) lookForBroken() error {
 		b.by = d.firewall.user
 		b.changed()
 	}
+	if d.now() > b.next+brokenLate {
+		b.empty = 0
+	}
 	b.due = false
 	var found []brokenFlow
 	var ended int
@@ -108,7 +113,10 @@ func (d *Daemon) lookForBroken() error {
 			ended, err = d.heal(cfg, found)
 		}
 	})
-	b.next = d.now() + untilNextLook(took, len(b.before) > 0)
+	b.next = d.now() + untilNextLook(took, len(b.before) > 0, b.empty)
+	if b.empty++; len(found) > 0 || b.awaited {
+		b.empty = 0
+	}
 	if err != nil {
 		b.walk.from, b.sum = 0, nil
 		return fmt.Errorf("look for flows with another source than rules give: %w", err)
@@ -136,11 +144,13 @@ func (d *Daemon) lookForBroken() error {
 }
 
 // untilNextLook returns the time from a look that took so much CPU time to the next one.
-func untilNextLook(took time.Duration, toHeal bool) time.Duration {
+// empty is how many looks in a row found nothing before.
+func untilNextLook(took time.Duration, toHeal bool, empty int) time.Duration {
 	if toHeal {
 		return max(brokenAgain, min(healShare*took, healLate))
 	}
-	return max(brokenAgain, min(brokenShare*took, brokenLate))
+	const mostDoubled = 10
+	return min(max(brokenAgain, brokenShare*took)<<min(empty, mostDoubled), brokenLate)
 }
 
 // A brokenFlow is a broken flow with its subnet and the link by which it leaves.

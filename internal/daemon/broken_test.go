@@ -134,17 +134,22 @@ func TestFlowsThatWaitToEndAreLookedAtSoon(t *testing.T) {
 	for _, tt := range []struct {
 		took   time.Duration
 		toHeal bool
+		empty  int
 		want   time.Duration
 	}{
-		{0, false, brokenAgain},
-		{0, true, brokenAgain},
-		{100 * time.Millisecond, false, 20 * time.Second},
-		{100 * time.Millisecond, true, 2 * time.Second},
-		{time.Second, false, 30 * time.Second},
-		{time.Second, true, 3 * time.Second},
+		{0, false, 0, brokenAgain},
+		{0, true, 0, brokenAgain},
+		{100 * time.Millisecond, false, 0, 20 * time.Second},
+		{100 * time.Millisecond, true, 0, 2 * time.Second},
+		{time.Second, false, 0, 30 * time.Second},
+		{time.Second, true, 0, 3 * time.Second},
+		{10 * time.Millisecond, false, 1, 4 * time.Second},
+		{10 * time.Millisecond, false, 5, 30 * time.Second},
+		{10 * time.Millisecond, false, 1000, 30 * time.Second},
+		{10 * time.Millisecond, true, 1000, time.Second},
 	} {
-		if got := untilNextLook(tt.took, tt.toHeal); got != tt.want {
-			t.Errorf("%v after a look of %v (to heal: %t), want %v", got, tt.took, tt.toHeal, tt.want)
+		if got := untilNextLook(tt.took, tt.toHeal, tt.empty); got != tt.want {
+			t.Errorf("%v after a look of %v (to heal: %t, %d before it found nothing), want %v", got, tt.took, tt.toHeal, tt.empty, tt.want)
 		}
 	}
 }
