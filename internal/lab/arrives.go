@@ -7,10 +7,10 @@ import (
 	"time"
 )
 
-// Arrives shows that a packet reaches the receiver. Since the way may open a
-// moment after it was earned, the packet is sent again until it arrives, as any
-// client of UDP does, for five seconds at most. Other packets that arrive
-// meanwhile are skipped; copies may arrive later.
+// Arrives shows that a packet reaches the receiver. The way may open a moment after
+// the permission was earned, so it resends the packet until it arrives, as UDP
+// clients do, for five seconds at most. It skips other packets that arrive
+// meanwhile; copies may arrive later.
 func Arrives(receiver *Socket, packet Packet) error {
 	const again, most = 20 * time.Millisecond, 250
 	for range most {

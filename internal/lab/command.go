@@ -60,9 +60,9 @@ func (c *Cmd) CombinedOutput() (out []byte, err error) {
 	return out, err
 }
 
-// Output runs a short program inside the namespace and returns its standard
-// output. The error holds what it wrote to standard error. The program has
-// half a minute; use Command for longer ones.
+// Output runs a short program inside the namespace and returns its standard output.
+// The error has the standard error. The program may take half a minute; use Command
+// for longer ones.
 func (n *Namespace) Output(name string, args ...string) (string, error) {
 	return n.feed("", name, args...)
 }

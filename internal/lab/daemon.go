@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// startTimeout is how long a daemon may take until it is ready. A busy machine lets it
-// wait for the kernel, which waits for all CPUs at each change of nftables.
+// startTimeout is how long a daemon may take to become ready. On a busy machine it
+// waits for the kernel, because each nftables change waits for all CPUs.
 const startTimeout = 90 * time.Second
 
 // Daemon is a conenatd that runs in the gateway, as a process of its own.
@@ -29,9 +29,8 @@ type Daemon struct {
 	exit chan error // receives the outcome of Wait once
 }
 
-// StartDaemon starts the program exe with "run" and args in the gateway and
-// waits until it says by sd_notify that it is ready. The caller must Stop or
-// Kill it.
+// StartDaemon starts the program exe with "run" and args in the gateway, and waits
+// until sd_notify reports that it is ready. The caller must Stop or Kill it.
 func (l *Lab) StartDaemon(exe string, args ...string) (*Daemon, error) {
 	d, err := l.launch(exe, args...)
 	if err != nil {
@@ -45,7 +44,7 @@ func (l *Lab) launch(exe string, args ...string) (*Daemon, error) {
 	if err != nil {
 		return nil, err
 	}
-	// A daemon may run without privilege.
+	// The daemon may run as another user.
 	if err := os.Chmod(dir, 0o777|os.ModeSticky); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
@@ -69,7 +68,7 @@ func (l *Lab) launch(exe string, args ...string) (*Daemon, error) {
 	go func() {
 		d.exit <- d.cmd.Wait()
 		close(ended)
-		_ = notify.SetReadDeadline(time.Unix(0, 1)) // whoever waits for it to be ready need not
+		_ = notify.SetReadDeadline(time.Unix(0, 1)) // stop waiting for READY
 	}()
 	if err := notify.SetReadDeadline(time.Now().Add(startTimeout)); err != nil {
 		return nil, errors.Join(err, d.Kill())
@@ -105,7 +104,7 @@ func (d *Daemon) Pause() error {
 	if err := d.Signal(syscall.SIGSTOP); err != nil {
 		return fmt.Errorf("pause daemon: %w", err)
 	}
-	// The signal reaches a thread on another CPU a moment later.
+	// A thread on another CPU stops only a moment later.
 	for end := time.Now().Add(startTimeout); time.Now().Before(end); {
 		stopped, err := d.stopped()
 		if err != nil || stopped {
@@ -125,7 +124,7 @@ func (d *Daemon) stopped() (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		// The name before it may have any character in it.
+		// The name before ')' may contain any character.
 		if _, rest, _ := bytes.Cut(b[bytes.LastIndexByte(b, ')'):], []byte(" ")); rest[0] != 'T' {
 			return false, nil
 		}
@@ -136,8 +135,8 @@ func (d *Daemon) stopped() (bool, error) {
 // Resume ends a Pause.
 func (d *Daemon) Resume() error { return d.Signal(syscall.SIGCONT) }
 
-// Stop asks the daemon to end and waits for it. Its error has what the daemon
-// wrote.
+// Stop asks the daemon to end and waits for it. The error includes the daemon's
+// output.
 func (d *Daemon) Stop() error {
 	if err := errors.Join(d.Resume(), d.Signal(syscall.SIGTERM)); err != nil {
 		return errors.Join(fmt.Errorf("stop daemon: %w: %s", err, d.Output()), os.RemoveAll(d.dir))
@@ -153,17 +152,17 @@ func (d *Daemon) Kill() error {
 	if err := d.Signal(os.Kill); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("kill daemon: %w", err)
 	}
-	_ = d.wait() // it was killed, and says so
+	_ = d.wait() // the error says that it was killed
 	return nil
 }
 
-// trace ends the daemon and returns what it wrote, with the stacks of its goroutines
-// unless it has ended by itself.
+// trace ends the daemon and returns its output, with the stacks of its goroutines if
+// it was still running.
 func (d *Daemon) trace() string {
 	if err := d.Signal(syscall.SIGQUIT); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return errors.Join(err, d.Kill()).Error()
 	}
-	_ = d.wait() // it ends with an error
+	_ = d.wait() // SIGQUIT makes it fail
 	return d.Output()
 }
 

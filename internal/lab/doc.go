@@ -14,13 +14,12 @@
 // 2001:db8:48::/64 (guest), 2001:db8:ffff::/64 (outside link) and
 // 2001:db8:5::/64 (peers), routed and not translated.
 //
-// The namespaces are anonymous: nothing but a file descriptor of this process
-// holds them, so a lab is gone when the process is, whatever ended it; only a
-// program that was started in a lab and still runs keeps its own namespace. The
-// machine's own interfaces and rules are never touched; even the veth pairs
-// are made inside the lab.
+// The namespaces are anonymous: only a file descriptor of this process holds them,
+// so a lab ends with the process, however that ends. Only a program that was
+// started in a lab and still runs keeps its own namespace. The machine's interfaces
+// and rules are never touched; even the veth pairs are made inside the lab.
 //
-// This is the only package outside the tests that runs other programs: ip, nft
-// and conntrack always, iptables on request. It needs CAP_SYS_ADMIN and
-// CAP_NET_ADMIN; a user namespace ("unshare -r") will do.
+// This is the only package outside the tests that runs other programs: ip, nft and
+// conntrack always, iptables on request. It needs CAP_SYS_ADMIN and CAP_NET_ADMIN; those
+// of a user namespace ("unshare -r") are enough.
 package lab

@@ -10,11 +10,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Flood sends prepared packets through the gateway, with whatever source they
-// have. It is for one goroutine.
+// A Flood sends prepared packets through the gateway, with any source address. It
+// must not be used concurrently.
 //
-// The links of a lab keep no packets (see Lost): the kernel takes one through the
-// gateway to the host on the other side before the system call that sent it goes on.
+// The links of a lab do not queue packets (see Lost): the kernel carries a packet
+// through the gateway to the host on the other side before the system call that sent
+// it returns.
 type Flood struct {
 	fd       int
 	packets  [][packetLen]byte
@@ -33,11 +34,11 @@ const (
 	udpAt     = ipAt + 20
 	payload   = "a packet of a game or of a call"
 	packetLen = udpAt + 8 + len(payload)
-	atOnce    = 1024 // messages that sendmmsg takes
+	atOnce    = 1024 // the most messages for one sendmmsg
 )
 
-// NewFlood prepares n packets that go in from the outside host, or out from the
-// first inside host. Each must be aimed before it is sent.
+// NewFlood prepares n packets: with out from the first inside host, otherwise from
+// the outside host. Aim each packet before you send it.
 func (l *Lab) NewFlood(n int, out bool) (*Flood, error) {
 	source, link := l.Outside, outsideSegment.link
 	if out {
@@ -118,7 +119,8 @@ func sum(n uint32, b []byte) uint16 {
 	return uint16(n)
 }
 
-// Send sends the packets from first to last, without the last. It allocates nothing.
+// Send sends the packets from first up to, but not including, last. It allocates
+// nothing.
 func (f *Flood) Send(first, last int) error {
 	for at := first; at < last; {
 		n, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, uintptr(f.fd),

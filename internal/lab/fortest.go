@@ -14,9 +14,9 @@ type TB interface {
 	Fatal(...any)
 }
 
-// ForTest makes a lab that is closed when the test ends. It skips the test where the
-// environment variable CONENATD_NO_LAB is set, and where the privilege is missing, but
-// fails it then if CI is set: there it must run.
+// ForTest makes a lab that is closed when the test ends. It skips the test if
+// CONENATD_NO_LAB is set, and if the privilege is missing, unless the environment
+// variable CI is set: then it fails the test.
 func ForTest(t TB, o Options) *Lab {
 	t.Helper()
 	if os.Getenv("CONENATD_NO_LAB") != "" {

@@ -2,7 +2,7 @@ package lab
 
 import "strings"
 
-// NFT adds a rule set in nft's language to the gateway, all of it or nothing.
+// NFT adds a rule set in nft's language to the gateway, in one transaction.
 func (l *Lab) NFT(rules string) error {
 	_, err := l.Gateway.feed(rules, "nft", "-f", "-")
 	return err
@@ -14,8 +14,8 @@ const (
 	IPTablesLegacy = "iptables-legacy"
 )
 
-// IPTables adds rules in the language of iptables-save to the gateway, by the
-// given variant. What is there stays.
+// IPTables adds rules in the format of iptables-save to the gateway, with the given
+// variant. Existing rules stay.
 func (l *Lab) IPTables(variant, rules string) error {
 	_, err := l.Gateway.feed(rules, variant+"-restore", "--noflush")
 	return err
@@ -28,15 +28,15 @@ func (l *Lab) Conntrack(args ...string) ([]string, error) {
 	return strings.FieldsFunc(out, func(r rune) bool { return r == '\n' }), err
 }
 
-// Flush deletes all conntrack entries of the gateway and so, in the kernel,
-// the expectations that hang on them.
+// Flush deletes all conntrack entries of the gateway; the kernel then also deletes
+// the expectations of these entries.
 func (l *Lab) Flush() error {
 	_, err := l.Gateway.Output("conntrack", "-F")
 	return err
 }
 
-// Ruleset returns the nftables rules of the gateway without counters and
-// timers, so that two calls compare. Rules of iptables-legacy are not in it.
+// Ruleset returns the nftables rules of the gateway without counters and timers, so
+// that listings can be compared. It does not show iptables-legacy.
 func (l *Lab) Ruleset() (string, error) {
 	return l.Gateway.Output("nft", "--stateless", "list", "ruleset")
 }

@@ -6,8 +6,8 @@ import (
 	"net/netip"
 )
 
-// Options say what a lab has beyond the standard. The zero value is one inside
-// host behind a gateway that masquerades IPv4.
+// Options are additions to the standard lab. The zero value is one inside host
+// behind a gateway that masquerades IPv4.
 type Options struct {
 	// Inside is the number of inside hosts, at most 100: 10.47.11.109 and up.
 	// Zero means one.
@@ -21,7 +21,7 @@ type Options struct {
 	Rules string
 }
 
-// Host is a namespace and the addresses by which the others know it.
+// Host is a namespace and the addresses by which other hosts reach it.
 type Host struct {
 	*Namespace
 	Addr  netip.Addr
@@ -29,7 +29,7 @@ type Host struct {
 }
 
 // Lab is a gateway with hosts inside and outside. Its methods may be called
-// from any goroutine, but none together with Close.
+// concurrently, except Close.
 type Lab struct {
 	Gateway *Host // by its outside address
 	Outside *Host // by PeerA and Peer6A; see the peers for its other addresses
@@ -40,8 +40,8 @@ type Lab struct {
 }
 
 // New makes a lab, in about 50 ms; packets get through at once. The caller must
-// Close it. The error is ErrPrivilege or names the missing program where that
-// is what it lacks.
+// Close it. If the privilege or a program is missing, the error is ErrPrivilege or
+// names the program.
 func New(o Options) (*Lab, error) {
 	for _, name := range []string{"ip", "nft", "conntrack"} {
 		if _, err := program(name); err != nil {
@@ -86,8 +86,8 @@ func (l *Lab) build(o Options) error {
 // Inside returns inside host i, counted from 0. It panics when there is none.
 func (l *Lab) Inside(i int) *Host { return l.inside[i] }
 
-// Close ends the lab; a second call does nothing. Sockets and processes in it
-// are the caller's to end: each keeps its own namespace.
+// Close ends the lab; a second call does nothing. The caller must end sockets and
+// processes in it: each keeps its own namespace alive.
 func (l *Lab) Close() error {
 	var errs []error
 	for _, h := range l.all {

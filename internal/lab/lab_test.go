@@ -31,7 +31,7 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// contact has s send to the peer, which must see it come from want.
+// contact lets s send to the peer, which must see it come from want.
 func contact(t *testing.T, s, peer *Socket, want netip.AddrPort) {
 	t.Helper()
 	seen, err := s.Contact(peer)
@@ -86,7 +86,7 @@ func TestLostTellsAPacketThatArrives(t *testing.T) {
 	}
 }
 
-// A packet that is sent as soon as New returns must get through, or tests of
+// A packet that is sent as soon as New returns must get through; otherwise tests of
 // the first packet would fail now and then.
 func TestTheFirstPacketGetsThrough(t *testing.T) {
 	for range 20 {
@@ -208,7 +208,7 @@ func machine(t *testing.T) string {
 		path, err := program(args[0])
 		must(t, err)
 		out, err := exec.Command(path, args[1:]...).Output()
-		if err != nil { // as root of a user namespace we may not read it, let alone change it
+		if err != nil { // as root of a user namespace we can neither read nor change it
 			t.Logf("%v: %v", args, err)
 		}
 		all.Write(out)
@@ -223,7 +223,7 @@ func openFiles(t *testing.T) int {
 }
 
 func TestNothingIsLeftAndTheMachineIsUntouched(t *testing.T) {
-	ForTest(t, Options{}) // the runtime opens its own files at the first use
+	ForTest(t, Options{}) // the runtime opens files of its own on first use
 	before, files := machine(t), openFiles(t)
 	l := ForTest(t, Options{Inside: 2, Guest: true, IPv6: true, Rules: Masquerade + DropPolicy})
 	during := machine(t)

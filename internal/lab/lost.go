@@ -22,24 +22,23 @@ func (p Packet) send() error { return p.From.Send(p.To, p.Payload) }
 // ErrArrived is the error of Lost when the packet gets through.
 var ErrArrived = errors.New("arrived")
 
-// Lost shows that a packet does not reach the receiver. It sends it, and after
-// it a fence: a packet with another payload that is known to get through, such
-// as the answer that any NAT lets in. When the fence arrives and the packet
-// has not, the packet is lost. Waiting for a while instead would be slow, and
-// would prove nothing on a busy machine. The error says which of the two went
-// wrong; one about the fence says nothing about the packet. Other packets that
-// arrive before the fence are skipped.
+// Lost shows that a packet does not reach the receiver. After the packet it sends a
+// fence: a packet with another payload that is known to get through, such as an
+// answer that any NAT lets in. If the fence arrives and the packet has not, the
+// packet is lost. Waiting instead would be slow, and prove nothing on a busy
+// machine. The error says which of the two failed; an error about the fence says
+// nothing about the packet. Other packets that arrive before the fence are skipped.
 //
-// This is sound because the fence cannot overtake the packet when both take
-// the same links. A veth device does not keep packets: it puts each in the
-// receive backlog of the CPU it is sent from, a FIFO which that CPU alone
-// empties in softirq, doing all of the gateway's work, next hop included, on
-// the way. Veth has one queue, and neither GRO nor RPS unless asked; the link
-// addresses are permanent, so no packet waits for ARP; the receiving socket is
-// a FIFO again. There is thus one order for each sending CPU, and Lost sends
-// both packets from one thread that it binds to one CPU. It refuses senders in
-// different namespaces, whose packets take different links. Rules that delay
-// packets (queue to user space, traffic shaping) would void the argument.
+// This is sound because the fence cannot overtake the packet if both take the same
+// links. A veth device does not queue packets: it puts each one in the receive
+// backlog of the sending CPU. That backlog is a FIFO which only this CPU empties,
+// in softirq, and each packet's whole way through the gateway to the next hop
+// happens there. Veth has one queue, and no GRO or RPS unless enabled; the link
+// addresses are permanent, so no packet waits for ARP; the receiving socket is a
+// FIFO too. So packets of one CPU stay in order, and Lost sends both from one
+// thread bound to one CPU. It refuses senders in different namespaces, whose
+// packets take different links. Rules that delay packets (queues to user space,
+// traffic shaping) would break this argument.
 func Lost(receiver *Socket, packet, fence Packet) error {
 	if packet.From.ns != fence.From.ns || packet.Payload == fence.Payload {
 		return errors.New("lose packet: the fence must be from the same namespace and have a payload of its own")

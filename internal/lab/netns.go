@@ -15,14 +15,14 @@ import (
 // ErrPrivilege says that this process may not make network namespaces.
 var ErrPrivilege = errors.New("the lab needs root: run with sudo")
 
-// ownNetNS names the namespace of the calling thread. /proc/self would be the
-// one of the first thread.
+// ownNetNS is the network namespace of the calling thread; /proc/self would be that
+// of the first thread.
 const ownNetNS = "/proc/thread-self/ns/net"
 
-// Namespace is an anonymous network namespace. It lives until Close, and
-// beyond that for as long as a process or socket is left in it.
+// Namespace is an anonymous network namespace. It lives until Close, and longer if
+// a process or socket is left in it.
 //
-// All methods may be called from any goroutine, but none together with Close.
+// All methods may be called concurrently, except Close.
 type Namespace struct {
 	file *os.File
 }
@@ -45,12 +45,12 @@ func newNamespace() (*Namespace, error) {
 	return n, nil
 }
 
-// Do runs fn on a thread inside the namespace and returns its error. Files
-// below /proc/sys/net are then the namespace's own, and so are sockets and
-// processes that fn makes, for good. Goroutines that fn starts run elsewhere.
-// /proc/net stays that of the process: use /proc/thread-self/net.
+// Do runs fn on a thread inside the namespace and returns its error. There, files
+// below /proc/sys/net are the namespace's, and sockets and processes that fn makes
+// stay in it. Goroutines that fn starts run outside it. /proc/net stays that of the
+// process: use /proc/thread-self/net.
 //
-// fn runs in a goroutine of its own; it must not call t.Fatal.
+// fn runs in a goroutine of its own, so it must not call t.Fatal.
 func (n *Namespace) Do(fn func() error) error {
 	return elsewhere(func() error {
 		if err := unix.Setns(n.FD(), unix.CLONE_NEWNET); err != nil {
@@ -60,9 +60,9 @@ func (n *Namespace) Do(fn func() error) error {
 	}, fn)
 }
 
-// elsewhere moves a thread out of its network namespace by enter, runs fn on
-// it and takes the thread back. A thread that cannot go back is thrown away:
-// the runtime ends a thread whose goroutine returns while locked to it.
+// elsewhere moves a thread out of its network namespace with enter, runs fn on it
+// and moves the thread back. A thread that cannot go back is discarded: the runtime
+// ends a thread whose goroutine returns while locked to it.
 func elsewhere(enter, fn func() error) error {
 	done := make(chan error, 1)
 	go func() {
@@ -73,7 +73,7 @@ func elsewhere(enter, fn func() error) error {
 	return <-done
 }
 
-// errGoexit is what is left of a function that ended its goroutine.
+// errGoexit is the error for a function that ended its goroutine.
 var errGoexit = errors.New("run in network namespace: the function ended its goroutine")
 
 func thereAndBack(enter, fn func() error) error {
@@ -95,12 +95,12 @@ func thereAndBack(enter, fn func() error) error {
 	return err
 }
 
-// FD returns the descriptor of the namespace, as netlink.Config.NetNS wants
-// it. It stays the Namespace's own and is -1 after Close.
+// FD returns the descriptor of the namespace, for netlink.Config.NetNS. The
+// Namespace keeps owning it; after Close it is -1.
 func (n *Namespace) FD() int { return int(n.file.Fd()) }
 
-// path names the namespace for other processes. iproute2 takes it where it
-// takes the name of a namespace.
+// path names the namespace for other processes. iproute2 accepts it in place of a
+// namespace's name.
 func (n *Namespace) path() string {
 	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), n.FD())
 }
@@ -133,7 +133,7 @@ func (n *Namespace) SetSysctl(name, value string) error {
 	})
 }
 
-// sysctl refuses what is not below net: that belongs to the whole machine.
+// sysctl refuses settings outside net, which belong to the whole machine.
 func (n *Namespace) sysctl(name string, fn func(path string) error) error {
 	if !strings.HasPrefix(name, "net.") {
 		return fmt.Errorf("sysctl %s: not a setting of a network namespace", name)
@@ -145,8 +145,8 @@ func (n *Namespace) sysctl(name string, fn func(path string) error) error {
 	return nil
 }
 
-// Close lets go of the namespace. A second call does nothing. Processes that
-// were started inside are not ended.
+// Close releases the namespace. A second call does nothing. It does not end processes
+// that were started inside.
 func (n *Namespace) Close() error {
 	if err := n.file.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
 		return fmt.Errorf("close network namespace: %w", err)

@@ -6,8 +6,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// WithoutCapabilities runs fn without effective capabilities on this goroutine's thread, which
-// must not be used again: it stays locked, and ends with the goroutine.
+// WithoutCapabilities runs fn without effective capabilities on this goroutine's thread. The
+// goroutine must then end: the thread stays locked to it, and ends with it.
 func WithoutCapabilities(fn func() error) error {
 	runtime.LockOSThread()
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}

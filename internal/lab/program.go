@@ -5,8 +5,8 @@ import (
 	"strings"
 )
 
-// program finds a program. Plain "su" on Debian leaves the sbin directories,
-// where ip, nft and conntrack live, out of root's PATH, so look there too.
+// program finds a program. On Debian, plain "su" leaves the sbin directories, with
+// ip, nft and conntrack, out of root's PATH, so look there too.
 func program(name string) (string, error) {
 	for _, dir := range []string{"", "/usr/sbin/", "/sbin/"} {
 		if path, err := exec.LookPath(dir + name); err == nil {
@@ -16,8 +16,8 @@ func program(name string) (string, error) {
 	return name, missingError(name)
 }
 
-// missingError names a program that is not installed, and what would mend
-// that. It is an [exec.ErrNotFound].
+// missingError names a program that is not installed, and how to install it. It is
+// an [exec.ErrNotFound].
 type missingError string
 
 func (e missingError) Error() string {

@@ -5,13 +5,13 @@ import (
 	"net/netip"
 )
 
-// Rule sets for the gateway, as text for "nft -f -". The NAT and the filter
-// part are tables of their own, so Masquerade + DropPolicy is a rule set too.
+// Rule sets for the gateway, as text for "nft -f -". NAT and filter are separate
+// tables, so Masquerade + DropPolicy is a rule set too.
 const (
-	// NoRules leaves the gateway without rules: no NAT, and no conntrack.
+	// NoRules leaves the gateway without rules, and so without NAT and conntrack.
 	NoRules = "# no rules\n"
 
-	// Masquerade is the NAT that most gateways have.
+	// Masquerade is the NAT of most gateways.
 	Masquerade = `table ip nat {
 	chain postrouting {
 		type nat hook postrouting priority srcnat; policy accept;
@@ -20,8 +20,8 @@ const (
 }
 `
 
-	// DropPolicy is a usual stateful firewall: out is open, in is closed but
-	// for what belongs to something that went out.
+	// DropPolicy is a usual stateful firewall: packets from inside pass, packets
+	// from outside only if they belong to an existing flow.
 	DropPolicy = `table inet filter {
 	chain input {
 		type filter hook input priority filter; policy drop;
@@ -57,7 +57,7 @@ COMMIT
 `
 )
 
-// MasqueradeRange is Masquerade with the outside ports from lo to hi.
+// MasqueradeRange is Masquerade to outside ports from lo to hi.
 func MasqueradeRange(lo, hi uint16) string {
 	return sourceNAT(fmt.Sprintf("masquerade to :%d-%d", lo, hi))
 }
@@ -67,8 +67,8 @@ func SNATTo(addr netip.Addr) string {
 	return sourceNAT(fmt.Sprintf("snat to %s", addr))
 }
 
-// sourceNAT is Masquerade with another statement for TCP and UDP; nft takes a
-// port range only after it has seen the protocol.
+// sourceNAT is Masquerade with another statement for TCP and UDP; nft accepts a
+// port range only after a match on the protocol.
 func sourceNAT(statement string) string {
 	return fmt.Sprintf(`table ip nat {
 	chain postrouting {

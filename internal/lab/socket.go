@@ -7,12 +7,12 @@ import (
 	"time"
 )
 
-// patience bounds the wait for a packet that must come. It is used up only
-// where a test fails, so it suits the slowest emulated machine.
+// patience bounds the wait for a packet that must come. Only a failing test uses it
+// up, so it suits the slowest emulated machine.
 const patience = 5 * time.Second
 
-// Socket is a UDP socket in a namespace. Send may be called at any time; there
-// can be one receiver.
+// Socket is a UDP socket in a namespace. Send may be called concurrently; only one
+// goroutine may receive.
 type Socket struct {
 	*net.UDPConn
 	ns  *Namespace
@@ -39,8 +39,9 @@ func (s *Socket) Send(to netip.AddrPort, payload string) error {
 	return err
 }
 
-// Recv waits for the next packet. When none comes in time the error is
-// [os.ErrDeadlineExceeded]; see [Lost] for a better way to see that.
+// Recv waits for the next packet. If none comes in time, the error is
+// [os.ErrDeadlineExceeded]; [Lost] is a better way to show that a packet does not
+// come.
 func (s *Socket) Recv(timeout time.Duration) (payload string, from netip.AddrPort, err error) {
 	if err := s.SetReadDeadline(time.Now().Add(timeout)); err != nil {
 		return "", netip.AddrPort{}, err
@@ -49,8 +50,8 @@ func (s *Socket) Recv(timeout time.Duration) (payload string, from netip.AddrPor
 	return string(s.buf[:n]), unmap(from), err
 }
 
-// Expect waits for the next packet, which must be this one, and returns where
-// it came from.
+// Expect waits for the next packet, which must have this payload, and returns its
+// source.
 func (s *Socket) Expect(payload string) (from netip.AddrPort, err error) {
 	got, from, err := s.Recv(patience)
 	if err != nil {
@@ -62,8 +63,8 @@ func (s *Socket) Expect(payload string) (from netip.AddrPort, err error) {
 	return from, nil
 }
 
-// Contact sends a packet and returns the endpoint that the receiver sees it
-// come from: through a NAT, the outside endpoint of the mapping.
+// Contact sends a packet and returns the source that the receiver sees: through a
+// NAT, the outside endpoint of the mapping.
 func (s *Socket) Contact(to *Socket) (seen netip.AddrPort, err error) {
 	payload := fmt.Sprintf("contact from %s", s.Addr())
 	if err := s.Send(to.Addr(), payload); err != nil {
@@ -72,7 +73,8 @@ func (s *Socket) Contact(to *Socket) (seen netip.AddrPort, err error) {
 	return to.Expect(payload)
 }
 
-// unmap makes endpoints compare whatever kind of socket they come from.
+// unmap turns IPv4-mapped addresses into IPv4, so that endpoints of all sockets can
+// be compared.
 func unmap(a netip.AddrPort) netip.AddrPort {
 	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
 }

@@ -15,9 +15,9 @@ var (
 	OutsideNet6 = netip.MustParsePrefix("2001:db8:ffff::/64")
 )
 
-// Some of the peers, all in [Lab.Outside]. PeerA and PeerB are neighbours,
-// PeerC is in another prefix. Each other address of 203.0.113.0/24,
-// 192.0.2.0/24 and, with IPv6, 2001:db8:5::/64 can be bound there as well.
+// Some of the peers, all in [Lab.Outside]. PeerA and PeerB are neighbours, PeerC is
+// in another prefix. Every other address of 203.0.113.0/24, 192.0.2.0/24 and, with
+// IPv6, 2001:db8:5::/64 can be bound there as well.
 var (
 	PeerA  = netip.MustParseAddr("203.0.113.5")
 	PeerB  = netip.MustParseAddr("203.0.113.6")
@@ -38,13 +38,13 @@ var (
 	outsideSegment = segment{"wan0", [2]netip.Prefix{OutsideNet, OutsideNet6}}
 )
 
-// gateway returns the gateway's address of family f, 0 being IPv4.
+// gateway returns the gateway's address of family f (0 is IPv4).
 func (s segment) gateway(f int) netip.Addr { return s.prefixes[f].Addr().Next() }
 
 func (s segment) mac() string { return mac(s.gateway(0)) }
 
-// mac derives link addresses from IPv4 ones, so that each end of a link knows
-// the other without asking and the first packet is as quick as the second.
+// mac derives a link address from an IPv4 address. Both ends of a link know it
+// without ARP, so the first packet is as quick as the second.
 func mac(addr netip.Addr) string {
 	a := addr.As4()
 	return fmt.Sprintf("02:47:%02x:%02x:%02x:%02x", a[0], a[1], a[2], a[3])

@@ -20,7 +20,7 @@ func (l *Lab) wire(ipv6 bool) error {
 	if l.Guest != nil {
 		w.guest(l.Guest)
 	}
-	for _, h := range l.all { // the gateway is the first: it makes all the links
+	for _, h := range l.all { // the gateway comes first and makes all links
 		if _, err := h.feed(w.scripts[h].String(), "ip", "-batch", "-"); err != nil {
 			return err
 		}
@@ -28,22 +28,22 @@ func (l *Lab) wire(ipv6 bool) error {
 	return errors.Join(l.forward(ipv6), l.settle())
 }
 
-// forward sets what is not the kernel's default.
+// forward sets the sysctls that differ from the kernel's defaults.
 func (l *Lab) forward(ipv6 bool) error {
 	err := l.Gateway.SetSysctl("net.ipv4.ip_forward", "1")
 	if ipv6 {
 		err = errors.Join(err,
 			l.Gateway.SetSysctl("net.ipv6.conf.all.forwarding", "1"),
-			// IPv4 lets a program bind any address of a local route, IPv6 does not.
+			// IPv4 lets a program bind any address of a local route; IPv6 does not.
 			l.Outside.SetSysctl("net.ipv6.ip_nonlocal_bind", "1"))
 	}
 	return err
 }
 
-// settle waits until the gateway's links carry packets. Its end of a veth pair
-// came up before the other one, so it had no carrier then, and the kernel
-// takes such a link into service from a work queue (linkwatch): until then it
-// drops what it is given. The hosts' ends found theirs up and work at once.
+// settle waits until the gateway's links carry packets. The gateway's end of a veth
+// pair came up first, and so without a carrier. The kernel activates such a link
+// later, from a work queue (linkwatch), and drops its packets until then. The
+// hosts' ends work at once.
 func (l *Lab) settle() error {
 	for deadline := time.Now().Add(toolTime); ; {
 		links, err := l.Gateway.Output("ip", "-brief", "link", "show", "up")
@@ -88,11 +88,11 @@ func (w *wiring) outside(h *Host) {
 		for _, prefix := range peerPrefixes[f] {
 			w.add(h, "route add local %s dev lo", prefix)
 		}
-		for _, addr := range peers[f] { // for programs that look for addresses on links
+		for _, addr := range peers[f] { // for programs that list the addresses of links
 			w.add(h, "addr add %s dev lo %s", addr, nodad[f])
 		}
 	}
-	// IPv4 comes out translated or not at all, so only IPv6 has a way back.
+	// Only IPv6 gets a route back: IPv4 packets must be translated to be answered.
 	if w.families == 2 {
 		w.add(h, "route add %s via %s", everywhere[1], outsideSegment.gateway(1))
 	}
@@ -121,12 +121,12 @@ func (w *wiring) guest(h *Host) {
 }
 
 var (
-	nodad      = [2]string{"", "nodad"} // else an IPv6 address is no use for a second
+	nodad      = [2]string{"", "nodad"} // otherwise an IPv6 address cannot be used for a second
 	everywhere = [2]string{"0.0.0.0/0", "::/0"}
 )
 
-// cable runs a veth pair from a new port of the gateway to eth0 of h, and gives
-// h its addresses. The pair is made in the gateway's namespace, never in the
+// cable makes a veth pair between a new port of the gateway and eth0 of h, and
+// gives h its addresses. The pair is made in the gateway's namespace, never in the
 // machine's.
 func (w *wiring) cable(port, options string, h *Host, s segment, addrs [2]netip.Addr) {
 	w.add(w.gateway, "link add %s %s up type veth peer name eth0 address %s netns %s",
@@ -150,7 +150,7 @@ func (w *wiring) own(s segment, hosts ...[2]netip.Addr) {
 	}
 }
 
-// routeOut sends all that h has to send to the gateway.
+// routeOut routes all packets of h to the gateway.
 func (w *wiring) routeOut(h *Host, s segment) {
 	for f := range w.families {
 		w.add(h, "route add %s via %s", everywhere[f], s.gateway(f))

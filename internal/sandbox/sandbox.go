@@ -1,4 +1,4 @@
-// Package sandbox takes from this process what the daemon does not need.
+// Package sandbox drops the privileges that the daemon does not need.
 package sandbox
 
 import (
@@ -9,12 +9,12 @@ import (
 	"kernel.org/pub/linux/libs/security/libcap/cap"
 )
 
-// Enter leaves the process, with all its threads, no capability but CAP_NET_ADMIN if
-// it has that, and what it executes cannot get another one (capabilities(7),
+// Enter drops all capabilities of all threads of this process except CAP_NET_ADMIN, if
+// it has that. Programs that it executes cannot gain others (capabilities(7),
 // PR_SET_NO_NEW_PRIVS). It cannot be undone.
 //
-// Root without capabilities still owns root's files, but may not touch those of others;
-// the unit in deploy runs the daemon as a user of its own.
+// Without capabilities root still owns root's files, but cannot access those of others;
+// the unit in deploy runs the daemon as its own user.
 func Enter() error {
 	if _, err := cap.Prctlw(unix.PR_SET_NO_NEW_PRIVS, 1); err != nil {
 		return fmt.Errorf("sandbox: no new privileges: %w", err)
@@ -24,7 +24,7 @@ func Enter() error {
 		on, err := now.GetFlag(cap.Permitted, c)
 		return err == nil && on
 	}
-	if has(cap.SETPCAP) { // else the bounding set stays; no new privileges says the same
+	if has(cap.SETPCAP) { // without it the bounding set stays; no_new_privs makes up for that
 		if err := cap.DropBound(others()...); err != nil {
 			return fmt.Errorf("sandbox: drop bounding set: %w", err)
 		}
@@ -45,7 +45,7 @@ func Enter() error {
 	return nil
 }
 
-// others are the capabilities of this kernel but for CAP_NET_ADMIN.
+// others are all capabilities of this kernel except CAP_NET_ADMIN.
 func others() (all []cap.Value) {
 	for c := range cap.MaxBits() {
 		if c != cap.NET_ADMIN {
