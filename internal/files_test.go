@@ -12,10 +12,11 @@ import (
 	"testing"
 )
 
-// longest is how many lines a file may have that docs/adr/0008-long-files.md does not name.
+// longest is the maximum of lines for a file that docs/adr/0008-long-files.md does not
+// list.
 const longest = 500
 
-// Fails when a file is too long, and when one that the record names is not, or is gone.
+// Fails when an unlisted file is too long, and when a listed one is not, or is gone.
 func TestFilesAreShort(t *testing.T) {
 	record, err := os.ReadFile("../docs/adr/0008-long-files.md")
 	if err != nil {

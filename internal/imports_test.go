@@ -1,5 +1,5 @@
-// Package internal_test holds the packages of the project to the direction of their
-// imports.
+// Package internal_test checks the direction of the imports between the project's
+// packages.
 package internal_test
 
 import (
@@ -14,7 +14,8 @@ import (
 
 const module = "github.com/conenatd/conenatd/"
 
-// allowed are the packages of the project that each may import, in what is not a test.
+// allowed lists, for each package, the packages of the project that its non-test files
+// may import.
 var allowed = map[string][]string{
 	"internal/cone":           nil,
 	"internal/config":         nil,
@@ -40,16 +41,17 @@ var allowed = map[string][]string{
 	},
 }
 
-// users are the packages that may use a library: what it costs, and where it does not
-// compile, is theirs alone.
+// users lists the packages that may import a library, so that only they bear its cost
+// and its limits of portability.
 var users = map[string][]string{
 	"github.com/google/nftables": {"internal/rules", "internal/userrules"},
 }
 
-// runners are those that may start other programs: the daemon does not.
+// runners are the packages that may start other programs; the daemon starts none.
 var runners = []string{"internal/lab", "internal/demo", "internal/selftest"}
 
-// Fails when cone imports gateway, say, or when elements imports google/nftables.
+// Fails, for example, when cone imports gateway, or when elements imports
+// google/nftables.
 func TestImportsPointOneWay(t *testing.T) {
 	out, err := exec.CommandContext(t.Context(), "go", "list", "-json=ImportPath,Imports", "../internal/...", "../cmd/...").Output()
 	if err != nil {
@@ -68,7 +70,7 @@ func TestImportsPointOneWay(t *testing.T) {
 		}
 		name := strings.TrimPrefix(p.ImportPath, module)
 		if name == "internal" {
-			continue // this
+			continue // the package of this test
 		}
 		seen++
 		may, known := allowed[name]

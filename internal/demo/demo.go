@@ -1,6 +1,6 @@
-// Package demo plays the question that a VoIP developer put to the kernel list
-// in 2003 in a throw-away lab, without conenatd and with it. It fails if what it
-// shows is not true.
+// Package demo plays, in a throw-away lab without conenatd and with it, the
+// question that a VoIP developer asked on the kernel list in 2003. It fails if the
+// result is not as it claims.
 package demo
 
 import (
@@ -17,8 +17,8 @@ const (
 	answerPort = 5070
 )
 
-// Run plays the demo and tells w about it. It starts this very program as the
-// daemon.
+// Run plays the demo and writes the story to w. It starts the running program
+// itself as the daemon.
 func Run(w io.Writer) error {
 	exe, err := os.Executable()
 	if err != nil {
@@ -112,7 +112,7 @@ func (p *play) run(exe string) error {
 	return nil
 }
 
-// note says what a line of conntrack -L is.
+// note adds to a line of conntrack -L what the entry is.
 func note(line string) string {
 	switch {
 	case strings.Contains(line, "PERMANENT"):
@@ -125,8 +125,8 @@ func note(line string) string {
 	return line
 }
 
-// act lets the device call its proxy and shows who gets an answer through. An
-// error says that it was not what should be.
+// act lets the device call its proxy, and shows whose answers get through. open
+// says whether the proxy's other port should; any other result is an error.
 func (p *play) act(open bool) error {
 	ext, err := p.device.Contact(p.proxy)
 	if err != nil {

@@ -14,7 +14,7 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// A verdict says how a requirement fares.
+// A verdict is the result for one requirement.
 type verdict string
 
 const (
@@ -30,13 +30,13 @@ func verdictOf(ok bool) verdict {
 	return fail
 }
 
-// A configuration is a way to run the daemon, or not at all.
+// A configuration is one for the daemon, or a gateway without it.
 type configuration struct {
 	name string
-	file string // for "conenatd run"; none: the kernel alone
+	file string // for "conenatd run"; if empty, no daemon runs
 }
 
-// subnet is a table of a configuration file.
+// subnet returns a [[subnet]] table of a configuration file.
 func subnet(prefix netip.Prefix, more ...string) string {
 	return fmt.Sprintf("[[subnet]]\nprefix = %q\n%s\n", prefix, strings.Join(more, "\n"))
 }
@@ -55,7 +55,8 @@ var configurations = []configuration{
 }
 
 // A requirement is one of RFC 4787, or a recommendation of RFC 6092 about UDP. try
-// gets a fresh lab and says what it saw; an error says that nothing could be seen.
+// runs it in a fresh lab and returns what it saw; an error means that the test
+// itself failed.
 type requirement struct {
 	name, title string
 	opts        lab.Options
@@ -82,9 +83,9 @@ var requirements = []requirement{
 	{name: "RFC 6092 REC-14", title: "IPv6: a flow holds two minutes", opts: lab.Options{IPv6: true, Rules: lab.Masquerade + lab.DropPolicy}, try: (*stage).timer6},
 }
 
-// RFC4787 looks how the requirements of RFC 4787, and what RFC 6092 says of UDP,
-// fare in each configuration, with the program exe, and writes a line for each. Its
-// error is ErrFailed where something could not be tried.
+// RFC4787 tests the requirements of RFC 4787, and those of RFC 6092 about UDP, in
+// each configuration of the program exe, and writes a line for each. The error is
+// ErrFailed if a test could not be run.
 func RFC4787(w io.Writer, exe string) error {
 	var failed error
 	for _, c := range configurations {
@@ -133,8 +134,9 @@ func never(why string) func(*stage) (verdict, string, error) {
 	return func(*stage) (verdict, string, error) { return notApplicable, why, nil }
 }
 
-// clash lets two inside hosts use one source port towards three peers, so that the
-// kernel runs out of ways to keep it, and returns the outside endpoints of each.
+// clash lets two inside hosts send from the same source port to three peers, so
+// that the kernel cannot always keep the port, and returns the outside endpoints of
+// each host.
 func (s *stage) clash() (seen [2][]netip.AddrPort, err error) {
 	const port = 3074
 	var hosts [2]*lab.Socket
@@ -186,7 +188,7 @@ func (s *stage) overloading() (verdict, string, error) {
 	return pass, fmt.Sprintf("two hosts leave as %v and %v", seen[0], seen[1]), err
 }
 
-// leaves returns the outside port of an inside port.
+// leaves returns the outside port that the kernel gives an inside port.
 func (s *stage) leaves(port uint16) (uint16, error) {
 	in, err := s.open(s.Inside(0), s.Inside(0).Addr, port)
 	if err != nil {
@@ -212,7 +214,7 @@ func (s *stage) parity() (verdict, string, error) {
 	return verdictOf(even%2 == 0 && odd%2 == 1), fmt.Sprintf("5004 leaves as %d, 5005 as %d", even, odd), errors.Join(err, err2)
 }
 
-// timer takes away the flow, as the kernel does after nf_conntrack_udp_timeout.
+// timer deletes the flow, as the kernel does after nf_conntrack_udp_timeout.
 func (s *stage) timer() (verdict, string, error) {
 	device, proxy, _, _, err := s.cast()
 	if err != nil {
@@ -248,7 +250,7 @@ func (s *stage) outlives(device, proxy *lab.Socket, ext netip.AddrPort) (verdict
 	return verdictOf(arrived), fmt.Sprintf("the kernel forgets an unanswered flow after %s s; then its peer is %s", timeout, how), err
 }
 
-// stands waits until the daemon, if there is one, lists a permission for ext.
+// stands waits until the daemon, if one runs, lists a standing permission for ext.
 func (s *stage) stands(ext netip.AddrPort) error {
 	if s.d == nil {
 		return nil
@@ -266,8 +268,8 @@ func (s *stage) stands(ext netip.AddrPort) error {
 	return fmt.Errorf("no permission stands for %v", ext)
 }
 
-// reaches reports whether a packet of from gets to device by ext. A peer of its own
-// is the fence.
+// reaches reports whether a packet of from to ext gets to device. The fence comes
+// from a peer of its own.
 func (s *stage) reaches(device, from *lab.Socket, ext netip.AddrPort) (bool, error) {
 	addr := netip.MustParseAddr("203.0.113.7")
 	if ext.Addr().Is6() {
@@ -373,7 +375,8 @@ func (s *stage) hairpin() (verdict, string, error) {
 	if err := second[0].Send(ext, "hairpin"); err != nil {
 		return fail, "", err
 	}
-	// The packet was through before Send returned; what comes next is the fence.
+	// The first packet got through before Send returned; if none did, the fence
+	// comes next.
 	if err := proxy.Send(ext, "fence"); err != nil {
 		return fail, "", err
 	}

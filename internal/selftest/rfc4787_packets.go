@@ -14,7 +14,7 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// icmp sends to a port where nobody listens.
+// icmp sends to a port on which nobody listens.
 func (s *stage) icmp() (verdict, string, error) {
 	device, proxy, _, _, err := s.cast()
 	if err != nil {
@@ -49,9 +49,9 @@ func (s *stage) icmp() (verdict, string, error) {
 	return pass, "an ICMP error came in, and the mapping works on", nil
 }
 
-const large = 1200 // bytes, for a link that takes 1000
+const large = 1200 // bytes; the link takes 1000
 
-// fragmentsOut sends what the outside link cannot take in one piece.
+// fragmentsOut sends a packet that the outside link cannot take unfragmented.
 func (s *stage) fragmentsOut() (verdict, string, error) {
 	device, proxy, _, _, err := s.cast()
 	if err != nil {
@@ -72,13 +72,14 @@ func (s *stage) fragmentsOut() (verdict, string, error) {
 		})
 		return errors.Join(err, failed)
 	}
-	if err := discover(unix.IP_PMTUDISC_DO); err != nil { // with the bit "don't fragment"
+	if err := discover(unix.IP_PMTUDISC_DO); err != nil { // sets "don't fragment"
 		return fail, "", err
 	}
 	if err := device.Send(proxy.Addr(), payload); err != nil {
 		return fail, "", err
 	}
-	// The ICMP error came in before Send returned: the next one is refused here.
+	// The ICMP error came before Send returned, so the next packet is refused
+	// locally.
 	if err := device.Send(proxy.Addr(), payload); !errors.Is(err, unix.EMSGSIZE) {
 		return fail, fmt.Sprintf("no ICMP error about a packet that is too large: %v", err), nil
 	}

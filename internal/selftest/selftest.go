@@ -1,5 +1,5 @@
-// Package selftest proves on the kernel at hand what conenatd does there: each
-// behaviour with real packets in a throw-away lab of its own, the program as a
+// Package selftest proves on the running kernel what conenatd does: it shows each
+// behaviour with real packets in its own throw-away lab, with the program as a
 // process in the gateway.
 package selftest
 
@@ -14,18 +14,18 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// A check is one behaviour. It runs in a lab with opts; run gets a stage on
-// which the daemon runs already, unless idle.
+// A check is one behaviour. It runs in a lab with opts; run gets a stage whose
+// daemon already runs, unless idle is set.
 type check struct {
 	name     string
-	backends []string // it is about; each, where there are none
+	backends []string // that it is about; nil means each
 	opts     lab.Options
 	args     []string // of the daemon
 	idle     bool
 	run      func(*stage) error
 }
 
-// backends are the ways for a permission to stand in the kernel.
+// backends are the ways in which a permission can stand in the kernel.
 var backends = []string{"expect", "nft"}
 
 var checks = []check{
@@ -97,13 +97,13 @@ var checks = []check{
 	},
 }
 
-// ErrFailed says that at least one behaviour is not as it should be.
+// ErrFailed says that at least one behaviour is not as promised.
 var ErrFailed = errors.New("selftest failed")
 
-// Run runs all checks of each backend with the program exe and writes a line for
-// each: what works, and where it does not, why. Its error is ErrFailed, or says
-// why nothing could be tried. That the kernel lacks one of the two backends is no
-// failure.
+// Run runs all checks for each backend with the program exe, and writes a line for
+// each: whether it passed, and if not, why. The error is ErrFailed, or says why
+// nothing could be tried. It is no failure if the kernel lacks one of the two
+// backends.
 func Run(w io.Writer, exe string) error {
 	failed, missing := false, 0
 	for _, backend := range backends {
@@ -183,7 +183,7 @@ func (s *stage) close() {
 		sock.Close()
 	}
 	if s.d != nil {
-		_ = s.d.Kill() // the check said what went wrong
+		_ = s.d.Kill() // the check's error says what went wrong
 	}
 }
 
@@ -217,7 +217,7 @@ func (s *stage) cast() (device, proxy, other, stranger *lab.Socket, err error) {
 	return in[0], out[0], out[1], strange[0], nil
 }
 
-// seed is the question of 2003. It returns the outside endpoint.
+// seed plays the question of 2003. It returns the outside endpoint.
 func (s *stage) seed() (ext netip.AddrPort, err error) {
 	device, proxy, other, stranger, err := s.cast()
 	if err != nil {
@@ -229,8 +229,8 @@ func (s *stage) seed() (ext netip.AddrPort, err error) {
 	return ext, s.cone(device, proxy, other, stranger, ext)
 }
 
-// cone checks that other, of the same address as proxy, gets through to device
-// by ext, and that stranger does not.
+// cone checks that other, which has proxy's address, reaches device by ext, and
+// stranger does not.
 func (s *stage) cone(device, proxy, other, stranger *lab.Socket, ext netip.AddrPort) error {
 	if err := lab.Arrives(device, lab.Packet{From: other, To: ext, Payload: "from the other port"}); err != nil {
 		return err

@@ -14,8 +14,8 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// TestMain is also a daemon that does nothing: it says that it is ready and
-// waits for its end.
+// TestMain can also play a daemon that does nothing: it reports that it is ready
+// and waits for its end.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == "run" {
 		stop := make(chan os.Signal, 1)
@@ -29,7 +29,7 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// A selftest that passes whatever the daemon does would be worthless.
+// A selftest that passes with any daemon would be worthless.
 func TestDaemonThatDoesNothingFails(t *testing.T) {
 	lab.ForTest(t, lab.Options{}) // skips without privilege
 	exe, err := os.Executable()
@@ -38,13 +38,13 @@ func TestDaemonThatDoesNothingFails(t *testing.T) {
 	}
 	all := checks
 	defer func() { checks = all }()
-	// Those that wait longest for a packet are like the first.
+	// The slowest checks wait for a packet like the first one, so two are enough.
 	checks = []check{all[0], all[5]}
 	var out bytes.Buffer
 	if err := Run(&out, exe); err != ErrFailed {
 		t.Errorf("error %v, want ErrFailed", err)
 	}
-	if n := strings.Count(out.String(), "FAIL  "); n != 3 { // the second is of one backend
+	if n := strings.Count(out.String(), "FAIL  "); n != 3 { // the second check applies to one backend only
 		t.Errorf("%d checks failed, want 3:\n%s", n, &out)
 	}
 }
