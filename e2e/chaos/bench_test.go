@@ -12,17 +12,17 @@ import (
 )
 
 const (
-	scanRate   = 5000 // packets in a second, each a new flow
+	scanRate   = 5000 // packets a second, each a new flow
 	scanTick   = 10 * time.Millisecond
 	scanRounds = 9  // of each arm
-	contacts   = 50 // in a round; all together are fewer than one host may have
+	contacts   = 50 // in a round; all rounds together stay below the limit for one host
 )
 
-// BenchmarkHostileInside measures how long the others wait while an inside host scans:
+// BenchmarkHostileInside measures how long other hosts wait while an inside host scans:
 // from the arrival of another host's first packet at its peer to the arrival of the first
-// answer from another port, which the peer sends without pause. Rounds with a scan and
-// rounds in which the same packets come from a host that is not enabled take turns, so
-// that what differs is conenatd's work alone.
+// answer from another port, which the peer sends without pause. Rounds with a scan
+// alternate with rounds in which a host that is not enabled sends the same packets, so
+// only conenatd's work differs.
 func BenchmarkHostileInside(b *testing.B) {
 	for _, mode := range modes {
 		b.Run(fmt.Sprint(mode), func(b *testing.B) {
@@ -43,7 +43,8 @@ func hostileInside(b *testing.B, mode []string) {
 	}
 	l := lab.ForTest(b, lab.Options{Inside: 2, Rules: lab.Masquerade})
 	must(l.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "5"))
-	// The scanned ones are silent: an ICMP error for each would be measured too.
+	// The scanned peers must be silent: an ICMP error for each packet would be measured
+	// too.
 	_, err := l.Outside.Output("nft", "table ip silent { chain c { type filter hook prerouting priority raw; udp dport 9 drop; }; }")
 	must(err)
 	enabled := netip.PrefixFrom(l.Inside(1).Addr, 32)
@@ -63,7 +64,8 @@ func hostileInside(b *testing.B, mode []string) {
 	must(err)
 	b.Cleanup(func() { must(scan.Close()) })
 	sent, port := 0, uint16(10_000)
-	// arm returns how long each of some contacts waited while packets of source come.
+	// arm returns how long each contact waited while source sends the packets of the
+	// scan.
 	arm := func(source netip.Addr) (took []time.Duration) {
 		end, ended := make(chan struct{}), make(chan error, 1)
 		go func() {
@@ -86,7 +88,7 @@ func hostileInside(b *testing.B, mode []string) {
 				}
 			}
 		}()
-		pace := time.NewTicker(scanTick / 2) // so that the packets of the scan fall anywhere
+		pace := time.NewTicker(scanTick / 2) // at varying offsets to the scan's ticks
 		defer pace.Stop()
 		for range contacts {
 			<-pace.C
@@ -102,7 +104,7 @@ func hostileInside(b *testing.B, mode []string) {
 		must(<-ended)
 		return took
 	}
-	other := netip.MustParseAddr("10.47.11.111") // of no enabled subnet
+	other := netip.MustParseAddr("10.47.11.111") // in no enabled subnet
 	var medians, nineties []float64
 	for i := range scanRounds {
 		var quiet, loud []time.Duration

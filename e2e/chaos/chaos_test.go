@@ -1,5 +1,5 @@
-// Package chaos proves that conenatd passes its bad days: each test makes one, and
-// looks at the traffic and at what the kernel holds.
+// Package chaos proves that conenatd survives bad days: each test plays one, and
+// checks the traffic and what the kernel holds.
 package chaos
 
 import (
@@ -10,11 +10,11 @@ import (
 
 func TestMain(m *testing.M) { stage.Main(m) }
 
-// modes are the ways in which a permission can stand.
+// modes are the combinations of backends that can carry a permission.
 var modes = [][]string{stage.Auto, stage.Expect, stage.NFT, stage.NFTByEvent}
 
-// leavesNothing checks that daemon and kernel agree, and that nothing is left of the
-// daemon when it stops.
+// leavesNothing checks that daemon and kernel agree, and that the stopped daemon
+// leaves nothing in the kernel.
 func leavesNothing(s *stage.Scene) {
 	s.T.Helper()
 	s.Verified()

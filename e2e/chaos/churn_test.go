@@ -15,16 +15,16 @@ const (
 	churnHosts = 10   // the first inside hosts
 	churnPorts = 40_000
 
-	// A port opens so many flows, each to another peer, and is used again when all
-	// others were: after half a minute.
+	// A port opens this many flows, each to another peer, and is used again after
+	// all other ports have been: after half a minute.
 	portFlows = 4
 
 	churnTick = 10 * time.Millisecond
-	atOnce    = 4 * churnRate / 100 // flows in a tick at most, to catch up
+	atOnce    = 4 * churnRate / 100 // most flows in one tick, to catch up
 
-	// One flow of some is answered, later than it takes to grant a permission where
-	// events do it: from the port asked, and by a child, to every other of which
-	// the inside host answers.
+	// One flow in oneOf is answered, laterOn flows later, when a permission stands
+	// even if an event granted it: from the port asked, and by a child. The inside
+	// host answers every other child.
 	oneOf     = 10
 	laterOn   = churnRate / 2
 	childPort = 5070
@@ -39,7 +39,7 @@ type churn struct {
 	out, in volley
 }
 
-// churning makes flows until stop, which returns in what time.
+// churning makes flows until stop, which returns how long that was.
 func churning(s *stage.Scene) (c *churn, stop func() time.Duration) {
 	s.T.Helper()
 	c = &churn{s: s, tick: time.NewTicker(churnTick), began: time.Now()}
@@ -74,7 +74,7 @@ func (c *churn) once() error {
 		}
 	}
 	answered(func(_ int, in netip.AddrPort, peer netip.Addr) {
-		ext := netip.AddrPortFrom(c.s.Gateway.Addr, in.Port()) // nobody else has it towards the peer
+		ext := netip.AddrPortFrom(c.s.Gateway.Addr, in.Port()) // no other flow has it towards this peer
 		errs = append(errs, c.in.add(netip.AddrPortFrom(peer, 9), ext), c.in.add(netip.AddrPortFrom(peer, childPort), ext))
 	})
 	errs = append(errs, c.in.send())
@@ -87,7 +87,7 @@ func (c *churn) once() error {
 	return errors.Join(append(errs, c.out.send())...)
 }
 
-// flow returns the endpoints of flow n. For 20 million flows none is like another.
+// flow returns the endpoints of flow n. The first 20 million flows all differ.
 func (c *churn) flow(n int) (in netip.AddrPort, peer netip.Addr) {
 	port := n / portFlows
 	round := port / churnPorts
@@ -96,7 +96,7 @@ func (c *churn) flow(n int) (in netip.AddrPort, peer netip.Addr) {
 		stage.Peer((round*portFlows + n%portFlows) % stage.Peers)
 }
 
-// A volley is some packets of a flood that are sent together.
+// A volley collects packets of a flood that are sent together.
 type volley struct {
 	*lab.Flood
 	n int

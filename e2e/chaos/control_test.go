@@ -17,16 +17,16 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// Local programs do to the control socket what they can: a thousand hold connections,
-// others send garbage and endless requests, ask for the list and do not read it. The
-// daemon goes on with its work meanwhile, and answers again afterwards.
+// Local programs attack the control socket: a thousand hold connections open; others
+// send garbage or endless requests, or ask for the list and do not read it. Meanwhile
+// the daemon does its work, and afterwards it answers again.
 //
 // Fails when the loop itself writes the list.
 func TestControlSocketUnderAttack(t *testing.T) {
 	s := controlScene{stage.New(t, lab.Options{})}
-	s.Start(stage.Flags(stage.Expect)...) // each permission takes the daemon
+	s.Start(stage.Flags(stage.Expect)...) // here the daemon makes every permission
 	proxy, media := s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070)
-	const ports = 6 // the list has more than a socket's buffer has room for
+	const ports = 6 // for a list larger than a socket's buffer
 	scan := s.Scan(firstPort, ports)
 	s.Must(scan.Send(0, scan.Len()))
 	s.Until("all are listed", func() bool { return len(s.List()) == scan.Len() })
@@ -36,7 +36,7 @@ func TestControlSocketUnderAttack(t *testing.T) {
 	for _, attack := range []struct {
 		name    string
 		clients int
-		do      func(c net.Conn, end <-chan struct{}) // returns when the server hung up, or at the end
+		do      func(c net.Conn, end <-chan struct{}) // returns when the server hung up, or at end
 	}{
 		{"silence", 1000, func(c net.Conn, _ <-chan struct{}) { _, _ = c.Read(make([]byte, 1)) }},
 		{"list that nobody reads", 10, func(c net.Conn, end <-chan struct{}) {
@@ -78,13 +78,14 @@ func TestControlSocketUnderAttack(t *testing.T) {
 	s.Verified()
 }
 
-// contactsMeanwhile are made during each attack.
+// contactsMeanwhile is the number of new contacts during each attack.
 const contactsMeanwhile = 10
 
 type controlScene struct{ *stage.Scene }
 
-// attackControl lets some clients connect, and again when the server hangs up on them.
-// It begins when the first is there. stop ends it and returns how often they did.
+// attackControl makes clients connect, and connect again when the server hangs up. It
+// returns once the first is connected. stop ends them, and returns the number of
+// connections.
 func (s controlScene) attackControl(clients int, do func(c net.Conn, end <-chan struct{})) (stop func() int64) {
 	s.T.Helper()
 	end, there := make(chan struct{}), make(chan struct{}, 1)
@@ -100,7 +101,7 @@ func (s controlScene) attackControl(clients int, do func(c net.Conn, end <-chan 
 				}
 				c, err := net.Dial("unix", s.Daemon.Socket)
 				if err != nil {
-					time.Sleep(10 * time.Millisecond) // the backlog is full; what is tried is not the CPU
+					time.Sleep(10 * time.Millisecond) // the backlog is full; do not burn the CPU
 					continue
 				}
 				n.Add(1)
@@ -130,7 +131,7 @@ func (s controlScene) attackControl(clients int, do func(c net.Conn, end <-chan 
 	}
 }
 
-// Who is neither root nor of the daemon's group cannot talk to the daemon.
+// Only root and the daemon's group can talk to the daemon.
 //
 // Fails with a socket of mode 0666.
 func TestControlSocketIsForRoot(t *testing.T) {

@@ -8,14 +8,14 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// A crowd are flows out of the first inside host, each to a peer of its own on its
-// port, that are never answered.
+// A crowd is a set of unanswered flows of the first inside host. No two flows of a
+// port have the same peer.
 type crowd struct {
 	*stage.Scene
 	flood *lab.Flood
 
-	sending atomic.Int64 // of the flows, under load
-	stop    func() int   // the load
+	sending atomic.Int64 // flows that send now, under load
+	stop    func() int   // ends the load
 }
 
 const (
@@ -29,7 +29,7 @@ func flow(i int) stage.Flow {
 	return stage.Flow{Port: uint16(crowdPort + i/peersOnPort), Peer: stage.Peer(crowdPeer + i%peersOnPort)}
 }
 
-// newCrowd makes a crowd of n flows, of which none sent yet.
+// newCrowd makes a crowd of n flows that has not sent yet.
 func newCrowd(s *stage.Scene, n int) *crowd {
 	s.T.Helper()
 	f := s.Flood(n, true)
@@ -39,7 +39,8 @@ func newCrowd(s *stage.Scene, n int) *crowd {
 	return &crowd{Scene: s, flood: f}
 }
 
-// known lets all of the crowd send until the daemon knows all, and nothing else.
+// known lets the whole crowd send until the daemon lists each of its flows, and
+// nothing else.
 func (c *crowd) known() {
 	c.T.Helper()
 	c.Until("all flows have their claim", func() bool {
@@ -48,7 +49,7 @@ func (c *crowd) known() {
 	})
 }
 
-// children checks that the peers of the first and the last flow reach it from other
+// children checks that the peers of the first and the last flow get in from other
 // ports.
 func (c *crowd) children(ext string) {
 	c.T.Helper()

@@ -12,7 +12,7 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// After an interval what was refused is tried again.
+// What is refused is retried once in an interval.
 const (
 	interval = time.Second
 	retry    = "--reconcile=1s"
@@ -24,11 +24,12 @@ const (
 	noRoom    = "no_room"
 )
 
-// Others fill conntrack. No anchor takes room from them: what stood and what is new is
-// refused, or stands in the map alone; when the others are gone all of it stands. How
-// large the table may be is the machine's to say, and not this namespace's.
+// Others fill conntrack. Anchors must not take their room: old and new permissions are
+// refused, or stand in the map alone. When the others are gone, all of them stand as
+// expectations. The size of the table belongs to the machine, not to this namespace,
+// so the test skips a large one.
 //
-// Fails when a refused permission is tried again at once, and when it never is; and
+// Fails when a refused permission is retried at once, when it is never retried, and
 // when an anchor stays in a full table.
 func TestFullConntrack(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Expect, stage.Auto}, func(t *testing.T, mode ...string) {
@@ -43,7 +44,7 @@ func TestFullConntrack(t *testing.T) {
 		ext := s.Contact(talker, proxy)
 		s.Stands(talker, proxy, ext)
 
-		// A paused daemon does not refresh what stands, so the pause must be short.
+		// A paused daemon does not refresh permissions, so the pause must be short.
 		o := newOthers(s)
 		o.most()
 		s.Must(s.Daemon.Pause())
@@ -66,7 +67,7 @@ func TestFullConntrack(t *testing.T) {
 			t.Errorf("no warning: %q", s.Status().Warnings)
 		}
 		s.Arrives(talker, proxy, ext)
-		s.Lost(talker, s.PeerSocket(lab.PeerA, 5070), ext, proxy) // the kernel has no room for a child
+		s.Lost(talker, s.PeerSocket(lab.PeerA, 5070), ext, proxy) // the table has no room for a child
 
 		began := time.Now()
 		o.end()
@@ -78,11 +79,11 @@ func TestFullConntrack(t *testing.T) {
 	})
 }
 
-// Others hold half of the expectations that there can be, and more permissions are
-// wanted than fit beside them: the rest is refused, or stands in the map alone. When
-// the others end, and then some of ours, the rest takes their place.
+// Others hold half of the expectation table, and more permissions are wanted than fit
+// beside them: the rest is refused, or stands in the map alone. When the others end,
+// and then some of ours, the rest takes their room.
 //
-// Fails when a refused permission is tried again at once, and when it never is.
+// Fails when a refused permission is retried at once, and when it is never retried.
 func TestFullExpectations(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Expect, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := stage.New(t, lab.Options{Guest: true, Rules: lab.Masquerade + lab.DropPolicy})
@@ -132,11 +133,11 @@ func TestFullExpectations(t *testing.T) {
 	})
 }
 
-// More permissions are wanted than max_permissions. The rest is refused, a kernel that
-// learned it has it no more, and when others end it stands. The map is never smaller
-// than this limit; what becomes of a full one is seen in package rules.
+// More permissions are wanted than max_permissions. The rest is refused, and removed
+// from the kernel if it learned them; when others end, the rest stands. The map always
+// has room for this limit; package rules tests a full map.
 //
-// Fails when a refused permission is tried again at once, and when it never is.
+// Fails when a refused permission is retried at once, and when it is never retried.
 func TestFullLimit(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Expect, stage.Auto}, func(t *testing.T, mode ...string) {
 		const limit, wanted = 200, 300
@@ -160,13 +161,13 @@ func TestFullLimit(t *testing.T) {
 	})
 }
 
-// The pool has no port for most newcomers: they keep the kernel's own mapping, and
-// their permissions. That is counted and told, and when mappings end newcomers get
-// their ports.
+// The pool has too few ports for the newcomers. Those without a port keep the kernel's
+// mapping and their permissions. Status counts them and warns; when mappings end,
+// newcomers get pool ports.
 //
 // Fails when a flow that finds no port is not counted, and when mappings do not end.
 func TestFullPool(t *testing.T) {
-	const ports, pool = 50, 32 // of 64 ports the even ones
+	const ports, pool = 50, 32 // the even ones of 64 ports
 	s := stage.New(t, lab.Options{Inside: 2})
 	s.Start(stage.Flags(stage.Auto, retry, "--lifetime=2s", "--mapping=endpoint_independent", "--port-pool=61000-61063")...)
 	a, b := s.PeerSocket(lab.PeerA, 3074), s.PeerSocket(lab.PeerB, 3074)
@@ -208,8 +209,8 @@ func TestFullPool(t *testing.T) {
 	leavesNothing(s)
 }
 
-// refusedNowAndThen waits until n permissions, which are refused, were tried again
-// twice, and checks that none was more often than once in an interval.
+// refusedNowAndThen waits until the n refused permissions were retried twice, and
+// checks that there was no more than one retry of each in an interval.
 func refusedNowAndThen(s *stage.Scene, reason string, n int) {
 	s.T.Helper()
 	refusals := func() int { return int(s.Status().Counters.Refused[reason]) }
@@ -231,7 +232,7 @@ func refusedNowAndThen(s *stage.Scene, reason string, n int) {
 	}
 }
 
-// sysctl reads a number of conntrack's.
+// sysctl reads a numeric setting of conntrack.
 func sysctl(s *stage.Scene, name string) int {
 	s.T.Helper()
 	text, err := s.Gateway.Sysctl("net.netfilter." + name)

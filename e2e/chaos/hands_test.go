@@ -9,18 +9,18 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// Somebody else's hands on conntrack: whatever they take away is back at once where
-// an event tells of it, else after one reconcile, and is counted. What they do to the
-// tables is in e2e/mend_test.go.
+// Others delete conntrack entries or expectations. The daemon restores them at once if an
+// event reports it, otherwise after one reconcile, and counts it. Changes to the tables are
+// in e2e/mend_test.go.
 //
-// Fails when the events of anchors are dropped (the reconcile is an hour away then),
-// and when compare looks for nothing that is missing.
+// Fails when events of anchors are dropped (the reconcile is then an hour away), and when
+// compare does not look for missing entries.
 func TestHandsOnConntrack(t *testing.T) {
 	const never, soon = "--reconcile=1h", "--reconcile=1s"
 	for _, tc := range []struct{ hand, reconcile string }{
 		{"-F", never},
-		{"-D -p udp --orig-src 10.47.11.109", never}, // the anchors too
-		{"-F expect", soon},                          // no event tells
+		{"-D -p udp --orig-src 10.47.11.109", never}, // anchors included
+		{"-F expect", soon},                          // no event reports this
 	} {
 		t.Run(strings.ReplaceAll(tc.hand, " ", "_"), func(t *testing.T) {
 			stage.InModes(t, modes, func(t *testing.T, mode ...string) {
@@ -41,7 +41,7 @@ func TestHandsOnConntrack(t *testing.T) {
 				for i, peer := range []*lab.Socket{a, b} {
 					s.Arrives(phone, s.PeerSocket(peer.Addr().Addr(), uint16(7000+i)), ext)
 				}
-				// In conntrack there is nothing of a permission that stands in the map alone.
+				// Conntrack holds nothing for a permission that stands in the map alone.
 				n, want := s.Status().Counters.Repaired, before.expectations
 				if int(n["expectations"]) < want || tc.reconcile == never && int(n["anchors"]) < want {
 					t.Errorf("counted %v, want %d", n, want)
@@ -55,9 +55,9 @@ func TestHandsOnConntrack(t *testing.T) {
 	}
 }
 
-// Without events permissions come at each reconcile, and the user is told.
+// Without events each reconcile grants permissions, and the user is warned.
 //
-// Fails when the reconcile shows no flows to the model.
+// Fails when the reconcile does not give the flows to the model.
 func TestHandsSwitchEventsOff(t *testing.T) {
 	stage.InModes(t, modes, func(t *testing.T, mode ...string) {
 		s := stage.New(t, lab.Options{})

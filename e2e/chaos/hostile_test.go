@@ -15,9 +15,9 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// An outside host without permission sends to every outside port, those that somebody
-// may be reached by among them. Nothing gets in, no flow comes of it, and the daemon
-// does not even hear of it.
+// An outside host without a permission sends to every outside port, including one on
+// which a peer has a permission. Nothing gets in, no flow is made, and the daemon gets no
+// event.
 //
 // Fails with --guard=false.
 func TestFloodOfStrangers(t *testing.T) {
@@ -54,19 +54,19 @@ func TestFloodOfStrangers(t *testing.T) {
 	})
 }
 
-// timeless is p without its times, which the daemon tells to the millisecond.
+// timeless is p without its times, which vary by milliseconds.
 func timeless(p control.Permission) control.Permission {
 	p.Since, p.Expires = time.Time{}, time.Time{}
 	return p
 }
 
-// cpuTime is what the daemon used so far (proc_pid_stat(5)).
+// cpuTime is the CPU time that the daemon used so far (proc_pid_stat(5)).
 func cpuTime(s *stage.Scene) time.Duration {
 	s.T.Helper()
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", s.Daemon.PID()))
 	s.Must(err)
 	const user, system, tick = 14, 15, 10 * time.Millisecond
-	fields := strings.Fields(string(b)) // the name has no blank
+	fields := strings.Fields(string(b)) // the name contains no blank
 	var sum time.Duration
 	for _, f := range []int{user, system} {
 		n, err := strconv.Atoi(fields[f-1])
@@ -76,8 +76,8 @@ func cpuTime(s *stage.Scene) time.Duration {
 	return sum
 }
 
-// A permitted peer, or who takes its address, sends from every port there is. It
-// gets as many children as it may have; other peers get theirs.
+// A permitted peer, or a host that fakes its address, sends from every port. It gets at
+// most max_children flows; other peers still get theirs.
 //
 // Fails with --max-children=0.
 func TestFloodOfAPermittedPeer(t *testing.T) {
@@ -109,7 +109,7 @@ func TestFloodOfAPermittedPeer(t *testing.T) {
 			}
 			return nil
 		}))
-		const most = 256 // max_children; a bucket of the map fills up meanwhile
+		const most = 256 // max_children; a bucket of the map refills meanwhile
 		made := entries(s) - before
 		t.Logf("%d flows came of it", made)
 		if made > 2*most {
@@ -121,9 +121,9 @@ func TestFloodOfAPermittedPeer(t *testing.T) {
 	})
 }
 
-// Outside hosts send with the source of an inside host: to many peers, and in the place
-// of its own flow. Others send to its port all the time. Nothing comes of it, and nothing
-// lasts longer for it.
+// Outside hosts fake the source of an inside host: they send to many peers, and as its
+// existing flow. Others send to its outside port all the time. They make no flow and no
+// permission, and extend none.
 //
 // Fails with --guard=false.
 func TestNoStrangerMakesOrExtends(t *testing.T) {

@@ -10,9 +10,9 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// An inside host scans 100,000 peers: 500 addresses from 200 ports each; fewer in the
-// modes that are not the default. It gets what one host may have, and no more; what
-// others have stays, and they get more.
+// An inside host scans 100,000 peers: 500 addresses from 200 ports each, or fewer ports
+// in the modes other than auto. It gets its limit and no more; other hosts keep their
+// permissions and get new ones.
 //
 // Fails with --max-permissions-per-host=0.
 func TestScanFromInside(t *testing.T) {
@@ -23,7 +23,7 @@ func TestScanFromInside(t *testing.T) {
 			ports = 20
 		}
 		s := stage.New(t, lab.Options{Inside: 2})
-		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600")) // they outlive the test
+		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600")) // so that the flows outlive the test
 		s.Start(stage.Flags(mode, "--max-permissions-per-host=1000")...)
 		victim, proxy := s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
 		ext := s.Contact(victim, proxy)
@@ -40,7 +40,7 @@ func TestScanFromInside(t *testing.T) {
 		s.Stands(other, proxy, extOther)
 		s.Arrives(other, s.PeerSocket(lab.PeerA, 5071), extOther)
 		t.Logf("%d packets to the victim meanwhile, none lost", stop())
-		// By now the daemon took all events of before.
+		// By now the daemon has handled all earlier events.
 		standing, all := 0, s.List()
 		for _, p := range all {
 			if p.Int.Addr() == s.Inside(0).Addr && p.State == "standing" {
@@ -56,11 +56,11 @@ func TestScanFromInside(t *testing.T) {
 	})
 }
 
-// An inside host makes packets by hand: with the port that another one's permission has,
-// with a forwarded port, with port 0, with sources that are not inside, to addresses that
-// are no peers. None gets what is not its own.
+// An inside host forges packets: with the port of another host's permission, a forwarded
+// port, port 0, or sources that are not inside, and to addresses that are no peers. It
+// gains no permission from them, and the other hosts lose nothing.
 //
-// Fails when the model is not told of forwards.
+// Fails when the model does not learn of forwards.
 func TestForgedFromInside(t *testing.T) {
 	const forwarded = 5080
 	rules := lab.Masquerade + `table ip forwards { chain prerouting {
@@ -95,7 +95,7 @@ func TestForgedFromInside(t *testing.T) {
 		for range 3 {
 			s.Must(forged.Send(0, forged.Len()))
 		}
-		// What comes after them is taken after them.
+		// Events come in order, so the forged packets are handled before this flow.
 		fence := s.InsideSocket(1, 5062)
 		s.Stands(fence, proxy, s.Contact(fence, proxy))
 

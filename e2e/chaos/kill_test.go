@@ -12,16 +12,16 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// The daemon is killed and started again, five times, while children talk: not one
-// packet of theirs is lost, new ones get in while it is dead, and nothing is there
-// twice. One permission has no flow but a child that nobody answered.
+// The daemon is killed and started again, five times, while children talk: none of
+// their packets is lost, new children get in while it is dead, and nothing exists
+// twice. One permission has no flow but an unanswered child.
 //
 // Fails when New adopts nothing.
 func TestKillAndRestart(t *testing.T) {
 	stage.InModes(t, modes, func(t *testing.T, mode ...string) {
 		s := stage.New(t, lab.Options{Inside: 3})
 		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
-		mode = append(slices.Clone(mode), "--max-children=0") // for there are many fresh ports
+		mode = append(slices.Clone(mode), "--max-children=0") // because there are many fresh ports
 		s.Start(stage.Flags(mode)...)
 		proxy := s.PeerSocket(lab.PeerA, 5060)
 		var exts []netip.AddrPort
@@ -71,8 +71,8 @@ func TestKillAndRestart(t *testing.T) {
 	})
 }
 
-// A daemon that is killed and never comes back leaves nothing in force for longer
-// than a lifetime. The rules stay; without permissions they let nothing in.
+// A daemon that is killed for good leaves nothing in force for longer than a
+// lifetime. The rules stay, but without permissions they let nothing in.
 //
 // Fails when an expectation gets ten lifetimes.
 func TestKillForGood(t *testing.T) {
@@ -90,7 +90,7 @@ func TestKillForGood(t *testing.T) {
 			h.anchors = 0
 			return h == holdings{}
 		})
-		for _, a := range s.Anchors() { // without an expectation it is a flow that nobody uses
+		for _, a := range s.Anchors() { // without an expectation an anchor is just an unused entry
 			if left, err := strconv.Atoi(strings.Fields(a)[2]); err != nil || left > 60 {
 				t.Errorf("an anchor that stays for more than a minute: %s, %v", a, err)
 			}

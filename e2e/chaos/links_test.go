@@ -17,24 +17,24 @@ const (
 	nextAddr  = "198.51.100.77"
 )
 
-// The crowds of these tests begin small, and grow while something changes. There is room
-// for twice as many expectations: those on an address that went end a moment after the
-// first on the new one are wanted.
+// The crowds start small, and grow during the change. The expectation table has room for
+// twice as many, because those on the old address end a moment after the first are
+// wanted on the new one.
 const firstFlows, allFlows = 500, 1500
 
-// The way outside changes while a crowd of flows goes on sending, as clients do, and
-// new ones join it. Then all of them have their permissions where they leave, their
-// peers send from other ports, a talk goes on, and nothing stands on an address that is
-// gone. No reconcile helps: it is an hour away.
+// The way outside changes while a crowd of flows keeps sending, as clients do, and new
+// flows join. Afterwards all have permissions on their new outside address, their peers
+// get in from other ports, a conversation goes on, and nothing stands on an address that
+// is gone. The reconcile is an hour away.
 //
-// Fails when the links are not watched; and seen late, when a flow on an address that
-// went gives a permission.
+// Fails when the links are not watched; and, for "seen late", when a flow on an address
+// that is gone gives a permission.
 func TestLinks(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
 		change func(c *crowd)
-		link   string // the outside one then
-		addr   string // the gateway's then
+		link   string // the outside link after the change
+		addr   string // its address then
 	}{
 		{"another address", (*crowd).changeAddress, "wan0", nextAddr},
 		{"another address, seen late", (*crowd).changeAddressUnseen, "wan0", nextAddr},
@@ -70,8 +70,8 @@ func TestLinks(t *testing.T) {
 	}
 }
 
-// A second uplink comes while the crowd sends by the first one: who uses it gets
-// permissions on its address, and nobody else notices.
+// A second uplink comes while the crowd sends by the first one: flows that use it get
+// permissions on its address, and no other flow is affected.
 //
 // Fails when the links are not watched.
 func TestLinksSecondUplink(t *testing.T) {
@@ -109,8 +109,8 @@ func TestLinksSecondUplink(t *testing.T) {
 	})
 }
 
-// newLoad makes a lab whose daemon serves a crowd, of which some send on and on, while
-// a stranger sends to their outside ports.
+// newLoad makes a lab whose daemon serves a crowd. The first flows send all the time,
+// while a stranger sends to the crowd's outside ports.
 func newLoad(t *testing.T, mode []string) *crowd {
 	t.Helper()
 	s := stage.New(t, lab.Options{Inside: 3, Rules: stage.UplinkRules})
@@ -145,7 +145,7 @@ func (c *crowd) strangers() *lab.Flood {
 	return f
 }
 
-// pacer returns a function that returns when the gateway has time.
+// pacer returns a function that waits until the gateway keeps up.
 func (c *crowd) pacer() func() error {
 	c.T.Helper()
 	in, gateway := c.InsideSocket(0, 7), c.Socket(c.Gateway.Namespace, lab.InsideNet.Addr().Next(), 7)
@@ -162,8 +162,8 @@ func (c *crowd) changeAddress() {
 	c.IP(c.Gateway, "route replace default via 198.51.100.254 dev wan0 onlink")
 }
 
-// changeAddressUnseen changes it while the daemon stands still, which so has the
-// events of flows on the old address before it.
+// changeAddressUnseen changes it while the daemon is paused, so that the daemon first
+// reads events of flows on the old address.
 func (c *crowd) changeAddressUnseen() {
 	c.Must(c.Daemon.Pause())
 	c.Until("the new flows are there", func() bool { return len(flows(c.Scene)) > allFlows })
@@ -185,11 +185,11 @@ func (c *crowd) downAndUp() {
 func (c *crowd) replaceLink(name, addr string) {
 	c.IP(c.Gateway, "link del wan0")
 	c.AddLink(name, addr)
-	c.IP(c.Outside, "address add 198.51.100.254/32 dev "+name) // it went with its link
+	c.IP(c.Outside, "address add 198.51.100.254/32 dev "+name) // it was lost with its link
 	c.IP(c.Gateway, "route replace default via 198.51.100.254 dev "+name+" onlink")
 }
 
-// hears lets in send until peer hears it from ext.
+// hears lets in send until peer sees its packets come from ext.
 func (c *crowd) hears(peer, in *lab.Socket, ext netip.AddrPort) {
 	c.T.Helper()
 	c.Until("the peer hears", func() bool {
@@ -204,11 +204,11 @@ func (c *crowd) hears(peer, in *lab.Socket, ext netip.AddrPort) {
 	})
 }
 
-// stand reports whether n permissions stand on an outside address, and each has a flow.
+// stand reports whether exactly n permissions with a flow stand on an outside address.
 func (c *crowd) stand(addr string, n int) bool {
 	c.T.Helper()
 	if c.Status().Permissions.Standing < n {
-		return false // a list takes longer
+		return false // a list would take longer
 	}
 	for _, p := range c.List() {
 		if p.State == "standing" && p.Flows > 0 && p.Ext.Addr().String() == addr {
@@ -218,7 +218,7 @@ func (c *crowd) stand(addr string, n int) bool {
 	return n == 0
 }
 
-// on returns all that is there for an outside address.
+// on returns all permissions, listed or in the kernel, on an outside address.
 func (c *crowd) on(addr string) (all []string) {
 	c.T.Helper()
 	for _, p := range c.List() {

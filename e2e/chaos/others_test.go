@@ -17,10 +17,10 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// Others use conntrack too.
+// Other users of conntrack.
 
-// expectations lets a rule of somebody else's expect flows from the peers of guests,
-// about n, and returns how many there are.
+// expectations makes about n expectations with a user's nftables rule, for flows
+// from the peers of guests, and returns their number.
 func expectations(s *stage.Scene, n int) int {
 	s.T.Helper()
 	const first = 40_000
@@ -43,12 +43,12 @@ func expectations(s *stage.Scene, n int) int {
 	return want
 }
 
-// others are entries of conntrack that have nothing to do with the daemon.
+// others are conntrack entries that have nothing to do with the daemon.
 type others struct {
 	s    *stage.Scene
 	conn *conntrack.Conn
 	mark uint32
-	made int // tried to make
+	made int // number of attempts
 }
 
 func newOthers(s *stage.Scene) *others {
@@ -59,7 +59,7 @@ func newOthers(s *stage.Scene) *others {
 	return &others{s: s, conn: c, mark: 47}
 }
 
-// udp returns the UDP flows that are there. The kernel sorts out all others.
+// udp returns all UDP flows; the kernel filters out other entries.
 func (o *others) udp() (all []cone.Flow) {
 	o.s.T.Helper()
 	q, err := ctwatch.DialQueries(ctwatch.Config{NetNS: o.s.Gateway.FD()})
@@ -69,16 +69,16 @@ func (o *others) udp() (all []cone.Flow) {
 	return all
 }
 
-// most makes others until conntrack has room for a few thousand more. That takes its
-// time; fill does the rest at once.
+// most makes others until conntrack has room for only a few thousand more entries.
+// That is slow; fill then does the rest quickly.
 func (o *others) most() {
 	o.s.T.Helper()
 	const room = 4096
 	o.add(func() bool { return sysctl(o.s, "nf_conntrack_count") > sysctl(o.s, "nf_conntrack_max")-room })
 }
 
-// fill makes as many as conntrack has room for. UDP flows are assured first: the
-// kernel makes room by dropping those that are not.
+// fill makes as many as conntrack has room for. It first makes UDP flows assured,
+// because a full table drops entries that are not.
 func (o *others) fill() {
 	o.s.T.Helper()
 	for _, f := range o.udp() {
@@ -95,7 +95,7 @@ func (o *others) fill() {
 	o.add(func() bool { return false })
 }
 
-// add makes others until conntrack has no room, or there are enough.
+// add makes others until conntrack is full, or enough says so.
 func (o *others) add(enough func() bool) {
 	o.s.T.Helper()
 	c, err := nfnl.Dial(o.s.Gateway.FD())
@@ -119,7 +119,7 @@ func (o *others) add(enough func() bool) {
 	}
 }
 
-// entry appends the creation of a TCP connection.
+// entry appends a message that creates a TCP entry.
 func (o *others) entry(e *nfnl.Encoder, seq uint32, from, to netip.AddrPort) {
 	const (
 		create                                  = unix.NLM_F_REQUEST | unix.NLM_F_CREATE

@@ -13,38 +13,38 @@ import (
 )
 
 const (
-	// soakEnv says how long the soak takes, as a Go duration.
+	// soakEnv is the duration of the soak, as a Go duration.
 	soakEnv = "CONENATD_SOAK"
-	// soakOthers is the least time with which the modes beside auto have their turn as
-	// well, a sixth of it each.
+	// If the soak is at least this long, the modes other than auto are soaked too, a
+	// sixth of it each.
 	soakOthers = 10 * time.Minute
 
 	soakLifetime = 10 * time.Second
 
-	// grownUp is when a model at this rate stops growing: it has filled its memory of
-	// claims that ended.
+	// grownUp is when the model stops growing at this rate: its memory of ended claims
+	// is full.
 	grownUp = 50 * time.Second
 
-	// What may be more at the end: the samples are few, and a request may be under way.
+	// How much more the end may show: samples are few, and a request may be running.
 	moreAtMost   = 1
 	memoryAtMost = 1.25
 )
 
-// A soak: for minutes 5,000 new flows a second, of which some are answered, by children
-// too. Permissions come and go as quickly, many times a minute all is compared with the
-// kernel, the configuration read again, and the list asked for. Two others talk
-// meanwhile, and lose nothing. Memory, goroutines and open files stay what they were. In
+// A soak: 5,000 new flows a second for minutes. Some are answered, some by children, and
+// permissions come and go at that rate. Many times a minute the daemon compares
+// everything with the kernel, rereads its configuration, and sends the list. Two hosts
+// talk meanwhile, and lose nothing. Memory, goroutines and open files do not grow. At
 // the end the daemon, the expectations, the map and conntrack agree, first while
-// thousands stand, then when nothing does.
+// thousands of permissions stand, then when none does.
 //
-// "make soak" runs it alone, for three minutes, SOAK=2h for longer; in less than that
-// memory cannot be judged. The program is one without the race detector, with which two
-// CPUs may not do for so many flows.
+// "make soak" runs it alone for three minutes, or longer with SOAK=2h; a shorter run
+// cannot judge memory. The program is built without the race detector, with which two
+// CPUs may be too slow.
 //
-// Fails when a reconcile leaves a file or a goroutine behind, when the model forgets
-// none of the claims that ended, or keeps some that expired; when the loop takes four
-// events for each permission it looks after, or does all that a list asks for before
-// it reads events again; and when a verification takes a list of the map for whole.
+// Fails when a reconcile leaks a file or a goroutine; when the model never forgets ended
+// claims, or keeps expired ones; when the loop takes four events for each permission it
+// looks after, or serves a whole list before it reads events again; and when verify
+// takes a list of the map for complete.
 func TestSoak(t *testing.T) {
 	text := os.Getenv(soakEnv)
 	if text == "" {
@@ -75,7 +75,7 @@ func soak(t *testing.T, exe string, long time.Duration, mode []string) {
 	hangUp := conversation(s)
 	c, stop := churning(s)
 	samples := watch(s, long)
-	// What is made from now on lives on, to be compared.
+	// Flows from now on stay alive, to be compared.
 	before := c.made.Load()
 	s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
 	watch(s, time.Second)
@@ -101,7 +101,7 @@ func soak(t *testing.T, exe string, long time.Duration, mode []string) {
 		p := s.Status().Permissions
 		return p.Standing + p.Refused + p.Waiting
 	}
-	last := made - int(before) + laterOn // of those before, some were answered later
+	last := made - int(before) + laterOn // some earlier flows were answered later
 	s.UntilIn(5*stage.Patience(), "what was made before ran out", func() bool { return claims() <= last })
 	if n := claims(); n < churnRate/2 {
 		t.Errorf("%d claims are there to be compared", n)
@@ -116,7 +116,7 @@ func soak(t *testing.T, exe string, long time.Duration, mode []string) {
 	leavesNothing(s)
 }
 
-// watch looks at the daemon each second. Each tenth time it asks for all else too.
+// watch samples the daemon each second. Every tenth second it also reloads and lists.
 func watch(s *stage.Scene, long time.Duration) (samples []control.Process) {
 	s.T.Helper()
 	second := time.NewTicker(time.Second)
@@ -134,8 +134,8 @@ func watch(s *stage.Scene, long time.Duration) (samples []control.Process) {
 	return samples
 }
 
-// flat checks that the daemon takes no more in the last quarter than in the first one,
-// after a third of the time to warm up.
+// flat checks that the daemon uses no more in the last quarter than in the first, after
+// a third of the time as warm-up.
 func flat(t *testing.T, samples []control.Process, long time.Duration) {
 	t.Helper()
 	rest := samples[len(samples)/3:]
@@ -161,8 +161,8 @@ func flat(t *testing.T, samples []control.Process, long time.Duration) {
 	}
 }
 
-// A summarized process has the least goroutines and open files, for a request or a
-// reconcile may be under way, and medians of the rest, which garbage is part of.
+// A summarized process has the minimum of goroutines and open files, because a request
+// or a reconcile may be running, and medians of memory, which includes garbage.
 type summarized control.Process
 
 func summary(samples []control.Process) summarized {
@@ -193,8 +193,8 @@ func latency(st control.Status) string {
 	return fmt.Sprintf("latency p50 %.2f ms, p99 %.2f ms", st.Latency.P50/1000, st.Latency.P99/1000)
 }
 
-// conversation lets the last inside host and a peer talk until stop: the host sends
-// from its own port, the peer from one that it did not use for half an hour.
+// conversation lets the last inside host and a peer talk until stop: the host sends from
+// one port, the peer each time from a port that it has not used for half an hour.
 func conversation(s *stage.Scene) (stop func() int) {
 	s.T.Helper()
 	phone, proxy := s.InsideSocket(churnHosts, 5060), s.PeerSocket(lab.PeerA, 5060)

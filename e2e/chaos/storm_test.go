@@ -17,13 +17,12 @@ const (
 	few        = 10  // entries that are not UDP
 )
 
-// A storm: 200,000 new flows, the first half while the daemon stands still, with
-// room for a few hundred events. Some of them are gone again before it looks. In the
-// end what lives has its permission, and nothing else has one, neither in the daemon
-// nor in the kernel.
+// A storm: 200,000 new flows, half of them while the daemon is paused and has buffer for
+// a few hundred events. Some flows end before the daemon looks. Finally each living flow
+// has its permission, and nothing else has one, in the daemon and in the kernel.
 //
-// Fails when the loop does not ask for a reconcile after an overrun, but for the mode
-// expect, whose table is full with what the first events tell.
+// Fails when the loop does not reconcile after an overrun; not in mode expect, whose
+// table the first events fill.
 func TestStorm(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFTByEvent, stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
 		s := stage.New(t, lab.Options{})
@@ -34,7 +33,7 @@ func TestStorm(t *testing.T) {
 
 		s.Must(s.Daemon.Pause())
 		storm(s, 0, stormPorts/2)
-		gone := fmt.Sprint(firstPort + stormPorts/4) // no event of it had room
+		gone := fmt.Sprint(firstPort + stormPorts/4) // no event of its flows fitted into the buffer
 		_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", gone)
 		s.Must(err)
 		s.Must(s.Daemon.Resume())
@@ -71,7 +70,8 @@ func TestStorm(t *testing.T) {
 			case room && lives:
 				t.Fatalf("%+v", p)
 			}
-			// A permission outlives its flow; but without learning nobody ever saw these.
+			// A permission may outlive its flow; but without learning nobody ever saw
+			// these flows.
 			if !lives && !learns {
 				t.Fatalf("a permission without a flow: %+v", p)
 			}
@@ -79,7 +79,7 @@ func TestStorm(t *testing.T) {
 		if room && len(living) > 0 || !room && standing < limit {
 			t.Errorf("%d permissions stand, %d flows have no claim", standing, len(living))
 		}
-		// What the kernel learned and no event told of runs out by itself.
+		// A permission that the kernel learned and no event reported expires by itself.
 		unknown := 0
 		if learns {
 			unknown = stage.Peers
@@ -91,7 +91,7 @@ func TestStorm(t *testing.T) {
 	})
 }
 
-// entries counts those of conntrack.
+// entries counts the conntrack entries.
 func entries(s *stage.Scene) int {
 	s.T.Helper()
 	return sysctl(s, "nf_conntrack_count")
@@ -112,7 +112,7 @@ func storm(s *stage.Scene, first, end int) {
 	}
 }
 
-// flows are those that live.
+// flows returns the flows that live.
 func flows(s *stage.Scene) map[stage.Flow]struct{} {
 	s.T.Helper()
 	all := make(map[stage.Flow]struct{})
@@ -128,7 +128,7 @@ func flows(s *stage.Scene) map[stage.Flow]struct{} {
 				s.Must(err)
 			}
 		}
-		if f.Port != 0 { // else it is an anchor
+		if f.Port != 0 { // an anchor has port 0
 			all[f] = struct{}{}
 		}
 	}

@@ -8,10 +8,11 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// What is wrong is told, and not touched. A verification that sees nothing would make
-// all other tests of this package worth less.
+// verify reports what is wrong and repairs nothing. If it saw nothing, the other tests
+// of this package would prove less.
 //
-// Fails when nothing is noted of what is not in the kernel, or of what conntrack shows.
+// Fails when a permission that is missing in the kernel, or a flow that differs from
+// conntrack, is not reported.
 func TestVerifyTellsWhatIsWrong(t *testing.T) {
 	s := stage.New(t, lab.Options{})
 	s.Start(stage.Flags(stage.Expect, "--reconcile=1h")...)
@@ -23,11 +24,11 @@ func TestVerifyTellsWhatIsWrong(t *testing.T) {
 	s.Verified()
 	for _, tc := range []struct{ hand, want string }{
 		{"-F expect", "203.0.113.5/32 -> 198.51.100.1:5060 stands, but not in the kernel"},
-		{"-D -p udp --orig-src 203.0.113.5", "; 1 wrong"}, // of the child an event tells
+		{"-D -p udp --orig-src 203.0.113.5", "; 1 wrong"}, // an event reports the end of the child
 	} {
 		_, err := s.Gateway.Output("conntrack", strings.Fields(tc.hand)...)
 		s.Must(err)
-		for range 2 { // it is still wrong when it was told
+		for range 2 { // a report does not repair it
 			out, code := s.CLI("status", "--verify", "--control-socket", s.Daemon.Socket)
 			if code != 1 || !strings.Contains(out, tc.want) {
 				t.Errorf("%s: exit %d, %s", tc.hand, code, out)
