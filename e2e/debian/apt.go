@@ -11,7 +11,7 @@ import (
 	"strings"
 )
 
-// An ArchiveError says that Debian's archive did not give what was asked of it.
+// An ArchiveError says that Debian's archive could not be read.
 type ArchiveError struct{ Err error }
 
 func (e ArchiveError) Error() string { return "download from Debian's archive: " + e.Err.Error() }
@@ -19,10 +19,10 @@ func (e ArchiveError) Error() string { return "download from Debian's archive: "
 // Unwrap returns the error of the program that asked.
 func (e ArchiveError) Unwrap() error { return e.Err }
 
-// Apt runs Debian's tools with lists and caches of its own: nothing that this
-// machine has is changed or installed. Proxies and the like are the machine's.
+// Apt runs Debian's tools with its own lists and caches: it changes and installs
+// nothing on this machine. Proxies and similar settings are the machine's.
 type Apt struct {
-	dir     string // where downloads go
+	dir     string // for downloads
 	options []string
 }
 
@@ -45,19 +45,19 @@ func newApt(cache string, suites []string) (*Apt, error) {
 		"Dir::State=" + dir,
 		"Dir::State::status=/dev/null",
 		"Dir::Cache=" + dir,
-		"APT::Sandbox::User=root", // who else could write below /root
+		"APT::Sandbox::User=root", // no other user could write below /root
 		"Acquire::Languages=none",
 		"Acquire::Retries=2",
 		"Acquire::http::Timeout=30",
-		"APT::Update::Error-Mode=any",      // else an archive out of reach is no error
-		"Acquire::Check-Valid-Until=false", // old suites are no longer signed anew
+		"APT::Update::Error-Mode=any",      // otherwise an unreachable archive is no error
+		"Acquire::Check-Valid-Until=false", // the lists of old suites are not renewed
 	} {
 		a.options = append(a.options, "-o", o)
 	}
 	return a, nil
 }
 
-// Run runs one of apt's programs and returns what it wrote.
+// Run runs one of apt's programs and returns its standard output.
 func (a *Apt) Run(ctx context.Context, name string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, name, append(slices.Clone(a.options), append([]string{"-q"}, args...)...)...)
 	cmd.Dir = a.dir
@@ -72,8 +72,8 @@ func (a *Apt) Run(ctx context.Context, name string, args ...string) (string, err
 	return string(out), nil
 }
 
-// firstError finds the first line that matters in what a program complained
-// about: apt marks errors, among warnings.
+// firstError finds the first error in a program's standard error; apt marks errors,
+// which stand among warnings.
 func firstError(stderr []byte) string {
 	text := strings.TrimSpace(string(stderr))
 	if i := strings.Index(text, "E: "); i >= 0 {

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// Missing skips a test that lacks something, or fails it in CI: there it must run.
+// Missing skips a test for this reason, or fails it in CI, where the test must run.
 func Missing(t *testing.T, reason string) {
 	t.Helper()
 	if os.Getenv("CI") != "" {

@@ -30,8 +30,8 @@ func (s source) with(fields map[string]string) string {
 	return strings.Join(lines, "")
 }
 
-// findSource finds Debian's own source of a suite. Other projects name theirs
-// by the same suites, but hardly one has Debian in its address.
+// findSource finds Debian's own source of a suite. Other projects use the same
+// suite names, but their addresses hardly contain "debian".
 func findSource(all []source, suite string) source {
 	for _, s := range all {
 		if slices.Contains(strings.Fields(s["types"]), "deb") &&
@@ -95,7 +95,7 @@ func parseList(text string) (all []source) {
 	return all
 }
 
-// parseDeb822 parses stanzas of "Field: value", parted by empty lines.
+// parseDeb822 parses stanzas of "Field: value", separated by empty lines.
 func parseDeb822(text string) (all []source) {
 	s, field := source{}, ""
 	for line := range strings.Lines(text + "\n\n") {
@@ -118,8 +118,8 @@ func parseDeb822(text string) (all []source) {
 	return all
 }
 
-// writeSources writes a source for each suite: this machine's own, with its
-// mirror, keys and options, with nothing changed but the suite.
+// writeSources writes one source for each suite: a copy of this machine's own, with
+// its mirror, keys and options; only the suite differs.
 func writeSources(dir string, suites []string) error {
 	release, err := osRelease()
 	if err != nil {
@@ -130,7 +130,7 @@ func writeSources(dir string, suites []string) error {
 		return err
 	}
 	for i, suite := range suites {
-		// Security updates come from another place than the rest.
+		// Security updates have a source of their own.
 		template := release
 		if strings.HasSuffix(suite, "-security") {
 			template += "-security"
@@ -138,7 +138,7 @@ func writeSources(dir string, suites []string) error {
 		s := findSource(own, template)
 		if s == nil {
 			if i > 0 {
-				continue // older point releases will do
+				continue // older point releases are enough
 			}
 			return fmt.Errorf("no source for %s in /etc/apt: want a Debian system", template)
 		}

@@ -17,14 +17,14 @@ import (
 type Tree struct {
 	// Name is a folder below the cache, such as "kernels/6.1".
 	Name string
-	// Suites are the parts of the archive to look in; of a package with several
-	// versions apt takes the newest.
+	// Suites are the parts of the archive to look in; apt takes the newest version of
+	// each package.
 	Suites []string
 	// Packages names the packages to download.
 	Packages func(context.Context, *Apt) ([]string, error)
-	// Unpack makes the folder tree from the packages in the folder debs.
+	// Unpack unpacks the packages in the folder debs into the folder tree.
 	Unpack func(ctx context.Context, debs, tree string) error
-	// Key stands for what Unpack does: a tree of another key is not used.
+	// Key identifies what Unpack does: a tree with another key is not used.
 	Key string
 	// Fresh is how long a tree is used without asking the archive for newer packages.
 	Fresh time.Duration
@@ -32,13 +32,13 @@ type Tree struct {
 
 const fetchTime = 5 * time.Minute
 
-// stamp is a file in each tree: it names the packages, and its time is when the
-// archive was asked last.
+// stamp is a file in each tree: it lists the packages, and its time is that of the
+// last look at the archive.
 const stamp = "packages"
 
-// Fetch returns the folder, and why it may be old. It uses the cache when that has
-// what the archive has, or when the archive cannot be reached; the error is an
-// ArchiveError where that would be needed.
+// Fetch returns the folder. It uses the cache if that is fresh, or as new as the
+// archive; old says why the archive could not be asked. Without a cache, an
+// unreachable archive is an ArchiveError.
 func (t Tree) Fetch(ctx context.Context) (dir string, old, err error) {
 	cache, err := os.UserCacheDir()
 	if err != nil {
@@ -78,7 +78,7 @@ func lock(path string) (unlock func() error, err error) {
 	return f.Close, nil
 }
 
-// prefix begins the names of the folders with the key.
+// prefix is the start of all folder names with this key.
 func (t Tree) prefix() string { return fmt.Sprintf("tree-%.3x-", sha256.Sum256([]byte(t.Key))) }
 
 // newest finds the tree in the cache that was renewed last.
@@ -106,7 +106,7 @@ func (t Tree) renew(ctx context.Context, cache string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	// Lines with address, file, size and checksum.
+	// Each line has an address, a file name, a size and a checksum.
 	list, err := a.Run(ctx, "apt-get", append([]string{"download", "--print-uris"}, names...)...)
 	if err != nil {
 		return "", err
@@ -135,7 +135,7 @@ func (t Tree) renew(ctx context.Context, cache string) (string, error) {
 	if err := os.WriteFile(filepath.Join(fresh, stamp), []byte(list), 0o644); err != nil {
 		return "", err
 	}
-	// A run that goes on with an older tree is over by now.
+	// A run that still uses an older tree has ended by now.
 	if old, age := t.newest(cache); old != "" && age > t.Fresh {
 		os.RemoveAll(old)
 	}

@@ -18,7 +18,7 @@ var initScript []byte
 //go:embed serve.sh
 var serveScript []byte
 
-// bootModules are what the guest needs to reach the host's file system.
+// bootModules are the modules that the guest needs to read the host's file system.
 var bootModules = []string{"virtio_pci", "9pnet_virtio", "9p", "overlay"}
 
 // writeImage writes the guest's first file system (initramfs).
@@ -49,7 +49,7 @@ func (k tree) writeImage(ctx context.Context, path string) error {
 	return os.WriteFile(path, a.end(), 0o644)
 }
 
-// addModules adds the modules for booting, unpacked, and their order.
+// addModules adds the unpacked boot modules, and the order to load them.
 func (k tree) addModules(ctx context.Context, a *archive) error {
 	dir, err := k.modules()
 	if err != nil {
@@ -79,8 +79,8 @@ func (k tree) addModules(ctx context.Context, a *archive) error {
 	return nil
 }
 
-// withDependencies returns the files that a module needs, in order, and its
-// own. A module that is not there is a part of the kernel itself.
+// withDependencies returns a module's file and those that it depends on, in load
+// order. It returns none for a module that is built into the kernel.
 func withDependencies(dep, name string) []string {
 	for line := range strings.Lines(dep) {
 		file, needs, _ := strings.Cut(line, ":")
@@ -88,7 +88,7 @@ func withDependencies(dep, name string) []string {
 			continue
 		}
 		files := []string{file}
-		for _, n := range strings.Fields(needs) { // what is needed first comes last
+		for _, n := range strings.Fields(needs) { // dependencies are listed last first
 			files = append([]string{n}, files...)
 		}
 		return files
@@ -96,7 +96,7 @@ func withDependencies(dep, name string) []string {
 	return nil
 }
 
-// moduleName is the name without folder and ending, as in overlay.ko.xz.
+// moduleName is the name without folder and suffix, for example of overlay.ko.xz.
 func moduleName(file string) string {
 	name, _, _ := strings.Cut(filepath.Base(file), ".")
 	return name
@@ -120,7 +120,7 @@ func readModule(ctx context.Context, path string) ([]byte, error) {
 // Documentation/driver-api/early-userspace/buffer-format.rst).
 type archive struct {
 	b    bytes.Buffer
-	last int // number of the last file
+	last int // inode number of the last file
 }
 
 func (a *archive) add(name string, mode fs.FileMode, data []byte) {

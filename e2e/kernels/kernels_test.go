@@ -1,9 +1,9 @@
-// Package kernels runs tests on Debian's own kernels, in QEMU: the kernel of
-// the machine at hand may lack what they have (nfnetlink_cthelper, flowtables),
-// and behave otherwise. "make kernels" is the way to start it.
+// Package kernels runs tests on Debian's own kernels, in QEMU. This machine's kernel may
+// lack some of their features (nfnetlink_cthelper, flowtables), or behave differently. "make
+// kernels" starts it.
 //
-// The guest sees the host's files, read-only: programs, libraries, this folder.
-// Without hardware virtualisation it is five to ten times slower.
+// The guest sees the host's files read-only: programs, libraries, this folder. Without
+// hardware virtualisation it is five to ten times slower.
 package kernels
 
 import (
@@ -30,7 +30,7 @@ const (
 	commandEnv = "CONENATD_KERNELS_COMMAND"
 )
 
-// tools are the programs that this needs, and their Debian packages.
+// tools are the required programs and their Debian packages.
 var tools = [][2]string{
 	{"qemu-system-x86_64", "qemu-system-x86"},
 	{"busybox", "busybox-static"},
@@ -47,37 +47,37 @@ type job struct {
 	verbose       bool // show the whole output
 }
 
-// kernelTime bounds all that runs in one guest; 6.1 takes twenty minutes on a
-// machine with nothing else to do.
+// kernelTime bounds the time of one guest; 6.1 takes twenty minutes on an otherwise idle
+// machine.
 const kernelTime = 50 * time.Minute
 
-// packages are the ones whose tests run in a guest.
+// packages are the packages whose tests run in a guest.
 var packages = []string{
 	"e2e/kernels/guest", "internal/expect", "internal/ctwatch", "internal/gateway", "internal/rules", "internal/userrules", "e2e",
 }
 
-// half are as many tests of internal/rules and internal/userrules as the other guest has
-// time for.
+// half selects the tests of internal/rules and internal/userrules for which the other guest
+// has time.
 const half = `^Test[A-M]`
 
-// core are the end-to-end tests that a guest runs: what lets packets in and keeps them
-// out, with each backend, and what is left when a daemon ends. All of them take longer
-// than CI may; commandEnv runs others.
+// core selects the end-to-end tests for a guest: what lets packets in and keeps them out, in
+// each backend, and what a daemon leaves. All tests would take longer than CI may;
+// commandEnv can run the others.
 const core = `^Test(Peer|Two|IPv|Routed|Child|Answered|PermissionOutlives|Early|Guard|Stop|Restart|Cleanup|Connmark|Shared|SNAT|` +
 	`Firewalls|Helper|Group|Auto|Tables|Port|Outside|FlowIs|` +
 	`NFT(Learns|Outlives|RunsOut|Second|Children|Unanswered|Stop|Restart|Group|Filtering|Hairpin|Forward|Consoles|Chain|PortPasses))`
 
-// suspend is the last job: 9p does not survive it, so the guest loses the host's files.
-// What runs then is in memory; a shell of the host's could not even end. A serial
-// port may lose what it was about to send.
+// suspend is the last job: 9p does not survive it, so the guest loses the host's files. The
+// programs must be in memory; even the host's shell could not exit. A serial port may lose
+// pending output, so the log is printed afterwards.
 var suspend = job{
 	name: "suspend",
 	command: "cd /run && export TMPDIR=/run CONENATD_SUSPEND=1 && exec ./busybox sh -c " +
 		`"guest.test -test.v -test.timeout 5m -test.run 'TestSuspend$' >suspend.log 2>&1; code=\$?; ./busybox cat suspend.log; exit \$code"`,
 }
 
-// guests are the jobs of two guests, which run side by side: each has one of the
-// machine's CPUs. A job runs a test program in its own folder, as "go test" does.
+// guests are the jobs of two guests that run side by side, each on one of the machine's
+// CPUs. A job runs a test program in the folder of its package, as "go test" does.
 func guests(root string) map[string][]job {
 	if c := os.Getenv(commandEnv); c != "" {
 		return map[string][]job{"one": {{name: "command", command: c, verbose: true}}}
@@ -135,7 +135,7 @@ func TestKernels(t *testing.T) {
 	}
 }
 
-// buildJob builds all that the guest gets from the host, in a new folder.
+// buildJob builds everything that the guest gets from the host, in a new folder.
 func buildJob(t *testing.T, root string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -146,7 +146,7 @@ func buildJob(t *testing.T, root string) string {
 	for _, args := range [][]string{args, {"build", "-ldflags=-s -w", "-o", dir + "/", "./cmd/conenatd"}} {
 		cmd := exec.CommandContext(t.Context(), "go", args...)
 		cmd.Dir = root
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0") // one file each, quick to load
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0") // static files, quick to load
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("build: %v\n%s", err, out)
 		}
@@ -159,7 +159,7 @@ func buildJob(t *testing.T, root string) string {
 	return dir
 }
 
-// fetched is fetch for a test.
+// fetched is fetch, but fails the test on an error.
 func fetched(t *testing.T, version string) tree {
 	t.Helper()
 	if suites[version] == nil {
@@ -188,10 +188,10 @@ func testGuest(t *testing.T, k tree, dir string, jobs []job) {
 		t.Fatal(err)
 	}
 	t.Logf("%s booted in %v", strings.TrimSpace(release), time.Since(began).Round(100*time.Millisecond))
-	// So little memory gives small tables, and labs cannot enlarge them. These
-	// have room for 50,000 expectations with an anchor and a flow each.
-	// The module nft_redir is wanted by many tests in one moment, which some kernels refuse,
-	// and nobody loads the one that lets the TFTP helper work behind NAT.
+	// With so little memory the kernel's tables are small, and labs cannot enlarge them.
+	// These sizes have room for 50,000 expectations, each with an anchor and a flow.
+	// nft_redir is loaded here because many tests want it at the same moment, which some
+	// kernels refuse. Nothing loads the module that the TFTP helper needs behind NAT.
 	out, code, err := v.run(ctx, "modprobe nf_conntrack hashsize=65536 expect_hashsize=1024 && modprobe nft_redir && modprobe nf_nat_tftp && cd /proc/sys/net/netfilter && "+
 		"echo 262144 >nf_conntrack_max && echo 100000 >nf_conntrack_expect_max")
 	if err != nil || code != 0 {

@@ -13,8 +13,8 @@ import (
 	"github.com/conenatd/conenatd/e2e/debian"
 )
 
-// suites are the parts of Debian's archive that each kernel comes from; of a
-// kernel with security updates the newest is taken.
+// suites are the parts of Debian's archive for each kernel; with security updates
+// the newest kernel is taken.
 var suites = map[string][]string{
 	"5.10": {"bullseye", "bullseye-security"},
 	"6.1":  {"bookworm", "bookworm-security"},
@@ -22,10 +22,10 @@ var suites = map[string][]string{
 	"7.3":  {"trixie-backports"},
 }
 
-// known lists the kernels for messages.
+// known lists the kernels, for messages.
 func known() string { return strings.Join(slices.Sorted(maps.Keys(suites)), " ") }
 
-// fetch returns the folder with Debian's kernel of that version, unpacked.
+// fetch returns the folder with Debian's kernel of that version.
 func fetch(t *testing.T, version string) (tree, error) {
 	dir, old, err := debian.Tree{
 		Name:   "kernels/" + version,
@@ -45,11 +45,11 @@ func fetch(t *testing.T, version string) (tree, error) {
 
 var (
 	dependsLine = regexp.MustCompile(`(?m)^ *Depends: (linux-(?:image|binary|modules)-[0-9]\S*)$`)
-	// From 7.1 on the image package is empty and needs two others.
+	// From 7.1 on the image package is empty and depends on two others.
 	imagePackage = regexp.MustCompile(`^linux-image-`)
 )
 
-// packagesOf finds the packages with the kernel that the meta package stands for.
+// packagesOf finds the packages of the kernel that the meta package depends on.
 func packagesOf(ctx context.Context, a *debian.Apt, meta string) ([]string, error) {
 	out, err := a.Run(ctx, "apt-cache", "depends", meta)
 	if err != nil {

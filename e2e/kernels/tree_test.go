@@ -15,8 +15,8 @@ import (
 	"strings"
 )
 
-// tree is a folder with an unpacked kernel: vmlinux, lib/modules/RELEASE, and
-// packages, which says where it comes from.
+// tree is a folder with an unpacked kernel: vmlinux, lib/modules/RELEASE, and the
+// list packages, which says where it comes from.
 type tree string
 
 func (k tree) path(name string) string { return filepath.Join(string(k), name) }
@@ -33,8 +33,8 @@ func (k tree) modules() (string, error) {
 	return dirs[0], nil
 }
 
-// wanted are the files of the packages that a gateway can need: 60 MB of 400.
-// Recent packages have the kernel's image beside the modules and not in boot.
+// wanted matches the files of the packages that a gateway may need: 60 MB of 400.
+// Recent packages have the kernel image beside the modules, not in boot.
 var wanted = regexp.MustCompile(`^\./(usr/)?(boot/vmlinuz-|lib/modules/[^/]+/(vmlinuz$|modules\.(order|builtin)|` +
 	`kernel/(net|lib|crypto|arch|drivers/(virtio|net/[^/]+\.ko|net/bonding)|fs/(9p|netfs|fscache|overlayfs))))`)
 
@@ -59,7 +59,7 @@ func (k tree) unpack(ctx context.Context, debs string) error {
 	return command(ctx, nil, io.Discard, "depmod", "-b", string(k), filepath.Base(modules))
 }
 
-// unpackOne unpacks what is wanted of one package.
+// unpackOne unpacks the wanted files of one package.
 func (k tree) unpackOne(ctx context.Context, deb string) error {
 	r, w := io.Pipe()
 	go func() { w.CloseWithError(command(ctx, nil, w, "dpkg-deb", "--fsys-tarfile", deb)) }()
@@ -92,9 +92,9 @@ func (k tree) unpackOne(ctx context.Context, deb string) error {
 	}
 }
 
-// unpackImage takes the kernel proper out of a bzImage (the kernel's
-// Documentation/arch/x86/boot.rst): it starts through PVH at once, where its
-// own unpacking would take an emulated CPU half a minute.
+// unpackImage extracts the kernel from a bzImage (the kernel's
+// Documentation/arch/x86/boot.rst), so that it starts at once through PVH.
+// Unpacking itself would take an emulated CPU half a minute.
 func unpackImage(ctx context.Context, from, to string) error {
 	const setupSects, magic, payloadOffset, payloadLength = 0x1f1, 0x202, 0x248, 0x24c
 	b, err := os.ReadFile(from)
@@ -109,7 +109,7 @@ func unpackImage(ctx context.Context, from, to string) error {
 	if end > int64(len(b)) || end-start < 8 {
 		return errors.New("the payload is cut off")
 	}
-	payload := b[start : end-4] // the unpacked size follows
+	payload := b[start : end-4] // the unpacked size is behind it
 	var tool string
 	switch {
 	case bytes.HasPrefix(payload, []byte("\xfd7zXZ")):
@@ -126,7 +126,7 @@ func unpackImage(ctx context.Context, from, to string) error {
 	return errors.Join(command(ctx, bytes.NewReader(payload), f, tool, "-dc"), f.Close(), os.Remove(from))
 }
 
-// command runs a program; its error has what the program complained about.
+// command runs a program; its error includes the program's standard error.
 func command(ctx context.Context, in io.Reader, out io.Writer, name string, args ...string) error {
 	var stderr bytes.Buffer
 	cmd := exec.CommandContext(ctx, name, args...)

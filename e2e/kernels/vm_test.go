@@ -18,18 +18,18 @@ import (
 	"time"
 )
 
-// bootTime is generous: 10 s without hardware virtualisation and with no other
-// load.
+// bootTime is generous: a boot takes 10 s without hardware virtualisation on an
+// idle machine.
 const bootTime = 2 * time.Minute
 
-// vm is a guest that runs a Debian kernel on the host's files. Its methods may
-// not be called at the same time.
+// vm is a guest that runs a Debian kernel on the host's files. Its methods must not
+// be called concurrently.
 type vm struct {
-	dir    string // sockets, console
+	dir    string // for sockets and the console
 	status *serial
 	output *serial
 	exited chan struct{} // closed when QEMU is gone
-	broken bool          // it did not answer, and is of no use
+	broken bool          // it did not answer, and is unusable
 }
 
 // serial is one of the guest's serial ports.
@@ -40,13 +40,13 @@ type serial struct {
 
 func (s *serial) Read(b []byte) (int, error) { return s.Reader.Read(b) }
 
-// boot starts a guest with the files of the folder job in /run/job. It is gone
-// when the test ends, and when this process does.
+// boot starts a guest with the files of the folder job in /run/job. The guest ends
+// with the test, and with this process.
 //
-// With a thread for each CPU, QEMU once crashed a kernel that was patching its
-// own code while it started (6.12, in sched_clock_cpu). One thread for both is
-// no slower here. Should a guest still end before it is ready, it gets another
-// chance; later it gets none, for then it may be our doing.
+// With one thread for each CPU, QEMU once crashed a kernel (6.12, in
+// sched_clock_cpu) that was patching its own code during the boot. One thread for
+// both CPUs is no slower here. A guest that ends before it is ready is started once
+// more; one that ends later is not, because a test may have caused that.
 func boot(t *testing.T, k tree, job string) (*vm, error) {
 	for tries := 1; ; tries++ {
 		v, err := bootOnce(t, k, job)
@@ -57,7 +57,7 @@ func boot(t *testing.T, k tree, job string) (*vm, error) {
 	}
 }
 
-// errEnded says that QEMU is gone, by a panic of the guest or an error.
+// errEnded says that QEMU has exited, because of a panic in the guest or an error.
 var errEnded = errors.New("the guest ended")
 
 func bootOnce(t *testing.T, k tree, job string) (*vm, error) {
@@ -106,7 +106,7 @@ func (v *vm) start(t *testing.T, k tree, modules, job string) error {
 		"-no-user-config", "-nodefaults", "-no-reboot", "-display", "none",
 		"-machine", "q35", "-accel", "tcg,thread=single", "-cpu", "max,-la57", "-smp", "2", "-m", "2048",
 		"-kernel", k.path("vmlinux"), "-initrd", v.path("initramfs"),
-		// A panic ends QEMU, by -no-reboot. The rest saves time.
+		// A panic ends QEMU, by -no-reboot. The other options save time.
 		"-append", "console=ttyS0 panic=-1 mitigations=off nokaslr random.trust_cpu=on",
 		"-serial", "file:" + escape(v.path("console")),
 	}
@@ -117,10 +117,10 @@ func (v *vm) start(t *testing.T, k tree, modules, job string) error {
 		args = append(args, "-virtfs", "local,mount_tag="+share[0]+",path="+escape(share[1])+
 			",security_model=none,readonly=on,multidevs=remap")
 	}
-	// Not the test's context: Cleanup ends it, in order.
+	// Not the test's context: Cleanup ends QEMU in the right order.
 	ctx, kill := context.WithCancel(context.Background())
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", args...)
-	// A test that ends by a timeout runs no Cleanup.
+	// A test that ends by a timeout runs no Cleanup, so the kernel must end QEMU.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	stderr, err := os.Create(v.path("stderr"))
 	if err != nil {
@@ -130,7 +130,8 @@ func (v *vm) start(t *testing.T, k tree, modules, job string) error {
 	cmd.Stderr = stderr
 	started := make(chan error, 1)
 	go func() {
-		// Pdeathsig is sent when the thread that forked ends.
+		// The kernel sends Pdeathsig when the thread that forked ends, so keep this
+		// thread.
 		runtime.LockOSThread()
 		defer close(v.exited)
 		err := cmd.Start()
@@ -150,7 +151,7 @@ func (v *vm) start(t *testing.T, k tree, modules, job string) error {
 // escape makes a path fit into QEMU's comma-separated options.
 func escape(path string) string { return strings.ReplaceAll(path, ",", ",,") }
 
-// accept waits until QEMU connects a serial port.
+// accept waits until QEMU connects to a serial port.
 func (v *vm) accept(ctx context.Context, l net.Listener) (*serial, error) {
 	stop := v.watch(ctx, func() { l.Close() })
 	defer stop()
@@ -161,7 +162,7 @@ func (v *vm) accept(ctx context.Context, l net.Listener) (*serial, error) {
 	return &serial{c, bufio.NewReader(c)}, nil
 }
 
-// watch calls abort when ctx ends or QEMU does, until stop.
+// watch calls abort when ctx ends or QEMU exits, until stop.
 func (v *vm) watch(ctx context.Context, abort func()) (stop func()) {
 	done, ended := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -176,7 +177,7 @@ func (v *vm) watch(ctx context.Context, abort func()) (stop func()) {
 	}()
 	return func() {
 		close(done)
-		<-ended // the caller may end ctx now
+		<-ended // afterwards the caller may end ctx
 	}
 }
 
@@ -188,7 +189,7 @@ func (v *vm) ready(ctx context.Context) error {
 	return err
 }
 
-// line reads from a serial port until a byte that ends the message.
+// line reads from a serial port up to the byte end, which ends the message.
 func (v *vm) line(ctx context.Context, s *serial, end byte) (string, error) {
 	stop := v.watch(ctx, func() { s.SetReadDeadline(time.Unix(0, 1)) })
 	defer stop()
@@ -199,9 +200,9 @@ func (v *vm) line(ctx context.Context, s *serial, end byte) (string, error) {
 	return b[:len(b)-1], nil
 }
 
-// run runs a command line with the shell in the guest. It returns all that was
-// printed, and an error when the guest does not answer before ctx ends; the
-// guest is of no use then.
+// run runs a command line with the guest's shell. It returns all its output. It
+// returns an error if the guest does not answer before ctx ends; the guest is then
+// unusable.
 func (v *vm) run(ctx context.Context, command string) (out string, code int, err error) {
 	if strings.Contains(command, "\n") {
 		return "", 0, errors.New("a command must be one line")
@@ -209,7 +210,7 @@ func (v *vm) run(ctx context.Context, command string) (out string, code int, err
 	if _, err := fmt.Fprintln(v.status, command); err != nil {
 		return "", 0, v.explain(err)
 	}
-	// The output ends before the status comes.
+	// The whole output arrives before the status.
 	out, err = v.line(ctx, v.output, 0)
 	if err != nil {
 		return out, 0, v.explain(err)
@@ -224,7 +225,7 @@ func (v *vm) run(ctx context.Context, command string) (out string, code int, err
 	return out, code, nil
 }
 
-// explain adds what the kernel and QEMU wrote last.
+// explain adds the last output of the kernel and of QEMU to err.
 func (v *vm) explain(err error) error {
 	v.broken = true
 	select {
@@ -232,7 +233,7 @@ func (v *vm) explain(err error) error {
 		err = errEnded
 	default:
 		switch {
-		case errors.Is(err, io.EOF), errors.Is(err, syscall.EPIPE): // QEMU is about to be gone
+		case errors.Is(err, io.EOF), errors.Is(err, syscall.EPIPE): // QEMU is about to exit
 			err = errEnded
 		case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, net.ErrClosed):
 			err = errors.New("the guest does not answer in time")

@@ -12,9 +12,9 @@ import (
 // ours are the tables that conenatd made.
 var ours = regexp.MustCompile(`(?ms)^table (inet|ip) conenat \{.*?^\}\n`)
 
-// A gateway that loads at boot what was saved while conenatd ran works as if it were not
-// there: nobody else gets in, its own sockets are reached, and hosts get out. The next
-// start takes the copy over, and its end removes it.
+// A gateway loads at boot what was saved while conenatd ran. Without a daemon the copy
+// does no harm: nobody else gets in, the gateway's own sockets are reached, and hosts
+// get out. The next daemon takes the copy over, and removes it when it stops.
 func TestLoadedCopyIsHarmlessAndTakenOver(t *testing.T) {
 	all := eachNFT(t)
 	for _, f := range features {
@@ -27,7 +27,7 @@ func TestLoadedCopyIsHarmlessAndTakenOver(t *testing.T) {
 			original := f.play(t)
 			for _, n := range all {
 				if n.before(1, 0, 2) {
-					continue // cannot load
+					continue // this version cannot load the listing
 				}
 				t.Run(n.String(), func(t *testing.T) {
 					saved, err := n.run(original.Gateway.Namespace, "", "list", "ruleset")
@@ -35,7 +35,7 @@ func TestLoadedCopyIsHarmlessAndTakenOver(t *testing.T) {
 						t.Fatal(err)
 					}
 					if n.before(1, 1, 0) {
-						saved = unowned(saved) // it knows of an owner, but not that the table persists
+						saved = unowned(saved) // it would keep the owner flag, but not persist
 					}
 					s := stage.New(t, lab.Options{Inside: 2, Rules: lab.NoRules})
 					if _, err := n.run(s.Gateway.Namespace, saved, "-f", "-"); err != nil {
@@ -60,7 +60,7 @@ func TestLoadedCopyIsHarmlessAndTakenOver(t *testing.T) {
 }
 
 // harmless checks a gateway with a copy of the rules and no daemon. The copy has a
-// permission for ext.
+// permission on ext.
 func harmless(s *stage.Scene, ext netip.AddrPort) {
 	s.T.Helper()
 	for _, port := range []uint16{ext.Port(), 4500} {
@@ -84,7 +84,7 @@ func harmless(s *stage.Scene, ext netip.AddrPort) {
 	}
 }
 
-// takenOver starts a daemon, sees it work and stops it.
+// takenOver starts a daemon, checks that it works, and stops it.
 func takenOver(s *stage.Scene, f feature) {
 	s.T.Helper()
 	s.Start(stage.Flags(f.args)...)

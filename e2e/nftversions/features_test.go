@@ -9,8 +9,8 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// userRules are the user's own: connmarks, too, which the map of permissions keeps. No
-// table has a name that iptables-nft would take for its own.
+// userRules are the user's rules. They set connmarks, which the map of permissions
+// keeps. No table has a name that iptables-nft uses.
 const userRules = `table ip masq {
 	chain postrouting {
 		type nat hook postrouting priority srcnat; policy accept;
@@ -28,13 +28,13 @@ table inet filter {
 }
 `
 
-// A feature is a way to run the daemon.
+// A feature is a set of options for the daemon.
 type feature struct {
 	name    string
 	args    []string
 	lab     lab.Options
 	uplinks bool
-	// shows are parts of rules, as nft shows them, that carry the feature.
+	// shows are parts of rules that the feature needs, as nft shows them.
 	shows []string
 }
 
@@ -67,14 +67,14 @@ var features = []feature{
 	}), uplinks: true, shows: permissions},
 }
 
-// A scene is a lab with a daemon, with things that stand.
+// A scene is a lab with a daemon and standing permissions.
 type scene struct {
 	*stage.Scene
 	phone, proxy *lab.Socket
 	ext          netip.AddrPort
 }
 
-// in returns the scene for a part of its test.
+// in returns the scene for a subtest.
 func (s *scene) in(t *testing.T) *scene {
 	part, on := *s, *s.Scene
 	on.T = t
@@ -82,8 +82,8 @@ func (s *scene) in(t *testing.T) *scene {
 	return &part
 }
 
-// play starts a daemon and lets permissions, children and mappings stand, with and
-// without a connmark.
+// play starts a daemon and makes permissions, children and mappings, with and without
+// a connmark.
 func (f feature) play(t *testing.T) *scene {
 	t.Helper()
 	o := f.lab
@@ -116,7 +116,7 @@ func (f feature) play(t *testing.T) *scene {
 	return s
 }
 
-// reaches checks that from gets to in by ext, at last.
+// reaches checks that packets of from reach in by ext, after retries if need be.
 func (s *scene) reaches(in, from *lab.Socket, ext netip.AddrPort) {
 	s.T.Helper()
 	if err := lab.Arrives(in, lab.Packet{From: from, To: ext, Payload: stage.Payload("child")}); err != nil {

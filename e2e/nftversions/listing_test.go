@@ -9,14 +9,14 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// forms are the ways to list; all list all rules.
+// forms are the options of nft that list; every form lists all rules.
 var forms = [][]string{nil, {"-a"}, {"-s"}, {"-t"}, {"-n"}, {"-j"}, {"-j", "-t"}, {"-j", "-a", "-s"}}
 
-// Any nft lists the rules of each feature, whole; what it lists can be loaded, is the
-// same then, and lists the same.
+// Every nft lists the rules of each feature completely. Its listing can be loaded, gives
+// the same rules, and lists the same again.
 //
-// nft 0.9.8 lists alone: it cannot parse a map whose value is a concatenation that
-// differs from its key.
+// nft 0.9.8 only lists: it cannot parse a map whose value is a concatenation other than
+// its key.
 func TestEveryNFTListsSavesAndLoads(t *testing.T) {
 	all := eachNFT(t)
 	for _, f := range features {
@@ -37,12 +37,13 @@ func TestEveryNFTListsSavesAndLoads(t *testing.T) {
 
 var (
 	withHandle = regexp.MustCompile(`(?m)[^{] # handle \d+$`)
-	// What nft says where it does not understand a rule. A source address that is tested
-	// before the family is understood, though shown as a place in the packet, @nh,96,24.
+	// What nft prints for a rule that it does not understand. It may show a test of a
+	// source address before the family is known as a raw offset, @nh,96,24; that is
+	// fine.
 	unreadable = regexp.MustCompile(`invalid type|unknown|stmt ops|@th,|(?m)^\s*# handle|xt `)
 )
 
-// lists checks all forms of listing and returns the plain one.
+// lists checks all forms of listing, and returns the plain listing.
 func lists(t *testing.T, n *nft, s *scene, shows []string) (saved string) {
 	t.Helper()
 	want, err := n.bytecode(s.Gateway.Namespace)
@@ -69,7 +70,7 @@ func lists(t *testing.T, n *nft, s *scene, shows []string) (saved string) {
 		switch {
 		case form == nil:
 		case form[0] == "-j":
-			// 0.9.8 warns on standard output.
+			// 0.9.8 prints this warning to standard output.
 			rules, err := rulesInJSON(strings.ReplaceAll(out, noJSON, ""))
 			if err != nil || rules != count(want) {
 				t.Errorf("%v: %d rules of %d, %v", args, rules, count(want), err)
@@ -101,18 +102,19 @@ func lineWith(text, part string) string {
 	return ""
 }
 
-// loads checks that what was saved can be loaded elsewhere, and gives the same rules
+// loads checks that the saved listing can be loaded elsewhere, and gives the same rules
 // and elements.
 func loads(t *testing.T, n *nft, s *scene, saved string) {
 	t.Helper()
 	ns := lab.ForTest(t, lab.Options{Rules: lab.NoRules}).Gateway.Namespace
-	// As it is: a copy of a table with an owner may end with the nft that loads it.
+	// First unchanged. A copy of a table with an owner may end when the nft that loads
+	// it exits.
 	for _, args := range [][]string{{"-c", "-f", "-"}, {"-f", "-"}, {"list", "ruleset"}} {
 		if _, err := n.run(ns, saved, args...); err != nil {
 			t.Fatalf("%v: %v", args, explain(saved, err))
 		}
 	}
-	// Once more, as a start of nftables.service does, and without an owner.
+	// Then as nftables.service does at its start, and without an owner.
 	if _, err := n.run(ns, "flush ruleset\n"+unowned(saved), "-f", "-"); err != nil {
 		t.Fatalf("load without an owner: %v", explain("\n"+saved, err))
 	}
@@ -142,7 +144,7 @@ func loads(t *testing.T, n *nft, s *scene, saved string) {
 	}
 }
 
-// explain adds the lines of a file that the error speaks of.
+// explain adds the lines of the file that the error names.
 func explain(file string, err error) error {
 	lines := strings.Split(file, "\n")
 	for _, m := range regexp.MustCompile(`stdin:(\d+):`).FindAllStringSubmatch(err.Error(), 3) {

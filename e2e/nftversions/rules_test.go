@@ -11,26 +11,26 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// A rule is what the kernel has of it: its expressions, without the registers that they
-// use, for each nft chooses others, and sorted. What nft lists tells the order but for
-// a counter between a look-up and what the look-up is for.
+// A rule is the kernel's list of its expressions, sorted, without registers, because each
+// nft chooses others. The listing already shows the order, except for a counter between a
+// lookup and the use of its result.
 type rule string
 
 var (
 	registers = regexp.MustCompile(`\b(dreg|reg|sreg_data|reg_key|addr_min|addr_max|proto_min|proto_max)( reg)? \d+ ?`)
-	// Anonymous sets are numbered as they come.
+	// Anonymous sets are numbered in the order of their creation.
 	anonymous = regexp.MustCompile(`__(set|map)\d+`)
 	ruleHead  = regexp.MustCompile(`^(\S+ \S+ \S+) \d+( \d+)* *$`)
-	// nft does not show whether a write mends a checksum.
+	// nft does not show whether a payload write updates a checksum.
 	checksum = regexp.MustCompile(` csum_type \d+ csum_off \d+ csum_flags \w+`)
-	// Of a prefix of whole bytes, nft compares these.
+	// For a prefix of whole bytes, nft compares only these bytes.
 	prefixed = regexp.MustCompile(`\[ bitwise = \( & 0x((?:ff)+)(?:00)+ \) \^ 0x0+ \]\n\[ cmp (\w+) 0x(\w+) \]`)
-	// From 1.1.4 on, nft compares one byte of it and not four.
+	// From 1.1.4 on, nft compares one byte of the result instead of four.
 	present = regexp.MustCompile(`(present => \]\n\[ cmp \w+ 0x0[01])0+`)
 )
 
-// bytecode returns the rules of each chain, such as "ip conenat admit", as the kernel
-// has them. The newest nft shows it.
+// bytecode returns the kernel's rules of each chain, such as "ip conenat admit". The
+// newest nft prints them.
 func (n *nft) bytecode(ns *lab.Namespace) (map[string][]rule, error) {
 	out, err := n.newest.run(ns, "", "--debug=netlink", "-t", "list", "ruleset")
 	if err != nil && !errors.Is(err, errWords) {
@@ -70,8 +70,8 @@ func (n *nft) bytecode(ns *lab.Namespace) (map[string][]rule, error) {
 
 var elementTimeout = regexp.MustCompile(` timeout \d+ms`)
 
-// untimed returns the rules without how long the elements live that they add: nft 1.0.2
-// does not show it, so the default of the set holds in a copy.
+// untimed returns the rules without the timeouts of elements that they add: nft 1.0.2
+// does not show them, so a copy has the set's default.
 func untimed(all map[string][]rule) map[string][]rule {
 	some := make(map[string][]rule)
 	for chain, rules := range all {
@@ -90,7 +90,7 @@ func count(all map[string][]rule) (n int) {
 	return n
 }
 
-// difference names the first rule that differs, or nothing.
+// difference describes the first rule that differs; it is empty if none does.
 func difference(before, after map[string][]rule) string {
 	for chain, rules := range before {
 		if len(rules) != len(after[chain]) {
@@ -109,22 +109,22 @@ func difference(before, after map[string][]rule) string {
 }
 
 var (
-	// ownership is what a copy has not: the daemon, and the flags of our tables, of which
-	// a version may know one alone. So nft before 1.1 says "flags owner", and its
-	// copy ends with the nft that loads it.
+	// ownership matches what a copy must not have: the program name, and the owner and
+	// persist flags. nft before 1.1 knows only owner; with that flag alone a table ends
+	// when the nft that loads it exits.
 	ownership = regexp.MustCompile(`(?m) # progname .*$|^\tflags (owner|persist|owner,persist|owner,0x4)?,?\n`)
 	counters  = regexp.MustCompile(`packets \d+ bytes \d+`)
-	counted   = regexp.MustCompile(`\t# count \d+`) // of elements, which come and go
+	counted   = regexp.MustCompile(`\t# count \d+`) // of elements, whose number changes
 	expiry    = regexp.MustCompile(` expires \w+`)
 	elements  = regexp.MustCompile(`(?s)elements = \{(.*?)\}`)
-	// What ends in a moment is not worth loading.
+	// Elements that expire within seconds are not worth loading.
 	soon = regexp.MustCompile(` expires (\d+ms|[0-4]s(\d+ms)?)\b`)
 )
 
-// unowned returns a listing without what makes tables the daemon's.
+// unowned returns a listing without the marks of ownership.
 func unowned(listing string) string { return ownership.ReplaceAllString(listing, "") }
 
-// settled returns a listing without what changes by itself, and in an order of its own.
+// settled returns a listing without what changes by itself, with the elements sorted.
 func settled(listing string) string {
 	text := unowned(listing)
 	text = counters.ReplaceAllString(text, "packets N bytes N")
@@ -132,7 +132,7 @@ func settled(listing string) string {
 	text = elements.ReplaceAllStringFunc(text, func(s string) string {
 		all := strings.Split(strings.Join(strings.Fields(elements.FindStringSubmatch(s)[1]), " "), ", ")
 		slices.Sort(all)
-		// The kernel takes out elements that count flows when there are none.
+		// The kernel removes elements that count flows when no flow is left.
 		all = slices.DeleteFunc(all, func(e string) bool { return e == "" || strings.Contains(e, " ct count ") })
 		if len(all) == 0 {
 			return ""
@@ -154,7 +154,7 @@ func firstDifference(before, after string) string {
 	return fmt.Sprintf("%d lines, then %d", len(b), len(a))
 }
 
-// rulesInJSON counts the rules in a listing in JSON, of which none may be empty.
+// rulesInJSON counts the rules in a JSON listing; an empty rule is an error.
 func rulesInJSON(listing string) (n int, err error) {
 	var doc struct {
 		NFTables []struct {

@@ -13,12 +13,12 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// Scripts of iptables work beside conenatd and see nothing of it; what they change is
-// their own.
+// iptables scripts work beside conenatd, do not see its rules, and change only their
+// own.
 func TestIPTablesWorksBeside(t *testing.T) {
 	all := eachNFT(t)
 	f := features[slices.IndexFunc(features, func(f feature) bool { return f.name == "mapping and hairpin" })]
-	// Legacy last: iptables-nft warns of its tables.
+	// Legacy comes last, because iptables-nft warns of its tables.
 	for _, family := range []string{"iptables-nft", "ip6tables-nft", "iptables-legacy", "ip6tables-legacy"} {
 		t.Run(family, func(t *testing.T) {
 			s := f.play(t)
@@ -60,7 +60,7 @@ func TestIPTablesWorksBeside(t *testing.T) {
 	}
 }
 
-// unchanged checks that conenatd's rules are as they were, and that it works.
+// unchanged checks that conenatd's rules have not changed, and that it works.
 func unchanged(s *scene, n *nft, before map[string][]rule) {
 	s.T.Helper()
 	after, err := n.bytecode(s.Gateway.Namespace)
@@ -84,8 +84,8 @@ func only(all map[string][]rule, part string) map[string][]rule {
 	return some
 }
 
-// What firewalld does by its library: it lists in JSON, and replaces its table in one
-// transaction.
+// likeFirewalld does what firewalld does through its library: it lists in JSON, and
+// replaces its table in one transaction.
 const likeFirewalld = `
 import sys
 from nftables.nftables import Nftables
@@ -131,8 +131,8 @@ if rc or err:
 print("text", out.count("table "))
 `
 
-// The library that firewalld works with lists conenatd's rules, and a reload of
-// firewalld leaves them alone.
+// firewalld's library lists conenatd's rules, and a reload of firewalld leaves them
+// alone.
 func TestFirewalldsLibraryWorksBeside(t *testing.T) {
 	all := eachNFT(t)
 	const python = "/usr/bin/python3"
@@ -168,8 +168,8 @@ func TestFirewalldsLibraryWorksBeside(t *testing.T) {
 	}
 }
 
-// python runs a script with this machine's Python and the libnftables of a release. The
-// newest C library suits both.
+// python runs a script with this machine's Python and a release's libnftables. The
+// newest C library works for both.
 func (n *nft) python(t *testing.T, ns *lab.Namespace, python, script string) (string, error) {
 	t.Helper()
 	own := t.TempDir()

@@ -21,22 +21,22 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// suites are the releases of Debian, the oldest first. There is no other version of
-// nft in Debian's archive: the backports have none.
+// suites are Debian's releases, oldest first. Its archive has no other version of nft,
+// not even in backports.
 var suites = []string{"bullseye", "bookworm", "trixie", "sid"}
 
-// programsEnv lists paths of more programs nft to try, such as those of other
+// programsEnv lists the paths of more nft programs to try, such as those of other
 // distributions.
 const programsEnv = "CONENATD_NFT"
 
-// An nft is Debian's nft of one release, unpacked, with the C library of its release;
-// or another program.
+// An nft is Debian's nft of one release, unpacked, with that release's C library; or
+// another program.
 type nft struct {
 	suite   string
 	tree    string
-	program string // instead of a tree
+	program string // used instead of a tree
 	version [3]int
-	newest  *nft // of the newest release, whose C library suits all programs
+	newest  *nft // the newest release's; its C library works for all programs
 }
 
 func (n *nft) String() string {
@@ -48,7 +48,8 @@ func (n *nft) before(major, minor, patch int) bool {
 	return slices.Compare(n.version[:], []int{major, minor, patch}) < 0
 }
 
-// versions gets each nft, once: all need 23 MB from the archive, and later runs nothing.
+// versions fetches each nft, once: 23 MB in all from the archive; later runs use the
+// cache.
 var versions = sync.OnceValues(func() ([]*nft, error) {
 	type result struct {
 		n   *nft
@@ -80,8 +81,8 @@ var versions = sync.OnceValues(func() ([]*nft, error) {
 	return list, nil
 })
 
-// eachNFT returns all versions. Where the archive cannot be reached it skips the test,
-// but in CI the test must run.
+// eachNFT returns all versions. If the archive cannot be reached it skips the test, but
+// in CI the test must run.
 func eachNFT(t *testing.T) []*nft {
 	t.Helper()
 	list, err := versions()
@@ -98,7 +99,8 @@ func get(suite string) (*nft, error) {
 	if runtime.GOARCH != "amd64" {
 		return nil, debian.ArchiveError{Err: errors.New("the packages are of amd64")}
 	}
-	// The error tells of an old tree that is used, since the archive cannot be reached.
+	// The ignored error says that an old tree is used because the archive cannot be
+	// reached.
 	tree, _, err := debian.Tree{
 		Name:     "nft/" + suite,
 		Suites:   []string{suite},
@@ -114,7 +116,7 @@ func get(suite string) (*nft, error) {
 	return n, n.identify()
 }
 
-// identify finds out the version.
+// identify sets the version.
 func (n *nft) identify() error {
 	path, args := n.command("--version")
 	out, err := exec.Command(path, args...).Output()
@@ -135,7 +137,7 @@ var versionWord = regexp.MustCompile(`v(\d+)\.(\d+)\.(\d+)`)
 
 func packages(ctx context.Context, a *debian.Apt) ([]string, error) {
 	names, err := a.Needed(ctx, "nftables")
-	return append(names, "python3-nftables"), err // without a Python of its own
+	return append(names, "python3-nftables"), err // this machine's Python runs it
 }
 
 func unpack(ctx context.Context, debs, tree string) error {
@@ -153,12 +155,12 @@ func unpack(ctx context.Context, debs, tree string) error {
 
 const arch = "x86_64-linux-gnu"
 
-// libs are the folders with a tree's libraries. Newer releases have only the second.
+// libs are the library folders of a tree. Newer releases have only the second.
 func libs(tree string) []string {
 	return []string{filepath.Join(tree, "lib", arch), filepath.Join(tree, "usr/lib", arch)}
 }
 
-// loader is the dynamic loader of a tree, which goes with its C library.
+// loader is the dynamic loader in a tree, which belongs to its C library.
 func loader(tree string) string {
 	for _, dir := range libs(tree) {
 		if path := filepath.Join(dir, "ld-linux-x86-64.so.2"); exists(path) {
@@ -192,7 +194,7 @@ func (n *nft) run(ns *lab.Namespace, text string, args ...string) (out string, e
 	return execute(ns, text, nil, path, args...)
 }
 
-// execute runs a program in a namespace. Words on standard error are an error.
+// execute runs a program in a namespace. Any output on standard error is an error.
 func execute(ns *lab.Namespace, text string, env []string, path string, args ...string) (out string, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), nftTime)
 	defer cancel()
@@ -201,7 +203,7 @@ func execute(ns *lab.Namespace, text string, env []string, path string, args ...
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(text), &stdout, &stderr
 	cmd.Env = append(os.Environ(), env...)
 	err = cmd.Run()
-	// Before 1.0.7, JSON has the text of a statement that adds to a map.
+	// Before 1.0.7, JSON gives a statement that adds to a map only as text, with a warning.
 	words := strings.ReplaceAll(stderr.String(), noJSON, "")
 	if err != nil || words != "" {
 		err = fmt.Errorf("%w: %.1000s", cmp.Or(err, errWords), words)

@@ -9,8 +9,8 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// UplinkRules are policy routing by connmark as people write it: what host two
-// sends takes the second uplink, and so does everything that belongs to it.
+// UplinkRules are usual policy routing by connmark: packets of host two take the
+// second uplink, and so does everything that belongs to its flows.
 const UplinkRules = `table ip mangle {
 	chain prerouting {
 		type filter hook prerouting priority mangle;

@@ -9,7 +9,7 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// Flags of the modes that a daemon can have.
+// Flags of the daemon's modes.
 var (
 	NFT         = []string{"--backend=nft"}
 	NFTByEvent  = []string{"--backend=nft", "--learn=false"}
@@ -18,22 +18,22 @@ var (
 	Expect      = []string{"--backend=expect"}
 )
 
-// InModes runs a test once in each mode, whatever mode the others are run in (ModeEnv).
+// InModes runs a test once in each mode, and overrides the mode of the run (ModeEnv).
 func InModes(t *testing.T, modes [][]string, test func(t *testing.T, mode ...string)) {
 	t.Helper()
 	if os.Getenv(ModeEnv) != "" {
 		t.Skip("it chooses its modes itself")
 	}
 	if os.Getenv("CONENATD_GUEST") != "" {
-		modes = modes[:1] // an emulated machine has no time for all
+		modes = modes[:1] // an emulated machine is too slow for all
 	}
 	for _, mode := range modes {
 		t.Run(strings.ReplaceAll(strings.Join(mode, " "), "--", ""), func(t *testing.T) { test(t, mode...) })
 	}
 }
 
-// OfTheDaemon skips a test, which looks at the daemon and at no kernel, in an emulated
-// machine, which has little time.
+// OfTheDaemon skips a test in an emulated machine, which is slow, if the test depends
+// on the daemon and not on the kernel.
 func OfTheDaemon(t *testing.T) {
 	t.Helper()
 	if os.Getenv("CONENATD_GUEST") != "" {
@@ -41,7 +41,7 @@ func OfTheDaemon(t *testing.T) {
 	}
 }
 
-// Flags puts what every daemon needs before the flags of a mode.
+// Flags puts the flags that every daemon needs before those of a mode.
 func Flags(mode []string, more ...string) []string {
 	return slices.Concat([]string{"--subnet", lab.InsideNet.String()}, mode, more)
 }

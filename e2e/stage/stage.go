@@ -1,4 +1,4 @@
-// Package stage is what end-to-end tests play on: a throw-away lab (package lab)
+// Package stage is the base of the end-to-end tests: a throw-away lab (package lab)
 // with the real program as a process in its gateway.
 package stage
 
@@ -26,16 +26,15 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// exe is the program under test, built with the race detector but for
-// benchmarks.
+// exe is the program under test, built with the race detector except for benchmarks.
 var exe string
 
 // Exe returns the path of the program under test.
 func Exe() string { return exe }
 
-// Main builds the program, runs the tests and exits. CONENATD_EXE names a program
-// that is built already, for a machine without Go. Benchmarks measure a program
-// without the race detector.
+// Main builds the program, runs the tests and exits. CONENATD_EXE names a program to
+// use instead, for a machine without Go. Benchmarks use a program without the race
+// detector.
 func Main(m *testing.M) {
 	code, err := build(m)
 	if err != nil {
@@ -58,7 +57,7 @@ func build(m *testing.M) (int, error) {
 	var args []string
 	flag.Parse()
 	if flag.Lookup("test.bench").Value.String() == "" {
-		// The race detector would make each process sleep before it ends.
+		// Without this, the race detector makes each process sleep before it exits.
 		_ = os.Setenv("GORACE", "atexit_sleep_ms=0")
 		args = append(args, "-race")
 	}
@@ -77,8 +76,8 @@ func compile(path string, args ...string) error {
 	return nil
 }
 
-// Plain returns the path of a program without the race detector, which takes several
-// times the memory and CPU. CONENATD_EXE goes before.
+// Plain returns the path of a program without the race detector, which costs several
+// times the memory and CPU. CONENATD_EXE overrides it.
 func Plain(t *testing.T) string {
 	t.Helper()
 	if path := os.Getenv("CONENATD_EXE"); path != "" {
@@ -105,7 +104,8 @@ func (s *Scene) ForAll() string {
 	return path
 }
 
-// A Scene is a lab with a daemon in its gateway. What goes wrong fails the test.
+// A Scene is a lab with a daemon in its gateway. Its methods fail the test on an
+// error.
 type Scene struct {
 	*lab.Lab
 	T      *testing.T
@@ -141,8 +141,8 @@ func (s *Scene) Serve(args ...string) {
 	s.Start(Flags(args)...)
 }
 
-// ModeEnv has flags for every daemon, such as "--backend=nft --learn=false":
-// the same tests then show another mode. Flags of a test go before.
+// ModeEnv has flags for every daemon, such as "--backend=nft --learn=false", to run
+// the same tests in another mode. A test's own flags override them.
 const ModeEnv = "CONENATD_MODE"
 
 // Start starts the daemon, to be stopped when the test ends.
@@ -222,13 +222,13 @@ func (s *Scene) Contact(in, peer *lab.Socket) netip.AddrPort {
 	return ext
 }
 
-// serial makes payloads unique, so that no packet is taken for another.
+// serial makes payloads unique, so that no packet can be mistaken for another.
 var serial atomic.Int64
 
-// Payload returns one that begins with what.
+// Payload returns a unique payload that begins with what.
 func Payload(what string) string { return fmt.Sprintf("%s %d", what, serial.Add(1)) }
 
-// Arrives checks that from reaches in by ext, at once.
+// Arrives checks that the first packet of from to ext reaches in.
 func (s *Scene) Arrives(in, from *lab.Socket, ext netip.AddrPort) {
 	s.T.Helper()
 	p := Payload("answer")
@@ -242,7 +242,8 @@ func (s *Scene) Arrives(in, from *lab.Socket, ext netip.AddrPort) {
 	}
 }
 
-// Lost checks that from does not reach in by ext, while fence does.
+// Lost checks that a packet of from to ext does not reach in, while one of fence
+// does.
 func (s *Scene) Lost(in, from *lab.Socket, ext netip.AddrPort, fence *lab.Socket) {
 	s.T.Helper()
 	err := lab.Lost(in,
@@ -305,8 +306,8 @@ func (s *Scene) Status() control.Status {
 	return st
 }
 
-// Patience bounds the wait for what must come; an emulated guest is slow, and so is a
-// machine that others keep busy. It is used up only where a test fails.
+// Patience bounds each wait for something that must happen. Emulated guests and busy
+// machines are slow. Only a failing test uses it up.
 func Patience() time.Duration {
 	if os.Getenv("CONENATD_GUEST") != "" {
 		return 2 * time.Minute
@@ -314,13 +315,13 @@ func Patience() time.Duration {
 	return time.Minute
 }
 
-// Until asks cond again and again until it holds.
+// Until repeats cond until it holds.
 func (s *Scene) Until(what string, cond func() bool) {
 	s.T.Helper()
 	s.UntilIn(Patience(), what, cond)
 }
 
-// UntilIn is Until with another bound, for what is much.
+// UntilIn is Until with another bound, for large tests.
 func (s *Scene) UntilIn(bound time.Duration, what string, cond func() bool) {
 	s.T.Helper()
 	for end := time.Now().Add(bound); !cond(); {
@@ -330,7 +331,7 @@ func (s *Scene) UntilIn(bound time.Duration, what string, cond func() bool) {
 	}
 }
 
-// Listed waits until the claim of in towards peer by ext has the state.
+// Listed waits until the claim of in on ext towards peer has the state.
 func (s *Scene) Listed(in, peer *lab.Socket, ext netip.AddrPort, state string) (found control.Permission) {
 	s.T.Helper()
 	s.Until(fmt.Sprintf("%v <- %v is %s", ext, peer.Addr().Addr(), state), func() bool {
@@ -357,11 +358,11 @@ func (s *Scene) ConntrackList(args ...string) []string {
 	return lines
 }
 
-// UsesExpect reports whether the daemons of this run have the expect backend, if
-// a test says nothing else.
+// UsesExpect reports whether the daemons of this run have the expect backend, unless
+// a test chooses another mode.
 func UsesExpect() bool { return !strings.Contains(os.Getenv(ModeEnv), "--backend=nft") }
 
-// NeedsExpect skips a test of what the nft backend does not promise.
+// NeedsExpect skips a test of behaviour that the nft backend alone does not offer.
 func NeedsExpect(t *testing.T) {
 	t.Helper()
 	if !UsesExpect() {
@@ -369,11 +370,11 @@ func NeedsExpect(t *testing.T) {
 	}
 }
 
-// UsesExpectAlone reports whether they have no other backend.
+// UsesExpectAlone reports whether these daemons have no other backend.
 func UsesExpectAlone() bool { return strings.Contains(os.Getenv(ModeEnv), "--backend=expect") }
 
-// InKernel returns a line for each permission in the kernel: its expectation, or
-// its element of the map. The firewall of a lab lets one of them do (auto).
+// InKernel returns a line for each permission in the kernel: its expectation, or its
+// element in the map. In auto a lab's firewall leads to only one of the two.
 func (s *Scene) InKernel() []string {
 	s.T.Helper()
 	return append(s.ConntrackList("expect"), s.Elements()...)
@@ -381,7 +382,7 @@ func (s *Scene) InKernel() []string {
 
 var element = regexp.MustCompile(`[\d.]+ \. [\d.]+ \. \d+ [^,}]*`)
 
-// Elements returns the elements of the map of permissions, none where there is no
+// Elements returns the elements of the map of permissions, or none if there is no
 // table.
 func (s *Scene) Elements() []string {
 	s.T.Helper()
@@ -435,8 +436,8 @@ func (s *Scene) CLI(args ...string) (out string, code int) {
 	return string(b), code
 }
 
-// CountElements counts the elements of the map of permissions, of which there may be
-// too many for nft.
+// CountElements counts the elements of the map of permissions; there may be too many
+// for nft to list.
 func (s *Scene) CountElements() (n int) {
 	s.T.Helper()
 	c, err := nfnl.Dial(s.Gateway.FD())

@@ -12,8 +12,8 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// Steady calls once again and again beside the test, until stop, which returns
-// how often it did. An error ends it and fails the test.
+// Steady calls once repeatedly in the background until stop, which returns the number of
+// calls. An error ends the calls and fails the test.
 func (s *Scene) Steady(once func() error) (stop func() int) {
 	s.T.Helper()
 	end, ended := make(chan struct{}), make(chan error, 1)
@@ -44,8 +44,8 @@ func (s *Scene) Steady(once func() error) (stop func() int) {
 	return stop
 }
 
-// FreshPorts returns a function that sends one packet from a port of the peer
-// that it never used before, and sees it arrive at in.
+// FreshPorts returns a function that sends one packet from a port that the peer has not
+// used yet, and checks that it arrives at in.
 func (s *Scene) FreshPorts(in *lab.Socket, peer netip.Addr, ext netip.AddrPort) func() error {
 	port := uint16(10_000)
 	return func() error {
@@ -66,8 +66,8 @@ func (s *Scene) FreshPorts(in *lab.Socket, peer netip.Addr, ext netip.AddrPort) 
 	}
 }
 
-// OnOnePort returns a function that sends one packet from a port of the peer,
-// always the same, and sees it arrive at in.
+// OnOnePort returns a function that sends one packet from the same port of the peer each
+// time, and checks that it arrives at in.
 func (s *Scene) OnOnePort(in, from *lab.Socket, ext netip.AddrPort) func() error {
 	return func() error {
 		p := Payload("on an existing child")
@@ -79,8 +79,8 @@ func (s *Scene) OnOnePort(in, from *lab.Socket, ext netip.AddrPort) func() error
 	}
 }
 
-// GetsIn reports whether a packet of from arrives at in within a few milliseconds.
-// What was there before is thrown away.
+// GetsIn reports whether a packet of from arrives at in within a few milliseconds. It
+// first discards packets that are already there.
 func (s *Scene) GetsIn(in, from *lab.Socket, ext netip.AddrPort) bool {
 	s.T.Helper()
 	p := Payload("packet")
@@ -112,7 +112,7 @@ type Flow struct {
 	Peer netip.Addr
 }
 
-// Known returns the flows to which there is a claim.
+// Known returns the flows that have a claim.
 func (s *Scene) Known() map[Flow]bool {
 	s.T.Helper()
 	all := make(map[Flow]bool)
@@ -122,7 +122,8 @@ func (s *Scene) Known() map[Flow]bool {
 	return all
 }
 
-// Flood prepares n packets that go in, or out, until the test ends; see lab.NewFlood.
+// Flood prepares n packets, sent out of the lab or into it, and closes the flood when
+// the test ends; see lab.NewFlood.
 func (s *Scene) Flood(n int, out bool) *lab.Flood {
 	s.T.Helper()
 	f, err := s.NewFlood(n, out)
@@ -131,8 +132,8 @@ func (s *Scene) Flood(n int, out bool) *lab.Flood {
 	return f
 }
 
-// Scan prepares packets of the first inside host from some ports, from firstPort on, to
-// all of Peer each.
+// Scan prepares packets from some ports of the first inside host, beginning with
+// firstPort, each to every Peer.
 func (s *Scene) Scan(firstPort uint16, ports int) *lab.Flood {
 	s.T.Helper()
 	f := s.Flood(ports*Peers, true)
@@ -142,8 +143,9 @@ func (s *Scene) Scan(firstPort uint16, ports int) *lab.Flood {
 	return f
 }
 
-// FirstAnswer lets in contact peer, and answer, which has the same address, send without
-// pause until in gets it. It returns how long that took from the arrival of the contact.
+// FirstAnswer lets in contact peer, while answer, on the same address, sends without
+// pause until in gets a packet. It returns how long that took from the arrival of the
+// contact.
 func FirstAnswer(in, peer, answer *lab.Socket) (time.Duration, error) {
 	ext, err := in.Contact(peer)
 	arrived := time.Now()

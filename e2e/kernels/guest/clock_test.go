@@ -15,19 +15,18 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// A permission lives by the time that the machine is awake, whatever the wall clock
-// says.
+// Lifetimes count the time that the machine is awake, whatever the wall clock says.
 
-// lifetime leaves an emulated machine time for what is looked at meanwhile.
+// lifetime is long enough for an emulated machine to run the checks meanwhile.
 const lifetime = 12 * time.Second
 
-// A watched permission is the only one in its scene. Nothing feeds it any more.
+// A watched permission is the only one in its scene, and nothing refreshes it any more.
 type watched struct {
 	*stage.Scene
 	phone *lab.Socket
 	ext   netip.AddrPort
-	began time.Time    // before it was fed
-	fresh func() error // sends by it from a fresh port
+	began time.Time    // before the last refresh
+	fresh func() error // sends a packet from a fresh port of the peer
 }
 
 func watch(t *testing.T, mode []string) *watched {
@@ -39,21 +38,21 @@ func watch(t *testing.T, mode []string) *watched {
 	w.began = time.Now()
 	w.ext = w.Contact(w.phone, proxy)
 	w.Stands(w.phone, proxy, w.ext)
-	_, err := w.Gateway.Output("conntrack", "-D", "-p", "udp", "--sport", "5060") // and no anchor
+	_, err := w.Gateway.Output("conntrack", "-D", "-p", "udp", "--sport", "5060") // anchors are not affected
 	w.Must(err)
 	w.Until("its flow is gone", func() bool { return w.List()[0].Flows == 0 })
 	w.fresh = w.FreshPorts(w.phone, lab.PeerA, w.ext)
 	return w
 }
 
-// A look is what there was to see of a permission at a moment.
+// A look is what is seen of a permission at one moment.
 type look struct {
 	at        time.Time
 	age, left time.Duration // as shown
-	kernel    time.Duration // that it would last without the daemon
+	kernel    time.Duration // how long it would last without the daemon
 }
 
-// look also sees that the permission works, and the kernel and the daemon agree.
+// look also checks that the permission works, and that kernel and daemon agree.
 func (w *watched) look() (l look) {
 	w.T.Helper()
 	w.Must(w.fresh())
@@ -72,8 +71,8 @@ func (w *watched) look() (l look) {
 	return l
 }
 
-// inKernel returns how long the kernel will keep the permission. Where there is an
-// expectation it runs no program.
+// inKernel returns how long the kernel will keep the permission. For an expectation it
+// needs no program.
 func (w *watched) inKernel() time.Duration {
 	w.T.Helper()
 	found, err := expect.Left(w.Gateway.FD())
@@ -91,10 +90,10 @@ func (w *watched) inKernel() time.Duration {
 	return left
 }
 
-// since checks that only the time passed that the machine was awake.
+// since checks that only the awake time since before has passed.
 func (now look) since(t *testing.T, before look) {
 	t.Helper()
-	const grain = 2 * time.Second // expectations have whole seconds, and all takes its time
+	const grain = 2 * time.Second // expectations count whole seconds, and each look takes time
 	passed := now.at.Sub(before.at)
 	for what, d := range map[string]time.Duration{
 		"age": now.age - before.age - passed, "time left": before.left - now.left - passed,
@@ -103,13 +102,13 @@ func (now look) since(t *testing.T, before look) {
 			t.Errorf("after %v the %s is off by %v", passed, what, d)
 		}
 	}
-	// The daemon refreshes it on its way.
+	// The daemon may have refreshed it meanwhile.
 	if now.kernel < before.kernel-passed-grain || now.kernel > lifetime {
 		t.Errorf("after %v the kernel keeps it for %v, before for %v", passed, now.kernel, before.kernel)
 	}
 }
 
-// ends sees the permission end, no earlier and no later than it should.
+// ends waits until the permission ends, and checks that this is neither early nor late.
 func (w *watched) ends() {
 	w.T.Helper()
 	const slack = 20 * time.Second
@@ -130,10 +129,10 @@ func (w *watched) ends() {
 		lab.Packet{From: fence, To: w.ext, Payload: stage.Payload("fence")}))
 }
 
-// The wall clock is set a day on, then two days back.
+// The wall clock is set one day forward, then two days back.
 //
-// Fails when the daemon's clock is the wall clock, and when it shows times that are
-// counted from the wall clock at its start.
+// Fails when the daemon's clock is the wall clock, and when displayed times are counted
+// from the wall clock at its start.
 func TestWallClockJumps(t *testing.T) {
 	if os.Getenv("CONENATD_GUEST") == "" {
 		t.Skip(`it would set this machine's clock: run "make kernels"`)
@@ -181,13 +180,13 @@ func clock(t *testing.T, id int32) time.Duration {
 
 // The machine sleeps for longer than a lifetime.
 //
-// Fails when the daemon's clock goes on meanwhile, as CLOCK_BOOTTIME and the wall
-// clock do, and when it shows times that are counted from the wall clock at its start.
+// Fails when the daemon's clock runs during the sleep, as CLOCK_BOOTTIME and the wall
+// clock do, and when displayed times are counted from the wall clock at its start.
 func TestSuspend(t *testing.T) {
 	if os.Getenv("CONENATD_SUSPEND") == "" {
 		t.Skip("it suspends this machine, and a guest without its files afterwards: package kernels runs it last")
 	}
-	w := watch(t, stage.Expect) // no program runs afterwards: it lists what stands without one
+	w := watch(t, stage.Expect) // after the suspend no program can start; an expectation is listed without one
 	before := w.look()
 	for slept := time.Duration(0); slept <= lifetime; {
 		slept += suspend(t)
@@ -197,20 +196,20 @@ func TestSuspend(t *testing.T) {
 	w.ends()
 }
 
-// suspend suspends the machine for some seconds and returns for how long it was. It goes
-// as far as a kernel can: devices, the other CPU and timekeeping are suspended. Only
-// then, instead of the firmware's sleep, out of which nothing would wake this guest,
-// it waits (the kernel's Documentation/power/basic-pm-debugging.rst, "core").
+// suspend suspends the machine for some seconds, and returns how long that was. Devices,
+// the other CPU and timekeeping are suspended, as far as a kernel can. Then the kernel
+// waits instead of entering the firmware's sleep, from which nothing would wake this
+// guest (the kernel's Documentation/power/basic-pm-debugging.rst, "core").
 func suspend(t *testing.T) time.Duration {
 	t.Helper()
 	asleep := func() time.Duration { return clock(t, unix.CLOCK_BOOTTIME) - clock(t, unix.CLOCK_MONOTONIC) }
 	before := asleep()
 	for _, set := range [][2]string{
-		// It counts loops, and so takes longer where others want the CPU too.
+		// The delay counts loops, so it takes longer if others use the CPU too.
 		{"/sys/module/suspend/parameters/pm_test_delay", "3"},
 		{"/sys/power/pm_test", "core"},
 		{"/sys/power/mem_sleep", "deep"},
-		{"/sys/power/state", "mem"}, // returns when it is over
+		{"/sys/power/state", "mem"}, // returns after the resume
 	} {
 		if err := os.WriteFile(set[0], []byte(set[1]), 0); err != nil {
 			t.Fatal(err)

@@ -1,5 +1,5 @@
-// Package guest has the tests that need what only a stock kernel has; package
-// kernels runs them there.
+// Package guest has the tests that need features of a stock kernel; package kernels
+// runs them there.
 package guest
 
 import (
@@ -21,12 +21,11 @@ import (
 
 func TestMain(m *testing.M) { stage.Main(m) }
 
-// Of nfnetlink.h and nfnetlink_cthelper.h.
+// From nfnetlink.h and nfnetlink_cthelper.h.
 const nfcthSubsystem, nfcthName, headerLen = 9, 1, 4
 
-// helpers lists the names of the registered user-space helpers
-// (nfnetlink_cthelper), once for each family. They are the machine's: network
-// namespaces share them.
+// helpers lists the names of the registered user-space helpers (nfnetlink_cthelper),
+// once for each family. All network namespaces share them.
 func helpers(t *testing.T) (names []string) {
 	t.Helper()
 	const get = 1 // NFNL_MSG_CTHELPER_GET
@@ -62,8 +61,8 @@ func helpers(t *testing.T) (names []string) {
 	return names
 }
 
-// A kernel with nfnetlink_cthelper gets our own helper, and loses it with the
-// daemon.
+// On a kernel with nfnetlink_cthelper the daemon registers our own helper, and removes
+// it at the stop.
 func TestOwnHelperIsChosenAndGoesWithTheDaemon(t *testing.T) {
 	before := helpers(t)
 	l := lab.ForTest(t, lab.Options{IPv6: true})
@@ -123,13 +122,13 @@ func TestOwnHelperIsChosenAndGoesWithTheDaemon(t *testing.T) {
 	}
 }
 
-// Somebody unregisters our helper: the kernel ends all that is expected with it, and
-// tells by no event that the daemon listens to. All is right after one reconcile, and
-// a grant does not wait for that.
+// Somebody unregisters our helper. The kernel then ends all its expectations, and no
+// event that the daemon reads reports it. One reconcile repairs everything, and a
+// grant does not wait for that.
 //
-// Fails when the reconcile compares nothing, when a grant that lacks the helper does
-// not register it, and when an anchor without it is left where it is: for a while the
-// kernel takes it from those that the daemon has just put back.
+// Fails when the reconcile compares nothing, when a grant without the helper does not
+// register it, and when an anchor without a helper is not replaced: for a while the
+// kernel also takes the helper from anchors that the daemon has just restored.
 func TestOwnHelperIsUnregistered(t *testing.T) {
 	for _, tc := range []struct {
 		name      string
@@ -138,11 +137,11 @@ func TestOwnHelperIsUnregistered(t *testing.T) {
 		expected  int
 	}{
 		{"expect", stage.Expect, "1s", 2},
-		{"auto", stage.Auto, "1s", 1}, // the map carries that of IPv4
+		{"auto", stage.Auto, "1s", 1}, // the map carries the IPv4 permission
 		{"expect, and no reconcile", stage.Expect, "1h", 2},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			helpers(t) // or there is nothing to test
+			helpers(t) // skips if the kernel has none
 			s := stage.New(t, lab.Options{IPv6: true})
 			s.Start(stage.Flags(tc.mode, "--subnet", lab.InsideNet6.String(), "--routed", "--reconcile="+tc.reconcile)...)
 			registered := helpers(t)
@@ -168,7 +167,8 @@ func TestOwnHelperIsUnregistered(t *testing.T) {
 				t.Logf("mended after %v", time.Since(began).Round(time.Millisecond))
 				s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 				s.Arrives(phone6, s.PeerSocket(lab.Peer6A, 5070), ext6)
-				// What is put back too soon loses its helper, and is put back again.
+				// A permission that is restored too early loses its helper, and is
+				// restored again.
 				if n := int(s.Status().Counters.Repaired["expectations"]); n < len(before) || n > 2*len(before) {
 					t.Errorf("%d repairs counted, want %d, or some of them twice", n, len(before))
 				}
@@ -184,7 +184,7 @@ func TestOwnHelperIsUnregistered(t *testing.T) {
 	}
 }
 
-// expected lists the permissions that stand as expectations, on anchors with a helper.
+// expected lists the permissions that stand as expectations on anchors with a helper.
 func expected(s *stage.Scene) (all []string) {
 	s.T.Helper()
 	found, err := expect.Left(s.Gateway.FD())

@@ -19,17 +19,17 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// smallEnv is how long each run of TestSmallGateway takes, such as "120s", for
+// smallEnv is the duration of each run of TestSmallGateway, such as "120s", for
 // docs/results/small-gateways.md.
 const smallEnv = "CONENATD_SMALL"
 
-// A gateway of 512 MB has room for 4,096 conntrack entries, one of 1 GB for 8,192. Its
-// inside hosts meet 60 new peers a second each, which do not answer, while another one
-// keeps 1,500 TCP connections and makes 40 more now and then. As many of these fail, and
-// as many entries are dropped, as without conenatd: none.
+// A gateway with 512 MB has room for 4,096 conntrack entries, one with 1 GB for 8,192.
+// Inside hosts contact 60 new, silent peers a second each; another host keeps 1,500 TCP
+// connections, and makes 40 more every 20 s. As without conenatd, no connection fails
+// and no entry is dropped.
 //
-// Fails when the room for expectations does not depend on how large and how full the
-// conntrack table is.
+// Fails when the room for expectations does not depend on the size and use of the
+// conntrack table.
 func TestSmallGateway(t *testing.T) {
 	if os.Getenv("CONENATD_GUEST") == "" {
 		t.Skip("it changes settings of the whole machine")
@@ -47,7 +47,7 @@ func TestSmallGateway(t *testing.T) {
 		{"1 GB", 8192, 2},
 	} {
 		if g.hosts > 1 && !measured {
-			continue // the same, for twice the time
+			continue // the same, but takes twice as long
 		}
 		t.Run(g.name, func(t *testing.T) {
 			set(t, "/proc/sys/net/netfilter/nf_conntrack_max", g.entries)
@@ -66,7 +66,7 @@ func TestSmallGateway(t *testing.T) {
 	}
 }
 
-// set writes a number into a file until the test ends.
+// set writes a number to a file, and restores the file when the test ends.
 func set(t *testing.T, path string, n int) {
 	t.Helper()
 	before, err := os.ReadFile(path)
@@ -86,7 +86,7 @@ func set(t *testing.T, path string, n int) {
 // small is what went wrong on a small gateway.
 type small struct {
 	failed          int // connects that took more than one SYN
-	drop, earlyDrop int // of the kernel's
+	drop, earlyDrop int // counters of the kernel
 }
 
 const (
@@ -97,7 +97,7 @@ const (
 	smallPeersOnPort  = 50 // of the 64 that expectations allow
 )
 
-// contacts are those of some hosts, so many each, in turn.
+// contacts are perHost packets from each of some hosts, each packet a new flow, in turn.
 func contacts(s *stage.Scene, hosts, perHost int) *lab.Flood {
 	s.T.Helper()
 	flood := s.Flood(hosts*perHost, true)
@@ -113,7 +113,7 @@ func contacts(s *stage.Scene, hosts, perHost int) *lab.Flood {
 func runSmall(c *client, flood *lab.Flood, hosts int, mode []string) (r small) {
 	s := c.Scene
 	s.T.Helper()
-	_, err := s.Gateway.Output("sh", "-c", "conntrack -D -p udp || true") // of the run before
+	_, err := s.Gateway.Output("sh", "-c", "conntrack -D -p udp || true") // from the run before
 	s.Must(err)
 	drop, earlyDrop := dropped(s)
 	if mode != nil {
@@ -166,7 +166,7 @@ func runSmall(c *client, flood *lab.Flood, hosts int, mode []string) (r small) {
 	return r
 }
 
-// A sample is the most that was seen.
+// A sample holds the maxima seen so far.
 type sample struct {
 	entries, expectations int
 	warned                bool
@@ -192,7 +192,7 @@ func sysctl(s *stage.Scene, name string) string {
 	return text
 }
 
-// dropped reads what conntrack dropped (conntrack -S).
+// dropped returns conntrack's counters of dropped packets and entries (conntrack -S).
 func dropped(s *stage.Scene) (drop, early int) {
 	s.T.Helper()
 	out, err := s.Gateway.Output("conntrack", "-S")
@@ -209,7 +209,7 @@ func dropped(s *stage.Scene) (drop, early int) {
 	return drop, early
 }
 
-// A client keeps TCP connections from an inside host to an outside one.
+// A client keeps TCP connections from an inside host to an outside host.
 type client struct {
 	*stage.Scene
 	from *lab.Host
@@ -244,7 +244,7 @@ func newClient(s *stage.Scene, host int) *client {
 	return c
 }
 
-// connect makes n more connections, and returns how many took more than one SYN.
+// connect makes n more connections, and returns how many needed more than one SYN.
 func (c *client) connect(n int) (failed int) {
 	c.T.Helper()
 	c.Must(c.from.Do(func() error {

@@ -15,11 +15,11 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// In the machine's first network namespace, where alone that may be written, the
-// expectation table gets its room, gets it again when somebody takes it away, and has
-// the size that somebody gave it last when the daemon ends.
+// In the initial network namespace, the only one that may write the sysctl, the
+// daemon makes room in the expectation table, and again when somebody lowers it. When
+// the daemon ends, the table has the size that somebody set last.
 //
-// Fails when the reconcile does not mend the size.
+// Fails when the reconcile does not restore the size.
 func TestTheExpectationTableKeepsItsRoom(t *testing.T) {
 	if os.Getenv("CONENATD_GUEST") == "" {
 		t.Skip("it changes a setting of the whole machine")
@@ -79,9 +79,10 @@ func TestTheExpectationTableKeepsItsRoom(t *testing.T) {
 	}
 }
 
-// The limit of children follows the size of the conntrack table, unless it was set.
+// The limit of children follows the size of the conntrack table, unless it is
+// configured.
 //
-// Fails when the reconcile does not look at that size, and when a limit that was set
+// Fails when the reconcile does not read that size, and when a configured limit
 // follows it.
 func TestLimitsFollowTheConntrackTable(t *testing.T) {
 	if os.Getenv("CONENATD_GUEST") == "" {

@@ -8,9 +8,9 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// The forward hook sees the name of a VRF instead of that of the link. Peers get in by an
-// outside link in a VRF, no more than there may be; a guest in the same VRF who fakes
-// their address does not.
+// The forward hook sees the name of the VRF, not of the link. Peers get in by an outside
+// link in a VRF, up to max_children flows. A guest in the same VRF that fakes their
+// address does not.
 //
 // Fails when chain child looks at iifname alone.
 func TestPeersComeByALinkInAVRF(t *testing.T) {
