@@ -15,7 +15,7 @@ import (
 
 const accounting = "net.netfilter.nf_conntrack_acct"
 
-// wantAccounting wants the setting to have a value.
+// wantAccounting checks the value of the setting.
 func (s *scene) wantAccounting(when, want string) {
 	s.T.Helper()
 	got, err := s.Gateway.Sysctl(accounting)
@@ -25,7 +25,7 @@ func (s *scene) wantAccounting(when, want string) {
 	}
 }
 
-// noteOfAccounting is the path of the note of what the setting was.
+// noteOfAccounting returns the path of the note that keeps the setting's earlier value.
 func (s *scene) noteOfAccounting() string {
 	s.T.Helper()
 	var note string
@@ -36,7 +36,7 @@ func (s *scene) noteOfAccounting() string {
 	return note
 }
 
-// wantNoNote wants no note of the setting.
+// wantNoNote checks that this note does not exist.
 func (s *scene) wantNoNote() {
 	s.T.Helper()
 	note := s.noteOfAccounting()
@@ -45,8 +45,8 @@ func (s *scene) wantNoNote() {
 	}
 }
 
-// Each backend counts packets while it runs, and the setting is what it was when the daemon
-// has stopped.
+// Each backend turns packet counting on while it runs. After the stop the setting has its
+// earlier value.
 //
 // Fails when New does not raise the setting, and when Close does not restore it.
 func TestAccountingIsOnWhileTheDaemonRuns(t *testing.T) {
@@ -68,7 +68,7 @@ func TestAccountingIsOnWhileTheDaemonRuns(t *testing.T) {
 	}
 }
 
-// Fails when Cleanup does not restore the setting, or the next start forgets what it was.
+// Fails when Cleanup does not restore the setting, and when the next start forgets its value.
 func TestAccountingIsRestoredAfterKill(t *testing.T) {
 	for name, end := range map[string]func(s *scene){
 		"by cleanup": func(s *scene) {
@@ -99,8 +99,8 @@ func TestAccountingIsRestoredAfterKill(t *testing.T) {
 
 var saysAccountingIsOff = regexp.MustCompile(`(?m)^accounting +off \(nf_conntrack_acct\)`)
 
-// Fails when the reconcile raises the setting, when status does not say that it is off, and
-// when a stop sets it without a look at what it is.
+// Fails when the reconcile raises the setting, when status does not report it as off, and when
+// a stop writes the setting without reading it first.
 func TestAccountingThatTheUserTurnsOffStaysOff(t *testing.T) {
 	for _, before := range []string{"0", "1"} {
 		t.Run("before "+before, func(t *testing.T) {
@@ -108,8 +108,8 @@ func TestAccountingThatTheUserTurnsOffStaysOff(t *testing.T) {
 			s.Must(s.Gateway.SetSysctl(accounting, before))
 			s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1s")
 			s.Must(s.Gateway.SetSysctl(accounting, "0"))
-			// Without events a reconcile has to find the flows: before it finds the second one,
-			// it has ended after the first.
+			// Without events only a reconcile finds flows. When it finds the second flow, the
+			// reconcile that found the first one has ended.
 			s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_events", "0"))
 			for port := range uint16(2) {
 				phone, proxy := s.InsideSocket(0, 5060+port), s.PeerSocket(lab.PeerA, 5060+port)
@@ -131,10 +131,10 @@ func TestAccountingThatTheUserTurnsOffStaysOff(t *testing.T) {
 	}
 }
 
-// What stands goes on with on_stop = "keep", and so does the setting; without anything that
-// stands there is nothing to keep.
+// With on_stop = "keep" a stop keeps the permissions, and so the setting. If no permission
+// stands, the stop restores the setting.
 //
-// Fails when Close restores the setting in any case.
+// Fails when Close always restores the setting.
 func TestAccountingIsKeptWithThePermissions(t *testing.T) {
 	s := play(t, lab.Options{}, "--on-stop", "keep")
 	s.Stop()
@@ -151,8 +151,8 @@ func TestAccountingIsKeptWithThePermissions(t *testing.T) {
 	s.wantNoNote()
 }
 
-// A flow that is older than the daemon has no counters: as long as it lives it holds its
-// permission, though the peer alone feeds it. One that begins later does not.
+// A flow that is older than the daemon has no counters, so it holds its permission for as long
+// as it lives, even if only the peer sends. A newer flow does not.
 //
 // Fails when the daemon does not turn on the counters.
 func TestPeerAloneHoldsOnlyAFlowOlderThanTheCounters(t *testing.T) {

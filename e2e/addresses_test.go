@@ -10,11 +10,11 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// Outside addresses that no outside link has.
+// Source NAT to addresses that may be on no outside link.
 
 const routedAddr = "198.51.100.200"
 
-// ownAddresses are ways to have an outside address: the commands of ip(8) that make it.
+// ownAddresses are the ip(8) commands for each way to give the gateway such an address.
 var ownAddresses = map[string][]string{
 	"on no link":       {"route add blackhole 198.51.100.192/28"},
 	"local route":      {"route add local 198.51.100.192/28 dev lo"},
@@ -23,7 +23,7 @@ var ownAddresses = map[string][]string{
 	"outside link":     {"address add 198.51.100.200/32 dev wan0"},
 }
 
-// withAddress makes a lab whose gateway translates to such an address.
+// withAddress makes a lab whose gateway translates to routedAddr.
 func withAddress(t *testing.T, commands []string) *scene {
 	t.Helper()
 	s := newScene(t, lab.Options{Inside: 2, Rules: strings.Replace(lab.Masquerade, "masquerade", "snat to "+routedAddr, 1)})
@@ -48,8 +48,8 @@ func (s *scene) insideFlows() (all []string) {
 	return all
 }
 
-// A daemon that was killed, or left all when it stopped, and starts again ends no flow,
-// and each host keeps its outside port.
+// A daemon is killed, or stops and keeps everything; the next one ends no flow, and each
+// host keeps its outside port.
 func TestNFTRestartEndsNoFlow(t *testing.T) {
 	for name, commands := range ownAddresses {
 		t.Run(name, func(t *testing.T) {
@@ -58,7 +58,7 @@ func TestNFTRestartEndsNoFlow(t *testing.T) {
 			start := func() { s.Serve(mapped, "--on-stop=keep") }
 			start()
 			for i, host := range hosts {
-				for _, port := range []uint16{3074, 443} { // the latter gives no permission
+				for _, port := range []uint16{3074, 443} { // this port gives no permission
 					exts[i] = s.Contact(host, s.Socket(s.Outside.Namespace, lab.PeerA, port+uint16(i)))
 				}
 			}
@@ -79,8 +79,8 @@ func TestNFTRestartEndsNoFlow(t *testing.T) {
 	}
 }
 
-// Flows that are older than the daemon give their mappings, and what has their port is
-// moved.
+// Flows that are older than the daemon keep their mappings; a newcomer on the same outside
+// port is moved.
 func TestNFTFlowsGiveTheirMappingsWhereverTheirAddressIs(t *testing.T) {
 	for name, commands := range ownAddresses {
 		t.Run(name, func(t *testing.T) {
@@ -98,9 +98,9 @@ func TestNFTFlowsGiveTheirMappingsWhereverTheirAddressIs(t *testing.T) {
 	}
 }
 
-// The gateway's own flow has the address and port of a host's mapping: towards the same
-// remote endpoint the host gets another port, for once. It would get nothing through
-// otherwise.
+// A flow of the gateway itself uses the address and port of a host's mapping. Towards that
+// remote endpoint alone the host gets another port; otherwise the kernel would drop its
+// packets.
 func TestNFTFlowsOfTheGatewayTakeTheirPortWhereverTheirAddressIs(t *testing.T) {
 	for name, commands := range ownAddresses {
 		if name == "on no link" {
@@ -116,7 +116,7 @@ func TestNFTFlowsOfTheGatewayTakeTheirPortWhereverTheirAddressIs(t *testing.T) {
 			}))
 			proxy := s.PeerSocket(lab.PeerA, 40000)
 			s.Contact(own, proxy)
-			s.Must(own.Close()) // it serves nothing, and its flow lives
+			s.Must(own.Close()) // nothing listens any more, but the flow lives
 			s.Serve(mapped)
 			host := s.InsideSocket(0, 40000)
 			ext := s.Contact(host, s.PeerSocket(lab.PeerB, 40000))
@@ -130,8 +130,8 @@ func TestNFTFlowsOfTheGatewayTakeTheirPortWhereverTheirAddressIs(t *testing.T) {
 	}
 }
 
-// An address went while no daemon ran: the next one ends its mappings and flows, and no
-// other flow.
+// An outside address goes away while no daemon runs. The next daemon ends the mappings and
+// flows of that address, and no others.
 func TestNFTAddressThatWentWhileNoDaemonRan(t *testing.T) {
 	s := play(t, lab.Options{Inside: 2}, mapped, "--on-stop=keep")
 	one, proxy := s.InsideSocket(0, 3074), s.PeerSocket(lab.PeerA, 3074)
@@ -155,10 +155,11 @@ func TestNFTAddressThatWentWhileNoDaemonRan(t *testing.T) {
 	}
 }
 
-// The gateway serves a port on an address that hosts are translated to. No mapping has that
-// port, whether the address is on an outside link or not, and whatever rule translates.
+// The gateway serves a port on an address that hosts are translated to. No mapping gets
+// that port, whether the address is on an outside link or not, and whichever rule
+// translates.
 //
-// Fails when a host keeps the port: its peers could answer from no other one of theirs.
+// Fails when a host keeps the port: its peers could answer only from the port asked.
 func TestNFTPortServedOnAnyOutsideAddressIsTheGateways(t *testing.T) {
 	for _, where := range []string{"loopback", "a link of no one", "outside link"} {
 		for _, rule := range []string{"", "ip saddr map { 10.47.11.109 : " + routedAddr + " }"} {

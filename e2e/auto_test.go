@@ -11,11 +11,11 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// What carries permissions in auto, and that nothing of the user's is in their way or
-// they in its.
+// Which backend carries permissions in auto, and that it and the user's rules do not get in
+// each other's way.
 
-// carried waits until the subnet is carried as wanted and returns why, and the chain that
-// drops flows.
+// carried waits until backend by carries the subnet. It returns the reason, with the chain
+// that drops flows.
 func (s *scene) carried(by string) (why string) {
 	s.T.Helper()
 	s.Until("the subnet is carried by "+by, func() bool {
@@ -26,8 +26,8 @@ func (s *scene) carried(by string) (why string) {
 	return why
 }
 
-// The user's firewall says what carries permissions, and may change its mind. Each
-// time children arrive, those of the permission that stood before too.
+// The user's firewall decides which backend carries permissions, and may change. After each
+// change children arrive, those of the earlier permission too.
 func TestAutoFollowsTheFirewall(t *testing.T) {
 	const strict, open = `flush chain inet filter forward
 add rule inet filter forward ct state established,related accept
@@ -61,16 +61,16 @@ add rule inet filter forward iifname "lan0" accept
 		})
 		port++
 		s.Arrives(phone, s.PeerSocket(lab.PeerA, port), ext)
-		s.Arrives(phone, s.PeerSocket(lab.PeerB, port), ext) // of the group
+		s.Arrives(phone, s.PeerSocket(lab.PeerB, port), ext) // another address of the peer group
 		if s.mapWarning() {
 			t.Errorf("step %d: warnings %q", i, s.Status().Warnings)
 		}
 	}
 }
 
-// A start in auto tells of no chain that drops what is carried otherwise.
+// A start in auto does not warn of a chain that would drop what another backend carries.
 //
-// Fails when the warnings of the start are made before it is known which backends are in use.
+// Fails when the start's warnings are made before it is known which backends are in use.
 func TestAutoStartsWithoutAFalseWarning(t *testing.T) {
 	stage.NeedsExpect(t)
 	s := play(t, lab.Options{Rules: lab.Masquerade + lab.DropPolicy}, stage.Auto...)
@@ -82,7 +82,7 @@ func TestAutoStartsWithoutAFalseWarning(t *testing.T) {
 	}
 }
 
-// A forward chain that lets no child pass is told before one is lost.
+// If the forward chain lets no child pass, a warning says so before any child is lost.
 func TestAutoTellsOfAFirewallThatDropsAll(t *testing.T) {
 	for _, mode := range [][]string{stage.Auto, stage.Expect, stage.NFT} {
 		s := play(t, lab.Options{Rules: lab.Masquerade + strings.Replace(lab.DropPolicy, "established,related accept", "established accept", 2)}, mode...)
@@ -107,8 +107,8 @@ const tftpHelper = `table ip h {
 }
 `
 
-// A conntrack helper of the user's works as without conenatd, though the subnet is
-// carried by expectations: where it works there is none of ours.
+// A conntrack helper of the user's works as it does without conenatd, even where expectations
+// carry the subnet: we make no expectation for the helper's hosts.
 func TestHelperOfTheUsersWorks(t *testing.T) {
 	stage.NeedsExpect(t)
 	for _, mode := range [][]string{stage.Auto, stage.Expect} {
@@ -131,7 +131,7 @@ func TestHelperOfTheUsersWorks(t *testing.T) {
 				} else if p := s.Listed(phone, server, ext, "standing"); p.Backend != "nft" {
 					t.Errorf("it stands by %q", p.Backend)
 				}
-				for range 2 { // each reads the tables again
+				for range 2 { // each reload reads the tables again
 					if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code != 0 {
 						t.Fatalf("exit %d, %q", code, out)
 					}
@@ -144,8 +144,8 @@ func TestHelperOfTheUsersWorks(t *testing.T) {
 	}
 }
 
-// A chain of another hook drops what the forward chain would accept. What becomes of children
-// tells, and no longer when the chain is gone.
+// A chain in another hook drops what the forward chain would accept. Lost children reveal it;
+// once the chain is gone, that evidence no longer counts.
 //
 // Fails when the forward hook alone decides, and when evidence outlives the rules.
 func TestAutoSeesWhatOtherHooksDrop(t *testing.T) {
@@ -186,9 +186,10 @@ func TestAutoSeesWhatOtherHooksDrop(t *testing.T) {
 	}
 }
 
-// Neither carrier's children pass. When the chain is gone both do, and the map carries.
+// A chain drops the children of both backends. When it is gone both pass, and the map
+// carries.
 //
-// Fails when the one that is tried last is believed for ever.
+// Fails when the backend that was tried last is kept for ever.
 func TestAutoTellsOfOtherHooksThatDropAll(t *testing.T) {
 	stage.NeedsExpect(t)
 	s := play(t, lab.Options{Rules: lab.Masquerade + `table inet f { chain c { type filter hook postrouting priority filter
@@ -217,9 +218,9 @@ func TestAutoTellsOfOtherHooksThatDropAll(t *testing.T) {
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 }
 
-// Without expectations nothing gets in, which the rules of the forward hook do not tell.
+// Without the expect backend no child gets in. The rules of the forward hook do not show it.
 //
-// Fails when no warning comes of lost children, and when it outlives the rules.
+// Fails when lost children cause no warning, and when the warning outlives the rules.
 func TestNFTChildrenThatOtherHooksDropAreTold(t *testing.T) {
 	s := play(t, lab.Options{Rules: lab.Masquerade + "table inet f { chain c { type filter hook prerouting priority filter; " +
 		`iifname "wan0" ct state new meta l4proto udp drop; }; }` + "\n"}, append(stage.NFT, "--reconcile=1s")...)

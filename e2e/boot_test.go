@@ -10,11 +10,11 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// At boot there is neither the LAN nor the link to the provider. The daemon is ready all
-// the same, says what it waits for, and serves what comes.
+// At boot both the LAN and the provider's link are missing. The daemon becomes ready anyway,
+// says what it waits for, and serves them when they come.
 //
-// Fails when a start or a reload refuses a name that no link has, or looks for inside
-// networks once.
+// Fails when a start or a reload refuses the name of a missing link, or looks for inside
+// networks only once.
 func TestLinksMayComeAfterTheDaemon(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Rules: `table ip nat {
@@ -45,7 +45,7 @@ func TestLinksMayComeAfterTheDaemon(t *testing.T) {
 		ext := s.Contact(phone, proxy)
 		s.Stands(phone, proxy, ext)
 		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
-		// On a busy machine the changes above may be many for the time.
+		// A busy machine may report the changes above as late.
 		if w := slices.DeleteFunc(s.Status().Findings, func(w control.Finding) bool { return w.ID == "changes_late" }); len(w) > 0 {
 			t.Errorf("warnings %q", w)
 		}
@@ -60,10 +60,10 @@ func TestLinksMayComeAfterTheDaemon(t *testing.T) {
 	})
 }
 
-// A link that was an outside link has a private network behind it, and loses its default
-// route. That does not make the provider's customers inside hosts.
+// A former outside link has a private network behind it and loses its default route. The
+// provider's customers there do not become inside hosts.
 //
-// Fails when "auto" takes every private network that is behind no outside link now.
+// Fails when "auto" takes every private network that is not behind an outside link now.
 func TestAutoDoesNotEnableALinkThatWasOutside(t *testing.T) {
 	s := newScene(t, lab.Options{})
 	s.IP(s.Gateway, "link add wan2 type bridge")
@@ -82,8 +82,8 @@ func TestAutoDoesNotEnableALinkThatWasOutside(t *testing.T) {
 	}
 }
 
-// newBridgedUplink makes a gateway whose uplink is a bridge, for "auto" does not look at a veth.
-// It has an address of the provider's private network, too, and no default route yet.
+// newBridgedUplink makes a gateway whose uplink is a bridge, because "auto" ignores veth links.
+// The bridge also has an address of the provider's private network, and no default route yet.
 func newBridgedUplink(t *testing.T, o lab.Options) *scene {
 	s := newScene(t, o)
 	for _, args := range []string{
@@ -97,11 +97,11 @@ func newBridgedUplink(t *testing.T, o lab.Options) *scene {
 	return s
 }
 
-// An uplink has an address of the provider's private network, but no default route yet.
-// That network is not served, and all works once the route is there.
+// An uplink has an address of the provider's private network, but no default route yet. That
+// network is not served, and everything works once the route is there.
 //
-// Fails when "auto" takes a link for a LAN of which a rule says, or all the others let
-// it be, that it is an uplink.
+// Fails when "auto" takes a link for a LAN although a rule, or the lack of any other uplink,
+// says that it is an uplink.
 func TestAutoDoesNotEnableAnUplinkWithoutItsRoute(t *testing.T) {
 	served := func(s *scene) (all []string) {
 		for _, n := range s.Status().Subnets {
@@ -148,7 +148,7 @@ func TestAutoDoesNotEnableAnUplinkWithoutItsRoute(t *testing.T) {
 		if got := served(s); !slices.Equal(got, lan) {
 			t.Errorf("served: %q", got)
 		}
-		// Rules come and go. Without one nothing tells what wan0 is.
+		// Rules come and go. Without one nothing shows what wan0 is.
 		s.Must(none(s))
 		s.Until("nothing tells that it is an uplink", func() bool { return slices.Equal(served(s), both) })
 		s.Must(rule(s))
@@ -164,10 +164,10 @@ func TestAutoDoesNotEnableAnUplinkWithoutItsRoute(t *testing.T) {
 	})
 }
 
-// The provider's link has no route for a while, and the daemon is killed and started then:
-// what stood goes on.
+// While the provider's link has no route, the daemon is killed and started again: standing
+// permissions go on.
 //
-// Fails when "auto" does not know the hosts of what stands for inside hosts.
+// Fails when "auto" does not count the hosts of standing permissions as inside hosts.
 func TestAutoGoesOnServingWhileThereIsNoRoute(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{})

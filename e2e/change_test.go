@@ -47,7 +47,7 @@ func TestReloadChangesSubnetsWithoutTouchingWhatStays(t *testing.T) {
 			s.Stands(two, proxy, extTwo)
 			granted := s.Status().Counters.Granted
 
-			// Host two is not enabled any more, the guest is.
+			// Host two is no longer enabled, and the guest is.
 			write("[[subnet]]\nprefix = \"10.47.11.109/32\"\n[[subnet]]\nprefix = \"10.47.12.0/24\"\n")
 			reload(s)
 			s.Stands(guest, proxy, extGuest) // its flow is older than the reload
@@ -126,8 +126,8 @@ func TestRevokeByHostPeerAndPermission(t *testing.T) {
 	}
 }
 
-// The outside address goes: its permissions end at once, long before the next
-// reconcile. A new address and a new uplink work without restart.
+// When the outside address goes away, its permissions end at once, long before the
+// next reconcile. A new address and a new uplink work without a restart.
 func TestOutsideAddressChange(t *testing.T) {
 	s := play(t, lab.Options{})
 	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
@@ -190,7 +190,7 @@ func TestChildrenBeyondTheirLimitGo(t *testing.T) {
 	if n != 3 {
 		t.Errorf("%d children, want 3\n%s", n, s.Dump())
 	}
-	// What the map does not admit is like any packet that nobody waits for.
+	// The guard drops a packet that the map does not admit, like any unsolicited one.
 	s.Until("seven drops are counted", func() bool {
 		st := s.Status()
 		return st.Tables.Guard.Children+st.Tables.Guard.Drops+st.Counters.Crowded == 7

@@ -25,8 +25,8 @@ func (s *scene) leftChild() (phone, child *lab.Socket, ext netip.AddrPort) {
 	return phone, child, ext
 }
 
-// Whom a map admitted goes with his permission if nobody answered him, however the daemon
-// ended: the kernel knows him by a label, and no memory is needed.
+// An unanswered child that the map admitted ends with its permission, however the daemon
+// ended: the child has a conntrack label, so the next daemon knows it.
 func TestNFTUnansweredChildrenEndWithTheirPermission(t *testing.T) {
 	for name, next := range map[string]func(s *scene, mode []string){
 		"start": func(s *scene, mode []string) { s.Start(stage.Flags(mode)...) },
@@ -60,8 +60,8 @@ func TestNFTUnansweredChildrenEndWithTheirPermission(t *testing.T) {
 	}
 }
 
-// A child that was answered outlives the daemon, and is no forward of the user's for the
-// next one: another host on that port gets what it is due.
+// An answered child outlives the daemon. The next daemon does not take it for a forward
+// of the user's: another host on that port gets its permission.
 func TestNFTRestartTakesNoChildForAForward(t *testing.T) {
 	for name, end := range map[string]func(*scene){"stop": (*scene).stop, "kill": (*scene).kill} {
 		t.Run(name, func(t *testing.T) {
@@ -86,7 +86,7 @@ func TestNFTRestartTakesNoChildForAForward(t *testing.T) {
 	}
 }
 
-// Those of the user's own forward are his, and have no label.
+// Flows of the user's own forward are not ours, and have no label.
 func TestNFTChildrenHaveALabelAndForwardsHaveNone(t *testing.T) {
 	const labels = `table ip seen {
 	counter child { }

@@ -11,9 +11,9 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// Rules of the user's that choose outside ports, and the ports that are for hosts.
+// User rules that choose outside ports, and the ports left for hosts.
 
-// natChain is a source NAT chain of a priority with rules for UDP by wan0.
+// natChain is a source NAT chain with this priority, and rules for UDP that leaves by wan0.
 func natChain(priority string, rules ...string) string {
 	return fmt.Sprintf("table ip nat { chain postrouting { type nat hook postrouting priority %s;\noifname \"wan0\" meta l4proto udp %s; }; }\n",
 		priority, strings.Join(rules, "\noifname \"wan0\" meta l4proto udp "))
@@ -26,7 +26,8 @@ func (p ports) has(e netip.AddrPort) bool {
 	return slices.ContainsFunc(p, func(r [2]uint16) bool { return r[0] <= e.Port() && e.Port() <= r[1] })
 }
 
-// mapE are the blocks of a subscriber, and the statement that gives flows their ports in turn.
+// mapE are the port blocks of a MAP-E subscriber; numgen is the statement that uses them in
+// turn.
 var mapE = ports{{7472, 7487}, {11568, 11583}}
 
 func numgen() string {
@@ -39,8 +40,8 @@ func numgen() string {
 	return fmt.Sprintf("snat ip to 198.51.100.1 : numgen inc mod %d map { %s }", len(all), strings.Join(all, ", "))
 }
 
-// newcomer lets host 0 get an outside port, and host 1 send from that port. Host 1 has one
-// outside port, and is reached by it. It is returned with that of host 0.
+// newcomer lets host 0 get an outside port, and host 1 send from that port. It checks that
+// host 1 has one outside port of its own and is reached there, and returns both endpoints.
 func (s *scene) newcomer() (first, second netip.AddrPort) {
 	s.T.Helper()
 	a, b := s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
@@ -57,8 +58,8 @@ func (s *scene) newcomer() (first, second netip.AddrPort) {
 	return first, second
 }
 
-// A host whose port is another's gets one that the rule gives, however the rule chooses, and
-// at whatever priority. Fails where it is moved to the pool.
+// If another host has the port, a host gets one of the rule's ports, however the rule chooses
+// and whatever its priority. Fails when the host is moved to the pool instead.
 func TestNFTPortsOfARuleAreKept(t *testing.T) {
 	for name, tc := range map[string]struct {
 		rules  string
@@ -99,8 +100,8 @@ func TestNFTPortsOfARuleAreKept(t *testing.T) {
 	}
 }
 
-// A rule for other hosts, for TCP, or by another link chooses no port for these: the pool is
-// theirs. Fails where any rule that chooses ports ends it.
+// A rule for other hosts, for TCP, or for another link chooses no ports for these hosts: they
+// use the pool. Fails when any rule that chooses ports turns the pool off.
 func TestNFTPoolStandsBesideRulesForOthers(t *testing.T) {
 	for name, rule := range map[string]string{
 		"another network":     "ip saddr 192.168.122.0/24 meta l4proto udp masquerade to :1024-65535",
@@ -124,7 +125,7 @@ func TestNFTPoolStandsBesideRulesForOthers(t *testing.T) {
 	}
 }
 
-// What iptables says is read as well, and what it chooses is kept.
+// iptables rules are read as well, and the ports that they choose are kept.
 func TestPortsOfARuleOfIPTablesAreKept(t *testing.T) {
 	for _, variant := range []string{lab.IPTablesNFT, lab.IPTablesLegacy} {
 		for name, tc := range map[string]struct {
@@ -151,8 +152,8 @@ func TestPortsOfARuleOfIPTablesAreKept(t *testing.T) {
 	}
 }
 
-// Who talks to an inside host first keeps its own port towards that one, and gets a port of
-// the rule outside. Fails where a hairpinned flow makes a mapping.
+// A host that first talks to another inside host keeps its own port there, and gets a port of
+// the rule towards the outside. Fails when a hairpinned flow makes a mapping.
 func TestNFTHairpinMakesNoMappingWhereARuleChoosesPorts(t *testing.T) {
 	s := play(t, lab.Options{Inside: 2, Rules: natChain("srcnat", numgen())}, stage.Auto[0], mapped, "--hairpin=true")
 	one, two, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5062), s.PeerSocket(lab.PeerA, 5060)
@@ -172,8 +173,8 @@ func TestNFTHairpinMakesNoMappingWhereARuleChoosesPorts(t *testing.T) {
 	}
 }
 
-// Two ports in turn for four hosts, each with a peer of its own: two get a port that another
-// has. Each such flow is counted once, and mapping is in force for the others.
+// The rule gives two ports in turn to four hosts, each with its own peer: two hosts get a port
+// that another has. Each such flow is counted once; the others keep their mapping.
 func TestNFTPortsThatARuleGivesTwiceAreCounted(t *testing.T) {
 	s := play(t, lab.Options{Inside: 4, Rules: natChain("srcnat", "snat ip to 198.51.100.1 : numgen inc mod 2 map { 0 : 7472, 1 : 7473 }")},
 		stage.Auto[0], mapped, "--reconcile=1s")
@@ -189,8 +190,8 @@ func TestNFTPortsThatARuleGivesTwiceAreCounted(t *testing.T) {
 	}
 }
 
-// A pool may be a list, and each subnet may have its own, or none: then the rule's port is
-// shared as without mappings, and counted. Single ports are for hosts with that parity.
+// A pool may be a list. Each subnet may have its own, or none: then the rule's port is shared,
+// as without mappings, and counted. Single ports serve inside ports of the same parity.
 func TestNFTPoolsOfSubnets(t *testing.T) {
 	s := newScene(t, lab.Options{Inside: 6})
 	subnet := "[[subnet]]\nprefix = \"10.47.11.%d/32\"\nmapping = \"endpoint_independent\"\n"
@@ -203,7 +204,7 @@ func TestNFTPoolsOfSubnets(t *testing.T) {
 	contact := func(host int, port uint16) (ext netip.AddrPort) {
 		t.Helper()
 		in := s.InsideSocket(host, port)
-		for i, addr := range []netip.Addr{lab.PeerA, lab.PeerB} { // of its own, so that a port can be shared
+		for i, addr := range []netip.Addr{lab.PeerA, lab.PeerB} { // own remote endpoints, so that a port can be shared
 			got := s.Contact(in, s.PeerSocket(addr, 20_000+100*uint16(host)+port%100))
 			if i > 0 && got != ext {
 				t.Errorf("host %d leaves as %v and as %v", host, ext, got)
@@ -249,9 +250,9 @@ func TestNFTPoolsOfSubnets(t *testing.T) {
 	}
 }
 
-// A chain that stands before conenatd's own: mapping is not in force, and the chain is named,
-// before any flow shows it. One that is for others alone is named, and one that stands behind
-// changes nothing.
+// A chain with conenatd's own priority runs first and translates our hosts: status names it
+// and says that mapping is not in force, before any flow shows it. A chain for other hosts is
+// named only; a chain behind ours changes nothing.
 func TestNFTChainBeforeMappingsEndsThem(t *testing.T) {
 	const named = "chain ip first c has the priority of conenatd's own, -199, and comes before it: mapping is not in force"
 	for name, tc := range map[string]struct {
@@ -284,7 +285,7 @@ func TestNFTChainBeforeMappingsEndsThem(t *testing.T) {
 			if st := s.Status(); (len(exts) > 1) != tc.ends || st.Tables.Mapping.On == tc.ends || s.warns("chain ip first c") != tc.says {
 				t.Errorf("it leaves as %v; %+v; warnings %q", exts, st.Tables.Mapping, st.Warnings)
 			}
-			if tc.ends { // the chain of before, made anew, comes first again; without it all is well
+			if tc.ends { // a rival that is made again would come first again; without it mapping works
 				s.Must(s.NFT("delete table ip first"))
 				s.Until("it is in force", func() bool { return !s.warns("chain ip first c") })
 			}
@@ -292,16 +293,16 @@ func TestNFTChainBeforeMappingsEndsThem(t *testing.T) {
 	}
 }
 
-// A mapping that is older than the rule that chooses ports ends with its flows: the next one
-// leaves by a port of the rule. What is on such a port goes on. Fails where what stands is
-// given to the next flow, whatever the rules say by then.
+// A mapping from before the rule that chooses ports ends with its flows: the next flow leaves
+// by a port of the rule. Flows already on such a port go on. Fails when the next flow gets the
+// old mapping whatever the rules say now.
 func TestNFTMappingsLeavePortsThatNoRuleGivesNow(t *testing.T) {
 	const plain, block = "masquerade", "masquerade to :7000-7015"
 	for name, tc := range map[string]struct {
 		before, after string
 		in            ports
 		stays         uint16
-		stopped       bool // the daemon, while the rules change
+		stopped       bool // the daemon is stopped while the rules change
 	}{
 		"a range":       {plain, block, ports{{7000, 7015}}, 7005, false},
 		"of SNAT":       {plain, "snat to 198.51.100.1:7000-7015", ports{{7000, 7015}}, 7005, false},
@@ -353,7 +354,7 @@ func TestNFTMappingsLeavePortsThatNoRuleGivesNow(t *testing.T) {
 	}
 }
 
-// flowOf returns the conntrack entries of an inside endpoint, by their identifiers.
+// flowOf returns the IDs of the conntrack entries of an inside endpoint.
 func (s *scene) flowOf(in *lab.Socket) (ids []string) {
 	s.T.Helper()
 	for _, line := range s.ConntrackList("-p", "udp", "--orig-src", in.Addr().Addr().String(), "--orig-port-src", itoa(in.Addr().Port()), "-o", "id") {
@@ -366,8 +367,8 @@ func (s *scene) flowOf(in *lab.Socket) (ids []string) {
 	return ids
 }
 
-// What a host got of the pool ends where its pool is another one. A port that both have
-// stays, and so does one that is no pool's. Fails where mappings outlive their pool.
+// A reload changes the pool. A mapping on a port of the old pool ends; one on a port of both
+// pools stays, and so does one outside any pool. Fails when mappings outlive their pool.
 func TestNFTMappingsLeaveAPoolThatChanges(t *testing.T) {
 	s := newScene(t, lab.Options{Inside: 3})
 	subnet := "reconcile = \"1h\"\nport_pool = %s\n[[subnet]]\nprefix = \"10.47.11.0/24\"\nmapping = \"endpoint_independent\"\n"
@@ -401,8 +402,8 @@ func TestNFTMappingsLeaveAPoolThatChanges(t *testing.T) {
 	s.Arrives(one, s.PeerSocket(lab.PeerB, 5070), ext)
 }
 
-// Rules that only root may read may choose ports: that is told where there may be some. Fails
-// where nobody learns that the pool may go beyond them.
+// Rules that only root may read may choose ports: a warning says so where there may be some.
+// Fails when nobody is told that pool ports may be outside those of the rules.
 func TestRulesThatOnlyRootMayReadMayChoosePorts(t *testing.T) {
 	const told = `set port_pool = "none"`
 	for name, tc := range map[string]struct{ asRoot, mapped bool }{"as root": {true, true}, "as another user": {false, true}, "without mapping": {false, false}} {

@@ -83,7 +83,7 @@ func TestWrongInputIsNamedAndChangesNothing(t *testing.T) {
 		"cleanup, nothing": {[]string{"cleanup"}, 0, "removed 0 expectations"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if strings.HasPrefix(name, "wrong") { // each case has the file of its own
+			if strings.HasPrefix(name, "wrong") { // each case has its own file
 				file("# x\nlifetime = \"5 minutes\"\n")
 			} else if strings.HasPrefix(name, "check") {
 				file("backend = 7\n")
@@ -164,7 +164,7 @@ func TestSelftestPassesOnThisKernel(t *testing.T) {
 	}
 }
 
-// What passes, and what fails with stock Linux and with each configuration of ours.
+// The selftest reports what passes and fails with stock Linux and each configuration of ours.
 func TestSelftestKnowsRFC4787(t *testing.T) {
 	s := newScene(t, lab.Options{}) // any namespace will do
 	out, code := s.CLI("selftest", "--rfc4787")

@@ -117,9 +117,9 @@ func TestSNATToAFixedAddress(t *testing.T) {
 	s.Lost(phone, s.PeerSocket(lab.PeerB, 5060), ext, proxy)
 }
 
-// Two hosts share an outside port towards different peers (port overloading);
-// then the second one calls the first one's peer. The kernel moves that flow,
-// so nobody takes anything over.
+// Two hosts share an outside port towards different peers (port overloading); then
+// the second host calls the first one's peer from that port. The second host waits,
+// and the first keeps its permission until that is revoked.
 func TestSharedOutsidePortKeepsItsOwners(t *testing.T) {
 	s := play(t, lab.Options{Inside: 2})
 	one, two := s.InsideSocket(0, 3074), s.InsideSocket(1, 3074)
@@ -133,8 +133,8 @@ func TestSharedOutsidePortKeepsItsOwners(t *testing.T) {
 	s.Arrives(one, s.PeerSocket(lab.PeerA, 5070), extOne)
 	s.Arrives(two, s.PeerSocket(lab.PeerB, 5070), extTwo)
 
-	// Another port of the first one's peer: the kernel shares ext:P again, and
-	// the owner keeps his permission.
+	// Another port of the first host's peer: the kernel shares ext:P again, and the
+	// first host keeps its permission.
 	a2 := s.PeerSocket(lab.PeerA, 3075)
 	if ext := s.Contact(two, a2); ext != extOne {
 		t.Fatalf("the kernel gave %v, want the shared %v", ext, extOne)
@@ -145,7 +145,8 @@ func TestSharedOutsidePortKeepsItsOwners(t *testing.T) {
 		t.Error("the conflict is not counted")
 	}
 
-	// Revoked, his flow goes on, and the other one need not wait for its end.
+	// After a revoke the first host's flow goes on, and the second host gets the
+	// permission at once.
 	if out, code := s.CLI("revoke", "--control-socket", s.Daemon.Socket, one.Addr().String(), lab.PeerA.String()); code != 0 {
 		t.Errorf("exit %d, %q", code, out)
 	}

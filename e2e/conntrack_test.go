@@ -8,11 +8,12 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// What conntrack counts in the gateway's network namespace while the daemon runs. Two
-// flows want the same addresses and ports, for a rule of the user's gives the second one a
-// fixed source port: its packet is dropped.
+// Status shows what conntrack counts in the gateway's network namespace while the daemon
+// runs. A user rule gives two flows the same fixed source port towards one peer: the
+// kernel drops the second flow's packet.
 //
-// Fails when status has the counters of another namespace, or those of the time before.
+// Fails when status counts another namespace, or includes what was counted before the
+// start.
 func TestStatusTellsWhatConntrackCounts(t *testing.T) {
 	stage.OfTheDaemon(t)
 	s := newScene(t, lab.Options{Rules: lab.NoRules})
@@ -29,7 +30,7 @@ func TestStatusTellsWhatConntrackCounts(t *testing.T) {
 	s.Contact(own, peer)
 	clash := func() {
 		s.Must(host.Send(peer.Addr(), "in vain"))
-		s.Contact(phone, other) // it comes behind
+		s.Contact(phone, other) // by now the host's packet was handled
 	}
 	clash()
 	s.Start(stage.Flags(stage.Expect)...)

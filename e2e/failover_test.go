@@ -24,7 +24,7 @@ const bothUplinks = `table ip nat {
 }
 `
 
-// twoUplinks makes a lab with two uplinks, of which the first is in use.
+// twoUplinks makes a lab with two uplinks; the first is in use.
 func twoUplinks(t *testing.T, o lab.Options) (s *scene, second netip.Addr) {
 	t.Helper()
 	second = netip.MustParseAddr("198.51.100.129")
@@ -34,7 +34,7 @@ func twoUplinks(t *testing.T, o lab.Options) (s *scene, second netip.Addr) {
 	return s, second
 }
 
-// heals sends from in to the peer until that sees the address, and returns how long that
+// heals sends from in to peer until peer sees packets from addr, and returns how long that
 // took.
 func (s *scene) heals(in, peer *lab.Socket, addr netip.Addr) time.Duration {
 	s.T.Helper()
@@ -51,8 +51,8 @@ func (s *scene) heals(in, peer *lab.Socket, addr netip.Addr) time.Duration {
 	return time.Since(began)
 }
 
-// An uplink fails. Each flow goes on by the other one, as those without mappings do:
-// that which the user's rules translated first, and those that have its mapping.
+// An uplink fails. Every flow moves to the other one, as flows without a mapping do: the one
+// that the user's rules translated first, and those that took over its mapping.
 func TestNFTFailoverHealsAllFlowsOfAMapping(t *testing.T) {
 	for way, fail := range map[string]string{
 		"by route":  "route replace default via 198.51.100.254 dev wan1 onlink",
@@ -93,9 +93,9 @@ func TestNFTFailoverHealsAllFlowsOfAMapping(t *testing.T) {
 	}
 }
 
-// The way of a flow may change while its address stays right: the user translates to
-// the same one on both links, or leads some packets by another link than the routes
-// without marks say. Such flows go on.
+// A flow may change its link and keep the right address: the user translates to one address
+// on both links, or routes marked packets by another link than unmarked ones. Such flows go
+// on.
 func TestNFTFailoverEndsNoFlowWhoseAddressIsRight(t *testing.T) {
 	const byRoute = "route del default via 198.51.100.254 dev wan0"
 	one := func(s *scene) bool { return len(s.Status().Outside) == 1 }
@@ -129,7 +129,7 @@ func TestNFTFailoverEndsNoFlowWhoseAddressIsRight(t *testing.T) {
 			before := s.insideFlows()
 			s.IP(s.Gateway, tc.change)
 			s.Until("the daemon saw the change", func() bool { return tc.lands(s) })
-			began := time.Now() // the look at flows may be put off
+			began := time.Now() // flows may be checked with a delay
 			s.Until("it looked at flows", func() bool { s.Status(); return time.Since(began) > 1500*time.Millisecond })
 			if after := s.insideFlows(); !slices.Equal(after, before) {
 				t.Errorf("before:\n%s\nafter:\n%s", strings.Join(before, "\n"), strings.Join(after, "\n"))
@@ -138,11 +138,11 @@ func TestNFTFailoverEndsNoFlowWhoseAddressIsRight(t *testing.T) {
 	}
 }
 
-// Calls take the second uplink, for their type of service. Two uplinks fail one after the
-// other: each flow heals whose link failed, and no other one ends.
+// Calls use the second uplink because of their TOS. Two uplinks fail one after the other: the
+// flows of the failed link heal, and no other flow ends.
 //
-// Fails when flows stay since nobody asks where packets with that type of service go, or when
-// calls end since others leave by another link.
+// Fails when flows stay because the route lookup ignores their TOS, and when calls end
+// because packets without it leave by another link.
 func TestNFTFailoverHealsWhereRoutesAskForTOS(t *testing.T) {
 	const lowDelay = 0x18
 	for name, byTOS := range map[string]string{
@@ -162,7 +162,7 @@ func TestNFTFailoverHealsWhereRoutesAskForTOS(t *testing.T) {
 			s.Must(err)
 			s.Must(raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_TOS, lowDelay) }))
 			s.Must(err)
-			// The second flow of each has the mapping of the first.
+			// The second flow of each socket uses the mapping of the first.
 			peers := []*lab.Socket{s.PeerSocket(lab.PeerA, 5080), s.PeerSocket(lab.PeerB, 5080)}
 			for in, addr := range map[*lab.Socket]netip.Addr{phone: s.Gateway.Addr, call: second} {
 				for _, peer := range peers {

@@ -11,7 +11,7 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// Filtering for each subnet (RFC 4787 section 5), and groups of peers.
+// Filtering per subnet (RFC 4787 section 5), and groups of peers.
 
 var (
 	stranger = netip.MustParseAddr("203.0.113.99") // nobody ever sends to it
@@ -19,7 +19,7 @@ var (
 	neighbor = lab.PeerA.Prev() // the other peer of the group
 )
 
-// standsFor waits until the permission of in stands for peers.
+// standsFor waits until a permission of in on ext stands for peers.
 func (s *scene) standsFor(peers netip.Prefix, in *lab.Socket, ext netip.AddrPort) {
 	s.T.Helper()
 	s.Until(ext.String()+" stands for "+peers.String(), func() bool {
@@ -34,7 +34,7 @@ func (s *scene) warns(text string) bool {
 	return stage.Warned(s.Status(), text)
 }
 
-// Fails if the chain admit lacks the look-up for everybody.
+// Fails when chain admit lacks the lookup for all peers.
 func TestNFTFilteringLetsAnybodyIn(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{Inside: 2}, append(mode, "--filtering=endpoint_independent", "--exclude-peer=203.0.113.7/32")...)
@@ -61,7 +61,7 @@ func TestNFTFilteringLetsAnybodyIn(t *testing.T) {
 		}
 		s.Arrives(phone, s.PeerSocket(stranger, 5074), ext) // the fence
 
-		// What was there is taken over, and a command ends it.
+		// The next daemon takes over the permission; revoke ends it.
 		s.Kill()
 		s.Arrives(phone, s.PeerSocket(stranger, 5075), ext)
 		s.Start(stage.Flags(mode, "--filtering=endpoint_independent", "--reconcile=1s")...)
@@ -96,7 +96,7 @@ func TestNFTFilteringIsEachSubnetsOwn(t *testing.T) {
 			t.Errorf("%d permissions in the kernel, want 1", n)
 		}
 
-		// A reload opens and closes; flows that are there count.
+		// A reload opens one host and closes the other, for existing flows too.
 		write(config("endpoint_independent", "address_dependent"))
 		if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code != 0 {
 			t.Fatalf("exit %d, %q", code, out)
@@ -117,8 +117,8 @@ func TestNFTFilteringIsEachSubnetsOwn(t *testing.T) {
 	})
 }
 
-// One contact permits the whole group, and nobody outside it. Fails if the kernel
-// learns, or the daemon grants, the contact alone.
+// One contact permits the whole group, and nobody outside it. Fails when the kernel
+// learns, or the daemon grants, a permission for the contacted peer alone.
 func TestNFTGroupOfPeers(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{})
@@ -146,7 +146,8 @@ func TestNFTGroupOfPeers(t *testing.T) {
 	})
 }
 
-// An expectation that translates is for one peer: those of a small group get one each.
+// An expectation with translation admits one peer, so each peer of a small group gets
+// its own.
 func TestGroupOfPeersByExpectations(t *testing.T) {
 	s := newScene(t, lab.Options{})
 	grouped := "peer_groups = [\"203.0.113.0/28\"]\n" + toml(stage.Expect)
@@ -176,8 +177,8 @@ func TestGroupOfPeersByExpectations(t *testing.T) {
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5073), ext)
 }
 
-// What a daemon left for a group that the next one does not know goes, and with it
-// the children that nobody answered.
+// A killed daemon leaves a group's permission, and the next daemon has no such group:
+// the permission ends, and its unanswered children with it.
 func TestNFTGroupThatAKilledDaemonLeft(t *testing.T) {
 	for name, next := range map[string]func(*scene){
 		"cleanup": func(s *scene) {
@@ -204,7 +205,7 @@ func TestNFTGroupThatAKilledDaemonLeft(t *testing.T) {
 	}
 }
 
-// Without translation an expectation serves a group.
+// Without translation one expectation serves a whole group.
 func TestRoutedIPv6FilteringAndGroups(t *testing.T) {
 	stage.NeedsExpect(t)
 	outsider := netip.MustParseAddr("2001:db8:113::9:9")

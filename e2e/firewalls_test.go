@@ -8,12 +8,12 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// noise is what a listing has that is not the user's or changes by itself: our
-// own tables, counters and the time.
+// noise matches the parts of a listing that are not the user's or change by
+// themselves: our tables, counters and the time.
 var noise = regexp.MustCompile(`(?ms)^table (inet|ip) conenat \{.*?^\}\n|^#[^\n]*$|\[\d+:\d+\]`)
 
-// Whatever language the user's firewall is written in: with a drop policy it
-// needs no rule for conenatd, and not a byte of it changes.
+// A firewall with a drop policy needs no rule for conenatd, whichever tool wrote
+// it, and not a byte of it changes.
 func TestFirewallsArePassedAndUntouched(t *testing.T) {
 	stage.NeedsExpect(t)
 	for _, tc := range []struct {

@@ -10,9 +10,8 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// offload has the kernel take answered UDP flows out of the packet path: the
-// usual rules for it, and a counter of the packets that still pass the rules.
-// Its parameter is the list of links.
+// offload are the usual rules that offload answered UDP flows to a flowtable, and a
+// counter of the packets that still pass the rules. %s is the list of links.
 const offload = `table inet fast {
 	flowtable ft {
 		hook ingress priority 0
@@ -34,7 +33,7 @@ func newOffloadScene(t *testing.T, o lab.Options) *scene {
 	t.Helper()
 	s := newScene(t, o)
 	err := s.NFT(fmt.Sprintf(offload, offloadLinks(o)))
-	// What nft itself does not understand is a mistake, on every kernel.
+	// If nft itself rejects the rules, the test is wrong, on any kernel.
 	refused := err != nil && strings.Contains(err.Error(), "Could not process rule")
 	if refused && os.Getenv("CONENATD_GUEST") == "" {
 		t.Skipf(`this kernel has no flowtables (%v): run "make kernels"`, err)
@@ -43,8 +42,8 @@ func newOffloadScene(t *testing.T, o lab.Options) *scene {
 	return s
 }
 
-// offloadLinks lists the links for which flows are offloaded. Of a bridge, old
-// kernels (5.10) want the bridge itself and new ones (7.3) its ports.
+// offloadLinks lists the links for which flows are offloaded. For a bridge, old kernels
+// (5.10) need the bridge itself, and new ones (7.3) its ports.
 func offloadLinks(o lab.Options) string {
 	links := []string{"wan0", "lan0"}
 	for i := range max(o.Inside, 1) {
@@ -76,7 +75,7 @@ func (s *scene) passed() string {
 	return out
 }
 
-// On a bridge and on a plain link.
+// The same on a bridge and on a plain link.
 func TestFlowIsOffloadedOnceItIsAnswered(t *testing.T) {
 	s := newOffloadScene(t, lab.Options{Inside: 2, Guest: true})
 	for name, h := range map[string]*lab.Host{"inside": s.Inside(1), "guest": s.Guest} {

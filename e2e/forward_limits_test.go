@@ -9,8 +9,8 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// A forward bars an expectation only where it may lead a peer of it elsewhere. The next
-// reconcile is too far off to help.
+// A forward conflicts with an expectation only if it may send a peer's packets elsewhere.
+// The tests set the reconcile to one hour, so changes must take effect without it.
 
 // inChain are rules of a chain of nftables that forwards.
 func inChain(rules string) func(s *scene) error {
@@ -27,9 +27,9 @@ func inPrerouting(variant, rule string) func(s *scene) error {
 	}
 }
 
-// The forward is for the peers in 203.0.113.0/24 alone.
+// The forward matches only peers in 203.0.113.0/24; other peers get their permission.
 //
-// Fails when the sources of a forward are not read, or not asked for.
+// Fails when the source match of a forward is not read, or not used.
 func TestForwardForSomePeersBarsNoOthers(t *testing.T) {
 	const to = " dnat to 10.47.11.110"
 	for name, load := range map[string]func(s *scene) error{
@@ -60,10 +60,10 @@ func TestForwardForSomePeersBarsNoOthers(t *testing.T) {
 	}
 }
 
-// Beside a firewall that lets no DNATed child pass, the map would be of no use to peers that
-// the forward is not for.
+// Beside a firewall that drops DNATed children the map would not help the peers that the
+// forward does not match.
 //
-// Fails when they have no expectation.
+// Fails when those peers get no expectation.
 func TestAutoGivesOthersThanThoseOfAForwardExpectations(t *testing.T) {
 	s := newScene(t, lab.Options{Inside: 2, Rules: lab.DropPolicy})
 	s.Must(inChain(`iifname "wan0" ip saddr 203.0.113.0/24 udp dport 5060 dnat to 10.47.11.110`)(s))
@@ -84,11 +84,11 @@ func TestAutoGivesOthersThanThoseOfAForwardExpectations(t *testing.T) {
 	s.Arrives(server, s.PeerSocket(lab.PeerA, 10), ext)
 }
 
-// Of the ports of a forward nothing is known, but of its sources something is. It wins, like
-// any other.
+// The forward's port match is not understood, but its source match is. The forward wins,
+// like any other.
 //
-// Fails when expectations stand where it may lead packets elsewhere, and when they do not
-// where it cannot.
+// Fails when an expectation stands where the forward may match, and when none stands where
+// it cannot.
 func TestAutoLeavesTheWayOfAForwardThatIsNotUnderstood(t *testing.T) {
 	stage.NeedsExpect(t)
 	for _, rule := range []string{
@@ -122,9 +122,10 @@ func TestAutoLeavesTheWayOfAForwardThatIsNotUnderstood(t *testing.T) {
 	}
 }
 
-// What the forward asks for beyond ports and sources is not known, but where it leads is.
+// The forward has matches that are not understood, but its target is known: the phone
+// itself.
 //
-// Fails when where a forward leads is not read, or not asked for.
+// Fails when the target of a forward is not read, or not compared.
 func TestForwardToTheSameEndpointBarsNobody(t *testing.T) {
 	for name, load := range map[string]func(s *scene) error{
 		"nftables":               inChain(`udp sport 7 udp dport 5060 dnat to 10.47.11.109`),
@@ -143,7 +144,7 @@ func TestForwardToTheSameEndpointBarsNobody(t *testing.T) {
 			s.Arrives(phone, s.PeerSocket(lab.PeerA, 7), ext)
 			s.Arrives(phone, s.PeerSocket(lab.PeerC, 7), ext)                            // by the forward
 			s.Lost(phone, s.PeerSocket(lab.PeerC, 10), ext, s.PeerSocket(lab.PeerA, 11)) // a stranger
-			// Another endpoint of the same host is another one.
+			// Another port of the same host is another endpoint.
 			other := s.InsideSocket(0, 5061)
 			s.Must(s.NFT("table ip more { chain pre { type nat hook prerouting priority dstnat; udp dport 5061 dnat to 10.47.11.109:5060; }; }"))
 			ext = s.Contact(other, peer)
@@ -152,9 +153,10 @@ func TestForwardToTheSameEndpointBarsNobody(t *testing.T) {
 	}
 }
 
-// The sources of a forward are in a named set, which changes, or gets too long to be read.
+// The sources of a forward are in a named set, which changes and then becomes too long to
+// read.
 //
-// Fails when the set is not read again, or when what is not read is taken for empty.
+// Fails when the set is not read again, and when an unread set counts as empty.
 func TestForwardForASetOfPeersFollowsTheSet(t *testing.T) {
 	s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
 	s.Must(inChain("ip saddr @provider udp dport 5060 dnat to 10.47.11.110")(s))
@@ -174,9 +176,9 @@ func TestForwardForASetOfPeersFollowsTheSet(t *testing.T) {
 	s.Listed(phone, peer, ext, "refused")
 }
 
-// A lease of UPnP moves from one console to the other, and ends.
+// A UPnP lease moves from one console to the other and back, then ends.
 //
-// Fails when a permission that was refused for a forward waits for its next try.
+// Fails when a permission that was refused because of a forward waits for its next retry.
 func TestPermissionFollowsAForwardThatMoves(t *testing.T) {
 	lease := func(to string) string {
 		return "flush chain ip upnp prerouting; add rule ip upnp prerouting iifname \"wan0\" udp dport 5060 dnat to " + to
@@ -219,10 +221,10 @@ func TestPermissionFollowsAForwardThatMoves(t *testing.T) {
 	}
 }
 
-// Another user than root does not know whether there are more rules, so he believes flows.
-// What one of a known rule showed goes with that rule, though the flow lives on.
+// Without root the daemon cannot know all rules, so it also believes flows. What a flow of a
+// known rule showed is forgotten with that rule, though the flow lives on.
 //
-// Fails when a flow that a rule explains is taken for one of a rule that nobody knows.
+// Fails when a flow that a known rule explains counts as evidence of an unknown rule.
 func TestForwardThatAFlowShowsIsForgottenWithItsRule(t *testing.T) {
 	s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
 	s.Must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade))
@@ -243,7 +245,7 @@ func TestForwardThatAFlowShowsIsForgottenWithItsRule(t *testing.T) {
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 10), ext)
 }
 
-// readAgain lets the daemon read all flows.
+// readAgain makes the daemon read all flows.
 func (s *scene) readAgain() {
 	s.T.Helper()
 	if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code != 0 {

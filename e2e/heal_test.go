@@ -12,15 +12,15 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// Flows whose source is not that which the rules would give them now.
+// Flows with another source address than the rules would now give them.
 
 const heal = "--heal-flows"
 
-// tracked are rules for which there is connection tracking, but no NAT.
+// tracked are rules that turn on connection tracking, but not NAT.
 const tracked = "table inet f { chain forward { type filter hook forward priority filter; ct state invalid drop; }; }\n"
 
-// A brokenPlay breaks a flow of the first inside host to peer A. What it sends has the
-// address good, when the flow is healed.
+// A brokenPlay breaks a flow of the first inside host to peer A. After healing, its packets
+// have the source address good.
 type brokenPlay struct {
 	rules, source string // source is what status names, empty where the flow is untranslated
 	breaks        func(s *scene)
@@ -29,14 +29,14 @@ type brokenPlay struct {
 }
 
 var brokenPlays = map[string]brokenPlay{
-	// The flow began before there was a rule; its packets go on untranslated.
+	// The flow began before the rule existed; its packets still leave untranslated.
 	"older than the rule": {
 		tracked, "", func(s *scene) { s.Must(s.NFT(lab.Masquerade)) }, "wan0", "198.51.100.1",
 	},
 	"older than the rule, of iptables-legacy": {
 		tracked, "", func(s *scene) { s.Must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade)) }, "wan0", "198.51.100.1",
 	},
-	// A re-dial gives another address, and a script another rule.
+	// A re-dial changes the address, and a script replaces the rule.
 	"another address": {
 		fixedSource("wan0", "198.51.100.1"), "198.51.100.1", func(s *scene) {
 			s.IP(s.Outside, "route add 198.51.100.9/32 via 198.51.100.1")
@@ -47,7 +47,7 @@ var brokenPlays = map[string]brokenPlay{
 			s.IP(s.Gateway, "route replace default via 198.51.100.254 dev wan0")
 		}, "wan0", "198.51.100.9",
 	},
-	// Nobody answers to the address of the other uplink, as the kernel counts.
+	// The kernel's counters show that nobody answers to the address of the other uplink.
 	"another uplink": {
 		eachItsOwn, "198.51.100.1", func(s *scene) {
 			s.IP(s.Gateway, "route replace default via 198.51.100.254 dev wan1 onlink")
@@ -71,7 +71,7 @@ func fixedSource(linksAndAddrs ...string) string {
 	return b.String() + "}; }"
 }
 
-// broken plays until the flow is broken, and returns its ends.
+// broken plays until the flow is broken, and returns its endpoints.
 func (tt brokenPlay) broken(t *testing.T, args ...string) (s *scene, phone, peer *lab.Socket) {
 	t.Helper()
 	s, _ = twoUplinks(t, lab.Options{Rules: tt.rules})
@@ -87,7 +87,7 @@ func (tt brokenPlay) broken(t *testing.T, args ...string) (s *scene, phone, peer
 	return s, phone, peer
 }
 
-// named waits until status tells of the flow.
+// named waits until status reports the flow.
 func (tt brokenPlay) named(s *scene, phone, peer *lab.Socket) {
 	s.T.Helper()
 	want := control.BrokenFlows{Subnet: lab.InsideNet, Link: tt.link, Flows: 1, Int: phone.Addr(), Peer: peer.Addr()}
@@ -121,7 +121,7 @@ func (s *scene) countPackets() {
 	s.Must(s.Gateway.SetSysctl(accounting, "1"))
 }
 
-// Fails when the flow is not seen, or when it stays.
+// Fails when a broken flow is not seen, and when it does not end.
 func TestBrokenFlowsAreHealed(t *testing.T) {
 	for name, tt := range brokenPlays {
 		t.Run(name, func(t *testing.T) {
@@ -138,7 +138,9 @@ func TestBrokenFlowsAreHealed(t *testing.T) {
 	}
 }
 
-// Fails when a flow ends that nobody wanted to end.
+// Without heal_flows broken flows are reported, but not ended.
+//
+// Fails when a flow ends.
 func TestBrokenFlowsAreCountedAlone(t *testing.T) {
 	for name, tt := range brokenPlays {
 		t.Run(name, func(t *testing.T) {
@@ -156,10 +158,10 @@ func TestBrokenFlowsAreCountedAlone(t *testing.T) {
 	}
 }
 
-// Rules exempt some flows, others may be exempt by what nobody knows, and one is answered
-// as it is. They end neither with the one that is surely broken nor later.
+// Rules exempt one flow, may exempt another, and a third is answered although it is
+// untranslated. None of them ends when the flow that is surely broken is healed, nor later.
 //
-// Fails when a flow ends that rules leave as it is, that they may leave so, or that works.
+// Fails when a flow ends that rules exempt, that they may exempt, or that works.
 func TestFlowsThatMayWorkAreNotHealed(t *testing.T) {
 	const rules = `table ip nat { chain postrouting { type nat hook postrouting priority srcnat;
 	ip daddr 203.0.113.6 accept
@@ -195,20 +197,19 @@ func TestFlowsThatMayWorkAreNotHealed(t *testing.T) {
 	}
 }
 
-// A workingPlay changes what the rules give a flow of the first inside host to peer A, or by
-// which link it leaves, while the flow works. Rules translate the flows of the second host
-// after the change alone.
+// A workingPlay changes the rules or the route for a working flow of the first inside host
+// to peer A. The flow of the second host is translated only after the change, and so breaks.
 type workingPlay struct {
 	commands []string // of ip(8), before the flow begins
-	rules    string   // what translates the flow
+	rules    string   // translate the flow
 	change   []string // of ip(8)
-	after    string   // the rules then
+	after    string   // the rules after the change
 	counted  bool     // the kernel counts packets
-	oneWay   bool     // nobody answers, or none needs to
-	fence    string   // the address of the second host then; empty if nothing ends there, either
+	oneWay   bool     // nobody answers, or nobody needs to
+	fence    string   // the second host's address after healing; empty if none of its flows is healed
 }
 
-// talk sends a packet, and an answer unless nobody answers.
+// talk sends a packet, and an answer unless the flow is one-way.
 func (tt workingPlay) talk(phone, peer *lab.Socket) error {
 	if tt.oneWay {
 		_, _, _ = phone.Recv(20 * time.Millisecond) // not too fast
@@ -271,9 +272,9 @@ var workingPlays = map[string]workingPlay{
 	},
 }
 
-// Rules or routes change, and flows go on as they are.
+// Rules or routes change, and working flows go on.
 //
-// Fails when such a flow ends.
+// Fails when a working flow ends.
 func TestFlowsThatWorkAreNotHealed(t *testing.T) {
 	const before = `table ip m { chain prerouting { type filter hook prerouting priority mangle;
 	ip saddr 10.47.11.109 ip dscp set 6; ip saddr 10.47.11.109 meta mark set 9; }; }
@@ -314,7 +315,7 @@ table ip nat { chain postrouting { type nat hook postrouting priority srcnat; ip
 			}
 			long := 4 * time.Second
 			if tt.counted {
-				long = 14 * time.Second // it takes ten to see that nobody answers
+				long = 14 * time.Second // the daemon takes ten seconds to see that nobody answers
 			}
 			s.UntilIn(time.Minute, "it looked at flows some times", func() bool { s.readAgain(); return time.Since(began) > long })
 			stop()

@@ -17,14 +17,14 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// largeTime is how long each is borne: a reconcile is within it.
+// largeTime is how long each configuration or load runs: at least one reconcile.
 const largeTime = 30 * time.Second
 
-// BenchmarkLarge shows what large configurations and rulesets, and load from outside, take
-// of a CPU, how long the first answer of a peer waits for a permission meanwhile, how long
-// the status takes at most, and how long a reload and a stop take.
+// BenchmarkLarge measures large configurations and rulesets, and load from outside: how
+// much CPU they take, how long a peer's first answer waits for a permission meanwhile, the
+// slowest status, and the time for a reload and a stop.
 //
-// It prints for each the share of a CPU over largeTime and the times.
+// For each it prints the share of a CPU over largeTime, and these times.
 func BenchmarkLarge(b *testing.B) {
 	const uplink = "via 198.51.100.254 dev wan0"
 	list := func(n int, item func(i int) string) string {
@@ -118,7 +118,7 @@ func BenchmarkLarge(b *testing.B) {
 			if n.rules != "" {
 				must(l.NFT(n.rules))
 			}
-			for lines := range slices.Chunk(slices.Collect(strings.Lines(n.ip)), 10_000) { // a program has half a minute
+			for lines := range slices.Chunk(slices.Collect(strings.Lines(n.ip)), 10_000) { // the program may run for half a minute
 				batch := filepath.Join(b.TempDir(), "batch")
 				must(os.WriteFile(batch, []byte(strings.Join(lines, "")), 0o600))
 				_, err := l.Gateway.Output("ip", "-batch", batch)
@@ -184,7 +184,7 @@ func BenchmarkLarge(b *testing.B) {
 	}
 }
 
-// everySecond calls f n times a second until it is told to stop.
+// everySecond calls f n times a second until stop.
 func everySecond(n int, f func(i int) error) (stop func() error) {
 	if n == 0 {
 		return func() error { return nil }
@@ -212,12 +212,12 @@ func everySecond(n int, f func(i int) error) (stop func() error) {
 	}
 }
 
-// A load is packets that are sent again and again, so many times a second so many of them.
+// A load sends packets in turn: each packets at a time, times a second.
 type load struct {
 	packets, times, each int
 	aim                  func(i int) (from, to netip.AddrPort)
-	// inside says that they are of the first inside host, whatever aim says, and that the
-	// daemon is stopped while each burst comes.
+	// inside sends the packets from the first inside host, whatever aim says, and pauses
+	// the daemon during each burst.
 	inside bool
 }
 

@@ -153,9 +153,9 @@ func newLatencyLab(b *testing.B, exe string, args ...string) *latencyLab {
 	return l
 }
 
-// pin binds all threads of a process to one CPU. The program and the peer, which
-// sends without pause, then never wait for each other's CPU: that would measure
-// the scheduler's time slice.
+// pin binds all threads of a process to one CPU. The peer sends without pause; if
+// the program and the peer shared a CPU, the benchmark would measure the
+// scheduler's time slice.
 func pin(pid, cpu int) error {
 	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", pid))
 	if err != nil {

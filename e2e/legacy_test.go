@@ -10,8 +10,8 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// What the rules of iptables-legacy say is known before any flow shows it, and at once
-// when they change: the next reconcile is too far off to help.
+// Rules of iptables-legacy are known before any flow shows them, and changes at once:
+// the reconcile is an hour away.
 
 // iptables runs iptables-legacy with these words in the gateway.
 func (s *scene) iptables(words string) {
@@ -54,8 +54,8 @@ func TestAutoFollowsTheFirewallOfIPTablesLegacy(t *testing.T) {
 	}
 }
 
-// A firewall that knows no RELATED lets no child pass, and accepting what is DNATed
-// mends that.
+// A firewall that does not accept RELATED lets no child pass; accepting DNATed flows
+// repairs that.
 func TestAutoTellsOfIPTablesLegacyThatDropsAll(t *testing.T) {
 	s := newScene(t, lab.Options{Rules: lab.NoRules})
 	s.Must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade+strings.ReplaceAll(lab.IPTablesDropPolicy, ",RELATED", "")))
@@ -71,7 +71,7 @@ func TestAutoTellsOfIPTablesLegacyThatDropsAll(t *testing.T) {
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 }
 
-// Forwards of each kind, of which nobody has used one yet.
+// Forwards of each kind; nobody has used them yet.
 const legacyForwards = `*nat
 :forwards - [0:0]
 -A PREROUTING -i wan0 -p udp --dport 5060 -j DNAT --to-destination 10.47.11.110
@@ -94,7 +94,7 @@ func TestLegacyForwardsWinBeforeTheirFirstFlow(t *testing.T) {
 		for _, port := range []uint16{5060, 6000, 6010, 7000, 7015, 8000, 9000} {
 			phone, server := s.InsideSocket(0, port), s.InsideSocket(1, port)
 			ext := s.Contact(phone, proxy)
-			// The map stays open for peers that a forward leaves alone.
+			// The map stays open for peers that the forward does not match.
 			s.hidden(phone, proxy, ext, port != 8000 || slices.Equal(mode, stage.Expect))
 			s.Arrives(server, media, ext)
 			s.Arrives(phone, proxy, ext) // its own flow
@@ -112,7 +112,8 @@ func TestLegacyForwardsWinBeforeTheirFirstFlow(t *testing.T) {
 	})
 }
 
-// What stands ends, or is behind the forward, as soon as there is one.
+// A forward that comes later wins at once: the permission ends, or waits behind it in
+// the map.
 func TestLegacyForwardThatComesLaterWins(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, stage.Expect, stage.NFT}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
@@ -127,7 +128,7 @@ func TestLegacyForwardThatComesLaterWins(t *testing.T) {
 	})
 }
 
-// A rule that chooses among ports keeps every host to them, also one that comes later.
+// A rule that chooses outside ports keeps every host on them, even if it comes later.
 func TestLegacyRuleThatChoosesPortsIsLeftNewcomers(t *testing.T) {
 	const first, last = 7472, 7487
 	s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})

@@ -33,8 +33,8 @@ func drain(sock *lab.Socket) {
 	}
 }
 
-// The peer goes on sending to the end and beyond: that keeps its flow alive, but
-// not the permission, and the flow goes with the permission.
+// The peer sends until after the end. That keeps its flow alive, but not the
+// permission; when the permission ends, so does that flow.
 func TestPermissionOutlivesItsFlowAndEndsAfterLifetime(t *testing.T) {
 	s := newScene(t, lab.Options{})
 	s.shortFlows()
@@ -73,10 +73,11 @@ func TestAnsweredChildHoldsThePermission(t *testing.T) {
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
 }
 
-// What a daemon reads late was true earlier: it extends nothing. A flow that began just
-// now has its permission all the same, which the kernel's timeout of the flow shows.
+// A paused daemon reads old events late: they extend nothing. A flow that began just
+// now still gets its permission, because the kernel's timeout shows how old the flow
+// is.
 //
-// Fails when the loop takes no event for late, or when a reconcile does not follow.
+// Fails when the loop does not recognise late events, and when no reconcile follows.
 func TestDaemonThatWasStoppedExtendsNothing(t *testing.T) {
 	for _, backend := range []string{"auto", "expect"} {
 		t.Run(backend, func(t *testing.T) {
@@ -99,9 +100,9 @@ func TestDaemonThatWasStoppedExtendsNothing(t *testing.T) {
 	}
 }
 
-// A flow without counters that lives on is not heard all the time.
+// Without counters a living flow does not count as continuous traffic.
 //
-// Fails when the model does not know the timeouts of flows.
+// Fails when the model does not know the flow timeouts.
 func TestPermissionEndsALifetimeAfterTheLastPacketWithoutCounters(t *testing.T) {
 	s := newScene(t, lab.Options{})
 	s.Start("--subnet", lab.InsideNet.String(), "--lifetime=4s", "--reconcile=1s")
@@ -125,15 +126,15 @@ func TestFlowOlderThanTheDaemonGetsItsPermission(t *testing.T) {
 	ext := s.Contact(phone, proxy)
 	s.Lost(phone, s.PeerSocket(lab.PeerA, 5070), ext, proxy)
 	s.Start("--subnet", lab.InsideNet.String())
-	// Ready means that the flows that were there have their permissions.
+	// Ready means that the existing flows have their permissions.
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
-	// The lost packet left a flow that ended on the gateway: repaired.
+	// The lost packet left a flow that ended on the gateway; the daemon has deleted it.
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5072), ext)
 }
 
-// A packet of the peer's that came before anybody sent to it is confirmed as a
-// flow to the gateway itself, and would swallow the later ones. The daemon takes
-// such flows away. Fails if Granted does not repair.
+// A peer's packet that comes before the first contact is confirmed as a flow to the
+// gateway itself, which would swallow later packets. The daemon deletes such flows.
+// Fails when Granted does not repair.
 func TestEarlyPacketBeforeFirstContact(t *testing.T) {
 	s := play(t, lab.Options{}, "--guard=false")
 	phone, proxy, media := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070)
@@ -152,10 +153,10 @@ func TestEarlyPacketBeforeFirstContact(t *testing.T) {
 	s.Arrives(phone, media, ext)
 }
 
-// The early packet comes after the first contact and before the daemon could
-// act. Fails if seeEarly only notes the flow.
+// The early packet comes after the first contact, but before the daemon can act. Fails
+// when seeEarly only notes the flow.
 func TestEarlyPacketAfterFirstContact(t *testing.T) {
-	s := play(t, lab.Options{}, "--guard=false", "--backend=expect") // learned, it would not be early
+	s := play(t, lab.Options{}, "--guard=false", "--backend=expect") // else the kernel learns it in time
 	phone, proxy, media := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070)
 	s.Must(s.Daemon.Pause())
 	ext := s.Contact(phone, proxy)
@@ -170,8 +171,8 @@ func TestEarlyPacketAfterFirstContact(t *testing.T) {
 	}
 }
 
-// The early packet has the very ports of the flow: NAT moves the flow then, and
-// the permission is for the port that it got.
+// The early packet has exactly the ports of the host's flow: NAT then moves that flow,
+// and the permission is for the port that it gets.
 func TestEarlyPacketMovesTheMapping(t *testing.T) {
 	s := play(t, lab.Options{}, "--guard=false")
 	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
@@ -195,7 +196,7 @@ func TestGuardKeepsEarlyPacketsFromBecomingFlows(t *testing.T) {
 	for _, from := range []*lab.Socket{proxy, media} {
 		s.Must(from.Send(early, stage.Payload("early")))
 	}
-	// The gateway's own ports are served as ever. The packets come in order.
+	// The gateway's own ports work as before. Packets arrive in order.
 	s.Arrives(own, media, replacePort(early, 4500))
 	for _, l := range s.ConntrackList("-p", "udp") {
 		if strings.Contains(l, "src=203.0.113.5 dst=198.51.100.1") && strings.Contains(l, "dport=5060") {
@@ -214,7 +215,8 @@ func TestGuardKeepsEarlyPacketsFromBecomingFlows(t *testing.T) {
 	})
 }
 
-// hasFlowFrom reports whether a conntrack entry has from as its first source.
+// hasFlowFrom reports whether an unanswered conntrack entry has from as its original
+// source.
 func (s *scene) hasFlowFrom(from *lab.Socket) bool {
 	return slices.ContainsFunc(s.ConntrackList("-p", "udp"), func(l string) bool {
 		return strings.Contains(l, "UNREPLIED") && strings.Contains(l, "src="+from.Addr().Addr().String()) &&
@@ -222,7 +224,7 @@ func (s *scene) hasFlowFrom(from *lab.Socket) bool {
 	})
 }
 
-// flowFrom waits until there is one: the packet was confirmed.
+// flowFrom waits for such an entry: the packet was confirmed.
 func (s *scene) flowFrom(from *lab.Socket) {
 	s.T.Helper()
 	s.Until("the early packet has a flow", func() bool { return s.hasFlowFrom(from) })
@@ -292,7 +294,7 @@ func TestStopLeavesNothing(t *testing.T) {
 	}
 }
 
-// No event tells of this child, as of one that comes in the last moment.
+// No event reports this child, like one that arrives just before the stop.
 func TestStopTakesAChildThatNoEventToldOf(t *testing.T) {
 	s := play(t, lab.Options{})
 	phone, proxy, media := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070)
@@ -306,8 +308,8 @@ func TestStopTakesAChildThatNoEventToldOf(t *testing.T) {
 	}
 }
 
-// What a killed daemon left is taken over by the next one, even if no flow holds
-// it any more; what is not allowed any more goes, and its child with it.
+// The next daemon takes over what a killed one left, even permissions without a flow.
+// What is no longer allowed ends, and its child with it.
 func TestRestartAfterKillTakesOverWhatStands(t *testing.T) {
 	s := newScene(t, lab.Options{Inside: 3})
 	s.Start("--subnet", lab.InsideNet.String())
@@ -339,9 +341,10 @@ func TestRestartAfterKillTakesOverWhatStands(t *testing.T) {
 	}
 }
 
-// After a kill an anchor outlives its expectation by a minute.
+// After a kill an anchor outlives its expectation by a minute. The next daemon removes
+// it.
 //
-// Fails when the daemon looks after those anchors alone that expectations hang on.
+// Fails when the daemon looks only at anchors that have an expectation.
 func TestAnchorWhoseExpectationRanOutGoes(t *testing.T) {
 	for name, next := range map[string]string{"by the same carrier": "expect", "by the other one": "nft"} {
 		t.Run(name, func(t *testing.T) {
@@ -373,7 +376,7 @@ func TestAnchorWhoseExpectationRanOutGoes(t *testing.T) {
 	}
 }
 
-// With on_stop = "keep" a stop is like a kill: a new program takes over.
+// With on_stop = "keep" a stop is like a kill: the next program takes over.
 func TestStopThatKeepsLeavesThePermissions(t *testing.T) {
 	s := play(t, lab.Options{}, "--on-stop", "keep")
 	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)

@@ -19,10 +19,10 @@ func (s *scene) enabled() (subnets []string) {
 	return subnets
 }
 
-// A subnet that is named by its link is what the link has: at the start, when its network is
-// renumbered, when it gets a second one, and when the link itself comes only then.
+// A subnet that is named by its link follows the link's prefixes: at the start, when the
+// network is renumbered, when a second one is added, and when the link appears later.
 //
-// Fails when the prefixes of a link are read once.
+// Fails when the prefixes of a link are read only once.
 func TestSubnetByItsLink(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Guest: true})
@@ -50,9 +50,9 @@ func TestSubnetByItsLink(t *testing.T) {
 	})
 }
 
-// A provider's IPv6 prefix that rotates is followed where the subnet is routed.
+// The provider rotates the IPv6 prefix: conenatd follows if the subnet is routed.
 //
-// Fails when a prefix of IPv6 is not taken from the link, or taken from one that is not
+// Fails when the IPv6 prefix is not taken from the link, and when it is taken without
 // routed.
 func TestRotatingPrefixOfALink(t *testing.T) {
 	stage.NeedsExpect(t)
@@ -82,10 +82,10 @@ func TestRotatingPrefixOfALink(t *testing.T) {
 	}
 }
 
-// A subnet that no link has, and one that is the gateway itself, are told; the first one is
-// served all the same, as behind a router of a cloud.
+// Warnings name a subnet that no link has, and one that is the gateway's own address. The
+// first may lie behind another router, as in a cloud, so it is served anyway.
 //
-// Fails when nothing is said of such a subnet.
+// Fails when no warning names such a subnet.
 func TestSubnetThatNobodyHasIsTold(t *testing.T) {
 	s := newScene(t, lab.Options{})
 	s.Start("--subnet=10.99.0.0/24", "--subnet=10.47.11.1/32", "--reconcile=1s")

@@ -1,4 +1,4 @@
-// Package e2e proves conenatd with real packets.
+// Package e2e tests conenatd with real packets.
 package e2e
 
 import (

@@ -10,9 +10,10 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// Fifty thousand permissions where the expectation table has room for them (in
-// the first network namespace conenatd makes it); else as many as fit, the rest
-// refused and counted with one warning, and everything else goes on.
+// Fifty thousand permissions stand if the expectation table has room for them; in
+// the first network namespace conenatd makes that room. Otherwise as many stand as
+// fit; the rest is refused and counted, with one warning, and everything else goes
+// on.
 func TestManyPermissions(t *testing.T) {
 	s := newScene(t, lab.Options{Inside: 2})
 	s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
@@ -54,9 +55,9 @@ func TestManyPermissions(t *testing.T) {
 	if refused := s.Status().Counters.Refused["table_full"]; refused != uint64(wanted-stand) {
 		t.Errorf("%d refusals counted, want %d", refused, wanted-stand)
 	}
-	// Everything else goes on: what stands works, and what ends makes room.
+	// Permissions that stand still work, and one that ends makes room.
 	if wanted > stand {
-		s.Must(s.Daemon.Signal(syscall.SIGHUP)) // the next reconcile logs
+		s.Must(s.Daemon.Signal(syscall.SIGHUP)) // makes the next reconcile log
 		s.Until("there is a warning", func() bool { return strings.Contains(s.Daemon.Output(), "table_full") })
 		if out, code := s.CLI("revoke", "--control-socket", s.Daemon.Socket, "203.0.113.100"); code != 0 {
 			t.Errorf("exit %d, %q", code, out)

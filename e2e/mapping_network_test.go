@@ -9,12 +9,11 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// Mappings beside all else that a gateway does: VPNs, several uplinks, addresses
-// that change, packets that come too early.
+// Mappings beside VPNs, several uplinks, changing addresses and early packets.
 
-// What goes into a VPN leaves as it came: by a link of its own, by IPsec on the
-// outside link, or to destinations that are exempt. The last two fail with their
-// condition in map_source taken away.
+// Packets into a VPN keep their source: by the VPN's own link, by IPsec on the
+// outside link, or to exempt destinations. The last two fail without their condition
+// in map_source.
 func TestNFTMappingLeavesVPNsAlone(t *testing.T) {
 	// The peers on the other side of the VPN know how to answer inside hosts.
 	const back = "route add 10.47.11.0/24 via 198.51.100.1 dev eth0"
@@ -73,8 +72,9 @@ func (s *scene) tunnel() {
 	s.IP(s.Outside, "xfrm policy add dir in src "+inside+" dst "+far+tmpl)
 }
 
-// Each host has a mapping on the uplink that policy routing leads it to. When that
-// is gone it gets one on the other uplink, where another host has its port.
+// Each host has a mapping on the uplink that policy routing chooses. When that
+// uplink goes away, the host gets a mapping on the other one, where another host
+// already has its port.
 func TestNFTMappingOnTwoUplinks(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Inside: 3, Rules: stage.UplinkRules})
@@ -105,8 +105,8 @@ func TestNFTMappingOnTwoUplinks(t *testing.T) {
 	})
 }
 
-// The outside address changes while ten hosts send from one port each. Whoever sends
-// has one outside endpoint before and one afterwards, and shares none.
+// The outside address changes while ten hosts send from one port each. Each host has
+// one outside endpoint before and one afterwards, and shares neither.
 func TestNFTMappingsUnderLoadWhenTheAddressChanges(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT}, func(t *testing.T, mode ...string) {
 		const n = 10
@@ -115,12 +115,13 @@ func TestNFTMappingsUnderLoadWhenTheAddressChanges(t *testing.T) {
 		port, fence := uint16(10_000), s.Socket(s.Gateway.Namespace, lab.InsideNet.Addr().Next(), 7)
 		stop := s.Steady(func() error {
 			port = 10_000 + (port+n)%20_000
-			for i, host := range hosts { // to remote endpoints that nobody knows yet
+			for i, host := range hosts { // to remote endpoints that are new to the daemon
 				if err := host.Send(netip.AddrPortFrom(lab.PeerC, port+uint16(i)), "load"); err != nil {
 					return err
 				}
 			}
-			// No more than the gateway takes, or other packets would get lost.
+			// Wait for the gateway each round, so that the load loses no other
+			// packets.
 			return s.OnOnePort(fence, hosts[0], fence.Addr())()
 		})
 		remotes := []*lab.Socket{s.PeerSocket(lab.PeerA, 9), s.PeerSocket(lab.PeerB, 9), s.PeerSocket(lab.PeerC, 9)}
@@ -170,9 +171,9 @@ func TestNFTMappingsUnderLoadWhenTheAddressChanges(t *testing.T) {
 	})
 }
 
-// A packet that comes before its answerer has sent is no end: whether the flow that
-// it leaves is there first or the mapping is, the host is reached, and its mapping
-// stays. With the guard there is no such flow.
+// A peer's packet arrives before the host has sent to that peer, and leaves a flow,
+// before or after the mapping exists. The host is still reached and keeps its
+// mapping. With the guard the packet leaves no flow.
 func TestNFTMappingAndEarlyPackets(t *testing.T) {
 	for name, tc := range map[string]struct{ guard, mapping bool }{
 		"guard, packet first":  {true, false},
@@ -203,7 +204,7 @@ func TestNFTMappingAndEarlyPackets(t *testing.T) {
 			}
 			s.Stands(phone, proxy, ext)
 			s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
-			if tc.guard || tc.mapping { // else its first flow made the mapping
+			if tc.guard || tc.mapping { // without a mapping, the flow that was moved made it
 				ext = early
 			}
 			for port := uint16(6000); port < 6003; port++ {

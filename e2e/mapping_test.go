@@ -21,7 +21,8 @@ var firstAddress = regexp.MustCompile(`\b198\.51\.100\.1\b`)
 
 func inPool(e netip.AddrPort) bool { return e.Port() >= 61000 }
 
-// consoles are inside hosts on one source port, each talking to three remotes.
+// consoles opens a socket on one source port on each of n hosts; each talks to three
+// remotes.
 func (s *scene) consoles(n int) (hosts []*lab.Socket, exts []netip.AddrPort) {
 	s.T.Helper()
 	const port = 3074
@@ -42,8 +43,8 @@ func (s *scene) consoles(n int) (hosts []*lab.Socket, exts []netip.AddrPort) {
 	return hosts, exts
 }
 
-// Each has one outside port, nobody else's, and is reached by it from any port of
-// its peers. Fails with the kernel's own mapping.
+// Each host has an outside port that no other host has, and any port of its peers
+// reaches it there. Fails with the kernel's own mapping.
 func TestNFTConsolesOnOneSourcePort(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.NFTByEvent, stage.Expect}, func(t *testing.T, mode ...string) {
 		for _, n := range []int{2, 10} {
@@ -74,7 +75,7 @@ func TestNFTConsolesOnOneSourcePort(t *testing.T) {
 	})
 }
 
-// The user's rules give a random port to the first flow, which is kept then.
+// The user's rule gives the first flow a random port; later flows keep it.
 func TestNFTMappingMendsRandomPorts(t *testing.T) {
 	for _, how := range []string{"random", "fully-random"} {
 		t.Run(how, func(t *testing.T) {
@@ -90,7 +91,7 @@ func TestNFTMappingMendsRandomPorts(t *testing.T) {
 	}
 }
 
-// Without mappings each flow has another outside port: that is counted and said.
+// Without mappings each flow has another outside port: status counts that and warns.
 func TestNFTRandomPortsAreSeen(t *testing.T) {
 	for _, tc := range []struct {
 		how, mapping string
@@ -124,8 +125,8 @@ func TestNFTRandomPortsAreSeen(t *testing.T) {
 	}
 }
 
-// A mapping lives as long as a flow of it, and not longer than a lifetime after.
-// Fails if the reconcile does not keep the mappings of living flows.
+// A mapping lives as long as its flows, and at most a lifetime longer. Fails when the
+// reconcile does not refresh the mappings of living flows.
 func TestNFTMappingLivesAsLongAsItsFlows(t *testing.T) {
 	s := play(t, lab.Options{Inside: 2}, stage.Auto[0], mapped, "--lifetime=2s", "--reconcile=1s")
 	one, two, proxy := s.InsideSocket(0, 3074), s.InsideSocket(1, 3074), s.PeerSocket(lab.PeerA, 3074)
@@ -157,8 +158,8 @@ func TestNFTMappingLivesAsLongAsItsFlows(t *testing.T) {
 	}
 }
 
-// Flows that are there give their mappings: when the daemon starts, when a reload
-// asks for mappings, and when somebody took the tables away.
+// Existing flows give mappings: at the start, when a reload turns mappings on, and
+// after somebody deleted the tables.
 func TestNFTMappingsOfFlowsThatAreThere(t *testing.T) {
 	stands := func(s *scene) bool {
 		out, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", "kept_wan0")
@@ -196,8 +197,8 @@ func TestNFTMappingsOfFlowsThatAreThere(t *testing.T) {
 	}
 }
 
-// The gateway itself talks to the remote that a host behind it wants to reach from
-// the same port: nobody's packet is dropped, whoever comes first.
+// The gateway and an inside host talk to one remote from the same port: neither's
+// packets are dropped, whoever comes first.
 func TestNFTMappingAndTheGatewaysOwnFlows(t *testing.T) {
 	for _, gatewayFirst := range []bool{true, false} {
 		t.Run(fmt.Sprintf("gateway first: %v", gatewayFirst), func(t *testing.T) {
@@ -246,7 +247,7 @@ func TestNFTHairpin(t *testing.T) {
 	})
 }
 
-// An outside address goes, and with it its mappings, at once.
+// When an outside address goes away, its mappings end at once.
 func TestNFTMappingsEndWithTheirAddress(t *testing.T) {
 	s := play(t, lab.Options{}, stage.Auto[0], mapped, "--reconcile=1h")
 	phone, proxy, another := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
@@ -276,8 +277,8 @@ func TestNFTMappingsEndWithTheirAddress(t *testing.T) {
 	})
 }
 
-// Sixty newcomers want one of the 32 even ports of the pool. Who finds none is
-// counted and told of, and talks on.
+// Sixty newcomers want one of the 32 even ports of the pool. Those that find none are
+// counted, status warns of them, and they still get through.
 func TestNFTPoolThatIsUsedUp(t *testing.T) {
 	const hosts, ports, even = 4, 20, 32
 	s := play(t, lab.Options{Inside: hosts}, stage.Auto[0], mapped, "--port-pool=61000-61063")
@@ -301,7 +302,7 @@ func TestNFTPoolThatIsUsedUp(t *testing.T) {
 	}
 }
 
-// A NAT chain of the lowest priority may come before conenatd's: it is named.
+// Another NAT chain with conenatd's own priority may run first: a warning names it.
 func TestNFTChainBeforeMappingsIsNamed(t *testing.T) {
 	s := play(t, lab.Options{}, stage.Auto[0], mapped)
 	const want = "chain ip first c has the priority of conenatd's own"
@@ -312,8 +313,9 @@ func TestNFTChainBeforeMappingsIsNamed(t *testing.T) {
 	s.Until("it is warned of", func() bool { return s.warns(want) })
 }
 
-// A rule that chooses among ports keeps every host to them (MAP-E, RFC 7422), from the
-// start and when it comes later. Fails where newcomers are moved to the pool.
+// A rule that chooses outside ports keeps every host on them (MAP-E, RFC 7422),
+// whether it is there at the start or comes later. Fails when newcomers are moved to
+// the pool.
 func TestNFTRuleThatChoosesPortsIsLeftNewcomers(t *testing.T) {
 	const first, last = 7472, 7487
 	for name, rules := range map[string]string{

@@ -16,10 +16,11 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// Other hands on the tables, and a configuration that changes while packets come.
+// Others change our tables, and reloads change the configuration, while packets
+// come.
 
-// owned reports whether the kernel (Linux 6.9) keeps others from changing the
-// tables.
+// owned reports whether we own the tables (Linux 6.9 or later), so that others
+// cannot change them.
 func (s *scene) owned() bool {
 	s.T.Helper()
 	out, err := s.Gateway.Output("nft", "list", "table", "ip", "conenat")
@@ -30,14 +31,14 @@ func (s *scene) owned() bool {
 // reloadRules is what "systemctl reload nftables" does.
 const reloadRules = "flush ruleset\n" + lab.Masquerade
 
-// TestMendWhatSomebodyChanged changes the tables by hand. Where they are owned
-// the kernel refuses, or passes them by; else they are put back. In either case
-// what stands stands, children get in, and what is there goes on.
+// TestMendWhatSomebodyChanged changes the tables by hand. If they are owned, the
+// kernel refuses the change or skips them; otherwise the daemon repairs them.
+// Either way permissions stay, children get in, and existing flows go on.
 func TestMendWhatSomebodyChanged(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
 		change string // rules; %s is the element of a permission
-		rules  bool   // it is one of the rules, not of the permissions alone
+		rules  bool   // the change affects rules, not only permissions
 	}{
 		{"flush ruleset", reloadRules, true},
 		{"delete table ip", "delete table ip conenat", true},
@@ -90,7 +91,7 @@ func TestMendWhatSomebodyChanged(t *testing.T) {
 	}
 }
 
-// A rule is deleted by its handle.
+// The same for a rule that is deleted by its handle.
 func TestMendRuleThatSomebodyDeleted(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFT, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{}, append(mode, "--max-children=0")...)
@@ -111,8 +112,8 @@ func TestMendRuleThatSomebodyDeleted(t *testing.T) {
 
 var volatile = regexp.MustCompile(`\s*elements = \{[^}]*\}`)
 
-// meddle changes the tables and waits until all is as before: children get in,
-// the map has what it had, and the rules are the same.
+// meddle changes the tables and waits until children get in, and until the map and
+// the rules are as before.
 func (s *scene) meddle(change string, ofRules bool, in *lab.Socket, ext netip.AddrPort, want map[entry]time.Duration) {
 	s.T.Helper()
 	owned := s.owned()
@@ -124,7 +125,7 @@ func (s *scene) meddle(change string, ofRules bool, in *lab.Socket, ext netip.Ad
 		for _, table := range noise.FindAllString(all, -1) {
 			ours = append(ours, volatile.ReplaceAllString(table, ""))
 		}
-		slices.Sort(ours) // a table that was made again comes last
+		slices.Sort(ours) // a table that was made again is listed last
 		return strings.Join(ours, "")
 	}
 	rules := list()
@@ -151,7 +152,8 @@ func (s *scene) meddle(change string, ofRules bool, in *lab.Socket, ext netip.Ad
 	}
 	leadsElsewhere := strings.HasPrefix(change, "delete element") && strings.Contains(change, "add element")
 	if leadsElsewhere && !owned {
-		// A child that came meanwhile would look like a forward of the user's.
+		// A child that came now would go elsewhere, and so look like a forward of
+		// the user's.
 		s.Until("the map is as it was", same)
 	}
 	if !s.GetsIn(in, first, ext) {
@@ -187,8 +189,8 @@ func (s *scene) meddle(change string, ofRules bool, in *lab.Socket, ext netip.Ad
 	})
 }
 
-// The kernel stops to learn what is not allowed any more, though the host goes on
-// sending, and learns it when it is.
+// The host sends all the time. When a reload excludes its flow, the kernel stops
+// learning it; when the exclusion ends, the kernel learns it again.
 func TestMendExclusionsOfANewConfiguration(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFT, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{})
@@ -222,7 +224,7 @@ func TestMendExclusionsOfANewConfiguration(t *testing.T) {
 	})
 }
 
-// More room, or less, takes nothing from what stands.
+// A reload that changes the limit removes no permission.
 func TestMendLimitThatAReloadChanges(t *testing.T) {
 	for _, mode := range [][]string{stage.NFT, stage.Auto} {
 		stage.InModes(t, [][]string{mode}, func(t *testing.T, mode ...string) {
@@ -245,7 +247,7 @@ func TestMendLimitThatAReloadChanges(t *testing.T) {
 					t.Errorf("the map has %d permissions, want 2", n)
 				}
 			}
-			// A map of another size would begin empty.
+			// A map of another size would start empty, so the reload is refused.
 			write("max_permissions = 2000000\n" + toml(mode))
 			if out, code := s.CLI("reload", "--control-socket", s.Daemon.Socket); code == 0 || !strings.Contains(out, "max_permissions: the map of permissions has 1048576 places") {
 				t.Errorf("exit %d, %q", code, out)
@@ -264,8 +266,8 @@ func TestMendLimitThatAReloadChanges(t *testing.T) {
 	}
 }
 
-// While no daemon runs nobody owns the tables. Whatever somebody did to them, the
-// next one puts it right.
+// While no daemon runs nobody owns the tables. The next daemon repairs whatever
+// others changed.
 func TestMendAtTheStart(t *testing.T) {
 	for name, change := range map[string]string{
 		"flush ruleset": reloadRules, "delete table ip": "delete table ip conenat",

@@ -22,15 +22,15 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// The minimal loop is the yardstick of the latency benchmark: what the least
-// possible program costs that lets a peer answer from another port. It receives
-// one event and sends one message, an expectation on an anchor that was made
-// before, and knows nothing: no lifetime, no limits, no sockets, no conflicts.
-// It runs as a process of its own, as the daemon does.
+// The minimal loop is the yardstick of the latency benchmark: the smallest program
+// that lets a peer answer from another port. For each event it sends one message,
+// an expectation on an anchor made before. It has no lifetime, no limits, and
+// checks neither sockets nor conflicts. It runs as its own process, like the
+// daemon.
 
 const minimalEnv = "CONENATD_E2E_MINIMAL"
 
-// minimalPeer and minimalHost are the only ones that the loop works for.
+// minimalPeer and minimalHost are the only hosts that the loop serves.
 var (
 	minimalPeer = cone.AddrFrom(lab.PeerA)
 	minimalHost = cone.AddrFrom(netip.MustParseAddr("10.47.11.109"))
@@ -99,7 +99,7 @@ func sayReady() error {
 	return err
 }
 
-// A minimalSender has one message ready, in which only ports change.
+// A minimalSender has one prepared message; only its ports change.
 type minimalSender struct {
 	c        *netlink.Conn
 	raw      syscall.RawConn
@@ -153,7 +153,7 @@ func newMinimalSender() (*minimalSender, error) {
 // encode makes the message: IPCTNL_MSG_EXP_NEW, acknowledged.
 func (s *minimalSender) encode() error {
 	host, peer, gateway := minimalHost, minimalPeer, cone.AddrFrom(netip.MustParseAddr("198.51.100.1"))
-	const extPort, natPort = 0xfaf1, 0xfaf2 // to be found in the message
+	const extPort, natPort = 0xfaf1, 0xfaf2 // values to search for in the message
 	tuple := func(src, dst cone.Addr, sport, dport uint16) func(*netlink.AttributeEncoder) error {
 		return func(e *netlink.AttributeEncoder) error {
 			e.Nested(1, func(e *netlink.AttributeEncoder) error { // CTA_TUPLE_IP

@@ -13,7 +13,7 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// toml is a configuration for one mode, with the flags of it as keys.
+// toml is a configuration for one mode; its flags become keys.
 func toml(mode []string) string {
 	text := "max_children = 0\nreconcile = \"1s\"\n"
 	for _, flag := range mode {
@@ -26,8 +26,8 @@ func toml(mode []string) string {
 	return text + fmt.Sprintf("[[subnet]]\nprefix = %q\n", lab.InsideNet)
 }
 
-// From each mode to each other one: not one first packet of a child is lost, nor
-// one of an existing child, and what the new mode does not have is gone.
+// The mode changes again and again: no first packet of a child is lost, nor one of an
+// existing child, and a backend that the new mode lacks leaves nothing behind.
 func TestMendNothingIsLostBetweenModes(t *testing.T) {
 	way := [][]string{stage.Auto, stage.NFT, stage.Expect, stage.NFT, stage.Auto, stage.Expect, stage.Auto, stage.AutoByEvent, stage.NFTByEvent, stage.Auto}
 	s := newScene(t, lab.Options{Inside: 3})
@@ -48,12 +48,12 @@ func TestMendNothingIsLostBetweenModes(t *testing.T) {
 		s.Must(s.Daemon.Signal(syscall.SIGHUP))
 		learns, backend := !slices.Contains(mode, "--learn=false"), strings.TrimPrefix(mode[0], "--backend=")
 		hasMap, hasExpect := backend != "expect", backend != "nft"
-		expected := backend == "expect" // in auto the map carries all, for the firewall accepts it
+		expected := backend == "expect" // in auto the map carries all, because the firewall accepts its children
 		s.Until(fmt.Sprintf("%v is in force", mode), func() bool {
 			st := s.Status()
 			return st.Tables.Map.On == hasMap && st.Tables.Map.Learn == (hasMap && learns) && strings.HasPrefix(st.Backend, "expect") == hasExpect
 		})
-		// What is left of the other backend goes at the end of the change.
+		// The other backend's permissions are removed at the end of the change.
 		s.Until("the other backend is gone", func() bool {
 			return slices.Contains(s.tables(), "table ip conenat") == hasMap &&
 				(len(s.ConntrackList("expect")) > 0) == expected && (len(s.Anchors()) > 0) == expected
@@ -63,7 +63,7 @@ func TestMendNothingIsLostBetweenModes(t *testing.T) {
 				t.Errorf("from %v to %v: %+v", way[i], mode, p)
 			}
 		}
-		// One more, of this mode.
+		// One more permission, granted in this mode.
 		in, peer := s.InsideSocket(0, uint16(6000+i)), s.PeerSocket(lab.PeerC, uint16(6000+i))
 		ext := s.Contact(in, peer)
 		s.Stands(in, peer, ext)
@@ -83,8 +83,8 @@ func TestMendNothingIsLostBetweenModes(t *testing.T) {
 	}
 }
 
-// What only the map had room for is refused by expectations alone, and listed so;
-// when the map is back, so are they.
+// Permissions that fit only into the map are refused while there are only
+// expectations, and listed so. When the map is back, they stand again.
 func TestMendPermissionsBeyondTheRoomForExpectations(t *testing.T) {
 	stage.OfTheDaemon(t)
 	s := newScene(t, lab.Options{})
@@ -121,8 +121,8 @@ func TestMendPermissionsBeyondTheRoomForExpectations(t *testing.T) {
 	change(stage.NFT, 70)
 }
 
-// Many peers on a few ports find no room for expectations there. That does not keep
-// those on other ports from theirs. Fails if the same ones are tried each time.
+// Many peers on a few ports find no room for expectations there. Permissions on other
+// ports still get theirs. Fails when each attempt tries the same permissions.
 func TestMendCrowdedPortsDoNotTakeTheTurnOfOthers(t *testing.T) {
 	s := newScene(t, lab.Options{Inside: 2, Rules: lab.Masquerade + lab.DropPolicy})
 	config := func(mode []string) string {
@@ -152,9 +152,9 @@ func TestMendCrowdedPortsDoNotTakeTheTurnOfOthers(t *testing.T) {
 	})
 }
 
-// A large map is not listed at a change of the mode. What there is room for becomes an
-// expectation all the same, and these stay when the map goes. Fails when compare
-// completes only what it found in a list.
+// A change of the mode does not list a large map. Expectations are still made as far
+// as there is room, and stay when the map goes. Fails when compare completes only
+// permissions that it found in a list.
 func TestMendLargeMapGetsItsExpectations(t *testing.T) {
 	stage.OfTheDaemon(t)
 	s := newScene(t, lab.Options{Rules: lab.Masquerade + lab.DropPolicy})
@@ -186,7 +186,7 @@ func TestMendLargeMapGetsItsExpectations(t *testing.T) {
 	}
 }
 
-// A daemon of one mode takes over what one of another mode left.
+// A daemon takes over what a daemon in another mode left.
 func TestMendAnotherModeTakesOver(t *testing.T) {
 	modes := [][]string{stage.Auto, stage.NFT, stage.Expect}
 	for _, from := range modes {
@@ -211,7 +211,7 @@ func TestMendAnotherModeTakesOver(t *testing.T) {
 				s.Arrives(held, s.PeerSocket(lab.PeerA, 5070), extHeld)
 				s.Arrives(lingering, s.PeerSocket(lab.PeerB, 5070), extLingering)
 				hasMap, expectations := to[0] != stage.Expect[0], 0
-				if !hasMap { // in auto the map carries all, for the firewall accepts it
+				if !hasMap { // in auto the map carries all, because the firewall accepts its children
 					expectations = 2
 				}
 				s.Until("both stand by the new mode alone", func() bool {
@@ -226,7 +226,8 @@ func TestMendAnotherModeTakesOver(t *testing.T) {
 	}
 }
 
-// Of what the map had, as many stand as there is room for, and the list says so.
+// A mode with less room takes over as many of the map's permissions as fit, and lists
+// the rest as refused.
 func TestMendModeWithLessRoomTakesOver(t *testing.T) {
 	stage.OfTheDaemon(t)
 	s := newScene(t, lab.Options{})

@@ -11,10 +11,11 @@ import (
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
-// Names in the configuration file are no business of whoever gives a command.
+// Commands find the socket and the tables that the daemon's configuration names,
+// without that file.
 //
-// Fails when a command looks for the daemon at the default path, or cleanup for tables
-// of the default name.
+// Fails when a command looks for the daemon at the default path, and when cleanup looks
+// for tables of the default name.
 func TestCommandsFindTheDaemonAndTheTablesOfItsConfiguration(t *testing.T) {
 	s := newScene(t, lab.Options{})
 	config := filepath.Join(t.TempDir(), "c.toml")
@@ -48,10 +49,10 @@ func TestCommandsFindTheDaemonAndTheTablesOfItsConfiguration(t *testing.T) {
 	}
 }
 
-// The next daemon has another name for its tables. What stood goes on, in its own; what
-// was revoked stays so.
+// The next daemon has another name for its tables. Standing permissions move to them,
+// and what was revoked stays revoked.
 //
-// Fails when a start looks for tables of its own name alone.
+// Fails when a start looks only for tables of its own name.
 func TestTablesOfAnotherNameAreTakenOver(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
 		for name, end := range map[string]func(*scene){"killed": (*scene).kill, "kept": (*scene).stop} {
@@ -73,7 +74,7 @@ func TestTablesOfAnotherNameAreTakenOver(t *testing.T) {
 				if s.Must(err); strings.Contains(rules, " old ") || !strings.Contains(rules, " young ") {
 					t.Errorf("tables of both daemons, or none:\n%s", rules)
 				}
-				if mode[0] != stage.Expect[0] { // else nothing tells the kernel what was revoked
+				if mode[0] != stage.Expect[0] { // with expectations alone nothing in the kernel records what was revoked
 					s.Listed(other, proxy, revoked, "refused")
 					s.Lost(other, s.PeerSocket(lab.PeerA, 5071), revoked, proxy)
 				}
@@ -86,9 +87,10 @@ func TestTablesOfAnotherNameAreTakenOver(t *testing.T) {
 	})
 }
 
-// A process that lives owns tables that look like conenatd's. They are not for us.
+// Another living process owns tables that look like conenatd's. They stay.
 //
-// Fails when such a table ends a start, or a cleanup before the others are removed.
+// Fails when such a table makes a start fail, or stops a cleanup before it removes
+// ours.
 func TestTablesThatAnotherProcessOwnsStay(t *testing.T) {
 	s := newScene(t, lab.Options{})
 	theirs, err := rules.Open(rules.Config{NetNS: s.Gateway.FD(), Name: "aaa"})

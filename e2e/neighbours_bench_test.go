@@ -20,15 +20,15 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// neighboursTime is how long each neighbour is borne: one reconcile is within it.
+// neighboursTime is how long each neighbour runs: at least one reconcile.
 const neighboursTime = 30 * time.Second
 
-// BenchmarkBusyNeighbours shows what the daemon takes of a CPU, and how long the first
-// answer of a peer waits for a permission, while others change rules, links and routes
-// all the time. The kernel learns nothing, so that each permission is a grant.
+// BenchmarkBusyNeighbours measures how much CPU the daemon takes, and how long a peer's
+// first answer waits for a permission, while others keep changing rules, links and routes.
+// The kernel learns nothing, so the daemon grants each permission.
 //
-// It prints for each neighbour the share of a CPU over neighboursTime, the times, and how
-// long the least transaction takes that anybody could make beside it.
+// For each neighbour it prints the share of a CPU over neighboursTime, these times, and how
+// long a minimal transaction of another program takes meanwhile.
 func BenchmarkBusyNeighbours(b *testing.B) {
 	const (
 		uplink  = "via 198.51.100.254 dev wan0"
@@ -63,7 +63,7 @@ func BenchmarkBusyNeighbours(b *testing.B) {
 	nft := func(l *lab.Lab, _ int) error { return l.NFT(foreign) }
 	for _, n := range []struct {
 		name        string
-		rules, ip   string // before, for nft and ip -batch
+		rules, ip   string // run before the start, by nft and "ip -batch"
 		permissions int
 		change      func(l *lab.Lab, i int) error // nil: nothing
 		perSecond   int
@@ -135,12 +135,12 @@ func BenchmarkBusyNeighbours(b *testing.B) {
 	}
 }
 
-// waits lets an inside host contact a peer again and again for a time, each time by a
-// fresh port, and returns the share of a CPU that the daemon takes meanwhile, in percent,
-// and how long the first answer by another port was in coming each time.
+// waits lets an inside host contact a peer again and again, each time from a fresh port. It
+// returns the daemon's share of a CPU meanwhile, in percent, and for each contact how long
+// the first answer from another port took.
 func waits(b *testing.B, l *lab.Lab, d *lab.Daemon, peer, answer *lab.Socket, lasting time.Duration) (share float64, took []time.Duration) {
 	b.Helper()
-	time.Sleep(8 * time.Second) // bursts of the start are over
+	time.Sleep(8 * time.Second) // let the load of the start end
 	began, cpu := time.Now(), cpuTime(b, d.PID())
 	for port := uint16(62_000); time.Since(began) < lasting; port++ {
 		in, err := l.Inside(1).Socket(l.Inside(1).Addr, port)
@@ -159,9 +159,9 @@ func waits(b *testing.B, l *lab.Lab, d *lab.Daemon, peer, answer *lab.Socket, la
 	return 100 * cpu.Seconds() / time.Since(began).Seconds(), took
 }
 
-// bareTransactions puts elements into a set that nobody else touches, and returns how long
-// the kernel took to answer each time: what the least program that makes a permission waits
-// for. To the daemon they are somebody's changes, so they do not belong into its share.
+// bareTransactions adds elements to a set that nothing else uses, and returns how long the
+// kernel took for each: the least time that any program waits to make a permission. The
+// daemon sees them as changes by others, so they must not count in its share.
 func bareTransactions(b *testing.B, l *lab.Lab) (took []time.Duration) {
 	b.Helper()
 	if err := l.NFT("table ip bare { set s { type inet_service; flags timeout; }; }"); err != nil {
@@ -201,7 +201,7 @@ func bareTransactions(b *testing.B, l *lab.Lab) (took []time.Duration) {
 	return took
 }
 
-// cpuTime returns the CPU time of a process, of proc(5).
+// cpuTime returns the CPU time of a process from proc(5).
 func cpuTime(b *testing.B, pid int) time.Duration {
 	b.Helper()
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
@@ -220,8 +220,8 @@ func cpuTime(b *testing.B, pid int) time.Duration {
 	return time.Duration(ticks) * time.Second / 100 // USER_HZ
 }
 
-// fill makes n permissions of the first inside host, and waits until they stand and the
-// flows that made them have ended: the ends are no part of what is measured.
+// fill makes n permissions of the first inside host, and waits until they stand and their
+// flows have ended, so that the end of flows is not measured.
 func fill(b *testing.B, l *lab.Lab, d *lab.Daemon, n int) {
 	b.Helper()
 	const ports = 500

@@ -14,7 +14,8 @@ import (
 // noticed is how soon a change of the user's rules or links must take effect.
 const noticed = 500 * time.Millisecond
 
-// newFlows makes so many new flows a second from the second inside host, until stop.
+// newFlows makes perSecond new flows a second from the second inside host, until
+// stop.
 func (s *scene) newFlows(perSecond int) (stop func()) {
 	s.T.Helper()
 	proxy := s.PeerSocket(lab.PeerB, 40000)
@@ -35,8 +36,8 @@ func (s *scene) newFlows(perSecond int) (stop func()) {
 	}
 }
 
-// The kernel learns what the new flows need, and the daemon grants the same again:
-// transactions of its own that change nothing hide no forward.
+// The kernel learns permissions of new flows, and the daemon grants the same ones
+// again. These no-op transactions do not hide a new forward.
 func TestForwardIsNoticedWhileFlowsBegin(t *testing.T) {
 	for name, change := range map[string]func(s *scene, port int) error{
 		"an element": func(s *scene, port int) error {

@@ -12,8 +12,8 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// The map comes after it, so the permission stays in it and admits as soon as the forward
-// is gone. It is shown as refused until then.
+// The map's chain runs after the user's forward. The permission stays in the map, is
+// shown as refused, and admits again as soon as the forward is gone.
 func TestNFTForwardOfTheUsersWins(t *testing.T) {
 	for name, tc := range map[string]struct {
 		load, unload func(s *scene) error
@@ -55,7 +55,7 @@ COMMIT
 	}
 }
 
-// Another user than root does not know of it before.
+// Without root the daemon learns of the forward from its first flow.
 func TestNFTForwardThatIsUsedFirstWins(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
@@ -75,8 +75,8 @@ COMMIT
 	})
 }
 
-// Whom a permission led to another host before, the forward leads as soon as it is
-// there, though he goes on sending. Where expectations do the work they leave its way.
+// An unanswered child goes to the forward's host as soon as there is a forward, even if
+// its peer never stops sending. Conflicting expectations are removed.
 func TestForwardTakesOverUnansweredChildren(t *testing.T) {
 	for name, rules := range map[string]string{"map": lab.Masquerade, "expectations": lab.Masquerade + lab.DropPolicy} {
 		t.Run(name, func(t *testing.T) {
@@ -100,7 +100,7 @@ func TestForwardTakesOverUnansweredChildren(t *testing.T) {
 	}
 }
 
-// A forward of all ports to one host takes every child.
+// A forward of all ports to one host takes every child, and a warning says so.
 func TestNFTForwardOfAllPortsWinsAndIsWarnedOf(t *testing.T) {
 	const dmz = `table ip dmz {
 	chain prerouting {
@@ -122,9 +122,9 @@ func TestNFTForwardOfAllPortsWinsAndIsWarnedOf(t *testing.T) {
 	})
 }
 
-// A forward of all ports for some packets alone leaves others to the map.
+// A forward of all ports that matches only some packets leaves the others to the map.
 //
-// Fails when it is said that no peer gets in.
+// Fails when the warning says that no peer gets in.
 func TestNFTForwardOfAllPortsForSomePeersIsWarnedOfAsSuch(t *testing.T) {
 	for _, condition := range []string{"ip saddr 192.0.2.0/24", "meta mark 0x64"} {
 		t.Run(condition, func(t *testing.T) {
@@ -144,8 +144,8 @@ func TestNFTForwardOfAllPortsForSomePeersIsWarnedOfAsSuch(t *testing.T) {
 	}
 }
 
-// shared makes two hosts share an outside port: host one calls peer A, host two
-// peer B and then another port of peer A.
+// shared makes two hosts share an outside port: host one calls peer A; host two calls
+// peer B, then another port of peer A.
 func (s *scene) shared() (one, two, a, a2 *lab.Socket, ext netip.AddrPort) {
 	s.T.Helper()
 	one, two = s.InsideSocket(0, 3074), s.InsideSocket(1, 3074)
@@ -184,8 +184,8 @@ func TestNFTSecondHostWaitsForTheFirst(t *testing.T) {
 	})
 }
 
-// Without a daemon too: the second one's packets neither take the element over
-// nor keep it alive. When it has run out, the next packet gets it.
+// The same without a daemon: the second host's packets neither take over the element nor
+// keep it alive. Once it has expired, the second host's next packet gets it.
 func TestNFTSecondHostDoesNotRefreshTheFirst(t *testing.T) {
 	s := play(t, lab.Options{Inside: 2}, append(stage.NFT, "--lifetime=4s")...)
 	one, two, a, a2, ext := s.shared()
@@ -207,11 +207,11 @@ func TestNFTSecondHostDoesNotRefreshTheFirst(t *testing.T) {
 	s.Arrives(two, s.PeerSocket(lab.PeerA, 5070), ext)
 }
 
-// Two hosts share an outside port towards different peers. The permission of one
-// ends while its peer goes on sending from ever new ports: the last children, whose
-// events come when the permission is gone, are no forward of the user's that would
-// bar the other host's. Fails if a flow to where a permission led until just now
-// counts as a forward.
+// Two hosts share an outside port towards different peers. One's permission ends while
+// its peer sends from ever new ports, so events of the last children come after the
+// permission is gone. They must not look like a user's forward that conflicts with the
+// other host's permission. Fails when a flow to the inside endpoint of a recently ended
+// permission counts as a forward.
 func TestNFTEndOfAPermissionDoesNotBarItsNeighbour(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Inside: 2})

@@ -74,8 +74,8 @@ func TestNFTManyPermissions(t *testing.T) {
 	})
 }
 
-// allStand waits until so many permissions stand. When their number does not grow
-// it calls again with what is known: a busy machine loses packets.
+// allStand waits until want permissions stand. If their number stops growing, it
+// calls again with the known flows, because a busy machine loses packets.
 func (s *scene) allStand(want int, again func(known map[stage.Flow]bool)) {
 	s.T.Helper()
 	last := 0

@@ -10,7 +10,8 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// A one-way flow goes on sending, which would teach the kernel again.
+// A one-way flow keeps sending, from which the kernel could learn the permission
+// again.
 func TestNFTRevokeHoldsWhileTheHostGoesOnSending(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFT, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{}, mode...)
@@ -23,7 +24,7 @@ func TestNFTRevokeHoldsWhileTheHostGoesOnSending(t *testing.T) {
 			rounds = 5
 		}
 		for round := range rounds {
-			// A new flow brings it back.
+			// A new flow restores the permission.
 			sink := s.PeerSocket(lab.PeerA, uint16(20_000+round))
 			s.Contact(talker, sink)
 			s.Stands(talker, sink, extTalker)
@@ -49,7 +50,8 @@ func TestNFTRevokeHoldsWhileTheHostGoesOnSending(t *testing.T) {
 	})
 }
 
-// Its children go with a permission, but for those that the inside host answered.
+// A revoke ends the permission's children, except those that the inside host
+// answered.
 func TestNFTRevokeEndsUnansweredChildren(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{}, mode...)

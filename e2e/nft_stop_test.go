@@ -21,7 +21,7 @@ func TestNFTStopLeavesNothing(t *testing.T) {
 		s.Start(stage.Flags(mode)...)
 		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext) // a child that nobody answers
 		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_events", "0"))
-		s.Arrives(phone, media, ext) // one that no event told of
+		s.Arrives(phone, media, ext) // a child that no event reported
 		s.Stop()
 		if got := s.table(); !slices.Equal(got, table) {
 			t.Errorf("conntrack table\nbefore %q\nafter  %q", table, got)
@@ -33,7 +33,7 @@ func TestNFTStopLeavesNothing(t *testing.T) {
 }
 
 // A child that the inside host answered goes on when its permission ends with the
-// daemon, as any flow does.
+// daemon, like any other flow.
 func TestNFTStopLeavesAnsweredChildren(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFT, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{}, mode...)

@@ -16,8 +16,8 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// The map of permissions (--backend=nft, and auto), with and without the kernel
-// filling it by itself (--learn).
+// The map of permissions (--backend=nft, and auto), filled by the kernel itself (--learn)
+// or by the daemon alone.
 
 // An entry is an element of the map.
 type entry struct {
@@ -36,8 +36,8 @@ func (e entry) String() string {
 
 var entryLine = regexp.MustCompile(`(\S+) \. (\S+) \. (\d+)(?: limit rate \S+ burst \d+ packets)?(?: timeout \S+)?(?: expires (\S+))? : ([\d.]+)`)
 
-// entries are what "nft list map" shows of addresses and of ports, with the time that each
-// has left. Without maps there are none.
+// entries are the elements in both maps, of addresses and of ports, as "nft list map"
+// shows them, with the time left for each. Without the maps it is nil.
 func (s *scene) entries() map[entry]time.Duration {
 	s.T.Helper()
 	lists := map[string]string{}
@@ -61,7 +61,7 @@ func (s *scene) entries() map[entry]time.Duration {
 			continue
 		}
 		var left time.Duration
-		if m[4] != "" { // else it never ends
+		if m[4] != "" { // an element without a timeout has no "expires"
 			var err error
 			left, err = time.ParseDuration(m[4])
 			s.Must(err)
@@ -82,7 +82,7 @@ func (s *scene) inMap(e entry) bool {
 	return ok
 }
 
-// tables are the names of the tables of conenatd's that there are.
+// tables are the names of conenatd's tables in the kernel.
 func (s *scene) tables() (names []string) {
 	s.T.Helper()
 	out, err := s.Gateway.Output("nft", "list", "tables")
@@ -95,10 +95,9 @@ func (s *scene) tables() (names []string) {
 	return names
 }
 
-// quickAnswers lets an inside host ask n times, each time from a fresh port, a
-// peer that answers from another port before the asker's packet has left the
-// peer's softirq. It returns how many answers got through. A fence tells when an
-// answer is lost.
+// quickAnswers lets an inside host send n questions, each from a fresh port. The peer
+// answers from another port, in the softirq that delivers the question. It returns how
+// many answers got through; a fence shows when one is lost.
 func (s *scene) quickAnswers(n int) (through int) {
 	s.T.Helper()
 	s.reflect(7000, 7001)
@@ -130,7 +129,7 @@ func TestNFTLearnsBeforeTheQuickestAnswer(t *testing.T) {
 	})
 }
 
-// What the kernel does not learn depends on who is quicker. This only shows the
+// Without learning, the answer races with the daemon, so this test only logs the
 // difference.
 func TestNFTWithoutLearningLosesTheQuickestAnswers(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFTByEvent, stage.AutoByEvent, stage.Expect}, func(t *testing.T, mode ...string) {
@@ -139,8 +138,8 @@ func TestNFTWithoutLearningLosesTheQuickestAnswers(t *testing.T) {
 	})
 }
 
-// What stands goes on without a daemon, and more comes; the next one takes all
-// over. Meanwhile no packet of the peer's is lost, from whatever port.
+// Without a daemon permissions stay, and the kernel learns new ones; the next daemon takes
+// over all of them. Meanwhile no packet of the peer's is lost, from whatever port.
 func TestNFTOutlivesTheDaemonAndIsTakenOver(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFT, stage.Auto, stage.NFTByEvent, stage.AutoByEvent}, func(t *testing.T, mode ...string) {
 		learns := !slices.Contains(mode, "--learn=false")
@@ -209,8 +208,8 @@ func TestNFTRunsOutWithoutADaemon(t *testing.T) {
 	})
 }
 
-// A firewall that drops what it does not know lets expected children pass. Those
-// that only the map admitted it drops, and the user is told what would mend that.
+// A firewall that accepts only established and related flows drops children that only the
+// map admitted. The user is told which rule would let them pass.
 func TestNFTChildrenPassAFirewallThatAcceptsThem(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{Rules: lab.Masquerade + lab.DropPolicy}, mode...)
@@ -307,7 +306,7 @@ func TestNFTListAndStatusTellWhatCarriesWhat(t *testing.T) {
 	}
 }
 
-// A full map refuses what is beyond; what ends makes room.
+// At max_permissions new permissions are refused; when one ends, another takes its place.
 func TestNFTMapThatIsFullRefusesTheRest(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{}, append(mode, "--max-permissions=5", "--reconcile=1s")...)
@@ -353,7 +352,7 @@ func TestNFTMapThatIsFullRefusesTheRest(t *testing.T) {
 	})
 }
 
-// What the kernel must not learn so quickly waits for the daemon.
+// Flows beyond the learn rate are granted by the daemon.
 func TestNFTBeyondTheLearnRateTheDaemonGrants(t *testing.T) {
 	s := play(t, lab.Options{}, append(stage.NFT, "--learn-rate=1")...)
 	phone := s.InsideSocket(0, 5060)
@@ -369,8 +368,8 @@ func TestNFTBeyondTheLearnRateTheDaemonGrants(t *testing.T) {
 	}
 }
 
-// What the kernel learned beyond a limit goes at once, and does not come back
-// while the host goes on sending.
+// What the kernel learned beyond a limit is removed at once, and does not come back while
+// the host goes on sending.
 func TestNFTLimitHoldsThoughTheKernelLearns(t *testing.T) {
 	stage.InModes(t, [][]string{stage.NFT, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{Inside: 2}, append(mode, "--max-permissions-per-host=2", "--reconcile=1s", "--lifetime=30s")...)
@@ -395,7 +394,7 @@ func TestNFTLimitHoldsThoughTheKernelLearns(t *testing.T) {
 			}
 			return nil
 		})
-		// Over two reconciles, which try again what is refused.
+		// Two reconciles must retry what is refused.
 		refused := s.Status().Counters.Refused["host_limit"]
 		s.Until("they were tried again, twice", func() bool {
 			if all := s.entries(); len(all) != 2 {
@@ -410,8 +409,8 @@ func TestNFTLimitHoldsThoughTheKernelLearns(t *testing.T) {
 	})
 }
 
-// A list of the map is a walk that the daemon's own refreshes disturb: what it
-// misses is not lost.
+// The daemon's own refreshes disturb a listing of the map, so that the listing misses some
+// elements. They do not count as lost.
 func TestNFTRefreshIsNotTakenForLoss(t *testing.T) {
 	stage.OfTheDaemon(t)
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent}, func(t *testing.T, mode ...string) {

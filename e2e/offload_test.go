@@ -10,31 +10,30 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// The flowtable takes packets past all rules, and the kernel tells nobody of them.
-// What the daemon knows of such flows it has to ask for.
+// Offloaded packets bypass all rules and cause no events, so the daemon has to ask
+// the kernel about such flows.
 
-// offloadLifetime is the lifetime of permissions there.
+// offloadLifetime is the lifetime of permissions in these tests.
 const offloadLifetime = 3 * time.Second
 
-// offloadModes are the map of permissions alone, and both backends. The kernel
-// counts the packets of flows in one of them; those of a flow in a flowtable it
-// counts in neither.
+// offloadModes are the nft backend, with packet counting, and auto without. The
+// counters do not cover packets of a flow in a flowtable in either mode.
 var offloadModes = []struct{ backend, counting string }{{"nft", "1"}, {"auto", "0"}}
 
 // An offloadScene is a lab whose gateway offloads, with a daemon, an inside host,
-// its peer and another port of that peer: a child.
+// its peer, and a child from another port of that peer.
 type offloadScene struct {
 	*scene
 	in, peer, child *lab.Socket
 	ext             netip.AddrPort
 }
 
-// newOffloaded makes one in which both flows are answered.
+// newOffloaded makes an offloadScene with both flows answered.
 func newOffloaded(t *testing.T, backend, counting string) *offloadScene {
 	t.Helper()
 	s := &offloadScene{scene: newOffloadScene(t, lab.Options{})}
-	// A flow shall end soon after its packets. Old kernels (5.10) lack the first
-	// setting and keep an idle flow in the flowtable for 30 s.
+	// Flows must end soon after their last packet. Old kernels (5.10) lack the
+	// first setting and keep an idle flow in the flowtable for 30 s.
 	_ = s.Gateway.SetSysctl("net.netfilter.nf_flowtable_udp_timeout", "3")
 	s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout_stream", "4"))
 	s.Start("--subnet", lab.InsideNet.String(), "--backend="+backend,
@@ -62,8 +61,8 @@ func (s *offloadScene) talk(with *lab.Socket) {
 	}
 }
 
-// offloads reports whether the flow with a port of the peer is offloaded, flows
-// whether there is one at all.
+// offloads reports whether the flow with this port of the peer is offloaded; flows
+// reports whether there is such a flow.
 func (s *offloadScene) offloads(with *lab.Socket) bool {
 	s.T.Helper()
 	return hasPort(offloaded(s.scene), with)
@@ -120,7 +119,8 @@ func TestOffloadedTrafficKeepsThePermission(t *testing.T) {
 					now := s.Listed(s.in, s.peer, s.ext, "standing")
 					return now.Expires.Sub(alone.Expires) > 2*offloadLifetime
 				})
-				// It stood all the time, and no packet passed the rules.
+				// The permission never ended meanwhile, and no packet passed the
+				// rules.
 				if now := s.Listed(s.in, s.peer, s.ext, "standing"); now.Since.Sub(began.Since) > time.Second {
 					t.Errorf("granted at %v, and again at %v\n%s", began.Since, now.Since, s.Dump())
 				}

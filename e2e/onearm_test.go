@@ -16,8 +16,8 @@ const (
 	farHost    = "10.47.12.109" // behind it
 )
 
-// oneArm takes away wan0 and puts the outside behind the inside network, as a main router
-// in it does that leads to everywhere.
+// oneArm removes wan0 and puts the outside behind the inside network: a main router there
+// leads everywhere.
 func (s *scene) oneArm() {
 	s.T.Helper()
 	s.IP(s.Gateway, "link del wan0")
@@ -28,7 +28,7 @@ func (s *scene) oneArm() {
 	s.IP(s.Outside, "addr add "+mainRouter+"/24 dev arm")
 	s.IP(s.Gateway, "link set arm master lan0")
 	s.IP(s.Gateway, "route add default via "+mainRouter)
-	if _, err := os.Stat("/proc/sys/net/bridge"); err == nil { // the switch is not the gateway
+	if _, err := os.Stat("/proc/sys/net/bridge"); err == nil { // the bridge of the lab is a switch, not the gateway
 		s.Must(s.Gateway.SetSysctl("net.bridge.bridge-nf-call-iptables", "0"))
 	}
 	for _, link := range []string{"all", "default", "lan0"} {
@@ -36,17 +36,17 @@ func (s *scene) oneArm() {
 	}
 }
 
-// armNAT translates what hosts send on to elsewhere, by the link through which it came.
+// armNAT translates what hosts send to other networks, whichever link it leaves by.
 const armNAT = `table ip nat { chain post { type nat hook postrouting priority srcnat;
 	ip saddr 10.47.0.0/16 ip daddr != 10.47.0.0/16 masquerade; }; }
 `
 
-// A side router, a VPN exit with a table of its own, and a NAT instance in a cloud have one
-// link to inside hosts and to the way out. With a subnet that is the link's network, a part
+// A side router, a VPN exit with its own routing table, and a NAT instance in a cloud have
+// one link both to inside hosts and to the way out. The subnet is the link's network, a part
 // of it, or elsewhere.
 //
-// Fails where a packet is from inside if its link is not outside, and where a subnet that
-// holds an outside link's network is refused.
+// Fails when a packet counts as inside only if its link is not outside, and when a subnet
+// that contains an outside link's network is refused.
 func TestGatewayWithOneArm(t *testing.T) {
 	tunnel := func(s *scene) {
 		s.AddLink("tun0", vpnAddr)
@@ -66,7 +66,7 @@ func TestGatewayWithOneArm(t *testing.T) {
 		from   string // outside address
 		far    bool
 		both   bool // lan0 leads to both sides
-		first  bool // which its first flow shows
+		first  bool // only its first flow shows that
 	}{
 		"side router":                {subnet: "10.47.11.0/24", from: "10.47.11.1", both: true},
 		"side router, for some":      {subnet: "10.47.11.96/27", from: "10.47.11.1", both: true},
@@ -95,7 +95,8 @@ func TestGatewayWithOneArm(t *testing.T) {
 						}
 						s.IP(s.Inside(i), "addr add "+addr.String()+"/32 dev lo")
 						s.IP(s.Outside, "route add "+addr.String()+"/32 via "+s.Inside(i).Addr.String())
-						// It is the main router, and has the addresses of the peers.
+						// The outside is the main router here, and has the addresses of the
+						// peers.
 						for key, value := range map[string]string{"ip_forward": "1", "conf.all.accept_local": "1", "conf.all.rp_filter": "0", "conf.arm.rp_filter": "0"} {
 							s.Must(s.Outside.SetSysctl("net.ipv4."+key, value))
 						}
@@ -136,12 +137,12 @@ func TestGatewayWithOneArm(t *testing.T) {
 	}
 }
 
-// What comes by the tunnel of a VPN exit with the source of an inside host, or by the one arm
-// with that of a host on another link, earns no permission, makes no mapping and keeps
+// A packet comes by a VPN exit's tunnel with the source of an inside host, or by the one arm
+// with that of a host on another link. It earns no permission, makes no mapping and keeps
 // nothing alive.
 //
-// Fails when lan0 counts as another uplink by which the host is reached, and when all
-// sources of subnets are believed that come by it.
+// Fails when lan0 counts as another uplink that leads to the host, and when every enabled
+// source is believed on it.
 func TestNFTSpoofedSourceByAnArm(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT}, func(t *testing.T, mode ...string) {
 		for _, guard := range []string{"true", "false"} {
@@ -188,10 +189,10 @@ func TestNFTSpoofedSourceByAnArm(t *testing.T) {
 	})
 }
 
-// Hosts of inside networks see each other as they are, also where one network is behind the
-// link that leads outside.
+// Inside networks see each other's real addresses, even if one of them is behind the link
+// that leads outside.
 //
-// Fails when the arm's mapping is for all that leaves by it.
+// Fails when the arm's mapping applies to everything that leaves by it.
 func TestNFTInsideNetworksOfAnArmSeeEachOther(t *testing.T) {
 	s := newScene(t, lab.Options{Guest: true, Rules: armNAT})
 	s.oneArm()

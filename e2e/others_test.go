@@ -16,7 +16,7 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// What belongs to others stays theirs: other networks, forwards, the gateway's
+// conenatd leaves alone what belongs to others: other networks, forwards, the gateway's
 // own ports, the firewall.
 
 func TestSubnetThatIsNotEnabledGetsNothing(t *testing.T) {
@@ -24,7 +24,7 @@ func TestSubnetThatIsNotEnabledGetsNothing(t *testing.T) {
 	guest := s.Socket(s.Guest.Namespace, s.Guest.Addr, 5060)
 	phone, proxy := s.InsideSocket(0, 5061), s.PeerSocket(lab.PeerA, 5060)
 	ext := s.Contact(guest, proxy)
-	// The daemon sees events in order: once it knows the phone, it saw the guest.
+	// Events come in order: once the daemon knows the phone, it has seen the guest.
 	s.Stands(phone, proxy, s.Contact(phone, proxy))
 	s.Lost(guest, s.PeerSocket(lab.PeerA, 5070), ext, proxy)
 	if n := len(s.List()); n != 1 {
@@ -32,8 +32,8 @@ func TestSubnetThatIsNotEnabledGetsNothing(t *testing.T) {
 	}
 }
 
-// An inside host calls a guest. The guest must not get more than the answer,
-// whether the call is translated or not.
+// An inside host calls a guest. Only the port that it called may answer, whether the call
+// is translated or not.
 func TestGuestNetworkIsNotOpened(t *testing.T) {
 	for name, nat := range map[string]string{
 		"routed": lab.Masquerade,
@@ -61,7 +61,7 @@ func TestGuestNetworkIsNotOpened(t *testing.T) {
 	}
 }
 
-// forward is a rule of the user's: port 5060 belongs to the second host.
+// forward is a rule of the user's: it forwards port 5060 to the second host.
 const forward = `table ip forwards {
 	chain prerouting {
 		type nat hook prerouting priority dstnat;
@@ -70,7 +70,7 @@ const forward = `table ip forwards {
 }
 `
 
-// Only root may know which tables iptables-legacy has: another user's daemon learns of a
+// Only root can know the tables of iptables-legacy; without root the daemon learns of a
 // forward there from its first flow.
 func TestForwardThatIsUsedFirstWins(t *testing.T) {
 	s := playHiddenForward(t)
@@ -87,8 +87,9 @@ func TestForwardThatIsUsedFirstWins(t *testing.T) {
 	s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
 }
 
-// hidden checks what a permission looks like that a forward keeps packets from. One that
-// rules tell of is shown as refused, though it is in the map, behind the forward.
+// hidden checks how a permission is listed whose packets a forward takes. With byRules
+// the daemon knows the forward's rule: the permission is refused, though it stays in the
+// map, behind the forward.
 func (s *scene) hidden(in, peer *lab.Socket, ext netip.AddrPort, byRules bool) {
 	s.T.Helper()
 	if byRules || stage.UsesExpectAlone() {
@@ -126,7 +127,8 @@ COMMIT
 	return s
 }
 
-// A rule that is read wins before it is used, also one that comes later.
+// A forward wins before anybody uses it, if its rule can be read, and so does a later
+// one.
 func TestForwardThatNobodyUsedYetWins(t *testing.T) {
 	s := play(t, lab.Options{Inside: 2, Rules: lab.Masquerade + forward}, "--reconcile", "1s")
 	phone, server := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
@@ -152,8 +154,8 @@ func TestForwardThatIsConfiguredWins(t *testing.T) {
 	s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
 }
 
-// A range of ports is excluded from end to end, as one interval in the kernel, and what
-// is beside it is not.
+// A range of ports is excluded including both ends, as one interval in the kernel; its
+// neighbours are not.
 func TestRangeOfPortsIsExcluded(t *testing.T) {
 	s := play(t, lab.Options{}, "--exclude-port=10000-20000", "--exclude-port=5060")
 	peer := s.PeerSocket(lab.PeerA, 5060)
@@ -185,8 +187,8 @@ func TestGatewaySocketKeepsItsPackets(t *testing.T) {
 		"dual stacked": netip.IPv6Unspecified(),
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := play(t, lab.Options{})                                                  // the next reconcile is too far off to help, but with nft alone
-			s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "120")) // the flow is there then
+			s := play(t, lab.Options{})                                                  // the next reconcile is too late, except for nft alone
+			s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "120")) // the flow lasts until that reconcile
 			own := s.Socket(s.Gateway.Namespace, addr, 5060)
 			phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 			ext := s.Contact(phone, proxy)
@@ -216,7 +218,7 @@ func TestPermissionStandsWhenTheGatewaySocketIsGone(t *testing.T) {
 
 // Conntrack has forgotten the flow of a connected socket, which still waits for its peer.
 //
-// Fails when the expectation takes what that sends.
+// Fails when the expectation takes the peer's packets.
 func TestConnectedGatewaySocketKeepsItsPackets(t *testing.T) {
 	for _, mode := range [][]string{stage.Expect, stage.NFT} {
 		stage.InModes(t, [][]string{mode}, func(t *testing.T, mode ...string) {
@@ -245,7 +247,7 @@ func TestConnectedGatewaySocketKeepsItsPackets(t *testing.T) {
 	}
 }
 
-// No event tells of the flow, for the guard let the peer's packet pass to the socket.
+// No event reports the flow, because the guard lets the peer's packet pass to the socket.
 func TestFlowToAGatewaySocketThatIsGoneEnds(t *testing.T) {
 	s := newScene(t, lab.Options{})
 	own := s.Socket(s.Gateway.Namespace, s.Gateway.Addr, 5060)
@@ -280,10 +282,10 @@ func TestExcludedPeerPortGivesNoPermission(t *testing.T) {
 	}
 }
 
-// IPv6 is off unless a subnet names it: no rule is about it, and a closed port of the
-// gateway answers.
+// IPv6 is off unless a subnet names it: our rules do not mention it, and the gateway
+// still refuses packets to a closed port.
 //
-// Fails when the guard, or a chain for expectations, takes in all families.
+// Fails when the guard, or a chain for expectations, matches all families.
 func TestFamilyThatIsNotEnabledIsLeftAlone(t *testing.T) {
 	s := play(t, lab.Options{IPv6: true})
 	in, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)

@@ -7,12 +7,12 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// An outside port passes to another inside host while the permission of the former one
-// lingers. What the peer sends at once, from another port, reaches the new host, whether
-// the daemon runs, is stopped or dead; and nothing of it stays with the former one.
+// An outside port passes to another inside host while the old host's permission still
+// stands. The peer sends at once, from another port, and reaches the new host, whether
+// the daemon runs, is stopped or dead. Nothing goes to the old host.
 //
-// Fails when the chain learn leaves an element of another host where it is, and, with a
-// running daemon, when the model revokes the former permission before it grants the new.
+// Fails when chain learn keeps an element of another host, and, with a running daemon,
+// when the model revokes the old permission before it grants the new one.
 func TestNFTPortPassesToAnotherHost(t *testing.T) {
 	states := []struct {
 		name string

@@ -17,7 +17,7 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// The gateway's own sockets and local ports, and the ports that are for hosts.
+// The gateway's own sockets and local ports, and the ports left for hosts.
 
 // sysctl sets a setting of the gateway.
 func (s *scene) sysctl(key, value string) {
@@ -28,8 +28,8 @@ func (s *scene) sysctl(key, value string) {
 
 const localRange, reservedPorts = "net.ipv4.ip_local_port_range", "net.ipv4.ip_local_reserved_ports"
 
-// Hosts on one source port get one outside port each, whatever ports the kernel gives
-// to the gateway's own sockets, and none of these.
+// Hosts on one source port get one outside port each, outside the range of local ports
+// that the kernel gives to the gateway's own sockets, whatever that range is.
 func TestNFTPoolFitsEveryRangeOfLocalPorts(t *testing.T) {
 	for name, tc := range map[string]struct {
 		local, reserved string
@@ -56,8 +56,8 @@ func TestNFTPoolFitsEveryRangeOfLocalPorts(t *testing.T) {
 	}
 }
 
-// Where the kernel may give all ports to the gateway's own sockets, the line that the
-// error names makes a pool. It keeps what is reserved already.
+// If the local port range covers all ports, the start fails. The error names a sysctl line
+// that makes room for a pool and keeps the ports that are reserved already.
 func TestNFTErrorNamesTheLineThatMakesAPool(t *testing.T) {
 	for _, pool := range []string{"61000-65535", "20000-29999"} {
 		s := newScene(t, lab.Options{Inside: 2})
@@ -75,8 +75,8 @@ func TestNFTErrorNamesTheLineThatMakesAPool(t *testing.T) {
 	}
 }
 
-// The range is widened over the pool while the daemon runs: it says so, a reload works,
-// and hosts keep one outside port each.
+// The local port range grows over the pool while the daemon runs: a warning says so, a
+// reload works, and hosts keep one outside port each.
 func TestNFTRangeOfLocalPortsThatIsWidenedLater(t *testing.T) {
 	s := newScene(t, lab.Options{Inside: 2})
 	s.configured("reconcile = \"1s\"\n[[subnet]]\nprefix = \"10.47.11.0/24\"\nmapping = \"endpoint_independent\"\n")
@@ -90,8 +90,8 @@ func TestNFTRangeOfLocalPortsThatIsWidenedLater(t *testing.T) {
 	s.Until("the overlap is over", func() bool { return !s.warns("sysctl -w " + reservedPorts) })
 }
 
-// Sockets and forwards have ports of the pool, a forward for one source only among
-// them: the daemon starts, says so, steps over these ports, and reloads.
+// Sockets or forwards use ports of the pool, even a forward for one source only. The
+// daemon starts, warns, does not use these ports, and can reload.
 func TestNFTPoolThatIsInUseIsSteppedOver(t *testing.T) {
 	for name, tc := range map[string]struct {
 		rules, warning string
@@ -130,8 +130,8 @@ func TestNFTPoolThatIsInUseIsSteppedOver(t *testing.T) {
 	}
 }
 
-// A port in the range of local ports is the gateway's as well as any other, if a program
-// of its stays on it: a host gets another one, and its peers get through.
+// A program stays on a port in the local port range, so that port is the gateway's like
+// any other: a host gets another port, and its peers get through.
 func TestNFTPortOfTheGatewayWithinItsLocalRange(t *testing.T) {
 	s := newScene(t, lab.Options{Inside: 2})
 	s.Socket(s.Gateway.Namespace, netip.IPv4Unspecified(), 41641)
@@ -147,7 +147,7 @@ func TestNFTPortOfTheGatewayWithinItsLocalRange(t *testing.T) {
 	s.Arrives(host, s.PeerSocket(lab.PeerA, 5070), ext)
 }
 
-// Sockets that come and go, as those of a resolver, end no permission and no mapping.
+// Short-lived sockets, like a resolver's, end no permission and no mapping.
 func TestSocketsThatComeAndGoEndNothing(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, {stage.Auto[0], mapped}, stage.Expect}, func(t *testing.T, mode ...string) {
 		const ports, first = 40, 21_000
@@ -159,7 +159,7 @@ func TestSocketsThatComeAndGoEndNothing(t *testing.T) {
 			exts[i] = s.Contact(hosts[i], proxy)
 		}
 		s.Until("all permissions stand", func() bool { return s.Status().Permissions.Standing == ports })
-		for i := range hosts { // six looks or more
+		for i := range hosts { // the daemon looks at sockets six times or more
 			brief, err := s.Gateway.Socket(netip.IPv4Unspecified(), first+uint16(i))
 			s.Must(err)
 			for began := time.Now(); time.Since(began) < 150*time.Millisecond; {
@@ -178,10 +178,10 @@ func TestSocketsThatComeAndGoEndNothing(t *testing.T) {
 	})
 }
 
-// A socket that is there for a moment while a host begins, as that of a resolver, does not
-// keep its permission away, and gets its packets all the same.
+// A short-lived socket, like a resolver's, is on the port when a host begins. The host
+// gets its permission, and the socket still gets its packets.
 //
-// Fails where the daemon asks for sockets when it grants what the map carries.
+// Fails when the daemon looks at sockets before it grants what the map carries.
 func TestNFTSocketOfAMomentBarsNothing(t *testing.T) {
 	s := play(t, lab.Options{}, stage.Auto[0], "--reconcile=10m")
 	brief, err := s.Gateway.Socket(netip.IPv4Unspecified(), 5060)
@@ -195,8 +195,8 @@ func TestNFTSocketOfAMomentBarsNothing(t *testing.T) {
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
 }
 
-// A socket that no packet from outside reaches bars nothing: one on an inside address or
-// link, of containers, or of a transparent proxy. What does get such packets does.
+// A socket that packets from outside cannot reach does not conflict with a permission: on
+// an inside address or link, of containers, or of a transparent proxy. Other sockets do.
 func TestSocketsThatGetNothingFromOutsideBarNothing(t *testing.T) {
 	for name, tc := range map[string]struct {
 		addr, device string
@@ -262,9 +262,10 @@ func (s *scene) gatewaySocket(addr string, port uint16, device string, transpare
 	}))
 }
 
-// An outside port that something without a mapping uses towards a remote endpoint is
-// taken for as long as conntrack may keep its flow, and until a later reconcile sees
-// that it lives. Else a host with that port would send packets that the kernel drops.
+// A flow without a mapping uses an outside port towards a remote endpoint. The port counts
+// as in use for that remote as long as conntrack may keep the flow, and until a later
+// reconcile sees that the flow lives. Otherwise the kernel would drop the packets of a
+// host with that port.
 func TestNFTTakenPortsOutlastTheirFlows(t *testing.T) {
 	taken := regexp.MustCompile(`40000 \. 203\.0\.113\.5 \. 3074 .*?expires ([0-9a-z]+)`)
 	for name, tc := range map[string]struct {
@@ -292,7 +293,7 @@ func TestNFTTakenPortsOutlastTheirFlows(t *testing.T) {
 				}
 				return longest > tc.least-10*time.Second
 			})
-			// And no mapping is used towards that remote endpoint.
+			// No mapping is used towards that remote endpoint.
 			if got := s.Contact(s.InsideSocket(0, 40000), proxy); got.Port() == 40000 {
 				t.Errorf("a host leaves as %v", got)
 			}

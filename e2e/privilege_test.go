@@ -12,8 +12,8 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// unprivileged is a program that runs the one under test as a user without any
-// privilege but CAP_NET_ADMIN, as the unit in deploy does.
+// unprivileged is a program that runs the program under test as a user with no privilege
+// but CAP_NET_ADMIN, as the unit in deploy does.
 func (s *scene) unprivileged() string {
 	s.T.Helper()
 	path := filepath.Join(s.T.TempDir(), "conenatd")
@@ -25,8 +25,8 @@ exec setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs \
 	return path
 }
 
-// privileges checks that each thread of the daemon has CAP_NET_ADMIN and nothing else,
-// can get nothing else, and has these lines too.
+// privileges checks that each thread of the daemon has CAP_NET_ADMIN and no other
+// capability, cannot gain one, and has the lines more in its status file.
 func (s *scene) privileges(more ...string) {
 	s.T.Helper()
 	const netAdmin = "0000000000001000"
@@ -40,7 +40,7 @@ func (s *scene) privileges(more ...string) {
 	for _, path := range threads {
 		b, err := os.ReadFile(path)
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // it ended
+			continue // the thread ended
 		}
 		s.Must(err)
 		for _, w := range want {
@@ -51,8 +51,8 @@ func (s *scene) privileges(more ...string) {
 	}
 }
 
-// Root's daemon lets go of all that it does not need. That nothing else is missing then
-// show all other tests.
+// A daemon that root starts gives up every other privilege. All other tests show that it
+// needs none of them.
 //
 // Fails when run does not enter the sandbox.
 func TestRootKeepsCapNetAdminAlone(t *testing.T) {
@@ -64,7 +64,8 @@ func TestCapNetAdminIsEnough(t *testing.T) {
 	s := newScene(t, lab.Options{IPv6: true, Rules: lab.Masquerade + lab.DropPolicy})
 	s.Must(s.NFT("add rule inet filter forward ct status dnat accept")) // for children that the map admits
 	s.Exe = s.unprivileged()
-	// A note that root's daemon left in a namespace that is gone; its inode is given again.
+	// Root's daemon left a note in a namespace that is gone, and the inode number is used
+	// again.
 	note := s.noteOfAccounting()
 	s.Must(os.MkdirAll(filepath.Dir(note), 0o755))
 	s.Must(os.WriteFile(note, []byte("0 1\n"), 0o644))

@@ -13,8 +13,8 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// Links of the pages, as the kernel of a test can make them: what needs a driver of its own
-// (ppp0, wg0, tailscale0) is a plain link with that name.
+// The links that the pages name, as a test's kernel can make them: a link that needs a
+// driver of its own (ppp0, wg0, tailscale0) becomes a plain link with that name.
 
 // rename gives a link of the gateway another name.
 func (s *scene) rename(link, name string) {
@@ -47,7 +47,7 @@ const (
 	nextPPPAddr = "198.51.100.130"
 )
 
-// dialUp has the outside behind ppp0, and wan0 without an address.
+// dialUp moves the outside behind ppp0, and leaves wan0 without an address.
 func dialUp(s *scene) {
 	s.T.Helper()
 	s.IP(s.Gateway, "addr flush dev wan0")
@@ -60,8 +60,8 @@ func (s *scene) connect(addr string) {
 	s.IP(s.Gateway, "route add default dev ppp0")
 }
 
-// reconnects shows that a new connection with another address ends the old permissions and
-// that new ones arise.
+// reconnects shows that a new connection with another address ends the old permissions, and
+// that hosts get new ones.
 func (r *recipe) reconnects() {
 	r.T.Helper()
 	r.IP(r.Gateway, "link del ppp0")
@@ -75,7 +75,7 @@ func (r *recipe) reconnects() {
 	r.forwards(true)
 }
 
-// endsAllOf waits until no permission of an outside address stands.
+// endsAllOf waits until no permission stands on this outside address.
 func (r *recipe) endsAllOf(addr string) {
 	r.T.Helper()
 	r.Until("permissions of "+addr+" ended", func() bool {
@@ -90,7 +90,7 @@ func (r *recipe) endsAllOf(addr string) {
 
 const secondUplinkAddr = "198.51.100.129"
 
-// secondUplink adds wan1. Each provider drops what has the other one's address.
+// secondUplink adds wan1. Each provider drops packets with the other provider's address.
 func secondUplink(s *scene) {
 	s.T.Helper()
 	s.AddLink("wan1", secondUplinkAddr)
@@ -105,8 +105,8 @@ func secondUplink(s *scene) {
 	s.Must(err)
 }
 
-// needsMarks shows that replies to children leave by the wrong uplink without the page's
-// line, and none with it.
+// needsMarks shows that without the page's line replies to children leave by the wrong
+// uplink, and with it none does.
 func (r *recipe) needsMarks() {
 	r.T.Helper()
 	const children = 24
@@ -119,8 +119,8 @@ func (r *recipe) needsMarks() {
 	}
 }
 
-// repliesByTheWrongUplink lets the phone reply to many ports of a peer and returns how many
-// of these the provider drops.
+// repliesByTheWrongUplink lets the phone reply to n ports of a peer, and returns how many
+// of the replies the provider drops.
 func (r *recipe) repliesByTheWrongUplink(port, firstMedia uint16, n int) (wrong int) {
 	r.T.Helper()
 	before := r.dropped()
@@ -151,8 +151,8 @@ func (r *recipe) repliesByTheWrongUplink(port, firstMedia uint16, n int) (wrong 
 	return wrong
 }
 
-// bindsAHost shows that the second host leaves by the second uplink alone, and so do its
-// replies to children.
+// bindsAHost shows that the second host, and its replies to children, leave by the second
+// uplink only.
 func (r *recipe) bindsAHost() {
 	r.T.Helper()
 	r.load(pageOneLink)
@@ -185,8 +185,8 @@ func (r *recipe) dropped() (n int) {
 	return n
 }
 
-// staysInItsBlocks shows that hosts leave by the customer's ports alone, and an inside port
-// by one of them, unless the rule gave it one that another has.
+// staysInItsBlocks shows that hosts leave only by the customer's ports, and each inside
+// port by one of them, unless the rule gave it a port that another host has.
 func (r *recipe) staysInItsBlocks() {
 	r.T.Helper()
 	peers := []*lab.Socket{r.PeerSocket(lab.PeerA, 3074), r.PeerSocket(lab.PeerB, 3074), r.PeerSocket(lab.PeerC, 3074)}
@@ -213,8 +213,8 @@ func (r *recipe) staysInItsBlocks() {
 	}
 }
 
-// tunnelGivesNoPermission shows that what goes into the tunnel is neither translated nor
-// gives a permission.
+// tunnelGivesNoPermission shows that packets into the tunnel are not translated and give no
+// permission.
 func (r *recipe) tunnelGivesNoPermission() {
 	r.T.Helper()
 	office := netip.MustParseAddr("10.99.0.5")
@@ -254,8 +254,8 @@ func virtualMAC(s *scene) {
 	s.IP(s.Outside, "neigh replace "+virtualAddr+" lladdr "+mac+" dev eth0 nud permanent")
 }
 
-// fallsOver shows that permissions end with the virtual address, and arise again: as hosts
-// send, and for a flow that another gateway had.
+// fallsOver shows that permissions end with the virtual address, and come back when hosts
+// send, also for a flow that began on another gateway.
 func (r *recipe) fallsOver() {
 	r.T.Helper()
 	r.IP(r.Gateway, "link del vrrp51")

@@ -17,18 +17,19 @@ import (
 // recipes is where the pages are.
 const recipes = "../docs/recipes"
 
-// The sections of a page that the tests know, and in this order.
+// The sections of a page that the tests know, in this order.
 const (
 	pageGateway = "The gateway"          // links, routes and rules
 	pageConfig  = "conenatd.toml"        // the configuration
 	pageLine    = "The line to add"      // without it answers are lost
-	pageStatus  = "What status shows"    // with that line
+	pageStatus  = "What status shows"    // with the line to add
 	pageOneLink = "A host by one uplink" // a variation
-	pageMapLine = "A line for the map"   // with it the map can carry
-	pageMore    = "What to look out for" // words alone
+	pageMapLine = "A line for the map"   // lets the map carry permissions
+	pageMore    = "What to look out for" // text for people only
 )
 
-// A block of a page is what its fence says, or a ruleset that a link leads to.
+// A block is a fenced block of a page, with the language of its fence, or a linked
+// ruleset.
 type block struct{ section, lang, text string }
 
 // A page is a recipe as the tests read it.
@@ -40,7 +41,8 @@ type page struct {
 var (
 	// An outline has the headings, the fenced blocks and the links to rulesets.
 	outline = regexp.MustCompile("(?ms)^## ([^\n]+)$|^```(\\S*)\n(.*?)^```$|\\]\\((\\.\\./\\.\\./internal/[^)]+)\\)")
-	// loaded are the languages of the blocks that tests play; text is for people.
+	// loaded are the languages of the blocks that tests use; other blocks are for
+	// people.
 	loaded = []string{"nft", "iptables-restore", "sh", "toml", "status"}
 )
 
@@ -93,7 +95,7 @@ func (p page) in(section string, langs ...string) (out []block) {
 	return out
 }
 
-// config writes the page's configuration to a file.
+// config writes the page's configuration to a file, and returns the path.
 func (p page) config(t *testing.T) string {
 	t.Helper()
 	blocks := p.in(pageConfig)
@@ -107,7 +109,7 @@ func (p page) config(t *testing.T) string {
 	return path
 }
 
-// load does in the gateway what a section says: rules and commands, as they stand.
+// load runs the rules and commands of a section in the gateway, unchanged.
 func (r *recipe) load(section string) {
 	r.T.Helper()
 	for _, b := range r.in(section, "nft", "iptables-restore", "sh") {
@@ -122,7 +124,7 @@ func (r *recipe) load(section string) {
 	}
 }
 
-// shell runs commands in the gateway, of which iptables is the variant of the play.
+// shell runs commands in the gateway; "iptables" there is the play's variant.
 func (r *recipe) shell(commands string) {
 	r.T.Helper()
 	ctx, cancel := context.WithTimeout(r.T.Context(), stage.Patience())
@@ -133,8 +135,8 @@ func (r *recipe) shell(commands string) {
 	}
 }
 
-// shows waits until status has the lines of a section, and no warning but these. "..."
-// stands for anything.
+// shows waits until status has the lines of a section and no other warnings. "..."
+// stands for any text.
 func (r *recipe) shows(section string) {
 	r.T.Helper()
 	var told []*regexp.Regexp
@@ -169,7 +171,7 @@ func (r *recipe) status() string {
 
 var spaces = regexp.MustCompile(`(?m)[ \t]+|^[ \t]+|[ \t]+$`)
 
-// unspaced makes lines compare however their columns are aligned.
+// unspaced removes the column alignment, so that lines can be compared.
 func unspaced(text string) string {
 	lines := strings.Split(strings.TrimSpace(text), "\n")
 	for i, l := range lines {
@@ -178,9 +180,9 @@ func unspaced(text string) string {
 	return strings.Join(lines, "\n")
 }
 
-// Each page is played by a test, and the list of pages has it.
+// Every page has a test, and is in the list of pages.
 //
-// Fails when a page is added to neither, or one is gone.
+// Fails when a page has no test or no list entry, and when a page that they name is gone.
 func TestRecipesAreAllListedAndPlayed(t *testing.T) {
 	files, err := filepath.Glob(filepath.Join(recipes, "*.md"))
 	if err != nil {

@@ -48,8 +48,8 @@ var plays = []recipePlay{
 	{page: "keepalived", from: virtualAddr, links: virtualMAC, forward: &forwarded{port: 3478, peer: stranger, host: insideHost(1), to: 3478}, also: (*recipe).fallsOver},
 }
 
-// guestNetwork gives the link to the guest another name and network, and the host in it
-// another address.
+// guestNetwork renames the link to the guest, and gives it another network and the
+// guest another address.
 func guestNetwork(link, gateway, host string) func(s *scene) {
 	return func(s *scene) {
 		s.T.Helper()

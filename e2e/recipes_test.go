@@ -13,24 +13,25 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// A recipePlay is what a test has to know of a page beside what the page says.
+// A recipePlay is what a test must know about a page in addition to its text.
 type recipePlay struct {
 	page    string
 	variant string // of iptables; empty means iptables-nft
 	guest   bool   // the gateway has a second network
 	// links makes the links that the page names. Without it there are lan0 and wan0.
 	links func(s *scene)
-	// forward is a port forward of the page's that must go on.
+	// forward is a port forward of the page that must keep working.
 	forward *forwarded
-	// from is the outside address that inside hosts get, if not that of wan0.
+	// from is the outside address of inside hosts, if it is not wan0's.
 	from string
-	// proxyPort is the port of the phone's proxy, if not that of the phone.
+	// proxyPort is the port of the phone's proxy, if it differs from the phone's port.
 	proxyPort uint16
-	// needs shows what the page's line is for, if not that answers arrive.
+	// needs shows what the page's line is for, if not to let answers arrive.
 	needs func(r *recipe)
-	// beforeMap removes rules with which children pass without the line for the map.
+	// beforeMap removes rules that let children pass without the line for the map.
 	beforeMap func(r *recipe)
-	// also are promises of this page alone; the daemon runs as the page configures it.
+	// also checks further promises of this page; the daemon runs with the page's
+	// configuration.
 	also func(r *recipe)
 }
 
@@ -40,7 +41,7 @@ type forwarded struct {
 	peer   netip.Addr // who uses it
 	host   func(s *scene) *lab.Host
 	to     uint16 // the host's port
-	byLine bool   // the firewall lets it through with the page's line only
+	byLine bool   // the firewall accepts it only with the page's line
 }
 
 // A recipe is a page that is played.
@@ -51,12 +52,12 @@ type recipe struct {
 	proxy *lab.Socket // with a port of its own
 }
 
-// Every page of docs/recipes is true: its rules load, and with its configuration and its
-// line a peer's answer from another port arrives, that of another address does not, port
-// forwards and TCP go on, and status shows what the page says.
+// Every page of docs/recipes is true: its rules load, and with its configuration and line
+// a peer's answer from another port arrives. Packets from other addresses do not, port
+// forwards and TCP still work, and status shows what the page says.
 //
-// Fails when a line of a ruleset, a configuration, a line to add or a line of status on a
-// page is wrong.
+// Fails when a ruleset, a configuration, a line to add or a line of status on a page is
+// wrong.
 func TestRecipes(t *testing.T) {
 	for _, play := range plays {
 		t.Run(strings.TrimSuffix(play.page+"/"+play.variant, "/"), func(t *testing.T) {
@@ -160,8 +161,8 @@ func (r *recipe) replies(phone, media *lab.Socket, ext netip.AddrPort) {
 	}
 }
 
-// lineToAdd shows what the page's line is for, and loads it. What status shows there is
-// that without the line.
+// lineToAdd shows what the page's line is for, and loads it. Before that, status must
+// show what that section says.
 func (r *recipe) lineToAdd(port uint16) {
 	r.T.Helper()
 	r.shows(pageLine)
@@ -184,7 +185,7 @@ func (r *recipe) makesTheDifference(section string, port uint16) {
 	r.Must(lab.Arrives(phone, lab.Packet{From: media, To: ext, Payload: stage.Payload("with the line")}))
 }
 
-// forwards shows that a port forward works; line says that the page's line is there.
+// forwards shows that a port forward works; line says whether the page's line is loaded.
 func (r *recipe) forwards(line bool) {
 	r.T.Helper()
 	f := r.forward

@@ -10,13 +10,13 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// reflector is a rule set for the outside namespace. Its rule turns a packet
-// round: each statement writes what a later one no longer needs to read.
+// reflector is a rule set for the outside namespace. Its rule sends each packet
+// back: every statement overwrites only what later ones need not read.
 //
-// nft's language has no register to swap addresses by, so the packet's source
-// is a constant. The checksums follow each write; where a host left them to the
-// link (CHECKSUM_PARTIAL) the kernel does what is right for those. The source
-// on the link stays the gateway's own, at which no gateway looks.
+// nft has no registers for swapping the addresses, so the new source is a constant.
+// The kernel updates the checksums with each write, also where a host left them to
+// the link (CHECKSUM_PARTIAL). The link-layer source stays the gateway's own;
+// gateways do not check it.
 const reflector = `add table netdev reflector
 add chain netdev reflector port%[1]d { type filter hook ingress device "eth0" priority 0; }
 flush chain netdev reflector port%[1]d
@@ -28,14 +28,14 @@ add rule netdev reflector port%[1]d \
 	fwd to "eth0"
 `
 
-// reflect makes all peers answer what comes to port from answerPort, with the
-// same payload: in the kernel, in the softirq that brings the packet, as a rule
-// before the asker's Send returns. A socket on that port gets nothing any more.
-// It holds for packets from the gateway's own IPv4 address, as masquerade sends
-// them. Another call for the same port takes the place of the first.
+// reflect makes all peers answer packets to port from answerPort, with the same
+// payload. The answer is made in the softirq that delivers the packet, usually
+// before the asker's Send returns. A socket on port gets nothing any more. Only
+// packets from the gateway's own IPv4 address are reflected, as masquerade sends
+// them. A second call for a port replaces the first.
 //
-// The answer leaves on the CPU that the packet came by, so the argument of
-// [lab.Lost] holds for packets that are reflected.
+// The answer leaves on the CPU that received the packet, so the argument of [lab.Lost]
+// holds for reflected packets.
 func (s *scene) reflect(port, answerPort uint16) {
 	s.T.Helper()
 	cmd := s.Outside.Command(s.T.Context(), "nft", "-f", "-")
@@ -70,7 +70,7 @@ func TestReflectorAnswersFromAnotherPort(t *testing.T) {
 	s.reflect(7002, 7002)
 	asked, fence := netip.AddrPortFrom(lab.PeerA, 7000), netip.AddrPortFrom(lab.PeerA, 7002)
 
-	// Whoever is in touch with the other port gets the answer from there.
+	// A host that has contacted the other port gets the answer from there.
 	other, known := s.PeerSocket(lab.PeerA, 7001), s.InsideSocket(0, 0)
 	s.Contact(known, other)
 	for range 10 {

@@ -14,9 +14,10 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// Somebody puts a pipe, or what has no end, in place of the configuration file.
+// Somebody replaces the configuration file with a pipe, or with a file that never
+// ends.
 //
-// Fails when a reload, a later one or the stop waits for the writer of the pipe.
+// Fails when that reload, a later one or the stop waits for a writer of the pipe.
 func TestReloadOfAFileThatBlocksIsRefused(t *testing.T) {
 	stage.OfTheDaemon(t)
 	s := newScene(t, lab.Options{})

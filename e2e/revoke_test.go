@@ -8,11 +8,11 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// What the user revoked stays revoked when the daemon is killed, or told to keep what
-// stands, and a new one reads the flows: until there is a new flow, as the help says.
-// What a limit kept away does not count as revoked.
+// What the user revoked stays revoked until there is a new flow, as the help says, even if
+// the daemon is killed or keeps its permissions, and a new one reads the flows. A permission
+// that a limit kept out does not count as revoked.
 //
-// Fails when the next daemon does not look for what was revoked.
+// Fails when the next daemon does not read what was revoked.
 func TestNFTRevokeOutlivesTheDaemon(t *testing.T) {
 	stage.OfTheDaemon(t)
 	for name, end := range map[string]func(*scene){
@@ -26,7 +26,7 @@ func TestNFTRevokeOutlivesTheDaemon(t *testing.T) {
 				phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 				ext := s.Contact(phone, proxy)
 				s.Stands(phone, proxy, ext)
-				// One of these takes the place of the one that is revoked.
+				// One of these gets the place of the revoked permission.
 				one, two, other := s.InsideSocket(0, 5061), s.InsideSocket(0, 5062), s.PeerSocket(lab.PeerB, 5060)
 				extOne, extTwo := s.Contact(one, other), s.Contact(two, other)
 				s.Listed(one, other, extOne, "refused")
@@ -60,11 +60,11 @@ func TestNFTRevokeOutlivesTheDaemon(t *testing.T) {
 	}
 }
 
-// The same for what no map carries, whatever the table is called: a start with another name
-// for it takes it over.
+// The same for permissions that the map cannot carry, even if the next daemon's table has
+// another name: it takes over the list.
 //
-// Fails when only permissions of IPv4 behind source NAT are remembered, or when they are not
-// moved.
+// Fails when only IPv4 permissions behind source NAT are remembered, and when a start with
+// another table name does not move them.
 func TestRevokeOfUntranslatedFlowsOutlivesTheDaemon(t *testing.T) {
 	stage.OfTheDaemon(t)
 	stage.NeedsExpect(t)

@@ -15,14 +15,15 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// forMode are flags as Start gives them to the daemon.
+// forMode returns the flags that Start would give the daemon.
 func forMode(args ...string) []string {
 	return append(strings.Fields(os.Getenv(stage.ModeEnv)), args...)
 }
 
-// What "conenatd rules" prints is what a daemon with the same flags makes, and nft loads it.
+// "conenatd rules" prints the tables that a daemon with the same flags makes, and nft can
+// load them.
 //
-// Fails when rules reads something else of the gateway than run does: its links, sockets,
+// Fails when rules and run read something different of the gateway: its links, sockets,
 // limits, helper, or what the user's firewall accepts.
 func TestRulesAreThoseOfTheDaemon(t *testing.T) {
 	subnets := []string{"--subnet", lab.InsideNet.String()}
@@ -74,12 +75,12 @@ func TestRulesAreThoseOfTheDaemon(t *testing.T) {
 
 var (
 	ownTable = regexp.MustCompile(`(?ms)^table (inet|ip) cone(nat)? \{.*?^\}\n`)
-	// What differs between a table that is in use and one that was loaded; the helper is what
-	// the kernel has.
+	// How a table in use differs from one loaded from a file; the helper depends on the
+	// kernel.
 	inUse = regexp.MustCompile(`ct helper "[^"]*"|(?ms)^\tflags (owner|persist)[^\n]*\n\n?| # progname [^\n]*|packets \d+ bytes \d+|(set gateway_addresses \{\n\t\ttype ipv4_addr)\n\t\telements = \{[^}]*\}`)
 )
 
-// ownTables are the parts of our tables in a listing, in a fixed order.
+// ownTables returns our tables in a listing, in a fixed order.
 func ownTables(list string) (parts []string) {
 	for _, t := range ownTable.FindAllString(list, -1) {
 		head, rest, _ := strings.Cut(inUse.ReplaceAllString(t, "$2"), "\n")
@@ -91,8 +92,8 @@ func ownTables(list string) (parts []string) {
 	return parts
 }
 
-// Fails when the command needs privilege for what it can do without, or does not say what
-// it could not read.
+// Fails when the command needs privilege that it can do without, and when it does not say
+// what it could not read.
 func TestRulesWithoutPrivilege(t *testing.T) {
 	s := newScene(t, lab.Options{Rules: lab.Masquerade})
 	program := s.ForAll()
@@ -108,7 +109,7 @@ exec setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps -all --boundi
 	}
 }
 
-// Fails when a subnet that is a link's network counts as none.
+// Fails when a subnet that is a link's network is not found.
 func TestRulesOfTheNetworkOfALink(t *testing.T) {
 	stage.OfTheDaemon(t)
 	s := newScene(t, lab.Options{Rules: lab.Masquerade})
@@ -117,7 +118,7 @@ func TestRulesOfTheNetworkOfALink(t *testing.T) {
 	if code != 0 || ofLinkCode != 0 || named != ofLink {
 		t.Errorf("exit %d and %d; by prefix\n%s\nby link\n%s", code, ofLinkCode, named, ofLink)
 	}
-	// It may come.
+	// The link may come later.
 	if out, code := s.CLI("rules", "--subnet", "lan9"); code != 0 || !strings.Contains(out, "table inet conenat {") {
 		t.Errorf("exit %d:\n%s", code, out)
 	}

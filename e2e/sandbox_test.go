@@ -16,7 +16,7 @@ import (
 
 const unit = "../deploy/systemd/conenatd.service"
 
-// unitSetting returns the words of a setting of the unit.
+// unitSetting returns the words of one setting in the unit.
 func unitSetting(t *testing.T, name string) []string {
 	t.Helper()
 	b, err := os.ReadFile(unit)
@@ -32,8 +32,8 @@ func unitSetting(t *testing.T, name string) []string {
 	return nil
 }
 
-// systemCalls returns the system calls of a filter set of systemd's, with those of the
-// sets in it.
+// systemCalls returns the system calls of one of systemd's filter sets, including those
+// of nested sets.
 func systemCalls(t *testing.T, set string) map[string]bool {
 	t.Helper()
 	all := make(map[string]bool)
@@ -58,7 +58,7 @@ func systemCalls(t *testing.T, set string) map[string]bool {
 }
 
 // traced is a program that runs conenatd, without the race detector, under strace, which
-// writes what it calls into the file.
+// writes the system calls into file.
 func (s *scene) traced(file string) string {
 	s.T.Helper()
 	path := filepath.Join(s.T.TempDir(), "traced")
@@ -71,11 +71,11 @@ var (
 	family     = regexp.MustCompile(` socket\((AF_[A-Z0-9]+),`)
 )
 
-// The unit's sandbox lets the daemon do all that it does: each system call that it makes
-// in a full life is in the unit's list, and is none of those that the unit's other
-// settings take out of it; so are its sockets.
+// The unit's sandbox allows everything that the daemon does: each system call of a full
+// life is in the unit's list and is not removed by the unit's other settings, and its
+// socket families are allowed.
 //
-// Fails with the set @basic-io for @system-service, or without AF_INET in the unit.
+// Fails with the set @basic-io for @system-service, and without AF_INET in the unit.
 func TestUnitAllowsWhatTheDaemonCalls(t *testing.T) {
 	stage.OfTheDaemon(t)
 	t.Setenv("WATCHDOG_USEC", "100000")

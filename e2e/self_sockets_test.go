@@ -10,11 +10,11 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// The PBX moves from the gateway to an inside host, whose outside endpoint is the same: the
-// proxy reaches it there.
+// The PBX moves from the gateway to an inside host with the same outside endpoint, where the
+// proxy reaches it.
 //
-// Fails when the permission outlives its socket: it takes the packets of the host, for as long
-// as the lifetime.
+// Fails when the permission outlives its socket: for up to a lifetime it would take the host's
+// packets.
 func TestSelfEndsWithItsSocket(t *testing.T) {
 	stage.NeedsExpect(t)
 	stage.InModes(t, [][]string{stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
@@ -33,11 +33,11 @@ func TestSelfEndsWithItsSocket(t *testing.T) {
 	})
 }
 
-// What the PBX sends gets another address of the gateway, as what leaves by a second uplink
-// does. Its socket is for all addresses, so that one gets what the proxy sends there.
+// The rules translate the PBX's packets to another address of the gateway, as for a second
+// uplink. Its socket is bound to all addresses, so it gets the proxy's packets there.
 //
-// Fails when that socket bars the permission, and when another one does not that has the port
-// at the outside address alone.
+// Fails when that socket conflicts with the permission, and when a socket bound to the same
+// port at the outside address alone does not.
 func TestSelfSendsByAnotherAddress(t *testing.T) {
 	stage.NeedsExpect(t)
 	other := netip.MustParseAddr("198.51.100.7")
@@ -69,7 +69,7 @@ func TestSelfSendsByAnotherAddress(t *testing.T) {
 			taken := s.Contact(phone, p.proxy)
 			s.Stands(phone, p.proxy, taken)
 			s.Socket(s.Gateway.Namespace, taken.Addr(), taken.Port())
-			s.Listed(phone, p.proxy, taken, "refused") // sockets were looked at
+			s.Listed(phone, p.proxy, taken, "refused") // the daemon has looked at sockets
 			if !is(s, "standing", "")() {
 				t.Errorf("a look at the sockets ended it: %+v", s.List())
 			}
@@ -84,9 +84,9 @@ func TestSelfSendsByAnotherAddress(t *testing.T) {
 	})
 }
 
-// A program speaks to more peers, one after another, than its port has expectations for.
+// A program contacts more peers, one after another, than its port may have expectations.
 //
-// Fails when peers without a flow keep a new one from having a permission.
+// Fails when permissions without a flow keep a new peer from getting one.
 func TestSelfMakesRoomForNewPeers(t *testing.T) {
 	stage.NeedsExpect(t)
 	s := newScene(t, lab.Options{Rules: ofSelf})

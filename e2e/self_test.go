@@ -15,11 +15,11 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// A PBX is a program of the gateway itself that speaks to a proxy outside.
+// A PBX is a program on the gateway itself that talks to a proxy outside.
 type pbx struct {
 	*lab.Socket
 	proxy, stranger *lab.Socket
-	free            uint16 // port of the proxy that nobody used
+	free            uint16 // the last port of the proxy that is in use
 }
 
 // newPBX opens its socket at an address of the gateway.
@@ -35,7 +35,7 @@ func (s *scene) newPBX(addr netip.Addr) *pbx {
 	}
 }
 
-// another opens a socket of the proxy with a port that is new to the gateway.
+// another opens a socket of the proxy on a port that the gateway has not seen yet.
 func (s *scene) another(p *pbx) *lab.Socket {
 	s.T.Helper()
 	p.free++
@@ -52,21 +52,22 @@ func (s *scene) reached(p *pbx) {
 	s.Verified()
 }
 
-// unreached checks that the proxy reaches the PBX from the port that was asked alone.
+// unreached checks that the proxy reaches the PBX only from the port that the PBX contacted.
 func (s *scene) unreached(p *pbx) {
 	s.T.Helper()
 	s.Contact(p.Socket, p.proxy)
 	s.Lost(p.Socket, s.another(p), p.Addr(), p.proxy)
 }
 
-// ofSelf are rules of a gateway with a PBX.
+// ofSelf are the rules of a gateway with a PBX.
 const ofSelf = lab.Masquerade + lab.DropPolicy
 
-// The PBX is the gateway's own. A firewall that accepts what is RELATED lets the proxy answer
-// from another port, and nobody else. It is so without self = true as with any firewall.
+// A PBX runs on the gateway. With self = true and a firewall that accepts RELATED, the proxy
+// may answer from another port, and nobody else may. Without self = true only the port asked
+// may.
 //
-// Fails when flows of the gateway's own addresses give no permission, when one is refused for
-// the very socket that it is for, and when they give one without being asked for.
+// Fails when flows of the gateway's own addresses give no permission, when one is refused
+// because of the very socket that it serves, and when they give one without self = true.
 func TestSelfGetsAnswersFromAnyPort(t *testing.T) {
 	stage.NeedsExpect(t)
 	stage.InModes(t, [][]string{stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
@@ -77,7 +78,7 @@ func TestSelfGetsAnswersFromAnyPort(t *testing.T) {
 			s.unreached(p)
 		}
 		phone := s.InsideSocket(0, 5062)
-		s.Stands(phone, four.proxy, s.Contact(phone, four.proxy)) // all flows before it were seen
+		s.Stands(phone, four.proxy, s.Contact(phone, four.proxy)) // all earlier flows were seen
 		for _, p := range s.List() {
 			if p.Int.Addr() == s.Gateway.Addr || p.Int.Addr() == s.Gateway.Addr6 {
 				t.Errorf("without self: %+v", p)
@@ -98,26 +99,27 @@ func TestSelfGetsAnswersFromAnyPort(t *testing.T) {
 	})
 }
 
-// A gateway that translates nothing, with a public address on its loopback link for its
-// programs, and no inside network that is enabled.
+// The gateway translates nothing, has a public address for its programs on its loopback link,
+// and no enabled inside network.
 //
-// Fails when only addresses of outside links, or only translated flows, are the gateway's.
+// Fails when only addresses of outside links, or only translated flows, count as the gateway's.
 func TestSelfWithAnAddressOfItsOwn(t *testing.T) {
 	stage.NeedsExpect(t)
 	s := newScene(t, lab.Options{Rules: lab.DropPolicy})
 	public := netip.MustParseAddr("192.0.2.200")
 	s.Start("--self", "--reconcile=1h")
-	s.IP(s.Gateway, "addr add "+public.String()+"/32 dev lo") // when the daemon runs already
+	s.IP(s.Gateway, "addr add "+public.String()+"/32 dev lo") // after the daemon has started
 	s.IP(s.Outside, "route add table local unicast "+public.String()+"/32 via "+s.Gateway.Addr.String())
 	s.reached(s.newPBX(public))
 	s.IP(s.Gateway, "addr del "+public.String()+"/32 dev lo")
 	s.Until("the permission ends with the address", func() bool { return len(s.ConntrackList("expect")) == 0 })
 }
 
-// The permission survives kill -9 into the next daemon, ends with its lifetime without one, and
-// with a cleanup.
+// The permission survives kill -9, and the next daemon takes it over. Without a daemon it ends
+// with its lifetime or with a cleanup.
 //
-// Fails when a permission of the gateway's is not taken over, or not found by a cleanup.
+// Fails when the next daemon does not take over a permission of the gateway's, and when a
+// cleanup does not find it.
 func TestSelfAfterTheDaemon(t *testing.T) {
 	stage.NeedsExpect(t)
 	s := newScene(t, lab.Options{Rules: ofSelf})
@@ -145,8 +147,8 @@ func TestSelfAfterTheDaemon(t *testing.T) {
 	s.unreached(p)
 }
 
-// The gateway's address is one of a private network of the provider's, and the daemon is killed
-// and started while there is no route.
+// The gateway's address is in a private network of the provider's. The daemon is killed, and
+// started again while there is no route.
 //
 // Fails when "auto" takes the gateway for an inside host, and enables the provider's network.
 func TestSelfIsNoInsideHostForAuto(t *testing.T) {
@@ -164,9 +166,9 @@ func TestSelfIsNoInsideHostForAuto(t *testing.T) {
 	}
 }
 
-// A reload turns it off and on.
+// Reloads turn self off and on.
 //
-// Fails when the permissions stay, or the flows from before give none.
+// Fails when the permissions stay, and when existing flows give none.
 func TestSelfIsReloaded(t *testing.T) {
 	stage.NeedsExpect(t)
 	s := newScene(t, lab.Options{IPv6: true, Rules: ofSelf})
@@ -192,8 +194,8 @@ func TestSelfIsReloaded(t *testing.T) {
 	s.Arrives(p.Socket, s.another(p), p.Addr())
 }
 
-// The gateway's permission lets in what comes by an outside link, and not more flows than
-// max_children.
+// The gateway's permission admits only packets from outside links, and at most max_children
+// flows.
 //
 // Fails without the chain own_children.
 func TestSelfJudgesChildren(t *testing.T) {
@@ -221,8 +223,8 @@ func TestSelfJudgesChildren(t *testing.T) {
 	})
 }
 
-// A host that sends with an IPv6 address of the gateway earns it no permission: Linux lets it,
-// unlike with one of IPv4.
+// A host that sends from an IPv6 address of the gateway earns it no permission. Linux forwards
+// such packets, but not with an IPv4 address.
 //
 // Fails without the chain own_source.
 func TestSelfIsFakedByNobody(t *testing.T) {
@@ -242,17 +244,17 @@ func TestSelfIsFakedByNobody(t *testing.T) {
 	}
 }
 
-// What the PBX has is refused to an inside host on the same outside port, and an inside host
-// that came first does not keep it from the PBX. Connected sockets, of which a resolver has
-// thousands, get nothing: no packet from another port would reach them.
+// An inside host on the PBX's outside port is refused, and even if it came first it does not
+// keep the PBX from its permission. Connected sockets, of which a resolver has thousands, get
+// no permission: they accept no packet from another port.
 //
-// Fails when a claim that was refused for the socket goes first, when a look at the sockets
-// takes the PBX its own permission, and when each flow of the gateway's gives one.
+// Fails when a claim that was refused because of the socket goes first, when a look at the
+// sockets ends the PBX's own permission, and when each flow of the gateway's gives one.
 func TestSelfBesideInsideHosts(t *testing.T) {
 	stage.NeedsExpect(t)
 	stage.InModes(t, [][]string{stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Rules: ofSelf})
-		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600")) // the phone's flow stays
+		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600")) // keeps the phone's flow
 		s.Serve(append(slices.Clone(mode), "--self", "--reconcile=1s")...)
 		p := s.newPBX(s.Gateway.Addr)
 		phone, other := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5080)
@@ -268,7 +270,7 @@ func TestSelfBesideInsideHosts(t *testing.T) {
 		ext := s.Contact(later, other)
 		s.Stands(later, other, ext)
 		s.Socket(s.Gateway.Namespace, ext.Addr(), ext.Port())
-		s.Listed(later, other, ext, "refused") // sockets were looked at
+		s.Listed(later, other, ext, "refused") // the daemon has looked at sockets
 		if again := s.Listed(p.Socket, p.proxy, p.Addr(), "standing").Since; !again.Equal(since) {
 			t.Errorf("the PBX lost its permission for its own socket: it stands since %v, not %v", again, since)
 		}
@@ -292,10 +294,10 @@ func TestSelfBesideInsideHosts(t *testing.T) {
 	})
 }
 
-// An inside host has the flow that the PBX would have, so the kernel gives the PBX another
-// outside port. What the proxy sends there is translated back, and RELATED all the same.
+// An inside host already has the flow that the PBX would have, so the kernel gives the PBX
+// another outside port. The proxy's packets there are translated back, and still RELATED.
 //
-// Fails when the map carries what is translated, whose children the input hook drops.
+// Fails when the map carries translated permissions: the input hook drops their children.
 func TestSelfIsTranslated(t *testing.T) {
 	stage.NeedsExpect(t)
 	stage.InModes(t, [][]string{stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
@@ -314,9 +316,9 @@ func TestSelfIsTranslated(t *testing.T) {
 	})
 }
 
-// The map cannot do it: its children are NEW.
+// The map cannot carry the gateway's permissions, because its children are NEW.
 //
-// Fails when such a configuration is taken.
+// Fails when such a configuration is accepted.
 func TestSelfTakesExpectations(t *testing.T) {
 	stage.OfTheDaemon(t)
 	s := newScene(t, lab.Options{})

@@ -14,7 +14,7 @@ import (
 // vpnAddr is the address of the gateway on vpn0 (addVPN).
 const vpnAddr = "10.66.0.2"
 
-// addVPN adds a second link to the outside, by which routes lead to prefixes.
+// addVPN adds a second link to the outside, with routes to prefixes.
 func (s *scene) addVPN(prefixes ...string) {
 	s.T.Helper()
 	s.AddLink("vpn0", vpnAddr)
@@ -23,7 +23,7 @@ func (s *scene) addVPN(prefixes ...string) {
 	}
 }
 
-// natBy are rules that translate by some links, or by all.
+// natBy are rules that masquerade on these links, or on all links.
 func natBy(links ...string) string {
 	if len(links) == 0 {
 		return "table ip nat { chain post { type nat hook postrouting priority srcnat; masquerade; }; }\n"
@@ -31,7 +31,8 @@ func natBy(links ...string) string {
 	return fmt.Sprintf("table ip nat { chain post { type nat hook postrouting priority srcnat; oifname { %s } masquerade; }; }\n", strings.Join(links, ", "))
 }
 
-// works checks that a peer of the inside host gets in from another port, and nobody else.
+// works checks that one peer reaches the inside host from another port, and nobody else
+// does.
 func (s *scene) works(peer netip.Addr, port uint16, from netip.Addr) {
 	s.T.Helper()
 	phone, proxy := s.InsideSocket(0, port), s.PeerSocket(peer, port)
@@ -44,10 +45,10 @@ func (s *scene) works(peer netip.Addr, port uint16, from netip.Addr) {
 	s.Lost(phone, s.PeerSocket(stranger, port+2), ext, proxy)
 }
 
-// An uplink without a default route: a VPN with most of the Internet, a provider's VLAN, a
-// router with full tables. Rules tell of it, or the first flow.
+// An uplink without a default route: a VPN to most of the Internet, a provider's VLAN, a
+// router with full tables. Rules reveal it, or its first flow.
 //
-// Fails when a link is an outside link by a default route alone.
+// Fails when only a default route makes an outside link.
 func TestUplinkWithoutADefaultRoute(t *testing.T) {
 	most := []string{"0.0.0.0/5", "128.0.0.0/3", "192.0.0.0/9", "200.0.0.0/5"}
 	private := netip.MustParseAddr("172.20.0.5")
@@ -55,8 +56,8 @@ func TestUplinkWithoutADefaultRoute(t *testing.T) {
 		routes []string
 		rules  string
 		legacy bool
-		user   bool // another user than root, who may not know the tables of iptables-legacy
-		full   bool // wan0 has routes alone
+		user   bool // without root, the tables of iptables-legacy are unknown
+		full   bool // wan0 has no default route, only others
 		peer   netip.Addr
 	}{
 		"most of the Internet":                                  {routes: most, rules: natBy("wan0", "vpn0"), peer: lab.PeerA},
@@ -104,10 +105,10 @@ func TestUplinkWithoutADefaultRoute(t *testing.T) {
 	}
 }
 
-// The outside address is on a macvlan of the uplink, as keepalived's use_vmac has it: what
-// peers send comes by that, and leaves by the link below.
+// The outside address is on a macvlan of the uplink, as with keepalived's use_vmac: peers'
+// packets arrive by the macvlan, and answers leave by the link below.
 //
-// Fails when packets from outside are expected by the links alone that default routes use.
+// Fails when packets from outside are expected only on links with a default route.
 func TestOutsideAddressOnAMacvlan(t *testing.T) {
 	const virtual, mac = "198.51.100.10", "00:00:5e:00:01:33"
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
@@ -123,7 +124,7 @@ func TestOutsideAddressOnAMacvlan(t *testing.T) {
 		s.works(lab.PeerA, 5060, netip.MustParseAddr(virtual))
 		hosts, exts := s.consoles(2)
 
-		// A source of an inside host that comes by it is spoofed.
+		// A packet from the macvlan with an inside source is spoofed.
 		const far = "192.0.2.200"
 		faked := s.Inside(0).Addr
 		s.IP(s.Outside, "addr add "+faked.String()+"/32 dev lo")
@@ -143,10 +144,11 @@ func TestOutsideAddressOnAMacvlan(t *testing.T) {
 	})
 }
 
-// Rules that name the LAN, and not the uplink, say nothing of other links. Nor do those that
-// translate towards a network of the gateway's own.
+// Rules that name the LAN and no uplink say nothing about other links. Nor do rules that
+// translate towards one of the gateway's own networks.
 //
-// Fails when whatever is not the LAN, or is translated towards, counts as outside.
+// Fails when every link but the LAN counts as outside, and when translation alone makes a
+// link outside.
 func TestRuleMakesNoNetworkOfTheGatewayAnUplink(t *testing.T) {
 	stage.OfTheDaemon(t)
 	for name, rule := range map[string]string{
@@ -169,9 +171,9 @@ func TestRuleMakesNoNetworkOfTheGatewayAnUplink(t *testing.T) {
 	}
 }
 
-// The user knows better than rules and flows.
+// The configuration outweighs rules and flows.
 //
-// Fails when inside does not count against them.
+// Fails when inside does not outweigh them.
 func TestLinkThatIsInsideByName(t *testing.T) {
 	s := newScene(t, lab.Options{Rules: natBy("wan0", "vpn0")})
 	s.addVPN("203.0.113.0/24")
@@ -185,16 +187,16 @@ func TestLinkThatIsInsideByName(t *testing.T) {
 	}
 }
 
-// Only flows told of the uplink. The daemon is killed, and the next one knows at once:
-// permissions go on, and so do mappings.
+// Only flows revealed the uplink. The daemon is killed; the next one knows it at once, so
+// permissions and mappings go on.
 //
-// Fails when flows are looked at only once a new daemon has made its tables.
+// Fails when a new daemon looks at flows only after it has made its tables.
 func TestUplinkThatOnlyFlowsTellOfOutlivesTheDaemon(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Inside: 2, Rules: natBy()})
 		s.addVPN("203.0.113.0/24")
 		s.Start(stage.Flags(mode, mapped, "--reconcile=1h")...)
-		s.works(lab.PeerA, 5060, netip.MustParseAddr(vpnAddr)) // nothing has a mapping before
+		s.works(lab.PeerA, 5060, netip.MustParseAddr(vpnAddr)) // before any mapping exists
 		hosts, exts := s.consoles(2)
 		s.Kill()
 		s.Start(stage.Flags(mode, mapped, "--reconcile=1h")...)
@@ -211,10 +213,10 @@ func TestUplinkThatOnlyFlowsTellOfOutlivesTheDaemon(t *testing.T) {
 	})
 }
 
-// A permission stands for the flow that made it: after a start it tells of such an uplink
-// though the flow has ended.
+// After a start a permission reveals such an uplink, even if the flow that earned it has
+// ended.
 //
-// Fails when only flows are read at the start: the permission is revoked then.
+// Fails when only flows are read at the start: the permission is then revoked.
 func TestPermissionTellsOfAnUplinkAtTheStart(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Rules: natBy()})
@@ -234,10 +236,10 @@ func TestPermissionTellsOfAnUplinkAtTheStart(t *testing.T) {
 	})
 }
 
-// A rule that names an uplink comes and goes while the daemon runs, of nftables or of
-// iptables-legacy.
+// A rule of nftables or iptables-legacy that names an uplink comes and goes while the daemon
+// runs.
 //
-// Fails when rules are asked for uplinks at the start alone, or with the links alone.
+// Fails when rules are searched for uplinks only at the start, or only when links change.
 func TestRuleTellsOfAnUplinkWhenItComes(t *testing.T) {
 	s := newScene(t, lab.Options{})
 	s.addVPN("172.20.0.0/24")
@@ -269,10 +271,10 @@ func TestRuleTellsOfAnUplinkWhenItComes(t *testing.T) {
 	}
 }
 
-// An uplink of which only a rule or a flow tells leads to a part of the Internet: what comes
-// by it from somebody else fakes a peer.
+// An uplink that only a rule or a flow reveals leads to a part of the Internet: a packet
+// from it with any other source is faked.
 //
-// Fails when whoever is on such a link can speak for all peers.
+// Fails when a packet from such a link may have any peer's address.
 func TestOnlyPeersBehindAPartialUplinkComeByIt(t *testing.T) {
 	for name, rules := range map[string]string{"rule": natBy(`"wan0"`, `"vpn0"`), "flow": natBy()} {
 		t.Run(name, func(t *testing.T) {
@@ -297,11 +299,11 @@ func TestOnlyPeersBehindAPartialUplinkComeByIt(t *testing.T) {
 	}
 }
 
-// A router in the LAN that takes over for a time makes its link no uplink for good, and
-// "auto" goes on to serve what is behind it.
+// A router in the LAN is the way out for a time. That does not make its link an uplink for
+// good, and "auto" keeps serving the network behind it.
 //
-// Fails when "auto" leaves out the networks of links with the way outside, and when a flow
-// makes a link an outside link until the daemon ends.
+// Fails when "auto" leaves out networks of links that lead outside, and when a flow makes a
+// link an outside link until the daemon ends.
 func TestBackupInTheLANIsForgotten(t *testing.T) {
 	for _, subnet := range []string{lab.InsideNet.String(), "auto"} {
 		t.Run(subnet, func(t *testing.T) {
@@ -333,10 +335,10 @@ func TestBackupInTheLANIsForgotten(t *testing.T) {
 	}
 }
 
-// A mark that the user's rules set before routing chooses a table for the way out, which may
-// lead nowhere else.
+// A user rule sets a mark before routing. The mark selects a routing table for the way out,
+// which may have no route back to the host.
 //
-// Fails when the way back to a host is looked up with the mark of its packet alone.
+// Fails when the way back to a host is looked up only with its packet's mark.
 func TestMarkForTheWayOutMakesNoSourceDoubtful(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Rules: natBy() + `table ip pbr { chain pre { type filter hook prerouting priority mangle;

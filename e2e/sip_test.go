@@ -26,8 +26,8 @@ const sipHelper = `table ip h {
 }
 `
 
-// A sipCall is between a phone and a proxy on peer A. The SIP helper translates what is in
-// its messages, and expects its media.
+// A sipCall is between a phone and a proxy on peer A. The kernel's SIP helper translates the
+// addresses in their messages, and expects their media.
 type sipCall struct {
 	*scene
 	transport          string // as in a Via header
@@ -73,7 +73,7 @@ func (c *sipCall) message(first, method string, from, media netip.AddrPort) stri
 		first, c.transport, from, c.seq, c.seq, method, from, len(body), body)
 }
 
-// pass sends a message the one way or the other, and returns it as it arrives, and its source.
+// pass sends a message in one direction, and returns it as it arrives, with its source.
 func (c *sipCall) pass(text string, toProxy bool, ext netip.AddrPort) (string, netip.AddrPort, error) {
 	if c.transport == "TCP" {
 		from, to := c.overTCP, c.acceptTCP
@@ -98,8 +98,8 @@ func (c *sipCall) pass(text string, toProxy bool, ext netip.AddrPort) (string, n
 
 var sipMedia = regexp.MustCompile(`c=IN IP4 (\S+)[\s\S]*m=audio (\d+)`)
 
-// invite invites the proxy, as often as phones do that again, and gets its answer. It returns
-// the outside endpoint of the media.
+// invite sends an INVITE to the proxy, repeatedly as phones do, and gets the answer. It
+// returns the outside endpoint of the media.
 func (c *sipCall) invite() (media netip.AddrPort) {
 	c.T.Helper()
 	c.seq++
@@ -117,7 +117,7 @@ func (c *sipCall) invite() (media netip.AddrPort) {
 		}
 		media = netip.MustParseAddrPort(m[1] + ":" + m[2])
 		answer := c.message("SIP/2.0 200 OK", "INVITE", c.proxy.Addr(), c.proxyMedia.Addr())
-		if ext.IsValid() { // the answer is for who sent it
+		if ext.IsValid() { // answer the endpoint that the INVITE came from
 			answer = strings.Replace(answer, "Via: SIP/2.0/UDP "+c.proxy.Addr().String(), "Via: SIP/2.0/UDP "+ext.String(), 1)
 		}
 		if _, _, err := c.pass(answer, false, ext); err != nil {
@@ -127,7 +127,7 @@ func (c *sipCall) invite() (media netip.AddrPort) {
 	return media
 }
 
-// bye ends the call: the helper forgets its media.
+// bye ends the call; the helper then forgets its media.
 func (c *sipCall) bye() {
 	c.T.Helper()
 	c.seq++
@@ -146,10 +146,10 @@ func (c *sipCall) talk(media netip.AddrPort) {
 	c.Arrives(c.media, c.proxyMedia, media)
 }
 
-// The SIP helper of the user's works as without conenatd: invitations in a call, and a second
-// call with the same endpoint of media.
+// The user's SIP helper works as without conenatd: repeated INVITEs in a call, and a second
+// call with the same media endpoint.
 //
-// Fails when an expectation of ours is where the helper needs its own.
+// Fails when our expectation stands where the helper needs its own.
 func TestSIPHelperOfTheUsersWorks(t *testing.T) {
 	for _, transport := range []string{"UDP", "TCP"} {
 		for _, mode := range [][]string{stage.Auto, stage.Expect, stage.NFT} {
@@ -163,7 +163,8 @@ func TestSIPHelperOfTheUsersWorks(t *testing.T) {
 					for range 2 {
 						media := c.invite()
 						c.talk(media)
-						// It uses up what the helper expects, so ours could be made.
+						// This packet uses up the helper's expectation, so now ours could be
+						// made.
 						c.Arrives(c.media, other, media)
 						if mode[0] == stage.Expect[0] {
 							if p := c.Listed(c.media, c.proxyMedia, media, "refused"); p.Reason != "helper" {
@@ -172,7 +173,7 @@ func TestSIPHelperOfTheUsersWorks(t *testing.T) {
 						} else if p := c.Listed(c.media, c.proxyMedia, media, "standing"); p.Backend != "nft" {
 							t.Errorf("it stands by %q", p.Backend)
 						}
-						for range 2 { // each reads what helpers expect
+						for range 2 { // each reload reads what helpers expect
 							s.readAgain()
 						}
 					}

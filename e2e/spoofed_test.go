@@ -9,13 +9,13 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// A packet that fakes the source of an inside host, by a link that is neither inside nor
-// outside, passes as the user's firewall lets it, and earns no permission, whatever would
-// carry it: not when it comes, and not from a daemon that starts later and reads the flows.
+// A packet with a faked inside source comes by a link that is neither inside nor outside.
+// The user's firewall lets it pass, but it earns no permission in any backend, neither when
+// it comes nor when a later daemon reads the flows.
 //
-// Fails without the chain way_back, when that leaves out subnets whose permissions are
-// expectations, and when the daemon does not leave out what the chain remembers, or does not
-// take it over into other tables.
+// Fails without the chain way_back, when that chain leaves out subnets that expectations
+// carry, and when the daemon ignores the sources that the chain remembers, or does not move
+// them into tables of another name.
 func TestNFTSourceByAnotherLinkEarnsNothing(t *testing.T) {
 	for name, tc := range map[string]struct {
 		rules string
@@ -36,10 +36,10 @@ func TestNFTSourceByAnotherLinkEarnsNothing(t *testing.T) {
 	}
 }
 
-// The same with routed IPv6, whose permissions are all expectations.
+// The same with routed IPv6, which expectations always carry.
 //
 // Fails without the chain way_back of family inet, when it judges IPv4 alone, and when the
-// daemon does not read what that remembers, or does not take it over.
+// daemon does not read the sources that it remembers, or does not take them over.
 func TestIPv6SourceByAnotherLinkEarnsNothing(t *testing.T) {
 	stage.NeedsExpect(t)
 	stage.InModes(t, [][]string{stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
@@ -49,8 +49,8 @@ func TestIPv6SourceByAnotherLinkEarnsNothing(t *testing.T) {
 	})
 }
 
-// Where a routing rule asks for a mark, what fakes an inside source passes by an outside
-// link, too, as the user's firewall lets it.
+// With a routing rule for a mark, a packet with a faked inside source passes even from an
+// outside link, as the user's firewall allows.
 //
 // Fails without the chain way_back of family inet.
 func TestIPv6SourceFromOutsideEarnsNothing(t *testing.T) {
@@ -74,8 +74,8 @@ func TestIPv6SourceFromOutsideEarnsNothing(t *testing.T) {
 	}
 }
 
-// sourceByAnotherLinkEarnsNothing lets the guest fake the source of an inside host towards a
-// peer, who answers to the outside address ext.
+// sourceByAnotherLinkEarnsNothing lets the guest send to a peer with the source of an inside
+// host; the peer answers to the outside address ext.
 func (s *scene) sourceByAnotherLinkEarnsNothing(mode []string, inside, peer, ext netip.Addr) {
 	t := s.T
 	t.Helper()
@@ -118,12 +118,12 @@ func (s *scene) sourceByAnotherLinkEarnsNothing(mode []string, inside, peer, ext
 	}
 }
 
-// A road warrior with an address of the LAN comes by an outside link, and only a rule of
-// policy routing leads back to it: by a mark that the packet has when it comes, or that
-// its answers get, by the link that these come by, or by their ports. Its packets pass.
+// A road warrior with a LAN address comes by an outside link. Only a policy routing rule
+// leads back to it: by the mark of its packets or of the answers, by the link that the
+// answers come from, or by their ports. Its packets pass.
 //
-// Fails when the chain spoofed does not know of marks, or of rules that ask for other things
-// that only the answers have.
+// Fails when the chain spoofed ignores marks, and when it ignores rules that match what only
+// the answers have.
 func TestNFTRoadWarriorByPolicyRoutingPasses(t *testing.T) {
 	const warrior, far = "10.47.11.200", "192.0.2.99"
 	for name, tc := range map[string]struct{ mark, rule string }{
@@ -154,9 +154,9 @@ func TestNFTRoadWarriorByPolicyRoutingPasses(t *testing.T) {
 }
 
 // A host of another network, or a neighbour of the inside host, fakes the source of a
-// permitted peer. What it sends does not get in by the peer's expectation, whatever
-// rp_filter and policy routing say, makes no flow, and keeps nobody out. The peer itself
-// gets in.
+// permitted peer. Its packets do not get in by the peer's expectation, whatever rp_filter
+// and policy routing do; they make no flow, and do not lock out the peer, which still gets
+// in.
 //
 // Fails without the rule of chain child about outside links.
 func TestPeerFakedFromInsideGetsNothing(t *testing.T) {
@@ -199,7 +199,7 @@ func TestPeerFakedFromInsideGetsNothing(t *testing.T) {
 					addr netip.Addr
 				}
 				fakers := []faker{{s.Guest, guest}}
-				if !tc.ip6 { // else he reaches the host itself, without the gateway
+				if !tc.ip6 { // with IPv6 it would reach the host directly, not by the gateway
 					fakers = append(fakers, faker{s.Inside(1), s.Inside(1).Addr})
 				}
 				for _, faker := range fakers {
@@ -215,7 +215,7 @@ func TestPeerFakedFromInsideGetsNothing(t *testing.T) {
 				if n := s.Status().Tables.Guard.Spoofed; n != uint64(10*len(fakers)) {
 					t.Errorf("%d packets were dropped, want 10 of each", n)
 				}
-				for port := range uint16(3) { // as many as there may be
+				for port := range uint16(3) { // max_children
 					s.Arrives(phone, s.Socket(s.Outside.Namespace, peer, 5070+port), ext)
 				}
 			})
@@ -223,10 +223,10 @@ func TestPeerFakedFromInsideGetsNothing(t *testing.T) {
 	}
 }
 
-// What the user's own helpers and rules expect may come from anywhere: from another
-// inside network, say, to which a host has sent.
+// Flows that the user's own helpers and rules expect may come from anywhere, for example
+// from another inside network to which a host has sent.
 //
-// Fails when the chain child is for every expected flow.
+// Fails when the chain child judges every expected flow.
 func TestFlowsThatOthersExpectComeFromAnywhere(t *testing.T) {
 	stage.NeedsExpect(t)
 	s := play(t, lab.Options{Guest: true, Rules: lab.Masquerade + lab.DropPolicy + tftpHelper + `table ip others {

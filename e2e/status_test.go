@@ -12,10 +12,10 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// A status that comes while a reconcile reads many flows is answered between two pieces of
-// them, and the reconcile goes on as if there was none.
+// A status request during a reconcile that reads many flows is answered between two pieces
+// of the dump, and the reconcile goes on undisturbed.
 //
-// Fails when the status asks by the connection that the reconcile reads from.
+// Fails when status uses the connection that the reconcile reads from.
 func TestStatusDoesNotDisturbAReconcile(t *testing.T) {
 	stage.OfTheDaemon(t)
 	s := newScene(t, lab.Options{})
@@ -35,7 +35,7 @@ func TestStatusDoesNotDisturbAReconcile(t *testing.T) {
 	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 	ext := s.Contact(phone, proxy)
 	s.Stands(phone, proxy, ext)
-	for i := range uint64(3) { // only a reconcile sees it
+	for i := range uint64(3) { // which only a reconcile sees
 		_, err := s.Gateway.Output("conntrack", "-F", "expect")
 		s.Must(err)
 		s.Until("a reconcile put it back", func() bool { return s.Status().Counters.Repaired["expectations"] > i })

@@ -18,8 +18,8 @@ const secondAddr = "10.66.0.2"
 // uplinkMarks are the flags of docs/recipes/uplink-marks.md.
 var uplinkMarks = []string{"--outside=wan0", "--outside=wan1", "--uplink-marks"}
 
-// onTwoUplinks is NAT by both, a forward, and a count of the packets that leave with the
-// address of the other uplink.
+// onTwoUplinks masquerades on both links, has a forward, and counts packets that leave by
+// one uplink with the other's address.
 const onTwoUplinks = `table ip nat {
 	chain pre { type nat hook prerouting priority dstnat; iifname { "wan0", "wan1" } udp dport 7000 dnat to 10.47.11.109; }
 	chain post { type nat hook postrouting priority srcnat; oifname { "wan0", "wan1" } masquerade; }
@@ -34,13 +34,13 @@ table ip watch {
 }
 `
 
-// addSecondUplink makes a second uplink, and routes by both as the recipe does.
+// addSecondUplink makes a second uplink, and routes by both of them as the recipe does.
 func (s *scene) addSecondUplink() {
 	s.T.Helper()
 	s.AddLink("wan1", secondAddr)
 	s.IP(s.Gateway, "route add 10.66.0.0/24 dev wan1")
 	s.IP(s.Outside, "addr add 10.66.0.1/24 dev wan1")
-	for _, link := range []string{"all", "wan1", "eth0"} { // a wrong way is to be counted, not to be lost
+	for _, link := range []string{"all", "wan1", "eth0"} { // count packets that come the wrong way, do not drop them
 		s.Must(s.Outside.SetSysctl("net.ipv4.conf."+link+".rp_filter", "0"))
 	}
 	s.Must(s.Gateway.SetSysctl("net.ipv4.conf.all.rp_filter", "1"))
@@ -56,14 +56,14 @@ func (s *scene) addSecondUplink() {
 	}
 }
 
-// A flow is one of the inside host.
+// A flow is a flow of the inside host.
 type flow struct {
 	phone, proxy *lab.Socket
 	ext          netip.AddrPort
 }
 
-// byBothUplinks sends from ports of the inside host until one leaves by each uplink, and
-// returns their flows by outside address.
+// byBothUplinks sends from ports of the inside host until a flow leaves by each uplink, and
+// returns these flows by outside address.
 func (s *scene) byBothUplinks() map[netip.Addr]flow {
 	s.T.Helper()
 	found := make(map[netip.Addr]flow)
@@ -81,7 +81,7 @@ func (s *scene) byBothUplinks() map[netip.Addr]flow {
 	return found
 }
 
-// answered lets peers send from many ports, and the host answer. It returns how many
+// answered lets a peer send from many ports, and the host answer. It returns how many
 // answers left by the wrong uplink.
 func (s *scene) answered(host *lab.Socket, peer netip.Addr, firstPort uint16, ext netip.AddrPort) string {
 	s.T.Helper()
@@ -100,11 +100,11 @@ func (s *scene) answered(host *lab.Socket, peer netip.Addr, firstPort uint16, ex
 	return regexp.MustCompile(`packets \d+`).FindString(list)
 }
 
-// Two uplinks with equal cost: what a peer sends to the address of one is answered by that
-// one, by a permission of either backend and by a forward. Without uplink_marks it is not,
-// or the test would show nothing.
+// With two uplinks of equal cost, the answer to a peer's packet leaves by the uplink that
+// the packet came by, for permissions of either backend and for a forward. Without
+// uplink_marks it does not, or the test would show nothing.
 //
-// Fails when flows get no mark, when children do not, and when packets from inside are
+// Fails when flows get no mark, when children get none, and when packets from inside are
 // routed before they have it.
 func TestChildrenAnswerByTheirUplink(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
@@ -137,12 +137,12 @@ func TestChildrenAnswerByTheirUplink(t *testing.T) {
 	})
 }
 
-// Marks of the user's, of flows, of children and of packets, stay beside the uplink's: their
-// other bits, and what he set in the bits of the uplink himself. A flow that is older than
-// the daemon gets its mark with its next packet.
+// The user's own marks on flows, children and packets stay: all other bits, and values that
+// the user sets in the uplink's bits. A flow that is older than the daemon gets its mark
+// with its next packet.
 //
-// Fails when a mark is set as a whole, when a packet's own is overwritten, when the map's
-// mark goes before that of a rule of the user's, and when new flows alone are marked.
+// Fails when a mark is overwritten as a whole, when a packet's own mark is overwritten, when
+// the map's mark wins over a user rule's, and when only new flows are marked.
 func TestUplinkMarksLeaveTheUsersMarks(t *testing.T) {
 	const rules = `table ip marks {
 		counter chosen { }
@@ -162,7 +162,7 @@ func TestUplinkMarksLeaveTheUsersMarks(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Rules: lab.Masquerade + rules})
 		older, peer := s.InsideSocket(0, 5063), s.PeerSocket(lab.PeerA, 5063)
-		s.Arrives(older, peer, s.Contact(older, peer)) // it is not new any more
+		s.Arrives(older, peer, s.Contact(older, peer)) // no longer a new flow
 		mark := func(flow ...string) string {
 			s.T.Helper()
 			lines := s.ConntrackList(append([]string{"-p", "udp"}, flow...)...)

@@ -9,9 +9,8 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// The second uplink comes while the daemon runs. Its default route is in a table
-// that only marked packets use; a child must carry the mark, or its answers
-// would leave by the first uplink.
+// A second uplink comes while the daemon runs. Only marked packets use its default route,
+// so a child must carry the mark, or its answers would leave by the first uplink.
 func TestNewUplinkWithPolicyRoutingByConnmark(t *testing.T) {
 	s := newScene(t, lab.Options{Inside: 2, Rules: stage.UplinkRules})
 	s.Start("--subnet", lab.InsideNet.String())
@@ -37,18 +36,18 @@ func TestNewUplinkWithPolicyRoutingByConnmark(t *testing.T) {
 		}
 	}
 
-	// The uplink goes, and its permissions with it; the other one stays.
+	// The second uplink goes, and its permissions with it; the first one's stay.
 	s.IP(s.Gateway, "link del wan1")
 	s.Until("its permission ended", func() bool { return len(s.InKernel()) == 1 })
 	s.Arrives(one, s.PeerSocket(lab.PeerA, 6000), extOne)
 }
 
-// A router advertisement or a backup gives an inside link a default route: the link stays
-// inside, for hosts, for what the kernel learns and for mappings, at once, after a reload
-// and after a start, and the user is told.
+// A router advertisement or a backup gives an inside link a default route. The link stays
+// inside for hosts, learning and mappings: at once, after a reload and after a start. The
+// user is warned.
 //
-// Fails where a default route makes any link an outside link, where one of IPv6 does for
-// IPv4, and where such a subnet is refused.
+// Fails when any default route makes an outside link, when an IPv6 one makes it one for
+// IPv4, and when such a subnet is refused.
 func TestInsideLinkWithADefaultRoute(t *testing.T) {
 	for name, tc := range map[string]struct{ route, why string }{
 		"IPv6, advertised":      {"-6 route add default via fe80::1 dev lan0 proto ra metric 1024", "lan0 has a default route (IPv6)"},
@@ -77,7 +76,7 @@ func TestInsideLinkWithADefaultRoute(t *testing.T) {
 					}
 					s.Stop()
 					if subnet == "auto" {
-						continue // of one that comes with its backup's route nobody can tell
+						continue // at a start auto cannot tell such a link from an uplink
 					}
 					s.Start(stage.Flags(mode, mapped)...)
 					_, exts := s.consoles(2)

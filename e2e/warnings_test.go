@@ -10,7 +10,7 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// told waits until the warning with this text is in the status, and in the log.
+// told waits until status and log have the warning with this text.
 func (s *scene) told(text string) {
 	s.T.Helper()
 	s.Until("the status warns of it", func() bool {
@@ -19,7 +19,7 @@ func (s *scene) told(text string) {
 	s.Until("the log warns of it", func() bool { return s.logs("WARN", text) == 1 })
 }
 
-// over waits until the warning with this text is gone from the status, and the log says so.
+// over waits until status no longer has the warning with this text, and the log says so.
 func (s *scene) over(text string) {
 	s.T.Helper()
 	s.Until("the status does not warn of it any more", func() bool {
@@ -28,7 +28,7 @@ func (s *scene) over(text string) {
 	s.Until("the log says that it is over", func() bool { return s.logs("INFO", "no longer: ", text) == 1 })
 }
 
-// logs counts the lines of the log at this level that have all texts.
+// logs counts the log lines at this level that contain all texts.
 func (s *scene) logs(level string, texts ...string) (n int) {
 	for line := range strings.Lines(s.Daemon.Output()) {
 		all := strings.Contains(line, "level="+level)
@@ -44,10 +44,10 @@ func (s *scene) logs(level string, texts ...string) (n int) {
 
 const noNAT = "no source NAT: "
 
-// A gateway that does not translate. When it does the warning is over.
+// The gateway does not translate: a warning says so until it does.
 //
-// Fails when untranslated flows are not counted, and when warnings are logged at the
-// start alone.
+// Fails when untranslated flows are not counted, and when warnings are logged only at the
+// start.
 func TestMissingSourceNATIsTold(t *testing.T) {
 	stage.OfTheDaemon(t)
 	s := newScene(t, lab.Options{Rules: "table ip without_nat { }"})
@@ -75,11 +75,12 @@ func TestMissingSourceNATIsTold(t *testing.T) {
 	}
 }
 
-// Public addresses are in a network of the gateway's own, under a rule that translates
-// towards all links: what that is nobody can tell. It is private, too, and not enabled.
+// One of the gateway's networks has public addresses, and a rule translates towards all
+// links, so nobody can tell whether it is outside. It also has private addresses and is not
+// enabled.
 //
-// Fails when whoever is not behind an outside link is called inside, or outside for a
-// translated flow.
+// Fails when every network that is not behind an outside link counts as inside, and when a
+// translated flow alone makes its link outside.
 func TestLinkThatShouldBeOutsideIsNamed(t *testing.T) {
 	stage.OfTheDaemon(t)
 	s := newScene(t, lab.Options{Guest: true, Rules: natBy()})
@@ -108,9 +109,9 @@ func TestLinkThatShouldBeOutsideIsNamed(t *testing.T) {
 	s.Stands(phone, again, s.Contact(phone, again))
 }
 
-// A rule of the user's translates before ours: status must not say that mapping is on.
+// A user rule translates before ours: status must not say that mapping is on.
 //
-// Fails when it says what is configured.
+// Fails when status reports the configured value.
 func TestMappingThatIsNotInForceIsTold(t *testing.T) {
 	stage.OfTheDaemon(t)
 	s := newScene(t, lab.Options{Inside: 2})
@@ -146,7 +147,7 @@ func TestMappingThatIsNotInForceIsTold(t *testing.T) {
 	if !strings.Contains(out, "flows did not get their mapping: ") {
 		t.Errorf("status says\n%s", out)
 	}
-	// Without it everything is as it should be once these flows are gone.
+	// Without that rule mapping is in force again once these flows are gone.
 	_, err := s.Gateway.Output("nft", "delete", "table", "ip", "early")
 	s.Must(err)
 	_, err = s.Gateway.Output("conntrack", "-D", "-p", "udp", "-s", s.Inside(1).Addr.String())
@@ -155,9 +156,10 @@ func TestMappingThatIsNotInForceIsTold(t *testing.T) {
 	s.Until("it is in force again", func() bool { return s.Status().Tables.Mapping.On })
 }
 
-// A phone's port is forwarded to another one of it, and the phone goes on.
+// The user forwards a phone's port to another port of the same phone, which goes on
+// sending.
 //
-// Fails when each reconcile logs that its permission is refused.
+// Fails when each reconcile logs that the permission is refused.
 func TestRefusalThatGoesOnIsLoggedOnce(t *testing.T) {
 	stage.OfTheDaemon(t)
 	s := newScene(t, lab.Options{Rules: lab.Masquerade + `table ip forwards {

@@ -11,11 +11,11 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// Conntrack zones: of one direction, of both, and of a bridge with a firewall of its own.
+// Conntrack zones for one direction, for both, and of a bridge with its own firewall.
 
-// zonesOf gives the packets that come by a link, and those that the gateway sends by it,
-// the zone that the map has for the link, in the original direction alone. VyOS does so
-// for links in a VRF.
+// zonesOf sets a zone for the original direction alone, on packets that come by a link or
+// that the gateway itself sends by it; elements map links to zones. VyOS does so for links in
+// a VRF.
 func zonesOf(elements string) string {
 	return `table inet vrf_zones {
 	map ct_iface_map { typeof iifname : ct zone; elements = { ` + elements + ` }; }
@@ -32,17 +32,18 @@ var zonesByDirection = map[string]string{
 	"both links are in one, VRF": `"lan0" : 250, "wan0" : 250`,
 }
 
-// keepUnanswered lets no flow end by itself while a test runs.
+// keepUnanswered raises the timeout so that no flow ends by itself during a test.
 func (s *scene) keepUnanswered() {
 	s.T.Helper()
 	s.sysctl("net.netfilter.nf_conntrack_udp_timeout", "600")
 }
 
-// What counts is where answers come in: flows with zones of the original direction share
-// the outside endpoints of zone 0. The kernel learns, and children are seen and dropped.
+// Only the zone in which answers come in matters: flows with a zone for the original
+// direction share the outside endpoints of zone 0. The kernel learns them; children are seen
+// and dropped.
 //
-// Fails where the rules test the zone of the original direction, where the model takes that
-// for a child's, and where it is not asked for in the zone in which it came.
+// Fails when the rules test the zone of the original direction, when the model takes it for a
+// child's zone, and when a child is not queried in the zone in which it came.
 func TestNFTZonesByDirection(t *testing.T) {
 	for name, elements := range zonesByDirection {
 		t.Run(name, func(t *testing.T) {
@@ -80,7 +81,7 @@ func TestNFTZonesByDirection(t *testing.T) {
 	}
 }
 
-// Each host has one outside port in all of these set-ups, and is reached by it.
+// In each of these set-ups every host has one outside port, and is reached there.
 func TestNFTMappingWithZonesByDirection(t *testing.T) {
 	for name, elements := range zonesByDirection {
 		t.Run(name, func(t *testing.T) {
@@ -98,8 +99,8 @@ func TestNFTMappingWithZonesByDirection(t *testing.T) {
 	}
 }
 
-// zonesAreServed waits until the rules serve what has a zone. The first flow in a zone tells:
-// one of an inside host, or of the gateway itself.
+// zonesAreServed waits until the rules serve packets in a zone. The first flow in a zone
+// triggers that, of an inside host or of the gateway itself.
 func (s *scene) zonesAreServed() {
 	s.T.Helper()
 	ntp, err := s.Gateway.Socket(s.Gateway.Addr, 123)
@@ -109,7 +110,7 @@ func (s *scene) zonesAreServed() {
 	s.Until("the rules serve zones", func() bool { return !s.zonesAreLeft() })
 }
 
-// zonesAreLeft reports whether the rules leave alone what has a zone.
+// zonesAreLeft reports whether the rules ignore packets in a zone.
 func (s *scene) zonesAreLeft() bool {
 	s.T.Helper()
 	rules, err := s.Gateway.Output("nft", "list", "chain", "ip", "conenat", "admit")
@@ -117,9 +118,10 @@ func (s *scene) zonesAreLeft() bool {
 	return strings.Contains(rules, "ct zone 0")
 }
 
-// Where no flow told of zones, a packet in one reaches nobody: it may be of another network.
+// Before any flow showed a zone, a packet in one reaches nobody: it may belong to another
+// network.
 //
-// Fails where the rules serve zones from the start.
+// Fails when the rules serve zones from the start.
 func TestNFTZonesAreLeftWithoutEvidence(t *testing.T) {
 	s := play(t, lab.Options{Rules: lab.Masquerade + `table inet zones {
 	chain c { type filter hook prerouting priority raw; iifname "wan0" udp sport 5070 ct original zone set 251; }
@@ -132,10 +134,10 @@ func TestNFTZonesAreLeftWithoutEvidence(t *testing.T) {
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
 }
 
-// A host that is not enabled has a zone of both directions, so with outside endpoints of its
-// own: from then on zones are left alone, also when its flow has ended.
+// A host that is not enabled has a zone for both directions, and so its own outside
+// endpoints. From then on the rules ignore zones, even after its flow has ended.
 //
-// Fails where only flows of enabled hosts count, and where a snapshot forgets.
+// Fails when only flows of enabled hosts count, and when a snapshot resets this.
 func TestNFTZoneOfBothDirectionsOfAnotherHost(t *testing.T) {
 	s := play(t, lab.Options{Guest: true, Rules: lab.Masquerade + `table inet zones {
 	chain c {
@@ -160,10 +162,10 @@ func TestNFTZoneOfBothDirectionsOfAnotherHost(t *testing.T) {
 	s.Lost(phone, s.PeerSocket(lab.PeerA, 5070), ext, proxy)
 }
 
-// Tenants with the same addresses, each in a zone of the original direction, share neither a
-// mapping nor permissions: zones are left alone again, and status says so.
+// Tenants with the same addresses, each in its own zone for the original direction, must not
+// share mappings or permissions: the rules ignore zones again, and status says so.
 //
-// Fails where one of several zones of a subnet is not noted.
+// Fails when only one of a subnet's zones is noted.
 func TestNFTTenantsWithTheSameAddresses(t *testing.T) {
 	const tenants = `table inet tenants { chain c { type filter hook prerouting priority raw
 		iifname "lan0" udp sport < 6000 ct original zone set 250
@@ -179,9 +181,9 @@ func TestNFTTenantsWithTheSameAddresses(t *testing.T) {
 	s.Until("their flows have no mapping", func() bool { return s.Status().Tables.Mapping.NotApplied["conntrack_zone"] == 2 })
 }
 
-// What the rules serve does not end with the last flow in a zone, nor with the daemon.
+// The rules go on serving zones after the last flow in a zone ended, and after a restart.
 //
-// Fails where a snapshot without such a flow, or a start, forgets.
+// Fails when a snapshot without such a flow, or a start, resets this.
 func TestNFTZonesAreRemembered(t *testing.T) {
 	s := newScene(t, lab.Options{Rules: lab.Masquerade + zonesOf(zonesByDirection["outside link"])})
 	s.keepUnanswered()
@@ -203,9 +205,9 @@ func TestNFTZonesAreRemembered(t *testing.T) {
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
 }
 
-// A packet in a zone takes the permissions of a subnet from no expectation that works.
+// One packet in a zone does not move a subnet's permissions away from working expectations.
 //
-// Fails where such a packet makes the map carry them.
+// Fails when such a packet makes the map carry them.
 func TestOnePacketInAZoneLeavesExpectations(t *testing.T) {
 	stage.NeedsExpect(t)
 	s := play(t, lab.Options{Rules: lab.Masquerade + lab.DropPolicy + zonesOf(zonesByDirection["inside link"]) + `table inet one {
@@ -223,10 +225,10 @@ func TestOnePacketInAZoneLeavesExpectations(t *testing.T) {
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 }
 
-// What a bridge without an address of the gateway sends on by a route did not stay on it: a
-// host there that fakes a peer gets nothing in.
+// A bridge without an address of the gateway passes a packet on to a route, so the packet
+// leaves the bridge. A host on it that fakes a peer's address gets nothing in.
 //
-// Fails where the rule of chain child exempts all that comes by such a bridge.
+// Fails when the rule of chain child exempts everything that comes by such a bridge.
 func TestPeerFakedByABridgeGetsNothing(t *testing.T) {
 	stage.NeedsExpect(t)
 	s := newScene(t, lab.Options{Inside: 2})
@@ -242,17 +244,17 @@ func TestPeerFakedByABridgeGetsNothing(t *testing.T) {
 	s.Stands(phone, proxy, ext)
 	faker := s.Inside(1)
 	s.IP(faker, "addr add "+lab.PeerA.String()+"/32 dev lo")
-	s.IP(faker, "neigh del "+lab.InsideNet.Addr().Next().String()+" dev eth0") // that of lan0
+	s.IP(faker, "neigh del "+lab.InsideNet.Addr().Next().String()+" dev eth0") // the neighbour entry of lan0
 	fake := s.Socket(faker.Namespace, lab.PeerA, 5070)
-	s.Until("it is dropped", func() bool { // the bridge may still have to learn where hosts are
+	s.Until("it is dropped", func() bool { // the bridge may first have to learn where hosts are
 		s.Must(fake.Send(ext, "faked"))
 		return s.Status().Tables.Guard.Spoofed > 0
 	})
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
 }
 
-// A zone of both directions is another table of outside endpoints: expectations carry it,
-// and status says that there are no mappings.
+// A zone for both directions has its own outside endpoints: expectations carry its
+// permissions, and status says that there are no mappings.
 func TestZoneOfBothDirections(t *testing.T) {
 	stage.NeedsExpect(t)
 	zone := `table inet zones { chain c { type filter hook prerouting priority raw; iifname { "lan0", "wan0" } ct zone set 250; }; }
@@ -265,9 +267,9 @@ func TestZoneOfBothDirections(t *testing.T) {
 	s.Until("it is told", func() bool { return s.Status().Tables.Mapping.NotApplied["conntrack_zone"] > 0 })
 }
 
-// An early packet in a zone of its own hides the permission until it is deleted.
+// An early packet came in its own zone: its flow hides the permission until it is deleted.
 //
-// Fails where the flow is deleted in the zone of the permission.
+// Fails when the delete uses the permission's zone.
 func TestEarlyPacketInAZoneIsRepaired(t *testing.T) {
 	s := newScene(t, lab.Options{Rules: lab.Masquerade + zonesOf(`"wan0" : 251`)})
 	s.keepUnanswered()
@@ -285,10 +287,10 @@ func TestEarlyPacketInAZoneIsRepaired(t *testing.T) {
 	s.Arrives(phone, media, ext)
 }
 
-// Where the firewall accepts RELATED alone, only expectations would get through, and none
-// stands in the zone of packets from outside: status says what to set, and that helps.
+// The firewall accepts only RELATED, so only expectations would get through, and none works
+// in the zone of packets from outside. Status says what to set, and that helps.
 //
-// Fails where a packet that arrives in a zone is not counted.
+// Fails when a packet that arrives in a zone is not counted.
 func TestZonesBesideAFirewallThatAcceptsRelatedAlone(t *testing.T) {
 	s := play(t, lab.Options{Rules: lab.Masquerade + lab.DropPolicy + zonesOf(zonesByDirection["each link has one"])}, stage.Auto[0], "--reconcile=1s")
 	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
@@ -308,8 +310,8 @@ func TestZonesBesideAFirewallThatAcceptsRelatedAlone(t *testing.T) {
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
 }
 
-// A virtual machine behind a bridge of its own, with a firewall there and conntrack zone 1,
-// as Proxmox makes it: status says what to set, and with it children arrive.
+// A virtual machine is behind a bridge with its own firewall, in conntrack zone 1, as Proxmox
+// does it. Status says what to set, and then children arrive.
 func TestBridgeWithAFirewallOfItsOwn(t *testing.T) {
 	stage.NeedsExpect(t)
 	if _, err := os.Stat("/proc/sys/net/bridge"); err != nil {
