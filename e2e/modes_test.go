@@ -55,7 +55,7 @@ func TestMendNothingIsLostBetweenModes(t *testing.T) {
 		})
 		// The other backend's permissions are removed at the end of the change.
 		s.Until("the other backend is gone", func() bool {
-			return slices.Contains(s.tables(), "table ip conenat") == hasMap &&
+			return s.hasMap() == hasMap &&
 				(len(s.ConntrackList("expect")) > 0) == expected && (len(s.Anchors()) > 0) == expected
 		})
 		for _, p := range s.List() {
@@ -215,7 +215,7 @@ func TestMendAnotherModeTakesOver(t *testing.T) {
 					expectations = 2
 				}
 				s.Until("both stand by the new mode alone", func() bool {
-					return len(s.ConntrackList("expect")) == expectations && (len(s.entries()) == 2) == hasMap && slices.Contains(s.tables(), "table ip conenat") == hasMap
+					return len(s.ConntrackList("expect")) == expectations && (len(s.entries()) == 2) == hasMap && s.hasMap() == hasMap
 				})
 				s.Stop()
 				if left := s.Leftovers(); len(left) > 0 {

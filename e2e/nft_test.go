@@ -82,6 +82,14 @@ func (s *scene) inMap(e entry) bool {
 	return ok
 }
 
+// hasMap reports whether there is a map of permissions, empty or not.
+func (s *scene) hasMap() bool {
+	s.T.Helper()
+	out, err := s.Gateway.Output("nft", "list", "maps")
+	s.Must(err)
+	return strings.Contains(out, "map permissions {")
+}
+
 // tables are the names of conenatd's tables in the kernel.
 func (s *scene) tables() (names []string) {
 	s.T.Helper()

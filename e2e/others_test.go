@@ -309,7 +309,8 @@ func TestFamilyThatIsNotEnabledIsLeftAlone(t *testing.T) {
 	}))
 	list, err := s.Gateway.Output("nft", "list", "table", "inet", "conenat")
 	s.Must(err)
-	if strings.Contains(list, "ip6") || strings.Contains(list, "ipv6") {
+	before, after, ok := strings.Cut(list, "set revoked {") // it has IPv4 addresses as IPv6 ones; no rule uses it
+	if _, rest, _ := strings.Cut(after, "}"); !ok || strings.Contains(before+rest, "ip6") || strings.Contains(before+rest, "ipv6") {
 		t.Error(list)
 	}
 }
