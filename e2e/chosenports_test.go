@@ -126,7 +126,7 @@ func TestNFTPoolStandsBesideRulesForOthers(t *testing.T) {
 }
 
 // iptables rules are read as well, and the ports that they choose are kept.
-func TestPortsOfARuleOfIPTablesAreKept(t *testing.T) {
+func TestNFTPortsOfARuleOfIPTablesAreKept(t *testing.T) {
 	for _, variant := range []string{lab.IPTablesNFT, lab.IPTablesLegacy} {
 		for name, tc := range map[string]struct {
 			rule string
