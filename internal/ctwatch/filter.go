@@ -32,6 +32,10 @@ const (
 // up to 13 of them. A forwarded range takes 7, which run only when a DNATed flow ends.
 const mostSources, mostForwarded = 128, 256
 
+// leastForwarded is how many ranges a socket has memory for beside mostSources with the default
+// of net.core.optmem_max, 20,480 bytes before Linux 6.8.
+const leastForwarded = 32
+
 // Sources are the flows whose events a Watcher reports: those that begin in one of
 // Prefixes, and those that are expected, DNATed or handled by a conntrack helper.
 type Sources struct {

@@ -341,8 +341,8 @@ func (w *Watcher) SetSources(s Sources) error {
 		return wrap("detach socket filter", err)
 	}
 	err := w.attach(s)
-	if errors.Is(err, unix.ENOMEM) {
-		s.Forwarded = fewer(s.Forwarded, mostForwarded/8)
+	for most := mostForwarded / 2; errors.Is(err, unix.ENOMEM) && most >= leastForwarded; most /= 2 {
+		s.Forwarded = fewer(s.Forwarded, most)
 		err = w.attach(s)
 	}
 	if errors.Is(err, unix.ENOMEM) {
