@@ -105,6 +105,10 @@ func TestGetFindsAFlowByEitherDirection(t *testing.T) {
 		if !ok || err != nil {
 			t.Fatalf("get %v: %v, %v", tt, ok, err)
 		}
+		if got.Left <= 0 || got.Left > want.Left {
+			t.Errorf("%v left after %v", got.Left, want.Left)
+		}
+		got.Left = want.Left // time passes
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Error(diff)
 		}
