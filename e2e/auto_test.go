@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -160,16 +161,7 @@ func TestAutoSeesWhatOtherHooksDrop(t *testing.T) {
 			phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 			ext := s.Contact(phone, proxy)
 			s.Stands(phone, proxy, ext)
-			port := uint16(6000)
-			s.Until("children that are lost are told of", func() bool {
-				port++
-				from, err := s.Outside.Socket(lab.PeerA, port)
-				s.Must(err)
-				defer from.Close()
-				s.Must(from.Send(ext, "lost"))
-				return s.Status().Subnets[0].Carried.By == "expect"
-			})
-			c := s.Status().Subnets[0].Carried
+			c := s.losesChildren(ext, "expectations carry", func(c control.Carried) bool { return c.By == "expect" })
 			if c.Why != "related_accepted" || c.Chain != "" || len(c.Evidence) == 0 || c.Evidence[0].By != "nft" || c.Evidence[0].Passed != 0 {
 				t.Errorf("carried %+v", c)
 			}
@@ -186,6 +178,23 @@ func TestAutoSeesWhatOtherHooksDrop(t *testing.T) {
 	}
 }
 
+// losesChildren lets peer A send to ext from one port after another until status says what is
+// wanted of the subnet's carrier, and returns that.
+func (s *scene) losesChildren(ext netip.AddrPort, what string, wanted func(control.Carried) bool) (c control.Carried) {
+	s.T.Helper()
+	port := uint16(6000)
+	s.Until(what, func() bool {
+		port++
+		from, err := s.Outside.Socket(lab.PeerA, port)
+		s.Must(err)
+		defer from.Close()
+		s.Must(from.Send(ext, "lost"))
+		c = s.Status().Subnets[0].Carried
+		return wanted(c)
+	})
+	return c
+}
+
 // A chain drops the children of both backends. When it is gone both pass, and the map
 // carries.
 //
@@ -199,15 +208,7 @@ func TestAutoTellsOfOtherHooksThatDropAll(t *testing.T) {
 	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 	ext := s.Contact(phone, proxy)
 	s.Stands(phone, proxy, ext)
-	port := uint16(6000)
-	s.Until("both kinds of children are lost", func() bool {
-		port++
-		from, err := s.Outside.Socket(lab.PeerA, port)
-		s.Must(err)
-		defer from.Close()
-		s.Must(from.Send(ext, "lost"))
-		return s.Status().Subnets[0].Carried.Why == "both_dropped"
-	})
+	s.losesChildren(ext, "both kinds of children are lost", func(c control.Carried) bool { return c.Why == "both_dropped" })
 	const text = "your firewall drops the flows of peers into subnet 10.47.11.0/24: a chain of another hook than forward"
 	s.told(text)
 	s.Must(s.NFT("delete table inet f"))

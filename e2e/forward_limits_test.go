@@ -66,7 +66,15 @@ func TestForwardForSomePeersBarsNoOthers(t *testing.T) {
 // Fails when those peers get no expectation.
 func TestAutoGivesOthersThanThoseOfAForwardExpectations(t *testing.T) {
 	s := newScene(t, lab.Options{Inside: 2, Rules: lab.DropPolicy})
-	s.Must(inChain(`iifname "wan0" ip saddr 203.0.113.0/24 udp dport 5060 dnat to 10.47.11.110`)(s))
+	s.forwardsForProviderAlone("udp dport 5060 dnat to 10.47.11.110")
+}
+
+// forwardsForProviderAlone plays with a rule that forwards packets of the provider, peer A, to
+// the second host. The provider's permission stands in the map, behind the rule; that of
+// another peer by an expectation.
+func (s *scene) forwardsForProviderAlone(rule string) {
+	s.T.Helper()
+	s.Must(inChain(`iifname "wan0" ip saddr 203.0.113.0/24 ` + rule)(s))
 	s.Must(s.NFT("insert rule inet filter forward ip daddr 10.47.11.110 accept"))
 	s.Start(stage.Flags(stage.Auto, "--reconcile=1h")...)
 	s.carried("expect")
@@ -74,12 +82,12 @@ func TestAutoGivesOthersThanThoseOfAForwardExpectations(t *testing.T) {
 	other, provider := s.PeerSocket(lab.PeerC, 9), s.PeerSocket(lab.PeerA, 9)
 	ext := s.Contact(phone, other)
 	if p := s.Listed(phone, other, ext, "standing"); p.Backend != "expect" {
-		t.Errorf("it stands by %q", p.Backend)
+		s.T.Errorf("it stands by %q", p.Backend)
 	}
 	s.Arrives(phone, s.PeerSocket(lab.PeerC, 10), ext)
 	s.Contact(phone, provider)
 	if p := s.Listed(phone, provider, ext, "standing"); p.Backend != "nft" {
-		t.Errorf("the provider's stands by %q", p.Backend)
+		s.T.Errorf("the provider's stands by %q", p.Backend)
 	}
 	s.Arrives(server, s.PeerSocket(lab.PeerA, 10), ext)
 }
@@ -99,22 +107,7 @@ func TestAutoLeavesTheWayOfAForwardThatIsNotUnderstood(t *testing.T) {
 		t.Run(rule, func(t *testing.T) {
 			s := newScene(t, lab.Options{Inside: 2, Rules: lab.DropPolicy})
 			s.Must(s.NFT("table ip fw { chain led { dnat to 10.47.11.110; }; }"))
-			s.Must(inChain(`iifname "wan0" ip saddr 203.0.113.0/24 ` + rule)(s))
-			s.Must(s.NFT("insert rule inet filter forward ip daddr 10.47.11.110 accept"))
-			s.Start(stage.Flags(stage.Auto, "--reconcile=1h")...)
-			s.carried("expect")
-			phone, server := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
-			other, provider := s.PeerSocket(lab.PeerC, 9), s.PeerSocket(lab.PeerA, 9)
-			ext := s.Contact(phone, other)
-			if p := s.Listed(phone, other, ext, "standing"); p.Backend != "expect" {
-				t.Errorf("it stands by %q", p.Backend)
-			}
-			s.Arrives(phone, s.PeerSocket(lab.PeerC, 10), ext)
-			s.Contact(phone, provider)
-			if p := s.Listed(phone, provider, ext, "standing"); p.Backend != "nft" {
-				t.Errorf("the provider's stands by %q", p.Backend)
-			}
-			s.Arrives(server, s.PeerSocket(lab.PeerA, 10), ext)
+			s.forwardsForProviderAlone(rule)
 			if st := s.Status(); !stage.Warned(st, "a forward is not understood") {
 				t.Errorf("warnings: %q", st.Warnings)
 			}

@@ -199,6 +199,9 @@ func NewPrefixTable(prefixes []netip.Prefix) *PrefixTable {
 // Find returns the index of the prefix that holds a, or -1.
 func (t *PrefixTable) Find(a netip.Addr) int { return int(t.spans.find(a)) - 1 }
 
+// Holds reports whether one of the prefixes holds a.
+func (t *PrefixTable) Holds(a Addr) bool { return t.spans.has(a.Netip()) }
+
 // A block holds the addresses of a prefix.
 type block struct {
 	first, last addrBits

@@ -126,7 +126,7 @@ func deleteFlows(q *ctwatch.Queries, flows []cone.Flow) error {
 
 // isMapped reports whether f is a translated flow of a host with mappings.
 func isMapped(subnets *cone.PrefixTable, f *cone.Flow) bool {
-	return f.Status.Has(cone.StatusSrcNAT) && f.Src.Addr.Is4() && subnets.Find(f.Src.Addr.Netip()) >= 0
+	return f.Status.Has(cone.StatusSrcNAT) && f.Src.Addr.Is4() && subnets.Holds(f.Src.Addr)
 }
 
 // within reports whether an address is in one of the prefixes.

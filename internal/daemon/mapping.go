@@ -101,13 +101,12 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 	if c == nil || !f.maps() {
 		return nil, nil
 	}
-	subnets := cone.NewPrefixTable(c.Subnets)
 	m := &mapper{
 		kernel: f.tables.NewMappings(c),
 		links:  outsideAddrs(network),
 		owned:  network.Owned(),
 		routes: &router{network: network},
-		inside: func(a cone.Addr) bool { return subnets.Find(a.Netip()) >= 0 },
+		inside: cone.NewPrefixTable(c.Subnets).Holds,
 		served: served.Serves, barred: f.ports.barred, exempt: c.Exempt, outdated: f.outdated(cfg), zoned: len(f.zonedAddrs()) > 0,
 		known:  make(map[ends]string),
 		ending: make(map[ends]struct{}),

@@ -160,7 +160,7 @@ func (d *Daemon) seeFlowsBefore() {
 	var flows []cone.Flow
 	see := func(f *cone.Flow) {
 		peer := f.ReplySrc.Addr
-		if _, known := asked[peer]; known || len(asked) == most || !cone.IsStray(f, topology) || enabled.Find(f.Src.Addr.Netip()) < 0 {
+		if _, known := asked[peer]; known || len(asked) == most || !cone.IsStray(f, topology) || !enabled.Holds(f.Src.Addr) {
 			return
 		}
 		asked[peer] = struct{}{}
