@@ -273,9 +273,9 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 	m.addFlow(now, i, f, true)
 }
 
-// notePassed counts f, a child of claim i if that is not none, when it is first seen. Flows
-// of the first snapshot passed long ago and do not count; later snapshots show children
-// whose events were lost.
+// notePassed counts f when it is first seen. f is a child of claim i, or of no claim if i is
+// none. Flows of the first snapshot passed long ago and do not count; later snapshots show
+// children whose events were lost.
 func (m *Model) notePassed(f *Flow, i int32) {
 	if !m.snap.whole || m.snap.showing && (m.snap.first || i == none) || m.policy.isOwn(f.ReplySrc.Addr) { // which the forward hook does not see
 		return

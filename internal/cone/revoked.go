@@ -6,28 +6,28 @@ import (
 )
 
 const (
-	// revokedMemory is how long it is remembered what the user revoked, while no claim has it.
+	// revokedMemory is how long the model remembers a revocation that no claim holds.
 	revokedMemory = 2 * time.Hour
-	// mostRevoked bounds how many of these there are.
+	// mostRevoked limits the number of these revocations.
 	mostRevoked = 1 << 16
 )
 
-// A revocation is of a permission that no claim has now, or never had in this model. The flows
-// that are there must not bring the permission back.
+// A revocation remembers a revoked permission that has no claim now. Flows that existed when it
+// was revoked must not bring it back.
 type revocation struct {
-	in    Endpoint // the inside endpoint; zero until the first snapshot tells it
+	in    Endpoint // the inside endpoint; zero if an earlier daemon revoked it
 	noted time.Duration
 }
 
-// Revoked tells a new model what the user revoked while an earlier one was there: the
-// flows of the first snapshot do not bring it back.
+// Revoked tells a new model what the user revoked under an earlier daemon: the flows of the
+// first snapshot do not bring it back.
 func (m *Model) Revoked(now time.Duration, keys []Key) {
 	for _, k := range keys {
 		m.noteRevoked(now, k, Endpoint{})
 	}
 }
 
-// noteRevoked notes a revocation, if there is room.
+// noteRevoked remembers a revocation, if there is room.
 func (m *Model) noteRevoked(now time.Duration, k Key, in Endpoint) {
 	if m.revoked == nil {
 		m.revoked = make(map[Key]revocation)
@@ -41,10 +41,10 @@ func (m *Model) noteRevoked(now time.Duration, k Key, in Endpoint) {
 	m.revoked[k] = revocation{in, now}
 }
 
-// revokedBefore reports whether f, which asks for p, was there when the user revoked that. A
-// flow that is told of by an event began since then: with it the revocation ends. What
-// carries a permission may have changed meanwhile, and with it whether there is one for the
-// group of a peer or one for each.
+// revokedBefore reports whether f, which asks for p, existed when the user revoked p. A flow
+// that an event reports began after that, so it ends the revocation. The user may have revoked
+// the permission for the peer or the one for its group, because the carrier decides which of
+// the two there is, and may have changed since then.
 func (m *Model) revokedBefore(now time.Duration, f *Flow, p *Permission) (is bool) {
 	if len(m.revoked) == 0 {
 		return false
@@ -74,15 +74,15 @@ func (m *Model) keepRevoked(now time.Duration, i int32) {
 	m.keepDenied(now, i)
 }
 
-// markRevoked notes that claim i, which is not in the kernel, was revoked.
+// markRevoked marks claim i, which is not in the kernel, as revoked.
 func (m *Model) markRevoked(i int32) {
 	m.claims[i].ends = 0
 	m.setState(i, StateRefused, ReasonRevoked)
 	m.requeue(i)
 }
 
-// keepDenied denies claim i, which was revoked, and comes back to do so again:
-// unlike the others that are refused, nothing tries it again.
+// keepDenied denies claim i, which was revoked, and schedules the next denial: revoked
+// claims, unlike other refused ones, are not retried, so nothing else would renew it.
 func (m *Model) keepDenied(now time.Duration, i int32) {
 	m.deny(i)
 	m.claims[i].retry = now + m.policy.Retry

@@ -2,7 +2,7 @@ package control
 
 import "strings"
 
-// prose has texts for people, for identifiers that need an explanation.
+// prose maps identifiers to the texts that explain them to people.
 var prose = map[string]string{
 	// Reasons.
 	"port_zero":          "port 0",

@@ -46,7 +46,7 @@ func Cleanup(netns int) (Cleaned, error) {
 	return n, errors.Join(append(errs, err)...)
 }
 
-// dropAnchors deletes the anchors on which nothing stands, and returns how many.
+// dropAnchors deletes the anchors without an expectation, and returns their number.
 func (b *Backend) dropAnchors() (n int, err error) {
 	found, err := listAnchors(b.c)
 	errs := []error{err}

@@ -16,8 +16,8 @@ const (
 	multiportSize        = multiportInvert + 1
 )
 
-// xtMatch returns the test that a match of iptables-nft makes. No fields means that it
-// tests nothing that matters here.
+// xtMatch returns the fields that a match of iptables-nft reads, and its test. If there are no
+// fields, the match tests nothing that matters here.
 func xtMatch(m *expr.Match) ([]field, test) {
 	ports := []field{{kind: port, size: 2}}
 	switch info := m.Info.(type) {

@@ -69,9 +69,9 @@ func (m *Map) hasRoom(room int, ps []cone.Permission) bool {
 	})
 }
 
-// hasRoom reports whether keys can be added to what is known of a set, which tells when
-// each ends. What has ended is swept out at most once a minute. Without room the kernel
-// refuses the whole transaction, and waits for all CPUs.
+// hasRoom reports whether a set of at most room elements has room for keys. known has its
+// elements with their time of expiry; hasRoom removes expired ones at most once a minute.
+// Adding to a full set aborts the transaction, and an abort waits for an RCU grace period.
 func hasRoom(known map[cone.Key]time.Time, swept *time.Time, room int, keys iter.Seq[cone.Key]) bool {
 	now, more := time.Now(), 0
 	for k := range keys {
