@@ -1,14 +1,13 @@
 package ctwatch
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // Dump calls fn for each UDP entry of the table, both families, all zones, without anchors
@@ -17,14 +16,13 @@ import (
 //
 // The table changes during the dump: an entry that is made or deleted meanwhile may be
 // shown or not. After an error entries are missing, but those that fn got are true.
-// ErrInterrupted says that the dump nevertheless ran to its end.
+// nfnl.ErrInterrupted says that the dump nevertheless ran to its end.
 func (q *Queries) Dump(fn func(*cone.Flow)) error {
 	var f cone.Flow
 	var interrupted bool
 	var malformed int
-	each := func(h header, msg []byte) {
-		interrupted = interrupted || h.flags&unix.NLM_F_DUMP_INTR != 0
-		switch err := parseFlow(msg, &f); {
+	each := func(body []byte) {
+		switch err := parseFlow(body, &f); {
 		case err == nil && !isAnchor(&f):
 			fn(&f)
 		case errors.Is(err, errMalformed):
@@ -35,7 +33,10 @@ func (q *Queries) Dump(fn func(*cone.Flow)) error {
 	// The kernel accepts a filter by protocol for one family only. Two walks through the
 	// table cost less than TCP entries that nobody reads.
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		if err := q.dumpFamily(family, each); err != nil {
+		switch err := q.dumpFamily(family, each); {
+		case errors.Is(err, nfnl.ErrInterrupted):
+			interrupted = true
+		case err != nil:
 			return wrap("dump conntrack table", err)
 		}
 	}
@@ -43,14 +44,14 @@ func (q *Queries) Dump(fn func(*cone.Flow)) error {
 	case malformed > 0:
 		return fmt.Errorf("dump conntrack table: %d entries: %w", malformed, errMalformed)
 	case interrupted:
-		return ErrInterrupted
+		return wrap("dump conntrack table", nfnl.ErrInterrupted)
 	}
 	return nil
 }
 
-func (q *Queries) dumpFamily(family uint8, each func(h header, msg []byte)) error {
+func (q *Queries) dumpFamily(family uint8, each func(body []byte)) error {
 	if !q.noFilter {
-		err := q.query(ipctnlMsgCTGet, netlink.Dump, family, onlyUDP(), each)
+		err := q.query(ipctnlMsgCTGet, unix.NLM_F_DUMP, family, onlyUDP, each)
 		if !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EOPNOTSUPP) {
 			return err
 		}
@@ -58,14 +59,18 @@ func (q *Queries) dumpFamily(family uint8, each func(h header, msg []byte)) erro
 		// each was not called.
 		q.noFilter = true
 	}
-	return q.query(ipctnlMsgCTGet, netlink.Dump, family, nil, each)
+	return q.query(ipctnlMsgCTGet, unix.NLM_F_DUMP, family, nil, each)
 }
 
-// onlyUDP encodes a filter for UDP (CTA_FILTER, since Linux 5.8). An older kernel skips the
+// onlyUDP appends a filter for UDP (CTA_FILTER, since Linux 5.8). An older kernel skips the
 // unknown attribute and sends all protocols; the parser drops the others.
-func onlyUDP() []byte {
-	proto := appendAttr(nil, ctaProtoNum, unix.IPPROTO_UDP)
-	attrs := appendNest(nil, ctaTupleOrig, appendNest(nil, ctaTupleProto, proto))
-	flags := appendAttr(nil, ctaFilterOrigFlags, binary.NativeEndian.AppendUint32(nil, ctaFilterProtoNum)...)
-	return appendNest(attrs, ctaFilter, flags)
+func onlyUDP(e *nfnl.Encoder) {
+	tuple := e.Nest(nfnl.CTATupleOrig)
+	proto := e.Nest(nfnl.CTATupleProto)
+	e.U8(nfnl.CTAProtoNum, unix.IPPROTO_UDP)
+	e.EndNest(proto)
+	e.EndNest(tuple)
+	filter := e.Nest(nfnl.CTAFilter)
+	e.NE32(ctaFilterOrigFlags, ctaFilterProtoNum)
+	e.EndNest(filter)
 }

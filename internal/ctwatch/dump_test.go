@@ -7,11 +7,11 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/mdlayher/netlink"
 	"github.com/ti-mo/conntrack"
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 func TestDumpGivesUDPFlowsOfBothFamilies(t *testing.T) {
@@ -45,14 +45,14 @@ func TestDumpGivesUDPFlowsOfBothFamilies(t *testing.T) {
 	}
 
 	// The kernel's part of the filter: only the UDP entries.
-	count := func(attrs []byte) (n int) {
-		err := q.query(ipctnlMsgCTGet, netlink.Dump, unix.AF_INET, attrs, func(header, []byte) { n++ })
+	count := func(encode func(*nfnl.Encoder)) (n int) {
+		err := q.query(ipctnlMsgCTGet, unix.NLM_F_DUMP, unix.AF_INET, encode, func([]byte) { n++ })
 		if err != nil {
 			t.Fatal(err)
 		}
 		return n
 	}
-	if all, udp := count(nil), count(onlyUDP()); all < 4 || udp != 2 { // the anchor, too
+	if all, udp := count(nil), count(onlyUDP); all < 4 || udp != 2 { // the anchor, too
 		t.Errorf("%d entries in all, %d of UDP", all, udp)
 	}
 }
@@ -190,9 +190,10 @@ func TestDeleteThatWouldFlushIsNotSent(t *testing.T) {
 	enterNetNS(t)
 	makeFlows(t, 1)
 	q := dialQueries(t, Config{})
-	id := appendAttr(nil, ctaID, 1, 2, 3, 4)
+	id := attr(nfnl.CTAID, 1, 2, 3, 4)
 	for _, attrs := range [][]byte{nil, id, tuples} {
-		if err := q.query(ipctnlMsgCTDelete, netlink.Acknowledge, unix.AF_INET, attrs, nil); !errors.Is(err, errFlush) {
+		encode := func(e *nfnl.Encoder) { e.B = append(e.B, attrs...) }
+		if err := q.query(ipctnlMsgCTDelete, 0, unix.AF_INET, encode, nil); !errors.Is(err, errFlush) {
 			t.Errorf("attributes %x: error %v", attrs, err)
 		}
 	}

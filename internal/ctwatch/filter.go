@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // What the filter returns.
@@ -66,17 +67,17 @@ type Range struct {
 // machines.
 func eventFilter(s Sources) ([]bpf.RawInstruction, error) {
 	prog := slices.Concat(
-		[]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: attributesAt}},
-		find(bpf.ExtNetlinkAttr, ctaTupleOrig),
+		[]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: nfnl.HeaderLen}},
+		find(bpf.ExtNetlinkAttr, nfnl.CTATupleOrig),
 		[]bpf.Instruction{bpf.StoreScratch{Src: bpf.RegA, N: origSlot}},
-		find(bpf.ExtNetlinkAttrNested, ctaTupleProto),
+		find(bpf.ExtNetlinkAttrNested, nfnl.CTATupleProto),
 		[]bpf.Instruction{bpf.StoreScratch{Src: bpf.RegA, N: protoSlot}},
-		find(bpf.ExtNetlinkAttrNested, ctaProtoNum),
+		find(bpf.ExtNetlinkAttrNested, nfnl.CTAProtoNum),
 		load(1),
 		dropIf(bpf.JumpNotEqual, unix.IPPROTO_UDP),
 	)
 	var anchors []bpf.Instruction
-	for _, port := range []uint32{ctaProtoSrcPort, ctaProtoDstPort} {
+	for _, port := range []uint32{nfnl.CTAProtoSrcPort, nfnl.CTAProtoDstPort} {
 		anchors = slices.Concat(anchors,
 			[]bpf.Instruction{bpf.LoadScratch{Dst: bpf.RegA, N: protoSlot}},
 			find(bpf.ExtNetlinkAttrNested, port),
@@ -97,14 +98,14 @@ func eventFilter(s Sources) ([]bpf.RawInstruction, error) {
 			bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.AF_INET6, SkipTrue: 1},
 			bpf.Jump{Skip: uint32(len(led))},
 		}, led...)
-		label := append([]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: attributesAt}}, ifThere(ctaLabels)...)
+		label := append([]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: nfnl.HeaderLen}}, ifThere(nfnl.CTALabels)...)
 		label = append(label, bpf.Jump{Skip: uint32(len(led))})
 		led = slices.Concat(skipIfGone(label), label, led)
 	}
 	of4, of6 := fromOneOf(s.Prefixes, true), fromOneOf(s.Prefixes, false)
 	prog = slices.Concat(prog,
-		[]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: attributesAt}},
-		find(bpf.ExtNetlinkAttr, ctaStatus),
+		[]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: nfnl.HeaderLen}},
+		find(bpf.ExtNetlinkAttr, nfnl.CTAStatus),
 		load(4),
 		[]bpf.Instruction{
 			bpf.JumpIf{Cond: bpf.JumpBitsNotSet, Val: uint32(cone.StatusExpected), SkipTrue: 1},
@@ -113,20 +114,20 @@ func eventFilter(s Sources) ([]bpf.RawInstruction, error) {
 			bpf.Jump{Skip: uint32(len(led))},
 		},
 		led,
-		[]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: attributesAt}},
-		ifThere(ctaHelp),
+		[]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: nfnl.HeaderLen}},
+		ifThere(nfnl.CTAHelp),
 		[]bpf.Instruction{
 			bpf.LoadAbsolute{Off: unix.NLMSG_HDRLEN, Size: 1}, // the family
 			bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.AF_INET, SkipTrue: 1},
 			bpf.Jump{Skip: uint32(1 + len(find(0, 0)) + len(find(0, 0)) + len(of4))},
 			bpf.LoadScratch{Dst: bpf.RegA, N: origSlot},
 		},
-		find(bpf.ExtNetlinkAttrNested, ctaTupleIP),
-		find(bpf.ExtNetlinkAttrNested, ctaIPv4Src),
+		find(bpf.ExtNetlinkAttrNested, nfnl.CTATupleIP),
+		find(bpf.ExtNetlinkAttrNested, nfnl.CTAIPv4Src),
 		of4,
 		[]bpf.Instruction{bpf.LoadScratch{Dst: bpf.RegA, N: origSlot}},
-		find(bpf.ExtNetlinkAttrNested, ctaTupleIP),
-		find(bpf.ExtNetlinkAttrNested, ctaIPv6Src),
+		find(bpf.ExtNetlinkAttrNested, nfnl.CTATupleIP),
+		find(bpf.ExtNetlinkAttrNested, nfnl.CTAIPv6Src),
 		of6,
 	)
 	return bpf.Assemble(prog)
@@ -140,11 +141,11 @@ func unlessForwarded(forwarded []Range) []bpf.Instruction {
 	}
 	prog := slices.Concat(
 		[]bpf.Instruction{bpf.LoadScratch{Dst: bpf.RegA, N: origSlot}},
-		find(bpf.ExtNetlinkAttrNested, ctaTupleIP),
-		find(bpf.ExtNetlinkAttrNested, ctaIPv4Dst),
+		find(bpf.ExtNetlinkAttrNested, nfnl.CTATupleIP),
+		find(bpf.ExtNetlinkAttrNested, nfnl.CTAIPv4Dst),
 		load(4),
 		[]bpf.Instruction{bpf.StoreScratch{Src: bpf.RegA, N: addrSlot}, bpf.LoadScratch{Dst: bpf.RegA, N: protoSlot}},
-		find(bpf.ExtNetlinkAttrNested, ctaProtoDstPort),
+		find(bpf.ExtNetlinkAttrNested, nfnl.CTAProtoDstPort),
 		load(2),
 		[]bpf.Instruction{bpf.StoreScratch{Src: bpf.RegA, N: portSlot}},
 	)
@@ -239,7 +240,7 @@ func skipIfGone(following []bpf.Instruction) []bpf.Instruction {
 
 // load sets A to the value of the attribute that A points to.
 func load(size int) []bpf.Instruction {
-	return []bpf.Instruction{bpf.TAX{}, bpf.LoadIndirect{Off: attrHdrLen, Size: size}}
+	return []bpf.Instruction{bpf.TAX{}, bpf.LoadIndirect{Off: unix.NLA_HDRLEN, Size: size}}
 }
 
 func dropIf(cond bpf.JumpTest, val uint32) []bpf.Instruction {
@@ -261,7 +262,7 @@ func fromOneOf(prefixes []netip.Prefix, is4 bool) []bpf.Instruction {
 		for i := 0; 32*i < p.Bits(); i++ {
 			next := (p.Bits()+31)/32 - i - 1 // words still to compare
 			prog = append(prog,
-				bpf.LoadIndirect{Off: uint32(attrHdrLen + 4*i), Size: 4},
+				bpf.LoadIndirect{Off: uint32(unix.NLA_HDRLEN + 4*i), Size: 4},
 				bpf.ALUOpConstant{Op: bpf.ALUOpAnd, Val: ^uint32(0) << max(32*(i+1)-p.Bits(), 0)},
 				bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: binary.BigEndian.Uint32(addr[4*i:]), SkipTrue: uint8(3*next + 1)})
 		}

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // makeAnchor creates an entry as the expect backend does, and deletes it when
@@ -160,12 +161,12 @@ func filtered(t *testing.T, s Sources) (passes func(msg []byte) bool) {
 func TestSocketFilterKeepsToItsSources(t *testing.T) {
 	flow := func(src string, status cone.Status, more ...[]byte) []byte {
 		a := netip.MustParseAddr(src)
-		typ, dst := uint16(ctaIPv4Src), attr(ctaIPv4Dst, 192, 0, 2, 2)
+		typ, dst := uint16(nfnl.CTAIPv4Src), attr(nfnl.CTAIPv4Dst, 192, 0, 2, 2)
 		if a.Is6() {
-			typ, dst = ctaIPv6Src, attr(ctaIPv6Dst, make([]byte, 16)...)
+			typ, dst = nfnl.CTAIPv6Src, attr(nfnl.CTAIPv6Dst, make([]byte, 16)...)
 		}
-		msg := newMsg(nest(ctaTupleOrig, nest(ctaTupleIP, attr(typ, a.AsSlice()...), dst), proto(17, 1, 2)),
-			attr(ctaStatus, binary.BigEndian.AppendUint32(nil, uint32(status|cone.StatusConfirmed))...), bytes.Join(more, nil))
+		msg := newMsg(nest(nfnl.CTATupleOrig, nest(nfnl.CTATupleIP, attr(typ, a.AsSlice()...), dst), proto(17, 1, 2)),
+			attr(nfnl.CTAStatus, binary.BigEndian.AppendUint32(nil, uint32(status|cone.StatusConfirmed))...), bytes.Join(more, nil))
 		if a.Is6() {
 			msg[unix.NLMSG_HDRLEN] = unix.AF_INET6
 		}
@@ -176,8 +177,8 @@ func TestSocketFilterKeepsToItsSources(t *testing.T) {
 		return msg
 	}
 	anchor := func(src string) []byte {
-		return newMsg(nest(ctaTupleOrig, nest(ctaTupleIP, attr(ctaIPv4Src, netip.MustParseAddr(src).AsSlice()...)), proto(17, 0, 2)),
-			attr(ctaStatus, 0, 0, 0, byte(cone.StatusConfirmed)))
+		return newMsg(nest(nfnl.CTATupleOrig, nest(nfnl.CTATupleIP, attr(nfnl.CTAIPv4Src, netip.MustParseAddr(src).AsSlice()...)), proto(17, 0, 2)),
+			attr(nfnl.CTAStatus, 0, 0, 0, byte(cone.StatusConfirmed)))
 	}
 	prefixes := func(ps ...string) (all []netip.Prefix) {
 		for _, p := range ps {
@@ -207,11 +208,11 @@ func TestSocketFilterKeepsToItsSources(t *testing.T) {
 		{"led inside", flow("203.0.113.5", cone.StatusDstNAT), several, true},
 		{"led inside, ended", end(flow("203.0.113.5", cone.StatusDstNAT)), several, true},
 		{"expected", flow("203.0.113.5", cone.StatusExpected), several, true},
-		{"with a helper", flow("203.0.113.5", 0, attr(ctaHelp)), several, true},
+		{"with a helper", flow("203.0.113.5", 0, attr(nfnl.CTAHelp)), several, true},
 		{"an anchor", anchor("10.47.11.7"), several, false},
 		{"an anchor that ended", end(anchor("10.47.11.7")), several, true},
 		{"no status", newMsg(tuples), several, true},
-		{"no address", newMsg(nest(ctaTupleOrig, proto(17, 1, 2)), attr(ctaStatus, 0, 0, 0, 8)), several, true},
+		{"no address", newMsg(nest(nfnl.CTATupleOrig, proto(17, 1, 2)), attr(nfnl.CTAStatus, 0, 0, 0, 8)), several, true},
 		{"all are enabled", flow("203.0.113.5", 0), prefixes("0.0.0.0/0"), true},
 		{"no prefix of the family", flow("2001:db8::1", 0), prefixes("10.0.0.0/8"), false},
 		{"no prefix at all", flow("203.0.113.5", 0), nil, true},
@@ -226,12 +227,12 @@ func TestSocketFilterKeepsToItsSources(t *testing.T) {
 			}
 		}
 	}
-	label := attr(ctaLabels, make([]byte, 16)...)
+	label := attr(nfnl.CTALabels, make([]byte, 16)...)
 	for name, msg := range map[string][]byte{
 		"led inside with a label":           flow("203.0.113.5", cone.StatusDstNAT, label),
 		"expected and led inside":           flow("203.0.113.5", cone.StatusDstNAT|cone.StatusExpected),
 		"led elsewhere from inside":         flow("10.47.11.7", cone.StatusDstNAT),
-		"led inside with a helper":          flow("203.0.113.5", cone.StatusDstNAT, attr(ctaHelp)),
+		"led inside with a helper":          flow("203.0.113.5", cone.StatusDstNAT, attr(nfnl.CTAHelp)),
 		"led inside over IPv6 with a label": flow("2001:db8::5", cone.StatusDstNAT, label),
 	} {
 		if !filtered(t, Sources{Prefixes: several, Labelled: true})(msg) {
@@ -242,12 +243,12 @@ func TestSocketFilterKeepsToItsSources(t *testing.T) {
 
 // ended is the event of the end of a flow.
 func ended(src, dst string, port uint16, status cone.Status) []byte {
-	s, d, typ := netip.MustParseAddr(src), netip.MustParseAddr(dst), uint16(ctaIPv4Src)
+	s, d, typ := netip.MustParseAddr(src), netip.MustParseAddr(dst), uint16(nfnl.CTAIPv4Src)
 	if s.Is6() {
-		typ = ctaIPv6Src
+		typ = nfnl.CTAIPv6Src
 	}
-	msg := newMsg(nest(ctaTupleOrig, nest(ctaTupleIP, attr(typ, s.AsSlice()...), attr(typ+1, d.AsSlice()...)), proto(17, 9, port)),
-		attr(ctaStatus, binary.BigEndian.AppendUint32(nil, uint32(status))...))
+	msg := newMsg(nest(nfnl.CTATupleOrig, nest(nfnl.CTATupleIP, attr(typ, s.AsSlice()...), attr(typ+1, d.AsSlice()...)), proto(17, 9, port)),
+		attr(nfnl.CTAStatus, binary.BigEndian.AppendUint32(nil, uint32(status))...))
 	binary.NativeEndian.PutUint16(msg[4:], ctType(ipctnlMsgCTDelete))
 	if msg[unix.NLMSG_HDRLEN] = unix.AF_INET; s.Is6() {
 		msg[unix.NLMSG_HDRLEN] = unix.AF_INET6
@@ -351,24 +352,24 @@ func TestWatcherHearsOfAllWithMoreSourcesThanTheKernelTakes(t *testing.T) {
 
 func TestSocketFilterPassesWhatItDoesNotKnow(t *testing.T) {
 	passes := filtered(t, Sources{})
-	udp := attr(ctaProtoNum, 17)
+	udp := attr(nfnl.CTAProtoNum, 17)
 	for _, tt := range []struct {
 		name string
 		msg  []byte
 		pass bool
 	}{
 		{"UDP", newMsg(tuples), true},
-		{"UDP behind other attributes", newMsg(attr(ctaMark, 1, 2, 3, 4), tuples), true},
-		{"no original tuple", newMsg(nest(ctaTupleReply, ip4, proto(6, 1, 2))), true},
-		{"no protocol nest", newMsg(nest(ctaTupleOrig, ip4)), true},
-		{"no protocol number", newMsg(nest(ctaTupleOrig, nest(ctaTupleProto, attr(ctaProtoSrcPort, 0, 0)))), true},
-		{"no ports", newMsg(nest(ctaTupleOrig, nest(ctaTupleProto, udp))), true},
+		{"UDP behind other attributes", newMsg(attr(nfnl.CTAMark, 1, 2, 3, 4), tuples), true},
+		{"no original tuple", newMsg(nest(nfnl.CTATupleReply, ip4, proto(6, 1, 2))), true},
+		{"no protocol nest", newMsg(nest(nfnl.CTATupleOrig, ip4)), true},
+		{"no protocol number", newMsg(nest(nfnl.CTATupleOrig, nest(nfnl.CTATupleProto, attr(nfnl.CTAProtoSrcPort, 0, 0)))), true},
+		{"no ports", newMsg(nest(nfnl.CTATupleOrig, nest(nfnl.CTATupleProto, udp))), true},
 		{"no attributes", newMsg(), true},
-		{"port whose low byte is 0", newMsg(nest(ctaTupleOrig, ip4, proto(17, 0x0100, 0x0001))), true},
-		{"TCP", newMsg(nest(ctaTupleOrig, ip4, proto(6, 1, 2))), false},
-		{"ICMP", newMsg(nest(ctaTupleOrig, ip4, nest(ctaTupleProto, attr(ctaProtoNum, 1)))), false},
-		{"source port 0", newMsg(nest(ctaTupleOrig, ip4, proto(17, 0, 2))), false},
-		{"destination port 0", newMsg(nest(ctaTupleOrig, ip4, proto(17, 1, 0))), false},
+		{"port whose low byte is 0", newMsg(nest(nfnl.CTATupleOrig, ip4, proto(17, 0x0100, 0x0001))), true},
+		{"TCP", newMsg(nest(nfnl.CTATupleOrig, ip4, proto(6, 1, 2))), false},
+		{"ICMP", newMsg(nest(nfnl.CTATupleOrig, ip4, nest(nfnl.CTATupleProto, attr(nfnl.CTAProtoNum, 1)))), false},
+		{"source port 0", newMsg(nest(nfnl.CTATupleOrig, ip4, proto(17, 0, 2))), false},
+		{"destination port 0", newMsg(nest(nfnl.CTATupleOrig, ip4, proto(17, 1, 0))), false},
 	} {
 		if pass := passes(tt.msg); pass != tt.pass {
 			t.Errorf("%s: passes is %v, want %v", tt.name, pass, tt.pass)

@@ -18,7 +18,7 @@ import (
 
 // parseOne decodes b, which is one message.
 func parseOne(b []byte, f *cone.Flow) (Kind, error) {
-	h, msg, _, ok := nextMessage(b)
+	h, msg, _, ok := nfnl.NextMessage(b)
 	if !ok {
 		return 0, errMalformed
 	}
@@ -185,28 +185,36 @@ func newMsg(parts ...[]byte) []byte {
 		append([]byte{unix.AF_INET, 0, 0, 0}, bytes.Join(parts, nil)...))
 }
 
-func attr(typ uint16, val ...byte) []byte { return appendAttr(nil, typ, val...) }
+func attr(typ uint16, val ...byte) []byte {
+	var e nfnl.Encoder
+	e.Bytes(typ, val)
+	return e.B
+}
 
-func nest(typ uint16, parts ...[]byte) []byte { return appendNest(nil, typ, bytes.Join(parts, nil)) }
+func nest(typ uint16, parts ...[]byte) []byte {
+	return attr(typ|unix.NLA_F_NESTED, bytes.Join(parts, nil)...)
+}
 
 var (
-	ip4 = nest(ctaTupleIP, attr(ctaIPv4Src, 192, 0, 2, 1), attr(ctaIPv4Dst, 192, 0, 2, 2))
-	ip6 = nest(ctaTupleIP, attr(ctaIPv6Src, make([]byte, 16)...), attr(ctaIPv6Dst, make([]byte, 16)...))
+	ip4 = nest(nfnl.CTATupleIP, attr(nfnl.CTAIPv4Src, 192, 0, 2, 1), attr(nfnl.CTAIPv4Dst, 192, 0, 2, 2))
+	ip6 = nest(nfnl.CTATupleIP, attr(nfnl.CTAIPv6Src, make([]byte, 16)...), attr(nfnl.CTAIPv6Dst, make([]byte, 16)...))
 )
 
+func be16(v uint16) []byte { return binary.BigEndian.AppendUint16(nil, v) }
+
 func proto(num byte, sport, dport uint16) []byte {
-	return nest(ctaTupleProto, attr(ctaProtoNum, num), attr(ctaProtoSrcPort, be16(sport)...), attr(ctaProtoDstPort, be16(dport)...))
+	return nest(nfnl.CTATupleProto, attr(nfnl.CTAProtoNum, num), attr(nfnl.CTAProtoSrcPort, be16(sport)...), attr(nfnl.CTAProtoDstPort, be16(dport)...))
 }
 
 // tuples is a valid flow that the cases below add to.
 var tuples = bytes.Join([][]byte{
-	nest(ctaTupleOrig, ip4, proto(17, 1, 2)),
-	nest(ctaTupleReply, ip4, proto(17, 2, 1)),
+	nest(nfnl.CTATupleOrig, ip4, proto(17, 1, 2)),
+	nest(nfnl.CTATupleReply, ip4, proto(17, 2, 1)),
 }, nil)
 
 // withOrig is a valid message except for its original tuple.
 func withOrig(parts ...[]byte) []byte {
-	return newMsg(nest(ctaTupleOrig, parts...), nest(ctaTupleReply, ip4, proto(17, 2, 1)))
+	return newMsg(nest(nfnl.CTATupleOrig, parts...), nest(nfnl.CTATupleReply, ip4, proto(17, 2, 1)))
 }
 
 var oddMessages = []struct {
@@ -216,19 +224,19 @@ var oddMessages = []struct {
 }{
 	{"sound", newMsg(tuples), nil},
 	{"unknown attributes at each level", newMsg(
-		nest(ctaTupleOrig, ip4, proto(17, 1, 2), attr(99, 1)),
-		nest(ctaTupleReply,
-			nest(ctaTupleIP, attr(ctaIPv4Src, 1, 2, 3, 4), attr(ctaIPv4Dst, 1, 2, 3, 4), attr(99, 1, 2, 3)),
-			nest(ctaTupleProto, attr(ctaProtoNum, 17), attr(99), attr(ctaProtoSrcPort, 0, 1), attr(ctaProtoDstPort, 0, 1))),
-		nest(ctaCountersOrig, attr(99)), attr(99, 1, 2, 3, 4, 5)), nil},
-	{"type that is known in its low byte alone", newMsg(tuples, attr(0x0100|ctaID, 1, 2)), nil},
-	{"TCP master", newMsg(tuples, nest(ctaTupleMaster, ip4, proto(6, 1, 2))), nil},
-	{"master without ports", newMsg(tuples, nest(ctaTupleMaster, ip4, nest(ctaTupleProto, attr(ctaProtoNum, 47)))), nil},
+		nest(nfnl.CTATupleOrig, ip4, proto(17, 1, 2), attr(99, 1)),
+		nest(nfnl.CTATupleReply,
+			nest(nfnl.CTATupleIP, attr(nfnl.CTAIPv4Src, 1, 2, 3, 4), attr(nfnl.CTAIPv4Dst, 1, 2, 3, 4), attr(99, 1, 2, 3)),
+			nest(nfnl.CTATupleProto, attr(nfnl.CTAProtoNum, 17), attr(99), attr(nfnl.CTAProtoSrcPort, 0, 1), attr(nfnl.CTAProtoDstPort, 0, 1))),
+		nest(nfnl.CTACountersOrig, attr(99)), attr(99, 1, 2, 3, 4, 5)), nil},
+	{"type that is known in its low byte alone", newMsg(tuples, attr(0x0100|nfnl.CTAID, 1, 2)), nil},
+	{"TCP master", newMsg(tuples, nest(nfnl.CTATupleMaster, ip4, proto(6, 1, 2))), nil},
+	{"master without ports", newMsg(tuples, nest(nfnl.CTATupleMaster, ip4, nest(nfnl.CTATupleProto, attr(nfnl.CTAProtoNum, 47)))), nil},
 
-	{"TCP", newMsg(nest(ctaTupleOrig, ip4, proto(6, 1, 2)), nest(ctaTupleReply, ip4, proto(6, 2, 1))), errForeign},
-	{"ICMP", newMsg(nest(ctaTupleOrig, ip4, nest(ctaTupleProto, attr(ctaProtoNum, 1)))), errForeign},
-	{"anchor by source port", newMsg(nest(ctaTupleOrig, ip4, proto(17, 0, 2)), nest(ctaTupleReply, ip4, proto(17, 2, 0))), errForeign},
-	{"anchor by destination port", newMsg(nest(ctaTupleOrig, ip4, proto(17, 1, 0)), nest(ctaTupleReply, ip4, proto(17, 0, 1))), errForeign},
+	{"TCP", newMsg(nest(nfnl.CTATupleOrig, ip4, proto(6, 1, 2)), nest(nfnl.CTATupleReply, ip4, proto(6, 2, 1))), errForeign},
+	{"ICMP", newMsg(nest(nfnl.CTATupleOrig, ip4, nest(nfnl.CTATupleProto, attr(nfnl.CTAProtoNum, 1)))), errForeign},
+	{"anchor by source port", newMsg(nest(nfnl.CTATupleOrig, ip4, proto(17, 0, 2)), nest(nfnl.CTATupleReply, ip4, proto(17, 2, 0))), errForeign},
+	{"anchor by destination port", newMsg(nest(nfnl.CTATupleOrig, ip4, proto(17, 1, 0)), nest(nfnl.CTATupleReply, ip4, proto(17, 0, 1))), errForeign},
 	{"update", netlinkMsg(ctType(ipctnlMsgCTNew), 0, append([]byte{unix.AF_INET, 0, 0, 0}, tuples...)), errForeign},
 	{"expectation", netlinkMsg(unix.NFNL_SUBSYS_CTNETLINK_EXP<<8, unix.NLM_F_CREATE, append([]byte{unix.AF_INET, 0, 0, 0}, tuples...)), errForeign},
 	{"netlink error", netlinkMsg(unix.NLMSG_ERROR, 0, make([]byte, 4)), errForeign},
@@ -236,28 +244,28 @@ var oddMessages = []struct {
 	{"no nfgenmsg", netlinkMsg(ctType(ipctnlMsgCTDelete), 0, []byte{2, 0}), errMalformed},
 	{"other version", netlinkMsg(ctType(ipctnlMsgCTDelete), 0, append([]byte{unix.AF_INET, 1, 0, 0}, tuples...)), errMalformed},
 	{"other family", netlinkMsg(ctType(ipctnlMsgCTDelete), 0, append([]byte{unix.AF_BRIDGE, 0, 0, 0}, tuples...)), errMalformed},
-	{"IPv6 addresses in an IPv4 message", newMsg(nest(ctaTupleOrig, ip6, proto(17, 1, 2)), nest(ctaTupleReply, ip6, proto(17, 2, 1))), errMalformed},
+	{"IPv6 addresses in an IPv4 message", newMsg(nest(nfnl.CTATupleOrig, ip6, proto(17, 1, 2)), nest(nfnl.CTATupleReply, ip6, proto(17, 2, 1))), errMalformed},
 	{"no attributes", newMsg(), errMalformed},
-	{"no reply", newMsg(nest(ctaTupleOrig, ip4, proto(17, 1, 2))), errMalformed},
-	{"reply of TCP", newMsg(nest(ctaTupleOrig, ip4, proto(17, 1, 2)), nest(ctaTupleReply, ip4, proto(6, 2, 1))), errMalformed},
-	{"tuple twice", newMsg(tuples, nest(ctaTupleOrig, ip4, proto(17, 3, 4))), errMalformed},
+	{"no reply", newMsg(nest(nfnl.CTATupleOrig, ip4, proto(17, 1, 2))), errMalformed},
+	{"reply of TCP", newMsg(nest(nfnl.CTATupleOrig, ip4, proto(17, 1, 2)), nest(nfnl.CTATupleReply, ip4, proto(6, 2, 1))), errMalformed},
+	{"tuple twice", newMsg(tuples, nest(nfnl.CTATupleOrig, ip4, proto(17, 3, 4))), errMalformed},
 	{"protocol twice", withOrig(ip4, proto(17, 1, 2), proto(17, 1, 2)), errMalformed},
 	{"tuple without addresses", withOrig(proto(17, 1, 2)), errMalformed},
 	{"tuple without protocol", withOrig(ip4), errMalformed},
-	{"tuple without destination address", withOrig(nest(ctaTupleIP, attr(ctaIPv4Src, 1, 2, 3, 4)), proto(17, 1, 2)), errMalformed},
-	{"tuple without source address", withOrig(nest(ctaTupleIP, attr(ctaIPv4Dst, 1, 2, 3, 4)), proto(17, 1, 2)), errMalformed},
-	{"UDP without destination port", withOrig(ip4, nest(ctaTupleProto, attr(ctaProtoNum, 17), attr(ctaProtoSrcPort, 0, 1))), errMalformed},
-	{"long address", withOrig(nest(ctaTupleIP, attr(ctaIPv4Src, 1, 2, 3, 4, 5), attr(ctaIPv4Dst, 1, 2, 3, 4)), proto(17, 1, 2)), errMalformed},
-	{"short port", withOrig(ip4, nest(ctaTupleProto, attr(ctaProtoNum, 17), attr(ctaProtoSrcPort, 1), attr(ctaProtoDstPort, 0, 1))), errMalformed},
-	{"long protocol", withOrig(ip4, nest(ctaTupleProto, attr(ctaProtoNum, 17, 0), attr(ctaProtoSrcPort, 0, 1), attr(ctaProtoDstPort, 0, 1))), errMalformed},
-	{"tuple twice, then without protocol", newMsg(tuples, nest(ctaTupleOrig, ip4)), errMalformed},
+	{"tuple without destination address", withOrig(nest(nfnl.CTATupleIP, attr(nfnl.CTAIPv4Src, 1, 2, 3, 4)), proto(17, 1, 2)), errMalformed},
+	{"tuple without source address", withOrig(nest(nfnl.CTATupleIP, attr(nfnl.CTAIPv4Dst, 1, 2, 3, 4)), proto(17, 1, 2)), errMalformed},
+	{"UDP without destination port", withOrig(ip4, nest(nfnl.CTATupleProto, attr(nfnl.CTAProtoNum, 17), attr(nfnl.CTAProtoSrcPort, 0, 1))), errMalformed},
+	{"long address", withOrig(nest(nfnl.CTATupleIP, attr(nfnl.CTAIPv4Src, 1, 2, 3, 4, 5), attr(nfnl.CTAIPv4Dst, 1, 2, 3, 4)), proto(17, 1, 2)), errMalformed},
+	{"short port", withOrig(ip4, nest(nfnl.CTATupleProto, attr(nfnl.CTAProtoNum, 17), attr(nfnl.CTAProtoSrcPort, 1), attr(nfnl.CTAProtoDstPort, 0, 1))), errMalformed},
+	{"long protocol", withOrig(ip4, nest(nfnl.CTATupleProto, attr(nfnl.CTAProtoNum, 17, 0), attr(nfnl.CTAProtoSrcPort, 0, 1), attr(nfnl.CTAProtoDstPort, 0, 1))), errMalformed},
+	{"tuple twice, then without protocol", newMsg(tuples, nest(nfnl.CTATupleOrig, ip4)), errMalformed},
 	{"IPv4 addresses in an IPv6 message", netlinkMsg(ctType(ipctnlMsgCTDelete), 0, append([]byte{unix.AF_INET6, 0, 0, 0}, tuples...)), errMalformed},
-	{"short mark", newMsg(tuples, attr(ctaMark, 1, 2)), errMalformed},
-	{"short id", newMsg(tuples, attr(ctaID, 1, 2, 3)), errMalformed},
-	{"long zone", newMsg(tuples, attr(ctaZone, 0, 0, 0, 1)), errMalformed},
-	{"long status", newMsg(tuples, attr(ctaStatus, make([]byte, 8)...)), errMalformed},
-	{"short counter", newMsg(tuples, nest(ctaCountersOrig, attr(ctaCountersPackets, 0, 0, 0, 1))), errMalformed},
-	{"short tuple zone", withOrig(ip4, proto(17, 1, 2), attr(ctaTupleZone, 1)), errMalformed},
+	{"short mark", newMsg(tuples, attr(nfnl.CTAMark, 1, 2)), errMalformed},
+	{"short id", newMsg(tuples, attr(nfnl.CTAID, 1, 2, 3)), errMalformed},
+	{"long zone", newMsg(tuples, attr(nfnl.CTAZone, 0, 0, 0, 1)), errMalformed},
+	{"long status", newMsg(tuples, attr(nfnl.CTAStatus, make([]byte, 8)...)), errMalformed},
+	{"short counter", newMsg(tuples, nest(nfnl.CTACountersOrig, attr(ctaCountersPackets, 0, 0, 0, 1))), errMalformed},
+	{"short tuple zone", withOrig(ip4, proto(17, 1, 2), attr(nfnl.CTATupleZone, 1)), errMalformed},
 	{"attribute longer than the message", newMsg(tuples, []byte{0xff, 0xff, 1, 0}), errMalformed},
 	{"attribute shorter than its header", newMsg(tuples, []byte{0, 0, 1, 0}), errMalformed},
 	{"attribute cut off", newMsg(tuples, []byte{8, 0}), errMalformed},
@@ -289,8 +297,8 @@ func TestParseNeverReadsPastACutMessage(t *testing.T) {
 func TestParseReadsCountersOf32Bits(t *testing.T) {
 	var f cone.Flow
 	_, err := parseOne(newMsg(tuples,
-		nest(ctaCountersOrig, attr(ctaCounters32Packets, 0, 0, 1, 0)),
-		nest(ctaCountersReply, attr(ctaCounters32Packets, 0, 0, 0, 5))), &f)
+		nest(nfnl.CTACountersOrig, attr(ctaCounters32Packets, 0, 0, 1, 0)),
+		nest(nfnl.CTACountersReply, attr(ctaCounters32Packets, 0, 0, 0, 5))), &f)
 	if err != nil || !f.HasCounters || f.OrigPackets != 256 || f.ReplyPackets != 5 {
 		t.Errorf("%v, counters %v: %d and %d", err, f.HasCounters, f.OrigPackets, f.ReplyPackets)
 	}
@@ -370,7 +378,7 @@ func compareWithReference(t *testing.T, b []byte, kind Kind, got cone.Flow, must
 // decoder looks at the low byte alone.
 func hasWideTypes(attrs []byte) bool {
 	for len(attrs) > 0 {
-		typ, val, rest, ok := nextAttr(attrs)
+		typ, val, rest, ok := nfnl.NextAttribute(attrs)
 		if !ok {
 			return false
 		}
@@ -425,10 +433,10 @@ func TestLabelOfAChildIsOneBit(t *testing.T) {
 		"none": {make([]byte, 16), false}, "too short": {ours[:8], false}, "too long": {append(ours[:], 0), false},
 	} {
 		var f cone.Flow
-		if _, err := parseOne(newMsg(tuples, attr(ctaLabels, tc.labels...), attr(ctaZone, 0, 7)), &f); err != nil || f.Labelled {
+		if _, err := parseOne(newMsg(tuples, attr(nfnl.CTALabels, tc.labels...), attr(nfnl.CTAZone, 0, 7)), &f); err != nil || f.Labelled {
 			t.Errorf("%s, in a zone: labelled %v, %v", name, f.Labelled, err)
 		}
-		if _, err := parseOne(newMsg(tuples, attr(ctaLabels, tc.labels...)), &f); err != nil || f.Labelled != tc.want {
+		if _, err := parseOne(newMsg(tuples, attr(nfnl.CTALabels, tc.labels...)), &f); err != nil || f.Labelled != tc.want {
 			t.Errorf("%s: labelled %v, %v", name, f.Labelled, err)
 		}
 	}
@@ -444,12 +452,12 @@ func FuzzParse(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var flow cone.Flow
 		for rest := b; len(rest) > 0; {
-			h, msg, next, ok := nextMessage(rest)
+			h, msg, next, ok := nfnl.NextMessage(rest)
 			if !ok {
 				break
 			}
 			rest = next
-			if kind, err := parse(h, msg, &flow); err == nil && !hasWideTypes(msg[unix.NLMSG_HDRLEN+nfgenmsgLen:]) {
+			if kind, err := parse(h, msg, &flow); err == nil && !hasWideTypes(msg[unix.NLMSG_HDRLEN+nfnl.FamilyHeaderLen:]) {
 				compareWithReference(t, msg, kind, flow, false)
 			}
 		}

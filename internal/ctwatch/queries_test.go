@@ -3,54 +3,27 @@ package ctwatch
 import (
 	"encoding/binary"
 	"errors"
-	"iter"
 	"os"
 	"syscall"
 	"testing"
 	"time"
 
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
+	"github.com/conenatd/conenatd/internal/nfnl/nfnltest"
 )
 
-// fakeKernel answers each request with what answer returns.
-type fakeKernel struct {
-	*os.File // the near end, where Queries reads
-	far      *os.File
-	answer   func(seq uint32) [][]byte
-}
-
-func (k fakeKernel) Send(m netlink.Message) error {
-	for _, b := range k.answer(m.Header.Sequence) {
-		if _, err := k.far.Write(b); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// What Queries does not use.
-func (fakeKernel) SendMessages([]netlink.Message) error { return errors.ErrUnsupported }
-
-func (fakeKernel) Receive() ([]netlink.Message, error)            { return nil, errors.ErrUnsupported }
-func (fakeKernel) ReceiveIter() iter.Seq2[netlink.Message, error] { return nil }
-
+// answering returns Queries of a fake kernel, which answers each request with what answer
+// returns.
 func answering(t *testing.T, answer func(seq uint32) [][]byte) *Queries {
 	t.Helper()
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	k := fakeKernel{os.NewFile(uintptr(fds[0]), "near"), os.NewFile(uintptr(fds[1]), "far"), answer}
+	c, k := nfnltest.New(t)
+	k.Answer = func(sent []nfnltest.Request) [][]byte { return answer(sent[0].Seq) }
 	q := dialQueries(t, Config{})
 	_ = q.reset()
-	q.conn = netlink.NewConn(k, 1)
-	if q.rc, err = k.SyscallConn(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = k.far.Close() })
+	q.conn = c
 	return q
 }
 
@@ -69,7 +42,7 @@ func done(errno syscall.Errno, seq uint32) []byte {
 
 func TestDumpSaysWhenItIsNotWhole(t *testing.T) {
 	entry := newMsg(tuples)
-	broken := newMsg(tuples, attr(ctaMark, 1))
+	broken := newMsg(tuples, attr(nfnl.CTAMark, 1))
 	for _, tt := range []struct {
 		name   string
 		answer func(seq uint32) [][]byte
@@ -80,7 +53,7 @@ func TestDumpSaysWhenItIsNotWhole(t *testing.T) {
 		}, nil},
 		{"interrupted", func(seq uint32) [][]byte {
 			return [][]byte{reply(entry, unix.NLM_F_MULTI|unix.NLM_F_DUMP_INTR, seq), done(0, seq)}
-		}, ErrInterrupted},
+		}, nfnl.ErrInterrupted},
 		{"ended by an error", func(seq uint32) [][]byte {
 			return [][]byte{reply(entry, unix.NLM_F_MULTI, seq), done(unix.ENOMEM, seq)}
 		}, unix.ENOMEM},
@@ -89,7 +62,7 @@ func TestDumpSaysWhenItIsNotWhole(t *testing.T) {
 		}, errMalformed},
 		{"broken length", func(seq uint32) [][]byte {
 			return [][]byte{reply(entry, unix.NLM_F_MULTI, seq), {1, 0, 0, 0}}
-		}, errMalformed},
+		}, nfnl.ErrMalformed},
 		{"late answers to an earlier query", func(seq uint32) [][]byte {
 			return [][]byte{reply(entry, unix.NLM_F_MULTI, seq-1), done(unix.EPERM, seq-1), reply(entry, unix.NLM_F_MULTI, seq), done(0, seq)}
 		}, nil},

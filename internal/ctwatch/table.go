@@ -1,10 +1,9 @@
 package ctwatch
 
 import (
-	"encoding/binary"
-
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // A Table says how full the conntrack table is.
@@ -20,8 +19,8 @@ type Table struct {
 // large the table is.
 func (q *Queries) Table() (t Table, err error) {
 	var bad error
-	err = q.query(ipctnlMsgCTGetStats, netlink.Acknowledge, unix.AF_UNSPEC, nil, func(_ header, msg []byte) {
-		t, bad = parseTable(msg)
+	err = q.query(ipctnlMsgCTGetStats, 0, unix.AF_UNSPEC, nil, func(body []byte) {
+		t, bad = parseTable(body)
 	})
 	if err == nil {
 		err = bad
@@ -33,11 +32,11 @@ func (q *Queries) Table() (t Table, err error) {
 }
 
 func parseTable(msg []byte) (t Table, err error) {
-	if len(msg) < nfgenmsgLen {
+	if len(msg) < nfnl.FamilyHeaderLen {
 		return t, errMalformed
 	}
-	for b := msg[nfgenmsgLen:]; len(b) > 0; {
-		typ, val, rest, ok := nextAttr(b)
+	for b := msg[nfnl.FamilyHeaderLen:]; len(b) > 0; {
+		typ, val, rest, ok := nfnl.NextAttribute(b)
 		if !ok {
 			return t, errMalformed
 		}
@@ -51,10 +50,11 @@ func parseTable(msg []byte) (t Table, err error) {
 		default:
 			continue
 		}
-		if len(val) != 4 {
+		v, ok := nfnl.BE32(val)
+		if !ok {
 			return t, errMalformed
 		}
-		*field = int(binary.BigEndian.Uint32(val))
+		*field = int(v)
 	}
 	return t, nil
 }

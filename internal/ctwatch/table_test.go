@@ -6,6 +6,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 func TestTableCountsEntriesOfAllKinds(t *testing.T) {
@@ -37,7 +39,7 @@ func TestTableThatIsNoTable(t *testing.T) {
 	for _, msg := range [][]byte{
 		{0, 0, 0},
 		{0, 0, 0, 0, 1, 0, 0, 0},
-		append(make([]byte, nfgenmsgLen), attr(ctaStatsGlobalEntries, 1, 2)...),
+		append(make([]byte, nfnl.FamilyHeaderLen), attr(ctaStatsGlobalEntries, 1, 2)...),
 	} {
 		if got, err := parseTable(msg); !errors.Is(err, errMalformed) {
 			t.Errorf("%x: %+v, error %v", msg, got, err)

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // DefaultReadBuffer is the receive buffer of a Watcher in bytes.
@@ -288,7 +289,7 @@ func (w *Watcher) tellOverrun() {
 // parseRest turns w.rest into events, as many as w.events has room for.
 func (w *Watcher) parseRest() {
 	for len(w.rest) > 0 && w.n < len(w.events) {
-		h, msg, rest, ok := nextMessage(w.rest)
+		h, msg, rest, ok := nfnl.NextMessage(w.rest)
 		w.rest = rest
 		if !ok {
 			w.malformed.Add(1)

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // pipeWatcher returns a Watcher whose datagrams the test writes.
@@ -36,7 +38,7 @@ func pipeWatcher(t testing.TB) (*Watcher, func(parts ...[]byte)) {
 }
 
 // flowMsg is a NEW event with this mark.
-func flowMsg(mark byte) []byte { return newMsg(tuples, attr(ctaMark, 0, 0, 0, mark)) }
+func flowMsg(mark byte) []byte { return newMsg(tuples, attr(nfnl.CTAMark, 0, 0, 0, mark)) }
 
 func marks(events []Event) []byte {
 	var m []byte

@@ -68,51 +68,57 @@ func (b *Backend) dropAnchors() (n int, err error) {
 // that have one port 0 and a helper, and are never dropped early.
 func listAnchors(c *nfnl.Conn) (map[anchor]uint32, error) {
 	found := make(map[anchor]uint32)
-	var refused error
 	err := nfnl.Whole(func() error {
 		var e encoder
 		e.Message(subsysConntrack, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_UNSPEC)
 		e.End()
-		return c.Exchange(&e.Encoder, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
-			if typ != subsysConntrack<<8|msgNew || len(body) < 4 {
+		return c.Ask(&e.Encoder, func(typ uint16, body []byte) {
+			if typ != subsysConntrack<<8|msgNew {
 				return
 			}
-			if a, mark, ok := parseAnchor(body[4:]); ok {
+			if a, mark, ok := parseAnchor(body); ok {
 				found[a] = mark
 			}
 		})
 	})
-	if err == nil {
-		err = refused
-	}
 	if err != nil {
 		return nil, fmt.Errorf("list conntrack entries: %w", err)
 	}
 	return found, nil
 }
 
-// parseAnchor decodes the attributes of a conntrack entry, if it is an anchor.
+// parseAnchor decodes a conntrack entry, without the netlink header, if it is an anchor.
 func parseAnchor(b []byte) (a anchor, mark uint32, ok bool) {
-	var src, dst cone.Endpoint
-	var udp, helper bool
+	if len(b) < nfnl.FamilyHeaderLen {
+		return a, 0, false
+	}
+	family := b[0]
+	var orig nfnl.Tuple
+	var helper bool
 	var status uint32
 	var zone uint16
-	ok = eachAttr(b, func(typ uint16, v []byte) bool {
-		fine := true
-		switch typ {
-		case ctaTupleOrig:
-			src, dst, udp, fine = parseTuple(v)
-		case ctaStatus:
-			status, fine = be32(v)
-		case ctaHelp:
-			helper = true
-		case ctaMark:
-			mark, fine = be32(v)
-		case ctaZone:
-			zone, fine = be16(v)
+	for b = b[nfnl.FamilyHeaderLen:]; len(b) > 0; {
+		typ, v, rest, ok := nfnl.NextAttribute(b)
+		if !ok {
+			return a, 0, false
 		}
-		return fine
-	})
-	ok = ok && udp && helper && cone.Status(status).Has(anchorStatus) && cone.IsAnchor(src, dst)
-	return anchorAt(src, dst, zone), mark, ok
+		b = rest
+		switch typ {
+		case nfnl.CTATupleOrig:
+			ok = orig.Parse(v, family)
+		case nfnl.CTAStatus:
+			status, ok = nfnl.BE32(v)
+		case nfnl.CTAHelp:
+			helper = true
+		case nfnl.CTAMark:
+			mark, ok = nfnl.BE32(v)
+		case nfnl.CTAZone:
+			zone, ok = nfnl.BE16(v)
+		}
+		if !ok {
+			return a, 0, false
+		}
+	}
+	ok = orig.Proto == unix.IPPROTO_UDP && helper && cone.Status(status).Has(anchorStatus) && cone.IsAnchor(orig.Src, orig.Dst)
+	return anchorAt(orig.Src, orig.Dst, zone), mark, ok
 }

@@ -18,24 +18,7 @@ const (
 	msgGet    = 1
 	msgDelete = 2
 
-	ctaTupleOrig  = 1
-	ctaTupleReply = 2
-	ctaStatus     = 3
-	ctaHelp       = 5
-	ctaTimeout    = 7
-	ctaMark       = 8
-	ctaZone       = 18
-
-	ctaTupleIP    = 1
-	ctaTupleProto = 2
-	ctaIPv4Src    = 1
-	ctaIPv4Dst    = 2
-	ctaIPv6Src    = 3
-	ctaIPv6Dst    = 4
-	ctaProtoNum   = 1
-	ctaProtoSrc   = 2
-	ctaProtoDst   = 3
-	ctaHelpName   = 1
+	ctaHelpName = 1
 
 	ctaExpectMaster  = 1
 	ctaExpectTuple   = 2
@@ -61,41 +44,6 @@ const (
 // An encoder appends the messages of this package. The zero value is ready.
 type encoder struct{ nfnl.Encoder }
 
-// message begins a message for one of the two families.
-func (e *encoder) message(subsys, typ uint16, flags uint16, seq uint32, v6 bool) {
-	family := byte(unix.AF_INET)
-	if v6 {
-		family = unix.AF_INET6
-	}
-	e.Message(subsys, typ, flags, seq, family)
-}
-
-func (e *encoder) addr(typ4, typ6 uint16, a *cone.Addr, v6 bool) {
-	if v6 {
-		e.Attr(typ6, 16)
-		e.B = append(e.B, a[:]...)
-		return
-	}
-	e.Attr(typ4, 4)
-	e.B = append(e.B, a[12:]...)
-}
-
-// tuple appends a UDP tuple. The caller gives the family: the mask of an IPv4 expectation
-// is not an IPv4 address.
-func (e *encoder) tuple(typ uint16, src, dst *cone.Endpoint, v6 bool) {
-	t := e.Nest(typ)
-	ip := e.Nest(ctaTupleIP)
-	e.addr(ctaIPv4Src, ctaIPv6Src, &src.Addr, v6)
-	e.addr(ctaIPv4Dst, ctaIPv6Dst, &dst.Addr, v6)
-	e.EndNest(ip)
-	proto := e.Nest(ctaTupleProto)
-	e.U8(ctaProtoNum, unix.IPPROTO_UDP)
-	e.BE16(ctaProtoSrc, src.Port)
-	e.BE16(ctaProtoDst, dst.Port)
-	e.EndNest(proto)
-	e.EndNest(t)
-}
-
 func (e *encoder) zone(typ, zone uint16) {
 	if zone != 0 {
 		e.BE16(typ, zone)
@@ -108,22 +56,22 @@ const anchorStatus = cone.StatusConfirmed | cone.StatusAssured
 // newAnchor appends the request to create the anchor a of p.
 func (e *encoder) newAnchor(seq uint32, p *cone.Permission, a anchor, helper string, timeout uint32) {
 	src, dst := a.endpoints()
-	v6 := !p.Peer.Is4()
-	e.message(subsysConntrack, msgNew, create, seq, v6)
-	e.tuple(ctaTupleOrig, &src, &dst, v6)
-	e.tuple(ctaTupleReply, &dst, &src, v6)
-	e.BE32(ctaStatus, uint32(anchorStatus))
-	e.BE32(ctaTimeout, timeout)
+	family := nfnl.Family(p.Peer)
+	e.Message(subsysConntrack, msgNew, create, seq, family)
+	e.Tuple(nfnl.CTATupleOrig, family, &src, &dst)
+	e.Tuple(nfnl.CTATupleReply, family, &dst, &src)
+	e.BE32(nfnl.CTAStatus, uint32(anchorStatus))
+	e.BE32(nfnl.CTATimeout, timeout)
 	if p.Mark != 0 {
-		e.BE32(ctaMark, p.Mark)
+		e.BE32(nfnl.CTAMark, p.Mark)
 	}
 	e.help(helper)
-	e.zone(ctaZone, p.Zone)
+	e.zone(nfnl.CTAZone, p.Zone)
 	e.End()
 }
 
 func (e *encoder) help(helper string) {
-	help := e.Nest(ctaHelp)
+	help := e.Nest(nfnl.CTAHelp)
 	e.Str(ctaHelpName, helper)
 	e.EndNest(help)
 }
@@ -133,13 +81,13 @@ func (e *encoder) help(helper string) {
 // does not have this helper (ctnetlink_change_helper).
 func (e *encoder) renewAnchor(seq uint32, p *cone.Permission, a anchor, helper string, timeout uint32) {
 	src, dst := a.endpoints()
-	v6 := !p.Peer.Is4()
-	e.message(subsysConntrack, msgNew, change, seq, v6)
-	e.tuple(ctaTupleOrig, &src, &dst, v6)
-	e.BE32(ctaTimeout, timeout)
-	e.BE32(ctaMark, p.Mark)
+	family := nfnl.Family(p.Peer)
+	e.Message(subsysConntrack, msgNew, change, seq, family)
+	e.Tuple(nfnl.CTATupleOrig, family, &src, &dst)
+	e.BE32(nfnl.CTATimeout, timeout)
+	e.BE32(nfnl.CTAMark, p.Mark)
 	e.help(helper)
-	e.zone(ctaZone, p.Zone)
+	e.zone(nfnl.CTAZone, p.Zone)
 	e.End()
 }
 
@@ -158,12 +106,12 @@ const followMaster = "nat-follow-master"
 // newExpect appends the request to create the expectation of p on anchor a. The kernel
 // ignores a timeout here; renewExpect sets it.
 func (e *encoder) newExpect(seq uint32, p *cone.Permission, a anchor) {
-	v6 := e.expect(seq, create, p, a)
+	family := e.expect(seq, create, p, a)
 	e.BE32(ctaExpectFlags, expectPermanent)
 	if !p.Routed() {
 		nat := e.Nest(ctaExpectNAT)
 		e.BE32(ctaExpectNATDir, dirReply)
-		e.tuple(ctaExpectNATTup, &p.Int, &cone.Endpoint{}, v6) // the kernel reads the source only
+		e.Tuple(ctaExpectNATTup, family, &p.Int, &cone.Endpoint{}) // the kernel reads the source only
 		e.EndNest(nat)
 		e.Str(ctaExpectFn, followMaster)
 	}
@@ -177,17 +125,17 @@ func (e *encoder) renewExpect(seq uint32, p *cone.Permission, a anchor, timeout 
 	e.End()
 }
 
-func (e *encoder) expect(seq uint32, flags uint16, p *cone.Permission, a anchor) (v6 bool) {
+func (e *encoder) expect(seq uint32, flags uint16, p *cone.Permission, a anchor) (family uint8) {
 	src, dst := a.endpoints()
 	peer := cone.Endpoint{Addr: p.Peer}
-	v6 = !p.Peer.Is4()
-	e.message(subsysExpect, msgNew, flags, seq, v6)
-	e.tuple(ctaExpectMaster, &src, &dst, v6)
-	e.tuple(ctaExpectTuple, &peer, &p.Ext, v6)
+	family = nfnl.Family(p.Peer)
+	e.Message(subsysExpect, msgNew, flags, seq, family)
+	e.Tuple(ctaExpectMaster, family, &src, &dst)
+	e.Tuple(ctaExpectTuple, family, &peer, &p.Ext)
 	maskSrc := cone.Endpoint{Addr: allOnes.WithoutLow(p.Wild)} // port 0: any source port
-	e.tuple(ctaExpectMask, &maskSrc, &maskDst, v6)
+	e.Tuple(ctaExpectMask, family, &maskSrc, &maskDst)
 	e.zone(ctaExpectZone, p.Zone)
-	return v6
+	return family
 }
 
 // getExpect and deleteExpect append a request for the one expectation of p.
@@ -196,18 +144,18 @@ func (e *encoder) deleteExpect(seq uint32, k *cone.Key) { e.oneExpect(seq, msgDe
 
 func (e *encoder) oneExpect(seq uint32, typ uint16, k *cone.Key) {
 	peer := cone.Endpoint{Addr: k.Peer}
-	v6 := !k.Peer.Is4()
-	e.message(subsysExpect, typ, change, seq, v6)
-	e.tuple(ctaExpectTuple, &peer, &k.Ext, v6)
+	family := nfnl.Family(k.Peer)
+	e.Message(subsysExpect, typ, change, seq, family)
+	e.Tuple(ctaExpectTuple, family, &peer, &k.Ext)
 	e.zone(ctaExpectZone, k.Zone)
 	e.End()
 }
 
 func (e *encoder) deleteAnchor(seq uint32, a anchor) {
 	src, dst := a.endpoints()
-	v6 := !src.Addr.Is4()
-	e.message(subsysConntrack, msgDelete, change, seq, v6)
-	e.tuple(ctaTupleOrig, &src, &dst, v6)
-	e.zone(ctaZone, a.zone)
+	family := nfnl.Family(src.Addr)
+	e.Message(subsysConntrack, msgDelete, change, seq, family)
+	e.Tuple(nfnl.CTATupleOrig, family, &src, &dst)
+	e.zone(nfnl.CTAZone, a.zone)
 	e.End()
 }

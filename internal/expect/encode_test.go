@@ -257,7 +257,7 @@ func TestDeleteAlwaysCarriesATuple(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				want := uint16(ctaTupleOrig)
+				want := uint16(nfnl.CTATupleOrig)
 				if binary.NativeEndian.Uint16(b[4:])>>8 == subsysExpect {
 					want = ctaExpectTuple
 				}

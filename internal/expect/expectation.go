@@ -1,13 +1,13 @@
 package expect
 
 import (
-	"encoding/binary"
 	"math/bits"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // An expectation is one entry of the kernel's table, ours or not.
@@ -73,40 +73,47 @@ func (x *expectation) anchor() anchor {
 // parseExpectation decodes the attributes that ctnetlink_exp_dump_expect sends, without the
 // netlink header. It skips unknown attributes. The kernel sends neither zone nor mark.
 func parseExpectation(b []byte) (x expectation, ok bool) {
-	if len(b) < 4 {
+	if len(b) < nfnl.FamilyHeaderLen {
 		return x, false
 	}
-	ok = eachAttr(b[4:], func(typ uint16, v []byte) bool {
-		var fine bool
+	family := b[0]
+	var master, from, mask, nat nfnl.Tuple
+	for b = b[nfnl.FamilyHeaderLen:]; len(b) > 0; {
+		typ, v, rest, ok := nfnl.NextAttribute(b)
+		if !ok {
+			return x, false
+		}
+		b = rest
 		switch typ {
 		case ctaExpectMaster:
-			x.master[0], x.master[1], x.masterUDP, fine = parseTuple(v)
+			ok = master.Parse(v, family)
 		case ctaExpectTuple:
-			x.src, x.dst, x.udp, fine = parseTuple(v)
+			ok = from.Parse(v, family)
 		case ctaExpectMask:
-			mask, _, _, ok := parseTuple(v)
-			x.wild, fine = lowZeros(mask.Addr), ok
+			ok = mask.Parse(v, family)
+			x.wild = lowZeros(mask.Src.Addr)
 		case ctaExpectNAT:
-			fine = eachAttr(v, func(typ uint16, v []byte) bool {
-				fine := true
+			sound := true
+			ok = nfnl.Attributes(v, func(typ uint16, v []byte) {
 				if typ == ctaExpectNATTup {
-					x.nat, _, _, fine = parseTuple(v)
+					sound = nat.Parse(v, family)
 				}
-				return fine
-			})
+			}) && sound
 		case ctaExpectHelp:
 			copy(x.helper[:], v)
-			fine = true
 		case ctaExpectFlags:
-			x.flags, fine = be32(v)
+			x.flags, ok = nfnl.BE32(v)
 		case ctaExpectTimeout:
-			x.timeout, fine = be32(v)
-		default:
-			fine = true
+			x.timeout, ok = nfnl.BE32(v)
 		}
-		return fine
-	})
-	return x, ok
+		if !ok {
+			return x, false
+		}
+	}
+	x.master, x.masterUDP = [2]cone.Endpoint{master.Src, master.Dst}, master.Proto == unix.IPPROTO_UDP
+	x.src, x.dst, x.udp = from.Src, from.Dst, from.Proto == unix.IPPROTO_UDP
+	x.nat = nat.Src
+	return x, true
 }
 
 // lowZeros returns how many low bits of a mask are zero.
@@ -119,71 +126,4 @@ func lowZeros(a cone.Addr) (n uint8) {
 		}
 	}
 	return n
-}
-
-func be16(v []byte) (uint16, bool) {
-	if len(v) < 2 {
-		return 0, false
-	}
-	return binary.BigEndian.Uint16(v), true
-}
-
-func be32(v []byte) (uint32, bool) {
-	if len(v) < 4 {
-		return 0, false
-	}
-	return binary.BigEndian.Uint32(v), true
-}
-
-// parseTuple decodes a tuple. udp is false for other protocols.
-func parseTuple(b []byte) (src, dst cone.Endpoint, udp, ok bool) {
-	ok = eachAttr(b, func(typ uint16, v []byte) bool {
-		switch typ {
-		case ctaTupleIP:
-			return eachAttr(v, func(typ uint16, v []byte) bool {
-				switch {
-				case typ == ctaIPv4Src && len(v) == 4:
-					src.Addr = cone.AddrFrom4([4]byte(v))
-				case typ == ctaIPv4Dst && len(v) == 4:
-					dst.Addr = cone.AddrFrom4([4]byte(v))
-				case typ == ctaIPv6Src && len(v) == 16:
-					src.Addr = cone.Addr(v)
-				case typ == ctaIPv6Dst && len(v) == 16:
-					dst.Addr = cone.Addr(v)
-				}
-				return true
-			})
-		case ctaTupleProto:
-			return eachAttr(v, func(typ uint16, v []byte) bool {
-				switch {
-				case typ == ctaProtoNum && len(v) == 1:
-					udp = v[0] == unix.IPPROTO_UDP
-				case typ == ctaProtoSrc && len(v) == 2:
-					src.Port = binary.BigEndian.Uint16(v)
-				case typ == ctaProtoDst && len(v) == 2:
-					dst.Port = binary.BigEndian.Uint16(v)
-				}
-				return true
-			})
-		}
-		return true
-	})
-	return src, dst, udp, ok
-}
-
-// eachAttr calls f for every attribute in b until f returns false, and reports whether all
-// of b was well formed and accepted by f.
-func eachAttr(b []byte, f func(typ uint16, value []byte) bool) bool {
-	for len(b) >= 4 {
-		n := int(binary.NativeEndian.Uint16(b))
-		if n < 4 || n > len(b) {
-			return false
-		}
-		typ := binary.NativeEndian.Uint16(b[2:]) &^ (unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER)
-		if !f(typ, b[4:n]) {
-			return false
-		}
-		b = b[min((n+3)&^3, len(b)):]
-	}
-	return true
 }

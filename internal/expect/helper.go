@@ -168,16 +168,12 @@ const (
 // expectation gets. It ignores errors: if the helper does not work, tryHelper finds out.
 func registerOwn(c *nfnl.Conn, name string, timeout uint32) {
 	var e encoder
-	for _, v6 := range []bool{false, true} {
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		e.Reset()
-		e.message(subsysHelper, msgNew, create, c.NextSeq(1), v6)
+		e.Message(subsysHelper, msgNew, create, c.NextSeq(1), family)
 		e.Str(nfcthName, name)
 		tuple := e.Nest(nfcthTuple)
-		l3 := uint16(unix.AF_INET)
-		if v6 {
-			l3 = unix.AF_INET6
-		}
-		e.BE16(nfcthTupleL3, l3)
+		e.BE16(nfcthTupleL3, uint16(family))
 		e.U8(nfcthTupleL4, unix.IPPROTO_UDP)
 		e.EndNest(tuple)
 		policy := e.Nest(nfcthPolicy)
@@ -191,7 +187,7 @@ func registerOwn(c *nfnl.Conn, name string, timeout uint32) {
 		e.BE32(nfcthPrivLen, 0)
 		e.BE32(nfcthStatus, 0) // disabled: it never queues a packet
 		e.End()
-		_ = c.Exchange(&e.Encoder, func(uint32, error) {}, nil) // tryHelper finds out
+		_ = c.Ask(&e.Encoder, nil) // tryHelper finds out
 	}
 }
 
@@ -212,21 +208,18 @@ func (h *helpers) unregister(c *nfnl.Conn) error {
 
 func unregisterOwn(c *nfnl.Conn, name string) error {
 	var e encoder
-	e.message(subsysHelper, msgDelete, change, c.NextSeq(1), false)
+	e.Message(subsysHelper, msgDelete, change, c.NextSeq(1), unix.AF_INET)
 	e.Str(nfcthName, name)
 	e.End()
-	var refused error
-	err := c.Exchange(&e.Encoder, func(_ uint32, err error) { refused = err }, nil)
+	err := c.Ask(&e.Encoder, nil)
 	switch {
-	case err != nil:
-		return err
-	case errors.Is(refused, unix.ENOENT), // there is none
-		errors.Is(refused, unix.EPERM),  // we could not have registered it either
-		errors.Is(refused, unix.EINVAL), // the kernel has no nfnetlink_cthelper
-		errors.Is(refused, unix.EOPNOTSUPP):
+	case errors.Is(err, unix.ENOENT), // there is none
+		errors.Is(err, unix.EPERM),  // we could not have registered it either
+		errors.Is(err, unix.EINVAL), // the kernel has no nfnetlink_cthelper
+		errors.Is(err, unix.EOPNOTSUPP):
 		return nil
-	case refused != nil:
-		return fmt.Errorf("unregister helper %s: %w", name, refused)
+	case err != nil:
+		return fmt.Errorf("unregister helper %s: %w", name, err)
 	}
 	return nil
 }

@@ -59,13 +59,12 @@ func listAll(netns int, whole bool, f func(*expectation), foreign func(Foreign))
 func listExpectations(c *nfnl.Conn, foreign func(Foreign)) ([]expectation, error) {
 	var xs []expectation
 	var others []Foreign
-	var refused error
 	err := nfnl.Whole(func() error {
 		var e encoder
 		e.Message(subsysExpect, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_UNSPEC)
 		e.End()
 		xs, others = xs[:0], others[:0]
-		return c.Exchange(&e.Encoder, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
+		return c.Ask(&e.Encoder, func(typ uint16, body []byte) {
 			if typ != subsysExpect<<8|msgNew {
 				return
 			}
@@ -78,9 +77,6 @@ func listExpectations(c *nfnl.Conn, foreign func(Foreign)) ([]expectation, error
 			}
 		})
 	})
-	if err == nil {
-		err = refused
-	}
 	if err != nil {
 		return nil, fmt.Errorf("list expectations: %w", nfnl.Permitted(err))
 	}

@@ -158,16 +158,15 @@ func (b *Backend) get(k *cone.Key) (x expectation, found bool, err error) {
 func get(c *nfnl.Conn, e *encoder, k *cone.Key) (x expectation, found bool, err error) {
 	e.Reset()
 	e.getExpect(c.NextSeq(1), k)
-	var refused error
-	err = c.Exchange(&e.Encoder, func(_ uint32, err error) { refused = err }, func(typ uint16, body []byte) {
+	err = c.Ask(&e.Encoder, func(typ uint16, body []byte) {
 		if typ == subsysExpect<<8|msgNew {
 			x, found = parseExpectation(body)
 		}
 	})
-	if err == nil && !errors.Is(refused, unix.ENOENT) {
-		err = refused
-	}
-	if err != nil {
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return expectation{}, false, nil
+	case err != nil:
 		return x, false, fmt.Errorf("look up expectation: %w", err)
 	}
 	x.zone = k.Zone // the kernel does not report it

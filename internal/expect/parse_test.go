@@ -93,7 +93,7 @@ func TestParseExpectation(t *testing.T) {
 
 func TestParseAnchor(t *testing.T) {
 	littleEndian(t)
-	b := goldenAnchor[4:]
+	b := goldenAnchor
 	if a, mark, ok := parseAnchor(b); !ok || a != anchorOf(&zoned, false) || mark != 0x2a {
 		t.Errorf("%+v with mark %#x, %v", a, mark, ok)
 	}
@@ -143,7 +143,7 @@ func TestWhatIsNotOurs(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := append([]byte(nil), goldenAnchor...)
 			b[change.at] = change.to
-			if a, _, ok := parseAnchor(b[4:]); ok {
+			if a, _, ok := parseAnchor(b); ok {
 				t.Errorf("taken for ours: %+v", a)
 			}
 		})

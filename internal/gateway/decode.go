@@ -1,12 +1,14 @@
 package gateway
 
 import (
+	"cmp"
 	"encoding/binary"
 	"net/netip"
 	"slices"
 
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // From linux/rtnetlink.h; x/sys/unix lacks them.
@@ -41,20 +43,17 @@ type nexthopRoute struct {
 // link decodes a struct ifinfomsg with attributes.
 func (r *reader) link(b []byte) error {
 	var l Link
-	err := attributes(b, unix.SizeofIfInfomsg, func(ad *netlink.AttributeDecoder) {
-		switch ad.Type() {
+	err := attributes(b, unix.SizeofIfInfomsg, func(typ uint16, v []byte) {
+		switch typ {
 		case unix.IFLA_IFNAME:
-			l.Name = ad.String()
+			l.Name = nfnl.Text(v)
 		case unix.IFLA_LINK:
-			l.Lower = int(ad.Int32())
+			l.Lower = linkIndex(v)
 		case unix.IFLA_LINKINFO:
-			ad.Nested(func(info *netlink.AttributeDecoder) error {
-				for info.Next() {
-					if info.Type() == unix.IFLA_INFO_KIND {
-						l.Kind = info.String()
-					}
+			nfnl.Attributes(v, func(typ uint16, v []byte) {
+				if typ == unix.IFLA_INFO_KIND {
+					l.Kind = nfnl.Text(v)
 				}
-				return nil
 			})
 		}
 	})
@@ -70,12 +69,12 @@ func (r *reader) link(b []byte) error {
 // addr decodes a struct ifaddrmsg with attributes.
 func (r *reader) addr(b []byte) error {
 	var local, address netip.Addr
-	err := attributes(b, unix.SizeofIfAddrmsg, func(ad *netlink.AttributeDecoder) {
-		switch ad.Type() {
+	err := attributes(b, unix.SizeofIfAddrmsg, func(typ uint16, v []byte) {
+		switch typ {
 		case unix.IFA_LOCAL:
-			local, _ = netip.AddrFromSlice(ad.Bytes())
+			local, _ = netip.AddrFromSlice(v)
 		case unix.IFA_ADDRESS:
-			address, _ = netip.AddrFromSlice(ad.Bytes())
+			address, _ = netip.AddrFromSlice(v)
 		}
 	})
 	if err != nil {
@@ -107,24 +106,22 @@ func (r *reader) route(b []byte) error {
 		links []int
 		id    uint32
 	)
-	err := attributes(b, unix.SizeofRtMsg, func(ad *netlink.AttributeDecoder) {
-		switch ad.Type() {
+	var bad error
+	err := attributes(b, unix.SizeofRtMsg, func(typ uint16, v []byte) {
+		switch typ {
 		case unix.RTA_DST:
-			dst, _ = netip.AddrFromSlice(ad.Bytes())
+			dst, _ = netip.AddrFromSlice(v)
 		case unix.RTA_TABLE:
-			table = ad.Uint32()
+			table = word(v)
 		case unix.RTA_OIF:
-			links = append(links, int(ad.Int32()))
+			links = append(links, linkIndex(v))
 		case unix.RTA_MULTIPATH:
-			ad.Do(func(b []byte) (err error) {
-				links, err = multipath(b)
-				return err
-			})
+			links, bad = multipath(v)
 		case rtaNHID:
-			id = ad.Uint32()
+			id = word(v)
 		}
 	})
-	if err != nil {
+	if err = cmp.Or(err, bad); err != nil {
 		return err
 	}
 	family, bits, typ := b[0], int(b[1]), b[7]
@@ -170,7 +167,7 @@ func multipath(b []byte) (links []int, err error) {
 	for len(b) >= unix.SizeofRtNexthop {
 		n := int(binary.NativeEndian.Uint16(b))
 		if n < unix.SizeofRtNexthop || n > len(b) {
-			return nil, errMalformed
+			return nil, nfnl.ErrMalformed
 		}
 		links = append(links, int(int32(binary.NativeEndian.Uint32(b[4:]))))
 		b = b[min((n+3)&^3, len(b)):]
@@ -185,14 +182,14 @@ func (r *reader) nexthop(b []byte) error {
 		links   []int
 		members []uint32
 	)
-	err := attributes(b, unix.SizeofNhmsg, func(ad *netlink.AttributeDecoder) {
-		switch ad.Type() {
+	err := attributes(b, unix.SizeofNhmsg, func(typ uint16, v []byte) {
+		switch typ {
 		case unix.NHA_ID:
-			id = ad.Uint32()
+			id = word(v)
 		case unix.NHA_OIF:
-			links = append(links, int(ad.Int32()))
+			links = append(links, linkIndex(v))
 		case unix.NHA_GROUP: // of struct nexthop_grp
-			for b := ad.Bytes(); len(b) >= 8; b = b[8:] {
+			for b := v; len(b) >= 8; b = b[8:] {
 				members = append(members, binary.NativeEndian.Uint32(b))
 			}
 		}

@@ -1,13 +1,13 @@
 package gateway
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
 
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // LinksTo returns the link that leads to each of the subnets. A Link without a name means
@@ -20,7 +20,7 @@ func (n Network) LinksTo(netns int, subnets []netip.Prefix) (links []Link, err e
 	if err != nil {
 		return nil, err
 	}
-	defer func() { _ = c.close() }()
+	defer func() { _ = c.Close() }()
 	known := n.links()
 	for _, subnet := range subnets {
 		index, err := c.linkToAll(subnet)
@@ -70,24 +70,22 @@ const ownAddress = -1
 
 // linkTo returns the index of the link to a host, 0 if there is no route.
 func (c *conn) linkTo(host netip.Addr) (index int, err error) {
-	b := newRequest(unix.RTM_GETROUTE, 0, unix.SizeofRtMsg)
-	h := b[unix.NLMSG_HDRLEN:]
+	h := c.begin(unix.RTM_GETROUTE, 0, unix.SizeofRtMsg)
 	if h[0], h[1] = unix.AF_INET, byte(host.BitLen()); host.Is6() {
 		h[0] = unix.AF_INET6
 	}
-	b = appendAttr(b, unix.RTA_DST, host.AsSlice())
-	binary.NativeEndian.PutUint32(b, uint32(len(b)))
-	err = c.exchange(b, func(b []byte) error {
+	c.enc.Bytes(unix.RTA_DST, host.AsSlice())
+	err = c.exchange(func(b []byte) error {
 		if len(b) < unix.SizeofRtMsg {
-			return errMalformed
+			return nfnl.ErrMalformed
 		}
 		switch b[7] {
 		case unix.RTN_LOCAL:
 			index = ownAddress
 		case unix.RTN_UNICAST:
-			return attributes(b, unix.SizeofRtMsg, func(ad *netlink.AttributeDecoder) {
-				if ad.Type() == unix.RTA_OIF {
-					index = int(ad.Uint32())
+			return attributes(b, unix.SizeofRtMsg, func(typ uint16, v []byte) {
+				if typ == unix.RTA_OIF {
+					index = linkIndex(v)
 				}
 			})
 		}

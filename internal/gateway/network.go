@@ -7,6 +7,8 @@ import (
 	"slices"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // A Network is what the links of a network namespace looked like at one time. Its methods
@@ -70,10 +72,6 @@ type Route struct {
 	Link   int // index
 }
 
-// attempts is how often to read a network that changes meanwhile. One reading takes well
-// below a millisecond on most gateways.
-const attempts = 5
-
 // ReadNetwork reads the network namespace behind the descriptor netns, or the calling
 // thread's own if that is 0, and marks its links.
 func ReadNetwork(netns int, s Sides) (Network, error) {
@@ -81,14 +79,12 @@ func ReadNetwork(netns int, s Sides) (Network, error) {
 	if err != nil {
 		return Network{}, err
 	}
-	defer func() { _ = c.close() }()
+	defer func() { _ = c.Close() }()
 	var r reader
-	for range attempts {
+	err = nfnl.Whole(func() error { // well below a millisecond on most gateways
 		r = reader{}
-		if err = r.read(c); !errors.Is(err, errInterrupted) {
-			break
-		}
-	}
+		return r.read(c)
+	})
 	if err != nil {
 		return Network{}, err
 	}
@@ -113,7 +109,8 @@ func (r *reader) read(c *conn) error {
 		if d.typ == unix.RTM_GETNEXTHOP && len(r.byNexthop) == 0 {
 			continue // not known before Linux 5.3
 		}
-		err := c.exchange(newRequest(d.typ, unix.NLM_F_DUMP, d.header), d.each)
+		c.begin(d.typ, unix.NLM_F_DUMP, d.header)
+		err := c.exchange(d.each)
 		if d.typ == unix.RTM_GETRULE && errors.Is(err, unix.EOPNOTSUPP) {
 			continue // a kernel without CONFIG_IP_MULTIPLE_TABLES
 		}

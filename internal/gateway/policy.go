@@ -6,8 +6,9 @@ import (
 	"fmt"
 	"math"
 
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // HidesWaysBack reports whether a policy routing rule selects by something that only the
@@ -21,18 +22,16 @@ func HidesWaysBack(netns int, ours uint32) (is bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	defer func() { _ = c.close() }()
-	for range attempts {
+	defer func() { _ = c.Close() }()
+	err = nfnl.Whole(func() error {
 		is = false
-		err = c.exchange(newRequest(unix.RTM_GETRULE, unix.NLM_F_DUMP, fibRuleHeaderLen), func(b []byte) error {
+		c.begin(unix.RTM_GETRULE, unix.NLM_F_DUMP, fibRuleHeaderLen)
+		return c.exchange(func(b []byte) error {
 			rule, err := decodeRule(b)
 			is = is || rule.hidesWayBack(ours)
 			return err
 		})
-		if !errors.Is(err, errInterrupted) {
-			break
-		}
-	}
+	})
 	switch {
 	case errors.Is(err, unix.EOPNOTSUPP): // a kernel without policy routing
 		return false, nil
@@ -62,28 +61,28 @@ func decodeRule(b []byte) (r Rule, err error) {
 	const fraDSCP, fraSportMask, fraDportMask, fraDSCPMask = 25, 28, 29, 30 // Linux 6.13, and 6.15 for the masks
 	const wholeDSCP = 1<<6 - 1
 	if len(b) < fibRuleHeaderLen {
-		return r, errMalformed
+		return r, nfnl.ErrMalformed
 	}
 	r = Rule{
 		mask: math.MaxUint32, invert: binary.NativeEndian.Uint32(b[8:])&unix.FIB_RULE_INVERT != 0,
 		tos: b[3], byTOS: b[3] != 0,
 		all: string(b),
 	}
-	err = attributes(b, fibRuleHeaderLen, func(ad *netlink.AttributeDecoder) {
-		switch typ := ad.Type(); {
+	err = attributes(b, fibRuleHeaderLen, func(typ uint16, v []byte) {
+		switch {
 		case typ == unix.FRA_FWMARK:
-			r.Mark = ad.Uint32()
+			r.Mark = word(v)
 		case typ == unix.FRA_FWMASK:
-			r.mask = ad.Uint32()
+			r.mask = word(v)
 		case typ == unix.FRA_IIFNAME, typ == unix.FRA_SPORT_RANGE, typ == unix.FRA_DPORT_RANGE:
 			r.ofWay = true
 		case typ == unix.FRA_IP_PROTO:
-			r.proto = ad.Uint8()
+			r.proto = octet(v)
 		case typ == fraSportMask, typ == fraDportMask: // comes with the ports
 		case typ == fraDSCP:
-			r.tos, r.byTOS = ad.Uint8()<<2, true
+			r.tos, r.byTOS = octet(v)<<2, true
 		case typ == fraDSCPMask:
-			r.hidden = r.hidden || ad.Uint8() != wholeDSCP
+			r.hidden = r.hidden || octet(v) != wholeDSCP
 		case typ == unix.FRA_TUN_ID, typ > unix.FRA_DPORT_RANGE: // a flow label, among others
 			r.hidden = true
 		}

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 func TestHidesWaysBack(t *testing.T) {
@@ -56,13 +57,16 @@ func TestHidesWaysBack(t *testing.T) {
 // Fails when the DSCP is decoded as 4 times as much or as little, when a rule for DSCP 0 is
 // taken for a rule for all packets, or when a part of the DSCP is taken for the whole.
 func TestRulesAskForADSCP(t *testing.T) {
-	const dscp, mask = 25, 30
+	ofDSCP := func(dscp, mask uint8) []byte {
+		const fraDSCP, fraDSCPMask = 25, 30
+		e := nfnl.Encoder{B: append([]byte{unix.AF_INET}, make([]byte, fibRuleHeaderLen-1)...)}
+		e.U8(fraDSCP, dscp)
+		e.U8(fraDSCPMask, mask)
+		return e.B
+	}
 	rule := func(dscps ...uint8) (n Network) {
 		for _, d := range dscps {
-			b := make([]byte, fibRuleHeaderLen)
-			b[0] = unix.AF_INET
-			b = appendAttr(appendAttr(b, dscp, []byte{d}), mask, []byte{0x3f})
-			r, err := decodeRule(b)
+			r, err := decodeRule(ofDSCP(d, 0x3f))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -83,8 +87,7 @@ func TestRulesAskForADSCP(t *testing.T) {
 			t.Errorf("%x, want %x; ways are hidden: %v", got, tt.want, tt.n.HidesWays())
 		}
 	}
-	part := appendAttr(appendAttr(make([]byte, fibRuleHeaderLen), dscp, []byte{0x28}), mask, []byte{0x38})
-	if r, err := decodeRule(part); err != nil || !(Network{Rules: []Rule{r}}).HidesWays() {
+	if r, err := decodeRule(ofDSCP(0x28, 0x38)); err != nil || !(Network{Rules: []Rule{r}}).HidesWays() {
 		t.Errorf("a rule for a part of the DSCP is %+v, %v", r, err)
 	}
 }

@@ -6,10 +6,10 @@ import (
 	"iter"
 	"maps"
 
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // A PortSet holds the endpoints at which local UDP sockets received packets from outside
@@ -86,8 +86,8 @@ func (p *PortSet) Equal(q *PortSet) bool {
 func (s *Sockets) Ports() (*PortSet, error) {
 	p := &PortSet{map[cone.Endpoint]struct{}{}, map[cone.Key]struct{}{}}
 	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
-		s.dump[diagFamily] = family
-		err := s.conn.exchange(s.dump, func(b []byte) error { return p.add(b, s.hears) })
+		diagRequest(s.conn.begin(unix.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP, diagSize), family)
+		err := s.conn.exchange(func(b []byte) error { return p.add(b, s.hears) })
 		if err != nil {
 			return nil, fmt.Errorf("read UDP sockets: %w", err)
 		}
@@ -106,7 +106,7 @@ const (
 // to a device for which hears returns false.
 func (p *PortSet) add(b []byte, hears func(link uint32) bool) error {
 	if len(b) < sizeofInetDiagMsg {
-		return errMalformed
+		return nfnl.ErrMalformed
 	}
 	if link := binary.NativeEndian.Uint32(b[inetDiagIf:]); link != 0 && !hears(link) {
 		return nil
@@ -124,9 +124,9 @@ func (p *PortSet) add(b []byte, hears func(link uint32) bool) error {
 		return nil
 	}
 	only6 := false
-	err := attributes(b, sizeofInetDiagMsg, func(ad *netlink.AttributeDecoder) {
-		if ad.Type() == inetDiagSKV6Only {
-			only6 = ad.Uint8() != 0
+	err := attributes(b, sizeofInetDiagMsg, func(typ uint16, v []byte) {
+		if typ == inetDiagSKV6Only {
+			only6 = octet(v) != 0
 		}
 	})
 	if !only6 { // serves IPv4 too

@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -9,7 +8,6 @@ import (
 	"net/netip"
 	"slices"
 
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -18,11 +16,10 @@ import (
 // A Router asks the kernel by which link it sends packets of inside hosts. It is not safe
 // for concurrent use.
 type Router struct {
-	conn    *conn
-	marks   []uint32 // marks that packets may have, including 0
-	toses   []uint8  // types of service that packets may have
-	inside  map[cone.Addr]uint32
-	request []byte
+	conn   *conn
+	marks  []uint32 // marks that packets may have, including 0
+	toses  []uint8  // types of service that packets may have
+	inside map[cone.Addr]uint32
 }
 
 // DialRouter opens the connection to the network namespace behind the descriptor netns, or
@@ -43,7 +40,7 @@ func DialRouter(netns int, n Network) (*Router, error) {
 }
 
 // Close ends the connection.
-func (r *Router) Close() error { return r.conn.close() }
+func (r *Router) Close() error { return r.conn.Close() }
 
 // Links returns the indexes of the links by which an inside host's packet from src to dst
 // may leave. How the user's rules mark packets, and which type of service programs ask for,
@@ -82,28 +79,27 @@ func (r *Router) Links(src, dst cone.Endpoint) (links []int, all bool, err error
 // lookup returns the link by which a packet leaves that came in by link from; from is 0 for
 // the gateway's own packets. It returns 0 if the packet does not leave.
 func (r *Router) lookup(src, dst cone.Endpoint, from, mark uint32, tos uint8) (link int, err error) {
-	b := append(r.request[:0], newRequest(unix.RTM_GETROUTE, 0, unix.SizeofRtMsg)...)
-	h := b[unix.NLMSG_HDRLEN:]
+	h, e := r.conn.begin(unix.RTM_GETROUTE, 0, unix.SizeofRtMsg), &r.conn.enc
 	h[0], h[1], h[3] = unix.AF_INET, 32, tos
-	b = appendAttr(b, unix.RTA_DST, dst.Addr[12:])
 	if from != 0 {
-		b[unix.NLMSG_HDRLEN+2] = 32
-		b = appendAttr(b, unix.RTA_SRC, src.Addr[12:])
-		b = appendAttr(b, unix.RTA_IIF, binary.NativeEndian.AppendUint32(nil, from))
-		b = appendAttr(b, unix.RTA_MARK, binary.NativeEndian.AppendUint32(nil, mark))
-		b = appendAttr(b, unix.RTA_IP_PROTO, []byte{unix.IPPROTO_UDP})
-		b = appendAttr(b, unix.RTA_SPORT, binary.BigEndian.AppendUint16(nil, src.Port))
-		b = appendAttr(b, unix.RTA_DPORT, binary.BigEndian.AppendUint16(nil, dst.Port))
+		h[2] = 32 // there is a source
 	}
-	binary.NativeEndian.PutUint32(b, uint32(len(b)))
-	r.request = b
-	err = r.conn.exchange(b, func(b []byte) error {
+	e.Bytes(unix.RTA_DST, dst.Addr[12:])
+	if from != 0 {
+		e.Bytes(unix.RTA_SRC, src.Addr[12:])
+		e.NE32(unix.RTA_IIF, from)
+		e.NE32(unix.RTA_MARK, mark)
+		e.U8(unix.RTA_IP_PROTO, unix.IPPROTO_UDP)
+		e.BE16(unix.RTA_SPORT, src.Port)
+		e.BE16(unix.RTA_DPORT, dst.Port)
+	}
+	err = r.conn.exchange(func(b []byte) error {
 		if len(b) < unix.SizeofRtMsg || b[7] != rtnUnicast {
 			return nil
 		}
-		return attributes(b, unix.SizeofRtMsg, func(ad *netlink.AttributeDecoder) {
-			if ad.Type() == unix.RTA_OIF {
-				link = int(ad.Int32())
+		return attributes(b, unix.SizeofRtMsg, func(typ uint16, v []byte) {
+			if typ == unix.RTA_OIF {
+				link = linkIndex(v)
 			}
 		})
 	})
@@ -117,13 +113,6 @@ func (r *Router) lookup(src, dst cone.Endpoint, from, mark uint32, tos uint8) (l
 		return 0, fmt.Errorf("look up route: %w", err)
 	}
 	return link, nil
-}
-
-func appendAttr(b []byte, typ uint16, value []byte) []byte {
-	b = binary.NativeEndian.AppendUint16(b, uint16(4+len(value)))
-	b = binary.NativeEndian.AppendUint16(b, typ)
-	b = append(b, value...)
-	return append(b, make([]byte, (4-len(value)%4)%4)...)
 }
 
 // HidesWays reports whether IPv4 packets may take other ways than a Router finds, because a

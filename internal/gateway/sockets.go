@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // ErrNoUDPDiag says that the kernel does not find UDP sockets for us. It must
@@ -21,11 +22,10 @@ var ErrNoUDPDiag = errors.New("the kernel does not find UDP sockets: load the mo
 // Sockets asks the kernel about the UDP sockets of a network namespace
 // (sock_diag(7)). It is not safe for concurrent use.
 type Sockets struct {
-	conn      *conn
-	links     []uint32 // by which packets from outside come in; 0 if none is known
-	one, dump []byte   // requests
-	found     socketAt
-	find      func([]byte) error // sets found
+	conn  *conn
+	links []uint32 // by which packets from outside come in; 0 if none is known
+	found socketAt
+	find  func([]byte) error // sets found
 }
 
 // socketAt says how the socket that gets a packet is bound.
@@ -45,15 +45,10 @@ func DialSockets(netns int) (*Sockets, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Sockets{
-		conn:  c,
-		links: []uint32{0},
-		one:   newDiagRequest(0),
-		dump:  newDiagRequest(unix.NLM_F_DUMP),
-	}
+	s := &Sockets{conn: c, links: []uint32{0}}
 	s.find = func(b []byte) error {
 		if len(b) < sizeofInetDiagMsg {
-			return errMalformed
+			return nfnl.ErrMalformed
 		}
 		s.found = atAddress
 		if e := endpointOf(b); e.Addr == any4 || e.Addr == any6 {
@@ -69,7 +64,7 @@ func DialSockets(netns int) (*Sockets, error) {
 }
 
 // Close ends the connection.
-func (s *Sockets) Close() error { return s.conn.close() }
+func (s *Sockets) Close() error { return s.conn.Close() }
 
 // SetNetwork sets which links are outside links. A socket that is bound to a device counts
 // if the device is one of them, or a VRF: packets that come in by a link of a VRF reach the
@@ -139,13 +134,14 @@ func (s *Sockets) lookUp(ext cone.Endpoint, peer cone.Addr, link uint32) (socket
 	if ext.Addr.Is4() {
 		family, from, to = unix.AF_INET, from[12:], to[12:]
 	}
-	s.one[diagFamily] = family
-	binary.BigEndian.PutUint16(s.one[diagDport:], ext.Port)
-	copy(s.one[diagSrc:], from)
-	copy(s.one[diagDst:], to)
-	binary.NativeEndian.PutUint32(s.one[diagIf:], link)
+	req := s.conn.begin(unix.SOCK_DIAG_BY_FAMILY, 0, diagSize)
+	diagRequest(req, family)
+	binary.BigEndian.PutUint16(req[diagDport:], ext.Port)
+	copy(req[diagSrc:], from)
+	copy(req[diagDst:], to)
+	binary.NativeEndian.PutUint32(req[diagIf:], link)
 	s.found = nowhere
-	if err := s.conn.exchange(s.one, s.find); err != nil && !errors.Is(err, unix.ENOENT) {
+	if err := s.conn.exchange(s.find); err != nil && !errors.Is(err, unix.ENOENT) {
 		return nowhere, fmt.Errorf("look up UDP socket: %w", err)
 	}
 	return s.found, nil
@@ -177,27 +173,26 @@ func (s *Sockets) probe(netns int) error {
 	return err
 }
 
-// Offsets in a request, which is a struct inet_diag_req_v2 after the header.
+// Offsets in a struct inet_diag_req_v2.
 const (
-	diagFamily   = unix.NLMSG_HDRLEN + 0
-	diagProtocol = unix.NLMSG_HDRLEN + 1
-	diagStates   = unix.NLMSG_HDRLEN + 4
-	diagDport    = unix.NLMSG_HDRLEN + 10
-	diagSrc      = unix.NLMSG_HDRLEN + 12
-	diagDst      = unix.NLMSG_HDRLEN + 28
-	diagIf       = unix.NLMSG_HDRLEN + 44
-	diagCookie   = unix.NLMSG_HDRLEN + 48
+	diagFamily   = 0
+	diagProtocol = 1
+	diagStates   = 4
+	diagDport    = 10
+	diagSrc      = 12
+	diagDst      = 28
+	diagIf       = 44
+	diagCookie   = 48
 	diagSize     = 56
 )
 
-func newDiagRequest(flags uint16) []byte {
-	b := newRequest(unix.SOCK_DIAG_BY_FAMILY, flags, diagSize)
-	b[diagProtocol] = unix.IPPROTO_UDP
+// diagRequest fills in what all requests for UDP sockets have in common.
+func diagRequest(b []byte, family byte) {
+	b[diagFamily], b[diagProtocol] = family, unix.IPPROTO_UDP
 	// UDP sockets have two of TCP's states: ESTABLISHED if connected, else CLOSE. Only
 	// dumps use this field.
 	binary.NativeEndian.PutUint32(b[diagStates:], 1<<unix.BPF_TCP_ESTABLISHED|1<<unix.BPF_TCP_CLOSE)
 	for i := diagCookie; i < len(b); i++ {
 		b[i] = 0xff // INET_DIAG_NOCOOKIE
 	}
-	return b
 }

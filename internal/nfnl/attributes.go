@@ -12,17 +12,59 @@ import (
 // message.
 const FamilyHeaderLen = 4
 
-// Attributes calls f for each attribute in b. It stops at the first malformed one.
-func Attributes(b []byte, f func(typ uint16, b []byte)) {
-	const header, mask = 4, 0x3fff // without NLA_F_NESTED and NLA_F_NET_BYTEORDER
-	for len(b) >= header {
-		n := int(binary.NativeEndian.Uint16(b))
-		if n < header || n > len(b) {
-			return
-		}
-		f(binary.NativeEndian.Uint16(b[2:])&mask, b[header:n])
-		b = b[min((n+3)&^3, len(b)):]
+// NextAttribute splits the first attribute off b, which must not be empty. The type is
+// without NLA_F_NESTED and NLA_F_NET_BYTEORDER. If ok is false, nothing more of b can be
+// read. It does not allocate.
+func NextAttribute(b []byte) (typ uint16, value, rest []byte, ok bool) {
+	const header, mask = 4, 0x3fff
+	if len(b) < header {
+		return 0, nil, nil, false
 	}
+	n := int(binary.NativeEndian.Uint16(b))
+	if n < header || n > len(b) {
+		return 0, nil, nil, false
+	}
+	return binary.NativeEndian.Uint16(b[2:]) & mask, b[header:n], b[min(align4(n), len(b)):], true
+}
+
+// Attributes calls f for each attribute in b. It stops at the first malformed one and
+// returns false.
+func Attributes(b []byte, f func(typ uint16, b []byte)) bool {
+	for len(b) > 0 {
+		typ, value, rest, ok := NextAttribute(b)
+		if !ok {
+			return false
+		}
+		f(typ, value)
+		b = rest
+	}
+	return true
+}
+
+func align4(n int) int { return (n + 3) &^ 3 }
+
+// BE16 reads a value in network byte order. It returns false if b has another size.
+func BE16(b []byte) (uint16, bool) {
+	if len(b) != 2 {
+		return 0, false
+	}
+	return binary.BigEndian.Uint16(b), true
+}
+
+// BE32 is BE16 for 32 bits.
+func BE32(b []byte) (uint32, bool) {
+	if len(b) != 4 {
+		return 0, false
+	}
+	return binary.BigEndian.Uint32(b), true
+}
+
+// NE32 is BE32 in the byte order of the host, as rtnetlink has it.
+func NE32(b []byte) (uint32, bool) {
+	if len(b) != 4 {
+		return 0, false
+	}
+	return binary.NativeEndian.Uint32(b), true
 }
 
 // Text reads a string that ends with a zero byte.

@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Conn is a netlink connection that sends batches and reads their answers
-// without allocating. It is not safe for concurrent use.
+// A Conn is a netlink connection that sends batches and reads their answers without
+// allocating, one message after the other. It is not safe for concurrent use.
 type Conn struct {
 	// Timeout limits every wait for the kernel. The kernel answers a request before the
 	// send returns, so the timeout expires only if something is badly wrong.
@@ -34,10 +34,13 @@ type Conn struct {
 
 // Dial connects to netfilter in the network namespace behind a descriptor, 0 for the
 // current one.
-func Dial(netns int) (*Conn, error) {
-	nl, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: netns})
+func Dial(netns int) (*Conn, error) { return DialProtocol(unix.NETLINK_NETFILTER, netns) }
+
+// DialProtocol is Dial for any protocol of netlink, such as unix.NETLINK_ROUTE.
+func DialProtocol(protocol, netns int) (*Conn, error) {
+	nl, err := netlink.Dial(protocol, &netlink.Config{NetNS: netns})
 	if err != nil {
-		return nil, fmt.Errorf("dial netfilter: %w", err)
+		return nil, fmt.Errorf("dial netlink: %w", err)
 	}
 	// Answers must fit even if the kernel refuses every message of a batch. Without
 	// privilege the buffer stays smaller, but then the first request fails anyway.
@@ -65,7 +68,11 @@ func Over(nl *netlink.Conn) (*Conn, error) {
 		return !errors.Is(c.err, unix.EAGAIN)
 	}
 	c.tryFn = func(fd uintptr) {
-		c.n, c.err = unix.Read(int(fd), c.in)
+		for {
+			if c.n, c.err = unix.Read(int(fd), c.in); !errors.Is(c.err, unix.EINTR) {
+				return
+			}
+		}
 	}
 	c.recv = func(fd uintptr) bool {
 		c.tryFn(fd)
@@ -165,6 +172,17 @@ func (c *Conn) Exchange(e *Encoder, failed func(seq uint32, err error), data fun
 	}
 }
 
+// Ask is Exchange of a single message. If the kernel refuses it, the error is its unix.Errno,
+// as it is, even if the dump was interrupted before.
+func (c *Conn) Ask(e *Encoder, data func(typ uint16, body []byte)) error {
+	var refused error
+	err := c.Exchange(e, func(_ uint32, err error) { refused = err }, data)
+	if refused != nil && (err == nil || errors.Is(err, ErrInterrupted)) {
+		return refused
+	}
+	return err
+}
+
 // drain discards what the kernel sent after the error that ended an exchange, so that it is
 // not taken for an answer to another request.
 func (c *Conn) drain() {
@@ -177,18 +195,15 @@ func (c *Conn) drain() {
 // up. It reports whether the last request is answered, and whether the kernel says that the
 // dumped objects changed during the dump (nl_dump_check_consistent).
 func walk(b []byte, first, last uint32, transaction bool, failed func(seq uint32, err error), data func(typ uint16, body []byte)) (done, interrupted bool, err error) {
-	for len(b) >= unix.NLMSG_HDRLEN {
-		n := binary.NativeEndian.Uint32(b)
-		if n < unix.NLMSG_HDRLEN || uint64(n) > uint64(len(b)) {
+	for len(b) > 0 {
+		h, msg, rest, ok := NextMessage(b)
+		if !ok {
 			return false, false, ErrMalformed
 		}
-		typ := binary.NativeEndian.Uint16(b[4:])
-		flags := binary.NativeEndian.Uint16(b[6:])
-		seq := binary.NativeEndian.Uint32(b[8:])
-		body := b[unix.NLMSG_HDRLEN:n]
-		b = b[min((int(n)+3)&^3, len(b)):]
+		typ, seq, body := h.Type, h.Seq, msg[unix.NLMSG_HDRLEN:]
+		b = rest
 		ours := seq-first <= last-first // the numbers may wrap
-		interrupted = interrupted || ours && flags&unix.NLM_F_DUMP_INTR != 0
+		interrupted = interrupted || ours && h.Flags&unix.NLM_F_DUMP_INTR != 0
 		switch {
 		case !ours:
 		case typ == unix.NLMSG_ERROR || typ == unix.NLMSG_DONE:
@@ -212,6 +227,31 @@ func walk(b []byte, first, last uint32, transaction bool, failed func(seq uint32
 		}
 	}
 	return false, interrupted, nil
+}
+
+// A Header is the part of struct nlmsghdr that we read.
+type Header struct {
+	Type, Flags uint16
+	Seq         uint32
+}
+
+// NextMessage splits the first message off a datagram, which must not be empty. msg includes
+// the header. If ok is false, nothing more of b can be read. It does not allocate.
+func NextMessage(b []byte) (h Header, msg, rest []byte, ok bool) {
+	if len(b) < unix.NLMSG_HDRLEN {
+		return Header{}, nil, nil, false
+	}
+	// Compare unsigned: the length may not fit an int of 32 bits.
+	n := binary.NativeEndian.Uint32(b)
+	if n < unix.NLMSG_HDRLEN || uint64(n) > uint64(len(b)) {
+		return Header{}, nil, nil, false
+	}
+	h = Header{
+		Type:  binary.NativeEndian.Uint16(b[4:]),
+		Flags: binary.NativeEndian.Uint16(b[6:]),
+		Seq:   binary.NativeEndian.Uint32(b[8:]),
+	}
+	return h, b[:n], b[min(align4(int(n)), len(b)):], true
 }
 
 // ErrMalformed says that an answer is not a netlink message.

@@ -1,4 +1,5 @@
-// Package nfnl sends batches of nfnetlink messages and reads the kernel's answers, without
-// allocating. It is what packages such as expect and rules have in common, and knows none
-// of their messages.
+// Package nfnl is the netlink kit of the project: it sends requests to nfnetlink, rtnetlink
+// and sock_diag, and reads the kernel's answers without allocating. It has what these
+// messages have in common: the request loop, attributes in both directions, and the tuples
+// of conntrack. The messages themselves are those of its users.
 package nfnl

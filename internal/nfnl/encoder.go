@@ -28,15 +28,31 @@ func (e *Encoder) Message(subsys, typ uint16, flags uint16, seq uint32, family b
 }
 
 func (e *Encoder) header(typ, flags uint16, seq uint32, family byte, resource uint16) {
+	e.netlinkHeader(typ, flags, seq)
+	e.B = append(e.B, family, unix.NFNETLINK_V0)
+	e.B = binary.BigEndian.AppendUint16(e.B, resource)
+}
+
+func (e *Encoder) netlinkHeader(typ, flags uint16, seq uint32) {
 	e.B = append(e.B, 0, 0, 0, 0)
 	e.B = binary.NativeEndian.AppendUint16(e.B, typ)
 	e.B = binary.NativeEndian.AppendUint16(e.B, flags)
 	e.B = binary.NativeEndian.AppendUint32(e.B, seq)
-	e.B = append(e.B, 0, 0, 0, 0, family, unix.NFNETLINK_V0)
-	e.B = binary.BigEndian.AppendUint16(e.B, resource)
+	e.B = append(e.B, 0, 0, 0, 0)
 }
 
-// End ends the message that Message began.
+// Begin begins a message of another protocol than nfnetlink. It returns the fixed header that
+// the protocol has in front of the attributes, size zero bytes, to be filled in before the
+// next call.
+func (e *Encoder) Begin(typ, flags uint16, seq uint32, size int) []byte {
+	e.last = len(e.B)
+	e.netlinkHeader(typ, flags, seq)
+	at := len(e.B)
+	e.B = append(e.B, make([]byte, size)...)
+	return e.B[at:]
+}
+
+// End ends the message that Message or Begin began.
 func (e *Encoder) End() {
 	binary.NativeEndian.PutUint32(e.B[e.last:], uint32(len(e.B)-e.last))
 }
@@ -94,6 +110,13 @@ func (e *Encoder) EndNest(at int) {
 	binary.NativeEndian.PutUint16(e.B[at:], uint16(len(e.B)-at))
 }
 
+// Bytes appends an attribute with the value v.
+func (e *Encoder) Bytes(typ uint16, v []byte) {
+	e.Attr(typ, len(v))
+	e.B = append(e.B, v...)
+	e.Pad()
+}
+
 // U8 appends an attribute of one byte.
 func (e *Encoder) U8(typ uint16, v byte) {
 	e.Attr(typ, 1)
@@ -118,6 +141,12 @@ func (e *Encoder) BE32(typ uint16, v uint32) {
 func (e *Encoder) BE64(typ uint16, v uint64) {
 	e.Attr(typ, 8)
 	e.B = binary.BigEndian.AppendUint64(e.B, v)
+}
+
+// NE32 is BE32 in the byte order of the host, as rtnetlink wants it.
+func (e *Encoder) NE32(typ uint16, v uint32) {
+	e.Attr(typ, 4)
+	e.B = binary.NativeEndian.AppendUint32(e.B, v)
 }
 
 // Str appends s with the NUL that the kernel requires.

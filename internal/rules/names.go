@@ -3,7 +3,6 @@
 package rules
 
 import (
-	"errors"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -26,19 +25,18 @@ func Names(netns int) ([]string, error) {
 func names(c *nfnl.Conn) (names []string, err error) {
 	for _, family := range tables {
 		var found []string // of the last dump
-		var refused error
 		err := nfnl.Whole(func() error {
-			found, refused = nil, nil
+			found = nil
 			var e nfnl.Encoder
 			e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETCHAIN, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), byte(family))
 			e.End()
-			return c.Exchange(&e, func(_ uint32, err error) { refused = err }, func(_ uint16, body []byte) {
+			return c.Ask(&e, func(_ uint16, body []byte) {
 				if table, ours := ownTable(body); ours {
 					found = append(found, table)
 				}
 			})
 		})
-		if err := listError("chains", nfnl.Permitted(errors.Join(err, refused))); err != nil {
+		if err := listError("chains", nfnl.Permitted(err)); err != nil {
 			return nil, err
 		}
 		names = append(names, found...)

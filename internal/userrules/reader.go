@@ -356,16 +356,11 @@ func (r *Reader) ask(typ, flags uint16, family byte, names func(*nfnl.Encoder), 
 	e.Message(unix.NFNL_SUBSYS_NFTABLES, typ, unix.NLM_F_REQUEST|flags, r.c.NextSeq(1), family)
 	names(&e)
 	e.End()
-	var refused error
-	err := r.c.Exchange(&e, func(_ uint32, err error) { refused = err }, func(_ uint16, body []byte) {
+	return nfnl.Permitted(r.c.Ask(&e, func(_ uint16, body []byte) {
 		if len(body) >= nfnl.FamilyHeaderLen {
 			f(body)
 		}
-	})
-	if refused != nil {
-		err = errors.Join(uninterrupted(err), refused)
-	}
-	return nfnl.Permitted(err)
+	}))
 }
 
 // rulePrints are the hashes of rules, each with the number of the last series of dumps that

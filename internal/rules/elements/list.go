@@ -96,21 +96,17 @@ func List(netns int, family byte, table, set string, f func(b []byte)) error {
 		return err
 	}
 	defer func() { _ = c.Close() }()
-	var refused error
 	err = nfnl.Whole(func() error {
 		var e nfnl.Encoder
 		e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETSETELEM, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), family)
 		e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, table)
 		e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
 		e.End()
-		return c.Exchange(&e, func(_ uint32, err error) { refused = err }, func(_ uint16, body []byte) {
+		return c.Ask(&e, func(_ uint16, body []byte) {
 			eachElement(body, f)
 		})
 	})
-	if err == nil && !errors.Is(refused, unix.ENOENT) { // with ENOENT the table does not exist
-		err = refused
-	}
-	if err != nil {
+	if err != nil && !errors.Is(err, unix.ENOENT) { // with ENOENT the table does not exist
 		return fmt.Errorf("list set %s: %w", set, nfnl.Permitted(err))
 	}
 	return nil

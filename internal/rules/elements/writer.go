@@ -76,13 +76,16 @@ func Generation(c *nfnl.Conn) (id uint32, err error) {
 	var e nfnl.Encoder
 	e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETGEN, unix.NLM_F_REQUEST, c.NextSeq(1), unix.AF_UNSPEC)
 	e.End()
-	err = errors.New("no answer")
-	failure := c.Exchange(&e, func(_ uint32, refused error) { err = refused }, func(typ uint16, body []byte) {
+	answered := false
+	err = c.Ask(&e, func(typ uint16, body []byte) {
 		if n, ok := generationOf(typ, body); ok {
-			id, err = n, nil
+			id, answered = n, true
 		}
 	})
-	return id, errors.Join(err, failure)
+	if err == nil && !answered {
+		err = errors.New("no answer")
+	}
+	return id, err
 }
 
 // generationOf reads the number from a message of the kernel that contains one.
