@@ -13,7 +13,7 @@ export GOTOOLCHAIN = local
 export GOFLAGS = -buildvcs=false
 
 RUN_PACKAGES  = iproute2 nftables conntrack
-TEST_PACKAGES = $(RUN_PACKAGES) iptables gcc libc6-dev strace systemd python3
+TEST_PACKAGES = $(RUN_PACKAGES) iptables gcc libc6-dev strace systemd python3 ipset
 VM_PACKAGES   = qemu-system-x86 busybox-static kmod xz-utils zstd
 
 # Debian's kernels that "make kernels" boots: 5.10 6.1 6.12 7.3.
