@@ -64,19 +64,21 @@ cross:
 		echo "GOARCH=$$arch go vet ./..."; GOARCH=$$arch $(GO) vet ./... || exit 1; done
 
 # The kernels' tests are not among them: they have a target of their own.
+# Four tests at a time, for many of them wait for the kernel's timeouts.
 unit:
-	$(GO) test -race -count=1 -timeout 60m $$($(GO) list ./... | grep -v /e2e/kernels)
+	$(GO) test -race -count=1 -parallel 4 -timeout 60m $$($(GO) list ./... | grep -v /e2e/kernels)
 
 # Minutes of 5,000 new flows a second, with nothing beside.
 soak:
 	CONENATD_SOAK=$(SOAK) $(GO) test -count=1 -v -timeout 0 -run TestSoak ./e2e/chaos
 
 # The end-to-end tests once more for each mode but the default, which is auto.
-# Those that choose their modes themselves are left out.
+# Those that choose their modes themselves are left out. The race detector has seen the same
+# code in "unit".
 modes:
 	@for mode in --backend=expect --backend=nft "--backend=nft --learn=false"; do \
 		echo "e2e $$mode"; \
-		CONENATD_MODE="$$mode" $(GO) test -race -count=1 -timeout 25m -skip '$(OWN_MODES)' ./e2e || exit 1; done
+		CONENATD_MODE="$$mode" $(GO) test -count=1 -parallel 4 -timeout 25m -skip '$(OWN_MODES)' ./e2e || exit 1; done
 
 # A short run of each fuzz target, from the kept corpora.
 fuzz:

@@ -102,6 +102,7 @@ var saysAccountingIsOff = regexp.MustCompile(`(?m)^accounting +off \(nf_conntrac
 // Fails when the reconcile raises the setting, when status does not report it as off, and when
 // a stop writes the setting without reading it first.
 func TestAccountingThatTheUserTurnsOffStaysOff(t *testing.T) {
+	t.Parallel() // mostly it waits
 	for _, before := range []string{"0", "1"} {
 		t.Run("before "+before, func(t *testing.T) {
 			s := newScene(t, lab.Options{})
@@ -156,6 +157,7 @@ func TestAccountingIsKeptWithThePermissions(t *testing.T) {
 //
 // Fails when the daemon does not turn on the counters.
 func TestPeerAloneHoldsOnlyAFlowOlderThanTheCounters(t *testing.T) {
+	t.Parallel() // mostly it waits
 	s := newScene(t, lab.Options{Inside: 2})
 	older, newer := s.InsideSocket(0, 5060), s.InsideSocket(1, 5061)
 	proxy := s.PeerSocket(lab.PeerA, 5060)

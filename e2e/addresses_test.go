@@ -51,6 +51,7 @@ func (s *scene) insideFlows() (all []string) {
 // A daemon is killed, or stops and keeps everything; the next one ends no flow, and each
 // host keeps its outside port.
 func TestNFTRestartEndsNoFlow(t *testing.T) {
+	t.Parallel() // mostly it waits
 	for name, commands := range ownAddresses {
 		t.Run(name, func(t *testing.T) {
 			s := withAddress(t, commands)
@@ -161,6 +162,7 @@ func TestNFTAddressThatWentWhileNoDaemonRan(t *testing.T) {
 //
 // Fails when a host keeps the port: its peers could answer only from the port asked.
 func TestNFTPortServedOnAnyOutsideAddressIsTheGateways(t *testing.T) {
+	t.Parallel() // mostly it waits
 	for _, where := range []string{"loopback", "a link of no one", "outside link"} {
 		for _, rule := range []string{"", "ip saddr map { 10.47.11.109 : " + routedAddr + " }"} {
 			t.Run(where+" "+rule, func(t *testing.T) {

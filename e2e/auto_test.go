@@ -150,6 +150,7 @@ func TestHelperOfTheUsersWorks(t *testing.T) {
 //
 // Fails when the forward hook alone decides, and when evidence outlives the rules.
 func TestAutoSeesWhatOtherHooksDrop(t *testing.T) {
+	t.Parallel() // mostly it waits
 	stage.NeedsExpect(t)
 	for hook, link := range map[string]string{"prerouting": `iifname "wan0"`, "postrouting": `oifname "lan0"`} {
 		t.Run(hook, func(t *testing.T) {

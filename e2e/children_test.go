@@ -28,6 +28,7 @@ func (s *scene) leftChild() (phone, child *lab.Socket, ext netip.AddrPort) {
 // An unanswered child that the map admitted ends with its permission, however the daemon
 // ended: the child has a conntrack label, so the next daemon knows it.
 func TestNFTUnansweredChildrenEndWithTheirPermission(t *testing.T) {
+	t.Parallel() // mostly it waits
 	for name, next := range map[string]func(s *scene, mode []string){
 		"start": func(s *scene, mode []string) { s.Start(stage.Flags(mode)...) },
 		"start of a daemon of another kind": func(s *scene, _ []string) {

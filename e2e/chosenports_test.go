@@ -61,6 +61,7 @@ func (s *scene) newcomer() (first, second netip.AddrPort) {
 // If another host has the port, a host gets one of the rule's ports, however the rule chooses
 // and whatever its priority. Fails when the host is moved to the pool instead.
 func TestNFTPortsOfARuleAreKept(t *testing.T) {
+	t.Parallel() // mostly it waits
 	for name, tc := range map[string]struct {
 		rules  string
 		first  ports // of host 0
@@ -127,6 +128,7 @@ func TestNFTPoolStandsBesideRulesForOthers(t *testing.T) {
 
 // iptables rules are read as well, and the ports that they choose are kept.
 func TestNFTPortsOfARuleOfIPTablesAreKept(t *testing.T) {
+	t.Parallel() // mostly it waits
 	for _, variant := range []string{lab.IPTablesNFT, lab.IPTablesLegacy} {
 		for name, tc := range map[string]struct {
 			rule string
@@ -297,6 +299,7 @@ func TestNFTChainBeforeMappingsEndsThem(t *testing.T) {
 // by a port of the rule. Flows already on such a port go on. Fails when the next flow gets the
 // old mapping whatever the rules say now.
 func TestNFTMappingsLeavePortsThatNoRuleGivesNow(t *testing.T) {
+	t.Parallel() // mostly it waits
 	const plain, block = "masquerade", "masquerade to :7000-7015"
 	for name, tc := range map[string]struct {
 		before, after string

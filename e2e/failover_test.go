@@ -54,6 +54,7 @@ func (s *scene) heals(in, peer *lab.Socket, addr netip.Addr) time.Duration {
 // An uplink fails. Every flow moves to the other one, as flows without a mapping do: the one
 // that the user's rules translated first, and those that took over its mapping.
 func TestNFTFailoverHealsAllFlowsOfAMapping(t *testing.T) {
+	t.Parallel() // mostly it waits
 	for way, fail := range map[string]string{
 		"by route":  "route replace default via 198.51.100.254 dev wan1 onlink",
 		"link down": "link set wan0 down",
@@ -68,6 +69,7 @@ func TestNFTFailoverHealsAllFlowsOfAMapping(t *testing.T) {
 			},
 		} {
 			t.Run(way+", "+how, func(t *testing.T) {
+				t.Parallel()
 				s, second := twoUplinks(t, lab.Options{Rules: rules.nft})
 				if rules.legacy != "" {
 					s.Must(s.IPTables(lab.IPTablesLegacy, rules.legacy))
@@ -97,6 +99,7 @@ func TestNFTFailoverHealsAllFlowsOfAMapping(t *testing.T) {
 // on both links, or routes marked packets by another link than unmarked ones. Such flows go
 // on.
 func TestNFTFailoverEndsNoFlowWhoseAddressIsRight(t *testing.T) {
+	t.Parallel() // mostly it waits
 	const byRoute = "route del default via 198.51.100.254 dev wan0"
 	one := func(s *scene) bool { return len(s.Status().Outside) == 1 }
 	for name, tc := range map[string]struct {
@@ -144,6 +147,7 @@ func TestNFTFailoverEndsNoFlowWhoseAddressIsRight(t *testing.T) {
 // Fails when flows stay because the route lookup ignores their TOS, and when calls end
 // because packets without it leave by another link.
 func TestNFTFailoverHealsWhereRoutesAskForTOS(t *testing.T) {
+	t.Parallel() // mostly it waits
 	const lowDelay = 0x18
 	for name, byTOS := range map[string]string{
 		"a rule":  "rule add tos 0x18 table 109",

@@ -36,6 +36,7 @@ func (s *scene) warns(text string) bool {
 
 // Fails when chain admit lacks the lookup for all peers.
 func TestNFTFilteringLetsAnybodyIn(t *testing.T) {
+	t.Parallel() // mostly it waits
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{Inside: 2}, append(mode, "--filtering=endpoint_independent", "--exclude-peer=203.0.113.7/32")...)
 		phone, closed, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5061), s.PeerSocket(lab.PeerA, 5060)
@@ -78,6 +79,7 @@ func TestNFTFilteringLetsAnybodyIn(t *testing.T) {
 }
 
 func TestNFTFilteringIsEachSubnetsOwn(t *testing.T) {
+	t.Parallel() // mostly it waits
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.NFTByEvent, stage.Expect}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Inside: 3})
 		text := strings.TrimSuffix(toml(mode), "[[subnet]]\nprefix = \"10.47.11.0/24\"\n")
@@ -120,6 +122,7 @@ func TestNFTFilteringIsEachSubnetsOwn(t *testing.T) {
 // One contact permits the whole group, and nobody outside it. Fails when the kernel
 // learns, or the daemon grants, a permission for the contacted peer alone.
 func TestNFTGroupOfPeers(t *testing.T) {
+	t.Parallel() // mostly it waits
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{})
 		grouped := "peer_groups = [\"" + group.String() + "\"]\n" + toml(mode)
@@ -207,6 +210,7 @@ func TestNFTGroupThatAKilledDaemonLeft(t *testing.T) {
 
 // Without translation one expectation serves a whole group.
 func TestRoutedIPv6FilteringAndGroups(t *testing.T) {
+	t.Parallel() // mostly it waits
 	stage.NeedsExpect(t)
 	outsider := netip.MustParseAddr("2001:db8:113::9:9")
 	for name, tc := range map[string]struct {

@@ -15,6 +15,7 @@ var noise = regexp.MustCompile(`(?ms)^table (inet|ip) conenat \{.*?^\}\n|^#[^\n]
 // A firewall with a drop policy needs no rule for conenatd, whichever tool wrote
 // it, and not a byte of it changes.
 func TestFirewallsArePassedAndUntouched(t *testing.T) {
+	t.Parallel() // mostly it waits
 	stage.NeedsExpect(t)
 	for _, tc := range []struct {
 		name  string

@@ -31,6 +31,7 @@ func inPrerouting(variant, rule string) func(s *scene) error {
 //
 // Fails when the source match of a forward is not read, or not used.
 func TestForwardForSomePeersBarsNoOthers(t *testing.T) {
+	t.Parallel() // mostly it waits
 	const to = " dnat to 10.47.11.110"
 	for name, load := range map[string]func(s *scene) error{
 		"nftables, a prefix":  inChain(`iifname "wan0" ip saddr 203.0.113.0/24 udp dport 5060-5069` + to),
@@ -120,6 +121,7 @@ func TestAutoLeavesTheWayOfAForwardThatIsNotUnderstood(t *testing.T) {
 //
 // Fails when the target of a forward is not read, or not compared.
 func TestForwardToTheSameEndpointBarsNobody(t *testing.T) {
+	t.Parallel() // mostly it waits
 	for name, load := range map[string]func(s *scene) error{
 		"nftables":               inChain(`udp sport 7 udp dport 5060 dnat to 10.47.11.109`),
 		"nftables, another port": inChain(`udp sport 7 udp dport 5000-5100 dnat to 10.47.11.109:5060`),
@@ -173,6 +175,7 @@ func TestForwardForASetOfPeersFollowsTheSet(t *testing.T) {
 //
 // Fails when a permission that was refused because of a forward waits for its next retry.
 func TestPermissionFollowsAForwardThatMoves(t *testing.T) {
+	t.Parallel() // mostly it waits
 	lease := func(to string) string {
 		return "flush chain ip upnp prerouting; add rule ip upnp prerouting iifname \"wan0\" udp dport 5060 dnat to " + to
 	}

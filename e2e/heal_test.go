@@ -123,8 +123,10 @@ func (s *scene) countPackets() {
 
 // Fails when a broken flow is not seen, and when it does not end.
 func TestBrokenFlowsAreHealed(t *testing.T) {
+	t.Parallel() // mostly it waits
 	for name, tt := range brokenPlays {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			s, phone, peer := tt.broken(t, heal)
 			s.heals(phone, peer, netip.MustParseAddr(tt.good))
 			s.Until("status tells of no flow", func() bool {
@@ -142,8 +144,10 @@ func TestBrokenFlowsAreHealed(t *testing.T) {
 //
 // Fails when a flow ends.
 func TestBrokenFlowsAreCountedAlone(t *testing.T) {
+	t.Parallel() // mostly it waits
 	for name, tt := range brokenPlays {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			s, phone, peer := tt.broken(t)
 			tt.named(s, phone, peer)
 			before := s.insideIDs()
@@ -276,11 +280,13 @@ var workingPlays = map[string]workingPlay{
 //
 // Fails when a working flow ends.
 func TestFlowsThatWorkAreNotHealed(t *testing.T) {
+	t.Parallel() // mostly it waits
 	const before = `table ip m { chain prerouting { type filter hook prerouting priority mangle;
 	ip saddr 10.47.11.109 ip dscp set 6; ip saddr 10.47.11.109 meta mark set 9; }; }
 table ip nat { chain postrouting { type nat hook postrouting priority srcnat; ip saddr 10.47.11.110 accept; `
 	for name, tt := range workingPlays {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			s, _ := twoUplinks(t, lab.Options{Inside: 2, Rules: before + tt.rules + "; }; }"})
 			for _, a := range []string{routedAddr, "198.51.100.201"} {
 				s.IP(s.Outside, "route add "+a+"/32 via 198.51.100.1 dev eth0")

@@ -79,6 +79,7 @@ func TestAnsweredChildHoldsThePermission(t *testing.T) {
 //
 // Fails when the loop does not recognise late events, and when no reconcile follows.
 func TestDaemonThatWasStoppedExtendsNothing(t *testing.T) {
+	t.Parallel() // mostly it waits
 	for _, backend := range []string{"auto", "expect"} {
 		t.Run(backend, func(t *testing.T) {
 			s := play(t, lab.Options{}, "--backend="+backend, "--lifetime=6s", "--reconcile=1h")

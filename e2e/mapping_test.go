@@ -46,6 +46,7 @@ func (s *scene) consoles(n int) (hosts []*lab.Socket, exts []netip.AddrPort) {
 // Each host has an outside port that no other host has, and any port of its peers
 // reaches it there. Fails with the kernel's own mapping.
 func TestNFTConsolesOnOneSourcePort(t *testing.T) {
+	t.Parallel() // mostly it waits
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.NFTByEvent, stage.Expect}, func(t *testing.T, mode ...string) {
 		for _, n := range []int{2, 10} {
 			s := play(t, lab.Options{Inside: n}, append(mode, mapped)...)
@@ -128,6 +129,7 @@ func TestNFTRandomPortsAreSeen(t *testing.T) {
 // A mapping lives as long as its flows, and at most a lifetime longer. Fails when the
 // reconcile does not refresh the mappings of living flows.
 func TestNFTMappingLivesAsLongAsItsFlows(t *testing.T) {
+	t.Parallel() // mostly it waits
 	s := play(t, lab.Options{Inside: 2}, stage.Auto[0], mapped, "--lifetime=2s", "--reconcile=1s")
 	one, two, proxy := s.InsideSocket(0, 3074), s.InsideSocket(1, 3074), s.PeerSocket(lab.PeerA, 3074)
 	ext := s.Contact(one, proxy)

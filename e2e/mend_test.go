@@ -35,6 +35,7 @@ const reloadRules = "flush ruleset\n" + lab.Masquerade
 // kernel refuses the change or skips them; otherwise the daemon repairs them.
 // Either way permissions stay, children get in, and existing flows go on.
 func TestMendWhatSomebodyChanged(t *testing.T) {
+	t.Parallel() // mostly it waits
 	for _, tc := range []struct {
 		name   string
 		change string // rules; %s is the element of a permission
@@ -269,6 +270,7 @@ func TestMendLimitThatAReloadChanges(t *testing.T) {
 // While no daemon runs nobody owns the tables. The next daemon repairs whatever
 // others changed.
 func TestMendAtTheStart(t *testing.T) {
+	t.Parallel() // mostly it waits
 	for name, change := range map[string]string{
 		"flush ruleset": reloadRules, "delete table ip": "delete table ip conenat",
 		"delete table inet": "delete table inet conenat", "flush chain": "flush chain ip conenat admit",

@@ -188,6 +188,7 @@ func TestMendLargeMapGetsItsExpectations(t *testing.T) {
 
 // A daemon takes over what a daemon in another mode left.
 func TestMendAnotherModeTakesOver(t *testing.T) {
+	t.Parallel() // mostly it waits
 	modes := [][]string{stage.Auto, stage.NFT, stage.Expect}
 	for _, from := range modes {
 		for _, to := range modes {

@@ -54,6 +54,7 @@ func TestCommandsFindTheDaemonAndTheTablesOfItsConfiguration(t *testing.T) {
 //
 // Fails when a start looks only for tables of its own name.
 func TestTablesOfAnotherNameAreTakenOver(t *testing.T) {
+	t.Parallel() // mostly it waits
 	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
 		for name, end := range map[string]func(*scene){"killed": (*scene).kill, "kept": (*scene).stop} {
 			t.Run(name, func(t *testing.T) {

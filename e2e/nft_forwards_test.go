@@ -187,6 +187,7 @@ func TestNFTSecondHostWaitsForTheFirst(t *testing.T) {
 // The same without a daemon: the second host's packets neither take over the element nor
 // keep it alive. Once it has expired, the second host's next packet gets it.
 func TestNFTSecondHostDoesNotRefreshTheFirst(t *testing.T) {
+	t.Parallel() // mostly it waits
 	s := play(t, lab.Options{Inside: 2}, append(stage.NFT, "--lifetime=4s")...)
 	one, two, a, a2, ext := s.shared()
 	s.Kill()
@@ -213,6 +214,7 @@ func TestNFTSecondHostDoesNotRefreshTheFirst(t *testing.T) {
 // other host's permission. Fails when a flow to the inside endpoint of a recently ended
 // permission counts as a forward.
 func TestNFTEndOfAPermissionDoesNotBarItsNeighbour(t *testing.T) {
+	t.Parallel() // mostly it waits
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Inside: 2})
 		s.Start(stage.Flags(mode, "--lifetime=2s", "--reconcile=1s", "--max-children=0")...)

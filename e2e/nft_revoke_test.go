@@ -13,6 +13,7 @@ import (
 // A one-way flow keeps sending, from which the kernel could learn the permission
 // again.
 func TestNFTRevokeHoldsWhileTheHostGoesOnSending(t *testing.T) {
+	t.Parallel() // mostly it waits
 	stage.InModes(t, [][]string{stage.NFT, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{}, mode...)
 		phone, talker := s.InsideSocket(0, 5060), s.InsideSocket(0, 5061)
@@ -53,6 +54,7 @@ func TestNFTRevokeHoldsWhileTheHostGoesOnSending(t *testing.T) {
 // A revoke ends the permission's children, except those that the inside host
 // answered.
 func TestNFTRevokeEndsUnansweredChildren(t *testing.T) {
+	t.Parallel() // mostly it waits
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{}, mode...)
 		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)

@@ -52,6 +52,7 @@ func TestNFTStopLeavesAnsweredChildren(t *testing.T) {
 }
 
 func TestNFTStopThatKeepsLeavesTheTables(t *testing.T) {
+	t.Parallel() // mostly it waits
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{})
 		args := stage.Flags(mode, "--on-stop=keep", "--max-children=0")

@@ -149,6 +149,7 @@ func TestNFTWithoutLearningLosesTheQuickestAnswers(t *testing.T) {
 // Without a daemon permissions stay, and the kernel learns new ones; the next daemon takes
 // over all of them. Meanwhile no packet of the peer's is lost, from whatever port.
 func TestNFTOutlivesTheDaemonAndIsTakenOver(t *testing.T) {
+	t.Parallel() // mostly it waits
 	stage.InModes(t, [][]string{stage.NFT, stage.Auto, stage.NFTByEvent, stage.AutoByEvent}, func(t *testing.T, mode ...string) {
 		learns := !slices.Contains(mode, "--learn=false")
 		s := newScene(t, lab.Options{Inside: 3})
@@ -196,6 +197,7 @@ func TestNFTOutlivesTheDaemonAndIsTakenOver(t *testing.T) {
 }
 
 func TestNFTRunsOutWithoutADaemon(t *testing.T) {
+	t.Parallel() // mostly it waits
 	stage.InModes(t, [][]string{stage.NFT, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := play(t, lab.Options{}, append(mode, "--lifetime=4s")...)
 		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
@@ -420,6 +422,7 @@ func TestNFTLimitHoldsThoughTheKernelLearns(t *testing.T) {
 // The daemon's own refreshes disturb a listing of the map, so that the listing misses some
 // elements. They do not count as lost.
 func TestNFTRefreshIsNotTakenForLoss(t *testing.T) {
+	t.Parallel() // mostly it waits
 	stage.OfTheDaemon(t)
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent}, func(t *testing.T, mode ...string) {
 		const ports, peers = 50, 200

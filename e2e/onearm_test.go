@@ -48,6 +48,7 @@ const armNAT = `table ip nat { chain post { type nat hook postrouting priority s
 // Fails when a packet counts as inside only if its link is not outside, and when a subnet
 // that contains an outside link's network is refused.
 func TestGatewayWithOneArm(t *testing.T) {
+	t.Parallel() // mostly it waits
 	tunnel := func(s *scene) {
 		s.AddLink("tun0", vpnAddr)
 		s.IP(s.Gateway, "route add default via 198.51.100.254 dev tun0 onlink table 100")

@@ -181,12 +181,14 @@ func TestRangeOfPortsIsExcluded(t *testing.T) {
 }
 
 func TestGatewaySocketKeepsItsPackets(t *testing.T) {
+	t.Parallel() // mostly it waits
 	for name, addr := range map[string]netip.Addr{
 		"wildcard":     netip.IPv4Unspecified(),
 		"own address":  netip.MustParseAddr("198.51.100.1"),
 		"dual stacked": netip.IPv6Unspecified(),
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			s := play(t, lab.Options{})                                                  // the next reconcile is too late, except for nft alone
 			s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "120")) // the flow lasts until that reconcile
 			own := s.Socket(s.Gateway.Namespace, addr, 5060)

@@ -14,6 +14,7 @@ import (
 // Fails when chain learn keeps an element of another host, and, with a running daemon,
 // when the model revokes the old permission before it grants the new one.
 func TestNFTPortPassesToAnotherHost(t *testing.T) {
+	t.Parallel() // mostly it waits
 	states := []struct {
 		name string
 		to   func(s *stage.Scene)

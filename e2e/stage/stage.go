@@ -315,6 +315,10 @@ func Patience() time.Duration {
 	return time.Minute
 }
 
+// between is the pause between two looks of Until. Without one a test that waits would take a
+// CPU of the two that the daemon and other tests need.
+const between = 5 * time.Millisecond
+
 // Until repeats cond until it holds.
 func (s *Scene) Until(what string, cond func() bool) {
 	s.T.Helper()
@@ -328,6 +332,7 @@ func (s *Scene) UntilIn(bound time.Duration, what string, cond func() bool) {
 		if time.Now().After(end) {
 			s.T.Fatalf("waited in vain until %s\n%s", what, s.Dump())
 		}
+		time.Sleep(between)
 	}
 }
 
