@@ -156,7 +156,7 @@ func TestDemoShowsTheDifference(t *testing.T) {
 }
 
 func TestSelftestPassesOnThisKernel(t *testing.T) {
-	t.Parallel() // mostly it waits
+	t.Parallel()                    // mostly it waits
 	s := newScene(t, lab.Options{}) // any namespace will do
 	out, code := s.CLI("selftest")
 	t.Log(out)
@@ -167,7 +167,7 @@ func TestSelftestPassesOnThisKernel(t *testing.T) {
 
 // The selftest reports what passes and fails with stock Linux and each configuration of ours.
 func TestSelftestKnowsRFC4787(t *testing.T) {
-	t.Parallel() // mostly it waits
+	t.Parallel()                    // mostly it waits
 	s := newScene(t, lab.Options{}) // any namespace will do
 	out, code := s.CLI("selftest", "--rfc4787")
 	const (
