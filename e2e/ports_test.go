@@ -147,6 +147,37 @@ func TestNFTPortOfTheGatewayWithinItsLocalRange(t *testing.T) {
 	s.Arrives(host, s.PeerSocket(lab.PeerA, 5070), ext)
 }
 
+// Nothing has shown the outside address yet; the rules tell it.
+//
+// Fails when the daemon waits for a flow to learn the address from, or assumes one where rules
+// give several.
+func TestNFTFirstFlowLeavesAPortToTheGateway(t *testing.T) {
+	const second = "198.51.100.70"
+	for name, tt := range map[string]struct {
+		rules   string
+		addr    string // that the host gets
+		assumed bool
+	}{
+		"masquerade": {lab.Masquerade, "198.51.100.1", true},
+		"fixed address": {`table ip nat { chain post { type nat hook postrouting priority srcnat;
+			oifname "wan0" snat to ` + second + `; }; }`, second, true},
+		"two addresses": {`table ip nat { chain post { type nat hook postrouting priority srcnat;
+			oifname "wan0" ip daddr 192.0.2.0/24 snat to 198.51.100.71
+			oifname "wan0" snat to ` + second + `; }; }`, second, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newScene(t, lab.Options{Inside: 2, Rules: tt.rules})
+			s.IP(s.Gateway, "addr add "+second+"/32 dev lo")
+			s.Socket(s.Gateway.Namespace, netip.IPv4Unspecified(), 41641)
+			s.Serve(stage.Auto[0], mapped)
+			ext := s.Contact(s.InsideSocket(0, 41641), s.PeerSocket(lab.PeerA, 41641))
+			if ext.Addr() != netip.MustParseAddr(tt.addr) || inPool(ext) != tt.assumed {
+				t.Errorf("it leaves as %v", ext)
+			}
+		})
+	}
+}
+
 // Short-lived sockets, like a resolver's, end no permission and no mapping.
 func TestSocketsThatComeAndGoEndNothing(t *testing.T) {
 	stage.InModes(t, [][]string{stage.Auto, {stage.Auto[0], mapped}, stage.Expect}, func(t *testing.T, mode ...string) {

@@ -33,6 +33,7 @@ const (
 	requestReadStatistics        request = "read_statistics"
 	requestReadCounters          request = "read_counters"
 	requestReadMappings          request = "read_mappings"
+	requestAssumeAddresses       request = "assume_addresses"
 	requestReadTimeouts          request = "read_timeouts"
 	requestReconcile             request = "reconcile"
 	requestRevokePermissions     request = "revoke_permissions"

@@ -275,6 +275,7 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	var cfg config.Config
 	var served *gateway.PortSet
 	d.ask(func() { cfg, served = d.cfg.Config, d.served })
+	d.failures.note(requestAssumeAddresses, 1, d.firewall.assumeAddresses(cfg, d.network))
 	addrs := len(d.firewall.mappedAddrs)
 	m, err := d.firewall.newMapper(cfg, d.network, served)
 	d.settled = d.settled && len(d.firewall.mappedAddrs) == addrs // else look for sockets on the new ones

@@ -61,6 +61,25 @@ func (m *Mappings) teach(l *LinkSets, ms []Mapping) error {
 	return m.addElements(es)
 }
 
+// Assume tells the kernel the outside address of hosts on a link. It does nothing if the
+// kernel has learned one from flows.
+func (m *Mappings) Assume(link string, addr netip.Addr) error {
+	l, nobody := m.links[link], cone.AddrFrom4([4]byte{})
+	if l == nil || !addr.Is4() {
+		return nil
+	}
+	known := false
+	if err := m.w.list(l.Translated, func([]byte, []byte, time.Duration) { known = true }); err != nil || known {
+		return err
+	}
+	ext := cone.AddrFrom(addr)
+	return m.addElements([]setElement{
+		{set: l.Addresses, key: nobody, value: ext, isMap: true},
+		{set: l.Translated, key: nobody},
+		{set: l.Translated, key: ext},
+	})
+}
+
 // A setElement is an element of a set or map of addresses.
 type setElement struct {
 	set        string
