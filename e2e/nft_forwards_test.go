@@ -248,3 +248,21 @@ func TestNFTEndOfAPermissionDoesNotBarItsNeighbour(t *testing.T) {
 		s.Stands(two, b, ext)
 	})
 }
+
+// A permitted peer comes by a forward of the user's that leads to the permission's own host.
+//
+// Fails when verify takes that flow for a child of the permission.
+func TestNFTFlowOfAForwardIsNoChild(t *testing.T) {
+	s := play(t, lab.Options{Rules: lab.Masquerade + `table ip fw {
+	chain pre {
+		type nat hook prerouting priority dstnat;
+		iifname "wan0" udp dport 5060 dnat to 10.47.11.109
+	}
+}
+`}, stage.Auto...)
+	phone, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, peer)
+	s.Stands(phone, peer, ext)
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+	s.Verified()
+}

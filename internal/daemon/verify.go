@@ -121,7 +121,7 @@ func (d *Daemon) differences(v *control.Verification) (map[control.Wrong]struct{
 			count(x, n)
 		}
 	}
-	groups := cone.NewPrefixTable(cfg.PeerGroups)
+	groups, labels := cone.NewPrefixTable(cfg.PeerGroups), d.firewall.labels()
 	err = q.Dump(func(f *cone.Flow) {
 		v.Flows++
 		if _, excluded := slices.BinarySearch(cfg.ExcludePeerPorts, f.ReplySrc.Port); !excluded {
@@ -134,8 +134,10 @@ func (d *Daemon) differences(v *control.Verification) (map[control.Wrong]struct{
 				}
 			}
 		}
-		// A flow that a helper of the user's expected is no child of ours.
-		if !f.Status.Has(cone.StatusExpected) || cone.IsAnchor(f.MasterSrc, f.MasterDst) {
+		// A flow that a helper of the user's expected is no child of ours, nor is one of the
+		// user's forwards, which has no label.
+		if f.Status.Has(cone.StatusExpected) && cone.IsAnchor(f.MasterSrc, f.MasterDst) ||
+			!f.Status.Has(cone.StatusExpected) && (f.Labelled || !labels) {
 			ofAll(claimed{cone.Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.ReplyZone}, f.ReplySrc}, counted{children: 1})
 		}
 	})
