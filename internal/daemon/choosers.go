@@ -15,7 +15,7 @@ import (
 // and whether our tables must change. If the rules cannot be read, the last reading holds.
 func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out warnings, changed bool, err error) {
 	if !wantsMapping(cfg) || !f.maps() {
-		f.choosers = nil
+		f.choosers, f.sources, f.elsewhere = nil, nil, nil
 		return nil, false, nil
 	}
 	choosers, err := f.readChoosers()
@@ -30,6 +30,8 @@ func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out wa
 		}
 	}
 	before, known, same := f.chosen(cfg, network), f.choosers != nil, sameGiven(f.choosers, choosers)
+	differed, _ := f.differ(cfg, network)
+	elsewhere := f.elsewhere
 	f.choosers, f.sources = choosers, nil
 	now := f.chosen(cfg, network)
 	if changed = !same || !maps.EqualFunc(before, now, slices.Equal); changed && known {
@@ -38,9 +40,10 @@ func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out wa
 	if err != nil {
 		return out, changed, err
 	}
-	if len(choosers) > 0 {
-		f.sources = f.user.SourceNAT()
-	}
+	f.sources = f.user.SourceNAT()
+	differ, more := f.differ(cfg, network)
+	out = append(out, more...)
+	changed = changed || !slices.Equal(differed, differ) || !slices.Equal(elsewhere, f.elsewhere)
 	pool, hidden := poolText(cfg), f.user.SourcesMayBeHidden()
 	if hidden { // hidden rules may give any port
 		f.sources = append(f.sources, userrules.SourceNAT{ChoosesPort: true, Unknown: true})
@@ -71,6 +74,41 @@ func (f *firewall) readChoosers() (rules []userrules.SourceNAT, err error) {
 		return []userrules.SourceNAT{{ChoosesPort: true, Unknown: true, Text: err.Error()}}, err
 	}
 	return append([]userrules.SourceNAT{}, rules...), nil
+}
+
+// differ returns the links on which the user's rules may translate hosts with mappings to
+// different addresses. It notes the destinations to which they translate to another address,
+// and returns a warning for each rule that mappings do not follow.
+func (f *firewall) differ(cfg config.Config, network gateway.Network) (links []string, out warnings) {
+	f.elsewhere = nil
+	c := f.mappingConfig(cfg)
+	if c == nil {
+		return nil, nil
+	}
+	links, elsewhere, byOther := f.outsideAddrs(c.Subnets, network.OutsideLinks4())
+	f.elsewhere = elsewhere
+	for _, rule := range byOther {
+		out.add(warnAddrByOther, rule, "a rule of yours gives some packets of a host another outside address, and not by their source or "+
+			"by destinations that it names (%s): mappings keep the address of the host's first flow; "+
+			"name the destinations of that rule in mapping_exempt", rule)
+	}
+	return links, out
+}
+
+// outsideAddrs puts userrules.OutsideAddrs of all outside links together. differ are the
+// links with different addresses.
+func (f *firewall) outsideAddrs(subnets []netip.Prefix, outside []string) (differ []string, elsewhere []netip.Prefix, byOther []string) {
+	subnets = slices.DeleteFunc(slices.Clone(subnets), func(p netip.Prefix) bool { return !p.Addr().Is4() })
+	for _, link := range outside {
+		o := userrules.OutsideAddrsOf(f.sources, link, subnets)
+		elsewhere, byOther = append(elsewhere, o.Elsewhere...), append(byOther, o.ByOther...)
+		if o.Differ {
+			differ = append(differ, link)
+		}
+	}
+	slices.SortFunc(elsewhere, netip.Prefix.Compare)
+	slices.Sort(byOther)
+	return differ, slices.Compact(elsewhere), slices.Compact(byOther)
 }
 
 // chosen returns the hosts for which the user's rules choose outside ports, by outside link.

@@ -39,7 +39,8 @@ type firewall struct {
 	mappedLinks []string                  // current and former outside links: the latter keep their mappings
 	mappedAddrs map[cone.Addr]struct{}    // outside addresses that mappings had
 	choosers    []userrules.SourceNAT     // rules of the user's that choose outside ports
-	sources     []userrules.SourceNAT     // all rules that translate sources, if there are choosers
+	sources     []userrules.SourceNAT     // all rules that translate sources, if mappings are wanted
+	elsewhere   []netip.Prefix            // destinations to which rules translate to another address
 	old         oldPorts                  // ports that mappings may still have and must lose
 	behind      map[[2]uint64]bool        // the user's chains that run after ours, by their handles; nil: unknown
 	overtaken   bool                      // a chain of the user's translates all mapped traffic before ours
@@ -215,6 +216,7 @@ func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 		f.mappedLinks = slices.Compact(slices.Sorted(slices.Values(slices.Concat(f.mappedLinks, outside))))
 		d.Mapping.Links = f.mappedLinks
 		d.Mapping.Choosers = chosenPorts(f.choosers, d.Mapping.Subnets, outside)
+		d.Mapping.Differ, _, _ = f.outsideAddrs(d.Mapping.Subnets, outside)
 	}
 	return d
 }

@@ -24,7 +24,7 @@ const mappingsSize = 1 << 18
 func (f *firewall) mappingConfig(cfg config.Config) *rules.MappingConfig {
 	ports := f.ports
 	c := &rules.MappingConfig{
-		Exempt: cfg.MappingExempt, Served: ports.served,
+		Exempt: slices.Concat(cfg.MappingExempt, f.elsewhere), Served: ports.served,
 		// A mapping is refreshed at each reconcile while a flow of it lives.
 		Lifetime: max(cfg.Lifetime, 3*cfg.Reconcile), Size: mappingsSize,
 		// Long enough for the next reconcile to see that the flow lives and, without a
@@ -41,7 +41,7 @@ func (f *firewall) mappingConfig(cfg config.Config) *rules.MappingConfig {
 			c.Hairpin = append(c.Hairpin, s.Prefix)
 		}
 		if len(f.sides.OneArmed) > 0 && s.Prefix.Addr().Is4() {
-			c.Exempt = append(slices.Clip(c.Exempt), s.Prefix)
+			c.Exempt = append(c.Exempt, s.Prefix)
 		}
 	}
 	if len(c.Subnets) == 0 {

@@ -79,7 +79,7 @@ func (f *firewall) outdated(cfg config.Config) func(elements.Mapping) bool {
 		return within(f.old.chosen[x.Link], x.Int.Addr) && (x.Int.Port == x.Ext.Port || inPools(pools, x))
 	}
 	return func(x elements.Mapping) bool {
-		if len(f.choosers) > 0 {
+		if len(f.choosers) > 0 && f.sources != nil {
 			may, sure := userrules.MayGive(f.sources, x.Link, x.Int.Addr.Netip(), x.Ext.Port)
 			if !may || !sure && since(x) {
 				return true

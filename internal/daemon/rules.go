@@ -103,6 +103,11 @@ func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (not
 		if f.choosers, err = f.user.PortChoosers(); err != nil {
 			return nil, err
 		}
+		f.sources = f.user.SourceNAT()
+		_, more := f.differ(cfg, network)
+		for _, w := range more {
+			notes = append(notes, w.text)
+		}
 	}
 	sockets, err := gateway.DialSockets(0)
 	if err != nil {

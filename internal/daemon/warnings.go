@@ -25,6 +25,7 @@ const (
 	warnForwardsAll     warningID = "all_ports_forwarded"    // about is the rule
 	warnRivalChain      warningID = "chain_before_mapping"   // about is the chain
 	warnPortsChosen     warningID = "ports_chosen_by_rule"
+	warnAddrByOther     warningID = "address_not_by_host" // about is the rule
 	warnSourceNATUnread warningID = "source_nat_unread"
 	warnSourceNATHidden warningID = "source_nat_hidden"
 	warnPoolOverlaps    warningID = "pool_overlaps_local_ports"

@@ -71,7 +71,8 @@ var (
 //   - addresses has, under the key 0.0.0.0, the outside address that the user's rules gave
 //     to the first host that was seen. translated has all addresses that they gave, and
 //     0.0.0.0 once there is one; several has 0.0.0.0 once there is a second one. From then
-//     on addresses has the outside address of each host.
+//     on, or from the start for links in Differ, addresses has the outside address of each
+//     host.
 //
 // And for all links:
 //
@@ -175,6 +176,7 @@ type uplink struct {
 	name                                               string
 	kept, moved, ports, addresses, translated, several *set
 	chosen                                             *chosen
+	differ                                             bool // hosts may have different addresses there
 	mapped, given, learnAddress, own, ours, hairpinned *nftables.Chain
 }
 
@@ -189,6 +191,7 @@ func (m *mapper) uplink(name string) *uplink {
 		translated: m.learnedSet(sets.Translated, addressKey, linkAddressesSize),
 		several:    m.learnedSet(sets.Several, addressKey, 1),
 		chosen:     m.chosenBy(name),
+		differ:     slices.Contains(m.Differ, name),
 	}
 }
 
@@ -307,9 +310,12 @@ func (u *uplink) throughMapping() *nftables.Chain {
 
 // withAddress adds rules for packets of hosts. They set the source to the outside address
 // that the user's rules would give, if that is known, and go on to next. While there is
-// only one outside address, a host that was not seen yet is assumed to get that one.
+// only one outside address, a host that was not seen yet is assumed to get that one, unless
+// the rules may give it another.
 func (u *uplink) withAddress(c *nftables.Chain, hosts exprs, next *nftables.Chain) {
-	u.rule(c, "all have one address", hosts, nobody(ipSaddr).notIn(u.several), setIPSaddr(u.addresses.of(nobody(ipSaddr))), goTo(next))
+	if !u.differ {
+		u.rule(c, "all have one address", hosts, nobody(ipSaddr).notIn(u.several), setIPSaddr(u.addresses.of(nobody(ipSaddr))), goTo(next))
+	}
 	u.rule(c, "its address is known", hosts, setIPSaddr(u.addresses.of(ipSaddr)), goTo(next))
 }
 
@@ -412,7 +418,11 @@ func (u *uplink) remembers() *nftables.Chain {
 	u.rule(c, "conntrack takes port 0 for none", isUDP, ctOriginalProtoSrc.is(be16(0)), goTo(u.foreign))
 	u.rule(c, "an older flow than its address", ctReplyIPDaddr.in(u.gone), accept)
 	u.rule(c, "", ctReplyIPDaddr.notIn(u.translated), jump(u.learnAddress))
-	u.rule(c, "which one does the host get?", nobody(ctReplyIPDaddr).in(u.several),
+	var several exprs
+	if !u.differ {
+		several = nobody(ctReplyIPDaddr).in(u.several)
+	}
+	u.rule(c, "which one does the host get?", several,
 		addTo(u.addresses, elem{key: ctOriginalIPSaddr, timeout: elements.AddressTimeout, data: &ctReplyIPDaddr}))
 	u.rule(c, "the gateway has the port", isUDP, ctReplyProtoDst.in(u.served), goTo(u.foreign))
 	u.rule(c, "", goTo(u.own))

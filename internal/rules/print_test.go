@@ -42,6 +42,9 @@ func printed() map[string]rules.Desired {
 		"mapping with ports by rules of the user's": withMapping(func(_ *rules.Desired, m *rules.MappingConfig) {
 			m.Hairpin, m.Choosers = m.Subnets, map[string][]netip.Prefix{"wan0": m.Subnets}
 		}),
+		"mapping where hosts have different addresses": withMapping(func(_ *rules.Desired, m *rules.MappingConfig) {
+			m.Hairpin, m.Differ = m.Subnets, []string{"wan0"}
+		}),
 		"IPv4 alone":         desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Subnets = d.Subnets[:1] }),
 		"IPv6 alone":         {OutsideLinks: []string{"wan0"}, Subnets: both[1:], Guard: true, Spoofed: true, Helpers: onAnchors, MaxChildren: 256},
 		"the gateway itself": desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Subnets, d.Map, d.Self = d.Subnets[:1], nil, true }),

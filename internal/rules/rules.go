@@ -103,6 +103,9 @@ type MappingConfig struct {
 	// Choosers has, for each outside link, the hosts whose outside ports the user's rules
 	// choose themselves. These hosts are left to those rules.
 	Choosers map[string][]netip.Prefix
+	// Differ are the outside links on which the user's rules may translate hosts to different
+	// addresses. There a host gets no port of a pool until its own flows show its address.
+	Differ []string
 	// Lifetime is how long a mapping lives after the last packet of one of its unanswered
 	// flows, or after the last Keep.
 	Lifetime time.Duration

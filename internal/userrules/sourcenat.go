@@ -38,6 +38,10 @@ type SourceNAT struct {
 	// asks says that other properties of the packets, for example a mark or their
 	// destination, decide whether the rule translates them.
 	asks bool
+	// byOther says that neither their sources nor their destinations do.
+	byOther bool
+	// dests are the destinations of the packets; nil stands for any.
+	dests []AddrRange
 	// Text names the rule as in a Forward, and Chain the base chain that leads to it, as
 	// Chain.String does.
 	Text, Chain string
@@ -54,8 +58,9 @@ func (rs *Ruleset) SourceNAT() (all []SourceNAT) {
 		var base string
 		w.sources = func(r *rule, n SourceNAT, conds []condition) {
 			for _, c := range conds {
-				n.Text, n.Chain, n.Links, n.Sources = r.title(t), base, c.out, c.sources
+				n.Text, n.Chain, n.Links, n.Sources, n.dests = r.title(t), base, c.out, c.sources, c.addrs
 				n.asks = c.asks || w.exempts || c.ports != nil || c.addrs != nil
+				n.byOther = c.asks || c.ports != nil || c.partial && c.sources == nil
 				n.Partial = c.partial || w.exempts || c.ports != nil || c.addrs != nil
 				all = append(all, n)
 			}

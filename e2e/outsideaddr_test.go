@@ -1,0 +1,117 @@
+package e2e
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// Outside addresses that depend on the host or on the destination, and mappings.
+
+// withAddresses returns a scene whose gateway has 198.51.100.8 to .11 on wan0 besides .1.
+func withAddresses(t *testing.T, load func(s *scene) error) *scene {
+	s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
+	for _, addr := range []string{"198.51.100.8", "198.51.100.9", "198.51.100.10", "198.51.100.11"} {
+		s.IP(s.Gateway, "addr add "+addr+"/32 dev wan0")
+	}
+	s.Must(load(s))
+	return s
+}
+
+// byNFT and byIPTables load source NAT rules for packets that leave by wan0.
+func byNFT(rules ...string) func(s *scene) error {
+	return func(s *scene) error { return s.NFT(natChain("srcnat", rules...)) }
+}
+
+func byIPTables(variant string, rules ...string) func(s *scene) error {
+	return func(s *scene) error {
+		return s.IPTables(variant, "*nat\n-A POSTROUTING -o wan0 "+strings.Join(rules, "\n-A POSTROUTING -o wan0 ")+"\nCOMMIT\n")
+	}
+}
+
+// Two hosts send from one port, and the rules give each its own outside address. Fails when
+// the second one, whose port the first one has on its address, gets a port of the pool there.
+func TestNFTHostKeepsTheAddressThatItsRuleGives(t *testing.T) {
+	byHost := []string{"-s 10.47.11.110 -j SNAT --to-source 198.51.100.9", "-j MASQUERADE"}
+	for name, tc := range map[string]struct {
+		load func(s *scene) error
+		want string
+	}{
+		"a rule for a host":       {byNFT("ip saddr 10.47.11.110 snat to 198.51.100.9", "masquerade"), "198.51.100.9"},
+		"two addresses":           {byNFT("ip saddr 10.47.11.110 snat to 198.51.100.9", "snat to 198.51.100.8"), "198.51.100.9"},
+		"a map":                   {byNFT("snat to ip saddr map { 10.47.11.109 : 198.51.100.8, 10.47.11.110 : 198.51.100.9 }"), "198.51.100.9"},
+		"a prefix for a prefix":   {byNFT("snat ip prefix to ip saddr map { 10.47.11.108/30 : 198.51.100.8/30 }"), "198.51.100.10"},
+		"iptables-nft":            {byIPTables(lab.IPTablesNFT, byHost...), "198.51.100.9"},
+		"iptables-legacy":         {byIPTables(lab.IPTablesLegacy, byHost...), "198.51.100.9"},
+		"iptables-legacy, NETMAP": {byIPTables(lab.IPTablesLegacy, "-s 10.47.11.108/30 -j NETMAP --to 198.51.100.8/30"), "198.51.100.10"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := withAddresses(t, tc.load)
+			s.Serve(stage.Auto[0], mapped)
+			peer, host := s.PeerSocket(lab.PeerA, 5060), s.InsideSocket(1, 3074)
+			first := s.Contact(s.InsideSocket(0, 3074), peer)
+			ext := s.Contact(host, peer)
+			if ext.Addr().String() != tc.want || ext.Addr() == first.Addr() {
+				t.Errorf("they leave as %v and %v, want %s for the second one", first, ext, tc.want)
+			}
+			s.Arrives(host, s.PeerSocket(lab.PeerA, 5070), ext)
+			if w := s.Status().Warnings; len(w) > 0 {
+				t.Errorf("warnings %q", w)
+			}
+		})
+	}
+}
+
+// The rules change while conenatd runs. Fails when they are looked at only at the start.
+func TestNFTHostKeepsTheAddressOfALaterRule(t *testing.T) {
+	s := withAddresses(t, byNFT("masquerade"))
+	s.Serve(stage.Auto[0], mapped)
+	peer := s.PeerSocket(lab.PeerA, 5060)
+	s.Contact(s.InsideSocket(0, 3074), peer)
+	s.Must(s.NFT(`insert rule ip nat postrouting oifname "wan0" ip saddr 10.47.11.110 snat to 198.51.100.9`))
+	s.Until("the rules know", func() bool {
+		list, err := s.Gateway.Output("nft", "list", "chain", "ip", "conenat", "mapped_wan0")
+		s.Must(err)
+		return !strings.Contains(list, "all have one address")
+	})
+	if ext := s.Contact(s.InsideSocket(1, 3074), peer); ext.Addr().String() != "198.51.100.9" {
+		t.Errorf("it leaves as %v", ext)
+	}
+}
+
+// A rule gives one destination another address, as a SIP trunk may demand. Fails when a
+// mapping from another destination decides.
+func TestNFTMappingLeavesDestinationsWithAnotherAddress(t *testing.T) {
+	const trunk = "198.51.100.9"
+	for name, tc := range map[string]struct {
+		load   func(s *scene) error
+		warned bool
+	}{
+		"nftables":        {byNFT("ip daddr 203.0.113.6 snat to "+trunk, "masquerade"), false},
+		"iptables-legacy": {byIPTables(lab.IPTablesLegacy, "-d 203.0.113.6 -j SNAT --to-source "+trunk, "-j MASQUERADE"), false},
+		"by port":         {byNFT("udp dport 5061 snat to "+trunk, "masquerade"), true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := withAddresses(t, tc.load)
+			s.Serve(stage.Auto[0], mapped)
+			phone, other := s.InsideSocket(0, 3074), s.PeerSocket(lab.PeerA, 5060)
+			usual := s.Contact(phone, other)
+			if !tc.warned {
+				ext := s.Contact(phone, s.PeerSocket(lab.PeerB, 5060))
+				if ext.Addr().String() != trunk || ext.Addr() == usual.Addr() {
+					t.Errorf("it leaves as %v, and elsewhere as %v", ext, usual)
+				}
+				s.Arrives(phone, s.PeerSocket(lab.PeerB, 5070), ext)
+			}
+			second := s.InsideSocket(1, 3074) // the pool is as good as without that rule
+			if got := s.Contact(second, other); !tc.warned && !inPool(got) {
+				t.Errorf("the second host leaves as %v", got)
+			}
+			if got := s.warns("mapping_exempt"); got != tc.warned {
+				t.Errorf("warnings %q", s.Status().Warnings)
+			}
+		})
+	}
+}

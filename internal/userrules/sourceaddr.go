@@ -1,0 +1,73 @@
+package userrules
+
+import (
+	"net/netip"
+	"slices"
+)
+
+// OutsideAddrs are the addresses to which rules translate packets of hosts that leave by a
+// link.
+type OutsideAddrs struct {
+	// Differ says that they may not be the same for all hosts.
+	Differ bool
+	// Elsewhere are destinations to which packets get another address than to most others.
+	Elsewhere []netip.Prefix
+	// ByOther names rules that give some packets of a host another address than later rules
+	// give to the others. They tell them apart by something that is not their source, and
+	// not a destination that was read: a mark, a port, a named set.
+	ByOther []string
+}
+
+// OutsideAddrsOf evaluates rules, as SourceNAT returns them.
+func OutsideAddrsOf(rules []SourceNAT, link string, hosts []netip.Prefix) (o OutsideAddrs) {
+	var usual, elsewhere []*SourceNAT
+	var done []string // base chains in which an earlier rule translates all packets
+	for i := range rules {
+		n := &rules[i]
+		within := n.Within(hosts)
+		switch {
+		case slices.Contains(done, n.Chain) || !n.LeavesBy(link) || len(within) == 0:
+		case n.dests != nil:
+			elsewhere = append(elsewhere, n)
+		default:
+			usual = append(usual, n)
+			if !n.Partial && slices.Equal(within, hosts) {
+				done = append(done, n.Chain)
+			}
+		}
+	}
+	for i, n := range usual {
+		o.Differ = o.Differ || slices.ContainsFunc(usual[i:], n.differs)
+		if n.byOther && n.outsideAddr() != nil && slices.ContainsFunc(usual[i+1:], n.differs) && !slices.Contains(o.ByOther, n.Text) {
+			o.ByOther = append(o.ByOther, n.Text)
+		}
+	}
+	for _, n := range elsewhere {
+		if slices.ContainsFunc(usual, n.differs) {
+			for _, r := range n.dests {
+				o.Elsewhere = append(o.Elsewhere, r.prefixes()...)
+			}
+		}
+	}
+	return o
+}
+
+// differs reports whether the rules n and m may give different addresses, or the rule n
+// itself if both are the same.
+func (n *SourceNAT) differs(m *SourceNAT) bool {
+	a, b := n.outsideAddr(), m.outsideAddr()
+	return a == nil || b == nil || *a != *b
+}
+
+// outsideAddr returns the address that the rule gives, the zero address if it is that of the
+// link, or nil if it may give several.
+func (n *SourceNAT) outsideAddr() *netip.Addr {
+	switch {
+	case n.Unknown:
+	case n.Masquerade && len(n.Addrs) == 0:
+		return &netip.Addr{}
+	case len(n.Addrs) == 1 && n.Addrs[0].First == n.Addrs[0].Last:
+		return &n.Addrs[0].First
+	}
+	return nil
+}
