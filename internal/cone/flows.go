@@ -252,8 +252,11 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 			// The map may have learned a permission of which no event came yet. So drop the
 			// child only if there is a claim of its Key, or in a snapshot, which would show
 			// that permission's flow.
-			if i != none || m.owner(p.Key) != none || m.snap.showing {
+			switch {
+			case i != none || m.owner(p.Key) != none || m.snap.showing:
 				m.orphan(f, p)
+			case m.snap.running: // the snapshot may still show that permission's flow
+				m.snap.inbound = append(m.snap.inbound, *f)
 			}
 		case i != none && !m.leads(p.extKey(), f.Src.Addr) && !(m.unread && m.shown.has(now, p.extKey())):
 			m.orphan(f, p)

@@ -316,3 +316,40 @@ func TestOwnerThatGoesOnIsPutBack(t *testing.T) {
 	}
 	d.want(owner)
 }
+
+// The topology refused a flow, so that it has no claim yet, but the kernel learned its
+// permission. While the next snapshot runs, the permission admits a child.
+//
+// Fails when that child does not count until the snapshot after it.
+func TestChildOfAFlowThatARunningSnapshotShows(t *testing.T) {
+	const in = "10.47.11.109:1"
+	for name, tc := range map[string]struct {
+		shown, ends bool
+		want        []OpKind
+		children    int
+	}{
+		"shown":                  {shown: true, want: []OpKind{Grant}, children: 1},
+		"shown, the child ended": {shown: true, ends: true, want: []OpKind{Grant}},
+		"not shown":              {want: []OpKind{DropUnanswered}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, func(p *Policy) { p.Mapped, p.Learned, p.Labels = true, true, true })
+			f := d.translated(in, "203.0.113.5:9")
+			d.m.BeginSnapshot(1)
+			child, _ := d.admit(1, "203.0.113.5:10", "198.51.100.1:1", in, 0)
+			if tc.ends {
+				d.gone(1, child)
+			}
+			if tc.shown {
+				d.m.SnapshotFlow(1, f)
+			}
+			d.m.EndSnapshot(1)
+			d.wantOps("at the end", d.carry(), tc.want...)
+			if tc.shown {
+				if n := d.view(in).Children; n != tc.children {
+					t.Errorf("%d children, want %d", n, tc.children)
+				}
+			}
+		})
+	}
+}
