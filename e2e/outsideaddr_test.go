@@ -45,6 +45,7 @@ func TestNFTHostKeepsTheAddressThatItsRuleGives(t *testing.T) {
 		"a prefix for a prefix":   {byNFT("snat ip prefix to ip saddr map { 10.47.11.108/30 : 198.51.100.8/30 }"), "198.51.100.10"},
 		"iptables-nft":            {byIPTables(lab.IPTablesNFT, byHost...), "198.51.100.9"},
 		"iptables-legacy":         {byIPTables(lab.IPTablesLegacy, byHost...), "198.51.100.9"},
+		"a host untranslated":     {byNFT("ip saddr 10.47.11.0-10.47.11.109 masquerade"), "10.47.11.110"},
 		"iptables-legacy, NETMAP": {byIPTables(lab.IPTablesLegacy, "-s 10.47.11.108/30 -j NETMAP --to 198.51.100.8/30"), "198.51.100.10"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -56,7 +57,9 @@ func TestNFTHostKeepsTheAddressThatItsRuleGives(t *testing.T) {
 			if ext.Addr().String() != tc.want || ext.Addr() == first.Addr() {
 				t.Errorf("they leave as %v and %v, want %s for the second one", first, ext, tc.want)
 			}
-			s.Arrives(host, s.PeerSocket(lab.PeerA, 5070), ext)
+			if tc.want != "10.47.11.110" {
+				s.Arrives(host, s.PeerSocket(lab.PeerA, 5070), ext)
+			}
 			if w := s.Status().Warnings; len(w) > 0 {
 				t.Errorf("warnings %q", w)
 			}
@@ -81,17 +84,25 @@ func TestNFTHostKeepsTheAddressOfALaterRule(t *testing.T) {
 	}
 }
 
-// A rule gives one destination another address, as a SIP trunk may demand. Fails when a
-// mapping from another destination decides.
+// A rule gives one destination another address, as a SIP trunk may demand, or leaves it
+// untranslated, like a network behind a VPN router. Fails when a mapping from another
+// destination decides.
 func TestNFTMappingLeavesDestinationsWithAnotherAddress(t *testing.T) {
-	const trunk = "198.51.100.9"
+	const trunk, itself = "198.51.100.9", "10.47.11.109"
 	for name, tc := range map[string]struct {
 		load   func(s *scene) error
+		want   string
 		warned bool
 	}{
-		"nftables":        {byNFT("ip daddr 203.0.113.6 snat to "+trunk, "masquerade"), false},
-		"iptables-legacy": {byIPTables(lab.IPTablesLegacy, "-d 203.0.113.6 -j SNAT --to-source "+trunk, "-j MASQUERADE"), false},
-		"by port":         {byNFT("udp dport 5061 snat to "+trunk, "masquerade"), true},
+		"nftables":                 {byNFT("ip daddr 203.0.113.6 snat to "+trunk, "masquerade"), trunk, false},
+		"a set":                    {byNFT("ip daddr { 203.0.113.6, 203.0.113.8/30 } snat to "+trunk, "masquerade"), trunk, false},
+		"iptables-legacy":          {byIPTables(lab.IPTablesLegacy, "-d 203.0.113.6 -j SNAT --to-source "+trunk, "-j MASQUERADE"), trunk, false},
+		"by port":                  {byNFT("udp dport 5061 snat to "+trunk, "masquerade"), "", true},
+		"accepted":                 {byNFT("ip daddr 203.0.113.6/31 accept", "masquerade"), itself, false},
+		"all but a few":            {byNFT("ip daddr != 203.0.113.6/31 masquerade"), itself, false},
+		"all but a set":            {byNFT("ip daddr != { 203.0.113.6, 203.0.113.8/30 } masquerade"), itself, false},
+		"iptables-nft, returned":   {byIPTables(lab.IPTablesNFT, "-d 203.0.113.6/31 -j RETURN", "-j MASQUERADE"), itself, false},
+		"iptables-legacy, all but": {byIPTables(lab.IPTablesLegacy, "! -d 203.0.113.6/31 -j MASQUERADE"), itself, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := withAddresses(t, tc.load)
@@ -100,10 +111,12 @@ func TestNFTMappingLeavesDestinationsWithAnotherAddress(t *testing.T) {
 			usual := s.Contact(phone, other)
 			if !tc.warned {
 				ext := s.Contact(phone, s.PeerSocket(lab.PeerB, 5060))
-				if ext.Addr().String() != trunk || ext.Addr() == usual.Addr() {
-					t.Errorf("it leaves as %v, and elsewhere as %v", ext, usual)
+				if ext.Addr().String() != tc.want || ext.Addr() == usual.Addr() {
+					t.Errorf("it leaves as %v, want %s, and elsewhere as %v", ext, tc.want, usual)
 				}
-				s.Arrives(phone, s.PeerSocket(lab.PeerB, 5070), ext)
+				if tc.want == trunk {
+					s.Arrives(phone, s.PeerSocket(lab.PeerB, 5070), ext)
+				}
 			}
 			second := s.InsideSocket(1, 3074) // the pool is as good as without that rule
 			if got := s.Contact(second, other); !tc.warned && !inPool(got) {

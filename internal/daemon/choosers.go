@@ -15,7 +15,7 @@ import (
 // and whether our tables must change. If the rules cannot be read, the last reading holds.
 func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out warnings, changed bool, err error) {
 	if !wantsMapping(cfg) || !f.maps() {
-		f.choosers, f.sources, f.elsewhere = nil, nil, nil
+		f.choosers, f.sources, f.exempt, f.elsewhere = nil, nil, nil, nil
 		return nil, false, nil
 	}
 	choosers, err := f.readChoosers()
@@ -30,8 +30,8 @@ func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out wa
 		}
 	}
 	before, known, same := f.chosen(cfg, network), f.choosers != nil, sameGiven(f.choosers, choosers)
-	differed, _ := f.differ(cfg, network)
 	elsewhere := f.elsewhere
+	differed, _ := f.differ(cfg, network)
 	f.choosers, f.sources = choosers, nil
 	now := f.chosen(cfg, network)
 	if changed = !same || !maps.EqualFunc(before, now, slices.Equal); changed && known {
@@ -40,14 +40,11 @@ func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out wa
 	if err != nil {
 		return out, changed, err
 	}
-	f.sources = f.user.SourceNAT()
+	f.sources, f.exempt = f.user.SourceNAT(), f.user.Untranslated()
 	differ, more := f.differ(cfg, network)
 	out = append(out, more...)
 	changed = changed || !slices.Equal(differed, differ) || !slices.Equal(elsewhere, f.elsewhere)
 	pool, hidden := poolText(cfg), f.user.SourcesMayBeHidden()
-	if hidden { // hidden rules may give any port
-		f.sources = append(f.sources, userrules.SourceNAT{ChoosesPort: true, Unknown: true})
-	}
 	if hidden && pool != "" {
 		out.add(warnSourceNATHidden, "", "only root may read the rules of iptables-legacy: if one of them chooses outside ports "+
 			`(--to-ports, --to-source with ports), set port_pool = "none", so that hosts keep to it`)
@@ -77,8 +74,8 @@ func (f *firewall) readChoosers() (rules []userrules.SourceNAT, err error) {
 }
 
 // differ returns the links on which the user's rules may translate hosts with mappings to
-// different addresses. It notes the destinations to which they translate to another address,
-// and returns a warning for each rule that mappings do not follow.
+// different addresses. It notes the destinations to which they give another address, or
+// none, and returns a warning for each rule that mappings do not follow.
 func (f *firewall) differ(cfg config.Config, network gateway.Network) (links []string, out warnings) {
 	f.elsewhere = nil
 	c := f.mappingConfig(cfg)
@@ -100,7 +97,7 @@ func (f *firewall) differ(cfg config.Config, network gateway.Network) (links []s
 func (f *firewall) outsideAddrs(subnets []netip.Prefix, outside []string) (differ []string, elsewhere []netip.Prefix, byOther []string) {
 	subnets = slices.DeleteFunc(slices.Clone(subnets), func(p netip.Prefix) bool { return !p.Addr().Is4() })
 	for _, link := range outside {
-		o := userrules.OutsideAddrsOf(f.sources, link, subnets)
+		o := userrules.OutsideAddrsOf(f.sources, f.exempt, link, subnets)
 		elsewhere, byOther = append(elsewhere, o.Elsewhere...), append(byOther, o.ByOther...)
 		if o.Differ {
 			differ = append(differ, link)

@@ -40,7 +40,8 @@ type firewall struct {
 	mappedAddrs map[cone.Addr]struct{}    // outside addresses that mappings had
 	choosers    []userrules.SourceNAT     // rules of the user's that choose outside ports
 	sources     []userrules.SourceNAT     // all rules that translate sources, if mappings are wanted
-	elsewhere   []netip.Prefix            // destinations to which rules translate to another address
+	exempt      []userrules.SourceNAT     // what rules name as untranslated, if mappings are wanted
+	elsewhere   []netip.Prefix            // destinations to which rules give another address, or none
 	old         oldPorts                  // ports that mappings may still have and must lose
 	behind      map[[2]uint64]bool        // the user's chains that run after ours, by their handles; nil: unknown
 	overtaken   bool                      // a chain of the user's translates all mapped traffic before ours

@@ -78,9 +78,13 @@ func (f *firewall) outdated(cfg config.Config) func(elements.Mapping) bool {
 	since := func(x elements.Mapping) bool {
 		return within(f.old.chosen[x.Link], x.Int.Addr) && (x.Int.Port == x.Ext.Port || inPools(pools, x))
 	}
+	sources := f.sources
+	if f.user != nil && f.user.SourcesMayBeHidden() { // hidden rules may give any port
+		sources = append(slices.Clip(sources), userrules.SourceNAT{ChoosesPort: true, Unknown: true})
+	}
 	return func(x elements.Mapping) bool {
 		if len(f.choosers) > 0 && f.sources != nil {
-			may, sure := userrules.MayGive(f.sources, x.Link, x.Int.Addr.Netip(), x.Ext.Port)
+			may, sure := userrules.MayGive(sources, x.Link, x.Int.Addr.Netip(), x.Ext.Port)
 			if !may || !sure && since(x) {
 				return true
 			}

@@ -103,7 +103,7 @@ func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (not
 		if f.choosers, err = f.user.PortChoosers(); err != nil {
 			return nil, err
 		}
-		f.sources = f.user.SourceNAT()
+		f.sources, f.exempt = f.user.SourceNAT(), f.user.Untranslated()
 		_, more := f.differ(cfg, network)
 		for _, w := range more {
 			notes = append(notes, w.text)

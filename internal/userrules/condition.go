@@ -19,6 +19,7 @@ type condition struct {
 	ports   []PortRange // sorted; nil stands for any
 	addrs   []AddrRange // nil stands for any
 	sources []AddrRange // nil stands for any
+	except  []AddrRange // destinations that a test excluded; may be wider than the truth
 	out     []string    // the outgoing links; nil stands for any
 	unknown bool        // a test of the port was not understood
 	partial bool        // something else was tested, so the condition may be wider than the truth
@@ -215,6 +216,9 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 	if f.kind == mangledPort || f.kind == port && t.not && f.mask != nil {
 		c.unknown = true
 		return c, true
+	}
+	if t.not && f.kind == address4 {
+		c.except = append(slices.Clip(c.except), t.addrs(false)...)
 	}
 	if t.not && f.mask != nil {
 		return c, true // a mask makes the spans too wide, so their complement would be too narrow

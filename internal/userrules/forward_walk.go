@@ -90,6 +90,8 @@ type walker struct {
 	exempts bool // an earlier rule may let packets pass untranslated
 	// sources gets the rules that translate sources, in postrouting chains; nil for others.
 	sources func(r *rule, n SourceNAT, conds []condition)
+	// passes gets the packets that such chains let pass untranslated.
+	passes func(conds []condition)
 }
 
 const (
@@ -164,6 +166,9 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 				}
 			} else {
 				w.exempts = true
+				if w.passes != nil && (e.Kind == expr.VerdictAccept || depth == 0) {
+					w.passes(conds)
+				}
 			}
 			return
 		case *expr.NAT:

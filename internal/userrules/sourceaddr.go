@@ -8,9 +8,10 @@ import (
 // OutsideAddrs are the addresses to which rules translate packets of hosts that leave by a
 // link.
 type OutsideAddrs struct {
-	// Differ says that they may not be the same for all hosts.
+	// Differ says that they may not be the same for all hosts, or that some hosts keep theirs.
 	Differ bool
-	// Elsewhere are destinations to which packets get another address than to most others.
+	// Elsewhere are destinations to which packets get another address than to most others, or
+	// keep theirs.
 	Elsewhere []netip.Prefix
 	// ByOther names rules that give some packets of a host another address than later rules
 	// give to the others. They tell them apart by something that is not their source, and
@@ -18,8 +19,8 @@ type OutsideAddrs struct {
 	ByOther []string
 }
 
-// OutsideAddrsOf evaluates rules, as SourceNAT returns them.
-func OutsideAddrsOf(rules []SourceNAT, link string, hosts []netip.Prefix) (o OutsideAddrs) {
+// OutsideAddrsOf evaluates what SourceNAT and Untranslated return.
+func OutsideAddrsOf(rules, untranslated []SourceNAT, link string, hosts []netip.Prefix) (o OutsideAddrs) {
 	var usual, elsewhere []*SourceNAT
 	var done []string // base chains in which an earlier rule translates all packets
 	for i := range rules {
@@ -36,17 +37,25 @@ func OutsideAddrsOf(rules []SourceNAT, link string, hosts []netip.Prefix) (o Out
 			}
 		}
 	}
+	for _, p := range hosts { // hosts that no rule translates keep their address
+		covers := func(n *SourceNAT) bool { return slices.Contains(n.Within([]netip.Prefix{p}), p) }
+		o.Differ = o.Differ || len(usual) > 0 && !slices.ContainsFunc(usual, covers)
+	}
 	for i, n := range usual {
 		o.Differ = o.Differ || slices.ContainsFunc(usual[i:], n.differs)
 		if n.byOther && n.outsideAddr() != nil && slices.ContainsFunc(usual[i+1:], n.differs) && !slices.Contains(o.ByOther, n.Text) {
 			o.ByOther = append(o.ByOther, n.Text)
 		}
 	}
+	elsewhere = slices.DeleteFunc(elsewhere, func(n *SourceNAT) bool { return !slices.ContainsFunc(usual, n.differs) })
+	for i := range untranslated {
+		if n := &untranslated[i]; n.LeavesBy(link) && len(n.Within(hosts)) > 0 {
+			elsewhere = append(elsewhere, n)
+		}
+	}
 	for _, n := range elsewhere {
-		if slices.ContainsFunc(usual, n.differs) {
-			for _, r := range n.dests {
-				o.Elsewhere = append(o.Elsewhere, r.prefixes()...)
-			}
+		for _, r := range n.dests {
+			o.Elsewhere = append(o.Elsewhere, r.prefixes()...)
 		}
 	}
 	return o

@@ -50,6 +50,19 @@ type SourceNAT struct {
 // SourceNAT returns what the rules do to the sources of UDP packets over IPv4. It follows
 // the NAT chains of the postrouting hook and the chains that they jump to.
 func (rs *Ruleset) SourceNAT() (all []SourceNAT) {
+	all, _ = rs.sourceNAT()
+	return all
+}
+
+// Untranslated returns the packets to destinations that rules name as untranslated: by
+// letting these packets pass, or by translating only what goes elsewhere. It may return more
+// than the truth.
+func (rs *Ruleset) Untranslated() []SourceNAT {
+	_, exempt := rs.sourceNAT()
+	return exempt
+}
+
+func (rs *Ruleset) sourceNAT() (all, exempt []SourceNAT) {
 	for _, t := range rs.sourceTables() {
 		if t.failed != nil {
 			all = append(all, SourceNAT{ChoosesPort: true, Unknown: true, Text: t.failed.Error()})
@@ -63,6 +76,16 @@ func (rs *Ruleset) SourceNAT() (all []SourceNAT) {
 				n.byOther = c.asks || c.ports != nil || c.partial && c.sources == nil
 				n.Partial = c.partial || w.exempts || c.ports != nil || c.addrs != nil
 				all = append(all, n)
+				if c.except != nil {
+					exempt = append(exempt, SourceNAT{Links: c.out, Sources: c.sources, dests: c.except})
+				}
+			}
+		}
+		w.passes = func(conds []condition) {
+			for _, c := range conds {
+				if c.addrs != nil {
+					exempt = append(exempt, SourceNAT{Links: c.out, Sources: c.sources, dests: c.addrs})
+				}
 			}
 		}
 		for _, b := range t.of(unix.NF_INET_POST_ROUTING, natKind) {
@@ -73,7 +96,7 @@ func (rs *Ruleset) SourceNAT() (all []SourceNAT) {
 			all = append(all, SourceNAT{ChoosesPort: true, Unknown: true, Sources: f.Sources, Text: f.Text})
 		}
 	}
-	return all
+	return all, exempt
 }
 
 // FixedSources returns the addresses to which rules translate the source of IPv4 packets on
