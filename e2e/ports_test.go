@@ -161,8 +161,11 @@ func TestNFTFirstFlowLeavesAPortToTheGateway(t *testing.T) {
 		"masquerade": {lab.Masquerade, "198.51.100.1", true},
 		"fixed address": {`table ip nat { chain post { type nat hook postrouting priority srcnat;
 			oifname "wan0" snat to ` + second + `; }; }`, second, true},
-		"two addresses": {`table ip nat { chain post { type nat hook postrouting priority srcnat;
+		"another one for one peer": {`table ip nat { chain post { type nat hook postrouting priority srcnat;
 			oifname "wan0" ip daddr 192.0.2.0/24 snat to 198.51.100.71
+			oifname "wan0" snat to ` + second + `; }; }`, second, true},
+		"two addresses": {`table ip nat { chain post { type nat hook postrouting priority srcnat;
+			oifname "wan0" ip saddr 10.47.11.110 snat to 198.51.100.71
 			oifname "wan0" snat to ` + second + `; }; }`, second, false},
 	} {
 		t.Run(name, func(t *testing.T) {

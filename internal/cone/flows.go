@@ -250,12 +250,11 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 			m.orphan(f, p)
 		case f.Labelled:
 			// The map may have learned a permission of which no event came yet. So drop the
-			// child only if there is a claim of its Key, or in a snapshot, which would show
-			// that permission's flow.
+			// child only if there is a claim of its Key, or at the end of a snapshot.
 			switch {
 			case i != none || m.owner(p.Key) != none || m.snap.showing:
 				m.orphan(f, p)
-			case m.snap.running: // the snapshot may still show that permission's flow
+			case m.snap.running: // it may still show that permission's flow
 				m.snap.inbound = append(m.snap.inbound, *f)
 			}
 		case i != none && !m.leads(p.extKey(), f.Src.Addr) && !(m.unread && m.shown.has(now, p.extKey())):

@@ -6,6 +6,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // assumeAddresses tells the kernel to which address hosts with mappings are translated on
@@ -29,36 +30,27 @@ func (f *firewall) assumeAddresses(cfg config.Config, network gateway.Network) e
 	return errors.Join(errs...)
 }
 
-// onlyAddress returns the address that the user's rules give to all that they translate of
-// some subnets on a link. It returns false if that is not known, or more than one.
+// onlyAddress returns the address to which the user's rules translate all hosts of some
+// subnets on a link. It returns false if that is not known, or more than one.
 func (f *firewall) onlyAddress(network gateway.Network, l gateway.Link, subnets []netip.Prefix) (only netip.Addr, ok bool) {
 	if f.unread != nil || f.user.SourcesMayBeHidden() {
 		return only, false
 	}
-	for _, rule := range f.user.SourceNAT() {
-		if !rule.LeavesBy(l.Name) || len(rule.Within(subnets)) == 0 {
+	o := userrules.OutsideAddrsOf(f.sources, f.exempt, l.Name, subnets)
+	switch {
+	case o.Addr == nil:
+		return only, false
+	case o.Addr.IsValid():
+		return *o.Addr, true
+	}
+	for _, a := range network.Addrs {
+		if a.Link != l.Index || !a.Prefix.Addr().Is4() || a.Narrow {
 			continue
 		}
-		var addrs []netip.Addr
-		if rule.Masquerade {
-			for _, a := range network.Addrs {
-				if a.Link == l.Index && a.Prefix.Addr().Is4() && !a.Narrow {
-					addrs = append(addrs, a.Prefix.Addr())
-				}
-			}
-		}
-		for _, r := range rule.Addrs {
-			addrs = append(addrs, r.First, r.Last)
-		}
-		if rule.Unknown || len(addrs) == 0 {
+		if only.IsValid() { // which one depends on the next router
 			return only, false
 		}
-		for _, a := range addrs {
-			if only.IsValid() && a != only {
-				return only, false
-			}
-			only = a
-		}
+		only = a.Prefix.Addr()
 	}
 	return only, only.IsValid()
 }

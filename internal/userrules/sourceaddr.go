@@ -10,6 +10,9 @@ import (
 type OutsideAddrs struct {
 	// Differ says that they may not be the same for all hosts, or that some hosts keep theirs.
 	Differ bool
+	// Addr is the address that all get, unless Differ is set or no rule is known: nil then.
+	// The zero address stands for that of the link.
+	Addr *netip.Addr
 	// Elsewhere are destinations to which packets get another address than to most others, or
 	// keep theirs.
 	Elsewhere []netip.Prefix
@@ -46,6 +49,9 @@ func OutsideAddrsOf(rules, untranslated []SourceNAT, link string, hosts []netip.
 		if n.byOther && n.outsideAddr() != nil && slices.ContainsFunc(usual[i+1:], n.differs) && !slices.Contains(o.ByOther, n.Text) {
 			o.ByOther = append(o.ByOther, n.Text)
 		}
+	}
+	if len(usual) > 0 && !o.Differ {
+		o.Addr = usual[0].outsideAddr()
 	}
 	elsewhere = slices.DeleteFunc(elsewhere, func(n *SourceNAT) bool { return !slices.ContainsFunc(usual, n.differs) })
 	for i := range untranslated {
