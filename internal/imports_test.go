@@ -25,6 +25,7 @@ var allowed = map[string][]string{
 	"internal/sandbox":        nil,
 	"internal/gateway":        {"internal/cone", "internal/nfnl"},
 	"internal/ctwatch":        {"internal/cone", "internal/nfnl"},
+	"internal/engine":         {"internal/cone"},
 	"internal/expect":         {"internal/cone", "internal/nfnl"},
 	"internal/rules":          {"internal/cone", "internal/nfnl", "internal/rules/elements"},
 	"internal/rules/elements": {"internal/cone", "internal/nfnl"},
@@ -33,7 +34,7 @@ var allowed = map[string][]string{
 	"internal/demo":           {"internal/lab"},
 	"internal/selftest":       {"internal/control", "internal/lab"},
 	"internal/daemon": {
-		"internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/expect", "internal/gateway", "internal/rules",
+		"internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/engine", "internal/expect", "internal/gateway", "internal/rules",
 		"internal/rules/elements", "internal/userrules",
 	},
 	"cmd/conenatd": {

@@ -97,13 +97,13 @@ func TestDoubtRefreshesWhatStands(t *testing.T) {
 	d := newDesk(t, nil)
 	d.open(0, "10.47.11.109:1", "203.0.113.5:9")
 	k := d.view("10.47.11.109:1").Key
-	d.m.Doubt(k)
+	d.m.Recheck(k)
 	d.wantOps("it stands", d.carry(), Refresh)
-	d.m.Doubt(Key{Ext: k.Ext, Peer: ep("203.0.113.6:1").Addr})
+	d.m.Recheck(Key{Ext: k.Ext, Peer: ep("203.0.113.6:1").Addr})
 	d.wantOps("there is none", d.carry())
 	d.m.Revoke(0, func(Permission) bool { return true })
 	d.carry()
-	d.m.Doubt(k)
+	d.m.Recheck(k)
 	d.wantOps("it was revoked", d.carry())
 }
 
@@ -116,7 +116,7 @@ func TestDoubtAboutAGroup(t *testing.T) {
 		t.Fatal(k)
 	}
 	k.Wild = 0
-	d.m.Doubt(k)
+	d.m.Recheck(k)
 	d.wantOps("it stands", d.carry(), Refresh)
 }
 

@@ -158,7 +158,7 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	if r == ReasonNone && m.lost(now, &p) {
 		r = ReasonAddressGone
 		if m.policy.Learned && !m.snap.showing { // the kernel could learn it while the address was there
-			m.Surplus(now, p, ByMap)
+			m.Unexpected(now, p, ByMap)
 		}
 	}
 	behind := r != ReasonPeerInside || m.topo.outside(f.ReplySrc.Addr.Netip())

@@ -79,20 +79,26 @@ func (m *Model) seeHelped(now time.Duration, f *Flow) {
 	}
 }
 
-// SeeForeign tells the model of an expectation that is not ours. src and dst are the
-// original addresses of its master, peer is who it waits for (zero for any), and in is
-// where it leads that peer (zero if unknown).
-func (m *Model) SeeForeign(now time.Duration, src, dst, peer, in Addr) {
+// A Foreign expectation is one that a conntrack helper of the user's made.
+type Foreign struct {
+	MasterSrc, MasterDst Addr // original direction of the flow that the helper works on
+	Peer                 Addr // who is expected; zero for anybody
+	Int                  Addr // where the peer is led; zero if unknown
+}
+
+// SeeForeign tells the model of an expectation that is not ours.
+func (m *Model) SeeForeign(now time.Duration, x Foreign) {
+	src, in := x.MasterSrc, x.Int
 	if _, _, inside := m.policy.subnet(src.Netip()); inside {
-		m.SeeHelper(now, src, dst)
-		m.SeeHelper(now, src, peer)
+		m.SeeHelper(now, src, x.MasterDst)
+		m.SeeHelper(now, src, x.Peer)
 		return
 	}
 	if _, _, inside := m.policy.subnet(in.Netip()); !inside && (in != (Addr{}) || !m.topo.outside(src.Netip())) {
 		return // of a network that is not enabled
 	}
 	m.SeeHelper(now, in, src)
-	if in != (Addr{}) || peer != (Addr{}) {
-		m.SeeHelper(now, in, peer)
+	if in != (Addr{}) || x.Peer != (Addr{}) {
+		m.SeeHelper(now, in, x.Peer)
 	}
 }

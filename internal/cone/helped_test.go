@@ -21,7 +21,7 @@ func TestNoExpectationWhereAHelperWorks(t *testing.T) {
 		}
 	}
 	foreign := func(src, dst, peer, in Addr) func(d *desk, now time.Duration) {
-		return func(d *desk, now time.Duration) { d.m.SeeForeign(now, src, dst, peer, in) }
+		return func(d *desk, now time.Duration) { d.m.SeeForeign(now, Foreign{src, dst, peer, in}) }
 	}
 	gateway, other := ep(ext).Addr, ep("192.0.2.9:1").Addr
 	for name, tc := range map[string]struct {

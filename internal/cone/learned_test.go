@@ -211,7 +211,7 @@ func TestKernelThatStartsToLearnHearsWhatIsDenied(t *testing.T) {
 
 // A map knows a permission by its Key alone: to revoke what another host's
 // packet taught it would end the owner's.
-func TestSurplus(t *testing.T) {
+func TestUnexpected(t *testing.T) {
 	const in = "10.47.11.109:1"
 	key := Key{Ext: ep("198.51.100.1:1"), Peer: ep("203.0.113.5:9").Addr}
 	for name, tc := range map[string]struct {
@@ -250,7 +250,7 @@ func TestSurplus(t *testing.T) {
 			}
 			d.carry()
 			d.ops = nil
-			d.m.Surplus(0, Permission{Key: key, Int: ep(tc.found)}, ByMap)
+			d.m.Unexpected(0, Permission{Key: key, Int: ep(tc.found)}, ByMap)
 			d.carry()
 			if !slices.Equal(d.ops, tc.want) {
 				t.Errorf("ops %+v, want %+v", d.ops, tc.want)

@@ -102,8 +102,8 @@ func (m *Model) attend(now time.Duration, i int32) {
 		deadline = min(c.refresh, deadline)
 	}
 	m.wheel.schedule(i, deadline)
-	if refreshed && c.unmapped != ReasonNone { // the map may have room by now
-		c.unmapped = ReasonNone
+	if refreshed && c.noElement != ReasonNone { // the map may have room by now
+		c.noElement = ReasonNone
 		m.reconsider(now, i)
 	}
 }

@@ -15,7 +15,7 @@ func TestWhatIsToldTooLateExtendsNothing(t *testing.T) {
 			d.gone(now, f)
 		},
 		"the permission was lost": func(d *desk, now time.Duration, f *Flow) {
-			d.m.Lost(now, d.view(in).Permission, ByExpectation)
+			d.m.Missing(now, d.view(in).Permission, ByExpectation)
 			d.carry()
 			d.gone(now, f)
 		},

@@ -34,7 +34,7 @@ type claim struct {
 	placed  Placement
 	leaving Carriers // to be revoked when the new carrier has it
 	// Why the kernel refused the expectation, and the element of the map.
-	unexpected, unmapped Reason
+	noExpectation, noElement Reason
 
 	certain bool // the kernel confirmed that it stands
 	counted bool // among the standing claims of its scopes
@@ -391,10 +391,10 @@ func (m *Model) Refused(now time.Duration, p Permission, r Reason, standing bool
 	m.settle(now, i)
 }
 
-// Lost tells the model that the kernel no longer carries p by some carriers. If it should,
-// Lost grants p again and returns true. A permission without inside traffic for a lifetime
-// has run out and is not granted again.
-func (m *Model) Lost(now time.Duration, p Permission, by Carriers) bool {
+// Missing tells the model that some carriers no longer hold p. If they should, Missing grants
+// p again and returns true. A permission without inside traffic for a lifetime has run out
+// and is not granted again.
+func (m *Model) Missing(now time.Duration, p Permission, by Carriers) bool {
 	i := m.find(p.Key, p.Int)
 	if i == none || m.claims[i].placed.By&by == 0 || m.isOver(now, &m.claims[i]) {
 		return false
@@ -405,10 +405,10 @@ func (m *Model) Lost(now time.Duration, p Permission, by Carriers) bool {
 	return true
 }
 
-// Doubt tells the model that the permission k may be gone from the kernel. If it should
-// stand, Doubt returns true and refreshes it now, which shows whether it is there. k.Wild
+// Recheck tells the model that the permission k may be gone from the kernel. If it should
+// stand, Recheck returns true and refreshes it now, which shows whether it is there. k.Wild
 // is ignored: the caller does not know it.
-func (m *Model) Doubt(k Key) bool {
+func (m *Model) Recheck(k Key) bool {
 	for _, k.Wild = range [...]uint8{0, groupBits(m.policy.groups, k.Peer)} {
 		if i := m.owner(k); i != none && m.claims[i].state == StateStanding {
 			m.op(Op{Kind: Refresh, Permission: m.claims[i].Permission, By: m.claims[i].placed.By})
@@ -418,16 +418,16 @@ func (m *Model) Doubt(k Key) bool {
 	return false
 }
 
-// Surplus tells the model that the kernel carries p by some carriers. If they should not
-// hold its Key, p is revoked. If they should hold it for another inside endpoint, that one
-// is granted instead and replaces p: a map knows a permission by its Key alone, so revoking
-// p could end the other one.
-func (m *Model) Surplus(now time.Duration, p Permission, by Carriers) {
+// Unexpected tells the model that some carriers hold p. If they should not hold its Key, p is
+// revoked. If they should hold it for another inside endpoint, that one is granted instead
+// and replaces p: a map knows a permission by its Key alone, so revoking p could end the
+// other one.
+func (m *Model) Unexpected(now time.Duration, p Permission, by Carriers) {
 	switch o := m.owner(p.Key); {
 	case o == none || m.claims[o].placed.By&by == 0:
 		m.op(Op{Kind: Revoke, Permission: p, By: by, Reason: ReasonExpired})
 	case m.claims[o].Int != p.Int:
-		m.Lost(now, m.claims[o].Permission, by)
+		m.Missing(now, m.claims[o].Permission, by)
 	}
 }
 

@@ -60,14 +60,14 @@ func (m *Model) place(now time.Duration, c *claim) Placement {
 		why = ReasonLocalSocket // the map's rules look for a socket packet by packet
 	case m.helped(now, &c.Permission):
 		why = ReasonHelper
-	case c.unexpected != ReasonNone:
-		why = c.unexpected
+	case c.noExpectation != ReasonNone:
+		why = c.noExpectation
 	default:
 		can |= ByExpectation
 	}
 	unmapped := ReasonNoBackend
 	if m.policy.mappable(&c.Permission) {
-		if unmapped = c.unmapped; unmapped == ReasonNone {
+		if unmapped = c.noElement; unmapped == ReasonNone {
 			can |= ByMap
 		}
 	}
@@ -138,9 +138,9 @@ func (s *Stats) count(p Placement, n int) {
 // forget clears what the kernel refused for c, which may have room by now. It keeps a
 // refusal for a helper, which may want its own expectation again.
 func (c *claim) forget() {
-	c.unmapped = ReasonNone
-	if c.unexpected != ReasonHelper {
-		c.unexpected = ReasonNone
+	c.noElement = ReasonNone
+	if c.noExpectation != ReasonHelper {
+		c.noExpectation = ReasonNone
 	}
 }
 
@@ -212,13 +212,13 @@ func (m *Model) Failed(now time.Duration, p Permission, by Carriers, r Reason) {
 	}
 	c := &m.claims[i]
 	if by&ByExpectation != 0 {
-		c.unexpected = r
+		c.noExpectation = r
 		if r == ReasonHelper {
 			m.SeeHelper(now, p.Int.Addr, p.Peer)
 		}
 	}
 	if by&ByMap != 0 {
-		c.unmapped = r
+		c.noElement = r
 	}
 	left := c.placed
 	left.By &^= by
@@ -227,7 +227,7 @@ func (m *Model) Failed(now time.Duration, p Permission, by Carriers, r Reason) {
 	next := m.place(now, c)
 	if next.By == 0 && r == ReasonPeersOnPort && m.makeRoomOnPort(now, i) {
 		c = &m.claims[i]
-		c.unexpected = ReasonNone
+		c.noExpectation = ReasonNone
 		next = m.place(now, c)
 	}
 	if next.By == 0 {
@@ -264,8 +264,8 @@ func (m *Model) Retry(now time.Duration, p Permission) {
 	if i == none {
 		return
 	}
-	if m.claims[i].unexpected.passes() {
-		m.claims[i].unexpected = ReasonNone
+	if m.claims[i].noExpectation.passes() {
+		m.claims[i].noExpectation = ReasonNone
 	}
 	m.reconsider(now, i)
 }

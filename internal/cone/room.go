@@ -39,7 +39,7 @@ func (m *Model) giveUp(now time.Duration, s standing, most int) {
 func (m *Model) giveUpOne(now time.Duration, i int32) {
 	c := &m.claims[i]
 	switch {
-	case m.policy.mappable(&c.Permission) && c.unmapped == ReasonNone:
+	case m.policy.mappable(&c.Permission) && c.noElement == ReasonNone:
 		m.move(i, Placement{ByMap, m.room.Lack})
 	case c.lingers():
 		m.end(now, i, ReasonEvicted)

@@ -25,6 +25,9 @@ func (m *Model) UsesOutside(ext Addr) bool {
 	return slices.ContainsFunc(m.claims, func(c claim) bool { return c.state == StateStanding && c.Ext.Addr == ext })
 }
 
+// Lifetime returns the policy's lifetime.
+func (m *Model) Lifetime() time.Duration { return m.policy.Lifetime }
+
 // Walk calls f for up to n claims, in no order, starting at place from of the model. It
 // returns the place to continue at, or -1 at the end. So a long list can be made in steps;
 // claims that change between two steps may be missing. f must not call methods of m.

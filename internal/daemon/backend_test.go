@@ -30,47 +30,6 @@ func setTables(t *testing.T, l *lab.Lab, d rules.Desired) *rules.Tables {
 	return tables
 }
 
-// A large map is not listed; what is missing is found all the same.
-func TestMissingIsFoundWithoutAList(t *testing.T) {
-	l := lab.ForTest(t, lab.Options{})
-	c := &rules.MapConfig{Size: 100, Lifetime: time.Minute, Subnets: []netip.Prefix{lab.InsideNet}}
-	b := newBackends()
-	b.nft = setTables(t, l, rules.Desired{OutsideLinks: []string{"wan0"}, Map: c}).NewMap(c)
-	var ps []cone.Permission
-	var ops []cone.Op
-	for port := range uint16(3) {
-		ps = append(ps, cone.Permission{
-			Key: cone.Key{Ext: cone.EndpointFrom(netip.AddrPortFrom(netip.MustParseAddr("198.51.100.1"), 1+port)), Peer: cone.AddrFrom(lab.PeerA)},
-			Int: cone.EndpointFrom(netip.MustParseAddrPort("10.47.11.109:1")),
-		})
-	}
-	for _, p := range ps {
-		ops = append(ops, cone.Op{Permission: p, By: cone.ByMap})
-	}
-	b.Grant(ops, func(i int, _ cone.Carriers, r cone.Reason, err error) { t.Fatal(ps[i], r, err) })
-	if err := b.nft.Revoke(ps[1:2]); err != nil {
-		t.Fatal(err)
-	}
-	for name, ofMap := range map[string]bool{"listed": true, "not listed": false} {
-		f, err := b.list(ofMap)
-		if err != nil || (f.nft != nil) != ofMap {
-			t.Fatalf("%s: %v, %v", name, f, err)
-		}
-		var lost []cone.Permission
-		err = b.missing(ops, f, func(p cone.Permission, _ cone.Carriers) { lost = append(lost, p) })
-		if err != nil || len(lost) != 1 || lost[0] != ps[1] {
-			t.Errorf("%s: %v are missing, want %v; %v", name, lost, ps[1], err)
-		}
-	}
-	unprivileged(t, func() {
-		for _, some := range [][]cone.Op{ops, ops[1:2]} {
-			if err := b.missing(some, found{}, func(p cone.Permission, _ cone.Carriers) { t.Errorf("%v is missing", p) }); err == nil {
-				t.Error("the kernel did not answer, and yet there is no error")
-			}
-		}
-	})
-}
-
 // Fails when the daemon believes that a denial is lifted which the kernel still has: nobody
 // would ever lift it.
 func TestDenialThatTheKernelKeepsIsLiftedLater(t *testing.T) {
@@ -82,8 +41,7 @@ func TestDenialThatTheKernelKeepsIsLiftedLater(t *testing.T) {
 		}
 	}
 	c := &rules.MapConfig{Size: 100, Lifetime: time.Minute, Subnets: []netip.Prefix{lab.InsideNet}, Learn: true, LearnRate: 1}
-	b := newBackends()
-	b.nft = setTables(t, l, rules.Desired{OutsideLinks: []string{"wan0"}, Map: c}).NewMap(c)
+	m := setTables(t, l, rules.Desired{OutsideLinks: []string{"wan0"}, Map: c}).NewMap(c)
 	ps := []cone.Permission{{
 		Key: cone.Key{Ext: cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.1:5060")), Peer: cone.AddrFrom(lab.PeerA)},
 		Int: cone.EndpointFrom(netip.MustParseAddrPort("10.47.11.109:5060")),
@@ -95,17 +53,17 @@ func TestDenialThatTheKernelKeepsIsLiftedLater(t *testing.T) {
 		return strings.Contains(out, lab.PeerA.String())
 	}
 	unprivileged(t, func() {
-		if err := b.Deny(ps, cone.ReasonForwarded); err == nil || !strings.Contains(err.Error(), "CAP_NET_ADMIN") {
+		if err := m.Deny(ps, cone.ReasonForwarded); err == nil || !strings.Contains(err.Error(), "CAP_NET_ADMIN") {
 			t.Errorf("what the kernel did not deny: %v", err)
 		}
 	})
-	must(b.Deny(ps, cone.ReasonForwarded))
+	must(m.Deny(ps, cone.ReasonForwarded))
 	unprivileged(t, func() {
-		if err := b.Deny(ps, cone.ReasonRevoked); err == nil { // lifts the old one first
+		if err := m.Deny(ps, cone.ReasonRevoked); err == nil { // lifts the old one first
 			t.Error("what the kernel did not lift is no error")
 		}
 		refused := 0
-		b.nft.Grant(ps, func(int, cone.Reason, error) { refused++ })
+		m.Grant(ps, func(int, cone.Reason, error) { refused++ })
 		if refused != 1 {
 			t.Error("what the kernel did not grant is not refused")
 		}
@@ -113,7 +71,7 @@ func TestDenialThatTheKernelKeepsIsLiftedLater(t *testing.T) {
 	if !denied() {
 		t.Fatal("it is not denied")
 	}
-	b.nft.Grant(ps, func(_ int, r cone.Reason, err error) { t.Fatal(r, err) })
+	m.Grant(ps, func(_ int, r cone.Reason, err error) { t.Fatal(r, err) })
 	if denied() {
 		t.Error("it is denied still")
 	}

@@ -206,8 +206,8 @@ func (d *Daemon) Flush() (int, error) {
 // revoke ends the permissions that fits selects, and returns how many stood.
 func (d *Daemon) revoke(fits func(*cone.Permission) bool) (n int, err error) {
 	ok := d.do(func() {
-		n = d.model.Revoke(d.now(), func(p cone.Permission) bool { return fits(&p) })
-		d.apply(0) // now: the caller may kill the daemon as soon as it is answered
+		n = d.engine.Model.Revoke(d.now(), func(p cone.Permission) bool { return fits(&p) })
+		d.engine.Apply(0) // now: the caller may kill the daemon as soon as it is answered
 	})
 	if !ok {
 		return 0, errEnded

@@ -189,7 +189,7 @@ func (f *firewall) warning(s config.Subnet, d decision) (text string, zoned bool
 // it.
 func (d *Daemon) redecide(cfg config.Config, network gateway.Network, tables control.Tables) error {
 	ok := d.ask(func() {
-		s := d.model.Stats()
+		s := d.engine.Model.Stats()
 		if n, err := d.conntrack.read(events); err == nil && n == 0 { // no event shows which children pass
 			d.firewall.mapped, d.firewall.related = witness{}, witness{}
 		} else {
@@ -212,7 +212,7 @@ func (d *Daemon) redecide(cfg config.Config, network gateway.Network, tables con
 		d.decisions = all
 		d.warned.tell(d.now(), d.warnings())
 		if changed {
-			d.model.SetPolicy(d.now(), d.policy(d.cfg.Config))
+			d.engine.Model.SetPolicy(d.now(), d.policy(d.cfg.Config))
 		}
 	})
 	if !ok {
@@ -232,7 +232,7 @@ func (d *Daemon) redecide(cfg config.Config, network gateway.Network, tables con
 
 // carriers are what carries the permissions of a subnet.
 func (d *Daemon) carriers(c cone.Choice) cone.Carriers {
-	by := d.backends.carriers()
+	by := d.backends.carriers().Carriers()
 	if by == cone.AllCarriers {
 		switch c {
 		case cone.ChooseMap:
@@ -250,7 +250,7 @@ func (d *Daemon) carried(s config.Subnet) control.Carried {
 	switch {
 	case s.Routed || s.Prefix.Addr().Is6():
 		return control.Carried{By: cone.ByExpectation.String(), Why: string(notMappable)}
-	case d.backends.carriers() != cone.AllCarriers || !known:
+	case d.backends.carriers().Carriers() != cone.AllCarriers || !known:
 		return control.Carried{By: d.backends.String(), Why: string(onlyBackend)}
 	}
 	c := control.Carried{By: d.carriers(x.Choice).String(), Why: string(x.why), Chain: x.chain(), Evidence: x.evidence}

@@ -17,6 +17,7 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/ctwatch"
+	"github.com/conenatd/conenatd/internal/engine"
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
@@ -70,9 +71,9 @@ type Daemon struct {
 	whole     bool               // forwarded is complete
 	unheard   *userrules.Covered // forwards whose flows the event filter leaves out
 	budget    budget             // of CPU time for looks at changes by neighbours
-	part      uint64             // of an owned map: the part that was compared last
-	changed   changes            // by neighbours, still to be looked at
-	uplinks   uplinks            // outside links that no default route shows
+	comparer  engine.Comparer
+	changed   changes // by neighbours, still to be looked at
+	uplinks   uplinks // outside links that no default route shows
 	broken    brokenFlows
 	rerouted  struct { // routes changed: flows may leave by other links now
 		looks   int             // looks still to come
@@ -81,10 +82,10 @@ type Daemon struct {
 	}
 
 	// The loop's own.
-	backends       *backends
+	backends       backends
 	missing        string     // which backend is missing and why
 	denied         []cone.Key // what the user revoked under an earlier daemon
-	model          *cone.Model
+	engine         *engine.Engine
 	network        gateway.Network
 	topology       cone.Topology      // of network
 	ruleWarnings   warnings           // about the user's forwards
@@ -99,19 +100,13 @@ type Daemon struct {
 	tables         control.Tables    // as last read
 	kernel         control.Conntrack // as last read
 	served         *gateway.PortSet  // ports held at both of the last two looks, or at the only one
-	lately         *gateway.PortSet  // ports held at either of the last two looks
 	sure           bool              // there were two looks
 	latency        histogram
-	repaired       [parts]uint64
 	applied        applied               // mappings, at the last reconcile
 	brokenNow      []control.BrokenFlows // found by the last whole walk
 	healed         uint64                // broken flows that the daemon ended
 	warned         *warner
 	behind         bool
-	perms          []cone.Permission
-	grants         []cone.Op
-	onFailed       failure
-	refusal        [cone.Reasons]error // first kernel error since the last report
 	reported       cone.Stats
 	reportedEvents ctwatch.Stats
 
@@ -146,10 +141,12 @@ func New(cfg Config) (d *Daemon, err error) {
 		jobs:   make(chan func()),
 		looks:  make(chan func()),
 		ended:  make(chan struct{}),
-
-		backends: newBackends(),
 	}
 	d.rerouted.outside = make(map[string]bool)
+	d.comparer = engine.Comparer{
+		InLoop:  func(f func(*engine.Engine)) bool { return d.ask(func() { f(d.engine) }) },
+		Between: d.lookBetween,
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.Close())
@@ -158,7 +155,6 @@ func New(cfg Config) (d *Daemon, err error) {
 	}()
 	d.warned, d.noted = newWarner(d.log), newEpisodes(d.log, d.now, cfg.Reconcile)
 	d.failures = newFailures(d.log, d.now, cfg.Reconcile)
-	d.onFailed = d.failed
 
 	if d.lock, err = control.Acquire(cfg.Socket); err != nil {
 		return d, err
@@ -219,7 +215,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.held, err = d.ports.Ports(); err != nil {
 		return d, err
 	}
-	d.served, d.lately, d.looked = d.held, d.held, d.now()
+	d.served, d.looked = d.held, d.now()
 	d.firewall.setSides(d.network)
 	// The model must know the forwards before the first grant.
 	d.forwarded, d.ruleWarnings = d.firewall.forwards(d.network)
@@ -250,23 +246,23 @@ func New(cfg Config) (d *Daemon, err error) {
 	// there is a model. The reconcile does not repeat this, so the user can turn it off.
 	_, _, err = d.conntrack.raise(acct)
 	d.failures.note(requestTurnOnAccounting, 1, err)
-	d.model = cone.New(d.policy(d.cfg.Config))
-	d.model.AdoptZones(d.firewall.zones)
+	d.newEngine(cone.New(d.policy(d.cfg.Config)))
+	d.engine.Model.AdoptZones(d.firewall.zones)
 	d.topology = d.network.Topology().Compile()
 	d.uplinks.remember(d.network)
 	d.network = d.network.Lean()
-	d.model.SetTopology(0, d.topology)
-	d.model.SetWay(d.network.Way())
-	d.model.SetForwards(0, d.forwarded.Bars, d.whole)
-	d.model.Revoked(0, d.denied)
+	d.engine.Model.SetTopology(0, d.topology)
+	d.engine.Model.SetWay(d.network.Way())
+	d.engine.Model.SetForwards(0, d.forwarded.Bars, d.whole)
+	d.engine.Model.Revoked(0, d.denied)
 	if d.backends.expect != nil {
 		d.setRoom(d.space)
 	}
 	for _, a := range adopted {
 		now := d.now()
-		d.model.Adopt(now, a.Permission, a.By, now+a.Left)
+		d.engine.Model.Adopt(now, a.Permission, a.By, now+a.Left)
 	}
-	d.apply(0) // revokes what the configuration does not allow
+	d.engine.Apply(0) // revokes what the configuration does not allow
 	return d, nil
 }
 
@@ -395,7 +391,7 @@ func (d *Daemon) Close() error {
 		}
 		errs = append(errs, d.firewall.close())
 	}
-	if d.model != nil && !leave { // permissions that stay need the settings
+	if d.engine != nil && !leave { // permissions that stay need the settings
 		errs = append(errs, d.conntrack.restoreAll())
 	}
 	if d.lock != nil {
@@ -435,7 +431,7 @@ func (d *Daemon) Run(ctx context.Context, ready func()) error {
 // holds reports whether the kernel holds something for the next daemon: standing
 // permissions, or the user's revocations.
 func (d *Daemon) holds() bool {
-	return d.model.Stats().Standing > 0 || d.backends.revoked != nil && d.backends.revoked.Any()
+	return d.engine.Model.Stats().Standing > 0 || d.backends.revoked != nil && d.backends.revoked.Any()
 }
 
 // revokeAll removes every permission from the kernel. It removes the whole map first,
@@ -445,9 +441,10 @@ func (d *Daemon) revokeAll() error {
 	if d.backends.nft != nil {
 		errs = append(errs, d.firewall.remove())
 		d.backends.nft = nil
+		d.useBackends()
 	}
-	d.model.RevokeAll()
-	d.apply(0)
+	d.engine.Model.RevokeAll()
+	d.engine.Apply(0)
 	// Also delete children that came too late for their events to be read.
 	_, err := dropUnanswered()
 	return errors.Join(append(errs, err)...)
@@ -458,10 +455,4 @@ func (d *Daemon) greet() {
 		"outside", d.network.OutsideLinks(), "backend", d.backends.String(), "helper", d.helper(false),
 		"lifetime", d.cfg.Lifetime, "most_permissions", d.limit())
 	d.warned.tell(d.now(), d.warnings())
-}
-
-func (d *Daemon) onLost(p cone.Permission, by cone.Carriers) {
-	if d.model.Lost(d.now(), p, by) { // false if p has ended meanwhile
-		d.repaired[partOf(by)]++
-	}
 }

@@ -17,14 +17,20 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/engine"
 )
 
-// constants returns the values of the string constants of this package, by type.
+// constants returns the values of the string constants of this package and of the engine, by
+// type.
 func constants(t *testing.T) map[string][]string {
 	t.Helper()
-	files, err := filepath.Glob("*.go")
-	if err != nil {
-		t.Fatal(err)
+	var files []string
+	for _, pattern := range []string{"*.go", "../engine/*.go"} {
+		found, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, found...)
 	}
 	all := make(map[string][]string)
 	for _, name := range files {
@@ -60,12 +66,16 @@ func TestTheDocumentHasTheIdentifiers(t *testing.T) {
 	for r := cone.ReasonNone + 1; int(r) < cone.Reasons; r++ {
 		reasons = append(reasons, r.String())
 	}
+	var repairs []string
+	for p := range engine.Parts {
+		repairs = append(repairs, p.String())
+	}
 	want := map[string][]string{
 		"States":                     {cone.StateStanding.String(), cone.StateRefused.String(), cone.StateWaiting.String()},
 		"Carriers":                   {cone.ByExpectation.String(), cone.ByMap.String(), cone.AllCarriers.String()},
 		"Reasons":                    reasons,
-		"Repairs":                    partNames[:],
-		"Requests":                   own["request"],
+		"Repairs":                    repairs,
+		"Requests":                   slices.Concat(own["request"], own["Request"]),
 		"Mappings not applied":       own["unmapped"],
 		"Why a subnet is carried so": own["why"],
 		"Warnings":                   own["warningID"],

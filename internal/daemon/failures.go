@@ -11,14 +11,11 @@ import (
 )
 
 // A request is the identifier (docs/control.md) of something that the daemon asks of the
-// kernel.
+// kernel. Those of the engine are engine.Request.
 type request string
 
 const (
 	requestCarryPermissionOver   request = "carry_permission_over"
-	requestDeleteEarlyFlow       request = "delete_early_flow"
-	requestDeleteUnansweredChild request = "delete_unanswered_child"
-	requestDenyPermissions       request = "deny_permissions"
 	requestFindUplinks           request = "find_uplinks"
 	requestFollowFlows           request = "follow_flows"
 	requestFilterConntrackEvents request = "filter_conntrack_events"
@@ -28,15 +25,12 @@ const (
 	requestLookAtRoutes          request = "look_at_routes"
 	requestLookAtSockets         request = "look_at_sockets"
 	requestLookForBroken         request = "look_for_broken_flows"
-	requestLookForLocalSockets   request = "look_for_local_sockets"
-	requestLookUpFlow            request = "look_up_flow"
 	requestReadStatistics        request = "read_statistics"
 	requestReadCounters          request = "read_counters"
 	requestReadMappings          request = "read_mappings"
 	requestAssumeAddresses       request = "assume_addresses"
 	requestReadTimeouts          request = "read_timeouts"
 	requestReconcile             request = "reconcile"
-	requestRevokePermissions     request = "revoke_permissions"
 	requestTurnOnAccounting      request = "turn_on_accounting"
 )
 

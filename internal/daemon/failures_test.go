@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/engine"
 )
 
 // logged returns a logger and what it wrote since the last call.
@@ -38,16 +40,16 @@ func TestFailuresAreCountedAndDoNotFloodTheLog(t *testing.T) {
 			t.Errorf("logged %q, want %q", got, want)
 		}
 	}
-	f.note(requestLookUpFlow, 1, nil)
+	f.note(request(engine.LookUpFlow), 1, nil)
 	expect("")
-	f.note(requestLookUpFlow, 1, errors.New("no buffer"), "src", "a")
+	f.note(request(engine.LookUpFlow), 1, errors.New("no buffer"), "src", "a")
 	expect("level=WARN msg=\"look up flow\" count=1 src=a err=\"no buffer\"\n")
 	for range 1000 {
-		f.note(requestLookUpFlow, 2, errors.New("no memory"), "src", "b")
+		f.note(request(engine.LookUpFlow), 2, errors.New("no memory"), "src", "b")
 		now += time.Millisecond
 	}
 	expect("")
-	f.note(requestDenyPermissions, 3, errors.New("full")) // another kind
+	f.note(request(engine.DenyPermissions), 3, errors.New("full")) // another kind
 	expect("level=WARN msg=\"deny permissions\" count=3 err=full\n")
 	f.tell()
 	expect("")
@@ -56,9 +58,9 @@ func TestFailuresAreCountedAndDoNotFloodTheLog(t *testing.T) {
 	expect("level=WARN msg=\"look up flow\" count=2000 src=b err=\"no memory\"\n")
 	f.tell()
 	expect("")
-	f.note(requestDenyPermissions, 1, fmt.Errorf("send: %w", unix.ENOBUFS))
+	f.note(request(engine.DenyPermissions), 1, fmt.Errorf("send: %w", unix.ENOBUFS))
 	expect("level=WARN msg=\"deny permissions\" count=1 err=\"send: no buffer space available\"\n")
-	f.note(requestDenyPermissions, 1, fmt.Errorf("send: %w", unix.ENOBUFS))
+	f.note(request(engine.DenyPermissions), 1, fmt.Errorf("send: %w", unix.ENOBUFS))
 	expect("")
 	if n := f.totals(); n["look_up_flow"] != 2001 || n["deny_permissions"] != 5 {
 		t.Errorf("counted %v", n)

@@ -33,7 +33,7 @@ func (d *Daemon) warnings() (out warnings) {
 	if d.missing != "" {
 		out.add(warnBackendMissing, "", "%s", d.missing)
 	}
-	if d.model.Remaps() {
+	if d.engine.Model.Remaps() {
 		out.add(warnPortPerPeer, "", "peers see another outside port each of one and the same inside port, so a rule of yours has random or fully-random: "+
 			`mapping = "endpoint_independent" keeps one`)
 	}
@@ -111,7 +111,7 @@ func (w *warnings) addDecisions(subnets []config.Subnet, decisions map[netip.Pre
 
 // warnElsewhere warns of links that should perhaps be outside links.
 func (d *Daemon) warnElsewhere(out *warnings) {
-	elsewhere := d.model.Elsewhere()
+	elsewhere := d.engine.Model.Elsewhere()
 	for _, l := range d.network.Links {
 		if n := elsewhere[l.Name].Translated; n > 0 && l.Outside == 0 {
 			out.add(warnPeersBehindLink, l.Name, "%d translated flows of enabled hosts left by %s, which is no outside link, and give no permission: "+
@@ -122,17 +122,17 @@ func (d *Daemon) warnElsewhere(out *warnings) {
 
 // warnSubnets warns of peculiarities of enabled subnets.
 func (d *Daemon) warnSubnets(out *warnings) {
-	for _, u := range d.model.Untranslated() {
+	for _, u := range d.engine.Model.Untranslated() {
 		if u.Flows >= fewFlows {
 			out.add(warnNoSourceNAT, u.Subnet.String(), "no source NAT: %d flows of %v left untranslated and none was translated, so no permission arises; "+
 				"let a rule of yours masquerade them, or set routed = true if the subnet has public addresses", u.Flows, u.Subnet)
 		}
 	}
-	for _, s := range d.model.Zones().Several {
+	for _, s := range d.engine.Model.Zones().Several {
 		out.add(warnSeveralZones, s.String(), "flows of %v came in several conntrack zones, where other networks may have the same addresses: "+
 			"the map and mappings serve no flow with a zone; give the networks different subnets, and restart conenatd", s)
 	}
-	for _, z := range d.model.SecondZones() {
+	for _, z := range d.engine.Model.SecondZones() {
 		out.add(warnSecondZone, z.Subnet.String(), "flows of %v pass conntrack twice, in zone %d untranslated, as behind the firewall of a bridge (Proxmox): "+
 			"it knows nothing of what a permission admits and may drop it; set routed = true for this subnet", z.Subnet, z.Zone)
 	}

@@ -7,7 +7,6 @@ import (
 	"os"
 	"time"
 
-	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/ctwatch"
 )
 
@@ -65,7 +64,7 @@ func (d *Daemon) ask(f func()) bool {
 	ok := d.do(func() {
 		took = threadTime(func() {
 			f()
-			d.apply(0)
+			d.engine.Apply(0)
 		})
 	})
 	if ok {
@@ -140,14 +139,14 @@ func (d *Daemon) loop(ctx context.Context) error {
 		if n < len(events) {
 			idle = read
 		}
-		d.apply(read)
+		d.engine.Apply(read)
 		atOnce := ticksAtOnce
 		if d.behind {
 			atOnce = behindAtOnce
 		}
-		d.behind = d.model.Tick(d.now(), atOnce)
-		d.apply(0)
-		if d.model.HasStrays() {
+		d.behind = d.engine.Model.Tick(d.now(), atOnce)
+		d.engine.Apply(0)
+		if d.engine.Model.HasStrays() {
 			select {
 			case d.strays <- struct{}{}:
 			default: // a look is already asked for
@@ -159,28 +158,11 @@ func (d *Daemon) loop(ctx context.Context) error {
 func (d *Daemon) event(now time.Duration, e *ctwatch.Event) {
 	switch e.Kind {
 	case ctwatch.New:
-		d.model.FlowSeen(now, &e.Flow)
+		d.engine.Model.FlowSeen(now, &e.Flow)
 	case ctwatch.Gone:
-		if f := &e.Flow; cone.IsAnchor(f.Src, f.Dst) {
-			d.doubtAnchor(f)
-			return
-		}
-		d.model.FlowGone(now, &e.Flow)
+		d.engine.FlowGone(now, &e.Flow)
 	case ctwatch.Overrun:
 		d.wantReconcile()
-	}
-}
-
-// doubtAnchor rechecks the permission whose anchor f is, or was. It ignores anchors that the
-// daemon deleted itself: the backend has forgotten them.
-func (d *Daemon) doubtAnchor(f *cone.Flow) {
-	if d.backends.expect == nil {
-		return
-	}
-	if k, ok := d.backends.expect.Anchored(f.Src, f.Dst, f.OrigZone); ok {
-		if d.model.Doubt(k) {
-			d.repaired[anAnchor]++
-		}
 	}
 }
 
@@ -199,7 +181,7 @@ func (d *Daemon) deadline() time.Time {
 		return time.Now().Add(50 * time.Microsecond)
 	}
 	latest := d.start.Add(d.now().Truncate(turnEvery) + turnEvery)
-	if next, wanted := d.model.Next(); wanted && d.start.Add(next).Before(latest) {
+	if next, wanted := d.engine.Model.Next(); wanted && d.start.Add(next).Before(latest) {
 		return d.start.Add(next)
 	}
 	return latest
@@ -211,7 +193,7 @@ func (d *Daemon) drainInbox() {
 	for range len(d.inbox) {
 		f := <-d.inbox
 		f()
-		d.apply(0)
+		d.engine.Apply(0)
 		d.beat()
 	}
 }

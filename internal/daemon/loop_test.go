@@ -11,8 +11,8 @@ import (
 func TestTheLoopIsAliveWhileItIsBusy(t *testing.T) {
 	d := &Daemon{
 		inbox: make(chan func(), 2), pings: make(chan chan struct{}, 1),
-		model: cone.New(cone.Policy{Lifetime: time.Minute, Retry: time.Minute}),
 	}
+	d.newEngine(cone.New(cone.Policy{Lifetime: time.Minute, Retry: time.Minute}))
 	answered := make(chan struct{})
 	d.inbox <- func() { d.pings <- answered }
 	d.inbox <- func() {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/engine"
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
@@ -86,7 +87,7 @@ func (d *Daemon) adoptRevoked(older []cone.Key) (err error) {
 	}
 	d.denied = append(d.denied, older...)
 	d.leave = d.leave || len(d.denied) > 0
-	d.failures.note(requestDenyPermissions, len(older), d.backends.revoked.Add(older))
+	d.failures.note(request(engine.DenyPermissions), len(older), d.backends.revoked.Add(older))
 	return nil
 }
 
@@ -103,7 +104,7 @@ func (d *Daemon) carry(left []expect.Adopted) {
 	for _, a := range left {
 		ps = append(ps, a.Permission)
 	}
-	d.backends.each(func(_ cone.Carriers, x backend) {
+	d.backends.carriers().Each(func(_ cone.Carriers, x engine.Carrier) {
 		carried := slices.DeleteFunc(slices.Clone(ps), func(p cone.Permission) bool { return !x.Carries(&p) })
 		x.Grant(carried, func(i int, r cone.Reason, err error) {
 			d.failures.note(requestCarryPermissionOver, 1, because(r, err), "ext", carried[i].Ext, "peer", carried[i].Peer)
@@ -197,8 +198,9 @@ func (d *Daemon) change(cfg config.Config) error {
 		}
 		d.firewall.old.leavePools(d.cfg.Config, old.pools, cfg)
 		d.cfg.Config, d.portWarnings, d.decisions = cfg, warnings, d.firewall.decisions
+		d.useBackends()
 		d.backends.configure(cfg)
-		d.model.SetPolicy(d.now(), d.policy(cfg))
+		d.engine.Model.SetPolicy(d.now(), d.policy(cfg))
 		d.failures.note(requestFilterConntrackEvents, 1, d.filterEvents(cfg))
 	})
 	if o.expect == nil && m == nil && (!hasExpect || wantsExpect(cfg)) && (!hasMap || wantsMap(cfg)) {
@@ -229,6 +231,7 @@ func (d *Daemon) dropExpect(cfg config.Config) (err error) {
 	d.ask(func() {
 		e := d.backends.expect
 		d.backends.expect = nil
+		d.useBackends()
 		var all []cone.Permission
 		err = e.List(func(p cone.Permission, _ time.Duration) { all = append(all, p) })
 		err = errors.Join(err, e.Revoke(all), e.Close(), d.conntrack.restore(expectMax))
@@ -242,6 +245,7 @@ func (d *Daemon) dropExpect(cfg config.Config) (err error) {
 func (d *Daemon) dropMap(cfg config.Config) (err error) {
 	d.ask(func() {
 		d.backends.nft = nil
+		d.useBackends()
 		d.firewall.withMap = false
 	})
 	_, err = d.firewall.set(cfg, d.network.OutsideLinks())

@@ -50,7 +50,7 @@ func (d *Daemon) lookAtRules() error {
 	var cfg config.Config
 	var zones cone.Zones
 	ok := d.ask(func() {
-		cfg, zones = d.cfg.Config, d.model.Zones()
+		cfg, zones = d.cfg.Config, d.engine.Model.Zones()
 		broken = d.backends.nft != nil && d.backends.nft.Broken()
 	})
 	if !ok {

@@ -230,8 +230,9 @@ func (d *Daemon) lookAtSockets(cfg config.Config, network gateway.Network) error
 	d.ask(func() {
 		d.portWarnings = warnings
 		d.warned.tell(d.now(), d.warnings())
-		d.served, d.lately, d.sure = stays, held.Either(before), true
-		d.reviewSockets()
+		d.served, d.sure = stays, true
+		d.engine.SetServed(stays, held.Either(before))
+		d.engine.ReviewSockets()
 	})
 	return err
 }
@@ -244,25 +245,6 @@ func (d *Daemon) lookAgain() error {
 	var cfg config.Config
 	d.ask(func() { cfg = d.cfg.Config })
 	return d.lookAtSockets(cfg, d.network)
-}
-
-// reviewSockets withdraws the permissions on ports of lasting sockets, permissions of the
-// gateway itself whose sockets are gone, and expectations that could take packets from
-// connected sockets.
-func (d *Daemon) reviewSockets() {
-	if !d.sure {
-		return
-	}
-	d.model.Review(d.now(), func(p cone.Permission) cone.Reason {
-		switch {
-		case d.losesTo(&p, d.served):
-			return cone.ReasonLocalSocket
-		case d.model.IsSelf(&p) && !d.lately.Serves(p.Int) && d.lacksSocket(&p) == cone.ReasonNoSocket: // and no new one
-			return cone.ReasonNoSocket
-		}
-		return cone.ReasonNone
-	})
-	d.model.SetConnected(d.now(), d.served.Connected())
 }
 
 // serve keeps mappings off the ports that the gateway serves now.

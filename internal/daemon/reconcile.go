@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/maphash"
 	"log/slog"
 	"slices"
 	"time"
@@ -16,8 +15,7 @@ import (
 )
 
 const (
-	// flowsAtOnce is how many flows of a dump, or lost permissions, the loop
-	// handles in one piece.
+	// flowsAtOnce is how many flows of a dump the loop handles in one piece.
 	flowsAtOnce = 1024
 
 	// lookEvery is the time between two checks whether somebody changed
@@ -27,19 +25,6 @@ const (
 	// hurriedShare limits reconciles that lost events ask for to 1/hurriedShare of a CPU
 	// (see rest).
 	hurriedShare = 30
-
-	// listedAtMost is the largest map that each reconcile lists. For each message of a
-	// list the kernel walks the set from its beginning: to list 200,000 elements takes
-	// 5 s, to ask for each of them 0.6 s.
-	listedAtMost = 1 << 15
-
-	// ownedParts is the number of parts of a map that is larger than that and that only
-	// the daemon can change. Each reconcile asks for the elements of one part.
-	ownedParts = 4
-
-	// learnedTime is the longest time until the model knows a permission that the
-	// kernel learned.
-	learnedTime = 2 * time.Second
 )
 
 // reconcile repairs whatever the events missed: at the start, regularly, and after an
@@ -175,7 +160,7 @@ func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
 	}
 	timeouts, err := readTimeouts()
 	d.failures.note(requestReadTimeouts, 1, err)
-	d.ask(func() { d.model.SetTimeouts(timeouts) })
+	d.ask(func() { d.engine.Model.SetTimeouts(timeouts) })
 	if err := d.readFlows(q); err != nil {
 		errs = append(errs, err)
 	}
@@ -229,9 +214,11 @@ func (d *Daemon) readGateway() (misjudged bool, err error) {
 		misjudged = newOutside(d.network, network) || wantsMapping(cfg) && !topology.Equal(d.topology)
 		d.network, d.topology = network.Lean(), topology
 		d.sockets.SetNetwork(network)
-		misjudged = d.model.SetTopology(d.now(), topology) || misjudged
-		d.model.SetWay(d.network.Way())
-		d.reviewSockets()
+		misjudged = d.engine.Model.SetTopology(d.now(), topology) || misjudged
+		d.engine.Model.SetWay(d.network.Way())
+		if d.sure {
+			d.engine.ReviewSockets()
+		}
 		d.warned.tell(d.now(), d.warnings())
 	})
 	moved := hear() // for the old subnets, before follow enables others
@@ -261,9 +248,9 @@ func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error 
 		return err
 	}
 	d.forwarded, d.whole = covered, whole
-	d.ask(func() { d.model.BeginForwards(covered.Bars, whole) })
+	d.ask(func() { d.engine.Model.BeginForwards(covered.Bars, whole) })
 	for at := 0; at >= 0; {
-		if !d.ask(func() { at = d.model.ReviewForwards(d.now(), at, flowsAtOnce) }) {
+		if !d.ask(func() { at = d.engine.Model.ReviewForwards(d.now(), at, flowsAtOnce) }) {
 			return errEnded
 		}
 	}
@@ -286,7 +273,7 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	if m != nil {
 		d.ask(func() { m.before = d.applied })
 	}
-	d.ask(func() { d.model.BeginSnapshot(d.now()) })
+	d.ask(func() { d.engine.Model.BeginSnapshot(d.now()) })
 	piece := make([]cone.Flow, 0, flowsAtOnce)
 	var failed error
 	hand := func() {
@@ -296,11 +283,7 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 		d.ask(func() {
 			now := d.now()
 			for i := range piece {
-				f := &piece[i]
-				d.model.SnapshotFlow(now, f)
-				if cone.IsAnchor(f.Src, f.Dst) && !f.Helped {
-					d.doubtAnchor(f) // our rules know children by the anchor's helper
-				}
+				d.engine.SnapshotFlow(now, &piece[i])
 			}
 		})
 		piece = piece[:0]
@@ -316,10 +299,10 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	})
 	hand()
 	if err = errors.Join(err, failed); err != nil {
-		d.ask(d.model.AbortSnapshot)
+		d.ask(d.engine.Model.AbortSnapshot)
 		return err
 	}
-	d.ask(func() { d.model.EndSnapshot(d.now()) })
+	d.ask(func() { d.engine.Model.EndSnapshot(d.now()) })
 	d.firewall.dumped = true
 	if m != nil {
 		err = d.keep(m, q)
@@ -355,135 +338,22 @@ func (d *Daemon) mendRules(cfg config.Config, network gateway.Network) (changed 
 	return changed, err
 }
 
-// compare checks that exactly the desired permissions stand. It grants missing ones again
-// and revokes unexpected ones. In a large map it looks for unexpected ones only if somebody
-// meddled with it, and grants missing ones first. If only the daemon can change a large
-// map, each call checks one part of it.
+// compare lets exactly the permissions stand that should. meddled says that somebody may
+// have changed the elements of the map.
 func (d *Daemon) compare(meddled bool) error {
-	large := false
-	d.ask(func() { large = d.model.Stats().Standing > listedAtMost })
-	var asked func(cone.Key) bool // nil: all
-	if large && !meddled && d.firewall.tables != nil && d.firewall.tables.Owned() {
-		d.part = (d.part + 1) % ownedParts
-		asked = func(k cone.Key) bool { return partOfKey(k) == d.part }
-	}
-	err := d.compareLists(!large, asked)
-	if large && meddled {
-		err = errors.Join(err, d.compareLists(true, nil))
-	}
-	return err
-}
-
-// partOfKey returns the part of an owned map that k is in.
-func partOfKey(k cone.Key) uint64 { return maphash.Comparable(partSeed, k) % ownedParts }
-
-var partSeed = maphash.MakeSeed()
-
-// compareLists compares with a list of the map if ofMap is set. Otherwise it asks the map
-// for each permission that asked selects; nil selects all.
-func (d *Daemon) compareLists(ofMap bool, asked func(cone.Key) bool) error {
-	began := d.now()
-	found, err := d.backends.list(ofMap)
-	if err != nil {
-		return fmt.Errorf("list permissions: %w", err)
-	}
-	found.asked = asked
-	d.ask(func() {
-		for _, x := range found.foreign {
-			d.model.SeeForeign(d.now(), x.MasterSrc, x.MasterDst, x.Peer, x.Int)
-		}
-	})
-	var retry []cone.Permission
-	missed := d.match(found, began, func(v *cone.View) {
-		if v.Why != cone.ReasonNone && d.backends.expect != nil && d.backends.expect.HasRoom(&v.Permission) {
-			retry = append(retry, v.Permission)
-		}
-	})
-	err = d.eachLost(missed, d.onLost) // before unexpected carriers of the same permissions end
-	d.ask(func() {
-		for i := range retry {
-			d.model.Retry(d.now(), retry[i])
-		}
-		for k, s := range found.expect {
-			d.model.Surplus(d.now(), cone.Permission{Key: k, Int: s.in}, cone.ByExpectation)
-		}
-		for k, s := range found.nft {
-			// A younger element may just have been learned, and the model does not know it
-			// yet. One with more than a lifetime left was not learned: somebody added it.
-			if age := d.cfg.Lifetime - s.left; age > learnedTime || age < -time.Second {
-				d.model.Surplus(d.now(), cone.Permission{Key: k, Int: s.in}, cone.ByMap)
-			}
-		}
-	})
-	return err
-}
-
-// missed are permissions that should be in a list and are not.
-type missed struct {
-	ops    []cone.Op // the permissions, with the carriers that lack them
-	expect bool      // some are missing from the list of expectations
-}
-
-// match calls f, in the loop, for each standing permission, and returns those that the
-// lists in l should have but lack. l was requested at began. match removes the expected
-// entries from l: what remains should not stand.
-func (d *Daemon) match(l found, began time.Duration, f func(v *cone.View)) (m missed) {
-	d.walk(func(v cone.View) {
-		if v.State != cone.StateStanding {
-			return
-		}
-		// A permission granted after the lists were requested need not be in them.
-		if by := l.missing(&v); v.Since < began && by != 0 {
-			m.ops = append(m.ops, cone.Op{Permission: v.Permission, By: by})
-			m.expect = m.expect || by&cone.ByExpectation != 0
-		}
-		f(&v)
-		l.settle(&v)
-	})
-	return m
-}
-
-// eachLost calls f, in the loop, for each missed permission that the kernel really lacks.
-// A list can miss permissions that are being refreshed, or some while others end.
-func (d *Daemon) eachLost(m missed, f func(cone.Permission, cone.Carriers)) error {
-	var again found
-	if m.expect {
-		var err error
-		if again, err = d.backends.list(false); err != nil {
-			return fmt.Errorf("list permissions: %w", err)
-		}
-	}
-	for ops := range slices.Chunk(m.ops, flowsAtOnce) {
-		var err error
-		if d.ask(func() { err = d.backends.missing(ops, again, f) }); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// walk calls f for each claim of the model, a piece at a time, in the loop.
-func (d *Daemon) walk(f func(cone.View)) {
-	const atOnce = 1024
-	for at := 0; at >= 0; {
-		if !d.ask(func() { at = d.model.Walk(at, atOnce, f) }) {
-			return
-		}
-		d.lookBetween()
-	}
+	return d.comparer.Repair(meddled, d.firewall.tables != nil && d.firewall.tables.Owned())
 }
 
 // report notes what went wrong since the last report, and logs what is due.
 func (d *Daemon) report() {
-	s := d.model.Stats()
+	s := d.engine.Model.Stats()
 	for r := range cone.Reasons {
 		n, reason := s.Refusals[r]-d.reported.Refusals[r], cone.Reason(r).String()
-		if err := d.refusal[r]; err != nil {
+		if err := d.engine.TakeRefusal(cone.Reason(r)); err != nil {
 			d.noted.note(slog.LevelWarn, "refused by the kernel: "+reason, "permissions refused", n, "reason", reason, "err", err)
 		} else {
 			d.noted.note(slog.LevelInfo, "refused: "+reason, "permissions refused", n, "reason", reason)
 		}
-		d.refusal[r] = nil
 	}
 	d.noted.note(slog.LevelInfo, "conflicts", "permissions wait for another inside host", s.Conflicts-d.reported.Conflicts)
 	d.reported = s

@@ -2,11 +2,8 @@ package daemon
 
 import (
 	"errors"
-	"net/netip"
 	"testing"
 	"time"
-
-	"github.com/conenatd/conenatd/internal/cone"
 )
 
 func TestReadyAfterAGoodReconcileOnly(t *testing.T) {
@@ -36,31 +33,5 @@ func TestReconcilesInAHurryAreApart(t *testing.T) {
 		if got := rest(cost); got != want {
 			t.Errorf("%v after one of %v, want %v", got, cost, want)
 		}
-	}
-}
-
-// Fails when a permission is in no part of an owned map, and so never compared.
-func TestEachPartOfAnOwnedMapIsCompared(t *testing.T) {
-	const n = 1000
-	var parts [ownedParts]int
-	for port := range uint16(n) {
-		var v cone.View
-		v.By = cone.ByMap
-		v.Ext = cone.EndpointFrom(netip.AddrPortFrom(netip.MustParseAddr("198.51.100.1"), 1+port))
-		for part := range parts {
-			f := found{asked: func(k cone.Key) bool { return partOfKey(k) == uint64(part) }}
-			if f.missing(&v) != 0 {
-				parts[part]++
-			}
-		}
-	}
-	sum := 0
-	for _, have := range parts {
-		if sum += have; have == 0 || have > n/2 {
-			t.Errorf("parts of %v permissions, want about the same of each", parts)
-		}
-	}
-	if sum != n {
-		t.Errorf("%d of %d permissions are compared", sum, n)
 	}
 }

@@ -5,6 +5,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/ctwatch"
+	"github.com/conenatd/conenatd/internal/engine"
 )
 
 // Shares of the kernel's tables, in percent. Each expectation has an anchor, which the
@@ -89,7 +90,7 @@ func (d *Daemon) setRoom(s space) {
 	n, _ := s.share()
 	e.SetMax(n)
 	d.room, d.entries = s.room(e.Standing()), s.conntrack
-	d.model.SetRoom(d.now(), d.room)
+	d.engine.Model.SetRoom(d.now(), d.room)
 }
 
 // mendTableSize makes the expectation table larger again if somebody made it smaller, or
@@ -105,7 +106,7 @@ func (d *Daemon) mendTableSize() error {
 	d.space = s
 	ok := d.ask(func() {
 		if s.expectations != before {
-			d.repaired[tableSize]++
+			d.engine.Repaired[engine.PartTableSize]++
 			d.noted.note(slog.LevelWarn, "table size", "somebody made the expectation table smaller; it has its size again", 1, "sysctl", expectMax, "was", before, "is", s.expectations)
 		}
 		d.setRoom(s)
@@ -118,7 +119,7 @@ func (d *Daemon) mendTableSize() error {
 
 // warnRoom warns of a conntrack table that has no room for more expectations.
 func (d *Daemon) warnRoom(out *warnings) {
-	if d.backends.expect != nil && d.room.Lack == cone.ReasonNoRoom && d.model.Stats().Expected >= d.room.New {
+	if d.backends.expect != nil && d.room.Lack == cone.ReasonNoRoom && d.engine.Model.Stats().Expected >= d.room.New {
 		out.add(warnNoRoom, "", "conntrack has %d of %d entries, and no room for more than %d expectations, which take one each: "+
 			"what the map cannot carry is refused; raise net.netfilter.nf_conntrack_max", d.entries.Entries, d.entries.Max, d.room.New)
 	}

@@ -84,7 +84,7 @@ func (d *Daemon) forgetBackups(network gateway.Network) (forgot bool) {
 			continue
 		}
 		var inUse bool
-		if d.ask(func() { inUse = d.model.UsesOutside(s.ext) }) && !inUse {
+		if d.ask(func() { inUse = d.engine.Model.UsesOutside(s.ext) }) && !inUse {
 			delete(d.uplinks.seen, l.Name)
 			forgot = true
 		}
@@ -141,7 +141,7 @@ func (u *uplinks) ask(f *firewall, network gateway.Network) (changed bool, err e
 // kernel once for each peer.
 func (d *Daemon) followFlows(cfg config.Config) (found bool, err error) {
 	var flows []cone.Flow
-	if !d.ask(func() { flows = d.model.Strays() }) {
+	if !d.ask(func() { flows = d.engine.Model.Strays() }) {
 		return false, errEnded
 	}
 	return d.seeNAT(cfg, flows)

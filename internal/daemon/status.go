@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"context"
-	"errors"
 	"maps"
 	"net/netip"
 	"os"
@@ -12,6 +11,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/engine"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
@@ -35,7 +35,7 @@ func (s source) Status() control.Status {
 		st.Accounting = n != 0
 	}
 	d.do(func() {
-		m := d.model.Stats()
+		m := d.engine.Model.Stats()
 		st.Lifetime = d.cfg.Lifetime.Seconds()
 		for _, n := range d.cfg.Subnets {
 			st.Subnets = append(st.Subnets, d.subnet(n))
@@ -59,11 +59,11 @@ func (s source) Status() control.Status {
 		st.Counters.Granted, st.Counters.Conflicts, st.Counters.Early = m.Granted, m.Conflicts, m.Early
 		st.Counters.Compared, st.Counters.Remapped = m.Compared, m.Remapped
 		st.Counters.Crowded = m.Crowded
-		st.Counters.Repaired = byName(d.repaired[:], func(p int) string { return partNames[p] })
+		st.Counters.Repaired = byName(d.engine.Repaired[:], func(p int) string { return engine.Part(p).String() })
 		st.Counters.Refused = byName(m.Refusals[:], reason)
 		st.Counters.Revoked = byName(m.Revoked[:], reason)
 		st.Counters.Skipped, st.Counters.SkippedLinks = byName(m.Skipped[:], reason), map[string]uint64{}
-		for link, n := range d.model.Elsewhere() {
+		for link, n := range d.engine.Model.Elsewhere() {
 			st.Counters.SkippedLinks[link] = n.Flows
 		}
 		st.Counters.Failed = d.failures.totals()
@@ -150,7 +150,7 @@ func peers(k cone.Key) (p netip.Prefix) {
 	return p
 }
 
-var errEnded = errors.New("the daemon is stopping")
+var errEnded = engine.ErrEnded
 
 // Permissions passes every claim to yield, a piece at a time, so that a slow
 // reader does not hold up the loop.
@@ -163,7 +163,7 @@ func (s source) Permissions(yield func(control.Permission) bool) error {
 		piece = piece[:0]
 		ok := d.do(func() {
 			hidden = d.hidden
-			at = d.model.Walk(at, atOnce, func(v cone.View) {
+			at = d.engine.Model.Walk(at, atOnce, func(v cone.View) {
 				piece = append(piece, v)
 			})
 		})

@@ -81,7 +81,7 @@ func (d *Daemon) warnLinkSubnets(out *warnings) {
 		switch {
 		case s.Prefix.IsSingleIP() && own:
 			out.add(warnOwnAddress, s.Prefix.String(), "subnet %v is the gateway's own address, and no host has it: name the network of the hosts", s.Prefix)
-		case slices.Contains(d.network.Unreached, s.Prefix) && !d.model.Heard(s.Prefix):
+		case slices.Contains(d.network.Unreached, s.Prefix) && !d.engine.Model.Heard(s.Prefix):
 			out.add(warnUnreached, s.Prefix.String(), "no link has the subnet %v, no route but a default route leads to it, and no host of it was heard: "+
 				"it is served as soon as one is, or correct it", s.Prefix)
 		}

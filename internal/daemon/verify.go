@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"cmp"
-	"fmt"
 	"slices"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -72,39 +71,33 @@ func (d *Daemon) differences(v *control.Verification) (map[control.Wrong]struct{
 		return nil, err
 	}
 	defer q.Close()
-	began := d.now()
-	found, err := d.backends.list(true)
-	if err != nil {
-		return nil, fmt.Errorf("list permissions: %w", err)
-	}
 	all := make(map[control.Wrong]struct{})
 	note := func(w wrong, k cone.Key) {
 		all[control.Wrong{ID: string(w), Peers: k.Peers(), Ext: k.Ext.Netip()}] = struct{}{}
 	}
-	*v = control.Verification{Expectations: len(found.expect), Elements: len(found.nft)}
-
+	*v = control.Verification{}
 	flows := make(map[claimed]counted)
 	wild := make(map[uint8]struct{})
 	var cfg config.Config
 	d.ask(func() { cfg = d.cfg.Config })
-	missed := d.match(found, began, func(c *cone.View) {
+	found, err := d.comparer.Verify(func(c *cone.View) {
 		v.Permissions++
 		flows[claimed{c.Key, c.Int}] = counted{c.Flows, c.Children}
 		wild[c.Wild] = struct{}{}
 	})
-	err = d.eachLost(missed, func(p cone.Permission, _ cone.Carriers) {
-		note(notInKernel, p.Key)
-	})
 	if err != nil {
 		return nil, err
 	}
-	for k := range found.expect {
-		note(unknownExpectation, k)
+	v.Expectations, v.Elements = found.Expectations, found.Elements
+	for i := range found.Missing {
+		note(notInKernel, found.Missing[i].Key)
 	}
-	for k := range found.nft {
-		// An element that the kernel learned and no event reported expires by itself.
-		if !d.firewall.learns(cfg) {
-			note(unknownElement, k)
+	for i := range found.Unexpected {
+		switch p := &found.Unexpected[i]; {
+		case p.By == cone.ByExpectation:
+			note(unknownExpectation, p.Key)
+		case !d.firewall.learns(cfg): // otherwise it may have been learned, and expires by itself
+			note(unknownElement, p.Key)
 		}
 	}
 

@@ -42,8 +42,8 @@ func (x *expectation) stands(p *cone.Permission, a anchor) bool {
 func (x *expectation) helped() bool { return x.helper != [16]byte{} }
 
 // foreign returns what x, which is not ours, says about the helper that made it.
-func (x *expectation) foreign() Foreign {
-	y := Foreign{MasterSrc: x.master[0].Addr, MasterDst: x.master[1].Addr, Int: x.nat.Addr}
+func (x *expectation) foreign() cone.Foreign {
+	y := cone.Foreign{MasterSrc: x.master[0].Addr, MasterDst: x.master[1].Addr, Int: x.nat.Addr}
 	if x.wild == 0 {
 		y.Peer = x.src.Addr
 	}

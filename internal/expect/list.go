@@ -14,18 +14,11 @@ import (
 // daemon, with the time it has left. Its Mark may be missing. List has a connection of its
 // own and may run beside all other methods.
 func (b *Backend) List(f func(p cone.Permission, left time.Duration)) error {
-	return b.ListAll(f, func(Foreign) {})
-}
-
-// A Foreign expectation is one that a conntrack helper of the user's made.
-type Foreign struct {
-	MasterSrc, MasterDst cone.Addr // original direction of the flow that the helper works on
-	Peer                 cone.Addr // who is expected; zero for anybody
-	Int                  cone.Addr // where the peer is led; zero if unknown
+	return b.ListAll(f, func(cone.Foreign) {})
 }
 
 // ListAll does what List does, and calls foreign for all other expectations.
-func (b *Backend) ListAll(f func(p cone.Permission, left time.Duration), foreign func(Foreign)) error {
+func (b *Backend) ListAll(f func(p cone.Permission, left time.Duration), foreign func(cone.Foreign)) error {
 	return listAll(b.cfg.NetNS, b.zoned.Load(), func(x *expectation) { f(x.permission(), x.left()) }, foreign)
 }
 
@@ -33,11 +26,11 @@ func (b *Backend) ListAll(f func(p cone.Permission, left time.Duration), foreign
 // marks too, which costs a dump of all conntrack entries; otherwise it takes all to be in
 // the default zone.
 func list(netns int, whole bool, f func(*expectation)) error {
-	return listAll(netns, whole, f, func(Foreign) {})
+	return listAll(netns, whole, f, func(cone.Foreign) {})
 }
 
 // listAll is list, and calls foreign for every expectation that is not ours.
-func listAll(netns int, whole bool, f func(*expectation), foreign func(Foreign)) error {
+func listAll(netns int, whole bool, f func(*expectation), foreign func(cone.Foreign)) error {
 	c, err := nfnl.Dial(netns)
 	if err != nil {
 		return err
@@ -56,9 +49,9 @@ func listAll(netns int, whole bool, f func(*expectation), foreign func(Foreign))
 	return nil
 }
 
-func listExpectations(c *nfnl.Conn, foreign func(Foreign)) ([]expectation, error) {
+func listExpectations(c *nfnl.Conn, foreign func(cone.Foreign)) ([]expectation, error) {
 	var xs []expectation
-	var others []Foreign
+	var others []cone.Foreign
 	err := nfnl.Whole(func() error {
 		var e encoder
 		e.Message(subsysExpect, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_UNSPEC)
