@@ -123,8 +123,12 @@ func (m *Model) SetPolicy(now time.Duration, p Policy) {
 	}
 	var wider []fedPermission
 	m.endWhere(now, ReasonPolicy, func(c *claim) bool {
+		asked := c.outs > 0
 		if m.allowed(c) {
 			return false
+		}
+		if asked && c.isRevoked() {
+			m.noteRevoked(now, revocation{c.Key, c.Int})
 		}
 		if x, ok := m.goesOn(c); ok {
 			wider = append(wider, x)
@@ -245,9 +249,13 @@ func (m *Model) supports(contact *Permission, c *claim) bool {
 }
 
 // Adopt takes over p, which the kernel carries from an earlier daemon. Unless flows hold p,
-// it ends when it would have ended without a daemon. If the policy does not allow p, it is
-// revoked.
+// it ends when it would have ended without a daemon. If the policy does not allow p, or if
+// the user revoked it under that daemon (Model.Revoked), it is revoked.
 func (m *Model) Adopt(now time.Duration, p Permission, by Carriers, ends time.Duration) {
+	if _, revoked := m.revoked.at[revocation{Key: p.Key}]; revoked { // the kernel refused to end it
+		m.op(Op{Kind: Revoke, Permission: p, By: by, Reason: ReasonRevoked})
+		return
+	}
 	if o := m.owner(p.Key); o != none {
 		if c := &m.claims[o]; c.Int == p.Int && c.state == StateStanding && c.placed.By&by == 0 {
 			m.op(Op{Kind: Revoke, Permission: p, By: by, Reason: c.placed.Why})

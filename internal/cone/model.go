@@ -103,7 +103,7 @@ type Model struct {
 	last      lastMappings
 	skips     skips
 	strays    strays
-	revoked   map[Key]revocation
+	revoked   revocations
 
 	stopped bool
 	ops     []Op
@@ -321,7 +321,7 @@ func (m *Model) end(now time.Duration, i int32, r Reason) {
 	c := &m.claims[i]
 	p, stood := c.Permission, c.state == StateStanding
 	if c.isRevoked() && c.outs > 0 {
-		m.noteRevoked(now, p.Key, p.Int)
+		m.noteRevoked(now, revocation{p.Key, p.Int})
 	}
 	first := m.byKey[c.Key] == i
 	heir := none

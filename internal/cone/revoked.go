@@ -2,6 +2,7 @@ package cone
 
 import (
 	"maps"
+	"slices"
 	"time"
 )
 
@@ -12,58 +13,68 @@ const (
 	mostRevoked = 1 << 16
 )
 
-// A revocation remembers a revoked permission that has no claim now. Flows that existed when it
-// was revoked must not bring it back.
+// A revocation is a revoked permission that has no claim now. Flows that existed when it was
+// revoked must not bring it back.
 type revocation struct {
-	in    Endpoint // the inside endpoint; zero if an earlier daemon revoked it
-	noted time.Duration
+	Key
+	in Endpoint // the inside endpoint; zero if an earlier daemon revoked it
+}
+
+// revocations are those that the model remembers.
+type revocations struct {
+	at   map[revocation]time.Duration // when each was noted
+	bits []uint8                      // each Wild that a Key in at has, or had
 }
 
 // Revoked tells a new model what the user revoked under an earlier daemon: the flows of the
 // first snapshot do not bring it back.
 func (m *Model) Revoked(now time.Duration, keys []Key) {
 	for _, k := range keys {
-		m.noteRevoked(now, k, Endpoint{})
+		m.noteRevoked(now, revocation{k, Endpoint{}})
 	}
 }
 
 // noteRevoked remembers a revocation, if there is room.
-func (m *Model) noteRevoked(now time.Duration, k Key, in Endpoint) {
-	if m.revoked == nil {
-		m.revoked = make(map[Key]revocation)
+func (m *Model) noteRevoked(now time.Duration, r revocation) {
+	all := &m.revoked
+	if all.at == nil {
+		all.at = make(map[revocation]time.Duration)
 	}
-	if len(m.revoked) >= mostRevoked {
-		maps.DeleteFunc(m.revoked, func(_ Key, r revocation) bool { return now-r.noted > revokedMemory })
-		if len(m.revoked) >= mostRevoked {
+	if len(all.at) >= mostRevoked {
+		maps.DeleteFunc(all.at, func(_ revocation, at time.Duration) bool { return now-at > revokedMemory })
+		if len(all.at) >= mostRevoked {
 			return
 		}
 	}
-	m.revoked[k] = revocation{in, now}
+	all.at[r] = now
+	if !slices.Contains(all.bits, r.Wild) {
+		all.bits = append(all.bits, r.Wild)
+	}
 }
 
 // revokedBefore reports whether f, which asks for p, existed when the user revoked p. A flow
 // that an event reports began after that, so it ends the revocation. The user may have revoked
-// the permission for the peer or the one for its group, because the carrier decides which of
-// the two there is, and may have changed since then.
+// the permission for the peer, for its group or for everybody, because the policy and the
+// carrier decide which of them there is, and may have changed since then.
 func (m *Model) revokedBefore(now time.Duration, f *Flow, p *Permission) (is bool) {
-	if len(m.revoked) == 0 {
+	if len(m.revoked.at) == 0 {
 		return false
 	}
-	peer := f.ReplySrc.Addr
-	low := groupBits(m.policy.groups, peer)
-	for _, k := range [...]Key{
-		p.Key,
-		{Ext: p.Ext, Peer: peer, Zone: p.Zone},
-		{Ext: p.Ext, Peer: peer.WithoutLow(low), Zone: p.Zone, Wild: low},
-	} {
-		r, ok := m.revoked[k]
-		switch {
-		case !ok || r.in != (Endpoint{}) && r.in != p.Int:
-		case !m.snap.showing || now-r.noted > revokedMemory:
-			delete(m.revoked, k)
-		default:
-			is = true
+	check := func(k Key) {
+		for _, in := range [...]Endpoint{p.Int, {}} {
+			at, ok := m.revoked.at[revocation{k, in}]
+			switch {
+			case !ok:
+			case !m.snap.showing || now-at > revokedMemory:
+				delete(m.revoked.at, revocation{k, in})
+			default:
+				is = true
+			}
 		}
+	}
+	check(p.Key)
+	for _, low := range m.revoked.bits {
+		check(Key{Ext: p.Ext, Peer: f.ReplySrc.Addr.WithoutLow(low), Zone: p.Zone, Wild: low})
 	}
 	return is
 }

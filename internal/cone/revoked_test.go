@@ -17,12 +17,23 @@ func TestRevokedOutlivesItsClaim(t *testing.T) {
 			group(p)
 		}
 	}
+	open := func(p *Policy) {
+		choose(ChooseMap)(p)
+		for i := range p.Subnets {
+			p.Subnets[i].Filtering = EndpointIndependent
+		}
+	}
 	for name, tt := range map[string]struct{ before, meanwhile, after func(*Policy) }{
 		"the subnet goes and comes": {
 			func(*Policy) {}, func(p *Policy) { p.Subnets = nil }, func(*Policy) {},
 		},
-		"the group is carried as one": {grouped(ChooseBoth), grouped(ChooseMap), grouped(ChooseMap)},
-		"each of the group is":        {grouped(ChooseMap), grouped(ChooseBoth), grouped(ChooseBoth)},
+		"the peer's port is excluded and is not": {
+			func(*Policy) {}, func(p *Policy) { p.ExcludePeerPorts = []uint16{9} }, func(*Policy) {},
+		},
+		"the group is carried as one":    {grouped(ChooseBoth), grouped(ChooseMap), grouped(ChooseMap)},
+		"each of the group is":           {grouped(ChooseMap), grouped(ChooseBoth), grouped(ChooseBoth)},
+		"the group is no group any more": {grouped(ChooseMap), choose(ChooseMap), choose(ChooseMap)},
+		"everybody was let in":           {open, choose(ChooseMap), choose(ChooseMap)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := newDesk(t, tt.before)
@@ -63,4 +74,37 @@ func TestRevokedOutlivesItsAddress(t *testing.T) {
 	}
 	d.open(3, sharing1, "203.0.113.5:10")
 	d.want(sharing1)
+}
+
+// A daemon died before it could end what the user revoked.
+//
+// Fails when the next daemon takes it over.
+func TestRevokedIsNotAdopted(t *testing.T) {
+	old := newDesk(t, nil)
+	old.open(0, sharing1, "203.0.113.5:9")
+	p := old.view(sharing1).Permission
+	d := newDesk(t, nil)
+	d.m.Revoked(0, []Key{p.Key})
+	d.m.Adopt(0, p, ByExpectation, lifetime)
+	d.wantOps("adopt", d.carry(), Revoke)
+	d.want()
+}
+
+// Two hosts share an outside port and a peer, and the user revokes both permissions.
+//
+// Fails when only one of them is remembered.
+func TestRevokedOfTwoHostsOutliveTheirClaims(t *testing.T) {
+	d := newDesk(t, nil)
+	one := d.translated(sharing1, "203.0.113.5:9")
+	two := d.translated("10.47.11.110:1", "203.0.113.5:10")
+	d.seen(0, one)
+	d.seen(0, two)
+	d.m.Revoke(1, func(Permission) bool { return true })
+	for _, subnets := range [][]Subnet{nil, testPolicy.Subnets} {
+		p := testPolicy
+		p.Subnets = subnets
+		d.m.SetPolicy(2, p)
+		d.snapshot(2, one, two)
+		d.want()
+	}
 }

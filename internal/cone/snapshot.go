@@ -114,7 +114,7 @@ func (m *Model) EndSnapshot(now time.Duration) {
 			m.show(now, f)
 		}
 	}
-	maps.DeleteFunc(m.revoked, func(_ Key, r revocation) bool { return r.in == Endpoint{} }) // those of an earlier daemon
+	maps.DeleteFunc(m.revoked.at, func(r revocation, _ time.Duration) bool { return r.in == Endpoint{} }) // those of an earlier daemon
 	m.snap.before = m.snap.began
 	m.skips.inZones, m.skips.second = m.snap.inZones, m.snap.second
 	m.AbortSnapshot()
