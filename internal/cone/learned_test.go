@@ -353,3 +353,15 @@ func TestChildOfAFlowThatARunningSnapshotShows(t *testing.T) {
 		})
 	}
 }
+
+// Fails when a permission that a snapshot shows, and that the kernel may have learned long
+// before, runs out in a kernel that does not renew what exists when it is granted.
+func TestLearnedIsRefreshedInTime(t *testing.T) {
+	d := newDesk(t, func(p *Policy) { p.Mapped, p.Learned = true, true })
+	const late = lifetime * 3 / 4
+	f := d.counted(sharing1, "203.0.113.5:9", 0)
+	d.wantOps("snapshot", d.snapshot(late, f), Grant)
+	for d.m.Tick(late+d.m.wheel.grain, 1) {
+	}
+	d.wantOps("at once", d.carry(), Refresh)
+}

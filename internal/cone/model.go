@@ -256,6 +256,11 @@ func (m *Model) grant(now time.Duration, i int32) {
 	m.setPlacement(i, p)
 	c.made, c.ends, c.certain = now, 0, false
 	c.refresh = now + m.policy.Lifetime/2
+	if m.policy.Learned && m.snap.showing && !m.snap.first {
+		// The map may have learned it any time since the last snapshot, and a grant does not
+		// renew what exists.
+		c.refresh = m.snap.before + m.policy.Lifetime/2
+	}
 	m.stats.Granted++
 	m.op(Op{Kind: Grant, Permission: c.Permission, By: p.By})
 	// A claim that waited long may be past its deadline: then its flows are queried next.
