@@ -207,7 +207,8 @@ func (w *world) reconcile() {
 	w.overrun = false
 	w.lookAtSockets()
 	w.e.Model.BeginSnapshot(w.now)
-	for a := range w.k.anchors {
+	anchors := slices.SortedFunc(maps.Keys(w.k.anchors), func(a, b anchor) int { return strings.Compare(fmt.Sprint(a), fmt.Sprint(b)) })
+	for _, a := range anchors { // by order, so that a run depends on its seed alone
 		w.e.SnapshotFlow(w.now, &cone.Flow{
 			Status: cone.StatusConfirmed | cone.StatusAssured, Helped: true, Src: cone.Endpoint{Addr: a.in}, Dst: cone.Endpoint{Addr: a.peer, Port: a.port},
 			ReplySrc: cone.Endpoint{Addr: a.peer, Port: a.port}, ReplyDst: cone.Endpoint{Addr: a.in},
