@@ -10,8 +10,8 @@ import (
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
-// backends are the backends in use. The engine has the same ones as its carriers: see
-// useBackends.
+// backends are the backends in use. The reconcile opens and closes them; the loop, and the
+// engine, get them by useBackends.
 type backends struct {
 	expect  *expect.Backend   // nil where it is not used
 	nft     *elements.Map     // nil where it is not used
@@ -46,23 +46,27 @@ func (b *backends) configure(cfg config.Config) {
 	}
 }
 
-// useBackends lets the engine use d.backends. Call it after each change of these.
-func (d *Daemon) useBackends() {
-	k := d.backends.carriers()
-	k.Flows, k.Sockets = d.queries, d.sockets
-	d.engine.Kernel = k
+// useBackends lets the loop and its engine use b.
+func (l *loop) useBackends(b backends) {
+	l.backends = b
+	if l.engine != nil {
+		k := b.carriers()
+		k.Flows, k.Sockets = l.queries, l.sockets
+		l.engine.Kernel = k
+	}
 }
 
-// newEngine makes the engine of a daemon that opened everything it needs.
-func (d *Daemon) newEngine(m *cone.Model) {
-	d.engine = engine.New(m, engine.Kernel{}, engine.Config{
-		Now:     d.now,
-		Failed:  func(r engine.Request, n int, err error, args ...any) { d.failures.note(request(r), n, err, args...) },
-		Took:    d.latency.record,
-		Between: d.beat,
+// newEngine makes the engine, once everything that it needs is open. sockets are those that
+// the first look found.
+func (l *loop) newEngine(m *cone.Model, sockets engine.Ports) {
+	l.engine = engine.New(m, engine.Kernel{}, engine.Config{
+		Now:     l.now,
+		Failed:  func(r engine.Request, n int, err error, args ...any) { l.failures.note(request(r), n, err, args...) },
+		Took:    l.latency.record,
+		Between: l.beat,
 	})
-	d.useBackends()
-	d.engine.SetServed(d.served, d.served)
+	l.useBackends(l.backends)
+	l.engine.SetServed(sockets, sockets)
 }
 
 // because returns err, or an error that says r if err is nil.

@@ -88,20 +88,20 @@ func (b *brokenFlows) sawNetwork(before, now gateway.Network) {
 
 // lookForBroken looks for broken flows if something changed, and counts them. With heal_flows
 // it ends those that the last look found broken, too, by the same rules.
-func (d *Daemon) lookForBroken() error {
-	b := &d.broken
-	if !b.due || d.now() < b.next {
+func (r *reconciler) lookForBroken() error {
+	b := &r.broken
+	if !b.due || r.now() < b.next {
 		return nil
 	}
 	var cfg config.Config
-	if !d.ask(func() { cfg = d.cfg.Config }) {
+	if !r.ask(func(l *loop) { cfg = l.cfg }) {
 		return nil
 	}
-	if b.by != d.firewall.user {
-		b.by = d.firewall.user
+	if b.by != r.firewall.user {
+		b.by = r.firewall.user
 		b.changed()
 	}
-	if d.now() > b.next+brokenLate {
+	if r.now() > b.next+brokenLate {
 		b.empty = 0
 	}
 	b.due = false
@@ -109,11 +109,11 @@ func (d *Daemon) lookForBroken() error {
 	var ended int
 	var err error
 	took := threadTime(func() {
-		if found, err = d.findBroken(cfg); err == nil {
-			ended, err = d.heal(cfg, found)
+		if found, err = r.findBroken(cfg); err == nil {
+			ended, err = r.heal(cfg, found)
 		}
 	})
-	b.next = d.now() + untilNextLook(took, len(b.before) > 0, b.empty)
+	b.next = r.now() + untilNextLook(took, len(b.before) > 0, b.empty)
 	if b.empty++; len(found) > 0 || b.awaited {
 		b.empty = 0
 	}
@@ -121,7 +121,7 @@ func (d *Daemon) lookForBroken() error {
 		b.walk.from, b.sum = 0, nil
 		return fmt.Errorf("look for flows with another source than rules give: %w", err)
 	}
-	d.noted.note(slog.LevelInfo, "healed", "flows left with another source than your rules give now; they ended", uint64(ended))
+	r.noted.note(slog.LevelInfo, "healed", "flows left with another source than your rules give now; they ended", uint64(ended))
 	whole := b.walk.from == 0
 	sum := b.sum
 	if whole {
@@ -133,12 +133,12 @@ func (d *Daemon) lookForBroken() error {
 		b.due = true
 	}
 	b.due = b.due || !whole
-	d.ask(func() {
+	r.ask(func(l *loop) {
 		if whole {
-			d.brokenNow = sum
+			l.brokenNow = sum
 		}
-		d.healed += uint64(ended)
-		d.warned.tell(d.now(), d.warnings())
+		l.healed += uint64(ended)
+		l.warned.tell(r.now(), l.warnings())
 	})
 	return nil
 }
@@ -169,10 +169,10 @@ func (f *brokenFlow) source() netip.Addr { return f.ReplyDst.Addr.Netip() }
 // user's rules would surely give another source now. It first checks the flows that the last
 // look found, then goes on where that look ended. It finds none if rules cannot be read, or
 // if routing rules hide by which links packets leave.
-func (d *Daemon) findBroken(cfg config.Config) (found []brokenFlow, err error) {
-	b, rs := &d.broken, d.firewall.user
+func (r *reconciler) findBroken(cfg config.Config) (found []brokenFlow, err error) {
+	b, rs := &r.broken, r.firewall.user
 	b.awaited = false
-	if rs == nil || d.firewall.unread != nil || d.network.HidesWays() {
+	if rs == nil || r.firewall.unread != nil || r.network.HidesWays() {
 		b.walk.from, b.sum = 0, nil
 		return nil, nil
 	}
@@ -183,12 +183,12 @@ func (d *Daemon) findBroken(cfg config.Config) (found []brokenFlow, err error) {
 	defer q.Close()
 	b.walk.begin()
 	var again, others []brokenFlow
-	ways, n := newSources(d.network, b.had), 0
+	ways, n := newSources(r.network, b.had), 0
 	subnets := cone.NewPrefixTable(prefixes(cfg.Subnets))
-	mapped := d.firewall.mapping
+	mapped := r.firewall.mapping
 	err = q.Dump(func(f *cone.Flow) {
 		if n++; n%flowsAtOnce == 0 {
-			d.lookBetween()
+			r.lookBetween()
 		}
 		if !mayBreak(f) {
 			return
@@ -211,12 +211,12 @@ func (d *Daemon) findBroken(cfg config.Config) (found []brokenFlow, err error) {
 	if err != nil {
 		return nil, err
 	}
-	routes, began := &router{network: d.network}, d.now()
+	routes, began := &router{network: r.network}, r.now()
 	for i, f := range slices.Concat(again, others) {
 		const atOnce = 64
 		if i%atOnce == 0 {
-			d.lookBetween()
-			if i >= len(again)+atOnce && d.now()-began > longestLook {
+			r.lookBetween()
+			if i >= len(again)+atOnce && r.now()-began > longestLook {
 				b.walk.stop()
 				break
 			}
@@ -224,8 +224,8 @@ func (d *Daemon) findBroken(cfg config.Config) (found []brokenFlow, err error) {
 		if i >= len(again) {
 			b.walk.last = f.at
 		}
-		if ways.broken(rs, routes, &f) && b.unanswered(d.now(), &f.Flow, ways.isGone(&f.Flow)) {
-			f.back = b.healed.cameBack(d.now(), &f)
+		if ways.broken(rs, routes, &f) && b.unanswered(r.now(), &f.Flow, ways.isGone(&f.Flow)) {
+			f.back = b.healed.cameBack(r.now(), &f)
 			found = append(found, f)
 		}
 	}
@@ -244,8 +244,8 @@ func mayBreak(f *cone.Flow) bool {
 
 // heal counts the flows in found, and ends those that the last look found broken, too, by the
 // same rules.
-func (d *Daemon) heal(cfg config.Config, found []brokenFlow) (ended int, err error) {
-	b := &d.broken
+func (r *reconciler) heal(cfg config.Config, found []brokenFlow) (ended int, err error) {
+	b := &r.broken
 	before := b.before
 	b.before = nil
 	for i := range found {
@@ -273,7 +273,7 @@ func (d *Daemon) heal(cfg config.Config, found []brokenFlow) (ended int, err err
 			b.before[f.ID] = foundBefore{b.by, b.walk.number}
 			continue
 		}
-		b.healed.note(d.now(), f)
+		b.healed.note(r.now(), f)
 		ok, err := q.Delete(f.Src, f.Dst, f.OrigZone, f.ID)
 		errs = append(errs, err)
 		if ok {
@@ -305,8 +305,8 @@ func addBroken(all []control.BrokenFlows, f *brokenFlow) []control.BrokenFlows {
 const mostBrokenKinds = 64
 
 // warnBroken warns of flows that cannot work any more.
-func (d *Daemon) warnBroken(out *warnings) {
-	for _, b := range d.brokenNow {
+func (l *loop) warnBroken(out *warnings) {
+	for _, b := range l.brokenNow {
 		how, about := "untranslated", fmt.Sprint(b.Subnet, " ", b.Link)
 		if b.Source.IsValid() {
 			how = fmt.Sprintf("with the address %v", b.Source)
@@ -317,7 +317,7 @@ func (d *Daemon) warnBroken(out *warnings) {
 		case b.CameBack:
 			advice = "they came back as they were when heal_flows ended them, so something else than your rules translates them"
 			about += " came back"
-		case d.cfg.HealFlows:
+		case l.cfg.HealFlows:
 			advice = "they are being ended"
 		}
 		out.add(warnBrokenFlows, about, "%d flows of %v leave by %s %s, such as that of %v to %v, where your rules would give them another source now: %s",

@@ -70,7 +70,7 @@ func (b *budget) open() {
 func (b *budget) wait() time.Duration { return max(-b.left, 0) * neighboursShare }
 
 // spend calls look, and charges the budget with its CPU time: that of its own thread, in
-// user space and the kernel, and that of the loop for it (Daemon.ask). Time in which look
+// user space and the kernel, and that of the loop for it (reconciler.ask). Time in which look
 // waits does not count, so that a busy machine delays nothing, nor do other goroutines. The
 // garbage collector works in threads of its own and is not counted.
 func (b *budget) spend(look func()) {

@@ -163,7 +163,7 @@ func TestBudgetChargesALookAlone(t *testing.T) {
 	b = budget{}
 	b.spend(func() {
 		spin(some)
-		b.inLoop += some // as Daemon.ask does
+		b.inLoop += some // as reconciler.ask does
 	})
 	if took := neighboursBurst - b.left; took < 2*some || took > much {
 		t.Errorf("%v for %v of a look and the same of the loop", took, some)

@@ -16,99 +16,99 @@ import (
 // it still allows are not touched. If it returns an error, nothing has changed. A read that
 // hangs delays neither a stop nor a later Reload, and does not undo that later Reload when
 // it returns at last.
-func (d *Daemon) Reload() error {
-	n := d.reloads.Add(1)
+func (s *shared) Reload() error {
+	n := s.reloads.Add(1)
 	type result struct {
 		cfg config.Config
 		err error
 	}
 	read := make(chan result, 1)
 	go func() {
-		cfg, err := d.cfg.Reload()
+		cfg, err := s.given.Reload()
 		read <- result{cfg, err}
 	}()
 	var r result
 	select {
 	case r = <-read:
-	case <-d.ended:
+	case <-s.ended:
 		return errEnded
 	}
-	d.reloaded.Lock() // one reload at a time
-	defer d.reloaded.Unlock()
-	if n < d.reloaded.last {
-		return d.reloaded.err
+	s.reloaded.Lock() // one reload at a time
+	defer s.reloaded.Unlock()
+	if n < s.reloaded.last {
+		return s.reloaded.err
 	}
-	d.reloaded.last, d.reloaded.err = n, d.reload(r.cfg, r.err)
-	return d.reloaded.err
+	s.reloaded.last, s.reloaded.err = n, s.reload(r.cfg, r.err)
+	return s.reloaded.err
 }
 
 // reload puts in force what was read.
-func (d *Daemon) reload(cfg config.Config, err error) error {
+func (s *shared) reload(cfg config.Config, err error) error {
 	if err != nil {
-		return d.keepOld(err)
+		return s.keepOld(err)
 	}
 	done := make(chan error, 1)
 	select {
-	case d.jobs <- func() { done <- d.adopt(cfg) }:
-	case <-d.ended:
+	case s.jobs <- func(r *reconciler) { done <- r.adopt(cfg) }:
+	case <-s.ended:
 		return errEnded
 	}
 	if err := <-done; err != nil {
-		return d.keepOld(err)
+		return s.keepOld(err)
 	}
-	d.wantReconcile() // to find the flows that give a permission only now
+	s.wantReconcile() // to find the flows that give a permission only now
 	return nil
 }
 
 // adopt puts a new configuration in force. It finds everything that can be wrong before it
-// changes anything. The reconcile calls it.
-func (d *Daemon) adopt(wanted config.Config) error {
+// changes anything.
+func (r *reconciler) adopt(wanted config.Config) error {
 	var old config.Config
-	if !d.do(func() { old = d.cfg.Config }) {
+	if !r.do(func(l *loop) { old = l.cfg }) {
 		return errEnded
 	}
 	marked := wanted
 	if wanted.AutoSubnets { // subnets found by "auto" stay inside, whatever routes their links got
 		marked.Subnets = slices.Concat(wanted.Subnets, old.Subnets)
 	}
-	d.firewall.look()
-	d.changed.rules = true // lookAround must follow what look found, even if adopt fails
-	network, err := d.readNetwork(marked)
+	r.firewall.look()
+	r.changed.rules = true // lookAround must follow what look found, even if adopt fails
+	network, err := r.readNetwork(marked)
 	if err != nil {
 		return err
 	}
-	cfg, err := d.resolve(wanted, network)
+	cfg, err := r.resolve(wanted, network)
 	if err != nil {
 		return err
 	}
 	if err := unchangeable(old, cfg); err != nil {
 		return err
 	}
-	if err := d.change(cfg); err != nil {
+	if err := r.change(cfg); err != nil {
 		return err
 	}
-	d.wanted = wanted
-	if d.cfg.Level != nil {
-		d.cfg.Level.Set(cfg.LogLevel)
+	r.wanted = wanted
+	if r.given.Level != nil {
+		r.given.Level.Set(cfg.LogLevel)
 	}
-	d.log.Info("configuration reloaded", "backend", cfg.Backend, "subnets", prefixes(cfg.Subnets), "lifetime", cfg.Lifetime)
+	r.log.Info("configuration reloaded", "backend", cfg.Backend, "subnets", prefixes(cfg.Subnets), "lifetime", cfg.Lifetime)
 	return nil
 }
 
 // resolve returns the wanted configuration with the subnets of links filled in, and limits
 // that suit the conntrack table. A former outside link does not become an inside one when it
 // loses its default route.
-func (d *Daemon) resolve(wanted config.Config, network gateway.Network) (config.Config, error) {
+func (r *reconciler) resolve(wanted config.Config, network gateway.Network) (config.Config, error) {
 	var err error
-	wanted.Subnets, err = d.firewall.subnets(wanted, network, d.uplinks.routed, d.hosts)
-	return wanted.Sized(d.size), err
+	wanted.Subnets, err = r.firewall.subnets(wanted, network, r.uplinks.routed, r.hosts)
+	return wanted.Sized(r.size), err
 }
 
 // follow enables the subnets that links have now, with the limits that suit the
 // conntrack table now. It reports whether these differ from cfg, the configuration in
 // force.
-func (d *Daemon) follow(cfg config.Config, network gateway.Network) (changed bool, err error) {
-	next, err := d.resolve(d.wanted, network)
+func (r *reconciler) follow(cfg config.Config, network gateway.Network) (changed bool, err error) {
+	next, err := r.resolve(r.wanted, network)
 	if err != nil {
 		return false, err
 	}
@@ -117,23 +117,23 @@ func (d *Daemon) follow(cfg config.Config, network gateway.Network) (changed boo
 	if sameSubnets && sameLimits {
 		return false, nil
 	}
-	if err := d.change(next); err != nil {
+	if err := r.change(next); err != nil {
 		return false, fmt.Errorf("enable the subnets %v: %w", prefixes(next.Subnets), err)
 	}
 	if !sameSubnets {
-		d.log.Info("links or rules changed, and with them the subnets of links", "subnets", prefixes(next.Subnets))
+		r.log.Info("links or rules changed, and with them the subnets of links", "subnets", prefixes(next.Subnets))
 	}
 	if !sameLimits {
-		d.log.Info("the conntrack table has another size, and so have limits", "entries", d.size,
+		r.log.Info("the conntrack table has another size, and so have limits", "entries", r.size,
 			"max_permissions_per_host", next.MaxPermissionsPerHost, "max_children", next.MaxChildren)
 	}
-	d.ask(func() { d.warned.tell(d.now(), d.warnings()) })
-	d.wantReconcile() // links to other subnets lead inside now
+	r.ask(func(l *loop) { l.warned.tell(r.now(), l.warnings()) })
+	r.wantReconcile() // links to other subnets lead inside now
 	return true, nil
 }
 
-func (d *Daemon) keepOld(err error) error {
-	d.log.Error("configuration not reloaded, the old one stays in force", "err", err)
+func (s *shared) keepOld(err error) error {
+	s.log.Error("configuration not reloaded, the old one stays in force", "err", err)
 	return err
 }
 
@@ -168,7 +168,7 @@ func unchangeable(old, next config.Config) error {
 }
 
 // Revoke ends the permissions that fit all words (control.Source).
-func (d *Daemon) Revoke(words []string) (n int, err error) {
+func (s *shared) Revoke(words []string) (n int, err error) {
 	var tests []func(*cone.Permission) bool
 	for _, w := range words {
 		test, err := fits(w)
@@ -180,7 +180,7 @@ func (d *Daemon) Revoke(words []string) (n int, err error) {
 	if len(tests) == 0 {
 		return 0, errors.New("revoke: expected an address or an endpoint")
 	}
-	n, err = d.revoke(func(p *cone.Permission) bool {
+	n, err = s.revoke(func(p *cone.Permission) bool {
 		for _, fits := range tests {
 			if !fits(p) {
 				return false
@@ -189,25 +189,25 @@ func (d *Daemon) Revoke(words []string) (n int, err error) {
 		return true
 	})
 	if err == nil {
-		d.log.Info("permissions revoked by command", "words", words, "count", n)
+		s.log.Info("permissions revoked by command", "words", words, "count", n)
 	}
 	return n, err
 }
 
 // Flush ends all permissions (control.Source).
-func (d *Daemon) Flush() (int, error) {
-	n, err := d.revoke(func(*cone.Permission) bool { return true })
+func (s *shared) Flush() (int, error) {
+	n, err := s.revoke(func(*cone.Permission) bool { return true })
 	if err == nil {
-		d.log.Info("all permissions revoked by command", "count", n)
+		s.log.Info("all permissions revoked by command", "count", n)
 	}
 	return n, err
 }
 
 // revoke ends the permissions that fits selects, and returns how many stood.
-func (d *Daemon) revoke(fits func(*cone.Permission) bool) (n int, err error) {
-	ok := d.do(func() {
-		n = d.engine.Model.Revoke(d.now(), func(p cone.Permission) bool { return fits(&p) })
-		d.engine.Apply(0) // now: the caller may kill the daemon as soon as it is answered
+func (s *shared) revoke(fits func(*cone.Permission) bool) (n int, err error) {
+	ok := s.do(func(l *loop) {
+		n = l.engine.Model.Revoke(s.now(), func(p cone.Permission) bool { return fits(&p) })
+		l.engine.Apply(0) // now: the caller may kill the daemon as soon as it is answered
 	})
 	if !ok {
 		return 0, errEnded

@@ -187,32 +187,32 @@ func (f *firewall) warning(s config.Subnet, d decision) (text string, zoned bool
 
 // redecide decides again, and moves what stands to the carriers chosen. The reconcile calls
 // it.
-func (d *Daemon) redecide(cfg config.Config, network gateway.Network, tables control.Tables) error {
-	ok := d.ask(func() {
-		s := d.engine.Model.Stats()
-		if n, err := d.conntrack.read(events); err == nil && n == 0 { // no event shows which children pass
-			d.firewall.mapped, d.firewall.related = witness{}, witness{}
+func (r *reconciler) redecide(cfg config.Config, network gateway.Network, tables control.Tables) error {
+	ok := r.ask(func(l *loop) {
+		s := l.engine.Model.Stats()
+		if n, err := r.conntrack.read(events); err == nil && n == 0 { // no event shows which children pass
+			r.firewall.mapped, r.firewall.related = witness{}, witness{}
 		} else {
-			d.firewall.readEvidence(d.now(), tables.Map.Admitted, tables.Expected.Admitted, s.Passed, s.Through)
+			r.firewall.readEvidence(r.now(), tables.Map.Admitted, tables.Expected.Admitted, s.Passed, s.Through)
 		}
-		d.firewall.noteZoned(d.now())
+		r.firewall.noteZoned(r.now())
 	})
 	if !ok {
 		return errEnded
 	}
-	all := d.firewall.decide(cfg, network)
-	changed := !maps.EqualFunc(all, d.firewall.decisions, func(a, b decision) bool { return a.Choice == b.Choice })
-	d.firewall.decisions = all
-	ok = d.ask(func() {
+	all := r.firewall.decide(cfg, network)
+	changed := !maps.EqualFunc(all, r.firewall.decisions, func(a, b decision) bool { return a.Choice == b.Choice })
+	r.firewall.decisions = all
+	ok = r.ask(func(l *loop) {
 		for prefix, x := range all {
-			if old, known := d.decisions[prefix]; !known || old.Choice != x.Choice || old.ChildVerdicts != x.ChildVerdicts {
-				d.log.Info("what carries permissions", "subnet", prefix, "by", d.carriers(x.Choice), "why", x.why, "chain", x.chain())
+			if old, known := l.decisions[prefix]; !known || old.Choice != x.Choice || old.ChildVerdicts != x.ChildVerdicts {
+				r.log.Info("what carries permissions", "subnet", prefix, "by", l.carriers(x.Choice), "why", x.why, "chain", x.chain())
 			}
 		}
-		d.decisions = all
-		d.warned.tell(d.now(), d.warnings())
+		l.decisions = all
+		l.warned.tell(r.now(), l.warnings())
 		if changed {
-			d.engine.Model.SetPolicy(d.now(), d.policy(d.cfg.Config))
+			l.engine.Model.SetPolicy(r.now(), l.policy(l.cfg))
 		}
 	})
 	if !ok {
@@ -221,18 +221,18 @@ func (d *Daemon) redecide(cfg config.Config, network gateway.Network, tables con
 	if !changed {
 		return nil
 	}
-	_, err := d.firewall.set(cfg, network.OutsideLinks()) // the kernel learns for other subnets now
-	if d.firewall.tables != nil {
-		own, failed := d.firewall.tables.Changed() // else our own change would look like somebody else's
-		d.changed.rules, err = d.changed.rules || own, errors.Join(err, failed)
+	_, err := r.firewall.set(cfg, network.OutsideLinks()) // the kernel learns for other subnets now
+	if r.firewall.tables != nil {
+		own, failed := r.firewall.tables.Changed() // else our own change would look like somebody else's
+		r.changed.rules, err = r.changed.rules || own, errors.Join(err, failed)
 	}
-	d.wantReconcile() // to find the flows that give other permissions now
+	r.wantReconcile() // to find the flows that give other permissions now
 	return err
 }
 
 // carriers are what carries the permissions of a subnet.
-func (d *Daemon) carriers(c cone.Choice) cone.Carriers {
-	by := d.backends.carriers().Carriers()
+func (l *loop) carriers(c cone.Choice) cone.Carriers {
+	by := l.backends.carriers().Carriers()
 	if by == cone.AllCarriers {
 		switch c {
 		case cone.ChooseMap:
@@ -245,15 +245,15 @@ func (d *Daemon) carriers(c cone.Choice) cone.Carriers {
 }
 
 // carried says what carries the permissions of a subnet, and why.
-func (d *Daemon) carried(s config.Subnet) control.Carried {
-	x, known := d.decisions[s.Prefix]
+func (l *loop) carried(s config.Subnet) control.Carried {
+	x, known := l.decisions[s.Prefix]
 	switch {
 	case s.Routed || s.Prefix.Addr().Is6():
 		return control.Carried{By: cone.ByExpectation.String(), Why: string(notMappable)}
-	case d.backends.carriers().Carriers() != cone.AllCarriers || !known:
-		return control.Carried{By: d.backends.String(), Why: string(onlyBackend)}
+	case l.backends.carriers().Carriers() != cone.AllCarriers || !known:
+		return control.Carried{By: l.backends.String(), Why: string(onlyBackend)}
 	}
-	c := control.Carried{By: d.carriers(x.Choice).String(), Why: string(x.why), Chain: x.chain(), Evidence: x.evidence}
+	c := control.Carried{By: l.carriers(x.Choice).String(), Why: string(x.why), Chain: x.chain(), Evidence: x.evidence}
 	if x.err != nil {
 		c.Error = x.err.Error()
 	}

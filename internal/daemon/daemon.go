@@ -37,36 +37,72 @@ type Config struct {
 	Level *slog.LevelVar
 }
 
-// A Daemon runs once.
+// A Daemon runs once. Its state has owners: what the loop owns is reached only through the
+// *loop that the loop passes to functions (do, ask), and what the reconcile owns only through
+// the *reconciler. After New only Run and Close use both.
 type Daemon struct {
-	cfg   Config
-	log   *slog.Logger
-	start time.Time
+	*shared
+	loop      *loop
+	reconcile *reconciler
 
-	lock       *control.Lock
-	conntrack  sysctls
-	events     *ctwatch.Watcher
-	queries    *ctwatch.Queries    // of the loop
-	reads      *ctwatch.Queries    // of the reconcile
-	statistics *ctwatch.Statistics // of the reconcile
-	sockets    *gateway.Sockets    // of the loop
-	ports      *gateway.Sockets    // of the reconcile
-	links      *gateway.Watcher
-	firewall   *firewall // of the reconcile
-	made       bool      // this daemon took over the tables of an earlier one, or made them
-	leave      bool      // permissions and tables stay in the kernel when this daemon ends
-	failures   *failures
-	noted      *episodes // of other abnormal conditions
+	lock   *control.Lock
+	made   bool       // this daemon took over the tables of an earlier one, or made them
+	leave  bool       // permissions and tables stay in the kernel when this daemon ends
+	denied []cone.Key // what the user revoked under an earlier daemon
+}
 
-	// The reconcile's own.
-	wanted    config.Config      // as the user gave it; d.cfg also has the subnets found by "auto"
+// shared is what all goroutines of a Daemon use. It stays as New made it, or is safe for
+// concurrent use.
+type shared struct {
+	given     Config // as New got it
+	log       *slog.Logger
+	start     time.Time
+	conntrack sysctls
+	events    *ctwatch.Watcher
+	links     *gateway.Watcher
+	failures  *failures
+	noted     *episodes // of other abnormal conditions
+
+	// firewall is the reconcile's. The loop uses it only while the reconcile waits for it,
+	// except for what stays as New made it.
+	firewall *firewall
+
+	inbox  chan func(*loop)
+	pings  chan chan struct{}     // of Alive
+	hurry  chan struct{}          // a reconcile is wanted
+	moved  chan struct{}          // links, addresses or routes changed
+	strays chan struct{}          // translated flows left by links that are not outside links
+	jobs   chan func(*reconciler) // run by the reconcile when it is idle
+	looks  chan func(*reconciler) // run by the reconcile, even in the middle of its work
+	ended  chan struct{}          // closed when the loop ended
+
+	reloads  atomic.Uint64 // number of reloads begun
+	reloaded struct {
+		sync.Mutex
+		last uint64 // number of the latest reload that is done
+		err  error  // its result
+	}
+}
+
+// A reconciler is what the reconcile owns.
+type reconciler struct {
+	*shared
+	reads      *ctwatch.Queries
+	statistics *ctwatch.Statistics
+	ports      *gateway.Sockets
+
+	wanted    config.Config      // as the user gave it; loop.cfg also has the subnets found by "auto"
 	hosts     []netip.Addr       // inside hosts of the permissions adopted at the start
-	size      int                // of the conntrack table; the limits of d.cfg are for this size
+	size      int                // of the conntrack table; the limits of loop.cfg are for this size
 	counts    ctwatch.Counts     // conntrack statistics, as last read
 	space     space              // as last told to the model
+	backends  backends           // in use
+	network   gateway.Network    // as last read
 	held      *gateway.PortSet   // sockets at the last look
 	looked    time.Duration      // time of that look
 	settled   bool               // the last two looks found the same sockets
+	served    *gateway.PortSet   // ports held at both of the last two looks, or at the only one
+	sure      bool               // there were two looks
 	forwarded *userrules.Covered // what the user's rules forward, as last told to the model
 	whole     bool               // forwarded is complete
 	unheard   *userrules.Covered // forwards whose flows the event filter leaves out
@@ -80,12 +116,18 @@ type Daemon struct {
 		next    time.Duration   // earliest time of the next look
 		outside map[string]bool // current and former outside links
 	}
+}
 
-	// The loop's own.
-	backends       backends
-	missing        string     // which backend is missing and why
-	denied         []cone.Key // what the user revoked under an earlier daemon
-	engine         *engine.Engine
+// A loop is what the loop owns.
+type loop struct {
+	*shared
+	queries *ctwatch.Queries
+	sockets *gateway.Sockets
+	engine  *engine.Engine
+
+	cfg            config.Config // in force
+	backends       backends      // in use; the engine has the same ones
+	missing        string        // which backend is missing and why
 	network        gateway.Network
 	topology       cone.Topology      // of network
 	ruleWarnings   warnings           // about the user's forwards
@@ -99,8 +141,6 @@ type Daemon struct {
 	look           time.Duration     // CPU time of one look at such changes
 	tables         control.Tables    // as last read
 	kernel         control.Conntrack // as last read
-	served         *gateway.PortSet  // ports held at both of the last two looks, or at the only one
-	sure           bool              // there were two looks
 	latency        histogram
 	applied        applied               // mappings, at the last reconcile
 	brokenNow      []control.BrokenFlows // found by the last whole walk
@@ -109,43 +149,29 @@ type Daemon struct {
 	behind         bool
 	reported       cone.Stats
 	reportedEvents ctwatch.Stats
-
-	inbox    chan func()
-	pings    chan chan struct{} // of Alive
-	hurry    chan struct{}      // a reconcile is wanted
-	moved    chan struct{}      // links, addresses or routes changed
-	strays   chan struct{}      // translated flows left by links that are not outside links
-	jobs     chan func()        // run by the reconcile when it is idle
-	looks    chan func()        // run by the reconcile, even in the middle of its work
-	reloads  atomic.Uint64      // number of reloads begun
-	reloaded struct {
-		sync.Mutex
-		last uint64 // number of the latest reload that is done
-		err  error  // its result
-	}
-	ended chan struct{} // closed when the loop ended
 }
 
 // New opens everything that the daemon needs in the kernel, and fails if something is
 // missing. It takes over what an earlier daemon left, and revokes permissions that the
 // configuration no longer allows. The caller must call Run or Close.
 func New(cfg Config) (d *Daemon, err error) {
-	d = &Daemon{
-		cfg: cfg, log: cfg.Log,
-		start:  time.Now(),
-		inbox:  make(chan func(), 64),
+	all := &shared{
+		given: cfg, log: cfg.Log, start: time.Now(),
+		inbox:  make(chan func(*loop), 64),
 		pings:  make(chan chan struct{}, 1),
 		hurry:  make(chan struct{}, 1),
 		moved:  make(chan struct{}, 1),
 		strays: make(chan struct{}, 1),
-		jobs:   make(chan func()),
-		looks:  make(chan func()),
+		jobs:   make(chan func(*reconciler)),
+		looks:  make(chan func(*reconciler)),
 		ended:  make(chan struct{}),
 	}
-	d.rerouted.outside = make(map[string]bool)
-	d.comparer = engine.Comparer{
-		InLoop:  func(f func(*engine.Engine)) bool { return d.ask(func() { f(d.engine) }) },
-		Between: d.lookBetween,
+	l, r := &loop{shared: all, cfg: cfg.Config}, &reconciler{shared: all, wanted: cfg.Config}
+	d = &Daemon{shared: all, loop: l, reconcile: r}
+	r.rerouted.outside = make(map[string]bool)
+	r.comparer = engine.Comparer{
+		InLoop:  func(f func(*engine.Engine)) bool { return r.ask(func(l *loop) { f(l.engine) }) },
+		Between: r.lookBetween,
 	}
 	defer func() {
 		if err != nil {
@@ -153,7 +179,7 @@ func New(cfg Config) (d *Daemon, err error) {
 			d = nil
 		}
 	}()
-	d.warned, d.noted = newWarner(d.log), newEpisodes(d.log, d.now, cfg.Reconcile)
+	l.warned, d.noted = newWarner(d.log), newEpisodes(d.log, d.now, cfg.Reconcile)
 	d.failures = newFailures(d.log, d.now, cfg.Reconcile)
 
 	if d.lock, err = control.Acquire(cfg.Socket); err != nil {
@@ -162,7 +188,6 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.conntrack, err = openSysctls(); err != nil {
 		return d, err
 	}
-	d.wanted = cfg.Config
 	if d.firewall, err = openFirewall(cfg.Table); err != nil {
 		return d, err
 	}
@@ -170,14 +195,14 @@ func New(cfg Config) (d *Daemon, err error) {
 		return d, err
 	}
 	d.firewall.look()
-	if d.network, err = d.readNetwork(cfg.Config); err != nil {
+	if r.network, err = r.readNetwork(cfg.Config); err != nil {
 		return d, err
 	}
-	if d.cfg.Subnets, err = d.firewall.subnets(cfg.Config, d.network, nil, nil); err != nil {
+	if l.cfg.Subnets, err = d.firewall.subnets(cfg.Config, r.network, nil, nil); err != nil {
 		return d, err
 	}
-	if len(d.cfg.Subnets) > len(cfg.Subnets) { // links to the added subnets lead inside
-		if d.network, err = d.readNetwork(d.cfg.Config); err != nil {
+	if len(l.cfg.Subnets) > len(cfg.Subnets) { // links to the added subnets lead inside
+		if r.network, err = r.readNetwork(l.cfg); err != nil {
 			return d, err
 		}
 	}
@@ -186,43 +211,43 @@ func New(cfg Config) (d *Daemon, err error) {
 	if err != nil {
 		return d, err
 	}
-	if d.queries, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
+	if l.queries, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
 		return d, err
 	}
-	if d.reads, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
+	if r.reads, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
 		return d, err
 	}
-	d.seeFlowsBefore()
-	if d.statistics, err = ctwatch.DialStatistics(ctwatch.Config{}); err != nil {
+	r.seeFlowsBefore(l.cfg)
+	if r.statistics, err = ctwatch.DialStatistics(ctwatch.Config{}); err != nil {
 		return d, err
 	}
-	if d.kernel, err = d.readConntrack(); err != nil {
+	if l.kernel, err = r.readConntrack(); err != nil {
 		return d, err
 	}
-	d.size = d.kernel.Max
-	d.cfg.Config = d.cfg.Sized(d.size)
-	if d.sockets, err = gateway.DialSockets(0); err != nil {
+	r.size = l.kernel.Max
+	l.cfg = l.cfg.Sized(r.size)
+	if l.sockets, err = gateway.DialSockets(0); err != nil {
 		return d, err
 	}
-	if d.ports, err = gateway.DialSockets(0); err != nil {
+	if r.ports, err = gateway.DialSockets(0); err != nil {
 		return d, err
 	}
 	if d.links, err = gateway.Watch(0); err != nil {
 		return d, err
 	}
-	d.sockets.SetNetwork(d.network)
-	d.ports.SetNetwork(d.network)
-	if d.held, err = d.ports.Ports(); err != nil {
+	l.sockets.SetNetwork(r.network)
+	r.ports.SetNetwork(r.network)
+	if r.held, err = r.ports.Ports(); err != nil {
 		return d, err
 	}
-	d.served, d.looked = d.held, d.now()
-	d.firewall.setSides(d.network)
+	r.served, r.looked = r.held, d.now()
+	d.firewall.setSides(r.network)
 	// The model must know the forwards before the first grant.
-	d.forwarded, d.ruleWarnings = d.firewall.forwards(d.network)
-	d.whole = d.firewall.whole
-	more, _, _ := d.firewall.sourceNAT(d.cfg.Config, d.network) // the first reconcile tries again
-	d.ruleWarnings, d.hidden = slices.Concat(d.ruleWarnings, more), d.firewall.hidden
-	d.firewall.ports, d.portWarnings, err = d.firewall.choosePorts(d.cfg.Config, d.network, d.served, false, d.firewall.understood.Covers)
+	r.forwarded, l.ruleWarnings = d.firewall.forwards(r.network)
+	r.whole = d.firewall.whole
+	more, _, _ := d.firewall.sourceNAT(l.cfg, r.network) // the first reconcile tries again
+	l.ruleWarnings, l.hidden = slices.Concat(l.ruleWarnings, more), d.firewall.hidden
+	d.firewall.ports, l.portWarnings, err = d.firewall.choosePorts(l.cfg, r.network, r.served, false, d.firewall.understood.Covers)
 	if err != nil {
 		return d, err
 	}
@@ -233,65 +258,69 @@ func New(cfg Config) (d *Daemon, err error) {
 	}
 	d.decide() // again: the warnings depend on the backends in use
 	// Only now is it known which of the user's chains are older than our own chain.
-	d.ruleWarnings = slices.DeleteFunc(d.ruleWarnings, func(w warning) bool { return w.id == warnRivalChain })
-	d.ruleWarnings = append(d.ruleWarnings, d.firewall.rivals(d.cfg.Config, d.network)...)
-	d.overtaken = d.firewall.overtaken
+	l.ruleWarnings = slices.DeleteFunc(l.ruleWarnings, func(w warning) bool { return w.id == warnRivalChain })
+	l.ruleWarnings = append(l.ruleWarnings, d.firewall.rivals(l.cfg, r.network)...)
+	l.overtaken = d.firewall.overtaken
 	if err := d.goOnServing(adopted); err != nil {
 		return d, err
 	}
-	if err := d.filterEvents(d.cfg.Config); err != nil {
+	if err := r.filterEvents(l.cfg); err != nil {
 		return d, err
 	}
 	// Turn on accounting last, when nothing can fail any more: Close restores it only if
 	// there is a model. The reconcile does not repeat this, so the user can turn it off.
 	_, _, err = d.conntrack.raise(acct)
 	d.failures.note(requestTurnOnAccounting, 1, err)
-	d.newEngine(cone.New(d.policy(d.cfg.Config)))
-	d.engine.Model.AdoptZones(d.firewall.zones)
-	d.topology = d.network.Topology().Compile()
-	d.uplinks.remember(d.network)
-	d.network = d.network.Lean()
-	d.engine.Model.SetTopology(0, d.topology)
-	d.engine.Model.SetWay(d.network.Way())
-	d.engine.Model.SetForwards(0, d.forwarded.Bars, d.whole)
-	d.engine.Model.Revoked(0, d.denied)
-	if d.backends.expect != nil {
-		d.setRoom(d.space)
+	l.useBackends(r.backends) // the policy depends on them
+	l.newEngine(cone.New(l.policy(l.cfg)), r.served)
+	l.engine.Model.AdoptZones(d.firewall.zones)
+	l.topology = r.network.Topology().Compile()
+	r.uplinks.remember(r.network)
+	r.network = r.network.Lean()
+	l.network = r.network
+	l.engine.Model.SetTopology(0, l.topology)
+	l.engine.Model.SetWay(l.network.Way())
+	l.engine.Model.SetForwards(0, r.forwarded.Bars, r.whole)
+	l.engine.Model.Revoked(0, d.denied)
+	if r.backends.expect != nil {
+		l.setRoom(r.space)
 	}
 	for _, a := range adopted {
 		now := d.now()
-		d.engine.Model.Adopt(now, a.Permission, a.By, now+a.Left)
+		l.engine.Model.Adopt(now, a.Permission, a.By, now+a.Left)
 	}
-	d.engine.Apply(0) // revokes what the configuration does not allow
+	l.engine.Apply(0) // revokes what the configuration does not allow
 	return d, nil
 }
 
 // decide says what carries the permissions of each subnet, before the loop runs.
 func (d *Daemon) decide() {
-	d.decisions = d.firewall.decide(d.cfg.Config, d.network)
-	d.firewall.decisions = d.decisions
+	l, r := d.loop, d.reconcile
+	l.decisions = d.firewall.decide(l.cfg, r.network)
+	d.firewall.decisions = l.decisions
 }
 
 // goOnServing lets "auto" enable the subnets of hosts with adopted permissions, even while
 // there is no outside link. It ignores permissions of the gateway's own addresses, which may
 // be on an uplink.
 func (d *Daemon) goOnServing(adopted []expect.Adopted) (err error) {
+	l, r := d.loop, d.reconcile
 	hosts := make(map[netip.Addr]struct{})
 	for _, a := range adopted {
 		hosts[a.Int.Addr.Netip()] = struct{}{}
 	}
-	for _, a := range d.network.Addrs {
+	for _, a := range r.network.Addrs {
 		delete(hosts, a.Prefix.Addr())
 	}
-	if !d.wanted.AutoSubnets || len(hosts) == 0 {
+	if !r.wanted.AutoSubnets || len(hosts) == 0 {
 		return nil
 	}
-	d.hosts = slices.Collect(maps.Keys(hosts))
-	if d.cfg.Subnets, err = d.firewall.subnets(d.wanted, d.network, nil, d.hosts); err != nil {
+	r.hosts = slices.Collect(maps.Keys(hosts))
+	if l.cfg.Subnets, err = d.firewall.subnets(r.wanted, r.network, nil, r.hosts); err != nil {
 		return err
 	}
 	d.decide()
-	_, err = d.firewall.set(d.cfg.Config, d.network.OutsideLinks())
+	_, err = d.firewall.set(l.cfg, r.network.OutsideLinks())
 	return err
 }
 
@@ -302,12 +331,12 @@ func anyIPv6(cfg config.Config) bool {
 }
 
 // policy returns the policy of a configuration, with the backends in use.
-func (d *Daemon) policy(cfg config.Config) cone.Policy {
+func (l *loop) policy(cfg config.Config) cone.Policy {
 	p := cone.Policy{
-		Expected: d.backends.expect != nil && wantsExpect(cfg),
-		Mapped:   d.backends.nft != nil && wantsMap(cfg),
-		Labels:   d.firewall.labels(),
-		Learned:  wantsMap(cfg) && d.firewall.learns(cfg),
+		Expected: l.backends.expect != nil && wantsExpect(cfg),
+		Mapped:   l.backends.nft != nil && wantsMap(cfg),
+		Labels:   l.firewall.labels(),
+		Learned:  wantsMap(cfg) && l.firewall.learns(cfg),
 		Limits: cone.Limits{
 			Total: cfg.MaxPermissions, PerSubnet: cfg.MaxPermissionsPerSubnet,
 			PerHost: cfg.MaxPermissionsPerHost, Children: cfg.MaxChildren,
@@ -319,11 +348,11 @@ func (d *Daemon) policy(cfg config.Config) cone.Policy {
 		ExcludePeerPorts: cfg.ExcludePeerPorts,
 		ExcludePorts:     cfg.ExcludePorts,
 	}
-	p.Self4, p.Self6 = d.self(cfg)
+	p.Self4, p.Self6 = l.self(cfg)
 	for _, s := range cfg.Subnets {
 		p.Subnets = append(p.Subnets, cone.Subnet{
-			Prefix: s.Prefix, Routed: s.Routed, Filtering: filterings[s.Filtering], Choice: d.decisions[s.Prefix].Choice,
-			Mapping: s.Mapping == config.EndpointIndependentMapping && d.firewall.maps(),
+			Prefix: s.Prefix, Routed: s.Routed, Filtering: filterings[s.Filtering], Choice: l.decisions[s.Prefix].Choice,
+			Mapping: s.Mapping == config.EndpointIndependentMapping && l.firewall.maps(),
 		})
 	}
 	return p
@@ -334,19 +363,19 @@ func (d *Daemon) policy(cfg config.Config) cone.Policy {
 // reconcile finds a flow that outlives its socket. Flows that the user's forwards lead inside
 // do not matter if all his rules are known. All events pass without the guard, and with a
 // VRF, whose links the guard does not know.
-func (d *Daemon) filterEvents(cfg config.Config) error {
-	d.unheard = d.firewall.hidden
-	inVRF := slices.ContainsFunc(d.network.Links, func(l gateway.Link) bool { return l.Kind == "vrf" })
-	if !cfg.Guard || d.firewall.tables == nil || d.firewall.tables.Lacks(rules.FeatureGuard) || inVRF {
-		return d.events.SetSources(ctwatch.Sources{})
+func (r *reconciler) filterEvents(cfg config.Config) error {
+	r.unheard = r.firewall.hidden
+	inVRF := slices.ContainsFunc(r.network.Links, func(l gateway.Link) bool { return l.Kind == "vrf" })
+	if !cfg.Guard || r.firewall.tables == nil || r.firewall.tables.Lacks(rules.FeatureGuard) || inVRF {
+		return r.events.SetSources(ctwatch.Sources{})
 	}
-	s := ctwatch.Sources{Prefixes: slices.Concat(prefixes(cfg.Subnets), d.ownAddresses(cfg)), Labelled: d.firewall.labels() && d.firewall.whole}
-	for a, p := range d.firewall.hidden.Ranges() {
+	s := ctwatch.Sources{Prefixes: slices.Concat(prefixes(cfg.Subnets), r.ownAddresses(cfg)), Labelled: r.firewall.labels() && r.firewall.whole}
+	for a, p := range r.firewall.hidden.Ranges() {
 		if a.First.Is4() {
 			s.Forwarded = append(s.Forwarded, ctwatch.Range{FirstAddr: a.First, LastAddr: a.Last, FirstPort: p.First, LastPort: p.Last})
 		}
 	}
-	return d.events.SetSources(s)
+	return r.events.SetSources(s)
 }
 
 // filterings translates the configuration's kinds of filtering into the model's.
@@ -358,30 +387,31 @@ var filterings = map[config.Filtering]cone.Filtering{
 // Close closes what New opened, and removes our tables unless permissions are to stay. Run
 // calls it; call it for a Daemon that did not Run.
 func (d *Daemon) Close() error {
+	l, r := d.loop, d.reconcile
 	var errs []error
 	if d.events != nil {
 		errs = append(errs, d.events.Close())
 	}
-	if d.queries != nil {
-		errs = append(errs, d.queries.Close())
+	if l.queries != nil {
+		errs = append(errs, l.queries.Close())
 	}
-	if d.reads != nil {
-		errs = append(errs, d.reads.Close())
+	if r.reads != nil {
+		errs = append(errs, r.reads.Close())
 	}
-	if d.statistics != nil {
-		errs = append(errs, d.statistics.Close())
+	if r.statistics != nil {
+		errs = append(errs, r.statistics.Close())
 	}
-	if d.sockets != nil {
-		errs = append(errs, d.sockets.Close())
+	if l.sockets != nil {
+		errs = append(errs, l.sockets.Close())
 	}
-	if d.ports != nil {
-		errs = append(errs, d.ports.Close())
+	if r.ports != nil {
+		errs = append(errs, r.ports.Close())
 	}
 	if d.links != nil {
 		errs = append(errs, d.links.Close())
 	}
 	leave := d.leave
-	if e := d.backends.expect; e != nil {
+	if e := r.backends.expect; e != nil {
 		leave = leave || e.Standing() > 0 // some expectations could not be revoked
 		errs = append(errs, e.Close())
 	}
@@ -391,7 +421,7 @@ func (d *Daemon) Close() error {
 		}
 		errs = append(errs, d.firewall.close())
 	}
-	if d.engine != nil && !leave { // permissions that stay need the settings
+	if l.engine != nil && !leave { // permissions that stay need the settings
 		errs = append(errs, d.conntrack.restoreAll())
 	}
 	if d.lock != nil {
@@ -404,25 +434,26 @@ func (d *Daemon) Close() error {
 // unless on_stop is "keep". It calls ready once existing flows have their permissions. If it
 // fails before ctx ends, permissions stay for the next daemon, as after a crash.
 func (d *Daemon) Run(ctx context.Context, ready func()) error {
+	l, r := d.loop, d.reconcile
 	stop := ctx
-	ln, err := control.Listen(d.cfg.Socket)
+	ln, err := control.Listen(d.given.Socket)
 	if err != nil {
 		return errors.Join(err, d.Close())
 	}
 	d.greet()
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return control.Serve(ctx, ln, source{d}, d.log) })
-	every := d.cfg.Reconcile // a reload writes d.cfg
-	g.Go(func() error { return d.reconcile(ctx, every, ready) })
+	g.Go(func() error { return control.Serve(ctx, ln, source{d.shared}, d.log) })
+	every := l.cfg.Reconcile // a reload writes l.cfg
+	g.Go(func() error { return r.run(ctx, every, ready) })
 	g.Go(func() error { return d.watchLinks(ctx) })
-	g.Go(func() error { return d.loop(ctx) })
+	g.Go(func() error { return l.run(ctx) })
 	err = g.Wait()
 
 	failed := err != nil && stop.Err() == nil
 	if failed {
 		d.log.Error("conenatd ends because of an error; permissions stay for the next one", "err", err)
 	}
-	if d.leave = (failed || d.cfg.OnStop == config.OnStopKeep) && d.holds(); !d.leave {
+	if d.leave = (failed || l.cfg.OnStop == config.OnStopKeep) && l.holds(); !d.leave {
 		err = errors.Join(err, d.revokeAll())
 	}
 	return errors.Join(err, d.Close())
@@ -430,29 +461,31 @@ func (d *Daemon) Run(ctx context.Context, ready func()) error {
 
 // holds reports whether the kernel holds something for the next daemon: standing
 // permissions, or the user's revocations.
-func (d *Daemon) holds() bool {
-	return d.engine.Model.Stats().Standing > 0 || d.backends.revoked != nil && d.backends.revoked.Any()
+func (l *loop) holds() bool {
+	return l.engine.Model.Stats().Standing > 0 || l.backends.revoked != nil && l.backends.revoked.Any()
 }
 
 // revokeAll removes every permission from the kernel. It removes the whole map first,
 // so that the kernel learns nothing meanwhile.
 func (d *Daemon) revokeAll() error {
+	l, r := d.loop, d.reconcile
 	var errs []error
-	if d.backends.nft != nil {
+	if r.backends.nft != nil {
 		errs = append(errs, d.firewall.remove())
-		d.backends.nft = nil
-		d.useBackends()
+		r.backends.nft = nil
+		l.useBackends(r.backends)
 	}
-	d.engine.Model.RevokeAll()
-	d.engine.Apply(0)
+	l.engine.Model.RevokeAll()
+	l.engine.Apply(0)
 	// Also delete children that came too late for their events to be read.
 	_, err := dropUnanswered()
 	return errors.Join(append(errs, err)...)
 }
 
 func (d *Daemon) greet() {
-	d.log.Info("conenatd runs", "version", d.cfg.Version, "subnets", prefixes(d.cfg.Subnets),
-		"outside", d.network.OutsideLinks(), "backend", d.backends.String(), "helper", d.helper(false),
-		"lifetime", d.cfg.Lifetime, "most_permissions", d.limit())
-	d.warned.tell(d.now(), d.warnings())
+	l, r := d.loop, d.reconcile
+	d.log.Info("conenatd runs", "version", d.given.Version, "subnets", prefixes(l.cfg.Subnets),
+		"outside", r.network.OutsideLinks(), "backend", r.backends.String(), "helper", l.helper(false),
+		"lifetime", l.cfg.Lifetime, "most_permissions", l.limit())
+	l.warned.tell(d.now(), l.warnings())
 }

@@ -162,18 +162,18 @@ func (f *firewall) leftZones() (cone.Zones, error) {
 // followZones makes the rules serve flows with conntrack zones, if the model says that all
 // zones are of the original direction alone. Otherwise the rules serve no flow with a zone:
 // they cannot tell zones apart.
-func (d *Daemon) followZones(cfg config.Config, zones cone.Zones) error {
-	before := d.firewall.zones
-	was := d.firewall.zonedAddrs()
-	d.firewall.zones = zones
-	if slices.Equal(was, d.firewall.zonedAddrs()) {
+func (r *reconciler) followZones(cfg config.Config, zones cone.Zones) error {
+	before := r.firewall.zones
+	was := r.firewall.zonedAddrs()
+	r.firewall.zones = zones
+	if slices.Equal(was, r.firewall.zonedAddrs()) {
 		return nil
 	}
-	if _, err := d.firewall.set(cfg, d.network.OutsideLinks()); err != nil {
-		d.firewall.zones = before // try again at the next look
+	if _, err := r.firewall.set(cfg, r.network.OutsideLinks()); err != nil {
+		r.firewall.zones = before // try again at the next look
 		return err
 	}
-	d.wantReconcile() // for the mappings of existing flows
+	r.wantReconcile() // for the mappings of existing flows
 	return nil
 }
 

@@ -14,6 +14,6 @@ func (d *Daemon) FailLinks() { _ = d.links.Close() }
 
 // FailReconcile lets each reconcile of a daemon that does not run yet fail.
 func (d *Daemon) FailReconcile() {
-	_ = d.ports.Close()
-	d.looked = -betweenLooks // else the first one does not look at sockets
+	_ = d.reconcile.ports.Close()
+	d.reconcile.looked = -betweenLooks // else the first one does not look at sockets
 }

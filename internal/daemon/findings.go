@@ -23,37 +23,37 @@ const (
 )
 
 // warnings says what a user should know about his gateway.
-func (d *Daemon) warnings() (out warnings) {
-	out = slices.Concat(d.firewall.warnings, d.ruleWarnings, d.portWarnings)
-	out.addDecisions(d.cfg.Subnets, d.decisions)
-	if d.late >= isLate {
+func (l *loop) warnings() (out warnings) {
+	out = slices.Concat(l.firewall.warnings, l.ruleWarnings, l.portWarnings)
+	out.addDecisions(l.cfg.Subnets, l.decisions)
+	if l.late >= isLate {
 		out.add(warnLate, "", "rules, links or routes change so often that a change may take effect %v late: "+
-			"to read them takes %v of CPU time", d.late.Round(time.Second), d.look.Round(time.Millisecond))
+			"to read them takes %v of CPU time", l.late.Round(time.Second), l.look.Round(time.Millisecond))
 	}
-	if d.missing != "" {
-		out.add(warnBackendMissing, "", "%s", d.missing)
+	if l.missing != "" {
+		out.add(warnBackendMissing, "", "%s", l.missing)
 	}
-	if d.engine.Model.Remaps() {
+	if l.engine.Model.Remaps() {
 		out.add(warnPortPerPeer, "", "peers see another outside port each of one and the same inside port, so a rule of yours has random or fully-random: "+
 			`mapping = "endpoint_independent" keeps one`)
 	}
 	large := func(g netip.Prefix) bool { return g.Addr().Is4() && g.Bits() < 32-cone.SpreadBits }
-	if slices.ContainsFunc(d.cfg.PeerGroups, large) && d.backends.nft == nil {
+	if slices.ContainsFunc(l.cfg.PeerGroups, large) && l.backends.nft == nil {
 		out.add(warnLargeGroups, "", "peer_groups of more than 16 IPv4 addresses hold for routed subnets alone: only the nft backend can translate for these")
 	}
-	if n := d.tables.Mapping.PoolUsedUp; n >= someFlows {
-		out.add(warnPoolUsedUp, "", "port_pool %v had no port for %d flows, whose mapping stays the kernel's: make it larger", poolText(d.cfg.Config), n)
+	if n := l.tables.Mapping.PoolUsedUp; n >= someFlows {
+		out.add(warnPoolUsedUp, "", "port_pool %v had no port for %d flows, whose mapping stays the kernel's: make it larger", poolText(l.cfg), n)
 	}
-	if wantsMapping(d.cfg.Config) && d.firewall.noMapping != "" {
-		out.add(warnNoMapping, "", "mapping stays the kernel's: %s", d.firewall.noMapping)
+	if wantsMapping(l.cfg) && l.firewall.noMapping != "" {
+		out.add(warnNoMapping, "", "mapping stays the kernel's: %s", l.firewall.noMapping)
 	}
-	if d.cfg.UplinkMarks && d.firewall.noMarks != "" {
-		out.add(warnFeatureMissing, string(rules.FeatureUplinkMarks), "uplink_marks is not in force: %s", d.firewall.noMarks)
+	if l.cfg.UplinkMarks && l.firewall.noMarks != "" {
+		out.add(warnFeatureMissing, string(rules.FeatureUplinkMarks), "uplink_marks is not in force: %s", l.firewall.noMarks)
 	}
-	switch a := &d.applied; {
+	switch a := &l.applied; {
 	case a.notInForce():
 		first := ""
-		for _, w := range d.ruleWarnings {
+		for _, w := range l.ruleWarnings {
 			if w.id == warnRivalChain {
 				first = "chain " + w.about + " comes before conenatd's: "
 			}
@@ -62,29 +62,29 @@ func (d *Daemon) warnings() (out warnings) {
 	case a.sum() >= someFlows:
 		out.add(warnNotMapped, "", "%s", control.NotApplied(a.not))
 	}
-	if n, err := d.conntrack.read(events); err == nil && n == 0 {
+	if n, err := l.conntrack.read(events); err == nil && n == 0 {
 		out.add(warnEventsOff, "", "the kernel sends no conntrack events: permissions come late, at each reconcile; set net.netfilter.nf_conntrack_events = 2")
 	}
-	if n, err := d.conntrack.read(acct); err == nil && n == 0 {
+	if n, err := l.conntrack.read(acct); err == nil && n == 0 {
 		out.add(warnAccountingOff, "", "the kernel does not count packets: a peer alone can keep a permission; set net.netfilter.nf_conntrack_acct = 1")
 	}
-	for _, name := range d.network.Missing {
+	for _, name := range l.network.Missing {
 		out.add(warnLinkMissing, name, "outside link %s is not there: it counts as soon as it is, or correct its name in the key outside (there are %s)",
-			name, strings.Join(d.network.LinkNames(), ", "))
+			name, strings.Join(l.network.LinkNames(), ", "))
 	}
-	d.warnLinkSubnets(&out)
-	if d.cfg.AutoSubnets && len(d.cfg.Subnets) == 0 {
+	l.warnLinkSubnets(&out)
+	if l.cfg.AutoSubnets && len(l.cfg.Subnets) == 0 {
 		out.add(warnNoInside, "", `subnet "auto" found no inside network: one is served as soon as it is there, or name it with --subnet`)
 	}
-	if len(d.network.OutsideLinks()) == 0 && len(d.network.Missing) == 0 {
+	if len(l.network.OutsideLinks()) == 0 && len(l.network.Missing) == 0 {
 		out.add(warnNoOutside, "", `no outside link: none has a default route, no rule translates by one and no translated flow left; name one with --outside`)
 	}
-	d.warnRoom(&out)
-	d.warnElsewhere(&out)
-	d.warnSides(&out)
-	d.warnSubnets(&out)
-	d.warnBroken(&out)
-	d.warnSelf(&out)
+	l.warnRoom(&out)
+	l.warnElsewhere(&out)
+	l.warnSides(&out)
+	l.warnSubnets(&out)
+	l.warnBroken(&out)
+	l.warnSelf(&out)
 	return out
 }
 
@@ -110,37 +110,37 @@ func (w *warnings) addDecisions(subnets []config.Subnet, decisions map[netip.Pre
 }
 
 // warnElsewhere warns of links that should perhaps be outside links.
-func (d *Daemon) warnElsewhere(out *warnings) {
-	elsewhere := d.engine.Model.Elsewhere()
-	for _, l := range d.network.Links {
-		if n := elsewhere[l.Name].Translated; n > 0 && l.Outside == 0 {
-			out.add(warnPeersBehindLink, l.Name, "%d translated flows of enabled hosts left by %s, which is no outside link, and give no permission: "+
-				"if it leads to peers, name it with --outside %s", n, l.Name, l.Name)
+func (l *loop) warnElsewhere(out *warnings) {
+	elsewhere := l.engine.Model.Elsewhere()
+	for _, link := range l.network.Links {
+		if n := elsewhere[link.Name].Translated; n > 0 && link.Outside == 0 {
+			out.add(warnPeersBehindLink, link.Name, "%d translated flows of enabled hosts left by %s, which is no outside link, and give no permission: "+
+				"if it leads to peers, name it with --outside %s", n, link.Name, link.Name)
 		}
 	}
 }
 
 // warnSubnets warns of peculiarities of enabled subnets.
-func (d *Daemon) warnSubnets(out *warnings) {
-	for _, u := range d.engine.Model.Untranslated() {
+func (l *loop) warnSubnets(out *warnings) {
+	for _, u := range l.engine.Model.Untranslated() {
 		if u.Flows >= fewFlows {
 			out.add(warnNoSourceNAT, u.Subnet.String(), "no source NAT: %d flows of %v left untranslated and none was translated, so no permission arises; "+
 				"let a rule of yours masquerade them, or set routed = true if the subnet has public addresses", u.Flows, u.Subnet)
 		}
 	}
-	for _, s := range d.engine.Model.Zones().Several {
+	for _, s := range l.engine.Model.Zones().Several {
 		out.add(warnSeveralZones, s.String(), "flows of %v came in several conntrack zones, where other networks may have the same addresses: "+
 			"the map and mappings serve no flow with a zone; give the networks different subnets, and restart conenatd", s)
 	}
-	for _, z := range d.engine.Model.SecondZones() {
+	for _, z := range l.engine.Model.SecondZones() {
 		out.add(warnSecondZone, z.Subnet.String(), "flows of %v pass conntrack twice, in zone %d untranslated, as behind the firewall of a bridge (Proxmox): "+
 			"it knows nothing of what a permission admits and may drop it; set routed = true for this subnet", z.Subnet, z.Zone)
 	}
-	for _, s := range d.cfg.Subnets {
+	for _, s := range l.cfg.Subnets {
 		translated := s.Prefix.Addr().Is4()
 		switch {
 		case s.Filtering != config.EndpointIndependent:
-		case translated && d.backends.nft == nil:
+		case translated && l.backends.nft == nil:
 			out.add(warnNoFiltering, s.Prefix.String(), "subnet %v has address-dependent filtering: only the nft backend can give it endpoint_independent", s.Prefix)
 		default:
 			out.add(warnSubnetOpen, s.Prefix.String(), "subnet %v is open: anybody on the Internet may send to a port that its hosts use", s.Prefix)

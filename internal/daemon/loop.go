@@ -29,101 +29,101 @@ const (
 
 // now returns the time since the daemon was made. Like the kernel's timeouts it
 // stands still while the machine is suspended, and ignores the wall clock.
-func (d *Daemon) now() time.Duration { return time.Since(d.start) }
+func (s *shared) now() time.Duration { return time.Since(s.start) }
 
 // wall converts t, a time of now, to the present wall clock: since the start that may have
 // been set, or have gone on while the machine was suspended. The result is rounded to the
 // millisecond, since two clocks are read.
-func (d *Daemon) wall(t time.Duration) time.Time {
+func (s *shared) wall(t time.Duration) time.Time {
 	now := time.Now()
-	return now.Add(t - now.Sub(d.start)).Round(time.Millisecond)
+	return now.Add(t - now.Sub(s.start)).Round(time.Millisecond)
 }
 
-// do runs f in the loop and waits for it. It returns false if the loop ended
-// first.
-func (d *Daemon) do(f func()) bool {
+// do runs f in the loop and waits for it. It returns false if the loop ended first. f must
+// not keep the *loop.
+func (s *shared) do(f func(*loop)) bool {
 	done := make(chan struct{})
 	select {
-	case d.inbox <- func() { f(); close(done) }:
-	case <-d.ended:
+	case s.inbox <- func(l *loop) { f(l); close(done) }:
+	case <-s.ended:
 		return false
 	}
-	d.events.Wake()
+	s.events.Wake()
 	select {
 	case <-done:
 		return true
-	case <-d.ended:
+	case <-s.ended:
 		return false
 	}
 }
 
-// ask is do for the reconcile; nobody else may call it. The CPU time of the loop for f and
+// ask is do for the reconcile. The CPU time of the loop for f and
 // the resulting decisions is charged to the budget if a look is under way.
-func (d *Daemon) ask(f func()) bool {
+func (r *reconciler) ask(f func(*loop)) bool {
 	var took time.Duration
-	ok := d.do(func() {
+	ok := r.do(func(l *loop) {
 		took = threadTime(func() {
-			f()
-			d.engine.Apply(0)
+			f(l)
+			l.engine.Apply(0)
 		})
 	})
 	if ok {
-		d.budget.inLoop += took
+		r.budget.inLoop += took
 	}
 	return ok
 }
 
 // Alive waits for the loop's next beat, and reports whether the loop runs. It does not wait
 // for requests that were queued before it: a busy loop is alive.
-func (d *Daemon) Alive() bool {
+func (s *shared) Alive() bool {
 	alive := make(chan struct{})
 	select {
-	case d.pings <- alive:
-	case <-d.ended:
+	case s.pings <- alive:
+	case <-s.ended:
 		return false
 	}
-	d.events.Wake()
+	s.events.Wake()
 	select {
 	case <-alive:
 		return true
-	case <-d.ended:
+	case <-s.ended:
 		return false
 	}
 }
 
 // beat answers Alive. The loop calls it between pieces of work.
-func (d *Daemon) beat() {
+func (s *shared) beat() {
 	select {
-	case alive := <-d.pings:
+	case alive := <-s.pings:
 		close(alive)
 	default:
 	}
 }
 
-// loop is the one loop. It returns when ctx ends.
-func (d *Daemon) loop(ctx context.Context) error {
-	defer close(d.ended)
-	defer context.AfterFunc(ctx, d.events.Wake)()
+// run is the one loop. It returns when ctx ends.
+func (l *loop) run(ctx context.Context) error {
+	defer close(l.ended)
+	defer context.AfterFunc(ctx, l.events.Wake)()
 	events := make([]ctwatch.Event, eventsAtOnce)
 	var deadline time.Time
-	idle := d.now()
+	idle := l.now()
 	for {
-		d.beat()
-		d.drainInbox()
+		l.beat()
+		l.drainInbox()
 		if ctx.Err() != nil {
 			return nil
 		}
-		if next := d.deadline(); next != deadline {
+		if next := l.deadline(); next != deadline {
 			deadline = next
-			if err := d.events.SetReadDeadline(deadline); err != nil {
+			if err := l.events.SetReadDeadline(deadline); err != nil {
 				return fmt.Errorf("set deadline of event socket: %w", err)
 			}
 		}
-		n, err := d.events.Read(events)
+		n, err := l.events.Read(events)
 		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			return fmt.Errorf("read conntrack events: %w", err)
 		}
-		read := d.now()
+		read := l.now()
 		// Events may have waited since the loop last emptied the socket.
 		late := read - idle
 		if late < isStopped {
@@ -131,69 +131,69 @@ func (d *Daemon) loop(ctx context.Context) error {
 		}
 		for i := range events[:n] {
 			events[i].Flow.Late = late
-			d.event(read, &events[i])
+			l.event(read, &events[i])
 		}
-		if n > 0 && late >= d.cfg.Lifetime {
-			d.wantReconcile() // a dump shows how old the flows are
+		if n > 0 && late >= l.cfg.Lifetime {
+			l.wantReconcile() // a dump shows how old the flows are
 		}
 		if n < len(events) {
 			idle = read
 		}
-		d.engine.Apply(read)
+		l.engine.Apply(read)
 		atOnce := ticksAtOnce
-		if d.behind {
+		if l.behind {
 			atOnce = behindAtOnce
 		}
-		d.behind = d.engine.Model.Tick(d.now(), atOnce)
-		d.engine.Apply(0)
-		if d.engine.Model.HasStrays() {
+		l.behind = l.engine.Model.Tick(l.now(), atOnce)
+		l.engine.Apply(0)
+		if l.engine.Model.HasStrays() {
 			select {
-			case d.strays <- struct{}{}:
+			case l.strays <- struct{}{}:
 			default: // a look is already asked for
 			}
 		}
 	}
 }
 
-func (d *Daemon) event(now time.Duration, e *ctwatch.Event) {
+func (l *loop) event(now time.Duration, e *ctwatch.Event) {
 	switch e.Kind {
 	case ctwatch.New:
-		d.engine.Model.FlowSeen(now, &e.Flow)
+		l.engine.Model.FlowSeen(now, &e.Flow)
 	case ctwatch.Gone:
-		d.engine.FlowGone(now, &e.Flow)
+		l.engine.FlowGone(now, &e.Flow)
 	case ctwatch.Overrun:
-		d.wantReconcile()
+		l.wantReconcile()
 	}
 }
 
 // wantReconcile asks for a reconcile as soon as rest allows.
-func (d *Daemon) wantReconcile() {
+func (s *shared) wantReconcile() {
 	select {
-	case d.hurry <- struct{}{}:
+	case s.hurry <- struct{}{}:
 	default: // already asked for
 	}
 }
 
 // deadline returns when the model wants to be called next, at most one turn from now. While
 // Tick is behind, the deadline leaves just enough time to read events first.
-func (d *Daemon) deadline() time.Time {
-	if d.behind {
+func (l *loop) deadline() time.Time {
+	if l.behind {
 		return time.Now().Add(50 * time.Microsecond)
 	}
-	latest := d.start.Add(d.now().Truncate(turnEvery) + turnEvery)
-	if next, wanted := d.engine.Model.Next(); wanted && d.start.Add(next).Before(latest) {
-		return d.start.Add(next)
+	latest := l.start.Add(l.now().Truncate(turnEvery) + turnEvery)
+	if next, wanted := l.engine.Model.Next(); wanted && l.start.Add(next).Before(latest) {
+		return l.start.Add(next)
 	}
 	return latest
 }
 
 // drainInbox runs only what is queued now. A caller that immediately asks again, as a
 // reconcile or a list does, cannot keep the loop from events.
-func (d *Daemon) drainInbox() {
-	for range len(d.inbox) {
-		f := <-d.inbox
-		f()
-		d.engine.Apply(0)
-		d.beat()
+func (l *loop) drainInbox() {
+	for range len(l.inbox) {
+		f := <-l.inbox
+		f(l)
+		l.engine.Apply(0)
+		l.beat()
 	}
 }

@@ -9,18 +9,16 @@ import (
 
 // Fails when the watchdog's question waits behind everything that the loop was asked for.
 func TestTheLoopIsAliveWhileItIsBusy(t *testing.T) {
-	d := &Daemon{
-		inbox: make(chan func(), 2), pings: make(chan chan struct{}, 1),
-	}
-	d.newEngine(cone.New(cone.Policy{Lifetime: time.Minute, Retry: time.Minute}))
+	l := &loop{shared: &shared{inbox: make(chan func(*loop), 2), pings: make(chan chan struct{}, 1)}}
+	l.newEngine(cone.New(cone.Policy{Lifetime: time.Minute, Retry: time.Minute}), nil)
 	answered := make(chan struct{})
-	d.inbox <- func() { d.pings <- answered }
-	d.inbox <- func() {
+	l.inbox <- func(*loop) { l.pings <- answered }
+	l.inbox <- func(*loop) {
 		select {
 		case <-answered:
 		default:
 			t.Error("no answer before the next piece of work")
 		}
 	}
-	d.drainInbox()
+	l.drainInbox()
 }

@@ -28,14 +28,14 @@ func TestOneMissingBackendIsOneSentence(t *testing.T) {
 		t.Run(string(tt.backend), func(t *testing.T) {
 			cfg := config.Default()
 			cfg.Backend = tt.backend
-			d := &Daemon{firewall: &firewall{missing: missing}}
-			d.conntrack = sysctls{dir: sysctlDir, notes: filepath.Join(t.TempDir(), "c.")}
+			r := &reconciler{shared: &shared{firewall: &firewall{missing: missing}}}
+			r.conntrack = sysctls{dir: sysctlDir, notes: filepath.Join(t.TempDir(), "c.")}
 			err := l.Gateway.Do(func() (err error) {
-				if d.reads, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
+				if r.reads, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
 					return err
 				}
-				defer d.reads.Close()
-				o, err := d.open(cfg)
+				defer r.reads.Close()
+				o, err := r.open(cfg)
 				if o.missing != tt.want {
 					t.Errorf("status says %q, want %q", o.missing, tt.want)
 				}

@@ -21,76 +21,76 @@ type changes struct {
 
 // lookAround looks at what others changed, as far as the budget allows: at a single change
 // at once, and if changes never end, at all that came since the last look.
-func (d *Daemon) lookAround(ctx context.Context, q *ctwatch.Queries) {
-	err := d.lookAtRules()
-	if d.changed == (changes{}) {
-		err = errors.Join(err, d.lookAtLegacy())
+func (r *reconciler) lookAround(ctx context.Context, q *ctwatch.Queries) {
+	err := r.lookAtRules()
+	if r.changed == (changes{}) {
+		err = errors.Join(err, r.lookAtLegacy())
 	}
-	if d.changed != (changes{}) && d.budget.allows(d.now()) {
-		d.budget.spend(func() { err = errors.Join(err, d.lookAtChanges(q)) })
-		late, look := d.budget.wait(), d.budget.look
-		d.ask(func() { d.late, d.look = late, look })
+	if r.changed != (changes{}) && r.budget.allows(r.now()) {
+		r.budget.spend(func() { err = errors.Join(err, r.lookAtChanges(q)) })
+		late, look := r.budget.wait(), r.budget.look
+		r.ask(func(l *loop) { l.late, l.look = late, look })
 	}
 	if ctx.Err() == nil {
-		d.failures.note(requestLookAtChanges, 1, err)
+		r.failures.note(requestLookAtChanges, 1, err)
 	}
 }
 
 // lookAtRules checks whether somebody changed nftables since the last time. It repairs our
 // own tables at once if somebody may have changed or deleted them.
-func (d *Daemon) lookAtRules() error {
-	if d.firewall.tables == nil {
+func (r *reconciler) lookAtRules() error {
+	if r.firewall.tables == nil {
 		return nil
 	}
-	changed, err := d.firewall.tables.Changed()
+	changed, err := r.firewall.tables.Changed()
 	if err != nil {
 		return err
 	}
 	var broken bool
 	var cfg config.Config
 	var zones cone.Zones
-	ok := d.ask(func() {
-		cfg, zones = d.cfg.Config, d.engine.Model.Zones()
-		broken = d.backends.nft != nil && d.backends.nft.Broken()
+	ok := r.ask(func(l *loop) {
+		cfg, zones = l.cfg, l.engine.Model.Zones()
+		broken = l.backends.nft != nil && l.backends.nft.Broken()
 	})
 	if !ok {
 		return errEnded
 	}
-	d.changed.rules = d.changed.rules || changed
-	d.firewall.retry.changed = d.firewall.retry.changed || changed
-	err = d.followZones(cfg, zones)
-	if !broken && (!changed || d.firewall.tables.Owned()) {
+	r.changed.rules = r.changed.rules || changed
+	r.firewall.retry.changed = r.firewall.retry.changed || changed
+	err = r.followZones(cfg, zones)
+	if !broken && (!changed || r.firewall.tables.Owned()) {
 		return err
 	}
 	// Nothing else finds elements that somebody deleted.
-	d.changed.elements = true
-	mended, failed := d.mendRules(cfg, d.network)
+	r.changed.elements = true
+	mended, failed := r.mendRules(cfg, r.network)
 	err = errors.Join(err, failed)
 	if mended || broken {
-		err = errors.Join(err, d.compare(true))
+		err = errors.Join(err, r.compare(true))
 	}
 	if mended && wantsMapping(cfg) {
-		d.wantReconcile() // for the mappings of living flows
+		r.wantReconcile() // for the mappings of living flows
 	}
 	return err
 }
 
 // lookAtLegacy checks whether somebody changed rules of iptables-legacy since the last time,
 // as far as the budget allows.
-func (d *Daemon) lookAtLegacy() (err error) {
-	if !d.budget.allowsPoll(d.now()) {
+func (r *reconciler) lookAtLegacy() (err error) {
+	if !r.budget.allowsPoll(r.now()) {
 		return nil
 	}
-	d.budget.spend(func() { d.changed.rules, err = d.firewall.reader.LegacyChanged() })
-	d.firewall.retry.changed = d.firewall.retry.changed || d.changed.rules
+	r.budget.spend(func() { r.changed.rules, err = r.firewall.reader.LegacyChanged() })
+	r.firewall.retry.changed = r.firewall.retry.changed || r.changed.rules
 	return err
 }
 
 // lookAtChanges looks at all that others changed. Looks that fail are left for the next
 // time.
-func (d *Daemon) lookAtChanges(q *ctwatch.Queries) error {
-	was := d.changed
-	d.changed = changes{}
+func (r *reconciler) lookAtChanges(q *ctwatch.Queries) error {
+	was := r.changed
+	r.changed = changes{}
 	var errs []error
 	try := func(wanted bool, again *bool, look func() error) {
 		if !wanted {
@@ -101,30 +101,30 @@ func (d *Daemon) lookAtChanges(q *ctwatch.Queries) error {
 			errs = append(errs, err)
 		}
 	}
-	try(was.ways && !was.links, &d.changed.ways, func() error {
+	try(was.ways && !was.links, &r.changed.ways, func() error {
 		var cfg config.Config
-		if !d.ask(func() { cfg = d.cfg.Config }) {
+		if !r.ask(func(l *loop) { cfg = l.cfg }) {
 			return errEnded
 		}
-		found, err := d.followFlows(cfg)
+		found, err := r.followFlows(cfg)
 		was.links = was.links || found
 		return err
 	})
-	try(was.links, &d.changed.links, func() error {
+	try(was.links, &r.changed.links, func() error {
 		// A flow that began meanwhile may have been misjudged.
-		misjudged, err := d.readGateway()
+		misjudged, err := r.readGateway()
 		was.flows = was.flows || misjudged
 		return err
 	})
-	try(was.rules && !was.links, &d.changed.rules, func() error {
-		followed, err := d.readRules()
+	try(was.rules && !was.links, &r.changed.rules, func() error {
+		followed, err := r.readRules()
 		was.flows = was.flows || followed
 		return err
 	})
-	try(was.elements, &d.changed.elements, func() error { return d.compare(true) })
-	try(was.flows, &d.changed.flows, func() error {
-		err := d.readFlows(q)
-		d.ask(d.report)
+	try(was.elements, &r.changed.elements, func() error { return r.compare(true) })
+	try(was.flows, &r.changed.flows, func() error {
+		err := r.readFlows(q)
+		r.ask((*loop).report)
 		return err
 	})
 	return errors.Join(errs...)
@@ -132,21 +132,21 @@ func (d *Daemon) lookAtChanges(q *ctwatch.Queries) error {
 
 // readRules brings the model up to date about what the user's rules do. It reports
 // whether other subnets are enabled now.
-func (d *Daemon) readRules() (followed bool, err error) {
+func (r *reconciler) readRules() (followed bool, err error) {
 	var cfg config.Config
-	if !d.ask(func() { cfg = d.cfg.Config }) {
+	if !r.ask(func(l *loop) { cfg = l.cfg }) {
 		return false, errEnded
 	}
-	d.firewall.look()
-	d.broken.due = true
-	if other, err := d.uplinks.ask(d.firewall, d.network); err != nil || other {
-		misjudged, failed := d.readGateway()
+	r.firewall.look()
+	r.broken.due = true
+	if other, err := r.uplinks.ask(r.firewall, r.network); err != nil || other {
+		misjudged, failed := r.readGateway()
 		return misjudged, errors.Join(err, failed)
 	}
-	err = d.readForwards(cfg, d.network)
-	tables, failed := d.firewall.read(cfg)
-	err = errors.Join(err, failed, d.redecide(cfg, d.network, tables))
-	followed, failed = d.follow(cfg, d.network)
+	err = r.readForwards(cfg, r.network)
+	tables, failed := r.firewall.read(cfg)
+	err = errors.Join(err, failed, r.redecide(cfg, r.network, tables))
+	followed, failed = r.follow(cfg, r.network)
 	return followed, errors.Join(err, failed)
 }
 

@@ -20,13 +20,14 @@ type olderTables struct {
 }
 
 func (d *Daemon) openOlder() (o olderTables, err error) {
-	o.all, err = openTables(d.cfg.Table)
+	l := d.loop
+	o.all, err = openTables(d.given.Table)
 	if err != nil { // tables that cannot be opened, such as another process's, stay
 		d.firewall.warnings.add(warnOlderTables, "", "%v", err)
 	}
 	var errs []error
 	for _, f := range o.all {
-		standing, err := f.left(d.cfg.Config)
+		standing, err := f.left(l.cfg)
 		o.standing = append(o.standing, standing...)
 		errs = append(errs, err)
 		revoked, err := f.tables.NewRevoked().Adopt()

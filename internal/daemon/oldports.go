@@ -113,11 +113,11 @@ func inPools(pools []hostPool, x elements.Mapping) bool {
 
 // keep renews the mappings of living flows, and ends flows on ports that their host may no
 // longer have.
-func (d *Daemon) keep(m *mapper, q *ctwatch.Queries) error {
+func (r *reconciler) keep(m *mapper, q *ctwatch.Queries) error {
 	err := errors.Join(m.keep(), deleteFlows(q, m.ended))
-	d.noted.note(slog.LevelInfo, "outdated", "flows with mappings had an outside port that a rule or port_pool allows no more; they ended", uint64(len(m.ended)))
-	if err == nil && d.firewall.old.looked(len(m.ended)) {
-		d.wantReconcile()
+	r.noted.note(slog.LevelInfo, "outdated", "flows with mappings had an outside port that a rule or port_pool allows no more; they ended", uint64(len(m.ended)))
+	if err == nil && r.firewall.old.looked(len(m.ended)) {
+		r.wantReconcile()
 	}
 	return err
 }

@@ -213,50 +213,50 @@ func sorted(ports []uint16) []uint16 {
 // lookAtSockets reads the sockets of the gateway. It ends permissions and mappings on the
 // ports of sockets that the last look found, too. It does nothing within about a second of
 // that look.
-func (d *Daemon) lookAtSockets(cfg config.Config, network gateway.Network) error {
-	if d.now()-d.looked < betweenLooks*9/10 {
+func (r *reconciler) lookAtSockets(cfg config.Config, network gateway.Network) error {
+	if r.now()-r.looked < betweenLooks*9/10 {
 		return nil
 	}
-	d.ports.SetNetwork(network)
-	held, err := d.ports.Ports()
+	r.ports.SetNetwork(network)
+	held, err := r.ports.Ports()
 	if err != nil {
 		return err
 	}
-	before := d.held
+	before := r.held
 	stays := held.Stay(before)
-	d.settled = held.Equal(before)
-	d.held, d.looked = held, d.now()
-	warnings, err := d.serve(cfg, network, stays)
-	d.ask(func() {
-		d.portWarnings = warnings
-		d.warned.tell(d.now(), d.warnings())
-		d.served, d.sure = stays, true
-		d.engine.SetServed(stays, held.Either(before))
-		d.engine.ReviewSockets()
+	r.settled = held.Equal(before)
+	r.held, r.looked = held, r.now()
+	warnings, err := r.serve(cfg, network, stays)
+	r.ask(func(l *loop) {
+		l.portWarnings = warnings
+		l.warned.tell(r.now(), l.warnings())
+		r.served, r.sure = stays, true
+		l.engine.SetServed(stays, held.Either(before))
+		l.engine.ReviewSockets()
 	})
 	return err
 }
 
 // lookAgain looks at the sockets again if the last look found a change.
-func (d *Daemon) lookAgain() error {
-	if d.settled {
+func (r *reconciler) lookAgain() error {
+	if r.settled {
 		return nil
 	}
 	var cfg config.Config
-	d.ask(func() { cfg = d.cfg.Config })
-	return d.lookAtSockets(cfg, d.network)
+	r.ask(func(l *loop) { cfg = l.cfg })
+	return r.lookAtSockets(cfg, r.network)
 }
 
 // serve keeps mappings off the ports that the gateway serves now.
-func (d *Daemon) serve(cfg config.Config, network gateway.Network, stays *gateway.PortSet) (out warnings, err error) {
-	ports, out, err := d.firewall.choosePorts(cfg, network, stays, true, d.firewall.understood.Covers)
+func (r *reconciler) serve(cfg config.Config, network gateway.Network, stays *gateway.PortSet) (out warnings, err error) {
+	ports, out, err := r.firewall.choosePorts(cfg, network, stays, true, r.firewall.understood.Covers)
 	if err != nil {
 		return out, err
 	}
-	old := d.firewall.ports
-	d.firewall.ports = ports
+	old := r.firewall.ports
+	r.firewall.ports = ports
 	if !samePools(ports.pools, old.pools) || ports.udpTimeout != old.udpTimeout || !slices.Equal(ports.served, old.served) {
-		_, err = d.firewall.set(cfg, network.OutsideLinks())
+		_, err = r.firewall.set(cfg, network.OutsideLinks())
 	}
 	return out, err
 }

@@ -27,11 +27,11 @@ const (
 	hurriedShare = 30
 )
 
-// reconcile repairs whatever the events missed: at the start, regularly, and after an
+// run repairs whatever the events missed: at the start, regularly, and after an
 // overrun. It calls ready after the first success. Until then it retries soon, and gives
 // up after firstTries failures.
-func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func()) error {
-	q := d.reads
+func (r *reconciler) run(ctx context.Context, every time.Duration, ready func()) error {
+	q := r.reads
 	t := time.NewTicker(every)
 	defer t.Stop()
 	look := time.NewTicker(lookEvery)
@@ -41,14 +41,14 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 	defer second.Stop()
 	for {
 		var err error
-		inLoop := d.budget.inLoop
-		cost := threadTime(func() { err = d.reconcileOnce(q) }) + d.budget.inLoop - inLoop
+		inLoop := r.budget.inLoop
+		cost := threadTime(func() { err = r.reconcileOnce(q) }) + r.budget.inLoop - inLoop
 		if ctx.Err() != nil {
 			return nil
 		}
-		ended := d.now()
+		ended := r.now()
 		var hurried <-chan time.Time
-		d.failures.note(requestReconcile, 1, err)
+		r.failures.note(requestReconcile, 1, err)
 		var soon <-chan time.Time // the retry of a daemon that is not ready
 		second.Reset(betweenLooks)
 		if ready != nil {
@@ -64,8 +64,8 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 			}
 		}
 		for again := false; !again; {
-			strays := d.strays
-			if d.changed.ways { // strays already wait for the budget
+			strays := r.strays
+			if r.changed.ways { // strays already wait for the budget
 				strays = nil
 			}
 			select {
@@ -75,32 +75,32 @@ func (d *Daemon) reconcile(ctx context.Context, every time.Duration, ready func(
 				again = true
 			case <-t.C:
 				again = soon == nil
-			case <-d.hurry:
+			case <-r.hurry:
 				if soon == nil && hurried == nil {
-					hurried = time.After(ended + rest(cost) - d.now())
+					hurried = time.After(ended + rest(cost) - r.now())
 				}
 			case <-hurried:
 				again = true
-			case job := <-d.jobs:
-				job()
-			case look := <-d.looks:
-				look()
+			case job := <-r.jobs:
+				job(r)
+			case look := <-r.looks:
+				look(r)
 			case <-second.C:
-				if err := d.lookAgain(); ctx.Err() == nil {
-					d.failures.note(requestLookAtSockets, 1, err)
+				if err := r.lookAgain(); ctx.Err() == nil {
+					r.failures.note(requestLookAtSockets, 1, err)
 				}
 			case <-look.C:
-				if err := d.lookAtConntrack(); ctx.Err() == nil {
-					d.failures.note(requestLookAtConntrack, 1, err)
+				if err := r.lookAtConntrack(); ctx.Err() == nil {
+					r.failures.note(requestLookAtConntrack, 1, err)
 				}
-				d.lookAround(ctx, q)
-				d.lookAtFlows(ctx)
-			case <-d.moved:
-				d.changed.links = true
-				d.lookAround(ctx, q)
+				r.lookAround(ctx, q)
+				r.lookAtFlows(ctx)
+			case <-r.moved:
+				r.changed.links = true
+				r.lookAround(ctx, q)
 			case <-strays:
-				d.changed.ways = true
-				d.lookAround(ctx, q)
+				r.changed.ways = true
+				r.lookAround(ctx, q)
 			}
 		}
 	}
@@ -129,10 +129,10 @@ func (f *firstReconcile) tried(err error) (wait time.Duration, _ error) {
 
 // watchLinks makes the reconcile look at the gateway as soon as links, addresses
 // or routes change.
-func (d *Daemon) watchLinks(ctx context.Context) error {
-	defer context.AfterFunc(ctx, func() { _ = d.links.Close() })()
+func (s *shared) watchLinks(ctx context.Context) error {
+	defer context.AfterFunc(ctx, func() { _ = s.links.Close() })()
 	for {
-		err := d.links.Wait()
+		err := s.links.Wait()
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -140,117 +140,118 @@ func (d *Daemon) watchLinks(ctx context.Context) error {
 			return err
 		}
 		select {
-		case d.moved <- struct{}{}:
+		case s.moved <- struct{}{}:
 		default: // a look is already asked for
 		}
 	}
 }
 
-func (d *Daemon) reconcileOnce(q *ctwatch.Queries) error {
+func (r *reconciler) reconcileOnce(q *ctwatch.Queries) error {
 	var errs []error
-	d.changed = changes{}
-	if k, err := d.readConntrack(); err != nil {
+	r.changed = changes{}
+	if k, err := r.readConntrack(); err != nil {
 		errs = append(errs, err)
 	} else {
-		d.size = k.Max
-		d.ask(func() { d.kernel = k })
+		r.size = k.Max
+		r.ask(func(l *loop) { l.kernel = k })
 	}
-	if _, err := d.readGateway(); err != nil {
+	if _, err := r.readGateway(); err != nil {
 		errs = append(errs, err)
 	}
 	timeouts, err := readTimeouts()
-	d.failures.note(requestReadTimeouts, 1, err)
-	d.ask(func() { d.engine.Model.SetTimeouts(timeouts) })
-	if err := d.readFlows(q); err != nil {
+	r.failures.note(requestReadTimeouts, 1, err)
+	r.ask(func(l *loop) { l.engine.Model.SetTimeouts(timeouts) })
+	if err := r.readFlows(q); err != nil {
 		errs = append(errs, err)
 	}
-	if err := d.mendTableSize(); err != nil {
+	if err := r.mendTableSize(); err != nil {
 		errs = append(errs, err)
 	}
-	if err := d.compare(false); err != nil {
+	if err := r.compare(false); err != nil {
 		errs = append(errs, err)
 	}
-	d.ask(d.report)
+	r.ask((*loop).report)
 	return errors.Join(errs...)
 }
 
 // readGateway brings the model up to date about links, addresses, the user's
 // forwards and the gateway's own sockets. It reports whether flows may have been
 // misjudged because the model did not know this before.
-func (d *Daemon) readGateway() (misjudged bool, err error) {
+func (r *reconciler) readGateway() (misjudged bool, err error) {
 	var cfg config.Config
-	if !d.ask(func() { cfg = d.cfg.Config }) {
+	if !r.ask(func(l *loop) { cfg = l.cfg }) {
 		return false, errEnded
 	}
-	_, err = d.followFlows(cfg)
-	d.failures.note(requestFollowFlows, 1, err)
-	d.firewall.look()
-	network, err := d.readNetwork(cfg)
+	_, err = r.followFlows(cfg)
+	r.failures.note(requestFollowFlows, 1, err)
+	r.firewall.look()
+	network, err := r.readNetwork(cfg)
 	if err != nil {
 		return false, err
 	}
-	if d.forgetBackups(network) {
-		network.Mark(d.uplinks.sides(cfg))
+	if r.forgetBackups(network) {
+		network.Mark(r.uplinks.sides(cfg))
 	}
-	d.uplinks.remember(network)
-	d.links.Know(network, slices.Concat(cfg.Outside, cfg.Inside), wantsMapping(cfg) || cfg.HealFlows)
-	_, failed := d.mendRules(cfg, network)
-	notes, err := d.firewall.forgetAddresses(cfg, network)
+	r.uplinks.remember(network)
+	r.links.Know(network, slices.Concat(cfg.Outside, cfg.Inside), wantsMapping(cfg) || cfg.HealFlows)
+	_, failed := r.mendRules(cfg, network)
+	notes, err := r.firewall.forgetAddresses(cfg, network)
 	for _, n := range notes {
-		d.log.Info(n)
+		r.log.Info(n)
 	}
-	d.broken.sawNetwork(d.network, network)
-	if !network.SameRoutes(d.network) {
-		d.rerouted.looks = rerouteLooks
+	r.broken.sawNetwork(r.network, network)
+	if !network.SameRoutes(r.network) {
+		r.rerouted.looks = rerouteLooks
 	}
-	failed = errors.Join(failed, err, d.endRerouted(cfg, network))
-	failed = errors.Join(failed, d.readForwards(cfg, network), d.lookAtSockets(cfg, network))
-	tables, err := d.firewall.read(cfg)
-	failed = errors.Join(failed, err, d.redecide(cfg, network, tables))
+	failed = errors.Join(failed, err, r.endRerouted(cfg, network))
+	failed = errors.Join(failed, r.readForwards(cfg, network), r.lookAtSockets(cfg, network))
+	tables, err := r.firewall.read(cfg)
+	failed = errors.Join(failed, err, r.redecide(cfg, network, tables))
 	topology := network.Topology().Compile()
-	hear := d.hearSelf(cfg)
-	d.ask(func() {
-		d.tables = tables
-		misjudged = newOutside(d.network, network) || wantsMapping(cfg) && !topology.Equal(d.topology)
-		d.network, d.topology = network.Lean(), topology
-		d.sockets.SetNetwork(network)
-		misjudged = d.engine.Model.SetTopology(d.now(), topology) || misjudged
-		d.engine.Model.SetWay(d.network.Way())
-		if d.sure {
-			d.engine.ReviewSockets()
+	hear := r.hearSelf(cfg)
+	r.ask(func(l *loop) {
+		l.tables = tables
+		misjudged = newOutside(l.network, network) || wantsMapping(cfg) && !topology.Equal(l.topology)
+		r.network = network.Lean()
+		l.network, l.topology = r.network, topology
+		l.sockets.SetNetwork(network)
+		misjudged = l.engine.Model.SetTopology(r.now(), topology) || misjudged
+		l.engine.Model.SetWay(l.network.Way())
+		if r.sure {
+			l.engine.ReviewSockets()
 		}
-		d.warned.tell(d.now(), d.warnings())
+		l.warned.tell(r.now(), l.warnings())
 	})
 	moved := hear() // for the old subnets, before follow enables others
-	followed, err := d.follow(cfg, network)
+	followed, err := r.follow(cfg, network)
 	return moved || misjudged || followed, errors.Join(failed, err)
 }
 
 // readForwards brings the model up to date about what the user's rules forward.
-func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error {
-	covered, warnings := d.firewall.forwards(network)
-	more, changed, err := d.firewall.sourceNAT(cfg, network)
+func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) error {
+	covered, warnings := r.firewall.forwards(network)
+	more, changed, err := r.firewall.sourceNAT(cfg, network)
 	warnings = slices.Concat(warnings, more)
 	if changed {
-		_, failed := d.firewall.set(cfg, network.OutsideLinks())
+		_, failed := r.firewall.set(cfg, network.OutsideLinks())
 		err = errors.Join(err, failed)
-		d.wantReconcile()
+		r.wantReconcile()
 	}
-	d.ask(func() {
-		d.ruleWarnings, d.hidden, d.overtaken = warnings, d.firewall.hidden, d.firewall.overtaken
-		d.warned.tell(d.now(), d.warnings())
+	r.ask(func(l *loop) {
+		l.ruleWarnings, l.hidden, l.overtaken = warnings, r.firewall.hidden, r.firewall.overtaken
+		l.warned.tell(r.now(), l.warnings())
 	})
-	whole := d.firewall.whole
-	if whole != d.whole || d.firewall.hidden != d.unheard {
-		err = errors.Join(err, d.filterEvents(cfg))
+	whole := r.firewall.whole
+	if whole != r.whole || r.firewall.hidden != r.unheard {
+		err = errors.Join(err, r.filterEvents(cfg))
 	}
-	if covered == d.forwarded && whole == d.whole {
+	if covered == r.forwarded && whole == r.whole {
 		return err
 	}
-	d.forwarded, d.whole = covered, whole
-	d.ask(func() { d.engine.Model.BeginForwards(covered.Bars, whole) })
+	r.forwarded, r.whole = covered, whole
+	r.ask(func(l *loop) { l.engine.Model.BeginForwards(covered.Bars, whole) })
 	for at := 0; at >= 0; {
-		if !d.ask(func() { at = d.engine.Model.ReviewForwards(d.now(), at, flowsAtOnce) }) {
+		if !r.ask(func(l *loop) { at = l.engine.Model.ReviewForwards(r.now(), at, flowsAtOnce) }) {
 			return errEnded
 		}
 	}
@@ -258,36 +259,35 @@ func (d *Daemon) readForwards(cfg config.Config, network gateway.Network) error 
 }
 
 // readFlows shows the model all flows in the conntrack table.
-func (d *Daemon) readFlows(q *ctwatch.Queries) error {
+func (r *reconciler) readFlows(q *ctwatch.Queries) error {
 	var cfg config.Config
-	var served *gateway.PortSet
-	d.ask(func() { cfg, served = d.cfg.Config, d.served })
-	d.failures.note(requestAssumeAddresses, 1, d.firewall.assumeAddresses(cfg, d.network))
-	addrs := len(d.firewall.mappedAddrs)
-	m, err := d.firewall.newMapper(cfg, d.network, served)
-	d.settled = d.settled && len(d.firewall.mappedAddrs) == addrs // else look for sockets on the new ones
+	r.ask(func(l *loop) { cfg = l.cfg })
+	r.failures.note(requestAssumeAddresses, 1, r.firewall.assumeAddresses(cfg, r.network))
+	addrs := len(r.firewall.mappedAddrs)
+	m, err := r.firewall.newMapper(cfg, r.network, r.served)
+	r.settled = r.settled && len(r.firewall.mappedAddrs) == addrs // else look for sockets on the new ones
 	if err != nil {
-		d.failures.note(requestReadMappings, 1, err)
+		r.failures.note(requestReadMappings, 1, err)
 		m = nil
 	}
 	if m != nil {
-		d.ask(func() { m.before = d.applied })
+		r.ask(func(l *loop) { m.before = l.applied })
 	}
-	d.ask(func() { d.engine.Model.BeginSnapshot(d.now()) })
+	r.ask(func(l *loop) { l.engine.Model.BeginSnapshot(r.now()) })
 	piece := make([]cone.Flow, 0, flowsAtOnce)
 	var failed error
 	hand := func() {
 		var err error
-		piece, err = d.firewall.sure(piece)
+		piece, err = r.firewall.sure(piece)
 		failed = errors.Join(failed, err)
-		d.ask(func() {
-			now := d.now()
+		r.ask(func(l *loop) {
+			now := r.now()
 			for i := range piece {
-				d.engine.SnapshotFlow(now, &piece[i])
+				l.engine.SnapshotFlow(now, &piece[i])
 			}
 		})
 		piece = piece[:0]
-		d.lookBetween()
+		r.lookBetween()
 	}
 	err = q.Dump(func(f *cone.Flow) {
 		if m != nil {
@@ -299,70 +299,70 @@ func (d *Daemon) readFlows(q *ctwatch.Queries) error {
 	})
 	hand()
 	if err = errors.Join(err, failed); err != nil {
-		d.ask(d.engine.Model.AbortSnapshot)
+		r.ask(func(l *loop) { l.engine.Model.AbortSnapshot() })
 		return err
 	}
-	d.ask(func() { d.engine.Model.EndSnapshot(d.now()) })
-	d.firewall.dumped = true
+	r.ask(func(l *loop) { l.engine.Model.EndSnapshot(r.now()) })
+	r.firewall.dumped = true
 	if m != nil {
-		err = d.keep(m, q)
-		d.ask(func() {
-			m.applied.settle(&m.before, d.tables.Mapping)
-			d.applied = m.applied
+		err = r.keep(m, q)
+		r.ask(func(l *loop) {
+			m.applied.settle(&m.before, l.tables.Mapping)
+			l.applied = m.applied
 		})
 	} else {
-		d.ask(func() { d.applied = applied{} })
+		r.ask(func(l *loop) { l.applied = applied{} })
 	}
 	return err
 }
 
 // lookBetween runs a look that a status request waits for. Long parts of the reconcile call
 // it, so that the request does not wait for their end.
-func (d *Daemon) lookBetween() {
+func (r *reconciler) lookBetween() {
 	select {
-	case look := <-d.looks:
-		look()
+	case look := <-r.looks:
+		look(r)
 	default:
 	}
 }
 
 // mendRules brings our tables to the desired state, and logs it if somebody had changed
 // them.
-func (d *Daemon) mendRules(cfg config.Config, network gateway.Network) (changed bool, err error) {
-	d.firewall.setSides(network)
-	repaired := d.firewall.repaired
-	changed, err = d.firewall.set(cfg, network.OutsideLinks())
-	if d.firewall.repaired > repaired {
-		d.noted.note(slog.LevelWarn, "tables", "somebody changed conenatd's nftables tables; they are put back", 1, "table", cfg.Table)
+func (r *reconciler) mendRules(cfg config.Config, network gateway.Network) (changed bool, err error) {
+	r.firewall.setSides(network)
+	repaired := r.firewall.repaired
+	changed, err = r.firewall.set(cfg, network.OutsideLinks())
+	if r.firewall.repaired > repaired {
+		r.noted.note(slog.LevelWarn, "tables", "somebody changed conenatd's nftables tables; they are put back", 1, "table", cfg.Table)
 	}
 	return changed, err
 }
 
 // compare lets exactly the permissions stand that should. meddled says that somebody may
 // have changed the elements of the map.
-func (d *Daemon) compare(meddled bool) error {
-	return d.comparer.Repair(meddled, d.firewall.tables != nil && d.firewall.tables.Owned())
+func (r *reconciler) compare(meddled bool) error {
+	return r.comparer.Repair(meddled, r.firewall.tables != nil && r.firewall.tables.Owned())
 }
 
 // report notes what went wrong since the last report, and logs what is due.
-func (d *Daemon) report() {
-	s := d.engine.Model.Stats()
+func (l *loop) report() {
+	s := l.engine.Model.Stats()
 	for r := range cone.Reasons {
-		n, reason := s.Refusals[r]-d.reported.Refusals[r], cone.Reason(r).String()
-		if err := d.engine.TakeRefusal(cone.Reason(r)); err != nil {
-			d.noted.note(slog.LevelWarn, "refused by the kernel: "+reason, "permissions refused", n, "reason", reason, "err", err)
+		n, reason := s.Refusals[r]-l.reported.Refusals[r], cone.Reason(r).String()
+		if err := l.engine.TakeRefusal(cone.Reason(r)); err != nil {
+			l.noted.note(slog.LevelWarn, "refused by the kernel: "+reason, "permissions refused", n, "reason", reason, "err", err)
 		} else {
-			d.noted.note(slog.LevelInfo, "refused: "+reason, "permissions refused", n, "reason", reason)
+			l.noted.note(slog.LevelInfo, "refused: "+reason, "permissions refused", n, "reason", reason)
 		}
 	}
-	d.noted.note(slog.LevelInfo, "conflicts", "permissions wait for another inside host", s.Conflicts-d.reported.Conflicts)
-	d.reported = s
-	e := d.events.Stats()
-	d.noted.note(slog.LevelWarn, "overruns", "conntrack events were lost, the table was read again; a larger event_buffer helps",
-		e.Overruns-d.reportedEvents.Overruns)
-	d.noted.note(slog.LevelWarn, "malformed", "conntrack events could not be decoded", e.Malformed-d.reportedEvents.Malformed)
-	d.reportedEvents = e
-	d.noted.tell()
-	d.failures.tell()
-	d.warned.tell(d.now(), d.warnings())
+	l.noted.note(slog.LevelInfo, "conflicts", "permissions wait for another inside host", s.Conflicts-l.reported.Conflicts)
+	l.reported = s
+	e := l.events.Stats()
+	l.noted.note(slog.LevelWarn, "overruns", "conntrack events were lost, the table was read again; a larger event_buffer helps",
+		e.Overruns-l.reportedEvents.Overruns)
+	l.noted.note(slog.LevelWarn, "malformed", "conntrack events could not be decoded", e.Malformed-l.reportedEvents.Malformed)
+	l.reportedEvents = e
+	l.noted.tell()
+	l.failures.tell()
+	l.warned.tell(l.now(), l.warnings())
 }

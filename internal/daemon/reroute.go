@@ -27,56 +27,56 @@ const (
 // endRerouted ends the flows of hosts with mappings that, after routes changed, leave by
 // another link than the one that has their address. The kernel does so for a masquerade,
 // packet by packet, and flows with a mapping must recover as well.
-func (d *Daemon) endRerouted(cfg config.Config, network gateway.Network) error {
+func (r *reconciler) endRerouted(cfg config.Config, network gateway.Network) error {
 	for _, l := range network.Links {
 		if l.Outside&gateway.IPv4 != 0 && l.Cause != gateway.SharedLink {
-			d.rerouted.outside[l.Name] = true
+			r.rerouted.outside[l.Name] = true
 		}
 	}
-	c := d.firewall.mappingConfig(cfg)
-	if c == nil || !d.firewall.maps() {
-		d.rerouted.looks = 0
+	c := r.firewall.mappingConfig(cfg)
+	if c == nil || !r.firewall.maps() {
+		r.rerouted.looks = 0
 		return nil
 	}
-	if d.rerouted.looks == 0 || d.now() < d.rerouted.next {
+	if r.rerouted.looks == 0 || r.now() < r.rerouted.next {
 		return nil
 	}
 	var n, doubtful int
 	var err error
-	fixed, unknown := d.firewall.fixedSources()
-	took := threadTime(func() { n, doubtful, err = endWrongLinks(c, network, d.rerouted.outside, fixed, unknown) })
-	d.rerouted.looks--
+	fixed, unknown := r.firewall.fixedSources()
+	took := threadTime(func() { n, doubtful, err = endWrongLinks(c, network, r.rerouted.outside, fixed, unknown) })
+	r.rerouted.looks--
 	if doubtful == 0 && err == nil {
-		d.rerouted.looks = 0
+		r.rerouted.looks = 0
 	}
-	d.rerouted.next = d.now() + rerouteShare*took
+	r.rerouted.next = r.now() + rerouteShare*took
 	if doubtful > 0 || err != nil {
-		d.rerouted.next = max(d.rerouted.next, d.now()+time.Second)
+		r.rerouted.next = max(r.rerouted.next, r.now()+time.Second)
 	}
-	d.noted.note(slog.LevelInfo, "rerouted", "flows with mappings left by another link than the one of their address; they ended", uint64(n))
+	r.noted.note(slog.LevelInfo, "rerouted", "flows with mappings left by another link than the one of their address; they ended", uint64(n))
 	return err
 }
 
 // lookAtFlows runs the looks at the outside addresses of flows that are due.
-func (d *Daemon) lookAtFlows(ctx context.Context) {
-	if err := d.endReroutedLater(); ctx.Err() == nil {
-		d.failures.note(requestLookAtRoutes, 1, err)
+func (r *reconciler) lookAtFlows(ctx context.Context) {
+	if err := r.endReroutedLater(); ctx.Err() == nil {
+		r.failures.note(requestLookAtRoutes, 1, err)
 	}
-	if err := d.lookForBroken(); ctx.Err() == nil {
-		d.failures.note(requestLookForBroken, 1, err)
+	if err := r.lookForBroken(); ctx.Err() == nil {
+		r.failures.note(requestLookForBroken, 1, err)
 	}
 }
 
 // endReroutedLater does what endRerouted put off.
-func (d *Daemon) endReroutedLater() error {
-	if d.rerouted.looks == 0 || d.now() < d.rerouted.next {
+func (r *reconciler) endReroutedLater() error {
+	if r.rerouted.looks == 0 || r.now() < r.rerouted.next {
 		return nil
 	}
 	var cfg config.Config
-	if !d.ask(func() { cfg = d.cfg.Config }) {
+	if !r.ask(func(l *loop) { cfg = l.cfg }) {
 		return nil
 	}
-	return d.endRerouted(cfg, d.network)
+	return r.endRerouted(cfg, r.network)
 }
 
 // endWrongLinks ends flows with mappings whose outside address is wrong for the link by which

@@ -55,61 +55,61 @@ func (s space) room(anchors int) cone.Room {
 
 // readSpace asks the kernel, and makes the expectation table larger if that is
 // allowed; before is its size before that.
-func (d *Daemon) readSpace() (s space, before int, err error) {
-	if s.conntrack, err = d.reads.Table(); err != nil {
+func (r *reconciler) readSpace() (s space, before int, err error) {
+	if s.conntrack, err = r.reads.Table(); err != nil {
 		return s, 0, err
 	}
-	before, s.expectations, err = d.conntrack.raise(expectMax)
+	before, s.expectations, err = r.conntrack.raise(expectMax)
 	return s, before, err
 }
 
 // lookAtConntrack updates the room for expectations. It leaves the loop alone while
 // the conntrack table is far from full.
-func (d *Daemon) lookAtConntrack() (err error) {
-	if d.backends.expect == nil { // written by the reconcile alone
+func (r *reconciler) lookAtConntrack() (err error) {
+	if r.backends.expect == nil {
 		return nil
 	}
-	s := d.space
-	if s.conntrack, err = d.reads.Table(); err != nil {
+	s := r.space
+	if s.conntrack, err = r.reads.Table(); err != nil {
 		return err
 	}
 	n, _ := s.share()
-	if r := s.room(0); r.New == n && r == d.space.room(0) {
+	if room := s.room(0); room.New == n && room == r.space.room(0) {
 		return nil
 	}
-	d.space = s
-	if !d.ask(func() { d.setRoom(s) }) {
+	r.space = s
+	if !r.ask(func(l *loop) { l.setRoom(s) }) {
 		return errEnded
 	}
 	return nil
 }
 
-// setRoom tells the model and the backend how much room there is. The loop calls it.
-func (d *Daemon) setRoom(s space) {
-	e := d.backends.expect
+// setRoom tells the model and the backend how much room there is.
+func (l *loop) setRoom(s space) {
+	e := l.backends.expect
 	n, _ := s.share()
 	e.SetMax(n)
-	d.room, d.entries = s.room(e.Standing()), s.conntrack
-	d.engine.Model.SetRoom(d.now(), d.room)
+	l.room, l.entries = s.room(e.Standing()), s.conntrack
+	l.engine.Model.SetRoom(l.now(), l.room)
 }
 
 // mendTableSize makes the expectation table larger again if somebody made it smaller, or
 // adapts the room to its size.
-func (d *Daemon) mendTableSize() error {
-	if d.backends.expect == nil { // written by the reconcile alone
+func (r *reconciler) mendTableSize() error {
+	if r.backends.expect == nil {
 		return nil
 	}
-	s, before, err := d.readSpace()
+	s, before, err := r.readSpace()
 	if err != nil {
 		return err
 	}
-	d.space = s
-	ok := d.ask(func() {
+	r.space = s
+	ok := r.ask(func(l *loop) {
 		if s.expectations != before {
-			d.engine.Repaired[engine.PartTableSize]++
-			d.noted.note(slog.LevelWarn, "table size", "somebody made the expectation table smaller; it has its size again", 1, "sysctl", expectMax, "was", before, "is", s.expectations)
+			l.engine.Repaired[engine.PartTableSize]++
+			r.noted.note(slog.LevelWarn, "table size", "somebody made the expectation table smaller; it has its size again", 1, "sysctl", expectMax, "was", before, "is", s.expectations)
 		}
-		d.setRoom(s)
+		l.setRoom(s)
 	})
 	if !ok {
 		return errEnded
@@ -118,9 +118,9 @@ func (d *Daemon) mendTableSize() error {
 }
 
 // warnRoom warns of a conntrack table that has no room for more expectations.
-func (d *Daemon) warnRoom(out *warnings) {
-	if d.backends.expect != nil && d.room.Lack == cone.ReasonNoRoom && d.engine.Model.Stats().Expected >= d.room.New {
+func (l *loop) warnRoom(out *warnings) {
+	if l.backends.expect != nil && l.room.Lack == cone.ReasonNoRoom && l.engine.Model.Stats().Expected >= l.room.New {
 		out.add(warnNoRoom, "", "conntrack has %d of %d entries, and no room for more than %d expectations, which take one each: "+
-			"what the map cannot carry is refused; raise net.netfilter.nf_conntrack_max", d.entries.Entries, d.entries.Max, d.room.New)
+			"what the map cannot carry is refused; raise net.netfilter.nf_conntrack_max", l.entries.Entries, l.entries.Max, l.room.New)
 	}
 }

@@ -38,13 +38,13 @@ const mostAsked = 64
 // readNetwork reads links, addresses and routes, and tells outside links from others, for
 // the subnets of cfg, by the rules that were read last. If the rules cannot be read, what
 // they said of links before holds.
-func (d *Daemon) readNetwork(cfg config.Config) (gateway.Network, error) {
-	network, unruled, err := d.uplinks.readNetwork(cfg, d.firewall)
-	d.failures.note(requestFindUplinks, 1, unruled)
+func (r *reconciler) readNetwork(cfg config.Config) (gateway.Network, error) {
+	network, unruled, err := r.uplinks.readNetwork(cfg, r.firewall)
+	r.failures.note(requestFindUplinks, 1, unruled)
 	return network, err
 }
 
-// readNetwork does this for Daemon.readNetwork. unruled says why the rules could not tell.
+// readNetwork does this for reconciler.readNetwork. unruled says why the rules could not tell.
 func (u *uplinks) readNetwork(cfg config.Config, f *firewall) (network gateway.Network, unruled, err error) {
 	if network, err = gateway.ReadNetwork(0, u.sides(cfg)); err != nil {
 		return network, nil, err
@@ -74,9 +74,9 @@ func (u *uplinks) remember(network gateway.Network) {
 // forgetBackups forgets links that also lead inside and that flows showed to be outside links
 // for a time, once no permission has the outside address of such a flow and another link has
 // a default route.
-func (d *Daemon) forgetBackups(network gateway.Network) (forgot bool) {
+func (r *reconciler) forgetBackups(network gateway.Network) (forgot bool) {
 	for _, l := range network.Links {
-		s, seen := d.uplinks.seen[l.Name]
+		s, seen := r.uplinks.seen[l.Name]
 		another := slices.ContainsFunc(network.Links, func(o gateway.Link) bool {
 			return o.Cause == gateway.DefaultRoute && o.Outside&gateway.IPv4 != 0 && !o.Inside
 		})
@@ -84,8 +84,8 @@ func (d *Daemon) forgetBackups(network gateway.Network) (forgot bool) {
 			continue
 		}
 		var inUse bool
-		if d.ask(func() { inUse = d.engine.Model.UsesOutside(s.ext) }) && !inUse {
-			delete(d.uplinks.seen, l.Name)
+		if r.ask(func(l *loop) { inUse = l.engine.Model.UsesOutside(s.ext) }) && !inUse {
+			delete(r.uplinks.seen, l.Name)
 			forgot = true
 		}
 	}
@@ -139,23 +139,23 @@ func (u *uplinks) ask(f *firewall, network gateway.Network) (changed bool, err e
 // followFlows finds the links by which translated flows left for peers on the Internet
 // that are behind no known outside link, and reports whether there is a new one. It asks the
 // kernel once for each peer.
-func (d *Daemon) followFlows(cfg config.Config) (found bool, err error) {
+func (r *reconciler) followFlows(cfg config.Config) (found bool, err error) {
 	var flows []cone.Flow
-	if !d.ask(func() { flows = d.engine.Model.Strays() }) {
+	if !r.ask(func(l *loop) { flows = l.engine.Model.Strays() }) {
 		return false, errEnded
 	}
-	return d.seeNAT(cfg, flows)
+	return r.seeNAT(cfg, flows)
 }
 
 // seeFlowsBefore does the same at the start, before the first rule of ours: an earlier daemon
 // may have had permissions and mappings on such a link. A permission that it left counts like
 // its flow, which may have ended. The first reconcile tries again what fails.
-func (d *Daemon) seeFlowsBefore() {
-	if !d.network.Hidden() {
+func (r *reconciler) seeFlowsBefore(cfg config.Config) {
+	if !r.network.Hidden() {
 		return
 	}
 	const most = 4096
-	topology, enabled := d.network.Topology().Compile(), cone.NewPrefixTable(prefixes(d.cfg.Subnets))
+	topology, enabled := r.network.Topology().Compile(), cone.NewPrefixTable(prefixes(cfg.Subnets))
 	asked := make(map[cone.Addr]struct{})
 	var flows []cone.Flow
 	see := func(f *cone.Flow) {
@@ -166,8 +166,8 @@ func (d *Daemon) seeFlowsBefore() {
 		asked[peer] = struct{}{}
 		flows = append(flows, *f)
 	}
-	errs := []error{d.reads.Dump(see)}
-	inMap, err := d.firewall.left(d.cfg.Config)
+	errs := []error{r.reads.Dump(see)}
+	inMap, err := r.firewall.left(cfg)
 	expected, failed := expect.Left(0)
 	errs = append(errs, err, failed)
 	for _, a := range slices.Concat(inMap, expected) {
@@ -176,34 +176,34 @@ func (d *Daemon) seeFlowsBefore() {
 			see(&cone.Flow{Src: a.Int, Dst: peer, ReplySrc: peer, ReplyDst: a.Ext, Status: cone.StatusSrcNAT})
 		}
 	}
-	found, err := d.seeNAT(d.cfg.Config, flows)
+	found, err := r.seeNAT(cfg, flows)
 	if found {
-		d.network.Mark(d.uplinks.sides(d.cfg.Config))
+		r.network.Mark(r.uplinks.sides(cfg))
 	}
-	d.failures.note(requestFollowFlows, 1, errors.Join(append(errs, err)...))
+	r.failures.note(requestFollowFlows, 1, errors.Join(append(errs, err)...))
 }
 
 // seeNAT takes in translated flows, and reports whether one left by a link that was not
 // known to be an outside link.
-func (d *Daemon) seeNAT(cfg config.Config, flows []cone.Flow) (found bool, err error) {
+func (r *reconciler) seeNAT(cfg config.Config, flows []cone.Flow) (found bool, err error) {
 	if len(flows) == 0 {
 		return false, nil
 	}
-	routes := &router{network: d.network}
+	routes := &router{network: r.network}
 	for i := range flows {
 		f := &flows[i]
 		ways, _ := routes.links(f)
-		l, ok := leftBy(ways, d.network, f.ReplyDst.Addr.Netip())
-		if !ok || l.Outside&gateway.IPv4 != 0 || slices.Contains(cfg.Inside, l.Name) || !d.network.ShowsOutside(l, f.ReplySrc.Addr.Netip()) {
+		l, ok := leftBy(ways, r.network, f.ReplyDst.Addr.Netip())
+		if !ok || l.Outside&gateway.IPv4 != 0 || slices.Contains(cfg.Inside, l.Name) || !r.network.ShowsOutside(l, f.ReplySrc.Addr.Netip()) {
 			continue
 		}
-		if _, known := d.uplinks.seen[l.Name]; known {
+		if _, known := r.uplinks.seen[l.Name]; known {
 			continue
 		}
-		if d.uplinks.seen == nil {
-			d.uplinks.seen = make(map[string]seenLink)
+		if r.uplinks.seen == nil {
+			r.uplinks.seen = make(map[string]seenLink)
 		}
-		d.uplinks.seen[l.Name], found = seenLink{l.Index, f.ReplyDst.Addr}, true
+		r.uplinks.seen[l.Name], found = seenLink{l.Index, f.ReplyDst.Addr}, true
 	}
 	if err := routes.close(); err != nil {
 		return found, fmt.Errorf("find the links of translated flows: %w", err)
@@ -239,30 +239,30 @@ func newOutside(old, now gateway.Network) bool {
 
 // warnSides warns of what was assumed about links for which causes contradict each other, or
 // that no default route shows.
-func (d *Daemon) warnSides(out *warnings) {
-	for _, l := range d.network.Links {
-		subnets := d.network.SubnetsOf(l)
-		if l.Partial && d.backends.expect != nil && d.firewall.noPartial != "" {
-			out.add(warnFeatureMissing, l.Name, "no child of an expectation is let in by %s: %s", l.Name, d.firewall.noPartial)
+func (l *loop) warnSides(out *warnings) {
+	for _, link := range l.network.Links {
+		subnets := l.network.SubnetsOf(link)
+		if link.Partial && l.backends.expect != nil && l.firewall.noPartial != "" {
+			out.add(warnFeatureMissing, link.Name, "no child of an expectation is let in by %s: %s", link.Name, l.firewall.noPartial)
 		}
 		switch {
-		case l.Cause == gateway.RuledNAT || l.Cause == gateway.SeenNAT:
-			out.add(warnAssumedOutside, l.Name, "%s counts as an outside link, for %v, though no default route uses it: "+
-				"outside = [%q] says that it is one, and inside = [%q] that it is none", l.Name, l.Cause, l.Name, l.Name)
-		case l.Inside && l.Outside != 0 && len(subnets) > 0:
-			out.add(warnOneArm, l.Name, "%s leads outside (%v), and to the subnet %v: packets with a source of the subnet count as from inside, "+
-				"all others as from outside, so that a host there can fake the address of a peer", l.Name, l.Cause, subnets[0])
-		case l.Unused != 0 && !slices.Contains(d.cfg.Inside, l.Name):
+		case link.Cause == gateway.RuledNAT || link.Cause == gateway.SeenNAT:
+			out.add(warnAssumedOutside, link.Name, "%s counts as an outside link, for %v, though no default route uses it: "+
+				"outside = [%q] says that it is one, and inside = [%q] that it is none", link.Name, link.Cause, link.Name, link.Name)
+		case link.Inside && link.Outside != 0 && len(subnets) > 0:
+			out.add(warnOneArm, link.Name, "%s leads outside (%v), and to the subnet %v: packets with a source of the subnet count as from inside, "+
+				"all others as from outside, so that a host there can fake the address of a peer", link.Name, link.Cause, subnets[0])
+		case link.Unused != 0 && !slices.Contains(l.cfg.Inside, link.Name):
 			why := "no subnet of that family is enabled"
 			if len(subnets) > 0 {
 				why = fmt.Sprintf("it leads to the subnet %v", subnets[0])
 			}
-			out.add(warnUnusedDefault, fmt.Sprintf("%s %v", l.Name, l.Unused), "%s has a default route (%v) and stays inside, for %s: "+
-				"if peers are behind it, set outside = [%q]; inside = [%q] says that none are", l.Name, l.Unused, why, l.Name, l.Name)
+			out.add(warnUnusedDefault, fmt.Sprintf("%s %v", link.Name, link.Unused), "%s has a default route (%v) and stays inside, for %s: "+
+				"if peers are behind it, set outside = [%q]; inside = [%q] says that none are", link.Name, link.Unused, why, link.Name, link.Name)
 		}
 	}
-	for _, name := range d.cfg.Inside {
-		if !slices.Contains(d.network.LinkNames(), name) {
+	for _, name := range l.cfg.Inside {
+		if !slices.Contains(l.network.LinkNames(), name) {
 			out.add(warnInsideMissing, name, "inside link %s is not there: it counts as soon as it is, or correct its name in the key inside", name)
 		}
 	}

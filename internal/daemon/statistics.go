@@ -9,15 +9,15 @@ import (
 
 // readConntrack returns what status shows of the kernel's connection tracking. The
 // reconcile calls it, even in the middle of its work: so it has connections of its own.
-func (d *Daemon) readConntrack() (k control.Conntrack, err error) {
-	table, err := d.statistics.Table()
+func (r *reconciler) readConntrack() (k control.Conntrack, err error) {
+	table, err := r.statistics.Table()
 	if err != nil {
 		return k, err
 	}
-	counts, err := d.statistics.Counts()
-	d.failures.note(requestReadStatistics, 1, err) // counts are the last ones then
-	noteFull(d.noted, d.counts, counts, table.Max)
-	d.counts = counts
+	counts, err := r.statistics.Counts()
+	r.failures.note(requestReadStatistics, 1, err) // counts are the last ones then
+	noteFull(r.noted, r.counts, counts, table.Max)
+	r.counts = counts
 	return control.Conntrack{
 		Entries: table.Entries, Max: table.Max,
 		InsertFailed: counts.InsertFailed, Drop: counts.Drop, EarlyDrop: counts.EarlyDrop,

@@ -66,22 +66,22 @@ func (f *firewall) subnets(cfg config.Config, network gateway.Network, were map[
 
 // warnLinkSubnets warns of links named as subnets that are missing or have no prefix, and of
 // subnets that are the gateway's own address or that no link leads to.
-func (d *Daemon) warnLinkSubnets(out *warnings) {
-	for _, l := range d.cfg.LinkSubnets {
+func (l *loop) warnLinkSubnets(out *warnings) {
+	for _, named := range l.cfg.LinkSubnets {
 		switch {
-		case !slices.Contains(d.network.LinkNames(), l.Link):
-			out.add(warnSubnetLink, l.Link, "link %s of a subnet is not there: its prefixes are enabled as soon as it is, "+
-				"or correct the name (there are %v)", l.Link, d.network.LinkNames())
-		case len(d.network.Connected(l.Link)) == 0:
-			out.add(warnSubnetLink, l.Link, "link %s of a subnet has no prefix: those that it gets are enabled", l.Link)
+		case !slices.Contains(l.network.LinkNames(), named.Link):
+			out.add(warnSubnetLink, named.Link, "link %s of a subnet is not there: its prefixes are enabled as soon as it is, "+
+				"or correct the name (there are %v)", named.Link, l.network.LinkNames())
+		case len(l.network.Connected(named.Link)) == 0:
+			out.add(warnSubnetLink, named.Link, "link %s of a subnet has no prefix: those that it gets are enabled", named.Link)
 		}
 	}
-	for _, s := range d.cfg.Subnets {
-		own := slices.ContainsFunc(d.network.Addrs, func(a gateway.Addr) bool { return a.Prefix.Addr() == s.Prefix.Addr() })
+	for _, s := range l.cfg.Subnets {
+		own := slices.ContainsFunc(l.network.Addrs, func(a gateway.Addr) bool { return a.Prefix.Addr() == s.Prefix.Addr() })
 		switch {
 		case s.Prefix.IsSingleIP() && own:
 			out.add(warnOwnAddress, s.Prefix.String(), "subnet %v is the gateway's own address, and no host has it: name the network of the hosts", s.Prefix)
-		case slices.Contains(d.network.Unreached, s.Prefix) && !d.engine.Model.Heard(s.Prefix):
+		case slices.Contains(l.network.Unreached, s.Prefix) && !l.engine.Model.Heard(s.Prefix):
 			out.add(warnUnreached, s.Prefix.String(), "no link has the subnet %v, no route but a default route leads to it, and no host of it was heard: "+
 				"it is served as soon as one is, or correct it", s.Prefix)
 		}

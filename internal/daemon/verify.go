@@ -14,15 +14,14 @@ import (
 // flows and children with conntrack. It changes nothing. It looks twice and reports what
 // is wrong both times, since the kernel's state changes meanwhile.
 func (s source) Verify() (v control.Verification, err error) {
-	d := s.Daemon
 	done := make(chan struct{})
-	look := func() {
+	look := func(r *reconciler) {
 		defer close(done)
 		var first, again map[control.Wrong]struct{}
-		if first, err = d.differences(&v); err != nil {
+		if first, err = r.differences(&v); err != nil {
 			return
 		}
-		if again, err = d.differences(&v); err != nil {
+		if again, err = r.differences(&v); err != nil {
 			return
 		}
 		for w := range first {
@@ -35,10 +34,10 @@ func (s source) Verify() (v control.Verification, err error) {
 		})
 	}
 	select {
-	case d.jobs <- look: // the reconcile runs it, as it alone lists the backends
+	case s.jobs <- look: // the reconcile runs it, as it alone lists the backends
 		<-done
 		return v, err
-	case <-d.ended:
+	case <-s.ended:
 		return v, errEnded
 	}
 }
@@ -65,7 +64,7 @@ type claimed struct {
 type counted struct{ flows, children int }
 
 // differences compares once.
-func (d *Daemon) differences(v *control.Verification) (map[control.Wrong]struct{}, error) {
+func (r *reconciler) differences(v *control.Verification) (map[control.Wrong]struct{}, error) {
 	q, err := ctwatch.DialQueries(ctwatch.Config{})
 	if err != nil {
 		return nil, err
@@ -79,8 +78,8 @@ func (d *Daemon) differences(v *control.Verification) (map[control.Wrong]struct{
 	flows := make(map[claimed]counted)
 	wild := make(map[uint8]struct{})
 	var cfg config.Config
-	d.ask(func() { cfg = d.cfg.Config })
-	found, err := d.comparer.Verify(func(c *cone.View) {
+	r.ask(func(l *loop) { cfg = l.cfg })
+	found, err := r.comparer.Verify(func(c *cone.View) {
 		v.Permissions++
 		flows[claimed{c.Key, c.Int}] = counted{c.Flows, c.Children}
 		wild[c.Wild] = struct{}{}
@@ -96,7 +95,7 @@ func (d *Daemon) differences(v *control.Verification) (map[control.Wrong]struct{
 		switch p := &found.Unexpected[i]; {
 		case p.By == cone.ByExpectation:
 			note(unknownExpectation, p.Key)
-		case !d.firewall.learns(cfg): // otherwise it may have been learned, and expires by itself
+		case !r.firewall.learns(cfg): // otherwise it may have been learned, and expires by itself
 			note(unknownElement, p.Key)
 		}
 	}
@@ -114,7 +113,7 @@ func (d *Daemon) differences(v *control.Verification) (map[control.Wrong]struct{
 			count(x, n)
 		}
 	}
-	groups, labels := cone.NewPrefixTable(cfg.PeerGroups), d.firewall.labels()
+	groups, labels := cone.NewPrefixTable(cfg.PeerGroups), r.firewall.labels()
 	err = q.Dump(func(f *cone.Flow) {
 		v.Flows++
 		if _, excluded := slices.BinarySearch(cfg.ExcludePeerPorts, f.ReplySrc.Port); !excluded {
