@@ -45,10 +45,13 @@ func (s *Scene) Steady(once func() error) (stop func() int) {
 }
 
 // FreshPorts returns a function that sends one packet from a port that the peer has not
-// used yet, and checks that it arrives at in.
+// used yet, and checks that it arrives at in. It sends 500 packets a second at most, so that
+// the ports last for almost two minutes.
 func (s *Scene) FreshPorts(in *lab.Socket, peer netip.Addr, ext netip.AddrPort) func() error {
-	port := uint16(10_000)
+	port, pace := uint16(10_000), time.NewTicker(2*time.Millisecond)
+	s.T.Cleanup(pace.Stop)
 	return func() error {
+		<-pace.C
 		if port++; port == 0 {
 			return errors.New("all ports are used")
 		}
