@@ -196,6 +196,44 @@ func TestIncompleteListIsNoTheft(t *testing.T) {
 	})
 }
 
+// A large map is not listed unless somebody meddled with it. If only the daemon can change it,
+// each repair looks at a part of it.
+//
+// Fails when a stolen element is never found, or an unexpected one stays.
+func TestLargeMapIsRepaired(t *testing.T) {
+	m := newSimulated().(simulated)
+	m.mapSize = 2 * listedAtMost
+	runStage(t, m, policies("map")[0], func(s *stage) {
+		var last cone.Permission
+		for i := range listedAtMost + 1 {
+			last = s.open(fmt.Sprintf("10.47.11.109:%d", 1+i%60000), fmt.Sprintf("203.0.113.%d:5060", 5+i/60000))
+		}
+		alien := last
+		alien.Peer = cone.AddrFrom4([4]byte{203, 0, 113, 99})
+		for _, owned := range []bool{false, true} {
+			m.steal(last, cone.ByMap)
+			m.add(alien)
+			repairs := 0
+			for ; m.elements[last.Key] == nil && repairs < ownedParts; repairs++ {
+				s.now += time.Millisecond
+				if err := s.compare.Repair(false, owned); err != nil {
+					s.Fatal(err)
+				}
+			}
+			if m.elements[last.Key] == nil || !owned && repairs > 1 {
+				s.Errorf("owned %v: not back after %d repairs", owned, repairs)
+			}
+			if m.elements[alien.Key] == nil {
+				s.Errorf("owned %v: the map was listed", owned)
+			}
+			s.repair()
+			if m.elements[alien.Key] != nil {
+				s.Errorf("owned %v: an element that nobody asked for stays", owned)
+			}
+		}
+	})
+}
+
 // Fails when an event of the end of an anchor is not enough to put its permission back.
 func TestStolenAnchorIsRepairedAtOnce(t *testing.T) {
 	onBoth(t, map[string]cone.Policy{"expect": policies("expectations")[0]}, func(s *stage) {

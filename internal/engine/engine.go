@@ -68,12 +68,14 @@ type Engine struct {
 	perms    []cone.Permission
 	grants   []cone.Op
 	onFailed func(i int, r cone.Reason, err error)
+	onLost   func(i int)
 }
 
 // New returns an Engine for m and k. Call SetServed before the first Apply.
 func New(m *cone.Model, k Kernel, c Config) *Engine {
 	e := &Engine{Model: m, Kernel: k, cfg: c}
 	e.onFailed = e.failed
+	e.onLost = func(i int) { e.restore(e.batch.perms[i], e.by) }
 	return e
 }
 

@@ -1,7 +1,8 @@
 package engine
 
 import (
-	"fmt"
+	"bytes"
+	"cmp"
 	"maps"
 	"slices"
 	"time"
@@ -44,7 +45,7 @@ func (k *fakeKernel) adoptExpectations(lifetime time.Duration) (f *fakeExpectati
 // sortedKeys lets a run depend on its seed alone.
 func sortedKeys[V any](m map[cone.Key]V) []cone.Key {
 	return slices.SortedFunc(maps.Keys(m), func(a, b cone.Key) int {
-		return slices.Compare(fmt.Append(nil, a), fmt.Append(nil, b))
+		return cmp.Or(bytes.Compare(a.Peer[:], b.Peer[:]), bytes.Compare(a.Ext.Addr[:], b.Ext.Addr[:]), cmp.Compare(a.Ext.Port, b.Ext.Port), cmp.Compare(a.Wild, b.Wild))
 	})
 }
 

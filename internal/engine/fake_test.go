@@ -36,6 +36,8 @@ type fakeKernel struct {
 	sockets  map[cone.Endpoint]bool
 	forwards map[cone.Endpoint]cone.Endpoint // the user's
 
+	expired time.Duration // when expire was called last
+
 	failing int // how many of 100 requests fail with EPERM
 	fickle  int // how many of 100 entries an interrupted list misses
 }
@@ -76,12 +78,16 @@ func newFakeKernel(now func() time.Duration, rnd *rand.Rand) *fakeKernel {
 		anchors: map[anchor]time.Duration{}, expectations: map[cone.Key]*expectation{}, elements: map[cone.Key]*element{},
 		denied: map[cone.Key]time.Duration{}, revoked: map[cone.Key]bool{},
 		sockets: map[cone.Endpoint]bool{}, forwards: map[cone.Endpoint]cone.Endpoint{},
-		expectMax: 1000, anchorMax: 1000, mapSize: 1000, table: true,
+		expectMax: 1000, anchorMax: 1000, mapSize: 1000, table: true, expired: -1,
 	}
 }
 
 // expire ends what has run out. An expectation ends with its anchor.
 func (k *fakeKernel) expire() {
+	if k.expired == k.now() {
+		return
+	}
+	k.expired = k.now()
 	maps.DeleteFunc(k.anchors, func(_ anchor, until time.Duration) bool { return k.now() >= until })
 	maps.DeleteFunc(k.expectations, func(_ cone.Key, x *expectation) bool {
 		_, stands := k.anchors[x.master]
@@ -141,7 +147,7 @@ func (k *fakeKernel) renewExpectation(p *cone.Permission, timeout time.Duration)
 
 func (k *fakeKernel) deleteAnchor(a anchor) {
 	delete(k.anchors, a)
-	k.expire()
+	maps.DeleteFunc(k.expectations, func(_ cone.Key, x *expectation) bool { return x.master == a })
 }
 
 // Packets.

@@ -155,20 +155,22 @@ func (e *Engine) grantOps(ops []cone.Op) {
 }
 
 // revoke ends the permissions of ops.
-func (e *Engine) revoke(ops []cone.Op) error {
-	var errs []error
+func (e *Engine) revoke(ops []cone.Op) (err error) {
 	e.Kernel.Each(func(by cone.Carriers, c Carrier) {
 		e.batch.take(ops, by)
-		errs = append(errs, c.Revoke(e.batch.perms))
+		if failed := c.Revoke(e.batch.perms); failed != nil {
+			err = errors.Join(err, failed)
+		}
 	})
-	return errors.Join(errs...)
+	return err
 }
 
 // refresh renews the timeouts of ops and grants again what no longer stands.
 func (e *Engine) refresh(ops []cone.Op) {
 	e.Kernel.Each(func(by cone.Carriers, c Carrier) {
 		e.batch.take(ops, by)
-		c.Refresh(e.batch.perms, func(i int) { e.restore(ops[e.batch.index[i]].Permission, by) })
+		e.by = by
+		c.Refresh(e.batch.perms, e.onLost)
 	})
 }
 
