@@ -239,7 +239,7 @@ func (m *Model) supports(contact *Permission, c *claim) bool {
 	if c.Wild > 0 {
 		return true
 	}
-	first, n := m.policy.spread(contact)
+	first, n := m.policy.expand(contact)
 	for i := range n {
 		if first.Plus(i) == c.Peer {
 			return true

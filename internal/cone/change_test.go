@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-func TestLimitPerHostLetsTheOldestLingeringGoFirst(t *testing.T) {
+func TestLimitPerHostLetsTheOldestIdleGoFirst(t *testing.T) {
 	d := newDesk(t, func(p *Policy) { p.Limits.PerHost = 3 })
 	d.open(0, "10.47.11.109:1", "203.0.113.5:9")
 	older := d.open(1, "10.47.11.109:2", "203.0.113.5:9")
@@ -243,7 +243,7 @@ func TestAdoptedPermissionEndsAsItWouldHaveUnlessAFlowHoldsIt(t *testing.T) {
 	d.want("10.47.11.109:1")
 }
 
-// Whatever happens, the scopes count what stands and list what lingers.
+// Whatever happens, the scopes count what stands and list what is idle.
 func TestScopesAgreeWithTheClaims(t *testing.T) {
 	for seed := range uint64(180) {
 		p := testPolicy
@@ -280,7 +280,7 @@ func (w *world) checkScopes() {
 		if c := &w.m.claims[i]; c.state == StateStanding {
 			hosts[c.Int.Addr]++
 			total++
-			if c.lingers() {
+			if c.isIdle() {
 				listed[c.Int.Addr]++
 			}
 		}

@@ -170,7 +170,7 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 		m.skip(f, r)
 		return
 	}
-	first, n := m.policy.spread(&p)
+	first, n := m.policy.expand(&p)
 	for i := range n {
 		p.Peer = first.Plus(i)
 		if m.gives(f, &p) {
@@ -458,7 +458,7 @@ func (m *Model) FlowGone(now time.Duration, f *Flow) {
 		m.flowGone(now, f, p, f.Src, true)
 		return
 	}
-	first, n := m.policy.spread(&p)
+	first, n := m.policy.expand(&p)
 	for i := range n {
 		p.Peer = first.Plus(i)
 		m.flowGone(now, f, p, f.ReplySrc, false)

@@ -269,7 +269,7 @@ func TestAdoptionOfAKeyThatIsClaimedIsIgnored(t *testing.T) {
 	d.want("10.47.11.109:1")
 }
 
-// The outside port of a lingering permission passes to another host. The map may have
+// The outside port of an idle permission passes to another host. The map may have
 // learned that already: its element is not revoked before the grant, and a child of the
 // former host does not stay.
 func TestPortThatPassesToAnotherHost(t *testing.T) {

@@ -2,10 +2,10 @@ package cone
 
 import "time"
 
-// lingers reports whether c makes way for another claim: it stands without a live flow that
+// isIdle reports whether c makes way for another claim: it stands without a live flow that
 // is fed from inside, or it is refused for a reason of its own: no inside traffic, a limit,
 // or no socket.
-func (c *claim) lingers() bool {
+func (c *claim) isIdle() bool {
 	switch c.state {
 	case StateStanding:
 		return c.outs == 0 && c.answered == 0

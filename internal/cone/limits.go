@@ -13,7 +13,7 @@ type Limits struct {
 // links make a claim a member of a list.
 type links struct{ prev, next int32 }
 
-// A scope is what a limit counts: one subnet, or one inside host. Its lingering claims,
+// A scope is what a limit counts: one subnet, or one inside host. Its idle claims,
 // which make way for others, are in a list, the oldest first.
 type scope struct {
 	standing    int32
@@ -54,9 +54,9 @@ func inSubnet(c *claim) *links { return &c.inSubnet }
 func (m *Model) account(i int32) {
 	c := &m.claims[i]
 	stands := c.state == StateStanding
-	lingers := stands && c.lingers()
+	idle := stands && c.isIdle()
 	m.accountRoom(i)
-	if stands == c.counted && lingers == c.listed {
+	if stands == c.counted && idle == c.listed {
 		return
 	}
 	host, ok := m.hosts[c.host()]
@@ -73,15 +73,15 @@ func (m *Model) account(i int32) {
 		subnet.standing += n
 		c.counted = stands
 	}
-	if lingers != c.listed {
-		if lingers {
+	if idle != c.listed {
+		if idle {
 			m.link(&host, i, inHost)
 			m.link(subnet, i, inSubnet)
 		} else {
 			m.unlink(&host, i, inHost)
 			m.unlink(subnet, i, inSubnet)
 		}
-		c.listed = lingers
+		c.listed = idle
 	}
 	if host.standing == 0 {
 		delete(m.hosts, c.host())
@@ -101,7 +101,7 @@ func (c *claim) host() Addr {
 
 func full(n int32, limit int) bool { return limit > 0 && int(n) >= limit }
 
-// underLimits makes room for claim c to stand by ending lingering claims, the oldest first.
+// underLimits makes room for claim c to stand by ending idle claims, the oldest first.
 // If none is left, it returns the limit that was reached.
 func (m *Model) underLimits(c *claim, end func(i int32)) Reason {
 	l := &m.policy.Limits
@@ -120,7 +120,7 @@ func (m *Model) underLimits(c *claim, end func(i int32)) Reason {
 		default:
 			return ReasonNone
 		}
-		// Before the first snapshot it is unknown which claims linger.
+		// Before the first snapshot it is unknown which claims are idle.
 		if oldest == none || !m.snap.whole {
 			return reason
 		}
@@ -129,7 +129,7 @@ func (m *Model) underLimits(c *claim, end func(i int32)) Reason {
 	return ReasonLimit
 }
 
-// oldest returns the claim of any subnet that has lingered longest.
+// oldest returns the claim of any subnet that has been idle longest.
 func (m *Model) oldest() int32 {
 	oldest := none
 	for s := range m.subnets {

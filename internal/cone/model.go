@@ -38,7 +38,7 @@ type claim struct {
 
 	certain bool // the kernel confirmed that it stands
 	counted bool // among the standing claims of its scopes
-	listed  bool // in the lists of lingering claims of its scopes
+	listed  bool // in the lists of idle claims of its scopes
 	self    bool // Int is an address of the gateway itself
 	room    standing
 
@@ -52,7 +52,7 @@ type claim struct {
 
 	flows                int32 // first flow
 	subnet               int32 // index in the policy
-	inHost, inSubnet     links // in the lists of lingering claims of host and subnet
+	inHost, inSubnet     links // in the lists of idle claims of host and subnet
 	inRoom               links // in the list Model.expected[room]
 	nextKey              int32 // next claim in the queue of its Key (queue.go)
 	extPrev              int32 // neighbours in the list of its outside endpoint

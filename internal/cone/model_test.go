@@ -206,13 +206,13 @@ func policies() map[string]Policy {
 		{Prefix: netip.MustParsePrefix("10.47.11.110/32"), Filtering: EndpointIndependent}, // the first that fits
 		{Prefix: netip.MustParsePrefix("10.47.11.0/24")},
 	}
-	spread := testPolicy
-	spread.PeerGroups = wild.PeerGroups
+	expand := testPolicy
+	expand.PeerGroups = wild.PeerGroups
 	both, chosen := mapped, mapped
 	both.Subnets = []Subnet{{Prefix: testPolicy.Subnets[0].Prefix, Choice: ChooseBoth}}
 	chosen.Subnets = []Subnet{{Prefix: testPolicy.Subnets[0].Prefix, Choice: ChooseExpectation}}
 	return map[string]Policy{
-		"expected": testPolicy, "spread": spread, "mapped": mapped, "unlabelled": unlabelled, "learned": learned, "wild": wild,
+		"expected": testPolicy, "expand": expand, "mapped": mapped, "unlabelled": unlabelled, "learned": learned, "wild": wild,
 		"both": both, "chosen": chosen,
 	}
 }

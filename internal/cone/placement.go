@@ -237,16 +237,16 @@ func (m *Model) Failed(now time.Duration, p Permission, by Carriers, r Reason) {
 	m.move(i, next)
 }
 
-// makeRoomOnPort ends the permission that has lingered longest among those with an
+// makeRoomOnPort ends the permission that has been idle longest among those with an
 // expectation on the outside port of claim i, and reports whether there was one.
 func (m *Model) makeRoomOnPort(now time.Duration, i int32) bool {
-	if !m.snap.whole { // it is unknown which claims linger
+	if !m.snap.whole { // it is unknown which claims are idle
 		return false
 	}
 	oldest := none
 	for o := m.byExt[m.claims[i].extKey()]; o != none; o = m.claims[o].extNext {
 		c := &m.claims[o]
-		if o != i && c.state == StateStanding && c.placed.By&ByExpectation != 0 && c.lingers() &&
+		if o != i && c.state == StateStanding && c.placed.By&ByExpectation != 0 && c.isIdle() &&
 			(oldest == none || c.fed < m.claims[oldest].fed) {
 			oldest = o
 		}

@@ -41,7 +41,7 @@ type Policy struct {
 
 	// PeerGroups are prefixes inside which a contact with one address permits all. They do
 	// not overlap. Where a permission cannot stand for a group, each address of a small
-	// group (SpreadBits) gets its own; of a larger group only contacted addresses do.
+	// group (ExpandBits) gets its own; of a larger group only contacted addresses do.
 	PeerGroups []netip.Prefix
 
 	ExcludePeers     []netip.Prefix // peers that never get a permission
@@ -120,7 +120,7 @@ func compilePolicy(p Policy, local map[Addr]struct{}) policy {
 // widen turns x, a permission for one peer, into the one for all peers that a contact with
 // this peer permits. A map can hold it, and so can an expectation that translates nothing;
 // an expectation that translates is for one peer only. So if a subnet uses expectations, a
-// small group is expanded instead (spread).
+// small group is expanded instead (expand).
 func (p *policy) widen(x *Permission) {
 	if !p.wild || !x.Routed() && !p.mappable(x) {
 		return
@@ -131,7 +131,7 @@ func (p *policy) widen(x *Permission) {
 		if x.Peer.Is4() {
 			x.Wild = 32
 		}
-	} else if low := groupBits(p.groups, x.Peer); x.Routed() || !p.Expected || s.Choice == ChooseMap || low > SpreadBits {
+	} else if low := groupBits(p.groups, x.Peer); x.Routed() || !p.Expected || s.Choice == ChooseMap || low > ExpandBits {
 		x.Wild = low
 	}
 	x.Peer = x.Peer.WithoutLow(x.Wild)
@@ -147,25 +147,25 @@ func groupBits(groups *PrefixTable, peer Addr) uint8 {
 	return uint8(a.BitLen() - groups.prefixes[i].Bits())
 }
 
-// SpreadBits bounds the groups that are expanded into one permission for each address:
+// ExpandBits bounds the groups that are expanded into one permission for each address:
 // their prefixes leave at most so many bits free.
-const SpreadBits = 4
+const ExpandBits = 4
 
-// Spread returns the first address of the small group that holds peer, and how many there
+// Expand returns the first address of the small group that holds peer, and how many there
 // are (Addr.Plus). Without such a group it returns peer alone.
-func Spread(groups *PrefixTable, peer Addr) (first Addr, n int) {
-	if low := groupBits(groups, peer); low <= SpreadBits {
+func Expand(groups *PrefixTable, peer Addr) (first Addr, n int) {
+	if low := groupBits(groups, peer); low <= ExpandBits {
 		return peer.WithoutLow(low), 1 << low
 	}
 	return peer, 1
 }
 
-// spread returns the first of the peers to which a contact gives permissions like x, one
+// expand returns the first of the peers to which a contact gives permissions like x, one
 // each, and how many they are. They are more than one for a small group that x cannot cover
 // as a whole: an expectation that translates is for one peer.
-func (p *policy) spread(x *Permission) (first Addr, n int) {
+func (p *policy) expand(x *Permission) (first Addr, n int) {
 	if p.wild && x.Wild == 0 && !x.Routed() {
-		return Spread(p.groups, x.Peer)
+		return Expand(p.groups, x.Peer)
 	}
 	return x.Peer, 1
 }

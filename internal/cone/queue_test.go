@@ -23,7 +23,7 @@ func TestRevokedPermissionKeepsNobodyWaiting(t *testing.T) {
 			}
 			d.carry()
 			d.want(sharing2)
-			d.gone(2, other) // its permission lingers
+			d.gone(2, other) // its permission is idle
 			d.snapshot(3, old)
 			d.want(sharing2)
 			for now := testPolicy.Retry; now <= lifetime+testPolicy.Retry; now += testPolicy.Retry {

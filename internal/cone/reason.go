@@ -42,8 +42,8 @@ const (
 	ReasonExpired
 	ReasonPolicy      // the configuration no longer allows it
 	ReasonAddressGone // the gateway lost the outside address
-	ReasonEvicted     // it lingered, and ended to make room under a limit
-	ReasonYielded     // it lingered, and ended for another claim of its Key or outside port
+	ReasonEvicted     // it was idle, and ended to make room under a limit
+	ReasonYielded     // it was idle, and ended for another claim of its Key or outside port
 	ReasonStopped
 
 	reasons

@@ -84,7 +84,7 @@ func (c *refClaim) count(child, answered bool) (n int) {
 	return n
 }
 
-func (c *refClaim) lingers() bool {
+func (c *refClaim) isIdle() bool {
 	return c.state == StateStanding && c.count(false, false) == 0 && c.count(true, true) == 0 ||
 		c.state == StateRefused && c.reason == ReasonIdle
 }
@@ -109,9 +109,9 @@ func (r *refModel) widen(p Permission) Permission {
 	return p
 }
 
-// spread returns the permissions that a contact gives: those for the other peers of a group
+// expand returns the permissions that a contact gives: those for the other peers of a group
 // too, if one permission cannot be for the group.
-func (r *refModel) spread(p Permission) (all []Permission) {
+func (r *refModel) expand(p Permission) (all []Permission) {
 	for _, g := range r.policy.PeerGroups {
 		if !r.policy.Mapped && g.Contains(p.Peer.Netip()) {
 			for a := g.Addr(); g.Contains(a); a = a.Next() {
@@ -160,7 +160,7 @@ func (r *refModel) barred(now time.Duration, c *refClaim) bool {
 func (r *refModel) seen(now time.Duration, f *Flow) {
 	what, p := r.classify(f)
 	if what == "out" {
-		for _, q := range r.spread(p) {
+		for _, q := range r.expand(p) {
 			r.seenOf(now, f, what, q)
 		}
 		return
@@ -184,7 +184,7 @@ func (r *refModel) seenOf(now time.Duration, f *Flow, what string, p Permission)
 				c.state, c.reason = StateWaiting, ReasonNone
 				r.claims = append(slices.DeleteFunc(r.claims, func(x *refClaim) bool { return x == c }), c)
 			}
-			if o := r.ofKey(c.Key)[0]; o != c && o.lingers() && !c.revoked() && now < c.fed+r.policy.Lifetime {
+			if o := r.ofKey(c.Key)[0]; o != c && o.isIdle() && !c.revoked() && now < c.fed+r.policy.Lifetime {
 				r.end(now, o)
 			} else if o == c && asks {
 				r.grant(now, c)
@@ -199,7 +199,7 @@ func (r *refModel) seenOf(now time.Duration, f *Flow, what string, p Permission)
 			c.state, c.reason = StateRefused, ReasonIdle
 		} else if first == c {
 			r.grant(now, c)
-		} else if !over && first.lingers() {
+		} else if !over && first.isIdle() {
 			r.end(now, first)
 		}
 	case "child":
@@ -344,7 +344,7 @@ func (r *refModel) setPolicy(now time.Duration, p Policy) {
 
 func (r *refModel) settle(now time.Duration, c *refClaim) {
 	if c.state != StateStanding && c.count(false, false) == 0 ||
-		c.lingers() && r.wanted(c) {
+		c.isIdle() && r.wanted(c) {
 		r.end(now, c)
 	}
 }
@@ -355,7 +355,7 @@ func (r *refModel) gone(now time.Duration, f *Flow) {
 	}
 	what, p := r.classify(f)
 	if what == "out" {
-		for _, q := range r.spread(p) {
+		for _, q := range r.expand(p) {
 			r.goneOf(now, f, what, q)
 		}
 		return

@@ -5,10 +5,10 @@ import "time"
 // A Room is what the kernel can hold of permissions that stand as expectations: each takes
 // an entry of the conntrack table for its anchor, which the kernel never drops early.
 type Room struct {
-	// New is the most that may stand after one more is made. Lingering ones make way for
+	// New is the most that may stand after one more is made. Idle ones make way for
 	// it.
 	New int
-	// Live is the most that may stay if none lingers. It is not less than New.
+	// Live is the most that may stay if none is idle. It is not less than New.
 	Live int
 	// Lack is the reason if there is no room for more.
 	Lack Reason
@@ -17,13 +17,13 @@ type Room struct {
 // SetRoom sets how much room there is for expectations; before the first call there is no
 // bound. Expectations beyond it end, the oldest first; the map goes on to carry those
 // permissions that it can. None ends before the first snapshot is complete: until then it
-// is unknown which linger.
+// is unknown which are idle.
 func (m *Model) SetRoom(now time.Duration, r Room) {
 	m.room, m.bounded = r, true
 	if !m.snap.whole {
 		return
 	}
-	m.giveUp(now, lingering, r.New)
+	m.giveUp(now, idle, r.New)
 	m.giveUp(now, busy, r.Live)
 }
 
@@ -41,7 +41,7 @@ func (m *Model) giveUpOne(now time.Duration, i int32) {
 	switch {
 	case m.policy.mappable(&c.Permission) && c.noElement == ReasonNone:
 		m.move(i, Placement{ByMap, m.room.Lack})
-	case c.lingers():
+	case c.isIdle():
 		m.end(now, i, ReasonEvicted)
 	default:
 		m.Refused(now, c.Permission, m.room.Lack, true)
@@ -54,11 +54,11 @@ func (m *Model) hasRoom(c *claim) bool {
 	return !m.bounded || c.room != notExpected || m.stats.Expected < m.room.New
 }
 
-// makeRoom ends expectations of lingering claims until there is room for one more, and
+// makeRoom ends expectations of idle claims until there is room for one more, and
 // reports whether there is.
 func (m *Model) makeRoom(now time.Duration) bool {
 	if m.snap.whole {
-		m.giveUp(now, lingering, m.room.New-1)
+		m.giveUp(now, idle, m.room.New-1)
 	}
 	return m.stats.Expected < m.room.New
 }
@@ -68,7 +68,7 @@ type standing uint8
 
 const (
 	notExpected standing = iota
-	lingering            // without a live flow that is fed from inside
+	idle                 // without a live flow that is fed from inside
 	busy
 )
 
@@ -76,8 +76,8 @@ func (c *claim) standing() standing {
 	switch {
 	case c.state != StateStanding || c.placed.By&ByExpectation == 0:
 		return notExpected
-	case c.lingers():
-		return lingering
+	case c.isIdle():
+		return idle
 	}
 	return busy
 }

@@ -72,7 +72,7 @@ func TestExpectationsBeyondTheRoomAreTriedAgain(t *testing.T) {
 }
 
 // Fails when makeRoom takes those with a live flow, or the youngest.
-func TestLingeringExpectationsMakeWay(t *testing.T) {
+func TestIdleExpectationsMakeWay(t *testing.T) {
 	for name, tt := range map[string]struct {
 		choice func(*Policy)
 		left   Carriers // to the one that made way
@@ -98,13 +98,13 @@ func TestLingeringExpectationsMakeWay(t *testing.T) {
 			d.open(4, in(5), roomPeer)
 			d.carriers("a fifth", all, tt.left, tt.left, all, all)
 			d.open(5, in(6), roomPeer)
-			d.carriers("a sixth finds none that lingers", all, tt.left, tt.left, all, all, tt.left)
+			d.carriers("a sixth finds none that is idle", all, tt.left, tt.left, all, all, tt.left)
 			d.gone(6, live)
 		})
 	}
 }
 
-// A full table takes the expectations that linger first, then the others, the oldest
+// A full table takes the expectations of idle permissions first, then the others, the oldest
 // first.
 //
 // Fails when SetRoom does not end any, and when Live is taken for New.
@@ -168,7 +168,7 @@ func TestNoRoomEndsNothingBeforeTheFirstSnapshot(t *testing.T) {
 //
 // Fails when peers without a live flow keep a new peer from an expectation, when the newest
 // of them ends, and when one with a live flow ends.
-func TestLingeringPeersOfAPortMakeRoom(t *testing.T) {
+func TestIdlePeersOfAPortMakeRoom(t *testing.T) {
 	const in = "10.47.11.109:5060"
 	d := newDesk(t, nil)
 	first, second := d.open(0, in, "203.0.113.1:5060"), d.open(time.Second, in, "203.0.113.2:5060")

@@ -45,11 +45,11 @@ func (m *Model) yields(o, i int32) bool {
 	first, next := m.policy.forSocket(&c.Permission), m.policy.forSocket(&m.claims[i].Permission)
 	switch {
 	case first && !next:
-		return c.state == StateRefused && c.lingers()
+		return c.state == StateRefused && c.isIdle()
 	case next && !first && c.state == StateRefused && c.reason == ReasonLocalSocket:
 		return true
 	}
-	return c.lingers()
+	return c.isIdle()
 }
 
 // makeWay ends the claims that come before claim i of the same Key and yield to it.

@@ -21,7 +21,7 @@ func wildPolicy(p *Policy) {
 }
 
 func TestPeersOfAPermission(t *testing.T) {
-	const spread = "203.0.113.4/32 203.0.113.5/32 203.0.113.6/32 203.0.113.7/32"
+	const expand = "203.0.113.4/32 203.0.113.5/32 203.0.113.6/32 203.0.113.7/32"
 	for name, tc := range map[string]struct {
 		in, peer string
 		mapped   bool
@@ -32,8 +32,8 @@ func TestPeersOfAPermission(t *testing.T) {
 		"everybody":                         {"10.47.11.110:1", "192.0.2.9:9", true, "0.0.0.0/0"},
 		"everybody, a group or not":         {"10.47.11.110:1", "203.0.113.6:9", true, "0.0.0.0/0"},
 		"nobody":                            {"10.47.11.111:1", "203.0.113.6:9", true, ""},
-		"a group that no backend carries":   {"10.47.11.109:1", "203.0.113.6:9", false, spread},
-		"everybody, and no backend carries": {"10.47.11.110:1", "203.0.113.6:9", false, spread},
+		"a group that no backend carries":   {"10.47.11.109:1", "203.0.113.6:9", false, expand},
+		"everybody, and no backend carries": {"10.47.11.110:1", "203.0.113.6:9", false, expand},
 		"the same, and no group":            {"10.47.11.110:1", "192.0.2.9:9", false, "192.0.2.9/32"},
 		"IPv6, one peer":                    {"[2001:db8:47::110]:1", "[2001:db8:99::9]:9", false, "2001:db8:99::9/128"},
 		"IPv6, a peer of the group":         {"[2001:db8:47::110]:1", "[2001:db8:113::9]:9", false, "2001:db8:113::/64"},

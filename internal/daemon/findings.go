@@ -37,7 +37,7 @@ func (l *loop) warnings() (out warnings) {
 		out.add(warnPortPerPeer, "", "peers see another outside port each of one and the same inside port, so a rule of yours has random or fully-random: "+
 			`mapping = "endpoint_independent" keeps one`)
 	}
-	large := func(g netip.Prefix) bool { return g.Addr().Is4() && g.Bits() < 32-cone.SpreadBits }
+	large := func(g netip.Prefix) bool { return g.Addr().Is4() && g.Bits() < 32-cone.ExpandBits }
 	if slices.ContainsFunc(l.cfg.PeerGroups, large) && l.backends.nft == nil {
 		out.add(warnLargeGroups, "", "peer_groups of more than 16 IPv4 addresses hold for routed subnets alone: only the nft backend can translate for these")
 	}

@@ -64,7 +64,7 @@ func (r *reconciler) lookAtRules() error {
 	}
 	// Nothing else finds elements that somebody deleted.
 	r.changed.elements = true
-	mended, failed := r.mendRules(cfg, r.network)
+	mended, failed := r.repairRules(cfg, r.network)
 	err = errors.Join(err, failed)
 	if mended || broken {
 		err = errors.Join(err, r.compare(true))

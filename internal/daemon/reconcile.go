@@ -164,7 +164,7 @@ func (r *reconciler) reconcileOnce(q *ctwatch.Queries) error {
 	if err := r.readFlows(q); err != nil {
 		errs = append(errs, err)
 	}
-	if err := r.mendTableSize(); err != nil {
+	if err := r.repairTableSize(); err != nil {
 		errs = append(errs, err)
 	}
 	if err := r.compare(false); err != nil {
@@ -194,7 +194,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 	}
 	r.uplinks.remember(network)
 	r.links.Know(network, slices.Concat(cfg.Outside, cfg.Inside), wantsMapping(cfg) || cfg.HealFlows)
-	_, failed := r.mendRules(cfg, network)
+	_, failed := r.repairRules(cfg, network)
 	notes, err := r.firewall.forgetAddresses(cfg, network)
 	for _, n := range notes {
 		r.log.Info(n)
@@ -326,9 +326,9 @@ func (r *reconciler) lookBetween() {
 	}
 }
 
-// mendRules brings our tables to the desired state, and logs it if somebody had changed
+// repairRules brings our tables to the desired state, and logs it if somebody had changed
 // them.
-func (r *reconciler) mendRules(cfg config.Config, network gateway.Network) (changed bool, err error) {
+func (r *reconciler) repairRules(cfg config.Config, network gateway.Network) (changed bool, err error) {
 	r.firewall.setSides(network)
 	repaired := r.firewall.repaired
 	changed, err = r.firewall.set(cfg, network.OutsideLinks())

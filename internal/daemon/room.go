@@ -93,9 +93,9 @@ func (l *loop) setRoom(s space) {
 	l.engine.Model.SetRoom(l.now(), l.room)
 }
 
-// mendTableSize makes the expectation table larger again if somebody made it smaller, or
+// repairTableSize makes the expectation table larger again if somebody made it smaller, or
 // adapts the room to its size.
-func (r *reconciler) mendTableSize() error {
+func (r *reconciler) repairTableSize() error {
 	if r.backends.expect == nil {
 		return nil
 	}

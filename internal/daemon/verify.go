@@ -119,7 +119,7 @@ func (r *reconciler) differences(v *control.Verification) (map[control.Wrong]str
 		if _, excluded := slices.BinarySearch(cfg.ExcludePeerPorts, f.ReplySrc.Port); !excluded {
 			k := claimed{cone.Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr, Zone: f.ReplyZone}, f.Src}
 			ofAll(k, counted{flows: 1})
-			first, n := cone.Spread(groups, f.ReplySrc.Addr)
+			first, n := cone.Expand(groups, f.ReplySrc.Addr)
 			for i := range n {
 				if k.Peer = first.Plus(i); k.Peer != f.ReplySrc.Addr {
 					count(k, counted{flows: 1})
