@@ -20,6 +20,7 @@ type condition struct {
 	addrs   []AddrRange // nil stands for any
 	sources []AddrRange // nil stands for any
 	except  []AddrRange // destinations that a test excluded; may be wider than the truth
+	unread  bool        // a test of the destination was not understood
 	out     []string    // the outgoing links; nil stands for any
 	unknown bool        // a test of the port was not understood
 	partial bool        // something else was tested, so the condition may be wider than the truth
@@ -152,6 +153,7 @@ func (w *walker) narrow(conds []condition, fields []field, t test) []condition {
 	case t.unknown, t.not && len(fields) > 1, t.isNumber(fields):
 		for _, c := range conds {
 			c.unknown, c.partial = c.unknown || slices.ContainsFunc(fields, field.isPort), true
+			c.unread = c.unread || slices.ContainsFunc(fields, func(f field) bool { return f.kind == address4 })
 			left = append(left, c)
 		}
 	case asked > 1 && len(conds)*len(t.any) <= maxProduct:

@@ -38,7 +38,7 @@ type SourceNAT struct {
 	// asks says that other properties of the packets, for example a mark or their
 	// destination, decide whether the rule translates them.
 	asks bool
-	// byOther says that neither their sources nor their destinations do.
+	// byOther says that it is neither their sources, nor links, nor known destinations.
 	byOther bool
 	// dests are the destinations of the packets; nil stands for any.
 	dests []AddrRange
@@ -73,7 +73,7 @@ func (rs *Ruleset) sourceNAT() (all, exempt []SourceNAT) {
 			for _, c := range conds {
 				n.Text, n.Chain, n.Links, n.Sources, n.dests = r.title(t), base, c.out, c.sources, c.addrs
 				n.asks = c.asks || w.exempts || c.ports != nil || c.addrs != nil
-				n.byOther = c.asks || c.ports != nil || c.partial && c.sources == nil
+				n.byOther = c.asks || c.ports != nil || c.unread
 				n.Partial = c.partial || w.exempts || c.ports != nil || c.addrs != nil
 				all = append(all, n)
 				if c.except != nil {

@@ -1,0 +1,55 @@
+package userrules_test
+
+import (
+	"fmt"
+	"net/netip"
+	"testing"
+
+	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/userrules"
+)
+
+// Fails when addresses that depend on the host, or on the destination, count as the same for
+// all.
+func TestOutsideAddrs(t *testing.T) {
+	for rules, want := range map[string]string{
+		"masquerade":           "false [] []",
+		"snat to 198.51.100.8": "false [] []",
+		"oifname \"wan1\" snat to 198.51.100.9; masquerade":                  "false [] []",
+		"ip saddr 192.168.7.0/24 snat to 198.51.100.9; masquerade":           "false [] []",
+		"meta l4proto tcp snat to 198.51.100.9; masquerade":                  "false [] []",
+		"masquerade; snat to 198.51.100.9":                                   "false [] []",
+		"snat to 198.51.100.8-198.51.100.9":                                  "true [] []",
+		"ip saddr 10.47.11.9 snat to 198.51.100.9; masquerade":               "true [] []",
+		"iifname \"lan0\" snat to 198.51.100.9; masquerade":                  "true [] []",
+		"snat to ip saddr map { 10.47.11.9 : 198.51.100.9 }":                 "true [] []",
+		"ip saddr 10.47.11.0/25 masquerade":                                  "true [] []",
+		"udp dport 53 masquerade; masquerade":                                "false [] []",
+		"udp dport 53 snat to 198.51.100.9; masquerade":                      "true [] [ip nat post handle N]",
+		"meta mark 7 snat to 198.51.100.9; masquerade":                       "true [] [ip nat post handle N]",
+		"ip daddr @far snat to 198.51.100.9; masquerade":                     "true [] [ip nat post handle N]",
+		"ip daddr 203.0.113.0/24 masquerade; masquerade":                     "false [] []",
+		"ip daddr 203.0.113.0/24 snat to 198.51.100.9; masquerade":           "false [203.0.113.0/24] []",
+		"ip daddr { 203.0.113.4, 203.0.113.8/31 } accept; masquerade":        "false [203.0.113.4/32 203.0.113.8/31] []",
+		"ip daddr 203.0.113.0/24 return; masquerade":                         "false [203.0.113.0/24] []",
+		"ip daddr != 203.0.113.0/24 masquerade":                              "false [203.0.113.0/24] []",
+		"ip saddr 192.168.7.0/24 ip daddr 203.0.113.0/24 accept; masquerade": "false [] []",
+		"oifname \"wan1\" ip daddr 203.0.113.0/24 accept; masquerade":        "false [] []",
+		"jump some; masquerade":                                              "false [] []", // it only returns
+	} {
+		t.Run(rules, func(t *testing.T) {
+			t.Parallel()
+			l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
+			check(t, l.NFT(`table ip nat {
+				set far { type ipv4_addr; elements = { 203.0.113.9 }; }
+				chain some { ip daddr 203.0.113.0/24 return; }
+				chain post { type nat hook postrouting priority srcnat; `+rules+`; }
+			}`))
+			rs := ruleset(t, l)
+			o := userrules.OutsideAddrsOf(rs.SourceNAT(), rs.Untranslated(), "wan0", []netip.Prefix{lab.InsideNet})
+			if got := handle.ReplaceAllString(fmt.Sprint(o.Differ, o.Elsewhere, o.ByOther), "handle N"); got != want {
+				t.Errorf("%s, want %s", got, want)
+			}
+		})
+	}
+}
