@@ -164,8 +164,13 @@ func TestNFTMappingLivesAsLongAsItsFlows(t *testing.T) {
 // after somebody deleted the tables.
 func TestNFTMappingsOfFlowsThatAreThere(t *testing.T) {
 	stands := func(s *scene) bool {
-		out, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", "kept_wan0")
-		return err == nil && strings.Contains(out, "10.47.11.109 . 3074") && firstAddress.MatchString(out)
+		kept, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", "kept_wan0")
+		if err != nil || !strings.Contains(kept, "10.47.11.109 . 3074") || !firstAddress.MatchString(kept) {
+			return false
+		}
+		// Newcomers get a port of the pool once this map has the address, too.
+		addresses, err := s.Gateway.Output("nft", "list", "map", "ip", "conenat", "addresses_wan0")
+		return err == nil && firstAddress.MatchString(addresses)
 	}
 	const plain = "reconcile = \"1h\"\n[[subnet]]\nprefix = \"10.47.11.0/24\"\n"
 	const withMappings = plain + "mapping = \"endpoint_independent\"\n"
