@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -33,8 +34,8 @@ var exe string
 func Exe() string { return exe }
 
 // Main builds the program, runs the tests and exits. CONENATD_EXE names a program to
-// use instead, for a machine without Go. Benchmarks use a program without the race
-// detector.
+// use instead, for a machine without Go. Benchmarks, and tests on 32-bit machines, which have
+// no race detector, use a program without it.
 func Main(m *testing.M) {
 	code, err := build(m)
 	if err != nil {
@@ -56,7 +57,7 @@ func build(m *testing.M) (int, error) {
 	exe = filepath.Join(dir, "conenatd")
 	var args []string
 	flag.Parse()
-	if flag.Lookup("test.bench").Value.String() == "" {
+	if strconv.IntSize == 64 && flag.Lookup("test.bench").Value.String() == "" {
 		// Without this, the race detector makes each process sleep before it exits.
 		_ = os.Setenv("GORACE", "atexit_sleep_ms=0")
 		args = append(args, "-race")

@@ -61,7 +61,4 @@
 // cannot do: it does not read back expressions that it does not know, so rules are compared
 // by a hash in their user data; it does not write the byte order of a map's values (marks);
 // and it cannot ask for the number of the last transaction.
-//
-// On 32-bit systems the package offers nothing and says so: the version of the library that
-// works does not compile there.
 package rules

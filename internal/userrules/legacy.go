@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 
 	"github.com/google/nftables/expr"
@@ -41,9 +42,18 @@ var (
 		number: unix.NFPROTO_IPV6, program: "ip6tables-legacy",
 		names: "/proc/thread-self/net/ip6_tables_names", core: "ip6_tables", module: "ip6table_",
 		domain: unix.AF_INET6, level: unix.SOL_IPV6,
-		address: 16, protocol: 128, flags: 131, inverted: 132, target: 140, counters: 152,
+		address: 16, protocol: 128, flags: 131, inverted: 132, target: 140, counters: aligned(148),
 	}
 )
+
+// aligned returns the offset of a u64 behind n bytes of a structure. The kernel aligns it to
+// 4 bytes for programs for 386, on 64-bit machines too (compat_u64), and else to 8 bytes.
+func aligned(n int) int {
+	if runtime.GOARCH == "386" {
+		return n
+	}
+	return (n + 7) &^ 7
+}
 
 func legacyOf(family byte) *legacyFamily {
 	if family == unix.NFPROTO_IPV4 {
@@ -88,8 +98,7 @@ const (
 	invertProtocol    = 1 << 6
 )
 
-// size is the size of an entry of the family without matches and target, on 64-bit
-// machines.
+// size is the size of an entry of the family without matches and target.
 func (f *legacyFamily) size() int { return f.counters + legacyCounters }
 
 // A legacyEntry is a rule, the head of a chain, or the end of the table.
@@ -108,7 +117,7 @@ type xtPart struct {
 }
 
 // decodeLegacy decodes a table from the answers to IPT_SO_GET_INFO and IPT_SO_GET_ENTRIES,
-// the latter without its header, in the layout of a 64-bit machine. The result has the form
+// the latter without its header. The result has the form
 // of a table of iptables-nft, but its rules have numbers instead of handles. Its chains
 // contain neither the policy rule of a base chain nor the final return of other chains, and
 // no rule jumps to a chain that does not exist. What is not understood is an error, or a

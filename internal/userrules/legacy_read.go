@@ -9,7 +9,6 @@ import (
 	"os"
 	"runtime"
 	"slices"
-	"strconv"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -100,10 +99,10 @@ const (
 	// These have the same numbers for IPv6.
 	soGetInfo    = 64 // IPT_SO_GET_INFO
 	soGetEntries = 65 // IPT_SO_GET_ENTRIES
-
-	// legacyHeader is the size of struct ipt_get_entries without entries.
-	legacyHeader = legacyNameLen + 8
 )
+
+// legacyHeader is the size of struct ipt_get_entries without entries.
+var legacyHeader = aligned(legacyNameLen + 4)
 
 // read reads the table over a socket. The kernel returns description and entries
 // separately, and refuses to return entries if their size differs from the one given.
@@ -156,20 +155,12 @@ func getsockopt(fd, level, name int, b []byte) ([]byte, error) {
 	return b[:min(int(n), len(b))], nil
 }
 
-// decodesLegacy says that tables have the layout that decodeLegacy knows.
-const decodesLegacy = strconv.IntSize == 64
-
 // decode decodes the table. If it could not be read, or is not understood, the result says
 // so in failed.
 func (t rawLegacy) decode() *table {
 	d, err := (*table)(nil), t.err
 	if err == nil {
-		if !decodesLegacy {
-			err = errors.New("a 32-bit machine has it in another form")
-		} else {
-			d, err = decodeLegacy(t.family, t.info, t.entries)
-		}
-		if err != nil {
+		if d, err = decodeLegacy(t.family, t.info, t.entries); err != nil {
 			err = fmt.Errorf("read table %s of %s: %w", t.name, t.family.program, err)
 		}
 	}

@@ -31,12 +31,8 @@ var legacyTables = []string{natTable, "mangle", filterTable, "security"}
 // LegacyChanged reports whether rules of iptables-legacy changed since the last reading.
 // The first call returns true, unless Read was called before. The kernel does not report
 // such changes, so LegacyChanged reads all rules that translate or filter; its cost grows
-// with their number. The next Read uses this reading. Counters do not matter. On 32-bit
-// machines, where the tables are not understood, it returns false.
+// with their number. The next Read uses this reading. Counters do not matter.
 func (r *Reader) LegacyChanged() (bool, error) {
-	if !decodesLegacy {
-		return false, nil
-	}
 	l := &r.legacy
 	dumps := l.dump()
 	if err := failed(dumps); err != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -21,7 +22,11 @@ func recorded(t testing.TB, name string) (info, entries []byte) {
 	if binary.NativeEndian.Uint16([]byte{1, 0}) != 1 {
 		t.Skip("the tables were recorded on a little-endian machine")
 	}
-	b, err := os.ReadFile("testdata/legacy/" + name)
+	dir := "testdata/legacy/"
+	if runtime.GOARCH == "386" {
+		dir += "386/"
+	}
+	b, err := os.ReadFile(dir + name)
 	if err != nil {
 		t.Fatal(err)
 	}
