@@ -185,8 +185,7 @@ func (f *firewall) warning(s config.Subnet, d decision) (text string, zoned bool
 	return "", false
 }
 
-// redecide decides again, and moves what stands to the carriers chosen. The reconcile calls
-// it.
+// redecide decides again, and moves what stands to the carriers chosen.
 func (r *reconciler) redecide(cfg config.Config, network gateway.Network, tables control.Tables) error {
 	ok := r.ask(func(l *loop) {
 		s := l.engine.Model.Stats()
