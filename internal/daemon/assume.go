@@ -23,7 +23,7 @@ func (f *firewall) assumeAddresses(cfg config.Config, network gateway.Network) e
 		if l.Outside&gateway.IPv4 == 0 || l.Cause == gateway.SharedLink {
 			continue
 		}
-		if addr, ok := f.onlyAddress(network, l, c.Subnets); ok {
+		if addr, ok := f.onlyAddress(l, c.Subnets); ok {
 			errs = append(errs, kernel.Assume(l.Name, addr))
 		}
 	}
@@ -32,25 +32,31 @@ func (f *firewall) assumeAddresses(cfg config.Config, network gateway.Network) e
 
 // onlyAddress returns the address to which the user's rules translate all hosts of some
 // subnets on a link. It returns false if that is not known, or more than one.
-func (f *firewall) onlyAddress(network gateway.Network, l gateway.Link, subnets []netip.Prefix) (only netip.Addr, ok bool) {
+func (f *firewall) onlyAddress(l gateway.Link, subnets []netip.Prefix) (only netip.Addr, ok bool) {
 	if f.unread != nil || f.user.SourcesMayBeHidden() {
 		return only, false
 	}
-	o := userrules.OutsideAddrsOf(f.sources, f.exempt, l.Name, subnets)
-	switch {
-	case o.Addr == nil:
+	o := userrules.OutsideAddrsOf(f.sources, f.exempt, l.Name, f.ownAddrs[l.Name], subnets)
+	if o.Addr == nil {
 		return only, false
-	case o.Addr.IsValid():
-		return *o.Addr, true
 	}
-	for _, a := range network.Addrs {
-		if a.Link != l.Index || !a.Prefix.Addr().Is4() || a.Narrow {
-			continue
+	return *o.Addr, o.Addr.IsValid()
+}
+
+// ownAddrs returns the address that a masquerade gives on each link, as far as it is certain.
+func ownAddrs(network gateway.Network) map[string]netip.Addr {
+	own := make(map[string]netip.Addr)
+	for _, l := range network.Links {
+		for _, a := range network.Addrs {
+			if a.Link != l.Index || !a.Prefix.Addr().Is4() || a.Narrow {
+				continue
+			}
+			if _, another := own[l.Name]; another { // which one depends on the next router
+				own[l.Name] = netip.Addr{}
+				break
+			}
+			own[l.Name] = a.Prefix.Addr()
 		}
-		if only.IsValid() { // which one depends on the next router
-			return only, false
-		}
-		only = a.Prefix.Addr()
 	}
-	return only, only.IsValid()
+	return own
 }

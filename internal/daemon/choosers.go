@@ -97,7 +97,7 @@ func (f *firewall) differ(cfg config.Config, network gateway.Network) (links []s
 func (f *firewall) outsideAddrs(subnets []netip.Prefix, outside []string) (differ []string, elsewhere []netip.Prefix, byOther []string) {
 	subnets = slices.DeleteFunc(slices.Clone(subnets), func(p netip.Prefix) bool { return !p.Addr().Is4() })
 	for _, link := range outside {
-		o := userrules.OutsideAddrsOf(f.sources, f.exempt, link, subnets)
+		o := userrules.OutsideAddrsOf(f.sources, f.exempt, link, f.ownAddrs[link], subnets)
 		elsewhere, byOther = append(elsewhere, o.Elsewhere...), append(byOther, o.ByOther...)
 		if o.Differ {
 			differ = append(differ, link)

@@ -40,6 +40,7 @@ type firewall struct {
 	mappedAddrs map[cone.Addr]struct{}    // outside addresses that mappings had
 	choosers    []userrules.SourceNAT     // rules of the user's that choose outside ports
 	sources     []userrules.SourceNAT     // all rules that translate sources, if mappings are wanted
+	ownAddrs    map[string]netip.Addr     // what a masquerade gives, by link
 	exempt      []userrules.SourceNAT     // what rules name as untranslated, if mappings are wanted
 	elsewhere   []netip.Prefix            // destinations to which rules give another address, or none
 	old         oldPorts                  // ports that mappings may still have and must lose
@@ -153,14 +154,15 @@ func (f *firewall) mapConfig(cfg config.Config) *rules.MapConfig {
 	return c
 }
 
-// setSides takes from n which links share a network, and which outside links are so only for
-// one IP version or some peers, or lead inside too.
+// setSides takes from n the addresses of links, which links share a network, and which
+// outside links are so only for one IP version or some peers, or lead inside too.
 func (f *firewall) setSides(n gateway.Network) {
 	f.sides = rules.Desired{
 		Uppers: n.Uppers(), Bridges: n.Bridges(),
 		Not4: n.Without(gateway.IPv4), Not6: n.Without(gateway.IPv6), Partial: n.Partial(),
 	}
 	f.sides.OneArmed, f.sides.Far = n.OneArmed()
+	f.ownAddrs = ownAddrs(n)
 }
 
 // set brings the tables to the state that the configuration wants, and reports whether it had

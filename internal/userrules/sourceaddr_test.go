@@ -19,6 +19,7 @@ func TestOutsideAddrs(t *testing.T) {
 		"ip saddr 192.168.7.0/24 snat to 198.51.100.9; masquerade":           "false [] []",
 		"meta l4proto tcp snat to 198.51.100.9; masquerade":                  "false [] []",
 		"masquerade; snat to 198.51.100.9":                                   "false [] []",
+		"udp sport 3074 snat to 198.51.100.1; masquerade":                    "false [] []",
 		"snat to 198.51.100.8-198.51.100.9":                                  "true [] []",
 		"ip saddr 10.47.11.9 snat to 198.51.100.9; masquerade":               "true [] []",
 		"iifname \"lan0\" snat to 198.51.100.9; masquerade":                  "true [] []",
@@ -46,7 +47,7 @@ func TestOutsideAddrs(t *testing.T) {
 				chain post { type nat hook postrouting priority srcnat; `+rules+`; }
 			}`))
 			rs := ruleset(t, l)
-			o := userrules.OutsideAddrsOf(rs.SourceNAT(), rs.Untranslated(), "wan0", []netip.Prefix{lab.InsideNet})
+			o := userrules.OutsideAddrsOf(rs.SourceNAT(), rs.Untranslated(), "wan0", netip.MustParseAddr("198.51.100.1"), []netip.Prefix{lab.InsideNet})
 			if got := handle.ReplaceAllString(fmt.Sprint(o.Differ, o.Elsewhere, o.ByOther), "handle N"); got != want {
 				t.Errorf("%s, want %s", got, want)
 			}
