@@ -94,6 +94,10 @@ func (m *Model) ReviewForwards(now time.Duration, at, n int) int {
 func (m *Model) SetPolicy(now time.Duration, p Policy) {
 	shorter := p.Lifetime < m.policy.Lifetime
 	learns := !m.policy.Learned && p.Learned
+	sameMapping := func(a, b Subnet) bool { return a.Prefix == b.Prefix && a.Mapping == b.Mapping }
+	if !slices.EqualFunc(m.policy.Subnets, p.Subnets, sameMapping) {
+		m.last.recent, m.last.different = 0, 0 // they were of the former mapping
+	}
 	m.policy = compilePolicy(p, m.topo.local)
 	m.wheel = newWheel(&m.claims, p.Lifetime)
 	m.wheel.done = int64(now / m.wheel.grain)

@@ -52,3 +52,28 @@ func TestRemaps(t *testing.T) {
 		}
 	}
 }
+
+// When the mapping of a subnet changes, what peers saw before says nothing. It fails if
+// earlier comparisons stay, or if any new policy ends them.
+func TestRemapsAreForgottenWithTheMapping(t *testing.T) {
+	var policy Policy
+	d := newDesk(t, func(p *Policy) { policy = *p })
+	for i := range uint16(20) {
+		d.id++
+		p := ep(fmt.Sprintf("203.0.113.%d:9", 1+i))
+		d.m.FlowSeen(0, &Flow{
+			ID: d.id, Status: StatusSrcNAT, Src: ep("10.47.11.109:5060"), Dst: p, ReplySrc: p,
+			ReplyDst: Endpoint{ep("198.51.100.1:1").Addr, 30000 + i},
+		})
+		d.carry()
+	}
+	d.m.SetPolicy(0, policy)
+	if !d.m.Remaps() {
+		t.Error("forgotten with the same mapping")
+	}
+	policy.Subnets = []Subnet{{Prefix: policy.Subnets[0].Prefix, Mapping: true}}
+	d.m.SetPolicy(0, policy)
+	if d.m.Remaps() {
+		t.Error("not forgotten")
+	}
+}
