@@ -112,3 +112,11 @@ func TestFlowIsOffloadedOnceItIsAnswered(t *testing.T) {
 		})
 	}
 }
+
+// Fails when doctor does not name the flowtable.
+func TestFlowtableIsNamedByDoctor(t *testing.T) {
+	s := newOffloadScene(t, lab.Options{})
+	if out, _ := s.CLI("doctor", "--subnet", lab.InsideNet.String()); !strings.Contains(out, "there are flowtables: inet fast ft") {
+		t.Error(out)
+	}
+}

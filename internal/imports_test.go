@@ -32,13 +32,16 @@ var allowed = map[string][]string{
 	"internal/userrules":      {"internal/cone", "internal/nfnl"},
 	"internal/nfnl/nfnltest":  {"internal/nfnl"},
 	"internal/demo":           {"internal/lab"},
+	"internal/doctor":         {"internal/control"},
+	"internal/doctor/collect": {"internal/control", "internal/doctor", "internal/gateway", "internal/rules", "internal/userrules"},
 	"internal/selftest":       {"internal/control", "internal/lab"},
 	"internal/daemon": {
 		"internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/engine", "internal/expect", "internal/gateway", "internal/rules",
 		"internal/rules/elements", "internal/userrules",
 	},
 	"cmd/conenatd": {
-		"internal/config", "internal/control", "internal/daemon", "internal/demo", "internal/gateway", "internal/sandbox", "internal/selftest",
+		"internal/config", "internal/control", "internal/daemon", "internal/demo", "internal/doctor", "internal/doctor/collect",
+		"internal/gateway", "internal/sandbox", "internal/selftest",
 	},
 }
 

@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -36,6 +37,9 @@ func main() {
 	started := false // if it stays false, the command line is wrong
 	root.PersistentPreRun = func(*cobra.Command, []string) { started = true }
 	if err := root.ExecuteContext(ctx); err != nil {
+		if status := exitStatus(0); errors.As(err, &status) {
+			os.Exit(int(status))
+		}
 		fmt.Fprintln(os.Stderr, "conenatd:", err)
 		if !started || config.IsUsage(err) {
 			os.Exit(config.UsageStatus)
@@ -53,7 +57,7 @@ func command() *cobra.Command {
 	}
 	root.AddCommand(
 		runCommand(), listCommand(), statusCommand(), reloadCommand(), revokeCommand(),
-		flushCommand(), checkCommand(), rulesCommand(), cleanupCommand(), demoCommand(), selftestCommand(), versionCommand(),
+		flushCommand(), doctorCommand(), checkCommand(), rulesCommand(), cleanupCommand(), demoCommand(), selftestCommand(), versionCommand(),
 	)
 	return root
 }

@@ -60,8 +60,8 @@ var full = Status{
 		"the expectation table is small: set net.netfilter.nf_conntrack_expect_max = 4096",
 	},
 	Findings: []Finding{
-		{"feature_missing", "helper for IPv6", "IPv6 has no helper: load the module nfnetlink_cthelper"},
-		{"table_small", "", "the expectation table is small: set net.netfilter.nf_conntrack_expect_max = 4096"},
+		{ID: "feature_missing", About: "helper for IPv6", Text: "IPv6 has no helper: load the module nfnetlink_cthelper"},
+		{ID: "table_small", Text: "the expectation table is small: set net.netfilter.nf_conntrack_expect_max = 4096"},
 	},
 	Verification: &Verification{
 		Permissions: 2, Expectations: 1, Elements: 2, Flows: 9,

@@ -93,6 +93,7 @@ type Finding struct {
 	ID    string `json:"id"`
 	About string `json:"about,omitempty"` // which link, subnet or rule, if there may be several
 	Text  string `json:"text"`            // for people
+	Fix   string `json:"fix,omitempty"`   // shell command that repairs it, if the daemon knows one
 }
 
 // BrokenFlows are flows of a subnet that leave by one link with one source.

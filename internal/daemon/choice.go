@@ -17,6 +17,10 @@ import (
 // accept is the advice for a firewall that lets no child pass.
 const accept = "let it accept 'ct status dnat' (iptables: -m conntrack --ctstate DNAT -j ACCEPT), which serves both kinds of children"
 
+// acceptUntranslated is the same for a subnet that is not translated: its children are not
+// DNATed.
+const acceptUntranslated = "let it accept 'ct state related' (iptables: -m conntrack --ctstate RELATED -j ACCEPT)"
+
 // A decision says which carrier the permissions of a subnet use if both could carry
 // them, and why.
 type decision struct {
@@ -38,6 +42,14 @@ func (d *decision) chain() string {
 		return d.Dropper
 	}
 	return ""
+}
+
+// blocker names the chain that drops flows if the user is warned of it, whatever why says.
+func (d *decision) blocker() string {
+	if d.warning == "" {
+		return ""
+	}
+	return d.Dropper
 }
 
 // A why is the identifier (docs/control.md) of the reason for a decision.
@@ -170,6 +182,10 @@ func choose(v userrules.ChildVerdicts) decision {
 func (f *firewall) warning(s config.Subnet, d decision) (text string, zoned bool) {
 	const inZone = "packets from outside come in another conntrack zone than answers do, where no expectation stands"
 	expected := f.withExpectations() && (!f.withMap || s.Routed || s.Prefix.Addr().Is6() || d.Choice == cone.ChooseExpectation)
+	accept := accept
+	if s.Routed || s.Prefix.Addr().Is6() {
+		accept = acceptUntranslated
+	}
 	dropper := cmp.Or(d.Dropper, "the forward chain")
 	if d.elsewhere {
 		dropper = "a chain of another hook than forward, or a rule for some of them"
@@ -248,9 +264,9 @@ func (l *loop) carried(s config.Subnet) control.Carried {
 	x, known := l.decisions[s.Prefix]
 	switch {
 	case s.Routed || s.Prefix.Addr().Is6():
-		return control.Carried{By: cone.ByExpectation.String(), Why: string(notMappable)}
+		return control.Carried{By: cone.ByExpectation.String(), Why: string(notMappable), Chain: x.blocker()}
 	case l.backends.carriers().Carriers() != cone.AllCarriers || !known:
-		return control.Carried{By: l.backends.String(), Why: string(onlyBackend)}
+		return control.Carried{By: l.backends.String(), Why: string(onlyBackend), Chain: x.blocker()}
 	}
 	c := control.Carried{By: l.carriers(x.Choice).String(), Why: string(x.why), Chain: x.chain(), Evidence: x.evidence}
 	if x.err != nil {

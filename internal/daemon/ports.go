@@ -56,11 +56,11 @@ func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, socke
 		switch {
 		case !ok && len(old) > 0: // it was clear before
 			pool = old
-			out.add(warnPoolOverlaps, aboutPool(cfg, wanted), "%s", local.overlap(pool))
+			out.addWithFix(warnPoolOverlaps, aboutPool(cfg, wanted), local.reserve(pool), "%s", local.overlap(pool))
 		case !ok:
 			return ports, nil, errors.New(local.overlap(wanted))
 		case pool.Len() < min(poolWanted, all.Len()) || len(all) > 0 && !pool.overlaps(all):
-			out.add(warnPoolMoved, aboutPool(cfg, wanted), "hosts get outside ports %v: %s", pool, local.overlap(wanted))
+			out.addWithFix(warnPoolMoved, aboutPool(cfg, wanted), local.reserve(wanted), "hosts get outside ports %v: %s", pool, local.overlap(wanted))
 		}
 		ports.pools[wanted] = pool
 	}

@@ -67,10 +67,12 @@ const (
 )
 
 // A warning is a sentence for the user. about tells it from others with the same
-// identifier, since the numbers in the text may change.
+// identifier, since the numbers in the text may change. fix is the shell command that
+// repairs it, if the daemon knows one.
 type warning struct {
 	id          warningID
 	about, text string
+	fix         string
 }
 
 func (w warning) key() string { return string(w.id) + " " + w.about }
@@ -79,14 +81,18 @@ func (w warning) key() string { return string(w.id) + " " + w.about }
 type warnings []warning
 
 func (w *warnings) add(id warningID, about, format string, args ...any) {
-	*w = append(*w, warning{id, about, fmt.Sprintf(format, args...)})
+	w.addWithFix(id, about, "", format, args...)
+}
+
+func (w *warnings) addWithFix(id warningID, about, fix, format string, args ...any) {
+	*w = append(*w, warning{id, about, fmt.Sprintf(format, args...), fix})
 }
 
 // status returns what status shows: the sentences, and the findings for programs.
 func (w warnings) status() (texts []string, findings []control.Finding) {
 	for _, x := range w {
 		texts = append(texts, x.text)
-		findings = append(findings, control.Finding{ID: string(x.id), About: x.about, Text: x.text})
+		findings = append(findings, control.Finding{ID: string(x.id), About: x.about, Text: x.text, Fix: x.fix})
 	}
 	return texts, findings
 }

@@ -16,8 +16,8 @@ func TestWarningIsLoggedWhenItArisesAndWhenItIsOver(t *testing.T) {
 			t.Errorf("logged %q, want %q", got, want)
 		}
 	}
-	pool := func(text string) warning { return warning{warnPoolUsedUp, "", text} }
-	other := warning{warnNoOutside, "", "no outside link"}
+	pool := func(text string) warning { return warning{id: warnPoolUsedUp, text: text} }
+	other := warning{id: warnNoOutside, text: "no outside link"}
 	const warn, info = "level=WARN msg=", "level=INFO msg="
 
 	tell("")

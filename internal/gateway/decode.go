@@ -152,7 +152,7 @@ func (r *reader) route(b []byte) error {
 	if !p.IsValid() || family != unix.AF_INET && family != unix.AF_INET6 {
 		return nil
 	}
-	route := Route{Prefix: p, Table: table}
+	route := Route{Prefix: p, Table: table, Shared: len(links) > 1}
 	for _, route.Link = range links {
 		r.Routes = append(r.Routes, route)
 	}
@@ -207,6 +207,7 @@ func (r *reader) nexthop(b []byte) error {
 // resolve adds the routes by nexthop object. A group contains no groups.
 func (r *reader) resolve() {
 	for _, by := range r.byNexthop {
+		by.Shared = len(r.groups[by.id]) > 1
 		for _, id := range append([]uint32{by.id}, r.groups[by.id]...) {
 			for _, by.Link = range r.nexthops[id] {
 				r.Routes = append(r.Routes, by.Route)

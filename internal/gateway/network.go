@@ -69,7 +69,8 @@ type Addr struct {
 type Route struct {
 	Prefix netip.Prefix
 	Table  uint32
-	Link   int // index
+	Link   int  // index
+	Shared bool // the route has several next hops (ECMP)
 }
 
 // ReadNetwork reads the network namespace behind the descriptor netns, or the calling

@@ -1,0 +1,126 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/daemon"
+	"github.com/conenatd/conenatd/internal/doctor"
+	"github.com/conenatd/conenatd/internal/doctor/collect"
+	"github.com/conenatd/conenatd/internal/gateway"
+)
+
+// An exitStatus ends the program without a message.
+type exitStatus int
+
+func (s exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(s)) }
+
+// doctorFailed is the exit status if doctor itself failed.
+const doctorFailed = 3
+
+func doctorCommand() *cobra.Command {
+	var flags config.Flags
+	var asJSON bool
+	c := &cobra.Command{
+		Use:   "doctor",
+		Short: "Find what is wrong on this gateway, and the line that repairs it",
+		Long: `Look at the kernel, its settings, links and routes, your firewall rules and saved
+rules, and at the running daemon if there is one. For each finding say what it is,
+why it matters, and the exact line that repairs it, if there is one.
+
+Nothing is changed, but the kernel may load modules. Without a running daemon the
+flags, or the file of --config, are those that "conenatd run" would have; findings
+that need flows are listed as not checked. If a daemon runs, its configuration
+counts, and the flags other than --control-socket do not matter.
+
+The exit status is 0 without warnings and errors, 1 with warnings, 2 with errors,
+3 if the gateway cannot be examined, and 78 if the command line is wrong.`,
+		Example: "  sudo conenatd doctor\n  sudo conenatd doctor --config /etc/conenatd/conenatd.toml --json",
+		Args:    cobra.NoArgs,
+	}
+	flags.Register(c.Flags())
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	c.RunE = func(c *cobra.Command, _ []string) error {
+		cfg, err := flags.Resolve()
+		if err != nil {
+			return err
+		}
+		facts, err := facts(c, cfg)
+		if err != nil {
+			fmt.Fprintln(c.ErrOrStderr(), "conenatd:", err)
+			return exitStatus(doctorFailed)
+		}
+		report := doctor.Diagnose(facts)
+		if asJSON {
+			enc := json.NewEncoder(c.OutOrStdout())
+			enc.SetIndent("", "  ")
+			err = enc.Encode(report)
+		} else {
+			err = report.Write(c.OutOrStdout(), colored())
+		}
+		if status := report.Status(); err == nil && status > 0 {
+			err = exitStatus(status)
+		}
+		return err
+	}
+	return c
+}
+
+// facts asks the running daemon, or examines the gateway as one would at its start.
+func facts(c *cobra.Command, cfg config.Config) (doctor.Facts, error) {
+	path, err := cfg.ControlSocket, error(nil)
+	if path == "" {
+		path, err = control.Find()
+	}
+	var st control.Status
+	if err == nil {
+		st, err = control.Dial(path).Status(c.Context())
+	}
+	if err == nil {
+		f, err := collect.Gateway(st)
+		f.Running = true
+		return f, err
+	}
+	if !errors.Is(err, control.ErrNotRunning) {
+		return doctor.Facts{}, err
+	}
+	proposed := cfg.EnablesNone()
+	if proposed {
+		network, err := gateway.ReadNetwork(0, gateway.Sides{Outside: cfg.Outside})
+		if err != nil {
+			return doctor.Facts{}, err
+		}
+		for _, p := range network.Proposals() {
+			cfg.Subnets = append(cfg.Subnets, config.Subnet{Prefix: p})
+		}
+	}
+	st, refused := daemon.Examine(cfg)
+	if errors.Is(refused, fs.ErrPermission) {
+		return doctor.Facts{}, refused
+	}
+	f, err := collect.Gateway(st)
+	if err != nil {
+		return f, err
+	}
+	f.Proposed = proposed
+	if refused != nil {
+		f.NoStart = refused.Error()
+	}
+	f.Left, err = daemon.Leftovers()
+	return f, err
+}
+
+// colored reports whether to print in colours: on a terminal, unless NO_COLOR is set
+// (no-color.org).
+func colored() bool {
+	_, err := unix.IoctlGetTermios(int(os.Stdout.Fd()), unix.TCGETS)
+	return err == nil && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
+}

@@ -1,0 +1,304 @@
+package e2e
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// established is the forward chain of a gateway that passes only what inside hosts began.
+const established = `table inet filter {
+	chain forward {
+		type filter hook forward priority filter; policy drop;
+		ct state established accept
+		iifname "lan0" accept
+	}
+}
+`
+
+// iptablesEstablished is the same for iptables and ip6tables.
+const iptablesEstablished = `*filter
+:FORWARD DROP
+-A FORWARD -m conntrack --ctstate ESTABLISHED -j ACCEPT
+-A FORWARD -i lan0 -j ACCEPT
+COMMIT
+`
+
+// loads returns a function that loads rules of iptables, or of nft if variant is empty.
+func loads(variant, rules string) func(s *scene) {
+	return func(s *scene) {
+		s.T.Helper()
+		if variant == "" {
+			s.Must(s.NFT(rules))
+			return
+		}
+		s.Must(s.IPTables(variant, rules))
+	}
+}
+
+// loads6 does the same for ip6tables.
+func loads6(variant, rules string) func(s *scene) {
+	return loads(strings.Replace(variant, "iptables", "ip6tables", 1), rules)
+}
+
+// loadsFirewall loads a ruleset like that of a firewall program, without the lines that have
+// one of the texts.
+func loadsFirewall(variant, file string, without ...string) func(s *scene) {
+	return func(s *scene) {
+		s.T.Helper()
+		text, err := os.ReadFile(filepath.Join("../internal/userrules/testdata/firewalls", file))
+		s.Must(err)
+		rules := ""
+	lines:
+		for line := range strings.Lines(string(text)) {
+			for _, w := range without {
+				if strings.Contains(line, w) {
+					continue lines
+				}
+			}
+			rules += line
+		}
+		if rules == string(text) && len(without) > 0 {
+			s.T.Fatalf("%s has no line with one of %q", file, without)
+		}
+		loads(variant, rules)(s)
+	}
+}
+
+// sets returns a function that runs a line in the gateway.
+func sets(lines ...string) func(s *scene) {
+	return func(s *scene) {
+		s.T.Helper()
+		for _, line := range lines {
+			(&patient{scene: s}).shell(line)
+		}
+	}
+}
+
+// contacts lets the inside host contact peers on many ports.
+func contacts(ports, peers int) func(s *scene) {
+	return func(s *scene) {
+		s.T.Helper()
+		for i := range ports {
+			in := s.InsideSocket(0, uint16(7000+i))
+			for n := range peers {
+				s.Must(in.Send(s.PeerSocket(lab.PeerA, uint16(7000+i*peers+n)).Addr(), "contact"))
+			}
+		}
+	}
+}
+
+var guestPublic = netip.MustParseAddr("198.51.200.20")
+
+var noRules = lab.Options{Rules: lab.NoRules}
+
+const (
+	dnatIn         = "-i wan0 -m conntrack --ctstate DNAT -j ACCEPT"
+	relatedIn      = "-i wan0 -m conntrack --ctstate RELATED -j ACCEPT"
+	dropped        = "children_dropped"
+	noRule         = "subnet_not_translated"
+	byMap          = "backend = \"nft\"\n"
+	oneOutsidePort = "mapping = \"endpoint_independent\"\n"
+	routed         = "routed = true\n"
+	masqOnWAN      = "iptables-nft -t nat -A POSTROUTING -s 10.47.11.0/24 -o wan0 -j MASQUERADE"
+)
+
+// faults has all lines of doctor, except those of firewalld, which the lab has not, and those
+// that change settings of all network namespaces (nf_conntrack_max, nf_conntrack_expect_max).
+var faults = map[string]fault{
+	// Forward chains that drop what conenatd admits.
+	"nft drops children": {
+		id: dropped, about: "10.47.11.0/24", options: lab.Options{Rules: lab.Masquerade + established}, running: true, lost: true,
+		line: `nft 'insert rule inet filter forward iifname "wan0" ct status dnat accept'`,
+	},
+	"nft drops children, with two uplinks": {
+		id: dropped, options: lab.Options{Rules: lab.Masquerade + established}, running: true, lost: true, top: "outside = [\"wan0\", \"wan1\"]\n",
+		set:  func(s *scene) { s.AddLink("wan1", secondUplinkAddr) },
+		line: `nft 'insert rule inet filter forward iifname { "wan0", "wan1" } ct status dnat accept'`,
+	},
+	"nft drops children, without a daemon": {
+		id: dropped, options: lab.Options{Rules: lab.Masquerade + established},
+		line: `nft 'insert rule inet filter forward iifname "wan0" ct status dnat accept'`,
+	},
+	"iptables-nft drops children": {
+		id: dropped, options: noRules, running: true, lost: true,
+		set: loads(lab.IPTablesNFT, lab.IPTablesMasquerade+iptablesEstablished), line: "iptables-nft -I FORWARD " + dnatIn,
+	},
+	"iptables-legacy drops children": {
+		id: dropped, options: noRules, running: true, lost: true,
+		set: loads(lab.IPTablesLegacy, lab.IPTablesMasquerade+iptablesEstablished), line: "iptables-legacy -I FORWARD " + dnatIn,
+	},
+	"the mangle table drops children": {
+		id: dropped, options: noRules, running: true, lost: true, top: byMap,
+		set:  loads(lab.IPTablesNFT, lab.IPTablesMasquerade+"*mangle\n-A FORWARD -i wan0 -m conntrack --ctstate NEW -j DROP\nCOMMIT\n"),
+		line: "iptables-nft -t mangle -I FORWARD " + dnatIn,
+	},
+	"ufw drops what the map admits": {
+		id: dropped, options: noRules, running: true, lost: true, top: byMap,
+		set: loadsFirewall(lab.IPTablesNFT, "ufw.iptables"), line: "iptables-nft -I ufw-before-forward " + dnatIn,
+	},
+	"ufw with iptables-legacy drops what the map admits": {
+		id: dropped, options: noRules, running: true, lost: true, top: byMap,
+		set: loadsFirewall(lab.IPTablesLegacy, "ufw.iptables"), line: "iptables-legacy -I ufw-before-forward " + dnatIn,
+	},
+	"Docker drops what the map admits": {
+		id: dropped, options: noRules, running: true, lost: true, top: byMap,
+		set: loadsFirewall(lab.IPTablesNFT, "docker.iptables"), line: "iptables-nft -I DOCKER-USER " + dnatIn,
+	},
+	"fw4 drops what the map admits": {
+		id: dropped, options: noRules, running: true, lost: true, top: byMap,
+		set:  loadsFirewall("", "fw4.nft", "Accept port forwards"),
+		line: `nft 'insert rule inet fw4 forward iifname "wan0" ct status dnat accept'`,
+	},
+	"nft drops children of a routed subnet": {
+		id: dropped, options: lab.Options{IPv6: true, Rules: established}, running: true, lost: true, prefix: lab.InsideNet6.String(), subnet: routed,
+		line: `nft 'insert rule inet filter forward iifname "wan0" ct state related accept'`,
+	},
+	"ip6tables-nft drops children": {
+		id: dropped, options: lab.Options{IPv6: true, Rules: lab.NoRules}, running: true, lost: true, prefix: lab.InsideNet6.String(), subnet: routed,
+		set: loads6(lab.IPTablesNFT, iptablesEstablished), line: "ip6tables-nft -I FORWARD " + relatedIn,
+	},
+	"ip6tables-legacy drops children": {
+		id: dropped, options: lab.Options{IPv6: true, Rules: lab.NoRules}, running: true, lost: true, prefix: lab.InsideNet6.String(), subnet: routed,
+		set: loads6(lab.IPTablesLegacy, iptablesEstablished), line: "ip6tables-legacy -I FORWARD " + relatedIn,
+	},
+
+	// Source NAT.
+	"nft does not translate": {
+		id: noRule, options: lab.Options{Rules: "table inet empty { }\n"}, running: true, cut: true,
+		line: `nft 'table ip source_nat { chain postrouting { type nat hook postrouting priority srcnat; oifname "wan0" ip saddr 10.47.11.0/24 masquerade; }; }'`,
+	},
+	"nothing translates, without a daemon": {
+		id: noRule, options: noRules, cut: true,
+		line: `nft 'table ip source_nat { chain postrouting { type nat hook postrouting priority srcnat; oifname "wan0" ip saddr 10.47.11.0/24 masquerade; }; }'`,
+	},
+	"iptables-nft does not translate": {
+		id: noRule, options: noRules, running: true, cut: true, set: loads(lab.IPTablesNFT, lab.IPTablesDropPolicy), line: masqOnWAN,
+	},
+	"iptables-legacy does not translate": {
+		id: noRule, options: noRules, running: true, cut: true, set: loads(lab.IPTablesLegacy, lab.IPTablesDropPolicy),
+		line: strings.Replace(masqOnWAN, "nft", "legacy", 1),
+	},
+	"ufw does not translate": {
+		id: noRule, options: noRules, running: true, cut: true, set: loadsFirewall(lab.IPTablesNFT, "ufw.iptables", "MASQUERADE"), line: masqOnWAN,
+	},
+	"fw4 does not translate": {
+		id: noRule, options: noRules, running: true, cut: true, set: loadsFirewall("", "fw4.nft", "jump srcnat_wan"),
+		line: `nft 'insert rule inet fw4 srcnat oifname "wan0" ip saddr 10.47.11.0/24 masquerade'`,
+	},
+	"flows leave untranslated": {
+		id: "no_source_nat", options: lab.Options{Rules: "table ip without_nat { }"}, running: true, cut: true, later: contacts(3, 1),
+		again: func(s *scene) { s.Contact(s.InsideSocket(0, 7100), s.PeerSocket(lab.PeerA, 7100)) },
+		line:  `nft 'table ip source_nat { chain postrouting { type nat hook postrouting priority srcnat; oifname "wan0" ip saddr 10.47.11.0/24 masquerade; }; }'`,
+	},
+	"random ports by rule": {
+		id: "source_nat_random", options: lab.Options{Rules: strings.Replace(lab.Masquerade, "masquerade", "masquerade fully-random", 1)}, running: true,
+		line: strings.TrimSpace(oneOutsidePort),
+	},
+	"another port for each peer": {
+		id: "port_per_peer", options: lab.Options{Rules: strings.Replace(lab.Masquerade, "masquerade", "masquerade fully-random", 1)}, running: true,
+		later: contacts(1, 20), line: strings.TrimSpace(oneOutsidePort),
+	},
+	"ports chosen by rule": {
+		id: "ports_chosen_by_rule", options: lab.Options{Rules: lab.MasqueradeRange(20000, 20999)}, running: true, subnet: oneOutsidePort,
+		line: `port_pool = "none"`,
+	},
+	"flows older than the rule": {
+		id: "broken_flows", options: lab.Options{Rules: tracked}, running: true,
+		later: func(s *scene) {
+			s.T.Helper()
+			s.Must(s.InsideSocket(0, 7000).Send(s.PeerSocket(lab.PeerA, 7000).Addr(), "before the rule"))
+			s.Must(s.NFT(lab.Masquerade))
+		},
+		line: "heal_flows = true",
+	},
+
+	// The kernel's settings.
+	"IPv4 forwarding is off": {
+		id: "forwarding_off", about: "ipv4", running: true, cut: true, set: sets("sysctl -w net.ipv4.ip_forward=0"), line: "sysctl -w net.ipv4.ip_forward=1",
+	},
+	"IPv4 forwarding is off on a link": {
+		id: "forwarding_off", about: "ipv4", cut: true, set: sets("sysctl -w net.ipv4.conf.lan0.forwarding=0"),
+		line: "sysctl -w net.ipv4.conf.lan0.forwarding=1",
+	},
+	"IPv6 forwarding is off": {
+		id: "forwarding_off", about: "ipv6", options: lab.Options{IPv6: true}, prefix: lab.InsideNet6.String(), subnet: routed, running: true,
+		set: sets("sysctl -w net.ipv6.conf.all.forwarding=0"), line: "sysctl -w net.ipv6.conf.all.forwarding=1",
+	},
+	"short timeout": {
+		id: "timeouts_short", set: sets("sysctl -w net.netfilter.nf_conntrack_udp_timeout_stream=60"),
+		line: "sysctl -w net.netfilter.nf_conntrack_udp_timeout_stream=120",
+	},
+	"shorter timeout": {
+		id: "timeouts_short", set: sets("sysctl -w net.netfilter.nf_conntrack_udp_timeout=10"), line: "sysctl -w net.netfilter.nf_conntrack_udp_timeout=30",
+	},
+	"strict reverse path": {
+		id: "reverse_path_strict", top: "outside = [\"wan0\", \"wan.1\"]\n",
+		set: func(s *scene) {
+			s.AddLink("wan.1", secondUplinkAddr)
+			sets("sysctl -w net.ipv4.conf.all.rp_filter=1")(s)
+		},
+		line: "sysctl -w net/ipv4/conf/wan.1/rp_filter=2",
+	},
+	"an uplink for each flow": {
+		id: "uplink_per_flow",
+		set: func(s *scene) {
+			s.AddLink("wan1", secondUplinkAddr)
+			s.IP(s.Gateway, "route replace default nexthop via 198.51.100.254 dev wan0 nexthop via 198.51.100.254 dev wan1 onlink")
+			sets("sysctl -w net.ipv4.fib_multipath_hash_policy=1")(s)
+		},
+		line: "sysctl -w net.ipv4.fib_multipath_hash_policy=0",
+	},
+	"no events": {
+		id: "events_off", running: true, set: sets("sysctl -w net.netfilter.nf_conntrack_events=0"), line: "sysctl -w net.netfilter.nf_conntrack_events=2",
+	},
+	"no accounting": {
+		id: "accounting_off", running: true, later: sets("sysctl -w net.netfilter.nf_conntrack_acct=0"), line: "sysctl -w net.netfilter.nf_conntrack_acct=1",
+	},
+	"local ports in the pool": {
+		id: "pool_moved", running: true, subnet: oneOutsidePort, set: sets(`sysctl -w net.ipv4.ip_local_port_range="32768 65535"`),
+		line: "sysctl -w net.ipv4.ip_local_reserved_ports=61000-65535",
+	},
+
+	// The configuration.
+	"no subnet": {
+		id: "no_subnet", prefix: "none", line: "conenatd run --subnet 10.47.11.0/24",
+	},
+	"a large group without the map": {
+		id: "large_peer_groups", running: true, top: "backend = \"expect\"\npeer_groups = [\"203.0.113.0/24\"]\n", line: `backend = "auto"`,
+	},
+	"IPv6 is not routed": {
+		id: "ipv6_not_routed", options: lab.Options{IPv6: true}, prefix: lab.InsideNet6.String(), line: "routed = true",
+	},
+	"peers behind another link": {
+		id: "peers_behind_link", about: "guest0", options: lab.Options{Guest: true, Rules: natBy()}, running: true,
+		set: func(s *scene) {
+			s.IP(s.Gateway, "addr add 198.51.200.1/24 dev guest0")
+			s.IP(s.Guest, "addr add 198.51.200.20/24 dev eth0")
+		},
+		later: func(s *scene) {
+			s.Must(s.InsideSocket(0, 7000).Send(s.Socket(s.Guest.Namespace, guestPublic, 7000).Addr(), "contact"))
+		},
+		line: `outside = ["guest0"]`,
+	},
+	"a link that a rule shows": {
+		id: "link_assumed_outside", about: "wan1", options: lab.Options{Rules: natBy("wan0", "wan1")},
+		set: func(s *scene) {
+			s.AddLink("wan1", secondUplinkAddr)
+			s.IP(s.Gateway, fmt.Sprintf("route add %s/32 via 198.51.100.254 dev wan1 onlink", lab.PeerC))
+		},
+		line: `outside = ["wan1"]`,
+	},
+	"a dead daemon": {
+		id: "tables_left",
+		set: func(s *scene) {
+			s.Serve()
+			s.Kill()
+		},
+		line: "conenatd cleanup",
+	},
+}

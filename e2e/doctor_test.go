@@ -1,0 +1,233 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/doctor"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// A fault is something that is wrong on a gateway, and that doctor has lines for.
+type fault struct {
+	id, about string // of the finding; about may be empty for any
+	options   lab.Options
+	set       func(s *scene) // makes the fault before the daemon starts
+	top       string         // of the configuration
+	subnet    string         // in the part of the subnet, beside its prefix
+	prefix    string         // of the subnet; empty: the inside network
+	running   bool           // with a daemon
+	later     func(s *scene) // makes the fault, or shows it, while the daemon runs
+	again     func(s *scene) // shows that it is gone
+	line      string         // one of the lines that doctor must print
+	// lost says that a peer's packet from another port is lost with the fault, and arrives
+	// without it.
+	lost bool
+	// cut says that the host reaches nobody with the fault.
+	cut bool
+}
+
+// A patient is a scene with a fault.
+type patient struct {
+	*scene
+	fault
+	config string // path
+}
+
+// doctor runs "conenatd doctor --json" and checks the exit status.
+func (p *patient) doctor() (r doctor.Report) {
+	p.T.Helper()
+	out, code := p.CLI("doctor", "--json", "--config", p.config)
+	if err := json.Unmarshal([]byte(out), &r); err != nil || code != r.Status() {
+		p.T.Fatalf("exit %d, %v: %s", code, err, out)
+	}
+	if r.Daemon != (p.Daemon != nil) {
+		p.T.Fatalf("daemon: %v", r.Daemon)
+	}
+	return r
+}
+
+// finding returns the finding of the fault.
+func (p *patient) finding() *doctor.Finding {
+	p.T.Helper()
+	all := p.doctor().Findings
+	i := slices.IndexFunc(all, func(f doctor.Finding) bool { return f.ID == p.id && (p.about == "" || f.About == p.about) })
+	if i < 0 {
+		return nil
+	}
+	return &all[i]
+}
+
+// write writes the configuration, with lines that doctor gave.
+func (p *patient) write(lines ...doctor.Line) {
+	p.T.Helper()
+	for _, l := range lines {
+		if l.In == doctor.File {
+			p.top = dropKey(p.top, l.Line) + l.Line + "\n"
+		} else {
+			p.subnet += l.Line + "\n"
+		}
+	}
+	prefix := p.prefix
+	if prefix == "" {
+		prefix = lab.InsideNet.String()
+	}
+	text := fmt.Sprintf("reconcile = \"1s\"\n%s[[subnet]]\nprefix = %q\n%s", p.top, prefix, p.subnet)
+	if prefix == "none" {
+		text = p.top
+	}
+	p.Must(os.WriteFile(p.config, []byte(text), 0o644))
+}
+
+// dropKey leaves out the key that a line sets anew.
+func dropKey(text, line string) (out string) {
+	key, _, _ := strings.Cut(line, " ")
+	for l := range strings.Lines(text) {
+		if !strings.HasPrefix(l, key+" ") {
+			out += l
+		}
+	}
+	return out
+}
+
+// apply does what the lines say.
+func (p *patient) apply(lines []doctor.Line) {
+	p.T.Helper()
+	for _, l := range lines {
+		switch {
+		case l.In != doctor.Shell:
+			p.write(l)
+			if out, code := p.CLI("reload"); p.Daemon != nil && code != 0 {
+				p.T.Fatalf("reload: %s\n%s", out, p.Daemon.Output())
+			}
+		case strings.HasPrefix(l.Line, "conenatd run "):
+			p.Start(append(strings.Fields(l.Line)[2:], "--reconcile=1s")...)
+		default:
+			p.shell(l.Line)
+		}
+	}
+}
+
+// shell runs a line in the gateway.
+func (p *patient) shell(line string) {
+	p.T.Helper()
+	ctx, cancel := context.WithTimeout(p.T.Context(), stage.Patience())
+	defer cancel()
+	script := fmt.Sprintf("PATH=$PATH:/usr/sbin:/sbin\nconenatd() { %s \"$@\"; }\n%s", p.Exe, line)
+	if out, err := p.Gateway.Command(ctx, "sh", "-e", "-c", script).CombinedOutput(); err != nil {
+		p.T.Fatalf("%v: %s\n%s", err, out, line)
+	}
+}
+
+// reaches checks that a peer's packet from another port arrives at the host, or is lost.
+func (p *patient) reaches(port uint16, arrives bool) {
+	p.T.Helper()
+	host, peerA, peerC := p.Inside(0).Addr, lab.PeerA, lab.PeerC
+	if strings.Contains(p.prefix, ":") {
+		host, peerA, peerC = p.Inside(0).Addr6, lab.Peer6A, lab.Peer6B
+	}
+	phone, proxy := p.Socket(p.Inside(0).Namespace, host, port), p.Socket(p.Outside.Namespace, peerA, port)
+	ext := p.Contact(phone, proxy)
+	p.Stands(phone, proxy, ext)
+	other := p.Socket(p.Outside.Namespace, peerA, port+1)
+	if !arrives {
+		p.Lost(phone, other, ext, proxy)
+		return
+	}
+	p.Arrives(phone, other, ext)
+	p.Lost(phone, p.Socket(p.Outside.Namespace, peerC, port+1), ext, proxy)
+}
+
+// cure shows a fault, applies the lines and checks that they repair it.
+func (tt fault) cure(t *testing.T) {
+	if os.Getenv(stage.ModeEnv) != "" {
+		t.Skip("it chooses its backends itself")
+	}
+	p := &patient{newScene(t, tt.options), tt, filepath.Join(t.TempDir(), "conenatd.toml")}
+	if tt.set != nil {
+		tt.set(p.scene)
+	}
+	p.write()
+	if tt.running {
+		p.Start("--config", p.config)
+	}
+	if tt.later != nil {
+		tt.later(p.scene)
+	}
+	var f *doctor.Finding
+	if tt.running {
+		p.Until("doctor finds "+tt.id, func() bool { f = p.finding(); return f != nil })
+	} else if f = p.finding(); f == nil {
+		t.Fatalf("doctor does not find %s: %+v", tt.id, p.doctor())
+	}
+	if !slices.ContainsFunc(f.Fix, func(l doctor.Line) bool { return l.Line == tt.line }) {
+		t.Fatalf("it is repaired by %+v, want %q", f, tt.line)
+	}
+	if f.What == "" || f.Why == "" {
+		t.Errorf("%+v", f)
+	}
+	if tt.lost {
+		p.reaches(6000, false)
+	}
+	host, peer := p.InsideSocket(0, 6100), p.PeerSocket(lab.PeerA, 6100)
+	if tt.cut {
+		p.noAnswer(host, peer)
+	}
+	p.apply(f.Fix)
+	if p.Daemon != nil {
+		if tt.again != nil {
+			tt.again(p.scene)
+		}
+		p.Until("the fault is gone", func() bool { return p.finding() == nil })
+	} else if f := p.finding(); f != nil {
+		t.Fatalf("the lines do not repair it: %+v", f)
+	}
+	if tt.lost {
+		p.reaches(6010, true)
+	}
+	if tt.cut {
+		if ext := p.Contact(p.InsideSocket(0, 6101), peer); ext.Addr() != p.Gateway.Addr {
+			t.Errorf("the host is seen as %v", ext)
+		}
+	}
+}
+
+// noAnswer checks that the peer cannot answer the host: it gets nothing, or a packet with a
+// private source.
+func (p *patient) noAnswer(host, peer *lab.Socket) {
+	p.T.Helper()
+	text := stage.Payload("no answer")
+	p.Must(host.Send(peer.Addr(), text))
+	// The gateway itself is in front of the fault: what it sends later comes later.
+	gate := p.Socket(p.Gateway.Namespace, p.Gateway.Addr, 6102)
+	fence := stage.Payload("fence")
+	p.Must(gate.Send(peer.Addr(), fence))
+	for {
+		got, from, err := peer.Recv(stage.Patience())
+		p.Must(err)
+		if got == fence {
+			return
+		}
+		if got == text && from.Addr() == p.Gateway.Addr {
+			p.T.Fatalf("the peer can answer: it comes from %v", from)
+		}
+	}
+}
+
+// Each line that doctor prints repairs what it was printed for.
+//
+// Fails when a line is wrong, when a finding does not go away, and when packets do not pass
+// although doctor has nothing to say.
+func TestDoctorsLinesRepair(t *testing.T) {
+	stage.OfTheDaemon(t)
+	for name, tt := range faults {
+		t.Run(name, tt.cure)
+	}
+}

@@ -1,0 +1,205 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/ctwatch"
+	"github.com/conenatd/conenatd/internal/expect"
+	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/rules"
+)
+
+// Examine returns the status that a daemon with this configuration would show when it
+// starts on this gateway, with the findings that need no flows. An error is one with which
+// the daemon would not start; the status then has what was found before.
+//
+// Examine changes nothing in this network namespace: it tries nftables with transactions
+// that have to fail, and conntrack helpers in another namespace that ends with it. The
+// kernel may load modules for both.
+func Examine(cfg config.Config) (st control.Status, err error) {
+	all := &shared{given: Config{Config: cfg}, log: slog.New(slog.DiscardHandler), start: time.Now(), firewall: &firewall{name: cfg.Table}}
+	all.noted, all.failures = newEpisodes(all.log, all.now, cfg.Reconcile), newFailures(all.log, all.now, cfg.Reconcile)
+	x := &examination{&loop{shared: all, cfg: cfg}, &reconciler{shared: all, wanted: cfg}}
+	x.loop.newEngine(cone.New(cone.Policy{}), nil)
+	defer func() {
+		st = x.status()
+		if e := x.loop.backends.expect; e != nil {
+			err = errors.Join(err, e.Close())
+		}
+		err = errors.Join(err, all.firewall.close())
+	}()
+	if all.conntrack, err = openSysctls(); err != nil {
+		return st, err
+	}
+	f, err := openFirewall(cfg.Table)
+	if err != nil {
+		return st, err
+	}
+	all.firewall = f
+	f.look()
+	if err = x.readNetwork(cfg); err != nil {
+		return st, err
+	}
+	if err = x.readTable(); err != nil {
+		return st, err
+	}
+	sockets, err := gateway.DialSockets(0)
+	if err != nil {
+		return st, err
+	}
+	defer func() { err = errors.Join(err, sockets.Close()) }()
+	sockets.SetNetwork(x.loop.network)
+	served, err := sockets.Ports()
+	if err != nil {
+		return st, err
+	}
+	return st, x.readRules(served)
+}
+
+// An examination is the state of a daemon that does not run.
+type examination struct {
+	loop      *loop
+	reconcile *reconciler
+}
+
+// readNetwork finds links and subnets.
+func (x *examination) readNetwork(cfg config.Config) (err error) {
+	l, r := x.loop, x.reconcile
+	if l.network, err = r.readNetwork(cfg); err != nil {
+		return err
+	}
+	if l.cfg.Subnets, err = l.firewall.subnets(cfg, l.network, nil, nil); err != nil {
+		return err
+	}
+	l.network, err = r.readNetwork(l.cfg) // links to the added subnets lead inside
+	return err
+}
+
+// readTable reads the size of the conntrack table.
+func (x *examination) readTable() error {
+	queries, err := ctwatch.DialQueries(ctwatch.Config{})
+	if err != nil {
+		return err
+	}
+	table, err := queries.Table()
+	x.loop.kernel.Entries, x.loop.kernel.Max = table.Entries, table.Max
+	x.loop.cfg = x.loop.cfg.Sized(table.Max)
+	return errors.Join(err, queries.Close())
+}
+
+// readRules asks what New asks of the user's rules and of the backends.
+func (x *examination) readRules(served *gateway.PortSet) (err error) {
+	l := x.loop
+	f := l.firewall
+	f.setSides(l.network)
+	_, l.ruleWarnings = f.forwards(l.network)
+	more, _, _ := f.sourceNAT(l.cfg, l.network) // what cannot be read is among the warnings
+	l.ruleWarnings = append(slices.Clip(l.ruleWarnings), more...)
+	if f.ports, l.portWarnings, err = f.choosePorts(l.cfg, l.network, served, true, f.understood.Covers); err != nil {
+		return err
+	}
+	if err = x.tryBackends(); err != nil {
+		return err
+	}
+	l.decisions = f.decide(l.cfg, l.network)
+	l.newEngine(cone.New(l.policy(l.cfg)), nil)
+	l.engine.Model.SetTopology(0, l.network.Topology().Compile())
+	l.engine.Model.SetWay(l.network.Way())
+	return nil
+}
+
+// tryBackends finds out which backends the kernel offers. That of expectations belongs to
+// another network namespace: nothing is granted by it.
+func (x *examination) tryBackends() error {
+	l := x.loop
+	cfg, f := l.cfg, l.firewall
+	if wantsMap(cfg) && f.missing == nil {
+		f.withMap = true
+		l.backends.nft = f.tables.NewMap(mapConfig(cfg))
+	}
+	if wantsMap(cfg) && f.missing != nil {
+		l.missing = fmt.Sprintf("the nft backend is missing: %v", f.missing)
+	}
+	if !wantsExpect(cfg) {
+		return nil
+	}
+	err := inScratch(func() (err error) {
+		l.backends.expect, err = expect.Open(expect.Config{Lifetime: cfg.Lifetime, IPv6: anyIPv6(cfg), MayIPv6: cfg.Self})
+		return err
+	})
+	if err != nil {
+		err = fmt.Errorf("the expect backend is missing: %w", err)
+		if l.backends.nft == nil {
+			return err
+		}
+		l.missing = err.Error()
+	}
+	f.helpers = onAnchors(l.backends.expect)
+	return nil
+}
+
+// status is what a daemon would show.
+func (x *examination) status() control.Status {
+	l := x.loop
+	st := control.Status{
+		Backend: l.backends.String(), Lifetime: l.cfg.Lifetime.Seconds(), Outside: l.network.OutsideLinks(), Conntrack: l.kernel,
+	}
+	st.Helper.IPv4, st.Helper.IPv6 = l.helper(false), l.helper(true)
+	for _, s := range l.cfg.Subnets {
+		c := l.subnet(s)
+		if l.firewall.maps() {
+			c.Mapping = s.Mapping.String()
+		}
+		st.Subnets = append(st.Subnets, c)
+	}
+	all := l.warnings()
+	if f, err := os.OpenFile(filepath.Join(sysctlDir, acct), os.O_WRONLY, 0); err == nil {
+		_ = f.Close()
+		all = slices.DeleteFunc(all, func(w warning) bool { return w.id == warnAccountingOff }) // a daemon turns it on
+	}
+	st.Warnings, st.Findings = all.status()
+	return st
+}
+
+// Leftovers returns the names of our nftables tables, which a daemon that does not run any
+// more left in the kernel.
+func Leftovers() ([]string, error) {
+	names, err := rules.Names(0)
+	if missing := new(rules.UnsupportedError); errors.As(err, &missing) {
+		return nil, nil
+	}
+	return names, err
+}
+
+// inScratch runs f in a network namespace that ends with it, and with what f opened there.
+func inScratch(f func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		// Never unlocked: the thread ends with this goroutine. The main thread cannot end, and
+		// /proc/net shows its namespace, so it must not be this one.
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			done <- inScratch(f)
+			runtime.UnlockOSThread()
+			return
+		}
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			done <- fmt.Errorf("make a network namespace to try conntrack helpers in: %w", err)
+			return
+		}
+		done <- f()
+	}()
+	return <-done
+}

@@ -1,0 +1,232 @@
+package doctor
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/conenatd/conenatd/internal/control"
+)
+
+// A check finds what no warning of the daemon tells.
+type check struct {
+	id       string
+	severity Severity
+	why      string
+	rules    bool // it needs the user's rules
+	find     func(f *Facts) []Finding
+}
+
+// checks has all of them (docs/doctor.md).
+var checks = []check{
+	{"would_not_start", Error, "nothing is served", false, (*Facts).wouldNotStart},
+	{"no_subnet", Error, "only subnets that you enable are served", false, (*Facts).noSubnet},
+	{"tables_left", Warning, "these tables go on dropping packets, and nobody renews what they permit", false, (*Facts).tablesLeft},
+	{"forwarding_off", Error, "the kernel forwards no packet that comes in by these links", false, (*Facts).forwardingOff},
+	{"subnet_not_translated", Error, "nobody on the Internet can answer a private address, and no permission arises", true, (*Facts).notTranslated},
+	{"source_nat_random", Warning, "each peer sees another outside port, as behind a symmetric NAT", true, (*Facts).randomPorts},
+	{"timeouts_short", Warning, "RFC 4787 (REQ-5) asks for two minutes at least: hosts that keep silent for longer lose their outside port", false, (*Facts).shortTimeouts},
+	{"reverse_path_strict", Warning, "the kernel drops what comes by an uplink other than the one that it would use for the answer", false, (*Facts).strictPaths},
+	{"uplink_per_flow", Warning, "what a host answers to another port of a peer may leave by another uplink, with an address that its provider drops", false, (*Facts).uplinkPerFlow},
+	{"conntrack_filling", Warning, "a full table drops new connections, of everybody", false, (*Facts).fillingUp},
+	{"expectations_few", Note, "permissions that the map cannot carry are refused beyond that number", false, (*Facts).fewExpectations},
+	{"rules_saved_with_tables", Warning, "while conenatd runs, Linux 6.9 and later refuse the whole file, with all changes of yours", false, (*Facts).savedTables},
+	{"flowtable", Note, "a flow in a flowtable counts as alive for 30 seconds after its last packet, whichever side sent it", false, (*Facts).flowtable},
+}
+
+func (f *Facts) wouldNotStart() []Finding {
+	if f.NoStart == "" {
+		return nil
+	}
+	return []Finding{{What: "conenatd would not start: " + f.NoStart}}
+}
+
+func (f *Facts) noSubnet() []Finding {
+	if !f.Proposed {
+		return nil
+	}
+	if len(f.Status.Subnets) == 0 {
+		return []Finding{{What: "no subnet is enabled, and none looks like an inside network: name one with --subnet"}}
+	}
+	all, line := subnets(f.Status.Subnets), "conenatd run"
+	for _, s := range f.Status.Subnets {
+		line += " --subnet " + s.Prefix.String()
+	}
+	return []Finding{{
+		What: "no subnet is enabled; the rest of this report takes " + all + " for enabled",
+		Fix:  []Line{{Shell, line}}, Keep: "write a [[subnet]] for each into /etc/conenatd/conenatd.toml",
+	}}
+}
+
+func subnets(all []control.Subnet) string {
+	var texts []string
+	for _, s := range all {
+		texts = append(texts, s.Prefix.String())
+	}
+	return strings.Join(texts, ", ")
+}
+
+func (f *Facts) tablesLeft() []Finding {
+	if f.Running || len(f.Left) == 0 {
+		return nil
+	}
+	return []Finding{{
+		What: "no daemon runs, and its nftables tables are still there: " + strings.Join(f.Left, ", ") + "; a new start takes them over",
+		Fix:  []Line{{Shell, "conenatd cleanup"}},
+	}}
+}
+
+// forwardingOff looks at the setting of each link: the kernel asks that of the link by which
+// a packet comes in (IN_DEV_FORWARD). For IPv6 it asks the one of all links, too
+// (ip6_forward).
+func (f *Facts) forwardingOff() (all []Finding) {
+	for _, v := range []struct {
+		name, all string
+		is        func(netip.Addr) bool
+	}{{"ipv4", "net/ipv4/ip_forward", netip.Addr.Is4}, {"ipv6", "net/ipv6/conf/all/forwarding", netip.Addr.Is6}} {
+		if !slices.ContainsFunc(f.Status.Subnets, func(s control.Subnet) bool { return v.is(s.Prefix.Addr()) }) {
+			continue
+		}
+		var off []string
+		x := Finding{About: v.name, Keep: keepSysctl}
+		whole, known := f.Sysctls.number(v.all)
+		for _, link := range slices.Concat(f.Status.Outside, f.Inside) {
+			name := "net/" + v.name + "/conf/" + link + "/forwarding"
+			if n, ok := f.Sysctls.number(name); ok && n == 0 && !slices.Contains(off, link) {
+				off = append(off, link)
+				x.Fix = append(x.Fix, sysctl(name, "1"))
+			}
+		}
+		if known && whole == 0 && (len(off) > 0 || v.name == "ipv6") {
+			x.Fix = []Line{sysctl(v.all, "1")} // sets all links
+		}
+		if len(x.Fix) > 0 {
+			x.What = fmt.Sprintf("%s forwarding is off on %s", map[string]string{"ipv4": "IPv4", "ipv6": "IPv6"}[v.name], strings.Join(off, ", "))
+			all = append(all, x)
+		}
+	}
+	return all
+}
+
+func (f *Facts) notTranslated() (all []Finding) {
+	for _, t := range f.Rules.Untranslated {
+		if slices.ContainsFunc(f.Status.Findings, func(d control.Finding) bool { return d.ID == "no_source_nat" && d.About == t.Subnet.String() }) {
+			continue // the daemon saw it
+		}
+		lines, keep := f.masquerade(t.Subnet, t.Link)
+		all = append(all, Finding{
+			About: fmt.Sprintf("%v %s", t.Subnet, t.Link), Fix: lines, Keep: keep,
+			What: fmt.Sprintf("no rule of yours translates %v on %s: let one masquerade it, or set routed = true if the subnet has public addresses", t.Subnet, t.Link),
+		})
+	}
+	return all
+}
+
+func (f *Facts) randomPorts() (all []Finding) {
+	for _, t := range f.Rules.Random {
+		all = append(all, Finding{
+			About: fmt.Sprintf("%v %s", t.Subnet, t.Link),
+			What:  fmt.Sprintf("a rule of yours chooses a random outside port for each flow of %v on %s: %s", t.Subnet, t.Link, t.Rule),
+			Fix:   []Line{{Subnets, `mapping = "endpoint_independent"`}}, Keep: "or take 'random' and 'fully-random' out of the rule",
+		})
+	}
+	return all
+}
+
+func (f *Facts) shortTimeouts() []Finding {
+	x := Finding{Keep: keepSysctl}
+	var what []string
+	for _, t := range []struct {
+		name  string
+		least int
+	}{{"net/netfilter/nf_conntrack_udp_timeout", 30}, {"net/netfilter/nf_conntrack_udp_timeout_stream", 120}} {
+		if n, ok := f.Sysctls.number(t.name); ok && n < t.least {
+			what = append(what, fmt.Sprintf("%s is %d seconds", t.name[strings.LastIndexByte(t.name, '/')+1:], n))
+			x.Fix = append(x.Fix, sysctl(t.name, fmt.Sprint(t.least)))
+		}
+	}
+	if len(what) == 0 {
+		return nil
+	}
+	x.What = strings.Join(what, ", and ") + ": flows end earlier than by the kernel's own default"
+	return []Finding{x}
+}
+
+func (f *Facts) strictPaths() []Finding {
+	if len(f.Status.Outside) < 2 {
+		return nil
+	}
+	general, _ := f.Sysctls.number("net/ipv4/conf/all/rp_filter")
+	x := Finding{Keep: keepSysctl}
+	var strict []string
+	for _, link := range f.Status.Outside {
+		name := "net/ipv4/conf/" + link + "/rp_filter"
+		if n, ok := f.Sysctls.number(name); ok && max(n, general) == 1 { // the larger one counts
+			strict = append(strict, link)
+			x.Fix = append(x.Fix, sysctl(name, "2"))
+		}
+	}
+	if len(strict) == 0 {
+		return nil
+	}
+	x.What = "there are several outside links, and rp_filter is strict on " + strings.Join(strict, ", ")
+	return []Finding{x}
+}
+
+// uplinkPerFlow looks at what the kernel hashes to choose a next hop: with the addresses
+// alone, all flows between two hosts take the same one.
+func (f *Facts) uplinkPerFlow() []Finding {
+	const name = "net/ipv4/fib_multipath_hash_policy"
+	policy, known := f.Sysctls.number(name)
+	if len(f.SharedLinks) < 2 || !known || policy == 0 {
+		return nil
+	}
+	return []Finding{{
+		What: fmt.Sprintf("%s share a default route, and %s = %d chooses one of them for each flow", strings.Join(f.SharedLinks, " and "), name, policy),
+		Fix:  []Line{sysctl(name, "0")}, Keep: keepSysctl + "; or keep flows on their uplink by marks (docs/recipes/uplink-marks.md)",
+	}}
+}
+
+func (f *Facts) fillingUp() []Finding {
+	c := f.Status.Conntrack
+	if c.Max == 0 || c.Entries*100 < c.Max*80 {
+		return nil
+	}
+	lines, keep := moreEntries(f, control.Finding{})
+	return []Finding{{What: fmt.Sprintf("conntrack has %d of %d entries", c.Entries, c.Max), Fix: lines, Keep: keep}}
+}
+
+func (f *Facts) fewExpectations() []Finding {
+	const name, wanted = "net/netfilter/nf_conntrack_expect_max", 100_000
+	n, known := f.Sysctls.number(name)
+	carried := slices.ContainsFunc(f.Status.Subnets, func(s control.Subnet) bool { return strings.Contains(s.Carried.By, "expect") })
+	if !known || n >= wanted || !carried || f.Sysctls[name].Writable && !f.Running { // a daemon raises it
+		return nil
+	}
+	x := Finding{What: fmt.Sprintf("nf_conntrack_expect_max is %d, so at most %d permissions stand as expectations", n, n*75/100)}
+	if f.Sysctls[name].Writable {
+		x.Fix, x.Keep = []Line{sysctl(name, fmt.Sprint(wanted))}, keepSysctl
+	} else {
+		x.What += "; it can be raised on the host of this container only"
+	}
+	return []Finding{x}
+}
+
+func (f *Facts) savedTables() (all []Finding) {
+	for _, s := range f.Saved {
+		x := Finding{About: s.Path, What: fmt.Sprintf("%s contains conenatd's own tables: %s", s.Path, strings.Join(s.Tables, ", "))}
+		for _, t := range s.Tables {
+			x.Fix = append(x.Fix, Line{Shell, fmt.Sprintf("sed -i '/^table %s {/,/^}/d' %s", t, quote(s.Path))})
+		}
+		all = append(all, x)
+	}
+	return all
+}
+
+func (f *Facts) flowtable() []Finding {
+	if len(f.Flowtables) == 0 {
+		return nil
+	}
+	return []Finding{{What: "there are flowtables: " + strings.Join(f.Flowtables, ", ") + "; their flows keep their permissions"}}
+}

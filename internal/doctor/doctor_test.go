@@ -1,0 +1,305 @@
+package doctor
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/conenatd/conenatd/internal/control"
+)
+
+var office = netip.MustParsePrefix("10.47.11.0/24")
+
+// healthy are the facts of a gateway on which nothing is wrong.
+func healthy() Facts {
+	return Facts{
+		Running: true,
+		Status: control.Status{
+			Subnets: []control.Subnet{{Prefix: office, Carried: control.Carried{By: "nft"}}}, Outside: []string{"wan0"},
+			Conntrack: control.Conntrack{Entries: 79, Max: 100},
+		},
+		Inside: []string{"lan0"},
+		Sysctls: Sysctls{
+			"net/ipv4/ip_forward": {"1", true}, "net/ipv4/conf/lan0/forwarding": {"1", true}, "net/ipv4/conf/wan0/forwarding": {"1", true},
+			"net/netfilter/nf_conntrack_udp_timeout": {"30", true}, "net/netfilter/nf_conntrack_udp_timeout_stream": {"120", true},
+			"net/netfilter/nf_conntrack_max": {"100", true}, "net/netfilter/nf_conntrack_expect_max": {"1024", true},
+			"net/ipv4/conf/all/rp_filter": {"1", true}, "net/ipv4/fib_multipath_hash_policy": {"1", true},
+		},
+	}
+}
+
+// Fails when a healthy gateway gets a finding.
+func TestHealthyGatewayHasNoFinding(t *testing.T) {
+	r := Diagnose(healthy())
+	if len(r.Findings)+len(r.NotChecked) > 0 || r.Status() != 0 {
+		t.Errorf("%+v", r)
+	}
+}
+
+// Each case is the healthy gateway with one fault.
+//
+// Fails when a fact leads to no finding, to another one, or to other lines.
+func TestFindings(t *testing.T) {
+	for name, tt := range map[string]struct {
+		fault  func(f *Facts)
+		id     string
+		lines  []string
+		status int
+	}{
+		"would not start": {func(f *Facts) { f.Running, f.NoStart = false, "no helper" }, "would_not_start", nil, 2},
+		"no subnet":       {func(f *Facts) { f.Running, f.Proposed = false, true }, "no_subnet", []string{"conenatd run --subnet 10.47.11.0/24"}, 2},
+		"no subnet, and no candidate": {
+			func(f *Facts) { f.Running, f.Proposed, f.Status.Subnets = false, true, nil }, "no_subnet", nil, 2,
+		},
+		"tables left": {func(f *Facts) { f.Running, f.Left = false, []string{"conenat"} }, "tables_left", []string{"conenatd cleanup"}, 1},
+		"no forwarding": {
+			func(f *Facts) {
+				f.Sysctls["net/ipv4/ip_forward"], f.Sysctls["net/ipv4/conf/lan0/forwarding"] = Sysctl{"0", true}, Sysctl{"0", true}
+			}, "forwarding_off", []string{"sysctl -w net.ipv4.ip_forward=1"}, 2,
+		},
+		"no forwarding on a link": {
+			func(f *Facts) { f.Sysctls["net/ipv4/conf/wan0/forwarding"] = Sysctl{"0", true} },
+			"forwarding_off",
+			[]string{"sysctl -w net.ipv4.conf.wan0.forwarding=1"},
+			2,
+		},
+		"no source NAT": {
+			func(f *Facts) {
+				f.Rules.Untranslated = []Translation{{Subnet: office, Link: "wan0"}}
+				f.Rules.Tables = map[string]bool{"inet firewalld": true}
+			}, "subnet_not_translated",
+			[]string{"firewall-cmd --permanent --zone=$(firewall-cmd --get-zone-of-interface=wan0) --add-masquerade", "firewall-cmd --reload"},
+			2,
+		},
+		"a full table": {
+			func(f *Facts) { f.Status.Conntrack.Entries = 80 }, "conntrack_filling", []string{"sysctl -w net.netfilter.nf_conntrack_max=200"}, 1,
+		},
+		"a full table, in a container": {
+			func(f *Facts) {
+				f.Status.Conntrack.Entries, f.Sysctls["net/netfilter/nf_conntrack_max"] = 80, Sysctl{"100", false}
+			}, "conntrack_filling", nil, 1,
+		},
+		"few expectations": {
+			func(f *Facts) { f.Status.Subnets[0].Carried.By = "expect" }, "expectations_few",
+			[]string{"sysctl -w net.netfilter.nf_conntrack_expect_max=100000"},
+			0,
+		},
+		"few expectations, in a container": {
+			func(f *Facts) {
+				f.Status.Subnets[0].Carried.By, f.Sysctls["net/netfilter/nf_conntrack_expect_max"] = "expect", Sysctl{"1024", false}
+			}, "expectations_few", nil, 0,
+		},
+		"strict reverse paths": {
+			func(f *Facts) {
+				f.Status.Outside = []string{"wan0", "wan1"}
+				f.Sysctls["net/ipv4/conf/wan0/rp_filter"], f.Sysctls["net/ipv4/conf/wan1/rp_filter"] = Sysctl{"2", true}, Sysctl{"0", true}
+			}, "reverse_path_strict", []string{"sysctl -w net.ipv4.conf.wan1.rp_filter=2"}, 1,
+		},
+		"an uplink for each flow": {
+			func(f *Facts) { f.SharedLinks = []string{"wan0", "wan1"} }, "uplink_per_flow", []string{"sysctl -w net.ipv4.fib_multipath_hash_policy=0"}, 1,
+		},
+		"a flowtable": {func(f *Facts) { f.Flowtables = []string{"inet fw4 ft"} }, "flowtable", nil, 0},
+		"a saved table": {
+			func(f *Facts) { f.Saved = []Saved{{"/etc/nftables.conf", []string{"ip conenat"}}} }, "rules_saved_with_tables",
+			[]string{"sed -i '/^table ip conenat {/,/^}/d' /etc/nftables.conf"},
+			1,
+		},
+		"firewalld drops": {
+			func(f *Facts) {
+				f.Status.Subnets[0].Carried.Chain = "inet firewalld filter_FORWARD"
+				f.Status.Findings = []control.Finding{{ID: "children_dropped", About: office.String(), Text: "dropped"}}
+			}, "children_dropped",
+			[]string{"sed -i 's/^StrictForwardPorts=.*/StrictForwardPorts=no/' /etc/firewalld/firewalld.conf", "firewall-cmd --reload"},
+			2,
+		},
+		"a chain of another hook drops": {
+			func(f *Facts) {
+				f.Status.Findings = []control.Finding{{ID: "children_dropped", About: office.String(), Text: "dropped"}}
+			}, "children_dropped", nil, 2,
+		},
+		"a finding of a newer daemon": {
+			func(f *Facts) { f.Status.Findings = []control.Finding{{ID: "brand_new", Text: "new"}} }, "brand_new", nil, 1,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := healthy()
+			tt.fault(&f)
+			r := Diagnose(f)
+			if len(r.Findings) != 1 || r.Findings[0].ID != tt.id || r.Status() != tt.status {
+				t.Fatalf("status %d: %+v", r.Status(), r.Findings)
+			}
+			var lines []string
+			for _, l := range r.Findings[0].Fix {
+				lines = append(lines, l.Line)
+			}
+			if diff := cmp.Diff(tt.lines, lines); diff != "" {
+				t.Errorf("-want +got:\n%s", diff)
+			}
+		})
+	}
+}
+
+// Fails when a finding that needs flows, or the user's rules, counts as checked without.
+func TestWhatIsNotCheckedIsTold(t *testing.T) {
+	f := healthy()
+	f.Running, f.Rules.Unread = false, "run as root"
+	var got []string
+	for _, n := range Diagnose(f).NotChecked {
+		got = append(got, n.ID)
+	}
+	for _, id := range []string{"broken_flows", "several_zones", "port_per_peer", "subnet_not_translated", "source_nat_random"} {
+		if !slices.Contains(got, id) {
+			t.Errorf("%s is missing in %q", id, got)
+		}
+	}
+}
+
+// Fails when the worst finding is not the first, or text and colours are not as they were.
+func TestReportForPeople(t *testing.T) {
+	f := healthy()
+	f.Running, f.Left, f.Proposed = false, []string{"conenat"}, true
+	f.Flowtables = []string{"inet f ft"}
+	r := Diagnose(f)
+	r.NotChecked = []NotChecked{{"a", "no daemon"}, {"b", "no daemon"}}
+	var plain, colored strings.Builder
+	if err := r.Write(&plain, false); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Write(&colored, true); err != nil {
+		t.Fatal(err)
+	}
+	const want = `error: no_subnet
+  no subnet is enabled; the rest of this report takes 10.47.11.0/24 for enabled
+  Why it matters: only subnets that you enable are served
+  To repair it:
+    conenatd run --subnet 10.47.11.0/24
+  To keep it: write a [[subnet]] for each into /etc/conenatd/conenatd.toml
+
+warning: tables_left
+  no daemon runs, and its nftables tables are still there: conenat; a new start
+  takes them over
+  Why it matters: these tables go on dropping packets, and nobody renews what
+  they permit
+  To repair it:
+    conenatd cleanup
+
+note: flowtable
+  there are flowtables: inet f ft; their flows keep their permissions
+  Why it matters: a flow in a flowtable counts as alive for 30 seconds after its
+  last packet, whichever side sent it
+  No single line repairs it.
+
+not checked, for no daemon:
+  a, b
+
+1 error, 1 warning, 1 note
+`
+	if diff := cmp.Diff(want, plain.String()); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+	if escape := regexp.MustCompile("\x1b\\[[0-9]*m"); !escape.MatchString(colored.String()) || escape.ReplaceAllString(colored.String(), "") != want {
+		t.Errorf("with colours: %q", colored.String())
+	}
+}
+
+// Fails when a shell would take a word apart, or run a part of it.
+func TestWordsAreQuoted(t *testing.T) {
+	for word, want := range map[string]string{"wan0": "wan0", "": "''", "a b": "'a b'", "$(id)": "'$(id)'", "it's": `'it'\''s'`} {
+		if got := quote(word); got != want {
+			t.Errorf("%q: %s, want %s", word, got, want)
+		}
+	}
+}
+
+func document(t *testing.T, name string) string {
+	t.Helper()
+	text, err := os.ReadFile("../../docs/" + name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// section returns the text below a heading.
+func section(t *testing.T, text, heading string) string {
+	t.Helper()
+	_, body, found := strings.Cut(text, "\n"+heading+"\n")
+	if !found {
+		t.Fatalf("no heading %q", heading)
+	}
+	body, _, _ = strings.Cut(body, "\n#")
+	return body
+}
+
+// Fails when the daemon has a finding without a meaning here, or no longer has one.
+func TestEachFindingOfTheDaemonHasAMeaning(t *testing.T) {
+	var want, got []string
+	for _, m := range regexp.MustCompile("(?m)^\\| `([a-z0-9_]+)` \\|").FindAllStringSubmatch(section(t, document(t, "control.md"), "### Warnings"), -1) {
+		want = append(want, m[1])
+	}
+	for _, m := range meanings {
+		got = append(got, m.id)
+	}
+	slices.Sort(want)
+	slices.Sort(got)
+	if diff := cmp.Diff(want, got); diff != "" || len(want) == 0 {
+		t.Errorf("-document +code:\n%s", diff)
+	}
+}
+
+// Fails when docs/doctor.md and the code have different findings, or other words for them.
+func TestTheDocumentHasTheFindings(t *testing.T) {
+	text := document(t, "doctor.md")
+	var daemons, own []string
+	for _, m := range meanings {
+		daemons = append(daemons, fmt.Sprintf("| `%s` | %s | %s |", m.id, m.severity, m.why))
+	}
+	for _, c := range checks {
+		own = append(own, fmt.Sprintf("| `%s` | %s | %s |", c.id, c.severity, c.why))
+	}
+	rows := regexp.MustCompile("(?m)^\\| `.*$")
+	for heading, want := range map[string][]string{"### Of the daemon": daemons, "### Of doctor": own} {
+		if diff := cmp.Diff(want, rows.FindAllString(section(t, text, heading), -1)); diff != "" {
+			t.Errorf("%s (-code +document):\n%s", heading, diff)
+		}
+	}
+	firewalls := []Firewall{NFT, IPTablesLegacy, IPTablesNFT, Docker, UFW, Firewalld, FW4}
+	for i, m := range regexp.MustCompile("(?m)^\\| `([^`]+)` \\|").FindAllStringSubmatch(section(t, text, "### Firewalls"), -1) {
+		if i >= len(firewalls) || m[1] != string(firewalls[i]) {
+			t.Errorf("firewall %q", m[1])
+		}
+	}
+}
+
+// Fails when a member of the JSON is only in the code or only in docs/doctor.md.
+func TestTheDocumentDescribesTheJSON(t *testing.T) {
+	got := map[string]bool{}
+	for _, m := range regexp.MustCompile("(?m)^\\| `([^`]+)` \\|").FindAllStringSubmatch(section(t, document(t, "doctor.md"), "## JSON"), -1) {
+		got[m[1]] = true
+	}
+	want := map[string]bool{}
+	var add func(prefix string, typ reflect.Type)
+	add = func(prefix string, typ reflect.Type) {
+		for i := range typ.NumField() {
+			f := typ.Field(i)
+			name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+			switch {
+			case f.Type.Kind() == reflect.Slice && f.Type.Elem().Kind() == reflect.Struct:
+				add(prefix+name+"[].", f.Type.Elem())
+			default:
+				want[prefix+name] = true
+			}
+		}
+	}
+	add("", reflect.TypeFor[Report]())
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("-code +document:\n%s", diff)
+	}
+}

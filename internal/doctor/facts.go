@@ -1,0 +1,71 @@
+package doctor
+
+import (
+	"net/netip"
+	"strconv"
+	"strings"
+
+	"github.com/conenatd/conenatd/internal/control"
+)
+
+// Facts are what Diagnose knows of a gateway.
+type Facts struct {
+	// Status is that of the daemon if Running is set. Otherwise it is what a daemon would
+	// show at its start (daemon.Examine), and NoStart says why one would not start.
+	Status  control.Status
+	Running bool
+	NoStart string
+	// Proposed says that no subnet is enabled: those of Status look like inside networks.
+	Proposed bool
+
+	Left        []string // names of nftables tables that a dead daemon left
+	Inside      []string // links that lead to the subnets
+	Sysctls     Sysctls
+	Rules       Rules
+	SharedLinks []string // outside links that share a default route (ECMP)
+	Flowtables  []string
+	Saved       []Saved
+}
+
+// Sysctls are settings of the kernel, by their names with slashes, such as
+// "net/ipv4/ip_forward", because names of links may have dots.
+type Sysctls map[string]Sysctl
+
+// A Sysctl is one setting.
+type Sysctl struct {
+	Value    string
+	Writable bool
+}
+
+// number returns the value of a setting that is a number.
+func (s Sysctls) number(name string) (n int, ok bool) {
+	v, there := s[name]
+	n, err := strconv.Atoi(strings.TrimSpace(v.Value))
+	return n, there && err == nil
+}
+
+// Rules are what doctor needs of the user's firewall.
+type Rules struct {
+	Unread string // why it cannot be read; then the rest is empty
+	// Tables are the tables that tell which program wrote the rules, as in "inet fw4", and
+	// Chains those of their chains that take rules of the user's, as in
+	// "ip filter DOCKER-USER".
+	Tables, Chains map[string]bool
+	// Untranslated are the enabled subnets of which no rule translates anything on a link.
+	Untranslated []Translation
+	// Random are rules that give each flow of a subnet a random port.
+	Random []Translation
+}
+
+// A Translation is about the source NAT of a subnet on an outside link.
+type Translation struct {
+	Subnet netip.Prefix
+	Link   string
+	Rule   string // the text of the rule, if there is one
+}
+
+// Saved is a file with rules that contains tables of conenatd.
+type Saved struct {
+	Path   string
+	Tables []string // "inet conenat"
+}

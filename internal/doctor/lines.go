@@ -1,0 +1,215 @@
+package doctor
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+)
+
+// A Firewall is what wrote the user's rules.
+type Firewall string
+
+// The firewalls, those first that others build upon.
+const (
+	NFT            Firewall = "nft"
+	IPTablesLegacy Firewall = "iptables-legacy"
+	IPTablesNFT    Firewall = "iptables-nft"
+	Docker         Firewall = "docker"
+	UFW            Firewall = "ufw"
+	Firewalld      Firewall = "firewalld"
+	FW4            Firewall = "fw4"
+)
+
+const (
+	legacyFilter = "iptables-legacy filter"
+	nftFilter    = "ip filter"
+	dockerChain  = "DOCKER-USER"
+	ufwChain     = "ufw-before-forward"
+)
+
+// Tables and Chains are what Rules tells of, if they are there.
+var (
+	Tables = []string{"inet fw4", "inet firewalld", legacyFilter, "iptables-legacy nat", nftFilter, "ip nat"}
+	Chains = [][2]string{
+		{nftFilter, dockerChain},
+		{nftFilter, ufwChain},
+		{nftFilter, "FORWARD"},
+		{"ip nat", "POSTROUTING"},
+		{legacyFilter, dockerChain},
+		{legacyFilter, ufwChain},
+		{"ip6 filter", dockerChain},
+		{"ip6 filter", "ufw6-before-forward"},
+		{"ip6tables-legacy filter", dockerChain},
+		{"ip6tables-legacy filter", "ufw6-before-forward"},
+	}
+)
+
+// firewall returns what wrote the rules, as far as they tell.
+func (f *Facts) firewall() Firewall {
+	is := func(chain string) bool {
+		return f.Rules.Chains[nftFilter+" "+chain] || f.Rules.Chains[legacyFilter+" "+chain]
+	}
+	switch {
+	case f.Rules.Tables["inet fw4"]:
+		return FW4
+	case f.Rules.Tables["inet firewalld"]:
+		return Firewalld
+	case is(ufwChain):
+		return UFW
+	case is(dockerChain):
+		return Docker
+	case f.Rules.Tables[legacyFilter], f.Rules.Tables["iptables-legacy nat"]:
+		return IPTablesLegacy
+	case f.Rules.Chains[nftFilter+" FORWARD"], f.Rules.Chains["ip nat POSTROUTING"]:
+		return IPTablesNFT
+	}
+	return NFT
+}
+
+// accept returns the lines that let children pass the chain, which is named as in
+// userrules.ChildVerdicts. Children of a subnet that is not translated are RELATED, all
+// others are DNATed, too.
+func (f *Facts) accept(chain string, translated bool) (lines []Line, keep string) {
+	title, name, ok := cutLast(chain)
+	if !ok {
+		return nil, ""
+	}
+	program, table := iptables(title, name)
+	switch {
+	case program != "":
+		return f.acceptIPTables(title, program, table, name, translated)
+	case title == "inet firewalld" && translated:
+		return []Line{
+			{Shell, "sed -i 's/^StrictForwardPorts=.*/StrictForwardPorts=no/' /etc/firewalld/firewalld.conf"},
+			{Shell, "firewall-cmd --reload"},
+		}, ""
+	}
+	match := "ct status dnat accept"
+	if !translated {
+		match = "ct state related accept"
+	}
+	lines = []Line{nft("insert rule %s %s%s %s", title, name, iifname(f.Status.Outside), match)}
+	if title == "inet fw4" {
+		return lines, fmt.Sprintf("write %q into /etc/conenatd.nft, and a 'config include' for it into /etc/config/firewall "+
+			"(type nftables, position chain-pre, chain %s)", match, name)
+	}
+	return lines, "write the rule into /etc/nftables.conf, too, or wherever these rules come from"
+}
+
+// iptables returns the program that writes the rules of a chain, and its table; nothing if
+// it is nft.
+func iptables(title, chain string) (program, table string) {
+	kind, table, _ := strings.Cut(title, " ")
+	switch {
+	case kind == "iptables-legacy" || kind == "ip6tables-legacy":
+		return kind, table
+	case kind == "ip" && chain == strings.ToUpper(chain):
+		return "iptables-nft", table
+	case kind == "ip6" && chain == strings.ToUpper(chain):
+		return "ip6tables-nft", table
+	}
+	return "", ""
+}
+
+func (f *Facts) acceptIPTables(title, program, table, chain string, translated bool) (lines []Line, keep string) {
+	keep = "save the rules as your system does, for example with 'netfilter-persistent save'"
+	state, six := "DNAT", ""
+	if strings.HasPrefix(program, "ip6") {
+		six = "6"
+	}
+	if !translated {
+		state = "RELATED"
+	}
+	ufw := "ufw" + six + "-before-forward"
+	switch {
+	case f.Rules.Chains[title+" "+ufw]:
+		chain = ufw
+		keep = fmt.Sprintf("write '-A %s -m conntrack --ctstate %s -j ACCEPT' into the *filter part of /etc/ufw/before%s.rules, in front of its COMMIT",
+			ufw, state, six)
+	case f.Rules.Chains[title+" "+dockerChain]:
+		chain = dockerChain
+		keep = "Docker leaves its chain DOCKER-USER alone; run the line at each boot"
+	}
+	if table == "filter" {
+		table = ""
+	} else {
+		table = "-t " + table + " "
+	}
+	for _, link := range f.Status.Outside {
+		lines = append(lines, Line{Shell, fmt.Sprintf("%s %s-I %s -i %s -m conntrack --ctstate %s -j ACCEPT", program, table, chain, quote(link), state)})
+	}
+	return lines, keep
+}
+
+// masquerade returns the lines that translate a subnet on a link.
+func (f *Facts) masquerade(subnet netip.Prefix, link string) (lines []Line, keep string) {
+	switch fw := f.firewall(); fw {
+	case FW4:
+		return []Line{nft(`insert rule inet fw4 srcnat oifname "%s" ip saddr %v masquerade`, link, subnet)},
+			"set option masq '1' in the zone of " + link + " in /etc/config/firewall"
+	case Firewalld:
+		return []Line{
+			{Shell, "firewall-cmd --permanent --zone=$(firewall-cmd --get-zone-of-interface=" + quote(link) + ") --add-masquerade"},
+			{Shell, "firewall-cmd --reload"},
+		}, ""
+	case UFW, Docker, IPTablesLegacy, IPTablesNFT:
+		program := "iptables-nft"
+		if f.Rules.Tables[legacyFilter] || f.Rules.Tables["iptables-legacy nat"] {
+			program = "iptables-legacy"
+		}
+		keep = "save the rules as your system does, for example with 'netfilter-persistent save'"
+		if fw == UFW {
+			keep = fmt.Sprintf("write '-A POSTROUTING -s %v -o %s -j MASQUERADE' into a *nat part of /etc/ufw/before.rules", subnet, link)
+		}
+		return []Line{{Shell, fmt.Sprintf("%s -t nat -A POSTROUTING -s %v -o %s -j MASQUERADE", program, subnet, quote(link))}}, keep
+	}
+	return []Line{nft(`table ip source_nat { chain postrouting { type nat hook postrouting priority srcnat; oifname "%s" ip saddr %v masquerade; }; }`,
+		link, subnet)}, "write the table into /etc/nftables.conf, too"
+}
+
+// nft is a line that runs an nft command.
+func nft(format string, args ...any) Line {
+	return Line{Shell, "nft " + quote(fmt.Sprintf(format, args...))}
+}
+
+// iifname matches packets that come by the links.
+func iifname(links []string) string {
+	switch len(links) {
+	case 0:
+		return ""
+	case 1:
+		return fmt.Sprintf(` iifname "%s"`, links[0])
+	}
+	return fmt.Sprintf(` iifname { "%s" }`, strings.Join(links, `", "`))
+}
+
+// quote makes one word of s for a shell.
+func quote(s string) string {
+	plain := func(r rune) bool {
+		return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("-_./:@", r)
+	}
+	if s != "" && strings.TrimFunc(s, plain) == "" {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}
+
+// cutLast cuts off the last word.
+func cutLast(s string) (before, last string, ok bool) {
+	i := strings.LastIndexByte(s, ' ')
+	if i < 0 {
+		return s, "", false
+	}
+	return s[:i], s[i+1:], true
+}
+
+// sysctl is a line that changes a setting. A name with a dot, of a link, keeps its slashes
+// (sysctl(8)).
+func sysctl(name, value string) Line {
+	if !strings.Contains(name, ".") {
+		name = strings.ReplaceAll(name, "/", ".")
+	}
+	return Line{Shell, "sysctl -w " + quote(name) + "=" + value}
+}
+
+const keepSysctl = "write it into a file of /etc/sysctl.d, too"

@@ -1,0 +1,92 @@
+package doctor
+
+import (
+	"fmt"
+	"io"
+	"strings"
+)
+
+// Write writes a report for people. With color it has the colours of a terminal.
+func (r *Report) Write(w io.Writer, color bool) error {
+	var b strings.Builder
+	for i := range r.Findings {
+		r.Findings[i].write(&b, color)
+	}
+	if len(r.NotChecked) > 0 {
+		why := map[string][]string{}
+		var order []string
+		for _, n := range r.NotChecked {
+			if why[n.Why] == nil {
+				order = append(order, n.Why)
+			}
+			why[n.Why] = append(why[n.Why], n.ID)
+		}
+		for _, reason := range order {
+			fmt.Fprintf(&b, "not checked, for %s:\n%s", reason, wrap(strings.Join(why[reason], ", "), "  "))
+		}
+		b.WriteString("\n")
+	}
+	counts := map[Severity]int{}
+	for _, f := range r.Findings {
+		counts[f.Severity]++
+	}
+	var sums []string
+	for _, s := range []Severity{Error, Warning, Note} {
+		sum := fmt.Sprintf("%d %s", counts[s], s)
+		if counts[s] != 1 {
+			sum += "s"
+		}
+		sums = append(sums, sum)
+	}
+	b.WriteString(strings.Join(sums, ", ") + "\n")
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+var colors = map[Severity]string{Error: "\x1b[31m", Warning: "\x1b[33m", Note: "\x1b[36m"}
+
+func (f *Finding) write(b *strings.Builder, color bool) {
+	severity := string(f.Severity)
+	if color {
+		severity = colors[f.Severity] + severity + "\x1b[0m"
+	}
+	fmt.Fprintf(b, "%s: %s\n%s%s", severity, f.ID, wrap(f.What, "  "), wrap("Why it matters: "+f.Why, "  "))
+	switch {
+	case len(f.Fix) == 0 && f.Keep == "":
+		b.WriteString("  No single line repairs it.\n")
+	case len(f.Fix) == 0:
+	case f.Severity == Note:
+		b.WriteString("  To change it:\n")
+	default:
+		b.WriteString("  To repair it:\n")
+	}
+	for _, l := range f.Fix {
+		if l.In == Shell {
+			fmt.Fprintf(b, "    %s\n", l.Line)
+		} else {
+			fmt.Fprintf(b, "    %s: %s\n", l.In, l.Line)
+		}
+	}
+	if f.Keep != "" {
+		b.WriteString(wrap("To keep it: "+f.Keep, "  "))
+	}
+	b.WriteString("\n")
+}
+
+// wrap breaks a text into lines of at most 80 characters, if its words allow.
+func wrap(text, indent string) string {
+	const width = 80
+	var b strings.Builder
+	line := indent
+	for word := range strings.FieldsSeq(text) {
+		if len(line)+1+len(word) > width && line != indent {
+			b.WriteString(line + "\n")
+			line = indent
+		}
+		if line != indent {
+			line += " "
+		}
+		line += word
+	}
+	return b.String() + line + "\n"
+}
