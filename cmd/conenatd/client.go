@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 )
 
@@ -131,5 +132,37 @@ func statusCommand() *cobra.Command {
 		return err
 	})
 	c.Flags().BoolVar(&verify, "verify", false, "compare what the daemon knows with what the kernel holds")
+	return c
+}
+
+func explainCommand() *cobra.Command {
+	var asJSON bool
+	c := clientCommand("explain PEER[:PORT] EXT:PORT", "Say whether a packet would get in, and why", cobra.ExactArgs(2),
+		func(c *cobra.Command, client *control.Client, args []string) error {
+			peer, err := control.ParsePeer(args[0])
+			if err != nil {
+				return &config.UsageError{Err: err}
+			}
+			ext, err := control.ParseExt(args[1])
+			if err != nil {
+				return &config.UsageError{Err: err}
+			}
+			x, err := client.Explain(c.Context(), peer, ext)
+			switch {
+			case err != nil:
+				return err
+			case asJSON:
+				enc := json.NewEncoder(c.OutOrStdout())
+				enc.SetIndent("", "  ")
+				return enc.Encode(x)
+			}
+			return control.WriteExplanation(c.OutOrStdout(), x)
+		})
+	c.Long = `Say what would become of a UDP packet that comes from PEER by an outside link to
+the outside endpoint EXT:PORT, and why: the checks of the kernel in their order,
+up to the one that decides. Without a PORT of the peer, it is from any port that
+has no flow yet. No packet is sent.`
+	c.Example = "  conenatd explain 203.0.113.5 198.51.100.1:5060\n  conenatd explain 203.0.113.5:5070 198.51.100.1:5060"
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
 }

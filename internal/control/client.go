@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 
 	"golang.org/x/sys/unix"
@@ -80,6 +81,15 @@ func (c *Client) Permissions(ctx context.Context, f func(Permission) error) erro
 			return err
 		}
 	}
+}
+
+// Explain asks what becomes of a packet; see Source.Explain.
+func (c *Client) Explain(ctx context.Context, peer, ext netip.AddrPort) (Explanation, error) {
+	from := peer.String()
+	if peer.Port() == 0 {
+		from = peer.Addr().String()
+	}
+	return fetch[Explanation](ctx, c, http.MethodGet, pathExplain+"?"+url.Values{peerParameter: {from}, extParameter: {ext.String()}}.Encode())
 }
 
 // Reload makes the daemon read its configuration again. After an error the old

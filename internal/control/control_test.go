@@ -47,9 +47,15 @@ type source struct {
 	each   func(yield func(Permission) bool) error
 }
 
-func (s source) Reload() error                                 { return errReload }
-func (s source) Verify() (Verification, error)                 { return *s.status.Verification, nil }
-func (s source) Revoke(words []string) (int, error)            { return len(words), nil }
+func (s source) Reload() error                      { return errReload }
+func (s source) Verify() (Verification, error)      { return *s.status.Verification, nil }
+func (s source) Revoke(words []string) (int, error) { return len(words), nil }
+func (s source) Explain(peer, ext netip.AddrPort) (Explanation, error) {
+	return Explanation{
+		Peer: peer.Addr(), PeerPort: peer.Port(), Ext: ext, Verdict: "arrives", To: proxy.Int,
+		Steps: []Step{{"map", "matches", "it stands"}, {"firewall", "passes", "it is accepted"}},
+	}, nil
+}
 func (s source) Flush() (int, error)                           { return 9, nil }
 func (s source) Status() Status                                { return s.status }
 func (s source) Permissions(yield func(Permission) bool) error { return s.each(yield) }

@@ -94,6 +94,7 @@ func TestTheDocumentDescribesTheWire(t *testing.T) {
 		pathPermissions: reflect.TypeFor[Permission](),
 		pathStatus:      reflect.TypeFor[Status](),
 		pathVerify:      reflect.TypeFor[Verification](),
+		pathExplain:     reflect.TypeFor[Explanation](),
 		pathReload:      reflect.TypeFor[struct{}](),
 		pathRevoke:      reflect.TypeFor[result](),
 		pathFlush:       reflect.TypeFor[result](),

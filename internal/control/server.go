@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"sync"
 	"time"
@@ -39,6 +40,10 @@ type Source interface {
 
 	// Verify compares the daemon with the kernel. It may take minutes.
 	Verify() (Verification, error)
+
+	// Explain says what becomes of a packet that comes from peer by an outside link to the
+	// outside endpoint ext. The peer's port is 0 for any port that has no flow yet.
+	Explain(peer, ext netip.AddrPort) (Explanation, error)
 
 	// Reload reads the configuration again. After an error nothing has changed.
 	Reload() error
@@ -116,6 +121,8 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.list(w, r)
 	case r.URL.Path == pathVerify:
 		h.verify(w)
+	case r.URL.Path == pathExplain:
+		h.explain(w, r)
 	case r.URL.Path == pathReload:
 		answer(w, struct{}{}, h.src.Reload())
 	case r.URL.Path == pathRevoke:
@@ -141,6 +148,26 @@ func (h handler) revoke(w http.ResponseWriter, r *http.Request) {
 	}
 	n, err := h.src.Revoke(words)
 	answer(w, result{n}, err)
+}
+
+func (h handler) explain(w http.ResponseWriter, r *http.Request) {
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil || len(query[peerParameter]) != 1 || len(query[extParameter]) != 1 || len(query) > 2 {
+		fail(w, http.StatusBadRequest, "explain: expected one parameter %q and one %q, and no other", peerParameter, extParameter)
+		return
+	}
+	peer, err := ParsePeer(query.Get(peerParameter))
+	if err != nil {
+		fail(w, http.StatusBadRequest, "explain: %w", err)
+		return
+	}
+	ext, err := ParseExt(query.Get(extParameter))
+	if err != nil {
+		fail(w, http.StatusBadRequest, "explain: %w", err)
+		return
+	}
+	x, err := h.src.Explain(peer, ext)
+	answer(w, x, err)
 }
 
 // verify sends the header at once, because comparing a million permissions may take longer

@@ -15,9 +15,13 @@ const (
 	pathRevoke      = "/v1/revoke"
 	pathFlush       = "/v1/flush"
 	pathVerify      = "/v1/verify"
+	pathExplain     = "/v1/explain"
 
 	// wordParameter may be repeated; see Source.Revoke.
 	wordParameter = "word"
+	// The parameters of explain.
+	peerParameter = "peer"
+	extParameter  = "ext"
 )
 
 var methods = map[string]string{
@@ -27,6 +31,7 @@ var methods = map[string]string{
 	pathRevoke:      http.MethodPost,
 	pathFlush:       http.MethodPost,
 	pathVerify:      http.MethodGet,
+	pathExplain:     http.MethodGet,
 }
 
 // result is the answer to a command.

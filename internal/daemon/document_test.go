@@ -79,6 +79,9 @@ func TestTheDocumentHasTheIdentifiers(t *testing.T) {
 		"Mappings not applied":       own["unmapped"],
 		"Why a subnet is carried so": own["why"],
 		"Warnings":                   own["warningID"],
+		"Steps":                      own["step"],
+		"Results":                    own["result"],
+		"Verdicts":                   own["verdict"],
 		"Wrong":                      own["wrong"],
 		"Filtering and mapping": {
 			config.AddressDependent.String(), config.EndpointIndependent.String(), config.AddressAndPortDependent.String(),

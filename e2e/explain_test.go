@@ -1,0 +1,205 @@
+package e2e
+
+import (
+	"encoding/json"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// explained checks the verdict of "conenatd explain", and which step decides.
+func (s *scene) explained(peer string, ext netip.AddrPort, verdict, step string, to netip.AddrPort) {
+	s.T.Helper()
+	var x control.Explanation
+	out, code := s.CLI("explain", "--json", peer, ext.String())
+	if err := json.Unmarshal([]byte(out), &x); err != nil || code != 0 {
+		s.T.Fatalf("exit %d, %v: %s", code, err, out)
+	}
+	if last := x.Steps[len(x.Steps)-1].ID; x.Verdict != verdict || last != step || x.To != to {
+		s.T.Errorf("want %s by %s at %v:\n%s", verdict, step, to, out)
+	}
+}
+
+// explainedArrives checks that packets of from arrive at in, as explain says, whether it is asked for
+// any port, or for this one before and after the first packet.
+func (s *scene) explainedArrives(in, from *lab.Socket, ext netip.AddrPort) {
+	s.T.Helper()
+	s.explained(from.Addr().Addr().String(), ext, "arrives", "firewall", in.Addr())
+	s.explained(from.Addr().String(), ext, "arrives", "firewall", in.Addr())
+	s.Arrives(in, from, ext)
+	s.explained(from.Addr().String(), ext, "arrives", "firewall", in.Addr()) // an unanswered flow
+	s.Arrives(in, from, ext)
+	text := stage.Payload("reply")
+	s.Must(in.Send(from.Addr(), text))
+	_, err := from.Expect(text)
+	s.Must(err)
+	s.explained(from.Addr().String(), ext, "arrives", "flow", in.Addr())
+	s.Arrives(in, from, ext)
+}
+
+var nowhere netip.AddrPort
+
+func ownMode(t *testing.T) {
+	t.Helper()
+	stage.OfTheDaemon(t)
+	if os.Getenv(stage.ModeEnv) != "" {
+		t.Skip("it chooses its backends itself")
+	}
+}
+
+// Each packet goes where explain says.
+//
+// Fails when a verdict, or the step that decides, is not the kernel's.
+func TestExplainIsRight(t *testing.T) {
+	for name, tt := range map[string]struct{ rules, backend string }{
+		"the map": {lab.Masquerade, "auto"}, "expectations": {lab.Masquerade + lab.DropPolicy, "auto"}, "expectations alone": {lab.Masquerade, "expect"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ownMode(t)
+			s := newScene(t, lab.Options{Inside: 2, Rules: tt.rules})
+			s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1s", "--backend="+tt.backend)
+			phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+			ext := s.Contact(phone, proxy)
+			s.Stands(phone, proxy, ext)
+			s.explained(proxy.Addr().String(), ext, "arrives", "flow", phone.Addr())
+			s.Arrives(phone, proxy, ext)
+			s.explainedArrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+
+			stranger := s.PeerSocket(lab.PeerC, 5070)
+			s.explained(lab.PeerC.String(), ext, "lost", "map", nowhere)
+			s.Lost(phone, stranger, ext, proxy)
+			unused := replacePort(ext, 5999)
+			s.explained(lab.PeerA.String(), unused, "lost", "map", nowhere)
+			s.Must(lab.Lost(phone,
+				lab.Packet{From: s.PeerSocket(lab.PeerA, 5071), To: unused, Payload: stage.Payload("must not arrive")},
+				lab.Packet{From: proxy, To: ext, Payload: stage.Payload("fence")}))
+			s.explained(lab.PeerA.String(), netip.MustParseAddrPort("198.51.100.77:5060"), "lost", "address", nowhere)
+			s.explained("10.47.11.5", ext, "lost", "address", nowhere)
+
+			// A second host with the same outside port waits for its turn.
+			other := s.InsideSocket(1, 5060)
+			s.Contact(other, s.PeerSocket(lab.PeerC, 5060))
+			if at := s.Contact(other, s.PeerSocket(lab.PeerA, 5080)); at == ext {
+				s.Listed(other, proxy, ext, "waiting")
+			} else {
+				t.Errorf("NAT gave it %v", at)
+			}
+			s.explainedArrives(phone, s.PeerSocket(lab.PeerA, 5072), ext)
+
+			if out, code := s.CLI("revoke", phone.Addr().String()); code != 0 {
+				t.Fatal(out)
+			}
+			s.Until("the other host has its turn", func() bool {
+				out, _ := s.CLI("explain", lab.PeerA.String(), ext.String())
+				return strings.Contains(out, "ARRIVES at "+other.Addr().String())
+			})
+			s.explainedArrives(other, s.PeerSocket(lab.PeerA, 5073), ext)
+			if out, code := s.CLI("flush"); code != 0 {
+				t.Fatal(out)
+			}
+			s.explained(lab.PeerA.String(), ext, "lost", "map", nowhere)
+			s.Lost(phone, s.PeerSocket(lab.PeerA, 5074), ext, proxy)
+			out, _ := s.CLI("explain", lab.PeerA.String(), ext.String())
+			if !strings.Contains(out, "is LOST") || !strings.Contains(out, "revoked by command") {
+				t.Error(out)
+			}
+		})
+	}
+}
+
+// What the gateway forwards and serves itself goes there, before any permission of the map.
+//
+// Fails when a permission counts for a port that is forwarded or served.
+func TestExplainKnowsForwardsAndSockets(t *testing.T) {
+	ownMode(t)
+	s := newScene(t, lab.Options{Inside: 2, Rules: lab.Masquerade + `table ip forwards {
+	chain prerouting {
+		type nat hook prerouting priority dstnat; policy accept;
+		iifname "wan0" udp dport 6000 dnat to 10.47.11.110
+		iifname "wan0" ip saddr 203.0.113.6 udp dport 6001 dnat to 10.47.11.110:6100
+	}
+}
+`})
+	s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1s")
+	ext := s.Contact(s.InsideSocket(0, 6000), s.PeerSocket(lab.PeerA, 6000))
+	other := s.InsideSocket(1, 6000)
+	s.explained(lab.PeerA.String(), ext, "forwarded", "forward", other.Addr())
+	s.Arrives(other, s.PeerSocket(lab.PeerA, 7000), ext)
+
+	// Rules with other conditions than on ports and links are not evaluated to the end.
+	phone := s.InsideSocket(0, 6001)
+	proxy := s.PeerSocket(lab.PeerB, 6001)
+	ext = s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	s.explained(lab.PeerB.String(), ext, "unknown", "firewall", nowhere)
+	s.Arrives(s.InsideSocket(1, 6100), s.PeerSocket(lab.PeerB, 7000), ext)
+	proxy = s.PeerSocket(lab.PeerA, 6001)
+	ext = s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	s.explainedArrives(phone, s.PeerSocket(lab.PeerA, 7001), ext) // the rule is for another peer
+
+	served := s.Socket(s.Gateway.Namespace, s.Gateway.Addr, 6002)
+	at := served.Addr()
+	s.explained(lab.PeerA.String(), at, "gateway", "socket", nowhere)
+	from := s.PeerSocket(lab.PeerA, 7002)
+	s.Arrives(served, from, at)
+	s.explained(from.Addr().String(), at, "gateway", "flow", at)
+	s.Arrives(served, from, at)
+}
+
+// Fails when the user's forward chain is not asked, or not for the kind of the child.
+func TestExplainKnowsTheFirewall(t *testing.T) {
+	ownMode(t)
+	for name, tt := range map[string]struct{ rules, backend, verdict string }{
+		"drops both":           {lab.Masquerade + established, "auto", "lost"},
+		"drops what is DNATed": {lab.Masquerade + lab.DropPolicy, "nft", "lost"},
+		"drops one host":       {lab.Masquerade + "table ip f { chain f { type filter hook forward priority 0; ct state new ip daddr 10.47.11.109 drop; }; }\n", "nft", "lost"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newScene(t, lab.Options{Rules: tt.rules})
+			s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1s", "--backend="+tt.backend)
+			phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+			ext := s.Contact(phone, proxy)
+			s.Stands(phone, proxy, ext)
+			s.explained(lab.PeerA.String(), ext, tt.verdict, "firewall", nowhere)
+			s.Lost(phone, s.PeerSocket(lab.PeerA, 5070), ext, proxy)
+		})
+	}
+}
+
+// Fails when the limit on children does not count, or counts too early.
+func TestExplainKnowsTheLimitOnChildren(t *testing.T) {
+	ownMode(t)
+	s := newScene(t, lab.Options{})
+	s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1s", "--backend=expect", "--max-children=2")
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	for i := range uint16(2) {
+		s.explained(lab.PeerA.String(), ext, "arrives", "firewall", phone.Addr())
+		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070+i), ext)
+		s.Until("the daemon counts it", func() bool { return s.Listed(phone, proxy, ext, "standing").Children == int(i)+1 })
+	}
+	s.explained(lab.PeerA.String(), ext, "lost", "children", nowhere)
+	s.Lost(phone, s.PeerSocket(lab.PeerA, 5079), ext, proxy)
+}
+
+// IPv6 is not translated: the outside endpoint is the host's own.
+//
+// Fails when a host of a routed subnet does not count as one of this gateway.
+func TestExplainKnowsRoutedHosts(t *testing.T) {
+	ownMode(t)
+	s := newScene(t, lab.Options{IPv6: true, Rules: lab.Masquerade + lab.DropPolicy})
+	s.Start("--subnet", lab.InsideNet6.String(), "--routed", "--reconcile=1s")
+	phone, proxy := s.Socket(s.Inside(0).Namespace, s.Inside(0).Addr6, 5060), s.Socket(s.Outside.Namespace, lab.Peer6A, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	s.explainedArrives(phone, s.Socket(s.Outside.Namespace, lab.Peer6A, 5070), ext)
+	s.explained(lab.Peer6B.String(), ext, "lost", "map", nowhere)
+	s.Lost(phone, s.Socket(s.Outside.Namespace, lab.Peer6B, 5070), ext, proxy)
+}

@@ -1,0 +1,378 @@
+package daemon
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/userrules"
+)
+
+// A verdict is the identifier (docs/control.md) of what becomes of a packet.
+type verdict string
+
+const (
+	verdictArrives   verdict = "arrives"   // at an inside host
+	verdictForwarded verdict = "forwarded" // by a rule of the user's
+	verdictGateway   verdict = "gateway"   // a socket of the gateway gets it
+	verdictLost      verdict = "lost"
+	verdictUnknown   verdict = "unknown"
+)
+
+// A step is the identifier (docs/control.md) of a check of the kernel's, in the order of the
+// checks (docs/hooks.md).
+type step string
+
+const (
+	stepAddress     step = "address"     // who has addresses of the packet
+	stepFlow        step = "flow"        // in conntrack
+	stepExpectation step = "expectation" // at the beginning of a flow, before any rule
+	stepForward     step = "forward"     // the user's NAT chains of prerouting
+	stepSocket      step = "socket"      // our chain admit asks for one
+	stepMap         step = "map"         // our chain admit
+	stepChildren    step = "children"    // their number
+	stepFirewall    step = "firewall"    // the user's chains of the forward hook
+)
+
+// A result is the identifier (docs/control.md) of what a step does with a packet.
+type result string
+
+const (
+	resultNone    result = "none"    // nothing: the next step decides
+	resultMatches result = "matches" // the step says where the packet goes
+	resultPasses  result = "passes"
+	resultDrops   result = "drops"
+	resultUnknown result = "unknown"
+)
+
+// A packetCase is all that decides what becomes of a packet from peer, whose port is 0 for
+// any port that has no flow yet, to the outside endpoint ext.
+type packetCase struct {
+	peer, ext netip.AddrPort
+	owned     bool // packets to ext are for the gateway, or for a host of a routed subnet
+	inside    bool // the peer is in an enabled subnet
+	flow      *cone.Flow
+	local     func(netip.Addr) bool // is an address of the gateway
+	claims    []control.Permission  // on ext for peer
+	others    []control.Permission  // on ext for other peers
+	forward   *userrules.Forward    // the first rule that may lead the packet elsewhere
+	served    bool                  // a socket of the gateway gets what comes to ext
+	most      func(control.Permission) int
+	// firewall says what the user's forward hook does with packets to a host.
+	firewall func(host netip.Addr, related bool) (a userrules.Answer, dropper string)
+}
+
+// Explain says what becomes of a packet that comes from peer by an outside link (port 0: from
+// any port that has no flow yet) to the outside endpoint ext, and why (control.Source).
+func (s source) Explain(peer, ext netip.AddrPort) (control.Explanation, error) {
+	c := packetCase{peer: peer, ext: ext}
+	err := s.Permissions(func(p control.Permission) bool {
+		switch {
+		case p.Ext != ext:
+		case p.Peer == peer.Addr() || p.Peers.IsValid() && p.Peers.Contains(peer.Addr()):
+			c.claims = append(c.claims, p)
+		case len(c.others) < 1:
+			c.others = append(c.others, p)
+		}
+		return true
+	})
+	if err != nil {
+		return control.Explanation{}, err
+	}
+	if err := s.gather(&c); err != nil {
+		return control.Explanation{}, err
+	}
+	return c.explain(), nil
+}
+
+// gather reads what decides about the packet.
+func (s source) gather(c *packetCase) error {
+	var cfg config.Config
+	var failed error
+	decisions := map[netip.Prefix]decision{}
+	var network gateway.Network
+	ok := s.do(func(l *loop) {
+		cfg, network = l.cfg, l.network
+		maps.Copy(decisions, l.decisions)
+		peer, ext := cone.EndpointFrom(c.peer), cone.EndpointFrom(c.ext)
+		if c.peer.Port() != 0 {
+			f, found, err := l.queries.Get(peer, ext, 0)
+			if failed = err; found {
+				c.flow = &f
+			}
+		}
+		var err error
+		c.served, err = l.sockets.Serves(ext, peer.Addr)
+		failed = errors.Join(failed, err)
+	})
+	if !ok {
+		return errEnded
+	}
+	if failed != nil {
+		return fmt.Errorf("look up flow and socket: %w", failed)
+	}
+	c.look(cfg, network)
+	rs, err := s.rules()
+	if err != nil {
+		c.firewall = func(netip.Addr, bool) (userrules.Answer, string) { return userrules.Unknown, "" }
+		return nil // what is not known is told
+	}
+	outside := outsideLinks(network)
+	if len(outside) > 0 {
+		c.forward = forwardOf(rs.Forwards(outside), c.peer.Addr(), c.ext)
+	}
+	c.firewall = func(host netip.Addr, related bool) (userrules.Answer, string) {
+		for subnet, x := range decisions {
+			if subnet.Contains(host) {
+				return passes(rs, outside, network, x, host, related)
+			}
+		}
+		return passes(rs, outside, network, decision{}, host, related)
+	}
+	return nil
+}
+
+// look takes in what configuration and network say of the addresses.
+func (c *packetCase) look(cfg config.Config, network gateway.Network) {
+	own := network.Topology().Local
+	c.local = func(a netip.Addr) bool { return slices.Contains(own, a) }
+	c.owned = c.local(c.ext.Addr()) || network.Owned()(cone.AddrFrom(c.ext.Addr()))
+	for _, s := range cfg.Subnets {
+		c.inside = c.inside || s.Prefix.Contains(c.peer.Addr())
+		c.owned = c.owned || s.Prefix.Contains(c.ext.Addr()) && s.Routed
+	}
+	c.most = func(p control.Permission) int {
+		if p.Peers.IsValid() {
+			return severalPeers * cfg.MaxChildren
+		}
+		return cfg.MaxChildren
+	}
+}
+
+// severalPeers is how many times max_children a permission for several peers may have
+// (docs/limits.md).
+const severalPeers = 16
+
+// rulesTime is how long to wait for a reconcile that is busy.
+const rulesTime = 10 * time.Second
+
+// rules returns the user's rules as read last. The reconcile owns them; a Ruleset is not
+// changed once read.
+func (s *shared) rules() (rs *userrules.Ruleset, err error) {
+	done := make(chan struct{})
+	wait, cancel := context.WithTimeout(context.Background(), rulesTime)
+	defer cancel()
+	select {
+	case s.looks <- func(r *reconciler) { rs, err = r.firewall.user, r.firewall.unread; close(done) }:
+		<-done
+	case <-s.ended:
+		err = errEnded
+	case <-wait.Done():
+		err = errors.New("the daemon is too busy")
+	}
+	if err == nil && rs == nil {
+		err = errors.New("not read yet")
+	}
+	return rs, err
+}
+
+// forwardOf returns the first forward that may lead a packet of peer to ext elsewhere, nil if
+// none does. One that is certain comes before one that is not.
+func forwardOf(all []userrules.Forward, peer netip.Addr, ext netip.AddrPort) (found *userrules.Forward) {
+	for i := range all {
+		r := &all[i]
+		has := func(a userrules.AddrRange) bool { return a.Has(peer) }
+		switch {
+		case r.Sources != nil && !slices.ContainsFunc(r.Sources, has):
+		case !userrules.Cover(all[i : i+1]).Covers(cone.EndpointFrom(ext)):
+		case !r.Partial && !r.Unknown:
+			return r
+		case found == nil:
+			found = r
+		}
+	}
+	return found
+}
+
+// passes says what the forward hook does with the first packet of a child to a host: by the
+// rules, or if these do not tell by what became of other children.
+func passes(rs *userrules.Ruleset, outside []userrules.Link, n gateway.Network, x decision, host netip.Addr, related bool) (userrules.Answer, string) {
+	one := []netip.Prefix{netip.PrefixFrom(host, host.BitLen())}
+	a, dropper := userrules.Unknown, ""
+	if links, err := n.LinksTo(0, one); err == nil {
+		inside := []userrules.Link{{Index: links[0].Index, Name: links[0].Name}}
+		if v, err := rs.Children(outside, inside, one); err == nil {
+			if a, dropper = v[0].MostDNATed, v[0].Dropper; related {
+				a = v[0].MostRelated
+			}
+		}
+	}
+	if a == userrules.Unknown || x.elsewhere {
+		a, dropper = x.MostDNATed, cmp.Or(x.Dropper, "a chain of another hook than forward")
+		if related {
+			a = x.MostRelated
+		}
+	}
+	return a, dropper
+}
+
+// explain goes through the kernel's checks, in their order.
+func (c *packetCase) explain() control.Explanation {
+	x := control.Explanation{Peer: c.peer.Addr(), PeerPort: c.peer.Port(), Ext: c.ext}
+	to, v := c.steps(func(s step, r result, format string, args ...any) {
+		x.Steps = append(x.Steps, control.Step{ID: string(s), Result: string(r), Text: fmt.Sprintf(format, args...)})
+	})
+	x.To, x.Verdict = to, string(v)
+	return x
+}
+
+// steps calls say for each check up to the one that decides, and returns what becomes of the
+// packet.
+func (c *packetCase) steps(say func(s step, r result, format string, args ...any)) (to netip.AddrPort, v verdict) {
+	switch {
+	case !c.owned:
+		say(stepAddress, resultDrops, "%v is no address of this gateway: the packet is not translated here", c.ext.Addr())
+		return to, verdictLost
+	case c.inside:
+		say(stepAddress, resultDrops, "%v is in an enabled subnet: a packet with this source that comes from outside is spoofed", c.peer.Addr())
+		return to, verdictLost
+	}
+	say(stepAddress, resultPasses, "the packet is for this gateway, and its source is outside")
+	switch f := c.flow; {
+	case f != nil && f.ReplySrc == cone.EndpointFrom(c.peer) && c.local(f.Src.Addr.Netip()):
+		say(stepFlow, resultMatches, "it answers a flow of the gateway itself")
+		return f.Src.Netip(), verdictGateway
+	case f != nil && f.ReplySrc == cone.EndpointFrom(c.peer):
+		say(stepFlow, resultMatches, "it answers the flow of %v to %v: it is ESTABLISHED, and needs no permission", f.Src, f.Dst)
+		return f.Src.Netip(), verdictArrives
+	case f != nil && c.local(f.ReplySrc.Addr.Netip()) && c.served:
+		say(stepFlow, resultMatches, "it belongs to a flow of this peer to a socket of the gateway")
+		return f.ReplySrc.Netip(), verdictGateway
+	case f != nil && c.local(f.ReplySrc.Addr.Netip()):
+		say(stepFlow, resultDrops, "it belongs to a flow of this peer that ends at the gateway, where no socket waits")
+		return to, verdictLost
+	case f != nil && f.Status.Has(cone.StatusSeenReply):
+		say(stepFlow, resultMatches, "it belongs to a flow of this peer that %v has answered: it is ESTABLISHED", f.ReplySrc)
+		return f.ReplySrc.Netip(), verdictArrives
+	case f != nil:
+		say(stepFlow, resultMatches, "it belongs to a flow of this peer to %v, which has not answered", f.ReplySrc)
+		return c.filter(say, f.ReplySrc.Netip(), f.Status.Has(cone.StatusExpected))
+	case c.peer.Port() == 0:
+		say(stepFlow, resultNone, "a port without a flow is meant")
+	default:
+		say(stepFlow, resultNone, "conntrack has no flow between the two endpoints")
+	}
+	return c.begin(say)
+}
+
+// begin goes through the checks of a packet that begins a flow.
+func (c *packetCase) begin(say func(s step, r result, format string, args ...any)) (to netip.AddrPort, v verdict) {
+	by := func(carrier cone.Carriers) *control.Permission {
+		i := slices.IndexFunc(c.claims, func(p control.Permission) bool {
+			return p.State == cone.StateStanding.String() && slices.Contains(strings.Split(p.Backend, "+"), carrier.String())
+		})
+		if i < 0 {
+			return nil
+		}
+		return &c.claims[i]
+	}
+	if p := by(cone.ByExpectation); p != nil {
+		say(stepExpectation, resultMatches, "a permission of %v for %s stands as an expectation", p.Int, peersOf(p))
+		if n := c.most(*p); p.Children >= n {
+			say(stepChildren, resultDrops, "the peer has %d flows, and max_children allows %d", p.Children, n)
+			return to, verdictLost
+		}
+		say(stepChildren, resultPasses, "the peer has %d of %d flows", p.Children, c.most(*p))
+		if c.local(p.Int.Addr()) {
+			return p.Int, verdictGateway // the forward hook does not see it
+		}
+		return c.filter(say, p.Int, true)
+	}
+	say(stepExpectation, resultNone, "no permission for this peer stands as an expectation")
+	switch r := c.forward; {
+	case r == nil:
+		say(stepForward, resultNone, "no rule of yours forwards it")
+	case r.Partial || r.Unknown:
+		say(stepForward, resultUnknown, "a rule of yours may forward it: %s", r.Text)
+	default:
+		say(stepForward, resultMatches, "a rule of yours forwards it: %s", r.Text)
+		to = r.To
+		if to.IsValid() && to.Port() == 0 {
+			to = netip.AddrPortFrom(to.Addr(), c.ext.Port())
+		}
+		return to, verdictForwarded
+	}
+	if c.served {
+		say(stepSocket, resultMatches, "a socket of the gateway waits for it")
+		return to, verdictGateway
+	}
+	say(stepSocket, resultNone, "no socket of the gateway waits for it")
+	p := by(cone.ByMap)
+	if p == nil {
+		c.whyNot(say)
+		if c.forward != nil {
+			return to, verdictUnknown
+		}
+		return to, verdictLost
+	}
+	say(stepMap, resultMatches, "a permission of %v for %s stands in the map", p.Int, peersOf(p))
+	n := c.most(*p)
+	if p.Children >= n {
+		say(stepChildren, resultUnknown, "the peer has %d flows, and max_children allows %d: the kernel may let more in for a moment", p.Children, n)
+		return netip.AddrPort{}, verdictUnknown
+	}
+	say(stepChildren, resultPasses, "the peer has %d of %d flows", p.Children, n)
+	if to, v = c.filter(say, p.Int, false); c.forward != nil && v != verdictLost {
+		return netip.AddrPort{}, verdictUnknown
+	}
+	return to, v
+}
+
+// whyNot says why no permission admits the packet.
+func (c *packetCase) whyNot(say func(s step, r result, format string, args ...any)) {
+	switch {
+	case len(c.claims) > 0:
+		p := c.claims[0]
+		say(stepMap, resultDrops, "the permission of %v for %s is inactive: it is %s", p.Int, peersOf(&p), control.Inactive(p))
+	case len(c.others) > 0:
+		say(stepMap, resultDrops, "%v has this outside endpoint, and did not send to %v, or too long ago", c.others[0].Int, c.peer.Addr())
+	default:
+		say(stepMap, resultDrops, "no host of an enabled subnet has a permission on this outside endpoint")
+	}
+}
+
+// filter asks the user's forward hook about a packet to an inside host.
+func (c *packetCase) filter(say func(s step, r result, format string, args ...any), to netip.AddrPort, related bool) (netip.AddrPort, verdict) {
+	kind := "DNATed (ct status dnat)"
+	if related {
+		kind = "RELATED"
+	}
+	switch a, dropper := c.firewall(to.Addr(), related); a {
+	case userrules.Accepted:
+		say(stepFirewall, resultPasses, "your firewall lets %s flows to %v pass", kind, to.Addr())
+		return to, verdictArrives
+	case userrules.Dropped:
+		say(stepFirewall, resultDrops, "%s drops %s flows to %v", cmp.Or(dropper, "your firewall"), kind, to.Addr())
+		return netip.AddrPort{}, verdictLost
+	}
+	say(stepFirewall, resultUnknown, "your rules do not tell whether %s flows to %v pass", kind, to.Addr())
+	return to, verdictUnknown
+}
+
+// peersOf names the peers of a permission.
+func peersOf(p *control.Permission) string {
+	if p.Peers.IsValid() {
+		return p.Peers.String()
+	}
+	return p.Peer.String()
+}
