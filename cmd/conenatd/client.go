@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"time"
 
@@ -9,6 +10,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/doctor"
 )
 
 // clientCommand returns a command that talks to the running daemon, with the flags that all
@@ -88,13 +90,29 @@ func revoked(c *cobra.Command, n int, err error) error {
 }
 
 func listCommand() *cobra.Command {
-	return showCommand("list", "List the permissions", func(c *cobra.Command, client *control.Client, asJSON bool) error {
-		if asJSON {
+	var filter control.Filter
+	var asCSV bool
+	c := showCommand("list", "List the permissions", func(c *cobra.Command, client *control.Client, asJSON bool) error {
+		each := func(f func(control.Permission) error) error {
+			return client.Permissions(c.Context(), func(p control.Permission) error {
+				if !filter.Selects(&p) {
+					return nil
+				}
+				return f(p)
+			})
+		}
+		switch {
+		case asJSON && asCSV:
+			return &config.UsageError{Err: errors.New("--csv: expected without --json")}
+		case asJSON:
 			enc := json.NewEncoder(c.OutOrStdout())
-			return client.Permissions(c.Context(), func(p control.Permission) error { return enc.Encode(p) })
+			return each(func(p control.Permission) error { return enc.Encode(p) })
+		case asCSV:
+			w := control.NewCSVWriter(c.OutOrStdout())
+			return errors.Join(each(w.Write), w.Close())
 		}
 		var ps []control.Permission
-		err := client.Permissions(c.Context(), func(p control.Permission) error {
+		err := each(func(p control.Permission) error {
 			ps = append(ps, p)
 			return nil
 		})
@@ -103,10 +121,21 @@ func listCommand() *cobra.Command {
 		}
 		return control.WriteTable(c.OutOrStdout(), ps, time.Now())
 	})
+	c.Long = `List the permissions: who may send to whom, and why a permission is inactive. With
+several of the flags --host, --peer, --subnet and --state, list those that match
+each of them.`
+	c.Example = "  conenatd list --host 192.168.1.20 --state refused\n  conenatd list --peer 203.0.113.5 --csv"
+	fs := c.Flags()
+	fs.BoolVar(&asCSV, "csv", false, "print comma-separated values, after a line with the names of the columns")
+	fs.Func("host", "only those of this inside `address`, or of a prefix", filter.SetHost)
+	fs.Func("peer", "only those that admit this `address`, or an address of a prefix", filter.SetPeer)
+	fs.Func("subnet", "only those of hosts in this `prefix`", filter.SetSubnet)
+	fs.Func("state", "only those in this `state`: standing, refused or waiting", filter.SetState)
+	return c
 }
 
 func statusCommand() *cobra.Command {
-	var verify bool
+	var verify, verbose bool
 	c := showCommand("status", "Show what the daemon does", func(c *cobra.Command, client *control.Client, asJSON bool) error {
 		st, err := client.Status(c.Context())
 		if err != nil {
@@ -124,13 +153,17 @@ func statusCommand() *cobra.Command {
 			enc.SetIndent("", "  ")
 			err = enc.Encode(st)
 		} else {
-			err = control.WriteStatus(c.OutOrStdout(), st, time.Now())
+			fmt.Fprintln(c.OutOrStdout(), doctor.Verdict(st))
+			err = control.WriteStatus(c.OutOrStdout(), st, verbose, time.Now())
 		}
 		if err == nil && verify && len(st.Verification.Wrong) > 0 {
 			err = fmt.Errorf("verify: %d things are not as they should be; the next reconcile mends them, or it is a bug", len(st.Verification.Wrong))
 		}
 		return err
 	})
+	c.Long = `Show whether conenatd works, for which subnets, and what it does. The first line is
+the verdict. "conenatd doctor" says more about what does not work.`
+	c.Flags().BoolVar(&verbose, "verbose", false, "show all counters, also those that are 0")
 	c.Flags().BoolVar(&verify, "verify", false, "compare what the daemon knows with what the kernel holds")
 	return c
 }

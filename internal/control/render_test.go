@@ -71,7 +71,7 @@ var full = Status{
 
 func TestWriteStatus(t *testing.T) {
 	var out strings.Builder
-	if err := WriteStatus(&out, full, now); err != nil {
+	if err := WriteStatus(&out, full, true, now); err != nil {
 		t.Fatal(err)
 	}
 	golden(t, "status.txt", out.String())
@@ -83,10 +83,51 @@ func TestWriteStatusOfAYoungDaemon(t *testing.T) {
 		Version: "0.1.0", PID: 1234, Started: now, Backend: "expect", Helper: Helper{"conenat", "conenat"},
 		Subnets: full.Subnets[:1], Lifetime: 300, Accounting: true, Events: Events{ReadBuffer: 8 << 20},
 	}
-	if err := WriteStatus(&out, young, now); err != nil {
+	if err := WriteStatus(&out, young, true, now); err != nil {
 		t.Fatal(err)
 	}
 	golden(t, "status-young.txt", out.String())
+}
+
+// Fails when the status of a normal gateway takes more than a screen of 80 by 24, with a line
+// for the verdict, or lacks something that went wrong.
+func TestShortStatusFitsOnAScreen(t *testing.T) {
+	normal := Status{
+		Version: "0.1.0", PID: 1234, Started: now.Add(-50 * time.Hour), Backend: "expect+nft", Helper: Helper{"conenat-1234567", "conenat-1234567"},
+		Subnets: []Subnet{
+			{Prefix: netip.MustParsePrefix("192.168.1.0/24"), Mapping: "endpoint_independent", Carried: Carried{By: "nft", Why: "dnat_accepted"}},
+			{Prefix: netip.MustParsePrefix("192.168.2.0/24"), Mapping: "endpoint_independent", Carried: Carried{By: "expect", Why: "related_accepted", Chain: "inet filter forward"}},
+		},
+		Outside: []string{"wan0"}, Lifetime: 300, Accounting: true, Flows: 123456,
+		Permissions: Permissions{Standing: 123456, Limit: 1 << 20, Expectations: 12345},
+		Tables: Tables{
+			Guard: Guard{On: true, Drops: 1 << 40}, Map: Map{On: true, Learn: true, Admitted: 1 << 30, Passed: 1 << 30, Learned: 1 << 30},
+			Mapping: Mapping{On: true}, Expected: Expected{Admitted: 1 << 20, Passed: 1 << 20},
+		},
+		Conntrack: Conntrack{Entries: 123456, Max: 262144},
+		Counters:  Counters{Granted: 1 << 30, Skipped: map[string]uint64{"excluded_peer_port": 1 << 30}},
+	}
+	var out strings.Builder
+	if err := WriteStatus(&out, normal, false, now); err != nil {
+		t.Fatal(err)
+	}
+	rows := 1 // the verdict
+	for line := range strings.Lines(out.String()) {
+		rows += 1 + (len(line)-2)/80
+	}
+	if rows > 23 { // and the prompt
+		t.Errorf("%d rows:\n%s", rows, out.String())
+	}
+	out.Reset()
+	normal.Events.Overruns, normal.Counters.Refused = 3, map[string]uint64{"table_full": 7}
+	if err := WriteStatus(&out, normal, false, now); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"\noverruns     3 ", "\nrefused      7 (kernel table is full: 7)"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %q in\n%s", want, out.String())
+		}
+	}
 }
 
 func TestWriteTable(t *testing.T) {

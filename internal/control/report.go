@@ -18,12 +18,21 @@ const (
 	defaultMapping   = "kernel"
 )
 
-// WriteStatus writes a status as text for people.
-func WriteStatus(w io.Writer, s Status, now time.Time) error {
+// WriteStatus writes a status as text for people. If it is not verbose, it fits on a screen
+// of 80 by 24 characters in the normal case: counters that are 0 and some details are left
+// out.
+func WriteStatus(w io.Writer, s Status, verbose bool, now time.Time) error {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	line := func(name, format string, args ...any) {
 		fmt.Fprintf(tw, name+"\t"+format+"\n", args...)
 	}
+	// some is a line that is left out if its count is 0, and more one of details.
+	some := func(n uint64, name, format string, args ...any) {
+		if n > 0 || verbose {
+			line(name, format, args...)
+		}
+	}
+	more := func(name, format string, args ...any) { some(0, name, format, args...) }
 	subnets := make([]string, len(s.Subnets))
 	for i, n := range s.Subnets {
 		subnets[i] = n.Prefix.String()
@@ -53,16 +62,16 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	line("outside", "%s", list(s.Outside))
 	line("permissions", "%d standing (limit %d, %d as expectations), %d refused, %d waiting for another owner",
 		p.Standing, p.Limit, p.Expectations, p.Refused, p.Waiting)
-	line("lifetime", "%v after the inside host was last heard", time.Duration(s.Lifetime*float64(time.Second)))
-	line("flows", "%d", s.Flows)
-	line("granted", "%d", c.Granted)
-	line("revoked", "%s", parts(worded(c.Revoked)))
-	line("refused", "%s", parts(worded(c.Refused)))
-	line("skipped", "%s", parts(skipped(c)))
-	line("failed", "%s", parts(worded(c.Failed)))
-	line("conflicts", "%d", c.Conflicts)
-	line("early packets", "%d", c.Early)
-	line("crowded", "%d children beyond their limit, dropped", c.Crowded+s.Tables.Guard.Children)
+	more("lifetime", "%v after the inside host was last heard", time.Duration(s.Lifetime*float64(time.Second)))
+	more("flows", "%d", s.Flows)
+	more("granted", "%d", c.Granted)
+	more("revoked", "%s", parts(worded(c.Revoked)))
+	some(sum(c.Refused), "refused", "%s", parts(worded(c.Refused)))
+	some(sum(c.Skipped), "skipped", "%s", parts(skipped(c)))
+	some(sum(c.Failed), "failed", "%s", parts(worded(c.Failed)))
+	more("conflicts", "%d", c.Conflicts)
+	more("early packets", "%d", c.Early)
+	some(c.Crowded+s.Tables.Guard.Children, "crowded", "%d children beyond their limit, dropped", c.Crowded+s.Tables.Guard.Children)
 	if s.Tables.Guard.On {
 		line("guard", "on, dropped %d packets that nobody waited for, %d with a faked source",
 			s.Tables.Guard.Drops, s.Tables.Guard.Spoofed)
@@ -73,7 +82,9 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	if x := s.Tables.Expected; x.Admitted > 0 {
 		line("expected", "%d children, of which the firewall let %d pass", x.Admitted, min(x.Passed, x.Admitted))
 	}
-	line("mapping", "%s", mapping(s.Tables.Mapping))
+	if s.Tables.Mapping.On || verbose {
+		line("mapping", "%s", mapping(s.Tables.Mapping))
+	}
 	if n := s.Tables.Mapping.NotApplied; len(n) > 0 {
 		line("not mapped", "%s", NotApplied(n))
 	}
@@ -82,23 +93,23 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	}
 	k := s.Conntrack
 	line("conntrack", "%d of %s entries", k.Entries, most(k.Max))
-	line("  early_drop", "%d entries were taken out to make room in the full table", k.EarlyDrop)
-	line("  insert_failed", "%d packets were dropped because their new entry could not be put into the table: another one has its addresses and ports", k.InsertFailed)
-	line("  drop", "%d packets were dropped, these among them, or because there was no room for a new entry", k.Drop)
-	line("  invalid", "%d packets and %d ICMP messages cannot be tracked", k.Invalid, k.Error)
-	line("  search_restart", "%d look-ups began anew because the table changed", k.SearchRestart)
-	line("  expectations", "%d were made and %d ended, of all programs; they admitted %d flows", k.ExpectationsMade, k.ExpectationsEnded, k.Expected)
-	line("remapped", "%d of %d peers saw another outside port than the peer before", c.Remapped, c.Compared)
-	line("put back", "%s; tables %d times", parts(worded(c.Repaired)), s.Tables.Repaired)
-	if l.Count > 0 {
+	some(k.EarlyDrop, "  early_drop", "%d entries were taken out to make room in the full table", k.EarlyDrop)
+	some(k.InsertFailed, "  insert_failed", "%d packets were dropped because their new entry could not be put into the table: another one has its addresses and ports", k.InsertFailed)
+	some(k.Drop, "  drop", "%d packets were dropped, these among them, or because there was no room for a new entry", k.Drop)
+	more("  invalid", "%d packets and %d ICMP messages cannot be tracked", k.Invalid, k.Error)
+	more("  search_restart", "%d look-ups began anew because the table changed", k.SearchRestart)
+	more("  expectations", "%d were made and %d ended, of all programs; they admitted %d flows", k.ExpectationsMade, k.ExpectationsEnded, k.Expected)
+	more("remapped", "%d of %d peers saw another outside port than the peer before", c.Remapped, c.Compared)
+	some(sum(c.Repaired)+s.Tables.Repaired, "put back", "%s; tables %d times", parts(worded(c.Repaired)), s.Tables.Repaired)
+	if l.Count > 0 && verbose {
 		line("latency", "p50 %s, p99 %s, max %s, from event to kernel", micros(l.P50), micros(l.P99), micros(l.Max))
 	}
-	line("events", "%d, %d filtered, %d malformed", e.Received, e.Filtered, e.Malformed)
-	line("overruns", "%d (buffer %d KiB)", e.Overruns, e.ReadBuffer>>10)
-	line("process", "%d MiB of memory (%d MiB of objects), %d goroutines, %d open files",
+	more("events", "%d, %d filtered, %d malformed", e.Received, e.Filtered, e.Malformed)
+	some(e.Overruns, "overruns", "%d (buffer %d KiB)", e.Overruns, e.ReadBuffer>>10)
+	more("process", "%d MiB of memory (%d MiB of objects), %d goroutines, %d open files",
 		s.Process.Resident>>20, s.Process.Heap>>20, s.Process.Goroutines, s.Process.Files)
 	if s.Accounting {
-		line("accounting", "on")
+		more("accounting", "on")
 	} else {
 		line("accounting", "off (nf_conntrack_acct): of a child it can be told that it was answered, not that it still is")
 	}
@@ -114,6 +125,14 @@ func WriteStatus(w io.Writer, s Status, now time.Time) error {
 	}
 	_, err := fmt.Fprintf(w, "\nwarnings:\n  %s\n", strings.Join(s.Warnings, "\n  "))
 	return err
+}
+
+// sum adds up counts.
+func sum(counts map[string]uint64) (n uint64) {
+	for _, c := range counts {
+		n += c
+	}
+	return n
 }
 
 // most formats a limit; 0 means that there is none.
@@ -148,13 +167,11 @@ func mapping(m Mapping) string {
 // NotApplied says how many flows did not get their mapping, and why.
 func NotApplied(counts map[string]uint64) string {
 	counts = worded(counts)
-	var sum uint64
 	var parts []string
 	for _, why := range byCount(counts) {
-		sum += counts[why]
 		parts = append(parts, fmt.Sprintf("%d because %s", counts[why], why))
 	}
-	return fmt.Sprintf("%d flows did not get their mapping: %s", sum, strings.Join(parts, ", "))
+	return fmt.Sprintf("%d flows did not get their mapping: %s", sum(counts), strings.Join(parts, ", "))
 }
 
 // describe says what the map of permissions does, and whether its children get through the
@@ -187,18 +204,16 @@ func worded(counts map[string]uint64) map[string]uint64 {
 
 // parts formats the sum and, the largest first, the counts that are not zero.
 func parts(counts map[string]uint64) string {
-	var sum uint64
 	var parts []string
 	for _, name := range byCount(counts) {
 		if n := counts[name]; n > 0 {
-			sum += n
 			parts = append(parts, fmt.Sprintf("%s: %d", name, n))
 		}
 	}
-	if sum == 0 {
+	if len(parts) == 0 {
 		return "0"
 	}
-	return fmt.Sprintf("%d (%s)", sum, strings.Join(parts, ", "))
+	return fmt.Sprintf("%d (%s)", sum(counts), strings.Join(parts, ", "))
 }
 
 // skipped counts flows to peers behind other than outside links separately for each link.

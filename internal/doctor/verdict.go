@@ -1,0 +1,69 @@
+package doctor
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/conenatd/conenatd/internal/control"
+)
+
+// Verdict says in one line whether a daemon with this status works: for all of its subnets,
+// for some, or for none, and why not.
+func Verdict(st control.Status) string {
+	isError := func(d control.Finding) bool {
+		return slices.ContainsFunc(meanings, func(m meaning) bool { return m.id == d.ID && m.severity == Error })
+	}
+	var errors []control.Finding
+	for _, d := range st.Findings {
+		if isError(d) {
+			errors = append(errors, d)
+		}
+	}
+	switch {
+	case len(st.Outside) == 0:
+		return "does not work: " + because(errors, "there is no outside link")
+	case len(st.Subnets) == 0 && len(errors) > 0:
+		return "does not work: " + because(errors, "")
+	case len(st.Subnets) == 0:
+		return "works, for the gateway's own programs: no subnet is enabled"
+	}
+	var why []string
+	for _, s := range st.Subnets {
+		i := slices.IndexFunc(errors, func(d control.Finding) bool { return d.About == s.Prefix.String() })
+		if i >= 0 {
+			why = append(why, fmt.Sprintf("%v: %s", s.Prefix, brief(errors[i].Text)))
+		}
+	}
+	errors = slices.DeleteFunc(errors, func(d control.Finding) bool {
+		return slices.ContainsFunc(st.Subnets, func(s control.Subnet) bool { return s.Prefix.String() == d.About })
+	})
+	switch n := len(st.Subnets); {
+	case len(why) == n:
+		return "does not work: " + strings.Join(why, "; ")
+	case len(why) > 0:
+		return fmt.Sprintf("works for %d of %d subnets: %s", n-len(why), n, strings.Join(why, "; "))
+	case len(errors) > 0:
+		return "works in part: " + because(errors, "")
+	}
+	return "works"
+}
+
+// because names the first error; otherwise is the text without one.
+func because(errors []control.Finding, otherwise string) string {
+	if len(errors) == 0 {
+		return otherwise
+	}
+	return brief(errors[0].Text)
+}
+
+// brief returns the beginning of a warning, which says what is wrong.
+func brief(text string) string {
+	end := len(text)
+	for _, stop := range []string{": ", ", ", "; "} {
+		if i := strings.Index(text, stop); i >= 0 {
+			end = min(end, i)
+		}
+	}
+	return text[:end]
+}
