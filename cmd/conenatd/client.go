@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
@@ -127,10 +128,36 @@ each of them.`
 	c.Example = "  conenatd list --host 192.168.1.20 --state refused\n  conenatd list --peer 203.0.113.5 --csv"
 	fs := c.Flags()
 	fs.BoolVar(&asCSV, "csv", false, "print comma-separated values, after a line with the names of the columns")
+	filterFlags(fs, &filter)
+	fs.Func("state", "only those in this `state`: standing, refused or waiting", filter.SetState)
+	return c
+}
+
+// filterFlags adds the flags of a filter, except the state.
+func filterFlags(fs *pflag.FlagSet, filter *control.Filter) {
 	fs.Func("host", "only those of this inside `address`, or of a prefix", filter.SetHost)
 	fs.Func("peer", "only those that admit this `address`, or an address of a prefix", filter.SetPeer)
 	fs.Func("subnet", "only those of hosts in this `prefix`", filter.SetSubnet)
-	fs.Func("state", "only those in this `state`: standing, refused or waiting", filter.SetState)
+}
+
+func watchCommand() *cobra.Command {
+	var filter control.Filter
+	c := showCommand("watch", "Show permissions and children as they come and go", func(c *cobra.Command, client *control.Client, asJSON bool) error {
+		enc := json.NewEncoder(c.OutOrStdout())
+		return client.Watch(c.Context(), func(e control.Event) error {
+			switch {
+			case !filter.SelectsEvent(&e):
+				return nil
+			case asJSON:
+				return enc.Encode(e)
+			}
+			return control.WriteEvent(c.OutOrStdout(), e)
+		})
+	})
+	c.Long = `Show each grant, refusal and revocation of a permission, with its reason, and each
+flow that a peer opens through one (a child), as they happen, until Ctrl-C or the
+end of the daemon. A terminal that is too slow loses events, and is told how many.`
+	filterFlags(c.Flags(), &filter)
 	return c
 }
 

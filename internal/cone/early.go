@@ -123,7 +123,10 @@ func (m *Model) Granted(p Permission) {
 	if o == none || m.claims[o].state != StateStanding {
 		return // it is about to be revoked
 	}
-	m.claims[o].certain = true
+	if c := &m.claims[o]; !c.certain {
+		c.certain = true
+		m.observe(Event{Kind: EventGranted, Permission: p, By: c.placed.By})
+	}
 	m.leave(o)
 	if p.Wild > 0 {
 		m.dropAllEarly(p)

@@ -321,6 +321,7 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known 
 	if !ok {
 		n = m.newFlow(k, peer.Addr)
 	}
+	m.observeChild(EventChild, i, peer, child && !known)
 	if !known && !child && !f.HasCounters {
 		packets = 1 // the packet that made it
 	}
@@ -344,23 +345,6 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known 
 		m.feed(now, i, heard)
 	}
 	return known
-}
-
-// heard returns when the last packet of f passed, from either side, as far as the kernel
-// tells. If f has a shorter timeout than other flows, the result is too early. In a
-// flowtable the timeout stands still, so the flow counts as just heard.
-func (m *Model) heard(now time.Duration, f *Flow) time.Duration {
-	if f.Began || f.Status.Has(StatusOffload) {
-		return now - f.Late
-	}
-	kept, left := m.timeouts.UDP, f.Left
-	if f.Status.Has(StatusAssured) {
-		kept = m.timeouts.Stream
-	}
-	if left > 0 {
-		left += time.Second // it is rounded down
-	}
-	return now - f.Late - max(0, kept-left)
 }
 
 func (m *Model) newFlow(k flowKey, peer Addr) int32 {
@@ -419,6 +403,7 @@ func (m *Model) removeFlow(n int32) {
 	if fl.next != none {
 		t.all[fl.next].prev = fl.prev
 	}
+	m.observeChild(EventChildGone, fl.claim, m.from(n), fl.child)
 	if fl.child {
 		m.setAnswered(fl, false)
 		c.kids--

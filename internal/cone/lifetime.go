@@ -135,3 +135,20 @@ func (m *Model) expire(now time.Duration, i int32) {
 
 // Next returns when Tick must be called next. It returns false if nothing is scheduled.
 func (m *Model) Next() (time.Duration, bool) { return m.wheel.next() }
+
+// heard returns when the last packet of f passed, from either side, as far as the kernel
+// tells. If f has a shorter timeout than other flows, the result is too early. In a
+// flowtable the timeout stands still, so the flow counts as just heard.
+func (m *Model) heard(now time.Duration, f *Flow) time.Duration {
+	if f.Began || f.Status.Has(StatusOffload) {
+		return now - f.Late
+	}
+	kept, left := m.timeouts.UDP, f.Left
+	if f.Status.Has(StatusAssured) {
+		kept = m.timeouts.Stream
+	}
+	if left > 0 {
+		left += time.Second // it is rounded down
+	}
+	return now - f.Late - max(0, kept-left)
+}

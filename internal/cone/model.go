@@ -105,6 +105,8 @@ type Model struct {
 	strays    strays
 	revoked   revocations
 
+	observer func(Event) // may be nil
+
 	stopped bool
 	ops     []Op
 	spare   []Op // swapped with ops by Ops
@@ -270,6 +272,9 @@ func (m *Model) grant(now time.Duration, i int32) {
 // refuse notes that claim i does not stand, to be tried again later.
 func (m *Model) refuse(now time.Duration, i int32, r Reason) {
 	c := &m.claims[i]
+	if c.retry == 0 {
+		m.observe(Event{Kind: EventRefused, Permission: c.Permission, Reason: r})
+	}
 	m.setState(i, StateRefused, r)
 	m.stats.Refusals[r]++
 	c.retry = now + m.policy.Retry
@@ -306,6 +311,9 @@ func (m *Model) withdrawFrom(i int32, by Carriers, r Reason) {
 		return
 	}
 	m.stats.Revoked[r]++
+	if c.certain {
+		m.observe(Event{Kind: EventRevoked, Permission: c.Permission, By: c.placed.By, Reason: r})
+	}
 	m.op(Op{Kind: Revoke, Permission: c.Permission, By: by, Reason: r})
 	m.dropChildren(c)
 	m.wheel.remove(i)

@@ -56,6 +56,15 @@ func (s source) Explain(peer, ext netip.AddrPort) (Explanation, error) {
 		Steps: []Step{{"map", "matches", "it stands"}, {"firewall", "passes", "it is accepted"}},
 	}, nil
 }
+
+func (s source) Watch(_ context.Context, yield func(Event) bool) error {
+	for _, e := range []Event{{Event: EventBegin}, {Event: "granted", Int: proxy.Int, Ext: proxy.Ext, Peer: proxy.Peer}, {Event: EventLost, Lost: 7}} {
+		if !yield(e) {
+			break
+		}
+	}
+	return nil
+}
 func (s source) Flush() (int, error)                           { return 9, nil }
 func (s source) Status() Status                                { return s.status }
 func (s source) Permissions(yield func(Permission) bool) error { return s.each(yield) }

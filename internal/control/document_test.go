@@ -95,6 +95,7 @@ func TestTheDocumentDescribesTheWire(t *testing.T) {
 		pathStatus:      reflect.TypeFor[Status](),
 		pathVerify:      reflect.TypeFor[Verification](),
 		pathExplain:     reflect.TypeFor[Explanation](),
+		pathWatch:       reflect.TypeFor[Event](),
 		pathReload:      reflect.TypeFor[struct{}](),
 		pathRevoke:      reflect.TypeFor[result](),
 		pathFlush:       reflect.TypeFor[result](),

@@ -45,6 +45,11 @@ type Source interface {
 	// outside endpoint ext. The peer's port is 0 for any port that has no flow yet.
 	Explain(peer, ext netip.AddrPort) (Explanation, error)
 
+	// Watch yields each event from now on, the first one at once, until ctx ends, the daemon
+	// stops or yield returns false. yield blocks while a slow client reads; the daemon's own
+	// work must not wait for that. An error says that nothing was yielded.
+	Watch(ctx context.Context, yield func(Event) bool) error
+
 	// Reload reads the configuration again. After an error nothing has changed.
 	Reload() error
 	// Revoke ends the permissions that match all words and returns how many ended. There is
@@ -123,6 +128,8 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.verify(w)
 	case r.URL.Path == pathExplain:
 		h.explain(w, r)
+	case r.URL.Path == pathWatch:
+		h.watch(w, r)
 	case r.URL.Path == pathReload:
 		answer(w, struct{}{}, h.src.Reload())
 	case r.URL.Path == pathRevoke:

@@ -16,6 +16,7 @@ const (
 	pathFlush       = "/v1/flush"
 	pathVerify      = "/v1/verify"
 	pathExplain     = "/v1/explain"
+	pathWatch       = "/v1/watch"
 
 	// wordParameter may be repeated; see Source.Revoke.
 	wordParameter = "word"
@@ -32,6 +33,7 @@ var methods = map[string]string{
 	pathFlush:       http.MethodPost,
 	pathVerify:      http.MethodGet,
 	pathExplain:     http.MethodGet,
+	pathWatch:       http.MethodGet,
 }
 
 // result is the answer to a command.

@@ -76,6 +76,8 @@ type shared struct {
 	looks  chan func(*reconciler) // run by the reconcile, even in the middle of its work
 	ended  chan struct{}          // closed when the loop ended
 
+	watchers watchers // clients that watch
+
 	reloads  atomic.Uint64 // number of reloads begun
 	reloaded struct {
 		sync.Mutex
@@ -273,6 +275,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	d.failures.note(requestTurnOnAccounting, 1, err)
 	l.useBackends(r.backends) // the policy depends on them
 	l.newEngine(cone.New(l.policy(l.cfg)), r.served)
+	l.engine.Model.Observe(d.watchers.publish)
 	l.engine.Model.AdoptZones(d.firewall.zones)
 	l.topology = r.network.Topology().Compile()
 	r.uplinks.remember(r.network)

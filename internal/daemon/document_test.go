@@ -17,6 +17,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/engine"
 )
 
@@ -79,10 +80,14 @@ func TestTheDocumentHasTheIdentifiers(t *testing.T) {
 		"Mappings not applied":       own["unmapped"],
 		"Why a subnet is carried so": own["why"],
 		"Warnings":                   own["warningID"],
-		"Steps":                      own["step"],
-		"Results":                    own["result"],
-		"Verdicts":                   own["verdict"],
-		"Wrong":                      own["wrong"],
+		"Events": {
+			cone.EventGranted.String(), cone.EventRefused.String(), cone.EventRevoked.String(), cone.EventChild.String(),
+			cone.EventChildGone.String(), control.EventBegin, control.EventLost,
+		},
+		"Steps":    own["step"],
+		"Results":  own["result"],
+		"Verdicts": own["verdict"],
+		"Wrong":    own["wrong"],
 		"Filtering and mapping": {
 			config.AddressDependent.String(), config.EndpointIndependent.String(), config.AddressAndPortDependent.String(),
 			config.KernelMapping.String(), config.EndpointIndependentMapping.String(),
