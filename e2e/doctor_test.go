@@ -231,3 +231,25 @@ func TestDoctorsLinesRepair(t *testing.T) {
 		t.Run(name, tt.cure)
 	}
 }
+
+// The user's SIP helper works for a phone, so there is no expectation for its proxy, and the
+// forward chain drops what the map admits.
+//
+// Fails when doctor is content although the proxy's other port is lost.
+func TestDoctorKnowsHelpers(t *testing.T) {
+	stage.OfTheDaemon(t)
+	tt := fault{id: "helper_and_no_dnat", options: lab.Options{Rules: lab.Masquerade + lab.DropPolicy + sipHelper}, about: lab.InsideNet.String()}
+	p := &patient{newScene(t, tt.options), tt, filepath.Join(t.TempDir(), "conenatd.toml")}
+	p.write()
+	p.Start("--config", p.config)
+	phone, proxy := p.InsideSocket(0, 5060), p.PeerSocket(lab.PeerA, 5060)
+	ext := p.Contact(phone, proxy)
+	p.Stands(phone, proxy, ext)
+	var f *doctor.Finding
+	p.Until("doctor finds it", func() bool { f = p.finding(); return f != nil })
+	p.Lost(phone, p.PeerSocket(lab.PeerA, 5070), ext, proxy)
+	p.apply(f.Fix)
+	p.Until("the fault is gone", func() bool { return p.finding() == nil })
+	p.Arrives(phone, p.PeerSocket(lab.PeerA, 5071), ext)
+	p.Lost(phone, p.PeerSocket(lab.PeerC, 5071), ext, proxy)
+}

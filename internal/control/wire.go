@@ -179,6 +179,9 @@ type Permissions struct {
 	// Expectations is how many stand as expectations, whether they are also in the map or
 	// not.
 	Expectations int `json:"expectations"`
+	// Helped counts pairs of an inside host and a peer between which a conntrack helper of
+	// the user's works: there are no expectations, and the map alone carries.
+	Helped int `json:"helped"`
 }
 
 // Tables are conenatd's own nftables tables.

@@ -54,6 +54,7 @@ func (s source) Status() control.Status {
 		st.Tables.Map.On, st.Tables.Map.Passed, st.Tables.Expected.Passed = l.backends.nft != nil, m.Passed, m.Through
 		st.Permissions.Standing, st.Permissions.Refused = m.Standing, m.Refused
 		st.Permissions.Waiting, st.Permissions.Limit = m.Waiting, l.limit()
+		st.Permissions.Helped = m.Helped
 		st.Flows, st.BrokenFlows, st.Counters.Healed = m.Flows, slices.Clone(l.brokenNow), l.healed
 		st.Counters.Granted, st.Counters.Conflicts, st.Counters.Early = m.Granted, m.Conflicts, m.Early
 		st.Counters.Compared, st.Counters.Remapped = m.Compared, m.Remapped

@@ -78,6 +78,12 @@ func TestFindings(t *testing.T) {
 			[]string{"firewall-cmd --permanent --zone=$(firewall-cmd --get-zone-of-interface=wan0) --add-masquerade", "firewall-cmd --reload"},
 			2,
 		},
+		"a helper, and DNATed flows are dropped": {
+			func(f *Facts) {
+				f.Status.Permissions.Helped, f.Status.Subnets[0].Carried = 1, control.Carried{By: "expect", Why: "related_accepted", Chain: "inet f forward"}
+				f.Sysctls["net/netfilter/nf_conntrack_expect_max"] = Sysctl{"100000", true}
+			}, "helper_and_no_dnat", []string{`nft 'insert rule inet f forward iifname "wan0" ct status dnat accept'`}, 2,
+		},
 		"a full table": {
 			func(f *Facts) { f.Status.Conntrack.Entries = 80 }, "conntrack_filling", []string{"sysctl -w net.netfilter.nf_conntrack_max=200"}, 1,
 		},
