@@ -122,7 +122,7 @@ func (s *scene) sourceByAnotherLinkEarnsNothing(mode []string, inside, peer, ext
 // leads back to it: by the mark of its packets or of the answers, by the link that the
 // answers come from, or by their ports. Its packets pass.
 //
-// Fails when the chain spoofed ignores marks, and when it ignores rules that match what only
+// Fails when the chain before_conntrack ignores marks, and when it ignores rules that match what only
 // the answers have.
 func TestNFTRoadWarriorByPolicyRoutingPasses(t *testing.T) {
 	const warrior, far = "10.47.11.200", "192.0.2.99"

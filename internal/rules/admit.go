@@ -178,6 +178,9 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	}
 	learn := l.filter("learn", nftables.ChainHookPostrouting, learnPriority)
 	l.rule(learn, "answered flows end here", notNew, accept)
+	if !c.noNumgen {
+		l.rule(learn, "of later packets without an answer, most end here", hasStatus(ctConfirmed), numgenRandom(sampled).isNot(host32(0)), accept)
+	}
 	if test, any := l.surelyOutside(d); any {
 		l.rule(learn, "a source may be spoofed", test, accept)
 	}
@@ -248,6 +251,10 @@ func (l *layout) learn(d Desired, kinds []kind) {
 			counter(learnedCounter), accept)
 	}
 }
+
+// sampled is one in how many later packets of an unanswered flow learn looks at. That is
+// enough to learn a permission again that expired while no daemon renewed it.
+const sampled = 64
 
 // learnBurst times LearnRate is how many permissions the kernel may learn at once.
 const learnBurst = 5

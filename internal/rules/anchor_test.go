@@ -19,7 +19,7 @@ import (
 // source port that does not matter (RFC 768), so packets of other networks, to the gateway,
 // within a bridge, and of a family that is not enabled pass.
 //
-// Fails when the chain port_zero does not test addresses.
+// Fails when the chain before_conntrack does not test addresses.
 func TestPortZeroOfOthersPasses(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{Inside: 2, Guest: true, IPv6: true})
 	if err := l.Gateway.SetSysctl("net.bridge.bridge-nf-call-iptables", "1"); err != nil {

@@ -152,6 +152,7 @@ const contentsIP = `
 	chain learn {
 		type filter hook postrouting priority 290; policy accept;
 		ct state != new accept comment "answered flows end here"
+		ct status confirmed numgen random mod 64 != 0 accept comment "of later packets without an answer, most end here"
 		iifname @outside accept comment "a source may be spoofed"
 		meta l4proto != udp accept
 		oifname != @outside accept
@@ -254,10 +255,12 @@ const contentsInet = `
 	chain made_by_conenatd {
 	}
 
-	chain port_zero {
+	chain before_conntrack {
 		type filter hook prerouting priority raw; policy accept;
 		th sport 0 meta l4proto udp goto like_an_anchor
 		th dport 0 meta l4proto udp goto like_an_anchor
+		@nh,96,24 0xa2f0b meta nfproto ipv4 iifname @outside meta l4proto udp meta ipsec missing fib saddr . mark . iif oif missing goto no_way_back_outside comment "the way back is another link"
+		@nh,64,64 0x20010db800470000 meta nfproto ipv6 iifname @outside meta l4proto udp meta ipsec missing fib saddr . mark . iif oif missing goto no_way_back_outside comment "the way back is another link"
 	}
 
 	chain like_an_anchor {
@@ -265,12 +268,6 @@ const contentsInet = `
 		ip saddr != @subnets4 ip daddr @subnets4 counter name "port_zero_drops" drop comment "no packet may match an anchor"
 		ip6 saddr @subnets6 ip6 daddr != @subnets6 counter name "port_zero_drops" drop comment "no packet may match an anchor"
 		ip6 saddr != @subnets6 ip6 daddr @subnets6 counter name "port_zero_drops" drop comment "no packet may match an anchor"
-	}
-
-	chain spoofed {
-		type filter hook prerouting priority raw; policy accept;
-		@nh,96,24 0xa2f0b meta nfproto ipv4 iifname @outside meta l4proto udp meta ipsec missing fib saddr . mark . iif oif missing goto no_way_back_outside comment "the way back is another link"
-		@nh,64,64 0x20010db800470000 meta nfproto ipv6 iifname @outside meta l4proto udp meta ipsec missing fib saddr . mark . iif oif missing goto no_way_back_outside comment "the way back is another link"
 	}
 
 	chain no_way_back_outside {

@@ -11,6 +11,16 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
+// beforeConntrack returns the chain that every packet meets before conntrack. It is one for
+// all that must be done there: a second chain costs each packet more than rules do.
+func (l *layout) beforeConntrack() *nftables.Chain {
+	const name = "before_conntrack"
+	if i := slices.IndexFunc(l.chains, func(c *nftables.Chain) bool { return c.Name == name }); i >= 0 {
+		return l.chains[i]
+	}
+	return l.filter(name, nftables.ChainHookPrerouting, rawPriority)
+}
+
 // spoofed drops packets from outside with the source of an inside host: they would earn
 // that host a permission, or keep one alive. It lets pass hosts that are routed through an
 // outside link, packets that came through IPsec, and packets to the gateway, which the
@@ -19,7 +29,7 @@ import (
 // and unsure does the work.
 func (l *layout) spoofed(d Desired) {
 	l.counters = append(l.counters, spoofedCounter)
-	c := l.filter("spoofed", nftables.ChainHookPrerouting, rawPriority)
+	c := l.beforeConntrack()
 	if len(d.Subnets) > fewPrefixes {
 		l.rule(c, "", l.outside(iifname, false), accept)
 	}
@@ -52,7 +62,7 @@ const fewPrefixes = 4
 func (l *layout) portZero(d Desired) {
 	l.counters = append(l.counters, zeroCounter)
 	like := l.regular("like_an_anchor")
-	c := l.filter("port_zero", nftables.ChainHookPrerouting, rawPriority)
+	c := l.beforeConntrack()
 	l.rule(c, "", udpSport.is(be16(0)), isUDP, goTo(like))
 	l.rule(c, "", udpDport.is(be16(0)), isUDP, goTo(like))
 	if d.Self && !d.noFib {

@@ -171,7 +171,7 @@ func TestRejectOfTheUserStillAnswers(t *testing.T) {
 // A packet from outside with an inside host's source leaves no trace, whether the host has
 // such a flow or not. The inside host's own packets pass.
 //
-// Fails without the rules of the chain spoofed.
+// Fails without the rules of the function spoofed.
 func TestGuardDropsInsideSourcesFromOutside(t *testing.T) {
 	for name, tc := range map[string]struct {
 		inside, peer, far netip.Addr

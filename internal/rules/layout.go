@@ -127,11 +127,13 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 	if d.Guard {
 		inet.guard(served)
 	}
-	if d.Spoofed && !d.noFib {
+	if len(d.Helpers) > 0 {
+		inet.portZero(d)
+	}
+	if d.Spoofed && !d.noFib { // after portZero: these rules end the chain for some packets
 		inet.spoofed(d)
 	}
 	if len(d.Helpers) > 0 {
-		inet.portZero(d)
 		inet.children(d, served)
 	}
 	if d.unsure6Wanted() {

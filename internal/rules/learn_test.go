@@ -11,6 +11,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
@@ -368,4 +369,44 @@ func TestSourceByALinkUponTheWayBackIsLearned(t *testing.T) {
 	if n := count(t, g.tables).Unsure; n != 0 {
 		t.Errorf("unsure of %d", n)
 	}
+}
+
+// Of the later packets of an unanswered flow only a few meet all rules of the chain: these
+// learn its permission again after it has expired.
+//
+// Fails without the second rule of the chain, and when it lets no packet pass.
+func TestMostPacketsWithoutAnAnswerEndEarly(t *testing.T) {
+	text, err := rules.Text("conenat", learning)
+	check(t, err)
+	const rule = `		ct status confirmed numgen random mod 64 != 0 accept comment "of later packets without an answer, most end here"` + "\n"
+	before, after, found := strings.Cut(text, rule)
+	if !found {
+		t.Fatalf("no such rule in\n%s", text)
+	}
+	l := lab.ForTest(t, lab.Options{})
+	check(t, l.NFT(before+rule+"\t\tcounter comment \"behind it\"\n"+after))
+	in := listen(t, l.Inside(0), l.Inside(0).Addr, 5060)
+	flood := func(n int) {
+		t.Helper()
+		for range n {
+			check(t, in.Send(netip.AddrPortFrom(lab.PeerA, 5060), "one way"))
+		}
+	}
+	const packets = 4000
+	flood(packets)
+	_, count, _ := strings.Cut(output(t, l, "nft", "list", "chain", "ip", "conenat", "learn"), "counter packets ")
+	var behind int
+	if _, err := fmt.Sscan(count, &behind); err != nil || behind < 2 || behind > packets/16 {
+		t.Errorf("%d of %d packets met the other rules (%v), want about %d", behind, packets, err, packets/64)
+	}
+	for _, s := range []string{"map ip conenat permissions", "map ip conenat permission_ports", "set ip conenat repeaters"} {
+		output(t, l, "nft", append([]string{"flush"}, strings.Fields(s)...)...) // as if they had expired
+	}
+	for range 100 {
+		flood(200)
+		if list := output(t, l, "nft", "list", "map", "ip", "conenat", "permissions"); strings.Contains(list, lab.PeerA.String()) {
+			return
+		}
+	}
+	t.Error("no packet teaches the permission again")
 }

@@ -70,6 +70,11 @@ func fib(f expr.Fib, words uint32) operand {
 	return one(words, func(r uint32) expr.Any { f := f; f.Register = r; return &f })
 }
 
+// numgenRandom is "numgen random mod n".
+func numgenRandom(n uint32) operand {
+	return one(1, func(r uint32) expr.Any { return &expr.Numgen{Register: r, Modulus: n, Type: unix.NFT_NG_RANDOM} })
+}
+
 func network(offset, size uint32) operand {
 	return one(size/4, func(r uint32) expr.Any {
 		return &expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: size, DestRegister: r}

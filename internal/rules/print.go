@@ -211,6 +211,7 @@ var constants = map[string]func([]byte) string{
 	"boolean":   func(b []byte) string { return map[bool]string{false: "missing", true: "exists"}[b[0] != 0] },
 	"integer_8": func(b []byte) string { return fmt.Sprint(b[0]) },
 	"integer":   func(b []byte) string { return "0x" + strings.TrimLeft(fmt.Sprintf("%x", b), "0") },
+	"number":    func(b []byte) string { return fmt.Sprint(binary.NativeEndian.Uint32(b)) },
 }
 
 func addrText(b []byte) string { return netipAddr(b).String() }

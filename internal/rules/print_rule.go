@@ -73,6 +73,8 @@ func (p *rulePrinter) print(e expr.Any) {
 		p.ct(e)
 	case *expr.Rt:
 		p.load(e.Register, held{text: "rt ipsec", typ: "boolean"})
+	case *expr.Numgen:
+		p.load(e.Register, held{text: fmt.Sprintf("numgen random mod %d", e.Modulus), typ: "number"})
 	case *expr.Socket:
 		p.load(e.Register, held{text: "socket wildcard", typ: "integer_8"})
 	case *expr.Fib:

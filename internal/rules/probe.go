@@ -55,7 +55,7 @@ var features = []struct {
 	{UnsupportedError{
 		Feature: FeatureLearn,
 		Mend:    "load the module nft_limit (CONFIG_NFT_LIMIT)",
-	}, Desired{Map: &MapConfig{Size: 1, MaxChildren: 1, Learn: true, LearnRate: 1, Lifetime: time.Second, noLabels: true}}},
+	}, Desired{Map: &tryLearning}},
 	{UnsupportedError{
 		Feature: FeatureMapping,
 		Mend: "load the modules nft_chain_nat, nft_nat and nft_socket " +
@@ -66,6 +66,9 @@ var features = []struct {
 		Mend:    "load the module nf_conntrack built with CONFIG_NF_CONNTRACK_MARK",
 	}, Desired{Subnets: tryBoth, UplinkMarks: &UplinkMarks{Mask: 1, Links: []string{"probe0"}}}},
 }
+
+// tryLearning uses all that learning needs.
+var tryLearning = MapConfig{Size: 1, MaxChildren: 1, Learn: true, LearnRate: 1, Lifetime: time.Second, noLabels: true, noNumgen: true}
 
 // tryMapping uses all that mappings need, except the test for IPsec policies, which a
 // kernel without IPsec lacks (CONFIG_XFRM).
@@ -100,6 +103,9 @@ func (t *Tables) probe() error {
 	withIPsec := tryMapping
 	withIPsec.noIPsec = false
 	t.noSecPath = t.try(0, Desired{Subnets: tryPrefixes, Spoofed: true}) != nil
+	withNumgen := tryLearning
+	withNumgen.noNumgen = false
+	t.noNumgen = t.try(0, Desired{Map: &withNumgen}) != nil
 	t.noIPsec = t.try(0, Desired{Mapping: &withIPsec}) != nil
 	if t.try(both, Desired{}) == nil {
 		t.flags = both

@@ -66,7 +66,7 @@ func TestMissingFeaturesAreLeftOut(t *testing.T) {
 	if err != nil || !strings.Contains(got, "th dport 0") {
 		t.Error(got, err)
 	}
-	for _, name := range []string{"chain guard", "chain spoofed", "set children", "permissions", "mappings", "uplink"} {
+	for _, name := range []string{"chain guard", "chain no_way_back_outside", "set children", "permissions", "mappings", "uplink"} {
 		if strings.Contains(got, name) {
 			t.Error(got)
 		}
@@ -117,6 +117,29 @@ func TestMappingsWithoutIPsec(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got, err := l.Ruleset(); err != nil || strings.Contains(got, "rt ipsec missing") == none || !strings.Contains(got, "chain map_source") {
+			t.Error(got, err)
+		}
+	}
+}
+
+// A kernel without random numbers (CONFIG_NFT_NUMGEN) learns as others do: each packet without
+// an answer meets all rules.
+func TestLearningWithoutRandomNumbers(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{})
+	table, err := Open(Config{NetNS: l.Gateway.FD()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer table.Close()
+	if table.noNumgen {
+		t.Error("a kernel with random numbers is taken for one without")
+	}
+	for _, none := range []bool{false, true} {
+		table.noNumgen = none
+		if _, err := table.Set(Desired{OutsideLinks: []string{"wan0"}, Map: &tryLearning}); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := l.Ruleset(); err != nil || strings.Contains(got, "numgen") == none || !strings.Contains(got, "add @repeaters") {
 			t.Error(got, err)
 		}
 	}

@@ -185,6 +185,7 @@ type MapConfig struct {
 	ExcludePorts     []uint16
 
 	noLabels bool // the kernel has no conntrack labels
+	noNumgen bool // the kernel has no random numbers for rules
 }
 
 // Counters count packets since the tables were made.

@@ -32,6 +32,7 @@ type Tables struct {
 	noIPsec   bool                    // the kernel has no IPsec policies, so no rule need test for them
 	look      *nfnl.Conn              // for Changed; nil before its first call
 	noSecPath bool                    // the kernel has no packets that came through IPsec
+	noNumgen  bool                    // the kernel has no random numbers (CONFIG_NFT_NUMGEN)
 	mapped    elements.MappingsConfig // what the last Set made
 	written   map[writtenSet]uint64   // hashes of our sets' elements, if nobody else may write
 	others    uint32                  // the number at the last call of Changed
@@ -133,7 +134,7 @@ func (t *Tables) possibleMap(c MapConfig) MapConfig {
 	if t.Lacks(FeatureLearn) {
 		c.Learn, c.MaxChildren = false, 0
 	}
-	c.noLabels = t.Lacks(FeatureLabels)
+	c.noLabels, c.noNumgen = t.Lacks(FeatureLabels), t.noNumgen
 	return c
 }
 
