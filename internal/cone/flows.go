@@ -252,6 +252,10 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 			// The map may have learned a permission of which no event came yet. So drop the
 			// child only if there is a claim of its Key, or at the end of a snapshot.
 			switch {
+			case m.unreported.may:
+				if m.staysUnclaimed(f) {
+					m.orphan(f, p)
+				}
 			case i != none || m.owner(p.Key) != none || m.snap.showing:
 				m.orphan(f, p)
 			case m.snap.running: // it may still show that permission's flow
@@ -291,6 +295,7 @@ func (m *Model) notePassed(f *Flow, i int32) {
 	case known:
 	case f.Status.Has(StatusExpected):
 		m.stats.Through++
+	case m.passedBefore(f, i):
 	default:
 		m.stats.Passed++
 	}
@@ -443,6 +448,9 @@ func (m *Model) FlowGone(now time.Duration, f *Flow) {
 		m.flowGone(now, f, p, f.Src, true)
 		return
 	}
+	if m.unreported.may && !m.holds(f, p) {
+		m.show(now, f) // it was not reported when it began
+	}
 	first, n := m.policy.expand(&p)
 	for i := range n {
 		p.Peer = first.Plus(i)
@@ -466,20 +474,4 @@ func (m *Model) flowGone(now time.Duration, f *Flow, p Permission, peer Endpoint
 	}
 	m.removeFlow(n)
 	m.settle(now, i)
-}
-
-// FlowMissing handles the answer that the flow of a Query is gone, although no event said
-// so. When it ended is unknown, so it feeds nothing.
-func (m *Model) FlowMissing(now time.Duration, o *Op) {
-	i := m.find(o.Key, o.Int)
-	if i == none {
-		return
-	}
-	for _, child := range []bool{false, true} {
-		if n, ok := m.flows.byKey[m.flowKey(i, o.From, child)]; ok && m.flows.all[n].id == o.ID {
-			m.removeFlow(n)
-			m.settle(now, i)
-			return
-		}
-	}
 }

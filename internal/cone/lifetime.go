@@ -87,11 +87,15 @@ func (m *Model) attend(now time.Duration, i int32) {
 		if c.ends == 0 {
 			c.ends = m.ask(now, c)
 		}
-		if now >= c.ends {
+		switch {
+		case now < c.ends:
+			deadline = c.ends
+		case m.unreported.may: // there may be a later flow; EndSnapshot goes on
+			deadline = now + m.patience()
+		default:
 			m.expire(now, i)
 			return
 		}
-		deadline = c.ends
 	}
 	refreshed := now >= c.refresh && !overdue
 	if refreshed { // an overdue claim is not refreshed before its flows are queried
@@ -118,7 +122,35 @@ func (m *Model) ask(now time.Duration, c *claim) time.Duration {
 		fl := &m.flows.all[f]
 		m.op(Op{Kind: Query, Permission: c.Permission, From: m.from(f), FromZone: fl.zone, ID: fl.id})
 	}
-	return now + max(m.policy.Lifetime/16, m.wheel.grain)
+	return now + m.patience()
+}
+
+// expireOverdue ends claims that are overdue, after a time when flows were not reported.
+func (m *Model) expireOverdue(now time.Duration) {
+	for i := range m.claims {
+		if c := &m.claims[i]; c.state == StateStanding && c.ends != 0 && now >= c.ends && m.isOver(now, c) {
+			m.expire(now, int32(i))
+		}
+	}
+}
+
+// patience is how long an overdue claim waits for answers before the next look.
+func (m *Model) patience() time.Duration { return max(m.policy.Lifetime/16, m.wheel.grain) }
+
+// FlowMissing handles the answer that the flow of a Query is gone, although no event said
+// so. When it ended is unknown, so it feeds nothing.
+func (m *Model) FlowMissing(now time.Duration, o *Op) {
+	i := m.find(o.Key, o.Int)
+	if i == none {
+		return
+	}
+	for _, child := range []bool{false, true} {
+		if n, ok := m.flows.byKey[m.flowKey(i, o.From, child)]; ok && m.flows.all[n].id == o.ID {
+			m.removeFlow(n)
+			m.settle(now, i)
+			return
+		}
+	}
 }
 
 // expire ends claim i, which had no traffic from inside for a lifetime. If the peer alone

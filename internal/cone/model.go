@@ -107,6 +107,8 @@ type Model struct {
 
 	observer func(Event) // may be nil
 
+	unreported unreported
+
 	stopped bool
 	ops     []Op
 	spare   []Op // swapped with ops by Ops

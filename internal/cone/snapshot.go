@@ -22,6 +22,7 @@ type snapshot struct {
 	led     map[lead]struct{}   // where flows of forwards in inbound lead, whoever the peer
 
 	unplaced bool // Model.unplaced before this snapshot
+	reported bool // the kernel reported all flows since this snapshot began
 
 	inZones map[ends]uint16         // as in skips, but only of flows seen since it began
 	second  map[netip.Prefix]uint16 // likewise
@@ -46,6 +47,7 @@ func (m *Model) BeginSnapshot(now time.Duration) {
 		gen: m.snap.gen + 1, whole: m.snap.whole, first: !m.snap.whole, running: true, began: now, before: m.snap.before,
 		ended:    make(map[uint32]struct{}),
 		unplaced: m.unplaced || m.snap.unplaced,
+		reported: !m.unreported.on,
 	}
 	m.unplaced = false
 }
@@ -116,6 +118,9 @@ func (m *Model) EndSnapshot(now time.Duration) {
 	}
 	maps.DeleteFunc(m.revoked.at, func(r revocation, _ time.Duration) bool { return r.in == Endpoint{} }) // those of an earlier daemon
 	m.snap.before = m.snap.began
+	if m.unreported.showed(m.snap.reported) {
+		defer m.expireOverdue(now)
+	}
 	m.skips.inZones, m.skips.second = m.snap.inZones, m.snap.second
 	m.AbortSnapshot()
 	var changed []int32

@@ -106,6 +106,9 @@ type Config struct {
 	// the daemon.
 	LearnRate int
 
+	// Events says which flows the kernel reports when they begin.
+	Events Events
+
 	// Guard drops new UDP packets from outside for which the gateway has no socket, before
 	// conntrack makes a flow of them.
 	Guard bool
@@ -266,6 +269,17 @@ const (
 	BackendNFT    Backend = "nft"    // elements of an nftables map
 )
 
+// Events says which flows the kernel reports when they begin, as long as no other program
+// listens to conntrack; otherwise it reports all. The rest is found in dumps.
+type Events string
+
+// The values that a Config can ask for.
+const (
+	AutoEvents Events = "auto" // lean while such flows begin fast, otherwise all
+	AllEvents  Events = "all"
+	LeanEvents Events = "lean" // not those whose permission the kernel learned, or that can have none
+)
+
 // OnStop says what a stopped daemon leaves in the kernel.
 type OnStop string
 
@@ -292,6 +306,7 @@ func Default() Config {
 
 		Learn:     true,
 		LearnRate: 200,
+		Events:    AutoEvents,
 
 		Guard:       true,
 		Table:       "conenat",

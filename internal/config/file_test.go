@@ -38,6 +38,7 @@ max_permissions_per_host = 50
 max_children = 10
 learn = false
 learn_rate = 7
+events = "all"
 guard = false
 table = "cone2"
 on_stop = "keep"
@@ -87,6 +88,7 @@ func everyConfig() Config {
 		MaxPermissionsPerHost:   50,
 		MaxChildren:             10,
 		LearnRate:               7,
+		Events:                  AllEvents,
 
 		Table:         "cone2",
 		OnStop:        OnStopKeep,
@@ -186,6 +188,7 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 	}{
 		"backend that does not exist":  {`backend = "ebpf"`, `1: backend: expected "auto", "expect" or "nft", got "ebpf"`},
 		"backend of another type":      {`backend = ["nft"]`, `1: backend: expected "auto", "expect" or "nft", got an array`},
+		"events of another kind":       {`events = "some"`, `1: events: expected "auto", "all" or "lean", got "some"`},
 		"learn rate of nothing":        {`learn_rate = 0`, `1: learn_rate: expected a number from 1 to 100000, got 0`},
 		"learn rate beyond all":        {`learn_rate = 100001`, `1: learn_rate: expected a number from 1 to 100000, got 100001`},
 		"duration in words":            {"\n\nlifetime = \"5 minutes\"", `3: lifetime: expected a duration between 1s and 24h such as "5m", got "5 minutes"`},
@@ -216,15 +219,15 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 
 		"unknown key": {
 			"# typo\nlifetme = \"5m\"",
-			`2: lifetme: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, uplink_marks, uplink_mask, heal_flows, self, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`2: lifetme: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, uplink_marks, uplink_mask, heal_flows, self, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, events, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"unknown table": {
 			"lifetime = \"5m\"\n[limits.host]\nx = 1",
-			`2: limits: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, uplink_marks, uplink_mask, heal_flows, self, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`2: limits: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, uplink_marks, uplink_mask, heal_flows, self, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, events, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"key of another case": {
 			`Lifetime = "5m"`,
-			`1: Lifetime: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, uplink_marks, uplink_mask, heal_flows, self, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, guard, table, on_stop, event_buffer, control_socket, subnet`,
+			`1: Lifetime: unknown key, expected one of backend, lifetime, reconcile, log_level, outside, inside, port_pool, mapping_exempt, hairpin, uplink_marks, uplink_mask, heal_flows, self, peer_groups, exclude_peers, exclude_peer_ports, exclude_ports, max_permissions, max_permissions_per_subnet, max_permissions_per_host, max_children, learn, learn_rate, events, guard, table, on_stop, event_buffer, control_socket, subnet`,
 		},
 		"unknown key in the second subnet": {
 			"[[subnet]]\nprefix = \"10.0.0.0/8\"\n[[subnet]]\nprefix = \"192.168.0.0/16\"\nmtu = 1500",

@@ -148,6 +148,11 @@ var settings = []setting{
 		set:   one(learnRate, func(c *Config) *int { return &c.LearnRate }),
 	},
 	{
+		key: "events", flag: "events", kind: "word", def: "auto",
+		usage: "flows that the kernel reports: all, lean (not those whose permission it learned or that can have none), or auto (lean while it learns fast)",
+		set:   one(events, func(c *Config) *Events { return &c.Events }),
+	},
+	{
 		key: "guard", flag: "guard", kind: "bool", def: "true", truth: true,
 		usage: "drop UDP packets from outside that no socket of the gateway waits for, or with the source of an inside host, before they become a flow",
 		set:   one(truth, func(c *Config) *bool { return &c.Guard }),
@@ -440,6 +445,14 @@ func markBits(v any) (uint32, error) {
 		return 0, expected("bits of a mark side by side such as 0x0f000000", v)
 	}
 	return m, nil
+}
+
+func events(v any) (Events, error) {
+	switch v {
+	case "auto", "all", "lean":
+		return Events(v.(string)), nil
+	}
+	return "", expected(`"auto", "all" or "lean"`, v)
 }
 
 func onStop(v any) (OnStop, error) {

@@ -45,7 +45,7 @@ var full = Status{
 		{netip.MustParsePrefix("192.168.1.0/24"), "wan0", netip.Addr{}, 2, false, netip.MustParseAddrPort("192.168.1.9:5060"), netip.MustParseAddrPort("203.0.113.5:5060")},
 		{netip.MustParsePrefix("192.168.1.0/24"), "wan1", netip.MustParseAddr("198.51.100.1"), 1, true, netip.MustParseAddrPort("192.168.1.9:5061"), netip.MustParseAddrPort("203.0.113.5:5060")},
 	},
-	Events: Events{Received: 9000, Filtered: 120, Malformed: 1, Overruns: 3, ReadBuffer: 8 << 20},
+	Events: Events{Mode: "lean", Received: 9000, Filtered: 120, Malformed: 1, Overruns: 3, ReadBuffer: 8 << 20},
 	Counters: Counters{
 		Granted: 412, Conflicts: 7, Early: 5, Healed: 6, Repaired: map[string]uint64{"anchors": 1, "expectations": 4},
 		Refused: map[string]uint64{"table_full": 2, "forwarded": 9},
@@ -81,7 +81,7 @@ func TestWriteStatusOfAYoungDaemon(t *testing.T) {
 	var out strings.Builder
 	young := Status{
 		Version: "0.1.0", PID: 1234, Started: now, Backend: "expect", Helper: Helper{"conenat", "conenat"},
-		Subnets: full.Subnets[:1], Lifetime: 300, Accounting: true, Events: Events{ReadBuffer: 8 << 20},
+		Subnets: full.Subnets[:1], Lifetime: 300, Accounting: true, Events: Events{Mode: "all", ReadBuffer: 8 << 20},
 	}
 	if err := WriteStatus(&out, young, true, now); err != nil {
 		t.Fatal(err)

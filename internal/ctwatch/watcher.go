@@ -117,6 +117,7 @@ type Watcher struct {
 	closed                                  atomic.Bool
 	received, filtered, malformed, overruns atomic.Uint64
 	readBuffer                              int
+	port                                    uint32 // the netlink port ID
 }
 
 // socket is the part of a netlink.Conn that a Watcher uses while it runs.
@@ -153,7 +154,7 @@ func Dial(cfg Config) (*Watcher, error) {
 		_ = conn.Close()
 		return nil, err
 	}
-	w.readBuffer, w.filter = size, conn
+	w.readBuffer, w.filter, w.port = size, conn, conn.PID()
 	return w, nil
 }
 

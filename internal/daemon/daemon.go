@@ -20,7 +20,6 @@ import (
 	"github.com/conenatd/conenatd/internal/engine"
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/gateway"
-	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
@@ -111,6 +110,7 @@ type reconciler struct {
 	budget    budget             // of CPU time for looks at changes by neighbours
 	comparer  engine.Comparer
 	changed   changes // by neighbours, still to be looked at
+	lean      lean
 	uplinks   uplinks // outside links that no default route shows
 	broken    brokenFlows
 	rerouted  struct { // routes changed: flows may leave by other links now
@@ -368,8 +368,7 @@ func (l *loop) policy(cfg config.Config) cone.Policy {
 // VRF, whose links the guard does not know.
 func (r *reconciler) filterEvents(cfg config.Config) error {
 	r.unheard = r.firewall.hidden
-	inVRF := slices.ContainsFunc(r.network.Links, func(l gateway.Link) bool { return l.Kind == "vrf" })
-	if !cfg.Guard || r.firewall.tables == nil || r.firewall.tables.Lacks(rules.FeatureGuard) || inVRF {
+	if !r.guarded(cfg) {
 		return r.events.SetSources(ctwatch.Sources{})
 	}
 	s := ctwatch.Sources{Prefixes: slices.Concat(prefixes(cfg.Subnets), r.ownAddresses(cfg)), Labelled: r.firewall.labels() && r.firewall.whole}

@@ -22,6 +22,7 @@ const (
 	requestLeaveTheOldBackend    request = "leave_the_old_backend"
 	requestLookAtChanges         request = "look_at_changes"
 	requestLookAtConntrack       request = "look_at_conntrack"
+	requestLookAtListeners       request = "look_at_listeners"
 	requestLookAtRoutes          request = "look_at_routes"
 	requestLookAtSockets         request = "look_at_sockets"
 	requestLookForBroken         request = "look_for_broken_flows"

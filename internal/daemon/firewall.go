@@ -125,7 +125,7 @@ const leastMapSize = 1 << 20
 func mapConfig(cfg config.Config) *rules.MapConfig {
 	c := &rules.MapConfig{
 		Size: max(cfg.MaxPermissions, leastMapSize), Lifetime: cfg.Lifetime, MaxChildren: cfg.MaxChildren,
-		Learn: cfg.Learn, LearnRate: cfg.LearnRate,
+		Learn: cfg.Learn, LearnRate: cfg.LearnRate, Lean: cfg.Events != config.AllEvents,
 		PeerGroups: cfg.PeerGroups, ExcludePeers: cfg.ExcludePeers, ExcludePeerPorts: cfg.ExcludePeerPorts, ExcludePorts: cfg.ExcludePorts,
 	}
 	for _, s := range cfg.Subnets {
@@ -267,7 +267,8 @@ func (f *firewall) openMap(cfg config.Config, outside []string) (*elements.Map, 
 	if _, err := f.set(cfg, outside); err != nil {
 		return nil, err
 	}
-	return f.tables.NewMap(mapConfig(cfg)), nil
+	// An earlier daemon may have let the kernel hide flows.
+	return f.tables.NewMap(mapConfig(cfg)), f.tables.NewLean().Off()
 }
 
 // left lists the permissions in the map of an earlier daemon, if there is one. That

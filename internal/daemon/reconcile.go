@@ -95,6 +95,7 @@ func (r *reconciler) run(ctx context.Context, every time.Duration, ready func())
 				}
 				r.lookAround(ctx, q)
 				r.lookAtFlows(ctx)
+				r.lookForListeners(ctx)
 			case <-r.moved:
 				r.changed.links = true
 				r.lookAround(ctx, q)
@@ -273,6 +274,7 @@ func (r *reconciler) readFlows(q *ctwatch.Queries) error {
 	if m != nil {
 		r.ask(func(l *loop) { m.before = l.applied })
 	}
+	r.failures.note(requestLookAtListeners, 1, r.hideNothing())
 	r.ask(func(l *loop) { l.engine.Model.BeginSnapshot(r.now()) })
 	piece := make([]cone.Flow, 0, flowsAtOnce)
 	var failed error

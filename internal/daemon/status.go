@@ -35,6 +35,9 @@ func (s source) Status() control.Status {
 	}
 	s.do(func(l *loop) {
 		m := l.engine.Model.Stats()
+		if st.Events.Mode = string(config.AllEvents); l.engine.Model.Lean() {
+			st.Events.Mode = string(config.LeanEvents)
+		}
 		st.Lifetime = l.cfg.Lifetime.Seconds()
 		for _, n := range l.cfg.Subnets {
 			st.Subnets = append(st.Subnets, l.subnet(n))
@@ -156,6 +159,9 @@ var errEnded = engine.ErrEnded
 // reader does not hold up the loop.
 func (s source) Permissions(yield func(control.Permission) bool) error {
 	const atOnce = 256
+	if err := s.showAll(listAge); err != nil {
+		return err
+	}
 	piece := make([]cone.View, 0, atOnce)
 	var hidden *userrules.Covered
 	for at := 0; at >= 0; {

@@ -14,6 +14,9 @@ import (
 // flows and children with conntrack. It changes nothing. It looks twice and reports what
 // is wrong both times, since the kernel's state changes meanwhile.
 func (s source) Verify() (v control.Verification, err error) {
+	if err := s.showAll(0); err != nil {
+		return v, err
+	}
 	done := make(chan struct{})
 	look := func(r *reconciler) {
 		defer close(done)

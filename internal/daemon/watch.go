@@ -47,12 +47,11 @@ type watchers struct {
 
 // publish tells all watchers. It never blocks.
 func (ws *watchers) publish(e cone.Event) {
-	all := ws.all.Load()
-	if all == nil || len(*all) == 0 {
+	if !ws.any() {
 		return
 	}
 	x := watched{at: time.Now(), event: e}
-	for _, w := range *all {
+	for _, w := range *ws.all.Load() {
 		w.put(x)
 	}
 }
@@ -71,6 +70,12 @@ func (w *watcher) put(x watched) {
 	default:
 		w.lost.Add(1)
 	}
+}
+
+// any reports whether somebody watches.
+func (ws *watchers) any() bool {
+	all := ws.all.Load()
+	return all != nil && len(*all) > 0
 }
 
 // add adds a watcher.

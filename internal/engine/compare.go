@@ -112,8 +112,10 @@ func (c *Comparer) repair(s scope) error {
 		for i := range retry {
 			e.Model.Retry(e.cfg.Now(), retry[i])
 		}
+		now := e.cfg.Now()
+		unseen := now - e.Model.Known(now)
 		for i := range d.Unexpected {
-			if p := &d.Unexpected[i]; !p.isYoung(e.Model.Lifetime()) {
+			if p := &d.Unexpected[i]; !p.isYoung(e.Model.Lifetime(), unseen) {
 				e.Model.Unexpected(e.cfg.Now(), p.Permission, p.By)
 			}
 		}
@@ -122,11 +124,11 @@ func (c *Comparer) repair(s scope) error {
 }
 
 // isYoung reports whether p, an unexpected element, may just have been learned, so that the
-// model does not know it yet. One with more than a lifetime left was not learned: somebody
+// model, which does not know the last time unseen, does not know it yet. One with more than a lifetime left was not learned: somebody
 // added it.
-func (p *Placed) isYoung(lifetime time.Duration) bool {
+func (p *Placed) isYoung(lifetime, unseen time.Duration) bool {
 	age := lifetime - p.Left
-	return p.By == cone.ByMap && age <= learnedTime && age >= -time.Second
+	return p.By == cone.ByMap && age <= learnedTime+unseen && age >= -time.Second
 }
 
 // Verify finds what differs and changes nothing. It calls each, in the loop, for each

@@ -209,8 +209,12 @@ func (l *layout) learn(d Desired, kinds []kind) {
 		l.rule(learn, "a source may be spoofed", l.isUnsure(), accept)
 	}
 	l.rule(learn, "", ctReplyIPSaddr.in(l.noPeers), accept)
-	l.rule(learn, "", isUDP, ctReplyProtoSrc.in(peerPorts), accept)
-	l.rule(learn, "", isUDP, ctReplyProtoDst.in(ports), accept)
+	end := accept
+	if c.Lean {
+		end = goTo(l.lean())
+	}
+	l.rule(learn, "", isUDP, ctReplyProtoSrc.in(peerPorts), end)
+	l.rule(learn, "", isUDP, ctReplyProtoDst.in(ports), end)
 	// A sender without an answer must not use up the learning rate of its host, but must be
 	// learned again after its permission has expired.
 	repeaters := l.set(repeatersSet, permissionKey...)
@@ -232,24 +236,30 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	flows := l.set(learnedSet, flowKey...)
 	flows.HasTimeout, flows.Timeout, flows.Dynamic, flows.free, flows.Size = true, savedTimeout, true, true, uint32(min(c.Size, learnedSize))
 	addrMap, portMap, marks := l.named(elements.PermissionMap), l.named(elements.PortMap), l.named(elements.MarksMap)
+	add := func(chain *nftables.Chain, end exprs) {
+		l.rule(chain, "", isUDP, updateIn(flows, elem{key: replyFlow, timeout: c.Lifetime}))
+		for _, k := range kinds {
+			key := k.flowKey()
+			l.rule(chain, "", ctMark.isNot(host32(0)), isUDP, k.hasFlow(), addTo(marks, elem{key: key, timeout: c.Lifetime, data: &ctMark}))
+			// A second host on the outside endpoint must neither take over nor refresh the
+			// element.
+			l.rule(chain, "one that is there stays as it is", isUDP, k.hasFlow(),
+				addTo(portMap, elem{key: key, timeout: c.Lifetime, data: &ctOriginalProtoSrc}),
+				addTo(addrMap, elem{key: key, timeout: c.Lifetime, data: &ctOriginalIPSaddr}),
+				counter(learnedCounter), end)
+		}
+	}
+	passed := l.regular("passed_on")
+	l.rule(learn, "a flow with the same answers has ended", lacksStatus(ctConfirmed), isUDP, replyFlow.in(flows), goTo(passed))
 	for _, k := range kinds {
 		key := k.flowKey()
-		l.rule(learn, "a flow with the same answers has ended", lacksStatus(ctConfirmed), isUDP, replyFlow.in(flows), k.hasFlow(),
+		l.rule(passed, "the outside port has passed to this host", isUDP, k.hasFlow(),
 			deleteFrom(portMap, elem{key: key, data: &ctOriginalProtoSrc}),
 			deleteFrom(addrMap, elem{key: key, data: &ctOriginalIPSaddr}),
 			deleteFrom(marks, elem{key: key, data: &ctMark}))
 	}
-	l.rule(learn, "", isUDP, updateIn(flows, elem{key: replyFlow, timeout: c.Lifetime}))
-	for _, k := range kinds {
-		key := k.flowKey()
-		l.rule(learn, "", ctMark.isNot(host32(0)), isUDP, k.hasFlow(), addTo(marks, elem{key: key, timeout: c.Lifetime, data: &ctMark}))
-		// A second host on the outside endpoint must neither take over nor refresh the
-		// element.
-		l.rule(learn, "one that is there stays as it is", isUDP, k.hasFlow(),
-			addTo(portMap, elem{key: key, timeout: c.Lifetime, data: &ctOriginalProtoSrc}),
-			addTo(addrMap, elem{key: key, timeout: c.Lifetime, data: &ctOriginalIPSaddr}),
-			counter(learnedCounter), accept)
-	}
+	add(passed, accept) // the daemon must know: the previous host may use other flows
+	add(learn, end)
 }
 
 // sampled is one in how many later packets of an unanswered flow learn looks at. That is

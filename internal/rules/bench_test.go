@@ -430,6 +430,12 @@ func BenchmarkNewFlow(b *testing.B) {
 	with("mapping, known", bare, false)
 	with("permissions alone", rules.Desired{OutsideLinks: bare.OutsideLinks, Subnets: standard.Subnets, Guard: true, Map: &learning}, false)
 	with("mapping, known, and permissions", full, false)
+	lean, hiding := learning, newArm("permissions alone, flows not reported")
+	lean.Lean = true
+	table, _ := hiding.carry(b, rules.Desired{OutsideLinks: bare.OutsideLinks, Subnets: standard.Subnets, Guard: true, Map: &lean})
+	hiding.begin = func(int) { must(b, table.NewLean().On()) }
+	hiding.events = 0 // it listens, and hears nothing
+	arms = append(arms, hiding)
 	for _, a := range arms {
 		begin := a.begin
 		a.begin = func(round int) {

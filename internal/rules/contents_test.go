@@ -166,7 +166,14 @@ const contentsIP = `
 		ct status confirmed meta l4proto udp add @repeaters { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst limit rate over 6/minute burst 1 packets } accept comment "a flow that was seen, but for six packets a minute"
 		meta l4proto udp ct reply ip saddr . ct reply ip daddr . ct reply proto-dst @denied accept comment "the daemon forbids it"
 		add @learners { ct original ip saddr limit rate over 100/second burst 500 packets } counter name "learn_limited" accept comment "too many at a time"
-		ct status ! confirmed meta l4proto udp ct reply ip saddr . ct reply proto-src . ct reply ip daddr . ct reply proto-dst @learned_flows delete @permission_ports { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst : ct original proto-src } delete @permissions { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst : ct original ip saddr } delete @marks { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst : ct mark } comment "a flow with the same answers has ended"
+		ct status ! confirmed meta l4proto udp ct reply ip saddr . ct reply proto-src . ct reply ip daddr . ct reply proto-dst @learned_flows goto passed_on comment "a flow with the same answers has ended"
+		meta l4proto udp update @learned_flows { ct reply ip saddr . ct reply proto-src . ct reply ip daddr . ct reply proto-dst timeout 5m }
+		ct mark != 0x00000000 meta l4proto udp add @marks { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m : ct mark }
+		meta l4proto udp add @permission_ports { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m : ct original proto-src } add @permissions { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m : ct original ip saddr } counter name "learned" accept comment "one that is there stays as it is"
+	}
+
+	chain passed_on {
+		meta l4proto udp delete @permission_ports { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst : ct original proto-src } delete @permissions { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst : ct original ip saddr } delete @marks { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst : ct mark } comment "the outside port has passed to this host"
 		meta l4proto udp update @learned_flows { ct reply ip saddr . ct reply proto-src . ct reply ip daddr . ct reply proto-dst timeout 5m }
 		ct mark != 0x00000000 meta l4proto udp add @marks { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m : ct mark }
 		meta l4proto udp add @permission_ports { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m : ct original proto-src } add @permissions { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst timeout 5m : ct original ip saddr } counter name "learned" accept comment "one that is there stays as it is"

@@ -25,8 +25,10 @@ func TestKernelLearnsFromTheFirstPacket(t *testing.T) {
 	}
 	g.arrives(in, g.peer(lab.PeerA, 5070), p.Ext)
 	g.lost(in, g.peer(lab.PeerB, 5070), p.Ext, peer)
-	if c := count(t, g.tables); c.Learned != 1 {
-		t.Errorf("%+v", c)
+	n, err := g.tables.Learned()
+	check(t, err)
+	if c := count(t, g.tables); c.Learned != 1 || n != 1 {
+		t.Errorf("%+v, and Learned returns %d", c, n)
 	}
 }
 

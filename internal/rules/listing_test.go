@@ -25,6 +25,7 @@ var features = map[string]func(d *rules.Desired, m *rules.MapConfig){
 	"without a cap":      func(d *rules.Desired, m *rules.MapConfig) { d.MaxChildren, m.MaxChildren = 0, 0 },
 	"expectations alone": func(d *rules.Desired, _ *rules.MapConfig) { d.Map = nil },
 	"map alone":          func(d *rules.Desired, _ *rules.MapConfig) { d.Helpers = nil },
+	"lean":               func(_ *rules.Desired, m *rules.MapConfig) { m.Lean = true },
 	"peer groups": func(_ *rules.Desired, m *rules.MapConfig) {
 		m.PeerGroups = []netip.Prefix{
 			netip.MustParsePrefix("203.0.113.0/28"), netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("198.18.0.0/15"),

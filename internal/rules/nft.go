@@ -222,6 +222,7 @@ func statusIs(value, mask uint32) exprs {
 
 var (
 	isUDP      = metaL4proto.is([]byte{unix.IPPROTO_UDP})
+	isTCP      = metaL4proto.is([]byte{unix.IPPROTO_TCP})
 	notUDP     = metaL4proto.isNot([]byte{unix.IPPROTO_UDP})
 	notNew     = ctState.isNot(host32(expr.CtStateBitNEW))
 	zoneIs0    = ctZone.is(host16(0))

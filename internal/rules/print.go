@@ -187,7 +187,7 @@ var constants = map[string]func([]byte) string{
 	"ifname":       quoted,
 	"string":       quoted, // a conntrack helper
 	"inet_proto": func(b []byte) string {
-		return named(uint32(b[0]), map[uint32]string{unix.IPPROTO_ICMP: "icmp", unix.IPPROTO_UDP: "udp", unix.IPPROTO_ICMPV6: "ipv6-icmp"})
+		return named(uint32(b[0]), map[uint32]string{unix.IPPROTO_ICMP: "icmp", unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp", unix.IPPROTO_ICMPV6: "ipv6-icmp"})
 	},
 	"nf_proto": func(b []byte) string {
 		return named(uint32(b[0]), map[uint32]string{unix.NFPROTO_IPV4: "ipv4", unix.NFPROTO_IPV6: "ipv6"})
@@ -243,5 +243,5 @@ func bitNames(n uint32, names []string) string {
 var (
 	ctStates   = []string{"invalid", "established", "related", "new"}
 	ctStatuses = []string{"expected", "seen-reply", "assured", "confirmed", "snat", "dnat", "seq-adjust", "snat-done", "dnat-done", "dying"}
-	ctEvents   = []string{"new", "related", "destroy"}
+	ctEvents   = []string{"new", "related", "destroy", "reply", "assured"}
 )

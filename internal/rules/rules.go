@@ -172,6 +172,8 @@ type MapConfig struct {
 	// LearnRate is how many permissions per second the kernel learns from one inside
 	// address. Bursts may be five times as large.
 	LearnRate int
+	// Lean lets elements.Lean keep the kernel from reporting flows.
+	Lean bool
 	// Subnets are the enabled subnets. IPv6 subnets are ignored.
 	Subnets []netip.Prefix
 	// OpenSubnets are those of Subnets whose permissions are for everybody. PeerGroups are

@@ -33,6 +33,9 @@ func mappedOf(d *Desired) (m elements.MappingsConfig) {
 // NewUnsure returns the flows whose source may be spoofed.
 func (t *Tables) NewUnsure() *elements.Unsure { return elements.NewUnsure(t.w.Writer) }
 
+// NewLean returns the switch between reports of all flows and of some.
+func (t *Tables) NewLean() *elements.Lean { return elements.NewLean(t.w.Writer) }
+
 // NewRevoked returns the permissions that the user revoked.
 func (t *Tables) NewRevoked() *elements.Revoked { return elements.NewRevoked(t.w.Writer) }
 

@@ -46,6 +46,9 @@ func (l *layout) unsure(d Desired, sources []netip.Prefix) {
 	inside.Interval, inside.elements = true, intervals(sources)
 	from := l.fromInside(d, ipFamilies[0], elements.UnsureSet, nil)
 	c := l.chain("way_back", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, sourcePriority)
+	if d.Map != nil && d.Map.Lean {
+		l.leanTCP(c)
+	}
 	l.rule(c, "", isUDP, ipSaddr.in(inside), goTo(from))
 }
 
@@ -121,4 +124,10 @@ func (d *Desired) unsure6Wanted() bool {
 	return !d.noFib && !d.noWayBack && len(d.Helpers) > 0 && len(ipFamilies[1].of(d.Subnets)) > 0
 }
 
-const eventDestroy = 1 << 2 // IPCT_DESTROY alone: no event for the new flow
+// Events of conntrack (enum ip_conntrack_events). With eventDestroy alone there is no event
+// for the new flow.
+const (
+	eventDestroy = 1 << 2
+	eventReply   = 1 << 3
+	eventAssured = 1 << 4
+)

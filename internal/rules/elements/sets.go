@@ -30,6 +30,8 @@ const (
 	// IPv6; it is in the table of family inet.
 	UnsureSet  = "unsure"
 	Unsure6Set = "unsure6"
+	// LeanSet has UDP while the kernel does not report flows whose permission it learned.
+	LeanSet = "lean"
 	// RevokedSet has the permissions that the user revoked. It is in the table of family
 	// inet, and no rule looks it up.
 	RevokedSet = "revoked"
@@ -70,6 +72,9 @@ const (
 	// lasts for deniedTimeout, which is longer than any interval between two reconciles.
 	DeniedSize    = 1 << 16
 	deniedTimeout = 2 * time.Hour
+	// LeanTimeout is how long the kernel does not report flows after the last Lean.On: not
+	// for long if the daemon dies.
+	LeanTimeout = 15 * time.Second
 	// OwnedLonger is how much longer an outside endpoint is owned than its mapping lasts.
 	// If ownership ended first, two hosts could share the endpoint for a moment.
 	OwnedLonger = time.Second

@@ -1,0 +1,95 @@
+package cone
+
+import "time"
+
+// unreported tracks flows that the kernel does not report when they begin, because it learned
+// their permission by itself. The model finds them in snapshots, or when they end.
+type unreported struct {
+	on  bool // the kernel hides them now
+	may bool // there may be some that began since the last complete snapshot
+	// Children that were counted although no claim of their permission was known: since the
+	// last snapshot, and before it.
+	counted, earlier map[uint32]struct{}
+}
+
+// SetLean tells the model whether the kernel hides flows whose permission it learned. Call it
+// before the kernel begins to hide them, and after it ends that.
+func (m *Model) SetLean(on bool) {
+	m.unreported.on = on
+	m.unreported.may = m.unreported.may || on
+	m.snap.reported = m.snap.reported && !on
+}
+
+// Lean reports whether the kernel hides flows now.
+func (m *Model) Lean() bool { return m.unreported.on }
+
+// Known returns the time up to which the model knows all flows, at most now.
+func (m *Model) Known(now time.Duration) time.Duration {
+	if m.unreported.may {
+		return m.snap.before
+	}
+	return now
+}
+
+// showed notes the end of a complete snapshot. reported says that the kernel hid no flow since
+// the snapshot began. It returns whether all flows are known now and were not before.
+func (u *unreported) showed(reported bool) (all bool) {
+	was := u.may
+	u.may = u.on || u.may && !reported
+	u.earlier, u.counted = u.counted, nil
+	return was && !u.may
+}
+
+// passedBefore reports whether f, a child of claim i or of no claim that is known, has
+// counted as passed before, while its claim was not known.
+func (m *Model) passedBefore(f *Flow, i int32) bool {
+	u := &m.unreported
+	return m.snap.showing && u.has(f.ID) || i == none && u.may && !u.count(f.ID)
+}
+
+// staysUnclaimed reports whether f, a child of a permission that does not stand, was there
+// when the last snapshot ended: this snapshot would show a flow that was not reported. It notes
+// other children for the next snapshot, because the flow of their permission may have begun
+// when the dump was past it.
+func (m *Model) staysUnclaimed(f *Flow) bool {
+	_, old := m.unreported.earlier[f.ID]
+	if !old {
+		m.unreported.count(f.ID)
+	}
+	return old && m.snap.showing
+}
+
+// count notes a child of an unknown claim. It returns false if that child counted before.
+func (u *unreported) count(id uint32) bool {
+	if u.has(id) {
+		return false
+	}
+	const most = 1 << 16
+	if u.counted == nil {
+		u.counted = make(map[uint32]struct{})
+	}
+	if len(u.counted) < most {
+		u.counted[id] = struct{}{}
+	}
+	return true
+}
+
+func (u *unreported) has(id uint32) bool {
+	_, now := u.counted[id]
+	_, before := u.earlier[id]
+	return now || before
+}
+
+// holds reports whether the model knows f, an outbound flow that gives p.
+func (m *Model) holds(f *Flow, p Permission) bool {
+	first, n := m.policy.expand(&p)
+	for i := range n {
+		p.Peer = first.Plus(i)
+		if c := m.find(p.Key, p.Int); c != none {
+			if fl, ok := m.flows.byKey[m.flowKey(c, f.ReplySrc, false)]; ok && m.flows.all[fl].id == f.ID {
+				return true
+			}
+		}
+	}
+	return false
+}

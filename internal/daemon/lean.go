@@ -1,0 +1,187 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/rules/elements"
+)
+
+const (
+	// With events = "auto" the kernel hides flows while it learns at least leanAbove
+	// permissions a second, and until it has learned fewer than leanBelow for leanFor.
+	leanAbove, leanBelow = 2000, 1000
+	leanFor              = 10 * time.Second
+	// leanRenew is how often the daemon tells the kernel to go on.
+	leanRenew = elements.LeanTimeout / 3
+	// leanLifetime is the least lifetime with which the kernel hides flows: the daemon must find
+	// them well before their permissions end. It looks leanLooks times in a lifetime.
+	leanLifetime = 10 * time.Second
+	leanLooks    = 3
+	// listAge is how old a list may be while the kernel hides flows.
+	listAge = 5 * time.Second
+)
+
+// lean says whether the kernel reports the flows whose permission it learned (events, ADR
+// 10). The reconcile owns it.
+type lean struct {
+	on   bool
+	told time.Duration // when the kernel was last told to hide them
+	pace pace
+}
+
+// A pace tells whether the kernel learns many permissions.
+type pace struct {
+	many    bool
+	learned tally
+	total   uint64        // at the last look
+	looked  time.Duration // 0 before the first look
+	low     time.Duration // since when the kernel has learned few
+}
+
+// look takes the kernel's count of permissions that it learned.
+func (p *pace) look(now time.Duration, count uint64) {
+	total := p.learned.read(count)
+	n, past := total-p.total, now-p.looked
+	first := p.looked == 0
+	p.total, p.looked = total, now
+	if first {
+		return
+	}
+	rate := float64(n) / past.Seconds()
+	if rate >= leanBelow {
+		p.low = now
+	}
+	p.many = rate >= leanAbove || p.many && now-p.low < leanFor
+}
+
+// mayHide reports whether no promise needs a report of each flow whose permission the kernel
+// learned: the map alone carries these permissions, early packets make no flows, the zones of
+// flows do not matter, reconciles find the flows in time, and nobody watches.
+func (r *reconciler) mayHide(cfg config.Config) bool {
+	f := r.firewall
+	return cfg.Events != config.AllEvents && cfg.Lifetime >= leanLifetime && f.learns(cfg) && f.labels() &&
+		!f.expects(cfg) && r.guarded(cfg) && len(f.zonedAddrs()) == 0 && !r.watchers.any()
+}
+
+// expects reports whether expectations carry, or may carry, permissions that the kernel
+// learns.
+func (f *firewall) expects(cfg config.Config) bool {
+	return f.withExpectations() && slices.ContainsFunc(cfg.Subnets, func(s config.Subnet) bool {
+		return s.Prefix.Addr().Is4() && !s.Routed && f.decisions[s.Prefix].Choice != cone.ChooseMap
+	})
+}
+
+// guarded reports whether packets that come too early make no flows. The guard does not know
+// links in a VRF.
+func (r *reconciler) guarded(cfg config.Config) bool {
+	inVRF := slices.ContainsFunc(r.network.Links, func(l gateway.Link) bool { return l.Kind == "vrf" })
+	return cfg.Guard && r.firewall.tables != nil && !r.firewall.tables.Lacks(rules.FeatureGuard) && !inVRF
+}
+
+// lookForListeners is lookAtListeners, and notes its error.
+func (r *reconciler) lookForListeners(ctx context.Context) {
+	if err := r.lookAtListeners(); ctx.Err() == nil {
+		r.failures.note(requestLookAtListeners, 1, err)
+	}
+}
+
+// lookAtListeners lets the kernel hide flows whose permission it learned, or report all. It
+// hides none while another program listens to conntrack.
+func (r *reconciler) lookAtListeners() error {
+	var cfg config.Config
+	var unseen time.Duration
+	if !r.ask(func(l *loop) { cfg, unseen = l.cfg, l.unseen() }) {
+		return errEnded
+	}
+	if unseen >= cfg.Lifetime/leanLooks {
+		r.wantReconcile()
+	}
+	wanted, err := r.wantsLean(cfg)
+	if wanted {
+		var others int
+		others, err = r.events.OtherListeners()
+		wanted = err == nil && others == 0
+	}
+	switch {
+	case wanted && (!r.lean.on || r.now()-r.lean.told >= leanRenew):
+		return r.hideLearned()
+	case !wanted && r.lean.on:
+		r.wantReconcile()
+		err = errors.Join(err, r.hideNothing())
+	}
+	return err
+}
+
+// wantsLean reports whether the kernel should hide flows, if nobody else listens.
+func (r *reconciler) wantsLean(cfg config.Config) (bool, error) {
+	if !r.mayHide(cfg) {
+		return false, nil
+	}
+	if cfg.Events == config.LeanEvents {
+		return true, nil
+	}
+	p := &r.lean.pace
+	if now := r.now(); p.looked == 0 || now-p.looked >= time.Second {
+		n, err := r.firewall.tables.Learned()
+		if err != nil {
+			return false, err
+		}
+		p.look(now, n)
+	}
+	return p.many, nil
+}
+
+func (r *reconciler) hideLearned() error {
+	if !r.ask(func(l *loop) { l.engine.Model.SetLean(true) }) { // before any flow is hidden
+		return errEnded
+	}
+	r.lean.on, r.lean.told = true, r.now()
+	return r.firewall.tables.NewLean().On()
+}
+
+// hideNothing lets the kernel report all flows again. It is also called before each dump: only
+// with a dump made while flows are reported does the model know them all, and only then may
+// permissions end. The next look hides flows again.
+func (r *reconciler) hideNothing() error {
+	if !r.lean.on {
+		return nil
+	}
+	if err := r.firewall.tables.NewLean().Off(); err != nil {
+		return err // until it is over by itself
+	}
+	r.lean.on = false
+	r.ask(func(l *loop) { l.engine.Model.SetLean(false) })
+	return nil
+}
+
+// unseen returns how long ago a flow may have begun that the model does not know.
+func (l *loop) unseen() time.Duration {
+	now := l.now()
+	return now - l.engine.Model.Known(now)
+}
+
+// showAll lets the model know all flows that began up to age ago, if the kernel hides some.
+func (s *shared) showAll(age time.Duration) error {
+	known := false
+	if !s.do(func(l *loop) { known = l.unseen() <= age }) || known {
+		return nil
+	}
+	done := make(chan error, 1)
+	select {
+	case s.jobs <- func(r *reconciler) { done <- r.readFlows(r.reads) }:
+	case <-s.ended:
+		return errEnded
+	}
+	if err := <-done; err != nil {
+		return fmt.Errorf("read flows: %w", err)
+	}
+	return nil
+}
