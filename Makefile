@@ -15,6 +15,7 @@ ARCH = $(or $(GOARCH),$(shell $(GO) env GOARCH))
 
 RUN_PACKAGES  = iproute2 nftables conntrack
 TEST_PACKAGES = $(RUN_PACKAGES) iptables gcc libc6-dev strace systemd python3 ipset
+BOX_PACKAGES  = git mmdebstrap systemd-container lintian xz-utils
 VM_PACKAGES   = qemu-system-x86 busybox-static kmod xz-utils zstd
 
 # Debian's kernels that "make kernels" boots: 5.10 6.1 6.12 7.3.
@@ -35,7 +36,7 @@ OWN_MODES = ^Test(Doctor|Explain|Unit|NFT|Legacy|GroupOf|AutoNFT|Mend|Offload|Fl
 PACKAGES32 = cone ctwatch expect gateway nfnl rules rules/elements userrules
 E2E32      = ^Test(Selftest(Passes|Proves)|Legacy|Self(Gets|Judges)|UnitAllows|CapNet|IPv6Routed|NFTHairpin$$|AccountingIsRestored)
 
-.PHONY: build demo check test lint vet cross unit unit32 soak modes fuzz kernels bench clean
+.PHONY: build demo check test lint vet cross unit unit32 soak modes fuzz kernels packages packages-test bench clean
 
 PROGRAM ?= bin/conenatd
 build:
@@ -109,6 +110,15 @@ fuzz:
 kernels:
 	@scripts/install-deps $(TEST_PACKAGES) $(VM_PACKAGES)
 	CONENATD_KERNELS="$(KERNELS)" $(GO) test -count=1 -timeout 200m -v ./e2e/kernels
+
+# Debian and RPM packages, static programs, SBOM and checksums, for all machines.
+packages:
+	scripts/packages bin/packages
+
+# Needs some minutes: installs, upgrades and removes the package in a container with Debian 12.
+packages-test:
+	@scripts/install-deps $(TEST_PACKAGES) $(BOX_PACKAGES)
+	CONENATD_PACKAGES=1 $(GO) test -count=1 -timeout 30m ./e2e/packages
 
 # Measurements; docs/results says what they gave.
 bench:

@@ -393,6 +393,27 @@ func TestStopThatKeepsLeavesThePermissions(t *testing.T) {
 	}
 }
 
+// Fails when SIGUSR1 is handled like SIGTERM.
+func TestStopForAnUpgradeLeavesThePermissions(t *testing.T) {
+	s := play(t, lab.Options{})
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	s.Must(s.Daemon.Signal(syscall.SIGUSR1))
+	s.Until("the daemon ends", func() bool {
+		_, code := s.CLI("status")
+		return code != 0
+	})
+	s.Kill() // reaps it
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+	s.Start("--subnet", lab.InsideNet.String())
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
+	s.Stop()
+	if left := s.Leftovers(); len(left) > 0 {
+		t.Errorf("left after stop: %q", left)
+	}
+}
+
 func TestCleanupTakesEveryTraceOfADeadDaemon(t *testing.T) {
 	s := newScene(t, lab.Options{})
 	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)

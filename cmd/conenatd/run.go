@@ -29,7 +29,8 @@ func runCommand() *cobra.Command {
 		Use:   "run",
 		Short: "Run the daemon",
 		Long: `Run the daemon in the foreground until SIGTERM or SIGINT. It then takes
-everything that it made out of the kernel, unless on_stop says otherwise. SIGHUP
+everything that it made out of the kernel, unless on_stop says otherwise. SIGUSR1
+ends it, too, but leaves everything for the next daemon: send it for an upgrade. SIGHUP
 and "conenatd reload" make it read the configuration file again; flags override
 the file.
 
@@ -94,6 +95,9 @@ func run(ctx context.Context, flags *config.Flags, stderr io.Writer) error {
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
 	defer signal.Stop(hangup)
+	upgrade := make(chan os.Signal, 1)
+	signal.Notify(upgrade, syscall.SIGUSR1)
+	defer signal.Stop(upgrade)
 	d, err := daemon.New(daemon.Config{
 		Config: cfg, Version: versionText(), Socket: socket, Log: log,
 		Level: &level, Reload: flags.Resolve,
@@ -101,6 +105,8 @@ func run(ctx context.Context, flags *config.Flags, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
 	notify, err := sdnotify.New()
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		log.Warn("tell the service manager", "err", err)
@@ -109,6 +115,14 @@ func run(ctx context.Context, flags *config.Flags, stderr io.Writer) error {
 	defer context.AfterFunc(ctx, func() { _ = notify.Notify(sdnotify.Stopping) })()
 	ended := make(chan struct{})
 	defer close(ended)
+	go func() {
+		select {
+		case <-upgrade:
+			d.HandOver()
+			stop()
+		case <-ended:
+		}
+	}()
 	go reloadOn(hangup, ended, d)
 	go watchdog(notify, ended, d)
 	return d.Run(ctx, func() {

@@ -44,10 +44,11 @@ type Daemon struct {
 	loop      *loop
 	reconcile *reconciler
 
-	lock   *control.Lock
-	made   bool       // this daemon took over the tables of an earlier one, or made them
-	leave  bool       // permissions and tables stay in the kernel when this daemon ends
-	denied []cone.Key // what the user revoked under an earlier daemon
+	lock      *control.Lock
+	made      bool        // this daemon took over the tables of an earlier one, or made them
+	leave     bool        // permissions and tables stay in the kernel when this daemon ends
+	handsOver atomic.Bool // the next end is that of an upgrade: see HandOver
+	denied    []cone.Key  // what the user revoked under an earlier daemon
 }
 
 // shared is what all goroutines of a Daemon use. It stays as New made it, or is safe for
@@ -433,8 +434,9 @@ func (d *Daemon) Close() error {
 }
 
 // Run runs the daemon until ctx ends, then removes everything it made from the kernel,
-// unless on_stop is "keep". It calls ready once existing flows have their permissions. If it
-// fails before ctx ends, permissions stay for the next daemon, as after a crash.
+// unless on_stop is "keep" or HandOver was called. It calls ready once existing flows have
+// their permissions. If it fails before ctx ends, permissions stay for the next daemon, as
+// after a crash.
 func (d *Daemon) Run(ctx context.Context, ready func()) error {
 	l, r := d.loop, d.reconcile
 	stop := ctx
@@ -455,11 +457,16 @@ func (d *Daemon) Run(ctx context.Context, ready func()) error {
 	if failed {
 		d.log.Error("conenatd ends because of an error; permissions stay for the next one", "err", err)
 	}
-	if d.leave = (failed || l.cfg.OnStop == config.OnStopKeep) && l.holds(); !d.leave {
+	keep := failed || d.handsOver.Load() || l.cfg.OnStop == config.OnStopKeep
+	if d.leave = keep && l.holds(); !d.leave {
 		err = errors.Join(err, d.revokeAll())
 	}
 	return errors.Join(err, d.Close())
 }
+
+// HandOver makes the end of Run leave everything for the next daemon, as with on_stop
+// "keep". It may be called at any time, from any goroutine.
+func (d *Daemon) HandOver() { d.handsOver.Store(true) }
 
 // holds reports whether the kernel holds something for the next daemon: standing
 // permissions, or the user's revocations.
