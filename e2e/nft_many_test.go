@@ -23,7 +23,7 @@ func TestNFTManyPermissions(t *testing.T) {
 		}
 		s := newScene(t, lab.Options{Inside: 2})
 		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
-		s.Start(stage.Flags(mode, "--max-permissions-per-host=0", "--learn-rate=100000", "--event-buffer=67108864")...)
+		s.Start(stage.Flags(mode, "--max-permissions-per-host=0", "--learn-rate=100000", "--event-buffer=67108864", "--events=all")...) // status shows each at once
 		inside := func(port int) *lab.Socket { return s.InsideSocket(port%2, uint16(10_000+port)) }
 		send := func(port int, wanted func(p netip.Addr) bool) {
 			in := inside(port)
