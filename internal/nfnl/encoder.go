@@ -2,6 +2,7 @@ package nfnl
 
 import (
 	"encoding/binary"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -48,7 +49,8 @@ func (e *Encoder) Begin(typ, flags uint16, seq uint32, size int) []byte {
 	e.last = len(e.B)
 	e.netlinkHeader(typ, flags, seq)
 	at := len(e.B)
-	e.B = append(e.B, make([]byte, size)...)
+	e.B = slices.Grow(e.B, size)[:at+size]
+	clear(e.B[at:])
 	return e.B[at:]
 }
 
