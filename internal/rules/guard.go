@@ -63,8 +63,8 @@ func (l *layout) portZero(d Desired) {
 	l.counters = append(l.counters, zeroCounter)
 	like := l.regular("like_an_anchor")
 	c := l.beforeConntrack()
-	l.rule(c, "", udpSport.is(be16(0)), isUDP, goTo(like))
-	l.rule(c, "", udpDport.is(be16(0)), isUDP, goTo(like))
+	l.rule(c, "", udpSport.is(be16(0)), isUDP, jump(like))
+	l.rule(c, "", udpDport.is(be16(0)), isUDP, jump(like))
 	if d.Self && !d.noFib {
 		l.rule(like, "no packet may match an anchor", toGateway, counter(zeroCounter), drop)
 	}

@@ -171,7 +171,7 @@ func TestRejectOfTheUserStillAnswers(t *testing.T) {
 // A packet from outside with an inside host's source leaves no trace, whether the host has
 // such a flow or not. The inside host's own packets pass.
 //
-// Fails without the rules of the function spoofed.
+// Fails without the rules of the function spoofed, and when packets with port 0 pass them by.
 func TestGuardDropsInsideSourcesFromOutside(t *testing.T) {
 	for name, tc := range map[string]struct {
 		inside, peer, far netip.Addr
@@ -180,18 +180,20 @@ func TestGuardDropsInsideSourcesFromOutside(t *testing.T) {
 		"ipv4": {netip.MustParseAddr("10.47.11.109"), lab.PeerA, netip.MustParseAddr("192.0.2.99"), []string{
 			"addr add 10.47.11.109/32 dev lo", "route add table local unicast 192.0.2.99/32 via 198.51.100.1",
 			"route replace table local unicast 203.0.113.5/32 via 198.51.100.1",
+			"route add table local unicast 10.47.11.110/32 via 198.51.100.1",
 		}},
 		"ipv6": {netip.MustParseAddr("2001:db8:47::109"), lab.Peer6A, netip.MustParseAddr("2001:db8:5::99"), []string{
 			"-6 addr add 2001:db8:47::109/128 dev lo nodad", "-6 route add table local unicast 2001:db8:5::99/128 via 2001:db8:ffff::1",
+			"-6 route add table local unicast 2001:db8:47::110/128 via 2001:db8:ffff::1",
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			l := lab.ForTest(t, lab.Options{IPv6: true})
+			l := lab.ForTest(t, lab.Options{Inside: 2, IPv6: true})
 			for _, link := range []string{"all", "wan0"} {
 				check(t, l.Gateway.SetSysctl("net.ipv4.conf."+link+".rp_filter", "0"))
 			}
 			table := open(t, l)
-			set(t, table, rules.Desired{OutsideLinks: []string{"wan0"}, Subnets: both, Guard: true, Spoofed: true})
+			set(t, table, rules.Desired{OutsideLinks: []string{"wan0"}, Subnets: both, Guard: true, Spoofed: true, Helpers: onAnchors})
 			host := listen(t, l.Inside(0), tc.inside, 5060)
 			check(t, host.Send(netip.AddrPortFrom(tc.peer, 5060), "its own"))
 			eventually(t, func() bool { return len(entries(t, l, "-p", "udp", "-f", name)) == 1 })
@@ -209,6 +211,9 @@ func TestGuardDropsInsideSourcesFromOutside(t *testing.T) {
 				check(t, spoofer.Send(netip.AddrPortFrom(tc.peer, 5060), "spoofed, of a flow that there is"))
 				eventually(t, func() bool { return count(t, table).SpoofedDrops == 4 })
 			}
+			before := count(t, table).SpoofedDrops
+			udp(t, l.Outside, netip.AddrPortFrom(tc.inside, 0), netip.AddrPortFrom(tc.inside.Next(), 5060))
+			eventually(t, func() bool { return count(t, table).SpoofedDrops == before+1 })
 			if got := entries(t, l, "-p", "udp", "-f", name); len(got) != 1 {
 				t.Errorf("entries: %q", got)
 			}
