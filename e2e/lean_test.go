@@ -130,7 +130,8 @@ func manyNewFlowsMakeEventsLean(t *testing.T, mode ...string) {
 //
 // Fails when permissions do not end with the reading of the table.
 func TestLeanPermissionEnds(t *testing.T) {
-	s := lean(t, lab.Options{}, append(slices.Clone(stage.NFT), "--lifetime=10s", "--reconcile=1s")...)
+	t.Parallel() // mostly it waits
+	s := lean(t, lab.Options{}, append(slices.Clone(stage.NFT), "--lifetime=30s", "--reconcile=1s")...)
 	ext := s.Contact(s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060))
 	if n := len(s.entries()); n != 1 {
 		t.Fatalf("%d permissions in the map", n)
@@ -138,4 +139,34 @@ func TestLeanPermissionEnds(t *testing.T) {
 	_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "5060")
 	s.Must(err)
 	s.Until(ext.String()+" has no permission", func() bool { return len(s.entries()) == 0 && len(s.List()) == 0 })
+}
+
+// A flow whose source is faked by another inside link ends, and the kernel reports that.
+//
+// Fails when a flow that the daemon did not know gives a permission because it ended.
+func TestLeanFlowWithAFakedSourceEarnsNothing(t *testing.T) {
+	s := lean(t, lab.Options{Guest: true}, append(slices.Clone(stage.NFT), "--reconcile=1s")...)
+	for _, link := range []string{"all", "guest0"} {
+		s.Must(s.Gateway.SetSysctl("net.ipv4.conf."+link+".rp_filter", "0"))
+	}
+	victim, fence := netip.AddrPortFrom(s.Inside(0).Addr, 7777), s.InsideSocket(0, 5062)
+	attacker, peer := s.PeerSocket(lab.PeerA, 9), s.PeerSocket(lab.PeerB, 9)
+	s.IP(s.Guest, "addr add "+victim.Addr().String()+"/32 dev lo")
+	s.Must(s.Socket(s.Guest.Namespace, victim.Addr(), victim.Port()).Send(attacker.Addr(), "faked"))
+	_, err := attacker.Expect("faked")
+	s.Must(err)
+	ext := s.Contact(fence, peer)
+	for _, port := range []string{"7777", "5062"} {
+		_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", port)
+		s.Must(err)
+	}
+	s.Stands(fence, peer, ext) // so the daemon has looked at both
+	for _, p := range s.List() {
+		if p.Int == victim {
+			t.Errorf("it earned %+v", p)
+		}
+	}
+	if n := len(s.entries()); n != 1 {
+		t.Errorf("%d permissions in the map, want that of the other flow", n)
+	}
 }

@@ -252,6 +252,8 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 			// The map may have learned a permission of which no event came yet. So drop the
 			// child only if there is a claim of its Key, or at the end of a snapshot.
 			switch {
+			case i != none && m.claims[i].isRevoked(): // the kernel has not learned it again
+				m.orphan(f, p)
 			case m.unreported.may:
 				if m.staysUnclaimed(f) {
 					m.orphan(f, p)
@@ -449,8 +451,14 @@ func (m *Model) FlowGone(now time.Duration, f *Flow) {
 		return
 	}
 	if m.unreported.may && !m.holds(f, p) {
-		m.show(now, f) // it was not reported when it began
+		m.unreported.noteEnded(now, f)
+		return
 	}
+	m.outGone(now, f, p)
+}
+
+// outGone handles the end of f, an outbound flow that gives p.
+func (m *Model) outGone(now time.Duration, f *Flow, p Permission) {
 	first, n := m.policy.expand(&p)
 	for i := range n {
 		p.Peer = first.Plus(i)

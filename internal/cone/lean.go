@@ -10,7 +10,12 @@ type unreported struct {
 	// Children that were counted although no claim of their permission was known: since the
 	// last snapshot, and before it.
 	counted, earlier map[uint32]struct{}
+	// Flows that were not known when they ended. Their Late counts from time 0.
+	ended []Flow
 }
+
+// mostEnded bounds the ended flows that wait for TakeEnded; others give no permission.
+const mostEnded = 1 << 16
 
 // SetLean tells the model whether the kernel hides flows whose permission it learned. Call it
 // before the kernel begins to hide them, and after it ends that.
@@ -31,6 +36,38 @@ func (m *Model) Known(now time.Duration) time.Duration {
 	return now
 }
 
+// noteEnded keeps f, whose beginning was not reported, for TakeEnded.
+func (u *unreported) noteEnded(now time.Duration, f *Flow) {
+	if len(u.ended) < mostEnded {
+		u.ended = append(u.ended, *f)
+		u.ended[len(u.ended)-1].Late -= now
+	}
+}
+
+// ManyEnded reports whether so many flows wait for TakeEnded that the caller should not wait
+// for the next snapshot.
+func (m *Model) ManyEnded() bool { return len(m.unreported.ended) >= mostEnded/2 }
+
+// TakeEnded returns the flows that ended since the last call and that the model had not known.
+// The event of a flow does not tell whether its source was faked: the caller hands those that
+// were surely sent by their source back to SeeEnded.
+func (m *Model) TakeEnded() []Flow {
+	ended := m.unreported.ended
+	m.unreported.ended = nil
+	return ended
+}
+
+// SeeEnded handles a flow that TakeEnded returned.
+func (m *Model) SeeEnded(now time.Duration, f *Flow) {
+	f.Late += now
+	role, p, _ := m.role(f)
+	if role != roleOut {
+		return
+	}
+	m.show(now, f)
+	m.outGone(now, f, p)
+}
+
 // showed notes the end of a complete snapshot. reported says that the kernel hid no flow since
 // the snapshot began. It returns whether all flows are known now and were not before.
 func (u *unreported) showed(reported bool) (all bool) {
@@ -44,7 +81,7 @@ func (u *unreported) showed(reported bool) (all bool) {
 // counted as passed before, while its claim was not known.
 func (m *Model) passedBefore(f *Flow, i int32) bool {
 	u := &m.unreported
-	return m.snap.showing && u.has(f.ID) || i == none && u.may && !u.count(f.ID)
+	return m.snap.showing && u.has(f.ID) || i == none && (u.may || m.snap.running) && !u.count(f.ID)
 }
 
 // staysUnclaimed reports whether f, a child of a permission that does not stand, was there

@@ -23,7 +23,7 @@ const (
 	leanRenew = elements.LeanTimeout / 3
 	// leanLifetime is the least lifetime with which the kernel hides flows: the daemon must find
 	// them well before their permissions end. It looks leanLooks times in a lifetime.
-	leanLifetime = 10 * time.Second
+	leanLifetime = 30 * time.Second
 	leanLooks    = 3
 	// listAge is how old a list may be while the kernel hides flows.
 	listAge = 5 * time.Second
@@ -98,13 +98,15 @@ func (r *reconciler) lookForListeners(ctx context.Context) {
 func (r *reconciler) lookAtListeners() error {
 	var cfg config.Config
 	var unseen time.Duration
-	if !r.ask(func(l *loop) { cfg, unseen = l.cfg, l.unseen() }) {
+	var many bool
+	if !r.ask(func(l *loop) { cfg, unseen, many = l.cfg, l.unseen(), l.engine.Model.ManyEnded() }) {
 		return errEnded
 	}
-	if unseen >= cfg.Lifetime/leanLooks {
+	if many || unseen >= cfg.Lifetime/leanLooks {
 		r.wantReconcile()
 	}
 	wanted, err := r.wantsLean(cfg)
+	wanted = wanted && unseen < cfg.Lifetime/2 // else the table was not read in time
 	if wanted {
 		var others int
 		others, err = r.events.OtherListeners()
@@ -154,11 +156,31 @@ func (r *reconciler) hideNothing() error {
 	if !r.lean.on {
 		return nil
 	}
-	if err := r.firewall.tables.NewLean().Off(); err != nil {
+	if err := r.firewall.tables.NewLean().Off(); err != nil && r.now()-r.lean.told <= elements.LeanTimeout {
 		return err // until it is over by itself
 	}
 	r.lean.on = false
 	r.ask(func(l *loop) { l.engine.Model.SetLean(false) })
+	return nil
+}
+
+// seeEnded shows the model flows that it learned of when they ended, but for those whose
+// source may be spoofed.
+func (r *reconciler) seeEnded() error {
+	var ended []cone.Flow
+	r.ask(func(l *loop) { ended = l.engine.Model.TakeEnded() })
+	for piece := range slices.Chunk(ended, flowsAtOnce) {
+		piece, err := r.firewall.sure(piece)
+		if err != nil {
+			return fmt.Errorf("find out which flows may be spoofed: %w", err)
+		}
+		r.ask(func(l *loop) {
+			now := r.now()
+			for i := range piece {
+				l.engine.Model.SeeEnded(now, &piece[i])
+			}
+		})
+	}
 	return nil
 }
 

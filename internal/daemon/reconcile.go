@@ -275,9 +275,9 @@ func (r *reconciler) readFlows(q *ctwatch.Queries) error {
 		r.ask(func(l *loop) { m.before = l.applied })
 	}
 	r.failures.note(requestLookAtListeners, 1, r.hideNothing())
+	failed := r.seeEnded()
 	r.ask(func(l *loop) { l.engine.Model.BeginSnapshot(r.now()) })
 	piece := make([]cone.Flow, 0, flowsAtOnce)
-	var failed error
 	hand := func() {
 		var err error
 		piece, err = r.firewall.sure(piece)
@@ -300,6 +300,7 @@ func (r *reconciler) readFlows(q *ctwatch.Queries) error {
 		}
 	})
 	hand()
+	failed = errors.Join(failed, r.seeEnded()) // those that ended meanwhile
 	if err = errors.Join(err, failed); err != nil {
 		r.ask(func(l *loop) { l.engine.Model.AbortSnapshot() })
 		return err

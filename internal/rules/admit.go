@@ -263,7 +263,7 @@ func (l *layout) learn(d Desired, kinds []kind) {
 }
 
 // sampled is one in how many later packets of an unanswered flow learn looks at. That is
-// enough to learn a permission again that expired while no daemon renewed it.
+// enough to learn the permission of a stream again that expired while no daemon renewed it.
 const sampled = 64
 
 // learnBurst times LearnRate is how many permissions the kernel may learn at once.

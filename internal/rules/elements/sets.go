@@ -30,7 +30,8 @@ const (
 	// IPv6; it is in the table of family inet.
 	UnsureSet  = "unsure"
 	Unsure6Set = "unsure6"
-	// LeanSet has UDP while the kernel does not report flows whose permission it learned.
+	// LeanSet has UDP and TCP while the kernel does not report new flows whose permission it
+	// learned, or that can have none.
 	LeanSet = "lean"
 	// RevokedSet has the permissions that the user revoked. It is in the table of family
 	// inet, and no rule looks it up.
