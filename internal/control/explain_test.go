@@ -1,7 +1,9 @@
 package control
 
 import (
+	"context"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"net/url"
 	"strings"
@@ -44,6 +46,42 @@ func TestWrongQuestionsAreRefused(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, want %q", query, err, want)
 		}
+	}
+}
+
+// counting is a source that notes how many lists and explanations are under way during one.
+type counting struct {
+	source
+	lists chan struct{}
+	seen  *int
+}
+
+func (c counting) Explain(peer, ext netip.AddrPort) (Explanation, error) {
+	*c.seen = len(c.lists)
+	return c.source.Explain(peer, ext)
+}
+
+// An explanation walks all permissions, like a list.
+//
+// Fails when an explanation begins without a place of the lists, or keeps it.
+func TestAnExplanationTakesThePlaceOfAList(t *testing.T) {
+	var seen int
+	lists := make(chan struct{}, 1)
+	h := handler{counting{lists: lists, seen: &seen}, lists}
+	explain := func(ctx context.Context) int {
+		query := url.Values{peerParameter: {"203.0.113.5"}, extParameter: {"198.51.100.1:5060"}}
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequestWithContext(ctx, http.MethodGet, pathExplain+"?"+query.Encode(), nil))
+		return w.Code
+	}
+	if code := explain(t.Context()); code != http.StatusOK || seen != 1 || len(lists) != 0 {
+		t.Fatalf("status %d, %d under way, %d afterwards", code, seen, len(lists))
+	}
+	lists <- struct{}{} // another one is under way, and the daemon stops
+	ctx, stop := context.WithCancel(t.Context())
+	stop()
+	if code := explain(ctx); code != http.StatusServiceUnavailable {
+		t.Errorf("status %d while all places are taken", code)
 	}
 }
 

@@ -19,7 +19,7 @@ import (
 // Limits on what one client, or a thousand, can take from the daemon.
 const (
 	maxConns   = 64              // more wait in the kernel's backlog
-	maxLists   = 4               // concurrent lists; each may cost the Source a copy
+	maxLists   = 4               // concurrent lists and explanations; each walks all permissions
 	maxHeader  = 4 << 10         // bytes; net/http adds 4 KiB
 	headerTime = 2 * time.Second // to send a request
 	answerTime = time.Minute     // to read the answer; a million permissions take seconds
@@ -105,7 +105,7 @@ func Serve(ctx context.Context, ln net.Listener, src Source, log *slog.Logger) e
 
 type handler struct {
 	src   Source
-	lists chan struct{} // one element for each list under way
+	lists chan struct{} // one element for each list or explanation under way
 }
 
 func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -173,6 +173,10 @@ func (h handler) explain(w http.ResponseWriter, r *http.Request) {
 		fail(w, http.StatusBadRequest, "explain: %w", err)
 		return
 	}
+	if !h.beginList(w, r) {
+		return
+	}
+	defer h.endList()
 	x, err := h.src.Explain(peer, ext)
 	answer(w, x, err)
 }
@@ -207,13 +211,10 @@ func answer(w http.ResponseWriter, r any, err error) {
 // truncated list lacks the last HTTP chunk. A list that the Source could not complete ends
 // with an error line.
 func (h handler) list(w http.ResponseWriter, r *http.Request) {
-	select {
-	case h.lists <- struct{}{}:
-		defer func() { <-h.lists }()
-	case <-r.Context().Done(): // no answer at all would look like an empty list
-		fail(w, http.StatusServiceUnavailable, "stopping")
+	if !h.beginList(w, r) {
 		return
 	}
+	defer h.endList()
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	buf := bufio.NewWriterSize(&patientWriter{w, http.NewResponseController(w), answerTime}, 64<<10)
 	out := json.NewEncoder(buf)
@@ -224,6 +225,20 @@ func (h handler) list(w http.ResponseWriter, r *http.Request) {
 		panic(http.ErrAbortHandler) // the client is too slow or gone: do not end the list properly
 	}
 }
+
+// beginList waits until fewer than maxLists lists and explanations are under way. If it
+// returns false, it has answered the request; otherwise call endList.
+func (h handler) beginList(w http.ResponseWriter, r *http.Request) bool {
+	select {
+	case h.lists <- struct{}{}:
+		return true
+	case <-r.Context().Done(): // no answer at all would look like an empty list
+		fail(w, http.StatusServiceUnavailable, "stopping")
+		return false
+	}
+}
+
+func (h handler) endList() { <-h.lists }
 
 // A patientWriter limits the total time that a client takes to read. Time that the Source
 // takes does not count.

@@ -76,9 +76,6 @@ type packetCase struct {
 // any port that has no flow yet) to the outside endpoint ext, and why (control.Source).
 func (s source) Explain(peer, ext netip.AddrPort) (control.Explanation, error) {
 	c := packetCase{peer: peer, ext: ext}
-	if err := s.showAll(0); err != nil {
-		return control.Explanation{}, err
-	}
 	err := s.Permissions(func(p control.Permission) bool {
 		switch {
 		case p.Ext != ext:
