@@ -71,8 +71,13 @@ func WriteEvent(w io.Writer, e Event) error {
 	return err
 }
 
-// watch sends a line for each event as it comes.
+// watch sends a line for each event as it comes. net/http does not notice that a client has
+// gone before it has read the body: one that never comes would occupy a watcher's place.
 func (h handler) watch(w http.ResponseWriter, r *http.Request) {
+	if r.ContentLength != 0 {
+		fail(w, http.StatusBadRequest, "watch: expected a request without a body")
+		return
+	}
 	conn, out := http.NewResponseController(w), json.NewEncoder(w)
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	began := false

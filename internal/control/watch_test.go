@@ -1,8 +1,11 @@
 package control
 
 import (
+	"bufio"
 	"context"
 	"errors"
+	"io"
+	"net/http"
 	"net/netip"
 	"strings"
 	"testing"
@@ -45,6 +48,24 @@ func TestWatchEndsWithItsClient(t *testing.T) {
 	})
 	if err != nil {
 		t.Error(err)
+	}
+}
+
+// Fails when a client that announces a body, and goes without sending it, is served.
+func TestWatchWithABodyIsRefused(t *testing.T) {
+	path, _ := start(t, quiet{source{full, these(nil)}})
+	for _, header := range []string{"Content-Length: 9", "Transfer-Encoding: chunked"} {
+		conn := connect(t, path)
+		if _, err := io.WriteString(conn, "GET "+pathWatch+" HTTP/1.1\r\nHost: c\r\n"+header+"\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if resp.StatusCode != http.StatusBadRequest {
+			t.Errorf("%s: %s", header, resp.Status)
+		}
 	}
 }
 
