@@ -97,8 +97,8 @@ var guestPublic = netip.MustParseAddr("198.51.200.20")
 var noRules = lab.Options{Rules: lab.NoRules}
 
 const (
-	dnatIn         = "-i wan0 -m conntrack --ctstate DNAT -j ACCEPT"
-	relatedIn      = "-i wan0 -m conntrack --ctstate RELATED -j ACCEPT"
+	dnatIn         = "-i wan0 -p udp -d 10.47.11.0/24 -m conntrack --ctstate DNAT -j ACCEPT"
+	relatedIn      = "-i wan0 -p udp -d 2001:db8:47::/64 -m conntrack --ctstate RELATED -j ACCEPT"
 	dropped        = "children_dropped"
 	noRule         = "subnet_not_translated"
 	byMap          = "backend = \"nft\"\n"
@@ -113,16 +113,16 @@ var faults = map[string]fault{
 	// Forward chains that drop what conenatd admits.
 	"nft drops children": {
 		id: dropped, about: "10.47.11.0/24", options: lab.Options{Rules: lab.Masquerade + established}, running: true, lost: true,
-		line: `nft 'insert rule inet filter forward iifname "wan0" ct status dnat accept'`,
+		line: `nft 'insert rule inet filter forward iifname "wan0" ct label 126 accept'`,
 	},
 	"nft drops children, with two uplinks": {
 		id: dropped, options: lab.Options{Rules: lab.Masquerade + established}, running: true, lost: true, top: "outside = [\"wan0\", \"wan1\"]\n",
 		set:  func(s *scene) { s.AddLink("wan1", secondUplinkAddr) },
-		line: `nft 'insert rule inet filter forward iifname { "wan0", "wan1" } ct status dnat accept'`,
+		line: `nft 'insert rule inet filter forward iifname { "wan0", "wan1" } ct label 126 accept'`,
 	},
 	"nft drops children, without a daemon": {
 		id: dropped, options: lab.Options{Rules: lab.Masquerade + established},
-		line: `nft 'insert rule inet filter forward iifname "wan0" ct status dnat accept'`,
+		line: `nft 'insert rule inet filter forward iifname "wan0" ct label 126 accept'`,
 	},
 	"iptables-nft drops children": {
 		id: dropped, options: noRules, running: true, lost: true,
@@ -152,11 +152,11 @@ var faults = map[string]fault{
 	"fw4 drops what the map admits": {
 		id: dropped, options: noRules, running: true, lost: true, top: byMap,
 		set:  loadsFirewall("", "fw4.nft", "Accept port forwards"),
-		line: `nft 'insert rule inet fw4 forward iifname "wan0" ct status dnat accept'`,
+		line: `nft 'insert rule inet fw4 forward iifname "wan0" ct label 126 accept'`,
 	},
 	"nft drops children of a routed subnet": {
 		id: dropped, options: lab.Options{IPv6: true, Rules: established}, running: true, lost: true, prefix: lab.InsideNet6.String(), subnet: routed,
-		line: `nft 'insert rule inet filter forward iifname "wan0" ct state related accept'`,
+		line: `nft 'insert rule inet filter forward iifname "wan0" meta l4proto udp ip6 daddr 2001:db8:47::/64 ct state related accept'`,
 	},
 	"ip6tables-nft drops children": {
 		id: dropped, options: lab.Options{IPv6: true, Rules: lab.NoRules}, running: true, lost: true, prefix: lab.InsideNet6.String(), subnet: routed,

@@ -142,7 +142,7 @@ func (f *Facts) helped() (all []Finding) {
 		if f.Status.Permissions.Helped == 0 || s.Carried.By != "expect" || s.Carried.Chain == "" || s.Carried.Why == "not_mappable" {
 			continue
 		}
-		lines, keep := f.accept(s.Carried.Chain, true)
+		lines, keep := f.accept(s.Carried.Chain, s)
 		all = append(all, Finding{
 			About: s.Prefix.String(), Fix: lines, Keep: keep,
 			What: fmt.Sprintf("a conntrack helper of yours (SIP, TFTP, H.323) works between %d pairs of hosts, and %s drops what the map admits into %v",

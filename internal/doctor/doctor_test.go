@@ -82,7 +82,7 @@ func TestFindings(t *testing.T) {
 			func(f *Facts) {
 				f.Status.Permissions.Helped, f.Status.Subnets[0].Carried = 1, control.Carried{By: "expect", Why: "related_accepted", Chain: "inet f forward"}
 				f.Sysctls["net/netfilter/nf_conntrack_expect_max"] = Sysctl{"100000", true}
-			}, "helper_and_no_dnat", []string{`nft 'insert rule inet f forward iifname "wan0" ct status dnat accept'`}, 2,
+			}, "helper_and_no_dnat", []string{`nft 'insert rule inet f forward iifname "wan0" meta l4proto udp ip daddr 10.47.11.0/24 ct status dnat accept'`}, 2,
 		},
 		"a full table": {
 			func(f *Facts) { f.Status.Conntrack.Entries = 80 }, "conntrack_filling", []string{"sysctl -w net.netfilter.nf_conntrack_max=200"}, 1,
@@ -121,9 +121,7 @@ func TestFindings(t *testing.T) {
 			func(f *Facts) {
 				f.Status.Subnets[0].Carried.Chain = "inet firewalld filter_FORWARD"
 				f.Status.Findings = []control.Finding{{ID: "children_dropped", About: office.String(), Text: "dropped"}}
-			}, "children_dropped",
-			[]string{"sed -i 's/^StrictForwardPorts=.*/StrictForwardPorts=no/' /etc/firewalld/firewalld.conf", "firewall-cmd --reload"},
-			2,
+			}, "children_dropped", nil, 2, // StrictForwardPorts=no opens all forwards
 		},
 		"a chain of another hook drops": {
 			func(f *Facts) {
@@ -147,6 +145,62 @@ func TestFindings(t *testing.T) {
 			}
 			if diff := cmp.Diff(tt.lines, lines); diff != "" {
 				t.Errorf("-want +got:\n%s", diff)
+			}
+		})
+	}
+}
+
+// A line for children comes first in its chain.
+//
+// Fails when it, or the text that says how to keep it, accepts more than UDP to the subnet on
+// outside links, when the map's label is not used where it can be, and when a line that
+// accepts forwards of the user's does not say so.
+func TestLinesForChildrenAreNarrow(t *testing.T) {
+	for name, tt := range map[string]struct {
+		backend, chain string
+		extra          string // a chain of the user's that takes rules
+		routed, old    bool   // old: a kernel without labels
+		rule, keep     string // keep: in the text
+		forwards       bool
+	}{
+		"the map": {"nft", "inet f forward", "", false, false, `inet f forward iifname { "wan0", "wan1" } ct label 126 accept`, "/etc/nftables.conf", false},
+		"both":    {"expect+nft", "inet f forward", "", false, false, `inet f forward iifname { "wan0", "wan1" } ct label 126 accept`, "/etc/nftables.conf", false},
+		"fw4": {
+			"nft", "inet fw4 forward", "", false, false, `inet fw4 forward iifname { "wan0", "wan1" } ct label 126 accept`,
+			`write 'iifname { "wan0", "wan1" } ct label 126 accept' into /etc/conenatd.nft`, false,
+		},
+		"no labels": {
+			"nft", "inet f forward", "", false, true,
+			`inet f forward iifname { "wan0", "wan1" } meta l4proto udp ip daddr 10.47.11.0/24 ct status dnat accept`, "/etc/nftables.conf", true,
+		},
+		"expectations": {
+			"expect", "inet f forward", "", false, false,
+			`inet f forward iifname { "wan0", "wan1" } meta l4proto udp ip daddr 10.47.11.0/24 ct status dnat accept`, "/etc/nftables.conf", true,
+		},
+		"routed": {
+			"expect", "inet f forward", "", true, false,
+			`inet f forward iifname { "wan0", "wan1" } meta l4proto udp ip daddr 10.47.11.0/24 ct state related accept`, "/etc/nftables.conf", false,
+		},
+		"Docker": {
+			"nft", "ip filter FORWARD", "ip filter DOCKER-USER", false, false,
+			"-I DOCKER-USER -i wan0 -p udp -d 10.47.11.0/24 -m conntrack --ctstate DNAT -j ACCEPT", "DOCKER-USER", true,
+		},
+		"ufw": {
+			"nft", "ip filter FORWARD", "ip filter ufw-before-forward", false, false,
+			"-I ufw-before-forward -i wan0 -p udp -d 10.47.11.0/24 -m conntrack --ctstate DNAT -j ACCEPT",
+			"write '-A ufw-before-forward -i wan0 -p udp -d 10.47.11.0/24 -m conntrack --ctstate DNAT -j ACCEPT' and " +
+				"'-A ufw-before-forward -i wan1 -p udp -d 10.47.11.0/24 -m conntrack --ctstate DNAT -j ACCEPT' into", true,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := healthy()
+			f.Status.Outside, f.Status.Backend, f.NoLabels = []string{"wan0", "wan1"}, tt.backend, tt.old
+			f.Status.Subnets[0].Carried.Chain, f.Status.Subnets[0].Routed = tt.chain, tt.routed
+			f.Rules.Chains = map[string]bool{tt.extra: true}
+			f.Status.Findings = []control.Finding{{ID: "children_dropped", About: office.String(), Text: "dropped"}}
+			x := Diagnose(f).Findings[0]
+			if len(x.Fix) == 0 || !strings.Contains(x.Fix[0].Line, tt.rule) || !strings.Contains(x.Keep, tt.keep) || strings.Contains(x.Keep, alsoForwards) != tt.forwards {
+				t.Errorf("%+v", x)
 			}
 		})
 	}

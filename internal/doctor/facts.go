@@ -17,6 +17,7 @@ type Facts struct {
 	NoStart string
 	// Proposed says that no subnet is enabled: those of Status look like inside networks.
 	Proposed bool
+	NoLabels bool // the kernel lacks the label of children of the map
 
 	Left        []string // names of nftables tables that a dead daemon left
 	Inside      []string // links that lead to the subnets

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+
+	"github.com/conenatd/conenatd/internal/control"
 )
 
 // A Firewall is what wrote the user's rules.
@@ -66,35 +68,48 @@ func (f *Facts) firewall() Firewall {
 	return NFT
 }
 
-// accept returns the lines that let children pass the chain, which is named as in
-// userrules.ChildVerdicts. Children of a subnet that is not translated are RELATED, all
-// others are DNATed, too.
-func (f *Facts) accept(chain string, translated bool) (lines []Line, keep string) {
+// accept returns the lines that let children of the subnet pass the chain, which is named as
+// in userrules.ChildVerdicts. Children of a subnet that is not translated are RELATED, all
+// others are DNATed, too. A line comes first in its chain, so it matches nothing but UDP to
+// the subnet, and children of the map alone where nftables can tell these from port forwards
+// of the user's. There is none for firewalld, which can only open all port forwards.
+func (f *Facts) accept(chain string, s control.Subnet) (lines []Line, keep string) {
 	title, name, ok := cutLast(chain)
-	if !ok {
+	if !ok || title == "inet firewalld" {
 		return nil, ""
 	}
-	program, table := iptables(title, name)
+	translated := s.Prefix.Addr().Is4() && !s.Routed
+	if program, table := iptables(title, name); program != "" {
+		return f.acceptIPTables(title, program, table, name, s.Prefix, translated)
+	}
+	family := "ip"
+	if s.Prefix.Addr().Is6() {
+		family = "ip6"
+	}
+	udp := fmt.Sprintf("meta l4proto udp %s daddr %v ", family, s.Prefix)
+	var match string
 	switch {
-	case program != "":
-		return f.acceptIPTables(title, program, table, name, translated)
-	case title == "inet firewalld" && translated:
-		return []Line{
-			{Shell, "sed -i 's/^StrictForwardPorts=.*/StrictForwardPorts=no/' /etc/firewalld/firewalld.conf"},
-			{Shell, "firewall-cmd --reload"},
-		}, ""
+	case !translated:
+		match = udp + "ct state related accept"
+	case f.mapLabels():
+		match = "ct label 126 accept"
+	default:
+		match, keep = udp+"ct status dnat accept", alsoForwards
 	}
-	match := "ct status dnat accept"
-	if !translated {
-		match = "ct state related accept"
-	}
-	lines = []Line{nft("insert rule %s %s%s %s", title, name, iifname(f.Status.Outside), match)}
+	rule := iifname(f.Status.Outside) + match
+	lines = []Line{nft("insert rule %s %s %s", title, name, rule)}
 	if title == "inet fw4" {
-		return lines, fmt.Sprintf("write %q into /etc/conenatd.nft, and a 'config include' for it into /etc/config/firewall "+
-			"(type nftables, position chain-pre, chain %s)", match, name)
+		return lines, fmt.Sprintf("write '%s' into /etc/conenatd.nft, and a 'config include' for it into /etc/config/firewall "+
+			"(type nftables, position chain-pre, chain %s)", rule, name) + keep
 	}
-	return lines, "write the rule into /etc/nftables.conf, too, or wherever these rules come from"
+	return lines, "write the rule into /etc/nftables.conf, too, or wherever these rules come from" + keep
 }
+
+// alsoForwards says what a line opens beside children.
+const alsoForwards = "; the rule accepts port forwards of yours for UDP to this subnet, too: put it behind rules that restrict these"
+
+// mapLabels reports whether the map admits children, and labels them (docs/hooks.md).
+func (f *Facts) mapLabels() bool { return strings.Contains(f.Status.Backend, "nft") && !f.NoLabels }
 
 // iptables returns the program that writes the rules of a chain, and its table; nothing if
 // it is nft.
@@ -111,34 +126,42 @@ func iptables(title, chain string) (program, table string) {
 	return "", ""
 }
 
-func (f *Facts) acceptIPTables(title, program, table, chain string, translated bool) (lines []Line, keep string) {
-	keep = "save the rules as your system does, for example with 'netfilter-persistent save'"
-	state, six := "DNAT", ""
+func (f *Facts) acceptIPTables(title, program, table, chain string, subnet netip.Prefix, translated bool) (lines []Line, keep string) {
+	state, six, also := "DNAT", "", alsoForwards
 	if strings.HasPrefix(program, "ip6") {
 		six = "6"
 	}
 	if !translated {
-		state = "RELATED"
+		state, also = "RELATED", ""
 	}
 	ufw := "ufw" + six + "-before-forward"
+	atUFW := f.Rules.Chains[title+" "+ufw]
+	atDocker := !atUFW && f.Rules.Chains[title+" "+dockerChain]
 	switch {
-	case f.Rules.Chains[title+" "+ufw]:
+	case atUFW:
 		chain = ufw
-		keep = fmt.Sprintf("write '-A %s -m conntrack --ctstate %s -j ACCEPT' into the *filter part of /etc/ufw/before%s.rules, in front of its COMMIT",
-			ufw, state, six)
-	case f.Rules.Chains[title+" "+dockerChain]:
+	case atDocker:
 		chain = dockerChain
-		keep = "Docker leaves its chain DOCKER-USER alone; run the line at each boot"
 	}
-	if table == "filter" {
-		table = ""
-	} else {
-		table = "-t " + table + " "
+	option := ""
+	if table != "filter" {
+		option = "-t " + table + " "
 	}
+	var rules []string
 	for _, link := range f.Status.Outside {
-		lines = append(lines, Line{Shell, fmt.Sprintf("%s %s-I %s -i %s -m conntrack --ctstate %s -j ACCEPT", program, table, chain, quote(link), state)})
+		rule := fmt.Sprintf("%s -i %s -p udp -d %v -m conntrack --ctstate %s -j ACCEPT", chain, quote(link), subnet, state)
+		lines = append(lines, Line{Shell, fmt.Sprintf("%s %s-I %s", program, option, rule)})
+		rules = append(rules, "'-A "+rule+"'")
 	}
-	return lines, keep
+	switch {
+	case atUFW:
+		keep = fmt.Sprintf("write %s into the *filter part of /etc/ufw/before%s.rules, in front of its COMMIT", strings.Join(rules, " and "), six)
+	case atDocker:
+		keep = "Docker leaves its chain DOCKER-USER alone; run the line at each boot"
+	default:
+		keep = "save the rules as your system does, for example with 'netfilter-persistent save'"
+	}
+	return lines, keep + also
 }
 
 // masquerade returns the lines that translate a subnet on a link.
@@ -178,9 +201,9 @@ func iifname(links []string) string {
 	case 0:
 		return ""
 	case 1:
-		return fmt.Sprintf(` iifname "%s"`, links[0])
+		return fmt.Sprintf(`iifname "%s" `, links[0])
 	}
-	return fmt.Sprintf(` iifname { "%s" }`, strings.Join(links, `", "`))
+	return fmt.Sprintf(`iifname { "%s" } `, strings.Join(links, `", "`))
 }
 
 // quote makes one word of s for a shell.

@@ -48,8 +48,7 @@ func letIn(f *Facts, d control.Finding) ([]Line, string) {
 	if i < 0 {
 		return nil, ""
 	}
-	s := f.Status.Subnets[i]
-	return f.accept(s.Carried.Chain, s.Prefix.Addr().Is4() && !s.Routed)
+	return f.accept(f.Status.Subnets[i].Carried.Chain, f.Status.Subnets[i])
 }
 
 // translate translates the finding's subnet on all outside links.

@@ -16,6 +16,7 @@ import (
 type child struct {
 	state       uint32 // conntrack state, with nft's bits
 	status      uint32
+	labelled    bool   // with nfnl.ChildLabel
 	knownStatus uint32 // the bits of status that are known
 	family      byte
 	network     []cell // the header
@@ -41,6 +42,7 @@ func newChild(related bool, in, out *Link, outside []Link, subnet netip.Prefix, 
 	c := &child{
 		state:       expr.CtStateBitNEW,
 		status:      statusDstNAT,
+		labelled:    !related,
 		knownStatus: statusExpected | statusSeenReply | statusAssured | statusConfirmed | statusDstNAT,
 		family:      unix.NFPROTO_IPV4,
 		transport:   slices.Concat(unknownBytes(2, &origin{even: true}), unknownBytes(2, &origin{even: true})),
@@ -152,6 +154,14 @@ func (c *child) ct(key expr.CtKey) []cell {
 		cells := knownBytes(binary.NativeEndian.AppendUint32(nil, c.status))
 		for i, b := range binary.NativeEndian.AppendUint32(nil, c.knownStatus) {
 			cells[i].known = b
+		}
+		return cells
+	case expr.CtKeyLABELS:
+		cells := unknownBytes(len(nfnl.ChildLabel), nil)
+		for i, b := range nfnl.ChildLabel {
+			if cells[i].known = b; c.labelled {
+				cells[i].val = b
+			}
 		}
 		return cells
 	case expr.CtKeyDIRECTION:

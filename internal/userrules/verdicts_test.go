@@ -61,6 +61,8 @@ func TestChildrenOfNftRules(t *testing.T) {
 		{"map of states", inForward("ct state vmap { established : accept, related : accept, invalid : drop }"), "dropped accepted inet filter forward"},
 		{"map of states with chains", "table inet filter { chain more { ct status dnat accept; }; chain forward { type filter hook forward priority filter; policy drop; ct state vmap { new : jump more, related : goto more, invalid : drop }; }; }", "accepted accepted"},
 		{"map with another verdict for the rest", inForward("ct state vmap { established : accept, * : drop }; accept"), "dropped dropped inet filter forward"},
+		{"label", inForward("ct label 126 accept"), "accepted dropped inet filter forward"},
+		{"another label", inForward("ct label 125 accept"), "unknown unknown"},
 		{"direction", inForward("ct direction reply accept"), "dropped dropped inet filter forward"},
 		{"original direction", inForward("ct direction original accept"), "accepted accepted"},
 		{"in by the outside link", inForward(`iifname "wan0" accept`), "accepted accepted"},

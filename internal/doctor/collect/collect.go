@@ -21,6 +21,7 @@ import (
 // or that daemon.Examine returned. The caller adds what is known of the daemon.
 func Gateway(st control.Status) (f doctor.Facts, err error) {
 	f.Status = st
+	f.NoLabels = slices.ContainsFunc(st.Findings, func(d control.Finding) bool { return d.About == string(rules.FeatureLabels) })
 	network, err := gateway.ReadNetwork(0, gateway.Sides{Outside: st.Outside, Subnets: prefixes(st.Subnets)})
 	if err != nil {
 		return f, err
