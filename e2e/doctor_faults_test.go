@@ -254,7 +254,7 @@ var faults = map[string]fault{
 		line: "sysctl -w net.ipv4.fib_multipath_hash_policy=0",
 	},
 	"no events": {
-		id: "events_off", running: true, set: sets("sysctl -w net.netfilter.nf_conntrack_events=0"), line: "sysctl -w net.netfilter.nf_conntrack_events=2",
+		id: "events_off", running: true, set: sets("sysctl -w net.netfilter.nf_conntrack_events=0"), line: "sysctl -w net.netfilter.nf_conntrack_events=1",
 	},
 	"no accounting": {
 		id: "accounting_off", running: true, later: sets("sysctl -w net.netfilter.nf_conntrack_acct=0"), line: "sysctl -w net.netfilter.nf_conntrack_acct=1",

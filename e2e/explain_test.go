@@ -172,6 +172,35 @@ func TestExplainKnowsTheFirewall(t *testing.T) {
 	}
 }
 
+// Fails when a rule for some peers counts for none, because most children pass.
+func TestExplainDoesNotGuessAboutSomePeers(t *testing.T) {
+	ownMode(t)
+	s := newScene(t, lab.Options{Rules: lab.Masquerade +
+		"table ip f { set blocked { type ipv4_addr; elements = { 203.0.113.5 }; }; chain f { type filter hook forward priority 0; ct state new ip saddr @blocked drop; }; }\n"})
+	s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1s", "--backend=nft", "--max-children=0")
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	s.explained(lab.PeerA.String(), ext, "unknown", "firewall", phone.Addr())
+	s.Lost(phone, s.PeerSocket(lab.PeerA, 5070), ext, proxy)
+}
+
+// Without a limit any number of children is no reason.
+//
+// Fails when max_children = 0 means that none is allowed.
+func TestExplainKnowsThatThereIsNoLimit(t *testing.T) {
+	ownMode(t)
+	for _, backend := range []string{"expect", "nft"} {
+		s := newScene(t, lab.Options{})
+		s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1s", "--backend="+backend, "--max-children=0")
+		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+		ext := s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
+		s.explained(lab.PeerA.String(), ext, "arrives", "firewall", phone.Addr())
+		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+	}
+}
+
 // Fails when the limit on children does not count, or counts too early.
 func TestExplainKnowsTheLimitOnChildren(t *testing.T) {
 	ownMode(t)

@@ -125,11 +125,15 @@ func (s source) gather(c *packetCase) error {
 	rs, err := s.rules()
 	if err != nil {
 		c.firewall = func(netip.Addr, bool) (userrules.Answer, string) { return userrules.Unknown, "" }
-		return nil // what is not known is told
+		c.forward = &userrules.Forward{Unknown: true, Text: fmt.Sprintf("your rules cannot be read: %v", err)}
+		return nil
 	}
 	outside := outsideLinks(network)
 	if len(outside) > 0 {
 		c.forward = forwardOf(rs.Forwards(outside), c.peer.Addr(), c.ext)
+	}
+	if c.forward == nil && rs.ForwardsMayBeHidden() {
+		c.forward = &userrules.Forward{Unknown: true, Text: "only root may read the rules of iptables-legacy"}
 	}
 	c.firewall = func(host netip.Addr, related bool) (userrules.Answer, string) {
 		for subnet, x := range decisions {
@@ -151,17 +155,13 @@ func (c *packetCase) look(cfg config.Config, network gateway.Network) {
 		c.inside = c.inside || s.Prefix.Contains(c.peer.Addr())
 		c.owned = c.owned || s.Prefix.Contains(c.ext.Addr()) && s.Routed
 	}
-	c.most = func(p control.Permission) int {
+	c.most = func(p control.Permission) int { // 0 for no limit
 		if p.Peers.IsValid() {
-			return severalPeers * cfg.MaxChildren
+			return cone.WildChildren * cfg.MaxChildren
 		}
 		return cfg.MaxChildren
 	}
 }
-
-// severalPeers is how many times max_children a permission for several peers may have
-// (docs/limits.md).
-const severalPeers = 16
 
 // rulesTime is how long to wait for a reconcile that is busy.
 const rulesTime = 10 * time.Second
@@ -208,12 +208,12 @@ func forwardOf(all []userrules.Forward, peer netip.Addr, ext netip.AddrPort) (fo
 // rules, or if these do not tell by what became of other children.
 func passes(rs *userrules.Ruleset, outside []userrules.Link, n gateway.Network, x decision, host netip.Addr, related bool) (userrules.Answer, string) {
 	one := []netip.Prefix{netip.PrefixFrom(host, host.BitLen())}
-	a, dropper := userrules.Unknown, ""
+	a, all, dropper := userrules.Unknown, userrules.Unknown, ""
 	if links, err := n.LinksTo(0, one); err == nil {
 		inside := []userrules.Link{{Index: links[0].Index, Name: links[0].Name}}
 		if v, err := rs.Children(outside, inside, one); err == nil {
-			if a, dropper = v[0].MostDNATed, v[0].Dropper; related {
-				a = v[0].MostRelated
+			if a, all, dropper = v[0].MostDNATed, v[0].DNATed, v[0].Dropper; related {
+				a, all = v[0].MostRelated, v[0].Related
 			}
 		}
 	}
@@ -222,6 +222,8 @@ func passes(rs *userrules.Ruleset, outside []userrules.Link, n gateway.Network, 
 		if related {
 			a = x.MostRelated
 		}
+	} else if all != a { // a rule for some peers or ports decides otherwise
+		return userrules.Unknown, ""
 	}
 	return a, dropper
 }
@@ -288,11 +290,11 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 	}
 	if p := by(cone.ByExpectation); p != nil {
 		say(stepExpectation, resultMatches, "a permission of %v for %s stands as an expectation", p.Int, peersOf(p))
-		if n := c.most(*p); p.Children >= n {
+		if n := c.most(*p); c.full(p) {
 			say(stepChildren, resultDrops, "the peer has %d flows, and max_children allows %d", p.Children, n)
 			return to, verdictLost
 		}
-		say(stepChildren, resultPasses, "the peer has %d of %d flows", p.Children, c.most(*p))
+		c.sayChildren(say, p)
 		if c.local(p.Int.Addr()) {
 			return p.Int, verdictGateway // the forward hook does not see it
 		}
@@ -326,16 +328,29 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 		return to, verdictLost
 	}
 	say(stepMap, resultMatches, "a permission of %v for %s stands in the map", p.Int, peersOf(p))
-	n := c.most(*p)
-	if p.Children >= n {
+	if n := c.most(*p); c.full(p) {
 		say(stepChildren, resultUnknown, "the peer has %d flows, and max_children allows %d: the kernel may let more in for a moment", p.Children, n)
 		return netip.AddrPort{}, verdictUnknown
 	}
-	say(stepChildren, resultPasses, "the peer has %d of %d flows", p.Children, n)
+	c.sayChildren(say, p)
 	if to, v = c.filter(say, p.Int, false); c.forward != nil && v != verdictLost {
 		return netip.AddrPort{}, verdictUnknown
 	}
 	return to, v
+}
+
+// full reports whether p has as many children as it may have.
+func (c *packetCase) full(p *control.Permission) bool {
+	n := c.most(*p)
+	return n > 0 && p.Children >= n
+}
+
+func (c *packetCase) sayChildren(say func(s step, r result, format string, args ...any), p *control.Permission) {
+	if n := c.most(*p); n > 0 {
+		say(stepChildren, resultPasses, "the peer has %d of %d flows", p.Children, n)
+	} else {
+		say(stepChildren, resultPasses, "the peer has %d flows, and max_children sets no limit", p.Children)
+	}
 }
 
 // whyNot says why no permission admits the packet.

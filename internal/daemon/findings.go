@@ -63,7 +63,7 @@ func (l *loop) warnings() (out warnings) {
 		out.add(warnNotMapped, "", "%s", control.NotApplied(a.not))
 	}
 	if n, err := l.conntrack.read(events); err == nil && n == 0 {
-		out.add(warnEventsOff, "", "the kernel sends no conntrack events: permissions come late, at each reconcile; set net.netfilter.nf_conntrack_events = 2")
+		out.add(warnEventsOff, "", "the kernel sends no conntrack events: permissions come late, at each reconcile; set net.netfilter.nf_conntrack_events = 1")
 	}
 	if n, err := l.conntrack.read(acct); err == nil && n == 0 {
 		out.add(warnAccountingOff, "", "the kernel does not count packets: a peer alone can keep a permission; set net.netfilter.nf_conntrack_acct = 1")
