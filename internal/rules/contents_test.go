@@ -264,8 +264,8 @@ const contentsInet = `
 
 	chain before_conntrack {
 		type filter hook prerouting priority raw; policy accept;
-		th sport 0 meta l4proto udp goto like_an_anchor
-		th dport 0 meta l4proto udp goto like_an_anchor
+		th sport 0 meta l4proto udp jump like_an_anchor
+		th dport 0 meta l4proto udp jump like_an_anchor
 		@nh,96,24 0xa2f0b meta nfproto ipv4 iifname @outside meta l4proto udp meta ipsec missing fib saddr . mark . iif oif missing goto no_way_back_outside comment "the way back is another link"
 		@nh,64,64 0x20010db800470000 meta nfproto ipv6 iifname @outside meta l4proto udp meta ipsec missing fib saddr . mark . iif oif missing goto no_way_back_outside comment "the way back is another link"
 	}
