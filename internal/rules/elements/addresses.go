@@ -204,12 +204,9 @@ func (m *Mappings) changeAddresses(as []netip.Addr, typ uint16) error {
 		part := as[base:min(base+batch, len(as))]
 		clear(m.errs[:])
 		transact(&m.batcher, part, 1, func(seq uint32, a *netip.Addr) {
-			e := &m.enc
 			list, element := m.openElement(GatewaySet, seq, typ, 0)
 			m.data(unix.NFTA_SET_ELEM_KEY, a.AsSlice())
-			e.EndNest(element)
-			e.EndNest(list)
-			e.End()
+			m.closeElement(list, element, typ, 0)
 		})
 		for _, err := range m.errs[:len(part)] {
 			if err != nil && !errors.Is(err, unix.ENOENT) {

@@ -1,6 +1,8 @@
 package elements
 
 import (
+	"time"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/nfnl"
@@ -92,8 +94,8 @@ func (b *batcher) askGeneration() {
 }
 
 // openElement begins a message of type typ about one element of a set. The caller appends
-// the element's attributes and ends both nests and the message. NLM_F_REQUEST and, for a
-// new element, NLM_F_CREATE are added to flags.
+// the element's attributes and calls closeElement. NLM_F_REQUEST and, for a new element,
+// NLM_F_CREATE are added to flags.
 func (b *batcher) openElement(set string, seq uint32, typ, flags uint16) (list, element int) {
 	flags |= unix.NLM_F_REQUEST
 	if typ == unix.NFT_MSG_NEWSETELEM {
@@ -105,4 +107,23 @@ func (b *batcher) openElement(set string, seq uint32, typ, flags uint16) (list, 
 	e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
 	list = e.Nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS)
 	return list, e.Nest(unix.NFTA_LIST_ELEM)
+}
+
+// data appends a key or a value to the open element.
+func (b *batcher) data(typ uint16, value []byte) {
+	nest := b.enc.Nest(typ)
+	b.enc.Bytes(unix.NFTA_DATA_VALUE, value)
+	b.enc.EndNest(nest)
+}
+
+// closeElement ends the message of type typ that openElement began. A new element gets the
+// timeout; 0 stands for that of its set, without which it never expires.
+func (b *batcher) closeElement(list, element int, typ uint16, timeout time.Duration) {
+	e := &b.enc
+	if timeout > 0 && typ == unix.NFT_MSG_NEWSETELEM {
+		e.BE64(unix.NFTA_SET_ELEM_TIMEOUT, uint64(timeout.Milliseconds()))
+	}
+	e.EndNest(element)
+	e.EndNest(list)
+	e.End()
 }

@@ -125,13 +125,7 @@ func (m *Map) lift(ps []cone.Permission) error {
 
 // denial appends a message about one element of the set of denials.
 func (m *Map) denial(seq uint32, typ uint16, p *cone.Permission) {
-	e := &m.enc
 	list, element := m.openElement(DeniedSet, seq, typ, 0)
 	m.key(&p.Key)
-	if typ == unix.NFT_MSG_NEWSETELEM {
-		e.BE64(unix.NFTA_SET_ELEM_TIMEOUT, uint64(deniedTimeout.Milliseconds()))
-	}
-	e.EndNest(element)
-	e.EndNest(list)
-	e.End()
+	m.closeElement(list, element, typ, deniedTimeout)
 }

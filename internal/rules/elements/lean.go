@@ -10,7 +10,8 @@ import (
 )
 
 // Lean says whether the kernel reports flows that the daemon need not hear of: those whose
-// permission it learned, and those that can have none. Rules look up a protocol in a set. It is not safe for concurrent use.
+// permission it learned, and those that can have none. Rules look up the protocol of a flow
+// in its set. It is not safe for concurrent use.
 type Lean struct{ batcher }
 
 // NewLean returns the Lean of the tables of w.
@@ -46,19 +47,9 @@ func (l *Lean) send(messages ...uint16) error {
 	protocols := [...]byte{unix.IPPROTO_UDP, unix.IPPROTO_TCP}
 	transact(&l.batcher, protocols[:], uint32(len(messages)), func(seq uint32, protocol *byte) {
 		for i, typ := range messages {
-			e := &l.enc
 			list, element := l.openElement(LeanSet, seq+uint32(i), typ, 0)
-			key := e.Nest(unix.NFTA_SET_ELEM_KEY)
-			e.Attr(unix.NFTA_DATA_VALUE, 1)
-			e.B = append(e.B, *protocol)
-			e.Pad()
-			e.EndNest(key)
-			if typ == unix.NFT_MSG_NEWSETELEM {
-				e.BE64(unix.NFTA_SET_ELEM_TIMEOUT, uint64(LeanTimeout.Milliseconds()))
-			}
-			e.EndNest(element)
-			e.EndNest(list)
-			e.End()
+			l.data(unix.NFTA_SET_ELEM_KEY, []byte{*protocol})
+			l.closeElement(list, element, typ, LeanTimeout)
 		}
 	})
 	return errors.Join(l.errs[0], l.errs[1])

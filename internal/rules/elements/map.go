@@ -368,12 +368,7 @@ func (m *Map) element(seq uint32, typ uint16, set string, p *cone.Permission, va
 		}
 		e.EndNest(data)
 	}
-	if timeout > 0 {
-		e.BE64(unix.NFTA_SET_ELEM_TIMEOUT, uint64(timeout.Milliseconds()))
-	}
-	e.EndNest(element)
-	e.EndNest(list)
-	e.End()
+	m.closeElement(list, element, typ, timeout)
 }
 
 // Lengths of the key, with each part padded to a register's 4 bytes, and of the values. See

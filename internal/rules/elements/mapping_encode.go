@@ -126,29 +126,14 @@ func putPort(b []byte, port uint16) { binary.BigEndian.PutUint32(b, uint32(port)
 // element appends a message about the element in the first bytes of m.key and m.value. With
 // excl the kernel refuses an element that exists. With timeout 0 the element never expires.
 func (m *Mappings) element(seq uint32, typ uint16, excl bool, set string, key, value int, timeout time.Duration) {
-	isNew, flags := typ == unix.NFT_MSG_NEWSETELEM, uint16(0)
+	flags := uint16(0)
 	if excl {
 		flags = unix.NLM_F_EXCL
 	}
-	e := &m.enc
 	list, element := m.openElement(set, seq, typ, flags)
 	m.data(unix.NFTA_SET_ELEM_KEY, m.key[:key])
-	if isNew && value > 0 {
+	if typ == unix.NFT_MSG_NEWSETELEM && value > 0 {
 		m.data(unix.NFTA_SET_ELEM_DATA, m.value[:value])
 	}
-	if isNew && timeout > 0 {
-		e.BE64(unix.NFTA_SET_ELEM_TIMEOUT, uint64(timeout.Milliseconds()))
-	}
-	e.EndNest(element)
-	e.EndNest(list)
-	e.End()
-}
-
-func (m *Mappings) data(typ uint16, b []byte) {
-	e := &m.enc
-	nest := e.Nest(typ)
-	e.Attr(unix.NFTA_DATA_VALUE, len(b))
-	e.B = append(e.B, b...)
-	e.Pad()
-	e.EndNest(nest)
+	m.closeElement(list, element, typ, timeout)
 }

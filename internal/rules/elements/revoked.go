@@ -126,10 +126,5 @@ func (r *Revoked) element(seq uint32, typ uint16, k *cone.Key) {
 		e.Pad()
 	}
 	e.EndNest(key)
-	if typ == unix.NFT_MSG_NEWSETELEM {
-		e.BE64(unix.NFTA_SET_ELEM_TIMEOUT, uint64(deniedTimeout.Milliseconds()))
-	}
-	e.EndNest(element)
-	e.EndNest(list)
-	e.End()
+	r.closeElement(list, element, typ, deniedTimeout)
 }

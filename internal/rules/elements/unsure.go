@@ -120,7 +120,5 @@ func (u *unsureSet) flow(seq uint32, typ uint16, d *Direction) {
 		e.Pad()
 	}
 	e.EndNest(key)
-	e.EndNest(element)
-	e.EndNest(list)
-	e.End()
+	u.closeElement(list, element, typ, 0)
 }
