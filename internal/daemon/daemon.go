@@ -198,16 +198,8 @@ func New(cfg Config) (d *Daemon, err error) {
 		return d, err
 	}
 	d.firewall.look()
-	if r.network, err = r.readNetwork(cfg.Config); err != nil {
+	if r.network, err = r.firstNetwork(&l.cfg); err != nil {
 		return d, err
-	}
-	if l.cfg.Subnets, err = d.firewall.subnets(cfg.Config, r.network, nil, nil); err != nil {
-		return d, err
-	}
-	if len(l.cfg.Subnets) > len(cfg.Subnets) { // links to the added subnets lead inside
-		if r.network, err = r.readNetwork(l.cfg); err != nil {
-			return d, err
-		}
 	}
 	// Subscribe before the first dump, so that no flow is missed in between.
 	d.events, err = ctwatch.Dial(ctwatch.Config{ReadBuffer: cfg.EventBuffer})
@@ -244,16 +236,11 @@ func New(cfg Config) (d *Daemon, err error) {
 		return d, err
 	}
 	r.served, r.looked = r.held, d.now()
-	d.firewall.setSides(r.network)
 	// The model must know the forwards before the first grant.
-	r.forwarded, l.ruleWarnings = d.firewall.forwards(r.network)
-	r.whole = d.firewall.whole
-	more, _, _ := d.firewall.sourceNAT(l.cfg, r.network) // the first reconcile tries again
-	l.ruleWarnings, l.hidden = slices.Concat(l.ruleWarnings, more), d.firewall.hidden
-	d.firewall.ports, l.portWarnings, err = d.firewall.choosePorts(l.cfg, r.network, r.served, false, d.firewall.understood.Covers)
-	if err != nil {
+	if r.forwarded, err = l.firstRules(r.network, r.served, false); err != nil {
 		return d, err
 	}
+	r.whole = d.firewall.whole
 	d.decide()
 	adopted, err := d.openBackends()
 	if err != nil {

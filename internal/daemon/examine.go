@@ -49,7 +49,7 @@ func Examine(cfg config.Config) (st control.Status, err error) {
 	}
 	all.firewall = f
 	f.look()
-	if err = x.readNetwork(cfg); err != nil {
+	if x.loop.network, err = x.reconcile.firstNetwork(&x.loop.cfg); err != nil {
 		return st, err
 	}
 	if err = x.readTable(); err != nil {
@@ -74,19 +74,6 @@ type examination struct {
 	reconcile *reconciler
 }
 
-// readNetwork finds links and subnets.
-func (x *examination) readNetwork(cfg config.Config) (err error) {
-	l, r := x.loop, x.reconcile
-	if l.network, err = r.readNetwork(cfg); err != nil {
-		return err
-	}
-	if l.cfg.Subnets, err = l.firewall.subnets(cfg, l.network, nil, nil); err != nil {
-		return err
-	}
-	l.network, err = r.readNetwork(l.cfg) // links to the added subnets lead inside
-	return err
-}
-
 // readTable reads the size of the conntrack table.
 func (x *examination) readTable() error {
 	queries, err := ctwatch.DialQueries(ctwatch.Config{})
@@ -102,18 +89,13 @@ func (x *examination) readTable() error {
 // readRules asks what New asks of the user's rules and of the backends.
 func (x *examination) readRules(served *gateway.PortSet) (err error) {
 	l := x.loop
-	f := l.firewall
-	f.setSides(l.network)
-	_, l.ruleWarnings = f.forwards(l.network)
-	more, _, _ := f.sourceNAT(l.cfg, l.network) // what cannot be read is among the warnings
-	l.ruleWarnings = append(slices.Clip(l.ruleWarnings), more...)
-	if f.ports, l.portWarnings, err = f.choosePorts(l.cfg, l.network, served, true, f.understood.Covers); err != nil {
+	if _, err = l.firstRules(l.network, served, true); err != nil {
 		return err
 	}
 	if err = x.tryBackends(); err != nil {
 		return err
 	}
-	l.decisions = f.decide(l.cfg, l.network)
+	l.decisions = l.firewall.decide(l.cfg, l.network)
 	l.newEngine(cone.New(l.policy(l.cfg)), nil)
 	l.engine.Model.SetTopology(0, l.network.Topology().Compile())
 	l.engine.Model.SetWay(l.network.Way())

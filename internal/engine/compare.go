@@ -116,7 +116,7 @@ func (c *Comparer) repair(s scope) error {
 		unseen := now - e.Model.Known(now)
 		for i := range d.Unexpected {
 			if p := &d.Unexpected[i]; !p.isYoung(e.Model.Lifetime(), unseen) {
-				e.Model.Unexpected(e.cfg.Now(), p.Permission, p.By)
+				e.Model.Unexpected(now, p.Permission, p.By)
 			}
 		}
 	})
@@ -124,8 +124,8 @@ func (c *Comparer) repair(s scope) error {
 }
 
 // isYoung reports whether p, an unexpected element, may just have been learned, so that the
-// model, which does not know the last time unseen, does not know it yet. One with more than a lifetime left was not learned: somebody
-// added it.
+// model does not know it yet: of the time unseen the model does not know all flows. An element
+// with more than a lifetime left was not learned: somebody added it.
 func (p *Placed) isYoung(lifetime, unseen time.Duration) bool {
 	age := lifetime - p.Left
 	return p.By == cone.ByMap && age <= learnedTime+unseen && age >= -time.Second

@@ -1,0 +1,36 @@
+package daemon
+
+import (
+	"slices"
+
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/userrules"
+)
+
+// What New and Examine find out before a daemon runs.
+
+// firstNetwork reads the network, and adds the subnets to cfg that it enables by itself.
+func (r *reconciler) firstNetwork(cfg *config.Config) (n gateway.Network, err error) {
+	if n, err = r.readNetwork(*cfg); err != nil {
+		return n, err
+	}
+	named := len(cfg.Subnets)
+	if cfg.Subnets, err = r.firewall.subnets(*cfg, n, nil, nil); err != nil || len(cfg.Subnets) == named {
+		return n, err
+	}
+	return r.readNetwork(*cfg) // links to the added subnets lead inside
+}
+
+// firstRules asks the user's rules what they forward and how they translate, and chooses the
+// ports of mappings. sure says that two looks found the sockets (choosePorts).
+func (l *loop) firstRules(n gateway.Network, served *gateway.PortSet, sure bool) (forwarded *userrules.Covered, err error) {
+	f := l.firewall
+	f.setSides(n)
+	forwarded, l.ruleWarnings = f.forwards(n)
+	// What cannot be read is among the warnings; the first reconcile tries again.
+	more, _, _ := f.sourceNAT(l.cfg, n)
+	l.ruleWarnings, l.hidden = slices.Concat(l.ruleWarnings, more), f.hidden
+	f.ports, l.portWarnings, err = f.choosePorts(l.cfg, n, served, sure, f.understood.Covers)
+	return forwarded, err
+}
