@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/conenatd/conenatd/internal/cone/conetest"
 )
 
 const lifetime = 64 * time.Second // a grain is one second
@@ -217,19 +219,6 @@ func policies() map[string]Policy {
 	}
 }
 
-// choices is a source of numbers that a fuzzer chooses, one byte each.
-type choices struct{ left []byte }
-
-func (c *choices) Uint64() uint64 {
-	const low = 1<<56 - 1 // of a number that rand.IntN takes at once
-	if len(c.left) == 0 {
-		return low
-	}
-	b := c.left[0]
-	c.left = c.left[1:]
-	return uint64(b)<<56 | low
-}
-
 // The same with the inputs that a fuzzer finds.
 func FuzzModelAgreesWithNaiveReference(f *testing.F) {
 	rnd := rand.New(rand.NewPCG(1, 2))
@@ -248,9 +237,9 @@ func FuzzModelAgreesWithNaiveReference(f *testing.F) {
 		w := newWorld(t, 0, policies()[names[int(all[0])%len(names)]])
 		w.acct, w.full = all[0]&4 != 0, int(all[0]>>3&1)*20
 		w.setTimed(all[0]&16 != 0)
-		c := &choices{all[1:]}
+		c := &conetest.Choices{Left: all[1:]}
 		w.rnd = rand.New(c)
-		for len(c.left) > 0 {
+		for len(c.Left) > 0 {
 			w.step()
 		}
 		w.end()

@@ -10,25 +10,8 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/rules/rulestest"
 )
-
-// setTables sets conenatd's tables in the gateway, and keeps them open until the test ends.
-func setTables(t *testing.T, l *lab.Lab, d rules.Desired) *rules.Tables {
-	t.Helper()
-	tables, err := rules.Open(rules.Config{NetNS: l.Gateway.FD()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := tables.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	if _, err := tables.Set(d); err != nil {
-		t.Fatal(err)
-	}
-	return tables
-}
 
 // Fails when the daemon believes that a denial is lifted which the kernel still has: nobody
 // would ever lift it.
@@ -41,7 +24,7 @@ func TestDenialThatTheKernelKeepsIsLiftedLater(t *testing.T) {
 		}
 	}
 	c := &rules.MapConfig{Size: 100, Lifetime: time.Minute, Subnets: []netip.Prefix{lab.InsideNet}, Learn: true, LearnRate: 1}
-	m := setTables(t, l, rules.Desired{OutsideLinks: []string{"wan0"}, Map: c}).NewMap(c)
+	m := rulestest.Set(t, l, rules.Desired{OutsideLinks: []string{"wan0"}, Map: c}).NewMap(c)
 	ps := []cone.Permission{{
 		Key: cone.Key{Ext: cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.1:5060")), Peer: cone.AddrFrom(lab.PeerA)},
 		Int: cone.EndpointFrom(netip.MustParseAddrPort("10.47.11.109:5060")),
@@ -86,7 +69,7 @@ func TestCountersHoldWhileTheyCannotBeRead(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	f := &firewall{tables: setTables(t, l, rules.Desired{OutsideLinks: []string{"wan0"}, Guard: true, Subnets: []netip.Prefix{lab.InsideNet}})}
+	f := &firewall{tables: rulestest.Set(t, l, rules.Desired{OutsideLinks: []string{"wan0"}, Guard: true, Subnets: []netip.Prefix{lab.InsideNet}})}
 	stranger, err := l.Outside.Socket(lab.PeerA, 5070)
 	must(err)
 	defer stranger.Close()

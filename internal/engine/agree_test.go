@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/cone/conetest"
 )
 
 // views returns what should stand.
@@ -191,19 +192,6 @@ func TestEngineAndKernelAgree(t *testing.T) {
 	}
 }
 
-// choices is a source of numbers that a fuzzer chooses, one byte each.
-type choices struct{ left []byte }
-
-func (c *choices) Uint64() uint64 {
-	const low = 1<<56 - 1 // of a number that rand.IntN takes at once
-	if len(c.left) == 0 {
-		return low
-	}
-	b := c.left[0]
-	c.left = c.left[1:]
-	return uint64(b)<<56 | low
-}
-
 // The same with the inputs that a fuzzer finds.
 func FuzzEngineAndKernelAgree(f *testing.F) {
 	rnd := rand.New(rand.NewPCG(1, 2))
@@ -218,8 +206,8 @@ func FuzzEngineAndKernelAgree(f *testing.F) {
 		if len(all) == 0 || len(all) > 4096 {
 			return
 		}
-		c := &choices{all[1:]}
+		c := &conetest.Choices{Left: all[1:]}
 		w := newWorld(t, rand.New(c), worlds[int(all[0])%len(worlds)])
-		w.play(func(int) bool { return len(c.left) > 0 })
+		w.play(func(int) bool { return len(c.Left) > 0 })
 	})
 }

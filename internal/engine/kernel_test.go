@@ -8,31 +8,14 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/rules/rulestest"
 )
-
-// setTables sets conenatd's tables in the gateway, and keeps them open until the test ends.
-func setTables(t *testing.T, l *lab.Lab, d rules.Desired) *rules.Tables {
-	t.Helper()
-	tables, err := rules.Open(rules.Config{NetNS: l.Gateway.FD()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := tables.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	if _, err := tables.Set(d); err != nil {
-		t.Fatal(err)
-	}
-	return tables
-}
 
 // A large map is not listed; what is missing is found all the same.
 func TestMissingIsFoundWithoutAList(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{})
 	c := &rules.MapConfig{Size: 100, Lifetime: time.Minute, Subnets: []netip.Prefix{lab.InsideNet}}
-	m := setTables(t, l, rules.Desired{OutsideLinks: []string{"wan0"}, Map: c}).NewMap(c)
+	m := rulestest.Set(t, l, rules.Desired{OutsideLinks: []string{"wan0"}, Map: c}).NewMap(c)
 	model := cone.New(cone.Policy{
 		Subnets: []cone.Subnet{{Prefix: lab.InsideNet}}, Mapped: true, Lifetime: time.Minute, Retry: time.Minute,
 	})

@@ -13,6 +13,7 @@ import (
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/rules/rulestest"
 )
 
 // real is the kernel, in a lab.
@@ -26,7 +27,7 @@ type real struct {
 func newReal(t *testing.T) machine {
 	l := lab.ForTest(t, lab.Options{})
 	c := &rules.MapConfig{Size: mapSize, Lifetime: lifetime, Subnets: []netip.Prefix{inside}}
-	return &real{l, t, setTables(t, l, rules.Desired{OutsideLinks: []string{"wan0"}, Map: c}), c}
+	return &real{l, t, rulestest.Set(t, l, rules.Desired{OutsideLinks: []string{"wan0"}, Map: c}), c}
 }
 
 func (m *real) must(err error) {
