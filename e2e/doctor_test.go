@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -118,12 +117,7 @@ func (p *patient) apply(lines []doctor.Line) {
 // shell runs a line in the gateway.
 func (p *patient) shell(line string) {
 	p.T.Helper()
-	ctx, cancel := context.WithTimeout(p.T.Context(), stage.Patience())
-	defer cancel()
-	script := fmt.Sprintf("PATH=$PATH:/usr/sbin:/sbin\nconenatd() { %s \"$@\"; }\n%s", p.Exe, line)
-	if out, err := p.Gateway.Command(ctx, "sh", "-e", "-c", script).CombinedOutput(); err != nil {
-		p.T.Fatalf("%v: %s\n%s", err, out, line)
-	}
+	p.runShell("conenatd", p.Exe, line)
 }
 
 // reaches checks that a peer's packet from another port arrives at the host, or is lost.

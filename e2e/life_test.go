@@ -3,6 +3,7 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"regexp"
 	"slices"
@@ -384,12 +385,19 @@ func TestStopThatKeepsLeavesThePermissions(t *testing.T) {
 	ext := s.Contact(phone, proxy)
 	s.Stands(phone, proxy, ext)
 	s.Stop()
+	s.outlives(phone, ext)
+}
+
+// outlives checks that a permission for lab.PeerA stands without a daemon, and that the next
+// daemon takes it over and leaves nothing.
+func (s *scene) outlives(phone *lab.Socket, ext netip.AddrPort) {
+	s.T.Helper()
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 	s.Start("--subnet", lab.InsideNet.String())
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
 	s.Stop()
 	if left := s.Leftovers(); len(left) > 0 {
-		t.Errorf("left after stop: %q", left)
+		s.T.Errorf("left after stop: %q", left)
 	}
 }
 
@@ -405,13 +413,7 @@ func TestStopForAnUpgradeLeavesThePermissions(t *testing.T) {
 		return code != 0
 	})
 	s.Kill() // reaps it
-	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
-	s.Start("--subnet", lab.InsideNet.String())
-	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
-	s.Stop()
-	if left := s.Leftovers(); len(left) > 0 {
-		t.Errorf("left after stop: %q", left)
-	}
+	s.outlives(phone, ext)
 }
 
 func TestCleanupTakesEveryTraceOfADeadDaemon(t *testing.T) {

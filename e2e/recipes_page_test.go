@@ -127,11 +127,18 @@ func (r *recipe) load(section string) {
 // shell runs commands in the gateway; "iptables" there is the play's variant.
 func (r *recipe) shell(commands string) {
 	r.T.Helper()
-	ctx, cancel := context.WithTimeout(r.T.Context(), stage.Patience())
+	r.runShell("iptables", r.variant, commands)
+}
+
+// runShell runs commands in the gateway as root's shell would; the command name stands for
+// program.
+func (s *scene) runShell(name, program, commands string) {
+	s.T.Helper()
+	ctx, cancel := context.WithTimeout(s.T.Context(), stage.Patience())
 	defer cancel()
-	script := fmt.Sprintf("PATH=$PATH:/usr/sbin:/sbin\niptables() { %s \"$@\"; }\n%s", r.variant, commands)
-	if out, err := r.Gateway.Command(ctx, "sh", "-e", "-c", script).CombinedOutput(); err != nil {
-		r.T.Fatalf("%v: %s\n%s", err, out, commands)
+	script := fmt.Sprintf("PATH=$PATH:/usr/sbin:/sbin\n%s() { %s \"$@\"; }\n%s", name, program, commands)
+	if out, err := s.Gateway.Command(ctx, "sh", "-e", "-c", script).CombinedOutput(); err != nil {
+		s.T.Fatalf("%v: %s\n%s", err, out, commands)
 	}
 }
 

@@ -316,8 +316,8 @@ func Patience() time.Duration {
 	return time.Minute
 }
 
-// between is the pause between two looks of Until. Without one a test that waits would take a
-// CPU of the two that the daemon and other tests need.
+// between is the least time from one look of Until to the next. Without a pause a test that
+// waits would take a CPU of the two that the daemon and other tests need.
 const between = 5 * time.Millisecond
 
 // Until repeats cond until it holds.
@@ -329,11 +329,12 @@ func (s *Scene) Until(what string, cond func() bool) {
 // UntilIn is Until with another bound, for large tests.
 func (s *Scene) UntilIn(bound time.Duration, what string, cond func() bool) {
 	s.T.Helper()
-	for end := time.Now().Add(bound); !cond(); {
+	look := time.NewTicker(between)
+	defer look.Stop()
+	for end := time.Now().Add(bound); !cond(); <-look.C {
 		if time.Now().After(end) {
 			s.T.Fatalf("waited in vain until %s\n%s", what, s.Dump())
 		}
-		time.Sleep(between)
 	}
 }
 
