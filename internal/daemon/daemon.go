@@ -150,6 +150,7 @@ type loop struct {
 	healed         uint64                // broken flows that the daemon ended
 	warned         *warner
 	behind         bool
+	catchingUp     []chan struct{} // who waits until the event socket was empty
 	reported       cone.Stats
 	reportedEvents ctwatch.Stats
 }

@@ -17,3 +17,12 @@ func (d *Daemon) FailReconcile() {
 	_ = d.reconcile.ports.Close()
 	d.reconcile.looked = -betweenLooks // else the first one does not look at sockets
 }
+
+// FlowsAfter returns how many flows the model knows once the loop has caught up with the events
+// of f. The loop waits for f.
+func (d *Daemon) FlowsAfter(f func() error) (n int, err error) {
+	d.do(func(*loop) { err = f() })
+	d.catchUp()
+	d.do(func(l *loop) { n = l.engine.Model.Stats().Flows })
+	return n, err
+}

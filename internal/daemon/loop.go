@@ -73,6 +73,29 @@ func (r *reconciler) ask(f func(*loop)) bool {
 	return ok
 }
 
+// catchUp waits until the loop has handled the events that the kernel has queued by now. It
+// returns false if the loop ended first.
+func (s *shared) catchUp() bool {
+	done := make(chan struct{})
+	if !s.do(func(l *loop) { l.catchingUp = append(l.catchingUp, done) }) {
+		return false
+	}
+	select {
+	case <-done:
+		return true
+	case <-s.ended:
+		return false
+	}
+}
+
+// caughtUp answers catchUp: the event socket was empty.
+func (l *loop) caughtUp() {
+	for _, done := range l.catchingUp {
+		close(done)
+	}
+	l.catchingUp = nil
+}
+
 // Alive waits for the loop's next beat, and reports whether the loop runs. It does not wait
 // for requests that were queued before it: a busy loop is alive.
 func (s *shared) Alive() bool {
@@ -138,6 +161,7 @@ func (l *loop) run(ctx context.Context) error {
 		}
 		if n < len(events) {
 			idle = read
+			l.caughtUp()
 		}
 		l.engine.Apply(read)
 		atOnce := ticksAtOnce

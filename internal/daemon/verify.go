@@ -12,7 +12,8 @@ import (
 
 // Verify compares the model with the kernel: permissions with expectations and the map,
 // flows and children with conntrack. It changes nothing. It looks twice and reports what
-// is wrong both times, since the kernel's state changes meanwhile.
+// is wrong both times, since the kernel's state changes meanwhile. A dump itself ends the
+// flows that have timed out (ctnetlink_dump_table).
 func (s source) Verify() (v control.Verification, err error) {
 	if err := s.showAll(0); err != nil {
 		return v, err
@@ -22,6 +23,10 @@ func (s source) Verify() (v control.Verification, err error) {
 		defer close(done)
 		var first, again map[control.Wrong]struct{}
 		if first, err = r.differences(&v); err != nil {
+			return
+		}
+		if !r.catchUp() {
+			err = errEnded
 			return
 		}
 		if again, err = r.differences(&v); err != nil {
