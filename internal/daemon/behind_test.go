@@ -61,4 +61,3 @@ func TestTheLoopCatchesUp(t *testing.T) {
 	t.Parallel()
 	runRole(t, lab.ForTest(t, lab.Options{}), "behind")
 }
-
