@@ -179,6 +179,39 @@ func TestAutoSeesWhatOtherHooksDrop(t *testing.T) {
 	}
 }
 
+// Chains drop children of one subnet that the forward hook accepts. What is lost before the
+// forward hook may be another subnet's, but not if children of that one pass.
+//
+// Fails when the evidence of one subnet counts for another.
+func TestAutoJudgesEachSubnetByItsOwnChildren(t *testing.T) {
+	t.Parallel() // mostly it waits
+	stage.NeedsExpect(t)
+	for _, hook := range []string{"prerouting", "postrouting"} {
+		t.Run(hook, func(t *testing.T) {
+			s := newScene(t, lab.Options{Inside: 2, Rules: lab.Masquerade + "table inet f { chain c { type filter hook " + hook +
+				" priority filter; ip daddr 10.47.11.109 ct state new meta l4proto udp drop; }; }\n"})
+			s.Start("--backend=auto", "--reconcile=1s", "--subnet=10.47.11.109/32", "--subnet=10.47.11.110/32")
+			proxy := s.PeerSocket(lab.PeerA, 5060)
+			phone, other := s.InsideSocket(0, 5060), s.InsideSocket(1, 5062)
+			ext, otherExt := s.Contact(phone, proxy), s.Contact(other, proxy)
+			s.Stands(phone, proxy, ext)
+			s.Stands(other, proxy, otherExt)
+			port := uint16(7000)
+			s.losesChildren(ext, "expectations carry", func(c control.Carried) bool {
+				if port++; port%8 == 0 && hook == "prerouting" {
+					s.Arrives(other, s.PeerSocket(lab.PeerA, port), otherExt)
+				}
+				return c.By == "expect"
+			})
+			s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+			if c := s.Status().Subnets[1].Carried; c.By != "nft" || c.Why != "dnat_accepted" {
+				t.Errorf("the other subnet has %+v", c)
+			}
+			s.Arrives(other, s.PeerSocket(lab.PeerA, 5073), otherExt)
+		})
+	}
+}
+
 // losesChildren lets peer A send to ext from one port after another until status says what is
 // wanted of the subnet's carrier, and returns that.
 func (s *scene) losesChildren(ext netip.AddrPort, what string, wanted func(control.Carried) bool) (c control.Carried) {

@@ -60,6 +60,7 @@ var features = []feature{
 	{name: "uplink marks", args: []string{"--outside=wan0", "--outside=wan1", "--uplink-marks"}, uplinks: true, shows: append([]string{"meta mark set meta mark | 0x01000000"}, permissions...)},
 	{name: "one arm and mapping", args: slices.Concat(mapping, []string{"--outside=lan0", "--inside=lan1"}), shows: permissions},
 	{name: "one arm, expect", args: slices.Concat(stage.Expect, mapping, []string{"--outside=lan0"})},
+	{name: "several subnets", args: []string{"--subnet=10.48.0.0/17", "--subnet=10.49.0.0/24"}, shows: append([]string{"ct label 126", "admitted_into_10.48.0.0/17"}, permissions...)},
 	{name: "routed IPv6", args: routed, lab: lab.Options{IPv6: true}, shows: permissions},
 	{name: "all at once", args: slices.Concat(hairpin, groups, []string{
 		"--port-pool=62000-62999", "--exclude-peer=198.18.0.0/15", "--exclude-port=4500", "--exclude-port=4501",

@@ -135,7 +135,7 @@ func (m *Model) FlowSeen(now time.Duration, f *Flow) {
 		// Flows that end on the gateway do not pass the forward hook.
 		_, ends := m.topo.local[f.ReplySrc.Addr]
 		if f.Status.Has(StatusExpected) && !ends && m.snap.whole && !m.snap.showing && m.topo.outside(f.Src.Addr.Netip()) {
-			m.stats.Through++
+			m.passed(f).Expected++
 		}
 	}
 }
@@ -279,28 +279,6 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 		}
 	}
 	m.addFlow(now, i, f, true)
-}
-
-// notePassed counts f when it is first seen. f is a child of claim i, or of no claim if i is
-// none. Flows of the first snapshot passed long ago and do not count; later snapshots show
-// children whose events were lost.
-func (m *Model) notePassed(f *Flow, i int32) {
-	if !m.snap.whole || m.snap.showing && (m.snap.first || i == none) || m.policy.isOwn(f.ReplySrc.Addr) { // which the forward hook does not see
-		return
-	}
-	known := false
-	if i != none {
-		n, ok := m.flows.byKey[m.flowKey(i, f.Src, true)]
-		known = ok && m.flows.all[n].id == f.ID
-	}
-	switch {
-	case known:
-	case f.Status.Has(StatusExpected):
-		m.stats.Through++
-	case m.passedBefore(f, i):
-	default:
-		m.stats.Passed++
-	}
 }
 
 // orphan drops a child whose permission is gone, unless the inside host answered it. A

@@ -445,7 +445,7 @@ func TestDumpShowsThatChildrenPassed(t *testing.T) {
 	}
 	for range 2 {
 		d.snapshot(0, f, child)
-		if n := d.m.Stats().Passed; n != 1 {
+		if n := d.m.Passed().Mapped; n != 1 {
 			t.Errorf("%d children passed, want 1", n)
 		}
 	}
@@ -454,7 +454,7 @@ func TestDumpShowsThatChildrenPassed(t *testing.T) {
 	d.m = New(p)
 	d.m.SetTopology(0, testTopology)
 	d.snapshot(0, f, child)
-	if n := d.m.Stats().Passed; n != 0 || d.view("10.47.11.109:5060").Children != 1 {
+	if n := d.m.Passed().Mapped; n != 0 || d.view("10.47.11.109:5060").Children != 1 {
 		t.Errorf("%d children of before passed, want 0", n)
 	}
 }

@@ -109,6 +109,8 @@ type Model struct {
 
 	unreported unreported
 
+	passes map[netip.Prefix]*Passed // by enabled subnet
+
 	stopped bool
 	ops     []Op
 	spare   []Op // swapped with ops by Ops
@@ -130,8 +132,6 @@ type Stats struct {
 	// while before, and those of them whose outside port differed.
 	Compared, Remapped uint64
 	Crowded            uint64          // children beyond the limit, dropped
-	Passed             uint64          // children that a map admitted and the user's firewall let pass
-	Through            uint64          // expected flows from outside that it let pass, ours or not
 	Early              uint64          // flows of early packets that were to be deleted
 	Skipped            [Reasons]uint64 // flows that gave no permission, by reason
 	Refusals           [Reasons]uint64 // permissions refused, by reason
@@ -150,6 +150,7 @@ func New(p Policy) *Model {
 		pairs:    make(map[pair]time.Duration),
 		hosts:    make(map[Addr]scope),
 		subnets:  newScopes(len(p.Subnets)),
+		passes:   make(map[netip.Prefix]*Passed),
 		flows:    newFlowTable(),
 		early:    newEarlyIndex(),
 		expected: [...]scope{emptyScope, emptyScope, emptyScope},

@@ -80,15 +80,15 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 			unread = err
 		}
 	}
-	dnated, related := accepted(verdicts, cfg.Subnets)
-	if unread == nil {
-		f.mapped.acceptedNow(dnated)
-		f.related.acceptedNow(related)
-	}
 	all := make(map[netip.Prefix]decision, len(verdicts))
 	for i, v := range verdicts {
 		s := cfg.Subnets[i]
-		d := f.weigh(v, dnated, related)
+		w := f.witness(s.Prefix)
+		if unread == nil {
+			w.mapped.acceptedNow(v.MostDNATed == userrules.Accepted)
+			w.related.acceptedNow(v.MostRelated == userrules.Accepted)
+		}
+		d := w.weigh(v)
 		if unread != nil {
 			d.why, d.err, d.evidence = cannotRead, unread, nil
 		}
@@ -114,41 +114,27 @@ func (f *firewall) children(outside []userrules.Link, network gateway.Network, s
 	return f.user.Children(outside, inside, subnets)
 }
 
-// accepted reports whether the forward hook accepts most children of the map (dnated), and of
-// expectations (related), into all subnets that can have them. Then no rule in that hook
-// explains lost children.
-func accepted(verdicts []userrules.ChildVerdicts, subnets []config.Subnet) (dnated, related bool) {
-	dnated, related = true, true
-	for i, v := range verdicts {
-		mapped := !subnets[i].Routed && subnets[i].Prefix.Addr().Is4()
-		dnated = dnated && (!mapped || v.MostDNATed == userrules.Accepted)
-		related = related && v.MostRelated == userrules.Accepted
-	}
-	return dnated, related
-}
-
-// weigh decides by the rules. It decides by evidence, that is, by what became of children, if
-// the answer of the rules is unknown, or if children are lost although the forward hook
-// accepts most of them in all subnets (dnated, related: see accepted). It needs all subnets
-// because nobody knows to which of them the lost children went.
-func (f *firewall) weigh(v userrules.ChildVerdicts, dnated, related bool) decision {
+// weigh decides by the rules. It decides by evidence, that is, by what became of children into
+// the subnet, if the answer of the rules is unknown, or if children are lost although the
+// forward hook accepts most of them.
+func (w *witnesses) weigh(v userrules.ChildVerdicts) decision {
 	elsewhere := false
-	answer := func(a *userrules.Answer, w *witness, by cone.Carriers, accepted bool) []control.Evidence {
+	answer := func(a *userrules.Answer, w *witness, by cone.Carriers) []control.Evidence {
 		pass, known := w.passes()
 		switch {
 		case *a == userrules.Unknown && known && pass:
 			*a = userrules.Accepted
 		case *a == userrules.Unknown && known:
 			*a = userrules.Dropped
-		case *a == userrules.Accepted && accepted && w.contradicts():
+		case *a == userrules.Accepted && w.contradicts():
 			*a, elsewhere = userrules.Dropped, true
 		default:
 			return nil
 		}
 		return []control.Evidence{{By: by.String(), Children: w.lately, Passed: min(w.through, w.lately)}}
 	}
-	evidence := answer(&v.MostDNATed, &f.mapped, cone.ByMap, dnated)
-	if e := answer(&v.MostRelated, &f.related, cone.ByExpectation, related); v.MostDNATed != userrules.Accepted {
+	evidence := answer(&v.MostDNATed, &w.mapped, cone.ByMap)
+	if e := answer(&v.MostRelated, &w.related, cone.ByExpectation); v.MostDNATed != userrules.Accepted {
 		evidence = append(evidence, e...)
 	}
 	d := choose(v)
@@ -202,13 +188,12 @@ func (f *firewall) warning(s config.Subnet, d decision) (text string, zoned bool
 }
 
 // redecide decides again, and moves what stands to the carriers chosen.
-func (r *reconciler) redecide(cfg config.Config, network gateway.Network, tables control.Tables) error {
+func (r *reconciler) redecide(cfg config.Config, network gateway.Network) error {
 	ok := r.ask(func(l *loop) {
-		s := l.engine.Model.Stats()
 		if n, err := r.conntrack.read(events); err == nil && n == 0 { // no event shows which children pass
-			r.firewall.mapped, r.firewall.related = witness{}, witness{}
+			r.firewall.witnesses = nil
 		} else {
-			r.firewall.readEvidence(r.now(), tables.Map.Admitted, tables.Expected.Admitted, s.Passed, s.Through)
+			r.firewall.readEvidence(r.now(), cfg.Subnets, l.engine.Model.PassedInto)
 		}
 		r.firewall.noteZoned(r.now())
 	})

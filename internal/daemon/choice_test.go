@@ -42,12 +42,12 @@ func TestWhatTheForwardHookDoesDecides(t *testing.T) {
 		"RELATED passed, no others": {userrules.Unknown, userrules.Unknown, few, pass, cone.ChooseBoth, cannotTell, []control.Evidence{evidence("expect", 10)}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			f := &firewall{}
-			f.mapped.read(0, 0, 0)
-			f.related.read(0, 0, 0)
-			f.mapped.read(1, tc.mapped[0], tc.mapped[1])
-			f.related.read(1, tc.others[0], tc.others[1])
-			d := f.weigh(userrules.ChildVerdicts{MostDNATed: tc.dnated, MostRelated: tc.related}, true, true)
+			var w witnesses
+			w.mapped.read(0, 0, 0)
+			w.related.read(0, 0, 0)
+			w.mapped.read(1, tc.mapped[0], tc.mapped[1])
+			w.related.read(1, tc.others[0], tc.others[1])
+			d := w.weigh(userrules.ChildVerdicts{MostDNATed: tc.dnated, MostRelated: tc.related})
 			if d.Choice != tc.want || d.why != tc.why || !slices.Equal(d.evidence, tc.evidence) {
 				t.Errorf("%v because %q, %+v", d.Choice, d.why, d.evidence)
 			}
@@ -75,34 +75,34 @@ func TestEvidenceAges(t *testing.T) {
 
 // Children are lost that the rules of the forward hook accept.
 //
-// Fails when a single dump decides, or readings without a dump; when they decide though a rule
-// for another subnet may have dropped the children; and when a change of the rules does not
-// start the evidence again.
+// Fails when a single dump decides, or readings without a dump, and when a change of the rules
+// does not start the evidence again.
 func TestLostChildrenContradictTheRules(t *testing.T) {
 	accepts := userrules.ChildVerdicts{MostDNATed: userrules.Accepted, MostRelated: userrules.Accepted}
 	f := &firewall{}
-	read := func(now time.Duration, admitted uint64, explained bool, want cone.Choice) {
+	subnet := netip.MustParsePrefix("10.47.11.0/24")
+	read := func(now time.Duration, admitted uint64, want cone.Choice) {
 		t.Helper()
 		f.dumped = now != 3
-		f.readEvidence(now, admitted, 0, 0, 0)
-		d := f.weigh(accepts, !explained, true)
-		f.decisions = map[netip.Prefix]decision{{}: d}
+		f.counts.Admitted = admitted
+		f.readEvidence(now, []config.Subnet{{Prefix: subnet}}, func(netip.Prefix) cone.Passed { return cone.Passed{} })
+		d := f.witness(subnet).weigh(accepts)
+		f.decisions = map[netip.Prefix]decision{subnet: d}
 		if d.Choice != want || d.elsewhere != (want != cone.ChooseMap) {
 			t.Errorf("at %v: %v because %q, elsewhere %v", now, d.Choice, d.why, d.elsewhere)
 		}
 	}
-	read(0, 0, false, cone.ChooseMap)
-	read(2, 10, false, cone.ChooseMap) // the dump may show them
-	read(3, 10, false, cone.ChooseMap)
-	read(4, 10, true, cone.ChooseMap)
-	read(5, 10, false, cone.ChooseExpectation)
+	read(0, 0, cone.ChooseMap)
+	read(2, 10, cone.ChooseMap) // the dump may show them
+	read(3, 10, cone.ChooseMap)
+	read(5, 10, cone.ChooseExpectation)
 	f.retry.changed = true
-	read(6, 10, false, cone.ChooseMap)
-	read(7, 20, false, cone.ChooseMap)
-	read(8, 20, false, cone.ChooseExpectation)
+	read(6, 10, cone.ChooseMap)
+	read(7, 20, cone.ChooseMap)
+	read(8, 20, cone.ChooseExpectation)
 	f.retry.changed = true // all the time, so it has to wait
-	read(9, 20, false, cone.ChooseExpectation)
-	read(6+time.Minute, 20, false, cone.ChooseMap)
+	read(9, 20, cone.ChooseExpectation)
+	read(6+time.Minute, 20, cone.ChooseMap)
 }
 
 // Fails when children that the rules dropped speak against those that the user mended, or when
@@ -129,18 +129,6 @@ func TestChildrenThatDoNotContradictTheRules(t *testing.T) {
 	w.judge(true)
 	if w.contradicts() {
 		t.Error("they were lost by other rules")
-	}
-}
-
-// Fails when a subnet that the map cannot carry counts for it.
-func TestForwardHookAcceptsForAllSubnets(t *testing.T) {
-	related := userrules.ChildVerdicts{MostDNATed: userrules.Dropped, MostRelated: userrules.Accepted}
-	for text, want := range map[string]bool{"10.47.12.0/24": false, "2001:db8::/64": true} {
-		subnets := []config.Subnet{{Prefix: netip.MustParsePrefix("10.47.11.0/24")}, {Prefix: netip.MustParsePrefix(text)}}
-		all := []userrules.ChildVerdicts{{MostDNATed: userrules.Accepted, MostRelated: userrules.Accepted}, related}
-		if dnated, related := accepted(all, subnets); dnated != want || !related {
-			t.Errorf("with %s: DNATed %v, RELATED %v", text, dnated, related)
-		}
 	}
 }
 

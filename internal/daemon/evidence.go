@@ -1,12 +1,14 @@
 package daemon
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/rules"
 )
 
 const (
@@ -20,6 +22,36 @@ const (
 	// changed unnoticed.
 	evidenceMemory = time.Hour
 )
+
+// witnesses count the children of one subnet.
+type witnesses struct {
+	mapped, related    witness // of what the user's firewall does with DNATed and RELATED children
+	admitted, expected tally
+}
+
+func (w *witnesses) both() []*witness { return []*witness{&w.mapped, &w.related} }
+
+// A nowhere counts children that the map admitted and that did not come to the forward hook,
+// where children are counted for each subnet. They count as lost for all subnets.
+type nowhere struct {
+	total, parts tally
+	most         uint64 // the most so far, since the counters are not read at one time
+}
+
+func (n *nowhere) read(c *rules.Counters, subnets []config.Subnet) {
+	parts := uint64(0)
+	for _, s := range subnets {
+		into, ok := c.AdmittedInto(s.Prefix)
+		if !ok && s.Prefix.Addr().Is4() {
+			*n = nowhere{}
+			return
+		}
+		parts += into
+	}
+	if total, parts := n.total.read(c.Admitted), n.parts.read(parts); total > parts {
+		n.most = max(n.most, total-parts)
+	}
+}
 
 // A witness counts the children that one carrier admitted lately, and how many of them
 // the user's firewall let pass: those that conntrack confirmed.
@@ -100,26 +132,70 @@ func (r *retry) due(now time.Duration) bool {
 	return true
 }
 
-// readEvidence takes in what became of children. If others have changed the ruleset, it
-// starts to gather evidence against the rules again.
-func (f *firewall) readEvidence(now time.Duration, admitted, expected, passed, through uint64) {
-	f.mapped.read(now, admitted, passed)
-	f.related.read(now, expected, through)
-	f.mapped.judge(f.dumped)
-	f.related.judge(f.dumped)
+// witness returns the witnesses of a subnet.
+func (f *firewall) witness(subnet netip.Prefix) *witnesses {
+	w, ok := f.witnesses[subnet]
+	if !ok {
+		w = new(witnesses)
+		if f.witnesses == nil {
+			f.witnesses = make(map[netip.Prefix]*witnesses)
+		}
+		f.witnesses[subnet] = w
+	}
+	return w
+}
+
+// readEvidence takes in what became of children into each subnet. If others have changed the
+// ruleset, it starts to gather evidence against the rules again.
+func (f *firewall) readEvidence(now time.Duration, subnets []config.Subnet, passed func(subnet netip.Prefix) cone.Passed) {
+	maps.DeleteFunc(f.witnesses, func(p netip.Prefix, _ *witnesses) bool {
+		return !slices.ContainsFunc(subnets, func(s config.Subnet) bool { return s.Prefix == p })
+	})
+	f.nowhere.read(&f.counts, subnets)
+	mappable := 0
+	for _, s := range subnets {
+		if s.Prefix.Addr().Is4() {
+			mappable++
+		}
+	}
+	for _, s := range subnets {
+		w, p := f.witness(s.Prefix), passed(s.Prefix)
+		admitted, ok := f.counts.AdmittedInto(s.Prefix)
+		switch {
+		case ok:
+			w.mapped.read(now, w.admitted.read(admitted)+f.nowhere.most, p.Mapped)
+		case mappable == 1 && s.Prefix.Addr().Is4(): // not counted by itself
+			w.mapped.read(now, w.admitted.read(f.counts.Admitted), p.Mapped)
+		}
+		expected, ok := f.counts.ExpectedInto(s.Prefix)
+		if len(subnets) == 1 {
+			expected, ok = f.counts.Expected, true
+		}
+		if ok {
+			w.related.read(now, w.expected.read(expected), p.Expected)
+		}
+		for _, w := range w.both() {
+			w.judge(f.dumped)
+		}
+	}
 	f.dumped = false
 	if !f.contradicted() {
 		if f.retry.changed {
-			for _, w := range []*witness{&f.mapped, &f.related} {
-				w.failing, w.anyPassed = 0, false
+			for _, ws := range f.witnesses {
+				for _, w := range ws.both() {
+					w.failing, w.anyPassed = 0, false
+				}
 			}
 		}
 		f.retry.changed = false
 		return
 	}
 	if f.retry.due(now) {
-		f.mapped.restart()
-		f.related.restart()
+		for _, ws := range f.witnesses {
+			for _, w := range ws.both() {
+				w.restart()
+			}
+		}
 	}
 }
 

@@ -54,12 +54,14 @@ type firewall struct {
 	known map[netip.Addr]struct{} // addresses that links had; nil before the first look
 
 	admitted, expected, usedUp tally
-	zoned                      tally                          // packets in a zone where no expectation stands
-	zonedBefore                uint64                         // its total at the last look
-	zonedSeen                  time.Duration                  // when zoned last grew
-	packetsInZone              bool                           // zoned grew lately
-	counted                    control.Tables                 // as read last
-	mapped, related            witness                        // of what the user's firewall does with DNATed and RELATED children
+	zoned                      tally                       // packets in a zone where no expectation stands
+	zonedBefore                uint64                      // its total at the last look
+	zonedSeen                  time.Duration               // when zoned last grew
+	packetsInZone              bool                        // zoned grew lately
+	counted                    control.Tables              // as read last
+	counts                     rules.Counters              // likewise
+	witnesses                  map[netip.Prefix]*witnesses // by subnet
+	nowhere                    nowhere
 	retry                      retry                          // of evidence against rules
 	dumped                     bool                           // flows were dumped since evidence was read last
 	pools                      map[config.PortPool]portRanges // the pools that usedUp counts for
@@ -415,6 +417,7 @@ func (f *firewall) read(cfg config.Config) (t control.Tables, err error) {
 	if err != nil {
 		return f.counted, fmt.Errorf("read counters: %w", err)
 	}
+	f.counts = c
 	if !samePools(f.pools, f.ports.pools) {
 		f.pools, f.usedUp = f.ports.pools, tally{}
 	}

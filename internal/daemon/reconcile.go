@@ -207,7 +207,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 	failed = errors.Join(failed, err, r.endRerouted(cfg, network))
 	failed = errors.Join(failed, r.readForwards(cfg, network), r.lookAtSockets(cfg, network))
 	tables, err := r.firewall.read(cfg)
-	failed = errors.Join(failed, err, r.redecide(cfg, network, tables))
+	failed = errors.Join(failed, err, r.redecide(cfg, network))
 	topology := network.Topology().Compile()
 	hear := r.hearSelf(cfg)
 	r.ask(func(l *loop) {

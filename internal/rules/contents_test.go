@@ -185,6 +185,12 @@ const contentsInet = `
 	counter expected {
 	}
 
+	counter expected_into_10.47.11.0/24 {
+	}
+
+	counter expected_into_2001_db8_47__/64 {
+	}
+
 	counter unsure {
 	}
 
@@ -308,6 +314,12 @@ const contentsInet = `
 		meta nfproto ipv4 meta l4proto udp add @children4_256 { ct original ip saddr . ct original ip daddr . ct original proto-dst ct count over 256 } counter name "child_drops" drop comment "flows of one peer to one outside endpoint"
 		meta nfproto ipv6 meta l4proto udp add @children6_256 { ct original ip6 saddr . ct original ip6 daddr . ct original proto-dst ct count over 256 } counter name "child_drops" drop comment "flows of one peer to one outside endpoint"
 		counter name "expected" comment "it goes on to the user's firewall"
+		goto expected_into
+	}
+
+	chain expected_into {
+		ip6 daddr 2001:db8:47::/64 counter name "expected_into_2001_db8_47__/64" accept
+		ip daddr 10.47.11.0/24 counter name "expected_into_10.47.11.0/24" accept
 	}
 }
 `

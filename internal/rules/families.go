@@ -56,12 +56,22 @@ func onlyOf(families []*ipFamily) exprs {
 	return nil
 }
 
-// saddrIn matches if the source of the packet is in p, in a rule of family inet. A prefix
-// that ends at a byte boundary is compared without a mask, as nft does it.
+// saddrIn matches if the source of the packet is in p, and daddrIn if its destination is, in a
+// rule of family inet. A prefix that ends at a byte boundary is compared without a mask, as nft
+// does it. saddrIn tests the address before the family, which excludes more packets.
 func saddrIn(p netip.Prefix) exprs {
-	f := ipFamilies[0]
-	if p.Addr().Is6() {
-		f = ipFamilies[1]
-	}
+	f := familyOf(p)
 	return join(f.saddr.inPrefix(p, true), f.is)
+}
+
+func daddrIn(p netip.Prefix) exprs {
+	f := familyOf(p)
+	return join(f.is, f.daddr.inPrefix(p, true))
+}
+
+func familyOf(p netip.Prefix) *ipFamily {
+	if p.Addr().Is6() {
+		return ipFamilies[1]
+	}
+	return ipFamilies[0]
 }

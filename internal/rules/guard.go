@@ -93,17 +93,31 @@ func (l *layout) guard(served []*ipFamily) {
 	l.rule(guard, "it would keep the peer from the inside host", onlyOf(served), counter(guardCounter), drop)
 }
 
-// children judges the first packets of flows that our expectations let in. These flows have
+// children counts the first packets of children, and judges those of flows that our
+// expectations let in. These flows have
 // a master with a helper of ours. A flow that the user's own helper expects may come from
 // anywhere. Only unanswered flows and ICMP errors have the state related.
 func (l *layout) children(d Desired, served []*ipFamily) {
+	var children *nftables.Chain
+	if len(d.Helpers) > 0 || d.countsAdmitted() {
+		children = l.filter("children", nftables.ChainHookForward, childPriority)
+	}
+	if d.countsAdmitted() {
+		l.countAdmitted(children, d)
+	}
+	if len(d.Helpers) == 0 {
+		return
+	}
 	l.counters = append(l.counters, spoofedCounter, zeroCounter, expectedCounter)
 	if d.MaxChildren > 0 {
 		l.counters = append(l.counters, childCounter)
 	}
 	child := l.judge("child", d, served)
 	l.rule(child, "it goes on to the user's firewall", counter(expectedCounter))
-	l.childrenOf("children", nftables.ChainHookForward, d.Helpers, served, child)
+	if d.countsExpected() {
+		l.rule(child, "", goTo(l.countInto(expectedCounter, d.Subnets)))
+	}
+	l.childrenOf(children, d.Helpers, served, child)
 	if !d.Self {
 		return
 	}
@@ -111,7 +125,7 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 	// forward hook. A packet that comes by a bridge to the gateway leaves the bridge.
 	own := d
 	own.Bridges = nil
-	l.childrenOf("own_children", nftables.ChainHookInput, d.Helpers, ipFamilies, l.judge("own_child", own, ipFamilies))
+	l.childrenOf(l.filter("own_children", nftables.ChainHookInput, childPriority), d.Helpers, ipFamilies, l.judge("own_child", own, ipFamilies))
 	if !d.noFib {
 		c := l.filter("own_source", nftables.ChainHookForward, childPriority)
 		l.rule(c, "", notNew, accept)
@@ -165,9 +179,8 @@ func (l *layout) judge(name string, d Desired, served []*ipFamily) *nftables.Cha
 	return child
 }
 
-// childrenOf adds a chain on a hook that sends the first packets of children to child.
-func (l *layout) childrenOf(name string, hook *nftables.ChainHook, helpers []string, served []*ipFamily, child *nftables.Chain) {
-	c := l.filter(name, hook, childPriority)
+// childrenOf lets c, a chain on a hook, send the first packets of children to child.
+func (l *layout) childrenOf(c *nftables.Chain, helpers []string, served []*ipFamily, child *nftables.Chain) {
 	l.rule(c, "", ctState.isNot(host32(expr.CtStateBitRELATED)), accept)
 	for _, helper := range helpers {
 		// Only the first packet is expected and not yet confirmed.

@@ -133,9 +133,7 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 	if d.Spoofed && !d.noFib { // after portZero: these rules end the chain for some packets
 		inet.spoofed(d)
 	}
-	if len(d.Helpers) > 0 {
-		inet.children(d, served)
-	}
+	inet.children(d, served)
 	if d.unsure6Wanted() {
 		inet.unsure6(d)
 	}

@@ -363,5 +363,8 @@ func helperName(name string) []byte {
 	return append([]byte(name), make([]byte, helperNameLen-len(name))...)
 }
 
+// hasLabel matches flows that setLabel marked.
+var hasLabel = ct(expr.CtKeyLABELS, 4).and(nfnl.ChildLabel[:]).isNot(make([]byte, len(nfnl.ChildLabel)))
+
 // setLabel marks the flow as admitted by us.
 var setLabel = setCt(expr.CtKeyLABELS, constant(nfnl.ChildLabel[:]))

@@ -222,6 +222,9 @@ func (o held) as(typ string) string {
 
 func isZero(b []byte) bool { return !slices.ContainsFunc(b, func(b byte) bool { return b != 0 }) }
 
+// bitTypes are the types of which nft prints "any of these bits" without an operator.
+var bitTypes = map[string]bool{"ct_status": true, "ct_state": true, "ct_label": true}
+
 var operators = map[expr.CmpOp]string{expr.CmpOpEq: "", expr.CmpOpNeq: "!= ", expr.CmpOpLte: "<= "}
 
 func (p *rulePrinter) compare(o held, e *expr.Cmp) {
@@ -238,7 +241,7 @@ func (p *rulePrinter) compare(o held, e *expr.Cmp) {
 		p.add("%s %s%s", o.text, operators[e.Op], constants[o.typ](value))
 	case o.typ == "ct_status" && isZero(value) && e.Op == expr.CmpOpEq:
 		p.add("%s ! %s", o.text, constants[o.typ](o.mask))
-	case o.typ == "ct_status" && isZero(value):
+	case bitTypes[o.typ] && isZero(value):
 		p.add("%s %s", o.text, constants[o.typ](o.mask))
 	// nft writes a test of a single bit as "& dnat == dnat".
 	case o.typ == "ct_status" && (!bytes.Equal(value, o.mask) || strings.Contains(constants[o.typ](value), ",")):

@@ -192,6 +192,12 @@ type MapConfig struct {
 
 // Counters count packets since the tables were made.
 type Counters struct {
+	Totals
+	all map[string]uint64 // by name
+}
+
+// Totals are the Counters that are not of a single subnet.
+type Totals struct {
 	// SpoofedDrops are packets from outside with an inside source, and packets from
 	// elsewhere with a peer's source. PortZeroDrops are packets that match an anchor, and
 	// ICMP errors about an anchor.
@@ -218,6 +224,23 @@ type Counters struct {
 	// PortShared are flows to which the user's rules gave an outside endpoint that another
 	// host's mapping owns.
 	PortShared uint64
+}
+
+// AdmittedInto and ExpectedInto return the part of Admitted and Expected for one of
+// Desired.Subnets. They return false if it was not counted: there is only that subnet, or the
+// kernel has no labels.
+func (c *Counters) AdmittedInto(subnet netip.Prefix) (uint64, bool) {
+	return c.into(admittedCounter, subnet)
+}
+
+// ExpectedInto: see AdmittedInto.
+func (c *Counters) ExpectedInto(subnet netip.Prefix) (uint64, bool) {
+	return c.into(expectedCounter, subnet)
+}
+
+func (c *Counters) into(counter string, subnet netip.Prefix) (uint64, bool) {
+	n, ok := c.all[into(counter, subnet)]
+	return n, ok
 }
 
 // A Feature is something that a kernel may lack.

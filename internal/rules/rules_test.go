@@ -43,13 +43,13 @@ func set(t testing.TB, table *rules.Tables, d rules.Desired) {
 	}
 }
 
-func count(t *testing.T, table *rules.Tables) rules.Counters {
+func count(t *testing.T, table *rules.Tables) rules.Totals {
 	t.Helper()
 	c, err := table.Counters()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return c
+	return c.Totals
 }
 
 // ours lists our tables with handles, but without counters.

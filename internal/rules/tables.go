@@ -333,12 +333,12 @@ func (t *Tables) Counters() (Counters, error) {
 			n[name] += packets
 		}
 	}
-	return Counters{
+	return Counters{all: n, Totals: Totals{
 		GuardDrops: n[guardCounter], SpoofedDrops: n[spoofedCounter], ChildDrops: n[childCounter], PortZeroDrops: n[zeroCounter],
 		Unsure: n[unsureCounter], Admitted: n[admittedCounter], Expected: n[expectedCounter], Zoned: n[zonedCounter],
 		Learned: n[learnedCounter], LearnLimited: n[limitedCounter],
 		Moved: n[movedCounter], PoolUsedUp: n[usedUpCounter], LeftToRules: n[leftCounter], PortShared: n[sharedCounter], Hairpinned: n[hairpinCounter],
-	}, nil
+	}}, nil
 }
 
 // Remove deletes the tables, if they exist, and with them all permissions of the map.

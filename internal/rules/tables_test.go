@@ -222,7 +222,7 @@ func TestRemoveLeavesNoTrace(t *testing.T) {
 		if diff := cmp.Diff(before, output(t, l, "nft", "--handle", "list", "ruleset")); diff != "" {
 			t.Error(diff)
 		}
-		if c := count(t, table); c != (rules.Counters{}) {
+		if c := count(t, table); c != (rules.Totals{}) {
 			t.Error(c)
 		}
 	}

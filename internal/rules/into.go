@@ -1,0 +1,49 @@
+package rules
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+)
+
+// Children are counted for each subnet if there are several, since the user's firewall may
+// treat them differently.
+
+// countsExpected reports whether the children of expectations are counted for each subnet.
+func (d *Desired) countsExpected() bool { return len(d.Helpers) > 0 && len(d.Subnets) > 1 }
+
+// countsAdmitted reports whether the children of the map are. Only their label tells them from
+// the flows of the user's own forwards.
+func (d *Desired) countsAdmitted() bool {
+	return d.Map != nil && !d.Map.noLabels && len(ipFamilies[0].of(d.Subnets)) > 1
+}
+
+// into is the name of the counter for one subnet. nft accepts no colon in a name.
+func into(counter string, subnet netip.Prefix) string {
+	return counter + "_into_" + strings.ReplaceAll(subnet.String(), ":", "_")
+}
+
+// countInto adds a chain that counts a packet for the innermost of the subnets that it is sent to.
+func (l *layout) countInto(name string, subnets []netip.Prefix) *nftables.Chain {
+	c := l.regular(name + "_into")
+	subnets = slices.Clone(subnets)
+	slices.SortFunc(subnets, func(a, b netip.Prefix) int { return cmp.Or(cmp.Compare(b.Bits(), a.Bits()), a.Compare(b)) })
+	for _, p := range subnets {
+		l.counters = append(l.counters, into(name, p))
+		l.rule(c, "", daddrIn(p), counter(into(name, p)), accept)
+	}
+	return c
+}
+
+// countAdmitted counts children of the map, in a chain on the forward hook, before the user's
+// rules see them.
+func (l *layout) countAdmitted(c *nftables.Chain, d Desired) {
+	subnets := ipFamilies[0].of(d.Subnets)
+	l.rule(c, "", ctState.and(host32(expr.CtStateBitESTABLISHED)).isNot(host32(0)), accept)
+	l.rule(c, "the first packet of a child of the map", l.outside(iifname, true), isUDP, ipFamilies[0].is,
+		lacksStatus(ctConfirmed), hasLabel, goTo(l.countInto(admittedCounter, subnets)))
+}
