@@ -72,13 +72,13 @@ func TestWrongInputIsNamedAndChangesNothing(t *testing.T) {
 		code int
 		want string
 	}{
-		"wrong value":      {[]string{"run", "--config", file("# x\nlifetime = \"5 minutes\"\n")}, 78, "c.toml:2: lifetime: expected a duration"},
+		"wrong value":      {[]string{"run", "--config", file("# x\nlifetime = \"5 minutes\"\n")}, 78, "c.toml:2:12: lifetime: expected a duration"},
 		"missing file":     {[]string{"run", "--config", filepath.Join(dir, "none.toml")}, 1, "none.toml"},
 		"host bits":        {[]string{"run", "--subnet", "10.47.11.1/24"}, 78, `did you mean "10.47.11.0/24"`},
 		"contradiction":    {[]string{"run", "--subnet", "10.47.11.0/24", "--hairpin"}, 78, "hairpin: expected a subnet with mapping"},
 		"unknown flag":     {[]string{"run", "--bogus"}, 78, "--bogus"},
 		"status, no one":   {[]string{"status"}, 1, "no conenatd runs in this network namespace"},
-		"check, bad file":  {[]string{"check", file("backend = 7\n")}, 78, "c.toml:1: backend:"},
+		"check, bad file":  {[]string{"check", file("backend = 7\n")}, 78, "c.toml:1:11: backend:"},
 		"list, no one":     {[]string{"list"}, 1, "conenatd run"},
 		"cleanup, nothing": {[]string{"cleanup"}, 0, "removed 0 expectations"},
 	} {

@@ -175,6 +175,8 @@ type Subnet struct {
 	PortPool PortPool
 }
 
+func (s Subnet) mapped() bool { return s.Mapping == EndpointIndependentMapping }
+
 // Pool returns the pool for hosts of a subnet whose own port another host has on the
 // outside.
 func (c *Config) Pool(s Subnet) PortPool { return cmp.Or(s.PortPool, c.PortPool) }
@@ -369,28 +371,8 @@ func (c *Config) check() (key string, err error) {
 		return "self", errors.New(`only expectations carry permissions of the gateway's own programs, and backend "nft" has none: ` +
 			`set backend = "auto" or "expect"`)
 	}
-	mapped := false
-	check := func(name string, s Subnet) error {
-		mapped = mapped || s.Mapping == EndpointIndependentMapping
-		if s.Routed && s.Filtering == EndpointIndependent {
-			return fmt.Errorf("%q is routed, and endpoint_independent filtering is for source NAT: "+
-				"an expectation for everybody would let other inside networks in", name)
-		}
-		if s.PortPool != "" && s.Mapping != EndpointIndependentMapping {
-			return fmt.Errorf(`%q has a port_pool, which is for mapping = "endpoint_independent": add that, or take the port_pool out`, name)
-		}
-		return nil
-	}
-	for _, s := range c.Subnets {
-		if err := check(s.Prefix.String(), s); err != nil {
-			return "subnet", err
-		}
-	}
-	for _, s := range c.LinkSubnets {
-		if err := check(s.Link, s.Like); err != nil {
-			return "subnet", err
-		}
-	}
+	mapped := slices.ContainsFunc(c.Subnets, Subnet.mapped) ||
+		slices.ContainsFunc(c.LinkSubnets, func(l LinkSubnet) bool { return l.Like.mapped() })
 	if c.Hairpin && !mapped {
 		return "hairpin", errors.New(`expected a subnet with mapping = "endpoint_independent": hosts are found by their mappings`)
 	}

@@ -37,11 +37,11 @@ func TestTheExampleFileChangesNothing(t *testing.T) {
 }
 
 func TestTheExampleFileShowsTheDefaults(t *testing.T) {
-	got, _, err := parse(example, uncommented(t))
+	f, _, err := parse(example, uncommented(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := Default()
+	got, want := f.config, Default()
 	want.Subnets = []Subnet{{Prefix: netip.MustParsePrefix("192.168.1.0/24")}}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
@@ -49,7 +49,7 @@ func TestTheExampleFileShowsTheDefaults(t *testing.T) {
 }
 
 func TestTheExampleFileHasEveryKey(t *testing.T) {
-	found := findLines(uncommented(t))
+	found := findPositions(uncommented(t))
 	for _, key := range topKeys() {
 		if _, ok := found[place{0, key}]; !ok {
 			t.Errorf("%s is missing", key)
@@ -82,8 +82,8 @@ func TestEveryFlagHasItsKeyAndEveryKeyItsFlag(t *testing.T) {
 		keys = append(keys, subnetKey(field.Name))
 	}
 	for _, s := range settings {
-		if !slices.Contains(keys, s.key) { // else a subnet may have its own
-			keys = append(keys, s.key)
+		if !slices.Contains(keys, s.Name) { // else a subnet may have its own
+			keys = append(keys, s.Name)
 		}
 	}
 	for _, flag := range flags {

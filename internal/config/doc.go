@@ -1,7 +1,7 @@
 // Package config turns a TOML file and the flags of "conenatd run" into one
 // checked Config.
 //
-// Every error says where the value is (file and line, or flag), which key it has and what
+// Every error says where the value is (file, line and column, or flag), which key it has and what
 // was expected. All errors of a file and a command line are returned together. An unknown
 // key is an error, too.
 //

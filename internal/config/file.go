@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"unicode"
+	"unicode/utf8"
 
 	"github.com/BurntSushi/toml"
 )
@@ -17,23 +18,23 @@ import (
 // Default. The error (see IsUsage) holds everything that is wrong, one line each, in the
 // order of the file; the Config is then empty.
 func Load(path string) (Config, error) {
-	c, between, err := load(path)
+	f, between, err := load(path)
 	if err = errors.Join(err, between); err != nil {
 		return Config{}, err
 	}
-	return c, nil
+	return f.config, nil
 }
 
 // load is Load, but returns contradictions between keys separately, because flags may
 // override one of the keys.
-func load(path string) (c Config, between, err error) {
+func load(path string) (f file, between, err error) {
 	data, err := readFile(path)
 	if err != nil {
 		// The path goes in front here too, so keep only the cause.
 		if pe := (*fs.PathError)(nil); errors.As(err, &pe) {
 			err = pe.Err
 		}
-		return Config{}, nil, fmt.Errorf("%s: expected a readable file: %w", path, err)
+		return file{}, nil, fmt.Errorf("%s: expected a readable file: %w", path, err)
 	}
 	return parse(path, string(data))
 }
@@ -43,31 +44,32 @@ func load(path string) (c Config, between, err error) {
 // It decodes into plain maps and walks them itself. Decoding into a struct would meet the
 // keys in random order, stop at the first wrong type, and keep only the last of several
 // [[subnet]] tables.
-func parse(path, data string) (c Config, between, err error) {
+func parse(path, data string) (f file, between, err error) {
 	data = strings.TrimPrefix(data, "\ufeff")
 	var root map[string]any
 	if _, err := toml.Decode(data, &root); err != nil {
-		return Config{}, nil, usage(syntaxError(path, data, err))
+		return file{}, nil, usage(syntaxError(path, data, err))
 	}
 
-	f := file{path: path, lines: findLines(data), config: Default()}
+	f = file{path: path, found: findPositions(data), config: Default(), sources: make(map[string]string)}
 	for _, key := range f.sorted(0, root) {
-		i := slices.IndexFunc(settings, func(s setting) bool { return s.key == key })
+		setting, known := find(settings, key)
 		switch {
 		case key == "subnet":
 			f.subnets(root[key])
-		case i < 0:
-			f.fail(0, key, fmt.Errorf("unknown key, expected one of %s", strings.Join(topKeys(), ", ")))
+		case known:
+			f.sources[key] = f.line(0, key)
+			f.failValue(0, key, setting.set(&f.config, root[key]))
 		default:
-			f.fail(0, key, settings[i].set(&f.config, root[key]))
+			f.fail(0, key, unknownKey(key, root[key]))
 		}
 	}
 	if err := usage(f.errs...); err != nil {
-		return Config{}, nil, err
+		return file{}, nil, err
 	}
 	key, err := f.config.check()
-	f.fail(0, key, err)
-	return f.config, usage(f.errs...), nil
+	f.failValue(0, key, err)
+	return f, usage(f.errs...), nil
 }
 
 // bare is the text of a value that is not valid TOML. No check accepts it.
@@ -86,13 +88,29 @@ func syntaxError(path, data string, err error) error {
 		text = pe.LastKey + ": " + text
 	}
 	line := nthLine(data, pe.Position.Line)
+	at := position{pe.Position.Line, column(line, pe.Position.Col)}
 	key, value, isPair := strings.Cut(line, "=")
 	if _, err := toml.Decode(line, new(map[string]any)); err != nil && isPair {
 		if name, err := check(strings.TrimSpace(key), bare(strings.TrimSpace(value))); err != nil {
 			text = fmt.Sprintf("%s: %v (not valid TOML: %s)", name, err, pe.Message)
 		}
 	}
-	return fmt.Errorf("%s:%d: %s", path, pe.Position.Line, strings.Map(visible, text))
+	if strings.Contains(pe.Message, "already been defined") {
+		// What stands before the line is valid.
+		lines := strings.SplitAfter(data, "\n")
+		before := findPositions(strings.Join(lines[:min(at.line-1, len(lines))], ""))
+		table, name, first := before.last(pe.LastKey)
+		if first.line > 0 {
+			at.column = len(line) - len(strings.TrimLeft(line, " \t")) + 1
+			text = fmt.Sprintf("%s: expected once in %s, but line %d has it, too; keep one of the two", name, table, first.line)
+		}
+	}
+	return fmt.Errorf("%s:%v: %s", path, at, strings.Map(visible, text))
+}
+
+// column converts a column in bytes into one in characters.
+func column(line string, bytes int) int {
+	return utf8.RuneCountInString(line[:min(max(bytes-1, 0), len(line))]) + 1
 }
 
 // visible replaces control characters of a broken file, so that they do not reach the
@@ -117,50 +135,49 @@ func nthLine(data string, n int) string {
 // check returns the full name of a key, found by its last part, and the error for v if the
 // key is known and v is wrong.
 func check(key string, v any) (name string, err error) {
-	switch key {
-	case "prefix":
-		return "subnet.prefix", new(subnetList).add("", v, Subnet{})
-	case "filtering":
-		_, err := filtering(v)
-		return "subnet.filtering", err
-	case "mapping":
-		_, err := mapping(v)
-		return "subnet.mapping", err
-	case "routed":
-		return "subnet.routed", expected("true or false", v)
+	if s, ok := find(settings, key); ok {
+		return key, s.set(new(Config), v)
 	}
-	for _, s := range settings {
-		if s.key == key {
-			return key, s.set(new(Config), v)
-		}
+	if s, ok := find(subnetKeys, key); ok {
+		return "subnet." + key, s.set(new(Subnet), v)
 	}
 	return "", nil
 }
 
-// topKeys returns the keys that are allowed outside tables.
-func topKeys() []string {
-	var keys []string
-	for _, s := range settings {
-		keys = append(keys, s.key)
-	}
-	return append(keys, "subnet")
-}
-
 // A file is the walk through one decoded file.
 type file struct {
-	path   string
-	lines  lines
-	config Config
-	errs   []error
+	path    string
+	found   positions
+	config  Config
+	sources map[string]string // by key, "conenatd.toml:7"
+	subnet  subnetList
+	errs    []error
 }
 
-// at returns the position of a key: "conenatd.toml:7".
-func (f *file) at(subnet int, key string) string {
-	return fmt.Sprintf("%s:%d", f.path, f.lines.of(subnet, key))
+// line returns the line of a key: "conenatd.toml:7".
+func (f *file) line(subnet int, key string) string {
+	return fmt.Sprintf("%s:%d", f.path, f.found.of(subnet, key).key.line)
 }
 
 // fail records err, unless it is nil, for a key of a table (see place).
 func (f *file) fail(subnet int, key string, err error) {
+	f.failAt(f.found.of(subnet, key).key, subnet, key, err)
+}
+
+// failValue is fail for the value of a key. If err is about one item, it is found there.
+func (f *file) failValue(subnet int, key string, err error) {
+	x := f.found.of(subnet, key)
+	at := x.value
+	if item := (*itemError)(nil); errors.As(err, &item) && item.index < len(x.items) {
+		at = x.items[item.index]
+	}
+	if at == (position{}) { // a header, or a key that is missing
+		at = x.key
+	}
+	f.failAt(at, subnet, key, err)
+}
+
+func (f *file) failAt(at position, subnet int, key string, err error) {
 	if err == nil {
 		return
 	}
@@ -168,13 +185,14 @@ func (f *file) fail(subnet int, key string, err error) {
 	if subnet > 0 {
 		name = toml.Key{"subnet", key}
 	}
-	f.errs = append(f.errs, fmt.Errorf("%s: %s: %w", f.at(subnet, key), name, err))
+	f.errs = append(f.errs, fmt.Errorf("%s:%v: %s: %w", f.path, at, name, err))
 }
 
 // sorted returns the keys of a table in the order of the file.
 func (f *file) sorted(subnet int, table map[string]any) []string {
 	return slices.SortedFunc(maps.Keys(table), func(a, b string) int {
-		return cmp.Or(cmp.Compare(f.lines.of(subnet, a), f.lines.of(subnet, b)), strings.Compare(a, b))
+		x, y := f.found.of(subnet, a).key, f.found.of(subnet, b).key
+		return cmp.Or(cmp.Compare(x.line, y.line), cmp.Compare(x.column, y.column), strings.Compare(a, b))
 	})
 }
 
@@ -190,53 +208,66 @@ func (f *file) subnets(v any) {
 		}
 	}
 	if !ok {
-		f.fail(0, "subnet", expected("tables that begin with [[subnet]]", v))
+		f.failValue(0, "subnet", expected("tables that begin with [[subnet]]", v))
 		return
 	}
 
-	var l subnetList
 	for i, table := range tables {
 		n := i + 1
-		routed, isBool := table["routed"].(bool)
-		s := Subnet{Routed: routed}
-		var noFiltering, noMapping, noPool error
-		if v, ok := table["filtering"]; ok {
-			s.Filtering, noFiltering = filtering(v)
+		var s Subnet
+		wrong := make(map[string]error)
+		for key, v := range table {
+			if setting, ok := find(subnetKeys, key); !ok {
+				wrong[key] = unknownInSubnet(key)
+			} else if key != "prefix" {
+				wrong[key] = setting.set(&s, v)
+			}
 		}
-		if v, ok := table["mapping"]; ok {
-			s.Mapping, noMapping = mapping(v)
-		}
-		if v, ok := table["port_pool"]; ok && v != "" {
-			s.PortPool, noPool = portPool(v)
-		}
+		// prefix is required, so check it even if it is missing.
+		key, err := f.subnet.add(f.line(n, "prefix"), table["prefix"], s)
 		if _, ok := table["prefix"]; !ok {
-			table["prefix"] = nil // required: let the check below report it
+			table["prefix"] = nil
+		}
+		if wrong[key] == nil {
+			wrong[key] = err
 		}
 		for _, key := range f.sorted(n, table) {
-			switch {
-			case key == "prefix":
-				f.fail(n, key, l.add(f.at(n, key), table[key], s))
-			case key == "filtering":
-				f.fail(n, key, noFiltering)
-			case key == "mapping":
-				f.fail(n, key, noMapping)
-			case key == "port_pool":
-				f.fail(n, key, noPool)
-			case key != "routed":
-				f.fail(n, key, unknownInSubnet(key))
-			case !isBool:
-				f.fail(n, key, expected("true or false", table[key]))
+			if _, known := find(subnetKeys, key); known {
+				f.failValue(n, key, wrong[key])
+			} else {
+				f.fail(n, key, wrong[key])
 			}
 		}
 	}
-	l.set(&f.config)
+	f.subnet.set(&f.config)
+}
+
+// unknownKey returns the error for a key, with this value, that no table has outside
+// subnets.
+func unknownKey(key string, v any) error {
+	if near := nearest(key, topKeys()); near == "subnet" {
+		return errors.New("unknown key; did you mean [[subnet]]?")
+	} else if near != "" {
+		return fmt.Errorf("unknown key; did you mean %s?", near)
+	}
+	if _, ok := find(subnetKeys, key); ok {
+		return fmt.Errorf("unknown key; %s stands in a table that begins with [[subnet]]", key)
+	}
+	switch v.(type) {
+	case map[string]any, []map[string]any:
+		return errors.New("unknown table; the only one is [[subnet]]")
+	}
+	return fmt.Errorf("unknown key, expected one of %s", strings.Join(topKeys(), ", "))
 }
 
 func unknownInSubnet(key string) error {
-	const what = "unknown key, expected prefix, routed, filtering, mapping or port_pool"
 	// In TOML a table has no end: all keys that follow its header belong to it.
 	if slices.Contains(topKeys(), key) {
-		return fmt.Errorf("%s; %s stands above the first [[subnet]]", what, key)
+		return fmt.Errorf("unknown key of a subnet; %s stands above the first [[subnet]]", key)
 	}
-	return errors.New(what)
+	all := names(subnetKeys)
+	if near := nearest(key, all); near != "" {
+		return fmt.Errorf("unknown key of a subnet; did you mean %s?", near)
+	}
+	return fmt.Errorf("unknown key of a subnet, expected %s", orList(all))
 }

@@ -11,33 +11,32 @@ import (
 
 // Flags are the flags of "conenatd run". The zero value is ready for Register.
 type Flags struct {
-	config  texts
-	subnets texts
-	routed  bool
-	filters texts
-	mapping texts
-	given   []texts // one per setting
+	config texts
+	subnet []texts // one per key of a subnet
+	given  []texts // one per setting
 }
 
 // Register adds the flags to fs. Call it once, before fs.Parse.
 func (f *Flags) Register(fs *pflag.FlagSet) {
 	f.config.kind = "file"
 	fs.Var(&f.config, "config", "configuration `file`; flags go before it")
-	f.subnets.kind = "prefix"
-	fs.Var(&f.subnets, "subnet", `inside prefix to enable, a link for its prefixes, or "auto", instead of those of the file (repeatable)`)
-	fs.BoolVar(&f.routed, "routed", false, "the subnets of --subnet are routed, not only NATed")
-	f.filters = texts{kind: "name", def: AddressDependent.String()}
-	fs.Var(&f.filters, "filtering", "who may send to the hosts of --subnet: address_dependent, endpoint_independent (anybody) or address_and_port_dependent (no permissions)")
-	f.mapping = texts{kind: "name", def: KernelMapping.String()}
-	fs.Var(&f.mapping, "mapping", "how the hosts of --subnet get their outside ports: kernel, or endpoint_independent (one for each inside port, and nobody else's)")
-	f.given = make([]texts, len(settings))
-	for i, s := range settings {
-		f.given[i] = texts{kind: s.kind, def: s.def}
-		flag := fs.VarPF(&f.given[i], s.flag, "", s.usage)
-		if s.truth {
+	f.subnet = register(fs, subnetKeys)
+	f.given = register(fs, settings)
+}
+
+func register[C any](fs *pflag.FlagSet, all []setting[C]) []texts {
+	given := make([]texts, len(all))
+	for i, s := range all {
+		if s.Flag == "" {
+			continue
+		}
+		given[i] = texts{kind: s.Kind, def: flagText(s.initial())}
+		flag := fs.VarPF(&given[i], s.Flag, "", s.Usage)
+		if s.Kind == "bool" {
 			flag.NoOptDefVal = "true" // otherwise the flag takes the next word as its value
 		}
 	}
+	return given
 }
 
 // Resolve returns Default, overridden by the file of --config, overridden by the flags. A
@@ -46,54 +45,36 @@ func (f *Flags) Register(fs *pflag.FlagSet) {
 // holds everything that is wrong. Contradictions between keys are checked once each key is
 // right.
 func (f *Flags) Resolve() (Config, error) {
-	c := Default()
+	e, err := f.Effective()
+	return e.Config, err
+}
+
+// Effective is Resolve, and says where each value comes from.
+func (f *Flags) Effective() (Effective, error) {
+	from := file{config: Default(), sources: make(map[string]string)}
 	var errs []error
 	var between, wrong error // contradictions between keys of the file; other errors of the file
 	if n := len(f.config.given); n > 0 {
 		if path := f.config.given[n-1]; path != "" {
-			c, between, wrong = load(path)
+			if from, between, wrong = load(path); wrong != nil {
+				from = file{config: Default(), sources: make(map[string]string)}
+			}
 		} else { // for example from an unset variable in a script
 			errs = append(errs, fmt.Errorf("--config: %w", expected("the path of a file", path)))
 		}
 	}
+	c := &from.config
 	for i, t := range f.given {
 		if len(t.given) == 0 {
 			continue
 		}
-		if err := settings[i].set(&c, settings[i].value(t.given)); err != nil {
-			errs = append(errs, fmt.Errorf("--%s: %w", settings[i].flag, err))
+		s := settings[i]
+		from.sources[s.Name] = "--" + s.Flag
+		if err := s.set(c, s.value(t.given)); err != nil {
+			errs = append(errs, fmt.Errorf("--%s: %w", s.Flag, err))
 		}
 	}
-
-	var l subnetList
-	like := Subnet{Routed: f.routed}
-	if n := len(f.filters.given); n > 0 {
-		var err error
-		if like.Filtering, err = filtering(f.filters.given[n-1]); err != nil {
-			errs = append(errs, fmt.Errorf("--filtering: %w", err))
-		}
-	}
-	if n := len(f.mapping.given); n > 0 {
-		var err error
-		if like.Mapping, err = mapping(f.mapping.given[n-1]); err != nil {
-			errs = append(errs, fmt.Errorf("--mapping: %w", err))
-		}
-	}
-	for _, s := range f.subnets.given {
-		if err := l.add("--subnet", s, like); err != nil {
-			errs = append(errs, fmt.Errorf("--subnet: %w", err))
-		}
-	}
-	switch {
-	case len(f.subnets.given) > 0:
-		l.set(&c)
-	case f.routed:
-		errs = append(errs, errors.New("--routed: expected a --subnet beside it"))
-	case len(f.filters.given) > 0:
-		errs = append(errs, errors.New("--filtering: expected a --subnet beside it"))
-	case len(f.mapping.given) > 0:
-		errs = append(errs, errors.New("--mapping: expected a --subnet beside it"))
-	}
+	errs = append(errs, f.subnets(&from)...)
 	if wrong == nil && len(errs) == 0 {
 		if key, err := c.check(); err != nil {
 			err = fmt.Errorf("%s: %w", key, err)
@@ -104,24 +85,65 @@ func (f *Flags) Resolve() (Config, error) {
 		}
 	}
 	if err := errors.Join(wrong, usage(errs...)); err != nil {
-		return Config{}, err
+		return Effective{}, err
 	}
-	return c, nil
+	return Effective{*c, from.sources, from.subnet}, nil
+}
+
+// subnets replaces the subnets of the file by those of the flags, if there are any.
+func (f *Flags) subnets(from *file) (errs []error) {
+	var prefixes []string
+	var like Subnet
+	var others []string // flags that need a --subnet
+	for i, t := range f.subnet {
+		s := subnetKeys[i]
+		switch {
+		case len(t.given) == 0:
+		case s.Name == "prefix":
+			prefixes = t.given
+		default:
+			others = append(others, s.Flag)
+			if err := s.set(&like, s.value(t.given)); err != nil {
+				errs = append(errs, fmt.Errorf("--%s: %w", s.Flag, err))
+			}
+		}
+	}
+	if len(prefixes) == 0 {
+		if len(others) > 0 && len(errs) == 0 {
+			errs = append(errs, fmt.Errorf("--%s: expected a --subnet beside it", others[0]))
+		}
+		return errs
+	}
+	var l subnetList
+	for _, p := range prefixes {
+		if _, err := l.add("--subnet", p, like); err != nil {
+			errs = append(errs, fmt.Errorf("--subnet: %w", err))
+		}
+	}
+	l.set(&from.config)
+	from.subnet = l
+	return errs
 }
 
 // value converts the texts given to a flag into the value that the file would have. An
 // empty text empties a list. For a single value the last text wins.
-func (s setting) value(given []string) any {
+func (s setting[C]) value(given []string) any {
 	one := func(text string) any {
-		if n, err := strconv.ParseInt(text, 10, 64); s.number && err == nil {
-			return n
-		}
-		if b, err := strconv.ParseBool(text); s.truth && err == nil {
-			return b
+		n, noNumber := strconv.ParseInt(text, 10, 64)
+		b, noBool := strconv.ParseBool(text)
+		switch s.Kind {
+		case "number", "bytes", "bits", "port":
+			if noNumber == nil {
+				return n
+			}
+		case "bool":
+			if noBool == nil {
+				return b
+			}
 		}
 		return text
 	}
-	if !s.list {
+	if !s.List {
 		return one(given[len(given)-1])
 	}
 	items := []any{}

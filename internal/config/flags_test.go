@@ -141,19 +141,19 @@ func TestWrongFlagsAreNamed(t *testing.T) {
 			`--subnet: expected subnets that do not overlap, got "10.1.0.0/16" inside "10.0.0.0/8" of --subnet; a host belongs to one subnet, so keep one of the two`,
 		},
 		"routed without a subnet": {[]string{"--routed"}, `--routed: expected a --subnet beside it`},
-		"routed auto":             {[]string{"--routed", "--subnet=auto"}, `--subnet: expected a prefix beside routed: which networks are routed cannot be guessed, got "auto"`},
+		"routed auto":             {[]string{"--routed", "--subnet=auto"}, `--subnet: expected a prefix beside routed: which networks it is for should not be guessed, got "auto"`},
 		"empty path":              {[]string{"--config="}, `--config: expected the path of a file, got ""`},
 		"no such file, wrong flag": {
 			[]string{"--config=/none/c.toml", "--lifetime=5"},
 			`/none/c.toml: expected a readable file: no such file or directory
 --lifetime: expected a duration between 1s and 24h such as "5m", got "5"`,
 		},
-		"one key and another": {[]string{"--config", hairpin, "--subnet=192.168.1.0/24"}, hairpin + ":2: hairpin: " + unmapped},
+		"one key and another": {[]string{"--config", hairpin, "--subnet=192.168.1.0/24"}, hairpin + ":2:11: hairpin: " + unmapped},
 		"a key and a flag":    {[]string{"--config", kernel, "--hairpin"}, "hairpin: " + unmapped},
 		"file and flags together": {
 			[]string{"--log-level=loud", "--config", path, "--outside=a/b"},
-			path + `:1: backend: expected "auto", "expect" or "nft", got 1
-` + path + `:2: reconcile: expected a duration between 1s and 1h such as "30s", got 2
+			path + `:1:11: backend: expected "auto", "expect" or "nft", got 1
+` + path + `:2:13: reconcile: expected a duration between 1s and 1h such as "30s", got 2
 --log-level: expected "debug", "info", "warn" or "error", got "loud"
 --outside: expected the name of a link such as "wan0", got "a/b"`,
 		},
@@ -193,8 +193,8 @@ func TestEveryCallOfResolveReadsTheFileAnew(t *testing.T) {
 func TestHelpShowsTheDefaults(t *testing.T) {
 	var args []string
 	for _, s := range settings {
-		for def := range strings.SplitSeq(s.def, ",") {
-			args = append(args, "--"+s.flag+"="+def)
+		for def := range strings.SplitSeq(flagText(s.initial()), ",") {
+			args = append(args, "--"+s.Flag+"="+def)
 		}
 	}
 	got, err := resolve(t, args...)

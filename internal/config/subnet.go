@@ -27,8 +27,11 @@ var notUnicast = []struct {
 type subnetList struct {
 	auto  bool
 	list  []Subnet
-	at    []string // where each of list was given, for error messages
 	links []LinkSubnet
+
+	// Where auto and each of list and links were given.
+	autoAt          string
+	listAt, linksAt []string
 }
 
 // set stores the collected subnets in c.
@@ -45,31 +48,47 @@ func namesLink(v any) bool {
 
 // add checks one more subnet and adds it with the other settings of s. v is a value as TOML
 // decodes it: a prefix, the name of a link, or "auto". The subnet must not overlap an
-// earlier one.
-func (l *subnetList) add(at string, v any, s Subnet) error {
+// earlier one. An error is about the returned key.
+func (l *subnetList) add(at string, v any, s Subnet) (key string, err error) {
 	if v == "auto" {
-		switch {
-		case s.Routed:
-			return expected("a prefix beside routed: which networks are routed cannot be guessed", v)
-		case s.Filtering != "":
-			return expected("a prefix beside filtering: whom it is for should not be guessed", v)
-		case s.Mapping != "":
-			return expected("a prefix beside mapping: whom it is for should not be guessed", v)
-		case s.PortPool != "":
-			return expected("a prefix beside port_pool: whom it is for should not be guessed", v)
+		if key := s.firstSet(); key != "" {
+			return "prefix", expected("a prefix beside "+key+": which networks it is for should not be guessed", v)
 		}
-		l.auto = true
-		return nil
+		l.auto, l.autoAt = true, at
+		return "prefix", nil
+	}
+	if s.Routed && s.Filtering == EndpointIndependent {
+		return "filtering", fmt.Errorf("%s is routed, and endpoint_independent filtering is for source NAT: "+
+			"an expectation for everybody would let other inside networks in", literal(v))
+	}
+	if s.PortPool != "" && s.Mapping != EndpointIndependentMapping {
+		return "port_pool", fmt.Errorf(`%s has a port_pool, which is for mapping = "endpoint_independent": add that, or take the port_pool out`, literal(v))
 	}
 	if namesLink(v) {
 		name, _ := v.(string)
 		if slices.ContainsFunc(l.links, func(x LinkSubnet) bool { return x.Link == name }) {
-			return fmt.Errorf("%w; keep one of the two", expected("each link once", v))
+			return "prefix", fmt.Errorf("%w; keep one of the two", expected("each link once", v))
 		}
 		l.links = append(l.links, LinkSubnet{Link: name, Like: s})
-		return nil
+		l.linksAt = append(l.linksAt, at)
+		return "prefix", nil
 	}
-	p, err := prefix(`a prefix such as "192.168.1.0/24", a link such as "lan0", or "auto"`, v)
+	return "prefix", l.addPrefix(at, v, s)
+}
+
+// firstSet returns a key that "auto" does not allow, if s has one.
+func (s Subnet) firstSet() string {
+	for _, k := range subnetKeys {
+		if k.get(&s) != k.initial() {
+			return k.Name
+		}
+	}
+	return ""
+}
+
+// addPrefix is add for a prefix.
+func (l *subnetList) addPrefix(at string, v any, s Subnet) error {
+	p, err := subnetPrefix(v)
 	if err != nil {
 		return err
 	}
@@ -90,13 +109,13 @@ func (l *subnetList) add(at string, v any, s Subnet) error {
 			how = "around"
 		}
 		return fmt.Errorf("%w %s %q of %s; a host belongs to one subnet, so keep one of the two",
-			expected("subnets that do not overlap", v), how, other.Prefix, l.at[i])
+			expected("subnets that do not overlap", v), how, other.Prefix, l.listAt[i])
 	}
 	if p.Addr().Is6() && s.Mapping != "" {
 		return fmt.Errorf("%w; mapping is about IPv4 addresses that are translated", expected("an IPv4 prefix beside mapping", v))
 	}
 	s.Prefix = p
 	l.list = append(l.list, s)
-	l.at = append(l.at, at)
+	l.listAt = append(l.listAt, at)
 	return nil
 }

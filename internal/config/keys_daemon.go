@@ -1,0 +1,142 @@
+package config
+
+import (
+	"log/slog"
+	"time"
+)
+
+// basicKeys are in the section "Basics".
+var basicKeys = []setting[Config]{
+	{
+		Key: Key{
+			Name: "backend", Flag: "backend", Kind: "word",
+			Usage: "what carries permissions: auto (all that there is), expect or nft",
+			Doc: `What carries permissions in the kernel: "expect" (conntrack expectations), "nft" (elements
+of an nftables map; your firewall must accept "ct status dnat" in its forward chain), or
+"auto": the map where possible, expectations where needed.`,
+		},
+		access: word(func(c *Config) *Backend { return &c.Backend }, BackendAuto, BackendExpect, BackendNFT),
+	},
+	{
+		Key: Key{
+			Name: "lifetime", Flag: "lifetime", Kind: "duration", Range: "1s to 24h",
+			Usage: "how long a permission stands after the inside host was last heard, 1s to 24h",
+			Doc: `How long a permission lasts after the inside host was last heard (RFC 4787 REQ-5). From "1s"
+to "24h".`,
+		},
+		access: one(duration(time.Second, 24*time.Hour, `between 1s and 24h such as "5m"`), func(c *Config) *time.Duration { return &c.Lifetime }),
+	},
+	{
+		Key: Key{
+			Name: "reconcile", Flag: "reconcile", Kind: "duration", Range: "1s to 1h", Restart: true,
+			Usage: "time between two comparisons with the kernel, 1s to 1h",
+			Doc:   `Interval at which the kernel's state is compared with the desired state. From "1s" to "1h".`,
+		},
+		access: one(duration(time.Second, time.Hour, `between 1s and 1h such as "30s"`), func(c *Config) *time.Duration { return &c.Reconcile }),
+	},
+	{
+		Key: Key{
+			Name: "log_level", Flag: "log-level", Kind: "word",
+			Usage: "least level that is logged: debug, info, warn or error",
+			Doc:   `Lowest level that is logged: "debug", "info", "warn" or "error".`,
+		},
+		access: word(func(c *Config) *slog.Level { return &c.LogLevel }, slog.LevelDebug, slog.LevelInfo, slog.LevelWarn, slog.LevelError),
+	},
+}
+
+// kernelKeys are in the section "Work in the kernel".
+var kernelKeys = []setting[Config]{
+	{
+		Key: Key{
+			Name: "learn", Flag: "learn", Kind: "bool",
+			Usage: "let the kernel itself add a permission to the map while the first packet passes (not with backend expect)",
+			Doc: `Let the kernel itself add a permission to the nftables map while the first packet of a flow
+is still inside, so that no answer comes too early, even while the daemon is down. Has no
+effect with backend "expect".`,
+		},
+		access: one(truth, func(c *Config) *bool { return &c.Learn }),
+	},
+	{
+		Key: Key{
+			Name: "learn_rate", Flag: "learn-rate", Kind: "number", Min: 1, Max: 100000,
+			Usage: "permissions that the kernel learns from one inside address in a second, 1 to 100000",
+			Doc: `How many permissions per second the kernel learns this way from one inside address; bursts
+may be five times as large. From 1 to 100000. Flows beyond that wait for the daemon, some
+hundred microseconds.`,
+		},
+		access: one(learnRate, func(c *Config) *int { return &c.LearnRate }),
+	},
+	{
+		Key: Key{
+			Name: "events", Flag: "events", Kind: "word",
+			Usage: "flows that the kernel reports: all, lean (not those whose permission it learned or that can have none), or auto (lean while it learns fast)",
+			Doc: `Which flows the kernel reports to conenatd when they begin. "lean": not those whose
+permission the kernel has learned, and not those that can have none (excluded ports, TCP
+over IPv4); conenatd finds the former when it reads the conntrack table, three times in a
+lifetime or more often, and for "list" and "revoke". That makes new flows much cheaper, but
+a report that the kernel does not make is missing in every program that listens. So all
+flows are reported while another program listens to conntrack (conntrackd, ulogd, conntrack
+-E), and where a report may matter: with expectations for a subnet whose permissions the
+kernel learns, without the guard, with conntrack zones, with a lifetime below 30 seconds,
+and while "conenatd watch" runs. "auto": lean while the kernel learns more than 2,000
+permissions a second. "all": always all.`,
+		},
+		access: word(func(c *Config) *Events { return &c.Events }, AutoEvents, AllEvents, LeanEvents),
+	},
+	{
+		Key: Key{
+			Name: "guard", Flag: "guard", Kind: "bool",
+			Usage: "drop UDP packets from outside that no socket of the gateway waits for, or with the source of an inside host, before they become a flow",
+			Doc: `Drop new UDP packets from outside for which the gateway has no socket, in a chain of
+conenatd's own table after your input rules. Otherwise a packet that arrives before its
+permission could become a flow to the gateway and lock its sender out. What you lose is the
+gateway's own ICMP "port unreachable", and programs that read such packets from a raw
+socket. The guard also drops UDP packets that come from outside, are not for the gateway
+itself, and have the source of a host of an enabled subnet that is reached by an inside
+link: with them an attacker could open ports of that host and keep them open. (Not if an "ip
+rule" matches something that only the answers have: marks other than uplink_mask, iif, UDP
+ports, tos, dscp, tun_id.)`,
+		},
+		access: one(truth, func(c *Config) *bool { return &c.Guard }),
+	},
+	{
+		Key: Key{
+			Name: "table", Flag: "table", Kind: "name", Restart: true,
+			Usage: "name of conenatd's own nftables table",
+			Doc: `Name of conenatd's own nftables tables (families inet and ip). After a change of the name,
+the next start takes over the permissions in the old tables and removes these.`,
+		},
+		access: one(table, func(c *Config) *string { return &c.Table }),
+	},
+}
+
+// daemonKeys are in the section "The daemon".
+var daemonKeys = []setting[Config]{
+	{
+		Key: Key{
+			Name: "on_stop", Flag: "on-stop", Kind: "word",
+			Usage: "what a stop does with permissions: revoke, or keep for a new daemon to take over",
+			Doc: `What a stop does with permissions: "revoke" removes them from the kernel, "keep" leaves them
+for a new daemon to take over (for an upgrade), together with the sysctls that conenatd
+raised for them.`,
+		},
+		access: word(func(c *Config) *OnStop { return &c.OnStop }, OnStopRevoke, OnStopKeep),
+	},
+	{
+		Key: Key{
+			Name: "event_buffer", Flag: "event-buffer", Kind: "bytes", Min: 65536, Max: 1 << 30, Restart: true,
+			Usage: "receive buffer of the event socket, 65536 to 1073741824",
+			Doc:   `Receive buffer of the event socket in bytes, from 65536 to 1073741824.`,
+		},
+		access: one(eventBuffer, func(c *Config) *int { return &c.EventBuffer }),
+	},
+	{
+		Key: Key{
+			Name: "control_socket", Flag: "control-socket", Kind: "path", Restart: true,
+			Usage: "control socket (default: one per network namespace)",
+			Doc: `Path of the control socket. Empty: a separate one for each network namespace. Commands find
+it in any case.`,
+		},
+		access: one(socketPath, func(c *Config) *string { return &c.ControlSocket }),
+	},
+}
