@@ -36,6 +36,7 @@ func clientCommand(use, short string, args cobra.PositionalArgs,
 		},
 	}
 	c.Flags().StringVar(&socket, "control-socket", "", "control socket of the daemon (default: that of the daemon in this network namespace)")
+	complete(c, "control-socket", completeSocket)
 	return c
 }
 
@@ -130,6 +131,7 @@ each of them.`
 	fs.BoolVar(&asCSV, "csv", false, "print comma-separated values, after a line with the names of the columns")
 	filterFlags(fs, &filter)
 	fs.Func("state", "only those in this `state`: standing, refused or waiting", filter.SetState)
+	complete(c, "state", completeWords("standing", "refused", "waiting"))
 	return c
 }
 

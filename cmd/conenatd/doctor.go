@@ -46,7 +46,7 @@ The exit status is 0 without warnings and errors, 1 with warnings, 2 with errors
 		Example: "  sudo conenatd doctor\n  sudo conenatd doctor --config /etc/conenatd/conenatd.toml --json",
 		Args:    cobra.NoArgs,
 	}
-	flags.Register(c.Flags())
+	registerFlags(c, &flags)
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		cfg, err := flags.Resolve()

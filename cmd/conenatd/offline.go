@@ -19,7 +19,11 @@ func checkCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "check FILE",
 		Short: "Check a configuration file",
-		Args:  cobra.ExactArgs(1),
+		Long: `Check a configuration file. Each error has its line and its column in the file, and
+a word that is nearly right gets the right one: "c.toml:2:1: lifetme: unknown key; did
+you mean lifetime?". Nothing else is read or changed.`,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: completeFile,
 		RunE: func(c *cobra.Command, args []string) error {
 			if _, err := config.Load(args[0]); err != nil {
 				return err
@@ -28,6 +32,34 @@ func checkCommand() *cobra.Command {
 			return nil
 		},
 	}
+}
+
+func configCommand() *cobra.Command {
+	var flags config.Flags
+	var asJSON bool
+	c := &cobra.Command{
+		Use:   "config",
+		Short: "Print the configuration that is in effect, and where each value comes from",
+		Long: `Print the configuration that "conenatd run" would have with the same flags, as a
+file that "conenatd run --config" takes. The comment behind each value says where it
+comes from: a line of the file, a flag, or the default. A daemon that runs is not
+asked.`,
+		Example: "  conenatd config --config /etc/conenatd/conenatd.toml\n  conenatd config --lifetime 10m --json",
+		Args:    cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			effective, err := flags.Effective()
+			switch {
+			case err != nil:
+				return err
+			case asJSON:
+				return effective.WriteJSON(c.OutOrStdout())
+			}
+			return effective.WriteTOML(c.OutOrStdout())
+		},
+	}
+	registerFlags(c, &flags)
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return c
 }
 
 func rulesCommand() *cobra.Command {
@@ -45,7 +77,7 @@ at the top say what is shown instead. A kernel that lacks a feature gets fewer r
 		Example: "  sudo conenatd rules --config /etc/conenatd/conenatd.toml",
 		Args:    cobra.NoArgs,
 	}
-	flags.Register(c.Flags())
+	registerFlags(c, &flags)
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		cfg, err := flags.Resolve()
 		if err != nil {

@@ -40,7 +40,7 @@ be read. Other commands have the same.`,
 		Example: "  conenatd run --subnet 192.168.1.0/24",
 		Args:    cobra.NoArgs,
 	}
-	flags.Register(c.Flags())
+	registerFlags(c, &flags)
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		return run(c.Context(), &flags, c.ErrOrStderr())
 	}
