@@ -36,7 +36,7 @@ OWN_MODES = ^Test(Doctor|Explain|Unit|NFT|Legacy|GroupOf|AutoNFT|Mend|Offload|Fl
 PACKAGES32 = cone ctwatch expect gateway nfnl rules rules/elements userrules
 E2E32      = ^Test(Selftest(Passes|Proves)|Legacy|Self(Gets|Judges)|UnitAllows|CapNet|IPv6Routed|NFTHairpin$$|AccountingIsRestored)
 
-.PHONY: build demo check test lint vet cross unit unit32 soak modes fuzz kernels packages packages-test bench clean
+.PHONY: build demo check test generate lint vet cross unit unit32 soak modes fuzz kernels packages packages-test bench clean
 
 PROGRAM ?= bin/conenatd
 build:
@@ -56,6 +56,10 @@ test: deps lint cross unit unit32 soak modes fuzz kernels
 .PHONY: deps
 deps:
 	@scripts/install-deps $(TEST_PACKAGES)
+
+# The manual pages, the reference of the configuration, its schema and its example.
+generate:
+	$(GO) test -count=1 -run TestGeneratedFilesAreCurrent ./cmd/conenatd -update
 
 lint: vet
 	@unformatted=$$($(GO) run $(GOFUMPT) -l cmd e2e internal) && if [ -n "$$unformatted" ]; then \

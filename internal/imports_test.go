@@ -22,6 +22,7 @@ var allowed = map[string][]string{
 	"internal/control":         nil,
 	"internal/lab":             nil,
 	"internal/nfnl":            {"internal/cone"},
+	"internal/reference":       {"internal/config"},
 	"internal/sandbox":         nil,
 	"internal/gateway":         {"internal/cone", "internal/nfnl"},
 	"internal/ctwatch":         {"internal/cone", "internal/nfnl"},
@@ -50,7 +51,8 @@ var allowed = map[string][]string{
 // users lists the packages that may import a library, so that only they bear its cost
 // and its limits of portability.
 var users = map[string][]string{
-	"github.com/google/nftables": {"internal/rules", "internal/userrules"},
+	"github.com/google/nftables":    {"internal/rules", "internal/userrules"},
+	"github.com/cpuguy83/go-md2man": {"internal/reference"},
 }
 
 // runners are the packages that may start other programs; the daemon starts none.

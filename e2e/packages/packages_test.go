@@ -92,6 +92,8 @@ func TestPackageOnDebian(t *testing.T) {
 	if state, _ := c.try("systemctl is-enabled conenatd; systemctl is-active conenatd"); state != "disabled\ninactive" {
 		t.Errorf("the service is %s", state)
 	}
+	c.do("cd /usr/share && zcat man/man8/conenatd.8.gz man/man5/conenatd.toml.5.gz | grep -q '^.TH' && test -s conenatd/conenatd.schema.json && " +
+		"test -s zsh/vendor-completions/_conenatd && test -s fish/vendor_completions.d/conenatd.fish && bash -n bash-completion/completions/conenatd")
 	if now := ruleset(s); now != rules {
 		t.Errorf("the installation changed the rules to\n%s", now)
 	}
