@@ -17,11 +17,13 @@ const module = "github.com/conenatd/conenatd/"
 // allowed lists, for each package, the packages of the project that its non-test files
 // may import.
 var allowed = map[string][]string{
+	"internal/audit":           {"internal/cone"},
 	"internal/cone":            nil,
 	"internal/config":          nil,
 	"internal/control":         nil,
 	"internal/lab":             nil,
 	"internal/nfnl":            {"internal/cone"},
+	"internal/logs":            {"internal/config"},
 	"internal/reference":       {"internal/config"},
 	"internal/sandbox":         nil,
 	"internal/gateway":         {"internal/cone", "internal/nfnl"},
@@ -39,12 +41,12 @@ var allowed = map[string][]string{
 	"internal/doctor/collect":  {"internal/control", "internal/doctor", "internal/gateway", "internal/rules", "internal/userrules"},
 	"internal/selftest":        {"internal/control", "internal/lab"},
 	"internal/daemon": {
-		"internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/engine", "internal/expect", "internal/gateway", "internal/rules",
+		"internal/audit", "internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/engine", "internal/expect", "internal/gateway", "internal/rules",
 		"internal/rules/elements", "internal/userrules",
 	},
 	"cmd/conenatd": {
 		"internal/config", "internal/control", "internal/daemon", "internal/demo", "internal/doctor", "internal/doctor/collect",
-		"internal/gateway", "internal/sandbox", "internal/selftest",
+		"internal/gateway", "internal/logs", "internal/sandbox", "internal/selftest",
 	},
 }
 

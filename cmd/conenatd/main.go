@@ -7,14 +7,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
 
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/logs"
 )
 
 // version is set by the linker for releases.
@@ -40,7 +43,11 @@ func main() {
 		if status := exitStatus(0); errors.As(err, &status) {
 			os.Exit(int(status))
 		}
-		fmt.Fprintln(os.Stderr, "conenatd:", err)
+		text := fmt.Sprintln("conenatd:", err)
+		if logs.ToJournal(os.Stderr) {
+			text = logs.Priority(slog.LevelError) + strings.ReplaceAll(strings.TrimSuffix(text, "\n"), "\n", "\n"+logs.Priority(slog.LevelError)) + "\n"
+		}
+		fmt.Fprint(os.Stderr, text)
 		if !started || config.IsUsage(err) {
 			os.Exit(config.UsageStatus)
 		}

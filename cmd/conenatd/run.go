@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -20,6 +19,7 @@ import (
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/daemon"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/logs"
 	"github.com/conenatd/conenatd/internal/sandbox"
 )
 
@@ -42,7 +42,7 @@ be read. Other commands have the same.`,
 	}
 	registerFlags(c, &flags)
 	c.RunE = func(c *cobra.Command, _ []string) error {
-		return run(c.Context(), &flags, c.ErrOrStderr())
+		return run(c.Context(), &flags)
 	}
 	return c
 }
@@ -68,7 +68,7 @@ func noSubnet(cfg config.Config) error {
 	return &config.UsageError{Err: errors.New(b.String())}
 }
 
-func run(ctx context.Context, flags *config.Flags, stderr io.Writer) error {
+func run(ctx context.Context, flags *config.Flags) error {
 	cfg, err := flags.Resolve()
 	if err != nil {
 		return err
@@ -90,7 +90,7 @@ func run(ctx context.Context, flags *config.Flags, stderr io.Writer) error {
 	}
 	var level slog.LevelVar
 	level.Set(cfg.LogLevel)
-	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: &level}))
+	log := slog.New(logs.New(os.Stderr, cfg.LogFormat, &level))
 	// Catch SIGHUP from the start, because by default it ends the program.
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)

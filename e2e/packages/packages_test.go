@@ -75,7 +75,8 @@ func TestPackagePassesLintian(t *testing.T) {
 
 // A package is installed, configured, upgraded below traffic, removed and purged.
 //
-// Fails when postinst restarts without SIGUSR1, and when prerm or postrm does nothing.
+// Fails when postinst restarts without SIGUSR1, when prerm or postrm does nothing, when the
+// unit has no folder for the audit log, and when the journal gets no priorities.
 func TestPackageOnDebian(t *testing.T) {
 	need(t)
 	s := stage.New(t, lab.Options{})
@@ -98,12 +99,14 @@ func TestPackageOnDebian(t *testing.T) {
 		t.Errorf("the installation changed the rules to\n%s", now)
 	}
 
-	c.do("printf '%s\\n' 'max_children = 0' '[[subnet]]' 'prefix = \"10.47.11.0/24\"' >/etc/conenatd/conenatd.toml")
+	c.do("printf '%s\\n' 'max_children = 0' 'audit_log = \"/var/log/conenatd/audit.log\"' '[[subnet]]' 'prefix = \"10.47.11.0/24\"' >/etc/conenatd/conenatd.toml")
 	c.do("systemctl enable --now conenatd")
 	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 	ext := s.Contact(phone, proxy)
 	child := s.PeerSocket(lab.PeerA, 5070)
 	s.Arrives(phone, child, ext)
+	c.until("grep -q child_begin /var/log/conenatd/audit.log")
+	c.until("journalctl --unit conenatd --priority 6..6 --output cat | grep -q '^msg=.conenatd runs. '")
 	before := c.do("systemctl show --property=MainPID conenatd")
 
 	stop := s.Steady(paced(s.FreshPorts(phone, lab.PeerA, ext)))
@@ -137,6 +140,11 @@ func TestPackageOnDebian(t *testing.T) {
 	if left := c.traces(); left != traces {
 		t.Errorf("after the purge:\n%s\nbefore the installation:\n%s", left, traces)
 	}
+}
+
+// until repeats a command until it succeeds.
+func (c *container) until(command string) {
+	c.do("timeout 30 sh -c 'until " + strings.ReplaceAll(command, "'", `'\''`) + "; do sleep 0.1; done'")
 }
 
 // traces lists the files and users of the container that are named conenatd. systemd's own

@@ -31,6 +31,16 @@ type Config struct {
 	// LogLevel is the lowest level that is logged.
 	LogLevel slog.Level
 
+	// LogFormat is the form of the log.
+	LogFormat LogFormat
+
+	// AuditLog is the absolute path of the file with the begin and the end of each mapping
+	// and child. Empty means none.
+	AuditLog string
+
+	// AuditPeers adds the peers to the audit log (RFC 6888 REQ-12).
+	AuditPeers bool
+
 	// Outside names links that are outside links although no default route leaves by them.
 	// Links with a default route need not be named.
 	Outside []string
@@ -282,6 +292,17 @@ const (
 	LeanEvents Events = "lean" // not those whose permission the kernel learned, or that can have none
 )
 
+// LogFormat is the form of the log.
+type LogFormat string
+
+// The values that a Config can ask for.
+const (
+	AutoLog    LogFormat = "auto" // whatever suits the standard error stream
+	TextLog    LogFormat = "text"
+	JSONLog    LogFormat = "json"
+	JournalLog LogFormat = "journal" // text behind the priorities of sd-daemon(3)
+)
+
 // OnStop says what a stopped daemon leaves in the kernel.
 type OnStop string
 
@@ -299,6 +320,7 @@ func Default() Config {
 		Lifetime:         5 * time.Minute,
 		Reconcile:        30 * time.Second,
 		LogLevel:         slog.LevelInfo,
+		LogFormat:        AutoLog,
 		ExcludePeerPorts: []uint16{53, 123, 443},
 
 		UplinkMask:            0x0f00_0000,
@@ -386,6 +408,16 @@ type UsageError struct{ Err error }
 func (e *UsageError) Error() string { return e.Err.Error() }
 
 func (e *UsageError) Unwrap() error { return e.Err }
+
+// NeedsRestart returns the keys that differ and take effect only after a restart.
+func NeedsRestart(old, next *Config) (names []string) {
+	for _, s := range settings {
+		if s.Restart && s.get(old) != s.get(next) {
+			names = append(names, s.Name)
+		}
+	}
+	return names
+}
 
 // UsageStatus is EX_CONFIG of sysexits.h. It is not 2, because the Go runtime exits with 2
 // after a panic.

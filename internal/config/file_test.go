@@ -15,6 +15,9 @@ backend = "expect"
 lifetime = "90s"
 reconcile = "1m"
 log_level = "debug"
+log_format = "json"
+audit_log = "/var/log/a"
+audit_peers = true
 outside = ["wan0", "ppp0"]
 inside = ["lan0"]
 port_pool = ["30016-30031", "20000-29999"]
@@ -65,6 +68,9 @@ func everyConfig() Config {
 		Lifetime:         90 * time.Second,
 		Reconcile:        time.Minute,
 		LogLevel:         slog.LevelDebug,
+		LogFormat:        JSONLog,
+		AuditLog:         "/var/log/a",
+		AuditPeers:       true,
 		Outside:          []string{"wan0", "ppp0"},
 		Inside:           []string{"lan0"},
 		PortPool:         "20000-29999,30016-30031",

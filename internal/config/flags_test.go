@@ -38,7 +38,7 @@ func write(t *testing.T, data string) string {
 
 func TestFlagsAndFileSayTheSame(t *testing.T) {
 	got, err := resolve(
-		t, "--backend=expect", "--lifetime=90s", "--reconcile=1m", "--log-level=debug",
+		t, "--backend=expect", "--lifetime=90s", "--reconcile=1m", "--log-level=debug", "--log-format=json", "--audit-log=/var/log/a", "--audit-peers",
 		"--outside=wan0", "--outside=ppp0", "--inside=lan0", "--uplink-marks", "--uplink-mask=0xff00", "--peer-group=198.51.100.0/28", "--peer-group=2001:db9::/64",
 		"--exclude-peer=203.0.113.0/24", "--exclude-peer=2001:db8::/32",
 		"--port-pool=30016-30031", "--port-pool=20000-29999", "--mapping-exempt=192.0.2.0/24", "--exclude-peer-port=53", "--exclude-port=5060", "--exclude-port=65535",
@@ -228,6 +228,9 @@ func TestEveryFlag(t *testing.T) {
 		"lifetime":                   {"2m", nil, func(c Config) any { return c.Lifetime }, 2 * time.Minute},
 		"reconcile":                  {"2m", nil, func(c Config) any { return c.Reconcile }, 2 * time.Minute},
 		"log-level":                  {"debug", nil, func(c Config) any { return c.LogLevel }, slog.LevelDebug},
+		"log-format":                 {"json", nil, func(c Config) any { return c.LogFormat }, JSONLog},
+		"audit-log":                  {"/var/log/a", nil, func(c Config) any { return c.AuditLog }, "/var/log/a"},
+		"audit-peers":                {"", nil, func(c Config) any { return c.AuditPeers }, true},
 		"outside":                    {"wan0", nil, func(c Config) any { return c.Outside[0] }, "wan0"},
 		"inside":                     {"lan0", nil, func(c Config) any { return c.Inside[0] }, "lan0"},
 		"port-pool":                  {"20000-29999,5061", nil, func(c Config) any { return c.PortPool }, PortPool("5061,20000-29999")},

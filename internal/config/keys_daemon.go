@@ -38,9 +38,19 @@ to "24h".`,
 		Key: Key{
 			Name: "log_level", Flag: "log-level", Kind: "word",
 			Usage: "least level that is logged: debug, info, warn or error",
-			Doc:   `Lowest level that is logged: "debug", "info", "warn" or "error".`,
+			Doc: `Lowest level that is logged: "debug", "info", "warn" or "error". Each grant and each end of a permission is
+logged at "debug".`,
 		},
 		access: word(func(c *Config) *slog.Level { return &c.LogLevel }, slog.LevelDebug, slog.LevelInfo, slog.LevelWarn, slog.LevelError),
+	},
+	{
+		Key: Key{
+			Name: "log_format", Flag: "log-format", Kind: "word", Restart: true,
+			Usage: "form of the log: text, json, journal (text behind a priority), or auto (text on a terminal, journal for systemd's journal, json otherwise)",
+			Doc: `Form of the log: "text"; "json"; "journal", which is text behind a priority for systemd's journal;
+or "auto": text on a terminal, journal where systemd reads the log, and JSON otherwise.`,
+		},
+		access: word(func(c *Config) *LogFormat { return &c.LogFormat }, AutoLog, TextLog, JSONLog, JournalLog),
 	},
 }
 
@@ -112,6 +122,27 @@ the next start takes over the permissions in the old tables and removes these.`,
 
 // daemonKeys are in the section "The daemon".
 var daemonKeys = []setting[Config]{
+	{
+		Key: Key{
+			Name: "audit_log", Flag: "audit-log", Kind: "path",
+			Usage: "file for the begin and the end of each mapping and child (default: none)",
+			Doc: `File for the begin and the end of each mapping and of each flow that a peer opened (child),
+with the fields of RFC 6888 section 4, a JSON object a line: docs/audit.md. It has mode 0600; a
+reload opens it again, after logrotate moved it. The daemon does not wait for it: what is lost
+is counted there and in the log. While it is on, the kernel reports all flows, as with events =
+"all". Empty: none.`,
+		},
+		access: one(absolutePath, func(c *Config) *string { return &c.AuditLog }),
+	},
+	{
+		Key: Key{
+			Name: "audit_peers", Flag: "audit-peers", Kind: "bool",
+			Usage: "add the addresses and ports of peers to the audit log",
+			Doc: `Add the addresses and ports of peers to the audit log. They tell whom people talk to, so RFC 6888
+REQ-12 asks not to log them unless you must.`,
+		},
+		access: one(truth, func(c *Config) *bool { return &c.AuditPeers }),
+	},
 	{
 		Key: Key{
 			Name: "on_stop", Flag: "on-stop", Kind: "word",

@@ -274,3 +274,11 @@ func socketPath(v any) (string, error) {
 	}
 	return s, nil
 }
+
+func absolutePath(v any) (string, error) {
+	s, ok := v.(string)
+	if !ok || s != "" && !filepath.IsAbs(s) || len(s) > 4095 || strings.ContainsRune(s, 0) { // PATH_MAX
+		return "", expected(`an absolute path, or ""`, v)
+	}
+	return s, nil
+}

@@ -66,6 +66,14 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 			"[[subnets]]\nprefix = \"10.0.0.0/8\"",
 			`1:1: subnets: unknown key; did you mean [[subnet]]?`,
 		},
+		"an audit log without a folder": {
+			`audit_log = "audit.log"`,
+			`1:13: audit_log: expected an absolute path, or "", got "audit.log"`,
+		},
+		"a log format with a slip": {
+			`log_format = "journald"`,
+			`1:14: log_format: expected "auto", "text", "json" or "journal", got "journald"; did you mean "journal"?`,
+		},
 		"a key of a subnet at the top": {
 			"filtering = \"address_dependent\"",
 			`1:1: filtering: unknown key; filtering stands in a table that begins with [[subnet]]`,

@@ -84,9 +84,13 @@ func (r *reconciler) adopt(wanted config.Config) error {
 	if err := unchangeable(old, cfg); err != nil {
 		return err
 	}
-	if err := r.change(cfg); err != nil {
+	if err := r.auditor.open(&cfg); err != nil {
 		return err
 	}
+	if err := r.change(cfg); err != nil {
+		return errors.Join(err, r.auditor.discard())
+	}
+	r.auditor.use(cfg.AuditPeers)
 	r.wanted = wanted
 	if r.given.Level != nil {
 		r.given.Level.Set(cfg.LogLevel)
@@ -140,15 +144,8 @@ func (s *shared) keepOld(err error) error {
 // unchangeable returns an error that names each change that needs a restart.
 func unchangeable(old, next config.Config) error {
 	var errs []error
-	for key, changed := range map[string]bool{
-		"control_socket": old.ControlSocket != next.ControlSocket,
-		"table":          old.Table != next.Table,
-		"event_buffer":   old.EventBuffer != next.EventBuffer,
-		"reconcile":      old.Reconcile != next.Reconcile,
-	} {
-		if changed {
-			errs = append(errs, fmt.Errorf("%s: a change needs a restart", key))
-		}
+	for _, key := range config.NeedsRestart(&old, &next) {
+		errs = append(errs, fmt.Errorf("%s: a change needs a restart", key))
 	}
 	if anyIPv6(next) && !anyIPv6(old) {
 		errs = append(errs, errors.New("subnet: the first IPv6 subnet needs a restart"))

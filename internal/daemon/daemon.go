@@ -77,6 +77,7 @@ type shared struct {
 	ended  chan struct{}          // closed when the loop ended
 
 	watchers watchers // clients that watch
+	auditor  *auditor
 
 	reloads  atomic.Uint64 // number of reloads begun
 	reloaded struct {
@@ -170,6 +171,7 @@ func New(cfg Config) (d *Daemon, err error) {
 		looks:  make(chan func(*reconciler)),
 		ended:  make(chan struct{}),
 	}
+	all.auditor = &auditor{shared: all}
 	l, r := &loop{shared: all, cfg: cfg.Config}, &reconciler{shared: all, wanted: cfg.Config}
 	d = &Daemon{shared: all, loop: l, reconcile: r}
 	r.rerouted.outside = make(map[string]bool)
@@ -187,6 +189,9 @@ func New(cfg Config) (d *Daemon, err error) {
 	d.failures = newFailures(d.log, d.now, cfg.Reconcile)
 
 	if d.lock, err = control.Acquire(cfg.Socket); err != nil {
+		return d, err
+	}
+	if err = d.auditor.open(&cfg.Config); err != nil {
 		return d, err
 	}
 	if d.conntrack, err = openSysctls(); err != nil {
@@ -264,7 +269,8 @@ func New(cfg Config) (d *Daemon, err error) {
 	d.failures.note(requestTurnOnAccounting, 1, err)
 	l.useBackends(r.backends) // the policy depends on them
 	l.newEngine(cone.New(l.policy(l.cfg)), r.served)
-	l.engine.Model.Observe(d.watchers.publish)
+	d.auditor.use(cfg.AuditPeers)
+	l.engine.Model.Observe(d.observe)
 	l.engine.Model.AdoptZones(d.firewall.zones)
 	l.topology = r.network.Topology().Compile()
 	r.uplinks.remember(r.network)
@@ -380,6 +386,8 @@ var filterings = map[config.Filtering]cone.Filtering{
 func (d *Daemon) Close() error {
 	l, r := d.loop, d.reconcile
 	var errs []error
+	d.auditor.close(!d.leave && l.engine != nil)
+	errs = append(errs, d.auditor.discard())
 	if d.events != nil {
 		errs = append(errs, d.events.Close())
 	}

@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -43,6 +44,8 @@ type watcher struct {
 type watchers struct {
 	lock sync.Mutex
 	all  atomic.Pointer[[]*watcher] // never changed in place
+
+	auditor atomic.Pointer[watcher] // of the audit log, nil without one
 }
 
 // publish tells all watchers. It never blocks.
@@ -51,7 +54,12 @@ func (ws *watchers) publish(e cone.Event) {
 		return
 	}
 	x := watched{at: time.Now(), event: e}
-	for _, w := range *ws.all.Load() {
+	if all := ws.all.Load(); all != nil {
+		for _, w := range *all {
+			w.put(x)
+		}
+	}
+	if w := ws.auditor.Load(); w != nil {
 		w.put(x)
 	}
 }
@@ -72,10 +80,10 @@ func (w *watcher) put(x watched) {
 	}
 }
 
-// any reports whether somebody watches.
+// any reports whether somebody watches, or there is an audit log.
 func (ws *watchers) any() bool {
 	all := ws.all.Load()
-	return all != nil && len(*all) > 0
+	return all != nil && len(*all) > 0 || ws.auditor.Load() != nil
 }
 
 // add adds a watcher.
@@ -130,6 +138,19 @@ func (w *watcher) follow(ctx context.Context, ended <-chan struct{}, yield func(
 			return
 		}
 	}
+}
+
+// observe tells watchers, and the log at its level debug. The loop calls it.
+func (s *shared) observe(e cone.Event) {
+	s.watchers.publish(e)
+	if !s.log.Enabled(context.Background(), slog.LevelDebug) {
+		return
+	}
+	args := []any{"int", e.Int.Netip(), "ext", e.Ext.Netip(), "peer", e.Peers()}
+	if e.Kind == cone.EventChild || e.Kind == cone.EventChildGone {
+		args = append(args, "from", e.From.Netip())
+	}
+	s.log.Debug(e.Kind.String(), append(args, "by", e.By.String(), "reason", e.Reason.String())...)
 }
 
 // Watch tells what happens from now on (control.Source).

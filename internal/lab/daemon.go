@@ -57,7 +57,7 @@ func (l *Lab) launch(exe string, args ...string) (*Daemon, error) {
 	if err := os.Chmod(notify.LocalAddr().String(), 0o666); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
-	args = append([]string{"run", "--control-socket", d.Socket}, args...)
+	args = append([]string{"run", "--control-socket", d.Socket, "--log-format=text"}, args...)
 	d.cmd = l.Gateway.Command(context.Background(), exe, args...)
 	d.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+notify.LocalAddr().String())
 	d.cmd.Stdout, d.cmd.Stderr = &d.out, &d.out

@@ -101,7 +101,7 @@ func value(k config.Key) object {
 	case "name":
 		return text(`^[A-Za-z][A-Za-z0-9_]{0,31}$`)
 	case "path":
-		return object{"type": "string", "pattern": `^(/.*)?$`, "maxLength": 107}
+		return object{"type": "string", "pattern": `^(/.*)?$`, "maxLength": 4095}
 	}
 	panic("no schema for " + k.Kind)
 }

@@ -1,0 +1,213 @@
+package audit
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
+)
+
+// flushAt is how many bytes wait at most before they are written.
+const flushAt = 64 << 10
+
+// A record is one line of the file.
+type record struct {
+	Time     string `json:"time"` // UTC, RFC 3339, milliseconds
+	Event    string `json:"event"`
+	Protocol string `json:"protocol,omitempty"`
+	Inside   string `json:"inside,omitempty"`
+	Outside  string `json:"outside,omitempty"`
+	Zone     uint16 `json:"zone,omitempty"`
+	Peer     string `json:"peer,omitempty"`
+	Lost     uint64 `json:"lost,omitempty"`
+}
+
+// A Mapping is an inside endpoint with its outside endpoint.
+type Mapping struct {
+	Int, Ext cone.Endpoint
+	Zone     uint16
+}
+
+// A Log writes records. It knows a mapping by its permissions: the mapping begins with the
+// first of them, and ends with the last.
+type Log struct {
+	lock  sync.Mutex // guards file and peers
+	file  io.WriteCloser
+	peers bool
+
+	waiting []byte // to be written
+	records uint64 // in waiting
+	cut     bool   // the last write ended within a line
+	missing uint64 // records that could not be written, and are not told in the file
+
+	standing map[cone.Key]Mapping
+	count    map[Mapping]int
+}
+
+// New returns a Log that writes to file, with the peers if they are wanted.
+func New(file io.WriteCloser, peers bool) *Log {
+	return &Log{file: file, peers: peers, standing: make(map[cone.Key]Mapping), count: make(map[Mapping]int)}
+}
+
+// Replace makes the Log write to another file from now on, and closes the old one. Any
+// goroutine may call it.
+func (l *Log) Replace(file io.WriteCloser, peers bool) error {
+	l.lock.Lock()
+	defer l.lock.Unlock()
+	old := l.file
+	l.file, l.peers = file, peers
+	return old.Close()
+}
+
+// Observe takes in an event.
+func (l *Log) Observe(at time.Time, e *cone.Event) {
+	switch e.Kind {
+	case cone.EventGranted:
+		l.grant(at, e.Permission)
+	case cone.EventRevoked:
+		l.revoke(at, e.Key)
+	case cone.EventChild:
+		l.child(at, "child_begin", e)
+	case cone.EventChildGone:
+		l.child(at, "child_end", e)
+	}
+}
+
+func (l *Log) grant(at time.Time, p cone.Permission) {
+	m := Mapping{p.Int, p.Ext, p.Zone}
+	if old, ok := l.standing[p.Key]; ok {
+		if old == m {
+			return
+		}
+		l.revoke(at, p.Key)
+	}
+	l.standing[p.Key] = m
+	if l.count[m]++; l.count[m] == 1 {
+		l.add(m.record(at, "mapping_begin"))
+	}
+}
+
+func (l *Log) revoke(at time.Time, k cone.Key) {
+	m, ok := l.standing[k]
+	if !ok {
+		return
+	}
+	delete(l.standing, k)
+	if l.count[m]--; l.count[m] == 0 {
+		delete(l.count, m)
+		l.add(m.record(at, "mapping_end"))
+	}
+}
+
+func (l *Log) child(at time.Time, event string, e *cone.Event) {
+	r := Mapping{e.Int, e.Ext, e.Zone}.record(at, event)
+	l.lock.Lock()
+	if l.peers {
+		r.Peer = e.From.Netip().String()
+	}
+	l.lock.Unlock()
+	l.add(r)
+}
+
+func (m Mapping) record(at time.Time, event string) record {
+	return record{
+		Time: stamp(at), Event: event, Protocol: "udp",
+		Inside: endpoint(m.Int), Outside: endpoint(m.Ext), Zone: m.Zone,
+	}
+}
+
+func endpoint(e cone.Endpoint) string {
+	if a := e.Netip(); a != (netip.AddrPort{}) {
+		return a.String()
+	}
+	return ""
+}
+
+func stamp(at time.Time) string { return at.UTC().Format("2006-01-02T15:04:05.000Z") }
+
+// Lost records that n events did not come. Follow it with Sync.
+func (l *Log) Lost(at time.Time, n uint64) {
+	l.add(record{Time: stamp(at), Event: "lost", Lost: n})
+}
+
+// Sync makes good what lost events would have told: standing are all permissions now.
+func (l *Log) Sync(at time.Time, standing []cone.Permission) {
+	now := make(map[cone.Key]bool, len(standing))
+	for _, p := range standing {
+		now[p.Key] = true
+	}
+	for k := range l.standing {
+		if !now[k] {
+			l.revoke(at, k)
+		}
+	}
+	for _, p := range standing {
+		l.grant(at, p)
+	}
+}
+
+// End records that all mappings end.
+func (l *Log) End(at time.Time) {
+	for _, k := range slices.Collect(maps.Keys(l.standing)) {
+		l.revoke(at, k)
+	}
+}
+
+func (l *Log) add(r record) {
+	line, err := json.Marshal(r)
+	if err != nil {
+		panic(err) // only strings and numbers
+	}
+	l.waiting = append(append(l.waiting, line...), '\n')
+	l.records++
+}
+
+// Full reports whether Flush should be called although more is to come.
+func (l *Log) Full() bool { return len(l.waiting) >= flushAt }
+
+// Flush writes what waits. If it fails, the error says so, n is how many records are lost,
+// and the next Flush that succeeds tells it in the file.
+func (l *Log) Flush(at time.Time) (n uint64, err error) {
+	if l.records == 0 {
+		return 0, nil
+	}
+	text := l.waiting
+	if l.missing > 0 {
+		line, _ := json.Marshal(record{Time: stamp(at), Event: "lost", Lost: l.missing})
+		text = slices.Concat(line, []byte("\n"), text)
+	}
+	if l.cut {
+		text = append([]byte("\n"), text...)
+	}
+	l.lock.Lock()
+	wrote, err := l.file.Write(text)
+	l.lock.Unlock()
+	if err != nil {
+		if wrote > 0 {
+			l.cut = text[wrote-1] != '\n'
+		}
+		n, l.missing = l.records, l.missing+l.records
+		err = fmt.Errorf("write the audit log: %w", err)
+	} else {
+		l.missing, l.cut = 0, false
+	}
+	l.waiting, l.records = l.waiting[:0], 0
+	return n, err
+}
+
+// Close writes what waits, and closes the file.
+func (l *Log) Close(at time.Time) (n uint64, err error) {
+	n, err = l.Flush(at)
+	l.lock.Lock()
+	defer l.lock.Unlock()
+	if e := l.file.Close(); err == nil && e != nil {
+		err = fmt.Errorf("close the audit log: %w", e)
+	}
+	return n, err
+}

@@ -1,0 +1,114 @@
+package daemon
+
+import (
+	"bytes"
+	"encoding/json"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
+)
+
+// quietShared returns what an auditor uses, without a loop, and its log.
+func quietShared() (*shared, *bytes.Buffer) {
+	var b bytes.Buffer
+	s := &shared{log: slog.New(slog.NewTextHandler(&b, &slog.HandlerOptions{Level: slog.LevelDebug})), ended: make(chan struct{})}
+	s.noted = newEpisodes(s.log, func() time.Duration { return 0 }, time.Minute)
+	s.auditor = &auditor{shared: s}
+	close(s.ended)
+	return s, &b
+}
+
+func grantedTo(i int) cone.Event {
+	return cone.Event{Kind: cone.EventGranted, Permission: cone.Permission{
+		Key: cone.Key{Ext: cone.EndpointFrom(netip.AddrPortFrom(netip.MustParseAddr("198.51.100.1"), uint16(i))), Zone: uint16(i >> 16)},
+	}}
+}
+
+// The loop publishes faster than the file is written.
+//
+// Fails when an event is neither in the file nor counted there and in the log, and, by
+// hanging, when the loop waits.
+func TestTheAuditLogCountsWhatItLoses(t *testing.T) {
+	s, log := quietShared()
+	path := filepath.Join(t.TempDir(), "audit.log")
+	if err := s.auditor.open(&config.Config{AuditLog: path}); err != nil {
+		t.Fatal(err)
+	}
+	w := &watcher{events: make(chan watched, 4)}
+	s.watchers.auditor.Store(w)
+	const published = 10
+	for i := range published {
+		s.watchers.publish(grantedTo(i))
+	}
+	s.auditor.start(s.auditor.opened, false, w)
+	s.auditor.opened = nil
+	s.auditor.close(false)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	begins, lost := 0, 0
+	for line := range strings.Lines(string(b)) {
+		var r struct {
+			Event string
+			Lost  int
+		}
+		if err := json.Unmarshal([]byte(line), &r); err != nil {
+			t.Fatal(err)
+		}
+		lost += r.Lost
+		if r.Event == "mapping_begin" {
+			begins++
+		}
+	}
+	if begins != 4 || lost != published-4 {
+		t.Errorf("%d begins, %d lost of %d\n%s", begins, lost, published, b)
+	}
+	if want := `level=WARN msg="records of the audit log are lost" count=6`; !strings.Contains(log.String(), want) {
+		t.Errorf("logged %q", log)
+	}
+}
+
+// Fails when the audit log takes the place of a client, or when the kernel may hide flows
+// from it.
+func TestTheAuditLogIsAWatcherButNoClient(t *testing.T) {
+	s, _ := quietShared()
+	if s.watchers.any() {
+		t.Error("somebody watches")
+	}
+	if err := s.auditor.open(&config.Config{AuditLog: filepath.Join(t.TempDir(), "audit.log")}); err != nil {
+		t.Fatal(err)
+	}
+	s.auditor.use(false)
+	if !s.watchers.any() {
+		t.Error("nobody watches")
+	}
+	for range mostWatchers {
+		if _, err := s.watchers.add(); err != nil {
+			t.Error(err)
+		}
+	}
+	s.auditor.use(false) // no file was opened: it is turned off
+	if s.watchers.auditor.Load() != nil {
+		t.Error("it still watches")
+	}
+}
+
+// Fails when a permission that comes or goes is not logged at debug, or is above.
+func TestGrantsAreLoggedAtDebug(t *testing.T) {
+	s, log := quietShared()
+	s.observe(grantedTo(5060))
+	s.observe(cone.Event{Kind: cone.EventRevoked, Permission: grantedTo(5060).Permission, Reason: cone.ReasonStopped})
+	lines := strings.Split(strings.TrimSpace(log.String()), "\n")
+	if len(lines) != 2 || !strings.Contains(lines[0], "level=DEBUG msg=granted ") || !strings.Contains(lines[0], "ext=198.51.100.1:5060") ||
+		!strings.Contains(lines[1], "level=DEBUG msg=revoked ") || !strings.Contains(lines[1], "reason="+cone.ReasonStopped.String()) {
+		t.Errorf("logged %q", lines)
+	}
+}
