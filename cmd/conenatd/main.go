@@ -43,16 +43,25 @@ func main() {
 		if status := exitStatus(0); errors.As(err, &status) {
 			os.Exit(int(status))
 		}
-		text := fmt.Sprintln("conenatd:", err)
-		if logs.ToJournal(os.Stderr) {
-			text = logs.Priority(slog.LevelError) + strings.ReplaceAll(strings.TrimSuffix(text, "\n"), "\n", "\n"+logs.Priority(slog.LevelError)) + "\n"
-		}
-		fmt.Fprint(os.Stderr, text)
+		fmt.Fprint(os.Stderr, errorText(err, logs.ToJournal(os.Stderr)))
 		if !started || config.IsUsage(err) {
 			os.Exit(config.UsageStatus)
 		}
 		os.Exit(1)
 	}
+}
+
+// errorText is err for people, with a priority in front of each line for the journal.
+func errorText(err error, journal bool) string {
+	text := fmt.Sprintln("conenatd:", err)
+	if !journal {
+		return text
+	}
+	var b strings.Builder
+	for line := range strings.Lines(text) {
+		b.WriteString(logs.Priority(slog.LevelError) + line)
+	}
+	return b.String()
 }
 
 func command() *cobra.Command {

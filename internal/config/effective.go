@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"slices"
 	"strings"
 
 	"github.com/BurntSushi/toml"
@@ -108,5 +107,5 @@ func (e *Effective) WriteJSON(w io.Writer) error {
 	return enc.Encode(struct {
 		Settings map[string]Value `json:"settings"`
 		Subnets  []SubnetValue    `json:"subnets"`
-	}{e.Values(), slices.Clip(e.Subnets())})
+	}{e.Values(), e.Subnets()})
 }

@@ -88,7 +88,8 @@ a report that the kernel does not make is missing in every program that listens.
 flows are reported while another program listens to conntrack (conntrackd, ulogd, conntrack
 -E), and where a report may matter: with expectations for a subnet whose permissions the
 kernel learns, without the guard, with conntrack zones, with a lifetime below 30 seconds,
-and while "conenatd watch" runs. "auto": lean while the kernel learns more than 2,000
+and while "conenatd watch" runs
+or audit_log is set. "auto": lean while the kernel learns more than 2,000
 permissions a second. "all": always all.`,
 		},
 		access: word(func(c *Config) *Events { return &c.Events }, AutoEvents, AllEvents, LeanEvents),

@@ -6,7 +6,7 @@ import "net/netip"
 var subnetKeys = []setting[Subnet]{
 	{
 		Key: Key{
-			Name: "prefix", Flag: "subnet", Kind: "prefix", Restart: false,
+			Name: "prefix", Flag: "subnet", Kind: "prefix",
 			Usage: `inside prefix to enable, a link for its prefixes, or "auto", instead of those of the file (repeatable)`,
 			Doc: `The inside prefix to enable. "lan0" enables the prefixes that are connected to that link, as
 they come and go; the IPv6 ones only if routed is true. "auto" enables the private prefixes on
