@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
@@ -126,5 +127,65 @@ func TestNFTMappingLeavesDestinationsWithAnotherAddress(t *testing.T) {
 				t.Errorf("warnings %q", s.Status().Warnings)
 			}
 		})
+	}
+}
+
+// A rule gives hosts another outside address while both addresses stay on the link. As without
+// conenatd, new flows have the address that the rules give now, and flows that live keep theirs.
+//
+// Fails when a mapping keeps the old address as long as it lives; when a living flow, answered
+// or not, teaches the kernel that address again; and when a newcomer is moved to it.
+func TestNFTMappingFollowsARuleToAnotherAddress(t *testing.T) {
+	const all = `oifname "wan0" `
+	for name, tc := range map[string]struct {
+		before, after string
+		want          string // of the first host
+		other         string // of the second one, which sends from the same port
+	}{
+		"another address":        {"snat to 198.51.100.8", "snat to 198.51.100.9", "198.51.100.9", "198.51.100.9"},
+		"no masquerade any more": {"masquerade", "snat to 198.51.100.9", "198.51.100.9", "198.51.100.9"},
+		"a masquerade":           {"snat to 198.51.100.8", "masquerade", "198.51.100.1", "198.51.100.1"},
+		"a rule for one host": {
+			"masquerade", "ip saddr 10.47.11.109 snat to 198.51.100.9; add rule ip nat postrouting " + all + "masquerade",
+			"198.51.100.9", "198.51.100.1",
+		},
+		"no rule": {"masquerade", "ip saddr 10.47.11.110 masquerade", "10.47.11.109", "198.51.100.1"},
+	} {
+		for _, answered := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, answered %v", name, answered), func(t *testing.T) {
+				t.Parallel() // mostly it waits
+				s := withAddresses(t, byNFT(tc.before))
+				s.Serve(stage.Auto[0], mapped)
+				old := s.PeerSocket(lab.PeerA, 5060)
+				one, two := s.InsideSocket(0, 3074), s.InsideSocket(1, 3074)
+				ext := s.Contact(one, old)
+				if answered {
+					s.Arrives(one, old, ext)
+				}
+				s.Stands(one, old, ext)
+				s.Must(s.NFT("flush chain ip nat postrouting; add rule ip nat postrouting " + all + tc.after))
+				port := uint16(6000)
+				contact := func(host *lab.Socket) string {
+					port++
+					s.Contact(one, old) // it never falls silent
+					peer, err := s.Outside.Socket(lab.PeerB, port)
+					s.Must(err)
+					defer peer.Close()
+					return s.Contact(host, peer).Addr().String()
+				}
+				s.Until("new flows have the new address", func() bool { return contact(one) == tc.want })
+				for range 20 {
+					if got := contact(one); got != tc.want {
+						t.Fatalf("a new flow leaves by %s again, want %s", got, tc.want)
+					}
+				}
+				if got := contact(two); got != tc.other {
+					t.Errorf("the other host leaves by %s, want %s", got, tc.other)
+				}
+				if got := s.Contact(one, old); got != ext {
+					t.Errorf("the old flow left as %v, and leaves as %v", ext, got)
+				}
+			})
+		}
 	}
 }

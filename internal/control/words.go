@@ -61,6 +61,7 @@ var prose = map[string]string{
 	"address_not_outside": "their outside address is on no outside link",
 	"port_in_use":         "the gateway serves their outside port, or you forward it",
 	"older_flow":          "they are older than conenatd and have another outside endpoint",
+	"old_address":         "they have an outside address that your rules no longer give their hosts",
 	"port_shared":         "a rule of yours gave them an outside port that another host has",
 	"conntrack_zone":      "a rule of yours puts their answers into a conntrack zone: give the zone to the original direction alone (ct original zone set)",
 	"other_endpoint":      "a rule before conenatd's gave them another outside endpoint, or something else used that of the mapping",

@@ -13,6 +13,7 @@ const (
 	notOnOutside unmapped = "address_not_outside"
 	servedPort   unmapped = "port_in_use" // by a socket of the gateway or a forward
 	olderFlow    unmapped = "older_flow"  // the flow is older than the daemon
+	oldAddress   unmapped = "old_address" // the user's rules give its host another address now
 	otherMapping unmapped = "other_endpoint"
 	sharedPort   unmapped = "port_shared" // with another host, whose mapping has the port
 	otherZone    unmapped = "conntrack_zone"
@@ -98,5 +99,7 @@ func (m *mapper) check(f *cone.Flow, link string) {
 		m.applied.missing(notOnOutside, 1)
 	case m.bars(f.ReplyDst.Port):
 		m.applied.missing(servedPort, 1)
+	case !m.given.mayBy(f.Src.Addr, f.ReplyDst.Addr):
+		m.applied.missing(oldAddress, 1)
 	}
 }

@@ -51,7 +51,11 @@ func ownAddrs(network gateway.Network) map[string]netip.Addr {
 			if a.Link != l.Index || !a.Prefix.Addr().Is4() || a.Narrow {
 				continue
 			}
-			if _, another := own[l.Name]; another { // which one depends on the next router
+			_, another := own[l.Name]
+			if another && a.Alone {
+				continue
+			}
+			if another { // which one depends on the next router
 				own[l.Name] = netip.Addr{}
 				break
 			}

@@ -29,7 +29,7 @@ func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out wa
 			return out, false, err
 		}
 	}
-	before, known, same := f.chosen(cfg, network), f.choosers != nil, sameGiven(f.choosers, choosers)
+	before, known, same, sources := f.chosen(cfg, network), f.choosers != nil, sameGiven(f.choosers, choosers), f.sources
 	elsewhere := f.elsewhere
 	differed, _ := f.differ(cfg, network)
 	f.choosers, f.sources = choosers, nil
@@ -41,6 +41,7 @@ func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out wa
 		return out, changed, err
 	}
 	f.sources, f.exempt = f.user.SourceNAT(), f.user.Untranslated()
+	changed = changed || sources != nil && !sameSources(sources, f.sources)
 	differ, more := f.differ(cfg, network)
 	out = append(out, more...)
 	changed = changed || !slices.Equal(differed, differ) || !slices.Equal(elsewhere, f.elsewhere)

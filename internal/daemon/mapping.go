@@ -77,7 +77,11 @@ type mapper struct {
 	outdated func(elements.Mapping) bool
 	ending   map[ends]struct{} // outdated mappings that stand
 	ended    []cone.Flow       // flows on ports of outdated mappings
-	zoned    bool              // the rules serve zones of the original direction
+
+	given   *given
+	strays  []elements.Mapping // their hosts get another outside address now
+	formers map[elements.Former]struct{}
+	zoned   bool // the rules serve zones of the original direction
 
 	known map[ends]string                       // mappings that stand, and their links
 	bad   []elements.Mapping                    // outdated, or on a port that the gateway serves now
@@ -114,6 +118,7 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 		older:  make(map[elements.Mapping][]elements.Taken),
 		taken:  make(map[elements.Taken]struct{}),
 		ids:    make(map[elements.Mapping][]uint32),
+		given:  f.given(c, network), formers: make(map[elements.Former]struct{}),
 
 		insides: make(map[elements.Mapping]int),
 	}
@@ -123,6 +128,9 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 	}
 	return m, m.kernel.List(func(x elements.Mapping, _ time.Duration) {
 		f.mappedAddrs[x.Ext.Addr] = struct{}{}
+		if m.stray(x) {
+			return
+		}
 		outdated := m.outdated(x)
 		if outdated {
 			m.ending[ends{x.Int, x.Ext}] = struct{}{}
@@ -200,7 +208,7 @@ func (m *mapper) see(f *cone.Flow) {
 			link = m.linkOf(f)
 			m.check(f, link)
 		}
-		if link == "" || m.bars(f.ReplyDst.Port) {
+		if link == "" || m.bars(f.ReplyDst.Port) || m.isFormer(f) {
 			m.taken[out] = struct{}{}
 			return
 		}

@@ -114,7 +114,8 @@ func inPools(pools []hostPool, x elements.Mapping) bool {
 // keep renews the mappings of living flows, and ends flows on ports that their host may no
 // longer have.
 func (r *reconciler) keep(m *mapper, q *ctwatch.Queries) error {
-	err := errors.Join(m.keep(), deleteFlows(q, m.ended))
+	err := errors.Join(m.leave(), m.keep(), deleteFlows(q, m.ended))
+	r.noted.note(slog.LevelInfo, "other_address", "mappings had an outside address that your rules no longer give their hosts; new flows leave by the new one", uint64(len(m.strays)))
 	r.noted.note(slog.LevelInfo, "outdated", "flows with mappings had an outside port that a rule or port_pool allows no more; they ended", uint64(len(m.ended)))
 	if err == nil && r.firewall.old.looked(len(m.ended)) {
 		r.wantReconcile()

@@ -93,7 +93,8 @@ func (r *reader) addr(b []byte) error {
 	}
 	r.Addrs = append(r.Addrs, Addr{
 		Prefix: p, Link: int(int32(binary.NativeEndian.Uint32(b[4:]))), Leased: b[2]&unix.IFA_F_PERMANENT == 0,
-		Narrow: b[3] != unix.RT_SCOPE_UNIVERSE,
+		Narrow: b[3] != unix.RT_SCOPE_UNIVERSE || local.Is4() && b[2]&unix.IFA_F_SECONDARY != 0,
+		Alone:  int(b[1]) == local.BitLen() && local == address,
 	})
 	return nil
 }

@@ -62,7 +62,10 @@ type Addr struct {
 	Prefix netip.Prefix // not masked
 	Link   int          // index
 	Leased bool         // it has a lifetime, like an address from DHCP
-	Narrow bool         // its scope is not global: masquerade does not take it
+	// Narrow and Alone are about what a masquerade takes (inet_select_addr). It does not take an
+	// address with Narrow: its scope is not global, or it is a secondary one of its prefix. With
+	// Alone there is no next hop in its prefix, so it takes it only if it is the link's first.
+	Narrow, Alone bool
 }
 
 // A Route is one next hop of a route.

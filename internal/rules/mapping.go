@@ -80,6 +80,8 @@ var (
 //     mapping: by the gateway itself, by a packet that came before the answer, or by a host
 //     whose subnet is not enabled.
 //   - gone has the outside addresses that were lost a moment ago.
+//   - former has the outside addresses that the user's rules no longer give to hosts with
+//     flows that still have them.
 //
 // An answered flow does not refresh its mapping, because its packets do not reach these
 // chains. A mapping must not end before its last flow, or another host gets its port: the
@@ -95,6 +97,7 @@ func (l *layout) mapping(d Desired) {
 		owned:   l.learnedSet(elements.OwnedSet, endpointKey, c.Size),
 		taken:   l.learnedSet(elements.TakenSet, []nftables.SetDatatype{nftables.TypeInetService, nftables.TypeIPAddr, nftables.TypeInetService}, takenSize),
 		gone:    l.learnedSet(elements.GoneSet, addressKey, linkAddressesSize),
+		former:  l.learnedSet(elements.FormerSet, []nftables.SetDatatype{nftables.TypeIPAddr, nftables.TypeIPAddr}, addressesSize),
 		served:  l.set(servedSet, nftables.TypeInetService),
 		subnets: l.prefixes(mappedSet, c.Subnets),
 	}
@@ -159,13 +162,13 @@ type mapper struct {
 	*layout
 	*MappingConfig
 
-	owned, taken, gone, served *set
-	owners, ownerPorts         *set      // nil without hairpinning
-	subnets, exempt, hairpin   *prefixes // the last two may be nil
-	arms                       []string  // outside links by which hosts of subnets also come
-	pools                      []*hostPool
-	foreign, left, unmoved     *nftables.Chain
-	uplinks                    []*uplink
+	owned, taken, gone, former, served *set
+	owners, ownerPorts                 *set      // nil without hairpinning
+	subnets, exempt, hairpin           *prefixes // the last two may be nil
+	arms                               []string  // outside links by which hosts of subnets also come
+	pools                              []*hostPool
+	foreign, left, unmoved             *nftables.Chain
+	uplinks                            []*uplink
 }
 
 // An uplink makes the rules and sets that exist once for each outside link.
@@ -415,6 +418,7 @@ func (u *uplink) remembers() *nftables.Chain {
 	u.rule(c, "nobody translated it", lacksStatus(ctSrcNAT), goTo(u.foreign))
 	u.rule(c, "conntrack takes port 0 for none", isUDP, ctOriginalProtoSrc.is(be16(0)), goTo(u.foreign))
 	u.rule(c, "an older flow than its address", ctReplyIPDaddr.in(u.gone), accept)
+	u.rule(c, "the rules give the host another address now", concat(ctOriginalIPSaddr, ctReplyIPDaddr).in(u.former), goTo(u.foreign))
 	u.rule(c, "", ctReplyIPDaddr.notIn(u.translated), jump(u.learnAddress))
 	var several exprs
 	if !u.differ {

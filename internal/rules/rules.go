@@ -233,7 +233,7 @@ func (c *Counters) AdmittedInto(subnet netip.Prefix) (uint64, bool) {
 	return c.into(admittedCounter, subnet)
 }
 
-// ExpectedInto: see AdmittedInto.
+// ExpectedInto is AdmittedInto for Expected.
 func (c *Counters) ExpectedInto(subnet netip.Prefix) (uint64, bool) {
 	return c.into(expectedCounter, subnet)
 }

@@ -3,6 +3,7 @@ package userrules
 import (
 	"bytes"
 	"encoding/binary"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -23,14 +24,15 @@ type condition struct {
 	unread  bool        // a test of the destination was not understood
 	out     []string    // the outgoing links; nil stands for any
 	unknown bool        // a test of the port was not understood
-	partial bool        // something else was tested, so the condition may be wider than the truth
+	partial bool        // something else than ports and addrs was tested
+	wide    bool        // the condition may be wider than the truth
 	asks    bool        // that test was for neither an address, nor a port, nor a link
 }
 
 func partly(conds []condition) []condition {
 	out := slices.Clone(conds)
 	for i := range out {
-		out[i].partial, out[i].asks = true, true
+		out[i].partial, out[i].wide, out[i].asks = true, true, true
 	}
 	return out
 }
@@ -152,7 +154,7 @@ func (w *walker) narrow(conds []condition, fields []field, t test) []condition {
 		return partly(conds)
 	case t.unknown, t.not && len(fields) > 1, t.isNumber(fields):
 		for _, c := range conds {
-			c.unknown, c.partial = c.unknown || slices.ContainsFunc(fields, field.isPort), true
+			c.unknown, c.partial, c.wide = c.unknown || slices.ContainsFunc(fields, field.isPort), true, true
 			c.unread = c.unread || slices.ContainsFunc(fields, func(f field) bool { return f.kind == address4 })
 			left = append(left, c)
 		}
@@ -204,17 +206,18 @@ func (w *walker) fields(c condition, fields []field, t test) (condition, bool) {
 }
 
 func (w *walker) field(c condition, f field, t test) (condition, bool) {
+	wide := f.mask != nil
 	switch f.kind {
-	case other, mangledPort, source4, source6:
-		c.partial = true
-	case outName:
-		c.partial = c.partial || t.not
+	case other, mangledPort:
+		wide = true
+	case source4, source6:
+		wide = t.not || f.mask != nil && !isPrefixMask(f.mask)
+	case outName, address4, address6:
+		wide = wide || t.not
 	case linkName, linkIndex:
-		c.partial = c.partial || len(w.outside) != 1
-	case address4, address6:
-		c.partial = c.partial || t.not
+		wide = wide || len(w.outside) != 1
 	}
-	c.partial = c.partial || f.mask != nil
+	c.wide, c.partial = c.wide || wide, c.partial || wide || f.isSource()
 	if f.kind == mangledPort || f.kind == port && t.not && f.mask != nil {
 		c.unknown = true
 		return c, true
@@ -278,6 +281,13 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 		return c, len(c.sources) > 0
 	}
 	return c, true
+}
+
+// isPrefixMask reports whether a mask keeps the first bits of a field, so that a span of masked
+// keys is a span of keys.
+func isPrefixMask(mask []byte) bool {
+	ones, size := net.IPMask(mask).Size()
+	return ones > 0 || size > 0
 }
 
 // leaving returns the links of c that match one of the names. A name without its end (a

@@ -21,6 +21,50 @@ func (n *SourceNAT) chooses(first, last uint32, loaded map[uint32][]byte) {
 	}
 }
 
+// MayGiveAddr reports whether rules, as SourceNAT returns them, may give a host an outside
+// address on a link. own is as for OutsideAddrsOf. If rules translate the host on other links
+// alone, the link may have another name there, and the answer is yes.
+func MayGiveAddr(rules []SourceNAT, link string, host, addr, own netip.Addr) bool {
+	asked, elsewhere := false, false
+	var done []string // base chains in which an earlier rule translates all of the host's packets
+	for i := range rules {
+		n := &rules[i]
+		if n.Sources != nil && !coversAddr(n.Sources, host) {
+			continue
+		}
+		if !n.LeavesBy(link) {
+			elsewhere = true
+			continue
+		}
+		asked = true
+		if slices.Contains(done, n.Chain) {
+			continue
+		}
+		if n.mayGive(addr, own) {
+			return true
+		}
+		if !n.Partial && !n.asks {
+			done = append(done, n.Chain)
+		}
+	}
+	return !asked && elsewhere
+}
+
+// Gives reports whether the rule may give some host of the prefixes an outside address on a link.
+func (n *SourceNAT) Gives(link string, hosts []netip.Prefix, addr, own netip.Addr) bool {
+	return n.LeavesBy(link) && n.mayGive(addr, own) && len(n.Within(hosts)) > 0
+}
+
+func (n *SourceNAT) mayGive(addr, own netip.Addr) bool {
+	switch {
+	case n.Unknown:
+		return true
+	case len(n.Addrs) > 0:
+		return coversAddr(n.Addrs, addr)
+	}
+	return !n.Masquerade || !own.IsValid() || own == addr
+}
+
 // MayGive reports whether rules, as SourceNAT returns them, may give a host an outside port
 // on a link. sure is true if the rules decide that: the ports of all rules that may
 // translate the host's packets are known, and no rule before the one that gives the port

@@ -54,3 +54,41 @@ func TestOutsideAddrs(t *testing.T) {
 		})
 	}
 }
+
+// For each set of rules: which of the addresses .1, the link's own, .8 and .9 may 10.47.11.9 get?
+func TestMayGiveAddr(t *testing.T) {
+	t.Parallel()
+	for rules, want := range map[string]string{
+		"masquerade":              "[1]",
+		"snat to 198.51.100.9":    "[9]",
+		"snat to 198.51.100.8/31": "[8 9]",
+		"ip saddr 10.47.11.9 snat to 198.51.100.9; masquerade":                  "[9]",
+		"oifname \"wan0\" ip saddr 10.47.11.9 snat to 198.51.100.9; masquerade": "[9]",
+		"ip saddr 10.47.11.8 snat to 198.51.100.9; masquerade":                  "[1]",
+		"ip saddr 10.47.11.8 masquerade":                                        "[]",
+		"udp dport 53 snat to 198.51.100.9; masquerade":                         "[1 9]",
+		"meta mark 7 snat to 198.51.100.9; masquerade":                          "[1 9]",
+		"ip daddr 203.0.113.0/24 snat to 198.51.100.9; masquerade":              "[1 9]",
+		"snat to ip saddr map { 10.47.11.9 : 198.51.100.9 }":                    "[1 8 9]", // not read
+		"oifname \"wan1\" snat to 198.51.100.9":                                 "[1 8 9]", // wan0 may have that name there
+		"oifname \"wan1\" snat to 198.51.100.9; masquerade":                     "[1]",
+		"meta l4proto tcp snat to 198.51.100.9; masquerade":                     "[1]",
+	} {
+		t.Run(rules, func(t *testing.T) {
+			t.Parallel()
+			l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
+			check(t, l.NFT("table ip nat { chain post { type nat hook postrouting priority srcnat; "+rules+"; }; }"))
+			all := ruleset(t, l).SourceNAT()
+			var got []byte
+			for _, last := range []byte{1, 8, 9} {
+				addr := netip.AddrFrom4([4]byte{198, 51, 100, last})
+				if userrules.MayGiveAddr(all, "wan0", netip.MustParseAddr("10.47.11.9"), addr, netip.MustParseAddr("198.51.100.1")) {
+					got = append(got, last)
+				}
+			}
+			if text := fmt.Sprint(got); text != want {
+				t.Errorf("%s, want %s", text, want)
+			}
+		})
+	}
+}

@@ -74,7 +74,7 @@ func (rs *Ruleset) sourceNAT() (all, exempt []SourceNAT) {
 				n.Text, n.Chain, n.Links, n.Sources, n.dests = r.title(t), base, c.out, c.sources, c.addrs
 				n.asks = c.asks || w.exempts || c.ports != nil || c.addrs != nil
 				n.byOther = c.asks || c.ports != nil || c.unread
-				n.Partial = c.partial || w.exempts || c.ports != nil || c.addrs != nil
+				n.Partial = c.wide || w.exempts || c.ports != nil || c.addrs != nil
 				all = append(all, n)
 				if c.except != nil {
 					exempt = append(exempt, SourceNAT{Links: c.out, Sources: c.sources, dests: c.except})

@@ -144,6 +144,75 @@ func (m *Mappings) Forget(addr netip.Addr) error {
 	return errors.Join(errs...)
 }
 
+// A Former is an outside address that the user's rules gave a host and no longer give it.
+type Former struct{ Host, Addr cone.Addr }
+
+const formerLen = 2 * addressLen
+
+// Leave lets the flows of hosts with their former outside addresses teach no mapping, for
+// rules.MappingConfig.KeptFor.
+func (m *Mappings) Leave(fs []Former) error {
+	return m.formers(fs, unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM, unix.NFT_MSG_NEWSETELEM)
+}
+
+// Regain ends Leave for the formers for which again returns true.
+func (m *Mappings) Regain(again func(f Former) bool) error {
+	var fs []Former
+	err := m.w.list(FormerSet, func(key, _ []byte, _ time.Duration) {
+		if len(key) != formerLen {
+			return
+		}
+		f := Former{cone.AddrFrom4([4]byte(key)), cone.AddrFrom4([4]byte(key[addressLen:]))}
+		if again(f) {
+			fs = append(fs, f)
+		}
+	})
+	return errors.Join(err, m.formers(fs, unix.NFT_MSG_DELSETELEM))
+}
+
+func (m *Mappings) formers(fs []Former, types ...uint16) error {
+	var errs []error
+	for base := 0; base < len(fs); base += batch {
+		part := fs[base:min(base+batch, len(fs))]
+		clear(m.errs[:])
+		transact(&m.batcher, part, uint32(len(types)), func(seq uint32, f *Former) {
+			copy(m.key[:], f.Host[12:])
+			copy(m.key[addressLen:], f.Addr[12:])
+			for i, typ := range types {
+				m.element(seq+uint32(i), typ, false, FormerSet, formerLen, 0, m.keptFor)
+			}
+		})
+		for _, err := range m.errs[:len(part)] {
+			if err != nil && !errors.Is(err, unix.ENOENT) {
+				errs = append(errs, fmt.Errorf("change set %s: %w", FormerSet, nfnl.Permitted(err)))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Taught calls f for each outside address that flows have taught the kernel: on a link, for a host,
+// or for all hosts if host is the zero address. It uses its own connection.
+func (m *Mappings) Taught(f func(link string, host, addr cone.Addr)) error {
+	var errs []error
+	for _, l := range m.links {
+		errs = append(errs, m.w.list(l.Addresses, func(key, value []byte, _ time.Duration) {
+			if len(key) == addressLen && len(value) == addressLen {
+				f(l.Link, cone.AddrFrom4([4]byte(key)), cone.AddrFrom4([4]byte(value)))
+			}
+		}))
+	}
+	return errors.Join(errs...)
+}
+
+// Unteach forgets all outside addresses on a link. The next flows tell them.
+func (m *Mappings) Unteach(link string) error {
+	if l := m.links[link]; l != nil {
+		return m.empty(l.Translated, l.Several, l.Addresses)
+	}
+	return nil
+}
+
 // empty deletes all elements of the sets.
 func (m *Mappings) empty(sets ...string) error {
 	clear(m.errs[:len(sets)])

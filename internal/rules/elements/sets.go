@@ -26,6 +26,9 @@ const (
 	// daemon, so that the next one sees which addresses were lost.
 	GoneSet    = "gone"
 	GatewaySet = "gateway_addresses"
+	// FormerSet has the outside addresses that the user's rules no longer give to hosts with
+	// flows that still have them.
+	FormerSet = "former"
 	// UnsureSet has the IPv4 flows whose source may be spoofed. Unsure6Set has those of
 	// IPv6; it is in the table of family inet.
 	UnsureSet  = "unsure"
