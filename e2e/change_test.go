@@ -68,8 +68,9 @@ func TestReloadOfAWrongFileKeepsTheOldConfiguration(t *testing.T) {
 	ext := s.Contact(phone, proxy)
 	s.Stands(phone, proxy, ext)
 	for text, want := range map[string]string{
-		"lifetime = 5\n[[subnet]]\nprefix = \"10.47.12.0/24\"\n":         "conenatd.toml:1:12: lifetime: expected a duration",
-		"event_buffer = 65536\n[[subnet]]\nprefix = \"10.47.12.0/24\"\n": "event_buffer: a change needs a restart",
+		"lifetime = 5\n[[subnet]]\nprefix = \"10.47.12.0/24\"\n":                        "conenatd.toml:1:12: lifetime: expected a duration",
+		"event_buffer = 65536\n[[subnet]]\nprefix = \"10.47.12.0/24\"\n":                "event_buffer: a change needs a restart",
+		"metrics_listen = \"127.0.0.1:9469\"\n[[subnet]]\nprefix = \"10.47.12.0/24\"\n": "metrics_listen: a change needs a restart",
 		"": "none is enabled",
 	} {
 		write(text)

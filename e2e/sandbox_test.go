@@ -85,7 +85,7 @@ func TestUnitAllowsWhatTheDaemonCalls(t *testing.T) {
 	s.Exe = s.traced(trace)
 	config := filepath.Join(t.TempDir(), "conenatd.toml")
 	write := func(text string) { s.Must(os.WriteFile(config, []byte(text), 0o644)) }
-	inside := "reconcile = \"1s\"\n[[subnet]]\nprefix = \"10.47.11.0/24\"\nmapping = \"endpoint_independent\"\n[[subnet]]\nprefix = \"2001:db8:47::/64\"\nrouted = true\n"
+	inside := "metrics_listen = \"127.0.0.1:9469\"\nreconcile = \"1s\"\n[[subnet]]\nprefix = \"10.47.11.0/24\"\nmapping = \"endpoint_independent\"\n[[subnet]]\nprefix = \"2001:db8:47::/64\"\nrouted = true\n"
 	write(inside)
 	s.Start("--config", config)
 	s.Exe = own
@@ -112,6 +112,7 @@ func TestUnitAllowsWhatTheDaemonCalls(t *testing.T) {
 	write("backend = \"expect\"\npeer_groups = [\"203.0.113.4/30\"]\n" + inside)
 	control("reload")
 	control("list")
+	s.metrics("127.0.0.1:9469")
 	control("revoke", "10.47.11.109")
 	s.Stop()
 	var text string

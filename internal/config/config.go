@@ -138,6 +138,10 @@ type Config struct {
 	// caller computes.
 	ControlSocket string
 
+	// MetricsListen is where Prometheus may scrape the daemon, in the gateway's network
+	// namespace. The zero value means nowhere.
+	MetricsListen netip.AddrPort
+
 	// AutoSubnets adds the private prefixes that the caller finds on inside links. They may
 	// overlap Subnets, which then takes precedence.
 	AutoSubnets bool

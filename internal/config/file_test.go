@@ -43,6 +43,7 @@ table = "cone2"
 on_stop = "keep"
 event_buffer = 65_536
 control_socket = "/run/c.sock"
+metrics_listen = "127.0.0.1:9469"
 
 [[subnet]]
 prefix = "192.168.1.0/24"
@@ -96,6 +97,7 @@ func everyConfig() Config {
 		OnStop:        OnStopKeep,
 		EventBuffer:   64 << 10,
 		ControlSocket: "/run/c.sock",
+		MetricsListen: netip.MustParseAddrPort("127.0.0.1:9469"),
 		AutoSubnets:   true,
 		Subnets: []Subnet{
 			{Prefix: netip.MustParsePrefix("192.168.1.0/24"), Mapping: EndpointIndependentMapping},

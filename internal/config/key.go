@@ -15,7 +15,7 @@ type Key struct {
 	// singular if it may be repeated.
 	Flag string
 	// Kind says what a value is: word, name, duration, bool, number, bytes, bits, link,
-	// prefix, port, ports or path.
+	// prefix, port, ports, path or endpoint.
 	Kind string
 	// List is set if the file has an array and the flag may be repeated.
 	List bool

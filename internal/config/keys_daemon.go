@@ -2,6 +2,7 @@ package config
 
 import (
 	"log/slog"
+	"net/netip"
 	"time"
 )
 
@@ -170,5 +171,15 @@ raised for them.`,
 it in any case.`,
 		},
 		access: one(socketPath, func(c *Config) *string { return &c.ControlSocket }),
+	},
+	{
+		Key: Key{
+			Name: "metrics_listen", Flag: "metrics-listen", Kind: "endpoint", Restart: true,
+			Usage: "where Prometheus may scrape /metrics, such as 127.0.0.1:9469 (default: nowhere)",
+			Doc: `Address and port where Prometheus may scrape /metrics, such as "127.0.0.1:9469". Empty: nowhere.
+Whoever reaches it can read the metrics, so think twice before you name an address that is not of
+loopback; your firewall decides who reaches that.`,
+		},
+		access: one(listen, func(c *Config) *netip.AddrPort { return &c.MetricsListen }),
 	},
 }

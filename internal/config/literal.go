@@ -37,6 +37,11 @@ func Literal(v any) string {
 		return joined(v, quote)
 	case []netip.Prefix:
 		return joined(v, func(p netip.Prefix) string { return quote(p.String()) })
+	case netip.AddrPort:
+		if !v.IsValid() {
+			return quote("")
+		}
+		return quote(v.String())
 	case netip.Prefix:
 		if !v.IsValid() {
 			return `""`

@@ -282,3 +282,17 @@ func absolutePath(v any) (string, error) {
 	}
 	return s, nil
 }
+
+// listen accepts an address and a port, or "" for none. There is no short form such as
+// ":9469", so that nobody listens for the whole network by mistake.
+func listen(v any) (netip.AddrPort, error) {
+	s, ok := v.(string)
+	if ok && s == "" {
+		return netip.AddrPort{}, nil
+	}
+	a, err := netip.ParseAddrPort(s)
+	if err != nil || a.Port() == 0 || a.Addr().IsMulticast() {
+		return netip.AddrPort{}, expected(`an address and a port such as "127.0.0.1:9469", or ""`, v)
+	}
+	return a, nil
+}

@@ -40,6 +40,9 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 		"buffer too small":             {`event_buffer = 4096`, `1:16: event_buffer: expected bytes between 65536 (64 KiB) and 1073741824 (1 GiB), got 4096`},
 		"buffer as a float":            {`event_buffer = 1e6`, `1:16: event_buffer: expected bytes between 65536 (64 KiB) and 1073741824 (1 GiB), got 1e+06`},
 		"relative socket":              {`control_socket = "c.sock"`, `1:18: control_socket: expected an absolute path of at most 107 bytes, or "", got "c.sock"`},
+		"metrics on every address":     {`metrics_listen = ":9469"`, `1:18: metrics_listen: expected an address and a port such as "127.0.0.1:9469", or "", got ":9469"`},
+		"metrics without a port":       {`metrics_listen = "127.0.0.1"`, `1:18: metrics_listen: expected an address and a port such as "127.0.0.1:9469", or "", got "127.0.0.1"`},
+		"metrics by a name":            {`metrics_listen = "localhost:9469"`, `1:18: metrics_listen: expected an address and a port such as "127.0.0.1:9469", or "", got "localhost:9469"`},
 		"socket that is a date":        {`control_socket = 2006-01-02`, `1:18: control_socket: expected an absolute path of at most 107 bytes, or "", got a date or time`},
 
 		"unknown key": {

@@ -3,8 +3,10 @@ package control
 import (
 	"context"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -64,6 +66,10 @@ func (s source) Watch(_ context.Context, yield func(Event) bool) error {
 		}
 	}
 	return nil
+}
+
+func (s source) Metrics() http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "conenatd_flows 7\n") })
 }
 func (s source) Flush() (int, error)                           { return 9, nil }
 func (s source) Status() Status                                { return s.status }

@@ -67,7 +67,7 @@ func (c counting) Explain(peer, ext netip.AddrPort) (Explanation, error) {
 func TestAnExplanationTakesThePlaceOfAList(t *testing.T) {
 	var seen int
 	lists := make(chan struct{}, 1)
-	h := handler{counting{lists: lists, seen: &seen}, lists}
+	h := handler{counting{lists: lists, seen: &seen}, nil, lists}
 	explain := func(ctx context.Context) int {
 		query := url.Values{peerParameter: {"203.0.113.5"}, extParameter: {"198.51.100.1:5060"}}
 		w := httptest.NewRecorder()

@@ -6,7 +6,7 @@ import "encoding/json"
 func (s Status) MarshalJSON() ([]byte, error) {
 	type plain Status // without this method
 	s.Subnets, s.Outside, s.Warnings, s.Findings = some(s.Subnets), some(s.Outside), some(s.Warnings), some(s.Findings)
-	s.BrokenFlows = some(s.BrokenFlows)
+	s.BrokenFlows, s.Latency.Buckets = some(s.BrokenFlows), some(s.Latency.Buckets)
 	c := &s.Counters
 	for _, m := range []*map[string]uint64{&c.Repaired, &c.Refused, &c.Revoked, &c.Skipped, &c.SkippedLinks, &c.Failed, &s.Tables.Mapping.NotApplied} {
 		if *m == nil {

@@ -53,7 +53,7 @@ var full = Status{
 		Skipped: map[string]uint64{"excluded_peer_port": 8100, "not_outside": 5}, SkippedLinks: map[string]uint64{"br_lan": 4},
 		Failed: map[string]uint64{"look_up_flow": 3},
 	},
-	Latency: Latency{Count: 412, P50: 41.2, P99: 310, Max: 1234.5},
+	Latency: Latency{Count: 412, P50: 41.2, P99: 310, Max: 1234.5, Sum: 20000, Buckets: []Bucket{{50, 300}, {1000, 411}}},
 	Process: Process{Goroutines: 9, Files: 17, Resident: 25 << 20, Heap: 5 << 20},
 	Warnings: []string{
 		"IPv6 has no helper: load the module nfnetlink_cthelper",

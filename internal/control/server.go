@@ -31,6 +31,8 @@ const (
 type Source interface {
 	// Status must not block for long.
 	Status() Status
+	// Metrics answers with the metrics of a Status, in Prometheus's text format.
+	Metrics() http.Handler
 	// Permissions yields every permission, in any order, until yield returns
 	// false. An error says that the list is not complete.
 	//
@@ -60,14 +62,19 @@ type Source interface {
 	Flush() (int, error)
 }
 
-// Serve answers requests on ln until ctx ends. Requests that are under way then have a
-// second to finish. When Serve returns, ln is closed, its file is removed, and no goroutine
-// is left. The error is nil if ctx ended it. If no descriptors are left, Serve answers one
-// request at a time. Errors of single connections go to log.
+// Serve answers requests on ln, as ServeHTTP does.
 func Serve(ctx context.Context, ln net.Listener, src Source, log *slog.Logger) error {
+	return ServeHTTP(ctx, ln, handler{src, src.Metrics(), make(chan struct{}, maxLists)}, log)
+}
+
+// ServeHTTP lets h answer requests on ln until ctx ends. Requests that are under way then
+// have a second to finish. When ServeHTTP returns, ln is closed, the file of a unix socket is
+// removed, and no goroutine is left. The error is nil if ctx ended it. If no descriptors are
+// left, ServeHTTP answers one request at a time. Errors of single connections go to log.
+func ServeHTTP(ctx context.Context, ln net.Listener, h http.Handler, log *slog.Logger) error {
 	var conns sync.WaitGroup
 	srv := &http.Server{
-		Handler:           handler{src, make(chan struct{}, maxLists)},
+		Handler:           withoutBody(h),
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 		MaxHeaderBytes:    maxHeader,
 		ReadHeaderTimeout: headerTime,
@@ -91,7 +98,7 @@ func Serve(ctx context.Context, ln net.Listener, src Source, log *slog.Logger) e
 	var err error
 	select {
 	case err = <-served:
-		err = fmt.Errorf("serve control socket: %w", err)
+		err = fmt.Errorf("serve %v: %w", ln.Addr(), err)
 	case <-ctx.Done():
 		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), graceTime)
 		defer cancel()
@@ -103,15 +110,22 @@ func Serve(ctx context.Context, ln net.Listener, src Source, log *slog.Logger) e
 	return err
 }
 
+// withoutBody bounds the time for the body of a request that h answered. No request has one.
+// Without a deadline, net/http reads an announced body to its end, however long that takes.
+func withoutBody(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer func() { _ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(headerTime)) }()
+		h.ServeHTTP(w, r)
+	})
+}
+
 type handler struct {
-	src   Source
-	lists chan struct{} // one element for each list or explanation under way
+	src     Source
+	metrics http.Handler
+	lists   chan struct{} // one element for each list or explanation under way
 }
 
 func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	// No request has a body. Without a deadline, net/http reads an announced body to its
-	// end, however long that takes.
-	defer func() { _ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(headerTime)) }()
 	method, known := methods[r.URL.Path]
 	switch {
 	case !known:
@@ -122,6 +136,8 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case r.URL.Path == pathStatus:
 		w.Header().Set("Content-Type", "application/json")
 		_ = json.NewEncoder(w).Encode(h.src.Status()) // an error means that the client is gone
+	case r.URL.Path == pathMetrics:
+		h.metrics.ServeHTTP(w, r)
 	case r.URL.Path == pathPermissions:
 		h.list(w, r)
 	case r.URL.Path == pathVerify:

@@ -345,7 +345,7 @@ func TestServeReportsAListenerThatFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	ln.Close()
-	if err := Serve(t.Context(), ln, source{}, slog.New(slog.DiscardHandler)); err == nil || !strings.HasPrefix(err.Error(), "serve control socket: ") {
+	if err := Serve(t.Context(), ln, source{}, slog.New(slog.DiscardHandler)); err == nil || !strings.HasPrefix(err.Error(), "serve "+ln.Addr().String()+": ") {
 		t.Errorf("Serve: %v", err)
 	}
 }
@@ -365,5 +365,18 @@ func BenchmarkList(b *testing.B) {
 	b.ResetTimer()
 	if err := Dial(path).Permissions(b.Context(), func(Permission) error { return nil }); err != nil {
 		b.Fatal(err)
+	}
+}
+
+// Fails when the control socket does not answer with the metrics of its Source.
+func TestMetricsAreOnTheControlSocket(t *testing.T) {
+	path, _ := start(t, source{})
+	body, err := Dial(path).ask(t.Context(), http.MethodGet, pathMetrics)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer body.Close()
+	if text, err := io.ReadAll(body); err != nil || string(text) != "conenatd_flows 7\n" {
+		t.Errorf("%q, %v", text, err)
 	}
 }

@@ -17,6 +17,7 @@ const (
 	pathVerify      = "/v1/verify"
 	pathExplain     = "/v1/explain"
 	pathWatch       = "/v1/watch"
+	pathMetrics     = "/metrics" // the path that Prometheus expects
 
 	// wordParameter may be repeated; see Source.Revoke.
 	wordParameter = "word"
@@ -34,6 +35,7 @@ var methods = map[string]string{
 	pathVerify:      http.MethodGet,
 	pathExplain:     http.MethodGet,
 	pathWatch:       http.MethodGet,
+	pathMetrics:     http.MethodGet,
 }
 
 // result is the answer to a command.
@@ -293,6 +295,15 @@ type Latency struct {
 	P50   float64 `json:"p50_us"`
 	P99   float64 `json:"p99_us"`
 	Max   float64 `json:"max_us"`
+	Sum   float64 `json:"sum_us"`
+	// Buckets are in ascending order. Bounds are exact to a hundredth.
+	Buckets []Bucket `json:"buckets"`
+}
+
+// A Bucket counts the latencies up to a bound, those of smaller buckets included.
+type Bucket struct {
+	UpTo  float64 `json:"up_to_us"`
+	Count uint64  `json:"count"`
 }
 
 // Process is what the daemon uses of the machine; 0 means unknown.

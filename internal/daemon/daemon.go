@@ -45,6 +45,7 @@ type Daemon struct {
 	reconcile *reconciler
 
 	lock      *control.Lock
+	site      site
 	made      bool        // this daemon took over the tables of an earlier one, or made them
 	leave     bool        // permissions and tables stay in the kernel when this daemon ends
 	handsOver atomic.Bool // the next end is that of an upgrade: see HandOver
@@ -194,6 +195,9 @@ func New(cfg Config) (d *Daemon, err error) {
 	if err = d.auditor.open(&cfg.Config); err != nil {
 		return d, err
 	}
+	if d.site, err = openSite(cfg.MetricsListen); err != nil {
+		return d, err
+	}
 	if d.conntrack, err = openSysctls(); err != nil {
 		return d, err
 	}
@@ -322,40 +326,6 @@ func (d *Daemon) goOnServing(adopted []expect.Adopted) (err error) {
 	return err
 }
 
-// anyIPv6 reports whether a subnet is IPv6, or a named link may get an IPv6 subnet.
-func anyIPv6(cfg config.Config) bool {
-	return slices.ContainsFunc(cfg.Subnets, func(s config.Subnet) bool { return s.Prefix.Addr().Is6() }) ||
-		slices.ContainsFunc(cfg.LinkSubnets, func(l config.LinkSubnet) bool { return l.Like.Routed })
-}
-
-// policy returns the policy of a configuration, with the backends in use.
-func (l *loop) policy(cfg config.Config) cone.Policy {
-	p := cone.Policy{
-		Expected: l.backends.expect != nil && wantsExpect(cfg),
-		Mapped:   l.backends.nft != nil && wantsMap(cfg),
-		Labels:   l.firewall.labels(),
-		Learned:  wantsMap(cfg) && l.firewall.learns(cfg),
-		Limits: cone.Limits{
-			Total: cfg.MaxPermissions, PerSubnet: cfg.MaxPermissionsPerSubnet,
-			PerHost: cfg.MaxPermissionsPerHost, Children: cfg.MaxChildren,
-		},
-		Lifetime:         cfg.Lifetime,
-		Retry:            cfg.Reconcile,
-		PeerGroups:       cfg.PeerGroups,
-		ExcludePeers:     cfg.ExcludePeers,
-		ExcludePeerPorts: cfg.ExcludePeerPorts,
-		ExcludePorts:     cfg.ExcludePorts,
-	}
-	p.Self4, p.Self6 = l.self(cfg)
-	for _, s := range cfg.Subnets {
-		p.Subnets = append(p.Subnets, cone.Subnet{
-			Prefix: s.Prefix, Routed: s.Routed, Filtering: filterings[s.Filtering], Choice: l.decisions[s.Prefix].Choice,
-			Mapping: s.Mapping == config.EndpointIndependentMapping && l.firewall.maps(),
-		})
-	}
-	return p
-}
-
 // filterEvents leaves out the events of flows that the daemon does not need. Where the guard
 // stands, early packets from outside make no flows except to local sockets; the next
 // reconcile finds a flow that outlives its socket. Flows that the user's forwards lead inside
@@ -423,6 +393,7 @@ func (d *Daemon) Close() error {
 	if l.engine != nil && !leave { // permissions that stay need the settings
 		errs = append(errs, d.conntrack.restoreAll())
 	}
+	errs = append(errs, d.site.close())
 	if d.lock != nil {
 		errs = append(errs, d.lock.Close())
 	}
@@ -443,6 +414,7 @@ func (d *Daemon) Run(ctx context.Context, ready func()) error {
 	d.greet()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return control.Serve(ctx, ln, source{d.shared}, d.log) })
+	g.Go(func() error { return d.site.serve(ctx, d.shared) })
 	every := l.cfg.Reconcile // a reload writes l.cfg
 	g.Go(func() error { return r.run(ctx, every, ready) })
 	g.Go(func() error { return d.watchLinks(ctx) })

@@ -19,6 +19,25 @@ func TestQuantilesAreExactToAHundredth(t *testing.T) {
 	}
 }
 
+// Fails when a bucket of status lacks durations well below its bound, has ones above it, or
+// the sum leaves some out.
+func TestStatusCountsLatenciesUpToEachBound(t *testing.T) {
+	var h histogram
+	for i := range 100 {
+		h.record(time.Duration(i+1) * 7 * time.Microsecond) // up to 700 µs
+	}
+	h.record(time.Hour)
+	l := h.status()
+	for _, b := range l.Buckets {
+		if want := uint64(min(b.UpTo/7, 100)); b.Count > want || b.Count < want-want/50 {
+			t.Errorf("%d up to %v µs, want %d", b.Count, b.UpTo, want)
+		}
+	}
+	if want := 3600e6 + 7*5050; l.Sum < want || l.Sum > want*1.01 {
+		t.Errorf("sum %v µs, want %v or a hundredth more", l.Sum, want)
+	}
+}
+
 func TestEveryDurationIsInTheBucketThatBoundsIt(t *testing.T) {
 	for d := time.Duration(1); d > 0 && d < 1<<62; d += d/40 + 1 {
 		i := bucket(d)

@@ -71,10 +71,7 @@ func (s source) Status() control.Status {
 			st.Counters.SkippedLinks[link] = n.Flows
 		}
 		st.Counters.Failed = s.failures.totals()
-		st.Latency.Count = l.latency.count
-		st.Latency.P50 = microseconds(l.latency.quantile(0.50))
-		st.Latency.P99 = microseconds(l.latency.quantile(0.99))
-		st.Latency.Max = microseconds(l.latency.max)
+		st.Latency = l.latency.status()
 	})
 	return st
 }

@@ -67,7 +67,7 @@ var kinds = map[string]string{
 	"bytes": "integer, in bytes", "bits": "integer, bits side by side", "link": "string, the name of a link", "prefix": `string, a prefix such as "192.0.2.0/24"`,
 	"port":  `integer, or string with a range such as "10000-20000"`,
 	"ports": `integer, string with a range such as "10000-20000", or an array of these`,
-	"path":  "string, an absolute path",
+	"path":  "string, an absolute path", "endpoint": "string, an address and a port",
 }
 
 func kindText(k config.Key) string {

@@ -100,6 +100,8 @@ func value(k config.Key) object {
 		return object{"anyOf": []any{number(1, 65535), text(`^[0-9]{1,5}(-[0-9]{1,5})?(,[0-9]{1,5}(-[0-9]{1,5})?)*$`)}}
 	case "name":
 		return text(`^[A-Za-z][A-Za-z0-9_]{0,31}$`)
+	case "endpoint":
+		return text(`^([0-9.]+:|\[[0-9a-fA-F:.]+(%.+)?\]:)[0-9]{1,5}$|^$`)
 	case "path":
 		return object{"type": "string", "pattern": `^(/.*)?$`, "maxLength": 4095}
 	}

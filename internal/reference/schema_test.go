@@ -79,6 +79,7 @@ uplink_mask = 0xff
 exclude_ports = [1, "5-6"]
 max_children = 0
 control_socket = "/run/c"
+metrics_listen = "127.0.0.1:9469"
 [[subnet]]
 prefix = "auto"
 [[subnet]]
@@ -106,7 +107,7 @@ func TestTheSchemaRefusesWrongFiles(t *testing.T) {
 		`lifetme = "5m"`, `backend = "exepct"`, `lifetime = "5 minutes"`, `lifetime = 300`, `learn = "yes"`, `learn_rate = 0`, `learn_rate = 100001`,
 		`outside = "wan0"`, `outside = ["a/b"]`, `outside = ["a23456789-123456"]`, `exclude_peers = ["203.0.113.7"]`, `exclude_ports = [0]`,
 		`exclude_ports = 5060`, `exclude_ports = ["5060"]`, `max_permissions = "auto"`, `max_children = -1`, `max_children = "many"`, `event_buffer = 4096`,
-		`control_socket = "c.sock"`, `uplink_mask = 0`, `table = "a b"`, `port_pool = []`, `port_pool = "some"`, `port_pool = ""`, `log_level = "INFO"`,
+		`control_socket = "c.sock"`, `metrics_listen = ":9469"`, `metrics_listen = "localhost:9469"`, `uplink_mask = 0`, `table = "a b"`, `port_pool = []`, `port_pool = "some"`, `port_pool = ""`, `log_level = "INFO"`,
 		"[[subnet]]\nrouted = true", "[[subnet]]\nprefix = \"a/b\"", "[[subnet]]\nprefix = \"lan0\"\nfiltering = \"full\"",
 		"[[subnet]]\nprefix = \"lan0\"\nlifetime = \"5m\"", "[subnet]\nprefix = \"lan0\"", "[[subnets]]\nprefix = \"lan0\"",
 	} {
