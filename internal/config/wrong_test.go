@@ -43,6 +43,7 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 		"metrics on every address":     {`metrics_listen = ":9469"`, `1:18: metrics_listen: expected an address and a port such as "127.0.0.1:9469", or "", got ":9469"`},
 		"metrics without a port":       {`metrics_listen = "127.0.0.1"`, `1:18: metrics_listen: expected an address and a port such as "127.0.0.1:9469", or "", got "127.0.0.1"`},
 		"metrics by a name":            {`metrics_listen = "localhost:9469"`, `1:18: metrics_listen: expected an address and a port such as "127.0.0.1:9469", or "", got "localhost:9469"`},
+		"metrics on port 0":            {`metrics_listen = "127.0.0.1:0"`, `1:18: metrics_listen: expected an address and a port such as "127.0.0.1:9469", or "", got "127.0.0.1:0"`},
 		"socket that is a date":        {`control_socket = 2006-01-02`, `1:18: control_socket: expected an absolute path of at most 107 bytes, or "", got a date or time`},
 
 		"unknown key": {
