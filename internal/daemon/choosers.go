@@ -41,7 +41,7 @@ func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out wa
 		return out, changed, err
 	}
 	f.sources, f.exempt = f.user.SourceNAT(), f.user.Untranslated()
-	changed = changed || sources != nil && !sameSources(sources, f.sources)
+	changed = changed || sources != nil && !userrules.SameSources(sources, f.sources)
 	differ, more := f.differ(cfg, network)
 	out = append(out, more...)
 	changed = changed || !slices.Equal(differed, differ) || !slices.Equal(elsewhere, f.elsewhere)

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"maps"
 	"net/netip"
-	"reflect"
 	"slices"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -21,6 +20,13 @@ type given struct {
 	own     map[string]netip.Addr // what a masquerade gives, by link
 	links   []string              // the outside links
 	subnets []netip.Prefix        // with mappings
+	known   map[asked]bool        // answers of may
+}
+
+// asked is a question that may answers.
+type asked struct {
+	link       string
+	host, addr cone.Addr
 }
 
 // given returns nil if the rules are not known.
@@ -28,13 +34,22 @@ func (f *firewall) given(c *rules.MappingConfig, network gateway.Network) *given
 	if f.sources == nil || f.user == nil || f.user.SourcesMayBeHidden() {
 		return nil
 	}
-	return &given{f.sources, f.ownAddrs, network.OutsideLinks4(), c.Subnets}
+	return &given{f.sources, f.ownAddrs, network.OutsideLinks4(), c.Subnets, make(map[asked]bool)}
 }
 
 // may reports whether a host may get an outside address on a link, and mayBy whether it may on
 // any link.
 func (g *given) may(link string, host, addr cone.Addr) bool {
-	return g == nil || userrules.MayGiveAddr(g.rules, link, host.Netip(), addr.Netip(), g.own[link])
+	if g == nil {
+		return true
+	}
+	q := asked{link, host, addr}
+	may, ok := g.known[q]
+	if !ok {
+		may = userrules.MayGiveAddr(g.rules, link, host.Netip(), addr.Netip(), g.own[link])
+		g.known[q] = may
+	}
+	return may
 }
 
 func (g *given) mayBy(host, addr cone.Addr) bool {
@@ -45,9 +60,6 @@ func (g *given) mayBy(host, addr cone.Addr) bool {
 func (g *given) toSomebody(link string, addr cone.Addr) bool {
 	return slices.ContainsFunc(g.rules, func(n userrules.SourceNAT) bool { return n.Gives(link, g.subnets, addr.Netip(), g.own[link]) })
 }
-
-// sameSources reports whether the user's rules translate sources as before.
-func sameSources(before, now []userrules.SourceNAT) bool { return reflect.DeepEqual(before, now) }
 
 // stray notes a mapping whose host may no longer get its outside address: a rule gives it another
 // one. New flows follow the rule; the living ones keep the address. It returns false for other

@@ -50,6 +50,14 @@ func MayGiveAddr(rules []SourceNAT, link string, host, addr, own netip.Addr) boo
 	return !asked && elsewhere
 }
 
+// SameSources reports whether two results of SourceNAT translate to the same addresses.
+func SameSources(a, b []SourceNAT) bool {
+	return slices.EqualFunc(a, b, func(x, y SourceNAT) bool {
+		return x.Chain == y.Chain && x.Masquerade == y.Masquerade && x.Partial == y.Partial && x.Unknown == y.Unknown && x.asks == y.asks &&
+			slices.Equal(x.Addrs, y.Addrs) && slices.Equal(x.Links, y.Links) && slices.Equal(x.Sources, y.Sources) && slices.Equal(x.dests, y.dests)
+	})
+}
+
 // Gives reports whether the rule may give some host of the prefixes an outside address on a link.
 func (n *SourceNAT) Gives(link string, hosts []netip.Prefix, addr, own netip.Addr) bool {
 	return n.LeavesBy(link) && n.mayGive(addr, own) && len(n.Within(hosts)) > 0
