@@ -15,7 +15,7 @@ import (
 )
 
 // accept is the advice for a firewall that lets no child pass.
-const accept = "let it accept 'ct status dnat' (iptables: -m conntrack --ctstate DNAT -j ACCEPT), which serves both kinds of children"
+const accept = "let it accept UDP flows with 'ct status dnat' (iptables: -p udp -m conntrack --ctstate DNAT -j ACCEPT), which serves both kinds of children"
 
 // acceptUntranslated is the same for a subnet that is not translated: its children are not
 // DNATed.
