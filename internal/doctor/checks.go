@@ -78,36 +78,64 @@ func (f *Facts) tablesLeft() []Finding {
 	}}
 }
 
-// forwardingOff looks at the setting of each link: the kernel asks that of the link by which
-// a packet comes in (IN_DEV_FORWARD). For IPv6 it asks the one of all links, too
-// (ip6_forward).
-func (f *Facts) forwardingOff() (all []Finding) {
-	for _, v := range []struct {
-		name, all string
-		is        func(netip.Addr) bool
-	}{{"ipv4", "net/ipv4/ip_forward", netip.Addr.Is4}, {"ipv6", "net/ipv6/conf/all/forwarding", netip.Addr.Is6}} {
-		if !slices.ContainsFunc(f.Status.Subnets, func(s control.Subnet) bool { return v.is(s.Prefix.Addr()) }) {
-			continue
-		}
-		var off []string
-		x := Finding{About: v.name, Keep: keepSysctl}
-		whole, known := f.Sysctls.number(v.all)
-		for _, link := range slices.Concat(f.Status.Outside, f.Inside) {
-			name := "net/" + v.name + "/conf/" + link + "/forwarding"
-			if n, ok := f.Sysctls.number(name); ok && n == 0 && !slices.Contains(off, link) {
-				off = append(off, link)
-				x.Fix = append(x.Fix, sysctl(name, "1"))
-			}
-		}
-		if known && whole == 0 && (len(off) > 0 || v.name == "ipv6") {
-			x.Fix = []Line{sysctl(v.all, "1")} // sets all links
-		}
-		if len(x.Fix) > 0 {
-			x.What = fmt.Sprintf("%s forwarding is off on %s", map[string]string{"ipv4": "IPv4", "ipv6": "IPv6"}[v.name], strings.Join(off, ", "))
-			all = append(all, x)
+// forwardingOff looks at what the kernel asks before it forwards a packet.
+func (f *Facts) forwardingOff() []Finding { return slices.Concat(f.forwarding4Off(), f.forwarding6Off()) }
+
+func (f *Facts) serves(is func(netip.Addr) bool) bool {
+	return slices.ContainsFunc(f.Status.Subnets, func(s control.Subnet) bool { return is(s.Prefix.Addr()) })
+}
+
+// For IPv4 it is the setting of the link by which the packet comes in (IN_DEV_FORWARD).
+func (f *Facts) forwarding4Off() []Finding {
+	if !f.serves(netip.Addr.Is4) {
+		return nil
+	}
+	var off []string
+	x := Finding{About: "ipv4", Keep: keepSysctl}
+	for _, link := range slices.Concat(f.Status.Outside, f.Inside) {
+		name := "net/ipv4/conf/" + link + "/forwarding"
+		if n, ok := f.Sysctls.number(name); ok && n == 0 && !slices.Contains(off, link) {
+			off = append(off, link)
+			x.Fix = append(x.Fix, sysctl(name, "1"))
 		}
 	}
-	return all
+	if len(off) == 0 {
+		return nil
+	}
+	const all = "net/ipv4/ip_forward"
+	if whole, known := f.Sysctls.number(all); known && whole == 0 {
+		x.Fix = []Line{sysctl(all, "1")} // sets all links
+	}
+	x.What = "IPv4 forwarding is off on " + strings.Join(off, ", ")
+	return []Finding{x}
+}
+
+// For IPv6 it is the setting of all links, or since Linux 6.17 force_forwarding of the link
+// (ip6_forward). A gateway that forwards accepts router advertisements, and with them its default
+// route, only from links with accept_ra = 2.
+func (f *Facts) forwarding6Off() []Finding {
+	const all = "net/ipv6/conf/all/forwarding"
+	n, known := f.Sysctls.number(all)
+	if !f.serves(netip.Addr.Is6) || !known || n != 0 {
+		return nil
+	}
+	links := slices.Concat(f.Status.Outside, f.Inside)
+	forced := func(link string) bool {
+		n, ok := f.Sysctls.number("net/ipv6/conf/" + link + "/force_forwarding")
+		return ok && n != 0
+	}
+	if len(links) > 0 && !slices.ContainsFunc(links, func(l string) bool { return !forced(l) }) {
+		return nil
+	}
+	x := Finding{About: "ipv6", Keep: keepSysctl, What: "IPv6 forwarding is off"}
+	for _, link := range f.Status.Outside {
+		name := "net/ipv6/conf/" + link + "/accept_ra"
+		if n, ok := f.Sysctls.number(name); ok && n == 1 {
+			x.Fix = append(x.Fix, sysctl(name, "2"))
+		}
+	}
+	x.Fix = append(x.Fix, sysctl(all, "1"))
+	return []Finding{x}
 }
 
 func (f *Facts) notTranslated() (all []Finding) {

@@ -70,6 +70,13 @@ func TestFindings(t *testing.T) {
 			[]string{"sysctl -w net.ipv4.conf.wan0.forwarding=1"},
 			2,
 		},
+		"no IPv6 forwarding": {
+			func(f *Facts) {
+				f.Status.Subnets = append(f.Status.Subnets, control.Subnet{Prefix: netip.MustParsePrefix("2001:db8:47::/64"), Routed: true})
+				f.Sysctls["net/ipv6/conf/all/forwarding"], f.Sysctls["net/ipv6/conf/wan0/accept_ra"] = Sysctl{"0", true}, Sysctl{"1", true}
+				f.Sysctls["net/ipv6/conf/wan0/force_forwarding"] = Sysctl{"1", true}
+			}, "forwarding_off", []string{"sysctl -w net.ipv6.conf.wan0.accept_ra=2", "sysctl -w net.ipv6.conf.all.forwarding=1"}, 2,
+		},
 		"no source NAT": {
 			func(f *Facts) {
 				f.Rules.Untranslated = []Translation{{Subnet: office, Link: "wan0"}}

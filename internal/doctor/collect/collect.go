@@ -63,7 +63,7 @@ func sysctls(root string, links []string) doctor.Sysctls {
 		"net/netfilter/nf_conntrack_expect_max", "net/netfilter/nf_conntrack_max",
 	}
 	for _, l := range links {
-		names = append(names, "net/ipv4/conf/"+l+"/forwarding", "net/ipv6/conf/"+l+"/forwarding", "net/ipv4/conf/"+l+"/rp_filter")
+		names = append(names, "net/ipv4/conf/"+l+"/forwarding", "net/ipv6/conf/"+l+"/force_forwarding", "net/ipv6/conf/"+l+"/accept_ra", "net/ipv4/conf/"+l+"/rp_filter")
 	}
 	all := doctor.Sysctls{}
 	for _, name := range names {
