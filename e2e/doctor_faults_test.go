@@ -283,7 +283,7 @@ var faults = map[string]fault{
 		later: func(s *scene) {
 			s.Must(s.InsideSocket(0, 7000).Send(s.Socket(s.Guest.Namespace, guestPublic, 7000).Addr(), "contact"))
 		},
-		line: `outside = ["guest0"]`,
+		line: `outside = ["wan0", "guest0"]`,
 	},
 	"a link that a rule shows": {
 		id: "link_assumed_outside", about: "wan1", options: lab.Options{Rules: natBy("wan0", "wan1")},
@@ -291,7 +291,7 @@ var faults = map[string]fault{
 			s.AddLink("wan1", secondUplinkAddr)
 			s.IP(s.Gateway, fmt.Sprintf("route add %s/32 via 198.51.100.254 dev wan1 onlink", lab.PeerC))
 		},
-		line: `outside = ["wan1"]`,
+		line: `outside = ["wan0", "wan1"]`,
 	},
 	"a dead daemon": {
 		id: "tables_left",

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/conenatd/conenatd/internal/control"
 )
@@ -22,11 +24,17 @@ func set(in Place, line string) func(*Facts, control.Finding) ([]Line, string) {
 	return func(*Facts, control.Finding) ([]Line, string) { return []Line{{in, line}}, "" }
 }
 
-// setLink returns a fix that names the link of the finding in a key of the configuration.
-func setLink(key string) func(*Facts, control.Finding) ([]Line, string) {
-	return func(f *Facts, d control.Finding) ([]Line, string) {
-		return []Line{{File, fmt.Sprintf("%s = [%q]", key, d.About)}}, ""
+// setOutside names all outside links and that of the finding, because the user may name some
+// already, and the line takes the place of his.
+func setOutside(f *Facts, d control.Finding) ([]Line, string) {
+	links := slices.Clone(f.Status.Outside)
+	if !slices.Contains(links, d.About) {
+		links = append(links, d.About)
 	}
+	for i, l := range links {
+		links[i] = strconv.Quote(l)
+	}
+	return []Line{{File, "outside = [" + strings.Join(links, ", ") + "]"}}, ""
 }
 
 // run returns a fix that sets a sysctl.
@@ -106,13 +114,13 @@ var meanings = []meaning{
 	{id: "no_outside_link", severity: Error, why: "permissions hold on outside links only"},
 	{id: "conntrack_nearly_full", severity: Warning, why: "permissions that the map cannot carry are refused", fix: moreEntries, flows: true},
 	{id: "inside_link_missing", severity: Warning, why: "hosts behind it are not served"},
-	{id: "link_assumed_outside", severity: Note, why: "an assumption may be wrong: say what it is", fix: setLink("outside")},
+	{id: "link_assumed_outside", severity: Note, why: "an assumption may be wrong: say what it is", fix: setOutside},
 	{id: "one_link_to_both_sides", severity: Note, why: "hosts on that link can fake the address of a peer"},
 	{id: "default_route_inside", severity: Note, why: "peers behind this link get no permission"},
 	{id: "subnet_link_empty", severity: Error, why: "no host of the subnet is served"},
 	{id: "subnet_is_own_address", severity: Error, why: "no host is served"},
 	{id: "subnet_on_no_link", severity: Error, why: "no host of the subnet is served"},
-	{id: "peers_behind_link", severity: Warning, why: "peers behind this link get no permission", fix: setLink("outside"), flows: true},
+	{id: "peers_behind_link", severity: Warning, why: "peers behind this link get no permission", fix: setOutside, flows: true},
 	{id: "no_source_nat", severity: Error, why: "nobody on the Internet can answer a private address, and no permission arises", fix: translate},
 	{id: "broken_flows", severity: Warning, why: "nobody can answer these flows, and they live for as long as the host sends", fix: set(File, "heal_flows = true"), flows: true},
 	{id: "filtering_not_open", severity: Error, why: "strangers cannot send to hosts that you opened to them"},
