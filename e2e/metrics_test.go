@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -121,8 +122,8 @@ func TestMetricsAddressInUseIsRefused(t *testing.T) {
 	}))
 	defer other.Close()
 	for addr, want := range map[string]string{
-		"127.0.0.1:9469":    "metrics_listen: listen tcp 127.0.0.1:9469: bind: address already in use; ",
-		"198.51.100.9:9469": "metrics_listen: listen tcp 198.51.100.9:9469: bind: cannot assign requested address; ",
+		"127.0.0.1:9469":    "metrics_listen: listen tcp4 127.0.0.1:9469: bind: address already in use; ",
+		"198.51.100.9:9469": "metrics_listen: listen tcp4 198.51.100.9:9469: bind: cannot assign requested address; ",
 	} {
 		out, code := s.CLI("run", "--subnet=10.47.11.0/24", "--control-socket="+filepath.Join(t.TempDir(), "c"), "--metrics-listen="+addr)
 		if code != 1 || !strings.Contains(out, want) || strings.Count(out, "\n") != 1 {
@@ -132,6 +133,24 @@ func TestMetricsAddressInUseIsRefused(t *testing.T) {
 			t.Errorf("%s: left in the kernel: %q", addr, left)
 		}
 	}
+}
+
+// Fails when 0.0.0.0 opens the metrics to IPv6, which the user's firewall may not expect.
+func TestMetricsOnAllOfIPv4AreNotOnIPv6(t *testing.T) {
+	stage.OfTheDaemon(t)
+	s := newScene(t, lab.Options{})
+	s.Start(stage.Flags(stage.NFT, "--metrics-listen=0.0.0.0:9469")...)
+	s.metrics("127.0.0.1:9469")
+	s.Must(s.Gateway.Do(func() error {
+		c, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", "[::1]:9469")
+		if err == nil {
+			c.Close()
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("dial [::1]:9469: %v, want %v", err, syscall.ECONNREFUSED)
+		}
+		return nil
+	}))
 }
 
 // promtool returns the path of Debian's promtool, unpacked and not installed: the package

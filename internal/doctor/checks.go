@@ -79,7 +79,9 @@ func (f *Facts) tablesLeft() []Finding {
 }
 
 // forwardingOff looks at what the kernel asks before it forwards a packet.
-func (f *Facts) forwardingOff() []Finding { return slices.Concat(f.forwarding4Off(), f.forwarding6Off()) }
+func (f *Facts) forwardingOff() []Finding {
+	return slices.Concat(f.forwarding4Off(), f.forwarding6Off())
+}
 
 func (f *Facts) serves(is func(netip.Addr) bool) bool {
 	return slices.ContainsFunc(f.Status.Subnets, func(s control.Subnet) bool { return is(s.Prefix.Addr()) })

@@ -10,9 +10,14 @@ import (
 	"github.com/conenatd/conenatd/internal/control"
 )
 
-// Listen listens on the address for scrapes. The caller must close the listener.
+// Listen listens on the address for scrapes, 0.0.0.0 on IPv4 alone. The caller must close the
+// listener.
 func Listen(addr netip.AddrPort) (net.Listener, error) {
-	ln, err := net.ListenTCP("tcp", net.TCPAddrFromAddrPort(addr))
+	network := "tcp"
+	if addr.Addr().Is4() {
+		network = "tcp4" // "tcp" takes 0.0.0.0 for all addresses of IPv6, too
+	}
+	ln, err := net.ListenTCP(network, net.TCPAddrFromAddrPort(addr))
 	if err != nil {
 		return nil, fmt.Errorf("metrics_listen: %w; give it an address of this gateway and a port that no other program has", err)
 	}

@@ -21,8 +21,10 @@ func Handler(read func() control.Status) http.Handler {
 		case <-r.Context().Done():
 			return
 		}
-		st := read()
-		<-turn
+		st := func() control.Status {
+			defer func() { <-turn }()
+			return read()
+		}()
 		registry := prometheus.NewPedanticRegistry()
 		registry.MustRegister(collector{&st})
 		families, err := registry.Gather()
