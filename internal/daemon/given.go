@@ -29,12 +29,13 @@ type asked struct {
 	host, addr cone.Addr
 }
 
-// given returns nil if the rules are not known.
+// given returns nil if the rules are not known, or while there is no outside link.
 func (f *firewall) given(c *rules.MappingConfig, network gateway.Network) *given {
-	if f.sources == nil || f.user == nil || f.user.SourcesMayBeHidden() {
+	links := network.OutsideLinks4()
+	if len(links) == 0 || f.sources == nil || f.user == nil || f.user.SourcesMayBeHidden() {
 		return nil
 	}
-	return &given{f.sources, f.ownAddrs, network.OutsideLinks4(), c.Subnets, make(map[asked]bool)}
+	return &given{f.sources, f.ownAddrs, links, c.Subnets, make(map[asked]bool)}
 }
 
 // may reports whether a host may get an outside address on a link, and mayBy whether it may on
