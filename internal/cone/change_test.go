@@ -153,6 +153,24 @@ func TestAddressThatGoesAwayEndsItsPermissions(t *testing.T) {
 	}
 }
 
+// The kernel looks at some packets of an unanswered flow again, and learns what was revoked.
+//
+// Fails when that stays until the next comparison.
+func TestFlowThatEndsOnAnAddressThatIsGoneLeavesNothing(t *testing.T) {
+	d := newDesk(t, learned)
+	f := d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	d.m.SetTopology(1, testTopology)
+	d.carry()
+	other := testTopology
+	other.Local = []netip.Addr{netip.MustParseAddr("198.51.100.2")}
+	d.m.SetTopology(2, other)
+	d.carry()
+	d.m.FlowGone(3, f)
+	if kinds := d.carry(); !slices.Equal(kinds, []OpKind{Revoke}) {
+		t.Errorf("ops %v, want what was learned revoked", kinds)
+	}
+}
+
 // Events may still report flows on an address that is gone; what the kernel learned from
 // them ends. Once the address is back, or a lifetime is over, flows on it count again.
 func TestFlowOnAnAddressThatIsGoneGivesNothing(t *testing.T) {

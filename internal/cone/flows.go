@@ -437,6 +437,9 @@ func (m *Model) FlowGone(now time.Duration, f *Flow) {
 
 // outGone handles the end of f, an outbound flow that gives p.
 func (m *Model) outGone(now time.Duration, f *Flow, p Permission) {
+	if m.policy.Learned && m.lost(now, &p) { // one of its last packets may have taught the kernel
+		m.Unexpected(now, p, ByMap)
+	}
 	first, n := m.policy.expand(&p)
 	for i := range n {
 		p.Peer = first.Plus(i)
