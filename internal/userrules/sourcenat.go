@@ -48,7 +48,8 @@ type SourceNAT struct {
 }
 
 // SourceNAT returns what the rules do to the sources of UDP packets over IPv4. It follows
-// the NAT chains of the postrouting hook and the chains that they jump to.
+// the NAT chains of the postrouting hook and the chains that they jump to. The result is never
+// nil: nil stands for rules that were not read.
 func (rs *Ruleset) SourceNAT() (all []SourceNAT) {
 	all, _ = rs.sourceNAT()
 	return all
@@ -63,6 +64,7 @@ func (rs *Ruleset) Untranslated() []SourceNAT {
 }
 
 func (rs *Ruleset) sourceNAT() (all, exempt []SourceNAT) {
+	all = []SourceNAT{}
 	for _, t := range rs.sourceTables() {
 		if t.failed != nil {
 			all = append(all, SourceNAT{ChoosesPort: true, Unknown: true, Text: t.failed.Error()})
