@@ -226,6 +226,41 @@ func TestDoctorsLinesRepair(t *testing.T) {
 	}
 }
 
+// IPv6 leaves by a tunnel that has no IPv4, which no rule translates by and whose rp_filter is
+// strict. Fails when doctor takes the tunnel for an outside link of IPv4: by its default route
+// alone, with an address for its management, or because the user names it.
+func TestDoctorAsksNoIPv4OfAnOutsideLinkForIPv6(t *testing.T) {
+	for name, tc := range map[string]struct {
+		addr4 string
+		top   string
+	}{
+		"a default route":       {},
+		"an address for itself": {addr4: "192.0.2.9/30"},
+		"named":                 {top: "outside = [\"wan0\", \"tun6\"]\n"},
+	} {
+		for _, running := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, a daemon %v", name, running), func(t *testing.T) {
+				p := &patient{newScene(t, lab.Options{IPv6: true}), fault{top: tc.top}, filepath.Join(t.TempDir(), "conenatd.toml")}
+				p.AddLink("tun6", "192.0.2.1")
+				p.IP(p.Gateway, "-4 addr flush dev tun6")
+				if tc.addr4 != "" {
+					p.IP(p.Gateway, "addr add "+tc.addr4+" dev tun6")
+				}
+				p.IP(p.Gateway, "-6 route replace default dev tun6")
+				sets("sysctl -w net.ipv4.conf.all.rp_filter=1", "sysctl -w net.ipv4.conf.wan0.rp_filter=2", "sysctl -w net.ipv4.conf.tun6.forwarding=0")(p.scene)
+				if p.write(); running {
+					p.Start("--config", p.config)
+				}
+				for _, f := range p.doctor().Findings {
+					if strings.Contains(f.What+f.About, "tun6") {
+						t.Errorf("%s: %s", f.ID, f.What)
+					}
+				}
+			})
+		}
+	}
+}
+
 // The user's SIP helper works for a phone, so there is no expectation for its proxy, and the
 // forward chain drops what the map admits.
 //

@@ -70,12 +70,13 @@ type Status struct {
 	PID     int       `json:"pid"`
 	Started time.Time `json:"started"`
 
-	Backend    string   `json:"backend"` // what carries permissions
-	Helper     Helper   `json:"helper"`
-	Subnets    []Subnet `json:"subnets"`
-	Outside    []string `json:"outside"`    // outside links
-	Lifetime   float64  `json:"lifetime_s"` // in seconds
-	Accounting bool     `json:"accounting"` // sysctl nf_conntrack_acct
+	Backend         string   `json:"backend"` // what carries permissions
+	Helper          Helper   `json:"helper"`
+	Subnets         []Subnet `json:"subnets"`
+	Outside         []string `json:"outside"`           // outside links
+	OutsideIPv6Only []string `json:"outside_ipv6_only"` // those of them that are outside links for IPv6 alone
+	Lifetime        float64  `json:"lifetime_s"`        // in seconds
+	Accounting      bool     `json:"accounting"`        // sysctl nf_conntrack_acct
 
 	Permissions Permissions `json:"permissions"`
 	Tables      Tables      `json:"tables"`

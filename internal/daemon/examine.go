@@ -136,7 +136,8 @@ func (x *examination) tryBackends() error {
 func (x *examination) status() control.Status {
 	l := x.loop
 	st := control.Status{
-		Backend: l.backends.String(), Lifetime: l.cfg.Lifetime.Seconds(), Outside: l.network.OutsideLinks(), Conntrack: l.kernel,
+		Backend: l.backends.String(), Lifetime: l.cfg.Lifetime.Seconds(), Conntrack: l.kernel,
+		Outside: l.network.OutsideLinks(), OutsideIPv6Only: l.network.OutsideLinksIPv6Only(),
 	}
 	st.Helper.IPv4, st.Helper.IPv6 = l.helper(false), l.helper(true)
 	for _, s := range l.cfg.Subnets {

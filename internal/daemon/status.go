@@ -42,7 +42,7 @@ func (s source) Status() control.Status {
 		for _, n := range l.cfg.Subnets {
 			st.Subnets = append(st.Subnets, l.subnet(n))
 		}
-		st.Outside = l.network.OutsideLinks()
+		st.Outside, st.OutsideIPv6Only = l.network.OutsideLinks(), l.network.OutsideLinksIPv6Only()
 		st.Warnings, st.Findings = l.warnings().status()
 		st.Backend = l.backends.String()
 		st.Helper.IPv4, st.Helper.IPv6 = l.helper(false), l.helper(true)

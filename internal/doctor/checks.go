@@ -94,7 +94,7 @@ func (f *Facts) forwarding4Off() []Finding {
 	}
 	var off []string
 	x := Finding{About: "ipv4", Keep: keepSysctl}
-	for _, link := range slices.Concat(f.Status.Outside, f.Inside) {
+	for _, link := range slices.Concat(f.Outside4, f.Inside) {
 		name := "net/ipv4/conf/" + link + "/forwarding"
 		if n, ok := f.Sysctls.number(name); ok && n == 0 && !slices.Contains(off, link) {
 			off = append(off, link)
@@ -202,13 +202,13 @@ func (f *Facts) shortTimeouts() []Finding {
 }
 
 func (f *Facts) strictPaths() []Finding {
-	if len(f.Status.Outside) < 2 {
+	if len(f.Outside4) < 2 {
 		return nil
 	}
 	general, _ := f.Sysctls.number("net/ipv4/conf/all/rp_filter")
 	x := Finding{Keep: keepSysctl}
 	var strict []string
-	for _, link := range f.Status.Outside {
+	for _, link := range f.Outside4 {
 		name := "net/ipv4/conf/" + link + "/rp_filter"
 		if n, ok := f.Sysctls.number(name); ok && max(n, general) == 1 { // the larger one counts
 			strict = append(strict, link)

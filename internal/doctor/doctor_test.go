@@ -25,7 +25,7 @@ func healthy() Facts {
 			Subnets: []control.Subnet{{Prefix: office, Carried: control.Carried{By: "nft"}}}, Outside: []string{"wan0"},
 			Conntrack: control.Conntrack{Entries: 79, Max: 100},
 		},
-		Inside: []string{"lan0"},
+		Inside: []string{"lan0"}, Outside4: []string{"wan0"},
 		Sysctls: Sysctls{
 			"net/ipv4/ip_forward": {"1", true}, "net/ipv4/conf/lan0/forwarding": {"1", true}, "net/ipv4/conf/wan0/forwarding": {"1", true},
 			"net/netfilter/nf_conntrack_udp_timeout": {"30", true}, "net/netfilter/nf_conntrack_udp_timeout_stream": {"120", true},
@@ -111,7 +111,7 @@ func TestFindings(t *testing.T) {
 		},
 		"strict reverse paths": {
 			func(f *Facts) {
-				f.Status.Outside = []string{"wan0", "wan1"}
+				f.Outside4 = []string{"wan0", "wan1"}
 				f.Sysctls["net/ipv4/conf/wan0/rp_filter"], f.Sysctls["net/ipv4/conf/wan1/rp_filter"] = Sysctl{"2", true}, Sysctl{"0", true}
 			}, "reverse_path_strict", []string{"sysctl -w net.ipv4.conf.wan1.rp_filter=2"}, 1,
 		},
@@ -202,6 +202,7 @@ func TestLinesForChildrenAreNarrow(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			f := healthy()
 			f.Status.Outside, f.Status.Backend, f.NoLabels = []string{"wan0", "wan1"}, tt.backend, tt.old
+			f.Outside4 = f.Status.Outside
 			f.Status.Subnets[0].Carried.Chain, f.Status.Subnets[0].Routed = tt.chain, tt.routed
 			f.Rules.Chains = map[string]bool{tt.extra: true}
 			f.Status.Findings = []control.Finding{{ID: "children_dropped", About: office.String(), Text: "dropped"}}

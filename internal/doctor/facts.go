@@ -21,6 +21,7 @@ type Facts struct {
 
 	Left        []string // names of nftables tables that a dead daemon left
 	Inside      []string // links that lead to the subnets
+	Outside4    []string // outside links that have IPv4
 	Sysctls     Sysctls
 	Rules       Rules
 	SharedLinks []string // outside links that share a default route (ECMP)

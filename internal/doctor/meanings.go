@@ -24,10 +24,11 @@ func set(in Place, line string) func(*Facts, control.Finding) ([]Line, string) {
 	return func(*Facts, control.Finding) ([]Line, string) { return []Line{{in, line}}, "" }
 }
 
-// setOutside names all outside links and that of the finding, because the user may name some
-// already, and the line takes the place of his.
+// setOutside names the outside links and that of the finding, because the user may name some
+// already, and the line takes the place of his. It leaves out those for IPv6 alone, which he does
+// not name: a link with a name is outside for both families.
 func setOutside(f *Facts, d control.Finding) ([]Line, string) {
-	links := slices.Clone(f.Status.Outside)
+	links := slices.DeleteFunc(slices.Clone(f.Status.Outside), func(l string) bool { return slices.Contains(f.Status.OutsideIPv6Only, l) })
 	if !slices.Contains(links, d.About) {
 		links = append(links, d.About)
 	}
@@ -65,7 +66,7 @@ func translate(f *Facts, d control.Finding) (lines []Line, keep string) {
 	if err != nil || !subnet.Addr().Is4() {
 		return nil, ""
 	}
-	for _, link := range f.Status.Outside {
+	for _, link := range f.Outside4 {
 		more, k := f.masquerade(subnet, link)
 		lines, keep = append(lines, more...), k
 	}

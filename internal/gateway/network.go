@@ -142,6 +142,19 @@ func (n Network) OutsideLinks4() []string {
 	return n.names(func(l Link) bool { return l.Outside&IPv4 != 0 })
 }
 
+// OutsideLinksIPv6Only returns the names of the outside links for IPv6 alone.
+func (n Network) OutsideLinksIPv6Only() []string {
+	return n.names(func(l Link) bool { return l.Outside == IPv6 })
+}
+
+// Has4 reports whether a link has an IPv4 address, or an IPv4 route.
+func (n Network) Has4(link string) bool {
+	links := n.links()
+	of := func(p netip.Prefix, index int) bool { return p.Addr().Is4() && links[index].Name == link }
+	return slices.ContainsFunc(n.Addrs, func(a Addr) bool { return of(a.Prefix, a.Link) }) ||
+		slices.ContainsFunc(n.Routes, func(r Route) bool { return of(r.Prefix, r.Link) })
+}
+
 // LinkNames returns the names of all links.
 func (n Network) LinkNames() []string { return n.names(func(Link) bool { return true }) }
 

@@ -26,6 +26,11 @@ func Gateway(st control.Status) (f doctor.Facts, err error) {
 	if err != nil {
 		return f, err
 	}
+	for _, l := range st.Outside {
+		if !slices.Contains(st.OutsideIPv6Only, l) && network.Has4(l) {
+			f.Outside4 = append(f.Outside4, l)
+		}
+	}
 	f.SharedLinks = network.SharedDefaults()
 	to, err := network.LinksTo(0, prefixes(st.Subnets))
 	if err != nil {
@@ -37,7 +42,7 @@ func Gateway(st control.Status) (f doctor.Facts, err error) {
 		}
 	}
 	f.Sysctls = sysctls("/proc/sys", slices.Concat(st.Outside, f.Inside))
-	f.Rules, err = readRules(st)
+	f.Rules, err = readRules(st, f.Outside4)
 	flowtables, failed := userrules.Flowtables(0)
 	f.Flowtables = flowtables
 	if err = errors.Join(err, failed); err != nil {
@@ -81,8 +86,8 @@ func sysctls(root string, links []string) doctor.Sysctls {
 	return all
 }
 
-// readRules reads the user's firewall.
-func readRules(st control.Status) (r doctor.Rules, err error) {
+// readRules reads the user's firewall. outside are the outside links that have IPv4.
+func readRules(st control.Status, outside []string) (r doctor.Rules, err error) {
 	reader := userrules.NewReader(userrules.Config{OwnChain: rules.MarkerChain})
 	defer func() { err = errors.Join(err, reader.Close()) }()
 	rs, err := reader.Read()
@@ -108,7 +113,7 @@ func readRules(st control.Status) (r doctor.Rules, err error) {
 		if s.Routed || s.Prefix.Addr().Is6() {
 			continue
 		}
-		for _, link := range st.Outside {
+		for _, link := range outside {
 			of := func(n userrules.SourceNAT) bool {
 				return n.LeavesBy(link) && len(n.Within([]netip.Prefix{s.Prefix})) > 0
 			}
