@@ -6,9 +6,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/conenatd/conenatd/internal/doctor"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -22,6 +26,17 @@ exec setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs \
 	--inh-caps -all,+net_admin --ambient-caps -all,+net_admin --bounding-set -all,+net_admin \
 	%s "$@"
 `, s.ForAll()), 0o755))
+	return path
+}
+
+// netAdmin is a program that runs the program under test as root with CAP_NET_ADMIN alone, as in
+// a container.
+func (s *scene) netAdmin() string {
+	s.T.Helper()
+	path := filepath.Join(s.T.TempDir(), "conenatd")
+	s.Must(os.WriteFile(path, fmt.Appendf(nil, `#!/bin/sh
+exec setpriv --inh-caps -all --bounding-set -all,+net_admin %s "$@"
+`, s.Exe), 0o755))
 	return path
 }
 
@@ -58,6 +73,45 @@ func (s *scene) privileges(more ...string) {
 func TestRootKeepsCapNetAdminAlone(t *testing.T) {
 	s := play(t, lab.Options{})
 	s.privileges("Uid:\t0")
+}
+
+// A container has CAP_NET_ADMIN at most, which is enough for the daemon. Doctor cannot try
+// conntrack helpers there.
+//
+// Fails when it finds something that it does not find with all privileges, when it misses
+// something, and when it does not say what it did not check.
+func TestDoctorWithCapNetAdminAlone(t *testing.T) {
+	const unchecked = "backend_missing"
+	for name, tc := range map[string]struct {
+		rules, backend string
+		unchecked      bool
+		found          string // one of the findings; empty: there are none
+	}{
+		"RELATED passes":           {lab.Masquerade + lab.DropPolicy, "auto", true, ""},
+		"RELATED passes, no map":   {lab.Masquerade + lab.DropPolicy, "expect", true, ""},
+		"nothing passes":           {lab.Masquerade + established, "auto", true, "children_dropped"},
+		"no expectations wanted":   {lab.Masquerade + lab.DropPolicy, "nft", false, "children_dropped"},
+		"everything passes":        {lab.Masquerade, "auto", true, ""},
+		"no source NAT either way": {lab.NoRules, "auto", true, "subnet_not_translated"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := &patient{newScene(t, lab.Options{Rules: tc.rules}), fault{top: "backend = \"" + tc.backend + "\"\n"}, filepath.Join(t.TempDir(), "conenatd.toml")}
+			p.write()
+			// With expectations, their number in the kernel is a note.
+			all := slices.DeleteFunc(p.doctor().Findings, func(f doctor.Finding) bool { return f.ID == "expectations_few" })
+			p.Exe = p.netAdmin()
+			got := p.doctor()
+			if diff := cmp.Diff(all, got.Findings); diff != "" {
+				t.Errorf("without CAP_SYS_ADMIN it finds something else:\n%s", diff)
+			}
+			if is := slices.ContainsFunc(got.Findings, func(f doctor.Finding) bool { return f.ID == tc.found }); is != (tc.found != "") || !is && len(got.Findings) > 0 {
+				t.Errorf("found %+v, want %q", got.Findings, tc.found)
+			}
+			if is := slices.ContainsFunc(got.NotChecked, func(n doctor.NotChecked) bool { return n.ID == unchecked }); is != tc.unchecked {
+				t.Errorf("not checked: %+v", got.NotChecked)
+			}
+		})
+	}
 }
 
 func TestCapNetAdminIsEnough(t *testing.T) {

@@ -103,14 +103,18 @@ func facts(c *cobra.Command, cfg config.Config) (doctor.Facts, error) {
 		}
 	}
 	st, refused := daemon.Examine(cfg)
-	if errors.Is(refused, fs.ErrPermission) {
+	untried := ""
+	switch {
+	case errors.Is(refused, daemon.ErrUntried):
+		untried, refused = daemon.ErrUntried.Error(), nil
+	case errors.Is(refused, fs.ErrPermission):
 		return doctor.Facts{}, refused
 	}
 	f, err := collect.Gateway(st)
 	if err != nil {
 		return f, err
 	}
-	f.Proposed = proposed
+	f.Proposed, f.Untried = proposed, untried
 	if refused != nil {
 		f.NoStart = refused.Error()
 	}

@@ -21,9 +21,14 @@ import (
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
+// ErrUntried says that Examine could not try conntrack helpers, which takes CAP_SYS_ADMIN. A
+// daemon needs CAP_NET_ADMIN alone, so it may well find one.
+var ErrUntried = errors.New("conntrack helpers are tried in a network namespace of their own, which takes CAP_SYS_ADMIN")
+
 // Examine returns the status that a daemon with this configuration would show when it
-// starts on this gateway, with the findings that need no flows. An error is one with which
-// the daemon would not start; the status then has what was found before.
+// starts on this gateway, with the findings that need no flows. With ErrUntried nothing is
+// found that is not there with a helper, too. Another error is one with which the daemon would
+// not start; the status then has what was found before.
 //
 // Examine changes nothing in this network namespace: it tries nftables with transactions
 // that have to fail, and conntrack helpers in another namespace that ends with it. The
@@ -31,7 +36,7 @@ import (
 func Examine(cfg config.Config) (st control.Status, err error) {
 	all := &shared{given: Config{Config: cfg}, log: slog.New(slog.DiscardHandler), start: time.Now(), firewall: &firewall{name: cfg.Table}}
 	all.noted, all.failures = newEpisodes(all.log, all.now, cfg.Reconcile), newFailures(all.log, all.now, cfg.Reconcile)
-	x := &examination{&loop{shared: all, cfg: cfg}, &reconciler{shared: all, wanted: cfg}}
+	x := &examination{loop: &loop{shared: all, cfg: cfg}, reconcile: &reconciler{shared: all, wanted: cfg}}
 	x.loop.newEngine(cone.New(cone.Policy{}), nil)
 	defer func() {
 		st = x.status()
@@ -65,13 +70,17 @@ func Examine(cfg config.Config) (st control.Status, err error) {
 	if err != nil {
 		return st, err
 	}
-	return st, x.readRules(served)
+	if err = x.readRules(served); err != nil {
+		return st, err
+	}
+	return st, x.untried
 }
 
 // An examination is the state of a daemon that does not run.
 type examination struct {
 	loop      *loop
 	reconcile *reconciler
+	untried   error // ErrUntried, if helpers were not tried
 }
 
 // readTable reads the size of the conntrack table.
@@ -102,6 +111,9 @@ func (x *examination) readRules(served *gateway.PortSet) (err error) {
 	return nil
 }
 
+// assumedHelper stands for a helper that was not tried.
+const assumedHelper = "untried"
+
 // tryBackends finds out which backends the kernel offers. That of expectations belongs to
 // another network namespace: nothing is granted by it.
 func (x *examination) tryBackends() error {
@@ -121,6 +133,10 @@ func (x *examination) tryBackends() error {
 		l.backends.expect, err = expect.Open(expect.Config{Lifetime: cfg.Lifetime, IPv6: anyIPv6(cfg), MayIPv6: cfg.Self})
 		return err
 	})
+	if errors.Is(err, ErrUntried) {
+		x.untried, f.helpers = err, []string{assumedHelper}
+		return nil
+	}
 	if err != nil {
 		err = fmt.Errorf("the expect backend is missing: %w", err)
 		if l.backends.nft == nil {
@@ -152,6 +168,9 @@ func (x *examination) status() control.Status {
 		_ = f.Close()
 		all = slices.DeleteFunc(all, func(w warning) bool { return w.id == warnAccountingOff }) // a daemon turns it on
 	}
+	if x.untried != nil {
+		all = slices.DeleteFunc(all, func(w warning) bool { return w.id == warnSelf })
+	}
 	st.Warnings, st.Findings = all.status()
 	return st
 }
@@ -179,7 +198,10 @@ func inScratch(f func() error) error {
 			return
 		}
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			done <- fmt.Errorf("make a network namespace to try conntrack helpers in: %w", err)
+			if errors.Is(err, unix.EPERM) {
+				err = fmt.Errorf("%w: %w", ErrUntried, err)
+			}
+			done <- fmt.Errorf("make a network namespace: %w", err)
 			return
 		}
 		done <- f()

@@ -249,7 +249,7 @@ func (f *Facts) fewExpectations() []Finding {
 	const name, wanted = "net/netfilter/nf_conntrack_expect_max", 100_000
 	n, known := f.Sysctls.number(name)
 	carried := slices.ContainsFunc(f.Status.Subnets, func(s control.Subnet) bool { return strings.Contains(s.Carried.By, "expect") })
-	if !known || n >= wanted || !carried || f.Sysctls[name].Writable && !f.Running { // a daemon raises it
+	if !known || n >= wanted || !carried || f.Untried != "" || f.Sysctls[name].Writable && !f.Running { // a daemon raises it
 		return nil
 	}
 	x := Finding{What: fmt.Sprintf("nf_conntrack_expect_max is %d, so at most %d permissions stand as expectations", n, n*75/100)}

@@ -85,14 +85,26 @@ func Diagnose(f Facts) Report {
 			r.Findings[i].Fix = []Line{}
 		}
 	}
+	r.NotChecked = slices.DeleteFunc(r.NotChecked, func(n NotChecked) bool {
+		return slices.ContainsFunc(r.Findings, func(x Finding) bool { return x.ID == n.ID })
+	})
 	slices.SortStableFunc(r.Findings, func(a, b Finding) int { return cmp.Compare(b.Severity.rank(), a.Severity.rank()) })
 	return r
 }
 
-// notChecked returns the findings that only a running daemon has, if none runs, and those
-// that need the user's rules, if these cannot be read.
+// needHelper are the findings that depend on whether a conntrack helper can be on anchors.
+var needHelper = []string{"backend_missing", "children_dropped", "self_not_served", "expectations_few"}
+
+// notChecked returns the findings that only a running daemon has, if none runs, those that need
+// the user's rules, if these cannot be read, and those that need conntrack helpers, if these were
+// not tried.
 func (f *Facts) notChecked() []NotChecked {
 	all := []NotChecked{}
+	if f.Untried != "" {
+		for _, id := range needHelper {
+			all = append(all, NotChecked{id, f.Untried})
+		}
+	}
 	if !f.Running {
 		for _, m := range meanings {
 			if m.flows {

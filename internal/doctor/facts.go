@@ -15,6 +15,7 @@ type Facts struct {
 	Status  control.Status
 	Running bool
 	NoStart string
+	Untried string // why conntrack helpers were not tried; empty if they were, or if a daemon runs
 	// Proposed says that no subnet is enabled: those of Status look like inside networks.
 	Proposed bool
 	NoLabels bool // the kernel lacks the label of children of the map
