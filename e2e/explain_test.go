@@ -229,6 +229,64 @@ func TestExplainKnowsRoutedHosts(t *testing.T) {
 	ext := s.Contact(phone, proxy)
 	s.Stands(phone, proxy, ext)
 	s.explainedArrives(phone, s.Socket(s.Outside.Namespace, lab.Peer6A, 5070), ext)
-	s.explained(lab.Peer6B.String(), ext, "lost", "map", nowhere)
+	s.explained(lab.Peer6B.String(), ext, "lost", "firewall", nowhere)
 	s.Lost(phone, s.Socket(s.Outside.Namespace, lab.Peer6B, 5070), ext, proxy)
+}
+
+// Without a permission the user's firewall decides what reaches a host that is not translated, of
+// an enabled subnet or not.
+//
+// Fails when what the firewall accepts counts as lost, when a rule for another peer, port or host
+// decides, and when a subnet that is not enabled counts as nobody's.
+func TestExplainLeavesRoutedHostsToTheFirewall(t *testing.T) {
+	ownMode(t)
+	for name, tt := range map[string]struct {
+		rules, subnet string
+		arrives       bool
+	}{
+		"no rules":           {"", lab.InsideNet6.String(), true},
+		"no rules, another":  {"", "2001:db8:99::/64", true},
+		"a port":             {"meta l4proto udp udp dport 5060 accept", lab.InsideNet6.String(), true},
+		"another port":       {"udp dport 5061 accept", lab.InsideNet6.String(), false},
+		"a peer":             {"ip6 saddr " + lab.Peer6B.String() + " accept", lab.InsideNet6.String(), true},
+		"another peer":       {"ip6 saddr " + lab.Peer6A.String() + " accept", lab.InsideNet6.String(), false},
+		"DNATed alone":       {"ct status dnat accept", lab.InsideNet6.String(), false},
+		"RELATED alone":      {"ct state established,related accept", lab.InsideNet6.String(), false},
+		"a port, by another": {"ip6 daddr 2001:db8:47::/64 udp dport 5060 ct state new accept", "2001:db8:99::/64", true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			rules := lab.Masquerade
+			if tt.rules != "" {
+				rules += "table ip6 f { chain f { type filter hook forward priority 0; policy drop; " +
+					"iifname \"lan0\" accept; ct state established accept; " + tt.rules + "; }; }\n"
+			}
+			s := newScene(t, lab.Options{IPv6: true, Rules: rules})
+			s.Start("--subnet", tt.subnet, "--routed", "--reconcile=1s")
+			phone, proxy := s.Socket(s.Inside(0).Namespace, s.Inside(0).Addr6, 5060), s.Socket(s.Outside.Namespace, lab.Peer6A, 5060)
+			ext := s.Contact(phone, proxy)
+			peer := s.Socket(s.Outside.Namespace, lab.Peer6B, 5070)
+			if !tt.arrives {
+				s.explained(lab.Peer6B.String(), ext, "lost", "firewall", nowhere)
+				s.explained(peer.Addr().String(), ext, "lost", "firewall", nowhere)
+				s.Lost(phone, peer, ext, proxy)
+				return
+			}
+			s.explainedArrives(phone, peer, ext)
+		})
+	}
+}
+
+// Fails when a flow is looked for in zone 0 alone.
+func TestExplainFindsFlowsInTheZoneOfThePermission(t *testing.T) {
+	ownMode(t)
+	stage.NeedsExpect(t)
+	s := newScene(t, lab.Options{Rules: lab.Masquerade +
+		`table inet zones { chain c { type filter hook prerouting priority raw; iifname { "lan0", "wan0" } ct zone set 250; }; }
+`})
+	s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1s")
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	s.explained(proxy.Addr().String(), ext, "arrives", "flow", phone.Addr())
+	s.explainedArrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 }

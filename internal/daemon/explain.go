@@ -55,13 +55,24 @@ const (
 	resultUnknown result = "unknown"
 )
 
+// A flowKind says how the forward hook sees a packet that begins a flow to an inside host.
+type flowKind string
+
+const (
+	ofMap         flowKind = "DNATed (ct status dnat)" // a child of the map
+	ofExpectation flowKind = "RELATED"                 // a child of an expectation
+	ofStranger    flowKind = "NEW"                     // neither; only where the gateway routes
+)
+
 // A packetCase is all that decides what becomes of a packet from peer, whose port is 0 for
 // any port that has no flow yet, to the outside endpoint ext.
 type packetCase struct {
 	peer, ext netip.AddrPort
-	owned     bool // packets to ext are for the gateway, or for a host of a routed subnet
+	owned     bool // packets to ext are for the gateway
+	routed    bool // packets to ext are for a host, and nobody translates them
 	inside    bool // the peer is in an enabled subnet
 	flow      *cone.Flow
+	unseen    time.Duration         // how long ago a flow may have begun that the daemon does not know
 	local     func(netip.Addr) bool // is an address of the gateway
 	claims    []control.Permission  // on ext for peer
 	others    []control.Permission  // on ext for other peers
@@ -69,7 +80,7 @@ type packetCase struct {
 	served    bool                  // a socket of the gateway gets what comes to ext
 	most      func(control.Permission) int
 	// firewall says what the user's forward hook does with packets to a host.
-	firewall func(host netip.Addr, related bool) (a userrules.Answer, dropper string)
+	firewall func(host netip.Addr, kind flowKind) (a userrules.Answer, dropper string)
 }
 
 // Explain says what becomes of a packet that comes from peer by an outside link (port 0: from
@@ -105,10 +116,14 @@ func (s source) gather(c *packetCase) error {
 		cfg, network = l.cfg, l.network
 		maps.Copy(decisions, l.decisions)
 		peer, ext := cone.EndpointFrom(c.peer), cone.EndpointFrom(c.ext)
-		if c.peer.Port() != 0 {
-			f, found, err := l.queries.Get(peer, ext, 0)
-			if failed = err; found {
+		if l.engine.Model.Lean() {
+			c.unseen = l.unseen()
+		}
+		for _, zone := range c.zones() {
+			f, found, err := l.queries.Get(peer, ext, zone)
+			if failed = errors.Join(failed, err); found {
 				c.flow = &f
+				break
 			}
 		}
 		var err error
@@ -121,10 +136,13 @@ func (s source) gather(c *packetCase) error {
 	if failed != nil {
 		return fmt.Errorf("look up flow and socket: %w", failed)
 	}
-	c.look(cfg, network)
+	inside, err := c.look(cfg, network)
+	if err != nil {
+		return err
+	}
 	rs, err := s.rules()
 	if err != nil {
-		c.firewall = func(netip.Addr, bool) (userrules.Answer, string) { return userrules.Unknown, "" }
+		c.firewall = func(netip.Addr, flowKind) (userrules.Answer, string) { return userrules.Unknown, "" }
 		c.forward = &userrules.Forward{Unknown: true, Text: fmt.Sprintf("your rules cannot be read: %v", err)}
 		return nil
 	}
@@ -135,7 +153,14 @@ func (s source) gather(c *packetCase) error {
 	if c.forward == nil && rs.ForwardsMayBeHidden() {
 		c.forward = &userrules.Forward{Unknown: true, Text: "only root may read the rules of iptables-legacy"}
 	}
-	c.firewall = func(host netip.Addr, related bool) (userrules.Answer, string) {
+	c.firewall = func(host netip.Addr, kind flowKind) (userrules.Answer, string) {
+		if kind == ofStranger {
+			if a, dropper, err := rs.Stranger(outside, inside, c.peer, netip.AddrPortFrom(host, c.ext.Port())); err == nil {
+				return a, dropper
+			}
+			return userrules.Unknown, ""
+		}
+		related := kind == ofExpectation
 		for subnet, x := range decisions {
 			if subnet.Contains(host) {
 				return passes(rs, outside, network, x, host, related)
@@ -146,14 +171,29 @@ func (s source) gather(c *packetCase) error {
 	return nil
 }
 
-// look takes in what configuration and network say of the addresses.
-func (c *packetCase) look(cfg config.Config, network gateway.Network) {
+// zones returns the conntrack zones in which there may be a flow between the endpoints: those of
+// permissions on the outside endpoint, and zone 0.
+func (c *packetCase) zones() (all []uint16) {
+	if c.peer.Port() == 0 {
+		return nil
+	}
+	for _, p := range slices.Concat(c.claims, c.others, []control.Permission{{}}) {
+		if !slices.Contains(all, p.Zone) {
+			all = append(all, p.Zone)
+		}
+	}
+	return all
+}
+
+// look takes in what configuration and network say of the addresses. inside is the link that
+// leads to the outside endpoint, if it is a host; without a name if that is not known.
+func (c *packetCase) look(cfg config.Config, network gateway.Network) (inside userrules.Link, err error) {
 	own := network.Topology().Local
 	c.local = func(a netip.Addr) bool { return slices.Contains(own, a) }
 	c.owned = c.local(c.ext.Addr()) || network.Owned()(cone.AddrFrom(c.ext.Addr()))
 	for _, s := range cfg.Subnets {
 		c.inside = c.inside || s.Prefix.Contains(c.peer.Addr())
-		c.owned = c.owned || s.Prefix.Contains(c.ext.Addr()) && s.Routed
+		c.routed = c.routed || s.Prefix.Contains(c.ext.Addr()) && s.Routed
 	}
 	c.most = func(p control.Permission) int { // 0 for no limit
 		if p.Peers.IsValid() {
@@ -161,6 +201,16 @@ func (c *packetCase) look(cfg config.Config, network gateway.Network) {
 		}
 		return cfg.MaxChildren
 	}
+	if c.owned {
+		return inside, nil
+	}
+	to, err := network.LinksTo(0, []netip.Prefix{netip.PrefixFrom(c.ext.Addr(), c.ext.Addr().BitLen())})
+	if err != nil {
+		return inside, err
+	}
+	// Subnets that are not enabled have routes as well.
+	c.routed = c.routed || to[0].Name != "" && to[0].Outside == 0
+	return userrules.Link{Index: to[0].Index, Name: to[0].Name}, nil
 }
 
 // rulesTime is how long to wait for a reconcile that is busy.
@@ -242,14 +292,18 @@ func (c *packetCase) explain() control.Explanation {
 // packet.
 func (c *packetCase) steps(say func(s step, r result, format string, args ...any)) (to netip.AddrPort, v verdict) {
 	switch {
-	case !c.owned:
-		say(stepAddress, resultDrops, "%v is no address of this gateway: the packet is not translated here", c.ext.Addr())
+	case !c.owned && !c.routed && c.forward == nil:
+		say(stepAddress, resultDrops, "%v is no address of this gateway, and no inside link leads to it", c.ext.Addr())
 		return to, verdictLost
 	case c.inside:
 		say(stepAddress, resultDrops, "%v is in an enabled subnet: a packet with this source that comes from outside is spoofed", c.peer.Addr())
 		return to, verdictLost
 	}
-	say(stepAddress, resultPasses, "the packet is for this gateway, and its source is outside")
+	if c.routed {
+		say(stepAddress, resultPasses, "the packet is for a host behind this gateway, and its source is outside")
+	} else {
+		say(stepAddress, resultPasses, "the packet is for this gateway, and its source is outside")
+	}
 	switch f := c.flow; {
 	case f != nil && f.ReplySrc == cone.EndpointFrom(c.peer) && c.local(f.Src.Addr.Netip()):
 		say(stepFlow, resultMatches, "it answers a flow of the gateway itself")
@@ -268,7 +322,7 @@ func (c *packetCase) steps(say func(s step, r result, format string, args ...any
 		return f.ReplySrc.Netip(), verdictArrives
 	case f != nil:
 		say(stepFlow, resultMatches, "it belongs to a flow of this peer to %v, which has not answered", f.ReplySrc)
-		return c.filter(say, f.ReplySrc.Netip(), f.Status.Has(cone.StatusExpected))
+		return c.filter(say, f.ReplySrc.Netip(), kindOf(f))
 	case c.peer.Port() == 0:
 		say(stepFlow, resultNone, "a port without a flow is meant")
 	default:
@@ -298,7 +352,7 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 		if c.local(p.Int.Addr()) {
 			return p.Int, verdictGateway // the forward hook does not see it
 		}
-		return c.filter(say, p.Int, true)
+		return c.filter(say, p.Int, ofExpectation)
 	}
 	say(stepExpectation, resultNone, "no permission for this peer stands as an expectation")
 	switch r := c.forward; {
@@ -320,6 +374,10 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 	}
 	say(stepSocket, resultNone, "no socket of the gateway waits for it")
 	p := by(cone.ByMap)
+	if p == nil && c.routed && c.forward == nil {
+		say(stepMap, resultNone, "no permission admits it%s, so your firewall alone decides", c.maybe())
+		return c.filter(say, c.ext, ofStranger)
+	}
 	if p == nil {
 		c.whyNot(say)
 		if c.forward != nil {
@@ -333,10 +391,22 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 		return netip.AddrPort{}, verdictUnknown
 	}
 	c.sayChildren(say, p)
-	if to, v = c.filter(say, p.Int, false); c.forward != nil && v != verdictLost {
+	if to, v = c.filter(say, p.Int, ofMap); c.forward != nil && v != verdictLost {
 		return netip.AddrPort{}, verdictUnknown
 	}
 	return to, v
+}
+
+// kindOf returns how the forward hook sees the packets of a flow from outside that nobody has
+// answered.
+func kindOf(f *cone.Flow) flowKind {
+	switch {
+	case f.Status.Has(cone.StatusExpected):
+		return ofExpectation
+	case f.Status.Has(cone.StatusDstNAT):
+		return ofMap
+	}
+	return ofStranger
 }
 
 // full reports whether p has as many children as it may have.
@@ -360,19 +430,23 @@ func (c *packetCase) whyNot(say func(s step, r result, format string, args ...an
 		p := c.claims[0]
 		say(stepMap, resultDrops, "the permission of %v for %s is inactive: it is %s", p.Int, peersOf(&p), control.Inactive(p))
 	case len(c.others) > 0:
-		say(stepMap, resultDrops, "%v has this outside endpoint, and did not send to %v, or too long ago", c.others[0].Int, c.peer.Addr())
+		say(stepMap, resultDrops, "%v has this outside endpoint, and did not send to %v, or too long ago%s", c.others[0].Int, c.peer.Addr(), c.maybe())
 	default:
-		say(stepMap, resultDrops, "no host of an enabled subnet has a permission on this outside endpoint")
+		say(stepMap, resultDrops, "no host of an enabled subnet has a permission on this outside endpoint%s", c.maybe())
 	}
 }
 
-// filter asks the user's forward hook about a packet to an inside host.
-func (c *packetCase) filter(say func(s step, r result, format string, args ...any), to netip.AddrPort, related bool) (netip.AddrPort, verdict) {
-	kind := "DNATed (ct status dnat)"
-	if related {
-		kind = "RELATED"
+// maybe says that the daemon may not know of a permission yet.
+func (c *packetCase) maybe() string {
+	if c.unseen == 0 {
+		return ""
 	}
-	switch a, dropper := c.firewall(to.Addr(), related); a {
+	return fmt.Sprintf(" (a flow of the last %v may have given one: events are lean)", max(c.unseen.Round(time.Second), time.Second))
+}
+
+// filter asks the user's forward hook about a packet to an inside host.
+func (c *packetCase) filter(say func(s step, r result, format string, args ...any), to netip.AddrPort, kind flowKind) (netip.AddrPort, verdict) {
+	switch a, dropper := c.firewall(to.Addr(), kind); a {
 	case userrules.Accepted:
 		say(stepFirewall, resultPasses, "your firewall lets %s flows to %v pass", kind, to.Addr())
 		return to, verdictArrives

@@ -48,6 +48,48 @@ func (rs *Ruleset) Children(outside, inside []Link, subnets []netip.Prefix) ([]C
 	return answers, nil
 }
 
+// Stranger says what the chains of the forward hook do with the first packet of a flow from one
+// endpoint, whose port is 0 for any, by one of the links outside, nil for any, to another one by
+// the link inside. Nobody translates the packet, and no expectation admits it. A link without a
+// name is unknown. dropper is the chain that drops it, as in ChildVerdicts. Errors and hidden
+// rules are as for Children.
+func (rs *Ruleset) Stranger(outside []Link, inside Link, from, to netip.AddrPort) (a Answer, dropper string, err error) {
+	host := netip.PrefixFrom(to.Addr(), to.Addr().BitLen())
+	chains, err := rs.forwardHook([]netip.Prefix{host})
+	if err != nil {
+		return Unknown, "", err
+	}
+	var out *Link
+	if inside.Name != "" {
+		out = &inside
+	}
+	for i, in := range linksOrAny(outside) {
+		x, by, err := hookAnswer(chains, newStranger(in, out, outside, from, to), false)
+		if err != nil {
+			return Unknown, "", err
+		}
+		if i == 0 {
+			a, dropper = x, by
+		}
+		a = both(a, x)
+	}
+	if a == Accepted && rs.mayDropAll(host) {
+		a = Unknown
+	}
+	return a, dropper, nil
+}
+
+// linksOrAny returns the links, or nil for any.
+func linksOrAny(links []Link) (all []*Link) {
+	for i := range links {
+		all = append(all, &links[i])
+	}
+	if all == nil {
+		all = []*Link{nil}
+	}
+	return all
+}
+
 // forwardHook returns the chains of the forward hook for packets to any of the subnets, in
 // the order in which packets meet them.
 func (rs *Ruleset) forwardHook(subnets []netip.Prefix) (chains []baseChain, err error) {
@@ -101,13 +143,7 @@ func (v *ChildVerdicts) mayDropAll() {
 // childVerdicts answers for each of the subnets. inside has the links that lead to them,
 // nil for an unknown one.
 func childVerdicts(chains []baseChain, outside []Link, inside []*Link, subnets []netip.Prefix) ([]ChildVerdicts, error) {
-	from := []*Link{nil}
-	if len(outside) > 0 {
-		from = nil
-	}
-	for i := range outside {
-		from = append(from, &outside[i])
-	}
+	from := linksOrAny(outside)
 	answers := make([]ChildVerdicts, len(subnets))
 	for i, subnet := range subnets {
 		for n, in := range from {
