@@ -94,9 +94,9 @@ func (l *layout) guard(served []*ipFamily) {
 }
 
 // children counts the first packets of children, and judges those of flows that our
-// expectations let in. These flows have
-// a master with a helper of ours. A flow that the user's own helper expects may come from
-// anywhere. Only unanswered flows and ICMP errors have the state related.
+// expectations let in. These flows have a master with a helper of ours. A flow that the user's
+// own helper expects may come from anywhere. Only unanswered flows and ICMP errors have the
+// state related.
 func (l *layout) children(d Desired, served []*ipFamily) {
 	var children *nftables.Chain
 	if len(d.Helpers) > 0 || d.countsAdmitted() {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -133,7 +134,7 @@ func (m *Mappings) Forget(addr netip.Addr) error {
 			had = had || a == addr
 		}))
 		if had { // the next flows tell which addresses are left
-			errs = append(errs, m.empty(l.Translated, l.Several, l.Addresses))
+			errs = append(errs, m.unteach(l))
 		}
 	}
 	errs = append(errs, m.List(func(p Mapping, _ time.Duration) {
@@ -171,20 +172,25 @@ func (m *Mappings) Regain(again func(f Former) bool) error {
 }
 
 func (m *Mappings) formers(fs []Former, types ...uint16) error {
+	return changeSet(m, FormerSet, fs, uint32(len(types)), func(seq uint32, f *Former) {
+		copy(m.key[:], f.Host[12:])
+		copy(m.key[addressLen:], f.Addr[12:])
+		for i, typ := range types {
+			m.element(seq+uint32(i), typ, false, FormerSet, formerLen, 0, m.keptFor)
+		}
+	})
+}
+
+// changeSet sends what encode makes of each of es: per messages about an element of set. It is
+// no error to delete an element that is not there.
+func changeSet[E any](m *Mappings, set string, es []E, per uint32, encode func(seq uint32, e *E)) error {
 	var errs []error
-	for base := 0; base < len(fs); base += batch {
-		part := fs[base:min(base+batch, len(fs))]
+	for part := range slices.Chunk(es, batch) {
 		clear(m.errs[:])
-		transact(&m.batcher, part, uint32(len(types)), func(seq uint32, f *Former) {
-			copy(m.key[:], f.Host[12:])
-			copy(m.key[addressLen:], f.Addr[12:])
-			for i, typ := range types {
-				m.element(seq+uint32(i), typ, false, FormerSet, formerLen, 0, m.keptFor)
-			}
-		})
+		transact(&m.batcher, part, per, encode)
 		for _, err := range m.errs[:len(part)] {
 			if err != nil && !errors.Is(err, unix.ENOENT) {
-				errs = append(errs, fmt.Errorf("change set %s: %w", FormerSet, nfnl.Permitted(err)))
+				errs = append(errs, fmt.Errorf("change set %s: %w", set, nfnl.Permitted(err)))
 			}
 		}
 	}
@@ -208,10 +214,12 @@ func (m *Mappings) Taught(f func(link string, host, addr cone.Addr)) error {
 // Unteach forgets all outside addresses on a link. The next flows tell them.
 func (m *Mappings) Unteach(link string) error {
 	if l := m.links[link]; l != nil {
-		return m.empty(l.Translated, l.Several, l.Addresses)
+		return m.unteach(l)
 	}
 	return nil
 }
+
+func (m *Mappings) unteach(l *LinkSets) error { return m.empty(l.Translated, l.Several, l.Addresses) }
 
 // empty deletes all elements of the sets.
 func (m *Mappings) empty(sets ...string) error {
@@ -236,14 +244,7 @@ func (m *Mappings) empty(sets ...string) error {
 func (m *Mappings) Return(addr netip.Addr) error { return m.gone(addr, unix.NFT_MSG_DELSETELEM) }
 
 func (m *Mappings) gone(addr netip.Addr, typ uint16) error {
-	clear(m.errs[:1])
-	transact(&m.batcher, []netip.Addr{addr}, 1, func(seq uint32, a *netip.Addr) {
-		m.element(seq, typ, false, GoneSet, copy(m.key[:], a.AsSlice()), 0, goneTimeout)
-	})
-	if err := m.errs[0]; err != nil && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("change set %s: %w", GoneSet, nfnl.Permitted(err))
-	}
-	return nil
+	return m.changeAddresses(GoneSet, []netip.Addr{addr}, typ, goneTimeout)
 }
 
 // Addresses lists the gateway addresses that NoteAddresses noted.
@@ -259,29 +260,16 @@ func (m *Mappings) Addresses() (all []netip.Addr, err error) {
 // NoteAddresses notes IPv4 addresses of the gateway. It is no error if some are noted
 // already.
 func (m *Mappings) NoteAddresses(as []netip.Addr) error {
-	return m.changeAddresses(as, unix.NFT_MSG_NEWSETELEM)
+	return m.changeAddresses(GatewaySet, as, unix.NFT_MSG_NEWSETELEM, 0)
 }
 
 // DropAddresses forgets noted addresses. It is no error if some are not noted.
 func (m *Mappings) DropAddresses(as []netip.Addr) error {
-	return m.changeAddresses(as, unix.NFT_MSG_DELSETELEM)
+	return m.changeAddresses(GatewaySet, as, unix.NFT_MSG_DELSETELEM, 0)
 }
 
-func (m *Mappings) changeAddresses(as []netip.Addr, typ uint16) error {
-	var errs []error
-	for base := 0; base < len(as); base += batch {
-		part := as[base:min(base+batch, len(as))]
-		clear(m.errs[:])
-		transact(&m.batcher, part, 1, func(seq uint32, a *netip.Addr) {
-			list, element := m.openElement(GatewaySet, seq, typ, 0)
-			m.data(unix.NFTA_SET_ELEM_KEY, a.AsSlice())
-			m.closeElement(list, element, typ, 0)
-		})
-		for _, err := range m.errs[:len(part)] {
-			if err != nil && !errors.Is(err, unix.ENOENT) {
-				errs = append(errs, fmt.Errorf("change set %s: %w", GatewaySet, nfnl.Permitted(err)))
-			}
-		}
-	}
-	return errors.Join(errs...)
+func (m *Mappings) changeAddresses(set string, as []netip.Addr, typ uint16, timeout time.Duration) error {
+	return changeSet(m, set, as, 1, func(seq uint32, a *netip.Addr) {
+		m.element(seq, typ, false, set, copy(m.key[:], a.AsSlice()), 0, timeout)
+	})
 }
