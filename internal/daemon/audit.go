@@ -128,38 +128,21 @@ func (a *auditor) lost(n uint64, err error) {
 // sync asks the loop for the standing permissions, unless the loop or stop ends first.
 func (a *auditor) sync(log *audit.Log, stop <-chan struct{}) {
 	const atOnce = 256
-	type piece struct {
-		standing []cone.Permission
-		next     int
-	}
 	var all []cone.Permission
 	for at := 0; at >= 0; {
-		read := make(chan piece, 1)
-		ask := func(l *loop) {
-			var p piece
-			p.next = l.engine.Model.Walk(at, atOnce, func(v cone.View) {
+		var some []cone.Permission
+		next := 0
+		ok := a.doUnless(stop, func(l *loop) {
+			next = l.engine.Model.Walk(at, atOnce, func(v cone.View) {
 				if v.State == cone.StateStanding {
-					p.standing = append(p.standing, v.Permission)
+					some = append(some, v.Permission)
 				}
 			})
-			read <- p
-		}
-		select {
-		case a.inbox <- ask:
-		case <-a.ended:
-			return
-		case <-stop:
+		})
+		if !ok {
 			return
 		}
-		a.events.Wake()
-		select {
-		case p := <-read:
-			all, at = append(all, p.standing...), p.next
-		case <-a.ended:
-			return
-		case <-stop:
-			return
-		}
+		all, at = append(all, some...), next
 	}
 	log.Sync(time.Now(), all)
 	a.lost(log.Flush(time.Now()))

@@ -41,11 +41,16 @@ func (s *shared) wall(t time.Duration) time.Time {
 
 // do runs f in the loop and waits for it. It returns false if the loop ended first. f must
 // not keep the *loop.
-func (s *shared) do(f func(*loop)) bool {
+func (s *shared) do(f func(*loop)) bool { return s.doUnless(nil, f) }
+
+// doUnless is do, but returns false, too, once stop is closed. The loop may then run f later.
+func (s *shared) doUnless(stop <-chan struct{}, f func(*loop)) bool {
 	done := make(chan struct{})
 	select {
 	case s.inbox <- func(l *loop) { f(l); close(done) }:
 	case <-s.ended:
+		return false
+	case <-stop:
 		return false
 	}
 	s.events.Wake()
@@ -53,8 +58,9 @@ func (s *shared) do(f func(*loop)) bool {
 	case <-done:
 		return true
 	case <-s.ended:
-		return false
+	case <-stop:
 	}
+	return false
 }
 
 // ask is do for the reconcile. The CPU time of the loop for f and
