@@ -51,15 +51,12 @@ func ownAddrs(network gateway.Network) map[string]netip.Addr {
 			if a.Link != l.Index || !a.Prefix.Addr().Is4() || a.Narrow {
 				continue
 			}
-			_, another := own[l.Name]
-			if another && a.Alone {
-				continue
-			}
-			if another { // which one depends on the next router
+			switch _, another := own[l.Name]; {
+			case !another:
+				own[l.Name] = a.Prefix.Addr()
+			case !a.Alone: // which one depends on the next router
 				own[l.Name] = netip.Addr{}
-				break
 			}
-			own[l.Name] = a.Prefix.Addr()
 		}
 	}
 	return own

@@ -1,35 +1,24 @@
 package daemon_test
 
 import (
-	"context"
 	"fmt"
-	"log/slog"
-	"path/filepath"
 	"testing"
 
 	"github.com/ti-mo/conntrack"
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/config"
-	"github.com/conenatd/conenatd/internal/daemon"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
 // behindInside makes flows while the loop of a daemon waits.
 func behindInside(dir string) error {
-	cfg := config.Default()
-	cfg.Subnets = []config.Subnet{{Prefix: lab.InsideNet, Routed: true}}
-	d, err := daemon.New(daemon.Config{
-		Config: cfg, Socket: filepath.Join(dir, "control.sock"), Log: slog.New(slog.DiscardHandler),
-	})
+	d, err := newServing(dir, config.Subnet{Prefix: lab.InsideNet, Routed: true})
 	if err != nil {
 		return err
 	}
-	ctx, stop := context.WithCancel(context.Background())
+	stop, ended := runReady(d)
 	defer stop()
-	ready, ended := make(chan struct{}), make(chan error, 1)
-	go func() { ended <- d.Run(ctx, func() { close(ready) }) }()
-	<-ready
 	ct, err := conntrack.Dial(nil)
 	if err != nil {
 		return err

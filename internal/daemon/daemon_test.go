@@ -104,11 +104,24 @@ func TestStopLeavesNoGoroutineAndNoFileOpen(t *testing.T) {
 
 // newInside makes a daemon that serves the hosts of the lab.
 func newInside(dir string) (*daemon.Daemon, error) {
+	return newServing(dir, config.Subnet{Prefix: lab.InsideNet})
+}
+
+func newServing(dir string, subnets ...config.Subnet) (*daemon.Daemon, error) {
 	cfg := config.Default()
-	cfg.Subnets = []config.Subnet{{Prefix: lab.InsideNet}}
+	cfg.Subnets = subnets
 	return daemon.New(daemon.Config{
 		Config: cfg, Socket: filepath.Join(dir, "control.sock"), Log: slog.New(slog.DiscardHandler),
 	})
+}
+
+// runReady runs d, waits until it is ready, and returns what stops it and what it returns then.
+func runReady(d *daemon.Daemon) (stop context.CancelFunc, ended <-chan error) {
+	ctx, stop := context.WithCancel(context.Background())
+	ready, end := make(chan struct{}), make(chan error, 1)
+	go func() { end <- d.Run(ctx, func() { close(ready) }) }()
+	<-ready
+	return stop, end
 }
 
 // failInside runs a daemon that fails as soon as it is ready.
@@ -193,11 +206,8 @@ func stuckInside(dir string) error {
 	if err != nil {
 		return err
 	}
-	ctx, stop := context.WithCancel(context.Background())
+	stop, ended := runReady(d)
 	defer stop()
-	ready, ended := make(chan struct{}), make(chan error, 1)
-	go func() { ended <- d.Run(ctx, func() { close(ready) }) }()
-	<-ready
 	reload := func() (chan<- config.Config, <-chan error) {
 		done := make(chan error, 1)
 		go func() { done <- d.Reload() }()

@@ -29,7 +29,14 @@ type witnesses struct {
 	admitted, expected tally
 }
 
-func (w *witnesses) both() []*witness { return []*witness{&w.mapped, &w.related} }
+// eachWitness yields the witnesses of all subnets.
+func (f *firewall) eachWitness(yield func(*witness) bool) {
+	for _, w := range f.witnesses {
+		if !yield(&w.mapped) || !yield(&w.related) {
+			return
+		}
+	}
+}
 
 // A nowhere counts children that the map admitted and that did not come to the forward hook,
 // where children are counted for each subnet. They count as lost for all subnets.
@@ -174,27 +181,23 @@ func (f *firewall) readEvidence(now time.Duration, subnets []config.Subnet, pass
 		if ok {
 			w.related.read(now, w.expected.read(expected), p.Expected)
 		}
-		for _, w := range w.both() {
-			w.judge(f.dumped)
-		}
+	}
+	for w := range f.eachWitness {
+		w.judge(f.dumped)
 	}
 	f.dumped = false
 	if !f.contradicted() {
 		if f.retry.changed {
-			for _, ws := range f.witnesses {
-				for _, w := range ws.both() {
-					w.failing, w.anyPassed = 0, false
-				}
+			for w := range f.eachWitness {
+				w.failing, w.anyPassed = 0, false
 			}
 		}
 		f.retry.changed = false
 		return
 	}
 	if f.retry.due(now) {
-		for _, ws := range f.witnesses {
-			for _, w := range ws.both() {
-				w.restart()
-			}
+		for w := range f.eachWitness {
+			w.restart()
 		}
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,28 +14,19 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
-	"github.com/conenatd/conenatd/internal/daemon"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
 // exhaustedInside runs a daemon, uses up all descriptors of the process, says so, and
 // goes on until its input ends.
 func exhaustedInside(dir string) error {
-	cfg := config.Default()
-	cfg.Subnets = []config.Subnet{{Prefix: lab.InsideNet}}
-	d, err := daemon.New(daemon.Config{
-		Config: cfg, Socket: filepath.Join(dir, "control.sock"), Log: slog.New(slog.DiscardHandler),
-	})
+	d, err := newInside(dir)
 	if err != nil {
 		return err
 	}
-	ctx, stop := context.WithCancel(context.Background())
+	stop, ended := runReady(d)
 	defer stop()
-	ready, ended := make(chan struct{}), make(chan error, 1)
-	go func() { ended <- d.Run(ctx, func() { close(ready) }) }()
-	<-ready
 	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 100, Max: 100}); err != nil {
 		return err
 	}
