@@ -39,8 +39,8 @@ to "24h".`,
 		Key: Key{
 			Name: "log_level", Flag: "log-level", Kind: "word",
 			Usage: "least level that is logged: debug, info, warn or error",
-			Doc: `Lowest level that is logged: "debug", "info", "warn" or "error". Each grant and each end of a permission is
-logged at "debug".`,
+			Doc: `Lowest level that is logged: "debug", "info", "warn" or "error". Each grant and each end of
+a permission is logged at "debug".`,
 		},
 		access: word(func(c *Config) *slog.Level { return &c.LogLevel }, slog.LevelDebug, slog.LevelInfo, slog.LevelWarn, slog.LevelError),
 	},
@@ -89,9 +89,8 @@ a report that the kernel does not make is missing in every program that listens.
 flows are reported while another program listens to conntrack (conntrackd, ulogd, conntrack
 -E), and where a report may matter: with expectations for a subnet whose permissions the
 kernel learns, without the guard, with conntrack zones, with a lifetime below 30 seconds,
-and while "conenatd watch" runs
-or audit_log is set. "auto": lean while the kernel learns more than 2,000
-permissions a second. "all": always all.`,
+and while "conenatd watch" runs or audit_log is set. "auto": lean while the kernel learns
+more than 2,000 permissions a second. "all": always all.`,
 		},
 		access: word(func(c *Config) *Events { return &c.Events }, AutoEvents, AllEvents, LeanEvents),
 	},

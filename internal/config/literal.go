@@ -37,14 +37,12 @@ func Literal(v any) string {
 		return joined(v, quote)
 	case []netip.Prefix:
 		return joined(v, func(p netip.Prefix) string { return quote(p.String()) })
-	case netip.AddrPort:
+	case interface {
+		IsValid() bool
+		fmt.Stringer
+	}: // netip.AddrPort, netip.Prefix
 		if !v.IsValid() {
 			return quote("")
-		}
-		return quote(v.String())
-	case netip.Prefix:
-		if !v.IsValid() {
-			return `""`
 		}
 		return quote(v.String())
 	case string:

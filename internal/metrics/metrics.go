@@ -70,7 +70,7 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 	out <- prometheus.MustNewConstHistogram(latency.desc(), l.Count, l.Sum/1e6, buckets)
 }
 
-// A metric is a row of the table in metrics.go: its name without the prefix, the names of its
+// A metric is a row of the table in table.go: its name without the prefix, the names of its
 // labels, and how it is read.
 type metric struct {
 	name   string

@@ -29,16 +29,7 @@ conenatd.toml - configuration of conenatd
 		`Each key outside [[subnet]] tables is also a flag of "conenatd run", and a flag overrides the file. `+
 		`"conenatd check FILE" says what is wrong with a file, with line and column. "conenatd config" prints the `+
 		`configuration in effect, and where each value comes from. After a change, "conenatd reload" suffices, except for the keys that need a restart.`, "") + "\n")
-	for _, s := range config.Sections() {
-		fmt.Fprintf(&b, "\n# %s\n", strings.ToUpper(s.Title))
-		for _, k := range s.Keys {
-			b.WriteString(entry("###", k))
-		}
-	}
-	b.WriteString("\n# SUBNETS\n\n" + wrap(subnetsIntro, "") + "\n")
-	for _, k := range config.SubnetKeys() {
-		b.WriteString(entry("###", k))
-	}
+	b.WriteString(entries(func(title string) string { return "# " + strings.ToUpper(title) }))
 	b.WriteString(`
 # EXAMPLE
 

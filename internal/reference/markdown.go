@@ -23,26 +23,33 @@ the keys that need a restart.
 [conenatd.schema.json](../deploy/conenatd.schema.json) lets an editor complete and check the file,
 and [conenatd.toml](../deploy/conenatd.toml) has every key with its default.
 `)
+	b.WriteString(entries(func(title string) string { return "## " + title }))
+	return []byte(b.String())
+}
+
+// entries has all keys, under the headings of their sections.
+func entries(heading func(title string) string) string {
+	var b strings.Builder
 	for _, s := range config.Sections() {
-		fmt.Fprintf(&b, "\n## %s\n", s.Title)
+		fmt.Fprintf(&b, "\n%s\n", heading(s.Title))
 		for _, k := range s.Keys {
-			b.WriteString(entry("###", k))
+			b.WriteString(entry(k))
 		}
 	}
-	b.WriteString("\n## Subnets\n\n" + wrap(subnetsIntro, "") + "\n")
+	fmt.Fprintf(&b, "\n%s\n\n%s\n", heading("Subnets"), wrap(subnetsIntro, ""))
 	for _, k := range config.SubnetKeys() {
-		b.WriteString(entry("###", k))
+		b.WriteString(entry(k))
 	}
-	return []byte(b.String())
+	return b.String()
 }
 
 const subnetsIntro = `Each [[subnet]] table enables one inside prefix. The tables stand after all other keys. ` +
 	`Without any, nothing is enabled. Of the flags, --routed, --filtering and --mapping are for all prefixes of --subnet.`
 
-// entry is a key as Markdown, also for the manual page.
-func entry(heading string, k config.Key) string {
+// entry is a key as Markdown.
+func entry(k config.Key) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "\n%s %s\n\n%s\n\n", heading, k.Name, wrap(k.Doc, ""))
+	fmt.Fprintf(&b, "\n### %s\n\n%s\n\n", k.Name, wrap(k.Doc, ""))
 	fmt.Fprintf(&b, "- Type: %s\n", kindText(k))
 	if values := valuesText(k); values != "" {
 		fmt.Fprintf(&b, "- Values: %s\n", values)
