@@ -193,11 +193,13 @@ func (w *world) meddle() {
 		in := w.host()
 		w.notef("element %v leads to %v now", key, in)
 		w.k.elements[key] = &element{in, w.k.elements[key].until}
+		w.foisted = true
 	case what == 5 && w.policy.Mapped:
 		key := cone.Key{Ext: w.ext(), Peer: w.peer().Addr}
 		if w.k.elements[key] == nil && len(w.k.elements) < w.k.mapSize {
 			w.notef("somebody adds element %v", key)
 			w.k.elements[key] = &element{w.host(), w.now + time.Duration(5+w.rnd.IntN(10))*lifetime}
+			w.foisted = true
 		}
 	case what == 6 && w.policy.Mapped:
 		w.notef("flush ruleset")
@@ -213,8 +215,14 @@ func (w *world) reload() {
 	}
 	w.policy = w.policies[w.rnd.IntN(len(w.policies))]
 	w.notef("reload: lifetime %v, limits %v, groups %v, no peer ports %v, %v", w.policy.Lifetime, w.policy.Limits, w.policy.PeerGroups, w.policy.ExcludePeerPorts, w.policy.Subnets)
-	for _, f := range w.k.flows { // a flow that gives nothing now may lose its revocation
-		if f.revoked && slices.Contains(w.policy.ExcludePeerPorts, f.ReplySrc.Port) {
+	for _, f := range w.k.flows {
+		// A flow that gives nothing now may lose its revocation, and so may one that gives now
+		// what another flow gives.
+		p, _ := w.permission(f)
+		if f.revoked && (slices.Contains(w.policy.ExcludePeerPorts, f.ReplySrc.Port) || slices.ContainsFunc(w.k.flows, func(g *fakeFlow) bool {
+			q, _ := w.permission(g)
+			return !g.revoked && *p == *q
+		})) {
 			f.revoked = false
 			w.noteSent(f, f.last)
 		}

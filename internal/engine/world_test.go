@@ -91,6 +91,7 @@ type world struct {
 
 	overrun   bool // events are being lost
 	failed    bool // requests failed at some time
+	foisted   bool // somebody made an element that a grant may find, which renews nothing before Linux 6.12
 	disturbed bool // since the last reconcile the kernel may differ from the model
 }
 
@@ -240,9 +241,9 @@ func (w *world) lookAtSockets() {
 // rest lets the kernel work again and the daemon reconcile, until nothing is to be done.
 func (w *world) rest() {
 	w.notef("rest")
-	if w.k.failing > 0 {
-		w.k.failing, w.k.fickle = 0, 0
-		w.pass(lifetime/2 + time.Second) // what could not be revoked, and was granted again, is refreshed
+	if w.k.failing > 0 || w.foisted {
+		w.k.failing, w.k.fickle, w.foisted = 0, 0, false
+		w.pass(lifetime/2 + time.Second) // what stood already and was granted is refreshed
 	}
 	w.reconcile()
 	w.pass(retry + time.Second) // refused ones are tried again
@@ -270,8 +271,8 @@ func (w *world) tick() {
 // age lets time pass for the kernel.
 func (w *world) age(d time.Duration) {
 	w.now += d
-	for i := len(w.k.flows) - 1; i >= 0; i-- {
-		if f := w.k.flows[i]; w.now-f.last >= udpTime {
+	for _, f := range slices.Clone(w.k.flows) { // the daemon ends others when one is gone
+		if i := slices.Index(w.k.flows, f); i >= 0 && w.now-f.last >= udpTime {
 			w.gone(i)
 		}
 	}
