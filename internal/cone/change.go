@@ -50,6 +50,15 @@ func (m *Model) SetTopology(now time.Duration, t Topology) (misjudged bool) {
 	return misjudged
 }
 
+// SetRerouted sets which permissions are for packets that leave by another link now than the one
+// that has the outside address. They end, and no flow gives them. stale may be nil.
+func (m *Model) SetRerouted(now time.Duration, stale func(Permission) bool) {
+	m.rerouted = stale
+	if stale != nil {
+		m.endWhere(now, ReasonRerouted, func(c *claim) bool { return stale(c.Permission) })
+	}
+}
+
 // lost reports whether the gateway lost the outside address of p within the last lifetime.
 func (m *Model) lost(now time.Duration, p *Permission) bool {
 	until, lost := m.topo.lost[p.Ext.Addr]

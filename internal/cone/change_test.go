@@ -201,6 +201,25 @@ func TestFlowOnAnAddressThatIsGoneGivesNothing(t *testing.T) {
 	}
 }
 
+// Fails when the flow, which the kernel ends only with its next packet, gives the permission
+// again.
+func TestReroutedFlowGivesNothingUntilRoutesChangeAgain(t *testing.T) {
+	const in = "10.47.11.109:1"
+	d := newDesk(t, nil)
+	f := d.open(0, in, "203.0.113.5:9")
+	d.m.SetRerouted(1, func(p Permission) bool { return p.Int == f.Src })
+	d.m.FlowSeen(2, f)
+	d.carry()
+	d.want()
+	if n := d.m.Stats().Revoked[ReasonRerouted]; n != 1 {
+		t.Errorf("%d revoked, want 1", n)
+	}
+	d.m.SetRerouted(3, nil)
+	d.m.FlowSeen(4, f)
+	d.carry()
+	d.want(in)
+}
+
 func TestRevokedPermissionComesBackWithANewFlowOnly(t *testing.T) {
 	d := newDesk(t, nil)
 	f := d.open(0, "10.47.11.109:1", "203.0.113.5:9")

@@ -161,6 +161,9 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 			m.Unexpected(now, p, ByMap)
 		}
 	}
+	if r == ReasonNone && m.rerouted != nil && m.rerouted(p) {
+		r = ReasonRerouted
+	}
 	behind := r != ReasonPeerInside || m.topo.outside(f.ReplySrc.Addr.Netip())
 	if !behind || m.topo.doubts(f.ReplyDst.Addr) {
 		m.stray(f)

@@ -103,6 +103,7 @@ type Model struct {
 	last      lastMappings
 	skips     skips
 	strays    strays
+	rerouted  func(Permission) bool // see SetRerouted; may be nil
 	revoked   revocations
 
 	observer func(Event) // may be nil

@@ -42,6 +42,7 @@ const (
 	ReasonExpired
 	ReasonPolicy      // the configuration no longer allows it
 	ReasonAddressGone // the gateway lost the outside address
+	ReasonRerouted    // packets to the peer leave by another link than that of the outside address
 	ReasonEvicted     // it was idle, and ended to make room under a limit
 	ReasonYielded     // it was idle, and ended for another claim of its Key or outside port
 	ReasonStopped
@@ -83,6 +84,7 @@ var reasonNames = [reasons]string{
 	ReasonExpired:          "expired",
 	ReasonPolicy:           "policy",
 	ReasonAddressGone:      "address_gone",
+	ReasonRerouted:         "rerouted",
 	ReasonEvicted:          "evicted",
 	ReasonYielded:          "yielded",
 	ReasonStopped:          "stopped",

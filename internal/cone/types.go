@@ -126,6 +126,24 @@ type Flow struct {
 	Late time.Duration
 }
 
+// IsChild reports whether f shows that a permission admitted it: by our mark on what the map
+// admitted, which kernels without conntrack labels lack, or by its master.
+func (f *Flow) IsChild() bool {
+	if f.Status.Has(StatusExpected) {
+		return IsAnchor(f.MasterSrc, f.MasterDst)
+	}
+	return f.Labelled && f.Status.Has(StatusDstNAT)
+}
+
+// Turned returns f with its directions exchanged: a child as if the inside host had opened it.
+func (f *Flow) Turned() Flow {
+	t := *f
+	t.Src, t.Dst, t.ReplySrc, t.ReplyDst = f.ReplySrc, f.ReplyDst, f.Src, f.Dst
+	t.OrigZone, t.ReplyZone = f.ReplyZone, f.OrigZone
+	t.OrigPackets, t.ReplyPackets = f.ReplyPackets, f.OrigPackets
+	return t
+}
+
 // Timeouts are how long the kernel keeps a UDP flow after its last packet. Zero means
 // unknown.
 type Timeouts struct {

@@ -33,6 +33,7 @@ var prose = map[string]string{
 	"idle":               "not fed from inside",
 	"policy":             "not allowed any more",
 	"address_gone":       "outside address is gone",
+	"rerouted":           "its packets leave by another link now",
 	"evicted":            "made room under a limit",
 
 	// What was repaired.

@@ -10,28 +10,23 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/gateway"
-	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/rules/elements"
+	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // forgetAddresses ends the mappings to addresses that the gateway's links have lost, and
-// the flows with these addresses. An address that no link ever had, as in a routed network
-// that the user translates to, is not lost. The tables hold the addresses, so those of an
-// earlier daemon's time are known too. It returns notes for the log.
+// the flows with these addresses that the kernel does not end. An address that no link ever
+// had, as in a routed network that the user translates to, is not lost. What an earlier
+// daemon left is known too: the tables hold the addresses of mappings, and children show
+// theirs. It returns notes for the log.
 func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (notes []string, err error) {
-	c := f.mappingConfig(cfg)
-	if c == nil || !f.maps() {
-		return nil, nil
+	fixed := f.fixedFlows(cfg)
+	var kernel *elements.Mappings // nil without mappings
+	if c := f.mappingConfig(cfg); c != nil && f.maps() {
+		kernel = f.tables.NewMappings(c)
 	}
-	kernel := f.tables.NewMappings(c)
-	if f.known == nil { // the first time
-		noted, err := kernel.Addresses()
-		if err != nil {
-			return nil, err
-		}
-		f.known = make(map[netip.Addr]struct{})
-		for _, a := range noted {
-			f.known[a] = struct{}{}
-		}
+	if err := f.knowAddresses(fixed, kernel, network); err != nil {
+		return nil, err
 	}
 	var errs []error
 	var now []netip.Addr
@@ -41,7 +36,7 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 			continue
 		}
 		now = append(now, addr)
-		if _, old := f.known[addr]; !old { // it may have come back
+		if _, old := f.known[addr]; !old && kernel != nil { // it may have come back
 			errs = append(errs, kernel.Return(addr))
 		}
 	}
@@ -51,26 +46,62 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 			gone[cone.AddrFrom(a)] = struct{}{}
 		}
 	}
-	errs = append(errs, kernel.NoteAddresses(now)) // each time: somebody may have deleted them
+	if kernel != nil {
+		errs = append(errs, kernel.NoteAddresses(now)) // each time: somebody may have deleted them
+	}
 	for _, a := range now {
 		f.known[a] = struct{}{}
 	}
-	ended, err := f.forget(c, gone)
+	ended, err := forget(fixed, kernel, gone)
 	if errs = append(errs, err); err == nil {
 		for a := range gone {
 			delete(f.known, a.Netip())
-			errs = append(errs, kernel.DropAddresses([]netip.Addr{a.Netip()}))
+			if kernel != nil {
+				errs = append(errs, kernel.DropAddresses([]netip.Addr{a.Netip()}))
+			}
 			if n := ended[a]; n > 0 {
-				notes = append(notes, fmt.Sprintf("address %v is gone: %d flows with mappings ended", a, n))
+				notes = append(notes, fmt.Sprintf("address %v is gone: %d children and flows with mappings ended", a, n))
 			}
 		}
 	}
 	return notes, errors.Join(errs...)
 }
 
+// knowAddresses notes the addresses of an earlier daemon's time: once those of mappings, and
+// once those of children that no rule gives now, so that a link must have had them.
+func (f *firewall) knowAddresses(fixed *fixedFlows, kernel *elements.Mappings, network gateway.Network) error {
+	if f.known == nil {
+		known := make(map[netip.Addr]struct{})
+		rules, unknown := f.fixedSources()
+		owned := network.Owned()
+		err := fixed.each(func(sent *cone.Flow) {
+			a := sent.ReplyDst.Addr
+			if sent.IsChild() && !unknown && !owned(a) && !slices.ContainsFunc(rules, func(r userrules.AddrRange) bool { return r.Has(a.Netip()) }) {
+				known[a.Netip()] = struct{}{}
+			}
+		})
+		if err != nil {
+			return err
+		}
+		f.known = known
+	}
+	if kernel == nil || f.knownMapped {
+		return nil
+	}
+	noted, err := kernel.Addresses()
+	if err != nil {
+		return err
+	}
+	for _, a := range noted {
+		f.known[a] = struct{}{}
+	}
+	f.knownMapped = true
+	return nil
+}
+
 // forget ends the mappings and flows of addresses that are gone, and returns how many
 // flows of each ended.
-func (f *firewall) forget(c *rules.MappingConfig, gone map[cone.Addr]struct{}) (ended map[cone.Addr]int, err error) {
+func forget(fixed *fixedFlows, kernel *elements.Mappings, gone map[cone.Addr]struct{}) (ended map[cone.Addr]int, err error) {
 	var errs []error
 	ended = make(map[cone.Addr]int)
 	// Repeat until there are no flows: a packet that found its mapping before may make
@@ -80,9 +111,11 @@ func (f *firewall) forget(c *rules.MappingConfig, gone map[cone.Addr]struct{}) (
 			break
 		}
 		for a := range gone {
-			errs = append(errs, f.tables.NewMappings(c).Forget(a.Netip()))
+			if kernel != nil {
+				errs = append(errs, kernel.Forget(a.Netip()))
+			}
 		}
-		flows, err := endFlows(c, func(f *cone.Flow) bool {
+		flows, err := fixed.end(func(f *cone.Flow) bool {
 			_, ok := gone[f.ReplyDst.Addr]
 			return ok
 		})
@@ -97,22 +130,63 @@ func (f *firewall) forget(c *rules.MappingConfig, gone map[cone.Addr]struct{}) (
 	return ended, errors.Join(errs...)
 }
 
-// endFlows ends the translated flows of hosts with mappings for which wrong returns true,
-// and returns them. The kernel itself ends masqueraded flows when their address or link
-// changes, but not flows with the fixed address of a mapping.
-func endFlows(c *rules.MappingConfig, wrong func(*cone.Flow) bool) (flows []cone.Flow, err error) {
+// fixedFlows are the flows of IPv4 hosts whose outside address stays as it is: those with a
+// mapping, and children, to which all belongs that a host sends to that port of its peer. The
+// kernel itself ends masqueraded flows when their address or link changes, but not these.
+type fixedFlows struct {
+	mapped     *cone.PrefixTable // the subnets with mappings
+	translated *cone.PrefixTable // the enabled subnets behind source NAT
+}
+
+func (f *firewall) fixedFlows(cfg config.Config) *fixedFlows {
+	var mapped, translated []netip.Prefix
+	if c := f.mappingConfig(cfg); c != nil && f.maps() {
+		mapped = c.Subnets
+	}
+	for _, s := range cfg.Subnets {
+		if s.Prefix.Addr().Is4() && !s.Routed {
+			translated = append(translated, s.Prefix)
+		}
+	}
+	return &fixedFlows{cone.NewPrefixTable(mapped), cone.NewPrefixTable(translated)}
+}
+
+// asSent returns f, if it is one of these flows, as its host sends it: from Src to ReplySrc,
+// with the address of ReplyDst outside.
+func (x *fixedFlows) asSent(f *cone.Flow) (sent cone.Flow, ok bool) {
+	switch {
+	case f.IsChild():
+		return f.Turned(), f.ReplySrc.Addr.Is4() && x.translated.Holds(f.ReplySrc.Addr)
+	case f.Status.Has(cone.StatusSrcNAT):
+		return *f, f.Src.Addr.Is4() && x.mapped.Holds(f.Src.Addr)
+	}
+	return cone.Flow{}, false
+}
+
+// each calls f for each of these flows, as its host sends it.
+func (x *fixedFlows) each(f func(sent *cone.Flow)) error {
+	_, err := x.end(func(sent *cone.Flow) bool {
+		f(sent)
+		return false
+	})
+	return err
+}
+
+// end ends those of these flows for which wrong returns true, and returns them as their hosts
+// send them.
+func (x *fixedFlows) end(wrong func(sent *cone.Flow) bool) (ended []cone.Flow, err error) {
 	q, err := ctwatch.DialQueries(ctwatch.Config{})
 	if err != nil {
 		return nil, err
 	}
 	defer q.Close()
-	subnets := cone.NewPrefixTable(c.Subnets)
+	var flows []cone.Flow
 	err = q.Dump(func(f *cone.Flow) {
-		if isMapped(subnets, f) && wrong(f) {
-			flows = append(flows, *f)
+		if sent, ok := x.asSent(f); ok && wrong(&sent) {
+			flows, ended = append(flows, *f), append(ended, sent)
 		}
 	})
-	return flows, errors.Join(err, deleteFlows(q, flows))
+	return ended, errors.Join(err, deleteFlows(q, flows))
 }
 
 func deleteFlows(q *ctwatch.Queries, flows []cone.Flow) error {
@@ -122,11 +196,6 @@ func deleteFlows(q *ctwatch.Queries, flows []cone.Flow) error {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
-}
-
-// isMapped reports whether f is a translated flow of a host with mappings.
-func isMapped(subnets *cone.PrefixTable, f *cone.Flow) bool {
-	return f.Status.Has(cone.StatusSrcNAT) && f.Src.Addr.Is4() && subnets.Holds(f.Src.Addr)
 }
 
 // within reports whether an address is in one of the prefixes.

@@ -91,9 +91,7 @@ func dropUnanswered() (n int, err error) {
 	defer q.Close()
 	var children []cone.Flow
 	err = q.Dump(func(f *cone.Flow) {
-		admitted := f.Labelled && f.Status.Has(cone.StatusDstNAT) ||
-			f.Status.Has(cone.StatusExpected) && cone.IsAnchor(f.MasterSrc, f.MasterDst)
-		if admitted && !f.Status.Has(cone.StatusSeenReply) {
+		if f.IsChild() && !f.Status.Has(cone.StatusSeenReply) {
 			children = append(children, *f)
 		}
 	})

@@ -120,6 +120,7 @@ type reconciler struct {
 		looks   int             // looks still to come
 		next    time.Duration   // earliest time of the next look
 		outside map[string]bool // current and former outside links
+		stale   stalePermissions
 	}
 }
 
@@ -176,6 +177,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	l, r := &loop{shared: all, cfg: cfg.Config}, &reconciler{shared: all, wanted: cfg.Config}
 	d = &Daemon{shared: all, loop: l, reconcile: r}
 	r.rerouted.outside = make(map[string]bool)
+	r.rerouted.looks = rerouteLooks // routes may have changed since an earlier daemon ran
 	r.comparer = engine.Comparer{
 		InLoop:  func(f func(*engine.Engine)) bool { return r.ask(func(l *loop) { f(l.engine) }) },
 		Between: r.lookBetween,

@@ -51,7 +51,8 @@ type firewall struct {
 
 	zones cone.Zones // of flows, as the rules serve them
 
-	known map[netip.Addr]struct{} // addresses that links had; nil before the first look
+	known       map[netip.Addr]struct{} // addresses that links had; nil before the first look
+	knownMapped bool                    // with those that the tables hold for mappings
 
 	admitted, expected, usedUp tally
 	zoned                      tally                       // packets in a zone where no expectation stands

@@ -196,15 +196,15 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 	r.uplinks.remember(network)
 	r.links.Know(network, slices.Concat(cfg.Outside, cfg.Inside), wantsMapping(cfg) || cfg.HealFlows)
 	_, failed := r.repairRules(cfg, network)
-	notes, err := r.firewall.forgetAddresses(cfg, network)
-	for _, n := range notes {
-		r.log.Info(n)
-	}
 	r.broken.sawNetwork(r.network, network)
 	if !network.SameRoutes(r.network) {
 		r.rerouted.looks = rerouteLooks
+		if len(r.rerouted.stale.exact) > 0 { // what was wrong may be right now
+			r.rerouted.stale = stalePermissions{}
+			r.ask(func(l *loop) { l.engine.Model.SetRerouted(r.now(), nil) })
+			r.wantReconcile()
+		}
 	}
-	failed = errors.Join(failed, err, r.endRerouted(cfg, network))
 	failed = errors.Join(failed, r.readForwards(cfg, network), r.lookAtSockets(cfg, network))
 	tables, err := r.firewall.read(cfg)
 	failed = errors.Join(failed, err, r.redecide(cfg, network))
@@ -223,6 +223,11 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 		}
 		l.warned.tell(r.now(), l.warnings())
 	})
+	notes, err := r.firewall.forgetAddresses(cfg, network)
+	for _, n := range notes {
+		r.log.Info(n)
+	}
+	failed = errors.Join(failed, err, r.endRerouted(cfg, network))
 	moved := hear() // for the old subnets, before follow enables others
 	followed, err := r.follow(cfg, network)
 	return moved || misjudged || followed, errors.Join(failed, err)
