@@ -39,6 +39,7 @@ const (
 	stepExpectation step = "expectation" // at the beginning of a flow, before any rule
 	stepForward     step = "forward"     // the user's NAT chains of prerouting
 	stepSocket      step = "socket"      // our chain admit asks for one
+	stepDiversion   step = "diversion"   // our chain admit, and for expectations our chain child
 	stepMap         step = "map"         // our chain admit
 	stepChildren    step = "children"    // their number
 	stepFirewall    step = "firewall"    // the user's chains of the forward hook
@@ -78,6 +79,7 @@ type packetCase struct {
 	others    []control.Permission  // on ext for other peers
 	forward   *userrules.Forward    // the first rule that may lead the packet elsewhere
 	served    bool                  // a socket of the gateway gets what comes to ext
+	diversion string                // the rule of the user's that takes what hosts send to the peer's port, if any
 	most      func(control.Permission) int
 	// firewall says what the user's forward hook does with packets to a host.
 	firewall func(host netip.Addr, kind flowKind) (a userrules.Answer, dropper string)
@@ -152,6 +154,12 @@ func (s source) gather(c *packetCase) error {
 	}
 	if c.forward == nil && rs.ForwardsMayBeHidden() {
 		c.forward = &userrules.Forward{Unknown: true, Text: "only root may read the rules of iptables-legacy"}
+	}
+	var d userrules.Diverter
+	for _, x := range d.Diversions(rs, insideLinks(network), outside) {
+		if c.diversion == "" && x.Takes(c.peer) {
+			c.diversion = x.Text
+		}
 	}
 	c.firewall = func(host netip.Addr, kind flowKind) (userrules.Answer, string) {
 		if kind == ofStranger {
@@ -344,6 +352,9 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 	}
 	if p := by(cone.ByExpectation); p != nil {
 		say(stepExpectation, resultMatches, "a permission of %v for %s stands as an expectation", p.Int, peersOf(p))
+		if c.diverts(say) {
+			return to, verdictLost
+		}
 		if n := c.most(*p); c.full(p) {
 			say(stepChildren, resultDrops, "the peer has %d flows, and max_children allows %d", p.Children, n)
 			return to, verdictLost
@@ -385,6 +396,12 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 		}
 		return to, verdictLost
 	}
+	if c.diverts(say) {
+		if c.forward != nil {
+			return to, verdictUnknown
+		}
+		return to, verdictLost
+	}
 	say(stepMap, resultMatches, "a permission of %v for %s stands in the map", p.Int, peersOf(p))
 	if n := c.most(*p); c.full(p) {
 		say(stepChildren, resultUnknown, "the peer has %d flows, and max_children allows %d: the kernel may let more in for a moment", p.Children, n)
@@ -395,6 +412,16 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 		return netip.AddrPort{}, verdictUnknown
 	}
 	return to, v
+}
+
+// diverts reports whether no child gets in from the peer's port, and says why.
+func (c *packetCase) diverts(say func(s step, r result, format string, args ...any)) bool {
+	if c.diversion == "" {
+		return false
+	}
+	say(stepDiversion, resultDrops, "a rule of yours takes what hosts send to port %d of the peer, and would not see it as a part of this flow: %s",
+		c.peer.Port(), c.diversion)
+	return true
 }
 
 // kindOf returns how the forward hook sees the packets of a flow from outside that nobody has

@@ -54,6 +54,9 @@ type firewall struct {
 	known       map[netip.Addr]struct{} // addresses that links had; nil before the first look
 	knownMapped bool                    // with those that the tables hold for mappings
 
+	diverter userrules.Diverter
+	diverted rules.Diverted // as last read
+
 	admitted, expected, usedUp tally
 	zoned                      tally                       // packets in a zone where no expectation stands
 	zonedBefore                uint64                      // its total at the last look
@@ -201,6 +204,7 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	d := f.sides
 	d.OutsideLinks, d.InsideLinks = outside, cfg.Inside
+	d.Diverted = f.diverted
 	d.Subnets, d.ZonedAddrs = prefixes(cfg.Subnets), f.zonedAddrs()
 	d.Helpers, d.MaxChildren, d.Guard, d.Self = f.helpers, cfg.MaxChildren, cfg.Guard, cfg.Self
 	// If routing rules hide the way back, spoofed packets cannot be told from others: they are

@@ -205,7 +205,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 			r.wantReconcile()
 		}
 	}
-	failed = errors.Join(failed, r.readForwards(cfg, network), r.lookAtSockets(cfg, network))
+	failed = errors.Join(failed, r.readForwards(cfg, network), r.readDiversions(cfg, network), r.lookAtSockets(cfg, network))
 	tables, err := r.firewall.read(cfg)
 	failed = errors.Join(failed, err, r.redecide(cfg, network))
 	topology := network.Topology().Compile()

@@ -113,6 +113,7 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 		l.counters = append(l.counters, childCounter)
 	}
 	child := l.judge("child", d, served)
+	l.diverted(child, &d.Diverted, served, drop)
 	l.rule(child, "it goes on to the user's firewall", counter(expectedCounter))
 	if d.countsExpected() {
 		l.rule(child, "", goTo(l.countInto(expectedCounter, d.Subnets)))

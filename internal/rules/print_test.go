@@ -45,6 +45,12 @@ func printed() map[string]rules.Desired {
 		"mapping where hosts have different addresses": withMapping(func(_ *rules.Desired, m *rules.MappingConfig) {
 			m.Hairpin, m.Differ = m.Subnets, []string{"wan0"}
 		}),
+		"ports that rules take": desired(func(d *rules.Desired, _ *rules.MapConfig) {
+			d.Diverted = rules.Diverted{
+				Ports: []uint16{5060}, PeerPorts: []uint16{53, 853},
+				Peers: []netip.Prefix{netip.MustParsePrefix("203.0.113.0/29"), netip.MustParsePrefix("2001:db8::5/128")},
+			}
+		}),
 		"IPv4 alone":         desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Subnets = d.Subnets[:1] }),
 		"IPv6 alone":         {OutsideLinks: []string{"wan0"}, Subnets: both[1:], Guard: true, Spoofed: true, Helpers: onAnchors, MaxChildren: 256},
 		"the gateway itself": desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Subnets, d.Map, d.Self = d.Subnets[:1], nil, true }),

@@ -56,7 +56,7 @@ func askedBy(e *expr.Lookup, s *set, packets []*knownPacket) lookup {
 	for _, p := range packets {
 		fields := p.fields.get(e.SourceRegister, s.size)
 		if slices.ContainsFunc(fields, field.isAsked) || !s.named && slices.ContainsFunc(fields, field.isSource) {
-			l.asks |= forDestinations
+			l.asks |= forDestinations | forHelpers
 		}
 		l.sources = l.sources || s.fixed() && slices.ContainsFunc(fields, field.isSource)
 		if slices.ContainsFunc(p.regs.get(e.SourceRegister, s.size), func(c cell) bool { return c.known != 0 }) {

@@ -27,7 +27,7 @@ var hookNames = map[uint32]string{
 func (rs *Ruleset) Chains() (all []Chain) {
 	for _, t := range rs.tables {
 		for _, b := range t.bases {
-			if b.purposes(t.family) != 0 { // iptables-legacy has other chains, too
+			if b.purposes(t.family)&^forHelpers != 0 { // iptables-legacy has other chains, too
 				all = append(all, t.named([]base{b})...)
 			}
 		}

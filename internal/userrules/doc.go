@@ -6,6 +6,8 @@
 // kernel nor privileges.
 //
 //   - Forwards: which destinations are translated, and so get no permission.
+//   - Diversions: which ports of peers rules take from inside hosts, by translation or for a
+//     conntrack helper, so that no flow of the peer may take their place.
 //   - SourceNAT, FixedSources, PortChoosers, Uplinks: which sources are translated, to
 //     which addresses and ports, and on which links.
 //   - Chains: hook and priority of the chains that translate packets, or that forwarded
@@ -17,9 +19,6 @@
 // reports less than a rule translates. The hookWalk takes a class of packets, of which some
 // bits are known, and reports what may become of them. What neither can follow is unknown,
 // never "no".
-//
-// Conntrack helpers that rules assign are not read: they are assigned in chains that
-// nothing else here depends on, and a flow says that it has a helper.
 //
 // Of conenatd's own tables the package knows only the name of a chain in them, by which it
 // skips these tables.

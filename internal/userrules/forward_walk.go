@@ -92,6 +92,9 @@ type walker struct {
 	sources func(r *rule, n SourceNAT, conds []condition)
 	// passes gets the packets that such chains let pass untranslated.
 	passes func(conds []condition)
+	// translates gets the rules that translate destinations, instead of found, and helps those
+	// that give flows a conntrack helper.
+	translates, helps func(r *rule, conds []condition)
 }
 
 const (
@@ -157,6 +160,10 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 		if w.sources != nil && s.translatesSource() {
 			w.sources(r, r.sourceNAT(), conds)
 			return
+		}
+		if w.helps != nil && s.givesHelper() {
+			w.helps(r, conds)
+			continue
 		}
 		switch e := s.expr.(type) {
 		case *expr.Verdict:
@@ -248,6 +255,10 @@ func (w *walker) branch(r *rule, conds []condition, name string, fields []field,
 }
 
 func (w *walker) forward(r *rule, conds []condition) {
+	if w.translates != nil {
+		w.translates(r, conds)
+		return
+	}
 	text := r.title(w.table)
 	if r.comment != "" {
 		text += fmt.Sprintf(" (%s)", r.comment)

@@ -25,8 +25,9 @@ type legacyDump struct {
 	err    error
 }
 
-// legacyTables are the tables that may translate packets, or drop forwarded packets.
-var legacyTables = []string{natTable, "mangle", filterTable, "security"}
+// legacyTables are the tables that may translate packets, drop forwarded packets, or give flows a
+// conntrack helper.
+var legacyTables = []string{natTable, "mangle", filterTable, "security", "raw"}
 
 // LegacyChanged reports whether rules of iptables-legacy changed since the last reading.
 // The first call returns true, unless Read was called before. The kernel does not report

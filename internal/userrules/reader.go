@@ -203,8 +203,9 @@ const (
 	forDestinations purposes = 1 << iota // which destinations are translated
 	forSources                           // which sources are translated
 	forVerdicts                          // which packets pass
+	forHelpers                           // which flows get a conntrack helper
 
-	anyPurpose = forDestinations | forSources | forVerdicts
+	anyPurpose = forDestinations | forSources | forVerdicts | forHelpers
 )
 
 // purposes returns what a base chain is read for.
@@ -214,9 +215,11 @@ func (b *base) purposes(family byte) purposes {
 	case b.hook == unix.NF_INET_FORWARD:
 		return forVerdicts
 	case b.kind == natKind && b.hook == unix.NF_INET_PRE_ROUTING:
-		return forDestinations
+		return forDestinations | forHelpers
 	case b.kind == natKind && b.hook == unix.NF_INET_POST_ROUTING && family != unix.NFPROTO_IPV6:
 		return forSources
+	case b.hook == unix.NF_INET_PRE_ROUTING:
+		return forHelpers
 	}
 	return 0
 }

@@ -1,0 +1,89 @@
+package e2e
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+const (
+	redirected = `table ip proxy { chain pre { type nat hook prerouting priority dstnat; iifname "lan0" udp dport 5060 redirect to :5099; }; }`
+	sipHelped  = `table ip helped { ct helper sip { type "sip" protocol udp; }; chain pre { type filter hook prerouting priority filter; udp dport 5060 ct helper set "sip"; }; }`
+)
+
+// Rules of the user's take what hosts send to port 5060 of a peer: a proxy on the gateway, or a
+// conntrack helper. They still see it after that port of the peer has spoken first, and what came
+// in before the rules ends. Other ports of the peer get in.
+//
+// Fails when a child gets in from that port, and when a living one stays.
+func TestNFTRulesSeeWhatHostsSendToAPortThatSpokeFirst(t *testing.T) {
+	t.Parallel() // mostly it waits
+	for name, rules := range map[string]struct {
+		load func(s *scene) error
+		seen func(s *scene, phone, proxy *lab.Socket) bool // that rules take what phone sends
+	}{
+		"redirect": {func(s *scene) error { return s.NFT(redirected) }, redirectedTo},
+		"redirect for one peer": {func(s *scene) error {
+			return s.NFT(strings.Replace(redirected, "udp dport", "ip daddr 203.0.113.5 udp dport", 1))
+		}, redirectedTo},
+		"redirect by iptables-legacy": {func(s *scene) error {
+			return s.IPTables(lab.IPTablesLegacy, "*nat\n-A PREROUTING -i lan0 -p udp --dport 5060 -j REDIRECT --to-ports 5099\nCOMMIT\n")
+		}, redirectedTo},
+		"helper": {func(s *scene) error { return s.NFT(sipHelped) }, helped},
+		"helper by iptables-nft": {func(s *scene) error {
+			return s.IPTables(lab.IPTablesNFT, "*raw\n-A PREROUTING -p udp --dport 5060 -j CT --helper sip\nCOMMIT\n")
+		}, helped},
+	} {
+		for mode, args := range map[string][]string{
+			"auto": nil, "expect": {"--backend=expect"}, "nft": {"--backend=nft", "--learn=false"},
+		} {
+			for _, late := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s, %s, late %v", name, mode, late), func(t *testing.T) {
+					t.Parallel()
+					s := newScene(t, lab.Options{})
+					if !late {
+						s.Must(rules.load(s))
+					}
+					s.Serve(append(args, "--reconcile=1h")...)
+					phone, proxy := s.InsideSocket(0, 4444), s.Socket(s.Gateway.Namespace, netip.IPv4Unspecified(), 5099)
+					peer, sip, other := s.PeerSocket(lab.PeerA, 5061), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070)
+					ext := s.Contact(phone, peer)
+					s.Until("a permission stands", func() bool { return s.Status().Permissions.Standing == 1 })
+					if late {
+						s.Arrives(phone, sip, ext)
+						s.Contact(phone, sip) // the child is answered
+						s.Must(rules.load(s))
+						s.Until("the rules see what the phone sends", func() bool { return rules.seen(s, phone, proxy) })
+						return
+					}
+					s.Lost(phone, sip, ext, other)
+					s.explained("203.0.113.5:5060", ext, "lost", "diversion", netip.AddrPort{})
+					if !rules.seen(s, phone, proxy) {
+						t.Error("the rules do not see what the phone sends")
+					}
+				})
+			}
+		}
+	}
+}
+
+// redirectedTo sends from phone to port 5060, and reports whether it arrives at proxy.
+func redirectedTo(s *scene, phone, proxy *lab.Socket) bool {
+	payload := stage.Payload("to the proxy")
+	s.Must(phone.Send(netip.AddrPortFrom(lab.PeerA, 5060), payload))
+	_, err := proxy.Expect(payload)
+	return err == nil
+}
+
+// helped does the same, and reports whether the helper serves the flow.
+func helped(s *scene, phone, _ *lab.Socket) bool {
+	s.Must(phone.Send(netip.AddrPortFrom(lab.PeerA, 5060), stage.Payload("to the helper")))
+	return slices.ContainsFunc(s.ConntrackList("-p", "udp"), func(line string) bool {
+		return strings.Contains(line, "src=10.47.11.109 dst=203.0.113.5 sport=4444 dport=5060") && strings.Contains(line, "helper=sip")
+	})
+}
