@@ -243,6 +243,7 @@ func (w *world) rest() {
 	w.notef("rest")
 	if w.k.failing > 0 || w.foisted {
 		w.k.failing, w.k.fickle, w.foisted = 0, 0, false
+		w.reconcile()
 		w.pass(lifetime/2 + time.Second) // what stood already and was granted is refreshed
 	}
 	w.reconcile()
