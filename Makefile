@@ -15,6 +15,7 @@ ARCH = $(or $(GOARCH),$(shell $(GO) env GOARCH))
 
 RUN_PACKAGES  = iproute2 nftables conntrack
 TEST_PACKAGES = $(RUN_PACKAGES) iptables gcc libc6-dev strace systemd python3 ipset
+PAGE_PACKAGES = chromium
 BOX_PACKAGES  = git mmdebstrap systemd-container lintian xz-utils
 VM_PACKAGES   = qemu-system-x86 busybox-static kmod xz-utils zstd
 
@@ -36,7 +37,7 @@ OWN_MODES = ^Test(Doctor|Explain|Unit|NFT|Legacy|GroupOf|AutoNFT|Mend|Offload|Fl
 PACKAGES32 = cone ctwatch expect gateway nfnl rules rules/elements userrules
 E2E32      = ^Test(Selftest(Passes|Proves)|Legacy|Self(Gets|Judges)|UnitAllows|CapNet|IPv6Routed|NFTHairpin$$|AccountingIsRestored)
 
-.PHONY: build demo check test generate lint vet cross unit unit32 soak modes fuzz kernels packages packages-test bench clean
+.PHONY: build demo check test generate screenshot lint vet cross unit unit32 soak modes fuzz kernels packages packages-test bench clean
 
 PROGRAM ?= bin/conenatd
 build:
@@ -55,11 +56,16 @@ test: deps lint cross unit unit32 soak modes fuzz kernels
 
 .PHONY: deps
 deps:
-	@scripts/install-deps $(TEST_PACKAGES)
+	@scripts/install-deps $(TEST_PACKAGES) $(PAGE_PACKAGES)
 
 # The manual pages, the reference of the configuration, its schema and its example.
 generate:
 	$(GO) test -count=1 -run TestGeneratedFilesAreCurrent ./cmd/conenatd -update
+
+# The picture of docs/page.md: the page in a browser, while real packets pass.
+screenshot:
+	@scripts/install-deps $(RUN_PACKAGES) $(PAGE_PACKAGES)
+	$(GO) test -count=1 -run TestPageShowsWhatHappens ./e2e/page -update
 
 lint: vet
 	@unformatted=$$($(GO) run $(GOFUMPT) -l cmd e2e internal) && if [ -n "$$unformatted" ]; then \

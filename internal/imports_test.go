@@ -24,6 +24,7 @@ var allowed = map[string][]string{
 	"internal/lab":             nil,
 	"internal/metrics":         {"internal/control"},
 	"internal/nfnl":            {"internal/cone"},
+	"internal/page":            {"internal/control", "internal/doctor"},
 	"internal/logs":            {"internal/config"},
 	"internal/reference":       {"internal/config"},
 	"internal/sandbox":         nil,
@@ -42,7 +43,7 @@ var allowed = map[string][]string{
 	"internal/doctor/collect":  {"internal/control", "internal/doctor", "internal/gateway", "internal/rules", "internal/userrules"},
 	"internal/selftest":        {"internal/control", "internal/lab"},
 	"internal/daemon": {
-		"internal/audit", "internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/engine", "internal/expect", "internal/gateway", "internal/metrics", "internal/rules",
+		"internal/audit", "internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/engine", "internal/expect", "internal/gateway", "internal/metrics", "internal/page", "internal/rules",
 		"internal/rules/elements", "internal/userrules",
 	},
 	"cmd/conenatd": {

@@ -142,6 +142,9 @@ type Config struct {
 	// namespace. The zero value means nowhere.
 	MetricsListen netip.AddrPort
 
+	// Page says where that listener also serves the page for people.
+	Page Page
+
 	// AutoSubnets adds the private prefixes that the caller finds on inside links. They may
 	// overlap Subnets, which then takes precedence.
 	AutoSubnets bool
@@ -307,6 +310,16 @@ const (
 	JournalLog LogFormat = "journal" // text behind the priorities of sd-daemon(3)
 )
 
+// Page says on which addresses the page for people is served.
+type Page string
+
+// Where the page is served.
+const (
+	PageLoopback   Page = "loopback"
+	PageEverywhere Page = "everywhere" // wherever MetricsListen listens
+	PageOff        Page = "off"
+)
+
 // OnStop says what a stopped daemon leaves in the kernel.
 type OnStop string
 
@@ -339,6 +352,7 @@ func Default() Config {
 		Guard:       true,
 		Table:       "conenat",
 		OnStop:      OnStopRevoke,
+		Page:        PageLoopback,
 		EventBuffer: 8 << 20,
 	}
 }

@@ -44,6 +44,7 @@ on_stop = "keep"
 event_buffer = 65_536
 control_socket = "/run/c.sock"
 metrics_listen = "127.0.0.1:9469"
+page = "everywhere"
 
 [[subnet]]
 prefix = "192.168.1.0/24"
@@ -98,6 +99,7 @@ func everyConfig() Config {
 		EventBuffer:   64 << 10,
 		ControlSocket: "/run/c.sock",
 		MetricsListen: netip.MustParseAddrPort("127.0.0.1:9469"),
+		Page:          PageEverywhere,
 		AutoSubnets:   true,
 		Subnets: []Subnet{
 			{Prefix: netip.MustParsePrefix("192.168.1.0/24"), Mapping: EndpointIndependentMapping},

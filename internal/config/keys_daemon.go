@@ -174,11 +174,23 @@ it in any case.`,
 	{
 		Key: Key{
 			Name: "metrics_listen", Flag: "metrics-listen", Kind: "endpoint", Restart: true,
-			Usage: "where Prometheus may scrape /metrics, such as 127.0.0.1:9469 (default: nowhere)",
+			Usage: "where Prometheus may scrape /metrics, and a browser sees the page, such as 127.0.0.1:9469 (default: nowhere)",
 			Doc: `Address and port where Prometheus may scrape /metrics, such as "127.0.0.1:9469". Empty: nowhere.
 Whoever reaches it can read the metrics, so think twice before you name an address that is not of
-loopback; your firewall decides who reaches that.`,
+loopback; your firewall decides who reaches that. A browser sees a page there (docs/page.md): see
+the key page.`,
 		},
 		access: one(listen, func(c *Config) *netip.AddrPort { return &c.MetricsListen }),
+	},
+	{
+		Key: Key{
+			Name: "page", Flag: "page", Kind: "word", Restart: true,
+			Usage: "where metrics_listen also serves the page for people: loopback, everywhere or off",
+			Doc: `Where metrics_listen also serves the page for people, which shows the addresses of hosts and
+peers, without a password: "loopback" answers only requests that came to a loopback address, so
+every user of the gateway can read it; "everywhere" answers whoever reaches metrics_listen; "off"
+answers nobody.`,
+		},
+		access: word(func(c *Config) *Page { return &c.Page }, PageLoopback, PageEverywhere, PageOff),
 	},
 }

@@ -47,7 +47,7 @@ func Literal(v any) string {
 		return quote(v.String())
 	case string:
 		return quote(v)
-	case Backend, Events, LogFormat, OnStop, Filtering, Mapping, PortPool:
+	case Backend, Events, LogFormat, OnStop, Page, Filtering, Mapping, PortPool:
 		return quote(fmt.Sprint(v))
 	}
 	panic(fmt.Sprintf("no TOML for a %T", v))

@@ -207,17 +207,30 @@ func worded(counts map[string]uint64) map[string]uint64 {
 
 // parts formats the sum and, the largest first, the counts that are not zero.
 func parts(counts map[string]uint64) string {
+	if of := reasons(counts); of != "" {
+		return fmt.Sprintf("%d (%s)", sum(counts), of)
+	}
+	return "0"
+}
+
+// reasons formats the counts that are not zero, the largest first.
+func reasons(counts map[string]uint64) string {
 	var parts []string
 	for _, name := range byCount(counts) {
 		if n := counts[name]; n > 0 {
 			parts = append(parts, fmt.Sprintf("%s: %d", name, n))
 		}
 	}
-	if len(parts) == 0 {
-		return "0"
-	}
-	return fmt.Sprintf("%d (%s)", sum(counts), strings.Join(parts, ", "))
+	return strings.Join(parts, ", ")
 }
+
+// Reasons formats counts by identifier, in words and the largest first, without those that are
+// zero.
+func Reasons(counts map[string]uint64) string { return reasons(worded(counts)) }
+
+// SkippedReasons formats the flows that led to no permission as Reasons does, and those to
+// peers behind other than outside links separately for each link.
+func SkippedReasons(c Counters) string { return reasons(skipped(c)) }
 
 // skipped counts flows to peers behind other than outside links separately for each link.
 func skipped(c Counters) map[string]uint64 {

@@ -13,9 +13,7 @@ import (
 // WriteTable writes permissions as a table for people. It sorts ps. The columns ZONE and
 // REASON are left out if they would be empty.
 func WriteTable(w io.Writer, ps []Permission, now time.Time) error {
-	slices.SortFunc(ps, func(a, b Permission) int {
-		return cmp.Or(a.Int.Compare(b.Int), a.Ext.Compare(b.Ext), a.Peer.Compare(b.Peer), cmp.Compare(a.Zone, b.Zone))
-	})
+	slices.SortFunc(ps, ComparePermissions)
 	zones := slices.ContainsFunc(ps, func(p Permission) bool { return p.Zone != 0 })
 	why := slices.ContainsFunc(ps, func(p Permission) bool { return p.Reason != "" })
 
@@ -31,14 +29,19 @@ func WriteTable(w io.Writer, ps []Permission, now time.Time) error {
 	}
 	row("ZONE", "REASON", "INT", "EXT", "PEER", "STATE", "FLOWS", "CHILDREN", "AGE", "EXPIRES")
 	for _, p := range ps {
-		row(p.Zone, cmp.Or(words(p.Reason), "-"), p.Int, p.Ext, peer(&p), p.State, p.Flows, p.Children,
+		row(p.Zone, cmp.Or(words(p.Reason), "-"), p.Int, p.Ext, p.PeerText(), p.State, p.Flows, p.Children,
 			between(p.Since, now), between(now, p.Expires))
 	}
 	return tw.Flush()
 }
 
-// peer names the peers that may send.
-func peer(p *Permission) string {
+// ComparePermissions is the order of the table: by inside and outside endpoint, peer and zone.
+func ComparePermissions(a, b Permission) int {
+	return cmp.Or(a.Int.Compare(b.Int), a.Ext.Compare(b.Ext), a.Peer.Compare(b.Peer), cmp.Compare(a.Zone, b.Zone))
+}
+
+// PeerText names the peers that may send, for people.
+func (p *Permission) PeerText() string {
 	switch {
 	case !p.Peers.IsValid():
 		return p.Peer.String()

@@ -55,7 +55,7 @@ func WriteEvent(w io.Writer, e Event) error {
 	case EventLost:
 		_, err = fmt.Fprintf(w, "%s  %d events were lost: this terminal is too slow\n", at, e.Lost)
 	default:
-		text := fmt.Sprintf("%s  %-10s  %v <- %v", at, strings.ReplaceAll(e.Event, "_", " "), e.Ext, peer(e.permission()))
+		text := fmt.Sprintf("%s  %-10s  %v <- %v", at, strings.ReplaceAll(e.Event, "_", " "), e.Ext, e.permission().PeerText())
 		if e.From.IsValid() {
 			text = fmt.Sprintf("%s  %-10s  %v <- %v", at, strings.ReplaceAll(e.Event, "_", " "), e.Ext, e.From)
 		}

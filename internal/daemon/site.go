@@ -5,19 +5,25 @@ import (
 	"errors"
 	"net"
 	"net/http"
-	"net/netip"
 
+	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/metrics"
+	"github.com/conenatd/conenatd/internal/page"
 )
 
-// A site answers Prometheus at metrics_listen. Without a listener it does nothing.
-type site struct{ net.Listener }
+// A site answers Prometheus and browsers at metrics_listen. Without a listener it does
+// nothing.
+type site struct {
+	net.Listener
+	page config.Page
+}
 
-// openSite listens on the address, if there is one.
-func openSite(addr netip.AddrPort) (s site, err error) {
-	if addr.IsValid() {
-		s.Listener, err = metrics.Listen(addr)
+// openSite listens on metrics_listen, if there is one.
+func openSite(cfg *config.Config) (s site, err error) {
+	s.page = cfg.Page
+	if cfg.MetricsListen.IsValid() {
+		s.Listener, err = metrics.Listen(cfg.MetricsListen)
 	}
 	return s, err
 }
@@ -27,7 +33,11 @@ func (s site) serve(ctx context.Context, d *shared) error {
 	if s.Listener == nil {
 		return nil
 	}
-	return control.ServeHTTP(ctx, s, metrics.Site(source{d}.Status), d.log)
+	var people http.Handler
+	if s.page != config.PageOff {
+		people = page.Handler(source{d}, s.page == config.PageEverywhere)
+	}
+	return control.ServeHTTP(ctx, s, metrics.Site(source{d}.Status, people), d.log)
 }
 
 // close closes the listener, unless serve has closed it.

@@ -24,13 +24,16 @@ func Listen(addr netip.AddrPort) (net.Listener, error) {
 	return ln, nil
 }
 
-// Site answers GET /metrics on the listener, and nothing else. Requests for hosts other
-// than the address that they came to are refused: a page of another site could otherwise
-// make a browser read the metrics, by a name that it lets point to this address (DNS
-// rebinding).
-func Site(read func() control.Status) http.Handler {
+// Site answers GET /metrics on the listener, and passes other GET requests to rest,
+// unless it is nil. Requests for hosts other than the address that they came to are refused:
+// a page of another site could otherwise make a browser read the answers, by a name that it
+// lets point to this address (DNS rebinding).
+func Site(read func() control.Status, rest http.Handler) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", Handler(read))
+	if rest != nil {
+		mux.Handle("GET /", rest)
+	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !addressed(r) {
 			http.Error(w, fmt.Sprintf("host %q: ask for the address that conenatd listens on, not for a name", r.Host), http.StatusForbidden)

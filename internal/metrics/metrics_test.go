@@ -119,7 +119,8 @@ func TestTheDocumentHasTheMetrics(t *testing.T) {
 
 // Fails when a name reaches the metrics, or the address itself does not.
 func TestOnlyTheListenersAddressIsAnswered(t *testing.T) {
-	site := Site(func() control.Status { return control.Status{} })
+	rest := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTeapot) })
+	site := Site(func() control.Status { return control.Status{} }, rest)
 	ask := func(method, path, host, local string) int {
 		r := httptest.NewRequestWithContext(t.Context(), method, path, http.NoBody)
 		r.Host = host
@@ -151,8 +152,15 @@ func TestOnlyTheListenersAddressIsAnswered(t *testing.T) {
 	if got := ask(http.MethodPost, "/metrics", "127.0.0.1", "127.0.0.1"); got != http.StatusMethodNotAllowed {
 		t.Errorf("POST: status %d", got)
 	}
-	if got := ask(http.MethodGet, "/v1/permissions", "127.0.0.1", "127.0.0.1"); got != http.StatusNotFound {
+	if got := ask(http.MethodGet, "/", "127.0.0.1", "127.0.0.1"); got != http.StatusTeapot {
 		t.Errorf("another path: status %d", got)
+	}
+	if got := ask(http.MethodGet, "/", "gateway.example", "127.0.0.1"); got != http.StatusForbidden {
+		t.Errorf("another path of another host: status %d", got)
+	}
+	site = Site(func() control.Status { return control.Status{} }, nil)
+	if got := ask(http.MethodGet, "/", "127.0.0.1", "127.0.0.1"); got != http.StatusNotFound {
+		t.Errorf("another path, without anything else: status %d", got)
 	}
 }
 
