@@ -47,14 +47,16 @@ func (d *daemon) Permissions(yield func(control.Permission) bool) error {
 	return d.err
 }
 
-// Watch tells the events and then waits.
+// Watch tells the events, if there are any, and then waits.
 func (d *daemon) Watch(ctx context.Context, yield func(control.Event) bool) error {
 	for _, e := range d.events {
 		if !yield(e) {
 			return nil
 		}
 	}
-	<-ctx.Done()
+	if len(d.events) > 0 {
+		<-ctx.Done()
+	}
 	return nil
 }
 
