@@ -73,7 +73,7 @@ func eval[T any](b *browser, expression string) T {
 // text returns the text that a person sees in the elements of a selector.
 func (b *browser) text(selector string) string {
 	b.t.Helper()
-	return eval[string](b, fmt.Sprintf(`Array.from(document.querySelectorAll(%q), (e) => e.innerText).join("\n")`, selector))
+	return eval[string](b, fmt.Sprintf(`Array.from(document.querySelectorAll(%q)).filter((e) => e.checkVisibility()).map((e) => e.innerText).join("\n")`, selector))
 }
 
 // shows waits until the elements of a selector show all words.

@@ -144,3 +144,25 @@ func TestPageOnAnAddressOfTheGateway(t *testing.T) {
 		s.Stop()
 	}
 }
+
+// Fails when a finding of the status is missing or stays, when old values look current after the
+// end of the daemon, and when the page does not find the next daemon.
+func TestPageShowsWhatIsWrong(t *testing.T) {
+	s := stage.New(t, lab.Options{Inside: 1, Rules: lab.Masquerade + lab.DropPolicy})
+	b := open(t, s.Gateway.Namespace)
+	flags := []string{"--backend=nft", "--reconcile=1s", "--metrics-listen=" + addr}
+	s.Serve(flags...)
+	b.do(chromedp.Navigate(url))
+	b.shows(s, "#verdict", "does not work: ")
+	for _, f := range s.Status().Findings {
+		b.shows(s, "#findings", f.Text, f.Fix)
+	}
+	s.Stop()
+	b.shows(s, "#trouble", "what you see is old")
+	s.Must(s.NFT("delete table inet filter\n"))
+	s.Serve(flags...)
+	s.Until("the page shows the next daemon", func() bool { return b.text("#trouble") == "" && b.text("#verdict") == "works" })
+	if left := b.text("#findings"); left != "" {
+		t.Errorf("findings: %q", left)
+	}
+}
