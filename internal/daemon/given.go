@@ -47,7 +47,7 @@ func (g *given) may(link string, host, addr cone.Addr) bool {
 	q := asked{link, host, addr}
 	may, ok := g.known[q]
 	if !ok {
-		may = userrules.MayGiveAddr(g.rules, link, host.Netip(), addr.Netip(), g.own[link])
+		may = userrules.MayGiveAddr(g.rules, link, []netip.Prefix{netip.PrefixFrom(host.Netip(), 32)}, addr.Netip(), g.own[link])
 		g.known[q] = may
 	}
 	return may
@@ -59,28 +59,29 @@ func (g *given) mayBy(host, addr cone.Addr) bool {
 
 // toSomebody reports whether some host may get an outside address on a link.
 func (g *given) toSomebody(link string, addr cone.Addr) bool {
-	return slices.ContainsFunc(g.rules, func(n userrules.SourceNAT) bool { return n.Gives(link, g.subnets, addr.Netip(), g.own[link]) })
+	return userrules.MayGiveAddr(g.rules, link, g.subnets, addr.Netip(), g.own[link])
 }
 
 // stray notes a mapping whose host may no longer get its outside address: a rule gives it another
 // one. New flows follow the rule; the living ones keep the address. It returns false for other
 // mappings.
 func (m *mapper) stray(x elements.Mapping) bool {
-	if m.given.may(x.Link, x.Int.Addr, x.Ext.Addr) {
+	if !m.isFormer(x.Link, x.Int.Addr, x.Ext.Addr) {
 		return false
 	}
 	m.strays = append(m.strays, x)
-	m.formers[elements.Former{Host: x.Int.Addr, Addr: x.Ext.Addr}] = struct{}{}
 	return true
 }
 
-// isFormer reports whether f has an outside address that the rules no longer give its host. It
-// notes the address.
-func (m *mapper) isFormer(f *cone.Flow) bool {
-	if m.given.mayBy(f.Src.Addr, f.ReplyDst.Addr) {
+// isFormer reports whether the rules no longer give a host an outside address on a link. It notes
+// the address if they give it on no link.
+func (m *mapper) isFormer(link string, host, addr cone.Addr) bool {
+	if m.given.may(link, host, addr) {
 		return false
 	}
-	m.formers[elements.Former{Host: f.Src.Addr, Addr: f.ReplyDst.Addr}] = struct{}{}
+	if !m.given.mayBy(host, addr) {
+		m.formers[elements.Former{Host: host, Addr: addr}] = struct{}{}
+	}
 	return true
 }
 

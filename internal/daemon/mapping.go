@@ -208,7 +208,7 @@ func (m *mapper) see(f *cone.Flow) {
 			link = m.linkOf(f)
 			m.check(f, link)
 		}
-		if link == "" || m.bars(f.ReplyDst.Port) || m.isFormer(f) {
+		if link == "" || m.bars(f.ReplyDst.Port) || m.isFormer(link, f.Src.Addr, f.ReplyDst.Addr) {
 			m.taken[out] = struct{}{}
 			return
 		}
@@ -236,16 +236,17 @@ func (m *mapper) see(f *cone.Flow) {
 }
 
 // linkOf returns the outside link for a mapping of the flow: the link that has the outside
-// address, else the link by which the flow leaves. It returns none if the address is not the
-// gateway's: the gateway may have lost it.
+// address, if the rules may give it there, else the link by which the flow leaves. It returns
+// none if the address is not the gateway's: the gateway may have lost it.
 func (m *mapper) linkOf(f *cone.Flow) string {
-	if link := m.links[f.ReplyDst.Addr]; link != "" || !m.owned(f.ReplyDst.Addr) {
+	link := m.links[f.ReplyDst.Addr]
+	if link != "" && m.given.may(link, f.Src.Addr, f.ReplyDst.Addr) || !m.owned(f.ReplyDst.Addr) {
 		return link
 	}
 	if links, _ := m.routes.links(f); len(links) == 1 && links[0].Outside&gateway.IPv4 != 0 {
 		return links[0].Name
 	}
-	return ""
+	return link
 }
 
 // hold notes that the mapping e has a living flow. It returns false if e does not stand.

@@ -2,6 +2,7 @@ package userrules
 
 import (
 	"encoding/binary"
+	"iter"
 	"net/netip"
 	"slices"
 )
@@ -21,33 +22,47 @@ func (n *SourceNAT) chooses(first, last uint32, loaded map[uint32][]byte) {
 	}
 }
 
-// MayGiveAddr reports whether rules, as SourceNAT returns them, may give a host an outside
-// address on a link. own is as for OutsideAddrsOf. If rules translate the host on other links
-// alone, the link may have another name there, and the answer is yes.
-func MayGiveAddr(rules []SourceNAT, link string, host, addr, own netip.Addr) bool {
-	asked, elsewhere := false, false
-	var done []string // base chains in which an earlier rule translates all of the host's packets
-	for i := range rules {
-		n := &rules[i]
-		if n.Sources != nil && !coversAddr(n.Sources, host) {
-			continue
+// met yields the rules, as SourceNAT returns them, that packets of hosts meet when they leave by
+// a link, each with those of the hosts, or parts of them, whose packets it may translate. It
+// leaves out the rules behind one that translates all of these packets in the same base chain.
+func met(rules []SourceNAT, link string, hosts []netip.Prefix) iter.Seq2[*SourceNAT, []netip.Prefix] {
+	return func(yield func(*SourceNAT, []netip.Prefix) bool) {
+		var done []string // base chains in which a rule has translated all of the packets
+		for i := range rules {
+			n := &rules[i]
+			if slices.Contains(done, n.Chain) || !n.LeavesBy(link) {
+				continue
+			}
+			within := n.Within(hosts)
+			if len(within) == 0 {
+				continue
+			}
+			if !yield(n, within) {
+				return
+			}
+			if !n.Partial && !n.asks && !n.Unknown && slices.Equal(within, hosts) {
+				done = append(done, n.Chain)
+			}
 		}
-		if !n.LeavesBy(link) {
-			elsewhere = true
-			continue
-		}
-		asked = true
-		if slices.Contains(done, n.Chain) {
-			continue
-		}
+	}
+}
+
+// MayGiveAddr reports whether rules, as SourceNAT returns them, may give some of the hosts an
+// outside address on a link. own is as for OutsideAddrsOf. If rules translate a host on other
+// links alone, the link may have another name there, and the answer is yes.
+func MayGiveAddr(rules []SourceNAT, link string, hosts []netip.Prefix, addr, own netip.Addr) bool {
+	var here []netip.Prefix // hosts that rules translate on the link
+	for n, within := range met(rules, link, hosts) {
 		if n.mayGive(addr, own) {
 			return true
 		}
-		if !n.Partial && !n.asks {
-			done = append(done, n.Chain)
-		}
+		here = append(here, within...)
 	}
-	return !asked && elsewhere
+	return slices.ContainsFunc(rules, func(n SourceNAT) bool {
+		return !n.LeavesBy(link) && slices.ContainsFunc(n.Within(hosts), func(p netip.Prefix) bool {
+			return !slices.ContainsFunc(here, func(h netip.Prefix) bool { return h.Bits() <= p.Bits() && h.Contains(p.Addr()) })
+		})
+	})
 }
 
 // SameSources reports whether two results of SourceNAT translate to the same addresses.
@@ -58,11 +73,7 @@ func SameSources(a, b []SourceNAT) bool {
 	})
 }
 
-// Gives reports whether the rule may give some host of the prefixes an outside address on a link.
-func (n *SourceNAT) Gives(link string, hosts []netip.Prefix, addr, own netip.Addr) bool {
-	return n.LeavesBy(link) && n.mayGive(addr, own) && len(n.Within(hosts)) > 0
-}
-
+// mayGive reports whether the rule may give an outside address. own is as for OutsideAddrsOf.
 func (n *SourceNAT) mayGive(addr, own netip.Addr) bool {
 	switch {
 	case n.Unknown:
@@ -79,14 +90,8 @@ func (n *SourceNAT) mayGive(addr, own netip.Addr) bool {
 // may translate all of the packets first.
 func MayGive(rules []SourceNAT, link string, host netip.Addr, port uint16) (may, sure bool) {
 	asked, unknown := false, false
-	// The base chains in which an earlier rule translates all of the host's packets, and
-	// those in which an earlier rule may do so.
-	var done, perhaps []string
-	for i := range rules {
-		n := &rules[i]
-		if slices.Contains(done, n.Chain) || !n.LeavesBy(link) || n.Sources != nil && !coversAddr(n.Sources, host) {
-			continue
-		}
+	var perhaps []string // base chains in which an earlier rule may translate all of the host's packets
+	for n := range met(rules, link, []netip.Prefix{netip.PrefixFrom(host, host.BitLen())}) {
 		asked = true
 		switch {
 		case !n.ChoosesPort, slices.ContainsFunc(n.Ports, func(r PortRange) bool { return r.First <= port && port <= r.Last }):
@@ -94,12 +99,8 @@ func MayGive(rules []SourceNAT, link string, host netip.Addr, port uint16) (may,
 		case len(n.Ports) == 0:
 			unknown = true
 		}
-		switch {
-		case n.Unknown, n.asks:
-		case n.Partial:
+		if n.Partial && !n.asks && !n.Unknown {
 			perhaps = append(perhaps, n.Chain)
-		default:
-			done = append(done, n.Chain)
 		}
 	}
 	return !asked || unknown, !unknown

@@ -3,6 +3,8 @@ package userrules
 import (
 	"net/netip"
 	"testing"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // Fails when a port that some rule may give is denied, because then its flows end. The rule
@@ -44,6 +46,49 @@ func TestPortsThatRulesMayGive(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			if may, sure := MayGive(tt.rules, "wan0", host, tt.port); may != tt.may || sure != tt.sure {
 				t.Errorf("may %v, sure %v", may, sure)
+			}
+		})
+	}
+}
+
+// Fails when an address counts as given to no host although one of the hosts may get it: by a
+// rule of the link, or because the link may have another name in the rules for that host.
+func TestAddrsThatRulesMayGiveSomebody(t *testing.T) {
+	net := netip.MustParsePrefix
+	inside := func(p string) []AddrRange { return []AddrRange{{net(p).Addr(), nfnl.LastAddr(net(p))}} }
+	to := func(last byte, sources []AddrRange, links ...string) SourceNAT {
+		a := netip.AddrFrom4([4]byte{198, 51, 100, last})
+		return SourceNAT{Chain: "c", Addrs: []AddrRange{{a, a}}, Sources: sources, Links: links}
+	}
+	half := inside("10.47.11.0/25")
+	for name, tt := range map[string]struct {
+		rules []SourceNAT
+		want  bool // .9
+	}{
+		"no rule":                           {nil, false},
+		"to all":                            {[]SourceNAT{to(9, nil)}, true},
+		"another to all":                    {[]SourceNAT{to(8, nil)}, false},
+		"behind another to all":             {[]SourceNAT{to(8, nil), to(9, nil)}, false},
+		"behind another to some":            {[]SourceNAT{to(8, half), to(9, nil)}, true},
+		"to some":                           {[]SourceNAT{to(9, half)}, true},
+		"to hosts elsewhere":                {[]SourceNAT{to(9, inside("192.0.2.0/24"))}, false},
+		"by another name":                   {[]SourceNAT{to(8, nil, "uplink")}, true},
+		"to all here, others by another":    {[]SourceNAT{to(8, nil, "wan0"), to(7, nil, "uplink")}, false},
+		"to some here, others by another":   {[]SourceNAT{to(8, half, "wan0"), to(7, nil, "uplink")}, true},
+		"to some here, the same by another": {[]SourceNAT{to(8, half, "wan0"), to(7, half, "uplink")}, false},
+		"to strangers by another name":      {[]SourceNAT{to(8, nil, "wan0"), to(7, inside("192.0.2.0/24"), "uplink")}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			all := []netip.Prefix{net("10.47.11.0/24")}
+			if got := MayGiveAddr(tt.rules, "wan0", all, netip.MustParseAddr("198.51.100.9"), netip.Addr{}); got != tt.want {
+				t.Errorf("%v", got)
+			}
+			each := false
+			for _, host := range []string{"10.47.11.1/32", "10.47.11.200/32"} {
+				each = each || MayGiveAddr(tt.rules, "wan0", []netip.Prefix{net(host)}, netip.MustParseAddr("198.51.100.9"), netip.Addr{})
+			}
+			if each != tt.want {
+				t.Errorf("by single hosts %v", each)
 			}
 		})
 	}

@@ -29,19 +29,11 @@ func OutsideAddrsOf(rules, untranslated []SourceNAT, link string, own netip.Addr
 	differs := func(n *SourceNAT) func(m *SourceNAT) bool {
 		return func(m *SourceNAT) bool { return n.differs(m, own) }
 	}
-	var done []string // base chains in which an earlier rule translates all packets
-	for i := range rules {
-		n := &rules[i]
-		within := n.Within(hosts)
-		switch {
-		case slices.Contains(done, n.Chain) || !n.LeavesBy(link) || len(within) == 0:
-		case n.dests != nil:
+	for n := range met(rules, link, hosts) {
+		if n.dests != nil {
 			elsewhere = append(elsewhere, n)
-		default:
+		} else {
 			usual = append(usual, n)
-			if !n.Partial && slices.Equal(within, hosts) {
-				done = append(done, n.Chain)
-			}
 		}
 	}
 	for _, p := range hosts { // hosts that no rule translates keep their address

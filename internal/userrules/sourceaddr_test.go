@@ -82,7 +82,7 @@ func TestMayGiveAddr(t *testing.T) {
 			var got []byte
 			for _, last := range []byte{1, 8, 9} {
 				addr := netip.AddrFrom4([4]byte{198, 51, 100, last})
-				if userrules.MayGiveAddr(all, "wan0", netip.MustParseAddr("10.47.11.9"), addr, netip.MustParseAddr("198.51.100.1")) {
+				if userrules.MayGiveAddr(all, "wan0", []netip.Prefix{netip.MustParsePrefix("10.47.11.9/32")}, addr, netip.MustParseAddr("198.51.100.1")) {
 					got = append(got, last)
 				}
 			}
