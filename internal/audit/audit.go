@@ -13,7 +13,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 )
 
-// flushAt is how many bytes wait at most before they are written.
+// flushAt is how many bytes may wait before they are written.
 const flushAt = 64 << 10
 
 // A record is one line of the file.
@@ -45,6 +45,9 @@ type Log struct {
 	records uint64 // in waiting
 	cut     bool   // the last write ended within a line
 	missing uint64 // records that could not be written, and are not told in the file
+
+	lost   uint64 // records that could not be written since the last Flush
+	failed error  // why not
 
 	standing map[cone.Key]Mapping
 	count    map[Mapping]int
@@ -89,7 +92,7 @@ func (l *Log) grant(at time.Time, p cone.Permission) {
 	}
 	l.standing[p.Key] = m
 	if l.count[m]++; l.count[m] == 1 {
-		l.add(m.record(at, "mapping_begin"))
+		l.add(at, m.record(at, "mapping_begin"))
 	}
 }
 
@@ -101,7 +104,7 @@ func (l *Log) revoke(at time.Time, k cone.Key) {
 	delete(l.standing, k)
 	if l.count[m]--; l.count[m] == 0 {
 		delete(l.count, m)
-		l.add(m.record(at, "mapping_end"))
+		l.add(at, m.record(at, "mapping_end"))
 	}
 }
 
@@ -112,7 +115,7 @@ func (l *Log) child(at time.Time, event string, e *cone.Event) {
 		r.Peer = e.From.Netip().String()
 	}
 	l.lock.Unlock()
-	l.add(r)
+	l.add(at, r)
 }
 
 func (m Mapping) record(at time.Time, event string) record {
@@ -133,7 +136,7 @@ func stamp(at time.Time) string { return at.UTC().Format("2006-01-02T15:04:05.00
 
 // Lost records that n events did not come. Follow it with Sync.
 func (l *Log) Lost(at time.Time, n uint64) {
-	l.add(record{Time: stamp(at), Event: "lost", Lost: n})
+	l.add(at, record{Time: stamp(at), Event: "lost", Lost: n})
 }
 
 // Sync makes good what lost events would have told: standing are all permissions now.
@@ -159,24 +162,30 @@ func (l *Log) End(at time.Time) {
 	}
 }
 
-func (l *Log) add(r record) {
+func (l *Log) add(at time.Time, r record) {
 	line, err := json.Marshal(r)
 	if err != nil {
 		panic(err) // only strings and numbers
 	}
 	l.waiting = append(append(l.waiting, line...), '\n')
 	l.records++
+	if len(l.waiting) >= flushAt {
+		l.write(at)
+	}
 }
 
-// Full reports whether Flush should be called although more is to come.
-func (l *Log) Full() bool { return len(l.waiting) >= flushAt }
-
-// Flush writes what waits. If it fails, the error says so, n is how many records are lost,
-// and the next Flush that succeeds tells it in the file.
+// Flush writes what waits. n is how many records are lost since the last Flush because they
+// could not be written, and err says why. The next write that succeeds tells it in the file.
 func (l *Log) Flush(at time.Time) (n uint64, err error) {
-	if l.records == 0 {
-		return 0, nil
+	if l.records > 0 {
+		l.write(at)
 	}
+	n, err = l.lost, l.failed
+	l.lost, l.failed = 0, nil
+	return n, err
+}
+
+func (l *Log) write(at time.Time) {
 	text := l.waiting
 	if l.missing > 0 {
 		line, _ := json.Marshal(record{Time: stamp(at), Event: "lost", Lost: l.missing})
@@ -192,13 +201,12 @@ func (l *Log) Flush(at time.Time) (n uint64, err error) {
 		if wrote > 0 {
 			l.cut = text[wrote-1] != '\n'
 		}
-		n, l.missing = l.records, l.missing+l.records
-		err = fmt.Errorf("write the audit log: %w", err)
+		l.missing += l.records
+		l.lost, l.failed = l.lost+l.records, fmt.Errorf("write the audit log: %w", err)
 	} else {
 		l.missing, l.cut = 0, false
 	}
 	l.waiting, l.records = l.waiting[:0], 0
-	return n, err
 }
 
 // Close writes what waits, and closes the file.

@@ -18,9 +18,11 @@ import (
 type disk struct {
 	text string
 	room int // -1 is without limit
+	most int // bytes in one write
 }
 
 func (d *disk) Write(b []byte) (int, error) {
+	d.most = max(d.most, len(b))
 	if d.room < 0 || len(b) <= d.room {
 		d.text += string(b)
 		return len(b), nil
@@ -130,6 +132,40 @@ func TestAFullDiskCostsRecordsThatAreCounted(t *testing.T) {
 	}
 	if want := begin[:20] + "\n" + gap2 + begin; d.text != want {
 		t.Errorf("got\n%swant\n%s", d.text, want)
+	}
+}
+
+// Fails when the records of all mappings wait in memory before they are written, or when some
+// are lost on the way without a word.
+func TestManyMappingsAreWrittenInPieces(t *testing.T) {
+	const many = 10_000
+	var all []cone.Permission
+	for i := range many {
+		p := permission("203.0.113.5")
+		p.Ext.Port = uint16(1 + i)
+		all = append(all, p)
+	}
+	d := &disk{room: -1}
+	l := New(d, false)
+	l.Sync(at, all)
+	l.Sync(at, nil)
+	l.Sync(at, all)
+	l.End(at)
+	if n, err := l.Flush(at); n != 0 || err != nil {
+		t.Fatalf("lost %d, %v", n, err)
+	}
+	if n := strings.Count(d.text, "\n"); n != 4*many {
+		t.Errorf("%d records, want %d", n, 4*many)
+	}
+	if d.most > flushAt+len(begin) {
+		t.Errorf("%d bytes in one write", d.most)
+	}
+
+	d = &disk{}
+	l = New(d, false)
+	l.Sync(at, all)
+	if n, err := l.Flush(at); n != many || err == nil {
+		t.Errorf("a full disk: lost %d, %v", n, err)
 	}
 }
 

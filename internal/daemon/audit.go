@@ -108,7 +108,7 @@ func (a *auditor) run(log *audit.Log, w *watcher, stop, done chan struct{}) {
 		} else {
 			log.Observe(x.at, &x.event)
 		}
-		if len(w.events) == 0 || log.Full() {
+		if len(w.events) == 0 {
 			a.lost(log.Flush(time.Now()))
 		}
 		return true
