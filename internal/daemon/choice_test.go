@@ -105,6 +105,37 @@ func TestLostChildrenContradictTheRules(t *testing.T) {
 	read(6+time.Minute, 20, cone.ChooseMap)
 }
 
+// While there are several subnets and no labels, children into each are not counted. Fails when
+// those that others had lost in that time speak against a subnet once it is alone again, and
+// when what was seen before no longer does.
+func TestEvidenceWhenSubnetsChange(t *testing.T) {
+	one, other := netip.MustParsePrefix("10.47.11.0/24"), netip.MustParsePrefix("10.47.12.0/24")
+	f := &firewall{}
+	read := func(now time.Duration, admitted, passed uint64, subnets ...netip.Prefix) {
+		var all []config.Subnet
+		for _, p := range subnets {
+			all = append(all, config.Subnet{Prefix: p})
+		}
+		f.counts.Admitted = admitted
+		f.readEvidence(now, all, func(netip.Prefix) cone.Passed { return cone.Passed{Mapped: passed} })
+	}
+	check := func(when string, pass, known bool) {
+		t.Helper()
+		if p, k := f.witness(one).mapped.passes(); p != pass || k != known {
+			t.Errorf("%s: pass %v, known %v", when, p, k)
+		}
+	}
+	read(0, 0, 0, one)
+	read(1, 10, 10, one)
+	check("all pass", true, true)
+	read(2, 10, 10, one, other)
+	read(3, 60, 10, one, other)
+	read(4, 60, 10, one)
+	check("others were lost", true, true)
+	read(5, 120, 10, one)
+	check("they are lost now", false, true)
+}
+
 // Fails when children that the rules dropped speak against those that the user mended, or when
 // those of one peer do that are lost beside others that pass.
 func TestChildrenThatDoNotContradictTheRules(t *testing.T) {

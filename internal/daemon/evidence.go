@@ -152,12 +152,39 @@ func (f *firewall) witness(subnet netip.Prefix) *witnesses {
 	return w
 }
 
+// A counting says how the children into a subnet are counted: apart from those into others, or
+// with them.
+type counting struct {
+	subnet             netip.Prefix
+	admitted, expected bool
+}
+
+// recount begins to count at the present values if children are counted another way than
+// before. What was counted so far still holds.
+func (f *firewall) recount(subnets []config.Subnet) {
+	var now []counting
+	for _, s := range subnets {
+		_, admitted := f.counts.AdmittedInto(s.Prefix)
+		_, expected := f.counts.ExpectedInto(s.Prefix)
+		now = append(now, counting{s.Prefix, admitted, expected})
+	}
+	if slices.Equal(now, f.counting) {
+		return
+	}
+	f.counting, f.nowhere = now, nowhere{}
+	for _, w := range f.witnesses {
+		w.admitted, w.expected = tally{}, tally{}
+		w.mapped.counting, w.related.counting = false, false
+	}
+}
+
 // readEvidence takes in what became of children into each subnet. If others have changed the
 // ruleset, it starts to gather evidence against the rules again.
 func (f *firewall) readEvidence(now time.Duration, subnets []config.Subnet, passed func(subnet netip.Prefix) cone.Passed) {
 	maps.DeleteFunc(f.witnesses, func(p netip.Prefix, _ *witnesses) bool {
 		return !slices.ContainsFunc(subnets, func(s config.Subnet) bool { return s.Prefix == p })
 	})
+	f.recount(subnets)
 	f.nowhere.read(&f.counts, subnets)
 	mappable := 0
 	for _, s := range subnets {

@@ -66,6 +66,7 @@ type firewall struct {
 	counts                     rules.Counters              // likewise
 	witnesses                  map[netip.Prefix]*witnesses // by subnet
 	nowhere                    nowhere
+	counting                   []counting                     // what witnesses and nowhere have counted by
 	retry                      retry                          // of evidence against rules
 	dumped                     bool                           // flows were dumped since evidence was read last
 	pools                      map[config.PortPool]portRanges // the pools that usedUp counts for
