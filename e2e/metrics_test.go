@@ -122,8 +122,8 @@ func TestMetricsAddressInUseIsRefused(t *testing.T) {
 	}))
 	defer other.Close()
 	for addr, want := range map[string]string{
-		"127.0.0.1:9469":    "metrics_listen: listen tcp4 127.0.0.1:9469: bind: address already in use; ",
-		"198.51.100.9:9469": "metrics_listen: listen tcp4 198.51.100.9:9469: bind: cannot assign requested address; ",
+		"127.0.0.1:9469": "metrics_listen: listen tcp4 127.0.0.1:9469: bind: address already in use; ",
+		"0.0.0.0:9469":   "metrics_listen: listen tcp4 0.0.0.0:9469: bind: address already in use; ",
 	} {
 		out, code := s.CLI("run", "--subnet=10.47.11.0/24", "--control-socket="+filepath.Join(t.TempDir(), "c"), "--metrics-listen="+addr)
 		if code != 1 || !strings.Contains(out, want) || strings.Count(out, "\n") != 1 {
@@ -131,6 +131,28 @@ func TestMetricsAddressInUseIsRefused(t *testing.T) {
 		}
 		if left := s.Leftovers(); len(left) > 0 {
 			t.Errorf("%s: left in the kernel: %q", addr, left)
+		}
+	}
+}
+
+// Fails when an address that comes later, such as one of a VPN, stops the start, and when it is
+// not served once it is there.
+func TestMetricsAtAnAddressThatComesLater(t *testing.T) {
+	stage.OfTheDaemon(t)
+	for addr, link := range map[string]string{"198.51.100.9": "wan0", "2001:db8:99::9": "lo"} {
+		s := newScene(t, lab.Options{})
+		at := net.JoinHostPort(addr, "9469")
+		s.Start(stage.Flags(stage.NFT, "--metrics-listen="+at)...)
+		if n := s.logs("WARN", "no link has the address", at); n != 1 {
+			t.Errorf("%s: the log says so %d times", addr, n)
+		}
+		nodad := ""
+		if strings.Contains(addr, ":") {
+			nodad = " nodad"
+		}
+		s.IP(s.Gateway, "addr add "+addr+" dev "+link+nodad)
+		if got := s.metrics(at); !strings.Contains(got, "conenatd_build_info") {
+			t.Errorf("%s: got %s", addr, got)
 		}
 	}
 }

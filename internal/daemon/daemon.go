@@ -197,7 +197,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	if err = d.auditor.open(&cfg.Config); err != nil {
 		return d, err
 	}
-	if d.site, err = openSite(&cfg.Config); err != nil {
+	if d.site, err = openSite(&cfg.Config, d.log); err != nil {
 		return d, err
 	}
 	if d.conntrack, err = openSysctls(); err != nil {

@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"net"
 	"net/http"
 
@@ -20,15 +21,24 @@ type site struct {
 }
 
 // openSite listens on metrics_listen, if there is one.
-func openSite(cfg *config.Config) (s site, err error) {
+func openSite(cfg *config.Config, log *slog.Logger) (s site, err error) {
 	s.page = cfg.Page
-	if cfg.MetricsListen.IsValid() {
-		s.Listener, err = metrics.Listen(cfg.MetricsListen)
+	if !cfg.MetricsListen.IsValid() {
+		return s, nil
 	}
-	return s, err
+	ln, absent, err := metrics.Listen(cfg.MetricsListen)
+	if err != nil {
+		return s, err
+	}
+	if absent {
+		log.Warn("metrics_listen: no link has the address; scrapes are answered once one has it", "address", cfg.MetricsListen)
+	}
+	s.Listener = ln
+	return s, nil
 }
 
-// serve answers until ctx ends, and closes the listener then.
+// serve answers until ctx ends, and closes the listener then. If the listener fails, it says so
+// and returns no error: the daemon goes on without.
 func (s site) serve(ctx context.Context, d *shared) error {
 	if s.Listener == nil {
 		return nil
@@ -37,7 +47,10 @@ func (s site) serve(ctx context.Context, d *shared) error {
 	if s.page != config.PageOff {
 		people = page.Handler(source{d}, s.page == config.PageEverywhere)
 	}
-	return control.ServeHTTP(ctx, s, metrics.Site(source{d}.Status, people), d.log)
+	if err := control.ServeHTTP(ctx, s, metrics.Site(source{d}.Status, people), d.log); err != nil {
+		d.log.Error("metrics are no longer served at metrics_listen; restart conenatd to serve them again", "err", err)
+	}
+	return nil
 }
 
 // close closes the listener, unless serve has closed it.

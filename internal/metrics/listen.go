@@ -1,27 +1,52 @@
 package metrics
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
 	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/control"
 )
 
-// Listen listens on the address for scrapes, 0.0.0.0 on IPv4 alone. The caller must close the
+// Listen listens on the address for scrapes, 0.0.0.0 on IPv4 alone. absent says that no link
+// has the address yet: scrapes are answered once one has it. The caller must close the
 // listener.
-func Listen(addr netip.AddrPort) (net.Listener, error) {
+func Listen(addr netip.AddrPort) (ln net.Listener, absent bool, err error) {
+	ln, err = listen(addr, nil)
+	if absent = errors.Is(err, unix.EADDRNOTAVAIL); absent {
+		ln, err = listen(addr, freeBind)
+	}
+	if err != nil {
+		return nil, absent, fmt.Errorf("metrics_listen: %w; give it an address of this gateway and a port that no other program has", err)
+	}
+	return ln, absent, nil
+}
+
+func listen(addr netip.AddrPort, control func(network, address string, c syscall.RawConn) error) (net.Listener, error) {
 	network := "tcp"
 	if addr.Addr().Is4() {
 		network = "tcp4" // "tcp" takes 0.0.0.0 for all addresses of IPv6, too
 	}
-	ln, err := net.ListenTCP(network, net.TCPAddrFromAddrPort(addr))
-	if err != nil {
-		return nil, fmt.Errorf("metrics_listen: %w; give it an address of this gateway and a port that no other program has", err)
+	lc := net.ListenConfig{Control: control}
+	lc.SetMultipathTCP(false) // older kernels cannot bind that freely
+	return lc.Listen(context.Background(), network, addr.String())
+}
+
+// freeBind lets a socket be bound to an address that no link has (ip(7), IP_FREEBIND).
+func freeBind(network, _ string, c syscall.RawConn) error {
+	level, option := unix.SOL_IPV6, unix.IPV6_FREEBIND
+	if network == "tcp4" {
+		level, option = unix.SOL_IP, unix.IP_FREEBIND
 	}
-	return ln, nil
+	var err error
+	return errors.Join(c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), level, option, 1) }), err)
 }
 
 // Site answers GET /metrics on the listener, and passes other GET requests to rest,
