@@ -48,10 +48,14 @@ type ledger struct {
 	ext    map[anchor]cone.Addr // outside address that each anchor serves
 	onPort map[port]int
 	max    int
+
+	// unwanted are permissions that should no longer stand, but that the kernel failed to
+	// remove. They count until it does.
+	unwanted map[anchor]cone.Permission
 }
 
 func newLedger(limit int) ledger {
-	return ledger{ext: make(map[anchor]cone.Addr), onPort: make(map[port]int), max: limit}
+	return ledger{ext: make(map[anchor]cone.Addr), onPort: make(map[port]int), max: limit, unwanted: make(map[anchor]cone.Permission)}
 }
 
 // of returns the anchor of p: the one that p has, else a free one.
@@ -90,6 +94,7 @@ func (l *ledger) place(p *cone.Permission) (a anchor, stands bool, r cone.Reason
 // reserve finds the anchor of p and takes it if the limits allow.
 func (l *ledger) reserve(p *cone.Permission) (anchor, cone.Reason) {
 	a, stands, r := l.place(p)
+	delete(l.unwanted, a)
 	if r == cone.ReasonNone && !stands { // take without its release: a is known to be free
 		l.ext[a] = p.Ext.Addr
 		l.onPort[port{p.Ext, p.Zone}]++
@@ -106,6 +111,7 @@ func (l *ledger) take(a anchor, ext cone.Addr) {
 }
 
 func (l *ledger) release(a anchor) {
+	delete(l.unwanted, a)
 	if _, ok := l.ext[a]; !ok {
 		return
 	}

@@ -214,6 +214,7 @@ func (b *Backend) timeouts() (anchor, expectation uint32) {
 // that does not stand afterwards Grant calls refused with its index, the reason and the
 // kernel's error, if any.
 func (b *Backend) Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err error)) {
+	b.retry()
 	for base := 0; base < len(ps); base += batch {
 		b.grant(base, ps[base:min(base+batch, len(ps))], refused)
 	}
@@ -249,7 +250,9 @@ func (b *Backend) grant(base int, ps []cone.Permission, refused func(i int, r co
 		case err != nil:
 			// It is unknown what the kernel did.
 			refused(base+i, cone.ReasonKernel, err)
-			if !broken {
+			if broken {
+				b.standing.unwanted[b.anchors[i]] = ps[i]
+			} else {
 				broken = b.withdraw(&ps[i], b.anchors[i]) != nil
 			}
 		case b.errs[i].failed():
@@ -290,10 +293,12 @@ func (b *Backend) begin(ps []cone.Permission) {
 func (b *Backend) seq(i int) uint32 { return b.first + uint32(perPermission*i) }
 
 // Revoke ends ps. A permission that is gone already is no error. Other errors are joined,
-// and their permissions still count as standing. Nothing is sent for a permission that the
-// backend neither made nor adopted. The kernel deletes by tuple: if an expectation vanished
-// unnoticed and another program has made one like it since, that one is deleted.
+// and their permissions still count as standing; the next operation tries again. Nothing is
+// sent for a permission that the backend neither made nor adopted. The kernel deletes by tuple:
+// if an expectation vanished unnoticed and another program has made one like it since, that one
+// is deleted.
 func (b *Backend) Revoke(ps []cone.Permission) error {
+	b.retry()
 	var errs []error
 	for base := 0; base < len(ps); base += batch {
 		if err := b.revoke(ps[base:min(base+batch, len(ps))]); err != nil {
@@ -313,19 +318,24 @@ func (b *Backend) revoke(ps []cone.Permission) error {
 			b.enc.deleteAnchor(b.seq(i)+1, a)
 		}
 	}
-	if err := b.c.Exchange(&b.enc.Encoder, b.failed, nil); err != nil {
-		return fmt.Errorf("revoke permissions: %w", err)
-	}
 	var errs []error
+	err := b.c.Exchange(&b.enc.Encoder, b.failed, nil)
+	if err != nil {
+		errs = append(errs, fmt.Errorf("revoke permissions: %w", err))
+	}
 	for i := range ps {
 		if b.skip[i] {
 			continue
 		}
-		if err := b.errs[i].deleted(); err != nil {
-			errs = append(errs, fmt.Errorf("revoke %v -> %v: %w", ps[i].Peer, ps[i].Ext, err))
-			continue
+		failed := b.errs[i].deleted()
+		if failed != nil {
+			errs = append(errs, fmt.Errorf("revoke %v -> %v: %w", ps[i].Peer, ps[i].Ext, failed))
 		}
-		b.standing.release(b.anchors[i])
+		if err != nil || failed != nil {
+			b.standing.unwanted[b.anchors[i]] = ps[i]
+		} else {
+			b.standing.release(b.anchors[i])
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -343,6 +353,7 @@ func (a answers) deleted() error {
 // Refresh renews the timeouts of ps and calls lost with the index of each permission that
 // is no longer complete in the kernel.
 func (b *Backend) Refresh(ps []cone.Permission, lost func(i int)) {
+	b.retry()
 	for base := 0; base < len(ps); base += batch {
 		b.refresh(base, ps[base:min(base+batch, len(ps))], lost)
 	}

@@ -9,3 +9,9 @@ func (b *Backend) UseHelper(name string) { b.helpers.v4.name = name }
 func (b *Backend) DeleteExpectation(p *cone.Permission) error {
 	return b.three(func(seq uint32) { b.enc.deleteExpect(seq, &p.Key) })[0]
 }
+
+// Unwanted lets b find that the kernel failed to remove p.
+func (b *Backend) Unwanted(p *cone.Permission) {
+	a, _, _ := b.standing.of(p)
+	b.standing.unwanted[a] = *p
+}

@@ -174,6 +174,75 @@ func TestRevokeKeepsWhatTheKernelDidNotDelete(t *testing.T) {
 	}
 }
 
+// Fails when what the kernel failed to remove counts for ever, because nobody asks for it again.
+func TestWhatTheKernelDidNotRemoveIsRemovedLater(t *testing.T) {
+	ps := many(3)
+	full := func(sent []nfnltest.Request) [][]byte { // cannot make anything, and not remove it
+		if sent[0].Type&0xff == msgGet {
+			return nfnltest.RefuseAll(unix.ENOENT)(sent)
+		}
+		return nfnltest.RefuseAll(unix.ENOMEM)(sent)
+	}
+	for name, fail := range map[string]func(*Backend, *nfnltest.Kernel){
+		"silence at a grant": func(b *Backend, k *nfnltest.Kernel) {
+			k.Answer = nfnltest.Silent
+			b.Grant(ps, func(int, cone.Reason, error) {})
+		},
+		"refusal of a grant": func(b *Backend, k *nfnltest.Kernel) {
+			k.Answer = full
+			b.Grant(ps, func(int, cone.Reason, error) {})
+		},
+		"silence at a revoke": func(b *Backend, k *nfnltest.Kernel) {
+			b.Grant(ps, func(int, cone.Reason, error) { t.Error("refused") })
+			k.Answer = nfnltest.Silent
+			_ = b.Revoke(ps)
+		},
+		"refusal of a revoke": func(b *Backend, k *nfnltest.Kernel) {
+			b.Grant(ps, func(int, cone.Reason, error) { t.Error("refused") })
+			k.Answer = full
+			_ = b.Revoke(ps)
+		},
+	} {
+		for next, operation := range map[string]func(*Backend){
+			"grant":   func(b *Backend) { b.Grant(nil, nil) },
+			"revoke":  func(b *Backend) { _ = b.Revoke(nil) },
+			"refresh": func(b *Backend) { b.Refresh(nil, nil) },
+		} {
+			t.Run(name+", then "+next, func(t *testing.T) {
+				b, k := newFakeBackend(t)
+				fail(b, k)
+				if b.Standing() != len(ps) {
+					t.Fatalf("%d may stand, want %d", b.Standing(), len(ps))
+				}
+				k.Answer = nfnltest.RefuseAll(unix.ENOENT)
+				operation(b)
+				if b.Standing() != 0 {
+					t.Errorf("%d still count", b.Standing())
+				}
+			})
+		}
+	}
+}
+
+// Fails when a permission that is granted again after all is removed with what failed before.
+func TestWhatIsGrantedAgainIsNotRemoved(t *testing.T) {
+	b, k := newFakeBackend(t)
+	k.Answer = nfnltest.Silent
+	b.Grant(many(1), func(int, cone.Reason, error) {})
+	k.Answer = func(sent []nfnltest.Request) [][]byte {
+		if sent[0].Type&0xff == msgGet {
+			return nil // so it is not removed before it is granted
+		}
+		return nfnltest.Acknowledge(sent)
+	}
+	b.Grant(many(1), func(_ int, r cone.Reason, err error) { t.Errorf("refused: %v, %v", r, err) })
+	k.Answer = nfnltest.Acknowledge
+	b.Refresh(many(1), func(int) { t.Error("lost") })
+	if b.Standing() != 1 {
+		t.Errorf("%d stand", b.Standing())
+	}
+}
+
 func TestReasonsOfTheKernel(t *testing.T) {
 	for _, tt := range []struct {
 		errs answers

@@ -117,13 +117,34 @@ func (b *Backend) renew(p *cone.Permission, a anchor) answers {
 }
 
 // withdraw removes p and its anchor from the kernel, as clear does, so that p no longer
-// stands. If the kernel fails, p still counts as standing, so that it can be revoked.
+// stands. If the kernel fails, p still counts as standing, and the next operation tries again.
 func (b *Backend) withdraw(p *cone.Permission, a anchor) error {
 	err := b.clear(p, a)
 	if err == nil {
 		b.standing.release(a)
+	} else {
+		b.standing.unwanted[a] = *p
 	}
 	return err
+}
+
+// retry removes what the kernel failed to remove before, until the kernel fails again.
+func (b *Backend) retry() {
+	for a, p := range b.standing.unwanted {
+		x, found, err := b.get(&p.Key)
+		if err == nil {
+			err = b.three(func(seq uint32) {
+				if found && x.ours() && x.anchor() == a { // else it is another permission's by now
+					b.enc.deleteExpect(seq, &p.Key)
+				}
+				b.enc.deleteAnchor(seq+1, a)
+			}).deleted()
+		}
+		if err != nil {
+			return
+		}
+		b.standing.release(a)
+	}
 }
 
 // clear removes the anchor a from the kernel, and the expectation with the Key of p if it

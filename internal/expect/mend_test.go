@@ -124,6 +124,22 @@ func TestGrantTakesOverFromAnotherInsideEndpoint(t *testing.T) {
 	}
 }
 
+// Fails when another permission with the same Key ends with one that could not be removed before.
+func TestRemovalLaterLeavesTheNextOwnerAlone(t *testing.T) {
+	g := newGate(t, lab.Options{})
+	b, other := g.open(time.Minute), g.open(time.Minute)
+	old := perm("198.51.100.1:5060", "10.47.11.110:5060", "203.0.113.5")
+	g.mustGrant(b, old)
+	b.Unwanted(&old)
+	g.mustGrant(other, seed)
+	b.Refresh(nil, nil)
+	g.wantPermissions(other, seed)
+	g.wantCounts(1, 1)
+	if b.Standing() != 0 {
+		t.Errorf("%d still count", b.Standing())
+	}
+}
+
 func TestGrantRenewsWhatStandsWithoutAGap(t *testing.T) {
 	for name, inherit := range map[string]bool{"its own": false, "an earlier daemon's": true} {
 		t.Run(name, func(t *testing.T) {
