@@ -343,6 +343,37 @@ func TestRestartAfterKillTakesOverWhatStands(t *testing.T) {
 	}
 }
 
+// A daemon dies again and again, sooner than a lifetime after its start. Only traffic from inside
+// extends a permission, so one without any ends all the same.
+//
+// Fails when a start renews what it takes over.
+func TestDaemonThatDiesAgainAndAgainKeepsNothingUp(t *testing.T) {
+	for name, mode := range map[string][]string{"expect": stage.Expect, "nft": stage.NFT} {
+		t.Run(name, func(t *testing.T) {
+			stage.OfTheDaemon(t)
+			s := newScene(t, lab.Options{Inside: 2})
+			flags := append(stage.Flags(mode), "--lifetime=6s", "--reconcile=1s")
+			s.Start(flags...)
+			silent, sends, peer := s.InsideSocket(0, 5060), s.InsideSocket(1, 5061), s.PeerSocket(lab.PeerA, 5060)
+			s.Stands(silent, peer, s.Contact(silent, peer))
+			ext := s.Contact(sends, peer)
+			s.Stands(sends, peer, ext)
+			s.Kill()
+			_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "5060", "--orig-port-dst", "5060")
+			s.Must(err)
+			s.Until("the permission of the silent host is gone", func() bool {
+				s.Start(flags...)
+				s.Contact(sends, peer)
+				gone := !slices.ContainsFunc(s.List(), func(p control.Permission) bool { return p.Int == silent.Addr() })
+				s.Kill()
+				return gone
+			})
+			s.Start(flags...)
+			s.Arrives(sends, s.PeerSocket(lab.PeerA, 5070), ext)
+		})
+	}
+}
+
 // After a kill an anchor outlives its expectation by a minute. The next daemon removes
 // it.
 //

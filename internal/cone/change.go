@@ -101,7 +101,7 @@ func (m *Model) ReviewForwards(now time.Duration, at, n int) int {
 // end; if the new policy gives one for more peers instead, that one replaces it. The next
 // snapshot finds flows that give a permission only now.
 func (m *Model) SetPolicy(now time.Duration, p Policy) {
-	shorter := p.Lifetime < m.policy.Lifetime
+	shorter, sameLifetime := p.Lifetime < m.policy.Lifetime, p.Lifetime == m.policy.Lifetime
 	learns := !m.policy.Learned && p.Learned
 	sameMapping := func(a, b Subnet) bool { return a.Prefix == b.Prefix && a.Mapping == b.Mapping }
 	if !slices.EqualFunc(m.policy.Subnets, p.Subnets, sameMapping) {
@@ -123,6 +123,7 @@ func (m *Model) SetPolicy(now time.Duration, p Policy) {
 		switch c.state {
 		case StateStanding:
 			c.refresh = min(c.refresh, now+p.Lifetime/2)
+			c.adopted = c.adopted && sameLifetime
 			if shorter { // what is in the kernel must not outlive the new lifetime
 				c.refresh = now
 			}
@@ -262,15 +263,24 @@ func (m *Model) supports(contact *Permission, c *claim) bool {
 }
 
 // Adopt takes over p, which the kernel carries from an earlier daemon. Unless flows hold p,
-// it ends when it would have ended without a daemon. If the policy does not allow p, or if
-// the user revoked it under that daemon (Model.Revoked), it is revoked.
+// it ends when it would have ended without a daemon, by the carrier that would have ended first.
+// Nothing is renewed before traffic since the last write is seen, else a daemon that dies again
+// and again would keep p up for ever. If the policy does not allow p, or if the user revoked it
+// under that daemon (Model.Revoked), it is revoked.
 func (m *Model) Adopt(now time.Duration, p Permission, by Carriers, ends time.Duration) {
 	if _, revoked := m.revoked.at[revocation{Key: p.Key}]; revoked { // the kernel refused to end it
 		m.op(Op{Kind: Revoke, Permission: p, By: by, Reason: ReasonRevoked})
 		return
 	}
 	if o := m.owner(p.Key); o != none {
-		if c := &m.claims[o]; c.Int == p.Int && c.state == StateStanding && c.placed.By&by == 0 {
+		c := &m.claims[o]
+		if c.Int != p.Int || c.state != StateStanding {
+			return
+		}
+		if c.adopted { // by another carrier
+			c.fed = min(c.fed, ends-m.policy.Lifetime)
+		}
+		if c.placed.By&by == 0 {
 			m.op(Op{Kind: Revoke, Permission: p, By: by, Reason: c.placed.Why})
 		}
 		return
@@ -281,6 +291,7 @@ func (m *Model) Adopt(now time.Duration, p Permission, by Carriers, ends time.Du
 	m.setPlacement(i, Placement{By: by})
 	c.made, c.certain = now, true
 	c.refresh = now
+	c.adopted = ends <= now+m.policy.Lifetime // else the lifetime was longer
 	m.wheel.schedule(i, min(c.refresh, c.fed+m.policy.Lifetime))
 	if !m.allowed(c) {
 		x, ok := m.goesOn(c)

@@ -41,9 +41,17 @@ func (m *Model) isOver(now time.Duration, c *claim) bool { return now >= c.fed+m
 // feed notes traffic from inside for claim i at the given time.
 func (m *Model) feed(now time.Duration, i int32, at time.Duration) {
 	c := &m.claims[i]
+	if c.adopted && at <= c.fed+m.blur() {
+		return
+	}
 	c.fed = max(c.fed, at)
 	if m.isOver(now, c) {
 		return
+	}
+	if c.adopted && c.state == StateStanding { // at once: the kernel may have ended it already
+		m.op(Op{Kind: Refresh, Permission: c.Permission, By: c.placed.By})
+		c.refresh, c.adopted = now+m.policy.Lifetime/2, false
+		m.wheel.schedule(i, min(c.refresh, c.fed+m.policy.Lifetime))
 	}
 	if c.ends != 0 { // its flows were queried: it no longer ends then
 		c.ends = 0
@@ -98,6 +106,13 @@ func (m *Model) attend(now time.Duration, i int32) {
 		}
 	}
 	refreshed := now >= c.refresh && !overdue
+	if refreshed && c.adopted { // the kernel's timeout goes on; ask shortly before it ends
+		refreshed = false
+		if c.refresh = deadline - max(m.patience(), m.blur()); now >= c.refresh {
+			m.ask(now, c)
+			c.refresh = deadline
+		}
+	}
 	if refreshed { // an overdue claim is not refreshed before its flows are queried
 		m.op(Op{Kind: Refresh, Permission: c.Permission, By: c.placed.By})
 		c.refresh = now + m.policy.Lifetime/2
@@ -133,6 +148,10 @@ func (m *Model) expireOverdue(now time.Duration) {
 		}
 	}
 }
+
+// blur is how exactly it is known when an earlier daemon last wrote a claim to the kernel, which
+// tells the time left of an expectation in seconds.
+func (m *Model) blur() time.Duration { return min(2*time.Second, m.policy.Lifetime/4) }
 
 // patience is how long an overdue claim waits for answers before the next look.
 func (m *Model) patience() time.Duration { return max(m.policy.Lifetime/16, m.wheel.grain) }

@@ -37,6 +37,7 @@ type claim struct {
 	noExpectation, noElement Reason
 
 	certain bool // the kernel confirmed that it stands
+	adopted bool // of an earlier daemon, and not fed since its last write to the kernel
 	counted bool // among the standing claims of its scopes
 	listed  bool // in the lists of idle claims of its scopes
 	self    bool // Int is an address of the gateway itself
@@ -260,7 +261,7 @@ func (m *Model) grant(now time.Duration, i int32) {
 	}
 	m.setState(i, StateStanding, ReasonNone)
 	m.setPlacement(i, p)
-	c.made, c.ends, c.certain = now, 0, false
+	c.made, c.ends, c.certain, c.adopted = now, 0, false, false
 	c.refresh = now + m.policy.Lifetime/2
 	if m.policy.Learned && m.snap.showing && !m.snap.first {
 		// The map may have learned it any time since the last snapshot, and a grant does not
@@ -417,6 +418,9 @@ func (m *Model) Missing(now time.Duration, p Permission, by Carriers) bool {
 		return false
 	}
 	c := &m.claims[i]
+	if c.adopted && m.isOver(now+m.blur(), c) { // it ended by itself
+		return false
+	}
 	c.certain = c.certain && c.placed.By&^by != 0
 	m.op(Op{Kind: Grant, Permission: c.Permission, By: c.placed.By & by})
 	return true

@@ -158,11 +158,6 @@ func (w *world) start() {
 	}
 	for _, p := range adopted {
 		w.notef("  adopt %v %v->%v by %v, %v left", p.Peers(), p.Ext, p.Int, p.By, p.Left)
-		for c := range w.sent { // a daemon that adopts a permission may renew it once
-			if c.in == p.Int && c.ext == p.Ext && p.Peers().Contains(c.peer.Netip()) {
-				w.sent[c] = w.now
-			}
-		}
 		if w.disturbed {
 			w.sent[contact{p.Int, p.Ext, p.Peer}] = w.now // nobody can tell whose it is
 		}
