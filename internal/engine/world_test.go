@@ -87,6 +87,7 @@ type world struct {
 	handed  map[cone.Endpoint]bool // outside endpoints with revocations that a daemon left to the next
 	log     []string
 
+	started  time.Duration // when the daemon started
 	wasShort time.Duration // when a shorter lifetime was in force last
 
 	overrun   bool // events are being lost
@@ -164,7 +165,7 @@ func (w *world) start() {
 		m.Adopt(w.now, p.Permission, p.By, w.now+p.Left)
 	}
 	w.apply()
-	w.overrun, w.disturbed = false, true
+	w.overrun, w.disturbed, w.started = false, true, w.now
 	w.reconcile()
 }
 
