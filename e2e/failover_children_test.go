@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/control"
@@ -82,5 +83,67 @@ func TestNFTChildHealsWhenTheWayOutsideChanges(t *testing.T) {
 				s.Until("another port gets in again", func() bool { return s.GetsIn(phone, another, ext) })
 			})
 		}
+	}
+}
+
+// A route changes that no flow uses. Children live on, and their permissions stand, where the
+// outside address is not that of the link by which packets leave, and was not before.
+//
+// Fails when an address that masquerade took from another link is taken for a wrong one, and
+// when one packet's way is taken for that of all ports.
+func TestNFTChildStaysWhenAnotherRouteChanges(t *testing.T) {
+	t.Parallel() // mostly it waits
+	for name, prepare := range map[string]func(s *scene){
+		"the uplink has no address": func(s *scene) {
+			s.IP(s.Gateway, "address add 198.51.100.1/32 dev lo")
+			s.IP(s.Gateway, "address del 198.51.100.1/24 dev wan0")
+			s.IP(s.Gateway, "route replace default via 198.51.100.254 dev wan0 onlink")
+			s.IP(s.Gateway, "link del wan1")
+		},
+		"one address on both uplinks": func(s *scene) { s.IP(s.Gateway, "address add 198.51.100.1/32 dev wan1") },
+		"an address on lo for some ports": func(s *scene) {
+			s.IP(s.Gateway, "address add 198.51.100.9/32 dev lo")
+			s.IP(s.Outside, "route replace 198.51.100.9/32 via 198.51.100.1")
+			s.Must(s.NFT("insert rule ip nat postrouting oifname wan0 udp sport 5060 snat to 198.51.100.9"))
+		},
+		"a routing rule for some ports": func(s *scene) {
+			s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 109")
+			s.IP(s.Gateway, "rule add iif lan0 ipproto udp dport 5060 table 109")
+		},
+		"several next hops, by ports": func(s *scene) {
+			s.sysctl("net/ipv4/fib_multipath_hash_policy", "1")
+			s.IP(s.Gateway, "route replace default nexthop via 198.51.100.254 dev wan0 onlink nexthop via 198.51.100.254 dev wan1 onlink")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s, _ := twoUplinks(t, lab.Options{Rules: bothUplinks})
+			prepare(s)
+			s.Serve("--reconcile=1h")
+			var phones, others []*lab.Socket
+			var exts []netip.AddrPort
+			peer := s.PeerSocket(lab.PeerA, 5060)
+			for i := range uint16(6) {
+				phone, other := s.InsideSocket(0, 5060+i), s.PeerSocket(lab.PeerA, 7000+i)
+				ext := s.Contact(phone, peer)
+				s.Arrives(phone, other, ext)
+				s.Contact(phone, other) // the child is answered
+				phones, others, exts = append(phones, phone), append(others, other), append(exts, ext)
+			}
+			standing, ids := s.Status().Permissions.Standing, s.insideIDs()
+			s.IP(s.Gateway, "route add 192.0.2.128/25 via 10.47.11.109 dev lan0")
+			began := time.Now() // flows may be checked with a delay
+			s.Until("it looked at flows", func() bool { s.Status(); return time.Since(began) > 1500*time.Millisecond })
+			if now := s.Status().Permissions.Standing; now != standing {
+				t.Errorf("%d permissions stand of %d", now, standing)
+			}
+			if after := s.insideIDs(); !slices.Equal(after, ids) {
+				t.Errorf("flows before: %v, after: %v", ids, after)
+			}
+			for i := range phones {
+				s.Arrives(phones[i], others[i], exts[i])
+				s.Arrives(phones[i], s.PeerSocket(lab.PeerA, 7100+uint16(i)), exts[i])
+			}
+		})
 	}
 }

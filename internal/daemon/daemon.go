@@ -121,6 +121,7 @@ type reconciler struct {
 		next    time.Duration   // earliest time of the next look
 		outside map[string]bool // current and former outside links
 		stale   stalePermissions
+		shared  bool // a route to outside links has several next hops
 	}
 }
 

@@ -197,6 +197,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 	r.links.Know(network, slices.Concat(cfg.Outside, cfg.Inside), wantsMapping(cfg) || cfg.HealFlows)
 	_, failed := r.repairRules(cfg, network)
 	r.broken.sawNetwork(r.network, network)
+	r.rerouted.shared = network.Shares()
 	if !network.SameRoutes(r.network) {
 		r.rerouted.looks = rerouteLooks
 		if len(r.rerouted.stale.exact) > 0 { // what was wrong may be right now

@@ -115,6 +115,13 @@ func (r *Router) lookup(src, dst cone.Endpoint, from, mark uint32, tos uint8) (l
 	return link, nil
 }
 
+// Shares reports whether an IPv4 route to outside links has several next hops (ECMP). A Lean
+// network does not know.
+func (n Network) Shares() bool {
+	links := n.links()
+	return slices.ContainsFunc(n.Routes, func(r Route) bool { return r.Shared && r.Prefix.Addr().Is4() && links[r.Link].outsideFor(r.Prefix) })
+}
+
 // HidesWays reports whether IPv4 packets may take other ways than a Router finds, because a
 // routing rule selects by part of the DSCP, or by something that we do not know.
 func (n Network) HidesWays() bool {
