@@ -264,10 +264,10 @@ func TestDoctorAsksNoIPv4OfAnOutsideLinkForIPv6(t *testing.T) {
 // The user's SIP helper works for a phone, so there is no expectation for its proxy, and the
 // forward chain drops what the map admits.
 //
-// Fails when doctor is content although the proxy's other port is lost.
+// Fails when doctor or the verdict is content although the proxy's other port is lost.
 func TestDoctorKnowsHelpers(t *testing.T) {
 	stage.OfTheDaemon(t)
-	tt := fault{id: "helper_and_no_dnat", options: lab.Options{Rules: lab.Masquerade + lab.DropPolicy + sipHelper}, about: lab.InsideNet.String()}
+	tt := fault{id: dropped, options: lab.Options{Rules: lab.Masquerade + lab.DropPolicy + sipHelper}, about: lab.InsideNet.String() + " helper"}
 	p := &patient{newScene(t, tt.options), tt, filepath.Join(t.TempDir(), "conenatd.toml")}
 	p.write()
 	p.Start("--config", p.config)
@@ -276,6 +276,9 @@ func TestDoctorKnowsHelpers(t *testing.T) {
 	p.Stands(phone, proxy, ext)
 	var f *doctor.Finding
 	p.Until("doctor finds it", func() bool { f = p.finding(); return f != nil })
+	if got := p.verdict(); !strings.HasPrefix(got, "works in part: ") {
+		t.Errorf("verdict %q", got)
+	}
 	p.Lost(phone, p.PeerSocket(lab.PeerA, 5070), ext, proxy)
 	p.apply(f.Fix)
 	p.Until("the fault is gone", func() bool { return p.finding() == nil })

@@ -356,8 +356,12 @@ func (w *world) checkScopes() {
 	w.t.Helper()
 	hosts, listed := map[Addr]int{}, map[Addr]int{}
 	total := 0
+	var alone [Reasons]int
 	for i := range w.m.claims {
 		if c := &w.m.claims[i]; c.state == StateStanding {
+			if c.placed.By == ByMap {
+				alone[c.placed.Why]++
+			}
 			hosts[c.Int.Addr]++
 			total++
 			if c.isIdle() {
@@ -368,6 +372,9 @@ func (w *world) checkScopes() {
 	if len(hosts) != len(w.m.hosts) || total != w.m.stats.Standing || int(w.m.subnets[0].standing) != total || total != len(w.kernel) {
 		w.failf("%d stand for %d hosts; the model says %d for %d, %v; the kernel %d",
 			total, len(hosts), w.m.stats.Standing, len(w.m.hosts), w.m.subnets, len(w.kernel))
+	}
+	if got := w.m.MapAlone(w.policy.Subnets[0].Prefix); got != alone {
+		w.failf("only the map carries %v; the model says %v", alone, got)
 	}
 	for a, n := range hosts {
 		s := w.m.hosts[a]

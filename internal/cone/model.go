@@ -90,7 +90,8 @@ type Model struct {
 	flows     flowTable
 	early     earlyIndex
 	hosts     map[Addr]scope
-	subnets   []scope // by index in the policy
+	subnets   []scope        // by index in the policy
+	mapAlone  [][Reasons]int // by index in the policy, as MapAlone
 	room      Room
 	bounded   bool                  // room limits the expectations
 	expected  [busy + 1]scope       // standing expectations, by how they stand; the oldest first
@@ -124,9 +125,7 @@ type Stats struct {
 	Standing, Refused, Waiting int // claims by state
 	Flows                      int // flows that support or belong to claims
 	Expected, Mapped           int // claims that stand, by carrier
-	// MapAlone counts claims that only the map carries, by why they have no expectation.
-	MapAlone [Reasons]int
-	Helped   int // pairs of hosts between which a conntrack helper was seen at work
+	Helped                     int // pairs of hosts between which a conntrack helper was seen at work
 
 	Granted   uint64 // grants decided, retries included
 	Conflicts uint64 // claims whose permission another claim owned
@@ -152,6 +151,7 @@ func New(p Policy) *Model {
 		pairs:    make(map[pair]time.Duration),
 		hosts:    make(map[Addr]scope),
 		subnets:  newScopes(len(p.Subnets)),
+		mapAlone: make([][Reasons]int, len(p.Subnets)+1),
 		passes:   make(map[netip.Prefix]*Passed),
 		flows:    newFlowTable(),
 		early:    newEarlyIndex(),

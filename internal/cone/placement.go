@@ -1,6 +1,9 @@
 package cone
 
-import "time"
+import (
+	"net/netip"
+	"time"
+)
 
 // Carriers is a bit set of the ways in which a permission stands in the kernel.
 type Carriers uint8
@@ -117,22 +120,34 @@ func (m *Model) setPlacement(i int32, p Placement) {
 	if p.By == 0 {
 		c.leaving = 0
 	}
-	m.stats.count(c.placed, -1)
+	m.countPlacement(c, -1)
 	c.placed = p
-	m.stats.count(p, 1)
+	m.countPlacement(c, 1)
 	m.accountRoom(i)
 }
 
-func (s *Stats) count(p Placement, n int) {
-	if p.By&ByExpectation != 0 {
-		s.Expected += n
+// countPlacement adds n to the counts of what carries c.
+func (m *Model) countPlacement(c *claim, n int) {
+	if c.placed.By&ByExpectation != 0 {
+		m.stats.Expected += n
 	}
-	if p.By&ByMap != 0 {
-		s.Mapped += n
+	if c.placed.By&ByMap != 0 {
+		m.stats.Mapped += n
 	}
-	if p.By == ByMap {
-		s.MapAlone[p.Why] += n
+	if c.placed.By == ByMap {
+		m.mapAlone[c.subnet][c.placed.Why] += n
 	}
+}
+
+// MapAlone counts the permissions of an enabled subnet that only the map carries, by why they
+// have no expectation.
+func (m *Model) MapAlone(subnet netip.Prefix) [Reasons]int {
+	for i, s := range m.policy.Subnets {
+		if s.Prefix == subnet {
+			return m.mapAlone[i]
+		}
+	}
+	return [Reasons]int{}
 }
 
 // forget clears what the kernel refused for c, which may have room by now. It keeps a

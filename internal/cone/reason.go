@@ -38,6 +38,9 @@ const (
 	ReasonRevoked     // the user revoked it
 	ReasonIdle        // only packets from outside keep its flow alive
 
+	// The permission stands.
+	ReasonDropped // the user's firewall drops what it admits
+
 	// The permission ended.
 	ReasonExpired
 	ReasonPolicy      // the configuration no longer allows it
@@ -81,6 +84,7 @@ var reasonNames = [reasons]string{
 	ReasonLimit:            "total_limit",
 	ReasonRevoked:          "revoked",
 	ReasonIdle:             "idle",
+	ReasonDropped:          "dropped",
 	ReasonExpired:          "expired",
 	ReasonPolicy:           "policy",
 	ReasonAddressGone:      "address_gone",

@@ -48,9 +48,9 @@ func ParseExt(s string) (netip.AddrPort, error) {
 // Inactive says in words why a permission does not stand.
 func Inactive(p Permission) string {
 	if p.Reason == "" {
-		return words(p.State)
+		return Words(p.State)
 	}
-	return words(p.State) + ", " + words(p.Reason)
+	return Words(p.State) + ", " + Words(p.Reason)
 }
 
 // verdicts are the words for the identifiers of verdicts. TO stands for Explanation.To.

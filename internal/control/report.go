@@ -120,7 +120,7 @@ func WriteStatus(w io.Writer, s Status, verbose bool, now time.Time) error {
 		line("verified", "%d permissions, %d expectations, %d elements of the map, %d flows; %d wrong",
 			v.Permissions, v.Expectations, v.Elements, v.Flows, len(v.Wrong))
 		for _, w := range v.Wrong {
-			line("wrong", "%v -> %v %s", w.Peers, w.Ext, words(w.ID))
+			line("wrong", "%v -> %v %s", w.Peers, w.Ext, Words(w.ID))
 		}
 	}
 	if err := tw.Flush(); err != nil || len(s.Warnings) == 0 {
@@ -148,7 +148,7 @@ func most(n int) string {
 
 // carried says what carries a subnet, and why.
 func carried(c Carried) string {
-	text := c.By + ": " + strings.ReplaceAll(words(c.Why), "CHAIN", cmp.Or(c.Chain, "your firewall"))
+	text := c.By + ": " + strings.ReplaceAll(Words(c.Why), "CHAIN", cmp.Or(c.Chain, "your firewall"))
 	if c.Error != "" {
 		text += " (" + c.Error + ")"
 	}
@@ -200,7 +200,7 @@ func list(words []string) string { return cmp.Or(strings.Join(words, ", "), "non
 func worded(counts map[string]uint64) map[string]uint64 {
 	out := make(map[string]uint64, len(counts))
 	for id, n := range counts {
-		out[words(id)] += n
+		out[Words(id)] += n
 	}
 	return out
 }
@@ -234,7 +234,7 @@ func SkippedReasons(c Counters) string { return reasons(skipped(c)) }
 
 // skipped counts flows to peers behind other than outside links separately for each link.
 func skipped(c Counters) map[string]uint64 {
-	out, all := worded(c.Skipped), words("not_outside")
+	out, all := worded(c.Skipped), Words("not_outside")
 	for link, n := range c.SkippedLinks {
 		out[fmt.Sprintf("peer is behind %s, which is no outside link", link)] = n
 		out[all] -= n // the rest is of links that are not counted separately

@@ -29,7 +29,7 @@ func WriteTable(w io.Writer, ps []Permission, now time.Time) error {
 	}
 	row("ZONE", "REASON", "INT", "EXT", "PEER", "STATE", "FLOWS", "CHILDREN", "AGE", "EXPIRES")
 	for _, p := range ps {
-		row(p.Zone, cmp.Or(words(p.Reason), "-"), p.Int, p.Ext, p.PeerText(), p.State, p.Flows, p.Children,
+		row(p.Zone, cmp.Or(Words(p.Reason), "-"), p.Int, p.Ext, p.PeerText(), p.State, p.Flows, p.Children,
 			between(p.Since, now), between(now, p.Expires))
 	}
 	return tw.Flush()

@@ -64,7 +64,7 @@ func WriteEvent(w io.Writer, e Event) error {
 			text += "  by " + e.Backend
 		}
 		if e.Reason != "" {
-			text += ": " + words(e.Reason)
+			text += ": " + Words(e.Reason)
 		}
 		_, err = fmt.Fprintln(w, text)
 	}

@@ -52,7 +52,7 @@ type Permission struct {
 	Peers   netip.Prefix   `json:"peers,omitzero"`    // if the peer is a group or everybody
 	Zone    uint16         `json:"zone"`              // conntrack zone of the reply direction of its flows
 	State   string         `json:"state"`             // standing, refused or waiting
-	Reason  string         `json:"reason,omitempty"`  // why it does not stand
+	Reason  string         `json:"reason,omitempty"`  // why it does not stand, or admits nobody
 	Backend string         `json:"backend,omitempty"` // what carries it
 
 	Flows    int `json:"flows"`    // live flows that the inside host opened

@@ -31,6 +31,7 @@ var prose = map[string]string{
 	"total_limit":        "limit of all permissions",
 	"revoked":            "revoked by command",
 	"idle":               "not fed from inside",
+	"dropped":            "your firewall drops what the peer sends",
 	"policy":             "not allowed any more",
 	"address_gone":       "outside address is gone",
 	"rerouted":           "its packets leave by another link now",
@@ -49,6 +50,7 @@ var prose = map[string]string{
 	"cannot_tell":      "whether your firewall accepts DNATed flows cannot be told from its rules",
 	"unread":           "your forward chains cannot be read",
 	"not_mappable":     "it is routed or of IPv6",
+	"only_map":         "only the map can admit everybody",
 	"only_backend":     "no other backend is in use",
 
 	// What a verification found.
@@ -68,8 +70,8 @@ var prose = map[string]string{
 	"other_endpoint":      "a rule before conenatd's gave them another outside endpoint, or something else used that of the mapping",
 }
 
-// words returns the text for an identifier.
-func words(id string) string {
+// Words returns the text that explains an identifier to people.
+func Words(id string) string {
 	if w, ok := prose[id]; ok {
 		return w
 	}

@@ -29,8 +29,10 @@ type decision struct {
 	why      why
 	err      error // why the rules could not be read
 	evidence []control.Evidence
-	warning  string // for the user, if there is something for him to do
-	zoned    bool   // the warning is about conntrack zones
+	warning  string         // for the user, if there is something for him to do
+	zoned    bool           // the warning is about conntrack zones
+	mapLost  bool           // children of the map are dropped, though expectations carry the subnet
+	spared   []netip.Prefix // peer groups whose children pass all the same, as far as is known
 	// elsewhere says that children are lost though the forward hook accepts most of them.
 	elsewhere bool
 }
@@ -41,7 +43,7 @@ func (d *decision) chain() string {
 	case relatedAccepted, bothDropped, dnatDropped, relatedDropped:
 		return d.Dropper
 	}
-	return ""
+	return d.blocker()
 }
 
 // blocker names the chain that drops flows if the user is warned of it, whatever why says.
@@ -64,6 +66,7 @@ const (
 	cannotTell      why = "cannot_tell"
 	cannotRead      why = "unread"
 	notMappable     why = "not_mappable" // routed, or IPv6
+	onlyMap         why = "only_map"     // open to everybody, while DNATed flows may be dropped
 	onlyBackend     why = "only_backend"
 )
 
@@ -71,13 +74,11 @@ const (
 // forward hook does with children.
 func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.Prefix]decision {
 	verdicts := make([]userrules.ChildVerdicts, len(cfg.Subnets))
-	var unread error
-	if links := outsideLinks(network); len(links) > 0 {
-		found, err := f.children(links, network, prefixes(cfg.Subnets))
-		if err == nil {
+	q, unread := f.children(network, prefixes(cfg.Subnets))
+	if unread == nil && len(q.outside) > 0 {
+		var found []userrules.ChildVerdicts
+		if found, unread = q.of(netip.Prefix{}); unread == nil {
 			verdicts = found
-		} else {
-			unread = err
 		}
 	}
 	all := make(map[netip.Prefix]decision, len(verdicts))
@@ -89,30 +90,24 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 			w.related.acceptedNow(v.MostRelated == userrules.Accepted)
 		}
 		d := w.weigh(v)
+		if s.Filtering == config.EndpointIndependent && d.Choice != cone.ChooseMap {
+			d.Choice, d.why = cone.ChooseMap, onlyMap
+		}
 		if unread != nil {
 			d.why, d.err, d.evidence = cannotRead, unread, nil
 		}
-		d.warning, d.zoned = f.warning(s, d)
+		d.warning, d.zoned = f.warning(cfg, s, d)
+		d.mapLost = d.warning == "" && d.Choice == cone.ChooseExpectation && f.withMap && s.Prefix.Addr().Is4() && s.Filtering == config.AddressDependent
+		if d.MostDNATed == userrules.Dropped && v.DNATed != userrules.Dropped && s.Prefix.Addr().Is4() && len(q.inside) > 0 {
+			d.spared = q.only(i).spared(cfg.PeerGroups, v.MostDNATed)
+		}
 		all[s.Prefix] = d
 	}
 	return all
 }
 
-// children says what the user's forward hook does with children of the subnets.
-func (f *firewall) children(outside []userrules.Link, network gateway.Network, subnets []netip.Prefix) ([]userrules.ChildVerdicts, error) {
-	if f.unread != nil {
-		return nil, f.unread
-	}
-	to, err := network.LinksTo(0, subnets)
-	if err != nil {
-		return nil, err
-	}
-	var inside []userrules.Link
-	for _, l := range to {
-		inside = append(inside, userrules.Link{Index: l.Index, Name: l.Name})
-	}
-	return f.user.Children(outside, inside, subnets)
-}
+// translated reports whether the map can carry the subnet's permissions.
+func translated(s config.Subnet) bool { return !s.Routed && s.Prefix.Addr().Is4() }
 
 // weigh decides by the rules. It decides by evidence, that is, by what became of children into
 // the subnet, if the answer of the rules is unknown, or if children are lost although the
@@ -163,28 +158,40 @@ func choose(v userrules.ChildVerdicts) decision {
 	return d
 }
 
+// dropper names what drops children.
+func (d *decision) dropper() string {
+	if d.elsewhere {
+		return "a chain of another hook than forward, or a rule for some of them"
+	}
+	return cmp.Or(d.Dropper, "the forward chain")
+}
+
 // warning says what the user has to do about children that are dropped, and whether
 // conntrack zones are the reason.
-func (f *firewall) warning(s config.Subnet, d decision) (text string, zoned bool) {
+func (f *firewall) warning(cfg config.Config, s config.Subnet, d decision) (text string, zoned bool) {
 	const inZone = "packets from outside come in another conntrack zone than answers do, where no expectation stands"
-	expected := f.withExpectations() && (!f.withMap || s.Routed || s.Prefix.Addr().Is6() || d.Choice == cone.ChooseExpectation)
+	expected := f.withExpectations() && (!f.withMap || !translated(s) || d.Choice == cone.ChooseExpectation)
 	accept := accept
-	if s.Routed || s.Prefix.Addr().Is6() {
+	if !translated(s) {
 		accept = acceptUntranslated
 	}
-	dropper := cmp.Or(d.Dropper, "the forward chain")
-	if d.elsewhere {
-		dropper = "a chain of another hook than forward, or a rule for some of them"
-	}
 	switch {
-	case f.packetsInZone && expected && f.withMap && !s.Routed && s.Prefix.Addr().Is4():
-		return fmt.Sprintf("%s, and %s drops what the map admits into subnet %v: %s", inZone, dropper, s.Prefix, accept), true
+	case s.Filtering == config.AddressAndPortDependent: // there are no permissions
+		return "", false
+	case f.packetsInZone && expected && f.withMap && translated(s):
+		return fmt.Sprintf("%s, and %s drops what the map admits into subnet %v: %s", inZone, d.dropper(), s.Prefix, accept), true
 	case expected && d.MostRelated == userrules.Dropped, !expected && d.MostDNATed == userrules.Dropped && d.MostRelated == userrules.Dropped:
-		return fmt.Sprintf("your firewall drops the flows of peers into subnet %v: %s; %s", s.Prefix, dropper, accept), false
 	case !expected && d.MostDNATed == userrules.Dropped:
-		return fmt.Sprintf("your firewall drops the flows of peers into subnet %v: %s; %s, or set backend = \"auto\"", s.Prefix, dropper, accept), false
+		switch {
+		case s.Filtering == config.EndpointIndependent:
+			accept = `only the map can admit everybody (filtering endpoint_independent); ` + accept
+		case cfg.Backend == config.BackendNFT && len(largeGroups(cfg)) == 0:
+			accept += `, or set backend = "auto"`
+		}
+	default:
+		return "", false
 	}
-	return "", false
+	return fmt.Sprintf("your firewall drops the flows of peers into subnet %v: %s; %s", s.Prefix, d.dropper(), accept), false
 }
 
 // redecide decides again, and moves what stands to the carriers chosen.
@@ -248,7 +255,7 @@ func (l *loop) carriers(c cone.Choice) cone.Carriers {
 func (l *loop) carried(s config.Subnet) control.Carried {
 	x, known := l.decisions[s.Prefix]
 	switch {
-	case s.Routed || s.Prefix.Addr().Is6():
+	case !translated(s):
 		return control.Carried{By: cone.ByExpectation.String(), Why: string(notMappable), Chain: x.blocker()}
 	case l.backends.carriers().Carriers() != cone.AllCarriers || !known:
 		return control.Carried{By: l.backends.String(), Why: string(onlyBackend), Chain: x.blocker()}

@@ -177,7 +177,7 @@ func TestUnreadChainIsOneWarning(t *testing.T) {
 			decisions[s.Prefix] = decision{err: tc.err}
 		}
 		var got warnings
-		got.addDecisions(subnets, decisions)
+		got.addDecisions(config.Config{Subnets: subnets}, decisions, (&cone.Model{}).MapAlone)
 		if len(got) != tc.want || tc.want > 0 && (got[0].id != warnChainsUnread || !strings.Contains(got[0].text, chain)) {
 			t.Errorf("with %v: %q", tc.err, got)
 		}

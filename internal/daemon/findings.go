@@ -25,7 +25,7 @@ const (
 // warnings says what a user should know about his gateway.
 func (l *loop) warnings() (out warnings) {
 	out = slices.Concat(l.firewall.warnings, l.ruleWarnings, l.portWarnings)
-	out.addDecisions(l.cfg.Subnets, l.decisions)
+	out.addDecisions(l.cfg, l.decisions, l.engine.Model.MapAlone)
 	if l.late >= isLate {
 		out.add(warnLate, "", "rules, links or routes change so often that a change may take effect %v late: "+
 			"to read them takes %v of CPU time", l.late.Round(time.Second), l.look.Round(time.Millisecond))
@@ -37,8 +37,7 @@ func (l *loop) warnings() (out warnings) {
 		out.add(warnPortPerPeer, "", "peers see another outside port each of one and the same inside port, so a rule of yours has random or fully-random: "+
 			`mapping = "endpoint_independent" keeps one`)
 	}
-	large := func(g netip.Prefix) bool { return g.Addr().Is4() && g.Bits() < 32-cone.ExpandBits }
-	if slices.ContainsFunc(l.cfg.PeerGroups, large) && l.backends.nft == nil {
+	if len(largeGroups(l.cfg)) > 0 && l.backends.nft == nil {
 		out.add(warnLargeGroups, "", "peer_groups of more than 16 IPv4 addresses hold for routed subnets alone: only the nft backend can translate for these")
 	}
 	if n := l.tables.Mapping.PoolUsedUp; n >= someFlows {
@@ -89,10 +88,11 @@ func (l *loop) warnings() (out warnings) {
 }
 
 // addDecisions warns of children that are dropped, and of chains that cannot be read. Rules
-// that changed during the reading are no warning: the next look reads them.
-func (w *warnings) addDecisions(subnets []config.Subnet, decisions map[netip.Prefix]decision) {
+// that changed during the reading are no warning: the next look reads them. alone is
+// Model.MapAlone.
+func (w *warnings) addDecisions(cfg config.Config, decisions map[netip.Prefix]decision, alone func(netip.Prefix) [cone.Reasons]int) {
 	var unread error
-	for _, s := range subnets {
+	for _, s := range cfg.Subnets {
 		x := decisions[s.Prefix]
 		if !errors.Is(x.err, userrules.ErrChanging) {
 			unread = cmp.Or(unread, x.err)
@@ -103,6 +103,7 @@ func (w *warnings) addDecisions(subnets []config.Subnet, decisions map[netip.Pre
 		case x.warning != "":
 			w.add(warnChildrenDropped, s.Prefix.String(), "%s", x.warning)
 		}
+		w.addMapLost(cfg, s, &x, alone(s.Prefix))
 	}
 	if unread != nil {
 		w.add(warnChainsUnread, "", "what your forward chains let pass is told by flows of peers alone, for they cannot be read: %v", unread)

@@ -160,21 +160,21 @@ func (s source) Permissions(yield func(control.Permission) bool) error {
 	if err := s.showAll(listAge); err != nil {
 		return err
 	}
-	piece := make([]cone.View, 0, atOnce)
+	piece := make([]shownView, 0, atOnce)
 	var hidden *userrules.Covered
 	for at := 0; at >= 0; {
 		piece = piece[:0]
 		ok := s.do(func(l *loop) {
 			hidden = l.hidden
 			at = l.engine.Model.Walk(at, atOnce, func(v cone.View) {
-				piece = append(piece, v)
+				piece = append(piece, shownView{v, l.drops(&v)})
 			})
 		})
 		if !ok {
 			return errEnded
 		}
 		for i := range piece {
-			if !yield(s.permission(&piece[i], hidden)) {
+			if !yield(s.permission(&piece[i].View, hidden, piece[i].dropped)) {
 				return nil
 			}
 		}
@@ -202,10 +202,29 @@ func (l *loop) helper(v6 bool) string {
 	return ipv4
 }
 
+// A shownView is a claim that is listed; dropped says that the user's firewall drops its children.
+type shownView struct {
+	cone.View
+	dropped bool
+}
+
+// drops reports whether the user's firewall drops the children of a claim that stands.
+func (l *loop) drops(v *cone.View) bool {
+	host, bits := v.Int.Addr.Netip(), -1
+	var d decision
+	for _, s := range l.cfg.Subnets {
+		if s.Prefix.Contains(host) && s.Prefix.Bits() > bits {
+			d, bits = l.decisions[s.Prefix], s.Prefix.Bits()
+		}
+	}
+	return d.drops(v)
+}
+
 // permission is a claim as the control socket shows it. A claim in the map is shown as refused
 // if all its packets match a forward of the user's, which comes before the map: it admits
-// nobody as long as that forward is there.
-func (s *shared) permission(v *cone.View, hidden *userrules.Covered) control.Permission {
+// nobody as long as that forward is there. dropped says that the user's firewall drops what it
+// admits.
+func (s *shared) permission(v *cone.View, hidden *userrules.Covered, dropped bool) control.Permission {
 	p := control.Permission{
 		Int: v.Int.Netip(), Ext: v.Ext.Netip(), Peer: v.Peer.Netip(), Peers: peers(v.Key), Zone: v.Zone,
 		State: v.State.String(), Reason: v.Reason.String(), Backend: v.By.String(),
@@ -217,6 +236,9 @@ func (s *shared) permission(v *cone.View, hidden *userrules.Covered) control.Per
 		p.State, p.Reason = cone.StateRefused.String(), cone.ReasonForwarded.String()
 	default:
 		p.Since, p.Expires = s.wall(v.Since), s.wall(v.Expires)
+		if dropped {
+			p.Reason = cone.ReasonDropped.String()
+		}
 	}
 	return p
 }

@@ -103,7 +103,7 @@ func TestLegacyRulesAreFollowedWithoutNFTables(t *testing.T) {
 		must(err)
 		return slices.ContainsFunc(st.Warnings, func(w string) bool { return strings.Contains(w, "iptables-legacy filter FORWARD") })
 	}
-	until("the permission stands", is(5060, "standing", ""))
+	until("the permission stands, in vain", is(5060, "standing", "dropped"))
 	until("that of the forward is refused", is(5061, "refused", "forwarded"))
 	until("the chain is named", warned)
 	legacy("*filter\n-A FORWARD -m conntrack --ctstate RELATED -j ACCEPT\nCOMMIT\n")

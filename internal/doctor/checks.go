@@ -26,7 +26,6 @@ var checks = []check{
 	{"forwarding_off", Error, "the kernel forwards no packet that comes in by these links", false, (*Facts).forwardingOff},
 	{"subnet_not_translated", Error, "nobody on the Internet can answer a private address, and no permission arises", true, (*Facts).notTranslated},
 	{"source_nat_random", Warning, "each peer sees another outside port, as behind a symmetric NAT", true, (*Facts).randomPorts},
-	{"helper_and_no_dnat", Error, "where a helper works the map alone admits peers, and what a peer sends from another port is lost", false, (*Facts).helped},
 	{"timeouts_short", Warning, "RFC 4787 (REQ-5) asks for two minutes at least: hosts that keep silent for longer lose their outside port", false, (*Facts).shortTimeouts},
 	{"reverse_path_strict", Warning, "the kernel drops what comes by an uplink other than the one that it would use for the answer", false, (*Facts).strictPaths},
 	{"uplink_per_flow", Warning, "what a host answers to another port of a peer may leave by another uplink, with an address that its provider drops", false, (*Facts).uplinkPerFlow},
@@ -160,23 +159,6 @@ func (f *Facts) randomPorts() (all []Finding) {
 			About: fmt.Sprintf("%v %s", t.Subnet, t.Link),
 			What:  fmt.Sprintf("a rule of yours chooses a random outside port for each flow of %v on %s: %s", t.Subnet, t.Link, t.Rule),
 			Fix:   []Line{{Subnets, `mapping = "endpoint_independent"`}}, Keep: "or take 'random' and 'fully-random' out of the rule",
-		})
-	}
-	return all
-}
-
-// helped looks at subnets that expectations serve because the forward chain drops what the
-// map admits.
-func (f *Facts) helped() (all []Finding) {
-	for _, s := range f.Status.Subnets {
-		if f.Status.Permissions.Helped == 0 || s.Carried.By != "expect" || s.Carried.Chain == "" || s.Carried.Why == "not_mappable" {
-			continue
-		}
-		lines, keep := f.accept(s.Carried.Chain, s)
-		all = append(all, Finding{
-			About: s.Prefix.String(), Fix: lines, Keep: keep,
-			What: fmt.Sprintf("a conntrack helper of yours (SIP, TFTP, H.323) works between %d pairs of hosts, and %s drops what the map admits into %v",
-				f.Status.Permissions.Helped, s.Carried.Chain, s.Prefix),
 		})
 	}
 	return all

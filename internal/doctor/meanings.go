@@ -51,13 +51,17 @@ func theirs(_ *Facts, d control.Finding) ([]Line, string) {
 	return []Line{{Shell, d.Fix}}, keepSysctl
 }
 
-// letIn lets children of the finding's subnet pass the chain that drops them.
+// letIn lets children of the finding's subnet pass the chain that drops them. The finding
+// may be about some of the subnet's permissions, which it names after the subnet.
 func letIn(f *Facts, d control.Finding) ([]Line, string) {
-	i := slices.IndexFunc(f.Status.Subnets, func(s control.Subnet) bool { return s.Prefix.String() == d.About })
+	subnet, _, inMap := strings.Cut(d.About, " ")
+	i := slices.IndexFunc(f.Status.Subnets, func(s control.Subnet) bool { return s.Prefix.String() == subnet })
 	if i < 0 {
 		return nil, ""
 	}
-	return f.accept(f.Status.Subnets[i].Carried.Chain, f.Status.Subnets[i])
+	s := f.Status.Subnets[i]
+	s.Routed = s.Routed && !inMap // what the map admits is translated
+	return f.accept(s.Carried.Chain, s)
 }
 
 // translate translates the finding's subnet on all outside links.

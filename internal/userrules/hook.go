@@ -26,6 +26,12 @@ type baseChain struct {
 //
 // An error names the table and chain that could not be read; then there is no answer.
 func (rs *Ruleset) Children(outside, inside []Link, subnets []netip.Prefix) ([]ChildVerdicts, error) {
+	return rs.ChildrenOf(netip.Prefix{}, outside, inside, subnets)
+}
+
+// ChildrenOf answers as Children does, for flows of the peers in one prefix. The prefix is
+// invalid for any peer, otherwise of the family of the subnets.
+func (rs *Ruleset) ChildrenOf(peers netip.Prefix, outside, inside []Link, subnets []netip.Prefix) ([]ChildVerdicts, error) {
 	chains, err := rs.forwardHook(subnets)
 	if err != nil {
 		return nil, err
@@ -36,7 +42,7 @@ func (rs *Ruleset) Children(outside, inside []Link, subnets []netip.Prefix) ([]C
 			to[i] = l
 		}
 	}
-	answers, err := childVerdicts(chains, outside, to, subnets)
+	answers, err := childVerdicts(chains, peers, outside, to, subnets)
 	if err != nil {
 		return nil, err
 	}
@@ -142,13 +148,17 @@ func (v *ChildVerdicts) mayDropAll() {
 
 // childVerdicts answers for each of the subnets. inside has the links that lead to them,
 // nil for an unknown one.
-func childVerdicts(chains []baseChain, outside []Link, inside []*Link, subnets []netip.Prefix) ([]ChildVerdicts, error) {
+func childVerdicts(chains []baseChain, peers netip.Prefix, outside []Link, inside []*Link, subnets []netip.Prefix) ([]ChildVerdicts, error) {
 	from := linksOrAny(outside)
 	answers := make([]ChildVerdicts, len(subnets))
 	for i, subnet := range subnets {
 		for n, in := range from {
 			v, err := verdicts(chains, func(related bool) *child {
-				return newChild(related, in, inside[i], outside, subnet, subnets)
+				c := newChild(related, in, inside[i], outside, subnet, subnets)
+				if peers.IsValid() {
+					copy(c.source(), inPrefix(peers))
+				}
+				return c
 			})
 			if err != nil {
 				return nil, err

@@ -288,7 +288,7 @@ func TestErrorsNameTableAndChain(t *testing.T) {
 	table.sets["x"] = &set{failed: errors.New("no such set")}
 	for name, want := range map[string]string{"forward": "table inet filter: chain bad: ", "sets": "table inet filter: chain sets: no such set"} {
 		chains := []baseChain{{table, base{name: name}}}
-		got, err := childVerdicts(chains, nil, []*Link{nil}, []netip.Prefix{madeSubnet})
+		got, err := childVerdicts(chains, netip.Prefix{}, nil, []*Link{nil}, []netip.Prefix{madeSubnet})
 		if err == nil || !strings.Contains(err.Error(), want) || got != nil {
 			t.Errorf("%v, %v", got, err)
 		}

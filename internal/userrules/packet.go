@@ -72,14 +72,22 @@ func newChild(related bool, in, out *Link, outside []Link, subnet netip.Prefix, 
 	return c
 }
 
+// source is the part of the header that has the source address.
+func (c *child) source() []cell {
+	size := 4
+	if c.family == unix.NFPROTO_IPV6 {
+		size = 16
+	}
+	return c.network[len(c.network)-2*size:][:size]
+}
+
 // newStranger returns the first packet of a flow that nobody translates and no expectation
 // admits, from one endpoint to another. The port of from is 0 for any.
 func newStranger(in, out *Link, outside []Link, from, to netip.AddrPort) *child {
 	host := netip.PrefixFrom(to.Addr(), to.Addr().BitLen())
 	c := newChild(false, in, out, outside, host, []netip.Prefix{host})
 	c.status, c.labelled = 0, false
-	source := from.Addr().AsSlice()
-	copy(c.network[len(c.network)-2*len(source):], knownBytes(source))
+	copy(c.source(), knownBytes(from.Addr().AsSlice()))
 	copy(c.transport[2:], knownBytes(binary.BigEndian.AppendUint16(nil, to.Port())))
 	if from.Port() != 0 {
 		copy(c.transport, knownBytes(binary.BigEndian.AppendUint16(nil, from.Port())))

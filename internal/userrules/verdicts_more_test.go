@@ -50,6 +50,45 @@ func TestChildrenOfEachSubnet(t *testing.T) {
 		"dropped unknown inet filter forward") // it may be behind guest0
 }
 
+// Rules let in one provider, whatever they do with others.
+//
+// Fails when the source of the peers that the question is about is not used.
+func TestChildrenOfSomePeers(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{IPv6: true, Rules: `table inet filter { chain forward {
+		type filter hook forward priority filter; policy drop;
+		ip saddr 203.0.113.0/24 ct status dnat accept
+		ip saddr 192.0.2.128/25 drop
+		ip saddr 192.0.2.0/24 accept
+		ip6 saddr 2001:db8:99::/48 ct state related accept
+	}; }`})
+	rs, err := readOnce(l.Gateway.FD())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for peers, want := range map[string]string{
+		"203.0.113.0/24":     "accepted accepted",
+		"203.0.113.64/27":    "accepted accepted",
+		"203.0.112.0/23":     "unknown unknown",
+		"198.51.100.0/24":    "dropped dropped inet filter forward",
+		"192.0.2.0/25":       "accepted accepted",
+		"192.0.2.0/24":       "unknown unknown",
+		"2001:db8:99:1::/64": "dropped accepted inet filter forward",
+		"2001:db8:98::/48":   "dropped dropped inet filter forward",
+	} {
+		t.Run(peers, func(t *testing.T) {
+			prefix, subnet := netip.MustParsePrefix(peers), lab.InsideNet
+			if prefix.Addr().Is6() {
+				subnet = lab.InsideNet6
+			}
+			got, err := rs.ChildrenOf(prefix, []userrules.Link{wan0(t, l)}, nil, []netip.Prefix{subnet})
+			if err == nil {
+				err = fmt.Errorf("%s", verdict(got[0]))
+			}
+			equal(t, []string{err.Error()}, want)
+		})
+	}
+}
+
 // A routed host gets children that are not translated.
 func TestRelatedChildrenOfIPv6NeedNotBeDNATed(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{IPv6: true, Rules: inForward("ct status dnat accept")})

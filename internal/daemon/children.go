@@ -1,0 +1,57 @@
+package daemon
+
+import (
+	"net/netip"
+
+	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/userrules"
+)
+
+// A childQuestion asks what the user's forward hook does with children of some subnets.
+type childQuestion struct {
+	*userrules.Ruleset
+	outside, inside []userrules.Link
+	subnets         []netip.Prefix
+}
+
+// children returns the question about these subnets.
+func (f *firewall) children(network gateway.Network, subnets []netip.Prefix) (q childQuestion, err error) {
+	q = childQuestion{f.user, outsideLinks(network), nil, subnets}
+	if len(q.outside) == 0 {
+		return q, nil
+	}
+	if f.unread != nil {
+		return q, f.unread
+	}
+	to, err := network.LinksTo(0, subnets)
+	for _, l := range to {
+		q.inside = append(q.inside, userrules.Link{Index: l.Index, Name: l.Name})
+	}
+	return q, err
+}
+
+// only returns the question about one of the subnets.
+func (q childQuestion) only(i int) childQuestion {
+	q.inside, q.subnets = q.inside[i:i+1], q.subnets[i:i+1]
+	return q
+}
+
+// of answers for peers in a prefix, or for all peers if it is invalid.
+func (q childQuestion) of(peers netip.Prefix) ([]userrules.ChildVerdicts, error) {
+	return q.ChildrenOf(peers, q.outside, q.inside, q.subnets)
+}
+
+// spared returns the groups whose children in the map pass the forward hook, or may pass it.
+// most is what it does with those of most peers, and these are dropped, by the rules or as
+// evidence shows.
+func (q childQuestion) spared(groups []netip.Prefix, most userrules.Answer) (all []netip.Prefix) {
+	for _, g := range groups {
+		if !g.Addr().Is4() {
+			continue
+		}
+		if of, err := q.of(g); err == nil && of[0].MostDNATed != userrules.Dropped && of[0].MostDNATed != most {
+			all = append(all, g)
+		}
+	}
+	return all
+}
