@@ -102,6 +102,7 @@ const (
 	dropped        = "children_dropped"
 	noRule         = "subnet_not_translated"
 	byMap          = "backend = \"nft\"\n"
+	largeGroup     = "peer_groups = [\"203.0.113.0/24\"]\n"
 	oneOutsidePort = "mapping = \"endpoint_independent\"\n"
 	routed         = "routed = true\n"
 	masqOnWAN      = "iptables-nft -t nat -A POSTROUTING -s 10.47.11.0/24 -o wan0 -j MASQUERADE"
@@ -148,6 +149,22 @@ var faults = map[string]fault{
 	"Docker drops what the map admits": {
 		id: dropped, options: noRules, running: true, lost: true, top: byMap,
 		set: loadsFirewall(lab.IPTablesNFT, "docker.iptables"), line: "iptables-nft -I DOCKER-USER " + dnatIn,
+	},
+	"nft drops what only the map admits": {
+		id: dropped, about: "10.47.11.0/24 peer_groups", options: lab.Options{Rules: lab.Masquerade + lab.DropPolicy}, running: true, top: largeGroup,
+		line: `nft 'insert rule inet filter forward iifname "wan0" ct label 126 accept'`,
+	},
+	"nft drops what only the map admits, without a daemon": {
+		id: dropped, about: "10.47.11.0/24 peer_groups", options: lab.Options{Rules: lab.Masquerade + lab.DropPolicy}, top: largeGroup,
+		line: `nft 'insert rule inet filter forward iifname "wan0" ct label 126 accept'`,
+	},
+	"nft drops what is open to everybody, without a daemon": {
+		id: dropped, about: "10.47.11.0/24", options: lab.Options{Rules: lab.Masquerade + lab.DropPolicy}, subnet: "filtering = \"endpoint_independent\"\n",
+		line: `nft 'insert rule inet filter forward iifname "wan0" ct label 126 accept'`,
+	},
+	"iptables-legacy drops what only the map admits": {
+		id: dropped, about: "10.47.11.0/24 peer_groups", options: noRules, running: true, top: largeGroup,
+		set: loads(lab.IPTablesLegacy, lab.IPTablesMasquerade+lab.IPTablesDropPolicy), line: "iptables-legacy -I FORWARD " + dnatIn,
 	},
 	"fw4 drops what the map admits": {
 		id: dropped, options: noRules, running: true, lost: true, top: byMap,

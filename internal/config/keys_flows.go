@@ -123,7 +123,8 @@ needs a restart; a reload is not enough.`,
 			Usage: "peers of which a contact with one permits all, such as those of a SIP provider (repeatable)",
 			Doc: `Peers that belong together, as prefixes: contact with one address of a group permits the
 whole group. SIP providers signal from one address and send media from a neighbouring one.
-Behind source NAT a group of more than 16 addresses needs the nft backend.`,
+Behind source NAT a group of more than 16 addresses needs the nft backend, and a forward chain
+of yours that accepts 'ct status dnat'.`,
 		},
 		access: list(`["203.0.113.0/24"]`, peers, func(c *Config) *[]netip.Prefix { return &c.PeerGroups }),
 	},

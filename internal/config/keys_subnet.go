@@ -33,7 +33,8 @@ enables nothing. It never enables IPv6.`,
 			Doc: `Who may send to a port that a host of the subnet uses: "address_dependent", the peers that it
 has sent to, from any port; "address_and_port_dependent", only what the kernel itself lets in
 (no permissions); or "endpoint_independent", anybody on the Internet (a full cone). Behind
-source NAT the last one needs the nft backend, and a firewall on the host.`,
+source NAT the last one needs the nft backend, a forward chain of yours that accepts
+'ct status dnat', and a firewall on the host.`,
 		},
 		access: word(func(s *Subnet) *Filtering { return &s.Filtering }, AddressDependent, EndpointIndependent, AddressAndPortDependent),
 	},

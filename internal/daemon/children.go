@@ -41,14 +41,15 @@ func (q childQuestion) of(peers netip.Prefix) ([]userrules.ChildVerdicts, error)
 	return q.ChildrenOf(peers, q.outside, q.inside, q.subnets)
 }
 
-// spared returns the groups whose children in the map pass the forward hook, or may pass it.
-// most is what it does with those of most peers, and these are dropped, by the rules or as
+// mostGroupsAsked is about how many peer groups the rules are asked: each question goes through
+// all rules, which takes tens of milliseconds if there are thousands.
+const mostGroupsAsked = 8
+
+// spared returns the IPv4 groups whose children in the map pass the forward hook, or may pass
+// it. most is what it does with those of most peers, and these are dropped, by the rules or as
 // evidence shows.
 func (q childQuestion) spared(groups []netip.Prefix, most userrules.Answer) (all []netip.Prefix) {
-	for _, g := range groups {
-		if !g.Addr().Is4() {
-			continue
-		}
+	for _, g := range groups[:min(len(groups), mostGroupsAsked)] {
 		if of, err := q.of(g); err == nil && of[0].MostDNATed != userrules.Dropped && of[0].MostDNATed != most {
 			all = append(all, g)
 		}

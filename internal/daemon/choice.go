@@ -99,7 +99,7 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 		d.warning, d.zoned = f.warning(cfg, s, d)
 		d.mapLost = d.warning == "" && d.Choice == cone.ChooseExpectation && f.withMap && s.Prefix.Addr().Is4() && s.Filtering == config.AddressDependent
 		if d.MostDNATed == userrules.Dropped && v.DNATed != userrules.Dropped && s.Prefix.Addr().Is4() && len(q.inside) > 0 {
-			d.spared = q.only(i).spared(cfg.PeerGroups, v.MostDNATed)
+			d.spared = q.only(i).spared(largeGroups(cfg), v.MostDNATed)
 		}
 		all[s.Prefix] = d
 	}

@@ -1,0 +1,61 @@
+package daemon
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/userrules"
+)
+
+// The forward chain accepts RELATED alone.
+//
+// Fails when auto is advised where it would not help, and when a subnet without permissions
+// gets a warning.
+func TestAutoIsAdvisedWhereItHelps(t *testing.T) {
+	small, large := netip.MustParsePrefix("203.0.113.0/28"), netip.MustParsePrefix("203.0.113.0/27")
+	const drops, auto = "your firewall drops", `backend = "auto"`
+	for name, tc := range map[string]struct {
+		backend   config.Backend
+		helper    bool
+		filtering config.Filtering
+		group     netip.Prefix
+		want      []string // what the warning has of both
+	}{
+		"nft":                          {config.BackendNFT, false, config.AddressDependent, netip.Prefix{}, []string{drops, auto}},
+		"nft, a small group":           {config.BackendNFT, false, config.AddressDependent, small, []string{drops, auto}},
+		"nft, a large group":           {config.BackendNFT, false, config.AddressDependent, large, []string{drops}},
+		"nft, open":                    {config.BackendNFT, false, config.EndpointIndependent, netip.Prefix{}, []string{drops}},
+		"auto, open":                   {config.BackendAuto, true, config.EndpointIndependent, netip.Prefix{}, []string{drops}},
+		"auto, and no helper":          {config.BackendAuto, false, config.AddressDependent, netip.Prefix{}, []string{drops}},
+		"auto":                         {config.BackendAuto, true, config.AddressDependent, netip.Prefix{}, nil},
+		"nft, but without permissions": {config.BackendNFT, false, config.AddressAndPortDependent, netip.Prefix{}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := &firewall{withMap: true}
+			if tc.helper {
+				f.helpers = []string{"RAS"}
+			}
+			cfg := config.Config{Backend: tc.backend}
+			if tc.group.IsValid() {
+				cfg.PeerGroups = []netip.Prefix{tc.group}
+			}
+			d := choose(userrules.ChildVerdicts{MostDNATed: userrules.Dropped, MostRelated: userrules.Accepted, Dropper: "inet f forward"})
+			if tc.filtering == config.EndpointIndependent {
+				d.Choice = cone.ChooseMap
+			}
+			text, _ := f.warning(cfg, config.Subnet{Prefix: netip.MustParsePrefix("10.47.11.0/24"), Filtering: tc.filtering}, d)
+			var got []string
+			for _, part := range []string{drops, auto} {
+				if strings.Contains(text, part) {
+					got = append(got, part)
+				}
+			}
+			if strings.Join(got, ", ") != strings.Join(tc.want, ", ") {
+				t.Errorf("%q", text)
+			}
+		})
+	}
+}
