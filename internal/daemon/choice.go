@@ -183,7 +183,7 @@ func (f *firewall) warning(cfg config.Config, s config.Subnet, d decision) (text
 	case expected && d.MostRelated == userrules.Dropped, !expected && d.MostDNATed == userrules.Dropped && d.MostRelated == userrules.Dropped:
 	case !expected && d.MostDNATed == userrules.Dropped:
 		switch {
-		case s.Filtering == config.EndpointIndependent:
+		case s.Filtering == config.EndpointIndependent && translated(s):
 			accept = `only the map can admit everybody (filtering endpoint_independent); ` + accept
 		case cfg.Backend == config.BackendNFT && len(largeGroups(cfg)) == 0:
 			accept += `, or set backend = "auto"`
