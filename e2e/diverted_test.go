@@ -34,6 +34,9 @@ func TestNFTRulesSeeWhatHostsSendToAPortThatSpokeFirst(t *testing.T) {
 		"redirect by iptables-legacy": {func(s *scene) error {
 			return s.IPTables(lab.IPTablesLegacy, "*nat\n-A PREROUTING -i lan0 -p udp --dport 5060 -j REDIRECT --to-ports 5099\nCOMMIT\n")
 		}, redirectedTo},
+		"redirect of new flows of this host": {func(s *scene) error {
+			return s.NFT(strings.Replace(redirected, "udp dport", "ip saddr 10.47.11.109 ct state new udp dport", 1))
+		}, redirectedTo},
 		"helper": {func(s *scene) error { return s.NFT(sipHelped) }, helped},
 		"helper by iptables-nft": {func(s *scene) error {
 			return s.IPTables(lab.IPTablesNFT, "*raw\n-A PREROUTING -p udp --dport 5060 -j CT --helper sip\nCOMMIT\n")
@@ -69,6 +72,32 @@ func TestNFTRulesSeeWhatHostsSendToAPortThatSpokeFirst(t *testing.T) {
 				})
 			}
 		}
+	}
+}
+
+// A rule takes what one host sends to one peer's port. Other hosts, and other peers, are not
+// concerned.
+//
+// Fails when the sides of different rules are mixed, and when the host of the rule is ignored.
+func TestNFTRuleOfOneHostLeavesOthersAlone(t *testing.T) {
+	for mode, args := range map[string][]string{"auto": nil, "expect": {"--backend=expect"}} {
+		t.Run(mode, func(t *testing.T) {
+			s := newScene(t, lab.Options{Inside: 2})
+			s.Must(s.NFT(`table ip proxy { chain pre { type nat hook prerouting priority dstnat;
+				iifname "lan0" ip saddr 10.47.11.110 udp dport 5060 redirect to :5099
+				iifname "lan0" ip daddr 192.0.2.9 udp dport 5070 redirect to :5099
+				iifname "lan0" ip daddr 203.0.113.5 udp dport 5080 redirect to :5099
+			}; }`))
+			s.Serve(args...)
+			one, two, peer := s.InsideSocket(0, 4444), s.InsideSocket(1, 5555), s.PeerSocket(lab.PeerA, 5061)
+			ext, another := s.Contact(one, peer), s.Contact(two, peer)
+			s.Until("both may be reached", func() bool { return s.Status().Permissions.Standing == 2 })
+			sip, other, third := s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070), s.PeerSocket(lab.PeerA, 5080)
+			s.Arrives(one, sip, ext)
+			s.Arrives(one, other, ext)
+			s.Lost(one, third, ext, s.PeerSocket(lab.PeerA, 5090))
+			s.Lost(two, sip, another, other)
+		})
 	}
 }
 

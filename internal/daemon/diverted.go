@@ -13,36 +13,50 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
+// mostDiversions bounds the rules for diversions. Each first packet of a child meets them all.
+const mostDiversions = 256
+
 // divert reads which ports of peers rules of the user's take from inside hosts, and reports
 // whether the tables must change for it. What was read before holds if rules cannot be read.
-func (f *firewall) divert(network gateway.Network) (changed bool) {
+func (f *firewall) divert(cfg config.Config, network gateway.Network) (changed bool) {
 	if f.unread != nil || f.user == nil {
 		return false
 	}
-	next := rules.Diverted{}
-	own, inside := network.Topology().Local, insideLinks(network)
-	if len(inside) == 0 {
-		inside = []userrules.Link{{}} // no rule is for it by its name
-	}
-	for _, d := range f.diverter.Diversions(f.user, inside, outsideLinks(network)) {
-		ports := &next.Ports
-		if d.Peers != nil {
-			// The gateway's own addresses are no peers.
-			peers := slices.DeleteFunc(slices.Clone(d.Peers), func(p netip.Prefix) bool { return p.IsSingleIP() && slices.Contains(own, p.Addr()) })
-			if len(peers) == 0 {
+	var next []rules.Diversion
+	own := network.Topology().Local
+	for _, d := range f.diverter.Diversions(f.user, sidesOf(cfg, network)) {
+		// The gateway's own addresses are no peers.
+		peers := slices.DeleteFunc(slices.Clone(d.Peers), func(p netip.Prefix) bool { return p.IsSingleIP() && slices.Contains(own, p.Addr()) })
+		if d.Peers != nil && len(peers) == 0 {
+			continue
+		}
+		x := rules.Diversion{Hosts: d.Hosts, Peers: peers}
+		i := slices.IndexFunc(next, func(y rules.Diversion) bool { return slices.Equal(x.Hosts, y.Hosts) && slices.Equal(x.Peers, y.Peers) })
+		if i < 0 {
+			if len(next) == mostDiversions {
 				continue
 			}
-			next.Peers, ports = append(next.Peers, peers...), &next.PeerPorts
+			i, next = len(next), append(next, x)
 		}
 		for _, r := range d.Ports {
-			for port := int(r.First); port <= int(r.Last); port++ {
-				*ports = append(*ports, uint16(port))
+			if p := (rules.PortRange{First: r.First, Last: r.Last}); !slices.Contains(next[i].Ports, p) {
+				next[i].Ports = append(next[i].Ports, p)
 			}
 		}
 	}
 	changed = !reflect.DeepEqual(next, f.diverted)
 	f.diverted = next
 	return changed
+}
+
+// sidesOf returns where packets of inside hosts come from. Without a link that leads inside, no
+// rule is for one by its name.
+func sidesOf(cfg config.Config, network gateway.Network) userrules.Sides {
+	s := userrules.Sides{Inside: insideLinks(network), Outside: outsideLinks(network), Subnets: prefixes(cfg.Subnets)}
+	if len(s.Inside) == 0 {
+		s.Inside = []userrules.Link{{}}
+	}
+	return s
 }
 
 // insideLinks returns the links that lead to enabled subnets.
@@ -58,18 +72,23 @@ func insideLinks(network gateway.Network) (links []userrules.Link) {
 // readDiversions brings the tables up to date about what rules of the user's take from inside
 // hosts, and ends the children that would keep packets from these rules.
 func (r *reconciler) readDiversions(cfg config.Config, network gateway.Network) error {
-	if !r.firewall.divert(network) {
+	if !r.firewall.divert(cfg, network) {
 		return nil
 	}
 	_, err := r.firewall.set(cfg, network.OutsideLinks())
 	_, failed := r.firewall.fixedFlows(cfg).end(func(sent *cone.Flow) bool {
-		return sent.IsChild() && takes(&r.firewall.diverted, sent.ReplySrc.Netip())
+		return sent.IsChild() && takes(r.firewall.diverted, sent.Src.Addr.Netip(), sent.ReplySrc.Netip())
 	})
 	return errors.Join(err, failed)
 }
 
-// takes reports whether no child gets in from a peer's port.
-func takes(d *rules.Diverted, peer netip.AddrPort) bool {
-	return slices.Contains(d.Ports, peer.Port()) || slices.Contains(d.PeerPorts, peer.Port()) &&
-		slices.ContainsFunc(d.Peers, func(p netip.Prefix) bool { return p.Contains(peer.Addr()) })
+// takes reports whether no child of a host gets in from a peer's port.
+func takes(all []rules.Diversion, host netip.Addr, peer netip.AddrPort) bool {
+	has := func(ps []netip.Prefix, a netip.Addr) bool {
+		return len(ps) == 0 || slices.ContainsFunc(ps, func(p netip.Prefix) bool { return p.Contains(a) })
+	}
+	return slices.ContainsFunc(all, func(d rules.Diversion) bool {
+		return has(d.Hosts, host) && has(d.Peers, peer.Addr()) &&
+			slices.ContainsFunc(d.Ports, func(r rules.PortRange) bool { return r.First <= peer.Port() && peer.Port() <= r.Last })
+	})
 }

@@ -39,9 +39,9 @@ const (
 	stepExpectation step = "expectation" // at the beginning of a flow, before any rule
 	stepForward     step = "forward"     // the user's NAT chains of prerouting
 	stepSocket      step = "socket"      // our chain admit asks for one
-	stepDiversion   step = "diversion"   // our chain admit, and for expectations our chain child
 	stepMap         step = "map"         // our chain admit
 	stepChildren    step = "children"    // their number
+	stepDiversion   step = "diversion"   // our chain children
 	stepFirewall    step = "firewall"    // the user's chains of the forward hook
 )
 
@@ -79,7 +79,7 @@ type packetCase struct {
 	others    []control.Permission  // on ext for other peers
 	forward   *userrules.Forward    // the first rule that may lead the packet elsewhere
 	served    bool                  // a socket of the gateway gets what comes to ext
-	diversion string                // the rule of the user's that takes what hosts send to the peer's port, if any
+	diverted  []userrules.Diversion // what rules of the user's take from inside hosts
 	most      func(control.Permission) int
 	// firewall says what the user's forward hook does with packets to a host.
 	firewall func(host netip.Addr, kind flowKind) (a userrules.Answer, dropper string)
@@ -156,11 +156,7 @@ func (s source) gather(c *packetCase) error {
 		c.forward = &userrules.Forward{Unknown: true, Text: "only root may read the rules of iptables-legacy"}
 	}
 	var d userrules.Diverter
-	for _, x := range d.Diversions(rs, insideLinks(network), outside) {
-		if c.diversion == "" && x.Takes(c.peer) {
-			c.diversion = x.Text
-		}
-	}
+	c.diverted = d.Diversions(rs, sidesOf(cfg, network))
 	c.firewall = func(host netip.Addr, kind flowKind) (userrules.Answer, string) {
 		if kind == ofStranger {
 			if a, dropper, err := rs.Stranger(outside, inside, c.peer, netip.AddrPortFrom(host, c.ext.Port())); err == nil {
@@ -352,14 +348,14 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 	}
 	if p := by(cone.ByExpectation); p != nil {
 		say(stepExpectation, resultMatches, "a permission of %v for %s stands as an expectation", p.Int, peersOf(p))
-		if c.diverts(say) {
-			return to, verdictLost
-		}
 		if n := c.most(*p); c.full(p) {
 			say(stepChildren, resultDrops, "the peer has %d flows, and max_children allows %d", p.Children, n)
 			return to, verdictLost
 		}
 		c.sayChildren(say, p)
+		if c.diverts(p, say) {
+			return to, verdictLost
+		}
 		if c.local(p.Int.Addr()) {
 			return p.Int, verdictGateway // the forward hook does not see it
 		}
@@ -396,32 +392,35 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 		}
 		return to, verdictLost
 	}
-	if c.diverts(say) {
-		if c.forward != nil {
-			return to, verdictUnknown
-		}
-		return to, verdictLost
-	}
 	say(stepMap, resultMatches, "a permission of %v for %s stands in the map", p.Int, peersOf(p))
 	if n := c.most(*p); c.full(p) {
 		say(stepChildren, resultUnknown, "the peer has %d flows, and max_children allows %d: the kernel may let more in for a moment", p.Children, n)
 		return netip.AddrPort{}, verdictUnknown
 	}
 	c.sayChildren(say, p)
+	if c.diverts(p, say) {
+		if c.forward != nil {
+			return netip.AddrPort{}, verdictUnknown
+		}
+		return netip.AddrPort{}, verdictLost
+	}
 	if to, v = c.filter(say, p.Int, ofMap); c.forward != nil && v != verdictLost {
 		return netip.AddrPort{}, verdictUnknown
 	}
 	return to, v
 }
 
-// diverts reports whether no child gets in from the peer's port, and says why.
-func (c *packetCase) diverts(say func(s step, r result, format string, args ...any)) bool {
-	if c.diversion == "" {
-		return false
+// diverts reports whether no child of the permission's host gets in from the peer's port, and
+// says why.
+func (c *packetCase) diverts(p *control.Permission, say func(s step, r result, format string, args ...any)) bool {
+	for _, d := range c.diverted {
+		if d.Takes(p.Int.Addr(), c.peer) {
+			say(stepDiversion, resultDrops, "a rule of yours takes what %v sends to port %d of the peer, and would not see it as a part of this flow: %s",
+				p.Int.Addr(), c.peer.Port(), d.Text)
+			return true
+		}
 	}
-	say(stepDiversion, resultDrops, "a rule of yours takes what hosts send to port %d of the peer, and would not see it as a part of this flow: %s",
-		c.peer.Port(), c.diversion)
-	return true
+	return false
 }
 
 // kindOf returns how the forward hook sees the packets of a flow from outside that nobody has

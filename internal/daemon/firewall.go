@@ -55,7 +55,7 @@ type firewall struct {
 	knownMapped bool                    // with those that the tables hold for mappings
 
 	diverter userrules.Diverter
-	diverted rules.Diverted // as last read
+	diverted []rules.Diversion // as last read
 
 	admitted, expected, usedUp tally
 	zoned                      tally                       // packets in a zone where no expectation stands

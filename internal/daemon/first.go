@@ -28,7 +28,7 @@ func (l *loop) firstRules(n gateway.Network, served *gateway.PortSet, sure bool)
 	f := l.firewall
 	f.setSides(n)
 	forwarded, l.ruleWarnings = f.forwards(n)
-	f.divert(n)
+	f.divert(l.cfg, n)
 	// What cannot be read is among the warnings; the first reconcile tries again.
 	more, _, _ := f.sourceNAT(l.cfg, n)
 	l.ruleWarnings, l.hidden = slices.Concat(l.ruleWarnings, more), f.hidden

@@ -129,7 +129,9 @@ func (l *layout) admit(d Desired, kinds []kind) {
 		l.rule(admit, "", isUDP, l.outside(iifname, true), goTo(admitted))
 	}
 	l.rule(admitted, "the gateway itself serves it", hasSocket, accept)
-	l.diverted(admitted, &d.Diverted, ipFamilies[:1], accept)
+	if d.Map.noLabels {
+		l.divert(admitted, d.Diverted, ipFamilies[:1], false, accept)
+	}
 	flows := l.set(admittedSet, flowKey...)
 	flows.HasTimeout, flows.Dynamic, flows.free = true, true, true
 	flows.Timeout, flows.Size = admittedTimeout, admittedSize

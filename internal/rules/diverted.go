@@ -1,56 +1,80 @@
 package rules
 
 import (
+	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 )
 
-// Diverted are ports of peers from which no child gets in: rules of the user's redirect what
-// inside hosts send there, or give it a conntrack helper. All that a host sends to the peer's
-// port of a child belongs to the child's flow, so that these rules would not see it.
-type Diverted struct {
-	Ports     []uint16 // of any peer
-	Peers     []netip.Prefix
-	PeerPorts []uint16 // of Peers alone
+// A Diversion is what a rule of the user's takes from inside hosts: new flows to ports of peers,
+// which it redirects or gives a conntrack helper. All that a host sends to the peer's port of a
+// child belongs to the child's flow, so that the rule would not see it: no child gets in from
+// there.
+type Diversion struct {
+	Hosts []netip.Prefix // nil stands for all
+	Peers []netip.Prefix // nil stands for all
+	Ports []PortRange    // of the peers
 }
 
-// Names of sets.
 const (
-	divertedPortsSet     = "diverted_ports"
-	divertedPeersSet     = "diverted_peers_" // and the family
-	divertedPeerPortsSet = "diverted_peer_ports"
+	divertedSet     = "diverted" // and what of which diversion
+	divertedCounter = "diverted_drops"
 )
 
-// diverted adds rules to c that end with verdict for the first packets of such children.
-func (l *layout) diverted(c *nftables.Chain, d *Diverted, families []*ipFamily, verdict exprs) {
-	const comment = "your rules take what hosts send to that port"
-	if len(d.Ports) > 0 {
-		l.rule(c, comment, udpSport.in(l.portSet(divertedPortsSet, d.Ports)), isUDP, verdict)
+// divertsAdmitted reports whether children of the map are judged by Diverted in the forward hook,
+// where their hosts are known. Only their label tells them from the flows of the user's forwards.
+func (d *Desired) divertsAdmitted() bool {
+	return len(d.Diverted) > 0 && d.Map != nil && !d.Map.noLabels
+}
+
+// divert adds rules to c that end with verdict for the first packets of such children. Packets
+// that were not translated yet have no host: then hosts is false.
+func (l *layout) divert(c *nftables.Chain, all []Diversion, families []*ipFamily, hosts bool, verdict exprs) {
+	for i, d := range all {
+		for _, f := range families {
+			is, to, from := f.is, exprs(nil), exprs(nil)
+			if l.table.Family == nftables.TableFamilyIPv4 {
+				is = nil
+			}
+			if len(d.Hosts) > 0 && len(f.of(d.Hosts)) == 0 || len(d.Peers) > 0 && len(f.of(d.Peers)) == 0 {
+				continue
+			}
+			if len(d.Hosts) > 0 && hosts {
+				to = f.daddr.in(l.addrSet(fmt.Sprintf("%s_hosts%s_%d", divertedSet, f.name, i), f, d.Hosts))
+			}
+			if len(d.Peers) > 0 {
+				from = f.saddr.in(l.addrSet(fmt.Sprintf("%s_peers%s_%d", divertedSet, f.name, i), f, d.Peers))
+			}
+			ports := l.portSet(fmt.Sprintf("%s_ports_%d", divertedSet, i), d.Ports)
+			l.rule(c, "your rules take what the host sends to that port", is, to, from, udpSport.in(ports), isUDP, verdict)
+		}
 	}
-	for _, f := range families {
-		es := f.intervals(d.Peers)
-		if len(es) == 0 || len(d.PeerPorts) == 0 {
-			continue
-		}
-		peers := l.named(divertedPeersSet + f.name)
-		if peers == nil {
-			peers = l.set(divertedPeersSet+f.name, f.addr)
-			peers.Interval, peers.elements = true, es
-		}
-		is := f.is
-		if l.table.Family == nftables.TableFamilyIPv4 {
-			is = nil
-		}
-		l.rule(c, comment, is, f.saddr.in(peers), udpSport.in(l.portSet(divertedPeerPortsSet, d.PeerPorts)), isUDP, verdict)
+}
+
+// addrSet returns the set with that name, which has the prefixes that are of the family.
+func (l *layout) addrSet(name string, f *ipFamily, all []netip.Prefix) *set {
+	s := l.named(name)
+	if s == nil {
+		s = l.set(name, f.addr)
+		s.Interval, s.elements = true, f.intervals(all)
 	}
+	return s
 }
 
 // portSet returns the set with that name, which has the ports.
-func (l *layout) portSet(name string, ports []uint16) *set {
+func (l *layout) portSet(name string, ranges []PortRange) *set {
 	s := l.named(name)
 	if s == nil {
 		s = l.set(name, nftables.TypeInetService)
+		var ports []uint16
+		for _, r := range ranges {
+			for port := int(r.First); port <= int(r.Last); port++ {
+				ports = append(ports, uint16(port))
+			}
+		}
+		slices.Sort(ports)
 		s.setPorts(ports)
 	}
 	return s

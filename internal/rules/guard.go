@@ -99,11 +99,11 @@ func (l *layout) guard(served []*ipFamily) {
 // state related.
 func (l *layout) children(d Desired, served []*ipFamily) {
 	var children *nftables.Chain
-	if len(d.Helpers) > 0 || d.countsAdmitted() {
+	if len(d.Helpers) > 0 || d.countsAdmitted() || d.divertsAdmitted() {
 		children = l.filter("children", nftables.ChainHookForward, childPriority)
 	}
-	if d.countsAdmitted() {
-		l.countAdmitted(children, d)
+	if d.countsAdmitted() || d.divertsAdmitted() {
+		l.judgeAdmitted(children, d)
 	}
 	if len(d.Helpers) == 0 {
 		return
@@ -113,7 +113,7 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 		l.counters = append(l.counters, childCounter)
 	}
 	child := l.judge("child", d, served)
-	l.diverted(child, &d.Diverted, served, drop)
+	l.divert(child, d.Diverted, served, true, drop)
 	l.rule(child, "it goes on to the user's firewall", counter(expectedCounter))
 	if d.countsExpected() {
 		l.rule(child, "", goTo(l.countInto(expectedCounter, d.Subnets)))

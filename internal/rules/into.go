@@ -39,11 +39,18 @@ func (l *layout) countInto(name string, subnets []netip.Prefix) *nftables.Chain 
 	return c
 }
 
-// countAdmitted counts children of the map, in a chain on the forward hook, before the user's
-// rules see them.
-func (l *layout) countAdmitted(c *nftables.Chain, d Desired) {
-	subnets := ipFamilies[0].of(d.Subnets)
+// judgeAdmitted drops and counts children of the map, in a chain on the forward hook, before the
+// user's rules see them.
+func (l *layout) judgeAdmitted(c *nftables.Chain, d Desired) {
+	first := join(l.outside(iifname, true), isUDP, ipFamilies[0].is, lacksStatus(ctConfirmed), hasLabel)
 	l.rule(c, "", ctState.and(host32(expr.CtStateBitESTABLISHED)).isNot(host32(0)), accept)
-	l.rule(c, "the first packet of a child of the map", l.outside(iifname, true), isUDP, ipFamilies[0].is,
-		lacksStatus(ctConfirmed), hasLabel, goTo(l.countInto(admittedCounter, subnets)))
+	if d.divertsAdmitted() {
+		l.counters = append(l.counters, divertedCounter)
+		diverted := l.regular("diverted")
+		l.divert(diverted, d.Diverted, ipFamilies[:1], true, join(counter(divertedCounter), drop))
+		l.rule(c, "the first packet of a child of the map", first, jump(diverted))
+	}
+	if d.countsAdmitted() {
+		l.rule(c, "the first packet of a child of the map", first, goTo(l.countInto(admittedCounter, ipFamilies[0].of(d.Subnets))))
+	}
 }

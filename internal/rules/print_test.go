@@ -46,9 +46,13 @@ func printed() map[string]rules.Desired {
 			m.Hairpin, m.Differ = m.Subnets, []string{"wan0"}
 		}),
 		"ports that rules take": desired(func(d *rules.Desired, _ *rules.MapConfig) {
-			d.Diverted = rules.Diverted{
-				Ports: []uint16{5060}, PeerPorts: []uint16{53, 853},
-				Peers: []netip.Prefix{netip.MustParsePrefix("203.0.113.0/29"), netip.MustParsePrefix("2001:db8::5/128")},
+			d.Diverted = []rules.Diversion{
+				{Ports: []rules.PortRange{{First: 5060, Last: 5060}, {First: 5070, Last: 5071}}},
+				{
+					Hosts: []netip.Prefix{netip.MustParsePrefix("10.47.11.110/32"), netip.MustParsePrefix("2001:db8:1::/64")},
+					Peers: []netip.Prefix{netip.MustParsePrefix("203.0.113.0/29"), netip.MustParsePrefix("2001:db8::5/128")},
+					Ports: []rules.PortRange{{First: 53, Last: 53}},
+				},
 			}
 		}),
 		"IPv4 alone":         desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Subnets = d.Subnets[:1] }),

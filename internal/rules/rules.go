@@ -71,8 +71,8 @@ type Desired struct {
 	// MaxChildren is how many simultaneous flows one peer may have to one outside endpoint
 	// through an expectation; 0 means no cap.
 	MaxChildren int
-	// Diverted are the ports of peers from which no child gets in.
-	Diverted Diverted
+	// Diverted say from which ports of peers no child gets in.
+	Diverted []Diversion
 	// Map admits packets that match the map of permissions. If nil there is no map.
 	Map *MapConfig
 	// Mapping keeps one outside endpoint for each inside endpoint. If nil, the user's rules

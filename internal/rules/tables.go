@@ -335,7 +335,7 @@ func (t *Tables) Counters() (Counters, error) {
 	}
 	return Counters{all: n, Totals: Totals{
 		GuardDrops: n[guardCounter], SpoofedDrops: n[spoofedCounter], ChildDrops: n[childCounter], PortZeroDrops: n[zeroCounter],
-		Unsure: n[unsureCounter], Admitted: n[admittedCounter], Expected: n[expectedCounter], Zoned: n[zonedCounter],
+		Unsure: n[unsureCounter], Admitted: n[admittedCounter] - n[divertedCounter], Expected: n[expectedCounter], Zoned: n[zonedCounter],
 		Learned: n[learnedCounter], LearnLimited: n[limitedCounter],
 		Moved: n[movedCounter], PoolUsedUp: n[usedUpCounter], LeftToRules: n[leftCounter], PortShared: n[sharedCounter], Hairpinned: n[hairpinCounter],
 	}}, nil

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/nfnl"
@@ -73,6 +74,7 @@ const (
 	source4
 	source6
 	outName
+	ctState // of a new flow; only the walk for diversions asks for it
 )
 
 // A span holds all keys from low to high, field by field.
@@ -206,6 +208,14 @@ func (w *walker) fields(c condition, fields []field, t test) (condition, bool) {
 }
 
 func (w *walker) field(c condition, f field, t test) (condition, bool) {
+	if f.kind == ctState {
+		isNew := binary.NativeEndian.AppendUint32(nil, expr.CtStateBitNEW)
+		for i := range f.mask {
+			isNew[i] &= f.mask[i]
+		}
+		in := slices.ContainsFunc(t.any, func(s span) bool { return bytes.Equal(s.low, isNew) }) // of a masked field high is wider
+		return c, in != t.not
+	}
 	wide := f.mask != nil
 	switch f.kind {
 	case other, mangledPort:

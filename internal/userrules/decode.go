@@ -93,6 +93,9 @@ func statements(family byte, b []byte) (all []statement, odd string) {
 				}
 			}
 		})
+		if o, ok := s.expr.(*objrefMap); ok { // the rule goes on for the keys of the map
+			all = append(all, statement{"lookup", o.lookup()})
+		}
 		all = append(all, s)
 	})
 	return all, odd
@@ -147,6 +150,9 @@ func expression(family byte, name string, b []byte) (expr.Any, error) {
 	case "dynset":
 		e = &expr.Dynset{}
 	case "objref":
+		if o := objrefMapOf(b); o.set != "" {
+			return o, nil
+		}
 		e = &expr.Objref{}
 	case "match":
 		e = &expr.Match{}
@@ -177,6 +183,33 @@ func expression(family byte, name string, b []byte) (expr.Any, error) {
 		return nil, err
 	}
 	return e, nil
+}
+
+const nftaSetObjType = 15 // NFTA_SET_OBJ_TYPE
+
+// An objrefMap is a reference to one of the objects of a map, by the key in a register.
+type objrefMap struct {
+	expr.Any
+	set      string
+	register uint32
+}
+
+func objrefMapOf(b []byte) (o *objrefMap) {
+	const register, name = 3, 4 // NFTA_OBJREF_SET_SREG and _NAME
+	o = &objrefMap{}
+	nfnl.Attributes(b, func(typ uint16, b []byte) {
+		switch typ {
+		case register:
+			o.register = number32(b)
+		case name:
+			o.set = nfnl.Text(b)
+		}
+	})
+	return o
+}
+
+func (o *objrefMap) lookup() *expr.Lookup {
+	return &expr.Lookup{SourceRegister: o.register, SetName: o.set}
 }
 
 // verdictOf returns the verdict in a data attribute, or nil if there is none.
@@ -212,6 +245,8 @@ func setOf(b []byte) *set {
 			s.verdicts = number32(b) == unix.NFT_DATA_VERDICT
 		case unix.NFTA_SET_DESC:
 			s.fields = keyFields(b)
+		case nftaSetObjType:
+			s.objects = number32(b)
 		}
 	})
 	s.changing = flags&(unix.NFT_SET_EVAL|unix.NFT_SET_TIMEOUT) != 0

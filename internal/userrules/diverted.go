@@ -13,39 +13,53 @@ import (
 // A Diversion is what a rule takes from inside hosts: new UDP flows to some ports, which it
 // translates to another destination, or gives to a conntrack helper.
 type Diversion struct {
-	Ports []PortRange    // of the peers
+	Hosts []netip.Prefix // nil stands for any
 	Peers []netip.Prefix // nil stands for any
+	Ports []PortRange    // of the peers
 	Text  string         // names the rule, as in a Forward
 }
 
-// Takes reports whether the rule takes what hosts send to a peer.
-func (d Diversion) Takes(peer netip.AddrPort) bool {
-	return covers(d.Ports, peer.Port()) &&
-		(d.Peers == nil || slices.ContainsFunc(d.Peers, func(p netip.Prefix) bool { return p.Contains(peer.Addr()) }))
+// Takes reports whether the rule takes what a host sends to a peer.
+func (d Diversion) Takes(host netip.Addr, peer netip.AddrPort) bool {
+	has := func(ps []netip.Prefix, a netip.Addr) bool {
+		return ps == nil || slices.ContainsFunc(ps, func(p netip.Prefix) bool { return p.Contains(a) })
+	}
+	return covers(d.Ports, peer.Port()) && has(d.Hosts, host) && has(d.Peers, peer.Addr())
+}
+
+// Sides are where the packets of flows come from, and where peers are.
+type Sides struct {
+	Inside  []Link         // links that lead to Subnets
+	Subnets []netip.Prefix // of the inside hosts
+	Outside []Link
+}
+
+func (s Sides) equal(o Sides) bool {
+	return slices.Equal(s.Inside, o.Inside) && slices.Equal(s.Outside, o.Outside) && slices.Equal(s.Subnets, o.Subnets)
 }
 
 // A Diverter finds the diversions in one Ruleset after the other. It looks only at tables that
 // changed. The zero value is ready for use.
 type Diverter struct {
-	inside, outside []Link
-	found           map[*table][]Diversion
+	sides Sides
+	found map[*table][]Diversion
 }
 
-// Diversions returns the diversions of UDP packets that come in by one of the links inside, at
-// the prerouting hook. It leaves out rules that take all ports, or that test something else
-// than addresses, ports and links, since they may be for other packets: those to the gateway
-// itself, for instance. And it leaves out translations that concern packets from the links
-// outside as well: they are port forwards.
-func (d *Diverter) Diversions(rs *Ruleset, inside, outside []Link) (all []Diversion) {
+// Diversions returns the diversions of UDP packets that come from inside. It leaves out rules
+// that take all ports, or that test something else than addresses, ports, links and the state of
+// the flow, since they may be for other packets: those to the gateway itself, for instance. And
+// it leaves out translations to other hosts that concern packets from outside as well: they are
+// port forwards.
+func (d *Diverter) Diversions(rs *Ruleset, sides Sides) (all []Diversion) {
 	before := d.found
-	if !slices.Equal(d.inside, inside) || !slices.Equal(d.outside, outside) {
+	if !d.sides.equal(sides) {
 		before = nil
 	}
-	d.inside, d.outside, d.found = slices.Clone(inside), slices.Clone(outside), make(map[*table][]Diversion)
+	d.sides, d.found = sides, make(map[*table][]Diversion)
 	for _, t := range rs.tables {
 		found, known := before[t]
 		if !known {
-			found = t.diversions(inside, outside)
+			found = t.diversions(sides)
 		}
 		d.found[t] = found
 		all = append(all, found...)
@@ -53,54 +67,74 @@ func (d *Diverter) Diversions(rs *Ruleset, inside, outside []Link) (all []Divers
 	return all
 }
 
-func (t *table) diversions(inside, outside []Link) (found []Diversion) {
+func (t *table) diversions(sides Sides) (found []Diversion) {
 	if t = t.settled(); t.failed != nil {
 		return nil
 	}
+	begin := condition{family: t.family}
 	forwards := make(map[string]bool)
-	w := &walker{table: t, outside: inside, seen: map[string]bool{}}
-	note := func(helps bool) func(r *rule, conds []condition) {
-		return func(r *rule, conds []condition) {
-			title := r.title(t)
-			if !helps && forwards[title] {
-				return
-			}
-			for _, c := range conds {
-				if c.asks || c.unknown || c.ports == nil {
-					continue
-				}
-				x := Diversion{Ports: c.ports, Text: title}
-				for _, r := range c.addrs {
-					x.Peers = append(x.Peers, r.prefixes()...)
-				}
-				found = append(found, x)
+	forward := &walker{table: t, outside: sides.Outside, seen: map[string]bool{}}
+	forward.translates = func(r *rule, conds []condition) {
+		if slices.ContainsFunc(conds, func(c condition) bool { return !sides.isInside(c.sources) }) && !r.redirects() {
+			forwards[r.title(t)] = true
+		}
+	}
+	w := &walker{table: t, outside: sides.Inside, seen: map[string]bool{}}
+	w.helps = func(r *rule, conds []condition) {
+		for _, c := range conds {
+			if !c.asks && !c.unknown && c.ports != nil {
+				found = append(found, Diversion{prefixesOf(c.sources), prefixesOf(c.addrs), c.ports, r.title(t)})
 			}
 		}
 	}
-	w.translates, w.helps = note(false), note(true)
-	for _, b := range t.of(unix.NF_INET_PRE_ROUTING, "") {
-		if b.kind == natKind && len(forwards) == 0 {
-			ports := &walker{table: t, outside: outside, seen: map[string]bool{}}
-			ports.translates = func(r *rule, conds []condition) {
-				if len(conds) > 0 {
-					forwards[r.title(t)] = true
-				}
-			}
-			for _, nat := range t.of(unix.NF_INET_PRE_ROUTING, natKind) {
-				ports.chain(nat.name, condition{family: t.family}, 0)
-			}
+	w.translates = func(r *rule, conds []condition) {
+		if !forwards[r.title(t)] {
+			w.helps(r, conds)
 		}
-		w.chain(b.name, condition{family: t.family}, 0)
+	}
+	for _, b := range t.of(unix.NF_INET_PRE_ROUTING, natKind) {
+		forward.chain(b.name, begin, 0)
+	}
+	for _, b := range t.bases {
+		if b.purposes(t.family)&forHelpers != 0 {
+			w.chain(b.name, begin, 0)
+		}
 	}
 	return found
 }
 
-// givesHelper reports whether the statement gives flows a conntrack helper: "ct helper set" of
-// nft, or the target CT of iptables.
-func (s statement) givesHelper() bool {
+// isInside reports whether all sources are inside hosts.
+func (s Sides) isInside(sources []AddrRange) bool {
+	all := prefixesOf(sources)
+	return len(all) > 0 && !slices.ContainsFunc(all, func(p netip.Prefix) bool {
+		return !slices.ContainsFunc(s.Subnets, func(subnet netip.Prefix) bool { return subnet.Bits() <= p.Bits() && subnet.Contains(p.Addr()) })
+	})
+}
+
+func prefixesOf(ranges []AddrRange) (all []netip.Prefix) {
+	for _, r := range ranges {
+		all = append(all, r.prefixes()...)
+	}
+	return all
+}
+
+// redirects reports whether the rule leads packets to the gateway itself.
+func (r *rule) redirects() bool {
+	return slices.ContainsFunc(r.statements, func(s statement) bool {
+		target, ok := s.expr.(*expr.Target)
+		_, redirects := s.expr.(*expr.Redir)
+		return redirects || ok && target.Name == "REDIRECT"
+	})
+}
+
+// givesHelper reports whether a statement gives flows a conntrack helper: "ct helper set" of nft,
+// or the target CT of iptables.
+func (w *walker) givesHelper(s statement) bool {
 	switch e := s.expr.(type) {
 	case *expr.Objref:
 		return e.Type == objectCtHelper
+	case *objrefMap:
+		return w.set(e.set).objects == objectCtHelper
 	case *expr.Target:
 		info, ok := e.Info.(*xt.Unknown)
 		return ok && e.Name == "CT" && len(*info) >= ctHelperEnd && !bytes.HasPrefix((*info)[ctHelper:], []byte{0})
@@ -115,3 +149,14 @@ const (
 	ctHelper    = 12
 	ctHelperEnd = ctHelper + 16
 )
+
+// ofNewFlows returns conds restricted to new flows that pass a match of iptables on the state.
+func ofNewFlows(conds []condition, m *expr.Match) []condition {
+	switch translated(&Link{}, nil, nil).xtMatch(m) {
+	case never:
+		return nil
+	case always:
+		return conds
+	}
+	return partly(conds)
+}

@@ -161,9 +161,23 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 			w.sources(r, r.sourceNAT(), conds)
 			return
 		}
-		if w.helps != nil && s.givesHelper() {
-			w.helps(r, conds)
-			continue
+		if w.helps != nil {
+			switch e := s.expr.(type) {
+			case *expr.Ct:
+				if e.Key == expr.CtKeySTATE && !e.SourceRegister {
+					regs.put(e.Register, []field{{kind: ctState, size: 4}})
+					continue
+				}
+			case *expr.Match:
+				if e.Name == "conntrack" || e.Name == "state" {
+					conds = ofNewFlows(conds, e)
+					continue
+				}
+			}
+			if w.givesHelper(s) {
+				w.helps(r, conds)
+				continue
+			}
 		}
 		switch e := s.expr.(type) {
 		case *expr.Verdict:

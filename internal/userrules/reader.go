@@ -213,12 +213,12 @@ func (b *base) purposes(family byte) purposes {
 	switch {
 	case b.kind == "":
 	case b.hook == unix.NF_INET_FORWARD:
-		return forVerdicts
+		return forVerdicts | forHelpers
 	case b.kind == natKind && b.hook == unix.NF_INET_PRE_ROUTING:
 		return forDestinations | forHelpers
 	case b.kind == natKind && b.hook == unix.NF_INET_POST_ROUTING && family != unix.NFPROTO_IPV6:
 		return forSources
-	case b.hook == unix.NF_INET_PRE_ROUTING:
+	case b.hook == unix.NF_INET_PRE_ROUTING, b.hook == unix.NF_INET_POST_ROUTING && b.kind != natKind:
 		return forHelpers
 	}
 	return 0

@@ -101,6 +101,7 @@ type set struct {
 	fields   []int // sizes of the parts of a concatenated key, without padding
 	size     int   // of a key
 	verdicts bool
+	objects  uint32 // the type of the objects of a map of objects; 0 for others
 	interval bool
 	named    bool
 	changing bool  // packets add elements, or elements expire
