@@ -173,7 +173,7 @@ func TestFirewalldsLibraryWorksBeside(t *testing.T) {
 func (n *nft) python(t *testing.T, ns *lab.Namespace, python, script string) (string, error) {
 	t.Helper()
 	own := t.TempDir()
-	for _, dir := range libs(n.tree) {
+	for _, dir := range debian.Libs(n.tree) {
 		for _, name := range []string{"nftables", "nftnl", "mnl", "jansson", "gmp", "xtables", "edit"} {
 			files, err := filepath.Glob(filepath.Join(dir, "lib"+name+".so.*"))
 			if err != nil {
@@ -186,8 +186,8 @@ func (n *nft) python(t *testing.T, ns *lab.Namespace, python, script string) (st
 			}
 		}
 	}
-	path := append([]string{own}, libs(n.newest.tree)...)
-	path = append(path, libs("/")...)
-	return execute(ns, "", []string{"PYTHONPATH=" + filepath.Join(n.tree, "usr/lib/python3/dist-packages")}, loader(n.newest.tree),
+	path := append([]string{own}, debian.Libs(n.newest.tree)...)
+	path = append(path, debian.Libs("/")...)
+	return execute(ns, "", []string{"PYTHONPATH=" + filepath.Join(n.tree, "usr/lib/python3/dist-packages")}, debian.Loader(n.newest.tree),
 		"--library-path", strings.Join(path, ":"), python, "-c", script)
 }

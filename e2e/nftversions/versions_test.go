@@ -105,7 +105,7 @@ func get(suite string) (*nft, error) {
 		Name:     "nft/" + suite,
 		Suites:   []string{suite},
 		Packages: packages,
-		Unpack:   unpack,
+		Unpack:   debian.UnpackAll,
 		Key:      "1",
 		Fresh:    7 * 24 * time.Hour,
 	}.Fetch(context.Background())
@@ -140,36 +140,6 @@ func packages(ctx context.Context, a *debian.Apt) ([]string, error) {
 	return append(names, "python3-nftables"), err // this machine's Python runs it
 }
 
-func unpack(ctx context.Context, debs, tree string) error {
-	files, err := filepath.Glob(filepath.Join(debs, "*.deb"))
-	if err != nil {
-		return err
-	}
-	for _, f := range files {
-		if out, err := exec.CommandContext(ctx, "dpkg-deb", "-x", f, tree).CombinedOutput(); err != nil {
-			return fmt.Errorf("unpack %s: %w: %s", filepath.Base(f), err, out)
-		}
-	}
-	return os.RemoveAll(filepath.Join(tree, "usr/share"))
-}
-
-const arch = "x86_64-linux-gnu"
-
-// libs are the library folders of a tree. Newer releases have only the second.
-func libs(tree string) []string {
-	return []string{filepath.Join(tree, "lib", arch), filepath.Join(tree, "usr/lib", arch)}
-}
-
-// loader is the dynamic loader in a tree, which belongs to its C library.
-func loader(tree string) string {
-	for _, dir := range libs(tree) {
-		if path := filepath.Join(dir, "ld-linux-x86-64.so.2"); exists(path) {
-			return path
-		}
-	}
-	return tree + ": no loader"
-}
-
 func exists(path string) bool {
 	_, err := os.Stat(path)
 	return err == nil
@@ -180,9 +150,7 @@ func (n *nft) command(args ...string) (path string, all []string) {
 	if n.program != "" {
 		return n.program, args
 	}
-	return loader(n.tree), append([]string{
-		"--library-path", strings.Join(libs(n.tree), ":"), filepath.Join(n.tree, "usr/sbin/nft"),
-	}, args...)
+	return debian.Program(n.tree, "usr/sbin/nft", args...)
 }
 
 // nftTime bounds a run of nft; each takes some ten milliseconds.
