@@ -28,6 +28,7 @@ var allowed = map[string][]string{
 	"internal/logs":            {"internal/config"},
 	"internal/reference":       {"internal/config"},
 	"internal/sandbox":         nil,
+	"internal/text":            nil,
 	"internal/gateway":         {"internal/cone", "internal/nfnl"},
 	"internal/ctwatch":         {"internal/cone", "internal/nfnl"},
 	"internal/engine":          {"internal/cone"},
@@ -39,7 +40,7 @@ var allowed = map[string][]string{
 	"internal/rules/rulestest": {"internal/lab", "internal/rules"},
 	"internal/cone/conetest":   nil,
 	"internal/demo":            {"internal/lab"},
-	"internal/doctor":          {"internal/control"},
+	"internal/doctor":          {"internal/control", "internal/text"},
 	"internal/doctor/collect":  {"internal/control", "internal/doctor", "internal/gateway", "internal/rules", "internal/userrules"},
 	"internal/selftest":        {"internal/control", "internal/lab"},
 	"internal/daemon": {

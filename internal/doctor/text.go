@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"io"
 	"strings"
+
+	"github.com/conenatd/conenatd/internal/text"
 )
 
 // Write writes a report for people. With color it has the colours of a terminal.
@@ -22,7 +24,7 @@ func (r *Report) Write(w io.Writer, color bool) error {
 			why[n.Why] = append(why[n.Why], n.ID)
 		}
 		for _, reason := range order {
-			fmt.Fprintf(&b, "not checked, for %s:\n%s", reason, wrap(strings.Join(why[reason], ", "), "  "))
+			fmt.Fprintf(&b, "not checked, for %s:\n%s", reason, text.Wrap(strings.Join(why[reason], ", "), "  "))
 		}
 		b.WriteString("\n")
 	}
@@ -50,7 +52,7 @@ func (f *Finding) write(b *strings.Builder, color bool) {
 	if color {
 		severity = colors[f.Severity] + severity + "\x1b[0m"
 	}
-	fmt.Fprintf(b, "%s: %s\n%s%s", severity, f.ID, wrap(f.What, "  "), wrap("Why it matters: "+f.Why, "  "))
+	fmt.Fprintf(b, "%s: %s\n%s%s", severity, f.ID, text.Wrap(f.What, "  "), text.Wrap("Why it matters: "+f.Why, "  "))
 	switch {
 	case len(f.Fix) == 0 && f.Keep == "":
 		b.WriteString("  No single line repairs it.\n")
@@ -68,25 +70,7 @@ func (f *Finding) write(b *strings.Builder, color bool) {
 		}
 	}
 	if f.Keep != "" {
-		b.WriteString(wrap("To keep it: "+f.Keep, "  "))
+		b.WriteString(text.Wrap("To keep it: "+f.Keep, "  "))
 	}
 	b.WriteString("\n")
-}
-
-// wrap breaks a text into lines of at most 80 characters, if its words allow.
-func wrap(text, indent string) string {
-	const width = 80
-	var b strings.Builder
-	line := indent
-	for word := range strings.FieldsSeq(text) {
-		if len(line)+1+len(word) > width && line != indent {
-			b.WriteString(line + "\n")
-			line = indent
-		}
-		if line != indent {
-			line += " "
-		}
-		line += word
-	}
-	return b.String() + line + "\n"
 }
