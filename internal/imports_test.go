@@ -26,6 +26,7 @@ var allowed = map[string][]string{
 	"internal/nfnl":            {"internal/cone"},
 	"internal/page":            {"internal/control", "internal/doctor"},
 	"internal/logs":            {"internal/config"},
+	"internal/probe":           {"internal/text"},
 	"internal/reference":       {"internal/config"},
 	"internal/sandbox":         nil,
 	"internal/text":            nil,
@@ -49,7 +50,7 @@ var allowed = map[string][]string{
 	},
 	"cmd/conenatd": {
 		"internal/config", "internal/control", "internal/daemon", "internal/demo", "internal/doctor", "internal/doctor/collect",
-		"internal/gateway", "internal/logs", "internal/sandbox", "internal/selftest",
+		"internal/gateway", "internal/logs", "internal/probe", "internal/sandbox", "internal/selftest",
 	},
 }
 
@@ -58,6 +59,7 @@ var allowed = map[string][]string{
 var users = map[string][]string{
 	"github.com/google/nftables":    {"internal/rules", "internal/userrules"},
 	"github.com/cpuguy83/go-md2man": {"internal/reference"},
+	"github.com/pion/stun":          {"internal/probe"},
 }
 
 // runners are the packages that may start other programs; the daemon starts none.

@@ -90,12 +90,12 @@ Print the script that lets a shell complete commands, flags and their values.
 # ENVIRONMENT
 
 NO_COLOR
-: If it is not empty, nothing is coloured (no-color.org). Only "doctor" colours, and only on a terminal.
+: If it is not empty, nothing is coloured (no-color.org). Only "doctor" and "probe" colour, and only on a terminal.
 
 # EXIT STATUS
 
 ` + wrap(`0 without errors; 78 if the configuration or the command line is wrong, so that trying again cannot help; 1 for other errors. `+
-		`"conenatd doctor" has some more.`, "") + `
+		`"conenatd doctor" and "conenatd probe" have some more.`, "") + `
 
 # FILES
 

@@ -1,0 +1,90 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/conenatd/conenatd/e2e/debian"
+)
+
+// coturn starts Debian's coturn outside as a STUN server on the ports 3478 and 3479 of the
+// addresses, and waits until it is there.
+func (s *scene) coturn(addrs []netip.Addr, more ...string) {
+	s.T.Helper()
+	dir := s.T.TempDir()
+	args := []string{
+		"-n", "--stun-only", "--listening-port=3478", "--alt-listening-port=3479", "--no-cli", "--no-tls", "--no-dtls", "--no-tcp",
+		"--relay-threads=1", "--log-file=stdout", "--pidfile=" + filepath.Join(dir, "pid"), "--userdb=" + filepath.Join(dir, "db"),
+	}
+	var endpoints []string
+	for _, a := range addrs {
+		args = append(args, "--listening-ip="+a.String())
+		endpoints = append(endpoints, netip.AddrPortFrom(a, 3478).String())
+	}
+	path, args := debian.Program(coturn(s.T), "usr/bin/turnserver", append(args, more...)...)
+	ctx, stop := context.WithCancel(context.WithoutCancel(s.T.Context()))
+	server := s.Outside.Command(ctx, path, args...)
+	var out strings.Builder
+	server.Stdout, server.Stderr = &out, &out
+	s.Must(server.Start())
+	s.T.Cleanup(func() {
+		stop()
+		_ = server.Wait() // it was killed
+		if s.T.Failed() {
+			s.T.Logf("coturn:\n%.4000s", out.String())
+		}
+	})
+	s.Until("coturn listens", func() bool {
+		sockets, err := s.Outside.Output("ss", "-Hlun")
+		s.Must(err)
+		for _, e := range endpoints {
+			if !strings.Contains(sockets, " "+e+" ") {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// coturn returns the folder with Debian's coturn and its libraries, unpacked and not installed:
+// the package would start a server.
+func coturn(t *testing.T) string {
+	t.Helper()
+	if runtime.GOARCH != "amd64" {
+		debian.Missing(t, "the package with coturn is of amd64")
+	}
+	tree, _, err := debian.Tree{
+		Name:   "coturn",
+		Suites: []string{"bookworm"},
+		Packages: func(ctx context.Context, a *debian.Apt) ([]string, error) {
+			return a.Needed(ctx, "coturn")
+		},
+		Unpack: debian.UnpackAll,
+		Key:    "1",
+		Fresh:  30 * 24 * time.Hour,
+	}.Fetch(context.WithoutCancel(t.Context()))
+	if _, ok := errors.AsType[debian.ArchiveError](err); ok {
+		debian.Missing(t, err.Error())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tree
+}
+
+// outsideDrops makes a chain of the outside host that drops what a rule matches.
+func (s *scene) outsideDrops(hook, match string) {
+	s.T.Helper()
+	cmd := s.Outside.Command(s.T.Context(), "nft", "-f", "-")
+	cmd.Stdin = strings.NewReader(fmt.Sprintf("table inet drops {\n\tchain c {\n\t\ttype filter hook %s priority 0;\n\t\t%s drop\n\t}\n}\n", hook, match))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		s.T.Fatalf("drop %s: %v: %s", match, err, out)
+	}
+}
