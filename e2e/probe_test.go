@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/netip"
 	"os/exec"
+	"reflect"
 	"slices"
 	"strings"
 	"syscall"
@@ -190,6 +191,38 @@ func TestProbeFromOneOfSeveralAddresses(t *testing.T) {
 	}
 }
 
+// Fails when the lifetime of a flow is not that of conntrack, or with conenatd not that of its
+// permission, or when it is said of a server that cannot tell.
+func TestProbeFindsTheLifetime(t *testing.T) {
+	stage.OfTheDaemon(t)
+	for name, tc := range map[string]struct {
+		timeout string // of conntrack, seconds
+		server  []string
+		daemon  bool
+		want    *probe.Lifetime
+	}{
+		"longer":            {"60", nil, false, &probe.Lifetime{AtLeast: 4}},
+		"shorter":           {"2", nil, false, &probe.Lifetime{LessThan: 4}},
+		"shorter, conenatd": {"2", nil, true, &probe.Lifetime{AtLeast: 4}},
+		"unknown":           {"60", []string{"--no-rfc5780"}, false, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newScene(t, lab.Options{})
+			s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", tc.timeout))
+			s.coturn(twoAddresses, tc.server...)
+			if tc.daemon {
+				s.Serve()
+			}
+			one := s.probe("--server", lab.PeerA.String(), "--lifetime=4s").Results[0]
+			noted := slices.ContainsFunc(one.Notes, func(n probe.Note) bool { return n.ID == "no_response_port" })
+			if !reflect.DeepEqual(one.Lifetime, tc.want) || noted != (tc.want == nil) {
+				t.Errorf("%+v, want %+v; notes %+v", one.Lifetime, tc.want, one.Notes)
+			}
+		})
+	}
+}
+
 // Fails when IPv6 is not tested, or as if it were translated.
 func TestProbeOfIPv6(t *testing.T) {
 	stage.OfTheDaemon(t)
@@ -213,6 +246,8 @@ func TestProbeRefusesAWrongCommandLine(t *testing.T) {
 		`server "::1:": expected HOST, HOST:PORT`:                 {"--server=::1:"},
 		`from "192.0.2.1": expected an address of this host`:      {"--server=203.0.113.5", "--from=192.0.2.1"},
 		`server "224.0.0.1": expected the address of one host`:    {"--server=224.0.0.1"},
+		"lifetime 1ms: expected a time from 1s to 10m":            {"--server=203.0.113.5", "--lifetime=1ms"},
+		"lifetime 11m0s: expected a time from 1s to 10m":          {"--server=203.0.113.5", "--lifetime=11m"},
 		`unknown command "203.0.113.5"`:                           {"203.0.113.5"},
 		"find server ::1: it has no address of the family of 198": {"--server=::1", "--from=198.51.100.1"},
 	} {

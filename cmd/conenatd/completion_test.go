@@ -20,6 +20,7 @@ func TestValuesAreCompleted(t *testing.T) {
 		"check ":            {"toml", ":8"},
 		"list --state ":     {"standing", "refused", "waiting", ":4"},
 		"run --lifetime ":   {":4"},
+		"probe --server ":   {":4"},
 	} {
 		args := append([]string{cobra.ShellCompNoDescRequestCmd}, strings.Split(line, " ")...)
 		c := command()

@@ -3,6 +3,8 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -17,6 +19,7 @@ var errNoServer = errors.New("--server: expected a STUN server with two addresse
 
 func probeCommand() *cobra.Command {
 	var server, from string
+	var lifetime time.Duration
 	var asJSON bool
 	c := &cobra.Command{
 		Use:   "probe",
@@ -40,11 +43,16 @@ without an answer from the server, and 78 if the command line is wrong.`,
 	fs := c.Flags()
 	fs.StringVar(&server, "server", "", "STUN server, as `host` or host:port; the default of the port is 3478")
 	fs.StringVar(&from, "from", "", "send from this own `address`, if this host has several")
+	fs.DurationVar(&lifetime, "lifetime", 0, "also test how long mappings live without packets, by waiting up to this `time`, at most 10m")
 	fs.BoolVar(&asJSON, "json", false, "print JSON")
 	complete(c, "server", completeWords())
 	complete(c, "from", completeWords())
+	complete(c, "lifetime", completeWords())
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		o, err := probeOptions(server, from)
+		if err == nil && c.Flags().Changed("lifetime") {
+			o.Lifetime, err = lifetime, checkLifetime(lifetime)
+		}
 		if err != nil {
 			return &config.UsageError{Err: err}
 		}
@@ -80,4 +88,11 @@ func probeOptions(server, from string) (o probe.Options, err error) {
 		}
 	}
 	return o, nil
+}
+
+func checkLifetime(d time.Duration) error {
+	if d < time.Second || d > probe.MaxLifetime {
+		return fmt.Errorf("lifetime %v: expected a time from 1s to %v", d, probe.MaxLifetime)
+	}
+	return nil
 }

@@ -74,6 +74,7 @@ func Classify(a *Answers) Result {
 		r.Outside = append(r.Outside, o.String())
 	}
 	r.Mapping, r.Filtering, r.Hairpin = a.mappingBehaviour(), a.filteringBehaviour(), a.Hairpin
+	r.Lifetime = a.Lifetime
 	r.PortPreserved = a.AtServer.IsValid() && a.AtServer.Port() == a.Local.Port()
 	switch verdict, ok := verdicts[[2]string{r.Mapping, r.Filtering}]; {
 	case r.Mapping == AddressDependent, r.Mapping == AddressAndPortDependent:
@@ -156,6 +157,10 @@ func (a *Answers) notes() (notes []Note) {
 	case a.filteringBehaviour() == Unknown && otherHost && !silentHost && a.Other.IsValid():
 		note("filtering_unproven", "answers from the other address or port of the server are lost even where this host has sent before, so the reason is "+
 			"not a filter for strangers, and filtering cannot be known")
+	}
+	if a.Asked && a.Lifetime == nil {
+		note("no_response_port", "the server does not answer to another port when asked (RESPONSE-PORT of RFC 5780), or this host's sockets have "+
+			"different outside addresses, so the lifetime cannot be known")
 	}
 	if a.Origin.IsValid() && a.Origin != a.Server {
 		note("server_translated", "the server calls itself "+a.Origin.String()+": it is behind NAT, or answers with a wrong address, and its other address may be wrong")

@@ -95,6 +95,7 @@ func TestEveryNATHasItsVerdict(t *testing.T) {
 		"not from the other host": {
 			func(a *Answers) { a.FromPort, a.CheckOther = Changed, None }, EndpointIndependent, Unknown, Undecided, []string{"filtering_unproven"},
 		},
+		"no RESPONSE-PORT":  {func(a *Answers) { a.Asked = true }, EndpointIndependent, AddressAndPortDependent, PortRestrictedCone, []string{"no_response_port"}},
 		"server behind NAT": {func(a *Answers) { a.Origin = ap("172.16.0.5:3478") }, EndpointIndependent, AddressAndPortDependent, PortRestrictedCone, []string{"server_translated"}},
 		"two outside addresses": {
 			func(a *Answers) { a.Outsides = append(a.Outsides, netip.MustParseAddr("198.51.100.2")) },
@@ -207,6 +208,7 @@ func TestTheDocumentDescribesTheReport(t *testing.T) {
 	}
 
 	report := Report{Server: "x", Results: []Result{Classify(answers(noOther))}}
+	report.Results[0].Lifetime = &Lifetime{AtLeast: 1, LessThan: 2}
 	text, err := json.Marshal(report)
 	if err != nil {
 		t.Fatal(err)

@@ -2,6 +2,7 @@ package probe
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -30,6 +31,8 @@ const (
 type request struct {
 	to     netip.AddrPort // invalid: where the socket is connected to
 	change byte           // flags of CHANGE-REQUEST, or 0
+	// answerTo is the port that the server answers to, RESPONSE-PORT (RFC 5780 section 7.5), or 0.
+	answerTo uint16
 
 	message *stun.Message
 	failed  error // of sending it, the last time
@@ -41,6 +44,10 @@ func (r *request) build() error {
 	setters := []stun.Setter{stun.TransactionID, stun.BindingRequest}
 	if r.change != 0 {
 		setters = append(setters, stun.RawAttribute{Type: stun.AttrChangeRequest, Value: []byte{0, 0, 0, r.change}})
+	}
+	if r.answerTo != 0 {
+		value := binary.BigEndian.AppendUint16(nil, r.answerTo)
+		setters = append(setters, stun.RawAttribute{Type: stun.AttrResponsePort, Value: append(value, 0, 0)})
 	}
 	var err error
 	r.message, err = stun.Build(setters...)

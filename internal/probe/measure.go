@@ -38,7 +38,9 @@ type Answers struct {
 	// is not a filter.
 	CheckOther, CheckPort Reply
 
-	Hairpin Hairpin
+	Hairpin  Hairpin
+	Asked    bool      // for the lifetime
+	Lifetime *Lifetime // nil: not asked for, or not known
 }
 
 // A Reply is what became of a request with CHANGE-REQUEST.
@@ -57,12 +59,15 @@ const (
 type Options struct {
 	Server Server
 	From   netip.Addr // own address to send from; invalid: what the routes choose
-	rto    time.Duration
+	// Lifetime is the longest silence for which the lifetime of mappings is tried, at most
+	// MaxLifetime; 0: it is not tested.
+	Lifetime time.Duration
+	rto      time.Duration
 }
 
 // Run asks the server, at one address for each family that both sides have. Silence is no
 // error, but part of the report. Without any silence it takes a few round trips, otherwise
-// about ten seconds.
+// up to 17 seconds, and with Lifetime as much longer.
 func Run(ctx context.Context, o Options) (Report, error) {
 	if o.rto == 0 {
 		o.rto = initialRTO
@@ -93,9 +98,9 @@ func Run(ctx context.Context, o Options) (Report, error) {
 // Why there is no first answer.
 var (
 	errNoRoute = errors.New("this host has no route there")
-	errClosed  = errors.New("its host says that no program has this UDP port open")
+	errClosed  = errors.New("the server's host says that no program has this UDP port open")
 	errLocal   = errors.New("this host's own firewall does not let the packets out")
-	errSilence = errors.New("no answer: the server is down, or UDP to it is blocked on the way")
+	errSilence = errors.New("the server is down, or UDP to it is blocked on the way")
 )
 
 // reason sorts an error of a socket that is connected to the server.
@@ -133,7 +138,11 @@ func measure(ctx context.Context, o Options, server netip.AddrPort) (Answers, er
 	}
 	a.saw(filtering)
 	a.saw(hairpin)
-	return a, a.mapping(ctx, o)
+	if err := a.mapping(ctx, o); err != nil || o.Lifetime == 0 {
+		return a, err
+	}
+	a.Asked = true
+	return a, a.lifetime(ctx, o)
 }
 
 func (a *Answers) saw(outside netip.Addr) {
@@ -169,7 +178,7 @@ func (a *Answers) greet(ctx context.Context, o Options) error {
 	}
 	seen := first.mapped()
 	if !seen.IsValid() {
-		a.Silent = fmt.Errorf("it answers, but does not say what it sees (%s): it is no STUN server for everybody", first.answer.Type)
+		a.Silent = fmt.Errorf("the server answers, but does not say what it sees (%s): it is no STUN server for everybody", first.answer.Type)
 		return nil
 	}
 	a.saw(seen.Addr())

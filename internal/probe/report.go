@@ -16,22 +16,23 @@ type Report struct {
 
 // A Result is about one address of the server.
 type Result struct {
-	Family        string   `json:"family"` // ipv4 or ipv6
-	Server        string   `json:"server"`
-	Other         string   `json:"other,omitempty"`
-	Inside        string   `json:"inside,omitempty"`
-	Outside       []string `json:"outside,omitempty"`
-	PortPreserved bool     `json:"port_preserved"`
-	Mapping       string   `json:"mapping"`
-	Filtering     string   `json:"filtering"`
-	Hairpin       Hairpin  `json:"hairpin"`
-	Verdict       Verdict  `json:"verdict"`
-	AsConenatd    bool     `json:"as_conenatd"` // what conenatd gives without further settings
-	What          string   `json:"what"`
-	SIP           Use      `json:"sip"`
-	Consoles      Consoles `json:"consoles"`
-	WebRTC        Use      `json:"webrtc"`
-	Notes         []Note   `json:"notes"`
+	Family        string    `json:"family"` // ipv4 or ipv6
+	Server        string    `json:"server"`
+	Other         string    `json:"other,omitempty"`
+	Inside        string    `json:"inside,omitempty"`
+	Outside       []string  `json:"outside,omitempty"`
+	PortPreserved bool      `json:"port_preserved"`
+	Mapping       string    `json:"mapping"`
+	Filtering     string    `json:"filtering"`
+	Hairpin       Hairpin   `json:"hairpin"`
+	Lifetime      *Lifetime `json:"lifetime,omitempty"`
+	Verdict       Verdict   `json:"verdict"`
+	AsConenatd    bool      `json:"as_conenatd"` // what conenatd gives without further settings
+	What          string    `json:"what"`
+	SIP           Use       `json:"sip"`
+	Consoles      Consoles  `json:"consoles"`
+	WebRTC        Use       `json:"webrtc"`
+	Notes         []Note    `json:"notes"`
 }
 
 // A Use says how well something works.
@@ -106,14 +107,15 @@ func (r *Result) write(b *strings.Builder, color bool) {
 	line("mapping", behaviours["mapping"][r.Mapping])
 	line("filtering", behaviours["filtering"][r.Filtering])
 	line("hairpinning", behaviours["hairpinning"][string(r.Hairpin)])
-	b.WriteString("\n")
-	line("SIP", r.SIP.Rating+": "+r.SIP.What)
-	types := ""
-	if r.Consoles.Rating != Unknown {
-		types = " (NAT " + r.Consoles.PlayStation + ", " + r.Consoles.Xbox + ")"
+	if l := r.Lifetime; l != nil {
+		line("lifetime", "without packets the way back stays open for "+l.String())
 	}
-	line("consoles", r.Consoles.Rating+types+": "+r.Consoles.What)
-	line("WebRTC", r.WebRTC.Rating+": "+r.WebRTC.What)
+	b.WriteString("\n")
+	if r.Verdict != Undecided {
+		line("SIP", r.SIP.Rating+": "+r.SIP.What)
+		line("consoles", fmt.Sprintf("%s (NAT %s, %s): %s", r.Consoles.Rating, r.Consoles.PlayStation, r.Consoles.Xbox, r.Consoles.What))
+		line("WebRTC", r.WebRTC.Rating+": "+r.WebRTC.What)
+	}
 	for _, n := range r.Notes {
 		line("note", n.What)
 	}

@@ -30,15 +30,15 @@ var meanings = map[Verdict]meaning{
 		"an address that this host has sent to may answer from any port, and no other address may.",
 		Use{Good, "a proxy that was called may answer from any port."},
 		Use{Good, "they can play with nearly everybody."},
-		Use{Good, "peers connect directly."},
+		Use{Good, "peers connect directly, those behind symmetric NAT too."},
 		"type 2", "moderate",
 	},
 	SymmetricFirewall: {
 		1, "no NAT, and a firewall for all but answers (symmetric firewall)",
 		"only the address and port that this host has sent to may answer.",
 		Use{Limited, "a proxy or gateway that answers from another port than it was called on is not heard."},
-		Use{Good, "they can play with nearly everybody."},
-		Use{Good, "peers connect directly, except for some behind symmetric NAT, which need a relay (TURN)."},
+		Use{Limited, "they cannot play with those of type 3 (strict)."},
+		Use{Limited, "peers connect directly, except for those behind symmetric NAT, which need a relay (TURN)."},
 		"type 2", "moderate",
 	},
 	FullCone: {
