@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/conenatd/conenatd/e2e/debian"
+	"github.com/conenatd/conenatd/internal/lab"
 )
 
 // coturn starts Debian's coturn outside as a STUN server on the ports 3478 and 3479 of the
@@ -79,10 +80,10 @@ func coturn(t *testing.T) string {
 	return tree
 }
 
-// outsideDrops makes a chain of the outside host that drops what a rule matches.
-func (s *scene) outsideDrops(hook, match string) {
+// drops makes a chain of a host that drops what a rule matches.
+func (s *scene) drops(h *lab.Host, hook, match string) {
 	s.T.Helper()
-	cmd := s.Outside.Command(s.T.Context(), "nft", "-f", "-")
+	cmd := h.Command(s.T.Context(), "nft", "-f", "-")
 	cmd.Stdin = strings.NewReader(fmt.Sprintf("table inet drops {\n\tchain c {\n\t\ttype filter hook %s priority 0;\n\t\t%s drop\n\t}\n}\n", hook, match))
 	if out, err := cmd.CombinedOutput(); err != nil {
 		s.T.Fatalf("drop %s: %v: %s", match, err, out)

@@ -130,7 +130,30 @@ func TestProbeKnowsTheLimitsOfItsServer(t *testing.T) {
 		note   string // identifier
 		what   string
 	}{
-		"nothing there": {func(*scene) {}, behaviour{probe.Unknown, probe.Unknown, probe.HairpinUnknown, probe.NoAnswer, 3}, "", "no program has this UDP port open"},
+		"nothing there": {func(*scene) {}, behaviour{probe.Unknown, probe.Unknown, probe.HairpinUnknown, probe.NoAnswer, 3}, "", "no program there has this UDP port open"},
+		"rejected on the way": {
+			func(s *scene) {
+				s.coturn(twoAddresses)
+				s.Must(s.NFT("table ip f {\n\tchain c {\n\t\ttype filter hook forward priority 0;\n\t\tudp dport 3478 reject with icmp admin-prohibited\n\t}\n}\n"))
+			},
+			behaviour{probe.Unknown, probe.Unknown, probe.HairpinUnknown, probe.NoAnswer, 3},
+			"", "on the way rejects the packets (ICMP)",
+		},
+		"refused by this host": {
+			func(s *scene) {
+				s.drops(s.Inside(0), "output", "udp dport 3478")
+			},
+			behaviour{probe.Unknown, probe.Unknown, probe.HairpinUnknown, probe.NoAnswer, 3},
+			"", "own firewall",
+		},
+		"no route": {
+			func(s *scene) {
+				_, err := s.Inside(0).Output("ip", "route", "del", "default")
+				s.Must(err)
+			},
+			behaviour{probe.Unknown, probe.Unknown, probe.HairpinUnknown, probe.NoAnswer, 3},
+			"", "no route",
+		},
 		"silent": {
 			func(s *scene) { s.PeerSocket(lab.PeerA, 3478) },
 			behaviour{probe.Unknown, probe.Unknown, probe.HairpinUnknown, probe.NoAnswer, 3},
@@ -144,7 +167,7 @@ func TestProbeKnowsTheLimitsOfItsServer(t *testing.T) {
 		"other address is down": {
 			func(s *scene) {
 				s.coturn(twoAddresses)
-				s.outsideDrops("input", "udp dport 3478-3479 ip daddr 192.0.2.77")
+				s.drops(s.Outside, "input", "udp dport 3478-3479 ip daddr 192.0.2.77")
 			},
 			behaviour{probe.Unknown, probe.AddressAndPortDependent, probe.HairpinNo, probe.Undecided, 1},
 			"other_address_silent", "the notes",
@@ -152,7 +175,7 @@ func TestProbeKnowsTheLimitsOfItsServer(t *testing.T) {
 		"it does not answer from elsewhere": {
 			func(s *scene) {
 				s.coturn(twoAddresses)
-				s.outsideDrops("input", "udp length 36") // requests with CHANGE-REQUEST
+				s.drops(s.Outside, "input", "udp length 36") // requests with CHANGE-REQUEST
 			},
 			behaviour{probe.EndpointIndependent, probe.Unknown, probe.HairpinNo, probe.Undecided, 1},
 			"filtering_unproven", "the notes",
@@ -201,9 +224,9 @@ func TestProbeFindsTheLifetime(t *testing.T) {
 		daemon  bool
 		want    *probe.Lifetime
 	}{
-		"longer":            {"60", nil, false, &probe.Lifetime{AtLeast: 4}},
-		"shorter":           {"2", nil, false, &probe.Lifetime{LessThan: 4}},
-		"shorter, conenatd": {"2", nil, true, &probe.Lifetime{AtLeast: 4}},
+		"longer":            {"60", nil, false, &probe.Lifetime{AtLeast: 8}},
+		"shorter":           {"5", nil, false, &probe.Lifetime{LessThan: 8}},
+		"shorter, conenatd": {"5", nil, true, &probe.Lifetime{AtLeast: 8}},
 		"unknown":           {"60", []string{"--no-rfc5780"}, false, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -214,7 +237,7 @@ func TestProbeFindsTheLifetime(t *testing.T) {
 			if tc.daemon {
 				s.Serve()
 			}
-			one := s.probe("--server", lab.PeerA.String(), "--lifetime=4s").Results[0]
+			one := s.probe("--server", lab.PeerA.String(), "--lifetime=8s").Results[0]
 			noted := slices.ContainsFunc(one.Notes, func(n probe.Note) bool { return n.ID == "no_response_port" })
 			if !reflect.DeepEqual(one.Lifetime, tc.want) || noted != (tc.want == nil) {
 				t.Errorf("%+v, want %+v; notes %+v", one.Lifetime, tc.want, one.Notes)

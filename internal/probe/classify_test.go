@@ -138,6 +138,19 @@ func TestTheWorseFamilyDecides(t *testing.T) {
 	}
 }
 
+// Fails when a host without IPv6 gets a verdict about it, or one without any route none.
+func TestFamiliesWithoutRouteAreLeftOut(t *testing.T) {
+	four := Answers{Server: ap("192.0.2.1:3478"), Silent: errSilence}
+	six := Answers{Server: ap("[2001:db8::1]:3478"), Silent: errNoRoute}
+	if got := routed([]Answers{four, six}); len(got) != 1 || got[0].Server != four.Server {
+		t.Errorf("%+v", got)
+	}
+	four.Silent = errNoRoute
+	if got := routed([]Answers{four, six}); len(got) != 2 {
+		t.Errorf("%+v", got)
+	}
+}
+
 // Fails when text and colours are not as documented, or a line is wider than a terminal.
 func TestReportForPeople(t *testing.T) {
 	document, err := os.ReadFile("../../docs/probe.md")

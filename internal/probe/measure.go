@@ -84,21 +84,28 @@ func Run(ctx context.Context, o Options) (Report, error) {
 		}
 		all = append(all, a)
 	}
-	// A host without IPv6 is not asked about IPv6.
-	if reached := slices.DeleteFunc(slices.Clone(all), func(a Answers) bool { return errors.Is(a.Silent, errNoRoute) }); len(reached) > 0 {
-		all = reached
-	}
 	r := Report{Server: o.Server.String()}
-	for i := range all {
-		r.Results = append(r.Results, Classify(&all[i]))
+	for _, a := range routed(all) {
+		r.Results = append(r.Results, Classify(&a))
 	}
 	return r, nil
+}
+
+// routed leaves out the families that this host does not have, unless it has none: a host
+// without IPv6 needs no verdict about it.
+func routed(all []Answers) []Answers {
+	some := slices.DeleteFunc(slices.Clone(all), func(a Answers) bool { return errors.Is(a.Silent, errNoRoute) })
+	if len(some) == 0 {
+		return all
+	}
+	return some
 }
 
 // Why there is no first answer.
 var (
 	errNoRoute = errors.New("this host has no route there")
-	errClosed  = errors.New("the server's host says that no program has this UDP port open")
+	errClosed  = errors.New("no program there has this UDP port open, or a firewall on the way rejects the packets (ICMP port unreachable)")
+	errReject  = errors.New("a router or a firewall on the way rejects the packets (ICMP)")
 	errLocal   = errors.New("this host's own firewall does not let the packets out")
 	errSilence = errors.New("the server is down, or UDP to it is blocked on the way")
 )
@@ -108,8 +115,8 @@ func reason(err error) error {
 	switch {
 	case err == nil:
 		return errSilence
-	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.EADDRNOTAVAIL):
-		return errNoRoute
+	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH):
+		return errReject
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return errClosed
 	case errors.Is(err, syscall.EPERM), errors.Is(err, syscall.EACCES):
@@ -159,7 +166,11 @@ func (a *Answers) greet(ctx context.Context, o Options) error {
 		local = &net.UDPAddr{IP: o.From.AsSlice(), Zone: o.From.Zone()}
 	}
 	c, err := net.DialUDP("udp", local, net.UDPAddrFromAddrPort(a.Server))
-	if err != nil {
+	switch {
+	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.EADDRNOTAVAIL):
+		a.Silent = errNoRoute
+		return nil
+	case err != nil:
 		a.Silent = reason(err)
 		return nil
 	}
