@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/conenatd/conenatd/e2e/debian"
 	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/probe"
@@ -281,5 +282,36 @@ func TestProbeRefusesAWrongCommandLine(t *testing.T) {
 	}
 	if flows := s.ConntrackList("-p", "udp"); len(flows) > 0 {
 		t.Errorf("it sent: %q", flows)
+	}
+}
+
+// Fails when coturn's own client sees another NAT than probe.
+func TestProbeAgreesWithAnotherClient(t *testing.T) {
+	stage.OfTheDaemon(t)
+	for name, tc := range map[string]struct {
+		conenatd []string // flags, if it runs
+		want     behaviour
+		said     string
+	}{
+		"stock":      {nil, stock, "Address and Port Dependent Filtering"},
+		"restricted": {stage.Auto, restricted, "NAT with Address Dependent Filtering"},
+		"full cone":  {append(stage.NFT, "--filtering=endpoint_independent"), fullCone, "NAT with Endpoint Independent Filtering"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newScene(t, lab.Options{})
+			s.coturn(twoAddresses)
+			if tc.conenatd != nil {
+				s.Start(stage.Flags(tc.conenatd)...)
+			}
+			if got := behaviourOf(s.probe("--server", lab.PeerA.String())); got != tc.want {
+				t.Errorf("probe: %+v, want %+v", got, tc.want)
+			}
+			path, args := debian.Program(coturn(t), "usr/bin/turnutils_natdiscovery", "-m", "-f", lab.PeerA.String())
+			out, err := s.Inside(0).Command(t.Context(), path, args...).CombinedOutput()
+			if err != nil || !strings.Contains(string(out), "NAT with Endpoint Independent Mapping") || !strings.Contains(string(out), tc.said) {
+				t.Errorf("turnutils_natdiscovery: %v: %s; want %q", err, out, tc.said)
+			}
+		})
 	}
 }
