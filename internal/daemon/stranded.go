@@ -119,19 +119,28 @@ func (s *strands) collect(q *ctwatch.Queries, cfg config.Config) error {
 		}
 		return x
 	}
+	none := s.r.firewall.dumped // but an earlier daemon may have left children without permissions
 	for at := 0; at >= 0; {
 		ok := s.r.ask(func(l *loop) {
 			at = l.engine.Model.Walk(at, flowsAtOnce, func(v cone.View) {
-				if v.Wild == 0 && !v.Routed() && s.sources.another(v.Ext.Addr) {
-					if x := note(trip{v.Int.Addr, v.Ext.Addr, v.Peer}); x != nil {
-						x.permission = &v.Permission
-					}
+				if v.Routed() || !s.sources.another(v.Ext.Addr) {
+					return
+				}
+				none = false
+				if v.Wild > 0 {
+					return
+				}
+				if x := note(trip{v.Int.Addr, v.Ext.Addr, v.Peer}); x != nil {
+					x.permission = &v.Permission
 				}
 			})
 		})
 		if !ok {
 			return errEnded
 		}
+	}
+	if none {
+		return nil
 	}
 	hosts := s.r.firewall.fixedFlows(cfg).translated
 	err := q.Dump(func(f *cone.Flow) {
