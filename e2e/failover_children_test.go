@@ -147,3 +147,25 @@ func TestNFTChildStaysWhenAnotherRouteChanges(t *testing.T) {
 		})
 	}
 }
+
+// The way to one peer moves to another uplink. What others may send by the same permission still
+// gets in.
+//
+// Fails when a permission for several peers ends with the way to one of them.
+func TestNFTWayToOnePeerLeavesOthersAlone(t *testing.T) {
+	for name, args := range map[string][]string{"every peer": {"--filtering=endpoint_independent"}, "a group": {"--peer-group=203.0.113.0/24"}} {
+		t.Run(name, func(t *testing.T) {
+			s, _ := twoUplinks(t, lab.Options{Rules: bothUplinks})
+			s.Serve(append(args, "--reconcile=1h")...)
+			phone, peer, moved := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
+			ext := s.Contact(phone, peer)
+			s.Contact(phone, moved)
+			s.Arrives(phone, s.PeerSocket(lab.PeerB, 7000), ext)
+			s.IP(s.Gateway, "route add "+lab.PeerB.String()+"/32 via 198.51.100.254 dev wan1 onlink")
+			s.heals(phone, moved, netip.MustParseAddr("198.51.100.129"))
+			began := time.Now() // flows may be checked with a delay
+			s.Until("it looked at flows", func() bool { s.Status(); return time.Since(began) > 1500*time.Millisecond })
+			s.Arrives(phone, s.PeerSocket(lab.PeerA, 7000), ext)
+		})
+	}
+}

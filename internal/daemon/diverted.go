@@ -24,7 +24,12 @@ func (f *firewall) divert(cfg config.Config, network gateway.Network) (changed b
 	}
 	var next []rules.Diversion
 	own := network.Topology().Local
-	for _, d := range f.diverter.Diversions(f.user, sidesOf(cfg, network)) {
+	all, same := f.diverter.Diversions(f.user, sidesOf(cfg, network))
+	if same && slices.Equal(own, f.divertedOwn) {
+		return false
+	}
+	f.divertedOwn = own
+	for _, d := range all {
 		// The gateway's own addresses are no peers.
 		peers := slices.DeleteFunc(slices.Clone(d.Peers), func(p netip.Prefix) bool { return p.IsSingleIP() && slices.Contains(own, p.Addr()) })
 		if d.Peers != nil && len(peers) == 0 {

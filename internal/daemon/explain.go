@@ -156,7 +156,7 @@ func (s source) gather(c *packetCase) error {
 		c.forward = &userrules.Forward{Unknown: true, Text: "only root may read the rules of iptables-legacy"}
 	}
 	var d userrules.Diverter
-	c.diverted = d.Diversions(rs, sidesOf(cfg, network))
+	c.diverted, _ = d.Diversions(rs, sidesOf(cfg, network))
 	c.firewall = func(host netip.Addr, kind flowKind) (userrules.Answer, string) {
 		if kind == ofStranger {
 			if a, dropper, err := rs.Stranger(outside, inside, c.peer, netip.AddrPortFrom(host, c.ext.Port())); err == nil {

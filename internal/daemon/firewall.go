@@ -54,8 +54,9 @@ type firewall struct {
 	known       map[netip.Addr]struct{} // addresses that links had; nil before the first look
 	knownMapped bool                    // with those that the tables hold for mappings
 
-	diverter userrules.Diverter
-	diverted []rules.Diversion // as last read
+	diverter    userrules.Diverter
+	diverted    []rules.Diversion // as last read
+	divertedOwn []netip.Addr      // the gateway's addresses then
 
 	admitted, expected, usedUp tally
 	zoned                      tally                       // packets in a zone where no expectation stands

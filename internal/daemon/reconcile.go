@@ -200,7 +200,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 	r.rerouted.shared = network.Shares()
 	if !network.SameRoutes(r.network) {
 		r.rerouted.looks = rerouteLooks
-		if len(r.rerouted.stale.exact) > 0 { // what was wrong may be right now
+		if r.rerouted.stale.len() > 0 { // what was wrong may be right now
 			r.rerouted.stale = stalePermissions{}
 			r.ask(func(l *loop) { l.engine.Model.SetRerouted(r.now(), nil) })
 			r.wantReconcile()

@@ -29,27 +29,47 @@ func (r *reconciler) endStranded(cfg config.Config, network gateway.Network) (en
 		return 0, err
 	}
 	defer q.Close()
-	s := &strands{r: r, sources: newSources(network, nil), routes: &router{network: network}, trips: make(map[trip]*tripFlows)}
+	s := &strands{r: r, sources: newSources(network, nil), routes: &router{network: network}, trips: make(map[trip]*tripFlows), wide: make(map[hostAddrs]*wideFlows)}
 	if err := s.collect(q, cfg); err != nil {
 		return 0, err
 	}
-	var children []cone.Flow
-	stale, before := &r.rerouted.stale, len(r.rerouted.stale.exact)
-	for t, x := range s.trips {
-		if wrong, ok := s.wrong(x); ok {
-			stale.put(t)
-			children = append(children, wrong...)
+	var errs []error
+	for _, withChildren := range []bool{true, false} { // to look at permissions takes longer
+		var children []cone.Flow
+		stale, before := &r.rerouted.stale, r.rerouted.stale.len()
+		for t, x := range s.trips {
+			if withChildren != (len(x.children) > 0) {
+				continue
+			}
+			if wrong, ok := s.wrong(x); ok {
+				stale.exact = put(stale.exact, t)
+				children = append(children, wrong...)
+			}
 		}
-	}
-	errs := []error{deleteFlows(q, children)}
-	if len(stale.exact) > before {
-		has := stale.clone().has
-		r.ask(func(l *loop) { l.engine.Model.SetRerouted(r.now(), has) })
+		for e, x := range s.wide {
+			if !withChildren && s.wrongForAll(x) {
+				stale.wide = put(stale.wide, e)
+			}
+		}
+		errs = append(errs, deleteFlows(q, children))
+		ended += len(children)
+		if stale.len() > before {
+			has := stale.clone().has
+			r.ask(func(l *loop) { l.engine.Model.SetRerouted(r.now(), has) })
+		}
 	}
 	if err := s.routes.close(); err != nil {
 		errs = append(errs, fmt.Errorf("find children that are answered by another link: %w", err))
 	}
-	return len(children), errors.Join(errs...)
+	return ended, errors.Join(errs...)
+}
+
+func put[K comparable](m map[K]struct{}, k K) map[K]struct{} {
+	if m == nil {
+		m = make(map[K]struct{})
+	}
+	m[k] = struct{}{}
+	return m
 }
 
 // strands are the trips with an address that may be wrong.
@@ -58,6 +78,18 @@ type strands struct {
 	sources *sources
 	routes  *router
 	trips   map[trip]*tripFlows
+	wide    map[hostAddrs]*wideFlows // of permissions for several peers
+}
+
+// hostAddrs are the inside and the outside address of a host.
+type hostAddrs struct{ host, ext cone.Addr }
+
+// wideFlows are flows of a host with one outside address, and if there is none, one to the same
+// peers with another.
+type wideFlows struct {
+	permission cone.Permission
+	own        []cone.Flow
+	elsewhere  cone.Endpoint
 }
 
 // A trip goes from a host to a peer, with an outside address.
@@ -107,6 +139,15 @@ func (s *strands) wrong(x *tripFlows) (children []cone.Flow, wrong bool) {
 	return children, wrong && !slices.ContainsFunc(x.own, func(f cone.Flow) bool { return !s.broken(f) })
 }
 
+// wrongForAll reports whether the address is wrong for all peers of a permission that the host
+// sends to.
+func (s *strands) wrongForAll(x *wideFlows) bool {
+	if len(x.own) == 0 && x.elsewhere != (cone.Endpoint{}) {
+		return s.broken(cone.Flow{Src: x.permission.Int, ReplySrc: x.elsewhere, ReplyDst: x.permission.Ext})
+	}
+	return len(x.own) > 0 && !slices.ContainsFunc(x.own, func(f cone.Flow) bool { return !s.broken(f) })
+}
+
 // collect notes the trips whose address is on another link than the only outside one.
 func (s *strands) collect(q *ctwatch.Queries, cfg config.Config) error {
 	peers := make(map[[2]cone.Addr][]*tripFlows) // by host and peer
@@ -120,24 +161,23 @@ func (s *strands) collect(q *ctwatch.Queries, cfg config.Config) error {
 		return x
 	}
 	none := s.r.firewall.dumped // but an earlier daemon may have left children without permissions
-	for at := 0; at >= 0; {
-		ok := s.r.ask(func(l *loop) {
-			at = l.engine.Model.Walk(at, flowsAtOnce, func(v cone.View) {
-				if v.Routed() || !s.sources.another(v.Ext.Addr) {
-					return
-				}
-				none = false
-				if v.Wild > 0 {
-					return
-				}
-				if x := note(trip{v.Int.Addr, v.Ext.Addr, v.Peer}); x != nil {
-					x.permission = &v.Permission
-				}
+	each := func(f func(v *cone.View)) bool {
+		for at := 0; at >= 0; {
+			ok := s.r.ask(func(l *loop) {
+				at = l.engine.Model.Walk(at, flowsAtOnce, func(v cone.View) {
+					if !v.Routed() && s.sources.another(v.Ext.Addr) {
+						f(&v)
+					}
+				})
 			})
-		})
-		if !ok {
-			return errEnded
+			if !ok {
+				return false
+			}
 		}
+		return true
+	}
+	if !each(func(*cone.View) { none = false }) {
+		return errEnded
 	}
 	if none {
 		return nil
@@ -151,14 +191,25 @@ func (s *strands) collect(q *ctwatch.Queries, cfg config.Config) error {
 			}
 		}
 	})
-	if err != nil || len(s.trips) == 0 {
+	if err != nil {
 		return err
+	}
+	ok := each(func(v *cone.View) {
+		if v.Wild > 0 {
+			s.wide[hostAddrs{v.Int.Addr, v.Ext.Addr}] = &wideFlows{permission: v.Permission}
+		} else if x := note(trip{v.Int.Addr, v.Ext.Addr, v.Peer}); x != nil {
+			x.permission = &v.Permission
+		}
+	})
+	if !ok {
+		return errEnded
 	}
 	return q.Dump(func(f *cone.Flow) {
 		if f.IsChild() || !f.Status.Has(cone.StatusSrcNAT) || f.Status.Has(cone.StatusDstNAT) || !hosts.Holds(f.Src.Addr) {
 			return
 		}
 		t := tripOf(f)
+		s.noteWide(f)
 		for _, x := range peers[[2]cone.Addr{t.host, t.peer}] {
 			switch {
 			case x == s.trips[t]:
@@ -170,6 +221,20 @@ func (s *strands) collect(q *ctwatch.Queries, cfg config.Config) error {
 	})
 }
 
+// noteWide notes a flow of a host for its permissions for several peers.
+func (s *strands) noteWide(f *cone.Flow) {
+	const enough = 64
+	for e, x := range s.wide {
+		switch {
+		case e.host != f.Src.Addr || !x.permission.Peers().Contains(f.ReplySrc.Addr.Netip()):
+		case e.ext != f.ReplyDst.Addr:
+			x.elsewhere = f.ReplySrc
+		case len(x.own) < enough:
+			x.own = append(x.own, *f)
+		}
+	}
+}
+
 // another reports whether an address is on a link that is not the only outside one.
 func (s *sources) another(a cone.Addr) bool {
 	_, own := s.own[a]
@@ -177,33 +242,25 @@ func (s *sources) another(a cone.Addr) bool {
 }
 
 // stalePermissions are for trips that leave by another link than the one that has the outside
-// address. wide has the peers by host and outside address, for permissions of several peers.
+// address. Those for several peers are stale if the address is wrong for all that their host
+// sends to.
 type stalePermissions struct {
 	exact map[trip]struct{}
-	wide  map[[2]cone.Addr][]cone.Addr
+	wide  map[hostAddrs]struct{}
 }
 
-// put adds a trip.
-func (s *stalePermissions) put(t trip) {
-	if s.exact == nil {
-		s.exact, s.wide = make(map[trip]struct{}), make(map[[2]cone.Addr][]cone.Addr)
-	}
-	if _, known := s.exact[t]; !known {
-		s.exact[t] = struct{}{}
-		ends := [2]cone.Addr{t.host, t.ext}
-		s.wide[ends] = append(s.wide[ends], t.peer)
-	}
-}
+func (s *stalePermissions) len() int { return len(s.exact) + len(s.wide) }
 
-// clone returns a copy that later calls of put leave alone.
+// clone returns a copy that later changes leave alone.
 func (s *stalePermissions) clone() *stalePermissions {
 	return &stalePermissions{maps.Clone(s.exact), maps.Clone(s.wide)}
 }
 
-func (s *stalePermissions) has(p cone.Permission) bool {
-	if p.Wild == 0 {
-		_, stale := s.exact[trip{p.Int.Addr, p.Ext.Addr, p.Peer}]
-		return stale
+func (s *stalePermissions) has(p cone.Permission) (stale bool) {
+	if p.Wild > 0 {
+		_, stale = s.wide[hostAddrs{p.Int.Addr, p.Ext.Addr}]
+	} else {
+		_, stale = s.exact[trip{p.Int.Addr, p.Ext.Addr, p.Peer}]
 	}
-	return slices.ContainsFunc(s.wide[[2]cone.Addr{p.Int.Addr, p.Ext.Addr}], func(peer cone.Addr) bool { return p.Peers().Contains(peer.Netip()) })
+	return stale
 }

@@ -2,6 +2,7 @@ package rules
 
 import (
 	"fmt"
+	"math"
 	"net/netip"
 	"slices"
 
@@ -68,14 +69,18 @@ func (l *layout) portSet(name string, ranges []PortRange) *set {
 	s := l.named(name)
 	if s == nil {
 		s = l.set(name, nftables.TypeInetService)
-		var ports []uint16
-		for _, r := range ranges {
-			for port := int(r.First); port <= int(r.Last); port++ {
-				ports = append(ports, uint16(port))
+		s.Interval = true
+		ranges = slices.SortedFunc(slices.Values(ranges), func(a, b PortRange) int { return int(a.First) - int(b.First) })
+		for i := 0; i < len(ranges); {
+			first, last := ranges[i].First, ranges[i].Last
+			for i++; i < len(ranges) && int(ranges[i].First) <= int(last)+1; i++ {
+				last = max(last, ranges[i].Last)
+			}
+			s.elements = append(s.elements, nftables.SetElement{Key: be16(first)})
+			if last != math.MaxUint16 {
+				s.elements = append(s.elements, nftables.SetElement{Key: be16(last + 1), IntervalEnd: true})
 			}
 		}
-		slices.Sort(ports)
-		s.setPorts(ports)
 	}
 	return s
 }

@@ -49,22 +49,23 @@ type Diverter struct {
 // that take all ports, or that test something else than addresses, ports, links and the state of
 // the flow, since they may be for other packets: those to the gateway itself, for instance. And
 // it leaves out translations to other hosts that concern packets from outside as well: they are
-// port forwards.
-func (d *Diverter) Diversions(rs *Ruleset, sides Sides) (all []Diversion) {
+// port forwards. same says that the answer is that of the last call.
+func (d *Diverter) Diversions(rs *Ruleset, sides Sides) (all []Diversion, same bool) {
 	before := d.found
 	if !d.sides.equal(sides) {
 		before = nil
 	}
+	same = before != nil && len(before) == len(rs.tables)
 	d.sides, d.found = sides, make(map[*table][]Diversion)
 	for _, t := range rs.tables {
 		found, known := before[t]
 		if !known {
-			found = t.diversions(sides)
+			found, same = t.diversions(sides), false
 		}
 		d.found[t] = found
 		all = append(all, found...)
 	}
-	return all
+	return all, same
 }
 
 func (t *table) diversions(sides Sides) (found []Diversion) {

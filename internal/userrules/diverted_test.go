@@ -66,7 +66,15 @@ func TestDiversions(t *testing.T) {
 			}
 			var d userrules.Diverter
 			got := ""
-			for _, x := range d.Diversions(ruleset(t, l), sides) {
+			rs := ruleset(t, l)
+			all, same := d.Diversions(rs, sides)
+			if same {
+				t.Error("the first answer is the same as an earlier one")
+			}
+			if again, same := d.Diversions(rs, sides); !same || len(again) != len(all) {
+				t.Errorf("the second answer has %d, and same is %v", len(again), same)
+			}
+			for _, x := range all {
 				got += fmt.Sprint(x.Hosts, " ", x.Peers, " ", x.Ports)
 				t.Log(x.Text)
 			}
