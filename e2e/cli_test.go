@@ -80,6 +80,7 @@ func TestWrongInputIsNamedAndChangesNothing(t *testing.T) {
 		"status, no one":   {[]string{"status"}, 1, "no conenatd runs in this network namespace"},
 		"check, bad file":  {[]string{"check", file("backend = 7\n")}, 78, "c.toml:1:11: backend:"},
 		"list, no one":     {[]string{"list"}, 1, "conenatd run"},
+		"stop, no one":     {[]string{"stop"}, 0, "no conenatd runs in this network namespace\n"},
 		"cleanup, nothing": {[]string{"cleanup"}, 0, "removed 0 expectations"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -55,6 +55,33 @@ func reloadCommand() *cobra.Command {
 		func(c *cobra.Command, client *control.Client, _ []string) error { return client.Reload(c.Context()) })
 }
 
+// stopTime is how long a stop may take; systemd waits as long.
+const stopTime = 90 * time.Second
+
+func stopCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "stop",
+		Short: "Stop the daemon, as SIGTERM does, and wait for its end",
+		Long: `Stop the daemon of this network namespace, as SIGTERM does, and wait for its end.
+The setting "on_stop" decides what becomes of the permissions. systemd does not
+start the daemon again. A daemon of another root directory, such as that of a
+container or of the machine around a chroot, is left alone.`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			pid, err := control.Stop(stopTime)
+			switch {
+			case err != nil:
+				return err
+			case pid == 0:
+				fmt.Fprintln(c.OutOrStdout(), "no conenatd runs in this network namespace")
+			default:
+				fmt.Fprintf(c.OutOrStdout(), "stopped conenatd (pid %d)\n", pid)
+			}
+			return nil
+		},
+	}
+}
+
 func revokeCommand() *cobra.Command {
 	c := clientCommand("revoke WORD...", "End permissions", cobra.MinimumNArgs(1),
 		func(c *cobra.Command, client *control.Client, words []string) error {

@@ -72,7 +72,7 @@ func command() *cobra.Command {
 		SilenceErrors: true,
 	}
 	root.AddCommand(
-		runCommand(), listCommand(), statusCommand(), reloadCommand(), revokeCommand(),
+		runCommand(), listCommand(), statusCommand(), reloadCommand(), stopCommand(), revokeCommand(),
 		flushCommand(), watchCommand(), explainCommand(), doctorCommand(), probeCommand(), checkCommand(), configCommand(), rulesCommand(), cleanupCommand(), demoCommand(), selftestCommand(), versionCommand(),
 	)
 	return root

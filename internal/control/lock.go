@@ -98,28 +98,34 @@ func (l *Lock) answer() {
 func Find() (string, error) { return find(lockName, folder) }
 
 func find(name, folder string) (string, error) {
+	path, _, err := ask(name, folder)
+	return path, err
+}
+
+// ask returns where the holder of a lock listens, and who it is.
+func ask(name, folder string) (socket string, holder *unix.Ucred, err error) {
 	c, err := dialLock(name)
 	if errors.Is(err, unix.ECONNREFUSED) {
-		return "", fmt.Errorf(`%w: start it with "conenatd run"`, ErrNotRunning)
+		return "", nil, fmt.Errorf(`%w: start it with "conenatd run"`, ErrNotRunning)
 	}
 	if err != nil {
-		return "", fmt.Errorf("find conenatd: %w", err)
+		return "", nil, fmt.Errorf("find conenatd: %w", err)
 	}
 	defer c.Close()
 	if err := c.SetReadDeadline(time.Now().Add(answerTime)); err != nil {
-		return "", fmt.Errorf("find conenatd: %w", err)
+		return "", nil, fmt.Errorf("find conenatd: %w", err)
 	}
 	path, err := io.ReadAll(io.LimitReader(c, maxPath))
 	switch {
 	case err != nil:
-		return "", fmt.Errorf("find conenatd: the process with pid %d does not answer: %w", c.holder.Pid, err)
+		return "", nil, fmt.Errorf("find conenatd: the process with pid %d does not answer: %w", c.holder.Pid, err)
 	case len(path) == 0: // a cleanup is under way
-		return "", fmt.Errorf(`%w: start it with "conenatd run"`, ErrNotRunning)
+		return "", nil, fmt.Errorf(`%w: start it with "conenatd run"`, ErrNotRunning)
 	case !trusted(c.holder, string(path), folder):
-		return "", fmt.Errorf("find conenatd: the process with pid %d of user %d has its name in this network namespace, and may not be conenatd: "+
+		return "", nil, fmt.Errorf("find conenatd: the process with pid %d of user %d has its name in this network namespace, and may not be conenatd: "+
 			"name its socket with --control-socket if it is, or end it", c.holder.Pid, c.holder.Uid)
 	}
-	return string(path), nil
+	return string(path), c.holder, nil
 }
 
 // maxPath is the length of the longest path of a unix socket.
@@ -130,10 +136,12 @@ const maxPath = 107
 // sockets. Otherwise the path must be the default one for this network namespace, where no
 // other user can make a socket.
 func trusted(holder *unix.Ucred, path, folder string) bool {
+	own, err := DefaultSocket()
+	return trustedUser(holder, folder) || err == nil && path == filepath.Join(folder, filepath.Base(own))
+}
+
+func trustedUser(holder *unix.Ucred, folder string) bool {
 	if holder.Uid == 0 || int(holder.Uid) == os.Geteuid() {
-		return true
-	}
-	if own, err := DefaultSocket(); err == nil && path == filepath.Join(folder, filepath.Base(own)) {
 		return true
 	}
 	info, err := os.Stat(folder)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -21,7 +22,22 @@ const holdLock = "CONENATD_TEST_HOLD_LOCK"
 // holdSocket is the path on which the copy says that it listens.
 const holdSocket = "CONENATD_TEST_HOLD_SOCKET"
 
+// holdRoot is the root directory that the copy gets, and holdDeaf lets it ignore SIGTERM.
+const (
+	holdRoot = "CONENATD_TEST_HOLD_ROOT"
+	holdDeaf = "CONENATD_TEST_HOLD_DEAF"
+)
+
 func hold(name string) {
+	if root := os.Getenv(holdRoot); root != "" {
+		if err := syscall.Chroot(root); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+	}
+	if os.Getenv(holdDeaf) != "" {
+		signal.Ignore(syscall.SIGTERM)
+	}
 	if _, err := acquire(name, os.Getenv(holdSocket)); err != nil {
 		fmt.Println(err)
 		os.Exit(1)
@@ -140,22 +156,7 @@ func TestWhoHoldsTheLockSaysWhereItListens(t *testing.T) {
 //
 // Fails when every holder is trusted.
 func TestAnotherUserIsNotBelieved(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root: run with sudo")
-	}
-	const nobody = 65534
-	program := filepath.Join(forAll(t), "control.test")
-	text, err := os.ReadFile(os.Args[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(program, text, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	name, his := ownName(t), forAll(t)
-	child := exec.Command(program)
-	child.Dir = his
-	child.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	name, his, child := ownName(t), forAll(t), asNobody(t)
 	own, err := DefaultSocket()
 	if err != nil {
 		t.Fatal(err)
@@ -169,9 +170,7 @@ func TestAnotherUserIsNotBelieved(t *testing.T) {
 		t.Errorf("found %q, %v", got, err)
 	}
 	other := ownName(t) + "-other"
-	elsewhere := exec.Command(program)
-	elsewhere.Dir, elsewhere.SysProcAttr = his, child.SysProcAttr
-	holder(t, elsewhere, other, filepath.Join(his, "1.sock"))
+	holder(t, asNobody(t), other, filepath.Join(his, "1.sock"))
 	if got, err := find(other, his); err == nil { // it is that of another network namespace
 		t.Errorf("found %q", got)
 	}
@@ -182,6 +181,29 @@ func TestAnotherUserIsNotBelieved(t *testing.T) {
 	if got, err := find(name, given); err != nil { // which is his
 		t.Errorf("found %q, %v", got, err)
 	}
+}
+
+const nobody = 65534
+
+// asNobody returns a command that runs a copy of the test program as the user nobody.
+func asNobody(t *testing.T) *exec.Cmd {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: run with sudo")
+	}
+	dir := forAll(t)
+	text, err := os.ReadFile(os.Args[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	program := filepath.Join(dir, "control.test")
+	if err := os.WriteFile(program, text, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	child := exec.Command(program)
+	child.Dir = dir
+	child.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	return child
 }
 
 // forAll makes a folder that every user may read.
