@@ -40,7 +40,10 @@ func need(t *testing.T) {
 	}
 }
 
-// debianRoot returns a tar archive of a Debian 12 with systemd. It is made once and kept in
+// included are the packages of the containers beside Debian's basic ones.
+const included = "systemd-sysv,nftables,rpm"
+
+// debianRoot returns a tar archive of a Debian 12 with systemd and rpm. It is made once and kept in
 // the user's cache.
 func debianRoot(t *testing.T) string {
 	t.Helper()
@@ -48,7 +51,7 @@ func debianRoot(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(cache, "conenatd", "packages", "bookworm.tar")
+	path := filepath.Join(cache, "conenatd", "packages", "bookworm,"+included+".tar")
 	if _, err := os.Stat(path); err == nil {
 		return path
 	}
@@ -57,7 +60,7 @@ func debianRoot(t *testing.T) string {
 	}
 	fresh := fmt.Sprintf("%s.%d.tar", path, os.Getpid())
 	defer os.Remove(fresh)
-	run(t, "", nil, "mmdebstrap", "--quiet", "--variant=apt", "--include=systemd-sysv,nftables", "bookworm", fresh)
+	run(t, "", nil, "mmdebstrap", "--quiet", "--variant=apt", "--include="+included, "bookworm", fresh)
 	if err := os.Rename(fresh, path); err != nil {
 		t.Fatal(err)
 	}
@@ -76,25 +79,46 @@ func run(t *testing.T, dir string, env []string, name string, args ...string) st
 	return string(out)
 }
 
-// A container is a Debian 12 with systemd.
+// A container is a Debian 12.
 type container struct {
 	t    *testing.T
 	root string // its files, seen from outside
-	init string // process id of its systemd
+	init string // process id of its first process
 }
 
-// boot starts a container in the gateway of a lab. It ends with the test. packages is a
-// folder that the container sees as /packages.
+// boot starts a container with systemd in the gateway of a lab. It ends with the test.
+// packages is a folder that the container sees as /packages.
 func boot(t *testing.T, s *stage.Scene, packages string) *container {
+	t.Helper()
+	c := start(t, s, packages, "test -S /run/systemd/private", "--boot")
+	// "degraded" is enough: units that have nothing to do with conenatd may fail in a container.
+	if out, _ := c.try("systemctl is-system-running --wait"); !strings.Contains(out, "running") && !strings.Contains(out, "degraded") {
+		t.Fatalf("systemd is %s", out)
+	}
+	return c
+}
+
+// withoutSystemd is boot, but the first process is a small one of systemd-nspawn's, which
+// collects dead processes, as in many containers and chroots.
+func withoutSystemd(t *testing.T, s *stage.Scene, packages string) *container {
+	t.Helper()
+	return start(t, s, packages, "test -d /packages && test -d /proc/1", "--as-pid2", "/bin/sleep", "infinity")
+}
+
+// start starts a container whose first process is what the last arguments of systemd-nspawn
+// say, and waits until a command succeeds in it.
+func start(t *testing.T, s *stage.Scene, packages, ready string, first ...string) *container {
 	t.Helper()
 	tar := debianRoot(t)
 	c := &container{t: t, root: t.TempDir()}
 	run(t, "", nil, "tar", "-C", c.root, "-xf", tar)
 	namespace := fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), s.Gateway.FD())
 	// Not t.Context: it ends before the clean-up.
-	nspawn := exec.Command("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--boot", "--console=pipe",
-		"--machine="+fmt.Sprintf("conenatd-%d", os.Getpid()), "--directory="+c.root, "--bind-ro="+packages+":/packages",
-		"--network-namespace-path="+namespace, "--capability=CAP_NET_ADMIN", "--resolv-conf=off", "--timezone=off")
+	nspawn := exec.Command("systemd-nspawn", append([]string{
+		"--quiet", "--register=no", "--keep-unit", "--console=pipe",
+		"--machine=" + fmt.Sprintf("conenatd-%d", os.Getpid()), "--directory=" + c.root, "--bind-ro=" + packages + ":/packages",
+		"--network-namespace-path=" + namespace, "--capability=CAP_NET_ADMIN", "--resolv-conf=off", "--timezone=off",
+	}, first...)...)
 	var log bytes.Buffer
 	nspawn.Stdout, nspawn.Stderr = &log, &log
 	if err := nspawn.Start(); err != nil {
@@ -113,7 +137,7 @@ func boot(t *testing.T, s *stage.Scene, packages string) *container {
 		}
 	})
 	children := fmt.Sprintf("/proc/%d/task/%d/children", nspawn.Process.Pid, nspawn.Process.Pid)
-	s.UntilIn(bound, "systemd runs", func() bool {
+	s.UntilIn(bound, "the container runs", func() bool {
 		select {
 		case <-ended:
 			t.Fatalf("systemd-nspawn ended: %s", log.String())
@@ -123,13 +147,9 @@ func boot(t *testing.T, s *stage.Scene, packages string) *container {
 		if c.init = strings.TrimSpace(string(b)); err != nil || c.init == "" {
 			return false
 		}
-		_, err = c.try("test -S /run/systemd/private")
+		_, err = c.try(ready)
 		return err == nil
 	})
-	// "degraded" is enough: units that have nothing to do with conenatd may fail in a container.
-	if out, _ := c.try("systemctl is-system-running --wait"); !strings.Contains(out, "running") && !strings.Contains(out, "degraded") {
-		t.Fatalf("systemd is %s", out)
-	}
 	return c
 }
 

@@ -1,3 +1,3 @@
-// Package packages tests the Debian package in a container with Debian 12 and systemd, whose
+// Package packages tests the Debian and RPM packages in containers with Debian 12, whose
 // network is the gateway of a lab. "make packages-test" starts it.
 package packages

@@ -142,6 +142,114 @@ func TestPackageOnDebian(t *testing.T) {
 	}
 }
 
+// Where systemd is not PID 1, a removal stops the daemon that somebody started by hand. A
+// user or a group that was there before the package survives a purge.
+//
+// Fails when prerm leaves the daemon alone without systemd, when postrm deletes a user or a
+// group that postinst did not make, and when a failure of userdel ends postrm.
+func TestPackageWithoutSystemd(t *testing.T) {
+	need(t)
+	s := stage.New(t, lab.Options{})
+	rules := ruleset(s)
+	dir := t.TempDir()
+	build(t, "../..", "v0.0.1", dir)
+	build(t, "../..", "v0.0.2", dir)
+	c := withoutSystemd(t, s, dir)
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	for _, before := range []string{
+		"true",
+		"useradd --system --user-group conenatd",
+		"groupadd --system conenatd",
+		"useradd --system --no-user-group --gid nogroup conenatd",
+	} {
+		c.do(before)
+		traces := c.traces()
+		out := c.do("dpkg --install /packages/conenatd_0.0.1-1_amd64.deb 2>&1")
+		if strings.Count(out, "\nconenatd: ") != 1 || !strings.Contains(out, "conenatd: systemd does not run here") {
+			t.Errorf("after %q: the installation does not say in one sentence that systemd does not run:\n%s", before, out)
+		}
+		c.do("getent passwd conenatd && getent group nogroup")
+		c.do("printf '%s\\n' 'on_stop = \"keep\"' '[[subnet]]' 'prefix = \"10.47.11.0/24\"' >/etc/conenatd/conenatd.toml")
+		c.do("setsid conenatd run --config /etc/conenatd/conenatd.toml </dev/null >/tmp/log 2>&1 &")
+		c.until("conenatd status")
+		s.Contact(phone, proxy)
+		out = c.do("dpkg --install /packages/conenatd_0.0.2-1_amd64.deb 2>&1")
+		if !strings.Contains(out, "restart conenatd yourself") {
+			t.Errorf("after %q: the upgrade does not say that the old program still runs:\n%s", before, out)
+		}
+		if out := c.do("dpkg --remove conenatd 2>&1"); strings.Contains(out, "conenatd: ") {
+			t.Errorf("after %q: the removal complains:\n%s", before, out)
+		}
+		if out, err := c.try("cat /proc/[0-9]*/comm | grep -x conenatd"); err == nil {
+			t.Errorf("after %q and the removal there runs %s", before, out)
+		}
+		if left := s.Leftovers(); len(left) > 0 {
+			t.Errorf("after %q: the removal left in the kernel: %q", before, left)
+		}
+		if now := ruleset(s); now != rules {
+			t.Errorf("after %q: the removal left the rules\n%s", before, now)
+		}
+		out = c.do("dpkg --purge conenatd 2>&1")
+		if left := c.traces(); left != traces {
+			t.Errorf("after %q and the purge, which printed\n%s\n%s\nbefore the installation:\n%s", before, out, left, traces)
+		}
+		c.do("userdel conenatd; groupdel conenatd; true")
+	}
+
+	c.do("dpkg --install /packages/conenatd_0.0.1-1_amd64.deb 2>&1")
+	c.do("setsid setpriv --reuid=conenatd --regid=conenatd --clear-groups sleep infinity </dev/null >/dev/null 2>&1 & echo $! >/tmp/pid")
+	c.until("test $(stat -c %u /proc/$(cat /tmp/pid)) = $(id -u conenatd)")
+	if out := c.do("dpkg --purge conenatd 2>&1"); !strings.Contains(out, "conenatd: the user or the group conenatd remains") {
+		t.Errorf("a purge while a process of the user runs printed\n%s", out)
+	}
+}
+
+// The RPM package is installed, started, upgraded and removed by rpm.
+//
+// Fails when the scripts do not understand the arguments that rpm calls them with.
+func TestPackageByRPM(t *testing.T) {
+	need(t)
+	s := stage.New(t, lab.Options{})
+	rules := ruleset(s)
+	dir := t.TempDir()
+	build(t, "../..", "v0.0.1", dir)
+	build(t, "../..", "v0.0.2", dir)
+	c := boot(t, s, dir)
+	// Its database knows none of Debian's packages.
+	const rpm = "rpm --force-debian --nodeps "
+	c.do("rpm --query --package --requires /packages/conenatd-0.0.1-1.x86_64.rpm | grep -qx /usr/sbin/useradd && test -x /usr/sbin/useradd")
+	if out := c.do(rpm + "--install /packages/conenatd-0.0.1-1.x86_64.rpm 2>&1"); !strings.Contains(out, "systemctl enable --now conenatd") {
+		t.Errorf("the first installation does not tell the next step:\n%s", out)
+	}
+	c.do("rpm --verify --nodeps conenatd")
+	c.do("printf '%s\\n' 'on_stop = \"keep\"' '[[subnet]]' 'prefix = \"10.47.11.0/24\"' >/etc/conenatd/conenatd.toml")
+	c.do("systemctl enable --now conenatd")
+	before := c.do("systemctl show --property=MainPID conenatd")
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	child := s.PeerSocket(lab.PeerA, 5070)
+	s.Arrives(phone, child, ext)
+
+	c.do(rpm + "--upgrade /packages/conenatd-0.0.2-1.x86_64.rpm 2>&1")
+	c.do("systemctl is-active conenatd")
+	if after := c.do("systemctl show --property=MainPID conenatd"); after == before || c.do("conenatd version") != "conenatd v0.0.2" {
+		t.Errorf("before the upgrade %s, then %s, with %s", before, after, c.do("conenatd version"))
+	}
+	s.Arrives(phone, child, ext)
+
+	c.do(rpm + "--erase conenatd 2>&1")
+	if state, err := c.try("systemctl is-active conenatd"); err == nil {
+		t.Errorf("after the removal the service is %s", state)
+	}
+	if left := s.Leftovers(); len(left) > 0 {
+		t.Errorf("the removal left in the kernel: %q", left)
+	}
+	if now := ruleset(s); now != rules {
+		t.Errorf("the removal left the rules\n%s", now)
+	}
+	c.do("test ! -e /usr/bin/conenatd && test -f /etc/conenatd/conenatd.toml.rpmsave")
+}
+
 // until repeats a command until it succeeds.
 func (c *container) until(command string) {
 	c.do("timeout 30 sh -c 'until " + strings.ReplaceAll(command, "'", `'\''`) + "; do sleep 0.1; done'")
@@ -151,7 +259,7 @@ func (c *container) until(command string) {
 // journal and dpkg's own log and backups remember everything.
 func (c *container) traces() string {
 	return c.do("find / -xdev -iname '*conenat*' -not -path '/packages*' -not -path '/proc/*' -not -path '/sys/*'; find /run -iname '*conenat*'; " +
-		"getent passwd conenatd; getent group conenatd; systemctl list-units --all --plain --no-legend 'conenatd*'; true")
+		"getent passwd conenatd; getent group conenatd; test ! -d /run/systemd/system || systemctl list-units --all --plain --no-legend 'conenatd*'")
 }
 
 func ruleset(s *stage.Scene) string {
