@@ -45,6 +45,9 @@ func TestNFTRulesSeeWhatHostsSendToAPortThatSpokeFirst(t *testing.T) {
 		for mode, args := range map[string][]string{
 			"auto": nil, "expect": {"--backend=expect"}, "nft": {"--backend=nft", "--learn=false"},
 		} {
+			if mode != "auto" && name != "redirect" && name != "helper" {
+				continue // two cases show the same for each mode
+			}
 			for _, late := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s, %s, late %v", name, mode, late), func(t *testing.T) {
 					t.Parallel()

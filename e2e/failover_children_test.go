@@ -40,6 +40,9 @@ func TestNFTChildHealsWhenTheWayOutsideChanges(t *testing.T) {
 			"auto": nil, "expect": {"--backend=expect"}, "nft": {"--backend=nft", "--learn=false"}, "mapping": {mapped},
 			"every peer": {"--filtering=endpoint_independent"}, "a group": {"--peer-group=203.0.113.0/29"}, deadMeanwhile: nil,
 		} {
+			if mode != "auto" && mode != deadMeanwhile && name != "by rule" && name != "another address" {
+				continue // two cases show the same for each mode
+			}
 			t.Run(name+", "+mode, func(t *testing.T) {
 				t.Parallel()
 				s, _ := twoUplinks(t, lab.Options{Rules: bothUplinks})
