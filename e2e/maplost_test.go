@@ -228,7 +228,7 @@ func TestWhatOnlyTheMapAdmitsIsToldByEvidence(t *testing.T) {
 // Each subnet has its own rules, and only what goes into one of them is lost.
 //
 // Fails when a warning is about the other subnet, or about one that is not translated.
-func TestLostChildrenAreToldForEachSubnet(t *testing.T) {
+func TestNFTLostChildrenAreToldForEachSubnet(t *testing.T) {
 	stage.NeedsExpect(t)
 	s := newScene(t, lab.Options{Guest: true, IPv6: true, Rules: lab.Masquerade + `table inet filter {
 	chain forward {
