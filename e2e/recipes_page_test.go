@@ -219,3 +219,41 @@ func TestRecipesAreAllListedAndPlayed(t *testing.T) {
 		t.Errorf("there are pages %q, the list has %q, and the tests play %q", pages, listed, played)
 	}
 }
+
+// What a recipe lets through the forward chain is UDP into its subnets, as in the lines of
+// doctor: not everything that the user's other forwards lead in.
+//
+// Fails when a line that accepts DNATed packets has neither a protocol nor a destination.
+func TestRecipesOpenForUDPIntoTheSubnetAlone(t *testing.T) {
+	pages, err := filepath.Glob(filepath.Join(recipes, "*.md"))
+	if err != nil || len(pages) == 0 {
+		t.Fatalf("%d pages: %v", len(pages), err)
+	}
+	lines := 0
+	for _, page := range pages {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		block, fenced := "", false
+		for line := range strings.Lines(string(text)) {
+			if mark, is := strings.CutPrefix(line, "```"); is {
+				block, fenced = strings.TrimSpace(mark), !fenced
+				continue
+			}
+			accepts := strings.Contains(line, "ct status dnat") && strings.Contains(line, "accept") ||
+				strings.Contains(line, "--ctstate DNAT") && strings.Contains(line, "ACCEPT")
+			if !fenced || block == "status" || !accepts {
+				continue
+			}
+			lines++
+			into := strings.Contains(line, "daddr ") || strings.Contains(line, " -d ") || strings.Contains(line, "loc:10.")
+			if !strings.Contains(line, "udp") || !into {
+				t.Errorf("%s: %s", filepath.Base(page), line)
+			}
+		}
+	}
+	if lines == 0 {
+		t.Error("no page has such a line")
+	}
+}
