@@ -1,7 +1,9 @@
 package daemon
 
 import (
+	"cmp"
 	"errors"
+	"fmt"
 	"net/netip"
 	"reflect"
 	"slices"
@@ -36,22 +38,45 @@ func (f *firewall) divert(cfg config.Config, network gateway.Network) (changed b
 			continue
 		}
 		x := rules.Diversion{Hosts: d.Hosts, Peers: peers}
-		i := slices.IndexFunc(next, func(y rules.Diversion) bool { return slices.Equal(x.Hosts, y.Hosts) && slices.Equal(x.Peers, y.Peers) })
-		if i < 0 {
-			if len(next) == mostDiversions {
-				continue
-			}
-			i, next = len(next), append(next, x)
-		}
 		for _, r := range d.Ports {
-			if p := (rules.PortRange{First: r.First, Last: r.Last}); !slices.Contains(next[i].Ports, p) {
-				next[i].Ports = append(next[i].Ports, p)
-			}
+			x.Ports = append(x.Ports, rules.PortRange{First: r.First, Last: r.Last})
 		}
+		next = append(next, x)
 	}
+	next = merged(next)
 	changed = !reflect.DeepEqual(next, f.diverted)
 	f.diverted = next
 	return changed
+}
+
+// merged returns at most mostDiversions diversions: those of the same hosts and peers with all
+// their ports, then those of the same hosts and ports with all their peers.
+func merged(all []rules.Diversion) []rules.Diversion {
+	by := func(key func(rules.Diversion) string, add func(to *rules.Diversion, d rules.Diversion)) {
+		at, kinds := make(map[string]int), []rules.Diversion(nil)
+		for _, d := range all {
+			i, known := at[key(d)]
+			if !known {
+				at[key(d)], kinds = len(kinds), append(kinds, d)
+				continue
+			}
+			add(&kinds[i], d)
+		}
+		all = kinds
+	}
+	by(func(d rules.Diversion) string { return fmt.Sprint(d.Hosts, d.Peers) }, func(to *rules.Diversion, d rules.Diversion) {
+		to.Ports = append(to.Ports, d.Ports...)
+	})
+	for i := range all {
+		slices.SortFunc(all[i].Ports, func(a, b rules.PortRange) int {
+			return cmp.Or(cmp.Compare(a.First, b.First), cmp.Compare(a.Last, b.Last))
+		})
+		all[i].Ports = slices.Compact(all[i].Ports)
+	}
+	by(func(d rules.Diversion) string { return fmt.Sprint(d.Hosts, len(d.Peers) > 0, d.Ports) }, func(to *rules.Diversion, d rules.Diversion) {
+		to.Peers = append(to.Peers, d.Peers...)
+	})
+	return all[:min(len(all), mostDiversions)]
 }
 
 // sidesOf returns where packets of inside hosts come from. Without a link that leads inside, no
