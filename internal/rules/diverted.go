@@ -2,9 +2,7 @@ package rules
 
 import (
 	"fmt"
-	"math"
 	"net/netip"
-	"slices"
 
 	"github.com/google/nftables"
 )
@@ -54,33 +52,12 @@ func (l *layout) divert(c *nftables.Chain, all []Diversion, families []*ipFamily
 	}
 }
 
-// addrSet returns the set with that name, which has the prefixes that are of the family.
-func (l *layout) addrSet(name string, f *ipFamily, all []netip.Prefix) *set {
-	s := l.named(name)
-	if s == nil {
-		s = l.set(name, f.addr)
-		s.Interval, s.elements = true, f.intervals(all)
-	}
-	return s
-}
-
 // portSet returns the set with that name, which has the ports.
 func (l *layout) portSet(name string, ranges []PortRange) *set {
 	s := l.named(name)
 	if s == nil {
 		s = l.set(name, nftables.TypeInetService)
-		s.Interval = true
-		ranges = slices.SortedFunc(slices.Values(ranges), func(a, b PortRange) int { return int(a.First) - int(b.First) })
-		for i := 0; i < len(ranges); {
-			first, last := ranges[i].First, ranges[i].Last
-			for i++; i < len(ranges) && int(ranges[i].First) <= int(last)+1; i++ {
-				last = max(last, ranges[i].Last)
-			}
-			s.elements = append(s.elements, nftables.SetElement{Key: be16(first)})
-			if last != math.MaxUint16 {
-				s.elements = append(s.elements, nftables.SetElement{Key: be16(last + 1), IntervalEnd: true})
-			}
-		}
+		s.setPortRanges(ranges)
 	}
 	return s
 }

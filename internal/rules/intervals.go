@@ -1,6 +1,7 @@
 package rules
 
 import (
+	"cmp"
 	"math"
 	"net"
 	"net/netip"
@@ -51,6 +52,16 @@ func (f *ipFamily) intervals(all []netip.Prefix) (es []nftables.SetElement) {
 		}
 	}
 	return es
+}
+
+// addrSet returns the set with that name, which has the prefixes that are of the family.
+func (l *layout) addrSet(name string, f *ipFamily, all []netip.Prefix) *set {
+	s := l.named(name)
+	if s == nil {
+		s = l.set(name, f.addr)
+		s.Interval, s.elements = true, f.intervals(all)
+	}
+	return s
 }
 
 // prefixes are IPv4 prefixes to match addresses against. A single prefix is compared
@@ -110,13 +121,31 @@ func (o operand) inPrefix(p netip.Prefix, in bool) exprs {
 // single ports, the kernel (nft_bitmap) takes a time that grows with the number of ports.
 func (s *set) setPorts(ports []uint16) {
 	ports = slices.Compact(slices.Sorted(slices.Values(ports)))
-	s.Interval = len(ports) > fewPorts
-	for i, p := range ports {
-		if !s.Interval || i == 0 || ports[i-1] != p-1 {
-			s.elements = append(s.elements, nftables.SetElement{Key: be16(p)})
+	if len(ports) > fewPorts {
+		var ranges []PortRange
+		for _, p := range ports {
+			ranges = append(ranges, PortRange{p, p})
 		}
-		if last := i+1 == len(ports) || ports[i+1] != p+1; s.Interval && last && p != math.MaxUint16 {
-			s.elements = append(s.elements, nftables.SetElement{Key: be16(p + 1), IntervalEnd: true})
+		s.setPortRanges(ranges)
+		return
+	}
+	for _, p := range ports {
+		s.elements = append(s.elements, nftables.SetElement{Key: be16(p)})
+	}
+}
+
+// setPortRanges fills s with ranges of ports, as intervals.
+func (s *set) setPortRanges(ranges []PortRange) {
+	s.Interval = true
+	ranges = slices.SortedFunc(slices.Values(ranges), func(a, b PortRange) int { return cmp.Compare(a.First, b.First) })
+	for i := 0; i < len(ranges); {
+		first, last := ranges[i].First, ranges[i].Last
+		for i++; i < len(ranges) && int(ranges[i].First) <= int(last)+1; i++ {
+			last = max(last, ranges[i].Last)
+		}
+		s.elements = append(s.elements, nftables.SetElement{Key: be16(first)})
+		if last != math.MaxUint16 {
+			s.elements = append(s.elements, nftables.SetElement{Key: be16(last + 1), IntervalEnd: true})
 		}
 	}
 }

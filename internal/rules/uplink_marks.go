@@ -48,10 +48,5 @@ func (l *layout) uplinkMarks(m *UplinkMarks, subnets []netip.Prefix) {
 
 // inside returns the set of the subnets of a family.
 func (l *layout) inside(f *ipFamily, subnets []netip.Prefix) *set {
-	if s := l.named(subnetsSet + f.name); s != nil {
-		return s
-	}
-	s := l.set(subnetsSet+f.name, f.addr)
-	s.Interval, s.elements = true, f.intervals(subnets)
-	return s
+	return l.addrSet(subnetsSet+f.name, f, subnets)
 }
