@@ -20,12 +20,11 @@ import (
 // daemon left is known too: the tables hold the addresses of mappings, and children show
 // theirs. It returns notes for the log.
 func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (notes []string, err error) {
-	fixed := f.fixedFlows(cfg)
 	var kernel *elements.Mappings // nil without mappings
 	if c := f.mappingConfig(cfg); c != nil && f.maps() {
 		kernel = f.tables.NewMappings(c)
 	}
-	if err := f.knowAddresses(fixed, kernel, network); err != nil {
+	if err := f.knowAddresses(cfg, kernel, network); err != nil {
 		return nil, err
 	}
 	var errs []error
@@ -52,7 +51,10 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 	for _, a := range now {
 		f.known[a] = struct{}{}
 	}
-	ended, err := forget(fixed, kernel, gone)
+	if len(gone) == 0 {
+		return nil, errors.Join(errs...)
+	}
+	ended, err := forget(f.fixedFlows(cfg), kernel, gone)
 	if errs = append(errs, err); err == nil {
 		for a := range gone {
 			delete(f.known, a.Netip())
@@ -69,12 +71,12 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 
 // knowAddresses notes the addresses of an earlier daemon's time: once those of mappings, and
 // once those of children that no rule gives now, so that a link must have had them.
-func (f *firewall) knowAddresses(fixed *fixedFlows, kernel *elements.Mappings, network gateway.Network) error {
+func (f *firewall) knowAddresses(cfg config.Config, kernel *elements.Mappings, network gateway.Network) error {
 	if f.known == nil {
 		known := make(map[netip.Addr]struct{})
 		rules, unknown := f.fixedSources()
 		owned := network.Owned()
-		err := fixed.each(func(sent *cone.Flow) {
+		err := f.fixedFlows(cfg).each(func(sent *cone.Flow) {
 			a := sent.ReplyDst.Addr
 			if sent.IsChild() && !unknown && !owned(a) && !slices.ContainsFunc(rules, func(r userrules.AddrRange) bool { return r.Has(a.Netip()) }) {
 				known[a.Netip()] = struct{}{}
@@ -107,9 +109,6 @@ func forget(fixed *fixedFlows, kernel *elements.Mappings, gone map[cone.Addr]str
 	// Repeat until there are no flows: a packet that found its mapping before may make
 	// a flow a moment later.
 	for range 10 {
-		if len(gone) == 0 {
-			break
-		}
 		for a := range gone {
 			if kernel != nil {
 				errs = append(errs, kernel.Forget(a.Netip()))
@@ -136,6 +135,7 @@ func forget(fixed *fixedFlows, kernel *elements.Mappings, gone map[cone.Addr]str
 type fixedFlows struct {
 	mapped     *cone.PrefixTable // the subnets with mappings
 	translated *cone.PrefixTable // the enabled subnets behind source NAT
+	maps       bool              // there is a subnet with mappings
 }
 
 func (f *firewall) fixedFlows(cfg config.Config) *fixedFlows {
@@ -148,7 +148,7 @@ func (f *firewall) fixedFlows(cfg config.Config) *fixedFlows {
 			translated = append(translated, s.Prefix)
 		}
 	}
-	return &fixedFlows{cone.NewPrefixTable(mapped), cone.NewPrefixTable(translated)}
+	return &fixedFlows{cone.NewPrefixTable(mapped), cone.NewPrefixTable(translated), len(mapped) > 0}
 }
 
 // asSent returns f, if it is one of these flows, as its host sends it: from Src to ReplySrc,

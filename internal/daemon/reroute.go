@@ -85,7 +85,7 @@ func (r *reconciler) endReroutedLater() error {
 func endWrongLinks(
 	all *fixedFlows, network gateway.Network, outside map[string]bool, fixed []userrules.AddrRange, unknown bool,
 ) (ended, doubtful int, err error) {
-	if network.HidesWays() {
+	if !all.maps || network.HidesWays() {
 		return 0, 0, nil
 	}
 	links := make(map[cone.Addr]string)
@@ -109,7 +109,7 @@ func endWrongLinks(
 	wrong := func(last bool) func(f *cone.Flow) bool {
 		return func(f *cone.Flow) bool {
 			link, onLink := links[f.ReplyDst.Addr]
-			if !onLink || f.IsChild() || f.Status.Has(cone.StatusDstNAT) {
+			if !onLink || f.Status.Has(cone.StatusDstNAT) { // children are DNATed, too
 				return false
 			}
 			ways, _ := routes.links(f)
