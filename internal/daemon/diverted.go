@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"cmp"
-	"errors"
 	"fmt"
 	"net/netip"
 	"reflect"
@@ -24,7 +23,7 @@ func (f *firewall) divert(cfg config.Config, network gateway.Network) (changed b
 	if f.unread != nil || f.user == nil {
 		return false
 	}
-	var next []rules.Diversion
+	var next []userrules.Diversion
 	own := network.Topology().Local
 	all, same := f.diverter.Diversions(f.user, sidesOf(cfg, network))
 	if same && slices.Equal(own, f.divertedOwn) {
@@ -37,11 +36,7 @@ func (f *firewall) divert(cfg config.Config, network gateway.Network) (changed b
 		if d.Peers != nil && len(peers) == 0 {
 			continue
 		}
-		x := rules.Diversion{Hosts: d.Hosts, Peers: peers}
-		for _, r := range d.Ports {
-			x.Ports = append(x.Ports, rules.PortRange{First: r.First, Last: r.Last})
-		}
-		next = append(next, x)
+		next = append(next, userrules.Diversion{Hosts: d.Hosts, Peers: peers, Ports: slices.Clone(d.Ports)})
 	}
 	next = merged(next)
 	changed = !reflect.DeepEqual(next, f.diverted)
@@ -51,9 +46,9 @@ func (f *firewall) divert(cfg config.Config, network gateway.Network) (changed b
 
 // merged returns at most mostDiversions diversions: those of the same hosts and peers with all
 // their ports, then those of the same hosts and ports with all their peers.
-func merged(all []rules.Diversion) []rules.Diversion {
-	by := func(key func(rules.Diversion) string, add func(to *rules.Diversion, d rules.Diversion)) {
-		at, kinds := make(map[string]int), []rules.Diversion(nil)
+func merged(all []userrules.Diversion) []userrules.Diversion {
+	by := func(key func(userrules.Diversion) string, add func(to *userrules.Diversion, d userrules.Diversion)) {
+		at, kinds := make(map[string]int), []userrules.Diversion(nil)
 		for _, d := range all {
 			i, known := at[key(d)]
 			if !known {
@@ -64,16 +59,16 @@ func merged(all []rules.Diversion) []rules.Diversion {
 		}
 		all = kinds
 	}
-	by(func(d rules.Diversion) string { return fmt.Sprint(d.Hosts, d.Peers) }, func(to *rules.Diversion, d rules.Diversion) {
+	by(func(d userrules.Diversion) string { return fmt.Sprint(d.Hosts, d.Peers) }, func(to *userrules.Diversion, d userrules.Diversion) {
 		to.Ports = append(to.Ports, d.Ports...)
 	})
 	for i := range all {
-		slices.SortFunc(all[i].Ports, func(a, b rules.PortRange) int {
+		slices.SortFunc(all[i].Ports, func(a, b userrules.PortRange) int {
 			return cmp.Or(cmp.Compare(a.First, b.First), cmp.Compare(a.Last, b.Last))
 		})
 		all[i].Ports = slices.Compact(all[i].Ports)
 	}
-	by(func(d rules.Diversion) string { return fmt.Sprint(d.Hosts, len(d.Peers) > 0, d.Ports) }, func(to *rules.Diversion, d rules.Diversion) {
+	by(func(d userrules.Diversion) string { return fmt.Sprint(d.Hosts, len(d.Peers) > 0, d.Ports) }, func(to *userrules.Diversion, d userrules.Diversion) {
 		to.Peers = append(to.Peers, d.Peers...)
 	})
 	return all[:min(len(all), mostDiversions)]
@@ -99,26 +94,24 @@ func insideLinks(network gateway.Network) (links []userrules.Link) {
 	return links
 }
 
-// readDiversions brings the tables up to date about what rules of the user's take from inside
-// hosts, and ends the children that would keep packets from these rules.
-func (r *reconciler) readDiversions(cfg config.Config, network gateway.Network) error {
-	if !r.firewall.divert(cfg, network) {
-		return nil
-	}
-	_, err := r.firewall.set(cfg, network.OutsideLinks())
-	_, failed := r.firewall.fixedFlows(cfg).end(func(sent *cone.Flow) bool {
-		return sent.IsChild() && takes(r.firewall.diverted, sent.Src.Addr.Netip(), sent.ReplySrc.Netip())
+// endDiverted ends the children that would keep packets from the user's rules.
+func (f *firewall) endDiverted(cfg config.Config) error {
+	_, err := f.fixedFlows(cfg).end(func(sent *cone.Flow) bool {
+		return sent.IsChild() && slices.ContainsFunc(f.diverted, func(d userrules.Diversion) bool {
+			return d.Takes(sent.Src.Addr.Netip(), sent.ReplySrc.Netip())
+		})
 	})
-	return errors.Join(err, failed)
+	return err
 }
 
-// takes reports whether no child of a host gets in from a peer's port.
-func takes(all []rules.Diversion, host netip.Addr, peer netip.AddrPort) bool {
-	has := func(ps []netip.Prefix, a netip.Addr) bool {
-		return len(ps) == 0 || slices.ContainsFunc(ps, func(p netip.Prefix) bool { return p.Contains(a) })
+// diversions are what the tables do about them.
+func (f *firewall) diversions() (all []rules.Diversion) {
+	for _, d := range f.diverted {
+		x := rules.Diversion{Hosts: d.Hosts, Peers: d.Peers}
+		for _, r := range d.Ports {
+			x.Ports = append(x.Ports, rules.PortRange(r))
+		}
+		all = append(all, x)
 	}
-	return slices.ContainsFunc(all, func(d rules.Diversion) bool {
-		return has(d.Hosts, host) && has(d.Peers, peer.Addr()) &&
-			slices.ContainsFunc(d.Ports, func(r rules.PortRange) bool { return r.First <= peer.Port() && peer.Port() <= r.Last })
-	})
+	return all
 }

@@ -5,7 +5,7 @@ import (
 	"net/netip"
 	"testing"
 
-	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // Many rules become few: by their ports, and by their peers. What takes from all peers, or from
@@ -14,20 +14,21 @@ import (
 // Fails when rules of different hosts, or of different ports and peers, are mixed.
 func TestDiversionsAreMerged(t *testing.T) {
 	one, two, host := netip.MustParsePrefix("203.0.113.5/32"), netip.MustParsePrefix("203.0.113.6/32"), netip.MustParsePrefix("10.47.11.109/32")
-	ports := func(all ...uint16) (ranges []rules.PortRange) {
+	ports := func(all ...uint16) (ranges []userrules.PortRange) {
 		for _, p := range all {
-			ranges = append(ranges, rules.PortRange{First: p, Last: p})
+			ranges = append(ranges, userrules.PortRange{First: p, Last: p})
 		}
 		return ranges
 	}
-	got := merged([]rules.Diversion{
+	f := firewall{diverted: merged([]userrules.Diversion{
 		{Peers: []netip.Prefix{one}, Ports: ports(5070)},
 		{Peers: []netip.Prefix{one}, Ports: ports(5060, 5070)},
 		{Peers: []netip.Prefix{two}, Ports: ports(5060, 5070)},
 		{Ports: ports(5060, 5070)},
 		{Hosts: []netip.Prefix{host}, Peers: []netip.Prefix{one}, Ports: ports(5060, 5070)},
 		{Peers: []netip.Prefix{two}, Ports: ports(53)},
-	})
+	})}
+	got := f.diversions()
 	want := "[{[] [203.0.113.5/32] [{5060 5060} {5070 5070}]} " +
 		"{[] [203.0.113.6/32] [{53 53} {5060 5060} {5070 5070}]} " +
 		"{[] [] [{5060 5060} {5070 5070}]} " +
@@ -35,10 +36,10 @@ func TestDiversionsAreMerged(t *testing.T) {
 	if fmt.Sprint(got) != want {
 		t.Errorf("got  %v\nwant %s", got, want)
 	}
-	var many []rules.Diversion
+	var many []userrules.Diversion
 	for i := range 2000 {
 		peer := netip.PrefixFrom(netip.AddrFrom4([4]byte{203, 0, byte(i >> 8), byte(i)}), 32)
-		many = append(many, rules.Diversion{Peers: []netip.Prefix{peer}, Ports: ports(5060)})
+		many = append(many, userrules.Diversion{Peers: []netip.Prefix{peer}, Ports: ports(5060)})
 	}
 	if got := merged(many); len(got) != 1 || len(got[0].Peers) != len(many) {
 		t.Errorf("%d of %d are left", len(got), len(many))

@@ -55,8 +55,8 @@ type firewall struct {
 	knownMapped bool                    // with those that the tables hold for mappings
 
 	diverter    userrules.Diverter
-	diverted    []rules.Diversion // as last read
-	divertedOwn []netip.Addr      // the gateway's addresses then
+	diverted    []userrules.Diversion // as last read, merged
+	divertedOwn []netip.Addr          // the gateway's addresses then
 
 	admitted, expected, usedUp tally
 	zoned                      tally                       // packets in a zone where no expectation stands
@@ -206,7 +206,7 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	d := f.sides
 	d.OutsideLinks, d.InsideLinks = outside, cfg.Inside
-	d.Diverted = f.diverted
+	d.Diverted = f.diversions()
 	d.Subnets, d.ZonedAddrs = prefixes(cfg.Subnets), f.zonedAddrs()
 	d.Helpers, d.MaxChildren, d.Guard, d.Self = f.helpers, cfg.MaxChildren, cfg.Guard, cfg.Self
 	// If routing rules hide the way back, spoofed packets cannot be told from others: they are

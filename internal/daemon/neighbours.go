@@ -143,7 +143,7 @@ func (r *reconciler) readRules() (followed bool, err error) {
 		misjudged, failed := r.readGateway()
 		return misjudged, errors.Join(err, failed)
 	}
-	err = errors.Join(r.readForwards(cfg, r.network), r.readDiversions(cfg, r.network))
+	err = r.readForwards(cfg, r.network)
 	_, failed := r.firewall.read(cfg)
 	err = errors.Join(err, failed, r.redecide(cfg, r.network))
 	followed, failed = r.follow(cfg, r.network)

@@ -206,7 +206,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 			r.wantReconcile()
 		}
 	}
-	failed = errors.Join(failed, r.readForwards(cfg, network), r.readDiversions(cfg, network), r.lookAtSockets(cfg, network))
+	failed = errors.Join(failed, r.readForwards(cfg, network), r.lookAtSockets(cfg, network))
 	tables, err := r.firewall.read(cfg)
 	failed = errors.Join(failed, err, r.redecide(cfg, network))
 	topology := network.Topology().Compile()
@@ -234,15 +234,22 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 	return moved || misjudged || followed, errors.Join(failed, err)
 }
 
-// readForwards brings the model up to date about what the user's rules forward.
+// readForwards brings the model up to date about what the user's rules forward, and the tables
+// about what they do with the sources of packets and take from inside hosts.
 func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) error {
 	covered, warnings := r.firewall.forwards(network)
 	more, changed, err := r.firewall.sourceNAT(cfg, network)
 	warnings = slices.Concat(warnings, more)
-	if changed {
+	diverts := r.firewall.divert(cfg, network)
+	if changed || diverts {
 		_, failed := r.firewall.set(cfg, network.OutsideLinks())
 		err = errors.Join(err, failed)
+	}
+	if changed {
 		r.wantReconcile()
+	}
+	if diverts {
+		err = errors.Join(err, r.firewall.endDiverted(cfg))
 	}
 	r.ask(func(l *loop) {
 		l.ruleWarnings, l.hidden, l.overtaken = warnings, r.firewall.hidden, r.firewall.overtaken
