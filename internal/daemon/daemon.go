@@ -178,6 +178,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	l, r := &loop{shared: all, cfg: cfg.Config}, &reconciler{shared: all, wanted: cfg.Config}
 	d = &Daemon{shared: all, loop: l, reconcile: r}
 	r.rerouted.outside = make(map[string]bool)
+	r.rerouted.stale = newStalePermissions()
 	r.rerouted.looks = rerouteLooks // routes may have changed since an earlier daemon ran
 	r.comparer = engine.Comparer{
 		InLoop:  func(f func(*engine.Engine)) bool { return r.ask(func(l *loop) { f(l.engine) }) },

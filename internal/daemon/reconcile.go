@@ -201,7 +201,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 	if !network.SameRoutes(r.network) {
 		r.rerouted.looks = rerouteLooks
 		if r.rerouted.stale.len() > 0 { // what was wrong may be right now
-			r.rerouted.stale = stalePermissions{}
+			r.rerouted.stale = newStalePermissions()
 			r.ask(func(l *loop) { l.engine.Model.SetRerouted(r.now(), nil) })
 			r.wantReconcile()
 		}

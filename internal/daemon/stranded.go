@@ -15,11 +15,11 @@ import (
 // mostTrips bounds the flows and permissions that one look at children asks routes about.
 const mostTrips = 1 << 14
 
-// endStranded ends the children that hosts answer with an address which the rules would surely
-// not give their own flows now, because these leave by another link, and the permissions that
-// would admit more of them. It ends nothing of a trip on which the host's own flows are right.
-// A route with several next hops leads each flow by another link, and hosts never answered there
-// by the link of the address alone, so nothing ends while there is one.
+// endStranded ends children with a wrong address: their hosts' packets leave by another link now,
+// and the rules would surely give them another address there. It also ends the permissions that
+// would admit more such children. If a host has a flow of its own to the same peer, and that has
+// the same address rightly, nothing ends. Nothing ends either while a route has several next
+// hops: such a route leads each flow by a link of its own, whatever address the flow has.
 func (r *reconciler) endStranded(cfg config.Config, network gateway.Network) (ended int, err error) {
 	if r.firewall.user == nil || r.firewall.unread != nil || r.rerouted.shared || network.HidesWays() {
 		return 0, nil
@@ -29,7 +29,7 @@ func (r *reconciler) endStranded(cfg config.Config, network gateway.Network) (en
 		return 0, err
 	}
 	defer q.Close()
-	s := &strands{r: r, sources: newSources(network, nil), routes: &router{network: network}, trips: make(map[trip]*tripFlows), wide: make(map[hostAddrs]*wideFlows)}
+	s := &strands{r: r, sources: newSources(network, nil), routes: &router{network: network}, trips: make(map[trip]*tripFlows), wide: make(map[hostAddrs]*tripFlows)}
 	if err := s.collect(q, cfg); err != nil {
 		return 0, err
 	}
@@ -42,13 +42,15 @@ func (r *reconciler) endStranded(cfg config.Config, network gateway.Network) (en
 				continue
 			}
 			if wrong, ok := s.wrong(x); ok {
-				stale.exact = put(stale.exact, t)
+				stale.exact[t] = struct{}{}
 				children = append(children, wrong...)
 			}
 		}
-		for e, x := range s.wide {
-			if !withChildren && s.wrongForAll(x) {
-				stale.wide = put(stale.wide, e)
+		if !withChildren {
+			for e, x := range s.wide {
+				if _, wrong := s.wrong(x); wrong {
+					stale.wide[e] = struct{}{}
+				}
 			}
 		}
 		errs = append(errs, deleteFlows(q, children))
@@ -64,45 +66,29 @@ func (r *reconciler) endStranded(cfg config.Config, network gateway.Network) (en
 	return ended, errors.Join(errs...)
 }
 
-func put[K comparable](m map[K]struct{}, k K) map[K]struct{} {
-	if m == nil {
-		m = make(map[K]struct{})
-	}
-	m[k] = struct{}{}
-	return m
-}
-
 // strands are the trips with an address that may be wrong.
 type strands struct {
 	r       *reconciler
 	sources *sources
 	routes  *router
 	trips   map[trip]*tripFlows
-	wide    map[hostAddrs]*wideFlows // of permissions for several peers
+	wide    map[hostAddrs]*tripFlows // of permissions for several peers
 }
 
 // hostAddrs are the inside and the outside address of a host.
 type hostAddrs struct{ host, ext cone.Addr }
-
-// wideFlows are flows of a host with one outside address, and if there is none, one to the same
-// peers with another.
-type wideFlows struct {
-	permission cone.Permission
-	own        []cone.Flow
-	elsewhere  cone.Endpoint
-}
 
 // A trip goes from a host to a peer, with an outside address.
 type trip struct{ host, ext, peer cone.Addr }
 
 func tripOf(sent *cone.Flow) trip { return trip{sent.Src.Addr, sent.ReplyDst.Addr, sent.ReplySrc.Addr} }
 
-// tripFlows are the flows of a trip, and its permission if it is for one peer.
+// tripFlows are the flows of a trip, or of all trips of a permission for several peers.
 type tripFlows struct {
-	children   []child
-	own        []cone.Flow // of the host
-	permission *cone.Permission
-	elsewhere  cone.Endpoint // of the peer, in a flow of the host with another outside address
+	permission *cone.Permission // nil if none is left
+	children   []child          // none of a permission for several peers
+	own        []cone.Flow      // of the host
+	elsewhere  cone.Endpoint    // of a peer, in a flow of the host with another outside address
 }
 
 // A child, and how its host sends it.
@@ -135,17 +121,8 @@ func (s *strands) wrong(x *tripFlows) (children []cone.Flow, wrong bool) {
 		}
 	}
 	sent, sends := x.sample()
-	wrong = len(children) > 0 || sends && s.broken(sent) || len(x.own) > 0
+	wrong = len(children) > 0 || len(x.own) > 0 || sends && s.broken(sent)
 	return children, wrong && !slices.ContainsFunc(x.own, func(f cone.Flow) bool { return !s.broken(f) })
-}
-
-// wrongForAll reports whether the address is wrong for all peers of a permission that the host
-// sends to.
-func (s *strands) wrongForAll(x *wideFlows) bool {
-	if len(x.own) == 0 && x.elsewhere != (cone.Endpoint{}) {
-		return s.broken(cone.Flow{Src: x.permission.Int, ReplySrc: x.elsewhere, ReplyDst: x.permission.Ext})
-	}
-	return len(x.own) > 0 && !slices.ContainsFunc(x.own, func(f cone.Flow) bool { return !s.broken(f) })
 }
 
 // collect notes the trips whose address is on another link than the only outside one.
@@ -196,7 +173,7 @@ func (s *strands) collect(q *ctwatch.Queries, cfg config.Config) error {
 	}
 	ok := each(func(v *cone.View) {
 		if v.Wild > 0 {
-			s.wide[hostAddrs{v.Int.Addr, v.Ext.Addr}] = &wideFlows{permission: v.Permission}
+			s.wide[hostAddrs{v.Int.Addr, v.Ext.Addr}] = &tripFlows{permission: &v.Permission}
 		} else if x := note(trip{v.Int.Addr, v.Ext.Addr, v.Peer}); x != nil {
 			x.permission = &v.Permission
 		}
@@ -247,6 +224,10 @@ func (s *sources) another(a cone.Addr) bool {
 type stalePermissions struct {
 	exact map[trip]struct{}
 	wide  map[hostAddrs]struct{}
+}
+
+func newStalePermissions() stalePermissions {
+	return stalePermissions{make(map[trip]struct{}), make(map[hostAddrs]struct{})}
 }
 
 func (s *stalePermissions) len() int { return len(s.exact) + len(s.wide) }
