@@ -159,7 +159,7 @@ func TestNFTWayToOnePeerLeavesOthersAlone(t *testing.T) {
 	for name, args := range map[string][]string{"every peer": {"--filtering=endpoint_independent"}, "a group": {"--peer-group=203.0.113.0/24"}} {
 		t.Run(name, func(t *testing.T) {
 			s, _ := twoUplinks(t, lab.Options{Rules: bothUplinks})
-			s.Serve(append(args, "--reconcile=1h")...)
+			s.Serve(append(args, "--reconcile=1s")...)
 			phone, peer, moved := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
 			ext := s.Contact(phone, peer)
 			s.Contact(phone, moved)
@@ -167,8 +167,36 @@ func TestNFTWayToOnePeerLeavesOthersAlone(t *testing.T) {
 			s.IP(s.Gateway, "route add "+lab.PeerB.String()+"/32 via 198.51.100.254 dev wan1 onlink")
 			s.heals(phone, moved, netip.MustParseAddr("198.51.100.129"))
 			began := time.Now() // flows may be checked with a delay
-			s.Until("it looked at flows", func() bool { s.Status(); return time.Since(began) > 1500*time.Millisecond })
+			s.Until("it looked at flows", func() bool { s.Status(); return time.Since(began) > 3*time.Second })
 			s.Arrives(phone, s.PeerSocket(lab.PeerA, 7000), ext)
+		})
+	}
+}
+
+// A host has a permission for each of two groups of peers, at one outside address. The way to one
+// group moves to another uplink: the permission for it ends, and the other stays.
+//
+// Fails when both are judged by one of them.
+func TestNFTWayToOneGroupLeavesTheOtherAlone(t *testing.T) {
+	groups := []string{"--peer-group=203.0.113.0/24", "--peer-group=192.0.2.0/24"}
+	for _, moved := range []string{"203.0.113.0/24", "192.0.2.0/24"} {
+		t.Run(moved, func(t *testing.T) {
+			s, _ := twoUplinks(t, lab.Options{Rules: bothUplinks})
+			s.Serve(append(groups, "--reconcile=1s")...)
+			phone := s.InsideSocket(0, 5060)
+			peers := []*lab.Socket{s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerC, 5060)}
+			ext := s.Contact(phone, peers[0])
+			s.Contact(phone, peers[1])
+			s.IP(s.Gateway, "route add "+moved+" via 198.51.100.254 dev wan1 onlink")
+			stands := func(group string) bool {
+				return slices.ContainsFunc(s.List(), func(p control.Permission) bool { return p.Ext == ext && p.Peers.String() == group })
+			}
+			s.Until("the permission for the group that moved ends", func() bool { return !stands(moved) })
+			for _, peer := range peers {
+				if group := netip.PrefixFrom(peer.Addr().Addr(), 24).Masked().String(); group != moved && !stands(group) {
+					t.Errorf("the permission for %s ended, too", group)
+				}
+			}
 		})
 	}
 }

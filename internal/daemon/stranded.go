@@ -29,7 +29,10 @@ func (r *reconciler) endStranded(cfg config.Config, network gateway.Network) (en
 		return 0, err
 	}
 	defer q.Close()
-	s := &strands{r: r, sources: newSources(network, nil), routes: &router{network: network}, trips: make(map[trip]*tripFlows), wide: make(map[hostAddrs]*tripFlows)}
+	s := &strands{
+		r: r, sources: newSources(network, nil), routes: &router{network: network},
+		trips: make(map[trip]*tripFlows), wide: make(map[claimant]*tripFlows), byHost: make(map[cone.Addr][]*tripFlows),
+	}
 	if err := s.collect(q, cfg); err != nil {
 		return 0, err
 	}
@@ -47,9 +50,9 @@ func (r *reconciler) endStranded(cfg config.Config, network gateway.Network) (en
 			}
 		}
 		if !withChildren {
-			for e, x := range s.wide {
+			for c, x := range s.wide {
 				if _, wrong := s.wrong(x); wrong {
-					stale.wide[e] = struct{}{}
+					stale.wide[c] = struct{}{}
 				}
 			}
 		}
@@ -72,11 +75,17 @@ type strands struct {
 	sources *sources
 	routes  *router
 	trips   map[trip]*tripFlows
-	wide    map[hostAddrs]*tripFlows // of permissions for several peers
+	wide    map[claimant]*tripFlows    // by permission for several peers
+	byHost  map[cone.Addr][]*tripFlows // the same by inside address
 }
 
-// hostAddrs are the inside and the outside address of a host.
-type hostAddrs struct{ host, ext cone.Addr }
+// A claimant identifies a permission, whatever its mark.
+type claimant struct {
+	cone.Key
+	in cone.Endpoint
+}
+
+func claimantOf(p *cone.Permission) claimant { return claimant{p.Key, p.Int} }
 
 // A trip goes from a host to a peer, with an outside address.
 type trip struct{ host, ext, peer cone.Addr }
@@ -173,7 +182,9 @@ func (s *strands) collect(q *ctwatch.Queries, cfg config.Config) error {
 	}
 	ok := each(func(v *cone.View) {
 		if v.Wild > 0 {
-			s.wide[hostAddrs{v.Int.Addr, v.Ext.Addr}] = &tripFlows{permission: &v.Permission}
+			x := &tripFlows{permission: &v.Permission}
+			s.wide[claimantOf(&v.Permission)] = x
+			s.byHost[v.Int.Addr] = append(s.byHost[v.Int.Addr], x)
 		} else if x := note(trip{v.Int.Addr, v.Ext.Addr, v.Peer}); x != nil {
 			x.permission = &v.Permission
 		}
@@ -200,13 +211,12 @@ func (s *strands) collect(q *ctwatch.Queries, cfg config.Config) error {
 
 // noteWide notes a flow of a host for its permissions for several peers.
 func (s *strands) noteWide(f *cone.Flow) {
-	const enough = 64
-	for e, x := range s.wide {
-		switch {
-		case e.host != f.Src.Addr || !x.permission.Peers().Contains(f.ReplySrc.Addr.Netip()):
-		case e.ext != f.ReplyDst.Addr:
+	for _, x := range s.byHost[f.Src.Addr] {
+		switch p := x.permission; {
+		case !p.Peers().Contains(f.ReplySrc.Addr.Netip()):
+		case f.ReplyDst.Addr != p.Ext.Addr:
 			x.elsewhere = f.ReplySrc
-		case len(x.own) < enough:
+		case f.Src == p.Int && f.ReplyDst == p.Ext:
 			x.own = append(x.own, *f)
 		}
 	}
@@ -223,11 +233,11 @@ func (s *sources) another(a cone.Addr) bool {
 // sends to.
 type stalePermissions struct {
 	exact map[trip]struct{}
-	wide  map[hostAddrs]struct{}
+	wide  map[claimant]struct{}
 }
 
 func newStalePermissions() stalePermissions {
-	return stalePermissions{make(map[trip]struct{}), make(map[hostAddrs]struct{})}
+	return stalePermissions{make(map[trip]struct{}), make(map[claimant]struct{})}
 }
 
 func (s *stalePermissions) len() int { return len(s.exact) + len(s.wide) }
@@ -239,7 +249,7 @@ func (s *stalePermissions) clone() *stalePermissions {
 
 func (s *stalePermissions) has(p cone.Permission) (stale bool) {
 	if p.Wild > 0 {
-		_, stale = s.wide[hostAddrs{p.Int.Addr, p.Ext.Addr}]
+		_, stale = s.wide[claimantOf(&p)]
 	} else {
 		_, stale = s.exact[trip{p.Int.Addr, p.Ext.Addr, p.Peer}]
 	}
