@@ -15,6 +15,7 @@ import (
 )
 
 // mostDiversions bounds the rules for diversions. Each first packet of a child meets them all.
+// Of more, the last takes from all hosts and peers.
 const mostDiversions = 256
 
 // divert reads which ports of peers rules of the user's take from inside hosts, and reports
@@ -59,19 +60,31 @@ func merged(all []userrules.Diversion) []userrules.Diversion {
 		}
 		all = kinds
 	}
-	by(func(d userrules.Diversion) string { return fmt.Sprint(d.Hosts, d.Peers) }, func(to *userrules.Diversion, d userrules.Diversion) {
+	addPorts := func(to *userrules.Diversion, d userrules.Diversion) {
 		to.Ports = append(to.Ports, d.Ports...)
-	})
-	for i := range all {
-		slices.SortFunc(all[i].Ports, func(a, b userrules.PortRange) int {
+	}
+	sortPorts := func(d *userrules.Diversion) {
+		slices.SortFunc(d.Ports, func(a, b userrules.PortRange) int {
 			return cmp.Or(cmp.Compare(a.First, b.First), cmp.Compare(a.Last, b.Last))
 		})
-		all[i].Ports = slices.Compact(all[i].Ports)
+		d.Ports = slices.Compact(d.Ports)
+	}
+	by(func(d userrules.Diversion) string { return fmt.Sprint(d.Hosts, d.Peers) }, addPorts)
+	for i := range all {
+		sortPorts(&all[i])
 	}
 	by(func(d userrules.Diversion) string { return fmt.Sprint(d.Hosts, len(d.Peers) > 0, d.Ports) }, func(to *userrules.Diversion, d userrules.Diversion) {
 		to.Peers = append(to.Peers, d.Peers...)
 	})
-	return all[:min(len(all), mostDiversions)]
+	if len(all) > mostDiversions {
+		var rest userrules.Diversion
+		for _, d := range all[mostDiversions-1:] {
+			addPorts(&rest, d)
+		}
+		sortPorts(&rest)
+		all = append(all[:mostDiversions-1], rest)
+	}
+	return all
 }
 
 // sidesOf returns where packets of inside hosts come from. Without a link that leads inside, no

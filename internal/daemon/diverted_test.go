@@ -3,6 +3,7 @@ package daemon
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/conenatd/conenatd/internal/userrules"
@@ -11,7 +12,8 @@ import (
 // Many rules become few: by their ports, and by their peers. What takes from all peers, or from
 // all hosts, stays apart.
 //
-// Fails when rules of different hosts, or of different ports and peers, are mixed.
+// Fails when rules of different hosts, or of different ports and peers, are mixed, and when more
+// than mostDiversions kinds lose one.
 func TestDiversionsAreMerged(t *testing.T) {
 	one, two, host := netip.MustParsePrefix("203.0.113.5/32"), netip.MustParsePrefix("203.0.113.6/32"), netip.MustParsePrefix("10.47.11.109/32")
 	ports := func(all ...uint16) (ranges []userrules.PortRange) {
@@ -43,5 +45,18 @@ func TestDiversionsAreMerged(t *testing.T) {
 	}
 	if got := merged(many); len(got) != 1 || len(got[0].Peers) != len(many) {
 		t.Errorf("%d of %d are left", len(got), len(many))
+	}
+	for i := range many {
+		many[i].Ports = ports(uint16(i))
+	}
+	kinds := merged(slices.Clone(many))
+	if len(kinds) != mostDiversions {
+		t.Errorf("%d kinds are left, want %d", len(kinds), mostDiversions)
+	}
+	for _, d := range many {
+		from := netip.AddrPortFrom(d.Peers[0].Addr(), d.Ports[0].First)
+		if !slices.ContainsFunc(kinds, func(k userrules.Diversion) bool { return k.Takes(host.Addr(), from) }) {
+			t.Fatalf("nothing takes %s", from)
+		}
 	}
 }

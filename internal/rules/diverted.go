@@ -3,6 +3,7 @@ package rules
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 )
@@ -13,7 +14,7 @@ import (
 // there.
 type Diversion struct {
 	Hosts []netip.Prefix // nil stands for all
-	Peers []netip.Prefix // nil stands for all
+	Peers []netip.Prefix // nil stands for all; 0.0.0.0/0 for all of IPv4
 	Ports []PortRange    // of the peers
 }
 
@@ -33,23 +34,34 @@ func (d *Desired) divertsAdmitted() bool {
 func (l *layout) divert(c *nftables.Chain, all []Diversion, families []*ipFamily, hosts bool, verdict exprs) {
 	for i, d := range all {
 		for _, f := range families {
-			is, to, from := f.is, exprs(nil), exprs(nil)
+			if !f.among(d.Hosts) || !f.among(d.Peers) {
+				continue
+			}
+			is, to := f.is, exprs(nil)
 			if l.table.Family == nftables.TableFamilyIPv4 {
 				is = nil
 			}
-			if len(d.Hosts) > 0 && len(f.of(d.Hosts)) == 0 || len(d.Peers) > 0 && len(f.of(d.Peers)) == 0 {
-				continue
+			if hosts {
+				to = l.addrIn(f.daddr, fmt.Sprintf("%s_hosts%s_%d", divertedSet, f.name, i), f, d.Hosts)
 			}
-			if len(d.Hosts) > 0 && hosts {
-				to = f.daddr.in(l.addrSet(fmt.Sprintf("%s_hosts%s_%d", divertedSet, f.name, i), f, d.Hosts))
-			}
-			if len(d.Peers) > 0 {
-				from = f.saddr.in(l.addrSet(fmt.Sprintf("%s_peers%s_%d", divertedSet, f.name, i), f, d.Peers))
-			}
+			from := l.addrIn(f.saddr, fmt.Sprintf("%s_peers%s_%d", divertedSet, f.name, i), f, d.Peers)
 			ports := l.portSet(fmt.Sprintf("%s_ports_%d", divertedSet, i), d.Ports)
 			l.rule(c, "your rules take what the host sends to that port", is, to, from, udpSport.in(ports), isUDP, verdict)
 		}
 	}
+}
+
+// among reports whether addresses of the family are among the prefixes. No prefixes stand for
+// all addresses.
+func (f *ipFamily) among(all []netip.Prefix) bool { return len(all) == 0 || len(f.of(all)) > 0 }
+
+// addrIn compares an address of a packet with the set of that name, which has those prefixes
+// that are of the family. It is empty if these are all addresses.
+func (l *layout) addrIn(addr operand, name string, f *ipFamily, all []netip.Prefix) exprs {
+	if len(all) == 0 || slices.ContainsFunc(f.of(all), func(p netip.Prefix) bool { return p.Bits() == 0 }) {
+		return nil
+	}
+	return addr.in(l.addrSet(name, f, all))
 }
 
 // portSet returns the set with that name, which has the ports.

@@ -53,6 +53,7 @@ func printed() map[string]rules.Desired {
 					Peers: []netip.Prefix{netip.MustParsePrefix("203.0.113.0/29"), netip.MustParsePrefix("2001:db8::5/128")},
 					Ports: []rules.PortRange{{First: 53, Last: 53}},
 				},
+				{Peers: []netip.Prefix{netip.MustParsePrefix("::/0")}, Ports: []rules.PortRange{{First: 853, Last: 853}}},
 			}
 		}),
 		"IPv4 alone":         desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Subnets = d.Subnets[:1] }),

@@ -14,7 +14,7 @@ import (
 // translates to another destination, or gives to a conntrack helper.
 type Diversion struct {
 	Hosts []netip.Prefix // nil stands for any
-	Peers []netip.Prefix // nil stands for any
+	Peers []netip.Prefix // nil stands for any; 0.0.0.0/0 for any of IPv4
 	Ports []PortRange    // of the peers
 	Text  string         // names the rule, as in a Forward
 }
@@ -84,7 +84,8 @@ func (t *table) diversions(sides Sides) (found []Diversion) {
 	w.helps = func(r *rule, conds []condition) {
 		for _, c := range conds {
 			if !c.asks && !c.unknown && c.ports != nil {
-				found = append(found, Diversion{prefixesOf(c.sources), prefixesOf(c.addrs), c.ports, r.title(t)})
+				f := c.forward(r.title(t))
+				found = append(found, Diversion{prefixesOf(f.Sources), prefixesOf(f.Addrs), f.Ports, f.Text})
 			}
 		}
 	}
