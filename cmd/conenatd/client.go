@@ -205,9 +205,7 @@ func statusCommand() *cobra.Command {
 			st.Verification = &v
 		}
 		if asJSON {
-			enc := json.NewEncoder(c.OutOrStdout())
-			enc.SetIndent("", "  ")
-			err = enc.Encode(st)
+			err = writeJSON(c, st)
 		} else {
 			fmt.Fprintln(c.OutOrStdout(), doctor.Verdict(st))
 			err = control.WriteStatus(c.OutOrStdout(), st, verbose, time.Now())
@@ -241,9 +239,7 @@ func explainCommand() *cobra.Command {
 			case err != nil:
 				return err
 			case asJSON:
-				enc := json.NewEncoder(c.OutOrStdout())
-				enc.SetIndent("", "  ")
-				return enc.Encode(x)
+				return writeJSON(c, x)
 			}
 			return control.WriteExplanation(c.OutOrStdout(), x)
 		})

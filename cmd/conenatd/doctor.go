@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -17,11 +16,6 @@ import (
 	"github.com/conenatd/conenatd/internal/doctor/collect"
 	"github.com/conenatd/conenatd/internal/gateway"
 )
-
-// An exitStatus ends the program without a message.
-type exitStatus int
-
-func (s exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(s)) }
 
 // doctorFailed is the exit status if doctor itself failed.
 const doctorFailed = 3
@@ -59,17 +53,7 @@ The exit status is 0 without warnings and errors, 1 with warnings, 2 with errors
 			return exitStatus(doctorFailed)
 		}
 		report := doctor.Diagnose(facts)
-		if asJSON {
-			enc := json.NewEncoder(c.OutOrStdout())
-			enc.SetIndent("", "  ")
-			err = enc.Encode(report)
-		} else {
-			err = report.Write(c.OutOrStdout(), colored())
-		}
-		if status := report.Status(); err == nil && status > 0 {
-			err = exitStatus(status)
-		}
-		return err
+		return writeReport(c, &report, asJSON)
 	}
 	return c
 }

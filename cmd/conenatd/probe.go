@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"time"
@@ -60,17 +59,7 @@ without an answer from the server, and 78 if the command line is wrong.`,
 		if err != nil {
 			return err
 		}
-		if asJSON {
-			enc := json.NewEncoder(c.OutOrStdout())
-			enc.SetIndent("", "  ")
-			err = enc.Encode(report)
-		} else {
-			err = report.Write(c.OutOrStdout(), colored())
-		}
-		if status := report.Status(); err == nil && status > 0 {
-			err = exitStatus(status)
-		}
-		return err
+		return writeReport(c, &report, asJSON)
 	}
 	return c
 }

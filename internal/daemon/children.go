@@ -25,7 +25,7 @@ func (f *firewall) children(network gateway.Network, subnets []netip.Prefix) (q 
 	}
 	to, err := network.LinksTo(0, subnets)
 	for _, l := range to {
-		q.inside = append(q.inside, userrules.Link{Index: l.Index, Name: l.Name})
+		q.inside = append(q.inside, linkOf(l))
 	}
 	return q, err
 }

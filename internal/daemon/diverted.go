@@ -97,16 +97,6 @@ func sidesOf(cfg config.Config, network gateway.Network) userrules.Sides {
 	return s
 }
 
-// insideLinks returns the links that lead to enabled subnets.
-func insideLinks(network gateway.Network) (links []userrules.Link) {
-	for _, l := range network.Links {
-		if l.Inside {
-			links = append(links, userrules.Link{Index: l.Index, Name: l.Name})
-		}
-	}
-	return links
-}
-
 // endDiverted ends the children that would keep packets from the user's rules.
 func (f *firewall) endDiverted(cfg config.Config) error {
 	_, err := f.fixedFlows(cfg).end(func(sent *cone.Flow) bool {

@@ -214,7 +214,7 @@ func (c *packetCase) look(cfg config.Config, network gateway.Network) (inside us
 	}
 	// Subnets that are not enabled have routes as well.
 	c.routed = c.routed || to[0].Name != "" && to[0].Outside == 0
-	return userrules.Link{Index: to[0].Index, Name: to[0].Name}, nil
+	return linkOf(to[0]), nil
 }
 
 // rulesTime is how long to wait for a reconcile that is busy.

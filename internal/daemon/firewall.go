@@ -387,10 +387,22 @@ func (w *warnings) addForward(r userrules.Forward) {
 	}
 }
 
-func outsideLinks(network gateway.Network) (links []userrules.Link) {
+// linkOf returns a link as rules name it.
+func linkOf(l gateway.Link) userrules.Link { return userrules.Link{Index: l.Index, Name: l.Name} }
+
+func outsideLinks(network gateway.Network) []userrules.Link {
+	return linksOf(network, func(l gateway.Link) bool { return l.Outside != 0 })
+}
+
+// insideLinks returns the links that lead to enabled subnets.
+func insideLinks(network gateway.Network) []userrules.Link {
+	return linksOf(network, func(l gateway.Link) bool { return l.Inside })
+}
+
+func linksOf(network gateway.Network, is func(gateway.Link) bool) (links []userrules.Link) {
 	for _, l := range network.Links {
-		if l.Outside != 0 {
-			links = append(links, userrules.Link{Index: l.Index, Name: l.Name})
+		if is(l) {
+			links = append(links, linkOf(l))
 		}
 	}
 	return links

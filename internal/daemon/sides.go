@@ -107,13 +107,13 @@ func (u *uplinks) ask(f *firewall, network gateway.Network) (changed bool, err e
 	var links []userrules.LAN
 	for _, l := range network.Links {
 		if l.Inside && len(links) < mostAsked {
-			links = append(links, userrules.LAN{Link: userrules.Link{Index: l.Index, Name: l.Name}, Networks: network.SubnetsOf(l)})
+			links = append(links, userrules.LAN{Link: linkOf(l), Networks: network.SubnetsOf(l)})
 		}
 	}
 	leads := len(links)
 	for _, l := range network.Doubtful() {
 		if len(links) < leads+mostAsked {
-			links = append(links, userrules.LAN{Link: userrules.Link{Index: l.Index, Name: l.Name}})
+			links = append(links, userrules.LAN{Link: linkOf(l)})
 		}
 	}
 	if f.unread == nil && u.rules == f.user && slices.EqualFunc(links, u.links, func(a, b userrules.LAN) bool {

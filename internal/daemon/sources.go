@@ -235,7 +235,7 @@ func (s *sources) has(l gateway.Link, a netip.Addr) bool {
 // link then.
 func (s *sources) gives(rs *userrules.Ruleset, l gateway.Link, f *brokenFlow) bool {
 	n, sure := rs.SourceOf(userrules.Leaving{
-		Src: f.Src.Netip(), Dst: f.ReplySrc.Netip(), Out: userrules.Link{Index: l.Index, Name: l.Name},
+		Src: f.Src.Netip(), Dst: f.ReplySrc.Netip(), Out: linkOf(l),
 	})
 	if !sure || !n.Masquerade && len(n.Addrs) == 0 {
 		return false
