@@ -26,9 +26,9 @@ func (s *scene) childrenDropped(about string) *control.Finding {
 	return &all[i]
 }
 
-// tellsOfLostChildren checks that verdict, warning, log and doctor say that children of what
-// about names are dropped, by which chain, of which kind they are, and that children of the
-// permission of in on ext are lost. It applies doctor's line, and then all of this is over.
+// tellsOfLostChildren checks that verdict, warning, log and doctor say which chain drops the
+// children of the subnet or group about, and of which kind they are. A packet of peer to in, by
+// its permission on ext, is indeed lost. Then it applies doctor's line, and all of this is over.
 func (s *scene) tellsOfLostChildren(about, kind, verdict string, in, peer *lab.Socket, ext netip.AddrPort) {
 	s.T.Helper()
 	var f *control.Finding

@@ -50,8 +50,9 @@ func (m *Model) SetTopology(now time.Duration, t Topology) (misjudged bool) {
 	return misjudged
 }
 
-// SetRerouted sets which permissions are for packets that leave by another link now than the one
-// that has the outside address. They end, and no flow gives them. stale may be nil.
+// SetRerouted sets which permissions are stale: their hosts' packets leave by another link now
+// than the one that has the outside address. Stale permissions end, and no flow renews or gives
+// one. stale may be nil.
 func (m *Model) SetRerouted(now time.Duration, stale func(Permission) bool) {
 	m.rerouted = stale
 	if stale != nil {
