@@ -3,8 +3,8 @@ package e2e
 import (
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
-	"time"
 
 	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/control"
@@ -122,7 +122,7 @@ func TestNFTChildStaysWhenAnotherRouteChanges(t *testing.T) {
 			t.Parallel()
 			s, _ := twoUplinks(t, lab.Options{Rules: bothUplinks})
 			prepare(s)
-			s.Serve("--reconcile=1h")
+			s.Serve("--reconcile=1h", "--log-level=debug")
 			var phones, others []*lab.Socket
 			var exts []netip.AddrPort
 			peer := s.PeerSocket(lab.PeerA, 5060)
@@ -134,9 +134,7 @@ func TestNFTChildStaysWhenAnotherRouteChanges(t *testing.T) {
 				phones, others, exts = append(phones, phone), append(others, other), append(exts, ext)
 			}
 			standing, ids := s.Status().Permissions.Standing, s.insideIDs()
-			s.IP(s.Gateway, "route add 192.0.2.128/25 via 10.47.11.109 dev lan0")
-			began := time.Now() // flows may be checked with a delay
-			s.Until("it looked at flows", func() bool { s.Status(); return time.Since(began) > 1500*time.Millisecond })
+			s.looksAfter("route add 192.0.2.128/25 via 10.47.11.109 dev lan0")
 			if now := s.Status().Permissions.Standing; now != standing {
 				t.Errorf("%d permissions stand of %d", now, standing)
 			}
@@ -151,6 +149,18 @@ func TestNFTChildStaysWhenAnotherRouteChanges(t *testing.T) {
 	}
 }
 
+// looksAfter changes routes and waits until the daemon has looked at flows because of that.
+func (s *scene) looksAfter(change string) {
+	s.T.Helper()
+	last := func(message string) int { return strings.LastIndex(s.Daemon.Output(), message) }
+	const changed, looked = "routes changed", "looked for flows that leave by another link"
+	before := last(changed)
+	s.IP(s.Gateway, change)
+	s.Until("it looked at flows", func() bool {
+		return last(changed) > before && last(looked) > last(changed)
+	})
+}
+
 // The way to one peer moves to another uplink. What others may send by the same permission still
 // gets in.
 //
@@ -159,15 +169,13 @@ func TestNFTWayToOnePeerLeavesOthersAlone(t *testing.T) {
 	for name, args := range map[string][]string{"every peer": {"--filtering=endpoint_independent"}, "a group": {"--peer-group=203.0.113.0/24"}} {
 		t.Run(name, func(t *testing.T) {
 			s, _ := twoUplinks(t, lab.Options{Rules: bothUplinks})
-			s.Serve(append(args, "--reconcile=1s")...)
+			s.Serve(append(args, "--reconcile=1s", "--log-level=debug")...)
 			phone, peer, moved := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerB, 5060)
 			ext := s.Contact(phone, peer)
 			s.Contact(phone, moved)
 			s.Arrives(phone, s.PeerSocket(lab.PeerB, 7000), ext)
-			s.IP(s.Gateway, "route add "+lab.PeerB.String()+"/32 via 198.51.100.254 dev wan1 onlink")
+			s.looksAfter("route add " + lab.PeerB.String() + "/32 via 198.51.100.254 dev wan1 onlink")
 			s.heals(phone, moved, netip.MustParseAddr("198.51.100.129"))
-			began := time.Now() // flows may be checked with a delay
-			s.Until("it looked at flows", func() bool { s.Status(); return time.Since(began) > 3*time.Second })
 			s.Arrives(phone, s.PeerSocket(lab.PeerA, 7000), ext)
 		})
 	}

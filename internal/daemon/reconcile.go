@@ -199,6 +199,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 	r.broken.sawNetwork(r.network, network)
 	r.rerouted.shared = network.Shares()
 	if !network.SameRoutes(r.network) {
+		r.log.Debug("routes changed")
 		r.rerouted.looks = rerouteLooks
 		if r.rerouted.stale.len() > 0 { // what was wrong may be right now
 			r.rerouted.stale = newStalePermissions()

@@ -43,6 +43,7 @@ func (r *reconciler) endRerouted(cfg config.Config, network gateway.Network) err
 		stranded, errs[1] = r.endStranded(cfg, network)
 	})
 	err := errors.Join(errs[:]...)
+	r.log.Debug("looked for flows that leave by another link than the one of their address", "ended", n+stranded)
 	r.rerouted.looks--
 	if doubtful == 0 && err == nil {
 		r.rerouted.looks = 0
