@@ -89,6 +89,59 @@ func TestNFTChildHealsWhenTheWayOutsideChanges(t *testing.T) {
 	}
 }
 
+// The same where it is less plain by which link packets leave, or what the rules do there.
+//
+// Fails when several next hops keep a child at a link that is down, when marks that no packet has
+// are taken into account, and when a rule of which it is not known whether it matches hides that
+// no outcome is the old address.
+func TestNFTChildHealsWhereWaysAreLessPlain(t *testing.T) {
+	t.Parallel() // mostly it waits
+	const hops = "route replace default nexthop via 198.51.100.254 dev wan0 onlink nexthop via 198.51.100.254 dev wan1 onlink"
+	toTheOther := []string{"route replace default via 198.51.100.254 dev wan1 onlink"}
+	rules := func(s string) string {
+		return "table ip nat { chain post { type nat hook postrouting priority srcnat; " + s + "; }; }"
+	}
+	for name, tc := range map[string]struct {
+		rules  string
+		hops   bool
+		change []string
+	}{
+		"wg-quick": {bothUplinks, false, []string{
+			"route add default via 198.51.100.254 dev wan1 onlink table 51820",
+			"rule add not fwmark 51820 table 51820", "rule add table main suppress_prefixlength 0",
+		}},
+		"one of several next hops": {bothUplinks, true, nil},
+		"from the LAN alone":       {rules(`iifname "lan0" oifname "wan*" masquerade`), false, toTheOther},
+		"IPsec is exempt":          {rules(`oifname "wan*" rt ipsec exists return; oifname "wan*" masquerade`), false, toTheOther},
+		"a mark is exempt":         {rules(`meta mark & 0x80000 == 0x80000 return; oifname "wan*" masquerade`), false, toTheOther},
+		"a connmark is exempt":     {rules(`ct mark 0x99 accept; oifname "wan*" masquerade`), false, toTheOther},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s, second := twoUplinks(t, lab.Options{Rules: tc.rules})
+			if tc.hops {
+				s.IP(s.Gateway, hops)
+			}
+			s.Serve("--reconcile=1h")
+			phone, peer, other := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 7000)
+			ext := s.Contact(phone, peer)
+			s.Arrives(phone, other, ext)
+			s.Contact(phone, other)
+			switch {
+			case tc.hops && ext.Addr() == second:
+				second = netip.MustParseAddr("198.51.100.1")
+				tc.change = []string{"link set wan1 down"}
+			case tc.hops:
+				tc.change = []string{"link set wan0 down"}
+			}
+			for _, c := range tc.change {
+				s.IP(s.Gateway, c)
+			}
+			s.heals(phone, other, second)
+		})
+	}
+}
+
 // A route changes that no flow uses. Children live on, and their permissions stand, where the
 // outside address is not that of the link by which packets leave, and was not before.
 //
@@ -108,10 +161,6 @@ func TestNFTChildStaysWhenAnotherRouteChanges(t *testing.T) {
 			s.IP(s.Gateway, "address add 198.51.100.9/32 dev lo")
 			s.IP(s.Outside, "route replace 198.51.100.9/32 via 198.51.100.1")
 			s.Must(s.NFT("insert rule ip nat postrouting oifname wan0 udp sport 5060 snat to 198.51.100.9"))
-		},
-		"a routing rule for some ports": func(s *scene) {
-			s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 109")
-			s.IP(s.Gateway, "rule add iif lan0 ipproto udp dport 5060 table 109")
 		},
 		"several next hops, by ports": func(s *scene) {
 			s.sysctl("net/ipv4/fib_multipath_hash_policy", "1")
@@ -149,6 +198,42 @@ func TestNFTChildStaysWhenAnotherRouteChanges(t *testing.T) {
 	}
 }
 
+// A routing rule leads what hosts send to some ports of peers by another uplink. Where a port of
+// the peer speaks first, to the address of the other uplink, the host's packets to it leave as
+// they would without the child; and the permission stays, for ports that go the same way.
+//
+// Fails when a child with a wrong address is not noticed as it begins, when its permission ends,
+// and when another child does.
+func TestNFTRoutingRuleForPortsOutweighsAChild(t *testing.T) {
+	t.Parallel() // mostly it waits
+	first, second := netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("198.51.100.129")
+	for name, tc := range map[string]struct {
+		own, other uint16 // ports of the peer that the host sent to, and that speaks first
+		addr       netip.Addr
+		right      uint16 // another port that speaks first
+	}{
+		"the host sends by the default route": {5070, 5060, second, 5071},
+		"the host sends by the rule":          {5060, 5070, first, 5061},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s, _ := twoUplinks(t, lab.Options{Rules: bothUplinks})
+			s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 109")
+			s.IP(s.Gateway, "rule add iif lan0 ipproto udp dport 5060-5069 table 109")
+			s.Serve("--reconcile=1h")
+			phone, peer := s.InsideSocket(0, 4444), s.PeerSocket(lab.PeerA, tc.own)
+			right, other := s.PeerSocket(lab.PeerA, tc.right), s.PeerSocket(lab.PeerA, tc.other)
+			ext := s.Contact(phone, peer)
+			s.Arrives(phone, right, ext)
+			s.Contact(phone, right)
+			s.Arrives(phone, other, ext)
+			s.heals(phone, other, tc.addr)
+			s.Arrives(phone, right, ext)
+			s.Arrives(phone, s.PeerSocket(lab.PeerA, tc.right+1), ext)
+		})
+	}
+}
+
 // looksAfter changes routes and waits until the daemon has looked at flows because of that.
 func (s *scene) looksAfter(change string) {
 	s.T.Helper()
@@ -179,6 +264,49 @@ func TestNFTWayToOnePeerLeavesOthersAlone(t *testing.T) {
 			s.Arrives(phone, s.PeerSocket(lab.PeerA, 7000), ext)
 		})
 	}
+}
+
+// Peers came in by a wide permission, and their host answers them. It sends of its own to another
+// one alone, and the way to that moves to another uplink. The permission stays for the others.
+//
+// Fails when only what the host sends of its own says whether an address is right.
+func TestNFTWayToOnePeerLeavesChildrenAlone(t *testing.T) {
+	for name, args := range map[string][]string{"every peer": {"--filtering=endpoint_independent"}, "a group": {"--peer-group=203.0.113.0/24"}} {
+		t.Run(name, func(t *testing.T) {
+			s, second := twoUplinks(t, lab.Options{Rules: bothUplinks})
+			s.Serve(append(args, "--reconcile=1s", "--log-level=debug")...)
+			console, server, player := s.InsideSocket(0, 3074), s.PeerSocket(lab.PeerB, 5060), s.PeerSocket(lab.PeerA, 7000)
+			ext := s.Contact(console, server)
+			s.Arrives(console, player, ext)
+			s.Contact(console, player)
+			s.looksAfter("route add " + lab.PeerB.String() + "/32 via 198.51.100.254 dev wan1 onlink")
+			s.heals(console, server, second)
+			s.looksAfter("route add 192.0.2.128/25 via 10.47.11.109 dev lan0")
+			s.Arrives(console, s.PeerSocket(lab.PeerA, 7001), ext)
+		})
+	}
+}
+
+// Two ports of a host have permissions for a peer and children. A routing rule moves what one of
+// them sends to another uplink. The permission of the other stays, though it only answers a child.
+//
+// Fails when permissions of one host for one peer are judged by one of them.
+func TestNFTWayOfOnePortLeavesTheOtherAlone(t *testing.T) {
+	s, second := twoUplinks(t, lab.Options{Rules: bothUplinks})
+	s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 109")
+	s.Serve("--reconcile=1h", "--log-level=debug")
+	moved, stays := s.InsideSocket(0, 4000), s.InsideSocket(0, 4100)
+	peer, other := s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 7000)
+	s.Contact(moved, peer)
+	ext := s.Contact(stays, peer)
+	s.Arrives(stays, other, ext)
+	s.Contact(stays, other)
+	_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "4100", "--orig-port-dst", "5060")
+	s.Must(err)
+	s.looksAfter("rule add iif lan0 ipproto udp sport 4000 table 109")
+	s.heals(moved, peer, second)
+	s.looksAfter("route add 192.0.2.128/25 via 10.47.11.109 dev lan0")
+	s.Arrives(stays, s.PeerSocket(lab.PeerA, 7001), ext)
 }
 
 // A host has a permission for each of two groups of peers, at one outside address. The way to one

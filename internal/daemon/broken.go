@@ -211,7 +211,7 @@ func (r *reconciler) findBroken(cfg config.Config) (found []brokenFlow, err erro
 	if err != nil {
 		return nil, err
 	}
-	routes, began := &router{network: r.network}, r.now()
+	routes, began := r.firewall.router(cfg, r.network), r.now()
 	for i, f := range slices.Concat(again, others) {
 		const atOnce = 64
 		if i%atOnce == 0 {

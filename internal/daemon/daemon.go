@@ -73,6 +73,7 @@ type shared struct {
 	hurry  chan struct{}          // a reconcile is wanted
 	moved  chan struct{}          // links, addresses or routes changed
 	strays chan struct{}          // translated flows left by links that are not outside links
+	born   chan cone.Flow         // children that may have the wrong outside address
 	jobs   chan func(*reconciler) // run by the reconcile when it is idle
 	looks  chan func(*reconciler) // run by the reconcile, even in the middle of its work
 	ended  chan struct{}          // closed when the loop ended
@@ -116,13 +117,7 @@ type reconciler struct {
 	lean      lean
 	uplinks   uplinks // outside links that no default route shows
 	broken    brokenFlows
-	rerouted  struct { // routes changed: flows may leave by other links now
-		looks   int             // looks still to come
-		next    time.Duration   // earliest time of the next look
-		outside map[string]bool // current and former outside links
-		stale   stalePermissions
-		shared  bool // a route to outside links has several next hops
-	}
+	rerouted  rerouted
 }
 
 // A loop is what the loop owns.
@@ -136,11 +131,12 @@ type loop struct {
 	backends       backends      // in use; the engine has the same ones
 	missing        string        // which backend is missing and why
 	network        gateway.Network
-	topology       cone.Topology      // of network
-	ruleWarnings   warnings           // about the user's forwards
-	hidden         *userrules.Covered // forwarded by the user's rules: no packet reaches the map
-	portWarnings   warnings           // about port_pool
-	overtaken      bool               // a chain of the user's translates all mapped traffic before ours
+	topology       cone.Topology        // of network
+	mayStrand      func(cone.Addr) bool // children with this outside address may have the wrong one
+	ruleWarnings   warnings             // about the user's forwards
+	hidden         *userrules.Covered   // forwarded by the user's rules: no packet reaches the map
+	portWarnings   warnings             // about port_pool
+	overtaken      bool                 // a chain of the user's translates all mapped traffic before ours
 	decisions      map[netip.Prefix]decision
 	room           cone.Room         // for expectations
 	entries        ctwatch.Table     // of conntrack, when room was computed
@@ -170,6 +166,7 @@ func New(cfg Config) (d *Daemon, err error) {
 		hurry:  make(chan struct{}, 1),
 		moved:  make(chan struct{}, 1),
 		strays: make(chan struct{}, 1),
+		born:   make(chan cone.Flow, mostBorn),
 		jobs:   make(chan func(*reconciler)),
 		looks:  make(chan func(*reconciler)),
 		ended:  make(chan struct{}),
@@ -178,7 +175,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	l, r := &loop{shared: all, cfg: cfg.Config}, &reconciler{shared: all, wanted: cfg.Config}
 	d = &Daemon{shared: all, loop: l, reconcile: r}
 	r.rerouted.outside = make(map[string]bool)
-	r.rerouted.stale = newStalePermissions()
+	r.rerouted.stale = make(stalePermissions)
 	r.rerouted.looks = rerouteLooks // routes may have changed since an earlier daemon ran
 	r.comparer = engine.Comparer{
 		InLoop:  func(f func(*engine.Engine)) bool { return r.ask(func(l *loop) { f(l.engine) }) },

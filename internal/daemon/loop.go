@@ -189,6 +189,12 @@ func (l *loop) event(now time.Duration, e *ctwatch.Event) {
 	switch e.Kind {
 	case ctwatch.New:
 		l.engine.Model.FlowSeen(now, &e.Flow)
+		if e.Flow.Began && e.Flow.IsChild() && l.mayStrand != nil && l.mayStrand(e.Flow.Dst.Addr) {
+			select {
+			case l.born <- e.Flow:
+			default: // the next reconcile looks at all
+			}
+		}
 	case ctwatch.Gone:
 		l.engine.FlowGone(now, &e.Flow)
 	case ctwatch.Overrun:

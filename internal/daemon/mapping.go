@@ -109,7 +109,7 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 		kernel: f.tables.NewMappings(c),
 		links:  outsideAddrs(network),
 		owned:  network.Owned(),
-		routes: &router{network: network},
+		routes: f.router(cfg, network),
 		inside: cone.NewPrefixTable(c.Subnets).Holds,
 		served: served.Serves, barred: f.ports.barred, exempt: c.Exempt, outdated: f.outdated(cfg), zoned: len(f.zonedAddrs()) > 0,
 		known:  make(map[ends]string),

@@ -156,6 +156,9 @@ func (r *reconciler) reconcileOnce(q *ctwatch.Queries) error {
 		r.size = k.Max
 		r.ask(func(l *loop) { l.kernel = k })
 	}
+	if r.rerouted.strands = true; r.firewall.user != r.rerouted.rules {
+		r.forgetStale()
+	}
 	if _, err := r.readGateway(); err != nil {
 		errs = append(errs, err)
 	}
@@ -201,11 +204,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 	if !network.SameRoutes(r.network) {
 		r.log.Debug("routes changed")
 		r.rerouted.looks = rerouteLooks
-		if r.rerouted.stale.len() > 0 { // what was wrong may be right now
-			r.rerouted.stale = newStalePermissions()
-			r.ask(func(l *loop) { l.engine.Model.SetRerouted(r.now(), nil) })
-			r.wantReconcile()
-		}
+		r.forgetStale()
 	}
 	failed = errors.Join(failed, r.readForwards(cfg, network), r.lookAtSockets(cfg, network))
 	tables, err := r.firewall.read(cfg)
@@ -217,6 +216,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 		misjudged = newOutside(l.network, network) || wantsMapping(cfg) && !topology.Equal(l.topology)
 		r.network = network.Lean()
 		l.network, l.topology = r.network, topology
+		l.mayStrand = newSources(r.network, nil).another
 		l.sockets.SetNetwork(network)
 		misjudged = l.engine.Model.SetTopology(r.now(), topology) || misjudged
 		l.engine.Model.SetWay(l.network.Way())

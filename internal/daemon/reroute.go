@@ -21,7 +21,24 @@ const (
 	// rerouteLooks is how many looks follow one change: that an address is wrong on a link
 	// may only show once another flow has left by that link.
 	rerouteLooks = 10
+	// mostBorn is how many new children wait for a look.
+	mostBorn = 64
 )
+
+// rerouted is the search for flows that leave by another link than the one of their address.
+type rerouted struct {
+	looks   int             // looks still to come, since routes changed
+	strands bool            // a look at children and their permissions alone is to come
+	next    time.Duration   // earliest time of the next look
+	outside map[string]bool // names of current and former outside links
+	shared  bool            // a route to outside links has several next hops
+
+	stale stalePermissions
+	rules *userrules.Ruleset // when the first of stale ended
+}
+
+// due reports whether there is a look to come.
+func (r *rerouted) due() bool { return r.looks > 0 || r.strands }
 
 // endRerouted ends the flows of hosts with mappings that, after routes changed, leave by
 // another link than the one that has their address, and the children whose hosts' packets do.
@@ -32,19 +49,22 @@ func (r *reconciler) endRerouted(cfg config.Config, network gateway.Network) err
 			r.rerouted.outside[l.Name] = true
 		}
 	}
-	if r.rerouted.looks == 0 || r.now() < r.rerouted.next {
+	if !r.rerouted.due() || r.now() < r.rerouted.next {
 		return nil
 	}
 	var n, stranded, doubtful int
 	var errs [2]error
 	fixed, unknown := r.firewall.fixedSources()
 	took := threadTime(func() {
-		n, doubtful, errs[0] = endWrongLinks(r.firewall.fixedFlows(cfg), network, r.rerouted.outside, fixed, unknown)
-		stranded, errs[1] = r.endStranded(cfg, network)
+		if stranded, errs[1] = r.endStranded(cfg, network); r.rerouted.looks == 0 {
+			return
+		}
+		n, doubtful, errs[0] = endWrongLinks(r.firewall.fixedFlows(cfg), network, r.firewall.router(cfg, network), r.rerouted.outside, fixed, unknown)
 	})
 	err := errors.Join(errs[:]...)
 	r.log.Debug("looked for flows that leave by another link than the one of their address", "ended", n+stranded)
-	r.rerouted.looks--
+	r.rerouted.looks = max(0, r.rerouted.looks-1)
+	r.rerouted.strands = errs[1] != nil
 	if doubtful == 0 && err == nil {
 		r.rerouted.looks = 0
 	}
@@ -67,16 +87,30 @@ func (r *reconciler) lookAtFlows(ctx context.Context) {
 	}
 }
 
-// endReroutedLater does what endRerouted put off.
+// endReroutedLater does what endRerouted put off, and looks at children that began since. If one
+// of these has a wrong address, it looks at all flows.
 func (r *reconciler) endReroutedLater() error {
-	if r.rerouted.looks == 0 || r.now() < r.rerouted.next {
+	if !r.rerouted.due() && len(r.born) == 0 || r.now() < r.rerouted.next {
 		return nil
 	}
 	var cfg config.Config
 	if !r.ask(func(l *loop) { cfg = l.cfg }) {
 		return nil
 	}
-	return r.endRerouted(cfg, r.network)
+	var err error
+	if children := received(r.born); !r.rerouted.due() {
+		took := threadTime(func() { r.rerouted.strands, err = r.strandsAny(cfg, children) })
+		r.rerouted.next = r.now() + rerouteShare*took
+	}
+	return errors.Join(err, r.endRerouted(cfg, r.network))
+}
+
+// received returns what waits in a channel.
+func received[T any](c <-chan T) (all []T) {
+	for range len(c) {
+		all = append(all, <-c)
+	}
+	return all
 }
 
 // endWrongLinks ends flows with mappings whose outside address is wrong for the link by which
@@ -84,7 +118,7 @@ func (r *reconciler) endReroutedLater() error {
 // current and former outside links; fixed are the addresses to which rules of the user's
 // translate, and unknown says that there may be others.
 func endWrongLinks(
-	all *fixedFlows, network gateway.Network, outside map[string]bool, fixed []userrules.AddrRange, unknown bool,
+	all *fixedFlows, network gateway.Network, routes *router, outside map[string]bool, fixed []userrules.AddrRange, unknown bool,
 ) (ended, doubtful int, err error) {
 	if !all.maps || network.HidesWays() {
 		return 0, 0, nil
@@ -97,7 +131,6 @@ func endWrongLinks(
 			}
 		}
 	}
-	routes := &router{network: network}
 	type way struct {
 		host cone.Addr
 		link string

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/gateway"
 )
 
@@ -9,16 +10,22 @@ import (
 // use.
 type router struct {
 	network gateway.Network
+	marked  bool // packets may be marked before they are routed
 	kernel  *gateway.Router
 	byIndex map[int]gateway.Link
 	err     error // the first error
+}
+
+// router returns one for the packets of inside hosts, by the rules that were last read.
+func (f *firewall) router(cfg config.Config, network gateway.Network) *router {
+	return &router{network: network, marked: cfg.UplinkMarks || f.user == nil || f.unread != nil || f.user.MayMark()}
 }
 
 // links returns the links by which the packets of the flow's opener may leave; none if
 // they do not leave, or if that is unknown. all is false if some may not leave at all.
 func (r *router) links(f *cone.Flow) (links []gateway.Link, all bool) {
 	if r.kernel == nil && r.err == nil {
-		r.kernel, r.err = gateway.DialRouter(0, r.network)
+		r.kernel, r.err = gateway.DialRouter(0, r.network, r.marked)
 		r.byIndex = make(map[int]gateway.Link)
 		for _, l := range r.network.Links {
 			r.byIndex[l.Index] = l

@@ -189,7 +189,7 @@ func (r *reconciler) seeNAT(cfg config.Config, flows []cone.Flow) (found bool, e
 	if len(flows) == 0 {
 		return false, nil
 	}
-	routes := &router{network: r.network}
+	routes := r.firewall.router(cfg, r.network)
 	for i := range flows {
 		f := &flows[i]
 		ways, _ := routes.links(f)

@@ -230,14 +230,14 @@ func (s *sources) has(l gateway.Link, a netip.Addr) bool {
 	return slices.ContainsFunc(s.byLink[l.Index], func(o ownAddr) bool { return o.addr == a })
 }
 
-// gives reports whether rules would surely give f another source on link l. That is not sure
-// if they masquerade and l has no address of global scope: masquerade takes one of another
-// link then.
+// gives reports whether rules would surely give f another source on link l, whichever of those
+// they may give. That is not sure if they masquerade and l has no address of global scope:
+// masquerade takes one of another link then.
 func (s *sources) gives(rs *userrules.Ruleset, l gateway.Link, f *brokenFlow) bool {
-	n, sure := rs.SourceOf(userrules.Leaving{
+	n, known := rs.SourcesOf(userrules.Leaving{
 		Src: f.Src.Netip(), Dst: f.ReplySrc.Netip(), Out: linkOf(l),
 	})
-	if !sure || !n.Masquerade && len(n.Addrs) == 0 {
+	if !known || !n.Masquerade && len(n.Addrs) == 0 || n.Kept && f.source() == f.Src.Addr.Netip() {
 		return false
 	}
 	if n.Masquerade && !slices.ContainsFunc(s.byLink[l.Index], func(o ownAddr) bool { return o.addr.Is4() && !o.narrow }) {

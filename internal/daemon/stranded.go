@@ -12,16 +12,17 @@ import (
 	"github.com/conenatd/conenatd/internal/gateway"
 )
 
-// mostTrips bounds the flows and permissions that one look at children asks routes about.
-const mostTrips = 1 << 14
+// mostSuspects bounds the children and the permissions that one look asks routes about.
+const mostSuspects = 1 << 14
 
 // endStranded ends children with a wrong address: their hosts' packets leave by another link now,
-// and the rules would surely give them another address there. It also ends the permissions that
-// would admit more such children. If a host has a flow of its own to the same peer, and that has
-// the same address rightly, nothing ends. Nothing ends either while a route has several next
-// hops: such a route leads each flow by a link of its own, whatever address the flow has.
+// and the rules would surely give them another address there. Before that it ends the permissions
+// that would admit them again, if all that their hosts send by these is wrong. While a route has
+// several next hops, which lead each flow by a link of its own, only an address whose link does
+// not run is wrong.
 func (r *reconciler) endStranded(cfg config.Config, network gateway.Network) (ended int, err error) {
-	if r.firewall.user == nil || r.firewall.unread != nil || r.rerouted.shared || network.HidesWays() {
+	s := r.newStrands(cfg, network)
+	if s == nil {
 		return 0, nil
 	}
 	q, err := ctwatch.DialQueries(ctwatch.Config{})
@@ -29,55 +30,182 @@ func (r *reconciler) endStranded(cfg config.Config, network gateway.Network) (en
 		return 0, err
 	}
 	defer q.Close()
-	s := &strands{
-		r: r, sources: newSources(network, nil), routes: &router{network: network},
-		trips: make(map[trip]*tripFlows), wide: make(map[claimant]*tripFlows), byHost: make(map[cone.Addr][]*tripFlows),
-	}
 	if err := s.collect(q, cfg); err != nil {
 		return 0, err
 	}
-	var errs []error
-	for _, withChildren := range []bool{true, false} { // to look at permissions takes longer
-		var children []cone.Flow
-		stale, before := &r.rerouted.stale, r.rerouted.stale.len()
-		for t, x := range s.trips {
-			if withChildren != (len(x.children) > 0) {
-				continue
-			}
-			if wrong, ok := s.wrong(x); ok {
-				stale.exact[t] = struct{}{}
-				children = append(children, wrong...)
-			}
-		}
-		if !withChildren {
-			for c, x := range s.wide {
-				if _, wrong := s.wrong(x); wrong {
-					stale.wide[c] = struct{}{}
-				}
-			}
-		}
-		errs = append(errs, deleteFlows(q, children))
-		ended += len(children)
-		if stale.len() > before {
-			has := stale.clone().has
-			r.ask(func(l *loop) { l.engine.Model.SetRerouted(r.now(), has) })
+	s.endPermissions(true)
+	var wrong []cone.Flow
+	for _, c := range s.children {
+		if s.wrong(c) {
+			wrong = append(wrong, c.Turned())
 		}
 	}
-	if err := s.routes.close(); err != nil {
-		errs = append(errs, fmt.Errorf("find children that are answered by another link: %w", err))
+	err = deleteFlows(q, wrong)
+	s.endPermissions(false) // that takes longer
+	if failed := s.routes.close(); failed != nil {
+		err = errors.Join(err, fmt.Errorf("find children that are answered by another link: %w", failed))
 	}
-	return ended, errors.Join(errs...)
+	return len(wrong), err
 }
 
-// strands are the trips with an address that may be wrong.
-type strands struct {
-	r       *reconciler
-	sources *sources
-	routes  *router
-	trips   map[trip]*tripFlows
-	wide    map[claimant]*tripFlows    // by permission for several peers
-	byHost  map[cone.Addr][]*tripFlows // the same by inside address
+// strandsAny reports whether one of these new children has a wrong address.
+func (r *reconciler) strandsAny(cfg config.Config, children []cone.Flow) (bool, error) {
+	s := r.newStrands(cfg, r.network)
+	if s == nil {
+		return false, nil
+	}
+	hosts := r.firewall.fixedFlows(cfg).translated
+	found := slices.ContainsFunc(children, func(f cone.Flow) bool {
+		sent := f.Turned()
+		return hosts.Holds(sent.Src.Addr) && s.wrong(&sentFlow{Flow: sent})
+	})
+	return found, s.routes.close()
 }
+
+// newStrands returns nil if it cannot be known which address is wrong.
+func (r *reconciler) newStrands(cfg config.Config, network gateway.Network) *strands {
+	if r.firewall.user == nil || r.firewall.unread != nil || network.HidesWays() {
+		return nil
+	}
+	return &strands{
+		r: r, sources: newSources(network, nil), routes: r.firewall.router(cfg, network),
+		suspects: make(map[cone.Endpoint][]*suspect),
+	}
+}
+
+// strands are what may have a wrong address.
+type strands struct {
+	r        *reconciler
+	sources  *sources
+	routes   *router
+	children []*sentFlow                  // as their hosts send them
+	suspects map[cone.Endpoint][]*suspect // by inside endpoint
+	n        int                          // suspects
+}
+
+// A suspect is a permission whose address may be wrong.
+type suspect struct {
+	cone.Permission
+	sent      []*sentFlow   // what its host sends with it, to children as well
+	children  bool          // children are among sent
+	elsewhere cone.Endpoint // of a peer to which its host sends with another outside address
+}
+
+// A sentFlow is a flow as its host sends it.
+type sentFlow struct {
+	cone.Flow
+	judged, broken bool
+}
+
+// wrong reports whether the rules would surely give the host's packet another address on the
+// links by which it leaves now.
+func (s *strands) wrong(f *sentFlow) bool {
+	if !f.judged {
+		runs := s.sources.own[f.ReplyDst.Addr].runs
+		f.judged = true
+		f.broken = !(runs && s.r.rerouted.shared) && s.sources.broken(s.r.firewall.user, s.routes, &brokenFlow{Flow: f.Flow})
+	}
+	return f.broken
+}
+
+// stale reports whether all is wrong that the host sends with the permission. Of a permission
+// for several peers, whose ways may differ, that is known only while the host sends something.
+func (s *strands) stale(x *suspect) bool {
+	if len(x.sent) > 0 {
+		return !slices.ContainsFunc(x.sent, func(f *sentFlow) bool { return !s.wrong(f) })
+	}
+	return x.Wild == 0 && x.elsewhere != cone.Endpoint{} &&
+		s.wrong(&sentFlow{Flow: cone.Flow{Src: x.Int, ReplySrc: x.elsewhere, ReplyDst: x.Ext}})
+}
+
+// endPermissions ends the permissions that are stale, of those with or without children.
+func (s *strands) endPermissions(withChildren bool) {
+	stale := s.r.rerouted.stale
+	before := len(stale)
+	if before == 0 {
+		s.r.rerouted.rules = s.r.firewall.user
+	}
+	for _, all := range s.suspects {
+		for _, x := range all {
+			if x.children == withChildren && s.stale(x) {
+				stale[claimantOf(&x.Permission)] = struct{}{}
+			}
+		}
+	}
+	if len(stale) > before {
+		has := maps.Clone(stale).has
+		s.r.ask(func(l *loop) { l.engine.Model.SetRerouted(s.r.now(), has) })
+	}
+}
+
+// collect notes children and permissions whose address is on another link than the only outside
+// one.
+func (s *strands) collect(q *ctwatch.Queries, cfg config.Config) error {
+	for at := 0; at >= 0; {
+		ok := s.r.ask(func(l *loop) {
+			at = l.engine.Model.Walk(at, flowsAtOnce, func(v cone.View) {
+				if !v.Routed() && s.sources.another(v.Ext.Addr) && s.n < mostSuspects {
+					s.n++
+					s.suspects[v.Int] = append(s.suspects[v.Int], &suspect{Permission: v.Permission})
+				}
+			})
+		})
+		if !ok {
+			return errEnded
+		}
+	}
+	if s.n == 0 && s.r.firewall.dumped { // an earlier daemon may have left children without permissions
+		return nil
+	}
+	hosts := s.r.firewall.fixedFlows(cfg).translated
+	return q.Dump(func(f *cone.Flow) {
+		sent, child := *f, f.IsChild()
+		switch {
+		case child:
+			sent = f.Turned()
+		case !f.Status.Has(cone.StatusSrcNAT) || f.Status.Has(cone.StatusDstNAT):
+			return
+		}
+		wanted := child && s.sources.another(sent.ReplyDst.Addr) && len(s.children) < mostSuspects
+		if !wanted && len(s.suspects[sent.Src]) == 0 || !hosts.Holds(sent.Src.Addr) {
+			return
+		}
+		noted := &sentFlow{Flow: sent}
+		if wanted {
+			s.children = append(s.children, noted)
+		}
+		for _, x := range s.suspects[sent.Src] {
+			switch {
+			case !x.Peers().Contains(sent.ReplySrc.Addr.Netip()):
+			case sent.ReplyDst == x.Ext:
+				x.sent, x.children = append(x.sent, noted), x.children || child
+			case sent.ReplyDst.Addr != x.Ext.Addr:
+				x.elsewhere = sent.ReplySrc
+			}
+		}
+	})
+}
+
+// forgetStale lets flows give permissions again that ended because their addresses were wrong:
+// routes or rules changed since.
+func (r *reconciler) forgetStale() {
+	if len(r.rerouted.stale) == 0 {
+		return
+	}
+	r.rerouted.stale, r.rerouted.strands = make(stalePermissions), true
+	r.ask(func(l *loop) { l.engine.Model.SetRerouted(r.now(), nil) })
+	r.wantReconcile()
+}
+
+// another reports whether an address is on a link that is not the only outside one.
+func (s *sources) another(a cone.Addr) bool {
+	_, own := s.own[a]
+	return own && a.Is4() && (s.only == 0 || !slices.ContainsFunc(s.byLink[s.only], func(o ownAddr) bool { return o.addr == a.Netip() }))
+}
+
+// stalePermissions are permissions for packets that leave by another link than the one that has
+// the outside address.
+type stalePermissions map[claimant]struct{}
 
 // A claimant identifies a permission, whatever its mark.
 type claimant struct {
@@ -87,171 +215,7 @@ type claimant struct {
 
 func claimantOf(p *cone.Permission) claimant { return claimant{p.Key, p.Int} }
 
-// A trip goes from a host to a peer, with an outside address.
-type trip struct{ host, ext, peer cone.Addr }
-
-func tripOf(sent *cone.Flow) trip { return trip{sent.Src.Addr, sent.ReplyDst.Addr, sent.ReplySrc.Addr} }
-
-// tripFlows are the flows of a trip, or of all trips of a permission for several peers.
-type tripFlows struct {
-	permission *cone.Permission // nil if none is left
-	children   []child          // none of a permission for several peers
-	own        []cone.Flow      // of the host
-	elsewhere  cone.Endpoint    // of a peer, in a flow of the host with another outside address
-}
-
-// A child, and how its host sends it.
-type child struct {
-	cone.Flow
-	sent cone.Flow
-}
-
-// sample is a packet of the permission's inside endpoint to the peer, where the host sends to
-// it with another outside address. ok is false if there is none.
-func (x *tripFlows) sample() (sent cone.Flow, ok bool) {
-	if x.permission == nil || x.elsewhere == (cone.Endpoint{}) {
-		return sent, false
-	}
-	return cone.Flow{Src: x.permission.Int, ReplySrc: x.elsewhere, ReplyDst: x.permission.Ext}, true
-}
-
-// broken reports whether the rules would surely give a host's packet another address on the
-// links by which it leaves now.
-func (s *strands) broken(sent cone.Flow) bool {
-	return s.sources.broken(s.r.firewall.user, s.routes, &brokenFlow{Flow: sent})
-}
-
-// wrong reports whether the address of a trip is wrong, and returns the children that are. A
-// trip on which a flow of the host is right is not wrong.
-func (s *strands) wrong(x *tripFlows) (children []cone.Flow, wrong bool) {
-	for _, c := range x.children {
-		if s.broken(c.sent) {
-			children = append(children, c.Flow)
-		}
-	}
-	sent, sends := x.sample()
-	wrong = len(children) > 0 || len(x.own) > 0 || sends && s.broken(sent)
-	return children, wrong && !slices.ContainsFunc(x.own, func(f cone.Flow) bool { return !s.broken(f) })
-}
-
-// collect notes the trips whose address is on another link than the only outside one.
-func (s *strands) collect(q *ctwatch.Queries, cfg config.Config) error {
-	peers := make(map[[2]cone.Addr][]*tripFlows) // by host and peer
-	note := func(t trip) *tripFlows {
-		x := s.trips[t]
-		if x == nil && len(s.trips) < mostTrips {
-			x = &tripFlows{}
-			s.trips[t] = x
-			peers[[2]cone.Addr{t.host, t.peer}] = append(peers[[2]cone.Addr{t.host, t.peer}], x)
-		}
-		return x
-	}
-	none := s.r.firewall.dumped // but an earlier daemon may have left children without permissions
-	each := func(f func(v *cone.View)) bool {
-		for at := 0; at >= 0; {
-			ok := s.r.ask(func(l *loop) {
-				at = l.engine.Model.Walk(at, flowsAtOnce, func(v cone.View) {
-					if !v.Routed() && s.sources.another(v.Ext.Addr) {
-						f(&v)
-					}
-				})
-			})
-			if !ok {
-				return false
-			}
-		}
-		return true
-	}
-	if !each(func(*cone.View) { none = false }) {
-		return errEnded
-	}
-	if none {
-		return nil
-	}
-	hosts := s.r.firewall.fixedFlows(cfg).translated
-	err := q.Dump(func(f *cone.Flow) {
-		if f.IsChild() && hosts.Holds(f.ReplySrc.Addr) && s.sources.another(f.Dst.Addr) {
-			sent := f.Turned()
-			if x := note(tripOf(&sent)); x != nil {
-				x.children = append(x.children, child{*f, sent})
-			}
-		}
-	})
-	if err != nil {
-		return err
-	}
-	ok := each(func(v *cone.View) {
-		if v.Wild > 0 {
-			x := &tripFlows{permission: &v.Permission}
-			s.wide[claimantOf(&v.Permission)] = x
-			s.byHost[v.Int.Addr] = append(s.byHost[v.Int.Addr], x)
-		} else if x := note(trip{v.Int.Addr, v.Ext.Addr, v.Peer}); x != nil {
-			x.permission = &v.Permission
-		}
-	})
-	if !ok {
-		return errEnded
-	}
-	return q.Dump(func(f *cone.Flow) {
-		if f.IsChild() || !f.Status.Has(cone.StatusSrcNAT) || f.Status.Has(cone.StatusDstNAT) || !hosts.Holds(f.Src.Addr) {
-			return
-		}
-		t := tripOf(f)
-		s.noteWide(f)
-		for _, x := range peers[[2]cone.Addr{t.host, t.peer}] {
-			switch {
-			case x == s.trips[t]:
-				x.own = append(x.own, *f)
-			case x.elsewhere == cone.Endpoint{}:
-				x.elsewhere = f.ReplySrc
-			}
-		}
-	})
-}
-
-// noteWide notes a flow of a host for its permissions for several peers.
-func (s *strands) noteWide(f *cone.Flow) {
-	for _, x := range s.byHost[f.Src.Addr] {
-		switch p := x.permission; {
-		case !p.Peers().Contains(f.ReplySrc.Addr.Netip()):
-		case f.ReplyDst.Addr != p.Ext.Addr:
-			x.elsewhere = f.ReplySrc
-		case f.Src == p.Int && f.ReplyDst == p.Ext:
-			x.own = append(x.own, *f)
-		}
-	}
-}
-
-// another reports whether an address is on a link that is not the only outside one.
-func (s *sources) another(a cone.Addr) bool {
-	_, own := s.own[a]
-	return own && a.Is4() && (s.only == 0 || !slices.ContainsFunc(s.byLink[s.only], func(o ownAddr) bool { return o.addr == a.Netip() }))
-}
-
-// stalePermissions are for trips that leave by another link than the one that has the outside
-// address. Those for several peers are stale if the address is wrong for all that their host
-// sends to.
-type stalePermissions struct {
-	exact map[trip]struct{}
-	wide  map[claimant]struct{}
-}
-
-func newStalePermissions() stalePermissions {
-	return stalePermissions{make(map[trip]struct{}), make(map[claimant]struct{})}
-}
-
-func (s *stalePermissions) len() int { return len(s.exact) + len(s.wide) }
-
-// clone returns a copy that later changes leave alone.
-func (s *stalePermissions) clone() *stalePermissions {
-	return &stalePermissions{maps.Clone(s.exact), maps.Clone(s.wide)}
-}
-
-func (s *stalePermissions) has(p cone.Permission) (stale bool) {
-	if p.Wild > 0 {
-		_, stale = s.wide[claimantOf(&p)]
-	} else {
-		_, stale = s.exact[trip{p.Int.Addr, p.Ext.Addr, p.Peer}]
-	}
+func (s stalePermissions) has(p cone.Permission) bool {
+	_, stale := s[claimantOf(&p)]
 	return stale
 }

@@ -23,16 +23,17 @@ type Router struct {
 }
 
 // DialRouter opens the connection to the network namespace behind the descriptor netns, or
-// to the calling thread's own if that is 0. The Router tries the marks and types of service
-// that routing rules and routes of n select by.
-func DialRouter(netns int, n Network) (*Router, error) {
+// to the calling thread's own if that is 0. The Router tries the types of service that routing
+// rules and routes of n select by, and if packets may be marked before they are routed, the
+// marks.
+func DialRouter(netns int, n Network, marked bool) (*Router, error) {
 	c, err := dial(unix.NETLINK_ROUTE, netns)
 	if err != nil {
 		return nil, err
 	}
 	r := &Router{conn: c, marks: []uint32{0}, toses: n.toses(), inside: make(map[cone.Addr]uint32)}
 	for _, rule := range n.Rules {
-		if rule.Mark != 0 && !slices.Contains(r.marks, rule.Mark) {
+		if marked && rule.Mark != 0 && !slices.Contains(r.marks, rule.Mark) {
 			r.marks = append(r.marks, rule.Mark)
 		}
 	}
@@ -44,7 +45,7 @@ func (r *Router) Close() error { return r.conn.Close() }
 
 // Links returns the indexes of the links by which an inside host's packet from src to dst
 // may leave. How the user's rules mark packets, and which type of service programs ask for,
-// is unknown: Links tries each mark and type of service that routes depend on. all is false
+// is unknown: Links tries all that DialRouter found. all is false
 // if the packet does not leave with one of these. Both are IPv4 endpoints.
 func (r *Router) Links(src, dst cone.Endpoint) (links []int, all bool, err error) {
 	from, known := r.inside[src.Addr]

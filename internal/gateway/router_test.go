@@ -42,7 +42,7 @@ func TestRouterFindsTheLinksOfAHostsPackets(t *testing.T) {
 		before := readNetwork(t, g)
 		ip(t, g, step.command)
 		n := readNetwork(t, g)
-		r, err := DialRouter(g.FD(), n)
+		r, err := DialRouter(g.FD(), n, true)
 		if err != nil {
 			t.Fatal(err)
 		}

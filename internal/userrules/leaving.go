@@ -15,11 +15,17 @@ type Leaving struct {
 	Out      Link
 }
 
-// SourceOf returns what the rules translate the source of a packet to. If they leave the
-// packet as it is, n has no addresses and is not a masquerade. sure is false if the result
-// depends on something that is not known of the packet, or if rules are not understood or
-// may be missing.
-func (rs *Ruleset) SourceOf(p Leaving) (n SourceNAT, sure bool) {
+// Sources are what rules may make of the source of a packet, all taken together where the
+// result depends on something that is not known of it.
+type Sources struct {
+	Addrs      []AddrRange // fixed addresses
+	Masquerade bool        // or an address of the link by which it leaves
+	Kept       bool        // or the source that it has
+}
+
+// SourcesOf returns what the rules may make of the source of a packet. known is false if there
+// may be something else, because rules are not understood, may be missing or may drop the packet.
+func (rs *Ruleset) SourcesOf(p Leaving) (n Sources, known bool) {
 	if rs.hides(legacy4, natTable) {
 		return n, false
 	}
@@ -35,30 +41,28 @@ func (rs *Ruleset) SourceOf(p Leaving) (n SourceNAT, sure bool) {
 		}
 	}
 	slices.SortStableFunc(chains, func(a, b baseChain) int { return cmp.Compare(a.priority, b.priority) })
-	packet, found := p.packet(), false
-	var at int32 // the priority of the chain that translates
+	packet, known := p.packet(), true
+	n.Kept = true
+	var at int32 // the priority of the chain that surely translates
 	for _, c := range chains {
-		if found && c.priority != at {
-			break // the first chain that translates ends it
+		if !n.Kept && c.priority != at {
+			break // the first chain that translates ends it; of two at one priority that is unknown
 		}
 		w := hookWalk{table: c.table, child: packet, known: map[string]fates{}}
 		w.translator = func(r *rule) {
 			one := r.sourceNAT()
 			n.Addrs = append(n.Addrs, one.Addrs...)
-			n.Masquerade, n.Unknown = n.Masquerade || one.Masquerade, n.Unknown || one.Unknown
+			n.Masquerade, known = n.Masquerade || one.Masquerade, known && !one.Unknown
 		}
 		f, err := w.chain(c.base.name)
-		switch {
-		case err != nil, c.drops, f&drops != 0:
-			return n, false
-		case f&translates == 0:
-		case f == translates && !found: // of two at one priority it is unknown which is first
-			found, at = true, c.priority
-		default:
+		if err != nil || c.drops || f&drops != 0 {
 			return n, false
 		}
+		if f == translates {
+			n.Kept, at = false, c.priority
+		}
 	}
-	return n, !n.Unknown
+	return n, known
 }
 
 // packet returns the packet p in the form that a hookWalk takes.
