@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/docs"
 )
 
 // recipes is where the pages are.
@@ -28,98 +29,57 @@ const (
 	pageMore    = "What to look out for" // text for people only
 )
 
-// A block is a fenced block of a page, with the language of its fence, or a linked
-// ruleset.
-type block struct{ section, lang, text string }
+// loaded are the languages of the blocks that tests use; text is for people.
+var loaded = []string{"nft", "iptables-restore", "sh", "toml", "status", "text"}
 
-// A page is a recipe as the tests read it.
-type page struct {
-	name   string
-	blocks []block
-}
-
-var (
-	// An outline has the headings, the fenced blocks and the links to rulesets.
-	outline = regexp.MustCompile("(?ms)^## ([^\n]+)$|^```(\\S*)\n(.*?)^```$|\\]\\((\\.\\./\\.\\./internal/[^)]+)\\)")
-	// loaded are the languages of the blocks that tests use; other blocks are for
-	// people.
-	loaded = []string{"nft", "iptables-restore", "sh", "toml", "status"}
-)
-
-func readPage(t *testing.T, name string) page {
+// readPage reads a recipe.
+func readPage(t *testing.T, name string) docs.Page {
 	t.Helper()
-	text, err := os.ReadFile(filepath.Join(recipes, name+".md"))
+	p, err := docs.Read(filepath.Join(recipes, name+".md"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, section := page{name: name}, ""
-	for _, m := range outline.FindAllStringSubmatch(string(text), -1) {
-		heading, lang, body, link := m[1], m[2], m[3], m[4]
-		switch {
-		case heading != "":
-			section = heading
-			if !slices.Contains([]string{pageGateway, pageConfig, pageLine, pageStatus, pageOneLink, pageMapLine, pageMore}, section) {
-				t.Fatalf("%s: no test knows a section %q", name, section)
-			}
-		case link != "":
-			rules, err := os.ReadFile(filepath.Join(recipes, link))
-			if err != nil {
-				t.Fatalf("%s: %v", name, err)
-			}
-			lang = map[string]string{".nft": "nft", ".iptables": "iptables-restore"}[filepath.Ext(link)]
-			p.blocks = append(p.blocks, block{section, lang, string(rules)})
-		case lang != "text":
-			p.blocks = append(p.blocks, block{section, lang, body})
+	for _, section := range p.Sections {
+		if !slices.Contains([]string{pageGateway, pageConfig, pageLine, pageStatus, pageOneLink, pageMapLine, pageMore}, section) {
+			t.Fatalf("%s: no test knows a section %q", name, section)
 		}
 	}
-	for _, b := range p.blocks {
-		if !slices.Contains(loaded, b.lang) {
-			t.Fatalf("%s: no test loads a block of %q in %q: have it as text if it is for people alone", name, b.lang, b.section)
+	for _, b := range p.Blocks {
+		if !slices.Contains(loaded, b.Lang) {
+			t.Fatalf("%s: no test loads a block of %q in %q: have it as text if it is for people alone", name, b.Lang, b.Section)
 		}
 	}
 	for _, section := range []string{pageGateway, pageConfig, pageStatus} {
-		if len(p.in(section)) == 0 {
+		if !slices.ContainsFunc(p.In(section), func(b docs.Block) bool { return b.Lang != "text" }) {
 			t.Fatalf("%s: nothing in the section %q", name, section)
 		}
 	}
 	return p
 }
 
-// in returns the blocks of a section, of the given languages or of all.
-func (p page) in(section string, langs ...string) (out []block) {
-	for _, b := range p.blocks {
-		if b.section == section && (len(langs) == 0 || slices.Contains(langs, b.lang)) {
-			out = append(out, b)
-		}
-	}
-	return out
-}
-
 // config writes the page's configuration to a file, and returns the path.
-func (p page) config(t *testing.T) string {
-	t.Helper()
-	blocks := p.in(pageConfig)
-	if len(blocks) != 1 || blocks[0].lang != "toml" {
-		t.Fatalf("%s: want one toml block in %q, got %v", p.name, pageConfig, blocks)
+func (r *recipe) config() string {
+	r.T.Helper()
+	blocks := r.In(pageConfig)
+	if len(blocks) != 1 || blocks[0].Lang != "toml" {
+		r.T.Fatalf("%s: want one toml block in %q, got %v", r.Path, pageConfig, blocks)
 	}
-	path := filepath.Join(t.TempDir(), "conenatd.toml")
-	if err := os.WriteFile(path, []byte(blocks[0].text), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	path := filepath.Join(r.T.TempDir(), "conenatd.toml")
+	r.Must(os.WriteFile(path, []byte(blocks[0].Text), 0o644))
 	return path
 }
 
 // load runs the rules and commands of a section in the gateway, unchanged.
 func (r *recipe) load(section string) {
 	r.T.Helper()
-	for _, b := range r.in(section, "nft", "iptables-restore", "sh") {
-		switch b.lang {
+	for _, b := range r.In(section, "nft", "iptables-restore", "sh") {
+		switch b.Lang {
 		case "nft":
-			r.Must(r.NFT(b.text))
+			r.Must(r.NFT(b.Text))
 		case "iptables-restore":
-			r.Must(r.IPTables(r.variant, b.text))
+			r.Must(r.IPTables(r.variant, b.Text))
 		case "sh":
-			r.shell(b.text)
+			r.shell(b.Text)
 		}
 	}
 }
@@ -147,8 +107,8 @@ func (s *scene) runShell(name, program, commands string) {
 func (r *recipe) shows(section string) {
 	r.T.Helper()
 	var told []*regexp.Regexp
-	for _, b := range r.in(section, "status") {
-		for line := range strings.Lines(b.text) {
+	for _, b := range r.In(section, "status") {
+		for line := range strings.Lines(b.Text) {
 			want := regexp.MustCompile("(?m)^" + strings.ReplaceAll(regexp.QuoteMeta(unspaced(line)), `\.\.\.`, ".*") + "$")
 			end, out := time.Now().Add(stage.Patience()), ""
 			for out = r.status(); !want.MatchString(out); out = r.status() {

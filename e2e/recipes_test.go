@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/docs"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -48,7 +49,7 @@ type forwarded struct {
 type recipe struct {
 	*scene
 	recipePlay
-	page
+	docs.Page
 	proxy *lab.Socket // with a port of its own
 }
 
@@ -67,12 +68,12 @@ func TestRecipes(t *testing.T) {
 			if play.from == "" {
 				play.from = "198.51.100.1"
 			}
-			r := &recipe{recipePlay: play, page: readPage(t, play.page)}
+			r := &recipe{recipePlay: play, Page: readPage(t, play.page)}
 			r.scene = newScene(t, lab.Options{Inside: 2, Guest: r.guest, Rules: lab.NoRules})
 			if r.links != nil {
 				r.links(r.scene)
 			}
-			config := r.config(t)
+			config := r.config()
 			r.load(pageGateway)
 
 			// Without conenatd, for comparison.
@@ -82,19 +83,19 @@ func TestRecipes(t *testing.T) {
 			r.Must(r.Flush())
 
 			r.Start("--config", config)
-			if len(r.in(pageLine)) > 0 {
+			if len(r.In(pageLine)) > 0 {
 				r.lineToAdd(6080)
 			}
 			r.answers(6090)
 			r.shows(pageStatus)
-			r.forwards(len(r.in(pageLine)) > 0)
+			r.forwards(len(r.In(pageLine)) > 0)
 			r.tcp(8090)
 			if r.also != nil {
 				r.also(r)
 			}
 			r.Stop()
 
-			if len(r.in(pageMapLine)) == 0 {
+			if len(r.In(pageMapLine)) == 0 {
 				return
 			}
 			if r.beforeMap != nil {

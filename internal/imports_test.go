@@ -21,6 +21,7 @@ var allowed = map[string][]string{
 	"internal/cone":            nil,
 	"internal/config":          nil,
 	"internal/control":         nil,
+	"internal/docs":            nil,
 	"internal/lab":             nil,
 	"internal/metrics":         {"internal/control"},
 	"internal/nfnl":            {"internal/cone"},
