@@ -27,7 +27,7 @@ type Block struct {
 	Line    int // number of the line in the page, from 1
 }
 
-// A Span is inline code.
+// A Span is inline code; white space within it is a single blank.
 type Span struct {
 	Text string
 	Line int
@@ -46,9 +46,13 @@ var (
 	linked = map[string]string{".nft": "nft", ".iptables": "iptables-restore"}
 )
 
-// Pages returns the paths of README.md and of all pages in docs below root, sorted.
+// Pages returns the paths of the pages for users and contributors in root, and of all in docs
+// below it, sorted.
 func Pages(root string) ([]string, error) {
-	all := []string{filepath.Join(root, "README.md")}
+	var all []string
+	for _, name := range []string{"README.md", "SECURITY.md", "CONTRIBUTING.md"} {
+		all = append(all, filepath.Join(root, name))
+	}
 	err := filepath.WalkDir(filepath.Join(root, "docs"), func(path string, _ fs.DirEntry, err error) error {
 		if err == nil && filepath.Ext(path) == ".md" {
 			all = append(all, path)
@@ -102,6 +106,21 @@ func (p Page) In(section string, langs ...string) (out []Block) {
 		}
 	}
 	return out
+}
+
+// Program returns the arguments of each call of a program in a command, of any path, without sudo.
+// Quotes and what a shell expands have no meaning here.
+func Program(command, name string) (calls [][]string) {
+	for _, part := range regexp.MustCompile(`&&|\|\||[;|>]| #`).Split(command, -1) {
+		words := strings.Fields(part)
+		for len(words) > 0 && (words[0] == "sudo" || strings.Contains(words[0], "=")) {
+			words = words[1:]
+		}
+		if len(words) > 0 && filepath.Base(words[0]) == name {
+			calls = append(calls, words[1:])
+		}
+	}
+	return calls
 }
 
 // Commands returns the commands of a block: each line of sh, except for comments, and each line
