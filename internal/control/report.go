@@ -56,7 +56,7 @@ func WriteStatus(w io.Writer, s Status, verbose bool, now time.Time) error {
 	line("subnets", "%s", list(subnets))
 	for _, n := range s.Subnets {
 		if n.Carried.By != "" {
-			line("carried by", "%s (%v)", carried(n.Carried), n.Prefix)
+			line("carried by", "%s (%v)", n.Carried.Text(), n.Prefix)
 		}
 	}
 	line("outside", "%s", list(s.Outside))
@@ -146,8 +146,8 @@ func most(n int) string {
 	return strconv.Itoa(n)
 }
 
-// carried says what carries a subnet, and why.
-func carried(c Carried) string {
+// Text says what carries a subnet, and why, for people.
+func (c Carried) Text() string {
 	text := c.By + ": " + strings.ReplaceAll(Words(c.Why), "CHAIN", cmp.Or(c.Chain, "your firewall"))
 	if c.Error != "" {
 		text += " (" + c.Error + ")"

@@ -4,8 +4,10 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net/netip"
+	"slices"
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
@@ -211,12 +213,13 @@ func (r *reconciler) redecide(cfg config.Config, network gateway.Network) error 
 	changed := !maps.EqualFunc(all, r.firewall.decisions, func(a, b decision) bool { return a.Choice == b.Choice })
 	r.firewall.decisions = all
 	ok = r.ask(func(l *loop) {
-		for prefix, x := range all {
-			if old, known := l.decisions[prefix]; !known || old.Choice != x.Choice || old.ChildVerdicts != x.ChildVerdicts {
-				r.log.Info("what carries permissions", "subnet", prefix, "by", l.carriers(x.Choice), "why", x.why, "chain", x.chain())
-			}
-		}
+		news := slices.DeleteFunc(slices.Clone(cfg.Subnets), func(s config.Subnet) bool {
+			x, decided := all[s.Prefix]
+			old, known := l.decisions[s.Prefix]
+			return !decided || known && old.Choice == x.Choice && old.ChildVerdicts == x.ChildVerdicts
+		})
 		l.decisions = all
+		l.tellCarriers(r.log, news)
 		l.warned.tell(r.now(), l.warnings())
 		if changed {
 			l.engine.Model.SetPolicy(r.now(), l.policy(l.cfg))
@@ -235,6 +238,23 @@ func (r *reconciler) redecide(cfg config.Config, network gateway.Network) error 
 	}
 	r.wantReconcile() // to find the flows that give other permissions now
 	return err
+}
+
+// tellCarriers logs what carries the permissions of subnets, and why: a line for all that have
+// the same.
+func (l *loop) tellCarriers(log *slog.Logger, subnets []config.Subnet) {
+	var texts []string
+	of := make(map[string][]netip.Prefix)
+	for _, s := range subnets {
+		text := l.carried(s).Text()
+		if of[text] == nil {
+			texts = append(texts, text)
+		}
+		of[text] = append(of[text], s.Prefix)
+	}
+	for _, text := range texts {
+		log.Info("permissions are carried by "+text, "subnets", of[text])
+	}
 }
 
 // carriers are what carries the permissions of a subnet.

@@ -460,10 +460,14 @@ func (d *Daemon) revokeAll() error {
 	return errors.Join(append(errs, err)...)
 }
 
+// greet logs what a newcomer has to know: which subnets are enabled, what carries their
+// permissions and whether the firewall lets it work, and where to look next; then what is wrong.
 func (d *Daemon) greet() {
 	l, r := d.loop, d.reconcile
-	d.log.Info("conenatd runs", "version", d.given.Version, "subnets", prefixes(l.cfg.Subnets),
+	d.log.Info("conenatd started", "version", d.given.Version, "subnets", prefixes(l.cfg.Subnets),
 		"outside", r.network.OutsideLinks(), "backend", r.backends.String(), "helper", l.helper(false),
 		"lifetime", l.cfg.Lifetime, "most_permissions", l.limit())
+	l.tellCarriers(d.log, l.cfg.Subnets)
+	d.log.Info("'conenatd status' says whether it works, 'conenatd list' who may send to whom, 'conenatd doctor' how to repair what is wrong")
 	l.warned.tell(d.now(), l.warnings())
 }
