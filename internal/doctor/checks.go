@@ -231,14 +231,22 @@ func (f *Facts) fewExpectations() []Finding {
 	const name, wanted = "net/netfilter/nf_conntrack_expect_max", 100_000
 	n, known := f.Sysctls.number(name)
 	carried := slices.ContainsFunc(f.Status.Subnets, func(s control.Subnet) bool { return strings.Contains(s.Carried.By, "expect") })
-	if !known || n >= wanted || !carried || f.Untried != "" || f.Sysctls[name].Writable && !f.Running { // a daemon raises it
+	if !known || n >= wanted || !carried || f.Untried != "" {
+		return nil
+	}
+	setting := f.Sysctls[name]
+	if (setting.Writable || setting.ByRoot) && !f.Running { // a daemon raises it
 		return nil
 	}
 	x := Finding{What: fmt.Sprintf("nf_conntrack_expect_max is %d, so at most %d permissions stand as expectations", n, n*75/100)}
-	if f.Sysctls[name].Writable {
+	switch {
+	case setting.ByRoot:
+		x.What += "; root can raise it"
+	case !setting.Writable:
+		x.What += "; it can be raised only outside of this container or network namespace"
+	}
+	if setting.Writable || setting.ByRoot {
 		x.Fix, x.Keep = []Line{sysctl(name, fmt.Sprint(wanted))}, keepSysctl
-	} else {
-		x.What += "; it can be raised on the host of this container only"
 	}
 	return []Finding{x}
 }

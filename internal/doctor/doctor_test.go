@@ -27,10 +27,10 @@ func healthy() Facts {
 		},
 		Inside: []string{"lan0"}, Outside4: []string{"wan0"},
 		Sysctls: Sysctls{
-			"net/ipv4/ip_forward": {"1", true}, "net/ipv4/conf/lan0/forwarding": {"1", true}, "net/ipv4/conf/wan0/forwarding": {"1", true},
-			"net/netfilter/nf_conntrack_udp_timeout": {"30", true}, "net/netfilter/nf_conntrack_udp_timeout_stream": {"120", true},
-			"net/netfilter/nf_conntrack_max": {"100", true}, "net/netfilter/nf_conntrack_expect_max": {"1024", true},
-			"net/ipv4/conf/all/rp_filter": {"1", true}, "net/ipv4/fib_multipath_hash_policy": {"1", true},
+			"net/ipv4/ip_forward": {Value: "1", Writable: true}, "net/ipv4/conf/lan0/forwarding": {Value: "1", Writable: true}, "net/ipv4/conf/wan0/forwarding": {Value: "1", Writable: true},
+			"net/netfilter/nf_conntrack_udp_timeout": {Value: "30", Writable: true}, "net/netfilter/nf_conntrack_udp_timeout_stream": {Value: "120", Writable: true},
+			"net/netfilter/nf_conntrack_max": {Value: "100", Writable: true}, "net/netfilter/nf_conntrack_expect_max": {Value: "1024", Writable: true},
+			"net/ipv4/conf/all/rp_filter": {Value: "1", Writable: true}, "net/ipv4/fib_multipath_hash_policy": {Value: "1", Writable: true},
 		},
 	}
 }
@@ -61,11 +61,11 @@ func TestFindings(t *testing.T) {
 		"tables left": {func(f *Facts) { f.Running, f.Left = false, []string{"conenat"} }, "tables_left", []string{"conenatd cleanup"}, 1},
 		"no forwarding": {
 			func(f *Facts) {
-				f.Sysctls["net/ipv4/ip_forward"], f.Sysctls["net/ipv4/conf/lan0/forwarding"] = Sysctl{"0", true}, Sysctl{"0", true}
+				f.Sysctls["net/ipv4/ip_forward"], f.Sysctls["net/ipv4/conf/lan0/forwarding"] = Sysctl{Value: "0", Writable: true}, Sysctl{Value: "0", Writable: true}
 			}, "forwarding_off", []string{"sysctl -w net.ipv4.ip_forward=1"}, 2,
 		},
 		"no forwarding on a link": {
-			func(f *Facts) { f.Sysctls["net/ipv4/conf/wan0/forwarding"] = Sysctl{"0", true} },
+			func(f *Facts) { f.Sysctls["net/ipv4/conf/wan0/forwarding"] = Sysctl{Value: "0", Writable: true} },
 			"forwarding_off",
 			[]string{"sysctl -w net.ipv4.conf.wan0.forwarding=1"},
 			2,
@@ -73,8 +73,8 @@ func TestFindings(t *testing.T) {
 		"no IPv6 forwarding": {
 			func(f *Facts) {
 				f.Status.Subnets = append(f.Status.Subnets, control.Subnet{Prefix: netip.MustParsePrefix("2001:db8:47::/64"), Routed: true})
-				f.Sysctls["net/ipv6/conf/all/forwarding"], f.Sysctls["net/ipv6/conf/wan0/accept_ra"] = Sysctl{"0", true}, Sysctl{"1", true}
-				f.Sysctls["net/ipv6/conf/wan0/force_forwarding"] = Sysctl{"1", true}
+				f.Sysctls["net/ipv6/conf/all/forwarding"], f.Sysctls["net/ipv6/conf/wan0/accept_ra"] = Sysctl{Value: "0", Writable: true}, Sysctl{Value: "1", Writable: true}
+				f.Sysctls["net/ipv6/conf/wan0/force_forwarding"] = Sysctl{Value: "1", Writable: true}
 			}, "forwarding_off", []string{"sysctl -w net.ipv6.conf.wan0.accept_ra=2", "sysctl -w net.ipv6.conf.all.forwarding=1"}, 2,
 		},
 		"no source NAT": {
@@ -89,7 +89,7 @@ func TestFindings(t *testing.T) {
 			func(f *Facts) {
 				f.Status.Subnets[0].Carried = control.Carried{By: "expect", Why: "related_accepted", Chain: "inet f forward"}
 				f.Status.Findings = []control.Finding{{ID: "children_dropped", About: office.String() + " helper", Text: "dropped"}}
-				f.Sysctls["net/netfilter/nf_conntrack_expect_max"] = Sysctl{"100000", true}
+				f.Sysctls["net/netfilter/nf_conntrack_expect_max"] = Sysctl{Value: "100000", Writable: true}
 			}, "children_dropped", []string{`nft 'insert rule inet f forward iifname "wan0" meta l4proto udp ip daddr 10.47.11.0/24 ct status dnat accept'`}, 2,
 		},
 		"a full table": {
@@ -97,7 +97,7 @@ func TestFindings(t *testing.T) {
 		},
 		"a full table, in a container": {
 			func(f *Facts) {
-				f.Status.Conntrack.Entries, f.Sysctls["net/netfilter/nf_conntrack_max"] = 80, Sysctl{"100", false}
+				f.Status.Conntrack.Entries, f.Sysctls["net/netfilter/nf_conntrack_max"] = 80, Sysctl{Value: "100"}
 			}, "conntrack_filling", nil, 1,
 		},
 		"few expectations": {
@@ -107,13 +107,25 @@ func TestFindings(t *testing.T) {
 		},
 		"few expectations, in a container": {
 			func(f *Facts) {
-				f.Status.Subnets[0].Carried.By, f.Sysctls["net/netfilter/nf_conntrack_expect_max"] = "expect", Sysctl{"1024", false}
+				f.Status.Subnets[0].Carried.By, f.Sysctls["net/netfilter/nf_conntrack_expect_max"] = "expect", Sysctl{Value: "1024"}
 			}, "expectations_few", nil, 0,
+		},
+		"few expectations, for a user who is not root": {
+			func(f *Facts) {
+				f.Status.Subnets[0].Carried.By, f.Sysctls["net/netfilter/nf_conntrack_expect_max"] = "expect", Sysctl{Value: "1024", ByRoot: true}
+			}, "expectations_few",
+			[]string{"sysctl -w net.netfilter.nf_conntrack_expect_max=100000"},
+			0,
+		},
+		"a full table, for a user who is not root": {
+			func(f *Facts) {
+				f.Status.Conntrack.Entries, f.Sysctls["net/netfilter/nf_conntrack_max"] = 80, Sysctl{Value: "100", ByRoot: true}
+			}, "conntrack_filling", []string{"sysctl -w net.netfilter.nf_conntrack_max=200"}, 1,
 		},
 		"strict reverse paths": {
 			func(f *Facts) {
 				f.Outside4 = []string{"wan0", "wan1"}
-				f.Sysctls["net/ipv4/conf/wan0/rp_filter"], f.Sysctls["net/ipv4/conf/wan1/rp_filter"] = Sysctl{"2", true}, Sysctl{"0", true}
+				f.Sysctls["net/ipv4/conf/wan0/rp_filter"], f.Sysctls["net/ipv4/conf/wan1/rp_filter"] = Sysctl{Value: "2", Writable: true}, Sysctl{Value: "0", Writable: true}
 			}, "reverse_path_strict", []string{"sysctl -w net.ipv4.conf.wan1.rp_filter=2"}, 1,
 		},
 		"an uplink for each flow": {
@@ -212,6 +224,21 @@ func TestLinesForChildrenAreNarrow(t *testing.T) {
 				t.Errorf("%+v", x)
 			}
 		})
+	}
+}
+
+// Fails when a user who may not change a setting is told that he can, or that nobody can.
+func TestWhoCanRaiseASettingIsTold(t *testing.T) {
+	for s, want := range map[Sysctl]string{
+		{Value: "1024", Writable: true}: "so at most 768 permissions stand as expectations",
+		{Value: "1024", ByRoot: true}:   "; root can raise it",
+		{Value: "1024"}:                 "; it can be raised only outside of this container or network namespace",
+	} {
+		f := healthy()
+		f.Status.Subnets[0].Carried.By, f.Sysctls["net/netfilter/nf_conntrack_expect_max"] = "expect", s
+		if all := Diagnose(f).Findings; len(all) != 1 || !strings.HasSuffix(all[0].What, want) {
+			t.Errorf("%+v: %+v, want %q", s, all, want)
+		}
 	}
 }
 

@@ -37,7 +37,8 @@ type Sysctls map[string]Sysctl
 // A Sysctl is one setting.
 type Sysctl struct {
 	Value    string
-	Writable bool
+	Writable bool // by this process
+	ByRoot   bool // not by this process, but by root where it runs
 }
 
 // number returns the value of a setting that is a number.

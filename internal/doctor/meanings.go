@@ -137,7 +137,7 @@ var meanings = []meaning{
 // moreEntries doubles the conntrack table.
 func moreEntries(f *Facts, _ control.Finding) ([]Line, string) {
 	const name = "net/netfilter/nf_conntrack_max"
-	if !f.Sysctls[name].Writable {
+	if s := f.Sysctls[name]; !s.Writable && !s.ByRoot {
 		return nil, "" // the setting belongs to the host of this container
 	}
 	return []Line{sysctl(name, fmt.Sprint(2*f.Status.Conntrack.Max))}, keepSysctl

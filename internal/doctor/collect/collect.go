@@ -3,6 +3,7 @@ package collect
 
 import (
 	"errors"
+	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -81,9 +82,16 @@ func sysctls(root string, links []string) doctor.Sysctls {
 		if err == nil {
 			_ = file.Close()
 		}
-		all[name] = doctor.Sysctl{Value: strings.TrimSpace(string(text)), Writable: err == nil}
+		all[name] = doctor.Sysctl{Value: strings.TrimSpace(string(text)), Writable: err == nil, ByRoot: byRoot(path, err)}
 	}
 	return all
+}
+
+// byRoot reports whether root could have opened the file of a setting that refused with err. In
+// other network namespaces than the first one, nobody may write those of the whole machine.
+func byRoot(path string, err error) bool {
+	info, failed := os.Stat(path)
+	return failed == nil && errors.Is(err, fs.ErrPermission) && info.Mode()&0o200 != 0
 }
 
 // readRules reads the user's firewall. outside are the outside links that have IPv4.

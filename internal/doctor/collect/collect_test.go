@@ -1,10 +1,12 @@
 package collect
 
 import (
+	"io/fs"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -67,5 +69,26 @@ func TestSysctlsAreRead(t *testing.T) {
 	want := doctor.Sysctls{"net/ipv4/ip_forward": {Value: "1", Writable: true}, "net/ipv4/conf/eth0.5/rp_filter": {Value: "2", Writable: true}}
 	if got := sysctls(root, []string{"eth0.5"}); !cmp.Equal(want, got) {
 		t.Errorf("%+v, want %+v", got, want)
+	}
+}
+
+// Fails when doctor tells a user who is not root that nobody can change a setting, and when it says
+// so of a setting that root may not change either.
+func TestSettingsThatRootMayWriteAreKnown(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "setting")
+	write(t, path, "1\n")
+	for _, tt := range []struct {
+		mode fs.FileMode
+		err  error
+		want bool
+	}{
+		{0o644, syscall.EACCES, true}, {0o644, nil, false}, {0o644, syscall.EROFS, false}, {0o444, syscall.EACCES, false},
+	} {
+		if err := os.Chmod(path, tt.mode); err != nil {
+			t.Fatal(err)
+		}
+		if got := byRoot(path, tt.err); got != tt.want {
+			t.Errorf("mode %o, %v: %v", tt.mode, tt.err, got)
+		}
 	}
 }
