@@ -31,7 +31,7 @@ FUZZ_TIME ?= 20000x
 SOAK      ?= 3m
 
 # Tests that choose the mode of the daemon themselves.
-OWN_MODES = ^Test(Doctor|Explain|Probe|Unit|NFT|Legacy|GroupOf|AutoNFT|Mend|Offload|Flow|Reflector|Demo|Selftest|ManyPermissions|TablesOf|LinksMay|Recipes|Lean|ManyNewFlows|WatcherThat)
+OWN_MODES = ^Test(Doctor|Explain|Probe|Troubleshooting|LogOf|Unit|NFT|Legacy|GroupOf|AutoNFT|Mend|Offload|Flow|Reflector|Demo|Selftest|ManyPermissions|TablesOf|LinksMay|Recipes|Lean|ManyNewFlows|WatcherThat)
 
 # What a program for 386 may do differently: layouts of structures, sizes of integers.
 PACKAGES32 = cone ctwatch expect gateway nfnl rules rules/elements userrules
