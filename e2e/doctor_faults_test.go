@@ -236,14 +236,14 @@ var faults = map[string]fault{
 
 	// The kernel's settings.
 	"IPv4 forwarding is off": {
-		id: "forwarding_off", about: "ipv4", running: true, cut: true, set: sets("sysctl -w net.ipv4.ip_forward=0"), line: "sysctl -w net.ipv4.ip_forward=1",
+		id: "forwarding_off", about: lab.InsideNet.String(), running: true, cut: true, set: sets("sysctl -w net.ipv4.ip_forward=0"), line: "sysctl -w net.ipv4.ip_forward=1",
 	},
 	"IPv4 forwarding is off on a link": {
 		id: "forwarding_off", about: "ipv4", cut: true, set: sets("sysctl -w net.ipv4.conf.lan0.forwarding=0"),
 		line: "sysctl -w net.ipv4.conf.lan0.forwarding=1",
 	},
 	"IPv6 forwarding is off": {
-		id: "forwarding_off", about: "ipv6", options: lab.Options{IPv6: true}, prefix: lab.InsideNet6.String(), subnet: routed, running: true,
+		id: "forwarding_off", about: lab.InsideNet6.String(), options: lab.Options{IPv6: true}, prefix: lab.InsideNet6.String(), subnet: routed, running: true,
 		set: sets("sysctl -w net.ipv6.conf.all.forwarding=0"), line: "sysctl -w net.ipv6.conf.all.forwarding=1",
 	},
 	"short timeout": {

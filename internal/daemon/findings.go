@@ -11,6 +11,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
@@ -71,6 +72,7 @@ func (l *loop) warnings() (out warnings) {
 		out.add(warnLinkMissing, name, "outside link %s is not there: it counts as soon as it is, or correct its name in the key outside (there are %s)",
 			name, strings.Join(l.network.LinkNames(), ", "))
 	}
+	l.warnForwarding(&out)
 	l.warnLinkSubnets(&out)
 	if l.cfg.AutoSubnets && len(l.cfg.Subnets) == 0 {
 		out.add(warnNoInside, "", `subnet "auto" found no inside network: one is served as soon as it is there, or name it with --subnet`)
@@ -107,6 +109,44 @@ func (w *warnings) addDecisions(cfg config.Config, decisions map[netip.Prefix]de
 	}
 	if unread != nil {
 		w.add(warnChainsUnread, "", "what your forward chains let pass is told by flows of peers alone, for they cannot be read: %v", unread)
+	}
+}
+
+// warnForwarding warns of subnets whose packets, or those of their peers, the kernel does not
+// forward: for IPv4 by the setting of the link by which a packet comes in (IN_DEV_FORWARD), for IPv6
+// by that of all links, or since Linux 6.17 by force_forwarding of the link (ip6_forward).
+func (l *loop) warnForwarding(out *warnings) {
+	outside := map[gateway.Families][]string{}
+	off := func(family gateway.Families, link string) bool {
+		if family == gateway.IPv4 {
+			n, err := l.conntrack.read("../ipv4/conf/" + link + "/forwarding")
+			return err == nil && n == 0
+		}
+		all, err := l.conntrack.read("../ipv6/conf/all/forwarding")
+		forced, _ := l.conntrack.read("../ipv6/conf/" + link + "/force_forwarding")
+		return err == nil && all == 0 && forced == 0
+	}
+	inside := map[netip.Prefix][]string{}
+	for _, link := range l.network.Links {
+		for _, family := range []gateway.Families{gateway.IPv4, gateway.IPv6} {
+			if link.Outside&family != 0 && off(family, link.Name) {
+				outside[family] = append(outside[family], link.Name)
+			}
+		}
+		for _, p := range l.network.SubnetsOf(link) {
+			if off(gateway.FamilyOf(p), link.Name) {
+				inside[p] = append(inside[p], link.Name)
+			}
+		}
+	}
+	for _, s := range l.cfg.Subnets {
+		family := gateway.FamilyOf(s.Prefix)
+		links := slices.Concat(inside[s.Prefix], outside[family])
+		slices.Sort(links)
+		if links = slices.Compact(links); len(links) > 0 {
+			out.add(warnForwardingOff, s.Prefix.String(), "%s forwarding is off on %s: the kernel forwards no packet that comes in there",
+				family, strings.Join(links, " and "))
+		}
 	}
 }
 

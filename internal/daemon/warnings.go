@@ -46,6 +46,7 @@ const (
 	warnNotMapped       warningID = "flows_not_mapped"
 	warnEventsOff       warningID = "events_off"
 	warnAccountingOff   warningID = "accounting_off"
+	warnForwardingOff   warningID = "forwarding_off"       // about is the subnet
 	warnLinkMissing     warningID = "outside_link_missing" // about is the link
 	warnNoInside        warningID = "no_inside_network"
 	warnNoOutside       warningID = "no_outside_link"

@@ -23,7 +23,7 @@ var checks = []check{
 	{"would_not_start", Error, "nothing is served", false, (*Facts).wouldNotStart},
 	{"no_subnet", Error, "only subnets that you enable are served", false, (*Facts).noSubnet},
 	{"tables_left", Warning, "these tables go on dropping packets, and nobody renews what they permit", false, (*Facts).tablesLeft},
-	{"forwarding_off", Error, "the kernel forwards no packet that comes in by these links", false, (*Facts).forwardingOff},
+	{"forwarding_off", Error, "neither hosts nor their peers get through", false, (*Facts).forwardingOffUnseen},
 	{"subnet_not_translated", Error, "nobody on the Internet can answer a private address, and no permission arises", true, (*Facts).notTranslated},
 	{"source_nat_random", Warning, "each peer sees another outside port, as behind a symmetric NAT", true, (*Facts).randomPorts},
 	{"timeouts_short", Warning, "RFC 4787 (REQ-5) asks for two minutes at least: hosts that keep silent for longer lose their outside port", false, (*Facts).shortTimeouts},
@@ -75,6 +75,14 @@ func (f *Facts) tablesLeft() []Finding {
 		What: "no daemon runs, and its nftables tables are still there: " + strings.Join(f.Left, ", ") + "; a new start takes them over",
 		Fix:  []Line{{Shell, "conenatd cleanup"}},
 	}}
+}
+
+// forwardingOffUnseen is forwardingOff without a daemon, which tells by itself.
+func (f *Facts) forwardingOffUnseen() []Finding {
+	if f.Running {
+		return nil
+	}
+	return f.forwardingOff()
 }
 
 // forwardingOff looks at what the kernel asks before it forwards a packet.

@@ -51,6 +51,16 @@ func theirs(_ *Facts, d control.Finding) ([]Line, string) {
 	return []Line{{Shell, d.Fix}}, keepSysctl
 }
 
+// forward turns on what the kernel asks before it forwards a packet of the finding's subnet.
+func forward(f *Facts, d control.Finding) (lines []Line, keep string) {
+	for _, x := range f.forwardingOff() {
+		if x.About == "ipv6" == strings.Contains(d.About, ":") {
+			lines, keep = x.Fix, x.Keep
+		}
+	}
+	return lines, keep
+}
+
 // letIn lets children of the finding's subnet pass the chain that drops them. The finding
 // may be about some of the subnet's permissions, which it names after the subnet.
 func letIn(f *Facts, d control.Finding) ([]Line, string) {
@@ -114,6 +124,7 @@ var meanings = []meaning{
 		id: "accounting_off", severity: Warning, why: "a peer that goes on sending keeps its permission, although the host is silent",
 		fix: run("net/netfilter/nf_conntrack_acct", "1"),
 	},
+	{id: "forwarding_off", severity: Error, why: "neither hosts nor their peers get through", fix: forward},
 	{id: "outside_link_missing", severity: Error, why: "permissions hold on outside links only"},
 	{id: "no_inside_network", severity: Error, why: "no host is served"},
 	{id: "no_outside_link", severity: Error, why: "permissions hold on outside links only"},

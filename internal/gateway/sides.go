@@ -18,7 +18,8 @@ const (
 	bothFamilies = IPv4 | IPv6
 )
 
-func familyOf(p netip.Prefix) Families {
+// FamilyOf returns the family of a prefix.
+func FamilyOf(p netip.Prefix) Families {
 	if p.Addr().Is4() {
 		return IPv4
 	}
@@ -72,7 +73,7 @@ func (n *Network) Mark(s Sides) {
 	defaults := n.places.defaults
 	var enabled, others Families
 	for _, p := range s.Subnets {
-		enabled |= familyOf(p)
+		enabled |= FamilyOf(p)
 	}
 	for i := range n.Links {
 		l := &n.Links[i]
@@ -214,7 +215,7 @@ func (n *Network) place(subnets []netip.Prefix) *places {
 	}
 	for _, r := range n.Routes {
 		if isDefault(r.Prefix) {
-			p.defaults[r.Link] |= familyOf(r.Prefix)
+			p.defaults[r.Link] |= FamilyOf(r.Prefix)
 			continue
 		}
 		for i, s := range subnets {
@@ -251,7 +252,7 @@ func (n *Network) place(subnets []netip.Prefix) *places {
 		for link, families := range p.defaults {
 			// A link without a private address is an uplink: then the way to the subnet (a
 			// tunnel) is just not there yet.
-			if families&familyOf(s) != 0 && n.hasPrivate(link) {
+			if families&FamilyOf(s) != 0 && n.hasPrivate(link) {
 				p.far[link] = true
 			}
 		}
