@@ -14,7 +14,7 @@ export GOFLAGS = -buildvcs=false$(if $(filter 386 arm mips mipsle,$(ARCH)), -mod
 ARCH = $(or $(GOARCH),$(shell $(GO) env GOARCH))
 
 RUN_PACKAGES  = iproute2 nftables conntrack
-TEST_PACKAGES = $(RUN_PACKAGES) iptables gcc libc6-dev strace systemd python3 ipset
+TEST_PACKAGES = $(RUN_PACKAGES) iptables gcc libc6-dev strace systemd python3 ipset shellcheck busybox-static
 PAGE_PACKAGES = chromium
 BOX_PACKAGES  = git mmdebstrap systemd-container lintian xz-utils
 VM_PACKAGES   = qemu-system-x86 busybox-static kmod xz-utils zstd
@@ -50,7 +50,7 @@ demo:
 
 # The tests that need no lab: those that do are skipped, for root too.
 check: lint
-	CONENATD_NO_LAB=1 $(GO) test ./cmd/... ./internal/...
+	CONENATD_NO_LAB=1 $(GO) test ./cmd/... ./deploy ./internal/...
 
 test: deps lint cross unit unit32 soak modes fuzz kernels
 
@@ -68,7 +68,7 @@ screenshot:
 	$(GO) test -count=1 -run TestPageShowsWhatHappens ./e2e/page -update
 
 lint: vet
-	@unformatted=$$($(GO) run $(GOFUMPT) -l cmd e2e internal) && if [ -n "$$unformatted" ]; then \
+	@unformatted=$$($(GO) run $(GOFUMPT) -l cmd deploy e2e internal) && if [ -n "$$unformatted" ]; then \
 		echo "gofumpt would change:"; echo "$$unformatted"; exit 1; fi
 	$(GO) run $(STATICCHECK) -checks all ./...
 	$(GO) run $(ERRCHECK) -ignoretests -exclude .errcheck ./...
