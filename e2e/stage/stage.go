@@ -84,8 +84,15 @@ func Plain(t *testing.T) string {
 	if path := os.Getenv("CONENATD_EXE"); path != "" {
 		return path
 	}
+	return Build(t)
+}
+
+// Build returns the path of a program that it builds with these build tags, without the race
+// detector.
+func Build(t *testing.T, tags ...string) string {
+	t.Helper()
 	path := filepath.Join(t.TempDir(), "conenatd")
-	if err := compile(path); err != nil {
+	if err := compile(path, "-tags="+strings.Join(tags, ",")); err != nil {
 		t.Fatal(err)
 	}
 	return path

@@ -31,7 +31,8 @@ const (
 type Source interface {
 	// Status must not block for long.
 	Status() Status
-	// Metrics answers with the metrics of a Status, in Prometheus's text format.
+	// Metrics answers with the metrics of a Status, in Prometheus's text format. It is nil in a
+	// build without them.
 	Metrics() http.Handler
 	// Permissions yields every permission, in any order, until yield returns
 	// false. An error says that the list is not complete.
@@ -128,7 +129,7 @@ type handler struct {
 func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	method, known := methods[r.URL.Path]
 	switch {
-	case !known:
+	case !known || r.URL.Path == pathMetrics && h.metrics == nil:
 		fail(w, http.StatusNotFound, "path %q: not known to this version of conenatd", r.URL.Path)
 	case r.Method != method:
 		w.Header().Set("Allow", method)

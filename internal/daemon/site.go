@@ -1,3 +1,5 @@
+//go:build !conenatd_small
+
 package daemon
 
 import (
