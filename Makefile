@@ -14,7 +14,7 @@ export GOFLAGS = -buildvcs=false$(if $(filter 386 arm mips mipsle,$(ARCH)), -mod
 ARCH = $(or $(GOARCH),$(shell $(GO) env GOARCH))
 
 RUN_PACKAGES  = iproute2 nftables conntrack
-TEST_PACKAGES = $(RUN_PACKAGES) iptables gcc libc6-dev strace systemd python3 ipset shellcheck busybox-static
+TEST_PACKAGES = $(RUN_PACKAGES) iptables gcc libc6-dev strace systemd python3 ipset shellcheck busybox-static nix-bin
 PAGE_PACKAGES = chromium
 BOX_PACKAGES  = git mmdebstrap systemd-container lintian xz-utils
 VM_PACKAGES   = qemu-system-x86 busybox-static kmod xz-utils zstd
