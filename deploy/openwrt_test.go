@@ -133,10 +133,7 @@ func TestOpenWrtKnowsEveryKey(t *testing.T) {
 	for _, s := range config.Sections() {
 		keys = append(keys, s.Keys...)
 	}
-	uci := map[bool]*strings.Builder{}
-	for inSubnet := range 2 {
-		uci[inSubnet == 1] = new(strings.Builder)
-	}
+	var main, subnet strings.Builder
 	for i, k := range keys {
 		if k.Kind == "bool" {
 			truths = append(truths, k.Name)
@@ -148,10 +145,14 @@ func TestOpenWrtKnowsEveryKey(t *testing.T) {
 		if _, err := toml.Decode("v = "+k.Default, &v); err != nil {
 			t.Fatal(err)
 		}
-		writeUCI(uci[i < len(config.SubnetKeys())], k.Name, v["v"])
+		section := &main
+		if i < len(config.SubnetKeys()) {
+			section = &subnet
+		}
+		writeUCI(section, k.Name, v["v"])
 	}
-	text := "config subnet\n\toption prefix '192.168.1.0/24'\n" + uci[true].String() +
-		"config conenatd 'main'\n\toption enabled 'yes'\n" + uci[false].String()
+	text := "config subnet\n\toption prefix '192.168.1.0/24'\n" + subnet.String() +
+		"config conenatd 'main'\n\toption enabled 'yes'\n" + main.String()
 	script, err := os.ReadFile(initScript)
 	if err != nil {
 		t.Fatal(err)
@@ -379,12 +380,7 @@ func readJSON(t *testing.T, path string, v any) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := json.NewDecoder(bytes.NewReader(text))
-	d.DisallowUnknownFields()
-	if err := d.Decode(v); err != nil {
-		// What the test does not look at is no error.
-		if err := json.Unmarshal(text, v); err != nil {
-			t.Fatalf("%s: %v", path, err)
-		}
+	if err := json.Unmarshal(text, v); err != nil {
+		t.Fatalf("%s: %v", path, err)
 	}
 }
