@@ -142,6 +142,31 @@ func TestNFTChildHealsWhereWaysAreLessPlain(t *testing.T) {
 	}
 }
 
+// After a failover the user's rules give hosts the first uplink's address on the second as well. What
+// ended because its address was wrong comes back.
+//
+// Fails when only a change of routes lets flows give such permissions again.
+func TestNFTPermissionComesBackWithTheRules(t *testing.T) {
+	s, second := twoUplinks(t, lab.Options{Rules: bothUplinks})
+	s.Serve("--reconcile=1s")
+	phone, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, peer)
+	stands := func() bool {
+		return slices.ContainsFunc(s.List(), func(p control.Permission) bool { return p.Ext == ext })
+	}
+	s.Until("a permission stands", stands)
+	s.IP(s.Gateway, "route replace default via 198.51.100.254 dev wan1 onlink")
+	s.heals(phone, peer, second)
+	s.Until("it ends", func() bool { return !stands() })
+	s.Must(s.NFT("insert rule ip nat postrouting oifname wan1 snat to 198.51.100.1"))
+	_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "5060")
+	s.Must(err)
+	if again := s.Contact(phone, peer); again != ext {
+		t.Fatalf("the host has %v, want %v", again, ext)
+	}
+	s.Until("it stands again", stands)
+}
+
 // A route changes that no flow uses. Children live on, and their permissions stand, where the
 // outside address is not that of the link by which packets leave, and was not before.
 //

@@ -156,7 +156,7 @@ func (r *reconciler) reconcileOnce(q *ctwatch.Queries) error {
 		r.size = k.Max
 		r.ask(func(l *loop) { l.kernel = k })
 	}
-	if r.rerouted.strands = true; r.firewall.user != r.rerouted.rules {
+	if r.rerouted.strands = true; !r.firewall.user.SameSources(r.rerouted.rules) {
 		r.forgetStale()
 	}
 	if _, err := r.readGateway(); err != nil {

@@ -65,6 +65,12 @@ func (rs *Ruleset) SourcesOf(p Leaving) (n Sources, known bool) {
 	return n, known
 }
 
+// SameSources reports whether the rules that SourcesOf follows are those of o. It may be false
+// if something else changed in their tables.
+func (rs *Ruleset) SameSources(o *Ruleset) bool {
+	return rs == o || rs != nil && o != nil && slices.Equal(rs.sourceTables(), o.sourceTables())
+}
+
 // packet returns the packet p in the form that a hookWalk takes.
 func (p Leaving) packet() *child {
 	port := func(n uint16) []cell { return knownBytes([]byte{byte(n >> 8), byte(n)}) }

@@ -60,6 +60,35 @@ func TestSourceOfAPacket(t *testing.T) {
 	}
 }
 
+// Fails when a change of source NAT goes unnoticed, and when a change elsewhere counts.
+func TestSameSources(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{})
+	reader := userrules.NewReader(userrules.Config{NetNS: l.Gateway.FD()})
+	defer reader.Close()
+	read := func() *userrules.Ruleset {
+		rs, err := reader.Read()
+		check(t, err)
+		return rs
+	}
+	for _, step := range []struct {
+		change string
+		same   bool
+	}{
+		{"table inet filter { chain f { type filter hook forward priority 0; }; }", true},
+		{"insert rule ip nat postrouting ip saddr 10.47.11.110 accept", false},
+		{"add rule inet filter f udp dport 9 drop", true},
+	} {
+		before := read()
+		check(t, l.NFT(step.change))
+		if after := read(); after == before || after.SameSources(before) != step.same {
+			t.Errorf("after %q: the same rules: %v, the same sources: %v, want %v", step.change, after == before, after.SameSources(before), step.same)
+		}
+	}
+	if read().SameSources(nil) {
+		t.Error("no rules are the same")
+	}
+}
+
 func sourceOf(t *testing.T, l *lab.Lab, want string) {
 	t.Helper()
 	n, known := ruleset(t, l).SourcesOf(userrules.Leaving{
