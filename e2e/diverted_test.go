@@ -37,6 +37,15 @@ func TestNFTRulesSeeWhatHostsSendToAPortThatSpokeFirst(t *testing.T) {
 		"redirect of new flows of this host": {func(s *scene) error {
 			return s.NFT(strings.Replace(redirected, "udp dport", "ip saddr 10.47.11.109 ct state new udp dport", 1))
 		}, redirectedTo},
+		"redirect that is not for the gateway": {func(s *scene) error {
+			return s.NFT(strings.Replace(redirected, "udp dport", "fib daddr type != local udp dport", 1))
+		}, redirectedTo},
+		"redirect by iptables-legacy that is not for the gateway": {func(s *scene) error {
+			return s.IPTables(lab.IPTablesLegacy, "*nat\n-A PREROUTING -i lan0 -p udp -m addrtype ! --dst-type LOCAL --dport 5060 -j REDIRECT --to-ports 5099\nCOMMIT\n")
+		}, redirectedTo},
+		"redirect of a set of hosts": {func(s *scene) error {
+			return s.NFT(`table ip proxy { set hosts { type ipv4_addr; elements = { 10.47.11.109 }; }; chain pre { type nat hook prerouting priority dstnat; iifname "lan0" ip saddr @hosts udp dport 5060 redirect to :5099; }; }`)
+		}, redirectedTo},
 		"helper": {func(s *scene) error { return s.NFT(sipHelped) }, helped},
 		"helper by iptables-nft": {func(s *scene) error {
 			return s.IPTables(lab.IPTablesNFT, "*raw\n-A PREROUTING -p udp --dport 5060 -j CT --helper sip\nCOMMIT\n")
@@ -102,6 +111,34 @@ func TestNFTRuleOfOneHostLeavesOthersAlone(t *testing.T) {
 			s.Lost(two, sip, another, other)
 		})
 	}
+}
+
+// A host comes into a set of hosts whose packets a rule takes, and goes again. The rule itself
+// does not change.
+//
+// Fails when the change of the set is not noticed.
+func TestNFTHostsInASetOfARule(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	s.Must(s.NFT(`table ip proxy { set hosts { type ipv4_addr; flags interval; elements = { 10.47.11.110 }; }; chain pre { type nat hook prerouting priority dstnat; iifname "lan0" ip saddr @hosts udp dport 5060 redirect to :5099; }; }`))
+	s.Serve("--reconcile=1h")
+	phone, proxy := s.InsideSocket(0, 4444), s.Socket(s.Gateway.Namespace, netip.IPv4Unspecified(), 5099)
+	peer, sip, other := s.PeerSocket(lab.PeerA, 5061), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070)
+	ext := s.Contact(phone, peer)
+	s.Until("a permission stands", func() bool { return s.Status().Permissions.Standing == 1 })
+	s.Arrives(phone, sip, ext)
+	s.Contact(phone, sip) // the child is answered
+	s.Must(s.NFT("add element ip proxy hosts { 10.47.11.109 }"))
+	s.Until("the rule sees what the phone sends", func() bool { return redirectedTo(s, phone, proxy) })
+	s.Lost(phone, sip, ext, other)
+	s.Must(s.NFT("delete element ip proxy hosts { 10.47.11.109 }"))
+	second := s.InsideSocket(0, 4445) // the flow of the first one is still with the proxy
+	ext = s.Contact(second, peer)
+	s.Until("the port gets in again", func() bool {
+		payload := stage.Payload("from the port")
+		s.Must(sip.Send(ext, payload))
+		_, err := second.Expect(payload)
+		return err == nil
+	})
 }
 
 // redirectedTo sends from phone to port 5060, and reports whether it arrives at proxy.

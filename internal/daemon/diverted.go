@@ -37,7 +37,7 @@ func (f *firewall) divert(cfg config.Config, network gateway.Network) (changed b
 		if d.Peers != nil && len(peers) == 0 {
 			continue
 		}
-		next = append(next, userrules.Diversion{Hosts: d.Hosts, Peers: peers, Ports: slices.Clone(d.Ports)})
+		next = append(next, userrules.Diversion{Hosts: slices.Clone(d.Hosts), Peers: peers, Ports: slices.Clone(d.Ports)})
 	}
 	next = merged(next)
 	changed = !reflect.DeepEqual(next, f.diverted)
@@ -46,7 +46,8 @@ func (f *firewall) divert(cfg config.Config, network gateway.Network) (changed b
 }
 
 // merged returns at most mostDiversions diversions: those of the same hosts and peers with all
-// their ports, then those of the same hosts and ports with all their peers.
+// their ports, then those of the same hosts and ports with all their peers, then those of the same
+// peers and ports with all their hosts. Of more, it joins those of the fewest ports.
 func merged(all []userrules.Diversion) []userrules.Diversion {
 	by := func(key func(userrules.Diversion) string, add func(to *userrules.Diversion, d userrules.Diversion)) {
 		at, kinds := make(map[string]int), []userrules.Diversion(nil)
@@ -76,7 +77,11 @@ func merged(all []userrules.Diversion) []userrules.Diversion {
 	by(func(d userrules.Diversion) string { return fmt.Sprint(d.Hosts, len(d.Peers) > 0, d.Ports) }, func(to *userrules.Diversion, d userrules.Diversion) {
 		to.Peers = append(to.Peers, d.Peers...)
 	})
+	by(func(d userrules.Diversion) string { return fmt.Sprint(len(d.Hosts) > 0, d.Peers, d.Ports) }, func(to *userrules.Diversion, d userrules.Diversion) {
+		to.Hosts = append(to.Hosts, d.Hosts...)
+	})
 	if len(all) > mostDiversions {
+		slices.SortStableFunc(all, func(a, b userrules.Diversion) int { return cmp.Compare(numberOf(b.Ports), numberOf(a.Ports)) })
 		var rest userrules.Diversion
 		for _, d := range all[mostDiversions-1:] {
 			addPorts(&rest, d)
@@ -85,6 +90,13 @@ func merged(all []userrules.Diversion) []userrules.Diversion {
 		all = append(all[:mostDiversions-1], rest)
 	}
 	return all
+}
+
+func numberOf(ports []userrules.PortRange) (n int) {
+	for _, r := range ports {
+		n += int(r.Last) - int(r.First) + 1
+	}
+	return n
 }
 
 // sidesOf returns where packets of inside hosts come from. Without a link that leads inside, no

@@ -9,8 +9,8 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// Many rules become few: by their ports, and by their peers. What takes from all peers, or from
-// all hosts, stays apart.
+// Many rules become few: by their ports, by their peers, and by their hosts. What takes from all peers, or from
+// all hosts, stays apart, and so does what takes most ports.
 //
 // Fails when rules of different hosts, or of different ports and peers, are mixed, and when more
 // than mostDiversions kinds lose one.
@@ -47,8 +47,15 @@ func TestDiversionsAreMerged(t *testing.T) {
 		t.Errorf("%d of %d are left", len(got), len(many))
 	}
 	for i := range many {
-		many[i].Ports = ports(uint16(i))
+		many[i].Hosts, many[i].Peers = many[i].Peers, nil
 	}
+	if got := merged(many); len(got) != 1 || len(got[0].Hosts) != len(many) {
+		t.Errorf("%d of %d are left", len(got), len(many))
+	}
+	for i := range many {
+		many[i].Hosts, many[i].Peers, many[i].Ports = nil, many[i].Hosts, ports(uint16(i))
+	}
+	many = append(many, userrules.Diversion{Hosts: []netip.Prefix{host}, Peers: []netip.Prefix{one}, Ports: []userrules.PortRange{{First: 0, Last: 65535}}})
 	kinds := merged(slices.Clone(many))
 	if len(kinds) != mostDiversions {
 		t.Errorf("%d kinds are left, want %d", len(kinds), mostDiversions)
@@ -58,5 +65,8 @@ func TestDiversionsAreMerged(t *testing.T) {
 		if !slices.ContainsFunc(kinds, func(k userrules.Diversion) bool { return k.Takes(host.Addr(), from) }) {
 			t.Fatalf("nothing takes %s", from)
 		}
+	}
+	if from := netip.AddrPortFrom(two.Addr(), 50000); slices.ContainsFunc(kinds, func(k userrules.Diversion) bool { return k.Takes(host.Addr(), from) }) {
+		t.Errorf("a rule for all ports of another peer takes %s", from)
 	}
 }

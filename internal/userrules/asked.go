@@ -51,7 +51,7 @@ func askedBy(e *expr.Lookup, s *set, packets []*knownPacket) lookup {
 		return l
 	}
 	if !s.named {
-		l.asks = forSources | forVerdicts
+		l.asks = forSources | forVerdicts | forHelpers
 	}
 	for _, p := range packets {
 		fields := p.fields.get(e.SourceRegister, s.size)

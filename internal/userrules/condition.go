@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/nfnl"
@@ -56,6 +55,7 @@ type field struct {
 	kind fieldKind
 	size int
 	mask []byte // nil stands for all bits
+	is   []byte // the value, if the kind is known
 }
 
 type fieldKind uint8
@@ -74,7 +74,7 @@ const (
 	source4
 	source6
 	outName
-	ctState // of a new flow; only the walk for diversions asks for it
+	known // something else that all packets have alike; see firstPacket
 )
 
 // A span holds all keys from low to high, field by field.
@@ -146,7 +146,7 @@ const maxProduct = 1 << 10
 func (w *walker) narrow(conds []condition, fields []field, t test) []condition {
 	asked := 0
 	for _, f := range fields {
-		if f.isAsked() {
+		if f.isAsked() || w.first != nil && f.isSource() {
 			asked++
 		}
 	}
@@ -170,6 +170,7 @@ func (w *walker) narrow(conds []condition, fields []field, t test) []condition {
 		}
 	default:
 		for _, c := range conds {
+			c.wide = c.wide || w.first != nil && len(fields) > 1 && len(t.any) > 1
 			if c, ok := w.fields(c, fields, t); ok {
 				left = append(left, c)
 			}
@@ -208,13 +209,11 @@ func (w *walker) fields(c condition, fields []field, t test) (condition, bool) {
 }
 
 func (w *walker) field(c condition, f field, t test) (condition, bool) {
-	if f.kind == ctState {
-		isNew := binary.NativeEndian.AppendUint32(nil, expr.CtStateBitNEW)
-		for i := range f.mask {
-			isNew[i] &= f.mask[i]
-		}
-		in := slices.ContainsFunc(t.any, func(s span) bool { return bytes.Equal(s.low, isNew) }) // of a masked field high is wider
-		return c, in != t.not
+	if f.kind == known {
+		return c, f.passes(t)
+	}
+	if w.first != nil && (f.isSource() || f.kind == address4 || f.kind == address6) {
+		return c.at(f, t)
 	}
 	wide := f.mask != nil
 	switch f.kind {
@@ -222,7 +221,9 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 		wide = true
 	case source4, source6:
 		wide = t.not || f.mask != nil && !isPrefixMask(f.mask)
-	case outName, address4, address6:
+	case outName:
+		wide = wide || t.not || w.first != nil && len(w.first.out) != 1
+	case address4, address6:
 		wide = wide || t.not
 	case linkName, linkIndex:
 		wide = wide || len(w.outside) != 1
@@ -239,11 +240,12 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 		return c, true // a mask makes the spans too wide, so their complement would be too narrow
 	}
 	passes := func(in func(span) bool) bool { return slices.ContainsFunc(t.any, in) != t.not }
-	anyLink := func(in func(Link, span) bool) bool {
-		return w.outside == nil || slices.ContainsFunc(w.outside, func(l Link) bool {
+	anyOf := func(links []Link, in func(Link, span) bool) bool {
+		return links == nil || slices.ContainsFunc(links, func(l Link) bool {
 			return passes(func(s span) bool { return in(l, s) })
 		})
 	}
+	named := func(l Link, s span) bool { return bytes.HasPrefix(nfnl.LinkKey(l.Name), s.low) }
 	is := func(n uint64) func(span) bool {
 		return func(s span) bool { return number(s.low, f.size, 0) <= n && n <= number(s.high, f.size, 0xff) }
 	}
@@ -255,9 +257,9 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 	case etherType:
 		return c.ofFamily(passes(is(unix.ETH_P_IP)), passes(is(unix.ETH_P_IPV6)))
 	case linkName:
-		return c, anyLink(func(l Link, s span) bool { return bytes.HasPrefix(nfnl.LinkKey(l.Name), s.low) })
+		return c, anyOf(w.outside, named)
 	case linkIndex:
-		return c, anyLink(func(l Link, s span) bool {
+		return c, anyOf(w.outside, func(l Link, s span) bool {
 			return bytes.Equal(s.low, binary.NativeEndian.AppendUint32(nil, uint32(l.Index)))
 		})
 	case port:
@@ -278,7 +280,10 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 		c.addrs = intersectAddrs(c.addrs, t.addrs(f.kind == address6))
 		return c, len(c.addrs) > 0
 	case outName:
-		if t.not {
+		switch {
+		case w.first != nil:
+			return c, anyOf(w.first.out, named)
+		case t.not:
 			return c, true
 		}
 		c.out = c.leaving(t.any)

@@ -11,7 +11,7 @@ import (
 )
 
 // A Diversion is what a rule takes from inside hosts: new UDP flows to some ports, which it
-// translates to another destination, or gives to a conntrack helper.
+// translates to another destination, or gives to a transparent proxy or a conntrack helper.
 type Diversion struct {
 	Hosts []netip.Prefix // nil stands for any
 	Peers []netip.Prefix // nil stands for any; 0.0.0.0/0 for any of IPv4
@@ -45,11 +45,24 @@ type Diverter struct {
 	found map[*table][]Diversion
 }
 
-// Diversions returns the diversions of UDP packets that come from inside. It leaves out rules
-// that take all ports, or that test something else than addresses, ports, links and the state of
-// the flow, since they may be for other packets: those to the gateway itself, for instance. And
-// it leaves out translations to other hosts that concern packets from outside as well: they are
-// port forwards. same says that the answer is that of the last call.
+// Diversions returns the diversions of UDP packets that come from inside. same says that the
+// answer is that of the last call. Of the conditions of a rule, and of the jumps to it,
+//
+//   - ports, hosts, peers, the protocol, the family, and links count, also negated;
+//   - a set of hosts or peers to which packets may add elements stands for all hosts or peers;
+//   - what is the same for all first packets of flows from hosts to peers counts: the state,
+//     status and direction of the flow, the packet type, and the types of addresses. So a rule
+//     for packets to the gateway itself (fib daddr type local) is left out;
+//   - anything else, such as a mark, a MAC address, a limit, or a set of ipset, may hold for all
+//     packets: it is ignored.
+//
+// So a Diversion may be wider than its rule, but is not narrower. Only a rule for most of the
+// ports is left out if it has such a condition: nothing would be left for other hosts. What an
+// earlier rule accepts, or returns, is not part of a Diversion, if all of its conditions are
+// understood and Hosts, Peers and Ports can say it.
+//
+// Translations to other hosts that concern packets from outside to the gateway as well are port
+// forwards, and left out.
 func (d *Diverter) Diversions(rs *Ruleset, sides Sides) (all []Diversion, same bool) {
 	before := d.found
 	if !d.sides.equal(sides) {
@@ -74,16 +87,19 @@ func (t *table) diversions(sides Sides) (found []Diversion) {
 	}
 	begin := condition{family: t.family}
 	forwards := make(map[string]bool)
-	forward := &walker{table: t, outside: sides.Outside, seen: map[string]bool{}}
+	forward := &walker{table: t, outside: sides.Outside, seen: map[string]bool{}, first: &firstPacket{dest: unix.RTN_LOCAL}}
 	forward.translates = func(r *rule, conds []condition) {
 		if slices.ContainsFunc(conds, func(c condition) bool { return !sides.isInside(c.sources) }) && !r.redirects() {
 			forwards[r.title(t)] = true
 		}
 	}
-	w := &walker{table: t, outside: sides.Inside, seen: map[string]bool{}}
+	w := &walker{table: t, outside: sides.Inside, seen: map[string]bool{}, first: &firstPacket{dest: unix.RTN_UNICAST, out: sides.Outside}}
 	w.helps = func(r *rule, conds []condition) {
 		for _, c := range conds {
-			if !c.asks && !c.unknown && c.ports != nil {
+			if c.ports == nil {
+				c.ports = everyPort
+			}
+			if !c.wide || !mostPorts(c.ports) {
 				f := c.forward(r.title(t))
 				found = append(found, Diversion{prefixesOf(f.Sources), prefixesOf(f.Addrs), f.Ports, f.Text})
 			}
@@ -95,14 +111,25 @@ func (t *table) diversions(sides Sides) (found []Diversion) {
 		}
 	}
 	for _, b := range t.of(unix.NF_INET_PRE_ROUTING, natKind) {
+		forward.accepted = nil
 		forward.chain(b.name, begin, 0)
 	}
 	for _, b := range t.bases {
 		if b.purposes(t.family)&forHelpers != 0 {
+			w.accepted = nil
 			w.chain(b.name, begin, 0)
 		}
 	}
 	return found
+}
+
+// mostPorts reports whether the ports are more than half of all.
+func mostPorts(ranges []PortRange) bool {
+	n := 0
+	for _, r := range ranges {
+		n += int(r.Last) - int(r.First) + 1
+	}
+	return n > 1<<15
 }
 
 // isInside reports whether all sources are inside hosts.
@@ -129,6 +156,12 @@ func (r *rule) redirects() bool {
 	})
 }
 
+// proxies reports whether a statement hands packets to a transparent proxy.
+func (s statement) proxies() bool {
+	target, ok := s.expr.(*expr.Target)
+	return s.name == "tproxy" || ok && target.Name == "TPROXY"
+}
+
 // givesHelper reports whether a statement gives flows a conntrack helper: "ct helper set" of nft,
 // or the target CT of iptables.
 func (w *walker) givesHelper(s statement) bool {
@@ -151,14 +184,3 @@ const (
 	ctHelper    = 12
 	ctHelperEnd = ctHelper + 16
 )
-
-// ofNewFlows returns conds restricted to new flows that pass a match of iptables on the state.
-func ofNewFlows(conds []condition, m *expr.Match) []condition {
-	switch translated(&Link{}, nil, nil).xtMatch(m) {
-	case never:
-		return nil
-	case always:
-		return conds
-	}
-	return partly(conds)
-}

@@ -93,8 +93,13 @@ type walker struct {
 	// passes gets the packets that such chains let pass untranslated.
 	passes func(conds []condition)
 	// translates gets the rules that translate destinations, instead of found, and helps those
-	// that give flows a conntrack helper.
+	// that give flows a conntrack helper or a transparent proxy.
 	translates, helps func(r *rule, conds []condition)
+	// first says what is known of the packets, for diversions; nil for others.
+	first *firstPacket
+	// accepted and returned have, if first is set, the packets that earlier rules let pass: to
+	// the end of the base chain, and of the chain.
+	accepted, returned []condition
 }
 
 const (
@@ -117,6 +122,7 @@ func (w *walker) chain(name string, in condition, depth int) {
 	if c.odd != "" {
 		w.opaque(in, fmt.Sprintf("%s: %s", name, c.odd))
 	}
+	defer func(n int) { w.returned = w.returned[:n] }(len(w.returned))
 	for i := range c.rules {
 		switch w.visits++; {
 		case w.visits == maxVisits: // nobody looks at the remaining rules, whatever their conditions
@@ -161,21 +167,22 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 			w.sources(r, r.sourceNAT(), conds)
 			return
 		}
-		if w.helps != nil {
-			switch e := s.expr.(type) {
-			case *expr.Ct:
-				if e.Key == expr.CtKeySTATE && !e.SourceRegister {
-					regs.put(e.Register, []field{{kind: ctState, size: 4}})
+		if w.first != nil {
+			if f, reg := w.first.loads(s.expr); f.kind == known {
+				regs.put(reg, []field{f})
+				continue
+			}
+			if m, ok := s.expr.(*expr.Match); ok {
+				s.expr = toPeers(m)
+				switch w.first.xtMatch(m) {
+				case always:
 					continue
-				}
-			case *expr.Match:
-				if e.Name == "conntrack" || e.Name == "state" {
-					conds = ofNewFlows(conds, e)
-					continue
+				case never:
+					return
 				}
 			}
-			if w.givesHelper(s) {
-				w.helps(r, conds)
+			if w.helps != nil && (w.givesHelper(s) || s.proxies()) {
+				w.helps(r, w.notPassed(conds))
 				continue
 			}
 		}
@@ -185,8 +192,12 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 				for _, c := range conds {
 					w.chain(e.Chain, c, depth+1)
 				}
+				if e.Kind == expr.VerdictGoto {
+					w.pass(expr.VerdictReturn, conds)
+				}
 			} else {
 				w.exempts = true
+				w.pass(e.Kind, conds)
 				if w.passes != nil && (e.Kind == expr.VerdictAccept || depth == 0) {
 					w.passes(conds)
 				}
@@ -214,7 +225,7 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 			set := w.set(e.SetName)
 			fields := regs.take(e.SourceRegister, set.size)
 			if !set.fixed() {
-				fields = withoutSources(fields)
+				conds, fields = w.unfixed(conds, fields, set)
 			}
 			if e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT {
 				w.branch(r, conds, e.SetName, fields, depth)
@@ -239,16 +250,20 @@ func (w *walker) set(name string) *set {
 	return &set{size: 64, failed: unix.ENOENT}
 }
 
-// withoutSources returns fields without what is known of sources: packets may add sources
-// to the set at any time.
-func withoutSources(fields []field) []field {
+// unfixed returns fields, which are looked up in a set, without what is known of sources: packets
+// may add sources to the set at any time. For diversions that holds for destinations as well, if
+// packets do, and the conditions are in doubt.
+func (w *walker) unfixed(conds []condition, fields []field, s *set) ([]condition, []field) {
 	fields = slices.Clone(fields)
-	for i := range fields {
-		if fields[i].isSource() {
+	for i, f := range fields {
+		if f.isSource() || w.first != nil && s.changing && (f.kind == address4 || f.kind == address6) {
 			fields[i].kind = other
 		}
 	}
-	return fields
+	if w.first != nil {
+		conds = partly(conds)
+	}
+	return conds, fields
 }
 
 // branch follows packets through a verdict map.
@@ -261,6 +276,7 @@ func (w *walker) branch(r *rule, conds []condition, name string, fields []field,
 		for _, c := range w.narrow(conds, fields, test{any: []span{el.span}, byPart: len(set.fields) > 1}) {
 			if el.verdict.Chain == "" {
 				w.exempts = true
+				w.pass(el.verdict.Kind, []condition{c})
 			} else {
 				w.chain(el.verdict.Chain, c, depth+1)
 			}
@@ -270,7 +286,7 @@ func (w *walker) branch(r *rule, conds []condition, name string, fields []field,
 
 func (w *walker) forward(r *rule, conds []condition) {
 	if w.translates != nil {
-		w.translates(r, conds)
+		w.translates(r, w.notPassed(conds))
 		return
 	}
 	text := r.title(w.table)

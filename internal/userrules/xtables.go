@@ -10,6 +10,7 @@ import (
 // Flags and offsets of struct xt_multiport_v1.
 const (
 	multiportDestination = 1
+	multiportEither      = 2
 	multiportPorts       = 2
 	multiportRanges      = multiportPorts + 2*15
 	multiportInvert      = multiportRanges + 15

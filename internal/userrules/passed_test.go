@@ -1,0 +1,77 @@
+package userrules
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// Conditions without those of an earlier rule have all packets that the rule does not let pass,
+// and no others unless they are wide.
+//
+// Fails when a packet is lost, or left, in any of 20,000 random pairs of conditions.
+func TestConditionsWithoutOthers(t *testing.T) {
+	random := rand.New(rand.NewPCG(1, 2))
+	ports := []uint16{0, 1, 2, 53, 65534, 65535}
+	v4 := []netip.Addr{netip.MustParseAddr("0.0.0.0"), netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("255.255.255.255")}
+	v6 := []netip.Addr{netip.MustParseAddr("::"), netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")}
+	pick := func(from []netip.Addr) (all []AddrRange) {
+		for range random.IntN(3) {
+			a := random.IntN(len(from))
+			all = append(all, AddrRange{from[a], from[a+random.IntN(len(from)-a)]})
+		}
+		return all
+	}
+	some := func() (c condition) {
+		c.family = []byte{unix.NFPROTO_INET, unix.NFPROTO_IPV4, unix.NFPROTO_IPV6}[random.IntN(3)]
+		switch c.family {
+		case unix.NFPROTO_IPV4:
+			c.sources, c.addrs = pick(v4), pick(v4)
+		case unix.NFPROTO_IPV6:
+			c.sources, c.addrs = pick(v6), pick(v6)
+		}
+		for range random.IntN(3) {
+			a := random.IntN(len(ports))
+			c.ports = append(c.ports, PortRange{ports[a], ports[a+random.IntN(len(ports)-a)]})
+		}
+		return c
+	}
+	has := func(c condition, from, to netip.Addr, port uint16) bool {
+		return (c.family == unix.NFPROTO_INET || c.family == familyOf(netip.PrefixFrom(from, 0))) &&
+			(c.sources == nil || coversAddr(c.sources, from)) && (c.addrs == nil || coversAddr(c.addrs, to)) && (c.ports == nil || covers(c.ports, port))
+	}
+	subtracted := 0
+	for range 20000 {
+		c, e := some(), some()
+		e.wide = random.IntN(8) == 0
+		left := c.without(e)
+		for _, all := range [][]netip.Addr{v4, v6} {
+			for _, from := range all {
+				for _, to := range all {
+					for _, port := range append(ports, 52, 54, 100) {
+						was, is, passed, wide := has(c, from, to, port), false, has(e, from, to, port) && !e.wide, false
+						for _, x := range left {
+							is, wide = is || has(x, from, to, port), wide || x.wide && has(x, from, to, port)
+						}
+						packet := fmt.Sprint(from, " to ", to, " port ", port)
+						if was && !passed && !is {
+							t.Fatalf("%s is lost: %+v without %+v is %+v", packet, c, e, left)
+						}
+						if is && (!was || passed && !wide) {
+							t.Fatalf("%s is left: %+v without %+v is %+v", packet, c, e, left)
+						}
+						if was && !is {
+							subtracted++
+						}
+					}
+				}
+			}
+		}
+	}
+	if subtracted == 0 {
+		t.Error("nothing was taken out")
+	}
+}
