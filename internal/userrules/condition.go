@@ -82,6 +82,12 @@ type span struct{ low, high []byte }
 
 func only(b []byte) span { return span{b, b} }
 
+// has reports whether the span, which may be for the first bytes alone, has a value.
+func (s span) has(value []byte) bool {
+	value = value[:min(len(s.low), len(value))]
+	return bytes.Compare(s.low, value) <= 0 && bytes.Compare(value, s.high) <= 0
+}
+
 // isAll reports whether all keys are in the span.
 func (s span) isAll() bool {
 	return !slices.ContainsFunc(s.low, func(b byte) bool { return b != 0 }) && !slices.ContainsFunc(s.high, func(b byte) bool { return b != 0xff })
@@ -170,7 +176,6 @@ func (w *walker) narrow(conds []condition, fields []field, t test) []condition {
 		}
 	default:
 		for _, c := range conds {
-			c.wide = c.wide || w.first != nil && len(fields) > 1 && len(t.any) > 1
 			if c, ok := w.fields(c, fields, t); ok {
 				left = append(left, c)
 			}
@@ -245,7 +250,7 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 			return passes(func(s span) bool { return in(l, s) })
 		})
 	}
-	named := func(l Link, s span) bool { return bytes.HasPrefix(nfnl.LinkKey(l.Name), s.low) }
+	named := func(l Link, s span) bool { return s.has(nfnl.LinkKey(l.Name)) }
 	is := func(n uint64) func(span) bool {
 		return func(s span) bool { return number(s.low, f.size, 0) <= n && n <= number(s.high, f.size, 0xff) }
 	}
@@ -260,7 +265,7 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 		return c, anyOf(w.outside, named)
 	case linkIndex:
 		return c, anyOf(w.outside, func(l Link, s span) bool {
-			return bytes.Equal(s.low, binary.NativeEndian.AppendUint32(nil, uint32(l.Index)))
+			return s.has(binary.NativeEndian.AppendUint32(nil, uint32(l.Index)))
 		})
 	case port:
 		var ports []PortRange

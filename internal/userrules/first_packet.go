@@ -17,7 +17,8 @@ type firstPacket struct {
 	out  []Link // that they leave by; nil stands for any
 }
 
-// loads returns what a statement loads, if that is known, and the register.
+// loads returns the field that a statement loads, of kind other if nothing is known of it, and the
+// register.
 func (p *firstPacket) loads(e expr.Any) (f field, reg uint32) {
 	number := func(n uint32) field {
 		return field{kind: known, size: 4, is: binary.NativeEndian.AppendUint32(nil, n)}
@@ -32,6 +33,8 @@ func (p *firstPacket) loads(e expr.Any) (f field, reg uint32) {
 			return number(0), e.Register
 		case e.Key == expr.CtKeyDIRECTION: // original
 			return field{kind: known, size: 1, is: []byte{0}}, e.Register
+		case e.Key == expr.CtKeyPROTODST && e.Direction == 0:
+			return field{kind: port, size: 2}, e.Register
 		}
 	case *expr.Meta:
 		if e.Key == expr.MetaKeyPKTTYPE && !e.SourceRegister {
@@ -56,7 +59,7 @@ func (f field) passes(t test) bool {
 		value[i] &= f.mask[i]
 	}
 	return slices.ContainsFunc(t.any, func(s span) bool {
-		return bytes.Equal(s.low, value) || f.mask == nil && bytes.Compare(s.low, value) <= 0 && bytes.Compare(value, s.high) <= 0
+		return bytes.Equal(s.low, value) || f.mask == nil && s.has(value)
 	}) != t.not
 }
 

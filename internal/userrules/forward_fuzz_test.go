@@ -86,6 +86,88 @@ func saysNoLess(t *testing.T, seed uint64, b []byte) (translated int) {
 	return translated
 }
 
+// Conditions for diversions have all packets of hosts to peers that a table translates. Those that
+// are not wide have no others, except for packets that an earlier rule drops.
+//
+// Fails when a set, a range, a jump, or an earlier rule makes a condition narrower than the rule,
+// or wider without a sign.
+func TestConditionsOfDiversionsAreRight(t *testing.T) {
+	translated, exact := 0, 0
+	for i := range uint64(10000) {
+		x, y := conditionsAreRight(t, i, madeBytes(i))
+		translated, exact = translated+x, exact+y
+	}
+	if translated < 1000 || exact < 100 {
+		t.Errorf("only %d packets were translated, and %d for sure", translated, exact)
+	}
+}
+
+// conditionsAreRight returns how many packets were translated, and for how many that is sure.
+func conditionsAreRight(t *testing.T, seed uint64, b []byte) (translated, exact int) {
+	t.Helper()
+	r := rand.New(rand.NewPCG(seed, 4))
+	table := makeTable(b)
+	translate(table, r)
+	usualMaps(table)
+	table.family = unix.NFPROTO_IPV4 // nft tests the family in others before it loads addresses
+	lan, wan := Link{7, "lan0"}, madeOutside[0]
+	var conds []condition
+	w := &walker{table: table, outside: []Link{lan}, seen: map[string]bool{}, first: &firstPacket{dest: unix.RTN_UNICAST, out: []Link{wan}}}
+	w.translates = func(_ *rule, more []condition) { conds = append(conds, more...) }
+	w.chain("base", condition{family: table.family}, 0)
+	for range 8 {
+		packet := newChild(false, &lan, nil, nil, netip.MustParsePrefix("203.0.113.0/24"), nil)
+		packet = packet.one(r)
+		packet.status, packet.labelled, packet.out = 0, false, oneLink(&wan, nil)
+		host := []byte{10, 47, 11, byte(r.Uint32())}
+		if r.IntN(2) == 0 {
+			host[3] = 109
+		}
+		copy(packet.network[12:], knownBytes(host))
+		h := hookWalk{table: table, child: packet, known: map[string]fates{}}
+		fate, err := h.chain("base")
+		if err != nil {
+			t.Fatal(err)
+		}
+		has := func(c condition) bool { return takes(c.forward(""), packet) }
+		if fate == translates && !slices.ContainsFunc(conds, has) {
+			t.Fatalf("seed %d: no condition has %v, only %+v", seed, packet, conds)
+		}
+		sure := slices.ContainsFunc(conds, func(c condition) bool { return !c.wide && !c.unknown && has(c) })
+		if sure && fate&(translates|drops) == 0 {
+			t.Fatalf("seed %d: %+v has %v, whose fate is %b", seed, conds, packet, fate)
+		}
+		if fate == translates {
+			translated++
+		}
+		if sure {
+			exact++
+		}
+	}
+	return translated, exact
+}
+
+// usualMaps makes verdict maps such as nft does: they end rules, have no verdict to continue, and
+// cannot come to have any other verdicts.
+func usualMaps(t *table) {
+	for _, s := range t.sets {
+		s.changing = s.changing && !s.verdicts
+		for i := range s.elements {
+			if v := &s.elements[i].verdict; v.Kind == expr.VerdictContinue {
+				v.Kind = expr.VerdictReturn
+			}
+		}
+	}
+	for _, c := range t.chains {
+		for i, r := range c.rules {
+			end := slices.IndexFunc(r.statements, func(s statement) bool { e, is := s.expr.(*expr.Lookup); return is && t.sets[e.SetName].verdicts })
+			if end >= 0 {
+				c.rules[i].statements = r.statements[:end+1]
+			}
+		}
+	}
+}
+
 // takes reports whether a forward may take a packet of which everything is known.
 func takes(f Forward, packet *child) bool {
 	number := func(cells []cell) (b []byte) {

@@ -168,7 +168,7 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 			return
 		}
 		if w.first != nil {
-			if f, reg := w.first.loads(s.expr); f.kind == known {
+			if f, reg := w.first.loads(s.expr); f.kind != other {
 				regs.put(reg, []field{f})
 				continue
 			}
@@ -192,16 +192,13 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 				for _, c := range conds {
 					w.chain(e.Chain, c, depth+1)
 				}
-				if e.Kind == expr.VerdictGoto {
-					w.pass(expr.VerdictReturn, conds)
-				}
 			} else {
 				w.exempts = true
-				w.pass(e.Kind, conds)
 				if w.passes != nil && (e.Kind == expr.VerdictAccept || depth == 0) {
 					w.passes(conds)
 				}
 			}
+			w.pass(e.Kind, conds)
 			return
 		case *expr.NAT:
 			if e.Type == expr.NATTypeDestNAT {
@@ -274,12 +271,13 @@ func (w *walker) branch(r *rule, conds []condition, name string, fields []field,
 	}
 	for _, el := range set.elements {
 		for _, c := range w.narrow(conds, fields, test{any: []span{el.span}, byPart: len(set.fields) > 1}) {
+			c.wide = c.wide || w.first != nil && el.others
 			if el.verdict.Chain == "" {
 				w.exempts = true
-				w.pass(el.verdict.Kind, []condition{c})
 			} else {
 				w.chain(el.verdict.Chain, c, depth+1)
 			}
+			w.pass(el.verdict.Kind, []condition{c})
 		}
 	}
 }

@@ -11,14 +11,19 @@ import (
 // of those of later rules. What is not taken out makes these wider than the truth.
 const mostPassed = 64
 
-// pass notes, for diversions, packets that a rule accepts or returns.
+// pass notes, for diversions, packets that do not go on to the next rule, by a verdict. What a
+// rule drops counts as if it went on.
 func (w *walker) pass(kind expr.VerdictKind, conds []condition) {
-	to := &w.accepted
+	var to *[]condition
 	switch {
-	case w.first == nil, kind != expr.VerdictAccept && kind != expr.VerdictReturn:
+	case w.first == nil:
 		return
-	case kind == expr.VerdictReturn:
+	case kind == expr.VerdictAccept:
+		to = &w.accepted
+	case kind == expr.VerdictReturn, kind == expr.VerdictGoto:
 		to = &w.returned
+	default:
+		return
 	}
 	for _, c := range conds {
 		c.wide = c.wide || c.unknown || max(len(c.sources), len(c.addrs), len(c.ports)) > mostPassed
