@@ -137,6 +137,8 @@ func TestDiversionsWithOtherConditions(t *testing.T) {
 		"first, by a map":             {nft: lan(`ip saddr vmap { 10.47.0.0/16 : accept }; iifname "lan0" ip saddr 10.46.0.0/15` + takes), want: "[10.46.0.0/16] [0.0.0.0/0] [{5060 5060}]"},
 		"all else, by a map":          {nft: "table ip nat { map m { type ct_state : verdict; elements = { established : accept, * : jump others }; }; chain others { udp dport 5060 redirect; }; chain pre { type nat hook prerouting priority dstnat; ct state vmap @m; }; }\n", want: all},
 		"first, all else, by a map":   {nft: "table ip nat { map m { type ipv4_addr : verdict; flags interval; elements = { 10.47.11.9 : continue, * : accept }; }; chain pre { type nat hook prerouting priority dstnat; iifname \"lan0\" ip saddr vmap @m; iifname \"lan0\" udp dport 5060 redirect; }; }\n", want: all},
+		"first, a set of peers":       {nft: with("elements = { 203.0.113.5, 203.0.113.4 }", `ip daddr @hosts return; iifname "lan0" ip daddr 203.0.113.4/30`+takes), want: "[] [203.0.113.6/31] [{5060 5060}]"},
+		"first, a set that expires":   {nft: fmt.Sprintf(nat, "set s { type inet_service; flags timeout; elements = { 5060 timeout 1h }; }", `udp dport @s accept; iifname "lan0"`+takes), want: all},
 		"first, one family":           {nft: "table inet nat { chain pre { type nat hook prerouting priority dstnat; iifname \"lan0\" ip daddr 0.0.0.0/1 accept; iifname \"lan0\" udp dport 5060 redirect; }; }\n", want: "[] [128.0.0.0/1] [{5060 5060}][] [::/0] [{5060 5060}]"},
 		"first, a host to a peer":     {nft: lan(`ip saddr 10.47.11.5 ip daddr 203.0.113.5 accept; iifname "lan0"` + takes), want: all},
 		"first, a mark":               {nft: lan(`meta mark 5 accept; iifname "lan0"` + takes), want: all},

@@ -248,16 +248,17 @@ func (w *walker) set(name string) *set {
 }
 
 // unfixed returns fields, which are looked up in a set, without what is known of sources: packets
-// may add sources to the set at any time. For diversions that holds for destinations as well, if
-// packets do, and the conditions are in doubt.
+// may add sources to the set at any time. If they do, or elements expire, then that holds for
+// destinations as well in the walk for diversions, and the conditions are in doubt.
 func (w *walker) unfixed(conds []condition, fields []field, s *set) ([]condition, []field) {
+	changing := w.first != nil && s.changing
 	fields = slices.Clone(fields)
 	for i, f := range fields {
-		if f.isSource() || w.first != nil && s.changing && (f.kind == address4 || f.kind == address6) {
+		if f.isSource() || changing && (f.kind == address4 || f.kind == address6) {
 			fields[i].kind = other
 		}
 	}
-	if w.first != nil {
+	if changing {
 		conds = partly(conds)
 	}
 	return conds, fields
