@@ -44,13 +44,14 @@ func (m *Model) feed(now time.Duration, i int32, at time.Duration) {
 	if c.adopted && at <= c.fed+m.blur() {
 		return
 	}
+	lapsed := c.adopted || m.isOver(now, c) && now >= c.refresh
 	c.fed = max(c.fed, at)
 	if m.isOver(now, c) {
 		return
 	}
-	if c.adopted && c.state == StateStanding { // at once: the kernel may have ended it already
-		m.op(Op{Kind: Refresh, Permission: c.Permission, By: c.placed.By})
-		c.refresh, c.adopted = now+m.policy.Lifetime/2, false
+	if lapsed && c.state == StateStanding { // at once: the kernel may have ended it already
+		m.refresh(now, i)
+		c.adopted = false
 		m.wheel.schedule(i, min(c.refresh, c.fed+m.policy.Lifetime))
 	}
 	if c.ends != 0 { // its flows were queried: it no longer ends then
@@ -114,8 +115,7 @@ func (m *Model) attend(now time.Duration, i int32) {
 		}
 	}
 	if refreshed { // an overdue claim is not refreshed before its flows are queried
-		m.op(Op{Kind: Refresh, Permission: c.Permission, By: c.placed.By})
-		c.refresh = now + m.policy.Lifetime/2
+		m.refresh(now, i)
 	}
 	if !overdue {
 		deadline = min(c.refresh, deadline)
@@ -125,6 +125,13 @@ func (m *Model) attend(now time.Duration, i int32) {
 		c.noElement = ReasonNone
 		m.reconsider(now, i)
 	}
+}
+
+// refresh renews the kernel's timeouts of claim i, which stands.
+func (m *Model) refresh(now time.Duration, i int32) {
+	c := &m.claims[i]
+	m.op(Op{Kind: Refresh, Permission: c.Permission, By: c.placed.By})
+	c.refresh = now + m.policy.Lifetime/2
 }
 
 // ask queries the flows of c before it expires, and returns until when to wait for the

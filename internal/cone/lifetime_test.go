@@ -46,6 +46,24 @@ func TestWhatIsToldTooLateExtendsNothing(t *testing.T) {
 	}
 }
 
+// What the kernel lost while it was overdue is not granted again, but is refreshed at once when
+// its host sends before it ends: the refresh shows that it is gone.
+//
+// Fails when Missing does not note the loss, or feed leaves the refresh to the next half lifetime.
+func TestOverduePermissionThatWasLostIsRefreshedWhenItsHostSends(t *testing.T) {
+	const in = "10.47.11.109:1"
+	d := newDesk(t, nil)
+	d.open(0, in, "203.0.113.5:9")
+	for d.m.Tick(lifetime-1, 10) {
+	}
+	d.wantOps("half a lifetime later", d.carry(), Refresh)
+	if d.m.Missing(lifetime, d.view(in).Permission, ByExpectation) {
+		t.Error("what is overdue was granted again")
+	}
+	d.wantOps("its host sends", d.seen(lifetime, d.translated(in, "203.0.113.5:10")), Refresh)
+	d.want(in)
+}
+
 // What is left of a flow's timeout tells when its last packet passed, however late the
 // daemon looks. A late report was true at an earlier time.
 //

@@ -410,14 +410,18 @@ func (m *Model) Refused(now time.Duration, p Permission, r Reason, standing bool
 }
 
 // Missing tells the model that some carriers no longer hold p. If they should, Missing grants
-// p again and returns true. A permission without inside traffic for a lifetime has run out
-// and is not granted again.
+// p again and returns true. A permission without inside traffic for a lifetime has run out:
+// it is not granted again before there is such traffic.
 func (m *Model) Missing(now time.Duration, p Permission, by Carriers) bool {
 	i := m.find(p.Key, p.Int)
-	if i == none || m.claims[i].placed.By&by == 0 || m.isOver(now, &m.claims[i]) {
+	if i == none || m.claims[i].placed.By&by == 0 {
 		return false
 	}
 	c := &m.claims[i]
+	if m.isOver(now, c) {
+		c.refresh = now
+		return false
+	}
 	if c.adopted && m.isOver(now+m.blur(), c) { // it ended by itself
 		return false
 	}
