@@ -76,9 +76,9 @@ func (d *desk) counted(in, peer string, left time.Duration) *Flow {
 	return f
 }
 
-func (d *desk) gone(now time.Duration, f *Flow) {
+func (d *desk) gone(now time.Duration, f *Flow) []OpKind {
 	d.m.FlowGone(now, f)
-	d.carry()
+	return d.carry()
 }
 
 // child opens a child of the permission that f earned.

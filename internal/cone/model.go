@@ -239,11 +239,16 @@ func (m *Model) gauge(s State) *int {
 	}
 }
 
-// grant makes claim i stand. It must be the first of its Key.
+// grant makes claim i stand. It must be the first of its Key. If it is overdue, another one may
+// stand instead.
 func (m *Model) grant(now time.Duration, i int32) {
 	c := &m.claims[i]
 	if m.stopped {
 		m.refuse(now, i, ReasonStopped)
+		return
+	}
+	if m.isOver(now, c) {
+		m.passOver(now, i)
 		return
 	}
 	c.forget()
@@ -270,8 +275,7 @@ func (m *Model) grant(now time.Duration, i int32) {
 	}
 	m.stats.Granted++
 	m.op(Op{Kind: Grant, Permission: c.Permission, By: p.By})
-	// A claim that waited long may be past its deadline: then its flows are queried next.
-	m.wheel.schedule(i, min(c.refresh, max(c.fed+m.policy.Lifetime, now+m.wheel.grain)))
+	m.wheel.schedule(i, min(c.refresh, c.fed+m.policy.Lifetime))
 }
 
 // refuse notes that claim i does not stand, to be tried again later.

@@ -1,5 +1,7 @@
 package cone
 
+import "time"
+
 // The claims of one Key form a queue: the first one stands, or is the next to stand. Those
 // that the user revoked come last: they wait for a new flow, and must not hold up others.
 
@@ -43,6 +45,25 @@ func (m *Model) dequeue(i int32) {
 func (m *Model) requeue(i int32) {
 	m.dequeue(i)
 	m.enqueue(i)
+}
+
+// passOver handles claim i, which is overdue when it comes first. The next claim of its Key that
+// is not overdue stands instead. If there is none, the flows of i are queried: it stands only if
+// its host has sent since they were last seen.
+func (m *Model) passOver(now time.Duration, i int32) {
+	for n := m.claims[i].nextKey; n != none && !m.claims[n].isRevoked(); n = m.claims[n].nextKey {
+		if m.isOver(now, &m.claims[n]) {
+			continue
+		}
+		m.setState(i, StateWaiting, ReasonConflict)
+		m.dequeue(n)
+		m.claims[n].nextKey = i
+		m.byKey[m.claims[n].Key] = n
+		m.grant(now, n)
+		return
+	}
+	m.setState(i, StateRefused, ReasonIdle)
+	m.ask(now, &m.claims[i])
 }
 
 // isWanted reports whether another claim waits for the end of claim i, the first of its

@@ -1,6 +1,10 @@
 package cone
 
-import "testing"
+import (
+	"slices"
+	"testing"
+	"time"
+)
 
 const (
 	sharing1, sharing2, sharing3 = "10.47.11.109:1", "10.47.11.110:1", "10.47.11.111:1"
@@ -61,6 +65,44 @@ func TestWhoAsksAgainWaitsForTheOthers(t *testing.T) {
 	d.want(sharing3)
 }
 
+// A host that waits does not get the permission when its turn comes if it has been silent for a
+// lifetime. Its flow is queried, and its next packet brings the permission.
+//
+// Fails when grant does not check whether the lifetime is over.
+func TestSilentHostInheritsNothing(t *testing.T) {
+	d := newDesk(t, nil)
+	d.m.SetTimeouts(Timeouts{UDP: 4 * lifetime, Stream: 4 * lifetime})
+	owner := d.counted(sharing1, "203.0.113.5:9", 4*lifetime)
+	silent := d.counted(sharing2, "203.0.113.5:10", 4*lifetime)
+	d.snapshot(0, owner, silent)
+	owner.OrigPackets++
+	silent.ReplyPackets++ // its peer alone keeps it alive
+	d.snapshot(lifetime-1, owner, silent)
+	d.wantOps("its turn", d.gone(lifetime, owner), Revoke, Query)
+	d.wantOps("it was silent", d.seen(lifetime, silent))
+	d.want()
+	silent.OrigPackets++
+	d.wantOps("it sends", d.seen(lifetime+1, silent), Grant)
+	d.want(sharing2)
+}
+
+// A host that sends goes before one that came earlier and has been silent for a lifetime, which
+// comes next once it sends again.
+//
+// Fails when passOver looks at the first claim alone.
+func TestHostThatSendsInheritsBeforeASilentOne(t *testing.T) {
+	d := newDesk(t, nil)
+	owner := d.open(0, sharing1, "203.0.113.5:9")
+	silent := d.open(0, sharing2, "203.0.113.5:10")
+	sends := d.open(lifetime-2, sharing3, "203.0.113.5:11")
+	d.seen(lifetime-1, owner)
+	d.wantOps("one sends", d.gone(lifetime, owner), Revoke, Grant)
+	d.want(sharing3)
+	d.seen(lifetime+1, silent)
+	d.wantOps("it sends again, and comes next", d.gone(lifetime+2, sends), Revoke, Grant)
+	d.want(sharing2)
+}
+
 // If all are revoked at once, none stands even for a moment.
 //
 // Fails when Revoke lets the next one stand before it has asked about all.
@@ -70,4 +112,24 @@ func TestRevokeOfSharedPermissionGrantsNothing(t *testing.T) {
 	d.open(0, sharing2, "203.0.113.5:10")
 	d.m.Revoke(1, func(Permission) bool { return true })
 	d.wantOps("all revoked", d.carry(), Revoke, Deny)
+}
+
+func (r *refModel) isOver(now time.Duration, c *refClaim) bool {
+	return now >= c.fed+r.policy.Lifetime
+}
+
+// passOver is Model.passOver.
+func (r *refModel) passOver(now time.Duration, c *refClaim) {
+	for _, x := range r.ofKey(c.Key) {
+		if x.revoked() || r.isOver(now, x) {
+			continue
+		}
+		c.state, c.reason = StateWaiting, ReasonNone
+		r.claims = slices.DeleteFunc(r.claims, func(y *refClaim) bool { return y == x })
+		r.claims = slices.Insert(r.claims, slices.Index(r.claims, c), x)
+		r.grant(now, x)
+		return
+	}
+	c.state, c.reason = StateRefused, ReasonIdle
+	r.asked = append(r.asked, c)
 }

@@ -21,6 +21,7 @@ type refModel struct {
 	kept      time.Duration // how long the kernel keeps a flow, 0 if not known
 	began     time.Duration // the last snapshot
 	before    time.Duration // when the last whole one began
+	asked     []*refClaim   // overdue when they came first: their flows are queried
 }
 
 type refClaim struct {
@@ -280,6 +281,10 @@ func (r *refModel) heard(now time.Duration, f *Flow) time.Duration {
 }
 
 func (r *refModel) grant(now time.Duration, c *refClaim) {
+	if r.isOver(now, c) {
+		r.passOver(now, c)
+		return
+	}
 	if r.bars(now, c) {
 		r.refuse(now, c, ReasonForwarded)
 		return

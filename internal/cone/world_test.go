@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 
@@ -129,6 +130,11 @@ func (w *world) apply() {
 
 func (w *world) check() {
 	w.apply()
+	for len(w.ref.asked) > 0 {
+		asked := w.ref.asked
+		w.ref.asked = nil
+		w.answerAll(asked)
+	}
 	want := w.ref.standing()
 	if !maps.Equal(w.kernel, want) {
 		w.failf("standing permissions differ (-want +got)\n%s", cmp.Diff(fmt.Sprint(want), fmt.Sprint(w.kernel)))
@@ -338,11 +344,17 @@ func (w *world) tick(d time.Duration) {
 		w.apply()
 	}
 	w.apply()
+	w.answerAll(asked)
+}
+
+// answerAll answers the queries about the flows of some claims.
+func (w *world) answerAll(asked []*refClaim) {
 	for _, c := range asked {
-		for _, fl := range append([]*refFlow(nil), c.flows...) {
+		for _, fl := range slices.Clone(c.flows) {
 			w.answer(c.Permission, fl)
 		}
 	}
+	w.apply()
 }
 
 // answer is the kernel's answer to the Query about fl.
