@@ -341,4 +341,6 @@ func (m simulated) steal(p cone.Permission, by cone.Carriers) {
 	delete(m.elements, p.Key)
 }
 
-func (m simulated) add(p cone.Permission) { m.elements[p.Key] = &element{p.Int, m.now() + 10*lifetime} }
+func (m simulated) add(p cone.Permission) {
+	m.elements[p.Key] = &element{in: p.Int, until: m.now() + 10*lifetime}
+}

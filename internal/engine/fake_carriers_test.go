@@ -277,9 +277,12 @@ func (m *fakeMap) Grant(ps []cone.Permission, refused func(i int, r cone.Reason,
 		case !there && len(m.k.elements) >= m.k.mapSize:
 			refused(i, cone.ReasonTableFull, unix.ENFILE)
 		case !there || e.in != ps[i].Int: // EBUSY: it is replaced
-			m.k.elements[key] = &element{ps[i].Int, m.k.now() + m.lifetime}
-		case m.k.renews:
-			e.until = m.k.now() + m.lifetime
+			m.k.elements[key] = &element{in: ps[i].Int, until: m.k.now() + m.lifetime}
+		default:
+			e.learned = false
+			if m.k.renews {
+				e.until = m.k.now() + m.lifetime
+			}
 		}
 	}
 }
@@ -304,7 +307,7 @@ func (m *fakeMap) Refresh(ps []cone.Permission, lost func(i int)) {
 			lost(i)
 			continue
 		}
-		m.k.elements[key] = &element{ps[i].Int, m.k.now() + m.lifetime} // deleted and added
+		m.k.elements[key] = &element{in: ps[i].Int, until: m.k.now() + m.lifetime} // deleted and added
 	}
 }
 

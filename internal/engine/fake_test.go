@@ -68,8 +68,9 @@ type expectation struct {
 func (x *expectation) ours() bool { return x.master != anchor{} }
 
 type element struct {
-	in    cone.Endpoint
-	until time.Duration
+	in      cone.Endpoint
+	until   time.Duration
+	learned bool // and not granted since
 }
 
 func newFakeKernel(now func() time.Duration, rnd *rand.Rand) *fakeKernel {
@@ -184,7 +185,7 @@ func (k *fakeKernel) learn(p *cone.Permission, timeout time.Duration) bool {
 	if _, there := k.elements[key]; there {
 		return false
 	}
-	k.elements[key] = &element{p.Int, k.now() + timeout}
+	k.elements[key] = &element{in: p.Int, until: k.now() + timeout, learned: true}
 	return true
 }
 

@@ -190,13 +190,13 @@ func (w *world) meddle() {
 		key := es[w.rnd.IntN(len(es))]
 		in := w.host()
 		w.notef("element %v leads to %v now", key, in)
-		w.k.elements[key] = &element{in, w.k.elements[key].until}
+		w.k.elements[key] = &element{in: in, until: w.k.elements[key].until}
 		w.foisted = true
 	case what == 5 && w.policy.Mapped:
 		key := cone.Key{Ext: w.ext(), Peer: w.peer().Addr}
 		if w.k.elements[key] == nil && len(w.k.elements) < w.k.mapSize {
 			w.notef("somebody adds element %v", key)
-			w.k.elements[key] = &element{w.host(), w.now + time.Duration(5+w.rnd.IntN(10))*lifetime}
+			w.k.elements[key] = &element{in: w.host(), until: w.now + time.Duration(5+w.rnd.IntN(10))*lifetime}
 			w.foisted = true
 		}
 	case what == 6 && w.policy.Mapped:
