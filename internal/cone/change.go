@@ -300,7 +300,7 @@ func (m *Model) Adopt(now time.Duration, p Permission, by Carriers, ends time.Du
 	if !m.allowed(c) {
 		x, ok := m.goesOn(c)
 		m.end(now, i, ReasonPolicy)
-		if ok {
+		if _, revoked := m.revoked.at[revocation{Key: x.Key}]; ok && !revoked {
 			m.carryOn(now, x)
 		}
 		return
