@@ -107,9 +107,14 @@ func (w *world) checkAll() {
 	}
 }
 
+// standsAtMost is how long after the last packet of its host a permission may stand: it is
+// refreshed within a lifetime, then the kernel holds it for another one if the daemon dies, and
+// queries and rounding take a while.
+const standsAtMost = 3 * lifetime
+
 func (w *world) wantAsked(in, ext cone.Endpoint) {
 	for c, at := range w.sent {
-		if c.in == in && c.ext == ext && w.now-at <= 4*lifetime {
+		if c.in == in && c.ext == ext && w.now-at <= standsAtMost {
 			return
 		}
 	}

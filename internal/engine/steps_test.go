@@ -71,9 +71,18 @@ func (w *world) noteSent(f *fakeFlow, at time.Duration) {
 	if !f.Status.Has(cone.StatusSrcNAT) {
 		c = contact{f.ReplySrc, f.Dst, f.Src.Addr}
 	}
-	if !f.revoked {
+	if !f.revoked || w.supported(f) {
 		w.sent[c] = max(w.sent[c], at)
 	}
+}
+
+// supported reports whether f is a child whose host has another flow, not revoked, that lets its
+// peer in: then it feeds that permission, though it was there when an earlier one was revoked.
+func (w *world) supported(f *fakeFlow) bool {
+	return !f.Status.Has(cone.StatusSrcNAT) && slices.ContainsFunc(w.k.flows, func(g *fakeFlow) bool {
+		return !g.revoked && g.Src == f.ReplySrc && g.ReplyDst == f.Dst && !slices.Contains(w.policy.ExcludePeerPorts, g.ReplySrc.Port) &&
+			(g.ReplySrc.Addr == f.Src.Addr || w.related(g.Src, g.ReplySrc.Addr, f.Src.Addr))
+	})
 }
 
 // permission returns what the map permits for the contact of an outbound flow, and what its
@@ -158,7 +167,7 @@ func (w *world) wantJustified(in cone.Endpoint, peer cone.Addr, ext cone.Endpoin
 		return
 	}
 	for c, at := range w.sent {
-		if c.in == in && c.ext == ext && w.now-at <= 4*lifetime && (c.peer == peer || w.related(in, c.peer, peer)) {
+		if c.in == in && c.ext == ext && w.now-at <= standsAtMost && (c.peer == peer || w.related(in, c.peer, peer)) {
 			return
 		}
 	}
