@@ -51,3 +51,35 @@ func TestNFTPortPassesToAnotherHost(t *testing.T) {
 		}
 	}
 }
+
+// The same with permissions that are expectations, which conenatd alone passes on: what the peer
+// sends once the new host's permission stands reaches that host.
+//
+// Fails when the old host's expectation stays, or the new host gets none.
+func TestExpectationPassesToAnotherHost(t *testing.T) {
+	t.Parallel() // mostly it waits
+	for _, mode := range [][]string{stage.Expect, stage.Auto} {
+		t.Run(mode[len(mode)-1], func(t *testing.T) {
+			s := stage.New(t, lab.Options{Inside: 2, Rules: lab.Masquerade + lab.DropPolicy})
+			s.Start(stage.Flags(mode)...)
+			former, next := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
+			proxy := s.PeerSocket(lab.PeerA, 5060)
+			ext := s.Contact(former, proxy)
+			s.Stands(former, proxy, ext)
+			for i := range uint16(10) {
+				_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "5060")
+				s.Must(err)
+				if got := s.Contact(next, proxy); got != ext {
+					t.Fatalf("the next host has %v, the former had %v", got, ext)
+				}
+				s.Stands(next, proxy, ext)
+				s.Arrives(next, s.PeerSocket(lab.PeerA, 5070+i), ext)
+				if p := s.List(); len(p) != 1 || p[0].Backend != "expect" {
+					t.Fatalf("%+v, want the next host's expectation alone", p)
+				}
+				former, next = next, former
+			}
+			s.Verified()
+		})
+	}
+}

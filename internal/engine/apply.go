@@ -2,6 +2,7 @@ package engine
 
 import (
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -10,9 +11,10 @@ import (
 // opsAtOnce is how many decisions are carried out in one piece.
 const opsAtOnce = 1024
 
-// Apply carries out the model's decisions, in order. Consecutive ones of one kind
-// share a batch. since is when the event that caused them was read, for the
-// latency; zero if no event caused them.
+// Apply carries out the model's decisions, in order for each carrier. Consecutive ones of one
+// kind share a batch. A packet may wait for an expectation, so what the map and ended children
+// still need follows the expectations (see finish). since is when the event that caused the
+// decisions was read, for the latency; zero if no event caused them.
 func (e *Engine) Apply(since time.Duration) {
 	for ops := e.Model.Ops(); len(ops) > 0; ops = e.Model.Ops() {
 		for len(ops) > 0 {
@@ -24,6 +26,7 @@ func (e *Engine) Apply(since time.Duration) {
 			ops = ops[n:]
 			e.cfg.Between()
 		}
+		e.finish()
 	}
 }
 
@@ -33,24 +36,39 @@ func (e *Engine) run(ops []cone.Op, since time.Duration) {
 	case cone.Grant:
 		e.grant(ops, since)
 	case cone.Revoke:
-		e.cfg.Failed(RevokePermissions, len(ops), e.revoke(ops))
+		e.revoke(ops, cone.ByExpectation)
+		e.unmapped = append(e.unmapped, ops...)
+	case cone.DropUnanswered:
+		e.orphans = append(e.orphans, ops...)
 	case cone.Refresh:
+		e.finish()
 		e.refresh(ops)
 	case cone.Deny:
+		e.finish()
 		e.deny(ops)
 	case cone.Query:
 		for i := range ops {
 			e.query(&ops[i])
-		}
-	case cone.DropUnanswered:
-		for i := range ops {
-			e.dropUnanswered(&ops[i])
 		}
 	case cone.DropEarly:
 		for i := range ops {
 			e.dropEarly(&ops[i])
 		}
 	}
+}
+
+// finish carries out what run postponed: it ends permissions in the map, and then drops their
+// unanswered children, so that none can take their place. If an expectation with the same Key was
+// granted meanwhile, it is the one that admits children: conntrack looks for it before any rule.
+func (e *Engine) finish() {
+	for ops := range slices.Chunk(e.unmapped, opsAtOnce) {
+		e.revoke(ops, cone.ByMap)
+		e.cfg.Between()
+	}
+	for i := range e.orphans {
+		e.dropUnanswered(&e.orphans[i])
+	}
+	e.unmapped, e.orphans = e.unmapped[:0], e.orphans[:0]
 }
 
 // deny keeps the kernel from learning the permissions of ops, and notes what the user

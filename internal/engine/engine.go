@@ -67,6 +67,8 @@ type Engine struct {
 	by       cone.Carriers // whose batch it is
 	perms    []cone.Permission
 	grants   []cone.Op
+	unmapped []cone.Op // to be revoked in the map; see finish
+	orphans  []cone.Op // to be dropped if unanswered
 	onFailed func(i int, r cone.Reason, err error)
 	onLost   func(i int)
 }

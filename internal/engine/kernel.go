@@ -1,7 +1,6 @@
 package engine
 
 import (
-	"errors"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -147,6 +146,7 @@ func (e *Engine) grantOps(ops []cone.Op) {
 		e.by = cone.ByExpectation
 		x.Grant(e.batch.perms, e.onFailed)
 	}
+	e.finish()
 	if x := e.Kernel.Map; x != nil {
 		e.batch.take(ops, cone.ByMap)
 		e.by = cone.ByMap
@@ -154,15 +154,13 @@ func (e *Engine) grantOps(ops []cone.Op) {
 	}
 }
 
-// revoke ends the permissions of ops.
-func (e *Engine) revoke(ops []cone.Op) (err error) {
+// revoke ends the permissions of ops as far as one carrier holds them.
+func (e *Engine) revoke(ops []cone.Op, only cone.Carriers) {
 	e.Kernel.Each(func(by cone.Carriers, c Carrier) {
-		e.batch.take(ops, by)
-		if failed := c.Revoke(e.batch.perms); failed != nil {
-			err = errors.Join(err, failed)
+		if e.batch.take(ops, by&only); len(e.batch.perms) > 0 {
+			e.cfg.Failed(RevokePermissions, len(e.batch.perms), c.Revoke(e.batch.perms))
 		}
 	})
-	return err
 }
 
 // refresh renews the timeouts of ops and grants again what no longer stands.

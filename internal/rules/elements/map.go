@@ -174,18 +174,41 @@ func (m *Map) Revoke(ps []cone.Permission) error {
 	var errs []error
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
-		m.transact(part, m.remove)
+		m.delete(PermissionMap, part)
 		for i := range part {
 			if err := m.errs[i]; err != nil && !errors.Is(err, unix.ENOENT) {
 				errs = append(errs, fmt.Errorf("delete element %v -> %v: %w", part[i].Peer, part[i].Ext, err))
 			}
 		}
 		// Without its address, what is left of a permission permits nothing. Ignore errors.
-		m.transact(part, m.unport)
+		m.delete(PortMap, part)
 		m.haveMarks(part, func(int) bool { return true })
-		m.transact(m.marked, m.unmark)
+		m.delete(MarksMap, m.marked)
 	}
 	return errors.Join(errs...)
+}
+
+// delete deletes the elements of ps, at most batch, from a set, in one transaction. First it
+// looks which are there: deleting one that is not there aborts the transaction, and an abort
+// waits for an RCU grace period. The errors are in m.errs afterwards.
+func (m *Map) delete(set string, ps []cone.Permission) {
+	clear(m.errs[:len(ps)])
+	m.w.Lock()
+	m.enc.Reset()
+	m.per, m.first = 1, m.w.batch.NextSeq(len(ps))-1 // before the first element, as in a transaction
+	for i := range ps {
+		m.element(m.first+1+uint32(i), unix.NFT_MSG_GETSETELEM, set, &ps[i], false, 0)
+	}
+	err := m.w.batch.Exchange(&m.enc, m.failed, nil)
+	m.w.Unlock()
+	for i := range ps {
+		if err != nil || !errors.Is(m.errs[i], unix.ENOENT) {
+			m.errs[i] = nil // it may be there
+		}
+	}
+	transact(&m.batcher, ps, perElement, func(seq uint32, p *cone.Permission) {
+		m.element(seq, unix.NFT_MSG_DELSETELEM, set, p, false, 0)
+	})
 }
 
 // Refresh renews the timeouts of ps. It calls lost with the index of each that no longer

@@ -52,3 +52,38 @@ func TestPermissionWithoutItsMarkIsLost(t *testing.T) {
 		t.Errorf("lost are %v, want that with a mark", lost)
 	}
 }
+
+// Fails when a revocation deletes elements that are not there, so that the kernel aborts the
+// transaction and lets the loop wait.
+func TestRevocationDeletesOnlyWhatIsThere(t *testing.T) {
+	for name, there := range map[string]bool{"nothing is there": false, "all is there": true} {
+		t.Run(name, func(t *testing.T) {
+			c, kernel := nfnltest.New(t)
+			deletes := 0
+			kernel.Answer = func(sent []nfnltest.Request) (out [][]byte) {
+				for _, r := range sent {
+					switch typ := r.Type & 0xff; {
+					case typ == unix.NFT_MSG_GETSETELEM && !there:
+						out = append(out, nfnltest.Says(r.Seq, unix.ENOENT))
+						continue
+					case typ == unix.NFT_MSG_DELSETELEM:
+						deletes++
+					}
+					if r.Flags&unix.NLM_F_ACK != 0 {
+						out = append(out, nfnltest.Says(r.Seq, 0))
+					}
+				}
+				return out
+			}
+			m := NewMap(NewWriter(c, 0, "conenat"), MapConfig{})
+			ps := make([]cone.Permission, 2)
+			ps[1].Ext.Port, ps[1].Mark = 5060, 7
+			if err := m.Revoke(ps); err != nil {
+				t.Error(err)
+			}
+			if want := map[bool]int{true: 5}[there]; deletes != want { // two addresses, two ports, a mark
+				t.Errorf("%d deletions, want %d", deletes, want)
+			}
+		})
+	}
+}
