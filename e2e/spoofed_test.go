@@ -154,13 +154,24 @@ func TestNFTRoadWarriorByPolicyRoutingPasses(t *testing.T) {
 }
 
 // A host of another network, or a neighbour of the inside host, fakes the source of a
-// permitted peer. Its packets do not get in by the peer's expectation, whatever rp_filter
-// and policy routing do; they make no flow, and do not lock out the peer, which still gets
-// in.
+// permitted peer. Its packets do not get in by the peer's permission, whatever carries it and
+// whatever rp_filter and policy routing do; they make no flow, and do not lock out the peer,
+// which still gets in.
 //
-// Fails without the rule of chain child about outside links.
+// Fails without the rule of chain child about outside links, or without chain faked_peer.
 func TestPeerFakedFromInsideGetsNothing(t *testing.T) {
 	stage.NeedsExpect(t)
+	carriers := []struct {
+		name, firewall string
+		mode           []string
+	}{
+		{"expect", lab.DropPolicy, stage.Expect},
+		{"expect in auto", lab.DropPolicy, stage.Auto},
+		{"nft", "", stage.NFT},
+		{"nft in auto", "", stage.Auto},
+		{"nft for everybody", "", append(slices.Clip(stage.NFT), "--filtering=endpoint_independent")},
+		{"nft for a group", "", append(slices.Clip(stage.NFT), "--peer-group=203.0.113.0/24")},
+	}
 	for name, tc := range map[string]struct {
 		rpFilter string
 		rules    string
@@ -172,53 +183,59 @@ func TestPeerFakedFromInsideGetsNothing(t *testing.T) {
 		"routed IPv6":    {ip6: true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			stage.InModes(t, [][]string{stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
-				s := newScene(t, lab.Options{Inside: 2, Guest: true, IPv6: tc.ip6, Rules: lab.Masquerade + lab.DropPolicy + tc.rules})
-				inside, guest, peer := s.Inside(0).Addr, s.Guest.Addr, lab.PeerA
-				bits := "/32"
-				if tc.ip6 {
-					mode = append(slices.Clip(mode), "--routed", "--subnet", lab.InsideNet6.String())
-					inside, guest, peer = s.Inside(0).Addr6, s.Guest.Addr6, lab.Peer6A
-					bits = "/128 nodad"
-				}
-				for _, link := range []string{"all", "guest0", "lan0"} {
-					if tc.rpFilter != "" {
-						s.Must(s.Gateway.SetSysctl("net.ipv4.conf."+link+".rp_filter", tc.rpFilter))
+			for _, c := range carriers {
+				t.Run(c.name, func(t *testing.T) {
+					if tc.ip6 && c.firewall == "" {
+						t.Skip("a map carries IPv4 alone")
 					}
-				}
-				if tc.rules != "" {
-					s.IP(s.Gateway, "rule add fwmark 7 lookup 100")
-				}
-				s.Start(stage.Flags(mode, "--max-children=3")...)
-				phone, proxy := s.Socket(s.Inside(0).Namespace, inside, 5060), s.Socket(s.Outside.Namespace, peer, 5060)
-				ext := s.Contact(phone, proxy)
-				s.Stands(phone, proxy, ext)
+					mode := c.mode
+					s := newScene(t, lab.Options{Inside: 2, Guest: true, IPv6: tc.ip6, Rules: lab.Masquerade + c.firewall + tc.rules})
+					inside, guest, peer := s.Inside(0).Addr, s.Guest.Addr, lab.PeerA
+					bits := "/32"
+					if tc.ip6 {
+						mode = append(slices.Clip(mode), "--routed", "--subnet", lab.InsideNet6.String())
+						inside, guest, peer = s.Inside(0).Addr6, s.Guest.Addr6, lab.Peer6A
+						bits = "/128 nodad"
+					}
+					for _, link := range []string{"all", "guest0", "lan0"} {
+						if tc.rpFilter != "" {
+							s.Must(s.Gateway.SetSysctl("net.ipv4.conf."+link+".rp_filter", tc.rpFilter))
+						}
+					}
+					if tc.rules != "" {
+						s.IP(s.Gateway, "rule add fwmark 7 lookup 100")
+					}
+					s.Start(stage.Flags(mode, "--max-children=3")...)
+					phone, proxy := s.Socket(s.Inside(0).Namespace, inside, 5060), s.Socket(s.Outside.Namespace, peer, 5060)
+					ext := s.Contact(phone, proxy)
+					s.Until("it stands", func() bool { return len(s.List()) == 1 && s.List()[0].State == "standing" })
 
-				type faker struct {
-					host *lab.Host
-					addr netip.Addr
-				}
-				fakers := []faker{{s.Guest, guest}}
-				if !tc.ip6 { // with IPv6 it would reach the host directly, not by the gateway
-					fakers = append(fakers, faker{s.Inside(1), s.Inside(1).Addr})
-				}
-				for _, faker := range fakers {
-					s.IP(faker.host, "addr add "+peer.String()+bits+" dev lo")
-					own := s.Socket(faker.host.Namespace, faker.addr, 5060)
-					seen := s.Contact(phone, own)
-					for port := range uint16(10) {
-						s.Must(lab.Lost(phone,
-							lab.Packet{From: s.Socket(faker.host.Namespace, peer, 5070+port), To: ext, Payload: stage.Payload("faked")},
-							lab.Packet{From: own, To: seen, Payload: stage.Payload("fence")}))
+					type faker struct {
+						host *lab.Host
+						addr netip.Addr
 					}
-				}
-				if n := s.Status().Tables.Guard.Spoofed; n != uint64(10*len(fakers)) {
-					t.Errorf("%d packets were dropped, want 10 of each", n)
-				}
-				for port := range uint16(3) { // max_children
-					s.Arrives(phone, s.Socket(s.Outside.Namespace, peer, 5070+port), ext)
-				}
-			})
+					fakers := []faker{{s.Guest, guest}}
+					if !tc.ip6 { // with IPv6 it would reach the host directly, not by the gateway
+						fakers = append(fakers, faker{s.Inside(1), s.Inside(1).Addr})
+					}
+					for _, faker := range fakers {
+						s.IP(faker.host, "addr add "+peer.String()+bits+" dev lo")
+						own := s.Socket(faker.host.Namespace, faker.addr, 5060)
+						seen := s.Contact(phone, own)
+						for port := range uint16(10) {
+							s.Must(lab.Lost(phone,
+								lab.Packet{From: s.Socket(faker.host.Namespace, peer, 5070+port), To: ext, Payload: stage.Payload("faked")},
+								lab.Packet{From: own, To: seen, Payload: stage.Payload("fence")}))
+						}
+					}
+					if n := s.Status().Tables.Guard.Spoofed; n != uint64(10*len(fakers)) {
+						t.Errorf("%d packets were dropped, want 10 of each", n)
+					}
+					for port := range uint16(3) { // max_children
+						s.Arrives(phone, s.Socket(s.Outside.Namespace, peer, 5070+port), ext)
+					}
+				})
+			}
 		})
 	}
 }

@@ -128,6 +128,9 @@ func (l *layout) admit(d Desired, kinds []kind) {
 	} else {
 		l.rule(admit, "", isUDP, l.outside(iifname, true), goTo(admitted))
 	}
+	if !d.noFib {
+		l.fakedPeers(admit, kinds)
+	}
 	l.rule(admitted, "the gateway itself serves it", hasSocket, accept)
 	if d.Map.noLabels {
 		l.divert(admitted, d.Diverted, ipFamilies[:1], false, accept)
@@ -162,6 +165,23 @@ func (l *layout) admit(d Desired, kinds []kind) {
 	if l.zoned != nil {
 		l.counters = append(l.counters, zonedCounter)
 		l.rule(admitted, "no expectation admitted it", zoneIsNot0, ipDaddr.in(l.zoned), counter(zonedCounter))
+	}
+}
+
+// fakedPeers drops packets that claim to be from a permitted peer, but come by another link than
+// the outside ones and than the one that leads to that peer. Otherwise they would become flows
+// that end on the gateway, and take the peer's own packets from the same port. Packets that the
+// user's rules forward do not get here.
+func (l *layout) fakedPeers(admit *nftables.Chain, kinds []kind) {
+	l.counters = append(l.counters, spoofedCounter)
+	faked := l.regular("faked_peer")
+	l.rule(admit, "the source may be faked", isUDP, l.outside(iifname, false), l.inZone0, noWayBack, goTo(faked))
+	l.rule(faked, "the gateway itself serves it", hasSocket, accept)
+	for _, k := range kinds {
+		// nft cannot list a map that is merely looked up, so the value goes into the packet,
+		// which is dropped.
+		l.rule(faked, "it would keep the peer from the inside host", isUDP, k.hasPacket(),
+			setUDPSport(l.named(elements.PortMap).of(k.packetKey())), counter(spoofedCounter), drop)
 	}
 }
 

@@ -10,6 +10,9 @@ const contentsIP = `
 	counter learned {
 	}
 
+	counter spoofed_drops {
+	}
+
 	counter unsure {
 	}
 
@@ -139,9 +142,15 @@ const contentsIP = `
 		update @buckets_256 { ip saddr . ip daddr . udp dport limit rate 512/minute burst 256 packets } ct label set 126 add @admitted_flows { ip saddr . udp sport . ip daddr . udp dport } counter name "admitted" dnat to ip saddr . ip daddr . udp dport map @permissions:ip saddr . ip daddr . udp dport map @permission_ports comment "a peer may send from any port"
 	}
 
+	chain faked_peer {
+		socket wildcard <= 1 accept comment "the gateway itself serves it"
+		udp sport set ip saddr . ip daddr . udp dport map @permission_ports counter name "spoofed_drops" drop comment "it would keep the peer from the inside host"
+	}
+
 	chain admit {
 		type nat hook prerouting priority 2147483646; policy accept;
 		meta l4proto udp iifname @outside ct zone 0 goto admitted comment "permissions are of the default zone"
+		meta l4proto udp iifname != @outside ct zone 0 fib saddr . mark . iif oif missing goto faked_peer comment "the source may be faked"
 	}
 
 	chain keep_source {
