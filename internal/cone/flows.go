@@ -99,7 +99,7 @@ func (m *Model) role(f *Flow) (role, Permission, Subnet) {
 	_, local := m.topo.local[f.Dst.Addr]
 	switch {
 	case f.Status.Has(StatusDstNAT) && !expected:
-		if f.Labelled || !m.policy.Labels && m.find(inbound.Key, inbound.Int) != none {
+		if labels := m.labels(); labels && f.Labelled || !labels && m.find(inbound.Key, inbound.Int) != none {
 			return roleChild, inbound, Subnet{}
 		}
 		return roleDNAT, inbound, Subnet{}
@@ -120,6 +120,7 @@ func IsAnchor(src, dst Endpoint) bool {
 func (m *Model) FlowSeen(now time.Duration, f *Flow) {
 	m.seeHelped(now, f)
 	m.noteZones(f)
+	m.noteLabel(f)
 	switch role, p, subnet := m.role(f); role {
 	case roleOut:
 		m.seeOut(now, f, p, subnet)
@@ -251,7 +252,7 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 		switch {
 		case f.Status.Has(StatusExpected):
 			m.orphan(f, p)
-		case f.Labelled:
+		case f.Labelled && m.labels():
 			// The map may have learned a permission of which no event came yet. So drop the
 			// child only if there is a claim of its Key, or at the end of a snapshot.
 			switch {

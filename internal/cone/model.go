@@ -104,9 +104,11 @@ type Model struct {
 	unplaced  bool                    // since the last snapshot the topology refused a flow
 	last      lastMappings
 	skips     skips
-	strays    strays
-	rerouted  func(Permission) bool // see SetRerouted; may be nil
-	revoked   revocations
+	// othersLabel says that flows have our label which our rules cannot have given them.
+	othersLabel bool
+	strays      strays
+	rerouted    func(Permission) bool // see SetRerouted; may be nil
+	revoked     revocations
 
 	observer func(Event) // may be nil
 

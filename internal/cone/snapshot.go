@@ -26,6 +26,8 @@ type snapshot struct {
 
 	inZones map[ends]uint16         // as in skips, but only of flows seen since it began
 	second  map[netip.Prefix]uint16 // likewise
+
+	othersLabel bool // as in Model, but only of flows seen since it began
 }
 
 func (s *snapshot) gone(id uint32) {
@@ -59,6 +61,7 @@ func (m *Model) SnapshotFlow(now time.Duration, f *Flow) {
 	}
 	m.seeHelped(now, f)
 	m.noteZones(f)
+	m.noteLabel(f)
 	switch role, _, _ := m.role(f); role {
 	case roleOut:
 		m.show(now, f)
@@ -67,7 +70,7 @@ func (m *Model) SnapshotFlow(now time.Duration, f *Flow) {
 	case roleChild:
 		m.snap.inbound = append(m.snap.inbound, *f)
 	case roleDNAT:
-		if m.unread || !m.policy.Labels { // else nothing needs it
+		if m.unread || !m.labels() { // else nothing needs it
 			m.snap.keepForwarded(f)
 		}
 	}
@@ -122,6 +125,7 @@ func (m *Model) EndSnapshot(now time.Duration) {
 		defer m.expireOverdue(now)
 	}
 	m.skips.inZones, m.skips.second = m.snap.inZones, m.snap.second
+	m.othersLabel = m.snap.othersLabel
 	m.AbortSnapshot()
 	var changed []int32
 	for n := range m.flows.all {

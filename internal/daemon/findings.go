@@ -38,6 +38,9 @@ func (l *loop) warnings() (out warnings) {
 		out.add(warnPortPerPeer, "", "peers see another outside port each of one and the same inside port, so a rule of yours has random or fully-random: "+
 			`mapping = "endpoint_independent" keeps one`)
 	}
+	if l.engine.Model.LabelTaken() {
+		out.add(warnLabelTaken, "", "a rule of yours sets bit 126 of the conntrack label, by which conenatd knows the flows that its map admits: set another bit")
+	}
 	if len(largeGroups(l.cfg)) > 0 && l.backends.nft == nil {
 		out.add(warnLargeGroups, "", "peer_groups of more than 16 IPv4 addresses hold for routed subnets alone: only the nft backend can translate for these")
 	}

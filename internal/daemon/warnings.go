@@ -44,6 +44,7 @@ const (
 	warnLargeGroups     warningID = "large_peer_groups"
 	warnNoMapping       warningID = "mapping_not_supported"
 	warnNotMapped       warningID = "flows_not_mapped"
+	warnLabelTaken      warningID = "label_taken"
 	warnEventsOff       warningID = "events_off"
 	warnAccountingOff   warningID = "accounting_off"
 	warnForwardingOff   warningID = "forwarding_off"       // about is the subnet

@@ -119,6 +119,7 @@ var meanings = []meaning{
 	{id: "large_peer_groups", severity: Warning, why: "hosts behind source NAT get permissions for single peers only", fix: set(File, `backend = "auto"`)},
 	{id: "mapping_not_supported", severity: Error, why: "hosts do not keep one outside port"},
 	{id: "flows_not_mapped", severity: Warning, why: "hosts do not keep one outside port", flows: true},
+	{id: "label_taken", severity: Warning, why: "conenatd cannot tell what its map admits from what your rules forward to the same endpoint", flows: true},
 	{id: "events_off", severity: Error, why: "a peer's first packets are lost, for up to half a minute", fix: run("net/netfilter/nf_conntrack_events", "1")},
 	{
 		id: "accounting_off", severity: Warning, why: "a peer that goes on sending keeps its permission, although the host is silent",
