@@ -178,3 +178,32 @@ func TestWhoSendsFirstAfterALifetimeHasThePermission(t *testing.T) {
 	d.wantOps("one sends", d.snapshot(lifetime+1, first, second), Grant)
 	d.want("10.47.11.110:1")
 }
+
+// The first dump after a start cannot tell which side sent last, so a peer that alone goes on
+// sending gets one lifetime more. Later dumps can.
+//
+// Fails when such a peer extends the permission beyond a lifetime after the start.
+func TestPeerThatSendsAcrossAStartExtendsOnce(t *testing.T) {
+	const in = "10.47.11.109:1"
+	d := newDesk(t, nil)
+	f := d.counted(in, "203.0.113.5:9", 0)
+	f.Status |= StatusSeenReply | StatusAssured
+	d.m.SetTimeouts(Timeouts{UDP: lifetime / 2, Stream: 2 * lifetime})
+	d.m.Adopt(0, Permission{Key: Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr}, Int: f.Src}, ByExpectation, lifetime/2)
+	d.up[Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr}] = f.Src
+	d.by[Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr}] = ByExpectation
+	for now := time.Duration(0); now < 2*lifetime; now += lifetime / 8 {
+		f.Left = 2 * lifetime // the peer has just sent
+		f.ReplyPackets++
+		d.snapshot(now, f)
+		for d.m.Tick(now, 10) {
+		}
+		d.carry()
+		switch {
+		case now < lifetime:
+			d.want(in)
+		case now > lifetime+lifetime/8: // a look later
+			d.want()
+		}
+	}
+}
