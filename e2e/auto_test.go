@@ -148,48 +148,59 @@ func TestHelperOfTheUsersWorks(t *testing.T) {
 // A chain in another hook drops what the forward chain would accept. Lost children reveal it;
 // once the chain is gone, that evidence no longer counts.
 //
-// Fails when the forward hook alone decides, and when evidence outlives the rules.
+// Fails when the chains that are read alone decide, and when evidence outlives the rules.
 func TestAutoSeesWhatOtherHooksDrop(t *testing.T) {
 	t.Parallel() // mostly it waits
 	stage.NeedsExpect(t)
-	for hook, link := range map[string]string{"prerouting": `iifname "wan0"`, "postrouting": `oifname "lan0"`} {
-		t.Run(hook, func(t *testing.T) {
-			s := play(t, lab.Options{Rules: lab.Masquerade + "table inet f { chain c { type filter hook " + hook + " priority filter; " +
-				link + " ct state new meta l4proto udp drop; }; }\n"}, append(stage.Auto, "--reconcile=1s")...)
-			if why := s.carried("nft"); why != "dnat_accepted" {
-				t.Fatalf("at first because %q", why)
-			}
-			phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
-			ext := s.Contact(phone, proxy)
-			s.Stands(phone, proxy, ext)
-			c := s.losesChildren(ext, "expectations carry", func(c control.Carried) bool { return c.By == "expect" })
-			if c.Why != "related_accepted" || c.Chain != "" || len(c.Evidence) == 0 || c.Evidence[0].By != "nft" || c.Evidence[0].Passed != 0 {
-				t.Errorf("carried %+v", c)
-			}
-			s.Until("it stands by an expectation", func() bool { return s.Listed(phone, proxy, ext, "standing").Backend == "expect" })
-			s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
-			if s.mapWarning() {
-				t.Errorf("warnings %q", s.Status().Warnings)
-			}
-			s.Must(s.NFT("delete table inet f"))
-			s.carried("nft")
-			s.Until("it stands in the map", func() bool { return s.Listed(phone, proxy, ext, "standing").Backend == "nft" })
-			s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
-		})
+	s := play(t, lab.Options{Rules: lab.Masquerade + `table inet f { chain c { type filter hook postrouting priority filter
+		oifname "lan0" ct state new meta l4proto udp drop
+	}; }
+`}, append(stage.Auto, "--reconcile=1s")...)
+	if why := s.carried("nft"); why != "dnat_accepted" {
+		t.Fatalf("at first because %q", why)
 	}
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Stands(phone, proxy, ext)
+	c := s.losesChildren(ext, "expectations carry", func(c control.Carried) bool { return c.By == "expect" })
+	if c.Why != "related_accepted" || c.Chain != "" || len(c.Evidence) == 0 || c.Evidence[0].By != "nft" || c.Evidence[0].Passed != 0 {
+		t.Errorf("carried %+v", c)
+	}
+	s.getsInByWhatCarries(phone, proxy, ext)
 }
 
-// Chains drop children of one subnet that the forward hook accepts. What is lost before the
-// forward hook may be another subnet's, but not if children of that one pass.
+// getsInByWhatCarries checks that children get in by an expectation while a chain of table f
+// drops those of the map, and by the map once the table is gone.
+func (s *scene) getsInByWhatCarries(phone, proxy *lab.Socket, ext netip.AddrPort) {
+	s.T.Helper()
+	s.Until("it stands by an expectation", func() bool { return s.Listed(phone, proxy, ext, "standing").Backend == "expect" })
+	drain(phone) // the last packet before may have come in
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+	if s.mapWarning() {
+		s.T.Errorf("warnings %q", s.Status().Warnings)
+	}
+	s.Must(s.NFT("delete table inet f"))
+	s.carried("nft")
+	s.Until("it stands in the map", func() bool { return s.Listed(phone, proxy, ext, "standing").Backend == "nft" })
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
+}
+
+// A routing rule or a chain drops children of one subnet that the forward hook accepts. What is
+// lost before the forward hook may be another subnet's, but not if children of that one pass.
 //
 // Fails when the evidence of one subnet counts for another.
 func TestAutoJudgesEachSubnetByItsOwnChildren(t *testing.T) {
 	t.Parallel() // mostly it waits
 	stage.NeedsExpect(t)
-	for _, hook := range []string{"prerouting", "postrouting"} {
-		t.Run(hook, func(t *testing.T) {
-			s := newScene(t, lab.Options{Inside: 2, Rules: lab.Masquerade + "table inet f { chain c { type filter hook " + hook +
-				" priority filter; ip daddr 10.47.11.109 ct state new meta l4proto udp drop; }; }\n"})
+	for name, drops := range map[string]string{
+		"routing": "ip rule add to 10.47.11.109 iif wan0 ipproto udp sport 6000-6999 blackhole",
+		"postrouting": "nft 'table inet f { chain c { type filter hook postrouting priority filter; " +
+			"ip daddr 10.47.11.109 ct state new meta l4proto udp drop; }; }'",
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newScene(t, lab.Options{Inside: 2, Rules: lab.Masquerade})
+			_, err := s.Gateway.Output("sh", "-c", drops)
+			s.Must(err)
 			s.Start("--backend=auto", "--reconcile=1s", "--subnet=10.47.11.109/32", "--subnet=10.47.11.110/32")
 			proxy := s.PeerSocket(lab.PeerA, 5060)
 			phone, other := s.InsideSocket(0, 5060), s.InsideSocket(1, 5062)
@@ -198,11 +209,12 @@ func TestAutoJudgesEachSubnetByItsOwnChildren(t *testing.T) {
 			s.Stands(other, proxy, otherExt)
 			port := uint16(7000)
 			s.losesChildren(ext, "expectations carry", func(c control.Carried) bool {
-				if port++; port%8 == 0 && hook == "prerouting" {
+				if port++; port%8 == 0 && name == "routing" {
 					s.Arrives(other, s.PeerSocket(lab.PeerA, port), otherExt)
 				}
 				return c.By == "expect"
 			})
+			drain(phone) // the last of them may have come in
 			s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 			if c := s.Status().Subnets[1].Carried; c.By != "nft" || c.Why != "dnat_accepted" {
 				t.Errorf("the other subnet has %+v", c)
@@ -243,7 +255,7 @@ func TestAutoTellsOfOtherHooksThatDropAll(t *testing.T) {
 	ext := s.Contact(phone, proxy)
 	s.Stands(phone, proxy, ext)
 	s.losesChildren(ext, "both kinds of children are lost", func(c control.Carried) bool { return c.Why == "both_dropped" })
-	const text = "your firewall drops the flows of peers into subnet 10.47.11.0/24: a chain of another hook than forward"
+	const text = "your firewall drops the flows of peers into subnet 10.47.11.0/24: a chain of another hook than prerouting and forward"
 	s.told(text)
 	s.Must(s.NFT("delete table inet f"))
 	s.over(text)
@@ -257,15 +269,15 @@ func TestAutoTellsOfOtherHooksThatDropAll(t *testing.T) {
 //
 // Fails when lost children cause no warning, and when the warning outlives the rules.
 func TestNFTChildrenThatOtherHooksDropAreTold(t *testing.T) {
-	s := play(t, lab.Options{Rules: lab.Masquerade + "table inet f { chain c { type filter hook prerouting priority filter; " +
-		`iifname "wan0" ct state new meta l4proto udp drop; }; }` + "\n"}, append(stage.NFT, "--reconcile=1s")...)
+	s := play(t, lab.Options{Rules: lab.Masquerade + "table inet f { chain c { type filter hook postrouting priority filter; " +
+		`oifname "lan0" ct state new meta l4proto udp drop; }; }` + "\n"}, append(stage.NFT, "--reconcile=1s")...)
 	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 	ext := s.Contact(phone, proxy)
 	s.Stands(phone, proxy, ext)
 	for i := range uint16(4) {
 		s.Must(s.PeerSocket(lab.PeerA, 6000+i).Send(ext, "lost"))
 	}
-	const text = "your firewall drops the flows of peers into subnet 10.47.11.0/24: a chain of another hook than forward"
+	const text = "your firewall drops the flows of peers into subnet 10.47.11.0/24: a chain of another hook than prerouting and forward"
 	s.told(text)
 	s.Must(s.NFT("delete table inet f"))
 	s.over(text)

@@ -198,8 +198,8 @@ func TestWhatOnlyTheMapAdmitsIsToldByEvidence(t *testing.T) {
 	const chain, policy = "table inet f { chain c { type filter hook ", " priority filter; iifname \"wan0\" meta l4proto udp ct state new "
 	group := netip.PrefixFrom(lab.PeerA, 24).Masked().String()
 	hooks := map[string]struct{ rules, dropper string }{
-		"another hook":       {chain + "prerouting" + policy + "drop; }; }\n", "a chain of another hook than forward"},
-		"an unknown matcher": {chain + "forward" + policy + "meta mark 0 drop; }; }\n", "the forward chain"},
+		"another hook":       {chain + "postrouting" + policy + "drop; }; }\n", "a chain of another hook than prerouting and forward"},
+		"an unknown matcher": {chain + "forward" + policy + "meta mark 0 drop; }; }\n", "a rule that conenatd cannot judge"},
 	}
 	for kind, tc := range map[string]struct{ flag, about, names, peers string }{
 		"group": {"--peer-group=" + group, lab.InsideNet.String() + " peer_groups", group, group},

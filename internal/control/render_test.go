@@ -23,7 +23,7 @@ var full = Status{
 	Backend: "expect", Helper: Helper{IPv4: "conenat"},
 	Subnets: []Subnet{
 		{Prefix: netip.MustParsePrefix("10.47.11.0/24"), Mapping: "endpoint_independent", Hairpin: true, Carried: Carried{
-			By: "expect", Why: "related_accepted", Chain: "inet filter forward",
+			By: "expect", Why: "related_accepted", Chain: "inet filter prerouting", Before: BeforeNAT,
 			Evidence: []Evidence{{"nft", 12, 0}, {"expect", 8, 7}},
 		}},
 		{Prefix: netip.MustParsePrefix("2001:db8:47::/64"), Routed: true, Filtering: "endpoint_independent", Mapping: "kernel", Carried: Carried{

@@ -160,11 +160,19 @@ type Carried struct {
 	By    string `json:"by"`              // expect, nft or expect+nft
 	Why   string `json:"why"`             // an identifier
 	Chain string `json:"chain,omitempty"` // the chain of the user's firewall that drops flows
-	Error string `json:"error,omitempty"` // why the user's forward chains cannot be read
+	// Before says that the chain sees packets before conntrack or NAT do.
+	Before string `json:"before,omitempty"`
+	Error  string `json:"error,omitempty"` // why the user's chains cannot be read
 	// Evidence is what the user's firewall did recently with children, if its rules do not
 	// tell.
 	Evidence []Evidence `json:"evidence,omitempty"`
 }
+
+// What Carried.Before says.
+const (
+	BeforeNAT       = "nat"
+	BeforeConntrack = "conntrack"
+)
 
 // Evidence is what a firewall did with the last children of one carrier.
 type Evidence struct {

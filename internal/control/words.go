@@ -48,7 +48,7 @@ var prose = map[string]string{
 	"dnat_dropped":     "CHAIN drops DNATed flows",
 	"related_dropped":  "CHAIN drops RELATED flows",
 	"cannot_tell":      "whether your firewall accepts DNATed flows cannot be told from its rules",
-	"unread":           "your forward chains cannot be read",
+	"unread":           "your chains of prerouting and forward cannot be read",
 	"not_mappable":     "it is routed or of IPv6",
 	"only_map":         "only the map can admit everybody",
 	"only_backend":     "no other backend is in use",

@@ -7,7 +7,7 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// A childQuestion asks what the user's forward hook does with children of some subnets.
+// A childQuestion asks what the user's chains do with children of some subnets.
 type childQuestion struct {
 	*userrules.Ruleset
 	outside, inside []userrules.Link
@@ -16,7 +16,7 @@ type childQuestion struct {
 
 // children returns the question about these subnets.
 func (f *firewall) children(network gateway.Network, subnets []netip.Prefix) (q childQuestion, err error) {
-	q = childQuestion{f.user, outsideLinks(network), nil, subnets}
+	q = childQuestion{f.user, arrivingBy(network), nil, subnets}
 	if len(q.outside) == 0 {
 		return q, nil
 	}
@@ -28,6 +28,15 @@ func (f *firewall) children(network gateway.Network, subnets []netip.Prefix) (q 
 		q.inside = append(q.inside, linkOf(l))
 	}
 	return q, err
+}
+
+// arrivingBy returns the outside links, with the addresses for which packets arrive by them.
+func arrivingBy(network gateway.Network) []userrules.Link {
+	links, own := outsideLinks(network), ownAddrs(network)
+	for i := range links {
+		links[i].Masquerade = own[links[i].Name]
+	}
+	return links
 }
 
 // only returns the question about one of the subnets.
@@ -45,8 +54,8 @@ func (q childQuestion) of(peers netip.Prefix) ([]userrules.ChildVerdicts, error)
 // all rules, which takes tens of milliseconds if there are thousands.
 const mostGroupsAsked = 8
 
-// spared returns the IPv4 groups whose children in the map pass the forward hook, or may pass
-// it. most is what it does with those of most peers, and these are dropped, by the rules or as
+// spared returns the IPv4 groups whose children in the map pass the user's chains, or may pass
+// them. most is what these do with those of most peers, and these are dropped, by the rules or as
 // evidence shows.
 func (q childQuestion) spared(groups []netip.Prefix, most userrules.Answer) (all []netip.Prefix) {
 	for _, g := range groups[:min(len(groups), mostGroupsAsked)] {

@@ -23,6 +23,27 @@ const accept = "let it accept UDP flows with 'ct status dnat' (iptables: -p udp 
 // DNATed.
 const acceptUntranslated = "let it accept 'ct state related' (iptables: -m conntrack --ctstate RELATED -j ACCEPT)"
 
+// acceptNew and acceptUDP are the advice for chains of prerouting that cannot tell children from
+// other packets.
+const (
+	acceptNew = "there, before NAT, nothing tells what the map admits from other new flows: let it accept new UDP flows to ports of inside hosts"
+	acceptUDP = "there, before conntrack, nothing tells flows of peers from others: let it accept UDP to ports of inside hosts"
+)
+
+// advice says what the chain that drops children should accept. expected says that expectations
+// can admit them, alone that nothing else can.
+func advice(at userrules.Place, expected, alone bool) string {
+	switch {
+	case at == userrules.BeforeConntrack:
+		return acceptUDP
+	case alone, at == userrules.BeforeNAT && expected:
+		return acceptUntranslated
+	case at == userrules.BeforeNAT:
+		return acceptNew
+	}
+	return accept
+}
+
 // A decision says which carrier the permissions of a subnet use if both could carry
 // them, and why.
 type decision struct {
@@ -35,25 +56,25 @@ type decision struct {
 	zoned    bool           // the warning is about conntrack zones
 	mapLost  bool           // children of the map are dropped, though expectations carry the subnet
 	spared   []netip.Prefix // peer groups whose children pass all the same, as far as is known
-	// elsewhere says that children are lost though the forward hook accepts most of them.
+	// elsewhere says that children are lost though the chains that are read accept most of them.
 	elsewhere bool
 }
 
 // chain names the chain that drops flows, if why says that one does.
-func (d *decision) chain() string {
+func (d *decision) chain() userrules.Dropper {
 	switch d.why {
 	case relatedAccepted, bothDropped, dnatDropped, relatedDropped:
-		return d.Dropper
+		return d.Dropper()
 	}
 	return d.blocker()
 }
 
 // blocker names the chain that drops flows if the user is warned of it, whatever why says.
-func (d *decision) blocker() string {
+func (d *decision) blocker() userrules.Dropper {
 	if d.warning == "" {
-		return ""
+		return userrules.Dropper{}
 	}
-	return d.Dropper
+	return d.Dropper()
 }
 
 // A why is the identifier (docs/control.md) of the reason for a decision.
@@ -72,8 +93,8 @@ const (
 	onlyBackend     why = "only_backend"
 )
 
-// decide returns what carries the permissions of each subnet, judging by what the user's
-// forward hook does with children.
+// decide returns what carries the permissions of each subnet, judging by what the user's chains
+// of the prerouting and forward hooks do with children.
 func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.Prefix]decision {
 	verdicts := make([]userrules.ChildVerdicts, len(cfg.Subnets))
 	q, unread := f.children(network, prefixes(cfg.Subnets))
@@ -113,7 +134,7 @@ func translated(s config.Subnet) bool { return !s.Routed && s.Prefix.Addr().Is4(
 
 // weigh decides by the rules. It decides by evidence, that is, by what became of children into
 // the subnet, if the answer of the rules is unknown, or if children are lost although the
-// forward hook accepts most of them.
+// chains that are read accept most of them.
 func (w *witnesses) weigh(v userrules.ChildVerdicts) decision {
 	elsewhere := false
 	answer := func(a *userrules.Answer, w *witness, by cone.Carriers) []control.Evidence {
@@ -139,7 +160,7 @@ func (w *witnesses) weigh(v userrules.ChildVerdicts) decision {
 	return d
 }
 
-// choose decides by what the forward hook does with most children.
+// choose decides by what the user's chains do with most children.
 func choose(v userrules.ChildVerdicts) decision {
 	d := decision{ChildVerdicts: v}
 	dnated, related := v.MostDNATed, v.MostRelated
@@ -163,9 +184,9 @@ func choose(v userrules.ChildVerdicts) decision {
 // dropper names what drops children.
 func (d *decision) dropper() string {
 	if d.elsewhere {
-		return "a chain of another hook than forward, or a rule for some of them"
+		return "a chain of another hook than prerouting and forward, or a rule for some of them"
 	}
-	return cmp.Or(d.Dropper, "the forward chain")
+	return cmp.Or(d.Dropper().Chain, "a rule that conenatd cannot judge")
 }
 
 // warning says what the user has to do about children that are dropped, and whether
@@ -173,10 +194,8 @@ func (d *decision) dropper() string {
 func (f *firewall) warning(cfg config.Config, s config.Subnet, d decision) (text string, zoned bool) {
 	const inZone = "packets from outside come in another conntrack zone than answers do, where no expectation stands"
 	expected := f.withExpectations() && (!f.withMap || !translated(s) || d.Choice == cone.ChooseExpectation)
-	accept := accept
-	if !translated(s) {
-		accept = acceptUntranslated
-	}
+	open := s.Filtering == config.EndpointIndependent && translated(s) // only the map can admit everybody
+	accept := advice(d.Dropper().At, f.withExpectations() && !open && !f.packetsInZone, !translated(s))
 	switch {
 	case s.Filtering == config.AddressAndPortDependent: // there are no permissions
 		return "", false
@@ -185,7 +204,7 @@ func (f *firewall) warning(cfg config.Config, s config.Subnet, d decision) (text
 	case expected && d.MostRelated == userrules.Dropped, !expected && d.MostDNATed == userrules.Dropped && d.MostRelated == userrules.Dropped:
 	case !expected && d.MostDNATed == userrules.Dropped:
 		switch {
-		case s.Filtering == config.EndpointIndependent && translated(s):
+		case open:
 			accept = `only the map can admit everybody (filtering endpoint_independent); ` + accept
 		case cfg.Backend == config.BackendNFT && len(largeGroups(cfg)) == 0:
 			accept += `, or set backend = "auto"`
@@ -276,13 +295,19 @@ func (l *loop) carried(s config.Subnet) control.Carried {
 	x, known := l.decisions[s.Prefix]
 	switch {
 	case !translated(s):
-		return control.Carried{By: cone.ByExpectation.String(), Why: string(notMappable), Chain: x.blocker()}
+		return carriedBy(cone.ByExpectation.String(), notMappable, x.blocker())
 	case l.backends.carriers().Carriers() != cone.AllCarriers || !known:
-		return control.Carried{By: l.backends.String(), Why: string(onlyBackend), Chain: x.blocker()}
+		return carriedBy(l.backends.String(), onlyBackend, x.blocker())
 	}
-	c := control.Carried{By: l.carriers(x.Choice).String(), Why: string(x.why), Chain: x.chain(), Evidence: x.evidence}
+	c := carriedBy(l.carriers(x.Choice).String(), x.why, x.chain())
+	c.Evidence = x.evidence
 	if x.err != nil {
 		c.Error = x.err.Error()
 	}
 	return c
+}
+
+func carriedBy(by string, why why, dropper userrules.Dropper) control.Carried {
+	before := map[userrules.Place]string{userrules.BeforeNAT: control.BeforeNAT, userrules.BeforeConntrack: control.BeforeConntrack}
+	return control.Carried{By: by, Why: string(why), Chain: dropper.Chain, Before: before[dropper.At]}
 }

@@ -69,7 +69,7 @@ type witness struct {
 	seen             time.Duration // when the last child came
 	failing          int           // consecutive dumps of flows after which no child had passed
 	anyPassed        bool          // since restart
-	accepted         bool          // the rules of the forward hook accept all children
+	accepted         bool          // the rules that are read accept all children
 }
 
 // read takes in the totals.
@@ -102,13 +102,13 @@ func (w *witness) judge(dumped bool) {
 	}
 }
 
-// contradicts reports whether all children are lost though the rules of the forward hook accept
+// contradicts reports whether all children are lost though the rules that are read accept
 // them, for instance in a chain of another hook. If one child passed, the lost ones may be those
 // of a peer that the user blocks. One dump does not suffice: if events were lost, it is the next
 // dump that shows the children.
 func (w *witness) contradicts() bool { return w.failing > 1 }
 
-// acceptedNow takes in whether the rules of the forward hook accept all children. Children that
+// acceptedNow takes in whether the rules that are read accept all children. Children that
 // were lost before say nothing against them.
 func (w *witness) acceptedNow(accepted bool) {
 	if accepted && !w.accepted {

@@ -42,7 +42,7 @@ const (
 	stepMap         step = "map"         // our chain admit
 	stepChildren    step = "children"    // their number
 	stepDiversion   step = "diversion"   // our chain children
-	stepFirewall    step = "firewall"    // the user's chains of the forward hook
+	stepFirewall    step = "firewall"    // the user's chains of the prerouting and forward hooks
 )
 
 // A result is the identifier (docs/control.md) of what a step does with a packet.
@@ -81,7 +81,7 @@ type packetCase struct {
 	served    bool                  // a socket of the gateway gets what comes to ext
 	diverted  []userrules.Diversion // what rules of the user's take from inside hosts
 	most      func(control.Permission) int
-	// firewall says what the user's forward hook does with packets to a host.
+	// firewall says what the user's chains do with packets to a host.
 	firewall func(host netip.Addr, kind flowKind) (a userrules.Answer, dropper string)
 }
 
@@ -148,7 +148,7 @@ func (s source) gather(c *packetCase) error {
 		c.forward = &userrules.Forward{Unknown: true, Text: fmt.Sprintf("your rules cannot be read: %v", err)}
 		return nil
 	}
-	outside := outsideLinks(network)
+	outside := arrivingBy(network)
 	if len(outside) > 0 {
 		c.forward = forwardOf(rs.Forwards(outside), c.peer.Addr(), c.ext)
 	}
@@ -160,7 +160,7 @@ func (s source) gather(c *packetCase) error {
 	c.firewall = func(host netip.Addr, kind flowKind) (userrules.Answer, string) {
 		if kind == ofStranger {
 			if a, dropper, err := rs.Stranger(outside, inside, c.peer, netip.AddrPortFrom(host, c.ext.Port())); err == nil {
-				return a, dropper
+				return a, dropper.Chain
 			}
 			return userrules.Unknown, ""
 		}
@@ -258,7 +258,7 @@ func forwardOf(all []userrules.Forward, peer netip.Addr, ext netip.AddrPort) (fo
 	return found
 }
 
-// passes says what the forward hook does with the first packet of a child to a host: by the
+// passes says what the user's chains do with the first packet of a child to a host: by the
 // rules, or if these do not tell by what became of other children.
 func passes(rs *userrules.Ruleset, outside []userrules.Link, n gateway.Network, x decision, host netip.Addr, related bool) (userrules.Answer, string) {
 	one := []netip.Prefix{netip.PrefixFrom(host, host.BitLen())}
@@ -266,16 +266,17 @@ func passes(rs *userrules.Ruleset, outside []userrules.Link, n gateway.Network, 
 	if links, err := n.LinksTo(0, one); err == nil {
 		inside := []userrules.Link{{Index: links[0].Index, Name: links[0].Name}}
 		if v, err := rs.Children(outside, inside, one); err == nil {
-			if a, all, dropper = v[0].MostDNATed, v[0].DNATed, v[0].Dropper; related {
-				a, all = v[0].MostRelated, v[0].Related
+			if a, all, dropper = v[0].MostDNATed, v[0].DNATed, v[0].DNATedBy.Chain; related {
+				a, all, dropper = v[0].MostRelated, v[0].Related, v[0].RelatedBy.Chain
 			}
 		}
 	}
 	if a == userrules.Unknown || x.elsewhere {
-		a, dropper = x.MostDNATed, cmp.Or(x.Dropper, "a chain of another hook than forward")
+		a, dropper = x.MostDNATed, x.DNATedBy.Chain
 		if related {
-			a = x.MostRelated
+			a, dropper = x.MostRelated, x.RelatedBy.Chain
 		}
+		dropper = cmp.Or(dropper, "a chain of another hook than prerouting and forward")
 	} else if all != a { // a rule for some peers or ports decides otherwise
 		return userrules.Unknown, ""
 	}
@@ -470,7 +471,7 @@ func (c *packetCase) maybe() string {
 	return fmt.Sprintf(" (a flow of the last %v may have given one: events are lean)", max(c.unseen.Round(time.Second), time.Second))
 }
 
-// filter asks the user's forward hook about a packet to an inside host.
+// filter asks the user's chains about a packet to an inside host.
 func (c *packetCase) filter(say func(s step, r result, format string, args ...any), to netip.AddrPort, kind flowKind) (netip.AddrPort, verdict) {
 	switch a, dropper := c.firewall(to.Addr(), kind); a {
 	case userrules.Accepted:

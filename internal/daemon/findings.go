@@ -111,7 +111,7 @@ func (w *warnings) addDecisions(cfg config.Config, decisions map[netip.Prefix]de
 		w.addMapLost(cfg, s, &x, alone(s.Prefix))
 	}
 	if unread != nil {
-		w.add(warnChainsUnread, "", "what your forward chains let pass is told by flows of peers alone, for they cannot be read: %v", unread)
+		w.add(warnChainsUnread, "", "what your chains of prerouting and forward let pass is told by flows of peers alone, for they cannot be read: %v", unread)
 	}
 }
 

@@ -42,7 +42,7 @@ func TestAutoIsAdvisedWhereItHelps(t *testing.T) {
 			if tc.group.IsValid() {
 				cfg.PeerGroups = []netip.Prefix{tc.group}
 			}
-			d := choose(userrules.ChildVerdicts{MostDNATed: userrules.Dropped, MostRelated: userrules.Accepted, Dropper: "inet f forward"})
+			d := choose(userrules.ChildVerdicts{MostDNATed: userrules.Dropped, MostRelated: userrules.Accepted, DNATedBy: userrules.Dropper{Chain: "inet f forward"}})
 			if tc.filtering == config.EndpointIndependent {
 				d.Choice = cone.ChooseMap
 			}

@@ -105,6 +105,28 @@ func (f *Facts) accept(chain string, s control.Subnet) (lines []Line, keep strin
 	return lines, "write the rule into /etc/nftables.conf, too, or wherever these rules come from" + keep
 }
 
+// acceptEarly returns the lines that let children of the subnet pass a chain of prerouting before
+// NAT: those of expectations, which are RELATED. Nothing tells others there.
+func (f *Facts) acceptEarly(s control.Subnet, inMap bool) (lines []Line, keep string) {
+	if s.Carried.Before != control.BeforeNAT || inMap || !strings.Contains(f.Status.Backend, "expect") {
+		return nil, ""
+	}
+	title, name, ok := cutLast(s.Carried.Chain)
+	if !ok || title == "inet firewalld" {
+		return nil, ""
+	}
+	const behind = "; put it behind rules that set marks"
+	program, table := iptables(title, name)
+	if program == "" {
+		rule := iifname(f.Status.Outside) + "meta l4proto udp ct state related accept"
+		return []Line{nft("insert rule %s %s %s", title, name, rule)}, "write the rule into /etc/nftables.conf, too, or wherever these rules come from" + behind
+	}
+	for _, link := range f.Status.Outside {
+		lines = append(lines, Line{Shell, fmt.Sprintf("%s -t %s -I %s -i %s -p udp -m conntrack --ctstate RELATED -j ACCEPT", program, table, name, quote(link))})
+	}
+	return lines, "save the rules as your system does, for example with 'netfilter-persistent save'" + behind
+}
+
 // alsoForwards says what a line opens beside children.
 const alsoForwards = "; the rule accepts port forwards of yours for UDP to this subnet, too: put it behind rules that restrict these"
 

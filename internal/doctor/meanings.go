@@ -71,6 +71,9 @@ func letIn(f *Facts, d control.Finding) ([]Line, string) {
 	}
 	s := f.Status.Subnets[i]
 	s.Routed = s.Routed && !inMap // what the map admits is translated
+	if s.Carried.Before != "" {
+		return f.acceptEarly(s, inMap)
+	}
 	return f.accept(s.Carried.Chain, s)
 }
 

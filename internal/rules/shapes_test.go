@@ -323,28 +323,35 @@ func TestChildrenMeetWhatTheirFirewallSays(t *testing.T) {
 			g := newGate(t, lab.Options{Rules: lab.Masquerade}, granting)
 			load(t, g.Lab, f)
 			got := children(t, g.Lab)
-			if s := strings.TrimSpace(fmt.Sprint(got.DNATed, " ", got.Related, " ", got.Dropper)); s != f.want {
+			if s := strings.TrimSpace(fmt.Sprint(got.DNATed, " ", got.Related, " ", got.Dropper().Chain)); s != f.want {
 				t.Errorf("got %s, want %s\n%s", s, f.want, output(t, g.Lab, "nft", "list", "ruleset"))
 			}
 			if got.MostDNATed != got.DNATed || got.MostRelated != got.Related {
 				t.Errorf("not for all alike: %+v", got)
 			}
 
-			// A later packet from outside that arrives proves that an earlier one was lost.
-			in, peer := g.inside(5060), g.peer(lab.PeerA, 9000)
-			p := g.contact(in, peer)
-			ext := p.Ext.Netip()
-			fence := lab.Packet{From: peer, To: ext, Payload: "answer"}
-
-			g.grant(permission(ext, in.Addr(), lab.PeerB))
-			meets(t, in, lab.Packet{From: g.peer(lab.PeerB, 0), To: ext, Payload: "by the map"}, fence, got.DNATed)
-			permit(t, g.Lab, ext.String(), in.Addr().String(), lab.PeerC)
-			meets(t, in, lab.Packet{From: g.peer(lab.PeerC, 0), To: ext, Payload: "by an expectation"}, fence, got.Related)
+			g.sendsChildren(got)
 		})
 	}
 }
 
-// children returns what the forward hook does with children of the inside network.
+// sendsChildren sends a child of each kind through the firewall, which does with them what it
+// does with most.
+func (g *gate) sendsChildren(v userrules.ChildVerdicts) {
+	g.t.Helper()
+	// A later packet from outside that arrives proves that an earlier one was lost.
+	in, peer := g.inside(5060), g.peer(lab.PeerA, 9000)
+	p := g.contact(in, peer)
+	ext := p.Ext.Netip()
+	fence := lab.Packet{From: peer, To: ext, Payload: "answer"}
+
+	g.grant(permission(ext, in.Addr(), lab.PeerB))
+	meets(g.t, in, lab.Packet{From: g.peer(lab.PeerB, 0), To: ext, Payload: "by the map"}, fence, v.MostDNATed)
+	permit(g.t, g.Lab, ext.String(), in.Addr().String(), lab.PeerC)
+	meets(g.t, in, lab.Packet{From: g.peer(lab.PeerC, 0), To: ext, Payload: "by an expectation"}, fence, v.MostRelated)
+}
+
+// children returns what the rules do with children of the inside network.
 func children(t *testing.T, l *lab.Lab) userrules.ChildVerdicts {
 	t.Helper()
 	n, err := gateway.ReadNetwork(l.Gateway.FD(), gateway.Sides{})
@@ -355,7 +362,7 @@ func children(t *testing.T, l *lab.Lab) userrules.ChildVerdicts {
 	var outside, inside []userrules.Link
 	for _, x := range n.Links {
 		if x.Name == "wan0" {
-			outside = append(outside, userrules.Link{Index: x.Index, Name: x.Name})
+			outside = append(outside, userrules.Link{Index: x.Index, Name: x.Name, Masquerade: netip.MustParseAddr("198.51.100.1")})
 		}
 	}
 	for _, x := range to {

@@ -22,8 +22,8 @@ var hookNames = map[uint32]string{
 	unix.NF_INET_PRE_ROUTING: "prerouting", unix.NF_INET_FORWARD: "forward", unix.NF_INET_POST_ROUTING: "postrouting",
 }
 
-// Chains returns the chains that a Reader reads: the NAT chains of prerouting, those of
-// postrouting for IPv4, and the chains of the forward hook.
+// Chains returns the chains that a Reader reads: those of the prerouting and forward hooks, and
+// the NAT chains of postrouting for IPv4.
 func (rs *Ruleset) Chains() (all []Chain) {
 	for _, t := range rs.tables {
 		for _, b := range t.bases {

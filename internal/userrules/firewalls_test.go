@@ -126,7 +126,7 @@ func report(rs *Ruleset) string {
 	subnets := []netip.Prefix{inside4, inside6}
 	children, err := rs.Children([]Link{wan}, []Link{lan, lan}, subnets)
 	for i, v := range children {
-		line("children of %v: DNATed %v, most %v; RELATED %v, most %v; by %q", subnets[i], v.DNATed, v.MostDNATed, v.Related, v.MostRelated, v.Dropper)
+		line("children of %v: DNATed %v, most %v; RELATED %v, most %v; by %q", subnets[i], v.DNATed, v.MostDNATed, v.Related, v.MostRelated, v.Dropper().Chain)
 	}
 	line("children %v", err)
 	return b.String()

@@ -50,6 +50,9 @@ type AddrRange struct{ First, Last netip.Addr }
 type Link struct {
 	Index int
 	Name  string
+	// Masquerade is the IPv4 address that a masquerade gives to packets that leave by the link,
+	// if that is certain.
+	Masquerade netip.Addr
 }
 
 // A LAN is a link that may lead to an inside network, with its IPv4 networks.

@@ -17,7 +17,7 @@ type baseChain struct {
 	base
 }
 
-// Children says what the chains of the forward hook do with the first packet of a flow from
+// Children says what the chains of the prerouting and forward hooks do with the first packet of a flow from
 // the links outside, nil for any, to a host of each of the subnets. The answers are in the
 // order of the subnets, as are the links inside that lead to them. A link of inside without
 // a name, or one that is also outside, counts as unknown, but not as one of outside. The
@@ -32,17 +32,20 @@ func (rs *Ruleset) Children(outside, inside []Link, subnets []netip.Prefix) ([]C
 // ChildrenOf answers as Children does, for flows of the peers in one prefix. The prefix is
 // invalid for any peer, otherwise of the family of the subnets.
 func (rs *Ruleset) ChildrenOf(peers netip.Prefix, outside, inside []Link, subnets []netip.Prefix) ([]ChildVerdicts, error) {
-	chains, err := rs.forwardHook(subnets)
+	chains, err := rs.path(subnets)
 	if err != nil {
 		return nil, err
 	}
-	to := make([]*Link, len(subnets))
+	q := childQuery{chains: chains, peers: peers, outside: outside, inside: make([]*Link, len(subnets)), subnets: subnets}
+	if slices.ContainsFunc(chains, func(b baseChain) bool { return b.hook == unix.NF_INET_PRE_ROUTING }) && !rs.SourcesMayBeHidden() {
+		q.sources, q.exempt = rs.sourceNAT()
+	}
 	for i := range inside {
 		if l := &inside[i]; l.Name != "" && !slices.ContainsFunc(outside, func(o Link) bool { return o.Index == l.Index }) {
-			to[i] = l
+			q.inside[i] = l
 		}
 	}
-	answers, err := childVerdicts(chains, peers, outside, to, subnets)
+	answers, err := q.answer()
 	if err != nil {
 		return nil, err
 	}
@@ -54,25 +57,26 @@ func (rs *Ruleset) ChildrenOf(peers netip.Prefix, outside, inside []Link, subnet
 	return answers, nil
 }
 
-// Stranger says what the chains of the forward hook do with the first packet of a flow from one
+// Stranger says what the chains of the prerouting and forward hooks do with the first packet of a flow from one
 // endpoint, whose port is 0 for any, by one of the links outside, nil for any, to another one by
 // the link inside. Nobody translates the packet, and no expectation admits it. A link without a
 // name is unknown. dropper is the chain that drops it, as in ChildVerdicts. Errors and hidden
 // rules are as for Children.
-func (rs *Ruleset) Stranger(outside []Link, inside Link, from, to netip.AddrPort) (a Answer, dropper string, err error) {
+func (rs *Ruleset) Stranger(outside []Link, inside Link, from, to netip.AddrPort) (a Answer, dropper Dropper, err error) {
 	host := netip.PrefixFrom(to.Addr(), to.Addr().BitLen())
-	chains, err := rs.forwardHook([]netip.Prefix{host})
+	chains, err := rs.path([]netip.Prefix{host})
 	if err != nil {
-		return Unknown, "", err
+		return Unknown, dropper, err
 	}
 	var out *Link
 	if inside.Name != "" {
 		out = &inside
 	}
 	for i, in := range linksOrAny(outside) {
-		x, by, err := hookAnswer(chains, newStranger(in, out, outside, from, to), false)
+		packets := stagesOf(newStranger(in, out, outside, from, to), netip.Addr{}, false)
+		x, by, err := hookAnswer(chains, packets, false)
 		if err != nil {
-			return Unknown, "", err
+			return Unknown, Dropper{}, err
 		}
 		if i == 0 {
 			a, dropper = x, by
@@ -96,26 +100,27 @@ func linksOrAny(links []Link) (all []*Link) {
 	return all
 }
 
-// forwardHook returns the chains of the forward hook for packets to any of the subnets, in
-// the order in which packets meet them.
-func (rs *Ruleset) forwardHook(subnets []netip.Prefix) (chains []baseChain, err error) {
+// path returns the chains of the prerouting and forward hooks for packets to any of the
+// subnets, in the order in which packets meet them.
+func (rs *Ruleset) path(subnets []netip.Prefix) (chains []baseChain, err error) {
 	for _, t := range rs.tables {
 		t = t.settled()
 		if !slices.ContainsFunc(subnets, func(s netip.Prefix) bool { return t.has(familyOf(s)) }) {
 			continue
 		}
-		bases := t.of(unix.NF_INET_FORWARD, "")
-		switch {
-		case t.refused && t.name != natTable:
+		if t.refused && t.name != natTable {
 			return nil, t.failed
-		case t.torn && len(bases) > 0:
-			return nil, fmt.Errorf("read nftables table %s: %w", t.title, nfnl.ErrInterrupted)
 		}
-		for _, b := range bases {
+		for _, b := range append(t.of(unix.NF_INET_PRE_ROUTING, ""), t.of(unix.NF_INET_FORWARD, "")...) {
+			if t.torn && b.kind != natKind {
+				return nil, fmt.Errorf("read nftables table %s: %w", t.title, nfnl.ErrInterrupted)
+			}
 			chains = append(chains, baseChain{t, b})
 		}
 	}
-	slices.SortStableFunc(chains, func(a, b baseChain) int { return cmp.Compare(a.priority, b.priority) })
+	slices.SortStableFunc(chains, func(a, b baseChain) int {
+		return cmp.Or(cmp.Compare(a.hook, b.hook), cmp.Compare(a.hookPriority(), b.hookPriority()), cmp.Compare(a.priority, b.priority))
+	})
 	return chains, nil
 }
 
@@ -146,20 +151,23 @@ func (v *ChildVerdicts) mayDropAll() {
 	}
 }
 
-// childVerdicts answers for each of the subnets. inside has the links that lead to them,
-// nil for an unknown one.
-func childVerdicts(chains []baseChain, peers netip.Prefix, outside []Link, inside []*Link, subnets []netip.Prefix) ([]ChildVerdicts, error) {
-	from := linksOrAny(outside)
-	answers := make([]ChildVerdicts, len(subnets))
-	for i, subnet := range subnets {
-		for n, in := range from {
-			v, err := verdicts(chains, func(related bool) *child {
-				c := newChild(related, in, inside[i], outside, subnet, subnets)
-				if peers.IsValid() {
-					copy(c.source(), inPrefix(peers))
-				}
-				return c
-			})
+// A childQuery asks what becomes of children of some subnets.
+type childQuery struct {
+	chains  []baseChain
+	peers   netip.Prefix // invalid for any
+	outside []Link
+	inside  []*Link // the links that lead to subnets, nil for an unknown one
+	subnets []netip.Prefix
+	// What rules do to sources, as Ruleset.sourceNAT returns it.
+	sources, exempt []SourceNAT
+}
+
+// answer answers for each of the subnets.
+func (q *childQuery) answer() ([]ChildVerdicts, error) {
+	answers := make([]ChildVerdicts, len(q.subnets))
+	for i := range q.subnets {
+		for n, in := range linksOrAny(q.outside) {
+			v, err := q.verdicts(in, i)
 			if err != nil {
 				return nil, err
 			}
@@ -170,30 +178,40 @@ func childVerdicts(chains []baseChain, peers netip.Prefix, outside []Link, insid
 				a.MostDNATed, a.MostRelated = both(a.MostDNATed, v.MostDNATed), both(a.MostRelated, v.MostRelated)
 			}
 		}
-		if a := &answers[i]; a.MostDNATed != Dropped && a.MostRelated != Dropped {
-			a.Dropper = ""
+		a := &answers[i]
+		if a.MostDNATed != Dropped {
+			a.DNATedBy = Dropper{}
+		}
+		if a.MostRelated != Dropped {
+			a.RelatedBy = Dropper{}
 		}
 	}
 	return answers, nil
 }
 
-// verdicts answers for both kinds of packets that the function packets returns.
-func verdicts(chains []baseChain, packets func(related bool) *child) (v ChildVerdicts, err error) {
+// verdicts answers for both kinds of children that come by a link to a subnet.
+func (q *childQuery) verdicts(in *Link, subnet int) (v ChildVerdicts, err error) {
+	to := q.subnets[subnet]
+	outside, own := outsideAddr(q.sources, q.exempt, in, to)
 	for _, kind := range []struct {
 		related   bool
 		all, most *Answer
-	}{{true, &v.Related, &v.MostRelated}, {false, &v.DNATed, &v.MostDNATed}} {
-		var dropper string
-		if *kind.all, dropper, err = hookAnswer(chains, packets(kind.related), false); err != nil {
+		by        *Dropper
+	}{{true, &v.Related, &v.MostRelated, &v.RelatedBy}, {false, &v.DNATed, &v.MostDNATed, &v.DNATedBy}} {
+		packets := func() stages {
+			c := newChild(kind.related, in, q.inside[subnet], q.outside, to, q.subnets)
+			if q.peers.IsValid() {
+				copy(c.source(), inPrefix(q.peers))
+			}
+			return stagesOf(c, outside, own)
+		}
+		if *kind.all, *kind.by, err = hookAnswer(q.chains, packets(), false); err != nil {
 			return v, err
 		}
 		if *kind.most = *kind.all; *kind.all == Unknown {
-			if *kind.most, dropper, err = hookAnswer(chains, packets(kind.related), true); err != nil {
+			if *kind.most, *kind.by, err = hookAnswer(q.chains, packets(), true); err != nil {
 				return v, err
 			}
-		}
-		if *kind.most == Dropped {
-			v.Dropper = dropper
 		}
 	}
 	return v, nil
@@ -207,31 +225,50 @@ func both(a, b Answer) Answer {
 }
 
 // hookAnswer takes packets through all chains. An accept ends only one chain.
-func hookAnswer(chains []baseChain, packets *child, most bool) (Answer, string, error) {
+func hookAnswer(chains []baseChain, packets stages, most bool) (Answer, Dropper, error) {
 	answer := Accepted
 	for _, c := range chains {
-		if !c.has(packets.family) {
+		if !c.has(packets.forwarded.family) {
 			continue
 		}
-		w := hookWalk{table: c.table, child: packets, most: most, known: map[string]fates{}}
-		f, err := w.chain(c.base.name)
-		if err != nil {
-			return Unknown, "", fmt.Errorf("read nftables table %s: %w", c.title, nfnl.Permitted(err))
-		}
-		if f&returns != 0 {
-			if f &^= returns; c.drops {
-				f |= drops
-			} else {
-				f |= accepts
+		seen, place := packets.at(c.base)
+		var f fates
+		for _, p := range seen {
+			one, err := c.fates(p, most)
+			if err != nil {
+				return Unknown, Dropper{}, fmt.Errorf("read nftables table %s: %w", c.title, nfnl.Permitted(err))
 			}
+			f |= one
 		}
 		switch f {
-		case accepts:
+		case 0, accepts:
 		case drops:
-			return Dropped, c.title + " " + c.base.name, nil
+			return Dropped, Dropper{c.title + " " + c.base.name, place}, nil
 		default:
 			answer = Unknown
 		}
 	}
-	return answer, "", nil
+	return answer, Dropper{}, nil
+}
+
+// fates returns the possible fates of packets in a base chain, whose policy is the last rule.
+func (b baseChain) fates(packets *child, most bool) (fates, error) {
+	w := hookWalk{table: b.table, child: packets, most: most, known: map[string]fates{}}
+	f, err := w.chain(b.base.name)
+	if f&returns != 0 {
+		if f &^= returns; b.drops {
+			f |= drops
+		} else {
+			f |= accepts
+		}
+	}
+	if f&translates != 0 { // packets that a forward takes are no children
+		if f &^= translates; f == 0 {
+			f = accepts
+		}
+	}
+	if b.kind == natKind && packets.mayBeTranslated() {
+		f |= accepts
+	}
+	return f, err
 }

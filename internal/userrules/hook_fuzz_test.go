@@ -32,7 +32,7 @@ func (t *table) add(name string, statements ...statement) {
 
 var (
 	madeSubnet  = netip.MustParsePrefix("10.47.11.0/24")
-	madeOutside = []Link{{2, "wan0"}, {5, "ppp0"}}
+	madeOutside = []Link{{Index: 2, Name: "wan0"}, {Index: 5, Name: "ppp0"}}
 )
 
 // A maker makes rules from bytes.
@@ -193,9 +193,12 @@ func (c child) one(r *rand.Rand) *child {
 		}
 	}
 	c.transport = random(c.transport)
+	if c.replies != nil {
+		c.replies = random(c.replies)
+	}
 	c.status |= r.Uint32() &^ c.knownStatus
 	c.knownStatus = 0xffffffff
-	c.out = oneLink(&Link{3, "lan0"}, nil)
+	c.out = oneLink(&Link{Index: 3, Name: "lan0"}, nil)
 	return &c
 }
 
@@ -227,15 +230,18 @@ func holds(t *testing.T, seed uint64, b []byte) {
 	table := makeTable(b)
 	r := rand.New(rand.NewPCG(seed, 2))
 	for _, related := range []bool{false, true} {
-		all := newChild(related, &madeOutside[0], nil, madeOutside, madeSubnet, []netip.Prefix{madeSubnet})
-		said := fate(t, table, all, false)
-		for range 8 {
-			one := all.one(r)
-			if got := fate(t, table, one, false); got&^said != 0 {
-				t.Fatalf("seed %d, related %v: %b of all, but %b of one", seed, related, said, got)
+		forwarded := newChild(related, &madeOutside[0], nil, madeOutside, madeSubnet, []netip.Prefix{madeSubnet})
+		s := stagesOf(forwarded, netip.Addr{}, false)
+		for i, all := range []*child{s.untracked, s.arrived, s.routing, s.forwarded} {
+			said := fate(t, table, all, false)
+			for range 8 {
+				one := all.one(r)
+				if got := fate(t, table, one, false); got&^said != 0 {
+					t.Fatalf("seed %d, related %v, stage %d: %b of all, but %b of one", seed, related, i, said, got)
+				}
 			}
+			fate(t, table, all, true)
 		}
-		fate(t, table, all, true)
 	}
 }
 
@@ -287,8 +293,8 @@ func TestErrorsNameTableAndChain(t *testing.T) {
 	table.chains["bad"] = &chain{failed: nfnl.ErrInterrupted}
 	table.sets["x"] = &set{failed: errors.New("no such set")}
 	for name, want := range map[string]string{"forward": "table inet filter: chain bad: ", "sets": "table inet filter: chain sets: no such set"} {
-		chains := []baseChain{{table, base{name: name}}}
-		got, err := childVerdicts(chains, netip.Prefix{}, nil, []*Link{nil}, []netip.Prefix{madeSubnet})
+		q := childQuery{chains: []baseChain{{table, base{name: name, hook: unix.NF_INET_FORWARD}}}, inside: []*Link{nil}, subnets: []netip.Prefix{madeSubnet}}
+		got, err := q.answer()
 		if err == nil || !strings.Contains(err.Error(), want) || got != nil {
 			t.Errorf("%v, %v", got, err)
 		}

@@ -17,7 +17,7 @@ const (
 	drops                        // or rejects
 	returns                      // reaches the end of the chain
 	proceeds                     // goes on to the next rule
-	translates                   // gets another source, in a postrouting chain
+	translates                   // gets another source in a postrouting chain, another destination in one of prerouting
 )
 
 // A hookWalk takes the packets of a class through the chains of one table.
@@ -138,7 +138,7 @@ func (w *hookWalk) statement(regs *cells, s statement) (end fates, c chance, err
 	case *expr.Lookup:
 		return w.lookup(regs, e)
 	case *expr.Target:
-		if slices.Contains(sourceTargets, e.Name) {
+		if slices.Contains(natTargets, e.Name) {
 			return translates, always, nil
 		}
 		end, c = xtTarget(e)
@@ -158,7 +158,12 @@ func (w *hookWalk) statement(regs *cells, s statement) (end fates, c chance, err
 			w.child.rewritten = true
 			clear(w.known)
 		}
-	case *expr.Bitwise, *expr.Meta, *expr.Ct, *expr.Fib, *expr.Immediate:
+	case *expr.Ct:
+		if w.child.untracked && !e.SourceRegister && e.Key != expr.CtKeySTATE {
+			return 0, never, nil // nft_ct_get_eval
+		}
+		w.child.load(regs, e)
+	case *expr.Bitwise, *expr.Meta, *expr.Fib, *expr.Immediate:
 		w.child.load(regs, e)
 	case *expr.Objref:
 		switch e.Type {
@@ -168,7 +173,7 @@ func (w *hookWalk) statement(regs *cells, s statement) (end fates, c chance, err
 	case *expr.Dynset:
 		return 0, maybe, nil // does not match if the set is full or a limit is met
 	default:
-		if s.name == "masq" || s.name == "nat" {
+		if s.name == "masq" || s.name == "nat" || s.name == "redir" {
 			return translates, always, nil
 		}
 		return 0, w.other(regs, s.name), nil
@@ -181,7 +186,7 @@ const objectSynProxy = 10 // NFT_OBJECT_SYNPROXY
 // other evaluates statements of which only the name is known.
 func (w *hookWalk) other(regs *cells, name string) chance {
 	switch name {
-	case "counter", "log", "notrack", "dup", "last", "redir", "cthelper", "cttimeout", "ctexpect", "secmark":
+	case "counter", "log", "notrack", "dup", "last", "cthelper", "cttimeout", "ctexpect", "secmark":
 		return always
 	case "byteorder", "hash", "numgen":
 		regs.forget(unix.NFT_REG_1)

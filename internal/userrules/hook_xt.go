@@ -11,14 +11,15 @@ import (
 
 // Bits of an iptables state mask; see XT_CONNTRACK_STATE_BIT.
 const (
+	xtStateInvalid = 1 << 0
 	xtStateRelated = 1 << 2
 	xtStateNew     = 1 << 3
 	xtStateSNAT    = 1 << 6
 	xtStateDNAT    = 1 << 7
 )
 
-// sourceTargets are the targets that translate sources, in postrouting chains.
-var sourceTargets = []string{"MASQUERADE", "SNAT", "NETMAP"}
+// natTargets are the targets that translate packets.
+var natTargets = []string{"MASQUERADE", "SNAT", "NETMAP", "DNAT", "REDIRECT"}
 
 // xtTarget returns what a target of iptables-nft does with a packet. Empty fates mean that
 // the rule continues.
@@ -55,13 +56,13 @@ func (c *child) xtMatch(m *expr.Match) chance {
 	case *xt.ConntrackMtinfo3:
 		return c.xtConntrack(info.ConntrackMtinfoBase, info.StateMask, info.StatusMask)
 	case *xt.AddrType:
-		return xtAddrType(info.Source, info.Dest, info.InvertDest)
+		return c.xtAddrType(info.Source, info.Dest, info.InvertDest)
 	case *xt.AddrTypeV1:
 		const invertDest, limits = 2, 4 | 8
 		if info.Flags&limits != 0 {
 			return maybe
 		}
-		return xtAddrType(info.Source, info.Dest, info.Flags&invertDest != 0)
+		return c.xtAddrType(info.Source, info.Dest, info.Flags&invertDest != 0)
 	case *xt.Unknown:
 		return c.xtUnknown(m.Name, m.Rev, *info)
 	}
@@ -86,6 +87,11 @@ func (c *child) xtUnknown(name string, rev uint32, info []byte) chance {
 		if len(info) > bitmask && info[bitmask]&bridged != 0 && info[invert]&bridged == 0 {
 			return never
 		}
+	case "rpfilter":
+		const invert = 1 << 3 // XT_RPFILTER_INVERT
+		if len(info) > 0 {
+			return always.inverted(info[0]&invert != 0) // as fib says
+		}
 	case "multiport":
 		if len(info) >= multiportSize {
 			return rarely.inverted(info[multiportInvert] != 0)
@@ -106,7 +112,10 @@ func (c *child) xtPorts(ports [2]uint16) chance {
 }
 
 func (c *child) xtState() uint16 {
-	if c.state == expr.CtStateBitRELATED {
+	switch {
+	case c.untracked:
+		return xtStateInvalid
+	case c.state == expr.CtStateBitRELATED:
 		return xtStateRelated
 	}
 	return xtStateNew
@@ -122,13 +131,19 @@ func (c *child) xtConntrack(info xt.ConntrackMtinfoBase, stateMask, statusMask u
 		switch {
 		case stateMask&c.xtState() != 0:
 			one = always
-		case stateMask&xtStateSNAT != 0:
+		case stateMask&xtStateSNAT != 0 && !c.untracked:
 			one = maybe
 		}
-		if stateMask&xtStateDNAT != 0 {
+		if stateMask&xtStateDNAT != 0 && !c.untracked {
 			one = max(one, c.hasStatus(statusDstNAT))
 		}
 		match = match.and(one.inverted(inverts(xt.ConntrackState)))
+	}
+	switch {
+	case c.untracked && does(xt.ConntrackState):
+		return match
+	case c.untracked:
+		return never
 	}
 	if does(xt.ConntrackStatus) {
 		match = match.and(c.hasStatus(uint32(statusMask)).inverted(inverts(xt.ConntrackStatus)))
@@ -140,8 +155,10 @@ func (c *child) xtConntrack(info xt.ConntrackMtinfoBase, stateMask, statusMask u
 		match = match.and(always.inverted(inverts(xt.ConntrackDirection)))
 	}
 	if does(xt.ConntrackReplSrc) {
-		// The source of the reply is the inside host.
-		host := c.network[c.destination():]
+		host := c.replies
+		if host == nil {
+			host = c.network[c.destination():]
+		}
 		match = match.and(maskedEquals(host, info.ReplSrcAddr, info.ReplSrcMask).inverted(inverts(xt.ConntrackReplSrc)))
 	}
 	const addresses = xt.ConntrackOrigSrc | xt.ConntrackOrigDst | xt.ConntrackReplDst |
@@ -188,13 +205,21 @@ func maskedEquals(address []cell, network, mask []byte) chance {
 	return equals(masked, network)
 }
 
-func xtAddrType(source, dest uint16, invertDest bool) chance {
+func (c *child) xtAddrType(source, dest uint16, invertDest bool) chance {
 	match := always
 	if source != 0 {
 		match = match.and(maybe)
 	}
 	if dest != 0 {
-		match = match.and(certain(dest&(1<<unix.RTN_UNICAST) != 0).inverted(invertDest))
+		is := func(typ int) chance { return certain(dest&(1<<typ) != 0) }
+		one := is(unix.RTN_UNICAST)
+		switch local := is(unix.RTN_LOCAL); {
+		case c.local == always:
+			one = local
+		case c.local == maybe && local != one:
+			one = maybe
+		}
+		match = match.and(one.inverted(invertDest))
 	}
 	return match
 }

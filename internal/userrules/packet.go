@@ -12,8 +12,11 @@ import (
 )
 
 // A child is the class of packets that a question is about: the first packet of a UDP flow
-// from outside to a host of a subnet, as the forward hook sees it.
+// from outside to a host of a subnet, as the forward hook or an earlier one sees it.
 type child struct {
+	untracked   bool   // conntrack has not seen it
+	local       chance // its destination is an address of the gateway
+	replies     []cell // the source of its answers; nil: that is its destination
 	state       uint32 // conntrack state, with nft's bits
 	status      uint32
 	labelled    bool   // with nfnl.ChildLabel
@@ -172,6 +175,9 @@ func (c *child) meta(key expr.MetaKey) []cell {
 func (c *child) ct(key expr.CtKey) []cell {
 	switch key {
 	case expr.CtKeySTATE:
+		if c.untracked {
+			return knownBytes(binary.NativeEndian.AppendUint32(nil, expr.CtStateBitINVALID))
+		}
 		return knownBytes(binary.NativeEndian.AppendUint32(nil, c.state))
 	case expr.CtKeySTATUS:
 		cells := knownBytes(binary.NativeEndian.AppendUint32(nil, c.status))
@@ -215,8 +221,18 @@ func (c *child) payload(e *expr.Payload) []cell {
 
 // fib returns what is known of the result of a route lookup.
 func (c *child) fib(e *expr.Fib) []cell {
-	if e.ResultADDRTYPE && e.FlagDADDR && !e.FlagIIF && !e.FlagOIF && !e.FlagMARK && !e.FlagPRESENT {
-		return knownBytes(binary.NativeEndian.AppendUint32(nil, unix.RTN_UNICAST))
+	switch {
+	case e.ResultADDRTYPE && e.FlagDADDR && !e.FlagOIF && !e.FlagMARK && !e.FlagPRESENT:
+		// What is for an address of the gateway comes by the link that has it.
+		if !e.FlagIIF || c.local == always {
+			return c.destinationType()
+		}
+	case e.FlagSADDR && e.FlagPRESENT:
+		// The way back to a peer is an outside link: else it has no permission. It passes
+		// reverse-path filters.
+		return knownBytes([]byte{1})
+	case e.FlagSADDR && e.FlagIIF && e.ResultOIF:
+		return c.in.index
 	}
 	return unknownBytes(16, nil)
 }

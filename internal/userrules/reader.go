@@ -215,10 +215,12 @@ func (b *base) purposes(family byte) purposes {
 	case b.hook == unix.NF_INET_FORWARD:
 		return forVerdicts | forHelpers
 	case b.kind == natKind && b.hook == unix.NF_INET_PRE_ROUTING:
-		return forDestinations | forHelpers
+		return forDestinations | forVerdicts | forHelpers
 	case b.kind == natKind && b.hook == unix.NF_INET_POST_ROUTING && family != unix.NFPROTO_IPV6:
 		return forSources
-	case b.hook == unix.NF_INET_PRE_ROUTING, b.hook == unix.NF_INET_POST_ROUTING && b.kind != natKind:
+	case b.hook == unix.NF_INET_PRE_ROUTING:
+		return forVerdicts | forHelpers
+	case b.hook == unix.NF_INET_POST_ROUTING && b.kind != natKind:
 		return forHelpers
 	}
 	return 0

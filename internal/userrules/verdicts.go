@@ -20,8 +20,8 @@ func (a Answer) String() string {
 	return "unknown"
 }
 
-// ChildVerdicts says what the user's forward hook does with the first packet of a flow that
-// a peer opens to a host of a subnet.
+// ChildVerdicts says what the user's chains of the prerouting and forward hooks do with the first
+// packet of a flow that a peer opens to a host of a subnet.
 type ChildVerdicts struct {
 	// DNATed is for a child that the map admitted: the packet is NEW and its
 	// destination was translated (ct state new, ct status dnat).
@@ -32,7 +32,22 @@ type ChildVerdicts struct {
 	// MostDNATed and MostRelated are the answers for all but a few addresses
 	// and ports: they leave out a rule for one host or port, or a blocklist.
 	MostDNATed, MostRelated Answer
-	// Dropper is the first base chain that drops or rejects most packets of the DNATed
-	// kind, otherwise of the RELATED kind, as in "ip filter FORWARD". It is for messages.
-	Dropper string
+	// DNATedBy and RelatedBy are the first base chains that drop or reject most packets of a
+	// kind. They are for messages.
+	DNATedBy, RelatedBy Dropper
+}
+
+// A Dropper is a base chain that drops packets.
+type Dropper struct {
+	Chain string // as in "ip filter FORWARD"; empty if there is none
+	At    Place
+}
+
+// Dropper returns the chain to change so that children get in: the one that drops the DNATed
+// kind, or the RELATED kind if that one passes or has more to tell children by.
+func (v ChildVerdicts) Dropper() Dropper {
+	if v.DNATedBy.Chain == "" || v.RelatedBy.Chain != "" && v.DNATedBy.At != BehindNAT {
+		return v.RelatedBy
+	}
+	return v.DNATedBy
 }

@@ -35,7 +35,7 @@ func verdict(v userrules.ChildVerdicts) string {
 		}
 		return fmt.Sprintf("%v (%v)", all, most)
 	}
-	return strings.TrimSpace(one(v.DNATed, v.MostDNATed) + " " + one(v.Related, v.MostRelated) + " " + v.Dropper)
+	return strings.TrimSpace(one(v.DNATed, v.MostDNATed) + " " + one(v.Related, v.MostRelated) + " " + v.Dropper().Chain)
 }
 
 // inForward puts rules into a chain with policy drop.
