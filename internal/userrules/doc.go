@@ -10,10 +10,10 @@
 //     conntrack helper, so that no flow of the peer may take their place.
 //   - SourceNAT, FixedSources, PortChoosers, Uplinks: which sources are translated, to
 //     which addresses and ports, and on which links.
-//   - Chains: hook and priority of the chains that translate packets, or that forwarded
-//     packets pass.
-//   - Children: what the forward hook does with RELATED flows and with new flows that were
-//     translated.
+//   - Chains: hook and priority of the chains that translate packets, or that packets from
+//     outside pass.
+//   - Children: what the prerouting and forward hooks do with RELATED flows and with new flows
+//     that are translated after the user's own forwards.
 //
 // Two analyses follow packets through chains. The walker narrows a condition and never
 // reports less than a rule translates. The hookWalk takes a class of packets, of which some

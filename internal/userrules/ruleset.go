@@ -6,8 +6,8 @@ import (
 )
 
 // A Ruleset is what was read of the user's rules at one time: those of nftables, including
-// iptables-nft, and those of iptables-legacy. It has the tables with a NAT chain of the
-// prerouting or postrouting hook or a chain of the forward hook, with the rules that
+// iptables-nft, and those of iptables-legacy. It has the tables with a chain of the
+// prerouting or forward hook or a NAT chain of postrouting, with the rules that
 // packets can reach from these chains, and the sets and maps that matter for them. It is
 // not changed once read. Its methods read nothing from the kernel, so they may be called
 // from any goroutine.
