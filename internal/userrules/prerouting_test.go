@@ -17,12 +17,14 @@ func TestChainsWhereTheKernelsHooksAre(t *testing.T) {
 		return []statement{
 			{expr: &expr.Ct{Key: expr.CtKeySTATE, Register: 1}},
 			{expr: &expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binary.NativeEndian.AppendUint32(nil, bit), Xor: make([]byte, 4)}},
-			{expr: &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)}}, drop,
+			{expr: &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)}},
+			drop,
 		}
 	}
 	inside := []statement{
 		{expr: &expr.Payload{OperationType: expr.PayloadLoad, DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 16, Len: 3}},
-		{expr: &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{10, 47, 11}}}, drop,
+		{expr: &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{10, 47, 11}}},
+		drop,
 	}
 	const nat, filter = natKind, "filter"
 	for _, tc := range []struct {
