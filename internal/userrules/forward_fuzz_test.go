@@ -110,7 +110,7 @@ func conditionsAreRight(t *testing.T, seed uint64, b []byte) (translated, exact 
 	translate(table, r)
 	usualMaps(table)
 	table.family = unix.NFPROTO_IPV4 // nft tests the family in others before it loads addresses
-	lan, wan := Link{7, "lan0"}, madeOutside[0]
+	lan, wan := Link{Index: 7, Name: "lan0"}, madeOutside[0]
 	var conds []condition
 	w := &walker{table: table, outside: []Link{lan}, seen: map[string]bool{}, first: &firstPacket{dest: unix.RTN_UNICAST, out: []Link{wan}}}
 	w.translates = func(_ *rule, more []condition) { conds = append(conds, more...) }
