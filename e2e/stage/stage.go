@@ -323,8 +323,9 @@ func Patience() time.Duration {
 	return time.Minute
 }
 
-// between is the least time from one look of Until to the next. Without a pause a test that
-// waits would take a CPU of the two that the daemon and other tests need.
+// between is the least pause between two looks of Until. A pause lasts twice as long as the
+// look before it, if that is more: a test that waits must leave the CPUs to the daemon and
+// to other tests, and to list conntrack entries takes 10 ms of one.
 const between = 5 * time.Millisecond
 
 // Until repeats cond until it holds.
@@ -336,12 +337,15 @@ func (s *Scene) Until(what string, cond func() bool) {
 // UntilIn is Until with another bound, for large tests.
 func (s *Scene) UntilIn(bound time.Duration, what string, cond func() bool) {
 	s.T.Helper()
-	look := time.NewTicker(between)
-	defer look.Stop()
-	for end := time.Now().Add(bound); !cond(); <-look.C {
+	for end := time.Now().Add(bound); ; {
+		began := time.Now()
+		if cond() {
+			return
+		}
 		if time.Now().After(end) {
 			s.T.Fatalf("waited in vain until %s\n%s", what, s.Dump())
 		}
+		time.Sleep(max(between, 2*time.Since(began)))
 	}
 }
 
