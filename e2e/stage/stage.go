@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -108,6 +109,10 @@ func (s *Scene) ForAll() string {
 	program, err := os.ReadFile(s.Exe)
 	s.Must(err)
 	path := filepath.Join(dir, "conenatd")
+	// A process that is started meanwhile would hold the file open for writing for a moment,
+	// and the kernel runs no such file (ETXTBSY).
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
 	s.Must(os.WriteFile(path, program, 0o755))
 	return path
 }
