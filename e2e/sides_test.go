@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -320,7 +321,9 @@ func TestBackupInTheLANIsForgotten(t *testing.T) {
 			s.IP(s.Gateway, backup+" metric 700")
 			s.Must(s.InsideSocket(0, 5080).Send(netip.AddrPortFrom(lab.PeerB, 5080), "by the backup"))
 			s.Until("lan0 is the way outside", outside("lan0", "wan0"))
-			s.Until("it has a permission", func() bool { return s.Status().Permissions.Standing == 2 })
+			s.Until("its flow has a permission", func() bool {
+				return slices.ContainsFunc(s.List(), func(p control.Permission) bool { return p.Peer == lab.PeerB && p.State == "standing" })
+			})
 
 			s.IP(s.Gateway, "route del default metric 50 dev lan0")
 			out, code := s.CLI("flush", "--control-socket", s.Daemon.Socket)
