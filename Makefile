@@ -56,6 +56,10 @@ check: lint
 
 test: deps lint cross unit unit32 soak modes fuzz kernels
 
+# Runs targets side by side: most tests wait for the kernel's timeouts for most of their time.
+# The output of each is shown when it ends.
+TOGETHER = $(MAKE) --no-print-directory --jobs --output-sync=target
+
 .PHONY: deps
 deps:
 	@scripts/install-deps $(TEST_PACKAGES) $(PAGE_PACKAGES)
@@ -108,10 +112,15 @@ soak:
 # The end-to-end tests once more for each mode but the default, which is auto.
 # Those that choose their modes themselves are left out. The race detector has seen the same
 # code in "unit".
+MODES = mode-expect mode-nft mode-nft-by-event
+.PHONY: $(MODES)
 modes:
-	@for mode in --backend=expect --backend=nft "--backend=nft --learn=false"; do \
-		echo "e2e $$mode"; \
-		CONENATD_MODE="$$mode" $(GO) test -count=1 -parallel 4 -timeout 25m -skip '$(OWN_MODES)' ./e2e || exit 1; done
+	@$(TOGETHER) $(MODES)
+mode-expect: MODE = --backend=expect
+mode-nft: MODE = --backend=nft
+mode-nft-by-event: MODE = --backend=nft --learn=false
+$(MODES):
+	CONENATD_MODE='$(MODE)' $(GO) test -count=1 -parallel 4 -timeout 25m -skip '$(OWN_MODES)' ./e2e
 
 # A short run of each fuzz target, from the kept corpora alone: what earlier runs left in Go's
 # cache would make one machine differ from another.
