@@ -95,9 +95,20 @@ cross:
 	@echo "vet the small build"; $(GO) vet -tags=$(SMALL) ./cmd/... ./internal/...
 
 # The kernels' tests are not among them: they have a target of their own.
-# Four tests at a time, for many of them wait for the kernel's timeouts.
+# The end-to-end tests are in three parts that take about the same time.
 unit:
-	$(GO) test -race -count=1 -parallel 4 -timeout 60m $$($(GO) list ./... | grep -v /e2e/kernels)
+	@$(TOGETHER) unit-e2e-first unit-e2e-second unit-e2e-rest unit-others
+
+UNIT = $(GO) test -race -count=1 -parallel 4 -timeout 60m
+.PHONY: unit-e2e-first unit-e2e-second unit-e2e-rest unit-others
+unit-e2e-first:
+	$(UNIT) -run '^Test[A-M]' ./e2e
+unit-e2e-second:
+	$(UNIT) -run '^TestN' ./e2e
+unit-e2e-rest:
+	$(UNIT) -skip '^Test[A-N]' ./e2e
+unit-others:
+	$(UNIT) $$($(GO) list ./... | grep -v -e '/e2e$$' -e /e2e/kernels)
 
 # Some tests on this kernel as a program for 386, which has no race detector.
 unit32: export GOARCH = 386
