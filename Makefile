@@ -54,7 +54,9 @@ demo:
 check: lint
 	CONENATD_NO_LAB=1 $(GO) test ./cmd/... ./deploy ./internal/...
 
-test: deps lint cross unit unit32 soak modes fuzz kernels
+test: deps lint
+	@$(TOGETHER) cross unit32
+	@$(MAKE) --no-print-directory unit soak modes fuzz kernels
 
 # Runs targets side by side: most tests wait for the kernel's timeouts for most of their time.
 # The output of each is shown when it ends.
