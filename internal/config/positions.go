@@ -44,7 +44,7 @@ func (ps positions) of(table int, key string) spot {
 
 // findPositions finds the keys of data, which must be valid TOML.
 func findPositions(data string) positions {
-	s := scanner{data: data, found: make(positions), line: 1}
+	s := scanner{data: data, found: make(positions), line: 1, column: 1}
 	for s.skip(" \t\r\n"); s.at < len(s.data); s.skip(" \t\r\n") {
 		if s.peek() == '[' {
 			s.header()
@@ -62,22 +62,25 @@ type scanner struct {
 	at    int // index of the next byte
 	found positions
 
-	line, lineAt int // number of the line, and the index at which it begins
-	counted      int // index up to which lines were counted
+	line, column int // where the byte at counted is, both counted from 1
+	counted      int // index up to which lines and characters were counted
 
 	table   toml.Key // that the scanner is in
 	subnets int      // [[subnet]] headers so far
 }
 
-// position returns where the next byte is.
+// position returns where the next byte is. It counts only what it has not counted yet: a
+// list on one line may have tens of thousands of items.
 func (s *scanner) position() position {
 	part := s.data[s.counted:s.at]
 	if i := strings.LastIndexByte(part, '\n'); i >= 0 {
 		s.line += strings.Count(part, "\n")
-		s.lineAt = s.counted + i + 1
+		s.column = 1
+		part = part[i+1:]
 	}
+	s.column += utf8.RuneCountInString(part)
 	s.counted = s.at
-	return position{s.line, utf8.RuneCountInString(s.data[s.lineAt:s.at]) + 1}
+	return position{s.line, s.column}
 }
 
 // peek returns the next byte, or 0 at the end.

@@ -2,12 +2,15 @@ package config
 
 import (
 	"maps"
+	"math"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/BurntSushi/toml"
+	"golang.org/x/sys/unix"
 )
 
 // Fails when a bracket, a quote or a hash within a string or a comment counts, when items of
@@ -56,6 +59,39 @@ func TestKeysAndValuesAreFoundWhereTheyStand(t *testing.T) {
 	if !maps.EqualFunc(got, want, same) {
 		t.Errorf("\ngot  %v\nwant %v", got, want)
 	}
+}
+
+// Fails when each item of a line is counted from the line's beginning: sixteen times the
+// items then cost about 256 times the CPU time.
+func TestLongLinesAreScannedInLinearTime(t *testing.T) {
+	const few, times, most = 4000, 16, 64
+	cost := func(items int) time.Duration {
+		data := "exclude_ports = [" + strings.Repeat("1, ", items) + "]"
+		least := time.Duration(math.MaxInt64)
+		for range 5 {
+			before := threadTime(t)
+			found := findPositions(data)
+			least = min(least, threadTime(t)-before)
+			if got := len(found[place{0, "exclude_ports"}].items); got != items {
+				t.Fatalf("found %d items of %d", got, items)
+			}
+		}
+		return least
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if a, b := cost(few), cost(few*times); b > a*most {
+		t.Errorf("%d items cost %v of CPU time, and %d times as many %v", few, a, times, b)
+	}
+}
+
+// threadTime returns the CPU time of the calling thread.
+func threadTime(t *testing.T) time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &ts); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(ts.Nano())
 }
 
 func FuzzLoad(f *testing.F) {
