@@ -9,19 +9,23 @@ import (
 )
 
 // What the user revoked stays revoked until there is a new flow, as the help says, even if
-// the daemon is killed or keeps its permissions, and a new one reads the flows. A permission
-// that a limit kept out does not count as revoked.
+// the daemon is killed, keeps its permissions or takes them out of the kernel, and a new one
+// reads the flows. A permission that a limit kept out does not count as revoked.
 //
-// Fails when the next daemon does not read what was revoked.
+// Fails when the next daemon does not read what was revoked, and after a clean stop, when no
+// note tells it.
 func TestNFTRevokeOutlivesTheDaemon(t *testing.T) {
 	stage.OfTheDaemon(t)
-	for name, end := range map[string]func(*scene){
-		"killed": (*scene).kill, "kept": (*scene).stop,
+	for name, tt := range map[string]struct {
+		end    func(*scene)
+		onStop string
+	}{
+		"killed": {(*scene).kill, "keep"}, "kept": {(*scene).stop, "keep"}, "stopped": {(*scene).stop, "revoke"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			stage.InModes(t, [][]string{stage.NFT, stage.Auto, stage.NFTByEvent, stage.Expect}, func(t *testing.T, mode ...string) {
 				s := newScene(t, lab.Options{})
-				args := stage.Flags(mode, "--on-stop=keep", "--reconcile=1s")
+				args := stage.Flags(mode, "--on-stop="+tt.onStop, "--reconcile=1s")
 				s.Start(append(args, "--max-permissions=1")...)
 				phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 				ext := s.Contact(phone, proxy)
@@ -40,7 +44,7 @@ func TestNFTRevokeOutlivesTheDaemon(t *testing.T) {
 					return len(s.Elements())+len(expected) == 1
 				})
 
-				end(s)
+				tt.end(s)
 				s.Start(args...)
 				if p := s.Listed(phone, proxy, ext, "refused"); p.Reason != "revoked" {
 					t.Errorf("reason %q", p.Reason)
@@ -60,7 +64,42 @@ func TestNFTRevokeOutlivesTheDaemon(t *testing.T) {
 	}
 }
 
-// The same for permissions that the map cannot carry, even if the next daemon's table has
+// The next daemon tells a flow that began while none ran from those that were there, and
+// begins anew after cleanup.
+//
+// Fails when the note does not name flows, and when cleanup leaves it.
+func TestNewFlowEndsARevokeWhileNoDaemonRuns(t *testing.T) {
+	stage.OfTheDaemon(t)
+	for name, between := range map[string]func(t *testing.T, s *scene, phone *lab.Socket){
+		"a new flow": func(t *testing.T, s *scene, phone *lab.Socket) { s.Contact(phone, s.PeerSocket(lab.PeerA, 5063)) },
+		"cleanup": func(t *testing.T, s *scene, _ *lab.Socket) {
+			if out, code := s.CLI("cleanup"); code != 0 {
+				t.Fatalf("exit %d, %q", code, out)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			stage.InModes(t, [][]string{stage.NFT, stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
+				s := newScene(t, lab.Options{})
+				args := stage.Flags(mode, "--reconcile=1s")
+				s.Start(args...)
+				phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+				ext := s.Contact(phone, proxy)
+				s.Stands(phone, proxy, ext)
+				if out, code := s.CLI("revoke", "--control-socket", s.Daemon.Socket, ext.String()); code != 0 || !strings.Contains(out, "revoked 1 ") {
+					t.Fatalf("exit %d, %q", code, out)
+				}
+				s.Stop()
+				between(t, s, phone)
+				s.Start(args...)
+				s.Stands(phone, proxy, ext)
+				s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+			})
+		})
+	}
+}
+
+// A revoke also holds for permissions that the map cannot carry, even if the next daemon's table has
 // another name: it takes over the list.
 //
 // Fails when only IPv4 permissions behind source NAT are remembered, and when a start with

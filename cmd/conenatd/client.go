@@ -91,9 +91,9 @@ func revokeCommand() *cobra.Command {
 	c.Long = `End the permissions that fit all words. A word is an address (of an inside
 host, of the outside, of a peer) or an endpoint (inside or outside). Flows that
 are there go on, children that were answered too, but do not bring them back; a
-new flow does, and a restart that does not keep permissions (on_stop), or any
-where the kernel has no nftables. Another host that waited for one of them gets
-its own.`
+new flow does. That holds across a restart, too, for up to two hours between the
+daemons, but not after a crash where the kernel has no nftables. Another host
+that waited for one of them gets its own.`
 	c.Example = "  conenatd revoke 192.168.1.20\n  conenatd revoke 198.51.100.1:5060 203.0.113.5"
 	return c
 }

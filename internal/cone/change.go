@@ -146,7 +146,7 @@ func (m *Model) SetPolicy(now time.Duration, p Policy) {
 			return false
 		}
 		if asked && c.isRevoked() {
-			m.noteRevoked(now, revocation{c.Key, c.Int})
+			m.noteRevoked(now, revocation{c.Key, c.Int}, nil)
 		}
 		if x, ok := m.goesOn(c); ok {
 			wider = append(wider, x)

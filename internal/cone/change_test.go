@@ -449,7 +449,7 @@ func TestWhatAnEarlierModelRevokedNeedsANewFlow(t *testing.T) {
 			}
 		}
 		revoked := Key{Ext: ep("198.51.100.1:5060"), Peer: ep("203.0.113.5:1").Addr}
-		m.Revoked(0, []Key{revoked, {Ext: revoked.Ext, Peer: ep("203.0.113.7:1").Addr}})
+		m.Revoked(0, []Revoked{{Key: revoked}, {Key: Key{Ext: revoked.Ext, Peer: ep("203.0.113.7:1").Addr}}})
 		snapshot := func(fs ...*Flow) {
 			m.BeginSnapshot(0)
 			for _, f := range fs {

@@ -194,7 +194,7 @@ func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 		known := m.addFlow(now, i, f, false)
 		c := &m.claims[i]
 		c.Mark = p.Mark // the mark of the newest flow
-		asks := c.isRevoked() && !known && !m.snap.showing
+		asks := c.isRevoked() && !known && (!m.snap.showing || m.begunSince(f, &p))
 		if asks {
 			m.wheel.remove(i)
 			m.setState(i, StateWaiting, ReasonConflict)

@@ -345,7 +345,7 @@ func (m *Model) end(now time.Duration, i int32, r Reason) {
 	c := &m.claims[i]
 	p, stood := c.Permission, c.state == StateStanding
 	if c.isRevoked() && c.outs > 0 {
-		m.noteRevoked(now, revocation{p.Key, p.Int})
+		m.noteRevoked(now, revocation{p.Key, p.Int}, nil)
 	}
 	first := m.byKey[c.Key] == i
 	heir := none

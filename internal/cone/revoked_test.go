@@ -3,6 +3,7 @@ package cone
 import (
 	"net/netip"
 	"testing"
+	"time"
 )
 
 // What the user revoked stays so when its claim ends though its flow goes on.
@@ -84,7 +85,7 @@ func TestRevokedIsNotAdopted(t *testing.T) {
 	old.open(0, sharing1, "203.0.113.5:9")
 	p := old.view(sharing1).Permission
 	d := newDesk(t, nil)
-	d.m.Revoked(0, []Key{p.Key})
+	d.m.Revoked(0, []Revoked{{Key: p.Key}})
 	d.m.Adopt(0, p, ByExpectation, lifetime)
 	d.wantOps("adopt", d.carry(), Revoke)
 	d.want()
@@ -117,9 +118,71 @@ func TestAdoptedPermissionIsNotWidenedToARevokedOne(t *testing.T) {
 	d := newDesk(t, wildPolicy)
 	const in = "10.47.11.110:1"
 	ext := ep("198.51.100.1:1")
-	d.m.Revoked(0, []Key{{Ext: ext, Peer: ep("0.0.0.0:1").Addr, Wild: 32}})
+	d.m.Revoked(0, []Revoked{{Key: Key{Ext: ext, Peer: ep("0.0.0.0:1").Addr, Wild: 32}}})
 	d.m.Adopt(0, Permission{Key: Key{Ext: ext, Peer: ep("203.0.113.9:1").Addr}, Int: ep(in)}, ByMap, lifetime)
 	d.wantOps("adopted", d.carry(), Revoke)
 	d.wantOps("its flow", d.snapshot(1, d.translated(in, "203.0.113.9:9")), Deny)
 	d.want()
+}
+
+// A daemon stops, and leaves only its answer to AllRevoked to the next one. Meanwhile the
+// host may open another flow to the peer.
+//
+// Fails when the old flow brings the permission back, when the new one does not, whichever
+// of them the snapshot shows first, and when later snapshots undo that.
+func TestRevokedOutlivesACleanStop(t *testing.T) {
+	for name, tt := range map[string]struct {
+		shows string // o: the old flow, n: the new one
+		back  bool
+	}{
+		"the old flow": {"o", false}, "the new flow": {"n", true},
+		"old and new": {"on", true}, "new and old": {"no", true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			before := newDesk(t, nil)
+			old := before.open(0, sharing1, "203.0.113.5:9")
+			before.m.Revoke(1, func(Permission) bool { return true })
+			before.carry()
+			all := before.m.AllRevoked(2)
+			if len(all) != 1 || len(all[0].Flows) != 1 || all[0].Flows[0] != old.ID {
+				t.Fatalf("revoked %v, want flow %d", all, old.ID)
+			}
+			d := newDesk(t, nil)
+			d.m.Revoked(0, all)
+			another := d.translated(sharing1, "203.0.113.5:10")
+			another.ID = old.ID + 1
+			flows := map[rune]*Flow{'o': old, 'n': another}
+			var shown []*Flow
+			for _, r := range tt.shows {
+				shown = append(shown, flows[r])
+			}
+			var want []string
+			if tt.back {
+				want = []string{sharing1}
+			}
+			for now := range time.Duration(2) {
+				d.snapshot(now, shown...)
+				d.want(want...)
+			}
+			if again := d.m.AllRevoked(3); tt.back == (len(again) > 0) {
+				t.Errorf("then revoked %v", again)
+			}
+		})
+	}
+}
+
+// Fails when a second stop forgets what no claim holds.
+func TestRevocationWithoutAClaimIsHandedOn(t *testing.T) {
+	d := newDesk(t, nil)
+	d.open(0, sharing1, "203.0.113.5:9")
+	d.m.Revoke(1, func(Permission) bool { return true })
+	p := testPolicy
+	p.Subnets = nil
+	d.m.SetPolicy(2, p)
+	if all := d.m.AllRevoked(3); len(all) != 1 || all[0].Flows != nil {
+		t.Errorf("revoked %v", all)
+	}
+	if all := d.m.AllRevoked(3 + revokedMemory); len(all) > 0 {
+		t.Errorf("after two hours %v", all)
+	}
 }

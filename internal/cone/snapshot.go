@@ -119,7 +119,7 @@ func (m *Model) EndSnapshot(now time.Duration) {
 			m.show(now, f)
 		}
 	}
-	maps.DeleteFunc(m.revoked.at, func(r revocation, _ time.Duration) bool { return r.in == Endpoint{} }) // those of an earlier daemon
+	maps.DeleteFunc(m.revoked.at, func(r revocation, _ noted) bool { return r.in == Endpoint{} }) // those of an earlier daemon
 	m.snap.before = m.snap.began
 	if m.unreported.showed(m.snap.reported) {
 		defer m.expireOverdue(now)

@@ -46,10 +46,10 @@ type Daemon struct {
 
 	lock      *control.Lock
 	site      site
-	made      bool        // this daemon took over the tables of an earlier one, or made them
-	leave     bool        // permissions and tables stay in the kernel when this daemon ends
-	handsOver atomic.Bool // the next end is that of an upgrade: see HandOver
-	denied    []cone.Key  // what the user revoked under an earlier daemon
+	made      bool           // this daemon took over the tables of an earlier one, or made them
+	leave     bool           // permissions and tables stay in the kernel when this daemon ends
+	handsOver atomic.Bool    // the next end is that of an upgrade: see HandOver
+	denied    []cone.Revoked // what the user revoked under an earlier daemon
 }
 
 // shared is what all goroutines of a Daemon use. It stays as New made it, or is safe for
@@ -293,6 +293,7 @@ func New(cfg Config) (d *Daemon, err error) {
 		l.engine.Model.Adopt(now, a.Permission, a.By, now+a.Left)
 	}
 	l.engine.Apply(0) // revokes what the configuration does not allow
+	d.failures.note(requestNoteRevoked, 1, d.conntrack.notes.removeRevoked())
 	return d, nil
 }
 
@@ -427,7 +428,11 @@ func (d *Daemon) Run(ctx context.Context, ready func()) error {
 		d.log.Error("conenatd ends because of an error; permissions stay for the next one", "err", err)
 	}
 	keep := failed || d.handsOver.Load() || l.cfg.OnStop == config.OnStopKeep
-	if d.leave = keep && l.holds(); !d.leave {
+	d.leave = keep && l.holds()
+	if !d.leave || l.backends.revoked == nil { // no set in the kernel tells the next daemon
+		d.failures.note(requestNoteRevoked, 1, d.conntrack.notes.writeRevoked(l.engine.Model.AllRevoked(d.now())))
+	}
+	if !d.leave {
 		err = errors.Join(err, d.revokeAll())
 	}
 	return errors.Join(err, d.Close())

@@ -26,6 +26,7 @@ const (
 	requestLookAtRoutes          request = "look_at_routes"
 	requestLookAtSockets         request = "look_at_sockets"
 	requestLookForBroken         request = "look_for_broken_flows"
+	requestNoteRevoked           request = "note_revoked"
 	requestReadStatistics        request = "read_statistics"
 	requestReadCounters          request = "read_counters"
 	requestReadMappings          request = "read_mappings"

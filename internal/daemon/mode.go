@@ -30,6 +30,9 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 		return nil, err
 	}
 	defer older.close()
+	noted, err := d.conntrack.notes.readRevoked()
+	d.failures.note(requestNoteRevoked, 1, err)
+	older.revoked = append(older.revoked, noted...)
 	inMap = append(inMap, older.standing...)
 	opened, err := r.open(cfg)
 	if err != nil {
@@ -77,20 +80,35 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 }
 
 // adoptRevoked takes over what the user revoked under an earlier daemon; older has what
-// tables with another name hold of it.
-func (d *Daemon) adoptRevoked(older []cone.Key) (err error) {
+// tables with another name, and the note, hold of it.
+func (d *Daemon) adoptRevoked(older []cone.Revoked) error {
 	r := d.reconcile
+	d.denied = older
 	if d.firewall.tables == nil {
 		return nil
 	}
 	r.backends.revoked = d.firewall.tables.NewRevoked()
-	if d.denied, err = r.backends.revoked.Adopt(); err != nil {
+	keys, err := r.backends.revoked.Adopt()
+	if err != nil {
 		return err
 	}
-	d.denied = append(d.denied, older...)
+	d.denied = append(d.denied, revokedKeys(keys)...)
 	d.leave = d.leave || len(d.denied) > 0
-	d.failures.note(request(engine.DenyPermissions), len(older), r.backends.revoked.Add(older))
+	keys = keys[:0]
+	for _, x := range older {
+		keys = append(keys, x.Key)
+	}
+	d.failures.note(request(engine.DenyPermissions), len(older), r.backends.revoked.Add(keys))
 	return nil
+}
+
+// revokedKeys returns keys of a set in the kernel, which does not say which flows there
+// were.
+func revokedKeys(keys []cone.Key) (all []cone.Revoked) {
+	for _, k := range keys {
+		all = append(all, cone.Revoked{Key: k})
+	}
+	return all
 }
 
 func onAnchors(e *expect.Backend) []string {

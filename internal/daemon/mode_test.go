@@ -29,7 +29,7 @@ func TestOneMissingBackendIsOneSentence(t *testing.T) {
 			cfg := config.Default()
 			cfg.Backend = tt.backend
 			r := &reconciler{shared: &shared{firewall: &firewall{missing: missing}}}
-			r.conntrack = sysctls{dir: sysctlDir, notes: filepath.Join(t.TempDir(), "c.")}
+			r.conntrack = sysctls{dir: sysctlDir, notes: notes{path: filepath.Join(t.TempDir(), "c.")}}
 			err := l.Gateway.Do(func() (err error) {
 				if r.reads, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
 					return err

@@ -15,7 +15,7 @@ import (
 type olderTables struct {
 	all      []*firewall
 	standing []expect.Adopted
-	revoked  []cone.Key           // by the user
+	revoked  []cone.Revoked       // by the user
 	unsure   []elements.Direction // flows whose source may be spoofed
 }
 
@@ -31,7 +31,7 @@ func (d *Daemon) openOlder() (o olderTables, err error) {
 		o.standing = append(o.standing, standing...)
 		errs = append(errs, err)
 		revoked, err := f.tables.NewRevoked().Adopt()
-		o.revoked = append(o.revoked, revoked...)
+		o.revoked = append(o.revoked, revokedKeys(revoked)...)
 		errs = append(errs, err, f.tables.NewUnsure().List(func(x elements.Direction) { o.unsure = append(o.unsure, x) }))
 	}
 	if err := errors.Join(errs...); err != nil {
@@ -51,8 +51,8 @@ func (o *olderTables) moveTo(m *elements.Map, failures *failures) error {
 		failures.note(requestCarryPermissionOver, 1, because(r, err), "ext", ps[i].Ext, "peer", ps[i].Peer)
 	})
 	ps = ps[:0]
-	for _, k := range o.revoked { // until the model denies them
-		if p := (cone.Permission{Key: k}); m.Carries(&p) {
+	for _, r := range o.revoked { // until the model denies them
+		if p := (cone.Permission{Key: r.Key}); m.Carries(&p) {
 			ps = append(ps, p)
 		}
 	}

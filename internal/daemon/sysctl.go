@@ -8,10 +8,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-
-	"golang.org/x/sys/unix"
-
-	"github.com/conenatd/conenatd/internal/control"
 )
 
 const (
@@ -32,35 +28,14 @@ var wanted = map[string]int{expectMax: wantedExpectMax, acct: 1}
 // sysctls reads and writes the settings of conntrack. For each one that it raised it writes
 // a note, so that another process can restore the setting after a kill -9.
 type sysctls struct {
-	dir    string // sysctlDir, except in tests
-	notes  string // path of the notes, without the name of the setting
-	cookie uint64 // of the network namespace, 0 before Linux 5.14
+	dir   string // sysctlDir, except in tests
+	notes notes
 }
 
-// openSysctls returns those of this network namespace. The notes have a fixed place, so that
-// another process finds them without knowing the configuration.
+// openSysctls returns those of this network namespace.
 func openSysctls() (sysctls, error) {
-	notes, err := control.File(".")
-	if err != nil {
-		return sysctls{}, err
-	}
-	cookie, err := netnsCookie()
-	return sysctls{dir: sysctlDir, notes: notes, cookie: cookie}, err
-}
-
-// netnsCookie returns a number that no other network namespace has or gets until the next
-// boot, unlike the inode number, which the kernel reuses. It is 0 before Linux 5.14.
-func netnsCookie() (uint64, error) {
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return 0, fmt.Errorf("identify network namespace: %w", err)
-	}
-	defer unix.Close(fd)
-	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
-	if err != nil && !errors.Is(err, unix.ENOPROTOOPT) {
-		return 0, fmt.Errorf("identify network namespace: %w", err)
-	}
-	return cookie, nil
+	n, err := openNotes()
+	return sysctls{dir: sysctlDir, notes: n}, err
 }
 
 func (s sysctls) read(name string) (int, error) {
@@ -90,7 +65,7 @@ func (s sysctls) raise(name string) (before, now int, err error) {
 	defer f.Close()
 	// The note comes first: a kill in between leaves nothing to restore. If somebody
 	// lowered the setting since the last time, restore returns to that value.
-	switch err := s.write(name, before); {
+	switch err := s.notes.write(name, strconv.Itoa(before), 0o644); {
 	case errors.Is(err, fs.ErrPermission):
 		return before, before, nil
 	case err != nil:
@@ -103,43 +78,20 @@ func (s sysctls) raise(name string) (before, now int, err error) {
 	return before, now, err
 }
 
-func (s sysctls) note(name string) string { return s.notes + name }
-
-// write makes the note of a setting: the value before, and the cookie of the namespace.
-func (s sysctls) write(name string, before int) error {
-	path := s.note(name)
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return err
-	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) { // it may be another user's
-		return err
-	}
-	return os.WriteFile(path, fmt.Appendf(nil, "%d %d\n", before, s.cookie), 0o644)
-}
-
 // restore undoes raise for a setting, by the note of whichever process raised it, unless
 // somebody changed the setting since.
 func (s sysctls) restore(name string) error {
-	b, err := os.ReadFile(s.note(name))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
+	text, mine, err := s.notes.read(name)
 	if err != nil {
 		return fmt.Errorf("read note of sysctl: %w", err)
 	}
-	var before int
-	var cookie uint64
-	_, broken := fmt.Sscan(string(b), &before, &cookie) // for instance after a full disk
-	if now, err := s.read(name); broken == nil && cookie == s.cookie && err == nil && now == wanted[name] {
+	before, broken := strconv.Atoi(text)
+	if now, err := s.read(name); mine && broken == nil && err == nil && now == wanted[name] {
 		if err := os.WriteFile(filepath.Join(s.dir, name), fmt.Appendf(nil, "%d\n", before), 0); err != nil {
 			return fmt.Errorf("restore sysctl: %w", err)
 		}
 	}
-	err = os.Remove(s.note(name))
-	if broken == nil && cookie != s.cookie && errors.Is(err, fs.ErrPermission) {
-		return nil // another user's, for a namespace that is gone
-	}
-	if err != nil {
+	if err := s.notes.remove(name, mine); err != nil {
 		return fmt.Errorf("remove note of sysctl: %w", err)
 	}
 	return nil

@@ -25,7 +25,7 @@ var raised = []struct {
 func fakeSysctls(t *testing.T) sysctls {
 	t.Helper()
 	dir := t.TempDir()
-	return sysctls{dir: dir, notes: filepath.Join(dir, "run", "c."), cookie: 7}
+	return sysctls{dir: dir, notes: notes{path: filepath.Join(dir, "run", "c."), cookie: 7}}
 }
 
 func (s sysctls) set(t *testing.T, name, value string) {
@@ -59,7 +59,7 @@ func (s sysctls) restored(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name := range wanted {
-		if _, err := os.Stat(s.note(name)); !errors.Is(err, fs.ErrNotExist) {
+		if _, err := os.Stat(s.notes.file(name)); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("the note of %s is still there: %v", name, err)
 		}
 	}
@@ -134,7 +134,7 @@ func TestNoteOfAnotherNamespaceChangesNothing(t *testing.T) {
 	for name, value := range wanted {
 		s := fakeSysctls(t)
 		s.set(t, name, strconv.Itoa(value))
-		if err := (sysctls{dir: s.dir, notes: s.notes, cookie: 8}).write(name, 0); err != nil {
+		if err := (notes{path: s.notes.path, cookie: 8}).write(name, "0", 0o644); err != nil {
 			t.Fatal(err)
 		}
 		s.restored(t)
@@ -144,10 +144,10 @@ func TestNoteOfAnotherNamespaceChangesNothing(t *testing.T) {
 
 func TestBrokenNoteGoes(t *testing.T) {
 	s := fakeSysctls(t)
-	s.cookie = 0
+	s.notes.cookie = 0
 	s.set(t, acct, "0")
 	s.raiseTo(t, acct, "1")
-	if err := os.WriteFile(s.note(acct), nil, 0o644); err != nil {
+	if err := os.WriteFile(s.notes.file(acct), nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
 	s.restored(t)

@@ -70,7 +70,7 @@ func (s *stage) start() {
 	s.e.SetServed(fakePorts{}, fakePorts{})
 	s.e.Model.SetTopology(s.now, topology)
 	s.e.Model.SetForwards(s.now, nil, true)
-	s.e.Model.Revoked(s.now, revoked)
+	s.e.Model.Revoked(s.now, revokedKeys(revoked))
 	for _, p := range adopted {
 		s.e.Model.Adopt(s.now, p.Permission, p.By, s.now+p.Left)
 	}
@@ -300,6 +300,14 @@ func TestFullMap(t *testing.T) {
 		s.want("full", full...)
 		s.differences("full", 0, 0)
 	})
+}
+
+// revokedKeys are keys of the kernel's set, which says nothing of flows.
+func revokedKeys(keys []cone.Key) (all []cone.Revoked) {
+	for _, k := range keys {
+		all = append(all, cone.Revoked{Key: k})
+	}
+	return all
 }
 
 // simulated is a machine with a fake kernel.

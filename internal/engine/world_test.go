@@ -145,7 +145,7 @@ func (w *world) start() {
 	m.SetTopology(w.now, topology)
 	m.SetForwards(w.now, w.forwarded, true)
 	m.SetTimeouts(cone.Timeouts{UDP: udpTime, Stream: udpTime})
-	m.Revoked(w.now, sortedKeys(w.k.revoked))
+	m.Revoked(w.now, revokedKeys(sortedKeys(w.k.revoked)))
 	for key := range w.k.revoked {
 		w.handed[key.Ext] = true
 	}

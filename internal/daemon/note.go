@@ -1,0 +1,89 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/control"
+)
+
+// notes are files beside the control socket that tell the next process in this network
+// namespace what it cannot learn from the kernel.
+type notes struct {
+	path   string // of each note, without its name
+	cookie uint64 // of the network namespace, 0 before Linux 5.14
+}
+
+// openNotes returns those of this network namespace. They have a fixed place, so that
+// another process finds them without knowing the configuration.
+func openNotes() (notes, error) {
+	path, err := control.File(".")
+	if err != nil {
+		return notes{}, err
+	}
+	cookie, err := netnsCookie()
+	return notes{path: path, cookie: cookie}, err
+}
+
+// netnsCookie returns a number that no other network namespace has or gets until the next
+// boot, unlike the inode number, which the kernel reuses. It is 0 before Linux 5.14.
+func netnsCookie() (uint64, error) {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("identify network namespace: %w", err)
+	}
+	defer unix.Close(fd)
+	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	if err != nil && !errors.Is(err, unix.ENOPROTOOPT) {
+		return 0, fmt.Errorf("identify network namespace: %w", err)
+	}
+	return cookie, nil
+}
+
+func (n notes) file(name string) string { return n.path + name }
+
+// write makes the note name, or replaces it, with one line of text, which the cookie of the
+// namespace follows.
+func (n notes) write(name, text string, mode fs.FileMode) error {
+	path := n.file(name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) { // it may be another user's
+		return err
+	}
+	return os.WriteFile(path, fmt.Appendf(nil, "%s %d\n", text, n.cookie), mode)
+}
+
+// read returns the text of the note name. mine is false if there is no note, if it is
+// broken, as after a full disk, or if it is of a namespace that is gone.
+func (n notes) read(name string) (text string, mine bool, err error) {
+	b, err := os.ReadFile(n.file(name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", false, nil
+	}
+	if err != nil {
+		return "", false, err
+	}
+	line := strings.TrimSuffix(string(b), "\n")
+	i := strings.LastIndexByte(line, ' ')
+	cookie, err := strconv.ParseUint(line[i+1:], 10, 64)
+	return line[:max(i, 0)], i > 0 && err == nil && cookie == n.cookie, nil
+}
+
+// remove removes the note name, if there is one. It is no error if another user's note stays
+// that is not of this namespace.
+func (n notes) remove(name string, mine bool) error {
+	err := os.Remove(n.file(name))
+	if errors.Is(err, fs.ErrNotExist) || !mine && errors.Is(err, fs.ErrPermission) {
+		return nil
+	}
+	return err
+}
