@@ -85,6 +85,7 @@ func run(ctx context.Context, flags *config.Flags) error {
 	if err := control.TakeFolder(socket); err != nil {
 		return err
 	}
+	control.SweepNotes() // the sandbox does not see other processes
 	if err := sandbox.Enter(); err != nil {
 		return err
 	}

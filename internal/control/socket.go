@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -79,35 +78,6 @@ func Listen(path string) (net.Listener, error) {
 		sweep(folder, staleTime)
 	}
 	return ln, nil
-}
-
-// Sweep removes the default sockets of dead daemons. The caller must hold the lock of its
-// network namespace.
-func Sweep() error {
-	path, err := DefaultSocket()
-	if err != nil {
-		return err
-	}
-	if stale(path) {
-		err = os.Remove(path)
-	}
-	sweep(folder, staleTime)
-	return err
-}
-
-// staleTime is the age at which a socket on which nobody answers counts as one of a dead
-// daemon: nobody answers between bind(2) and listen(2) either.
-const staleTime = time.Minute
-
-// sweep removes the sockets in dir that are at least as old as age and on which nobody
-// answers. Sockets that cannot be removed, such as another user's, stay.
-func sweep(dir string, age time.Duration) {
-	paths, _ := filepath.Glob(filepath.Join(dir, "*.sock")) // the error is for a bad pattern only
-	for _, path := range paths {
-		if info, err := os.Lstat(path); err == nil && time.Since(info.ModTime()) >= age && stale(path) {
-			_ = os.Remove(path)
-		}
-	}
 }
 
 // stale reports whether path is a socket on which nobody answers.
