@@ -190,6 +190,9 @@ func New(cfg Config) (d *Daemon, err error) {
 	l.warned, d.noted = newWarner(d.log), newEpisodes(d.log, d.now, cfg.Reconcile)
 	d.failures = newFailures(d.log, d.now, cfg.Reconcile)
 
+	if err := enoughDescriptors(); err != nil {
+		return d, err
+	}
 	if d.lock, err = control.Acquire(cfg.Socket); err != nil {
 		return d, err
 	}

@@ -30,7 +30,7 @@ const (
 
 var inside = map[string]func(dir string) error{
 	"stop": runInside, "fail": failInside, "unready": unreadyInside, "stuck": stuckInside,
-	"exhausted": exhaustedInside, "behind": behindInside, "without nftables": withoutNFTables,
+	"exhausted": exhaustedInside, "narrow": narrowInside, "behind": behindInside, "without nftables": withoutNFTables,
 }
 
 // runRole lets this program play a role in the gateway.

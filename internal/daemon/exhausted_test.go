@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/daemon"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -98,4 +99,46 @@ func TestStatusAnswersWithoutAFreeDescriptor(t *testing.T) {
 	if err := errors.Join(in.Close(), c.Wait()); err != nil || stderr.Len() > 0 {
 		t.Errorf("%v: %s", err, stderr.String())
 	}
+}
+
+// narrowInside runs daemons under two limits of open files: one less than a daemon asks for,
+// and what it asks for.
+func narrowInside(dir string) error {
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return err
+	}
+	enough := len(entries) - 1 + daemon.Descriptors
+	limit := func(n int) error {
+		return unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(n), Max: 1000})
+	}
+	if err := limit(enough - 1); err != nil {
+		return err
+	}
+	_, err = newInside(dir)
+	if err == nil || strings.Count(err.Error(), "\n") > 0 || !strings.Contains(err.Error(), "raise it") {
+		return fmt.Errorf("with too few, the start says %w", err)
+	}
+	if err := limit(enough); err != nil {
+		return err
+	}
+	d, err := newInside(dir)
+	if err != nil {
+		return err
+	}
+	stop, ended := runReady(d)
+	defer stop()
+	st, err := control.Dial(filepath.Join(dir, "control.sock")).Status(context.Background())
+	if err == nil && len(st.Counters.Failed) > 0 {
+		err = fmt.Errorf("with enough, these requests failed: %v", st.Counters.Failed)
+	}
+	stop()
+	return errors.Join(err, <-ended)
+}
+
+// Fails when a daemon starts that cannot open what it needs, and when what it asks for is
+// less than it needs.
+func TestStartWithTooFewDescriptorsIsRefused(t *testing.T) {
+	t.Parallel()
+	runRole(t, lab.ForTest(t, lab.Options{}), "narrow")
 }

@@ -26,3 +26,6 @@ func (d *Daemon) FlowsAfter(f func() error) (n int, err error) {
 	d.do(func(l *loop) { n = l.engine.Model.Stats().Flows })
 	return n, err
 }
+
+// Descriptors is how many open files a daemon asks for.
+const Descriptors = descriptors
