@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -54,6 +55,61 @@ func TestPortZeroOfOthersPasses(t *testing.T) {
 	// No other network may reach an anchor through the inside address.
 	udp(t, l.Guest, netip.AddrPortFrom(l.Guest.Addr, 5060), netip.AddrPortFrom(l.Inside(0).Addr, 0))
 	eventually(t, func() bool { return count(t, table).PortZeroDrops == 1 })
+}
+
+// With bridge-nf-call-iptables, the rules see what stays on a bridge, as between two guests of
+// a host of virtual machines. Once the gateway has an address on the bridge, they cannot tell
+// that from what the gateway routes.
+//
+// Fails when such packets with port 0 are dropped, when they are tracked and so could match an
+// anchor, and when routed ones pass.
+func TestPortZeroPassesOnABridge(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{Guest: true})
+	if err := l.Gateway.SetSysctl("net.bridge.bridge-nf-call-iptables", "1"); err != nil {
+		t.Skip("what is bridged never meets the rules:", err)
+	}
+	in, out := l.Inside(0), l.Guest
+	for h, other := range map[*lab.Host]*lab.Host{in: out, out: in} {
+		_, err := h.Output("ip", "route", "add", other.Addr.String(), "dev", "eth0")
+		check(t, err)
+	}
+	output(t, l, "ip", "addr", "flush", "dev", "guest0")
+	output(t, l, "ip", "link", "set", "guest0", "master", "lan0")
+	d := permit(t, l, "198.51.100.1:5060", "10.47.11.109:5060", lab.PeerA)
+	d.Subnets = []netip.Prefix{lab.InsideNet}
+	table := open(t, l)
+	send := func() {
+		udp(t, in, netip.AddrPortFrom(in.Addr, 0), netip.AddrPortFrom(out.Addr, 7000))
+		udp(t, out, netip.AddrPortFrom(out.Addr, 5060), netip.AddrPortFrom(in.Addr, 0))
+	}
+	set(t, table, d)
+	send()
+	eventually(t, func() bool { return count(t, table).PortZeroDrops == 2 })
+
+	output(t, l, "ip", "addr", "flush", "dev", "lan0")
+	d.Bridges = []string{"lan0"}
+	set(t, table, d)
+	a, b := listen(t, out, out.Addr, 7000), listen(t, in, in.Addr, 5060)
+	send()
+	if _, from, err := a.Recv(5 * time.Second); err != nil || from.Port() != 0 {
+		t.Errorf("from %v: %v", from, err)
+	}
+	check(t, a.Send(b.Addr(), "fence")) // no socket has port 0
+	if _, _, err := b.Recv(5 * time.Second); err != nil {
+		t.Error(err)
+	}
+	if n := count(t, table).PortZeroDrops; n != 2 {
+		t.Errorf("%d packets were dropped, want 2", n)
+	}
+	flows, err := l.Conntrack("-p", "udp")
+	check(t, err)
+	if slices.ContainsFunc(flows, func(f string) bool { return strings.Contains(f, "port=0 ") && strings.Contains(f, out.Addr.String()) }) {
+		t.Errorf("tracked: %q", flows)
+	}
+
+	output(t, l, "ip", "route", "add", in.Addr.String(), "dev", "lan0") // the gateway serves it without an address
+	send()
+	eventually(t, func() bool { return count(t, table).PortZeroDrops == 3 })
 }
 
 // An unreachable is an ICMP error "port unreachable" about a packet from src to dst.

@@ -58,7 +58,10 @@ const fewPrefixes = 4
 
 // portZero drops packets that would match an anchor: packets with port 0 on one side
 // between a subnet and elsewhere, and those to the gateway. It tests the port first,
-// because hardly any packet has port 0.
+// because hardly any packet has port 0. If the firewall filters bridged packets, this hook
+// sees those, too, and cannot tell which of them leave the bridge. On a bridge without an
+// address of the gateway, all do stay whose source is not reached by the bridge: they pass,
+// and past conntrack, so that they match no anchor either.
 func (l *layout) portZero(d Desired) {
 	l.counters = append(l.counters, zeroCounter)
 	like := l.regular("like_an_anchor")
@@ -67,6 +70,9 @@ func (l *layout) portZero(d Desired) {
 	l.rule(c, "", udpDport.is(be16(0)), isUDP, jump(like))
 	if d.Self && !d.noFib {
 		l.rule(like, "no packet may match an anchor", toGateway, counter(zeroCounter), drop)
+	}
+	if len(d.Bridges) > 0 && !d.noFib {
+		l.rule(like, "it stays on the bridge", iifname.in(l.linkSet(bridgesSet, d.Bridges)), noWayBack, notrack, accept)
 	}
 	for _, f := range familiesOf(d.Subnets) {
 		inside := l.inside(f, d.Subnets)

@@ -193,6 +193,9 @@ func newLayout(name string, family nftables.TableFamily, outside []string) *layo
 
 // linkSet makes a set of the names of links.
 func (l *layout) linkSet(name string, links []string) *set {
+	if s := l.named(name); s != nil { // another rule has it
+		return s
+	}
 	s := l.set(name, nftables.TypeIFName)
 	s.KeyByteOrder = binaryutil.NativeEndian // otherwise nft lists the names wrong
 	for _, link := range slices.Compact(slices.Sorted(slices.Values(links))) {

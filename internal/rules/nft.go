@@ -240,6 +240,9 @@ func join(parts ...exprs) exprs { return slices.Concat(parts...) }
 
 // Statements.
 var (
+	// notrack lets conntrack pass a packet by, so that it matches no flow.
+	notrack = exprs{&expr.Notrack{}}
+
 	accept = exprs{&expr.Verdict{Kind: expr.VerdictAccept}}
 	drop   = exprs{&expr.Verdict{Kind: expr.VerdictDrop}}
 )

@@ -57,8 +57,8 @@ type Desired struct {
 	// there are none, flows with a zone are left alone.
 	ZonedAddrs []netip.Addr
 	// Bridges are bridges on which the gateway has no address. If the firewall filters
-	// bridged packets, the forward hook also sees packets that stay on a bridge, and cannot
-	// tell where they came from.
+	// bridged packets, the hooks also see packets that stay on a bridge, and cannot tell
+	// where they came from.
 	Bridges []string
 	// Helpers are the names of the conntrack helpers on anchors. Without any there are no
 	// expectations. With them, packets that match an anchor are dropped, and so are the
