@@ -243,6 +243,16 @@ func TestOwnedTableStaysWithItsOwner(t *testing.T) {
 	if err := l.NFT("delete table inet conenat"); err == nil {
 		t.Error("somebody else deleted it")
 	}
+	saved, err := l.Ruleset()
+	check(t, err)
+	for _, file := range []string{saved, "flush ruleset\n" + saved, "table inet conenat { chain guard { accept; }; }"} {
+		if err := l.NFT(file); err == nil || !strings.Contains(err.Error(), "Operation not permitted") {
+			t.Errorf("loading a file with our table says %v: %s", err, file)
+		}
+	}
+	if diff := cmp.Diff(want, ours(t, l)); diff != "" {
+		t.Error("after a file was loaded:", diff)
+	}
 	if _, err := rules.Open(rules.Config{NetNS: l.Gateway.FD()}); !errors.Is(err, rules.ErrOwned) {
 		t.Error(err)
 	}
