@@ -40,17 +40,20 @@ const (
 // brokenFlows is the search for broken flows: flows of enabled hosts that cannot work with
 // the source that they have, which the user's rules would not give them now.
 type brokenFlows struct {
-	due    bool          // something changed since the last look
-	next   time.Duration // earliest time of the next look
-	looks  int           // looks still to come that wait for answers
-	empty  int           // looks in a row that found nothing, with little time between
-	walk   walk
-	sum    []control.BrokenFlows // found by this walk so far
-	shown  bool                  // the last walk found some, which may have ended since
-	before map[uint32]foundBefore
-	by     *userrules.Ruleset // the rules at the last look
-	healed healedFlows
-	had    map[cone.Addr]struct{} // IPv4 addresses that outside links have, or had
+	due  bool          // something changed since the last look
+	next time.Duration // earliest time of the next look
+	// soonest is next without regard to looks that found nothing. Other addresses, or other
+	// source NAT, are a new reason to look.
+	soonest time.Duration
+	looks   int // looks still to come that wait for answers
+	empty   int // looks in a row that found nothing, with little time between
+	walk    walk
+	sum     []control.BrokenFlows // found by this walk so far
+	shown   bool                  // the last walk found some, which may have ended since
+	before  map[uint32]foundBefore
+	by      *userrules.Ruleset // the rules at the last look
+	healed  healedFlows
+	had     map[cone.Addr]struct{} // IPv4 addresses that outside links have, or had
 	answers
 }
 
@@ -66,12 +69,18 @@ func (b *brokenFlows) changed() {
 	b.healed.changes++
 }
 
+// hurry forgets that looks found nothing.
+func (b *brokenFlows) hurry() { b.empty, b.next = 0, min(b.next, b.soonest) }
+
 // sawNetwork notes the addresses of outside links. Any other source of a flow may be an
 // address that is routed to the gateway without being on a link.
 func (b *brokenFlows) sawNetwork(before, now gateway.Network) {
 	const most = 1 << 12
 	switch {
-	case b.had == nil, !now.SameRoutes(before), !slices.Equal(now.Addrs, before.Addrs):
+	case b.had == nil, !slices.Equal(now.Addrs, before.Addrs):
+		b.hurry()
+		b.changed()
+	case !now.SameRoutes(before):
 		b.changed()
 	case b.shown:
 		b.due = true
@@ -86,10 +95,23 @@ func (b *brokenFlows) sawNetwork(before, now gateway.Network) {
 	}
 }
 
+// sawRules takes in the user's rules. What they translate may have changed.
+func (b *brokenFlows) sawRules(rs *userrules.Ruleset) {
+	if b.by == rs {
+		return
+	}
+	if !rs.SameSources(b.by) {
+		b.hurry()
+	}
+	b.by = rs
+	b.changed()
+}
+
 // lookForBroken looks for broken flows if something changed, and counts them. With heal_flows
 // it ends those that the last look found broken, too, by the same rules.
 func (r *reconciler) lookForBroken() error {
 	b := &r.broken
+	b.sawRules(r.firewall.user)
 	if !b.due || r.now() < b.next {
 		return nil
 	}
@@ -97,12 +119,8 @@ func (r *reconciler) lookForBroken() error {
 	if !r.ask(func(l *loop) { cfg = l.cfg }) {
 		return nil
 	}
-	if b.by != r.firewall.user {
-		b.by = r.firewall.user
-		b.changed()
-	}
 	if r.now() > b.next+brokenLate {
-		b.empty = 0
+		b.empty, b.next = 0, min(b.next, b.soonest)
 	}
 	b.due = false
 	var found []brokenFlow
@@ -114,8 +132,9 @@ func (r *reconciler) lookForBroken() error {
 		}
 	})
 	b.next = r.now() + untilNextLook(took, len(b.before) > 0, b.empty)
+	b.soonest = r.now() + untilNextLook(took, len(b.before) > 0, 0)
 	if b.empty++; len(found) > 0 || b.awaited {
-		b.empty = 0
+		b.empty, b.next = 0, min(b.next, b.soonest)
 	}
 	if err != nil {
 		b.walk.from, b.sum = 0, nil

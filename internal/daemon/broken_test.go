@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // A flow that comes back with the source that was wrong is not ended again and again.
@@ -150,6 +151,26 @@ func TestFlowsThatWaitToEndAreLookedAtSoon(t *testing.T) {
 	} {
 		if got := untilNextLook(tt.took, tt.toHeal, tt.empty); got != tt.want {
 			t.Errorf("%v after a look of %v (to heal: %t, %d before it found nothing), want %v", got, tt.took, tt.toHeal, tt.empty, tt.want)
+		}
+	}
+}
+
+// After looks that found nothing the next one is far away. Other source NAT brings it nearer, and a
+// change of other rules does not.
+func TestOtherSourceNATIsLookedAtSoon(t *testing.T) {
+	rules := &userrules.Ruleset{}
+	for name, tt := range map[string]struct {
+		by   *userrules.Ruleset
+		want time.Duration
+	}{
+		"other source NAT":    {nil, 2 * time.Second},
+		"the same source NAT": {&userrules.Ruleset{}, 30 * time.Second},
+		"the same rules":      {rules, 30 * time.Second},
+	} {
+		b := brokenFlows{next: 30 * time.Second, soonest: 2 * time.Second, empty: 5, by: tt.by}
+		b.sawRules(rules)
+		if b.next != tt.want || (b.empty == 0) != (tt.want == b.soonest) || b.by != rules || b.due != (tt.by != rules) {
+			t.Errorf("%s: %+v, want the next look at %v", name, b, tt.want)
 		}
 	}
 }
