@@ -10,7 +10,7 @@ import (
 // use.
 type router struct {
 	network gateway.Network
-	marked  bool // packets may be marked before they are routed
+	marked  bool // rules may mark packets before they are routed
 	kernel  *gateway.Router
 	byIndex map[int]gateway.Link
 	err     error // the first error

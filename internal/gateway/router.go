@@ -23,9 +23,10 @@ type Router struct {
 }
 
 // DialRouter opens the connection to the network namespace behind the descriptor netns, or
-// to the calling thread's own if that is 0. The Router tries the types of service that routing
-// rules and routes of n select by, and if packets may be marked before they are routed, the
-// marks.
+// to the calling thread's own if that is 0. The Router tries the marks and types of service
+// that routing rules and routes of n select by. The marks of inverted rules ("not fwmark", as
+// wg-quick has one for its own packets alone) it tries only if marked says that rules may mark
+// what the gateway forwards: not all that may mark packets is known, traffic control for instance.
 func DialRouter(netns int, n Network, marked bool) (*Router, error) {
 	c, err := dial(unix.NETLINK_ROUTE, netns)
 	if err != nil {
@@ -33,7 +34,7 @@ func DialRouter(netns int, n Network, marked bool) (*Router, error) {
 	}
 	r := &Router{conn: c, marks: []uint32{0}, toses: n.toses(), inside: make(map[cone.Addr]uint32)}
 	for _, rule := range n.Rules {
-		if marked && rule.Mark != 0 && !slices.Contains(r.marks, rule.Mark) {
+		if rule.Mark != 0 && (marked || !rule.invert) && !slices.Contains(r.marks, rule.Mark) {
 			r.marks = append(r.marks, rule.Mark)
 		}
 	}

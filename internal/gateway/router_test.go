@@ -5,6 +5,47 @@ import (
 	"testing"
 )
 
+// Of marks that rules may not give, one that a routing rule selects by counts all the same, for more
+// than rules marks packets; but not one that a rule excepts, as that of wg-quick.
+//
+// Fails when the mark of a tunnel's own packets shows a way of others.
+func TestRouterTriesMarks(t *testing.T) {
+	for name, tt := range map[string]struct {
+		rule   string
+		marked bool
+		want   []string
+	}{
+		"excepted":             {"rule add not fwmark 2 table 7", false, []string{"vpn0"}},
+		"excepted, and marked": {"rule add not fwmark 2 table 7", true, []string{"vpn0", "wan0"}},
+		"selected":             {"rule add fwmark 2 table 7", false, []string{"vpn0", "wan0"}},
+		"selected, and marked": {"rule add fwmark 2 table 7", true, []string{"vpn0", "wan0"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := newGateway(t, "link add vpn0 type bridge", "link set vpn0 up", "route replace default via 198.51.100.254 dev wan0",
+				"route add default dev vpn0 table 7", tt.rule)
+			n := readNetwork(t, g)
+			r, err := DialRouter(g.FD(), n, tt.marked)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer r.Close()
+			links, _, err := r.Links(endpoint("10.47.11.109:5060"), endpoint("203.0.113.5:5060"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var names []string
+			for _, l := range n.Links {
+				if slices.Contains(links, l.Index) {
+					names = append(names, l.Name)
+				}
+			}
+			if slices.Sort(names); !slices.Equal(names, tt.want) {
+				t.Errorf("%q, want %q", names, tt.want)
+			}
+		})
+	}
+}
+
 // The kernel says by which link a host's packets leave, for each mark and type of service
 // that routing rules and routes select by.
 func TestRouterFindsTheLinksOfAHostsPackets(t *testing.T) {

@@ -9,7 +9,7 @@ import (
 
 // MayMark reports whether a rule of the prerouting hook may give IPv4 packets a mark before they
 // are routed. It is true, too, if rules are not understood or may be missing. Chains of the
-// family netdev are not read.
+// families netdev and bridge are not read.
 func (rs *Ruleset) MayMark() bool {
 	if slices.ContainsFunc(rs.hidden, func(h hiddenTable) bool { return h.family == legacy4 }) {
 		return true
