@@ -209,7 +209,7 @@ func TestAutoJudgesEachSubnetByItsOwnChildren(t *testing.T) {
 			s.Stands(other, proxy, otherExt)
 			port := uint16(7000)
 			s.losesChildren(ext, "expectations carry", func(c control.Carried) bool {
-				if port++; port%8 == 0 && name == "routing" {
+				if port++; port%2 == 0 && name == "routing" {
 					s.Arrives(other, s.PeerSocket(lab.PeerA, port), otherExt)
 				}
 				return c.By == "expect"

@@ -239,7 +239,7 @@ var faults = map[string]fault{
 		id: "forwarding_off", about: lab.InsideNet.String(), running: true, cut: true, set: sets("sysctl -w net.ipv4.ip_forward=0"), line: "sysctl -w net.ipv4.ip_forward=1",
 	},
 	"IPv4 forwarding is off on a link": {
-		id: "forwarding_off", about: "ipv4", cut: true, set: sets("sysctl -w net.ipv4.conf.lan0.forwarding=0"),
+		id: "forwarding_off", about: lab.InsideNet.String(), cut: true, set: sets("sysctl -w net.ipv4.conf.lan0.forwarding=0"),
 		line: "sysctl -w net.ipv4.conf.lan0.forwarding=1",
 	},
 	"IPv6 forwarding is off": {

@@ -132,7 +132,7 @@ func (l *loop) warnForwarding(out *warnings) {
 	inside := map[netip.Prefix][]string{}
 	for _, link := range l.network.Links {
 		for _, family := range []gateway.Families{gateway.IPv4, gateway.IPv6} {
-			if link.Outside&family != 0 && off(family, link.Name) {
+			if link.Outside&family != 0 && (family != gateway.IPv4 || l.network.Has4(link.Name)) && off(family, link.Name) {
 				outside[family] = append(outside[family], link.Name)
 			}
 		}

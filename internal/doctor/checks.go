@@ -2,7 +2,6 @@ package doctor
 
 import (
 	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
 
@@ -23,7 +22,6 @@ var checks = []check{
 	{"would_not_start", Error, "nothing is served", false, (*Facts).wouldNotStart},
 	{"no_subnet", Error, "only subnets that you enable are served", false, (*Facts).noSubnet},
 	{"tables_left", Warning, "these tables go on dropping packets, and nobody renews what they permit", false, (*Facts).tablesLeft},
-	{"forwarding_off", Error, "neither hosts nor their peers get through", false, (*Facts).forwardingOffUnseen},
 	{"subnet_not_translated", Error, "nobody on the Internet can answer a private address, and no permission arises", true, (*Facts).notTranslated},
 	{"source_nat_random", Warning, "each peer sees another outside port, as behind a symmetric NAT", true, (*Facts).randomPorts},
 	{"timeouts_short", Warning, "RFC 4787 (REQ-5) asks for two minutes at least: hosts that keep silent for longer lose their outside port", false, (*Facts).shortTimeouts},
@@ -77,74 +75,32 @@ func (f *Facts) tablesLeft() []Finding {
 	}}
 }
 
-// forwardingOffUnseen is forwardingOff without a daemon, which tells by itself.
-func (f *Facts) forwardingOffUnseen() []Finding {
-	if f.Running {
-		return nil
-	}
-	return f.forwardingOff()
-}
-
-// forwardingOff looks at what the kernel asks before it forwards a packet.
-func (f *Facts) forwardingOff() []Finding {
-	return slices.Concat(f.forwarding4Off(), f.forwarding6Off())
-}
-
-func (f *Facts) serves(is func(netip.Addr) bool) bool {
-	return slices.ContainsFunc(f.Status.Subnets, func(s control.Subnet) bool { return is(s.Prefix.Addr()) })
-}
-
-// For IPv4 it is the setting of the link by which the packet comes in (IN_DEV_FORWARD).
-func (f *Facts) forwarding4Off() []Finding {
-	if !f.serves(netip.Addr.Is4) {
-		return nil
-	}
-	var off []string
-	x := Finding{About: "ipv4", Keep: keepSysctl}
+// forward4 lets the kernel forward IPv4: by the setting of each link by which packets come in
+// (IN_DEV_FORWARD).
+func (f *Facts) forward4() (fix []Line) {
 	for _, link := range slices.Concat(f.Outside4, f.Inside) {
 		name := "net/ipv4/conf/" + link + "/forwarding"
-		if n, ok := f.Sysctls.number(name); ok && n == 0 && !slices.Contains(off, link) {
-			off = append(off, link)
-			x.Fix = append(x.Fix, sysctl(name, "1"))
+		if n, ok := f.Sysctls.number(name); ok && n == 0 {
+			fix = append(fix, sysctl(name, "1"))
 		}
-	}
-	if len(off) == 0 {
-		return nil
 	}
 	const all = "net/ipv4/ip_forward"
 	if whole, known := f.Sysctls.number(all); known && whole == 0 {
-		x.Fix = []Line{sysctl(all, "1")} // sets all links
+		fix = []Line{sysctl(all, "1")} // sets all links
 	}
-	x.What = "IPv4 forwarding is off on " + strings.Join(off, ", ")
-	return []Finding{x}
+	return fix
 }
 
-// For IPv6 it is the setting of all links, or since Linux 6.17 force_forwarding of the link
-// (ip6_forward). A gateway that forwards accepts router advertisements, and with them its default
-// route, only from links with accept_ra = 2.
-func (f *Facts) forwarding6Off() []Finding {
-	const all = "net/ipv6/conf/all/forwarding"
-	n, known := f.Sysctls.number(all)
-	if !f.serves(netip.Addr.Is6) || !known || n != 0 {
-		return nil
-	}
-	links := slices.Concat(f.Status.Outside, f.Inside)
-	forced := func(link string) bool {
-		n, ok := f.Sysctls.number("net/ipv6/conf/" + link + "/force_forwarding")
-		return ok && n != 0
-	}
-	if len(links) > 0 && !slices.ContainsFunc(links, func(l string) bool { return !forced(l) }) {
-		return nil
-	}
-	x := Finding{About: "ipv6", Keep: keepSysctl, What: "IPv6 forwarding is off"}
+// forward6 lets the kernel forward IPv6. A gateway that forwards accepts router advertisements,
+// and with them its default route, only from links with accept_ra = 2.
+func (f *Facts) forward6() (fix []Line) {
 	for _, link := range f.Status.Outside {
 		name := "net/ipv6/conf/" + link + "/accept_ra"
 		if n, ok := f.Sysctls.number(name); ok && n == 1 {
-			x.Fix = append(x.Fix, sysctl(name, "2"))
+			fix = append(fix, sysctl(name, "2"))
 		}
 	}
-	x.Fix = append(x.Fix, sysctl(all, "1"))
-	return []Finding{x}
+	return append(fix, sysctl("net/ipv6/conf/all/forwarding", "1"))
 }
 
 func (f *Facts) notTranslated() (all []Finding) {

@@ -61,13 +61,13 @@ func TestFindings(t *testing.T) {
 		"tables left": {func(f *Facts) { f.Running, f.Left = false, []string{"conenat"} }, "tables_left", []string{"conenatd cleanup"}, 1},
 		"no forwarding": {
 			func(f *Facts) {
-				f.Running = false
+				f.Status.Findings = []control.Finding{{ID: "forwarding_off", About: office.String()}}
 				f.Sysctls["net/ipv4/ip_forward"], f.Sysctls["net/ipv4/conf/lan0/forwarding"] = Sysctl{Value: "0", Writable: true}, Sysctl{Value: "0", Writable: true}
 			}, "forwarding_off", []string{"sysctl -w net.ipv4.ip_forward=1"}, 2,
 		},
 		"no forwarding on a link": {
 			func(f *Facts) {
-				f.Running = false
+				f.Status.Findings = []control.Finding{{ID: "forwarding_off", About: office.String()}}
 				f.Sysctls["net/ipv4/conf/wan0/forwarding"] = Sysctl{Value: "0", Writable: true}
 			},
 			"forwarding_off",
@@ -76,10 +76,9 @@ func TestFindings(t *testing.T) {
 		},
 		"no IPv6 forwarding": {
 			func(f *Facts) {
-				f.Running = false
 				f.Status.Subnets = append(f.Status.Subnets, control.Subnet{Prefix: netip.MustParsePrefix("2001:db8:47::/64"), Routed: true})
+				f.Status.Findings = []control.Finding{{ID: "forwarding_off", About: "2001:db8:47::/64"}}
 				f.Sysctls["net/ipv6/conf/all/forwarding"], f.Sysctls["net/ipv6/conf/wan0/accept_ra"] = Sysctl{Value: "0", Writable: true}, Sysctl{Value: "1", Writable: true}
-				f.Sysctls["net/ipv6/conf/wan0/force_forwarding"] = Sysctl{Value: "1", Writable: true}
 			}, "forwarding_off", []string{"sysctl -w net.ipv6.conf.wan0.accept_ra=2", "sysctl -w net.ipv6.conf.all.forwarding=1"}, 2,
 		},
 		"no source NAT": {

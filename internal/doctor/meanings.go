@@ -52,13 +52,11 @@ func theirs(_ *Facts, d control.Finding) ([]Line, string) {
 }
 
 // forward turns on what the kernel asks before it forwards a packet of the finding's subnet.
-func forward(f *Facts, d control.Finding) (lines []Line, keep string) {
-	for _, x := range f.forwardingOff() {
-		if x.About == "ipv6" == strings.Contains(d.About, ":") {
-			lines, keep = x.Fix, x.Keep
-		}
+func forward(f *Facts, d control.Finding) ([]Line, string) {
+	if strings.Contains(d.About, ":") {
+		return f.forward6(), keepSysctl
 	}
-	return lines, keep
+	return f.forward4(), keepSysctl
 }
 
 // letIn lets children of the finding's subnet pass the chain that drops them. The finding

@@ -64,12 +64,12 @@ func prefixes(subnets []control.Subnet) (all []netip.Prefix) {
 // setting that the kernel lacks is left out.
 func sysctls(root string, links []string) doctor.Sysctls {
 	names := []string{
-		"net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding", "net/ipv4/conf/all/rp_filter", "net/ipv4/fib_multipath_hash_policy",
+		"net/ipv4/ip_forward", "net/ipv4/conf/all/rp_filter", "net/ipv4/fib_multipath_hash_policy",
 		"net/netfilter/nf_conntrack_udp_timeout", "net/netfilter/nf_conntrack_udp_timeout_stream",
 		"net/netfilter/nf_conntrack_expect_max", "net/netfilter/nf_conntrack_max",
 	}
 	for _, l := range links {
-		names = append(names, "net/ipv4/conf/"+l+"/forwarding", "net/ipv6/conf/"+l+"/force_forwarding", "net/ipv6/conf/"+l+"/accept_ra", "net/ipv4/conf/"+l+"/rp_filter")
+		names = append(names, "net/ipv4/conf/"+l+"/forwarding", "net/ipv6/conf/"+l+"/accept_ra", "net/ipv4/conf/"+l+"/rp_filter")
 	}
 	all := doctor.Sysctls{}
 	for _, name := range names {
