@@ -102,19 +102,21 @@ func TestNFTChildHealsWhereWaysAreLessPlain(t *testing.T) {
 		return "table ip nat { chain post { type nat hook postrouting priority srcnat; " + s + "; }; }"
 	}
 	for name, tc := range map[string]struct {
-		rules  string
-		hops   bool
-		change []string
+		rules        string
+		hops         bool
+		untranslated bool // by the second uplink
+		change       []string
 	}{
-		"wg-quick": {bothUplinks, false, []string{
+		"wg-quick": {bothUplinks, false, false, []string{
 			"route add default via 198.51.100.254 dev wan1 onlink table 51820",
 			"rule add not fwmark 51820 table 51820", "rule add table main suppress_prefixlength 0",
 		}},
-		"one of several next hops": {bothUplinks, true, nil},
-		"from the LAN alone":       {rules(`iifname "lan0" oifname "wan*" masquerade`), false, toTheOther},
-		"IPsec is exempt":          {rules(`oifname "wan*" rt ipsec exists return; oifname "wan*" masquerade`), false, toTheOther},
-		"a mark is exempt":         {rules(`meta mark & 0x80000 == 0x80000 return; oifname "wan*" masquerade`), false, toTheOther},
-		"a connmark is exempt":     {rules(`ct mark 0x99 accept; oifname "wan*" masquerade`), false, toTheOther},
+		"one of several next hops": {bothUplinks, true, false, nil},
+		"from the LAN alone":       {rules(`iifname "lan0" oifname "wan*" masquerade`), false, false, toTheOther},
+		"IPsec is exempt":          {rules(`oifname "wan*" rt ipsec exists return; oifname "wan*" masquerade`), false, false, toTheOther},
+		"a mark is exempt":         {rules(`meta mark & 0x80000 == 0x80000 return; oifname "wan*" masquerade`), false, false, toTheOther},
+		"an uplink without NAT":    {lab.Masquerade, false, true, toTheOther},
+		"a connmark is exempt":     {rules(`ct mark 0x99 accept; oifname "wan*" masquerade`), false, false, toTheOther},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -136,6 +138,9 @@ func TestNFTChildHealsWhereWaysAreLessPlain(t *testing.T) {
 			}
 			for _, c := range tc.change {
 				s.IP(s.Gateway, c)
+			}
+			if tc.untranslated {
+				second = phone.Addr().Addr()
 			}
 			s.heals(phone, other, second)
 		})

@@ -237,8 +237,11 @@ func (s *sources) gives(rs *userrules.Ruleset, l gateway.Link, f *brokenFlow) bo
 	n, known := rs.SourcesOf(userrules.Leaving{
 		Src: f.Src.Netip(), Dst: f.ReplySrc.Netip(), Out: linkOf(l),
 	})
-	if !known || !n.Masquerade && len(n.Addrs) == 0 || n.Kept && f.source() == f.Src.Addr.Netip() {
+	if !known || n.Kept && f.source() == f.Src.Addr.Netip() {
 		return false
+	}
+	if !n.Masquerade && len(n.Addrs) == 0 { // hosts keep their own there, unless no rules translate at all
+		return len(rs.SourceNAT()) > 0
 	}
 	if n.Masquerade && !slices.ContainsFunc(s.byLink[l.Index], func(o ownAddr) bool { return o.addr.Is4() && !o.narrow }) {
 		return false
