@@ -153,7 +153,7 @@ func TestNFTChildHealsWhereWaysAreLessPlain(t *testing.T) {
 // Fails when only a change of routes lets flows give such permissions again.
 func TestNFTPermissionComesBackWithTheRules(t *testing.T) {
 	s, second := twoUplinks(t, lab.Options{Rules: bothUplinks})
-	s.Serve("--reconcile=1s")
+	s.Serve("--reconcile=1h")
 	phone, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 	ext := s.Contact(phone, peer)
 	stands := func() bool {
@@ -262,6 +262,28 @@ func TestNFTRoutingRuleForPortsOutweighsAChild(t *testing.T) {
 			s.Arrives(phone, s.PeerSocket(lab.PeerA, tc.right+1), ext)
 		})
 	}
+}
+
+// Many children begin at once, and the last has a wrong address.
+//
+// Fails when only the first are looked at.
+func TestNFTWrongChildAmongManyEnds(t *testing.T) {
+	s, second := twoUplinks(t, lab.Options{Rules: bothUplinks})
+	s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 109")
+	s.IP(s.Gateway, "rule add iif lan0 ipproto udp dport 5060 table 109")
+	s.Serve("--reconcile=1h")
+	phone, peer := s.InsideSocket(0, 4444), s.PeerSocket(lab.PeerA, 5070)
+	ext := s.Contact(phone, peer)
+	s.Until("a permission stands", func() bool { return s.Status().Permissions.Standing == 1 })
+	var peers []*lab.Socket
+	for i := range uint16(150) {
+		peers = append(peers, s.PeerSocket(lab.PeerA, 7000+i))
+	}
+	last := s.PeerSocket(lab.PeerA, 5060)
+	for _, p := range append(peers, last) {
+		s.Must(p.Send(ext, stage.Payload("at once")))
+	}
+	s.heals(phone, last, second)
 }
 
 // looksAfter changes routes and waits until the daemon has looked at flows because of that.

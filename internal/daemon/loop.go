@@ -192,7 +192,7 @@ func (l *loop) event(now time.Duration, e *ctwatch.Event) {
 		if e.Flow.Began && e.Flow.IsChild() && l.mayStrand != nil && l.mayStrand(e.Flow.Dst.Addr) {
 			select {
 			case l.born <- e.Flow:
-			default: // the next reconcile looks at all
+			default: // so many that all are looked at
 			}
 		}
 	case ctwatch.Gone:

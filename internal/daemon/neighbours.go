@@ -138,6 +138,7 @@ func (r *reconciler) readRules() (followed bool, err error) {
 		return false, errEnded
 	}
 	r.firewall.look()
+	r.forgetStaleByRules()
 	r.broken.due = true
 	if other, err := r.uplinks.ask(r.firewall, r.network); err != nil || other {
 		misjudged, failed := r.readGateway()

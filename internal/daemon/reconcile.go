@@ -156,9 +156,7 @@ func (r *reconciler) reconcileOnce(q *ctwatch.Queries) error {
 		r.size = k.Max
 		r.ask(func(l *loop) { l.kernel = k })
 	}
-	if r.rerouted.strands = true; !r.firewall.user.SameSources(r.rerouted.rules) {
-		r.forgetStale()
-	}
+	r.rerouted.strands = true
 	if _, err := r.readGateway(); err != nil {
 		errs = append(errs, err)
 	}
@@ -206,6 +204,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 		r.rerouted.looks = rerouteLooks
 		r.forgetStale()
 	}
+	r.forgetStaleByRules()
 	failed = errors.Join(failed, r.readForwards(cfg, network), r.lookAtSockets(cfg, network))
 	tables, err := r.firewall.read(cfg)
 	failed = errors.Join(failed, err, r.redecide(cfg, network))

@@ -100,6 +100,7 @@ func (r *reconciler) endReroutedLater() error {
 	var err error
 	if children := received(r.born); !r.rerouted.due() {
 		took := threadTime(func() { r.rerouted.strands, err = r.strandsAny(cfg, children) })
+		r.rerouted.strands = r.rerouted.strands || len(children) == mostBorn // there were more, perhaps
 		r.rerouted.next = r.now() + rerouteShare*took
 	}
 	return errors.Join(err, r.endRerouted(cfg, r.network))

@@ -197,6 +197,13 @@ func (r *reconciler) forgetStale() {
 	r.wantReconcile()
 }
 
+// forgetStaleByRules does so if the user's source NAT changed.
+func (r *reconciler) forgetStaleByRules() {
+	if !r.firewall.user.SameSources(r.rerouted.rules) {
+		r.forgetStale()
+	}
+}
+
 // another reports whether an address is on a link that is not the only outside one.
 func (s *sources) another(a cone.Addr) bool {
 	_, own := s.own[a]
