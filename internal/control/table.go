@@ -5,32 +5,64 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
 )
 
-// WriteTable writes permissions as a table for people. It sorts ps. The columns ZONE and
-// REASON are left out if they would be empty.
+// A Column is a column of the table of permissions.
+type Column struct {
+	Name string
+	Cell func(p *Permission, now time.Time) string
+	// Compare orders permissions by this column: numbers and times ascending, those without
+	// a time last.
+	Compare func(a, b *Permission) int
+	// Used reports whether the column has something to say about p. A column that is used
+	// by no permission is left out. It is nil for a column that is always there.
+	Used func(p *Permission) bool
+}
+
+// Columns are the columns of the table of permissions.
+var Columns = []Column{
+	{"INT", func(p *Permission, _ time.Time) string { return p.Int.String() }, func(a, b *Permission) int { return a.Int.Compare(b.Int) }, nil},
+	{"EXT", func(p *Permission, _ time.Time) string { return p.Ext.String() }, func(a, b *Permission) int { return a.Ext.Compare(b.Ext) }, nil},
+	{"PEER", func(p *Permission, _ time.Time) string { return p.PeerText() }, func(a, b *Permission) int { return a.Peer.Compare(b.Peer) }, nil},
+	{"ZONE", func(p *Permission, _ time.Time) string { return strconv.Itoa(int(p.Zone)) }, func(a, b *Permission) int { return cmp.Compare(a.Zone, b.Zone) }, func(p *Permission) bool { return p.Zone != 0 }},
+	{"STATE", func(p *Permission, _ time.Time) string { return p.State }, func(a, b *Permission) int { return cmp.Compare(a.State, b.State) }, nil},
+	{"FLOWS", func(p *Permission, _ time.Time) string { return strconv.Itoa(p.Flows) }, func(a, b *Permission) int { return cmp.Compare(a.Flows, b.Flows) }, nil},
+	{"CHILDREN", func(p *Permission, _ time.Time) string { return strconv.Itoa(p.Children) }, func(a, b *Permission) int { return cmp.Compare(a.Children, b.Children) }, nil},
+	{"AGE", func(p *Permission, now time.Time) string { return between(p.Since, now) }, func(a, b *Permission) int { return b.Since.Compare(a.Since) }, nil},
+	{"EXPIRES", func(p *Permission, now time.Time) string { return between(now, p.Expires) }, compareExpires, nil},
+	{"REASON", func(p *Permission, _ time.Time) string { return cmp.Or(Words(p.Reason), "-") }, func(a, b *Permission) int { return cmp.Compare(a.Reason, b.Reason) }, func(p *Permission) bool { return p.Reason != "" }},
+}
+
+// compareExpires puts permissions that do not expire last.
+func compareExpires(a, b *Permission) int {
+	if a.Expires.IsZero() || b.Expires.IsZero() {
+		return b.Expires.Compare(a.Expires)
+	}
+	return a.Expires.Compare(b.Expires)
+}
+
+// WriteTable writes permissions as a table for people. It sorts ps.
 func WriteTable(w io.Writer, ps []Permission, now time.Time) error {
 	slices.SortFunc(ps, ComparePermissions)
-	zones := slices.ContainsFunc(ps, func(p Permission) bool { return p.Zone != 0 })
-	why := slices.ContainsFunc(ps, func(p Permission) bool { return p.Reason != "" })
+	columns := slices.DeleteFunc(slices.Clone(Columns), func(c Column) bool {
+		return c.Used != nil && !slices.ContainsFunc(ps, func(p Permission) bool { return c.Used(&p) })
+	})
 
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	row := func(zone, reason any, cells ...any) {
-		if zones {
-			cells = slices.Insert(cells, 3, zone)
+	row := func(cell func(c Column) string) {
+		var cells []string
+		for _, c := range columns {
+			cells = append(cells, cell(c))
 		}
-		if why {
-			cells = append(cells, reason)
-		}
-		fmt.Fprintf(tw, strings.Repeat("%v\t", len(cells)-1)+"%v\n", cells...)
+		fmt.Fprintln(tw, strings.Join(cells, "\t"))
 	}
-	row("ZONE", "REASON", "INT", "EXT", "PEER", "STATE", "FLOWS", "CHILDREN", "AGE", "EXPIRES")
-	for _, p := range ps {
-		row(p.Zone, cmp.Or(Words(p.Reason), "-"), p.Int, p.Ext, p.PeerText(), p.State, p.Flows, p.Children,
-			between(p.Since, now), between(now, p.Expires))
+	row(func(c Column) string { return c.Name })
+	for i := range ps {
+		row(func(c Column) string { return c.Cell(&ps[i], now) })
 	}
 	return tw.Flush()
 }
