@@ -27,6 +27,7 @@ func TestSmallBuild(t *testing.T) {
 	}{
 		{append([]string{"run"}, stage.Flags(nil, "--metrics-listen=127.0.0.1:9469")...), config.UsageStatus, "conenatd: metrics_listen: this is the small build, which has neither metrics nor the page: "},
 		{[]string{"probe", "--server", "203.0.113.1"}, 1, "conenatd: this is the small build, which has no probe: "},
+		{[]string{"top", "--interval=1s"}, 1, "conenatd: this is the small build, which has no top: "},
 	} {
 		out, code := s.CLI(c.args...)
 		if code != c.code || !strings.HasPrefix(out, c.want) || strings.Count(out, "\n") != 1 {
@@ -51,7 +52,7 @@ func TestSmallBuild(t *testing.T) {
 // name it comes in.
 func TestSmallBuildLeavesOut(t *testing.T) {
 	const of = "github.com/conenatd/conenatd/"
-	unwanted := []string{of + "internal/metrics", of + "internal/page", of + "internal/probe", "github.com/prometheus/client_golang/prometheus", "github.com/pion/stun/v3"}
+	unwanted := []string{of + "internal/metrics", of + "internal/page", of + "internal/probe", of + "internal/top", "github.com/gdamore/tcell/v3", "github.com/prometheus/client_golang/prometheus", "github.com/pion/stun/v3"}
 	for _, tags := range []string{"", smallTag} {
 		out, err := exec.CommandContext(t.Context(), "go", "list", "-deps", "-json=ImportPath", "-tags="+tags, of+"cmd/conenatd").Output()
 		if err != nil {

@@ -31,6 +31,7 @@ var allowed = map[string][]string{
 	"internal/reference":       {"internal/config"},
 	"internal/sandbox":         nil,
 	"internal/text":            nil,
+	"internal/top":             {"internal/control", "internal/doctor"},
 	"internal/gateway":         {"internal/cone", "internal/nfnl"},
 	"internal/ctwatch":         {"internal/cone", "internal/nfnl"},
 	"internal/engine":          {"internal/cone"},
@@ -51,7 +52,7 @@ var allowed = map[string][]string{
 	},
 	"cmd/conenatd": {
 		"internal/config", "internal/control", "internal/daemon", "internal/demo", "internal/doctor", "internal/doctor/collect",
-		"internal/gateway", "internal/logs", "internal/probe", "internal/sandbox", "internal/selftest",
+		"internal/gateway", "internal/logs", "internal/probe", "internal/sandbox", "internal/selftest", "internal/top",
 	},
 }
 
@@ -61,6 +62,7 @@ var users = map[string][]string{
 	"github.com/google/nftables":    {"internal/rules", "internal/userrules"},
 	"github.com/cpuguy83/go-md2man": {"internal/reference"},
 	"github.com/pion/stun":          {"internal/probe"},
+	"github.com/gdamore/tcell":      {"internal/top"},
 }
 
 // runners are the packages that may start other programs; the daemon starts none.

@@ -19,25 +19,39 @@ import (
 func clientCommand(use, short string, args cobra.PositionalArgs,
 	ask func(c *cobra.Command, client *control.Client, args []string) error,
 ) *cobra.Command {
-	var socket string
+	var dial func() (*control.Client, error)
 	c := &cobra.Command{
 		Use:   use,
 		Short: short,
 		Args:  args,
 		RunE: func(c *cobra.Command, args []string) error {
-			path, err := socket, error(nil)
-			if path == "" {
-				path, err = control.Find()
-			}
+			client, err := dial()
 			if err != nil {
 				return err
 			}
-			return ask(c, control.Dial(path), args)
+			return ask(c, client, args)
 		},
 	}
+	dial = socketFlag(c)
+	return c
+}
+
+// socketFlag adds the flag of the control socket to a command. dial returns a client for the
+// socket that the flag names, or otherwise for that of the daemon that runs now.
+func socketFlag(c *cobra.Command) (dial func() (*control.Client, error)) {
+	var socket string
 	c.Flags().StringVar(&socket, "control-socket", "", "control socket of the daemon (default: that of the daemon in this network namespace)")
 	complete(c, "control-socket", completeSocket)
-	return c
+	return func() (*control.Client, error) {
+		if socket != "" {
+			return control.Dial(socket), nil
+		}
+		path, err := control.Find()
+		if err != nil {
+			return nil, err
+		}
+		return control.Dial(path), nil
+	}
 }
 
 // showCommand is a clientCommand that prints the daemon's state.
@@ -157,8 +171,7 @@ each of them.`
 	fs := c.Flags()
 	fs.BoolVar(&asCSV, "csv", false, "print comma-separated values, after a line with the names of the columns")
 	filterFlags(fs, &filter)
-	fs.Func("state", "only those in this `state`: standing, refused or waiting", filter.SetState)
-	complete(c, "state", completeWords("standing", "refused", "waiting"))
+	stateFlag(c, &filter)
 	return c
 }
 
@@ -167,6 +180,12 @@ func filterFlags(fs *pflag.FlagSet, filter *control.Filter) {
 	fs.Func("host", "only those of this inside `address`, or of a prefix", filter.SetHost)
 	fs.Func("peer", "only those that admit this `address`, or an address of a prefix", filter.SetPeer)
 	fs.Func("subnet", "only those of hosts in this `prefix`", filter.SetSubnet)
+}
+
+// stateFlag adds the flag of the state to a command.
+func stateFlag(c *cobra.Command, filter *control.Filter) {
+	c.Flags().Func("state", "only those in this `state`: standing, refused or waiting", filter.SetState)
+	complete(c, "state", completeWords("standing", "refused", "waiting"))
 }
 
 func watchCommand() *cobra.Command {

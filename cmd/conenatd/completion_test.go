@@ -19,6 +19,8 @@ func TestValuesAreCompleted(t *testing.T) {
 		"config --config ":  {"toml", ":8"},
 		"check ":            {"toml", ":8"},
 		"list --state ":     {"standing", "refused", "waiting", ":4"},
+		"top --state ":      {"standing", "refused", "waiting", ":4"},
+		"top --interval ":   {":4"},
 		"run --lifetime ":   {":4"},
 		"probe --server ":   {":4"},
 	} {

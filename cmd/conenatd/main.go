@@ -73,7 +73,7 @@ func command() *cobra.Command {
 	}
 	root.AddCommand(
 		runCommand(), listCommand(), statusCommand(), reloadCommand(), stopCommand(), revokeCommand(),
-		flushCommand(), watchCommand(), explainCommand(), doctorCommand(), probeCommand(), checkCommand(), configCommand(), rulesCommand(), cleanupCommand(), demoCommand(), selftestCommand(), versionCommand(),
+		flushCommand(), watchCommand(), topCommand(), explainCommand(), doctorCommand(), probeCommand(), checkCommand(), configCommand(), rulesCommand(), cleanupCommand(), demoCommand(), selftestCommand(), versionCommand(),
 	)
 	return root
 }

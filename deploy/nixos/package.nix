@@ -9,7 +9,7 @@ buildGoModule {
   pname = "conenatd";
   inherit version;
   src = lib.cleanSource ../..;
-  vendorHash = "sha256-g+Au2qWyly7QFWCjuLw+fDn/n5ZHD1tJAmUILHr60KQ=";
+  vendorHash = "sha256-wC00VKabsOkh5O/9J8dgotHPu7t/XyA4x+4Bckq+nco=";
 
   subPackages = [ "cmd/conenatd" ];
   env.CGO_ENABLED = 0;

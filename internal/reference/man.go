@@ -90,7 +90,7 @@ Print the script that lets a shell complete commands, flags and their values.
 # ENVIRONMENT
 
 NO_COLOR
-: If it is not empty, nothing is coloured (no-color.org). Only "doctor" and "probe" colour, and only on a terminal.
+: If it is not empty, nothing is coloured (no-color.org). Only "doctor", "probe" and "top" colour, and only on a terminal.
 
 # EXIT STATUS
 
