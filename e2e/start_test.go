@@ -33,7 +33,7 @@ func TestLogOfAStartBeginsWithWhatANewcomerNeeds(t *testing.T) {
 		lines = append(lines, strings.TrimSpace(rest))
 	}
 	want := []string{
-		`level=INFO msg="conenatd started"`,
+		`level=INFO msg="conenatd runs"`,
 		`level=INFO msg="permissions are carried by nft: your firewall accepts flows with ct status dnat" subnets=[10.47.11.0/24]`,
 		`level=INFO msg="permissions are carried by nft: neither gets through: inet filter forward drops DNATed and RELATED flows" subnets=[10.47.12.0/24]`,
 		`level=INFO msg="'conenatd status' says whether it works, 'conenatd list' who may send to whom, 'conenatd doctor' how to repair what is wrong"`,

@@ -106,7 +106,7 @@ func TestPackageOnDebian(t *testing.T) {
 	child := s.PeerSocket(lab.PeerA, 5070)
 	s.Arrives(phone, child, ext)
 	c.until("grep -q child_begin /var/log/conenatd/audit.log")
-	c.until("journalctl --unit conenatd --priority 6..6 --output cat | grep -q '^msg=.conenatd started. '")
+	c.until("journalctl --unit conenatd --priority 6..6 --output cat | grep -q '^msg=.conenatd runs. '")
 	before := c.do("systemctl show --property=MainPID conenatd")
 
 	stop := s.Steady(paced(s.FreshPorts(phone, lab.PeerA, ext)))

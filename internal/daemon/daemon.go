@@ -470,9 +470,10 @@ func (d *Daemon) revokeAll() error {
 
 // greet logs what a newcomer has to know: which subnets are enabled, what carries their
 // permissions and whether the firewall lets it work, and where to look next; then what is wrong.
+// Scripts wait for the words of the first message.
 func (d *Daemon) greet() {
 	l, r := d.loop, d.reconcile
-	d.log.Info("conenatd started", "version", d.given.Version, "subnets", prefixes(l.cfg.Subnets),
+	d.log.Info("conenatd runs", "version", d.given.Version, "subnets", prefixes(l.cfg.Subnets),
 		"outside", r.network.OutsideLinks(), "backend", r.backends.String(), "helper", l.helper(false),
 		"lifetime", l.cfg.Lifetime, "most_permissions", l.limit())
 	l.tellCarriers(d.log, l.cfg.Subnets)
