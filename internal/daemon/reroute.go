@@ -54,11 +54,11 @@ func (r *reconciler) endRerouted(cfg config.Config, network gateway.Network) err
 	}
 	var n, stranded, doubtful int
 	var errs [2]error
-	fixed, unknown := r.firewall.fixedSources()
 	took := threadTime(func() {
 		if stranded, errs[1] = r.endStranded(cfg, network); r.rerouted.looks == 0 {
 			return
 		}
+		fixed, unknown := r.firewall.fixedSources()
 		n, doubtful, errs[0] = endWrongLinks(r.firewall.fixedFlows(cfg), network, r.firewall.router(cfg, network), r.rerouted.outside, fixed, unknown)
 	})
 	err := errors.Join(errs[:]...)

@@ -10,7 +10,7 @@ import (
 // use.
 type router struct {
 	network gateway.Network
-	marked  bool // rules may mark packets before they are routed
+	marked  func() bool // whether rules may mark packets before they are routed
 	kernel  *gateway.Router
 	byIndex map[int]gateway.Link
 	err     error // the first error
@@ -18,7 +18,9 @@ type router struct {
 
 // router returns one for the packets of inside hosts, by the rules that were last read.
 func (f *firewall) router(cfg config.Config, network gateway.Network) *router {
-	return &router{network: network, marked: cfg.UplinkMarks || f.user == nil || f.unread != nil || f.user.MayMark()}
+	return &router{network: network, marked: func() bool {
+		return cfg.UplinkMarks || f.user == nil || f.unread != nil || f.user.MayMark()
+	}}
 }
 
 // links returns the links by which the packets of the flow's opener may leave; none if

@@ -27,14 +27,15 @@ type Router struct {
 // that routing rules and routes of n select by. The marks of inverted rules ("not fwmark", as
 // wg-quick has one for its own packets alone) it tries only if marked says that rules may mark
 // what the gateway forwards: not all that may mark packets is known, traffic control for instance.
-func DialRouter(netns int, n Network, marked bool) (*Router, error) {
+// It asks that only if there is such a rule.
+func DialRouter(netns int, n Network, marked func() bool) (*Router, error) {
 	c, err := dial(unix.NETLINK_ROUTE, netns)
 	if err != nil {
 		return nil, err
 	}
 	r := &Router{conn: c, marks: []uint32{0}, toses: n.toses(), inside: make(map[cone.Addr]uint32)}
 	for _, rule := range n.Rules {
-		if rule.Mark != 0 && (marked || !rule.invert) && !slices.Contains(r.marks, rule.Mark) {
+		if rule.Mark != 0 && !slices.Contains(r.marks, rule.Mark) && (!rule.invert || marked()) {
 			r.marks = append(r.marks, rule.Mark)
 		}
 	}

@@ -24,7 +24,7 @@ func TestRouterTriesMarks(t *testing.T) {
 			g := newGateway(t, "link add vpn0 type bridge", "link set vpn0 up", "route replace default via 198.51.100.254 dev wan0",
 				"route add default dev vpn0 table 7", tt.rule)
 			n := readNetwork(t, g)
-			r, err := DialRouter(g.FD(), n, tt.marked)
+			r, err := DialRouter(g.FD(), n, func() bool { return tt.marked })
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -33,13 +33,7 @@ func TestRouterTriesMarks(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			var names []string
-			for _, l := range n.Links {
-				if slices.Contains(links, l.Index) {
-					names = append(names, l.Name)
-				}
-			}
-			if slices.Sort(names); !slices.Equal(names, tt.want) {
+			if names := namesOf(n, links); !slices.Equal(names, tt.want) {
 				t.Errorf("%q, want %q", names, tt.want)
 			}
 		})
@@ -83,7 +77,7 @@ func TestRouterFindsTheLinksOfAHostsPackets(t *testing.T) {
 		before := readNetwork(t, g)
 		ip(t, g, step.command)
 		n := readNetwork(t, g)
-		r, err := DialRouter(g.FD(), n, true)
+		r, err := DialRouter(g.FD(), n, func() bool { return true })
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -91,16 +85,10 @@ func TestRouterFindsTheLinksOfAHostsPackets(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		var names []string
-		for _, l := range n.Links {
-			if slices.Contains(links, l.Index) {
-				names = append(names, l.Name)
-			}
-		}
+		names := namesOf(n, links)
 		if some := step.command == "rule add fwmark 3 table 8"; all == (some || len(step.want) == 0) {
 			t.Errorf("after %q: its packets leave with each mark: %v", step.command, all)
 		}
-		slices.Sort(names)
 		slices.Sort(step.want)
 		if !slices.Equal(names, step.want) {
 			t.Errorf("after %q: %q, want %q", step.command, names, step.want)
@@ -150,4 +138,11 @@ func TestNetworkOwnsWhatEndsHere(t *testing.T) {
 			t.Errorf("%s: owned %v", a, !want)
 		}
 	}
+}
+
+// namesOf returns the names of links in order.
+func namesOf(n Network, links []int) []string {
+	names := n.names(func(l Link) bool { return slices.Contains(links, l.Index) })
+	slices.Sort(names)
+	return names
 }
