@@ -298,12 +298,18 @@ func (s *scene) looksAfter(change string) {
 	})
 }
 
+// forSeveralPeers are flags that give permissions for several peers.
+var forSeveralPeers = map[string][]string{
+	"every peer": {"--filtering=endpoint_independent"},
+	"a group":    {"--peer-group=203.0.113.0/24"},
+}
+
 // The way to one peer moves to another uplink. What others may send by the same permission still
 // gets in.
 //
 // Fails when a permission for several peers ends with the way to one of them.
 func TestNFTWayToOnePeerLeavesOthersAlone(t *testing.T) {
-	for name, args := range map[string][]string{"every peer": {"--filtering=endpoint_independent"}, "a group": {"--peer-group=203.0.113.0/24"}} {
+	for name, args := range forSeveralPeers {
 		t.Run(name, func(t *testing.T) {
 			s, _ := twoUplinks(t, lab.Options{Rules: bothUplinks})
 			s.Serve(append(args, "--reconcile=1s", "--log-level=debug")...)
@@ -323,7 +329,7 @@ func TestNFTWayToOnePeerLeavesOthersAlone(t *testing.T) {
 //
 // Fails when only what the host sends of its own says whether an address is right.
 func TestNFTWayToOnePeerLeavesChildrenAlone(t *testing.T) {
-	for name, args := range map[string][]string{"every peer": {"--filtering=endpoint_independent"}, "a group": {"--peer-group=203.0.113.0/24"}} {
+	for name, args := range forSeveralPeers {
 		t.Run(name, func(t *testing.T) {
 			s, second := twoUplinks(t, lab.Options{Rules: bothUplinks})
 			s.Serve(append(args, "--reconcile=1s", "--log-level=debug")...)
