@@ -100,6 +100,39 @@ func TestForwardTakesOverUnansweredChildren(t *testing.T) {
 	}
 }
 
+// A firewall script takes the rules away and adds them again. What the peer of a forwarded port
+// sends in between is a child, and its host answers it. The forward gets the next packet after it
+// is back, however short the gap was.
+func TestForwardThatWasAwayTakesAnsweredChildren(t *testing.T) {
+	t.Run("noticed", func(t *testing.T) {
+		stage.InModes(t, [][]string{stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) { forwardGoesAndReturns(t, true, mode...) })
+	})
+	t.Run("not noticed", func(t *testing.T) { forwardGoesAndReturns(t, false, stage.Auto...) }) // there was no expectation
+}
+
+func forwardGoesAndReturns(t *testing.T, noticed bool, mode ...string) {
+	s := play(t, lab.Options{Inside: 2, Rules: lab.Masquerade + forward}, mode...)
+	phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.Listed(phone, proxy, ext, "refused")
+	media := s.PeerSocket(lab.PeerA, 5070)
+	s.Must(s.NFT("flush chain ip forwards prerouting"))
+	if noticed {
+		s.Listed(phone, proxy, ext, "standing")
+	}
+	s.Arrives(phone, media, ext)
+	s.Must(phone.Send(media.Addr(), "answer"))
+	if _, err := media.Expect("answer"); err != nil {
+		t.Fatal(err)
+	}
+	s.Must(s.NFT(forward))
+	s.Until("the forward leads it", func() bool {
+		s.Must(media.Send(ext, "taken over"))
+		_, _, err := server.Recv(50 * time.Millisecond)
+		return err == nil
+	})
+}
+
 // A forward of all ports to one host takes every child, and a warning says so.
 func TestNFTForwardOfAllPortsWinsAndIsWarnedOf(t *testing.T) {
 	const dmz = `table ip dmz {

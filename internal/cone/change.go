@@ -71,7 +71,7 @@ func (m *Model) lost(now time.Duration, p *Permission) bool {
 // their expectation, and others may get one. If whole is false, f may not know all
 // forwards; then forwards that flows show count too.
 func (m *Model) SetForwards(now time.Duration, f func(Permission) bool, whole bool) {
-	m.BeginForwards(f, whole)
+	m.BeginForwards(now, f, whole)
 	for at := 0; at >= 0; {
 		at = m.ReviewForwards(now, at, len(m.claims))
 	}
@@ -79,7 +79,8 @@ func (m *Model) SetForwards(now time.Duration, f func(Permission) bool, whole bo
 
 // BeginForwards is SetForwards for decisions from now on. ReviewForwards applies it to what
 // stands already.
-func (m *Model) BeginForwards(f func(Permission) bool, whole bool) {
+func (m *Model) BeginForwards(now time.Duration, f func(Permission) bool, whole bool) {
+	m.interim.changeForwards(now, m.ruled)
 	m.ruled, m.unread = f, !whole
 	m.explainShown()
 }

@@ -329,6 +329,9 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known 
 	}
 	if child {
 		m.setAnswered(fl, f.Status.Has(StatusSeenReply))
+		if !known {
+			m.noteInterim(now, n)
+		}
 	}
 	if fed {
 		m.feed(now, i, heard)
@@ -394,6 +397,7 @@ func (m *Model) removeFlow(n int32) {
 	}
 	m.observeChild(EventChildGone, fl.claim, m.from(n), fl.child)
 	if fl.child {
+		delete(m.interim.children, n)
 		m.setAnswered(fl, false)
 		c.kids--
 	} else {

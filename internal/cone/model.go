@@ -82,10 +82,11 @@ type Model struct {
 	free      []int32 // unused indexes of claims
 	byKey     map[Key]int32
 	byExt     map[extKey]int32
-	shown     shown                  // forwards that were seen in flows
-	unread    bool                   // there may be forwards that the known rules do not show
-	fresh     map[extKey]struct{}    // endpoints whose forward was noticed within freshTime
-	freshEnds time.Duration          // when fresh expires
+	shown     shown               // forwards that were seen in flows
+	unread    bool                // there may be forwards that the known rules do not show
+	fresh     map[extKey]struct{} // endpoints whose forward was noticed within freshTime
+	freshEnds time.Duration       // when fresh expires
+	interim   interim
 	pairs     map[pair]time.Duration // hosts that a helper works between: when last seen
 	flows     flowTable
 	early     earlyIndex
@@ -150,6 +151,7 @@ func New(p Policy) *Model {
 		byExt:    make(map[extKey]int32),
 		shown:    newShown(),
 		fresh:    make(map[extKey]struct{}),
+		interim:  interim{children: make(map[int32]bool)},
 		pairs:    make(map[pair]time.Duration),
 		hosts:    make(map[Addr]scope),
 		subnets:  newScopes(len(p.Subnets)),

@@ -19,6 +19,8 @@ const (
 	// DropUnanswered deletes the child ID from Peer, Port to Ext, unless the
 	// inside host answered it.
 	DropUnanswered
+	// DropChild deletes it even if the host answered.
+	DropChild
 	// DropEarly deletes the flow ID from Peer, Port to Ext that ends on the
 	// gateway itself, unless a local socket serves it.
 	DropEarly
@@ -32,13 +34,13 @@ const (
 )
 
 func (k OpKind) String() string {
-	return [...]string{"grant", "revoke", "refresh", "query", "drop unanswered", "drop early", "deny"}[k]
+	return [...]string{"grant", "revoke", "refresh", "query", "drop unanswered", "drop child", "drop early", "deny"}[k]
 }
 
 // An Op is one decision of the model, to be carried out in order.
 type Op struct {
 	Permission
-	ID   uint32   // the flow's, for Query, DropUnanswered and DropEarly
+	ID   uint32   // the flow's, for Query, DropUnanswered, DropChild and DropEarly
 	From Endpoint // the flow's endpoint on the peer's side, for the same kinds
 	// FromZone is the conntrack zone of packets from From, for the same kinds.
 	FromZone uint16
@@ -47,8 +49,8 @@ type Op struct {
 	Reason   Reason   // why, for Revoke and Deny
 }
 
-// FlowTuple returns the endpoints of the flow that a Query, DropUnanswered or
-// DropEarly means, as packets arrive from outside.
+// FlowTuple returns the endpoints of the flow that a Query, DropUnanswered,
+// DropChild or DropEarly means, as packets arrive from outside.
 func (o *Op) FlowTuple() (src, dst Endpoint) {
 	return o.From, o.Ext
 }

@@ -259,16 +259,19 @@ func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) er
 	if whole != r.whole || r.firewall.hidden != r.unheard {
 		err = errors.Join(err, r.filterEvents(cfg))
 	}
-	if covered == r.forwarded && whole == r.whole {
-		return err
-	}
-	r.forwarded, r.whole = covered, whole
-	r.ask(func(l *loop) { l.engine.Model.BeginForwards(covered.Bars, whole) })
-	for at := 0; at >= 0; {
-		if !r.ask(func(l *loop) { at = l.engine.Model.ReviewForwards(r.now(), at, flowsAtOnce) }) {
-			return errEnded
+	if covered != r.forwarded || whole != r.whole {
+		r.forwarded, r.whole = covered, whole
+		r.ask(func(l *loop) { l.engine.Model.BeginForwards(r.now(), covered.Bars, whole) })
+		for at := 0; at >= 0; {
+			if !r.ask(func(l *loop) { at = l.engine.Model.ReviewForwards(r.now(), at, flowsAtOnce) }) {
+				return errEnded
+			}
 		}
 	}
+	taken := r.firewall.hidden
+	r.ask(func(l *loop) {
+		l.engine.Model.EndInterim(func(p cone.Permission) bool { return taken.Covers(p.Ext) && taken.Bars(p) })
+	})
 	return err
 }
 

@@ -38,7 +38,7 @@ func (e *Engine) run(ops []cone.Op, since time.Duration) {
 	case cone.Revoke:
 		e.revoke(ops, cone.ByExpectation)
 		e.unmapped = append(e.unmapped, ops...)
-	case cone.DropUnanswered:
+	case cone.DropUnanswered, cone.DropChild:
 		e.orphans = append(e.orphans, ops...)
 	case cone.Refresh:
 		e.finish()
@@ -58,7 +58,7 @@ func (e *Engine) run(ops []cone.Op, since time.Duration) {
 }
 
 // finish carries out what run postponed: it ends permissions in the map, and then drops their
-// unanswered children, so that none can take their place. If an expectation with the same Key was
+// children, so that none can take their place. If an expectation with the same Key was
 // granted meanwhile, it is the one that admits children: conntrack looks for it before any rule.
 func (e *Engine) finish() {
 	for ops := range slices.Chunk(e.unmapped, opsAtOnce) {
@@ -66,7 +66,7 @@ func (e *Engine) finish() {
 		e.cfg.Between()
 	}
 	for i := range e.orphans {
-		e.dropUnanswered(&e.orphans[i])
+		e.dropChild(&e.orphans[i])
 	}
 	e.unmapped, e.orphans = e.unmapped[:0], e.orphans[:0]
 }
@@ -154,12 +154,12 @@ func (e *Engine) query(o *cone.Op) {
 	}
 }
 
-// dropUnanswered deletes a child of a permission that ended, unless the inside
-// host answered it: then it is a flow like any other.
-func (e *Engine) dropUnanswered(o *cone.Op) {
+// dropChild deletes a child. One of a permission that ended stays if the inside host answered
+// it: then it is a flow like any other.
+func (e *Engine) dropChild(o *cone.Op) {
 	src, dst := o.FlowTuple()
 	f, found, err := e.Kernel.Flows.Get(src, dst, o.FromZone)
-	if err == nil && found && f.ID == o.ID && !f.Status.Has(cone.StatusSeenReply) {
+	if err == nil && found && f.ID == o.ID && (o.Kind == cone.DropChild || !f.Status.Has(cone.StatusSeenReply)) {
 		_, err = e.Kernel.Flows.Delete(src, dst, o.FromZone, o.ID)
 	}
 	e.cfg.Failed(DeleteUnansweredChild, 1, err, "src", src, "dst", dst)

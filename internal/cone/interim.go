@@ -1,0 +1,77 @@
+package cone
+
+import "time"
+
+const (
+	// forwardAway is how long a forward that is gone may come back: firewall scripts flush
+	// rules and add them again, one after the other.
+	forwardAway = time.Minute
+	// mostInterim bounds the children that are remembered, and mostFormer the forwards.
+	mostInterim, mostFormer = 1024, 16
+)
+
+// interim holds the children that may have begun while a forward of the user's was away. They
+// end when it is back, even if their hosts answered them: without conenatd the forward would
+// get their packets then.
+type interim struct {
+	former   []formerForwards // the oldest first
+	children map[int32]bool   // by flow: whether the forward was seen to be away
+}
+
+// formerForwards are what the user's rules forwarded until some time.
+type formerForwards struct {
+	bars  func(Permission) bool
+	until time.Duration
+}
+
+// changeForwards notes that the present forwards end now.
+func (x *interim) changeForwards(now time.Duration, present func(Permission) bool) {
+	for len(x.former) > 0 && now-x.former[0].until >= forwardAway {
+		x.former = x.former[1:]
+	}
+	if present != nil && len(x.former) < mostFormer {
+		x.former = append(x.former, formerForwards{present, now})
+	}
+}
+
+// noteInterim notes that flow n is a new child, if a forward may have been away when it began.
+func (m *Model) noteInterim(now time.Duration, n int32) {
+	x, p := &m.interim, m.admits(n)
+	if m.snap.showing || len(x.children) >= mostInterim { // a child in a dump may be an old one
+		return
+	}
+	for _, f := range x.former {
+		if now-f.until < forwardAway && f.bars(p) {
+			x.children[n] = true
+			return
+		}
+	}
+	if m.ruled != nil && m.ruled(p) {
+		x.children[n] = false
+	}
+}
+
+// admits returns the permission of flow n for its peer alone.
+func (m *Model) admits(n int32) Permission {
+	p := m.claims[m.flows.all[n].claim].Permission
+	p.Peer, p.Wild = m.from(n).Addr, 0
+	return p
+}
+
+// EndInterim ends the children that began while a forward was away that is back now. Call it
+// each time the user's rules were read, after SetForwards. takes reports whether the rules
+// surely lead all packets of the peer of a permission elsewhere; it may be nil. Where they do,
+// a new child shows that the forward was away for a moment, even if no reading saw that.
+func (m *Model) EndInterim(takes func(Permission) bool) {
+	for n, away := range m.interim.children {
+		p := m.admits(n)
+		switch back := m.ruled != nil && m.ruled(p); {
+		case back && (away || takes != nil && takes(p)):
+			fl := &m.flows.all[n]
+			m.op(Op{Kind: DropChild, Permission: p, From: m.from(n), FromZone: fl.zone, ID: fl.id})
+			delete(m.interim.children, n)
+		case !back:
+			m.interim.children[n] = true
+		}
+	}
+}

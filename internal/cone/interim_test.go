@@ -1,0 +1,52 @@
+package cone
+
+import (
+	"testing"
+	"time"
+)
+
+// A forward that is back gets what its child had, also if the child's host answered. A child
+// that began before it was away keeps its flow, and so does one of a new forward.
+//
+// Fails when the children that began meanwhile are not remembered, or others are.
+func TestForwardThatIsBackEndsTheChildrenOfThatTime(t *testing.T) {
+	const in, ext = "10.47.11.109:5060", "198.51.100.1:5060"
+	rule := forwardsPort(5060, ep("10.47.11.110:5060"))
+	for name, tc := range map[string]struct {
+		away, born time.Duration // how long the forward was away, and when the child began; 0: before that
+		takes      func(Permission) bool
+		want       []OpKind
+	}{
+		"a moment":                         {2 * time.Second, time.Second, nil, []OpKind{DropChild}},
+		"an older child":                   {2 * time.Second, 0, nil, nil},
+		"a child long after it went":       {3 * forwardAway, 2 * forwardAway, nil, nil},
+		"a child soon, the forward late":   {3 * forwardAway, time.Second, nil, []OpKind{DropChild}},
+		"no reading saw it":                {0, time.Second, rule, []OpKind{DropChild}},
+		"it may lead this child elsewhere": {0, time.Second, nil, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, mapped)
+			d.open(0, in, "203.0.113.5:9")
+			if tc.born == 0 {
+				d.admit(0, "203.0.113.5:77", ext, in, StatusSeenReply)
+			}
+			now := time.Duration(1)
+			d.m.SetForwards(now, rule, true)
+			if tc.away > 0 {
+				d.m.SetForwards(now, nil, true)
+			}
+			d.carry()
+			if tc.born > 0 {
+				d.admit(now+tc.born, "203.0.113.5:77", ext, in, StatusSeenReply)
+			}
+			now += tc.born + tc.away
+			if tc.away > 0 {
+				d.m.SetForwards(now, rule, true)
+			}
+			d.m.EndInterim(tc.takes)
+			d.wantOps("the forward is back", d.carry(), tc.want...)
+			d.m.EndInterim(tc.takes)
+			d.wantOps("another reading", d.carry())
+		})
+	}
+}
