@@ -95,6 +95,41 @@ func TestNFTFailoverHealsAllFlowsOfAMapping(t *testing.T) {
 	}
 }
 
+// Nobody answers when the uplink fails, as when the provider is dead. Packets of these flows pass
+// the rules that learn, and leave by the other uplink before the daemon ends the flows. They do
+// not make the old address that of the other uplink.
+func TestNFTFailoverHealsFlowsThatNobodyAnswers(t *testing.T) {
+	t.Parallel() // mostly it waits
+	for way, fail := range map[string]string{
+		"by route": "route replace default via 198.51.100.254 dev wan1 onlink",
+		"by rule":  "rule add iif lan0 table 109",
+	} {
+		t.Run(way, func(t *testing.T) {
+			t.Parallel()
+			s, second := twoUplinks(t, lab.Options{Inside: 2, Rules: bothUplinks})
+			s.Serve(mapped, "--reconcile=1h")
+			s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 109")
+			s.Until("both uplinks are known", func() bool { return len(s.Status().Outside) == 2 })
+			peer := s.PeerSocket(lab.PeerA, 5060)
+			phones := []*lab.Socket{s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.InsideSocket(1, 5061)}
+			for _, phone := range phones {
+				if ext := s.Contact(phone, peer); ext.Addr() != s.Gateway.Addr {
+					t.Fatalf("it leaves as %v", ext)
+				}
+			}
+			s.IP(s.Gateway, fail)
+			for i, phone := range phones {
+				t.Logf("flow %d healed after %v", i, s.heals(phone, peer, second))
+			}
+			for i, phone := range phones {
+				if ext := s.Contact(phone, s.PeerSocket(lab.PeerB, uint16(6000+i))); ext.Addr() != second {
+					t.Errorf("a new flow leaves as %v", ext)
+				}
+			}
+		})
+	}
+}
+
 // A flow may change its link and keep the right address: the user translates to one address
 // on both links, or routes marked packets by another link than unmarked ones. Such flows go
 // on.

@@ -93,7 +93,7 @@ func (l *layout) mapping(d Desired) {
 	l.set(elements.GatewaySet, nftables.TypeIPAddr).free = true
 	l.counters = append(l.counters, movedCounter, usedUpCounter, leftCounter, sharedCounter)
 	m := &mapper{
-		layout: l, MappingConfig: c, arms: d.arms(),
+		layout: l, MappingConfig: c, arms: d.arms(), noFib: d.noFib,
 		owned:   l.learnedSet(elements.OwnedSet, endpointKey, c.Size),
 		taken:   l.learnedSet(elements.TakenSet, []nftables.SetDatatype{nftables.TypeInetService, nftables.TypeIPAddr, nftables.TypeInetService}, takenSize),
 		gone:    l.learnedSet(elements.GoneSet, addressKey, linkAddressesSize),
@@ -169,6 +169,7 @@ type mapper struct {
 	pools                              []*hostPool
 	foreign, left, unmoved             *nftables.Chain
 	uplinks                            []*uplink
+	noFib                              bool
 }
 
 // An uplink makes the rules and sets that exist once for each outside link.
@@ -417,6 +418,9 @@ func (u *uplink) remembers() *nftables.Chain {
 	u.rule(c, "it was left to the rules of others", isUDP, setIPSaddr(u.kept.of(flowInside)), setOutsideSource, goTo(u.foreign))
 	u.rule(c, "nobody translated it", lacksStatus(ctSrcNAT), goTo(u.foreign))
 	u.rule(c, "conntrack takes port 0 for none", isUDP, ctOriginalProtoSrc.is(be16(0)), goTo(u.foreign))
+	if !u.noFib {
+		u.rule(c, "an older flow with the address of another link", hasStatus(ctConfirmed), ofGateway, notOfLink, accept)
+	}
 	u.rule(c, "an older flow than its address", ctReplyIPDaddr.in(u.gone), accept)
 	u.rule(c, "the rules give the host another address now", concat(ctOriginalIPSaddr, ctReplyIPDaddr).in(u.former), goTo(u.foreign))
 	u.rule(c, "", ctReplyIPDaddr.notIn(u.translated), jump(u.learnAddress))

@@ -117,6 +117,7 @@ var (
 	fibSaddrIifOif      = fib(expr.Fib{FlagSADDR: true, FlagIIF: true, ResultOIF: true, FlagPRESENT: true}, 1)
 	fibDaddrType        = fib(expr.Fib{FlagDADDR: true, ResultADDRTYPE: true}, 1)
 	fibSaddrType        = fib(expr.Fib{FlagSADDR: true, ResultADDRTYPE: true}, 1)
+	fibSaddrOifType     = fib(expr.Fib{FlagSADDR: true, FlagOIF: true, ResultADDRTYPE: true}, 1)
 
 	ipSaddr  = network(12, net.IPv4len)
 	ipDaddr  = network(16, net.IPv4len)
@@ -234,6 +235,7 @@ var (
 	forwarded         = fibDaddrType.isNot(host32(unix.RTN_LOCAL))
 	toGateway         = fibDaddrType.is(host32(unix.RTN_LOCAL))
 	ofGateway         = fibSaddrType.is(host32(unix.RTN_LOCAL))
+	notOfLink         = fibSaddrOifType.isNot(host32(unix.RTN_LOCAL)) // not an address of the link by which it leaves
 )
 
 func join(parts ...exprs) exprs { return slices.Concat(parts...) }

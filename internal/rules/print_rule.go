@@ -151,7 +151,7 @@ func fibWords(e *expr.Fib) held {
 	for _, f := range []struct {
 		name string
 		on   bool
-	}{{"saddr", e.FlagSADDR}, {"daddr", e.FlagDADDR}, {"mark", e.FlagMARK}, {"iif", e.FlagIIF}} {
+	}{{"saddr", e.FlagSADDR}, {"daddr", e.FlagDADDR}, {"mark", e.FlagMARK}, {"iif", e.FlagIIF}, {"oif", e.FlagOIF}} {
 		if f.on {
 			of = append(of, f.name)
 		}
