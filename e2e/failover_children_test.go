@@ -264,6 +264,59 @@ func TestNFTRoutingRuleForPortsOutweighsAChild(t *testing.T) {
 	}
 }
 
+// The same where rules mark what hosts send to some ports, packet by packet, and routing rules select
+// by the mark.
+//
+// Fails when each mark that a routing rule selects by counts as one of the packet, and when one
+// counts that another packet gets.
+func TestNFTMarkForPortsOutweighsAChild(t *testing.T) {
+	t.Parallel() // mostly it waits
+	nft := func(rules string) func(s *scene) error {
+		return func(s *scene) error {
+			return s.NFT("table inet marks { chain some { udp dport 5060-5069 meta mark set 7; }; " +
+				"chain pre { type filter hook prerouting priority mangle; " + rules + "; }; }")
+		}
+	}
+	ipt := func(variant, rules string) func(s *scene) error {
+		return func(s *scene) error { return s.IPTables(variant, "*mangle\n:some -\n-A PREROUTING "+rules+"\nCOMMIT\n") }
+	}
+	const byPort = "-i lan0 -p udp --dport 5060:5069 -j MARK --set-mark 7"
+	for name, tc := range map[string]struct {
+		mark func(s *scene) error
+		args []string
+	}{
+		"by nftables":          {nft(`iifname "lan0" udp dport 5060-5069 meta mark set 7`), nil},
+		"by nftables, expect":  {nft(`iifname "lan0" udp dport 5060-5069 meta mark set 7`), []string{"--backend=expect"}},
+		"by a map":             {nft(`meta mark set udp dport map { 5060-5069 : 7, 5070-5079 : 8 }`), nil},
+		"behind a jump":        {nft(`ip saddr 10.47.11.0/24 jump some`), nil},
+		"without another mark": {nft(`meta mark 0 iifname "lan0" udp dport { 5060, 5061 } meta mark set 7`), nil},
+		"saved for the flow":   {nft(`meta mark set ct mark; iifname "lan0" udp dport 5060-5069 meta mark set 7; ct mark set meta mark`), nil},
+		"by iptables-nft":      {ipt(lab.IPTablesNFT, byPort), nil},
+		"by iptables-legacy":   {ipt(lab.IPTablesLegacy, byPort), nil},
+		"by iptables-legacy, in a chain": {
+			ipt(lab.IPTablesLegacy, "-i lan0 -p udp -m multiport --dports 5060,5061 -j some\n-A some -m mark --mark 0 -j MARK --set-xmark 7/0xf"), nil,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s, second := twoUplinks(t, lab.Options{Rules: bothUplinks})
+			s.Must(tc.mark(s))
+			s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 109")
+			s.IP(s.Gateway, "rule add fwmark 7/0xf table 109")
+			s.Serve(append(tc.args, "--reconcile=1h")...)
+			phone, peer := s.InsideSocket(0, 4444), s.PeerSocket(lab.PeerA, 5090)
+			right, other := s.PeerSocket(lab.PeerA, 5091), s.PeerSocket(lab.PeerA, 5060)
+			ext := s.Contact(phone, peer)
+			s.Arrives(phone, right, ext)
+			s.Contact(phone, right)
+			s.Arrives(phone, other, ext)
+			s.heals(phone, other, second)
+			s.Arrives(phone, right, ext)
+			s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+		})
+	}
+}
+
 // Many children begin at once, and the last has a wrong address.
 //
 // Fails when only the first are looked at.

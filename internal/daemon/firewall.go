@@ -76,6 +76,8 @@ type firewall struct {
 	reader *userrules.Reader  // nil before the first time
 	user   *userrules.Ruleset // nil before the first successful read
 	unread error              // why the last read failed
+	marker *userrules.Marker  // of the rules marked
+	marked *userrules.Ruleset // nil before the first time
 
 	// What they forward, as found last.
 	forwarder       userrules.Forwarder

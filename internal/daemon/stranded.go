@@ -86,9 +86,9 @@ type strands struct {
 // A suspect is a permission whose address may be wrong.
 type suspect struct {
 	cone.Permission
-	sent      []*sentFlow   // what its host sends with it, to children as well
-	children  bool          // children are among sent
-	elsewhere cone.Endpoint // of a peer to which its host sends with another outside address
+	sent      []*sentFlow // what its host sends with it, to children as well
+	children  bool        // children are among sent
+	elsewhere *sentFlow   // what its host sends to a peer with another outside address
 }
 
 // A sentFlow is a flow as its host sends it.
@@ -114,8 +114,12 @@ func (s *strands) stale(x *suspect) bool {
 	if len(x.sent) > 0 {
 		return !slices.ContainsFunc(x.sent, func(f *sentFlow) bool { return !s.wrong(f) })
 	}
-	return x.Wild == 0 && x.elsewhere != cone.Endpoint{} &&
-		s.wrong(&sentFlow{Flow: cone.Flow{Src: x.Int, ReplySrc: x.elsewhere, ReplyDst: x.Ext}})
+	if x.Wild != 0 || x.elsewhere == nil {
+		return false
+	}
+	f := x.elsewhere.Flow
+	f.ReplyDst = x.Ext
+	return s.wrong(&sentFlow{Flow: f})
 }
 
 // endPermissions ends the permissions that are stale, of those with or without children.
@@ -180,7 +184,7 @@ func (s *strands) collect(q *ctwatch.Queries, cfg config.Config) error {
 			case sent.ReplyDst == x.Ext:
 				x.sent, x.children = append(x.sent, noted), x.children || child
 			case sent.ReplyDst.Addr != x.Ext.Addr:
-				x.elsewhere = sent.ReplySrc
+				x.elsewhere = noted
 			}
 		}
 	})

@@ -16,27 +16,32 @@ import (
 // A Router asks the kernel by which link it sends packets of inside hosts. It is not safe
 // for concurrent use.
 type Router struct {
-	conn   *conn
-	marks  []uint32 // marks that packets may have, including 0
-	toses  []uint8  // types of service that packets may have
-	inside map[cone.Addr]uint32
+	conn     *conn
+	arriving []uint32 // marks with which packets may come in, including 0
+	marks    []uint32 // all that packets may have when they are routed
+	toses    []uint8  // types of service that packets may have
+	inside   map[cone.Addr]uint32
 }
+
+// A Marking says which marks a packet may have when it is routed, if it came in by a link, given by
+// its index, with one of some marks. known is false if it may have any other.
+type Marking func(link int, arriving []uint32) (marks []uint32, known bool)
 
 // DialRouter opens the connection to the network namespace behind the descriptor netns, or
 // to the calling thread's own if that is 0. The Router tries the marks and types of service
-// that routing rules and routes of n select by. The marks of inverted rules ("not fwmark", as
-// wg-quick has one for its own packets alone) it tries only if marked says that rules may mark
-// what the gateway forwards: not all that may mark packets is known, traffic control for instance.
-// It asks that only if there is such a rule.
-func DialRouter(netns int, n Network, marked func() bool) (*Router, error) {
+// that routing rules and routes of n select by.
+func DialRouter(netns int, n Network) (*Router, error) {
 	c, err := dial(unix.NETLINK_ROUTE, netns)
 	if err != nil {
 		return nil, err
 	}
-	r := &Router{conn: c, marks: []uint32{0}, toses: n.toses(), inside: make(map[cone.Addr]uint32)}
+	r := &Router{conn: c, arriving: []uint32{0}, marks: []uint32{0}, toses: n.toses(), inside: make(map[cone.Addr]uint32)}
 	for _, rule := range n.Rules {
-		if rule.Mark != 0 && !slices.Contains(r.marks, rule.Mark) && (!rule.invert || marked()) {
+		if !slices.Contains(r.marks, rule.Mark) {
 			r.marks = append(r.marks, rule.Mark)
+		}
+		if !rule.invert && !slices.Contains(r.arriving, rule.Mark) {
+			r.arriving = append(r.arriving, rule.Mark)
 		}
 	}
 	return r, nil
@@ -46,10 +51,14 @@ func DialRouter(netns int, n Network, marked func() bool) (*Router, error) {
 func (r *Router) Close() error { return r.conn.Close() }
 
 // Links returns the indexes of the links by which an inside host's packet from src to dst
-// may leave. How the user's rules mark packets, and which type of service programs ask for,
-// is unknown: Links tries all that DialRouter found. all is false
-// if the packet does not leave with one of these. Both are IPv4 endpoints.
-func (r *Router) Links(src, dst cone.Endpoint) (links []int, all bool, err error) {
+// may leave. Which type of service programs ask for is unknown: Links tries all that DialRouter
+// found. all is false if the packet does not leave with one of these. Both are IPv4 endpoints.
+//
+// Of the marks that routing rules select by, the packet may come in with each: traffic control may
+// mark packets, for instance. That of an inverted rule ("not fwmark", as wg-quick has one for its own
+// packets) does not count. Links tries those that the packet has then by mark, and where mark
+// does not know, all marks of routing rules.
+func (r *Router) Links(src, dst cone.Endpoint, mark Marking) (links []int, all bool, err error) {
 	from, known := r.inside[src.Addr]
 	if !known { // find the link by which its packets come in
 		link, err := r.lookup(cone.Endpoint{}, src, 0, 0, 0)
@@ -63,7 +72,7 @@ func (r *Router) Links(src, dst cone.Endpoint) (links []int, all bool, err error
 		return nil, false, nil
 	}
 	all = true
-	for _, mark := range r.marks {
+	for _, mark := range r.marksOf(int(from), mark) {
 		for _, tos := range r.toses {
 			link, err := r.lookup(src, dst, from, mark, tos)
 			if err != nil {
@@ -77,6 +86,17 @@ func (r *Router) Links(src, dst cone.Endpoint) (links []int, all bool, err error
 		}
 	}
 	return links, all, nil
+}
+
+// marksOf returns the marks to try for a packet that comes in by a link.
+func (r *Router) marksOf(from int, mark Marking) []uint32 {
+	if len(r.marks) == 1 {
+		return r.marks // no rule selects by one
+	}
+	if marks, known := mark(from, r.arriving); known {
+		return marks
+	}
+	return r.marks
 }
 
 // lookup returns the link by which a packet leaves that came in by link from; from is 0 for

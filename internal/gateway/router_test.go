@@ -5,36 +5,52 @@ import (
 	"testing"
 )
 
-// Of marks that rules may not give, one that a routing rule selects by counts all the same, for more
-// than rules marks packets; but not one that a rule excepts, as that of wg-quick.
+// Of the marks that routing rules select by, a packet may come in with each, but not with one that a
+// rule excepts, as that of wg-quick. Rules may give it another, and where these are not known, it may
+// have any.
 //
-// Fails when the mark of a tunnel's own packets shows a way of others.
+// Fails when the mark of a tunnel's own packets shows a way of others, when marks are tried that the
+// packet cannot have, and when they are not where that is not known.
 func TestRouterTriesMarks(t *testing.T) {
+	asIs := func(_ int, arriving []uint32) ([]uint32, bool) { return arriving, true }
+	unknown := func(int, []uint32) ([]uint32, bool) { return nil, false }
+	to := func(mark uint32) Marking { return func(int, []uint32) ([]uint32, bool) { return []uint32{mark}, true } }
 	for name, tt := range map[string]struct {
-		rule   string
-		marked bool
-		want   []string
+		rule string
+		mark Marking
+		want []string
 	}{
-		"excepted":             {"rule add not fwmark 2 table 7", false, []string{"vpn0"}},
-		"excepted, and marked": {"rule add not fwmark 2 table 7", true, []string{"vpn0", "wan0"}},
-		"selected":             {"rule add fwmark 2 table 7", false, []string{"vpn0", "wan0"}},
-		"selected, and marked": {"rule add fwmark 2 table 7", true, []string{"vpn0", "wan0"}},
+		"excepted":                   {"rule add not fwmark 2 table 7", asIs, []string{"vpn0"}},
+		"excepted, perhaps":          {"rule add not fwmark 2 table 7", unknown, []string{"vpn0", "wan0"}},
+		"excepted, and marked":       {"rule add not fwmark 2 table 7", to(2), []string{"wan0"}},
+		"selected":                   {"rule add fwmark 2 table 7", asIs, []string{"vpn0", "wan0"}},
+		"selected, perhaps":          {"rule add fwmark 2 table 7", unknown, []string{"vpn0", "wan0"}},
+		"selected, and marked":       {"rule add fwmark 2 table 7", to(2), []string{"vpn0"}},
+		"selected, marked otherwise": {"rule add fwmark 2 table 7", to(3), []string{"wan0"}},
+		"selected, by a mask":        {"rule add fwmark 0x2/0xf table 7", to(0x32), []string{"vpn0"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			g := newGateway(t, "link add vpn0 type bridge", "link set vpn0 up", "route replace default via 198.51.100.254 dev wan0",
-				"route add default dev vpn0 table 7", tt.rule)
+				"route add default dev vpn0 table 7", tt.rule, "rule add table main suppress_prefixlength 0")
 			n := readNetwork(t, g)
-			r, err := DialRouter(g.FD(), n, func() bool { return tt.marked })
+			r, err := DialRouter(g.FD(), n)
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer r.Close()
-			links, _, err := r.Links(endpoint("10.47.11.109:5060"), endpoint("203.0.113.5:5060"))
+			lan := 0
+			links, _, err := r.Links(endpoint("10.47.11.109:5060"), endpoint("203.0.113.5:5060"), func(link int, arriving []uint32) ([]uint32, bool) {
+				lan = link
+				return tt.mark(link, arriving)
+			})
 			if err != nil {
 				t.Fatal(err)
 			}
-			if names := namesOf(n, links); !slices.Equal(names, tt.want) {
+			if names := namesOf(n, links); !slices.Equal(slices.Sorted(slices.Values(names)), tt.want) {
 				t.Errorf("%q, want %q", names, tt.want)
+			}
+			if names := namesOf(n, []int{lan}); !slices.Equal(names, []string{"lan0"}) {
+				t.Errorf("the packet comes in by %q", names)
 			}
 		})
 	}
@@ -77,11 +93,11 @@ func TestRouterFindsTheLinksOfAHostsPackets(t *testing.T) {
 		before := readNetwork(t, g)
 		ip(t, g, step.command)
 		n := readNetwork(t, g)
-		r, err := DialRouter(g.FD(), n, func() bool { return true })
+		r, err := DialRouter(g.FD(), n)
 		if err != nil {
 			t.Fatal(err)
 		}
-		links, all, err := r.Links(src, dst)
+		links, all, err := r.Links(src, dst, func(int, []uint32) ([]uint32, bool) { return nil, false })
 		if err != nil {
 			t.Fatal(err)
 		}

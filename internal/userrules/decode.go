@@ -279,6 +279,7 @@ type rawElement struct {
 	key, end []byte // key is nil for the catch-all element
 	isEnd    bool   // the element ends an interval, which lies before the key
 	verdict  expr.Verdict
+	value    []byte
 }
 
 func elementOf(b []byte) (e rawElement) {
@@ -294,6 +295,7 @@ func elementOf(b []byte) (e rawElement) {
 			if v := verdictOf(b); v != nil {
 				e.verdict = *v
 			}
+			e.value = nfnl.Data(b)
 		}
 	})
 	return e
@@ -312,7 +314,7 @@ func (s *set) fill(es []rawElement) {
 	}
 	var others []element
 	for _, e := range es {
-		el := element{span: only(e.key), others: e.key == nil, verdict: e.verdict}
+		el := element{span: only(e.key), others: e.key == nil, verdict: e.verdict, value: e.value}
 		switch {
 		case el.others:
 			el.span = span{make([]byte, s.size), slices.Repeat([]byte{0xff}, s.size)}

@@ -228,12 +228,10 @@ func (w *hookWalk) lookup(regs *cells, e *expr.Lookup) (fates, chance, error) {
 	}
 	key := slices.Clone(regs.get(e.SourceRegister, set.size))
 	verdicts := set.verdicts && e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT
-	// The elements of a named set of addresses, which may be long, do not matter.
-	ask := !set.changing && set.loaded && (verdicts || !set.named || slices.ContainsFunc(key, func(c cell) bool { return c.known != 0 }))
 	if e.IsDestRegSet && !verdicts {
-		regs.put(e.DestRegister, unknownBytes(16, nil))
+		regs.put(e.DestRegister, set.value(key))
 	}
-	if !ask {
+	if !set.tells(key) {
 		c := maybe
 		if slices.ContainsFunc(key, func(c cell) bool { return c.origin != nil && c.even && c.known == 0 }) {
 			c, w.listed = rarely, true
@@ -247,7 +245,38 @@ func (w *hookWalk) lookup(regs *cells, e *expr.Lookup) (fates, chance, error) {
 		c := set.contains(key)
 		return 0, c.inverted(e.Invert), nil
 	}
-	return w.branch(set, key)
+	var end fates
+	c, err := w.branch(set, key, func(v expr.Verdict) error {
+		f, err := w.verdict(v)
+		end |= f
+		return err
+	})
+	return end, c, err
+}
+
+// tells reports whether the elements of the set are known, and matter for the key. Those of a named
+// set of addresses, which may be long, do not matter.
+func (s *set) tells(key []cell) bool {
+	return !s.changing && s.loaded && (s.verdicts || !s.named || slices.ContainsFunc(key, func(c cell) bool { return c.known != 0 }))
+}
+
+// value returns what a map has for a key, as far as it is known.
+func (s *set) value(key []cell) []cell {
+	if s.tells(key) {
+		for _, el := range s.elements {
+			c := always
+			if !el.others {
+				c, _ = s.has(key, el)
+			}
+			switch {
+			case c == always && el.value != nil:
+				return knownBytes(el.value)
+			case c != never:
+				return unknownBytes(16, nil)
+			}
+		}
+	}
+	return unknownBytes(16, nil)
 }
 
 // set returns a set that a rule of the table looks up. If UDP packets were not expected to
@@ -283,9 +312,9 @@ func (s *set) contains(key []cell) (c chance) {
 	return c
 }
 
-// branch returns the possible fates of packets at a verdict map, and the chance that their
-// key is in the map.
-func (w *hookWalk) branch(set *set, key []cell) (end fates, c chance, err error) {
+// branch takes the verdicts of a verdict map that packets with the key may get, and returns the chance
+// that the key is in the map.
+func (w *hookWalk) branch(set *set, key []cell, take func(v expr.Verdict) error) (c chance, err error) {
 	rest := always // the chance that no earlier element has the key
 	for _, el := range set.elements {
 		one := rest
@@ -295,24 +324,16 @@ func (w *hookWalk) branch(set *set, key []cell) (end fates, c chance, err error)
 		if one = w.weigh(one); one == never {
 			continue
 		}
-		f, err := w.verdict(el.verdict)
-		if err != nil {
-			return 0, never, err
+		if err := take(el.verdict); err != nil || one == always {
+			return always, err
 		}
-		if one == always {
-			return f, always, nil
-		}
-		end |= f
 		c = max(c, one)
 		rest = rest.and(one.not())
 		if el.others {
 			c = always
 		}
 	}
-	if end == 0 {
-		return 0, never, nil
-	}
-	return end, c, nil
+	return c, nil
 }
 
 // has returns the chance that a key is in an element. If all keys are equally likely, it

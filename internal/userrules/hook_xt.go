@@ -11,11 +11,12 @@ import (
 
 // Bits of an iptables state mask; see XT_CONNTRACK_STATE_BIT.
 const (
-	xtStateInvalid = 1 << 0
-	xtStateRelated = 1 << 2
-	xtStateNew     = 1 << 3
-	xtStateSNAT    = 1 << 6
-	xtStateDNAT    = 1 << 7
+	xtStateInvalid     = 1 << 0
+	xtStateEstablished = 1 << 1
+	xtStateRelated     = 1 << 2
+	xtStateNew         = 1 << 3
+	xtStateSNAT        = 1 << 6
+	xtStateDNAT        = 1 << 7
 )
 
 // natTargets are the targets that translate packets.
@@ -47,8 +48,8 @@ func (c *child) xtMatch(m *expr.Match) chance {
 	case *xt.Tcp:
 		return never
 	case *xt.Udp:
-		return c.xtPorts(info.SrcPorts).inverted(info.InvFlags&xt.UdpInvSrcPorts != 0).
-			and(c.xtPorts(info.DstPorts).inverted(info.InvFlags&xt.UdpInvDestPorts != 0))
+		return xtPorts(c.sourcePort(), info.SrcPorts).inverted(info.InvFlags&xt.UdpInvSrcPorts != 0).
+			and(xtPorts(c.destinationPort(), info.DstPorts).inverted(info.InvFlags&xt.UdpInvDestPorts != 0))
 	case *xt.ConntrackMtinfo1:
 		return c.xtConntrack(info.ConntrackMtinfoBase, uint16(info.StateMask), uint16(info.StatusMask))
 	case *xt.ConntrackMtinfo2:
@@ -87,15 +88,20 @@ func (c *child) xtUnknown(name string, rev uint32, info []byte) chance {
 		if len(info) > bitmask && info[bitmask]&bridged != 0 && info[invert]&bridged == 0 {
 			return never
 		}
+	case "mark":
+		return xtMark(c.mark, rev, info)
+	case "connmark":
+		if c.untracked {
+			return never
+		}
+		return xtMark(c.flowMark, rev, info)
 	case "rpfilter":
 		const invert = 1 << 3 // XT_RPFILTER_INVERT
 		if len(info) > 0 {
 			return always.inverted(info[0]&invert != 0) // as fib says
 		}
 	case "multiport":
-		if len(info) >= multiportSize {
-			return rarely.inverted(info[multiportInvert] != 0)
-		}
+		return c.xtMultiport(rev, info)
 	case "set":
 		// struct xt_set_info: index, dim, flags; bit 0 of flags inverts.
 		if rev >= 1 && len(info) >= 4 {
@@ -105,10 +111,45 @@ func (c *child) xtUnknown(name string, rev uint32, info []byte) chance {
 	return maybe
 }
 
-func (c *child) xtPorts(ports [2]uint16) chance {
+// xtMark returns the chance that a mark is the one in a struct xt_mark_mtinfo1, or
+// xt_connmark_mtinfo1: mark, mask, invert.
+func xtMark(m []cell, rev uint32, info []byte) chance {
+	if m == nil || rev != 1 || len(info) < 9 {
+		return maybe
+	}
+	return maskedEquals(m, info[:4], info[4:8]).inverted(info[8] != 0)
+}
+
+func (c *child) sourcePort() []cell      { return c.transport[:2] }
+func (c *child) destinationPort() []cell { return c.transport[2:4] }
+
+func xtPorts(port []cell, ports [2]uint16) chance {
 	span := portSpan(ports[0], ports[1])
-	in, _ := within(c.transport[:2], span.low, span.high)
+	in, _ := within(port, span.low, span.high)
 	return in
+}
+
+// xtMultiport returns the chance that a match for several ports matches. Where a port is unknown, the
+// ports that it names are few.
+func (c *child) xtMultiport(rev uint32, info []byte) chance {
+	if len(info) < multiportSize {
+		return maybe
+	}
+	spans, ok := multiportSpans(rev, info)
+	match := never
+	for i, port := range [][]cell{c.sourcePort(), c.destinationPort()} {
+		switch {
+		case info[0] == multiportDestination && i == 0, info[0] == multiportSource && i == 1:
+		case !ok || port[0].known&port[1].known != 0xff:
+			match = max(match, rarely)
+		default:
+			for _, s := range spans {
+				in, _ := within(port, s.low, s.high)
+				match = max(match, in)
+			}
+		}
+	}
+	return match.inverted(info[multiportInvert] != 0)
 }
 
 func (c *child) xtState() uint16 {
@@ -117,6 +158,8 @@ func (c *child) xtState() uint16 {
 		return xtStateInvalid
 	case c.state == expr.CtStateBitRELATED:
 		return xtStateRelated
+	case c.state == expr.CtStateBitESTABLISHED:
+		return xtStateEstablished
 	}
 	return xtStateNew
 }
@@ -152,7 +195,7 @@ func (c *child) xtConntrack(info xt.ConntrackMtinfoBase, stateMask, statusMask u
 		match = match.and(certain(info.L4Proto == unix.IPPROTO_UDP).inverted(inverts(xt.ConntrackProto)))
 	}
 	if does(xt.ConntrackDirection) {
-		match = match.and(always.inverted(inverts(xt.ConntrackDirection)))
+		match = match.and(certain(!c.answers).inverted(inverts(xt.ConntrackDirection)))
 	}
 	if does(xt.ConntrackReplSrc) {
 		host := c.replies

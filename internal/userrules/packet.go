@@ -26,6 +26,9 @@ type child struct {
 	transport   []cell
 	in, out     linkCells
 	rewritten   bool // a rule has changed a header
+	answers     bool // it belongs to a flow that its destination opened
+	mark        []cell
+	flowMark    []cell // the connmark; nil stands for any, as for mark
 }
 
 type linkCells struct{ name, index []cell }
@@ -167,6 +170,10 @@ func (c *child) meta(key expr.MetaKey) []cell {
 		return c.out.index
 	case expr.MetaKeyPKTTYPE:
 		return knownBytes([]byte{unix.PACKET_HOST}) // ip_forward drops others
+	case expr.MetaKeyMARK:
+		if c.mark != nil {
+			return c.mark
+		}
 	}
 	return unknownBytes(16, nil)
 }
@@ -194,7 +201,14 @@ func (c *child) ct(key expr.CtKey) []cell {
 		}
 		return cells
 	case expr.CtKeyDIRECTION:
-		return knownBytes([]byte{0}) // original
+		if c.answers {
+			return knownBytes([]byte{expr.CtDirReply})
+		}
+		return knownBytes([]byte{expr.CtDirOriginal})
+	case expr.CtKeyMARK:
+		if c.flowMark != nil {
+			return c.flowMark
+		}
 	case expr.CtKeyL3PROTOCOL:
 		return knownBytes([]byte{c.family})
 	case expr.CtKeyPROTOCOL:

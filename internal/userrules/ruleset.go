@@ -116,12 +116,13 @@ type set struct {
 // whatever its flags.
 func (s *set) fixed() bool { return !s.changing && (!s.named || s.interval) }
 
-// An element has the keys in its span and, in a verdict map, the verdict for packets with
+// An element has the keys in its span and, in a map, the verdict or the value for packets with
 // them. The catch-all element comes last.
 type element struct {
 	span
 	others  bool // it has all keys that no other element has
 	verdict expr.Verdict
+	value   []byte
 }
 
 // unread reports whether something of the table could not be read.

@@ -9,6 +9,7 @@ import (
 
 // Flags and offsets of struct xt_multiport_v1.
 const (
+	multiportSource      = 0
 	multiportDestination = 1
 	multiportEither      = 2
 	multiportPorts       = 2
@@ -32,24 +33,33 @@ func xtMatch(m *expr.Match) ([]field, test) {
 			return nil, test{}
 		}
 		b := []byte(*info)
-		if m.Rev != 1 || len(b) < multiportSize || b[1] > 15 {
+		spans, ok := multiportSpans(m.Rev, b)
+		switch {
+		case !ok:
 			return ports, test{unknown: true}
-		}
-		if b[0] != multiportDestination {
+		case b[0] != multiportDestination:
 			return nil, test{}
 		}
-		t := test{not: b[multiportInvert] != 0}
-		at := func(i int) uint16 { return binary.NativeEndian.Uint16(b[multiportPorts+2*i:]) }
-		for i := 0; i < int(b[1]); i++ {
-			first := at(i)
-			if b[multiportRanges+i] != 0 && i+1 < int(b[1]) {
-				i++
-			}
-			t.any = append(t.any, portSpan(first, at(i)))
-		}
-		return ports, t
+		return ports, test{any: spans, not: b[multiportInvert] != 0}
 	}
 	return nil, test{}
+}
+
+// multiportSpans returns the ports of a match for several ports. It returns false if they are not
+// understood.
+func multiportSpans(rev uint32, b []byte) (all []span, ok bool) {
+	if rev != 1 || len(b) < multiportSize || b[1] > 15 {
+		return nil, false
+	}
+	at := func(i int) uint16 { return binary.NativeEndian.Uint16(b[multiportPorts+2*i:]) }
+	for i := 0; i < int(b[1]); i++ {
+		first := at(i)
+		if b[multiportRanges+i] != 0 && i+1 < int(b[1]) {
+			i++
+		}
+		all = append(all, portSpan(first, at(i)))
+	}
+	return all, true
 }
 
 // portSpan is a span of ports.
