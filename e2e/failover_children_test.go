@@ -278,7 +278,9 @@ func TestNFTMarkForPortsOutweighsAChild(t *testing.T) {
 		}
 	}
 	ipt := func(variant, rules string) func(s *scene) error {
-		return func(s *scene) error { return s.IPTables(variant, "*mangle\n:some -\n-A PREROUTING "+rules+"\nCOMMIT\n") }
+		return func(s *scene) error {
+			return s.IPTables(variant, "*mangle\n:some -\n-A PREROUTING "+rules+"\nCOMMIT\n")
+		}
 	}
 	const byPort = "-i lan0 -p udp --dport 5060:5069 -j MARK --set-mark 7"
 	for name, tc := range map[string]struct {
@@ -307,12 +309,57 @@ func TestNFTMarkForPortsOutweighsAChild(t *testing.T) {
 			phone, peer := s.InsideSocket(0, 4444), s.PeerSocket(lab.PeerA, 5090)
 			right, other := s.PeerSocket(lab.PeerA, 5091), s.PeerSocket(lab.PeerA, 5060)
 			ext := s.Contact(phone, peer)
+			s.Until("a permission stands", func() bool { return s.Status().Permissions.Standing == 1 })
 			s.Arrives(phone, right, ext)
 			s.Contact(phone, right)
 			s.Arrives(phone, other, ext)
 			s.heals(phone, other, second)
 			s.Arrives(phone, right, ext)
 			s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+		})
+	}
+}
+
+// What hosts send to some ports leaves by the second uplink, and so does what answers a flow that came
+// by it, because its connmark says so. A child on the second uplink stays, though its host's packets
+// to that port would leave by the first without it.
+//
+// Fails when the connmark of a child counts as 0, as that of a new flow is, and when its host's
+// packets count as new.
+func TestNFTConnmarkKeepsAChildOnItsUplink(t *testing.T) {
+	t.Parallel() // mostly it waits
+	const saved = `iifname "wan1" ct mark set 7; iifname "lan0" meta mark set ct mark; `
+	for name, rules := range map[string]string{
+		"restored":      saved + `iifname "lan0" udp dport 5060 meta mark set 7`,
+		"for new flows": saved + `iifname "lan0" ct state new meta mark set 0; iifname "lan0" udp dport 5060 meta mark set 7`,
+		"of a flow":     `iifname "wan1" ct mark set 8; iifname "lan0" meta mark set 0; iifname "lan0" ct mark 8 meta mark set 7; iifname "lan0" udp dport 5060 meta mark set 7`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s, second := twoUplinks(t, lab.Options{Rules: bothUplinks})
+			s.Must(s.NFT("table inet marks { chain pre { type filter hook prerouting priority mangle; " + rules + "; }; }"))
+			s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 109")
+			s.IP(s.Gateway, "rule add fwmark 7 table 109")
+			s.Serve("--reconcile=1h", "--log-level=debug")
+			phone, peer, other := s.InsideSocket(0, 4444), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5090)
+			ext := s.Contact(phone, peer)
+			if ext.Addr() != second {
+				t.Fatalf("it left as %v", ext)
+			}
+			s.Until("a permission stands", func() bool { return s.Status().Permissions.Standing == 1 })
+			s.IP(s.Outside, "route replace 198.51.100.129/32 dev wan1")
+			s.Arrives(phone, other, ext)
+			if from := s.Contact(phone, other); from != ext {
+				t.Fatalf("the answer left as %v, not %v", from, ext)
+			}
+			ids := s.insideIDs()
+			s.looksAfter("route add 192.0.2.128/25 via 10.47.11.109 dev lan0")
+			if after := s.insideIDs(); !slices.Equal(after, ids) {
+				t.Errorf("flows before: %v, after: %v", ids, after)
+			}
+			if from := s.Contact(phone, other); from != ext {
+				t.Errorf("the answer leaves as %v, not %v", from, ext)
+			}
 		})
 	}
 }
