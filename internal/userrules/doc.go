@@ -14,11 +14,12 @@
 //     outside pass.
 //   - Children: what the prerouting and forward hooks do with RELATED flows and with new flows
 //     that are translated after the user's own forwards.
+//   - Marker: which marks packets have when they are routed.
 //
 // Two analyses follow packets through chains. The walker narrows a condition and never
 // reports less than a rule translates. The hookWalk takes a class of packets, of which some
-// bits are known, and reports what may become of them. What neither can follow is unknown,
-// never "no".
+// bits are known, and reports what may become of them. The markWalk is a hookWalk that follows
+// the marks of one packet, too. What neither can follow is unknown, never "no".
 //
 // Of conenatd's own tables the package knows only the name of a chain in them, by which it
 // skips these tables.
