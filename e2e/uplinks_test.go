@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -86,6 +87,41 @@ func TestInsideLinkWithADefaultRoute(t *testing.T) {
 					s.works(lab.PeerA, 5080, s.Gateway.Addr)
 				}
 			})
+		})
+	}
+}
+
+// What a host sends to one port of a peer leaves by the second uplink. Its flow by the first is over,
+// and the permission that it gave stays for a lifetime.
+//
+// Fails when the way of one port shows that the address of a permission is wrong for all.
+func TestNFTPermissionOutlivesItsFlowBesideAnotherUplink(t *testing.T) {
+	t.Parallel() // mostly it waits
+	for name, commands := range map[string][]string{
+		"by a routing rule": {"rule add ipproto udp dport 5060 table 109"},
+		"by a mark":         {"rule add fwmark 7 table 109"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s, second := twoUplinks(t, lab.Options{Rules: bothUplinks})
+			s.Must(s.NFT(`table inet marks { chain pre { type filter hook prerouting priority mangle; iifname "lan0" udp dport 5060 meta mark set 7; }; }`))
+			for _, c := range append(commands, "route add default via 198.51.100.254 dev wan1 onlink table 109") {
+				s.IP(s.Gateway, c)
+			}
+			s.Serve("--reconcile=1h", "--log-level=debug")
+			phone, peer := s.InsideSocket(0, 4444), s.PeerSocket(lab.PeerA, 5060)
+			ext := s.Contact(phone, s.PeerSocket(lab.PeerA, 5090))
+			if from := s.Contact(phone, peer); from.Addr() != second {
+				t.Fatalf("it left as %v", from)
+			}
+			s.Until("both permissions stand", func() bool { return s.Status().Permissions.Standing == 2 })
+			_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-dst", "5090")
+			s.Must(err)
+			s.Until("the flow is over", func() bool {
+				return slices.ContainsFunc(s.List(), func(p control.Permission) bool { return p.Ext == ext && p.Flows == 0 })
+			})
+			s.looksAfter("route add 192.0.2.128/25 via 10.47.11.109 dev lan0")
+			s.Arrives(phone, s.PeerSocket(lab.PeerA, 5091), ext)
 		})
 	}
 }

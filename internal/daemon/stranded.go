@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"slices"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -119,7 +120,16 @@ func (s *strands) stale(x *suspect) bool {
 	}
 	f := x.elsewhere.Flow
 	f.ReplyDst = x.Ext
-	return s.wrong(&sentFlow{Flow: f})
+	if !s.wrong(&sentFlow{Flow: f}) {
+		return false
+	}
+	for _, port := range []uint16{1, math.MaxUint16} { // rules may lead one port alone by another link
+		f := cone.Flow{Src: x.Int, ReplySrc: cone.Endpoint{Addr: f.ReplySrc.Addr, Port: port}, ReplyDst: x.Ext}
+		if !s.wrong(&sentFlow{Flow: f}) {
+			return false
+		}
+	}
+	return true
 }
 
 // endPermissions ends the permissions that are stale, of those with or without children.
