@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
@@ -136,17 +137,97 @@ func TestNFTHostsInASetOfARule(t *testing.T) {
 	s.Until("the port gets in again", func() bool {
 		payload := stage.Payload("from the port")
 		s.Must(sip.Send(ext, payload))
-		_, err := second.Expect(payload)
-		return err == nil
+		return receives(second, payload)
 	})
+}
+
+// A rule takes what hosts send, but not to thousands of prefixes, and not from some hosts. Another
+// port of a peer that is among them gets in, until the peer, or the host, is taken out of the set.
+//
+// Fails when such a list makes the rule count for everybody, and when a change of it is not noticed.
+func TestNFTRuleForAllButALongList(t *testing.T) {
+	t.Parallel() // mostly it waits
+	long := "203.0.113.0/25"
+	for i := range 5000 {
+		long += fmt.Sprintf(", 11.%d.%d.0/25", i>>8, i&0xff)
+	}
+	peers := `set spared { type ipv4_addr; flags interval; elements = { ` + long + ` }; }`
+	hosts := `set spared { type ipv4_addr; elements = { 10.47.11.109, 10.47.11.200 }; }`
+	proxy := func(set, rule string) string {
+		return "table ip proxy { " + set + `; chain pre { type nat hook prerouting priority dstnat; ` + rule + ` udp dport 5060 redirect to :5099; }; }`
+	}
+	for name, tc := range map[string]struct{ rules, element string }{
+		"return of peers": {proxy(peers, `ip daddr @spared return; iifname "lan0"`), "203.0.113.0/25"},
+		"other peers":     {proxy(peers, `iifname "lan0" ip daddr != @spared`), "203.0.113.0/25"},
+		"return of hosts": {proxy(hosts, `ip saddr @spared return; iifname "lan0"`), "10.47.11.109"},
+		"other hosts":     {proxy(hosts, `iifname "lan0" ip saddr != @spared`), "10.47.11.109"},
+	} {
+		for mode, args := range map[string][]string{"auto": nil, "expect": {"--backend=expect"}} {
+			t.Run(name+", "+mode, func(t *testing.T) {
+				t.Parallel()
+				s := newScene(t, lab.Options{})
+				s.Must(s.NFT(tc.rules))
+				s.Serve(append(args, "--reconcile=1h")...)
+				phone, proxy := s.InsideSocket(0, 4444), s.Socket(s.Gateway.Namespace, netip.IPv4Unspecified(), 5099)
+				peer, sip, other := s.PeerSocket(lab.PeerA, 5061), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070)
+				ext := s.Contact(phone, peer)
+				s.Until("a permission stands", func() bool { return s.Status().Permissions.Standing == 1 })
+				s.Arrives(phone, sip, ext)
+				s.Contact(phone, sip) // the child is answered
+				s.Must(s.NFT("delete element ip proxy spared { " + tc.element + " }"))
+				s.Until("the rule sees what the phone sends", func() bool { return redirectedTo(s, phone, proxy) })
+				s.Lost(phone, sip, ext, other)
+				s.Must(s.NFT("add element ip proxy spared { " + tc.element + " }"))
+				second := s.InsideSocket(0, 4445) // the flow of the first one is still with the proxy
+				ext = s.Contact(second, peer)
+				s.Until("the port gets in again", func() bool {
+					payload := stage.Payload("from the port")
+					s.Must(sip.Send(ext, payload))
+					return receives(second, payload)
+				})
+			})
+		}
+	}
+}
+
+// Many rules take what hosts send to anywhere but a long list of peers. The daemon's tables have
+// the list once.
+//
+// Fails when each rule has a copy of the list.
+func TestNFTManyRulesShareALongList(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	rules := "table ip proxy { set spared { type ipv4_addr; flags interval; elements = { 203.0.113.0/25"
+	for i := range 5000 {
+		rules += fmt.Sprintf(", 11.%d.%d.0/25", i>>8, i&0xff)
+	}
+	rules += " }; }; chain pre { type nat hook prerouting priority dstnat; ip daddr @spared return\n"
+	for i := range 100 {
+		rules += fmt.Sprintf("ip saddr 10.47.11.%d udp dport %d redirect to :5099\n", i+2, 5000+i)
+	}
+	s.Must(s.NFT(rules + "}; }"))
+	s.Serve()
+	phone := s.InsideSocket(0, 4444)
+	ext := s.Contact(phone, s.PeerSocket(lab.PeerA, 5061))
+	s.Until("a permission stands", func() bool { return s.Status().Permissions.Standing == 1 })
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5060), ext)
+	out, err := s.Gateway.Output("nft", "list", "table", "inet", "conenat")
+	s.Must(err)
+	if n := strings.Count(out, "set diverted_peers"); n != 1 {
+		t.Errorf("%d sets of peers, want 1", n)
+	}
 }
 
 // redirectedTo sends from phone to port 5060, and reports whether it arrives at proxy.
 func redirectedTo(s *scene, phone, proxy *lab.Socket) bool {
 	payload := stage.Payload("to the proxy")
 	s.Must(phone.Send(netip.AddrPortFrom(lab.PeerA, 5060), payload))
-	_, err := proxy.Expect(payload)
-	return err == nil
+	return receives(proxy, payload)
+}
+
+// receives reports whether a payload is the next to arrive at a socket, soon.
+func receives(in *lab.Socket, payload string) bool {
+	got, _, err := in.Recv(time.Second)
+	return err == nil && got == payload
 }
 
 // helped does the same, and reports whether the helper serves the flow.

@@ -3,7 +3,6 @@ package daemon
 import (
 	"cmp"
 	"fmt"
-	"net/netip"
 	"reflect"
 	"slices"
 
@@ -17,6 +16,10 @@ import (
 // mostDiversions bounds the rules for diversions. Each first packet of a child meets them all.
 // Of more, the last takes from all hosts and peers.
 const mostDiversions = 256
+
+// mostDiverted bounds the ranges of hosts and peers in the sets of these rules. Instead of the
+// longest lists, all hosts or peers count.
+const mostDiverted = 1 << 16
 
 // divert reads which ports of peers rules of the user's take from inside hosts, and reports
 // whether the tables must change for it. What was read before holds if rules cannot be read.
@@ -33,11 +36,13 @@ func (f *firewall) divert(cfg config.Config, network gateway.Network) (changed b
 	f.divertedOwn = own
 	for _, d := range all {
 		// The gateway's own addresses are no peers.
-		peers := slices.DeleteFunc(slices.Clone(d.Peers), func(p netip.Prefix) bool { return p.IsSingleIP() && slices.Contains(own, p.Addr()) })
-		if d.Peers != nil && len(peers) == 0 {
-			continue
+		isOwn := func(r userrules.AddrRange) bool { return r.First == r.Last && slices.Contains(own, r.First) }
+		if slices.ContainsFunc(d.Peers, isOwn) {
+			if d.Peers = slices.DeleteFunc(slices.Clone(d.Peers), isOwn); len(d.Peers) == 0 {
+				continue
+			}
 		}
-		next = append(next, userrules.Diversion{Hosts: slices.Clone(d.Hosts), Peers: peers, Ports: slices.Clone(d.Ports)})
+		next = append(next, d)
 	}
 	next = merged(next)
 	changed = !reflect.DeepEqual(next, f.diverted)
@@ -49,47 +54,144 @@ func (f *firewall) divert(cfg config.Config, network gateway.Network) (changed b
 // their ports, then those of the same hosts and ports with all their peers, then those of the same
 // peers and ports with all their hosts. Of more, it joins those of the fewest ports.
 func merged(all []userrules.Diversion) []userrules.Diversion {
-	by := func(key func(userrules.Diversion) string, add func(to *userrules.Diversion, d userrules.Diversion)) {
-		at, kinds := make(map[string]int), []userrules.Diversion(nil)
-		for _, d := range all {
-			i, known := at[key(d)]
-			if !known {
-				at[key(d)], kinds = len(kinds), append(kinds, d)
-				continue
-			}
-			add(&kinds[i], d)
-		}
-		all = kinds
-	}
-	addPorts := func(to *userrules.Diversion, d userrules.Diversion) {
-		to.Ports = append(to.Ports, d.Ports...)
-	}
-	sortPorts := func(d *userrules.Diversion) {
-		slices.SortFunc(d.Ports, func(a, b userrules.PortRange) int {
-			return cmp.Or(cmp.Compare(a.First, b.First), cmp.Compare(a.Last, b.Last))
-		})
-		d.Ports = slices.Compact(d.Ports)
-	}
-	by(func(d userrules.Diversion) string { return fmt.Sprint(d.Hosts, d.Peers) }, addPorts)
-	for i := range all {
-		sortPorts(&all[i])
-	}
-	by(func(d userrules.Diversion) string { return fmt.Sprint(d.Hosts, len(d.Peers) > 0, d.Ports) }, func(to *userrules.Diversion, d userrules.Diversion) {
-		to.Peers = append(to.Peers, d.Peers...)
+	var lists listNumbers
+	sided := func(list []userrules.AddrRange) int { return min(len(list), 1) } // not for all
+	all = joined(all, func(d userrules.Diversion) [3]int { return [3]int{lists.of(d.Hosts), lists.of(d.Peers)} }, joinPorts)
+	all = joined(all, func(d userrules.Diversion) [3]int {
+		return [3]int{lists.of(d.Hosts), sided(d.Peers), lists.ofPorts(d.Ports)}
+	}, func(to *userrules.Diversion, group []userrules.Diversion) {
+		to.Peers = union(group, func(d userrules.Diversion) []userrules.AddrRange { return d.Peers })
 	})
-	by(func(d userrules.Diversion) string { return fmt.Sprint(len(d.Hosts) > 0, d.Peers, d.Ports) }, func(to *userrules.Diversion, d userrules.Diversion) {
-		to.Hosts = append(to.Hosts, d.Hosts...)
+	all = joined(all, func(d userrules.Diversion) [3]int {
+		return [3]int{sided(d.Hosts), lists.of(d.Peers), lists.ofPorts(d.Ports)}
+	}, func(to *userrules.Diversion, group []userrules.Diversion) {
+		to.Hosts = union(group, func(d userrules.Diversion) []userrules.AddrRange { return d.Hosts })
 	})
 	if len(all) > mostDiversions {
 		slices.SortStableFunc(all, func(a, b userrules.Diversion) int { return cmp.Compare(numberOf(b.Ports), numberOf(a.Ports)) })
 		var rest userrules.Diversion
-		for _, d := range all[mostDiversions-1:] {
-			addPorts(&rest, d)
-		}
-		sortPorts(&rest)
+		joinPorts(&rest, all[mostDiversions-1:])
 		all = append(all[:mostDiversions-1], rest)
 	}
+	shorten(all, &lists)
 	return all
+}
+
+// joined joins the diversions that have a key in common.
+func joined(all []userrules.Diversion, key func(userrules.Diversion) [3]int, join func(to *userrules.Diversion, group []userrules.Diversion)) (kinds []userrules.Diversion) {
+	groups, order := make(map[[3]int][]userrules.Diversion), [][3]int(nil)
+	for _, d := range all {
+		k := key(d)
+		if groups[k] == nil {
+			order = append(order, k)
+		}
+		groups[k] = append(groups[k], d)
+	}
+	for _, k := range order {
+		d := groups[k][0]
+		join(&d, groups[k])
+		kinds = append(kinds, d)
+	}
+	return kinds
+}
+
+func joinPorts(to *userrules.Diversion, group []userrules.Diversion) {
+	to.Ports = nil
+	for _, d := range group {
+		to.Ports = append(to.Ports, d.Ports...)
+	}
+	slices.SortFunc(to.Ports, func(a, b userrules.PortRange) int {
+		return cmp.Or(cmp.Compare(a.First, b.First), cmp.Compare(a.Last, b.Last))
+	})
+	to.Ports = slices.Compact(to.Ports)
+}
+
+// union returns the addresses of lists. One that is alone stays the same list.
+func union(group []userrules.Diversion, of func(userrules.Diversion) []userrules.AddrRange) []userrules.AddrRange {
+	if len(group) == 1 {
+		return of(group[0])
+	}
+	var all []userrules.AddrRange
+	for _, d := range group {
+		all = append(all, of(d)...)
+	}
+	return userrules.Union(all)
+}
+
+// shorten replaces the longest lists of hosts and peers by all addresses until the different lists
+// have at most mostDiverted ranges.
+func shorten(all []userrules.Diversion, lists *listNumbers) {
+	length, total := make(map[int]int), 0
+	each := func(f func(list *[]userrules.AddrRange, number int)) {
+		for i := range all {
+			for _, list := range []*[]userrules.AddrRange{&all[i].Hosts, &all[i].Peers} {
+				f(list, lists.of(*list))
+			}
+		}
+	}
+	each(func(list *[]userrules.AddrRange, n int) { length[n] = len(*list) })
+	for _, n := range length {
+		total += n
+	}
+	for total > mostDiverted {
+		longest := 0
+		for n := range length {
+			if length[n] > length[longest] || length[n] == length[longest] && n < longest {
+				longest = n
+			}
+		}
+		total -= length[longest]
+		delete(length, longest)
+	}
+	each(func(list *[]userrules.AddrRange, n int) {
+		if _, stays := length[n]; !stays {
+			*list = nil
+		}
+	})
+}
+
+// listNumbers number lists by what they contain. Of lists that lie at the same place only one is
+// read. The zero value is ready for use.
+type listNumbers struct {
+	places   map[any]int
+	contents map[string]int
+}
+
+func (l *listNumbers) of(list []userrules.AddrRange) int {
+	if len(list) == 0 {
+		return 0
+	}
+	return l.number(struct {
+		*userrules.AddrRange
+		int
+	}{&list[0], len(list)}, list)
+}
+
+func (l *listNumbers) ofPorts(list []userrules.PortRange) int {
+	if len(list) == 0 {
+		return 0
+	}
+	return l.number(struct {
+		*userrules.PortRange
+		int
+	}{&list[0], len(list)}, list)
+}
+
+func (l *listNumbers) number(place, list any) int {
+	if l.places == nil {
+		l.places, l.contents = make(map[any]int), make(map[string]int)
+	}
+	n, known := l.places[place]
+	if known {
+		return n
+	}
+	content := fmt.Sprint(list)
+	if n, known = l.contents[content]; !known {
+		n = len(l.contents) + 1
+		l.contents[content] = n
+	}
+	l.places[place] = n
+	return n
 }
 
 func numberOf(ports []userrules.PortRange) (n int) {
@@ -122,11 +224,18 @@ func (f *firewall) endDiverted(cfg config.Config) error {
 // diversions are what the tables do about them.
 func (f *firewall) diversions() (all []rules.Diversion) {
 	for _, d := range f.diverted {
-		x := rules.Diversion{Hosts: d.Hosts, Peers: d.Peers}
+		x := rules.Diversion{Hosts: ranges(d.Hosts), Peers: ranges(d.Peers)}
 		for _, r := range d.Ports {
 			x.Ports = append(x.Ports, rules.PortRange(r))
 		}
 		all = append(all, x)
+	}
+	return all
+}
+
+func ranges(list []userrules.AddrRange) (all []rules.AddrRange) {
+	for _, r := range list {
+		all = append(all, rules.AddrRange(r))
 	}
 	return all
 }

@@ -15,7 +15,7 @@ import (
 // Fails when rules of different hosts, or of different ports and peers, are mixed, and when more
 // than mostDiversions kinds lose one.
 func TestDiversionsAreMerged(t *testing.T) {
-	one, two, host := netip.MustParsePrefix("203.0.113.5/32"), netip.MustParsePrefix("203.0.113.6/32"), netip.MustParsePrefix("10.47.11.109/32")
+	one, two, host := addr("203.0.113.5"), addr("203.0.113.7"), addr("10.47.11.109")
 	ports := func(all ...uint16) (ranges []userrules.PortRange) {
 		for _, p := range all {
 			ranges = append(ranges, userrules.PortRange{First: p, Last: p})
@@ -23,25 +23,25 @@ func TestDiversionsAreMerged(t *testing.T) {
 		return ranges
 	}
 	f := firewall{diverted: merged([]userrules.Diversion{
-		{Peers: []netip.Prefix{one}, Ports: ports(5070)},
-		{Peers: []netip.Prefix{one}, Ports: ports(5060, 5070)},
-		{Peers: []netip.Prefix{two}, Ports: ports(5060, 5070)},
+		{Peers: one, Ports: ports(5070)},
+		{Peers: one, Ports: ports(5060, 5070)},
+		{Peers: two, Ports: ports(5060, 5070)},
 		{Ports: ports(5060, 5070)},
-		{Hosts: []netip.Prefix{host}, Peers: []netip.Prefix{one}, Ports: ports(5060, 5070)},
-		{Peers: []netip.Prefix{two}, Ports: ports(53)},
+		{Hosts: host, Peers: one, Ports: ports(5060, 5070)},
+		{Peers: two, Ports: ports(53)},
 	})}
 	got := f.diversions()
-	want := "[{[] [203.0.113.5/32] [{5060 5060} {5070 5070}]} " +
-		"{[] [203.0.113.6/32] [{53 53} {5060 5060} {5070 5070}]} " +
+	want := "[{[] [{203.0.113.5 203.0.113.5}] [{5060 5060} {5070 5070}]} " +
+		"{[] [{203.0.113.7 203.0.113.7}] [{53 53} {5060 5060} {5070 5070}]} " +
 		"{[] [] [{5060 5060} {5070 5070}]} " +
-		"{[10.47.11.109/32] [203.0.113.5/32] [{5060 5060} {5070 5070}]}]"
+		"{[{10.47.11.109 10.47.11.109}] [{203.0.113.5 203.0.113.5}] [{5060 5060} {5070 5070}]}]"
 	if fmt.Sprint(got) != want {
 		t.Errorf("got  %v\nwant %s", got, want)
 	}
 	var many []userrules.Diversion
 	for i := range 2000 {
-		peer := netip.PrefixFrom(netip.AddrFrom4([4]byte{203, 0, byte(i >> 8), byte(i)}), 32)
-		many = append(many, userrules.Diversion{Peers: []netip.Prefix{peer}, Ports: ports(5060)})
+		peer := addr(fmt.Sprintf("203.%d.%d.1", i>>8, i&0xff))
+		many = append(many, userrules.Diversion{Peers: peer, Ports: ports(5060)})
 	}
 	if got := merged(many); len(got) != 1 || len(got[0].Peers) != len(many) {
 		t.Errorf("%d of %d are left", len(got), len(many))
@@ -55,18 +55,61 @@ func TestDiversionsAreMerged(t *testing.T) {
 	for i := range many {
 		many[i].Hosts, many[i].Peers, many[i].Ports = nil, many[i].Hosts, ports(uint16(i))
 	}
-	many = append(many, userrules.Diversion{Hosts: []netip.Prefix{host}, Peers: []netip.Prefix{one}, Ports: []userrules.PortRange{{First: 0, Last: 65535}}})
+	many = append(many, userrules.Diversion{Hosts: host, Peers: one, Ports: []userrules.PortRange{{First: 0, Last: 65535}}})
 	kinds := merged(slices.Clone(many))
 	if len(kinds) != mostDiversions {
 		t.Errorf("%d kinds are left, want %d", len(kinds), mostDiversions)
 	}
 	for _, d := range many {
-		from := netip.AddrPortFrom(d.Peers[0].Addr(), d.Ports[0].First)
-		if !slices.ContainsFunc(kinds, func(k userrules.Diversion) bool { return k.Takes(host.Addr(), from) }) {
+		from := netip.AddrPortFrom(d.Peers[0].First, d.Ports[0].First)
+		if !slices.ContainsFunc(kinds, func(k userrules.Diversion) bool { return k.Takes(host[0].First, from) }) {
 			t.Fatalf("nothing takes %s", from)
 		}
 	}
-	if from := netip.AddrPortFrom(two.Addr(), 50000); slices.ContainsFunc(kinds, func(k userrules.Diversion) bool { return k.Takes(host.Addr(), from) }) {
+	if from := netip.AddrPortFrom(two[0].First, 50000); slices.ContainsFunc(kinds, func(k userrules.Diversion) bool { return k.Takes(host[0].First, from) }) {
 		t.Errorf("a rule for all ports of another peer takes %s", from)
 	}
+}
+
+// Many rules for different hosts that are behind one long list share it. If there are too many
+// ranges, the rules of the longest lists are for all peers, and the others stay as they are.
+//
+// Fails when a list is copied for each rule, and when the ranges have no bound.
+func TestDiversionsShareLongLists(t *testing.T) {
+	list := func(n int) (all []userrules.AddrRange) {
+		for i := range n {
+			all = append(all, addr(fmt.Sprintf("11.%d.%d.1", i>>8, i&0xff))...)
+		}
+		return all
+	}
+	long, longest, short := list(mostDiverted/2), list(mostDiverted/2+1), list(3)
+	var many []userrules.Diversion
+	for i := range 200 {
+		many = append(many, userrules.Diversion{Hosts: addr(fmt.Sprintf("10.47.%d.9", i)), Peers: long, Ports: []userrules.PortRange{{First: uint16(i), Last: uint16(i)}}})
+	}
+	for _, d := range merged(slices.Clone(many)) {
+		if len(d.Peers) != len(long) || &d.Peers[0] != &long[0] {
+			t.Fatalf("%v of %v has another list, with %d peers", d.Ports, d.Hosts, len(d.Peers))
+		}
+	}
+	for i, peers := range [][]userrules.AddrRange{longest, short} {
+		many = append(many, userrules.Diversion{Peers: peers, Ports: []userrules.PortRange{{First: uint16(1000 + i), Last: uint16(1000 + i)}}})
+	}
+	for _, d := range merged(many) {
+		want := len(long)
+		switch d.Ports[0].First {
+		case 1000:
+			want = 0
+		case 1001:
+			want = len(short)
+		}
+		if len(d.Peers) != want {
+			t.Fatalf("%v has %d peers, want %d", d.Ports, len(d.Peers), want)
+		}
+	}
+}
+
+func addr(s string) []userrules.AddrRange {
+	a := netip.MustParseAddr(s)
+	return []userrules.AddrRange{{First: a, Last: a}}
 }

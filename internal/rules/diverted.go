@@ -13,10 +13,12 @@ import (
 // child belongs to the child's flow, so that the rule would not see it: no child gets in from
 // there.
 type Diversion struct {
-	Hosts []netip.Prefix // nil stands for all
-	Peers []netip.Prefix // nil stands for all; 0.0.0.0/0 for all of IPv4
-	Ports []PortRange    // of the peers
+	Hosts, Peers []AddrRange // nil stands for all
+	Ports        []PortRange // of the peers
 }
+
+// An AddrRange is a range of addresses of one family, both ends included.
+type AddrRange struct{ First, Last netip.Addr }
 
 const (
 	divertedSet     = "diverted" // and what of which diversion
@@ -41,27 +43,40 @@ func (l *layout) divert(c *nftables.Chain, all []Diversion, families []*ipFamily
 			if l.table.Family == nftables.TableFamilyIPv4 {
 				is = nil
 			}
-			if hosts {
-				to = l.addrIn(f.daddr, fmt.Sprintf("%s_hosts%s_%d", divertedSet, f.name, i), f, d.Hosts)
+			if hosts { // those of an earlier diversion may be the same, and many
+				same := slices.IndexFunc(all, func(o Diversion) bool { return slices.Equal(o.Hosts, d.Hosts) })
+				to = l.addrIn(f.daddr, fmt.Sprintf("%s_hosts%s_%d", divertedSet, f.name, same), f, d.Hosts)
 			}
-			from := l.addrIn(f.saddr, fmt.Sprintf("%s_peers%s_%d", divertedSet, f.name, i), f, d.Peers)
+			same := slices.IndexFunc(all, func(o Diversion) bool { return slices.Equal(o.Peers, d.Peers) })
+			from := l.addrIn(f.saddr, fmt.Sprintf("%s_peers%s_%d", divertedSet, f.name, same), f, d.Peers)
 			ports := l.portSet(fmt.Sprintf("%s_ports_%d", divertedSet, i), d.Ports)
 			l.rule(c, "your rules take what the host sends to that port", is, to, from, udpSport.in(ports), isUDP, verdict)
 		}
 	}
 }
 
-// among reports whether addresses of the family are among the prefixes. No prefixes stand for
-// all addresses.
-func (f *ipFamily) among(all []netip.Prefix) bool { return len(all) == 0 || len(f.of(all)) > 0 }
+// among reports whether addresses of the family are among the ranges. No ranges stand for all
+// addresses.
+func (f *ipFamily) among(all []AddrRange) bool {
+	return len(all) == 0 || slices.ContainsFunc(all, f.has)
+}
 
-// addrIn compares an address of a packet with the set of that name, which has those prefixes
-// that are of the family. It is empty if these are all addresses.
-func (l *layout) addrIn(addr operand, name string, f *ipFamily, all []netip.Prefix) exprs {
-	if len(all) == 0 || slices.ContainsFunc(f.of(all), func(p netip.Prefix) bool { return p.Bits() == 0 }) {
+func (f *ipFamily) has(r AddrRange) bool { return r.First.BitLen() == 8*f.size }
+
+// addrIn compares an address of a packet with the set of that name, which has those ranges that
+// are of the family. It is empty if these are all addresses.
+func (l *layout) addrIn(addr operand, name string, f *ipFamily, all []AddrRange) exprs {
+	if len(all) == 0 || slices.ContainsFunc(all, func(r AddrRange) bool {
+		return f.has(r) && r.First.IsUnspecified() && !r.Last.Next().IsValid()
+	}) {
 		return nil
 	}
-	return addr.in(l.addrSet(name, f, all))
+	s := l.named(name)
+	if s == nil {
+		s = l.set(name, f.addr)
+		s.Interval, s.elements = true, f.rangeIntervals(all)
+	}
+	return addr.in(s)
 }
 
 // portSet returns the set with that name, which has the ports.

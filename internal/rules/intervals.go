@@ -25,30 +25,34 @@ var notUnicast = []netip.Prefix{
 func intervals(all []netip.Prefix) []nftables.SetElement { return ipFamilies[0].intervals(all) }
 
 // intervals returns the elements of a set with the addresses of those prefixes that are of
-// the family. Each interval has one element for its first address and one for the address
-// behind its last; the second is missing if the interval ends with the address space.
-func (f *ipFamily) intervals(all []netip.Prefix) (es []nftables.SetElement) {
-	type span struct{ first, behind netip.Addr } // behind is invalid after the last address
-	all = f.of(all)
-	spans := make([]span, 0, len(all))
+// the family.
+func (f *ipFamily) intervals(all []netip.Prefix) []nftables.SetElement {
+	ranges := make([]AddrRange, 0, len(all))
 	for _, p := range all {
-		spans = append(spans, span{p.Masked().Addr(), nfnl.LastAddr(p).Next()})
+		ranges = append(ranges, AddrRange{p.Masked().Addr(), nfnl.LastAddr(p)})
 	}
-	slices.SortFunc(spans, func(a, b span) int { return a.first.Compare(b.first) })
-	var merged []span
-	for _, s := range spans {
-		n := len(merged) - 1
-		switch {
-		case n < 0 || merged[n].behind.IsValid() && merged[n].behind.Less(s.first):
-			merged = append(merged, s)
-		case merged[n].behind.IsValid() && (!s.behind.IsValid() || merged[n].behind.Less(s.behind)):
-			merged[n].behind = s.behind
+	return f.rangeIntervals(ranges)
+}
+
+// rangeIntervals returns the elements of a set with the addresses of those ranges that are of the
+// family. Each interval has one element for its first address and one for the address behind its
+// last; the second is missing if the interval ends with the address space.
+func (f *ipFamily) rangeIntervals(all []AddrRange) (es []nftables.SetElement) {
+	all = slices.DeleteFunc(slices.Clone(all), func(r AddrRange) bool { return !f.has(r) })
+	slices.SortFunc(all, func(a, b AddrRange) int { return a.First.Compare(b.First) })
+	var merged []AddrRange
+	for _, r := range all {
+		switch n := len(merged) - 1; {
+		case n < 0 || merged[n].Last.Less(r.First) && merged[n].Last.Next() != r.First:
+			merged = append(merged, r)
+		case merged[n].Last.Less(r.Last):
+			merged[n].Last = r.Last
 		}
 	}
-	for _, s := range merged {
-		es = append(es, nftables.SetElement{Key: s.first.AsSlice()})
-		if s.behind.IsValid() {
-			es = append(es, nftables.SetElement{Key: s.behind.AsSlice(), IntervalEnd: true})
+	for _, r := range merged {
+		es = append(es, nftables.SetElement{Key: r.First.AsSlice()})
+		if behind := r.Last.Next(); behind.IsValid() {
+			es = append(es, nftables.SetElement{Key: behind.AsSlice(), IntervalEnd: true})
 		}
 	}
 	return es

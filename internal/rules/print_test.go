@@ -49,11 +49,12 @@ func printed() map[string]rules.Desired {
 			d.Diverted = []rules.Diversion{
 				{Ports: []rules.PortRange{{First: 5060, Last: 5060}, {First: 5070, Last: 5071}}},
 				{
-					Hosts: []netip.Prefix{netip.MustParsePrefix("10.47.11.110/32"), netip.MustParsePrefix("2001:db8:1::/64")},
-					Peers: []netip.Prefix{netip.MustParsePrefix("203.0.113.0/29"), netip.MustParsePrefix("2001:db8::5/128")},
+					Hosts: addrs("10.47.11.110-10.47.11.110", "2001:db8:1::-2001:db8:1::ffff:ffff:ffff:ffff"),
+					Peers: addrs("203.0.113.0-203.0.113.7", "2001:db8::5-2001:db8::5"),
 					Ports: []rules.PortRange{{First: 53, Last: 53}},
 				},
-				{Peers: []netip.Prefix{netip.MustParsePrefix("::/0")}, Ports: []rules.PortRange{{First: 853, Last: 853}}},
+				{Peers: addrs("::-ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"), Ports: []rules.PortRange{{First: 853, Last: 853}}},
+				{Hosts: addrs("10.47.11.111-10.47.11.112"), Peers: addrs("203.0.113.0-203.0.113.7", "2001:db8::5-2001:db8::5"), Ports: []rules.PortRange{{First: 54, Last: 54}}},
 			}
 		}),
 		"IPv4 alone":         desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Subnets = d.Subnets[:1] }),
@@ -151,4 +152,13 @@ func listed(list string) (all []string) {
 // that the next expression implies, and the default burst.
 func normal(list string) []string {
 	return listed(strings.ReplaceAll(implied.ReplaceAllString(list, ""), " burst 5 packets", ""))
+}
+
+// addrs returns the ranges "first-last".
+func addrs(all ...string) (ranges []rules.AddrRange) {
+	for _, s := range all {
+		first, last, _ := strings.Cut(s, "-")
+		ranges = append(ranges, rules.AddrRange{First: netip.MustParseAddr(first), Last: netip.MustParseAddr(last)})
+	}
+	return ranges
 }

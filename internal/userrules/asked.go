@@ -21,7 +21,7 @@ func asked(r *rule, family byte, describe func(name string) *set) (all []lookup)
 	for _, s := range r.statements {
 		switch e := s.expr.(type) {
 		case *expr.Lookup:
-			all = append(all, askedBy(e, describe(e.SetName), packets))
+			all = append(all, askedBy(r, e, describe(e.SetName), packets))
 			if e.DestRegister != unix.NFT_REG_VERDICT && e.IsDestRegSet {
 				for _, p := range packets {
 					p.fields.put(e.DestRegister, nil)
@@ -44,7 +44,7 @@ func asked(r *rule, family byte, describe func(name string) *set) (all []lookup)
 }
 
 // askedBy returns one lookup.
-func askedBy(e *expr.Lookup, s *set, packets []*knownPacket) lookup {
+func askedBy(r *rule, e *expr.Lookup, s *set, packets []*knownPacket) lookup {
 	l := lookup{set: e.SetName, verdicts: e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT}
 	if l.verdicts || s.failed != nil {
 		l.asks = anyPurpose
@@ -58,7 +58,9 @@ func askedBy(e *expr.Lookup, s *set, packets []*knownPacket) lookup {
 		if slices.ContainsFunc(fields, field.isAsked) || !s.named && slices.ContainsFunc(fields, field.isSource) {
 			l.asks |= forDestinations | forHelpers
 		}
-		l.sources = l.sources || s.fixed() && slices.ContainsFunc(fields, field.isSource)
+		hosts := slices.ContainsFunc(fields, field.isSource)
+		l.sources = l.sources || s.fixed() && hosts
+		l.spares = l.spares || hosts && r.spares(e, s)
 		if slices.ContainsFunc(p.regs.get(e.SourceRegister, s.size), func(c cell) bool { return c.known != 0 }) {
 			l.asks |= p.why
 		}

@@ -20,7 +20,7 @@ type condition struct {
 	ports   []PortRange // sorted; nil stands for any
 	addrs   []AddrRange // nil stands for any
 	sources []AddrRange // nil stands for any
-	except  []AddrRange // destinations that a test excluded; may be wider than the truth
+	except  []AddrRange // destinations that a test excluded, for source NAT; may be wider than the truth
 	unread  bool        // a test of the destination was not understood
 	out     []string    // the outgoing links; nil stands for any
 	unknown bool        // a test of the port was not understood
@@ -61,7 +61,8 @@ type field struct {
 type fieldKind uint8
 
 const (
-	other fieldKind = iota // a field that does not matter here
+	other   fieldKind = iota // a field that does not matter here
+	padding                  // behind a field that does not fill its word; always zero
 	protocol
 	family
 	etherType
@@ -125,6 +126,7 @@ type test struct {
 	// byPart says that each field of a key must be in its part of a span. Otherwise the key
 	// as a whole is a number from low to high.
 	byPart bool
+	whole  *set // whose elements are the spans; nil for others
 }
 
 // isNumber reports whether the test compares a key of several fields as one number, which
@@ -135,13 +137,19 @@ func (t *test) isNumber(fields []field) bool {
 	})
 }
 
-// test returns the test that a lookup in the set makes.
-func (s *set) test(not bool) test {
-	t := test{not: not, unknown: s.failed != nil || !s.loaded, byPart: len(s.fields) > 1}
-	for _, e := range s.elements {
-		t.any = append(t.any, e.span)
+// test returns the test that a lookup in the set makes. Many rules may look into one long set.
+func (w *walker) test(s *set, not bool) test {
+	any, known := w.spans[s]
+	if !known {
+		for _, e := range s.elements {
+			any = append(any, e.span)
+		}
+		if w.spans == nil {
+			w.spans = make(map[*set][]span)
+		}
+		w.spans[s] = any
 	}
-	return t
+	return test{any: any, not: not, unknown: s.failed != nil || !s.loaded, byPart: len(s.fields) > 1, whole: s}
 }
 
 // maxProduct limits the number of conditions that concatenated keys produce. Beyond that
@@ -186,7 +194,7 @@ func (w *walker) narrow(conds []condition, fields []field, t test) []condition {
 
 // isAsked reports whether the elements of a set matter for the field, however many there
 // are.
-func (f field) isAsked() bool { return f.kind != other && !f.isTold() }
+func (f field) isAsked() bool { return f.kind > padding && !f.isTold() }
 
 // isTold reports whether answers contain the field, although no set is read because of it.
 func (f field) isTold() bool { return f.isSource() || f.kind == outName }
@@ -198,6 +206,9 @@ func (f field) isPort() bool { return f.kind == port || f.kind == mangledPort }
 // fields applies the test to one field after the other. It reports whether c is still
 // possible.
 func (w *walker) fields(c condition, fields []field, t test) (condition, bool) {
+	if len(fields) == 1 && fields[0].mask == nil {
+		return w.field(c, fields[0], t)
+	}
 	at := 0
 	for _, f := range fields {
 		part := test{not: t.not}
@@ -214,11 +225,14 @@ func (w *walker) fields(c condition, fields []field, t test) (condition, bool) {
 }
 
 func (w *walker) field(c condition, f field, t test) (condition, bool) {
-	if f.kind == known {
+	switch f.kind {
+	case known:
 		return c, f.passes(t)
+	case padding:
+		return c, true
 	}
 	if w.first != nil && (f.isSource() || f.kind == address4 || f.kind == address6) {
-		return c.at(f, t)
+		return w.at(c, f, t)
 	}
 	wide := f.mask != nil
 	switch f.kind {
@@ -238,7 +252,7 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 		c.unknown = true
 		return c, true
 	}
-	if t.not && f.kind == address4 {
+	if t.not && f.kind == address4 && w.sources != nil {
 		c.except = append(slices.Clip(c.except), t.addrs(false)...)
 	}
 	if t.not && f.mask != nil {
@@ -387,20 +401,23 @@ func complement(ranges []PortRange) []PortRange {
 	return out
 }
 
-// intersect returns the ports in both; nil stands for all in a.
+// intersect returns the ports in both merged lists; nil stands for all in a.
 func intersect(a, b []PortRange) []PortRange {
 	if a == nil {
 		return b
 	}
 	out := []PortRange{}
-	for _, x := range a {
-		for _, y := range b {
-			if r := (PortRange{max(x.First, y.First), min(x.Last, y.Last)}); r.First <= r.Last {
-				out = append(out, r)
-			}
+	for len(a) > 0 && len(b) > 0 {
+		if r := (PortRange{max(a[0].First, b[0].First), min(a[0].Last, b[0].Last)}); r.First <= r.Last {
+			out = append(out, r)
+		}
+		if a[0].Last < b[0].Last {
+			a = a[1:]
+		} else {
+			b = b[1:]
 		}
 	}
-	return merge(out)
+	return out
 }
 
 func intersectAddrs(a, b []AddrRange) []AddrRange {

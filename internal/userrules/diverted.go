@@ -8,22 +8,23 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/xt"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // A Diversion is what a rule takes from inside hosts: new UDP flows to some ports, which it
 // translates to another destination, or gives to a transparent proxy or a conntrack helper.
 type Diversion struct {
-	Hosts []netip.Prefix // nil stands for any
-	Peers []netip.Prefix // nil stands for any; 0.0.0.0/0 for any of IPv4
-	Ports []PortRange    // of the peers
-	Text  string         // names the rule, as in a Forward
+	// Hosts and Peers are sorted and disjoint, and may be long. nil stands for any. Several
+	// Diversions may share a list.
+	Hosts, Peers []AddrRange
+	Ports        []PortRange // of the peers
+	Text         string      // names the rule, as in a Forward
 }
 
 // Takes reports whether the rule takes what a host sends to a peer.
 func (d Diversion) Takes(host netip.Addr, peer netip.AddrPort) bool {
-	has := func(ps []netip.Prefix, a netip.Addr) bool {
-		return ps == nil || slices.ContainsFunc(ps, func(p netip.Prefix) bool { return p.Contains(a) })
-	}
+	has := func(all []AddrRange, a netip.Addr) bool { return all == nil || hasAddr(all, a) }
 	return covers(d.Ports, peer.Port()) && has(d.Hosts, host) && has(d.Peers, peer.Addr())
 }
 
@@ -49,7 +50,8 @@ type Diverter struct {
 // answer is that of the last call. Of the conditions of a rule, and of the jumps to it,
 //
 //   - ports, hosts, peers, the protocol, the family, and links count, also negated;
-//   - a set of hosts or peers to which packets may add elements stands for all hosts or peers;
+//   - a set whose elements expire, or that has the flag dynamic, stands for all hosts or peers,
+//     and so does a named set of single hosts whose packets the rule takes: packets may add others;
 //   - what is the same for all first packets of flows from hosts to peers counts: the state,
 //     status and direction of the flow, the packet type, and the types of addresses. So a rule
 //     for packets to the gateway itself (fib daddr type local) is left out;
@@ -59,7 +61,8 @@ type Diverter struct {
 // So a Diversion may be wider than its rule, but is not narrower. Only a rule for most of the
 // ports is left out if it has such a condition: nothing would be left for other hosts. What an
 // earlier rule accepts, or returns, is not part of a Diversion, if all of its conditions are
-// understood and Hosts, Peers and Ports can say it.
+// understood and Hosts, Peers and Ports can say it. Sets of hosts for that, and those that a rule
+// excludes, count as they are at the time of the reading, if they are not long.
 //
 // Translations to other hosts that concern packets from outside to the gateway as well are port
 // forwards, and left out.
@@ -101,7 +104,7 @@ func (t *table) diversions(sides Sides) (found []Diversion) {
 			}
 			if !c.wide || !mostPorts(c.ports) {
 				f := c.forward(r.title(t))
-				found = append(found, Diversion{prefixesOf(f.Sources), prefixesOf(f.Addrs), f.Ports, f.Text})
+				found = append(found, Diversion{f.Sources, f.Addrs, f.Ports, f.Text})
 			}
 		}
 	}
@@ -111,12 +114,12 @@ func (t *table) diversions(sides Sides) (found []Diversion) {
 		}
 	}
 	for _, b := range t.of(unix.NF_INET_PRE_ROUTING, natKind) {
-		forward.accepted = nil
+		forward.accepted = letPass{}
 		forward.chain(b.name, begin, 0)
 	}
 	for _, b := range t.bases {
 		if b.purposes(t.family)&forHelpers != 0 {
-			w.accepted = nil
+			w.accepted = letPass{}
 			w.chain(b.name, begin, 0)
 		}
 	}
@@ -134,17 +137,12 @@ func mostPorts(ranges []PortRange) bool {
 
 // isInside reports whether all sources are inside hosts.
 func (s Sides) isInside(sources []AddrRange) bool {
-	all := prefixesOf(sources)
-	return len(all) > 0 && !slices.ContainsFunc(all, func(p netip.Prefix) bool {
-		return !slices.ContainsFunc(s.Subnets, func(subnet netip.Prefix) bool { return subnet.Bits() <= p.Bits() && subnet.Contains(p.Addr()) })
-	})
-}
-
-func prefixesOf(ranges []AddrRange) (all []netip.Prefix) {
-	for _, r := range ranges {
-		all = append(all, r.prefixes()...)
+	var inside []AddrRange
+	for _, p := range s.Subnets {
+		inside = append(inside, AddrRange{p.Masked().Addr(), nfnl.LastAddr(p)})
 	}
-	return all
+	others, some := exceptAddrs(sources, Union(inside))
+	return some && len(others) == 0
 }
 
 // redirects reports whether the rule leads packets to the gateway itself.

@@ -86,6 +86,14 @@ func TestDiversionsWithOtherConditions(t *testing.T) {
 		takes  = ` udp dport 5060 redirect`
 		all    = "[] [0.0.0.0/0] [{5060 5060}]"
 	)
+	manyPeers, eachPeer := "11.0.0.0/25", "ip daddr 11.0.0.0/25 return; "
+	for i := range 1022 { // as in lists of the prefixes of a country; they do not touch
+		prefix := fmt.Sprintf("11.%d.%d.0/24", (i+1)>>8, (i+1)&0xff)
+		manyPeers += ", " + prefix
+		if eachPeer += "ip daddr " + prefix + " return; "; i == 0 {
+			manyPeers += ", 203.0.113.5"
+		}
+	}
 	lan := func(conditions string) string { return fmt.Sprintf(nat, "", `iifname "lan0" `+conditions) }
 	with := func(set, rule string) string {
 		return fmt.Sprintf(nat, "set hosts { type ipv4_addr; "+set+"; }", `iifname "lan0" `+rule)
@@ -128,31 +136,42 @@ func TestDiversionsWithOtherConditions(t *testing.T) {
 		"a transparent proxy of others": {nft: fmt.Sprintf(filter, "", `iifname "wan0" ct state new meta nfproto ipv4 udp dport 5060 tproxy ip to :5099 meta mark set 0x77`)},
 		"a helper on the way elsewhere": {nft: "table inet h { ct helper s { type \"sip\" protocol udp; }; chain f { type filter hook forward priority filter; oifname \"lan1\" udp dport 5060 ct helper set \"s\"; oifname != \"wan0\" udp dport 5061 ct helper set \"s\"; oifname != \"lan1\" udp dport 5062 ct helper set \"s\"; }; }\n", want: "[] [] [{5062 5062}]"},
 
-		"other hosts":                 {nft: lan(`ip saddr != 8.0.0.0-255.255.255.255` + takes), want: "[0.0.0.0/5] [0.0.0.0/0] [{5060 5060}]"},
-		"other peers":                 {nft: lan(`ip daddr != { 0.0.0.0/1, 192.0.0.0/2 }` + takes), want: "[] [128.0.0.0/2] [{5060 5060}]"},
-		"first, a host":               {nft: lan(`ip saddr 10.47.0.0/16 accept; iifname "lan0" ip saddr 10.46.0.0/15` + takes), want: "[10.46.0.0/16] [0.0.0.0/0] [{5060 5060}]"},
-		"first, a peer":               {nft: lan(`ip daddr 203.0.113.0/25 return; iifname "lan0" ip daddr 203.0.113.0/24` + takes), want: "[] [203.0.113.128/25] [{5060 5060}]"},
-		"first, a port":               {nft: lan(`udp dport 5060 accept; iifname "lan0" udp dport 5060-5061 redirect`), want: "[] [0.0.0.0/0] [{5061 5061}]"},
-		"first, all of them":          {nft: lan(`udp dport 5000-5999 accept; iifname "lan0"` + takes)},
-		"first, by a map":             {nft: lan(`ip saddr vmap { 10.47.0.0/16 : accept }; iifname "lan0" ip saddr 10.46.0.0/15` + takes), want: "[10.46.0.0/16] [0.0.0.0/0] [{5060 5060}]"},
-		"all else, by a map":          {nft: "table ip nat { map m { type ct_state : verdict; elements = { established : accept, * : jump others }; }; chain others { udp dport 5060 redirect; }; chain pre { type nat hook prerouting priority dstnat; ct state vmap @m; }; }\n", want: all},
-		"first, all else, by a map":   {nft: "table ip nat { map m { type ipv4_addr : verdict; flags interval; elements = { 10.47.11.9 : continue, * : accept }; }; chain pre { type nat hook prerouting priority dstnat; iifname \"lan0\" ip saddr vmap @m; iifname \"lan0\" udp dport 5060 redirect; }; }\n", want: all},
-		"first, a set of peers":       {nft: with("elements = { 203.0.113.5, 203.0.113.4 }", `ip daddr @hosts return; iifname "lan0" ip daddr 203.0.113.4/30`+takes), want: "[] [203.0.113.6/31] [{5060 5060}]"},
-		"first, a set that expires":   {nft: fmt.Sprintf(nat, "set s { type inet_service; flags timeout; elements = { 5060 timeout 1h }; }", `udp dport @s accept; iifname "lan0"`+takes), want: all},
-		"first, one family":           {nft: "table inet nat { chain pre { type nat hook prerouting priority dstnat; iifname \"lan0\" ip daddr 0.0.0.0/1 accept; iifname \"lan0\" udp dport 5060 redirect; }; }\n", want: "[] [128.0.0.0/1] [{5060 5060}][] [::/0] [{5060 5060}]"},
-		"first, a host to a peer":     {nft: lan(`ip saddr 10.47.11.5 ip daddr 203.0.113.5 accept; iifname "lan0"` + takes), want: all},
-		"first, a mark":               {nft: lan(`meta mark 5 accept; iifname "lan0"` + takes), want: all},
-		"first, drop":                 {nft: lan(`ip saddr 10.47.0.0/16 drop; iifname "lan0"` + takes), want: all},
-		"first, in another chain":     {nft: "table ip nat { chain a { udp dport 5060 return; udp dport 5061 accept; }; chain b { udp dport 5062 redirect; }; chain pre { type nat hook prerouting priority dstnat; iifname \"lan0\" jump a; udp dport 5063 goto b; iifname \"lan0\" udp dport 5060-5063 redirect; }; }\n", want: "[] [0.0.0.0/0] [{5060 5060} {5062 5062}]"},
-		"first, in another base":      {nft: "table ip nat { chain one { type nat hook prerouting priority -110; udp dport 5060 accept; }; chain pre { type nat hook prerouting priority dstnat; iifname \"lan0\" udp dport 5060 redirect; }; }\n", want: all},
-		"all ports of a host":         {nft: lan(`ip saddr 10.47.11.109 meta l4proto udp redirect to :5099`), want: "[10.47.11.109/32] [0.0.0.0/0] [{0 65535}]"},
-		"all ports, but with a mark":  {nft: lan(`meta mark 5 meta l4proto udp redirect to :5099`)},
-		"all ports, first a mark":     {nft: lan(`meta mark 5 return; iifname "lan0" meta l4proto udp redirect to :5099`)},
-		"all ports but DNS, a mark":   {nft: lan(`meta mark 5 udp dport != 53 redirect to :5099`)},
-		"all ports, a set of hosts":   {nft: with("elements = { 10.47.11.109 }", `ip saddr @hosts meta l4proto udp redirect to :5099`)},
-		"all ports, a timeout set":    {nft: with("flags timeout; elements = { 203.0.113.5 timeout 1h }", `ip daddr @hosts meta l4proto udp redirect to :5099`)},
-		"a port forward with a mark":  {nft: fmt.Sprintf(nat, "", `meta mark 0 udp dport 5060 dnat to 10.47.11.5`)},
-		"a port forward for all else": {nft: fmt.Sprintf(nat, "", `ip saddr != 10.47.11.9 udp dport 5060 dnat to 10.47.11.5`)},
+		"other hosts":                  {nft: lan(`ip saddr != 8.0.0.0-255.255.255.255` + takes), want: "[0.0.0.0/5] [0.0.0.0/0] [{5060 5060}]"},
+		"other peers":                  {nft: lan(`ip daddr != { 0.0.0.0/1, 192.0.0.0/2 }` + takes), want: "[] [128.0.0.0/2] [{5060 5060}]"},
+		"first, a host":                {nft: lan(`ip saddr 10.47.0.0/16 accept; iifname "lan0" ip saddr 10.46.0.0/15` + takes), want: "[10.46.0.0/16] [0.0.0.0/0] [{5060 5060}]"},
+		"first, a peer":                {nft: lan(`ip daddr 203.0.113.0/25 return; iifname "lan0" ip daddr 203.0.113.0/24` + takes), want: "[] [203.0.113.128/25] [{5060 5060}]"},
+		"first, a port":                {nft: lan(`udp dport 5060 accept; iifname "lan0" udp dport 5060-5061 redirect`), want: "[] [0.0.0.0/0] [{5061 5061}]"},
+		"first, all of them":           {nft: lan(`udp dport 5000-5999 accept; iifname "lan0"` + takes)},
+		"first, by a map":              {nft: lan(`ip saddr vmap { 10.47.0.0/16 : accept }; iifname "lan0" ip saddr 10.46.0.0/15` + takes), want: "[10.46.0.0/16] [0.0.0.0/0] [{5060 5060}]"},
+		"all else, by a map":           {nft: "table ip nat { map m { type ct_state : verdict; elements = { established : accept, * : jump others }; }; chain others { udp dport 5060 redirect; }; chain pre { type nat hook prerouting priority dstnat; ct state vmap @m; }; }\n", want: all},
+		"first, all else, by a map":    {nft: "table ip nat { map m { type ipv4_addr : verdict; flags interval; elements = { 10.47.11.9 : continue, * : accept }; }; chain pre { type nat hook prerouting priority dstnat; iifname \"lan0\" ip saddr vmap @m; iifname \"lan0\" udp dport 5060 redirect; }; }\n", want: all},
+		"first, a set of peers":        {nft: with("elements = { 203.0.113.5, 203.0.113.4 }", `ip daddr @hosts return; iifname "lan0" ip daddr 203.0.113.4/30`+takes), want: "[] [203.0.113.6/31] [{5060 5060}]"},
+		"first, a set that expires":    {nft: fmt.Sprintf(nat, "set s { type inet_service; flags timeout; elements = { 5060 timeout 1h }; }", `udp dport @s accept; iifname "lan0"`+takes), want: all},
+		"first, one family":            {nft: "table inet nat { chain pre { type nat hook prerouting priority dstnat; iifname \"lan0\" ip daddr 0.0.0.0/1 accept; iifname \"lan0\" udp dport 5060 redirect; }; }\n", want: "[] [128.0.0.0/1] [{5060 5060}][] [::/0] [{5060 5060}]"},
+		"other peers, in a named set":  {nft: with("flags interval; elements = { 0.0.0.0/1, 192.0.0.0/2 }", `ip daddr != @hosts`+takes), want: "[] [128.0.0.0/2] [{5060 5060}]"},
+		"first, many peers":            {nft: with("flags interval; elements = { "+manyPeers+" }", `ip daddr @hosts accept; iifname "lan0" ip daddr 11.0.0.0/14`+takes), want: "[] [11.0.0.128/25 11.3.255.0/24] [{5060 5060}]"},
+		"others than many peers":       {nft: with("flags interval; elements = { "+manyPeers+" }", `ip daddr != @hosts ip daddr 11.0.0.0/14`+takes), want: "[] [11.0.0.128/25 11.3.255.0/24] [{5060 5060}]"},
+		"first, a rule for each peer":  {nft: lan(eachPeer + `iifname "lan0" ip daddr 11.0.0.0/14` + takes), want: "[] [11.0.0.128/25 11.3.255.0/24] [{5060 5060}]"},
+		"first, a named set of hosts":  {nft: with("elements = { 10.46.0.1, 10.46.0.2, 10.46.0.3 }", `ip saddr @hosts return; iifname "lan0" ip saddr 10.46.0.0/29`+takes), want: "[10.46.0.0/32 10.46.0.4/30] [0.0.0.0/0] [{5060 5060}]"},
+		"others than named hosts":      {nft: with("elements = { 10.46.0.1, 10.46.0.2, 10.46.0.3 }", `ip saddr != @hosts ip saddr 10.46.0.0/29`+takes), want: "[10.46.0.0/32 10.46.0.4/30] [0.0.0.0/0] [{5060 5060}]"},
+		"none but named hosts":         {nft: with("elements = { 10.46.0.1 }", `ip saddr != @hosts return; iifname "lan0"`+takes), want: all},
+		"first, hosts of a proxy":      {nft: fmt.Sprintf(filter, "set h { type ipv4_addr; elements = { 10.46.0.0 }; }", `iifname "lan0" ip saddr @h return; iifname "lan0" ip saddr 10.46.0.0/31 meta nfproto ipv4 udp dport 5060 tproxy ip to :5099 accept`), want: "[10.46.0.1/32] [0.0.0.0/0] [{5060 5060}]"},
+		"first, dynamic hosts":         {nft: with("flags dynamic; size 99; elements = { 10.46.0.1 }", `ip saddr @hosts return; iifname "lan0"`+takes), want: all},
+		"first, named hosts, by a map": {nft: "table ip nat { map m { type ipv4_addr : verdict; elements = { 10.46.0.0 : accept }; }; chain pre { type nat hook prerouting priority dstnat; iifname \"lan0\" ip saddr vmap @m; iifname \"lan0\" ip saddr 10.46.0.0/31 udp dport 5060 redirect; }; }\n", want: "[10.46.0.1/32] [0.0.0.0/0] [{5060 5060}]"},
+		"first, hosts with a port":     {nft: lan(`ip saddr . udp dport { 10.46.0.0 . 5060, 10.46.0.1 . 5060, 10.46.0.2 . 5061 } accept; iifname "lan0" ip saddr 10.46.0.0/30` + takes), want: "[10.46.0.2/31] [0.0.0.0/0] [{5060 5060}]"},
+		"first, a host to a peer":      {nft: lan(`ip saddr 10.47.11.5 ip daddr 203.0.113.5 accept; iifname "lan0"` + takes), want: all},
+		"first, a mark":                {nft: lan(`meta mark 5 accept; iifname "lan0"` + takes), want: all},
+		"first, drop":                  {nft: lan(`ip saddr 10.47.0.0/16 drop; iifname "lan0"` + takes), want: all},
+		"first, in another chain":      {nft: "table ip nat { chain a { udp dport 5060 return; udp dport 5061 accept; }; chain b { udp dport 5062 redirect; }; chain pre { type nat hook prerouting priority dstnat; iifname \"lan0\" jump a; udp dport 5063 goto b; iifname \"lan0\" udp dport 5060-5063 redirect; }; }\n", want: "[] [0.0.0.0/0] [{5060 5060} {5062 5062}]"},
+		"first, in another base":       {nft: "table ip nat { chain one { type nat hook prerouting priority -110; udp dport 5060 accept; }; chain pre { type nat hook prerouting priority dstnat; iifname \"lan0\" udp dport 5060 redirect; }; }\n", want: all},
+		"all ports of a host":          {nft: lan(`ip saddr 10.47.11.109 meta l4proto udp redirect to :5099`), want: "[10.47.11.109/32] [0.0.0.0/0] [{0 65535}]"},
+		"all ports, but with a mark":   {nft: lan(`meta mark 5 meta l4proto udp redirect to :5099`)},
+		"all ports, first a mark":      {nft: lan(`meta mark 5 return; iifname "lan0" meta l4proto udp redirect to :5099`)},
+		"all ports but DNS, a mark":    {nft: lan(`meta mark 5 udp dport != 53 redirect to :5099`)},
+		"all ports, a set of hosts":    {nft: with("elements = { 10.47.11.109 }", `ip saddr @hosts meta l4proto udp redirect to :5099`)},
+		"all ports, a timeout set":     {nft: with("flags timeout; elements = { 203.0.113.5 timeout 1h }", `ip daddr @hosts meta l4proto udp redirect to :5099`)},
+		"a port forward with a mark":   {nft: fmt.Sprintf(nat, "", `meta mark 0 udp dport 5060 dnat to 10.47.11.5`)},
+		"a port forward for all else":  {nft: fmt.Sprintf(nat, "", `ip saddr != 10.47.11.9 udp dport 5060 dnat to 10.47.11.5`)},
 
 		"iptables, not to the gateway":     {iptables: ipt("nat", "-i lan0 -p udp -m addrtype ! --dst-type LOCAL -m udp --dport 5060 -j REDIRECT"), want: all},
 		"iptables, not on the link":        {iptables: ipt("nat", "-i lan0 -p udp -m addrtype ! --dst-type LOCAL --limit-iface-in -m udp --dport 5060 -j REDIRECT"), want: all},
@@ -202,11 +221,38 @@ func diverts(t *testing.T, rs *userrules.Ruleset, want string) {
 		t.Errorf("the second answer has %d, and same is %v", len(again), same)
 	}
 	for _, x := range all {
-		found = append(found, fmt.Sprint(x.Hosts, " ", x.Peers, " ", x.Ports))
+		found = append(found, fmt.Sprint(userrules.Prefixes(x.Hosts), " ", userrules.Prefixes(x.Peers), " ", x.Ports))
 		t.Log(x.Text)
 	}
 	slices.Sort(found) // the kernel returns elements of sets in any order
 	if got := strings.Join(found, ""); got != want {
 		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+// Rules behind one that lets thousands of prefixes pass have the other peers in common: one list
+// for all of them.
+//
+// Fails when each rule has a list of its own.
+func TestDiversionsShareLongLists(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
+	rules := "table ip proxy { set spared { type ipv4_addr; flags interval; elements = { 203.0.113.0/25"
+	for i := range 3000 {
+		rules += fmt.Sprintf(", 11.%d.%d.0/25", i>>8, i&0xff)
+	}
+	rules += " }; }; chain pre { type nat hook prerouting priority dstnat; ip daddr @spared return\n"
+	for i := range 200 {
+		rules += fmt.Sprintf("ip saddr 10.47.11.%d udp dport %d redirect to :5099\n", i, 5000+i)
+	}
+	check(t, l.NFT(rules+"}; }"))
+	var d userrules.Diverter
+	all, _ := d.Diversions(ruleset(t, l), sides)
+	if len(all) != 200 {
+		t.Fatalf("%d diversions, want 200", len(all))
+	}
+	for _, x := range all {
+		if len(x.Peers) != 3002 || &x.Peers[0] != &all[0].Peers[0] {
+			t.Fatalf("%v has a list of %d peers, want the list of %v with 3,002", x.Ports, len(x.Peers), all[0].Ports)
+		}
 	}
 }

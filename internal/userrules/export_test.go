@@ -1,6 +1,9 @@
 package userrules
 
-import "errors"
+import (
+	"errors"
+	"net/netip"
+)
 
 // FailToRead makes the reading of all chains of a table fail from now on, or succeed again.
 func FailToRead(r *Reader, table string, fails bool) {
@@ -10,4 +13,12 @@ func FailToRead(r *Reader, table string, fails bool) {
 		}
 		return nil
 	}
+}
+
+// Prefixes returns the prefixes that make up the ranges.
+func Prefixes(ranges []AddrRange) (all []netip.Prefix) {
+	for _, r := range ranges {
+		all = append(all, r.prefixes()...)
+	}
+	return all
 }

@@ -99,7 +99,12 @@ type walker struct {
 	first *firstPacket
 	// accepted and returned have, if first is set, the packets that earlier rules let pass: to
 	// the end of the base chain, and of the chain.
-	accepted, returned []condition
+	accepted letPass
+	returned []letPass // of each chain on the way
+	subtraction
+	// The keys of sets that rules look up, and for diversions the addresses among them.
+	spans map[*set][]span
+	lists map[*set][]AddrRange
 }
 
 const (
@@ -122,7 +127,10 @@ func (w *walker) chain(name string, in condition, depth int) {
 	if c.odd != "" {
 		w.opaque(in, fmt.Sprintf("%s: %s", name, c.odd))
 	}
-	defer func(n int) { w.returned = w.returned[:n] }(len(w.returned))
+	if w.first != nil {
+		w.returned = append(w.returned, letPass{})
+		defer func() { w.returned = w.returned[:len(w.returned)-1] }()
+	}
 	for i := range c.rules {
 		switch w.visits++; {
 		case w.visits == maxVisits: // nobody looks at the remaining rules, whatever their conditions
@@ -221,14 +229,18 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 		case *expr.Lookup:
 			set := w.set(e.SetName)
 			fields := regs.take(e.SourceRegister, set.size)
+			read := fields // as if nobody but the user changed the set
 			if !set.fixed() {
 				conds, fields = w.unfixed(conds, fields, set)
 			}
 			if e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT {
-				w.branch(r, conds, e.SetName, fields, depth)
+				w.branch(r, conds, e.SetName, fields, read, depth)
 				continue // packets whose key is not in the map continue
 			}
-			conds = w.narrow(conds, fields, set.test(e.Invert))
+			if w.first != nil && r.spares(e, set) {
+				fields = read
+			}
+			conds = w.narrow(conds, fields, w.test(set, e.Invert))
 			if e.IsDestRegSet {
 				regs.put(e.DestRegister, nil)
 			}
@@ -264,14 +276,40 @@ func (w *walker) unfixed(conds []condition, fields []field, s *set) ([]condition
 	return conds, fields
 }
 
-// branch follows packets through a verdict map.
-func (w *walker) branch(r *rule, conds []condition, name string, fields []field, depth int) {
+// spares reports whether the keys in a set can only keep packets from a rule that takes them. Then,
+// in the walk for diversions, the elements count as they were read: what packets add later makes
+// conditions too wide, until the next look.
+func (r *rule) spares(e *expr.Lookup, s *set) bool { return !s.changing && r.letsPass() != e.Invert }
+
+// letsPass reports whether the rule does nothing with packets but to let them pass.
+func (r *rule) letsPass() bool {
+	passes := false
+	for _, s := range r.statements {
+		switch e := s.expr.(type) {
+		case *expr.Verdict:
+			passes = e.Kind == expr.VerdictAccept || e.Kind == expr.VerdictReturn
+		case *expr.Target, *expr.Objref, *objrefMap:
+			return false
+		}
+		if s.proxies() {
+			return false
+		}
+	}
+	return passes
+}
+
+// branch follows packets through a verdict map. read are the fields as spares says, for elements that let packets pass.
+func (w *walker) branch(r *rule, conds []condition, name string, fields, read []field, depth int) {
 	set := w.set(name)
 	if set.failed != nil || !set.loaded {
 		w.opaqueAll(conds, fmt.Sprintf("%s: map %s cannot be read", r.chain, name))
 	}
 	for _, el := range set.elements {
-		for _, c := range w.narrow(conds, fields, test{any: []span{el.span}, byPart: len(set.fields) > 1}) {
+		key := fields
+		if w.first != nil && !set.changing && el.verdict.Chain == "" {
+			key = read
+		}
+		for _, c := range w.narrow(conds, key, test{any: []span{el.span}, byPart: len(set.fields) > 1}) {
 			c.wide = c.wide || w.first != nil && el.others
 			if el.verdict.Chain == "" {
 				w.exempts = true

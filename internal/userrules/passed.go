@@ -7,63 +7,123 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mostPassed limits the conditions of earlier rules, and the addresses in one, that are taken out
-// of those of later rules. What is not taken out makes these wider than the truth.
+// mostPassed limits the conditions that a letPass has. What other rules let pass is not taken out
+// of the conditions of later rules, which makes these wider than the truth.
 const mostPassed = 64
+
+// A letPass has packets that rules let pass. Conditions that differ in nothing but the hosts, the
+// peers or the ports are one, with thousands of prefixes perhaps.
+type letPass struct {
+	conds []condition
+	fresh []condition // that are not among conds yet
+}
 
 // pass notes, for diversions, packets that do not go on to the next rule, by a verdict. What a
 // rule drops counts as if it went on.
 func (w *walker) pass(kind expr.VerdictKind, conds []condition) {
-	var to *[]condition
+	var to *letPass
 	switch {
 	case w.first == nil:
 		return
 	case kind == expr.VerdictAccept:
 		to = &w.accepted
 	case kind == expr.VerdictReturn, kind == expr.VerdictGoto:
-		to = &w.returned
+		to = &w.returned[len(w.returned)-1]
 	default:
 		return
 	}
-	for _, c := range conds {
-		c.wide = c.wide || c.unknown || max(len(c.sources), len(c.addrs), len(c.ports)) > mostPassed
-		if n := len(*to); n >= mostPassed {
-			(*to)[n-1] = condition{family: w.table.family, wide: true}
-			continue
-		}
-		*to = append(*to, c)
-	}
+	to.fresh = append(to.fresh, conds...)
 }
 
 // notPassed returns the conditions of a rule without the packets that earlier rules let pass.
 func (w *walker) notPassed(conds []condition) []condition {
-	for _, e := range slices.Concat(w.accepted, w.returned) {
+	w.accepted.join(w.table.family)
+	passed := w.accepted.conds
+	for i := range w.returned {
+		w.returned[i].join(w.table.family)
+		passed = append(slices.Clip(passed), w.returned[i].conds...)
+	}
+	for _, e := range passed {
 		var left []condition
 		for _, c := range conds {
-			left = append(left, c.without(e)...)
+			left = append(left, c.without(e, &w.subtraction)...)
 		}
 		conds = left
 	}
 	return conds
 }
 
+// join puts the fresh conditions among the others.
+func (p *letPass) join(family byte) {
+	grown := make(map[int]bool)
+	for _, c := range p.fresh {
+		c.wide = c.wide || c.unknown
+		i := slices.IndexFunc(p.conds, func(o condition) bool { return o.extend(c) })
+		switch {
+		case i >= 0:
+			p.conds[i].extend(c)
+			grown[i] = true
+		case len(p.conds) >= mostPassed:
+			p.conds[mostPassed-1] = condition{family: family, wide: true}
+			delete(grown, mostPassed-1)
+		default:
+			c.sources, c.addrs, c.ports = slices.Clip(c.sources), slices.Clip(c.addrs), slices.Clip(c.ports)
+			p.conds = append(p.conds, c)
+		}
+	}
+	p.fresh = nil
+	for i := range grown {
+		c := &p.conds[i]
+		c.sources, c.addrs, c.ports = Union(c.sources), Union(c.addrs), merge(slices.Clone(c.ports))
+	}
+}
+
+// extend adds the packets of o to c, and reports whether a condition can say that.
+func (c *condition) extend(o condition) bool {
+	sources, addrs, ports := sameList(c.sources, o.sources), sameList(c.addrs, o.addrs), sameList(c.ports, o.ports)
+	switch {
+	case c.family != o.family || c.wide != o.wide:
+		return false
+	case addrs && ports:
+		c.sources = joint(c.sources, o.sources)
+	case sources && ports:
+		c.addrs = joint(c.addrs, o.addrs)
+	case sources && addrs:
+		c.ports = joint(c.ports, o.ports)
+	default:
+		return false
+	}
+	return true
+}
+
+// In lists of a condition nil stands for all.
+
+func sameList[T comparable](a, b []T) bool { return (a == nil) == (b == nil) && slices.Equal(a, b) }
+
+func joint[T any](a, b []T) []T {
+	if a == nil || b == nil {
+		return nil
+	}
+	return append(a, b...)
+}
+
 // without returns c without the packets of e, or c, as wide, if a condition cannot say that.
-func (c condition) without(e condition) []condition {
+func (c condition) without(e condition, s *subtraction) []condition {
 	if c.family == unix.NFPROTO_INET && e.family != c.family {
 		v4, v6 := c, c
 		v4.family, v6.family = unix.NFPROTO_IPV4, unix.NFPROTO_IPV6
-		return append(v4.without(e), v6.without(e)...)
+		return append(v4.without(e, s), v6.without(e, s)...)
 	}
 	if e.family != unix.NFPROTO_INET && e.family != c.family {
 		return []condition{c}
 	}
-	sources, ofSources := c.subtract(c.sources, e.sources)
-	addrs, ofAddrs := c.subtract(c.addrs, e.addrs)
-	ports := complement(merge(slices.Clone(orEvery(e.ports))))
-	ports, ofPorts := intersect(orEvery(c.ports), ports), len(intersect(orEvery(c.ports), orEvery(e.ports))) > 0
+	sources, ofSources, ok := s.except(c.ranges(c.sources), c.ranges(e.sources))
+	addrs, ofAddrs, ok2 := s.except(c.ranges(c.addrs), c.ranges(e.addrs))
+	ports := intersect(orEvery(c.ports), complement(orEvery(e.ports)))
+	ofPorts := len(intersect(orEvery(c.ports), orEvery(e.ports))) > 0
 	switch {
 	case !ofSources || !ofAddrs || !ofPorts: // e has no packet of c
-	case e.wide:
+	case e.wide || !ok || !ok2:
 		c.wide = true
 	case len(addrs) == 0 && len(ports) == 0:
 		c.sources = sources
@@ -87,13 +147,7 @@ func orEvery(ports []PortRange) []PortRange {
 	return ports
 }
 
-// subtract returns the addresses of a that are not in b, and whether others are. nil stands for
-// all that c may have.
-func (c condition) subtract(a, b []AddrRange) (left []AddrRange, some bool) {
-	a, b = c.ranges(a), c.ranges(b)
-	return exceptAddrs(a, b), len(intersectAddrs(a, b)) > 0
-}
-
+// ranges returns a list of addresses that c has. nil stands for all that it may have.
 func (c condition) ranges(all []AddrRange) []AddrRange {
 	switch {
 	case all != nil:
@@ -106,44 +160,44 @@ func (c condition) ranges(all []AddrRange) []AddrRange {
 	return everyAddr
 }
 
-// exceptAddrs returns the addresses of a that are not in b. It is never nil.
-func exceptAddrs(a, b []AddrRange) []AddrRange {
-	left := slices.Clip(a)
-	for _, not := range b {
-		from := left
-		left = []AddrRange{}
-		for _, r := range from {
-			if r.First.BitLen() != not.First.BitLen() || r.Last.Less(not.First) || not.Last.Less(r.First) {
-				left = append(left, r)
-				continue
-			}
-			if r.First.Less(not.First) {
-				left = append(left, AddrRange{r.First, not.First.Prev()})
-			}
-			if not.Last.Less(r.Last) {
-				left = append(left, AddrRange{not.Last.Next(), r.Last})
-			}
-		}
-	}
-	return left
-}
-
 // at restricts the sources or the destinations of c to those that pass the test. It reports
 // whether c is still possible.
-func (c condition) at(f field, t test) (condition, bool) {
+func (w *walker) at(c condition, f field, t test) (condition, bool) {
 	in, v6 := &c.addrs, f.kind == source6 || f.kind == address6
 	if f.isSource() {
 		in = &c.sources
 	}
 	exact := f.mask == nil || isPrefixMask(f.mask)
+	all := w.list(t, v6)
 	switch {
+	case !t.not && *in == nil:
+		*in = all
 	case !t.not:
-		*in = intersectAddrs(*in, t.addrs(v6))
-	case exact && len(t.any) <= mostPassed && c.family != unix.NFPROTO_INET:
-		*in = exceptAddrs(c.ranges(*in), t.addrs(v6))
+		*in = commonAddrs(*in, all)
+	case exact && c.family != unix.NFPROTO_INET:
+		var left []AddrRange
+		if left, _, exact = w.except(c.ranges(*in), all); exact {
+			*in = left
+		}
 	default:
 		exact = false
 	}
 	c.wide = c.wide || !exact
 	return c, *in == nil || len(*in) > 0
+}
+
+// list returns the addresses in the spans of a test. Those of a set are put in order once.
+func (w *walker) list(t test, v6 bool) []AddrRange {
+	if t.whole == nil {
+		return Union(t.addrs(v6))
+	}
+	all, known := w.lists[t.whole]
+	if !known {
+		if w.lists == nil {
+			w.lists = make(map[*set][]AddrRange)
+		}
+		all = Union(t.addrs(v6))
+		w.lists[t.whole] = all
+	}
+	return all
 }

@@ -60,7 +60,7 @@ func TestForwardsAreReadAgainOnlyIfTheyChanged(t *testing.T) {
 	map m { type inet_service : ipv4_addr; elements = { 5060 : 10.47.11.109 }; }
 	set unasked { type ipv4_addr; }
 	chain pre { type nat hook prerouting priority dstnat
-		ip saddr @unasked accept
+		ip saddr @unasked drop
 		iifname "wan0" udp dport 7000 counter dnat to 10.47.11.109
 		iifname "wan0" dnat to udp dport map @m
 		iifname "wan0" jump more

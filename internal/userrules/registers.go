@@ -33,9 +33,12 @@ func (r *registers) get(reg uint32, size int) []field {
 			n += f.size
 		}
 		key = append(key, r[w]...)
-		if pad := (n + 3) &^ 3; n == 0 || pad > n && at+n < size {
-			pad = max(pad, 4)
-			key = append(key, field{size: pad - n})
+		switch pad := (n + 3) &^ 3; {
+		case n == 0:
+			key = append(key, field{size: 4})
+			n = 4
+		case pad > n && at+n < size:
+			key = append(key, field{kind: padding, size: pad - n})
 			n = pad
 		}
 		at += n

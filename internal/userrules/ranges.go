@@ -1,0 +1,128 @@
+package userrules
+
+import (
+	"net/netip"
+	"slices"
+	"sort"
+)
+
+// Union returns the addresses of all ranges, sorted and disjoint, those of IPv4 first. It does
+// not change its argument. The union of nil is nil.
+func Union(ranges []AddrRange) []AddrRange {
+	if len(ranges) < 2 {
+		return slices.Clip(ranges)
+	}
+	ranges = slices.SortedFunc(slices.Values(ranges), func(a, b AddrRange) int { return a.First.Compare(b.First) })
+	out := ranges[:1]
+	for _, r := range ranges[1:] {
+		last := &out[len(out)-1].Last
+		switch {
+		case last.BitLen() != r.First.BitLen(), last.Less(r.First) && last.Next() != r.First:
+			out = append(out, r)
+		case last.Less(r.Last):
+			*last = r.Last
+		}
+	}
+	return slices.Clip(out)
+}
+
+// hasAddr is coversAddr for ranges that are sorted and disjoint.
+func hasAddr(ranges []AddrRange, a netip.Addr) bool {
+	i := sort.Search(len(ranges), func(i int) bool { return !ranges[i].Last.Less(a) })
+	return i < len(ranges) && !a.Less(ranges[i].First)
+}
+
+// commonAddrs returns the addresses of both, which are sorted and disjoint. The result is, too,
+// and it is never nil.
+func commonAddrs(a, b []AddrRange) []AddrRange {
+	out := []AddrRange{}
+	for len(a) > 0 && len(b) > 0 {
+		r := AddrRange{a[0].First, a[0].Last}
+		if r.First.Less(b[0].First) {
+			r.First = b[0].First
+		}
+		if b[0].Last.Less(r.Last) {
+			r.Last = b[0].Last
+		}
+		if !r.Last.Less(r.First) {
+			out = append(out, r)
+		}
+		if r.Last == a[0].Last {
+			a = a[1:]
+		} else {
+			b = b[1:]
+		}
+	}
+	return out
+}
+
+// exceptAddrs returns the addresses of a that are not in b, and whether a has others. Both are
+// sorted and disjoint. The result is, too, and it is never nil.
+func exceptAddrs(a, b []AddrRange) (left []AddrRange, some bool) {
+	left = []AddrRange{}
+	for _, r := range a {
+		for len(b) > 0 && b[0].Last.Less(r.First) {
+			b = b[1:]
+		}
+		rest := true
+		for _, not := range b {
+			if r.Last.Less(not.First) {
+				break
+			}
+			some = true
+			if r.First.Less(not.First) {
+				left = append(left, AddrRange{r.First, not.First.Prev()})
+			}
+			if rest = not.Last.Less(r.Last); !rest {
+				break
+			}
+			r.First = not.Last.Next()
+		}
+		if rest {
+			left = append(left, r)
+		}
+	}
+	return left, some
+}
+
+// A subtraction remembers differences of lists of addresses: many rules behind one that returns
+// the packets to thousands of prefixes share one list. The lists are not changed once made. The
+// zero value is ready for use.
+type subtraction struct {
+	known map[[2]listAt]difference
+	steps int
+}
+
+// A listAt identifies a list by where it lies.
+type listAt struct {
+	first *AddrRange
+	n     int
+}
+
+type difference struct {
+	left []AddrRange
+	some bool
+}
+
+// mostSteps limits what the subtractions of one table cost, and so the ranges that they make.
+const mostSteps = 1 << 18
+
+// except is exceptAddrs. If that would cost too much, ok is false.
+func (s *subtraction) except(a, b []AddrRange) (left []AddrRange, some, ok bool) {
+	if len(a) == 0 || len(b) == 0 {
+		return a, false, true
+	}
+	key := [2]listAt{{&a[0], len(a)}, {&b[0], len(b)}}
+	d, known := s.known[key]
+	if !known {
+		if s.steps += len(a) + len(b); s.steps > mostSteps {
+			return nil, true, false
+		}
+		d.left, d.some = exceptAddrs(a, b)
+		if s.known == nil {
+			s.known = make(map[[2]listAt]difference)
+		}
+		s.known[key] = d
+	}
+	return d.left, d.some, true
+}
