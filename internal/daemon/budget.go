@@ -14,7 +14,7 @@ const (
 	// neighboursBurst is the CPU time that looks may take at once after a quiet time, so
 	// that a change is noticed at once where changes are few. burstLooks is the same as a
 	// number of looks, for a slow machine or many rules, and mostBurst limits it.
-	neighboursBurst = 250 * time.Millisecond
+	neighboursBurst = 150 * time.Millisecond
 	burstLooks      = 4
 	mostBurst       = 2 * time.Second
 	// mostLate is the longest time that a change waits for the budget. So looks exceed the
@@ -71,11 +71,22 @@ func (b *budget) wait() time.Duration { return max(-b.left, 0) * neighboursShare
 
 // spend calls look, and charges the budget with its CPU time: that of its own thread, in
 // user space and the kernel, and that of the loop for it (reconciler.ask). Time in which look
-// waits does not count, so that a busy machine delays nothing, nor do other goroutines. The
-// garbage collector works in threads of its own and is not counted.
-func (b *budget) spend(look func()) {
-	before := b.inLoop
-	b.charge(threadTime(look) + b.inLoop - before)
+// waits does not count, so that a busy machine delays nothing. What the process takes meanwhile
+// for all else, such as the garbage collector and the scheduler, counts up to the same amount
+// again: most of it may be for flows.
+func (b *budget) spend(look func()) { b.charge(b.costOf(look)) }
+
+// also is spend for a look that has a limit of its own, and not to be called within one. It uses
+// up what is left, but no look at changes waits for it.
+func (b *budget) also(look func()) {
+	b.open()
+	b.left = max(b.left-b.costOf(look), min(b.left, 0))
+}
+
+func (b *budget) costOf(look func()) time.Duration {
+	inLoop, all := b.inLoop, processClock()
+	own := threadTime(look) + b.inLoop - inLoop
+	return min(max(own, processClock()-all), 2*own)
 }
 
 // charge takes the CPU time of a look from the budget.
@@ -103,10 +114,14 @@ func threadTime(f func()) time.Duration {
 	return threadClock() - began
 }
 
-// threadClock is the CPU time of this thread.
-func threadClock() time.Duration {
+// threadClock is the CPU time of this thread, processClock that of all threads.
+func threadClock() time.Duration { return clock(unix.CLOCK_THREAD_CPUTIME_ID) }
+
+func processClock() time.Duration { return clock(unix.CLOCK_PROCESS_CPUTIME_ID) }
+
+func clock(id int32) time.Duration {
 	var t unix.Timespec
-	if unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &t) != nil {
+	if unix.ClockGettime(id, &t) != nil {
 		return 0
 	}
 	return time.Duration(t.Nano())

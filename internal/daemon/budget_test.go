@@ -74,7 +74,7 @@ func TestAChangeIsNeverVeryLate(t *testing.T) {
 		late  time.Duration // at most, while there is a change each second
 		share float64       // at most, meanwhile
 	}{
-		{10 * time.Millisecond, 25, time.Second, 0.02},
+		{10 * time.Millisecond, 15, time.Second, 0.02},
 		{100 * time.Millisecond, 4, 6 * time.Second, 0.02},
 		{450 * time.Millisecond, 4, mostLate + 2*time.Second, 0.05},
 		{1750 * time.Millisecond, 2, mostLate + 2*time.Second, 0.18},
@@ -147,7 +147,7 @@ func spin(d time.Duration) {
 // Fails when what others do meanwhile is charged: the events, the requests and the
 // refreshes of the loop.
 func TestBudgetChargesALookAlone(t *testing.T) {
-	const some, much = 30 * time.Millisecond, 200 * time.Millisecond
+	const some, much = 15 * time.Millisecond, 200 * time.Millisecond
 	var b budget
 	b.spend(func() {
 		end := make(chan struct{})
@@ -167,5 +167,27 @@ func TestBudgetChargesALookAlone(t *testing.T) {
 	})
 	if took := neighboursBurst - b.left; took < 2*some || took > much {
 		t.Errorf("%v for %v of a look and the same of the loop", took, some)
+	}
+}
+
+// Looks that have limits of their own leave less to those at changes, but never make them wait.
+//
+// Fails when such a look costs nothing, and when a change waits for one.
+func TestOtherLooksUseTheBudgetUp(t *testing.T) {
+	const some = 15 * time.Millisecond
+	var b budget
+	b.also(func() { spin(some) })
+	if took := neighboursBurst - b.left; took < some {
+		t.Errorf("%v for %v of another look", took, some)
+	}
+	b.left = some / 2
+	b.also(func() { spin(some) })
+	if b.left != 0 || !b.allows(b.at+time.Second) {
+		t.Errorf("%v are left, and a second later no look may begin", b.left)
+	}
+	b.left = -some
+	b.also(func() { spin(some) })
+	if b.left != -some {
+		t.Errorf("%v are left, want %v", b.left, -some)
 	}
 }

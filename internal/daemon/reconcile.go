@@ -64,9 +64,12 @@ func (r *reconciler) run(ctx context.Context, every time.Duration, ready func())
 			}
 		}
 		for again := false; !again; {
-			strays := r.strays
-			if r.changed.ways { // strays already wait for the budget
+			strays, moved := r.strays, r.moved
+			if r.changed.ways { // these already wait for the budget
 				strays = nil
+			}
+			if r.changed.links {
+				moved = nil
 			}
 			select {
 			case <-ctx.Done():
@@ -96,7 +99,7 @@ func (r *reconciler) run(ctx context.Context, every time.Duration, ready func())
 				r.lookAround(ctx, q)
 				r.lookAtFlows(ctx)
 				r.lookForListeners(ctx)
-			case <-r.moved:
+			case <-moved:
 				r.changed.links = true
 				r.lookAround(ctx, q)
 			case <-strays:

@@ -79,12 +79,14 @@ func (r *reconciler) endRerouted(cfg config.Config, network gateway.Network) err
 
 // lookAtFlows runs the looks at the outside addresses of flows that are due.
 func (r *reconciler) lookAtFlows(ctx context.Context) {
-	if err := r.endReroutedLater(); ctx.Err() == nil {
-		r.failures.note(requestLookAtRoutes, 1, err)
-	}
-	if err := r.lookForBroken(); ctx.Err() == nil {
-		r.failures.note(requestLookForBroken, 1, err)
-	}
+	r.budget.also(func() {
+		if err := r.endReroutedLater(); ctx.Err() == nil {
+			r.failures.note(requestLookAtRoutes, 1, err)
+		}
+		if err := r.lookForBroken(); ctx.Err() == nil {
+			r.failures.note(requestLookForBroken, 1, err)
+		}
+	})
 }
 
 // endReroutedLater does what endRerouted put off, and looks at children that began since. If one

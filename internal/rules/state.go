@@ -86,6 +86,10 @@ func (s *state) read(ours *Tables, t *nftables.Table, want *layout) (err error) 
 			s.elements[set.Name] = slices.Compact(sortKeys(keys))
 		}
 	}
+	return s.readCounters(c, t)
+}
+
+func (s *state) readCounters(c *conn, t *nftables.Table) error {
 	objs, err := c.GetNamedObjects(t)
 	for _, o := range objs {
 		if o, ok := o.(*nftables.NamedObj); ok {

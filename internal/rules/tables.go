@@ -323,12 +323,12 @@ func (w *writer) make(table *nftables.Table, have *state, want *layout) {
 
 // Counters reads the counters. All are 0 if the tables do not exist.
 func (t *Tables) Counters() (Counters, error) {
-	have, err := t.readAll(nil)
-	if err != nil {
-		return Counters{}, err
-	}
 	n := map[string]uint64{}
-	for _, s := range have {
+	for _, family := range tables {
+		s := state{counters: map[string]uint64{}}
+		if err := s.readCounters(t.c, t.owned(family)); err != nil && !errors.Is(err, unix.ENOENT) {
+			return Counters{}, nfnl.Permitted(err)
+		}
 		for name, packets := range s.counters {
 			n[name] += packets
 		}
