@@ -67,6 +67,7 @@ type firewall struct {
 	counts                     rules.Counters              // likewise
 	witnesses                  map[netip.Prefix]*witnesses // by subnet
 	nowhere                    nowhere
+	doubted                    doubted
 	counting                   []counting                     // what witnesses and nowhere have counted by
 	retry                      retry                          // of evidence against rules
 	dumped                     bool                           // flows were dumped since evidence was read last
@@ -219,6 +220,7 @@ func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	}
 	hidden, err := gateway.HidesWaysBack(0, ours)
 	d.Spoofed = cfg.Guard && !hidden && err == nil
+	f.doubted.see(hidden && err == nil, cfg.Inside)
 	if f.withMap {
 		d.Map = f.mapConfig(cfg)
 	}
@@ -453,6 +455,7 @@ func (f *firewall) read(cfg config.Config) (t control.Tables, err error) {
 	}
 	f.counted.Expected.Admitted = f.expected.read(c.Expected)
 	f.zoned.read(c.Zoned)
+	f.doubted.count(c.Unsure)
 	return f.counted, nil
 }
 

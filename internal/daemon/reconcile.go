@@ -242,7 +242,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) error {
 	covered, warnings := r.firewall.forwards(network)
 	more, changed, err := r.firewall.sourceNAT(cfg, network)
-	warnings = slices.Concat(warnings, more)
+	warnings = slices.Concat(warnings, more, r.firewall.doubted.warnings())
 	diverts := r.firewall.divert(cfg, network)
 	if changed || diverts {
 		_, failed := r.firewall.set(cfg, network.OutsideLinks())
