@@ -103,6 +103,7 @@ func BenchmarkLarge(b *testing.B) {
 		{name: "20,000 packets to a served port", load: toPort(served)},
 		{name: "20,000 packets to a served port, no guard", load: toPort(served), flags: "--guard=false"},
 		{name: "20,000 packets to a forwarded port", load: toPort(forwarded), rules: forwards(1)},
+		{name: "20,000 packets to a port forwarded for some sources", load: toPort(forwarded), rules: strings.ReplaceAll(forwards(1), "udp dport", "ip saddr != 45.0.0.0/16 udp dport")},
 		{name: "a scan of four addresses that are forwarded as a whole", load: scan, ip: addresses.String(), rules: dmz.String()},
 		{name: "an overrun each second", load: bursts, config: "event_buffer = 65536\n"},
 	} {

@@ -20,18 +20,20 @@ const (
 )
 
 // Slots of the scratch memory: offsets of CTA_TUPLE_ORIG and CTA_TUPLE_PROTO, and the
-// destination address and port of the first packet.
+// destination address and port, and the source address, of the first packet.
 const (
 	origSlot = iota
 	protoSlot
 	addrSlot
 	portSlot
+	sourceSlot
 )
 
 // mostSources and mostForwarded bound what the filter compares. The kernel accepts programs
 // of 4,096 instructions, and runs the filter for every flow of the gateway. A source takes
-// up to 13 of them. A forwarded range takes 7, which run only when a DNATed flow ends.
-const mostSources, mostForwarded = 128, 256
+// up to 13 of them. A forwarded range takes 7, or 10 with sources, which run only when a DNATed
+// flow ends.
+const mostSources, mostForwarded, mostForSources = 128, 256, 32
 
 // leastForwarded is how many ranges a socket has memory for beside mostSources with the default
 // of net.core.optmem_max, 20,480 bytes before Linux 6.8.
@@ -44,17 +46,22 @@ type Sources struct {
 	// Labelled says that other DNATed flows are reported only if they have a label when
 	// they begin.
 	Labelled bool
-	// Forwarded are IPv4 endpoints whose DNATed flows had no label: the kernel does not
+	// Forwarded are IPv4 flows that are DNATed and had no label: the kernel does not
 	// report labels when a flow ends. IPv6 flows never have one. If there are many, the
-	// ends of flows to endpoints between them are left out too.
+	// ends of flows between them are left out too, or with sources reported.
 	Forwarded []Range
 }
 
-// A Range is all endpoints with an address and a port in these bounds, which are included.
+// A Range is all flows whose first packet was for an address and a port in these bounds, which
+// are included, and came from such a source, or from any if FirstSource is not set.
 type Range struct {
-	FirstAddr, LastAddr netip.Addr
-	FirstPort, LastPort uint16
+	FirstAddr, LastAddr     netip.Addr
+	FirstPort, LastPort     uint16
+	FirstSource, LastSource netip.Addr
 }
+
+// ofSome reports whether the range is of some sources alone.
+func (r Range) ofSome() bool { return r.FirstSource.IsValid() }
 
 // eventFilter is the socket filter of a Watcher. It passes UDP events of both families,
 // except new anchors; with prefixes, only those of s. It runs before a message is queued
@@ -133,8 +140,7 @@ func eventFilter(s Sources) ([]bpf.RawInstruction, error) {
 	return bpf.Assemble(prog)
 }
 
-// unlessForwarded skips the instruction that follows it if the first packet was for one of
-// some endpoints.
+// unlessForwarded skips the instruction that follows it if the flow is in one of the ranges.
 func unlessForwarded(forwarded []Range) []bpf.Instruction {
 	if len(forwarded) == 0 {
 		return nil
@@ -149,23 +155,58 @@ func unlessForwarded(forwarded []Range) []bpf.Instruction {
 		load(2),
 		[]bpf.Instruction{bpf.StoreScratch{Src: bpf.RegA, N: portSlot}},
 	)
-	for i, r := range forwarded {
-		first, last := r.FirstAddr.As4(), r.LastAddr.As4()
-		prog = append(prog,
-			bpf.LoadScratch{Dst: bpf.RegA, N: addrSlot},
-			bpf.JumpIf{Cond: bpf.JumpLessThan, Val: binary.BigEndian.Uint32(first[:]), SkipTrue: 5},
-			bpf.JumpIf{Cond: bpf.JumpGreaterThan, Val: binary.BigEndian.Uint32(last[:]), SkipTrue: 4},
-			bpf.LoadScratch{Dst: bpf.RegA, N: portSlot},
-			bpf.JumpIf{Cond: bpf.JumpLessThan, Val: uint32(r.FirstPort), SkipTrue: 2},
-			bpf.JumpIf{Cond: bpf.JumpGreaterThan, Val: uint32(r.LastPort), SkipTrue: 1},
-			bpf.Jump{Skip: uint32(7*(len(forwarded)-1-i) + 1)})
+	if slices.ContainsFunc(forwarded, Range.ofSome) {
+		prog = slices.Concat(prog,
+			[]bpf.Instruction{bpf.LoadScratch{Dst: bpf.RegA, N: origSlot}},
+			find(bpf.ExtNetlinkAttrNested, nfnl.CTATupleIP),
+			find(bpf.ExtNetlinkAttrNested, nfnl.CTAIPv4Src),
+			load(4),
+			[]bpf.Instruction{bpf.StoreScratch{Src: bpf.RegA, N: sourceSlot}},
+		)
 	}
-	return prog
+	number := func(a netip.Addr) uint32 {
+		b := a.As4()
+		return binary.BigEndian.Uint32(b[:])
+	}
+	var tests []bpf.Instruction // made from the last one to the first
+	for _, r := range slices.Backward(forwarded) {
+		test := []bpf.Instruction{bpf.Jump{Skip: uint32(len(tests) + 1)}}
+		test = append(unlessIn(portSlot, uint32(r.FirstPort), uint32(r.LastPort), len(test)), test...)
+		test = append(unlessIn(addrSlot, number(r.FirstAddr), number(r.LastAddr), len(test)), test...)
+		if r.ofSome() {
+			test = append(unlessIn(sourceSlot, number(r.FirstSource), number(r.LastSource), len(test)), test...)
+		}
+		tests = append(test, tests...)
+	}
+	return append(prog, tests...)
 }
 
-// fewer returns at most most ranges that cover the given ones. It merges the ranges that
-// are nearest to each other, those on the same addresses first.
+// unlessIn skips some instructions unless what a slot of the scratch memory has is in bounds.
+func unlessIn(slot int, first, last uint32, skip int) []bpf.Instruction {
+	return []bpf.Instruction{
+		bpf.LoadScratch{Dst: bpf.RegA, N: slot},
+		bpf.JumpIf{Cond: bpf.JumpLessThan, Val: first, SkipTrue: uint8(skip + 1)},
+		bpf.JumpIf{Cond: bpf.JumpGreaterThan, Val: last, SkipTrue: uint8(skip)},
+	}
+}
+
+// fewer returns at most most ranges, and those of some sources: the first few of these, and
+// ranges that cover all others.
 func fewer(ranges []Range, most int) (few []Range) {
+	var ofSome, ofAll []Range
+	for _, r := range ranges {
+		if r.ofSome() {
+			ofSome = append(ofSome, r)
+		} else {
+			ofAll = append(ofAll, r)
+		}
+	}
+	return append(cover(ofAll, most), ofSome[:min(len(ofSome), most*mostForSources/mostForwarded)]...)
+}
+
+// cover returns at most most ranges that cover the given ones. It merges the ranges that
+// are nearest to each other, those on the same addresses first.
+func cover(ranges []Range, most int) (few []Range) {
 	if len(ranges) <= most {
 		return ranges
 	}

@@ -17,8 +17,8 @@ func TestFewerRangesCoverAll(t *testing.T) {
 		for range 2 + r.IntN(20) {
 			first, port := byte(r.UintN(4)), uint16(r.UintN(1000))
 			all = append(all, Range{
-				netip.AddrFrom4([4]byte{198, 51, 100, first}), netip.AddrFrom4([4]byte{198, 51, 100, first + byte(r.UintN(3))}),
-				port, port + uint16(r.UintN(10)),
+				FirstAddr: netip.AddrFrom4([4]byte{198, 51, 100, first}), LastAddr: netip.AddrFrom4([4]byte{198, 51, 100, first + byte(r.UintN(3))}),
+				FirstPort: port, LastPort: port + uint16(r.UintN(10)),
 			})
 		}
 		most := 1 + r.IntN(10)
@@ -40,10 +40,39 @@ func TestFewerRangesCoverAll(t *testing.T) {
 // Ranges with few ports between them are merged first.
 func TestFewerRangesKeepWhatIsFarApart(t *testing.T) {
 	a, b := netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("198.51.100.2")
-	all := []Range{{b, b, 5060, 5060}, {a, a, 5060, 5060}, {a, a, 1000, 1000}, {a, a, 1002, 1009}, {a, a, 5061, 5070}}
-	want := []Range{{a, a, 1000, 1009}, {a, a, 5060, 5070}, {b, b, 5060, 5060}}
+	ports := func(a netip.Addr, first, last uint16) Range {
+		return Range{FirstAddr: a, LastAddr: a, FirstPort: first, LastPort: last}
+	}
+	all := []Range{ports(b, 5060, 5060), ports(a, 5060, 5060), ports(a, 1000, 1000), ports(a, 1002, 1009), ports(a, 5061, 5070)}
+	want := []Range{ports(a, 1000, 1009), ports(a, 5060, 5070), ports(b, 5060, 5060)}
 	if got := fewer(all, 3); !slices.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)
+	}
+}
+
+// Fails when a range of some sources comes to cover others, or takes the room of ranges of all.
+func TestFewerRangesOfSomeSourcesStayAsTheyAre(t *testing.T) {
+	a := netip.MustParseAddr("198.51.100.1")
+	var all []Range
+	for i := range uint16(1000) {
+		r := Range{FirstAddr: a, LastAddr: a, FirstPort: 7 * i, LastPort: 7 * i}
+		if i%2 == 0 {
+			from := netip.AddrFrom4([4]byte{203, 0, 113, byte(i)})
+			r.FirstSource, r.LastSource = from, from
+		}
+		all = append(all, r)
+	}
+	for most, want := range map[int]int{mostForwarded: mostForSources, leastForwarded: leastForwarded * mostForSources / mostForwarded} {
+		few := fewer(all, most)
+		ofSome := slices.DeleteFunc(slices.Clone(few), func(r Range) bool { return !r.ofSome() })
+		if len(ofSome) != want || len(few) != most+want {
+			t.Errorf("%d ranges, %d of some sources, want %d and %d", len(few), len(ofSome), most+want, want)
+		}
+		for _, r := range ofSome {
+			if !slices.Contains(all, r) {
+				t.Errorf("%v is new", r)
+			}
+		}
 	}
 }
 
@@ -54,7 +83,11 @@ func TestSocketFilterWithTheMostOfAllIsTaken(t *testing.T) {
 	s := Sources{Prefixes: slices.Repeat([]netip.Prefix{netip.MustParsePrefix("2001:db8::1/128")}, mostSources), Labelled: true}
 	for i := range uint16(1000) {
 		a := netip.AddrFrom4([4]byte{198, 51, 100, byte(i % 5)})
-		s.Forwarded = append(s.Forwarded, Range{a, a, 7 * i, 7 * i})
+		from := netip.AddrFrom4([4]byte{203, 0, 113, byte(i)})
+		r := Range{FirstAddr: a, LastAddr: a, FirstPort: 7 * i, LastPort: 7 * i}
+		s.Forwarded = append(s.Forwarded, r)
+		r.FirstSource, r.LastSource, r.FirstPort, r.LastPort = from, from, r.FirstPort+1, r.LastPort+1
+		s.Forwarded = append(s.Forwarded, r)
 	}
 	prog, err := eventFilter(s)
 	if err != nil || len(prog) > 4096 {
@@ -65,7 +98,7 @@ func TestSocketFilterWithTheMostOfAllIsTaken(t *testing.T) {
 	}
 	passes := filtered(t, s)
 	for i, r := range s.Forwarded {
-		if passes(ended("203.0.113.5", r.FirstAddr.String(), r.FirstPort, cone.StatusDstNAT)) {
+		if !r.ofSome() && passes(ended("203.0.113.5", r.FirstAddr.String(), r.FirstPort, cone.StatusDstNAT)) {
 			t.Fatalf("the end of a flow of forward %d passes", i)
 		}
 	}

@@ -259,11 +259,16 @@ func ended(src, dst string, port uint16, status cone.Status) []byte {
 // A user's forward may lead a flow of an enabled host too.
 func TestSocketFilterLeavesOutTheEndsOfForwardedFlows(t *testing.T) {
 	addrs := func(first, last string, ports ...uint16) Range {
-		return Range{netip.MustParseAddr(first), netip.MustParseAddr(last), ports[0], ports[1]}
+		return Range{FirstAddr: netip.MustParseAddr(first), LastAddr: netip.MustParseAddr(last), FirstPort: ports[0], LastPort: ports[1]}
+	}
+	from := func(first, last string, r Range) Range {
+		r.FirstSource, r.LastSource = netip.MustParseAddr(first), netip.MustParseAddr(last)
+		return r
 	}
 	some := []Range{
 		addrs("198.51.100.1", "198.51.100.1", 5000, 5009), addrs("198.51.100.8", "198.51.100.15", 0, 0xffff),
 		addrs("0.0.0.0", "255.255.255.255", 53, 53), addrs("198.51.100.1", "198.51.100.1", 443, 443),
+		from("203.0.113.16", "203.0.113.31", addrs("198.51.100.1", "198.51.100.1", 6000, 6000)),
 	}
 	const ours, peer, led = "198.51.100.1", "203.0.113.5", cone.StatusDstNAT
 	for name, tc := range map[string]struct {
@@ -281,6 +286,12 @@ func TestSocketFilterLeavesOutTheEndsOfForwardedFlows(t *testing.T) {
 		"below the addresses":        {ended(peer, "198.51.100.7", 1, led), true},
 		"above the addresses":        {ended(peer, "198.51.100.16", 1, led), true},
 		"a port of all addresses":    {ended(peer, "9.9.9.9", 53, led), false},
+		"the first source":           {ended("203.0.113.16", ours, 6000, led), false},
+		"the last source":            {ended("203.0.113.31", ours, 6000, led), false},
+		"below the sources":          {ended("203.0.113.15", ours, 6000, led), true},
+		"above the sources":          {ended("203.0.113.32", ours, 6000, led), true},
+		"a source, another port":     {ended("203.0.113.16", ours, 6001, led), true},
+		"a source, another address":  {ended("203.0.113.16", "198.51.100.2", 6000, led), true},
 		"from inside":                {ended("10.47.11.7", "9.9.9.9", 53, led), true},
 		"expected":                   {ended(peer, ours, 5000, led|cone.StatusExpected), true},
 		"over IPv6":                  {ended("2001:db8::1", "2001:db8::2", 53, led), false},
@@ -337,15 +348,23 @@ func TestWatcherHearsOfAllWithMoreSourcesThanTheKernelTakes(t *testing.T) {
 	w := dialWatcher(t, Config{})
 	a, b := listen(t, "127.0.0.1:0"), listen(t, "127.0.0.2:0")
 	few, many := []netip.Prefix{netip.MustParsePrefix("127.0.0.2/32")}, slices.Repeat([]netip.Prefix{netip.MustParsePrefix("2001:db8::/128")}, mostSources)
-	for i, sources := range [][]netip.Prefix{few, many} {
-		if err := w.SetSources(Sources{Prefixes: sources}); err != nil {
+	var ranges []Range // of which less than all are compared
+	for i := range byte(200) {
+		a, from := netip.AddrFrom4([4]byte{198, 51, 100, i}), netip.AddrFrom4([4]byte{203, 0, 113, i})
+		ranges = append(ranges, Range{FirstAddr: a, LastAddr: a}, Range{FirstAddr: a, LastAddr: a, FirstSource: from, LastSource: from})
+	}
+	for i, sources := range []Sources{
+		{Prefixes: slices.Repeat(few, mostSources), Labelled: true, Forwarded: ranges},
+		{Prefixes: many},
+	} {
+		if err := w.SetSources(sources); err != nil {
 			t.Fatal(err)
 		}
 		peer := endpoint(fmt.Sprintf("127.0.0.1:%d", 9+i))
 		a.send(t, peer, "x")
 		b.send(t, peer, "x")
 		if n := len(readQueued(t, w)); n != 1+i {
-			t.Errorf("with %d prefixes: %d events, want %d", len(sources), n, 1+i)
+			t.Errorf("with %d ranges: %d events, want %d", len(sources.Forwarded), n, 1+i)
 		}
 	}
 }

@@ -337,14 +337,23 @@ func (d *Daemon) goOnServing(adopted []expect.Adopted) (err error) {
 // do not matter if all his rules are known. All events pass without the guard, and with a
 // VRF, whose links the guard does not know.
 func (r *reconciler) filterEvents(cfg config.Config) error {
-	r.unheard = r.firewall.hidden
+	r.unheard = r.firewall.taken
 	if !r.guarded(cfg) {
 		return r.events.SetSources(ctwatch.Sources{})
 	}
 	s := ctwatch.Sources{Prefixes: slices.Concat(prefixes(cfg.Subnets), r.ownAddresses(cfg)), Labelled: r.firewall.labels() && r.firewall.whole}
-	for a, p := range r.firewall.hidden.Ranges() {
-		if a.First.Is4() {
-			s.Forwarded = append(s.Forwarded, ctwatch.Range{FirstAddr: a.First, LastAddr: a.Last, FirstPort: p.First, LastPort: p.Last})
+	for p := range r.firewall.taken.Parts() {
+		if !p.Addrs.First.Is4() {
+			continue
+		}
+		led := ctwatch.Range{FirstAddr: p.Addrs.First, LastAddr: p.Addrs.Last, FirstPort: p.Ports.First, LastPort: p.Ports.Last}
+		if p.Sources == nil {
+			s.Forwarded = append(s.Forwarded, led)
+		}
+		for _, from := range p.Sources {
+			if led.FirstSource, led.LastSource = from.First, from.Last; from.First.Is4() {
+				s.Forwarded = append(s.Forwarded, led)
+			}
 		}
 	}
 	return r.events.SetSources(s)

@@ -84,7 +84,8 @@ type firewall struct {
 	forwarder       userrules.Forwarder
 	forwarded       *userrules.Covered // what may be forwarded
 	understood      *userrules.Covered // the part that understood rules forward
-	hidden          *userrules.Covered // endpoints of which every packet is forwarded
+	taken           *userrules.Covered // packets that are forwarded for certain
+	hidden          *userrules.Covered // endpoints of which every packet is
 	whole           bool               // there are no other forwards
 	forwardWarnings warnings
 
@@ -358,7 +359,8 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 	}
 	cover(&f.forwarded, possible)
 	cover(&f.understood, understood)
-	cover(&f.hidden, certain)
+	cover(&f.taken, certain)
+	cover(&f.hidden, slices.DeleteFunc(certain, func(r userrules.Forward) bool { return r.Sources != nil }))
 	return f.forwarded, f.forwardWarnings
 }
 
@@ -378,7 +380,7 @@ func (w *warnings) addForward(r userrules.Forward) {
 	case r.Unknown:
 		w.add(warnForwardUnknown, r.Text,
 			"a forward is not understood, so that no expectation stands where it may lead a packet elsewhere, and the map alone admits there: %s", r.Text)
-	case r.All && r.Partial:
+	case r.All && (r.Partial || r.Sources != nil):
 		w.add(warnForwardsAll, r.Text, "a rule forwards all ports of what it matches: no permission admits that to another host, "+
 			"and no expectation stands for a peer that may send it: %s", r.Text)
 	case r.All:

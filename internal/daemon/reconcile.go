@@ -259,7 +259,7 @@ func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) er
 		l.warned.tell(r.now(), l.warnings())
 	})
 	whole := r.firewall.whole
-	if whole != r.whole || r.firewall.hidden != r.unheard {
+	if whole != r.whole || r.firewall.taken != r.unheard {
 		err = errors.Join(err, r.filterEvents(cfg))
 	}
 	if covered != r.forwarded || whole != r.whole {

@@ -24,7 +24,6 @@ type condition struct {
 	unread  bool        // a test of the destination was not understood
 	out     []string    // the outgoing links; nil stands for any
 	unknown bool        // a test of the port was not understood
-	partial bool        // something else than ports and addrs was tested
 	wide    bool        // the condition may be wider than the truth
 	asks    bool        // that test was for neither an address, nor a port, nor a link
 }
@@ -32,13 +31,13 @@ type condition struct {
 func partly(conds []condition) []condition {
 	out := slices.Clone(conds)
 	for i := range out {
-		out[i].partial, out[i].wide, out[i].asks = true, true, true
+		out[i].wide, out[i].asks = true, true
 	}
 	return out
 }
 
 func (c condition) forward(text string) Forward {
-	f := Forward{Ports: c.ports, All: c.ports == nil, Addrs: c.addrs, Sources: c.sources, Unknown: c.unknown, Partial: c.partial, Text: text}
+	f := Forward{Ports: c.ports, All: c.ports == nil, Addrs: c.addrs, Sources: c.sources, Unknown: c.unknown, Partial: c.wide || c.out != nil, Text: text}
 	if f.Addrs == nil {
 		switch c.family {
 		case unix.NFPROTO_IPV4:
@@ -105,6 +104,17 @@ func (s span) cut(f field, at int) span {
 	return s
 }
 
+// outside reports whether s begins with a value that the masked field at an offset never has.
+// What is cut then is more than can match.
+func (s span) outside(f field, at int) bool {
+	for i, bits := range f.mask {
+		if at+i < len(s.low) && s.low[at+i]&^bits != 0 {
+			return true
+		}
+	}
+	return false
+}
+
 // number returns b, at most 8 bytes in network order, padded to size with fill.
 func number(b []byte, size int, fill byte) uint64 {
 	var n uint64
@@ -127,6 +137,8 @@ type test struct {
 	// as a whole is a number from low to high.
 	byPart bool
 	whole  *set // whose elements are the spans; nil for others
+	// loose says that more values than the spans' are in them, because a mask was applied.
+	loose bool
 }
 
 // isNumber reports whether the test compares a key of several fields as one number, which
@@ -170,7 +182,7 @@ func (w *walker) narrow(conds []condition, fields []field, t test) []condition {
 		return partly(conds)
 	case t.unknown, t.not && len(fields) > 1, t.isNumber(fields):
 		for _, c := range conds {
-			c.unknown, c.partial, c.wide = c.unknown || slices.ContainsFunc(fields, field.isPort), true, true
+			c.unknown, c.wide = c.unknown || slices.ContainsFunc(fields, field.isPort), true
 			c.unread = c.unread || slices.ContainsFunc(fields, func(f field) bool { return f.kind == address4 })
 			left = append(left, c)
 		}
@@ -184,6 +196,7 @@ func (w *walker) narrow(conds []condition, fields []field, t test) []condition {
 		}
 	default:
 		for _, c := range conds {
+			c.wide = c.wide || len(fields) > 1 && len(t.any) > 1
 			if c, ok := w.fields(c, fields, t); ok {
 				left = append(left, c)
 			}
@@ -213,6 +226,7 @@ func (w *walker) fields(c condition, fields []field, t test) (condition, bool) {
 	for _, f := range fields {
 		part := test{not: t.not}
 		for _, s := range t.any {
+			part.loose = part.loose || s.outside(f, at)
 			part.any = append(part.any, s.cut(f, at))
 		}
 		at += f.size
@@ -239,7 +253,7 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 	case other, mangledPort:
 		wide = true
 	case source4, source6:
-		wide = t.not || f.mask != nil && !isPrefixMask(f.mask)
+		wide = f.mask != nil && (t.loose || !isPrefixMask(f.mask)) || t.not && !c.knows(f)
 	case outName:
 		wide = wide || t.not || w.first != nil && len(w.first.out) != 1
 	case address4, address6:
@@ -247,7 +261,7 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 	case linkName, linkIndex:
 		wide = wide || len(w.outside) != 1
 	}
-	c.wide, c.partial = c.wide || wide, c.partial || wide || f.isSource()
+	c.wide = c.wide || wide
 	if f.kind == mangledPort || f.kind == port && t.not && f.mask != nil {
 		c.unknown = true
 		return c, true
@@ -255,7 +269,7 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 	if t.not && f.kind == address4 && w.sources != nil {
 		c.except = append(slices.Clip(c.except), t.addrs(false)...)
 	}
-	if t.not && f.mask != nil {
+	if t.not && f.mask != nil && (wide || !f.isSource()) {
 		return c, true // a mask makes the spans too wide, so their complement would be too narrow
 	}
 	passes := func(in func(span) bool) bool { return slices.ContainsFunc(t.any, in) != t.not }
@@ -308,13 +322,22 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 		c.out = c.leaving(t.any)
 		return c, len(c.out) > 0
 	case source4, source6:
+		sources := t.addrs(f.kind == source6)
 		if t.not {
-			return c, true
+			if wide {
+				return c, true
+			}
+			sources = otherAddrs(sources, f.kind == source6)
 		}
-		c.sources = intersectAddrs(c.sources, t.addrs(f.kind == source6))
+		c.sources = intersectAddrs(c.sources, sources)
 		return c, len(c.sources) > 0
 	}
 	return c, true
+}
+
+// knows reports whether all packets of c are of the family of an address field.
+func (c condition) knows(f field) bool {
+	return c.family == unix.NFPROTO_IPV6 == (f.kind == source6) && c.family != unix.NFPROTO_INET
 }
 
 // isPrefixMask reports whether a mask keeps the first bits of a field, so that a span of masked
@@ -383,6 +406,27 @@ func addrRange(low, high []byte) AddrRange {
 	first, _ := netip.AddrFromSlice(low)
 	last, _ := netip.AddrFromSlice(high)
 	return AddrRange{first, last}
+}
+
+// otherAddrs returns the addresses of a family that are not in the ranges.
+func otherAddrs(ranges []AddrRange, v6 bool) (out []AddrRange) {
+	all := everyAddr[0]
+	if v6 {
+		all = everyAddr[1]
+	}
+	next := all.First
+	for _, r := range slices.SortedFunc(slices.Values(ranges), func(a, b AddrRange) int { return a.First.Compare(b.First) }) {
+		if next.Less(r.First) {
+			out = append(out, AddrRange{next, r.First.Prev()})
+		}
+		if next.Compare(r.Last) > 0 {
+			continue
+		}
+		if next = r.Last.Next(); !next.IsValid() {
+			return out
+		}
+	}
+	return append(out, AddrRange{next, all.Last})
 }
 
 // complement returns the ports that are not in the merged ranges.

@@ -79,19 +79,34 @@ func (c *Covered) build(low, high int) (last netip.Addr) {
 	return last
 }
 
-// Ranges yields the addresses and ports that c covers.
-func (c *Covered) Ranges() iter.Seq2[AddrRange, PortRange] {
-	return func(yield func(AddrRange, PortRange) bool) {
+// A Part is what some forwards cover: addresses and ports, for packets from Sources, or if that
+// is nil from all.
+type Part struct {
+	Addrs   AddrRange
+	Ports   PortRange
+	Sources []AddrRange
+}
+
+// Parts yields what c covers, without ports that very many forwards divide among sources.
+func (c *Covered) Parts() iter.Seq[Part] {
+	return func(yield func(Part) bool) {
 		if c == nil {
 			return
 		}
 		for _, r := range c.ranges {
-			var ports []PortRange
+			var ports []PortRange // for all sources
 			for _, p := range r.ports {
-				ports = append(ports, p.PortRange)
+				if p.by[0] == manyTakers {
+					continue
+				}
+				if sources := p.sources(); sources == nil {
+					ports = append(ports, p.PortRange)
+				} else if !yield(Part{r.AddrRange, p.PortRange, sources}) {
+					return
+				}
 			}
 			for _, p := range merge(ports) {
-				if !yield(r.AddrRange, p) {
+				if !yield(Part{r.AddrRange, p, nil}) {
 					return
 				}
 			}

@@ -18,8 +18,8 @@ type Forward struct {
 	All bool
 	// Addrs are the destination addresses; nil stands for any.
 	Addrs []AddrRange
-	// Sources are the sources of the packets, if known; nil stands for any. A named set of
-	// sources is read only if it is an interval set and not long.
+	// Sources are the sources of the packets, if known; nil stands for any, or if Partial is set
+	// for unknown ones. A named set of sources is read only if it is an interval set and not long.
 	Sources []AddrRange
 	// To is the endpoint to which the rule sends the packets, if there is only one; the
 	// zero value means that it is not known. Port 0 stands for the packet's own port.
@@ -32,8 +32,8 @@ type Forward struct {
 	// or a table of iptables-legacy, whose forwards show in flows.
 	Unread bool
 	// Partial says that the rule may not forward all packets that match: it has conditions
-	// other than on ports, addresses and links, or an earlier rule may accept some of the
-	// packets.
+	// other than on ports, addresses, sources and links, or an earlier rule may accept some of
+	// the packets.
 	Partial bool
 	// Text names the rule: family, table, chain and handle as nft does, or for
 	// iptables-legacy program, table, chain and number; and its comment, if any.

@@ -86,6 +86,43 @@ func saysNoLess(t *testing.T, seed uint64, b []byte) (translated int) {
 	return translated
 }
 
+// The event filter leaves out the ends of the flows that such a forward takes.
+//
+// Fails when a set, a range, a mask, or an earlier rule makes a forward wider than its rule without
+// a sign.
+func TestForwardsThatAreNotPartialTakeAll(t *testing.T) {
+	certain, ofSome := 0, 0
+	for i := range uint64(20000) {
+		r := rand.New(rand.NewPCG(i, 5))
+		table := makeTable(madeBytes(i))
+		translate(table, r)
+		usualMaps(table)
+		table.family = unix.NFPROTO_IPV4 // nft tests the family in others before it loads addresses
+		all := slices.DeleteFunc(table.forwards(madeOutside[:1]), func(f Forward) bool { return f.Partial || f.Unknown })
+		for range 8 {
+			packet := newChild(false, &madeOutside[0], nil, madeOutside, madeSubnet, []netip.Prefix{madeSubnet}).one(r)
+			taker := slices.IndexFunc(all, func(f Forward) bool { return takes(f, packet) })
+			if taker < 0 {
+				continue
+			}
+			w := hookWalk{table: table, child: packet, known: map[string]fates{}}
+			fate, err := w.chain("base")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if fate&(translates|drops) == 0 {
+				t.Fatalf("seed %d: %+v takes %v, whose fate is %b", i, all[taker], packet, fate)
+			}
+			if certain++; all[taker].Sources != nil {
+				ofSome++
+			}
+		}
+	}
+	if certain < 1000 || ofSome < 100 {
+		t.Errorf("only %d packets were taken for certain, %d by forwards for some sources", certain, ofSome)
+	}
+}
+
 // Conditions for diversions have all packets of hosts to peers that a table translates. Those that
 // are not wide have no others, except for packets that an earlier rule drops.
 //

@@ -200,6 +200,7 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 				for _, c := range conds {
 					w.chain(e.Chain, c, depth+1)
 				}
+				w.exempts = w.exempts || e.Kind == expr.VerdictGoto // later rules do not see them
 			} else {
 				w.exempts = true
 				if w.passes != nil && (e.Kind == expr.VerdictAccept || depth == 0) {
@@ -315,6 +316,7 @@ func (w *walker) branch(r *rule, conds []condition, name string, fields, read []
 				w.exempts = true
 			} else {
 				w.chain(el.verdict.Chain, c, depth+1)
+				w.exempts = w.exempts || el.verdict.Kind == expr.VerdictGoto
 			}
 			w.pass(el.verdict.Kind, []condition{c})
 		}
@@ -331,7 +333,7 @@ func (w *walker) forward(r *rule, conds []condition) {
 		text += fmt.Sprintf(" (%s)", r.comment)
 	}
 	for _, c := range conds {
-		c.partial = c.partial || w.exempts
+		c.wide = c.wide || w.exempts
 		f := c.forward(text)
 		f.To = r.leadsTo()
 		w.add(f)

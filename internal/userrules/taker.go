@@ -17,8 +17,9 @@ type taker struct {
 	key     string         // identifies the taker
 }
 
-// anyTaker takes packets of everybody and sends them to an unknown endpoint.
-var anyTaker = &taker{}
+// anyTaker takes packets of everybody and sends them to an unknown endpoint. manyTakers stands
+// for more than are kept apart, and counts as one that does.
+var anyTaker, manyTakers = &taker{}, &taker{key: "many"}
 
 // takerOf returns the taker of f; forwards that are alike share one.
 func takerOf(f Forward, known map[string]*taker) *taker {
@@ -56,6 +57,17 @@ type coveredPorts struct {
 
 func (c coveredPorts) equal(d coveredPorts) bool {
 	return c.PortRange == d.PortRange && slices.EqualFunc(c.by, d.by, func(a, b *taker) bool { return a.key == b.key })
+}
+
+// sources returns whose packets the forwards take; nil stands for everybody's.
+func (c coveredPorts) sources() (all []AddrRange) {
+	for _, t := range c.by {
+		if t.sources == nil {
+			return nil
+		}
+		all = append(all, t.sources...)
+	}
+	return all
 }
 
 // take reports whether a forward of the port conflicts with p. If p is nil, each forward of
@@ -117,8 +129,11 @@ func divide(all []takenPorts) (out []coveredPorts) {
 
 // together returns the takers that cover the same ports.
 func together(active map[*taker]int) (by []*taker) {
-	if active[anyTaker] > 0 || len(active) > mostTakers {
+	switch {
+	case active[anyTaker] > 0:
 		return []*taker{anyTaker}
+	case len(active) > mostTakers:
+		return []*taker{manyTakers}
 	}
 	for t := range active {
 		by = append(by, t)
