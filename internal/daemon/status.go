@@ -95,7 +95,7 @@ func (l *loop) subnet(s config.Subnet) control.Subnet {
 }
 
 // readCounters lets the reconcile read the counters of our tables and of conntrack. It gives
-// up after tablesTime, if the reconcile is too busy: the last reading holds.
+// up after tablesTime, if the reconcile or the kernel is too busy: the last reading holds.
 func (s *shared) readCounters() {
 	done := make(chan struct{})
 	read := func(r *reconciler) {
@@ -119,9 +119,14 @@ func (s *shared) readCounters() {
 	defer cancel()
 	select {
 	case s.looks <- read:
-		<-done
 	case <-s.ended:
+		return
 	case <-wait.Done():
+		return
+	}
+	select {
+	case <-done:
+	case <-wait.Done(): // somebody else keeps the kernel's tables locked
 	}
 }
 
