@@ -122,6 +122,7 @@ func TestExplainKnowsForwardsAndSockets(t *testing.T) {
 		type nat hook prerouting priority dstnat; policy accept;
 		iifname "wan0" udp dport 6000 dnat to 10.47.11.110
 		iifname "wan0" ip saddr 203.0.113.6 udp dport 6001 dnat to 10.47.11.110:6100
+		iifname "wan0" ip saddr 203.0.113.6 udp sport 7003 udp dport 6003 dnat to 10.47.11.110:6103
 	}
 }
 `})
@@ -131,13 +132,28 @@ func TestExplainKnowsForwardsAndSockets(t *testing.T) {
 	s.explained(lab.PeerA.String(), ext, "forwarded", "forward", other.Addr())
 	s.Arrives(other, s.PeerSocket(lab.PeerA, 7000), ext)
 
-	// Rules with other conditions than on ports and links are not evaluated to the end.
-	phone := s.InsideSocket(0, 6001)
+	// Rules with other conditions than on outside ports, addresses and links are not evaluated to
+	// the end.
 	proxy := s.PeerSocket(lab.PeerB, 6001)
-	ext = s.Contact(phone, proxy)
-	s.Stands(phone, proxy, ext)
-	s.explained(lab.PeerB.String(), ext, "unknown", "firewall", nowhere)
-	s.Arrives(s.InsideSocket(1, 6100), s.PeerSocket(lab.PeerB, 7000), ext)
+	first, second := s.InsideSocket(1, 6100), s.InsideSocket(1, 6103)
+	for port, want := range map[uint16]struct {
+		verdict, step string
+		to            netip.AddrPort
+		at            *lab.Socket
+	}{
+		6001: {"forwarded", "forward", first.Addr(), first},
+		6003: {"unknown", "firewall", nowhere, second},
+	} {
+		phone := s.InsideSocket(0, port)
+		ext = s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
+		s.explained(lab.PeerB.String(), ext, want.verdict, want.step, want.to)
+		peer := s.PeerSocket(lab.PeerB, port+1000)
+		s.Arrives(want.at, peer, ext)
+		peer.Close()
+		phone.Close()
+	}
+	phone := s.InsideSocket(0, 6001)
 	proxy = s.PeerSocket(lab.PeerA, 6001)
 	ext = s.Contact(phone, proxy)
 	s.Stands(phone, proxy, ext)

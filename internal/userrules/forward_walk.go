@@ -200,7 +200,7 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 				for _, c := range conds {
 					w.chain(e.Chain, c, depth+1)
 				}
-				w.exempts = w.exempts || e.Kind == expr.VerdictGoto // later rules do not see them
+				w.exempts = w.exempts || e.Kind == expr.VerdictGoto && len(conds) > 0 // later rules do not see them
 			} else {
 				w.exempts = true
 				if w.passes != nil && (e.Kind == expr.VerdictAccept || depth == 0) {
