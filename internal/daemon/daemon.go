@@ -64,10 +64,6 @@ type shared struct {
 	failures  *failures
 	noted     *episodes // of other abnormal conditions
 
-	// firewall is the reconcile's. The loop uses it only while the reconcile waits for it,
-	// except for what stays as New made it.
-	firewall *firewall
-
 	inbox  chan func(*loop)
 	pings  chan chan struct{}     // of Alive
 	hurry  chan struct{}          // a reconcile is wanted
@@ -92,6 +88,7 @@ type shared struct {
 // A reconciler is what the reconcile owns.
 type reconciler struct {
 	*shared
+	firewall   *firewall
 	reads      *ctwatch.Queries
 	statistics *ctwatch.Statistics
 	ports      *gateway.Sockets
@@ -127,6 +124,7 @@ type loop struct {
 	sockets *gateway.Sockets
 	engine  *engine.Engine
 
+	features       features      // of our tables
 	cfg            config.Config // in force
 	backends       backends      // in use; the engine has the same ones
 	missing        string        // which backend is missing and why
@@ -205,13 +203,13 @@ func New(cfg Config) (d *Daemon, err error) {
 	if d.conntrack, err = openSysctls(); err != nil {
 		return d, err
 	}
-	if d.firewall, err = openFirewall(cfg.Table); err != nil {
+	if r.firewall, err = openFirewall(cfg.Table); err != nil {
 		return d, err
 	}
-	if d.firewall.zones, err = d.firewall.leftZones(); err != nil {
+	if r.firewall.zones, err = r.firewall.leftZones(); err != nil {
 		return d, err
 	}
-	d.firewall.look()
+	r.firewall.look()
 	if r.network, err = r.firstNetwork(&l.cfg); err != nil {
 		return d, err
 	}
@@ -251,10 +249,10 @@ func New(cfg Config) (d *Daemon, err error) {
 	}
 	r.served, r.looked = r.held, d.now()
 	// The model must know the forwards before the first grant.
-	if r.forwarded, err = l.firstRules(r.network, r.served, false); err != nil {
+	if r.forwarded, err = l.firstRules(r.firewall, r.network, r.served, false); err != nil {
 		return d, err
 	}
-	r.whole = d.firewall.whole
+	r.whole = r.firewall.whole
 	d.decide()
 	adopted, err := d.openBackends()
 	if err != nil {
@@ -263,8 +261,8 @@ func New(cfg Config) (d *Daemon, err error) {
 	d.decide() // again: the warnings depend on the backends in use
 	// Only now is it known which of the user's chains are older than our own chain.
 	l.ruleWarnings = slices.DeleteFunc(l.ruleWarnings, func(w warning) bool { return w.id == warnRivalChain })
-	l.ruleWarnings = append(l.ruleWarnings, d.firewall.rivals(l.cfg, r.network)...)
-	l.overtaken = d.firewall.overtaken
+	l.ruleWarnings = append(l.ruleWarnings, r.firewall.rivals(l.cfg, r.network)...)
+	l.overtaken = r.firewall.overtaken
 	if err := d.goOnServing(adopted); err != nil {
 		return d, err
 	}
@@ -275,11 +273,12 @@ func New(cfg Config) (d *Daemon, err error) {
 	// there is a model. The reconcile does not repeat this, so the user can turn it off.
 	_, _, err = d.conntrack.raise(acct)
 	d.failures.note(requestTurnOnAccounting, 1, err)
-	l.useBackends(r.backends) // the policy depends on them
+	l.useBackends(r.backends) // the policy depends on them, and on the features
+	l.features = r.firewall.features
 	l.newEngine(cone.New(l.policy(l.cfg)), r.served)
 	d.auditor.use(cfg.AuditPeers)
 	l.engine.Model.Observe(d.observe)
-	l.engine.Model.AdoptZones(d.firewall.zones)
+	l.engine.Model.AdoptZones(r.firewall.zones)
 	l.topology = r.network.Topology().Compile()
 	r.uplinks.remember(r.network)
 	r.network = r.network.Lean()
@@ -303,8 +302,8 @@ func New(cfg Config) (d *Daemon, err error) {
 // decide says what carries the permissions of each subnet, before the loop runs.
 func (d *Daemon) decide() {
 	l, r := d.loop, d.reconcile
-	l.decisions = d.firewall.decide(l.cfg, r.network)
-	d.firewall.decisions = l.decisions
+	l.decisions = r.firewall.decide(l.cfg, r.network)
+	r.firewall.decisions = l.decisions
 }
 
 // goOnServing lets "auto" enable the subnets of hosts with adopted permissions, even while
@@ -323,11 +322,11 @@ func (d *Daemon) goOnServing(adopted []expect.Adopted) (err error) {
 		return nil
 	}
 	r.hosts = slices.Collect(maps.Keys(hosts))
-	if l.cfg.Subnets, err = d.firewall.subnets(r.wanted, r.network, nil, r.hosts); err != nil {
+	if l.cfg.Subnets, err = r.firewall.subnets(r.wanted, r.network, nil, r.hosts); err != nil {
 		return err
 	}
 	d.decide()
-	_, err = d.firewall.set(l.cfg, r.network.OutsideLinks())
+	_, err = r.firewall.set(l.cfg, r.network.OutsideLinks())
 	return err
 }
 
@@ -398,11 +397,11 @@ func (d *Daemon) Close() error {
 		leave = leave || e.Standing() > 0 // some expectations could not be revoked
 		errs = append(errs, e.Close())
 	}
-	if d.firewall != nil {
+	if r.firewall != nil {
 		if d.made && !leave {
-			errs = append(errs, d.firewall.remove())
+			errs = append(errs, r.firewall.remove())
 		}
-		errs = append(errs, d.firewall.close())
+		errs = append(errs, r.firewall.close())
 	}
 	if l.engine != nil && !leave { // permissions that stay need the settings
 		errs = append(errs, d.conntrack.restoreAll())
@@ -466,7 +465,7 @@ func (d *Daemon) revokeAll() error {
 	l, r := d.loop, d.reconcile
 	var errs []error
 	if r.backends.nft != nil {
-		errs = append(errs, d.firewall.remove())
+		errs = append(errs, r.firewall.remove())
 		r.backends.nft = nil
 		l.useBackends(r.backends)
 	}

@@ -34,16 +34,16 @@ var ErrUntried = errors.New("conntrack helpers are tried in a network namespace 
 // that have to fail, and conntrack helpers in another namespace that ends with it. The
 // kernel may load modules for both.
 func Examine(cfg config.Config) (st control.Status, err error) {
-	all := &shared{given: Config{Config: cfg}, log: slog.New(slog.DiscardHandler), start: time.Now(), firewall: &firewall{name: cfg.Table}}
+	all := &shared{given: Config{Config: cfg}, log: slog.New(slog.DiscardHandler), start: time.Now()}
 	all.noted, all.failures = newEpisodes(all.log, all.now, cfg.Reconcile), newFailures(all.log, all.now, cfg.Reconcile)
-	x := &examination{loop: &loop{shared: all, cfg: cfg}, reconcile: &reconciler{shared: all, wanted: cfg}}
+	x := &examination{loop: &loop{shared: all, cfg: cfg}, reconcile: &reconciler{shared: all, wanted: cfg, firewall: &firewall{name: cfg.Table}}}
 	x.loop.newEngine(cone.New(cone.Policy{}), nil)
 	defer func() {
 		st = x.status()
 		if e := x.loop.backends.expect; e != nil {
 			err = errors.Join(err, e.Close())
 		}
-		err = errors.Join(err, all.firewall.close())
+		err = errors.Join(err, x.reconcile.firewall.close())
 	}()
 	if all.conntrack, err = openSysctls(); err != nil {
 		return st, err
@@ -52,7 +52,7 @@ func Examine(cfg config.Config) (st control.Status, err error) {
 	if err != nil {
 		return st, err
 	}
-	all.firewall = f
+	x.reconcile.firewall, x.loop.features = f, f.features
 	f.look()
 	if x.loop.network, err = x.reconcile.firstNetwork(&x.loop.cfg); err != nil {
 		return st, err
@@ -98,13 +98,13 @@ func (x *examination) readTable() error {
 // readRules asks what New asks of the user's rules and of the backends.
 func (x *examination) readRules(served *gateway.PortSet) (err error) {
 	l := x.loop
-	if _, err = l.firstRules(l.network, served, true); err != nil {
+	if _, err = l.firstRules(x.reconcile.firewall, l.network, served, true); err != nil {
 		return err
 	}
 	if err = x.tryBackends(); err != nil {
 		return err
 	}
-	l.decisions = l.firewall.decide(l.cfg, l.network)
+	l.decisions = x.reconcile.firewall.decide(l.cfg, l.network)
 	l.newEngine(cone.New(l.policy(l.cfg)), nil)
 	l.engine.Model.SetTopology(0, l.network.Topology().Compile())
 	l.engine.Model.SetWay(l.network.Way())
@@ -118,13 +118,13 @@ const assumedHelper = "untried"
 // another network namespace: nothing is granted by it.
 func (x *examination) tryBackends() error {
 	l := x.loop
-	cfg, f := l.cfg, l.firewall
-	if wantsMap(cfg) && f.missing == nil {
+	cfg, f := l.cfg, x.reconcile.firewall
+	if wantsMap(cfg) && f.noMap() == nil {
 		f.withMap = true
 		l.backends.nft = f.tables.NewMap(mapConfig(cfg))
 	}
-	if wantsMap(cfg) && f.missing != nil {
-		l.missing = fmt.Sprintf("the nft backend is missing: %v", f.missing)
+	if wantsMap(cfg) && f.noMap() != nil {
+		l.missing = fmt.Sprintf("the nft backend is missing: %v", f.noMap())
 	}
 	if !wantsExpect(cfg) {
 		return nil
@@ -158,7 +158,7 @@ func (x *examination) status() control.Status {
 	st.Helper.IPv4, st.Helper.IPv6 = l.helper(false), l.helper(true)
 	for _, s := range l.cfg.Subnets {
 		c := l.subnet(s)
-		if l.firewall.maps() {
+		if l.features.maps() {
 			c.Mapping = s.Mapping.String()
 		}
 		st.Subnets = append(st.Subnets, c)

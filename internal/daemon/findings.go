@@ -25,7 +25,7 @@ const (
 
 // warnings says what a user should know about his gateway.
 func (l *loop) warnings() (out warnings) {
-	out = slices.Concat(l.firewall.warnings, l.ruleWarnings, l.portWarnings)
+	out = slices.Concat(l.features.warnings, l.ruleWarnings, l.portWarnings)
 	out.addDecisions(l.cfg, l.decisions, l.engine.Model.MapAlone)
 	if l.late >= isLate {
 		out.add(warnLate, "", "rules, links or routes change so often that a change may take effect %v late: "+
@@ -47,11 +47,11 @@ func (l *loop) warnings() (out warnings) {
 	if n := l.tables.Mapping.PoolUsedUp; n >= someFlows {
 		out.add(warnPoolUsedUp, "", "port_pool %v had no port for %d flows, whose mapping stays the kernel's: make it larger", poolText(l.cfg), n)
 	}
-	if wantsMapping(l.cfg) && l.firewall.noMapping != "" {
-		out.add(warnNoMapping, "", "mapping stays the kernel's: %s", l.firewall.noMapping)
+	if err := l.features.lacks[rules.FeatureMapping]; err != nil && wantsMapping(l.cfg) {
+		out.add(warnNoMapping, "", "mapping stays the kernel's: %v", err)
 	}
-	if l.cfg.UplinkMarks && l.firewall.noMarks != "" {
-		out.add(warnFeatureMissing, string(rules.FeatureUplinkMarks), "uplink_marks is not in force: %s", l.firewall.noMarks)
+	if err := l.features.lacks[rules.FeatureUplinkMarks]; err != nil && l.cfg.UplinkMarks {
+		out.add(warnFeatureMissing, string(rules.FeatureUplinkMarks), "uplink_marks is not in force: %v", err)
 	}
 	switch a := &l.applied; {
 	case a.notInForce():

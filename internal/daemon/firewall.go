@@ -22,13 +22,10 @@ import (
 // user's rules. The reconcile owns it. Without nftables in the kernel it has no tables,
 // and warns.
 type firewall struct {
-	name      string
-	tables    *rules.Tables // nil without nftables
-	missing   error         // why there is no map of permissions
-	noMapping string        // why there is no endpoint-independent mapping
-	noPartial string        // why children of expectations are not let in by partial links
-	noMarks   string        // why flows cannot be marked by their uplink
-	mapping   bool          // the tables have rules for mapping
+	features
+	name    string
+	tables  *rules.Tables // nil without nftables
+	mapping bool          // the tables have rules for mapping
 
 	// What the tables serve.
 	withMap     bool
@@ -89,20 +86,16 @@ type firewall struct {
 	whole           bool               // there are no other forwards
 	forwardWarnings warnings
 
-	repaired uint64   // how often others' changes of the tables were undone
-	warnings warnings // that stay as long as the daemon runs
+	repaired uint64 // how often others' changes of the tables were undone
 }
 
 // openRules is rules.Open, except in tests of a kernel without nftables.
 var openRules = rules.Open
 
 func openFirewall(name string) (*firewall, error) {
-	f := &firewall{name: name}
 	t, err := openRules(rules.Config{Name: name})
 	if missing := new(rules.UnsupportedError); errors.As(err, &missing) {
-		f.missing, f.noMapping, f.noMarks = missing, missing.Error(), missing.Error()
-		f.warnings.add(warnNoNFTables, "", "no guard and no cap on children, and what is revoked comes back at a restart: %v", missing)
-		return f, nil
+		return &firewall{name: name, features: noFeatures(missing)}, nil
 	}
 	if errors.Is(err, rules.ErrForeignTable) {
 		return nil, fmt.Errorf(`%w with the key "table"`, err)
@@ -110,22 +103,7 @@ func openFirewall(name string) (*firewall, error) {
 	if err != nil {
 		return nil, err
 	}
-	f.tables = t
-	for _, m := range t.Missing() {
-		switch m.Feature { // the code that needs the first four warns of them
-		case rules.FeatureMap:
-			f.missing = m
-		case rules.FeatureMapping:
-			f.noMapping = m.Error()
-		case rules.FeaturePartial:
-			f.noPartial = m.Error()
-		case rules.FeatureUplinkMarks:
-			f.noMarks = m.Error()
-		default:
-			f.warnings.add(warnFeatureMissing, string(m.Feature), "%v", m)
-		}
-	}
-	return f, nil
+	return &firewall{name: name, tables: t, features: featuresOf(t)}, nil
 }
 
 // leastMapSize is the least size of the map, in permissions; an element takes about 100
@@ -216,7 +194,7 @@ func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	// If routing rules hide the way back, spoofed packets cannot be told from others: they are
 	// not dropped, but the kernel does not learn from doubtful ones.
 	var ours uint32 // mark bits that are never set when the way back is looked up
-	if cfg.UplinkMarks && f.noMarks == "" {
+	if cfg.UplinkMarks && f.lacks[rules.FeatureUplinkMarks] == nil {
 		ours = cfg.UplinkMask
 	}
 	hidden, err := gateway.HidesWaysBack(0, ours)
@@ -265,17 +243,14 @@ func (f *firewall) sure(flows []cone.Flow) ([]cone.Flow, error) {
 
 // learns reports whether the kernel adds permissions by itself.
 func (f *firewall) learns(cfg config.Config) bool {
-	return f.withMap && cfg.Learn && !f.tables.Lacks(rules.FeatureLearn)
+	return f.withMap && cfg.Learn && f.has(rules.FeatureLearn)
 }
-
-// labels reports whether the kernel marks what the map admits.
-func (f *firewall) labels() bool { return f.tables != nil && !f.tables.Lacks(rules.FeatureLabels) }
 
 // openMap makes the map of permissions, or finds the one that an earlier daemon
 // left.
 func (f *firewall) openMap(cfg config.Config, outside []string) (*elements.Map, error) {
-	if f.missing != nil {
-		return nil, f.missing
+	if err := f.noMap(); err != nil {
+		return nil, err
 	}
 	f.withMap = true
 	if _, err := f.set(cfg, outside); err != nil {

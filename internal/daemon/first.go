@@ -24,8 +24,7 @@ func (r *reconciler) firstNetwork(cfg *config.Config) (n gateway.Network, err er
 
 // firstRules asks the user's rules what they forward and how they translate, and chooses the
 // ports of mappings. sure says that two looks found the sockets (choosePorts).
-func (l *loop) firstRules(n gateway.Network, served *gateway.PortSet, sure bool) (forwarded *userrules.Covered, err error) {
-	f := l.firewall
+func (l *loop) firstRules(f *firewall, n gateway.Network, served *gateway.PortSet, sure bool) (forwarded *userrules.Covered, err error) {
 	f.setSides(n)
 	forwarded, l.ruleWarnings = f.forwards(n)
 	f.divert(l.cfg, n)

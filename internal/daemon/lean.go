@@ -83,7 +83,7 @@ func (f *firewall) expects(cfg config.Config) bool {
 // links in a VRF.
 func (r *reconciler) guarded(cfg config.Config) bool {
 	inVRF := slices.ContainsFunc(r.network.Links, func(l gateway.Link) bool { return l.Kind == "vrf" })
-	return cfg.Guard && r.firewall.tables != nil && !r.firewall.tables.Lacks(rules.FeatureGuard) && !inVRF
+	return cfg.Guard && r.firewall.has(rules.FeatureGuard) && !inVRF
 }
 
 // lookForListeners is lookAtListeners, and notes its error.

@@ -8,7 +8,6 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/gateway"
-	"github.com/conenatd/conenatd/internal/rules"
 )
 
 // Fails when one fast second is not enough, when one slow second is, and when counters that
@@ -74,10 +73,10 @@ func TestFlowsThatMustBeReported(t *testing.T) {
 		},
 	}
 	check := func(name string, change change, want bool) {
-		r := &reconciler{shared: &shared{firewall: &firewall{
-			tables: &rules.Tables{}, withMap: true, helpers: []string{"RAS"},
+		r := &reconciler{shared: &shared{}, firewall: &firewall{
+			features: features{nftables: true}, withMap: true, helpers: []string{"RAS"},
 			decisions: map[netip.Prefix]decision{subnet.Prefix: {Choice: cone.ChooseMap}},
-		}}}
+		}}
 		cfg := config.Default()
 		cfg.Subnets = []config.Subnet{subnet}
 		change(r, &cfg)

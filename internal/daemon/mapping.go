@@ -159,9 +159,6 @@ func (m *mapper) bars(port uint16) bool {
 	return barred
 }
 
-// maps reports whether the kernel can do endpoint-independent mapping.
-func (f *firewall) maps() bool { return f.tables != nil && !f.tables.Lacks(rules.FeatureMapping) }
-
 // outsideAddrs returns the names of outside links, by their addresses. A link that only
 // shares the network of another one is left out: flows with its address leave by that other
 // link.

@@ -21,7 +21,7 @@ func wantsMap(cfg config.Config) bool    { return cfg.Backend != config.BackendE
 func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 	l, r := d.loop, d.reconcile
 	cfg := l.cfg
-	inMap, err := d.firewall.left(cfg) // even if no map is wanted
+	inMap, err := r.firewall.left(cfg) // even if no map is wanted
 	if err != nil {
 		return nil, err
 	}
@@ -39,7 +39,7 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 		return nil, err
 	}
 	r.backends.expect, l.missing = opened.expect, opened.missing
-	d.firewall.helpers = onAnchors(opened.expect)
+	r.firewall.helpers = onAnchors(opened.expect)
 	var expected []expect.Adopted
 	if e := opened.expect; e != nil {
 		expected = e.Adopted()
@@ -48,8 +48,8 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 	}
 	adopted = slices.Concat(expected, inMap)
 	d.leave, d.made = len(adopted) > 0, true
-	if wantsMap(cfg) && d.firewall.missing == nil {
-		if r.backends.nft, err = d.firewall.openMap(cfg, r.network.OutsideLinks()); err != nil {
+	if wantsMap(cfg) && r.firewall.noMap() == nil {
+		if r.backends.nft, err = r.firewall.openMap(cfg, r.network.OutsideLinks()); err != nil {
 			return nil, err
 		}
 		if err := r.backends.nft.AdoptDenied(); err != nil {
@@ -69,11 +69,11 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 	}
 	if r.backends.nft == nil {
 		r.carry(inMap)
-		if _, err = d.firewall.set(cfg, r.network.OutsideLinks()); err != nil {
+		if _, err = r.firewall.set(cfg, r.network.OutsideLinks()); err != nil {
 			return nil, err
 		}
 	}
-	if err := errors.Join(older.moveUnsureTo(d.firewall.tables), d.adoptRevoked(older.revoked)); err != nil {
+	if err := errors.Join(older.moveUnsureTo(r.firewall.tables), d.adoptRevoked(older.revoked)); err != nil {
 		return nil, err
 	}
 	return adopted, older.remove(d.log)
@@ -84,10 +84,10 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 func (d *Daemon) adoptRevoked(older []cone.Revoked) error {
 	r := d.reconcile
 	d.denied = older
-	if d.firewall.tables == nil {
+	if r.firewall.tables == nil {
 		return nil
 	}
-	r.backends.revoked = d.firewall.tables.NewRevoked()
+	r.backends.revoked = r.firewall.tables.NewRevoked()
 	keys, err := r.backends.revoked.Adopt()
 	if err != nil {
 		return err
@@ -140,8 +140,8 @@ type opened struct {
 
 // open opens the expect backend if cfg wants it, and says what is missing.
 func (r *reconciler) open(cfg config.Config) (o opened, err error) {
-	if wantsMap(cfg) && r.firewall.missing != nil {
-		err := fmt.Errorf("the nft backend is missing: %w", r.firewall.missing)
+	if wantsMap(cfg) && r.firewall.noMap() != nil {
+		err := fmt.Errorf("the nft backend is missing: %w", r.firewall.noMap())
 		if !wantsExpect(cfg) {
 			return o, err
 		}
@@ -151,7 +151,7 @@ func (r *reconciler) open(cfg config.Config) (o opened, err error) {
 		return o, nil
 	}
 	o.expect, err = expect.Open(expect.Config{Lifetime: cfg.Lifetime, IPv6: anyIPv6(cfg), MayIPv6: cfg.Self})
-	if errors.Is(err, expect.ErrNoHelper) && wantsMap(cfg) && r.firewall.missing == nil {
+	if errors.Is(err, expect.ErrNoHelper) && wantsMap(cfg) && r.firewall.noMap() == nil {
 		o.missing = fmt.Sprintf("the expect backend is missing: %v", err)
 		return o, nil
 	}
@@ -194,7 +194,7 @@ func (r *reconciler) change(cfg config.Config) error {
 	}
 	decided := r.firewall.decisions
 	r.firewall.decisions = r.firewall.decide(cfg, r.network)
-	if wantsMap(cfg) && r.firewall.missing == nil && !hasMap {
+	if wantsMap(cfg) && r.firewall.noMap() == nil && !hasMap {
 		if m, err = r.firewall.openMap(cfg, outside); err != nil {
 			r.firewall.withMap = false
 		}

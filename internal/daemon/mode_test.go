@@ -28,7 +28,7 @@ func TestOneMissingBackendIsOneSentence(t *testing.T) {
 		t.Run(string(tt.backend), func(t *testing.T) {
 			cfg := config.Default()
 			cfg.Backend = tt.backend
-			r := &reconciler{shared: &shared{firewall: &firewall{missing: missing}}}
+			r := &reconciler{shared: &shared{}, firewall: &firewall{features: noFeatures(missing)}}
 			r.conntrack = sysctls{dir: sysctlDir, notes: notes{path: filepath.Join(t.TempDir(), "c.")}}
 			err := l.Gateway.Do(func() (err error) {
 				if r.reads, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {

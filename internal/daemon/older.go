@@ -23,7 +23,7 @@ func (d *Daemon) openOlder() (o olderTables, err error) {
 	l := d.loop
 	o.all, err = openTables(d.given.Table)
 	if err != nil { // tables that cannot be opened, such as another process's, stay
-		d.firewall.warnings.add(warnOlderTables, "", "%v", err)
+		d.reconcile.firewall.warnings.add(warnOlderTables, "", "%v", err)
 	}
 	var errs []error
 	for _, f := range o.all {

@@ -5,6 +5,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/rules"
 )
 
 // anyIPv6 reports whether a subnet is IPv6, or a named link may get an IPv6 subnet.
@@ -18,8 +19,8 @@ func (l *loop) policy(cfg config.Config) cone.Policy {
 	p := cone.Policy{
 		Expected: l.backends.expect != nil && wantsExpect(cfg),
 		Mapped:   l.backends.nft != nil && wantsMap(cfg),
-		Labels:   l.firewall.labels(),
-		Learned:  wantsMap(cfg) && l.firewall.learns(cfg),
+		Labels:   l.features.labels(),
+		Learned:  l.backends.nft != nil && wantsMap(cfg) && cfg.Learn && l.features.has(rules.FeatureLearn),
 		Limits: cone.Limits{
 			Total: cfg.MaxPermissions, PerSubnet: cfg.MaxPermissionsPerSubnet,
 			PerHost: cfg.MaxPermissionsPerHost, Children: cfg.MaxChildren,
@@ -35,7 +36,7 @@ func (l *loop) policy(cfg config.Config) cone.Policy {
 	for _, s := range cfg.Subnets {
 		p.Subnets = append(p.Subnets, cone.Subnet{
 			Prefix: s.Prefix, Routed: s.Routed, Filtering: filterings[s.Filtering], Choice: l.decisions[s.Prefix].Choice,
-			Mapping: s.Mapping == config.EndpointIndependentMapping && l.firewall.maps(),
+			Mapping: s.Mapping == config.EndpointIndependentMapping && l.features.maps(),
 		})
 	}
 	return p

@@ -5,7 +5,6 @@ import (
 	"slices"
 
 	"github.com/conenatd/conenatd/internal/config"
-	"github.com/conenatd/conenatd/internal/rules"
 )
 
 // self reports for which families the gateway's own programs get permissions. Only
@@ -17,11 +16,8 @@ func (l *loop) self(cfg config.Config) (ipv4, ipv6 bool) {
 		return false, false
 	}
 	v4, v6 := l.backends.expect.Helpers()
-	return v4 != "", v6 != "" && l.firewall.knowsOwn()
+	return v4 != "", v6 != "" && l.features.knowsOwn()
 }
-
-// knowsOwn reports whether our tables can recognise an address of the gateway.
-func (f *firewall) knowsOwn() bool { return f.tables != nil && !f.tables.Lacks(rules.FeatureSpoofed) }
 
 // ownAddresses returns the gateway's addresses if its own programs may get permissions.
 func (r *reconciler) ownAddresses(cfg config.Config) (all []netip.Prefix) {
@@ -56,7 +52,7 @@ func (l *loop) warnSelf(out *warnings) {
 	case !ipv4:
 		out.add(warnSelf, "", "self = true has no effect: the gateway's own programs get permissions by expectations alone, "+
 			"and the expect backend is missing")
-	case !ipv6 && !l.firewall.knowsOwn():
+	case !ipv6 && !l.features.knowsOwn():
 		out.add(warnSelf, "IPv6", "self = true is for IPv4 alone: without nftables and its module nft_fib_inet "+
 			"a host could send with an IPv6 address of the gateway, and earn a permission for it")
 	case !ipv6:

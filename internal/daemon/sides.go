@@ -11,6 +11,7 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
@@ -242,8 +243,8 @@ func newOutside(old, now gateway.Network) bool {
 func (l *loop) warnSides(out *warnings) {
 	for _, link := range l.network.Links {
 		subnets := l.network.SubnetsOf(link)
-		if link.Partial && l.backends.expect != nil && l.firewall.noPartial != "" {
-			out.add(warnFeatureMissing, link.Name, "no child of an expectation is let in by %s: %s", link.Name, l.firewall.noPartial)
+		if err := l.features.lacks[rules.FeaturePartial]; err != nil && link.Partial && l.backends.expect != nil {
+			out.add(warnFeatureMissing, link.Name, "no child of an expectation is let in by %s: %v", link.Name, err)
 		}
 		switch {
 		case link.Cause == gateway.RuledNAT || link.Cause == gateway.SeenNAT:

@@ -53,7 +53,7 @@ func (s source) Status() control.Status {
 		st.Tables = l.tables
 		st.Tables.Mapping.On = l.maps()
 		st.Tables.Mapping.NotApplied = maps.Clone(l.applied.not)
-		st.Tables.Guard.On = l.cfg.Guard && s.firewall.tables != nil
+		st.Tables.Guard.On = l.cfg.Guard && l.features.nftables
 		passed := l.engine.Model.Passed()
 		st.Tables.Map.On, st.Tables.Map.Passed, st.Tables.Expected.Passed = l.backends.nft != nil, passed.Mapped, passed.Expected
 		st.Permissions.Standing, st.Permissions.Refused = m.Standing, m.Refused
