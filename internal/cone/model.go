@@ -130,16 +130,21 @@ type Stats struct {
 	Expected, Mapped           int // claims that stand, by carrier
 	Helped                     int // pairs of hosts between which a conntrack helper was seen at work
 
+	Decisions
+	Skipped  [Reasons]uint64 // flows that gave no permission, by reason
+	Refusals [Reasons]uint64 // permissions refused, by reason
+	Revoked  [Reasons]uint64 // permissions ended, by reason
+}
+
+// Decisions count since New. Status shows them all, by a type with the same members.
+type Decisions struct {
 	Granted   uint64 // grants decided, retries included
 	Conflicts uint64 // claims whose permission another claim owned
 	// Where the kernel chooses the mapping: claims whose inside endpoint had a mapping a
 	// while before, and those of them whose outside port differed.
 	Compared, Remapped uint64
-	Crowded            uint64          // children beyond the limit, dropped
-	Early              uint64          // flows of early packets that were to be deleted
-	Skipped            [Reasons]uint64 // flows that gave no permission, by reason
-	Refusals           [Reasons]uint64 // permissions refused, by reason
-	Revoked            [Reasons]uint64 // permissions ended, by reason
+	Early              uint64 // flows of early packets that were to be deleted
+	Crowded            uint64 // children beyond the limit, dropped
 }
 
 // New returns an empty Model. Until SetTopology no peer is outside, so nothing

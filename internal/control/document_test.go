@@ -2,6 +2,7 @@ package control
 
 import (
 	"encoding"
+	"maps"
 	"os"
 	"reflect"
 	"regexp"
@@ -43,6 +44,10 @@ func members(t reflect.Type) map[string]string {
 	all := make(map[string]string)
 	for i := range t.NumField() {
 		f := t.Field(i)
+		if f.Anonymous { // its members are members of t
+			maps.Copy(all, members(f.Type))
+			continue
+		}
 		name, options, _ := strings.Cut(f.Tag.Get("json"), ",")
 		optional := ""
 		if options != "" {

@@ -47,7 +47,7 @@ var full = Status{
 	},
 	Events: Events{Mode: "lean", Received: 9000, Filtered: 120, Malformed: 1, Overruns: 3, ReadBuffer: 8 << 20},
 	Counters: Counters{
-		Granted: 412, Conflicts: 7, Early: 5, Healed: 6, Repaired: map[string]uint64{"anchors": 1, "expectations": 4},
+		Decisions: Decisions{Granted: 412, Conflicts: 7, Early: 5}, Healed: 6, Repaired: map[string]uint64{"anchors": 1, "expectations": 4},
 		Refused: map[string]uint64{"table_full": 2, "forwarded": 9},
 		Revoked: map[string]uint64{"expired": 372, "stopped": 0},
 		Skipped: map[string]uint64{"excluded_peer_port": 8100, "not_outside": 5}, SkippedLinks: map[string]uint64{"br_lan": 4},
@@ -105,7 +105,7 @@ func TestShortStatusFitsOnAScreen(t *testing.T) {
 			Mapping: Mapping{On: true}, Expected: Expected{Admitted: 1 << 20, Passed: 1 << 20},
 		},
 		Conntrack: Conntrack{Entries: 123456, Max: 262144},
-		Counters:  Counters{Granted: 1 << 30, Skipped: map[string]uint64{"excluded_peer_port": 1 << 30}},
+		Counters:  Counters{Decisions: Decisions{Granted: 1 << 30}, Skipped: map[string]uint64{"excluded_peer_port": 1 << 30}},
 	}
 	var out strings.Builder
 	if err := WriteStatus(&out, normal, false, now); err != nil {

@@ -196,6 +196,8 @@ type Permissions struct {
 }
 
 // Tables are conenatd's own nftables tables.
+//
+// A tag "counter" is the name in nft of the counter that gives a member its value.
 type Tables struct {
 	Guard    Guard    `json:"guard"`
 	Map      Map      `json:"map"`
@@ -207,12 +209,12 @@ type Tables struct {
 // Mapping is endpoint-independent mapping, and what its rules have done since the tables
 // were made.
 type Mapping struct {
-	On         bool   `json:"on"`           // in force, not only configured
-	Moved      uint64 `json:"moved"`        // flows moved to the pool: another host had the outside port
-	PoolUsedUp uint64 `json:"pool_used_up"` // flows left to the kernel: the pool had no port for them
-	Left       uint64 `json:"left"`         // flows left to the kernel: something else used the port towards that peer
-	Shared     uint64 `json:"shared"`       // flows to which the user's rules gave the outside port of another host's mapping
-	Hairpinned uint64 `json:"hairpinned"`   // flows between inside hosts by outside endpoints
+	On         bool   `json:"on"`                              // in force, not only configured
+	Moved      uint64 `json:"moved" counter:"moved"`           // flows moved to the pool: another host had the outside port
+	PoolUsedUp uint64 `json:"pool_used_up"`                    // flows left to the kernel: the pool had no port for them
+	Left       uint64 `json:"left" counter:"left_to_rules"`    // flows left to the kernel: something else used the port towards that peer
+	Shared     uint64 `json:"shared" counter:"port_shared"`    // flows to which the user's rules gave the outside port of another host's mapping
+	Hairpinned uint64 `json:"hairpinned" counter:"hairpinned"` // flows between inside hosts by outside endpoints
 	// NotApplied counts, by reason, the live flows that should have a mapping but had none,
 	// or another outside endpoint, at the last reconcile.
 	NotApplied map[string]uint64 `json:"not_applied"`
@@ -222,11 +224,11 @@ type Mapping struct {
 // Learned and Limited since the tables were made.
 type Map struct {
 	On       bool   `json:"on"`
-	Learn    bool   `json:"learn"`    // the kernel adds permissions by itself
-	Admitted uint64 `json:"admitted"` // first packets of children
-	Passed   uint64 `json:"passed"`   // those of Admitted that the user's firewall let pass
-	Learned  uint64 `json:"learned"`  // permissions that the kernel added
-	Limited  uint64 `json:"limited"`  // permissions not learned because of learn_rate
+	Learn    bool   `json:"learn"`                           // the kernel adds permissions by itself
+	Admitted uint64 `json:"admitted"`                        // first packets of children
+	Passed   uint64 `json:"passed"`                          // those of Admitted that the user's firewall let pass
+	Learned  uint64 `json:"learned" counter:"learned"`       // permissions that the kernel added
+	Limited  uint64 `json:"limited" counter:"learn_limited"` // permissions not learned because of learn_rate
 }
 
 // Expected counts the expected flows from outside, including those of the user's own
@@ -239,10 +241,10 @@ type Expected struct {
 // Guard is what the table of family inet has done.
 type Guard struct {
 	On       bool   `json:"on"`
-	Drops    uint64 `json:"drops"`     // packets for which the gateway had no socket
-	Spoofed  uint64 `json:"spoofed"`   // packets whose source is not reached by the link that they came by
-	Children uint64 `json:"children"`  // first packets of expected children beyond max_children
-	PortZero uint64 `json:"port_zero"` // packets that look like an anchor, and ICMP errors about one
+	Drops    uint64 `json:"drops" counter:"guard_drops"`         // packets for which the gateway had no socket
+	Spoofed  uint64 `json:"spoofed" counter:"spoofed_drops"`     // packets whose source is not reached by the link that they came by
+	Children uint64 `json:"children" counter:"child_drops"`      // first packets of expected children beyond max_children
+	PortZero uint64 `json:"port_zero" counter:"port_zero_drops"` // packets that look like an anchor, and ICMP errors about one
 }
 
 // A Conntrack is the state of the kernel's connection tracking in this network namespace,
@@ -278,14 +280,7 @@ type Events struct {
 
 // Counters count decisions since the start. The maps have identifiers as keys.
 type Counters struct {
-	Granted   uint64 `json:"granted"`
-	Conflicts uint64 `json:"conflicts"` // the permission already had an owner
-	// With the kernel's own mapping: permissions whose inside endpoint had another
-	// permission shortly before, and those among them with a different outside port.
-	Compared uint64            `json:"compared"`
-	Remapped uint64            `json:"remapped"`
-	Early    uint64            `json:"early"`    // packets that came before their permission
-	Crowded  uint64            `json:"crowded"`  // children beyond max_children, dropped
+	Decisions
 	Healed   uint64            `json:"healed"`   // broken flows that were ended
 	Repaired map[string]uint64 `json:"repaired"` // things missing from the kernel that were restored
 	Refused  map[string]uint64 `json:"refused"`
@@ -295,6 +290,18 @@ type Counters struct {
 	// leads to the peer.
 	SkippedLinks map[string]uint64 `json:"skipped_links"`
 	Failed       map[string]uint64 `json:"failed"` // requests that the kernel failed
+}
+
+// Decisions are the counters of the model: cone.Decisions must have the same members.
+type Decisions struct {
+	Granted   uint64 `json:"granted"`
+	Conflicts uint64 `json:"conflicts"` // the permission already had an owner
+	// With the kernel's own mapping: permissions whose inside endpoint had another
+	// permission shortly before, and those among them with a different outside port.
+	Compared uint64 `json:"compared"`
+	Remapped uint64 `json:"remapped"`
+	Early    uint64 `json:"early"`   // packets that came before their permission
+	Crowded  uint64 `json:"crowded"` // children beyond max_children, dropped
 }
 
 // Latency is the time from reading the event to the kernel's acknowledgement of the grant,

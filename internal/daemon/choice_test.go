@@ -13,6 +13,7 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/nfnl"
+	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
@@ -84,7 +85,7 @@ func TestLostChildrenContradictTheRules(t *testing.T) {
 	read := func(now time.Duration, admitted uint64, want cone.Choice) {
 		t.Helper()
 		f.dumped = now != 3
-		f.counts.Admitted = admitted
+		f.counts = rules.Counters{"admitted": admitted}
 		f.readEvidence(now, []config.Subnet{{Prefix: subnet}}, func(netip.Prefix) cone.Passed { return cone.Passed{} })
 		d := f.witness(subnet).weigh(accepts)
 		f.decisions = map[netip.Prefix]decision{subnet: d}
@@ -116,7 +117,7 @@ func TestEvidenceWhenSubnetsChange(t *testing.T) {
 		for _, p := range subnets {
 			all = append(all, config.Subnet{Prefix: p})
 		}
-		f.counts.Admitted = admitted
+		f.counts = rules.Counters{"admitted": admitted}
 		f.readEvidence(now, all, func(netip.Prefix) cone.Passed { return cone.Passed{Mapped: passed} })
 	}
 	check := func(when string, pass, known bool) {

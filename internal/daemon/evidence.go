@@ -45,7 +45,7 @@ type nowhere struct {
 	most         uint64 // the most so far, since the counters are not read at one time
 }
 
-func (n *nowhere) read(c *rules.Counters, subnets []config.Subnet) {
+func (n *nowhere) read(c rules.Counters, subnets []config.Subnet) {
 	parts := uint64(0)
 	for _, s := range subnets {
 		into, ok := c.AdmittedInto(s.Prefix)
@@ -55,7 +55,7 @@ func (n *nowhere) read(c *rules.Counters, subnets []config.Subnet) {
 		}
 		parts += into
 	}
-	if total, parts := n.total.read(c.Admitted), n.parts.read(parts); total > parts {
+	if total, parts := n.total.read(c.Admitted()), n.parts.read(parts); total > parts {
 		n.most = max(n.most, total-parts)
 	}
 }
@@ -185,7 +185,7 @@ func (f *firewall) readEvidence(now time.Duration, subnets []config.Subnet, pass
 		return !slices.ContainsFunc(subnets, func(s config.Subnet) bool { return s.Prefix == p })
 	})
 	f.recount(subnets)
-	f.nowhere.read(&f.counts, subnets)
+	f.nowhere.read(f.counts, subnets)
 	mappable := 0
 	for _, s := range subnets {
 		if s.Prefix.Addr().Is4() {
@@ -199,11 +199,11 @@ func (f *firewall) readEvidence(now time.Duration, subnets []config.Subnet, pass
 		case ok:
 			w.mapped.read(now, w.admitted.read(admitted)+f.nowhere.most, p.Mapped)
 		case mappable == 1 && s.Prefix.Addr().Is4(): // not counted by itself
-			w.mapped.read(now, w.admitted.read(f.counts.Admitted), p.Mapped)
+			w.mapped.read(now, w.admitted.read(f.counts.Admitted()), p.Mapped)
 		}
 		expected, ok := f.counts.ExpectedInto(s.Prefix)
 		if len(subnets) == 1 {
-			expected, ok = f.counts.Expected, true
+			expected, ok = f.counts.Expected(), true
 		}
 		if ok {
 			w.related.read(now, w.expected.read(expected), p.Expected)

@@ -423,16 +423,13 @@ func (f *firewall) read(cfg config.Config) (t control.Tables, err error) {
 	}
 	f.counted = control.Tables{
 		Repaired: f.repaired,
-		Guard:    control.Guard{Drops: c.GuardDrops, Spoofed: c.SpoofedDrops, Children: c.ChildDrops, PortZero: c.PortZeroDrops},
-		Map:      control.Map{Learn: f.learns(cfg), Admitted: f.admitted.read(c.Admitted), Learned: c.Learned, Limited: c.LearnLimited},
-		Mapping: control.Mapping{
-			On: f.mapping, Moved: c.Moved, PoolUsedUp: f.usedUp.read(c.PoolUsedUp), Left: c.LeftToRules,
-			Shared: c.PortShared, Hairpinned: c.Hairpinned,
-		},
+		Map:      control.Map{Learn: f.learns(cfg), Admitted: f.admitted.read(c.Admitted())},
+		Expected: control.Expected{Admitted: f.expected.read(c.Expected())},
+		Mapping:  control.Mapping{On: f.mapping, PoolUsedUp: f.usedUp.read(c.PoolUsedUp())},
 	}
-	f.counted.Expected.Admitted = f.expected.read(c.Expected)
-	f.zoned.read(c.Zoned)
-	f.doubted.count(c.Unsure)
+	f.counted.Count(c)
+	f.zoned.read(c.Zoned())
+	f.doubted.count(c["unsure"])
 	return f.counted, nil
 }
 

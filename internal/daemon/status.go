@@ -60,9 +60,7 @@ func (s source) Status() control.Status {
 		st.Permissions.Waiting, st.Permissions.Limit = m.Waiting, l.limit()
 		st.Permissions.Helped = m.Helped
 		st.Flows, st.BrokenFlows, st.Counters.Healed = m.Flows, slices.Clone(l.brokenNow), l.healed
-		st.Counters.Granted, st.Counters.Conflicts, st.Counters.Early = m.Granted, m.Conflicts, m.Early
-		st.Counters.Compared, st.Counters.Remapped = m.Compared, m.Remapped
-		st.Counters.Crowded = m.Crowded
+		st.Counters.Decisions = control.Decisions(m.Decisions)
 		st.Counters.Repaired = byName(l.engine.Repaired[:], func(p int) string { return engine.Part(p).String() })
 		st.Counters.Refused = byName(m.Refusals[:], reason)
 		st.Counters.Revoked = byName(m.Revoked[:], reason)

@@ -2,6 +2,7 @@ package metrics
 
 import (
 	"net/http"
+	"reflect"
 	"runtime"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -130,6 +131,18 @@ func byID(findings []control.Finding) map[string]uint64 {
 	n := make(map[string]uint64)
 	for _, f := range findings {
 		n[f.ID]++
+	}
+	return n
+}
+
+// byMember returns the counters of part of a status, by their names in its JSON.
+func byMember(part any) map[string]uint64 {
+	n := make(map[string]uint64)
+	v := reflect.ValueOf(part)
+	for i := range v.NumField() {
+		if v.Field(i).Kind() == reflect.Uint64 {
+			n[v.Type().Field(i).Tag.Get("json")] = v.Field(i).Uint()
+		}
 	}
 	return n
 }

@@ -45,12 +45,13 @@ var all = []metric{
 	counter("permissions_not_learned", "Permissions that the kernel did not add because of learn_rate.", func(s *control.Status) uint64 { return s.Tables.Map.Limited }),
 	counter("tables_repaired", "Changes by others to conenatd's tables that it undid.", func(s *control.Status) uint64 { return s.Tables.Repaired }),
 	counters("guard_dropped_packets", "reason", "Packets from outside that the guard dropped.", func(s *control.Status) map[string]uint64 {
-		g := s.Tables.Guard
-		return map[string]uint64{"no_socket": g.Drops, "spoofed": g.Spoofed, "children": g.Children, "port_zero": g.PortZero}
+		dropped := byMember(s.Tables.Guard)
+		dropped["no_socket"] = dropped["drops"]
+		delete(dropped, "drops")
+		return dropped
 	}),
 	counters("mapping_flows", "result", "Flows of endpoint-independent mapping that were not simply mapped.", func(s *control.Status) map[string]uint64 {
-		m := s.Tables.Mapping
-		return map[string]uint64{"moved": m.Moved, "pool_used_up": m.PoolUsedUp, "left": m.Left, "shared": m.Shared, "hairpinned": m.Hairpinned}
+		return byMember(s.Tables.Mapping)
 	}),
 	gauges("mapping_not_applied", "reason", "Live flows without their mapping at the last reconcile.", func(s *control.Status) map[string]uint64 { return s.Tables.Mapping.NotApplied }),
 

@@ -100,7 +100,7 @@ func TestChildrenOfAPermissionAreCapped(t *testing.T) {
 			if got != 10 {
 				t.Errorf("%d children came in", got)
 			}
-			if c := count(t, table); c != (rules.Totals{ChildDrops: 31, Expected: 10}) {
+			if c := count(t, table); c != (totals{ChildDrops: 31, Expected: 10}) {
 				t.Errorf("%+v", c)
 			}
 
@@ -144,7 +144,7 @@ func TestForwardsOfTheUserAreNotCapped(t *testing.T) {
 	send(t, l, lab.PeerA, 20, netip.MustParseAddrPort("198.51.100.1:6000"))
 	got := 0
 	eventually(t, func() bool { got += receive(t, inside); return got == 20 })
-	if c := count(t, table); c != (rules.Totals{}) {
+	if c := count(t, table); c != (totals{}) {
 		t.Errorf("%+v", c)
 	}
 }

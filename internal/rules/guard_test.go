@@ -55,7 +55,7 @@ func TestGuardDropsWhatNoSocketWaitsFor(t *testing.T) {
 		if got := entries(t, l, "-p", "udp", "-f", test.family, "--dport", "5060"); len(got) != 0 {
 			t.Errorf("an entry was made: %q", got)
 		}
-		if c := count(t, table); c != (rules.Totals{GuardDrops: uint64(i + 1)}) {
+		if c := count(t, table); c != (totals{GuardDrops: uint64(i + 1)}) {
 			t.Errorf("%+v", c)
 		}
 	}
@@ -97,7 +97,7 @@ func TestGuardPassesWhatASocketWaitsFor(t *testing.T) {
 			}
 		})
 	}
-	if c := count(t, table); c != (rules.Totals{}) {
+	if c := count(t, table); c != (totals{}) {
 		t.Errorf("%+v", c)
 	}
 }
@@ -137,7 +137,7 @@ func TestGuardLeavesInsideLinksAlone(t *testing.T) {
 	set(t, table, guard)
 	check(t, refused(l.Inside(0), "10.47.11.1:5060"))
 	check(t, refused(l.Inside(0), "198.51.100.1:5060"))
-	if c := count(t, table); c != (rules.Totals{}) {
+	if c := count(t, table); c != (totals{}) {
 		t.Errorf("%+v", c)
 	}
 	// With the link among the outside ones the same packet is dropped.
@@ -147,7 +147,7 @@ func TestGuardLeavesInsideLinksAlone(t *testing.T) {
 	check(t, lab.Lost(fence,
 		lab.Packet{From: inside, To: netip.MustParseAddrPort("10.47.11.1:5060"), Payload: "early"},
 		lab.Packet{From: inside, To: fence.Addr(), Payload: "fence"}))
-	if c := count(t, table); c != (rules.Totals{GuardDrops: 1}) {
+	if c := count(t, table); c != (totals{GuardDrops: 1}) {
 		t.Errorf("%+v", c)
 	}
 	check(t, refused(l.Outside, "198.51.100.1:5060")) // as the link is not now
@@ -163,7 +163,7 @@ func TestRejectOfTheUserStillAnswers(t *testing.T) {
 	if got := output(t, l, "nft", "list", "table", "inet", "filter"); !strings.Contains(got, "packets 1 ") {
 		t.Error("the user's rule did not count:", got)
 	}
-	if c := count(t, table); c != (rules.Totals{}) {
+	if c := count(t, table); c != (totals{}) {
 		t.Errorf("%+v", c)
 	}
 }

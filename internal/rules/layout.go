@@ -22,17 +22,17 @@ import (
 const MarkerChain = "made_by_conenatd"
 
 // Names of counters. They are named objects, so that they keep their values when rules
-// change.
+// change. Tags in internal/control/wire.go have these names.
 const (
 	guardCounter    = "guard_drops"
 	childCounter    = "child_drops"
-	spoofedCounter  = "spoofed_drops"
-	unsureCounter   = "unsure"
-	zeroCounter     = "port_zero_drops"
+	spoofedCounter  = "spoofed_drops"   // from outside with an inside source, and from elsewhere with a peer's
+	unsureCounter   = "unsure"          // flows that came by a link that is not the way back; nothing is learned from them
+	zeroCounter     = "port_zero_drops" // packets that match an anchor, and ICMP errors about one
 	admittedCounter = "admitted"
 	expectedCounter = "expected"
-	learnedCounter  = "learned"
-	limitedCounter  = "learn_limited"
+	learnedCounter  = "learned"       // packets from which the kernel learned a permission
+	limitedCounter  = "learn_limited" // those from which it did not, because of the rate
 	zonedCounter    = "arrived_in_zone"
 )
 

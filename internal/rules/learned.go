@@ -9,7 +9,8 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// Learned returns Counters.Learned. It is cheaper than Counters, and fails if there is no map.
+// Learned returns how many packets taught the kernel a permission. It is cheaper than
+// Counters, and fails if there is no map.
 func (t *Tables) Learned() (packets uint64, err error) {
 	o, err := t.c.GetObject(&nftables.NamedObj{
 		Table: t.owned(nftables.TableFamilyIPv4), Name: learnedCounter, Type: nftables.ObjTypeCounter,

@@ -16,11 +16,11 @@ const (
 	exemptSet      = "exempt"
 	servedSet      = "served"
 	hairpinSet     = "hairpin_subnets"
-	movedCounter   = "moved"
-	usedUpCounter  = "pool_used_up"
-	leftCounter    = "left_to_rules"
-	sharedCounter  = "port_shared"
-	hairpinCounter = "hairpinned"
+	movedCounter   = "moved"         // newcomers that got a port of the pool
+	usedUpCounter  = "pool_used_up"  // those that found no free port
+	leftCounter    = "left_to_rules" // flows whose mapping something else uses towards that remote endpoint
+	sharedCounter  = "port_shared"   // flows to which the user's rules gave the endpoint of another host's mapping
+	hairpinCounter = "hairpinned"    // flows from inside to an outside endpoint
 	sourceChain    = "map_source"
 )
 

@@ -192,56 +192,38 @@ type MapConfig struct {
 	noNumgen bool // the kernel has no random numbers for rules
 }
 
-// Counters count packets since the tables were made.
-type Counters struct {
-	Totals
-	all map[string]uint64 // by name
-}
+// Counters count packets since the tables were made, by the names of the counters in nft. A
+// counter that the tables do not have is 0.
+type Counters map[string]uint64
 
-// Totals are the Counters that are not of a single subnet.
-type Totals struct {
-	// SpoofedDrops are packets from outside with an inside source, and packets from
-	// elsewhere with a peer's source. PortZeroDrops are packets that match an anchor, and
-	// ICMP errors about an anchor.
-	GuardDrops, SpoofedDrops, ChildDrops, PortZeroDrops uint64
-	// Unsure are flows whose first packet came by a link that is not the way back to its
-	// source. Nothing is learned from them.
-	Unsure uint64
-	// Admitted are the first packets of flows that the map admitted. The user's firewall
-	// may have dropped them later.
-	Admitted uint64
-	// Expected are the first packets of flows that expectations on anchors let in.
-	Expected uint64
-	// Zoned are packets from outside to one of Desired.ZonedAddrs that came in a conntrack
-	// zone and that neither the map nor an expectation admitted.
-	Zoned uint64
-	// Learned are the packets from which the kernel learned a permission, LearnLimited
-	// those from which it did not because of the rate.
-	Learned, LearnLimited uint64
-	// Moved are newcomers that got a port of the pool, PoolUsedUp those that found no free
-	// port. LeftToRules are flows that could not use their mapping because something else
-	// uses the outside port towards that remote endpoint. Hairpinned are flows from inside
-	// to an outside endpoint.
-	Moved, PoolUsedUp, LeftToRules, Hairpinned uint64
-	// PortShared are flows to which the user's rules gave an outside endpoint that another
-	// host's mapping owns.
-	PortShared uint64
-}
+// Admitted are the first packets of flows that the map admitted, and that no chain of ours
+// dropped afterwards. The user's firewall may have dropped them later.
+func (c Counters) Admitted() uint64 { return c[admittedCounter] - c[divertedCounter] }
+
+// Expected are the first packets of flows that expectations on anchors let in.
+func (c Counters) Expected() uint64 { return c[expectedCounter] }
+
+// Zoned are packets from outside to one of Desired.ZonedAddrs that came in a conntrack zone
+// and that neither the map nor an expectation admitted.
+func (c Counters) Zoned() uint64 { return c[zonedCounter] }
+
+// PoolUsedUp are the newcomers that found no free port in their pool.
+func (c Counters) PoolUsedUp() uint64 { return c[usedUpCounter] }
 
 // AdmittedInto and ExpectedInto return the part of Admitted and Expected for one of
 // Desired.Subnets. They return false if it was not counted: there is only that subnet, or the
 // kernel has no labels.
-func (c *Counters) AdmittedInto(subnet netip.Prefix) (uint64, bool) {
+func (c Counters) AdmittedInto(subnet netip.Prefix) (uint64, bool) {
 	return c.into(admittedCounter, subnet)
 }
 
 // ExpectedInto is AdmittedInto for Expected.
-func (c *Counters) ExpectedInto(subnet netip.Prefix) (uint64, bool) {
+func (c Counters) ExpectedInto(subnet netip.Prefix) (uint64, bool) {
 	return c.into(expectedCounter, subnet)
 }
 
-func (c *Counters) into(counter string, subnet netip.Prefix) (uint64, bool) {
-	n, ok := c.all[into(counter, subnet)]
+func (c Counters) into(counter string, subnet netip.Prefix) (uint64, bool) {
+	n, ok := c[into(counter, subnet)]
 	return n, ok
 }
 

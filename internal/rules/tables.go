@@ -323,22 +323,17 @@ func (w *writer) make(table *nftables.Table, have *state, want *layout) {
 
 // Counters reads the counters. All are 0 if the tables do not exist.
 func (t *Tables) Counters() (Counters, error) {
-	n := map[string]uint64{}
+	n := Counters{}
 	for _, family := range tables {
 		s := state{counters: map[string]uint64{}}
 		if err := s.readCounters(t.c, t.owned(family)); err != nil && !errors.Is(err, unix.ENOENT) {
-			return Counters{}, nfnl.Permitted(err)
+			return nil, nfnl.Permitted(err)
 		}
 		for name, packets := range s.counters {
 			n[name] += packets
 		}
 	}
-	return Counters{all: n, Totals: Totals{
-		GuardDrops: n[guardCounter], SpoofedDrops: n[spoofedCounter], ChildDrops: n[childCounter], PortZeroDrops: n[zeroCounter],
-		Unsure: n[unsureCounter], Admitted: n[admittedCounter] - n[divertedCounter], Expected: n[expectedCounter], Zoned: n[zonedCounter],
-		Learned: n[learnedCounter], LearnLimited: n[limitedCounter],
-		Moved: n[movedCounter], PoolUsedUp: n[usedUpCounter], LeftToRules: n[leftCounter], PortShared: n[sharedCounter], Hairpinned: n[hairpinCounter],
-	}}, nil
+	return n, nil
 }
 
 // Remove deletes the tables, if they exist, and with them all permissions of the map.

@@ -223,7 +223,7 @@ func TestRemoveLeavesNoTrace(t *testing.T) {
 		if diff := cmp.Diff(before, output(t, l, "nft", "--handle", "list", "ruleset")); diff != "" {
 			t.Error(diff)
 		}
-		if c := count(t, table); c != (rules.Totals{}) {
+		if c := count(t, table); c != (totals{}) {
 			t.Error(c)
 		}
 	}
