@@ -44,7 +44,7 @@ type Daemon struct {
 	loop      *loop
 	reconcile *reconciler
 
-	lock      *control.Lock
+	closers   []func() error
 	site      site
 	made      bool           // this daemon took over the tables of an earlier one, or made them
 	leave     bool           // permissions and tables stay in the kernel when this daemon ends
@@ -191,21 +191,27 @@ func New(cfg Config) (d *Daemon, err error) {
 	if err := enoughDescriptors(); err != nil {
 		return d, err
 	}
-	if d.lock, err = control.Acquire(cfg.Socket); err != nil {
+	lock, err := control.Acquire(cfg.Socket)
+	if err != nil {
 		return d, err
 	}
+	d.closes(lock.Close)
 	if err = d.auditor.open(&cfg.Config); err != nil {
 		return d, err
 	}
+	d.closes(d.auditor.discard)
 	if d.site, err = openSite(&cfg.Config, d.log); err != nil {
 		return d, err
 	}
+	d.closes(d.site.close)
 	if d.conntrack, err = openSysctls(); err != nil {
 		return d, err
 	}
+	d.closes(d.restoreSysctls)
 	if r.firewall, err = openFirewall(cfg.Table); err != nil {
 		return d, err
 	}
+	d.closes(d.closeFirewall)
 	if r.firewall.zones, err = r.firewall.leftZones(); err != nil {
 		return d, err
 	}
@@ -214,20 +220,23 @@ func New(cfg Config) (d *Daemon, err error) {
 		return d, err
 	}
 	// Subscribe before the first dump, so that no flow is missed in between.
-	d.events, err = ctwatch.Dial(ctwatch.Config{ReadBuffer: cfg.EventBuffer})
-	if err != nil {
+	if d.events, err = ctwatch.Dial(ctwatch.Config{ReadBuffer: cfg.EventBuffer}); err != nil {
 		return d, err
 	}
+	d.closes(d.events.Close)
 	if l.queries, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
 		return d, err
 	}
+	d.closes(l.queries.Close)
 	if r.reads, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
 		return d, err
 	}
+	d.closes(r.reads.Close)
 	r.seeFlowsBefore(l.cfg)
 	if r.statistics, err = ctwatch.DialStatistics(ctwatch.Config{}); err != nil {
 		return d, err
 	}
+	d.closes(r.statistics.Close)
 	if l.kernel, err = r.readConntrack(); err != nil {
 		return d, err
 	}
@@ -236,12 +245,15 @@ func New(cfg Config) (d *Daemon, err error) {
 	if l.sockets, err = gateway.DialSockets(0); err != nil {
 		return d, err
 	}
+	d.closes(l.sockets.Close)
 	if r.ports, err = gateway.DialSockets(0); err != nil {
 		return d, err
 	}
+	d.closes(r.ports.Close)
 	if d.links, err = gateway.Watch(0); err != nil {
 		return d, err
 	}
+	d.closes(d.links.Close)
 	l.sockets.SetNetwork(r.network)
 	r.ports.SetNetwork(r.network)
 	if r.held, err = r.ports.Ports(); err != nil {
@@ -254,6 +266,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	}
 	r.whole = r.firewall.whole
 	d.decide()
+	d.closes(d.closeExpect)
 	adopted, err := d.openBackends()
 	if err != nil {
 		return d, err
@@ -364,53 +377,47 @@ var filterings = map[config.Filtering]cone.Filtering{
 	config.AddressAndPortDependent: cone.AddressAndPortDependent,
 }
 
+// closes notes that f closes something that New opened. Close calls these functions, the last
+// one first.
+func (d *Daemon) closes(f func() error) { d.closers = append(d.closers, f) }
+
 // Close closes what New opened, and removes our tables unless permissions are to stay. Run
 // calls it; call it for a Daemon that did not Run.
 func (d *Daemon) Close() error {
-	l, r := d.loop, d.reconcile
+	d.auditor.close(!d.leave && d.loop.engine != nil)
 	var errs []error
-	d.auditor.close(!d.leave && l.engine != nil)
-	errs = append(errs, d.auditor.discard())
-	if d.events != nil {
-		errs = append(errs, d.events.Close())
-	}
-	if l.queries != nil {
-		errs = append(errs, l.queries.Close())
-	}
-	if r.reads != nil {
-		errs = append(errs, r.reads.Close())
-	}
-	if r.statistics != nil {
-		errs = append(errs, r.statistics.Close())
-	}
-	if l.sockets != nil {
-		errs = append(errs, l.sockets.Close())
-	}
-	if r.ports != nil {
-		errs = append(errs, r.ports.Close())
-	}
-	if d.links != nil {
-		errs = append(errs, d.links.Close())
-	}
-	leave := d.leave
-	if e := r.backends.expect; e != nil {
-		leave = leave || e.Standing() > 0 // some expectations could not be revoked
-		errs = append(errs, e.Close())
-	}
-	if r.firewall != nil {
-		if d.made && !leave {
-			errs = append(errs, r.firewall.remove())
-		}
-		errs = append(errs, r.firewall.close())
-	}
-	if l.engine != nil && !leave { // permissions that stay need the settings
-		errs = append(errs, d.conntrack.restoreAll())
-	}
-	errs = append(errs, d.site.close())
-	if d.lock != nil {
-		errs = append(errs, d.lock.Close())
+	for _, f := range slices.Backward(d.closers) {
+		errs = append(errs, f())
 	}
 	return errors.Join(errs...)
+}
+
+// closeExpect closes the expect backend, if it is in use.
+func (d *Daemon) closeExpect() error {
+	e := d.reconcile.backends.expect
+	if e == nil {
+		return nil
+	}
+	d.leave = d.leave || e.Standing() > 0 // some expectations could not be revoked
+	return e.Close()
+}
+
+// closeFirewall removes our tables unless permissions are to stay.
+func (d *Daemon) closeFirewall() (err error) {
+	f := d.reconcile.firewall
+	if d.made && !d.leave {
+		err = f.remove()
+	}
+	return errors.Join(err, f.close())
+}
+
+// restoreSysctls restores the settings that we changed, unless permissions stay, which need
+// them.
+func (d *Daemon) restoreSysctls() error {
+	if d.loop.engine == nil || d.leave {
+		return nil
+	}
+	return d.conntrack.restoreAll()
 }
 
 // Run runs the daemon until ctx ends, then removes everything it made from the kernel,
