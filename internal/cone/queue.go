@@ -47,6 +47,14 @@ func (m *Model) requeue(i int32) {
 	m.enqueue(i)
 }
 
+// moveFirst moves claim i to the head of the queue of its Key.
+func (m *Model) moveFirst(i int32) {
+	c := &m.claims[i]
+	m.dequeue(i)
+	c.nextKey = m.owner(c.Key)
+	m.byKey[c.Key] = i
+}
+
 // passOver handles claim i, which is overdue when it comes first. The next claim of its Key that
 // is not overdue stands instead. If there is none, the flows of i are queried: it stands only if
 // its host has sent since they were last seen.
@@ -56,9 +64,7 @@ func (m *Model) passOver(now time.Duration, i int32) {
 			continue
 		}
 		m.setState(i, StateWaiting, ReasonConflict)
-		m.dequeue(n)
-		m.claims[n].nextKey = i
-		m.byKey[m.claims[n].Key] = n
+		m.moveFirst(n)
 		m.grant(now, n)
 		return
 	}

@@ -11,7 +11,7 @@ import (
 )
 
 // Dump calls fn for each UDP entry of the table, both families, all zones, without anchors
-// (ctnetlink_dump_table). The Flow is the same one each time: fn must copy what it keeps,
+// and others with port 0 (ctnetlink_dump_table). The Flow is the same one each time: fn must copy what it keeps,
 // and must not use q.
 //
 // The table changes during the dump: an entry that is made or deleted meanwhile may be
@@ -23,7 +23,7 @@ func (q *Queries) Dump(fn func(*cone.Flow)) error {
 	var malformed int
 	each := func(body []byte) {
 		switch err := parseFlow(body, &f); {
-		case err == nil && !isAnchor(&f):
+		case err == nil && !hasPortZero(&f):
 			fn(&f)
 		case errors.Is(err, errMalformed):
 			malformed++

@@ -64,7 +64,7 @@ type Range struct {
 func (r Range) ofSome() bool { return r.FirstSource.IsValid() }
 
 // eventFilter is the socket filter of a Watcher. It passes UDP events of both families,
-// except new anchors; with prefixes, only those of s. It runs before a message is queued
+// except new ones with port 0, as anchors have; with prefixes, only those of s. It runs before a message is queued
 // (sk_filter), so what it drops costs neither buffer nor wake-up. It looks at the first
 // message of a datagram; the kernel sends events one by one.
 //
@@ -83,16 +83,16 @@ func eventFilter(s Sources) ([]bpf.RawInstruction, error) {
 		load(1),
 		dropIf(bpf.JumpNotEqual, unix.IPPROTO_UDP),
 	)
-	var anchors []bpf.Instruction
+	var zero []bpf.Instruction
 	for _, port := range []uint32{nfnl.CTAProtoSrcPort, nfnl.CTAProtoDstPort} {
-		anchors = slices.Concat(anchors,
+		zero = slices.Concat(zero,
 			[]bpf.Instruction{bpf.LoadScratch{Dst: bpf.RegA, N: protoSlot}},
 			find(bpf.ExtNetlinkAttrNested, port),
 			load(2),
 			dropIf(bpf.JumpEqual, 0),
 		)
 	}
-	prog = slices.Concat(prog, skipIfGone(anchors), anchors)
+	prog = slices.Concat(prog, skipIfGone(zero), zero)
 	if len(s.Prefixes) == 0 || len(s.Prefixes) > mostSources {
 		return bpf.Assemble(append(prog, bpf.RetConstant{Val: pass}))
 	}

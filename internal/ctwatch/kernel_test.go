@@ -101,7 +101,7 @@ func TestSocketFilterDropsWhatIsNotOurs(t *testing.T) {
 	s := listen(t, "127.0.0.1:0")
 	s.send(t, endpoint("127.0.0.1:9"), "x")
 	events := readQueued(t, w)
-	if len(events) != 2 || events[0].Kind != Gone || !isAnchor(&events[0].Flow) || events[0].Flow.Src.Port != 7 ||
+	if len(events) != 2 || events[0].Kind != Gone || !hasPortZero(&events[0].Flow) || events[0].Flow.Src.Port != 7 ||
 		events[1].Kind != New || events[1].Flow.Src != s.endpoint() {
 		t.Errorf("events %+v", events)
 	}

@@ -34,16 +34,16 @@ func parse(h nfnl.Header, msg []byte, f *cone.Flow) (Kind, error) {
 	if err := parseFlow(msg[unix.NLMSG_HDRLEN:], f); err != nil {
 		return 0, err
 	}
-	if kind == New && isAnchor(f) {
+	if kind == New && hasPortZero(f) {
 		return 0, errForeign
 	}
 	f.Began = kind == New && !f.Status.Has(cone.StatusSeenReply) // else another program made the entry
 	return kind, nil
 }
 
-// isAnchor reports whether f is an entry that the expect backend made. Real
-// packets do not use port 0.
-func isAnchor(f *cone.Flow) bool { return f.Src.Port == 0 || f.Dst.Port == 0 }
+// hasPortZero reports whether f uses port 0. Real packets do not, but all anchors do
+// (cone.IsAnchor).
+func hasPortZero(f *cone.Flow) bool { return f.Src.Port == 0 || f.Dst.Port == 0 }
 
 // parseFlow decodes nfgenmsg and the attributes behind it (ctnetlink_fill_info). It skips
 // unknown attributes, so that a newer kernel does not stop us.
