@@ -230,7 +230,7 @@ func statusCommand() *cobra.Command {
 			err = control.WriteStatus(c.OutOrStdout(), st, verbose, time.Now())
 		}
 		if err == nil && verify && len(st.Verification.Wrong) > 0 {
-			err = fmt.Errorf("verify: %d things are not as they should be; the next reconcile mends them, or it is a bug", len(st.Verification.Wrong))
+			err = fmt.Errorf("verify: %d things are not as they should be; the next reconcile repairs them, or it is a bug", len(st.Verification.Wrong))
 		}
 		return err
 	})

@@ -68,10 +68,10 @@ func (m *Model) lost(now time.Duration, p *Permission) bool {
 
 // SetForwards sets what the user's rules forward. f reports whether a rule may lead a peer
 // of a permission elsewhere than the permission does; it may be nil. Such permissions lose
-// their expectation, and others may get one. If whole is false, f may not know all
+// their expectation, and others may get one. If complete is false, f may not know all
 // forwards; then forwards that flows show count too.
-func (m *Model) SetForwards(now time.Duration, f func(Permission) bool, whole bool) {
-	m.BeginForwards(now, f, whole)
+func (m *Model) SetForwards(now time.Duration, f func(Permission) bool, complete bool) {
+	m.BeginForwards(now, f, complete)
 	for at := 0; at >= 0; {
 		at = m.ReviewForwards(now, at, len(m.claims))
 	}
@@ -79,9 +79,9 @@ func (m *Model) SetForwards(now time.Duration, f func(Permission) bool, whole bo
 
 // BeginForwards is SetForwards for decisions from now on. ReviewForwards applies it to what
 // stands already.
-func (m *Model) BeginForwards(now time.Duration, f func(Permission) bool, whole bool) {
+func (m *Model) BeginForwards(now time.Duration, f func(Permission) bool, complete bool) {
 	m.interim.changeForwards(now, m.ruled)
-	m.ruled, m.unread = f, !whole
+	m.ruled, m.unread = f, !complete
 	m.explainShown()
 }
 

@@ -135,7 +135,7 @@ func (m *Model) FlowSeen(now time.Duration, f *Flow) {
 	case roleOther:
 		// Flows that end on the gateway do not pass the forward hook.
 		_, ends := m.topo.local[f.ReplySrc.Addr]
-		if f.Status.Has(StatusExpected) && !ends && m.snap.whole && !m.snap.showing && m.topo.outside(f.Src.Addr.Netip()) {
+		if f.Status.Has(StatusExpected) && !ends && m.snap.complete && !m.snap.showing && m.topo.outside(f.Src.Addr.Netip()) {
 			m.passed(f).Expected++
 		}
 	}
@@ -289,7 +289,7 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 // daemon that died may have left it, or its first packet came just as the permission ended.
 // Before the first snapshot it is not known what is gone.
 func (m *Model) orphan(f *Flow, p Permission) {
-	if m.snap.whole && !f.Status.Has(StatusSeenReply) {
+	if m.snap.complete && !f.Status.Has(StatusSeenReply) {
 		m.op(Op{Kind: DropUnanswered, Permission: p, From: f.Src, FromZone: f.OrigZone, ID: f.ID})
 	}
 }

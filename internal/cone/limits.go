@@ -121,7 +121,7 @@ func (m *Model) underLimits(c *claim, end func(i int32)) Reason {
 			return ReasonNone
 		}
 		// Before the first snapshot it is unknown which claims are idle.
-		if oldest == none || !m.snap.whole {
+		if oldest == none || !m.snap.complete {
 			return reason
 		}
 		end(oldest)

@@ -133,7 +133,7 @@ func (w *world) bound() {
 
 // bounded reports whether a lack of room does not change what stands.
 func (w *world) bounded() bool {
-	return w.ref.policy.Mapped && w.full == 0 && w.policy.Subnets[0].Choice != ChooseMap && w.m.snap.whole
+	return w.ref.policy.Mapped && w.full == 0 && w.policy.Subnets[0].Choice != ChooseMap && w.m.snap.complete
 }
 
 // The model and the naive reference must agree after every step, and no grant

@@ -255,7 +255,7 @@ func (m *Model) Failed(now time.Duration, p Permission, by Carriers, r Reason) {
 // makeRoomOnPort ends the permission that has been idle longest among those with an
 // expectation on the outside port of claim i, and reports whether there was one.
 func (m *Model) makeRoomOnPort(now time.Duration, i int32) bool {
-	if !m.snap.whole { // it is unknown which claims are idle
+	if !m.snap.complete { // it is unknown which claims are idle
 		return false
 	}
 	oldest := none

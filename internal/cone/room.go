@@ -20,7 +20,7 @@ type Room struct {
 // is unknown which are idle.
 func (m *Model) SetRoom(now time.Duration, r Room) {
 	m.room, m.bounded = r, true
-	if !m.snap.whole {
+	if !m.snap.complete {
 		return
 	}
 	m.giveUp(now, idle, r.New)
@@ -57,7 +57,7 @@ func (m *Model) hasRoom(c *claim) bool {
 // makeRoom ends expectations of idle claims until there is room for one more, and
 // reports whether there is.
 func (m *Model) makeRoom(now time.Duration) bool {
-	if m.snap.whole {
+	if m.snap.complete {
 		m.giveUp(now, idle, m.room.New-1)
 	}
 	return m.stats.Expected < m.room.New

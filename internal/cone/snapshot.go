@@ -10,16 +10,16 @@ import (
 // A snapshot is a dump in progress. Events go on while the dump runs: a flow that ended
 // meanwhile must not come back, and a flow that began must not count as missing.
 type snapshot struct {
-	gen     uint8         // stamped on flows seen since the last BeginSnapshot
-	began   time.Duration // time of the last BeginSnapshot
-	before  time.Duration // when the last complete snapshot began: all flows were looked at since
-	running bool
-	whole   bool                // there was a complete snapshot
-	first   bool                // there was no complete snapshot before this one
-	showing bool                // the model handles one of its flows right now
-	ended   map[uint32]struct{} // flows that ended while it runs
-	inbound []Flow              // handled last, when the permissions of children are known
-	led     map[lead]struct{}   // where flows of forwards in inbound lead, whoever the peer
+	gen      uint8         // stamped on flows seen since the last BeginSnapshot
+	began    time.Duration // time of the last BeginSnapshot
+	before   time.Duration // when the last complete snapshot began: all flows were looked at since
+	running  bool
+	complete bool                // there was a complete snapshot
+	first    bool                // there was no complete snapshot before this one
+	showing  bool                // the model handles one of its flows right now
+	ended    map[uint32]struct{} // flows that ended while it runs
+	inbound  []Flow              // handled last, when the permissions of children are known
+	led      map[lead]struct{}   // where flows of forwards in inbound lead, whoever the peer
 
 	unplaced bool // Model.unplaced before this snapshot
 	reported bool // the kernel reported all flows since this snapshot began
@@ -46,7 +46,7 @@ func (s *snapshot) over(id uint32) bool {
 // It abandons a snapshot that is under way.
 func (m *Model) BeginSnapshot(now time.Duration) {
 	m.snap = snapshot{
-		gen: m.snap.gen + 1, whole: m.snap.whole, first: !m.snap.whole, running: true, began: now, before: m.snap.before,
+		gen: m.snap.gen + 1, complete: m.snap.complete, first: !m.snap.complete, running: true, began: now, before: m.snap.before,
 		ended:    make(map[uint32]struct{}),
 		unplaced: m.unplaced || m.snap.unplaced,
 		reported: !m.unreported.on,
@@ -113,7 +113,7 @@ func (m *Model) EndSnapshot(now time.Duration) {
 	if !m.snap.running {
 		return
 	}
-	m.snap.whole, m.snap.unplaced = true, false
+	m.snap.complete, m.snap.unplaced = true, false
 	for i := range m.snap.inbound {
 		if f := &m.snap.inbound[i]; !m.snap.over(f.ID) {
 			m.show(now, f)
@@ -151,5 +151,5 @@ func (m *Model) EndSnapshot(now time.Duration) {
 // did not show may still be there.
 func (m *Model) AbortSnapshot() {
 	m.unplaced = m.unplaced || m.snap.unplaced
-	m.snap = snapshot{gen: m.snap.gen, whole: m.snap.whole, before: m.snap.before}
+	m.snap = snapshot{gen: m.snap.gen, complete: m.snap.complete, before: m.snap.before}
 }

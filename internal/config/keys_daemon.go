@@ -65,7 +65,7 @@ var kernelKeys = []setting[Config]{
 is still inside, so that no answer comes too early, even while the daemon is down. Has no
 effect with backend "expect".`,
 		},
-		access: one(truth, func(c *Config) *bool { return &c.Learn }),
+		access: one(boolean, func(c *Config) *bool { return &c.Learn }),
 	},
 	{
 		Key: Key{
@@ -108,7 +108,7 @@ link: with them an attacker could open ports of that host and keep them open. (N
 rule" matches something that only the answers have: marks other than uplink_mask, iif, UDP
 ports, tos, dscp, tun_id.)`,
 		},
-		access: one(truth, func(c *Config) *bool { return &c.Guard }),
+		access: one(boolean, func(c *Config) *bool { return &c.Guard }),
 	},
 	{
 		Key: Key{
@@ -142,7 +142,7 @@ is counted there and in the log. While it is on, the kernel reports all flows, a
 			Doc: `Add the addresses and ports of peers to the audit log. They tell whom people talk to, so RFC 6888
 REQ-12 asks not to log them unless you must.`,
 		},
-		access: one(truth, func(c *Config) *bool { return &c.AuditPeers }),
+		access: one(boolean, func(c *Config) *bool { return &c.AuditPeers }),
 	},
 	{
 		Key: Key{

@@ -36,7 +36,7 @@ link of "outside" has the value 1 in the bits of uplink_mask, the second 2. No o
 changes, and a mark of yours in these bits stays. docs/recipes/uplink-marks.md has the whole
 set-up. Needs nftables.`,
 		},
-		access: one(truth, func(c *Config) *bool { return &c.UplinkMarks }),
+		access: one(boolean, func(c *Config) *bool { return &c.UplinkMarks }),
 	},
 	{
 		Key: Key{
@@ -85,7 +85,7 @@ need not be listed, nor IPsec destinations.`,
 outside endpoints, in whatever inside network those are. Not for hosts that come by a link
 that also leads outside (a gateway with one arm).`,
 		},
-		access: one(truth, func(c *Config) *bool { return &c.Hairpin }),
+		access: one(boolean, func(c *Config) *bool { return &c.Hairpin }),
 	},
 	{
 		Key: Key{
@@ -96,7 +96,7 @@ translated as your rules say now: flows older than your NAT rule, older than the
 your uplink, or older than a failover and unanswered since. Without this key they are only
 counted.`,
 		},
-		access: one(truth, func(c *Config) *bool { return &c.HealFlows }),
+		access: one(boolean, func(c *Config) *bool { return &c.HealFlows }),
 	},
 }
 
@@ -115,7 +115,7 @@ here as well. Needs expectations, so not with backend "nft". At most 64 peers of
 time; those without a live flow make room. If no IPv6 subnet is enabled, turning this on
 needs a restart; a reload is not enough.`,
 		},
-		access: one(truth, func(c *Config) *bool { return &c.Self }),
+		access: one(boolean, func(c *Config) *bool { return &c.Self }),
 	},
 	{
 		Key: Key{

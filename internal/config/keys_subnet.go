@@ -24,7 +24,7 @@ enables nothing. It never enables IPv6.`,
 			Usage: "the subnets of --subnet are routed, not only NATed",
 			Doc:   `Flows without source NAT count, too (routed IPv4, and normally IPv6).`,
 		},
-		access: one(truth, func(s *Subnet) *bool { return &s.Routed }),
+		access: one(boolean, func(s *Subnet) *bool { return &s.Routed }),
 	},
 	{
 		Key: Key{

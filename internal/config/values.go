@@ -227,7 +227,7 @@ func learnRate(v any) (int, error) {
 	return int(n), nil
 }
 
-func truth(v any) (bool, error) {
+func boolean(v any) (bool, error) {
 	b, ok := v.(bool)
 	if !ok {
 		return false, expected("true or false", v)

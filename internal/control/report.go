@@ -71,7 +71,7 @@ func WriteStatus(w io.Writer, s Status, verbose bool, now time.Time) error {
 	some(sum(c.Failed), "failed", "%s", parts(worded(c.Failed)))
 	more("conflicts", "%d", c.Conflicts)
 	more("early packets", "%d", c.Early)
-	some(c.Crowded+s.Tables.Guard.Children, "crowded", "%d children beyond their limit, dropped", c.Crowded+s.Tables.Guard.Children)
+	some(c.Crowded+s.Tables.Guard.Children, "child limit", "%d children beyond their limit, dropped", c.Crowded+s.Tables.Guard.Children)
 	if s.Tables.Guard.On {
 		line("guard", "on, dropped %d packets that nobody waited for, %d with a faked source",
 			s.Tables.Guard.Drops, s.Tables.Guard.Spoofed)
@@ -99,8 +99,8 @@ func WriteStatus(w io.Writer, s Status, verbose bool, now time.Time) error {
 	more("  invalid", "%d packets and %d ICMP messages cannot be tracked", k.Invalid, k.Error)
 	more("  search_restart", "%d look-ups began anew because the table changed", k.SearchRestart)
 	more("  expectations", "%d were made and %d ended, of all programs; they admitted %d flows", k.ExpectationsMade, k.ExpectationsEnded, k.Expected)
-	more("remapped", "%d of %d peers saw another outside port than the peer before", c.Remapped, c.Compared)
-	some(sum(c.Repaired)+s.Tables.Repaired, "put back", "%s; tables %d times", parts(worded(c.Repaired)), s.Tables.Repaired)
+	more("port changed", "%d of %d peers saw another outside port than the peer before", c.Remapped, c.Compared)
+	some(sum(c.Repaired)+s.Tables.Repaired, "repaired", "%s; tables %d times", parts(worded(c.Repaired)), s.Tables.Repaired)
 	if l.Count > 0 && verbose {
 		line("latency", "p50 %s, p99 %s, max %s, from event to kernel", micros(l.P50), micros(l.P99), micros(l.Max))
 	}

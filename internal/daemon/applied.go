@@ -97,7 +97,7 @@ func (m *mapper) check(f *cone.Flow, link string) {
 		m.applied.missing(otherZone, 1)
 	case link == "":
 		m.applied.missing(notOnOutside, 1)
-	case m.bars(f.ReplyDst.Port):
+	case m.isBarred(f.ReplyDst.Port):
 		m.applied.missing(servedPort, 1)
 	case !m.given.may(link, f.Src.Addr, f.ReplyDst.Addr):
 		m.applied.missing(oldAddress, 1)

@@ -141,9 +141,9 @@ func (r *reconciler) lookForBroken() error {
 		return fmt.Errorf("look for flows with another source than rules give: %w", err)
 	}
 	r.noted.note(slog.LevelInfo, "healed", "flows left with another source than your rules give now; they ended", uint64(ended))
-	whole := b.walk.from == 0
+	finished := b.walk.from == 0
 	sum := b.sum
-	if whole {
+	if finished {
 		b.sum, b.shown = nil, len(sum) > 0
 		b.answers.next()
 	}
@@ -151,9 +151,9 @@ func (r *reconciler) lookForBroken() error {
 		b.looks--
 		b.due = true
 	}
-	b.due = b.due || !whole
+	b.due = b.due || !finished
 	r.ask(func(l *loop) {
-		if whole {
+		if finished {
 			l.brokenNow = sum
 		}
 		l.healed += uint64(ended)

@@ -93,28 +93,28 @@ type reconciler struct {
 	statistics *ctwatch.Statistics
 	ports      *gateway.Sockets
 
-	wanted    config.Config      // as the user gave it; loop.cfg also has the subnets found by "auto"
-	hosts     []netip.Addr       // inside hosts of the permissions adopted at the start
-	size      int                // of the conntrack table; the limits of loop.cfg are for this size
-	counts    ctwatch.Counts     // conntrack statistics, as last read
-	space     space              // as last told to the model
-	backends  backends           // in use
-	network   gateway.Network    // as last read
-	held      *gateway.PortSet   // sockets at the last look
-	looked    time.Duration      // time of that look
-	settled   bool               // the last two looks found the same sockets
-	served    *gateway.PortSet   // ports held at both of the last two looks, or at the only one
-	sure      bool               // there were two looks
-	forwarded *userrules.Covered // what the user's rules forward, as last told to the model
-	whole     bool               // forwarded is complete
-	unheard   *userrules.Covered // forwards whose flows the event filter leaves out
-	budget    budget             // of CPU time for looks at changes by neighbours
-	comparer  engine.Comparer
-	changed   changes // by neighbours, still to be looked at
-	lean      lean
-	uplinks   uplinks // outside links that no default route shows
-	broken    brokenFlows
-	rerouted  rerouted
+	wanted        config.Config      // as the user gave it; loop.cfg also has the subnets found by "auto"
+	hosts         []netip.Addr       // inside hosts of the permissions adopted at the start
+	size          int                // of the conntrack table; the limits of loop.cfg are for this size
+	counts        ctwatch.Counts     // conntrack statistics, as last read
+	space         space              // as last told to the model
+	backends      backends           // in use
+	network       gateway.Network    // as last read
+	held          *gateway.PortSet   // sockets at the last look
+	looked        time.Duration      // time of that look
+	settled       bool               // the last two looks found the same sockets
+	served        *gateway.PortSet   // ports held at both of the last two looks, or at the only one
+	sure          bool               // there were two looks
+	forwarded     *userrules.Covered // what the user's rules forward, as last told to the model
+	forwardsKnown bool               // forwarded is complete
+	unheard       *userrules.Covered // forwards whose flows the event filter leaves out
+	budget        budget             // of CPU time for looks at changes by neighbours
+	comparer      engine.Comparer
+	changed       changes // by neighbours, still to be looked at
+	lean          lean
+	uplinks       uplinks // outside links that no default route shows
+	broken        brokenFlows
+	rerouted      rerouted
 }
 
 // A loop is what the loop owns.
@@ -264,7 +264,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	if r.forwarded, err = l.firstRules(r.firewall, r.network, r.served, false); err != nil {
 		return d, err
 	}
-	r.whole = r.firewall.whole
+	r.forwardsKnown = r.firewall.forwardsKnown
 	d.decide()
 	d.closes(d.closeExpect)
 	adopted, err := d.openBackends()
@@ -298,7 +298,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	l.network = r.network
 	l.engine.Model.SetTopology(0, l.topology)
 	l.engine.Model.SetWay(l.network.Way())
-	l.engine.Model.SetForwards(0, r.forwarded.Bars, r.whole)
+	l.engine.Model.SetForwards(0, r.forwarded.ConflictsWith, r.forwardsKnown)
 	l.engine.Model.Revoked(0, d.denied)
 	if r.backends.expect != nil {
 		l.setRoom(r.space)
@@ -353,7 +353,7 @@ func (r *reconciler) filterEvents(cfg config.Config) error {
 	if !r.guarded(cfg) {
 		return r.events.SetSources(ctwatch.Sources{})
 	}
-	s := ctwatch.Sources{Prefixes: slices.Concat(prefixes(cfg.Subnets), r.ownAddresses(cfg)), Labelled: r.firewall.labels() && r.firewall.whole}
+	s := ctwatch.Sources{Prefixes: slices.Concat(prefixes(cfg.Subnets), r.ownAddresses(cfg)), Labelled: r.firewall.labels() && r.firewall.forwardsKnown}
 	for p := range r.firewall.taken.Parts() {
 		if !p.Addrs.First.Is4() {
 			continue

@@ -8,7 +8,7 @@ import "slices"
 type doubted struct {
 	hidden bool     // there is such a rule
 	inside []string // the links for which the user vouches
-	flows  tally
+	flows  runningCount
 	before uint64 // flows when one of these changed
 }
 

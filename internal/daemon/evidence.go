@@ -26,7 +26,7 @@ const (
 // witnesses count the children of one subnet.
 type witnesses struct {
 	mapped, related    witness // of what the user's firewall does with DNATed and RELATED children
-	admitted, expected tally
+	admitted, expected runningCount
 }
 
 // eachWitness yields the witnesses of all subnets.
@@ -41,7 +41,7 @@ func (f *firewall) eachWitness(yield func(*witness) bool) {
 // A nowhere counts children that the map admitted and that did not come to the forward hook,
 // where children are counted for each subnet. They count as lost for all subnets.
 type nowhere struct {
-	total, parts tally
+	total, parts runningCount
 	most         uint64 // the most so far, since the counters are not read at one time
 }
 
@@ -173,7 +173,7 @@ func (f *firewall) recount(subnets []config.Subnet) {
 	}
 	f.counting, f.nowhere = now, nowhere{}
 	for _, w := range f.witnesses {
-		w.admitted, w.expected = tally{}, tally{}
+		w.admitted, w.expected = runningCount{}, runningCount{}
 		w.mapped.counting, w.related.counting = false, false
 	}
 }

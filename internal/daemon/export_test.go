@@ -5,7 +5,7 @@ import "github.com/conenatd/conenatd/internal/rules"
 // WithoutNFTables lets all daemons of this process find a kernel that has no nftables.
 func WithoutNFTables() {
 	openRules = func(rules.Config) (*rules.Tables, error) {
-		return nil, &rules.UnsupportedError{Feature: rules.FeatureTable, Mend: "it is a test"}
+		return nil, &rules.UnsupportedError{Feature: rules.FeatureTable, Fix: "it is a test"}
 	}
 }
 

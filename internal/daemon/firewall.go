@@ -55,8 +55,8 @@ type firewall struct {
 	diverted    []userrules.Diversion // as last read, merged
 	divertedOwn []netip.Addr          // the gateway's addresses then
 
-	admitted, expected, usedUp tally
-	zoned                      tally                       // packets in a zone where no expectation stands
+	admitted, expected, usedUp runningCount
+	zoned                      runningCount                // packets in a zone where no expectation stands
 	zonedBefore                uint64                      // its total at the last look
 	zonedSeen                  time.Duration               // when zoned last grew
 	packetsInZone              bool                        // zoned grew lately
@@ -83,7 +83,7 @@ type firewall struct {
 	understood      *userrules.Covered // the part that understood rules forward
 	taken           *userrules.Covered // packets that are forwarded for certain
 	hidden          *userrules.Covered // endpoints of which every packet is
-	whole           bool               // there are no other forwards
+	forwardsKnown   bool               // there are no other forwards
 	forwardWarnings warnings
 
 	repaired uint64 // how often others' changes of the tables were undone
@@ -301,7 +301,7 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 		return nil, nil
 	}
 	if f.unread != nil {
-		f.whole = false
+		f.forwardsKnown = false
 		if f.forwarded == nil { // unknown rules may forward everything
 			f.forwarded = userrules.Cover([]userrules.Forward{{All: true}})
 			f.understood = f.forwarded
@@ -312,7 +312,7 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 		return f.forwarded, out
 	}
 	all, same := f.forwarder.Forwards(f.user, outside)
-	f.whole = !f.user.ForwardsMayBeHidden() && !slices.ContainsFunc(all, func(r userrules.Forward) bool { return r.Unknown })
+	f.forwardsKnown = !f.user.ForwardsMayBeHidden() && !slices.ContainsFunc(all, func(r userrules.Forward) bool { return r.Unknown })
 	if same && f.forwarded != nil {
 		return f.forwarded, f.forwardWarnings
 	}
@@ -419,7 +419,7 @@ func (f *firewall) read(cfg config.Config) (t control.Tables, err error) {
 	}
 	f.counts = c
 	if !samePools(f.pools, f.ports.pools) {
-		f.pools, f.usedUp = f.ports.pools, tally{}
+		f.pools, f.usedUp = f.ports.pools, runningCount{}
 	}
 	f.counted = control.Tables{
 		Repaired: f.repaired,
@@ -433,15 +433,15 @@ func (f *firewall) read(cfg config.Config) (t control.Tables, err error) {
 	return f.counted, nil
 }
 
-// A tally is what a counter of the tables counted since it was first read. The tally
+// A runningCount is what a counter of the tables counted since it was first read. It
 // goes on when a new table starts the counter at zero again.
-type tally struct {
+type runningCount struct {
 	counting    bool
 	total, last uint64
 }
 
 // read takes n, the present value of the counter, and returns the total.
-func (t *tally) read(n uint64) uint64 {
+func (t *runningCount) read(n uint64) uint64 {
 	switch {
 	case !t.counting:
 		t.counting = true

@@ -40,7 +40,7 @@ type lean struct {
 // A pace tells whether the kernel learns many permissions.
 type pace struct {
 	many    bool
-	learned tally
+	learned runningCount
 	total   uint64        // at the last look
 	looked  time.Duration // 0 before the first look
 	low     time.Duration // since when the kernel has learned few

@@ -135,7 +135,7 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 		if outdated {
 			m.ending[ends{x.Int, x.Ext}] = struct{}{}
 		}
-		if outdated || m.bars(x.Ext.Port) {
+		if outdated || m.isBarred(x.Ext.Port) {
 			m.bad = append(m.bad, x)
 			return
 		}
@@ -153,8 +153,8 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 // endpoint only.
 func inside(x elements.Mapping) elements.Mapping { return elements.Mapping{Link: x.Link, Int: x.Int} }
 
-// bars reports whether mappings on an outside port must end.
-func (m *mapper) bars(port uint16) bool {
+// isBarred reports whether mappings on an outside port must end.
+func (m *mapper) isBarred(port uint16) bool {
 	_, barred := slices.BinarySearch(m.barred, port)
 	return barred
 }
@@ -205,7 +205,7 @@ func (m *mapper) see(f *cone.Flow) {
 			link = m.linkOf(f)
 			m.check(f, link)
 		}
-		if link == "" || m.bars(f.ReplyDst.Port) || m.isFormer(link, f.Src.Addr, f.ReplyDst.Addr) {
+		if link == "" || m.isBarred(f.ReplyDst.Port) || m.isFormer(link, f.Src.Addr, f.ReplyDst.Addr) {
 			m.taken[out] = struct{}{}
 			return
 		}

@@ -15,7 +15,7 @@ import (
 // for.
 func TestOneMissingBackendIsOneSentence(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{})
-	missing := &rules.UnsupportedError{Feature: rules.FeatureMap, Mend: "load the module nft_nat"}
+	missing := &rules.UnsupportedError{Feature: rules.FeatureMap, Fix: "load the module nft_nat"}
 	for _, tt := range []struct {
 		backend config.Backend
 		want    string // what status says

@@ -64,12 +64,12 @@ func (r *reconciler) lookAtRules() error {
 	}
 	// Nothing else finds elements that somebody deleted.
 	r.changed.elements = true
-	mended, failed := r.repairRules(cfg, r.network)
+	repaired, failed := r.repairRules(cfg, r.network)
 	err = errors.Join(err, failed)
-	if mended || broken {
+	if repaired || broken {
 		err = errors.Join(err, r.compare(true))
 	}
-	if mended && wantsMapping(cfg) {
+	if repaired && wantsMapping(cfg) {
 		r.wantReconcile() // for the mappings of living flows
 	}
 	return err

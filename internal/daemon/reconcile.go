@@ -258,22 +258,22 @@ func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) er
 		l.ruleWarnings, l.hidden, l.overtaken = warnings, r.firewall.hidden, r.firewall.overtaken
 		l.warned.tell(r.now(), l.warnings())
 	})
-	whole := r.firewall.whole
-	if whole != r.whole || r.firewall.taken != r.unheard {
+	known := r.firewall.forwardsKnown
+	if known != r.forwardsKnown || r.firewall.taken != r.unheard {
 		err = errors.Join(err, r.filterEvents(cfg))
 	}
-	if covered != r.forwarded || whole != r.whole {
-		r.forwarded, r.whole = covered, whole
-		r.ask(func(l *loop) { l.engine.Model.BeginForwards(r.now(), covered.Bars, whole) })
+	if covered != r.forwarded || known != r.forwardsKnown {
+		r.forwarded, r.forwardsKnown = covered, known
+		r.ask(func(l *loop) { l.engine.Model.BeginForwards(r.now(), covered.ConflictsWith, known) })
 		for at := 0; at >= 0; {
 			if !r.ask(func(l *loop) { at = l.engine.Model.ReviewForwards(r.now(), at, flowsAtOnce) }) {
 				return errEnded
 			}
 		}
 	}
-	taken := r.firewall.hidden
+	taken := r.firewall.taken
 	r.ask(func(l *loop) {
-		l.engine.Model.EndInterim(func(p cone.Permission) bool { return taken.Covers(p.Ext) && taken.Bars(p) })
+		l.engine.Model.EndInterim(taken.ConflictsWith)
 	})
 	return err
 }
@@ -355,7 +355,7 @@ func (r *reconciler) repairRules(cfg config.Config, network gateway.Network) (ch
 	repaired := r.firewall.repaired
 	changed, err = r.firewall.set(cfg, network.OutsideLinks())
 	if r.firewall.repaired > repaired {
-		r.noted.note(slog.LevelWarn, "tables", "somebody changed conenatd's nftables tables; they are put back", 1, "table", cfg.Table)
+		r.noted.note(slog.LevelWarn, "tables", "somebody changed conenatd's nftables tables; they are repaired", 1, "table", cfg.Table)
 	}
 	return changed, err
 }

@@ -235,7 +235,7 @@ func (s *shared) permission(v *cone.View, hidden *userrules.Covered, dropped boo
 	}
 	switch {
 	case v.State != cone.StateStanding:
-	case v.By == cone.ByMap && hidden.Bars(v.Permission):
+	case v.By == cone.ByMap && hidden.ConflictsWith(v.Permission):
 		p.State, p.Reason = cone.StateRefused.String(), cone.ReasonForwarded.String()
 	default:
 		p.Since, p.Expires = s.wall(v.Since), s.wall(v.Expires)

@@ -256,7 +256,7 @@ func (b *Backend) grant(base int, ps []cone.Permission, refused func(i int, r co
 				broken = b.withdraw(&ps[i], b.anchors[i]) != nil
 			}
 		case b.errs[i].failed():
-			if reason, err := b.mend(&ps[i], b.anchors[i], b.errs[i]); reason != cone.ReasonNone {
+			if reason, err := b.repair(&ps[i], b.anchors[i], b.errs[i]); reason != cone.ReasonNone {
 				refused(base+i, reason, err)
 			}
 		}

@@ -29,7 +29,7 @@ func Cleanup(netns int) (Cleaned, error) {
 	defer func() { _ = c.Close() }()
 	b := newBackend(Config{NetNS: netns}, c)
 	for i := range keys {
-		err := b.three(func(seq uint32) { b.enc.deleteExpect(seq, &keys[i]) })[0]
+		err := b.exchange(func(seq uint32) { b.enc.deleteExpect(seq, &keys[i]) })[0]
 		if err == nil {
 			n.Expectations++
 		} else if !errors.Is(err, unix.ENOENT) {
@@ -54,7 +54,7 @@ func (b *Backend) dropAnchors() (n int, err error) {
 		if _, stands := b.standing.ext[a]; stands {
 			continue
 		}
-		err := b.three(func(seq uint32) { b.enc.deleteAnchor(seq, a) })[0]
+		err := b.exchange(func(seq uint32) { b.enc.deleteAnchor(seq, a) })[0]
 		if err == nil {
 			n++
 		} else if !errors.Is(err, unix.ENOENT) {
@@ -68,7 +68,7 @@ func (b *Backend) dropAnchors() (n int, err error) {
 // that have one port 0 and a helper, and are never dropped early.
 func listAnchors(c *nfnl.Conn) (map[anchor]uint32, error) {
 	found := make(map[anchor]uint32)
-	err := nfnl.Whole(func() error {
+	err := nfnl.Uninterrupted(func() error {
 		var e encoder
 		e.Message(subsysConntrack, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_UNSPEC)
 		e.End()

@@ -7,7 +7,7 @@ func (b *Backend) UseHelper(name string) { b.helpers.v4.name = name }
 
 // DeleteExpectation takes the expectation of p alone out of the kernel.
 func (b *Backend) DeleteExpectation(p *cone.Permission) error {
-	return b.three(func(seq uint32) { b.enc.deleteExpect(seq, &p.Key) })[0]
+	return b.exchange(func(seq uint32) { b.enc.deleteExpect(seq, &p.Key) })[0]
 }
 
 // Unwanted lets b find that the kernel failed to remove p.

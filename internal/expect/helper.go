@@ -126,7 +126,7 @@ func tryHelper(c *nfnl.Conn, name string, v6 bool) (policy uint32, err error) {
 	}
 	defer func() { err = errors.Join(err, b.clear(&p, a)) }()
 	for range 3 {
-		errs := b.three(func(seq uint32) {
+		errs := b.exchange(func(seq uint32) {
 			b.enc.newAnchor(seq, &p, a, name, 10)
 			b.enc.newExpect(seq+1, &p, a)
 		})
@@ -143,7 +143,7 @@ func tryHelper(c *nfnl.Conn, name string, v6 bool) (policy uint32, err error) {
 		if !found || !x.stands(&p, a) {
 			return 0, errors.New("the expectation is not what was asked for")
 		}
-		return x.timeout, b.three(func(seq uint32) { b.enc.renewExpect(seq, &p, a, 5) })[0]
+		return x.timeout, b.exchange(func(seq uint32) { b.enc.renewExpect(seq, &p, a, 5) })[0]
 	}
 	return 0, unix.EAGAIN
 }

@@ -52,7 +52,7 @@ func listAll(netns int, whole bool, f func(*expectation), foreign func(cone.Fore
 func listExpectations(c *nfnl.Conn, foreign func(cone.Foreign)) ([]expectation, error) {
 	var xs []expectation
 	var others []cone.Foreign
-	err := nfnl.Whole(func() error {
+	err := nfnl.Uninterrupted(func() error {
 		var e encoder
 		e.Message(subsysExpect, msgGet, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), unix.AF_UNSPEC)
 		e.End()

@@ -85,7 +85,7 @@ func ReadNetwork(netns int, s Sides) (Network, error) {
 	}
 	defer func() { _ = c.Close() }()
 	var r reader
-	err = nfnl.Whole(func() error { // well below a millisecond on most gateways
+	err = nfnl.Uninterrupted(func() error { // well below a millisecond on most gateways
 		r = reader{}
 		return r.read(c)
 	})

@@ -23,7 +23,7 @@ func HidesWaysBack(netns int, ours uint32) (is bool, err error) {
 		return false, err
 	}
 	defer func() { _ = c.Close() }()
-	err = nfnl.Whole(func() error {
+	err = nfnl.Uninterrupted(func() error {
 		is = false
 		c.begin(unix.RTM_GETRULE, unix.NLM_F_DUMP, fibRuleHeaderLen)
 		return c.exchange(func(b []byte) error {

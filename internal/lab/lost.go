@@ -46,7 +46,7 @@ func Lost(receiver *Socket, packet, fence Packet) error {
 	if err := onOneCPU(packet.send, fence.send); err != nil {
 		return fmt.Errorf("send packet and fence: %w", err)
 	}
-	for deadline := time.Now().Add(patience); ; {
+	for deadline := time.Now().Add(receiveTimeout); ; {
 		got, from, err := receiver.Recv(time.Until(deadline))
 		switch {
 		case err != nil:

@@ -30,7 +30,7 @@ type Namespace struct {
 // newNamespace makes an empty namespace; even its lo is down.
 func newNamespace() (*Namespace, error) {
 	n := new(Namespace)
-	err := elsewhere(
+	err := onOtherThread(
 		func() error { return unix.Unshare(unix.CLONE_NEWNET) },
 		func() (err error) {
 			n.file, err = os.Open(ownNetNS)
@@ -52,7 +52,7 @@ func newNamespace() (*Namespace, error) {
 //
 // fn runs in a goroutine of its own, so it must not call t.Fatal.
 func (n *Namespace) Do(fn func() error) error {
-	return elsewhere(func() error {
+	return onOtherThread(func() error {
 		if err := unix.Setns(n.FD(), unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("enter network namespace: %w", err)
 		}
@@ -60,15 +60,15 @@ func (n *Namespace) Do(fn func() error) error {
 	}, fn)
 }
 
-// elsewhere moves a thread out of its network namespace with enter, runs fn on it
+// onOtherThread moves a thread out of its network namespace with enter, runs fn on it
 // and moves the thread back. A thread that cannot go back is discarded: the runtime
 // ends a thread whose goroutine returns while locked to it.
-func elsewhere(enter, fn func() error) error {
+func onOtherThread(enter, fn func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		err := errGoexit
 		defer func() { done <- err }()
-		err = thereAndBack(enter, fn)
+		err = enterAndReturn(enter, fn)
 	}()
 	return <-done
 }
@@ -76,7 +76,7 @@ func elsewhere(enter, fn func() error) error {
 // errGoexit is the error for a function that ended its goroutine.
 var errGoexit = errors.New("run in network namespace: the function ended its goroutine")
 
-func thereAndBack(enter, fn func() error) error {
+func enterAndReturn(enter, fn func() error) error {
 	runtime.LockOSThread()
 	home, err := os.Open(ownNetNS)
 	if err != nil {

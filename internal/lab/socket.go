@@ -7,9 +7,9 @@ import (
 	"time"
 )
 
-// patience bounds the wait for a packet that must come. Only a failing test uses it
+// receiveTimeout bounds the wait for a packet that must come. Only a failing test uses it
 // up, so it suits the slowest emulated machine.
-const patience = 5 * time.Second
+const receiveTimeout = 5 * time.Second
 
 // Socket is a UDP socket in a namespace. Send may be called concurrently; only one
 // goroutine may receive.
@@ -53,7 +53,7 @@ func (s *Socket) Recv(timeout time.Duration) (payload string, from netip.AddrPor
 // Expect waits for the next packet, which must have this payload, and returns its
 // source.
 func (s *Socket) Expect(payload string) (from netip.AddrPort, err error) {
-	got, from, err := s.Recv(patience)
+	got, from, err := s.Recv(receiveTimeout)
 	if err != nil {
 		return from, fmt.Errorf("receive %q: %w", payload, err)
 	}

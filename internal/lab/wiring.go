@@ -81,8 +81,8 @@ func (w *wiring) add(h *Host, format string, args ...any) {
 }
 
 func (w *wiring) outside(h *Host) {
-	w.cable("wan0", "address "+outsideSegment.mac(), h, outsideSegment, outsideHost)
-	w.own(outsideSegment, outsideHost)
+	w.vethPair("wan0", "address "+outsideSegment.mac(), h, outsideSegment, outsideHost)
+	w.setGatewayAddrs(outsideSegment, outsideHost)
 	for f := range w.families {
 		w.add(w.gateway, "route add %s via %s", everywhere[f], outsideHost[f])
 		for _, prefix := range peerPrefixes[f] {
@@ -105,17 +105,17 @@ func (w *wiring) inside(hosts []*Host) {
 	var all [][2]netip.Addr
 	for i, h := range hosts {
 		all = append(all, insideHost(i))
-		w.cable(fmt.Sprintf("lan0p%d", i), "master lan0", h, insideSegment, all[i])
+		w.vethPair(fmt.Sprintf("lan0p%d", i), "master lan0", h, insideSegment, all[i])
 		w.routeOut(h, insideSegment)
 		h.setAddrs(all[i], w.families)
 	}
 	w.add(w.gateway, "link set lan0 up")
-	w.own(insideSegment, all...)
+	w.setGatewayAddrs(insideSegment, all...)
 }
 
 func (w *wiring) guest(h *Host) {
-	w.cable("guest0", "address "+guestSegment.mac(), h, guestSegment, guestHost)
-	w.own(guestSegment, guestHost)
+	w.vethPair("guest0", "address "+guestSegment.mac(), h, guestSegment, guestHost)
+	w.setGatewayAddrs(guestSegment, guestHost)
 	w.routeOut(h, guestSegment)
 	h.setAddrs(guestHost, w.families)
 }
@@ -125,10 +125,10 @@ var (
 	everywhere = [2]string{"0.0.0.0/0", "::/0"}
 )
 
-// cable makes a veth pair between a new port of the gateway and eth0 of h, and
+// vethPair makes a veth pair between a new port of the gateway and eth0 of h, and
 // gives h its addresses. The pair is made in the gateway's namespace, never in the
 // machine's.
-func (w *wiring) cable(port, options string, h *Host, s segment, addrs [2]netip.Addr) {
+func (w *wiring) vethPair(port, options string, h *Host, s segment, addrs [2]netip.Addr) {
 	w.add(w.gateway, "link add %s %s up type veth peer name eth0 address %s netns %s",
 		port, options, mac(addrs[0]), h.path())
 	w.add(h, "link set lo up")
@@ -139,9 +139,9 @@ func (w *wiring) cable(port, options string, h *Host, s segment, addrs [2]netip.
 	}
 }
 
-// own gives the gateway its addresses on a segment and the link addresses of
+// setGatewayAddrs gives the gateway its addresses on a segment and the link addresses of
 // the hosts there.
-func (w *wiring) own(s segment, hosts ...[2]netip.Addr) {
+func (w *wiring) setGatewayAddrs(s segment, hosts ...[2]netip.Addr) {
 	for f := range w.families {
 		w.add(w.gateway, "addr add %s/%d dev %s %s", s.gateway(f), s.prefixes[f].Bits(), s.link, nodad[f])
 		for _, addrs := range hosts {

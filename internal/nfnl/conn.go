@@ -264,8 +264,8 @@ var ErrInterrupted = errors.New("receive netlink answer: the dump was interrupte
 // dumps is how often an interrupted dump is made in total.
 const dumps = 4
 
-// Whole calls dump until it is not interrupted, a few times at most.
-func Whole(dump func() error) (err error) {
+// Uninterrupted calls dump until it is not interrupted, a few times at most.
+func Uninterrupted(dump func() error) (err error) {
 	for range dumps {
 		if err = dump(); !errors.Is(err, ErrInterrupted) {
 			break

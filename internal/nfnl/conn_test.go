@@ -191,7 +191,7 @@ func TestInterruptedDumpIsRepeatedAFewTimes(t *testing.T) {
 		"other error": {[]error{fails}, fails, 1},
 	} {
 		calls := 0
-		err := nfnl.Whole(func() error { calls++; return tt.errs[min(calls, len(tt.errs))-1] })
+		err := nfnl.Uninterrupted(func() error { calls++; return tt.errs[min(calls, len(tt.errs))-1] })
 		if !errors.Is(err, tt.want) || calls != tt.calls {
 			t.Errorf("%s: %d calls and %v, want %d and %v", name, calls, err, tt.calls, tt.want)
 		}

@@ -23,7 +23,7 @@ func Names(netns int) ([]string, error) {
 func names(c *nfnl.Conn) (names []string, err error) {
 	for _, family := range tables {
 		var found []string // of the last dump
-		err := nfnl.Whole(func() error {
+		err := nfnl.Uninterrupted(func() error {
 			found = nil
 			var e nfnl.Encoder
 			e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETCHAIN, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), byte(family))

@@ -19,51 +19,51 @@ var features = []struct {
 }{
 	{UnsupportedError{
 		Feature: FeatureTable,
-		Mend:    "load the module nf_tables (CONFIG_NF_TABLES_INET; OpenWrt: kmod-nft-core)",
+		Fix:     "load the module nf_tables (CONFIG_NF_TABLES_INET; OpenWrt: kmod-nft-core)",
 	}, Desired{Subnets: tryBoth, Helpers: tryHelpers, noWayBack: true}},
 	{UnsupportedError{
 		Feature: FeatureGuard,
-		Mend:    "load the module nft_socket (CONFIG_NFT_SOCKET, Linux 5.10; OpenWrt: kmod-nft-socket)",
+		Fix:     "load the module nft_socket (CONFIG_NFT_SOCKET, Linux 5.10; OpenWrt: kmod-nft-socket)",
 	}, Desired{Subnets: tryBoth, Guard: true}},
 	{UnsupportedError{
 		Feature: FeatureSpoofed,
-		Mend:    "load the module nft_fib_inet (CONFIG_NFT_FIB_INET; OpenWrt: kmod-nft-fib), or set net.ipv4.conf.all.rp_filter = 1",
+		Fix:     "load the module nft_fib_inet (CONFIG_NFT_FIB_INET; OpenWrt: kmod-nft-fib), or set net.ipv4.conf.all.rp_filter = 1",
 	}, Desired{Subnets: tryBoth, Spoofed: true, noIPsec: true}},
 	{UnsupportedError{
 		Feature: FeatureWayBack,
-		Mend: "load the modules nft_chain_nat and nft_fib_inet (CONFIG_NFT_NAT, CONFIG_NFT_FIB_INET; OpenWrt: kmod-nft-nat, " +
+		Fix: "load the modules nft_chain_nat and nft_fib_inet (CONFIG_NFT_NAT, CONFIG_NFT_FIB_INET; OpenWrt: kmod-nft-nat, " +
 			"kmod-nft-fib), or set net.ipv4.conf.all.rp_filter = 1",
 	}, Desired{Subnets: tryBoth, Helpers: tryHelpers, noIPsec: true}},
 	{UnsupportedError{
 		Feature: FeaturePartial,
-		Mend:    "load the module nft_fib_inet (CONFIG_NFT_FIB_INET), on Linux 5.18 or later",
+		Fix:     "load the module nft_fib_inet (CONFIG_NFT_FIB_INET), on Linux 5.18 or later",
 	}, Desired{Subnets: tryBoth, Helpers: tryHelpers, OutsideLinks: []string{"probe"}, Partial: []string{"probe"}, noWayBack: true}},
 	{UnsupportedError{
 		Feature: FeatureMaxChildren,
-		Mend:    "load the module nft_connlimit (CONFIG_NFT_CONNLIMIT; OpenWrt: kmod-nft-connlimit)",
+		Fix:     "load the module nft_connlimit (CONFIG_NFT_CONNLIMIT; OpenWrt: kmod-nft-connlimit)",
 	}, Desired{Subnets: tryBoth, Helpers: tryHelpers, MaxChildren: 1, noWayBack: true}},
 	{UnsupportedError{
 		Feature: FeatureMap,
-		Mend: "load the modules nft_chain_nat, nft_nat and nft_socket " +
+		Fix: "load the modules nft_chain_nat, nft_nat and nft_socket " +
 			"(CONFIG_NFT_NAT, CONFIG_NFT_SOCKET, CONFIG_NF_CONNTRACK_ZONES; OpenWrt: kmod-nft-nat, kmod-nft-socket)",
 	}, Desired{Map: &MapConfig{Size: 1, noLabels: true}}},
 	{UnsupportedError{
 		Feature: FeatureLabels,
-		Mend: "load the module nf_conntrack built with CONFIG_NF_CONNTRACK_LABELS (OpenWrt: kmod-ipt-conntrack-label); " +
+		Fix: "load the module nf_conntrack built with CONFIG_NF_CONNTRACK_LABELS (OpenWrt: kmod-ipt-conntrack-label); " +
 			"without, unanswered children of the map outlive a daemon that dies",
 	}, Desired{Map: &MapConfig{Size: 1}}},
 	{UnsupportedError{
 		Feature: FeatureLearn,
-		Mend:    "load the module nft_limit (CONFIG_NFT_LIMIT)",
+		Fix:     "load the module nft_limit (CONFIG_NFT_LIMIT)",
 	}, Desired{Map: &tryLearning}},
 	{UnsupportedError{
 		Feature: FeatureMapping,
-		Mend: "load the modules nft_chain_nat, nft_nat and nft_socket " +
+		Fix: "load the modules nft_chain_nat, nft_nat and nft_socket " +
 			"(CONFIG_NFT_NAT, CONFIG_NFT_SOCKET, CONFIG_NF_CONNTRACK_ZONES; OpenWrt: kmod-nft-nat, kmod-nft-socket)",
 	}, Desired{Mapping: &tryMapping}},
 	{UnsupportedError{
 		Feature: FeatureUplinkMarks,
-		Mend:    "load the module nf_conntrack built with CONFIG_NF_CONNTRACK_MARK",
+		Fix:     "load the module nf_conntrack built with CONFIG_NF_CONNTRACK_MARK",
 	}, Desired{Subnets: tryBoth, UplinkMarks: &UplinkMarks{Mask: 1, Links: []string{"probe0"}}}},
 }
 

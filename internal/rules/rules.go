@@ -248,12 +248,12 @@ const (
 // An UnsupportedError says that the kernel, or this build, lacks a Feature.
 type UnsupportedError struct {
 	Feature Feature
-	Mend    string // how to make it available
+	Fix     string // how to make it available
 	Err     error  // what the kernel said; may be nil
 }
 
 func (e *UnsupportedError) Error() string {
-	s := fmt.Sprintf("%s not supported: %s", e.Feature, e.Mend)
+	s := fmt.Sprintf("%s not supported: %s", e.Feature, e.Fix)
 	if e.Err != nil {
 		s += fmt.Sprintf(" (%v)", e.Err)
 	}

@@ -119,9 +119,9 @@ func (c *Covered) Covers(e cone.Endpoint) bool {
 	return c != nil && c.takes(0, len(c.ranges), e.Addr.Netip(), e.Port, nil)
 }
 
-// Bars reports whether one of the forwards conflicts with p: it may lead a packet from a
+// ConflictsWith reports whether one of the forwards conflicts with p: it may lead a packet from a
 // peer of p elsewhere than p does.
-func (c *Covered) Bars(p cone.Permission) bool {
+func (c *Covered) ConflictsWith(p cone.Permission) bool {
 	return c != nil && c.takes(0, len(c.ranges), p.Ext.Addr.Netip(), p.Ext.Port, &p)
 }
 

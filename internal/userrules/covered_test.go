@@ -62,7 +62,7 @@ func TestCoveredIsWhatAnyForwardCovers(t *testing.T) {
 				p.Peer = p.Peer.WithoutLow(p.Wild)
 			}
 			want = slices.ContainsFunc(all, func(f userrules.Forward) bool { return f.Covers(e) && bars(f, p) })
-			if got := covered.Bars(p); got != want {
+			if got := covered.ConflictsWith(p); got != want {
 				t.Fatalf("%v barred: %v, want %v, by %+v", p, got, want, all)
 			}
 		}
@@ -103,7 +103,7 @@ func TestManyTakersOfAPortBarAll(t *testing.T) {
 	for i := range 100 {
 		a := at(i).Netip()
 		all = append(all, userrules.Forward{All: true, Sources: []userrules.AddrRange{{First: a, Last: a}}})
-		if got, want := userrules.Cover(all).Bars(p), i >= 64; got != want {
+		if got, want := userrules.Cover(all).ConflictsWith(p), i >= 64; got != want {
 			t.Fatalf("%d forwards for others bar: %v, want %v", i+1, got, want)
 		}
 	}

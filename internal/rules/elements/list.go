@@ -96,7 +96,7 @@ func List(netns int, family byte, table, set string, f func(b []byte)) error {
 		return err
 	}
 	defer func() { _ = c.Close() }()
-	err = nfnl.Whole(func() error {
+	err = nfnl.Uninterrupted(func() error {
 		var e nfnl.Encoder
 		e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETSETELEM, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), family)
 		e.Str(unix.NFTA_SET_ELEM_LIST_TABLE, table)

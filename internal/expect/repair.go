@@ -10,10 +10,10 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// mend retries p once after the kernel refused it. First it removes what is in the way:
+// repair retries p once after the kernel refused it. First it removes what is in the way:
 // what a daemon that died left, or an entry that an inside host made by sending from port
 // 0. Then the kernel has either all of p or nothing.
-func (b *Backend) mend(p *cone.Permission, a anchor, errs answers) (cone.Reason, error) {
+func (b *Backend) repair(p *cone.Permission, a anchor, errs answers) (cone.Reason, error) {
 	retry := false
 	for _, e := range errs {
 		switch {
@@ -97,12 +97,12 @@ func (a answers) reason(p *cone.Permission) cone.Reason {
 func (b *Backend) create(p *cone.Permission, a anchor) answers {
 	anchorTime, expectTime := b.timeouts()
 	h := b.helpers.of(p)
-	errs := b.three(func(seq uint32) {
+	errs := b.exchange(func(seq uint32) {
 		b.enc.newAnchor(seq, p, a, h.name, anchorTime)
 		b.enc.newExpect(seq+1, p, a)
 	})
 	if !errs.failed() && !h.suits(expectTime) {
-		errs[2] = b.three(func(seq uint32) { b.enc.renewExpect(seq, p, a, expectTime) })[0]
+		errs[2] = b.exchange(func(seq uint32) { b.enc.renewExpect(seq, p, a, expectTime) })[0]
 	}
 	return errs
 }
@@ -110,7 +110,7 @@ func (b *Backend) create(p *cone.Permission, a anchor) answers {
 // renew does for p alone what Refresh does.
 func (b *Backend) renew(p *cone.Permission, a anchor) answers {
 	anchorTime, expectTime := b.timeouts()
-	return b.three(func(seq uint32) {
+	return b.exchange(func(seq uint32) {
 		b.enc.renewAnchor(seq, p, a, b.helpers.of(p).name, anchorTime)
 		b.enc.renewExpect(seq+1, p, a, expectTime)
 	})
@@ -133,7 +133,7 @@ func (b *Backend) retry() {
 	for a, p := range b.standing.unwanted {
 		x, found, err := b.get(&p.Key)
 		if err == nil {
-			err = b.three(func(seq uint32) {
+			err = b.exchange(func(seq uint32) {
 				if found && x.ours() && x.anchor() == a { // else it is another permission's by now
 					b.enc.deleteExpect(seq, &p.Key)
 				}
@@ -156,7 +156,7 @@ func (b *Backend) clear(p *cone.Permission, a anchor) error {
 		return err
 	}
 	old, stale := x.anchor(), false
-	err = b.three(func(seq uint32) {
+	err = b.exchange(func(seq uint32) {
 		if found && x.ours() {
 			b.enc.deleteExpect(seq, &p.Key)
 			if stale = old != a; stale {
@@ -194,8 +194,8 @@ func get(c *nfnl.Conn, e *encoder, k *cone.Key) (x expectation, found bool, err 
 	return x, found, nil
 }
 
-// three sends up to three messages in a send of their own and returns the answers.
-func (b *Backend) three(encode func(seq uint32)) (errs answers) {
+// exchange sends up to three messages in a send of their own and returns the answers.
+func (b *Backend) exchange(encode func(seq uint32)) (errs answers) {
 	b.enc.Reset()
 	first := b.c.NextSeq(len(errs))
 	encode(first)
