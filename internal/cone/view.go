@@ -15,7 +15,7 @@ type View struct {
 	Children  int    // live flows that the peer opened
 	Answered  int    // children that the inside host answered
 	Since     time.Duration
-	// Expires is when the permission ends unless it is fed again. A live flow feeds it each
+	// Expires is when the permission ends unless its host sends again. A live flow extends it each
 	// time it is seen.
 	Expires time.Duration
 }
