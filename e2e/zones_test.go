@@ -310,14 +310,8 @@ func TestZonesBesideAFirewallThatAcceptsRelatedAlone(t *testing.T) {
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
 }
 
-// A virtual machine is behind a bridge with its own firewall, in conntrack zone 1, as Proxmox
-// does it. Status says what to set, and then children arrive.
-func TestBridgeWithAFirewallOfItsOwn(t *testing.T) {
-	stage.NeedsExpect(t)
-	if _, err := os.Stat("/proc/sys/net/bridge"); err != nil {
-		t.Skip("this kernel shows bridged packets to no firewall (CONFIG_BRIDGE_NETFILTER)")
-	}
-	s := newScene(t, lab.Options{Rules: lab.Masquerade + `table ip pve {
+// bridgeFirewall are rules like those of Proxmox for a virtual machine with a firewall.
+const bridgeFirewall = `table ip pve {
 	chain PREROUTING { type filter hook prerouting priority raw; iifname "fwbr*" ct zone set 1; }
 	chain FORWARD {
 		type filter hook forward priority filter
@@ -326,7 +320,14 @@ func TestBridgeWithAFirewallOfItsOwn(t *testing.T) {
 		iifname "fwbr*" drop
 	}
 }
-`})
+`
+
+// bridgeWithAFirewall puts a bridge with a firewall between the first host and lan0.
+func bridgeWithAFirewall(s *scene) {
+	s.T.Helper()
+	if _, err := os.Stat("/proc/sys/net/bridge"); err != nil {
+		s.T.Skip("this kernel shows bridged packets to no firewall (CONFIG_BRIDGE_NETFILTER)")
+	}
 	for _, args := range []string{
 		"link add fwbr100 type bridge forward_delay 0", "link add fwln100 type veth peer name fwpr100",
 		"link set lan0p0 master fwbr100", "link set fwln100 master fwbr100", "link set fwpr100 master lan0",
@@ -336,6 +337,14 @@ func TestBridgeWithAFirewallOfItsOwn(t *testing.T) {
 	}
 	s.LinkUp("fwpr100")
 	s.Must(s.Gateway.SetSysctl("net.bridge.bridge-nf-call-iptables", "1"))
+}
+
+// A virtual machine is behind a bridge with its own firewall, in conntrack zone 1, as Proxmox
+// does it. Status says what to set, and then children arrive.
+func TestBridgeWithAFirewallOfItsOwn(t *testing.T) {
+	stage.NeedsExpect(t)
+	s := newScene(t, lab.Options{Rules: lab.Masquerade + bridgeFirewall})
+	bridgeWithAFirewall(s)
 	s.Serve(stage.Auto[0], "--reconcile=1s")
 	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 	ext := s.Contact(phone, proxy)

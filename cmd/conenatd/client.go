@@ -234,8 +234,18 @@ func statusCommand() *cobra.Command {
 		}
 		return err
 	})
+	show := c.RunE
+	c.RunE = func(c *cobra.Command, args []string) error {
+		err := show(c, args)
+		if c.Flags().Changed("control-socket") {
+			return err
+		}
+		return howToStart(err)
+	}
 	c.Long = `Show whether conenatd works, for which subnets, and what it does. The first line is
-the verdict. "conenatd doctor" says more about what does not work.`
+the verdict. "conenatd doctor" says more about what does not work. Where a package
+is installed and no daemon runs, say how to start it, and which networks look like
+inside networks if its configuration enables none.`
 	c.Flags().BoolVar(&verbose, "verbose", false, "show all counters, also those that are 0")
 	c.Flags().BoolVar(&verify, "verify", false, "compare what the daemon knows with what the kernel holds")
 	return c

@@ -73,9 +73,10 @@ func TestPackagePassesLintian(t *testing.T) {
 	}
 }
 
-// A package is installed, configured, upgraded below traffic, removed and purged.
+// A package is installed, enabled by the command that status gives, upgraded below traffic,
+// removed and purged.
 //
-// Fails when postinst restarts without SIGUSR1, when prerm or postrm does nothing, when the
+// Fails when status does not name the subnet and a command that enables it, when postinst restarts without SIGUSR1, when prerm or postrm does nothing, when the
 // unit has no folder for the audit log, and when the journal gets no priorities.
 func TestPackageOnDebian(t *testing.T) {
 	need(t)
@@ -87,7 +88,7 @@ func TestPackageOnDebian(t *testing.T) {
 	c := boot(t, s, dir)
 	traces := c.traces()
 
-	if out := c.do("dpkg --install /packages/conenatd_0.0.1-1_amd64.deb 2>&1"); !strings.Contains(out, "systemctl enable --now conenatd") {
+	if out := c.do("apt-get install --yes /packages/conenatd_0.0.1-1_amd64.deb 2>&1"); !strings.Contains(out, `"conenatd status" says`) {
 		t.Errorf("the first installation does not tell the next step:\n%s", out)
 	}
 	if state, _ := c.try("systemctl is-enabled conenatd; systemctl is-active conenatd"); state != "disabled\ninactive" {
@@ -99,8 +100,20 @@ func TestPackageOnDebian(t *testing.T) {
 		t.Errorf("the installation changed the rules to\n%s", now)
 	}
 
-	c.do("printf '%s\\n' 'max_children = 0' 'audit_log = \"/var/log/conenatd/audit.log\"' '[[subnet]]' 'prefix = \"10.47.11.0/24\"' >/etc/conenatd/conenatd.toml")
-	c.do("systemctl enable --now conenatd")
+	// Nothing was edited yet.
+	out, err := c.try("conenatd status")
+	enable, ok := "", strings.Contains(out, "It would serve 10.47.11.0/24. ")
+	if i := strings.LastIndex(out, "\n  "); i >= 0 {
+		enable = strings.TrimSpace(out[i:])
+	}
+	if err == nil || !ok || enable == "" {
+		t.Fatalf("%v: status does not say what it would serve, or how:\n%s", err, out)
+	}
+	c.do(enable)
+	if out := c.do("systemctl is-enabled conenatd; conenatd status"); !strings.HasPrefix(out, "enabled\nworks\n") || !strings.Contains(out, "10.47.11.0/24") {
+		t.Errorf("after %q:\n%s", enable, out)
+	}
+	c.do("sed -i '1i max_children = 0\\naudit_log = \"/var/log/conenatd/audit.log\"' /etc/conenatd/conenatd.toml && systemctl restart conenatd")
 	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 	ext := s.Contact(phone, proxy)
 	child := s.PeerSocket(lab.PeerA, 5070)
@@ -110,7 +123,7 @@ func TestPackageOnDebian(t *testing.T) {
 	before := c.do("systemctl show --property=MainPID conenatd")
 
 	stop := s.Steady(paced(s.FreshPorts(phone, lab.PeerA, ext)))
-	out := c.do("dpkg --install /packages/conenatd_0.0.2-1_amd64.deb 2>&1")
+	out = c.do("dpkg --install /packages/conenatd_0.0.2-1_amd64.deb 2>&1")
 	c.do("systemctl is-active conenatd")
 	s.Arrives(phone, child, ext)
 	if n := stop(); n == 0 {

@@ -49,7 +49,8 @@ a permission is logged at "debug".`,
 			Name: "log_format", Flag: "log-format", Kind: "word", Restart: true,
 			Usage: "form of the log: text, json, journal (text behind a priority), or auto (text on a terminal, journal for systemd's journal, json otherwise)",
 			Doc: `Form of the log: "text"; "json"; "journal", which is text behind a priority for systemd's journal;
-or "auto": text on a terminal, journal where systemd reads the log, and JSON otherwise.`,
+or "auto": text on a terminal, journal where systemd reads the log, and JSON otherwise. In JSON
+durations are seconds.`,
 		},
 		access: word(func(c *Config) *LogFormat { return &c.LogFormat }, AutoLog, TextLog, JSONLog, JournalLog),
 	},

@@ -242,7 +242,7 @@ func newOutside(old, now gateway.Network) bool {
 // that no default route shows.
 func (l *loop) warnSides(out *warnings) {
 	for _, link := range l.network.Links {
-		subnets := l.network.SubnetsOf(link)
+		subnets := slices.DeleteFunc(slices.Clone(l.network.SubnetsOf(link)), l.isOwnAddress)
 		if err := l.features.lacks[rules.FeaturePartial]; err != nil && link.Partial && l.backends.expect != nil {
 			out.add(warnFeatureMissing, link.Name, "no child of an expectation is let in by %s: %v", link.Name, err)
 		}

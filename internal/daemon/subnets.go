@@ -77,13 +77,17 @@ func (l *loop) warnLinkSubnets(out *warnings) {
 		}
 	}
 	for _, s := range l.cfg.Subnets {
-		own := slices.ContainsFunc(l.network.Addrs, func(a gateway.Addr) bool { return a.Prefix.Addr() == s.Prefix.Addr() })
 		switch {
-		case s.Prefix.IsSingleIP() && own:
+		case l.isOwnAddress(s.Prefix):
 			out.add(warnOwnAddress, s.Prefix.String(), "subnet %v is the gateway's own address, and no host has it: name the network of the hosts", s.Prefix)
 		case slices.Contains(l.network.Unreached, s.Prefix) && !l.engine.Model.Heard(s.Prefix):
 			out.add(warnUnreached, s.Prefix.String(), "no link has the subnet %v, no route but a default route leads to it, and no host of it was heard: "+
 				"it is served as soon as one is, or correct it", s.Prefix)
 		}
 	}
+}
+
+// isOwnAddress reports whether a subnet is an address of the gateway, and so has no host.
+func (l *loop) isOwnAddress(subnet netip.Prefix) bool {
+	return subnet.IsSingleIP() && slices.ContainsFunc(l.network.Addrs, func(a gateway.Addr) bool { return a.Prefix.Addr() == subnet.Addr() })
 }

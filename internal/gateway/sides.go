@@ -184,6 +184,12 @@ func (l Link) sharesLower() bool {
 	return slices.Contains([]string{"macvlan", "macvtap", "ipvlan"}, l.Kind)
 }
 
+// OnlyReceives reports whether IPv4 packets come by the link of this name, but leave by the one
+// below it: the two share a network, and no route leads beyond it by the upper one.
+func (n Network) OnlyReceives(name string) bool {
+	return slices.ContainsFunc(n.Links, func(l Link) bool { return l.Name == name && l.sharesLower() && !n.Leads(l) })
+}
+
 // places are where enabled subnets are.
 type places struct {
 	subnets []netip.Prefix

@@ -22,9 +22,18 @@ func New(f *os.File, format config.LogFormat, level slog.Leveler) slog.Handler {
 	case config.JournalLog:
 		return newJournal(f, level)
 	case config.JSONLog:
+		options.ReplaceAttr = inSeconds
 		return slog.NewJSONHandler(f, options)
 	}
 	return slog.NewTextHandler(f, options)
+}
+
+// inSeconds makes a duration a number of seconds; slog would write nanoseconds.
+func inSeconds(_ []string, a slog.Attr) slog.Attr {
+	if a.Value.Kind() == slog.KindDuration {
+		return slog.Float64(a.Key, a.Value.Duration().Seconds())
+	}
+	return a
 }
 
 // resolve returns the format for f.

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -64,12 +65,13 @@ func TestTheJournalGetsPrioritiesAndFields(t *testing.T) {
 	}
 }
 
-// Fails when the stream of another process counts as the journal, and when a file gets text.
+// Fails when the stream of another process counts as the journal, when a file gets text,
+// and when a duration is in nanoseconds.
 func TestWhatIsNoTerminalAndNoJournalGetsJSON(t *testing.T) {
 	f, read := file(t)
 	connect(t, f, 1)
-	slog.New(New(f, config.AutoLog, slog.LevelInfo)).Info("runs", "count", 1)
-	if got := read(); !strings.HasPrefix(got, "{") || !strings.Contains(got, `"msg":"runs","count":1}`) {
+	slog.New(New(f, config.AutoLog, slog.LevelInfo)).Info("runs", "count", 1, "lifetime", 1500*time.Millisecond)
+	if got := read(); !strings.HasPrefix(got, "{") || !strings.Contains(got, `"msg":"runs","count":1,"lifetime":1.5}`) {
 		t.Errorf("got %s", got)
 	}
 }

@@ -274,10 +274,17 @@ func Uninterrupted(dump func() error) (err error) {
 	return err
 }
 
-// Permitted adds to an EPERM which privilege is needed.
+// Permitted adds to an EPERM which privilege is needed, once.
 func Permitted(err error) error {
-	if errors.Is(err, unix.EPERM) {
-		return fmt.Errorf("%w: run as root or with CAP_NET_ADMIN", err)
+	if errors.Is(err, unix.EPERM) && !errors.As(err, new(unprivileged)) {
+		return unprivileged{err}
 	}
 	return err
 }
+
+// unprivileged is an EPERM that says which privilege is needed.
+type unprivileged struct{ error }
+
+func (e unprivileged) Error() string { return e.error.Error() + ": run as root or with CAP_NET_ADMIN" }
+
+func (e unprivileged) Unwrap() error { return e.error }

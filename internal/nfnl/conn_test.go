@@ -220,3 +220,15 @@ func FuzzWalk(f *testing.F) {
 		}
 	})
 }
+
+// Fails when an error that two callers pass on says twice which privilege is needed, and when it
+// loses its cause.
+func TestPermittedSaysOnceWhatIsNeeded(t *testing.T) {
+	err := nfnl.Permitted(fmt.Errorf("try tables: %w", nfnl.Permitted(unix.EPERM)))
+	if want := "try tables: operation not permitted: run as root or with CAP_NET_ADMIN"; err.Error() != want || !errors.Is(err, unix.EPERM) {
+		t.Errorf("%v, want %s", err, want)
+	}
+	if other := nfnl.Permitted(unix.EEXIST); !errors.Is(other, unix.EEXIST) || other.Error() != unix.EEXIST.Error() {
+		t.Error(other)
+	}
+}

@@ -43,7 +43,7 @@ func Gateway(st control.Status) (f doctor.Facts, err error) {
 		}
 	}
 	f.Sysctls = sysctls("/proc/sys", slices.Concat(st.Outside, f.Inside))
-	f.Rules, err = readRules(st, f.Outside4)
+	f.Rules, err = readRules(st, slices.DeleteFunc(slices.Clone(f.Outside4), network.OnlyReceives))
 	flowtables, failed := userrules.Flowtables(0)
 	f.Flowtables = flowtables
 	if err = errors.Join(err, failed); err != nil {
@@ -94,7 +94,7 @@ func byRoot(path string, err error) bool {
 	return failed == nil && errors.Is(err, fs.ErrPermission) && info.Mode()&0o200 != 0
 }
 
-// readRules reads the user's firewall. outside are the outside links that have IPv4.
+// readRules reads the user's firewall. outside are the outside links by which IPv4 leaves.
 func readRules(st control.Status, outside []string) (r doctor.Rules, err error) {
 	reader := userrules.NewReader(userrules.Config{OwnChain: rules.MarkerChain})
 	defer func() { err = errors.Join(err, reader.Close()) }()
@@ -142,8 +142,9 @@ var rulesets = []string{
 	"etc/nftables.conf", "etc/nftables.d/*", "etc/nftables/*", "etc/nftables/*/*", "etc/sysconfig/nftables.conf", "etc/nftables.nft",
 }
 
-// ourTable matches a table as nft prints it, if it is one of conenatd's.
-var ourTable = regexp.MustCompile(`(?ms)^table (ip|inet) (\S+) \{$(.*?)^\}`)
+// ourTable matches a table as nft prints it, if it is one of conenatd's. While conenatd runs, nft
+// adds a comment with the owner.
+var ourTable = regexp.MustCompile(`(?ms)^table (ip|inet) (\S+) \{(?: #[^\n]*)?$(.*?)^\}`)
 
 // saved returns the files below root that contain tables of conenatd.
 func saved(root string) (all []doctor.Saved) {

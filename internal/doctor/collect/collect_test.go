@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -38,6 +39,8 @@ func TestSavedTablesAreFoundAndRemoved(t *testing.T) {
 	const before, after = "table ip nat {\n\tchain c {\n\t}\n}\n", "table inet filter {\n\tset s {\n\t\ttype inet_service\n\t}\n}\n"
 	root := t.TempDir()
 	path := filepath.Join(root, "etc/nftables.conf")
+	// As nft lists it while conenatd runs.
+	ours = strings.Replace(ours, "table ip conenat {\n", "table ip conenat { # progname conenatd\n\tflags owner\n\n", 1)
 	write(t, path, before+ours+after)
 	write(t, filepath.Join(root, "etc/nftables.d/theirs.nft"), "table inet conenat {\n\tchain c {\n\t}\n}\n")
 	found := saved(root)

@@ -1,0 +1,53 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+
+	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/gateway"
+)
+
+// unitConfig is the configuration file of the service that packages install.
+const unitConfig = "/etc/conenatd/conenatd.toml"
+
+// howToStart says of an installed daemon that does not run how to start it, and which networks it
+// would serve if its configuration enables none. It returns other errors unchanged.
+func howToStart(err error) error {
+	if !errors.Is(err, control.ErrNotRunning) {
+		return err
+	}
+	cfg, wrong := config.Load(unitConfig)
+	switch {
+	case errors.Is(wrong, fs.ErrNotExist):
+		return err
+	case wrong != nil:
+		return fmt.Errorf("%w, and would not start: %w", control.ErrNotRunning, wrong)
+	}
+	start := "conenatd run --config " + unitConfig
+	if _, err := os.Stat("/run/systemd/system"); err == nil { // sd_booted(3)
+		start = "systemctl enable --now conenatd"
+	}
+	if !cfg.EnablesNone() {
+		return fmt.Errorf("%w: start it with %q", control.ErrNotRunning, start)
+	}
+	network, failed := gateway.ReadNetwork(0, gateway.Sides{Outside: cfg.Outside})
+	if failed != nil {
+		return errors.Join(err, failed)
+	}
+	var likely []string
+	for _, p := range network.Proposals() {
+		likely = append(likely, p.String())
+	}
+	if len(likely) == 0 {
+		return fmt.Errorf("%w: %s enables no subnet, and none looks like an inside network: name yours there in a [[subnet]], then start it with %q",
+			control.ErrNotRunning, unitConfig, start)
+	}
+	return fmt.Errorf("%w, and %s enables no subnet. It would serve %s. This enables that, and starts it:\n"+
+		`  printf '\n[[subnet]]\nprefix = "%%s"\n' %s >>%s && %s`,
+		control.ErrNotRunning, unitConfig, strings.Join(likely, ", "), strings.Join(likely, " "), unitConfig, start)
+}
