@@ -280,6 +280,10 @@ var faults = map[string]fault{
 		id: "pool_moved", running: true, subnet: oneOutsidePort, set: sets(`sysctl -w net.ipv4.ip_local_port_range="32768 65535"`),
 		line: "sysctl -w net.ipv4.ip_local_reserved_ports=61000-65535",
 	},
+	"local ports leave no pool": {
+		id: "would_not_start", subnet: oneOutsidePort, set: sets(`sysctl -w net.ipv4.ip_local_port_range="1024 65535"`),
+		line: "sysctl -w net.ipv4.ip_local_reserved_ports=61000-65535",
+	},
 
 	// The configuration.
 	"no subnet": {

@@ -101,6 +101,9 @@ func facts(c *cobra.Command, cfg config.Config) (doctor.Facts, error) {
 	f.Proposed, f.Untried = proposed, untried
 	if refused != nil {
 		f.NoStart = refused.Error()
+		if pool := new(daemon.PoolError); errors.As(refused, &pool) {
+			f.StartFix = pool.Fix
+		}
 	}
 	f.Left, err = daemon.Leftovers()
 	return f, err

@@ -26,7 +26,7 @@ func howToStart(err error) error {
 	case errors.Is(wrong, fs.ErrNotExist):
 		return err
 	case wrong != nil:
-		return fmt.Errorf("%w, and would not start: %w", control.ErrNotRunning, wrong)
+		return fmt.Errorf("%w, and would not start: %v", control.ErrNotRunning, wrong)
 	}
 	start := "conenatd run --config " + unitConfig
 	if _, err := os.Stat("/run/systemd/system"); err == nil { // sd_booted(3)

@@ -154,3 +154,11 @@ func (l *localPorts) overlap(pool fmt.Stringer) string {
 	return fmt.Sprintf("port_pool %v overlaps the ports of the gateway's own connections (%s = %v): keep them apart with '%s'",
 		pool, rangeKey, l.given, l.reserve(pool))
 }
+
+// A PoolError says that no port is left for a pool.
+type PoolError struct {
+	text string
+	Fix  string // shell command that makes room
+}
+
+func (e *PoolError) Error() string { return e.text }

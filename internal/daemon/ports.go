@@ -1,7 +1,6 @@
 package daemon
 
 import (
-	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -58,7 +57,7 @@ func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, socke
 			pool = old
 			out.addWithFix(warnPoolOverlaps, aboutPool(cfg, wanted), local.reserve(pool), "%s", local.overlap(pool))
 		case !ok:
-			return ports, nil, errors.New(local.overlap(wanted))
+			return ports, nil, &PoolError{local.overlap(wanted), local.reserve(wanted)}
 		case pool.Len() < min(poolWanted, all.Len()) || len(all) > 0 && !pool.overlaps(all):
 			out.addWithFix(warnPoolMoved, aboutPool(cfg, wanted), local.reserve(wanted), "hosts get outside ports %v: %s", pool, local.overlap(wanted))
 		}

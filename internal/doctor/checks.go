@@ -37,7 +37,11 @@ func (f *Facts) wouldNotStart() []Finding {
 	if f.NoStart == "" {
 		return nil
 	}
-	return []Finding{{What: "conenatd would not start: " + f.NoStart}}
+	x := Finding{What: "conenatd would not start: " + f.NoStart}
+	if f.StartFix != "" {
+		x.Fix, x.Keep = []Line{{Shell, f.StartFix}}, keepSysctl
+	}
+	return []Finding{x}
 }
 
 func (f *Facts) noSubnet() []Finding {

@@ -15,7 +15,9 @@ type Facts struct {
 	Status  control.Status
 	Running bool
 	NoStart string
-	Untried string // why conntrack helpers were not tried; empty if they were, or if a daemon runs
+	// StartFix is the shell command that removes what NoStart says; empty if none is known.
+	StartFix string
+	Untried  string // why conntrack helpers were not tried; empty if they were, or if a daemon runs
 	// Proposed says that no subnet is enabled: those of Status look like inside networks.
 	Proposed bool
 	NoLabels bool // the kernel lacks the label of children of the map
