@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -84,4 +85,50 @@ func TestStatusSaysHowToStart(t *testing.T) {
 			s.Stands(phone, proxy, s.Contact(phone, proxy))
 		})
 	}
+}
+
+// Fails when status does not say that tables of a dead daemon go on dropping packets.
+func TestStatusSaysWhatADeadDaemonLeft(t *testing.T) {
+	ownMode(t)
+	s := play(t, lab.Options{}, stage.Auto...)
+	s.Kill()
+	if out, code := s.CLI("status"); code != 1 || !strings.Contains(out, `a dead daemon left the tables conenat: a start takes them over, and "conenatd cleanup" removes them`) {
+		t.Errorf("exit %d, %q", code, out)
+	}
+}
+
+// run without a subnet, and a daemon whose subnet is "auto", say which networks they leave out.
+//
+// Fails when a network is left out without a word, and when one that is served is named.
+func TestNetworksThatAreLeftOutAreNamed(t *testing.T) {
+	ownMode(t)
+	s := newScene(t, lab.Options{})
+	s.IP(s.Gateway, "link add docker0 type bridge")
+	s.IP(s.Gateway, "address add 172.17.0.1/16 dev docker0")
+	const left = "172.17.0.0/16 on docker0, a tunnel, or a link of containers or virtual machines"
+	if out, code := s.CLI("run"); code != 78 || !strings.HasSuffix(strings.TrimSpace(out), "--subnet auto\nleft out: "+left) {
+		t.Errorf("exit %d, %q", code, out)
+	}
+	s.Start("--subnet=auto")
+	if out := s.Daemon.Output(); !strings.Contains(out, "networks=\"["+left+"]\"") {
+		t.Error(out)
+	}
+}
+
+// Fails when revoke refuses a prefix that list prints, and when it ends the permissions of others.
+func TestRevokeTakesPrefixes(t *testing.T) {
+	ownMode(t)
+	s := newScene(t, lab.Options{})
+	s.configured("peer_groups = [\"203.0.113.0/24\"]\n" + toml(stage.Auto))
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.standsFor(netip.MustParsePrefix("203.0.113.0/24"), phone, ext)
+	for _, tc := range []struct{ word, want string }{
+		{"203.0.113.0/25", "revoked 0 "}, {"192.0.2.0/24", "revoked 0 "}, {"203.0.113.0/24", "revoked 1 "},
+	} {
+		if out, code := s.CLI("revoke", tc.word); code != 0 || !strings.HasPrefix(out, tc.want) {
+			t.Errorf("%s: exit %d, %q", tc.word, code, out)
+		}
+	}
+	s.Lost(phone, s.PeerSocket(lab.PeerA, 5061), ext, proxy)
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -64,6 +65,16 @@ func showCommand(use, short string, show func(c *cobra.Command, client *control.
 	return c
 }
 
+// exactly accepts arguments with these names.
+func exactly(names ...string) cobra.PositionalArgs {
+	return func(c *cobra.Command, args []string) error {
+		if len(args) != len(names) {
+			return fmt.Errorf("%s: expected %s, got %d arguments", c.Name(), strings.Join(names, " "), len(args))
+		}
+		return nil
+	}
+}
+
 func reloadCommand() *cobra.Command {
 	return clientCommand("reload", "Let the daemon read its configuration again", cobra.NoArgs,
 		func(c *cobra.Command, client *control.Client, _ []string) error { return client.Reload(c.Context()) })
@@ -102,8 +113,9 @@ func revokeCommand() *cobra.Command {
 			n, err := client.Revoke(c.Context(), words)
 			return revoked(c, n, err)
 		})
-	c.Long = `End the permissions that fit all words. A word is an address (of an inside
-host, of the outside, of a peer) or an endpoint (inside or outside). Flows that
+	c.Long = `End the permissions that match every word. A word is an address (of an inside
+host, of the outside, of a peer), a prefix of such addresses, or an endpoint (inside
+or outside). A permission for several peers ends with each of them. Flows that
 are there go on, children that were answered too, but do not bring them back; a
 new flow does. That holds across a restart, too, for up to two hours between the
 daemons, but not after a crash where the kernel has no nftables. Another host
@@ -240,7 +252,7 @@ func statusCommand() *cobra.Command {
 		if c.Flags().Changed("control-socket") {
 			return err
 		}
-		return howToStart(err)
+		return notRunning(err)
 	}
 	c.Long = `Show whether conenatd works, for which subnets, and what it does. The first line is
 the verdict. "conenatd doctor" says more about what does not work. Where a package
@@ -253,7 +265,7 @@ inside networks if its configuration enables none.`
 
 func explainCommand() *cobra.Command {
 	var asJSON bool
-	c := clientCommand("explain PEER[:PORT] EXT:PORT", "Say whether a packet would get in, and why", cobra.ExactArgs(2),
+	c := clientCommand("explain PEER[:PORT] EXT:PORT", "Say whether a packet would get in, and why", exactly("PEER[:PORT]", "EXT:PORT"),
 		func(c *cobra.Command, client *control.Client, args []string) error {
 			peer, err := control.ParsePeer(args[0])
 			if err != nil {

@@ -22,13 +22,18 @@ func checkCommand() *cobra.Command {
 		Long: `Check a configuration file. Each error has its line and its column in the file, and
 a word that is nearly right gets the right one: "c.toml:2:1: lifetme: unknown key; did
 you mean lifetime?". Nothing else is read or changed.`,
-		Args:              cobra.ExactArgs(1),
+		Args:              exactly("FILE"),
 		ValidArgsFunction: completeFile,
 		RunE: func(c *cobra.Command, args []string) error {
-			if _, err := config.Load(args[0]); err != nil {
+			cfg, err := config.Load(args[0])
+			switch {
+			case err != nil:
 				return err
+			case cfg.EnablesNone():
+				fmt.Fprintf(c.OutOrStdout(), "%s: good, but it enables no subnet\n", args[0])
+			default:
+				fmt.Fprintf(c.OutOrStdout(), "%s: good\n", args[0])
 			}
-			fmt.Fprintf(c.OutOrStdout(), "%s: good\n", args[0])
 			return nil
 		},
 	}

@@ -57,7 +57,7 @@ func noSubnet(cfg config.Config) error {
 	candidates := network.Proposals()
 	if len(candidates) == 0 {
 		return &config.UsageError{Err: errors.New("no subnet is enabled and none looks like an inside network: name one, such as\n" +
-			"  conenatd run --subnet 192.168.1.0/24")}
+			"  conenatd run --subnet 192.168.1.0/24" + passedOver(network))}
 	}
 	var b strings.Builder
 	b.WriteString("no subnet is enabled. These look like inside networks; enable them with\n  conenatd run")
@@ -65,7 +65,16 @@ func noSubnet(cfg config.Config) error {
 		fmt.Fprintf(&b, " --subnet %v", p)
 	}
 	b.WriteString("\nor all of them with\n  conenatd run --subnet auto")
+	b.WriteString(passedOver(network))
 	return &config.UsageError{Err: errors.New(b.String())}
+}
+
+// passedOver says which networks are left out of a proposal, a line each.
+func passedOver(network gateway.Network) (text string) {
+	for _, p := range network.PassedOver() {
+		text += "\nleft out: " + p
+	}
+	return text
 }
 
 func run(ctx context.Context, flags *config.Flags) error {

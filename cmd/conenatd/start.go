@@ -9,18 +9,28 @@ import (
 
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/daemon"
 	"github.com/conenatd/conenatd/internal/gateway"
 )
 
 // unitConfig is the configuration file of the service that packages install.
 const unitConfig = "/etc/conenatd/conenatd.toml"
 
-// howToStart says of an installed daemon that does not run how to start it, and which networks it
-// would serve if its configuration enables none. It returns other errors unchanged.
-func howToStart(err error) error {
+// notRunning adds to the error of a daemon that does not run what a dead one left, and how to start
+// the installed one. It returns other errors unchanged.
+func notRunning(err error) error {
 	if !errors.Is(err, control.ErrNotRunning) {
 		return err
 	}
+	if left, failed := daemon.Leftovers(); failed == nil && len(left) > 0 {
+		return fmt.Errorf("%w\na dead daemon left the tables %s: a start takes them over, and \"conenatd cleanup\" removes them", howToStart(err), strings.Join(left, ", "))
+	}
+	return howToStart(err)
+}
+
+// howToStart says how to start the installed daemon, and which networks it would serve if its
+// configuration enables none. Without an installed one it returns err.
+func howToStart(err error) error {
 	cfg, wrong := config.Load(unitConfig)
 	switch {
 	case errors.Is(wrong, fs.ErrNotExist):
@@ -44,10 +54,10 @@ func howToStart(err error) error {
 		likely = append(likely, p.String())
 	}
 	if len(likely) == 0 {
-		return fmt.Errorf("%w: %s enables no subnet, and none looks like an inside network: name yours there in a [[subnet]], then start it with %q",
-			control.ErrNotRunning, unitConfig, start)
+		return fmt.Errorf("%w: %s enables no subnet, and none looks like an inside network: name yours there in a [[subnet]], then start it with %q%s",
+			control.ErrNotRunning, unitConfig, start, passedOver(network))
 	}
 	return fmt.Errorf("%w, and %s enables no subnet. It would serve %s. This enables that, and starts it:\n"+
-		`  printf '\n[[subnet]]\nprefix = "%%s"\n' %s >>%s && %s`,
-		control.ErrNotRunning, unitConfig, strings.Join(likely, ", "), strings.Join(likely, " "), unitConfig, start)
+		`  printf '\n[[subnet]]\nprefix = "%%s"\n' %s >>%s && %s%s`,
+		control.ErrNotRunning, unitConfig, strings.Join(likely, ", "), strings.Join(likely, " "), unitConfig, start, passedOver(network))
 }

@@ -89,6 +89,11 @@ func syntaxError(path, data string, err error) error {
 	}
 	line := nthLine(data, pe.Position.Line)
 	at := position{pe.Position.Line, column(line, pe.Position.Col)}
+	// Where something is missing at the end of a line, the decoder may name the next one.
+	if n := 1 + strings.Count(data[:min(pe.Position.Start, len(data))], "\n"); n < at.line {
+		line = nthLine(data, n)
+		at = position{n, column(line, len(line)+1)}
+	}
 	key, value, isPair := strings.Cut(line, "=")
 	if _, err := toml.Decode(line, new(map[string]any)); err != nil && isPair {
 		if name, err := check(strings.TrimSpace(key), bare(strings.TrimSpace(value))); err != nil {

@@ -19,7 +19,7 @@ type Flags struct {
 // Register adds the flags to fs. Call it once, before fs.Parse.
 func (f *Flags) Register(fs *pflag.FlagSet) {
 	f.config.kind = "file"
-	fs.Var(&f.config, "config", "configuration `file`; flags go before it")
+	fs.Var(&f.config, "config", "configuration `file`; flags override it")
 	f.subnet = register(fs, subnetKeys)
 	f.given = register(fs, settings)
 }

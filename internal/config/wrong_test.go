@@ -315,6 +315,7 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 		"an array without an end":       {"outside = [\"wan0\"\nlifetime = \"5m\"", `2:16: outside: not valid TOML: expected a comma (',') or array terminator (']'), but got 'l'`},
 		"a key twice":                   {"lifetime = \"5m\"\nlifetime = \"5m\"", `2:1: lifetime: expected once in the file, but line 1 has it, too; keep one of the two`},
 		"a key with a line break":       {"\"a\\n\" = ", "1:8: a\uFFFD: not valid TOML: unexpected EOF; expected value"},
+		"a header without its end":      {"\n[[subnet]\nprefix = \"10.0.0.0/24\"", `2:11: not valid TOML: expected end of table array name delimiter ']', but got '\n' instead`},
 		"no equals sign":                {"lifetime", `1:8: not valid TOML: unexpected EOF; expected key separator '='`},
 		"UTF-16":                        {"l\x00i\x00", `1:1: not valid TOML: files cannot contain NULL bytes; probably using UTF-16; TOML files must be UTF-8`},
 	} {

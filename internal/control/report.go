@@ -114,7 +114,7 @@ func WriteStatus(w io.Writer, s Status, verbose bool, now time.Time) error {
 	if s.Accounting {
 		more("accounting", "on")
 	} else {
-		line("accounting", "off (nf_conntrack_acct): of a child it can be told that it was answered, not that it still is")
+		line("accounting", "off (nf_conntrack_acct): conenatd cannot tell whether an answered child is still in use")
 	}
 	if v := s.Verification; v != nil {
 		line("verified", "%d permissions, %d expectations, %d elements of the map, %d flows; %d wrong",
@@ -185,9 +185,9 @@ func describe(m Map) string {
 	}
 	learn := "the daemon alone adds to it"
 	if m.Learn {
-		learn = fmt.Sprintf("the kernel learned %d, %d were too many at a time", m.Learned, m.Limited)
+		learn = fmt.Sprintf("%d permissions learned by the kernel, %d rate-limited", m.Learned, m.Limited)
 	}
-	children := "no child came by it yet"
+	children := "no child admitted yet"
 	if m.Admitted > 0 {
 		children = fmt.Sprintf("%d children, of which the firewall let %d pass", m.Admitted, min(m.Passed, m.Admitted))
 	}

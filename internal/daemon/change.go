@@ -215,8 +215,8 @@ func (s *shared) revoke(fits func(*cone.Permission) bool) (n int, err error) {
 	return n, nil
 }
 
-// fits returns the test for a word: an address (inside, outside or peer) or an
-// endpoint (inside or outside).
+// fits returns the test for a word: an address (inside, outside or peer), a prefix of such
+// addresses, or an endpoint (inside or outside).
 func fits(word string) (func(*cone.Permission) bool, error) {
 	if a, err := netip.ParseAddr(word); err == nil {
 		addr := cone.AddrFrom(a)
@@ -228,7 +228,13 @@ func fits(word string) (func(*cone.Permission) bool, error) {
 		e := cone.EndpointFrom(ap)
 		return func(p *cone.Permission) bool { return p.Int == e || p.Ext == e }, nil
 	}
-	return nil, fmt.Errorf("revoke %q: expected an address such as 203.0.113.5 or an endpoint such as 198.51.100.1:5060", word)
+	if prefix, err := netip.ParsePrefix(word); err == nil {
+		return func(p *cone.Permission) bool {
+			peers := p.Peers()
+			return prefix.Contains(p.Int.Addr.Netip()) || prefix.Contains(p.Ext.Addr.Netip()) || prefix.Bits() <= peers.Bits() && prefix.Contains(peers.Addr())
+		}, nil
+	}
+	return nil, fmt.Errorf("revoke %q: expected an address such as 203.0.113.5, a prefix such as 203.0.113.0/24, or an endpoint such as 198.51.100.1:5060", word)
 }
 
 func prefixes(subnets []config.Subnet) []netip.Prefix {

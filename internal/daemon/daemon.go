@@ -493,5 +493,8 @@ func (d *Daemon) greet() {
 		"lifetime", l.cfg.Lifetime, "most_permissions", l.limit())
 	l.tellCarriers(d.log, l.cfg.Subnets)
 	d.log.Info("'conenatd status' says whether it works, 'conenatd list' who may send to whom, 'conenatd doctor' how to repair what is wrong")
+	if left := r.network.PassedOver(); l.cfg.AutoSubnets && len(left) > 0 {
+		d.log.Info("subnet auto leaves out networks: name what you want to serve", "networks", left)
+	}
 	l.warned.tell(d.now(), l.warnings())
 }

@@ -35,7 +35,7 @@ func (l *loop) warnings() (out warnings) {
 		out.add(warnBackendMissing, "", "%s", l.missing)
 	}
 	if l.engine.Model.Remaps() {
-		out.add(warnPortPerPeer, "", "peers see another outside port each of one and the same inside port, so a rule of yours has random or fully-random: "+
+		out.add(warnPortPerPeer, "", "each peer sees a different outside port of the same inside port, so a rule of yours probably has random or fully-random: "+
 			`mapping = "endpoint_independent" keeps one`)
 	}
 	if l.engine.Model.LabelTaken() {

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"fmt"
 	"net/netip"
 	"regexp"
 	"slices"
@@ -73,6 +74,31 @@ func (n Network) candidates(uplinks map[string]bool, may func(netip.Prefix) bool
 		}
 	}
 	return unique(found)
+}
+
+// PassedOver says which connected private IPv4 networks are no proposals, and why, such as
+// "10.0.3.0/24 on lxcbr0, a link of containers or virtual machines".
+func (n Network) PassedOver() (all []string) {
+	proposals := n.Proposals()
+	for _, l := range n.Links {
+		why := ""
+		switch {
+		case l.is(unix.IFF_LOOPBACK) || l.Outside&IPv4 != 0 && !l.Inside:
+			continue
+		case !l.lan():
+			why = "a tunnel, or a link of containers or virtual machines"
+		case !l.is(unix.IFF_UP):
+			why = "which is down"
+		default:
+			why = "which has its address by DHCP"
+		}
+		for _, a := range n.Addrs {
+			if p := a.Prefix.Masked(); a.Link == l.Index && !p.IsSingleIP() && Covered(p, private) && !slices.Contains(proposals, p) {
+				all = append(all, fmt.Sprintf("%v on %s, %s", p, l.Name, why))
+			}
+		}
+	}
+	return all
 }
 
 // lanKinds are the kinds of link that a LAN can be behind. All others are tunnels, links of
