@@ -214,7 +214,7 @@ func TestLargeMapIsRepaired(t *testing.T) {
 			m.steal(last, cone.ByMap)
 			m.add(alien)
 			repairs := 0
-			for ; m.elements[last.Key] == nil && repairs < ownedParts; repairs++ {
+			for ; m.elements[last.Key] == nil && repairs < int(partsOf(listedAtMost+1)); repairs++ {
 				s.now += time.Millisecond
 				if err := s.compare.Repair(false, owned); err != nil {
 					s.Fatal(err)

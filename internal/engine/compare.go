@@ -19,9 +19,9 @@ const (
 	// for each of them 0.6 s.
 	listedAtMost = 1 << 15
 
-	// ownedParts is the number of parts of a map that is larger than that and that only the
-	// daemon can change. Each Repair asks for the elements of one part.
-	ownedParts = 4
+	// askedAtMost is about how many elements each Repair asks for of a map that is larger than
+	// that and that only the daemon can change: of one part of such a map.
+	askedAtMost = 1 << 14
 
 	// learnedTime is the longest time until the model knows a permission that the kernel
 	// learned.
@@ -67,14 +67,16 @@ type Comparer struct {
 // meddled with it, and grants missing ones first. If only the daemon can change the map
 // (owned), each call checks one part of a large one.
 func (c *Comparer) Repair(meddled, owned bool) error {
-	large := false
-	if !c.InLoop(func(e *Engine) { large = e.Model.Stats().Standing > listedAtMost }) {
+	standing := 0
+	if !c.InLoop(func(e *Engine) { standing = e.Model.Stats().Standing }) {
 		return nil
 	}
+	large := standing > listedAtMost
 	s := scope{list: !large}
 	if large && !meddled && owned {
-		c.part = (c.part + 1) % ownedParts
-		s.asked = func(k cone.Key) bool { return partOfKey(k) == c.part }
+		parts := partsOf(standing)
+		c.part = (c.part + 1) % parts
+		s.asked = func(k cone.Key) bool { return partOfKey(k, parts) == c.part }
 	}
 	err := c.repair(s)
 	if large && meddled {
@@ -83,8 +85,11 @@ func (c *Comparer) Repair(meddled, owned bool) error {
 	return err
 }
 
-// partOfKey returns the part of an owned map that k is in.
-func partOfKey(k cone.Key) uint64 { return maphash.Comparable(partSeed, k) % ownedParts }
+// partsOf returns the number of parts of an owned map with n elements.
+func partsOf(n int) uint64 { return uint64(n+askedAtMost-1) / askedAtMost }
+
+// partOfKey returns which of the parts of an owned map k is in.
+func partOfKey(k cone.Key, parts uint64) uint64 { return maphash.Comparable(partSeed, k) % parts }
 
 var partSeed = maphash.MakeSeed()
 
