@@ -166,19 +166,16 @@ func listCommand() *cobra.Command {
 			w := control.NewCSVWriter(c.OutOrStdout())
 			return errors.Join(each(w.Write), w.Close())
 		}
-		var ps []control.Permission
-		err := each(func(p control.Permission) error {
-			ps = append(ps, p)
-			return nil
-		})
-		if err != nil {
+		w := control.NewTableWriter(c.OutOrStdout(), time.Now())
+		if err := each(w.Write); err != nil {
 			return err
 		}
-		return control.WriteTable(c.OutOrStdout(), ps, time.Now())
+		return w.Close()
 	})
 	c.Long = `List the permissions: who may send to whom, and why a permission is inactive. With
 several of the flags --host, --peer, --subnet and --state, list those that match
-each of them.`
+each of them. Of more than 10,000 only the first 10,000 are sorted: pipe them
+through sort.`
 	c.Example = "  conenatd list --host 192.168.1.20 --state refused\n  conenatd list --peer 203.0.113.5 --csv"
 	fs := c.Flags()
 	fs.BoolVar(&asCSV, "csv", false, "print comma-separated values, after a line with the names of the columns")

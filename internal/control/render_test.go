@@ -2,9 +2,11 @@ package control
 
 import (
 	"flag"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -146,11 +148,49 @@ func TestWriteTable(t *testing.T) {
 		"table-all.txt":   {zoned, refused, old, proxy, sip},
 		"table-empty.txt": nil,
 	} {
-		var out strings.Builder
-		if err := WriteTable(&out, ps, now); err != nil {
+		golden(t, name, table(t, ps, nil))
+	}
+}
+
+// table returns ps as a table. It calls each after each permission with what is written by then.
+func table(t *testing.T, ps []Permission, each func(i int, written string)) string {
+	t.Helper()
+	var out strings.Builder
+	w := NewTableWriter(&out, now)
+	for i, p := range ps {
+		if err := w.Write(p); err != nil {
 			t.Fatal(err)
 		}
-		golden(t, name, out.String())
+		if each != nil {
+			each(i, out.String())
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return out.String()
+}
+
+// A long table begins before its end is known, and has each permission once. Fails when it
+// waits for the last one, or when it loses what it held.
+func TestALongTableBeginsAtOnce(t *testing.T) {
+	ps := make([]Permission, sortedAtMost+100)
+	for i := range ps {
+		n := len(ps) - i
+		ps[i] = standing(fmt.Sprintf("10.47.%d.%d:5060", n>>8, n&0xff), "198.51.100.1:5060", "203.0.113.5")
+	}
+	text := table(t, ps, func(i int, written string) {
+		if begun := strings.Count(written, "\n") > sortedAtMost; begun != (i >= sortedAtMost) {
+			t.Fatalf("after permission %d: begun %v", i, begun)
+		}
+	})
+	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
+	if len(lines) != 1+len(ps) || !strings.HasPrefix(lines[1], "10.47.0.100:5060 ") {
+		t.Errorf("%d lines for %d permissions, the first %q", len(lines), len(ps), lines[1])
+	}
+	slices.Sort(lines)
+	if all := len(slices.Compact(lines)); all != 1+len(ps) {
+		t.Errorf("%d different lines for %d permissions", all, len(ps))
 	}
 }
 

@@ -1,14 +1,15 @@
 package control
 
 import (
+	"bufio"
 	"cmp"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
 	"strconv"
-	"strings"
-	"text/tabwriter"
 	"time"
+	"unicode/utf8"
 )
 
 // A Column is a column of the table of permissions.
@@ -45,26 +46,97 @@ func compareExpires(a, b *Permission) int {
 	return a.Expires.Compare(b.Expires)
 }
 
-// WriteTable writes permissions as a table for people. It sorts ps.
-func WriteTable(w io.Writer, ps []Permission, now time.Time) error {
-	slices.SortFunc(ps, ComparePermissions)
-	columns := slices.DeleteFunc(slices.Clone(Columns), func(c Column) bool {
-		return c.Used != nil && !slices.ContainsFunc(ps, func(p Permission) bool { return c.Used(&p) })
-	})
+// sortedAtMost is the longest table that is sorted.
+const sortedAtMost = 10_000
 
-	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	row := func(cell func(c Column) string) {
-		var cells []string
-		for _, c := range columns {
-			cells = append(cells, cell(c))
+// A TableWriter writes permissions as a table for people. It sorts a table of up to 10,000
+// permissions, and leaves out columns that say nothing about them. A longer table has all
+// columns; its first 10,000 rows are sorted, the others follow as they come, so that it begins
+// at once and takes no more memory however long it is.
+type TableWriter struct {
+	out     *bufio.Writer
+	now     time.Time
+	held    []Permission // not written yet
+	columns []Column     // of a long table; nil before it is known to be one
+	widths  []int
+}
+
+// NewTableWriter returns a TableWriter that shows times as seen at now. The caller must Close it.
+func NewTableWriter(w io.Writer, now time.Time) *TableWriter {
+	return &TableWriter{out: bufio.NewWriter(w), now: now}
+}
+
+// Write adds a permission to the table.
+func (t *TableWriter) Write(p Permission) error {
+	if t.columns != nil {
+		return t.row(t.cells(&p))
+	}
+	if t.held = append(t.held, p); len(t.held) <= sortedAtMost {
+		return nil
+	}
+	t.columns = Columns
+	return errors.Join(t.writeHeld(), t.out.Flush())
+}
+
+// Close writes what is left of the table.
+func (t *TableWriter) Close() error {
+	if t.columns == nil {
+		t.columns = slices.DeleteFunc(slices.Clone(Columns), func(c Column) bool {
+			return c.Used != nil && !slices.ContainsFunc(t.held, func(p Permission) bool { return c.Used(&p) })
+		})
+		if err := t.writeHeld(); err != nil {
+			return err
 		}
-		fmt.Fprintln(tw, strings.Join(cells, "\t"))
 	}
-	row(func(c Column) string { return c.Name })
-	for i := range ps {
-		row(func(c Column) string { return c.Cell(&ps[i], now) })
+	return t.out.Flush()
+}
+
+// writeHeld writes the header and the permissions so far, sorted. They say how wide the columns
+// are.
+func (t *TableWriter) writeHeld() error {
+	slices.SortFunc(t.held, ComparePermissions)
+	rows := make([][]string, 1, len(t.held)+1)
+	for _, c := range t.columns {
+		rows[0] = append(rows[0], c.Name)
 	}
-	return tw.Flush()
+	for i := range t.held {
+		rows = append(rows, t.cells(&t.held[i]))
+	}
+	t.held = nil
+	t.widths = make([]int, len(t.columns))
+	for _, r := range rows {
+		for i, cell := range r {
+			t.widths[i] = max(t.widths[i], utf8.RuneCountInString(cell))
+		}
+	}
+	for _, r := range rows {
+		if err := t.row(r); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (t *TableWriter) cells(p *Permission) []string {
+	cells := make([]string, len(t.columns))
+	for i, c := range t.columns {
+		cells[i] = c.Cell(p, t.now)
+	}
+	return cells
+}
+
+func (t *TableWriter) row(cells []string) error {
+	const apart = "  "
+	for i, cell := range cells {
+		_, _ = t.out.WriteString(cell) // the last write has the error
+		if i+1 < len(cells) {
+			for n := utf8.RuneCountInString(cell); n < t.widths[i]; n++ {
+				_ = t.out.WriteByte(' ')
+			}
+			_, _ = t.out.WriteString(apart)
+		}
+	}
+	return t.out.WriteByte('\n')
 }
 
 // ComparePermissions is the order of the table: by inside and outside endpoint, peer and zone.

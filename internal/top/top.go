@@ -57,8 +57,13 @@ func look(ctx context.Context, d Daemon, r request) (a answer) {
 	return a
 }
 
+// restPerLook keeps looks that nobody asked for to a tenth of the time: a look at a long list
+// takes a core of the gateway.
+const restPerLook = 9
+
 // show is Run on any terminal, after the first answer. It asks for the list again after the interval, or at once if the
-// user wants another part of it, but rests at least as long as the last look took.
+// user wants another part of it. It rests at least as long as the last look took, and restPerLook times as long if
+// nobody asked.
 func show(ctx context.Context, d Daemon, o Options, tty tcell.Tty, status control.Status) error {
 	// Nothing is asked of the terminal: an answer that comes late would look like keys.
 	screen, err := tcell.NewTerminfoScreenFromTty(tty, tcell.OptNegotiation(false), tcell.OptSanitizeContent(true))
@@ -99,7 +104,7 @@ func show(ctx context.Context, d Daemon, o Options, tty tcell.Tty, status contro
 		case last = <-answers:
 			looking = false
 			m.accept(last)
-			if timer.Reset(max(o.Interval-last.took, last.took)); again {
+			if timer.Reset(max(o.Interval-last.took, restPerLook*last.took)); again {
 				urge()
 			}
 		case ev := <-screen.EventQ():
