@@ -17,6 +17,7 @@ import (
 
 var (
 	manyPermissions = flag.Int("permissions", 100_000, "how many permissions BenchmarkPermissions makes")
+	manyIdle        = flag.Duration("permissions.idle", time.Minute, "how long it watches the daemon at rest")
 	manyEvents      = flag.String("permissions.events", "auto", "its --events")
 )
 
@@ -27,8 +28,8 @@ var (
 // than the permissions, flows come in waves: those of a wave end before the next one begins,
 // their permissions stay. The flows of the last wave live on.
 func BenchmarkPermissions(b *testing.B) {
-	const ports, hosts, lifetime, idle = stage.Peers, 200, time.Hour, time.Minute
-	n := *manyPermissions
+	const ports, hosts, lifetime = stage.Peers, 200, time.Hour
+	n, idle := *manyPermissions, *manyIdle
 	must := func(err error) {
 		b.Helper()
 		if err != nil {

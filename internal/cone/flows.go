@@ -287,9 +287,9 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 
 // orphan drops a child whose permission is gone, unless the inside host answered it. A
 // daemon that died may have left it, or its first packet came just as the permission ended.
-// Before the first snapshot it is not known what is gone.
+// Before the first snapshot, and while permissions are adopted, it is not known what is gone.
 func (m *Model) orphan(f *Flow, p Permission) {
-	if m.snap.complete && !f.Status.Has(StatusSeenReply) {
+	if m.snap.complete && !m.adopting && !f.Status.Has(StatusSeenReply) {
 		m.op(Op{Kind: DropUnanswered, Permission: p, From: f.Src, FromZone: f.OrigZone, ID: f.ID})
 	}
 }

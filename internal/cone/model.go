@@ -117,10 +117,11 @@ type Model struct {
 
 	passes map[netip.Prefix]*Passed // by enabled subnet
 
-	stopped bool
-	ops     []Op
-	spare   []Op // swapped with ops by Ops
-	stats   Stats
+	adopting bool // see SetAdopting
+	stopped  bool
+	ops      []Op
+	spare    []Op // swapped with ops by Ops
+	stats    Stats
 }
 
 // Stats counts what a Model holds and did.
@@ -284,6 +285,9 @@ func (m *Model) grant(now time.Duration, i int32) {
 	}
 	m.stats.Granted++
 	m.op(Op{Kind: Grant, Permission: c.Permission, By: p.By})
+	if m.adopting && !m.snap.showing {
+		m.refresh(now, i) // an earlier daemon may have left it
+	}
 	m.wheel.schedule(i, min(c.refresh, c.fed+m.policy.Lifetime))
 }
 

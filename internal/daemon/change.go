@@ -205,6 +205,9 @@ func (s *shared) revoke(fits func(*cone.Permission) bool) (n int, err error) {
 	if err := s.showAll(0); err != nil {
 		return 0, err
 	}
+	if err := s.allAdopted(); err != nil {
+		return 0, err
+	}
 	ok := s.do(func(l *loop) {
 		n = l.engine.Model.Revoke(s.now(), func(p cone.Permission) bool { return fits(&p) })
 		l.engine.Apply(0) // now: the caller may kill the daemon as soon as it is answered

@@ -20,6 +20,7 @@ import (
 	"github.com/conenatd/conenatd/internal/engine"
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
@@ -74,6 +75,9 @@ type shared struct {
 	looks  chan func(*reconciler) // run by the reconcile, even in the middle of its work
 	ended  chan struct{}          // closed when the loop ended
 
+	ready   chan struct{} // closed after the first reconcile
+	adopted chan struct{} // closed when all permissions of an earlier daemon are adopted
+
 	watchers watchers // clients that watch
 	auditor  *auditor
 
@@ -127,6 +131,7 @@ type loop struct {
 	features       features      // of our tables
 	cfg            config.Config // in force
 	backends       backends      // in use; the engine has the same ones
+	rest           *elements.Map // to be adopted from, see leftSome; may be nil
 	missing        string        // which backend is missing and why
 	network        gateway.Network
 	topology       cone.Topology        // of network
@@ -168,6 +173,9 @@ func New(cfg Config) (d *Daemon, err error) {
 		jobs:   make(chan func(*reconciler)),
 		looks:  make(chan func(*reconciler)),
 		ended:  make(chan struct{}),
+
+		ready:   make(chan struct{}),
+		adopted: make(chan struct{}),
 	}
 	all.auditor = &auditor{shared: all}
 	l, r := &loop{shared: all, cfg: cfg.Config}, &reconciler{shared: all, wanted: cfg.Config}
@@ -303,6 +311,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	if r.backends.expect != nil {
 		l.setRoom(r.space)
 	}
+	l.engine.Model.SetAdopting(l.rest != nil)
 	for _, a := range adopted {
 		now := d.now()
 		l.engine.Model.Adopt(now, a.Permission, a.By, now+a.Left)
@@ -436,7 +445,14 @@ func (d *Daemon) Run(ctx context.Context, ready func()) error {
 	g.Go(func() error { return control.Serve(ctx, ln, source{d.shared}, d.log) })
 	g.Go(func() error { return d.site.serve(ctx, d.shared) })
 	every := l.cfg.Reconcile // a reload writes l.cfg
-	g.Go(func() error { return r.run(ctx, every, ready) })
+	g.Go(func() error {
+		return r.run(ctx, every, func() {
+			close(d.ready)
+			ready()
+		})
+	})
+	rest := l.rest
+	g.Go(func() error { return d.adoptRest(ctx, rest) })
 	g.Go(func() error { return d.watchLinks(ctx) })
 	g.Go(func() error { return l.run(ctx) })
 	err = g.Wait()

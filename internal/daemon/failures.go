@@ -15,6 +15,7 @@ import (
 type request string
 
 const (
+	requestAdoptPermissions      request = "adopt_permissions"
 	requestCarryPermissionOver   request = "carry_permission_over"
 	requestFindUplinks           request = "find_uplinks"
 	requestFollowFlows           request = "follow_flows"

@@ -11,7 +11,6 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
-	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/rules/elements"
@@ -258,23 +257,6 @@ func (f *firewall) openMap(cfg config.Config, outside []string) (*elements.Map, 
 	}
 	// An earlier daemon may have let the kernel hide flows.
 	return f.tables.NewMap(mapConfig(cfg)), f.tables.NewLean().Off()
-}
-
-// left lists the permissions in the map of an earlier daemon, if there is one. That
-// daemon's peer groups may differ from those of cfg.
-func (f *firewall) left(cfg config.Config) (all []expect.Adopted, err error) {
-	if f.tables == nil {
-		return nil, nil
-	}
-	groups, err := f.tables.PeerGroups()
-	if err != nil {
-		return nil, err
-	}
-	cfg.PeerGroups = append(groups, cfg.PeerGroups...)
-	err = f.tables.NewMap(mapConfig(cfg)).List(func(p cone.Permission, left time.Duration) {
-		all = append(all, expect.Adopted{Permission: p, By: cone.ByMap, Left: left})
-	})
-	return all, err
 }
 
 // look reads the user's rules. The other methods answer from what it read.

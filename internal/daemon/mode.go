@@ -21,7 +21,12 @@ func wantsMap(cfg config.Config) bool    { return cfg.Backend != config.BackendE
 func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 	l, r := d.loop, d.reconcile
 	cfg := l.cfg
-	inMap, err := r.firewall.left(cfg) // even if no map is wanted
+	var inMap []expect.Adopted
+	if wantsMap(cfg) && r.firewall.noMap() == nil {
+		inMap, l.rest, err = r.firewall.leftSome(cfg, r.network.OutsideLinks())
+	} else {
+		inMap, err = r.firewall.left(cfg) // the other backend takes it over
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -302,6 +302,7 @@ func (r *reconciler) readFlows(q *ctwatch.Queries) error {
 		piece, err = r.firewall.sure(piece)
 		failed = errors.Join(failed, err)
 		r.ask(func(l *loop) {
+			failed = errors.Join(failed, l.adoptHeld(piece))
 			now := r.now()
 			for i := range piece {
 				l.engine.SnapshotFlow(now, &piece[i])

@@ -202,10 +202,10 @@ func TestIncompleteListIsNoTheft(t *testing.T) {
 // Fails when a stolen element is never found, or an unexpected one stays.
 func TestLargeMapIsRepaired(t *testing.T) {
 	m := newSimulated().(simulated)
-	m.mapSize = 2 * listedAtMost
+	m.mapSize = 2 * ListedAtMost
 	runStage(t, m, policies("map")[0], func(s *stage) {
 		var last cone.Permission
-		for i := range listedAtMost + 1 {
+		for i := range ListedAtMost + 1 {
 			last = s.open(fmt.Sprintf("10.47.11.109:%d", 1+i%60000), fmt.Sprintf("203.0.113.%d:5060", 5+i/60000))
 		}
 		alien := last
@@ -214,7 +214,7 @@ func TestLargeMapIsRepaired(t *testing.T) {
 			m.steal(last, cone.ByMap)
 			m.add(alien)
 			repairs := 0
-			for ; m.elements[last.Key] == nil && repairs < int(partsOf(listedAtMost+1)); repairs++ {
+			for ; m.elements[last.Key] == nil && repairs < int(partsOf(ListedAtMost+1)); repairs++ {
 				s.now += time.Millisecond
 				if err := s.compare.Repair(false, owned); err != nil {
 					s.Fatal(err)

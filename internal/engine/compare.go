@@ -14,10 +14,10 @@ const (
 	// piece is how many claims or missing permissions the loop handles at once.
 	piece = 1024
 
-	// listedAtMost is the largest map that Repair lists. For each message of a list the
+	// ListedAtMost is the largest map that Repair lists. For each message of a list the
 	// kernel walks the set from its beginning: to list 200,000 elements takes 5 s, to ask
 	// for each of them 0.6 s.
-	listedAtMost = 1 << 15
+	ListedAtMost = 1 << 15
 
 	// askedAtMost is about how many elements each Repair asks for of a map that is larger than
 	// that and that only the daemon can change: of one part of such a map.
@@ -65,13 +65,17 @@ type Comparer struct {
 // Repair lets exactly the permissions stand that should: it grants missing ones again and
 // revokes unexpected ones. It looks for unexpected ones in a large map only if somebody
 // meddled with it, and grants missing ones first. If only the daemon can change the map
-// (owned), each call checks one part of a large one.
+// (owned), each call checks one part of a large one. While permissions of an earlier daemon are
+// adopted, any map counts as large, and nothing in it is unexpected.
 func (c *Comparer) Repair(meddled, owned bool) error {
-	standing := 0
-	if !c.InLoop(func(e *Engine) { standing = e.Model.Stats().Standing }) {
+	standing, adopting := 0, false
+	if !c.InLoop(func(e *Engine) { standing, adopting = e.Model.Stats().Standing, e.Model.Adopting() }) {
 		return nil
 	}
-	large := standing > listedAtMost
+	if adopting { // what is unexpected has to be adopted
+		meddled = false
+	}
+	large := adopting || standing > ListedAtMost
 	s := scope{list: !large}
 	if large && !meddled && owned {
 		parts := partsOf(standing)
@@ -86,7 +90,7 @@ func (c *Comparer) Repair(meddled, owned bool) error {
 }
 
 // partsOf returns the number of parts of an owned map with n elements.
-func partsOf(n int) uint64 { return uint64(n+askedAtMost-1) / askedAtMost }
+func partsOf(n int) uint64 { return max(1, uint64(n+askedAtMost-1)/askedAtMost) }
 
 // partOfKey returns which of the parts of an owned map k is in.
 func partOfKey(k cone.Key, parts uint64) uint64 { return maphash.Comparable(partSeed, k) % parts }
@@ -257,6 +261,7 @@ func (c *Comparer) confirm(suspects []Placed, f func(*Engine, *Placed)) error {
 		if c.InLoop(func(e *Engine) { err = e.confirm(some, again, f) }); err != nil {
 			return err
 		}
+		c.Between()
 	}
 	return nil
 }

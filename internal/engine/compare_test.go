@@ -10,7 +10,7 @@ import (
 // Fails when a permission is in no part of an owned map, and so never compared.
 func TestEachPartOfAnOwnedMapIsCompared(t *testing.T) {
 	const n = 1000
-	parts := make([]int, partsOf(listedAtMost+askedAtMost+1))
+	parts := make([]int, partsOf(ListedAtMost+askedAtMost+1))
 	for port := range uint16(n) {
 		var v cone.View
 		v.By = cone.ByMap

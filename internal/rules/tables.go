@@ -242,6 +242,29 @@ func layoutOf(all []*layout, family nftables.TableFamily) *layout {
 	return nil
 }
 
+// KeepsMap reports whether Set(d) would keep the elements of the map of permissions: it makes a
+// set anew that is declared otherwise, and so empties it.
+func (t *Tables) KeepsMap(d Desired) (bool, error) {
+	want, err := newLayouts(t.name, t.possible(d))
+	if err != nil {
+		return false, err
+	}
+	l := layoutOf(want, nftables.TableFamilyIPv4)
+	if l == nil {
+		return false, nil
+	}
+	have, err := t.read(t.owned(nftables.TableFamilyIPv4), l)
+	if err != nil || have.table == nil || (have.table.Flags^t.flags)&^nftables.TableFlagOwner != 0 {
+		return false, err
+	}
+	for _, s := range l.sets {
+		if (s.Name == elements.PermissionMap || s.Name == elements.PortMap) && !slices.ContainsFunc(have.sets, sameSet(s.Set)) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
 func (t *Tables) owned(family nftables.TableFamily) *nftables.Table {
 	return &nftables.Table{Name: t.name, Family: family, Flags: t.flags}
 }

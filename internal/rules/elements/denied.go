@@ -91,10 +91,11 @@ func hasRoom(known map[cone.Key]time.Time, swept *time.Time, room int, keys iter
 func (m *Map) learned(ps []cone.Permission) (there []cone.Permission) {
 	m.w.Lock()
 	defer m.w.Unlock()
-	stands, err := m.look(ps)
+	found, err := m.look(ps)
 	if err != nil {
 		return ps // it is unknown which exist
 	}
+	stands := found.whole()
 	for i := range ps {
 		if _, ok := stands[elementKey(&ps[i])]; ok {
 			there = append(there, ps[i])

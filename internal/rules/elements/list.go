@@ -39,6 +39,16 @@ func (m *Map) List(f func(p cone.Permission, left time.Duration)) error {
 	return nil
 }
 
+// Keys calls f with the key of every permission in the map, as List does, until f returns
+// false. It lists one set of elements, and keeps none of them.
+func (m *Map) Keys(f func(k cone.Key) bool) error {
+	return listUntil(m.w.netns, unix.AF_INET, m.w.table, PermissionMap, func(b []byte) bool {
+		k, ok := keyOf(Key(b))
+		k.Wild = m.wild(k.Peer)
+		return !ok || f(k)
+	})
+}
+
 // halves combines permissions from the elements of two maps, the inside addresses and the
 // inside ports. The zero value is ready for use.
 type halves struct {
@@ -79,6 +89,13 @@ func (h *halves) each(f func(p cone.Permission, left time.Duration)) {
 	}
 }
 
+// whole returns the inside endpoint of every permission of which both halves were added.
+func (h *halves) whole() map[cone.Key]cone.Endpoint {
+	all := make(map[cone.Key]cone.Endpoint, len(h.addrs))
+	h.each(func(p cone.Permission, _ time.Duration) { all[p.Key] = p.Int })
+	return all
+}
+
 // list calls f for every element of a set in the table of family ip, as List does.
 func (w *Writer) list(set string, f func(key, value []byte, left time.Duration)) error {
 	return w.listAttributes(set, func(b []byte) { f(elementParts(b)) })
@@ -91,11 +108,20 @@ func (w *Writer) listAttributes(set string, f func(b []byte)) error {
 // List calls f with the attributes of every element of a set, over its own connection. If
 // the dump was interrupted, f may get an element twice. A missing set has no elements.
 func List(netns int, family byte, table, set string, f func(b []byte)) error {
+	return listUntil(netns, family, table, set, func(b []byte) bool {
+		f(b)
+		return true
+	})
+}
+
+// listUntil is List until f returns false.
+func listUntil(netns int, family byte, table, set string, f func(b []byte) bool) error {
 	c, err := nfnl.Dial(netns)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = c.Close() }()
+	stopped := false
 	err = nfnl.Uninterrupted(func() error {
 		var e nfnl.Encoder
 		e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETSETELEM, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), family)
@@ -103,9 +129,17 @@ func List(netns int, family byte, table, set string, f func(b []byte)) error {
 		e.Str(unix.NFTA_SET_ELEM_LIST_SET, set)
 		e.End()
 		return c.Ask(&e, func(_ uint16, body []byte) {
-			eachElement(body, f)
+			eachElement(body, func(b []byte) {
+				if !stopped && !f(b) {
+					stopped = true
+					_ = c.Close() // the kernel stops, too
+				}
+			})
 		})
 	})
+	if stopped {
+		return nil
+	}
 	if err != nil && !errors.Is(err, unix.ENOENT) { // with ENOENT the table does not exist
 		return fmt.Errorf("list set %s: %w", set, nfnl.Permitted(err))
 	}

@@ -254,10 +254,11 @@ func (m *Map) Missing(ps []cone.Permission, missing func(i int)) error {
 	defer m.w.Unlock()
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
-		stands, err := m.look(part)
+		found, err := m.look(part)
 		if err != nil {
 			return err
 		}
+		stands := found.whole()
 		for i := range part {
 			if in, ok := stands[elementKey(&part[i])]; !ok || in != part[i].Int {
 				missing(base + i)
@@ -274,16 +275,33 @@ func elementKey(p *cone.Permission) cone.Key {
 	return k
 }
 
+// Find looks up the permissions with the keys of ps, and calls f for each that exists as List
+// does, but without its mark.
+func (m *Map) Find(ps []cone.Permission, f func(p cone.Permission, left time.Duration)) error {
+	for part := range slices.Chunk(ps, batch) {
+		m.w.Lock()
+		found, err := m.look(part)
+		m.w.Unlock()
+		if err != nil {
+			return err
+		}
+		found.each(func(p cone.Permission, left time.Duration) {
+			p.Wild = m.wild(p.Peer)
+			f(p, left)
+		})
+	}
+	return nil
+}
+
 // look looks up the elements of ps, at most batch, and returns those that exist. The writer
 // must be locked.
-func (m *Map) look(ps []cone.Permission) (stands map[cone.Key]cone.Endpoint, err error) {
+func (m *Map) look(ps []cone.Permission) (found halves, err error) {
 	m.enc.Reset()
 	first := m.w.batch.NextSeq(2 * len(ps))
 	for i := range ps {
 		m.element(first+2*uint32(i), unix.NFT_MSG_GETSETELEM, PermissionMap, &ps[i], false, 0)
 		m.element(first+2*uint32(i)+1, unix.NFT_MSG_GETSETELEM, PortMap, &ps[i], false, 0)
 	}
-	var found halves
 	var refused error
 	err = m.w.batch.Exchange(&m.enc, func(_ uint32, err error) {
 		if !errors.Is(err, unix.ENOENT) { // it is unknown whether the element exists
@@ -291,11 +309,9 @@ func (m *Map) look(ps []cone.Permission) (stands map[cone.Key]cone.Endpoint, err
 		}
 	}, func(_ uint16, body []byte) { eachElement(body, found.add) })
 	if err = cmp.Or(err, refused); err != nil {
-		return nil, fmt.Errorf("look up elements: %w", nfnl.Permitted(err))
+		return found, fmt.Errorf("look up elements: %w", nfnl.Permitted(err))
 	}
-	stands = make(map[cone.Key]cone.Endpoint)
-	found.each(func(p cone.Permission, _ time.Duration) { stands[p.Key] = p.Int })
-	return stands, nil
+	return found, nil
 }
 
 // transact sends what encode makes of ps, at most batch of them, as one transaction. It
