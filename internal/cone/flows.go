@@ -35,12 +35,14 @@ func (f *flow) key() flowKey { return flowKey{f.claim, f.host, f.port, f.child} 
 type flowTable struct {
 	all   []flow
 	free  []int32
-	byKey map[flowKey]int32
+	byKey index[flowKey]
 	peers map[int32]Addr // by flow, if the peer is not the claim's
 }
 
-func newFlowTable() flowTable {
-	return flowTable{byKey: make(map[flowKey]int32), peers: make(map[int32]Addr)}
+func newFlowTable() *flowTable {
+	t := &flowTable{peers: make(map[int32]Addr)}
+	t.byKey = newIndex(func(i int32) flowKey { return t.all[i].key() })
+	return t
 }
 
 // flowKey returns the key of the flow between e and the inside host of claim i.
@@ -272,7 +274,7 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 		}
 		return
 	}
-	if _, known := m.flows.byKey[m.flowKey(i, f.Src, true)]; !known {
+	if _, known := m.flows.byKey.find(m.flowKey(i, f.Src, true)); !known {
 		crowded := full(m.claims[i].kids, m.policy.children(&p.Key))
 		if crowded {
 			m.stats.Crowded++
@@ -304,8 +306,8 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known 
 		peer, zone, packets = f.Src, f.OrigZone, f.ReplyPackets
 	}
 	k := m.flowKey(i, peer, child)
-	t := &m.flows
-	n, ok := t.byKey[k]
+	t := m.flows
+	n, ok := t.byKey.find(k)
 	known = ok && t.all[n].id == f.ID
 	if !ok {
 		n = m.newFlow(k, peer.Addr)
@@ -340,7 +342,7 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known 
 }
 
 func (m *Model) newFlow(k flowKey, peer Addr) int32 {
-	t := &m.flows
+	t := m.flows
 	var n int32
 	if l := len(t.free); l > 0 {
 		n = t.free[l-1]
@@ -358,7 +360,7 @@ func (m *Model) newFlow(k flowKey, peer Addr) int32 {
 		t.all[c.flows].prev = n
 	}
 	c.flows = n
-	t.byKey[k] = n
+	t.byKey.set(k, n)
 	m.stats.Flows++
 	if k.child {
 		c.kids++
@@ -384,7 +386,7 @@ func (m *Model) setAnswered(fl *flow, answered bool) {
 
 // removeFlow forgets flow n. The caller must settle the claim.
 func (m *Model) removeFlow(n int32) {
-	t := &m.flows
+	t := m.flows
 	fl := &t.all[n]
 	c := &m.claims[fl.claim]
 	if fl.prev != none {
@@ -404,7 +406,7 @@ func (m *Model) removeFlow(n int32) {
 		c.outs--
 	}
 	m.account(fl.claim)
-	delete(t.byKey, fl.key())
+	t.byKey.remove(fl.key())
 	delete(t.peers, n)
 	fl.claim = none
 	t.free = append(t.free, n)
@@ -462,7 +464,7 @@ func (m *Model) flowGone(now time.Duration, f *Flow, p Permission, peer Endpoint
 		return
 	}
 	k := m.flowKey(i, peer, child)
-	n, ok := m.flows.byKey[k]
+	n, ok := m.flows.byKey.find(k)
 	if !ok || m.flows.all[n].id != f.ID {
 		return
 	}

@@ -123,7 +123,7 @@ func (m *Model) holds(f *Flow, p Permission) bool {
 	for i := range n {
 		p.Peer = first.Plus(i)
 		if c := m.find(p.Key, p.Int); c != none {
-			if fl, ok := m.flows.byKey[m.flowKey(c, f.ReplySrc, false)]; ok && m.flows.all[fl].id == f.ID {
+			if fl, ok := m.flows.byKey.find(m.flowKey(c, f.ReplySrc, false)); ok && m.flows.all[fl].id == f.ID {
 				return true
 			}
 		}

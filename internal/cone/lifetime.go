@@ -171,7 +171,7 @@ func (m *Model) FlowMissing(now time.Duration, o *Op) {
 		return
 	}
 	for _, child := range []bool{false, true} {
-		if n, ok := m.flows.byKey[m.flowKey(i, o.From, child)]; ok && m.flows.all[n].id == o.ID {
+		if n, ok := m.flows.byKey.find(m.flowKey(i, o.From, child)); ok && m.flows.all[n].id == o.ID {
 			m.removeFlow(n)
 			m.settle(now, i)
 			return

@@ -79,8 +79,8 @@ type Model struct {
 	timeouts Timeouts
 
 	claims    []claim
-	free      []int32 // unused indexes of claims
-	byKey     map[Key]int32
+	free      []int32    // unused indexes of claims
+	byKey     index[Key] // the first claim of each
 	byExt     map[extKey]int32
 	shown     shown               // forwards that were seen in flows
 	unread    bool                // there may be forwards that the known rules do not show
@@ -88,7 +88,7 @@ type Model struct {
 	freshEnds time.Duration       // when fresh expires
 	interim   interim
 	pairs     map[pair]time.Duration // hosts that a helper works between: when last seen
-	flows     flowTable
+	flows     *flowTable
 	early     earlyIndex
 	hosts     map[Addr]scope
 	subnets   []scope        // by index in the policy
@@ -153,7 +153,6 @@ type Decisions struct {
 func New(p Policy) *Model {
 	m := &Model{
 		policy:   compilePolicy(p, nil),
-		byKey:    make(map[Key]int32),
 		byExt:    make(map[extKey]int32),
 		shown:    newShown(),
 		fresh:    make(map[extKey]struct{}),
@@ -167,6 +166,7 @@ func New(p Policy) *Model {
 		early:    newEarlyIndex(),
 		expected: [...]scope{emptyScope, emptyScope, emptyScope},
 	}
+	m.byKey = newIndex(func(i int32) Key { return m.claims[i].Key })
 	m.wheel = newWheel(&m.claims, p.Lifetime)
 	return m
 }
@@ -176,7 +176,7 @@ func (m *Model) Stats() Stats { return m.stats }
 
 // find returns the claim of in on k, or none.
 func (m *Model) find(k Key, in Endpoint) int32 {
-	i, ok := m.byKey[k]
+	i, ok := m.byKey.find(k)
 	if !ok {
 		return none
 	}
@@ -190,7 +190,7 @@ func (m *Model) find(k Key, in Endpoint) int32 {
 
 // owner returns the claim of k that stands or comes first, or none.
 func (m *Model) owner(k Key) int32 {
-	if i, ok := m.byKey[k]; ok {
+	if i, ok := m.byKey.find(k); ok {
 		return i
 	}
 	return none
@@ -358,7 +358,7 @@ func (m *Model) end(now time.Duration, i int32, r Reason) {
 	if c.isRevoked() && c.outs > 0 {
 		m.noteRevoked(now, revocation{p.Key, p.Int}, nil)
 	}
-	first := m.byKey[c.Key] == i
+	first := m.owner(c.Key) == i
 	heir := none
 	if first {
 		heir = c.nextKey

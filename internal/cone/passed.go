@@ -46,7 +46,7 @@ func (m *Model) notePassed(f *Flow, i int32) {
 	}
 	known := false
 	if i != none {
-		n, ok := m.flows.byKey[m.flowKey(i, f.Src, true)]
+		n, ok := m.flows.byKey.find(m.flowKey(i, f.Src, true))
 		known = ok && m.flows.all[n].id == f.ID
 	}
 	switch {

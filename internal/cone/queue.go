@@ -18,7 +18,7 @@ func (m *Model) enqueue(i int32) {
 	}
 	c.nextKey = next
 	if prev == none {
-		m.byKey[c.Key] = i
+		m.byKey.set(c.Key, i)
 	} else {
 		m.claims[prev].nextKey = i
 	}
@@ -27,16 +27,16 @@ func (m *Model) enqueue(i int32) {
 // dequeue takes claim i out of the queue of its Key.
 func (m *Model) dequeue(i int32) {
 	c := &m.claims[i]
-	switch prev := m.byKey[c.Key]; {
+	switch prev := m.owner(c.Key); {
 	case prev != i:
 		for m.claims[prev].nextKey != i {
 			prev = m.claims[prev].nextKey
 		}
 		m.claims[prev].nextKey = c.nextKey
 	case c.nextKey == none:
-		delete(m.byKey, c.Key)
+		m.byKey.remove(c.Key)
 	default:
-		m.byKey[c.Key] = c.nextKey
+		m.byKey.set(c.Key, c.nextKey)
 	}
 	c.nextKey = none
 }
@@ -52,7 +52,7 @@ func (m *Model) moveFirst(i int32) {
 	c := &m.claims[i]
 	m.dequeue(i)
 	c.nextKey = m.owner(c.Key)
-	m.byKey[c.Key] = i
+	m.byKey.set(c.Key, i)
 }
 
 // passOver handles claim i, which is overdue when it comes first. The next claim of its Key that

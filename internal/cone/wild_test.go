@@ -96,8 +96,8 @@ func TestFlowsOfAGroupAreToldApart(t *testing.T) {
 	if !slices.Contains(asked, two.ReplySrc) || !slices.Contains(asked, b.Src) || len(asked) != 2 {
 		t.Errorf("asked for %v, want %v and %v", asked, two.ReplySrc, b.Src)
 	}
-	if len(d.m.flows.peers) != 0 || len(d.m.flows.byKey) != 0 {
-		t.Errorf("left: %v, %v", d.m.flows.peers, d.m.flows.byKey)
+	if len(d.m.flows.peers) != 0 || d.m.flows.byKey.len() != 0 {
+		t.Errorf("left: %v, %v", d.m.flows.peers, d.m.flows.byKey.len())
 	}
 
 	// A group may have more children than a single peer.
