@@ -218,7 +218,7 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	peerPorts.setPorts(c.ExcludePeerPorts)
 	ports.setPorts(c.ExcludePorts)
 	learners := l.set(learnersSet, nftables.TypeIPAddr)
-	learners.HasTimeout, learners.Timeout, learners.Dynamic, learners.free = true, learnerTimeout, true, true
+	learners.HasTimeout, learners.Timeout, learners.Dynamic, learners.free, learners.Size = true, learnerTimeout, true, true, uint32(c.Size)
 	denied := l.set(elements.DeniedSet, permissionKey...)
 	denied.HasTimeout, denied.free, denied.Size = true, true, elements.DeniedSize
 
@@ -241,7 +241,7 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	// A sender without an answer must not use up the learning rate of its host, but must be
 	// learned again after its permission has expired.
 	repeaters := l.set(repeatersSet, permissionKey...)
-	repeaters.HasTimeout, repeaters.Timeout, repeaters.Dynamic, repeaters.free = true, learnerTimeout, true, true
+	repeaters.HasTimeout, repeaters.Timeout, repeaters.Dynamic, repeaters.free, repeaters.Size = true, learnerTimeout, true, true, uint32(c.Size)
 	l.rule(learn, "a flow that was seen, but for six packets a minute", hasStatus(ctConfirmed), isUDP,
 		addTo(repeaters, elem{key: kinds[0].flowKey(), limit: limitRate(true, 6, expr.LimitTimeMinute, 1)}), accept)
 

@@ -101,7 +101,7 @@ const contentsIP = `
 
 	set learners {
 		type ipv4_addr
-		size 65535
+		size 1000
 		flags dynamic,timeout
 		timeout 1m
 	}
@@ -115,7 +115,7 @@ const contentsIP = `
 
 	set repeaters {
 		type ipv4_addr . ipv4_addr . inet_service
-		size 65535
+		size 1000
 		flags dynamic,timeout
 		timeout 1m
 	}
