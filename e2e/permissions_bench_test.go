@@ -91,8 +91,7 @@ func BenchmarkPermissions(b *testing.B) {
 					f.Aim(i-first, netip.AddrPortFrom(netip.AddrFrom4(host), uint16(1024+port)), netip.AddrPortFrom(stage.Peer(i%ports), 9))
 				}
 				if first > 0 {
-					_, err := l.Conntrack("-D", "-p", "udp")
-					must(err)
+					must(l.Flush())
 				}
 				must(l.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "3600"))
 				again := 0

@@ -153,6 +153,7 @@ type loop struct {
 	healed         uint64                // broken flows that the daemon ended
 	warned         *warner
 	behind         bool
+	many           bool            // see keepSmall
 	catchingUp     []chan struct{} // who waits until the event socket was empty
 	reported       cone.Stats
 	reportedEvents ctwatch.Stats
