@@ -2,6 +2,7 @@ package ctwatch
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -23,35 +24,49 @@ func (w *Watcher) OtherListeners() (int, error) {
 		return 0, fmt.Errorf("look for listeners to conntrack: %w", err)
 	}
 	defer func() { _ = f.Close() }()
-	n, err := listeners(f, w.port)
+	all, err := Listeners(f)
 	if err != nil {
 		return 0, fmt.Errorf("look for listeners to conntrack: %s: %w", socketList, err)
+	}
+	n := 0
+	for _, l := range all {
+		if l.Port != w.port {
+			n++
+		}
 	}
 	return n, nil
 }
 
-// listeners counts the sockets in a list of netlink_seq_show that receive conntrack events of
-// flows, without the one with the given port ID.
-func listeners(list io.Reader, but uint32) (n int, err error) {
+// A Listener is a socket that receives conntrack events of flows.
+type Listener struct {
+	Port  uint32 // its netlink port ID
+	Inode uint64 // of the socket: the links in /proc/PID/fd have it
+}
+
+// Listeners returns the sockets in a list such as /proc/net/netlink (netlink_seq_show) that
+// receive conntrack events of flows.
+func Listeners(list io.Reader) (all []Listener, err error) {
 	const ofFlows = 1<<(unix.NFNLGRP_CONNTRACK_NEW-1) | 1<<(unix.NFNLGRP_CONNTRACK_UPDATE-1) | 1<<(unix.NFNLGRP_CONNTRACK_DESTROY-1)
+	const protocol, port, groups, inode, columns = 1, 2, 3, 9, 10
 	lines := bufio.NewScanner(list)
 	lines.Scan() // the names of the columns
 	for lines.Scan() {
 		fields := strings.Fields(lines.Text())
-		if len(fields) < 4 {
-			return 0, fmt.Errorf("line %q has no groups", lines.Text())
+		if len(fields) < columns {
+			return nil, fmt.Errorf("line %q has %d columns, want %d", lines.Text(), len(fields), columns)
 		}
-		if fields[1] != strconv.Itoa(unix.NETLINK_NETFILTER) {
+		if fields[protocol] != strconv.Itoa(unix.NETLINK_NETFILTER) {
 			continue
 		}
-		port, bad := strconv.ParseUint(fields[2], 10, 32)
-		groups, worse := strconv.ParseUint(fields[3], 16, 32)
-		if bad != nil || worse != nil {
-			return 0, fmt.Errorf("line %q has no port and groups", lines.Text())
+		id, bad := strconv.ParseUint(fields[port], 10, 32)
+		joined, worse := strconv.ParseUint(fields[groups], 16, 32)
+		node, worst := strconv.ParseUint(fields[inode], 10, 64)
+		if err := errors.Join(bad, worse, worst); err != nil {
+			return nil, fmt.Errorf("line %q: %w", lines.Text(), err)
 		}
-		if groups&ofFlows != 0 && uint32(port) != but {
-			n++
+		if joined&ofFlows != 0 {
+			all = append(all, Listener{Port: uint32(id), Inode: node})
 		}
 	}
-	return n, lines.Err()
+	return all, lines.Err()
 }

@@ -48,10 +48,10 @@ func TestOtherListenersAreCounted(t *testing.T) {
 
 // A list that cannot be read must not look like one without listeners.
 func TestUnreadableListOfListenersIsAnError(t *testing.T) {
-	const names = "sk               Eth Pid        Groups   Rmem\n"
-	for _, line := range []string{"000 12 7", "000 12 x 00000001 0", "000 12 7 xyz 0"} {
-		if n, err := listeners(strings.NewReader(names+line+"\n"), 0); err == nil {
-			t.Errorf("%q: %d listeners", line, n)
+	const names = "sk               Eth Pid        Groups   Rmem     Wmem     Dump  Locks    Drops    Inode\n"
+	for _, line := range []string{"000 12 7", "000 12 x 00000001 0 0 0 2 0 41", "000 12 7 xyz 0 0 0 2 0 41", "000 12 7 00000001 0 0 0 2 0 x"} {
+		if all, err := Listeners(strings.NewReader(names + line + "\n")); err == nil {
+			t.Errorf("%q: %d listeners", line, len(all))
 		}
 	}
 }

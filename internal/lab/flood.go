@@ -18,7 +18,8 @@ import (
 // it returns.
 type Flood struct {
 	fd       int
-	packets  [][packetLen]byte
+	protocol byte
+	packets  [][]byte
 	vectors  []unix.Iovec
 	messages []message
 }
@@ -29,22 +30,49 @@ type message struct {
 	_ uint32
 }
 
+// A Shape is what the packets of a flood look like.
+type Shape struct {
+	// Length is that of the IP packet in bytes. Zero means a UDP packet with a short payload,
+	// or a TCP segment without one.
+	Length int
+	// TCP makes first packets of connections (SYN) instead of UDP packets.
+	TCP bool
+}
+
 const (
-	ipAt      = 14 // in an Ethernet frame
-	udpAt     = ipAt + 20
-	payload   = "a packet of a game or of a call"
-	packetLen = udpAt + 8 + len(payload)
-	atOnce    = 1024 // the most messages for one sendmmsg
+	ipAt        = 14 // in an Ethernet frame
+	transportAt = ipAt + 20
+	udpHeader   = 8
+	tcpHeader   = 20
+	payload     = "a packet of a game or of a call"
+	atOnce      = 1024 // the most messages for one sendmmsg
 )
 
-// NewFlood prepares n packets: with out from the first inside host, otherwise from
+// NewFlood prepares n UDP packets: with out from the first inside host, otherwise from
 // the outside host. Aim each packet before you send it.
-func (l *Lab) NewFlood(n int, out bool) (*Flood, error) {
+func (l *Lab) NewFlood(n int, out bool) (*Flood, error) { return l.NewFloodOf(Shape{}, n, out) }
+
+// NewFloodOf is NewFlood for packets of another shape.
+func (l *Lab) NewFloodOf(shape Shape, n int, out bool) (*Flood, error) {
+	f := &Flood{
+		protocol: unix.IPPROTO_UDP, packets: make([][]byte, n), vectors: make([]unix.Iovec, n), messages: make([]message, n),
+	}
+	least, length := transportAt+udpHeader, transportAt+udpHeader+len(payload)
+	if shape.TCP {
+		f.protocol = unix.IPPROTO_TCP
+		least = transportAt + tcpHeader
+		length = least
+	}
+	if shape.Length != 0 {
+		length = ipAt + shape.Length
+	}
+	if length < least || length > ipAt+1500 {
+		return nil, fmt.Errorf("prepare flood: packets of %d bytes: want %d to 1500", shape.Length, least-ipAt)
+	}
 	source, link := l.Outside, outsideSegment.link
 	if out {
 		source, link = l.Inside(0), insideSegment.link
 	}
-	f := &Flood{packets: make([][packetLen]byte, n), vectors: make([]unix.Iovec, n), messages: make([]message, n)}
 	var from, to *net.Interface
 	err := l.Gateway.Do(func() (err error) {
 		to, err = net.InterfaceByName(link)
@@ -67,14 +95,21 @@ func (l *Lab) NewFlood(n int, out bool) (*Flood, error) {
 		return nil, fmt.Errorf("prepare flood: %w", err)
 	}
 	for i := range f.packets {
-		p := f.packets[i][:]
+		p := make([]byte, length)
 		copy(p, to.HardwareAddr)
 		copy(p[6:], from.HardwareAddr)
 		binary.BigEndian.PutUint16(p[12:], unix.ETH_P_IP)
-		p[ipAt], p[ipAt+8], p[ipAt+9] = 4<<4|5, 64, unix.IPPROTO_UDP
-		binary.BigEndian.PutUint16(p[ipAt+2:], uint16(packetLen-ipAt))
-		binary.BigEndian.PutUint16(p[udpAt+4:], uint16(packetLen-udpAt))
-		copy(p[udpAt+8:], payload)
+		p[ipAt], p[ipAt+8], p[ipAt+9] = 4<<4|5, 64, f.protocol
+		binary.BigEndian.PutUint16(p[ipAt+2:], uint16(length-ipAt))
+		if shape.TCP {
+			const offset, syn, window = tcpHeader / 4 << 4, 1 << 1, 0xffff
+			p[transportAt+12], p[transportAt+13] = offset, syn
+			binary.BigEndian.PutUint16(p[transportAt+14:], window)
+		} else {
+			binary.BigEndian.PutUint16(p[transportAt+4:], uint16(length-transportAt))
+			copy(p[transportAt+udpHeader:], payload)
+		}
+		f.packets[i] = p
 		f.vectors[i].Base = &p[0]
 		f.vectors[i].SetLen(len(p))
 		f.messages[i].Iov = &f.vectors[i]
@@ -91,18 +126,22 @@ func (f *Flood) Len() int { return len(f.packets) }
 
 // Aim gives packet i its endpoints and checksums.
 func (f *Flood) Aim(i int, from, to netip.AddrPort) {
-	ip, udp := f.packets[i][ipAt:udpAt], f.packets[i][udpAt:]
+	ip, transport := f.packets[i][ipAt:transportAt], f.packets[i][transportAt:]
 	src, dst := from.Addr().As4(), to.Addr().As4()
 	copy(ip[12:], src[:])
 	copy(ip[16:], dst[:])
-	binary.BigEndian.PutUint16(udp, from.Port())
-	binary.BigEndian.PutUint16(udp[2:], to.Port())
-	const ipSum, udpSum = 10, 6
+	binary.BigEndian.PutUint16(transport, from.Port())
+	binary.BigEndian.PutUint16(transport[2:], to.Port())
+	const ipSum, udpSum, tcpSum = 10, 6, 16
+	at := udpSum
+	if f.protocol == unix.IPPROTO_TCP {
+		at = tcpSum
+	}
 	clear(ip[ipSum : ipSum+2])
-	clear(udp[udpSum : udpSum+2])
+	clear(transport[at : at+2])
 	binary.BigEndian.PutUint16(ip[ipSum:], ^sum(0, ip))
-	pseudoHeader := sum(unix.IPPROTO_UDP+uint32(len(udp)), ip[12:])
-	binary.BigEndian.PutUint16(udp[udpSum:], ^sum(uint32(pseudoHeader), udp))
+	pseudoHeader := sum(uint32(f.protocol)+uint32(len(transport)), ip[12:])
+	binary.BigEndian.PutUint16(transport[at:], ^sum(uint32(pseudoHeader), transport))
 }
 
 // sum adds up b for a checksum (RFC 1071).

@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"errors"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -251,6 +252,48 @@ func BenchmarkNew(b *testing.B) {
 		l := ForTest(b, Options{Inside: 2, Guest: true, IPv6: true})
 		if err := l.Close(); err != nil {
 			b.Fatal(err)
+		}
+	}
+}
+
+// Fails when conntrack takes a packet of a flood for invalid, because of a wrong length or
+// checksum, and when the length is not the one asked for.
+func TestFloodOfShapes(t *testing.T) {
+	l := ForTest(t, Options{})
+	if err := l.NFT(`table ip shapes { chain c { type filter hook forward priority 0; meta length 1400 udp dport 5060 counter; }; }`); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.Outside.Output("nft", `table ip silent { chain c { type filter hook prerouting priority raw; drop; }; }`); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		shape Shape
+		entry string
+	}{
+		{Shape{}, "udp"}, {Shape{Length: 1400}, "udp"}, {Shape{TCP: true}, "SYN_SENT"}, {Shape{TCP: true, Length: 1400}, "SYN_SENT"},
+	} {
+		f, err := l.NewFloodOf(test.shape, 1, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.Aim(0, netip.AddrPortFrom(l.Inside(0).Addr, 5060), netip.AddrPortFrom(PeerA, 5060))
+		if err := errors.Join(f.Send(0, 1), f.Close()); err != nil {
+			t.Fatal(err)
+		}
+		entries, err := l.Conntrack("-s", l.Inside(0).Addr.String())
+		if err != nil || len(entries) != 1 || !strings.Contains(entries[0], test.entry) {
+			t.Errorf("%+v: entries %q (%v)", test.shape, entries, err)
+		}
+		if err := l.Flush(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out, err := l.Gateway.Output("nft", "list", "table", "ip", "shapes"); err != nil || !strings.Contains(out, "counter packets 1 bytes 1400") {
+		t.Errorf("%s (%v)", out, err)
+	}
+	for _, s := range []Shape{{Length: 27}, {Length: 39, TCP: true}, {Length: 1501}} {
+		if _, err := l.NewFloodOf(s, 1, true); err == nil {
+			t.Errorf("%+v is possible", s)
 		}
 	}
 }

@@ -1,0 +1,90 @@
+package main
+
+import (
+	"encoding/xml"
+	"fmt"
+	"io"
+	"math"
+	"strings"
+)
+
+// The measures of a chart in pixels.
+const (
+	chartLabel  = 250 // the names of arms
+	chartColumn = 190
+	chartGap    = 20
+	chartRow    = 20
+	chartHead   = 46
+	chartFoot   = 30
+	chartAcross = 4 // columns in a line; more go below
+)
+
+// chart draws a panel for each column of the table: a point for the ratio of each arm, with
+// its confidence interval, and a line at 1.
+func (t *table) chart(w io.Writer, mark string) error {
+	low, high := t.extent()
+	across := min(chartAcross, max(1, len(t.columns)))
+	lines := (len(t.columns) + across - 1) / across
+	height := chartHead + len(t.rows)*chartRow + chartFoot
+	var b strings.Builder
+	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" font-family="sans-serif" font-size="12">`+"\n",
+		chartLabel+across*(chartColumn+chartGap), lines*height+chartHead)
+	b.WriteString(`<rect width="100%" height="100%" fill="white"/>` + "\n")
+	words(&b, 10, 20, "start", 15, fmt.Sprintf("%s: ratio to %s, median and %.0f %% interval%s", t.title, t.base, 100*confidence, mark))
+	for i, column := range t.columns {
+		left, top := chartLabel+i%across*(chartColumn+chartGap), chartHead+i/across*height
+		at := func(v float64) float64 {
+			return float64(left) + chartColumn*(min(max(v, low), high)-low)/(high-low)
+		}
+		bottom := top + chartHead/2 + len(t.rows)*chartRow
+		words(&b, float64(left), top+12, "start", 12, column)
+		for v := math.Ceil(low*5) / 5; v <= high+1e-9; v += 0.2 {
+			stroke := "#ddd"
+			if math.Abs(v-1) < 1e-9 {
+				stroke = "#888"
+			}
+			fmt.Fprintf(&b, `<line x1="%.1f" x2="%.1f" y1="%d" y2="%d" stroke="%s"/>`+"\n", at(v), at(v), top+chartHead/2, bottom, stroke)
+			words(&b, at(v), bottom+14, "middle", 10, fmt.Sprintf("%.1f", v))
+		}
+		for k, r := range t.rows {
+			y := top + chartHead/2 + k*chartRow + chartRow/2
+			if i%across == 0 {
+				words(&b, chartLabel-10, y+4, "end", 12, r.arm)
+			}
+			x := r.cells[column]
+			if x == nil || len(x.ratios) == 0 {
+				continue
+			}
+			v := intervalOf(x.ratios)
+			fmt.Fprintf(&b, `<line x1="%.1f" x2="%.1f" y1="%d" y2="%d" stroke="#26c" stroke-width="2"/>`+"\n", at(v.Low), at(v.High), y, y)
+			fmt.Fprintf(&b, `<circle cx="%.1f" cy="%d" r="3.5" fill="#26c"><title>%s</title></circle>`+"\n", at(v.Median), y, escape(r.arm+", "+column+": "+v.String()))
+		}
+	}
+	b.WriteString("</svg>\n")
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// extent returns the bounds of the axis: 1 is within, and so are all medians.
+func (t *table) extent() (low, high float64) {
+	low, high = 0.8, 1.1
+	for _, r := range t.rows {
+		for _, x := range r.cells {
+			if len(x.ratios) > 0 {
+				v := intervalOf(x.ratios)
+				low, high = min(low, v.Low), max(high, v.High)
+			}
+		}
+	}
+	return math.Floor(low*10) / 10, math.Ceil(high*10) / 10
+}
+
+func words(b *strings.Builder, x float64, y int, anchor string, size int, text string) {
+	fmt.Fprintf(b, `<text x="%.1f" y="%d" text-anchor="%s" font-size="%d">%s</text>`+"\n", x, y, anchor, size, escape(text))
+}
+
+func escape(text string) string {
+	var b strings.Builder
+	_ = xml.EscapeText(&b, []byte(text)) // a Builder does not fail
+	return b.String()
+}

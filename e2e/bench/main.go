@@ -1,0 +1,210 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// options are what the command line says.
+type options struct {
+	exe       string
+	out       string
+	tables    string
+	rounds    int
+	sizes     []int // numbers of permissions
+	flows     int   // new flows in a turn
+	disturbed bool
+	log       io.Writer
+}
+
+// tables are all that can be measured, in the order of the page.
+var tables = []struct {
+	key     string
+	measure func(*options) (*table, error)
+}{
+	{"a", established},
+	{"b", newFlows},
+}
+
+func main() {
+	if err := run(os.Args[1:], os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string, log io.Writer) error {
+	o, err := parse(args, log)
+	if errors.Is(err, flag.ErrHelp) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := o.race(nil).check(); err != nil {
+		return err
+	}
+	_, sender := cpus()
+	if err := pinSelf(sender); err != nil {
+		return err
+	}
+	began := time.Now()
+	var measured []*table
+	for _, t := range tables {
+		if !strings.Contains(o.tables, t.key) {
+			continue
+		}
+		x, err := t.measure(o)
+		if err != nil {
+			return fmt.Errorf("table %s: %w", t.key, err)
+		}
+		measured = append(measured, x)
+	}
+	if err := o.write(measured); err != nil {
+		return err
+	}
+	fmt.Fprintf(log, "measured in %v, written to %s\n", time.Since(began).Round(time.Second), o.out)
+	return nil
+}
+
+func parse(args []string, log io.Writer) (*options, error) {
+	o := &options{log: log}
+	f := flag.NewFlagSet("bench", flag.ContinueOnError)
+	f.SetOutput(log)
+	sizes := ""
+	all := ""
+	for _, t := range tables {
+		all += t.key
+	}
+	f.StringVar(&o.exe, "exe", "bin/conenatd", "conenatd")
+	f.StringVar(&o.out, "out", "docs/results/bench.md", "`file` to write; charts go beside it")
+	f.StringVar(&o.tables, "tables", all, "`letters` of the tables to measure")
+	f.IntVar(&o.rounds, "rounds", 9, "quads A B B A for each arm; 6 are the least for a verdict")
+	f.StringVar(&sizes, "sizes", "1,10000,100000", "numbers of permissions")
+	f.IntVar(&o.flows, "flows", 4000, "new flows in a turn, at most 8000")
+	f.BoolVar(&o.disturbed, "disturbed", false, "measure although somebody listens to conntrack events; every row is marked")
+	if err := f.Parse(args); err != nil {
+		return nil, err
+	}
+	if f.NArg() > 0 {
+		return nil, fmt.Errorf("unknown argument %q", f.Arg(0))
+	}
+	for s := range strings.SplitSeq(sizes, ",") {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < 1 || n > 1_000_000 {
+			return nil, fmt.Errorf("-sizes: %q is no number from 1 to 1000000", s)
+		}
+		o.sizes = append(o.sizes, n)
+	}
+	if bad := strings.Trim(o.tables, all); bad != "" || o.tables == "" {
+		return nil, fmt.Errorf("-tables: want letters of %q, got %q", all, o.tables)
+	}
+	if o.rounds < 1 || o.flows < 1 || o.flows > 8*knownFlows*2 {
+		return nil, errors.New("-rounds and -flows must be at least 1, and -flows at most 8000")
+	}
+	exe, err := filepath.Abs(o.exe)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(exe); err != nil {
+		return nil, fmt.Errorf("-exe: %w: build it with \"make build\"", err)
+	}
+	o.exe = exe
+	return o, nil
+}
+
+// race returns a race with the options' settings.
+func (o *options) race(cells []cell) *race {
+	nothing := func(*gateway) error { return nil }
+	return &race{cells: cells, begin: nothing, end: nothing, clear: nothing, rounds: o.rounds, disturbed: o.disturbed, log: o.log}
+}
+
+// gateways makes a gateway for each arm and prepares it. Those without a listener come first:
+// their flows must not have room for events. The caller calls done when it has measured, also
+// after an error.
+func (o *options) gateways(arms []arm, prepare func(*gateway) error) (all []*gateway, done func(), err error) {
+	done = func() {
+		for _, g := range all {
+			if err := g.Close(); err != nil {
+				fmt.Fprintln(o.log, "remove gateway:", err)
+			}
+		}
+	}
+	for _, a := range arms {
+		g, err := newGateway(a, o.exe)
+		if err != nil {
+			return nil, done, err
+		}
+		all = append(all, g)
+		if err := prepare(g); err != nil {
+			return nil, done, fmt.Errorf("%s: %w", a.name, err)
+		}
+	}
+	return all, done, nil
+}
+
+// write writes the page and its charts.
+func (o *options) write(measured []*table) error {
+	if len(measured) == 0 {
+		return errNothing
+	}
+	mark := ""
+	if o.disturbed {
+		mark = " [disturbed]"
+	}
+	var page bytes.Buffer
+	fmt.Fprintf(&page, intro, time.Now().UTC().Format(time.DateOnly), commit(), machine(), 100*confidence, o.rounds)
+	if o.disturbed {
+		page.WriteString(disturbedNote)
+	}
+	for _, t := range measured {
+		if err := t.write(&page, mark); err != nil {
+			return err
+		}
+		var drawing bytes.Buffer
+		if err := t.chart(&drawing, mark); err != nil {
+			return err
+		}
+		path := strings.TrimSuffix(o.out, ".md") + "-" + t.key + ".svg"
+		if err := os.WriteFile(path, drawing.Bytes(), 0o644); err != nil {
+			return err
+		}
+	}
+	return os.WriteFile(o.out, page.Bytes(), 0o644)
+}
+
+const intro = `# What conenatd costs
+
+Written by ` + "`sudo make bench`" + ` on %s, commit %s. %s.
+
+Ratios are against the arm that the head of a table names, in the same run: 0.90 means that the
+sender's CPU carries 90 %% as many packets a second. Arms are measured in quads A B B A, with a
+ratio from each; a figure is the median of all quads, with a %.0f %% confidence interval from
+order statistics (%d quads). A star says that there were too few for that: then the extremes.
+A/A is the same set-up against itself; what it misses 1 by widens intervals before they are
+compared with a goal. Where an interval includes both answers there is no verdict. Nobody else on
+the machine listened to conntrack events. [e2e/bench](../../e2e/bench/doc.go) says more.
+`
+
+const disturbedNote = `
+**Disturbed:** others may have listened to conntrack events, so the kernel may have built events
+for every arm. No verdicts.
+`
+
+// commit names what was measured.
+func commit() string {
+	out, err := exec.Command("git", "describe", "--always", "--dirty", "--exclude=*").Output()
+	if err != nil {
+		return "unknown"
+	}
+	return string(bytes.TrimSpace(out))
+}
