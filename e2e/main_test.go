@@ -2,19 +2,13 @@
 package e2e
 
 import (
-	"os"
 	"testing"
 
 	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-func TestMain(m *testing.M) {
-	if os.Getenv(minimalEnv) != "" {
-		minimalMain() // this process is the yardstick of the latency benchmark
-	}
-	stage.Main(m)
-}
+func TestMain(m *testing.M) { stage.Main(m) }
 
 type scene struct{ *stage.Scene }
 

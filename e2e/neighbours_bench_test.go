@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -199,6 +200,17 @@ func bareTransactions(b *testing.B, l *lab.Lab) (took []time.Duration) {
 		time.Sleep(100 * time.Millisecond)
 	}
 	return took
+}
+
+func quantile(sorted []time.Duration, q float64) time.Duration {
+	return sorted[min(int(q*float64(len(sorted))), len(sorted)-1)]
+}
+
+func distribution(took []time.Duration) string {
+	slices.Sort(took)
+	us := func(q float64) float64 { return float64(quantile(took, q)) / 1e3 }
+	return fmt.Sprintf("n=%d  p10 %.1f  p50 %.1f  p90 %.1f  p99 %.1f  p99.9 %.1f  max %.1f us",
+		len(took), us(0.1), us(0.5), us(0.9), us(0.99), us(0.999), us(1))
 }
 
 // cpuTime returns the CPU time of a process from proc(5).

@@ -13,6 +13,8 @@ type arm struct {
 	args   []string // of conenatd; nil is a gateway without it
 	dead   bool     // conenatd was killed after its start
 	listen listening
+	// minimal is the minimal loop in the place of conenatd.
+	minimal bool
 	// standing is how many permissions this arm can have at once; 0 is any number.
 	standing int
 }
@@ -66,9 +68,13 @@ const (
 	handReader  = "hand, a listener that reads"
 	handIsLean  = "hand, lean, a listener that reads"
 
+	minimal      = "minimal loop"
+	minimalAgain = "minimal loop again (A/A)"
+
 	staticAlone  = "static DNAT"
 	staticAgain  = "static DNAT again (A/A)"
 	staticReader = "static DNAT, a listener that reads"
+	staticNoise  = "static DNAT, a listener that reads, again (A/A)"
 )
 
 var withoutConenatd = []arm{
@@ -80,9 +86,12 @@ var withoutConenatd = []arm{
 	{name: handAlone, rules: hand},
 	{name: handReader, rules: hand, listen: reader},
 	{name: handIsLean, rules: handLean, listen: reader},
+	{name: minimal, minimal: true},
+	{name: minimalAgain, minimal: true},
 	{name: staticAlone, rules: static},
 	{name: staticAgain, rules: static},
 	{name: staticReader, rules: static, listen: reader},
+	{name: staticNoise, rules: static, listen: reader},
 }
 
 // modes are those of conenatd that have rules of their own.
@@ -92,7 +101,7 @@ var modes = []struct {
 	lean     bool // whether events = "lean" is possible
 	standing int
 }{
-	{"expect", []string{"--backend=expect"}, false, expectations},
+	{"expect", []string{"--backend=expect", "--max-children=0"}, false, expectations},
 	{"nft", []string{"--backend=nft"}, true, 0},
 	{"nft by event", []string{"--backend=nft", "--learn=false"}, false, 0},
 	{"auto", []string{"--backend=auto"}, true, 0},

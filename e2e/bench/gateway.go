@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -28,6 +29,7 @@ type gateway struct {
 	turns  int // how many have begun
 	limit  int // of new flows in a turn
 	fresh  int // how many peers have been used
+	probed int // how many ports of latency probes have been used
 }
 
 // sink counts and drops what comes to a host, so that no socket has to be emptied. Packets to
@@ -75,11 +77,11 @@ func (g *gateway) flood(shape lab.Shape, n int, out bool) (*lab.Flood, error) {
 
 // start starts what listens in the gateway: conenatd, another listener, or nobody.
 func (g *gateway) start() error {
-	if g.args == nil {
+	if g.args == nil && !g.minimal {
 		return g.hear()
 	}
 	if g.daemon == nil {
-		d, err := g.StartDaemon(g.exe, g.args...)
+		d, err := g.launch()
 		if err != nil {
 			return fmt.Errorf("%s: %w", g.name, err)
 		}
@@ -96,6 +98,22 @@ func (g *gateway) start() error {
 		return err
 	}
 	return g.settle()
+}
+
+// launch starts conenatd, or the minimal loop.
+func (g *gateway) launch() (*lab.Daemon, error) {
+	if !g.minimal {
+		return g.StartDaemon(g.exe, g.args...)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Setenv(minimalEnv, "1"); err != nil {
+		return nil, err
+	}
+	defer func() { _ = os.Unsetenv(minimalEnv) }()
+	return g.StartDaemon(self)
 }
 
 func (g *gateway) kill() error {

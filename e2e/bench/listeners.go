@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -60,8 +59,8 @@ func foreigners() (all []foreign, err error) {
 	}
 	for inode, path := range spaces {
 		there, err := listenersIn(path)
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ESRCH) {
-			continue // it has ended since
+		if slices.ContainsFunc(gone, func(e error) bool { return errors.Is(err, e) }) {
+			continue
 		}
 		if err != nil {
 			return nil, fmt.Errorf("look for listeners to conntrack in %s: %w", path, err)
@@ -80,6 +79,10 @@ func foreigners() (all []foreign, err error) {
 	slices.SortFunc(all, func(a, b foreign) int { return int(a.Port) - int(b.Port) })
 	return all, nil
 }
+
+// gone are the errors for a process that has ended since, or for a file that it has closed and
+// whose number now is that of another file, such as a socket.
+var gone = []error{unix.ENOENT, unix.ESRCH, unix.ENXIO, unix.EINVAL}
 
 // look returns which process has a socket, by the socket's inode, and a path for each network
 // namespace, by its inode.
@@ -145,7 +148,8 @@ func listenersIn(path string) (all []ctwatch.Listener, err error) {
 		defer close(done)
 		runtime.LockOSThread() // and never unlock it: the thread ends with the goroutine
 		var ns, list *os.File
-		if ns, err = os.Open(path); err != nil {
+		// A pipe that has the number by now must not block.
+		if ns, err = os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0); err != nil {
 			return
 		}
 		defer func() { _ = ns.Close() }()

@@ -29,13 +29,22 @@ type options struct {
 // tables are all that can be measured, in the order of the page.
 var tables = []struct {
 	key     string
-	measure func(*options) (*table, error)
+	measure func(*options) ([]*table, error)
 }{
 	{"a", established},
 	{"b", newFlows},
+	{"c", children},
+	{"d", latency},
 }
 
 func main() {
+	if os.Getenv(minimalEnv) != "" {
+		if err := minimalLoop(); err != nil {
+			fmt.Fprintln(os.Stderr, "minimal loop:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	if err := run(os.Args[1:], os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
@@ -67,7 +76,7 @@ func run(args []string, log io.Writer) error {
 		if err != nil {
 			return fmt.Errorf("table %s: %w", t.key, err)
 		}
-		measured = append(measured, x)
+		measured = append(measured, x...)
 	}
 	if err := o.write(measured); err != nil {
 		return err
@@ -152,15 +161,20 @@ func (o *options) gateways(arms []arm, prepare func(*gateway) error) (all []*gat
 	return all, done, nil
 }
 
+// mark marks rows.
+func (o *options) mark() string {
+	if o.disturbed {
+		return " [disturbed]"
+	}
+	return ""
+}
+
 // write writes the page and its charts.
 func (o *options) write(measured []*table) error {
 	if len(measured) == 0 {
 		return errNothing
 	}
-	mark := ""
-	if o.disturbed {
-		mark = " [disturbed]"
-	}
+	mark := o.mark()
 	var page bytes.Buffer
 	fmt.Fprintf(&page, intro, time.Now().UTC().Format(time.DateOnly), commit(), machine(), 100*confidence, o.rounds)
 	if o.disturbed {

@@ -16,7 +16,7 @@ const (
 )
 
 // newFlows is table b: the first packets of flows from inside.
-func newFlows(o *options) (*table, error) {
+func newFlows(o *options) ([]*table, error) {
 	t := &table{
 		key: "b", title: "New flows from inside",
 		about: "Flows a second against plain masquerade with nobody listening, from the CPU time of the sender. " +
@@ -82,7 +82,7 @@ func newFlows(o *options) (*table, error) {
 		flowCell(tcpFlow, lab.Shape{TCP: true}, fresh(443), nil),
 	})
 	r.begin, r.end, r.clear = (*gateway).start, (*gateway).stop, (*gateway).forget
-	return t, t.measure(r, gateways)
+	return []*table{t}, t.measure(r, gateways)
 }
 
 const (

@@ -17,6 +17,9 @@ type table struct {
 	columns []string
 	noise   map[string]interval // A/A, by column
 	goals   []wanted
+	// inverse says that ratios are of costs, so that less is better; otherwise they are of
+	// packets a second.
+	inverse bool
 	used    string // the column whose packets the CPU time of programs in gateways is divided by
 	notes   []string
 }
@@ -50,6 +53,11 @@ func (t *table) measure(r *race, gateways []*gateway) error {
 		t.noise = make(map[string]interval)
 	}
 	t.base = base.name
+	if t.inverse {
+		for _, x := range slices.Concat(noise, rest) {
+			x.ratios = over(x.costs, x.base)
+		}
+	}
 	for _, x := range noise {
 		t.noise[x.cell] = intervalOf(x.ratios)
 	}
@@ -162,8 +170,7 @@ func (t *table) writeGoals(b *strings.Builder, mark string) {
 		return
 	}
 	b.WriteString("\n")
-	line(b, []string{"goal", "wanted", "seen", "verdict"})
-	line(b, slices.Repeat([]string{"---"}, 4))
+	headOfGoals(b)
 	for _, g := range t.goals {
 		seen, ok := t.ratio(g.column, g.arm, g.against)
 		if !ok {
@@ -175,6 +182,11 @@ func (t *table) writeGoals(b *strings.Builder, mark string) {
 		}
 		line(b, []string{fmt.Sprintf("%s, %s, against %s%s", g.column, g.arm, g.against, mark), g.goal.String(), seen.String(), v})
 	}
+}
+
+func headOfGoals(b *strings.Builder) {
+	line(b, []string{"goal", "wanted", "seen", "verdict"})
+	line(b, slices.Repeat([]string{"---"}, 4))
 }
 
 func line(b *strings.Builder, cells []string) {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"time"
@@ -54,6 +55,29 @@ func arrived(h *lab.Host, want int) error {
 		err = fmt.Errorf("%w: %d of %d came", errStray, n, want)
 	}
 	return err
+}
+
+// filled prepares a gateway with a number of permissions. An arm whose conenatd is dead is
+// filled while it lives; one that is alive is paused.
+func filled(size int) func(*gateway) error {
+	return func(g *gateway) error {
+		if g.args == nil {
+			if g.rules == static {
+				return nil
+			}
+			return g.fill(size)
+		}
+		alive := *g
+		alive.dead = false
+		if err := inOrder(alive.start, func() error { return alive.fill(size) }); err != nil {
+			return errors.Join(err, alive.stop())
+		}
+		g.daemon = alive.daemon
+		if g.dead {
+			return g.kill()
+		}
+		return g.pause()
+	}
 }
 
 // fill makes n permissions of one inside port, each with a peer of its own, by flows that

@@ -1,9 +1,8 @@
-package e2e
+package main
 
 import (
 	"bytes"
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -22,13 +21,13 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// The minimal loop is the yardstick of the latency benchmark: the smallest program
-// that lets a peer answer from another port. For each event it sends one message,
-// an expectation on an anchor made before. It has no lifetime, no limits, and
-// checks neither sockets nor conflicts. It runs as its own process, like the
-// daemon.
+// The minimal loop is the yardstick of table d: the smallest program that lets a peer answer
+// from another port. For each event of its one host and peer it sends one message, an
+// expectation on an anchor made before. It has no lifetime, no limits, and checks neither
+// sockets nor conflicts. It runs as its own process, like the daemon.
 
-const minimalEnv = "CONENATD_E2E_MINIMAL"
+// minimalEnv makes this program the minimal loop.
+const minimalEnv = "CONENATD_BENCH_MINIMAL"
 
 // minimalPeer and minimalHost are the only hosts that the loop serves.
 var (
@@ -36,54 +35,39 @@ var (
 	minimalHost = cone.AddrFrom(netip.MustParseAddr("10.47.11.109"))
 )
 
-// minimalMain runs the loop until SIGTERM, prints how long each message took
-// from the event read to the acknowledgement, in nanoseconds, and exits.
-func minimalMain() {
-	took, err := minimalLoop()
-	if err == nil {
-		err = json.NewEncoder(os.Stdout).Encode(took)
-	}
+// minimalLoop runs until SIGTERM.
+func minimalLoop() error {
+	w, err := ctwatch.Dial(ctwatch.Config{ReadBuffer: eventRoom})
 	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
+		return err
 	}
-	os.Exit(0)
-}
-
-func minimalLoop() (took []time.Duration, err error) {
-	took = make([]time.Duration, 0, 1<<16)
-	w, err := ctwatch.Dial(ctwatch.Config{})
-	if err != nil {
-		return nil, err
-	}
-	defer w.Close()
+	defer func() { _ = w.Close() }()
 	s, err := newMinimalSender()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	defer s.c.Close()
+	defer func() { _ = s.c.Close() }()
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, syscall.SIGTERM)
 	go func() {
 		<-stop
-		w.Close()
+		_ = w.Close()
 	}()
 	if err := sayReady(); err != nil {
-		return nil, err
+		return err
 	}
 	events := make([]ctwatch.Event, 64)
 	for {
 		n, err := w.Read(events)
 		if err != nil {
-			return took, nil
+			return nil // it was closed
 		}
-		read := time.Now()
 		for _, e := range events[:n] {
-			if e.Kind == ctwatch.New && e.Flow.Src.Addr == minimalHost {
-				if err := s.send(e.Flow.Src.Port, e.Flow.ReplyDst.Port); err != nil {
-					return nil, err
-				}
-				took = append(took, time.Since(read))
+			if e.Kind != ctwatch.New || e.Flow.Src.Addr != minimalHost || e.Flow.Dst.Addr != minimalPeer {
+				continue
+			}
+			if err := s.send(e.Flow.Src.Port, e.Flow.ReplyDst.Port); err != nil {
+				return err
 			}
 		}
 	}
@@ -94,7 +78,7 @@ func sayReady() error {
 	if err != nil {
 		return err
 	}
-	defer c.Close()
+	defer func() { _ = c.Close() }()
 	_, err = c.Write([]byte("READY=1"))
 	return err
 }
