@@ -42,7 +42,7 @@ func (o *options) childrenAt(t *table, size int, arms ...string) error {
 	if err != nil {
 		return err
 	}
-	column := count(size) + " permissions"
+	column := childColumn(size)
 	for _, a := range arms[3:] {
 		t.goals = append(t.goals, wanted{column, a, arms[0], goal{bound: childBound}})
 	}
@@ -56,6 +56,8 @@ func (o *options) childrenAt(t *table, size int, arms ...string) error {
 	}
 	return t.measure(r, gateways)
 }
+
+func childColumn(size int) string { return count(size) + " permissions" }
 
 // childCell measures first packets of n children from the peers of a filled gateway.
 func childCell(name string, size, n int) cell {

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -98,5 +99,6 @@ func machine() string {
 			model = name
 		}
 	}
-	return fmt.Sprintf("Linux %s, %s, %d CPUs (%s)", unix.ByteSliceToString(u.Release[:]), unix.ByteSliceToString(u.Machine[:]), runtime.NumCPU(), model)
+	release, _, _ := strings.Cut(unix.ByteSliceToString(u.Release[:]), "-")
+	return fmt.Sprintf("Linux %s, %s, %d CPUs (%s)", release, unix.ByteSliceToString(u.Machine[:]), runtime.NumCPU(), model)
 }

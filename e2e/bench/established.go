@@ -49,7 +49,7 @@ func establishedAt(o *options, t *table, size int) error {
 	var cells []cell
 	for _, length := range []int{64, 1400} {
 		for _, kind := range []string{twoWay, oneWay} {
-			cells = append(cells, streamCell(fmt.Sprintf("%s, %d bytes, %s", kind, length, count(size)), n, length, kind == twoWay))
+			cells = append(cells, streamCell(streamColumn(kind, length, size), n, length, kind == twoWay))
 		}
 	}
 	for _, c := range cells {
@@ -69,6 +69,10 @@ const (
 	twoWay = "two-way"
 	oneWay = "one-way"
 )
+
+func streamColumn(kind string, length, size int) string {
+	return fmt.Sprintf("%s, %d bytes, %s", kind, length, count(size))
+}
 
 // streamCell measures later packets of n flows.
 func streamCell(name string, n, length int, answered bool) cell {

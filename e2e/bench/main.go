@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -16,14 +17,16 @@ import (
 
 // options are what the command line says.
 type options struct {
-	exe       string
-	out       string
-	tables    string
-	rounds    int
-	sizes     []int // numbers of permissions
-	flows     int   // new flows in a turn
-	disturbed bool
-	log       io.Writer
+	exe    string
+	out    string
+	tables string
+	rounds int
+	sizes  []int // numbers of permissions, ascending
+	flows  int   // new flows in a turn
+	// startFlows is how many flows there are at a start, ascending.
+	startFlows []int
+	disturbed  bool
+	log        io.Writer
 }
 
 // tables are all that can be measured, in the order of the page.
@@ -35,7 +38,11 @@ var tables = []struct {
 	{"b", newFlows},
 	{"c", children},
 	{"d", latency},
+	{"e", starts},
 }
+
+// growthKey is the table that is calculated from others.
+const growthKey = "f"
 
 func main() {
 	if os.Getenv(minimalEnv) != "" {
@@ -78,6 +85,9 @@ func run(args []string, log io.Writer) error {
 		}
 		measured = append(measured, x...)
 	}
+	if strings.Contains(o.tables, growthKey) {
+		measured = append(measured, growth(o, measured))
+	}
 	if err := o.write(measured); err != nil {
 		return err
 	}
@@ -89,16 +99,17 @@ func parse(args []string, log io.Writer) (*options, error) {
 	o := &options{log: log}
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	f.SetOutput(log)
-	sizes := ""
 	all := ""
 	for _, t := range tables {
 		all += t.key
 	}
+	all += growthKey
 	f.StringVar(&o.exe, "exe", "bin/conenatd", "conenatd")
 	f.StringVar(&o.out, "out", "docs/results/bench.md", "`file` to write; charts go beside it")
 	f.StringVar(&o.tables, "tables", all, "`letters` of the tables to measure")
 	f.IntVar(&o.rounds, "rounds", 9, "quads A B B A for each arm; 6 are the least for a verdict")
-	f.StringVar(&sizes, "sizes", "1,10000,100000", "numbers of permissions")
+	sizes := f.String("sizes", "1,10000,100000", "`numbers` of permissions for tables a and c")
+	startFlows := f.String("start-flows", "10000,100000", "`numbers` of flows for table e")
 	f.IntVar(&o.flows, "flows", 4000, "new flows in a turn, at most 8000")
 	f.BoolVar(&o.disturbed, "disturbed", false, "measure although somebody listens to conntrack events; every row is marked")
 	if err := f.Parse(args); err != nil {
@@ -107,15 +118,18 @@ func parse(args []string, log io.Writer) (*options, error) {
 	if f.NArg() > 0 {
 		return nil, fmt.Errorf("unknown argument %q", f.Arg(0))
 	}
-	for s := range strings.SplitSeq(sizes, ",") {
-		n, err := strconv.Atoi(s)
-		if err != nil || n < 1 || n > 1_000_000 {
-			return nil, fmt.Errorf("-sizes: %q is no number from 1 to 1000000", s)
-		}
-		o.sizes = append(o.sizes, n)
+	var err error
+	if o.sizes, err = numbers("-sizes", *sizes); err != nil {
+		return nil, err
+	}
+	if o.startFlows, err = numbers("-start-flows", *startFlows); err != nil {
+		return nil, err
 	}
 	if bad := strings.Trim(o.tables, all); bad != "" || o.tables == "" {
 		return nil, fmt.Errorf("-tables: want letters of %q, got %q", all, o.tables)
+	}
+	if strings.Contains(o.tables, growthKey) && !strings.ContainsAny(o.tables, "ace") {
+		return nil, fmt.Errorf("-tables: %s is calculated from a, c and e: name one of them, too", growthKey)
 	}
 	if o.rounds < 1 || o.flows < 1 || o.flows > 8*knownFlows*2 {
 		return nil, errors.New("-rounds and -flows must be at least 1, and -flows at most 8000")
@@ -129,6 +143,19 @@ func parse(args []string, log io.Writer) (*options, error) {
 	}
 	o.exe = exe
 	return o, nil
+}
+
+// numbers reads numbers in ascending order.
+func numbers(name, list string) (all []int, err error) {
+	for s := range strings.SplitSeq(list, ",") {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < 1 || n > 1_000_000 {
+			return nil, fmt.Errorf("%s: %q is no number from 1 to 1000000", name, s)
+		}
+		all = append(all, n)
+	}
+	slices.Sort(all)
+	return all, nil
 }
 
 // race returns a race with the options' settings.
@@ -179,6 +206,8 @@ func (o *options) write(measured []*table) error {
 	fmt.Fprintf(&page, intro, time.Now().UTC().Format(time.DateOnly), commit(), machine(), 100*confidence, o.rounds)
 	if o.disturbed {
 		page.WriteString(disturbedNote)
+	} else {
+		page.WriteString(undisturbedNote)
 	}
 	for _, t := range measured {
 		if err := t.write(&page, mark); err != nil {
@@ -205,8 +234,12 @@ sender's CPU carries 90 %% as many packets a second. Arms are measured in quads 
 ratio from each; a figure is the median of all quads, with a %.0f %% confidence interval from
 order statistics (%d quads). A star says that there were too few for that: then the extremes.
 A/A is the same set-up against itself; what it misses 1 by widens intervals before they are
-compared with a goal. Where an interval includes both answers there is no verdict. Nobody else on
-the machine listened to conntrack events. [e2e/bench](../../e2e/bench/doc.go) says more.
+compared with a goal. Where an interval includes both answers there is no verdict.
+[e2e/bench](../../e2e/bench/doc.go) says more.
+`
+
+const undisturbedNote = `
+Nobody else on the machine listened to conntrack events.
 `
 
 const disturbedNote = `

@@ -42,6 +42,18 @@ type result struct {
 	costs     []float64 // of the arm, in ns for a packet
 	base      []float64 // of the base
 	used      []float64 // CPU time of the program in the gateway, in ns for a packet
+
+	value *interval // in the place of ratios, if it was calculated from other results
+}
+
+// measured reports whether there is a value.
+func (x *result) measured() bool { return x != nil && (len(x.ratios) > 0 || x.value != nil) }
+
+func (x *result) interval() interval {
+	if x.value != nil {
+		return *x.value
+	}
+	return intervalOf(x.ratios)
 }
 
 // errVoid says that too many quads were void.

@@ -20,8 +20,10 @@ type table struct {
 	// inverse says that ratios are of costs, so that less is better; otherwise they are of
 	// packets a second.
 	inverse bool
-	used    string // the column whose packets the CPU time of programs in gateways is divided by
-	notes   []string
+	// absolute says that there is no base: samples are values, of the unit in the column's name.
+	absolute bool
+	used     string // the column whose packets the CPU time of programs in gateways is divided by
+	notes    []string
 }
 
 // A row is an arm.
@@ -93,14 +95,14 @@ func (t *table) of(arm, column string) *result {
 // ratio returns the ratio of two arms.
 func (t *table) ratio(column, arm, against string) (interval, bool) {
 	x := t.of(arm, column)
-	if x == nil || len(x.ratios) == 0 {
+	if !x.measured() {
 		return interval{}, false
 	}
 	if against == t.base {
-		return intervalOf(x.ratios), true
+		return x.interval(), true
 	}
 	y := t.of(against, column)
-	if y == nil || len(y.ratios) == 0 {
+	if !y.measured() {
 		return interval{}, false
 	}
 	return intervalOf(over(x.ratios, y.ratios)), true
@@ -123,19 +125,24 @@ func (t *table) write(w io.Writer, mark string) error {
 	fmt.Fprintf(&b, "\n## %s) %s\n\n%s\n\n", t.key, t.title, t.about)
 	fmt.Fprintf(&b, "![%s](bench-%s.svg)\n\n", t.title, t.key)
 	head := append([]string{"against " + t.base}, t.columns...)
+	if t.absolute {
+		head[0] = "median and interval"
+	}
 	if t.used != "" {
 		head = append(head, "CPU of the program in the gateway, us a flow "+t.used)
 	}
 	line(&b, head)
 	line(&b, slices.Repeat([]string{"---"}, len(head)))
-	cells := []string{t.base + mark}
-	for _, c := range t.columns {
-		cells = append(cells, fmt.Sprintf("%.0f ns", t.baseCost(c).Median))
+	if !t.absolute {
+		cells := []string{t.base + mark}
+		for _, c := range t.columns {
+			cells = append(cells, fmt.Sprintf("%.0f ns", t.baseCost(c).Median))
+		}
+		if t.used != "" {
+			cells = append(cells, "")
+		}
+		line(&b, cells)
 	}
-	if t.used != "" {
-		cells = append(cells, "")
-	}
-	line(&b, cells)
 	for _, r := range t.rows {
 		cells := []string{r.arm + mark}
 		for _, c := range t.columns {
@@ -159,10 +166,10 @@ func (t *table) write(w io.Writer, mark string) error {
 }
 
 func (x *result) text() string {
-	if x == nil || len(x.ratios) == 0 {
+	if !x.measured() {
 		return ""
 	}
-	return intervalOf(x.ratios).String()
+	return x.interval().String()
 }
 
 func (t *table) writeGoals(b *strings.Builder, mark string) {
@@ -176,11 +183,15 @@ func (t *table) writeGoals(b *strings.Builder, mark string) {
 		if !ok {
 			continue
 		}
-		v := string(g.goal.judge(seen, t.noise[g.column]))
+		name, noise := fmt.Sprintf("%s, %s, against %s%s", g.column, g.arm, g.against, mark), t.noise[g.column]
+		if t.absolute {
+			name, noise = g.column+", "+g.arm+mark, interval{1, 1, 1, true}
+		}
+		v := string(g.goal.judge(seen, noise))
 		if mark != "" {
 			v = "none: disturbed"
 		}
-		line(b, []string{fmt.Sprintf("%s, %s, against %s%s", g.column, g.arm, g.against, mark), g.goal.String(), seen.String(), v})
+		line(b, []string{name, g.goal.String(), seen.String(), v})
 	}
 }
 

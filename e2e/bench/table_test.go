@@ -100,3 +100,33 @@ func TestChartHasAPointForEachRatio(t *testing.T) {
 		t.Errorf("%d points in\n%s", points, b.String())
 	}
 }
+
+// Fails when a value is compared with a base, or the exponent of a cost that is proportional to
+// the size is not 1, or that of a constant one not 0.
+func TestGrowthIsCalculatedFromBothEnds(t *testing.T) {
+	total := &table{key: "e", absolute: true}
+	perPacket := &table{key: "c", title: "children"}
+	for size, values := range map[int][2]float64{100: {2, 0.5}, 10_000: {200, 0.5}} {
+		total.add(&result{arm: "nft", cell: startColumn(startAdopted, size), value: &interval{values[0], values[0] * 0.99, values[0] * 1.01, true}})
+		perPacket.add(&result{arm: "nft", cell: childColumn(size), value: &interval{values[1], values[1], values[1], true}})
+	}
+	sizes := []int{100, 10_000}
+	got := growth(&options{sizes: sizes, startFlows: sizes}, []*table{total, perPacket})
+	if e := got.of("nft", growthStart).interval(); e.Median != 1 || e.Low >= 1 || e.High <= 1 || e.High > 1.01 {
+		t.Errorf("exponent of the total: %v", e)
+	}
+	var b strings.Builder
+	if err := got.write(&b, ""); err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{
+		"| median and interval | " + growthStart + " | " + growthMemory + " | children |",
+		"| nft | 1.000 (0.996 to 1.004) |  | 0.000 (0.000 to 0.000) |",
+		"| children, nft | <= 0.05 | 0.000 (0.000 to 0.000) | reached |",
+		"| " + growthStart + ", nft | <= 1.05 | 1.000 (0.996 to 1.004) | reached |",
+	} {
+		if !strings.Contains(b.String(), line+"\n") {
+			t.Errorf("no line %q in\n%s", line, b.String())
+		}
+	}
+}

@@ -86,25 +86,7 @@ func (g *gateway) fill(n int) error {
 	if g.standing > 0 {
 		n = min(n, g.standing)
 	}
-	const atOnce = 2000
-	f, err := g.NewFlood(min(n, atOnce), true)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = f.Close() }()
-	send := func() error {
-		for at := 0; at < n; at += f.Len() {
-			last := min(f.Len(), n-at)
-			for i := range last {
-				f.Aim(i, netip.AddrPortFrom(insideHost, filledPort), netip.AddrPortFrom(stranger(filledPeers+at+i), filledPort))
-			}
-			if err := inOrder(func() error { return f.Send(0, last) }, g.settle); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-	if err := send(); err != nil {
+	if err := g.open(n); err != nil {
 		return err
 	}
 	if g.daemon != nil {
@@ -119,4 +101,24 @@ func (g *gateway) fill(n int) error {
 		_, err := came(g.Outside)
 		return err
 	})
+}
+
+// open begins n flows of one inside port, each to a peer of its own.
+func (g *gateway) open(n int) error {
+	const atOnce = 2000
+	f, err := g.NewFlood(min(n, atOnce), true)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = f.Close() }()
+	for at := 0; at < n; at += f.Len() {
+		last := min(f.Len(), n-at)
+		for i := range last {
+			f.Aim(i, netip.AddrPortFrom(insideHost, filledPort), netip.AddrPortFrom(stranger(filledPeers+at+i), filledPort))
+		}
+		if err := inOrder(func() error { return f.Send(0, last) }, g.settle); err != nil {
+			return err
+		}
+	}
+	return nil
 }

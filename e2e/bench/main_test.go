@@ -1,0 +1,61 @@
+package main
+
+import (
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// Fails when bad flags are accepted, or the message does not name the flag.
+func TestBadFlagsAreNamed(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct{ args, about string }{
+		{"-tables ax", "-tables"},
+		{"-tables f", "-tables"},
+		{"-sizes 0", "-sizes"},
+		{"-sizes 1,x", "-sizes"},
+		{"-start-flows 2000000", "-start-flows"},
+		{"-flows 8001", "-flows"},
+		{"-rounds 0", "-rounds"},
+		{"-exe /nowhere", "-exe"},
+		{"b", `"b"`},
+	} {
+		args := append([]string{"-exe", self}, strings.Fields(test.args)...)
+		if _, err := parse(args, io.Discard); err == nil || !strings.Contains(err.Error(), test.about) {
+			t.Errorf("%s: %v", test.args, err)
+		}
+	}
+	o, err := parse([]string{"-exe", self, "-sizes", "100,1"}, io.Discard)
+	if err != nil || !slices.Equal(o.sizes, []int{1, 100}) || o.tables != "abcdef" {
+		t.Errorf("%+v (%v)", o, err)
+	}
+}
+
+// Fails when a chart is missing, or the page does not say that it was disturbed.
+func TestPageHasAChartForEachTable(t *testing.T) {
+	for _, disturbed := range []bool{false, true} {
+		o := &options{out: filepath.Join(t.TempDir(), "bench.md"), rounds: 9, disturbed: disturbed}
+		if err := o.write([]*table{sample()}); err != nil {
+			t.Fatal(err)
+		}
+		page, err := os.ReadFile(o.out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := os.Stat(filepath.Join(filepath.Dir(o.out), "bench-x.svg")); err != nil || !strings.Contains(string(page), "(bench-x.svg)") {
+			t.Errorf("no chart (%v)", err)
+		}
+		if strings.Contains(string(page), "isturbed") != disturbed || strings.Contains(string(page), "Nobody else on") == disturbed {
+			t.Errorf("disturbed: %v, and the page is\n%s", disturbed, page)
+		}
+	}
+	if err := new(options).write(nil); err == nil {
+		t.Error("it writes a page without tables")
+	}
+}
