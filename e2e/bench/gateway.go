@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -50,18 +51,30 @@ func newGateway(a arm, exe string) (*gateway, error) {
 	return g, nil
 }
 
-// Close ends all that is in the gateway.
+// Close ends all that is in the gateway, and removes what conenatd left in /run.
 func (g *gateway) Close() error {
 	var errs []error
 	for _, f := range g.floods {
 		errs = append(errs, f.Close())
 	}
 	errs = append(errs, g.deaf())
-	if g.daemon != nil {
-		errs = append(errs, g.daemon.Stop())
-	} else if g.args != nil {
-		_, err := g.Gateway.Output(g.exe, "cleanup")
-		errs = append(errs, err)
+	if d := g.daemon; d != nil {
+		g.daemon = nil
+		if err := d.Stop(); err != nil {
+			errs = append(errs, err, d.Kill())
+		}
+	}
+	if g.args != nil {
+		var files string
+		err := g.Gateway.Do(func() (err error) {
+			files, err = control.File(".*")
+			return err
+		})
+		left, bad := filepath.Glob(files)
+		errs = append(errs, err, bad)
+		for _, path := range left {
+			errs = append(errs, os.Remove(path))
+		}
 	}
 	return errors.Join(append(errs, g.Lab.Close())...)
 }

@@ -92,14 +92,14 @@ func TestForeignListenerIsFound(t *testing.T) {
 	if len(there) != 1 || there[0].pid == 0 || !strings.Contains(there[0].String(), "bench.test") {
 		t.Fatalf("found %v", there)
 	}
-	r := (&options{rounds: 1, log: io.Discard}).race([]cell{{run: func(*gateway) (time.Duration, error) {
+	r := (&options{rounds: 1, log: io.Discard, stopped: func() error { return nil }}).race([]cell{{run: func(*gateway) (time.Duration, error) {
 		t.Error("it measures")
 		return 1, nil
 	}}})
 	if _, err := r.against(new(gateway), []*gateway{new(gateway)}); !errors.Is(err, errDisturbed) || !strings.Contains(err.Error(), "bench.test") {
 		t.Errorf("the race ends with %v", err)
 	}
-	if err := run([]string{"-exe", self, "-tables", "a"}, io.Discard); !errors.Is(err, errDisturbed) {
+	if err := run(t.Context(), []string{"-exe", self, "-tables", "a"}, io.Discard); !errors.Is(err, errDisturbed) {
 		t.Errorf("the program ends with %v", err)
 	}
 }

@@ -2,17 +2,21 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // options are what the command line says.
@@ -27,6 +31,9 @@ type options struct {
 	startFlows []int
 	disturbed  bool
 	log        io.Writer
+	// stopped returns an error after an interrupt: the program then removes its gateways and
+	// ends, because they would outlive it.
+	stopped func() error
 }
 
 // tables are all that can be measured, in the order of the page.
@@ -52,13 +59,16 @@ func main() {
 		}
 		return
 	}
-	if err := run(os.Args[1:], os.Stdout); err != nil {
+	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	err := run(ctx, os.Args[1:], os.Stdout)
+	cancel()
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(args []string, log io.Writer) error {
+func run(ctx context.Context, args []string, log io.Writer) error {
 	o, err := parse(args, log)
 	if errors.Is(err, flag.ErrHelp) {
 		return nil
@@ -66,6 +76,7 @@ func run(args []string, log io.Writer) error {
 	if err != nil {
 		return err
 	}
+	o.stopped = func() error { return context.Cause(ctx) }
 	if err := o.race(nil).check(); err != nil {
 		return err
 	}
@@ -81,7 +92,11 @@ func run(args []string, log io.Writer) error {
 		}
 		x, err := t.measure(o)
 		if err != nil {
-			return fmt.Errorf("table %s: %w", t.key, err)
+			err = fmt.Errorf("table %s: %w", t.key, err)
+			if len(measured) > 0 {
+				err = errors.Join(err, o.write(measured))
+			}
+			return err
 		}
 		measured = append(measured, x...)
 	}
@@ -96,7 +111,7 @@ func run(args []string, log io.Writer) error {
 }
 
 func parse(args []string, log io.Writer) (*options, error) {
-	o := &options{log: log}
+	o := &options{log: log, stopped: func() error { return nil }}
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	f.SetOutput(log)
 	all := ""
@@ -161,13 +176,14 @@ func numbers(name, list string) (all []int, err error) {
 // race returns a race with the options' settings.
 func (o *options) race(cells []cell) *race {
 	nothing := func(*gateway) error { return nil }
-	return &race{cells: cells, begin: nothing, end: nothing, clear: nothing, rounds: o.rounds, disturbed: o.disturbed, log: o.log}
+	return &race{cells: cells, begin: nothing, end: nothing, clear: nothing, rounds: o.rounds, disturbed: o.disturbed, look: undisturbed, patience: 2 * time.Minute, stopped: o.stopped, log: o.log}
 }
 
 // gateways makes a gateway for each arm and prepares it. Those without a listener come first:
 // their flows must not have room for events. The caller calls done when it has measured, also
 // after an error.
-func (o *options) gateways(arms []arm, prepare func(*gateway) error) (all []*gateway, done func(), err error) {
+func (o *options) gateways(arms []arm, prepare func(*gateway) error) (_ []*gateway, done func(), err error) {
+	var all []*gateway
 	done = func() {
 		for _, g := range all {
 			if err := g.Close(); err != nil {
@@ -176,6 +192,9 @@ func (o *options) gateways(arms []arm, prepare func(*gateway) error) (all []*gat
 		}
 	}
 	for _, a := range arms {
+		if err := o.stopped(); err != nil {
+			return nil, done, err
+		}
 		g, err := newGateway(a, o.exe)
 		if err != nil {
 			return nil, done, err

@@ -1,12 +1,15 @@
 package main
 
 import (
+	"errors"
 	"io"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/conenatd/conenatd/internal/lab"
 )
 
 // Fails when bad flags are accepted, or the message does not name the flag.
@@ -57,5 +60,41 @@ func TestPageHasAChartForEachTable(t *testing.T) {
 	}
 	if err := new(options).write(nil); err == nil {
 		t.Error("it writes a page without tables")
+	}
+}
+
+// Fails when a gateway outlives a failed preparation, or an interrupt.
+func TestGatewaysAreRemovedAfterAnError(t *testing.T) {
+	lab.ForTest(t, lab.Options{}) // skips without privilege
+	broken := errors.New("broken")
+	for name, o := range map[string]*options{
+		"preparation": {log: io.Discard, stopped: func() error { return nil }},
+		"interrupt":   {log: io.Discard},
+	} {
+		var made []*gateway
+		if o.stopped == nil {
+			o.stopped = func() error {
+				if len(made) > 1 {
+					return broken
+				}
+				return nil
+			}
+		}
+		_, done, err := o.gateways(named(stock, stockAgain, handAlone), func(g *gateway) error {
+			made = append(made, g)
+			if name == "preparation" && len(made) == 2 {
+				return broken
+			}
+			return nil
+		})
+		done()
+		if !errors.Is(err, broken) || len(made) != 2 {
+			t.Errorf("%s: %d gateways, then %v", name, len(made), err)
+		}
+		for _, g := range made {
+			if fd := g.Gateway.FD(); fd != -1 {
+				t.Errorf("%s: %s is still there", name, g.name)
+			}
+		}
 	}
 }

@@ -31,7 +31,10 @@ type race struct {
 	clear func(g *gateway) error
 
 	rounds    int
-	disturbed bool // measure although somebody listens
+	disturbed bool         // measure although somebody listens
+	look      func() error // an errDisturbed while somebody listens
+	patience  time.Duration
+	stopped   func() error // an error after an interrupt
 	log       io.Writer
 }
 
@@ -76,17 +79,21 @@ func (r *race) against(base *gateway, arms []*gateway) ([]*result, error) {
 		runtime.GC()
 		for k := range arms {
 			i := (k + round) % len(arms)
-			err := r.quad(base, arms[i], results[i*len(r.cells):][:len(r.cells)])
-			for errors.Is(err, errStray) && void <= r.rounds*len(arms)/4 {
-				void++
+			for {
+				err := r.quad(base, arms[i], results[i*len(r.cells):][:len(r.cells)])
+				if err == nil {
+					break
+				}
+				if !errors.Is(err, errStray) && !errors.Is(err, errDisturbed) {
+					return nil, err
+				}
+				if void++; void > max(1, r.rounds*len(arms)/4) {
+					return nil, fmt.Errorf("%w: %w", errVoid, err)
+				}
 				fmt.Fprintf(r.log, "  void: %v\n", err)
-				err = r.quad(base, arms[i], results[i*len(r.cells):][:len(r.cells)])
-			}
-			if errors.Is(err, errStray) {
-				return nil, fmt.Errorf("%w: %w", errVoid, err)
-			}
-			if err != nil {
-				return nil, err
+				if err := r.await(); err != nil {
+					return nil, err
+				}
 			}
 		}
 	}
@@ -168,10 +175,23 @@ func (t *turn) take(cells []cell, g *gateway) error {
 	return nil
 }
 
-// check refuses to measure while somebody else listens.
+// check refuses to measure while somebody else listens, and after an interrupt.
 func (r *race) check() error {
+	if err := r.stopped(); err != nil {
+		return err
+	}
 	if r.disturbed {
 		return nil
 	}
-	return undisturbed()
+	return r.look()
+}
+
+// await waits until nobody else listens any more.
+func (r *race) await() error {
+	for end := time.Now().Add(r.patience); ; time.Sleep(time.Second) {
+		err := r.check()
+		if !errors.Is(err, errDisturbed) || time.Now().After(end) {
+			return err
+		}
+	}
 }

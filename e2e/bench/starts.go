@@ -65,6 +65,9 @@ func (o *options) startsOf(t *table, a arm, flows int) error {
 	g.arm = a
 	samples := make(map[string][]float64)
 	for range min(o.rounds, startRounds) {
+		if err := o.stopped(); err != nil {
+			return err
+		}
 		if err := g.startOnce(flows, func(what string, v float64) { samples[what] = append(samples[what], v) }); err != nil {
 			return err
 		}

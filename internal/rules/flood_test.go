@@ -22,16 +22,13 @@ type flood struct {
 	sink *lab.Host
 }
 
-// newFlood prepares n packets that go in, or out. The receiving host counts and drops them,
+// newFlood prepares n packets that go in. The inside host counts and drops them,
 // so that no socket has to be emptied.
-func newFlood(tb testing.TB, l *lab.Lab, n int, out bool) *flood {
+func newFlood(tb testing.TB, l *lab.Lab, n int) *flood {
 	tb.Helper()
 	f := &flood{Lab: l, sink: l.Inside(0)}
-	if out {
-		f.sink = l.Outside
-	}
 	var err error
-	f.Flood, err = l.NewFlood(n, out)
+	f.Flood, err = l.NewFlood(n, false)
 	must(tb, err)
 	tb.Cleanup(func() { must(tb, f.Flood.Close()) })
 	_, err = f.sink.Output("nft", `table ip sink { counter came { }; chain c {
