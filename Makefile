@@ -158,7 +158,8 @@ packages-test:
 	@scripts/install-deps $(TEST_PACKAGES) $(BOX_PACKAGES)
 	CONENATD_PACKAGES=1 $(GO) test -count=1 -timeout 30m ./e2e/packages
 
-# Measures what conenatd costs, in 12 minutes, and writes docs/results/bench.md and its charts.
+# Measures what conenatd costs, in about 13 minutes on a quiet machine, and writes
+# docs/results/bench.md and its charts.
 # BENCH has flags: "make bench BENCH='-tables b -rounds 20'", "make bench BENCH=-help".
 bench: build
 	@scripts/install-deps $(RUN_PACKAGES)
