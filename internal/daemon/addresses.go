@@ -31,11 +31,11 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 	var now []netip.Addr
 	for _, a := range network.Addrs {
 		addr := a.Prefix.Addr()
-		if !addr.Is4() || addr.IsLoopback() || slices.Contains(now, addr) {
+		if addr.IsLoopback() || addr.IsLinkLocalUnicast() && addr.Is6() || slices.Contains(now, addr) {
 			continue
 		}
 		now = append(now, addr)
-		if _, old := f.known[addr]; !old && kernel != nil { // it may have come back
+		if _, old := f.known[addr]; !old && kernel != nil && addr.Is4() { // it may have come back
 			errs = append(errs, kernel.Return(addr))
 		}
 	}
@@ -46,7 +46,7 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 		}
 	}
 	if kernel != nil {
-		errs = append(errs, kernel.NoteAddresses(now)) // each time: somebody may have deleted them
+		errs = append(errs, kernel.NoteAddresses(slices.DeleteFunc(slices.Clone(now), netip.Addr.Is6))) // each time: somebody may have deleted them
 	}
 	for _, a := range now {
 		f.known[a] = struct{}{}
@@ -58,7 +58,7 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 	if errs = append(errs, err); err == nil {
 		for a := range gone {
 			delete(f.known, a.Netip())
-			if kernel != nil {
+			if kernel != nil && a.Is4() {
 				errs = append(errs, kernel.DropAddresses([]netip.Addr{a.Netip()}))
 			}
 			if n := ended[a]; n > 0 {
@@ -78,7 +78,7 @@ func (f *firewall) knowAddresses(cfg config.Config, kernel *elements.Mappings, n
 		owned := network.Owned()
 		err := f.fixedFlows(cfg).each(func(sent *cone.Flow) {
 			a := sent.ReplyDst.Addr
-			if sent.IsChild() && !unknown && !owned(a) && !slices.ContainsFunc(rules, func(r userrules.AddrRange) bool { return r.Has(a.Netip()) }) {
+			if sent.IsChild() && a.Is4() && !unknown && !owned(a) && !slices.ContainsFunc(rules, func(r userrules.AddrRange) bool { return r.Has(a.Netip()) }) {
 				known[a.Netip()] = struct{}{}
 			}
 		})
@@ -110,7 +110,7 @@ func forget(fixed *fixedFlows, kernel *elements.Mappings, gone map[cone.Addr]str
 	// a flow a moment later.
 	for range 10 {
 		for a := range gone {
-			if kernel != nil {
+			if kernel != nil && a.Is4() {
 				errs = append(errs, kernel.Forget(a.Netip()))
 			}
 		}
@@ -129,8 +129,8 @@ func forget(fixed *fixedFlows, kernel *elements.Mappings, gone map[cone.Addr]str
 	return ended, errors.Join(errs...)
 }
 
-// fixedFlows are the flows of IPv4 hosts whose outside address stays as it is: those with a
-// mapping, and children, to which all belongs that a host sends to that port of its peer. The
+// fixedFlows are the flows whose outside address stays as it is: those with a mapping, which
+// IPv4 hosts have, and children, to which all belongs that a host sends to that port of its peer. The
 // kernel itself ends masqueraded flows when their address or link changes, but not these.
 type fixedFlows struct {
 	mapped     *cone.PrefixTable // the subnets with mappings
@@ -144,7 +144,7 @@ func (f *firewall) fixedFlows(cfg config.Config) *fixedFlows {
 		mapped = c.Subnets
 	}
 	for _, s := range cfg.Subnets {
-		if s.Prefix.Addr().Is4() && !s.Routed {
+		if !s.Routed {
 			translated = append(translated, s.Prefix)
 		}
 	}
@@ -156,7 +156,7 @@ func (f *firewall) fixedFlows(cfg config.Config) *fixedFlows {
 func (x *fixedFlows) asSent(f *cone.Flow) (sent cone.Flow, ok bool) {
 	switch {
 	case f.IsChild():
-		return f.Turned(), f.ReplySrc.Addr.Is4() && x.translated.Holds(f.ReplySrc.Addr)
+		return f.Turned(), x.translated.Holds(f.ReplySrc.Addr)
 	case f.Status.Has(cone.StatusSrcNAT):
 		return *f, f.Src.Addr.Is4() && x.mapped.Holds(f.Src.Addr)
 	}

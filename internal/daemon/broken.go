@@ -191,7 +191,7 @@ func (f *brokenFlow) source() netip.Addr { return f.ReplyDst.Addr.Netip() }
 func (r *reconciler) findBroken(cfg config.Config) (found []brokenFlow, err error) {
 	b, rs := &r.broken, r.firewall.user
 	b.awaited = false
-	if rs == nil || r.firewall.unread != nil || r.network.HidesWays() {
+	if rs == nil || r.firewall.unread != nil || r.network.HidesWays(gateway.IPv4) {
 		b.walk.from, b.sum = 0, nil
 		return nil, nil
 	}

@@ -123,7 +123,7 @@ func received[T any](c <-chan T) (all []T) {
 func endWrongLinks(
 	all *fixedFlows, network gateway.Network, routes *router, outside map[string]bool, fixed []userrules.AddrRange, unknown bool,
 ) (ended, doubtful int, err error) {
-	if !all.maps || network.HidesWays() {
+	if !all.maps || network.HidesWays(gateway.IPv4) {
 		return 0, 0, nil
 	}
 	links := make(map[cone.Addr]string)

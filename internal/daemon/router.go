@@ -67,7 +67,7 @@ func (r *router) links(f *cone.Flow) (links []gateway.Link, all bool) {
 func (r *router) marking(f *cone.Flow) gateway.Marking {
 	return func(link int, arriving []uint32) ([]uint32, bool) {
 		l, ok := r.byIndex[link]
-		if r.marker == nil || !ok {
+		if r.marker == nil || !ok || !f.Src.Addr.Is4() {
 			return nil, false
 		}
 		return r.marker.Marks(f, linkOf(l), arriving)

@@ -148,7 +148,7 @@ type sources struct {
 	had    map[cone.Addr]struct{} // that outside links have, or had
 	byLink map[int][]ownAddr
 	own    map[cone.Addr]place
-	only   int // the only outside link, or 0
+	only   map[gateway.Families]int // the only outside link for a family; 0 if there are several
 	owned  func(cone.Addr) bool
 }
 
@@ -167,16 +167,19 @@ type place struct {
 func newSources(n gateway.Network, had map[cone.Addr]struct{}) *sources {
 	s := &sources{had: had, byLink: make(map[int][]ownAddr), own: make(map[cone.Addr]place), owned: n.Owned()}
 	runs := make(map[int]bool)
-	outside := 0
+	s.only = make(map[gateway.Families]int)
 	for _, l := range n.Links {
 		runs[l.Index] = l.Runs()
-		if l.Outside&gateway.IPv4 != 0 {
-			outside++
-			s.only = l.Index
+		for _, f := range []gateway.Families{gateway.IPv4, gateway.IPv6} {
+			if l.Outside&f == 0 {
+				continue
+			}
+			if _, another := s.only[f]; another {
+				s.only[f] = 0
+			} else {
+				s.only[f] = l.Index
+			}
 		}
-	}
-	if outside != 1 {
-		s.only = 0
 	}
 	for _, a := range n.Addrs {
 		addr := cone.AddrFrom(a.Prefix.Addr())
@@ -194,7 +197,8 @@ func (s *sources) mayBeWrong(f *cone.Flow) bool {
 		return false
 	}
 	if p, own := s.own[f.ReplyDst.Addr]; own {
-		return s.only == 0 || p.link != s.only
+		only := s.only[familyOf(f.ReplyDst.Addr)]
+		return only == 0 || p.link != only
 	}
 	return s.isGone(f)
 }
@@ -218,12 +222,20 @@ func (s *sources) broken(rs *userrules.Ruleset, routes *router, f *brokenFlow) b
 		return false
 	}
 	for _, l := range ways {
-		if l.Outside&gateway.IPv4 == 0 || s.has(l, f.source()) || !s.gives(rs, l, f) {
+		if l.Outside&familyOf(f.Src.Addr) == 0 || s.has(l, f.source()) || !s.gives(rs, l, f) {
 			return false
 		}
 	}
 	f.link = ways[0].Name
 	return true
+}
+
+// familyOf returns the family of an address.
+func familyOf(a cone.Addr) gateway.Families {
+	if a.Is4() {
+		return gateway.IPv4
+	}
+	return gateway.IPv6
 }
 
 func (s *sources) has(l gateway.Link, a netip.Addr) bool {
@@ -241,9 +253,9 @@ func (s *sources) gives(rs *userrules.Ruleset, l gateway.Link, f *brokenFlow) bo
 		return false
 	}
 	if !n.Masquerade && len(n.Addrs) == 0 { // hosts keep their own there, unless no rules translate at all
-		return len(rs.SourceNAT()) > 0
+		return f.Src.Addr.Is4() && len(rs.SourceNAT()) > 0
 	}
-	if n.Masquerade && !slices.ContainsFunc(s.byLink[l.Index], func(o ownAddr) bool { return o.addr.Is4() && !o.narrow }) {
+	if n.Masquerade && !slices.ContainsFunc(s.byLink[l.Index], func(o ownAddr) bool { return o.addr.Is4() == f.Src.Addr.Is4() && !o.narrow }) {
 		return false
 	}
 	return !slices.ContainsFunc(n.Addrs, func(r userrules.AddrRange) bool { return r.Has(f.source()) })

@@ -65,7 +65,7 @@ func (r *reconciler) strandsAny(cfg config.Config, children []cone.Flow) (bool, 
 
 // newStrands returns nil if it cannot be known which address is wrong.
 func (r *reconciler) newStrands(cfg config.Config, network gateway.Network) *strands {
-	if r.firewall.user == nil || r.firewall.unread != nil || network.HidesWays() {
+	if r.firewall.user == nil || r.firewall.unread != nil || network.HidesWays(gateway.IPv4|gateway.IPv6) {
 		return nil
 	}
 	return &strands{
@@ -218,10 +218,11 @@ func (r *reconciler) forgetStaleByRules() {
 	}
 }
 
-// another reports whether an address is on a link that is not the only outside one.
+// another reports whether an address is on a link that is not the only outside one of its family.
 func (s *sources) another(a cone.Addr) bool {
 	_, own := s.own[a]
-	return own && a.Is4() && (s.only == 0 || !slices.ContainsFunc(s.byLink[s.only], func(o ownAddr) bool { return o.addr == a.Netip() }))
+	only := s.only[familyOf(a)]
+	return own && (only == 0 || !slices.ContainsFunc(s.byLink[only], func(o ownAddr) bool { return o.addr == a.Netip() }))
 }
 
 // stalePermissions are permissions for packets that leave by another link than the one that has

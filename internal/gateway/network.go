@@ -18,6 +18,7 @@ type Network struct {
 	Addrs  []Addr         // of all links
 	Routes []Route        // unicast routes of all tables except table local
 	Rules  []Rule         // for IPv4
+	Rules6 []Rule         // for IPv6
 	Ended  []netip.Prefix // IPv4 networks with a local or rejecting route
 
 	routeTOS []uint8 // types of service that IPv4 routes select by

@@ -101,12 +101,17 @@ func (r Rule) hidesWayBack(ours uint32) bool {
 	return r.hidden || r.ofWay || r.byTOS || r.proto != 0 || r.Mark != 0 && (r.mask&^ours != 0 || r.invert)
 }
 
-// rule decodes a routing rule for IPv4.
+// rule decodes a routing rule.
 func (r *reader) rule(b []byte) error {
-	if len(b) < fibRuleHeaderLen || b[0] != unix.AF_INET {
+	if len(b) < fibRuleHeaderLen {
 		return nil
 	}
 	rule, err := decodeRule(b)
-	r.Rules = append(r.Rules, rule)
+	switch b[0] {
+	case unix.AF_INET:
+		r.Rules = append(r.Rules, rule)
+	case unix.AF_INET6:
+		r.Rules6 = append(r.Rules6, rule)
+	}
 	return err
 }

@@ -83,11 +83,11 @@ func TestRulesAskForADSCP(t *testing.T) {
 		{rule(46, 10, 46), []uint8{0, 0xb8, 0x28}},
 		{rule(0, 1), []uint8{8, 0, 4}},
 	} {
-		if got := tt.n.toses(); !slices.Equal(got, tt.want) || tt.n.HidesWays() {
-			t.Errorf("%x, want %x; ways are hidden: %v", got, tt.want, tt.n.HidesWays())
+		if got := tt.n.toses(); !slices.Equal(got, tt.want) || tt.n.HidesWays(IPv4) {
+			t.Errorf("%x, want %x; ways are hidden: %v", got, tt.want, tt.n.HidesWays(IPv4))
 		}
 	}
-	if r, err := decodeRule(ofDSCP(0x28, 0x38)); err != nil || !(Network{Rules: []Rule{r}}).HidesWays() {
+	if r, err := decodeRule(ofDSCP(0x28, 0x38)); err != nil || !(Network{Rules: []Rule{r}}).HidesWays(IPv4) {
 		t.Errorf("a rule for a part of the DSCP is %+v, %v", r, err)
 	}
 }

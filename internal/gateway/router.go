@@ -16,11 +16,29 @@ import (
 // A Router asks the kernel by which link it sends packets of inside hosts. It is not safe
 // for concurrent use.
 type Router struct {
-	conn     *conn
+	conn   *conn
+	v4, v6 choices
+	inside map[cone.Addr]uint32
+}
+
+// choices are what routing rules and routes of one address family select by.
+type choices struct {
 	arriving []uint32 // marks with which packets may come in, including 0
 	marks    []uint32 // all that packets may have when they are routed
 	toses    []uint8  // types of service that packets may have
-	inside   map[cone.Addr]uint32
+}
+
+func newChoices(rules []Rule, toses []uint8) choices {
+	c := choices{[]uint32{0}, []uint32{0}, toses}
+	for _, rule := range rules {
+		if !slices.Contains(c.marks, rule.Mark) {
+			c.marks = append(c.marks, rule.Mark)
+		}
+		if !rule.invert && !slices.Contains(c.arriving, rule.Mark) {
+			c.arriving = append(c.arriving, rule.Mark)
+		}
+	}
+	return c
 }
 
 // A Marking says which marks a packet may have when it is routed, if it came in by a link, given by
@@ -35,16 +53,9 @@ func DialRouter(netns int, n Network) (*Router, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &Router{conn: c, arriving: []uint32{0}, marks: []uint32{0}, toses: n.toses(), inside: make(map[cone.Addr]uint32)}
-	for _, rule := range n.Rules {
-		if !slices.Contains(r.marks, rule.Mark) {
-			r.marks = append(r.marks, rule.Mark)
-		}
-		if !rule.invert && !slices.Contains(r.arriving, rule.Mark) {
-			r.arriving = append(r.arriving, rule.Mark)
-		}
-	}
-	return r, nil
+	return &Router{
+		conn: c, v4: newChoices(n.Rules, n.toses()), v6: newChoices(n.Rules6, []uint8{0}), inside: make(map[cone.Addr]uint32),
+	}, nil
 }
 
 // Close ends the connection.
@@ -52,7 +63,8 @@ func (r *Router) Close() error { return r.conn.Close() }
 
 // Links returns the indexes of the links by which an inside host's packet from src to dst
 // may leave. Which type of service programs ask for is unknown: Links tries all that DialRouter
-// found. all is false if the packet does not leave with one of these. Both are IPv4 endpoints.
+// found. all is false if the packet does not leave with one of these. Both endpoints are of one
+// address family.
 //
 // Of the marks that routing rules select by, the packet may come in with each: traffic control may
 // mark packets, for instance. That of an inverted rule ("not fwmark", as wg-quick has one for its own
@@ -72,8 +84,12 @@ func (r *Router) Links(src, dst cone.Endpoint, mark Marking) (links []int, all b
 		return nil, false, nil
 	}
 	all = true
-	for _, mark := range r.marksOf(int(from), mark) {
-		for _, tos := range r.toses {
+	c := &r.v4
+	if !src.Addr.Is4() {
+		c = &r.v6
+	}
+	for _, mark := range c.marksOf(int(from), mark) {
+		for _, tos := range c.toses {
 			link, err := r.lookup(src, dst, from, mark, tos)
 			if err != nil {
 				return nil, false, err
@@ -89,27 +105,31 @@ func (r *Router) Links(src, dst cone.Endpoint, mark Marking) (links []int, all b
 }
 
 // marksOf returns the marks to try for a packet that comes in by a link.
-func (r *Router) marksOf(from int, mark Marking) []uint32 {
-	if len(r.marks) == 1 {
-		return r.marks // no rule selects by one
+func (c *choices) marksOf(from int, mark Marking) []uint32 {
+	if len(c.marks) == 1 {
+		return c.marks // no rule selects by one
 	}
-	if marks, known := mark(from, r.arriving); known {
+	if marks, known := mark(from, c.arriving); known {
 		return marks
 	}
-	return r.marks
+	return c.marks
 }
 
 // lookup returns the link by which a packet leaves that came in by link from; from is 0 for
 // the gateway's own packets. It returns 0 if the packet does not leave.
 func (r *Router) lookup(src, dst cone.Endpoint, from, mark uint32, tos uint8) (link int, err error) {
 	h, e := r.conn.begin(unix.RTM_GETROUTE, 0, unix.SizeofRtMsg), &r.conn.enc
-	h[0], h[1], h[3] = unix.AF_INET, 32, tos
-	if from != 0 {
-		h[2] = 32 // there is a source
+	family, source, dest := uint8(unix.AF_INET), src.Addr[12:], dst.Addr[12:]
+	if !dst.Addr.Is4() {
+		family, source, dest = unix.AF_INET6, src.Addr[:], dst.Addr[:]
 	}
-	e.Bytes(unix.RTA_DST, dst.Addr[12:])
+	h[0], h[1], h[3] = family, uint8(8*len(dest)), tos
 	if from != 0 {
-		e.Bytes(unix.RTA_SRC, src.Addr[12:])
+		h[2] = uint8(8 * len(source)) // there is a source
+	}
+	e.Bytes(unix.RTA_DST, dest)
+	if from != 0 {
+		e.Bytes(unix.RTA_SRC, source)
 		e.NE32(unix.RTA_IIF, from)
 		e.NE32(unix.RTA_MARK, mark)
 		e.U8(unix.RTA_IP_PROTO, unix.IPPROTO_UDP)
@@ -138,17 +158,19 @@ func (r *Router) lookup(src, dst cone.Endpoint, from, mark uint32, tos uint8) (l
 	return link, nil
 }
 
-// Shares reports whether an IPv4 route to outside links has several next hops (ECMP). A Lean
+// Shares reports whether a route to outside links has several next hops (ECMP). A Lean
 // network does not know.
 func (n Network) Shares() bool {
 	links := n.links()
-	return slices.ContainsFunc(n.Routes, func(r Route) bool { return r.Shared && r.Prefix.Addr().Is4() && links[r.Link].outsideFor(r.Prefix) })
+	return slices.ContainsFunc(n.Routes, func(r Route) bool { return r.Shared && links[r.Link].outsideFor(r.Prefix) })
 }
 
-// HidesWays reports whether IPv4 packets may take other ways than a Router finds, because a
-// routing rule selects by part of the DSCP, or by something that we do not know.
-func (n Network) HidesWays() bool {
-	return slices.ContainsFunc(n.Rules, func(r Rule) bool { return r.hidden })
+// HidesWays reports whether packets of a family may take other ways than a Router finds, because a
+// routing rule selects by part of the DSCP, or by something that we do not know. For IPv6 a Router
+// tries no traffic class.
+func (n Network) HidesWays(f Families) bool {
+	return f&IPv4 != 0 && slices.ContainsFunc(n.Rules, func(r Rule) bool { return r.hidden }) ||
+		f&IPv6 != 0 && slices.ContainsFunc(n.Rules6, func(r Rule) bool { return r.hidden || r.byTOS })
 }
 
 // toses returns the types of service with which packets may take different ways: each one
@@ -180,7 +202,7 @@ func (n Network) SameRoutes(o Network) bool {
 		}
 		return is
 	}
-	return n.routesPrint() == o.routesPrint() && slices.Equal(n.routeTOS, o.routeTOS) && slices.Equal(n.Rules, o.Rules) && slices.Equal(up(n), up(o))
+	return n.routesPrint() == o.routesPrint() && slices.Equal(n.routeTOS, o.routeTOS) && slices.Equal(n.Rules, o.Rules) && slices.Equal(n.Rules6, o.Rules6) && slices.Equal(up(n), up(o))
 }
 
 // Lean returns n without the routes by outside links, of which there may be very many;

@@ -118,6 +118,48 @@ func TestRouterFindsTheLinksOfAHostsPackets(t *testing.T) {
 	}
 }
 
+// Fails when IPv6 packets are asked about as those of IPv4, or with the marks of its rules.
+func TestRouterFindsTheLinksOfAHostsIPv6Packets(t *testing.T) {
+	g := newGateway(t, "link add wan1 type bridge", "link set wan1 up", "link add vpn0 type bridge", "link set vpn0 up",
+		"address add 2001:db8:1::1/64 dev wan0 nodad", "address add 2001:db8:2::1/64 dev wan1 nodad",
+		"rule add fwmark 3 table 7", "route add default dev wan0 table 7")
+	src, dst := endpoint("[2001:db8:47::109]:5060"), endpoint("[2001:db8:5::5]:5060")
+	for _, step := range []struct {
+		command string
+		want    []string
+	}{
+		{"-6 route replace default via 2001:db8:1::fe dev wan0", []string{"wan0"}},
+		{"-6 route replace default via 2001:db8:2::fe dev wan1", []string{"wan1"}},
+		{"-6 rule add fwmark 2 table 7", []string{"wan1"}},
+		{"-6 route add default dev vpn0 table 7", []string{"vpn0", "wan1"}},
+		{"-6 rule add from 2001:db8:47::/64 table 7", []string{"vpn0"}},
+		{"-6 route add unreachable default table 7 metric 1", nil},
+	} {
+		before := readNetwork(t, g)
+		ip(t, g, step.command)
+		n := readNetwork(t, g)
+		r, err := DialRouter(g.FD(), n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		links, all, err := r.Links(src, dst, func(int, []uint32) ([]uint32, bool) { return nil, false })
+		if err != nil {
+			t.Fatal(err)
+		}
+		names := namesOf(n, links)
+		slices.Sort(names)
+		if !slices.Equal(names, step.want) || all == (len(step.want) == 0) {
+			t.Errorf("after %q: %q, want %q; all: %v", step.command, names, step.want, all)
+		}
+		if step.command[:8] == "-6 rule " && n.SameRoutes(before) {
+			t.Errorf("%q: that rules changed is not seen", step.command)
+		}
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // Fails when a selector of a rule or route that the Router cannot try is overlooked, and
 // when one that it tries counts as hidden.
 func TestNetworkKnowsThatWaysAreHidden(t *testing.T) {
@@ -135,7 +177,7 @@ func TestNetworkKnowsThatWaysAreHidden(t *testing.T) {
 	} {
 		g := newGateway(t)
 		ip(t, g, command)
-		if got := readNetwork(t, g).Lean().HidesWays(); got != want {
+		if got := readNetwork(t, g).Lean().HidesWays(IPv4); got != want {
 			t.Errorf("%q: %v", command, got)
 		}
 	}

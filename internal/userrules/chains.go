@@ -23,11 +23,11 @@ var hookNames = map[uint32]string{
 }
 
 // Chains returns the chains that a Reader reads: those of the prerouting and forward hooks, and
-// the NAT chains of postrouting for IPv4.
+// the NAT chains of postrouting.
 func (rs *Ruleset) Chains() (all []Chain) {
 	for _, t := range rs.tables {
 		for _, b := range t.bases {
-			if b.purposes(t.family)&^forHelpers != 0 { // iptables-legacy has other chains, too
+			if b.purposes()&^forHelpers != 0 { // iptables-legacy has other chains, too
 				all = append(all, t.named([]base{b})...)
 			}
 		}
@@ -37,7 +37,7 @@ func (rs *Ruleset) Chains() (all []Chain) {
 
 // SourceNATChains returns the chains that may translate the sources of IPv4 packets.
 func (rs *Ruleset) SourceNATChains() (all []Chain) {
-	for _, t := range rs.sourceTables() {
+	for _, t := range rs.sourceTables(unix.NFPROTO_IPV4) {
 		all = append(all, t.named(t.of(unix.NF_INET_POST_ROUTING, natKind))...)
 	}
 	return all

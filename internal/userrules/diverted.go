@@ -118,7 +118,7 @@ func (t *table) diversions(sides Sides) (found []Diversion) {
 		forward.chain(b.name, begin, 0)
 	}
 	for _, b := range t.bases {
-		if b.purposes(t.family)&forHelpers != 0 {
+		if b.purposes()&forHelpers != 0 {
 			w.accepted = letPass{}
 			w.chain(b.name, begin, 0)
 		}

@@ -8,7 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Leaving is the first packet of a UDP flow over IPv4 from one host to another, as the
+// A Leaving is the first packet of a UDP flow from one host to another, as the
 // NAT chains of the postrouting hook see it.
 type Leaving struct {
 	Src, Dst netip.AddrPort
@@ -26,16 +26,20 @@ type Sources struct {
 // SourcesOf returns what the rules may make of the source of a packet. known is false if there
 // may be something else, because rules are not understood, may be missing or may drop the packet.
 func (rs *Ruleset) SourcesOf(p Leaving) (n Sources, known bool) {
-	if rs.hides(legacy4, natTable) {
+	family, legacy := byte(unix.NFPROTO_IPV4), legacy4
+	if p.Src.Addr().Is6() {
+		family, legacy = unix.NFPROTO_IPV6, legacy6
+	}
+	if rs.hides(legacy, natTable) {
 		return n, false
 	}
 	var chains []baseChain
 	for _, t := range rs.tables {
-		if t.torn && t.has(unix.NFPROTO_IPV4) || t.failed != nil && t.name == natTable && t.family == unix.NFPROTO_IPV4 {
+		if t.torn && t.has(family) || t.failed != nil && t.name == natTable && t.family == family {
 			return n, false
 		}
 		for _, b := range t.of(unix.NF_INET_POST_ROUTING, natKind) {
-			if t.has(unix.NFPROTO_IPV4) {
+			if t.has(family) {
 				chains = append(chains, baseChain{t, b})
 			}
 		}
@@ -68,15 +72,22 @@ func (rs *Ruleset) SourcesOf(p Leaving) (n Sources, known bool) {
 // SameSources reports whether the rules that SourcesOf follows are those of o. It may be false
 // if something else changed in their tables.
 func (rs *Ruleset) SameSources(o *Ruleset) bool {
-	return rs == o || rs != nil && o != nil && slices.Equal(rs.sourceTables(), o.sourceTables())
+	return rs == o || rs != nil && o != nil && slices.Equal(rs.sourceTables(unix.NFPROTO_IPV4), o.sourceTables(unix.NFPROTO_IPV4)) &&
+		slices.Equal(rs.sourceTables(unix.NFPROTO_IPV6), o.sourceTables(unix.NFPROTO_IPV6))
 }
 
 // packet returns the packet p in the form that a hookWalk takes.
 func (p Leaving) packet() *child {
 	port := func(n uint16) []cell { return knownBytes([]byte{byte(n >> 8), byte(n)}) }
 	c := translated(&p.Out, nil, nil)
-	copy(c.network[12:], knownBytes(p.Src.Addr().AsSlice()))
-	copy(c.network[16:], knownBytes(p.Dst.Addr().AsSlice()))
+	if p.Src.Addr().Is6() {
+		c.family = unix.NFPROTO_IPV6
+		c.network = slices.Concat(unknownBytes(6, nil), knownBytes([]byte{unix.IPPROTO_UDP}), unknownBytes(1, nil),
+			knownBytes(p.Src.Addr().AsSlice()), knownBytes(p.Dst.Addr().AsSlice()))
+	} else {
+		copy(c.network[12:], knownBytes(p.Src.Addr().AsSlice()))
+		copy(c.network[16:], knownBytes(p.Dst.Addr().AsSlice()))
+	}
 	c.transport = slices.Concat(port(p.Src.Port()), port(p.Dst.Port()))
 	return c
 }

@@ -50,6 +50,21 @@ func TestSourceOfAPacket(t *testing.T) {
 			sourceOf(t, l, tt.want)
 		})
 	}
+	for name, tt := range map[string]struct{ nft, want string }{
+		"only IPv4":       {lab.Masquerade, asIs},
+		"masquerade":      {"table ip6 nat { " + chain("srcnat", `oifname "wan*" masquerade`) + " }", masquerade},
+		"of both":         {"table inet nat { " + chain("srcnat", `masquerade`) + " }", masquerade},
+		"a fixed address": {"table ip6 nat { " + chain("srcnat", `ip6 saddr 2001:db8:47::/64 snat to 2001:db8:1::9`) + " }", "2001:db8:1::9"},
+		"the peer's port": {"table ip6 nat { " + chain("srcnat", `udp dport 5061 masquerade`) + " }", asIs},
+		"exempt":          {"table ip6 nat { " + chain("srcnat", `ip6 daddr 2001:db8:5::/48 accept; masquerade`) + " }", asIs},
+	} {
+		t.Run("IPv6, "+name, func(t *testing.T) {
+			t.Parallel()
+			l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
+			check(t, l.NFT(tt.nft))
+			sourceFrom(t, l, "[2001:db8:47::109]:5060", "[2001:db8:5::5]:5060", tt.want)
+		})
+	}
 	for name, tt := range map[string]struct{ rules, want string }{
 		"masquerade":      {"-o wan0 -j MASQUERADE", masquerade},
 		"a fixed address": {"-s 10.47.11.0/24 -j SNAT --to-source 198.51.100.1", "198.51.100.1"},
@@ -91,8 +106,13 @@ func TestSameSources(t *testing.T) {
 
 func sourceOf(t *testing.T, l *lab.Lab, want string) {
 	t.Helper()
+	sourceFrom(t, l, "10.47.11.109:5060", "203.0.113.5:5060", want)
+}
+
+func sourceFrom(t *testing.T, l *lab.Lab, src, dst, want string) {
+	t.Helper()
 	n, known := ruleset(t, l).SourcesOf(userrules.Leaving{
-		Src: netip.MustParseAddrPort("10.47.11.109:5060"), Dst: netip.MustParseAddrPort("203.0.113.5:5060"),
+		Src: netip.MustParseAddrPort(src), Dst: netip.MustParseAddrPort(dst),
 		Out: userrules.Link{Index: 7, Name: "wan0"},
 	})
 	var all []string

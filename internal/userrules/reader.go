@@ -209,14 +209,14 @@ const (
 )
 
 // purposes returns what a base chain is read for.
-func (b *base) purposes(family byte) purposes {
+func (b *base) purposes() purposes {
 	switch {
 	case b.kind == "":
 	case b.hook == unix.NF_INET_FORWARD:
 		return forVerdicts | forHelpers
 	case b.kind == natKind && b.hook == unix.NF_INET_PRE_ROUTING:
 		return forDestinations | forVerdicts | forHelpers
-	case b.kind == natKind && b.hook == unix.NF_INET_POST_ROUTING && family != unix.NFPROTO_IPV6:
+	case b.kind == natKind && b.hook == unix.NF_INET_POST_ROUTING:
 		return forSources
 	case b.hook == unix.NF_INET_PRE_ROUTING:
 		return forVerdicts | forHelpers
@@ -252,7 +252,7 @@ func (r *Reader) outlines() (all []outline, err error) {
 		if b.name == r.cfg.OwnChain {
 			skip[k] = true
 		}
-		if nfnl.FamilyName(k.family) == "" || b.purposes(k.family) == 0 {
+		if nfnl.FamilyName(k.family) == "" || b.purposes() == 0 {
 			return
 		}
 		i := slices.IndexFunc(all, func(o outline) bool { return o.key == k })

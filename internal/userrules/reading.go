@@ -55,7 +55,7 @@ func (r *Reader) table(o outline, old *table) *table {
 	}
 	w.same = old != nil && !old.torn && slices.Equal(old.bases, o.bases)
 	for _, b := range o.bases {
-		w.follow(b.name, b.purposes(o.key.family))
+		w.follow(b.name, b.purposes())
 	}
 	if w.same && len(w.chains) == len(old.chains) {
 		return old

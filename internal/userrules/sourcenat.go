@@ -65,7 +65,7 @@ func (rs *Ruleset) Untranslated() []SourceNAT {
 
 func (rs *Ruleset) sourceNAT() (all, exempt []SourceNAT) {
 	all = []SourceNAT{}
-	for _, t := range rs.sourceTables() {
+	for _, t := range rs.sourceTables(unix.NFPROTO_IPV4) {
 		if t.failed != nil {
 			all = append(all, SourceNAT{ChoosesPort: true, Unknown: true, Text: t.failed.Error()})
 		}
@@ -110,7 +110,7 @@ func (rs *Ruleset) FixedSources() (addrs []AddrRange, unknown bool) {
 	for _, t := range rs.tables {
 		unknown = unknown || t.torn && t.has(unix.NFPROTO_IPV4)
 	}
-	for _, t := range rs.sourceTables() {
+	for _, t := range rs.sourceTables(unix.NFPROTO_IPV4) {
 		unknown = unknown || t.failed != nil
 		t.each(func(name string, c *chain) {
 			unknown = unknown || c.failed != nil || c.odd != ""
@@ -132,7 +132,7 @@ func (rs *Ruleset) FixedSources() (addrs []AddrRange, unknown bool) {
 // read, but not one that only root can see (SourcesMayBeHidden). An error says that a table
 // of nftables could not be read.
 func (rs *Ruleset) PortChoosers() (rules []SourceNAT, err error) {
-	for _, t := range rs.sourceTables() {
+	for _, t := range rs.sourceTables(unix.NFPROTO_IPV4) {
 		t.each(func(name string, c *chain) {
 			if c.failed != nil && err == nil {
 				err = fmt.Errorf("read nftables table %s: chain %s: %w", t.title, name, c.failed)
@@ -146,11 +146,11 @@ func (rs *Ruleset) PortChoosers() (rules []SourceNAT, err error) {
 // see.
 func (rs *Ruleset) SourcesMayBeHidden() bool { return rs.hides(legacy4, natTable) }
 
-// sourceTables returns the tables that may translate the sources of IPv4 packets.
-func (rs *Ruleset) sourceTables() (all []*table) {
+// sourceTables returns the tables that may translate the sources of packets of a family.
+func (rs *Ruleset) sourceTables(family byte) (all []*table) {
 	for _, t := range rs.tables {
 		t = t.settled()
-		if t.has(unix.NFPROTO_IPV4) && (len(t.of(unix.NF_INET_POST_ROUTING, natKind)) > 0 || t.failed != nil && t.name == natTable) {
+		if t.has(family) && (len(t.of(unix.NF_INET_POST_ROUTING, natKind)) > 0 || t.failed != nil && t.name == natTable) {
 			all = append(all, t)
 		}
 	}

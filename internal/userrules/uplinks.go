@@ -39,7 +39,7 @@ func (rs *Ruleset) uplinks(links []LAN) (names []string, others bool, err error)
 		return nil, false, nil
 	}
 	var chains []baseChain
-	for _, t := range rs.sourceTables() {
+	for _, t := range rs.sourceTables(unix.NFPROTO_IPV4) {
 		for _, b := range t.of(unix.NF_INET_POST_ROUTING, natKind) {
 			chains = append(chains, baseChain{t, b})
 		}
