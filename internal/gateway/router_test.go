@@ -3,6 +3,9 @@ package gateway
 import (
 	"slices"
 	"testing"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/lab"
 )
 
 // Of the marks that routing rules select by, a packet may come in with each, but not with one that a
@@ -93,15 +96,7 @@ func TestRouterFindsTheLinksOfAHostsPackets(t *testing.T) {
 		before := readNetwork(t, g)
 		ip(t, g, step.command)
 		n := readNetwork(t, g)
-		r, err := DialRouter(g.FD(), n)
-		if err != nil {
-			t.Fatal(err)
-		}
-		links, all, err := r.Links(src, dst, func(int, []uint32) ([]uint32, bool) { return nil, false })
-		if err != nil {
-			t.Fatal(err)
-		}
-		names := namesOf(n, links)
+		names, all := linksOf(t, g, n, src, dst)
 		if some := step.command == "rule add fwmark 3 table 8"; all == (some || len(step.want) == 0) {
 			t.Errorf("after %q: its packets leave with each mark: %v", step.command, all)
 		}
@@ -112,10 +107,23 @@ func TestRouterFindsTheLinksOfAHostsPackets(t *testing.T) {
 		if step.command[:5] == "rule " && n.SameRoutes(before) || !n.SameRoutes(readNetwork(t, g)) {
 			t.Errorf("%q: whether routes changed is not seen", step.command)
 		}
-		if err := r.Close(); err != nil {
-			t.Fatal(err)
-		}
 	}
+}
+
+// linksOf returns the names of the links by which a packet with any mark may leave, and whether it
+// leaves with each.
+func linksOf(t *testing.T, g *lab.Host, n Network, src, dst cone.Endpoint) (names []string, all bool) {
+	t.Helper()
+	r, err := DialRouter(g.FD(), n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	links, all, err := r.Links(src, dst, func(int, []uint32) ([]uint32, bool) { return nil, false })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return namesOf(n, links), all
 }
 
 // Fails when IPv6 packets are asked about as those of IPv4, or with the marks of its rules.
@@ -138,24 +146,13 @@ func TestRouterFindsTheLinksOfAHostsIPv6Packets(t *testing.T) {
 		before := readNetwork(t, g)
 		ip(t, g, step.command)
 		n := readNetwork(t, g)
-		r, err := DialRouter(g.FD(), n)
-		if err != nil {
-			t.Fatal(err)
-		}
-		links, all, err := r.Links(src, dst, func(int, []uint32) ([]uint32, bool) { return nil, false })
-		if err != nil {
-			t.Fatal(err)
-		}
-		names := namesOf(n, links)
+		names, all := linksOf(t, g, n, src, dst)
 		slices.Sort(names)
 		if !slices.Equal(names, step.want) || all == (len(step.want) == 0) {
 			t.Errorf("after %q: %q, want %q; all: %v", step.command, names, step.want, all)
 		}
 		if step.command[:8] == "-6 rule " && n.SameRoutes(before) {
 			t.Errorf("%q: that rules changed is not seen", step.command)
-		}
-		if err := r.Close(); err != nil {
-			t.Fatal(err)
 		}
 	}
 }
