@@ -109,7 +109,10 @@ var setups = []setup{
 		fault: fault{options: byRules(lab.Masquerade + lab.DropPolicy + forwardChain("dstnat", forOneProvider))},
 		plays: losesTheProvider, finds: []string{dropped},
 	},
-	{row: "15", what: "road warriors with addresses of the LAN, by policy routing", fault: fault{options: usual, set: roadWarrior}, plays: warriorPasses},
+	{
+		row: "15", what: "road warriors with addresses of the LAN, by policy routing", cause: "a routing rule hides the way back to them, so their flows earn no permission",
+		fault: fault{options: usual, set: roadWarrior}, plays: warriorPasses, finds: []string{"way_back_unknown"},
+	},
 	{
 		row: "16", what: "a VPN without a default route", fault: fault{options: byRules(natBy("wan0", "vpn0") + acceptsBoth), set: func(s *scene) { s.addVPN("203.0.113.0/24") }},
 		plays: func(p *patient) { p.works(lab.PeerA, 5060, netip.MustParseAddr(vpnAddr)) }, finds: []string{"link_assumed_outside"},
