@@ -28,6 +28,15 @@ func (m *Model) PassedInto(subnet netip.Prefix) Passed {
 	return Passed{}
 }
 
+// PassedBySubnet returns the counts of all enabled subnets that have one.
+func (m *Model) PassedBySubnet() map[netip.Prefix]Passed {
+	all := make(map[netip.Prefix]Passed, len(m.passes))
+	for subnet, p := range m.passes {
+		all[subnet] = *p
+	}
+	return all
+}
+
 // Passed returns the count for all subnets.
 func (m *Model) Passed() (all Passed) {
 	for _, p := range m.passes {

@@ -65,6 +65,7 @@ func (n *nowhere) read(c rules.Counters, subnets []config.Subnet) {
 type witness struct {
 	counting         bool
 	admitted, passed uint64 // as read last
+	before           uint64 // passed, as it was before admitted was read
 	lately, through  uint64
 	seen             time.Duration // when the last child came
 	failing          int           // consecutive dumps of flows after which no child had passed
@@ -72,8 +73,10 @@ type witness struct {
 	accepted         bool          // the rules that are read accept all children
 }
 
-// read takes in the totals.
-func (w *witness) read(now time.Duration, admitted, passed uint64) {
+// read takes in the totals. The daemon hears of a child after the kernel has counted it, so what
+// begins to count begins with those that had passed before admitted was read: a child that is not
+// among admitted must not be missing later among those that passed.
+func (w *witness) read(now time.Duration, admitted, before, passed uint64) {
 	if w.counting {
 		if admitted > w.admitted {
 			w.lately += admitted - w.admitted
@@ -83,7 +86,10 @@ func (w *witness) read(now time.Duration, admitted, passed uint64) {
 		w.through += passed - w.passed
 		w.anyPassed = w.anyPassed || passed > w.passed
 	}
-	w.counting, w.admitted, w.passed = true, admitted, passed
+	if !w.counting {
+		passed = before
+	}
+	w.counting, w.admitted, w.before, w.passed = true, admitted, before, passed
 	if w.lately > manyChildren {
 		w.lately, w.through = w.lately/2, w.through/2
 	}
@@ -118,7 +124,10 @@ func (w *witness) acceptedNow(accepted bool) {
 }
 
 // restart forgets earlier children.
-func (w *witness) restart() { w.lately, w.through, w.failing, w.anyPassed = 0, 0, 0, false }
+func (w *witness) restart() {
+	w.lately, w.through, w.failing, w.anyPassed = 0, 0, 0, false
+	w.passed = w.before
+}
 
 // A retry says when to gather evidence against rules again, because somebody changed them.
 // Each time children may be lost, so the waits grow if the rules keep changing.
@@ -194,19 +203,23 @@ func (f *firewall) readEvidence(now time.Duration, subnets []config.Subnet, pass
 	}
 	for _, s := range subnets {
 		w, p := f.witness(s.Prefix), passed(s.Prefix)
+		before, ok := f.passedBefore[s.Prefix]
+		if !ok {
+			before = p
+		}
 		admitted, ok := f.counts.AdmittedInto(s.Prefix)
 		switch {
 		case ok:
-			w.mapped.read(now, w.admitted.read(admitted)+f.nowhere.most, p.Mapped)
+			w.mapped.read(now, w.admitted.read(admitted)+f.nowhere.most, before.Mapped, p.Mapped)
 		case mappable == 1 && s.Prefix.Addr().Is4(): // not counted by itself
-			w.mapped.read(now, w.admitted.read(f.counts.Admitted()), p.Mapped)
+			w.mapped.read(now, w.admitted.read(f.counts.Admitted()), before.Mapped, p.Mapped)
 		}
 		expected, ok := f.counts.ExpectedInto(s.Prefix)
 		if len(subnets) == 1 {
 			expected, ok = f.counts.Expected(), true
 		}
 		if ok {
-			w.related.read(now, w.expected.read(expected), p.Expected)
+			w.related.read(now, w.expected.read(expected), before.Expected, p.Expected)
 		}
 	}
 	for w := range f.eachWitness {

@@ -55,13 +55,14 @@ type firewall struct {
 	divertedOwn []netip.Addr          // the gateway's addresses then
 
 	admitted, expected, usedUp runningCount
-	zoned                      runningCount                // packets in a zone where no expectation stands
-	zonedBefore                uint64                      // its total at the last look
-	zonedSeen                  time.Duration               // when zoned last grew
-	packetsInZone              bool                        // zoned grew lately
-	counted                    control.Tables              // as read last
-	counts                     rules.Counters              // likewise
-	witnesses                  map[netip.Prefix]*witnesses // by subnet
+	zoned                      runningCount                 // packets in a zone where no expectation stands
+	zonedBefore                uint64                       // its total at the last look
+	zonedSeen                  time.Duration                // when zoned last grew
+	packetsInZone              bool                         // zoned grew lately
+	counted                    control.Tables               // as read last
+	counts                     rules.Counters               // likewise
+	witnesses                  map[netip.Prefix]*witnesses  // by subnet
+	passedBefore               map[netip.Prefix]cone.Passed // as it was before counts was read
 	nowhere                    nowhere
 	doubted                    doubted
 	counting                   []counting                     // what witnesses and nowhere have counted by

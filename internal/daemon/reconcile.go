@@ -211,6 +211,9 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 	}
 	r.forgetStaleByRules()
 	failed = errors.Join(failed, r.readForwards(cfg, network), r.lookAtSockets(cfg, network))
+	if !r.ask(func(l *loop) { r.firewall.passedBefore = l.engine.Model.PassedBySubnet() }) {
+		return false, errEnded
+	}
 	tables, err := r.firewall.read(cfg)
 	failed = errors.Join(failed, err, r.redecide(cfg, network))
 	topology := network.Topology().Compile()
