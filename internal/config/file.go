@@ -90,7 +90,8 @@ func syntaxError(path, data string, err error) error {
 	line := nthLine(data, pe.Position.Line)
 	at := position{pe.Position.Line, column(line, pe.Position.Col)}
 	// Where something is missing at the end of a line, the decoder may name the next one.
-	if n := 1 + strings.Count(data[:min(pe.Position.Start, len(data))], "\n"); n < at.line {
+	start := min(pe.Position.Start, len(data)) // it may be negative at the start of the file
+	if n := 1 + strings.Count(data[:max(start, 0)], "\n"); start >= 0 && n < at.line {
 		line = nthLine(data, n)
 		at = position{n, column(line, len(line)+1)}
 	}
