@@ -129,6 +129,7 @@ func forwardGoesAndReturns(t *testing.T, noticed bool, mode ...string) {
 	s.Until("the forward leads it", func() bool {
 		s.Must(media.Send(ext, "taken over"))
 		_, _, err := server.Recv(50 * time.Millisecond)
+		s.Must(phone.Send(media.Addr(), "answer")) // late, for the phone does not know that the child ended
 		return err == nil
 	})
 }

@@ -125,7 +125,9 @@ func (m *Model) FlowSeen(now time.Duration, f *Flow) {
 	m.noteLabel(f)
 	switch role, p, subnet := m.role(f); role {
 	case roleOut:
-		m.seeOut(now, f, p, subnet)
+		if !m.answersInterim(now, f, &p) {
+			m.seeOut(now, f, p, subnet)
+		}
 	case roleChild:
 		m.seeChild(now, f, p)
 	case roleDNAT:

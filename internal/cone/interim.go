@@ -1,6 +1,9 @@
 package cone
 
-import "time"
+import (
+	"maps"
+	"time"
+)
 
 const (
 	// forwardAway is how long a forward that is gone may come back: firewall scripts flush
@@ -8,6 +11,8 @@ const (
 	forwardAway = time.Minute
 	// mostInterim bounds the children that are remembered, and mostFormer the forwards.
 	mostInterim, mostFormer = 1024, 16
+	// interimAnswer is how long the host of an ended child may still answer it.
+	interimAnswer = 2 * time.Second
 )
 
 // interim holds the children that may have begun while a forward of the user's was away. They
@@ -16,6 +21,13 @@ const (
 type interim struct {
 	former   []formerForwards // the oldest first
 	children map[int32]bool   // by flow: whether the forward was seen to be away
+	ended    map[interimKey]time.Duration
+}
+
+// An interimKey names a flow of interim by its ends outside.
+type interimKey struct {
+	extKey
+	from Endpoint
 }
 
 // formerForwards are what the user's rules forwarded until some time.
@@ -62,16 +74,29 @@ func (m *Model) admits(n int32) Permission {
 // each time the user's rules were read, after SetForwards. takes reports whether the rules
 // surely lead all packets of the peer of a permission elsewhere; it may be nil. Where they do,
 // a new child shows that the forward was away for a moment, even if no reading saw that.
-func (m *Model) EndInterim(takes func(Permission) bool) {
+func (m *Model) EndInterim(now time.Duration, takes func(Permission) bool) {
+	maps.DeleteFunc(m.interim.ended, func(_ interimKey, at time.Duration) bool { return now-at >= interimAnswer })
 	for n, away := range m.interim.children {
 		p := m.admits(n)
 		switch back := m.ruled != nil && m.ruled(p); {
 		case back && (away || takes != nil && takes(p)):
-			fl := &m.flows.all[n]
-			m.op(Op{Kind: DropChild, Permission: p, From: m.from(n), FromZone: fl.zone, ID: fl.id})
+			fl, from := &m.flows.all[n], m.from(n)
+			m.op(Op{Kind: DropChild, Permission: p, From: from, FromZone: fl.zone, ID: fl.id})
+			m.interim.ended[interimKey{p.extKey(), from}] = now
 			delete(m.interim.children, n)
 		case !back:
 			m.interim.children[n] = true
 		}
 	}
+}
+
+// answersInterim handles f, which a host sends with p, if it is the answer to a child that
+// EndInterim ended a moment ago: f would take the packets of the forward again, so it ends, too.
+func (m *Model) answersInterim(now time.Duration, f *Flow, p *Permission) bool {
+	at, ended := m.interim.ended[interimKey{p.extKey(), f.ReplySrc}]
+	if !ended || now-at >= interimAnswer || f.Status.Has(StatusAssured) {
+		return false
+	}
+	m.op(Op{Kind: DropChild, Permission: *p, From: f.ReplySrc, FromZone: f.ReplyZone, ID: f.ID})
+	return true
 }

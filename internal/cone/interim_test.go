@@ -43,10 +43,39 @@ func TestForwardThatIsBackEndsTheChildrenOfThatTime(t *testing.T) {
 			if tc.away > 0 {
 				d.m.SetForwards(now, rule, true)
 			}
-			d.m.EndInterim(tc.takes)
+			d.m.EndInterim(now, tc.takes)
 			d.wantOps("the forward is back", d.carry(), tc.want...)
-			d.m.EndInterim(tc.takes)
+			d.m.EndInterim(now, tc.takes)
 			d.wantOps("another reading", d.carry())
 		})
+	}
+}
+
+// The host of a child that ended still answers it: that flow would take the forward's packets.
+//
+// Fails when the answer stays, and when a later flow, or one to another port of the peer, ends.
+func TestAnswerToAnEndedChildEnds(t *testing.T) {
+	const in, ext = "10.47.11.109:5060", "198.51.100.1:5060"
+	rule := forwardsPort(5060, ep("10.47.11.110:5060"))
+	d := newDesk(t, mapped)
+	d.open(0, in, "203.0.113.5:9")
+	d.m.SetForwards(1, rule, true)
+	d.m.SetForwards(2, nil, true)
+	d.admit(3, "203.0.113.5:77", ext, in, StatusSeenReply)
+	d.carry()
+	d.m.SetForwards(4, rule, true)
+	d.m.EndInterim(4, nil)
+	d.wantOps("the forward is back", d.carry(), DropChild)
+	d.ops = nil
+	d.open(5, in, "203.0.113.5:78")
+	if f := d.open(6, in, "203.0.113.5:77"); len(d.ops) != 1 || d.ops[0].Kind != DropChild || d.ops[0].ID != f.ID {
+		t.Errorf("the answer: %v", d.ops)
+	}
+	d.ops = nil
+	d.open(4+interimAnswer, in, "203.0.113.5:77")
+	for _, o := range d.ops {
+		if o.Kind == DropChild {
+			t.Errorf("a later flow ends: %v", o)
+		}
 	}
 }

@@ -156,7 +156,7 @@ func New(p Policy) *Model {
 		byExt:    make(map[extKey]int32),
 		shown:    newShown(),
 		fresh:    make(map[extKey]struct{}),
-		interim:  interim{children: make(map[int32]bool)},
+		interim:  interim{children: make(map[int32]bool), ended: make(map[interimKey]time.Duration)},
 		pairs:    make(map[pair]time.Duration),
 		hosts:    make(map[Addr]scope),
 		subnets:  newScopes(len(p.Subnets)),

@@ -278,7 +278,7 @@ func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) er
 	}
 	taken := r.firewall.taken
 	r.ask(func(l *loop) {
-		l.engine.Model.EndInterim(taken.ConflictsWith)
+		l.engine.Model.EndInterim(r.now(), taken.ConflictsWith)
 	})
 	return err
 }
