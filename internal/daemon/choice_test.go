@@ -82,7 +82,10 @@ func TestEvidenceHasNoChildrenMissingThatCameBetweenReadings(t *testing.T) {
 	subnet := netip.MustParsePrefix("10.47.11.0/24")
 	f := &firewall{}
 	read := func(now time.Duration, before, admitted, passed uint64) {
-		f.passedBefore = map[netip.Prefix]cone.Passed{subnet: {Mapped: before}}
+		f.passedBefore = nil // as long as none passed
+		if before > 0 {
+			f.passedBefore = map[netip.Prefix]cone.Passed{subnet: {Mapped: before}}
+		}
 		f.counts = rules.Counters{"admitted": admitted}
 		f.readEvidence(now, []config.Subnet{{Prefix: subnet}}, func(netip.Prefix) cone.Passed { return cone.Passed{Mapped: passed} })
 	}
@@ -149,6 +152,7 @@ func TestEvidenceWhenSubnetsChange(t *testing.T) {
 			all = append(all, config.Subnet{Prefix: p})
 		}
 		f.counts = rules.Counters{"admitted": admitted}
+		f.passedBefore = map[netip.Prefix]cone.Passed{one: {Mapped: passed}, other: {Mapped: passed}}
 		f.readEvidence(now, all, func(netip.Prefix) cone.Passed { return cone.Passed{Mapped: passed} })
 	}
 	check := func(when string, pass, known bool) {

@@ -203,10 +203,7 @@ func (f *firewall) readEvidence(now time.Duration, subnets []config.Subnet, pass
 	}
 	for _, s := range subnets {
 		w, p := f.witness(s.Prefix), passed(s.Prefix)
-		before, ok := f.passedBefore[s.Prefix]
-		if !ok {
-			before = p
-		}
+		before := f.passedBefore[s.Prefix]
 		admitted, ok := f.counts.AdmittedInto(s.Prefix)
 		switch {
 		case ok:
