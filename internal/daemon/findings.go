@@ -137,13 +137,13 @@ func (l *loop) warnForwarding(out *warnings) {
 			}
 		}
 		for _, p := range l.network.SubnetsOf(link) {
-			if off(gateway.FamilyOf(p), link.Name) {
+			if off(gateway.FamilyOf(p.Addr()), link.Name) {
 				inside[p] = append(inside[p], link.Name)
 			}
 		}
 	}
 	for _, s := range l.cfg.Subnets {
-		family := gateway.FamilyOf(s.Prefix)
+		family := gateway.FamilyOf(s.Prefix.Addr())
 		links := slices.Concat(inside[s.Prefix], outside[family])
 		slices.Sort(links)
 		if links = slices.Compact(links); len(links) > 0 {

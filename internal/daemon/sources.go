@@ -197,7 +197,7 @@ func (s *sources) mayBeWrong(f *cone.Flow) bool {
 		return false
 	}
 	if p, own := s.own[f.ReplyDst.Addr]; own {
-		only := s.only[familyOf(f.ReplyDst.Addr)]
+		only := s.only[gateway.FamilyOf(f.ReplyDst.Addr.Netip())]
 		return only == 0 || p.link != only
 	}
 	return s.isGone(f)
@@ -222,20 +222,12 @@ func (s *sources) broken(rs *userrules.Ruleset, routes *router, f *brokenFlow) b
 		return false
 	}
 	for _, l := range ways {
-		if l.Outside&familyOf(f.Src.Addr) == 0 || s.has(l, f.source()) || !s.gives(rs, l, f) {
+		if l.Outside&gateway.FamilyOf(f.Src.Addr.Netip()) == 0 || s.has(l, f.source()) || !s.gives(rs, l, f) {
 			return false
 		}
 	}
 	f.link = ways[0].Name
 	return true
-}
-
-// familyOf returns the family of an address.
-func familyOf(a cone.Addr) gateway.Families {
-	if a.Is4() {
-		return gateway.IPv4
-	}
-	return gateway.IPv6
 }
 
 func (s *sources) has(l gateway.Link, a netip.Addr) bool {

@@ -221,7 +221,7 @@ func (r *reconciler) forgetStaleByRules() {
 // another reports whether an address is on a link that is not the only outside one of its family.
 func (s *sources) another(a cone.Addr) bool {
 	_, own := s.own[a]
-	only := s.only[familyOf(a)]
+	only := s.only[gateway.FamilyOf(a.Netip())]
 	return own && (only == 0 || !slices.ContainsFunc(s.byLink[only], func(o ownAddr) bool { return o.addr == a.Netip() }))
 }
 

@@ -56,7 +56,7 @@ type Link struct {
 }
 
 // outsideFor reports whether the link is an outside link for the family of a prefix.
-func (l Link) outsideFor(p netip.Prefix) bool { return l.Outside&FamilyOf(p) != 0 }
+func (l Link) outsideFor(p netip.Prefix) bool { return l.Outside&FamilyOf(p.Addr()) != 0 }
 
 // An Addr is an address of the gateway, with its connected prefix.
 type Addr struct {

@@ -18,9 +18,9 @@ const (
 	bothFamilies = IPv4 | IPv6
 )
 
-// FamilyOf returns the family of a prefix.
-func FamilyOf(p netip.Prefix) Families {
-	if p.Addr().Is4() {
+// FamilyOf returns the family of an address.
+func FamilyOf(a netip.Addr) Families {
+	if a.Is4() {
 		return IPv4
 	}
 	return IPv6
@@ -73,7 +73,7 @@ func (n *Network) Mark(s Sides) {
 	defaults := n.places.defaults
 	var enabled, others Families
 	for _, p := range s.Subnets {
-		enabled |= FamilyOf(p)
+		enabled |= FamilyOf(p.Addr())
 	}
 	for i := range n.Links {
 		l := &n.Links[i]
@@ -221,7 +221,7 @@ func (n *Network) place(subnets []netip.Prefix) *places {
 	}
 	for _, r := range n.Routes {
 		if isDefault(r.Prefix) {
-			p.defaults[r.Link] |= FamilyOf(r.Prefix)
+			p.defaults[r.Link] |= FamilyOf(r.Prefix.Addr())
 			continue
 		}
 		for i, s := range subnets {
@@ -258,7 +258,7 @@ func (n *Network) place(subnets []netip.Prefix) *places {
 		for link, families := range p.defaults {
 			// A link without a private address is an uplink: then the way to the subnet (a
 			// tunnel) is just not there yet.
-			if families&FamilyOf(s) != 0 && n.hasPrivate(link) {
+			if families&FamilyOf(s.Addr()) != 0 && n.hasPrivate(link) {
 				p.far[link] = true
 			}
 		}
