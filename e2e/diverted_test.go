@@ -122,16 +122,23 @@ func TestNFTHostsInASetOfARule(t *testing.T) {
 	s := newScene(t, lab.Options{})
 	s.Must(s.NFT(`table ip proxy { set hosts { type ipv4_addr; flags interval; elements = { 10.47.11.110 }; }; chain pre { type nat hook prerouting priority dstnat; iifname "lan0" ip saddr @hosts udp dport 5060 redirect to :5099; }; }`))
 	s.Serve("--reconcile=1h")
+	ruleTakesAWhile(s, "add element ip proxy hosts { 10.47.11.109 }", "delete element ip proxy hosts { 10.47.11.109 }")
+}
+
+// ruleTakesAWhile lets a rule take a port of the peer from the phone and leave it again: meanwhile
+// the port does not get in, and the child that it had ends.
+func ruleTakesAWhile(s *scene, take, leave string) {
+	s.T.Helper()
 	phone, proxy := s.InsideSocket(0, 4444), s.Socket(s.Gateway.Namespace, netip.IPv4Unspecified(), 5099)
 	peer, sip, other := s.PeerSocket(lab.PeerA, 5061), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070)
 	ext := s.Contact(phone, peer)
 	s.Until("a permission stands", func() bool { return s.Status().Permissions.Standing == 1 })
 	s.Arrives(phone, sip, ext)
 	s.Contact(phone, sip) // the child is answered
-	s.Must(s.NFT("add element ip proxy hosts { 10.47.11.109 }"))
+	s.Must(s.NFT(take))
 	s.Until("the rule sees what the phone sends", func() bool { return redirectedTo(s, phone, proxy) })
 	s.Lost(phone, sip, ext, other)
-	s.Must(s.NFT("delete element ip proxy hosts { 10.47.11.109 }"))
+	s.Must(s.NFT(leave))
 	second := s.InsideSocket(0, 4445) // the flow of the first one is still with the proxy
 	ext = s.Contact(second, peer)
 	s.Until("the port gets in again", func() bool {
@@ -168,23 +175,7 @@ func TestNFTRuleForAllButALongList(t *testing.T) {
 				s := newScene(t, lab.Options{})
 				s.Must(s.NFT(tc.rules))
 				s.Serve(append(args, "--reconcile=1h")...)
-				phone, proxy := s.InsideSocket(0, 4444), s.Socket(s.Gateway.Namespace, netip.IPv4Unspecified(), 5099)
-				peer, sip, other := s.PeerSocket(lab.PeerA, 5061), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070)
-				ext := s.Contact(phone, peer)
-				s.Until("a permission stands", func() bool { return s.Status().Permissions.Standing == 1 })
-				s.Arrives(phone, sip, ext)
-				s.Contact(phone, sip) // the child is answered
-				s.Must(s.NFT("delete element ip proxy spared { " + tc.element + " }"))
-				s.Until("the rule sees what the phone sends", func() bool { return redirectedTo(s, phone, proxy) })
-				s.Lost(phone, sip, ext, other)
-				s.Must(s.NFT("add element ip proxy spared { " + tc.element + " }"))
-				second := s.InsideSocket(0, 4445) // the flow of the first one is still with the proxy
-				ext = s.Contact(second, peer)
-				s.Until("the port gets in again", func() bool {
-					payload := stage.Payload("from the port")
-					s.Must(sip.Send(ext, payload))
-					return receives(second, payload)
-				})
+				ruleTakesAWhile(s, "delete element ip proxy spared { "+tc.element+" }", "add element ip proxy spared { "+tc.element+" }")
 			})
 		}
 	}
