@@ -39,6 +39,9 @@ func (f *firewall) markerOf(rs *userrules.Ruleset) *userrules.Marker {
 // they do not leave, or if that is unknown. all is false if some may not leave at all. A child is
 // turned.
 func (r *router) links(f *cone.Flow) (links []gateway.Link, all bool) {
+	if r.network.HidesWays(gateway.FamilyOf(f.Src.Addr.Netip())) {
+		return nil, false
+	}
 	if r.kernel == nil && r.err == nil {
 		r.kernel, r.err = gateway.DialRouter(0, r.network)
 		r.byIndex = make(map[int]gateway.Link)

@@ -65,7 +65,7 @@ func (r *reconciler) strandsAny(cfg config.Config, children []cone.Flow) (bool, 
 
 // newStrands returns nil if it cannot be known which address is wrong.
 func (r *reconciler) newStrands(cfg config.Config, network gateway.Network) *strands {
-	if r.firewall.user == nil || r.firewall.unread != nil || network.HidesWays(gateway.IPv4|gateway.IPv6) {
+	if r.firewall.user == nil || r.firewall.unread != nil {
 		return nil
 	}
 	return &strands{
