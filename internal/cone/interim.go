@@ -48,10 +48,11 @@ func (x *interim) changeForwards(now time.Duration, present func(Permission) boo
 
 // noteInterim notes that flow n is a new child, if a forward may have been away when it began.
 func (m *Model) noteInterim(now time.Duration, n int32) {
-	x, p := &m.interim, m.admits(n)
+	x := &m.interim
 	if m.snap.showing || len(x.children) >= mostInterim { // a child in a dump may be an old one
 		return
 	}
+	p := m.admits(n)
 	for _, f := range x.former {
 		if now-f.until < forwardAway && f.bars(p) {
 			x.children[n] = true
