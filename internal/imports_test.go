@@ -35,6 +35,7 @@ var allowed = map[string][]string{
 	"internal/gateway":         {"internal/cone", "internal/nfnl"},
 	"internal/ctwatch":         {"internal/cone", "internal/nfnl"},
 	"internal/engine":          {"internal/cone"},
+	"internal/flows":           {"internal/cone", "internal/ctwatch", "internal/gateway", "internal/userrules"},
 	"internal/expect":          {"internal/cone", "internal/nfnl"},
 	"internal/rules":           {"internal/cone", "internal/nfnl", "internal/rules/elements"},
 	"internal/rules/elements":  {"internal/cone", "internal/nfnl"},
@@ -47,7 +48,7 @@ var allowed = map[string][]string{
 	"internal/doctor/collect":  {"internal/control", "internal/doctor", "internal/gateway", "internal/rules", "internal/userrules"},
 	"internal/selftest":        {"internal/control", "internal/lab"},
 	"internal/daemon": {
-		"internal/audit", "internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/engine", "internal/expect", "internal/gateway", "internal/metrics", "internal/page", "internal/rules",
+		"internal/audit", "internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/engine", "internal/expect", "internal/flows", "internal/gateway", "internal/metrics", "internal/page", "internal/rules",
 		"internal/rules/elements", "internal/userrules",
 	},
 	"cmd/conenatd": {

@@ -8,7 +8,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
-	"github.com/conenatd/conenatd/internal/ctwatch"
+	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 	"github.com/conenatd/conenatd/internal/userrules"
@@ -76,7 +76,7 @@ func (f *firewall) knowAddresses(cfg config.Config, kernel *elements.Mappings, n
 		known := make(map[netip.Addr]struct{})
 		rules, unknown := f.fixedSources()
 		owned := network.Owned()
-		err := f.fixedFlows(cfg).each(func(sent *cone.Flow) {
+		err := f.fixedFlows(cfg).Each(func(sent *cone.Flow) {
 			a := sent.ReplyDst.Addr
 			if sent.IsChild() && a.Is4() && !unknown && !owned(a) && !slices.ContainsFunc(rules, func(r userrules.AddrRange) bool { return r.Has(a.Netip()) }) {
 				known[a.Netip()] = struct{}{}
@@ -103,7 +103,7 @@ func (f *firewall) knowAddresses(cfg config.Config, kernel *elements.Mappings, n
 
 // forget ends the mappings and flows of addresses that are gone, and returns how many
 // flows of each ended.
-func forget(fixed *fixedFlows, kernel *elements.Mappings, gone map[cone.Addr]struct{}) (ended map[cone.Addr]int, err error) {
+func forget(fixed *flows.Fixed, kernel *elements.Mappings, gone map[cone.Addr]struct{}) (ended map[cone.Addr]int, err error) {
 	var errs []error
 	ended = make(map[cone.Addr]int)
 	// Repeat until there are no flows: a packet that found its mapping before may make
@@ -114,31 +114,23 @@ func forget(fixed *fixedFlows, kernel *elements.Mappings, gone map[cone.Addr]str
 				errs = append(errs, kernel.Forget(a.Netip()))
 			}
 		}
-		flows, err := fixed.end(func(f *cone.Flow) bool {
+		wrong, err := fixed.End(func(f *cone.Flow) bool {
 			_, ok := gone[f.ReplyDst.Addr]
 			return ok
 		})
 		errs = append(errs, err)
-		for _, f := range flows {
+		for _, f := range wrong {
 			ended[f.ReplyDst.Addr]++
 		}
-		if len(flows) == 0 || err != nil {
+		if len(wrong) == 0 || err != nil {
 			break
 		}
 	}
 	return ended, errors.Join(errs...)
 }
 
-// fixedFlows are the flows whose outside address stays as it is: those with a mapping, which
-// IPv4 hosts have, and children, to which all belongs that a host sends to that port of its peer. The
-// kernel itself ends masqueraded flows when their address or link changes, but not these.
-type fixedFlows struct {
-	mapped     *cone.PrefixTable // the subnets with mappings
-	translated *cone.PrefixTable // the enabled subnets behind source NAT
-	maps       bool              // there is a subnet with mappings
-}
-
-func (f *firewall) fixedFlows(cfg config.Config) *fixedFlows {
+// fixedFlows are the flows whose outside address stays as it is.
+func (f *firewall) fixedFlows(cfg config.Config) *flows.Fixed {
 	var mapped, translated []netip.Prefix
 	if c := f.mappingConfig(cfg); c != nil && f.maps() {
 		mapped = c.Subnets
@@ -148,54 +140,7 @@ func (f *firewall) fixedFlows(cfg config.Config) *fixedFlows {
 			translated = append(translated, s.Prefix)
 		}
 	}
-	return &fixedFlows{cone.NewPrefixTable(mapped), cone.NewPrefixTable(translated), len(mapped) > 0}
-}
-
-// asSent returns f, if it is one of these flows, as its host sends it: from Src to ReplySrc,
-// with the address of ReplyDst outside.
-func (x *fixedFlows) asSent(f *cone.Flow) (sent cone.Flow, ok bool) {
-	switch {
-	case f.IsChild():
-		return f.Turned(), x.translated.Holds(f.ReplySrc.Addr)
-	case f.Status.Has(cone.StatusSrcNAT):
-		return *f, f.Src.Addr.Is4() && x.mapped.Holds(f.Src.Addr)
-	}
-	return cone.Flow{}, false
-}
-
-// each calls f for each of these flows, as its host sends it.
-func (x *fixedFlows) each(f func(sent *cone.Flow)) error {
-	_, err := x.end(func(sent *cone.Flow) bool {
-		f(sent)
-		return false
-	})
-	return err
-}
-
-// end ends those of these flows for which wrong returns true, and returns them as their hosts
-// send them.
-func (x *fixedFlows) end(wrong func(sent *cone.Flow) bool) (ended []cone.Flow, err error) {
-	q, err := ctwatch.DialQueries(ctwatch.Config{})
-	if err != nil {
-		return nil, err
-	}
-	defer q.Close()
-	var flows []cone.Flow
-	err = q.Dump(func(f *cone.Flow) {
-		if sent, ok := x.asSent(f); ok && wrong(&sent) {
-			flows, ended = append(flows, *f), append(ended, sent)
-		}
-	})
-	return ended, errors.Join(err, deleteFlows(q, flows))
-}
-
-func deleteFlows(q *ctwatch.Queries, flows []cone.Flow) error {
-	var errs []error
-	for _, f := range flows {
-		_, err := q.Delete(f.Src, f.Dst, f.OrigZone, f.ID)
-		errs = append(errs, err)
-	}
-	return errors.Join(errs...)
+	return flows.NewFixed(mapped, translated)
 }
 
 // within reports whether an address is in one of the prefixes.

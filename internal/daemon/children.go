@@ -3,6 +3,7 @@ package daemon
 import (
 	"net/netip"
 
+	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
@@ -25,7 +26,7 @@ func (f *firewall) children(network gateway.Network, subnets []netip.Prefix) (q 
 	}
 	to, err := network.LinksTo(0, subnets)
 	for _, l := range to {
-		q.inside = append(q.inside, linkOf(l))
+		q.inside = append(q.inside, flows.LinkOf(l))
 	}
 	return q, err
 }

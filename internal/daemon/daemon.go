@@ -19,6 +19,7 @@ import (
 	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/engine"
 	"github.com/conenatd/conenatd/internal/expect"
+	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 	"github.com/conenatd/conenatd/internal/userrules"
@@ -117,7 +118,7 @@ type reconciler struct {
 	changed       changes // by neighbours, still to be looked at
 	lean          lean
 	uplinks       uplinks // outside links that no default route shows
-	broken        brokenFlows
+	broken        flows.Search
 	rerouted      rerouted
 }
 
@@ -182,7 +183,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	l, r := &loop{shared: all, cfg: cfg.Config}, &reconciler{shared: all, wanted: cfg.Config}
 	d = &Daemon{shared: all, loop: l, reconcile: r}
 	r.rerouted.outside = make(map[string]bool)
-	r.rerouted.stale = make(stalePermissions)
+	r.rerouted.stale = make(flows.Stale)
 	r.rerouted.looks = rerouteLooks // routes may have changed since an earlier daemon ran
 	r.comparer = engine.Comparer{
 		InLoop:  func(f func(*engine.Engine)) bool { return r.ask(func(l *loop) { f(l.engine) }) },

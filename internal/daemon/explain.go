@@ -14,6 +14,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
@@ -214,7 +215,7 @@ func (c *packetCase) look(cfg config.Config, network gateway.Network) (inside us
 	}
 	// Subnets that are not enabled have routes as well.
 	c.routed = c.routed || to[0].Name != "" && to[0].Outside == 0
-	return linkOf(to[0]), nil
+	return flows.LinkOf(to[0]), nil
 }
 
 // rulesTime is how long to wait for a reconcile that is busy.

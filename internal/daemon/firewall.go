@@ -11,6 +11,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/rules/elements"
@@ -351,9 +352,6 @@ func (w *warnings) addForward(r userrules.Forward) {
 	}
 }
 
-// linkOf returns a link as rules name it.
-func linkOf(l gateway.Link) userrules.Link { return userrules.Link{Index: l.Index, Name: l.Name} }
-
 func outsideLinks(network gateway.Network) []userrules.Link {
 	return linksOf(network, func(l gateway.Link) bool { return l.Outside != 0 })
 }
@@ -366,7 +364,7 @@ func insideLinks(network gateway.Network) []userrules.Link {
 func linksOf(network gateway.Network, is func(gateway.Link) bool) (links []userrules.Link) {
 	for _, l := range network.Links {
 		if is(l) {
-			links = append(links, linkOf(l))
+			links = append(links, flows.LinkOf(l))
 		}
 	}
 	return links
@@ -456,4 +454,22 @@ func (f *firewall) close() error {
 		errs = append(errs, f.tables.Close())
 	}
 	return errors.Join(errs...)
+}
+
+// router returns a Router for the packets of inside hosts, by the rules that were last read. With
+// uplink_marks our own rules set marks, too.
+func (f *firewall) router(cfg config.Config, network gateway.Network) *flows.Router {
+	var marker *userrules.Marker
+	if !cfg.UplinkMarks && f.user != nil && f.unread == nil {
+		marker = f.markerOf(f.user)
+	}
+	return flows.NewRouter(network, marker)
+}
+
+// markerOf returns the Marker of rules.
+func (f *firewall) markerOf(rs *userrules.Ruleset) *userrules.Marker {
+	if f.marker == nil || f.marked != rs {
+		f.marker, f.marked = rs.Marker(), rs
+	}
+	return f.marker
 }

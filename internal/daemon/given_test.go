@@ -1,11 +1,12 @@
 package daemon
 
 import (
-	"errors"
 	"net/netip"
 	"testing"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/flows"
+	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
@@ -32,7 +33,7 @@ func TestMappingsOfOlderFlowsStay(t *testing.T) {
 			m := &mapper{
 				links: map[cone.Addr]string{out: "wan1"}, owned: func(a cone.Addr) bool { return a == out },
 				inside: func(cone.Addr) bool { return true }, outdated: func(elements.Mapping) bool { return false },
-				routes: &router{err: errors.New("unknown")}, // by which link it leaves
+				routes: flows.NewRouter(gateway.Network{}, nil), // which knows no link
 				given: &given{
 					rules: tc.rules, links: []string{"wan0", "wan1"}, known: make(map[asked]bool),
 					subnets: []netip.Prefix{netip.MustParsePrefix("10.47.11.0/24")},

@@ -10,6 +10,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/rules/elements"
@@ -68,7 +69,7 @@ type mapper struct {
 	kernel *elements.Mappings
 	links  map[cone.Addr]string // names of outside links, by their addresses
 	owned  func(cone.Addr) bool // packets to the address end here
-	routes *router
+	routes *flows.Router
 	inside func(cone.Addr) bool // is in a subnet with mappings
 	served func(cone.Endpoint) bool
 	barred []uint16 // outside ports on which mappings must end, sorted
@@ -240,7 +241,7 @@ func (m *mapper) linkOf(f *cone.Flow) string {
 	if link != "" && m.given.may(link, f.Src.Addr, f.ReplyDst.Addr) || !m.owned(f.ReplyDst.Addr) {
 		return link
 	}
-	if links, _ := m.routes.links(f); len(links) == 1 && links[0].Outside&gateway.IPv4 != 0 {
+	if links, _ := m.routes.Links(f); len(links) == 1 && links[0].Outside&gateway.IPv4 != 0 {
 		return links[0].Name
 	}
 	return link
@@ -257,7 +258,7 @@ func (m *mapper) hold(e ends) bool {
 
 // keep renews the mappings of the flows that were seen, and the ports that others use.
 func (m *mapper) keep() error {
-	errs := []error{m.routes.close(), m.kernel.Release(m.twins)}
+	errs := []error{m.routes.Close(), m.kernel.Release(m.twins)}
 	live, older := slices.Collect(maps.Keys(m.live)), slices.Collect(maps.Keys(m.older))
 	refused := func(ms []elements.Mapping) func(i int, err error) {
 		return func(i int, err error) {

@@ -139,7 +139,7 @@ func (r *reconciler) readRules() (followed bool, err error) {
 	}
 	r.firewall.look()
 	r.forgetStaleByRules()
-	r.broken.due = true
+	r.broken.Again()
 	if other, err := r.uplinks.ask(r.firewall, r.network); err != nil || other {
 		misjudged, failed := r.readGateway()
 		return misjudged, errors.Join(err, failed)

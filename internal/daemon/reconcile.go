@@ -13,6 +13,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/ctwatch"
+	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
 )
 
@@ -202,7 +203,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 	r.uplinks.remember(network)
 	r.links.Know(network, slices.Concat(cfg.Outside, cfg.Inside), wantsMapping(cfg) || cfg.HealFlows)
 	_, failed := r.repairRules(cfg, network)
-	r.broken.sawNetwork(r.network, network)
+	r.broken.SawNetwork(r.network, network)
 	r.rerouted.shared = network.Shares()
 	if !network.SameRoutes(r.network) {
 		r.log.Debug("routes changed")
@@ -223,7 +224,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 		misjudged = newOutside(l.network, network) || wantsMapping(cfg) && !topology.Equal(l.topology)
 		r.network = network.Lean()
 		l.network, l.topology = r.network, topology
-		l.mayStrand = newSources(r.network, nil).another
+		l.mayStrand = flows.NewSources(r.network, nil).Another
 		l.sockets.SetNetwork(network)
 		misjudged = l.engine.Model.SetTopology(r.now(), topology) || misjudged
 		l.engine.Model.SetWay(l.network.Way())

@@ -3,13 +3,11 @@ package daemon
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
-	"slices"
 	"time"
 
-	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
@@ -33,7 +31,7 @@ type rerouted struct {
 	outside map[string]bool // names of current and former outside links
 	shared  bool            // a route to outside links has several next hops
 
-	stale stalePermissions
+	stale flows.Stale
 	rules *userrules.Ruleset // when the first of stale ended
 }
 
@@ -59,7 +57,7 @@ func (r *reconciler) endRerouted(cfg config.Config, network gateway.Network) err
 			return
 		}
 		fixed, unknown := r.firewall.fixedSources()
-		n, doubtful, errs[0] = endWrongLinks(r.firewall.fixedFlows(cfg), network, r.firewall.router(cfg, network), r.rerouted.outside, fixed, unknown)
+		n, doubtful, errs[0] = r.firewall.fixedFlows(cfg).EndWrongLinks(network, r.firewall.router(cfg, network), r.rerouted.outside, fixed, unknown)
 	})
 	err := errors.Join(errs[:]...)
 	r.log.Debug("looked for flows that leave by another link than the one of their address", "ended", n+stranded)
@@ -114,71 +112,4 @@ func received[T any](c <-chan T) (all []T) {
 		all = append(all, <-c)
 	}
 	return all
-}
-
-// endWrongLinks ends flows with mappings whose outside address is wrong for the link by which
-// they leave now. doubtful counts flows for which that is not sure. outside has the names of
-// current and former outside links; fixed are the addresses to which rules of the user's
-// translate, and unknown says that there may be others.
-func endWrongLinks(
-	all *fixedFlows, network gateway.Network, routes *router, outside map[string]bool, fixed []userrules.AddrRange, unknown bool,
-) (ended, doubtful int, err error) {
-	if !all.maps || network.HidesWays(gateway.IPv4) {
-		return 0, 0, nil
-	}
-	links := make(map[cone.Addr]string)
-	for _, a := range network.Addrs {
-		for _, l := range network.Links {
-			if l.Index == a.Link && outside[l.Name] {
-				links[cone.AddrFrom(a.Prefix.Addr())] = l.Name
-			}
-		}
-	}
-	type way struct {
-		host cone.Addr
-		link string
-	}
-	right := make(map[way]bool) // the host has a flow there with the link's own address
-	surely := func(f *cone.Flow) bool {
-		return !unknown && !slices.ContainsFunc(fixed, func(r userrules.AddrRange) bool { return r.Has(f.ReplyDst.Addr.Netip()) })
-	}
-	// Doubtful flows are checked again once all flows were seen.
-	wrong := func(last bool) func(f *cone.Flow) bool {
-		return func(f *cone.Flow) bool {
-			link, onLink := links[f.ReplyDst.Addr]
-			if !onLink || f.Status.Has(cone.StatusDstNAT) { // children are DNATed, too
-				return false
-			}
-			ways, _ := routes.links(f)
-			if len(ways) == 0 {
-				return false
-			}
-			for _, w := range ways {
-				if w.Name == link {
-					right[way{f.Src.Addr, link}] = len(ways) == 1 || right[way{f.Src.Addr, link}]
-					return false
-				}
-			}
-			if surely(f) || right[way{f.Src.Addr, ways[0].Name}] {
-				return true
-			}
-			if last {
-				doubtful++
-			}
-			return false
-		}
-	}
-	var errs []error
-	for _, last := range []bool{false, true} {
-		if last && !unknown && len(fixed) == 0 {
-			break
-		}
-		flows, err := all.end(wrong(last))
-		ended += len(flows)
-		errs = append(errs, err)
-	}
-	if err := routes.close(); err != nil {
-		errs = append(errs, fmt.Errorf("find flows that leave by another link: %w", err))
-	}
-	return ended, doubtful, errors.Join(errs...)
 }

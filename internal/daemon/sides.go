@@ -10,6 +10,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/expect"
+	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/userrules"
@@ -108,13 +109,13 @@ func (u *uplinks) ask(f *firewall, network gateway.Network) (changed bool, err e
 	var links []userrules.LAN
 	for _, l := range network.Links {
 		if l.Inside && len(links) < mostAsked {
-			links = append(links, userrules.LAN{Link: linkOf(l), Networks: network.SubnetsOf(l)})
+			links = append(links, userrules.LAN{Link: flows.LinkOf(l), Networks: network.SubnetsOf(l)})
 		}
 	}
 	leads := len(links)
 	for _, l := range network.Doubtful() {
 		if len(links) < leads+mostAsked {
-			links = append(links, userrules.LAN{Link: linkOf(l)})
+			links = append(links, userrules.LAN{Link: flows.LinkOf(l)})
 		}
 	}
 	if f.unread == nil && u.rules == f.user && slices.EqualFunc(links, u.links, func(a, b userrules.LAN) bool {
@@ -158,14 +159,14 @@ func (r *reconciler) seeFlowsBefore(cfg config.Config) {
 	const most = 4096
 	topology, enabled := r.network.Topology().Compile(), cone.NewPrefixTable(prefixes(cfg.Subnets))
 	asked := make(map[cone.Addr]struct{})
-	var flows []cone.Flow
+	var translated []cone.Flow
 	see := func(f *cone.Flow) {
 		peer := f.ReplySrc.Addr
 		if _, known := asked[peer]; known || len(asked) == most || !cone.IsStray(f, topology) || !enabled.Holds(f.Src.Addr) {
 			return
 		}
 		asked[peer] = struct{}{}
-		flows = append(flows, *f)
+		translated = append(translated, *f)
 	}
 	errs := []error{r.reads.Dump(see)}
 	inMap, err := r.firewall.left(cfg)
@@ -177,7 +178,7 @@ func (r *reconciler) seeFlowsBefore(cfg config.Config) {
 			see(&cone.Flow{Src: a.Int, Dst: peer, ReplySrc: peer, ReplyDst: a.Ext, Status: cone.StatusSrcNAT})
 		}
 	}
-	found, err := r.seeNAT(cfg, flows)
+	found, err := r.seeNAT(cfg, translated)
 	if found {
 		r.network.Mark(r.uplinks.sides(cfg))
 	}
@@ -186,14 +187,14 @@ func (r *reconciler) seeFlowsBefore(cfg config.Config) {
 
 // seeNAT takes in translated flows, and reports whether one left by a link that was not
 // known to be an outside link.
-func (r *reconciler) seeNAT(cfg config.Config, flows []cone.Flow) (found bool, err error) {
-	if len(flows) == 0 {
+func (r *reconciler) seeNAT(cfg config.Config, translated []cone.Flow) (found bool, err error) {
+	if len(translated) == 0 {
 		return false, nil
 	}
 	routes := r.firewall.router(cfg, r.network)
-	for i := range flows {
-		f := &flows[i]
-		ways, _ := routes.links(f)
+	for i := range translated {
+		f := &translated[i]
+		ways, _ := routes.Links(f)
 		l, ok := leftBy(ways, r.network, f.ReplyDst.Addr.Netip())
 		if !ok || l.Outside&gateway.IPv4 != 0 || slices.Contains(cfg.Inside, l.Name) || !r.network.ShowsOutside(l, f.ReplySrc.Addr.Netip()) {
 			continue
@@ -206,7 +207,7 @@ func (r *reconciler) seeNAT(cfg config.Config, flows []cone.Flow) (found bool, e
 		}
 		r.uplinks.seen[l.Name], found = seenLink{l.Index, f.ReplyDst.Addr}, true
 	}
-	if err := routes.close(); err != nil {
+	if err := routes.Close(); err != nil {
 		return found, fmt.Errorf("find the links of translated flows: %w", err)
 	}
 	return found, nil

@@ -1,12 +1,10 @@
-package daemon
+package userrules
 
 import (
 	"fmt"
 	"net/netip"
 	"slices"
 	"testing"
-
-	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // Many rules become few: by their ports, by their peers, and by their hosts. What takes from all peers, or from
@@ -16,57 +14,56 @@ import (
 // than mostDiversions kinds lose one.
 func TestDiversionsAreMerged(t *testing.T) {
 	one, two, host := addr("203.0.113.5"), addr("203.0.113.7"), addr("10.47.11.109")
-	ports := func(all ...uint16) (ranges []userrules.PortRange) {
+	ports := func(all ...uint16) (ranges []PortRange) {
 		for _, p := range all {
-			ranges = append(ranges, userrules.PortRange{First: p, Last: p})
+			ranges = append(ranges, PortRange{First: p, Last: p})
 		}
 		return ranges
 	}
-	f := firewall{diverted: merged([]userrules.Diversion{
+	got := MergedDiversions([]Diversion{
 		{Peers: one, Ports: ports(5070)},
 		{Peers: one, Ports: ports(5060, 5070)},
 		{Peers: two, Ports: ports(5060, 5070)},
 		{Ports: ports(5060, 5070)},
 		{Hosts: host, Peers: one, Ports: ports(5060, 5070)},
 		{Peers: two, Ports: ports(53)},
-	})}
-	got := f.diversions()
-	want := "[{[] [{203.0.113.5 203.0.113.5}] [{5060 5060} {5070 5070}]} " +
-		"{[] [{203.0.113.7 203.0.113.7}] [{53 53} {5060 5060} {5070 5070}]} " +
-		"{[] [] [{5060 5060} {5070 5070}]} " +
-		"{[{10.47.11.109 10.47.11.109}] [{203.0.113.5 203.0.113.5}] [{5060 5060} {5070 5070}]}]"
+	})
+	want := "[{[] [{203.0.113.5 203.0.113.5}] [{5060 5060} {5070 5070}] } " +
+		"{[] [{203.0.113.7 203.0.113.7}] [{53 53} {5060 5060} {5070 5070}] } " +
+		"{[] [] [{5060 5060} {5070 5070}] } " +
+		"{[{10.47.11.109 10.47.11.109}] [{203.0.113.5 203.0.113.5}] [{5060 5060} {5070 5070}] }]"
 	if fmt.Sprint(got) != want {
 		t.Errorf("got  %v\nwant %s", got, want)
 	}
-	var many []userrules.Diversion
+	var many []Diversion
 	for i := range 2000 {
 		peer := addr(fmt.Sprintf("203.%d.%d.1", i>>8, i&0xff))
-		many = append(many, userrules.Diversion{Peers: peer, Ports: ports(5060)})
+		many = append(many, Diversion{Peers: peer, Ports: ports(5060)})
 	}
-	if got := merged(many); len(got) != 1 || len(got[0].Peers) != len(many) {
+	if got := MergedDiversions(many); len(got) != 1 || len(got[0].Peers) != len(many) {
 		t.Errorf("%d of %d are left", len(got), len(many))
 	}
 	for i := range many {
 		many[i].Hosts, many[i].Peers = many[i].Peers, nil
 	}
-	if got := merged(many); len(got) != 1 || len(got[0].Hosts) != len(many) {
+	if got := MergedDiversions(many); len(got) != 1 || len(got[0].Hosts) != len(many) {
 		t.Errorf("%d of %d are left", len(got), len(many))
 	}
 	for i := range many {
 		many[i].Hosts, many[i].Peers, many[i].Ports = nil, many[i].Hosts, ports(uint16(i))
 	}
-	many = append(many, userrules.Diversion{Hosts: host, Peers: one, Ports: []userrules.PortRange{{First: 0, Last: 65535}}})
-	kinds := merged(slices.Clone(many))
+	many = append(many, Diversion{Hosts: host, Peers: one, Ports: []PortRange{{First: 0, Last: 65535}}})
+	kinds := MergedDiversions(slices.Clone(many))
 	if len(kinds) != mostDiversions {
 		t.Errorf("%d kinds are left, want %d", len(kinds), mostDiversions)
 	}
 	for _, d := range many {
 		from := netip.AddrPortFrom(d.Peers[0].First, d.Ports[0].First)
-		if !slices.ContainsFunc(kinds, func(k userrules.Diversion) bool { return k.Takes(host[0].First, from) }) {
+		if !slices.ContainsFunc(kinds, func(k Diversion) bool { return k.Takes(host[0].First, from) }) {
 			t.Fatalf("nothing takes %s", from)
 		}
 	}
-	if from := netip.AddrPortFrom(two[0].First, 50000); slices.ContainsFunc(kinds, func(k userrules.Diversion) bool { return k.Takes(host[0].First, from) }) {
+	if from := netip.AddrPortFrom(two[0].First, 50000); slices.ContainsFunc(kinds, func(k Diversion) bool { return k.Takes(host[0].First, from) }) {
 		t.Errorf("a rule for all ports of another peer takes %s", from)
 	}
 }
@@ -76,26 +73,26 @@ func TestDiversionsAreMerged(t *testing.T) {
 //
 // Fails when a list is copied for each rule, and when the ranges have no bound.
 func TestDiversionsShareLongLists(t *testing.T) {
-	list := func(n int) (all []userrules.AddrRange) {
+	list := func(n int) (all []AddrRange) {
 		for i := range n {
 			all = append(all, addr(fmt.Sprintf("11.%d.%d.1", i>>8, i&0xff))...)
 		}
 		return all
 	}
 	long, longest, short := list(mostDiverted/2), list(mostDiverted/2+1), list(3)
-	var many []userrules.Diversion
+	var many []Diversion
 	for i := range 200 {
-		many = append(many, userrules.Diversion{Hosts: addr(fmt.Sprintf("10.47.%d.9", i)), Peers: long, Ports: []userrules.PortRange{{First: uint16(i), Last: uint16(i)}}})
+		many = append(many, Diversion{Hosts: addr(fmt.Sprintf("10.47.%d.9", i)), Peers: long, Ports: []PortRange{{First: uint16(i), Last: uint16(i)}}})
 	}
-	for _, d := range merged(slices.Clone(many)) {
+	for _, d := range MergedDiversions(slices.Clone(many)) {
 		if len(d.Peers) != len(long) || &d.Peers[0] != &long[0] {
 			t.Fatalf("%v of %v has another list, with %d peers", d.Ports, d.Hosts, len(d.Peers))
 		}
 	}
-	for i, peers := range [][]userrules.AddrRange{longest, short} {
-		many = append(many, userrules.Diversion{Peers: peers, Ports: []userrules.PortRange{{First: uint16(1000 + i), Last: uint16(1000 + i)}}})
+	for i, peers := range [][]AddrRange{longest, short} {
+		many = append(many, Diversion{Peers: peers, Ports: []PortRange{{First: uint16(1000 + i), Last: uint16(1000 + i)}}})
 	}
-	for _, d := range merged(many) {
+	for _, d := range MergedDiversions(many) {
 		want := len(long)
 		switch d.Ports[0].First {
 		case 1000:
@@ -109,7 +106,7 @@ func TestDiversionsShareLongLists(t *testing.T) {
 	}
 }
 
-func addr(s string) []userrules.AddrRange {
+func addr(s string) []AddrRange {
 	a := netip.MustParseAddr(s)
-	return []userrules.AddrRange{{First: a, Last: a}}
+	return []AddrRange{{First: a, Last: a}}
 }

@@ -1,44 +1,30 @@
-package daemon
+package flows
 
 import (
 	"github.com/conenatd/conenatd/internal/cone"
-	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// A router finds the links by which flows leave. It opens its connection on first
-// use.
-type router struct {
+// A Router finds the links by which flows leave. It opens its connection on first use.
+type Router struct {
 	network gateway.Network
-	marker  *userrules.Marker // nil if it is not known how packets are marked
+	marker  *userrules.Marker
 	kernel  *gateway.Router
 	byIndex map[int]gateway.Link
 	err     error // the first error
 }
 
-// router returns one for the packets of inside hosts, by the rules that were last read. With
-// uplink_marks our own rules set marks, too.
-func (f *firewall) router(cfg config.Config, network gateway.Network) *router {
-	r := &router{network: network}
-	if !cfg.UplinkMarks && f.user != nil && f.unread == nil {
-		r.marker = f.markerOf(f.user)
-	}
-	return r
+// NewRouter returns a Router for packets that marker marks. It is nil if it is not known how
+// packets are marked.
+func NewRouter(network gateway.Network, marker *userrules.Marker) *Router {
+	return &Router{network: network, marker: marker}
 }
 
-// markerOf returns the Marker of rules.
-func (f *firewall) markerOf(rs *userrules.Ruleset) *userrules.Marker {
-	if f.marker == nil || f.marked != rs {
-		f.marker, f.marked = rs.Marker(), rs
-	}
-	return f.marker
-}
-
-// links returns the links by which the packets of the flow's source may leave; none if
+// Links returns the links by which the packets of the flow's source may leave; none if
 // they do not leave, or if that is unknown. all is false if some may not leave at all. A child is
 // turned.
-func (r *router) links(f *cone.Flow) (links []gateway.Link, all bool) {
+func (r *Router) Links(f *cone.Flow) (links []gateway.Link, all bool) {
 	if r.network.HidesWays(gateway.FamilyOf(f.Src.Addr.Netip())) {
 		return nil, false
 	}
@@ -67,18 +53,18 @@ func (r *router) links(f *cone.Flow) (links []gateway.Link, all bool) {
 }
 
 // marking returns how rules mark packets of the flow's source.
-func (r *router) marking(f *cone.Flow) gateway.Marking {
+func (r *Router) marking(f *cone.Flow) gateway.Marking {
 	return func(link int, arriving []uint32) ([]uint32, bool) {
 		l, ok := r.byIndex[link]
 		if r.marker == nil || !ok || !f.Src.Addr.Is4() {
 			return nil, false
 		}
-		return r.marker.Marks(f, linkOf(l), arriving)
+		return r.marker.Marks(f, LinkOf(l), arriving)
 	}
 }
 
-// close ends the connection, and returns the first error since it was opened.
-func (r *router) close() error {
+// Close ends the connection, and returns the first error since it was opened.
+func (r *Router) Close() error {
 	err := r.err
 	if r.kernel != nil {
 		_ = r.kernel.Close()
@@ -87,3 +73,6 @@ func (r *router) close() error {
 	r.err = nil
 	return err
 }
+
+// LinkOf returns a link as rules name it.
+func LinkOf(l gateway.Link) userrules.Link { return userrules.Link{Index: l.Index, Name: l.Name} }

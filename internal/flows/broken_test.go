@@ -1,4 +1,4 @@
-package daemon
+package flows
 
 import (
 	"net/netip"
@@ -17,7 +17,7 @@ func TestFlowThatComesBackIsLeftAlone(t *testing.T) {
 		ep := func(s string) cone.Endpoint { return cone.EndpointFrom(netip.MustParseAddrPort(s)) }
 		return &brokenFlow{Flow: cone.Flow{Src: ep("10.47.11.109:5060"), ReplySrc: ep("203.0.113.5:5060"), ReplyDst: ep(source)}}
 	}
-	var b brokenFlows
+	var b Search
 	for _, step := range []struct {
 		now     time.Duration
 		source  string
@@ -167,8 +167,8 @@ func TestOtherSourceNATIsLookedAtSoon(t *testing.T) {
 		"the same source NAT": {&userrules.Ruleset{}, 30 * time.Second},
 		"the same rules":      {rules, 30 * time.Second},
 	} {
-		b := brokenFlows{next: 30 * time.Second, soonest: 2 * time.Second, empty: 5, by: tt.by}
-		b.sawRules(rules)
+		b := Search{next: 30 * time.Second, soonest: 2 * time.Second, empty: 5, by: tt.by}
+		b.SawRules(rules)
 		if b.next != tt.want || (b.empty == 0) != (tt.want == b.soonest) || b.by != rules || b.due != (tt.by != rules) {
 			t.Errorf("%s: %+v, want the next look at %v", name, b, tt.want)
 		}
