@@ -40,6 +40,7 @@ var allowed = map[string][]string{
 	"internal/rules":           {"internal/cone", "internal/nfnl", "internal/rules/elements"},
 	"internal/rules/elements":  {"internal/cone", "internal/nfnl"},
 	"internal/userrules":       {"internal/cone", "internal/nfnl"},
+	"internal/mapping":         {"internal/cone", "internal/flows", "internal/gateway", "internal/rules/elements", "internal/userrules"},
 	"internal/nfnl/nfnltest":   {"internal/nfnl"},
 	"internal/rules/rulestest": {"internal/lab", "internal/rules"},
 	"internal/cone/conetest":   nil,
@@ -48,7 +49,7 @@ var allowed = map[string][]string{
 	"internal/doctor/collect":  {"internal/control", "internal/doctor", "internal/gateway", "internal/rules", "internal/userrules"},
 	"internal/selftest":        {"internal/control", "internal/lab"},
 	"internal/daemon": {
-		"internal/audit", "internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/engine", "internal/expect", "internal/flows", "internal/gateway", "internal/metrics", "internal/page", "internal/rules",
+		"internal/audit", "internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/engine", "internal/expect", "internal/flows", "internal/gateway", "internal/mapping", "internal/metrics", "internal/page", "internal/rules",
 		"internal/rules/elements", "internal/userrules",
 	},
 	"cmd/conenatd": {

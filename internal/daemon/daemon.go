@@ -21,6 +21,7 @@ import (
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/mapping"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
@@ -149,7 +150,7 @@ type loop struct {
 	tables         control.Tables    // as last read
 	kernel         control.Conntrack // as last read
 	latency        histogram
-	applied        applied               // mappings, at the last reconcile
+	applied        mapping.Applied       // mappings, at the last reconcile
 	brokenNow      []control.BrokenFlows // found by the last whole walk
 	healed         uint64                // broken flows that the daemon ended
 	warned         *warner

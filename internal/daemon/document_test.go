@@ -21,12 +21,12 @@ import (
 	"github.com/conenatd/conenatd/internal/engine"
 )
 
-// constants returns the values of the string constants of this package and of the engine, by
+// constants returns the values of the string constants of this package, the engine and mapping, by
 // type.
 func constants(t *testing.T) map[string][]string {
 	t.Helper()
 	var files []string
-	for _, pattern := range []string{"*.go", "../engine/*.go"} {
+	for _, pattern := range []string{"*.go", "../engine/*.go", "../mapping/*.go"} {
 		found, err := filepath.Glob(pattern)
 		if err != nil {
 			t.Fatal(err)
@@ -77,7 +77,7 @@ func TestTheDocumentHasTheIdentifiers(t *testing.T) {
 		"Reasons":                    reasons,
 		"Repairs":                    repairs,
 		"Requests":                   slices.Concat(own["request"], own["Request"]),
-		"Mappings not applied":       own["unmapped"],
+		"Mappings not applied":       own["Unmapped"],
 		"Why a subnet is carried so": own["why"],
 		"Warnings":                   own["warningID"],
 		"Events": {

@@ -54,16 +54,16 @@ func (l *loop) warnings() (out warnings) {
 		out.add(warnFeatureMissing, string(rules.FeatureUplinkMarks), "uplink_marks is not in force: %v", err)
 	}
 	switch a := &l.applied; {
-	case a.notInForce():
+	case a.NotInForce():
 		first := ""
 		for _, w := range l.ruleWarnings {
 			if w.id == warnRivalChain {
 				first = "chain " + w.about + " comes before conenatd's: "
 			}
 		}
-		out.add(warnNotMapped, "", "endpoint-independent mapping is not in force: %s%s", first, control.NotApplied(a.not))
-	case a.sum() >= someFlows:
-		out.add(warnNotMapped, "", "%s", control.NotApplied(a.not))
+		out.add(warnNotMapped, "", "endpoint-independent mapping is not in force: %s%s", first, control.NotApplied(a.Not()))
+	case a.Sum() >= someFlows:
+		out.add(warnNotMapped, "", "%s", control.NotApplied(a.Not()))
 	}
 	if n, err := l.conntrack.read(events); err == nil && n == 0 {
 		out.add(warnEventsOff, "", "the kernel sends no conntrack events: permissions come late, at each reconcile; set net.netfilter.nf_conntrack_events = 1")

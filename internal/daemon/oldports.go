@@ -6,11 +6,11 @@ import (
 	"net/netip"
 	"slices"
 
-	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/mapping"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
@@ -114,21 +114,15 @@ func inPools(pools []hostPool, x elements.Mapping) bool {
 
 // keep renews the mappings of living flows, and ends flows on ports that their host may no
 // longer have.
-func (r *reconciler) keep(m *mapper, q *ctwatch.Queries) error {
-	err := errors.Join(m.leave(), m.keep(), flows.Delete(q, m.ended))
-	r.noted.note(slog.LevelInfo, "other_address", "mappings had an outside address that your rules no longer give their hosts; new flows leave by the new one", uint64(len(m.strays)))
-	r.noted.note(slog.LevelInfo, "outdated", "flows with mappings had an outside port that a rule or port_pool allows no more; they ended", uint64(len(m.ended)))
-	if err == nil && r.firewall.old.looked(len(m.ended)) {
+func (r *reconciler) keep(m *mapping.Mapper, q *ctwatch.Queries) error {
+	ended, strays, err := m.Keep()
+	err = errors.Join(err, flows.Delete(q, ended))
+	r.noted.note(slog.LevelInfo, "other_address", "mappings had an outside address that your rules no longer give their hosts; new flows leave by the new one", uint64(strays))
+	r.noted.note(slog.LevelInfo, "outdated", "flows with mappings had an outside port that a rule or port_pool allows no more; they ended", uint64(len(ended)))
+	if err == nil && r.firewall.old.looked(len(ended)) {
 		r.wantReconcile()
 	}
 	return err
-}
-
-// leavesBy reports whether f surely leaves by link, which has its outside address. Rules for
-// another link may give that address, too.
-func (m *mapper) leavesBy(f *cone.Flow, link string) bool {
-	ways, all := m.routes.Links(f)
-	return all && len(ways) == 1 && ways[0].Name == link
 }
 
 // sameGiven reports whether rules of the user's choose the same ports for the same hosts.

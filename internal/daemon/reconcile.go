@@ -15,6 +15,7 @@ import (
 	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/mapping"
 )
 
 const (
@@ -290,14 +291,13 @@ func (r *reconciler) readFlows(q *ctwatch.Queries) error {
 	r.ask(func(l *loop) { cfg = l.cfg })
 	r.failures.note(requestAssumeAddresses, 1, r.firewall.assumeAddresses(cfg, r.network))
 	addrs := len(r.firewall.mappedAddrs)
-	m, err := r.firewall.newMapper(cfg, r.network, r.served)
+	var before mapping.Applied
+	r.ask(func(l *loop) { before = l.applied })
+	m, err := r.firewall.newMapper(cfg, r.network, r.served, before)
 	r.settled = r.settled && len(r.firewall.mappedAddrs) == addrs // else look for sockets on the new ones
 	if err != nil {
 		r.failures.note(requestReadMappings, 1, err)
 		m = nil
-	}
-	if m != nil {
-		r.ask(func(l *loop) { m.before = l.applied })
 	}
 	r.failures.note(requestLookAtListeners, 1, r.hideNothing())
 	failed := r.seeEnded()
@@ -319,7 +319,7 @@ func (r *reconciler) readFlows(q *ctwatch.Queries) error {
 	}
 	err = q.Dump(func(f *cone.Flow) {
 		if m != nil {
-			m.see(f)
+			m.See(f)
 		}
 		if piece = append(piece, *f); len(piece) == flowsAtOnce {
 			hand()
@@ -336,11 +336,10 @@ func (r *reconciler) readFlows(q *ctwatch.Queries) error {
 	if m != nil {
 		err = r.keep(m, q)
 		r.ask(func(l *loop) {
-			m.applied.settle(&m.before, l.tables.Mapping)
-			l.applied = m.applied
+			l.applied = m.Applied(l.tables.Mapping.Left + l.tables.Mapping.PoolUsedUp)
 		})
 	} else {
-		r.ask(func(l *loop) { l.applied = applied{} })
+		r.ask(func(l *loop) { l.applied = mapping.Applied{} })
 	}
 	return err
 }

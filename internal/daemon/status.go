@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"context"
-	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -52,7 +51,7 @@ func (s source) Status() control.Status {
 		st.Conntrack = l.kernel
 		st.Tables = l.tables
 		st.Tables.Mapping.On = l.maps()
-		st.Tables.Mapping.NotApplied = maps.Clone(l.applied.not)
+		st.Tables.Mapping.NotApplied = l.applied.Not()
 		st.Tables.Guard.On = l.cfg.Guard && l.features.nftables
 		passed := l.engine.Model.Passed()
 		st.Tables.Map.On, st.Tables.Map.Passed, st.Tables.Expected.Passed = l.backends.nft != nil, passed.Mapped, passed.Expected
@@ -75,7 +74,7 @@ func (s source) Status() control.Status {
 }
 
 // maps reports whether endpoint-independent mapping is in force.
-func (l *loop) maps() bool { return l.tables.Mapping.On && !l.applied.notInForce() && !l.overtaken }
+func (l *loop) maps() bool { return l.tables.Mapping.On && !l.applied.NotInForce() && !l.overtaken }
 
 // subnet is an enabled subnet as status shows it.
 func (l *loop) subnet(s config.Subnet) control.Subnet {

@@ -1,9 +1,7 @@
-package daemon
+package mapping
 
 import (
 	"testing"
-
-	"github.com/conenatd/conenatd/internal/control"
 )
 
 func TestMappingThatIsNotInForceIsFoundOut(t *testing.T) {
@@ -24,15 +22,15 @@ func TestMappingThatIsNotInForceIsFoundOut(t *testing.T) {
 		"counted a moment later": {{nil, 0, 0, false}, {[]uint32{1, 2}, 1, 0, false}, {[]uint32{1, 2, 3, 4}, 1, 4, false}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			var last applied
+			var last Applied
 			for i, l := range looks {
-				a := applied{flows: l.mapped}
+				a := Applied{flows: l.mapped}
 				a.misfit(&last, l.misfits)
-				a.settle(&last, control.Mapping{Left: l.left})
-				if a.notInForce() != l.want {
+				a.settle(&last, l.left)
+				if a.NotInForce() != l.want {
 					t.Errorf("look %d: not in force: %v, want %v: %+v", i, !l.want, l.want, a)
 				}
-				if a.sum() != uint64(len(l.misfits)) {
+				if a.Sum() != uint64(len(l.misfits)) {
 					t.Errorf("look %d: %v", i, a.not)
 				}
 				last = a

@@ -1,4 +1,4 @@
-package daemon
+package mapping
 
 import (
 	"net/netip"
@@ -30,21 +30,15 @@ func TestMappingsOfOlderFlowsStay(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			out := cone.AddrFrom(addr("198.51.100.9"))
-			m := &mapper{
-				links: map[cone.Addr]string{out: "wan1"}, owned: func(a cone.Addr) bool { return a == out },
-				inside: func(cone.Addr) bool { return true }, outdated: func(elements.Mapping) bool { return false },
-				routes: flows.NewRouter(gateway.Network{}, nil), // which knows no link
-				given: &given{
-					rules: tc.rules, links: []string{"wan0", "wan1"}, known: make(map[asked]bool),
-					subnets: []netip.Prefix{netip.MustParsePrefix("10.47.11.0/24")},
-				},
-				formers: make(map[elements.Former]struct{}), taken: make(map[elements.Taken]struct{}),
-				older: make(map[elements.Mapping][]elements.Taken), insides: make(map[elements.Mapping]int),
-				ids: make(map[elements.Mapping][]uint32),
-			}
+			m := newMapper(View{
+				Links: map[cone.Addr]string{out: "wan1"}, Owned: func(a cone.Addr) bool { return a == out },
+				Inside: func(cone.Addr) bool { return true }, Outdated: func(elements.Mapping) bool { return false },
+				Routes: flows.NewRouter(gateway.Network{}, nil), // which knows no link
+				Given:  NewGiven(tc.rules, nil, []string{"wan0", "wan1"}, []netip.Prefix{netip.MustParsePrefix("10.47.11.0/24")}),
+			})
 			host := cone.EndpointFrom(netip.MustParseAddrPort("10.47.11.109:3074"))
 			peer := cone.EndpointFrom(netip.MustParseAddrPort("203.0.113.7:5060"))
-			m.see(&cone.Flow{Src: host, Dst: peer, ReplySrc: peer, ReplyDst: cone.Endpoint{Addr: out, Port: 3074}, Status: cone.StatusSrcNAT})
+			m.See(&cone.Flow{Src: host, Dst: peer, ReplySrc: peer, ReplyDst: cone.Endpoint{Addr: out, Port: 3074}, Status: cone.StatusSrcNAT})
 			if len(m.older) != tc.want {
 				t.Errorf("%d mappings, want %d", len(m.older), tc.want)
 			}
@@ -53,10 +47,10 @@ func TestMappingsOfOlderFlowsStay(t *testing.T) {
 					t.Errorf("the mapping on %s ends at the next look", x.Link)
 				}
 			}
-			if former := len(m.formers) > 0; former != !m.given.mayBy(host.Addr, out) {
+			if former := len(m.formers) > 0; former != !m.Given.mayBy(host.Addr, out) {
 				t.Errorf("noted as former: %v", former)
 			}
-			if m.given.may("wan1", host.Addr, out) && !m.given.toSomebody("wan1", out) {
+			if m.Given.may("wan1", host.Addr, out) && !m.Given.toSomebody("wan1", out) {
 				t.Error("one host may get the address, and no host may")
 			}
 		})
