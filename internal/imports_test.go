@@ -27,6 +27,7 @@ var allowed = map[string][]string{
 	"internal/nfnl":            {"internal/cone"},
 	"internal/page":            {"internal/control", "internal/doctor"},
 	"internal/logs":            {"internal/config"},
+	"internal/portpool":        {"internal/config"},
 	"internal/probe":           {"internal/text"},
 	"internal/reference":       {"internal/config"},
 	"internal/sandbox":         nil,
@@ -49,12 +50,12 @@ var allowed = map[string][]string{
 	"internal/doctor/collect":  {"internal/control", "internal/doctor", "internal/gateway", "internal/rules", "internal/userrules"},
 	"internal/selftest":        {"internal/control", "internal/lab"},
 	"internal/daemon": {
-		"internal/audit", "internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/engine", "internal/expect", "internal/flows", "internal/gateway", "internal/mapping", "internal/metrics", "internal/page", "internal/rules",
+		"internal/audit", "internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/engine", "internal/expect", "internal/flows", "internal/gateway", "internal/mapping", "internal/metrics", "internal/page", "internal/portpool", "internal/rules",
 		"internal/rules/elements", "internal/userrules",
 	},
 	"cmd/conenatd": {
 		"internal/config", "internal/control", "internal/daemon", "internal/demo", "internal/doctor", "internal/doctor/collect",
-		"internal/gateway", "internal/logs", "internal/probe", "internal/sandbox", "internal/selftest", "internal/top",
+		"internal/gateway", "internal/logs", "internal/portpool", "internal/probe", "internal/sandbox", "internal/selftest", "internal/top",
 	},
 }
 

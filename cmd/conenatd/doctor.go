@@ -15,6 +15,7 @@ import (
 	"github.com/conenatd/conenatd/internal/doctor"
 	"github.com/conenatd/conenatd/internal/doctor/collect"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/portpool"
 )
 
 // doctorFailed is the exit status if doctor itself failed.
@@ -101,7 +102,7 @@ func facts(c *cobra.Command, cfg config.Config) (doctor.Facts, error) {
 	f.Proposed, f.Untried = proposed, untried
 	if refused != nil {
 		f.NoStart = refused.Error()
-		if pool := new(daemon.PoolError); errors.As(refused, &pool) {
+		if pool := new(portpool.Error); errors.As(refused, &pool) {
 			f.StartFix = pool.Fix
 		}
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/portpool"
 	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 	"github.com/conenatd/conenatd/internal/userrules"
@@ -66,10 +67,10 @@ type firewall struct {
 	passedBefore               map[netip.Prefix]cone.Passed // as it was before counts was read
 	nowhere                    nowhere
 	doubted                    doubted
-	counting                   []counting                     // what witnesses and nowhere have counted by
-	retry                      retry                          // of evidence against rules
-	dumped                     bool                           // flows were dumped since evidence was read last
-	pools                      map[config.PortPool]portRanges // the pools that usedUp counts for
+	counting                   []counting                          // what witnesses and nowhere have counted by
+	retry                      retry                               // of evidence against rules
+	dumped                     bool                                // flows were dumped since evidence was read last
+	pools                      map[config.PortPool]portpool.Ranges // the pools that usedUp counts for
 
 	// The user's rules, as read last.
 	reader *userrules.Reader  // nil before the first time

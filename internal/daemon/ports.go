@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/portpool"
 )
 
 // betweenLooks is the time between two looks at the gateway's sockets. A socket that both
@@ -21,9 +23,9 @@ const betweenLooks = time.Second
 
 // outsidePorts are the ports that mappings may and may not have.
 type outsidePorts struct {
-	pools  map[config.PortPool]portRanges // ports for newcomers, by each port_pool in use
-	served []uint16                       // ports that no new mapping gets, sorted
-	barred []uint16                       // ports in served on which existing mappings end
+	pools  map[config.PortPool]portpool.Ranges // ports for newcomers, by each port_pool in use
+	served []uint16                            // ports that no new mapping gets, sorted
+	barred []uint16                            // ports in served on which existing mappings end
 
 	// udpTimeout is how long conntrack keeps a flow without an answer.
 	udpTimeout time.Duration
@@ -38,7 +40,7 @@ func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, socke
 	if !wantsMapping(cfg) {
 		return ports, nil, nil
 	}
-	local, err := readLocalPorts()
+	local, err := portpool.ReadLocal()
 	if err != nil {
 		return ports, nil, err
 	}
@@ -47,19 +49,19 @@ func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, socke
 		return ports, nil, err
 	}
 	ports.udpTimeout = max(timeouts.UDP, timeouts.Stream) // an unanswered flow may have been answered before
-	ports.pools = make(map[config.PortPool]portRanges)
+	ports.pools = make(map[config.PortPool]portpool.Ranges)
 	pools := poolsOf(cfg)
 	for _, wanted := range pools {
-		pool, ok := local.choosePool(wanted)
-		all, old := portRanges(wanted.Ranges()), f.ports.pools[wanted]
+		pool, ok := local.Choose(wanted)
+		all, old := portpool.Ranges(wanted.Ranges()), f.ports.pools[wanted]
 		switch {
 		case !ok && len(old) > 0: // it was clear before
 			pool = old
-			out.addWithFix(warnPoolOverlaps, aboutPool(cfg, wanted), local.reserve(pool), "%s", local.overlap(pool))
+			out.addWithFix(warnPoolOverlaps, aboutPool(cfg, wanted), local.Reserve(pool), "%s", local.Overlap(pool))
 		case !ok:
-			return ports, nil, &PoolError{local.overlap(wanted), local.reserve(wanted)}
-		case pool.Len() < min(poolWanted, all.Len()) || len(all) > 0 && !pool.overlaps(all):
-			out.addWithFix(warnPoolMoved, aboutPool(cfg, wanted), local.reserve(wanted), "hosts get outside ports %v: %s", pool, local.overlap(wanted))
+			return ports, nil, &portpool.Error{Text: local.Overlap(wanted), Fix: local.Reserve(wanted)}
+		case pool.Len() < min(portpool.Wanted, all.Len()) || len(all) > 0 && !pool.Overlaps(all):
+			out.addWithFix(warnPoolMoved, aboutPool(cfg, wanted), local.Reserve(wanted), "hosts get outside ports %v: %s", pool, local.Overlap(wanted))
 		}
 		ports.pools[wanted] = pool
 	}
@@ -107,7 +109,7 @@ func aboutPool(cfg config.Config, pool config.PortPool) string {
 }
 
 // all returns the ports of all pools.
-func (p *outsidePorts) all() (all portRanges) {
+func (p *outsidePorts) all() (all portpool.Ranges) {
 	for _, wanted := range slices.Sorted(maps.Keys(p.pools)) {
 		all = append(all, p.pools[wanted]...)
 	}
@@ -126,17 +128,17 @@ func poolText(cfg config.Config) string {
 }
 
 // samePools reports whether two have the same pools.
-func samePools(a, b map[config.PortPool]portRanges) bool {
-	return maps.EqualFunc(a, b, func(x, y portRanges) bool { return slices.Equal(x, y) })
+func samePools(a, b map[config.PortPool]portpool.Ranges) bool {
+	return maps.EqualFunc(a, b, func(x, y portpool.Ranges) bool { return slices.Equal(x, y) })
 }
 
 // readTimeouts reads how long conntrack keeps UDP flows.
 func readTimeouts() (t cone.Timeouts, err error) {
 	for key, timeout := range map[string]*time.Duration{
-		"net.netfilter.nf_conntrack_udp_timeout":        &t.UDP,
-		"net.netfilter.nf_conntrack_udp_timeout_stream": &t.Stream,
+		"nf_conntrack_udp_timeout":        &t.UDP,
+		"nf_conntrack_udp_timeout_stream": &t.Stream,
 	} {
-		b, err := os.ReadFile(sysctlPath(key))
+		b, err := os.ReadFile(filepath.Join(sysctlDir, key))
 		if err != nil {
 			return t, fmt.Errorf("read timeout of UDP flows: %w", err)
 		}
@@ -152,7 +154,7 @@ func readTimeouts() (t cone.Timeouts, err error) {
 // inPool returns a warning if some of the served ports, which sockets of the gateway have,
 // are in the pool. It names the same port for as long as that is in use, since others may
 // come and go.
-func (f *firewall) inPool(pool portRanges, served []uint16) string {
+func (f *firewall) inPool(pool portpool.Ranges, served []uint16) string {
 	if !pool.Has(f.portInPool) || !slices.Contains(served, f.portInPool) {
 		i := slices.IndexFunc(served, pool.Has)
 		if i < 0 {
@@ -191,7 +193,7 @@ func servedPorts(outside map[cone.Addr]string, sockets *gateway.PortSet) (all []
 
 // forwardedPorts returns the ports of the pool that rules of the user's forward on one of the
 // outside addresses.
-func forwardedPorts(pool portRanges, outside map[cone.Addr]string, forwarded func(cone.Endpoint) bool) (all []uint16) {
+func forwardedPorts(pool portpool.Ranges, outside map[cone.Addr]string, forwarded func(cone.Endpoint) bool) (all []uint16) {
 	for a := range outside {
 		for _, r := range pool {
 			for p := int(r.First); a.Is4() && forwarded != nil && p <= int(r.Last); p++ {

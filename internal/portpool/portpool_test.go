@@ -1,4 +1,4 @@
-package daemon
+package portpool
 
 import (
 	"testing"
@@ -36,11 +36,11 @@ func TestPoolIsClearOfTheGatewaysOwnPorts(t *testing.T) {
 		"blocks, one of them used":               {"11000\t60999", "", "7472-7487,11568-11583", "7472-7487"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			l, err := newLocalPorts(tc.given, tc.reserved)
+			l, err := newLocal(tc.given, tc.reserved)
 			if err != nil {
 				t.Fatal(err)
 			}
-			pool, ok := l.choosePool(tc.wanted)
+			pool, ok := l.Choose(tc.wanted)
 			if ok != (tc.pool != "") || ok && pool.String() != tc.pool.String() {
 				t.Errorf("got %v, %v; want %v", pool, ok, tc.pool)
 			}
@@ -53,16 +53,16 @@ func TestReservedPortsAreKeptInTheLineThatMends(t *testing.T) {
 		"\n":               "sysctl -w net.ipv4.ip_local_reserved_ports=61000-65535",
 		"8080,9000-9010\n": "sysctl -w net.ipv4.ip_local_reserved_ports=8080,9000-9010,61000-65535",
 	} {
-		l, err := newLocalPorts("1024\t65535\n", reserved)
+		l, err := newLocal("1024\t65535\n", reserved)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := l.reserve(config.Default().PortPool); got != want {
+		if got := l.Reserve(config.Default().PortPool); got != want {
 			t.Errorf("got %q", got)
 		}
 	}
 	for _, bad := range [][2]string{{"", ""}, {"1024", ""}, {"1024 70000", ""}, {"1024 65535", "x"}, {"1024 65535", "1-70000"}} {
-		if _, err := newLocalPorts(bad[0], bad[1]); err == nil {
+		if _, err := newLocal(bad[0], bad[1]); err == nil {
 			t.Errorf("%q is taken", bad)
 		}
 	}

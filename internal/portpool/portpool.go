@@ -1,4 +1,6 @@
-package daemon
+// Package portpool finds outside ports for hosts whose own port is taken: ports of the user's
+// port_pool that the kernel does not give to the gateway's own sockets.
+package portpool
 
 import (
 	"fmt"
@@ -11,41 +13,43 @@ import (
 )
 
 const (
-	// poolWanted is how many ports a pool should have: if the default pool has fewer
+	// Wanted is how many ports a pool should have: if the default pool has fewer
 	// left, other ports are used.
-	poolWanted = 1024
+	Wanted = 1024
 	// leastPool is the least size of a pool if the user chose none.
 	leastPool  = 64
 	rangeKey   = "net.ipv4.ip_local_port_range"
 	reserveKey = "net.ipv4.ip_local_reserved_ports"
 )
 
-// localPorts are the ports that the kernel gives to the gateway's own sockets: those
+// Local are the ports that the kernel gives to the gateway's own sockets: those
 // of ip_local_port_range that are not in ip_local_reserved_ports.
-type localPorts struct {
+type Local struct {
 	given    config.PortRange
 	reserved string // as the kernel lists them
 	is       [1 << 16]bool
 }
 
-func readLocalPorts() (*localPorts, error) {
-	given, err := os.ReadFile(sysctlPath(rangeKey))
+// ReadLocal reads them.
+func ReadLocal() (*Local, error) {
+	given, err := os.ReadFile(procPath(rangeKey))
 	if err != nil {
 		return nil, fmt.Errorf("read the range of local ports: %w", err)
 	}
-	reserved, err := os.ReadFile(sysctlPath(reserveKey))
+	reserved, err := os.ReadFile(procPath(reserveKey))
 	if err != nil {
 		return nil, fmt.Errorf("read the reserved ports: %w", err)
 	}
-	return newLocalPorts(string(given), string(reserved))
+	return newLocal(string(given), string(reserved))
 }
 
-func sysctlPath(key string) string { return "/proc/sys/" + strings.ReplaceAll(key, ".", "/") }
+// procPath returns the file of a sysctl.
+func procPath(key string) string { return "/proc/sys/" + strings.ReplaceAll(key, ".", "/") }
 
-// newLocalPorts reads both settings as the kernel writes them: "32768 60999" and
+// newLocal reads both settings as the kernel writes them: "32768 60999" and
 // "8080,9000-9999".
-func newLocalPorts(given, reserved string) (*localPorts, error) {
-	l := &localPorts{reserved: strings.TrimSpace(reserved)}
+func newLocal(given, reserved string) (*Local, error) {
+	l := &Local{reserved: strings.TrimSpace(reserved)}
 	if _, err := fmt.Sscan(given, &l.given.First, &l.given.Last); err != nil {
 		return nil, fmt.Errorf("read %s %q: %w", rangeKey, given, err)
 	}
@@ -68,7 +72,7 @@ func newLocalPorts(given, reserved string) (*localPorts, error) {
 	return l, nil
 }
 
-func (l *localPorts) set(r config.PortRange, local bool) {
+func (l *Local) set(r config.PortRange, local bool) {
 	for p := int(r.First); p <= int(r.Last); p++ {
 		l.is[p] = local
 	}
@@ -76,7 +80,7 @@ func (l *localPorts) set(r config.PortRange, local bool) {
 
 // clear returns the longest part of r that has no local port, and how many ports it
 // has. Of two that are equally long it returns the upper one.
-func (l *localPorts) clear(r config.PortRange) (part config.PortRange, n int) {
+func (l *Local) clear(r config.PortRange) (part config.PortRange, n int) {
 	first := int(r.First)
 	for p := int(r.First); p <= int(r.Last); p++ {
 		switch {
@@ -89,32 +93,32 @@ func (l *localPorts) clear(r config.PortRange) (part config.PortRange, n int) {
 	return part, n
 }
 
-// choosePool returns ports of the wanted pool that are not local ones: the longest such part
+// Choose returns ports of the wanted pool that are not local ones: the longest such part
 // of each range. If too few are left of the default pool, which nobody chose, it returns
 // other ports. ok is false if too few are left for a pool.
-func (l *localPorts) choosePool(wanted config.PortPool) (pool portRanges, ok bool) {
+func (l *Local) Choose(wanted config.PortPool) (pool Ranges, ok bool) {
 	for _, r := range wanted.Ranges() {
 		if part, n := l.clear(r); n > 0 {
 			pool = append(pool, part)
 		}
 	}
 	n := pool.Len()
-	if n >= poolWanted || wanted != config.Default().PortPool {
+	if n >= Wanted || wanted != config.Default().PortPool {
 		return pool, n > 0 || wanted == config.NoPool
 	}
 	if other, m := l.clear(config.PortRange{First: 1024, Last: 65535}); m > n {
-		pool, n = portRanges{other}, m
+		pool, n = Ranges{other}, m
 	}
-	if size := portRanges(wanted.Ranges()).Len(); n > size {
+	if size := Ranges(wanted.Ranges()).Len(); n > size {
 		pool[0].First = uint16(int(pool[0].Last) - size + 1)
 	}
 	return pool, n >= leastPool
 }
 
-// portRanges are the ports of a pool, in order.
-type portRanges []config.PortRange
+// Ranges are the ports of a pool, in order.
+type Ranges []config.PortRange
 
-func (p portRanges) String() string {
+func (p Ranges) String() string {
 	texts := make([]string, len(p))
 	for i, r := range p {
 		texts[i] = r.String()
@@ -123,7 +127,7 @@ func (p portRanges) String() string {
 }
 
 // Len returns how many ports there are.
-func (p portRanges) Len() (n int) {
+func (p Ranges) Len() (n int) {
 	for _, r := range p {
 		n += r.Len()
 	}
@@ -131,17 +135,17 @@ func (p portRanges) Len() (n int) {
 }
 
 // Has reports whether port is one of them.
-func (p portRanges) Has(port uint16) bool {
+func (p Ranges) Has(port uint16) bool {
 	return slices.ContainsFunc(p, func(r config.PortRange) bool { return r.Has(port) })
 }
 
-// overlaps reports whether they have a port in common with others.
-func (p portRanges) overlaps(others portRanges) bool {
+// Overlaps reports whether they have a port in common with others.
+func (p Ranges) Overlaps(others Ranges) bool {
 	return slices.ContainsFunc(p, func(r config.PortRange) bool { return slices.ContainsFunc(others, r.Overlaps) })
 }
 
-// reserve returns the command that reserves a pool, so that it has no local ports.
-func (l *localPorts) reserve(pool fmt.Stringer) string {
+// Reserve returns the command that reserves a pool, so that it has no local ports.
+func (l *Local) Reserve(pool fmt.Stringer) string {
 	all := pool.String()
 	if l.reserved != "" {
 		all = l.reserved + "," + all
@@ -149,16 +153,16 @@ func (l *localPorts) reserve(pool fmt.Stringer) string {
 	return "sysctl -w " + reserveKey + "=" + all
 }
 
-// overlap says that the gateway's own connections use ports of a pool, and how to stop that.
-func (l *localPorts) overlap(pool fmt.Stringer) string {
+// Overlap says that the gateway's own connections use ports of a pool, and how to stop that.
+func (l *Local) Overlap(pool fmt.Stringer) string {
 	return fmt.Sprintf("port_pool %v overlaps the ports of the gateway's own connections (%s = %v): keep them apart with '%s'",
-		pool, rangeKey, l.given, l.reserve(pool))
+		pool, rangeKey, l.given, l.Reserve(pool))
 }
 
-// A PoolError says that no port is left for a pool.
-type PoolError struct {
-	text string
+// An Error says that no port is left for a pool.
+type Error struct {
+	Text string
 	Fix  string // shell command that makes room
 }
 
-func (e *PoolError) Error() string { return e.text }
+func (e *Error) Error() string { return e.Text }
