@@ -14,6 +14,8 @@ import (
 	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/nfnl"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // The map of permissions (--backend=nft, and auto), filled by the kernel itself (--learn)
@@ -417,6 +419,43 @@ func TestNFTLimitHoldsThoughTheKernelLearns(t *testing.T) {
 		s.Stands(other, free, ext)
 		s.Arrives(other, s.PeerSocket(lab.PeerB, 5070), ext)
 	})
+}
+
+// A host that asks for more than it may have, with hundreds of peers, does not keep anybody from
+// listing the ruleset, which nft starts anew at each transaction.
+//
+// Fails when what is refused costs a transaction for each flow.
+func TestNFTHostAtItsLimitDisturbsNoListing(t *testing.T) {
+	stage.InModes(t, [][]string{stage.NFT, stage.Auto}, func(t *testing.T, mode ...string) {
+		const limit, more, most = 50, 500, 20
+		s := play(t, lab.Options{}, append(mode, "--events=all", "--learn-rate=100000", "--max-permissions-per-host", fmt.Sprint(limit))...)
+		send := func(from, to int) {
+			for i := from; i < to; i++ {
+				in := s.InsideSocket(0, uint16(6000+i))
+				s.Must(in.Send(netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(10 + i%200)}), 9), "x"))
+				in.Close()
+			}
+		}
+		refused := func() uint64 { return s.Status().Counters.Refused["host_limit"] }
+		send(0, limit+1)
+		s.Until("the limit is reached", func() bool { return refused() > 0 })
+		before := s.generation()
+		send(limit+1, limit+1+more)
+		s.Until("the others are refused", func() bool { return refused() > more })
+		if n := s.generation() - before; n > most {
+			t.Errorf("%d transactions for %d flows", n, more)
+		}
+	})
+}
+
+// generation returns the generation of the ruleset, which each transaction increments.
+func (s *scene) generation() uint32 {
+	c, err := nfnl.Dial(s.Gateway.FD())
+	s.Must(err)
+	defer c.Close()
+	id, err := elements.Generation(c)
+	s.Must(err)
+	return id
 }
 
 // The daemon's own refreshes disturb a listing of the map, so that the listing misses some

@@ -101,32 +101,51 @@ func (c *claim) host() Addr {
 
 func full(n int32, limit int) bool { return limit > 0 && int(n) >= limit }
 
-// underLimits makes room for claim c to stand by ending idle claims, the oldest first.
-// If none is left, it returns the limit that was reached.
+// evictedPart is the part of a limit that ends at once where idle claims make room: each end is a
+// transaction of nftables, which must not come for each new flow.
+const evictedPart = 64
+
+// underLimits makes room for claim c to stand by ending idle claims, the oldest first, up to
+// 1/evictedPart of the limit. If none is left, it returns the limit that was reached.
 func (m *Model) underLimits(c *claim, end func(i int32)) Reason {
 	l := &m.policy.Limits
 	// A claim that ends may let another one of its Key stand, so do not try forever.
 	for range 4 {
 		host, known := m.hosts[c.host()]
-		subnet := &m.subnets[c.subnet]
-		oldest, reason := none, ReasonNone
+		var oldest func() int32
+		var reason Reason
+		var limit int
 		switch {
 		case known && full(host.standing, l.PerHost):
-			oldest, reason = host.first, ReasonHostLimit
-		case full(subnet.standing, l.PerSubnet):
-			oldest, reason = subnet.first, ReasonSubnetLimit
+			oldest, reason, limit = func() int32 { return m.oldestOf(c.host()) }, ReasonHostLimit, l.PerHost
+		case full(m.subnets[c.subnet].standing, l.PerSubnet):
+			oldest, reason, limit = func() int32 { return m.subnets[c.subnet].first }, ReasonSubnetLimit, l.PerSubnet
 		case full(int32(m.stats.Standing), l.Total):
-			oldest, reason = m.oldest(), ReasonLimit
+			oldest, reason, limit = m.oldest, ReasonLimit, l.Total
 		default:
 			return ReasonNone
 		}
 		// Before the first snapshot it is unknown which claims are idle.
-		if oldest == none || !m.snap.complete {
+		if !m.snap.complete || oldest() == none {
 			return reason
 		}
-		end(oldest)
+		for n := max(1, limit/evictedPart); n > 0; n-- {
+			i := oldest()
+			if i == none {
+				break
+			}
+			end(i)
+		}
 	}
 	return ReasonLimit
+}
+
+// oldestOf returns the claim of a host that has been idle longest.
+func (m *Model) oldestOf(host Addr) int32 {
+	if s, known := m.hosts[host]; known {
+		return s.first
+	}
+	return none
 }
 
 // oldest returns the claim of any subnet that has been idle longest.

@@ -337,7 +337,7 @@ func (m *fakeMap) Missing(ps []cone.Permission, missing func(i int)) error {
 	return nil
 }
 
-func (m *fakeMap) Deny(ps []cone.Permission, _ cone.Reason) (failed error) {
+func (m *fakeMap) Deny(ps []cone.Permission, why cone.Reason) (failed error) {
 	m.k.expire()
 	for i := range ps {
 		if m.gone() {
@@ -348,9 +348,13 @@ func (m *fakeMap) Deny(ps []cone.Permission, _ cone.Reason) (failed error) {
 			continue
 		}
 		key := elementKey(&ps[i].Key)
+		delete(m.k.elements, key)
+		if why.TooMany() {
+			m.k.full[ps[i].Int.Addr] = m.k.now() + time.Minute
+			continue
+		}
 		m.k.denied[key] = m.k.now() + 2*time.Hour
 		m.denied[ps[i].Key] = true
-		delete(m.k.elements, key)
 	}
 	return failed
 }

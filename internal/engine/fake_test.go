@@ -31,6 +31,7 @@ type fakeKernel struct {
 	mapSize  int  // ENFILE
 	renews   bool // a granted element that exists gets a new timeout: Linux 6.12
 	denied   map[cone.Key]time.Duration
+	full     map[cone.Addr]time.Duration // hosts for which it learns nothing
 	revoked  map[cone.Key]bool
 
 	sockets  map[cone.Endpoint]bool
@@ -77,7 +78,7 @@ func newFakeKernel(now func() time.Duration, rnd *rand.Rand) *fakeKernel {
 	return &fakeKernel{
 		now: now, rnd: rnd,
 		anchors: map[anchor]time.Duration{}, expectations: map[cone.Key]*expectation{}, elements: map[cone.Key]*element{},
-		denied: map[cone.Key]time.Duration{}, revoked: map[cone.Key]bool{},
+		denied: map[cone.Key]time.Duration{}, full: map[cone.Addr]time.Duration{}, revoked: map[cone.Key]bool{},
 		sockets: map[cone.Endpoint]bool{}, forwards: map[cone.Endpoint]cone.Endpoint{},
 		expectMax: 1000, anchorMax: 1000, mapSize: 1000, table: true, expired: -1,
 	}
@@ -96,6 +97,7 @@ func (k *fakeKernel) expire() {
 	})
 	maps.DeleteFunc(k.elements, func(_ cone.Key, e *element) bool { return k.now() >= e.until })
 	maps.DeleteFunc(k.denied, func(_ cone.Key, until time.Duration) bool { return k.now() >= until })
+	maps.DeleteFunc(k.full, func(_ cone.Addr, until time.Duration) bool { return k.now() >= until })
 }
 
 // fail returns EPERM for some requests, as for a daemon that lost its privilege.
@@ -179,6 +181,9 @@ func (k *fakeKernel) shown(f *fakeFlow) cone.Flow {
 func (k *fakeKernel) learn(p *cone.Permission, timeout time.Duration) bool {
 	k.expire()
 	key := elementKey(&p.Key)
+	if _, full := k.full[p.Int.Addr]; full {
+		return false
+	}
 	if _, denied := k.denied[key]; denied || !k.table || len(k.elements) >= k.mapSize {
 		return false
 	}

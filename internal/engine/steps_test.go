@@ -213,6 +213,7 @@ func (w *world) meddle() {
 		w.k.table = false
 		clear(w.k.elements)
 		clear(w.k.denied)
+		clear(w.k.full)
 	}
 }
 

@@ -221,6 +221,8 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	learners.HasTimeout, learners.Timeout, learners.Dynamic, learners.free, learners.Size = true, learnerTimeout, true, true, uint32(c.Size)
 	denied := l.set(elements.DeniedSet, permissionKey...)
 	denied.HasTimeout, denied.free, denied.Size = true, true, elements.DeniedSize
+	full := l.set(elements.FullSet, nftables.TypeIPAddr)
+	full.HasTimeout, full.free, full.Size = true, true, elements.FullSize
 
 	l.rule(learn, "", l.outside(oifname, false), accept)
 	l.rule(learn, "", lacksStatus(ctSrcNAT), accept)
@@ -245,6 +247,7 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	l.rule(learn, "a flow that was seen, but for six packets a minute", hasStatus(ctConfirmed), isUDP,
 		addTo(repeaters, elem{key: kinds[0].flowKey(), limit: limitRate(true, 6, expr.LimitTimeMinute, 1)}), accept)
 
+	l.rule(learn, "its host has reached a limit", ctOriginalIPSaddr.in(full), accept)
 	// A flow gets the permission for the most peers, so try the widest kind first.
 	kinds = slices.Clone(kinds)
 	slices.Reverse(kinds)

@@ -133,6 +133,12 @@ const contentsIP = `
 		flags timeout
 	}
 
+	set full_hosts {
+		type ipv4_addr
+		size 4096
+		flags timeout
+	}
+
 	chain made_by_conenatd {
 	}
 
@@ -173,6 +179,7 @@ const contentsIP = `
 		meta l4proto udp ct reply proto-src @excluded_peer_ports accept
 		meta l4proto udp ct reply proto-dst @excluded_ports accept
 		ct status confirmed meta l4proto udp add @repeaters { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst limit rate over 6/minute burst 1 packets } accept comment "a flow that was seen, but for six packets a minute"
+		ct original ip saddr @full_hosts accept comment "its host has reached a limit"
 		meta l4proto udp ct reply ip saddr . ct reply ip daddr . ct reply proto-dst @denied accept comment "the daemon forbids it"
 		add @learners { ct original ip saddr limit rate over 100/second burst 500 packets } counter name "learn_limited" accept comment "too many at a time"
 		ct status ! confirmed meta l4proto udp ct reply ip saddr . ct reply proto-src . ct reply ip daddr . ct reply proto-dst @learned_flows goto passed_on comment "a flow with the same answers has ended"

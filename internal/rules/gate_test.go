@@ -8,6 +8,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/nfnl"
 	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
@@ -72,6 +73,17 @@ func permission(ext, in netip.AddrPort, peer netip.Addr) cone.Permission {
 	return cone.Permission{
 		Key: cone.Key{Ext: cone.EndpointFrom(ext), Peer: cone.AddrFrom(peer)}, Int: cone.EndpointFrom(in),
 	}
+}
+
+// generation returns the generation of the ruleset, which each transaction increments.
+func (g *gate) generation() uint32 {
+	g.t.Helper()
+	c, err := nfnl.Dial(g.Gateway.FD())
+	check(g.t, err)
+	defer c.Close()
+	id, err := elements.Generation(c)
+	check(g.t, err)
+	return id
 }
 
 func (g *gate) grant(ps ...cone.Permission) {

@@ -211,7 +211,8 @@ func TestDeniedIsNotLearnedUntilGranted(t *testing.T) {
 	g.holds(p)
 }
 
-// Fails when denials because of a limit may use all the room.
+// Fails when what a limit refuses uses the room of denials, or if it is an error that more hosts
+// than there is room for have reached a limit.
 func TestThereIsRoomForWhatIsForbidden(t *testing.T) {
 	g := newGate(t, lab.Options{}, learning)
 	in, peer := g.inside(5060), g.peer(lab.PeerA, 5060)
@@ -219,14 +220,63 @@ func TestThereIsRoomForWhatIsForbidden(t *testing.T) {
 	var scan []cone.Permission
 	for i := range 70_000 {
 		ext := netip.AddrPortFrom(g.Gateway.Addr, uint16(10_000+i/250))
-		scan = append(scan, permission(ext, netip.MustParseAddrPort("10.47.11.109:9"), stranger(i%250)))
+		host := netip.AddrFrom4([4]byte{10, 48, byte(i >> 8), byte(i)})
+		scan = append(scan, permission(ext, netip.AddrPortFrom(host, 9), stranger(i%250)))
 	}
-	if err := g.m.Deny(scan, cone.ReasonHostLimit); !errors.Is(err, elements.ErrNoRoom) {
+	check(t, g.m.Deny(scan, cone.ReasonHostLimit))
+	check(t, g.m.Deny([]cone.Permission{p}, cone.ReasonForwarded))
+	g.contact(in, peer)
+	g.holds()
+	if err := g.m.Deny(scan, cone.ReasonForwarded); !errors.Is(err, elements.ErrNoRoom) {
 		t.Errorf("error %v, want %v", err, elements.ErrNoRoom)
 	}
-	check(t, g.m.Deny([]cone.Permission{p}, cone.ReasonForwarded))
-	g.contact(in, g.peer(lab.PeerA, 5061))
+}
+
+// A host that has reached a limit teaches the kernel nothing, other hosts do, and what the daemon
+// grants to that host stands.
+//
+// Fails without the set of these hosts, and when it takes more than one transaction to deny all that
+// the host asks for.
+func TestHostAtItsLimitTeachesNothing(t *testing.T) {
+	g := newGate(t, lab.Options{Inside: 2}, learning)
+	full, other := g.inside(5060), listen(t, g.Inside(1), g.Inside(1).Addr, 5060)
+	p := g.contact(full, g.peer(lab.PeerA, 5060))
+	check(t, g.m.Deny([]cone.Permission{p}, cone.ReasonHostLimit))
 	g.holds()
+	before := g.generation()
+	q := g.contact(full, g.peer(lab.PeerA, 5062))
+	check(t, g.m.Deny([]cone.Permission{p, q}, cone.ReasonHostLimit))
+	if now := g.generation(); now != before {
+		t.Errorf("generation %d, before %d", now, before)
+	}
+	g.holds()
+	r := g.contact(other, g.peer(lab.PeerC, 5060))
+	g.holds(r)
+	g.grant(q)
+	g.holds(r, q)
+}
+
+// Each transaction makes a listing of the whole ruleset start anew, so a host with many peers must
+// not cause one for each. Fails when a grant changes what the kernel has learned, and when it
+// does not change what is missing, or what another endpoint has.
+func TestGrantLeavesWhatTheKernelLearned(t *testing.T) {
+	g := newGate(t, lab.Options{}, learning)
+	in := g.inside(5060)
+	p, q := g.contact(in, g.peer(lab.PeerA, 5060)), g.contact(in, g.peer(lab.PeerC, 5060))
+	grant := func(changed bool, ps ...cone.Permission) {
+		t.Helper()
+		before := g.generation()
+		g.grant(ps...)
+		if now := g.generation(); changed != (now != before) {
+			t.Errorf("generation %d, before %d", now, before)
+		}
+		g.holds(p, q)
+	}
+	grant(false, p, q)
+	check(t, g.m.Revoke([]cone.Permission{q}))
+	grant(true, p, q)
+	p.Int.Port++
+	grant(true, p, q)
 }
 
 // If the map is full, the kernel does not learn, and the flow continues. When permissions

@@ -14,19 +14,17 @@ import (
 )
 
 // Deny ends ps, and keeps the kernel from learning them again until they are granted or two
-// hours have passed, as long as there is room. Denials caused by a limit may use only half
-// of the set, so that a scanning host cannot crowd out denials that protect forwarded or
-// served ports.
+// hours have passed, as long as there is room. If a limit was reached, the kernel learns nothing
+// for the hosts of ps for a minute: with many peers they would ask for each.
 func (m *Map) Deny(ps []cone.Permission, why cone.Reason) error {
-	room := DeniedSize
-	if why.TooMany() {
-		room /= 2
-	}
 	full := false
 	var errs []error
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
-		if m.hasRoom(room, part) {
+		switch {
+		case why.TooMany():
+			errs = append(errs, m.denyHosts(part))
+		case m.hasRoom(part):
 			m.transact(part, func(seq uint32, p *cone.Permission) { m.denial(seq, unix.NFT_MSG_NEWSETELEM, p) })
 			for i := range part {
 				switch err := m.errs[i]; {
@@ -36,7 +34,7 @@ func (m *Map) Deny(ps []cone.Permission, why cone.Reason) error {
 					errs = append(errs, fmt.Errorf("deny %v -> %v: %w", part[i].Peer, part[i].Ext, nfnl.Permitted(err)))
 				}
 			}
-		} else {
+		default:
 			full = true
 		}
 		errs = append(errs, m.Revoke(m.learned(part))) // last, because the kernel may have learned it meanwhile
@@ -45,6 +43,45 @@ func (m *Map) Deny(ps []cone.Permission, why cone.Reason) error {
 		errs = append(errs, ErrNoRoom)
 	}
 	return errors.Join(errs...)
+}
+
+// denyHosts keeps the kernel from learning permissions of the hosts of ps, at most batch. If there
+// is no room for more hosts, what the kernel learns for them ends one by one.
+func (m *Map) denyHosts(ps []cone.Permission) error {
+	now := time.Now()
+	maps.DeleteFunc(m.full, func(_ cone.Addr, until time.Time) bool { return now.After(until) })
+	m.hosts = m.hosts[:0]
+	for i := range ps {
+		host := ps[i].Int.Addr
+		if _, known := m.full[host]; known || len(m.full) == FullSize {
+			continue
+		}
+		m.full[host] = time.Time{} // until the kernel has it
+		m.hosts = append(m.hosts, ps[i])
+	}
+	var errs []error
+	m.transact(m.hosts, m.fullHost)
+	for i := range m.hosts {
+		host := m.hosts[i].Int.Addr
+		delete(m.full, host)
+		switch err := m.errs[i]; {
+		case err == nil: // the kernel's own time began earlier
+			m.full[host] = time.Now().Add(fullTimeout)
+		case !m.gone(err):
+			errs = append(errs, fmt.Errorf("learn nothing for %v: %w", host, nfnl.Permitted(err)))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// fullHost appends a message that adds the host of p to FullSet.
+func (m *Map) fullHost(seq uint32, p *cone.Permission) {
+	list, element := m.openElement(FullSet, seq, unix.NFT_MSG_NEWSETELEM, 0)
+	key := m.enc.Nest(unix.NFTA_SET_ELEM_KEY)
+	m.enc.Attr(unix.NFTA_DATA_VALUE, addressLen)
+	m.enc.B = append(m.enc.B, p.Int.Addr[12:]...)
+	m.enc.EndNest(key)
+	m.closeElement(list, element, unix.NFT_MSG_NEWSETELEM, fullTimeout)
 }
 
 // AdoptDenied takes over the denials of an earlier daemon. It uses its own connection.
@@ -59,8 +96,8 @@ func (m *Map) AdoptDenied() error {
 }
 
 // hasRoom reports whether the set has room for denials of ps.
-func (m *Map) hasRoom(room int, ps []cone.Permission) bool {
-	return hasRoom(m.denied, &m.swept, room, func(yield func(cone.Key) bool) {
+func (m *Map) hasRoom(ps []cone.Permission) bool {
+	return hasRoom(m.denied, &m.swept, DeniedSize, func(yield func(cone.Key) bool) {
 		for i := range ps {
 			if !yield(ps[i].Key) {
 				return

@@ -27,9 +27,11 @@ type Map struct {
 	size     int
 	lifetime time.Duration
 	groups   atomic.Pointer[map[netip.Addr]uint8]
-	denied   map[cone.Key]time.Time // with the time of expiry, as far as this process knows
-	swept    time.Time              // when expired denials were last removed
-	marked   []cone.Permission      // permissions with marks in the current batch
+	denied   map[cone.Key]time.Time  // with the time of expiry, as far as this process knows
+	swept    time.Time               // when expired denials were last removed
+	full     map[cone.Addr]time.Time // hosts for which the kernel learns nothing, until then
+	hosts    []cone.Permission       // one for each new one of full in the current batch
+	marked   []cone.Permission       // permissions with marks in the current batch
 	broken   bool
 }
 
@@ -47,7 +49,7 @@ type MapConfig struct {
 
 // NewMap returns the Map of the tables of w.
 func NewMap(w *Writer, c MapConfig) *Map {
-	m := &Map{size: c.Size, lifetime: c.Lifetime, denied: make(map[cone.Key]time.Time)}
+	m := &Map{size: c.Size, lifetime: c.Lifetime, denied: make(map[cone.Key]time.Time), full: make(map[cone.Addr]time.Time)}
 	m.SetPeerGroups(c.PeerGroups)
 	m.begin(w)
 	return m
@@ -102,7 +104,8 @@ func (m *Map) Broken() bool {
 
 // Grant adds ps, in order. For each one that could not be added it calls refused with the
 // index, the reason, and the kernel's error, if any. An element of another inside endpoint
-// is replaced. Grant lifts denials of ps.
+// is replaced. Grant lifts denials of ps. What the kernel has learned stays as it is, and is no new
+// generation of the ruleset (nft_add_set_elem).
 //
 // If the table is missing, nothing is refused: the daemon makes the table again and adds
 // the wanted permissions; see Broken.
@@ -133,6 +136,7 @@ func (m *Map) gone(err error) bool {
 	if gone {
 		m.broken = true
 		clear(m.denied)
+		clear(m.full)
 	}
 	return gone
 }

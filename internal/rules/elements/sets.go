@@ -9,12 +9,13 @@ import (
 // Names of the sets and maps whose elements come and go.
 const (
 	// PermissionMap and PortMap have the inside address and the inside port of each
-	// permission, MarksMap the connmarks, and DeniedSet the permissions that the kernel
-	// must not learn.
+	// permission, MarksMap the connmarks. DeniedSet has the permissions that the kernel
+	// must not learn, FullSet the inside hosts for which it must not learn any.
 	PermissionMap = "permissions"
 	PortMap       = "permission_ports"
 	MarksMap      = "marks"
 	DeniedSet     = "denied"
+	FullSet       = "full_hosts"
 	// OwnedSet has the outside endpoints of all mappings, OwnersMap and OwnerPortsMap the
 	// inside endpoint of each. TakenSet has the ports that flows without a mapping use.
 	OwnedSet      = "owned"
@@ -76,6 +77,9 @@ const (
 	// lasts for deniedTimeout, which is longer than any interval between two reconciles.
 	DeniedSize    = 1 << 16
 	deniedTimeout = 2 * time.Hour
+	// FullSize limits FullSet. The kernel learns again for a host after fullTimeout.
+	FullSize    = 1 << 12
+	fullTimeout = time.Minute
 	// LeanTimeout is how long the kernel does not report flows after the last Lean.On: not
 	// for long if the daemon dies.
 	LeanTimeout = 15 * time.Second

@@ -1,0 +1,43 @@
+package cone
+
+import (
+	"fmt"
+	"testing"
+)
+
+// Where idle permissions make room, a part of the limit ends at once, the oldest first, so that not
+// each new flow ends one.
+//
+// Fails when one of them has a living flow, and when more or fewer end.
+func TestRoomIsMadeForSeveral(t *testing.T) {
+	const limit = 3 * evictedPart
+	for name, l := range map[string]Limits{
+		"host": {PerHost: limit}, "subnet": {PerSubnet: limit}, "all": {Total: limit},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, func(p *Policy) { p.Limits = l })
+			open := func(i int) *Flow { return d.open(0, fmt.Sprintf("10.47.11.109:%d", i), "203.0.113.5:9") }
+			flows := make([]*Flow, limit)
+			for i := range flows {
+				flows[i] = open(1000 + i)
+			}
+			for _, f := range []*Flow{flows[1], flows[2], flows[4], flows[0], flows[7]} {
+				d.gone(0, f)
+			}
+			open(2000)
+			if n := d.m.Stats().Standing; n != limit-3+1 {
+				t.Errorf("%d stand, want %d", n, limit-3+1)
+			}
+			for i, stands := range map[int]bool{1: false, 2: false, 4: false, 0: true, 7: true, 3: true} {
+				if _, up := d.up[Key{Ext: flows[i].ReplyDst, Peer: flows[i].ReplySrc.Addr}]; up != stands {
+					t.Errorf("permission %d stands: %v", i, up)
+				}
+			}
+			open(2001)
+			open(2002)
+			if n := d.m.Stats().Standing; n != limit {
+				t.Errorf("%d stand, want %d: there was room", n, limit)
+			}
+		})
+	}
+}
