@@ -382,7 +382,7 @@ func (w *world) checkScopes() {
 		for i := s.first; i != none; i = w.m.claims[i].inHost.next {
 			in++
 		}
-		if int(s.standing) != n || in != listed[a] {
+		if int(s.standing) != n || in != listed[a] || in != int(s.listed) {
 			w.failf("host %v: %s", a, fmt.Sprint(s, n, in, listed[a]))
 		}
 	}

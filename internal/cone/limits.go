@@ -17,6 +17,7 @@ type links struct{ prev, next int32 }
 // which make way for others, are in a list, the oldest first.
 type scope struct {
 	standing    int32
+	listed      int32 // idle claims in the list
 	first, last int32
 }
 
@@ -31,6 +32,7 @@ func (m *Model) link(s *scope, i int32, at func(*claim) *links) {
 		s.first = i
 	}
 	s.last = i
+	s.listed++
 }
 
 func (m *Model) unlink(s *scope, i int32, at func(*claim) *links) {
@@ -45,6 +47,7 @@ func (m *Model) unlink(s *scope, i int32, at func(*claim) *links) {
 	} else {
 		s.last = l.prev
 	}
+	s.listed--
 }
 
 func inHost(c *claim) *links   { return &c.inHost }
@@ -59,10 +62,7 @@ func (m *Model) account(i int32) {
 	if stands == c.counted && idle == c.listed {
 		return
 	}
-	host, ok := m.hosts[c.host()]
-	if !ok {
-		host = emptyScope
-	}
+	host := m.host(c)
 	subnet := &m.subnets[c.subnet]
 	if stands != c.counted {
 		n := int32(1)
@@ -101,51 +101,66 @@ func (c *claim) host() Addr {
 
 func full(n int32, limit int) bool { return limit > 0 && int(n) >= limit }
 
-// evictedPart is the part of a limit that ends at once where idle claims make room: each end is a
-// transaction of nftables, which must not come for each new flow.
-const evictedPart = 64
+// evictedPart is the part of a limit that ends at once where idle claims make room, and
+// mostEvicted bounds it: each end is a transaction of nftables, which must not come for each new
+// flow.
+const (
+	evictedPart = 64
+	mostEvicted = 256
+)
 
-// underLimits makes room for claim c to stand by ending idle claims, the oldest first, up to
-// 1/evictedPart of the limit. If none is left, it returns the limit that was reached.
-func (m *Model) underLimits(c *claim, end func(i int32)) Reason {
+func evicted(limit int) int { return min(max(limit/evictedPart, 1), mostEvicted) }
+
+// underLimits makes room for claim c to stand by ending idle claims, the oldest first. It ends
+// several at once. While fewer than that are idle it ends none, and returns the limit that was
+// reached: at a host whose flows end one by one, each end would make room for one other flow.
+func (m *Model) underLimits(c *claim, end func(i int32)) (reached Reason) {
 	l := &m.policy.Limits
 	// A claim that ends may let another one of its Key stand, so do not try forever.
 	for range 4 {
-		host, known := m.hosts[c.host()]
-		var oldest func() int32
-		var reason Reason
 		var limit int
+		var listed int32
+		var oldest func() int32
+		host, subnet := m.host(c), &m.subnets[c.subnet]
 		switch {
-		case known && full(host.standing, l.PerHost):
-			oldest, reason, limit = func() int32 { return m.oldestOf(c.host()) }, ReasonHostLimit, l.PerHost
-		case full(m.subnets[c.subnet].standing, l.PerSubnet):
-			oldest, reason, limit = func() int32 { return m.subnets[c.subnet].first }, ReasonSubnetLimit, l.PerSubnet
+		case full(host.standing, l.PerHost):
+			reached, limit, listed = ReasonHostLimit, l.PerHost, host.listed
+			oldest = func() int32 { return m.host(c).first }
+		case full(subnet.standing, l.PerSubnet):
+			reached, limit, listed = ReasonSubnetLimit, l.PerSubnet, subnet.listed
+			oldest = func() int32 { return subnet.first }
 		case full(int32(m.stats.Standing), l.Total):
-			oldest, reason, limit = m.oldest, ReasonLimit, l.Total
+			reached, limit, listed = ReasonLimit, l.Total, m.idle()
+			oldest = m.oldest
 		default:
 			return ReasonNone
 		}
 		// Before the first snapshot it is unknown which claims are idle.
-		if !m.snap.complete || oldest() == none {
-			return reason
+		n := evicted(limit)
+		if int(listed) < n || !m.snap.complete {
+			return reached
 		}
-		for n := max(1, limit/evictedPart); n > 0; n-- {
-			i := oldest()
-			if i == none {
-				break
-			}
+		for i := oldest(); i != none && n > 0; i, n = oldest(), n-1 {
 			end(i)
 		}
 	}
-	return ReasonLimit
+	return reached
 }
 
-// oldestOf returns the claim of a host that has been idle longest.
-func (m *Model) oldestOf(host Addr) int32 {
-	if s, known := m.hosts[host]; known {
-		return s.first
+// host returns the scope of the host of c.
+func (m *Model) host(c *claim) scope {
+	if s, known := m.hosts[c.host()]; known {
+		return s
 	}
-	return none
+	return emptyScope
+}
+
+// idle returns how many claims are idle.
+func (m *Model) idle() (n int32) {
+	for s := range m.subnets {
+		n += m.subnets[s].listed
+	}
+	return n
 }
 
 // oldest returns the claim of any subnet that has been idle longest.

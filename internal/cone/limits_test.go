@@ -3,6 +3,7 @@ package cone
 import (
 	"fmt"
 	"testing"
+	"time"
 )
 
 // Where idle permissions make room, a part of the limit ends at once, the oldest first, so that not
@@ -37,6 +38,41 @@ func TestRoomIsMadeForSeveral(t *testing.T) {
 			open(2002)
 			if n := d.m.Stats().Standing; n != limit {
 				t.Errorf("%d stand, want %d: there was room", n, limit)
+			}
+		})
+	}
+}
+
+// A host at its limit whose flows end one after the other: each of them alone makes no room.
+//
+// Fails when an idle permission ends although fewer are idle than should end at once.
+func TestRoomIsMadeOnceSeveralAreIdle(t *testing.T) {
+	const limit = 3 * evictedPart
+	for name, l := range map[string]Limits{
+		"host": {PerHost: limit}, "subnet": {PerSubnet: limit}, "all": {Total: limit},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, func(p *Policy) { p.Limits = l })
+			open := func(i int) *Flow { return d.open(0, fmt.Sprintf("10.47.11.109:%d", i), "203.0.113.5:9") }
+			var flows []*Flow
+			for i := range limit {
+				flows = append(flows, open(1000+i))
+			}
+			for i, want := range []int{limit, limit, limit - 3 + 1} { // that stand
+				d.gone(0, flows[i])
+				open(2000 + i)
+				if n := d.m.Stats().Standing; n != want {
+					t.Errorf("%d idle: %d stand, want %d", i+1, n, want)
+				}
+			}
+			if n := d.m.Stats().Refused; n != 2 {
+				t.Errorf("%d are refused, want 2", n)
+			}
+			for now := time.Duration(0); d.m.Tick(now, 100) || now < testPolicy.Retry*2; now += time.Second {
+				d.carry() // refused ones are tried again
+			}
+			if n := d.m.Stats().Standing; n != limit {
+				t.Errorf("%d stand, want %d", n, limit)
 			}
 		})
 	}

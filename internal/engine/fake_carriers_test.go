@@ -213,14 +213,15 @@ type fakeMap struct {
 	k        *fakeKernel
 	lifetime time.Duration
 	groups   map[cone.Addr]uint8
-	denied   map[cone.Key]bool // as far as it knows
+	denied   map[cone.Key]bool  // as far as it knows
+	full     map[cone.Addr]bool // likewise
 	broken   bool
 }
 
 // adoptMap returns the backend of a new daemon, and what it found.
 func (k *fakeKernel) adoptMap(lifetime time.Duration, groups map[cone.Addr]uint8) (m *fakeMap, found []Placed) {
 	k.expire()
-	m = &fakeMap{k: k, lifetime: lifetime, groups: groups, denied: map[cone.Key]bool{}}
+	m = &fakeMap{k: k, lifetime: lifetime, groups: groups, denied: map[cone.Key]bool{}, full: map[cone.Addr]bool{}}
 	for _, key := range sortedKeys(k.denied) {
 		m.denied[cone.Key{Ext: key.Ext, Peer: key.Peer, Wild: m.wild(key.Peer)}] = true
 	}
@@ -253,6 +254,7 @@ func (m *fakeMap) gone() bool {
 	if !m.k.table {
 		m.broken = true
 		clear(m.denied)
+		clear(m.full)
 	}
 	return !m.k.table
 }
@@ -267,6 +269,12 @@ func (m *fakeMap) Grant(ps []cone.Permission, refused func(i int, r cone.Reason,
 		if m.denied[ps[i].Key] && m.k.fail() == nil {
 			delete(m.k.denied, key)
 			delete(m.denied, ps[i].Key)
+		}
+		if host := ps[i].Int.Addr; m.full[host] {
+			delete(m.full, host)
+			if m.k.fail() == nil {
+				delete(m.k.full, host)
+			}
 		}
 		if err := m.k.fail(); err != nil {
 			refused(i, cone.ReasonKernel, err)
@@ -350,7 +358,7 @@ func (m *fakeMap) Deny(ps []cone.Permission, why cone.Reason) (failed error) {
 		key := elementKey(&ps[i].Key)
 		delete(m.k.elements, key)
 		if why.TooMany() {
-			m.k.full[ps[i].Int.Addr] = m.k.now() + time.Minute
+			m.k.full[ps[i].Int.Addr], m.full[ps[i].Int.Addr] = m.k.now()+time.Minute, true
 			continue
 		}
 		m.k.denied[key] = m.k.now() + 2*time.Hour

@@ -235,8 +235,8 @@ func TestThereIsRoomForWhatIsForbidden(t *testing.T) {
 // A host that has reached a limit teaches the kernel nothing, other hosts do, and what the daemon
 // grants to that host stands.
 //
-// Fails without the set of these hosts, and when it takes more than one transaction to deny all that
-// the host asks for.
+// Fails without the set of these hosts, when it takes more than one transaction to deny all that
+// the host asks for, and when a host that has room again still teaches nothing.
 func TestHostAtItsLimitTeachesNothing(t *testing.T) {
 	g := newGate(t, lab.Options{Inside: 2}, learning)
 	full, other := g.inside(5060), listen(t, g.Inside(1), g.Inside(1).Addr, 5060)
@@ -254,6 +254,31 @@ func TestHostAtItsLimitTeachesNothing(t *testing.T) {
 	g.holds(r)
 	g.grant(q)
 	g.holds(r, q)
+	s := g.contact(full, g.peer(netip.MustParseAddr("203.0.113.50"), 5060)) // there is room, so the kernel learns again
+	g.holds(r, q, s)
+}
+
+// Each transaction makes others list the ruleset anew. Fails when address, port and mark of a
+// permission end one by one, or when what is not there is deleted.
+func TestRevocationIsOneTransaction(t *testing.T) {
+	g := newGate(t, lab.Options{}, learning)
+	ps := strangers(0, 100)
+	for i := range ps {
+		ps[i].Mark = uint32(i % 2)
+	}
+	g.grant(ps...)
+	for _, want := range []uint32{1, 0} {
+		before := g.generation()
+		check(t, g.m.Revoke(append(ps[:60:60], ps...)))
+		if n := g.generation() - before; n != want {
+			t.Errorf("%d transactions, want %d", n, want)
+		}
+		g.holds()
+	}
+	marks, err := g.Gateway.Output("nft", "list", "map", "ip", "conenat", "marks")
+	if check(t, err); strings.Contains(marks, "elements") {
+		t.Errorf("left: %s", marks)
+	}
 }
 
 // Each transaction makes a listing of the whole ruleset start anew, so a host with many peers must

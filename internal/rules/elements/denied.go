@@ -15,7 +15,8 @@ import (
 
 // Deny ends ps, and keeps the kernel from learning them again until they are granted or two
 // hours have passed, as long as there is room. If a limit was reached, the kernel learns nothing
-// for the hosts of ps for a minute: with many peers they would ask for each.
+// for the hosts of ps for a minute, or until one is granted to them: with many peers they would
+// ask for each.
 func (m *Map) Deny(ps []cone.Permission, why cone.Reason) error {
 	full := false
 	var errs []error
@@ -37,7 +38,7 @@ func (m *Map) Deny(ps []cone.Permission, why cone.Reason) error {
 		default:
 			full = true
 		}
-		errs = append(errs, m.Revoke(m.learned(part))) // last, because the kernel may have learned it meanwhile
+		errs = append(errs, m.Revoke(part)) // last, because the kernel may have learned it meanwhile
 	}
 	if full {
 		errs = append(errs, ErrNoRoom)
@@ -60,7 +61,7 @@ func (m *Map) denyHosts(ps []cone.Permission) error {
 		m.hosts = append(m.hosts, ps[i])
 	}
 	var errs []error
-	m.transact(m.hosts, m.fullHost)
+	m.transact(m.hosts, func(seq uint32, p *cone.Permission) { m.fullHost(seq, unix.NFT_MSG_NEWSETELEM, p) })
 	for i := range m.hosts {
 		host := m.hosts[i].Int.Addr
 		delete(m.full, host)
@@ -74,14 +75,31 @@ func (m *Map) denyHosts(ps []cone.Permission) error {
 	return errors.Join(errs...)
 }
 
-// fullHost appends a message that adds the host of p to FullSet.
-func (m *Map) fullHost(seq uint32, p *cone.Permission) {
-	list, element := m.openElement(FullSet, seq, unix.NFT_MSG_NEWSETELEM, 0)
+// learnAgain undoes denyHosts for the hosts of ps, at most batch: a host that is granted a
+// permission has room. If the kernel refuses, it learns again when the element's time is over.
+func (m *Map) learnAgain(ps []cone.Permission) {
+	if len(m.full) == 0 {
+		return
+	}
+	m.hosts = m.hosts[:0]
+	for i := range ps {
+		host := ps[i].Int.Addr
+		if until, known := m.full[host]; known && time.Now().Before(until) {
+			m.hosts = append(m.hosts, ps[i])
+		}
+		delete(m.full, host)
+	}
+	m.transact(m.hosts, func(seq uint32, p *cone.Permission) { m.fullHost(seq, unix.NFT_MSG_DELSETELEM, p) })
+}
+
+// fullHost appends a message about the host of p in FullSet.
+func (m *Map) fullHost(seq uint32, typ uint16, p *cone.Permission) {
+	list, element := m.openElement(FullSet, seq, typ, 0)
 	key := m.enc.Nest(unix.NFTA_SET_ELEM_KEY)
 	m.enc.Attr(unix.NFTA_DATA_VALUE, addressLen)
 	m.enc.B = append(m.enc.B, p.Int.Addr[12:]...)
 	m.enc.EndNest(key)
-	m.closeElement(list, element, unix.NFT_MSG_NEWSETELEM, fullTimeout)
+	m.closeElement(list, element, typ, fullTimeout)
 }
 
 // AdoptDenied takes over the denials of an earlier daemon. It uses its own connection.
@@ -121,24 +139,6 @@ func hasRoom(known map[cone.Key]time.Time, swept *time.Time, room int, keys iter
 		maps.DeleteFunc(known, func(_ cone.Key, until time.Time) bool { return now.After(until) })
 	}
 	return len(known)+more <= room
-}
-
-// learned returns those of ps, at most batch, that exist in the map. Deleting a missing
-// element aborts the transaction, and an abort waits for an RCU grace period.
-func (m *Map) learned(ps []cone.Permission) (there []cone.Permission) {
-	m.w.Lock()
-	defer m.w.Unlock()
-	found, err := m.look(ps)
-	if err != nil {
-		return ps // it is unknown which exist
-	}
-	stands := found.whole()
-	for i := range ps {
-		if _, ok := stands[elementKey(&ps[i])]; ok {
-			there = append(there, ps[i])
-		}
-	}
-	return there
 }
 
 // lift lifts the denials of ps. A denial may have expired. A denial that the kernel refuses

@@ -32,6 +32,8 @@ type Map struct {
 	full     map[cone.Addr]time.Time // hosts for which the kernel learns nothing, until then
 	hosts    []cone.Permission       // one for each new one of full in the current batch
 	marked   []cone.Permission       // permissions with marks in the current batch
+	absent   [batch][len(permissionSets)]bool
+	notFound func(seq uint32, err error) // notes in absent which element is not there
 	broken   bool
 }
 
@@ -52,6 +54,11 @@ func NewMap(w *Writer, c MapConfig) *Map {
 	m := &Map{size: c.Size, lifetime: c.Lifetime, denied: make(map[cone.Key]time.Time), full: make(map[cone.Addr]time.Time)}
 	m.SetPeerGroups(c.PeerGroups)
 	m.begin(w)
+	m.notFound = func(seq uint32, err error) {
+		if n := seq - m.first - 1; errors.Is(err, unix.ENOENT) && n < batch*perElement {
+			m.absent[n/perElement][n%perElement] = true
+		}
+	}
 	return m
 }
 
@@ -113,6 +120,7 @@ func (m *Map) Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
 		_ = m.lift(part) // the permission is added even if its denial could not be lifted
+		m.learnAgain(part)
 		m.transact(part, m.add)
 		for i := range part {
 			err := m.errs[i]
@@ -178,41 +186,77 @@ func (m *Map) Revoke(ps []cone.Permission) error {
 	var errs []error
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
-		m.delete(PermissionMap, part)
+		for range 3 { // an element may expire in between; then what is left of its permission stays
+			absent := m.findAbsent(part)
+			transact(&m.batcher, part, perElement, m.removeAll)
+			if m.missed(part) == absent {
+				break
+			}
+		}
 		for i := range part {
 			if err := m.errs[i]; err != nil && !errors.Is(err, unix.ENOENT) {
 				errs = append(errs, fmt.Errorf("delete element %v -> %v: %w", part[i].Peer, part[i].Ext, err))
 			}
 		}
-		// Without its address, what is left of a permission permits nothing. Ignore errors.
-		m.delete(PortMap, part)
-		m.haveMarks(part, func(int) bool { return true })
-		m.delete(MarksMap, m.marked)
 	}
 	return errors.Join(errs...)
 }
 
-// delete deletes the elements of ps, at most batch, from a set, in one transaction. First it
-// looks which are there: deleting one that is not there aborts the transaction, and an abort
-// waits for an RCU grace period. The errors are in m.errs afterwards.
-func (m *Map) delete(set string, ps []cone.Permission) {
-	clear(m.errs[:len(ps)])
+// permissionSets have the elements of a permission. Without its address, which is the first to
+// end, the others admit no child.
+var permissionSets = [...]string{PermissionMap, PortMap, MarksMap}
+
+// findAbsent notes in m.absent which elements of ps, at most batch, are not there, and in m.errs
+// which of ps have none, and how many those are: deleting an element that is not there aborts the transaction, and an
+// abort waits for an RCU grace period.
+func (m *Map) findAbsent(ps []cone.Permission) (none int) {
+	clear(m.absent[:])
 	m.w.Lock()
 	m.enc.Reset()
-	m.per, m.first = 1, m.w.batch.NextSeq(len(ps))-1 // before the first element, as in a transaction
+	m.per, m.first = perElement, m.w.batch.NextSeq(len(ps)*perElement)-1 // before the first element, as in a transaction
 	for i := range ps {
-		m.element(m.first+1+uint32(i), unix.NFT_MSG_GETSETELEM, set, &ps[i], false, 0)
-	}
-	err := m.w.batch.Exchange(&m.enc, m.failed, nil)
-	m.w.Unlock()
-	for i := range ps {
-		if err != nil || !errors.Is(m.errs[i], unix.ENOENT) {
-			m.errs[i] = nil // it may be there
+		for n, set := range permissionSets {
+			seq := m.first + 1 + uint32(i*perElement+n)
+			if set == MarksMap && ps[i].Mark == 0 {
+				m.notFound(seq, unix.ENOENT)
+				continue
+			}
+			m.element(seq, unix.NFT_MSG_GETSETELEM, set, &ps[i], false, 0)
 		}
 	}
-	transact(&m.batcher, ps, perElement, func(seq uint32, p *cone.Permission) {
-		m.element(seq, unix.NFT_MSG_DELSETELEM, set, p, false, 0)
-	})
+	err := m.w.batch.Exchange(&m.enc, m.notFound, nil)
+	m.w.Unlock()
+	if err != nil { // they may be there
+		clear(m.absent[:])
+	}
+	for i := range ps {
+		m.errs[i] = nil
+		if m.absent[i] == [len(permissionSets)]bool{true, true, true} {
+			m.errs[i] = unix.ENOENT
+			none++
+		}
+	}
+	return none
+}
+
+// missed returns of how many of ps an element was not there.
+func (m *Map) missed(ps []cone.Permission) (n int) {
+	for i := range ps {
+		if errors.Is(m.errs[i], unix.ENOENT) {
+			n++
+		}
+	}
+	return n
+}
+
+// removeAll deletes those elements of p that findAbsent found.
+func (m *Map) removeAll(seq uint32, p *cone.Permission) {
+	i := (seq - m.first - 1) / perElement
+	for n, set := range permissionSets {
+		if !m.absent[i][n] {
+			m.element(seq+uint32(n), unix.NFT_MSG_DELSETELEM, set, p, false, 0)
+		}
+	}
 }
 
 // Refresh renews the timeouts of ps. It calls lost with the index of each that no longer
