@@ -333,6 +333,9 @@ func cover(c **userrules.Covered, forwards []userrules.Forward) {
 
 // addForward adds what the user should know about a forward.
 func (w *warnings) addForward(r userrules.Forward) {
+	if n := len(*w); n > 0 && r.All && (*w)[n-1].about == r.Text {
+		return // the same rule, for other addresses
+	}
 	switch {
 	case r.Unread:
 		w.add(warnForwardsUnread, r.Text, "port forwards cannot be read, "+
@@ -353,18 +356,21 @@ func (w *warnings) addForward(r userrules.Forward) {
 	}
 }
 
-func outsideLinks(network gateway.Network) []userrules.Link {
-	return linksOf(network, func(l gateway.Link) bool { return l.Outside != 0 })
+func outsideLinks(network gateway.Network) (links []userrules.Link) {
+	for _, l := range network.Links {
+		if l.Outside != 0 {
+			link := flows.LinkOf(l)
+			link.Addrs = network.AddrsOf(l)
+			links = append(links, link)
+		}
+	}
+	return links
 }
 
 // insideLinks returns the links that lead to enabled subnets.
-func insideLinks(network gateway.Network) []userrules.Link {
-	return linksOf(network, func(l gateway.Link) bool { return l.Inside })
-}
-
-func linksOf(network gateway.Network, is func(gateway.Link) bool) (links []userrules.Link) {
+func insideLinks(network gateway.Network) (links []userrules.Link) {
 	for _, l := range network.Links {
-		if is(l) {
+		if l.Inside {
 			links = append(links, flows.LinkOf(l))
 		}
 	}

@@ -119,7 +119,7 @@ func (u *uplinks) ask(f *firewall, network gateway.Network) (changed bool, err e
 		}
 	}
 	if f.unread == nil && u.rules == f.user && slices.EqualFunc(links, u.links, func(a, b userrules.LAN) bool {
-		return a.Link == b.Link && slices.Equal(a.Networks, b.Networks)
+		return a.Equal(b.Link) && slices.Equal(a.Networks, b.Networks)
 	}) {
 		return false, nil
 	}

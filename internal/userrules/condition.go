@@ -22,6 +22,7 @@ type condition struct {
 	sources []AddrRange // nil stands for any
 	except  []AddrRange // destinations that a test excluded, for source NAT; may be wider than the truth
 	unread  bool        // a test of the destination was not understood
+	in      []int       // indexes of the outside links that packets come by; nil stands for any
 	out     []string    // the outgoing links; nil stands for any
 	unknown bool        // a test of the port was not understood
 	wide    bool        // the condition may be wider than the truth
@@ -259,7 +260,7 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 	case address4, address6:
 		wide = wide || t.not
 	case linkName, linkIndex:
-		wide = wide || len(w.outside) != 1
+		wide = wide || w.outside == nil || w.first != nil && len(w.outside) != 1
 	}
 	c.wide = c.wide || wide
 	if f.kind == mangledPort || f.kind == port && t.not && f.mask != nil {
@@ -273,12 +274,7 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 		return c, true // a mask makes the spans too wide, so their complement would be too narrow
 	}
 	passes := func(in func(span) bool) bool { return slices.ContainsFunc(t.any, in) != t.not }
-	anyOf := func(links []Link, in func(Link, span) bool) bool {
-		return links == nil || slices.ContainsFunc(links, func(l Link) bool {
-			return passes(func(s span) bool { return in(l, s) })
-		})
-	}
-	named := func(l Link, s span) bool { return s.has(nfnl.LinkKey(l.Name)) }
+	named := func(l Link) bool { return passes(func(s span) bool { return s.has(nfnl.LinkKey(l.Name)) }) }
 	is := func(n uint64) func(span) bool {
 		return func(s span) bool { return number(s.low, f.size, 0) <= n && n <= number(s.high, f.size, 0xff) }
 	}
@@ -290,10 +286,10 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 	case etherType:
 		return c.ofFamily(passes(is(unix.ETH_P_IP)), passes(is(unix.ETH_P_IPV6)))
 	case linkName:
-		return c, anyOf(w.outside, named)
+		return w.arriving(c, named)
 	case linkIndex:
-		return c, anyOf(w.outside, func(l Link, s span) bool {
-			return s.has(binary.NativeEndian.AppendUint32(nil, uint32(l.Index)))
+		return w.arriving(c, func(l Link) bool {
+			return passes(func(s span) bool { return s.has(binary.NativeEndian.AppendUint32(nil, uint32(l.Index))) })
 		})
 	case port:
 		var ports []PortRange
@@ -315,7 +311,7 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 	case outName:
 		switch {
 		case w.first != nil:
-			return c, anyOf(w.first.out, named)
+			return c, w.first.out == nil || slices.ContainsFunc(w.first.out, named)
 		case t.not:
 			return c, true
 		}

@@ -36,7 +36,7 @@ type Sides struct {
 }
 
 func (s Sides) equal(o Sides) bool {
-	return slices.Equal(s.Inside, o.Inside) && slices.Equal(s.Outside, o.Outside) && slices.Equal(s.Subnets, o.Subnets)
+	return slices.EqualFunc(s.Inside, o.Inside, Link.Equal) && slices.EqualFunc(s.Outside, o.Outside, Link.Equal) && slices.Equal(s.Subnets, o.Subnets)
 }
 
 // A Diverter finds the diversions in one Ruleset after the other. It looks only at tables that

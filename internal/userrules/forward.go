@@ -2,6 +2,7 @@ package userrules
 
 import (
 	"net/netip"
+	"slices"
 
 	"github.com/conenatd/conenatd/internal/cone"
 )
@@ -16,7 +17,8 @@ type Forward struct {
 	// All says that the rule has no condition on the port. With such a
 	// catch-all forward (DMZ host) every port is forwarded.
 	All bool
-	// Addrs are the destination addresses; nil stands for any.
+	// Addrs are the destination addresses; nil stands for any. A rule for some of the outside
+	// links alone leaves out the addresses whose packets come by others (Link.Addrs).
 	Addrs []AddrRange
 	// Sources are the sources of the packets, if known; nil stands for any, or if Partial is set
 	// for unknown ones. A named set of sources is read only if it is an interval set and not long.
@@ -32,8 +34,8 @@ type Forward struct {
 	// or a table of iptables-legacy, whose forwards show in flows.
 	Unread bool
 	// Partial says that the rule may not forward all packets that match: it has conditions
-	// other than on ports, addresses, sources and links, or an earlier rule may accept some of
-	// the packets.
+	// other than on ports, addresses, sources and links, it is for some of the links that packets
+	// to Addrs may come by, or an earlier rule may accept some of the packets.
 	Partial bool
 	// Text names the rule: family, table, chain and handle as nft does, or for
 	// iptables-legacy program, table, chain and number; and its comment, if any.
@@ -53,6 +55,13 @@ type Link struct {
 	// Masquerade is the IPv4 address that a masquerade gives to packets that leave by the link,
 	// if that is certain.
 	Masquerade netip.Addr
+	// Addrs are addresses, of an outside link, whose packets come from outside by no other link.
+	Addrs []netip.Addr
+}
+
+// Equal reports whether two links are the same in all that answers depend on.
+func (l Link) Equal(o Link) bool {
+	return l.Index == o.Index && l.Name == o.Name && l.Masquerade == o.Masquerade && slices.Equal(l.Addrs, o.Addrs)
 }
 
 // A LAN is a link that may lead to an inside network, with its IPv4 networks.

@@ -67,9 +67,9 @@ func saysNoLess(t *testing.T, seed uint64, b []byte) (translated int) {
 	r := rand.New(rand.NewPCG(seed, 3))
 	table := makeTable(b)
 	translate(table, r)
-	all := table.forwards(madeOutside[:1])
 	for range 8 {
-		packet := newChild(false, &madeOutside[0], nil, madeOutside, madeSubnet, []netip.Prefix{madeSubnet}).one(r)
+		packet, outside := fromOutside(r)
+		all := table.forwards(outside)
 		w := hookWalk{table: table, child: packet, known: map[string]fates{}}
 		fate, err := w.chain("base")
 		if err != nil {
@@ -86,6 +86,31 @@ func saysNoLess(t *testing.T, seed uint64, b []byte) (translated int) {
 	return translated
 }
 
+// fromOutside returns a packet that comes by one of one or two outside links. Packets for its
+// destination may come by that link alone.
+func fromOutside(r *rand.Rand) (packet *child, outside []Link) {
+	outside = slices.Clone(madeOutside[:1+r.IntN(2)])
+	in := r.IntN(len(outside))
+	packet = newChild(false, &outside[in], nil, outside, madeSubnet, []netip.Prefix{madeSubnet}).one(r)
+	if r.IntN(2) == 0 {
+		outside[in].Addrs = []netip.Addr{destination(packet)}
+	}
+	return packet, outside
+}
+
+// destination returns the address of a packet of which everything is known.
+func destination(packet *child) netip.Addr {
+	a, _ := netip.AddrFromSlice(values(packet.network[16:20]))
+	return a
+}
+
+func values(cells []cell) (b []byte) {
+	for _, c := range cells {
+		b = append(b, c.val)
+	}
+	return b
+}
+
 // The event filter leaves out the ends of the flows that such a forward takes.
 //
 // Fails when a set, a range, a mask, or an earlier rule makes a forward wider than its rule without
@@ -98,9 +123,9 @@ func TestForwardsThatAreNotPartialTakeAll(t *testing.T) {
 		translate(table, r)
 		usualMaps(table)
 		table.family = unix.NFPROTO_IPV4 // nft tests the family in others before it loads addresses
-		all := slices.DeleteFunc(table.forwards(madeOutside[:1]), func(f Forward) bool { return f.Partial || f.Unknown })
 		for range 8 {
-			packet := newChild(false, &madeOutside[0], nil, madeOutside, madeSubnet, []netip.Prefix{madeSubnet}).one(r)
+			packet, outside := fromOutside(r)
+			all := slices.DeleteFunc(table.forwards(outside), func(f Forward) bool { return f.Partial || f.Unknown })
 			taker := slices.IndexFunc(all, func(f Forward) bool { return takes(f, packet) })
 			if taker < 0 {
 				continue
@@ -207,14 +232,8 @@ func usualMaps(t *table) {
 
 // takes reports whether a forward may take a packet of which everything is known.
 func takes(f Forward, packet *child) bool {
-	number := func(cells []cell) (b []byte) {
-		for _, c := range cells {
-			b = append(b, c.val)
-		}
-		return b
-	}
-	from, _ := netip.AddrFromSlice(number(packet.network[12:16]))
-	to, _ := netip.AddrFromSlice(number(packet.network[16:20]))
+	from, _ := netip.AddrFromSlice(values(packet.network[12:16]))
+	to := destination(packet)
 	port := uint16(packet.transport[2].val)<<8 | uint16(packet.transport[3].val)
 	return (f.Unknown || f.All || covers(f.Ports, port)) &&
 		(f.Addrs == nil || coversAddr(f.Addrs, to)) && (f.Sources == nil || coversAddr(f.Sources, from))

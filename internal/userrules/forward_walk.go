@@ -38,7 +38,7 @@ type Forwarder struct {
 // call with the same links.
 func (f *Forwarder) Forwards(rs *Ruleset, outside []Link) (all []Forward, same bool) {
 	before := f.found
-	if !slices.Equal(f.outside, outside) {
+	if !slices.EqualFunc(f.outside, outside, Link.Equal) {
 		before = nil
 	}
 	same = before != nil
@@ -102,6 +102,7 @@ type walker struct {
 	accepted letPass
 	returned []letPass // of each chain on the way
 	subtraction
+	own *ownAddrs // nil until it is needed
 	// The keys of sets that rules look up, and for diversions the addresses among them.
 	spans map[*set][]span
 	lists map[*set][]AddrRange
@@ -148,15 +149,19 @@ func (w *walker) chain(name string, in condition, depth int) {
 // opaque reports something that may forward any packet that reaches it.
 func (w *walker) opaque(in condition, why string) {
 	in.unknown = true
-	w.add(in.forward(w.table.title + " " + why))
+	for _, c := range w.byAddr(in) {
+		w.add(c.forward(w.table.title + " " + why))
+	}
 }
 
 // unread reports something that could not be read.
 func (w *walker) unread(in condition, text string) {
 	in.unknown = true
-	f := in.forward(text)
-	f.Unread = w.table.failed != nil || w.table.readable != nil
-	w.add(f)
+	for _, c := range w.byAddr(in) {
+		f := c.forward(text)
+		f.Unread = w.table.failed != nil || w.table.readable != nil
+		w.add(f)
+	}
 }
 
 func (w *walker) opaqueAll(conds []condition, why string) {
@@ -332,11 +337,13 @@ func (w *walker) forward(r *rule, conds []condition) {
 	if r.comment != "" {
 		text += fmt.Sprintf(" (%s)", r.comment)
 	}
-	for _, c := range conds {
-		c.wide = c.wide || w.exempts
-		f := c.forward(text)
-		f.To = r.leadsTo()
-		w.add(f)
+	for _, all := range conds {
+		all.wide = all.wide || w.exempts
+		for _, c := range w.byAddr(all) {
+			f := c.forward(text)
+			f.To = r.leadsTo()
+			w.add(f)
+		}
 	}
 }
 

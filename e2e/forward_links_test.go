@@ -1,0 +1,116 @@
+package e2e
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/lab"
+)
+
+// A forward for one of two uplinks conflicts with expectations on the addresses of that uplink, and
+// with no others.
+
+// bothLinks makes a gateway whose second host leaves by the second uplink, and the third gets what a
+// rule forwards.
+func bothLinks(t *testing.T, second string, load func(s *scene) error) *scene {
+	t.Helper()
+	s := newScene(t, lab.Options{Inside: 3, Rules: lab.NoRules})
+	s.AddLink("wan1", second)
+	s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 102")
+	s.IP(s.Gateway, "rule add from 10.47.11.110 table 102")
+	s.Must(load(s))
+	return s
+}
+
+// nftForward and iptablesForward are rules that forward to the third host.
+func nftForward(rule string) func(s *scene) error {
+	return func(s *scene) error {
+		return s.NFT(`table ip nat { chain post { type nat hook postrouting priority srcnat; oifname { "wan0", "wan1" } masquerade; }; ` +
+			"chain pre { type nat hook prerouting priority dstnat; " + rule + "; }; }")
+	}
+}
+
+func iptablesForward(variant, rule string) func(s *scene) error {
+	return func(s *scene) error {
+		return s.IPTables(variant, "*nat\n-A POSTROUTING -o wan+ -j MASQUERADE\n-A PREROUTING -p udp "+rule+" -j DNAT --to-destination 10.47.11.111\nCOMMIT\n")
+	}
+}
+
+// Fails when the link of a forward is not read, or not used.
+func TestForwardOfOneUplinkBarsNoneOfAnother(t *testing.T) {
+	t.Parallel() // mostly it waits
+	const to = " udp dport 5060 dnat to 10.47.11.111"
+	for name, load := range map[string]func(s *scene) error{
+		"a link":          nftForward(`iifname "wan1"` + to),
+		"a set":           nftForward(`iifname { "wan1", "ppp0" }` + to),
+		"a pattern":       nftForward(`iifname "wan1*"` + to),
+		"not the other":   nftForward(`iifname != "wan0"` + to),
+		"an address":      nftForward("ip daddr 198.18.7.2" + to),
+		"iptables-nft":    iptablesForward(lab.IPTablesNFT, "-i wan1 --dport 5060"),
+		"iptables-legacy": iptablesForward(lab.IPTablesLegacy, "-i wan1 --dport 5060"),
+		"legacy, all but": iptablesForward(lab.IPTablesLegacy, "! -i wan0 --dport 5060"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := bothLinks(t, "198.18.7.2", load)
+			s.Start(stage.Flags(stage.Expect, "--reconcile=1h")...)
+			one, two, server := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.InsideSocket(2, 5060)
+			proxy := s.PeerSocket(lab.PeerA, 6060)
+			first, second := s.Contact(one, proxy), s.Contact(two, proxy)
+			if second.Addr() != netip.MustParseAddr("198.18.7.2") {
+				t.Fatalf("it leaves as %v", second)
+			}
+			s.Stands(one, proxy, first)
+			s.explainedArrives(one, s.PeerSocket(lab.PeerA, 5070), first)
+			if p := s.Listed(two, proxy, second, "refused"); p.Reason != "forwarded" {
+				t.Errorf("reason %q", p.Reason)
+			}
+			s.explained(lab.PeerA.String(), second, "forwarded", "forward", server.Addr())
+			s.Arrives(server, s.PeerSocket(lab.PeerA, 5071), second)
+		})
+	}
+}
+
+// Packets for an address that both uplinks have may come by both: nobody knows whether the forward
+// gets them.
+//
+// Fails when an expectation takes a packet of the forward.
+func TestForwardOfOneUplinkBarsAnAddressOfBoth(t *testing.T) {
+	t.Parallel() // mostly it waits
+	s := bothLinks(t, "198.18.7.2", nftForward(`iifname "wan1" udp dport 5060 dnat to 10.47.11.111`))
+	s.IP(s.Gateway, "address add 198.18.7.2/32 dev wan0")
+	s.Start(stage.Flags(stage.Expect, "--reconcile=1h")...)
+	two, proxy := s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 6060)
+	ext := s.Contact(two, proxy)
+	if p := s.Listed(two, proxy, ext, "refused"); p.Reason != "forwarded" {
+		t.Errorf("reason %q", p.Reason)
+	}
+	s.Arrives(s.InsideSocket(2, 5060), s.PeerSocket(lab.PeerA, 5071), ext)
+
+	// The first uplink has another address, which tells the link.
+	one := s.InsideSocket(0, 5060)
+	s.Listed(one, proxy, s.Contact(one, proxy), "standing")
+}
+
+// Fails when the map stands for an endpoint whose packets a forward takes, and when one rule is
+// warned of twice.
+func TestAutoBesideADMZHostOfOneUplink(t *testing.T) {
+	s := bothLinks(t, "198.18.7.2", nftForward(`iifname "wan1" dnat to 10.47.11.111`))
+	s.Start(stage.Flags(stage.Auto, "--reconcile=1h")...)
+	one, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 6060)
+	ext := s.Contact(one, proxy)
+	s.Stands(one, proxy, ext)
+	s.Arrives(one, s.PeerSocket(lab.PeerA, 5070), ext)
+	two := s.InsideSocket(1, 5060)
+	s.Listed(two, proxy, s.Contact(two, proxy), "refused")
+	warned := 0
+	for _, f := range s.Status().Findings {
+		if f.ID == "all_ports_forwarded" {
+			warned++
+		}
+	}
+	if warned != 1 {
+		t.Errorf("%d warnings: %q", warned, s.Status().Warnings)
+	}
+}

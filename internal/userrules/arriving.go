@@ -1,0 +1,76 @@
+package userrules
+
+import "slices"
+
+// A rule may be for some of several outside links. A Forward has no links, only destinations, since
+// whoever asks knows the outside endpoint alone. The addresses of the links tell the rest: packets
+// for them come by no other link (Link.Addrs).
+
+// arriving restricts c to packets that come by one of the outside links that a test passes. It
+// reports whether there is one.
+func (w *walker) arriving(c condition, passes func(Link) bool) (condition, bool) {
+	if w.outside == nil {
+		return c, true
+	}
+	in := []int{}
+	for _, l := range w.outside {
+		if passes(l) && (c.in == nil || slices.Contains(c.in, l.Index)) {
+			in = append(in, l.Index)
+		}
+	}
+	c.in = in
+	return c, len(in) > 0
+}
+
+// byAddr returns c for forwards, without the addresses whose packets come by other links than those
+// of c. If packets for some addresses may come by these and by others, the condition for these
+// addresses is wide.
+func (w *walker) byAddr(c condition) (all []condition) {
+	if c.in == nil || len(c.in) == len(w.outside) {
+		return []condition{c}
+	}
+	if w.own == nil {
+		w.own = ownAddrsOf(w.outside)
+	}
+	var here []AddrRange
+	for _, l := range c.in {
+		here = append(here, w.own.of[l]...)
+	}
+	addrs := Union(c.ranges(c.addrs))
+	unsure, sure := c, c
+	unsure.wide = true
+	if unsure.addrs, _ = exceptAddrs(addrs, w.own.all); len(unsure.addrs) > 0 {
+		all = append(all, unsure)
+	}
+	if sure.addrs = commonAddrs(addrs, Union(here)); len(sure.addrs) > 0 {
+		all = append(all, sure)
+	}
+	return all
+}
+
+// mostOwn limits the ranges of addresses by which forwards are told apart. Each forward for some
+// of the links has about as many.
+const mostOwn = 64
+
+// ownAddrs are the addresses whose packets come by one link alone.
+type ownAddrs struct {
+	all []AddrRange
+	of  map[int][]AddrRange // by the index of the link
+}
+
+// ownAddrsOf returns none if they are too many.
+func ownAddrsOf(links []Link) *ownAddrs {
+	own := ownAddrs{of: make(map[int][]AddrRange)}
+	for _, l := range links {
+		var addrs []AddrRange
+		for _, a := range l.Addrs {
+			addrs = append(addrs, AddrRange{a, a})
+		}
+		own.of[l.Index] = Union(addrs)
+		own.all = append(own.all, own.of[l.Index]...)
+	}
+	if own.all = Union(own.all); len(own.all) > mostOwn {
+		return &ownAddrs{}
+	}
+	return &own
+}

@@ -1,0 +1,105 @@
+package userrules_test
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/userrules"
+)
+
+// twoLinks are two outside links, wan0 and wan1, each with an address whose packets come by it
+// alone.
+func twoLinks() (links []userrules.Link, addrs []netip.Addr) {
+	addrs = []netip.Addr{netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("198.18.7.2")}
+	return []userrules.Link{
+		{Index: 11, Name: "wan0", Addrs: addrs[:1]}, {Index: 12, Name: "wan1", Addrs: addrs[1:]},
+	}, addrs
+}
+
+// reach says what the forwards do with port 5060 of the address of the first link, of that of the
+// second, and of one that packets by both links may have.
+func reach(rs *userrules.Ruleset) string {
+	links, addrs := twoLinks()
+	all := rs.Forwards(links)
+	var said []string
+	for _, a := range append(addrs, netip.MustParseAddr("192.88.99.7")) {
+		what := "leaves"
+		for _, f := range all {
+			switch ext := netip.AddrPortFrom(a, 5060); {
+			case !f.Covers(cone.EndpointFrom(ext)):
+			case !f.Partial && !f.Unknown:
+				what = "takes"
+			case what == "leaves":
+				what = "may take"
+			}
+		}
+		said = append(said, what)
+	}
+	return strings.Join(said, ", ")
+}
+
+// Fails when a forward for one of two links takes what comes by the other, when it is certain for
+// an address of both, and when its link is not understood.
+func TestForwardsForSomeLinksLeaveTheAddressesOfOthers(t *testing.T) {
+	const to, first, second, both = " udp dport 5060 dnat to 10.47.11.109; ", "takes, leaves, may take", "leaves, takes, may take", "takes, takes, takes"
+	for name, tc := range map[string]struct{ nft, want string }{
+		"any link":               {"@@" + to + "}", both},
+		"one link":               {`@@ iifname "wan0"` + to + "}", first},
+		"the other link":         {`@@ iifname "wan1"` + to + "}", second},
+		"a set of one":           {`@@ iifname { "wan1", "ppp7" }` + to + "}", second},
+		"a named set":            {`set up { type ifname; elements = { "wan0" }; }; @@ iifname @up` + to + "}", first},
+		"a set of both":          {`@@ iifname { "wan0", "wan1" }` + to + "}", both},
+		"names that begin alike": {`@@ iifname "wan*"` + to + "}", both},
+		"not one link":           {`@@ iifname != "wan1"` + to + "}", first},
+		"not some links":         {`@@ iifname != { "lan0", "wan0" }` + to + "}", second},
+		"no outside link":        {`@@ iifname "lan0"` + to + "}", "leaves, leaves, leaves"},
+		"an index":               {"@@ iif 12" + to + "}", second},
+		"a jump":                 {`chain led {` + to + `}; @@ iifname "wan1" jump led; }`, second},
+		"a map of links":         {`chain led {` + to + `}; @@ iifname vmap { "wan0" : jump led, "lan0" : accept }; }`, first},
+		"link and port":          {`@@ iifname . udp dport { "wan1" . 5060 } dnat to 10.47.11.109; }`, second},
+		"link and address":       {`@@ iifname "wan0" ip daddr 198.51.100.1` + to + "}", "takes, leaves, leaves"},
+		"another's address":      {`@@ iifname "wan0" ip daddr 198.18.7.2` + to + "}", "leaves, leaves, leaves"},
+		"an address alone":       {`@@ ip daddr 198.18.7.2` + to + "}", "leaves, takes, leaves"},
+		"each link has its own":  {`@@ iifname "wan0"` + to + `iifname "wan1"` + to + "}", "takes, takes, may take"},
+		"behind an exception":    {`@@ iifname "wan0" return; ` + to + "}", "may take, may take, may take"},
+		"a port not understood":  {`@@ iifname "wan1" udp dport & 1 == 0 dnat to 10.47.11.109; }`, "leaves, may take, may take"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l := lab.ForTest(t, lab.Options{Rules: inPrerouting(tc.nft)})
+			if got := reach(ruleset(t, l)); got != tc.want {
+				t.Errorf("%s\n%s", got, output(t, l, "nft", "-n", "list", "ruleset"))
+			}
+		})
+	}
+	for name, tc := range map[string]struct{ condition, want string }{
+		"one link":               {"-i wan0", first},
+		"the other link":         {"-i wan1", second},
+		"names that begin alike": {"-i wan+", both},
+		"not one link":           {"! -i wan0", second},
+		"another link":           {"-i ppp+", "leaves, leaves, leaves"},
+	} {
+		withIPTables(t, name, "*nat\n-A PREROUTING "+tc.condition+" -p udp --dport 5060 -j DNAT --to-destination 10.47.11.109\nCOMMIT\n",
+			func(t *testing.T, l *lab.Lab) {
+				if got := reach(ruleset(t, l)); got != tc.want {
+					t.Error(got)
+				}
+			})
+	}
+}
+
+// Fails when links with very many addresses make each forward as long as these.
+func TestForwardsForSomeLinksOfVeryManyAddresses(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{Rules: inPrerouting(`@@ iifname "wan0" udp dport 5060 dnat to 10.47.11.109; }`)})
+	links, addrs := twoLinks()
+	for a := addrs[1]; len(links[1].Addrs) <= 64; a = a.Next().Next() {
+		links[1].Addrs = append(links[1].Addrs, a)
+	}
+	all := ruleset(t, l).Forwards(links)
+	if len(all) != 1 || len(all[0].Addrs) != 1 || !all[0].Partial {
+		t.Errorf("%+v", all)
+	}
+}
