@@ -38,6 +38,7 @@ func TestForwardForSomePeersBarsNoOthers(t *testing.T) {
 		"nftables, a range":   inChain(`ip saddr 203.0.113.1-203.0.113.9 udp dport 5060` + to),
 		"nftables, a set":     inChain(`ip saddr { 203.0.113.5, 203.0.113.64/26 } udp dport 5060` + to),
 		"nftables, a name":    inChain(`ip saddr @provider udp dport 5060` + to),
+		"nftables, 20,000":    inChain(`ip saddr @provider udp dport 5060` + to + `; }; set provider { type ipv4_addr; flags interval; elements = { ` + prefixes(20_000) + ` }`),
 		"iptables-nft":        inPrerouting(lab.IPTablesNFT, "-s 203.0.113.0/24 --dport 5060 -j DNAT --to-destination 10.47.11.110"),
 		"iptables-legacy":     inPrerouting(lab.IPTablesLegacy, "-s 203.0.113.0/24 --dport 5060 -j DNAT --to-destination 10.47.11.110"),
 		"iptables-legacy, to": inPrerouting(lab.IPTablesLegacy, "-s 203.0.113.0/24 --dport 5060 -j DNAT --to-destination 10.47.11.110:5060"),
@@ -59,6 +60,15 @@ func TestForwardForSomePeersBarsNoOthers(t *testing.T) {
 			s.Arrives(phone, provider, ext) // its own flow
 		})
 	}
+}
+
+// prefixes are n networks that do not touch.
+func prefixes(n int) string {
+	var s strings.Builder
+	for i := range n {
+		fmt.Fprintf(&s, "11.%d.%d.%d/32,", i>>15, i>>7&0xff, i<<1&0xff)
+	}
+	return s.String()
 }
 
 // Beside a firewall that drops DNATed children the map would not help the peers that the

@@ -249,7 +249,7 @@ func forwardOf(all []userrules.Forward, peer netip.Addr, ext netip.AddrPort) (fo
 		has := func(a userrules.AddrRange) bool { return a.Has(peer) }
 		switch {
 		case r.Sources != nil && !slices.ContainsFunc(r.Sources, has):
-		case !userrules.Cover(all[i : i+1]).Covers(cone.EndpointFrom(ext)):
+		case !r.Covers(cone.EndpointFrom(ext)):
 		case !r.Partial && !r.Unknown:
 			return r
 		case found == nil:

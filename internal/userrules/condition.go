@@ -19,7 +19,7 @@ type condition struct {
 	family  byte        // NFPROTO_INET while both are possible
 	ports   []PortRange // sorted; nil stands for any
 	addrs   []AddrRange // nil stands for any
-	sources []AddrRange // nil stands for any
+	sources []AddrRange // sorted and disjoint; nil stands for any
 	except  []AddrRange // destinations that a test excluded, for source NAT; may be wider than the truth
 	unread  bool        // a test of the destination was not understood
 	in      []int       // indexes of the outside links that packets come by; nil stands for any
@@ -246,15 +246,13 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 	case padding:
 		return c, true
 	}
-	if w.first != nil && (f.isSource() || f.kind == address4 || f.kind == address6) {
+	if f.isSource() || w.first != nil && (f.kind == address4 || f.kind == address6) {
 		return w.at(c, f, t)
 	}
 	wide := f.mask != nil
 	switch f.kind {
 	case other, mangledPort:
 		wide = true
-	case source4, source6:
-		wide = f.mask != nil && (t.loose || !isPrefixMask(f.mask)) || t.not && !c.knows(f)
 	case outName:
 		wide = wide || t.not || w.first != nil && len(w.first.out) != 1
 	case address4, address6:
@@ -270,7 +268,7 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 	if t.not && f.kind == address4 && w.sources != nil {
 		c.except = append(slices.Clip(c.except), t.addrs(false)...)
 	}
-	if t.not && f.mask != nil && (wide || !f.isSource()) {
+	if t.not && f.mask != nil {
 		return c, true // a mask makes the spans too wide, so their complement would be too narrow
 	}
 	passes := func(in func(span) bool) bool { return slices.ContainsFunc(t.any, in) != t.not }
@@ -317,23 +315,8 @@ func (w *walker) field(c condition, f field, t test) (condition, bool) {
 		}
 		c.out = c.leaving(t.any)
 		return c, len(c.out) > 0
-	case source4, source6:
-		sources := t.addrs(f.kind == source6)
-		if t.not {
-			if wide {
-				return c, true
-			}
-			sources = otherAddrs(sources, f.kind == source6)
-		}
-		c.sources = intersectAddrs(c.sources, sources)
-		return c, len(c.sources) > 0
 	}
 	return c, true
-}
-
-// knows reports whether all packets of c are of the family of an address field.
-func (c condition) knows(f field) bool {
-	return c.family == unix.NFPROTO_IPV6 == (f.kind == source6) && c.family != unix.NFPROTO_INET
 }
 
 // isPrefixMask reports whether a mask keeps the first bits of a field, so that a span of masked
@@ -402,27 +385,6 @@ func addrRange(low, high []byte) AddrRange {
 	first, _ := netip.AddrFromSlice(low)
 	last, _ := netip.AddrFromSlice(high)
 	return AddrRange{first, last}
-}
-
-// otherAddrs returns the addresses of a family that are not in the ranges.
-func otherAddrs(ranges []AddrRange, v6 bool) (out []AddrRange) {
-	all := everyAddr[0]
-	if v6 {
-		all = everyAddr[1]
-	}
-	next := all.First
-	for _, r := range slices.SortedFunc(slices.Values(ranges), func(a, b AddrRange) int { return a.First.Compare(b.First) }) {
-		if next.Less(r.First) {
-			out = append(out, AddrRange{next, r.First.Prev()})
-		}
-		if next.Compare(r.Last) > 0 {
-			continue
-		}
-		if next = r.Last.Next(); !next.IsValid() {
-			return out
-		}
-	}
-	return append(out, AddrRange{next, all.Last})
 }
 
 // complement returns the ports that are not in the merged ranges.

@@ -3,6 +3,7 @@ package userrules
 import (
 	"cmp"
 	"iter"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -29,7 +30,7 @@ var everyPort = []PortRange{{0, 0xffff}}
 
 // Cover returns what the forwards cover.
 func Cover(forwards []Forward) *Covered {
-	takers, ports := map[string]*taker{}, map[AddrRange][]takenPorts{}
+	takers, ports := newTakers(), map[AddrRange][]takenPorts{}
 	for _, f := range forwards {
 		p := f.Ports
 		if f.All {
@@ -39,20 +40,20 @@ func Cover(forwards []Forward) *Covered {
 		if addrs == nil {
 			addrs = everyAddr
 		}
-		by := takerOf(f, takers)
+		by := takers.of(f)
 		for _, a := range addrs {
 			for _, r := range p {
 				ports[a] = append(ports[a], takenPorts{r, by})
 			}
 		}
 	}
+	takers.sort()
 	c := &Covered{}
-	for a, p := range ports {
-		c.ranges = append(c.ranges, coveredRange{a, divide(p)})
-	}
-	slices.SortFunc(c.ranges, func(a, b coveredRange) int {
+	for _, a := range slices.SortedFunc(maps.Keys(ports), func(a, b AddrRange) int {
 		return cmp.Or(a.First.Compare(b.First), a.Last.Compare(b.Last))
-	})
+	}) {
+		c.ranges = append(c.ranges, coveredRange{a, takers.divide(ports[a])})
+	}
 	c.last = make([]netip.Addr, len(c.ranges))
 	c.build(0, len(c.ranges))
 	return c

@@ -95,16 +95,86 @@ func bars(f userrules.Forward, p cone.Permission) bool {
 	return f.Sources == nil || p.Peers().Contains(f.Sources[0].First)
 }
 
-// Fails when takers of a port beyond the limit are forgotten.
-func TestManyTakersOfAPortBarAll(t *testing.T) {
-	at := func(n int) cone.Addr { return cone.AddrFrom4([4]byte{203, 0, 113, byte(n)}) }
-	p := cone.Permission{Key: cone.Key{Ext: cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.1:5060")), Peer: at(200)}}
+// Very many forwards of one port are one index. It gives the same answer as asking each forward.
+//
+// Fails when one of them is forgotten, takes packets of others, or leads elsewhere.
+func TestManyForwardsOfAPortAreToldApart(t *testing.T) {
+	r := rand.New(rand.NewPCG(3, 4))
+	addr := func() netip.Addr {
+		n := r.Uint32N(500)
+		if r.IntN(4) == 0 {
+			return netip.AddrFrom16([16]byte{0: 0x20, 14: byte(n >> 8), 15: byte(n)})
+		}
+		return netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, 0xcb007100+n)))
+	}
+	barred, free := 0, 0
+	for range 20 {
+		var all []userrules.Forward
+		for range 65 + r.IntN(40) {
+			f := userrules.Forward{Ports: []userrules.PortRange{{First: 5060, Last: 5060 + uint16(r.UintN(2))}}}
+			for range 1 + r.IntN(3) {
+				a := addr()
+				b := a
+				for range r.IntN(4) {
+					b = b.Next()
+				}
+				f.Sources = append(f.Sources, userrules.AddrRange{First: a, Last: b})
+			}
+			if f.Sources = userrules.Union(f.Sources); r.IntN(4) > 0 {
+				f.To = netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 47, 11, byte(r.UintN(2))}), 5060)
+			}
+			all = append(all, f)
+		}
+		covered := userrules.Cover(all)
+		for range 500 {
+			e := cone.EndpointFrom(netip.AddrPortFrom(netip.MustParseAddr("198.51.100.1"), 5060+uint16(r.UintN(3))))
+			in := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 47, 11, byte(r.UintN(2))}), 5060)
+			p := cone.Permission{Key: cone.Key{Ext: e, Peer: cone.AddrFrom(addr())}, Int: cone.EndpointFrom(in)}
+			if r.IntN(4) == 0 {
+				p.Wild = 3
+				p.Peer = p.Peer.WithoutLow(p.Wild)
+			}
+			want := slices.ContainsFunc(all, func(f userrules.Forward) bool {
+				return f.Covers(e) && f.To != in && slices.ContainsFunc(f.Sources, func(r userrules.AddrRange) bool {
+					return r.Has(p.Peers().Addr()) || p.Peers().Contains(r.First)
+				})
+			})
+			if got := covered.ConflictsWith(p); got != want {
+				t.Fatalf("%v barred: %v, want %v, by %+v", p, got, want, all)
+			}
+			if want {
+				barred++
+			} else {
+				free++
+			}
+		}
+		shuffled := slices.Clone(all)
+		r.Shuffle(len(shuffled), func(i, j int) { shuffled[i], shuffled[j] = shuffled[j], shuffled[i] })
+		if !covered.Equal(userrules.Cover(shuffled)) {
+			t.Fatal("another order, another value")
+		}
+	}
+	if barred < 1000 || free < 1000 {
+		t.Errorf("%d were barred, %d were not", barred, free)
+	}
+}
+
+// Fails when forwards that would take too much work are forgotten, and when they are told apart at any
+// cost.
+func TestForwardsThatAreTooManyBarAll(t *testing.T) {
 	var all []userrules.Forward
-	for i := range 100 {
-		a := at(i).Netip()
-		all = append(all, userrules.Forward{All: true, Sources: []userrules.AddrRange{{First: a, Last: a}}})
-		if got, want := userrules.Cover(all).ConflictsWith(p), i >= 64; got != want {
-			t.Fatalf("%d forwards for others bar: %v, want %v", i+1, got, want)
+	for i := range uint16(4000) { // each is for more ports than the last
+		a := netip.AddrFrom4([4]byte{203, 0, byte(i >> 8), byte(i)})
+		all = append(all, userrules.Forward{
+			Ports: []userrules.PortRange{{First: 5000 - i, Last: 5000 + i}}, Sources: []userrules.AddrRange{{First: a, Last: a}},
+		})
+	}
+	covered := userrules.Cover(all)
+	other := cone.AddrFrom(netip.MustParseAddr("192.0.2.1"))
+	for port, want := range map[uint16]bool{5000: true, 5000 - 3990: false, 999: false} {
+		ext := cone.EndpointFrom(netip.AddrPortFrom(netip.MustParseAddr("198.51.100.1"), port))
+		if got := covered.ConflictsWith(cone.Permission{Key: cone.Key{Ext: ext, Peer: other}}); got != want {
+			t.Errorf("port %d is barred for a peer of no forward: %v, want %v", port, got, want)
 		}
 	}
 }

@@ -20,8 +20,9 @@ type Forward struct {
 	// Addrs are the destination addresses; nil stands for any. A rule for some of the outside
 	// links alone leaves out the addresses whose packets come by others (Link.Addrs).
 	Addrs []AddrRange
-	// Sources are the sources of the packets, if known; nil stands for any, or if Partial is set
-	// for unknown ones. A named set of sources is read only if it is an interval set and not long.
+	// Sources are the sources of the packets, sorted and disjoint, if known; nil stands for any, or
+	// if Partial is set for unknown ones. A named set of sources is read only if it is an interval
+	// set and not very long.
 	Sources []AddrRange
 	// To is the endpoint to which the rule sends the packets, if there is only one; the
 	// zero value means that it is not known. Port 0 stands for the packet's own port.

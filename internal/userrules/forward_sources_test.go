@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
@@ -51,7 +52,7 @@ func TestForwardsForSomeSourcesAreFound(t *testing.T) {
 			chain + "ip saddr 203.0.113.5" + to + "ip saddr 203.0.113.6 udp dport 6000-6001 dnat to 10.47.11.110; }",
 			[]string{"6000-6000 from 203.0.113.5-203.0.113.5,203.0.113.6-203.0.113.6", "6001-6001 from 203.0.113.6-203.0.113.6"},
 		},
-		"many rules": {chain + manyRules() + "}", nil},
+		"many rules": {chain + manyRules() + "}", []string{"6000-6000 from 203.0.113.1-203.0.113.100"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := lab.ForTest(t, lab.Options{Rules: inPrerouting(tc.nft)})
@@ -69,6 +70,25 @@ func TestForwardsForSomeSourcesAreFound(t *testing.T) {
 				t.Error(diff)
 			}
 		})
+	}
+}
+
+// Fails when the sources of a rule are unknown because they are many, and when a set beyond the limit
+// is taken for a short one.
+func TestForwardsForVeryManySources(t *testing.T) {
+	for n, want := range map[int]int{20_000: 20_000, 32_769: 0} {
+		l := lab.ForTest(t, lab.Options{Rules: inPrerouting(prefixesIn(n) + "@@ ip saddr @them udp dport 6000 dnat to 10.47.11.109; }")})
+		all := ruleset(t, l).Forwards([]userrules.Link{{Index: 2, Name: "wan0"}})
+		if len(all) != 1 || len(all[0].Sources) != want || all[0].Partial != (want == 0) {
+			t.Fatalf("%d prefixes: %d forwards, %d sources, partial %v", n, len(all), len(all[0].Sources), all[0].Partial)
+		}
+		covered := userrules.Cover(all)
+		for peer, bars := range map[string]bool{"11.0.0.2": true, "11.0.0.3": n != 20_000, "11.0.156.62": true, "203.0.113.5": n != 20_000} {
+			p := cone.Permission{Key: cone.Key{Ext: cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.1:6000")), Peer: cone.AddrFrom(netip.MustParseAddr(peer))}}
+			if got := covered.ConflictsWith(p); got != bars {
+				t.Errorf("%d prefixes: %s is barred: %v", n, peer, got)
+			}
+		}
 	}
 }
 

@@ -356,9 +356,14 @@ func (r *rule) title(t *table) string {
 	return fmt.Sprintf("%s %s handle %d", t.title, r.chain, r.handle)
 }
 
-// add adds f unless it was found already: two jumps may lead to one chain.
+// add adds f unless it was found already: two jumps may lead to one chain. Rules that look up one
+// set share the list of its addresses.
 func (w *walker) add(f Forward) {
-	key := fmt.Sprint(f)
+	brief, list := f, listAt{}
+	if len(f.Sources) > 16 {
+		brief.Sources, list = nil, placeOf(f.Sources)
+	}
+	key := fmt.Sprint(brief, list)
 	if !w.seen[key] {
 		w.seen[key] = true
 		w.found = append(w.found, f)

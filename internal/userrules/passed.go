@@ -167,7 +167,7 @@ func (w *walker) at(c condition, f field, t test) (condition, bool) {
 	if f.isSource() {
 		in = &c.sources
 	}
-	exact := f.mask == nil || isPrefixMask(f.mask)
+	exact := f.mask == nil || isPrefixMask(f.mask) && !t.loose
 	all := w.list(t, v6)
 	switch {
 	case !t.not && *in == nil:

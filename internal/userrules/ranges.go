@@ -99,6 +99,13 @@ type listAt struct {
 	n     int
 }
 
+func placeOf(list []AddrRange) (at listAt) {
+	if len(list) > 0 {
+		at = listAt{&list[0], len(list)}
+	}
+	return at
+}
+
 type difference struct {
 	left []AddrRange
 	some bool
@@ -112,7 +119,7 @@ func (s *subtraction) except(a, b []AddrRange) (left []AddrRange, some, ok bool)
 	if len(a) == 0 || len(b) == 0 {
 		return a, false, true
 	}
-	key := [2]listAt{{&a[0], len(a)}, {&b[0], len(b)}}
+	key := [2]listAt{placeOf(a), placeOf(b)}
 	d, known := s.known[key]
 	if !known {
 		if s.steps += len(a) + len(b); s.steps > mostSteps {

@@ -2,61 +2,226 @@ package userrules
 
 import (
 	"cmp"
-	"fmt"
+	"encoding/binary"
+	"maps"
 	"net/netip"
 	"slices"
+	"sort"
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// A taker says whose packets a forward takes, and where it sends them.
+// A taker says whose packets forwards take, and where they send them.
 type taker struct {
-	sources []AddrRange    // nil stands for any
-	to      netip.AddrPort // as Forward.To
-	key     string         // identifies the taker
+	sources []AddrRange      // sorted and disjoint; nil stands for any
+	to      netip.AddrPort   // as Forward.To, for all sources
+	tos     []netip.AddrPort // for each range of sources, if they are several; nil otherwise
 }
 
 // anyTaker takes packets of everybody and sends them to an unknown endpoint. manyTakers stands
-// for more than are kept apart, and counts as one that does.
-var anyTaker, manyTakers = &taker{}, &taker{key: "many"}
+// for more than can be told apart, and counts as one that does.
+var anyTaker, manyTakers = &taker{}, &taker{}
 
-// takerOf returns the taker of f; forwards that are alike share one.
-func takerOf(f Forward, known map[string]*taker) *taker {
-	if f.Sources == nil && !f.To.IsValid() {
-		return anyTaker
-	}
-	key := fmt.Sprint(f.Sources, f.Sources == nil, f.To)
-	if known[key] == nil {
-		known[key] = &taker{f.Sources, f.To, key}
-	}
-	return known[key]
+func (t *taker) equal(o *taker) bool {
+	return t == o || t.to == o.to && slices.Equal(t.tos, o.tos) && sameList(t.sources, o.sources) && t != manyTakers && o != manyTakers
+}
+
+func (t *taker) compare(o *taker) int {
+	return cmp.Or(t.to.Compare(o.to), slices.CompareFunc(t.sources, o.sources, func(a, b AddrRange) int {
+		return cmp.Or(a.First.Compare(b.First), a.Last.Compare(b.Last))
+	}))
 }
 
 // bars reports whether the taker conflicts with p: it may send packets of p's peers
 // elsewhere than p does.
 func (t *taker) bars(p *cone.Permission) bool {
-	if in := p.Int.Netip(); t.to.Addr() == in.Addr() && cmp.Or(t.to.Port(), p.Ext.Port) == in.Port() {
-		return false
+	in := p.Int.Netip()
+	elsewhere := func(to netip.AddrPort) bool {
+		return to.Addr() != in.Addr() || cmp.Or(to.Port(), p.Ext.Port) != in.Port()
 	}
 	if t.sources == nil {
-		return true
+		return elsewhere(t.to)
 	}
 	peers := p.Peers()
 	first, last := peers.Addr(), nfnl.LastAddr(peers)
-	return slices.ContainsFunc(t.sources, func(r AddrRange) bool {
-		return r.First.BitLen() == first.BitLen() && r.First.Compare(last) <= 0 && first.Compare(r.Last) <= 0
-	})
+	for i := sort.Search(len(t.sources), func(i int) bool { return !t.sources[i].Last.Less(first) }); i < len(t.sources); i++ {
+		switch {
+		case last.Less(t.sources[i].First):
+			return false
+		case t.tos == nil:
+			return elsewhere(t.to)
+		case elsewhere(t.tos[i]):
+			return true
+		}
+	}
+	return false
+}
+
+// takers are those of one Covered.
+type takers struct {
+	lists  map[listAt]int // the numbers of lists of sources, by where they lie
+	same   map[string]int // likewise, by what they have
+	all    map[takerKey]*taker
+	order  map[*taker]int    // by what they have, so that it is the same for the same forwards
+	merged map[string]*taker // by the takers that it stands for
+	steps  int
+}
+
+type takerKey struct {
+	list int // 0 stands for all sources
+	to   netip.AddrPort
+}
+
+func newTakers() *takers {
+	return &takers{
+		lists: map[listAt]int{}, same: map[string]int{}, all: map[takerKey]*taker{},
+		order: map[*taker]int{}, merged: map[string]*taker{},
+	}
+}
+
+// of returns the taker of f; forwards that are alike share one.
+func (s *takers) of(f Forward) *taker {
+	if f.Sources == nil && !f.To.IsValid() {
+		return anyTaker
+	}
+	key := takerKey{s.list(f.Sources), f.To}
+	if s.all[key] == nil {
+		s.all[key] = &taker{sources: f.Sources, to: f.To}
+	}
+	return s.all[key]
+}
+
+// sort sets the order of the takers, once all are known.
+func (s *takers) sort() {
+	for i, t := range slices.SortedFunc(maps.Values(s.all), (*taker).compare) {
+		s.order[t] = i
+	}
+}
+
+// list returns the number of a list of sources.
+func (s *takers) list(sources []AddrRange) int {
+	if sources == nil {
+		return 0
+	}
+	at := placeOf(sources)
+	if s.lists[at] == 0 {
+		var b []byte
+		for _, r := range sources {
+			b = append(append(b, r.First.AsSlice()...), r.Last.AsSlice()...)
+		}
+		if s.same[string(b)] == 0 {
+			s.same[string(b)] = len(s.same) + 1
+		}
+		s.lists[at] = s.same[string(b)]
+	}
+	return s.lists[at]
+}
+
+const (
+	// mostTakers limits how many takers of one port a lookup asks. More of them become one.
+	mostTakers = 64
+	// mostMerged limits the ranges of sources that these have together, and so what they cost. Beyond
+	// it they take all packets.
+	mostMerged = 1 << 18
+)
+
+// together returns the takers that cover the same ports.
+func (s *takers) together(active map[*taker]int) (by []*taker) {
+	if active[anyTaker] > 0 {
+		return []*taker{anyTaker}
+	}
+	if len(active) > mostTakers {
+		s.steps += len(active)
+	}
+	if len(active) > mostTakers && s.steps > mostMerged {
+		return []*taker{manyTakers}
+	}
+	by = slices.SortedFunc(maps.Keys(active), func(a, b *taker) int { return s.order[a] - s.order[b] })
+	if len(by) > mostTakers {
+		return []*taker{s.merge(by)}
+	}
+	return by
+}
+
+// merge returns a taker that stands for all.
+func (s *takers) merge(all []*taker) *taker {
+	var key []byte
+	ranges := 0
+	for _, t := range all {
+		key = binary.AppendUvarint(key, uint64(s.order[t]))
+		ranges += len(t.sources)
+	}
+	if t := s.merged[string(key)]; t != nil {
+		return t
+	}
+	if s.steps += ranges; s.steps > mostMerged {
+		return manyTakers
+	}
+	// Where one to an endpoint begins, and behind its end.
+	type edge struct {
+		at  netip.Addr
+		to  netip.AddrPort
+		add int
+	}
+	var edges []edge
+	for _, t := range all {
+		sources := t.sources
+		if sources == nil {
+			sources = everyAddr
+		}
+		for _, r := range sources {
+			edges = append(edges, edge{r.First, t.to, 1})
+			if next := r.Last.Next(); next.IsValid() {
+				edges = append(edges, edge{next, t.to, -1})
+			}
+		}
+	}
+	slices.SortFunc(edges, func(a, b edge) int { return a.at.Compare(b.at) })
+	t, active := &taker{sources: []AddrRange{}, tos: []netip.AddrPort{}}, map[netip.AddrPort]int{}
+	for i, e := range edges {
+		if i > 0 && edges[i-1].at.BitLen() != e.at.BitLen() {
+			clear(active) // those to the end of the other family
+		}
+		if active[e.to] += e.add; active[e.to] == 0 {
+			delete(active, e.to)
+		}
+		last := e.at
+		switch {
+		case i+1 < len(edges) && edges[i+1].at == e.at, len(active) == 0:
+			continue
+		case i+1 < len(edges) && edges[i+1].at.BitLen() == e.at.BitLen():
+			last = edges[i+1].at.Prev()
+		case e.at.Is4():
+			last = everyAddr[0].Last
+		default:
+			last = everyAddr[1].Last
+		}
+		var to netip.AddrPort // unknown, if there are several
+		if len(active) == 1 {
+			to = e.to
+			for only := range active {
+				to = only
+			}
+		}
+		if n := len(t.sources); n > 0 && t.sources[n-1].Last.Next() == e.at && t.tos[n-1] == to {
+			t.sources[n-1].Last = last
+			continue
+		}
+		t.sources, t.tos = append(t.sources, AddrRange{e.at, last}), append(t.tos, to)
+	}
+	s.merged[string(key)] = t
+	return t
 }
 
 // coveredPorts are ports that the same forwards cover.
 type coveredPorts struct {
 	PortRange
-	by []*taker // sorted by key
+	by []*taker // in order
 }
 
 func (c coveredPorts) equal(d coveredPorts) bool {
-	return c.PortRange == d.PortRange && slices.EqualFunc(c.by, d.by, func(a, b *taker) bool { return a.key == b.key })
+	return c.PortRange == d.PortRange && slices.EqualFunc(c.by, d.by, (*taker).equal)
 }
 
 // sources returns whose packets the forwards take; nil stands for everybody's.
@@ -85,10 +250,6 @@ func take(ports []coveredPorts, port uint16, p *cone.Permission) bool {
 	return found && (p == nil || slices.ContainsFunc(ports[i].by, func(t *taker) bool { return t.bars(p) }))
 }
 
-// mostTakers limits how many takers of one port are kept apart, because a lookup asks each
-// of them. More of them count as one that takes all packets.
-const mostTakers = 64
-
 // takenPorts are ports that a forward covers.
 type takenPorts struct {
 	PortRange
@@ -96,7 +257,7 @@ type takenPorts struct {
 }
 
 // divide returns the ports of all, sorted and disjoint, each range with its takers.
-func divide(all []takenPorts) (out []coveredPorts) {
+func (s *takers) divide(all []takenPorts) (out []coveredPorts) {
 	type edge struct {
 		at  int // the first port of a range, or the first after it
 		by  *taker
@@ -117,7 +278,7 @@ func divide(all []takenPorts) (out []coveredPorts) {
 		if i+1 == len(edges) || edges[i+1].at == e.at || len(active) == 0 {
 			continue
 		}
-		next := coveredPorts{PortRange{uint16(e.at), uint16(edges[i+1].at - 1)}, together(active)}
+		next := coveredPorts{PortRange{uint16(e.at), uint16(edges[i+1].at - 1)}, s.together(active)}
 		if n := len(out); n > 0 && int(out[n-1].Last)+1 == e.at && slices.Equal(out[n-1].by, next.by) {
 			out[n-1].Last = next.Last
 		} else {
@@ -125,19 +286,4 @@ func divide(all []takenPorts) (out []coveredPorts) {
 		}
 	}
 	return out
-}
-
-// together returns the takers that cover the same ports.
-func together(active map[*taker]int) (by []*taker) {
-	switch {
-	case active[anyTaker] > 0:
-		return []*taker{anyTaker}
-	case len(active) > mostTakers:
-		return []*taker{manyTakers}
-	}
-	for t := range active {
-		by = append(by, t)
-	}
-	slices.SortFunc(by, func(a, b *taker) int { return cmp.Compare(a.key, b.key) })
-	return by
 }
