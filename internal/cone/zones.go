@@ -15,6 +15,9 @@ type Zones struct {
 	// Several are the enabled subnets with translated flows in more than one zone of the
 	// original direction: hosts of two networks may have the same addresses.
 	Several []netip.Prefix
+	// Replies are the enabled subnets with translated flows that have a zone in their reply
+	// direction. Only expectations stand there.
+	Replies []netip.Prefix
 	// Outside are outside addresses of enabled hosts, in zone 0, at most mostOutside.
 	Outside []netip.Addr
 }
@@ -41,13 +44,19 @@ func (m *Model) noteZones(f *Flow) {
 	}
 }
 
-// noteSubnetZone notes the zone of f, a translated flow of s, if its answers come in zone 0.
-// The gateway's own flows are of no subnet.
+// noteSubnetZone notes the zone of f, a translated flow of s. The gateway's own flows are of no
+// subnet.
 func (m *Model) noteSubnetZone(f *Flow, s Subnet) {
-	if f.ReplyZone != 0 || !s.Prefix.IsValid() {
+	z := &m.zones
+	switch {
+	case !s.Prefix.IsValid():
+		return
+	case f.ReplyZone != 0:
+		if !slices.Contains(z.Replies, s.Prefix) {
+			z.Replies = append(slices.Clip(z.Replies), s.Prefix)
+		}
 		return
 	}
-	z := &m.zones
 	if zone, known := m.inZone[s.Prefix]; !known {
 		if m.inZone == nil {
 			m.inZone = make(map[netip.Prefix]uint16)

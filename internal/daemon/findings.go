@@ -164,6 +164,29 @@ func (l *loop) warnElsewhere(out *warnings) {
 	}
 }
 
+// warnReplyZones warns of enabled subnets with a conntrack zone of both directions and permissions
+// that only the map could carry. It serves no flow there.
+func (l *loop) warnReplyZones(out *warnings) {
+	for _, p := range l.engine.Model.Zones().Replies {
+		i := slices.IndexFunc(l.cfg.Subnets, func(s config.Subnet) bool { return s.Prefix == p })
+		if i < 0 || !p.Addr().Is4() {
+			continue
+		}
+		mend := ""
+		switch {
+		case l.cfg.Backend == config.BackendNFT:
+			mend = `set backend = "auto", for expectations stand in such a zone, or `
+		case l.backends.expect == nil:
+		case l.cfg.Subnets[i].Filtering == config.EndpointIndependent:
+			mend = `leave out filtering = "endpoint_independent", for expectations stand in such a zone, or `
+		default:
+			continue
+		}
+		out.add(warnReplyZone, p.String(), "flows of %v have a conntrack zone for both directions, where the map admits nothing: "+
+			"%sgive the zone to the original direction alone (ct original zone set)", p, mend)
+	}
+}
+
 // warnSubnets warns of peculiarities of enabled subnets.
 func (l *loop) warnSubnets(out *warnings) {
 	for _, u := range l.engine.Model.Untranslated() {
@@ -176,6 +199,7 @@ func (l *loop) warnSubnets(out *warnings) {
 		out.add(warnSeveralZones, s.String(), "flows of %v came in several conntrack zones, where other networks may have the same addresses: "+
 			"the map and mappings serve no flow with a zone; give the networks different subnets, and restart conenatd", s)
 	}
+	l.warnReplyZones(out)
 	for _, z := range l.engine.Model.SecondZones() {
 		out.add(warnSecondZone, z.Subnet.String(), "flows of %v pass conntrack twice, in zone %d untranslated, as behind the firewall of a bridge (Proxmox): "+
 			"it knows nothing of what a permission admits and may drop it; set routed = true for this subnet", z.Subnet, z.Zone)

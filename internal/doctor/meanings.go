@@ -110,6 +110,7 @@ var meanings = []meaning{
 	{id: "children_dropped", severity: Error, why: "what a peer sends from another port is lost, although it is permitted", fix: letIn},
 	{id: "packets_in_zone", severity: Error, why: "what a peer sends from another port is lost, although it is permitted", fix: letIn, flows: true},
 	{id: "second_zone", severity: Error, why: "the second pass drops what a permission admitted in the first", fix: set(Subnets, "routed = true"), flows: true},
+	{id: "zone_of_both", severity: Error, why: "no packet from outside is admitted to hosts in a zone of both directions", flows: true},
 	{id: "several_zones", severity: Error, why: "hosts of two networks with the same addresses cannot be told apart", flows: true},
 	{id: "way_back_unknown", severity: Warning, why: "what these hosts send earns no permission, so no other port of the peer gets in", flows: true},
 	{id: "changes_late", severity: Note, why: "a new forward or address takes effect seconds later", flows: true},

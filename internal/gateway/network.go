@@ -44,9 +44,10 @@ type Link struct {
 	Cause   Cause
 	// Inside says that the link leads to an enabled subnet, or that the user names it as an
 	// inside link. Unused are the families for which it is not an outside link although it
-	// has a default route, in any table.
-	Inside bool
-	Unused Families
+	// has a default route, in any table. Vouched says that the user names it.
+	Inside  bool
+	Vouched bool
+	Unused  Families
 	// Far says that only a default route of the link leads to an enabled subnet.
 	Far bool
 	// Partial says that it is an outside link only because of a rule or a flow, and that

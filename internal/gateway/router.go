@@ -16,9 +16,10 @@ import (
 // A Router asks the kernel by which link it sends packets of inside hosts. It is not safe
 // for concurrent use.
 type Router struct {
-	conn   *conn
-	v4, v6 choices
-	inside map[cone.Addr]uint32
+	conn    *conn
+	v4, v6  choices
+	inside  map[cone.Addr]uint32 // the link of the way back to each host
+	vouched []uint32             // links by which any host may come
 }
 
 // choices are what routing rules and routes of one address family select by.
@@ -53,9 +54,15 @@ func DialRouter(netns int, n Network) (*Router, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Router{
+	r := &Router{
 		conn: c, v4: newChoices(n.Rules, n.toses()), v6: newChoices(n.Rules6, []uint8{0}), inside: make(map[cone.Addr]uint32),
-	}, nil
+	}
+	for _, l := range n.Links {
+		if l.Vouched {
+			r.vouched = append(r.vouched, uint32(l.Index))
+		}
+	}
+	return r, nil
 }
 
 // Close ends the connection.
@@ -70,6 +77,9 @@ func (r *Router) Close() error { return r.conn.Close() }
 // mark packets, for instance. That of an inverted rule ("not fwmark", as wg-quick has one for its own
 // packets) does not count. Links tries those that the packet has then by mark, and where mark
 // does not know, all marks of routing rules.
+//
+// The packet may come in by the link of the way back to its source, or by one that the user names
+// inside, if it leaves from there.
 func (r *Router) Links(src, dst cone.Endpoint, mark Marking) (links []int, all bool, err error) {
 	from, known := r.inside[src.Addr]
 	if !known { // find the link by which its packets come in
@@ -88,16 +98,18 @@ func (r *Router) Links(src, dst cone.Endpoint, mark Marking) (links []int, all b
 	if !src.Addr.Is4() {
 		c = &r.v6
 	}
-	for _, mark := range c.marksOf(int(from), mark) {
-		for _, tos := range c.toses {
-			link, err := r.lookup(src, dst, from, mark, tos)
-			if err != nil {
-				return nil, false, err
-			}
-			if link == 0 {
-				all = false
-			} else if !slices.Contains(links, link) {
-				links = append(links, link)
+	for _, in := range append([]uint32{from}, r.vouched...) {
+		for _, mark := range c.marksOf(int(in), mark) {
+			for _, tos := range c.toses {
+				link, err := r.lookup(src, dst, in, mark, tos)
+				if err != nil {
+					return nil, false, err
+				}
+				if link == 0 {
+					all = all && in != from
+				} else if !slices.Contains(links, link) {
+					links = append(links, link)
+				}
 			}
 		}
 	}

@@ -78,14 +78,14 @@ func (n *Network) Mark(s Sides) {
 	for i := range n.Links {
 		l := &n.Links[i]
 		l.Outside, l.Cause, l.Unused, l.Inside = 0, NoCause, 0, len(n.SubnetsOf(*l)) > 0
-		l.Far, l.Partial = n.places.far[l.Index], false
+		l.Far, l.Partial, l.Vouched = n.places.far[l.Index], false, false
 		by := defaults[l.Index]
 		if l.is(unix.IFF_LOOPBACK) {
 			by = 0
 		}
 		switch {
 		case slices.Contains(s.Inside, l.Name):
-			l.Inside, l.Unused = true, by
+			l.Inside, l.Vouched, l.Unused = true, true, by
 			continue
 		case slices.Contains(s.Outside, l.Name):
 			l.Outside, l.Cause = bothFamilies, Named
