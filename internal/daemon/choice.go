@@ -149,7 +149,7 @@ func (w *witnesses) weigh(v userrules.ChildVerdicts) decision {
 		default:
 			return nil
 		}
-		return []control.Evidence{{By: by.String(), Children: w.lately, Passed: min(w.through, w.lately)}}
+		return []control.Evidence{{By: by.String(), Children: w.judged(), Passed: min(w.through, w.judged())}}
 	}
 	evidence := answer(&v.MostDNATed, &w.mapped, cone.ByMap)
 	if e := answer(&v.MostRelated, &w.related, cone.ByExpectation); v.MostDNATed != userrules.Accepted {

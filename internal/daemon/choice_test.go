@@ -48,6 +48,8 @@ func TestWhatTheForwardHookDoesDecides(t *testing.T) {
 			w.related.read(0, 0, 0, 0)
 			w.mapped.read(1, tc.mapped[0], tc.mapped[1], tc.mapped[1])
 			w.related.read(1, tc.others[0], tc.others[1], tc.others[1])
+			w.mapped.sawFlows()
+			w.related.sawFlows()
 			d := w.weigh(userrules.ChildVerdicts{MostDNATed: tc.dnated, MostRelated: tc.related})
 			if d.Choice != tc.want || d.why != tc.why || !slices.Equal(d.evidence, tc.evidence) {
 				t.Errorf("%v because %q, %+v", d.Choice, d.why, d.evidence)
@@ -61,6 +63,7 @@ func TestEvidenceAges(t *testing.T) {
 	tell := func(now time.Duration, admitted, passed uint64, wantPass, wantKnown bool) {
 		t.Helper()
 		w.read(now, admitted, passed, passed)
+		w.sawFlows()
 		if pass, known := w.passes(); pass != wantPass || known != wantKnown {
 			t.Errorf("at %v: passes %v, known %v; %+v", now, pass, known, w)
 		}
@@ -108,6 +111,73 @@ func TestEvidenceHasNoChildrenMissingThatCameBetweenReadings(t *testing.T) {
 	check("counted another way")
 }
 
+// Twelve children come at once. Nothing shows yet which of them passed, since the loop has not
+// read their events. Then it reads them, or a dump of flows shows that all were lost.
+//
+// Fails when a child is taken for lost before flows were dumped after it came, and when children
+// that are lost, or what passed at once, are not found then.
+func TestChildrenAreLostOnlyAfterADump(t *testing.T) {
+	subnet := netip.MustParsePrefix("10.47.11.0/24")
+	for name, tc := range map[string]struct {
+		late          uint64 // how many have passed at the first reading, and at the next
+		passed        uint64
+		first, dumped string // what is known then
+	}{
+		"events are late":    {0, 12, "nothing", "pass"},
+		"some are late":      {2, 12, "nothing", "pass"},
+		"events are in time": {12, 12, "pass", "pass"},
+		"all are lost":       {0, 0, "nothing", "lost"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := &firewall{}
+			read := func(now time.Duration, dumped bool, admitted, before, passed uint64, want string) {
+				t.Helper()
+				f.dumped, f.counts = dumped, rules.Counters{"admitted": admitted}
+				f.passedBefore = nil // as long as none passed
+				if before > 0 {
+					f.passedBefore = map[netip.Prefix]cone.Passed{subnet: {Mapped: before}}
+				}
+				f.readEvidence(now, []config.Subnet{{Prefix: subnet}}, func(netip.Prefix) cone.Passed { return cone.Passed{Mapped: passed} })
+				known := "nothing"
+				if pass, yes := f.witness(subnet).mapped.passes(); yes && pass {
+					known = "pass"
+				} else if yes {
+					known = "lost"
+				}
+				if known != want {
+					t.Errorf("at %v: %s, want %s", now, known, want)
+				}
+			}
+			read(1, false, 0, 0, 0, "nothing")
+			read(2, true, 12, 0, tc.late, tc.first)
+			read(3, false, 12, tc.late, tc.late, tc.first) // somebody changed rules
+			read(4, true, 12, tc.passed, tc.passed, tc.dumped)
+			// The same number come again.
+			read(5, true, 24, tc.passed, tc.passed+tc.late, tc.dumped)
+			read(6, true, 24, 2*tc.passed, 2*tc.passed, tc.dumped)
+		})
+	}
+}
+
+// Many children come, and all pass, while rules change again and again: flows are not dumped, and
+// older children are halved.
+//
+// Fails when the halves of those that are pending and of those that passed are not the same.
+func TestPendingChildrenAgeWithTheOthers(t *testing.T) {
+	var w witness
+	w.read(0, 0, 0, 0)
+	w.read(1, 400, 400, 400)
+	w.sawFlows()
+	for now := range time.Duration(4) {
+		w.read(2+now, 1400, 1400, 1400)
+	}
+	w.sawFlows()
+	w.read(6, 1400, 1400, 1400)
+	if 10*w.through < 9*w.lately {
+		t.Errorf("%d of %d passed", w.through, w.lately)
+	}
+}
+
 // Children are lost that the rules of the forward hook accept.
 //
 // Fails when a single dump decides, or readings without a dump, and when a change of the rules
@@ -147,6 +217,7 @@ func TestEvidenceWhenSubnetsChange(t *testing.T) {
 	one, other := netip.MustParsePrefix("10.47.11.0/24"), netip.MustParsePrefix("10.47.12.0/24")
 	f := &firewall{}
 	read := func(now time.Duration, admitted, passed uint64, subnets ...netip.Prefix) {
+		f.dumped = true
 		var all []config.Subnet
 		for _, p := range subnets {
 			all = append(all, config.Subnet{Prefix: p})
@@ -169,6 +240,7 @@ func TestEvidenceWhenSubnetsChange(t *testing.T) {
 	read(4, 60, 10, one)
 	check("others were lost", true, true)
 	read(5, 120, 10, one)
+	read(6, 120, 10, one)
 	check("they are lost now", false, true)
 }
 
@@ -180,7 +252,7 @@ func TestChildrenThatDoNotContradictTheRules(t *testing.T) {
 		w.acceptedNow(accepted)
 		w.read(0, 0, 0, 0)
 		w.read(1, 50, passed, passed)
-		w.judge(true)
+		w.sawFlows()
 		w.judge(true)
 		return w
 	}
@@ -192,7 +264,6 @@ func TestChildrenThatDoNotContradictTheRules(t *testing.T) {
 	}
 	w := lost(false, 0)
 	w.acceptedNow(true)
-	w.judge(true)
 	w.judge(true)
 	if w.contradicts() {
 		t.Error("they were lost by other rules")

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"maps"
 	"net/netip"
 	"slices"
@@ -67,8 +68,9 @@ type witness struct {
 	admitted, passed uint64 // as read last
 	before           uint64 // passed, as it was before admitted was read
 	lately, through  uint64
+	pending          uint64        // admitted after the last dump of flows, so events may be missing
 	seen             time.Duration // when the last child came
-	failing          int           // consecutive dumps of flows after which no child had passed
+	lost             bool          // after a dump of flows, no child had passed
 	anyPassed        bool          // since restart
 	accepted         bool          // the rules that are read accept all children
 }
@@ -79,7 +81,7 @@ type witness struct {
 func (w *witness) read(now time.Duration, admitted, before, passed uint64) {
 	if w.counting {
 		if admitted > w.admitted {
-			w.lately += admitted - w.admitted
+			w.pending += admitted - w.admitted
 			w.seen = now
 		}
 		// Of one child the two totals may be of different readings.
@@ -91,28 +93,36 @@ func (w *witness) read(now time.Duration, admitted, before, passed uint64) {
 	}
 	w.counting, w.admitted, w.before, w.passed = true, admitted, before, passed
 	if w.lately > manyChildren {
-		w.lately, w.through = w.lately/2, w.through/2
+		w.lately, w.through, w.pending = w.lately/2, w.through/2, w.pending/2
 	}
 	if now-w.seen >= evidenceMemory {
-		w.lately, w.through = 0, 0
+		w.lately, w.through, w.pending = 0, 0, 0
 	}
 }
 
-// judge updates failing. dumped says whether flows were dumped since the last call.
+// sawFlows tells the witness that flows were dumped since the last reading. Events are late on a
+// busy machine, and some are lost. The dump shows all the same which children passed until that
+// reading: the others are lost.
+func (w *witness) sawFlows() { w.lately, w.pending = w.lately+w.pending, 0 }
+
+// pause ends counting. The next reading begins again at its values, so children whose events are
+// missing are forgotten.
+func (w *witness) pause() {
+	w.lately = max(w.lately, min(w.through, w.lately+w.pending))
+	w.counting, w.pending = false, 0
+}
+
+// judge updates lost. dumped says whether flows were dumped since the last call.
 func (w *witness) judge(dumped bool) {
-	switch pass, known := w.passes(); {
-	case !known || pass || w.anyPassed:
-		w.failing = 0
-	case dumped:
-		w.failing++
-	}
+	pass, known := w.passes()
+	all := known && !pass && !w.anyPassed
+	w.lost = all && (w.lost || dumped)
 }
 
 // contradicts reports whether all children are lost though the rules that are read accept
 // them, for instance in a chain of another hook. If one child passed, the lost ones may be those
-// of a peer that the user blocks. One dump does not suffice: if events were lost, it is the next
-// dump that shows the children.
-func (w *witness) contradicts() bool { return w.failing > 1 }
+// of a peer that the user blocks.
+func (w *witness) contradicts() bool { return w.lost }
 
 // acceptedNow takes in whether the rules that are read accept all children. Children that
 // were lost before say nothing against them.
@@ -125,7 +135,7 @@ func (w *witness) acceptedNow(accepted bool) {
 
 // restart forgets earlier children.
 func (w *witness) restart() {
-	w.lately, w.through, w.failing, w.anyPassed = 0, 0, 0, false
+	w.lately, w.through, w.pending, w.lost, w.anyPassed = 0, 0, 0, false, false
 	w.passed = w.before
 }
 
@@ -183,7 +193,8 @@ func (f *firewall) recount(subnets []config.Subnet) {
 	f.counting, f.nowhere = now, nowhere{}
 	for _, w := range f.witnesses {
 		w.admitted, w.expected = runningCount{}, runningCount{}
-		w.mapped.counting, w.related.counting = false, false
+		w.mapped.pause()
+		w.related.pause()
 	}
 }
 
@@ -195,6 +206,11 @@ func (f *firewall) readEvidence(now time.Duration, subnets []config.Subnet, pass
 	})
 	f.recount(subnets)
 	f.nowhere.read(f.counts, subnets)
+	if f.dumped {
+		for w := range f.eachWitness {
+			w.sawFlows()
+		}
+	}
 	mappable := 0
 	for _, s := range subnets {
 		if s.Prefix.Addr().Is4() {
@@ -226,7 +242,7 @@ func (f *firewall) readEvidence(now time.Duration, subnets []config.Subnet, pass
 	if !f.contradicted() {
 		if f.retry.changed {
 			for w := range f.eachWitness {
-				w.failing, w.anyPassed = 0, false
+				w.lost, w.anyPassed = false, false
 			}
 		}
 		f.retry.changed = false
@@ -293,10 +309,14 @@ func (r *reconciler) followZones(cfg config.Config, zones cone.Zones) error {
 	return nil
 }
 
+// judged returns how many children passes judges. Before the first dump, these are all that were
+// admitted: that they passed is known at once.
+func (w *witness) judged() uint64 { return cmp.Or(w.lately, w.pending) }
+
 // passes reports whether children pass, and whether there is enough evidence to know.
 func (w *witness) passes() (pass, known bool) {
 	switch {
-	case w.lately > 0 && 2*w.through >= w.lately:
+	case w.judged() > 0 && 2*w.through >= w.judged():
 		return true, true
 	case w.lately >= enoughChildren && 4*w.through < w.lately:
 		return false, true
