@@ -292,6 +292,20 @@ var faults = map[string]fault{
 	"a large group without the map": {
 		id: "large_peer_groups", running: true, top: "backend = \"expect\"\npeer_groups = [\"203.0.113.0/24\"]\n", line: `backend = "auto"`,
 	},
+	"packets in a zone, expectations alone": {
+		id: "packets_in_zone", options: byRules(lab.Masquerade + acceptsBoth + zonesOf(zonesByDirection["each link has one"])),
+		top: "backend = \"expect\"\n", running: true, lost: true, later: (*scene).peerInZone, line: `backend = "auto"`,
+	},
+	"IPv6 by the map alone": {
+		id: "no_carrier", options: lab.Options{IPv6: true, Rules: lab.Masquerade + acceptsBoth}, prefix: lab.InsideNet6.String(), subnet: routed,
+		top: byMap, running: true, line: `backend = "auto"`,
+	},
+	"zones of both directions by the map alone": {
+		id:  "no_carrier",
+		top: byMap, running: true, later: contacts(1, 1), line: `backend = "auto"`,
+		options: byRules(lab.Masquerade + acceptsBoth + `table inet zones { chain c { type filter hook prerouting priority raw; iifname { "lan0", "wan0" } ct zone set 250; }; }
+`),
+	},
 	"IPv6 is not routed": {
 		id: "ipv6_not_routed", options: lab.Options{IPv6: true}, prefix: lab.InsideNet6.String(), line: "routed = true",
 	},

@@ -113,7 +113,7 @@ func (m *Model) SetPolicy(now time.Duration, p Policy) {
 	m.wheel = newWheel(&m.claims, p.Lifetime)
 	m.wheel.done = int64(now / m.wheel.grain)
 	m.hosts = make(map[Addr]scope)
-	m.subnets, m.mapAlone = newScopes(len(p.Subnets)), make([][Reasons]int, len(p.Subnets)+1)
+	m.subnets, m.carried = newScopes(len(p.Subnets)), make([]carriedOf, len(p.Subnets)+1)
 	for i := range m.claims {
 		c := &m.claims[i]
 		c.slot, c.counted, c.listed = none, false, false
@@ -122,9 +122,7 @@ func (m *Model) SetPolicy(now time.Duration, p Policy) {
 		}
 		c.subnet, c.self = m.policy.index(c.Int.Addr.Netip()), m.policy.isOwn(c.Int.Addr)
 		m.account(int32(i))
-		if c.placed.By == ByMap {
-			m.mapAlone[c.subnet][c.placed.Why]++
-		}
+		m.countCarried(c, 1)
 		switch c.state {
 		case StateStanding:
 			c.refresh = min(c.refresh, now+p.Lifetime/2)

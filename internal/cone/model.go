@@ -91,8 +91,8 @@ type Model struct {
 	flows     *flowTable
 	early     earlyIndex
 	hosts     map[Addr]scope
-	subnets   []scope        // by index in the policy
-	mapAlone  [][Reasons]int // by index in the policy, as MapAlone
+	subnets   []scope     // by index in the policy
+	carried   []carriedOf // by index in the policy
 	room      Room
 	bounded   bool                  // room limits the expectations
 	expected  [busy + 1]scope       // standing expectations, by how they stand; the oldest first
@@ -160,7 +160,7 @@ func New(p Policy) *Model {
 		pairs:    make(map[pair]time.Duration),
 		hosts:    make(map[Addr]scope),
 		subnets:  newScopes(len(p.Subnets)),
-		mapAlone: make([][Reasons]int, len(p.Subnets)+1),
+		carried:  make([]carriedOf, len(p.Subnets)+1),
 		passes:   make(map[netip.Prefix]*Passed),
 		flows:    newFlowTable(),
 		early:    newEarlyIndex(),
@@ -233,7 +233,7 @@ func (m *Model) setState(i int32, s State, r Reason) {
 	*m.gauge(s)++
 	c.state, c.reason = s, r
 	if s != StateStanding {
-		m.setPlacement(i, Placement{})
+		m.setPlacement(i, placementOf(r))
 	}
 	m.account(i)
 }

@@ -38,6 +38,21 @@ type Placement struct {
 	Why Reason
 }
 
+// placementOf is the placement of a claim that does not stand, for a reason: it keeps
+// ReasonNoBackend, to be counted.
+func placementOf(r Reason) (p Placement) {
+	if r == ReasonNoBackend {
+		p.Why = r
+	}
+	return p
+}
+
+// carriedOf counts the permissions of one subnet.
+type carriedOf struct {
+	mapAlone [Reasons]int // as MapAlone
+	nothing  int          // refused, because no backend in use can carry them
+}
+
 // mappable reports whether a map can carry p. It cannot carry one of the gateway itself:
 // DNAT leaves the packet NEW, and the input hook of the user's firewall drops it.
 func (p *policy) mappable(x *Permission) bool {
@@ -134,20 +149,33 @@ func (m *Model) countPlacement(c *claim, n int) {
 	if c.placed.By&ByMap != 0 {
 		m.stats.Mapped += n
 	}
-	if c.placed.By == ByMap {
-		m.mapAlone[c.subnet][c.placed.Why] += n
+	m.countCarried(c, n)
+}
+
+func (m *Model) countCarried(c *claim, n int) {
+	switch of := &m.carried[c.subnet]; {
+	case c.placed.By == ByMap:
+		of.mapAlone[c.placed.Why] += n
+	case c.placed == Placement{Why: ReasonNoBackend}:
+		of.nothing += n
 	}
 }
 
 // MapAlone counts the permissions of an enabled subnet that only the map carries, by why they
 // have no expectation.
-func (m *Model) MapAlone(subnet netip.Prefix) [Reasons]int {
+func (m *Model) MapAlone(subnet netip.Prefix) [Reasons]int { return m.carriedIn(subnet).mapAlone }
+
+// Uncarried counts the permissions of an enabled subnet that are refused because no backend in use
+// can carry them.
+func (m *Model) Uncarried(subnet netip.Prefix) int { return m.carriedIn(subnet).nothing }
+
+func (m *Model) carriedIn(subnet netip.Prefix) carriedOf {
 	for i, s := range m.policy.Subnets {
 		if s.Prefix == subnet {
-			return m.mapAlone[i]
+			return m.carried[i]
 		}
 	}
-	return [Reasons]int{}
+	return carriedOf{}
 }
 
 // forget clears what the kernel refused for c, which may have room by now. It keeps a

@@ -88,3 +88,39 @@ func TestMapThatWasFullIsTriedAgain(t *testing.T) {
 		})
 	}
 }
+
+// Without expectations nothing carries a flow whose answers come in a conntrack zone.
+//
+// Fails when such a permission is not counted, when one that the map carries is, and when the count
+// survives a policy by which something carries it, or the end of its flow.
+func TestUncarriedPermissionsAreCounted(t *testing.T) {
+	policy := func(expected bool) Policy {
+		p := testPolicy
+		p.Mapped, p.Expected = true, expected
+		return p
+	}
+	d := newDesk(t, func(p *Policy) { *p = policy(false) })
+	want := func(when string, n int) {
+		t.Helper()
+		d.carry()
+		if got := d.m.Uncarried(testPolicy.Subnets[0].Prefix); got != n {
+			t.Errorf("%s: %d, want %d", when, got, n)
+		}
+	}
+	d.open(0, "10.47.11.109:1", "203.0.113.5:9")
+	want("in zone 0", 0)
+	f := d.translated("10.47.11.109:2", "203.0.113.6:9")
+	f.OrigZone, f.ReplyZone = 5, 5
+	d.m.FlowSeen(0, f)
+	want("in zone 5", 1)
+	d.m.SetPolicy(1, policy(false))
+	want("another policy", 1)
+	d.m.SetPolicy(2, policy(true))
+	d.m.Tick(2*testPolicy.Retry, 10)
+	want("with expectations", 0)
+	d.m.SetPolicy(2*testPolicy.Retry, policy(false))
+	want("without them again", 1)
+	d.m.FlowGone(2*testPolicy.Retry, f)
+	d.m.Tick(4*testPolicy.Retry, 10)
+	want("the flow has ended", 0)
+}

@@ -39,7 +39,8 @@ const (
 	ReasonIdle        // only packets from outside keep its flow alive
 
 	// The permission stands.
-	ReasonDropped // the user's firewall drops what it admits
+	ReasonDropped   // the user's firewall drops what it admits
+	ReasonOtherZone // packets from outside come in a conntrack zone in which it has no expectation
 
 	// The permission ended.
 	ReasonExpired
@@ -85,6 +86,7 @@ var reasonNames = [reasons]string{
 	ReasonRevoked:          "revoked",
 	ReasonIdle:             "idle",
 	ReasonDropped:          "dropped",
+	ReasonOtherZone:        "other_zone",
 	ReasonExpired:          "expired",
 	ReasonPolicy:           "policy",
 	ReasonAddressGone:      "address_gone",

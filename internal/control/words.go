@@ -32,6 +32,7 @@ var prose = map[string]string{
 	"revoked":            "revoked by command",
 	"idle":               "not fed from inside",
 	"dropped":            "your firewall drops what the peer sends",
+	"other_zone":         "what the peer sends comes in another conntrack zone",
 	"policy":             "not allowed any more",
 	"address_gone":       "outside address is gone",
 	"rerouted":           "its packets leave by another link now",

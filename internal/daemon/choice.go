@@ -195,12 +195,21 @@ func (f *firewall) warning(cfg config.Config, s config.Subnet, d decision) (text
 	const inZone = "packets from outside come in another conntrack zone than answers do, where no expectation stands"
 	expected := f.withExpectations() && (!f.withMap || !translated(s) || d.Choice == cone.ChooseExpectation)
 	open := s.Filtering == config.EndpointIndependent && translated(s) // only the map can admit everybody
-	accept := advice(d.Dropper().At, f.withExpectations() && !open && !f.packetsInZone, !translated(s))
+	accept := advice(d.Dropper().At, f.withExpectations() && !open && !f.zoned.lately, !translated(s))
 	switch {
 	case s.Filtering == config.AddressAndPortDependent: // there are no permissions
 		return "", false
-	case f.packetsInZone && expected && f.withMap && translated(s):
+	case f.zoned.lately && expected && f.withMap && translated(s):
 		return fmt.Sprintf("%s, and %s drops what the map admits into subnet %v: %s", inZone, d.dropper(), s.Prefix, accept), true
+	case f.unexpected.lately && expected && !f.withMap && translated(s):
+		text := fmt.Sprintf("%s: what peers send there into subnet %v is lost, since only the map can admit it", inZone, s.Prefix)
+		if cfg.Backend == config.BackendExpect {
+			text += `; set backend = "auto"`
+		}
+		return text, true
+	case f.unexpected.lately && expected && s.Routed:
+		return fmt.Sprintf("%s: what peers send there into subnet %v is lost; let rules of yours give its flows no zone, or the same one in both directions (ct zone set)",
+			inZone, s.Prefix), true
 	case expected && d.MostRelated == userrules.Dropped, !expected && d.MostDNATed == userrules.Dropped && d.MostRelated == userrules.Dropped:
 	case !expected && d.MostDNATed == userrules.Dropped:
 		switch {

@@ -265,13 +265,45 @@ func (f *firewall) contradicted() bool {
 	return false
 }
 
-// noteZoned notes whether packets from outside came lately in a conntrack zone without
-// expectations: these stand in the zone of the flow's reply direction.
-func (f *firewall) noteZoned(now time.Duration) {
-	if f.zoned.total > f.zonedBefore {
-		f.zonedBefore, f.zonedSeen, f.packetsInZone = f.zoned.total, now, true
+// inZone tells of packets from outside that come in a conntrack zone without expectations: these
+// stand in the zone of the flow's reply direction.
+type inZone struct {
+	total  runningCount
+	before uint64        // total at the last look
+	seen   time.Duration // when it last grew
+	lately bool          // it grew lately
+}
+
+func (z *inZone) note(now time.Duration, oneDirection bool) {
+	if z.total.total > z.before {
+		z.before, z.seen, z.lately = z.total.total, now, true
 	}
-	f.packetsInZone = f.packetsInZone && f.zones.OneDirection() && now-f.zonedSeen < evidenceMemory
+	z.lately = z.lately && oneDirection && now-z.seen < evidenceMemory
+}
+
+// noteZoned notes whether such packets came lately.
+func (f *firewall) noteZoned(now time.Duration) {
+	f.zoned.note(now, f.zones.OneDirection())
+	f.unexpected.note(now, f.zones.OneDirection())
+}
+
+// withoutMap are the destinations to which only expectations admit, where flows have a zone in
+// their original direction alone.
+func (f *firewall) withoutMap(cfg config.Config) (all []netip.Prefix) {
+	if !f.zones.OneDirection() || !f.withExpectations() {
+		return nil
+	}
+	if !f.withMap {
+		for _, a := range f.zones.Outside {
+			all = append(all, netip.PrefixFrom(a, a.BitLen()))
+		}
+	}
+	for _, s := range cfg.Subnets {
+		if s.Routed {
+			all = append(all, s.Prefix)
+		}
+	}
+	return all
 }
 
 // zonedAddrs are the outside addresses for which the rules serve flows in conntrack zones.
@@ -296,9 +328,9 @@ func (f *firewall) leftZones() (cone.Zones, error) {
 // they cannot tell zones apart.
 func (r *reconciler) followZones(cfg config.Config, zones cone.Zones) error {
 	before := r.firewall.zones
-	was := r.firewall.zonedAddrs()
+	was, others := r.firewall.zonedAddrs(), r.firewall.withoutMap(cfg)
 	r.firewall.zones = zones
-	if slices.Equal(was, r.firewall.zonedAddrs()) {
+	if slices.Equal(was, r.firewall.zonedAddrs()) && slices.Equal(others, r.firewall.withoutMap(cfg)) {
 		return nil
 	}
 	if _, err := r.firewall.set(cfg, r.network.OutsideLinks()); err != nil {

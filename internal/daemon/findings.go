@@ -3,6 +3,7 @@ package daemon
 import (
 	"cmp"
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -204,6 +205,7 @@ func (l *loop) warnSubnets(out *warnings) {
 		out.add(warnSecondZone, z.Subnet.String(), "flows of %v pass conntrack twice, in zone %d untranslated, as behind the firewall of a bridge (Proxmox): "+
 			"it knows nothing of what a permission admits and may drop it; set routed = true for this subnet", z.Subnet, z.Zone)
 	}
+	l.warnNoCarrier(out)
 	for _, s := range l.cfg.Subnets {
 		translated := s.Prefix.Addr().Is4()
 		switch {
@@ -215,6 +217,29 @@ func (l *loop) warnSubnets(out *warnings) {
 		}
 		if s.Prefix.Addr().Is6() && !s.Routed {
 			out.add(warnIPv6NotRouted, s.Prefix.String(), "subnet %v is not routed: only source-NATed IPv6 flows give permissions", s.Prefix)
+		}
+	}
+}
+
+// warnNoCarrier warns of subnets with permissions that only expectations can carry, where the user
+// wants the map alone.
+func (l *loop) warnNoCarrier(out *warnings) {
+	if wantsExpect(l.cfg) {
+		return
+	}
+	for _, s := range l.cfg.Subnets {
+		what := ""
+		switch n := l.engine.Model.Uncarried(s.Prefix); {
+		case s.Filtering == config.AddressAndPortDependent:
+		case s.Prefix.Addr().Is6():
+			what = fmt.Sprintf("IPv6 flows of %v", s.Prefix)
+		case s.Routed:
+			what = fmt.Sprintf("untranslated flows of %v", s.Prefix)
+		case n > 0:
+			what = fmt.Sprintf("flows of %v with answers in a conntrack zone", s.Prefix)
+		}
+		if what != "" {
+			out.add(warnNoCarrier, s.Prefix.String(), `%s give no permission: only expectations can carry it, and with backend = "nft" there are none; set backend = "auto"`, what)
 		}
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"reflect"
 	"slices"
-	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
@@ -57,10 +56,7 @@ type firewall struct {
 	divertedOwn []netip.Addr          // the gateway's addresses then
 
 	admitted, expected, usedUp runningCount
-	zoned                      runningCount                 // packets in a zone where no expectation stands
-	zonedBefore                uint64                       // its total at the last look
-	zonedSeen                  time.Duration                // when zoned last grew
-	packetsInZone              bool                         // zoned grew lately
+	zoned, unexpected          inZone                       // packets to what the map serves, and to the rest
 	counted                    control.Tables               // as read last
 	counts                     rules.Counters               // likewise
 	witnesses                  map[netip.Prefix]*witnesses  // by subnet
@@ -191,7 +187,7 @@ func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	d := f.sides
 	d.OutsideLinks, d.InsideLinks = outside, cfg.Inside
 	d.Diverted = f.diversions()
-	d.Subnets, d.ZonedAddrs = prefixes(cfg.Subnets), f.zonedAddrs()
+	d.Subnets, d.ZonedAddrs, d.InZone = prefixes(cfg.Subnets), f.zonedAddrs(), f.withoutMap(cfg)
 	d.Helpers, d.MaxChildren, d.Guard, d.Self = f.helpers, cfg.MaxChildren, cfg.Guard, cfg.Self
 	// If routing rules hide the way back, spoofed packets cannot be told from others: they are
 	// not dropped, but the kernel does not learn from doubtful ones.
@@ -416,7 +412,8 @@ func (f *firewall) read(cfg config.Config) (t control.Tables, err error) {
 		Mapping:  control.Mapping{On: f.mapping, PoolUsedUp: f.usedUp.read(c.PoolUsedUp())},
 	}
 	f.counted.Count(c)
-	f.zoned.read(c.Zoned())
+	f.zoned.total.read(c.Zoned())
+	f.unexpected.total.read(c.Unexpected())
 	f.doubted.count(c["unsure"])
 	return f.counted, nil
 }

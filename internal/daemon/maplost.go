@@ -24,8 +24,18 @@ func largeGroups(cfg config.Config) (all []netip.Prefix) {
 	return all
 }
 
-// drops reports whether the user's firewall drops the children of a permission, if it treats
-// them like most.
+// lost says why no child gets in by a permission that stands, if it is treated like most:
+// the user's firewall drops it, or it comes in a conntrack zone without expectations.
+func (d *decision) lost(v *cone.View) cone.Reason {
+	switch {
+	case d.zoned && v.By == cone.ByExpectation:
+		return cone.ReasonOtherZone
+	case d.drops(v):
+		return cone.ReasonDropped
+	}
+	return cone.ReasonNone
+}
+
 func (d *decision) drops(v *cone.View) bool {
 	mapped := d.MostDNATed == userrules.Dropped && !slices.Contains(d.spared, v.Peers())
 	related := d.MostRelated == userrules.Dropped

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"net/netip"
 	"os"
@@ -169,14 +170,14 @@ func (s source) Permissions(yield func(control.Permission) bool) error {
 		ok := s.do(func(l *loop) {
 			hidden = l.hidden
 			at = l.engine.Model.Walk(at, atOnce, func(v cone.View) {
-				piece = append(piece, shownView{v, l.drops(&v)})
+				piece = append(piece, shownView{v, l.lost(&v)})
 			})
 		})
 		if !ok {
 			return errEnded
 		}
 		for i := range piece {
-			if !yield(s.permission(&piece[i].View, hidden, piece[i].dropped)) {
+			if !yield(s.permission(&piece[i].View, hidden, piece[i].lost)) {
 				return nil
 			}
 		}
@@ -204,14 +205,14 @@ func (l *loop) helper(v6 bool) string {
 	return ipv4
 }
 
-// A shownView is a claim that is listed; dropped says that the user's firewall drops its children.
+// A shownView is a claim that is listed; lost says why its children are lost, if they are.
 type shownView struct {
 	cone.View
-	dropped bool
+	lost cone.Reason
 }
 
-// drops reports whether the user's firewall drops the children of a claim that stands.
-func (l *loop) drops(v *cone.View) bool {
+// lost says why the children of a claim that stands are lost. It returns ReasonNone if they are not.
+func (l *loop) lost(v *cone.View) cone.Reason {
 	host, bits := v.Int.Addr.Netip(), -1
 	var d decision
 	for _, s := range l.cfg.Subnets {
@@ -219,14 +220,13 @@ func (l *loop) drops(v *cone.View) bool {
 			d, bits = l.decisions[s.Prefix], s.Prefix.Bits()
 		}
 	}
-	return d.drops(v)
+	return d.lost(v)
 }
 
 // permission is a claim as the control socket shows it. A claim in the map is shown as refused
 // if all its packets match a forward of the user's, which comes before the map: it admits
-// nobody as long as that forward is there. dropped says that the user's firewall drops what it
-// admits.
-func (s *shared) permission(v *cone.View, hidden *userrules.Covered, dropped bool) control.Permission {
+// nobody as long as that forward is there. lost says why what it admits is lost, if it is.
+func (s *shared) permission(v *cone.View, hidden *userrules.Covered, lost cone.Reason) control.Permission {
 	p := control.Permission{
 		Int: v.Int.Netip(), Ext: v.Ext.Netip(), Peer: v.Peer.Netip(), Peers: peers(v.Key), Zone: v.Zone,
 		State: v.State.String(), Reason: v.Reason.String(), Backend: v.By.String(),
@@ -238,9 +238,7 @@ func (s *shared) permission(v *cone.View, hidden *userrules.Covered, dropped boo
 		p.State, p.Reason = cone.StateRefused.String(), cone.ReasonForwarded.String()
 	default:
 		p.Since, p.Expires = s.wall(v.Since), s.wall(v.Expires)
-		if dropped {
-			p.Reason = cone.ReasonDropped.String()
-		}
+		p.Reason = cmp.Or(lost, v.Reason).String()
 	}
 	return p
 }

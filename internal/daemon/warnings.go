@@ -39,6 +39,7 @@ const (
 	warnSecondZone      warningID = "second_zone"      // about is the subnet
 	warnSeveralZones    warningID = "several_zones"    // about is the subnet
 	warnReplyZone       warningID = "zone_of_both"     // about is the subnet
+	warnNoCarrier       warningID = "no_carrier"       // about is the subnet
 	warnWayBackUnknown  warningID = "way_back_unknown"
 	warnLate            warningID = "changes_late"
 	warnBackendMissing  warningID = "backend_missing"

@@ -75,6 +75,19 @@ func letIn(f *Facts, d control.Finding) ([]Line, string) {
 	return f.accept(s.Carried.Chain, s)
 }
 
+// outOfZone lets children of the finding's subnet in, which come in a zone without expectations:
+// by the map, if it can have them.
+func outOfZone(f *Facts, d control.Finding) ([]Line, string) {
+	i := slices.IndexFunc(f.Status.Subnets, func(s control.Subnet) bool { return s.Prefix.String() == d.About })
+	switch {
+	case i < 0 || f.Status.Subnets[i].Routed || f.Status.Subnets[i].Prefix.Addr().Is6():
+		return nil, ""
+	case strings.Contains(f.Status.Backend, "nft"):
+		return letIn(f, d)
+	}
+	return []Line{{File, `backend = "auto"`}}, ""
+}
+
 // translate translates the finding's subnet on all outside links.
 func translate(f *Facts, d control.Finding) (lines []Line, keep string) {
 	subnet, err := netip.ParsePrefix(d.About)
@@ -108,7 +121,8 @@ var meanings = []meaning{
 	{id: "pool_used_up", severity: Warning, why: "some hosts have an outside port for each peer, as behind a symmetric NAT", flows: true},
 	{id: "forward_chains_unread", severity: Warning, why: "conenatd learns only from lost packets what your firewall drops"},
 	{id: "children_dropped", severity: Error, why: "what a peer sends from another port is lost, although it is permitted", fix: letIn},
-	{id: "packets_in_zone", severity: Error, why: "what a peer sends from another port is lost, although it is permitted", fix: letIn, flows: true},
+	{id: "packets_in_zone", severity: Error, why: "what a peer sends from another port is lost, although it is permitted", fix: outOfZone, flows: true},
+	{id: "no_carrier", severity: Error, why: "nothing gets in that these flows would permit", fix: set(File, `backend = "auto"`)},
 	{id: "second_zone", severity: Error, why: "the second pass drops what a permission admitted in the first", fix: set(Subnets, "routed = true"), flows: true},
 	{id: "zone_of_both", severity: Error, why: "no packet from outside is admitted to hosts in a zone of both directions", flows: true},
 	{id: "several_zones", severity: Error, why: "hosts of two networks with the same addresses cannot be told apart", flows: true},

@@ -56,6 +56,20 @@ func (l *layout) spoofed(d Desired) {
 // Up to fewPrefixes prefixes are faster to test than the link.
 const fewPrefixes = 4
 
+// inZone counts the first packets of flows that no expectation admits because they come in a
+// conntrack zone: an expectation stands in the zone of the reply direction, here zone 0.
+func (l *layout) inZone(d Desired) {
+	if len(d.InZone) == 0 {
+		return
+	}
+	l.counters = append(l.counters, unzonedCounter)
+	c := l.filter("in_zone", nftables.ChainHookPrerouting, wayBackPriority)
+	for _, f := range familiesOf(d.InZone) {
+		l.rule(c, "no expectation stands in a zone", f.is, zoneIsNot0, lacksStatus(ctExpected|ctConfirmed), isUDP,
+			l.outside(iifname, true), f.daddr.in(l.addrSet("zoned"+f.name, f, d.InZone)), counter(unzonedCounter))
+	}
+}
+
 // portZero drops packets that would match an anchor: packets with port 0 on one side
 // between a subnet and elsewhere, and those to the gateway. It tests the port first,
 // because hardly any packet has port 0. If the firewall filters bridged packets, this hook

@@ -34,6 +34,7 @@ const (
 	learnedCounter  = "learned"       // packets from which the kernel learned a permission
 	limitedCounter  = "learn_limited" // those from which it did not, because of the rate
 	zonedCounter    = "arrived_in_zone"
+	unzonedCounter  = "expected_in_zone_0" // packets in a zone that only an expectation could admit
 )
 
 // Names of sets.
@@ -140,6 +141,7 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 	if d.UplinkMarks != nil {
 		inet.uplinkMarks(d.UplinkMarks, d.Subnets)
 	}
+	inet.inZone(d)
 	ls := []*layout{inet}
 	sources := d.unsureSources()
 	if d.Map != nil || d.Mapping != nil || len(sources) > 0 {

@@ -59,6 +59,7 @@ var features = map[string]func(d *rules.Desired, m *rules.MapConfig){
 	},
 	"zones of one direction": func(d *rules.Desired, _ *rules.MapConfig) {
 		d.ZonedAddrs = []netip.Addr{netip.MustParseAddr("198.51.100.2"), netip.MustParseAddr("198.51.100.1")}
+		d.InZone = []netip.Prefix{netip.MustParsePrefix("198.51.100.1/32"), netip.MustParsePrefix("2001:db8:47::/64")}
 	},
 	"bridges with a firewall": func(d *rules.Desired, _ *rules.MapConfig) { d.Bridges = []string{"fwbr101", "fwbr100"} },
 	// More links than a rule has room for expressions (NFT_RULE_MAXEXPRS).

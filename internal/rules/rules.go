@@ -56,6 +56,9 @@ type Desired struct {
 	// original direction alone, so that their outside endpoints are in the default zone. If
 	// there are none, flows with a zone are left alone.
 	ZonedAddrs []netip.Addr
+	// InZone are destinations to which only an expectation admits, while flows have a zone in the
+	// original direction alone. Packets from outside to them that come in a zone are counted.
+	InZone []netip.Prefix
 	// Bridges are bridges on which the gateway has no address. If the firewall filters
 	// bridged packets, the hooks also see packets that stay on a bridge, and cannot tell
 	// where they came from.
@@ -206,6 +209,10 @@ func (c Counters) Expected() uint64 { return c[expectedCounter] }
 // Zoned are packets from outside to one of Desired.ZonedAddrs that came in a conntrack zone
 // and that neither the map nor an expectation admitted.
 func (c Counters) Zoned() uint64 { return c[zonedCounter] }
+
+// Unexpected are packets from outside to Desired.InZone that came in a conntrack zone and that no
+// expectation admitted.
+func (c Counters) Unexpected() uint64 { return c[unzonedCounter] }
 
 // PoolUsedUp are the newcomers that found no free port in their pool.
 func (c Counters) PoolUsedUp() uint64 { return c[usedUpCounter] }
