@@ -189,9 +189,12 @@ half of net.netfilter.nf_conntrack_max if that is less.`,
 		Key: Key{
 			Name: "max_children", Flag: "max-children", Kind: "number", Min: 0, Max: 1 << 30,
 			Usage: "live flows that a peer may have by one permission, 0 for no bound; auto: 256, or 1/32 of nf_conntrack_max if that is less",
-			Doc: `Maximum number of live flows that a peer may have through one permission; 0 means no limit.
+			Doc: `Limit on the flows that a peer may open through one permission; 0 means no limit.
 A permitted peer, or somebody who spoofs its address, must not fill the conntrack table from
-all its ports. In the nftables map: this many at once, and as many again every 30 seconds.
+all its ports. Through an expectation: this many live flows. Through the nftables map: this
+many new flows at once, and as many again every 30 seconds, so answered flows can exceed the
+limit; the daemon deletes unanswered ones beyond it. A permission for several peers has 16
+times as many.
 "auto" is 256, or 1/32 of net.netfilter.nf_conntrack_max if that is less.`,
 		},
 		access: one(limit, func(c *Config) *int { return &c.MaxChildren }).orWords("auto"),
