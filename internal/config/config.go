@@ -102,7 +102,7 @@ type Config struct {
 	MaxPermissionsPerSubnet int
 	MaxPermissionsPerHost   int
 
-	// MaxChildren limits the live flows that a peer may open by one permission; 0 means no
+	// MaxChildren limits the flows that a peer may open by one permission; 0 means no
 	// limit, and it may be Auto. One peer must not be able to fill the conntrack table from
 	// all its ports.
 	MaxChildren int

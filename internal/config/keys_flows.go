@@ -188,7 +188,7 @@ half of net.netfilter.nf_conntrack_max if that is less.`,
 	{
 		Key: Key{
 			Name: "max_children", Flag: "max-children", Kind: "number", Min: 0, Max: 1 << 30,
-			Usage: "live flows that a peer may have by one permission, 0 for no bound; auto: 256, or 1/32 of nf_conntrack_max if that is less",
+			Usage: "flows that a peer may open by one permission, 0 for no bound; auto: 256, or 1/32 of nf_conntrack_max if that is less",
 			Doc: `Limit on the flows that a peer may open through one permission; 0 means no limit.
 A permitted peer, or somebody who spoofs its address, must not fill the conntrack table from
 all its ports. Through an expectation: this many live flows. Through the nftables map: this
