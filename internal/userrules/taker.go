@@ -186,7 +186,7 @@ func (s *takers) merge(all []*taker) *taker {
 		if active[e.to] += e.add; active[e.to] == 0 {
 			delete(active, e.to)
 		}
-		last := e.at
+		var last netip.Addr
 		switch {
 		case i+1 < len(edges) && edges[i+1].at == e.at, len(active) == 0:
 			continue
@@ -199,7 +199,6 @@ func (s *takers) merge(all []*taker) *taker {
 		}
 		var to netip.AddrPort // unknown, if there are several
 		if len(active) == 1 {
-			to = e.to
 			for only := range active {
 				to = only
 			}
