@@ -173,11 +173,11 @@ func TestForwardForASetOfPeersFollowsTheSet(t *testing.T) {
 	s.Listed(phone, peer, ext, "refused")
 	s.Must(s.NFT("delete element ip fw provider { 192.0.2.64/26 }"))
 	s.Stands(phone, peer, ext)
-	var long strings.Builder
-	for i := range 4100 {
-		fmt.Fprintf(&long, "add element ip fw provider { 100.64.%d.%d }\n", i/128, i%128*2)
+	var long []string
+	for i := range 1<<15 + 1 { // more than userrules reads
+		long = append(long, fmt.Sprintf("100.%d.%d.%d", 64+i>>15, i>>7&0xff, i&0x7f*2))
 	}
-	s.Must(s.NFT(long.String()))
+	s.Must(s.NFT("add element ip fw provider { " + strings.Join(long, ", ") + " }"))
 	s.Listed(phone, peer, ext, "refused")
 }
 
