@@ -152,8 +152,8 @@ func TestMetricsAtAnAddressThatComesLater(t *testing.T) {
 		}
 		s.IP(s.Gateway, "addr add "+addr+" dev "+link+nodad)
 		s.Until("the address is in use", func() bool { // the kernel adds the route of an IPv6 address later
-			_, err := s.Gateway.Output("ip", "route", "get", addr)
-			return err == nil
+			out, err := s.Gateway.Output("ip", "route", "get", addr)
+			return err == nil && strings.HasPrefix(out, "local ")
 		})
 		if got := s.metrics(at); !strings.Contains(got, "conenatd_build_info") {
 			t.Errorf("%s: got %s", addr, got)
