@@ -15,8 +15,8 @@ type Router struct {
 	err     error // the first error
 }
 
-// NewRouter returns a Router for packets that marker marks. It is nil if it is not known how
-// packets are marked.
+// NewRouter returns a Router for packets that marker marks. A nil marker says that it is not known
+// how packets are marked.
 func NewRouter(network gateway.Network, marker *userrules.Marker) *Router {
 	return &Router{network: network, marker: marker}
 }

@@ -252,6 +252,8 @@ func TestHostAtItsLimitTeachesNothing(t *testing.T) {
 	g.holds()
 	r := g.contact(other, g.peer(lab.PeerC, 5060))
 	g.holds(r)
+	g.m = g.tables.NewMap(learning.Map) // of the next daemon
+	check(t, g.m.AdoptDenied())
 	g.grant(q)
 	g.holds(r, q)
 	s := g.contact(full, g.peer(netip.MustParseAddr("203.0.113.50"), 5060)) // there is room, so the kernel learns again

@@ -102,13 +102,22 @@ func (m *Map) fullHost(seq uint32, typ uint16, p *cone.Permission) {
 	m.closeElement(list, element, typ, fullTimeout)
 }
 
-// AdoptDenied takes over the denials of an earlier daemon. It uses its own connection.
+// AdoptDenied takes over the denials of an earlier daemon, and the hosts for which the kernel learns
+// nothing. It uses its own connection.
 func (m *Map) AdoptDenied() error {
 	now := time.Now()
-	return m.w.list(DeniedSet, func(key, _ []byte, left time.Duration) {
+	err := m.w.list(DeniedSet, func(key, _ []byte, left time.Duration) {
 		if k, ok := keyOf(key); ok {
 			k.Wild = m.wild(k.Peer)
 			m.denied[k] = now.Add(left)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	return m.w.list(FullSet, func(key, _ []byte, left time.Duration) {
+		if len(key) == addressLen {
+			m.full[cone.AddrFrom4([4]byte(key))] = now.Add(left)
 		}
 	})
 }
