@@ -6,22 +6,32 @@ import (
 	"time"
 )
 
+// limit is one of which three permissions make room at once.
+const limit = 3 * evictedPart
+
+// limitsOf returns each limit on permissions alone.
+func limitsOf(n int) map[string]Limits {
+	return map[string]Limits{"host": {PerHost: n}, "subnet": {PerSubnet: n}, "all": {Total: n}}
+}
+
+// fill lets one host open n flows from the ports 1000 and up. open opens another one, from a port.
+func (d *desk) fill(n int) (open func(port int) *Flow, flows []*Flow) {
+	open = func(port int) *Flow { return d.open(0, fmt.Sprintf("10.47.11.109:%d", port), "203.0.113.5:9") }
+	for i := range n {
+		flows = append(flows, open(1000+i))
+	}
+	return open, flows
+}
+
 // Where idle permissions make room, a part of the limit ends at once, the oldest first, so that not
 // each new flow ends one.
 //
 // Fails when one of them has a living flow, and when more or fewer end.
 func TestRoomIsMadeForSeveral(t *testing.T) {
-	const limit = 3 * evictedPart
-	for name, l := range map[string]Limits{
-		"host": {PerHost: limit}, "subnet": {PerSubnet: limit}, "all": {Total: limit},
-	} {
+	for name, l := range limitsOf(limit) {
 		t.Run(name, func(t *testing.T) {
 			d := newDesk(t, func(p *Policy) { p.Limits = l })
-			open := func(i int) *Flow { return d.open(0, fmt.Sprintf("10.47.11.109:%d", i), "203.0.113.5:9") }
-			flows := make([]*Flow, limit)
-			for i := range flows {
-				flows[i] = open(1000 + i)
-			}
+			open, flows := d.fill(limit)
 			for _, f := range []*Flow{flows[1], flows[2], flows[4], flows[0], flows[7]} {
 				d.gone(0, f)
 			}
@@ -47,17 +57,10 @@ func TestRoomIsMadeForSeveral(t *testing.T) {
 //
 // Fails when an idle permission ends although fewer are idle than should end at once.
 func TestRoomIsMadeOnceSeveralAreIdle(t *testing.T) {
-	const limit = 3 * evictedPart
-	for name, l := range map[string]Limits{
-		"host": {PerHost: limit}, "subnet": {PerSubnet: limit}, "all": {Total: limit},
-	} {
+	for name, l := range limitsOf(limit) {
 		t.Run(name, func(t *testing.T) {
 			d := newDesk(t, func(p *Policy) { p.Limits = l })
-			open := func(i int) *Flow { return d.open(0, fmt.Sprintf("10.47.11.109:%d", i), "203.0.113.5:9") }
-			var flows []*Flow
-			for i := range limit {
-				flows = append(flows, open(1000+i))
-			}
+			open, flows := d.fill(limit)
 			for i, want := range []int{limit, limit, limit - 3 + 1} { // that stand
 				d.gone(0, flows[i])
 				open(2000 + i)

@@ -125,10 +125,7 @@ func (l *listNumbers) of(list []AddrRange) int {
 	if len(list) == 0 {
 		return 0
 	}
-	return l.number(struct {
-		*AddrRange
-		int
-	}{&list[0], len(list)}, list)
+	return l.number(placeOf(list), list)
 }
 
 func (l *listNumbers) ofPorts(list []PortRange) int {

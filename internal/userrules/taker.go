@@ -158,7 +158,7 @@ func (s *takers) merge(all []*taker) *taker {
 	if s.steps += ranges; s.steps > mostMerged {
 		return manyTakers
 	}
-	// Where one to an endpoint begins, and behind its end.
+	// An edge is where the sources of a taker begin (add 1), or the first address after them (-1).
 	type edge struct {
 		at  netip.Addr
 		to  netip.AddrPort

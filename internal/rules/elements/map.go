@@ -207,8 +207,8 @@ func (m *Map) Revoke(ps []cone.Permission) error {
 var permissionSets = [...]string{PermissionMap, PortMap, MarksMap}
 
 // findAbsent notes in m.absent which elements of ps, at most batch, are not there, and in m.errs
-// which of ps have none, and how many those are: deleting an element that is not there aborts the transaction, and an
-// abort waits for an RCU grace period.
+// which of ps have none. It returns how many have none. Deleting an element that is not there aborts
+// the transaction, and an abort waits for an RCU grace period.
 func (m *Map) findAbsent(ps []cone.Permission) (none int) {
 	clear(m.absent[:])
 	m.w.Lock()
