@@ -59,9 +59,9 @@ func (f *firewall) choosePorts(cfg config.Config, network gateway.Network, socke
 			pool = old
 			out.addWithFix(warnPoolOverlaps, aboutPool(cfg, wanted), local.Reserve(pool), "%s", local.Overlap(pool))
 		case !ok:
-			return ports, nil, &portpool.Error{Text: local.Overlap(wanted), Fix: local.Reserve(wanted)}
+			return ports, nil, &portpool.Error{Text: local.Overlap(all), Fix: local.Reserve(all)}
 		case pool.Len() < min(portpool.Wanted, all.Len()) || len(all) > 0 && !pool.Overlaps(all):
-			out.addWithFix(warnPoolMoved, aboutPool(cfg, wanted), local.Reserve(wanted), "hosts get outside ports %v: %s", pool, local.Overlap(wanted))
+			out.addWithFix(warnPoolMoved, aboutPool(cfg, wanted), local.Reserve(all), "hosts get outside ports %v: %s", pool, local.Overlap(all))
 		}
 		ports.pools[wanted] = pool
 	}

@@ -148,14 +148,23 @@ func (s *Sockets) lookUp(ext cone.Endpoint, peer cone.Addr, link uint32) (socket
 }
 
 // probe looks up a socket that exists: a kernel without udp_diag answers as it does for a
-// missing socket.
+// missing socket. If the gateway has no port for that, it reads all sockets, which such a
+// kernel refuses (__inet_diag_dump).
 func (s *Sockets) probe(netns int) error {
 	u, err := socket.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0, "probe", &socket.Config{NetNS: netns})
 	if err != nil {
 		return fmt.Errorf("open UDP socket: %w", err)
 	}
 	defer func() { _ = u.Close() }()
-	if err := u.Bind(&unix.SockaddrInet4{}); err != nil {
+	switch err := u.Bind(&unix.SockaddrInet4{}); {
+	case errors.Is(err, unix.EADDRINUSE):
+		if _, err := s.Ports(); errors.Is(err, unix.ENOENT) {
+			return ErrNoUDPDiag
+		} else if err != nil {
+			return err
+		}
+		return nil
+	case err != nil:
 		return fmt.Errorf("bind UDP socket: %w", err)
 	}
 	addr, err := u.Getsockname()

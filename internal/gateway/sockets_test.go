@@ -180,6 +180,25 @@ func TestKernelThatFindsNothingIsNoticed(t *testing.T) {
 	}
 }
 
+// A busy resolver may hold all local ports for a moment, or the user may have reserved them.
+func TestSocketsAreFoundWhereNoLocalPortIsFree(t *testing.T) {
+	for name, reserved := range map[string]string{"in use": "", "reserved": "40000-40001"} {
+		t.Run(name, func(t *testing.T) {
+			g := newGateway(t)
+			for _, setting := range []string{"port_range=40000 40001", "reserved_ports=" + reserved} {
+				if _, err := g.Output("sysctl", "-w", "net.ipv4.ip_local_"+setting); err != nil {
+					t.Fatal(err)
+				}
+			}
+			listen(t, g, "udp4", ":40000", nil)
+			listen(t, g, "udp4", ":40001", nil)
+			if got := serves(t, dialSockets(t, g), 40001); got != " "+ext4+" "+other4 {
+				t.Errorf("port 40001 is served at%s", got)
+			}
+		})
+	}
+}
+
 // What comes in by a link of a VRF reaches the sockets that are bound to the VRF.
 func TestSocketsOfVRFsCount(t *testing.T) {
 	var s Sockets

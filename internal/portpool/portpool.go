@@ -17,10 +17,15 @@ const (
 	// left, other ports are used.
 	Wanted = 1024
 	// leastPool is the least size of a pool if the user chose none.
-	leastPool  = 64
+	leastPool = 64
+	// leastLocal is how many ports the gateway's own sockets must keep.
+	leastLocal = 1024
 	rangeKey   = "net.ipv4.ip_local_port_range"
 	reserveKey = "net.ipv4.ip_local_reserved_ports"
 )
+
+// unprivileged are the ports that programs without privileges may use.
+var unprivileged = config.PortRange{First: 1024, Last: 65535}
 
 // Local are the ports that the kernel gives to the gateway's own sockets: those
 // of ip_local_port_range that are not in ip_local_reserved_ports.
@@ -106,7 +111,7 @@ func (l *Local) Choose(wanted config.PortPool) (pool Ranges, ok bool) {
 	if n >= Wanted || wanted != config.Default().PortPool {
 		return pool, n > 0 || wanted == config.NoPool
 	}
-	if other, m := l.clear(config.PortRange{First: 1024, Last: 65535}); m > n {
+	if other, m := l.clear(unprivileged); m > n {
 		pool, n = Ranges{other}, m
 	}
 	if size := Ranges(wanted.Ranges()).Len(); n > size {
@@ -144,8 +149,17 @@ func (p Ranges) Overlaps(others Ranges) bool {
 	return slices.ContainsFunc(p, func(r config.PortRange) bool { return slices.ContainsFunc(others, r.Overlaps) })
 }
 
-// Reserve returns the command that reserves a pool, so that it has no local ports.
-func (l *Local) Reserve(pool fmt.Stringer) string {
+// Reserve returns the command that reserves a pool, so that it has no local ports. It
+// returns "" if few local ports would be left: a program that needs one then gets EAGAIN or
+// EADDRINUSE.
+func (l *Local) Reserve(pool Ranges) string {
+	left := *l
+	for _, r := range pool {
+		left.set(r, false)
+	}
+	if left.count() < leastLocal {
+		return ""
+	}
 	all := pool.String()
 	if l.reserved != "" {
 		all = l.reserved + "," + all
@@ -154,9 +168,25 @@ func (l *Local) Reserve(pool fmt.Stringer) string {
 }
 
 // Overlap says that the gateway's own connections use ports of a pool, and how to stop that.
-func (l *Local) Overlap(pool fmt.Stringer) string {
-	return fmt.Sprintf("port_pool %v overlaps the ports of the gateway's own connections (%s = %v): keep them apart with '%s'",
-		pool, rangeKey, l.given, l.Reserve(pool))
+func (l *Local) Overlap(pool Ranges) string {
+	text := fmt.Sprintf("port_pool %v overlaps the ports of the gateway's own connections (%s = %v)", pool, rangeKey, l.given)
+	if reserve := l.Reserve(pool); reserve != "" {
+		return text + ": keep them apart with '" + reserve + "'"
+	}
+	if other, n := l.clear(unprivileged); n > 0 {
+		return text + fmt.Sprintf(", which need them: choose ports of %v", other)
+	}
+	return text + ", which need them: choose a shorter range for these"
+}
+
+// count returns how many local ports there are.
+func (l *Local) count() (n int) {
+	for _, is := range l.is {
+		if is {
+			n++
+		}
+	}
+	return n
 }
 
 // An Error says that no port is left for a pool.

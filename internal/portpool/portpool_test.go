@@ -57,13 +57,33 @@ func TestReservedPortsAreKeptInTheLineThatMends(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := l.Reserve(config.Default().PortPool); got != want {
+		if got := l.Reserve(config.Default().PortPool.Ranges()); got != want {
 			t.Errorf("got %q", got)
 		}
 	}
 	for _, bad := range [][2]string{{"", ""}, {"1024", ""}, {"1024 70000", ""}, {"1024 65535", "x"}, {"1024 65535", "1-70000"}} {
 		if _, err := newLocal(bad[0], bad[1]); err == nil {
 			t.Errorf("%q is taken", bad)
+		}
+	}
+}
+
+// A gateway whose programs get no port any more is worse off than one whose pool overlaps.
+func TestLineThatWouldLeaveTheGatewayNoPortsIsNotGiven(t *testing.T) {
+	for given, want := range map[string]string{
+		"61000\t65535": "port_pool 61000-65535 overlaps the ports of the gateway's own connections (net.ipv4.ip_local_port_range = 61000-65535), " +
+			"which need them: choose ports of 1024-60999",
+		"60500\t65535": "port_pool 61000-65535 overlaps the ports of the gateway's own connections (net.ipv4.ip_local_port_range = 60500-65535), " +
+			"which need them: choose ports of 1024-60499",
+		"59000\t65535": "port_pool 61000-65535 overlaps the ports of the gateway's own connections (net.ipv4.ip_local_port_range = 59000-65535): " +
+			"keep them apart with 'sysctl -w net.ipv4.ip_local_reserved_ports=61000-65535'",
+	} {
+		l, err := newLocal(given, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := l.Overlap(config.Default().PortPool.Ranges()); got != want {
+			t.Errorf("%q: %s", given, got)
 		}
 	}
 }
