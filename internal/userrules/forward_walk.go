@@ -359,7 +359,7 @@ func (r *rule) title(t *table) string {
 // add adds f unless it was found already: two jumps may lead to one chain. Rules that look up one
 // set share the list of its addresses.
 func (w *walker) add(f Forward) {
-	brief, list := f, listAt{}
+	brief, list := f, listAt[AddrRange]{}
 	if len(f.Sources) > 16 {
 		brief.Sources, list = nil, placeOf(f.Sources)
 	}

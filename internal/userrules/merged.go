@@ -121,24 +121,25 @@ type listNumbers struct {
 	contents map[string]int
 }
 
+// of returns the number of a list of addresses: 0 if it is nil, which stands for all.
 func (l *listNumbers) of(list []AddrRange) int {
-	if len(list) == 0 {
-		return 0
-	}
-	return l.number(placeOf(list), list)
+	return l.number(list == nil, placeOf(list), func() (b []byte) {
+		for _, r := range list {
+			b = append(append(b, r.First.AsSlice()...), r.Last.AsSlice()...)
+		}
+		return b
+	})
 }
 
+// ofPorts returns the number of a list of ports.
 func (l *listNumbers) ofPorts(list []PortRange) int {
-	if len(list) == 0 {
-		return 0
-	}
-	return l.number(struct {
-		*PortRange
-		int
-	}{&list[0], len(list)}, list)
+	return l.number(list == nil, placeOf(list), func() []byte { return fmt.Append(nil, list) })
 }
 
-func (l *listNumbers) number(place, list any) int {
+func (l *listNumbers) number(all bool, place any, content func() []byte) int {
+	if all {
+		return 0
+	}
 	if l.places == nil {
 		l.places, l.contents = make(map[any]int), make(map[string]int)
 	}
@@ -146,10 +147,10 @@ func (l *listNumbers) number(place, list any) int {
 	if known {
 		return n
 	}
-	content := fmt.Sprint(list)
-	if n, known = l.contents[content]; !known {
+	has := string(content())
+	if n, known = l.contents[has]; !known {
 		n = len(l.contents) + 1
-		l.contents[content] = n
+		l.contents[has] = n
 	}
 	l.places[place] = n
 	return n

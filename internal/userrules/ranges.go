@@ -89,19 +89,19 @@ func exceptAddrs(a, b []AddrRange) (left []AddrRange, some bool) {
 // the packets to thousands of prefixes share one list. The lists are not changed once made. The
 // zero value is ready for use.
 type subtraction struct {
-	known map[[2]listAt]difference
+	known map[[2]listAt[AddrRange]]difference
 	steps int
 }
 
 // A listAt identifies a list by where it lies.
-type listAt struct {
-	first *AddrRange
+type listAt[E any] struct {
+	first *E
 	n     int
 }
 
-func placeOf(list []AddrRange) (at listAt) {
+func placeOf[E any](list []E) (at listAt[E]) {
 	if len(list) > 0 {
-		at = listAt{&list[0], len(list)}
+		at = listAt[E]{&list[0], len(list)}
 	}
 	return at
 }
@@ -119,7 +119,7 @@ func (s *subtraction) except(a, b []AddrRange) (left []AddrRange, some, ok bool)
 	if len(a) == 0 || len(b) == 0 {
 		return a, false, true
 	}
-	key := [2]listAt{placeOf(a), placeOf(b)}
+	key := [2]listAt[AddrRange]{placeOf(a), placeOf(b)}
 	d, known := s.known[key]
 	if !known {
 		if s.steps += len(a) + len(b); s.steps > mostSteps {
@@ -127,7 +127,7 @@ func (s *subtraction) except(a, b []AddrRange) (left []AddrRange, some, ok bool)
 		}
 		d.left, d.some = exceptAddrs(a, b)
 		if s.known == nil {
-			s.known = make(map[[2]listAt]difference)
+			s.known = make(map[[2]listAt[AddrRange]]difference)
 		}
 		s.known[key] = d
 	}

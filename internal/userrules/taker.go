@@ -60,8 +60,7 @@ func (t *taker) bars(p *cone.Permission) bool {
 
 // takers are those of one Covered.
 type takers struct {
-	lists  map[listAt]int // the numbers of lists of sources, by where they lie
-	same   map[string]int // likewise, by what they have
+	lists  listNumbers // of sources
 	all    map[takerKey]*taker
 	order  map[*taker]int    // by what they have, so that it is the same for the same forwards
 	merged map[string]*taker // by the takers that it stands for
@@ -75,8 +74,7 @@ type takerKey struct {
 
 func newTakers() *takers {
 	return &takers{
-		lists: map[listAt]int{}, same: map[string]int{}, all: map[takerKey]*taker{},
-		order: map[*taker]int{}, merged: map[string]*taker{},
+		all: map[takerKey]*taker{}, order: map[*taker]int{}, merged: map[string]*taker{},
 	}
 }
 
@@ -85,7 +83,7 @@ func (s *takers) of(f Forward) *taker {
 	if f.Sources == nil && !f.To.IsValid() {
 		return anyTaker
 	}
-	key := takerKey{s.list(f.Sources), f.To}
+	key := takerKey{s.lists.of(f.Sources), f.To}
 	if s.all[key] == nil {
 		s.all[key] = &taker{sources: f.Sources, to: f.To}
 	}
@@ -97,25 +95,6 @@ func (s *takers) sort() {
 	for i, t := range slices.SortedFunc(maps.Values(s.all), (*taker).compare) {
 		s.order[t] = i
 	}
-}
-
-// list returns the number of a list of sources.
-func (s *takers) list(sources []AddrRange) int {
-	if sources == nil {
-		return 0
-	}
-	at := placeOf(sources)
-	if s.lists[at] == 0 {
-		var b []byte
-		for _, r := range sources {
-			b = append(append(b, r.First.AsSlice()...), r.Last.AsSlice()...)
-		}
-		if s.same[string(b)] == 0 {
-			s.same[string(b)] = len(s.same) + 1
-		}
-		s.lists[at] = s.same[string(b)]
-	}
-	return s.lists[at]
 }
 
 const (
