@@ -156,6 +156,30 @@ func TestNFTAddressThatWentWhileNoDaemonRan(t *testing.T) {
 	}
 }
 
+// The address that a rule translates to goes and comes back, as when a link is set up again or
+// the router of a pair becomes the master. Without conenatd no flow ends and no host changes its
+// port.
+//
+// Fails when an address that a rule names is taken for lost.
+func TestNFTAddressThatARuleNamesMayGoForAWhile(t *testing.T) {
+	s := play(t, lab.Options{Inside: 2, Rules: natChain("srcnat", "snat to 198.51.100.1")}, mapped, "--reconcile=1h")
+	one, two, proxy := s.InsideSocket(0, 3074), s.InsideSocket(1, 3074), s.PeerSocket(lab.PeerA, 3074)
+	ports := []netip.AddrPort{s.Contact(one, proxy), s.Contact(two, proxy)}
+	s.Arrives(two, proxy, ports[1])
+	s.IP(s.Gateway, "address del 198.51.100.1/24 dev wan0")
+	s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan0 onlink")
+	s.Verified() // it has seen all links
+	s.IP(s.Gateway, "address add 198.51.100.1/24 dev wan0")
+	s.Verified()
+	s.Arrives(two, proxy, ports[1])
+	another := s.PeerSocket(lab.PeerB, 3074)
+	for i, host := range []*lab.Socket{two, one} {
+		if got := s.Contact(host, another); got != ports[1-i] {
+			t.Errorf("%v had %v, and gets %v", host.Addr(), ports[1-i], got)
+		}
+	}
+}
+
 // The gateway serves a port on an address that hosts are translated to. No mapping gets
 // that port, whether the address is on an outside link or not, and whichever rule
 // translates.

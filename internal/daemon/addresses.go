@@ -16,7 +16,8 @@ import (
 
 // forgetAddresses ends the mappings to addresses that the gateway's links have lost, and
 // the flows with these addresses that the kernel does not end. An address that no link ever
-// had, as in a routed network that the user translates to, is not lost. What an earlier
+// had, as in a routed network that the user translates to, is not lost, nor is one that a rule
+// names: without us its flows would stay, and go on if a link gets it back. What an earlier
 // daemon left is known too: the tables hold the addresses of mappings, and children show
 // theirs. It returns notes for the log.
 func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (notes []string, err error) {
@@ -24,7 +25,8 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 	if c := f.mappingConfig(cfg); c != nil && f.maps() {
 		kernel = f.tables.NewMappings(c)
 	}
-	if err := f.knowAddresses(cfg, kernel, network); err != nil {
+	fixed, unknown := f.fixedByRules()
+	if err := f.knowAddresses(cfg, kernel, network.Owned(), func(a netip.Addr) bool { return unknown || fixed(a) }); err != nil {
 		return nil, err
 	}
 	var errs []error
@@ -41,7 +43,7 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 	}
 	gone := make(map[cone.Addr]struct{})
 	for a := range f.known {
-		if !slices.Contains(now, a) {
+		if !slices.Contains(now, a) && !fixed(a) {
 			gone[cone.AddrFrom(a)] = struct{}{}
 		}
 	}
@@ -69,16 +71,23 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 	return notes, errors.Join(errs...)
 }
 
+// fixedByRules returns a function that reports whether a rule of the user's translates sources
+// to an address, and whether there may be others.
+func (f *firewall) fixedByRules() (fixed func(netip.Addr) bool, unknown bool) {
+	rules, unknown := f.fixedSources()
+	return func(a netip.Addr) bool {
+		return slices.ContainsFunc(rules, func(r userrules.AddrRange) bool { return r.Has(a) })
+	}, unknown
+}
+
 // knowAddresses notes the addresses of an earlier daemon's time: once those of mappings, and
 // once those of children that no rule gives now, so that a link must have had them.
-func (f *firewall) knowAddresses(cfg config.Config, kernel *elements.Mappings, network gateway.Network) error {
+func (f *firewall) knowAddresses(cfg config.Config, kernel *elements.Mappings, owned func(cone.Addr) bool, fixed func(netip.Addr) bool) error {
 	if f.known == nil {
 		known := make(map[netip.Addr]struct{})
-		rules, unknown := f.fixedSources()
-		owned := network.Owned()
 		err := f.fixedFlows(cfg).Each(func(sent *cone.Flow) {
 			a := sent.ReplyDst.Addr
-			if sent.IsChild() && a.Is4() && !unknown && !owned(a) && !slices.ContainsFunc(rules, func(r userrules.AddrRange) bool { return r.Has(a.Netip()) }) {
+			if sent.IsChild() && a.Is4() && !owned(a) && !fixed(a.Netip()) {
 				known[a.Netip()] = struct{}{}
 			}
 		})
