@@ -110,11 +110,14 @@ func (s *scene) sourceByAnotherLinkEarnsNothing(mode []string, inside, peer, ext
 	fence := s.Socket(s.Inside(0).Namespace, inside, 5062)
 	s.Stands(fence, attacker, s.Contact(fence, attacker))
 	nothing("from the packet")
-	for _, table := range []string{"conenat", "young"} {
-		s.Kill()
-		s.Start(stage.Flags(mode, "--table="+table)...)
+	for _, next := range []struct {
+		after, table string
+		end          func()
+	}{{"kill -9", "conenat", s.Kill}, {"kill -9", "young", s.Kill}, {"a stop", "young", s.Stop}} {
+		next.end()
+		s.Start(stage.Flags(mode, "--table="+next.table)...)
 		s.Stands(fence, attacker, s.Contact(fence, attacker))
-		nothing("by a daemon with the table " + table)
+		nothing("by a daemon after " + next.after + " with the table " + next.table)
 	}
 }
 

@@ -41,7 +41,7 @@ func Cleanup() (n Cleaned, err error) {
 	if n.Children, err = dropUnanswered(); err != nil {
 		errs = append(errs, err)
 	}
-	return n, errors.Join(append(errs, conntrack.restoreAll(), conntrack.notes.removeRevoked(), control.Sweep())...)
+	return n, errors.Join(append(errs, conntrack.restoreAll(), conntrack.notes.removeList(revokedNote), conntrack.notes.removeList(unsureNote), control.Sweep())...)
 }
 
 // dropTables removes our nftables tables. It returns their names and how many permissions

@@ -320,7 +320,8 @@ func New(cfg Config) (d *Daemon, err error) {
 		l.engine.Model.Adopt(now, a.Permission, a.By, now+a.Left)
 	}
 	l.engine.Apply(0) // revokes what the configuration does not allow
-	d.failures.note(requestNoteRevoked, 1, d.conntrack.notes.removeRevoked())
+	d.failures.note(requestNoteRevoked, 1, d.conntrack.notes.removeList(revokedNote))
+	d.failures.note(requestNoteUnsure, 1, d.conntrack.notes.removeList(unsureNote))
 	return d, nil
 }
 
@@ -442,6 +443,7 @@ func (d *Daemon) Run(ctx context.Context, ready func()) error {
 		d.failures.note(requestNoteRevoked, 1, d.conntrack.notes.writeRevoked(l.engine.Model.AllRevoked(d.now())))
 	}
 	if !d.leave {
+		d.failures.note(requestNoteUnsure, 1, d.noteUnsure())
 		err = errors.Join(err, d.revokeAll())
 	}
 	return errors.Join(err, d.Close())

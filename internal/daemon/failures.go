@@ -28,6 +28,7 @@ const (
 	requestLookAtSockets         request = "look_at_sockets"
 	requestLookForBroken         request = "look_for_broken_flows"
 	requestNoteRevoked           request = "note_revoked"
+	requestNoteUnsure            request = "note_unsure"
 	requestReadStatistics        request = "read_statistics"
 	requestReadCounters          request = "read_counters"
 	requestReadMappings          request = "read_mappings"

@@ -38,6 +38,9 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 	noted, err := d.conntrack.notes.readRevoked()
 	d.failures.note(requestNoteRevoked, 1, err)
 	older.revoked = append(older.revoked, noted...)
+	unsure, err := d.conntrack.notes.readUnsure()
+	d.failures.note(requestNoteUnsure, 1, err)
+	older.unsure = append(older.unsure, unsure...)
 	inMap = append(inMap, older.standing...)
 	opened, err := r.open(cfg)
 	if err != nil {

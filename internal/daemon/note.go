@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -8,11 +9,15 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/control"
 )
+
+// noteLasts is how long a list counts, as long as the sets "revoked" and "unsure" in the kernel.
+const noteLasts = 2 * time.Hour
 
 // notes are files beside the control socket that tell the next process in this network
 // namespace what it cannot learn from the kernel.
@@ -86,4 +91,42 @@ func (n notes) remove(name string, mine bool) error {
 		return nil
 	}
 	return err
+}
+
+// writeList makes the note name of a list, or removes it if the list is empty.
+func writeList[E any](n notes, name string, list []E) error {
+	if len(list) == 0 {
+		return n.removeList(name)
+	}
+	text, err := json.Marshal(list)
+	if err == nil {
+		err = n.write(name, string(text), 0o600)
+	}
+	if err != nil {
+		return fmt.Errorf("note what is %s: %w", name, err)
+	}
+	return nil
+}
+
+// readList returns the list of the note name, unless it is too old.
+func readList[E any](n notes, name string) (list []E, err error) {
+	text, mine, err := n.read(name)
+	if err != nil {
+		return nil, fmt.Errorf("read what is %s: %w", name, err)
+	}
+	if info, err := os.Stat(n.file(name)); !mine || err != nil || time.Since(info.ModTime()) > noteLasts {
+		return nil, nil
+	}
+	if err := json.Unmarshal([]byte(text), &list); err != nil {
+		return nil, fmt.Errorf("read what is %s: %w", name, err)
+	}
+	return list, nil
+}
+
+// removeList removes the note name, if there is one.
+func (n notes) removeList(name string) error {
+	if err := n.remove(name, false); err != nil {
+		return fmt.Errorf("remove what is noted as %s: %w", name, err)
+	}
+	return nil
 }

@@ -60,9 +60,9 @@ func (o *olderTables) moveTo(m *elements.Map, failures *failures) error {
 }
 
 // moveUnsureTo puts the flows whose source may be spoofed into the sets of t, which must
-// exist.
+// exist unless there is no nftables.
 func (o *olderTables) moveUnsureTo(t *rules.Tables) error {
-	if len(o.unsure) == 0 {
+	if len(o.unsure) == 0 || t == nil {
 		return nil
 	}
 	return t.NewUnsure().Add(o.unsure)
