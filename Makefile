@@ -17,10 +17,11 @@ RUN_PACKAGES  = iproute2 nftables conntrack
 TEST_PACKAGES = $(RUN_PACKAGES) iptables gcc libc6-dev strace systemd python3 ipset shellcheck busybox-static nix-bin
 PAGE_PACKAGES = chromium
 BOX_PACKAGES  = git mmdebstrap systemd-container lintian xz-utils
-VM_PACKAGES   = qemu-system-x86 busybox-static kmod xz-utils zstd
+VM_PACKAGES   = qemu-system-x86 qemu-system-arm qemu-system-misc busybox-static kmod xz-utils zstd
 
-# Debian's kernels that "make kernels" boots: 5.10 6.1 6.12 7.3.
-KERNELS ?= 6.1
+# What "make kernels" boots: Debian's kernels for amd64 (5.10 6.1 6.12 7.3), and those for
+# other machines (armhf, mipsel, s390x), where it runs the selftest.
+KERNELS ?= 6.1 armhf s390x
 
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOFUMPT     = mvdan.cc/gofumpt@v0.12.0
@@ -144,7 +145,7 @@ fuzz:
 			$(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZ_TIME) -fuzzminimizetime 100x ./$$target -args -test.fuzzcachedir="$$cache/$$target/$$name" || exit 1; \
 		done; done
 
-# The core tests on Debian's own kernels, in QEMU.
+# The core tests on Debian's own kernels, in QEMU, and the selftest on other machines.
 kernels:
 	@scripts/install-deps $(TEST_PACKAGES) $(VM_PACKAGES)
 	CONENATD_KERNELS="$(KERNELS)" $(GO) test -count=1 -timeout 200m -v ./e2e/kernels

@@ -26,14 +26,17 @@ type Apt struct {
 	options []string
 }
 
-func newApt(cache string, suites []string) (*Apt, error) {
+func newApt(cache string, suites []string, arch string) (*Apt, error) {
 	dir := filepath.Join(cache, "apt")
+	if err := os.RemoveAll(filepath.Join(dir, "sources")); err != nil { // other suites, formerly
+		return nil, err
+	}
 	for _, d := range []string{"lists/partial", "archives/partial", "sources"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
 			return nil, err
 		}
 	}
-	if err := writeSources(filepath.Join(dir, "sources"), suites); err != nil {
+	if err := writeSources(filepath.Join(dir, "sources"), suites, arch); err != nil {
 		return nil, err
 	}
 	a := &Apt{dir: dir}
@@ -45,6 +48,8 @@ func newApt(cache string, suites []string) (*Apt, error) {
 		"Dir::State=" + dir,
 		"Dir::State::status=/dev/null",
 		"Dir::Cache=" + dir,
+		"APT::Architecture=" + arch,
+		"APT::Architectures=" + arch,
 		"APT::Sandbox::User=root", // no other user could write below /root
 		"Acquire::Languages=none",
 		"Acquire::Retries=2",

@@ -119,8 +119,8 @@ func parseDeb822(text string) (all []source) {
 }
 
 // writeSources writes one source for each suite: a copy of this machine's own, with
-// its mirror, keys and options; only the suite differs.
-func writeSources(dir string, suites []string) error {
+// its mirror, keys and options; only suite and architecture differ.
+func writeSources(dir string, suites []string, arch string) error {
 	release, err := osRelease()
 	if err != nil {
 		return err
@@ -143,7 +143,7 @@ func writeSources(dir string, suites []string) error {
 			return fmt.Errorf("no source for %s in /etc/apt: want a Debian system", template)
 		}
 		text := s.with(map[string]string{
-			"types": "deb", "suites": suite, "components": "main", "architectures": "amd64", "targets": "Packages",
+			"types": "deb", "suites": suite, "components": "main", "architectures": arch, "targets": "Packages",
 		})
 		if err := os.WriteFile(filepath.Join(dir, suite+".sources"), []byte(text), 0o644); err != nil {
 			return err

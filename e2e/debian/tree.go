@@ -1,6 +1,7 @@
 package debian
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -20,6 +21,8 @@ type Tree struct {
 	// Suites are the parts of the archive to look in; apt takes the newest version of
 	// each package.
 	Suites []string
+	// Arch is Debian's name of the packages' architecture. Empty means amd64.
+	Arch string
 	// Packages names the packages to download.
 	Packages func(context.Context, *Apt) ([]string, error)
 	// Unpack unpacks the packages in the folder debs into the folder tree.
@@ -95,7 +98,7 @@ func (t Tree) newest(cache string) (dir string, age time.Duration) {
 // renew asks the archive for its newest packages and unpacks them unless that
 // was done before.
 func (t Tree) renew(ctx context.Context, cache string) (string, error) {
-	a, err := newApt(cache, t.Suites)
+	a, err := newApt(cache, t.Suites, cmp.Or(t.Arch, "amd64"))
 	if err != nil {
 		return "", err
 	}

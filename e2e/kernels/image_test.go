@@ -18,6 +18,9 @@ var initScript []byte
 //go:embed serve.sh
 var serveScript []byte
 
+//go:embed selftest.sh
+var selftestScript []byte
+
 // bootModules are the modules that the guest needs to read the host's file system.
 var bootModules = []string{"virtio_pci", "9pnet_virtio", "9p", "overlay"}
 
@@ -46,6 +49,28 @@ func (k tree) writeImage(ctx context.Context, path string) error {
 	if err := k.addModules(ctx, a); err != nil {
 		return err
 	}
+	return os.WriteFile(path, a.end(), 0o644)
+}
+
+// writeOwnImage writes the file system of a guest that has no other: all files of the tree
+// but its kernel, and program as /bin/conenatd, which the guest runs for the selftest.
+func (k tree) writeOwnImage(program, path string) error {
+	conenatd, err := os.ReadFile(program)
+	if err != nil {
+		return err
+	}
+	a := new(archive)
+	if err := a.addTree(string(k), func(name string) bool { return name != "vmlinuz" }); err != nil {
+		return err
+	}
+	for _, dir := range []string{"dev", "proc", "run", "sys", "tmp"} {
+		a.add(dir, fs.ModeDir|0o755, nil)
+	}
+	for _, name := range []string{"bin/sh", "bin/mount", "bin/poweroff", "bin/stty", "sbin/modprobe"} {
+		a.add(name, fs.ModeSymlink|0o777, []byte("/bin/busybox"))
+	}
+	a.add("bin/conenatd", 0o755, conenatd)
+	a.add("init", 0o755, selftestScript)
 	return os.WriteFile(path, a.end(), 0o644)
 }
 
@@ -143,6 +168,34 @@ func (a *archive) add(name string, mode fs.FileMode, data []byte) {
 	a.pad()
 	a.b.Write(data)
 	a.pad()
+}
+
+// addTree adds the files below dir whose names, relative to it, are wanted.
+func (a *archive) addTree(dir string, wanted func(name string) bool) error {
+	return filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || path == dir {
+			return err
+		}
+		name, err := filepath.Rel(dir, path)
+		if err != nil || !wanted(name) {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		var data []byte
+		switch d.Type() {
+		case fs.ModeSymlink:
+			var target string
+			target, err = os.Readlink(path)
+			data = []byte(target)
+		case 0:
+			data, err = os.ReadFile(path)
+		}
+		a.add(name, info.Mode(), data)
+		return err
+	})
 }
 
 func (a *archive) pad() {

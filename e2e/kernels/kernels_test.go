@@ -2,19 +2,20 @@
 // lack some of their features (nfnetlink_cthelper, flowtables), or behave differently. "make
 // kernels" starts it.
 //
-// The guest sees the host's files read-only: programs, libraries, this folder. Without
-// hardware virtualisation it is five to ten times slower.
+// A guest for amd64 sees the host's files read-only: programs, libraries, this folder. Without
+// hardware virtualisation it is five to ten times slower. A guest of another machine has
+// that machine's programs, and runs the selftest.
 package kernels
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -23,16 +24,15 @@ import (
 )
 
 const (
-	// kernelsEnv lists the kernels, such as "5.10 6.1".
+	// kernelsEnv lists the kernels for amd64 and the other machines, such as "5.10 6.1 armhf".
 	kernelsEnv = "CONENATD_KERNELS"
 	// commandEnv is a command line to run instead of the tests, such as
 	// "cd /src/conenatd/e2e && e2e.test -test.v -test.run TestDemo".
 	commandEnv = "CONENATD_KERNELS_COMMAND"
 )
 
-// tools are the required programs and their Debian packages.
+// tools are the required programs and their Debian packages, without QEMU.
 var tools = [][2]string{
-	{"qemu-system-x86_64", "qemu-system-x86"},
 	{"busybox", "busybox-static"},
 	{"depmod", "kmod"},
 	{"xz", "xz-utils"},
@@ -105,32 +105,56 @@ func guests(root string) map[string][]job {
 }
 
 func TestKernels(t *testing.T) {
-	versions := strings.Fields(os.Getenv(kernelsEnv))
-	if len(versions) == 0 {
+	names := strings.Fields(os.Getenv(kernelsEnv))
+	if len(names) == 0 {
 		debian.Missing(t, kernelsEnv+` is not set: run "make kernels", or set it to some of: `+known())
 	}
-	if runtime.GOARCH != "amd64" {
-		debian.Missing(t, "the guest runs the host's programs on a kernel for amd64")
+	require(t, tools...)
+	root, err := filepath.Abs("../..")
+	if err != nil {
+		t.Fatal(err)
 	}
+	var dir string
+	if slices.ContainsFunc(names, func(name string) bool { return suites[name] != nil }) {
+		dir = buildJob(t, root)
+	}
+	for _, name := range names {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m, foreign := machines[name]
+			switch {
+			case foreign:
+				testMachine(t, m, root)
+			case suites[name] == nil:
+				t.Fatalf("kernel %s: want one of %s", name, known())
+			default:
+				testKernel(t, name, root, dir)
+			}
+		})
+	}
+}
+
+// require ends the test if a program is missing. Each comes with its Debian package.
+func require(t *testing.T, tools ...[2]string) {
+	t.Helper()
 	for _, tool := range tools {
 		if _, err := exec.LookPath(tool[0]); err != nil {
 			debian.Missing(t, fmt.Sprintf("%s not found: install the Debian package %s", tool[0], tool[1]))
 		}
 	}
-	root, err := filepath.Abs("../..")
-	if err != nil {
-		t.Fatal(err)
+}
+
+// testKernel runs the guests of one kernel for amd64. They get the files of the folder dir.
+func testKernel(t *testing.T, version, root, dir string) {
+	if runtime.GOARCH != "amd64" {
+		debian.Missing(t, "the guest runs the host's programs on a kernel for amd64")
 	}
-	dir := buildJob(t, root)
-	for _, version := range versions {
-		t.Run(version, func(t *testing.T) {
-			k := fetched(t, version)
-			for name, jobs := range guests(root) {
-				t.Run(name, func(t *testing.T) {
-					t.Parallel()
-					testGuest(t, k, dir, jobs)
-				})
-			}
+	require(t, [2]string{"qemu-system-x86_64", "qemu-system-x86"})
+	k := fetch(t, kernelOf(version))
+	for name, jobs := range guests(root) {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			testGuest(t, k, dir, jobs)
 		})
 	}
 }
@@ -157,22 +181,6 @@ func buildJob(t *testing.T, root string) string {
 		t.Fatal(err)
 	}
 	return dir
-}
-
-// fetched is fetch, but fails the test on an error.
-func fetched(t *testing.T, version string) tree {
-	t.Helper()
-	if suites[version] == nil {
-		t.Fatalf("kernel %s: want one of %s", version, known())
-	}
-	k, err := fetch(t, version)
-	if _, ok := errors.AsType[debian.ArchiveError](err); ok {
-		debian.Missing(t, err.Error())
-	}
-	if err != nil {
-		t.Fatalf("kernel %s: %v", version, err)
-	}
-	return k
 }
 
 func testGuest(t *testing.T, k tree, dir string, jobs []job) {

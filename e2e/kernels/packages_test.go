@@ -2,6 +2,7 @@ package kernels
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"regexp"
@@ -13,8 +14,8 @@ import (
 	"github.com/conenatd/conenatd/e2e/debian"
 )
 
-// suites are the parts of Debian's archive for each kernel; with security updates
-// the newest kernel is taken.
+// suites are the parts of Debian's archive for each kernel for amd64; with security
+// updates the newest kernel is taken.
 var suites = map[string][]string{
 	"5.10": {"bullseye", "bullseye-security"},
 	"6.1":  {"bookworm", "bookworm-security"},
@@ -23,24 +24,44 @@ var suites = map[string][]string{
 }
 
 // known lists the kernels, for messages.
-func known() string { return strings.Join(slices.Sorted(maps.Keys(suites)), " ") }
+func known() string {
+	return strings.Join(append(slices.Sorted(maps.Keys(suites)), slices.Sorted(maps.Keys(machines))...), " ")
+}
 
-// fetch returns the folder with Debian's kernel of that version.
-func fetch(t *testing.T, version string) (tree, error) {
-	dir, old, err := debian.Tree{
+// kernelOf is the source of Debian's kernel of that version for amd64.
+func kernelOf(version string) debian.Tree {
+	return debian.Tree{
 		Name:   "kernels/" + version,
 		Suites: suites[version],
 		Packages: func(ctx context.Context, a *debian.Apt) ([]string, error) {
 			return packagesOf(ctx, a, "linux-image-amd64")
 		},
-		Unpack: func(ctx context.Context, debs, dir string) error { return tree(dir).unpack(ctx, debs) },
-		Key:    wanted.String(),
-		Fresh:  24 * time.Hour,
-	}.Fetch(t.Context())
-	if old != nil {
-		t.Logf("using the cached kernel: %v", old)
+		Unpack: func(ctx context.Context, debs, dir string) error {
+			k := tree(dir)
+			if err := k.unpack(ctx, debs, wanted); err != nil {
+				return err
+			}
+			return unpackImage(ctx, k.path("vmlinuz"), k.path("vmlinux"))
+		},
+		Key:   wanted.String(),
+		Fresh: 24 * time.Hour,
 	}
-	return tree(dir), err
+}
+
+// fetch returns the folder with what the source has.
+func fetch(t *testing.T, source debian.Tree) tree {
+	t.Helper()
+	dir, old, err := source.Fetch(t.Context())
+	if _, ok := errors.AsType[debian.ArchiveError](err); ok {
+		debian.Missing(t, err.Error())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if old != nil {
+		t.Logf("using the cached packages: %v", old)
+	}
+	return tree(dir)
 }
 
 var (

@@ -38,19 +38,16 @@ func (k tree) modules() (string, error) {
 var wanted = regexp.MustCompile(`^\./(usr/)?(boot/vmlinuz-|lib/modules/[^/]+/(vmlinuz$|modules\.(order|builtin)|` +
 	`kernel/(net|lib|crypto|arch|drivers/(virtio|net/[^/]+\.ko|net/bonding)|fs/(9p|netfs|fscache|overlayfs))))`)
 
-// unpack unpacks the packages in the folder debs.
-func (k tree) unpack(ctx context.Context, debs string) error {
+// unpack unpacks the files that match wanted from the packages in the folder debs.
+func (k tree) unpack(ctx context.Context, debs string, wanted *regexp.Regexp) error {
 	files, err := filepath.Glob(filepath.Join(debs, "*.deb"))
 	if err != nil {
 		return err
 	}
 	for _, f := range files {
-		if err := k.unpackOne(ctx, f); err != nil {
+		if err := k.unpackOne(ctx, f, wanted); err != nil {
 			return fmt.Errorf("unpack %s: %w", filepath.Base(f), err)
 		}
-	}
-	if err := unpackImage(ctx, k.path("vmlinuz"), k.path("vmlinux")); err != nil {
-		return fmt.Errorf("unpack vmlinuz: %w", err)
 	}
 	modules, err := k.modules()
 	if err != nil {
@@ -59,8 +56,8 @@ func (k tree) unpack(ctx context.Context, debs string) error {
 	return command(ctx, nil, io.Discard, "depmod", "-b", string(k), filepath.Base(modules))
 }
 
-// unpackOne unpacks the wanted files of one package.
-func (k tree) unpackOne(ctx context.Context, deb string) error {
+// unpackOne unpacks the wanted files of one package, those of usr beside the others.
+func (k tree) unpackOne(ctx context.Context, deb string, wanted *regexp.Regexp) error {
 	r, w := io.Pipe()
 	go func() { w.CloseWithError(command(ctx, nil, w, "dpkg-deb", "--fsys-tarfile", deb)) }()
 	defer r.Close()
@@ -72,7 +69,8 @@ func (k tree) unpackOne(ctx context.Context, deb string) error {
 		if err != nil {
 			return err
 		}
-		if h.Typeflag != tar.TypeReg || !wanted.MatchString(h.Name) {
+		link := h.Typeflag == tar.TypeSymlink
+		if h.Typeflag != tar.TypeReg && !link || !wanted.MatchString(h.Name) {
 			continue
 		}
 		path := k.path(strings.TrimPrefix(strings.TrimPrefix(h.Name, "./"), "usr/"))
@@ -82,11 +80,17 @@ func (k tree) unpackOne(ctx context.Context, deb string) error {
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			return err
 		}
+		if link {
+			if err := os.Symlink(h.Linkname, path); err != nil {
+				return err
+			}
+			continue
+		}
 		b, err := io.ReadAll(t)
 		if err != nil {
 			return err
 		}
-		if err := os.WriteFile(path, b, 0o644); err != nil {
+		if err := os.WriteFile(path, b, h.FileInfo().Mode().Perm()); err != nil {
 			return err
 		}
 	}
@@ -102,7 +106,7 @@ func unpackImage(ctx context.Context, from, to string) error {
 		return err
 	}
 	if len(b) < 0x1000 || string(b[magic:magic+4]) != "HdrS" {
-		return errors.New("no Linux kernel image")
+		return fmt.Errorf("unpack %s: no Linux kernel image", from)
 	}
 	start := (int64(b[setupSects])+1)*512 + int64(binary.LittleEndian.Uint32(b[payloadOffset:]))
 	end := start + int64(binary.LittleEndian.Uint32(b[payloadLength:]))

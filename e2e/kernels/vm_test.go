@@ -117,9 +117,14 @@ func (v *vm) start(t *testing.T, k tree, modules, job string) error {
 		args = append(args, "-virtfs", "local,mount_tag="+share[0]+",path="+escape(share[1])+
 			",security_model=none,readonly=on,multidevs=remap")
 	}
+	return v.qemu(t, "qemu-system-x86_64", args...)
+}
+
+// qemu starts QEMU, and closes exited when it is gone. It ends with the test.
+func (v *vm) qemu(t *testing.T, program string, args ...string) error {
 	// Not the test's context: Cleanup ends QEMU in the right order.
 	ctx, kill := context.WithCancel(context.Background())
-	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", args...)
+	cmd := exec.CommandContext(ctx, program, args...)
 	// A test that ends by a timeout runs no Cleanup, so the kernel must end QEMU.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	stderr, err := os.Create(v.path("stderr"))
@@ -225,7 +230,7 @@ func (v *vm) run(ctx context.Context, command string) (out string, code int, err
 	return out, code, nil
 }
 
-// explain adds the last output of the kernel and of QEMU to err.
+// explain says why the guest did not answer, with the last output of the kernel and of QEMU.
 func (v *vm) explain(err error) error {
 	v.broken = true
 	select {
@@ -239,6 +244,11 @@ func (v *vm) explain(err error) error {
 			err = errors.New("the guest does not answer in time")
 		}
 	}
+	return v.withOutput(err)
+}
+
+// withOutput adds the last output of the kernel and of QEMU to err.
+func (v *vm) withOutput(err error) error {
 	for _, name := range []string{"stderr", "console"} {
 		b, _ := os.ReadFile(v.path(name))
 		if text := strings.TrimSpace(string(b[max(0, len(b)-8000):])); text != "" {
