@@ -17,11 +17,11 @@ RUN_PACKAGES  = iproute2 nftables conntrack
 TEST_PACKAGES = $(RUN_PACKAGES) iptables gcc libc6-dev strace systemd python3 ipset shellcheck busybox-static nix-bin
 PAGE_PACKAGES = chromium
 BOX_PACKAGES  = git mmdebstrap systemd-container lintian xz-utils
-VM_PACKAGES   = qemu-system-x86 qemu-system-arm qemu-system-misc busybox-static kmod xz-utils zstd
+VM_PACKAGES   = qemu-system-x86 qemu-system-arm qemu-system-mips qemu-system-misc busybox-static kmod xz-utils zstd
 
 # What "make kernels" boots: Debian's kernels for amd64 (5.10 6.1 6.12 7.3), and those for
 # other machines (armhf, mipsel, s390x), where it runs the selftest.
-KERNELS ?= 6.1 armhf s390x
+KERNELS ?= 6.1 armhf mipsel s390x
 
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOFUMPT     = mvdan.cc/gofumpt@v0.12.0

@@ -27,8 +27,8 @@ type machine struct {
 	console string    // the device to which the kernel's console and the selftest write
 }
 
-// machines are those with a 32-bit kernel and those with the other order of bytes: netlink
-// has both in the host's own way.
+// machines have what no kernel for amd64 has: 32 bits, the other order of bytes (s390x), or
+// netlink messages in which each u64 is aligned (mipsel).
 var machines = map[string]machine{
 	"armhf": {
 		arch: "armhf", goarch: "arm", image: "linux-image-armmp",

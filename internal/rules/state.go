@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"maps"
 	"math"
 	"slices"
 	"strings"
@@ -23,7 +24,7 @@ type state struct {
 	table    *nftables.Table // nil if there is none
 	chains   []*nftables.Chain
 	sets     []*nftables.Set
-	rules    []*nftables.Rule
+	rules    map[string][]byte    // by chain, the user data of its rules
 	elements map[string][]setKey // by set, sorted; only of sets that were read
 	known    map[string]bool     // sets that certainly have the wanted elements
 	counters map[string]uint64
@@ -63,11 +64,9 @@ func (s *state) read(ours *Tables, t *nftables.Table, want *layout) (err error) 
 			continue
 		}
 		s.chains = append(s.chains, chain)
-		rules, err := c.GetRules(t, chain)
-		if err != nil {
-			return err
-		}
-		s.rules = append(s.rules, rules...)
+	}
+	if s.rules, err = readRules(ours.netns, t); err != nil {
+		return err
 	}
 	if s.sets, err = c.GetSets(t); err != nil {
 		return err
@@ -88,6 +87,45 @@ func (s *state) read(ours *Tables, t *nftables.Table, want *layout) (err error) 
 	}
 	return s.readCounters(c, t)
 }
+
+// readRules reads the user data of the rules of each chain, in their order, over its own
+// connection, which tells rules apart (layout.sign). What they do is not decoded: the library
+// refuses the attributes by which machines that cannot read a u64 anywhere in memory, such
+// as MIPS and RISC-V, align that of a limit.
+func readRules(netns int, t *nftables.Table) (rules map[string][]byte, err error) {
+	c, err := nfnl.Dial(netns)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = c.Close() }()
+	err = nfnl.Uninterrupted(func() error {
+		rules = map[string][]byte{}
+		var e nfnl.Encoder
+		e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETRULE, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, c.NextSeq(1), byte(t.Family))
+		e.Str(unix.NFTA_RULE_TABLE, t.Name)
+		e.End()
+		return c.Ask(&e, func(_ uint16, body []byte) {
+			if len(body) < nfnl.FamilyHeaderLen {
+				return
+			}
+			var chain string
+			var data []byte
+			nfnl.Attributes(body[nfnl.FamilyHeaderLen:], func(typ uint16, b []byte) {
+				switch typ {
+				case unix.NFTA_RULE_CHAIN:
+					chain = nfnl.Text(b)
+				case unix.NFTA_RULE_USERDATA:
+					data = b
+				}
+			})
+			rules[chain] = addRule(rules[chain], data)
+		})
+	})
+	return rules, err
+}
+
+// addRule adds the user data of one more rule to that of a chain.
+func addRule(chain, data []byte) []byte { return append(append(chain, data...), '\n') }
 
 func (s *state) readCounters(c *conn, t *nftables.Table) error {
 	objs, err := c.GetNamedObjects(t)
@@ -242,20 +280,11 @@ func sizeOf(s *nftables.Set) uint32 {
 	return s.Size
 }
 
-// sameRules compares the rules of each chain, in order.
-func sameRules(a, b []*nftables.Rule) bool {
-	byChain := func(rules []*nftables.Rule) map[string][]byte {
-		m := map[string][]byte{}
-		for _, r := range rules {
-			m[r.Chain.Name] = append(append(m[r.Chain.Name], r.UserData...), '\n')
-		}
-		return m
+// sameRules reports whether there are the rules of each chain, in order, and no others.
+func sameRules(have map[string][]byte, want []*nftables.Rule) bool {
+	wanted := map[string][]byte{}
+	for _, r := range want {
+		wanted[r.Chain.Name] = addRule(wanted[r.Chain.Name], r.UserData)
 	}
-	x, y := byChain(a), byChain(b)
-	for name := range x {
-		if !bytes.Equal(x[name], y[name]) {
-			return false
-		}
-	}
-	return len(x) == len(y)
+	return maps.EqualFunc(have, wanted, bytes.Equal)
 }

@@ -147,8 +147,6 @@ func expression(family byte, name string, b []byte) (expr.Any, error) {
 		e = &expr.Fib{}
 	case "lookup":
 		e = &expr.Lookup{}
-	case "dynset":
-		e = &expr.Dynset{}
 	case "objref":
 		if o := objrefMapOf(b); o.set != "" {
 			return o, nil
@@ -170,6 +168,8 @@ func expression(family byte, name string, b []byte) (expr.Any, error) {
 		e = &expr.Numgen{}
 	case "exthdr":
 		e = &expr.Exthdr{}
+	case "dynset":
+		return &expr.Dynset{}, nil
 	case "reject":
 		return &expr.Reject{}, nil
 	case "queue":
