@@ -18,14 +18,18 @@ import (
 
 // unprivileged is a program that runs the program under test as a user with no privilege
 // but CAP_NET_ADMIN, as the unit in deploy does.
-func (s *scene) unprivileged() string {
+func (s *scene) unprivileged() string { return s.unprivilegedOf(65534) }
+
+// unprivilegedOf is unprivileged with a group. That of root, 0, may see which tables
+// iptables-legacy has.
+func (s *scene) unprivilegedOf(group int) string {
 	s.T.Helper()
 	path := filepath.Join(s.T.TempDir(), "conenatd")
 	s.Must(os.WriteFile(path, fmt.Appendf(nil, `#!/bin/sh
-exec setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs \
+exec setpriv --reuid 65534 --regid %d --clear-groups --no-new-privs \
 	--inh-caps -all,+net_admin --ambient-caps -all,+net_admin --bounding-set -all,+net_admin \
 	%s "$@"
-`, s.ForAll()), 0o755))
+`, group, s.ForAll()), 0o755))
 	return path
 }
 

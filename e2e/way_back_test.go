@@ -63,3 +63,31 @@ func (s *scene) tellsWayBack(want bool) {
 		s.T.Errorf("way_back_unknown is told: %v, want %v", told, want)
 	}
 }
+
+// The programs of the user as whom the daemon runs shall use another uplink. That says nothing about
+// packets of inside hosts and of peers, which belong to nobody: the daemon judges the user's firewall
+// by the link that leads to the hosts, and ends flows whose source is wrong after a failover.
+//
+// Fails when the daemon asks the kernel for its own ways.
+func TestNFTRoutingRuleForTheDaemonsUser(t *testing.T) {
+	s, second := twoUplinks(t, lab.Options{Rules: `table ip nat { chain postrouting { type nat hook postrouting priority srcnat
+	oifname wan0 snat to 198.51.100.1
+	oifname wan1 snat to 198.51.100.129
+}; }
+` + lab.DropPolicy})
+	s.Must(s.NFT(`add rule inet filter forward oifname "lan0" ct status dnat accept`))
+	s.IP(s.Gateway, "route add unreachable default table 109")
+	s.IP(s.Gateway, "rule add uidrange 65534-65534 table 109")
+	s.Exe = s.unprivilegedOf(0)
+	s.Serve(heal, "--reconcile=1s")
+	s.privileges("Uid:\t65534")
+	if why := s.carried("nft"); why != "dnat_accepted" {
+		t.Errorf("because %q", why)
+	}
+	phone, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, peer)
+	s.Stands(phone, peer, ext)
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 7000), ext)
+	s.IP(s.Gateway, "route replace default via 198.51.100.254 dev wan1 onlink")
+	s.heals(phone, peer, second)
+}

@@ -68,6 +68,11 @@ func someHosts(subnet netip.Prefix) []netip.Addr {
 // ownAddress stands for the route to an address of the gateway itself.
 const ownAddress = -1
 
+// forwarded is the user to whom the kernel routes packets that have no socket (sock_net_uid,
+// ip6_route_input), for rules that select by user (ip rule uidrange). Without it the kernel answers
+// for the user who asks.
+const forwarded = 0
+
 // linkTo returns the index of the link to a host, 0 if there is no route.
 func (c *conn) linkTo(host netip.Addr) (index int, err error) {
 	h := c.begin(unix.RTM_GETROUTE, 0, unix.SizeofRtMsg)
@@ -75,6 +80,7 @@ func (c *conn) linkTo(host netip.Addr) (index int, err error) {
 		h[0] = unix.AF_INET6
 	}
 	c.enc.Bytes(unix.RTA_DST, host.AsSlice())
+	c.enc.NE32(unix.RTA_UID, forwarded)
 	err = c.exchange(func(b []byte) error {
 		if len(b) < unix.SizeofRtMsg {
 			return nfnl.ErrMalformed

@@ -128,7 +128,7 @@ func (c *choices) marksOf(from int, mark Marking) []uint32 {
 }
 
 // lookup returns the link by which a packet leaves that came in by link from; from is 0 for
-// the gateway's own packets. It returns 0 if the packet does not leave.
+// packets of the gateway's own kernel. It returns 0 if the packet does not leave.
 func (r *Router) lookup(src, dst cone.Endpoint, from, mark uint32, tos uint8) (link int, err error) {
 	h, e := r.conn.begin(unix.RTM_GETROUTE, 0, unix.SizeofRtMsg), &r.conn.enc
 	family, source, dest := uint8(unix.AF_INET), src.Addr[12:], dst.Addr[12:]
@@ -140,6 +140,7 @@ func (r *Router) lookup(src, dst cone.Endpoint, from, mark uint32, tos uint8) (l
 		h[2] = uint8(8 * len(source)) // there is a source
 	}
 	e.Bytes(unix.RTA_DST, dest)
+	e.NE32(unix.RTA_UID, forwarded)
 	if from != 0 {
 		e.Bytes(unix.RTA_SRC, source)
 		e.NE32(unix.RTA_IIF, from)

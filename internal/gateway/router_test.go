@@ -1,8 +1,11 @@
 package gateway
 
 import (
+	"net/netip"
 	"slices"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/lab"
@@ -200,4 +203,72 @@ func namesOf(n Network, links []int) []string {
 	names := n.names(func(l Link) bool { return slices.Contains(links, l.Index) })
 	slices.Sort(names)
 	return names
+}
+
+// Packets that the gateway forwards belong to no user, and the kernel routes them as root's. The
+// daemon usually runs as another user, for which routing rules may have another way, as for the
+// programs that shall use a VPN.
+//
+// Fails when the kernel is asked for the user who asks, by one of the look-ups.
+func TestWaysOfHostsAreNotThoseOfTheDaemonsUser(t *testing.T) {
+	const user = 4711
+	for name, tt := range map[string]struct {
+		rules      []string
+		back, away string
+	}{
+		"rules for the user": {[]string{"rule add uidrange 4711-4711 table 7", "-6 rule add uidrange 1-4294967294 table 7"}, "lan0", "wan0"},
+		"rules for root":     {[]string{"rule add iif lan0 uidrange 0-0 table 7", "-6 rule add iif lan0 uidrange 0-0 table 7"}, "lan0", "vpn0"},
+		"the way back by a rule for root": {[]string{
+			"rule add iif lo uidrange 0-0 table 8", "-6 rule add iif lo uidrange 0-0 table 8",
+		}, "guest0", "wan0"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := newGateway(t, append(tt.rules, "link add vpn0 type bridge", "link set vpn0 up",
+				"address add 2001:db8:1::1/64 dev wan0 nodad", "-6 route replace default via 2001:db8:1::fe dev wan0",
+				"route replace default via 198.51.100.254 dev wan0", "route add default dev vpn0 table 7", "-6 route add default dev vpn0 table 7",
+				"route add default dev guest0 table 8", "-6 route add default dev guest0 table 8",
+				"route add default dev wan0 table 9", "-6 route add default dev wan0 table 9", "rule add iif guest0 table 9", "-6 rule add iif guest0 table 9")...)
+			if err := g.SetSysctl("net.ipv4.conf.all.rp_filter", "0"); err != nil {
+				t.Fatal(err)
+			}
+			n := readNetwork(t, g)
+			err := g.Do(func() error {
+				if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, user, user, user); errno != 0 {
+					return errno
+				}
+				to, err := n.LinksTo(0, []netip.Prefix{lab.InsideNet, lab.InsideNet6})
+				if err != nil {
+					return err
+				}
+				for i, l := range to {
+					if l.Name != tt.back {
+						t.Errorf("the link to subnet %d is %q, want %q", i, l.Name, tt.back)
+					}
+				}
+				r, err := DialRouter(0, n)
+				if err != nil {
+					return err
+				}
+				defer r.Close()
+				for src, dst := range map[string]string{"10.47.11.109:5060": "203.0.113.5:5060", "[2001:db8:47::109]:5060": "[2001:db8:5::5]:5060"} {
+					in := 0
+					links, _, err := r.Links(endpoint(src), endpoint(dst), func(link int, arriving []uint32) ([]uint32, bool) { return arriving, true })
+					if err != nil {
+						return err
+					}
+					in = int(r.inside[endpoint(src).Addr])
+					if names := namesOf(n, []int{in}); !slices.Equal(names, []string{tt.back}) {
+						t.Errorf("%s: packets come in by %q, want %q", src, names, tt.back)
+					}
+					if names := namesOf(n, links); !slices.Equal(names, []string{tt.away}) {
+						t.Errorf("%s: packets leave by %q, want %q", src, names, tt.away)
+					}
+				}
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
 }
