@@ -52,6 +52,53 @@ func TestWayBackHiddenByARoutingRule(t *testing.T) {
 	}
 }
 
+// Rules skip others (goto), or turn routes of a table down (suppress). They hide the way back as other
+// rules do: only if they select by something that the answers alone have. The kernel applies those
+// that do not when it looks up the way back, and then the flow earns a permission.
+//
+// Fails when the way back is looked up without such a rule, and when what one hides is left out silently.
+func TestWayBackByRulesThatSkipAndSuppress(t *testing.T) {
+	const other = "rule add pref 200 table 109" // by itself it leads everything to the other uplink
+	for name, tc := range map[string]struct {
+		commands []string
+		rules    string
+		hidden   bool
+	}{
+		"no default route counts": {[]string{other + " suppress_prefixlength 0"}, "", false},
+		"no route by a group":     {[]string{"link set wan1 group 9", other + " suppress_ifgroup 9"}, "", false},
+		"short prefixes count":    {[]string{other, "rule add pref 100 table main suppress_prefixlength 23"}, "", false},
+		"skipped for the hosts":   {[]string{other, "rule add pref 100 to 10.47.11.0/24 goto 32766", "rule add pref 101 from 10.47.11.0/24 goto 32766"}, "", false},
+		"skipped by each link":    {[]string{other, "rule add pref 100 iif wan0 goto 32766", "rule add pref 101 iif lan0 goto 32766"}, "", true},
+		"skipped by port":         {[]string{other, "rule add pref 100 ipproto udp dport 5060 goto 32766"}, "", true},
+		"skipped by mark": {
+			[]string{other, "rule add pref 100 fwmark 9 goto 32766"},
+			`table ip m { chain c { type filter hook prerouting priority mangle; iifname { wan0, wan1 } meta mark set 9; }; }`, true,
+		},
+		"suppressed by each link": {[]string{"rule add pref 100 iif lo table 109", "rule add pref 101 iif lan0 table main suppress_prefixlength 23"}, "", true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, _ := twoUplinks(t, lab.Options{Rules: bothUplinks + tc.rules})
+			s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan1 onlink table 109")
+			for _, c := range tc.commands {
+				s.IP(s.Gateway, c)
+			}
+			phone, peer, other := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 7000)
+			s.Serve("--reconcile=1s")
+			ext := s.Contact(phone, peer)
+			if tc.hidden {
+				s.Until("status tells of it", func() bool {
+					return strings.Contains(strings.Join(s.Status().Warnings, ""), "hide that way")
+				})
+				s.tellsWayBack(true)
+				return
+			}
+			s.Until("a permission stands", func() bool { return s.Status().Permissions.Standing == 1 })
+			s.Arrives(phone, other, ext)
+			s.tellsWayBack(false)
+		})
+	}
+}
+
 // tellsWayBack checks whether status has the finding way_back_unknown.
 func (s *scene) tellsWayBack(want bool) {
 	s.T.Helper()

@@ -16,7 +16,9 @@ import (
 // incoming link (iif), ports, a type of service or a tunnel. Then the packet alone does not
 // tell the way back to its source: the fib expression of nftables looks that up as if the
 // gateway sent the answers itself, without ports, and with the packet's own mark and type
-// of service.
+// of service. What such a rule does does not matter: goto may skip the rule that leads back, and
+// suppress_prefixlength and suppress_ifgroup its route. Without such a selector it does the same in
+// both look-ups.
 func HidesWaysBack(netns int, ours uint32) (is bool, err error) {
 	c, err := dial(unix.NETLINK_ROUTE, netns)
 	if err != nil {
@@ -28,7 +30,8 @@ func HidesWaysBack(netns int, ours uint32) (is bool, err error) {
 		c.begin(unix.RTM_GETRULE, unix.NLM_F_DUMP, fibRuleHeaderLen)
 		return c.exchange(func(b []byte) error {
 			rule, err := decodeRule(b)
-			is = is || rule.hidesWayBack(ours)
+			unicast := err == nil && (b[0] == unix.AF_INET || b[0] == unix.AF_INET6) // not ip mrule
+			is = is || unicast && rule.hidesWayBack(ours)
 			return err
 		})
 	})

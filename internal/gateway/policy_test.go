@@ -37,6 +37,14 @@ func TestHidesWaysBack(t *testing.T) {
 		{"rule add tos 0x10 lookup 100", true},
 		{"rule add tun_id 7 lookup 100", true},
 		{"rule add table main suppress_prefixlength 0", false},
+		{"rule add table main suppress_ifgroup 7", false},
+		{"rule add to 10.47.11.0/24 goto 32766", false},
+		{"rule add fwmark 7 table main suppress_prefixlength 0", true},
+		{"rule add iif lan0 goto 32766", true},
+		{"-6 rule add ipproto udp dport 5060 goto 32766", true},
+		{"rule add not ipproto tcp goto 32766", false},
+		{"rule add uidrange 0-0 lookup 100", false},
+		{"mrule add iif lan0 lookup 100", false},
 	} {
 		t.Run(rule.args, func(t *testing.T) {
 			l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
