@@ -18,7 +18,7 @@ type Zones struct {
 	// Replies are the enabled subnets with translated flows that have a zone in their reply
 	// direction. Only expectations stand there.
 	Replies []netip.Prefix
-	// Outside are outside addresses of enabled hosts, in zone 0, at most mostOutside.
+	// Outside are outside addresses of enabled hosts, in zone 0, at most mostOutside of each family.
 	Outside []netip.Addr
 }
 
@@ -65,9 +65,14 @@ func (m *Model) noteSubnetZone(f *Flow, s Subnet) {
 	} else if zone != f.OrigZone && !slices.Contains(z.Several, s.Prefix) {
 		z.Several = append(slices.Clip(z.Several), s.Prefix)
 	}
-	a := f.ReplyDst.Addr
-	if a.Is4() && len(z.Outside) < mostOutside && !slices.Contains(z.Outside, a.Netip()) {
-		z.Outside = append(slices.Clip(z.Outside), a.Netip())
+	n, a := 0, f.ReplyDst.Addr.Netip()
+	for _, o := range z.Outside {
+		if o.Is4() == a.Is4() {
+			n++
+		}
+	}
+	if n < mostOutside && !slices.Contains(z.Outside, a) {
+		z.Outside = append(slices.Clip(z.Outside), a)
 	}
 }
 

@@ -3,6 +3,7 @@ package cone
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"testing"
 )
 
@@ -47,6 +48,25 @@ func TestZonesOfFlows(t *testing.T) {
 				t.Errorf("%+v, want %v", z, tc.want)
 			}
 		})
+	}
+}
+
+// Outside addresses in zone 0 are noted for both families, so many of each.
+//
+// Fails when those of one family are not noted, and when many of one leave no room for the other.
+func TestOutsideAddressesInZone0(t *testing.T) {
+	d := newDesk(t, func(p *Policy) {
+		p.Subnets = append(slices.Clone(p.Subnets), Subnet{Prefix: netip.MustParsePrefix("2001:db8:47::/64")})
+	})
+	for i := range mostOutside + 1 {
+		f := d.inZones("[2001:db8:47::109]:5060", "[2001:db8:5::5]:5060", 250, 0)
+		f.ReplyDst = ep(fmt.Sprintf("[2001:db8:1::%x]:5060", i+1))
+		d.seen(1, f)
+	}
+	d.seen(1, d.inZones("10.47.11.109:5060", "203.0.113.5:5060", 250, 0))
+	z := d.m.Zones().Outside
+	if len(z) != mostOutside+1 || !slices.Contains(z, netip.MustParseAddr("198.51.100.1")) {
+		t.Errorf("outside addresses %v", z)
 	}
 }
 

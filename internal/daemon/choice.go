@@ -207,7 +207,7 @@ func (f *firewall) warning(cfg config.Config, s config.Subnet, d decision) (text
 			text += `; set backend = "auto"`
 		}
 		return text, true
-	case f.unexpected.lately && expected && s.Routed:
+	case f.unexpected.lately && expected && (s.Routed || s.Prefix.Addr().Is6() && slices.ContainsFunc(f.zones.Outside, netip.Addr.Is6)):
 		return fmt.Sprintf("%s: what peers send there into subnet %v is lost; let rules of yours give its flows no zone, or the same one in both directions (ct zone set)",
 			inZone, s.Prefix), true
 	case expected && d.MostRelated == userrules.Dropped, !expected && d.MostDNATed == userrules.Dropped && d.MostRelated == userrules.Dropped:

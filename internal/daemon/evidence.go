@@ -293,8 +293,8 @@ func (f *firewall) withoutMap(cfg config.Config) (all []netip.Prefix) {
 	if !f.zones.OneDirection() || !f.withExpectations() {
 		return nil
 	}
-	if !f.withMap {
-		for _, a := range f.zones.Outside {
+	for _, a := range f.zones.Outside {
+		if !f.withMap || a.Is6() {
 			all = append(all, netip.PrefixFrom(a, a.BitLen()))
 		}
 	}
@@ -306,12 +306,12 @@ func (f *firewall) withoutMap(cfg config.Config) (all []netip.Prefix) {
 	return all
 }
 
-// zonedAddrs are the outside addresses for which the rules serve flows in conntrack zones.
+// zonedAddrs are the outside addresses for which the map and mappings serve flows in conntrack zones.
 func (f *firewall) zonedAddrs() []netip.Addr {
 	if !f.zones.OneDirection() {
 		return nil
 	}
-	return f.zones.Outside
+	return slices.DeleteFunc(slices.Clone(f.zones.Outside), netip.Addr.Is6)
 }
 
 // leftZones returns what the tables of an earlier daemon say about zones.
