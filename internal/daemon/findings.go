@@ -166,7 +166,8 @@ func (l *loop) warnElsewhere(out *warnings) {
 }
 
 // warnReplyZones warns of enabled subnets with a conntrack zone of both directions and permissions
-// that only the map could carry. It serves no flow there.
+// that only the map could carry. It serves no flow there. Where another backend suffices,
+// warnNoCarrier says so.
 func (l *loop) warnReplyZones(out *warnings) {
 	for _, p := range l.engine.Model.Zones().Replies {
 		i := slices.IndexFunc(l.cfg.Subnets, func(s config.Subnet) bool { return s.Prefix == p })
@@ -174,12 +175,15 @@ func (l *loop) warnReplyZones(out *warnings) {
 			continue
 		}
 		mend := ""
-		switch {
-		case l.cfg.Backend == config.BackendNFT:
-			mend = `set backend = "auto", for expectations stand in such a zone, or `
-		case l.backends.expect == nil:
-		case l.cfg.Subnets[i].Filtering == config.EndpointIndependent:
+		switch filtering := l.cfg.Subnets[i].Filtering; {
+		case filtering == config.AddressAndPortDependent: // there are no permissions
+			continue
+		case filtering == config.EndpointIndependent && (!wantsExpect(l.cfg) || l.backends.expect != nil):
 			mend = `leave out filtering = "endpoint_independent", for expectations stand in such a zone, or `
+			if !wantsExpect(l.cfg) {
+				mend = `set backend = "auto" and ` + mend
+			}
+		case wantsExpect(l.cfg) && l.backends.expect == nil:
 		default:
 			continue
 		}
@@ -228,18 +232,19 @@ func (l *loop) warnNoCarrier(out *warnings) {
 		return
 	}
 	for _, s := range l.cfg.Subnets {
-		what := ""
+		what, mend := "", ""
 		switch n := l.engine.Model.Uncarried(s.Prefix); {
 		case s.Filtering == config.AddressAndPortDependent:
 		case s.Prefix.Addr().Is6():
 			what = fmt.Sprintf("IPv6 flows of %v", s.Prefix)
 		case s.Routed:
 			what = fmt.Sprintf("untranslated flows of %v", s.Prefix)
-		case n > 0:
-			what = fmt.Sprintf("flows of %v with answers in a conntrack zone", s.Prefix)
+		case n > 0 && s.Filtering != config.EndpointIndependent:
+			what = fmt.Sprintf("flows of %v with a conntrack zone for both directions", s.Prefix)
+			mend = ", or give the zone to the original direction alone (ct original zone set)"
 		}
 		if what != "" {
-			out.add(warnNoCarrier, s.Prefix.String(), `%s give no permission: only expectations can carry it, and with backend = "nft" there are none; set backend = "auto"`, what)
+			out.add(warnNoCarrier, s.Prefix.String(), `%s give no permission: only expectations can carry it, and with backend = "nft" there are none; set backend = "auto"%s`, what, mend)
 		}
 	}
 }
