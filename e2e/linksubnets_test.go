@@ -3,6 +3,7 @@ package e2e
 import (
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/conenatd/conenatd/e2e/stage"
@@ -52,12 +53,18 @@ func TestSubnetByItsLink(t *testing.T) {
 
 // The provider rotates the IPv6 prefix: conenatd follows if the subnet is routed.
 //
-// Fails when the IPv6 prefix is not taken from the link, and when it is taken without
-// routed.
+// Fails when the IPv6 prefix is not taken from the link, when it is taken without routed, and
+// when "auto" leaves it out without a word.
 func TestRotatingPrefixOfALink(t *testing.T) {
 	stage.NeedsExpect(t)
+	for _, subnet := range []string{"lan0", "auto"} {
+		t.Run(subnet, func(t *testing.T) { rotates(t, subnet) })
+	}
+}
+
+func rotates(t *testing.T, subnet string) {
 	s := newScene(t, lab.Options{IPv6: true, Rules: lab.Masquerade + lab.DropPolicy})
-	s.Start("--subnet=lan0", "--routed", "--reconcile=1h")
+	s.Start("--subnet="+subnet, "--routed", "--reconcile=1h")
 	s.Until("both families are served", func() bool {
 		return slices.Equal(s.enabled(), []string{"10.47.11.0/24", "2001:db8:47::/64"})
 	})
@@ -76,9 +83,12 @@ func TestRotatingPrefixOfALink(t *testing.T) {
 	s.Arrives(phone, s.Socket(s.Outside.Namespace, lab.Peer6A, 5070), ext)
 	s.Stop()
 
-	s.Start("--subnet=lan0", "--reconcile=1h")
+	s.Start("--subnet="+subnet, "--reconcile=1h")
 	if got := s.enabled(); !slices.Equal(got, []string{"10.47.11.0/24"}) {
 		t.Errorf("without routed: %v", got)
+	}
+	if told := strings.Contains(s.Daemon.Output(), "subnet auto leaves out IPv6: set routed = true"); told != (subnet == "auto") {
+		t.Errorf("the log says %v that auto leaves out IPv6", told)
 	}
 }
 

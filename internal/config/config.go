@@ -149,6 +149,10 @@ type Config struct {
 	// overlap Subnets, which then takes precedence.
 	AutoSubnets bool
 
+	// AutoRouted is Subnet.Routed of the subnets that AutoSubnets adds, which then have IPv6
+	// prefixes, too.
+	AutoRouted bool
+
 	// Subnets holds the enabled subnets in the given order. They do not overlap.
 	Subnets []Subnet
 

@@ -73,7 +73,7 @@ func (e *Effective) Subnets() []SubnetValue {
 		add(l.Link, l.Like, e.subnets.linksAt[i])
 	}
 	if e.Config.AutoSubnets {
-		add("auto", Subnet{}, e.subnets.autoAt)
+		add("auto", Subnet{Routed: e.Config.AutoRouted}, e.subnets.autoAt)
 	}
 	return all
 }

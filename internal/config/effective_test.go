@@ -128,7 +128,7 @@ func TestEveryFieldHasItsKey(t *testing.T) {
 			}
 		}
 	}
-	has(keys, reflect.TypeFor[Config](), "Subnets", "LinkSubnets", "AutoSubnets")
+	has(keys, reflect.TypeFor[Config](), "Subnets", "LinkSubnets", "AutoSubnets", "AutoRouted")
 	has(names(subnetKeys), reflect.TypeFor[Subnet]())
 	for _, k := range slices.Concat(flat(Sections()), SubnetKeys()) {
 		if k.Doc == "" || k.Kind == "" || k.Usage == "" && k.Flag != "" {

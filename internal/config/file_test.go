@@ -62,6 +62,7 @@ port_pool = "none"
 
 [[subnet]]
 prefix = "auto"
+routed = true
 `
 
 func everyConfig() Config {
@@ -101,6 +102,7 @@ func everyConfig() Config {
 		MetricsListen: netip.MustParseAddrPort("127.0.0.1:9469"),
 		Page:          PageEverywhere,
 		AutoSubnets:   true,
+		AutoRouted:    true,
 		Subnets: []Subnet{
 			{Prefix: netip.MustParsePrefix("192.168.1.0/24"), Mapping: EndpointIndependentMapping},
 			{Prefix: netip.MustParsePrefix("2001:db8:1::/64"), Routed: true, Filtering: AddressAndPortDependent},

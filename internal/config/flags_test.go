@@ -51,7 +51,8 @@ func TestFlagsAndFileSayTheSame(t *testing.T) {
 	}
 	want := everyConfig()
 	want.Subnets[1].Routed, want.Subnets[1].Filtering = false, AddressDependent // one flag is for all or none
-	want.Subnets[0].Mapping, want.Hairpin = KernelMapping, false                // not with "auto"
+	want.AutoRouted = false
+	want.Subnets[0].Mapping, want.Hairpin = KernelMapping, false // not with "auto"
 	want.LinkSubnets[0].Like = Subnet{}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
@@ -76,6 +77,10 @@ func TestResolve(t *testing.T) {
 		"routed goes for the subnets of the command line": {
 			[]string{"--routed", "--subnet", "2001:db8::/64"},
 			func(c *Config) { c.Subnets = subnet("2001:db8::/64", true) },
+		},
+		"routed goes for auto": {
+			[]string{"--routed", "--subnet", "auto"},
+			func(c *Config) { c.AutoSubnets, c.AutoRouted = true, true },
 		},
 		"the file overrides the default": {
 			[]string{"--config", path},
@@ -141,7 +146,7 @@ func TestWrongFlagsAreNamed(t *testing.T) {
 			`--subnet: expected subnets that do not overlap, got "10.1.0.0/16" inside "10.0.0.0/8" of --subnet; a host belongs to one subnet, so keep one of the two`,
 		},
 		"routed without a subnet": {[]string{"--routed"}, `--routed: expected a --subnet beside it`},
-		"routed auto":             {[]string{"--routed", "--subnet=auto"}, `--subnet: expected a prefix beside routed: which networks it is for should not be guessed, got "auto"`},
+		"mapped auto":             {[]string{"--mapping=endpoint_independent", "--subnet=auto"}, `--subnet: expected a prefix beside mapping: which networks it is for should not be guessed, got "auto"`},
 		"empty path":              {[]string{"--config="}, `--config: expected the path of a file, got ""`},
 		"no such file, wrong flag": {
 			[]string{"--config=/none/c.toml", "--lifetime=5"},

@@ -9,11 +9,12 @@ var subnetKeys = []setting[Subnet]{
 			Name: "prefix", Flag: "subnet", Kind: "prefix",
 			Usage: `inside prefix to enable, a link for its prefixes, or "auto", instead of those of the file (repeatable)`,
 			Doc: `The inside prefix to enable. "lan0" enables the prefixes that are connected to that link, as
-they come and go; the IPv6 ones only if routed is true. "auto" enables the private prefixes on
-links that do not lead outside, as they come and go. A link leads outside if it has or had a
-default route, if outside names it, if it has an address from DHCP, or if a source NAT rule of
-yours translates by it, unlike by other links. While no link is known to lead outside, "auto"
-enables nothing. It never enables IPv6.`,
+they come and go; the IPv6 ones only if routed is true. "auto" enables the private IPv4
+prefixes on links that do not lead outside, as they come and go, and if routed is true all IPv6
+prefixes on these links that no outside link has. A link leads outside if it has or had a
+default route, if outside names it, if it has an IPv4 address from DHCP, or if a source NAT rule
+of yours translates by it, unlike by other links. While no link is known to lead outside, "auto"
+enables nothing. Neither enables link-local prefixes.`,
 		},
 		// Which prefixes go together is known to subnetList.add alone.
 		access: one(subnetPrefix, func(s *Subnet) *netip.Prefix { return &s.Prefix }),

@@ -25,9 +25,10 @@ var notUnicast = []struct {
 
 // subnetList collects subnets from one source, the file or the flags.
 type subnetList struct {
-	auto  bool
-	list  []Subnet
-	links []LinkSubnet
+	auto   bool
+	routed bool // auto is
+	list   []Subnet
+	links  []LinkSubnet
 
 	// Where auto and each of list and links were given.
 	autoAt          string
@@ -36,7 +37,7 @@ type subnetList struct {
 
 // set stores the collected subnets in c.
 func (l *subnetList) set(c *Config) {
-	c.AutoSubnets, c.Subnets, c.LinkSubnets = l.auto, l.list, l.links
+	c.AutoSubnets, c.AutoRouted, c.Subnets, c.LinkSubnets = l.auto, l.routed, l.list, l.links
 }
 
 // namesLink reports whether a value is the name of a link, rather than an address or a part
@@ -54,7 +55,7 @@ func (l *subnetList) add(at string, v any, s Subnet) (key string, err error) {
 		if key := s.firstSet(); key != "" {
 			return "prefix", expected("a prefix beside "+key+": which networks it is for should not be guessed", v)
 		}
-		l.auto, l.autoAt = true, at
+		l.auto, l.routed, l.autoAt = true, s.Routed, at
 		return "prefix", nil
 	}
 	if s.Routed && s.Filtering == EndpointIndependent {
@@ -78,6 +79,7 @@ func (l *subnetList) add(at string, v any, s Subnet) (key string, err error) {
 
 // firstSet returns a key that "auto" does not allow, if s has one.
 func (s Subnet) firstSet() string {
+	s.Routed = false
 	for _, k := range subnetKeys {
 		if k.get(&s) != k.initial() {
 			return k.Name

@@ -248,9 +248,9 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 			"exclude_peers = [\"203.0.113.7/32\"]\npeer_groups = [\"203.0.113.0/24\"]",
 			`2:15: peer_groups: "203.0.113.0/24" overlaps "203.0.113.7/32" of exclude_peers, whose addresses would be permitted with the group; keep one of the two`,
 		},
-		"routed auto": {
-			"[[subnet]]\nprefix = \"auto\"\nrouted = true",
-			`2:10: subnet.prefix: expected a prefix beside routed: which networks it is for should not be guessed, got "auto"`,
+		"open auto": {
+			"[[subnet]]\nprefix = \"auto\"\nfiltering = \"endpoint_independent\"",
+			`2:10: subnet.prefix: expected a prefix beside filtering: which networks it is for should not be guessed, got "auto"`,
 		},
 		"one bracket": {
 			"\n[subnet]\nprefix = \"10.0.0.0/8\"",

@@ -489,5 +489,8 @@ func (d *Daemon) greet() {
 	if left := r.network.PassedOver(); l.cfg.AutoSubnets && len(left) > 0 {
 		d.log.Info("subnet auto leaves out networks: name what you want to serve", "networks", left)
 	}
+	if left := r.network.Candidates(gateway.IPv6, nil, nil); l.cfg.AutoSubnets && !l.cfg.AutoRouted && len(left) > 0 {
+		d.log.Info("subnet auto leaves out IPv6: set routed = true beside it to serve these networks", "networks", left)
+	}
 	l.warned.tell(d.now(), l.warnings())
 }

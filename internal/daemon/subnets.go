@@ -58,8 +58,12 @@ func (f *firewall) subnets(cfg config.Config, network gateway.Network, were map[
 	for _, name := range named {
 		uplinks[name] = !slices.Contains(cfg.Inside, name)
 	}
-	for _, c := range network.Candidates(uplinks, hosts) {
-		add(c, config.Subnet{})
+	families := gateway.IPv4
+	if cfg.AutoRouted {
+		families |= gateway.IPv6
+	}
+	for _, c := range network.Candidates(families, uplinks, hosts) {
+		add(c, config.Subnet{Routed: cfg.AutoRouted})
 	}
 	return enabled, nil
 }

@@ -41,34 +41,47 @@ func (n Network) LANs() (lans []LAN) {
 	return lans
 }
 
-// Candidates returns the private IPv4 prefixes (RFC 1918) that look like a LAN behind the
-// gateway: connected, on a link that is up and looks like a LAN. They are a proposal for
-// the user's subnets, so doubtful links are left out: those with an address from DHCP, and
-// those named in uplinks, which are known to lead outside. If no outside link is known at
-// all, any link may be one: then only networks with one of hosts, which are known to be
-// inside, are candidates.
-func (n Network) Candidates(uplinks map[string]bool, hosts []netip.Addr) []netip.Prefix {
+// Candidates returns the prefixes of the families that look like a LAN behind the gateway:
+// connected, on a link that is up and looks like a LAN; of IPv4 only private ones (RFC 1918),
+// and of IPv6 those of a provider and those of RFC 4193. They are a proposal for the user's
+// subnets, so what is doubtful is left out: links with an IPv4 address from DHCP, those named
+// in uplinks, which are known to lead outside, and IPv6 prefixes of links that lead outside,
+// for one family or both. If no outside link is known at all, any link may
+// be one: then only networks with one of hosts, which are known to be inside, are candidates.
+func (n Network) Candidates(families Families, uplinks map[string]bool, hosts []netip.Addr) []netip.Prefix {
 	unknown := len(n.OutsideLinks()) == 0 && len(n.Missing) == 0 && len(uplinks) == 0
-	return n.candidates(uplinks, func(p netip.Prefix) bool { return !unknown || slices.ContainsFunc(hosts, p.Contains) })
+	return n.candidates(families, uplinks, func(p netip.Prefix) bool { return !unknown || slices.ContainsFunc(hosts, p.Contains) })
 }
 
-// Proposals returns the candidates if nothing is known about uplinks: the network of one
-// may be among them.
+// Proposals returns the candidates of IPv4 if nothing is known about uplinks: the network of
+// one may be among them.
 func (n Network) Proposals() []netip.Prefix {
-	return n.candidates(nil, func(netip.Prefix) bool { return true })
+	return n.candidates(IPv4, nil, func(netip.Prefix) bool { return true })
 }
 
-func (n Network) candidates(uplinks map[string]bool, may func(netip.Prefix) bool) []netip.Prefix {
+func (n Network) candidates(families Families, uplinks map[string]bool, may func(netip.Prefix) bool) []netip.Prefix {
 	leased := func(l Link) bool {
 		return slices.ContainsFunc(n.Addrs, func(a Addr) bool { return a.Link == l.Index && a.Leased && a.Prefix.Addr().Is4() })
+	}
+	var outside []netip.Prefix
+	for _, l := range n.Links {
+		if !l.Inside && l.Outside != 0 || uplinks[l.Name] {
+			outside = append(outside, n.Connected(l.Name)...)
+		}
+	}
+	likely := func(p netip.Prefix) bool {
+		if p.Addr().Is4() {
+			return families&IPv4 != 0 && Covered(p, private)
+		}
+		return families&IPv6 != 0 && !slices.ContainsFunc(outside, p.Overlaps)
 	}
 	var found []netip.Prefix
 	for _, l := range n.LANs() {
 		if uplinks[l.Name] || !l.is(unix.IFF_UP) || leased(l.Link) {
 			continue
 		}
-		for _, p := range l.Networks {
-			if !p.IsSingleIP() && Covered(p, private) && may(p) {
+		for _, p := range n.Connected(l.Name) {
+			if likely(p) && may(p) {
 				found = append(found, p)
 			}
 		}

@@ -234,28 +234,54 @@ func TestCandidatesOnTheKernel(t *testing.T) {
 		}
 		ip(t, g, "addr add 10.10."+string(rune('0'+i))+".1/24 dev "+name)
 	}
-	got := readNetwork(t, g).Candidates(nil, nil)
+	got := readNetwork(t, g).Candidates(IPv4, nil, nil)
 	want := []netip.Prefix{lab.InsideNet, netip.MustParsePrefix("192.168.1.0/24")}
 	if !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
-	if got := readNetwork(t, g).Candidates(map[string]bool{"lan0": true}, nil); !slices.Equal(got, want[1:]) {
+	if got := readNetwork(t, g).Candidates(IPv4, map[string]bool{"lan0": true}, nil); !slices.Equal(got, want[1:]) {
 		t.Errorf("without lan0 got %v, want %v", got, want[1:])
 	}
 	// Without a default route wan0, with its private network, may be the uplink.
 	ip(t, g, "route del default")
 	ip(t, g, "-6 route del default")
-	if got := readNetwork(t, g).Candidates(nil, nil); len(got) > 0 {
+	if got := readNetwork(t, g).Candidates(IPv4, nil, nil); len(got) > 0 {
 		t.Errorf("without an outside link got %v", got)
 	}
-	if got := readNetwork(t, g).Candidates(nil, []netip.Addr{want[0].Addr().Next()}); !slices.Equal(got, want[:1]) {
+	if got := readNetwork(t, g).Candidates(IPv4, nil, []netip.Addr{want[0].Addr().Next()}); !slices.Equal(got, want[:1]) {
 		t.Errorf("without an outside link, but a host that is inside, got %v, want %v", got, want[:1])
 	}
 	if got := readNetwork(t, g).Proposals(); !slices.Contains(got, want[0]) {
 		t.Errorf("proposed without an outside link: %v", got)
 	}
-	if got := readNetwork(t, g, "ppp0").Candidates(nil, nil); !slices.Equal(got, want) {
+	if got := readNetwork(t, g, "ppp0").Candidates(IPv4, nil, nil); !slices.Equal(got, want) {
 		t.Errorf("with an outside link that comes later got %v, want %v", got, want)
+	}
+}
+
+// Fails when a prefix is left out that only inside hosts can have, and when one is a candidate
+// that hosts outside may have.
+func TestCandidatesOfIPv6(t *testing.T) {
+	g := newGateway(t,
+		"-6 addr add 2001:db8:77::1/56 dev lan0 nodad valid_lft 3600 preferred_lft 0", // rotated away
+		"-6 addr add fd00:47::1/64 dev lan0 nodad", "-6 addr add 2001:db8:78::1/128 dev lan0 nodad",
+		"link add br-ra up type bridge", "addr add 192.168.1.1/24 dev br-ra",
+		"-6 addr add 2001:db8:5:6::1/64 dev br-ra nodad", "-6 route add default via fe80::1 dev br-ra metric 4096",
+		"link add br-dhcp up type bridge", "addr add 192.168.4.1/24 dev br-dhcp valid_lft 3600 preferred_lft 3600",
+		"-6 addr add fd00:48::1/64 dev br-dhcp nodad",
+		// A relay of the provider's prefix.
+		"-6 addr add 2001:db8:99::2/64 dev wan0 nodad", "-6 addr add 2001:db8:99::1/64 dev lan0 nodad")
+	n := readNetwork(t, g)
+	want := []netip.Prefix{lab.InsideNet6, netip.MustParsePrefix("2001:db8:77::/56"), netip.MustParsePrefix("fd00:47::/64")}
+	slices.SortFunc(want, netip.Prefix.Compare)
+	if got := n.Candidates(IPv6, nil, nil); !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+	if got := n.Candidates(IPv6, map[string]bool{"lan0": true}, nil); len(got) > 0 {
+		t.Errorf("without lan0 got %v", got)
+	}
+	if got := n.Candidates(IPv4, nil, nil); slices.ContainsFunc(got, func(p netip.Prefix) bool { return p.Addr().Is6() }) {
+		t.Errorf("of IPv4: %v", got)
 	}
 }
 
@@ -316,7 +342,7 @@ func FuzzDecode(f *testing.F) {
 		}
 		r.resolve()
 		r.Mark(Sides{})
-		_, _ = r.Topology(), r.Candidates(nil, nil)
+		_, _ = r.Topology(), r.Candidates(bothFamilies, nil, nil)
 		p := PortSet{map[cone.Endpoint]struct{}{}, map[cone.Key]struct{}{}}
 		_ = p.add(b, func(uint32) bool { return true })
 	})

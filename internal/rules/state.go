@@ -24,7 +24,7 @@ type state struct {
 	table    *nftables.Table // nil if there is none
 	chains   []*nftables.Chain
 	sets     []*nftables.Set
-	rules    map[string][]byte    // by chain, the user data of its rules
+	rules    map[string][]byte   // by chain, the user data of its rules
 	elements map[string][]setKey // by set, sorted; only of sets that were read
 	known    map[string]bool     // sets that certainly have the wanted elements
 	counters map[string]uint64
