@@ -123,21 +123,25 @@ func (s *scene) sourceByAnotherLinkEarnsNothing(mode []string, inside, peer, ext
 
 // A road warrior with a LAN address comes by an outside link. Only a policy routing rule
 // leads back to it: by the mark of its packets or of the answers, by the link that the
-// answers come from, or by their ports. Its packets pass.
+// answers come from, by their ports, or by the host to which a rule leads its packets. Its packets
+// pass.
 //
-// Fails when the chain before_conntrack ignores marks, and when it ignores rules that match what only
-// the answers have.
+// Fails when the chain before_conntrack ignores marks, when it ignores rules that match what only
+// the answers have, and when it drops packets that a rule leads on.
 func TestNFTRoadWarriorByPolicyRoutingPasses(t *testing.T) {
 	const warrior, far = "10.47.11.200", "192.0.2.99"
-	for name, tc := range map[string]struct{ mark, rule string }{
-		"marked as it comes":     {`iifname "wan0" ip saddr 10.47.11.200 meta mark set 7;`, "fwmark 7"},
-		"marked on its way back": {`iifname "lan0" ip daddr 10.47.11.200 meta mark set 7;`, "fwmark 7"},
-		"by the answers' link":   {rule: "iif lan0"},
-		"by the answers' ports":  {rule: "ipproto udp sport 5060"},
+	const published = `chain nat { type nat hook prerouting priority dstnat; ip daddr 192.0.2.99 udp dport 5060 dnat to 10.47.11.109; };`
+	for name, tc := range map[string]struct{ mark, rule, chain string }{
+		"marked as it comes":          {mark: `iifname "wan0" ip saddr 10.47.11.200 meta mark set 7;`, rule: "fwmark 7"},
+		"marked on its way back":      {mark: `iifname "lan0" ip daddr 10.47.11.200 meta mark set 7;`, rule: "fwmark 7"},
+		"by the answers' link":        {rule: "iif lan0"},
+		"by the answers' ports":       {rule: "ipproto udp sport 5060"},
+		"by the source of an inside":  {rule: "from 10.47.11.0/24", chain: published},
+		"by the source of one inside": {rule: "from 10.47.11.109", chain: published},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newScene(t, lab.Options{Rules: lab.Masquerade + `table ip marks { chain pre {
-				type filter hook prerouting priority mangle; ` + tc.mark + ` }; }`})
+				type filter hook prerouting priority mangle; ` + tc.mark + ` }; ` + tc.chain + ` }`})
 			for _, link := range []string{"all", "wan0"} {
 				s.Must(s.Gateway.SetSysctl("net.ipv4.conf."+link+".rp_filter", "0"))
 			}

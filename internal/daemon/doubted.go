@@ -4,7 +4,7 @@ import "slices"
 
 // doubted are flows of inside hosts that earned nothing because they came by another link than the
 // way back to their hosts, on a gateway whose routing rules hide that way
-// (gateway.HidesWaysBack).
+// (gateway.WaysBack).
 type doubted struct {
 	hidden bool     // there is such a rule
 	inside []string // the links for which the user vouches

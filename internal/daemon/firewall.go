@@ -77,11 +77,13 @@ type firewall struct {
 
 	// What they forward, as found last.
 	forwarder       userrules.Forwarder
-	forwarded       *userrules.Covered // what may be forwarded
-	understood      *userrules.Covered // the part that understood rules forward
-	taken           *userrules.Covered // packets that are forwarded for certain
-	hidden          *userrules.Covered // endpoints of which every packet is
-	forwardsKnown   bool               // there are no other forwards
+	forwarded       *userrules.Covered    // what may be forwarded
+	understood      *userrules.Covered    // the part that understood rules forward
+	taken           *userrules.Covered    // packets that are forwarded for certain
+	hidden          *userrules.Covered    // endpoints of which every packet is
+	destinations    []userrules.AddrRange // to which they lead packets on, if rules name them
+	published       []userrules.AddrRange // those that are not the gateway's
+	forwardsKnown   bool                  // there are no other forwards
 	forwardWarnings warnings
 
 	repaired uint64 // how often others' changes of the tables were undone
@@ -195,9 +197,12 @@ func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	if cfg.UplinkMarks && f.lacks[rules.FeatureUplinkMarks] == nil {
 		ours = cfg.UplinkMask
 	}
-	hidden, err := gateway.HidesWaysBack(0, ours)
-	d.Spoofed = cfg.Guard && !hidden && err == nil
-	f.doubted.see(hidden && err == nil, cfg.Inside)
+	ways, err := gateway.ReadWaysBack(0, ours)
+	d.Spoofed = cfg.Guard && !ways.Hidden && err == nil
+	if ways.BySource {
+		d.Published = ranges(f.published)
+	}
+	f.doubted.see(ways.Hidden && err == nil, cfg.Inside)
 	if f.withMap {
 		d.Map = f.mapConfig(cfg)
 	}
@@ -299,7 +304,9 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 	}
 	f.forwardWarnings = nil
 	var possible, understood, certain []userrules.Forward
+	var dests []userrules.AddrRange
 	for _, r := range all {
+		dests = append(dests, r.Addrs...)
 		f.forwardWarnings.addForward(r)
 		if r.Unread {
 			continue
@@ -313,6 +320,7 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 			certain = append(certain, r)
 		}
 	}
+	f.destinations = userrules.Union(dests)
 	cover(&f.forwarded, possible)
 	cover(&f.understood, understood)
 	cover(&f.taken, certain)

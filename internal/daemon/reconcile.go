@@ -250,8 +250,8 @@ func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) er
 	covered, warnings := r.firewall.forwards(network)
 	more, changed, err := r.firewall.sourceNAT(cfg, network)
 	warnings = slices.Concat(warnings, more, r.firewall.doubted.warnings())
-	diverts := r.firewall.divert(cfg, network)
-	if changed || diverts {
+	diverts, publishes := r.firewall.divert(cfg, network), r.firewall.publish(network)
+	if changed || diverts || publishes {
 		_, failed := r.firewall.set(cfg, network.OutsideLinks())
 		err = errors.Join(err, failed)
 	}

@@ -11,37 +11,48 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// HidesWaysBack reports whether a policy routing rule selects by something that only the
-// answers to a UDP packet have: a mark (ip rule add fwmark) in other bits than ours, the
-// incoming link (iif), ports, a type of service or a tunnel. Then the packet alone does not
-// tell the way back to its source: the fib expression of nftables looks that up as if the
-// gateway sent the answers itself, without ports, and with the packet's own mark and type
-// of service. What such a rule does does not matter: goto may skip the rule that leads back, and
-// suppress_prefixlength and suppress_ifgroup its route. Without such a selector it does the same in
-// both look-ups.
-func HidesWaysBack(netns int, ours uint32) (is bool, err error) {
+// WaysBack says what policy routing rules do to the look-up of the way back to the source of a
+// packet. The fib expression of nftables looks that up as if the gateway sent the answers itself,
+// without ports, and with the packet's own mark and type of service.
+type WaysBack struct {
+	// Hidden says that a rule selects by something that only the answers to a UDP packet have: a
+	// mark (ip rule add fwmark) in other bits than ours, the incoming link (iif), ports, a type of
+	// service or a tunnel. Then the packet alone does not tell the way back. What such a rule does
+	// does not matter: goto may skip the rule that leads back, and suppress_prefixlength and
+	// suppress_ifgroup its route. Without such a selector it does the same in both look-ups.
+	Hidden bool
+	// BySource says that a rule selects by source (from). The answers have another one than the
+	// packet's destination if a rule of the user's translates that.
+	BySource bool
+}
+
+// ReadWaysBack reads the rules of a network namespace. The bits of ours are not set in marks when
+// the way back is looked up.
+func ReadWaysBack(netns int, ours uint32) (ways WaysBack, err error) {
 	c, err := dial(unix.NETLINK_ROUTE, netns)
 	if err != nil {
-		return false, err
+		return ways, err
 	}
 	defer func() { _ = c.Close() }()
 	err = nfnl.Uninterrupted(func() error {
-		is = false
+		ways = WaysBack{}
 		c.begin(unix.RTM_GETRULE, unix.NLM_F_DUMP, fibRuleHeaderLen)
 		return c.exchange(func(b []byte) error {
 			rule, err := decodeRule(b)
-			unicast := err == nil && (b[0] == unix.AF_INET || b[0] == unix.AF_INET6) // not ip mrule
-			is = is || unicast && rule.hidesWayBack(ours)
+			if err == nil && (b[0] == unix.AF_INET || b[0] == unix.AF_INET6) { // not ip mrule
+				ways.Hidden = ways.Hidden || rule.hidesWayBack(ours)
+				ways.BySource = ways.BySource || rule.bySource
+			}
 			return err
 		})
 	})
 	switch {
 	case errors.Is(err, unix.EOPNOTSUPP): // a kernel without policy routing
-		return false, nil
+		return WaysBack{}, nil
 	case err != nil:
-		return false, fmt.Errorf("read rules of policy routing: %w", err)
+		return WaysBack{}, fmt.Errorf("read rules of policy routing: %w", err)
 	}
-	return is, nil
+	return ways, nil
 }
 
 const fibRuleHeaderLen = 12 // struct fib_rule_hdr
@@ -57,6 +68,8 @@ type Rule struct {
 	byTOS  bool
 	hidden bool   // it selects by something that a Router does not try
 	all    string // the whole message
+
+	bySource bool // it selects by the source address
 }
 
 // decodeRule decodes a struct fib_rule_hdr with attributes.
@@ -68,7 +81,7 @@ func decodeRule(b []byte) (r Rule, err error) {
 	}
 	r = Rule{
 		mask: math.MaxUint32, invert: binary.NativeEndian.Uint32(b[8:])&unix.FIB_RULE_INVERT != 0,
-		tos: b[3], byTOS: b[3] != 0,
+		tos: b[3], byTOS: b[3] != 0, bySource: b[2] != 0,
 		all: string(b),
 	}
 	err = attributes(b, fibRuleHeaderLen, func(typ uint16, v []byte) {
@@ -93,7 +106,7 @@ func decodeRule(b []byte) (r Rule, err error) {
 	return r, err
 }
 
-// hidesWayBack reports whether the rule is one that HidesWaysBack looks for. A rule for
+// hidesWayBack reports whether the rule is one of WaysBack.Hidden. A rule for
 // mark 0, which may have a mask alone, selects packets without a mark and does not count. A
 // protocol counts because old kernels look up the way back without it; a rule for another
 // protocol than UDP never counts.

@@ -11,13 +11,14 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-func TestHidesWaysBack(t *testing.T) {
+func TestRulesThatHideWaysBack(t *testing.T) {
 	for _, rule := range []struct {
 		args string
 		want bool
 	}{
 		{"", false},
 		{"rule add from 10.47.11.200 lookup 100", false},
+		{"-6 rule add not from 2001:db8::/32 lookup 100", false},
 		{"rule add fwmark 7 lookup 100", true},
 		{"rule add not fwmark 0xca6c lookup 100", true},
 		{"-6 rule add fwmark 0x100/0xff00 lookup 100", true},
@@ -53,8 +54,9 @@ func TestHidesWaysBack(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if is, err := HidesWaysBack(l.Gateway.FD(), 0xf000000); is != rule.want || err != nil {
-				t.Error(is, err)
+			ways, err := ReadWaysBack(l.Gateway.FD(), 0xf000000)
+			if bySource := strings.Contains(rule.args, " from "); ways.Hidden != rule.want || ways.BySource != bySource || err != nil {
+				t.Error(ways, err)
 			}
 		})
 	}

@@ -26,7 +26,7 @@ func (l *layout) beforeConntrack() *nftables.Chain {
 // outside link, packets that came through IPsec, and packets to the gateway, which the
 // user's rules judge. Where the way back depends on something that only the answers have,
 // such as a mark, this chain cannot decide. Then the caller does not set Desired.Spoofed,
-// and unsure does the work.
+// and unsure does the work, as it does for Desired.Published.
 func (l *layout) spoofed(d Desired) {
 	l.counters = append(l.counters, spoofedCounter)
 	c := l.beforeConntrack()
@@ -49,6 +49,11 @@ func (l *layout) spoofed(d Desired) {
 			continue
 		}
 		l.rule(found, "the way back is outside, too", fibSaddrMarkOifname.is(nfnl.LinkKey(name)), accept)
+	}
+	for _, f := range ipFamilies {
+		if slices.ContainsFunc(d.Published, f.has) {
+			l.rule(found, "where it is led says which way is back", f.is, l.addrIn(f.daddr, "published"+f.name, f, d.Published), accept)
+		}
 	}
 	l.rule(found, "the way back is inside", forwarded, counter(spoofedCounter), drop)
 }

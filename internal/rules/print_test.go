@@ -63,7 +63,9 @@ func printed() map[string]rules.Desired {
 		"the gateway itself and uplink marks": desired(func(d *rules.Desired, _ *rules.MapConfig) {
 			d.Self, d.UplinkMarks = true, &rules.UplinkMarks{Mask: 0xff, Links: d.OutsideLinks}
 		}),
-		"everything": desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Mapping = hairpinning.Mapping }),
+		"everything": desired(func(d *rules.Desired, _ *rules.MapConfig) {
+			d.Mapping, d.Published = hairpinning.Mapping, addrs("192.0.2.66-192.0.2.66", "2001:db8:66::-2001:db8:66::3")
+		}),
 	}
 	for name, change := range features {
 		all[name] = desired(change)

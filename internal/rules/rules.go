@@ -35,6 +35,10 @@ type Desired struct {
 	// way back to the source is not an outside link. It must not be set where the way back
 	// depends on something that only the answers have, such as a mark.
 	Spoofed bool
+	// Published are destinations that rules of the user's lead on, and that are not the
+	// gateway's. The way back to the source may depend on where they lead (ip rule from), so
+	// packets to them are not taken for spoofed.
+	Published []AddrRange
 	// Partial are those OutsideLinks that lead only to some peers. Packets that come by
 	// such a link from any other peer are spoofed.
 	Partial []string

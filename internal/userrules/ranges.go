@@ -26,6 +26,16 @@ func Union(ranges []AddrRange) []AddrRange {
 	return slices.Clip(out)
 }
 
+// Few reports whether there are at most that many addresses.
+func (r AddrRange) Few(most int) bool {
+	for a := r.First; most > 0 && a.IsValid(); a, most = a.Next(), most-1 {
+		if a == r.Last {
+			return true
+		}
+	}
+	return false
+}
+
 // hasAddr is coversAddr for ranges that are sorted and disjoint.
 func hasAddr(ranges []AddrRange, a netip.Addr) bool {
 	i := sort.Search(len(ranges), func(i int) bool { return !ranges[i].Last.Less(a) })
