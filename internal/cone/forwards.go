@@ -126,13 +126,14 @@ func (m *Model) seeForwarded(now time.Duration, i int32) {
 }
 
 // misled reports whether f, a new unanswered child of c, may have been admitted before the
-// forward that its packets belong to. A child of an expectation always was.
+// forward that its packets belong to. A child of an expectation always was, and nobody knows when
+// the forward came of which the first snapshot shows a child.
 func (m *Model) misled(now time.Duration, f *Flow, c *claim) bool {
 	if c.placed.Why != ReasonForwarded || f.Status.Has(StatusSeenReply) {
 		return false
 	}
 	_, fresh := m.fresh[c.extKey()]
-	return f.Status.Has(StatusExpected) || fresh && now < m.freshEnds
+	return f.Status.Has(StatusExpected) || fresh && now < m.freshEnds || m.snap.first && m.snap.showing
 }
 
 // withdrawForwarded withdraws what conflicts with a new forward of one outside endpoint.
