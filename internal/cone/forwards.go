@@ -126,14 +126,14 @@ func (m *Model) seeForwarded(now time.Duration, i int32) {
 }
 
 // misled reports whether f, a new unanswered child of c, may have been admitted before the
-// forward that its packets belong to. A child of an expectation always was, and nobody knows when
-// the forward came of which the first snapshot shows a child.
+// forward that its packets belong to. A child of an expectation always was. One that a dump shows
+// first may be of any age: no daemon ran when it began, or its event was lost.
 func (m *Model) misled(now time.Duration, f *Flow, c *claim) bool {
 	if c.placed.Why != ReasonForwarded || f.Status.Has(StatusSeenReply) {
 		return false
 	}
 	_, fresh := m.fresh[c.extKey()]
-	return f.Status.Has(StatusExpected) || fresh && now < m.freshEnds || m.snap.first && m.snap.showing
+	return f.Status.Has(StatusExpected) || m.snap.showing || fresh && now < m.freshEnds
 }
 
 // withdrawForwarded withdraws what conflicts with a new forward of one outside endpoint.

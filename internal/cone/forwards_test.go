@@ -65,3 +65,37 @@ func TestForwardIsForgottenWithTheRuleThatExplainedIt(t *testing.T) {
 		})
 	}
 }
+
+// A dump shows a child for the first time long after its forward was noticed: at a slow start, or
+// after its event was lost. It may be older than the forward, so it ends unless it is answered.
+//
+// Fails when the child stays, when an answered one ends, and when a child ends that an event reports,
+// which the forward left to the permission.
+func TestChildThatADumpShowsFirstEndsIfItsForwardMayTakeIt(t *testing.T) {
+	const in, ext = "10.47.11.109:5060", "198.51.100.1:5060"
+	for name, tc := range map[string]struct {
+		status Status
+		event  bool
+		want   []OpKind
+	}{
+		"a dump":              {0, false, []OpKind{DropUnanswered}},
+		"a dump, answered":    {StatusSeenReply, false, nil},
+		"an event and a dump": {0, true, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, mapped)
+			f := d.open(0, in, "203.0.113.5:9")
+			d.m.SetForwards(1, forwardsPort(5060, ep("10.47.11.110:5060")), true)
+			d.carry()
+			now := 1 + freshTime
+			child := &Flow{
+				ID: 99, Status: StatusDstNAT | tc.status, Labelled: d.m.policy.Labels,
+				Src: ep("203.0.113.5:77"), Dst: ep(ext), ReplySrc: ep(in), ReplyDst: ep("203.0.113.5:77"),
+			}
+			if tc.event {
+				d.wantOps("the event", d.seen(now, child))
+			}
+			d.wantOps("the dump", d.snapshot(now, child, f), tc.want...)
+		})
+	}
+}
