@@ -145,3 +145,35 @@ func TestForwardOfIPv6AddedWhileNoDaemonRunsTakesUnansweredChildren(t *testing.T
 		})
 	}
 }
+
+// So does a rule for what inside hosts send to a port of the peer that has spoken first, which must
+// see their next packet, also if the host answered the child.
+//
+// Fails when children that began before the start stay.
+func TestNFTRuleAddedWhileNoDaemonRunsSeesWhatHostsSend(t *testing.T) {
+	t.Parallel() // mostly it waits
+	for name, tc := range map[string]struct {
+		rules string
+		seen  func(s *scene, phone, proxy *lab.Socket) bool
+	}{
+		"redirect": {redirected, redirectedTo},
+		"helper":   {sipHelped, helped},
+	} {
+		t.Run(name, func(t *testing.T) {
+			stage.InModes(t, [][]string{stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) {
+				s := play(t, lab.Options{}, append(slices.Clone(mode), "--reconcile=1h")...)
+				phone, proxy := s.InsideSocket(0, 4444), s.Socket(s.Gateway.Namespace, netip.IPv4Unspecified(), 5099)
+				peer, sip := s.PeerSocket(lab.PeerA, 5061), s.PeerSocket(lab.PeerA, 5060)
+				ext := s.Contact(phone, peer)
+				s.Stands(phone, peer, ext)
+				s.Arrives(phone, sip, ext)
+				s.Contact(phone, sip) // the child is answered
+				s.Kill()
+				s.Must(s.NFT(tc.rules))
+				s.Contact(phone, sip) // by the kernel's flow alone
+				s.Serve(append(slices.Clone(mode), "--reconcile=1h")...)
+				s.Until("the rules see what the phone sends", func() bool { return tc.seen(s, phone, proxy) })
+			})
+		})
+	}
+}

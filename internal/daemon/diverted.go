@@ -36,7 +36,7 @@ func (f *firewall) divert(cfg config.Config, network gateway.Network) (changed b
 	}
 	next = userrules.MergedDiversions(next)
 	changed = !reflect.DeepEqual(next, f.diverted)
-	f.diverted = next
+	f.diverted, f.endsAny = next, f.endsAny || changed
 	return changed
 }
 
@@ -50,13 +50,19 @@ func sidesOf(cfg config.Config, network gateway.Network) userrules.Sides {
 	return s
 }
 
-// endDiverted ends the children that would keep packets from the user's rules.
+// endDiverted ends the children that would keep packets from the user's rules, once for each change
+// of the rules. The tables must have the change.
 func (f *firewall) endDiverted(cfg config.Config) error {
+	if !f.endsAny || len(f.diverted) == 0 {
+		f.endsAny = false
+		return nil
+	}
 	_, err := f.fixedFlows(cfg).End(func(sent *cone.Flow) bool {
 		return sent.IsChild() && slices.ContainsFunc(f.diverted, func(d userrules.Diversion) bool {
 			return d.Takes(sent.Src.Addr.Netip(), sent.ReplySrc.Netip())
 		})
 	})
+	f.endsAny = err != nil
 	return err
 }
 

@@ -54,6 +54,7 @@ type firewall struct {
 	diverter    userrules.Diverter
 	diverted    []userrules.Diversion // as last read, merged
 	divertedOwn []netip.Addr          // the gateway's addresses then
+	endsAny     bool                  // children that diverted concerns may still live
 
 	admitted, expected, usedUp runningCount
 	zoned, unexpected          inZone                       // packets to what the map serves, and to the rest

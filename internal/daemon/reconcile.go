@@ -258,9 +258,7 @@ func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) er
 	if changed {
 		r.wantReconcile()
 	}
-	if diverts {
-		err = errors.Join(err, r.firewall.endDiverted(cfg))
-	}
+	err = errors.Join(err, r.firewall.endDiverted(cfg)) // also those that an earlier daemon left
 	r.ask(func(l *loop) {
 		l.ruleWarnings, l.hidden, l.overtaken = warnings, r.firewall.hidden, r.firewall.overtaken
 		l.warned.tell(r.now(), l.warnings())
