@@ -112,31 +112,32 @@ const (
 func evicted(limit int) int { return min(max(limit/evictedPart, 1), mostEvicted) }
 
 // underLimits makes room for claim c to stand by ending idle claims, the oldest first. It ends
-// several at once. While fewer than that are idle it ends none, and returns the limit that was
-// reached: at a host whose flows end one by one, each end would make room for one other flow.
+// several at once, and if the limit was lowered, all that stand beyond it. While fewer than that are
+// idle it ends none, and returns the limit that was reached: at a host whose flows end one by one,
+// each end would make room for one other flow.
 func (m *Model) underLimits(c *claim, end func(i int32)) (reached Reason) {
 	l := &m.policy.Limits
 	// A claim that ends may let another one of its Key stand, so do not try forever.
 	for range 4 {
 		var limit int
-		var listed int32
+		var standing, listed int32
 		var oldest func() int32
 		host, subnet := m.host(c), &m.subnets[c.subnet]
 		switch {
 		case full(host.standing, l.PerHost):
-			reached, limit, listed = ReasonHostLimit, l.PerHost, host.listed
+			reached, limit, standing, listed = ReasonHostLimit, l.PerHost, host.standing, host.listed
 			oldest = func() int32 { return m.host(c).first }
 		case full(subnet.standing, l.PerSubnet):
-			reached, limit, listed = ReasonSubnetLimit, l.PerSubnet, subnet.listed
+			reached, limit, standing, listed = ReasonSubnetLimit, l.PerSubnet, subnet.standing, subnet.listed
 			oldest = func() int32 { return subnet.first }
 		case full(int32(m.stats.Standing), l.Total):
-			reached, limit, listed = ReasonLimit, l.Total, m.idle()
+			reached, limit, standing, listed = ReasonLimit, l.Total, int32(m.stats.Standing), m.idle()
 			oldest = m.oldest
 		default:
 			return ReasonNone
 		}
 		// Before the first snapshot it is unknown which claims are idle.
-		n := evicted(limit)
+		n := max(evicted(limit), int(standing)-limit+1)
 		if int(listed) < n || !m.snap.complete {
 			return reached
 		}

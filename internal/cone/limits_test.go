@@ -80,3 +80,42 @@ func TestRoomIsMadeOnceSeveralAreIdle(t *testing.T) {
 		})
 	}
 }
+
+// A limit is lowered under what stands. A new permission stands once enough of the others are idle,
+// and all that are beyond the limit end for it at once, also if it is nowhere near a 64th of it.
+//
+// Fails when only as many end as at a limit that did not change, or when some end and the new one
+// is refused all the same.
+func TestRoomIsMadeBeyondALoweredLimit(t *testing.T) {
+	const stood, lowered = 19, 4
+	for name, l := range limitsOf(lowered) {
+		for _, tc := range []struct {
+			idle, want int
+			stands     [2]bool // the new ones
+		}{
+			{stood, lowered, [2]bool{true, true}},
+			{stood - lowered + 1, lowered, [2]bool{true, false}},
+			{stood - lowered, stood, [2]bool{false, false}},
+		} {
+			t.Run(fmt.Sprintf("%s, %d idle", name, tc.idle), func(t *testing.T) {
+				d := newDesk(t, nil)
+				open, flows := d.fill(stood)
+				p := testPolicy
+				p.Limits = l
+				d.m.SetPolicy(0, p)
+				for _, f := range flows[stood-tc.idle:] {
+					d.gone(0, f)
+				}
+				for i, stands := range tc.stands {
+					open(2000 + i)
+					if v := d.view(fmt.Sprintf("10.47.11.109:%d", 2000+i)); (v.State == StateStanding) != stands {
+						t.Errorf("new one %d is %v, for %v", i, v.State, v.Reason)
+					}
+					if n := d.m.Stats().Standing; n != tc.want {
+						t.Errorf("%d stand, want %d", n, tc.want)
+					}
+				}
+			})
+		}
+	}
+}
