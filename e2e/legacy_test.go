@@ -150,3 +150,27 @@ func TestLegacyRuleThatChoosesPortsIsLeftNewcomers(t *testing.T) {
 		}
 	}
 }
+
+// The unit starts the daemon as another user than root, which may read the rules all the same:
+// forwards win before their first flow, what the forward chain drops is known, and doctor does
+// not say that it cannot read them.
+//
+// Fails when the unit does not put its user into the group of root.
+func TestLegacyRulesAreReadByTheUserOfTheUnit(t *testing.T) {
+	s := newScene(t, lab.Options{Inside: 2, Rules: lab.NoRules})
+	s.Must(s.IPTables(lab.IPTablesLegacy, lab.IPTablesMasquerade+legacyForwards+strings.ReplaceAll(lab.IPTablesDropPolicy, ",RELATED", "")))
+	s.Exe = s.unitsUser()
+	s.Start(stage.Flags(stage.Auto, mapped, "--reconcile=1h")...)
+	if st := s.Status(); !stage.Warned(st, ": iptables-legacy filter FORWARD; ") || stage.Warned(st, "only root") {
+		t.Errorf("warnings %q", st.Warnings)
+	}
+	if out, code := s.CLI("doctor"); code != 2 || !strings.Contains(out, "iptables-legacy -I FORWARD") || strings.Contains(out, "only root") {
+		t.Errorf("doctor: exit %d, %s", code, out)
+	}
+	s.iptables("-A FORWARD -m conntrack --ctstate DNAT -j ACCEPT")
+	s.Until("the warning is gone", func() bool { return !s.mapWarning() })
+	phone, server, proxy := s.InsideSocket(0, 6005), s.InsideSocket(1, 6005), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	s.hidden(phone, proxy, ext, true)
+	s.Arrives(server, s.PeerSocket(lab.PeerA, 5070), ext)
+}

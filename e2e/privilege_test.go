@@ -16,20 +16,27 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// unprivileged is a program that runs the program under test as a user with no privilege
-// but CAP_NET_ADMIN, as the unit in deploy does.
-func (s *scene) unprivileged() string { return s.unprivilegedOf(65534) }
-
-// unprivilegedOf is unprivileged with a group. That of root, 0, may see which tables
-// iptables-legacy has.
-func (s *scene) unprivilegedOf(group int) string {
+// unitsUser is a program that runs the program under test with the privileges that the unit in
+// deploy gives it.
+func (s *scene) unitsUser() string {
 	s.T.Helper()
+	return s.unprivileged(unitSetting(s.T, "SupplementaryGroups")...)
+}
+
+// unprivileged is a program that runs the program under test as a user with no privilege but
+// CAP_NET_ADMIN, and with these groups.
+func (s *scene) unprivileged(groups ...string) string {
+	s.T.Helper()
+	also := "--clear-groups"
+	if len(groups) > 0 {
+		also = "--groups " + strings.Join(groups, ",")
+	}
 	path := filepath.Join(s.T.TempDir(), "conenatd")
 	s.Must(os.WriteFile(path, fmt.Appendf(nil, `#!/bin/sh
-exec setpriv --reuid 65534 --regid %d --clear-groups --no-new-privs \
+exec setpriv --reuid 65534 --regid 65534 %s --no-new-privs \
 	--inh-caps -all,+net_admin --ambient-caps -all,+net_admin --bounding-set -all,+net_admin \
 	%s "$@"
-`, group, s.ForAll()), 0o755))
+`, also, s.ForAll()), 0o755))
 	return path
 }
 
@@ -121,7 +128,7 @@ func TestDoctorWithCapNetAdminAlone(t *testing.T) {
 func TestCapNetAdminIsEnough(t *testing.T) {
 	s := newScene(t, lab.Options{IPv6: true, Rules: lab.Masquerade + lab.DropPolicy})
 	s.Must(s.NFT("add rule inet filter forward ct status dnat accept")) // for children that the map admits
-	s.Exe = s.unprivileged()
+	s.Exe = s.unitsUser()
 	// Root's daemon left a note in a namespace that is gone, and the inode number is used
 	// again.
 	note := s.noteOfAccounting()

@@ -125,7 +125,7 @@ func TestNFTRoutingRuleForTheDaemonsUser(t *testing.T) {
 	s.Must(s.NFT(`add rule inet filter forward oifname "lan0" ct status dnat accept`))
 	s.IP(s.Gateway, "route add unreachable default table 109")
 	s.IP(s.Gateway, "rule add uidrange 65534-65534 table 109")
-	s.Exe = s.unprivilegedOf(0)
+	s.Exe = s.unprivileged("0")
 	s.Serve(heal, "--reconcile=1s")
 	s.privileges("Uid:\t65534")
 	if why := s.carried("nft"); why != "dnat_accepted" {

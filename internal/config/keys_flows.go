@@ -62,8 +62,8 @@ without net.ipv4.ip_local_reserved_ports, sockets, forwards) are left out. If li
 default pool remains, some of the other ports are used, and a warning names them. A host is
 left to your source NAT rule instead if that rule chooses ports itself (a range, a map,
 random), and always with "none". Set "none" if iptables-legacy has such a rule and conenatd
-is not started as root: it cannot read the rule then. After a reload, mappings on ports of
-the previous pool end with their flows.`,
+runs neither as root nor with its group: it cannot read the rule then. After a reload, mappings
+on ports of the previous pool end with their flows.`,
 		},
 		access: one(portPool, func(c *Config) *PortPool { return &c.PortPool }).orWords("none"),
 	},

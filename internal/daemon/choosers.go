@@ -47,7 +47,7 @@ func (f *firewall) sourceNAT(cfg config.Config, network gateway.Network) (out wa
 	changed = changed || !slices.Equal(differed, differ) || !slices.Equal(elsewhere, f.elsewhere)
 	pool, hidden := poolText(cfg), f.user.SourcesMayBeHidden()
 	if hidden && pool != "" {
-		out.add(warnSourceNATHidden, "", "only root may read the rules of iptables-legacy: if one of them chooses outside ports "+
+		out.add(warnSourceNATHidden, "", "only root and its group may read the rules of iptables-legacy: if one of them chooses outside ports "+
 			`(--to-ports, --to-source with ports), set port_pool = "none", so that hosts keep to it`)
 	}
 	for i := range choosers {

@@ -154,7 +154,7 @@ func (s source) gather(c *packetCase) error {
 		c.forward = forwardOf(rs.Forwards(outside), c.peer.Addr(), c.ext)
 	}
 	if c.forward == nil && rs.ForwardsMayBeHidden() {
-		c.forward = &userrules.Forward{Unknown: true, Text: "only root may read the rules of iptables-legacy"}
+		c.forward = &userrules.Forward{Unknown: true, Text: "only root and its group may read the rules of iptables-legacy"}
 	}
 	var d userrules.Diverter
 	c.diverted, _ = d.Diversions(rs, sidesOf(cfg, network))

@@ -21,8 +21,8 @@ func (rs *Ruleset) Forwards(outside []Link) (found []Forward) {
 	return found
 }
 
-// ForwardsMayBeHidden reports whether iptables-legacy may have forwards that only root can
-// see.
+// ForwardsMayBeHidden reports whether iptables-legacy may have forwards that only root
+// and its group can see.
 func (rs *Ruleset) ForwardsMayBeHidden() bool {
 	return rs.hides(legacy4, natTable) || rs.hides(legacy6, natTable)
 }

@@ -34,7 +34,7 @@ type rawLegacy struct {
 // readLegacy reads the tables of iptables-legacy with the given names, as far as they
 // exist, in the network namespace behind the descriptor netns, 0 for the current one. It
 // asks the kernel only for tables that are listed, because asking for a missing table
-// creates it. hidden are the tables that may exist: only root may read the list.
+// creates it. hidden are the tables that may exist: only root and its group may read the list.
 func readLegacy(netns int, f *legacyFamily, names ...string) (tables []rawLegacy, hidden []string, err error) {
 	err = inNamespace(netns, func() error {
 		var there []string

@@ -19,8 +19,8 @@ type Ruleset struct {
 	hidden []hiddenTable
 }
 
-// A hiddenTable is a table of iptables-legacy that may exist: only root can see which
-// tables there are.
+// A hiddenTable is a table of iptables-legacy that may exist: only root and its group can see
+// which tables there are.
 type hiddenTable struct {
 	family *legacyFamily
 	name   string

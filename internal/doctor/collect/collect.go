@@ -110,7 +110,7 @@ func readRules(st control.Status, outside []string) (r doctor.Rules, err error) 
 		r.Chains[c[0]+" "+c[1]] = rs.HasChain(c[0], c[1])
 	}
 	if rs.SourcesMayBeHidden() {
-		return doctor.Rules{}, errors.New("only root may read those of iptables-legacy")
+		return doctor.Rules{}, errors.New("only root and its group may read those of iptables-legacy")
 	}
 	choosers, err := rs.PortChoosers()
 	if err != nil {
