@@ -23,7 +23,7 @@ func bothLinks(t *testing.T, second string, load func(s *scene) error) *scene {
 	return s
 }
 
-// nftForward and iptablesForward are rules that forward to the third host.
+// nftForward and iptablesForward are rules that forward to the third host. Those of before come first.
 func nftForward(rule string) func(s *scene) error {
 	return func(s *scene) error {
 		return s.NFT(`table ip nat { chain post { type nat hook postrouting priority srcnat; oifname { "wan0", "wan1" } masquerade; }; ` +
@@ -31,10 +31,13 @@ func nftForward(rule string) func(s *scene) error {
 	}
 }
 
-func iptablesForward(variant, rule string) func(s *scene) error {
-	return func(s *scene) error {
-		return s.IPTables(variant, "*nat\n-A POSTROUTING -o wan+ -j MASQUERADE\n-A PREROUTING -p udp "+rule+" -j DNAT --to-destination 10.47.11.111\nCOMMIT\n")
+func iptablesForward(variant, rule string, before ...string) func(s *scene) error {
+	text := "*nat\n-A POSTROUTING -o wan+ -j MASQUERADE\n"
+	for _, b := range before {
+		text += "-A PREROUTING " + b + "\n"
 	}
+	text += "-A PREROUTING -p udp " + rule + " -j DNAT --to-destination 10.47.11.111\nCOMMIT\n"
+	return func(s *scene) error { return s.IPTables(variant, text) }
 }
 
 // Fails when the link of a forward is not read, or not used.
@@ -50,6 +53,10 @@ func TestForwardOfOneUplinkBarsNoneOfAnother(t *testing.T) {
 		"iptables-nft":    iptablesForward(lab.IPTablesNFT, "-i wan1 --dport 5060"),
 		"iptables-legacy": iptablesForward(lab.IPTablesLegacy, "-i wan1 --dport 5060"),
 		"legacy, all but": iptablesForward(lab.IPTablesLegacy, "! -i wan0 --dport 5060"),
+		"a return":        nftForward(`iifname "wan0" return; udp dport 5060 dnat to 10.47.11.111`),
+		"a port's accept": nftForward(`iifname "wan0" udp dport 5060 accept; udp dport 5060-5070 dnat to 10.47.11.111`),
+		"nft, a return":   iptablesForward(lab.IPTablesNFT, "--dport 5060", "-i wan0 -j RETURN"),
+		"legacy, accept":  iptablesForward(lab.IPTablesLegacy, "--dport 5060", "! -i wan1 -j ACCEPT"),
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -112,5 +119,27 @@ func TestAutoBesideADMZHostOfOneUplink(t *testing.T) {
 	}
 	if warned != 1 {
 		t.Errorf("%d warnings: %q", warned, s.Status().Warnings)
+	}
+}
+
+// A rule lets a port pass before everything goes to a DMZ host. Permissions on that port stand, and those
+// on others do not.
+//
+// Fails when the port counts as forwarded, and when status does not warn of the others.
+func TestForwardOfAllThatARuleLeft(t *testing.T) {
+	t.Parallel() // mostly it waits
+	s := newScene(t, lab.Options{Inside: 3, Rules: lab.NoRules})
+	s.Must(nftForward(`udp dport 5060 return; iifname "wan0" dnat to 10.47.11.111`)(s))
+	s.Start(stage.Flags(stage.Expect, "--reconcile=1h")...)
+	one, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 6060)
+	ext := s.Contact(one, proxy)
+	s.Stands(one, proxy, ext)
+	s.Arrives(one, s.PeerSocket(lab.PeerA, 5070), ext)
+	two := s.InsideSocket(1, 5061)
+	if p := s.Listed(two, proxy, s.Contact(two, proxy), "refused"); p.Reason != "forwarded" {
+		t.Errorf("reason %q", p.Reason)
+	}
+	if !s.warns("a rule forwards all ports") {
+		t.Errorf("warnings %q", s.Status().Warnings)
 	}
 }

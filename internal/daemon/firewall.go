@@ -338,7 +338,7 @@ func cover(c **userrules.Covered, forwards []userrules.Forward) {
 
 // addForward adds what the user should know about a forward.
 func (w *warnings) addForward(r userrules.Forward) {
-	if n := len(*w); n > 0 && r.All && (*w)[n-1].about == r.Text {
+	if n := len(*w); n > 0 && r.Most && (*w)[n-1].about == r.Text {
 		return // the same rule, for other addresses
 	}
 	switch {
@@ -348,7 +348,7 @@ func (w *warnings) addForward(r userrules.Forward) {
 	case r.Unknown:
 		w.add(warnForwardUnknown, r.Text,
 			"a forward is not understood, so that no expectation stands where it may lead a packet elsewhere, and the map alone admits there: %s", r.Text)
-	case r.All && (r.Partial || r.Sources != nil):
+	case r.Most && (!r.All || r.Partial || r.Sources != nil):
 		w.add(warnForwardsAll, r.Text, "a rule forwards all ports of what it matches: no permission admits that to another host, "+
 			"and no expectation stands for a peer that may send it: %s", r.Text)
 	case r.All:

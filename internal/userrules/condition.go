@@ -18,6 +18,7 @@ import (
 type condition struct {
 	family  byte        // NFPROTO_INET while both are possible
 	ports   []PortRange // sorted; nil stands for any
+	spared  bool        // they are any but those that earlier rules let pass
 	addrs   []AddrRange // nil stands for any
 	sources []AddrRange // sorted and disjoint; nil stands for any
 	except  []AddrRange // destinations that a test excluded, for source NAT; may be wider than the truth
@@ -38,7 +39,7 @@ func partly(conds []condition) []condition {
 }
 
 func (c condition) forward(text string) Forward {
-	f := Forward{Ports: c.ports, All: c.ports == nil, Addrs: c.addrs, Sources: c.sources, Unknown: c.unknown, Partial: c.wide || c.out != nil, Text: text}
+	f := Forward{Ports: c.ports, All: c.ports == nil, Most: c.ports == nil || c.spared, Addrs: c.addrs, Sources: c.sources, Unknown: c.unknown, Partial: c.wide || c.out != nil, Text: text}
 	if f.Addrs == nil {
 		switch c.family {
 		case unix.NFPROTO_IPV4:

@@ -8,15 +8,18 @@ import (
 )
 
 // A Forward is what one of the user's rules translates to another destination, for UDP
-// packets from outside links. It never says less than the rule does. It is too wide if the
-// rule has conditions that are not evaluated, or if an earlier rule accepts some of the
-// packets.
+// packets from outside links. It never says less than the rule does. What earlier rules accept or
+// return is not part of it, if one of ports, addresses, sources and links can say that. It is too wide
+// if the rule, or an earlier one that lets packets pass, has conditions that are not evaluated.
 type Forward struct {
 	// Ports are the outside ports; nil when All is set.
 	Ports []PortRange
 	// All says that the rule has no condition on the port. With such a
 	// catch-all forward (DMZ host) every port is forwarded.
 	All bool
+	// Most is All, or says that nothing but earlier rules, which let packets to some ports pass, keeps
+	// it from being that.
+	Most bool
 	// Addrs are the destination addresses; nil stands for any. A rule for some of the outside
 	// links alone leaves out the addresses whose packets come by others (Link.Addrs).
 	Addrs []AddrRange
@@ -36,7 +39,7 @@ type Forward struct {
 	Unread bool
 	// Partial says that the rule may not forward all packets that match: it has conditions
 	// other than on ports, addresses, sources and links, it is for some of the links that packets
-	// to Addrs may come by, or an earlier rule may accept some of the packets.
+	// to Addrs may come by, or an earlier rule may let some of the packets pass.
 	Partial bool
 	// Text names the rule: family, table, chain and handle as nft does, or for
 	// iptables-legacy program, table, chain and number; and its comment, if any.

@@ -64,6 +64,7 @@ func (t *table) forwards(outside []Link) []Forward {
 	switch {
 	case t.failed == nil:
 		for _, b := range t.of(unix.NF_INET_PRE_ROUTING, natKind) {
+			w.accepted = letPass{}
 			w.chain(b.name, in, 0)
 		}
 	case t.name == natTable:
@@ -87,9 +88,9 @@ type walker struct {
 	found   []Forward
 	seen    map[string]bool
 	visits  int
-	exempts bool // an earlier rule may let packets pass untranslated
 	// sources gets the rules that translate sources, in postrouting chains; nil for others.
 	sources func(r *rule, n SourceNAT, conds []condition)
+	exempts bool // an earlier rule may let packets pass untranslated; for source NAT
 	// passes gets the packets that such chains let pass untranslated.
 	passes func(conds []condition)
 	// translates gets the rules that translate destinations, instead of found, and helps those
@@ -97,7 +98,7 @@ type walker struct {
 	translates, helps func(r *rule, conds []condition)
 	// first says what is known of the packets, for diversions; nil for others.
 	first *firstPacket
-	// accepted and returned have, if first is set, the packets that earlier rules let pass: to
+	// accepted and returned have, unless sources is set, the packets that earlier rules let pass: to
 	// the end of the base chain, and of the chain.
 	accepted letPass
 	returned []letPass // of each chain on the way
@@ -128,7 +129,7 @@ func (w *walker) chain(name string, in condition, depth int) {
 	if c.odd != "" {
 		w.opaque(in, fmt.Sprintf("%s: %s", name, c.odd))
 	}
-	if w.first != nil {
+	if w.sources == nil {
 		w.returned = append(w.returned, letPass{})
 		defer func() { w.returned = w.returned[:len(w.returned)-1] }()
 	}
@@ -237,11 +238,12 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 			fields := regs.take(e.SourceRegister, set.size)
 			read := fields // as if nobody but the user changed the set
 			if !set.fixed() {
-				conds, fields = w.unfixed(conds, fields, set)
+				conds, fields = w.unfixed(r, conds, fields, set)
 			}
 			if e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT {
 				w.branch(r, conds, e.SetName, fields, read, depth)
-				continue // packets whose key is not in the map continue
+				conds = partly(conds) // packets whose key is not in the map go on to the next rule
+				continue
 			}
 			if w.first != nil && r.spares(e, set) {
 				fields = read
@@ -265,11 +267,12 @@ func (w *walker) set(name string) *set {
 	return &set{size: 64, failed: unix.ENOENT}
 }
 
-// unfixed returns fields, which are looked up in a set, without what is known of sources: packets
+// unfixed returns fields, which a rule looks up in a set, without what is known of sources: packets
 // may add sources to the set at any time. If they do, or elements expire, then that holds for
-// destinations as well in the walk for diversions, and the conditions are in doubt.
-func (w *walker) unfixed(conds []condition, fields []field, s *set) ([]condition, []field) {
-	changing := w.first != nil && s.changing
+// destinations as well in the walk for diversions and in rules that let packets pass, and the
+// conditions are in doubt.
+func (w *walker) unfixed(r *rule, conds []condition, fields []field, s *set) ([]condition, []field) {
+	changing := s.changing && (w.first != nil || r.letsPass())
 	fields = slices.Clone(fields)
 	for i, f := range fields {
 		if f.isSource() || changing && (f.kind == address4 || f.kind == address6) {
@@ -323,14 +326,16 @@ func (w *walker) branch(r *rule, conds []condition, name string, fields, read []
 				w.chain(el.verdict.Chain, c, depth+1)
 				w.exempts = w.exempts || el.verdict.Kind == expr.VerdictGoto
 			}
+			c.wide = c.wide || set.changing
 			w.pass(el.verdict.Kind, []condition{c})
 		}
 	}
 }
 
 func (w *walker) forward(r *rule, conds []condition) {
+	conds = w.notPassed(conds)
 	if w.translates != nil {
-		w.translates(r, w.notPassed(conds))
+		w.translates(r, conds)
 		return
 	}
 	text := r.title(w.table)
@@ -338,7 +343,6 @@ func (w *walker) forward(r *rule, conds []condition) {
 		text += fmt.Sprintf(" (%s)", r.comment)
 	}
 	for _, all := range conds {
-		all.wide = all.wide || w.exempts
 		for _, c := range w.byAddr(all) {
 			f := c.forward(text)
 			f.To = r.leadsTo()

@@ -32,9 +32,9 @@ var (
 
 // Packets that a verdict map accepts pass untranslated.
 //
-// Fails when a rule behind the map is said to forward all packets.
+// Fails when a rule behind the map is said to forward them.
 func TestMapOfVerdictsExemptsWhatItAccepts(t *testing.T) {
-	for kind, want := range map[expr.VerdictKind]bool{expr.VerdictAccept: true, expr.VerdictJump: false} {
+	for kind, want := range map[expr.VerdictKind]bool{expr.VerdictAccept: false, expr.VerdictJump: true} {
 		table := newNAT()
 		v := expr.Verdict{Kind: kind}
 		if kind == expr.VerdictJump {
@@ -43,8 +43,9 @@ func TestMapOfVerdictsExemptsWhatItAccepts(t *testing.T) {
 		table.sets["m"] = &set{size: 2, verdicts: true, loaded: true, elements: []element{{span: only([]byte{0x13, 0xc4}), verdict: v}}}
 		table.add("base", toPort, statement{"lookup", &expr.Lookup{SourceRegister: 1, IsDestRegSet: true, SetName: "m"}})
 		table.add("base", destinationNAT)
-		if all := table.forwards(nil); len(all) != 1 || all[0].Partial != want {
-			t.Errorf("verdict %d: %+v, want partial %v", kind, all, want)
+		ext := cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.1:5060"))
+		if all := table.forwards(nil); len(all) != 1 || all[0].Partial || all[0].Covers(ext) != want || all[0].All != want || !all[0].Most {
+			t.Errorf("verdict %d: %+v, which should cover the port: %v", kind, all, want)
 		}
 	}
 }

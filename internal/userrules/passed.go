@@ -11,19 +11,19 @@ import (
 // of the conditions of later rules, which makes these wider than the truth.
 const mostPassed = 64
 
-// A letPass has packets that rules let pass. Conditions that differ in nothing but the hosts, the
-// peers or the ports are one, with thousands of prefixes perhaps.
+// A letPass has packets that rules let pass. Conditions that differ in nothing but the sources, the
+// destinations or the ports are one, with thousands of prefixes perhaps.
 type letPass struct {
 	conds []condition
 	fresh []condition // that are not among conds yet
 }
 
-// pass notes, for diversions, packets that do not go on to the next rule, by a verdict. What a
-// rule drops counts as if it went on.
+// pass notes packets that do not go on to the next rule, by a verdict. What a rule drops counts as if
+// it went on: an expectation would let it in. It notes nothing for source NAT.
 func (w *walker) pass(kind expr.VerdictKind, conds []condition) {
 	var to *letPass
 	switch {
-	case w.first == nil:
+	case w.sources != nil:
 		return
 	case kind == expr.VerdictAccept:
 		to = &w.accepted
@@ -46,7 +46,7 @@ func (w *walker) notPassed(conds []condition) []condition {
 	for _, e := range passed {
 		var left []condition
 		for _, c := range conds {
-			left = append(left, c.without(e, &w.subtraction)...)
+			left = append(left, w.without(c, e)...)
 		}
 		conds = left
 	}
@@ -57,7 +57,7 @@ func (w *walker) notPassed(conds []condition) []condition {
 func (p *letPass) join(family byte) {
 	grown := make(map[int]bool)
 	for _, c := range p.fresh {
-		c.wide = c.wide || c.unknown
+		c.wide = c.wide || c.unknown || c.out != nil // no packet has a link to leave by yet
 		i := slices.IndexFunc(p.conds, func(o condition) bool { return o.extend(c) })
 		switch {
 		case i >= 0:
@@ -82,7 +82,7 @@ func (p *letPass) join(family byte) {
 func (c *condition) extend(o condition) bool {
 	sources, addrs, ports := sameList(c.sources, o.sources), sameList(c.addrs, o.addrs), sameList(c.ports, o.ports)
 	switch {
-	case c.family != o.family || c.wide != o.wide:
+	case c.family != o.family || c.wide != o.wide || !sameList(c.in, o.in):
 		return false
 	case addrs && ports:
 		c.sources = joint(c.sources, o.sources)
@@ -108,36 +108,63 @@ func joint[T any](a, b []T) []T {
 }
 
 // without returns c without the packets of e, or c, as wide, if a condition cannot say that.
-func (c condition) without(e condition, s *subtraction) []condition {
+func (w *walker) without(c, e condition) []condition {
 	if c.family == unix.NFPROTO_INET && e.family != c.family {
 		v4, v6 := c, c
 		v4.family, v6.family = unix.NFPROTO_IPV4, unix.NFPROTO_IPV6
-		return append(v4.without(e, s), v6.without(e, s)...)
+		return append(w.without(v4, e), w.without(v6, e)...)
 	}
 	if e.family != unix.NFPROTO_INET && e.family != c.family {
 		return []condition{c}
 	}
-	sources, ofSources, ok := s.except(c.ranges(c.sources), c.ranges(e.sources))
-	addrs, ofAddrs, ok2 := s.except(c.ranges(c.addrs), c.ranges(e.addrs))
+	sources, ofSources, ok := w.except(c.ranges(c.sources), c.ranges(e.sources))
+	addrs, ofAddrs, ok2 := w.except(c.ranges(c.addrs), c.ranges(e.addrs))
 	ports := intersect(orEvery(c.ports), complement(orEvery(e.ports)))
 	ofPorts := len(intersect(orEvery(c.ports), orEvery(e.ports))) > 0
-	switch {
-	case !ofSources || !ofAddrs || !ofPorts: // e has no packet of c
-	case e.wide || !ok || !ok2:
-		c.wide = true
-	case len(addrs) == 0 && len(ports) == 0:
-		c.sources = sources
-	case len(sources) == 0 && len(ports) == 0:
-		c.addrs = addrs
-	case len(sources) == 0 && len(addrs) == 0:
-		c.ports = ports
-	default:
-		c.wide = true
+	others, links := w.split(c.in, e.in)
+	kinds := 0 // in which some are left
+	for _, n := range []int{len(sources), len(addrs), len(ports)} {
+		kinds += min(n, 1)
 	}
-	if c.sources != nil && len(c.sources) == 0 {
+	switch {
+	case !ofSources || !ofAddrs || !ofPorts || links != nil && len(links) == 0: // e has no packet of c
+	case len(others) > 0:
+		rest := c
+		rest.in, c.in = others, links
+		return append(w.without(c, e), rest)
+	case e.wide || !ok || !ok2 || kinds > 1:
+		c.wide = true
+	case len(addrs) > 0:
+		c.addrs = addrs
+	case len(ports) > 0:
+		c.ports, c.spared = ports, c.spared || c.ports == nil
+	case len(sources) > 0:
+		c.sources = sources
+	default:
 		return nil
 	}
 	return []condition{c}
+}
+
+// split returns the links of a that are not in b, and those that are. nil stands for all.
+func (w *walker) split(a, b []int) (others, both []int) {
+	if b == nil {
+		return nil, a
+	}
+	if a == nil {
+		for _, l := range w.outside {
+			a = append(a, l.Index)
+		}
+	}
+	both = []int{}
+	for _, l := range a {
+		if slices.Contains(b, l) {
+			both = append(both, l)
+		} else {
+			others = append(others, l)
+		}
+	}
+	return others, both
 }
 
 func orEvery(ports []PortRange) []PortRange {

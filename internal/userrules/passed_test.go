@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -38,10 +39,12 @@ func TestConditionsWithoutOthers(t *testing.T) {
 			c.ports = append(c.ports, PortRange{ports[a], ports[a+random.IntN(len(ports)-a)]})
 		}
 		c.ports = merge(c.ports)
+		c.in = [][]int{nil, nil, {1}, {2}}[random.IntN(4)]
 		return c
 	}
-	has := func(c condition, from, to netip.Addr, port uint16) bool {
-		return (c.family == unix.NFPROTO_INET || c.family == familyOf(netip.PrefixFrom(from, 0))) &&
+	links := []Link{{Index: 1}, {Index: 2}}
+	has := func(c condition, in int, from, to netip.Addr, port uint16) bool {
+		return (c.in == nil || slices.Contains(c.in, in)) && (c.family == unix.NFPROTO_INET || c.family == familyOf(netip.PrefixFrom(from, 0))) &&
 			(c.sources == nil || coversAddr(c.sources, from)) && (c.addrs == nil || coversAddr(c.addrs, to)) && (c.ports == nil || covers(c.ports, port))
 	}
 	subtracted := 0
@@ -53,7 +56,7 @@ func TestConditionsWithoutOthers(t *testing.T) {
 			e.wide = random.IntN(8) == 0
 			earlier = append(earlier, e)
 		}
-		w := walker{table: &table{family: unix.NFPROTO_INET}}
+		w := walker{table: &table{family: unix.NFPROTO_INET}, outside: links}
 		for _, e := range earlier {
 			w.accepted.fresh = append(w.accepted.fresh, e)
 			if random.IntN(2) == 0 {
@@ -64,15 +67,16 @@ func TestConditionsWithoutOthers(t *testing.T) {
 		for _, all := range [][]netip.Addr{v4, v6} {
 			for _, from := range all {
 				for _, to := range all {
-					for _, port := range append(ports, 52, 54, 100) {
-						was, is, passed, wide := has(c, from, to, port), false, false, false
+					for i, port := range append(ports, 52, 54, 100) {
+						in := 1 + i%2
+						was, is, passed, wide := has(c, in, from, to, port), false, false, false
 						for _, e := range earlier {
-							passed = passed || has(e, from, to, port) && !e.wide
+							passed = passed || has(e, in, from, to, port) && !e.wide
 						}
 						for _, x := range left {
-							is, wide = is || has(x, from, to, port), wide || x.wide && has(x, from, to, port)
+							is, wide = is || has(x, in, from, to, port), wide || x.wide && has(x, in, from, to, port)
 						}
-						packet := fmt.Sprint(from, " to ", to, " port ", port)
+						packet := fmt.Sprint(from, " to ", to, " port ", port, " by ", in)
 						if was && !passed && !is {
 							t.Fatalf("%s is lost: %+v without %+v is %+v", packet, c, e, left)
 						}
