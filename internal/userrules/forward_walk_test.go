@@ -50,6 +50,21 @@ func TestMapOfVerdictsExemptsWhatItAccepts(t *testing.T) {
 	}
 }
 
+// A packet whose key is in no element of a verdict map goes on to the next rule, not to the rest of the
+// rule. nft makes no such rule.
+//
+// Fails when the rest of the rule lets such packets pass.
+func TestRestOfARuleBehindAMapOfVerdicts(t *testing.T) {
+	table := newNAT()
+	table.sets["m"] = &set{size: 2, verdicts: true, loaded: true}
+	table.add("base", toPort, statement{"lookup", &expr.Lookup{SourceRegister: 1, IsDestRegSet: true, SetName: "m"}},
+		statement{"", &expr.Verdict{Kind: expr.VerdictReturn}})
+	table.add("base", destinationNAT)
+	if all := table.forwards(nil); len(all) != 1 || !all[0].All {
+		t.Errorf("%+v", all)
+	}
+}
+
 // The kernel compares a key of several fields with the ends of an interval as one number,
 // unless the set has the lengths of the fields.
 //
