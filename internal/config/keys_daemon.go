@@ -167,8 +167,8 @@ raised for them.`,
 		Key: Key{
 			Name: "control_socket", Flag: "control-socket", Kind: "path", Restart: true,
 			Usage: "control socket (default: one per network namespace)",
-			Doc: `Path of the control socket. Empty: a separate one for each network namespace. Commands find
-it in any case.`,
+			Doc: `Path of the control socket. Empty: a separate one for each network namespace, in /run/conenatd.
+A missing folder is made, with mode 0755, and stays. Commands find the socket in any case.`,
 		},
 		access: one(socketPath, func(c *Config) *string { return &c.ControlSocket }),
 	},
