@@ -308,7 +308,7 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 	var dests []userrules.AddrRange
 	for _, r := range all {
 		dests = append(dests, r.Addrs...)
-		f.forwardWarnings.addForward(r)
+		f.forwardWarnings.addForward(r, f.withMap)
 		if r.Unread {
 			continue
 		}
@@ -336,8 +336,8 @@ func cover(c **userrules.Covered, forwards []userrules.Forward) {
 	}
 }
 
-// addForward adds what the user should know about a forward.
-func (w *warnings) addForward(r userrules.Forward) {
+// addForward adds what the user should know about a forward. withMap says that there is a map.
+func (w *warnings) addForward(r userrules.Forward, withMap bool) {
 	if n := len(*w); n > 0 && r.Most && (*w)[n-1].about == r.Text {
 		return // the same rule, for other addresses
 	}
@@ -346,8 +346,12 @@ func (w *warnings) addForward(r userrules.Forward) {
 		w.add(warnForwardsUnread, r.Text, "port forwards cannot be read, "+
 			"those that were read before hold, and others are known from their first flow on only: %s", r.Text)
 	case r.Unknown:
+		who := "nobody gets in"
+		if withMap {
+			who = "the map alone admits"
+		}
 		w.add(warnForwardUnknown, r.Text,
-			"a forward is not understood, so that no expectation stands where it may lead a packet elsewhere, and the map alone admits there: %s", r.Text)
+			"a forward is not understood, so that no expectation stands where it may lead a packet elsewhere, and %s there: %s", who, r.Text)
 	case r.Most && (!r.All || r.Partial || r.Sources != nil):
 		w.add(warnForwardsAll, r.Text, "a rule forwards all ports of what it matches: no permission admits that to another host, "+
 			"and no expectation stands for a peer that may send it: %s", r.Text)

@@ -85,7 +85,7 @@ func TestForwardThatIsNotUnderstoodBarsExpectationsAlone(t *testing.T) {
 	f.look()
 	network := gateway.Network{Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: gateway.IPv4}}}
 	covered, warnings := f.forwards(network)
-	if len(warnings) != 1 || warnings[0].id != warnForwardUnknown {
+	if len(warnings) != 1 || warnings[0].id != warnForwardUnknown || !strings.Contains(warnings[0].text, "nobody gets in there") {
 		t.Errorf("warnings %q", warnings)
 	}
 	for port, want := range map[uint16][3]bool{
