@@ -37,18 +37,21 @@ func (w *walker) pass(kind expr.VerdictKind, conds []condition) {
 
 // notPassed returns the conditions of a rule without the packets that earlier rules let pass.
 func (w *walker) notPassed(conds []condition) []condition {
-	w.accepted.join(w.table.family)
-	passed := w.accepted.conds
-	for i := range w.returned {
-		w.returned[i].join(w.table.family)
-		passed = append(slices.Clip(passed), w.returned[i].conds...)
-	}
-	for _, e := range passed {
-		var left []condition
-		for _, c := range conds {
-			left = append(left, w.without(c, e)...)
+	var spare []condition
+	except := func(p *letPass) {
+		p.join(w.table.family)
+		for i := range p.conds {
+			left := spare[:0]
+			for _, c := range conds {
+				left = w.without(left, c, &p.conds[i])
+			}
+			conds, spare = left, conds
 		}
-		conds = left
+	}
+	conds = slices.Clone(conds) // except writes into it
+	except(&w.accepted)
+	for i := range w.returned {
+		except(&w.returned[i])
 	}
 	return conds
 }
@@ -107,31 +110,36 @@ func joint[T any](a, b []T) []T {
 	return append(a, b...)
 }
 
-// without returns c without the packets of e, or c, as wide, if a condition cannot say that.
-func (w *walker) without(c, e condition) []condition {
+// without appends c without the packets of e, or c, as wide, if a condition cannot say that.
+func (w *walker) without(to []condition, c condition, e *condition) []condition {
 	if c.family == unix.NFPROTO_INET && e.family != c.family {
 		v4, v6 := c, c
 		v4.family, v6.family = unix.NFPROTO_IPV4, unix.NFPROTO_IPV6
-		return append(w.without(v4, e), w.without(v6, e)...)
+		return w.without(w.without(to, v4, e), v6, e)
 	}
 	if e.family != unix.NFPROTO_INET && e.family != c.family {
-		return []condition{c}
+		return append(to, c)
+	}
+	others, links := w.split(c.in, e.in)
+	if !haveCommon(orEvery(c.ports), orEvery(e.ports)) || links != nil && len(links) == 0 {
+		return append(to, c)
 	}
 	sources, ofSources, ok := w.except(c.ranges(c.sources), c.ranges(e.sources))
 	addrs, ofAddrs, ok2 := w.except(c.ranges(c.addrs), c.ranges(e.addrs))
+	if !ofSources || !ofAddrs {
+		return append(to, c)
+	}
+	if len(others) > 0 {
+		rest := c
+		rest.in, c.in = others, links
+		return w.without(append(to, rest), c, e)
+	}
 	ports := intersect(orEvery(c.ports), complement(orEvery(e.ports)))
-	ofPorts := len(intersect(orEvery(c.ports), orEvery(e.ports))) > 0
-	others, links := w.split(c.in, e.in)
 	kinds := 0 // in which some are left
 	for _, n := range []int{len(sources), len(addrs), len(ports)} {
 		kinds += min(n, 1)
 	}
 	switch {
-	case !ofSources || !ofAddrs || !ofPorts || links != nil && len(links) == 0: // e has no packet of c
-	case len(others) > 0:
-		rest := c
-		rest.in, c.in = others, links
-		return append(w.without(c, e), rest)
 	case e.wide || !ok || !ok2 || kinds > 1:
 		c.wide = true
 	case len(addrs) > 0:
@@ -140,10 +148,10 @@ func (w *walker) without(c, e condition) []condition {
 		c.ports, c.spared = ports, c.spared || c.ports == nil
 	case len(sources) > 0:
 		c.sources = sources
-	default:
-		return nil
+	default: // e has all of c
+		return to
 	}
-	return []condition{c}
+	return append(to, c)
 }
 
 // split returns the links of a that are not in b, and those that are. nil stands for all.
@@ -165,6 +173,21 @@ func (w *walker) split(a, b []int) (others, both []int) {
 		}
 	}
 	return others, both
+}
+
+// haveCommon reports whether a port is in both lists, which are merged.
+func haveCommon(a, b []PortRange) bool {
+	for len(a) > 0 && len(b) > 0 {
+		if max(a[0].First, b[0].First) <= min(a[0].Last, b[0].Last) {
+			return true
+		}
+		if a[0].Last < b[0].Last {
+			a = a[1:]
+		} else {
+			b = b[1:]
+		}
+	}
+	return false
 }
 
 func orEvery(ports []PortRange) []PortRange {
