@@ -21,7 +21,7 @@ import (
 )
 
 // permit makes permissions stand as expectations and returns the rules that fit them.
-func permit(t *testing.T, l *lab.Lab, ext, in string, peers ...netip.Addr) rules.Desired {
+func permit(t testing.TB, l *lab.Lab, ext, in string, peers ...netip.Addr) rules.Desired {
 	t.Helper()
 	b, err := expect.Open(expect.Config{NetNS: l.Gateway.FD(), Lifetime: time.Hour, IPv6: true})
 	if err != nil {
