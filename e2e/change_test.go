@@ -5,12 +5,14 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 
 	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
@@ -196,4 +198,37 @@ func TestChildrenBeyondTheirLimitGo(t *testing.T) {
 		st := s.Status()
 		return st.Tables.Guard.Children+st.Tables.Guard.Drops+st.Counters.Crowded == 7
 	})
+}
+
+// A peer has at most max_children live flows, answered or not, also while no daemon runs. A flow
+// that ends makes room. The group has room for more packets in a time, so they are not what counts.
+//
+// Fails when answered flows, or the kernel alone, let more in.
+func TestLiveChildrenAreLimitedWithoutADaemon(t *testing.T) {
+	const most = 3
+	s := play(t, lab.Options{}, "--max-children", strconv.Itoa(most), "--peer-group", netip.PrefixFrom(lab.PeerA, 28).Masked().String())
+	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+	ext := s.Contact(phone, proxy)
+	for _, peer := range []netip.Addr{lab.PeerA, lab.PeerB} { // expectations are for one each
+		s.Until("the permission stands", func() bool {
+			return slices.ContainsFunc(s.List(), func(p control.Permission) bool {
+				return p.State == "standing" && (p.Peer == peer || p.Peers.Contains(peer))
+			})
+		})
+	}
+	var children []*lab.Socket
+	for port := range uint16(most) {
+		child := s.PeerSocket(lab.PeerA, 6000+port)
+		s.Arrives(phone, child, ext)
+		s.Must(lab.Arrives(child, lab.Packet{From: phone, To: child.Addr(), Payload: stage.Payload("answer")}))
+		children = append(children, child)
+	}
+	s.Lost(phone, s.PeerSocket(lab.PeerA, 6010), ext, proxy)
+	s.Kill()
+	s.Lost(phone, s.PeerSocket(lab.PeerA, 6011), ext, proxy)
+	s.Arrives(phone, s.PeerSocket(lab.PeerB, 6012), ext)
+	_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "-s", lab.PeerA.String(), "--sport", strconv.Itoa(int(children[0].Addr().Port())))
+	s.Must(err)
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 6013), ext)
+	s.Lost(phone, s.PeerSocket(lab.PeerA, 6014), ext, proxy)
 }

@@ -220,18 +220,20 @@ func TestExplainKnowsThatThereIsNoLimit(t *testing.T) {
 // Fails when the limit on children does not count, or counts too early.
 func TestExplainKnowsTheLimitOnChildren(t *testing.T) {
 	ownMode(t)
-	s := newScene(t, lab.Options{})
-	s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1s", "--backend=expect", "--max-children=2")
-	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
-	ext := s.Contact(phone, proxy)
-	s.Stands(phone, proxy, ext)
-	for i := range uint16(2) {
-		s.explained(lab.PeerA.String(), ext, "arrives", "firewall", phone.Addr())
-		s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070+i), ext)
-		s.Until("the daemon counts it", func() bool { return s.Listed(phone, proxy, ext, "standing").Children == int(i)+1 })
+	for _, backend := range []string{"expect", "nft"} {
+		s := newScene(t, lab.Options{})
+		s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1s", "--backend="+backend, "--max-children=2")
+		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+		ext := s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
+		for i := range uint16(2) {
+			s.explained(lab.PeerA.String(), ext, "arrives", "firewall", phone.Addr())
+			s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070+i), ext)
+			s.Until("the daemon counts it", func() bool { return s.Listed(phone, proxy, ext, "standing").Children == int(i)+1 })
+		}
+		s.explained(lab.PeerA.String(), ext, "lost", "children", nowhere)
+		s.Lost(phone, s.PeerSocket(lab.PeerA, 5079), ext, proxy)
 	}
-	s.explained(lab.PeerA.String(), ext, "lost", "children", nowhere)
-	s.Lost(phone, s.PeerSocket(lab.PeerA, 5079), ext, proxy)
 }
 
 // IPv6 is not translated: the outside endpoint is the host's own.

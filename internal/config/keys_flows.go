@@ -189,12 +189,11 @@ half of net.netfilter.nf_conntrack_max if that is less.`,
 		Key: Key{
 			Name: "max_children", Flag: "max-children", Kind: "number", Min: 0, Max: 1 << 30,
 			Usage: "flows that a peer may open by one permission, 0 for no bound; auto: 256, or 1/32 of nf_conntrack_max if that is less",
-			Doc: `Limit on the flows that a peer may open through one permission; 0 means no limit.
-A permitted peer, or somebody who spoofs its address, must not fill the conntrack table from
-all its ports. Through an expectation: this many live flows. Through the nftables map: this
-many new flows at once, and as many again every 30 seconds, so answered flows can exceed the
-limit; the daemon deletes unanswered ones beyond it. A permission for several peers has 16
-times as many.
+			Doc: `Limit on the live flows that a peer may have opened to one outside port; 0 means no
+limit. A permitted peer, or somebody who spoofs its address, must not fill the conntrack table
+from all its ports. Flows that the inside host opened do not count. Through the nftables map a
+peer may open this many at once, and as many again in 30 seconds. A permission for several peers
+has 16 times as many for all of them together; the daemon deletes unanswered ones beyond that.
 "auto" is 256, or 1/32 of net.netfilter.nf_conntrack_max if that is less.`,
 		},
 		access: one(limit, func(c *Config) *int { return &c.MaxChildren }).orWords("auto"),

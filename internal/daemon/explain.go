@@ -395,9 +395,13 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 		return to, verdictLost
 	}
 	say(stepMap, resultMatches, "a permission of %v for %s stands in the map", p.Int, peersOf(p))
-	if n := c.most(*p); c.full(p) {
-		say(stepChildren, resultUnknown, "the peer has %d flows, and max_children allows %d: the kernel may let more in for a moment", p.Children, n)
+	switch n := c.most(*p); {
+	case c.full(p) && p.Peers.IsValid():
+		say(stepChildren, resultUnknown, "the peers have %d flows, and max_children allows %d: the kernel may let more in for a moment", p.Children, n)
 		return netip.AddrPort{}, verdictUnknown
+	case c.full(p):
+		say(stepChildren, resultDrops, "the peer has %d flows, and max_children allows %d", p.Children, n)
+		return netip.AddrPort{}, verdictLost
 	}
 	c.sayChildren(say, p)
 	if c.diverts(p, say) {

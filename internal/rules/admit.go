@@ -113,9 +113,10 @@ var (
 // admit needs no conntrack state: a NAT chain sees the first packet only. Where zones exist
 // in the original direction alone, the zone of that packet does not matter.
 //
-// The cap on children is a token bucket, which is far cheaper than counting flows. Each
-// child takes a token. Without a token the packet continues as unsolicited, normally to the
-// guard chain.
+// Each child takes a token from the bucket of its permission, and is counted among the live
+// children of its peer. To count visits each of them; the bucket limits how many packets of a
+// flood do that. A packet beyond either limit continues as unsolicited, normally to the guard
+// chain.
 func (l *layout) admit(d Desired, kinds []kind) {
 	l.counters = append(l.counters, admittedCounter)
 	admitted := l.regular("admitted")
@@ -159,7 +160,7 @@ func (l *layout) admit(d Desired, kinds []kind) {
 		// not match without them.
 		const addr, port = dataWord, dataWord + 1
 		l.rule(admitted, "a peer may send from any port", isUDP, k.hasPacket(),
-			key.load(0), ports.find(0, port), key.load(0), addrs.find(0, addr), l.takeToken(k, d.Map),
+			key.load(0), ports.find(0, port), key.load(0), addrs.find(0, addr), l.takeToken(k, d.Map), l.countChild(d.Map),
 			label, addTo(flows, elem{key: packetFlow}), counter(admittedCounter), nat(expr.NATTypeDestNAT, addr, port))
 	}
 	if l.zoned != nil {
@@ -295,10 +296,26 @@ const sampled = 64
 // learnBurst times LearnRate is how many permissions the kernel may learn at once.
 const learnBurst = 5
 
+// countChild matches while the peer has at most c.MaxChildren live flows to the outside endpoint,
+// this one included. In a group each address counts for itself, as with an expectation. A child
+// of a full set is refused.
+func (l *layout) countChild(c *MapConfig) exprs {
+	if c.MaxChildren == 0 || c.noCount {
+		return nil
+	}
+	name := fmt.Sprintf("%s_%d", childrenSet, c.MaxChildren) // each element keeps the limit that it was made with
+	children := l.named(name)
+	if children == nil {
+		children = l.set(name, permissionKey...)
+		children.Dynamic, children.free, children.Size = true, true, uint32(c.Size)
+	}
+	return addTo(children, elem{key: kind{}.packetKey(), limit: ctCount(c.MaxChildren)})
+}
+
 // takeToken matches while the permission may have another child: c.MaxChildren at once, and
 // as many again in 30 s, the time that conntrack keeps an unanswered flow
-// (nf_conntrack_udp_timeout). A permission for more than one peer may have more
-// (cone.WildChildren).
+// (nf_conntrack_udp_timeout): then what countChild lets pass has a token. A permission for more
+// than one peer may have more (cone.WildChildren).
 func (l *layout) takeToken(k kind, c *MapConfig) exprs {
 	most := c.MaxChildren
 	if most == 0 {

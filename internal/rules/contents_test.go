@@ -113,6 +113,12 @@ const contentsIP = `
 		timeout 1m
 	}
 
+	set children_256 {
+		type ipv4_addr . ipv4_addr . inet_service
+		size 1000
+		flags dynamic
+	}
+
 	set repeaters {
 		type ipv4_addr . ipv4_addr . inet_service
 		size 1000
@@ -145,7 +151,7 @@ const contentsIP = `
 	chain admitted {
 		socket wildcard <= 1 accept comment "the gateway itself serves it"
 		ct mark set ip saddr . ip daddr . udp dport map @marks comment "a mark for policy routing"
-		update @buckets_256 { ip saddr . ip daddr . udp dport limit rate 512/minute burst 256 packets } ct label set 126 add @admitted_flows { ip saddr . udp sport . ip daddr . udp dport } counter name "admitted" dnat to ip saddr . ip daddr . udp dport map @permissions:ip saddr . ip daddr . udp dport map @permission_ports comment "a peer may send from any port"
+		update @buckets_256 { ip saddr . ip daddr . udp dport limit rate 512/minute burst 256 packets } add @children_256 { ip saddr . ip daddr . udp dport ct count 256 } ct label set 126 add @admitted_flows { ip saddr . udp sport . ip daddr . udp dport } counter name "admitted" dnat to ip saddr . ip daddr . udp dport map @permissions:ip saddr . ip daddr . udp dport map @permission_ports comment "a peer may send from any port"
 	}
 
 	chain faked_peer {

@@ -46,7 +46,8 @@ const (
 	learnedSet       = "learned_flows"
 	learnersSet      = "learners"
 	repeatersSet     = "repeaters"
-	bucketsSet       = "buckets" // and the cap on children
+	bucketsSet       = "buckets"  // and the cap on children
+	childrenSet      = "children" // and the cap
 	subnetsSet       = "subnets"
 	noPeersSet       = "no_peers"
 	groupsSet        = "groups" // and the length of their prefixes

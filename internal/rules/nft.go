@@ -324,6 +324,9 @@ func limitRate(over bool, rate int, unit expr.LimitTime, burst int) expr.Any {
 	return &expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(rate), Over: over, Unit: unit, Burst: uint32(burst)}
 }
 
+// ctCount is "ct count n": at most n.
+func ctCount(n int) expr.Any { return &expr.Connlimit{Count: uint32(n)} }
+
 // ctCountOver is "ct count over n".
 func ctCountOver(n int) expr.Any {
 	return &expr.Connlimit{Count: uint32(n), Flags: expr.NFT_CONNLIMIT_F_INV}

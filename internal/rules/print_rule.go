@@ -312,7 +312,11 @@ func (p *rulePrinter) dynset(e *expr.Dynset) {
 		case *expr.Limit:
 			element += " " + limitText(x)
 		case *expr.Connlimit:
-			element += fmt.Sprintf(" ct count over %d", x.Count)
+			over := ""
+			if x.Flags&expr.NFT_CONNLIMIT_F_INV != 0 {
+				over = "over "
+			}
+			element += fmt.Sprintf(" ct count %s%d", over, x.Count)
 		}
 	}
 	if s.IsMap {

@@ -67,8 +67,8 @@ var features = []struct {
 	}, Desired{Subnets: tryBoth, UplinkMarks: &UplinkMarks{Mask: 1, Links: []string{"probe0"}}}},
 }
 
-// tryLearning uses all that learning needs.
-var tryLearning = MapConfig{Size: 1, MaxChildren: 1, Learn: true, LearnRate: 1, Lifetime: time.Second, noLabels: true, noNumgen: true}
+// tryLearning uses all that learning needs. Without ct count the buckets alone limit children.
+var tryLearning = MapConfig{Size: 1, MaxChildren: 1, Learn: true, LearnRate: 1, Lifetime: time.Second, noLabels: true, noNumgen: true, noCount: true}
 
 // tryMapping uses all that mappings need, except the test for IPsec policies, which a
 // kernel without IPsec lacks (CONFIG_XFRM).
@@ -103,6 +103,9 @@ func (t *Tables) probe() error {
 	withIPsec := tryMapping
 	withIPsec.noIPsec = false
 	t.noSecPath = t.try(0, Desired{Subnets: tryPrefixes, Spoofed: true}) != nil
+	withCount := tryLearning
+	withCount.noCount = false
+	t.noCount = t.try(0, Desired{Map: &withCount}) != nil
 	withNumgen := tryLearning
 	withNumgen.noNumgen = false
 	t.noNumgen = t.try(0, Desired{Map: &withNumgen}) != nil

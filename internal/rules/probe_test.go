@@ -144,3 +144,25 @@ func TestLearningWithoutRandomNumbers(t *testing.T) {
 		}
 	}
 }
+
+// A kernel that cannot count flows (CONFIG_NFT_CONNLIMIT) limits how many children begin in a time.
+func TestChildrenAreLimitedWithoutACount(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{})
+	table, err := Open(Config{NetNS: l.Gateway.FD()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer table.Close()
+	if table.noCount {
+		t.Error("a kernel that can count is taken for one that cannot")
+	}
+	for _, none := range []bool{false, true} {
+		table.noCount = none
+		if _, err := table.Set(Desired{OutsideLinks: []string{"wan0"}, Map: &tryLearning}); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := l.Ruleset(); err != nil || strings.Contains(got, "ct count") == none || !strings.Contains(got, "update @buckets_1") {
+			t.Error(got, err)
+		}
+	}
+}

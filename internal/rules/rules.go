@@ -171,8 +171,8 @@ type MapConfig struct {
 	Size int
 	// Lifetime is how long a permission that the kernel learned lives.
 	Lifetime time.Duration
-	// MaxChildren is how many flows one peer may open to one outside endpoint through the
-	// map: so many at once, and then so many every 30 s; 0 means no cap.
+	// MaxChildren is how many simultaneous flows one peer may have to one outside endpoint
+	// through the map, and how many it may open at once, and then every 30 s; 0 means no cap.
 	MaxChildren int
 	// Learn lets the kernel itself add a permission when the first packet of a flow leaves.
 	// The flow must be from an enabled subnet, not have come in by an outside link, be
@@ -197,6 +197,7 @@ type MapConfig struct {
 
 	noLabels bool // the kernel has no conntrack labels
 	noNumgen bool // the kernel has no random numbers for rules
+	noCount  bool // the kernel cannot count flows for each peer
 }
 
 // Counters count packets since the tables were made, by the names of the counters in nft. A

@@ -33,6 +33,7 @@ type Tables struct {
 	look      *nfnl.Conn              // for Changed; nil before its first call
 	noSecPath bool                    // the kernel has no packets that came through IPsec
 	noNumgen  bool                    // the kernel has no random numbers (CONFIG_NFT_NUMGEN)
+	noCount   bool                    // the kernel cannot count the children of a peer (CONFIG_NFT_CONNLIMIT)
 	mapped    elements.MappingsConfig // what the last Set made
 	written   map[writtenSet]uint64   // hashes of our sets' elements, if nobody else may write
 	others    uint32                  // the number at the last call of Changed
@@ -134,7 +135,7 @@ func (t *Tables) possibleMap(c MapConfig) MapConfig {
 	if t.Lacks(FeatureLearn) {
 		c.Learn, c.MaxChildren = false, 0
 	}
-	c.noLabels, c.noNumgen = t.Lacks(FeatureLabels), t.noNumgen
+	c.noLabels, c.noNumgen, c.noCount = t.Lacks(FeatureLabels), t.noNumgen, t.noCount
 	return c
 }
 
