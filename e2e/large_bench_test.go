@@ -108,6 +108,7 @@ func BenchmarkLarge(b *testing.B) {
 		{name: "20,000 packets to a served port, no guard", load: toPort(served), flags: "--guard=false"},
 		{name: "20,000 packets to a forwarded port", load: toPort(forwarded), rules: forwards(1)},
 		{name: "20,000 packets to a port forwarded for some sources", load: toPort(forwarded), rules: strings.ReplaceAll(forwards(1), "udp dport", "ip saddr != 45.0.0.0/16 udp dport")},
+		{name: "20,000 packets to a port forwarded with another condition", load: toPort(forwarded), rules: strings.ReplaceAll(forwards(1), "udp dport", "ip ttl 1-255 udp dport")},
 		{name: "a scan of four addresses that are forwarded as a whole", load: scan, ip: addresses.String(), rules: dmz.String()},
 		{name: "an overrun each second", load: bursts, config: "event_buffer = 65536\n"},
 	} {
@@ -137,6 +138,16 @@ func BenchmarkLarge(b *testing.B) {
 			answer, err := l.Outside.Socket(lab.PeerA, 5070)
 			must(err)
 			defer answer.Close()
+			if n.load != nil { // a service was there before
+				for _, at := range []struct {
+					host *lab.Host
+					to   netip.AddrPort
+				}{{l.Gateway, served}, {l.Inside(0), netip.AddrPortFrom(l.Inside(0).Addr, forwarded.Port())}} {
+					s, err := at.host.Socket(at.to.Addr(), at.to.Port())
+					must(err)
+					defer s.Close()
+				}
+			}
 			began := time.Now()
 			d, err := l.StartDaemon(stage.Exe(), append([]string{"--config", config, "--learn=false", "--lifetime", "1h", "--max-permissions-per-host=0"}, strings.Fields(n.flags)...)...)
 			must(err)
@@ -148,14 +159,6 @@ func BenchmarkLarge(b *testing.B) {
 				stop := everySecond(n.perSecond, func(i int) error { return n.change(l, i) })
 				flood := func() error { return nil }
 				if n.load != nil {
-					for _, at := range []struct {
-						host *lab.Host
-						to   netip.AddrPort
-					}{{l.Gateway, served}, {l.Inside(0), netip.AddrPortFrom(l.Inside(0).Addr, forwarded.Port())}} {
-						s, err := at.host.Socket(at.to.Addr(), at.to.Port())
-						must(err)
-						defer s.Close()
-					}
 					flood = n.load.start(b, l, d)
 				}
 				memory := residentMemory(b, d.PID())

@@ -19,21 +19,22 @@ const (
 	pass = 0xffffffff
 )
 
-// Slots of the scratch memory: offsets of CTA_TUPLE_ORIG and CTA_TUPLE_PROTO, and the
-// destination address and port, and the source address, of the first packet.
+// Slots of the scratch memory: offsets of CTA_TUPLE_ORIG and CTA_TUPLE_PROTO, the
+// destination address and port, and the source address, of the first packet, and the status.
 const (
 	origSlot = iota
 	protoSlot
 	addrSlot
 	portSlot
 	sourceSlot
+	statusSlot
 )
 
 // mostSources and mostForwarded bound what the filter compares. The kernel accepts programs
 // of 4,096 instructions, and runs the filter for every flow of the gateway. A source takes
 // up to 13 of them. A forwarded range takes 7, or 10 with sources, which run only when a DNATed
-// flow ends.
-const mostSources, mostForwarded, mostForSources = 128, 256, 32
+// flow ends. A served range takes 7.
+const mostSources, mostForwarded, mostForSources, mostServed = 128, 256, 32, 16
 
 // leastForwarded is how many ranges a socket has memory for beside mostSources with the default
 // of net.core.optmem_max, 20,480 bytes before Linux 6.8.
@@ -50,6 +51,10 @@ type Sources struct {
 	// report labels when a flow ends. IPv6 flows never have one. If there are many, the
 	// ends of flows between them are left out too, or with sources reported.
 	Forwarded []Range
+	// Early says that other flows are reported, too, when they begin, except DNATed ones and IPv4
+	// flows of Served. These ranges are for all sources. If there are many, only the first ones count.
+	Early  bool
+	Served []Range
 }
 
 // A Range is all flows whose first packet was for an address and a port in these bounds, which
@@ -109,12 +114,13 @@ func eventFilter(s Sources) ([]bpf.RawInstruction, error) {
 		label = append(label, bpf.Jump{Skip: uint32(len(led))})
 		led = slices.Concat(skipIfGone(label), label, led)
 	}
-	of4, of6 := fromOneOf(s.Prefixes, true), fromOneOf(s.Prefixes, false)
+	of4, of6 := append(fromOneOf(s.Prefixes, true), s.other(true)...), append(fromOneOf(s.Prefixes, false), s.other(false)...)
 	prog = slices.Concat(prog,
 		[]bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: nfnl.HeaderLen}},
 		find(bpf.ExtNetlinkAttr, nfnl.CTAStatus),
 		load(4),
 		[]bpf.Instruction{
+			bpf.StoreScratch{Src: bpf.RegA, N: statusSlot},
 			bpf.JumpIf{Cond: bpf.JumpBitsNotSet, Val: uint32(cone.StatusExpected), SkipTrue: 1},
 			bpf.RetConstant{Val: pass},
 			bpf.JumpIf{Cond: bpf.JumpBitsSet, Val: uint32(cone.StatusDstNAT), SkipTrue: 1},
@@ -138,6 +144,24 @@ func eventFilter(s Sources) ([]bpf.RawInstruction, error) {
 		of6,
 	)
 	return bpf.Assemble(prog)
+}
+
+// other returns what decides about flows that come from none of the prefixes.
+func (s *Sources) other(is4 bool) []bpf.Instruction {
+	last := []bpf.Instruction{bpf.RetConstant{Val: drop}}
+	if !s.Early {
+		return last
+	}
+	begins := []bpf.Instruction{bpf.RetConstant{Val: pass}}
+	if is4 {
+		begins = append(unlessForwarded(s.Served[:min(len(s.Served), mostServed)]), begins...)
+	}
+	begins = slices.Concat(
+		[]bpf.Instruction{bpf.LoadScratch{Dst: bpf.RegA, N: statusSlot}},
+		dropIf(bpf.JumpBitsSet, uint32(cone.StatusDstNAT)),
+		begins,
+	)
+	return slices.Concat(skipIfGone(begins), begins, last)
 }
 
 // unlessForwarded skips the instruction that follows it if the flow is in one of the ranges.
@@ -292,7 +316,7 @@ func dropIf(cond bpf.JumpTest, val uint32) []bpf.Instruction {
 }
 
 // fromOneOf passes the message if the address that A points to is in one of the prefixes of
-// its family, and otherwise drops it.
+// its family.
 func fromOneOf(prefixes []netip.Prefix, is4 bool) []bpf.Instruction {
 	prog := []bpf.Instruction{bpf.TAX{}}
 	for _, p := range prefixes {
@@ -309,5 +333,5 @@ func fromOneOf(prefixes []netip.Prefix, is4 bool) []bpf.Instruction {
 		}
 		prog = append(prog, bpf.RetConstant{Val: pass})
 	}
-	return append(prog, bpf.RetConstant{Val: drop})
+	return prog
 }

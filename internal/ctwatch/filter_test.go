@@ -1,6 +1,7 @@
 package ctwatch
 
 import (
+	"encoding/binary"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -80,12 +81,12 @@ func TestFewerRangesOfSomeSourcesStayAsTheyAre(t *testing.T) {
 //
 // Fails when more ranges are compared than there is room for beside the sources.
 func TestSocketFilterWithTheMostOfAllIsTaken(t *testing.T) {
-	s := Sources{Prefixes: slices.Repeat([]netip.Prefix{netip.MustParsePrefix("2001:db8::1/128")}, mostSources), Labelled: true}
+	s := Sources{Prefixes: slices.Repeat([]netip.Prefix{netip.MustParsePrefix("2001:db8::1/128")}, mostSources), Labelled: true, Early: true}
 	for i := range uint16(1000) {
 		a := netip.AddrFrom4([4]byte{198, 51, 100, byte(i % 5)})
 		from := netip.AddrFrom4([4]byte{203, 0, 113, byte(i)})
 		r := Range{FirstAddr: a, LastAddr: a, FirstPort: 7 * i, LastPort: 7 * i}
-		s.Forwarded = append(s.Forwarded, r)
+		s.Forwarded, s.Served = append(s.Forwarded, r), append(s.Served, r)
 		r.FirstSource, r.LastSource, r.FirstPort, r.LastPort = from, from, r.FirstPort+1, r.LastPort+1
 		s.Forwarded = append(s.Forwarded, r)
 	}
@@ -104,5 +105,55 @@ func TestSocketFilterWithTheMostOfAllIsTaken(t *testing.T) {
 	}
 	if !passes(ended("203.0.113.5", "198.51.100.1", 40_000, cone.StatusDstNAT)) {
 		t.Error("the end of a flow of none does not pass")
+	}
+}
+
+// begun is the event of the beginning of a flow.
+func begun(src, dst string, port uint16, status cone.Status) []byte {
+	msg := ended(src, dst, port, status)
+	binary.NativeEndian.PutUint16(msg[4:], ctType(ipctnlMsgCTNew))
+	return msg
+}
+
+// Fails when a flow that could keep a peer from a permission is left out, or one to a socket of
+// the gateway is not.
+func TestSocketFilterReportsEarlyFlows(t *testing.T) {
+	at := func(first, last string, port uint16) Range {
+		return Range{FirstAddr: netip.MustParseAddr(first), LastAddr: netip.MustParseAddr(last), FirstPort: port, LastPort: port}
+	}
+	const ours, peer = "198.51.100.1", "203.0.113.5"
+	s := Sources{
+		Prefixes: []netip.Prefix{netip.MustParsePrefix("10.47.11.0/24")}, Labelled: true, Early: true,
+		Served: []Range{at("0.0.0.0", "255.255.255.255", 53), at(ours, ours, 4000)},
+	}
+	for name, tc := range map[string]struct {
+		msg  []byte
+		pass bool
+	}{
+		"early":                               {begun(peer, ours, 5060, 0), true},
+		"early, ended":                        {ended(peer, ours, 5060, 0), false},
+		"early, over IPv6":                    {begun("2001:db8::5", "2001:db8::1", 53, 0), true},
+		"early, over IPv6, ended":             {ended("2001:db8::5", "2001:db8::1", 53, 0), false},
+		"served on all addresses":             {begun(peer, ours, 53, 0), false},
+		"served on all addresses, ended":      {ended(peer, ours, 53, 0), false},
+		"served on its address":               {begun(peer, ours, 4000, 0), false},
+		"not served on its address":           {begun(peer, "198.51.100.2", 4000, 0), true},
+		"from inside to a served port":        {begun("10.47.11.7", ours, 53, 0), true},
+		"from inside, ended":                  {ended("10.47.11.7", ours, 53, 0), true},
+		"expected, to a served port":          {begun(peer, ours, 53, cone.StatusExpected), true},
+		"led inside":                          {begun(peer, ours, 5060, cone.StatusDstNAT), false},
+		"led inside over IPv6":                {begun("2001:db8::5", "2001:db8::1", 5060, cone.StatusDstNAT), false},
+		"led inside, to a served port":        {begun(peer, ours, 53, cone.StatusDstNAT), false},
+		"led inside, ended, where no rule is": {ended(peer, ours, 53, cone.StatusDstNAT), true},
+	} {
+		if got := filtered(t, s)(tc.msg); got != tc.pass {
+			t.Errorf("%s: passes is %v, want %v", name, got, tc.pass)
+		}
+	}
+	for i := range uint16(mostServed) {
+		s.Served = append(s.Served, at(ours, ours, 6000+i))
+	}
+	if filtered(t, s)(begun(peer, ours, 4000, 0)) {
+		t.Error("with many sockets, the first one counts no more")
 	}
 }

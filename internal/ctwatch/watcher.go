@@ -344,7 +344,7 @@ func (w *Watcher) SetSources(s Sources) error {
 	}
 	err := w.attach(s)
 	for most := mostForwarded / 2; errors.Is(err, unix.ENOMEM) && most >= leastForwarded; most /= 2 {
-		s.Forwarded = fewer(s.Forwarded, most)
+		s.Forwarded, s.Served = fewer(s.Forwarded, most), s.Served[:min(len(s.Served), most*mostServed/mostForwarded)]
 		err = w.attach(s)
 	}
 	if errors.Is(err, unix.ENOMEM) {

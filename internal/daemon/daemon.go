@@ -114,6 +114,7 @@ type reconciler struct {
 	forwarded     *userrules.Covered // what the user's rules forward, as last told to the model
 	forwardsKnown bool               // forwarded is complete
 	unheard       *userrules.Covered // forwards whose flows the event filter leaves out
+	unheardServed []ctwatch.Range    // sockets of the gateway whose flows it leaves out
 	budget        budget             // of CPU time for looks at changes by neighbours
 	comparer      engine.Comparer
 	changed       changes // by neighbours, still to be looked at

@@ -82,8 +82,11 @@ func (f *firewall) expects(cfg config.Config) bool {
 // guarded reports whether packets that come too early make no flows. The guard does not know
 // links in a VRF.
 func (r *reconciler) guarded(cfg config.Config) bool {
-	inVRF := slices.ContainsFunc(r.network.Links, func(l gateway.Link) bool { return l.Kind == "vrf" })
-	return cfg.Guard && r.firewall.has(rules.FeatureGuard) && !inVRF
+	return cfg.Guard && r.firewall.has(rules.FeatureGuard) && !r.hasVRF()
+}
+
+func (r *reconciler) hasVRF() bool {
+	return slices.ContainsFunc(r.network.Links, func(l gateway.Link) bool { return l.Kind == "vrf" })
 }
 
 // lookForListeners is lookAtListeners, and notes its error.

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -235,7 +236,7 @@ func (r *reconciler) lookAtSockets(cfg config.Config, network gateway.Network) e
 		l.engine.SetServed(stays, held.Either(before))
 		l.engine.ReviewSockets()
 	})
-	return err
+	return errors.Join(err, r.hearServed(cfg))
 }
 
 // lookAgain looks at the sockets again if the last look found a change.

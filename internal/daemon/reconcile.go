@@ -264,7 +264,7 @@ func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) er
 		l.warned.tell(r.now(), l.warnings())
 	})
 	known := r.firewall.forwardsKnown
-	if known != r.forwardsKnown || r.firewall.taken != r.unheard {
+	if known != r.forwardsKnown || r.firewall.understood != r.unheard {
 		err = errors.Join(err, r.filterEvents(cfg))
 	}
 	if covered != r.forwarded || known != r.forwardsKnown {
