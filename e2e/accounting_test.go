@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/lab"
 )
@@ -182,4 +183,35 @@ func TestPeerAloneHoldsOnlyAFlowOlderThanTheCounters(t *testing.T) {
 	if !hasPort(s.ConntrackList("-p", "udp"), newer) {
 		t.Errorf("the newer flow is gone, so this shows nothing\n%s", s.Dump())
 	}
+}
+
+// A start cannot tell who sent last in a flow, so it renews the permission of one in which the peer
+// alone goes on sending. Then the counters tell, and the permission ends, though the peer never rests.
+//
+// Fails when later looks at such a flow extend the permission as well.
+func TestPeerThatSendsAcrossAStartHoldsNothing(t *testing.T) {
+	t.Parallel() // mostly it waits
+	stage.InModes(t, [][]string{stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{})
+		flags := stage.Flags(mode, "--lifetime=4s", "--reconcile=1s")
+		s.Start(flags...)
+		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+		ext := s.Contact(phone, proxy)
+		s.Stands(phone, proxy, ext)
+		s.Arrives(phone, proxy, ext) // both have sent
+		s.Kill()
+		s.Must(proxy.Send(ext, "x"))
+		s.Start(flags...)
+		s.Stands(phone, proxy, ext)
+		s.Until("the permission ended", func() bool {
+			s.Must(proxy.Send(ext, "x"))
+			return slices.ContainsFunc(s.List(), func(p control.Permission) bool { return p.State == "refused" })
+		})
+		if !hasPort(s.ConntrackList("-p", "udp"), phone) {
+			t.Errorf("the flow is gone, so this shows nothing\n%s", s.Dump())
+		}
+		if left := s.InKernel(); len(left) > 0 {
+			t.Errorf("the kernel has %q", left)
+		}
+	})
 }
