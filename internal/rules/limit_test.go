@@ -13,14 +13,18 @@ import (
 
 // carriers let a permission of benchExt and benchInt for PeerA stand, with a cap on children.
 var carriers = map[string]func(t *testing.T, l *lab.Lab, most int){
-	"map":                           func(t *testing.T, l *lab.Lab, most int) { byMap(t, l, most, 0) },
-	"map, a group of peers":         func(t *testing.T, l *lab.Lab, most int) { byMap(t, l, most, 4) },
-	"map, everybody":                func(t *testing.T, l *lab.Lab, most int) { byMap(t, l, most, 32) },
+	"map":                   func(t *testing.T, l *lab.Lab, most int) { byMap(t, l, most, 0) },
+	"map, a group of peers": func(t *testing.T, l *lab.Lab, most int) { byMap(t, l, most, 4) },
+	"map, everybody":        func(t *testing.T, l *lab.Lab, most int) { byMap(t, l, most, 32) },
+	"map, a zone of one direction": func(t *testing.T, l *lab.Lab, most int) {
+		check(t, l.NFT(`table ip zones { chain pre { type filter hook prerouting priority raw; iifname wan0 ct original zone set 5; }; }`))
+		byMap(t, l, most, 0, benchExt.Addr())
+	},
 	"expectation":                   func(t *testing.T, l *lab.Lab, most int) { byExpectation(t, l, most, 0) },
 	"expectation, a group of peers": func(t *testing.T, l *lab.Lab, most int) { byExpectation(t, l, most, 4) },
 }
 
-func byMap(t *testing.T, l *lab.Lab, most int, wild uint8) {
+func byMap(t *testing.T, l *lab.Lab, most int, wild uint8, zoned ...netip.Addr) {
 	t.Helper()
 	d, m := learning, *learning.Map
 	m.MaxChildren = most
@@ -31,7 +35,7 @@ func byMap(t *testing.T, l *lab.Lab, most int, wild uint8) {
 	default:
 		m.PeerGroups = []netip.Prefix{netip.PrefixFrom(lab.PeerA, 32-int(wild)).Masked()}
 	}
-	d.Map, d.Helpers = &m, nil
+	d.Map, d.Helpers, d.ZonedAddrs = &m, nil, zoned
 	tables := open(t, l)
 	set(t, tables, d)
 	tables.NewMap(d.Map).Grant([]cone.Permission{wildPermission(wild)}, func(_ int, r cone.Reason, err error) { t.Fatal(r, err) })
