@@ -57,6 +57,7 @@ func TestDiversions(t *testing.T) {
 		"iptables-nft, no helper":              {iptables: "*raw\n-A PREROUTING -i lan0 -p udp -m udp --dport 5060 -j CT --notrack\nCOMMIT\n", variant: lab.IPTablesNFT},
 		"iptables-nft, redirect":               {iptables: "*nat\n-A PREROUTING -i lan0 -p udp -m multiport --dports 53,853 -j REDIRECT\nCOMMIT\n", variant: lab.IPTablesNFT, want: "[] [0.0.0.0/0] [{53 53} {853 853}]"},
 		"iptables-legacy, helper":              {iptables: "*raw\n-A PREROUTING -i lan0 -p udp -m udp --dport 5060 -j CT --helper sip\nCOMMIT\n", variant: lab.IPTablesLegacy, want: "[] [0.0.0.0/0] [{5060 5060}]"},
+		"iptables-legacy, after some ports":    {iptables: "*nat\n-A PREROUTING -i lan0 -p udp -m udp --sport 5060 --dport 53 -j ACCEPT\n-A PREROUTING -i lan0 -p udp -m udp --dport 53 -j REDIRECT\nCOMMIT\n", variant: lab.IPTablesLegacy, want: "[] [0.0.0.0/0] [{53 53}]"},
 		"iptables-legacy, redirect":            {iptables: "*nat\n-A PREROUTING -i lan0 -d 203.0.113.5 -p udp -m udp --dport 53 -j REDIRECT --to-ports 5353\nCOMMIT\n", variant: lab.IPTablesLegacy, want: "[] [203.0.113.5/32] [{53 53}]"},
 		"iptables-legacy, published ports":     {iptables: "*nat\n:DOCKER - [0:0]\n-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\n-A DOCKER ! -i docker0 -p udp -m udp --dport 5060 -j DNAT --to-destination 172.17.0.2:5060\nCOMMIT\n", variant: lab.IPTablesLegacy},
 	} {

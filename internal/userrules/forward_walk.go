@@ -231,6 +231,9 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 			if e.Name == "comment" {
 				continue
 			}
+			if fromSomePorts(e) {
+				conds = partly(conds)
+			}
 			fields, t := xtMatch(e)
 			conds = w.narrow(conds, fields, t)
 		case *expr.Lookup:

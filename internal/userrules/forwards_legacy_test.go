@@ -32,6 +32,20 @@ COMMIT
 	}
 }
 
+// Fails when a forward for some ports of the source counts as one for all packets.
+func TestForwardsOfIPTablesForSomeSourcePorts(t *testing.T) {
+	for condition, partial := range map[string]bool{
+		"--dport 5060": false, "--sport 0:65535 --dport 5060": false, "--sport 7 --dport 5060": true, "--sport 0:1023 --dport 5060": true,
+		"! --sport 7 --dport 5060": true, "--sport 7": true,
+	} {
+		withIPTables(t, condition, "*nat\n-A PREROUTING -p udp "+condition+" -j DNAT --to-destination 10.47.11.109\nCOMMIT\n", func(t *testing.T, l *lab.Lab) {
+			if all := forwards(t, l); len(all) != 1 || all[0].Partial != partial || all[0].Unknown {
+				t.Errorf("%+v", all)
+			}
+		})
+	}
+}
+
 // Counters are not a change. A rule in the place of another rule of the same size is.
 func TestForwardsOfIPTablesLegacyAreReadAgainOnlyIfTheyChanged(t *testing.T) {
 	const load = "*nat\n:PREROUTING ACCEPT [0:0]\n"

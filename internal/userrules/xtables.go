@@ -45,6 +45,12 @@ func xtMatch(m *expr.Match) ([]field, test) {
 	return nil, test{}
 }
 
+// fromSomePorts reports whether a match of iptables for UDP tests the source port, too.
+func fromSomePorts(m *expr.Match) bool {
+	info, ok := m.Info.(*xt.Udp)
+	return ok && (info.SrcPorts != [2]uint16{0, 0xffff} || info.InvFlags&xt.UdpInvSrcPorts != 0)
+}
+
 // multiportSpans returns the ports of a match for several ports. It returns false if they are not
 // understood.
 func multiportSpans(rev uint32, b []byte) (all []span, ok bool) {
