@@ -77,15 +77,15 @@ type firewall struct {
 	marked *userrules.Ruleset // nil before the first time
 
 	// What they forward, as found last.
-	forwarder       userrules.Forwarder
-	forwarded       *userrules.Covered    // what may be forwarded
-	understood      *userrules.Covered    // the part that understood rules forward
-	taken           *userrules.Covered    // packets that are forwarded for certain
-	hidden          *userrules.Covered    // endpoints of which every packet is
-	destinations    []userrules.AddrRange // to which they lead packets on, if rules name them
-	published       []userrules.AddrRange // those that are not the gateway's
-	forwardsKnown   bool                  // there are no other forwards
-	forwardWarnings warnings
+	forwarder     userrules.Forwarder
+	forwarded     *userrules.Covered    // what may be forwarded
+	understood    *userrules.Covered    // the part that understood rules forward
+	taken         *userrules.Covered    // packets that are forwarded for certain
+	hidden        *userrules.Covered    // endpoints of which every packet is
+	forwardsKnown bool                  // there are no other forwards
+	told          []userrules.Forward   // those to warn of
+	destinations  []userrules.AddrRange // to which they lead packets on, if rules name them
+	published     []userrules.AddrRange // those that are not the gateway's
 
 	repaired uint64 // how often others' changes of the tables were undone
 }
@@ -276,92 +276,6 @@ func (f *firewall) look() {
 	rs, err := f.reader.Read()
 	if f.unread = err; err == nil {
 		f.user = rs
-	}
-}
-
-// forwards returns the outside endpoints that the user's rules forward, and warnings
-// about these rules. covered stays the same pointer as long as it covers the same. If
-// the rules cannot be read, the last reading holds.
-func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered, out warnings) {
-	outside := outsideLinks(network)
-	if len(outside) == 0 {
-		return nil, nil
-	}
-	if f.unread != nil {
-		f.forwardsKnown = false
-		if f.forwarded == nil { // unknown rules may forward everything
-			f.forwarded = userrules.Cover([]userrules.Forward{{All: true}})
-			f.understood = f.forwarded
-		}
-		out = slices.Clone(f.forwardWarnings)
-		out.add(warnForwardsUnread, "", "port forwards cannot be read, "+
-			"those that were read before hold, and all ports count as forwarded if none were: %v", f.unread)
-		return f.forwarded, out
-	}
-	all, same := f.forwarder.Forwards(f.user, outside)
-	f.forwardsKnown = !f.user.ForwardsMayBeHidden() && !slices.ContainsFunc(all, func(r userrules.Forward) bool { return r.Unknown })
-	if same && f.forwarded != nil {
-		return f.forwarded, f.forwardWarnings
-	}
-	f.forwardWarnings = nil
-	var possible, understood, certain []userrules.Forward
-	var dests []userrules.AddrRange
-	for _, r := range all {
-		dests = append(dests, r.Addrs...)
-		f.forwardWarnings.addForward(r, f.withMap)
-		if r.Unread {
-			continue
-		}
-		possible = append(possible, r)
-		if r.Unknown {
-			continue
-		}
-		understood = append(understood, r)
-		if !r.Partial {
-			certain = append(certain, r)
-		}
-	}
-	f.destinations = userrules.Union(dests)
-	cover(&f.forwarded, possible)
-	cover(&f.understood, understood)
-	cover(&f.taken, certain)
-	cover(&f.hidden, slices.DeleteFunc(certain, func(r userrules.Forward) bool { return r.Sources != nil }))
-	return f.forwarded, f.forwardWarnings
-}
-
-// cover sets c to what the forwards cover. As long as that is the same, the pointer stays.
-func cover(c **userrules.Covered, forwards []userrules.Forward) {
-	if next := userrules.Cover(forwards); !next.Equal(*c) {
-		*c = next
-	}
-}
-
-// addForward adds what the user should know about a forward. withMap says that there is a map.
-func (w *warnings) addForward(r userrules.Forward, withMap bool) {
-	if n := len(*w); n > 0 && r.Most && (*w)[n-1].about == r.Text {
-		return // the same rule, for other addresses
-	}
-	switch {
-	case r.Unread:
-		w.add(warnForwardsUnread, r.Text, "port forwards cannot be read, "+
-			"those that were read before hold, and others are known from their first flow on only: %s", r.Text)
-	case r.Unknown:
-		who := "nobody gets in"
-		if withMap {
-			who = "the map alone admits"
-		}
-		w.add(warnForwardUnknown, r.Text,
-			"a forward is not understood, so that no expectation stands where it may lead a packet elsewhere, and %s there: %s", who, r.Text)
-	case r.Most && (!r.All || r.Partial || r.Sources != nil):
-		w.add(warnForwardsAll, r.Text, "a rule forwards all ports of what it matches: no permission admits that to another host, "+
-			"and no expectation stands for a peer that may send it: %s", r.Text)
-	case r.All:
-		to, host := "", "an"
-		if r.To.IsValid() {
-			to, host = fmt.Sprintf(" to %v", r.To.Addr()), "another"
-		}
-		w.add(warnForwardsAll, r.Text,
-			"a rule forwards all ports%s, so that no peer gets to %s inside host by a permission on its addresses: %s", to, host, r.Text)
 	}
 }
 

@@ -101,6 +101,49 @@ func TestForwardThatIsNotUnderstoodBarsExpectationsAlone(t *testing.T) {
 	}
 }
 
+// A forward of all ports to a host keeps peers away from other hosts, unless these never have its
+// addresses.
+//
+// Fails when 1:1 NAT is warned of, and when a DMZ host that shares its address is not.
+func TestForwardOfAllPortsIsWarnedOfWhereOthersHaveItsAddress(t *testing.T) {
+	const to = " dnat to 10.47.11.109; "
+	for name, tc := range map[string]struct {
+		pre, post string
+		warned    bool
+	}{
+		"1:1 NAT":                    {"ip daddr 198.51.100.2" + to, `ip saddr 10.47.11.109 snat to 198.51.100.2; oifname "wan0" masquerade`, false},
+		"inwards alone":              {"ip daddr 198.51.100.2" + to, `oifname "wan0" masquerade`, false},
+		"some peers":                 {"ip saddr 203.0.113.0/24 ip daddr 198.51.100.2" + to, `oifname "wan0" masquerade`, false},
+		"a network of the provider":  {"ip daddr 198.51.100.0/30" + to, `oifname "wan0" masquerade`, true},
+		"a DMZ host":                 {`iifname "wan0"` + to, `oifname "wan0" masquerade`, true},
+		"the address of masquerades": {"ip daddr 198.51.100.1" + to, `oifname "wan0" masquerade`, true},
+		"of another link":            {"ip daddr 198.51.100.1" + to, `oifname "wan1" masquerade`, false},
+		"of all links":               {"ip daddr 198.51.100.1" + to, "masquerade", true},
+		"another host has it":        {"ip daddr 198.51.100.2" + to, "ip saddr 10.47.11.110 snat to 198.51.100.2", true},
+		"a network has it":           {"ip daddr 198.51.100.2" + to, "ip saddr 10.47.11.108/30 snat to 198.51.100.2", true},
+		"a pool":                     {"ip daddr 198.51.100.2" + to, `oifname "wan0" snat to 198.51.100.1-198.51.100.9`, true},
+		"a map":                      {"ip daddr 198.51.100.2" + to, "snat to ip saddr map { 10.47.11.110 : 198.51.100.2 }", true},
+		"to several hosts":           {"ip daddr 198.51.100.2 dnat to 10.47.11.109-10.47.11.110; ", `oifname "wan0" masquerade`, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := lab.ForTest(t, lab.Options{Rules: "table ip fw { chain pre { type nat hook prerouting priority dstnat; " + tc.pre +
+				"; }; chain post { type nat hook postrouting priority srcnat; " + tc.post + "; }; }\n"})
+			f := &firewall{reader: userrules.NewReader(userrules.Config{NetNS: l.Gateway.FD()})}
+			defer func() {
+				if err := f.close(); err != nil {
+					t.Error(err)
+				}
+			}()
+			f.look()
+			f.ownAddrs = map[string]netip.Addr{"wan0": netip.MustParseAddr("198.51.100.1"), "lan0": lab.InsideNet.Addr().Next()}
+			_, warnings := f.forwards(gateway.Network{Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: gateway.IPv4}}})
+			if (len(warnings) == 1 && warnings[0].id == warnForwardsAll) != tc.warned || len(warnings) > 1 {
+				t.Errorf("warnings %q", warnings)
+			}
+		})
+	}
+}
+
 // Fails when a chain that comes after the rules of mapping is said to come before them.
 func TestRivalsAreChainsBeforeOurs(t *testing.T) {
 	chains := []userrules.Chain{

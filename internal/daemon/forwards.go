@@ -1,0 +1,132 @@
+package daemon
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/userrules"
+)
+
+// forwards returns the outside endpoints that the user's rules forward, and warnings
+// about these rules. covered stays the same pointer as long as it covers the same. If
+// the rules cannot be read, the last reading holds.
+func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered, out warnings) {
+	outside := outsideLinks(network)
+	if len(outside) == 0 {
+		return nil, nil
+	}
+	if f.unread != nil {
+		f.forwardsKnown = false
+		if f.forwarded == nil { // unknown rules may forward everything
+			f.forwarded = userrules.Cover([]userrules.Forward{{All: true}})
+			f.understood = f.forwarded
+		}
+		out = f.warnForwards()
+		out.add(warnForwardsUnread, "", "port forwards cannot be read, "+
+			"those that were read before hold, and all ports count as forwarded if none were: %v", f.unread)
+		return f.forwarded, out
+	}
+	all, same := f.forwarder.Forwards(f.user, outside)
+	f.forwardsKnown = !f.user.ForwardsMayBeHidden() && !slices.ContainsFunc(all, func(r userrules.Forward) bool { return r.Unknown })
+	if same && f.forwarded != nil {
+		return f.forwarded, f.warnForwards()
+	}
+	f.told = nil
+	var possible, understood, certain []userrules.Forward
+	var dests []userrules.AddrRange
+	for _, r := range all {
+		dests = append(dests, r.Addrs...)
+		if r.Unread || r.Unknown || r.Most {
+			f.told = append(f.told, r)
+		}
+		if r.Unread {
+			continue
+		}
+		possible = append(possible, r)
+		if r.Unknown {
+			continue
+		}
+		understood = append(understood, r)
+		if !r.Partial {
+			certain = append(certain, r)
+		}
+	}
+	f.destinations = userrules.Union(dests)
+	cover(&f.forwarded, possible)
+	cover(&f.understood, understood)
+	cover(&f.taken, certain)
+	cover(&f.hidden, slices.DeleteFunc(certain, func(r userrules.Forward) bool { return r.Sources != nil }))
+	return f.forwarded, f.warnForwards()
+}
+
+// cover sets c to what the forwards cover. As long as that is the same, the pointer stays.
+func cover(c **userrules.Covered, forwards []userrules.Forward) {
+	if next := userrules.Cover(forwards); !next.Equal(*c) {
+		*c = next
+	}
+}
+
+// warnForwards says what the user should know about forwards.
+func (f *firewall) warnForwards() (out warnings) {
+	for _, r := range f.told {
+		if r.Unread || r.Unknown || !f.isOneToOne(r) {
+			out.addForward(r, f.withMap)
+		}
+	}
+	return out
+}
+
+// isOneToOne reports whether the forward is for addresses to which rules certainly translate no other
+// host than the one it leads to (1:1 NAT): it keeps nobody's peers away.
+func (f *firewall) isOneToOne(r userrules.Forward) bool {
+	host := r.To.Addr()
+	if f.user == nil || r.Addrs == nil || !host.Is4() || f.user.SourcesMayBeHidden() {
+		return false
+	}
+	of := func(a netip.Addr) bool {
+		return !a.IsValid() || slices.ContainsFunc(r.Addrs, func(x userrules.AddrRange) bool { return x.Has(a) })
+	}
+	return !slices.ContainsFunc(f.user.SourceNAT(), func(n userrules.SourceNAT) bool {
+		if len(n.Sources) == 1 && n.Sources[0].First == host && n.Sources[0].Last == host {
+			return false
+		}
+		masquerades := n.Masquerade && len(f.ownAddrs) == 0
+		for link, own := range f.ownAddrs {
+			masquerades = masquerades || n.Masquerade && n.LeavesBy(link) && of(own)
+		}
+		return n.Unknown || masquerades || slices.ContainsFunc(n.Addrs, func(a userrules.AddrRange) bool {
+			return slices.ContainsFunc(r.Addrs, func(x userrules.AddrRange) bool { return x.Has(a.First) || a.Has(x.First) })
+		})
+	})
+}
+
+// addForward adds what the user should know about a forward. withMap says that there is a map.
+func (w *warnings) addForward(r userrules.Forward, withMap bool) {
+	if n := len(*w); n > 0 && r.Most && (*w)[n-1].about == r.Text {
+		return // the same rule, for other addresses
+	}
+	switch {
+	case r.Unread:
+		w.add(warnForwardsUnread, r.Text, "port forwards cannot be read, "+
+			"those that were read before hold, and others are known from their first flow on only: %s", r.Text)
+	case r.Unknown:
+		who := "nobody gets in"
+		if withMap {
+			who = "the map alone admits"
+		}
+		w.add(warnForwardUnknown, r.Text,
+			"a forward is not understood, so that no expectation stands where it may lead a packet elsewhere, and %s there: %s", who, r.Text)
+	case r.Most && (!r.All || r.Partial || r.Sources != nil):
+		w.add(warnForwardsAll, r.Text, "a rule forwards all ports of what it matches: no permission admits that to another host, "+
+			"and no expectation stands for a peer that may send it: %s", r.Text)
+	case r.All:
+		to, host := "", "an"
+		if r.To.IsValid() {
+			to, host = fmt.Sprintf(" to %v", r.To.Addr()), "another"
+		}
+		w.add(warnForwardsAll, r.Text,
+			"a rule forwards all ports%s, so that no peer gets to %s inside host by a permission on its addresses: %s", to, host, r.Text)
+	}
+}
