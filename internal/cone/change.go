@@ -66,11 +66,11 @@ func (m *Model) lost(now time.Duration, p *Permission) bool {
 	return lost && now < until && !p.Routed()
 }
 
-// SetForwards sets what the user's rules forward. f reports whether a rule may lead a peer
-// of a permission elsewhere than the permission does; it may be nil. Such permissions lose
-// their expectation, and others may get one. If complete is false, f may not know all
+// SetForwards sets what the user's rules forward. f says where they may lead packets of a
+// permission's peers; it may be nil. Where they may, the permission loses its expectation, and
+// others may get one. If complete is false, f may not know all
 // forwards; then forwards that flows show count too.
-func (m *Model) SetForwards(now time.Duration, f func(Permission) bool, complete bool) {
+func (m *Model) SetForwards(now time.Duration, f func(Permission) Forwarding, complete bool) {
 	m.BeginForwards(now, f, complete)
 	for at := 0; at >= 0; {
 		at = m.ReviewForwards(now, at, len(m.claims))
@@ -79,7 +79,7 @@ func (m *Model) SetForwards(now time.Duration, f func(Permission) bool, complete
 
 // BeginForwards is SetForwards for decisions from now on. ReviewForwards applies it to what
 // stands already.
-func (m *Model) BeginForwards(now time.Duration, f func(Permission) bool, complete bool) {
+func (m *Model) BeginForwards(now time.Duration, f func(Permission) Forwarding, complete bool) {
 	m.interim.changeForwards(now, m.ruled)
 	m.ruled, m.unread = f, !complete
 	m.explainShown()

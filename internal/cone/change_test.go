@@ -244,7 +244,7 @@ func TestForwardsOfRulesWithdrawAndBar(t *testing.T) {
 	d := newDesk(t, nil)
 	d.open(0, "10.47.11.109:5060", "203.0.113.5:9")
 	d.open(0, "10.47.11.109:5061", "203.0.113.5:9")
-	d.m.SetForwards(1, func(p Permission) bool { return p.Ext.Port == 5060 }, true)
+	d.m.SetForwards(1, forwardsPort(5060, Endpoint{}), true)
 	d.carry()
 	d.want("10.47.11.109:5061")
 	d.open(2, "10.47.11.110:5060", "203.0.113.6:9")

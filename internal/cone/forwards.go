@@ -2,6 +2,17 @@ package cone
 
 import "time"
 
+// A Forwarding says where forwards of the user's may lead packets of a permission's peers. A
+// greater one outweighs the others.
+type Forwarding uint8
+
+// The forwardings.
+const (
+	NotForwarded       Forwarding = iota
+	ForwardedHere                 // to the permission's own endpoint alone
+	ForwardedElsewhere            // to another or an unknown one
+)
+
 // forwardMemory is how long a port counts as forwarded after the last flow through a
 // forward that no known rule explains.
 const forwardMemory = 5 * time.Minute
@@ -61,7 +72,7 @@ func (r *recent[K, V]) drop(k K) {
 }
 
 // showForward handles f, a DNATed flow to e that is not ours. If no rule explains it, the
-// expectations that conflict with its forward end.
+// expectations on that endpoint end.
 func (m *Model) showForward(now time.Duration, f *Flow, e extKey) {
 	if m.leads(e, f.Src.Addr) {
 		m.shown.ruled.put(f.ID, struct{}{})
@@ -91,19 +102,34 @@ func (m *Model) explainShown() {
 
 // leads reports whether the user's rules forward what peer sends to e, to any destination.
 func (m *Model) leads(e extKey, peer Addr) bool {
-	return m.ruled != nil && m.ruled(Permission{Key: Key{Ext: e.ext, Peer: peer, Zone: e.zone}})
+	return m.rules(Permission{Key: Key{Ext: e.ext, Peer: peer, Zone: e.zone}}) != NotForwarded
 }
 
-// forwarded reports whether a user's forward may lead peers of p elsewhere than p does,
-// according to the rules or to flows seen.
-func (m *Model) forwarded(now time.Duration, p *Permission) bool {
-	return m.ruled != nil && m.ruled(*p) || m.unread && m.shown.has(now, p.extKey())
+// rules says where the user's rules may lead packets of peers of p.
+func (m *Model) rules(p Permission) Forwarding {
+	if m.ruled == nil {
+		return NotForwarded
+	}
+	return m.ruled(p)
 }
 
-// retryForwarded grants claim i if it was refused for a forward that is gone.
+// forwarded says why p has no expectation, if a user's forward may take packets of its peers,
+// according to the rules or to flows seen. One to the endpoint of p takes them too: it may
+// translate their sources, and neither limits nor diversions of p concern it.
+func (m *Model) forwarded(now time.Duration, p *Permission) Reason {
+	switch f := m.rules(*p); {
+	case f == ForwardedElsewhere, m.unread && m.shown.has(now, p.extKey()):
+		return ReasonForwarded
+	case f == ForwardedHere:
+		return ReasonForwardedHere
+	}
+	return ReasonNone
+}
+
+// retryForwarded grants claim i if it was refused for a forward that is gone, or leads elsewhere now.
 func (m *Model) retryForwarded(now time.Duration, i int32) {
 	c := &m.claims[i]
-	if c.state == StateRefused && c.reason == ReasonForwarded && m.owner(c.Key) == i && !m.forwarded(now, &c.Permission) {
+	if c.state == StateRefused && c.reason.isForward() && m.owner(c.Key) == i && m.forwarded(now, &c.Permission) != c.reason {
 		m.grant(now, i)
 	}
 }
@@ -129,7 +155,7 @@ func (m *Model) seeForwarded(now time.Duration, i int32) {
 // forward that its packets belong to. A child of an expectation always was. One that a dump shows
 // first may be of any age: no daemon ran when it began, or its event was lost.
 func (m *Model) misled(now time.Duration, f *Flow, c *claim) bool {
-	if c.placed.Why != ReasonForwarded || f.Status.Has(StatusSeenReply) {
+	if !c.placed.Why.isForward() || f.Status.Has(StatusSeenReply) {
 		return false
 	}
 	_, fresh := m.fresh[c.extKey()]

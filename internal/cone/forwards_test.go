@@ -3,12 +3,23 @@ package cone
 import "testing"
 
 // forwardsPort is a rule that forwards one outside port for everybody to one endpoint.
-func forwardsPort(port uint16, to Endpoint) func(Permission) bool {
-	return func(p Permission) bool { return p.Ext.Port == port && p.Int != to }
+func forwardsPort(port uint16, to Endpoint) func(Permission) Forwarding {
+	return func(p Permission) Forwarding {
+		switch {
+		case p.Ext.Port != port:
+			return NotForwarded
+		case p.Int == to:
+			return ForwardedHere
+		}
+		return ForwardedElsewhere
+	}
 }
 
+// elsewhere is a rule that forwards everything to an unknown endpoint.
+func elsewhere(Permission) Forwarding { return ForwardedElsewhere }
+
 // When a forward goes, a permission that was refused for it stands at once, before the
-// retry.
+// retry. One that leads to the permission's own endpoint is a forward, too.
 //
 // Fails when only permissions that stand are placed again.
 func TestPermissionStandsAtOnceWhenTheForwardGoes(t *testing.T) {
@@ -17,12 +28,24 @@ func TestPermissionStandsAtOnceWhenTheForwardGoes(t *testing.T) {
 	d.m.SetForwards(0, forwardsPort(5060, ep("10.47.11.110:5060")), true)
 	f := d.open(1, in, "203.0.113.5:9")
 	d.want()
+	refused := func(want Reason) {
+		t.Helper()
+		d.carry()
+		d.want()
+		if v := d.view(in); v.State != StateRefused || v.Reason != want {
+			t.Errorf("%v, %v, want %v", v.State, v.Reason, want)
+		}
+	}
+	refused(ReasonForwarded)
 	d.m.SetForwards(2, forwardsPort(5060, ep(in)), true)
+	refused(ReasonForwardedHere)
+	d.m.SetForwards(3, forwardsPort(5060, ep("10.47.11.110:5060")), true)
+	refused(ReasonForwarded)
+	d.m.SetForwards(4, nil, true)
 	d.carry()
 	d.want(in)
-	d.m.SetForwards(3, forwardsPort(5060, ep("10.47.11.110:5060")), true)
-	d.carry()
-	d.want()
+	d.m.SetForwards(4, forwardsPort(5060, ep(in)), true)
+	refused(ReasonForwardedHere)
 	d.m.SetForwards(4, nil, true)
 	d.carry()
 	d.want(in)

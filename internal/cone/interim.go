@@ -32,12 +32,12 @@ type interimKey struct {
 
 // formerForwards are what the user's rules forwarded until some time.
 type formerForwards struct {
-	bars  func(Permission) bool
+	rules func(Permission) Forwarding
 	until time.Duration
 }
 
 // changeForwards notes that the present forwards end now.
-func (x *interim) changeForwards(now time.Duration, present func(Permission) bool) {
+func (x *interim) changeForwards(now time.Duration, present func(Permission) Forwarding) {
 	for len(x.former) > 0 && now-x.former[0].until >= forwardAway {
 		x.former = x.former[1:]
 	}
@@ -54,12 +54,12 @@ func (m *Model) noteInterim(now time.Duration, n int32) {
 	}
 	p := m.admits(n)
 	for _, f := range x.former {
-		if now-f.until < forwardAway && f.bars(p) {
+		if now-f.until < forwardAway && f.rules(p) == ForwardedElsewhere {
 			x.children[n] = true
 			return
 		}
 	}
-	if m.ruled != nil && m.ruled(p) {
+	if m.rules(p) == ForwardedElsewhere {
 		x.children[n] = false
 	}
 }
@@ -72,15 +72,15 @@ func (m *Model) admits(n int32) Permission {
 }
 
 // EndInterim ends the children that began while a forward was away that is back now. Call it
-// each time the user's rules were read, after SetForwards. takes reports whether the rules
-// surely lead all packets of the peer of a permission elsewhere; it may be nil. Where they do,
+// each time the user's rules were read, after SetForwards. takes says where the
+// rules surely lead all packets of the peer of a permission; it may be nil. Where that is elsewhere,
 // a new child shows that the forward was away for a moment, even if no reading saw that.
-func (m *Model) EndInterim(now time.Duration, takes func(Permission) bool) {
+func (m *Model) EndInterim(now time.Duration, takes func(Permission) Forwarding) {
 	maps.DeleteFunc(m.interim.ended, func(_ interimKey, at time.Duration) bool { return now-at >= interimAnswer })
 	for n, away := range m.interim.children {
 		p := m.admits(n)
-		switch back := m.ruled != nil && m.ruled(p); {
-		case back && (away || takes != nil && takes(p)):
+		switch back := m.rules(p) == ForwardedElsewhere; {
+		case back && (away || takes != nil && takes(p) == ForwardedElsewhere):
 			fl, from := &m.flows.all[n], m.from(n)
 			m.op(Op{Kind: DropChild, Permission: p, From: from, FromZone: fl.zone, ID: fl.id})
 			m.interim.ended[interimKey{p.extKey(), from}] = now

@@ -14,7 +14,7 @@ func TestForwardThatIsBackEndsTheChildrenOfThatTime(t *testing.T) {
 	rule := forwardsPort(5060, ep("10.47.11.110:5060"))
 	for name, tc := range map[string]struct {
 		away, born time.Duration // how long the forward was away, and when the child began; 0: before that
-		takes      func(Permission) bool
+		takes      func(Permission) Forwarding
 		want       []OpKind
 	}{
 		"a moment":                         {2 * time.Second, time.Second, nil, []OpKind{DropChild}},

@@ -43,7 +43,7 @@ func TestRefusedPermissionIsDeniedToAKernelThatLearns(t *testing.T) {
 			refuse(ReasonLocalSocket, true)(d)
 		}, []OpKind{Revoke}},
 		"adopted": {Limits{}, func(d *desk) {
-			d.m.SetForwards(1, func(p Permission) bool { return p.Ext.Port == 7 }, true)
+			d.m.SetForwards(1, forwardsPort(7, Endpoint{}), true)
 			d.m.Adopt(1, Permission{Key: Key{Ext: ep("198.51.100.1:7"), Peer: ep("203.0.113.5:9").Addr}, Int: ep(second)}, ByExpectation, lifetime)
 		}, []OpKind{Grant, Revoke}},
 	} {

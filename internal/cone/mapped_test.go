@@ -120,7 +120,7 @@ func TestDNATedFlowThatAForwardMayHaveLetInIsNeverDropped(t *testing.T) {
 			d.m.Review(0, func(Permission) Reason { return ReasonTableFull })
 		}},
 		"rules forward the port": {"203.0.113.5:77", in, func(d *desk, _ *Flow) {
-			d.m.SetForwards(0, func(Permission) bool { return true }, true)
+			d.m.SetForwards(0, elsewhere, true)
 		}},
 		"refused, and flows show a forward to the mapping": {"203.0.113.5:77", in, func(d *desk, _ *Flow) {
 			d.dnat(0, "192.0.2.77:1", ext, in, 0)
@@ -293,9 +293,9 @@ func TestForwardTakesUnansweredChildren(t *testing.T) {
 		forward func(d *desk)
 		want    []OpKind
 	}{
-		"of a rule, the map":         {mapped, func(d *desk) { d.m.SetForwards(1, func(Permission) bool { return true }, true) }, []OpKind{DropUnanswered}},
-		"of a rule, both":            {both, func(d *desk) { d.m.SetForwards(1, func(Permission) bool { return true }, true) }, []OpKind{Revoke, DropUnanswered}},
-		"of a rule, by expectations": {choose(ChooseExpectation), func(d *desk) { d.m.SetForwards(1, func(Permission) bool { return true }, true) }, []OpKind{Grant, Revoke, DropUnanswered}},
+		"of a rule, the map":         {mapped, func(d *desk) { d.m.SetForwards(1, elsewhere, true) }, []OpKind{DropUnanswered}},
+		"of a rule, both":            {both, func(d *desk) { d.m.SetForwards(1, elsewhere, true) }, []OpKind{Revoke, DropUnanswered}},
+		"of a rule, by expectations": {choose(ChooseExpectation), func(d *desk) { d.m.SetForwards(1, elsewhere, true) }, []OpKind{Grant, Revoke, DropUnanswered}},
 		"seen by a flow":             {mapped, func(d *desk) { d.dnat(1, "192.0.2.77:1", ext, other, 0) }, []OpKind{DropUnanswered}},
 		"seen by a flow, both":       {both, func(d *desk) { d.dnat(1, "192.0.2.77:1", ext, other, 0) }, []OpKind{Revoke, DropUnanswered}},
 	} {
@@ -323,7 +323,7 @@ func TestForwardTakesUnansweredChildren(t *testing.T) {
 			d.wantOps("the event of a child comes late", kinds, DropUnanswered)
 			f, kinds := d.admit(1+freshTime, "203.0.113.5:80", ext, in, 0)
 			d.wantOps("a child of the map, or of the forward", kinds)
-			d.m.SetForwards(2+freshTime, func(Permission) bool { return true }, true)
+			d.m.SetForwards(2+freshTime, elsewhere, true)
 			d.wantOps("the same forward", d.carry())
 			late := *f
 			late.ID, late.Status = 999, StatusDstNAT|StatusExpected

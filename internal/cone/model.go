@@ -94,10 +94,10 @@ type Model struct {
 	subnets   []scope     // by index in the policy
 	carried   []carriedOf // by index in the policy
 	room      Room
-	bounded   bool                  // room limits the expectations
-	expected  [busy + 1]scope       // standing expectations, by how they stand; the oldest first
-	ruled     func(Permission) bool // whether rules may lead some of its peers elsewhere; may be nil
-	connected map[Key]struct{}      // Keys that connected sockets of the gateway use
+	bounded   bool                        // room limits the expectations
+	expected  [busy + 1]scope             // standing expectations, by how they stand; the oldest first
+	ruled     func(Permission) Forwarding // where rules may lead packets of its peers; may be nil
+	connected map[Key]struct{}            // Keys that connected sockets of the gateway use
 	wheel     wheel
 	snap      snapshot
 	zones     Zones

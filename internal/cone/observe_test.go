@@ -35,7 +35,7 @@ func TestObserverIsToldEachEventOnce(t *testing.T) {
 	d.carry()
 	want("revoked", "revoked 5060 203.0.113.5 0 revoked")
 
-	d.m.SetForwards(0, func(p Permission) bool { return p.Ext.Port == 5061 }, true)
+	d.m.SetForwards(0, forwardsPort(5061, Endpoint{}), true)
 	d.open(2*time.Second, "10.47.11.109:5061", "203.0.113.5:5060")
 	want("refused", "refused 5061 203.0.113.5 0 forwarded")
 	for now := 2 * time.Second; now < 2*time.Minute; now += time.Second {

@@ -69,9 +69,10 @@ func (p *policy) choice(in Addr) Choice {
 func (m *Model) place(now time.Duration, c *claim) Placement {
 	var can Carriers
 	why := ReasonNone
+	forwarded := m.forwarded(now, &c.Permission)
 	switch {
-	case m.forwarded(now, &c.Permission):
-		why = ReasonForwarded // an expectation would override the user's rule; a map does not
+	case forwarded != ReasonNone:
+		why = forwarded // an expectation would override the user's rule; a map does not
 	case !m.policy.Expected || c.Wild > 0 && !c.Routed():
 		why = ReasonNoBackend
 	case m.isConnected(&c.Key) && !(c.self && c.Routed()):
@@ -204,7 +205,7 @@ func (m *Model) reconsider(now time.Duration, i int32) {
 		m.Refused(now, c.Permission, p.Why, true)
 	default:
 		m.move(i, p)
-		if p.Why == ReasonForwarded && was.Why != ReasonForwarded {
+		if p.Why.isForward() && was.Why != p.Why {
 			m.seeForwarded(now, i)
 		}
 	}
@@ -228,7 +229,7 @@ func (m *Model) move(i int32, p Placement) {
 	c.leaving = less
 	p.By |= less
 	m.setPlacement(i, p)
-	if more == 0 || p.Why == ReasonForwarded || p.Why == ReasonHelper || m.bounded && p.Why == m.room.Lack {
+	if more == 0 || p.Why.isForward() || p.Why == ReasonHelper || m.bounded && p.Why == m.room.Lack {
 		m.leave(i)
 	}
 }

@@ -21,22 +21,23 @@ const (
 	ReasonFiltering // the subnet asks for no permissions
 
 	// The permission is wanted and does not stand.
-	ReasonConflict    // another inside endpoint owns this outside endpoint and peer
-	ReasonForwarded   // a rule of the user's forwards the outside port
-	ReasonLocalSocket // the gateway itself serves the outside port
-	ReasonNoSocket    // the gateway's own, but none of its sockets receives from other ports of the peer
-	ReasonPeersOnPort // too many peers on one outside port for the expectation table
-	ReasonTableFull   // the kernel's table is full
-	ReasonNoRoom      // the conntrack table has no room for its anchor
-	ReasonTaken       // an entry of another program is in the way
-	ReasonHelper      // a conntrack helper of the user's wants its own expectation
-	ReasonKernel      // the kernel refused for another reason
-	ReasonNoBackend   // no backend in use can carry it
-	ReasonHostLimit   // the inside host has reached its limit
-	ReasonSubnetLimit // the subnet has reached its limit
-	ReasonLimit       // the total limit is reached
-	ReasonRevoked     // the user revoked it
-	ReasonIdle        // only packets from outside keep its flow alive
+	ReasonConflict      // another inside endpoint owns this outside endpoint and peer
+	ReasonForwarded     // a rule of the user's forwards the outside port
+	ReasonForwardedHere // such a rule leads to the permission's own endpoint
+	ReasonLocalSocket   // the gateway itself serves the outside port
+	ReasonNoSocket      // the gateway's own, but none of its sockets receives from other ports of the peer
+	ReasonPeersOnPort   // too many peers on one outside port for the expectation table
+	ReasonTableFull     // the kernel's table is full
+	ReasonNoRoom        // the conntrack table has no room for its anchor
+	ReasonTaken         // an entry of another program is in the way
+	ReasonHelper        // a conntrack helper of the user's wants its own expectation
+	ReasonKernel        // the kernel refused for another reason
+	ReasonNoBackend     // no backend in use can carry it
+	ReasonHostLimit     // the inside host has reached its limit
+	ReasonSubnetLimit   // the subnet has reached its limit
+	ReasonLimit         // the total limit is reached
+	ReasonRevoked       // the user revoked it
+	ReasonIdle          // only packets from outside keep its flow alive
 
 	// The permission stands.
 	ReasonDropped   // the user's firewall drops what it admits
@@ -71,6 +72,7 @@ var reasonNames = [reasons]string{
 	ReasonFiltering:        "filtering",
 	ReasonConflict:         "conflict",
 	ReasonForwarded:        "forwarded",
+	ReasonForwardedHere:    "forwarded_here",
 	ReasonLocalSocket:      "local_socket",
 	ReasonNoSocket:         "no_socket",
 	ReasonPeersOnPort:      "peers_on_port",
@@ -100,6 +102,9 @@ var reasonNames = [reasons]string{
 func (r Reason) TooMany() bool {
 	return r == ReasonHostLimit || r == ReasonSubnetLimit || r == ReasonLimit
 }
+
+// isForward reports whether a forward of the user's is in the way of an expectation.
+func (r Reason) isForward() bool { return r == ReasonForwarded || r == ReasonForwardedHere }
 
 // denies reports whether a permission refused for r must be denied, so that the kernel does
 // not learn it either. If the kernel itself refused, there is nothing to deny.

@@ -17,6 +17,7 @@ var prose = map[string]string{
 	"filtering":          "filtering of the subnet",
 	"conflict":           "another inside host owns this port and peer",
 	"forwarded":          "outside port is forwarded",
+	"forwarded_here":     "your rule forwards the outside port to it",
 	"local_socket":       "gateway serves this port",
 	"no_socket":          "no socket of the gateway gets other ports",
 	"peers_on_port":      "too many peers on this port",

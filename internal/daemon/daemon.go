@@ -310,7 +310,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	l.network = r.network
 	l.engine.Model.SetTopology(0, l.topology)
 	l.engine.Model.SetWay(l.network.Way())
-	l.engine.Model.SetForwards(0, r.forwarded.ConflictsWith, r.forwardsKnown)
+	l.engine.Model.SetForwards(0, r.forwarded.Forwards, r.forwardsKnown)
 	l.engine.Model.Revoked(0, d.denied)
 	if r.backends.expect != nil {
 		l.setRoom(r.space)

@@ -242,7 +242,8 @@ func (s *shared) rules() (rs *userrules.Ruleset, err error) {
 }
 
 // forwardOf returns the first forward that may lead a packet of peer to ext elsewhere, nil if
-// none does. One that is certain comes before one that is not.
+// none does. One that is certain comes before one that is not. If several may, and lead to different
+// endpoints, the returned one has none.
 func forwardOf(all []userrules.Forward, peer netip.Addr, ext netip.AddrPort) (found *userrules.Forward) {
 	for i := range all {
 		r := &all[i]
@@ -254,6 +255,10 @@ func forwardOf(all []userrules.Forward, peer netip.Addr, ext netip.AddrPort) (fo
 			return r
 		case found == nil:
 			found = r
+		case found.To != r.To:
+			several := *found
+			several.To = netip.AddrPort{}
+			found = &several
 		}
 	}
 	return found
@@ -371,11 +376,7 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 		say(stepForward, resultUnknown, "a rule of yours may forward it: %s", r.Text)
 	default:
 		say(stepForward, resultMatches, "a rule of yours forwards it: %s", r.Text)
-		to = r.To
-		if to.IsValid() && to.Port() == 0 {
-			to = netip.AddrPortFrom(to.Addr(), c.ext.Port())
-		}
-		return to, verdictForwarded
+		return c.forwardsTo(), verdictForwarded
 	}
 	if c.served {
 		say(stepSocket, resultMatches, "a socket of the gateway waits for it")
@@ -410,10 +411,19 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 		}
 		return netip.AddrPort{}, verdictLost
 	}
-	if to, v = c.filter(say, p.Int, ofMap); c.forward != nil && v != verdictLost {
+	if to, v = c.filter(say, p.Int, ofMap); c.forward != nil && c.forwardsTo() != p.Int && v != verdictLost {
 		return netip.AddrPort{}, verdictUnknown
 	}
 	return to, v
+}
+
+// forwardsTo returns the endpoint to which the forward leads the packet, if it is known.
+func (c *packetCase) forwardsTo() netip.AddrPort {
+	to := c.forward.To
+	if to.IsValid() && to.Port() == 0 {
+		to = netip.AddrPortFrom(to.Addr(), c.ext.Port())
+	}
+	return to
 }
 
 // diverts reports whether no child of the permission's host gets in from the peer's port, and

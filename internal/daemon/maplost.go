@@ -25,11 +25,14 @@ func largeGroups(cfg config.Config) (all []netip.Prefix) {
 }
 
 // lost says why no child gets in by a permission that stands, if it is treated like most:
-// the user's firewall drops it, or it comes in a conntrack zone without expectations.
+// the user's firewall drops it, or it comes in a conntrack zone without expectations. If a forward
+// of the user's leads to the host, peers get in by that.
 func (d *decision) lost(v *cone.View) cone.Reason {
 	switch {
 	case d.zoned && v.By == cone.ByExpectation:
 		return cone.ReasonOtherZone
+	case d.drops(v) && v.Why == cone.ReasonForwardedHere:
+		return v.Why
 	case d.drops(v):
 		return cone.ReasonDropped
 	}
@@ -49,7 +52,8 @@ func (d *decision) drops(v *cone.View) bool {
 }
 
 // addMapLost warns of permissions of a subnet that expectations cannot carry: the user's
-// firewall drops what the map admits. alone counts those that stand, as Model.MapAlone.
+// firewall drops what the map admits. alone counts those that stand, as Model.MapAlone. It leaves out
+// those of hosts to which the user forwards their ports: they are reached by that.
 func (w *warnings) addMapLost(cfg config.Config, s config.Subnet, d *decision, alone [cone.Reasons]int) {
 	if !d.mapLost {
 		return
@@ -69,7 +73,7 @@ func (w *warnings) addMapLost(cfg config.Config, s config.Subnet, d *decision, a
 		add("peer_groups", "peer group "+strings.Join(groups, " and "), "an expectation admits one peer, so that groups of more than 16 need the map; ")
 	}
 	for r, n := range alone {
-		if r := cone.Reason(r); n > 0 && r != cone.ReasonNone {
+		if r := cone.Reason(r); n > 0 && r != cone.ReasonNone && r != cone.ReasonForwardedHere {
 			add(r.String(), control.Words(r.String()), fmt.Sprintf("permissions without an expectation: %d; ", n))
 		}
 	}

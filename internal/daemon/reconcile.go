@@ -269,7 +269,7 @@ func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) er
 	}
 	if covered != r.forwarded || known != r.forwardsKnown {
 		r.forwarded, r.forwardsKnown = covered, known
-		r.ask(func(l *loop) { l.engine.Model.BeginForwards(r.now(), covered.ConflictsWith, known) })
+		r.ask(func(l *loop) { l.engine.Model.BeginForwards(r.now(), covered.Forwards, known) })
 		for at := 0; at >= 0; {
 			if !r.ask(func(l *loop) { at = l.engine.Model.ReviewForwards(r.now(), at, flowsAtOnce) }) {
 				return errEnded
@@ -278,7 +278,7 @@ func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) er
 	}
 	taken := r.firewall.taken
 	r.ask(func(l *loop) {
-		l.engine.Model.EndInterim(r.now(), taken.ConflictsWith)
+		l.engine.Model.EndInterim(r.now(), taken.Forwards)
 	})
 	return err
 }

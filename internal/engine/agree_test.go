@@ -38,6 +38,9 @@ func (w *world) check() {
 		}
 		if v.By&cone.ByExpectation != 0 {
 			expected[v.Key] = true
+			if w.forwarded(v.Permission) != cone.NotForwarded {
+				w.failf("expectation %v -> %v takes packets that the user forwards", v.Peers(), v.Ext)
+			}
 			if x := w.k.expectations[v.Key]; (x == nil || !x.ours() || x.in != v.Int) && !over {
 				w.failf("expectation %v -> %v should lead to %v", v.Peers(), v.Ext, v.Int)
 			}
@@ -150,7 +153,9 @@ func (w *world) wantClaim(f *fakeFlow, views []cone.View) {
 	case v.State == cone.StateWaiting:
 		good = slices.ContainsFunc(views, func(o cone.View) bool { return o.Key == v.Key && o.Int != v.Int })
 	case v.Reason == cone.ReasonForwarded:
-		good = w.forwarded(v.Permission)
+		good = w.forwarded(v.Permission) == cone.ForwardedElsewhere
+	case v.Reason == cone.ReasonForwardedHere:
+		good = w.forwarded(v.Permission) == cone.ForwardedHere
 	case v.Reason == cone.ReasonLocalSocket:
 		good = w.k.sockets[v.Ext]
 	case v.Reason == cone.ReasonHostLimit, v.Reason == cone.ReasonSubnetLimit, v.Reason == cone.ReasonLimit:

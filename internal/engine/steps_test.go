@@ -328,7 +328,15 @@ func (w *world) step() {
 		if _, is := w.k.forwards[ext]; is {
 			delete(w.k.forwards, ext)
 		} else {
-			w.k.forwards[ext] = cone.EndpointFrom(netip.MustParseAddrPort("10.47.12.5:80"))
+			to := cone.EndpointFrom(netip.MustParseAddrPort("10.47.12.5:80"))
+			if w.rnd.IntN(2) == 0 { // or where a permission leads
+				for _, v := range w.views() {
+					if v.Ext == ext {
+						to = v.Int
+					}
+				}
+			}
+			w.k.forwards[ext] = to
 		}
 		w.notef("forwards: %v", w.k.forwards)
 		w.e.Model.SetForwards(w.now, w.forwarded, true)

@@ -176,9 +176,14 @@ func groups(p cone.Policy) map[cone.Addr]uint8 {
 	return map[cone.Addr]uint8{groupOf.Peer: groupOf.Wild}
 }
 
-func (w *world) forwarded(p cone.Permission) bool {
-	_, is := w.k.forwards[p.Ext]
-	return is
+func (w *world) forwarded(p cone.Permission) cone.Forwarding {
+	switch to, is := w.k.forwards[p.Ext]; {
+	case !is:
+		return cone.NotForwarded
+	case to == p.Int:
+		return cone.ForwardedHere
+	}
+	return cone.ForwardedElsewhere
 }
 
 func (w *world) apply() { w.e.Apply(0) }

@@ -117,34 +117,45 @@ func (c *Covered) Parts() iter.Seq[Part] {
 
 // Covers reports whether one of the forwards covers e.
 func (c *Covered) Covers(e cone.Endpoint) bool {
-	return c != nil && c.takes(0, len(c.ranges), e.Addr.Netip(), e.Port, nil)
+	return c.leads(e, nil) != cone.NotForwarded
 }
 
 // ConflictsWith reports whether one of the forwards conflicts with p: it may lead a packet from a
 // peer of p elsewhere than p does.
 func (c *Covered) ConflictsWith(p cone.Permission) bool {
-	return c != nil && c.takes(0, len(c.ranges), p.Ext.Addr.Netip(), p.Ext.Port, &p)
+	return c.Forwards(p) == cone.ForwardedElsewhere
 }
 
-// takes reports whether a forward in the subtree covers the endpoint and conflicts with p.
-// If p is nil, each forward that covers the endpoint counts.
-func (c *Covered) takes(low, high int, a netip.Addr, port uint16, p *cone.Permission) bool {
-	for low < high {
+// Forwards says where the forwards may lead packets of the peers of p.
+func (c *Covered) Forwards(p cone.Permission) cone.Forwarding { return c.leads(p.Ext, &p) }
+
+// leads is Forwards for an endpoint. If p is nil, each forward that covers it leads elsewhere.
+func (c *Covered) leads(e cone.Endpoint, p *cone.Permission) cone.Forwarding {
+	if c == nil {
+		return cone.NotForwarded
+	}
+	return c.within(0, len(c.ranges), e.Addr.Netip(), e.Port, p)
+}
+
+// within is leads for the forwards in a subtree.
+func (c *Covered) within(low, high int, a netip.Addr, port uint16, p *cone.Permission) (most cone.Forwarding) {
+	for low < high && most < cone.ForwardedElsewhere {
 		mid := (low + high) / 2
 		if c.last[mid].Compare(a) < 0 {
-			return false
+			return most
 		}
 		r := &c.ranges[mid]
 		if r.First.Compare(a) > 0 {
 			high = mid
 			continue
 		}
-		if a.Compare(r.Last) <= 0 && take(r.ports, port, p) || c.takes(low, mid, a, port, p) {
-			return true
+		if a.Compare(r.Last) <= 0 {
+			most = max(most, lead(r.ports, port, p))
 		}
+		most = max(most, c.within(low, mid, a, port, p))
 		low = mid + 1
 	}
-	return false
+	return most
 }
 
 // Equal reports whether c and d cover the same endpoints with the same ranges.

@@ -33,29 +33,31 @@ func (t *taker) compare(o *taker) int {
 	}))
 }
 
-// bars reports whether the taker conflicts with p: it may send packets of p's peers
-// elsewhere than p does.
-func (t *taker) bars(p *cone.Permission) bool {
+// leads says where the taker may send packets of p's peers.
+func (t *taker) leads(p *cone.Permission) cone.Forwarding {
 	in := p.Int.Netip()
-	elsewhere := func(to netip.AddrPort) bool {
-		return to.Addr() != in.Addr() || cmp.Or(to.Port(), p.Ext.Port) != in.Port()
+	where := func(to netip.AddrPort) cone.Forwarding {
+		if to.Addr() != in.Addr() || cmp.Or(to.Port(), p.Ext.Port) != in.Port() {
+			return cone.ForwardedElsewhere
+		}
+		return cone.ForwardedHere
 	}
 	if t.sources == nil {
-		return elsewhere(t.to)
+		return where(t.to)
 	}
+	most := cone.NotForwarded
 	peers := p.Peers()
 	first, last := peers.Addr(), nfnl.LastAddr(peers)
 	for i := sort.Search(len(t.sources), func(i int) bool { return !t.sources[i].Last.Less(first) }); i < len(t.sources); i++ {
 		switch {
 		case last.Less(t.sources[i].First):
-			return false
+			return most
 		case t.tos == nil:
-			return elsewhere(t.to)
-		case elsewhere(t.tos[i]):
-			return true
+			return where(t.to)
 		}
+		most = max(most, where(t.tos[i]))
 	}
-	return false
+	return most
 }
 
 // takers are those of one Covered.
@@ -213,9 +215,9 @@ func (c coveredPorts) sources() (all []AddrRange) {
 	return all
 }
 
-// take reports whether a forward of the port conflicts with p. If p is nil, each forward of
-// the port counts.
-func take(ports []coveredPorts, port uint16, p *cone.Permission) bool {
+// lead says where forwards of the port may lead packets of p's peers. If p is nil, each forward of
+// the port leads elsewhere.
+func lead(ports []coveredPorts, port uint16, p *cone.Permission) (most cone.Forwarding) {
 	i, found := slices.BinarySearchFunc(ports, port, func(r coveredPorts, port uint16) int {
 		switch {
 		case r.Last < port:
@@ -225,7 +227,16 @@ func take(ports []coveredPorts, port uint16, p *cone.Permission) bool {
 		}
 		return 0
 	})
-	return found && (p == nil || slices.ContainsFunc(ports[i].by, func(t *taker) bool { return t.bars(p) }))
+	switch {
+	case !found:
+		return cone.NotForwarded
+	case p == nil:
+		return cone.ForwardedElsewhere
+	}
+	for _, t := range ports[i].by {
+		most = max(most, t.leads(p))
+	}
+	return most
 }
 
 // takenPorts are ports that a forward covers.
