@@ -241,29 +241,6 @@ func (s *shared) rules() (rs *userrules.Ruleset, err error) {
 	return rs, err
 }
 
-// forwardOf returns the first forward that may lead a packet of peer to ext elsewhere, nil if
-// none does. One that is certain comes before one that is not. If several may, and lead to different
-// endpoints, the returned one has none.
-func forwardOf(all []userrules.Forward, peer netip.Addr, ext netip.AddrPort) (found *userrules.Forward) {
-	for i := range all {
-		r := &all[i]
-		has := func(a userrules.AddrRange) bool { return a.Has(peer) }
-		switch {
-		case r.Sources != nil && !slices.ContainsFunc(r.Sources, has):
-		case !r.Covers(cone.EndpointFrom(ext)):
-		case !r.Partial && !r.Unknown:
-			return r
-		case found == nil:
-			found = r
-		case found.To != r.To:
-			several := *found
-			several.To = netip.AddrPort{}
-			found = &several
-		}
-	}
-	return found
-}
-
 // passes says what the user's chains do with the first packet of a child to a host: by the
 // rules, or if these do not tell by what became of other children.
 func passes(rs *userrules.Ruleset, outside []userrules.Link, n gateway.Network, x decision, host netip.Addr, related bool) (userrules.Answer, string) {

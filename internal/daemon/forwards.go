@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
@@ -129,4 +130,27 @@ func (w *warnings) addForward(r userrules.Forward, withMap bool) {
 		w.add(warnForwardsAll, r.Text,
 			"a rule forwards all ports%s, so that no peer gets to %s inside host by a permission on its addresses: %s", to, host, r.Text)
 	}
+}
+
+// forwardOf returns the first forward that may lead a packet of peer to ext elsewhere, nil if
+// none does. One that is certain comes before one that is not. If several may, and lead to different
+// endpoints, the returned one has none.
+func forwardOf(all []userrules.Forward, peer netip.Addr, ext netip.AddrPort) (found *userrules.Forward) {
+	for i := range all {
+		r := &all[i]
+		has := func(a userrules.AddrRange) bool { return a.Has(peer) }
+		switch {
+		case r.Sources != nil && !slices.ContainsFunc(r.Sources, has):
+		case !r.Covers(cone.EndpointFrom(ext)):
+		case !r.Partial && !r.Unknown:
+			return r
+		case found == nil:
+			found = r
+		case found.To != r.To:
+			several := *found
+			several.To = netip.AddrPort{}
+			found = &several
+		}
+	}
+	return found
 }
