@@ -19,12 +19,25 @@ func (m *Model) helped(now time.Duration, p *Permission) bool {
 	if len(m.pairs) == 0 {
 		return false
 	}
+	if p.Wild > 0 { // few, and of routed hosts alone
+		for k, seen := range m.pairs {
+			if k.meets(p) && now-seen < helperMemory {
+				return true
+			}
+		}
+		return false
+	}
 	for _, k := range [...]pair{{p.Int.Addr, p.Peer}, {peer: p.Peer}, {in: p.Int.Addr}} {
 		if seen, ok := m.pairs[k]; ok && now-seen < helperMemory {
 			return true
 		}
 	}
 	return false
+}
+
+// meets reports whether p is for the two hosts.
+func (k pair) meets(p *Permission) bool {
+	return (k.in == Addr{} || k.in == p.Int.Addr) && (k.peer == Addr{} || k.peer.WithoutLow(p.Wild) == p.Peer)
 }
 
 // SeeHelper tells the model that a conntrack helper of the user's works between an inside
@@ -43,7 +56,7 @@ func (m *Model) SeeHelper(now time.Duration, in, peer Addr) {
 	}
 	for i := range m.claims {
 		c := &m.claims[i]
-		if c.placed.By&ByExpectation != 0 && (peer == Addr{} || c.Peer == peer) && (in == Addr{} || c.Int.Addr == in) {
+		if c.placed.By&ByExpectation != 0 && k.meets(&c.Permission) {
 			m.reconsider(now, int32(i))
 		}
 	}
@@ -72,10 +85,16 @@ func (m *Model) seeHelped(now time.Duration, f *Flow) {
 	if expected && IsAnchor(f.MasterSrc, f.MasterDst) || !expected && !f.Helped {
 		return
 	}
-	if _, _, inside := m.policy.subnet(f.Src.Addr.Netip()); inside {
-		m.SeeHelper(now, f.Src.Addr, f.ReplySrc.Addr)
-	} else if _, _, inside := m.policy.subnet(f.ReplySrc.Addr.Netip()); inside {
-		m.SeeHelper(now, f.ReplySrc.Addr, f.Src.Addr)
+	m.SeeHelped(now, f.Src.Addr, f.ReplySrc.Addr)
+}
+
+// SeeHelped tells the model of a flow on which a helper of the user's works, by who opened it and
+// who answers it.
+func (m *Model) SeeHelped(now time.Duration, opener, answerer Addr) {
+	if _, _, inside := m.policy.subnet(opener.Netip()); inside {
+		m.SeeHelper(now, opener, answerer)
+	} else if _, _, inside := m.policy.subnet(answerer.Netip()); inside {
+		m.SeeHelper(now, answerer, opener)
 	}
 }
 

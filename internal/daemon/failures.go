@@ -26,6 +26,7 @@ const (
 	requestLookAtListeners       request = "look_at_listeners"
 	requestLookAtRoutes          request = "look_at_routes"
 	requestLookAtSockets         request = "look_at_sockets"
+	requestLookForHelpers        request = "look_for_helpers"
 	requestLookForBroken         request = "look_for_broken_flows"
 	requestNoteRevoked           request = "note_revoked"
 	requestNoteUnsure            request = "note_unsure"

@@ -64,6 +64,7 @@ type firewall struct {
 	passedBefore               map[netip.Prefix]cone.Passed // as it was before counts was read
 	nowhere                    nowhere
 	doubted                    doubted
+	helped                     helped
 	counting                   []counting                          // what witnesses and nowhere have counted by
 	retry                      retry                               // of evidence against rules
 	dumped                     bool                                // flows were dumped since evidence was read last
@@ -170,6 +171,7 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 	}
 	if err == nil {
 		f.last = &d
+		f.helped.read = f.helped.read && !changed
 	}
 	f.mapping = err == nil && d.Mapping != nil && f.maps()
 	if f.tables.Leads() {
@@ -192,6 +194,7 @@ func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	d.Diverted = f.diversions()
 	d.Subnets, d.ZonedAddrs, d.InZone = prefixes(cfg.Subnets), f.zonedAddrs(), f.withoutMap(cfg)
 	d.Helpers, d.MaxChildren, d.Guard, d.Self = f.helpers, cfg.MaxChildren, cfg.Guard, cfg.Self
+	d.Helped, d.AutoHelpers = f.mayHelp(cfg)
 	// If routing rules hide the way back, spoofed packets cannot be told from others: they are
 	// not dropped, but the kernel does not learn from doubtful ones.
 	var ours uint32 // mark bits that are never set when the way back is looked up

@@ -100,6 +100,9 @@ func (r *reconciler) run(ctx context.Context, every time.Duration, ready func())
 				if err := r.lookAtConntrack(); ctx.Err() == nil {
 					r.failures.note(requestLookAtConntrack, 1, err)
 				}
+				if err := r.lookForHelpers(); ctx.Err() == nil {
+					r.failures.note(requestLookForHelpers, 1, err)
+				}
 				r.lookAround(ctx, q)
 				r.lookAtFlows(ctx)
 				r.lookForListeners(ctx)
@@ -170,6 +173,7 @@ func (r *reconciler) reconcileOnce(q *ctwatch.Queries) error {
 	timeouts, err := readTimeouts()
 	r.failures.note(requestReadTimeouts, 1, err)
 	r.ask(func(l *loop) { l.engine.Model.SetTimeouts(timeouts) })
+	r.failures.note(requestLookForHelpers, 1, r.lookForHelpers()) // before flows earn expectations
 	if err := r.readFlows(q); err != nil {
 		errs = append(errs, err)
 	}
@@ -251,7 +255,7 @@ func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) er
 	more, changed, err := r.firewall.sourceNAT(cfg, network)
 	warnings = slices.Concat(warnings, more, r.firewall.doubted.warnings())
 	diverts, publishes := r.firewall.divert(cfg, network), r.firewall.publish(network)
-	if changed || diverts || publishes {
+	if changed || diverts || publishes || r.firewall.helpersChanged(cfg) {
 		_, failed := r.firewall.set(cfg, network.OutsideLinks())
 		err = errors.Join(err, failed)
 	}

@@ -143,6 +143,9 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 		inet.uplinkMarks(d.UplinkMarks, d.Subnets)
 	}
 	inet.inZone(d)
+	if d.Helped && len(d.Helpers) > 0 {
+		inet.helped(d)
+	}
 	ls := []*layout{inet}
 	sources := d.unsureSources()
 	if d.Map != nil || d.Mapping != nil || len(sources) > 0 {

@@ -140,6 +140,7 @@ var (
 	ctOriginalProtoSrc = ctOriginal(expr.CtKeyPROTOSRC, 1)
 	ctOriginalProtoDst = ctOriginal(expr.CtKeyPROTODST, 1)
 	ctReplyIPSaddr     = ctReply(expr.CtKeySRCIP, 1)
+	ctReplyIP6Saddr    = ctReply(expr.CtKeySRCIP6, net.IPv6len/4)
 	ctReplyIPDaddr     = ctReply(expr.CtKeyDSTIP, 1)
 	ctReplyProtoSrc    = ctReply(expr.CtKeyPROTOSRC, 1)
 	ctReplyProtoDst    = ctReply(expr.CtKeyPROTODST, 1)
@@ -211,6 +212,7 @@ const (
 	ctConfirmed = 1 << 3
 	ctSrcNAT    = 1 << 4
 	ctDstNAT    = 1 << 5
+	ctHelped    = 1 << 13 // a rule or a program gave the flow its helper; nft has no name for it
 )
 
 // hasStatus is "ct status bits" (any of them), lacksStatus "ct status ! bits", and

@@ -71,6 +71,10 @@ type Desired struct {
 	// expectations. With them, packets that match an anchor are dropped, and so are the
 	// first packets of expected flows that came by no outside link.
 	Helpers []string
+	// Helped remembers between which hosts conntrack helpers of the user's work, of Subnets and,
+	// with Self, of the gateway; AutoHelpers says that the kernel gives flows helpers by
+	// itself. Both matter with expectations alone.
+	Helped, AutoHelpers bool
 	// Self allows expectations for sockets of the gateway itself: their children are judged
 	// in the input hook, and no forwarded packet may have an address of the gateway as its
 	// source.

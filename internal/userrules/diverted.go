@@ -160,14 +160,37 @@ func (s statement) proxies() bool {
 	return s.name == "tproxy" || ok && target.Name == "TPROXY"
 }
 
+// GivesHelpers reports whether a rule gives flows a conntrack helper, whichever flows these are,
+// or may do so because it was not read. Rules for packets from or to the gateway itself are not
+// read.
+func (rs *Ruleset) GivesHelpers() bool {
+	if len(rs.hidden) > 0 {
+		return true
+	}
+	for _, t := range rs.tables {
+		if t.unread() {
+			return true
+		}
+		for _, c := range t.chains {
+			for i := range c.rules {
+				if slices.ContainsFunc(c.rules[i].statements, t.givesHelper) {
+					return true
+				}
+			}
+		}
+	}
+	return false
+}
+
 // givesHelper reports whether a statement gives flows a conntrack helper: "ct helper set" of nft,
 // or the target CT of iptables.
-func (w *walker) givesHelper(s statement) bool {
+func (t *table) givesHelper(s statement) bool {
 	switch e := s.expr.(type) {
 	case *expr.Objref:
 		return e.Type == objectCtHelper
 	case *objrefMap:
-		return w.set(e.set).objects == objectCtHelper
+		m := t.sets[e.set]
+		return m != nil && m.failed == nil && m.objects == objectCtHelper
 	case *expr.Target:
 		info, ok := e.Info.(*xt.Unknown)
 		return ok && e.Name == "CT" && len(*info) >= ctHelperEnd && !bytes.HasPrefix((*info)[ctHelper:], []byte{0})

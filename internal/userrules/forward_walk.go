@@ -195,7 +195,7 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 					return
 				}
 			}
-			if w.helps != nil && (w.givesHelper(s) || s.proxies()) {
+			if w.helps != nil && (w.table.givesHelper(s) || s.proxies()) {
 				w.helps(r, w.notPassed(conds))
 				continue
 			}

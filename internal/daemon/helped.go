@@ -1,0 +1,69 @@
+package daemon
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
+)
+
+// helped is what the daemon read of the hosts between which helpers of the user's work.
+type helped struct {
+	read  bool   // since the tables were made
+	pairs uint64 // count then
+}
+
+// autoHelpers is the setting of kernels before 6.0 by which they give flows helpers without any
+// rule.
+const autoHelpers = "nf_conntrack_helper"
+
+// mayHelp reports whether flows may get a conntrack helper, by rules and by the kernel itself. The
+// rules for flows of the gateway itself are not read.
+func (f *firewall) mayHelp(cfg config.Config) (may, auto bool) {
+	if !f.withExpectations() {
+		return false, false
+	}
+	b, err := os.ReadFile(filepath.Join(sysctlDir, autoHelpers))
+	auto = err == nil && strings.TrimSpace(string(b)) != "0"
+	return auto || cfg.Self || f.unread != nil || f.user == nil || f.user.GivesHelpers(), auto
+}
+
+// helpersChanged reports whether the tables must change for the rules that give flows helpers.
+func (f *firewall) helpersChanged(cfg config.Config) bool {
+	may, auto := f.mayHelp(cfg)
+	return f.last != nil && (may != f.last.Helped || auto != f.last.AutoHelpers)
+}
+
+// lookForHelpers lets no expectation stand between hosts for which the kernel saw a helper of the
+// user's at work since the last look. The helper may have dropped the packet because of one: it
+// drops what is sent again, too, while the expectation stands.
+func (r *reconciler) lookForHelpers() error {
+	f := r.firewall
+	if f.tables == nil || f.last == nil || !f.last.Helped {
+		return nil
+	}
+	n, err := f.tables.HelpedPairs()
+	if err != nil || f.helped.read && n == f.helped.pairs {
+		return err
+	}
+	var all [][2]cone.Addr
+	if err := f.tables.Helped(func(opener, answerer netip.Addr) {
+		all = append(all, [2]cone.Addr{cone.AddrFrom(opener), cone.AddrFrom(answerer)})
+	}); err != nil {
+		return fmt.Errorf("list hosts with helpers: %w", err)
+	}
+	if !r.ask(func(l *loop) {
+		now := r.now()
+		for _, pair := range all {
+			l.engine.Model.SeeHelped(now, pair[0], pair[1])
+		}
+	}) {
+		return errEnded
+	}
+	f.helped = helped{true, n}
+	return nil
+}

@@ -1,0 +1,99 @@
+package rules
+
+import (
+	"errors"
+	"net/netip"
+	"time"
+
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/rules/elements"
+)
+
+const (
+	// After source NAT, and just before conntrack's helpers (NF_IP_PRI_CONNTRACK_HELPER), which
+	// may drop the packet.
+	helpedPriority = 299
+	// helpedTimeout is shorter than the model remembers a pair, which the next packet of a flow
+	// adds again. helpedSize limits how many pairs there are.
+	helpedTimeout = 30 * time.Minute
+	helpedSize    = 1 << 16
+
+	helpedSet     = "helped" // and the IP version
+	helpedCounter = "helped_pairs"
+)
+
+// Servers' ports for which the kernel's own helpers that expect UDP flows are, where helpers are
+// automatic: TFTP, RAS, SIP and H.323.
+var (
+	udpHelperPorts = []uint16{69, 1719, 5060}
+	tcpHelperPorts = []uint16{1720, 5060}
+)
+
+// helped remembers between which hosts conntrack helpers of the user's work, from the first
+// packet on. Such a helper drops a packet if an expectation of ours is where it wants its own,
+// and then nothing else shows the flow: it is not confirmed.
+//
+// A rule of nft cannot see a flow's own helper ("ct helper" is that of its master), but the
+// status that all rules set which give one.
+func (l *layout) helped(d Desired) {
+	l.counters = append(l.counters, helpedCounter)
+	c, pair := l.filter("helped", nftables.ChainHookPostrouting, helpedPriority), l.regular("helped_pair")
+	l.rule(c, "a rule gave the flow a helper", hasStatus(ctHelped), goTo(pair))
+	if d.AutoHelpers {
+		for _, of := range []struct {
+			name  string
+			is    exprs
+			ports []uint16
+		}{{"udp", isUDP, udpHelperPorts}, {"tcp", isTCP, tcpHelperPorts}} {
+			ports := l.set("helper_ports_"+of.name, nftables.TypeInetService)
+			ports.setPorts(of.ports)
+			l.rule(c, "the kernel gives it one (nf_conntrack_helper)", of.is, ctReplyProtoSrc.in(ports), goTo(pair))
+		}
+	}
+	served := familiesOf(d.Subnets)
+	if d.Self {
+		served = ipFamilies
+	}
+	for _, f := range served {
+		pairs := l.set(helpedSet+f.name, f.addr, f.addr)
+		pairs.HasTimeout, pairs.Dynamic, pairs.free = true, true, true
+		pairs.Timeout, pairs.Size = helpedTimeout, helpedSize
+		var hosts []exprs
+		if d.Self { // its address may be any
+			hosts = []exprs{nil}
+		} else {
+			inside := l.inside(f, d.Subnets)
+			hosts = []exprs{f.opener.in(inside), f.answerer.in(inside)}
+		}
+		key := concat(f.opener, f.answerer)
+		for _, host := range hosts {
+			l.rule(pair, "no expectation may be in its way", f.is, host, key.notIn(pairs), addTo(pairs, elem{key: key}), counter(helpedCounter))
+		}
+	}
+}
+
+// HelpedPairs returns how many pairs of hosts were added to those that Helped lists. It starts
+// again with 0 when the tables are made anew, or no longer have these pairs.
+func (t *Tables) HelpedPairs() (uint64, error) {
+	return t.counted(nftables.TableFamilyINet, helpedCounter)
+}
+
+// Helped calls f for every pair of hosts between which a conntrack helper of the user's works: the
+// source of a flow, and the host that answers it. It uses its own connection.
+func (t *Tables) Helped(f func(opener, answerer netip.Addr)) error {
+	var errs []error
+	for _, family := range ipFamilies {
+		errs = append(errs, elements.List(t.netns, unix.NFPROTO_INET, t.name, helpedSet+family.name, func(b []byte) {
+			key := elements.Key(b)
+			if len(key) != 2*family.size {
+				return
+			}
+			opener, _ := netip.AddrFromSlice(key[:family.size])
+			answerer, _ := netip.AddrFromSlice(key[family.size:])
+			f(opener, answerer)
+		}))
+	}
+	return errors.Join(errs...)
+}
