@@ -39,30 +39,35 @@ type sipCall struct {
 
 func newSIPCall(s *scene, transport string) *sipCall {
 	s.T.Helper()
-	c := &sipCall{
+	return &sipCall{
 		scene: s, transport: transport,
 		phone: s.InsideSocket(0, 6010), media: s.InsideSocket(0, 7010),
 		proxy: s.PeerSocket(lab.PeerA, 5060), proxyMedia: s.PeerSocket(lab.PeerA, 40010),
 	}
-	if transport == "TCP" {
-		var l net.Listener
-		s.Must(s.Outside.Do(func() (err error) {
-			l, err = net.Listen("tcp", c.proxy.Addr().String())
-			return err
-		}))
-		defer l.Close()
-		s.Must(s.Inside(0).Do(func() (err error) {
-			d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(c.phone.Addr()), Timeout: 5 * time.Second}
-			c.overTCP, err = d.Dial("tcp", c.proxy.Addr().String())
-			return err
-		}))
-		s.T.Cleanup(func() { c.overTCP.Close() })
-		var err error
-		c.acceptTCP, err = l.Accept()
-		s.Must(err)
-		s.T.Cleanup(func() { c.acceptTCP.Close() })
+}
+
+// connect begins the connection of a call by TCP.
+func (c *sipCall) connect() {
+	c.T.Helper()
+	if c.transport != "TCP" {
+		return
 	}
-	return c
+	var l net.Listener
+	c.Must(c.Outside.Do(func() (err error) {
+		l, err = net.Listen("tcp", c.proxy.Addr().String())
+		return err
+	}))
+	defer l.Close()
+	c.Must(c.Inside(0).Do(func() (err error) {
+		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(c.phone.Addr()), Timeout: 5 * time.Second}
+		c.overTCP, err = d.Dial("tcp", c.proxy.Addr().String())
+		return err
+	}))
+	c.T.Cleanup(func() { c.overTCP.Close() })
+	var err error
+	c.acceptTCP, err = l.Accept()
+	c.Must(err)
+	c.T.Cleanup(func() { c.acceptTCP.Close() })
 }
 
 // message is a SIP message with a description of media.
@@ -159,6 +164,7 @@ func TestSIPHelperOfTheUsersWorks(t *testing.T) {
 					s.Must(s.NFT("insert rule inet filter forward ct status dnat accept"))
 				}
 				c, other := newSIPCall(s, transport), s.PeerSocket(lab.PeerA, 41510)
+				c.connect()
 				for range 2 {
 					for range 2 {
 						media := c.invite()
