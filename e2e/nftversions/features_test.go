@@ -28,11 +28,24 @@ table inet filter {
 }
 `
 
+// helperRules give flows a helper, with which no permission stands.
+const helperRules = `table ip helpers {
+	ct helper tftp {
+		type "tftp" protocol udp
+	}
+	chain prerouting {
+		type filter hook prerouting priority filter; policy accept;
+		udp dport 69 ct helper set "tftp"
+	}
+}
+`
+
 // A feature is a set of options for the daemon.
 type feature struct {
 	name    string
 	args    []string
 	lab     lab.Options
+	rules   string // of the user's, besides userRules
 	uplinks bool
 	// shows are parts of rules that the feature needs, as nft shows them.
 	shows []string
@@ -62,6 +75,7 @@ var features = []feature{
 	{name: "one arm, expect", args: slices.Concat(stage.Expect, mapping, []string{"--outside=lan0"})},
 	{name: "several subnets", args: []string{"--subnet=10.48.0.0/17", "--subnet=10.49.0.0/24"}, shows: append([]string{"ct label 126", "admitted_into_10.48.0.0/17"}, permissions...)},
 	{name: "routed IPv6", args: routed, lab: lab.Options{IPv6: true}, shows: permissions},
+	{name: "helpers of the user's", args: stage.Expect, rules: helperRules, shows: []string{"@helped4 {"}},
 	{name: "all at once", args: slices.Concat(hairpin, groups, []string{
 		"--port-pool=62000-62999", "--exclude-peer=198.18.0.0/15", "--exclude-port=4500", "--exclude-port=4501",
 		"--max-permissions=1000", "--mapping-exempt=192.0.2.128/25",
@@ -88,7 +102,7 @@ func (s *scene) in(t *testing.T) *scene {
 func (f feature) play(t *testing.T) *scene {
 	t.Helper()
 	o := f.lab
-	o.Inside, o.Rules = 2, userRules
+	o.Inside, o.Rules = 2, userRules+f.rules
 	if f.uplinks {
 		o.Rules = stage.UplinkRules
 	}

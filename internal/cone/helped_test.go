@@ -1,6 +1,7 @@
 package cone
 
 import (
+	"net/netip"
 	"testing"
 	"time"
 )
@@ -99,6 +100,51 @@ func TestNoExpectationWhereAHelperWorks(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// An expectation for a group of peers is in the way of a helper for each of them.
+//
+// Fails when only the address by which the group is known counts.
+func TestNoExpectationForAGroupWhereAHelperWorks(t *testing.T) {
+	const in = "[2001:db8:47::110]:1"
+	helped := func(in, peer string) func(m *Model) {
+		return func(m *Model) { m.SeeHelped(0, ep(in).Addr, ep(peer).Addr) }
+	}
+	for name, tc := range map[string]struct {
+		see  func(m *Model)
+		want bool // it is in the way
+	}{
+		"one of the group":         {helped(in, "[2001:db8:113::5]:1"), true},
+		"a flow from there":        {helped("[2001:db8:113::5]:1", in), true},
+		"anybody":                  {func(m *Model) { m.SeeHelper(0, ep(in).Addr, Addr{}) }, true},
+		"a peer outside the group": {helped(in, "[2001:db8:114::5]:1"), false},
+		"another host":             {helped("[2001:db8:47::111]:1", "[2001:db8:113::5]:1"), false},
+		"hosts of other networks":  {helped("[2001:db8:48::1]:1", "[2001:db8:113::5]:1"), false},
+	} {
+		for when, early := range map[string]bool{"before": true, "after": false} {
+			t.Run(name+"/"+when, func(t *testing.T) {
+				d := newDesk(t, wildPolicy)
+				top := testTopology
+				top.Routes = append(top.Routes, Route{Prefix: netip.MustParsePrefix("::/0"), Outside: true})
+				d.m.SetTopology(0, top)
+				if early {
+					tc.see(d.m)
+				}
+				d.seen(0, &Flow{ID: 1, Src: ep(in), Dst: ep("[2001:db8:113::9]:9"), ReplySrc: ep("[2001:db8:113::9]:9"), ReplyDst: ep(in)})
+				if !early {
+					if d.m.Stats().Expected != 1 {
+						t.Fatal("it does not stand")
+					}
+					tc.see(d.m)
+				}
+				d.carry()
+				s := d.m.Stats()
+				if stands := s.Expected == 1; stands == tc.want || len(d.up) != s.Expected || tc.want != (s.Refusals[ReasonHelper]+s.Revoked[ReasonHelper] > 0) {
+					t.Errorf("%d stand, %d in the kernel, refused %v, revoked %v", s.Expected, len(d.up), s.Refusals, s.Revoked)
+				}
+			})
+		}
 	}
 }
 

@@ -22,7 +22,7 @@ func TestHooksAreDocumented(t *testing.T) {
 	subnets := []netip.Prefix{netip.MustParsePrefix("10.47.11.0/24"), netip.MustParsePrefix("2001:db8::/64")}
 	layouts, err := newLayouts("conenat", Desired{
 		OutsideLinks: []string{"wan0"}, Subnets: subnets, Guard: true, Spoofed: true, InZone: subnets,
-		Helpers: []string{"RAS"}, MaxChildren: 256, Self: true, UplinkMarks: &UplinkMarks{Mask: 3, Links: []string{"wan0"}},
+		Helpers: []string{"RAS"}, Helped: true, MaxChildren: 256, Self: true, UplinkMarks: &UplinkMarks{Mask: 3, Links: []string{"wan0"}},
 		Map:     &MapConfig{Size: 1, Subnets: subnets[:1], Learn: true, LearnRate: 1, Lifetime: time.Minute},
 		Mapping: &MappingConfig{Subnets: subnets[:1], Hairpin: subnets[:1], Pools: []Pool{{subnets[:1], []PortRange{{61_000, 61_999}}}}, Lifetime: time.Minute, Size: 1},
 	})

@@ -18,14 +18,16 @@ import (
 
 // features are the kinds of tables that there can be without mappings.
 var features = map[string]func(d *rules.Desired, m *rules.MapConfig){
-	"default":            func(*rules.Desired, *rules.MapConfig) {},
-	"two outside links":  func(d *rules.Desired, _ *rules.MapConfig) { d.OutsideLinks = []string{"wan0", "ppp0"} },
-	"no outside link":    func(d *rules.Desired, _ *rules.MapConfig) { d.OutsideLinks = nil },
-	"without learning":   func(_ *rules.Desired, m *rules.MapConfig) { m.Learn = false },
-	"without a cap":      func(d *rules.Desired, m *rules.MapConfig) { d.MaxChildren, m.MaxChildren = 0, 0 },
-	"expectations alone": func(d *rules.Desired, _ *rules.MapConfig) { d.Map = nil },
-	"map alone":          func(d *rules.Desired, _ *rules.MapConfig) { d.Helpers = nil },
-	"lean":               func(_ *rules.Desired, m *rules.MapConfig) { m.Lean = true },
+	"default":                 func(*rules.Desired, *rules.MapConfig) {},
+	"two outside links":       func(d *rules.Desired, _ *rules.MapConfig) { d.OutsideLinks = []string{"wan0", "ppp0"} },
+	"no outside link":         func(d *rules.Desired, _ *rules.MapConfig) { d.OutsideLinks = nil },
+	"without learning":        func(_ *rules.Desired, m *rules.MapConfig) { m.Learn = false },
+	"without a cap":           func(d *rules.Desired, m *rules.MapConfig) { d.MaxChildren, m.MaxChildren = 0, 0 },
+	"expectations alone":      func(d *rules.Desired, _ *rules.MapConfig) { d.Map = nil },
+	"map alone":               func(d *rules.Desired, _ *rules.MapConfig) { d.Helpers = nil },
+	"helpers of the user's":   func(d *rules.Desired, _ *rules.MapConfig) { d.Helped = true },
+	"helpers of the kernel's": func(d *rules.Desired, _ *rules.MapConfig) { d.Helped, d.AutoHelpers = true, true },
+	"lean":                    func(_ *rules.Desired, m *rules.MapConfig) { m.Lean = true },
 	"peer groups": func(_ *rules.Desired, m *rules.MapConfig) {
 		m.PeerGroups = []netip.Prefix{
 			netip.MustParsePrefix("203.0.113.0/28"), netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("198.18.0.0/15"),

@@ -57,9 +57,11 @@ func printed() map[string]rules.Desired {
 				{Hosts: addrs("10.47.11.111-10.47.11.112"), Peers: addrs("203.0.113.0-203.0.113.7", "2001:db8::5-2001:db8::5"), Ports: []rules.PortRange{{First: 54, Last: 54}}},
 			}
 		}),
-		"IPv4 alone":         desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Subnets = d.Subnets[:1] }),
-		"IPv6 alone":         {OutsideLinks: []string{"wan0"}, Subnets: both[1:], Guard: true, Spoofed: true, Helpers: onAnchors, MaxChildren: 256},
-		"the gateway itself": desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Subnets, d.Map, d.Self = d.Subnets[:1], nil, true }),
+		"IPv4 alone": desired(func(d *rules.Desired, _ *rules.MapConfig) { d.Subnets = d.Subnets[:1] }),
+		"IPv6 alone": {OutsideLinks: []string{"wan0"}, Subnets: both[1:], Guard: true, Spoofed: true, Helpers: onAnchors, MaxChildren: 256},
+		"the gateway itself": desired(func(d *rules.Desired, _ *rules.MapConfig) {
+			d.Subnets, d.Map, d.Self, d.Helped = d.Subnets[:1], nil, true, true
+		}),
 		"the gateway itself and uplink marks": desired(func(d *rules.Desired, _ *rules.MapConfig) {
 			d.Self, d.UplinkMarks = true, &rules.UplinkMarks{Mask: 0xff, Links: d.OutsideLinks}
 		}),

@@ -164,18 +164,17 @@ func (s statement) proxies() bool {
 // or may do so because it was not read. Rules for packets from or to the gateway itself are not
 // read.
 func (rs *Ruleset) GivesHelpers() bool {
-	if len(rs.hidden) > 0 {
+	return len(rs.hidden) > 0 || slices.ContainsFunc(rs.tables, (*table).givesHelpers)
+}
+
+func (t *table) givesHelpers() bool {
+	if t.unread() {
 		return true
 	}
-	for _, t := range rs.tables {
-		if t.unread() {
-			return true
-		}
-		for _, c := range t.chains {
-			for i := range c.rules {
-				if slices.ContainsFunc(c.rules[i].statements, t.givesHelper) {
-					return true
-				}
+	for _, c := range t.chains {
+		for i := range c.rules {
+			if slices.ContainsFunc(c.rules[i].statements, func(s statement) bool { return t.givesHelper(s) || t.leadsAnywhere(s) }) {
+				return true
 			}
 		}
 	}
@@ -194,6 +193,18 @@ func (t *table) givesHelper(s statement) bool {
 	case *expr.Target:
 		info, ok := e.Info.(*xt.Unknown)
 		return ok && e.Name == "CT" && len(*info) >= ctHelperEnd && !bytes.HasPrefix((*info)[ctHelper:], []byte{0})
+	}
+	return false
+}
+
+// leadsAnywhere reports whether a statement looks up a chain or an object in a map that was not
+// read. Maps are not read where no UDP packet gets.
+func (t *table) leadsAnywhere(s statement) bool {
+	switch e := s.expr.(type) {
+	case *expr.Lookup:
+		return e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT && t.sets[e.SetName] == nil
+	case *objrefMap:
+		return t.sets[e.set] == nil
 	}
 	return false
 }
