@@ -173,3 +173,22 @@ func TestHelperServesItsFirstPacketAfterAKill(t *testing.T) {
 	}
 	s.fetches(host, server, ext)
 }
+
+// Kernels before 6.0 can give flows a helper without any rule.
+//
+// Fails when only flows whose helper a rule gave are noted.
+func TestHelperServesItsFirstPacketWithoutARule(t *testing.T) {
+	stage.NeedsExpect(t)
+	s := newScene(t, lab.Options{Rules: lab.Masquerade + lab.DropPolicy})
+	if out, err := s.Gateway.Output("sh", "-c", "modprobe nf_conntrack_tftp; modprobe nf_nat_tftp; sysctl -w net.netfilter.nf_conntrack_helper=1"); err != nil {
+		t.Skip("the kernel gives no helper by itself:", out, err)
+	}
+	s.Serve(stage.Auto...)
+	host, server, app := s.InsideSocket(0, 2070), s.PeerSocket(lab.PeerA, 69), s.PeerSocket(lab.PeerA, 7777)
+	ext := s.Contact(host, app)
+	s.Stands(host, app, ext)
+	s.sendsUntilServed(host, server, tftpRequest)
+	for range 3 {
+		s.fetches(host, server, ext)
+	}
+}
