@@ -200,7 +200,7 @@ func testGuest(t *testing.T, k tree, dir string, jobs []job) {
 	// These sizes have room for 50,000 expectations, each with an anchor and a flow. A dump
 	// visits every bucket, however few entries there are, and each test makes many.
 	// nft_redir is loaded here because many tests want it at the same moment, which some
-	// kernels refuse. Nothing loads the module that the TFTP helper needs behind NAT.
+	// kernels refuse. Nothing loads the modules that the helpers of TFTP and SIP need behind NAT.
 	out, code, err := v.run(ctx, "modprobe nf_conntrack hashsize=16384 expect_hashsize=1024 && modprobe nft_redir && modprobe nf_nat_tftp && modprobe nf_nat_sip && cd /proc/sys/net/netfilter && "+
 		"echo 262144 >nf_conntrack_max && echo 100000 >nf_conntrack_expect_max")
 	if err != nil || code != 0 {

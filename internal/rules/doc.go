@@ -16,6 +16,8 @@
 //   - way_back remembers IPv6 flows of inside hosts whose first packet came by another link
 //     than the way back to the source. The source may be spoofed, so these flows earn no
 //     permission.
+//   - helped remembers between which hosts conntrack helpers of the user's work, before they can
+//     drop a packet because an expectation of ours is where they want theirs.
 //   - port_zero drops UDP packets that look like an anchor (port 0, between a subnet and
 //     elsewhere) before conntrack sees them.
 //
