@@ -388,7 +388,7 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 		}
 		return netip.AddrPort{}, verdictLost
 	}
-	if to, v = c.filter(say, p.Int, ofMap); c.forward != nil && c.forwardsTo() != p.Int && v != verdictLost {
+	if to, v = c.filter(say, p.Int, ofMap); c.forward != nil && c.forwardsTo() != p.Int {
 		return netip.AddrPort{}, verdictUnknown
 	}
 	return to, v
