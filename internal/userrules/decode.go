@@ -162,6 +162,14 @@ func expression(family byte, name string, b []byte) (expr.Any, error) {
 		e = &expr.Masq{}
 	case "redir":
 		e = &expr.Redir{}
+	case "tproxy":
+		p := &expr.TProxy{} // the library takes the family for one byte
+		nfnl.Attributes(b, func(typ uint16, b []byte) {
+			if typ == expr.NFTA_TPROXY_FAMILY {
+				p.Family = byte(number32(b))
+			}
+		})
+		return p, nil
 	case "hash":
 		e = &expr.Hash{}
 	case "numgen":

@@ -5,7 +5,8 @@
 // changed. All questions go to the Ruleset, which is a value: answers need neither the
 // kernel nor privileges.
 //
-//   - Forwards: which destinations are translated, and so get no permission.
+//   - Forwards: which destinations are translated, or go to a transparent proxy, and so get no
+//     expectation.
 //   - Diversions: which ports of peers rules take from inside hosts, by translation or for a
 //     conntrack helper, so that no flow of the peer may take their place.
 //   - SourceNAT, FixedSources, PortChoosers, Uplinks: which sources are translated, to

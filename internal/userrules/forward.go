@@ -7,10 +7,11 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 )
 
-// A Forward is what one of the user's rules translates to another destination, for UDP
-// packets from outside links. It never says less than the rule does. What earlier rules accept or
-// return is not part of it, if one of ports, addresses, sources and links can say that. It is too wide
-// if the rule, or an earlier one that lets packets pass, has conditions that are not evaluated.
+// A Forward is what one of the user's rules translates to another destination, or hands to a
+// transparent proxy, for UDP packets from outside links. It never says less than the rule does. What
+// earlier rules accept or return is not part of it, if one of ports, addresses, sources and links can
+// say that. It is too wide if the rule, or an earlier one that lets packets pass, has conditions that
+// are not evaluated.
 type Forward struct {
 	// Ports are the outside ports; nil when All is set.
 	Ports []PortRange

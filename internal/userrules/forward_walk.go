@@ -9,8 +9,9 @@ import (
 )
 
 // Forwards returns what the rules do to UDP packets that come in by one of the links
-// outside; nil stands for all links. It follows the NAT chains of the prerouting hook and
-// the chains that they jump to. Chains of the output hook never see such packets.
+// outside; nil stands for all links. It follows the chains of the prerouting hook that translate, or
+// hand packets to transparent proxies, and the chains that they jump to. Chains of the output
+// hook never see such packets.
 //
 // A rule that was not understood is never ignored: a Forward that is Unknown stands for it.
 // If something may have been missed, the answer also includes the last complete reading.
@@ -44,7 +45,7 @@ func (f *Forwarder) Forwards(rs *Ruleset, outside []Link) (all []Forward, same b
 	same = before != nil
 	f.outside, f.found = slices.Clone(outside), map[*table][]Forward{}
 	for _, t := range rs.tables {
-		if len(t.of(unix.NF_INET_PRE_ROUTING, natKind)) == 0 && t.failed == nil {
+		if len(t.of(unix.NF_INET_PRE_ROUTING, natKind)) == 0 && t.failed == nil && !t.mayProxy() {
 			continue
 		}
 		found, known := before[t]
@@ -67,6 +68,7 @@ func (t *table) forwards(outside []Link) []Forward {
 			w.accepted = letPass{}
 			w.chain(b.name, in, 0)
 		}
+		w.proxied()
 	case t.name == natTable:
 		w.unread(in, t.failed.Error())
 	default:
@@ -194,6 +196,9 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 				case never:
 					return
 				}
+			}
+			if e, ok := s.expr.(*expr.TProxy); ok && e.Family != unix.NFPROTO_UNSPEC {
+				conds = w.ofFamily(conds, e.Family)
 			}
 			if w.helps != nil && (w.table.givesHelper(s) || s.proxies()) {
 				w.helps(r, w.notPassed(conds))

@@ -164,7 +164,8 @@ func decodeLegacy(f *legacyFamily, info, entries []byte) (*table, error) {
 				return nil, fmt.Errorf("rule %d of chain %s: %w", number, name, err)
 			}
 			r.chain, r.number = name, number
-			t.chains[name].rules = append(t.chains[name].rules, r)
+			c := t.chains[name]
+			c.rules, c.proxies = append(c.rules, r), c.proxies || r.proxies()
 		}
 	}
 	return t, nil

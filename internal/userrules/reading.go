@@ -159,7 +159,7 @@ func (w *reading) chain(name string) *chain {
 		if odd != "" {
 			c.odd = "a rule has " + odd
 		}
-		c.rules = append(c.rules, d)
+		c.rules, c.proxies = append(c.rules, d), c.proxies || d.proxies()
 	}
 	c.lookups, c.jumps = w.references(c.rules)
 	return c

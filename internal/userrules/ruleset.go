@@ -75,6 +75,8 @@ type chain struct {
 	rules  []rule
 	failed error  // why its rules could not be read
 	odd    string // what is not understood in one of its rules, if anything
+	// proxies says that one of them hands packets to a transparent proxy.
+	proxies bool
 
 	lookups []lookup
 	jumps   []string
