@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/lab"
@@ -205,10 +206,12 @@ func TestNFTZonesAreRemembered(t *testing.T) {
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
 }
 
-// One packet in a zone does not move a subnet's permissions away from working expectations.
+// One packet in a zone does not move a subnet's permissions away from working expectations, and is told
+// until an expectation admits a peer later.
 //
-// Fails when such a packet makes the map carry them.
+// Fails when such a packet makes the map carry them, and when it is told for an hour.
 func TestOnePacketInAZoneLeavesExpectations(t *testing.T) {
+	t.Parallel() // mostly it waits
 	stage.NeedsExpect(t)
 	s := play(t, lab.Options{Rules: lab.Masquerade + lab.DropPolicy + zonesOf(zonesByDirection["inside link"]) + `table inet one {
 	chain c { type filter hook prerouting priority raw; iifname "wan0" ip saddr ` + lab.PeerB.String() + ` ct original zone set 251; }
@@ -223,6 +226,9 @@ func TestOnePacketInAZoneLeavesExpectations(t *testing.T) {
 	s.Until("it is seen", func() bool { return s.warns("conntrack zone") })
 	s.carried("expect")
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
+	s.UntilIn(3*time.Minute, "it is over", func() bool { return !s.warns("conntrack zone") })
+	s.carried("expect")
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), s.Contact(phone, proxy))
 }
 
 // A bridge without an address of the gateway passes a packet on to a route, so the packet

@@ -77,6 +77,36 @@ func TestEvidenceAges(t *testing.T) {
 	tell(evidenceMemory+4, 1501, 1491, true, true)
 }
 
+// Packets that come in a zone are told until nothing has come there for a minute and an expectation has
+// admitted somebody since, or for an hour.
+//
+// Fails when a single packet is told longer, when an earlier child counts, and when the packets of one
+// of two uplinks are told by turns.
+func TestPacketsInAZoneAreForgotten(t *testing.T) {
+	var z inZone
+	tell := func(now time.Duration, packets, expected uint64, want bool) {
+		t.Helper()
+		z.total.read(packets)
+		z.note(now, true, expected)
+		if z.lately != want {
+			t.Errorf("at %v: told %v, want %v; %+v", now, z.lately, want, z)
+		}
+	}
+	tell(0, 7, 5, false) // before us
+	tell(1, 8, 6, true)
+	tell(zoneQuiet+1, 8, 6, true) // nobody else came
+	tell(zoneQuiet+2, 8, 7, false)
+	tell(zoneQuiet+3, 8, 8, false)
+	tell(zoneQuiet+4, 9, 8, true)
+	tell(zoneQuiet+5, 9, 9, true) // perhaps by another uplink
+	tell(2*zoneQuiet, 10, 9, true)
+	tell(3*zoneQuiet-1, 10, 10, true)
+	tell(3*zoneQuiet, 10, 10, false)
+	tell(4*zoneQuiet, 11, 10, true)
+	tell(4*zoneQuiet+evidenceMemory-1, 11, 10, true)
+	tell(4*zoneQuiet+evidenceMemory, 11, 10, false)
+}
+
 // Children come between the reading of the kernel's counters and that of the model, as on a busy
 // machine: the next counters have them, and they passed.
 //

@@ -265,26 +265,35 @@ func (f *firewall) contradicted() bool {
 	return false
 }
 
+// zoneQuiet is how long no packet must have come in a zone before a child of an expectation shows
+// that packets do not come there any more. It is so long because with several uplinks those of one
+// may come in a zone and those of another not.
+const zoneQuiet = time.Minute
+
 // inZone tells of packets from outside that come in a conntrack zone without expectations: these
 // stand in the zone of the flow's reply direction.
 type inZone struct {
-	total  runningCount
-	before uint64        // total at the last look
-	seen   time.Duration // when it last grew
-	lately bool          // it grew lately
+	total    runningCount
+	before   uint64        // total at the last look
+	seen     time.Duration // when it last grew
+	expected uint64        // children of expectations until then
+	lately   bool          // it grew lately
 }
 
-func (z *inZone) note(now time.Duration, oneDirection bool) {
+// note takes in total, and how many children expectations have admitted so far. If nobody sends, it
+// holds for evidenceMemory.
+func (z *inZone) note(now time.Duration, oneDirection bool, expected uint64) {
 	if z.total.total > z.before {
-		z.before, z.seen, z.lately = z.total.total, now, true
+		z.before, z.seen, z.expected, z.lately = z.total.total, now, expected, true
 	}
-	z.lately = z.lately && oneDirection && now-z.seen < evidenceMemory
+	over := now-z.seen >= evidenceMemory || now-z.seen >= zoneQuiet && expected > z.expected
+	z.lately = z.lately && oneDirection && !over
 }
 
 // noteZoned notes whether such packets came lately.
 func (f *firewall) noteZoned(now time.Duration) {
-	f.zoned.note(now, f.zones.OneDirection())
-	f.unexpected.note(now, f.zones.OneDirection())
+	f.zoned.note(now, f.zones.OneDirection(), f.expected.total)
+	f.unexpected.note(now, f.zones.OneDirection(), f.expected.total)
 }
 
 // withoutMap are the destinations to which only expectations admit, where flows have a zone in
