@@ -38,7 +38,7 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 	noted, err := d.conntrack.notes.readRevoked()
 	d.failures.note(requestNoteRevoked, 1, err)
 	older.revoked = append(older.revoked, noted...)
-	unsure, err := d.conntrack.notes.readUnsure()
+	unsure, err := d.conntrack.notes.readUnsure(cfg.Inside)
 	d.failures.note(requestNoteUnsure, 1, err)
 	older.unsure = append(older.unsure, unsure...)
 	inMap = append(inMap, older.standing...)
