@@ -96,7 +96,7 @@ type reconciler struct {
 	*shared
 	firewall   *firewall
 	reads      *ctwatch.Queries
-	statistics *ctwatch.Statistics
+	statistics statistician
 	ports      *gateway.Sockets
 
 	wanted        config.Config      // as the user gave it; loop.cfg also has the subnets found by "auto"
@@ -245,11 +245,13 @@ func New(cfg Config) (d *Daemon, err error) {
 	}
 	d.closes(r.reads.Close)
 	r.seeFlowsBefore(l.cfg)
-	if r.statistics, err = ctwatch.DialStatistics(ctwatch.Config{}); err != nil {
+	statistics, err := ctwatch.DialStatistics(ctwatch.Config{})
+	if err != nil {
 		return d, err
 	}
-	d.closes(r.statistics.Close)
-	if l.kernel, err = r.readConntrack(); err != nil {
+	r.statistics.kernel = statistics
+	d.closes(r.statistics.close)
+	if l.kernel, err = r.conntrackWithin(nil); err != nil { // nothing was read before
 		return d, err
 	}
 	r.size = l.kernel.Max

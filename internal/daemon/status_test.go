@@ -1,8 +1,12 @@
 package daemon
 
 import (
+	"log/slog"
 	"testing"
 	"testing/synctest"
+	"time"
+
+	"github.com/conenatd/conenatd/internal/ctwatch"
 )
 
 // While another program reads or deletes flows, the kernel does not answer for their statistics.
@@ -18,5 +22,54 @@ func TestStatusDoesNotWaitForTheKernel(t *testing.T) {
 			<-stop // the reconcile waits for the kernel
 		}()
 		s.readCounters()
+	})
+}
+
+// slowStatistics answers only once it may.
+type slowStatistics struct {
+	may   chan struct{}
+	asked int
+}
+
+func (s *slowStatistics) Table() (ctwatch.Table, error) {
+	s.asked++
+	<-s.may
+	return ctwatch.Table{Entries: s.asked, Max: 100}, nil
+}
+
+func (s *slowStatistics) Counts() (ctwatch.Counts, error) { return ctwatch.Counts{}, nil }
+func (s *slowStatistics) Close() error                    { return nil }
+
+// The reconcile goes on while the kernel does not answer for its statistics, and later shows the
+// answer.
+//
+// Fails when it waits, when it asks again before there is an answer, and when the answer is lost.
+func TestStatisticsHoldNothingUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := &slowStatistics{may: make(chan struct{}, 1)}
+		now := func() time.Duration { return 0 }
+		log := slog.New(slog.DiscardHandler)
+		r := &reconciler{
+			shared:     &shared{failures: newFailures(log, now, time.Hour), noted: newEpisodes(log, now, time.Hour)},
+			statistics: statistician{kernel: k},
+		}
+		k.may <- struct{}{}
+		read := func(want int) {
+			t.Helper()
+			if got, err := r.readConntrack(); err != nil || got.Entries != want || got.Max != 100 {
+				t.Errorf("%+v, %v, want %d entries", got, err, want)
+			}
+		}
+		read(1)
+		read(1)
+		read(1)
+		k.may <- struct{}{}
+		synctest.Wait()
+		read(2)
+		read(2)
+		k.may <- struct{}{}
+		if err := r.statistics.close(); err != nil || k.asked != 3 {
+			t.Errorf("asked %d times, %v", k.asked, err)
+		}
 	})
 }
