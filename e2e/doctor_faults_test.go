@@ -108,8 +108,9 @@ const (
 	masqOnWAN      = "iptables-nft -t nat -A POSTROUTING -s 10.47.11.0/24 -o wan0 -j MASQUERADE"
 )
 
-// faults has all lines of doctor, except those of firewalld, which the lab has not, and those
-// that change settings of all network namespaces (nf_conntrack_max, nf_conntrack_expect_max).
+// faults has all lines of doctor, except those of firewalld, which need it
+// (TestDoctorsLinesForFirewalldRepair), and those that change settings of all network namespaces
+// (nf_conntrack_max, nf_conntrack_expect_max).
 var faults = map[string]fault{
 	// Forward chains that drop what conenatd admits.
 	"nft drops children": {
