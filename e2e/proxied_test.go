@@ -101,7 +101,8 @@ func TestTransparentProxyGetsWhatComesFromOutside(t *testing.T) {
 							t.Errorf("it is translated\n%s", s.Dump())
 						}
 						if mode == "expectations" {
-							s.explained("203.0.113.5:13", ext, "unknown", "firewall", nowhere)
+							s.explained("203.0.113.5:13", ext, "unknown", "map", nowhere)
+							s.hidden(phone, peer, ext, true)
 						}
 						other := s.InsideSocket(0, 7000) // of no rule
 						ext = s.Contact(other, peer)

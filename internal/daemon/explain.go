@@ -349,7 +349,7 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 	switch r := c.forward; {
 	case r == nil:
 		say(stepForward, resultNone, "no rule of yours forwards it")
-	case r.Partial || r.Unknown:
+	case !r.Certain():
 		say(stepForward, resultUnknown, "a rule of yours may forward it: %s", r.Text)
 	default:
 		say(stepForward, resultMatches, "a rule of yours forwards it: %s", r.Text)

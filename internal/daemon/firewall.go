@@ -82,7 +82,7 @@ type firewall struct {
 	forwarded     *userrules.Covered    // what may be forwarded
 	understood    *userrules.Covered    // the part that understood rules forward
 	taken         *userrules.Covered    // packets that are forwarded for certain
-	hidden        *userrules.Covered    // endpoints of which every packet is
+	hidden        *userrules.Covered    // endpoints of which every packet is, if proxies listen
 	forwardsKnown bool                  // there are no other forwards
 	told          []userrules.Forward   // those to warn of
 	destinations  []userrules.AddrRange // to which they lead packets on, if rules name them

@@ -35,7 +35,7 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 		return f.forwarded, f.warnForwards()
 	}
 	f.told = nil
-	var possible, understood, certain []userrules.Forward
+	var possible, understood, certain, hiding []userrules.Forward
 	var dests []userrules.AddrRange
 	for _, r := range all {
 		dests = append(dests, r.Addrs...)
@@ -50,15 +50,18 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 			continue
 		}
 		understood = append(understood, r)
-		if !r.Partial {
+		if r.Certain() {
 			certain = append(certain, r)
+		}
+		if !r.Partial && r.Sources == nil {
+			hiding = append(hiding, r)
 		}
 	}
 	f.destinations = userrules.Union(dests)
 	cover(&f.forwarded, possible)
 	cover(&f.understood, understood)
 	cover(&f.taken, certain)
-	cover(&f.hidden, slices.DeleteFunc(certain, func(r userrules.Forward) bool { return r.Sources != nil }))
+	cover(&f.hidden, hiding)
 	return f.forwarded, f.warnForwards()
 }
 
@@ -142,7 +145,7 @@ func forwardOf(all []userrules.Forward, peer netip.Addr, ext netip.AddrPort) (fo
 		switch {
 		case r.Sources != nil && !slices.ContainsFunc(r.Sources, has):
 		case !r.Covers(cone.EndpointFrom(ext)):
-		case !r.Partial && !r.Unknown:
+		case r.Certain():
 			return r
 		case found == nil:
 			found = r

@@ -42,10 +42,16 @@ type Forward struct {
 	// other than on ports, addresses, sources and links, it is for some of the links that packets
 	// to Addrs may come by, or an earlier rule may let some of the packets pass.
 	Partial bool
+	// Proxied says that the rule hands packets to a transparent proxy, which takes none while it
+	// does not listen.
+	Proxied bool
 	// Text names the rule: family, table, chain and handle as nft does, or for
 	// iptables-legacy program, table, chain and number; and its comment, if any.
 	Text string
 }
+
+// Certain reports whether the rule takes all packets that match.
+func (f Forward) Certain() bool { return !f.Partial && !f.Unknown && !f.Proxied }
 
 // A PortRange is a range of ports, both ends included.
 type PortRange struct{ First, Last uint16 }

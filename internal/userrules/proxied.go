@@ -7,8 +7,7 @@ import (
 )
 
 // proxied adds what rules hand to a transparent proxy: new flows from outside to the gateway. Of the
-// conditions of a rule, it takes the same into account as Diversions. A proxy that does not listen
-// takes nothing, so such a forward is always Partial.
+// conditions of a rule, it takes the same into account as Diversions.
 //
 // A rule for most of the ports that names no outside link is left out if it has conditions that are
 // not evaluated: it is for inside hosts, and they keep it from packets to the gateway.
@@ -26,9 +25,10 @@ func (w *walker) proxied() {
 			if all.wide && all.in == nil && mostPorts(orEvery(all.ports)) {
 				continue
 			}
-			all.wide = true
 			for _, c := range w.byAddr(all) {
-				w.add(c.forward(r.title(w.table) + " (transparent proxy)"))
+				f := c.forward(r.title(w.table) + " (transparent proxy)")
+				f.Proxied = true
+				w.add(f)
 			}
 		}
 	}

@@ -12,7 +12,7 @@ import (
 )
 
 // What a rule gives to a transparent proxy of packets from outside is a forward, and never a certain
-// one. Rules for packets from inside are none, nor is one for most of the ports with a condition that
+// one: it is partial if it may leave packets alone while the proxy listens. Rules for packets from inside are none, nor is one for most of the ports with a condition that
 // may keep packets to the gateway from it.
 //
 // Fails when a rule is missed, counts for what it does not take, or counts as certain.
@@ -47,7 +47,7 @@ func TestProxiesOfPacketsFromOutsideAreForwards(t *testing.T) {
 		"TCP":                    {nft: nft(`iifname "wan0" meta nfproto ipv4 tcp dport 6000 tproxy ip to :9500`)},
 		"a source":               {nft: nft(`ip saddr 203.0.113.0/24` + to), want: []string{port + " of 203.0.113.0/24"}},
 		"an address":             {nft: nft(`ip daddr 198.51.100.1` + to), want: []string{"6000-6999 > 198.51.100.1"}},
-		"a mark":                 {nft: nft(`meta mark 7` + to), want: []string{port}},
+		"a mark":                 {nft: nft(`meta mark 7` + to), want: []string{port + ", partial"}},
 		"by a jump":              {nft: `table inet tp { chain more { ` + to + `; }; chain pre { type filter hook prerouting priority -300; iifname "wan0" jump more; }; }`, want: []string{port}},
 		"by a map":               {nft: `table inet tp { chain more { ` + to + `; }; chain pre { type filter hook prerouting priority 10; iifname vmap { "wan0" : jump more }; }; }`, want: []string{port}},
 		"first, some ports":      {nft: nft(`udp dport 6000-6099 accept;` + to), want: []string{"6100-6999 > ip"}},
@@ -72,7 +72,10 @@ func TestProxiesOfPacketsFromOutsideAreForwards(t *testing.T) {
 				for _, r := range f.Sources {
 					s += fmt.Sprintf(" of %v/24", r.First)
 				}
-				if !f.Partial {
+				if f.Partial {
+					s += ", partial"
+				}
+				if f.Certain() {
 					s += ", certain"
 				}
 				got = append(got, s)
