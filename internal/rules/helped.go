@@ -12,8 +12,8 @@ import (
 )
 
 const (
-	// After source NAT, and just before conntrack's helpers (NF_IP_PRI_CONNTRACK_HELPER), which
-	// may drop the packet.
+	// After source NAT, and before conntrack's helpers, which may drop the packet. They see it at
+	// NF_IP_PRI_CONNTRACK_HELPER, 300, or on newer kernels when it is confirmed, after all chains.
 	helpedPriority = 299
 	// helpedTimeout is shorter than the model remembers a pair, which the next packet of a flow
 	// adds again. helpedSize limits how many pairs there are.
