@@ -8,8 +8,9 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// A forward for one of two uplinks conflicts with expectations on the addresses of that uplink, and
-// with no others.
+// A forward for one of two uplinks gets what comes by that uplink. It keeps no permission on an address
+// of the other from the map, which comes after it. An expectation does not know by which link a packet
+// came.
 
 // bothLinks makes a gateway whose second host leaves by the second uplink, and the third gets what a
 // rule forwards.
@@ -40,7 +41,7 @@ func iptablesForward(variant, rule string, before ...string) func(s *scene) erro
 	return func(s *scene) error { return s.IPTables(variant, text) }
 }
 
-// Fails when the link of a forward is not read, or not used.
+// Fails when a permission of the other uplink counts as forwarded, or one of this uplink does not.
 func TestForwardOfOneUplinkBarsNoneOfAnother(t *testing.T) {
 	t.Parallel() // mostly it waits
 	const to = " udp dport 5060 dnat to 10.47.11.111"
@@ -61,7 +62,7 @@ func TestForwardOfOneUplinkBarsNoneOfAnother(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := bothLinks(t, "198.18.7.2", load)
-			s.Start(stage.Flags(stage.Expect, "--reconcile=1h")...)
+			s.Start(stage.Flags(stage.Auto, "--reconcile=1h")...)
 			one, two, server := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.InsideSocket(2, 5060)
 			proxy := s.PeerSocket(lab.PeerA, 6060)
 			first, second := s.Contact(one, proxy), s.Contact(two, proxy)
@@ -94,10 +95,66 @@ func TestForwardOfOneUplinkBarsAnAddressOfBoth(t *testing.T) {
 		t.Errorf("reason %q", p.Reason)
 	}
 	s.Arrives(s.InsideSocket(2, 5060), s.PeerSocket(lab.PeerA, 5071), ext)
+}
 
-	// The first uplink has another address, which tells the link.
-	one := s.InsideSocket(0, 5060)
-	s.Listed(one, proxy, s.Contact(one, proxy), "standing")
+// A router sends packets for an address of the first uplink by the second, where a rule forwards them.
+// The firewall accepts RELATED flows, and new ones to the host that the rule leads to.
+//
+// Fails when an expectation on that address takes them, and when the map admits no others.
+func TestForwardOfOneUplinkGetsWhatComesThereForAnother(t *testing.T) {
+	stage.NeedsExpect(t)
+	t.Parallel() // mostly it waits
+	const to, related = " udp dport 5060 dnat to 10.47.11.111", lab.DropPolicy + "add rule inet filter forward ip daddr 10.47.11.111 accept\n"
+	for name, load := range map[string]func(s *scene) error{
+		"a link":              nftForward(`iifname "wan1"` + to),
+		"not the other":       nftForward(`iifname != "wan0"` + to),
+		"its address":         nftForward(`iifname "wan1" ip daddr 198.51.100.1` + to),
+		"a set of addresses":  nftForward(`iifname "wan1" ip daddr { 198.18.7.2, 198.51.100.0/24 }` + to),
+		"all ports":           nftForward(`iifname "wan1" dnat to 10.47.11.111`),
+		"iptables-nft":        iptablesForward(lab.IPTablesNFT, "-i wan1 -d 198.51.100.1 --dport 5060"),
+		"iptables-legacy":     iptablesForward(lab.IPTablesLegacy, "-i wan1 --dport 5060"),
+		"legacy, its address": iptablesForward(lab.IPTablesLegacy, "! -i wan0 -d 198.51.100.1 --dport 5060"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for _, mode := range [][]string{stage.Auto, stage.Expect} {
+				t.Run(mode[0][2:], func(t *testing.T) {
+					s := bothLinks(t, "198.18.7.2", load)
+					s.Must(s.NFT(related))
+					for _, link := range []string{"all", "wan1"} {
+						s.Must(s.Gateway.SetSysctl("net.ipv4.conf."+link+".rp_filter", "0"))
+					}
+					s.Start(stage.Flags(mode, "--reconcile=1h")...)
+					one, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(2, 5060), s.PeerSocket(lab.PeerA, 6060)
+					ext, auto := s.Contact(one, proxy), mode[0] == stage.Auto[0]
+					if auto {
+						if p := s.Listed(one, proxy, ext, "standing"); p.Backend != "nft" || p.Reason != "dropped" {
+							t.Errorf("list has %+v", p)
+						}
+					} else if p := s.Listed(one, proxy, ext, "refused"); p.Reason != "forwarded" {
+						t.Errorf("list has %+v", p)
+					}
+					s.IP(s.Outside, "route add 198.51.100.1/32 dev wan1")
+					s.Arrives(server, s.PeerSocket(lab.PeerA, 5071), ext)
+					s.IP(s.Outside, "route del 198.51.100.1/32 dev wan1")
+					if auto {
+						s.Must(s.NFT("insert rule inet filter forward ct label 126 accept"))
+						s.Arrives(one, s.PeerSocket(lab.PeerA, 5072), ext)
+					}
+				})
+			}
+		})
+	}
+}
+
+// Fails when another rule on that port, for the address of the other uplink, bars the expectation.
+func TestForwardOfTheAddressOfOneUplinkBarsNoneOfAnother(t *testing.T) {
+	s := bothLinks(t, "198.18.7.2", nftForward("ip daddr 198.18.7.2 udp dport 5060 dnat to 10.47.11.111"))
+	s.Start(stage.Flags(stage.Expect, "--reconcile=1h")...)
+	one, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 6060)
+	ext := s.Contact(one, proxy)
+	s.Stands(one, proxy, ext)
+	s.explainedArrives(one, s.PeerSocket(lab.PeerA, 5070), ext)
 }
 
 // Fails when the map stands for an endpoint whose packets a forward takes, and when one rule is

@@ -349,6 +349,9 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 	switch r := c.forward; {
 	case r == nil:
 		say(stepForward, resultNone, "no rule of yours forwards it")
+	case r.Astray:
+		say(stepForward, resultNone, "a rule of yours forwards it if it comes by another link than the one that has %v, and so no expectation stands: %s", c.ext.Addr(), r.Text)
+		c.forward = nil
 	case !r.Certain():
 		say(stepForward, resultUnknown, "a rule of yours may forward it: %s", r.Text)
 	default:

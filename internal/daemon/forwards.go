@@ -46,7 +46,7 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 			continue
 		}
 		possible = append(possible, r)
-		if r.Unknown {
+		if r.Unknown || r.Astray {
 			continue
 		}
 		understood = append(understood, r)
@@ -137,7 +137,7 @@ func (w *warnings) addForward(r userrules.Forward, withMap bool) {
 
 // forwardOf returns the first forward that may lead a packet of peer to ext elsewhere, nil if
 // none does. One that is certain comes before one that is not. If several may, and lead to different
-// endpoints, the returned one has none.
+// endpoints, the returned one has none. One that is astray is returned if there is no other.
 func forwardOf(all []userrules.Forward, peer netip.Addr, ext netip.AddrPort) (found *userrules.Forward) {
 	for i := range all {
 		r := &all[i]
@@ -147,8 +147,9 @@ func forwardOf(all []userrules.Forward, peer netip.Addr, ext netip.AddrPort) (fo
 		case !r.Covers(cone.EndpointFrom(ext)):
 		case r.Certain():
 			return r
-		case found == nil:
+		case found == nil, found.Astray && !r.Astray:
 			found = r
+		case r.Astray:
 		case found.To != r.To:
 			several := *found
 			several.To = netip.AddrPort{}

@@ -91,7 +91,7 @@ func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (not
 			notes = append(notes, note)
 		} else {
 			all, _ := f.forwarder.Forwards(f.user, links)
-			all = slices.DeleteFunc(all, func(r userrules.Forward) bool { return r.Unknown })
+			all = slices.DeleteFunc(all, func(r userrules.Forward) bool { return r.Unknown || r.Astray })
 			forwarded = userrules.Cover(all).Covers
 		}
 	}

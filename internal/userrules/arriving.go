@@ -4,7 +4,7 @@ import "slices"
 
 // A rule may be for some of several outside links. A Forward has no links, only destinations, since
 // whoever asks knows the outside endpoint alone. The addresses of the links tell the rest: packets
-// for them come by no other link (Link.Addrs).
+// for them come by no other link (Link.Addrs), unless a router sends them there all the same.
 
 // arriving restricts c to packets that come by one of the outside links that a test passes. It
 // reports whether there is one.
@@ -24,9 +24,9 @@ func (w *walker) arriving(c condition, passes func(Link) bool) (condition, bool)
 	return c, len(in) > 0
 }
 
-// byAddr returns c for forwards, without the addresses whose packets come by other links than those
-// of c. If packets for some addresses may come by these and by others, the condition for these
-// addresses is wide.
+// byAddr returns c for forwards. Where packets for some addresses may come by the links of c and by
+// others, the condition for these addresses is wide. Where they come by other links it is astray, too,
+// unless the rule itself names them.
 func (w *walker) byAddr(c condition) (all []condition) {
 	if c.in == nil || len(c.in) == len(w.outside) {
 		return []condition{c}
@@ -39,13 +39,18 @@ func (w *walker) byAddr(c condition) (all []condition) {
 		here = append(here, w.own.of[l]...)
 	}
 	addrs := Union(c.ranges(c.addrs))
-	unsure, sure := c, c
-	unsure.wide = true
-	if unsure.addrs, _ = exceptAddrs(addrs, w.own.all); len(unsure.addrs) > 0 {
-		all = append(all, unsure)
+	unsure, astray, sure := c, c, c
+	unsure.wide, astray.wide, astray.astray = true, true, true
+	sure.addrs = commonAddrs(addrs, Union(here))
+	unsure.addrs, _ = exceptAddrs(addrs, sure.addrs)
+	if c.addrs == nil {
+		astray.addrs = commonAddrs(unsure.addrs, w.own.all)
+		unsure.addrs, _ = exceptAddrs(unsure.addrs, w.own.all)
 	}
-	if sure.addrs = commonAddrs(addrs, Union(here)); len(sure.addrs) > 0 {
-		all = append(all, sure)
+	for _, part := range []condition{unsure, astray, sure} {
+		if len(part.addrs) > 0 {
+			all = append(all, part)
+		}
 	}
 	return all
 }

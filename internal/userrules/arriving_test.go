@@ -32,7 +32,9 @@ func reach(rs *userrules.Ruleset) string {
 			case !f.Covers(cone.EndpointFrom(ext)):
 			case !f.Partial && !f.Unknown:
 				what = "takes"
-			case what == "leaves":
+			case what == "leaves" && f.Astray:
+				what = "gets strays"
+			case what != "takes" && !f.Astray:
 				what = "may take"
 			}
 		}
@@ -41,10 +43,10 @@ func reach(rs *userrules.Ruleset) string {
 	return strings.Join(said, ", ")
 }
 
-// Fails when a forward for one of two links takes what comes by the other, when it is certain for
-// an address of both, and when its link is not understood.
+// Fails when a forward for one of two links is not told from one of the other, when it is certain for
+// an address of both, and when its link, or an address that it names, is not understood.
 func TestForwardsForSomeLinksLeaveTheAddressesOfOthers(t *testing.T) {
-	const to, first, second, both = " udp dport 5060 dnat to 10.47.11.109; ", "takes, leaves, may take", "leaves, takes, may take", "takes, takes, takes"
+	const to, first, second, both = " udp dport 5060 dnat to 10.47.11.109; ", "takes, gets strays, may take", "gets strays, takes, may take", "takes, takes, takes"
 	for name, tc := range map[string]struct{ nft, want string }{
 		"any link":                    {"@@" + to + "}", both},
 		"one link":                    {`@@ iifname "wan0"` + to + "}", first},
@@ -61,7 +63,11 @@ func TestForwardsForSomeLinksLeaveTheAddressesOfOthers(t *testing.T) {
 		"a map of links":              {`chain led {` + to + `}; @@ iifname vmap { "wan0" : jump led, "lan0" : accept }; }`, first},
 		"link and port":               {`@@ iifname . udp dport { "wan1" . 5060 } dnat to 10.47.11.109; }`, second},
 		"link and address":            {`@@ iifname "wan0" ip daddr 198.51.100.1` + to + "}", "takes, leaves, leaves"},
-		"another's address":           {`@@ iifname "wan0" ip daddr 198.18.7.2` + to + "}", "leaves, leaves, leaves"},
+		"another's address":           {`@@ iifname "wan0" ip daddr 198.18.7.2` + to + "}", "leaves, may take, leaves"},
+		"a set of addresses":          {`@@ iifname "wan0" ip daddr { 198.51.100.1, 198.18.7.2 }` + to + "}", "takes, may take, leaves"},
+		"another's network":           {`@@ iifname != "wan1" ip daddr 198.18.7.0/24` + to + "}", "leaves, may take, leaves"},
+		"other links and addrs":       {`@@ iifname . ip daddr { "wan1" . 198.51.100.1 } udp dport 5060 dnat to 10.47.11.109; }`, "may take, leaves, leaves"},
+		"not an address":              {`@@ iifname "wan0" ip daddr != 192.0.2.1` + to + "}", "may take, gets strays, may take"},
 		"an address alone":            {`@@ ip daddr 198.18.7.2` + to + "}", "leaves, takes, leaves"},
 		"each link has its own":       {`@@ iifname "wan0"` + to + `iifname "wan1"` + to + "}", "takes, takes, may take"},
 		"behind a return":             {`@@ iifname "wan0" return; ` + to + "}", second},
@@ -83,7 +89,7 @@ func TestForwardsForSomeLinksLeaveTheAddressesOfOthers(t *testing.T) {
 		"behind a link to leave by":   {`@@ oifname "wan0" return; ` + to + "}", "may take, may take, may take"},
 		"behind elements that end":    {`set s { type inet_service; flags timeout; timeout 1h; elements = { 5060 }; }; @@ udp dport @s return; ` + to + "}", "may take, may take, may take"},
 		"behind elements of a map":    {`map m { type inet_service : verdict; flags timeout; elements = { 5060 timeout 1h : accept }; }; @@ udp dport vmap @m; ` + to + "}", "may take, may take, may take"},
-		"a port not understood":       {`@@ iifname "wan1" udp dport & 1 == 0 dnat to 10.47.11.109; }`, "leaves, may take, may take"},
+		"a port not understood":       {`@@ iifname "wan1" udp dport & 1 == 0 dnat to 10.47.11.109; }`, "gets strays, may take, may take"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -98,6 +104,7 @@ func TestForwardsForSomeLinksLeaveTheAddressesOfOthers(t *testing.T) {
 		"the other link":                   {"", "-i wan1", second},
 		"names that begin alike":           {"", "-i wan+", both},
 		"not one link":                     {"", "! -i wan0", second},
+		"another's address":                {"", "-i wan0 -d 198.18.7.2", "leaves, may take, leaves"},
 		"another link":                     {"", "-i ppp+", "leaves, leaves, leaves"},
 		"behind a return":                  {"-A PREROUTING -i wan0 -j RETURN\n", "", second},
 		"behind an accept":                 {"-A PREROUTING ! -i wan0 -j ACCEPT\n", "", first},
@@ -122,7 +129,7 @@ func TestForwardsForSomeLinksOfVeryManyAddresses(t *testing.T) {
 		links[1].Addrs = append(links[1].Addrs, a)
 	}
 	all := ruleset(t, l).Forwards(links)
-	if len(all) != 1 || len(all[0].Addrs) != 1 || !all[0].Partial {
+	if len(all) != 1 || len(all[0].Addrs) != 1 || !all[0].Partial || all[0].Astray {
 		t.Errorf("%+v", all)
 	}
 }

@@ -27,6 +27,7 @@ type condition struct {
 	out     []string    // the outgoing links; nil stands for any
 	unknown bool        // a test of the port was not understood
 	wide    bool        // the condition may be wider than the truth
+	astray  bool        // such packets come by other links
 	asks    bool        // that test was for neither an address, nor a port, nor a link
 }
 
@@ -39,7 +40,10 @@ func partly(conds []condition) []condition {
 }
 
 func (c condition) forward(text string) Forward {
-	f := Forward{Ports: c.ports, All: c.ports == nil, Most: c.ports == nil || c.spared, Addrs: c.addrs, Sources: c.sources, Unknown: c.unknown, Partial: c.wide || c.out != nil, Text: text}
+	f := Forward{
+		Ports: c.ports, All: c.ports == nil, Most: c.ports == nil || c.spared, Addrs: c.addrs, Sources: c.sources,
+		Unknown: c.unknown, Partial: c.wide || c.out != nil, Astray: c.astray, Text: text,
+	}
 	if f.Addrs == nil {
 		switch c.family {
 		case unix.NFPROTO_IPV4:

@@ -21,8 +21,7 @@ type Forward struct {
 	// Most is All, or says that nothing but earlier rules, which let packets to some ports pass, keeps
 	// it from being that.
 	Most bool
-	// Addrs are the destination addresses; nil stands for any. A rule for some of the outside
-	// links alone leaves out the addresses whose packets come by others (Link.Addrs).
+	// Addrs are the destination addresses; nil stands for any.
 	Addrs []AddrRange
 	// Sources are the sources of the packets, sorted and disjoint, if known; nil stands for any, or
 	// if Partial is set for unknown ones. A named set of sources is read only if it is an interval
@@ -45,6 +44,10 @@ type Forward struct {
 	// Proxied says that the rule hands packets to a transparent proxy, which takes none while it
 	// does not listen.
 	Proxied bool
+	// Astray says that the rule is for some of the outside links alone, and that packets to Addrs
+	// come by others (Link.Addrs): it gets only what a router sends to another link. Partial is set,
+	// too.
+	Astray bool
 	// Text names the rule: family, table, chain and handle as nft does, or for
 	// iptables-legacy program, table, chain and number; and its comment, if any.
 	Text string

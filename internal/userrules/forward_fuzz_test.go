@@ -69,6 +69,9 @@ func saysNoLess(t *testing.T, seed uint64, b []byte) (translated int) {
 	translate(table, r)
 	for range 8 {
 		packet, outside := fromOutside(r)
+		if last := len(outside) - 1; r.IntN(3) == 0 { // the packet comes by another link than its kind
+			outside[0].Addrs, outside[last].Addrs = outside[last].Addrs, outside[0].Addrs
+		}
 		all := table.forwards(outside)
 		w := hookWalk{table: table, child: packet, known: map[string]fates{}}
 		fate, err := w.chain("base")
