@@ -63,7 +63,7 @@ func TestForwardsHoldWhileRulesCannotBeRead(t *testing.T) {
 	}
 }
 
-// A forward that is not fully understood prevents expectations only: it takes no port from
+// A forward that is not fully understood, or gets only what strays, prevents expectations only: it takes no port from
 // hosts with mappings, and does not surely hide anything from the map.
 //
 // Fails when one of the three treats it otherwise.
@@ -79,11 +79,15 @@ func TestForwardThatIsNotUnderstoodBarsExpectationsAlone(t *testing.T) {
 		udp dport 5060 dnat to 10.47.11.110
 		udp sport 7 udp dport 5061 dnat to 10.47.11.110
 		udp dport 5000-5100 udp dport & 1 != 1 dnat to 10.47.11.110
+		iifname "wan1" udp dport 6000 dnat to 10.47.11.110
 	}; }`))
 	f := &firewall{reader: userrules.NewReader(userrules.Config{NetNS: l.Gateway.FD()})}
 	defer func() { must(f.close()) }()
 	f.look()
-	network := gateway.Network{Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: gateway.IPv4}}}
+	network := gateway.Network{
+		Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: gateway.IPv4}, {Index: 3, Name: "wan1", Outside: gateway.IPv4}},
+		Addrs: []gateway.Addr{{Prefix: netip.MustParsePrefix("198.51.100.1/24"), Link: 2}, {Prefix: netip.MustParsePrefix("198.18.7.2/24"), Link: 3}},
+	}
 	covered, warnings := f.forwards(network)
 	if len(warnings) != 1 || warnings[0].id != warnForwardUnknown || !strings.Contains(warnings[0].text, "nobody gets in there") {
 		t.Errorf("warnings %q", warnings)
@@ -93,6 +97,7 @@ func TestForwardThatIsNotUnderstoodBarsExpectationsAlone(t *testing.T) {
 		5061: {true, true, false},
 		5062: {true, false, false},
 		5101: {false, false, false},
+		6000: {true, false, false}, // of packets that come for the first uplink by the second
 	} {
 		e := cone.EndpointFrom(netip.AddrPortFrom(netip.MustParseAddr("198.51.100.1"), port))
 		if got := [3]bool{covered.Covers(e), f.understood.Covers(e), f.hidden.Covers(e)}; got != want {
