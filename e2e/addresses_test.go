@@ -180,6 +180,72 @@ func TestNFTAddressThatARuleNamesMayGoForAWhile(t *testing.T) {
 	}
 }
 
+// The gateway gets another address while the daemon is dead. New flows leave by that address, as
+// without conenatd, and each host has one port on it.
+//
+// Fails when the kernel goes on translating to the mappings of the address that was lost.
+func TestNFTAddressThatChangesWhileTheDaemonIsDead(t *testing.T) {
+	s := play(t, lab.Options{Inside: 2}, mapped)
+	hosts, proxy := []*lab.Socket{s.InsideSocket(0, 3074), s.InsideSocket(1, 3074)}, s.PeerSocket(lab.PeerA, 3074)
+	for _, host := range hosts {
+		s.Contact(host, proxy)
+	}
+	s.Verified() // it knows the gateway's addresses
+	s.Kill()
+	for _, step := range []string{
+		"address del 198.51.100.1/24 dev wan0", "address add 198.51.100.77/24 dev wan0", "route replace default via 198.51.100.254",
+	} {
+		s.IP(s.Gateway, step)
+	}
+	peers := []*lab.Socket{s.PeerSocket(lab.PeerA, 5000), s.PeerSocket(lab.PeerB, 5000), s.PeerSocket(lab.PeerB, 5001)}
+	exts := map[netip.AddrPort]bool{}
+	for _, host := range hosts {
+		for _, peer := range peers {
+			ext := s.Contact(host, peer)
+			s.Must(peer.Send(ext, "answer"))
+			if _, err := host.Expect("answer"); err != nil || ext.Addr().String() != "198.51.100.77" {
+				t.Errorf("%v leaves as %v: %v", host.Addr(), ext, err)
+			}
+			exts[ext] = true
+		}
+	}
+	if len(exts) != 2 {
+		t.Errorf("two hosts leave as %v", exts)
+	}
+	s.Serve(mapped)
+	for _, host := range hosts {
+		if ext := s.Contact(host, proxy); !exts[ext] {
+			t.Errorf("after a start %v leaves as %v, not as one of %v", host.Addr(), ext, exts)
+		}
+	}
+}
+
+// The same, but the address comes back, and a rule names it: it was never lost.
+//
+// Fails when the kernel ends mappings to any address that no link has.
+func TestNFTAddressThatARuleNamesMayGoWhileTheDaemonIsDead(t *testing.T) {
+	s := play(t, lab.Options{Inside: 2, Rules: natChain("srcnat", "masquerade")}, mapped, "--reconcile=1h")
+	// From now on a rule names it.
+	s.Must(s.NFT("flush chain ip nat postrouting; add rule ip nat postrouting oifname wan0 snat to 198.51.100.1"))
+	s.Until("the kernel knows", func() bool {
+		list, err := s.Gateway.Output("nft", "list", "set", "ip", "conenat", "masqueraded_addresses")
+		return err == nil && !strings.Contains(list, "198.51.100.1") && strings.Contains(list, "10.47.11.1")
+	})
+	one, two, proxy := s.InsideSocket(0, 3074), s.InsideSocket(1, 3074), s.PeerSocket(lab.PeerA, 3074)
+	ports := []netip.AddrPort{s.Contact(one, proxy), s.Contact(two, proxy)}
+	s.Kill()
+	s.IP(s.Gateway, "address del 198.51.100.1/24 dev wan0")
+	s.IP(s.Gateway, "route add default via 198.51.100.254 dev wan0 onlink")
+	another := s.PeerSocket(lab.PeerB, 3074)
+	_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "3074") // else the kernel gives the ports of these flows
+	s.Must(err)
+	for i, host := range []*lab.Socket{two, one} {
+		if got := s.Contact(host, another); got != ports[1-i] {
+			t.Errorf("%v had %v, and gets %v", host.Addr(), ports[1-i], got)
+		}
+	}
+}
+
 // The gateway serves a port on an address that hosts are translated to. No mapping gets
 // that port, whether the address is on an outside link or not, and whichever rule
 // translates.

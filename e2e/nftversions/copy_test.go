@@ -47,6 +47,7 @@ func TestLoadedCopyIsHarmlessAndTakenOver(t *testing.T) {
 						t.Fatalf("the copy has none of conenatd's tables:\n%s", copied)
 					}
 					harmless(s, original.ext)
+					followsAddress(s)
 					takenOver(s, f)
 					left, err := n.run(s.Gateway.Namespace, "", "list", "ruleset")
 					s.Must(err)
@@ -81,6 +82,28 @@ func harmless(s *stage.Scene, ext netip.AddrPort) {
 	}
 	if len(exts) != 2 {
 		s.T.Errorf("two hosts leave as %v", exts)
+	}
+}
+
+// followsAddress gives the gateway another outside address, as a provider may at the next boot:
+// hosts leave by that, as without conenatd.
+func followsAddress(s *stage.Scene) {
+	s.T.Helper()
+	for _, step := range []string{
+		"address del 198.51.100.1/24 dev wan0", "address add 198.51.100.77/24 dev wan0", "route replace default via 198.51.100.254",
+	} {
+		s.IP(s.Gateway, step)
+	}
+	for i := range 2 {
+		host := s.InsideSocket(i, 5060)
+		for _, port := range []uint16{7000, 7001} {
+			proxy := s.PeerSocket(lab.PeerB, port+uint16(i)*100)
+			ext := s.Contact(host, proxy)
+			s.Arrives(host, proxy, ext)
+			if ext.Addr().String() != "198.51.100.77" {
+				s.T.Errorf("%v leaves as %v", host.Addr(), ext)
+			}
+		}
 	}
 }
 

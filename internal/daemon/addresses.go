@@ -53,6 +53,7 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 	for _, a := range now {
 		f.known[a] = struct{}{}
 	}
+	errs = append(errs, f.noteMasqueraded(cfg))
 	if len(gone) == 0 {
 		return nil, errors.Join(errs...)
 	}
@@ -69,6 +70,25 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 		}
 	}
 	return notes, errors.Join(errs...)
+}
+
+// noteMasqueraded tells the kernel which addresses are lost if no link has them, for the time
+// when no daemon runs: those that no rule names. A mapping must not go on to them, but must to
+// others, as to those in a VRF, which the kernel would not find: fib asks the table local alone.
+func (f *firewall) noteMasqueraded(cfg config.Config) error {
+	c := f.mappingConfig(cfg)
+	if c == nil || !f.maps() {
+		return nil
+	}
+	var lost []netip.Addr
+	if fixed, unknown := f.fixedByRules(); !unknown && !f.withVRF {
+		for a := range f.known {
+			if a.Is4() && !fixed(a) {
+				lost = append(lost, a)
+			}
+		}
+	}
+	return f.tables.NewMappings(c).SetMasqueraded(lost)
 }
 
 // fixedByRules returns a function that reports whether a rule of the user's translates sources

@@ -44,6 +44,7 @@ type firewall struct {
 	behind      map[[2]uint64]bool        // the user's chains that run after ours, by their handles; nil: unknown
 	overtaken   bool                      // a chain of the user's translates all mapped traffic before ours
 	sides       rules.Desired             // the part that depends on links
+	withVRF     bool                      // the gateway has a VRF
 	last        *rules.Desired            // as set last; nil before the first time
 
 	zones cone.Zones // of flows, as the rules serve them
@@ -155,6 +156,7 @@ func (f *firewall) setSides(n gateway.Network) {
 	}
 	f.sides.OneArmed, f.sides.Far = n.OneArmed()
 	f.ownAddrs = ownAddrs(n)
+	f.withVRF = slices.ContainsFunc(n.Links, func(l gateway.Link) bool { return l.Kind == "vrf" })
 }
 
 // set brings the tables to the state that the configuration wants, and reports whether it had

@@ -10,8 +10,12 @@ func (m *mapper) toOutsideEndpoints() {
 	c := m.chain("hairpin", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, hairpinPriority)
 	m.rule(c, "", isUDP, m.outside(iifname, false), m.hairpin.has(ipSaddr), m.inZone0, goTo(to))
 	m.rule(to, "the gateway itself serves it", hasSocket, accept)
-	m.rule(to, "", isUDP, packetTarget.in(m.owned), counter(hairpinCounter),
-		dnatTo(m.owners.of(packetTarget), m.ownerPorts.of(packetTarget)))
+	owner := m.regular("to_owner")
+	m.rule(to, "", isUDP, packetTarget.in(m.owned), goTo(owner))
+	if m.asksFib() {
+		m.rule(owner, "the gateway lost the address", m.lost(forwarded, ipDaddr), accept)
+	}
+	m.rule(owner, "", isUDP, counter(hairpinCounter), dnatTo(m.owners.of(packetTarget), m.ownerPorts.of(packetTarget)))
 }
 
 // hairpinSources translates the source of packets that toOutsideEndpoints redirected to the

@@ -80,6 +80,7 @@ var (
 //     mapping: by the gateway itself, by a packet that came before the answer, or by a host
 //     whose subnet is not enabled.
 //   - gone has the outside addresses that were lost a moment ago.
+//   - masqueraded_addresses has those that are lost if no link has them (endsLost).
 //   - former has the outside addresses that the user's rules no longer give to hosts with
 //     flows that still have them.
 //
@@ -93,7 +94,7 @@ func (l *layout) mapping(d Desired) {
 	l.set(elements.GatewaySet, nftables.TypeIPAddr).free = true
 	l.counters = append(l.counters, movedCounter, usedUpCounter, leftCounter, sharedCounter)
 	m := &mapper{
-		layout: l, MappingConfig: c, arms: d.arms(), noFib: d.noFib,
+		layout: l, MappingConfig: c, arms: d.arms(),
 		owned:   l.learnedSet(elements.OwnedSet, endpointKey, c.Size),
 		taken:   l.learnedSet(elements.TakenSet, []nftables.SetDatatype{nftables.TypeInetService, nftables.TypeIPAddr, nftables.TypeInetService}, takenSize),
 		gone:    l.learnedSet(elements.GoneSet, addressKey, linkAddressesSize),
@@ -103,6 +104,7 @@ func (l *layout) mapping(d Desired) {
 	}
 	m.served.setPorts(c.Served)
 	m.makePools()
+	m.lostSet(d.noFib)
 	if len(c.Exempt) > 0 {
 		m.exempt = l.prefixes(exemptSet, c.Exempt)
 	}
@@ -113,10 +115,8 @@ func (l *layout) mapping(d Desired) {
 		m.ownerPorts = l.learnedMap(elements.OwnerPortsMap, endpointKey, nftables.TypeInetService, c.Size)
 		m.toOutsideEndpoints()
 	}
-	m.foreign, m.left = m.regular("foreign"), m.regular("left")
+	m.foreign = m.regular("foreign")
 	m.rule(m.foreign, "a flow without a mapping takes the port", isUDP, updateIn(m.taken, elem{key: flowTuple, timeout: m.takenFor()}))
-	m.rule(m.left, "", setInsideSource)
-	m.rule(m.left, "its outside port is taken towards this remote endpoint", counter(leftCounter), accept)
 	m.unmoved = m.regular("unmoved")
 	m.rule(m.unmoved, "", isUDP, setInsidePort)
 	for _, name := range c.links(l.links) {
@@ -167,9 +167,9 @@ type mapper struct {
 	subnets, exempt, hairpin           *prefixes // the last two may be nil
 	arms                               []string  // outside links by which hosts of subnets also come
 	pools                              []*hostPool
-	foreign, left, unmoved             *nftables.Chain
+	foreign, unmoved                   *nftables.Chain
 	uplinks                            []*uplink
-	noFib                              bool
+	masqueraded                        *set // nil if the kernel has no route lookup
 }
 
 // An uplink makes the rules and sets that exist once for each outside link.
@@ -179,7 +179,8 @@ type uplink struct {
 	kept, moved, ports, addresses, translated, several *set
 	chosen                                             *chosen
 	differ                                             bool // hosts may have different addresses there
-	mapped, given, learnAddress, own, ours, hairpinned *nftables.Chain
+	mapped, ownPort, given, lostAddress                *nftables.Chain
+	learnAddress, own, ours, hairpinned                *nftables.Chain
 }
 
 func (m *mapper) uplink(name string) *uplink {
@@ -208,7 +209,6 @@ func (u *uplink) regular(name string) *nftables.Chain {
 
 // makeChains makes the link's chains for goto and jump.
 func (u *uplink) makeChains() {
-	u.given = u.givesMoved()
 	u.mapped = u.throughMapping()
 	u.learnAddress = u.learnsAddress()
 	u.own = u.owns()
@@ -266,42 +266,21 @@ func (m *mapper) apply() {
 	m.applyByArm(c, plain)
 }
 
-// known adds the rules for a packet whose source has a mapping. With a fixed port the
-// kernel does not check whether the flow is unique; it later drops the packet if it is not.
-func (u *uplink) known(c *nftables.Chain) {
-	u.rule(c, "its mapping", isUDP, packetTuple.notIn(u.taken), snatTo(u.kept.of(packetSource), udpSport))
-	u.rule(c, "its mapping has another port", isUDP, setUDPSport(u.ports.of(packetSource)), goTo(u.given))
-	u.rule(c, "", isUDP, packetTuple.in(u.taken), setIPSaddr(u.kept.of(packetSource)), goTo(u.left))
-}
-
-// givesMoved returns the chain for a packet that already carries the source port of its
-// mapping.
-func (u *uplink) givesMoved() *nftables.Chain {
-	c := u.regular("given")
-	u.rule(c, "its outside port is taken towards this remote endpoint",
-		isUDP, packetTuple.in(u.taken), setInsidePort, counter(leftCounter), accept)
-	u.giveMoved(c)
-	return c
-}
-
-// giveMoved adds rules that restore the source of the packet and translate it to the
-// mapping in moved.
-func (u *uplink) giveMoved(c *nftables.Chain) {
-	u.rule(c, "", isUDP, setInsidePort)
-	u.rule(c, "its mapping", isUDP, snatTo(u.moved.of(packetSource), u.ports.of(packetSource)))
-}
-
 // throughMapping returns the chain for packets that leave by the link.
 func (u *uplink) throughMapping() *nftables.Chain {
-	c := u.regular("mapped")
+	c, newcomers := u.regular("mapped"), u.regular("unmapped")
 	u.rule(c, "from a host without mappings", u.subnets.hasNot(ipSaddr), accept)
+	u.lostAddress = u.regular("lost_address")
+	u.ownPort, u.given = u.givesOwnPort(), u.givesMoved()
 	u.known(c)
-	if len(u.pools) > 0 && u.chosen.leaves(u, c, ipSaddr, accept) {
+	u.rule(c, "", goTo(newcomers))
+	u.endsLost(newcomers)
+	if len(u.pools) > 0 && u.chosen.leaves(u, newcomers, ipSaddr, accept) {
 		return c
 	}
 	for _, p := range u.pools {
 		newcomer, pool := u.regular("newcomer"+p.suffix), u.movedToPool(p)
-		u.withAddress(c, p.hosts(ipSaddr), newcomer)
+		u.withAddress(newcomers, p.hosts(ipSaddr), newcomer)
 
 		u.rule(newcomer, "another one has the port", isUDP, packetSource.in(u.owned), goTo(pool))
 		u.rule(newcomer, "the gateway has the port", isUDP, udpSport.in(u.served), goTo(pool))
@@ -339,6 +318,9 @@ func (u *uplink) movedToPool(p *hostPool) *nftables.Chain {
 	u.rule(c, "", goTo(u.unmoved))
 
 	u.rule(tries, "an address that is gone", ipSaddr.in(u.gone), setInsideSource, goTo(u.unmoved))
+	if u.asksFib() {
+		u.rule(tries, "the gateway lost the address", u.lost(notOfGateway, ipSaddr), setInsideSource, goTo(u.unmoved))
+	}
 	for _, t := range poolTries(p.ports) {
 		// The low bits come from the hash, or from the port that was tried before.
 		port := udpSport.bitwise(be16(t.mask), be16(t.xor))
@@ -418,8 +400,9 @@ func (u *uplink) remembers() *nftables.Chain {
 	u.rule(c, "it was left to the rules of others", isUDP, setIPSaddr(u.kept.of(flowInside)), setOutsideSource, goTo(u.foreign))
 	u.rule(c, "nobody translated it", lacksStatus(ctSrcNAT), goTo(u.foreign))
 	u.rule(c, "conntrack takes port 0 for none", isUDP, ctOriginalProtoSrc.is(be16(0)), goTo(u.foreign))
-	if !u.noFib {
+	if u.asksFib() {
 		u.rule(c, "an older flow with the address of another link", hasStatus(ctConfirmed), ofGateway, notOfLink, accept)
+		u.rule(c, "an older flow than its address", hasStatus(ctConfirmed), u.lost(notOfGateway, ipSaddr), accept)
 	}
 	u.rule(c, "an older flow than its address", ctReplyIPDaddr.in(u.gone), accept)
 	u.rule(c, "the rules give the host another address now", concat(ctOriginalIPSaddr, ctReplyIPDaddr).in(u.former), goTo(u.foreign))

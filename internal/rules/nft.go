@@ -237,6 +237,7 @@ var (
 	forwarded         = fibDaddrType.isNot(host32(unix.RTN_LOCAL))
 	toGateway         = fibDaddrType.is(host32(unix.RTN_LOCAL))
 	ofGateway         = fibSaddrType.is(host32(unix.RTN_LOCAL))
+	notOfGateway      = fibSaddrType.isNot(host32(unix.RTN_LOCAL))
 	notOfLink         = fibSaddrOifType.isNot(host32(unix.RTN_LOCAL)) // not an address of the link by which it leaves
 )
 

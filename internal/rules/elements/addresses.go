@@ -248,13 +248,31 @@ func (m *Mappings) gone(addr netip.Addr, typ uint16) error {
 }
 
 // Addresses lists the gateway addresses that NoteAddresses noted.
-func (m *Mappings) Addresses() (all []netip.Addr, err error) {
-	err = m.w.list(GatewaySet, func(key, _ []byte, _ time.Duration) {
+func (m *Mappings) Addresses() ([]netip.Addr, error) { return m.addressesIn(GatewaySet) }
+
+func (m *Mappings) addressesIn(set string) (all []netip.Addr, err error) {
+	err = m.w.list(set, func(key, _ []byte, _ time.Duration) {
 		if a, ok := netip.AddrFromSlice(key); ok {
 			all = append(all, a)
 		}
 	})
 	return all, err
+}
+
+// SetMasqueraded says which IPv4 addresses are lost if no link has them: the kernel ends a
+// mapping to one when a packet finds it then. Without an element for an address its mapping
+// goes on, as to an address that no link need have.
+func (m *Mappings) SetMasqueraded(as []netip.Addr) error {
+	old, err := m.addressesIn(MasqueradedSet)
+	if err != nil {
+		return err
+	}
+	among := func(all []netip.Addr) func(netip.Addr) bool {
+		return func(a netip.Addr) bool { return slices.Contains(all, a) }
+	}
+	return errors.Join(
+		m.changeAddresses(MasqueradedSet, slices.DeleteFunc(slices.Clone(as), among(old)), unix.NFT_MSG_NEWSETELEM, 0),
+		m.changeAddresses(MasqueradedSet, slices.DeleteFunc(old, among(as)), unix.NFT_MSG_DELSETELEM, 0))
 }
 
 // NoteAddresses notes IPv4 addresses of the gateway. It is no error if some are noted

@@ -27,6 +27,9 @@ const (
 	// daemon, so that the next one sees which addresses were lost.
 	GoneSet    = "gone"
 	GatewaySet = "gateway_addresses"
+	// MasqueradedSet has those of the gateway's addresses that no rule of the user's names: a
+	// mapping to one ends in the kernel when no link has it.
+	MasqueradedSet = "masqueraded_addresses"
 	// FormerSet has the outside addresses that the user's rules no longer give to hosts with
 	// flows that still have them.
 	FormerSet = "former"
