@@ -96,6 +96,7 @@ func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (not
 		}
 	}
 	f.decisions = f.decide(cfg, network)
+	f.divert(cfg, network)
 	if !wantsMapping(cfg) {
 		return notes, nil
 	}
