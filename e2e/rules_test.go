@@ -34,7 +34,7 @@ func TestRulesAreThoseOfTheDaemon(t *testing.T) {
 		"default": {lab.Masquerade, nil},
 		"IPv6":    {lab.Masquerade, []string{"--subnet", lab.InsideNet6.String()}},
 		"beside a firewall that accepts RELATED alone": {lab.Masquerade + lab.DropPolicy, nil},
-		"beside rules that give helpers": {lab.Masquerade + sipHelper, nil},
+		"beside rules that give helpers":               {lab.Masquerade + sipHelper, nil},
 		"beside a forward into the pool": {
 			lab.Masquerade + forward, []string{"--mapping=endpoint_independent", "--port-pool=5000-6023"},
 		},
