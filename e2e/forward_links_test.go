@@ -102,7 +102,7 @@ func TestForwardOfOneUplinkBarsAnAddressOfBoth(t *testing.T) {
 //
 // Fails when an expectation on that address takes them, and when the map admits no others.
 func TestForwardOfOneUplinkGetsWhatComesThereForAnother(t *testing.T) {
-	stage.NeedsExpect(t)
+	ownMode(t)
 	t.Parallel() // mostly it waits
 	const to, related = " udp dport 5060 dnat to 10.47.11.111", lab.DropPolicy + "add rule inet filter forward ip daddr 10.47.11.111 accept\n"
 	for name, load := range map[string]func(s *scene) error{
