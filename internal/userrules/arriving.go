@@ -18,7 +18,7 @@ func (w *walker) arriving(c condition, passes func(Link) bool) (condition, bool)
 			in = append(in, l.Index)
 		}
 	}
-	if c.in != nil || len(in) < len(w.outside) {
+	if c.tested = true; c.in != nil || len(in) < len(w.outside) {
 		c.in = in
 	}
 	return c, len(in) > 0

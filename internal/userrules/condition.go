@@ -24,6 +24,7 @@ type condition struct {
 	except  []AddrRange // destinations that a test excluded, for source NAT; may be wider than the truth
 	unread  bool        // a test of the destination was not understood
 	in      []int       // indexes of the outside links that packets come by; nil stands for any
+	tested  bool        // the link that packets come by was tested, also if in has all links
 	out     []string    // the outgoing links; nil stands for any
 	unknown bool        // a test of the port was not understood
 	wide    bool        // the condition may be wider than the truth

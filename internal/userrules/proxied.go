@@ -22,7 +22,7 @@ func (w *walker) proxied() {
 			return
 		}
 		for _, all := range conds {
-			if all.wide && all.in == nil && mostPorts(orEvery(all.ports)) {
+			if all.wide && !all.tested && mostPorts(orEvery(all.ports)) {
 				continue
 			}
 			for _, c := range w.byAddr(all) {
