@@ -255,6 +255,15 @@ func (f *firewall) learns(cfg config.Config) bool {
 	return f.withMap && cfg.Learn && f.has(rules.FeatureLearn)
 }
 
+// keepAlive lets the kernel go on learning after the daemon's death: for as long as what it knows
+// then may last, but for AliveTimeout at least. A reconcile renews this when half of it is left.
+func (f *firewall) keepAlive(cfg config.Config) error {
+	if !f.learns(cfg) && !f.mapping {
+		return nil
+	}
+	return f.tables.NewAlive().Keep(max(elements.AliveTimeout, cfg.Lifetime, 4*cfg.Reconcile))
+}
+
 // openMap makes the map of permissions, or finds the one that an earlier daemon
 // left.
 func (f *firewall) openMap(cfg config.Config, outside []string) (*elements.Map, error) {

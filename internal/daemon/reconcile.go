@@ -242,7 +242,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 	for _, n := range notes {
 		r.log.Info(n)
 	}
-	failed = errors.Join(failed, err, r.endRerouted(cfg, network))
+	failed = errors.Join(failed, err, r.endRerouted(cfg, network), r.firewall.keepAlive(cfg))
 	moved := hear() // for the old subnets, before follow enables others
 	followed, err := r.follow(cfg, network)
 	return moved || misjudged || followed, errors.Join(failed, err)

@@ -208,7 +208,7 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	if test, any := l.surelyOutside(d); any {
 		l.rule(learn, "a source may be spoofed", test, accept)
 	}
-	l.rule(learn, "", notUDP, accept)
+	l.rule(learn, "no UDP, or the daemon has been silent for long", l.silent(), accept)
 	l.counters = append(l.counters, learnedCounter, limitedCounter)
 	subnets := l.named(subnetsSet)
 	if subnets == nil {

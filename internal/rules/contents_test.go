@@ -89,6 +89,12 @@ const contentsIP = `
 			     203.0.113.6, 224.0.0.0/3 }
 	}
 
+	set alive {
+		type inet_proto
+		timeout 1h
+		elements = { udp }
+	}
+
 	set excluded_peer_ports {
 		type inet_service
 		elements = { 53 }
@@ -175,7 +181,7 @@ const contentsIP = `
 		ct state != new accept comment "answered flows end here"
 		ct status confirmed numgen random mod 64 != 0 accept comment "of later packets without an answer, most end here"
 		iifname @outside accept comment "a source may be spoofed"
-		meta l4proto != udp accept
+		meta l4proto != @alive accept comment "no UDP, or the daemon has been silent for long"
 		oifname != @outside accept
 		ct status ! snat accept
 		ct zone != 0 accept comment "permissions are of the default zone"

@@ -85,7 +85,7 @@ func (u *uplink) endsLost(newcomers *nftables.Chain) {
 	u.rule(c, "", gone)
 	u.rule(c, "", isUDP, deleteFrom(u.kept, elem{key: flowInside, data: &ipSaddr}),
 		deleteFrom(u.moved, elem{key: flowInside, data: &ipSaddr}), deleteFrom(u.ports, elem{key: flowInside, data: &udpSport}))
-	u.rule(c, "the next flows tell the addresses", ipSaddr.in(u.translated), deleteFrom(u.translated, elem{key: ipSaddr}),
+	u.rule(c, "flows will tell the addresses anew", ipSaddr.in(u.translated), deleteFrom(u.translated, elem{key: ipSaddr}),
 		deleteFrom(u.translated, elem{key: first}), deleteFrom(u.several, elem{key: first}), deleteFrom(u.addresses, elem{key: first, data: &ipSaddr}))
 	u.rule(c, "", isUDP, setInsidePort)
 	u.rule(c, "", setInsideSource, goTo(newcomers))

@@ -115,6 +115,7 @@ type set struct {
 	*nftables.Set
 	elements []nftables.SetElement
 	free     bool
+	first    []nftables.SetElement // what a free set begins with
 }
 
 // newLayouts returns the contents of the tables that d asks for. There is only one table

@@ -463,7 +463,7 @@ func TestMostPacketsWithoutAnAnswerEndEarly(t *testing.T) {
 		t.Fatalf("no such rule in\n%s", text)
 	}
 	l := lab.ForTest(t, lab.Options{})
-	check(t, l.NFT(before+rule+"\t\tcounter comment \"behind it\"\n"+after))
+	check(t, l.NFT(before+rule+"\t\tcounter comment \"behind it\"\n"+after+"add element ip conenat alive { udp }\n"))
 	in := listen(t, l.Inside(0), l.Inside(0).Addr, 5060)
 	flood := func(n int) {
 		t.Helper()

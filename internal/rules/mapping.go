@@ -307,6 +307,7 @@ func (u *uplink) withAddress(c *nftables.Chain, hosts exprs, next *nftables.Chai
 func (u *uplink) movedToPool(p *hostPool) *nftables.Chain {
 	c, made := u.regular("pool"+p.suffix), u.regular("made"+p.suffix)
 	u.rule(c, "", setInsideSource)
+	u.rule(c, "the daemon has been silent for long", u.silent(), accept)
 	// The first port to try depends on all bits of the source port and some bits of the
 	// address, as a linear hash.
 	for i, x := range mixers {
@@ -433,6 +434,7 @@ func (u *uplink) learnsAddress() *nftables.Chain {
 func (u *uplink) owns() *nftables.Chain {
 	c, moved := u.regular("owner"), u.regular("other_port")
 	own := u.owner(addTo, flowOutside)
+	u.rule(c, "the daemon has been silent for long", u.silent(), goTo(u.foreign))
 	// A flow that kept its port now owns the endpoint with that port.
 	ownPort := concat(ctReplyIPDaddr, ctOriginalProtoSrc)
 	u.rule(c, "another one owns it", isUDP, flowOutside.in(u.owned), flowTuple.notIn(u.taken), counter(sharedCounter))

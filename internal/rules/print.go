@@ -94,10 +94,11 @@ func (s *set) String() string {
 		fmt.Fprintf(&b, "\t\tsize %d\n", size)
 	}
 	var flags []string
+	implied := s.Timeout > 0 && !s.Dynamic && !s.Interval // nft prints no flag that follows from the timeout
 	for _, f := range []struct {
 		name string
 		on   bool
-	}{{"dynamic", s.Dynamic}, {"interval", s.Interval}, {"timeout", s.HasTimeout}} {
+	}{{"dynamic", s.Dynamic}, {"interval", s.Interval}, {"timeout", s.HasTimeout && !implied}} {
 		if f.on {
 			flags = append(flags, f.name)
 		}

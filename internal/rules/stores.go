@@ -36,6 +36,9 @@ func (t *Tables) NewUnsure() *elements.Unsure { return elements.NewUnsure(t.w.Wr
 // NewLean returns the switch between reports of all flows and of some.
 func (t *Tables) NewLean() *elements.Lean { return elements.NewLean(t.w.Writer) }
 
+// NewAlive returns the daemon's sign of life.
+func (t *Tables) NewAlive() *elements.Alive { return elements.NewAlive(t.w.Writer) }
+
 // NewRevoked returns the permissions that the user revoked.
 func (t *Tables) NewRevoked() *elements.Revoked { return elements.NewRevoked(t.w.Writer) }
 

@@ -333,7 +333,7 @@ func (w *writer) make(table *nftables.Table, have *state, want *layout) {
 	// Flush also returns the errors of these calls.
 	for _, s := range want.sets {
 		if !slices.ContainsFunc(have.sets, sameSet(s.Set)) {
-			_ = w.AddSet(s.Set, nil)
+			_ = w.AddSet(s.Set, s.first)
 		}
 		if !s.free {
 			w.FlushSet(s.Set)

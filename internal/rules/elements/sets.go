@@ -40,6 +40,8 @@ const (
 	// LeanSet has UDP and TCP while the kernel does not report new flows whose permission it
 	// learned, or that can have none.
 	LeanSet = "lean"
+	// AliveSet has UDP while the daemon has given a sign of life lately.
+	AliveSet = "alive"
 	// RevokedSet has the permissions that the user revoked. It is in the table of family
 	// inet, and no rule looks it up.
 	RevokedSet = "revoked"
@@ -86,6 +88,10 @@ const (
 	// LeanTimeout is how long the kernel does not report flows after the last Lean.On: not
 	// for long if the daemon dies.
 	LeanTimeout = 15 * time.Second
+	// AliveTimeout is how long a sign of life lasts at least: long enough for an upgrade or a
+	// repair, during which hosts go on as before, and short enough for tables that nobody
+	// attends any more.
+	AliveTimeout = time.Hour
 	// OwnedLonger is how much longer an outside endpoint is owned than its mapping lasts.
 	// If ownership ended first, two hosts could share the endpoint for a moment.
 	OwnedLonger = time.Second

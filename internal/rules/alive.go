@@ -1,0 +1,20 @@
+package rules
+
+import (
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/rules/elements"
+)
+
+// silent matches while the daemon has given no sign of life for long, and packets other than
+// UDP. Then the kernel learns nothing: nobody would revoke it, or end what it lets in.
+func (l *layout) silent() exprs {
+	alive := l.named(elements.AliveSet)
+	if alive == nil {
+		alive = l.set(elements.AliveSet, nftables.TypeInetProto)
+		alive.HasTimeout, alive.Timeout, alive.free = true, elements.AliveTimeout, true
+		alive.first = []nftables.SetElement{{Key: []byte{unix.IPPROTO_UDP}}}
+	}
+	return metaL4proto.notIn(alive)
+}
