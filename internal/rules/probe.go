@@ -46,21 +46,21 @@ var features = []struct {
 		Feature: FeatureMap,
 		Fix: "load the modules nft_chain_nat, nft_nat and nft_socket " +
 			"(CONFIG_NFT_NAT, CONFIG_NFT_SOCKET, CONFIG_NF_CONNTRACK_ZONES; OpenWrt: kmod-nft-nat, kmod-nft-socket)",
-	}, Desired{Map: &MapConfig{Size: 1, noLabels: true}}},
+	}, Desired{Map: &MapConfig{Size: 1, noLabels: true}, noFib: true}},
 	{UnsupportedError{
 		Feature: FeatureLabels,
 		Fix: "load the module nf_conntrack built with CONFIG_NF_CONNTRACK_LABELS (OpenWrt: kmod-ipt-conntrack-label); " +
 			"without, unanswered children of the map outlive a daemon that dies",
-	}, Desired{Map: &MapConfig{Size: 1}}},
+	}, Desired{Map: &MapConfig{Size: 1}, noFib: true}},
 	{UnsupportedError{
 		Feature: FeatureLearn,
 		Fix:     "load the module nft_limit (CONFIG_NFT_LIMIT)",
-	}, Desired{Map: &tryLearning}},
+	}, Desired{Map: &tryLearning, noFib: true}},
 	{UnsupportedError{
 		Feature: FeatureMapping,
 		Fix: "load the modules nft_chain_nat, nft_nat and nft_socket " +
 			"(CONFIG_NFT_NAT, CONFIG_NFT_SOCKET, CONFIG_NF_CONNTRACK_ZONES; OpenWrt: kmod-nft-nat, kmod-nft-socket)",
-	}, Desired{Mapping: &tryMapping}},
+	}, Desired{Mapping: &tryMapping, noFib: true}},
 	{UnsupportedError{
 		Feature: FeatureUplinkMarks,
 		Fix:     "load the module nf_conntrack built with CONFIG_NF_CONNTRACK_MARK",
@@ -108,8 +108,8 @@ func (t *Tables) probe() error {
 	t.noCount = t.try(0, Desired{Map: &withCount}) != nil
 	withNumgen := tryLearning
 	withNumgen.noNumgen = false
-	t.noNumgen = t.try(0, Desired{Map: &withNumgen}) != nil
-	t.noIPsec = t.try(0, Desired{Mapping: &withIPsec}) != nil
+	t.noNumgen = t.try(0, Desired{Map: &withNumgen, noFib: true}) != nil
+	t.noIPsec = t.try(0, Desired{Mapping: &withIPsec, noFib: true}) != nil
 	if t.try(both, Desired{}) == nil {
 		t.flags = both
 	}

@@ -100,6 +100,28 @@ func TestProbeTriesWhatMappingsNeed(t *testing.T) {
 	}
 }
 
+// Fails when a kernel without route lookups (CONFIG_NFT_FIB) seems to lack what works there
+// without them.
+func TestProbeTriesRouteLookupsByThemselves(t *testing.T) {
+	for _, f := range features {
+		switch f.Feature {
+		case FeatureSpoofed, FeatureWayBack, FeaturePartial:
+			continue
+		}
+		ls, err := new(Tables).tried(f.try)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, l := range ls {
+			for _, r := range l.rules {
+				if slices.ContainsFunc(r.Exprs, func(e expr.Any) bool { _, is := e.(*expr.Fib); return is }) {
+					t.Errorf("%s: a rule of chain %s looks up a route", f.Feature, r.Chain.Name)
+				}
+			}
+		}
+	}
+}
+
 // A kernel without IPsec has no policies to test; mappings work without the test.
 func TestMappingsWithoutIPsec(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{})
