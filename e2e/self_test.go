@@ -140,7 +140,7 @@ func TestSelfAfterTheDaemon(t *testing.T) {
 		t.Errorf("a cleanup leaves %q", left)
 	}
 	s.unreached(p)
-	start("--lifetime=2s")
+	start("--lifetime=8s") // longer than a busy machine takes to look
 	s.reached(p)
 	s.Kill()
 	s.Until("the permission has run out", func() bool { return len(s.ConntrackList("expect")) == 0 })
