@@ -77,7 +77,7 @@ func TestNFTHostKeepsTheAddressOfALaterRule(t *testing.T) {
 	s.Contact(s.InsideSocket(0, 3074), peer)
 	s.Must(s.NFT(`insert rule ip nat postrouting oifname "wan0" ip saddr 10.47.11.110 snat to 198.51.100.9`))
 	s.Until("the rules know", func() bool {
-		list, err := s.Gateway.Output("nft", "list", "chain", "ip", "conenat", "mapped_wan0")
+		list, err := s.Gateway.Output("nft", "list", "chain", "ip", "conenat", "unmapped_wan0")
 		s.Must(err)
 		return !strings.Contains(list, "all have one address")
 	})
