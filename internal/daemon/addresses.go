@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"sync"
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
@@ -25,8 +26,12 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 	if c := f.mappingConfig(cfg); c != nil && f.maps() {
 		kernel = f.tables.NewMappings(c)
 	}
-	fixed, unknown := f.fixedByRules()
-	if err := f.knowAddresses(cfg, kernel, network.Owned(), func(a netip.Addr) bool { return unknown || fixed(a) }); err != nil {
+	rules := sync.OnceValues(f.fixedByRules) // it asks all rules, and few calls need it
+	mayBeFixed := func(a netip.Addr) bool {
+		fixed, unknown := rules()
+		return unknown || fixed(a)
+	}
+	if err := f.knowAddresses(cfg, kernel, network.Owned(), mayBeFixed); err != nil {
 		return nil, err
 	}
 	var errs []error
@@ -43,7 +48,10 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 	}
 	gone := make(map[cone.Addr]struct{})
 	for a := range f.known {
-		if !slices.Contains(now, a) && !fixed(a) {
+		if slices.Contains(now, a) {
+			continue
+		}
+		if fixed, _ := rules(); !fixed(a) {
 			gone[cone.AddrFrom(a)] = struct{}{}
 		}
 	}
@@ -53,7 +61,9 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 	for _, a := range now {
 		f.known[a] = struct{}{}
 	}
-	errs = append(errs, f.noteMasqueraded(cfg))
+	if kernel != nil {
+		errs = append(errs, f.noteMasqueraded(kernel, mayBeFixed))
+	}
 	if len(gone) == 0 {
 		return nil, errors.Join(errs...)
 	}
@@ -75,20 +85,14 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 // noteMasqueraded tells the kernel which addresses are lost if no link has them, for the time
 // when no daemon runs: those that no rule names. A mapping must not go on to them, but must to
 // others, as to those in a VRF, which the kernel would not find: fib asks the table local alone.
-func (f *firewall) noteMasqueraded(cfg config.Config) error {
-	c := f.mappingConfig(cfg)
-	if c == nil || !f.maps() {
-		return nil
-	}
+func (f *firewall) noteMasqueraded(kernel *elements.Mappings, mayBeFixed func(netip.Addr) bool) error {
 	var lost []netip.Addr
-	if fixed, unknown := f.fixedByRules(); !unknown && !f.withVRF {
-		for a := range f.known {
-			if a.Is4() && !fixed(a) {
-				lost = append(lost, a)
-			}
+	for a := range f.known {
+		if a.Is4() && !f.withVRF && !mayBeFixed(a) {
+			lost = append(lost, a)
 		}
 	}
-	return f.tables.NewMappings(c).SetMasqueraded(lost)
+	return kernel.SetMasqueraded(lost)
 }
 
 // fixedByRules returns a function that reports whether a rule of the user's translates sources
