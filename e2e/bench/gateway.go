@@ -27,10 +27,11 @@ type gateway struct {
 	daemon *lab.Daemon
 	ear    *ear
 	floods []*lab.Flood
-	turns  int // how many have begun
-	limit  int // of new flows in a turn
-	fresh  int // how many peers have been used
-	probed int // how many ports of latency probes have been used
+	turns  int    // how many have begun
+	limit  int    // of new flows in a turn
+	fresh  int    // how many peers have been used
+	probed int    // how many ports of latency probes have been used
+	tables string // conenatd's, loaded without it
 }
 
 // sink counts and drops what comes to a host, so that no socket has to be emptied. Packets to

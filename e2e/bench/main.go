@@ -46,6 +46,7 @@ var tables = []struct {
 	{"c", children},
 	{"d", latency},
 	{"e", starts},
+	{"h", parts},
 }
 
 // growthKey is the table that is calculated from others.

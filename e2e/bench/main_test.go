@@ -35,7 +35,7 @@ func TestBadFlagsAreNamed(t *testing.T) {
 		}
 	}
 	o, err := parse([]string{"-exe", self, "-sizes", "100,1"}, io.Discard)
-	if err != nil || !slices.Equal(o.sizes, []int{1, 100}) || o.tables != "abcdef" {
+	if err != nil || !slices.Equal(o.sizes, []int{1, 100}) || o.tables != "abcdehf" {
 		t.Errorf("%+v (%v)", o, err)
 	}
 }
@@ -96,5 +96,35 @@ func TestGatewaysAreRemovedAfterAnError(t *testing.T) {
 				t.Errorf("%s: %s is still there", name, g.name)
 			}
 		}
+	}
+}
+
+// Fails when a part is not in conenatd's tables any more, or more than the part is cut out.
+func TestPartsAreInTheTables(t *testing.T) {
+	text, err := os.ReadFile("../../internal/rules/testdata/tables/map_alone.nft")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range partsOf {
+		cut, err := p.cut(string(text))
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		for chain := range strings.FieldsSeq("way_back before_conntrack admit learn guard") {
+			gone := slices.Contains(strings.Fields(p.hook), chain)
+			if strings.Contains(cut, "\tchain "+chain+" {") == gone {
+				t.Errorf("%s: chain %s: want gone %v", p.name, chain, gone)
+			}
+		}
+		if p.name != allParts.name && strings.Count(cut, "\n") > strings.Count(string(text), "\n") {
+			t.Errorf("%s: nothing was cut", p.name)
+		}
+		if strings.Count(cut, "{") != strings.Count(cut, "}") {
+			t.Errorf("%s: a chain is cut in two:\n%s", p.name, cut)
+		}
+	}
+	if _, err := (part{name: "other", rules: []string{"@nowhere"}}).cut(string(text)); err == nil {
+		t.Error("a part that is not there was cut out")
 	}
 }

@@ -100,6 +100,11 @@ func (g *gateway) forget() error {
 			return err
 		}
 	}
+	if g.tables != "" {
+		if err := g.NFT("delete table inet conenat; delete table ip conenat;\n" + g.tables); err != nil {
+			return err
+		}
+	}
 	return g.Flush()
 }
 
