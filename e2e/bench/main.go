@@ -46,8 +46,12 @@ var tables = []struct {
 	{"c", children},
 	{"d", latency},
 	{"e", starts},
+	{flowtableKey, flowtables},
 	{"h", parts},
 }
+
+// flowtableKey is the table for kernels with flowtables alone.
+const flowtableKey = "g"
 
 // growthKey is the table that is calculated from others.
 const growthKey = "f"
@@ -120,9 +124,10 @@ func parse(args []string, log io.Writer) (*options, error) {
 		all += t.key
 	}
 	all += growthKey
+	usual := strings.ReplaceAll(all, flowtableKey, "")
 	f.StringVar(&o.exe, "exe", "bin/conenatd", "conenatd")
 	f.StringVar(&o.out, "out", "docs/results/bench.md", "`file` to write; charts go beside it")
-	f.StringVar(&o.tables, "tables", all, "`letters` of the tables to measure")
+	f.StringVar(&o.tables, "tables", usual, "`letters` of the tables to measure; "+flowtableKey+" needs a kernel with flowtables")
 	f.IntVar(&o.rounds, "rounds", 9, "quads A B B A for each arm; 6 are the least for a verdict")
 	sizes := f.String("sizes", "1,10000,100000", "`numbers` of permissions for tables a and c")
 	startFlows := f.String("start-flows", "10000,100000", "`numbers` of flows for table e")
