@@ -170,3 +170,44 @@ func TestLeanFlowWithAFakedSourceEarnsNothing(t *testing.T) {
 		t.Errorf("%d permissions in the map, want that of the other flow", n)
 	}
 }
+
+// quiet = true: the kernel reports no flow that can have no permission, whatever carries
+// permissions, and reports all of them while somebody else listens.
+//
+// Fails when the daemon does not keep the set quiet, and when it does not look for other
+// listeners.
+func TestQuietHidesWhatCanHaveNoPermission(t *testing.T) {
+	stage.InModes(t, [][]string{stage.Auto, stage.NFT, stage.Expect, {"--backend=nft", "--learn=false"}}, func(t *testing.T, mode ...string) {
+		s := newScene(t, lab.Options{})
+		s.Start(stage.Flags(mode, "--events=all", "--quiet")...)
+		until := func(quiet bool) {
+			t.Helper()
+			s.Until("quiet changes", func() bool { return s.Status().Events.Quiet == quiet })
+		}
+		until(true)
+		in, dns := s.InsideSocket(0, 5053), s.PeerSocket(lab.PeerA, 53)
+		before := s.Status().Events.Received
+		s.Contact(in, dns)
+		if n := s.Status().Events.Received - before; n != 0 {
+			t.Errorf("%d events of a flow to an excluded port, want none", n)
+		}
+		talker, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+		ext := s.Contact(talker, peer)
+		s.Stands(talker, peer, ext)
+		s.Arrives(talker, s.PeerSocket(lab.PeerA, 5070), ext)
+
+		w, err := ctwatch.Dial(ctwatch.Config{NetNS: s.Gateway.FD()})
+		s.Must(err)
+		until(false)
+		s.Contact(s.InsideSocket(0, 5054), dns)
+		var events [8]ctwatch.Event
+		n, err := w.Read(events[:])
+		s.Must(err)
+		if n != 1 || events[0].Kind != ctwatch.New || events[0].Flow.Src.Port != 5054 {
+			t.Errorf("events %+v", events[:n])
+		}
+		s.Must(w.Close())
+		until(true)
+		s.Verified()
+	})
+}

@@ -119,6 +119,10 @@ type Config struct {
 	// Events says which flows the kernel reports when they begin.
 	Events Events
 
+	// Quiet keeps the kernel from reporting flows that can have no permission, as long as no
+	// other program listens. Lean events imply it.
+	Quiet bool
+
 	// Guard drops new UDP packets from outside for which the gateway has no socket, before
 	// conntrack makes a flow of them.
 	Guard bool

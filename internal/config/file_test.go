@@ -38,6 +38,7 @@ max_children = 10
 learn = false
 learn_rate = 7
 events = "all"
+quiet = true
 guard = false
 table = "cone2"
 on_stop = "keep"
@@ -93,7 +94,7 @@ func everyConfig() Config {
 		MaxPermissionsPerHost:   50,
 		MaxChildren:             10,
 		LearnRate:               7,
-		Events:                  AllEvents,
+		Events:                  AllEvents, Quiet: true,
 
 		Table:         "cone2",
 		OnStop:        OnStopKeep,

@@ -43,7 +43,7 @@ func TestFlagsAndFileSayTheSame(t *testing.T) {
 		"--exclude-peer=203.0.113.0/24", "--exclude-peer=2001:db8::/32",
 		"--port-pool=30016-30031", "--port-pool=20000-29999", "--mapping-exempt=192.0.2.0/24", "--exclude-peer-port=53", "--exclude-port=5060", "--exclude-port=65535",
 		"--max-permissions=1000", "--max-permissions-per-subnet=500", "--max-permissions-per-host=50",
-		"--heal-flows", "--max-children=10", "--self", "--learn=false", "--learn-rate=7", "--events=all", "--guard=false", "--table=cone2", "--on-stop=keep", "--event-buffer=65536", "--control-socket=/run/c.sock", "--metrics-listen=127.0.0.1:9469", "--page=everywhere",
+		"--heal-flows", "--max-children=10", "--self", "--learn=false", "--learn-rate=7", "--events=all", "--quiet", "--guard=false", "--table=cone2", "--on-stop=keep", "--event-buffer=65536", "--control-socket=/run/c.sock", "--metrics-listen=127.0.0.1:9469", "--page=everywhere",
 		"--subnet=192.168.1.0/24", "--subnet=2001:db8:1::/64", "--subnet=lan0", "--subnet=auto",
 	)
 	if err != nil {
@@ -256,6 +256,7 @@ func TestEveryFlag(t *testing.T) {
 		"learn":                      {"", nil, func(c Config) any { return c.Learn }, true},
 		"learn-rate":                 {"7", nil, func(c Config) any { return c.LearnRate }, 7},
 		"events":                     {"lean", nil, func(c Config) any { return c.Events }, LeanEvents},
+		"quiet":                      {"", nil, func(c Config) any { return c.Quiet }, true},
 		"guard":                      {"", nil, func(c Config) any { return c.Guard }, true},
 		"table":                      {"cone2", nil, func(c Config) any { return c.Table }, "cone2"},
 		"on-stop":                    {"keep", nil, func(c Config) any { return c.OnStop }, OnStopKeep},

@@ -104,8 +104,11 @@ func WriteStatus(w io.Writer, s Status, verbose bool, now time.Time) error {
 	if l.Count > 0 && verbose {
 		line("latency", "p50 %s, p99 %s, max %s, from event to kernel", micros(l.P50), micros(l.P99), micros(l.Max))
 	}
-	if e.Mode == "lean" {
+	switch {
+	case e.Mode == "lean":
 		line("events", "lean: the kernel reports no new flow whose permission it learned, or that can have none")
+	case e.Quiet:
+		line("events", "quiet: the kernel reports no new flow that can have no permission")
 	}
 	more("events", "%d, %d filtered, %d malformed", e.Received, e.Filtered, e.Malformed)
 	some(e.Overruns, "overruns", "%d (buffer %d KiB)", e.Overruns, e.ReadBuffer>>10)

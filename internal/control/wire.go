@@ -270,7 +270,8 @@ type Conntrack struct {
 
 // Events counts the kernel's messages since the start.
 type Events struct {
-	Mode       string `json:"mode"` // which flows the kernel reports when they begin: "all" or "lean"
+	Mode       string `json:"mode"`  // which flows the kernel reports when they begin: "all" or "lean"
+	Quiet      bool   `json:"quiet"` // whether it hides flows that can have no permission
 	Received   uint64 `json:"received"`
 	Filtered   uint64 `json:"filtered"` // received, but not of interest
 	Malformed  uint64 `json:"malformed"`

@@ -136,6 +136,7 @@ type loop struct {
 	backends       backends      // in use; the engine has the same ones
 	rest           *elements.Map // to be adopted from, see leftSome; may be nil
 	missing        string        // which backend is missing and why
+	quiet          bool          // the kernel hides flows that can have no permission
 	network        gateway.Network
 	topology       cone.Topology        // of network
 	mayStrand      func(cone.Addr) bool // children with this outside address may have the wrong one

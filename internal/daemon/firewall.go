@@ -197,6 +197,9 @@ func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
 	d.Subnets, d.ZonedAddrs, d.InZone = prefixes(cfg.Subnets), f.zonedAddrs(), f.withoutMap(cfg)
 	d.Helpers, d.MaxChildren, d.Guard, d.Self = f.helpers, cfg.MaxChildren, cfg.Guard, cfg.Self
 	d.Helped, d.AutoHelpers = f.mayHelp(cfg)
+	if d.Quiet = cfg.Quiet; d.Quiet {
+		d.ExcludePeerPorts = cfg.ExcludePeerPorts
+	}
 	// If routing rules hide the way back, spoofed packets cannot be told from others: they are
 	// not dropped, but the kernel does not learn from doubtful ones.
 	var ours uint32 // mark bits that are never set when the way back is looked up

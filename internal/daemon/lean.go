@@ -30,12 +30,24 @@ const (
 )
 
 // lean says whether the kernel reports the flows whose permission it learned (events, ADR
-// 10). The reconcile owns it.
+// 10), and those that can have none. The reconcile owns it.
 type lean struct {
+	hidden
+	quiet hidden
+	pace  pace
+}
+
+// hidden says whether the kernel reports some flows.
+type hidden struct {
 	on   bool
 	told time.Duration // when the kernel was last told to hide them
-	pace pace
 }
+
+// due reports whether the kernel must be told (again) to hide them.
+func (h hidden) due(now time.Duration) bool { return !h.on || now-h.told >= leanRenew }
+
+// over reports whether the kernel reports them again, told or not.
+func (h hidden) over(now time.Duration) bool { return now-h.told > elements.LeanTimeout }
 
 // A pace tells whether the kernel learns many permissions.
 type pace struct {
@@ -96,8 +108,8 @@ func (r *reconciler) lookForListeners(ctx context.Context) {
 	}
 }
 
-// lookAtListeners lets the kernel hide flows whose permission it learned, or report all. It
-// hides none while another program listens to conntrack.
+// lookAtListeners lets the kernel hide flows whose permission it learned, and those that can
+// have none, or report all. It hides none while another program listens to conntrack.
 func (r *reconciler) lookAtListeners() error {
 	var cfg config.Config
 	var unseen time.Duration
@@ -110,19 +122,43 @@ func (r *reconciler) lookAtListeners() error {
 	}
 	wanted, err := r.wantsLean(cfg)
 	wanted = wanted && unseen < cfg.Lifetime/2 // else the table was not read in time
-	if wanted {
-		var others int
-		others, err = r.events.OtherListeners()
-		wanted = err == nil && others == 0
+	quiet := (wanted || cfg.Quiet) && r.firewall.tables != nil
+	if quiet {
+		others, unread := r.events.OtherListeners()
+		err = errors.Join(err, unread)
+		quiet = unread == nil && others == 0
 	}
+	wanted = wanted && quiet
+	err = errors.Join(err, r.beQuiet(quiet))
 	switch {
-	case wanted && (!r.lean.on || r.now()-r.lean.told >= leanRenew):
-		return r.hideLearned()
+	case wanted && r.lean.due(r.now()):
+		err = errors.Join(err, r.hideLearned())
 	case !wanted && r.lean.on:
 		r.wantReconcile()
 		err = errors.Join(err, r.hideNothing())
 	}
 	return err
+}
+
+// beQuiet lets the kernel hide flows that can have no permission, or report them. No dump needs
+// these reports.
+func (r *reconciler) beQuiet(quiet bool) error {
+	q, now := &r.lean.quiet, r.now()
+	if quiet == q.on && (!quiet || !q.due(now)) {
+		return nil
+	}
+	s := r.firewall.tables.NewQuiet()
+	if quiet {
+		q.told = now
+		if err := s.On(); err != nil {
+			return err
+		}
+	} else if err := s.Off(); err != nil && !q.over(now) {
+		return err
+	}
+	q.on = quiet
+	r.ask(func(l *loop) { l.quiet = quiet })
+	return nil
 }
 
 // wantsLean reports whether the kernel should hide flows, if nobody else listens.
@@ -159,7 +195,7 @@ func (r *reconciler) hideNothing() error {
 	if !r.lean.on {
 		return nil
 	}
-	if err := r.firewall.tables.NewLean().Off(); err != nil && r.now()-r.lean.told <= elements.LeanTimeout {
+	if err := r.firewall.tables.NewLean().Off(); err != nil && !r.lean.over(r.now()) {
 		return err // until it is over by itself
 	}
 	r.lean.on = false

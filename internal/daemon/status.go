@@ -38,6 +38,7 @@ func (s source) Status() control.Status {
 		if st.Events.Mode = string(config.AllEvents); l.engine.Model.Lean() {
 			st.Events.Mode = string(config.LeanEvents)
 		}
+		st.Events.Quiet = l.quiet
 		st.Lifetime = l.cfg.Lifetime.Seconds()
 		for _, n := range l.cfg.Subnets {
 			st.Subnets = append(st.Subnets, l.subnet(n))

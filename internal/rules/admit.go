@@ -235,12 +235,15 @@ func (l *layout) learn(d Desired, kinds []kind) {
 		l.rule(learn, "a source may be spoofed", l.isUnsure(), accept)
 	}
 	l.rule(learn, "", ctReplyIPSaddr.in(l.noPeers), accept)
-	end := accept
-	if c.Lean {
-		end = goTo(l.lean())
+	learned, excluded := accept, accept
+	if d.leans() {
+		learned = goTo(l.lean())
 	}
-	l.rule(learn, "", isUDP, ctReplyProtoSrc.in(peerPorts), end)
-	l.rule(learn, "", isUDP, ctReplyProtoDst.in(ports), end)
+	if d.quiet() {
+		excluded = goTo(l.nobodyAsks())
+	}
+	l.rule(learn, "", isUDP, ctReplyProtoSrc.in(peerPorts), excluded)
+	l.rule(learn, "", isUDP, ctReplyProtoDst.in(ports), excluded)
 	// A sender without an answer must not use up the learning rate of its host, but must be
 	// learned again after its permission has expired.
 	repeaters := l.set(repeatersSet, permissionKey...)
@@ -286,7 +289,7 @@ func (l *layout) learn(d Desired, kinds []kind) {
 			deleteFrom(marks, elem{key: key, data: &ctMark}))
 	}
 	add(passed, accept) // the daemon must know: the previous host may use other flows
-	add(learn, end)
+	add(learn, learned)
 }
 
 // sampled is one in how many later packets of an unanswered flow learn looks at. That is

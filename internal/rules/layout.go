@@ -149,7 +149,7 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 	}
 	ls := []*layout{inet}
 	sources := d.unsureSources()
-	if d.Map != nil || d.Mapping != nil || len(sources) > 0 {
+	if d.Map != nil || d.Mapping != nil || len(sources) > 0 || d.Quiet {
 		ip := newLayout(name, nftables.TableFamilyIPv4, d.outside4())
 		switch {
 		case len(d.ZonedAddrs) == 0:
@@ -174,6 +174,9 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 		}
 		if d.Mapping != nil {
 			ip.mapping(d)
+		}
+		if d.Quiet && !d.learns() {
+			ip.quiet(d)
 		}
 		ls = append(ls, ip)
 	}

@@ -12,25 +12,53 @@ import (
 // and then they would bring back the report of the flow.
 const eventsLater = eventDestroy | eventReply | eventAssured
 
-// lean returns the chain that keeps the kernel from reporting a UDP flow while the daemon
-// wants that. It finds flows in its dumps.
+// quiet reports whether rules can hide flows that can have no permission.
+func (d *Desired) quiet() bool { return d.Quiet || d.leans() }
+
+// leans reports whether rules can hide flows whose permission the kernel learned.
+func (d *Desired) leans() bool { return d.learns() && d.Map.Lean }
+
+func (d *Desired) learns() bool { return d.Map != nil && d.Map.Learn }
+
+// lean returns the chain that keeps the kernel from reporting a UDP flow whose permission it
+// learned, while the daemon wants that. It finds flows in its dumps.
 func (l *layout) lean() *nftables.Chain {
 	c := l.regular("not_reported")
-	l.rule(c, "the daemon finds it in a dump", l.isLean(), hideBeginning())
+	l.rule(c, "the daemon finds it in a dump", l.isHidden(elements.LeanSet), hideBeginning())
 	return c
 }
 
-// leanTCP adds a rule that does the same for TCP flows, which the daemon ignores. c is a NAT
-// chain, which sees only first packets.
-func (l *layout) leanTCP(c *nftables.Chain) {
-	l.rule(c, "nobody needs to know", isTCP, l.isLean(), hideBeginning())
+// nobodyAsks returns the chain that does the same for a UDP flow that can have no permission.
+func (l *layout) nobodyAsks() *nftables.Chain {
+	c := l.regular("of_no_interest")
+	l.rule(c, "nobody needs to know", l.isHidden(elements.QuietSet), hideBeginning())
+	return c
 }
 
-// isLean matches packets of the protocols whose flows are hidden now.
-func (l *layout) isLean() exprs {
-	on := l.named(elements.LeanSet)
+// quietTCP adds a rule that does the same for TCP flows, which the daemon ignores. c is a NAT
+// chain, which sees only first packets.
+func (l *layout) quietTCP(c *nftables.Chain) {
+	l.rule(c, "nobody needs to know", isTCP, l.isHidden(elements.QuietSet), hideBeginning())
+}
+
+// quiet hides what can have no permission where the kernel learns none, and the chain learn is
+// missing. With mappings, the daemon must hear of all UDP flows.
+func (l *layout) quiet(d Desired) {
+	c := l.chain("quiet", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, sourcePriority)
+	l.quietTCP(c)
+	if d.Mapping != nil {
+		return
+	}
+	ports := l.set(excludedPeerSet, nftables.TypeInetService)
+	ports.setPorts(d.ExcludePeerPorts)
+	l.rule(c, "nobody needs to know", isUDP, l.isHidden(elements.QuietSet), ctReplyProtoSrc.in(ports), hideBeginning())
+}
+
+// isHidden matches packets of the protocols whose flows are hidden now.
+func (l *layout) isHidden(name string) exprs {
+	on := l.named(name)
 	if on == nil {
-		on = l.set(elements.LeanSet, nftables.TypeInetProto)
+		on = l.set(name, nftables.TypeInetProto)
 		on.HasTimeout, on.free = true, true
 	}
 	return metaL4proto.in(on)

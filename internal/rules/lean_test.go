@@ -69,8 +69,7 @@ func (r reporter) tells(kind ctwatch.Kind, ports ...uint16) {
 }
 
 // While Lean is on the kernel does not report the beginning of a flow whose permission it
-// learned, nor of one to an excluded port, but still their ends, and the beginning of other
-// flows.
+// learned, but still its end, and the beginning of other flows.
 //
 // Fails without the chain not_reported; when other flows reach it; and when it hides the end
 // of a flow.
@@ -87,11 +86,9 @@ func TestLeanHidesWhatTheKernelLearned(t *testing.T) {
 	check(t, lean.On())
 	q := g.contact(g.inside(5061), peer)
 	r.tells(ctwatch.New)
-	g.contact(g.inside(5062), g.peer(lab.PeerA, 53)) // an excluded port
-	g.contact(g.inside(5066), peer)                  // an excluded outside port
-	r.tells(ctwatch.New)
+	g.contact(g.inside(5062), g.peer(lab.PeerA, 53))   // an excluded port
 	g.contact(g.inside(5063), g.peer(lab.PeerB, 5060)) // an excluded peer
-	r.tells(ctwatch.New, 5063)
+	r.tells(ctwatch.New, 5062, 5063)
 	g.holds(p, q)
 
 	output(t, g.Lab, "conntrack", "-D", "-p", "udp", "--orig-port-src", "5061")
@@ -149,37 +146,80 @@ func TestLeanReportsWhatFindsNoRoom(t *testing.T) {
 	g.holds(p)
 }
 
-// Nobody needs to hear of TCP flows while only conenatd listens.
+// Nobody needs to hear of flows that can have no permission while only conenatd listens.
 //
-// Fails without the rule for TCP in the chain way_back, and when it does not look at the set.
-func TestLeanHidesTCP(t *testing.T) {
-	g := newGate(t, lab.Options{}, leaning)
-	events := listenForEvents(t, g.Lab)
-	lean := g.tables.NewLean()
-	connect := func() int {
-		t.Helper()
-		check(t, g.Inside(0).Do(func() error {
-			c, err := net.DialTimeout("tcp", netip.AddrPortFrom(lab.PeerA, 5060).String(), time.Minute)
-			if err == nil {
-				c.Close()
-				return errors.New("somebody listens")
+// Fails without the rules for TCP and for excluded ports, in the chain learn or in the chain
+// quiet, when they do not look at the set, and when they hide other UDP flows.
+func TestQuietHidesWhatCanHaveNoPermission(t *testing.T) {
+	asked, byEvent, none := leaning, learning, learning
+	asked.Quiet, byEvent.Quiet, none.Quiet = true, true, true
+	m := *learning.Map
+	m.Learn = false
+	byEvent.Map, byEvent.ExcludePeerPorts = &m, m.ExcludePeerPorts
+	none.Map, none.ExcludePeerPorts = nil, m.ExcludePeerPorts
+	for name, test := range map[string]struct {
+		d    rules.Desired
+		port uint16 // an excluded outside port, or 0
+	}{"lean": {leaning, 5066}, "learns": {asked, 5066}, "by event": {byEvent, 0}, "no map": {none, 0}} {
+		t.Run(name, func(t *testing.T) {
+			l := lab.ForTest(t, lab.Options{})
+			tables := open(t, l)
+			set(t, tables, test.d)
+			r := newReporter(t, l)
+			quiet := tables.NewQuiet()
+			// udp begins flows from port to 5060, from port+1 to an excluded peer port, and from
+			// an excluded outside port.
+			udp := func(port uint16) {
+				t.Helper()
+				for from, to := range map[uint16]uint16{port: 5060, port + 1: 53, test.port: 5060} {
+					if from == 0 {
+						continue
+					}
+					in, peer := listen(t, l.Inside(0), l.Inside(0).Addr, from), listen(t, l.Outside, lab.PeerA, to)
+					_, err := in.Contact(peer)
+					check(t, errors.Join(err, in.Close(), peer.Close()))
+				}
 			}
-			if !errors.Is(err, unix.ECONNREFUSED) {
-				return err
+			events := listenForEvents(t, l)
+			tcp := func() int {
+				t.Helper()
+				events.empty()
+				check(t, l.Inside(0).Do(func() error {
+					c, err := net.DialTimeout("tcp", netip.AddrPortFrom(lab.PeerA, 5060).String(), time.Minute)
+					if err == nil {
+						c.Close()
+						return errors.New("somebody listens")
+					}
+					if !errors.Is(err, unix.ECONNREFUSED) {
+						return err
+					}
+					return nil
+				}))
+				return events.empty()
 			}
-			return nil
-		}))
-		return events.empty()
-	}
-	if n := connect(); n != 1 {
-		t.Errorf("%d reports of a connection, want 1", n)
-	}
-	check(t, lean.On())
-	if n := connect(); n != 0 {
-		t.Errorf("%d reports of a connection while they are hidden", n)
-	}
-	check(t, lean.Off())
-	if n := connect(); n != 1 {
-		t.Errorf("%d reports of a connection afterwards, want 1", n)
+			all := func(port uint16) (ports []uint16) {
+				if test.port != 0 {
+					ports = append(ports, test.port)
+				}
+				return slices.Sorted(slices.Values(append(ports, port, port+1)))
+			}
+			for _, hide := range []bool{false, true, false} {
+				port := uint16(5000)
+				reported, connections := all(port), 1
+				if hide {
+					check(t, quiet.On())
+					check(t, quiet.On())
+					reported, connections = []uint16{port}, 0
+				} else {
+					check(t, quiet.Off())
+				}
+				udp(port)
+				r.tells(ctwatch.New, reported...)
+				if n := tcp(); n != connections {
+					t.Errorf("hidden %v: %d reports of a connection, want %d", hide, n, connections)
+				}
+				check(t, l.Flush())
+			}
+		})
 	}
 }

@@ -31,6 +31,10 @@ type Desired struct {
 	Subnets []netip.Prefix
 	// Guard drops new UDP packets to the gateway for which it has no socket.
 	Guard bool
+	// Quiet lets Tables.NewQuiet keep the kernel from reporting IPv4 flows that can have no
+	// permission: TCP, and UDP to ExcludePeerPorts. A map that leans does so, too.
+	Quiet            bool
+	ExcludePeerPorts []uint16
 	// Spoofed drops forwarded UDP packets from outside whose source is in Subnets, if the
 	// way back to the source is not an outside link. It must not be set where the way back
 	// depends on something that only the answers have, such as a mark.

@@ -33,8 +33,11 @@ func mappedOf(d *Desired) (m elements.MappingsConfig) {
 // NewUnsure returns the flows whose source may be spoofed.
 func (t *Tables) NewUnsure() *elements.Unsure { return elements.NewUnsure(t.w.Writer) }
 
-// NewLean returns the switch between reports of all flows and of some.
-func (t *Tables) NewLean() *elements.Lean { return elements.NewLean(t.w.Writer) }
+// NewLean returns the switch for reports of flows whose permission the kernel learned.
+func (t *Tables) NewLean() *elements.Hidden { return elements.NewLean(t.w.Writer) }
+
+// NewQuiet returns the switch for reports of flows that can have no permission.
+func (t *Tables) NewQuiet() *elements.Hidden { return elements.NewQuiet(t.w.Writer) }
 
 // NewAlive returns the daemon's sign of life.
 func (t *Tables) NewAlive() *elements.Alive { return elements.NewAlive(t.w.Writer) }

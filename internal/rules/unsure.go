@@ -46,8 +46,8 @@ func (l *layout) unsure(d Desired, sources []netip.Prefix) {
 	inside.Interval, inside.elements = true, intervals(sources)
 	from := l.fromInside(d, ipFamilies[0], elements.UnsureSet, nil)
 	c := l.chain("way_back", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, sourcePriority)
-	if d.Map != nil && d.Map.Lean {
-		l.leanTCP(c)
+	if d.learns() && d.quiet() {
+		l.quietTCP(c)
 	}
 	l.rule(c, "", isUDP, ipSaddr.in(inside), goTo(from))
 }

@@ -9,25 +9,29 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// Lean says whether the kernel reports flows that the daemon need not hear of: those whose
-// permission it learned, and those that can have none. Rules look up the protocol of a flow
-// in its set. It is not safe for concurrent use.
-type Lean struct{ protocolSet }
+// Hidden says whether the kernel reports some flows that the daemon need not hear of. Rules
+// look up the protocol of a flow in its set. It is not safe for concurrent use.
+type Hidden struct{ protocolSet }
 
-// NewLean returns the Lean of the tables of w.
-func NewLean(w *Writer) *Lean {
-	l := &Lean{protocolSet{name: LeanSet, protocols: []byte{unix.IPPROTO_UDP, unix.IPPROTO_TCP}}}
-	l.begin(w)
-	return l
+// NewLean returns the switch for UDP flows whose permission the kernel learned.
+func NewLean(w *Writer) *Hidden { return newHidden(w, LeanSet, unix.IPPROTO_UDP) }
+
+// NewQuiet returns the switch for flows that can have no permission.
+func NewQuiet(w *Writer) *Hidden { return newHidden(w, QuietSet, unix.IPPROTO_UDP, unix.IPPROTO_TCP) }
+
+func newHidden(w *Writer, name string, protocols ...byte) *Hidden {
+	h := &Hidden{protocolSet{name: name, protocols: protocols}}
+	h.begin(w)
+	return h
 }
 
 // On keeps the kernel from reporting such flows, for LeanTimeout.
-func (l *Lean) On() error { return l.renew(LeanTimeout) }
+func (h *Hidden) On() error { return h.renew(LeanTimeout) }
 
-// Off lets the kernel report all flows.
-func (l *Lean) Off() error {
-	if err := l.send(LeanTimeout, unix.NFT_MSG_DELSETELEM); err != nil && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("delete element of set %s: %w", LeanSet, nfnl.Permitted(err))
+// Off lets the kernel report all of them.
+func (h *Hidden) Off() error {
+	if err := h.send(LeanTimeout, unix.NFT_MSG_DELSETELEM); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("delete element of set %s: %w", h.name, nfnl.Permitted(err))
 	}
 	return nil
 }

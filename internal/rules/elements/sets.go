@@ -37,9 +37,11 @@ const (
 	// IPv6; it is in the table of family inet.
 	UnsureSet  = "unsure"
 	Unsure6Set = "unsure6"
-	// LeanSet has UDP and TCP while the kernel does not report new flows whose permission it
-	// learned, or that can have none.
+	// LeanSet has UDP while the kernel does not report new flows whose permission it learned.
 	LeanSet = "lean"
+	// QuietSet has UDP and TCP while the kernel does not report new flows that can have no
+	// permission.
+	QuietSet = "quiet"
 	// AliveSet has UDP while the daemon has given a sign of life lately.
 	AliveSet = "alive"
 	// RevokedSet has the permissions that the user revoked. It is in the table of family
@@ -85,7 +87,7 @@ const (
 	// FullSize limits FullSet. The kernel learns again for a host after fullTimeout.
 	FullSize    = 1 << 12
 	fullTimeout = time.Minute
-	// LeanTimeout is how long the kernel does not report flows after the last Lean.On: not
+	// LeanTimeout is how long the kernel does not report flows after the last Hidden.On: not
 	// for long if the daemon dies.
 	LeanTimeout = 15 * time.Second
 	// AliveTimeout is how long a sign of life lasts at least: long enough for an upgrade or a
