@@ -11,7 +11,7 @@ import (
 // Fails when either does not depend on SetAdopting.
 func TestWhilePermissionsAreAdopted(t *testing.T) {
 	for adopting, want := range map[bool]struct{ flow, child []OpKind }{
-		true:  {[]OpKind{Grant, Refresh}, nil},
+		true:  {[]OpKind{Grant, Renew}, nil},
 		false: {[]OpKind{Grant}, []OpKind{DropUnanswered}},
 	} {
 		d := newDesk(t, nil)

@@ -22,7 +22,7 @@ func (m *Model) SetTopology(now time.Duration, t Topology) (misjudged bool) {
 	m.topo = compileTopology(t)
 	m.policy.own = m.policy.ownOf(m.topo.local)
 	m.strays = strays{flows: m.strays.flows}
-	misjudged = m.unplaced && !old.peers.equal(m.topo.peers) ||
+	misjudged = m.unplaced && !old.outsideLinks.equal(m.topo.outsideLinks) ||
 		m.topo.doubtful && (!old.doubtful || !maps.Equal(old.uplinks, m.topo.uplinks))
 	for a, until := range old.lost {
 		if _, back := m.topo.local[a]; !back && now < until {
@@ -80,9 +80,9 @@ func (m *Model) SetForwards(now time.Duration, f func(Permission) Forwarding, co
 // BeginForwards is SetForwards for decisions from now on. ReviewForwards applies it to what
 // stands already.
 func (m *Model) BeginForwards(now time.Duration, f func(Permission) Forwarding, complete bool) {
-	m.interim.changeForwards(now, m.ruled)
-	m.ruled, m.unread = f, !complete
-	m.explainShown()
+	m.older.changeForwards(now, m.forwards)
+	m.forwards, m.forwardsUnknown = f, !complete
+	m.explainForwards()
 }
 
 // ReviewForwards decides again, by the present forwards, what carries the n claims from at
@@ -107,7 +107,7 @@ func (m *Model) SetPolicy(now time.Duration, p Policy) {
 	learns := !m.policy.Learned && p.Learned
 	sameMapping := func(a, b Subnet) bool { return a.Prefix == b.Prefix && a.Mapping == b.Mapping }
 	if !slices.EqualFunc(m.policy.Subnets, p.Subnets, sameMapping) {
-		m.last.recent, m.last.different = 0, 0 // they were of the former mapping
+		m.last.recent, m.last.different = 0, 0 // they were of the old mapping
 	}
 	m.policy = compilePolicy(p, m.topo.local)
 	m.wheel = newWheel(&m.claims, p.Lifetime)
@@ -120,17 +120,17 @@ func (m *Model) SetPolicy(now time.Duration, p Policy) {
 		if c.state == stateUnused {
 			continue
 		}
-		c.subnet, c.self = m.policy.index(c.Int.Addr.Netip()), m.policy.isOwn(c.Int.Addr)
-		m.account(int32(i))
+		c.subnet, c.ownAddress = m.policy.index(c.Int.Addr.Netip()), m.policy.isOwn(c.Int.Addr)
+		m.updateScopes(int32(i))
 		m.countCarried(c, 1)
 		switch c.state {
 		case StateStanding:
-			c.refresh = min(c.refresh, now+p.Lifetime/2)
+			c.renewal = min(c.renewal, now+p.Lifetime/2)
 			c.adopted = c.adopted && sameLifetime
 			if shorter { // what is in the kernel must not outlive the new lifetime
-				c.refresh = now
+				c.renewal = now
 			}
-			m.wheel.schedule(int32(i), min(c.refresh, c.fed+p.Lifetime))
+			m.wheel.schedule(int32(i), min(c.renewal, c.refreshed+p.Lifetime))
 		case StateRefused:
 			if learns { // if it is refused again, it is denied
 				c.retry = now
@@ -138,22 +138,22 @@ func (m *Model) SetPolicy(now time.Duration, p Policy) {
 			m.wheel.schedule(int32(i), c.retry)
 		}
 	}
-	var wider []fedPermission
+	var wider []timedPermission
 	m.endWhere(now, ReasonPolicy, func(c *claim) bool {
-		asked := c.outs > 0
+		asked := c.outFlows > 0
 		if m.allowed(c) {
 			return false
 		}
 		if asked && c.isRevoked() {
 			m.noteRevoked(now, revocation{c.Key, c.Int}, nil)
 		}
-		if x, ok := m.goesOn(c); ok {
+		if x, ok := m.replacement(c); ok {
 			wider = append(wider, x)
 		}
 		return true
 	})
 	for _, x := range wider {
-		m.carryOn(now, x)
+		m.grantReplacement(now, x)
 	}
 	m.reconsiderAll(now)
 	if !learns {
@@ -176,7 +176,7 @@ func (m *Model) allowed(c *claim) bool {
 	if m.widened(c).Key != c.Key {
 		return false // the policy makes another permission of it now
 	}
-	had := c.outs > 0
+	had := c.outFlows > 0
 	for f := c.flows; f != none; {
 		fl := &m.flows.all[f]
 		next := fl.next
@@ -187,10 +187,10 @@ func (m *Model) allowed(c *claim) bool {
 		}
 		f = next
 	}
-	if had && c.outs == 0 {
+	if had && c.outFlows == 0 {
 		return false
 	}
-	if c.Wild > 0 {
+	if c.HostBits > 0 {
 		return !m.policy.ports.has(c.Ext.Port)
 	}
 	// Port 1 stands for any port: the ports of the flows were checked above.
@@ -204,30 +204,30 @@ func (m *Model) allowed(c *claim) bool {
 }
 
 // A fedPermission is a permission with the time of its last traffic from inside.
-type fedPermission struct {
+type timedPermission struct {
 	Permission
-	fed time.Duration
+	refreshed time.Duration
 }
 
 // widened returns the permission that the policy now makes of c. If c is for several peers,
 // the first one counts.
-func (m *Model) widened(c *claim) fedPermission {
-	x := fedPermission{c.Permission, c.fed}
-	x.Wild = 0
+func (m *Model) widened(c *claim) timedPermission {
+	x := timedPermission{c.Permission, c.refreshed}
+	x.HostBits = 0
 	m.policy.widen(&x.Permission)
 	return x
 }
 
-// goesOn returns the permission for more peers that replaces c, which the policy ends. ok
+// replacement returns the permission for more peers that replaces c, which the policy ends. ok
 // is false if there is none, or if the policy gives none for the contacts of c.
-func (m *Model) goesOn(c *claim) (x fedPermission, ok bool) {
-	if x = m.widened(c); c.state != StateStanding || x.Wild <= c.Wild {
+func (m *Model) replacement(c *claim) (x timedPermission, ok bool) {
+	if x = m.widened(c); c.state != StateStanding || x.HostBits <= c.HostBits {
 		return x, false
 	}
-	if c.Wild == 0 && m.policy.refusesEndpoint(c.Ext, Endpoint{c.Peer, 1}, &m.topo) != ReasonNone {
+	if c.HostBits == 0 && m.policy.refusesEndpoint(c.Ext, Endpoint{c.Peer, 1}, &m.topo) != ReasonNone {
 		return x, false
 	}
-	ok = c.outs == 0
+	ok = c.outFlows == 0
 	for f := c.flows; f != none && !ok; f = m.flows.all[f].next {
 		fl := &m.flows.all[f]
 		ok = !fl.child && !m.policy.peerPorts.has(fl.port)
@@ -235,25 +235,25 @@ func (m *Model) goesOn(c *claim) (x fedPermission, ok bool) {
 	return x, ok
 }
 
-// carryOn grants x, which replaces a narrower permission that just ended, for that one's
+// grantReplacement grants x, which replaces a narrower permission that just ended, for that one's
 // remaining lifetime. If x.Int has a claim on x.Key already, it only extends that claim.
-func (m *Model) carryOn(now time.Duration, x fedPermission) {
+func (m *Model) grantReplacement(now time.Duration, x timedPermission) {
 	if o := m.owner(x.Key); o != none {
 		if c := &m.claims[o]; c.Int == x.Int {
-			c.fed = max(c.fed, x.fed)
+			c.refreshed = max(c.refreshed, x.refreshed)
 		}
 		return
 	}
-	i := m.claim(x.Permission, x.fed)
+	i := m.claim(x.Permission, x.refreshed)
 	if m.allowed(&m.claims[i]) {
 		m.grant(now, i)
 	}
-	m.settle(now, i)
+	m.flowsChanged(now, i)
 }
 
 // supports reports whether a contact, maybe with another peer, gives c.
 func (m *Model) supports(contact *Permission, c *claim) bool {
-	if c.Wild > 0 {
+	if c.HostBits > 0 {
 		return true
 	}
 	first, n := m.policy.expand(contact)
@@ -281,7 +281,7 @@ func (m *Model) Adopt(now time.Duration, p Permission, by Carriers, ends time.Du
 			return
 		}
 		if c.adopted { // by another carrier
-			c.fed = min(c.fed, ends-m.policy.Lifetime)
+			c.refreshed = min(c.refreshed, ends-m.policy.Lifetime)
 		}
 		if c.placed.By&by == 0 {
 			m.op(Op{Kind: Revoke, Permission: p, By: by, Reason: c.placed.Why})
@@ -292,15 +292,15 @@ func (m *Model) Adopt(now time.Duration, p Permission, by Carriers, ends time.Du
 	c := &m.claims[i]
 	m.setState(i, StateStanding, ReasonNone)
 	m.setPlacement(i, Placement{By: by})
-	c.made, c.certain = now, true
-	c.refresh = now
+	c.made, c.confirmed = now, true
+	c.renewal = now
 	c.adopted = ends <= now+m.policy.Lifetime // else the lifetime was longer
-	m.wheel.schedule(i, min(c.refresh, c.fed+m.policy.Lifetime))
+	m.wheel.schedule(i, min(c.renewal, c.refreshed+m.policy.Lifetime))
 	if !m.allowed(c) {
-		x, ok := m.goesOn(c)
+		x, ok := m.replacement(c)
 		m.end(now, i, ReasonPolicy)
 		if _, revoked := m.revoked.at[revocation{Key: x.Key}]; ok && !revoked {
-			m.carryOn(now, x)
+			m.grantReplacement(now, x)
 		}
 		return
 	}
@@ -331,7 +331,7 @@ func (m *Model) Revoke(now time.Duration, f func(Permission) bool) (n int) {
 			m.grant(now, o)
 		}
 		m.keepDenied(now, i)
-		m.settle(now, i)
+		m.flowsChanged(now, i)
 	}
 	return n
 }

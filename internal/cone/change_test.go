@@ -98,7 +98,7 @@ func TestDoubtRefreshesWhatStands(t *testing.T) {
 	d.open(0, "10.47.11.109:1", "203.0.113.5:9")
 	k := d.view("10.47.11.109:1").Key
 	d.m.Recheck(k)
-	d.wantOps("it stands", d.carry(), Refresh)
+	d.wantOps("it stands", d.carry(), Renew)
 	d.m.Recheck(Key{Ext: k.Ext, Peer: ep("203.0.113.6:1").Addr})
 	d.wantOps("there is none", d.carry())
 	d.m.Revoke(0, func(Permission) bool { return true })
@@ -112,12 +112,12 @@ func TestDoubtAboutAGroup(t *testing.T) {
 	d := newDesk(t, wildPolicy)
 	d.open(0, "10.47.11.109:1", "203.0.113.6:9")
 	k := d.view("10.47.11.109:1").Key
-	if k.Wild == 0 {
+	if k.HostBits == 0 {
 		t.Fatal(k)
 	}
-	k.Wild = 0
+	k.HostBits = 0
 	d.m.Recheck(k)
-	d.wantOps("it stands", d.carry(), Refresh)
+	d.wantOps("it stands", d.carry(), Renew)
 }
 
 // A shorter lifetime must reach the kernel at once, and is kept by the wheel.
@@ -128,8 +128,8 @@ func TestLifetimeChange(t *testing.T) {
 	p.Lifetime = lifetime / 8
 	d.m.SetPolicy(0, p)
 	d.m.Tick(lifetime/64, 10)
-	if kinds := d.carry(); !slices.Equal(kinds, []OpKind{Refresh}) {
-		t.Errorf("ops %v, want a refresh", kinds)
+	if kinds := d.carry(); !slices.Equal(kinds, []OpKind{Renew}) {
+		t.Errorf("ops %v, want a renewal", kinds)
 	}
 	d.gone(lifetime/32, f)
 	d.m.Tick(lifetime/4, 10)
@@ -274,7 +274,7 @@ func TestAdoptedPermissionEndsAsItWouldHaveUnlessAFlowHoldsIt(t *testing.T) {
 	d.m.Tick(lifetime/64, 10)
 	d.wantOps("adopted", d.carry())
 	d.open(lifetime/64, "10.47.11.109:1", "203.0.113.5:9")
-	if !slices.ContainsFunc(d.ops, func(o Op) bool { return o.Kind == Refresh && o.Int == held.Int }) {
+	if !slices.ContainsFunc(d.ops, func(o Op) bool { return o.Kind == Renew && o.Int == held.Int }) {
 		t.Error("it was not renewed at once")
 	}
 	for now := lifetime / 32; now <= lifetime/2; now += lifetime / 64 {
@@ -282,7 +282,7 @@ func TestAdoptedPermissionEndsAsItWouldHaveUnlessAFlowHoldsIt(t *testing.T) {
 		d.carry()
 	}
 	d.want("10.47.11.109:1")
-	if slices.ContainsFunc(d.ops, func(o Op) bool { return o.Kind == Refresh && o.Int == lone.Int }) {
+	if slices.ContainsFunc(d.ops, func(o Op) bool { return o.Kind == Renew && o.Int == lone.Int }) {
 		t.Error("it was renewed without traffic from inside")
 	}
 }
@@ -294,7 +294,7 @@ func TestWhatIsAsOldAsTheLastWriteRenewsNothing(t *testing.T) {
 		seen time.Duration // after the last write
 		want []OpKind
 	}{
-		"at that time": {0, nil}, "a second later": {time.Second, nil}, "later": {3 * time.Second, []OpKind{Refresh}},
+		"at that time": {0, nil}, "a second later": {time.Second, nil}, "later": {3 * time.Second, []OpKind{Renew}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := newDesk(t, nil)
@@ -302,7 +302,7 @@ func TestWhatIsAsOldAsTheLastWriteRenewsNothing(t *testing.T) {
 			d.up[p.Key] = p.Int
 			d.m.Adopt(lifetime, p, ByExpectation, lifetime*3/2)
 			d.carry()
-			d.m.feed(lifetime, d.m.find(p.Key, p.Int), lifetime/2+tc.seen)
+			d.m.refresh(lifetime, d.m.find(p.Key, p.Int), lifetime/2+tc.seen)
 			d.m.Tick(lifetime+lifetime/64, 10)
 			d.wantOps("ops", d.carry(), tc.want...)
 		})

@@ -87,7 +87,7 @@ func (x *earlyIndex) drop(i int32) {
 // seeEarly handles a flow from outside that ends on the gateway.
 func (m *Model) seeEarly(f *Flow, p Permission) {
 	k := exact(p.Key, f.Src.Addr)
-	if m.stands(k) {
+	if m.admits(k) {
 		p.Key = k
 		m.dropEarly(p, f.Src.Port, f.OrigZone, f.ID)
 		return
@@ -97,23 +97,23 @@ func (m *Model) seeEarly(f *Flow, p Permission) {
 
 // exact returns k for a single peer.
 func exact(k Key, peer Addr) Key {
-	k.Peer, k.Wild = peer, 0
+	k.Peer, k.HostBits = peer, 0
 	return k
 }
 
-// stands reports whether a permission that the kernel has confirmed lets the peer of k in:
+// admits reports whether a permission that the kernel has confirmed lets the peer of k in:
 // its own permission, or that of its group or of everybody.
-func (m *Model) stands(k Key) bool {
-	certain := func(wild uint8) bool {
+func (m *Model) admits(k Key) bool {
+	confirmed := func(hostBits uint8) bool {
 		k := k
-		k.Peer, k.Wild = k.Peer.WithoutLow(wild), wild
+		k.Peer, k.HostBits = k.Peer.WithoutLow(hostBits), hostBits
 		o := m.owner(k)
-		return o != none && m.claims[o].state == StateStanding && m.claims[o].certain
+		return o != none && m.claims[o].state == StateStanding && m.claims[o].confirmed
 	}
-	if certain(0) {
+	if confirmed(0) {
 		return true
 	}
-	return m.policy.wild && (certain(groupBits(m.policy.groups, k.Peer)) || certain(uint8(k.Peer.Netip().BitLen())))
+	return m.policy.forGroups && (confirmed(groupBits(m.policy.groups, k.Peer)) || confirmed(uint8(k.Peer.Netip().BitLen())))
 }
 
 // Granted tells the model that the kernel carries p. It drops the flows of early packets
@@ -123,12 +123,12 @@ func (m *Model) Granted(p Permission) {
 	if o == none || m.claims[o].state != StateStanding {
 		return // it is about to be revoked
 	}
-	if c := &m.claims[o]; !c.certain {
-		c.certain = true
+	if c := &m.claims[o]; !c.confirmed {
+		c.confirmed = true
 		m.observe(Event{Kind: EventGranted, Permission: p, By: c.placed.By})
 	}
-	m.leave(o)
-	if p.Wild > 0 {
+	m.revokeSuperseded(o)
+	if p.HostBits > 0 {
 		m.dropAllEarly(p)
 		return
 	}

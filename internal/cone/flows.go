@@ -48,7 +48,7 @@ func newFlowTable() *flowTable {
 // flowKey returns the key of the flow between e and the inside host of claim i.
 func (m *Model) flowKey(i int32, e Endpoint, child bool) flowKey {
 	k := flowKey{claim: i, port: e.Port, child: child}
-	if c := &m.claims[i]; c.Wild > 0 || c.Peer != e.Addr {
+	if c := &m.claims[i]; c.HostBits > 0 || c.Peer != e.Addr {
 		for b := 0; b < len(e.Addr); b += 4 {
 			k.host = k.host*31 + binary.BigEndian.Uint32(e.Addr[b:])
 		}
@@ -131,15 +131,15 @@ func (m *Model) FlowSeen(now time.Duration, f *Flow) {
 	case roleChild:
 		m.seeChild(now, f, p)
 	case roleDNAT:
-		if m.unread {
-			m.showForward(now, f, p.extKey())
+		if m.forwardsUnknown {
+			m.seeForward(now, f, p.extKey())
 		}
 	case roleEarly:
 		m.seeEarly(f, p)
 	case roleOther:
 		// Flows that end on the gateway do not pass the forward hook.
 		_, ends := m.topo.local[f.ReplySrc.Addr]
-		if f.Status.Has(StatusExpected) && !ends && m.snap.complete && !m.snap.showing && m.topo.outside(f.Src.Addr.Netip()) {
+		if f.Status.Has(StatusExpected) && !ends && m.snap.complete && !m.snap.fromDump && m.topo.outside(f.Src.Addr.Netip()) {
 			m.passed(f).Expected++
 		}
 	}
@@ -147,7 +147,7 @@ func (m *Model) FlowSeen(now time.Duration, f *Flow) {
 
 func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	if !f.Status.Has(StatusSrcNAT) && (!s.Routed || !p.Routed()) {
-		m.plain(f, s)
+		m.seeUntranslated(f, s)
 		return
 	}
 	if f.Status.Has(StatusSrcNAT) {
@@ -155,14 +155,14 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 	}
 	r := m.policy.refuses(f.ReplyDst, f.ReplySrc, &m.topo)
 	if r != ReasonPeerInside && f.Status.Has(StatusSrcNAT) {
-		m.translated(f, s)
+		m.seeTranslated(f, s)
 	}
 	if s.Filtering == AddressAndPortDependent {
 		r = ReasonFiltering
 	}
 	if r == ReasonNone && m.lost(now, &p) {
 		r = ReasonAddressGone
-		if m.policy.Learned && !m.snap.showing { // the kernel could learn it while the address was there
+		if m.policy.Learned && !m.snap.fromDump { // the kernel could learn it while the address was there
 			m.Unexpected(now, p, ByMap)
 		}
 	}
@@ -189,7 +189,7 @@ func (m *Model) seeOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 
 // gives reports whether f gives p, one of the permissions into which its group is expanded.
 func (m *Model) gives(f *Flow, p *Permission) bool {
-	return p.Wild > 0 || p.Peer == f.ReplySrc.Addr ||
+	return p.HostBits > 0 || p.Peer == f.ReplySrc.Addr ||
 		m.policy.refusesEndpoint(p.Ext, Endpoint{p.Peer, 1}, &m.topo) == ReasonNone
 }
 
@@ -198,51 +198,51 @@ func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 		known := m.addFlow(now, i, f, false)
 		c := &m.claims[i]
 		c.Mark = p.Mark // the mark of the newest flow
-		asks := c.isRevoked() && !known && (!m.snap.showing || m.begunSince(f, &p))
+		asks := c.isRevoked() && !known && (!m.snap.fromDump || m.begunSince(f, &p))
 		if asks {
 			m.wheel.remove(i)
 			m.setState(i, StateWaiting, ReasonConflict)
 			m.requeue(i)
 		}
 		switch o := m.owner(p.Key); {
-		case o != i && m.yields(o, i) && !m.isOver(now, c):
-			m.makeWay(now, i)
+		case o != i && m.yields(o, i) && !m.isOverdue(now, c):
+			m.preempt(now, i)
 		case known:
 		case o != i:
-			m.putBack(o)
+			m.grantInMap(o)
 		case asks:
 			m.grant(now, i)
 		}
 		return
 	}
-	i := m.claim(p, m.heard(now, f))
+	i := m.claim(p, m.lastPacket(now, f))
 	m.addFlow(now, i, f, false)
 	if m.revokedBefore(now, f, &p) {
 		m.keepRevoked(now, i)
 		return
 	}
-	if !s.Mapping && f.Status.Has(StatusSrcNAT) && (p.Wild > 0 || p.Peer == f.ReplySrc.Addr) {
+	if !s.Mapping && f.Status.Has(StatusSrcNAT) && (p.HostBits > 0 || p.Peer == f.ReplySrc.Addr) {
 		m.compare(f.Src, f.ReplyDst)
 	}
-	over := m.isOver(now, &m.claims[i])
+	over := m.isOverdue(now, &m.claims[i])
 	switch o := m.owner(p.Key); {
 	case o == i && over:
 		m.setState(i, StateRefused, ReasonIdle)
 	case o == i:
 		m.grant(now, i)
 	case !over && m.yields(o, i):
-		m.makeWay(now, i)
+		m.preempt(now, i)
 	default:
 		m.claims[i].reason = ReasonConflict
 		m.stats.Conflicts++
-		m.putBack(o)
+		m.grantInMap(o)
 	}
 }
 
-// putBack grants claim i, which keeps its Key, in the map again. The kernel gives a port to
+// grantInMap grants claim i, which keeps its Key, in the map again. The kernel gives a port to
 // a new flow of another host once a flow with the same reply tuple has ended, and the map
 // may have learned that host.
-func (m *Model) putBack(i int32) {
+func (m *Model) grantInMap(i int32) {
 	c := &m.claims[i]
 	if m.policy.Learned && c.state == StateStanding && c.placed.By&ByMap != 0 {
 		m.op(Op{Kind: Grant, Permission: c.Permission, By: ByMap})
@@ -262,26 +262,26 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 			switch {
 			case i != none && m.claims[i].isRevoked(): // the kernel has not learned it again
 				m.orphan(f, p)
-			case m.unreported.may:
+			case m.unreported.possible:
 				if m.staysUnclaimed(f) {
 					m.orphan(f, p)
 				}
-			case i != none || m.owner(p.Key) != none || m.snap.showing:
+			case i != none || m.owner(p.Key) != none || m.snap.fromDump:
 				m.orphan(f, p)
 			case m.snap.running: // it may still show that permission's flow
 				m.snap.inbound = append(m.snap.inbound, *f)
 			}
-		case i != none && !m.leads(p.extKey(), f.Src.Addr) && !(m.unread && m.shown.has(now, p.extKey())):
+		case i != none && !m.isForwarded(p.extKey(), f.Src.Addr) && !(m.forwardsUnknown && m.seenForwards.has(now, p.extKey())):
 			m.orphan(f, p)
 		}
 		return
 	}
 	if _, known := m.flows.byKey.find(m.flowKey(i, f.Src, true)); !known {
-		crowded := full(m.claims[i].kids, m.policy.children(&p.Key))
+		crowded := full(m.claims[i].children, m.policy.children(&p.Key))
 		if crowded {
 			m.stats.Crowded++
 		}
-		if crowded || m.misled(now, f, &m.claims[i]) {
+		if crowded || m.isOlder(now, f, &m.claims[i]) {
 			m.op(Op{Kind: DropUnanswered, Permission: p, From: f.Src, FromZone: f.OrigZone, ID: f.ID})
 			return
 		}
@@ -298,8 +298,8 @@ func (m *Model) orphan(f *Flow, p Permission) {
 	}
 }
 
-// addFlow notes that f belongs to claim i and is alive. It feeds the claim if f had packets
-// from inside since it was last seen. If the counters of f do not count, it feeds the claim
+// addFlow notes that f belongs to claim i and is alive. It refreshes the claim if f had
+// packets from inside since it was last seen. Without counters that count, it refreshes the claim
 // if f is the inside host's own flow or a child that it answered. It returns whether the
 // flow was known.
 func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known bool) {
@@ -319,13 +319,13 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known 
 		packets = 1 // the packet that made it
 	}
 	fl := &t.all[n]
-	heard := m.heard(now, f)
-	fed := !child || f.Status.Has(StatusSeenReply)
+	last := m.lastPacket(now, f)
+	refreshes := !child || f.Status.Has(StatusSeenReply)
 	// The counters of a flow in a flowtable stand still. Such a flow has packets, though
 	// from which side is not known: after 30 s without any the flowtable lets it go.
-	if fed && known && f.HasCounters && !f.Status.Has(StatusOffload) {
-		fed = uint32(packets) != fl.packets
-		heard = max(heard, m.snap.before) // the count at that time is known
+	if refreshes && known && f.HasCounters && !f.Status.Has(StatusOffload) {
+		refreshes = uint32(packets) != fl.packets
+		last = max(last, m.snap.before) // the count at that time is known
 	}
 	fl.id, fl.zone, fl.packets, fl.gen = f.ID, zone, uint32(packets), m.snap.gen
 	if f.Late > 0 {
@@ -337,8 +337,8 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known 
 			m.noteInterim(now, n)
 		}
 	}
-	if fed {
-		m.feed(now, i, heard)
+	if refreshes {
+		m.refresh(now, i, last)
 	}
 	return known
 }
@@ -355,7 +355,7 @@ func (m *Model) newFlow(k flowKey, peer Addr) int32 {
 	}
 	c := &m.claims[k.claim]
 	t.all[n] = flow{claim: k.claim, host: k.host, port: k.port, child: k.child, next: c.flows, prev: none}
-	if c.Wild > 0 || c.Peer != peer {
+	if c.HostBits > 0 || c.Peer != peer {
 		t.peers[n] = peer
 	}
 	if c.flows != none {
@@ -365,11 +365,11 @@ func (m *Model) newFlow(k flowKey, peer Addr) int32 {
 	t.byKey.set(k, n)
 	m.stats.Flows++
 	if k.child {
-		c.kids++
+		c.children++
 	} else {
-		c.outs++
+		c.outFlows++
 	}
-	m.account(k.claim)
+	m.updateScopes(k.claim)
 	return n
 }
 
@@ -383,10 +383,10 @@ func (m *Model) setAnswered(fl *flow, answered bool) {
 	} else {
 		m.claims[fl.claim].answered--
 	}
-	m.account(fl.claim)
+	m.updateScopes(fl.claim)
 }
 
-// removeFlow forgets flow n. The caller must settle the claim.
+// removeFlow forgets flow n. The caller must call flowsChanged.
 func (m *Model) removeFlow(n int32) {
 	t := m.flows
 	fl := &t.all[n]
@@ -401,13 +401,13 @@ func (m *Model) removeFlow(n int32) {
 	}
 	m.observeChild(EventChildGone, fl.claim, m.from(n), fl.child)
 	if fl.child {
-		delete(m.interim.children, n)
+		delete(m.older.interim, n)
 		m.setAnswered(fl, false)
-		c.kids--
+		c.children--
 	} else {
-		c.outs--
+		c.outFlows--
 	}
-	m.account(fl.claim)
+	m.updateScopes(fl.claim)
 	t.byKey.remove(fl.key())
 	delete(t.peers, n)
 	fl.claim = none
@@ -415,13 +415,13 @@ func (m *Model) removeFlow(n int32) {
 	m.stats.Flows--
 }
 
-// FlowGone handles the end of a flow. Its last status and counters tell whether it was fed
-// from inside to the end.
+// FlowGone handles the end of a flow. Its last status and counters tell whether the inside host
+// sent to the end.
 func (m *Model) FlowGone(now time.Duration, f *Flow) {
-	m.snap.gone(f.ID)
+	m.snap.noteEnded(f.ID)
 	role, p, _ := m.role(f)
 	if role == roleDNAT {
-		m.shown.ruled.drop(f.ID) // another flow may get this ID
+		m.seenForwards.ruled.drop(f.ID) // another flow may get this ID
 	}
 	// A DESTROY event names neither the master nor the labels of a child. flowGone knows
 	// our children by their ID.
@@ -440,7 +440,7 @@ func (m *Model) FlowGone(now time.Duration, f *Flow) {
 		m.flowGone(now, f, p, f.Src, true)
 		return
 	}
-	if m.unreported.may && !m.holds(f, p) {
+	if m.unreported.possible && !m.holds(f, p) {
 		m.unreported.noteEnded(now, f)
 		return
 	}
@@ -470,9 +470,9 @@ func (m *Model) flowGone(now time.Duration, f *Flow, p Permission, peer Endpoint
 	if !ok || m.flows.all[n].id != f.ID {
 		return
 	}
-	if !m.isOver(now, &m.claims[i]) { // else the flow ended long ago, and its event is late
+	if !m.isOverdue(now, &m.claims[i]) { // else the flow ended long ago, and its event is late
 		m.addFlow(now, i, f, k.child)
 	}
 	m.removeFlow(n)
-	m.settle(now, i)
+	m.flowsChanged(now, i)
 }

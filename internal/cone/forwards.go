@@ -20,26 +20,26 @@ const forwardMemory = 5 * time.Minute
 // maxForwarded bounds the memory that a forward of all ports can cost: entries of a recent.
 const maxForwarded = 1 << 16
 
-// shown holds the outside endpoints whose forwards were seen in flows, each with the flow
+// seenForwards holds the outside endpoints whose forwards were seen in flows, each with the flow
 // that showed it last. A flow that a rule explains is no evidence of another forward, not
 // even when that rule is gone. If there are too many, the older half is forgotten.
-type shown struct {
-	flows recent[extKey, shownBy]
+type seenForwards struct {
+	flows recent[extKey, forwardSeen]
 	ruled recent[uint32, struct{}] // IDs of flows that a rule explained
 }
 
-// shownBy is the flow that showed a forward last.
-type shownBy struct {
+// forwardSeen is the flow that showed a forward last.
+type forwardSeen struct {
 	at   time.Duration
 	peer Addr
 	id   uint32
 }
 
-func newShown() shown {
-	return shown{newRecent[extKey, shownBy](), newRecent[uint32, struct{}]()}
+func newSeenForwards() seenForwards {
+	return seenForwards{newRecent[extKey, forwardSeen](), newRecent[uint32, struct{}]()}
 }
 
-func (s *shown) has(now time.Duration, e extKey) bool {
+func (s *seenForwards) has(now time.Duration, e extKey) bool {
 	by, ok := s.flows.get(e)
 	return ok && now-by.at < forwardMemory
 }
@@ -71,54 +71,54 @@ func (r *recent[K, V]) drop(k K) {
 	delete(r.older, k)
 }
 
-// showForward handles f, a DNATed flow to e that is not ours. If no rule explains it, the
+// seeForward handles f, a DNATed flow to e that is not ours. If no rule explains it, the
 // expectations on that endpoint end.
-func (m *Model) showForward(now time.Duration, f *Flow, e extKey) {
-	if m.leads(e, f.Src.Addr) {
-		m.shown.ruled.put(f.ID, struct{}{})
+func (m *Model) seeForward(now time.Duration, f *Flow, e extKey) {
+	if m.isForwarded(e, f.Src.Addr) {
+		m.seenForwards.ruled.put(f.ID, struct{}{})
 		return
 	}
-	if _, told := m.shown.ruled.get(f.ID); told {
+	if _, told := m.seenForwards.ruled.get(f.ID); told {
 		return
 	}
-	known := m.shown.has(now, e)
-	m.shown.flows.put(e, shownBy{now, f.Src.Addr, f.ID})
+	known := m.seenForwards.has(now, e)
+	m.seenForwards.flows.put(e, forwardSeen{now, f.Src.Addr, f.ID})
 	if !known {
 		m.withdrawForwarded(now, e)
 	}
 }
 
-// explainShown forgets forwards that flows showed and rules now explain.
-func (m *Model) explainShown() {
-	for _, some := range []map[extKey]shownBy{m.shown.flows.newer, m.shown.flows.older} {
+// explainForwards forgets forwards that flows showed and rules now explain.
+func (m *Model) explainForwards() {
+	for _, some := range []map[extKey]forwardSeen{m.seenForwards.flows.newer, m.seenForwards.flows.older} {
 		for e, by := range some {
-			if m.leads(e, by.peer) {
+			if m.isForwarded(e, by.peer) {
 				delete(some, e)
-				m.shown.ruled.put(by.id, struct{}{})
+				m.seenForwards.ruled.put(by.id, struct{}{})
 			}
 		}
 	}
 }
 
-// leads reports whether the user's rules forward what peer sends to e, to any destination.
-func (m *Model) leads(e extKey, peer Addr) bool {
-	return m.rules(Permission{Key: Key{Ext: e.ext, Peer: peer, Zone: e.zone}}) != NotForwarded
+// isForwarded reports whether the user's rules forward what peer sends to e, to any destination.
+func (m *Model) isForwarded(e extKey, peer Addr) bool {
+	return m.forwarding(Permission{Key: Key{Ext: e.ext, Peer: peer, Zone: e.zone}}) != NotForwarded
 }
 
-// rules says where the user's rules may lead packets of peers of p.
-func (m *Model) rules(p Permission) Forwarding {
-	if m.ruled == nil {
+// forwarding says where the user's rules may lead packets of peers of p.
+func (m *Model) forwarding(p Permission) Forwarding {
+	if m.forwards == nil {
 		return NotForwarded
 	}
-	return m.ruled(p)
+	return m.forwards(p)
 }
 
 // forwarded says why p has no expectation, if a user's forward may take packets of its peers,
 // according to the rules or to flows seen. One to the endpoint of p takes them too: it may
 // translate their sources, and neither limits nor diversions of p concern it.
 func (m *Model) forwarded(now time.Duration, p *Permission) Reason {
-	switch f := m.rules(*p); {
-	case f == ForwardedElsewhere, m.unread && m.shown.has(now, p.extKey()):
+	switch f := m.forwarding(*p); {
+	case f == ForwardedElsewhere, m.forwardsUnknown && m.seenForwards.has(now, p.extKey()):
 		return ReasonForwarded
 	case f == ForwardedHere:
 		return ReasonForwardedHere
@@ -134,45 +134,17 @@ func (m *Model) retryForwarded(now time.Duration, i int32) {
 	}
 }
 
-// freshTime is how long after a forward was noticed events may still report a child that
-// was admitted before it.
-const freshTime = 2 * time.Second
-
-// seeForwarded notes that a forward now covers the outside endpoint of claim i, which
-// stands. The forward now gets the packets that match it: drop the children that were
-// admitted before, so that their next packets are translated anew.
-func (m *Model) seeForwarded(now time.Duration, i int32) {
-	c := &m.claims[i]
-	m.dropChildren(c)
-	if now >= m.freshEnds {
-		clear(m.fresh)
-	}
-	m.fresh[c.extKey()] = struct{}{}
-	m.freshEnds = now + freshTime
-}
-
-// misled reports whether f, a new unanswered child of c, may have been admitted before the
-// forward that its packets belong to. A child of an expectation always was. One that a dump shows
-// first may be of any age: no daemon ran when it began, or its event was lost.
-func (m *Model) misled(now time.Duration, f *Flow, c *claim) bool {
-	if !c.placed.Why.isForward() || f.Status.Has(StatusSeenReply) {
-		return false
-	}
-	_, fresh := m.fresh[c.extKey()]
-	return f.Status.Has(StatusExpected) || m.snap.showing || fresh && now < m.freshEnds
-}
-
 // withdrawForwarded withdraws what conflicts with a new forward of one outside endpoint.
 func (m *Model) withdrawForwarded(now time.Duration, e extKey) {
 	// Collect the claims first: one that ends may let another stand, which may evict a
 	// third.
-	var barred []int32
+	var conflicting []int32
 	if i, ok := m.byExt[e]; ok {
 		for ; i != none; i = m.claims[i].extNext {
-			barred = append(barred, i)
+			conflicting = append(conflicting, i)
 		}
 	}
-	for _, i := range barred {
+	for _, i := range conflicting {
 		m.reconsider(now, i)
 	}
 }

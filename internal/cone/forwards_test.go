@@ -110,7 +110,7 @@ func TestChildThatADumpShowsFirstEndsIfItsForwardMayTakeIt(t *testing.T) {
 			f := d.open(0, in, "203.0.113.5:9")
 			d.m.SetForwards(1, forwardsPort(5060, ep("10.47.11.110:5060")), true)
 			d.carry()
-			now := 1 + freshTime
+			now := 1 + eventsLate
 			child := &Flow{
 				ID: 99, Status: StatusDstNAT | tc.status, Labelled: d.m.policy.Labels,
 				Src: ep("203.0.113.5:77"), Dst: ep(ext), ReplySrc: ep(in), ReplyDst: ep("203.0.113.5:77"),

@@ -19,7 +19,7 @@ func (m *Model) helped(now time.Duration, p *Permission) bool {
 	if len(m.pairs) == 0 {
 		return false
 	}
-	if p.Wild > 0 { // few, and of routed hosts alone
+	if p.HostBits > 0 { // few, and of routed hosts alone
 		for k, seen := range m.pairs {
 			if k.meets(p) && now-seen < helperMemory {
 				return true
@@ -37,7 +37,7 @@ func (m *Model) helped(now time.Duration, p *Permission) bool {
 
 // meets reports whether p is for the two hosts.
 func (k pair) meets(p *Permission) bool {
-	return (k.in == Addr{} || k.in == p.Int.Addr) && (k.peer == Addr{} || k.peer.WithoutLow(p.Wild) == p.Peer)
+	return (k.in == Addr{} || k.in == p.Int.Addr) && (k.peer == Addr{} || k.peer.WithoutLow(p.HostBits) == p.Peer)
 }
 
 // SeeHelper tells the model that a conntrack helper of the user's works between an inside

@@ -5,8 +5,8 @@ import "time"
 // unreported tracks flows that the kernel does not report when they begin, because it learned
 // their permission by itself. The model finds them in snapshots, or when they end.
 type unreported struct {
-	on  bool // the kernel hides them now
-	may bool // there may be some that began since the last complete snapshot
+	hiding   bool // the kernel hides them now
+	possible bool // there may be some that began since the last complete snapshot
 	// Children that were counted although no claim of their permission was known: since the
 	// last snapshot, and before it.
 	counted, earlier map[uint32]struct{}
@@ -20,17 +20,17 @@ const mostEnded = 1 << 16
 // SetLean tells the model whether the kernel hides flows whose permission it learned. Call it
 // before the kernel begins to hide them, and after it ends that.
 func (m *Model) SetLean(on bool) {
-	m.unreported.on = on
-	m.unreported.may = m.unreported.may || on
+	m.unreported.hiding = on
+	m.unreported.possible = m.unreported.possible || on
 	m.snap.reported = m.snap.reported && !on
 }
 
 // Lean reports whether the kernel hides flows now.
-func (m *Model) Lean() bool { return m.unreported.on }
+func (m *Model) Lean() bool { return m.unreported.hiding }
 
 // Known returns the time up to which the model knows all flows, at most now.
 func (m *Model) Known(now time.Duration) time.Duration {
-	if m.unreported.may {
+	if m.unreported.possible {
 		return m.snap.before
 	}
 	return now
@@ -64,24 +64,24 @@ func (m *Model) SeeEnded(now time.Duration, f *Flow) {
 	if role != roleOut {
 		return
 	}
-	m.show(now, f)
+	m.seeDumped(now, f)
 	m.outGone(now, f, p)
 }
 
 // showed notes the end of a complete snapshot. reported says that the kernel hid no flow since
 // the snapshot began. It returns whether all flows are known now and were not before.
-func (u *unreported) showed(reported bool) (all bool) {
-	was := u.may
-	u.may = u.on || u.may && !reported
+func (u *unreported) snapshotEnded(reported bool) (all bool) {
+	was := u.possible
+	u.possible = u.hiding || u.possible && !reported
 	u.earlier, u.counted = u.counted, nil
-	return was && !u.may
+	return was && !u.possible
 }
 
 // passedBefore reports whether f, a child of claim i or of no claim that is known, has
 // counted as passed before, while its claim was not known.
 func (m *Model) passedBefore(f *Flow, i int32) bool {
 	u := &m.unreported
-	return m.snap.showing && u.has(f.ID) || i == none && (u.may || m.snap.running) && !u.count(f.ID)
+	return m.snap.fromDump && u.has(f.ID) || i == none && (u.possible || m.snap.running) && !u.count(f.ID)
 }
 
 // staysUnclaimed reports whether f, a child of a permission that does not stand, was there
@@ -93,7 +93,7 @@ func (m *Model) staysUnclaimed(f *Flow) bool {
 	if !old {
 		m.unreported.count(f.ID)
 	}
-	return old && m.snap.showing
+	return old && m.snap.fromDump
 }
 
 // count notes a child of an unknown claim. It returns false if that child counted before.

@@ -363,5 +363,5 @@ func TestLearnedIsRefreshedInTime(t *testing.T) {
 	d.wantOps("snapshot", d.snapshot(late, f), Grant)
 	for d.m.Tick(late+d.m.wheel.grain, 1) {
 	}
-	d.wantOps("at once", d.carry(), Refresh)
+	d.wantOps("at once", d.carry(), Renew)
 }

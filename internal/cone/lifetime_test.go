@@ -19,7 +19,7 @@ func TestWhatIsToldTooLateExtendsNothing(t *testing.T) {
 			d.carry()
 			d.gone(now, f)
 		},
-		"it is to be refreshed": func(d *desk, now time.Duration, f *Flow) {
+		"it is to be renewed": func(d *desk, now time.Duration, f *Flow) {
 			d.m.Tick(now, 10)
 			d.carry()
 			d.gone(now, f)
@@ -38,7 +38,7 @@ func TestWhatIsToldTooLateExtendsNothing(t *testing.T) {
 			d.carry()
 			d.want()
 			for _, o := range d.ops {
-				if o.Kind == Grant || o.Kind == Refresh {
+				if o.Kind == Grant || o.Kind == Renew {
 					t.Errorf("%v", o.Kind)
 				}
 			}
@@ -46,21 +46,21 @@ func TestWhatIsToldTooLateExtendsNothing(t *testing.T) {
 	}
 }
 
-// What the kernel lost while it was overdue is not granted again, but is refreshed at once when
-// its host sends before it ends: the refresh shows that it is gone.
+// What the kernel lost while it was overdue is not granted again, but is renewed at once when
+// its host sends before it ends: the renewal shows that it is gone.
 //
-// Fails when Missing does not note the loss, or feed leaves the refresh to the next half lifetime.
+// Fails when Missing does not note the loss, or refresh leaves the renewal to the next half lifetime.
 func TestOverduePermissionThatWasLostIsRefreshedWhenItsHostSends(t *testing.T) {
 	const in = "10.47.11.109:1"
 	d := newDesk(t, nil)
 	d.open(0, in, "203.0.113.5:9")
 	for d.m.Tick(lifetime-1, 10) {
 	}
-	d.wantOps("half a lifetime later", d.carry(), Refresh)
+	d.wantOps("half a lifetime later", d.carry(), Renew)
 	if d.m.Missing(lifetime, d.view(in).Permission, ByExpectation) {
 		t.Error("what is overdue was granted again")
 	}
-	d.wantOps("its host sends", d.seen(lifetime, d.translated(in, "203.0.113.5:10")), Refresh)
+	d.wantOps("its host sends", d.seen(lifetime, d.translated(in, "203.0.113.5:10")), Renew)
 	d.want(in)
 }
 

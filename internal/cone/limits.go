@@ -53,12 +53,12 @@ func (m *Model) unlink(s *scope, i int32, at func(*claim) *links) {
 func inHost(c *claim) *links   { return &c.inHost }
 func inSubnet(c *claim) *links { return &c.inSubnet }
 
-// account updates the scopes after any change of claim i.
-func (m *Model) account(i int32) {
+// updateScopes updates the scopes after any change of claim i.
+func (m *Model) updateScopes(i int32) {
 	c := &m.claims[i]
 	stands := c.state == StateStanding
 	idle := stands && c.isIdle()
-	m.accountRoom(i)
+	m.updateExpected(i)
 	if stands == c.counted && idle == c.listed {
 		return
 	}
@@ -93,7 +93,7 @@ func (m *Model) account(i int32) {
 // host returns the inside address to which the limit of a host applies. The gateway is one
 // host, however many addresses it has.
 func (c *claim) host() Addr {
-	if c.self {
+	if c.ownAddress {
 		return Addr{}
 	}
 	return c.Int.Addr
@@ -169,7 +169,7 @@ func (m *Model) oldest() int32 {
 	oldest := none
 	for s := range m.subnets {
 		i := m.subnets[s].first
-		if i != none && (oldest == none || m.claims[i].fed < m.claims[oldest].fed) {
+		if i != none && (oldest == none || m.claims[i].refreshed < m.claims[oldest].refreshed) {
 			oldest = i
 		}
 	}

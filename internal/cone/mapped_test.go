@@ -138,8 +138,8 @@ func TestDNATedFlowThatAForwardMayHaveLetInIsNeverDropped(t *testing.T) {
 				tc.prepare(d, out)
 			}
 			d.carry()
-			f, kinds := d.dnat(freshTime, tc.from, ext, tc.to, 0)
-			kinds = append(kinds, d.snapshot(freshTime, f)...)
+			f, kinds := d.dnat(eventsLate, tc.from, ext, tc.to, 0)
+			kinds = append(kinds, d.snapshot(eventsLate, f)...)
 			if slices.Contains(kinds, DropUnanswered) {
 				t.Errorf("ops %v, want no flow dropped", kinds)
 			}
@@ -259,9 +259,9 @@ func TestFlowsShowForwardsOnlyWhereRulesMayBeMissing(t *testing.T) {
 
 func TestForwardsThatFlowsShowAreForgotten(t *testing.T) {
 	nth := func(i int) extKey { return extKey{ext: Endpoint{Port: uint16(i)}, zone: uint16(i >> 16)} }
-	s := newShown()
+	s := newSeenForwards()
 	for i := range 5 * maxForwarded {
-		s.flows.put(nth(i), shownBy{})
+		s.flows.put(nth(i), forwardSeen{})
 	}
 	if n := len(s.flows.newer) + len(s.flows.older); n > maxForwarded {
 		t.Errorf("%d are remembered, want at most %d", n, maxForwarded)
@@ -321,14 +321,14 @@ func TestForwardTakesUnansweredChildren(t *testing.T) {
 			}
 			_, kinds = d.admit(2, "203.0.113.5:79", ext, in, 0)
 			d.wantOps("the event of a child comes late", kinds, DropUnanswered)
-			f, kinds := d.admit(1+freshTime, "203.0.113.5:80", ext, in, 0)
+			f, kinds := d.admit(1+eventsLate, "203.0.113.5:80", ext, in, 0)
 			d.wantOps("a child of the map, or of the forward", kinds)
-			d.m.SetForwards(2+freshTime, elsewhere, true)
+			d.m.SetForwards(2+eventsLate, elsewhere, true)
 			d.wantOps("the same forward", d.carry())
 			late := *f
 			late.ID, late.Status = 999, StatusDstNAT|StatusExpected
 			late.Src.Port, late.MasterSrc, late.MasterDst = 81, Endpoint{Addr: f.ReplySrc.Addr}, Endpoint{f.Src.Addr, f.Dst.Port}
-			d.wantOps("a child of the expectation that is gone", d.seen(3+freshTime, &late), DropUnanswered)
+			d.wantOps("a child of the expectation that is gone", d.seen(3+eventsLate, &late), DropUnanswered)
 		})
 	}
 }

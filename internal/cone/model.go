@@ -29,27 +29,27 @@ func (s State) String() string {
 // refer to each other by index.
 type claim struct {
 	Permission
-	state   State
-	reason  Reason
-	placed  Placement
-	leaving Carriers // to be revoked when the new carrier has it
+	state      State
+	reason     Reason
+	placed     Placement
+	superseded Carriers // to be revoked when the new carrier has it
 	// Why the kernel refused the expectation, and the element of the map.
 	noExpectation, noElement Reason
 
-	certain bool // the kernel confirmed that it stands
-	adopted bool // of an earlier daemon, and not fed since its last write to the kernel
-	counted bool // among the standing claims of its scopes
-	listed  bool // in the lists of idle claims of its scopes
-	self    bool // Int is an address of the gateway itself
-	room    standing
+	confirmed   bool // the kernel confirmed that it stands
+	adopted     bool // of an earlier daemon, and not refreshed since its last write to the kernel
+	counted     bool // among the standing claims of its scopes
+	listed      bool // in the lists of idle claims of its scopes
+	ownAddress  bool // Int is an address of the gateway itself
+	expectState expectState
 
-	outs     int32 // live flows that the inside host opened towards the peer
-	kids     int32 // live children
+	outFlows int32 // live flows that the inside host opened towards the peer
+	children int32 // live children
 	answered int32 // children that the inside host answered
 
-	made, fed, refresh time.Duration // granted; last traffic from inside; next refresh
-	retry              time.Duration // if refused: not tried again before
-	ends               time.Duration // if its flows were queried: ends then, unless fed; else 0
+	made, refreshed, renewal time.Duration // granted; last traffic from inside; next renewal in the kernel
+	retry                    time.Duration // if refused: not tried again before
+	expiry                   time.Duration // if its flows were queried: ends then, unless refreshed; else 0
 
 	flows                int32 // first flow
 	subnet               int32 // index in the policy
@@ -78,33 +78,31 @@ type Model struct {
 	topo     topology
 	timeouts Timeouts
 
-	claims    []claim
-	free      []int32    // unused indexes of claims
-	byKey     index[Key] // the first claim of each
-	byExt     map[extKey]int32
-	shown     shown               // forwards that were seen in flows
-	unread    bool                // there may be forwards that the known rules do not show
-	fresh     map[extKey]struct{} // endpoints whose forward was noticed within freshTime
-	freshEnds time.Duration       // when fresh expires
-	interim   interim
-	pairs     map[pair]time.Duration // hosts that a helper works between: when last seen
-	flows     *flowTable
-	early     earlyIndex
-	hosts     map[Addr]scope
-	subnets   []scope     // by index in the policy
-	carried   []carriedOf // by index in the policy
-	room      Room
-	bounded   bool                        // room limits the expectations
-	expected  [busy + 1]scope             // standing expectations, by how they stand; the oldest first
-	ruled     func(Permission) Forwarding // where rules may lead packets of its peers; may be nil
-	connected map[Key]struct{}            // Keys that connected sockets of the gateway use
-	wheel     wheel
-	snap      snapshot
-	zones     Zones
-	inZone    map[netip.Prefix]uint16 // the original zone in which each enabled subnet was first seen
-	unplaced  bool                    // since the last snapshot the topology refused a flow
-	last      lastMappings
-	skips     skips
+	claims          []claim
+	free            []int32    // unused indexes of claims
+	byKey           index[Key] // the first claim of each
+	byExt           map[extKey]int32
+	seenForwards    seenForwards // forwards that were seen in flows
+	forwardsUnknown bool         // there may be forwards that the known rules do not show
+	older           olderChildren
+	pairs           map[pair]time.Duration // hosts that a helper works between: when last seen
+	flows           *flowTable
+	early           earlyIndex
+	hosts           map[Addr]scope
+	subnets         []scope     // by index in the policy
+	carried         []carriedOf // by index in the policy
+	room            Room
+	bounded         bool                        // room limits the expectations
+	expected        [busy + 1]scope             // standing expectations, by how they stand; the oldest first
+	forwards        func(Permission) Forwarding // where rules may lead packets of its peers; may be nil
+	connected       map[Key]struct{}            // Keys that connected sockets of the gateway use
+	wheel           wheel
+	snap            snapshot
+	zones           Zones
+	inZone          map[netip.Prefix]uint16 // the original zone in which each enabled subnet was first seen
+	unplaced        bool                    // since the last snapshot the topology refused a flow
+	last            lastMappings
+	skips           skips
 	// othersLabel says that flows have our label which our rules cannot have given them.
 	othersLabel bool
 	strays      strays
@@ -152,19 +150,18 @@ type Decisions struct {
 // is granted.
 func New(p Policy) *Model {
 	m := &Model{
-		policy:   compilePolicy(p, nil),
-		byExt:    make(map[extKey]int32),
-		shown:    newShown(),
-		fresh:    make(map[extKey]struct{}),
-		interim:  interim{children: make(map[int32]bool), ended: make(map[interimKey]time.Duration)},
-		pairs:    make(map[pair]time.Duration),
-		hosts:    make(map[Addr]scope),
-		subnets:  newScopes(len(p.Subnets)),
-		carried:  make([]carriedOf, len(p.Subnets)+1),
-		passes:   make(map[netip.Prefix]*Passed),
-		flows:    newFlowTable(),
-		early:    newEarlyIndex(),
-		expected: [...]scope{emptyScope, emptyScope, emptyScope},
+		policy:       compilePolicy(p, nil),
+		byExt:        make(map[extKey]int32),
+		seenForwards: newSeenForwards(),
+		older:        newOlderChildren(),
+		pairs:        make(map[pair]time.Duration),
+		hosts:        make(map[Addr]scope),
+		subnets:      newScopes(len(p.Subnets)),
+		carried:      make([]carriedOf, len(p.Subnets)+1),
+		passes:       make(map[netip.Prefix]*Passed),
+		flows:        newFlowTable(),
+		early:        newEarlyIndex(),
+		expected:     [...]scope{emptyScope, emptyScope, emptyScope},
 	}
 	m.byKey = newIndex(func(i int32) Key { return m.claims[i].Key })
 	m.wheel = newWheel(&m.claims, p.Lifetime)
@@ -196,14 +193,14 @@ func (m *Model) owner(k Key) int32 {
 	return none
 }
 
-// claim makes a claim for p; fed is the time of the last traffic from inside.
-func (m *Model) claim(p Permission, fed time.Duration) int32 {
+// claim makes a claim for p; refreshed is the time of the last traffic from inside.
+func (m *Model) claim(p Permission, refreshed time.Duration) int32 {
 	i := m.alloc()
 	c := &m.claims[i]
 	*c = claim{
-		Permission: p, state: StateWaiting, fed: fed, subnet: m.policy.index(p.Int.Addr.Netip()),
-		self:  m.policy.isOwn(p.Int.Addr),
-		flows: none, nextKey: none, extPrev: none, extNext: none, slot: none,
+		Permission: p, state: StateWaiting, refreshed: refreshed, subnet: m.policy.index(p.Int.Addr.Netip()),
+		ownAddress: m.policy.isOwn(p.Int.Addr),
+		flows:      none, nextKey: none, extPrev: none, extNext: none, slot: none,
 	}
 	m.stats.Waiting++
 
@@ -229,16 +226,16 @@ func (m *Model) alloc() int32 {
 // setState changes the state of claim i and updates the counts.
 func (m *Model) setState(i int32, s State, r Reason) {
 	c := &m.claims[i]
-	*m.gauge(c.state)--
-	*m.gauge(s)++
+	*m.stateCount(c.state)--
+	*m.stateCount(s)++
 	c.state, c.reason = s, r
 	if s != StateStanding {
 		m.setPlacement(i, placementOf(r))
 	}
-	m.account(i)
+	m.updateScopes(i)
 }
 
-func (m *Model) gauge(s State) *int {
+func (m *Model) stateCount(s State) *int {
 	switch s {
 	case StateStanding:
 		return &m.stats.Standing
@@ -257,11 +254,11 @@ func (m *Model) grant(now time.Duration, i int32) {
 		m.refuse(now, i, ReasonStopped)
 		return
 	}
-	if m.isOver(now, c) {
-		m.passOver(now, i)
+	if m.isOverdue(now, c) {
+		m.skipOverdue(now, i)
 		return
 	}
-	c.forget()
+	c.forgetRefusals()
 	p := m.place(now, c)
 	if m.bounded && p.Why == m.room.Lack && m.makeRoom(now) {
 		p = m.place(now, c)
@@ -276,19 +273,19 @@ func (m *Model) grant(now time.Duration, i int32) {
 	}
 	m.setState(i, StateStanding, ReasonNone)
 	m.setPlacement(i, p)
-	c.made, c.ends, c.certain, c.adopted = now, 0, false, false
-	c.refresh = now + m.policy.Lifetime/2
-	if m.policy.Learned && m.snap.showing && !m.snap.first {
+	c.made, c.expiry, c.confirmed, c.adopted = now, 0, false, false
+	c.renewal = now + m.policy.Lifetime/2
+	if m.policy.Learned && m.snap.fromDump && !m.snap.first {
 		// The map may have learned it any time since the last snapshot, and a grant does not
 		// renew what exists.
-		c.refresh = m.snap.before + m.policy.Lifetime/2
+		c.renewal = m.snap.before + m.policy.Lifetime/2
 	}
 	m.stats.Granted++
 	m.op(Op{Kind: Grant, Permission: c.Permission, By: p.By})
-	if m.adopting && !m.snap.showing {
-		m.refresh(now, i) // an earlier daemon may have left it
+	if m.adopting && !m.snap.fromDump {
+		m.renew(now, i) // an earlier daemon may have left it
 	}
-	m.wheel.schedule(i, min(c.refresh, c.fed+m.policy.Lifetime))
+	m.wheel.schedule(i, min(c.renewal, c.refreshed+m.policy.Lifetime))
 }
 
 // refuse notes that claim i does not stand, to be tried again later.
@@ -309,7 +306,7 @@ func (m *Model) refuse(now time.Duration, i int32, r Reason) {
 // Key, so there is none while another one stands. A revocation is told to any kernel.
 func (m *Model) deny(i int32) {
 	c := &m.claims[i]
-	if !m.policy.Learned && c.reason != ReasonRevoked || c.outs == 0 || !c.reason.denies() {
+	if !m.policy.Learned && c.reason != ReasonRevoked || c.outFlows == 0 || !c.reason.denies() {
 		return
 	}
 	if o := m.owner(c.Key); o != i && (m.claims[o].state == StateStanding || m.claims[o].reason.denies()) {
@@ -333,7 +330,7 @@ func (m *Model) withdrawFrom(i int32, by Carriers, r Reason) {
 		return
 	}
 	m.stats.Revoked[r]++
-	if c.certain {
+	if c.confirmed {
 		m.observe(Event{Kind: EventRevoked, Permission: c.Permission, By: c.placed.By, Reason: r})
 	}
 	m.op(Op{Kind: Revoke, Permission: c.Permission, By: by, Reason: r})
@@ -355,16 +352,16 @@ func (m *Model) dropChildren(c *claim) {
 func (m *Model) end(now time.Duration, i int32, r Reason) {
 	c := &m.claims[i]
 	p, stood := c.Permission, c.state == StateStanding
-	if c.isRevoked() && c.outs > 0 {
+	if c.isRevoked() && c.outFlows > 0 {
 		m.noteRevoked(now, revocation{p.Key, p.Int}, nil)
 	}
 	first := m.owner(c.Key) == i
-	heir := none
+	next := none
 	if first {
-		heir = c.nextKey
+		next = c.nextKey
 	}
-	inherits := heir != none && (m.claims[heir].state == StateWaiting || !m.claims[heir].waitsForFlow())
-	// The map may have learned the Key for the heir already. The heir's grant replaces the
+	inherits := next != none && (m.claims[next].state == StateWaiting || !m.claims[next].waitsForFlow())
+	// The map may have learned the Key for the next claim already. Its grant replaces the
 	// element, so it is not revoked here.
 	replaced := inherits && m.policy.Learned
 	if replaced {
@@ -390,21 +387,21 @@ func (m *Model) end(now time.Duration, i int32, r Reason) {
 		m.claims[c.extNext].extPrev = c.extPrev
 	}
 
-	*m.gauge(c.state)--
+	*m.stateCount(c.state)--
 	m.setPlacement(i, Placement{})
 	c.state = stateUnused
-	m.account(i)
+	m.updateScopes(i)
 	*c = claim{state: stateUnused}
 	m.free = append(m.free, i)
 	switch {
 	case inherits:
 		at := len(m.ops)
-		m.grant(now, heir)
-		if replaced && stood && m.claims[heir].placed.By&ByMap == 0 {
+		m.grant(now, next)
+		if replaced && stood && m.claims[next].placed.By&ByMap == 0 {
 			m.ops = slices.Insert(m.ops, at, Op{Kind: Revoke, Permission: p, By: ByMap, Reason: r})
 		}
-	case heir != none:
-		m.deny(heir)
+	case next != none:
+		m.deny(next)
 	}
 }
 
@@ -415,7 +412,7 @@ func (m *Model) Refused(now time.Duration, p Permission, r Reason, standing bool
 	if i == none || m.claims[i].state != StateStanding {
 		return
 	}
-	if standing || m.claims[i].leaving != 0 { // it still stands by another carrier
+	if standing || m.claims[i].superseded != 0 { // it still stands by another carrier
 		standing = true
 		m.withdraw(i, r)
 	}
@@ -423,7 +420,7 @@ func (m *Model) Refused(now time.Duration, p Permission, r Reason, standing bool
 	if !standing && m.policy.Learned && r.denies() {
 		m.dropChildren(&m.claims[i]) // the map had learned it, so it may have children
 	}
-	m.settle(now, i)
+	m.flowsChanged(now, i)
 }
 
 // Missing tells the model that some carriers no longer hold p. If they should, Missing grants
@@ -435,25 +432,25 @@ func (m *Model) Missing(now time.Duration, p Permission, by Carriers) bool {
 		return false
 	}
 	c := &m.claims[i]
-	if m.isOver(now, c) {
-		c.refresh = now
+	if m.isOverdue(now, c) {
+		c.renewal = now
 		return false
 	}
-	if c.adopted && m.isOver(now+m.blur(), c) { // it ended by itself
+	if c.adopted && m.isOverdue(now+m.timeoutResolution(), c) { // it ended by itself
 		return false
 	}
-	c.certain = c.certain && c.placed.By&^by != 0
+	c.confirmed = c.confirmed && c.placed.By&^by != 0
 	m.op(Op{Kind: Grant, Permission: c.Permission, By: c.placed.By & by})
 	return true
 }
 
 // Recheck tells the model that the permission k may be gone from the kernel. If it should
-// stand, Recheck returns true and refreshes it now, which shows whether it is there. k.Wild
+// stand, Recheck returns true and renews it now, which shows whether it is there. k.HostBits
 // is ignored: the caller does not know it.
 func (m *Model) Recheck(k Key) bool {
-	for _, k.Wild = range [...]uint8{0, groupBits(m.policy.groups, k.Peer)} {
+	for _, k.HostBits = range [...]uint8{0, groupBits(m.policy.groups, k.Peer)} {
 		if i := m.owner(k); i != none && m.claims[i].state == StateStanding {
-			m.op(Op{Kind: Refresh, Permission: m.claims[i].Permission, By: m.claims[i].placed.By})
+			m.op(Op{Kind: Renew, Permission: m.claims[i].Permission, By: m.claims[i].placed.By})
 			return true
 		}
 	}

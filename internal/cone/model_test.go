@@ -202,19 +202,19 @@ func policies() map[string]Policy {
 	unlabelled.Labels = false
 	learned := mapped
 	learned.Learned = true
-	wild := learned
-	wild.PeerGroups = []netip.Prefix{netip.MustParsePrefix("203.0.113.6/31")}
-	wild.Subnets = []Subnet{
+	hostBits := learned
+	hostBits.PeerGroups = []netip.Prefix{netip.MustParsePrefix("203.0.113.6/31")}
+	hostBits.Subnets = []Subnet{
 		{Prefix: netip.MustParsePrefix("10.47.11.110/32"), Filtering: EndpointIndependent}, // the first that fits
 		{Prefix: netip.MustParsePrefix("10.47.11.0/24")},
 	}
 	expand := testPolicy
-	expand.PeerGroups = wild.PeerGroups
+	expand.PeerGroups = hostBits.PeerGroups
 	both, chosen := mapped, mapped
 	both.Subnets = []Subnet{{Prefix: testPolicy.Subnets[0].Prefix, Choice: ChooseBoth}}
 	chosen.Subnets = []Subnet{{Prefix: testPolicy.Subnets[0].Prefix, Choice: ChooseExpectation}}
 	return map[string]Policy{
-		"expected": testPolicy, "expand": expand, "mapped": mapped, "unlabelled": unlabelled, "learned": learned, "wild": wild,
+		"expected": testPolicy, "expand": expand, "mapped": mapped, "unlabelled": unlabelled, "learned": learned, "hostBits": hostBits,
 		"both": both, "chosen": chosen,
 	}
 }

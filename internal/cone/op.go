@@ -12,7 +12,7 @@ const (
 	// Revoke ends Permission as far as it stands by By. It may be gone already.
 	Revoke
 	// Refresh renews the kernel's own timeout of Permission, by By.
-	Refresh
+	Renew
 	// Query looks up the flow from Peer, Port to Ext; the answer goes to FlowSeen or
 	// FlowMissing.
 	Query
@@ -34,7 +34,7 @@ const (
 )
 
 func (k OpKind) String() string {
-	return [...]string{"grant", "revoke", "refresh", "query", "drop unanswered", "drop child", "drop early", "deny"}[k]
+	return [...]string{"grant", "revoke", "renew", "query", "drop unanswered", "drop child", "drop early", "deny"}[k]
 }
 
 // An Op is one decision of the model, to be carried out in order.

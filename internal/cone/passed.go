@@ -50,7 +50,7 @@ func (m *Model) Passed() (all Passed) {
 // none. Flows of the first snapshot passed long ago and do not count; later snapshots show
 // children whose events were lost.
 func (m *Model) notePassed(f *Flow, i int32) {
-	if !m.snap.complete || m.snap.showing && (m.snap.first || i == none) || m.policy.isOwn(f.ReplySrc.Addr) { // which the forward hook does not see
+	if !m.snap.complete || m.snap.fromDump && (m.snap.first || i == none) || m.policy.isOwn(f.ReplySrc.Addr) { // which the forward hook does not see
 		return
 	}
 	known := false

@@ -73,9 +73,9 @@ func (m *Model) place(now time.Duration, c *claim) Placement {
 	switch {
 	case forwarded != ReasonNone:
 		why = forwarded // an expectation would override the user's rule; a map does not
-	case !m.policy.Expected || c.Wild > 0 && !c.Routed():
+	case !m.policy.Expected || c.HostBits > 0 && !c.Routed():
 		why = ReasonNoBackend
-	case m.isConnected(&c.Key) && !(c.self && c.Routed()):
+	case m.isConnected(&c.Key) && !(c.ownAddress && c.Routed()):
 		why = ReasonLocalSocket // the map's rules look for a socket packet by packet
 	case m.helped(now, &c.Permission):
 		why = ReasonHelper
@@ -134,12 +134,12 @@ func (m *Model) isConnected(k *Key) bool {
 func (m *Model) setPlacement(i int32, p Placement) {
 	c := &m.claims[i]
 	if p.By == 0 {
-		c.leaving = 0
+		c.superseded = 0
 	}
 	m.countPlacement(c, -1)
 	c.placed = p
 	m.countPlacement(c, 1)
-	m.accountRoom(i)
+	m.updateExpected(i)
 }
 
 // countPlacement adds n to the counts of what carries c.
@@ -179,9 +179,9 @@ func (m *Model) carriedIn(subnet netip.Prefix) carriedOf {
 	return carriedOf{}
 }
 
-// forget clears what the kernel refused for c, which may have room by now. It keeps a
+// forgetRefusals clears what the kernel refused for c, which may have room by now. It keeps a
 // refusal for a helper, which may want its own expectation again.
-func (c *claim) forget() {
+func (c *claim) forgetRefusals() {
 	c.noElement = ReasonNone
 	if c.noExpectation != ReasonHelper {
 		c.noExpectation = ReasonNone
@@ -196,7 +196,7 @@ func (m *Model) reconsider(now time.Duration, i int32) {
 	}
 	p, was := m.place(now, c), c.placed
 	if p.By == 0 {
-		c.forget()
+		c.forgetRefusals()
 		p = m.place(now, c)
 	}
 	switch {
@@ -204,9 +204,9 @@ func (m *Model) reconsider(now time.Duration, i int32) {
 	case p.By == 0:
 		m.Refused(now, c.Permission, p.Why, true)
 	default:
-		m.move(i, p)
+		m.changeCarriers(i, p)
 		if p.Why.isForward() && was.Why != p.Why {
-			m.seeForwarded(now, i)
+			m.forwardBegan(now, i)
 		}
 	}
 }
@@ -218,32 +218,32 @@ func (m *Model) reconsiderAll(now time.Duration) {
 	}
 }
 
-// move changes what carries claim i, which stands, to p. The old carrier is revoked when
+// changeCarriers changes what carries claim i, which stands, to p. The old carrier is revoked when
 // the new one has it, or at once if it is in the way of something else.
-func (m *Model) move(i int32, p Placement) {
+func (m *Model) changeCarriers(i int32, p Placement) {
 	c := &m.claims[i]
 	more, less := p.By&^c.placed.By, c.placed.By&^p.By
 	if more != 0 {
 		m.op(Op{Kind: Grant, Permission: c.Permission, By: more})
 	}
-	c.leaving = less
+	c.superseded = less
 	p.By |= less
 	m.setPlacement(i, p)
 	if more == 0 || p.Why.isForward() || p.Why == ReasonHelper || m.bounded && p.Why == m.room.Lack {
-		m.leave(i)
+		m.revokeSuperseded(i)
 	}
 }
 
-// leave revokes the carriers that claim i no longer needs.
-func (m *Model) leave(i int32) {
+// revokeSuperseded revokes the carriers that claim i no longer needs.
+func (m *Model) revokeSuperseded(i int32) {
 	c := &m.claims[i]
-	if c.leaving == 0 {
+	if c.superseded == 0 {
 		return
 	}
-	m.op(Op{Kind: Revoke, Permission: c.Permission, By: c.leaving, Reason: c.placed.Why})
+	m.op(Op{Kind: Revoke, Permission: c.Permission, By: c.superseded, Reason: c.placed.Why})
 	p := c.placed
-	p.By &^= c.leaving
-	c.leaving = 0
+	p.By &^= c.superseded
+	c.superseded = 0
 	m.setPlacement(i, p)
 }
 
@@ -266,7 +266,7 @@ func (m *Model) Failed(now time.Duration, p Permission, by Carriers, r Reason) {
 	}
 	left := c.placed
 	left.By &^= by
-	c.leaving = 0
+	c.superseded = 0
 	m.setPlacement(i, left)
 	next := m.place(now, c)
 	if next.By == 0 && r == ReasonPeersOnPort && m.makeRoomOnPort(now, i) {
@@ -278,7 +278,7 @@ func (m *Model) Failed(now time.Duration, p Permission, by Carriers, r Reason) {
 		m.Refused(now, p, r, left.By != 0)
 		return
 	}
-	m.move(i, next)
+	m.changeCarriers(i, next)
 }
 
 // makeRoomOnPort ends the permission that has been idle longest among those with an
@@ -291,7 +291,7 @@ func (m *Model) makeRoomOnPort(now time.Duration, i int32) bool {
 	for o := m.byExt[m.claims[i].extKey()]; o != none; o = m.claims[o].extNext {
 		c := &m.claims[o]
 		if o != i && c.state == StateStanding && c.placed.By&ByExpectation != 0 && c.isIdle() &&
-			(oldest == none || c.fed < m.claims[oldest].fed) {
+			(oldest == none || c.refreshed < m.claims[oldest].refreshed) {
 			oldest = o
 		}
 	}

@@ -91,7 +91,7 @@ type policy struct {
 	peerPorts, ports *portSet
 	excluded         *spans // peers
 	groups, subnets  *PrefixTable
-	wild             bool // there may be permissions for more than one peer
+	forGroups        bool // there may be permissions for more than one peer
 
 	// own are the gateway's addresses, of the families of Self4 and Self6.
 	own map[Addr]struct{}
@@ -111,7 +111,7 @@ func compilePolicy(p Policy, local map[Addr]struct{}) policy {
 		excluded:  spansOf(p.ExcludePeers),
 		groups:    NewPrefixTable(p.PeerGroups),
 		subnets:   NewPrefixTable(prefixes),
-		wild: len(p.PeerGroups) > 0 || slices.ContainsFunc(p.Subnets, func(s Subnet) bool {
+		forGroups: len(p.PeerGroups) > 0 || slices.ContainsFunc(p.Subnets, func(s Subnet) bool {
 			return s.Filtering == EndpointIndependent
 		}),
 	}
@@ -122,19 +122,19 @@ func compilePolicy(p Policy, local map[Addr]struct{}) policy {
 // an expectation that translates is for one peer only. So if a subnet uses expectations, a
 // small group is expanded instead (expand).
 func (p *policy) widen(x *Permission) {
-	if !p.wild || !x.Routed() && !p.mappable(x) {
+	if !p.forGroups || !x.Routed() && !p.mappable(x) {
 		return
 	}
 	_, s, ok := p.subnet(x.Int.Addr.Netip())
 	if ok && s.Filtering == EndpointIndependent {
-		x.Wild = 128
+		x.HostBits = 128
 		if x.Peer.Is4() {
-			x.Wild = 32
+			x.HostBits = 32
 		}
 	} else if low := groupBits(p.groups, x.Peer); x.Routed() || !p.Expected || s.Choice == ChooseMap || low > ExpandBits {
-		x.Wild = low
+		x.HostBits = low
 	}
-	x.Peer = x.Peer.WithoutLow(x.Wild)
+	x.Peer = x.Peer.WithoutLow(x.HostBits)
 }
 
 // groupBits returns how many low bits of a peer's address do not matter.
@@ -164,7 +164,7 @@ func Expand(groups *PrefixTable, peer Addr) (first Addr, n int) {
 // each, and how many they are. They are more than one for a small group that x cannot cover
 // as a whole: an expectation that translates is for one peer.
 func (p *policy) expand(x *Permission) (first Addr, n int) {
-	if p.wild && x.Wild == 0 && !x.Routed() {
+	if p.forGroups && x.HostBits == 0 && !x.Routed() {
 		return Expand(p.groups, x.Peer)
 	}
 	return x.Peer, 1
@@ -172,15 +172,15 @@ func (p *policy) expand(x *Permission) (first Addr, n int) {
 
 // children returns how many children a permission may have at a time.
 func (p *policy) children(k *Key) int {
-	if k.Wild > 0 {
-		return WildChildren * p.Limits.Children
+	if k.HostBits > 0 {
+		return GroupChildren * p.Limits.Children
 	}
 	return p.Limits.Children
 }
 
-// WildChildren is how many times as many children a permission for more than one peer may
+// GroupChildren is how many times as many children a permission for more than one peer may
 // have.
-const WildChildren = 16
+const GroupChildren = 16
 
 // refuses returns why a flow from an enabled subnet gives no permission, or
 // the zero Reason.

@@ -55,12 +55,12 @@ func (m *Model) moveFirst(i int32) {
 	m.byKey.set(c.Key, i)
 }
 
-// passOver handles claim i, which is overdue when it comes first. The next claim of its Key that
+// skipOverdue handles claim i, which is overdue when it comes first. The next claim of its Key that
 // is not overdue stands instead. If there is none, the flows of i are queried: it stands only if
 // its host has sent since they were last seen.
-func (m *Model) passOver(now time.Duration, i int32) {
+func (m *Model) skipOverdue(now time.Duration, i int32) {
 	for n := m.claims[i].nextKey; n != none && !m.claims[n].isRevoked(); n = m.claims[n].nextKey {
-		if m.isOver(now, &m.claims[n]) {
+		if m.isOverdue(now, &m.claims[n]) {
 			continue
 		}
 		m.setState(i, StateWaiting, ReasonConflict)
@@ -69,12 +69,12 @@ func (m *Model) passOver(now time.Duration, i int32) {
 		return
 	}
 	m.setState(i, StateRefused, ReasonIdle)
-	m.ask(now, &m.claims[i])
+	m.queryFlows(now, &m.claims[i])
 }
 
-// isWanted reports whether another claim waits for the end of claim i, the first of its
+// hasSuccessor reports whether another claim waits for the end of claim i, the first of its
 // Key.
-func (m *Model) isWanted(i int32) bool {
+func (m *Model) hasSuccessor(i int32) bool {
 	next := m.claims[i].nextKey
 	return next != none && !m.claims[next].isRevoked()
 }

@@ -115,7 +115,7 @@ func TestRevokeOfSharedPermissionGrantsNothing(t *testing.T) {
 }
 
 func (r *refModel) isOver(now time.Duration, c *refClaim) bool {
-	return now >= c.fed+r.policy.Lifetime
+	return now >= c.refreshed+r.policy.Lifetime
 }
 
 // passOver is Model.passOver.

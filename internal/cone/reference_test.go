@@ -26,13 +26,13 @@ type refModel struct {
 
 type refClaim struct {
 	Permission
-	state  State
-	reason Reason
-	made   time.Duration
-	fed    time.Duration
-	dieAt  time.Duration // 0: not asked
-	retry  time.Duration
-	flows  []*refFlow
+	state     State
+	reason    Reason
+	made      time.Duration
+	refreshed time.Duration
+	dieAt     time.Duration // 0: not asked
+	retry     time.Duration
+	flows     []*refFlow
 }
 
 type refFlow struct {
@@ -106,7 +106,7 @@ func (r *refModel) widen(p Permission) Permission {
 			prefix = netip.PrefixFrom(p.Peer.Netip(), 0)
 		}
 	}
-	p.Peer, p.Wild = AddrFrom(prefix.Masked().Addr()), uint8(32-prefix.Bits())
+	p.Peer, p.HostBits = AddrFrom(prefix.Masked().Addr()), uint8(32-prefix.Bits())
 	return p
 }
 
@@ -185,18 +185,18 @@ func (r *refModel) seenOf(now time.Duration, f *Flow, what string, p Permission)
 				c.state, c.reason = StateWaiting, ReasonNone
 				r.claims = append(slices.DeleteFunc(r.claims, func(x *refClaim) bool { return x == c }), c)
 			}
-			if o := r.ofKey(c.Key)[0]; o != c && o.isIdle() && !c.revoked() && now < c.fed+r.policy.Lifetime {
+			if o := r.ofKey(c.Key)[0]; o != c && o.isIdle() && !c.revoked() && now < c.refreshed+r.policy.Lifetime {
 				r.end(now, o)
 			} else if o == c && asks {
 				r.grant(now, c)
 			}
 			return
 		}
-		c = &refClaim{Permission: p, state: StateWaiting, fed: r.heard(now, f)}
+		c = &refClaim{Permission: p, state: StateWaiting, refreshed: r.heard(now, f)}
 		r.claims = append(r.claims, c)
 		r.add(now, c, f, false)
 		first := r.ofKey(p.Key)[0]
-		if over := now >= c.fed+r.policy.Lifetime; first == c && over {
+		if over := now >= c.refreshed+r.policy.Lifetime; first == c && over {
 			c.state, c.reason = StateRefused, ReasonIdle
 		} else if first == c {
 			r.grant(now, c)
@@ -209,8 +209,8 @@ func (r *refModel) seenOf(now time.Duration, f *Flow, what string, p Permission)
 		}
 		known := slices.ContainsFunc(c.flows, func(x *refFlow) bool { return x.child && x.peer == f.Src.Addr && x.port == f.Src.Port })
 		most := r.policy.Limits.Children
-		if c.Wild > 0 {
-			most *= WildChildren
+		if c.HostBits > 0 {
+			most *= GroupChildren
 		}
 		if known || most == 0 || c.count(true, false) < most {
 			r.add(now, c, f, true)
@@ -245,21 +245,21 @@ func (r *refModel) add(now time.Duration, c *refClaim, f *Flow, child bool) (kno
 		fl = &refFlow{peer: peer.Addr, port: peer.Port, child: child}
 		c.flows = append(c.flows, fl)
 	}
-	fed, heard := !child || f.Status.Has(StatusSeenReply), r.heard(now, f)
+	refreshes, last := !child || f.Status.Has(StatusSeenReply), r.heard(now, f)
 	if !f.HasCounters && !known && !child {
 		packets = 1
 	}
-	if fed && known && f.HasCounters && !f.Status.Has(StatusOffload) {
-		fed, heard = fl.packets != packets, max(heard, r.before)
+	if refreshes && known && f.HasCounters && !f.Status.Has(StatusOffload) {
+		refreshes, last = fl.packets != packets, max(last, r.before)
 	}
 	fl.id, fl.packets, fl.answered = f.ID, packets, child && f.Status.Has(StatusSeenReply)
 	if r.dumped != nil {
 		r.dumped[fl] = true
 	}
-	if fed {
-		c.fed = max(c.fed, heard)
+	if refreshes {
+		c.refreshed = max(c.refreshed, last)
 	}
-	if fed && now < c.fed+r.policy.Lifetime {
+	if refreshes && now < c.refreshed+r.policy.Lifetime {
 		c.dieAt = 0
 		if c.state == StateRefused && c.reason == ReasonIdle {
 			r.grant(now, c)
@@ -382,7 +382,7 @@ func (r *refModel) goneOf(now time.Duration, f *Flow, what string, p Permission)
 			peer = f.Src
 		}
 		if fl.id == f.ID && fl.peer == peer.Addr && fl.port == peer.Port && fl.child == (what == "child") {
-			if now < c.fed+r.policy.Lifetime {
+			if now < c.refreshed+r.policy.Lifetime {
 				r.add(now, c, f, fl.child)
 			}
 			r.drop(now, c, fl)
@@ -418,7 +418,7 @@ func (r *refModel) tick(now, grace time.Duration) (ask []*refClaim) {
 		switch {
 		case c.state == StateRefused && c.reason != ReasonIdle && c.reason != ReasonRevoked && now >= c.retry:
 			r.grant(now, c)
-		case c.state == StateStanding && now > c.made && now >= c.fed+r.policy.Lifetime:
+		case c.state == StateStanding && now > c.made && now >= c.refreshed+r.policy.Lifetime:
 			switch {
 			case c.dieAt == 0 && len(c.flows) > 0:
 				c.dieAt = now + grace

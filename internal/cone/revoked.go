@@ -24,7 +24,7 @@ type revocation struct {
 // revocations are those that the model remembers.
 type revocations struct {
 	at   map[revocation]noted
-	bits []uint8 // each Wild that a Key in at has, or had
+	bits []uint8 // each HostBits that a Key in at has, or had
 }
 
 // noted is when a revocation was noted, and which flows existed then, by their ID. Without
@@ -91,8 +91,8 @@ func (m *Model) noteRevoked(now time.Duration, r revocation, flows []uint32) {
 		}
 	}
 	all.at[r] = noted{now, flows}
-	if !slices.Contains(all.bits, r.Wild) {
-		all.bits = append(all.bits, r.Wild)
+	if !slices.Contains(all.bits, r.HostBits) {
+		all.bits = append(all.bits, r.HostBits)
 	}
 }
 
@@ -104,7 +104,7 @@ func (m *Model) revokedBefore(now time.Duration, f *Flow, p *Permission) (is boo
 		return false
 	}
 	for r, n := range m.remembered(f, p) {
-		if !m.snap.showing || now-n.at > revokedMemory || n.excludes(f) {
+		if !m.snap.fromDump || now-n.at > revokedMemory || n.excludes(f) {
 			delete(m.revoked.at, r)
 		} else {
 			is = true
@@ -145,7 +145,7 @@ func (m *Model) remembered(f *Flow, p *Permission) iter.Seq2[revocation, noted] 
 			return
 		}
 		for _, low := range m.revoked.bits {
-			if !check(Key{Ext: p.Ext, Peer: f.ReplySrc.Addr.WithoutLow(low), Zone: p.Zone, Wild: low}) {
+			if !check(Key{Ext: p.Ext, Peer: f.ReplySrc.Addr.WithoutLow(low), Zone: p.Zone, HostBits: low}) {
 				return
 			}
 		}
@@ -160,7 +160,7 @@ func (m *Model) keepRevoked(now time.Duration, i int32) {
 
 // markRevoked marks claim i, which is not in the kernel, as revoked.
 func (m *Model) markRevoked(i int32) {
-	m.claims[i].ends = 0
+	m.claims[i].expiry = 0
 	m.setState(i, StateRefused, ReasonRevoked)
 	m.requeue(i)
 }

@@ -118,7 +118,7 @@ func TestAdoptedPermissionIsNotWidenedToARevokedOne(t *testing.T) {
 	d := newDesk(t, wildPolicy)
 	const in = "10.47.11.110:1"
 	ext := ep("198.51.100.1:1")
-	d.m.Revoked(0, []Revoked{{Key: Key{Ext: ext, Peer: ep("0.0.0.0:1").Addr, Wild: 32}}})
+	d.m.Revoked(0, []Revoked{{Key: Key{Ext: ext, Peer: ep("0.0.0.0:1").Addr, HostBits: 32}}})
 	d.m.Adopt(0, Permission{Key: Key{Ext: ext, Peer: ep("203.0.113.9:1").Addr}, Int: ep(in)}, ByMap, lifetime)
 	d.wantOps("adopted", d.carry(), Revoke)
 	d.wantOps("its flow", d.snapshot(1, d.translated(in, "203.0.113.9:9")), Deny)

@@ -23,24 +23,24 @@ func (m *Model) SetRoom(now time.Duration, r Room) {
 	if !m.snap.complete {
 		return
 	}
-	m.giveUp(now, idle, r.New)
-	m.giveUp(now, busy, r.Live)
+	m.endExpectations(now, idle, r.New)
+	m.endExpectations(now, busy, r.Live)
 }
 
-// giveUp ends expectations that stand as s says, until there are at most most of any kind.
-func (m *Model) giveUp(now time.Duration, s standing, most int) {
+// endExpectations ends expectations that stand as s says, until there are at most most of any kind.
+func (m *Model) endExpectations(now time.Duration, s expectState, most int) {
 	list := &m.expected[s]
 	for n := m.stats.Expected - most; n > 0 && list.first != none; n-- {
-		m.giveUpOne(now, list.first)
+		m.endExpectation(now, list.first)
 	}
 }
 
-// giveUpOne ends the expectation of claim i.
-func (m *Model) giveUpOne(now time.Duration, i int32) {
+// endExpectation ends the expectation of claim i.
+func (m *Model) endExpectation(now time.Duration, i int32) {
 	c := &m.claims[i]
 	switch {
 	case m.policy.mappable(&c.Permission) && c.noElement == ReasonNone:
-		m.move(i, Placement{ByMap, m.room.Lack})
+		m.changeCarriers(i, Placement{ByMap, m.room.Lack})
 	case c.isIdle():
 		m.end(now, i, ReasonEvicted)
 	default:
@@ -51,28 +51,28 @@ func (m *Model) giveUpOne(now time.Duration, i int32) {
 // hasRoom reports whether c may stand as an expectation. A claim that has one may keep it
 // until SetRoom says otherwise.
 func (m *Model) hasRoom(c *claim) bool {
-	return !m.bounded || c.room != notExpected || m.stats.Expected < m.room.New
+	return !m.bounded || c.expectState != notExpected || m.stats.Expected < m.room.New
 }
 
 // makeRoom ends expectations of idle claims until there is room for one more, and
 // reports whether there is.
 func (m *Model) makeRoom(now time.Duration) bool {
 	if m.snap.complete {
-		m.giveUp(now, idle, m.room.New-1)
+		m.endExpectations(now, idle, m.room.New-1)
 	}
 	return m.stats.Expected < m.room.New
 }
 
-// A standing is how a claim stands as an expectation.
-type standing uint8
+// An expectState is how a claim stands as an expectation.
+type expectState uint8
 
 const (
-	notExpected standing = iota
-	idle                 // without a live flow that is fed from inside
+	notExpected expectState = iota
+	idle                    // without a live flow of which its host sends
 	busy
 )
 
-func (c *claim) standing() standing {
+func (c *claim) expectStateNow() expectState {
 	switch {
 	case c.state != StateStanding || c.placed.By&ByExpectation == 0:
 		return notExpected
@@ -84,18 +84,18 @@ func (c *claim) standing() standing {
 
 func inRoom(c *claim) *links { return &c.inRoom }
 
-// accountRoom updates the lists of expectations after any change of claim i.
-func (m *Model) accountRoom(i int32) {
+// updateExpected updates the lists of expectations after any change of claim i.
+func (m *Model) updateExpected(i int32) {
 	c := &m.claims[i]
-	now := c.standing()
-	if now == c.room {
+	now := c.expectStateNow()
+	if now == c.expectState {
 		return
 	}
-	if c.room != notExpected {
-		m.unlink(&m.expected[c.room], i, inRoom)
+	if c.expectState != notExpected {
+		m.unlink(&m.expected[c.expectState], i, inRoom)
 	}
 	if now != notExpected {
 		m.link(&m.expected[now], i, inRoom)
 	}
-	c.room = now
+	c.expectState = now
 }

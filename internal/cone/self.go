@@ -52,8 +52,8 @@ func (m *Model) yields(o, i int32) bool {
 	return c.isIdle()
 }
 
-// makeWay ends the claims that come before claim i of the same Key and yield to it.
-func (m *Model) makeWay(now time.Duration, i int32) {
+// preempt ends the claims that come before claim i of the same Key and yield to it.
+func (m *Model) preempt(now time.Duration, i int32) {
 	k := m.claims[i].Key
 	for o := m.owner(k); o != i && m.yields(o, i); o = m.owner(k) {
 		m.end(now, o, ReasonYielded)

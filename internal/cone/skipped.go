@@ -5,9 +5,9 @@ import (
 	"net/netip"
 )
 
-// A Way finds the link by which a peer that is not outside is reached. It knows only routes
+// A LinkLookup finds the link by which a peer that is not outside is reached. It knows only routes
 // by links that are not outside links.
-type Way func(peer netip.Addr) (link string, ok bool)
+type LinkLookup func(peer netip.Addr) (link string, ok bool)
 
 // Elsewhere counts flows of enabled hosts whose peer is behind a link that is not an
 // outside link and does not lead to an enabled subnet.
@@ -28,17 +28,17 @@ const mostLinks = 64
 
 // skips holds details, beyond a Reason, of why flows gave no permission.
 type skips struct {
-	way       Way // may be nil
-	elsewhere map[string]Elsewhere
-	plain     map[netip.Prefix]uint64   // untranslated flows, by subnet
-	natted    map[netip.Prefix]struct{} // subnets that had a translated flow
-	inZones   map[ends]uint16           // untranslated flows in zones
-	second    map[netip.Prefix]uint16   // the second zone of subnets
+	linkTo       LinkLookup // may be nil
+	elsewhere    map[string]Elsewhere
+	untranslated map[netip.Prefix]uint64   // untranslated flows, by subnet
+	translated   map[netip.Prefix]struct{} // subnets that had a translated flow
+	inZones      map[ends]uint16           // untranslated flows in zones
+	second       map[netip.Prefix]uint16   // the second zone of subnets
 }
 
-// SetWay sets how peers that are not outside are reached. w belongs to the present
+// SetLinkLookup sets how peers that are not outside are reached. w belongs to the present
 // Topology.
-func (m *Model) SetWay(w Way) { m.skips.way = w }
+func (m *Model) SetLinkLookup(w LinkLookup) { m.skips.linkTo = w }
 
 // Elsewhere returns the counts since the start, by link.
 func (m *Model) Elsewhere() map[string]Elsewhere { return maps.Clone(m.skips.elsewhere) }
@@ -47,21 +47,21 @@ func (m *Model) Elsewhere() map[string]Elsewhere { return maps.Clone(m.skips.els
 // none with it.
 func (m *Model) Untranslated() (all []Untranslated) {
 	for _, s := range m.policy.Subnets {
-		_, natted := m.skips.natted[s.Prefix]
-		if n := m.skips.plain[s.Prefix]; n > 0 && !natted {
+		_, translated := m.skips.translated[s.Prefix]
+		if n := m.skips.untranslated[s.Prefix]; n > 0 && !translated {
 			all = append(all, Untranslated{s.Prefix, n})
 		}
 	}
 	return all
 }
 
-// Heard reports whether the model knows traffic of an enabled subnet with peers outside: a
+// HasTraffic reports whether the model knows traffic of an enabled subnet with peers outside: a
 // flow, translated or not, or a permission that stands.
-func (m *Model) Heard(subnet netip.Prefix) bool {
+func (m *Model) HasTraffic(subnet netip.Prefix) bool {
 	for i, s := range m.policy.Subnets {
 		if s.Prefix == subnet {
-			_, natted := m.skips.natted[subnet]
-			return natted || m.skips.plain[subnet] > 0 || m.subnets[i].standing > 0
+			_, translated := m.skips.translated[subnet]
+			return translated || m.skips.untranslated[subnet] > 0 || m.subnets[i].standing > 0
 		}
 	}
 	return false
@@ -69,7 +69,7 @@ func (m *Model) Heard(subnet netip.Prefix) bool {
 
 // skip counts f, a flow of an enabled host that gives no permission because of r.
 func (m *Model) skip(f *Flow, r Reason) {
-	if m.snap.showing { // it was counted before
+	if m.snap.fromDump { // it was counted before
 		return
 	}
 	if r == ReasonPeerInside {
@@ -81,10 +81,10 @@ func (m *Model) skip(f *Flow, r Reason) {
 // whyInside returns a more precise reason for a peer that is not outside.
 func (m *Model) whyInside(f *Flow) Reason {
 	peer := f.ReplySrc.Addr.Netip()
-	if _, _, inside := m.policy.subnet(peer); inside || m.skips.way == nil {
+	if _, _, inside := m.policy.subnet(peer); inside || m.skips.linkTo == nil {
 		return ReasonPeerInside
 	}
-	link, ok := m.skips.way(peer)
+	link, ok := m.skips.linkTo(peer)
 	switch {
 	case !ok:
 		return ReasonNoRoute
@@ -113,46 +113,46 @@ var sharedAddresses = netip.MustParsePrefix("100.64.0.0/10") // RFC 6598
 
 // leadsInside reports whether a link leads to host or to an enabled subnet.
 func (m *Model) leadsInside(link string, host netip.Addr) bool {
-	if l, ok := m.skips.way(host); ok && l == link {
+	if l, ok := m.skips.linkTo(host); ok && l == link {
 		return true
 	}
 	for _, s := range m.policy.Subnets {
-		if l, ok := m.skips.way(s.Prefix.Addr().Next()); ok && l == link {
+		if l, ok := m.skips.linkTo(s.Prefix.Addr().Next()); ok && l == link {
 			return true
 		}
 	}
 	return false
 }
 
-// plain handles a flow of an enabled host that was not source-NATed. It counts f if s is
+// seeUntranslated handles a flow of an enabled host that was not source-NATed. It counts f if s is
 // not routed and the peer is outside: such a packet waits for an answer in vain.
-func (m *Model) plain(f *Flow, s Subnet) {
+func (m *Model) seeUntranslated(f *Flow, s Subnet) {
 	if s.Routed || !f.Src.Addr.Is4() || f.Status.Has(StatusDstNAT) {
 		return
 	}
 	if _, local := m.topo.local[f.ReplySrc.Addr]; local || m.policy.refusesEndpoint(f.ReplyDst, f.ReplySrc, &m.topo) != ReasonNone {
 		return
 	}
-	m.plainInZone(f) // in a snapshot too: there may be no event of f
-	if m.snap.showing {
+	m.noteUntranslated(f) // in a snapshot too: there may be no event of f
+	if m.snap.fromDump {
 		return
 	}
 	m.stats.Skipped[ReasonUntranslated]++
-	if m.skips.plain == nil {
-		m.skips.plain = make(map[netip.Prefix]uint64)
+	if m.skips.untranslated == nil {
+		m.skips.untranslated = make(map[netip.Prefix]uint64)
 	}
-	m.skips.plain[s.Prefix]++
+	m.skips.untranslated[s.Prefix]++
 }
 
-// translated handles f, a flow of s to a peer outside that was source-NATed. It costs next
+// seeTranslated handles f, a flow of s to a peer outside that was source-NATed. It costs next
 // to nothing while all flows are.
-func (m *Model) translated(f *Flow, s Subnet) {
-	m.translatedToo(f, s)
-	if len(m.skips.plain) == 0 {
+func (m *Model) seeTranslated(f *Flow, s Subnet) {
+	m.noteSecondZone(f, s)
+	if len(m.skips.untranslated) == 0 {
 		return
 	}
-	if m.skips.natted == nil {
-		m.skips.natted = make(map[netip.Prefix]struct{})
+	if m.skips.translated == nil {
+		m.skips.translated = make(map[netip.Prefix]struct{})
 	}
-	m.skips.natted[s.Prefix] = struct{}{}
+	m.skips.translated[s.Prefix] = struct{}{}
 }

@@ -45,7 +45,7 @@ func TestWhyAPeerIsNotOutside(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			m := New(p)
 			m.SetTopology(0, topology)
-			m.SetWay(way)
+			m.SetLinkLookup(way)
 			f := Flow{
 				ID: 1, Status: StatusSrcNAT,
 				Src: ep("10.47.11.109:5060"), Dst: ep(tc.peer), ReplySrc: ep(tc.peer), ReplyDst: ep(tc.ext),
@@ -68,7 +68,7 @@ func TestWhyAPeerIsNotOutside(t *testing.T) {
 	t.Run("routed", func(t *testing.T) {
 		m := New(p)
 		m.SetTopology(0, topology)
-		m.SetWay(way)
+		m.SetLinkLookup(way)
 		in, peer := ep("[2001:db8:47::109]:5060"), ep("[2001:db8:5::5]:5060")
 		m.FlowSeen(0, &Flow{ID: 1, Src: in, Dst: peer, ReplySrc: peer, ReplyDst: in})
 		if n := m.Elsewhere()["vpn0"]; n.Flows != 1 || n.Translated != 0 {
@@ -81,7 +81,7 @@ func TestLinksThatComeAndGoDoNotUseUpMemory(t *testing.T) {
 	m := New(testPolicy)
 	m.SetTopology(0, Topology{})
 	link := ""
-	m.SetWay(func(peer netip.Addr) (string, bool) {
+	m.SetLinkLookup(func(peer netip.Addr) (string, bool) {
 		if peer == ep("203.0.113.5:1").Addr.Netip() {
 			return link, true
 		}

@@ -14,12 +14,12 @@ type snapshot struct {
 	began    time.Duration // time of the last BeginSnapshot
 	before   time.Duration // when the last complete snapshot began: all flows were looked at since
 	running  bool
-	complete bool                // there was a complete snapshot
-	first    bool                // there was no complete snapshot before this one
-	showing  bool                // the model handles one of its flows right now
-	ended    map[uint32]struct{} // flows that ended while it runs
-	inbound  []Flow              // handled last, when the permissions of children are known
-	led      map[lead]struct{}   // where flows of forwards in inbound lead, whoever the peer
+	complete bool                       // there was a complete snapshot
+	first    bool                       // there was no complete snapshot before this one
+	fromDump bool                       // the model handles one of its flows right now
+	ended    map[uint32]struct{}        // flows that ended while it runs
+	inbound  []Flow                     // handled last, when the permissions of children are known
+	targets  map[forwardTarget]struct{} // where flows of forwards in inbound lead, whoever the peer
 
 	unplaced bool // Model.unplaced before this snapshot
 	reported bool // the kernel reported all flows since this snapshot began
@@ -30,14 +30,14 @@ type snapshot struct {
 	othersLabel bool // as in Model, but only of flows seen since it began
 }
 
-func (s *snapshot) gone(id uint32) {
+func (s *snapshot) noteEnded(id uint32) {
 	if s.running {
 		s.ended[id] = struct{}{}
 	}
 }
 
 // over reports whether flow id ended while the snapshot runs.
-func (s *snapshot) over(id uint32) bool {
+func (s *snapshot) hasEnded(id uint32) bool {
 	_, ok := s.ended[id]
 	return ok
 }
@@ -49,14 +49,14 @@ func (m *Model) BeginSnapshot(now time.Duration) {
 		gen: m.snap.gen + 1, complete: m.snap.complete, first: !m.snap.complete, running: true, began: now, before: m.snap.before,
 		ended:    make(map[uint32]struct{}),
 		unplaced: m.unplaced || m.snap.unplaced,
-		reported: !m.unreported.on,
+		reported: !m.unreported.hiding,
 	}
 	m.unplaced = false
 }
 
 // SnapshotFlow handles one flow of the dump.
 func (m *Model) SnapshotFlow(now time.Duration, f *Flow) {
-	if !m.snap.running || m.snap.over(f.ID) {
+	if !m.snap.running || m.snap.hasEnded(f.ID) {
 		return
 	}
 	m.seeHelped(now, f)
@@ -64,20 +64,20 @@ func (m *Model) SnapshotFlow(now time.Duration, f *Flow) {
 	m.noteLabel(f)
 	switch role, _, _ := m.role(f); role {
 	case roleOut:
-		m.show(now, f)
+		m.seeDumped(now, f)
 	case roleEarly: // kept for a permission that comes to stand later
-		m.show(now, f)
+		m.seeDumped(now, f)
 	case roleChild:
 		m.snap.inbound = append(m.snap.inbound, *f)
 	case roleDNAT:
-		if m.unread || !m.labels() { // else nothing needs it
+		if m.forwardsUnknown || !m.labels() { // else nothing needs it
 			m.snap.keepForwarded(f)
 		}
 	}
 }
 
-// A lead is where DNATed flows lead to.
-type lead struct {
+// A forwardTarget is where DNATed flows lead to.
+type forwardTarget struct {
 	extKey
 	in Endpoint
 }
@@ -89,39 +89,39 @@ const mostForwarded = 1 << 13
 // are many such flows, it keeps only one of each forward: anybody outside can make as many
 // as the conntrack table has room for.
 func (s *snapshot) keepForwarded(f *Flow) {
-	k := lead{extKey{f.Dst, f.OrigZone}, f.ReplySrc}
-	_, led := s.led[k]
-	if led && len(s.inbound) >= mostForwarded || !led && len(s.led) >= mostForwarded {
+	k := forwardTarget{extKey{f.Dst, f.OrigZone}, f.ReplySrc}
+	_, led := s.targets[k]
+	if led && len(s.inbound) >= mostForwarded || !led && len(s.targets) >= mostForwarded {
 		return
 	}
-	if s.led == nil {
-		s.led = make(map[lead]struct{})
+	if s.targets == nil {
+		s.targets = make(map[forwardTarget]struct{})
 	}
-	s.led[k] = struct{}{}
+	s.targets[k] = struct{}{}
 	s.inbound = append(s.inbound, *f)
 }
 
-func (m *Model) show(now time.Duration, f *Flow) {
-	m.snap.showing = true
+func (m *Model) seeDumped(now time.Duration, f *Flow) {
+	m.snap.fromDump = true
 	m.FlowSeen(now, f)
-	m.snap.showing = false
+	m.snap.fromDump = false
 }
 
 // EndSnapshot says that the dump was complete: flows that it did not show are gone. They
-// feed nothing, because when they ended is unknown.
+// refresh nothing, because when they ended is unknown.
 func (m *Model) EndSnapshot(now time.Duration) {
 	if !m.snap.running {
 		return
 	}
 	m.snap.complete, m.snap.unplaced = true, false
 	for i := range m.snap.inbound {
-		if f := &m.snap.inbound[i]; !m.snap.over(f.ID) {
-			m.show(now, f)
+		if f := &m.snap.inbound[i]; !m.snap.hasEnded(f.ID) {
+			m.seeDumped(now, f)
 		}
 	}
 	maps.DeleteFunc(m.revoked.at, func(r revocation, _ noted) bool { return r.in == Endpoint{} }) // those of an earlier daemon
 	m.snap.before = m.snap.began
-	if m.unreported.showed(m.snap.reported) {
+	if m.unreported.snapshotEnded(m.snap.reported) {
 		defer m.expireOverdue(now)
 	}
 	m.skips.inZones, m.skips.second = m.snap.inZones, m.snap.second
@@ -137,11 +137,11 @@ func (m *Model) EndSnapshot(now time.Duration) {
 	}
 	slices.Sort(changed)
 	changed = slices.Compact(changed)
-	// Settle claims that do not stand first, so that none that lost its flow inherits.
+	// Begin with claims that do not stand, so that none that lost its flow inherits.
 	for _, state := range []State{StateWaiting, StateRefused, StateStanding} {
 		for _, i := range changed {
 			if m.claims[i].state == state {
-				m.settle(now, i)
+				m.flowsChanged(now, i)
 			}
 		}
 	}

@@ -54,10 +54,10 @@ func (t Topology) Equal(u Topology) bool {
 
 // topology is a Topology prepared for fast look-ups.
 type topology struct {
-	local map[Addr]struct{}
-	lost  map[Addr]time.Duration // lost addresses: until when their flows give nothing
-	peers *spans                 // addresses behind outside links
-	other *spans                 // addresses behind other links
+	local        map[Addr]struct{}
+	lost         map[Addr]time.Duration // lost addresses: until when their flows give nothing
+	outsideLinks *spans                 // addresses behind outside links
+	otherLinks   *spans                 // addresses behind other links
 
 	doubtful bool
 	uplinks  map[Addr]struct{} // set if doubtful
@@ -66,9 +66,9 @@ type topology struct {
 func compileTopology(t Topology) topology {
 	t = t.Compile()
 	c := topology{
-		local: make(map[Addr]struct{}, len(t.Local)),
-		lost:  make(map[Addr]time.Duration),
-		peers: t.outside, other: t.inside,
+		local:        make(map[Addr]struct{}, len(t.Local)),
+		lost:         make(map[Addr]time.Duration),
+		outsideLinks: t.outside, otherLinks: t.inside,
 	}
 	for _, a := range t.Local {
 		c.local[AddrFrom(a)] = struct{}{}
@@ -83,7 +83,7 @@ func compileTopology(t Topology) topology {
 }
 
 // outside reports whether a lies behind an outside link.
-func (t *topology) outside(a netip.Addr) bool { return t.peers.has(a) }
+func (t *topology) outside(a netip.Addr) bool { return t.outsideLinks.has(a) }
 
 // doubts reports whether flows with the outside address ext may leave by a link that is not
 // known as an outside link.
@@ -96,7 +96,7 @@ func (t *topology) doubts(ext Addr) bool {
 }
 
 // reached reports whether a route by any link leads to a.
-func (t *topology) reached(a netip.Addr) bool { return t.peers.has(a) || t.other.has(a) }
+func (t *topology) reached(a netip.Addr) bool { return t.outsideLinks.has(a) || t.otherLinks.has(a) }
 
 // spans maps each address to the number of the prefix that holds it, or to 0 if none does.
 // The cost of a look-up grows with the logarithm of its size. As a set it has the addresses

@@ -156,15 +156,15 @@ type Key struct {
 	Ext  Endpoint // outside endpoint of the mapping
 	Peer Addr     // who may send to it, from any port
 	Zone uint16   // conntrack zone of the reply direction of its flows
-	// Wild is the number of low bits of Peer that match any value; they are zero in Peer.
+	// HostBits is the number of low bits of Peer that match any value; they are zero in Peer.
 	// It is above 0 if the peer is a group of addresses, or everybody.
-	Wild uint8
+	HostBits uint8
 }
 
 // Peers returns the addresses that may send.
 func (k Key) Peers() netip.Prefix {
 	a := k.Peer.Netip()
-	return netip.PrefixFrom(a, a.BitLen()-int(k.Wild))
+	return netip.PrefixFrom(a, a.BitLen()-int(k.HostBits))
 }
 
 // A Permission says that Peer may send to Ext, from any port, and reaches Int

@@ -41,8 +41,8 @@ func (m *Model) Walk(from, n int, f func(View)) (next int) {
 		f(View{
 			Permission: c.Permission,
 			State:      c.state, Reason: c.reason, Placement: c.placed,
-			Flows: int(c.outs), Children: int(c.kids), Answered: int(c.answered),
-			Since: c.made, Expires: c.fed + m.policy.Lifetime,
+			Flows: int(c.outFlows), Children: int(c.children), Answered: int(c.answered),
+			Since: c.made, Expires: c.refreshed + m.policy.Lifetime,
 		})
 	}
 	if end == len(m.claims) {

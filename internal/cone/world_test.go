@@ -104,9 +104,9 @@ func (w *world) apply() {
 					w.failf("revoke of %v for %v hits %v", o.Key, o.Int, owner)
 				}
 				w.fall(o.Key, o.By)
-			case Refresh:
+			case Renew:
 				if !stands || owner != o.Int || w.by[o.Key]&o.By != o.By || o.By == 0 {
-					w.failf("refresh of %v for %v by %v, which stands by %v", o.Key, o.Int, o.By, w.by[o.Key])
+					w.failf("renewal of %v for %v by %v, which stands by %v", o.Key, o.Int, o.By, w.by[o.Key])
 				}
 			case DropUnanswered:
 				for i, f := range w.flows {
@@ -145,8 +145,8 @@ func (w *world) check() {
 	}
 	expected, mapped := 0, 0
 	for _, c := range w.ref.claims {
-		if i := w.m.find(c.Key, c.Int); i == none || w.m.claims[i].fed != c.fed {
-			w.failf("%v was fed at another time than %v", c.Permission, c.fed)
+		if i := w.m.find(c.Key, c.Int); i == none || w.m.claims[i].refreshed != c.refreshed {
+			w.failf("%v was refreshed at another time than %v", c.Permission, c.refreshed)
 		}
 		if c.state != StateStanding {
 			continue
@@ -224,7 +224,7 @@ func (w *world) fall(k Key, by Carriers) {
 
 // mayCarry fails for a carrier that cannot carry what o grants.
 func (w *world) mayCarry(o *Op) {
-	if o.By == 0 || o.By&ByMap != 0 && !w.ref.policy.Mapped || o.By&ByExpectation != 0 && o.Wild > 0 {
+	if o.By == 0 || o.By&ByMap != 0 && !w.ref.policy.Mapped || o.By&ByExpectation != 0 && o.HostBits > 0 {
 		w.failf("grant of %v by %v", o.Key, o.By)
 	}
 }
@@ -315,7 +315,7 @@ func (w *world) snapshot() {
 	w.ref.finish(w.now)
 }
 
-// pass lets time pass. Answers keep a flow alive that the inside host no longer feeds.
+// pass lets time pass. Answers keep a flow alive that the inside host no longer refreshes.
 func (w *world) pass(d time.Duration) {
 	w.now += d
 	for _, f := range w.flows {

@@ -99,8 +99,8 @@ func (m *Model) SecondZones() (all []SecondZone) {
 	return all
 }
 
-// plainInZone remembers f, which is untranslated, if it is not in zone 0.
-func (m *Model) plainInZone(f *Flow) {
+// noteUntranslated remembers f, which is untranslated, if it is not in zone 0.
+func (m *Model) noteUntranslated(f *Flow) {
 	if f.ReplyZone == 0 {
 		return
 	}
@@ -112,9 +112,9 @@ func (m *Model) plainInZone(f *Flow) {
 	}
 }
 
-// translatedToo notes the second zone of s if f, a translated flow of s, is untranslated in
+// noteSecondZone notes the second zone of s if f, a translated flow of s, is untranslated in
 // another zone.
-func (m *Model) translatedToo(f *Flow, s Subnet) {
+func (m *Model) noteSecondZone(f *Flow, s Subnet) {
 	zone, is := m.skips.inZones[ends{f.Src, f.Dst}]
 	if !is || zone == f.ReplyZone {
 		return

@@ -31,7 +31,7 @@ var prose = map[string]string{
 	"subnet_limit":       "limit per subnet",
 	"total_limit":        "limit of all permissions",
 	"revoked":            "revoked by command",
-	"idle":               "not fed from inside",
+	"idle":               "no packets from inside",
 	"dropped":            "your firewall drops what the peer sends",
 	"other_zone":         "what the peer sends comes in another conntrack zone",
 	"policy":             "not allowed any more",

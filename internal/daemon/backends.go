@@ -38,7 +38,7 @@ func (b *backends) String() string { return b.carriers().Carriers().String() }
 // Max is how many permissions may stand.
 func (b *backends) Max() int { return b.carriers().Max() }
 
-// configure applies cfg to what is granted or refreshed from now on.
+// configure applies cfg to what is granted or renewed from now on.
 func (b *backends) configure(cfg config.Config) {
 	b.carriers().SetLifetime(cfg.Lifetime)
 	if b.nft != nil {

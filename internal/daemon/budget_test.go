@@ -145,7 +145,7 @@ func spin(d time.Duration) {
 }
 
 // Fails when what others do meanwhile is charged: the events, the requests and the
-// refreshes of the loop.
+// renewals of the loop.
 func TestBudgetChargesALookAlone(t *testing.T) {
 	const some, much = 15 * time.Millisecond, 200 * time.Millisecond
 	var b budget

@@ -312,7 +312,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	r.network = r.network.Lean()
 	l.network = r.network
 	l.engine.Model.SetTopology(0, l.topology)
-	l.engine.Model.SetWay(l.network.Way())
+	l.engine.Model.SetLinkLookup(l.network.Way())
 	l.engine.Model.SetForwards(0, r.forwarded.Forwards, r.forwardsKnown)
 	l.engine.Model.Revoked(0, d.denied)
 	if r.backends.expect != nil {

@@ -107,7 +107,7 @@ func (x *examination) readRules(served *gateway.PortSet) (err error) {
 	l.decisions = x.reconcile.firewall.decide(l.cfg, l.network)
 	l.newEngine(cone.New(l.policy(l.cfg)), nil)
 	l.engine.Model.SetTopology(0, l.network.Topology().Compile())
-	l.engine.Model.SetWay(l.network.Way())
+	l.engine.Model.SetLinkLookup(l.network.Way())
 	return nil
 }
 

@@ -202,7 +202,7 @@ func (c *packetCase) look(cfg config.Config, network gateway.Network) (inside us
 	}
 	c.most = func(p control.Permission) int { // 0 for no limit
 		if p.Peers.IsValid() {
-			return cone.WildChildren * cfg.MaxChildren
+			return cone.GroupChildren * cfg.MaxChildren
 		}
 		return cfg.MaxChildren
 	}

@@ -18,7 +18,7 @@ const (
 	// are read.
 	ticksAtOnce = 32
 	// behindAtOnce is the same while Tick is behind. A permission needs more
-	// refreshes than it has events, and if refreshed late it ends in the kernel.
+	// renewals than it has events, and if renewed late it ends in the kernel.
 	behindAtOnce = eventsAtOnce
 	// turnEvery is the longest time of one turn of the loop. If the loop does not empty the
 	// event socket for isStopped, somebody stopped the process (SIGSTOP, freezer), or events

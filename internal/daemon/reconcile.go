@@ -232,7 +232,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 		l.mayStrand = flows.NewSources(r.network, nil).Another
 		l.sockets.SetNetwork(network)
 		misjudged = l.engine.Model.SetTopology(r.now(), topology) || misjudged
-		l.engine.Model.SetWay(l.network.Way())
+		l.engine.Model.SetLinkLookup(l.network.Way())
 		if r.sure {
 			l.engine.ReviewSockets()
 		}

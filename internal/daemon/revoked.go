@@ -23,7 +23,7 @@ type revokedEntry struct {
 func (n notes) writeRevoked(all []cone.Revoked) error {
 	entries := make([]revokedEntry, len(all))
 	for i, r := range all {
-		entries[i] = revokedEntry{r.Ext.Netip(), r.Peer.Netip(), r.Zone, r.Wild, r.Flows}
+		entries[i] = revokedEntry{r.Ext.Netip(), r.Peer.Netip(), r.Zone, r.HostBits, r.Flows}
 	}
 	return writeList(n, revokedNote, entries)
 }
@@ -33,7 +33,7 @@ func (n notes) readRevoked() (all []cone.Revoked, err error) {
 	entries, err := readList[revokedEntry](n, revokedNote)
 	for _, e := range entries {
 		all = append(all, cone.Revoked{
-			Key:   cone.Key{Ext: cone.EndpointFrom(e.Ext), Peer: cone.AddrFrom(e.Peer), Zone: e.Zone, Wild: e.HostBits},
+			Key:   cone.Key{Ext: cone.EndpointFrom(e.Ext), Peer: cone.AddrFrom(e.Peer), Zone: e.Zone, HostBits: e.HostBits},
 			Flows: e.Flows,
 		})
 	}

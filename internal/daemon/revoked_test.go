@@ -17,7 +17,7 @@ func TestNoteTellsWhatIsRevoked(t *testing.T) {
 	n := notes{path: filepath.Join(t.TempDir(), "run", "c."), cookie: 7}
 	want := []cone.Revoked{
 		{Key: cone.Key{Ext: cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.1:5060")), Peer: cone.EndpointFrom(netip.MustParseAddrPort("203.0.113.5:0")).Addr, Zone: 3}, Flows: []uint32{1, 1<<32 - 1}},
-		{Key: cone.Key{Ext: cone.EndpointFrom(netip.MustParseAddrPort("[2001:db8::1]:1")), Peer: cone.EndpointFrom(netip.MustParseAddrPort("[2001:db8:1::]:0")).Addr, Wild: 64}},
+		{Key: cone.Key{Ext: cone.EndpointFrom(netip.MustParseAddrPort("[2001:db8::1]:1")), Peer: cone.EndpointFrom(netip.MustParseAddrPort("[2001:db8:1::]:0")).Addr, HostBits: 64}},
 	}
 	expect := func(what string, n notes, want []cone.Revoked) {
 		t.Helper()

@@ -149,7 +149,7 @@ func byName(counts []uint64, name func(i int) string) map[string]uint64 {
 
 // peers returns the prefix of a permission for several peers; for one peer it is invalid.
 func peers(k cone.Key) (p netip.Prefix) {
-	if k.Wild > 0 {
+	if k.HostBits > 0 {
 		p = k.Peers()
 	}
 	return p

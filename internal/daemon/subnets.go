@@ -84,7 +84,7 @@ func (l *loop) warnLinkSubnets(out *warnings) {
 		switch {
 		case l.isOwnAddress(s.Prefix):
 			out.add(warnOwnAddress, s.Prefix.String(), "subnet %v is the gateway's own address, and no host has it: name the network of the hosts", s.Prefix)
-		case slices.Contains(l.network.Unreached, s.Prefix) && !l.engine.Model.Heard(s.Prefix):
+		case slices.Contains(l.network.Unreached, s.Prefix) && !l.engine.Model.HasTraffic(s.Prefix):
 			out.add(warnUnreached, s.Prefix.String(), "no link has the subnet %v, no route but a default route leads to it, and no host of it was heard: "+
 				"it is served as soon as one is, or correct it", s.Prefix)
 		}

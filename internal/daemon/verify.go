@@ -84,13 +84,13 @@ func (r *reconciler) differences(v *control.Verification) (map[control.Wrong]str
 	}
 	*v = control.Verification{}
 	flows := make(map[claimed]counted)
-	wild := make(map[uint8]struct{})
+	hostBits := make(map[uint8]struct{})
 	var cfg config.Config
 	r.ask(func(l *loop) { cfg = l.cfg })
 	found, err := r.comparer.Verify(func(c *cone.View) {
 		v.Permissions++
 		flows[claimed{c.Key, c.Int}] = counted{c.Flows, c.Children}
-		wild[c.Wild] = struct{}{}
+		hostBits[c.HostBits] = struct{}{}
 	})
 	if err != nil {
 		return nil, err
@@ -115,9 +115,9 @@ func (r *reconciler) differences(v *control.Verification) (map[control.Wrong]str
 	}
 	// ofAll counts for all permissions that cover the peer: for it alone, or for a prefix.
 	ofAll := func(k claimed, n counted) {
-		for k.Wild = range wild {
+		for k.HostBits = range hostBits {
 			x := k
-			x.Peer = k.Peer.WithoutLow(k.Wild)
+			x.Peer = k.Peer.WithoutLow(k.HostBits)
 			count(x, n)
 		}
 	}

@@ -85,7 +85,7 @@ func (w *world) checkAll() {
 		if v.State != cone.StateStanding || w.now >= v.Expires {
 			continue
 		}
-		if peer := v.Peer; v.Wild > 0 { // any contact of the host by that endpoint counts
+		if peer := v.Peer; v.HostBits > 0 { // any contact of the host by that endpoint counts
 			w.wantAsked(v.Int, v.Ext)
 		} else {
 			w.wantJustified(v.Int, peer, v.Ext)
@@ -111,7 +111,7 @@ func (w *world) checkAll() {
 }
 
 // standsAtMost is how long after the last packet of its host a permission may stand: it is
-// refreshed within a lifetime, then the kernel holds it for another one if the daemon dies, and
+// renewed within a lifetime, then the kernel holds it for another one if the daemon dies, and
 // queries and rounding take a while.
 const standsAtMost = 3 * lifetime
 

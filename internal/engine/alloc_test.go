@@ -12,9 +12,9 @@ type willing struct{ Map }
 
 func (willing) Grant([]cone.Permission, func(int, cone.Reason, error)) {}
 func (willing) Revoke([]cone.Permission) error                         { return nil }
-func (willing) Refresh([]cone.Permission, func(int))                   {}
+func (willing) Renew([]cone.Permission, func(int))                     {}
 
-// Fails when a flow that comes, is refreshed and goes costs the engine an allocation.
+// Fails when a flow that comes, is renewed and goes costs the engine an allocation.
 func TestFlowAllocatesNothing(t *testing.T) {
 	now := time.Duration(0)
 	e := New(cone.New(policies("map")[0]), Kernel{Map: willing{}}, Config{

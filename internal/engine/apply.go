@@ -40,9 +40,9 @@ func (e *Engine) run(ops []cone.Op, since time.Duration) {
 		e.unmapped = append(e.unmapped, ops...)
 	case cone.DropUnanswered, cone.DropChild:
 		e.orphans = append(e.orphans, ops...)
-	case cone.Refresh:
+	case cone.Renew:
 		e.finish()
-		e.refresh(ops)
+		e.renew(ops)
 	case cone.Deny:
 		e.finish()
 		e.deny(ops)

@@ -241,7 +241,7 @@ func (d *Difference) unexpected(l list, by cone.Carriers) {
 }
 
 // confirm calls f, in the loop, for each of the suspects that the kernel really lacks, once
-// for each carrier that lacks it. A list can miss permissions that are being refreshed, or
+// for each carrier that lacks it. A list can miss permissions that are being renewed, or
 // some while others end; so expectations are listed again, and the map is asked for each
 // element.
 func (c *Comparer) confirm(suspects []Placed, f func(*Engine, *Placed)) error {

@@ -45,11 +45,11 @@ func (k *fakeKernel) adoptExpectations(lifetime time.Duration) (f *fakeExpectati
 // sortedKeys lets a run depend on its seed alone.
 func sortedKeys[V any](m map[cone.Key]V) []cone.Key {
 	return slices.SortedFunc(maps.Keys(m), func(a, b cone.Key) int {
-		return cmp.Or(bytes.Compare(a.Peer[:], b.Peer[:]), bytes.Compare(a.Ext.Addr[:], b.Ext.Addr[:]), cmp.Compare(a.Ext.Port, b.Ext.Port), cmp.Compare(a.Wild, b.Wild))
+		return cmp.Or(bytes.Compare(a.Peer[:], b.Peer[:]), bytes.Compare(a.Ext.Addr[:], b.Ext.Addr[:]), cmp.Compare(a.Ext.Port, b.Ext.Port), cmp.Compare(a.HostBits, b.HostBits))
 	})
 }
 
-func (*fakeExpectations) Carries(p *cone.Permission) bool { return p.Wild == 0 }
+func (*fakeExpectations) Carries(p *cone.Permission) bool { return p.HostBits == 0 }
 func (f *fakeExpectations) SetLifetime(d time.Duration)   { f.lifetime = d }
 func (f *fakeExpectations) Max() int                      { return f.max }
 
@@ -176,7 +176,7 @@ func (f *fakeExpectations) Revoke(ps []cone.Permission) error {
 	return failed
 }
 
-func (f *fakeExpectations) Refresh(ps []cone.Permission, lost func(i int)) {
+func (f *fakeExpectations) Renew(ps []cone.Permission, lost func(i int)) {
 	f.k.expire()
 	for i := range ps {
 		a := anchorOf(&ps[i])
@@ -223,7 +223,7 @@ func (k *fakeKernel) adoptMap(lifetime time.Duration, groups map[cone.Addr]uint8
 	k.expire()
 	m = &fakeMap{k: k, lifetime: lifetime, groups: groups, denied: map[cone.Key]bool{}, full: map[cone.Addr]bool{}}
 	for _, key := range sortedKeys(k.denied) {
-		m.denied[cone.Key{Ext: key.Ext, Peer: key.Peer, Wild: m.wild(key.Peer)}] = true
+		m.denied[cone.Key{Ext: key.Ext, Peer: key.Peer, HostBits: m.hostBits(key.Peer)}] = true
 	}
 	for _, key := range sortedKeys(k.elements) {
 		found = append(found, Placed{m.permission(key), cone.ByMap, k.elements[key].until - k.now()})
@@ -234,11 +234,11 @@ func (k *fakeKernel) adoptMap(lifetime time.Duration, groups map[cone.Addr]uint8
 // permission returns what the element with this key permits. It does not show its host bits.
 func (m *fakeMap) permission(key cone.Key) cone.Permission {
 	p := cone.Permission{Key: key, Int: m.k.elements[key].in}
-	p.Wild = m.wild(key.Peer)
+	p.HostBits = m.hostBits(key.Peer)
 	return p
 }
 
-func (m *fakeMap) wild(peer cone.Addr) uint8 {
+func (m *fakeMap) hostBits(peer cone.Addr) uint8 {
 	if peer.Netip().IsUnspecified() {
 		return 32
 	}
@@ -307,7 +307,7 @@ func (m *fakeMap) Revoke(ps []cone.Permission) (failed error) {
 	return failed
 }
 
-func (m *fakeMap) Refresh(ps []cone.Permission, lost func(i int)) {
+func (m *fakeMap) Renew(ps []cone.Permission, lost func(i int)) {
 	m.k.expire()
 	for i := range ps {
 		key := elementKey(&ps[i].Key)

@@ -235,7 +235,7 @@ func (k *fakeKernel) isGroup(first cone.Addr, low uint8) bool {
 }
 
 // groupOf is the group of peers that policies of tests have.
-var groupOf = cone.Key{Peer: cone.AddrFrom4([4]byte{203, 0, 113, 6}), Wild: 1}
+var groupOf = cone.Key{Peer: cone.AddrFrom4([4]byte{203, 0, 113, 6}), HostBits: 1}
 
 func elementKey(k *cone.Key) cone.Key { return cone.Key{Ext: k.Ext, Peer: k.Peer} }
 

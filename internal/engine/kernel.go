@@ -26,10 +26,10 @@ type Carrier interface {
 	Grant(ps []cone.Permission, refused func(i int, r cone.Reason, err error))
 	// Revoke ends ps. It is no error if some have ended already.
 	Revoke(ps []cone.Permission) error
-	// Refresh renews the kernel's timeouts of ps and calls lost for each that no longer
+	// Renew renews the kernel's timeouts of ps and calls lost for each that no longer
 	// stands.
-	Refresh(ps []cone.Permission, lost func(i int))
-	// SetLifetime sets the timeout of permissions that are granted or refreshed from now on.
+	Renew(ps []cone.Permission, lost func(i int))
+	// SetLifetime sets the timeout of permissions that are granted or renewed from now on.
 	SetLifetime(d time.Duration)
 	// Max is how many permissions may stand.
 	Max() int
@@ -40,11 +40,11 @@ type Expectations interface {
 	Carrier
 	// ListAll calls f for each permission that stands, with the time it has left, and
 	// foreign for each expectation of somebody else. A list that is made while permissions
-	// are refreshed or end may lack some that stand.
+	// are renewed or end may lack some that stand.
 	ListAll(f func(p cone.Permission, left time.Duration), foreign func(cone.Foreign)) error
 	// HasRoom reports whether p, which does not stand by an expectation, could.
 	HasRoom(p *cone.Permission) bool
-	// Anchored returns the Key, without Wild, of the permission whose anchor has this
+	// Anchored returns the Key, without HostBits, of the permission whose anchor has this
 	// original direction, and whether there is one.
 	Anchored(src, dst cone.Endpoint, zone uint16) (cone.Key, bool)
 }
@@ -55,7 +55,7 @@ type Expectations interface {
 type Map interface {
 	Carrier
 	// List calls f for each permission that stands, with the time it has left. A list that
-	// is made while permissions are refreshed may lack some that stand.
+	// is made while permissions are renewed may lack some that stand.
 	List(f func(p cone.Permission, left time.Duration)) error
 	// Missing looks up each of ps and calls missing for those that do not stand. If it
 	// returns an error, some were not looked up.
@@ -116,7 +116,7 @@ func (k Kernel) Max() (n int) {
 	return n
 }
 
-// SetLifetime sets the timeout of permissions that are granted or refreshed from now on.
+// SetLifetime sets the timeout of permissions that are granted or renewed from now on.
 func (k Kernel) SetLifetime(d time.Duration) {
 	k.Each(func(_ cone.Carriers, c Carrier) { c.SetLifetime(d) })
 }
@@ -163,12 +163,12 @@ func (e *Engine) revoke(ops []cone.Op, only cone.Carriers) {
 	})
 }
 
-// refresh renews the timeouts of ops and grants again what no longer stands.
-func (e *Engine) refresh(ops []cone.Op) {
+// renew renews the timeouts of ops and grants again what no longer stands.
+func (e *Engine) renew(ops []cone.Op) {
 	e.Kernel.Each(func(by cone.Carriers, c Carrier) {
 		e.batch.take(ops, by)
 		e.by = by
-		c.Refresh(e.batch.perms, e.onLost)
+		c.Renew(e.batch.perms, e.onLost)
 	})
 }
 

@@ -77,7 +77,7 @@ func (w *world) noteSent(f *fakeFlow, at time.Duration) {
 }
 
 // supported reports whether f is a child whose host has another flow, not revoked, that lets its
-// peer in: then it feeds that permission, though it was there when an earlier one was revoked.
+// peer in: then it refreshes that permission, though it was there when an earlier one was revoked.
 func (w *world) supported(f *fakeFlow) bool {
 	return !f.Status.Has(cone.StatusSrcNAT) && slices.ContainsFunc(w.k.flows, func(g *fakeFlow) bool {
 		return !g.revoked && g.Src == f.ReplySrc && g.ReplyDst == f.Dst && !slices.Contains(w.policy.ExcludePeerPorts, g.ReplySrc.Port) &&
@@ -95,13 +95,13 @@ func (w *world) permission(f *fakeFlow) (_ *cone.Permission, choice cone.Choice)
 		}
 		choice = s.Choice
 		if s.Filtering == cone.EndpointIndependent {
-			p.Wild = 32
+			p.HostBits = 32
 		} else if len(w.policy.PeerGroups) > 0 && groupOf.Peers().Contains(p.Peer.Netip()) && (!w.policy.Expected || s.Choice == cone.ChooseMap) {
-			p.Wild = groupOf.Wild
+			p.HostBits = groupOf.HostBits
 		}
 		break
 	}
-	p.Peer = p.Peer.WithoutLow(p.Wild)
+	p.Peer = p.Peer.WithoutLow(p.HostBits)
 	return p, choice
 }
 
@@ -301,7 +301,7 @@ func (w *world) step() {
 		if w.rnd.IntN(2) == 0 {
 			w.notef("the daemon is stopped for %v", d)
 			w.age(d)
-			w.disturbed = true // what has run out is found by its next refresh
+			w.disturbed = true // what has run out is found by its next renewal
 			w.tick()
 		} else {
 			w.pass(d)

@@ -173,7 +173,7 @@ func groups(p cone.Policy) map[cone.Addr]uint8 {
 	if len(p.PeerGroups) == 0 {
 		return nil
 	}
-	return map[cone.Addr]uint8{groupOf.Peer: groupOf.Wild}
+	return map[cone.Addr]uint8{groupOf.Peer: groupOf.HostBits}
 }
 
 func (w *world) forwarded(p cone.Permission) cone.Forwarding {
@@ -245,7 +245,7 @@ func (w *world) rest() {
 	if w.k.failing > 0 || w.foisted {
 		w.k.failing, w.k.fickle, w.foisted = 0, 0, false
 		w.reconcile()
-		w.pass(lifetime/2 + time.Second) // what stood already and was granted is refreshed
+		w.pass(lifetime/2 + time.Second) // what stood already and was granted is renewed
 	}
 	w.reconcile()
 	w.pass(retry + time.Second) // refused ones are tried again

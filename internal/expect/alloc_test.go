@@ -10,7 +10,7 @@ import (
 )
 
 // At thousands of permissions a second, garbage matters.
-func TestGrantRefreshAndRevokeDoNotAllocate(t *testing.T) {
+func TestGrantRenewAndRevokeDoNotAllocate(t *testing.T) {
 	// The helper's own timeout suits the first lifetime and not the second.
 	for _, lifetime := range []time.Duration{5 * time.Minute, time.Minute} {
 		g := newGate(t, lab.Options{})
@@ -21,7 +21,7 @@ func TestGrantRefreshAndRevokeDoNotAllocate(t *testing.T) {
 			lost := func(i int) { t.Fatalf("permission %d lost", i) }
 			if got := testing.AllocsPerRun(100, func() {
 				b.Grant(ps, refused)
-				b.Refresh(ps, lost)
+				b.Renew(ps, lost)
 				if err := b.Revoke(ps); err != nil {
 					t.Fatal(err)
 				}

@@ -32,8 +32,8 @@ const (
 type Config struct {
 	// NetNS is a file descriptor of the network namespace, 0 for the current.
 	NetNS int
-	// Lifetime is the timeout of an expectation; until its first Refresh the timeout may be
-	// a little less. Refresh must be called after half of it. If the daemon dies, nothing
+	// Lifetime is the timeout of an expectation; until its first renewal the timeout may be
+	// a little less. Renew must be called after half of it. If the daemon dies, nothing
 	// stays open for longer.
 	Lifetime time.Duration
 	// IPv6 requests permissions for IPv6 too. MayIPv6 requests them only if the kernel has
@@ -97,7 +97,7 @@ func newBackend(cfg Config, c *nfnl.Conn) *Backend {
 	return b
 }
 
-// adopt takes over what an earlier daemon left, so that it can be revoked, refreshed or
+// adopt takes over what an earlier daemon left, so that it can be revoked, renewed or
 // granted again. It deletes anchors whose expectations have expired since.
 func (b *Backend) adopt() error {
 	err := list(b.cfg.NetNS, true, func(x *expectation) {
@@ -152,7 +152,7 @@ const defaultMax = 768
 // SetMax sets how many permissions may stand. If more stand already, they stay.
 func (b *Backend) SetMax(n int) { b.standing.max = n }
 
-// SetLifetime sets Config.Lifetime for permissions that are granted or refreshed from now
+// SetLifetime sets Config.Lifetime for permissions that are granted or renewed from now
 // on.
 func (b *Backend) SetLifetime(d time.Duration) { b.cfg.Lifetime = d }
 
@@ -177,9 +177,9 @@ func (b *Backend) Stands(p *cone.Permission) bool {
 
 // Carries reports whether p can stand as an expectation. An expectation that translates is
 // for one peer: nat-follow-master makes the peer of its master the source of all children.
-func (*Backend) Carries(p *cone.Permission) bool { return p.Wild == 0 || p.Routed() }
+func (*Backend) Carries(p *cone.Permission) bool { return p.HostBits == 0 || p.Routed() }
 
-// Anchored returns the Key, without Wild, of the permission whose anchor has this original
+// Anchored returns the Key, without HostBits, of the permission whose anchor has this original
 // direction, and whether there is one.
 func (b *Backend) Anchored(src, dst cone.Endpoint, zone uint16) (k cone.Key, ok bool) {
 	a := anchorAt(src, dst, zone)
@@ -350,16 +350,16 @@ func (a answers) deleted() error {
 	return nil
 }
 
-// Refresh renews the timeouts of ps and calls lost with the index of each permission that
+// Renew renews the timeouts of ps and calls lost with the index of each permission that
 // is no longer complete in the kernel.
-func (b *Backend) Refresh(ps []cone.Permission, lost func(i int)) {
+func (b *Backend) Renew(ps []cone.Permission, lost func(i int)) {
 	b.retry()
 	for base := 0; base < len(ps); base += batch {
-		b.refresh(base, ps[base:min(base+batch, len(ps))], lost)
+		b.renewBatch(base, ps[base:min(base+batch, len(ps))], lost)
 	}
 }
 
-func (b *Backend) refresh(base int, ps []cone.Permission, lost func(i int)) {
+func (b *Backend) renewBatch(base int, ps []cone.Permission, lost func(i int)) {
 	anchorTime, expectTime := b.timeouts()
 	b.begin(ps)
 	for i := range ps {

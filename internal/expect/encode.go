@@ -132,7 +132,7 @@ func (e *encoder) expect(seq uint32, flags uint16, p *cone.Permission, a anchor)
 	e.Message(subsysExpect, msgNew, flags, seq, family)
 	e.Tuple(ctaExpectMaster, family, &src, &dst)
 	e.Tuple(ctaExpectTuple, family, &peer, &p.Ext)
-	maskSrc := cone.Endpoint{Addr: allOnes.WithoutLow(p.Wild)} // port 0: any source port
+	maskSrc := cone.Endpoint{Addr: allOnes.WithoutLow(p.HostBits)} // port 0: any source port
 	e.Tuple(ctaExpectMask, family, &maskSrc, &maskDst)
 	e.zone(ctaExpectZone, p.Zone)
 	return family

@@ -19,7 +19,7 @@ type expectation struct {
 	mark      uint32        // of the master
 	flags     uint32
 	timeout   uint32 // seconds left
-	wild      uint8  // low bits of src that the mask does not cover
+	hostBits      uint8  // low bits of src that the mask does not cover
 	masterUDP bool
 	udp       bool
 	helper    [16]byte // of its master, NF_CT_HELPER_NAME_LEN; zero if that has none
@@ -44,7 +44,7 @@ func (x *expectation) helped() bool { return x.helper != [16]byte{} }
 // foreign returns what x, which is not ours, says about the helper that made it.
 func (x *expectation) foreign() cone.Foreign {
 	y := cone.Foreign{MasterSrc: x.master[0].Addr, MasterDst: x.master[1].Addr, Int: x.nat.Addr}
-	if x.wild == 0 {
+	if x.hostBits == 0 {
 		y.Peer = x.src.Addr
 	}
 	return y
@@ -56,7 +56,7 @@ func (x *expectation) left() time.Duration { return time.Duration(x.timeout) * t
 // permission returns the permission that x, which must be ours, carries.
 func (x *expectation) permission() cone.Permission {
 	p := cone.Permission{
-		Key:  cone.Key{Ext: x.dst, Peer: x.src.Addr, Zone: x.zone, Wild: x.wild},
+		Key:  cone.Key{Ext: x.dst, Peer: x.src.Addr, Zone: x.zone, HostBits: x.hostBits},
 		Int:  x.nat,
 		Mark: x.mark,
 	}
@@ -91,7 +91,7 @@ func parseExpectation(b []byte) (x expectation, ok bool) {
 			ok = from.Parse(v, family)
 		case ctaExpectMask:
 			ok = mask.Parse(v, family)
-			x.wild = lowZeros(mask.Src.Addr)
+			x.hostBits = lowZeros(mask.Src.Addr)
 		case ctaExpectNAT:
 			sound := true
 			ok = nfnl.Attributes(v, func(typ uint16, v []byte) {

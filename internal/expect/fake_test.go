@@ -206,7 +206,7 @@ func TestWhatTheKernelDidNotRemoveIsRemovedLater(t *testing.T) {
 		for next, operation := range map[string]func(*Backend){
 			"grant":   func(b *Backend) { b.Grant(nil, nil) },
 			"revoke":  func(b *Backend) { _ = b.Revoke(nil) },
-			"refresh": func(b *Backend) { b.Refresh(nil, nil) },
+			"renew": func(b *Backend) { b.Renew(nil, nil) },
 		} {
 			t.Run(name+", then "+next, func(t *testing.T) {
 				b, k := newFakeBackend(t)
@@ -237,7 +237,7 @@ func TestWhatIsGrantedAgainIsNotRemoved(t *testing.T) {
 	}
 	b.Grant(many(1), func(_ int, r cone.Reason, err error) { t.Errorf("refused: %v, %v", r, err) })
 	k.Answer = nfnltest.Acknowledge
-	b.Refresh(many(1), func(int) { t.Error("lost") })
+	b.Renew(many(1), func(int) { t.Error("lost") })
 	if b.Standing() != 1 {
 		t.Errorf("%d stand", b.Standing())
 	}

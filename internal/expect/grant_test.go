@@ -95,8 +95,8 @@ func TestExpectationLivesForLifetimeAndAnchorLonger(t *testing.T) {
 			}
 			g.mustGrant(b, seed)
 			check("granted,", tt.least)
-			b.Refresh([]cone.Permission{seed}, func(int) { t.Error("lost") })
-			check("refreshed,", most)
+			b.Renew([]cone.Permission{seed}, func(int) { t.Error("lost") })
+			check("renewed,", most)
 		})
 	}
 }
@@ -229,7 +229,7 @@ func TestTwoOutsideAddressesShareAnInsideAddressAndPeer(t *testing.T) {
 			g.mustRevoke(b, first)
 			g.wantPermissions(b, last)
 			g.wantCounts(1, 1)
-			b.Refresh([]cone.Permission{last}, func(int) { t.Error("the other one is lost") })
+			b.Renew([]cone.Permission{last}, func(int) { t.Error("the other one is lost") })
 			g.mustGrant(b, three)
 			g.mustRevoke(b, last, three)
 			g.wantCounts(0, 0)
@@ -246,9 +246,9 @@ func TestAdoptedPermissionKeepsItsMarkUntilGrantedWithAnother(t *testing.T) {
 		if got := g.anchor().Mark; got != mark {
 			t.Errorf("mark %d, want %d", got, mark)
 		}
-		heir := g.open(time.Minute)
-		for _, a := range heir.Adopted() {
-			heir.Refresh([]cone.Permission{a.Permission}, func(int) { t.Error("lost") })
+		next := g.open(time.Minute)
+		for _, a := range next.Adopted() {
+			next.Renew([]cone.Permission{a.Permission}, func(int) { t.Error("lost") })
 		}
 		if got := g.anchor().Mark; got != mark {
 			t.Errorf("mark %d of the adopted anchor, want %d", got, mark)
@@ -274,21 +274,21 @@ func TestZonesAreKeptApart(t *testing.T) {
 	g.wantPermissions(b, seed, zoned, other)
 
 	// The kernel does not report the zone of an expectation.
-	heir := g.open(time.Minute)
-	if heir.Standing() != 3 {
-		t.Errorf("%d of 3 adopted", heir.Standing())
+	next := g.open(time.Minute)
+	if next.Standing() != 3 {
+		t.Errorf("%d of 3 adopted", next.Standing())
 	}
-	g.wantPermissions(heir, seed, zoned, other)
-	if err := heir.DeleteExpectation(&zoned); err != nil {
+	g.wantPermissions(next, seed, zoned, other)
+	if err := next.DeleteExpectation(&zoned); err != nil {
 		t.Fatal(err)
 	}
-	g.wantPermissions(heir, seed, other) // not that of zone 7, though its anchor is there
-	g.mustGrant(heir, zoned)
-	g.wantPermissions(heir, seed, zoned, other)
-	heir.Refresh([]cone.Permission{zoned, seed}, func(i int) { t.Errorf("permission %d lost", i) })
-	g.mustRevoke(heir, zoned)
-	g.wantPermissions(heir, seed, other)
+	g.wantPermissions(next, seed, other) // not that of zone 7, though its anchor is there
+	g.mustGrant(next, zoned)
+	g.wantPermissions(next, seed, zoned, other)
+	next.Renew([]cone.Permission{zoned, seed}, func(i int) { t.Errorf("permission %d lost", i) })
+	g.mustRevoke(next, zoned)
+	g.wantPermissions(next, seed, other)
 	g.wantCounts(2, 2)
-	g.mustRevoke(heir, seed, other)
+	g.mustRevoke(next, seed, other)
 	g.wantCounts(0, 0)
 }

@@ -45,7 +45,7 @@ type helper struct {
 }
 
 // suits reports whether an expectation may keep the helper's own timeout until it is
-// refreshed, after half of timeout: that saves a grant one message.
+// renewed, after half of timeout: that saves a grant one message.
 func (h helper) suits(timeout uint32) bool {
 	return h.policy <= timeout && h.policy >= timeout-timeout/4
 }

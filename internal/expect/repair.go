@@ -62,7 +62,7 @@ func inTheWay(err error) bool {
 // one again and drops the user's packets if it cannot. So p is not tried again until it is
 // used up.
 func (a answers) helped(p *cone.Permission) bool {
-	return a[0] == nil && inTheWay(a[1]) && p.Wild == 0
+	return a[0] == nil && inTheWay(a[1]) && p.HostBits == 0
 }
 
 // registerHelper registers our own helper again, if it is in use.
@@ -107,7 +107,7 @@ func (b *Backend) create(p *cone.Permission, a anchor) answers {
 	return errs
 }
 
-// renew does for p alone what Refresh does.
+// renew does for p alone what Renew does.
 func (b *Backend) renew(p *cone.Permission, a anchor) answers {
 	anchorTime, expectTime := b.timeouts()
 	return b.exchange(func(seq uint32) {

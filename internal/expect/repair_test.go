@@ -132,7 +132,7 @@ func TestRemovalLaterLeavesTheNextOwnerAlone(t *testing.T) {
 	g.mustGrant(b, old)
 	b.Unwanted(&old)
 	g.mustGrant(other, seed)
-	b.Refresh(nil, nil)
+	b.Renew(nil, nil)
 	g.wantPermissions(other, seed)
 	g.wantCounts(1, 1)
 	if b.Standing() != 0 {

@@ -40,7 +40,7 @@ func TestHelpersOfAdoptedAnchorsAreKnown(t *testing.T) {
 	}
 }
 
-func TestRefreshRenewsAndTellsWhatIsLost(t *testing.T) {
+func TestRenewRenewsAndTellsWhatIsLost(t *testing.T) {
 	g := newGate(t, lab.Options{})
 	ps := many(100)
 	g.mustGrant(g.open(30*time.Second), ps...)
@@ -58,7 +58,7 @@ func TestRefreshRenewsAndTellsWhatIsLost(t *testing.T) {
 	}
 	never := perm("198.51.100.1:1", "10.47.11.109:1", "203.0.113.5")
 	var lost []int
-	b.Refresh(append(slices.Clone(ps), never), func(i int) { lost = append(lost, i) })
+	b.Renew(append(slices.Clone(ps), never), func(i int) { lost = append(lost, i) })
 	if want := []int{10, 90, 100}; !slices.Equal(lost, want) {
 		t.Errorf("lost %v, want %v", lost, want)
 	}
@@ -253,7 +253,7 @@ func TestWithoutPrivilege(t *testing.T) {
 			t.Errorf("Revoke: %v", err)
 		}
 		lost := 0
-		b.Refresh([]cone.Permission{seed}, func(int) { lost++ })
+		b.Renew([]cone.Permission{seed}, func(int) { lost++ })
 		if lost != 1 {
 			t.Errorf("%d lost", lost)
 		}
@@ -315,7 +315,7 @@ func TestListRunsBesideAllOthers(t *testing.T) {
 	}()
 	for range 20 {
 		g.mustGrant(b, ps...)
-		b.Refresh(ps, func(i int) { t.Errorf("permission %d lost", i) })
+		b.Renew(ps, func(i int) { t.Errorf("permission %d lost", i) })
 		g.mustRevoke(b, ps...)
 	}
 	close(stop)

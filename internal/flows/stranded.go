@@ -107,7 +107,7 @@ func (s *Strands) stale(x *suspect) bool {
 	if len(x.sent) > 0 {
 		return !slices.ContainsFunc(x.sent, func(f *sentFlow) bool { return !s.wrong(f) })
 	}
-	if x.Wild != 0 || x.elsewhere == nil {
+	if x.HostBits != 0 || x.elsewhere == nil {
 		return false
 	}
 	f := x.elsewhere.Flow

@@ -37,7 +37,7 @@ func (l *layout) permissions(c *MapConfig) {
 // A kind of permissions is for one peer, for the peers of groups with that many host bits,
 // or for everybody.
 type kind struct {
-	wild   uint8
+	hostBits   uint8
 	groups *set // the first address of each group; nil for the other kinds
 	open   *set // the inside subnets whose permissions are for everybody
 }
@@ -47,20 +47,20 @@ type kind struct {
 func (l *layout) kinds(c *MapConfig) []kind {
 	free := map[uint8][]nftables.SetElement{}
 	for _, g := range c.PeerGroups {
-		if wild := 32 - g.Bits(); g.Addr().Is4() && wild > 0 {
-			free[uint8(wild)] = append(free[uint8(wild)], nftables.SetElement{Key: g.Addr().AsSlice()})
+		if hostBits := 32 - g.Bits(); g.Addr().Is4() && hostBits > 0 {
+			free[uint8(hostBits)] = append(free[uint8(hostBits)], nftables.SetElement{Key: g.Addr().AsSlice()})
 		}
 	}
 	all := []kind{{}}
-	for _, wild := range slices.Sorted(maps.Keys(free)) {
-		s := l.set(groupsName(32-int(wild)), nftables.TypeIPAddr)
-		s.elements = free[wild]
-		all = append(all, kind{wild: wild, groups: s})
+	for _, hostBits := range slices.Sorted(maps.Keys(free)) {
+		s := l.set(groupsName(32-int(hostBits)), nftables.TypeIPAddr)
+		s.elements = free[hostBits]
+		all = append(all, kind{hostBits: hostBits, groups: s})
 	}
 	if open := intervals(c.OpenSubnets); len(open) > 0 {
 		s := l.set(openSet, nftables.TypeIPAddr)
 		s.Interval, s.elements = true, open
-		all = append(all, kind{wild: 32, open: s})
+		all = append(all, kind{hostBits: 32, open: s})
 	}
 	return all
 }
@@ -69,10 +69,10 @@ func groupsName(bits int) string { return fmt.Sprintf("%s_%d", groupsSet, bits) 
 
 // peers is the peer's address without its host bits.
 func (k kind) peers(addr operand) operand {
-	if k.wild == 0 {
+	if k.hostBits == 0 {
 		return addr
 	}
-	return addr.and(net.CIDRMask(32-int(k.wild), 32))
+	return addr.and(net.CIDRMask(32-int(k.hostBits), 32))
 }
 
 // packetKey is the map's key of an incoming packet, flowKey that of an outgoing flow. Each
@@ -318,14 +318,14 @@ func (l *layout) countChild(c *MapConfig) exprs {
 // takeToken matches while the permission may have another child: c.MaxChildren at once, and
 // as many again in 30 s, the time that conntrack keeps an unanswered flow
 // (nf_conntrack_udp_timeout): then what countChild lets pass has a token. A permission for more
-// than one peer may have more (cone.WildChildren).
+// than one peer may have more (cone.GroupChildren).
 func (l *layout) takeToken(k kind, c *MapConfig) exprs {
 	most := c.MaxChildren
 	if most == 0 {
 		return nil
 	}
-	if k.wild > 0 {
-		most *= cone.WildChildren
+	if k.hostBits > 0 {
+		most *= cone.GroupChildren
 	}
 	name := fmt.Sprintf("%s_%d", bucketsSet, most) // each element keeps the limit that it was made with
 	buckets := l.named(name)

@@ -8,7 +8,7 @@ import (
 )
 
 // At thousands of permissions per second, garbage would matter.
-func TestGrantRefreshAndRevokeDoNotAllocate(t *testing.T) {
+func TestGrantRenewAndRevokeDoNotAllocate(t *testing.T) {
 	g := newGate(t, lab.Options{}, granting)
 	refused := func(i int, r cone.Reason, err error) { t.Fatalf("permission %d refused: %v: %v", i, r, err) }
 	lost := func(i int) { t.Fatalf("permission %d lost", i) }
@@ -16,7 +16,7 @@ func TestGrantRefreshAndRevokeDoNotAllocate(t *testing.T) {
 		ps := strangers(0, n)
 		if got := testing.AllocsPerRun(20, func() {
 			g.m.Grant(ps, refused)
-			g.m.Refresh(ps, lost)
+			g.m.Renew(ps, lost)
 			if err := g.m.Revoke(ps); err != nil {
 				t.Fatal(err)
 			}

@@ -271,12 +271,12 @@ func BenchmarkEventDriven(b *testing.B) {
 	}
 	for b.Loop() {
 		filling := rate(many, func() { grantAll(b, m, all) })
-		var grants, refreshes, revokes, single []float64
+		var grants, renewals, revokes, single []float64
 		for i := range 10 {
 			part := all[i*some:][:some]
 			revokes = append(revokes, rate(some, func() { must(b, m.Revoke(part)) }))
 			grants = append(grants, rate(some, func() { grantAll(b, m, part) }))
-			refreshes = append(refreshes, rate(some, func() { m.Refresh(part, func(i int) { b.Fatal("lost", i) }) }))
+			renewals = append(renewals, rate(some, func() { m.Renew(part, func(i int) { b.Fatal("lost", i) }) }))
 			must(b, m.Revoke(part))
 			single = append(single, rate(some, func() {
 				for i := range part {
@@ -285,7 +285,7 @@ func BenchmarkEventDriven(b *testing.B) {
 			}))
 		}
 		fmt.Printf("event-driven, permissions a second\n  %-42s %7.0f\n", fmt.Sprintf("grant %d into an empty map", many), filling)
-		for name, all := range map[string][]float64{"grant": grants, "grant, one at a time,": single, "refresh": refreshes, "revoke": revokes} {
+		for name, all := range map[string][]float64{"grant": grants, "grant, one at a time,": single, "renew": renewals, "revoke": revokes} {
 			s := spreadOf(all)
 			fmt.Printf("  %-42s %7.0f (%.0f to %.0f)\n", fmt.Sprintf("%s %d of %d", name, some, many), s.median, s.low, s.high)
 		}

@@ -17,8 +17,8 @@ func TestWhatWasRevokedIsKnownToTheNextDaemon(t *testing.T) {
 	l := lab.ForTest(t, lab.Options{})
 	tables := open(t, l)
 	set(t, tables, rules.Desired{OutsideLinks: []string{"wan0"}})
-	key := func(ext, peer string, zone uint16, wild uint8) cone.Key {
-		return cone.Key{Ext: cone.EndpointFrom(netip.MustParseAddrPort(ext)), Peer: cone.AddrFrom(netip.MustParseAddr(peer)), Zone: zone, Wild: wild}
+	key := func(ext, peer string, zone uint16, hostBits uint8) cone.Key {
+		return cone.Key{Ext: cone.EndpointFrom(netip.MustParseAddrPort(ext)), Peer: cone.AddrFrom(netip.MustParseAddr(peer)), Zone: zone, HostBits: hostBits}
 	}
 	keys := []cone.Key{
 		key("198.51.100.1:5060", "203.0.113.5", 0, 0),

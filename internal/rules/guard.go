@@ -193,13 +193,13 @@ func (l *layout) judge(name string, d Desired, served []*ipFamily) *nftables.Cha
 		for _, f := range served {
 			// Each element keeps the limit that it was made with.
 			name := fmt.Sprintf("children%s_%d", f.name, d.MaxChildren)
-			kids := l.named(name)
-			if kids == nil {
-				kids = l.set(name, f.addr, f.addr, nftables.TypeInetService)
-				kids.Dynamic, kids.free = true, true
+			children := l.named(name)
+			if children == nil {
+				children = l.set(name, f.addr, f.addr, nftables.TypeInetService)
+				children.Dynamic, children.free = true, true
 			}
 			l.rule(child, "flows of one peer to one outside endpoint",
-				f.is, isUDP, addTo(kids, elem{key: f.key, limit: ctCountOver(d.MaxChildren)}), counter(childCounter), drop)
+				f.is, isUDP, addTo(children, elem{key: f.key, limit: ctCountOver(d.MaxChildren)}), counter(childCounter), drop)
 		}
 	}
 	return child

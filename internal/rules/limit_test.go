@@ -24,35 +24,35 @@ var carriers = map[string]func(t *testing.T, l *lab.Lab, most int){
 	"expectation, a group of peers": func(t *testing.T, l *lab.Lab, most int) { byExpectation(t, l, most, 4) },
 }
 
-func byMap(t *testing.T, l *lab.Lab, most int, wild uint8, zoned ...netip.Addr) {
+func byMap(t *testing.T, l *lab.Lab, most int, hostBits uint8, zoned ...netip.Addr) {
 	t.Helper()
 	d, m := learning, *learning.Map
 	m.MaxChildren = most
-	switch wild {
+	switch hostBits {
 	case 0:
 	case 32:
 		m.OpenSubnets = m.Subnets
 	default:
-		m.PeerGroups = []netip.Prefix{netip.PrefixFrom(lab.PeerA, 32-int(wild)).Masked()}
+		m.PeerGroups = []netip.Prefix{netip.PrefixFrom(lab.PeerA, 32-int(hostBits)).Masked()}
 	}
 	d.Map, d.Helpers, d.ZonedAddrs = &m, nil, zoned
 	tables := open(t, l)
 	set(t, tables, d)
-	tables.NewMap(d.Map).Grant([]cone.Permission{wildPermission(wild)}, func(_ int, r cone.Reason, err error) { t.Fatal(r, err) })
+	tables.NewMap(d.Map).Grant([]cone.Permission{groupPermission(hostBits)}, func(_ int, r cone.Reason, err error) { t.Fatal(r, err) })
 }
 
-func byExpectation(t *testing.T, l *lab.Lab, most int, wild uint8) {
+func byExpectation(t *testing.T, l *lab.Lab, most int, hostBits uint8) {
 	t.Helper()
 	b, err := expect.Open(expect.Config{NetNS: l.Gateway.FD(), Lifetime: time.Hour})
 	check(t, err)
 	t.Cleanup(func() { check(t, b.Close()) })
-	b.Grant([]cone.Permission{wildPermission(wild)}, func(_ int, r cone.Reason, err error) { t.Fatal(r, err) })
+	b.Grant([]cone.Permission{groupPermission(hostBits)}, func(_ int, r cone.Reason, err error) { t.Fatal(r, err) })
 	set(t, open(t, l), rules.Desired{OutsideLinks: []string{"wan0"}, Subnets: both, Guard: true, Helpers: b.OnAnchors(), MaxChildren: most})
 }
 
-func wildPermission(wild uint8) cone.Permission {
+func groupPermission(hostBits uint8) cone.Permission {
 	p := permission(benchExt, benchInt, lab.PeerA)
-	p.Wild, p.Peer = wild, p.Peer.WithoutLow(wild)
+	p.HostBits, p.Peer = hostBits, p.Peer.WithoutLow(hostBits)
 	return p
 }
 

@@ -92,11 +92,11 @@ func TestPermissionsForManyPeers(t *testing.T) {
 					type filter hook forward priority 0; ct mark set %d; }; }`, test.mark)}, d)
 				in, peer := g.inside(5060), g.peer(lab.PeerA, 5060)
 				p := g.contact(in, peer)
-				p.Mark, p.Wild = test.mark, 1
+				p.Mark, p.HostBits = test.mark, 1
 				if test.open {
-					p.Wild = 32
+					p.HostBits = 32
 				}
-				p.Peer = p.Peer.WithoutLow(p.Wild)
+				p.Peer = p.Peer.WithoutLow(p.HostBits)
 				if !learn {
 					g.grant(p)
 				}
@@ -109,7 +109,7 @@ func TestPermissionsForManyPeers(t *testing.T) {
 				}
 				g.contact(in, g.peer(lab.PeerA, 5072)) // it is in the map already
 				g.holds(p)
-				g.m.Refresh([]cone.Permission{p}, func(int) { t.Error("lost") })
+				g.m.Renew([]cone.Permission{p}, func(int) { t.Error("lost") })
 				check(t, g.m.Missing([]cone.Permission{p}, func(int) { t.Error("missing") }))
 				check(t, g.m.Deny([]cone.Permission{p}, cone.ReasonForwarded))
 				g.holds()
@@ -189,7 +189,7 @@ func TestGrantReplacesAnothersPermission(t *testing.T) {
 	g.holds(q, r)
 }
 
-func TestRefreshRenewsTheTimeoutAndTellsWhatIsLost(t *testing.T) {
+func TestRenewRenewsTheTimeoutAndTellsWhatIsLost(t *testing.T) {
 	g := newGate(t, lab.Options{}, granting)
 	ext := netip.MustParseAddrPort("198.51.100.1:5060")
 	in := netip.MustParseAddrPort("10.47.11.109:5060")
@@ -198,7 +198,7 @@ func TestRefreshRenewsTheTimeoutAndTellsWhatIsLost(t *testing.T) {
 	g.grant(p, q)
 	g.m.SetLifetime(time.Hour)
 	var lost []int
-	g.m.Refresh([]cone.Permission{p, gone, q}, func(i int) { lost = append(lost, i) })
+	g.m.Renew([]cone.Permission{p, gone, q}, func(i int) { lost = append(lost, i) })
 	if len(lost) != 1 || lost[0] != 1 {
 		t.Errorf("lost %v, want [1]", lost)
 	}
@@ -230,7 +230,7 @@ func TestFullMapRefusesAndGoesOn(t *testing.T) {
 		t.Errorf("%d refused, want 5", refused)
 	}
 	g.holds(ps[:10]...)
-	g.m.Refresh(ps[:10], func(i int) { t.Error("lost", i) }) // a full map can be refreshed
+	g.m.Renew(ps[:10], func(i int) { t.Error("lost", i) }) // a full map can be refreshed
 	check(t, g.m.Revoke(ps))
 	g.grant(ps[10:]...)
 	g.holds(ps[10:]...)
@@ -262,7 +262,7 @@ func TestTableThatIsGoneRefusesNothing(t *testing.T) {
 	g.holds()
 	check(t, g.m.Revoke([]cone.Permission{p}))
 	lost := 0
-	g.m.Refresh([]cone.Permission{p}, func(int) { lost++ })
+	g.m.Renew([]cone.Permission{p}, func(int) { lost++ })
 	if lost != 1 {
 		t.Error("not lost")
 	}

@@ -74,7 +74,7 @@ func TestMarksStandAndGoWithTheirPermissions(t *testing.T) {
 	g.m.SetLifetime(time.Hour)
 	for _, mark := range []uint32{43, 44} {
 		q.Mark = mark
-		g.m.Refresh([]cone.Permission{plain, q}, func(int) { t.Error("lost") })
+		g.m.Renew([]cone.Permission{plain, q}, func(int) { t.Error("lost") })
 		g.holds(plain, q)
 		if list := marks(); !strings.Contains(list, "timeout 1h ") {
 			t.Error("the mark was not renewed:", list)
@@ -85,7 +85,7 @@ func TestMarksStandAndGoWithTheirPermissions(t *testing.T) {
 	g.tables = open(t, g.Lab)
 	set(t, g.tables, granting)
 	g.m = g.tables.NewMap(granting.Map)
-	g.m.Refresh([]cone.Permission{plain, q}, func(int) { t.Error("lost") })
+	g.m.Renew([]cone.Permission{plain, q}, func(int) { t.Error("lost") })
 	g.holds(plain, q)
 
 	check(t, g.m.Revoke([]cone.Permission{plain, q, q}))

@@ -58,8 +58,8 @@ func TestCoveredIsWhatAnyForwardCovers(t *testing.T) {
 			}
 			p := cone.Permission{Key: cone.Key{Ext: e, Peer: cone.AddrFrom(addr())}, Int: cone.EndpointFrom(netip.AddrPortFrom(addr(), e.Port%3))}
 			if r.IntN(4) == 0 {
-				p.Wild = 3
-				p.Peer = p.Peer.WithoutLow(p.Wild)
+				p.HostBits = 3
+				p.Peer = p.Peer.WithoutLow(p.HostBits)
 			}
 			var leads cone.Forwarding
 			for _, f := range all {
@@ -139,8 +139,8 @@ func TestManyForwardsOfAPortAreToldApart(t *testing.T) {
 			in := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 47, 11, byte(r.UintN(2))}), 5060)
 			p := cone.Permission{Key: cone.Key{Ext: e, Peer: cone.AddrFrom(addr())}, Int: cone.EndpointFrom(in)}
 			if r.IntN(4) == 0 {
-				p.Wild = 3
-				p.Peer = p.Peer.WithoutLow(p.Wild)
+				p.HostBits = 3
+				p.Peer = p.Peer.WithoutLow(p.HostBits)
 			}
 			var want cone.Forwarding
 			for _, f := range all {

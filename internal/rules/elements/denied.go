@@ -108,7 +108,7 @@ func (m *Map) AdoptDenied() error {
 	now := time.Now()
 	err := m.w.list(DeniedSet, func(key, _ []byte, left time.Duration) {
 		if k, ok := keyOf(key); ok {
-			k.Wild = m.wild(k.Peer)
+			k.HostBits = m.hostBits(k.Peer)
 			m.denied[k] = now.Add(left)
 		}
 	})

@@ -33,7 +33,7 @@ func (m *Map) List(f func(p cone.Permission, left time.Duration)) error {
 	}
 	found.each(func(p cone.Permission, left time.Duration) {
 		p.Mark = marks[p.Key]
-		p.Wild = m.wild(p.Peer)
+		p.HostBits = m.hostBits(p.Peer)
 		f(p, left)
 	})
 	return nil
@@ -44,7 +44,7 @@ func (m *Map) List(f func(p cone.Permission, left time.Duration)) error {
 func (m *Map) Keys(f func(k cone.Key) bool) error {
 	return listUntil(m.w.netns, unix.AF_INET, m.w.table, PermissionMap, func(b []byte) bool {
 		k, ok := keyOf(Key(b))
-		k.Wild = m.wild(k.Peer)
+		k.HostBits = m.hostBits(k.Peer)
 		return !ok || f(k)
 	})
 }

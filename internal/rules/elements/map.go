@@ -21,7 +21,7 @@ import (
 // methods must not be called concurrently, except for List.
 //
 // The kernel may add elements by itself (rules.MapConfig.Learn). Elements have no owner: an
-// element that the Map grants, refreshes or revokes may have been learned.
+// element that the Map grants, renews or revokes may have been learned.
 type Map struct {
 	batcher
 	size     int
@@ -75,7 +75,7 @@ func (*Map) Carries(p *cone.Permission) bool {
 // Max returns the maximum number of permissions.
 func (m *Map) Max() int { return m.size }
 
-// SetLifetime sets the timeout of permissions that are granted or refreshed from now on.
+// SetLifetime sets the timeout of permissions that are granted or renewed from now on.
 func (m *Map) SetLifetime(d time.Duration) { m.lifetime = d }
 
 // SetPeerGroups sets MapConfig.PeerGroups.
@@ -89,8 +89,8 @@ func (m *Map) SetPeerGroups(all []netip.Prefix) {
 	m.groups.Store(&groups)
 }
 
-// wild returns how many host bits a peer in the map has. The element itself does not say.
-func (m *Map) wild(peer cone.Addr) uint8 {
+// hostBits returns how many host bits a peer in the map has. The element itself does not say.
+func (m *Map) hostBits(peer cone.Addr) uint8 {
 	a := peer.Netip()
 	if low, ok := (*m.groups.Load())[a]; ok {
 		return low
@@ -259,10 +259,10 @@ func (m *Map) removeAll(seq uint32, p *cone.Permission) {
 	}
 }
 
-// Refresh renews the timeouts of ps. It calls lost with the index of each that no longer
+// Renew renews the timeouts of ps. It calls lost with the index of each that no longer
 // exists, or not with its mark. Before Linux 6.12, adding an element again does not renew
 // its timeout, so it is deleted and added in one transaction, which no packet notices.
-func (m *Map) Refresh(ps []cone.Permission, lost func(i int)) {
+func (m *Map) Renew(ps []cone.Permission, lost func(i int)) {
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
 		m.transact(part, m.renew)
@@ -295,7 +295,7 @@ func (m *Map) haveMarks(ps []cone.Permission, pass func(i int) bool) {
 }
 
 // Missing calls missing with the index of each of ps that does not exist. It looks up each
-// of them, because a list that is made while elements are refreshed may miss some. If it
+// of them, because a list that is made while elements are renewed may miss some. If it
 // returns an error, some of ps were not looked up.
 func (m *Map) Missing(ps []cone.Permission, missing func(i int)) error {
 	m.w.Lock()
@@ -319,7 +319,7 @@ func (m *Map) Missing(ps []cone.Permission, missing func(i int)) error {
 // elementKey is the key of p as read from an element, which does not contain the host bits.
 func elementKey(p *cone.Permission) cone.Key {
 	k := p.Key
-	k.Wild = 0
+	k.HostBits = 0
 	return k
 }
 
@@ -334,7 +334,7 @@ func (m *Map) Find(ps []cone.Permission, f func(p cone.Permission, left time.Dur
 			return err
 		}
 		found.each(func(p cone.Permission, left time.Duration) {
-			p.Wild = m.wild(p.Peer)
+			p.HostBits = m.hostBits(p.Peer)
 			f(p, left)
 		})
 	}

@@ -47,7 +47,7 @@ func TestPermissionWithoutItsMarkIsLost(t *testing.T) {
 	}
 	ps[1].Mark = 7
 	var lost []int
-	m.Refresh(ps, func(i int) { lost = append(lost, i) })
+	m.Renew(ps, func(i int) { lost = append(lost, i) })
 	if !slices.Equal(lost, []int{1}) {
 		t.Errorf("lost are %v, want that with a mark", lost)
 	}

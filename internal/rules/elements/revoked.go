@@ -40,7 +40,7 @@ func (r *Revoked) Adopt() (keys []cone.Key, err error) {
 		}
 		k := cone.Key{
 			Peer: cone.Addr(key), Ext: cone.Endpoint{Addr: cone.Addr(key[16:]), Port: binary.BigEndian.Uint16(key[32:])},
-			Zone: binary.BigEndian.Uint16(key[36:]), Wild: uint8(binary.BigEndian.Uint16(key[40:])),
+			Zone: binary.BigEndian.Uint16(key[36:]), HostBits: uint8(binary.BigEndian.Uint16(key[40:])),
 		}
 		if _, known := r.known[k]; !known {
 			keys = append(keys, k)
@@ -121,7 +121,7 @@ func (r *Revoked) element(seq uint32, typ uint16, k *cone.Key) {
 	key := e.Nest(unix.NFTA_SET_ELEM_KEY)
 	e.Attr(unix.NFTA_DATA_VALUE, revokedKeyLen)
 	e.B = append(append(e.B, k.Peer[:]...), k.Ext.Addr[:]...)
-	for _, x := range []uint16{k.Ext.Port, k.Zone, uint16(k.Wild)} {
+	for _, x := range []uint16{k.Ext.Port, k.Zone, uint16(k.HostBits)} {
 		e.B = binary.BigEndian.AppendUint16(e.B, x)
 		e.Pad()
 	}

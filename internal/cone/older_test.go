@@ -72,7 +72,7 @@ func TestAnswerToAnEndedChildEnds(t *testing.T) {
 		t.Errorf("the answer: %v", d.ops)
 	}
 	d.ops = nil
-	d.open(4+interimAnswer, in, "203.0.113.5:77")
+	d.open(4+eventsLate, in, "203.0.113.5:77")
 	for _, o := range d.ops {
 		if o.Kind == DropChild {
 			t.Errorf("a later flow ends: %v", o)

@@ -101,13 +101,13 @@ func TestFlowsOfAGroupAreToldApart(t *testing.T) {
 	}
 
 	// A group may have more children than a single peer.
-	for i := range WildChildren + 1 {
+	for i := range GroupChildren + 1 {
 		from := Endpoint{ep("203.0.113.5:1").Addr, uint16(1000 + i)}.String()
 		if i == 0 {
 			d.open(3+2*lifetime, in, "203.0.113.5:9")
 		}
 		_, kinds := d.admit(3+2*lifetime, from, ext, in, 0)
-		if slices.Contains(kinds, DropUnanswered) != (i == WildChildren) {
+		if slices.Contains(kinds, DropUnanswered) != (i == GroupChildren) {
 			t.Errorf("child %d: ops %v", i, kinds)
 		}
 	}
@@ -155,11 +155,11 @@ func TestPermissionWithoutItsFlowIsWidened(t *testing.T) {
 	const in, ext = "10.47.11.109:1", "198.51.100.1:1"
 	wide := testPolicy
 	wildPolicy(&wide)
-	want := func(t *testing.T, d *desk, wild uint8) {
+	want := func(t *testing.T, d *desk, hostBits uint8) {
 		t.Helper()
 		d.carry()
 		d.want(in)
-		if v := d.view(in); v.Wild != wild {
+		if v := d.view(in); v.HostBits != hostBits {
 			t.Errorf("it is for %v", v.Peers())
 		}
 		d.m.Tick(lifetime+1, 10)
@@ -187,7 +187,7 @@ func TestPermissionWithoutItsFlowIsWidened(t *testing.T) {
 		d.carry()
 		d.want()
 	})
-	t.Run("as long as the one that was fed last", func(t *testing.T) {
+	t.Run("as long as the one that was refreshed last", func(t *testing.T) {
 		d := newDesk(t, mapped)
 		d.gone(0, d.open(0, in, "203.0.113.5:9"))
 		d.gone(lifetime/2, d.open(lifetime/2, in, "203.0.113.6:9"))
@@ -251,8 +251,8 @@ func TestPolicyChangesThePeersOfPermissions(t *testing.T) {
 		d.m.SetPolicy(0, p)
 		d.snapshot(0, out)
 		d.want(in)
-		wantWild := uint8(2 * ((i + 1) % 2))
-		if v := d.view(in); v.Wild != wantWild {
+		wantBits := uint8(2 * ((i + 1) % 2))
+		if v := d.view(in); v.HostBits != wantBits {
 			t.Errorf("change %d: it is for %v", i, v.Peers())
 		}
 	}
