@@ -112,7 +112,7 @@ func (s *shared) adoptRest(ctx context.Context, rest *elements.Map) error {
 	const again = 5 * time.Second
 	for {
 		err := s.adoptListed(rest)
-		s.failures.note(requestAdoptPermissions, 1, err)
+		s.failures.Note(requestAdoptPermissions, 1, err)
 		if err == nil {
 			break
 		}

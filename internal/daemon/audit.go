@@ -119,9 +119,9 @@ func (a *auditor) run(log *audit.Log, w *watcher, stop, done chan struct{}) {
 func (a *auditor) lost(n uint64, err error) {
 	switch {
 	case err != nil:
-		a.noted.note(slog.LevelWarn, "audit", "records of the audit log are lost", max(n, 1), "err", err)
+		a.noted.Note(slog.LevelWarn, "audit", "records of the audit log are lost", max(n, 1), "err", err)
 	case n > 0:
-		a.noted.note(slog.LevelWarn, "audit", "records of the audit log are lost", n)
+		a.noted.Note(slog.LevelWarn, "audit", "records of the audit log are lost", n)
 	}
 }
 

@@ -13,13 +13,14 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/episodes"
 )
 
 // quietShared returns what an auditor uses, without a loop, and its log.
 func quietShared() (*shared, *bytes.Buffer) {
 	var b bytes.Buffer
 	s := &shared{log: slog.New(slog.NewTextHandler(&b, &slog.HandlerOptions{Level: slog.LevelDebug})), ended: make(chan struct{})}
-	s.noted = newEpisodes(s.log, func() time.Duration { return 0 }, time.Minute)
+	s.noted = episodes.New(s.log, func() time.Duration { return 0 }, time.Minute)
 	s.auditor = &auditor{shared: s}
 	close(s.ended)
 	return s, &b

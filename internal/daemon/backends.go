@@ -6,6 +6,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/engine"
+	"github.com/conenatd/conenatd/internal/episodes"
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
@@ -60,9 +61,11 @@ func (l *loop) useBackends(b backends) {
 // the first look found.
 func (l *loop) newEngine(m *cone.Model, sockets engine.Ports) {
 	l.engine = engine.New(m, engine.Kernel{}, engine.Config{
-		Now:     l.now,
-		Failed:  func(r engine.Request, n int, err error, args ...any) { l.failures.note(request(r), n, err, args...) },
-		Took:    l.latency.record,
+		Now: l.now,
+		Failed: func(r engine.Request, n int, err error, args ...any) {
+			l.failures.Note(episodes.Request(r), n, err, args...)
+		},
+		Took:    l.latency.Record,
 		Between: l.beat,
 	})
 	l.useBackends(l.backends)

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"log/slog"
 
+	"github.com/conenatd/conenatd/internal/budget"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/flows"
@@ -20,11 +21,11 @@ func (r *reconciler) lookForBroken() error {
 	if !r.ask(func(l *loop) { cfg = l.cfg }) {
 		return nil
 	}
-	ended, all, finished, err := r.broken.Look(r.viewOfFlows(cfg), threadTime)
+	ended, all, finished, err := r.broken.Look(r.viewOfFlows(cfg), budget.ThreadTime)
 	if err != nil {
 		return fmt.Errorf("look for flows with another source than rules give: %w", err)
 	}
-	r.noted.note(slog.LevelInfo, "healed", "flows left with another source than your rules give now; they ended", uint64(ended))
+	r.noted.Note(slog.LevelInfo, "healed", "flows left with another source than your rules give now; they ended", uint64(ended))
 	r.ask(func(l *loop) {
 		if finished {
 			l.brokenNow = brokenFlows(all)

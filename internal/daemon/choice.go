@@ -13,6 +13,7 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/handover"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
@@ -227,7 +228,7 @@ func (f *firewall) warning(cfg config.Config, s config.Subnet, d decision) (text
 // redecide decides again, and moves what stands to the carriers chosen.
 func (r *reconciler) redecide(cfg config.Config, network gateway.Network) error {
 	ok := r.ask(func(l *loop) {
-		if n, err := r.conntrack.read(events); err == nil && n == 0 { // no event shows which children pass
+		if n, err := r.conntrack.Read(handover.Events); err == nil && n == 0 { // no event shows which children pass
 			r.firewall.witnesses = nil
 		} else {
 			r.firewall.readEvidence(r.now(), cfg.Subnets, l.engine.Model.PassedInto)

@@ -8,6 +8,7 @@ import (
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/expect"
+	"github.com/conenatd/conenatd/internal/handover"
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
@@ -28,7 +29,7 @@ func Cleanup() (n Cleaned, err error) {
 		return n, err
 	}
 	defer lock.Close()
-	conntrack, err := openSysctls()
+	conntrack, err := handover.Open()
 	if err != nil {
 		return n, err
 	}
@@ -41,7 +42,7 @@ func Cleanup() (n Cleaned, err error) {
 	if n.Children, err = dropUnanswered(); err != nil {
 		errs = append(errs, err)
 	}
-	return n, errors.Join(append(errs, conntrack.restoreAll(), conntrack.notes.removeList(revokedNote), conntrack.notes.removeList(unsureNote), control.Sweep())...)
+	return n, errors.Join(append(errs, conntrack.RestoreAll(), conntrack.Notes.WriteRevoked(nil), conntrack.Notes.WriteUnsure(nil, nil), control.Sweep())...)
 }
 
 // dropTables removes our nftables tables. It returns their names and how many permissions

@@ -13,14 +13,18 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/conenatd/conenatd/internal/budget"
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/engine"
+	"github.com/conenatd/conenatd/internal/episodes"
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/handover"
+	"github.com/conenatd/conenatd/internal/histogram"
 	"github.com/conenatd/conenatd/internal/mapping"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 	"github.com/conenatd/conenatd/internal/userrules"
@@ -61,11 +65,11 @@ type shared struct {
 	given     Config // as New got it
 	log       *slog.Logger
 	start     time.Time
-	conntrack sysctls
+	conntrack handover.Sysctls
 	events    *ctwatch.Watcher
 	links     *gateway.Watcher
-	failures  *failures
-	noted     *episodes // of other abnormal conditions
+	failures  *episodes.Failures
+	noted     *episodes.Log // of other abnormal conditions
 
 	inbox  chan func(*loop)
 	pings  chan chan struct{}     // of Alive
@@ -115,7 +119,7 @@ type reconciler struct {
 	forwardsKnown bool               // forwarded is complete
 	unheard       *userrules.Covered // forwards whose flows the event filter leaves out
 	unheardServed []ctwatch.Range    // sockets of the gateway whose flows it leaves out
-	budget        budget             // of CPU time for looks at changes by neighbours
+	budget        budget.Budget      // of CPU time for looks at changes by neighbours
 	comparer      engine.Comparer
 	changed       changes // by neighbours, still to be looked at
 	lean          lean
@@ -151,7 +155,7 @@ type loop struct {
 	look           time.Duration     // CPU time of one look at such changes
 	tables         control.Tables    // as last read
 	kernel         control.Conntrack // as last read
-	latency        histogram
+	latency        histogram.Histogram
 	applied        mapping.Applied       // mappings, at the last reconcile
 	brokenNow      []control.BrokenFlows // found by the last whole walk
 	healed         uint64                // broken flows that the daemon ended
@@ -167,6 +171,23 @@ type loop struct {
 // missing. It takes over what an earlier daemon left, and revokes permissions that the
 // configuration no longer allows. The caller must call Run or Close.
 func New(cfg Config) (d *Daemon, err error) {
+	d = newDaemon(cfg)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.Close())
+			d = nil
+		}
+	}()
+	adopted, err := d.open()
+	if err != nil {
+		return d, err
+	}
+	d.begin(adopted)
+	return d, nil
+}
+
+// newDaemon returns a Daemon that has opened nothing.
+func newDaemon(cfg Config) *Daemon {
 	all := &shared{
 		given: cfg, log: cfg.Log, start: time.Now(),
 		inbox:  make(chan func(*loop), 64),
@@ -184,7 +205,7 @@ func New(cfg Config) (d *Daemon, err error) {
 	}
 	all.auditor = &auditor{shared: all}
 	l, r := &loop{shared: all, cfg: cfg.Config}, &reconciler{shared: all, wanted: cfg.Config}
-	d = &Daemon{shared: all, loop: l, reconcile: r}
+	d := &Daemon{shared: all, loop: l, reconcile: r}
 	r.rerouted.outside = make(map[string]bool)
 	r.rerouted.stale = make(flows.Stale)
 	r.rerouted.looks = rerouteLooks // routes may have changed since an earlier daemon ran
@@ -192,99 +213,99 @@ func New(cfg Config) (d *Daemon, err error) {
 		InLoop:  func(f func(*engine.Engine)) bool { return r.ask(func(l *loop) { f(l.engine) }) },
 		Between: r.lookBetween,
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, d.Close())
-			d = nil
-		}
-	}()
-	l.warned, d.noted = newWarner(d.log), newEpisodes(d.log, d.now, cfg.Reconcile)
-	d.failures = newFailures(d.log, d.now, cfg.Reconcile)
+	l.warned, d.noted = newWarner(d.log), episodes.New(d.log, d.now, cfg.Reconcile)
+	d.failures = episodes.NewFailures(d.log, d.now, cfg.Reconcile)
+	return d
+}
 
+// open opens what the daemon needs in the kernel, from the lock to the filter of events, and
+// reads what the first decisions need. It returns the permissions of an earlier daemon.
+func (d *Daemon) open() (adopted []expect.Adopted, err error) {
+	l, r, cfg := d.loop, d.reconcile, d.given
 	if err := enoughDescriptors(); err != nil {
-		return d, err
+		return nil, err
 	}
 	lock, err := control.Acquire(cfg.Socket)
 	if err != nil {
-		return d, err
+		return nil, err
 	}
 	d.closes(lock.Close)
 	if err = d.auditor.open(&cfg.Config); err != nil {
-		return d, err
+		return nil, err
 	}
 	d.closes(d.auditor.discard)
 	if d.site, err = openSite(&cfg.Config, d.log); err != nil {
-		return d, err
+		return nil, err
 	}
 	d.closes(d.site.close)
-	if d.conntrack, err = openSysctls(); err != nil {
-		return d, err
+	if d.conntrack, err = handover.Open(); err != nil {
+		return nil, err
 	}
 	d.closes(d.restoreSysctls)
 	if r.firewall, err = openFirewall(cfg.Table); err != nil {
-		return d, err
+		return nil, err
 	}
 	d.closes(d.closeFirewall)
 	if r.firewall.zones, err = r.firewall.leftZones(); err != nil {
-		return d, err
+		return nil, err
 	}
 	r.firewall.look()
 	if r.network, err = r.firstNetwork(&l.cfg); err != nil {
-		return d, err
+		return nil, err
 	}
 	// Subscribe before the first dump, so that no flow is missed in between.
 	if d.events, err = ctwatch.Dial(ctwatch.Config{ReadBuffer: cfg.EventBuffer}); err != nil {
-		return d, err
+		return nil, err
 	}
 	d.closes(d.events.Close)
 	if l.queries, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
-		return d, err
+		return nil, err
 	}
 	d.closes(l.queries.Close)
 	if r.reads, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
-		return d, err
+		return nil, err
 	}
 	d.closes(r.reads.Close)
 	r.seeFlowsBefore(l.cfg)
 	statistics, err := ctwatch.DialStatistics(ctwatch.Config{})
 	if err != nil {
-		return d, err
+		return nil, err
 	}
 	r.statistics.kernel = statistics
 	d.closes(r.statistics.close)
 	if l.kernel, err = r.conntrackWithin(nil); err != nil { // nothing was read before
-		return d, err
+		return nil, err
 	}
 	r.size = l.kernel.Max
 	l.cfg = l.cfg.Sized(r.size)
 	if l.sockets, err = gateway.DialSockets(0); err != nil {
-		return d, err
+		return nil, err
 	}
 	d.closes(l.sockets.Close)
 	if r.ports, err = gateway.DialSockets(0); err != nil {
-		return d, err
+		return nil, err
 	}
 	d.closes(r.ports.Close)
 	if d.links, err = gateway.Watch(0); err != nil {
-		return d, err
+		return nil, err
 	}
 	d.closes(d.links.Close)
 	l.sockets.SetNetwork(r.network)
 	r.ports.SetNetwork(r.network)
 	if r.held, err = r.ports.Ports(); err != nil {
-		return d, err
+		return nil, err
 	}
 	r.served, r.looked = r.held, d.now()
 	// The model must know the forwards before the first grant.
 	if r.forwarded, err = l.firstRules(r.firewall, r.network, r.served, false); err != nil {
-		return d, err
+		return nil, err
 	}
 	r.forwardsKnown = r.firewall.forwardsKnown
 	d.decide()
 	d.closes(d.closeExpect)
-	adopted, err := d.openBackends()
+	adopted, err = d.openBackends()
 	if err != nil {
-		return d, err
+		return nil, err
 	}
 	d.decide() // again: the warnings depend on the backends in use
 	// Only now is it known which of the user's chains are older than our own chain.
@@ -292,15 +313,21 @@ func New(cfg Config) (d *Daemon, err error) {
 	l.ruleWarnings = append(l.ruleWarnings, r.firewall.rivals(l.cfg, r.network)...)
 	l.overtaken = r.firewall.overtaken
 	if err := d.goOnServing(adopted); err != nil {
-		return d, err
+		return nil, err
 	}
 	if err := r.filterEvents(l.cfg); err != nil {
-		return d, err
+		return nil, err
 	}
+	return adopted, nil
+}
+
+// begin makes the model, shows it what open found, and adopts what an earlier daemon left.
+func (d *Daemon) begin(adopted []expect.Adopted) {
+	l, r, cfg := d.loop, d.reconcile, d.given
 	// Turn on accounting last, when nothing can fail any more: Close restores it only if
 	// there is a model. The reconcile does not repeat this, so the user can turn it off.
-	_, _, err = d.conntrack.raise(acct)
-	d.failures.note(requestTurnOnAccounting, 1, err)
+	_, _, err := d.conntrack.Raise(handover.Acct)
+	d.failures.Note(requestTurnOnAccounting, 1, err)
 	l.useBackends(r.backends) // the policy depends on them, and on the features
 	l.features = r.firewall.features
 	l.newEngine(cone.New(l.policy(l.cfg)), r.served)
@@ -324,9 +351,8 @@ func New(cfg Config) (d *Daemon, err error) {
 		l.engine.Model.Adopt(now, a.Permission, a.By, now+a.Left)
 	}
 	l.engine.Apply(0) // revokes what the configuration does not allow
-	d.failures.note(requestNoteRevoked, 1, d.conntrack.notes.removeList(revokedNote))
-	d.failures.note(requestNoteUnsure, 1, d.conntrack.notes.removeList(unsureNote))
-	return d, nil
+	d.failures.Note(requestNoteRevoked, 1, d.conntrack.Notes.WriteRevoked(nil))
+	d.failures.Note(requestNoteUnsure, 1, d.conntrack.Notes.WriteUnsure(nil, nil))
 }
 
 // decide says what carries the permissions of each subnet, before the loop runs.
@@ -366,49 +392,6 @@ var filterings = map[config.Filtering]cone.Filtering{
 	config.AddressAndPortDependent: cone.AddressAndPortDependent,
 }
 
-// closes notes that f closes something that New opened. Close calls these functions, the last
-// one first.
-func (d *Daemon) closes(f func() error) { d.closers = append(d.closers, f) }
-
-// Close closes what New opened, and removes our tables unless permissions are to stay. Run
-// calls it; call it for a Daemon that did not Run.
-func (d *Daemon) Close() error {
-	d.auditor.close(!d.leave && d.loop.engine != nil)
-	var errs []error
-	for _, f := range slices.Backward(d.closers) {
-		errs = append(errs, f())
-	}
-	return errors.Join(errs...)
-}
-
-// closeExpect closes the expect backend, if it is in use.
-func (d *Daemon) closeExpect() error {
-	e := d.reconcile.backends.expect
-	if e == nil {
-		return nil
-	}
-	d.leave = d.leave || e.Standing() > 0 // some expectations could not be revoked
-	return e.Close()
-}
-
-// closeFirewall removes our tables unless permissions are to stay.
-func (d *Daemon) closeFirewall() (err error) {
-	f := d.reconcile.firewall
-	if d.made && !d.leave {
-		err = f.remove()
-	}
-	return errors.Join(err, f.close())
-}
-
-// restoreSysctls restores the settings that we changed, unless permissions stay, which need
-// them.
-func (d *Daemon) restoreSysctls() error {
-	if d.loop.engine == nil || d.leave {
-		return nil
-	}
-	return d.conntrack.restoreAll()
-}
-
 // Run runs the daemon until ctx ends, then removes everything it made from the kernel,
 // unless on_stop is "keep" or HandOver was called. It calls ready once existing flows have
 // their permissions. If it fails before ctx ends, permissions stay for the next daemon, as
@@ -444,40 +427,13 @@ func (d *Daemon) Run(ctx context.Context, ready func()) error {
 	keep := failed || d.handsOver.Load() || l.cfg.OnStop == config.OnStopKeep
 	d.leave = keep && l.holds()
 	if !d.leave || l.backends.revoked == nil { // no set in the kernel tells the next daemon
-		d.failures.note(requestNoteRevoked, 1, d.conntrack.notes.writeRevoked(l.engine.Model.AllRevoked(d.now())))
+		d.failures.Note(requestNoteRevoked, 1, d.conntrack.Notes.WriteRevoked(l.engine.Model.AllRevoked(d.now())))
 	}
 	if !d.leave {
-		d.failures.note(requestNoteUnsure, 1, d.noteUnsure())
+		d.failures.Note(requestNoteUnsure, 1, d.noteUnsure())
 		err = errors.Join(err, d.revokeAll())
 	}
 	return errors.Join(err, d.Close())
-}
-
-// HandOver makes the end of Run leave everything for the next daemon, as with on_stop
-// "keep". It may be called at any time, from any goroutine.
-func (d *Daemon) HandOver() { d.handsOver.Store(true) }
-
-// holds reports whether the kernel holds something for the next daemon: standing
-// permissions, or the user's revocations.
-func (l *loop) holds() bool {
-	return l.engine.Model.Stats().Standing > 0 || l.backends.revoked != nil && l.backends.revoked.Any()
-}
-
-// revokeAll removes every permission from the kernel. It removes the whole map first,
-// so that the kernel learns nothing meanwhile.
-func (d *Daemon) revokeAll() error {
-	l, r := d.loop, d.reconcile
-	var errs []error
-	if r.backends.nft != nil {
-		errs = append(errs, r.firewall.remove())
-		r.backends.nft = nil
-		l.useBackends(r.backends)
-	}
-	l.engine.Model.RevokeAll()
-	l.engine.Apply(0)
-	// Also delete children that came too late for their events to be read.
-	_, err := dropUnanswered()
-	return errors.Join(append(errs, err)...)
 }
 
 // greet logs what a newcomer has to know: which subnets are enabled, what carries their

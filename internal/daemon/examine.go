@@ -16,8 +16,10 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/ctwatch"
+	"github.com/conenatd/conenatd/internal/episodes"
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/handover"
 	"github.com/conenatd/conenatd/internal/rules"
 )
 
@@ -35,7 +37,7 @@ var ErrUntried = errors.New("conntrack helpers are tried in a network namespace 
 // kernel may load modules for both.
 func Examine(cfg config.Config) (st control.Status, err error) {
 	all := &shared{given: Config{Config: cfg}, log: slog.New(slog.DiscardHandler), start: time.Now()}
-	all.noted, all.failures = newEpisodes(all.log, all.now, cfg.Reconcile), newFailures(all.log, all.now, cfg.Reconcile)
+	all.noted, all.failures = episodes.New(all.log, all.now, cfg.Reconcile), episodes.NewFailures(all.log, all.now, cfg.Reconcile)
 	x := &examination{loop: &loop{shared: all, cfg: cfg}, reconcile: &reconciler{shared: all, wanted: cfg, firewall: &firewall{name: cfg.Table}}}
 	x.loop.newEngine(cone.New(cone.Policy{}), nil)
 	defer func() {
@@ -45,7 +47,7 @@ func Examine(cfg config.Config) (st control.Status, err error) {
 		}
 		err = errors.Join(err, x.reconcile.firewall.close())
 	}()
-	if all.conntrack, err = openSysctls(); err != nil {
+	if all.conntrack, err = handover.Open(); err != nil {
 		return st, err
 	}
 	f, err := openFirewall(cfg.Table)
@@ -164,7 +166,7 @@ func (x *examination) status() control.Status {
 		st.Subnets = append(st.Subnets, c)
 	}
 	all := l.warnings()
-	if f, err := os.OpenFile(filepath.Join(sysctlDir, acct), os.O_WRONLY, 0); err == nil {
+	if f, err := os.OpenFile(filepath.Join(handover.Dir, handover.Acct), os.O_WRONLY, 0); err == nil {
 		_ = f.Close()
 		all = slices.DeleteFunc(all, func(w warning) bool { return w.id == warnAccountingOff }) // a daemon turns it on
 	}

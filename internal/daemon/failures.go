@@ -1,83 +1,29 @@
 package daemon
 
-import (
-	"errors"
-	"log/slog"
-	"strings"
-	"sync"
-	"time"
+import "github.com/conenatd/conenatd/internal/episodes"
 
-	"golang.org/x/sys/unix"
-)
-
-// A request is the identifier (docs/control.md) of something that the daemon asks of the
-// kernel. Those of the engine are engine.Request.
-type request string
-
+// The requests of the daemon. Those of the engine are engine.Request.
 const (
-	requestAdoptPermissions      request = "adopt_permissions"
-	requestCarryPermissionOver   request = "carry_permission_over"
-	requestFindUplinks           request = "find_uplinks"
-	requestFollowFlows           request = "follow_flows"
-	requestFilterConntrackEvents request = "filter_conntrack_events"
-	requestLeaveTheOldBackend    request = "leave_the_old_backend"
-	requestLookAtChanges         request = "look_at_changes"
-	requestLookAtConntrack       request = "look_at_conntrack"
-	requestLookAtListeners       request = "look_at_listeners"
-	requestLookAtRoutes          request = "look_at_routes"
-	requestLookAtSockets         request = "look_at_sockets"
-	requestLookForHelpers        request = "look_for_helpers"
-	requestLookForBroken         request = "look_for_broken_flows"
-	requestNoteRevoked           request = "note_revoked"
-	requestNoteUnsure            request = "note_unsure"
-	requestReadStatistics        request = "read_statistics"
-	requestReadCounters          request = "read_counters"
-	requestReadMappings          request = "read_mappings"
-	requestAssumeAddresses       request = "assume_addresses"
-	requestReadTimeouts          request = "read_timeouts"
-	requestReconcile             request = "reconcile"
-	requestTurnOnAccounting      request = "turn_on_accounting"
+	requestAdoptPermissions      episodes.Request = "adopt_permissions"
+	requestCarryPermissionOver   episodes.Request = "carry_permission_over"
+	requestFindUplinks           episodes.Request = "find_uplinks"
+	requestFollowFlows           episodes.Request = "follow_flows"
+	requestFilterConntrackEvents episodes.Request = "filter_conntrack_events"
+	requestLeaveTheOldBackend    episodes.Request = "leave_the_old_backend"
+	requestLookAtChanges         episodes.Request = "look_at_changes"
+	requestLookAtConntrack       episodes.Request = "look_at_conntrack"
+	requestLookAtListeners       episodes.Request = "look_at_listeners"
+	requestLookAtRoutes          episodes.Request = "look_at_routes"
+	requestLookAtSockets         episodes.Request = "look_at_sockets"
+	requestLookForHelpers        episodes.Request = "look_for_helpers"
+	requestLookForBroken         episodes.Request = "look_for_broken_flows"
+	requestNoteRevoked           episodes.Request = "note_revoked"
+	requestNoteUnsure            episodes.Request = "note_unsure"
+	requestReadStatistics        episodes.Request = "read_statistics"
+	requestReadCounters          episodes.Request = "read_counters"
+	requestReadMappings          episodes.Request = "read_mappings"
+	requestAssumeAddresses       episodes.Request = "assume_addresses"
+	requestReadTimeouts          episodes.Request = "read_timeouts"
+	requestReconcile             episodes.Request = "reconcile"
+	requestTurnOnAccounting      episodes.Request = "turn_on_accounting"
 )
-
-// words is r as the log shows it.
-func (r request) words() string { return strings.ReplaceAll(string(r), "_", " ") }
-
-// failures logs what the kernel refused to do, one episode for each kind of request and
-// errno, and counts it. Its methods may be called from any goroutine.
-type failures struct {
-	*episodes
-
-	mu    sync.Mutex // guards count
-	count map[request]uint64
-}
-
-func newFailures(log *slog.Logger, now func() time.Duration, reconcile time.Duration) *failures {
-	return &failures{episodes: newEpisodes(log, now, reconcile), count: make(map[request]uint64)}
-}
-
-// note counts n requests that failed with err, if that is not nil; args describe the request
-// in the log.
-func (f *failures) note(r request, n int, err error, args ...any) {
-	if err == nil || n == 0 {
-		return
-	}
-	f.mu.Lock()
-	f.count[r] += uint64(n)
-	f.mu.Unlock()
-	key := r.words()
-	if errno := unix.Errno(0); errors.As(err, &errno) { // a new cause is a new episode
-		key += ": " + errno.Error()
-	}
-	f.episodes.note(slog.LevelWarn, key, r.words(), uint64(n), append(args, "err", err)...)
-}
-
-// totals returns the counts since the start, by kind.
-func (f *failures) totals() map[string]uint64 {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	out := make(map[string]uint64, len(f.count))
-	for r, n := range f.count {
-		out[string(r)] = n
-	}
-	return out
-}

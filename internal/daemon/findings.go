@@ -13,6 +13,7 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/handover"
 	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
@@ -66,10 +67,10 @@ func (l *loop) warnings() (out warnings) {
 	case a.Sum() >= someFlows:
 		out.add(warnNotMapped, "", "%s", control.NotApplied(a.Not()))
 	}
-	if n, err := l.conntrack.read(events); err == nil && n == 0 {
+	if n, err := l.conntrack.Read(handover.Events); err == nil && n == 0 {
 		out.add(warnEventsOff, "", "the kernel sends no conntrack events: permissions come late, at each reconcile; set net.netfilter.nf_conntrack_events = 1")
 	}
-	if n, err := l.conntrack.read(acct); err == nil && n == 0 {
+	if n, err := l.conntrack.Read(handover.Acct); err == nil && n == 0 {
 		out.add(warnAccountingOff, "", "the kernel does not count packets: a peer alone can keep a permission; set net.netfilter.nf_conntrack_acct = 1")
 	}
 	for _, name := range l.network.Missing {
@@ -123,11 +124,11 @@ func (l *loop) warnForwarding(out *warnings) {
 	outside := map[gateway.Families][]string{}
 	off := func(family gateway.Families, link string) bool {
 		if family == gateway.IPv4 {
-			n, err := l.conntrack.read("../ipv4/conf/" + link + "/forwarding")
+			n, err := l.conntrack.Read("../ipv4/conf/" + link + "/forwarding")
 			return err == nil && n == 0
 		}
-		all, err := l.conntrack.read("../ipv6/conf/all/forwarding")
-		forced, _ := l.conntrack.read("../ipv6/conf/" + link + "/force_forwarding")
+		all, err := l.conntrack.Read("../ipv6/conf/all/forwarding")
+		forced, _ := l.conntrack.Read("../ipv6/conf/" + link + "/force_forwarding")
 		return err == nil && all == 0 && forced == 0
 	}
 	inside := map[netip.Prefix][]string{}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/handover"
 )
 
 // helped is what the daemon read of the hosts between which helpers of the user's work.
@@ -27,7 +28,7 @@ func (f *firewall) mayHelp(cfg config.Config) (may, auto bool) {
 	if !f.withExpectations() {
 		return false, false
 	}
-	b, err := os.ReadFile(filepath.Join(sysctlDir, autoHelpers))
+	b, err := os.ReadFile(filepath.Join(handover.Dir, autoHelpers))
 	auto = err == nil && strings.TrimSpace(string(b)) != "0"
 	return auto || cfg.Self || f.unread != nil || f.user == nil || f.user.GivesHelpers(), auto
 }

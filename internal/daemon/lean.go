@@ -104,7 +104,7 @@ func (r *reconciler) hasVRF() bool {
 // lookForListeners is lookAtListeners, and notes its error.
 func (r *reconciler) lookForListeners(ctx context.Context) {
 	if err := r.lookAtListeners(); ctx.Err() == nil {
-		r.failures.note(requestLookAtListeners, 1, err)
+		r.failures.Note(requestLookAtListeners, 1, err)
 	}
 }
 

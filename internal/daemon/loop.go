@@ -7,6 +7,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/conenatd/conenatd/internal/budget"
 	"github.com/conenatd/conenatd/internal/ctwatch"
 )
 
@@ -68,13 +69,13 @@ func (s *shared) doUnless(stop <-chan struct{}, f func(*loop)) bool {
 func (r *reconciler) ask(f func(*loop)) bool {
 	var took time.Duration
 	ok := r.do(func(l *loop) {
-		took = threadTime(func() {
+		took = budget.ThreadTime(func() {
 			f(l)
 			l.engine.Apply(0)
 		})
 	})
 	if ok {
-		r.budget.inLoop += took
+		r.budget.InLoop += took
 	}
 	return ok
 }

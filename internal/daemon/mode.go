@@ -9,7 +9,9 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/engine"
+	"github.com/conenatd/conenatd/internal/episodes"
 	"github.com/conenatd/conenatd/internal/expect"
+	"github.com/conenatd/conenatd/internal/handover"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
@@ -35,11 +37,11 @@ func (d *Daemon) openBackends() (adopted []expect.Adopted, err error) {
 		return nil, err
 	}
 	defer older.close()
-	noted, err := d.conntrack.notes.readRevoked()
-	d.failures.note(requestNoteRevoked, 1, err)
+	noted, err := d.conntrack.Notes.Revoked()
+	d.failures.Note(requestNoteRevoked, 1, err)
 	older.revoked = append(older.revoked, noted...)
-	unsure, err := d.conntrack.notes.readUnsure(cfg.Inside)
-	d.failures.note(requestNoteUnsure, 1, err)
+	unsure, err := d.conntrack.Notes.Unsure(cfg.Inside)
+	d.failures.Note(requestNoteUnsure, 1, err)
 	older.unsure = append(older.unsure, unsure...)
 	inMap = append(inMap, older.standing...)
 	opened, err := r.open(cfg)
@@ -106,7 +108,7 @@ func (d *Daemon) adoptRevoked(older []cone.Revoked) error {
 	for _, x := range older {
 		keys = append(keys, x.Key)
 	}
-	d.failures.note(request(engine.DenyPermissions), len(older), r.backends.revoked.Add(keys))
+	d.failures.Note(episodes.Request(engine.DenyPermissions), len(older), r.backends.revoked.Add(keys))
 	return nil
 }
 
@@ -135,7 +137,7 @@ func (r *reconciler) carry(left []expect.Adopted) {
 	r.backends.carriers().Each(func(_ cone.Carriers, x engine.Carrier) {
 		carried := slices.DeleteFunc(slices.Clone(ps), func(p cone.Permission) bool { return !x.Carries(&p) })
 		x.Grant(carried, func(i int, why cone.Reason, err error) {
-			r.failures.note(requestCarryPermissionOver, 1, because(why, err), "ext", carried[i].Ext, "peer", carried[i].Peer)
+			r.failures.Note(requestCarryPermissionOver, 1, because(why, err), "ext", carried[i].Ext, "peer", carried[i].Peer)
 		})
 	})
 }
@@ -182,7 +184,7 @@ func (r *reconciler) change(cfg config.Config) error {
 	r.firewall.forwards(r.network)
 	if r.firewall.choosers == nil { // the first mapping must respect ports that rules choose
 		_, _, err := r.firewall.sourceNAT(cfg, r.network)
-		r.failures.note(requestLookAtChanges, 1, err)
+		r.failures.Note(requestLookAtChanges, 1, err)
 	}
 	ports, warnings, err := r.firewall.choosePorts(cfg, r.network, r.served, r.sure, r.firewall.understood.Covers)
 	if err != nil {
@@ -231,7 +233,7 @@ func (r *reconciler) change(cfg config.Config) error {
 		l.cfg, l.portWarnings, l.decisions = cfg, warnings, r.firewall.decisions
 		l.backends.configure(cfg)
 		l.engine.Model.SetPolicy(r.now(), l.policy(cfg))
-		r.failures.note(requestFilterConntrackEvents, 1, r.filterEvents(cfg))
+		r.failures.Note(requestFilterConntrackEvents, 1, r.filterEvents(cfg))
 	})
 	if o.expect == nil && m == nil && (!hasExpect || wantsExpect(cfg)) && (!hasMap || wantsMap(cfg)) {
 		return nil // the same backends
@@ -244,7 +246,7 @@ func (r *reconciler) change(cfg config.Config) error {
 	if hasMap && !wantsMap(cfg) {
 		err = errors.Join(err, r.dropMap(cfg))
 	}
-	r.failures.note(requestLeaveTheOldBackend, 1, err)
+	r.failures.Note(requestLeaveTheOldBackend, 1, err)
 	return nil
 }
 
@@ -264,7 +266,7 @@ func (r *reconciler) dropExpect(cfg config.Config) (err error) {
 		l.useBackends(r.backends)
 		var all []cone.Permission
 		err = e.List(func(p cone.Permission, _ time.Duration) { all = append(all, p) })
-		err = errors.Join(err, e.Revoke(all), e.Close(), r.conntrack.restore(expectMax))
+		err = errors.Join(err, e.Revoke(all), e.Close(), r.conntrack.Restore(handover.ExpectMax))
 		r.firewall.helpers = nil
 	})
 	_, failed := r.firewall.set(cfg, r.network.OutsideLinks())

@@ -7,6 +7,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/ctwatch"
+	"github.com/conenatd/conenatd/internal/handover"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/rules"
 )
@@ -29,7 +30,7 @@ func TestOneMissingBackendIsOneSentence(t *testing.T) {
 			cfg := config.Default()
 			cfg.Backend = tt.backend
 			r := &reconciler{shared: &shared{}, firewall: &firewall{features: noFeatures(missing)}}
-			r.conntrack = sysctls{dir: sysctlDir, notes: notes{path: filepath.Join(t.TempDir(), "c.")}}
+			r.conntrack = handover.Sysctls{Dir: handover.Dir, Notes: handover.Notes{Path: filepath.Join(t.TempDir(), "c.")}}
 			err := l.Gateway.Do(func() (err error) {
 				if r.reads, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
 					return err

@@ -26,13 +26,13 @@ func (r *reconciler) lookAround(ctx context.Context, q *ctwatch.Queries) {
 	if r.changed == (changes{}) {
 		err = errors.Join(err, r.lookAtLegacy())
 	}
-	if r.changed != (changes{}) && r.budget.allows(r.now()) {
-		r.budget.spend(func() { err = errors.Join(err, r.lookAtChanges(q)) })
-		late, look := r.budget.wait(), r.budget.look
+	if r.changed != (changes{}) && r.budget.Allows(r.now()) {
+		r.budget.Spend(func() { err = errors.Join(err, r.lookAtChanges(q)) })
+		late, look := r.budget.Wait(), r.budget.Look
 		r.ask(func(l *loop) { l.late, l.look = late, look })
 	}
 	if ctx.Err() == nil {
-		r.failures.note(requestLookAtChanges, 1, err)
+		r.failures.Note(requestLookAtChanges, 1, err)
 	}
 }
 
@@ -78,10 +78,10 @@ func (r *reconciler) lookAtRules() error {
 // lookAtLegacy checks whether somebody changed rules of iptables-legacy since the last time,
 // as far as the budget allows.
 func (r *reconciler) lookAtLegacy() (err error) {
-	if !r.budget.allowsPoll(r.now()) {
+	if !r.budget.AllowsPoll(r.now()) {
 		return nil
 	}
-	r.budget.spend(func() { r.changed.rules, err = r.firewall.reader.LegacyChanged() })
+	r.budget.Spend(func() { r.changed.rules, err = r.firewall.reader.LegacyChanged() })
 	r.firewall.retry.changed = r.firewall.retry.changed || r.changed.rules
 	return err
 }

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/episodes"
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/rules/elements"
@@ -42,13 +43,13 @@ func (d *Daemon) openOlder() (o olderTables, err error) {
 }
 
 // moveTo puts into m what stands, and what was revoked. The model decides later what stays.
-func (o *olderTables) moveTo(m *elements.Map, failures *failures) error {
+func (o *olderTables) moveTo(m *elements.Map, failures *episodes.Failures) error {
 	ps := make([]cone.Permission, len(o.standing))
 	for i, a := range o.standing {
 		ps[i] = a.Permission
 	}
 	m.Grant(ps, func(i int, r cone.Reason, err error) {
-		failures.note(requestCarryPermissionOver, 1, because(r, err), "ext", ps[i].Ext, "peer", ps[i].Peer)
+		failures.Note(requestCarryPermissionOver, 1, because(r, err), "ext", ps[i].Ext, "peer", ps[i].Peer)
 	})
 	ps = ps[:0]
 	for _, r := range o.revoked { // until the model denies them

@@ -14,6 +14,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/handover"
 	"github.com/conenatd/conenatd/internal/portpool"
 )
 
@@ -139,7 +140,7 @@ func readTimeouts() (t cone.Timeouts, err error) {
 		"nf_conntrack_udp_timeout":        &t.UDP,
 		"nf_conntrack_udp_timeout_stream": &t.Stream,
 	} {
-		b, err := os.ReadFile(filepath.Join(sysctlDir, key))
+		b, err := os.ReadFile(filepath.Join(handover.Dir, key))
 		if err != nil {
 			return t, fmt.Errorf("read timeout of UDP flows: %w", err)
 		}

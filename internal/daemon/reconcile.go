@@ -10,6 +10,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/conenatd/conenatd/internal/budget"
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/ctwatch"
@@ -18,18 +19,8 @@ import (
 	"github.com/conenatd/conenatd/internal/mapping"
 )
 
-const (
-	// flowsAtOnce is how many flows of a dump the loop handles in one piece.
-	flowsAtOnce = 1024
-
-	// lookEvery is the time between two checks whether somebody changed
-	// nftables. A check costs one query.
-	lookEvery = 250 * time.Millisecond
-
-	// hurriedShare limits reconciles that lost events ask for to 1/hurriedShare of a CPU
-	// (see rest).
-	hurriedShare = 30
-)
+// flowsAtOnce is how many flows of a dump the loop handles in one piece.
+const flowsAtOnce = 1024
 
 // run repairs whatever the events missed: at the start, regularly, and after an
 // overrun. It calls ready after the first success. Until then it retries soon, and gives
@@ -38,21 +29,21 @@ func (r *reconciler) run(ctx context.Context, every time.Duration, ready func())
 	q := r.reads
 	t := time.NewTicker(every)
 	defer t.Stop()
-	look := time.NewTicker(lookEvery)
+	look := time.NewTicker(budget.PollEvery)
 	defer look.Stop()
 	var first firstReconcile
 	second := time.NewTimer(betweenLooks) // for the second look at sockets
 	defer second.Stop()
 	for {
 		var err error
-		inLoop := r.budget.inLoop
-		cost := threadTime(func() { err = r.reconcileOnce(q) }) + r.budget.inLoop - inLoop
+		inLoop := r.budget.InLoop
+		cost := budget.ThreadTime(func() { err = r.reconcileOnce(q) }) + r.budget.InLoop - inLoop
 		if ctx.Err() != nil {
 			return nil
 		}
 		ended := r.now()
 		var hurried <-chan time.Time
-		r.failures.note(requestReconcile, 1, err)
+		r.failures.Note(requestReconcile, 1, err)
 		var soon <-chan time.Time // the retry of a daemon that is not ready
 		second.Reset(betweenLooks)
 		if ready != nil {
@@ -84,7 +75,7 @@ func (r *reconciler) run(ctx context.Context, every time.Duration, ready func())
 				again = soon == nil
 			case <-r.hurry:
 				if soon == nil && hurried == nil {
-					hurried = time.After(ended + rest(cost) - r.now())
+					hurried = time.After(ended + budget.Rest(cost) - r.now())
 				}
 			case <-hurried:
 				again = true
@@ -94,14 +85,14 @@ func (r *reconciler) run(ctx context.Context, every time.Duration, ready func())
 				look(r)
 			case <-second.C:
 				if err := r.lookAgain(); ctx.Err() == nil {
-					r.failures.note(requestLookAtSockets, 1, err)
+					r.failures.Note(requestLookAtSockets, 1, err)
 				}
 			case <-look.C:
 				if err := r.lookAtConntrack(); ctx.Err() == nil {
-					r.failures.note(requestLookAtConntrack, 1, err)
+					r.failures.Note(requestLookAtConntrack, 1, err)
 				}
 				if err := r.lookForHelpers(); ctx.Err() == nil {
-					r.failures.note(requestLookForHelpers, 1, err)
+					r.failures.Note(requestLookForHelpers, 1, err)
 				}
 				r.lookAround(ctx, q)
 				r.lookAtFlows(ctx)
@@ -171,9 +162,9 @@ func (r *reconciler) reconcileOnce(q *ctwatch.Queries) error {
 		errs = append(errs, err)
 	}
 	timeouts, err := readTimeouts()
-	r.failures.note(requestReadTimeouts, 1, err)
+	r.failures.Note(requestReadTimeouts, 1, err)
 	r.ask(func(l *loop) { l.engine.Model.SetTimeouts(timeouts) })
-	r.failures.note(requestLookForHelpers, 1, r.lookForHelpers()) // before flows earn expectations
+	r.failures.Note(requestLookForHelpers, 1, r.lookForHelpers()) // before flows earn expectations
 	if err := r.readFlows(q); err != nil {
 		errs = append(errs, err)
 	}
@@ -196,7 +187,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 		return false, errEnded
 	}
 	_, err = r.followFlows(cfg)
-	r.failures.note(requestFollowFlows, 1, err)
+	r.failures.Note(requestFollowFlows, 1, err)
 	r.firewall.look()
 	network, err := r.readNetwork(cfg)
 	if err != nil {
@@ -291,17 +282,17 @@ func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) er
 func (r *reconciler) readFlows(q *ctwatch.Queries) error {
 	var cfg config.Config
 	r.ask(func(l *loop) { cfg = l.cfg })
-	r.failures.note(requestAssumeAddresses, 1, r.firewall.assumeAddresses(cfg, r.network))
+	r.failures.Note(requestAssumeAddresses, 1, r.firewall.assumeAddresses(cfg, r.network))
 	addrs := len(r.firewall.mappedAddrs)
 	var before mapping.Applied
 	r.ask(func(l *loop) { before = l.applied })
 	m, err := r.firewall.newMapper(cfg, r.network, r.served, before)
 	r.settled = r.settled && len(r.firewall.mappedAddrs) == addrs // else look for sockets on the new ones
 	if err != nil {
-		r.failures.note(requestReadMappings, 1, err)
+		r.failures.Note(requestReadMappings, 1, err)
 		m = nil
 	}
-	r.failures.note(requestLookAtListeners, 1, r.hideNothing())
+	r.failures.Note(requestLookAtListeners, 1, r.hideNothing())
 	failed := r.seeEnded()
 	r.ask(func(l *loop) { l.engine.Model.BeginSnapshot(r.now()) })
 	piece := make([]cone.Flow, 0, flowsAtOnce)
@@ -363,7 +354,7 @@ func (r *reconciler) repairRules(cfg config.Config, network gateway.Network) (ch
 	repaired := r.firewall.repaired
 	changed, err = r.firewall.set(cfg, network.OutsideLinks())
 	if r.firewall.repaired > repaired {
-		r.noted.note(slog.LevelWarn, "tables", "somebody changed conenatd's nftables tables; they are repaired", 1, "table", cfg.Table)
+		r.noted.Note(slog.LevelWarn, "tables", "somebody changed conenatd's nftables tables; they are repaired", 1, "table", cfg.Table)
 	}
 	return changed, err
 }
@@ -397,19 +388,19 @@ func (l *loop) report() {
 	for r := range cone.Reasons {
 		n, reason := s.Refusals[r]-l.reported.Refusals[r], cone.Reason(r).String()
 		if err := l.engine.TakeRefusal(cone.Reason(r)); err != nil {
-			l.noted.note(slog.LevelWarn, "refused by the kernel: "+reason, "permissions refused", n, "reason", reason, "err", err)
+			l.noted.Note(slog.LevelWarn, "refused by the kernel: "+reason, "permissions refused", n, "reason", reason, "err", err)
 		} else {
-			l.noted.note(slog.LevelInfo, "refused: "+reason, "permissions refused", n, "reason", reason)
+			l.noted.Note(slog.LevelInfo, "refused: "+reason, "permissions refused", n, "reason", reason)
 		}
 	}
-	l.noted.note(slog.LevelInfo, "conflicts", "permissions wait for another inside host", s.Conflicts-l.reported.Conflicts)
+	l.noted.Note(slog.LevelInfo, "conflicts", "permissions wait for another inside host", s.Conflicts-l.reported.Conflicts)
 	l.reported = s
 	e := l.events.Stats()
-	l.noted.note(slog.LevelWarn, "overruns", "conntrack events were lost, the table was read again; a larger event_buffer helps",
+	l.noted.Note(slog.LevelWarn, "overruns", "conntrack events were lost, the table was read again; a larger event_buffer helps",
 		e.Overruns-l.reportedEvents.Overruns)
-	l.noted.note(slog.LevelWarn, "malformed", "conntrack events could not be decoded", e.Malformed-l.reportedEvents.Malformed)
+	l.noted.Note(slog.LevelWarn, "malformed", "conntrack events could not be decoded", e.Malformed-l.reportedEvents.Malformed)
 	l.reportedEvents = e
-	l.noted.tell()
-	l.failures.tell()
+	l.noted.Tell()
+	l.failures.Tell()
 	l.warned.tell(l.now(), l.warnings())
 }

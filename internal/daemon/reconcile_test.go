@@ -4,6 +4,8 @@ import (
 	"errors"
 	"testing"
 	"time"
+
+	"github.com/conenatd/conenatd/internal/budget"
 )
 
 func TestReadyAfterAGoodReconcileOnly(t *testing.T) {
@@ -30,7 +32,7 @@ func TestReconcilesInAHurryAreApart(t *testing.T) {
 		0: time.Second, 10 * time.Millisecond: time.Second, 100 * time.Millisecond: 3 * time.Second,
 		time.Second: 10 * time.Second, 3 * time.Second: 12 * time.Second,
 	} {
-		if got := rest(cost); got != want {
+		if got := budget.Rest(cost); got != want {
 			t.Errorf("%v after one of %v, want %v", got, cost, want)
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/conenatd/conenatd/internal/budget"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
@@ -52,7 +53,7 @@ func (r *reconciler) endRerouted(cfg config.Config, network gateway.Network) err
 	}
 	var n, stranded, doubtful int
 	var errs [2]error
-	took := threadTime(func() {
+	took := budget.ThreadTime(func() {
 		if stranded, errs[1] = r.endStranded(cfg, network); r.rerouted.looks == 0 {
 			return
 		}
@@ -70,19 +71,19 @@ func (r *reconciler) endRerouted(cfg config.Config, network gateway.Network) err
 	if doubtful > 0 || err != nil {
 		r.rerouted.next = max(r.rerouted.next, r.now()+time.Second)
 	}
-	r.noted.note(slog.LevelInfo, "rerouted", "flows with mappings left by another link than the one of their address; they ended", uint64(n))
-	r.noted.note(slog.LevelInfo, "stranded", "hosts answered children by another link than the one of their address; they ended", uint64(stranded))
+	r.noted.Note(slog.LevelInfo, "rerouted", "flows with mappings left by another link than the one of their address; they ended", uint64(n))
+	r.noted.Note(slog.LevelInfo, "stranded", "hosts answered children by another link than the one of their address; they ended", uint64(stranded))
 	return err
 }
 
 // lookAtFlows runs the looks at the outside addresses of flows that are due.
 func (r *reconciler) lookAtFlows(ctx context.Context) {
-	r.budget.also(func() {
+	r.budget.Also(func() {
 		if err := r.endReroutedLater(); ctx.Err() == nil {
-			r.failures.note(requestLookAtRoutes, 1, err)
+			r.failures.Note(requestLookAtRoutes, 1, err)
 		}
 		if err := r.lookForBroken(); ctx.Err() == nil {
-			r.failures.note(requestLookForBroken, 1, err)
+			r.failures.Note(requestLookForBroken, 1, err)
 		}
 	})
 }
@@ -99,7 +100,7 @@ func (r *reconciler) endReroutedLater() error {
 	}
 	var err error
 	if children := received(r.born); !r.rerouted.due() {
-		took := threadTime(func() { r.rerouted.strands, err = r.strandsAny(cfg, children) })
+		took := budget.ThreadTime(func() { r.rerouted.strands, err = r.strandsAny(cfg, children) })
 		r.rerouted.strands = r.rerouted.strands || len(children) == mostBorn // there were more, perhaps
 		r.rerouted.next = r.now() + rerouteShare*took
 	}

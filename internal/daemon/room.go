@@ -6,6 +6,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/engine"
+	"github.com/conenatd/conenatd/internal/handover"
 )
 
 // Shares of the kernel's tables, in percent. Each expectation has an anchor, which the
@@ -59,7 +60,7 @@ func (r *reconciler) readSpace() (s space, before int, err error) {
 	if s.conntrack, err = r.reads.Table(); err != nil {
 		return s, 0, err
 	}
-	before, s.expectations, err = r.conntrack.raise(expectMax)
+	before, s.expectations, err = r.conntrack.Raise(handover.ExpectMax)
 	return s, before, err
 }
 
@@ -107,7 +108,7 @@ func (r *reconciler) repairTableSize() error {
 	ok := r.ask(func(l *loop) {
 		if s.expectations != before {
 			l.engine.Repaired[engine.PartTableSize]++
-			r.noted.note(slog.LevelWarn, "table size", "somebody made the expectation table smaller; it has its size again", 1, "sysctl", expectMax, "was", before, "is", s.expectations)
+			r.noted.Note(slog.LevelWarn, "table size", "somebody made the expectation table smaller; it has its size again", 1, "sysctl", handover.ExpectMax, "was", before, "is", s.expectations)
 		}
 		l.setRoom(s)
 	})

@@ -15,6 +15,7 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/handover"
 	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
@@ -131,7 +132,7 @@ func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (not
 // readTableSize reads how many entries the conntrack table may have; 0 if there is no bound,
 // or no conntrack in the kernel yet.
 func readTableSize() (int, error) {
-	b, err := os.ReadFile(filepath.Join(sysctlDir, "nf_conntrack_max"))
+	b, err := os.ReadFile(filepath.Join(handover.Dir, "nf_conntrack_max"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return 0, nil
 	}

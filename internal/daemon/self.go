@@ -38,7 +38,7 @@ func (r *reconciler) hearSelf(cfg config.Config) func() (moved bool) {
 		if slices.Equal(old, r.ownAddresses(cfg)) {
 			return false
 		}
-		r.failures.note(requestFilterConntrackEvents, 1, r.filterEvents(cfg))
+		r.failures.Note(requestFilterConntrackEvents, 1, r.filterEvents(cfg))
 		return true
 	}
 }

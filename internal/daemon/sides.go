@@ -42,7 +42,7 @@ const mostAsked = 64
 // they said of links before holds.
 func (r *reconciler) readNetwork(cfg config.Config) (gateway.Network, error) {
 	network, unruled, err := r.uplinks.readNetwork(cfg, r.firewall)
-	r.failures.note(requestFindUplinks, 1, unruled)
+	r.failures.Note(requestFindUplinks, 1, unruled)
 	return network, err
 }
 
@@ -182,7 +182,7 @@ func (r *reconciler) seeFlowsBefore(cfg config.Config) {
 	if found {
 		r.network.Mark(r.uplinks.sides(cfg))
 	}
-	r.failures.note(requestFollowFlows, 1, errors.Join(append(errs, err)...))
+	r.failures.Note(requestFollowFlows, 1, errors.Join(append(errs, err)...))
 }
 
 // seeNAT takes in translated flows, and reports whether one left by a link that was not

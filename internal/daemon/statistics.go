@@ -6,6 +6,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/ctwatch"
+	"github.com/conenatd/conenatd/internal/episodes"
 )
 
 // statisticsTime is how long the reconcile, and with it a status, waits for conntrack's statistics.
@@ -95,7 +96,7 @@ func (r *reconciler) conntrackWithin(wait <-chan time.Time) (k control.Conntrack
 		return k, got.err
 	}
 	if isNew {
-		r.failures.note(requestReadStatistics, 1, got.countsErr)
+		r.failures.Note(requestReadStatistics, 1, got.countsErr)
 		noteFull(r.noted, r.counts, got.counts, got.table.Max)
 		r.counts = got.counts
 	}
@@ -110,7 +111,7 @@ func (r *reconciler) conntrackWithin(wait <-chan time.Time) (k control.Conntrack
 
 // noteFull notes that conntrack was full, as early drops show. Dropped packets do not show
 // it: two flows may have wanted the same addresses and ports, as happens on many gateways.
-func noteFull(e *episodes, was, is ctwatch.Counts, most int) {
-	e.note(slog.LevelWarn, "conntrack full", "conntrack was full, and the kernel took out flows before their time; raise net.netfilter.nf_conntrack_max",
+func noteFull(e *episodes.Log, was, is ctwatch.Counts, most int) {
+	e.Note(slog.LevelWarn, "conntrack full", "conntrack was full, and the kernel took out flows before their time; raise net.netfilter.nf_conntrack_max",
 		is.EarlyDrop-was.EarlyDrop, "nf_conntrack_max", most, "packets_dropped", is.Drop-was.Drop)
 }

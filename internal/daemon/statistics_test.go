@@ -5,13 +5,15 @@ import (
 	"time"
 
 	"github.com/conenatd/conenatd/internal/ctwatch"
+	"github.com/conenatd/conenatd/internal/episodes"
+	"github.com/conenatd/conenatd/internal/episodes/episodestest"
 )
 
 // Fails when each look at a full table is a line of the log, and when packets that were
 // dropped for another reason make one.
 func TestFullConntrackIsLoggedOnce(t *testing.T) {
-	log, lines := logged()
-	e := newEpisodes(log, func() time.Duration { return time.Hour }, 30*time.Second)
+	log, lines := episodestest.Logged()
+	e := episodes.New(log, func() time.Duration { return time.Hour }, 30*time.Second)
 	var was ctwatch.Counts
 	look := func(is ctwatch.Counts, want string) {
 		t.Helper()

@@ -12,6 +12,7 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/engine"
+	"github.com/conenatd/conenatd/internal/handover"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
@@ -30,7 +31,7 @@ func (s source) Status() control.Status {
 	st.Events.Received, st.Events.Filtered = e.Received, e.Filtered
 	st.Events.Malformed, st.Events.Overruns = e.Malformed, e.Overruns
 	st.Events.ReadBuffer = e.ReadBuffer
-	if n, err := s.conntrack.read(acct); err == nil {
+	if n, err := s.conntrack.Read(handover.Acct); err == nil {
 		st.Accounting = n != 0
 	}
 	s.do(func(l *loop) {
@@ -69,8 +70,8 @@ func (s source) Status() control.Status {
 		for link, n := range l.engine.Model.Elsewhere() {
 			st.Counters.SkippedLinks[link] = n.Flows
 		}
-		st.Counters.Failed = s.failures.totals()
-		st.Latency = l.latency.status()
+		st.Counters.Failed = s.failures.Totals()
+		st.Latency = latencyStatus(&l.latency)
 	})
 	return st
 }
@@ -104,9 +105,9 @@ func (s *shared) readCounters() {
 			return
 		}
 		t, err := r.firewall.read(cfg)
-		r.failures.note(requestReadCounters, 1, err)
+		r.failures.Note(requestReadCounters, 1, err)
 		k, err := r.readConntrack()
-		r.failures.note(requestLookAtConntrack, 1, err)
+		r.failures.Note(requestLookAtConntrack, 1, err)
 		r.do(func(l *loop) {
 			l.tables = t
 			if err == nil {

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/conenatd/conenatd/internal/ctwatch"
+	"github.com/conenatd/conenatd/internal/episodes"
 )
 
 // While another program reads or deletes flows, the kernel does not answer for their statistics.
@@ -50,7 +51,7 @@ func TestStatisticsHoldNothingUp(t *testing.T) {
 		now := func() time.Duration { return 0 }
 		log := slog.New(slog.DiscardHandler)
 		r := &reconciler{
-			shared:     &shared{failures: newFailures(log, now, time.Hour), noted: newEpisodes(log, now, time.Hour)},
+			shared:     &shared{failures: episodes.NewFailures(log, now, time.Hour), noted: episodes.New(log, now, time.Hour)},
 			statistics: statistician{kernel: k},
 		}
 		k.may <- struct{}{}

@@ -3,10 +3,12 @@ package daemon
 import (
 	"testing"
 	"time"
+
+	"github.com/conenatd/conenatd/internal/episodes/episodestest"
 )
 
 func TestWarningIsLoggedWhenItArisesAndWhenItIsOver(t *testing.T) {
-	log, lines := logged()
+	log, lines := episodestest.Logged()
 	w := newWarner(log)
 	now := time.Hour
 	tell := func(want string, all ...warning) {

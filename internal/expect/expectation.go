@@ -19,7 +19,7 @@ type expectation struct {
 	mark      uint32        // of the master
 	flags     uint32
 	timeout   uint32 // seconds left
-	hostBits      uint8  // low bits of src that the mask does not cover
+	hostBits  uint8  // low bits of src that the mask does not cover
 	masterUDP bool
 	udp       bool
 	helper    [16]byte // of its master, NF_CT_HELPER_NAME_LEN; zero if that has none

@@ -204,9 +204,9 @@ func TestWhatTheKernelDidNotRemoveIsRemovedLater(t *testing.T) {
 		},
 	} {
 		for next, operation := range map[string]func(*Backend){
-			"grant":   func(b *Backend) { b.Grant(nil, nil) },
-			"revoke":  func(b *Backend) { _ = b.Revoke(nil) },
-			"renew": func(b *Backend) { b.Renew(nil, nil) },
+			"grant":  func(b *Backend) { b.Grant(nil, nil) },
+			"revoke": func(b *Backend) { _ = b.Revoke(nil) },
+			"renew":  func(b *Backend) { b.Renew(nil, nil) },
 		} {
 			t.Run(name+", then "+next, func(t *testing.T) {
 				b, k := newFakeBackend(t)

@@ -37,9 +37,9 @@ func (l *layout) permissions(c *MapConfig) {
 // A kind of permissions is for one peer, for the peers of groups with that many host bits,
 // or for everybody.
 type kind struct {
-	hostBits   uint8
-	groups *set // the first address of each group; nil for the other kinds
-	open   *set // the inside subnets whose permissions are for everybody
+	hostBits uint8
+	groups   *set // the first address of each group; nil for the other kinds
+	open     *set // the inside subnets whose permissions are for everybody
 }
 
 // kinds makes the sets that the kinds need and returns the kinds, those for the fewest

@@ -1,4 +1,4 @@
-package daemon
+package episodes
 
 import (
 	"context"
@@ -20,10 +20,10 @@ const (
 	episodeReconciles = 3
 )
 
-// episodes logs abnormal conditions, which may go on for days: when one begins, whenever
+// A Log logs abnormal conditions, which may go on for days: when one begins, whenever
 // its count has grown tenfold, and when it is over. Its methods may be called from any
 // goroutine.
-type episodes struct {
+type Log struct {
 	log   *slog.Logger
 	now   func() time.Duration
 	quiet time.Duration
@@ -42,14 +42,14 @@ type episode struct {
 	last        time.Duration // time of the last note
 }
 
-// newEpisodes is for a daemon with this time between two reconciles.
-func newEpisodes(log *slog.Logger, now func() time.Duration, reconcile time.Duration) *episodes {
-	return &episodes{log: log, now: now, quiet: max(episodeQuiet, episodeReconciles*reconcile), all: make(map[string]*episode)}
+// New is for a daemon with this time between two reconciles.
+func New(log *slog.Logger, now func() time.Duration, reconcile time.Duration) *Log {
+	return &Log{log: log, now: now, quiet: max(episodeQuiet, episodeReconciles*reconcile), all: make(map[string]*episode)}
 }
 
-// note counts n occurrences of what. Notes with the same key are one episode; args are for
+// Note counts n occurrences of what. Notes with the same key are one episode; args are for
 // the log.
-func (e *episodes) note(level slog.Level, key, what string, n uint64, args ...any) {
+func (e *Log) Note(level slog.Level, key, what string, n uint64, args ...any) {
 	if n == 0 {
 		return
 	}
@@ -66,8 +66,8 @@ func (e *episodes) note(level slog.Level, key, what string, n uint64, args ...an
 	e.say(x)
 }
 
-// tell logs growth that was kept back for long enough, and episodes that are over.
-func (e *episodes) tell() {
+// Tell logs growth that was kept back for long enough, and episodes that are over.
+func (e *Log) Tell() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for _, key := range slices.Sorted(maps.Keys(e.all)) {
@@ -82,7 +82,7 @@ func (e *episodes) tell() {
 }
 
 // say logs x if it is time.
-func (e *episodes) say(x *episode) {
+func (e *Log) say(x *episode) {
 	if x.told > 0 && (x.count < episodeGrowth*x.told || e.now()-x.said < episodeEvery) {
 		return
 	}

@@ -1,4 +1,4 @@
-package daemon
+package handover
 
 import (
 	"encoding/json"
@@ -19,22 +19,22 @@ import (
 // noteLasts is how long a list counts, as long as the sets "revoked" and "unsure" in the kernel.
 const noteLasts = 2 * time.Hour
 
-// notes are files beside the control socket that tell the next process in this network
+// Notes are files beside the control socket that tell the next process in this network
 // namespace what it cannot learn from the kernel.
-type notes struct {
-	path   string // of each note, without its name
+type Notes struct {
+	Path   string // of each note, without its name
 	cookie uint64 // of the network namespace, 0 before Linux 5.14
 }
 
 // openNotes returns those of this network namespace. They have a fixed place, so that
 // another process finds them without knowing the configuration.
-func openNotes() (notes, error) {
+func openNotes() (Notes, error) {
 	path, err := control.File(".")
 	if err != nil {
-		return notes{}, err
+		return Notes{}, err
 	}
 	cookie, err := netnsCookie()
-	return notes{path: path, cookie: cookie}, err
+	return Notes{Path: path, cookie: cookie}, err
 }
 
 // netnsCookie returns a number that no other network namespace has or gets until the next
@@ -52,11 +52,11 @@ func netnsCookie() (uint64, error) {
 	return cookie, nil
 }
 
-func (n notes) file(name string) string { return n.path + name }
+func (n Notes) file(name string) string { return n.Path + name }
 
 // write makes the note name, or replaces it, with one line of text, which the cookie of the
 // namespace follows.
-func (n notes) write(name, text string, mode fs.FileMode) error {
+func (n Notes) write(name, text string, mode fs.FileMode) error {
 	path := n.file(name)
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
@@ -69,7 +69,7 @@ func (n notes) write(name, text string, mode fs.FileMode) error {
 
 // read returns the text of the note name. mine is false if there is no note, if it is
 // broken, as after a full disk, or if it is of a namespace that is gone.
-func (n notes) read(name string) (text string, mine bool, err error) {
+func (n Notes) read(name string) (text string, mine bool, err error) {
 	b, err := os.ReadFile(n.file(name))
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", false, nil
@@ -85,7 +85,7 @@ func (n notes) read(name string) (text string, mine bool, err error) {
 
 // remove removes the note name, if there is one. It is no error if another user's note stays
 // that is not of this namespace.
-func (n notes) remove(name string, mine bool) error {
+func (n Notes) remove(name string, mine bool) error {
 	err := os.Remove(n.file(name))
 	if errors.Is(err, fs.ErrNotExist) || !mine && errors.Is(err, fs.ErrPermission) {
 		return nil
@@ -94,7 +94,7 @@ func (n notes) remove(name string, mine bool) error {
 }
 
 // writeList makes the note name of a list, or removes it if the list is empty.
-func writeList[E any](n notes, name string, list []E) error {
+func writeList[E any](n Notes, name string, list []E) error {
 	if len(list) == 0 {
 		return n.removeList(name)
 	}
@@ -109,7 +109,7 @@ func writeList[E any](n notes, name string, list []E) error {
 }
 
 // readList returns the list of the note name, unless it is too old.
-func readList[E any](n notes, name string) (list []E, err error) {
+func readList[E any](n Notes, name string) (list []E, err error) {
 	text, mine, err := n.read(name)
 	if err != nil {
 		return nil, fmt.Errorf("read what is %s: %w", name, err)
@@ -124,7 +124,7 @@ func readList[E any](n notes, name string) (list []E, err error) {
 }
 
 // removeList removes the note name, if there is one.
-func (n notes) removeList(name string) error {
+func (n Notes) removeList(name string) error {
 	if err := n.remove(name, false); err != nil {
 		return fmt.Errorf("remove what is noted as %s: %w", name, err)
 	}

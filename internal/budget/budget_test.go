@@ -1,4 +1,4 @@
-package daemon
+package budget
 
 import (
 	"testing"
@@ -7,10 +7,10 @@ import (
 
 // looks asks for a look every step and lets each take this long. It returns how many there
 // were and the longest time between two of them.
-func looks(b *budget, from, to, step, took time.Duration) (n int, apart time.Duration) {
+func looks(b *Budget, from, to, step, took time.Duration) (n int, apart time.Duration) {
 	last := from
 	for now := from; now < to; now += step {
-		if b.allows(now) {
+		if b.Allows(now) {
 			b.charge(took)
 			apart = max(apart, now-last)
 			last = now
@@ -21,7 +21,7 @@ func looks(b *budget, from, to, step, took time.Duration) (n int, apart time.Dur
 }
 
 func TestBudgetAllowsABurstAndThenAShare(t *testing.T) {
-	var b budget
+	var b Budget
 	const look, step = 20 * time.Millisecond, 10 * time.Millisecond
 	if n, _ := looks(&b, 0, time.Second, step, look); n < int(neighboursBurst/look) || n > int(neighboursBurst/look)+2 {
 		t.Errorf("%d looks in the first second, want the burst, %d", n, neighboursBurst/look)
@@ -31,11 +31,11 @@ func TestBudgetAllowsABurstAndThenAShare(t *testing.T) {
 	if took := time.Duration(n) * look; took > long/neighboursShare+look || took < long/neighboursShare-2*look {
 		t.Errorf("took %v in %v, want a share of 1/%d", took, long, neighboursShare)
 	}
-	if !b.allows(10*time.Minute) || b.wait() != 0 {
+	if !b.Allows(10*time.Minute) || b.Wait() != 0 {
 		t.Error("the burst has not recovered")
 	}
 	b.left = -time.Millisecond
-	if w := b.wait(); w != neighboursShare*time.Millisecond || b.allows(10*time.Minute+w) || !b.allows(10*time.Minute+w+neighboursShare) {
+	if w := b.Wait(); w != neighboursShare*time.Millisecond || b.Allows(10*time.Minute+w) || !b.Allows(10*time.Minute+w+neighboursShare) {
 		t.Errorf("waits %v", w)
 	}
 }
@@ -43,11 +43,11 @@ func TestBudgetAllowsABurstAndThenAShare(t *testing.T) {
 // Fails when polls use up the burst, or are beyond the share.
 func TestPollsLeaveRoomForChanges(t *testing.T) {
 	for _, poll := range []time.Duration{100 * time.Microsecond, 10 * time.Millisecond, 100 * time.Millisecond} {
-		var b budget
+		var b Budget
 		polls, left := 0, neighboursBurst
 		const long = 10 * time.Minute
-		for now := time.Duration(0); now < long; now += lookEvery {
-			if b.allowsPoll(now) {
+		for now := time.Duration(0); now < long; now += PollEvery {
+			if b.AllowsPoll(now) {
 				b.charge(poll)
 				polls++
 			}
@@ -59,7 +59,7 @@ func TestPollsLeaveRoomForChanges(t *testing.T) {
 		if took := time.Duration(polls) * poll; took > long/neighboursShare+mostBurst {
 			t.Errorf("polls of %v take %v in %v", poll, took, long)
 		}
-		if polls == 0 || poll < lookEvery/neighboursShare && polls != int(long/lookEvery) {
+		if polls == 0 || poll < PollEvery/neighboursShare && polls != int(long/PollEvery) {
 			t.Errorf("%d polls of %v", polls, poll)
 		}
 	}
@@ -79,11 +79,11 @@ func TestAChangeIsNeverVeryLate(t *testing.T) {
 		{450 * time.Millisecond, 4, mostLate + 2*time.Second, 0.05},
 		{1750 * time.Millisecond, 2, mostLate + 2*time.Second, 0.18},
 	} {
-		var b budget
+		var b Budget
 		at := time.Duration(0)
 		for i := range tt.burst {
-			if at += time.Second; !b.allows(at) {
-				t.Errorf("looks of %v: change %d waits %v", tt.look, i+1, b.wait())
+			if at += time.Second; !b.Allows(at) {
+				t.Errorf("looks of %v: change %d waits %v", tt.look, i+1, b.Wait())
 			}
 			b.charge(tt.look)
 		}
@@ -102,7 +102,7 @@ func TestAChangeIsNeverVeryLate(t *testing.T) {
 // A cheap look waits for its own cost, and for that of one costly look before it.
 func TestCheapLooksAfterCostlyOnesAreNotLate(t *testing.T) {
 	const cheap, step = 10 * time.Millisecond, 100 * time.Millisecond
-	var b budget
+	var b Budget
 	for range 20 {
 		b.charge(3 * time.Second)
 	}
@@ -117,12 +117,12 @@ func TestCheapLooksAfterCostlyOnesAreNotLate(t *testing.T) {
 // Fails when the burst of costly looks is granted again after each cheap one.
 func TestAlternatingLooksTakeALimitedShare(t *testing.T) {
 	for cheap := range 20 {
-		var b budget
+		var b Budget
 		var took time.Duration
 		const long = time.Hour
 		n := 0
 		for now := time.Duration(0); now < long; now += 250 * time.Millisecond {
-			if b.allows(now) {
+			if b.Allows(now) {
 				look := 10 * time.Millisecond
 				if n%(cheap+1) == 0 {
 					look = 400 * time.Millisecond
@@ -148,22 +148,22 @@ func spin(d time.Duration) {
 // renewals of the loop.
 func TestBudgetChargesALookAlone(t *testing.T) {
 	const some, much = 15 * time.Millisecond, 200 * time.Millisecond
-	var b budget
-	b.spend(func() {
+	var b Budget
+	b.Spend(func() {
 		end := make(chan struct{})
 		go func() {
 			defer close(end)
-			threadTime(func() { spin(much) })
+			ThreadTime(func() { spin(much) })
 		}()
 		<-end
 	})
 	if took := neighboursBurst - b.left; took > some {
 		t.Errorf("%v for having waited while another goroutine works", took)
 	}
-	b = budget{}
-	b.spend(func() {
+	b = Budget{}
+	b.Spend(func() {
 		spin(some)
-		b.inLoop += some // as reconciler.ask does
+		b.InLoop += some // as reconciler.ask does
 	})
 	if took := neighboursBurst - b.left; took < 2*some || took > much {
 		t.Errorf("%v for %v of a look and the same of the loop", took, some)
@@ -175,18 +175,18 @@ func TestBudgetChargesALookAlone(t *testing.T) {
 // Fails when such a look costs nothing, and when a change waits for one.
 func TestOtherLooksUseTheBudgetUp(t *testing.T) {
 	const some = 15 * time.Millisecond
-	var b budget
-	b.also(func() { spin(some) })
+	var b Budget
+	b.Also(func() { spin(some) })
 	if took := neighboursBurst - b.left; took < some {
 		t.Errorf("%v for %v of another look", took, some)
 	}
 	b.left = some / 2
-	b.also(func() { spin(some) })
-	if b.left != 0 || !b.allows(b.at+time.Second) {
+	b.Also(func() { spin(some) })
+	if b.left != 0 || !b.Allows(b.at+time.Second) {
 		t.Errorf("%v are left, and a second later no look may begin", b.left)
 	}
 	b.left = -some
-	b.also(func() { spin(some) })
+	b.Also(func() { spin(some) })
 	if b.left != -some {
 		t.Errorf("%v are left, want %v", b.left, -some)
 	}

@@ -1,4 +1,4 @@
-package daemon
+package handover
 
 import (
 	"errors"
@@ -11,10 +11,10 @@ import (
 )
 
 const (
-	sysctlDir = "/proc/sys/net/netfilter"
-	expectMax = "nf_conntrack_expect_max"
-	acct      = "nf_conntrack_acct"
-	events    = "nf_conntrack_events"
+	Dir       = "/proc/sys/net/netfilter"
+	ExpectMax = "nf_conntrack_expect_max"
+	Acct      = "nf_conntrack_acct"
+	Events    = "nf_conntrack_events"
 
 	// wantedExpectMax lets 75,000 permissions stand as expectations. The hash
 	// of the kernel stays as it is, so its chains grow to about 100 entries.
@@ -23,23 +23,23 @@ const (
 
 // wanted has the settings that the daemon raises to the value here while it runs, if they
 // are lower.
-var wanted = map[string]int{expectMax: wantedExpectMax, acct: 1}
+var wanted = map[string]int{ExpectMax: wantedExpectMax, Acct: 1}
 
-// sysctls reads and writes the settings of conntrack. For each one that it raised it writes
+// Sysctls reads and writes the settings of conntrack. For each one that it raised it writes
 // a note, so that another process can restore the setting after a kill -9.
-type sysctls struct {
-	dir   string // sysctlDir, except in tests
-	notes notes
+type Sysctls struct {
+	Dir   string // sysctlDir, except in tests
+	Notes Notes
 }
 
-// openSysctls returns those of this network namespace.
-func openSysctls() (sysctls, error) {
+// Open returns those of this network namespace.
+func Open() (Sysctls, error) {
 	n, err := openNotes()
-	return sysctls{dir: sysctlDir, notes: n}, err
+	return Sysctls{Dir: Dir, Notes: n}, err
 }
 
-func (s sysctls) read(name string) (int, error) {
-	b, err := os.ReadFile(filepath.Join(s.dir, name))
+func (s Sysctls) Read(name string) (int, error) {
+	b, err := os.ReadFile(filepath.Join(s.Dir, name))
 	if err != nil {
 		return 0, fmt.Errorf("read sysctl: %w", err)
 	}
@@ -50,22 +50,22 @@ func (s sysctls) read(name string) (int, error) {
 	return n, nil
 }
 
-// raise gives a setting its wanted value if it is lower and may be written, and returns the
+// Raise gives a setting its wanted value if it is lower and may be written, and returns the
 // value before and the value now. It is not an error if it may not be written, as in a
 // container, or if nobody could restore it.
-func (s sysctls) raise(name string) (before, now int, err error) {
-	before, err = s.read(name)
+func (s Sysctls) Raise(name string) (before, now int, err error) {
+	before, err = s.Read(name)
 	if err != nil || before >= wanted[name] {
 		return before, before, err
 	}
-	f, err := os.OpenFile(filepath.Join(s.dir, name), os.O_WRONLY, 0)
+	f, err := os.OpenFile(filepath.Join(s.Dir, name), os.O_WRONLY, 0)
 	if err != nil {
 		return before, before, nil
 	}
 	defer f.Close()
 	// The note comes first: a kill in between leaves nothing to restore. If somebody
 	// lowered the setting since the last time, restore returns to that value.
-	switch err := s.notes.write(name, strconv.Itoa(before), 0o644); {
+	switch err := s.Notes.write(name, strconv.Itoa(before), 0o644); {
 	case errors.Is(err, fs.ErrPermission):
 		return before, before, nil
 	case err != nil:
@@ -74,34 +74,34 @@ func (s sysctls) raise(name string) (before, now int, err error) {
 	if _, err := fmt.Fprintf(f, "%d\n", wanted[name]); err != nil {
 		return before, before, nil
 	}
-	now, err = s.read(name)
+	now, err = s.Read(name)
 	return before, now, err
 }
 
-// restore undoes raise for a setting, by the note of whichever process raised it, unless
+// Restore undoes Raise for a setting, by the note of whichever process raised it, unless
 // somebody changed the setting since.
-func (s sysctls) restore(name string) error {
-	text, mine, err := s.notes.read(name)
+func (s Sysctls) Restore(name string) error {
+	text, mine, err := s.Notes.read(name)
 	if err != nil {
 		return fmt.Errorf("read note of sysctl: %w", err)
 	}
 	before, broken := strconv.Atoi(text)
-	if now, err := s.read(name); mine && broken == nil && err == nil && now == wanted[name] {
-		if err := os.WriteFile(filepath.Join(s.dir, name), fmt.Appendf(nil, "%d\n", before), 0); err != nil {
+	if now, err := s.Read(name); mine && broken == nil && err == nil && now == wanted[name] {
+		if err := os.WriteFile(filepath.Join(s.Dir, name), fmt.Appendf(nil, "%d\n", before), 0); err != nil {
 			return fmt.Errorf("restore sysctl: %w", err)
 		}
 	}
-	if err := s.notes.remove(name, mine); err != nil {
+	if err := s.Notes.remove(name, mine); err != nil {
 		return fmt.Errorf("remove note of sysctl: %w", err)
 	}
 	return nil
 }
 
-// restoreAll restores every setting.
-func (s sysctls) restoreAll() error {
+// RestoreAll restores every setting.
+func (s Sysctls) RestoreAll() error {
 	var errs []error
 	for name := range wanted {
-		errs = append(errs, s.restore(name))
+		errs = append(errs, s.Restore(name))
 	}
 	return errors.Join(errs...)
 }

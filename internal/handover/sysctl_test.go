@@ -1,4 +1,4 @@
-package daemon
+package handover
 
 import (
 	"errors"
@@ -17,49 +17,49 @@ import (
 var raised = []struct {
 	name, before, other string
 }{
-	{expectMax, "4096", "150000"},
-	{acct, "0", "0"},
+	{ExpectMax, "4096", "150000"},
+	{Acct, "0", "0"},
 }
 
 // fakeSysctls is a folder that looks like /proc/sys/net/netfilter.
-func fakeSysctls(t *testing.T) sysctls {
+func fakeSysctls(t *testing.T) Sysctls {
 	t.Helper()
 	dir := t.TempDir()
-	return sysctls{dir: dir, notes: notes{path: filepath.Join(dir, "run", "c."), cookie: 7}}
+	return Sysctls{Dir: dir, Notes: Notes{Path: filepath.Join(dir, "run", "c."), cookie: 7}}
 }
 
-func (s sysctls) set(t *testing.T, name, value string) {
+func (s Sysctls) set(t *testing.T, name, value string) {
 	t.Helper()
-	if err := os.WriteFile(filepath.Join(s.dir, name), []byte(value+"\n"), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(s.Dir, name), []byte(value+"\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func (s sysctls) want(t *testing.T, name, value string) {
+func (s Sysctls) want(t *testing.T, name, value string) {
 	t.Helper()
-	b, err := os.ReadFile(filepath.Join(s.dir, name))
+	b, err := os.ReadFile(filepath.Join(s.Dir, name))
 	if got := strings.TrimSpace(string(b)); err != nil || got != value {
 		t.Errorf("%s is %q (%v), want %q", name, got, err, value)
 	}
 }
 
 // raiseTo raises a setting and wants it to be value then.
-func (s sysctls) raiseTo(t *testing.T, name, value string) {
+func (s Sysctls) raiseTo(t *testing.T, name, value string) {
 	t.Helper()
-	if _, n, err := s.raise(name); err != nil || strconv.Itoa(n) != value {
+	if _, n, err := s.Raise(name); err != nil || strconv.Itoa(n) != value {
 		t.Fatalf("raise: %d, %v, want %s", n, err, value)
 	}
 	s.want(t, name, value)
 }
 
 // restored restores all and wants no note afterwards.
-func (s sysctls) restored(t *testing.T) {
+func (s Sysctls) restored(t *testing.T) {
 	t.Helper()
-	if err := s.restoreAll(); err != nil {
+	if err := s.RestoreAll(); err != nil {
 		t.Fatal(err)
 	}
 	for name := range wanted {
-		if _, err := os.Stat(s.notes.file(name)); !errors.Is(err, fs.ErrNotExist) {
+		if _, err := os.Stat(s.Notes.file(name)); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("the note of %s is still there: %v", name, err)
 		}
 	}
@@ -84,13 +84,13 @@ func TestOneSettingIsRestoredAlone(t *testing.T) {
 		s.set(t, r.name, r.before)
 		s.raiseTo(t, r.name, strconv.Itoa(wanted[r.name]))
 	}
-	if err := s.restore(expectMax); err != nil {
+	if err := s.Restore(ExpectMax); err != nil {
 		t.Fatal(err)
 	}
-	s.want(t, expectMax, "4096")
-	s.want(t, acct, "1")
+	s.want(t, ExpectMax, "4096")
+	s.want(t, Acct, "1")
 	s.restored(t)
-	s.want(t, acct, "0")
+	s.want(t, Acct, "0")
 }
 
 // After a kill -9 the note still says what was there before the first daemon.
@@ -107,7 +107,7 @@ func TestSettingsAreRestoredAfterKillAndRestart(t *testing.T) {
 }
 
 func TestSettingThatNeedsNoRaiseIsLeftAlone(t *testing.T) {
-	for name, value := range map[string]string{expectMax: "200000", acct: "1"} {
+	for name, value := range map[string]string{ExpectMax: "200000", Acct: "1"} {
 		s := fakeSysctls(t)
 		s.set(t, name, value)
 		s.raiseTo(t, name, value)
@@ -134,7 +134,7 @@ func TestNoteOfAnotherNamespaceChangesNothing(t *testing.T) {
 	for name, value := range wanted {
 		s := fakeSysctls(t)
 		s.set(t, name, strconv.Itoa(value))
-		if err := (notes{path: s.notes.path, cookie: 8}).write(name, "0", 0o644); err != nil {
+		if err := (Notes{Path: s.Notes.Path, cookie: 8}).write(name, "0", 0o644); err != nil {
 			t.Fatal(err)
 		}
 		s.restored(t)
@@ -144,14 +144,14 @@ func TestNoteOfAnotherNamespaceChangesNothing(t *testing.T) {
 
 func TestBrokenNoteGoes(t *testing.T) {
 	s := fakeSysctls(t)
-	s.notes.cookie = 0
-	s.set(t, acct, "0")
-	s.raiseTo(t, acct, "1")
-	if err := os.WriteFile(s.notes.file(acct), nil, 0o644); err != nil {
+	s.Notes.cookie = 0
+	s.set(t, Acct, "0")
+	s.raiseTo(t, Acct, "1")
+	if err := os.WriteFile(s.Notes.file(Acct), nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
 	s.restored(t)
-	s.want(t, acct, "1")
+	s.want(t, Acct, "1")
 }
 
 func TestEachNamespaceHasACookie(t *testing.T) {

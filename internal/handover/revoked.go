@@ -1,4 +1,4 @@
-package daemon
+package handover
 
 import (
 	"net/netip"
@@ -19,8 +19,8 @@ type revokedEntry struct {
 	Flows    []uint32       `json:"flows,omitempty"` // IDs of the flows that do not bring it back
 }
 
-// writeRevoked writes the note, or removes it if nothing is revoked.
-func (n notes) writeRevoked(all []cone.Revoked) error {
+// WriteRevoked writes the note, or removes it if nothing is revoked.
+func (n Notes) WriteRevoked(all []cone.Revoked) error {
 	entries := make([]revokedEntry, len(all))
 	for i, r := range all {
 		entries[i] = revokedEntry{r.Ext.Netip(), r.Peer.Netip(), r.Zone, r.HostBits, r.Flows}
@@ -28,8 +28,8 @@ func (n notes) writeRevoked(all []cone.Revoked) error {
 	return writeList(n, revokedNote, entries)
 }
 
-// readRevoked returns what the note says, unless it is too old.
-func (n notes) readRevoked() (all []cone.Revoked, err error) {
+// Revoked returns what the note says, unless it is too old.
+func (n Notes) Revoked() (all []cone.Revoked, err error) {
 	entries, err := readList[revokedEntry](n, revokedNote)
 	for _, e := range entries {
 		all = append(all, cone.Revoked{

@@ -1,0 +1,3 @@
+// Package histogram counts durations for quantiles that are exact to a hundredth, in fixed
+// memory.
+package histogram
