@@ -62,6 +62,7 @@ func (f *firewall) leftSome(cfg config.Config, outside []string) (some []expect.
 	})
 	if err == nil && large {
 		f.withMap = true
+		f.observe(cfg, outside)
 		large, err = f.tables.KeepsMap(f.desired(cfg, outside))
 	}
 	if err != nil || !large {

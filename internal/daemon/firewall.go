@@ -45,7 +45,8 @@ type firewall struct {
 	overtaken   bool                      // a chain of the user's translates all mapped traffic before ours
 	sides       rules.Desired             // the part that depends on links
 	withVRF     bool                      // the gateway has a VRF
-	last        *rules.Desired            // as set last; nil before the first time
+	around      surroundings
+	last        *rules.Desired // as set last; nil before the first time
 
 	zones cone.Zones // of flows, as the rules serve them
 
@@ -109,44 +110,6 @@ func openFirewall(name string) (*firewall, error) {
 	return &firewall{name: name, tables: t, features: featuresOf(t)}, nil
 }
 
-// leastMapSize is the least size of the map, in permissions; an element takes about 100
-// bytes. A set's size is fixed when it is created: a map of another size begins empty. So
-// the map is at least this large, and the model enforces a smaller max_permissions. A change
-// beyond this size needs a restart (unchangeable).
-const leastMapSize = 1 << 20
-
-func mapConfig(cfg config.Config) *rules.MapConfig {
-	c := &rules.MapConfig{
-		Size: max(cfg.MaxPermissions, leastMapSize), Lifetime: cfg.Lifetime, MaxChildren: cfg.MaxChildren,
-		Learn: cfg.Learn, LearnRate: cfg.LearnRate, Lean: cfg.Events != config.AllEvents,
-		PeerGroups: cfg.PeerGroups, ExcludePeers: cfg.ExcludePeers, ExcludePeerPorts: cfg.ExcludePeerPorts, ExcludePorts: cfg.ExcludePorts,
-	}
-	for _, s := range cfg.Subnets {
-		if s.Filtering == config.AddressAndPortDependent {
-			c.ExcludePeers = append(slices.Clip(c.ExcludePeers), s.Prefix) // its hosts are inside: no peers
-			continue
-		}
-		c.Subnets = append(c.Subnets, s.Prefix)
-		if s.Filtering == config.EndpointIndependent {
-			c.OpenSubnets = append(c.OpenSubnets, s.Prefix)
-		}
-	}
-	return c
-}
-
-// mapConfig applies the decisions, too: the kernel learns nothing for subnets that
-// expectations serve. Subnets open to everybody stay, since only the map can serve them.
-func (f *firewall) mapConfig(cfg config.Config) *rules.MapConfig {
-	c := mapConfig(cfg)
-	for _, s := range cfg.Subnets {
-		if f.withExpectations() && f.decisions[s.Prefix].Choice == cone.ChooseExpectation && s.Filtering == config.AddressDependent {
-			c.Subnets = slices.DeleteFunc(c.Subnets, func(p netip.Prefix) bool { return p == s.Prefix })
-			c.ExcludePeers = append(slices.Clip(c.ExcludePeers), s.Prefix) // its hosts are inside: no peers
-		}
-	}
-	return c
-}
-
 // setSides takes from n the addresses of links, which links share a network, and which
 // outside links are so only for one IP version or some peers, or lead inside too.
 func (f *firewall) setSides(n gateway.Network) {
@@ -166,6 +129,7 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 	if f.tables == nil {
 		return false, nil
 	}
+	f.observe(cfg, outside)
 	d := f.desired(cfg, outside)
 	changed, err = f.tables.Set(d)
 	if changed && f.last != nil && reflect.DeepEqual(d, *f.last) {
@@ -187,45 +151,6 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 		}
 	}
 	return changed, err
-}
-
-// desired returns the state of the tables that the configuration wants.
-func (f *firewall) desired(cfg config.Config, outside []string) rules.Desired {
-	d := f.sides
-	d.OutsideLinks, d.InsideLinks = outside, cfg.Inside
-	d.Diverted = f.diversions()
-	d.Subnets, d.ZonedAddrs, d.InZone = prefixes(cfg.Subnets), f.zonedAddrs(), f.withoutMap(cfg)
-	d.Helpers, d.MaxChildren, d.Guard, d.Self = f.helpers, cfg.MaxChildren, cfg.Guard, cfg.Self
-	d.Helped, d.AutoHelpers = f.mayHelp(cfg)
-	if d.Quiet = cfg.Quiet; d.Quiet {
-		d.ExcludePeerPorts = cfg.ExcludePeerPorts
-	}
-	// If routing rules hide the way back, spoofed packets cannot be told from others: they are
-	// not dropped, but the kernel does not learn from doubtful ones.
-	var ours uint32 // mark bits that are never set when the way back is looked up
-	if cfg.UplinkMarks && f.lacks[rules.FeatureUplinkMarks] == nil {
-		ours = cfg.UplinkMask
-	}
-	ways, err := gateway.ReadWaysBack(0, ours)
-	d.Spoofed = cfg.Guard && !ways.Hidden && err == nil
-	if ways.BySource {
-		d.Published = ranges(f.published)
-	}
-	f.doubted.see(ways.Hidden && err == nil, cfg.Inside)
-	if f.withMap {
-		d.Map = f.mapConfig(cfg)
-	}
-	if cfg.UplinkMarks {
-		d.UplinkMarks = &rules.UplinkMarks{Mask: cfg.UplinkMask, Links: cfg.Outside}
-	}
-	if d.Mapping = f.mappingConfig(cfg); d.Mapping != nil {
-		outside := slices.DeleteFunc(slices.Clone(outside), func(name string) bool { return slices.Contains(d.Not4, name) })
-		f.mappedLinks = slices.Compact(slices.Sorted(slices.Values(slices.Concat(f.mappedLinks, outside))))
-		d.Mapping.Links = f.mappedLinks
-		d.Mapping.Choosers = chosenPorts(f.choosers, d.Mapping.Subnets, outside)
-		d.Mapping.Differ, _, _ = f.outsideAddrs(d.Mapping.Subnets, outside)
-	}
-	return d
 }
 
 func (f *firewall) withExpectations() bool { return len(f.helpers) > 0 }

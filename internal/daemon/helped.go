@@ -22,21 +22,22 @@ type helped struct {
 // rule.
 const autoHelpers = "nf_conntrack_helper"
 
-// mayHelp reports whether flows may get a conntrack helper, by rules and by the kernel itself. The
-// rules for flows of the gateway itself are not read.
-func (f *firewall) mayHelp(cfg config.Config) (may, auto bool) {
-	if !f.withExpectations() {
-		return false, false
-	}
+// readAutoHelpers reports whether the kernel gives flows helpers by itself.
+func readAutoHelpers() bool {
 	b, err := os.ReadFile(filepath.Join(handover.Dir, autoHelpers))
-	auto = err == nil && strings.TrimSpace(string(b)) != "0"
-	return auto || cfg.Self || f.unread != nil || f.user == nil || f.user.GivesHelpers(), auto
+	return err == nil && strings.TrimSpace(string(b)) != "0"
+}
+
+// mayHelp reports whether flows may get a conntrack helper that matters, by rules or, if auto is
+// set, by the kernel itself. The rules for flows of the gateway itself are not read.
+func (f *firewall) mayHelp(cfg config.Config, auto bool) bool {
+	return f.withExpectations() && (auto || cfg.Self || f.unread != nil || f.user == nil || f.user.GivesHelpers())
 }
 
 // helpersChanged reports whether the tables must change for the rules that give flows helpers.
 func (f *firewall) helpersChanged(cfg config.Config) bool {
-	may, auto := f.mayHelp(cfg)
-	return f.last != nil && (may != f.last.Helped || auto != f.last.AutoHelpers)
+	auto := readAutoHelpers()
+	return f.last != nil && (f.mayHelp(cfg, auto) != f.last.Helped || (f.withExpectations() && auto) != f.last.AutoHelpers)
 }
 
 // lookForHelpers lets no expectation stand between hosts for which the kernel saw a helper of the

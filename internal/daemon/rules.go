@@ -57,6 +57,7 @@ func Rules(cfg config.Config) (string, error) {
 		return "", err
 	}
 	outside := network.OutsideLinks()
+	f.observe(cfg, outside)
 	text, err := rules.Text(cfg.Table, f.desired(cfg, outside))
 	if err != nil {
 		return "", err
