@@ -9,7 +9,6 @@ type index[K comparable] struct {
 	key   func(i int32) K // of an element that is in the index
 	seed  maphash.Seed
 	parts [indexParts]indexPart
-	n     int
 }
 
 const indexParts = 256
@@ -28,9 +27,6 @@ type indexSlot struct {
 func newIndex[K comparable](key func(i int32) K) index[K] {
 	return index[K]{key: key, seed: maphash.MakeSeed()}
 }
-
-// len returns the number of elements in the index.
-func (x *index[K]) len() int { return x.n }
 
 // hash returns which part k is in, and its hash there.
 func (x *index[K]) hash(k K) (p *indexPart, hash uint32) {
@@ -66,7 +62,6 @@ func (x *index[K]) set(k K, i int32) {
 	s := &p.slots[x.slot(p, k, hash)]
 	if s.at == 0 {
 		p.n++
-		x.n++
 	}
 	*s = indexSlot{i + 1, hash}
 }
@@ -82,7 +77,6 @@ func (x *index[K]) remove(k K) {
 		return
 	}
 	p.n--
-	x.n--
 	// Move up what would not be found behind an empty slot.
 	mask := len(p.slots) - 1
 	for next := (at + 1) & mask; p.slots[next].at != 0; next = (next + 1) & mask {

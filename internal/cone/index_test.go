@@ -40,3 +40,11 @@ func TestIndexIsLikeAMap(t *testing.T) {
 		}
 	}
 }
+
+// len returns the number of elements in the index.
+func (x *index[K]) len() (n int) {
+	for i := range x.parts {
+		n += x.parts[i].n
+	}
+	return n
+}

@@ -156,7 +156,7 @@ func (m *Map) replace(p cone.Permission) (err error) {
 	one := []cone.Permission{p}
 	defer func() {
 		if err != nil {
-			m.transact(one, m.remove)
+			m.transact(one, m.deletePermission)
 		}
 		m.errs = errs
 	}()
@@ -167,14 +167,14 @@ func (m *Map) replace(p cone.Permission) (err error) {
 		return m.errs[0]
 	}
 	if p.Mark == 0 {
-		m.transact(one, m.unmark) // there may be no mark
-	} else if err := put(m.mark, m.remark); err != nil {
+		m.transact(one, m.deleteMark) // there may be no mark
+	} else if err := put(m.addMark, m.replaceMark); err != nil {
 		return err
 	}
-	if err := put(m.port, m.report); err != nil {
+	if err := put(m.addPort, m.replacePort); err != nil {
 		return err
 	}
-	return put(m.permit, m.repermit)
+	return put(m.addPermission, m.replacePermission)
 }
 
 // anothers reports whether an element with the same key but another value exists.
@@ -188,7 +188,7 @@ func (m *Map) Revoke(ps []cone.Permission) error {
 		part := ps[base:min(base+batch, len(ps))]
 		for range 3 { // an element may expire in between; then what is left of its permission stays
 			absent := m.findAbsent(part)
-			transact(&m.batcher, part, perElement, m.removeAll)
+			transact(&m.batcher, part, perElement, m.deleteFound)
 			if m.missed(part) == absent {
 				break
 			}
@@ -250,7 +250,7 @@ func (m *Map) missed(ps []cone.Permission) (n int) {
 }
 
 // removeAll deletes those elements of p that findAbsent found.
-func (m *Map) removeAll(seq uint32, p *cone.Permission) {
+func (m *Map) deleteFound(seq uint32, p *cone.Permission) {
 	i := (seq - m.first - 1) / perElement
 	for n, set := range permissionSets {
 		if !m.absent[i][n] {
@@ -265,16 +265,16 @@ func (m *Map) removeAll(seq uint32, p *cone.Permission) {
 func (m *Map) Renew(ps []cone.Permission, lost func(i int)) {
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
-		m.transact(part, m.renew)
+		m.transact(part, m.replaceAll)
 		for i := range part {
 			if m.errs[i] != nil {
 				lost(base + i)
 			}
 		}
 		m.haveMarks(part, func(i int) bool { return m.errs[i] == nil })
-		m.transact(m.marked, m.remark)
+		m.transact(m.marked, m.replaceMark)
 		m.haveMarks(m.marked, func(i int) bool { return m.errs[i] != nil })
-		m.transact(m.marked, m.mark)
+		m.transact(m.marked, m.addMark)
 		for i := range m.marked {
 			if m.errs[i] != nil {
 				lost(base + slices.IndexFunc(part, func(p cone.Permission) bool { return p.Key == m.marked[i].Key }))
@@ -372,54 +372,54 @@ func (m *Map) transact(ps []cone.Permission, encode func(seq uint32, p *cone.Per
 // add adds the address last: without it the other elements admit no child.
 func (m *Map) add(seq uint32, p *cone.Permission) {
 	if p.Mark != 0 {
-		m.mark(seq, p)
+		m.addMark(seq, p)
 	}
-	m.port(seq+1, p)
-	m.permit(seq+2, p)
+	m.addPort(seq+1, p)
+	m.addPermission(seq+2, p)
 }
 
-func (m *Map) permit(seq uint32, p *cone.Permission) {
+func (m *Map) addPermission(seq uint32, p *cone.Permission) {
 	m.element(seq, unix.NFT_MSG_NEWSETELEM, PermissionMap, p, true, m.lifetime)
 }
 
-func (m *Map) mark(seq uint32, p *cone.Permission) {
+func (m *Map) addMark(seq uint32, p *cone.Permission) {
 	m.element(seq, unix.NFT_MSG_NEWSETELEM, MarksMap, p, true, m.lifetime)
 }
 
-func (m *Map) unmark(seq uint32, p *cone.Permission) {
+func (m *Map) deleteMark(seq uint32, p *cone.Permission) {
 	m.element(seq, unix.NFT_MSG_DELSETELEM, MarksMap, p, false, 0)
 }
 
-func (m *Map) remark(seq uint32, p *cone.Permission) {
-	m.unmark(seq, p)
-	m.mark(seq+1, p)
+func (m *Map) replaceMark(seq uint32, p *cone.Permission) {
+	m.deleteMark(seq, p)
+	m.addMark(seq+1, p)
 }
 
-func (m *Map) port(seq uint32, p *cone.Permission) {
+func (m *Map) addPort(seq uint32, p *cone.Permission) {
 	m.element(seq, unix.NFT_MSG_NEWSETELEM, PortMap, p, true, m.lifetime)
 }
 
-func (m *Map) unport(seq uint32, p *cone.Permission) {
+func (m *Map) deletePort(seq uint32, p *cone.Permission) {
 	m.element(seq, unix.NFT_MSG_DELSETELEM, PortMap, p, false, 0)
 }
 
-func (m *Map) report(seq uint32, p *cone.Permission) {
-	m.unport(seq, p)
-	m.port(seq+1, p)
+func (m *Map) replacePort(seq uint32, p *cone.Permission) {
+	m.deletePort(seq, p)
+	m.addPort(seq+1, p)
 }
 
-func (m *Map) remove(seq uint32, p *cone.Permission) {
+func (m *Map) deletePermission(seq uint32, p *cone.Permission) {
 	m.element(seq, unix.NFT_MSG_DELSETELEM, PermissionMap, p, false, 0)
 }
 
-func (m *Map) repermit(seq uint32, p *cone.Permission) {
-	m.remove(seq, p)
-	m.permit(seq+1, p)
+func (m *Map) replacePermission(seq uint32, p *cone.Permission) {
+	m.deletePermission(seq, p)
+	m.addPermission(seq+1, p)
 }
 
-func (m *Map) renew(seq uint32, p *cone.Permission) {
-	m.report(seq, p)
-	m.repermit(seq+2, p)
+func (m *Map) replaceAll(seq uint32, p *cone.Permission) {
+	m.replacePort(seq, p)
+	m.replacePermission(seq+2, p)
 }
 
 // key writes the key of a permission into the open element.
