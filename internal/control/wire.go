@@ -293,16 +293,17 @@ type Counters struct {
 	Failed       map[string]uint64 `json:"failed"` // requests that the kernel failed
 }
 
-// Decisions are the counters of the model: cone.Decisions must have the same members.
+// Decisions are the counters of the model: cone.Decisions must have the same members. Each is a
+// metric with the name and the help of its tags.
 type Decisions struct {
-	Granted   uint64 `json:"granted"`
-	Conflicts uint64 `json:"conflicts"` // the permission already had an owner
+	Granted   uint64 `json:"granted" metric:"permissions_granted" help:"Permissions granted."`
+	Conflicts uint64 `json:"conflicts" metric:"permission_conflicts" help:"Permissions that already had an owner."`
 	// With the kernel's own mapping: permissions whose inside endpoint had another
 	// permission shortly before, and those among them with a different outside port.
-	Compared uint64 `json:"compared"`
-	Remapped uint64 `json:"remapped"`
-	Early    uint64 `json:"early"`   // packets that came before their permission
-	Crowded  uint64 `json:"crowded"` // children beyond max_children, dropped
+	Compared uint64 `json:"compared" metric:"mappings_compared" help:"Permissions whose inside endpoint had another permission shortly before."`
+	Remapped uint64 `json:"remapped" metric:"mappings_changed" help:"Those of mappings_compared with a different outside port."`
+	Early    uint64 `json:"early" metric:"early_packets" help:"Packets that came before their permission."`
+	Crowded  uint64 `json:"crowded" metric:"children_over_limit" help:"Children beyond max_children, dropped."`
 }
 
 // Latency is the time from reading the event to the kernel's acknowledgement of the grant,

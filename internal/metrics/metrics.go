@@ -126,6 +126,16 @@ func gauges(name, label, help string, get func(s *control.Status) map[string]uin
 	return m
 }
 
+// ofDecisions returns a counter for each member of control.Decisions.
+func ofDecisions() (all []metric) {
+	for i, f := range reflect.VisibleFields(reflect.TypeFor[control.Decisions]()) {
+		all = append(all, counter(f.Tag.Get("metric"), f.Tag.Get("help"), func(s *control.Status) uint64 {
+			return reflect.ValueOf(s.Counters.Decisions).Field(i).Uint()
+		}))
+	}
+	return all
+}
+
 // byID counts findings by their identifiers.
 func byID(findings []control.Finding) map[string]uint64 {
 	n := make(map[string]uint64)

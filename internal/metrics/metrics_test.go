@@ -2,6 +2,7 @@ package metrics
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"math"
 	"net"
@@ -41,6 +42,8 @@ var notMetrics = map[string]string{
 	"Counters.SkippedLinks": "names of links are not bounded",
 	"Subnets":               "has addresses",
 }
+
+var update = flag.Bool("update", false, "write the metrics into the page")
 
 // fill sets every number in v to a different value, and calls set with its path.
 func fill(v reflect.Value, path string, next *int, set func(path string, n int)) {
@@ -97,16 +100,28 @@ func TestEveryNumberOfTheStatusIsAMetric(t *testing.T) {
 }
 
 // Fails when a metric, its type, its labels or its help are only in the code or only in
-// docs/metrics.md.
+// docs/metrics.md, or when one has no name or no help. With -update it writes them there.
 func TestTheDocumentHasTheMetrics(t *testing.T) {
 	kinds := map[prometheus.ValueType]string{prometheus.CounterValue: "counter", prometheus.GaugeValue: "gauge", 0: "histogram"}
 	want := make(map[string]string)
+	var rows strings.Builder
 	for _, m := range append(all[:len(all):len(all)], latency) {
+		if m.name == "" || m.name == "_total" || m.help == "" {
+			t.Errorf("%q has the help %q", m.name, m.help)
+		}
 		want["conenatd_"+m.name] = fmt.Sprintf("%s | %s | %s", kinds[m.kind], strings.Join(m.labels, ", "), m.help)
+		fmt.Fprintf(&rows, "| `conenatd_%s` | %s |\n", m.name, want["conenatd_"+m.name])
 	}
-	text, err := os.ReadFile("../../docs/metrics.md")
+	const page = "../../docs/metrics.md"
+	text, err := os.ReadFile(page)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if *update {
+		text = regexp.MustCompile("(?m)(^\\| `.*\n)+").ReplaceAllLiteral(text, []byte(rows.String()))
+		if err := os.WriteFile(page, text, 0o644); err != nil {
+			t.Fatal(err)
+		}
 	}
 	got := make(map[string]string)
 	for _, m := range regexp.MustCompile("(?m)^\\| `([^`]+)` \\| (.*) \\|$").FindAllStringSubmatch(string(text), -1) {

@@ -7,7 +7,10 @@ import (
 )
 
 // all has every metric but the histogram. docs/metrics.md has the same ones.
-var all = []metric{
+var all = append(table, ofDecisions()...)
+
+// table has the metrics that are not members of control.Decisions.
+var table = []metric{
 	{"build_info", "Version of conenatd and of Go; the value is 1.", prometheus.GaugeValue, []string{"version", "goversion"}, build},
 	gauge("start_time_seconds", "Start of the daemon, in seconds since 1970.", func(s *control.Status) float64 { return float64(s.Started.UnixMilli()) / 1e3 }),
 	gauges("findings", "id", "What does not work, by the identifiers of status.", func(s *control.Status) map[string]uint64 { return byID(s.Findings) }),
@@ -22,16 +25,10 @@ var all = []metric{
 	gauge("flows", "Flows that support or belong to permissions.", func(s *control.Status) int { return s.Flows }),
 	gauge("broken_flows", "Flows that, at the last check, left with a source that the rules would not give them now.", func(s *control.Status) int { return broken(s.BrokenFlows) }),
 
-	counter("permissions_granted", "Permissions granted.", func(s *control.Status) uint64 { return s.Counters.Granted }),
 	counters("permissions_refused", "reason", "Permissions refused.", func(s *control.Status) map[string]uint64 { return s.Counters.Refused }),
 	counters("permissions_revoked", "reason", "Permissions that ended.", func(s *control.Status) map[string]uint64 { return s.Counters.Revoked }),
-	counter("permission_conflicts", "Permissions that already had an owner.", func(s *control.Status) uint64 { return s.Counters.Conflicts }),
 	counters("flows_skipped", "reason", "Flows that led to no permission.", func(s *control.Status) map[string]uint64 { return s.Counters.Skipped }),
 	counter("flows_healed", "Broken flows that were ended.", func(s *control.Status) uint64 { return s.Counters.Healed }),
-	counter("early_packets", "Packets that came before their permission.", func(s *control.Status) uint64 { return s.Counters.Early }),
-	counter("children_over_limit", "Children beyond max_children, dropped.", func(s *control.Status) uint64 { return s.Counters.Crowded }),
-	counter("mappings_compared", "Permissions whose inside endpoint had another permission shortly before.", func(s *control.Status) uint64 { return s.Counters.Compared }),
-	counter("mappings_changed", "Those of mappings_compared with a different outside port.", func(s *control.Status) uint64 { return s.Counters.Remapped }),
 	counters("repairs", "part", "Things missing from the kernel that were restored.", func(s *control.Status) map[string]uint64 { return s.Counters.Repaired }),
 	counters("requests_failed", "request", "Requests that the kernel failed.", func(s *control.Status) map[string]uint64 { return s.Counters.Failed }),
 
