@@ -23,6 +23,7 @@ var allowed = map[string][]string{
 	"internal/config":                nil,
 	"internal/control":               nil,
 	"internal/docs":                  nil,
+	"internal/evidence":              nil,
 	"internal/episodes":              nil,
 	"internal/episodes/episodestest": nil,
 	"internal/handover":              {"internal/cone", "internal/control", "internal/rules/elements"},
@@ -55,7 +56,7 @@ var allowed = map[string][]string{
 	"internal/doctor/collect":        {"internal/control", "internal/doctor", "internal/gateway", "internal/rules", "internal/userrules"},
 	"internal/selftest":              {"internal/control", "internal/lab"},
 	"internal/daemon": {
-		"internal/audit", "internal/budget", "internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/engine", "internal/episodes", "internal/expect", "internal/flows", "internal/gateway", "internal/handover", "internal/histogram", "internal/mapping", "internal/metrics", "internal/page", "internal/portpool", "internal/rules",
+		"internal/audit", "internal/budget", "internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/engine", "internal/episodes", "internal/evidence", "internal/expect", "internal/flows", "internal/gateway", "internal/handover", "internal/histogram", "internal/mapping", "internal/metrics", "internal/page", "internal/portpool", "internal/rules",
 		"internal/rules/elements", "internal/userrules",
 	},
 	"cmd/conenatd": {

@@ -12,6 +12,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/evidence"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/handover"
 	"github.com/conenatd/conenatd/internal/userrules"
@@ -110,8 +111,8 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 		s := cfg.Subnets[i]
 		w := f.witness(s.Prefix)
 		if unread == nil {
-			w.mapped.acceptedNow(v.MostDNATed == userrules.Accepted)
-			w.related.acceptedNow(v.MostRelated == userrules.Accepted)
+			w.mapped.AcceptedNow(v.MostDNATed == userrules.Accepted)
+			w.related.AcceptedNow(v.MostRelated == userrules.Accepted)
 		}
 		d := w.weigh(v)
 		if s.Filtering == config.EndpointIndependent && d.Choice != cone.ChooseMap {
@@ -138,19 +139,19 @@ func translated(s config.Subnet) bool { return !s.Routed && s.Prefix.Addr().Is4(
 // chains that are read accept most of them.
 func (w *witnesses) weigh(v userrules.ChildVerdicts) decision {
 	elsewhere := false
-	answer := func(a *userrules.Answer, w *witness, by cone.Carriers) []control.Evidence {
-		pass, known := w.passes()
+	answer := func(a *userrules.Answer, w *evidence.Witness, by cone.Carriers) []control.Evidence {
+		pass, known := w.Passes()
 		switch {
 		case *a == userrules.Unknown && known && pass:
 			*a = userrules.Accepted
 		case *a == userrules.Unknown && known:
 			*a = userrules.Dropped
-		case *a == userrules.Accepted && w.contradicts():
+		case *a == userrules.Accepted && w.Contradicts():
 			*a, elsewhere = userrules.Dropped, true
 		default:
 			return nil
 		}
-		return []control.Evidence{{By: by.String(), Children: w.judged(), Passed: min(w.through, w.judged())}}
+		return []control.Evidence{{By: by.String(), Children: w.Judged(), Passed: w.Through()}}
 	}
 	evidence := answer(&v.MostDNATed, &w.mapped, cone.ByMap)
 	if e := answer(&v.MostRelated, &w.related, cone.ByExpectation); v.MostDNATed != userrules.Accepted {
@@ -196,19 +197,19 @@ func (f *firewall) warning(cfg config.Config, s config.Subnet, d decision) (text
 	const inZone = "packets from outside come in another conntrack zone than answers do, where no expectation stands"
 	expected := f.withExpectations() && (!f.withMap || !translated(s) || d.Choice == cone.ChooseExpectation)
 	open := s.Filtering == config.EndpointIndependent && translated(s) // only the map can admit everybody
-	accept := advice(d.Dropper().At, f.withExpectations() && !open && !f.zoned.lately, !translated(s))
+	accept := advice(d.Dropper().At, f.withExpectations() && !open && !f.zoned.Lately, !translated(s))
 	switch {
 	case s.Filtering == config.AddressAndPortDependent: // there are no permissions
 		return "", false
-	case f.zoned.lately && expected && f.withMap && translated(s):
+	case f.zoned.Lately && expected && f.withMap && translated(s):
 		return fmt.Sprintf("%s, and %s drops what the map admits into subnet %v: %s", inZone, d.dropper(), s.Prefix, accept), true
-	case f.unexpected.lately && expected && !f.withMap && translated(s):
+	case f.unexpected.Lately && expected && !f.withMap && translated(s):
 		text := fmt.Sprintf("%s: what peers send there into subnet %v is lost, since only the map can admit it", inZone, s.Prefix)
 		if cfg.Backend == config.BackendExpect {
 			text += `; set backend = "auto"`
 		}
 		return text, true
-	case f.unexpected.lately && expected && (s.Routed || s.Prefix.Addr().Is6() && slices.ContainsFunc(f.zones.Outside, netip.Addr.Is6)):
+	case f.unexpected.Lately && expected && (s.Routed || s.Prefix.Addr().Is6() && slices.ContainsFunc(f.zones.Outside, netip.Addr.Is6)):
 		return fmt.Sprintf("%s: what peers send there into subnet %v is lost; let rules of yours give its flows no zone, or the same one in both directions (ct zone set)",
 			inZone, s.Prefix), true
 	case expected && d.MostRelated == userrules.Dropped, !expected && d.MostDNATed == userrules.Dropped && d.MostRelated == userrules.Dropped:

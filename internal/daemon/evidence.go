@@ -1,7 +1,6 @@
 package daemon
 
 import (
-	"cmp"
 	"maps"
 	"net/netip"
 	"slices"
@@ -9,29 +8,18 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/evidence"
 	"github.com/conenatd/conenatd/internal/rules"
-)
-
-const (
-	// enoughChildren is how many children it takes to show that a firewall drops them, since
-	// events of a few may be lost.
-	enoughChildren = 3
-	// manyChildren is the count above which all counts are halved, so that older children
-	// weigh less.
-	manyChildren = 64
-	// evidenceMemory is how long evidence holds after the last child: the firewall may have
-	// changed unnoticed.
-	evidenceMemory = time.Hour
 )
 
 // witnesses count the children of one subnet.
 type witnesses struct {
-	mapped, related    witness // of what the user's firewall does with DNATed and RELATED children
-	admitted, expected runningCount
+	mapped, related    evidence.Witness // of what the user's firewall does with DNATed and RELATED children
+	admitted, expected evidence.Count
 }
 
 // eachWitness yields the witnesses of all subnets.
-func (f *firewall) eachWitness(yield func(*witness) bool) {
+func (f *firewall) eachWitness(yield func(*evidence.Witness) bool) {
 	for _, w := range f.witnesses {
 		if !yield(&w.mapped) || !yield(&w.related) {
 			return
@@ -42,7 +30,7 @@ func (f *firewall) eachWitness(yield func(*witness) bool) {
 // A nowhere counts children that the map admitted and that did not come to the forward hook,
 // where children are counted for each subnet. They count as lost for all subnets.
 type nowhere struct {
-	total, parts runningCount
+	total, parts evidence.Count
 	most         uint64 // the most so far, since the counters are not read at one time
 }
 
@@ -56,106 +44,9 @@ func (n *nowhere) read(c rules.Counters, subnets []config.Subnet) {
 		}
 		parts += into
 	}
-	if total, parts := n.total.read(c.Admitted()), n.parts.read(parts); total > parts {
+	if total, parts := n.total.Read(c.Admitted()), n.parts.Read(parts); total > parts {
 		n.most = max(n.most, total-parts)
 	}
-}
-
-// A witness counts the children that one carrier admitted lately, and how many of them
-// the user's firewall let pass: those that conntrack confirmed.
-type witness struct {
-	counting         bool
-	admitted, passed uint64 // as read last
-	before           uint64 // passed, as it was before admitted was read
-	lately, through  uint64
-	pending          uint64        // admitted after the last dump of flows, so events may be missing
-	seen             time.Duration // when the last child came
-	lost             bool          // after a dump of flows, no child had passed
-	anyPassed        bool          // since restart
-	accepted         bool          // the rules that are read accept all children
-}
-
-// read takes in the totals. The daemon hears of a child after the kernel has counted it, so what
-// begins to count begins with those that had passed before admitted was read: a child that is not
-// among admitted must not be missing later among those that passed.
-func (w *witness) read(now time.Duration, admitted, before, passed uint64) {
-	if w.counting {
-		if admitted > w.admitted {
-			w.pending += admitted - w.admitted
-			w.seen = now
-		}
-		// Of one child the two totals may be of different readings.
-		w.through += passed - w.passed
-		w.anyPassed = w.anyPassed || passed > w.passed
-	}
-	if !w.counting {
-		passed = before
-	}
-	w.counting, w.admitted, w.before, w.passed = true, admitted, before, passed
-	if w.lately > manyChildren {
-		w.lately, w.through, w.pending = w.lately/2, w.through/2, w.pending/2
-	}
-	if now-w.seen >= evidenceMemory {
-		w.lately, w.through, w.pending = 0, 0, 0
-	}
-}
-
-// sawFlows tells the witness that flows were dumped since the last reading. Events are late on a
-// busy machine, and some are lost. The dump shows all the same which children passed until that
-// reading: the others are lost.
-func (w *witness) sawFlows() { w.lately, w.pending = w.lately+w.pending, 0 }
-
-// pause ends counting. The next reading begins again at its values, so children whose events are
-// missing are forgotten.
-func (w *witness) pause() {
-	w.lately = max(w.lately, min(w.through, w.lately+w.pending))
-	w.counting, w.pending = false, 0
-}
-
-// judge updates lost. dumped says whether flows were dumped since the last call.
-func (w *witness) judge(dumped bool) {
-	pass, known := w.passes()
-	all := known && !pass && !w.anyPassed
-	w.lost = all && (w.lost || dumped)
-}
-
-// contradicts reports whether all children are lost though the rules that are read accept
-// them, for instance in a chain of another hook. If one child passed, the lost ones may be those
-// of a peer that the user blocks.
-func (w *witness) contradicts() bool { return w.lost }
-
-// acceptedNow takes in whether the rules that are read accept all children. Children that
-// were lost before say nothing against them.
-func (w *witness) acceptedNow(accepted bool) {
-	if accepted && !w.accepted {
-		w.restart()
-	}
-	w.accepted = accepted
-}
-
-// restart forgets earlier children.
-func (w *witness) restart() {
-	w.lately, w.through, w.pending, w.lost, w.anyPassed = 0, 0, 0, false, false
-	w.passed = w.before
-}
-
-// A retry says when to gather evidence against rules again, because somebody changed them.
-// Each time children may be lost, so the waits grow if the rules keep changing.
-type retry struct {
-	changed  bool
-	at, wait time.Duration
-}
-
-// due reports whether to begin now.
-func (r *retry) due(now time.Duration) bool {
-	if !r.changed || now-r.at < r.wait {
-		return false
-	}
-	if now-r.at >= evidenceMemory {
-		r.wait = 0
-	}
-	r.changed, r.at, r.wait = false, now, min(max(2*r.wait, time.Minute), evidenceMemory)
-	return true
 }
 
 // witness returns the witnesses of a subnet.
@@ -192,9 +83,9 @@ func (f *firewall) recount(subnets []config.Subnet) {
 	}
 	f.counting, f.nowhere = now, nowhere{}
 	for _, w := range f.witnesses {
-		w.admitted, w.expected = runningCount{}, runningCount{}
-		w.mapped.pause()
-		w.related.pause()
+		w.admitted, w.expected = evidence.Count{}, evidence.Count{}
+		w.mapped.Pause()
+		w.related.Pause()
 	}
 }
 
@@ -208,7 +99,7 @@ func (f *firewall) readEvidence(now time.Duration, subnets []config.Subnet, pass
 	f.nowhere.read(f.counts, subnets)
 	if f.dumped {
 		for w := range f.eachWitness {
-			w.sawFlows()
+			w.SawFlows()
 		}
 	}
 	mappable := 0
@@ -223,34 +114,34 @@ func (f *firewall) readEvidence(now time.Duration, subnets []config.Subnet, pass
 		admitted, ok := f.counts.AdmittedInto(s.Prefix)
 		switch {
 		case ok:
-			w.mapped.read(now, w.admitted.read(admitted)+f.nowhere.most, before.Mapped, p.Mapped)
+			w.mapped.Read(now, w.admitted.Read(admitted)+f.nowhere.most, before.Mapped, p.Mapped)
 		case mappable == 1 && s.Prefix.Addr().Is4(): // not counted by itself
-			w.mapped.read(now, w.admitted.read(f.counts.Admitted()), before.Mapped, p.Mapped)
+			w.mapped.Read(now, w.admitted.Read(f.counts.Admitted()), before.Mapped, p.Mapped)
 		}
 		expected, ok := f.counts.ExpectedInto(s.Prefix)
 		if len(subnets) == 1 {
 			expected, ok = f.counts.Expected(), true
 		}
 		if ok {
-			w.related.read(now, w.expected.read(expected), before.Expected, p.Expected)
+			w.related.Read(now, w.expected.Read(expected), before.Expected, p.Expected)
 		}
 	}
 	for w := range f.eachWitness {
-		w.judge(f.dumped)
+		w.Judge(f.dumped)
 	}
 	f.dumped = false
 	if !f.contradicted() {
-		if f.retry.changed {
+		if f.retry.Changed {
 			for w := range f.eachWitness {
-				w.lost, w.anyPassed = false, false
+				w.ForgetLoss()
 			}
 		}
-		f.retry.changed = false
+		f.retry.Changed = false
 		return
 	}
-	if f.retry.due(now) {
+	if f.retry.Due(now) {
 		for w := range f.eachWitness {
-			w.restart()
+			w.Restart()
 		}
 	}
 }
@@ -265,35 +156,10 @@ func (f *firewall) contradicted() bool {
 	return false
 }
 
-// zoneQuiet is how long no packet must have come in a zone before a child of an expectation shows
-// that packets do not come there any more. It is so long because with several uplinks those of one
-// may come in a zone and those of another not.
-const zoneQuiet = time.Minute
-
-// inZone tells of packets from outside that come in a conntrack zone without expectations: these
-// stand in the zone of the flow's reply direction.
-type inZone struct {
-	total    runningCount
-	before   uint64        // total at the last look
-	seen     time.Duration // when it last grew
-	expected uint64        // children of expectations until then
-	lately   bool          // it grew lately
-}
-
-// note takes in total, and how many children expectations have admitted so far. If nobody sends, it
-// holds for evidenceMemory.
-func (z *inZone) note(now time.Duration, oneDirection bool, expected uint64) {
-	if z.total.total > z.before {
-		z.before, z.seen, z.expected, z.lately = z.total.total, now, expected, true
-	}
-	over := now-z.seen >= evidenceMemory || now-z.seen >= zoneQuiet && expected > z.expected
-	z.lately = z.lately && oneDirection && !over
-}
-
 // noteZoned notes whether such packets came lately.
 func (f *firewall) noteZoned(now time.Duration) {
-	f.zoned.note(now, f.zones.OneDirection(), f.expected.total)
-	f.unexpected.note(now, f.zones.OneDirection(), f.expected.total)
+	f.zoned.Note(now, f.zones.OneDirection(), f.expected.Total)
+	f.unexpected.Note(now, f.zones.OneDirection(), f.expected.Total)
 }
 
 // withoutMap are the destinations to which only expectations admit, where flows have a zone in
@@ -348,19 +214,4 @@ func (r *reconciler) followZones(cfg config.Config, zones cone.Zones) error {
 	}
 	r.wantReconcile() // for the mappings of existing flows
 	return nil
-}
-
-// judged returns how many children passes judges. Before the first dump, these are all that were
-// admitted: that they passed is known at once.
-func (w *witness) judged() uint64 { return cmp.Or(w.lately, w.pending) }
-
-// passes reports whether children pass, and whether there is enough evidence to know.
-func (w *witness) passes() (pass, known bool) {
-	switch {
-	case w.judged() > 0 && 2*w.through >= w.judged():
-		return true, true
-	case w.lately >= enoughChildren && 4*w.through < w.lately:
-		return false, true
-	}
-	return false, false
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/evidence"
 	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/portpool"
@@ -58,8 +59,8 @@ type firewall struct {
 	divertedOwn []netip.Addr          // the gateway's addresses then
 	endsAny     bool                  // children that diverted concerns may still live
 
-	admitted, expected, usedUp runningCount
-	zoned, unexpected          inZone                       // packets to what the map serves, and to the rest
+	admitted, expected, usedUp evidence.Count
+	zoned, unexpected          evidence.InZone              // packets to what the map serves, and to the rest
 	counted                    control.Tables               // as read last
 	counts                     rules.Counters               // likewise
 	witnesses                  map[netip.Prefix]*witnesses  // by subnet
@@ -68,7 +69,7 @@ type firewall struct {
 	doubted                    doubted
 	helped                     helped
 	counting                   []counting                          // what witnesses and nowhere have counted by
-	retry                      retry                               // of evidence against rules
+	retry                      evidence.Retry                      // of evidence against rules
 	dumped                     bool                                // flows were dumped since evidence was read last
 	pools                      map[config.PortPool]portpool.Ranges // the pools that usedUp counts for
 
@@ -272,40 +273,19 @@ func (f *firewall) read(cfg config.Config) (t control.Tables, err error) {
 	}
 	f.counts = c
 	if !samePools(f.pools, f.ports.pools) {
-		f.pools, f.usedUp = f.ports.pools, runningCount{}
+		f.pools, f.usedUp = f.ports.pools, evidence.Count{}
 	}
 	f.counted = control.Tables{
 		Repaired: f.repaired,
-		Map:      control.Map{Learn: f.learns(cfg), Admitted: f.admitted.read(c.Admitted())},
-		Expected: control.Expected{Admitted: f.expected.read(c.Expected())},
-		Mapping:  control.Mapping{On: f.mapping, PoolUsedUp: f.usedUp.read(c.PoolUsedUp())},
+		Map:      control.Map{Learn: f.learns(cfg), Admitted: f.admitted.Read(c.Admitted())},
+		Expected: control.Expected{Admitted: f.expected.Read(c.Expected())},
+		Mapping:  control.Mapping{On: f.mapping, PoolUsedUp: f.usedUp.Read(c.PoolUsedUp())},
 	}
 	f.counted.Count(c)
-	f.zoned.total.read(c.Zoned())
-	f.unexpected.total.read(c.Unexpected())
+	f.zoned.Packets.Read(c.Zoned())
+	f.unexpected.Packets.Read(c.Unexpected())
 	f.doubted.count(c["unsure"])
 	return f.counted, nil
-}
-
-// A runningCount is what a counter of the tables counted since it was first read. It
-// goes on when a new table starts the counter at zero again.
-type runningCount struct {
-	counting    bool
-	total, last uint64
-}
-
-// read takes n, the present value of the counter, and returns the total.
-func (t *runningCount) read(n uint64) uint64 {
-	switch {
-	case !t.counting:
-		t.counting = true
-	case n < t.last:
-		t.total += n
-	default:
-		t.total += n - t.last
-	}
-	t.last = n
-	return t.total
 }
 
 // remove removes the tables from the kernel, and with them all permissions in the

@@ -9,6 +9,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/evidence"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/rules/elements"
@@ -52,7 +53,7 @@ func (h hidden) over(now time.Duration) bool { return now-h.told > elements.Lean
 // A pace tells whether the kernel learns many permissions.
 type pace struct {
 	many    bool
-	learned runningCount
+	learned evidence.Count
 	total   uint64        // at the last look
 	looked  time.Duration // 0 before the first look
 	low     time.Duration // since when the kernel has learned few
@@ -60,7 +61,7 @@ type pace struct {
 
 // look takes the kernel's count of permissions that it learned.
 func (p *pace) look(now time.Duration, count uint64) {
-	total := p.learned.read(count)
+	total := p.learned.Read(count)
 	n, past := total-p.total, now-p.looked
 	first := p.looked == 0
 	p.total, p.looked = total, now

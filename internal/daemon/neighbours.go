@@ -57,7 +57,7 @@ func (r *reconciler) lookAtRules() error {
 		return errEnded
 	}
 	r.changed.rules = r.changed.rules || changed
-	r.firewall.retry.changed = r.firewall.retry.changed || changed
+	r.firewall.retry.Changed = r.firewall.retry.Changed || changed
 	err = r.followZones(cfg, zones)
 	if !broken && (!changed || r.firewall.tables.Owned()) {
 		return err
@@ -82,7 +82,7 @@ func (r *reconciler) lookAtLegacy() (err error) {
 		return nil
 	}
 	r.budget.Spend(func() { r.changed.rules, err = r.firewall.reader.LegacyChanged() })
-	r.firewall.retry.changed = r.firewall.retry.changed || r.changed.rules
+	r.firewall.retry.Changed = r.firewall.retry.Changed || r.changed.rules
 	return err
 }
 
