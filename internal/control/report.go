@@ -33,27 +33,11 @@ func WriteStatus(w io.Writer, s Status, verbose bool, now time.Time) error {
 		}
 	}
 	more := func(name, format string, args ...any) { some(0, name, format, args...) }
-	subnets := make([]string, len(s.Subnets))
-	for i, n := range s.Subnets {
-		subnets[i] = n.Prefix.String()
-		if n.Routed {
-			subnets[i] += " (routed)"
-		}
-		if n.Filtering != "" && n.Filtering != defaultFiltering {
-			subnets[i] += " (filtering " + n.Filtering + ")"
-		}
-		if n.Mapping != "" && n.Mapping != defaultMapping {
-			subnets[i] += " (mapping " + n.Mapping + ")"
-		}
-		if n.Hairpin {
-			subnets[i] += " (hairpin)"
-		}
-	}
 	p, e, c, l := s.Permissions, s.Events, s.Counters, s.Latency
 
 	line("conenatd", "%s, pid %d, running for %s", s.Version, s.PID, between(s.Started, now))
 	line("backend", "%s; helper for IPv4: %s, for IPv6: %s", s.Backend, cmp.Or(s.Helper.IPv4, "none"), cmp.Or(s.Helper.IPv6, "none"))
-	line("subnets", "%s", list(subnets))
+	line("subnets", "%s", list(subnetTexts(s.Subnets)))
 	for _, n := range s.Subnets {
 		if n.Carried.By != "" {
 			line("carried by", "%s (%v)", n.Carried.Text(), n.Prefix)
@@ -131,6 +115,27 @@ func WriteStatus(w io.Writer, s Status, verbose bool, now time.Time) error {
 	}
 	_, err := fmt.Fprintf(w, "\nwarnings:\n  %s\n", strings.Join(s.Warnings, "\n  "))
 	return err
+}
+
+// subnetTexts names each enabled subnet with what differs from the defaults.
+func subnetTexts(all []Subnet) []string {
+	texts := make([]string, len(all))
+	for i, n := range all {
+		texts[i] = n.Prefix.String()
+		if n.Routed {
+			texts[i] += " (routed)"
+		}
+		if n.Filtering != "" && n.Filtering != defaultFiltering {
+			texts[i] += " (filtering " + n.Filtering + ")"
+		}
+		if n.Mapping != "" && n.Mapping != defaultMapping {
+			texts[i] += " (mapping " + n.Mapping + ")"
+		}
+		if n.Hairpin {
+			texts[i] += " (hairpin)"
+		}
+	}
+	return texts
 }
 
 // sum adds up counts.

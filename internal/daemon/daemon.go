@@ -178,7 +178,10 @@ func New(cfg Config) (d *Daemon, err error) {
 			d = nil
 		}
 	}()
-	adopted, err := d.open()
+	if err := d.open(); err != nil {
+		return d, err
+	}
+	adopted, err := d.takeOver()
 	if err != nil {
 		return d, err
 	}
@@ -218,84 +221,96 @@ func newDaemon(cfg Config) *Daemon {
 	return d
 }
 
-// open opens what the daemon needs in the kernel, from the lock to the filter of events, and
-// reads what the first decisions need. It returns the permissions of an earlier daemon.
-func (d *Daemon) open() (adopted []expect.Adopted, err error) {
+// open opens what the daemon needs, the lock first, and reads what the first decisions need.
+func (d *Daemon) open() error {
 	l, r, cfg := d.loop, d.reconcile, d.given
 	if err := enoughDescriptors(); err != nil {
-		return nil, err
+		return err
 	}
 	lock, err := control.Acquire(cfg.Socket)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	d.closes(lock.Close)
-	if err = d.auditor.open(&cfg.Config); err != nil {
-		return nil, err
+	if err := d.auditor.open(&cfg.Config); err != nil {
+		return err
 	}
 	d.closes(d.auditor.discard)
 	if d.site, err = openSite(&cfg.Config, d.log); err != nil {
-		return nil, err
+		return err
 	}
 	d.closes(d.site.close)
 	if d.conntrack, err = handover.Open(); err != nil {
-		return nil, err
+		return err
 	}
 	d.closes(d.restoreSysctls)
 	if r.firewall, err = openFirewall(cfg.Table); err != nil {
-		return nil, err
+		return err
 	}
 	d.closes(d.closeFirewall)
 	if r.firewall.zones, err = r.firewall.leftZones(); err != nil {
-		return nil, err
+		return err
 	}
 	r.firewall.look()
 	if r.network, err = r.firstNetwork(&l.cfg); err != nil {
-		return nil, err
+		return err
 	}
+	return d.openSockets()
+}
+
+// openSockets opens the netlink sockets of the loop and the reconcile, and reads the conntrack table's
+// size and the local sockets.
+func (d *Daemon) openSockets() (err error) {
+	l, r, cfg := d.loop, d.reconcile, d.given
 	// Subscribe before the first dump, so that no flow is missed in between.
 	if d.events, err = ctwatch.Dial(ctwatch.Config{ReadBuffer: cfg.EventBuffer}); err != nil {
-		return nil, err
+		return err
 	}
 	d.closes(d.events.Close)
 	if l.queries, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
-		return nil, err
+		return err
 	}
 	d.closes(l.queries.Close)
 	if r.reads, err = ctwatch.DialQueries(ctwatch.Config{}); err != nil {
-		return nil, err
+		return err
 	}
 	d.closes(r.reads.Close)
 	r.seeFlowsBefore(l.cfg)
 	statistics, err := ctwatch.DialStatistics(ctwatch.Config{})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	r.statistics.kernel = statistics
 	d.closes(r.statistics.close)
 	if l.kernel, err = r.conntrackWithin(nil); err != nil { // nothing was read before
-		return nil, err
+		return err
 	}
 	r.size = l.kernel.Max
 	l.cfg = l.cfg.Sized(r.size)
 	if l.sockets, err = gateway.DialSockets(0); err != nil {
-		return nil, err
+		return err
 	}
 	d.closes(l.sockets.Close)
 	if r.ports, err = gateway.DialSockets(0); err != nil {
-		return nil, err
+		return err
 	}
 	d.closes(r.ports.Close)
 	if d.links, err = gateway.Watch(0); err != nil {
-		return nil, err
+		return err
 	}
 	d.closes(d.links.Close)
 	l.sockets.SetNetwork(r.network)
 	r.ports.SetNetwork(r.network)
 	if r.held, err = r.ports.Ports(); err != nil {
-		return nil, err
+		return err
 	}
 	r.served, r.looked = r.held, d.now()
+	return nil
+}
+
+// takeOver opens the backends, and returns the permissions of an earlier daemon.
+func (d *Daemon) takeOver() (adopted []expect.Adopted, err error) {
+	l, r := d.loop, d.reconcile
 	// The model must know the forwards before the first grant.
 	if r.forwarded, err = l.firstRules(r.firewall, r.network, r.served, false); err != nil {
 		return nil, err
