@@ -23,7 +23,7 @@ type surroundings struct {
 func (f *firewall) observe(cfg config.Config, outside []string) {
 	ways, err := gateway.ReadWaysBack(0, f.ourMarks(cfg))
 	f.around = surroundings{ways, err == nil, readAutoHelpers()}
-	f.doubted.see(ways.Hidden && err == nil, cfg.Inside)
+	f.unsure.observe(ways.Hidden && err == nil, cfg.Inside)
 	if f.mappingConfig(cfg) != nil {
 		f.mappedLinks = slices.Compact(slices.Sorted(slices.Values(slices.Concat(f.mappedLinks, f.only4(outside)))))
 	}

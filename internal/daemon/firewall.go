@@ -66,7 +66,7 @@ type firewall struct {
 	witnesses                  map[netip.Prefix]*witnesses  // by subnet
 	passedBefore               map[netip.Prefix]cone.Passed // as it was before counts was read
 	nowhere                    nowhere
-	doubted                    doubted
+	unsure                     unsureFlows
 	helped                     helped
 	counting                   []counting                          // what witnesses and nowhere have counted by
 	retry                      evidence.Retry                      // of evidence against rules
@@ -284,7 +284,7 @@ func (f *firewall) read(cfg config.Config) (t control.Tables, err error) {
 	f.counted.Count(c)
 	f.zoned.Packets.Read(c.Zoned())
 	f.unexpected.Packets.Read(c.Unexpected())
-	f.doubted.count(c["unsure"])
+	f.unsure.count(c["unsure"])
 	return f.counted, nil
 }
 

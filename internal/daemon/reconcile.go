@@ -244,7 +244,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) error {
 	covered, warnings := r.firewall.forwards(network)
 	more, changed, err := r.firewall.sourceNAT(cfg, network)
-	warnings = slices.Concat(warnings, more, r.firewall.doubted.warnings())
+	warnings = slices.Concat(warnings, more, r.firewall.unsure.warnings())
 	diverts, publishes := r.firewall.divert(cfg, network), r.firewall.publish(network)
 	if changed || diverts || publishes || r.firewall.helpersChanged(cfg) {
 		_, failed := r.firewall.set(cfg, network.OutsideLinks())
@@ -359,10 +359,10 @@ func (r *reconciler) repairRules(cfg config.Config, network gateway.Network) (ch
 	return changed, err
 }
 
-// compare lets exactly the permissions stand that should. meddled says that somebody may
+// compare lets exactly the permissions stand that should. mapTouched says that somebody may
 // have changed the elements of the map.
-func (r *reconciler) compare(meddled bool) error {
-	return r.comparer.Repair(meddled, r.firewall.tables != nil && r.firewall.tables.Owned())
+func (r *reconciler) compare(mapTouched bool) error {
+	return r.comparer.Repair(mapTouched, r.firewall.tables != nil && r.firewall.tables.Owned())
 }
 
 // manyPermissions is from how many on the heap is collected more often. Permissions and flows

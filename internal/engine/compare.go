@@ -64,26 +64,26 @@ type Comparer struct {
 
 // Repair lets exactly the permissions stand that should: it grants missing ones again and
 // revokes unexpected ones. It looks for unexpected ones in a large map only if somebody
-// meddled with it, and grants missing ones first. If only the daemon can change the map
+// may have changed it (mapTouched), and grants missing ones first. If only the daemon can change the map
 // (owned), each call checks one part of a large one. While permissions of an earlier daemon are
 // adopted, any map counts as large, and nothing in it is unexpected.
-func (c *Comparer) Repair(meddled, owned bool) error {
+func (c *Comparer) Repair(mapTouched, owned bool) error {
 	standing, adopting := 0, false
 	if !c.InLoop(func(e *Engine) { standing, adopting = e.Model.Stats().Standing, e.Model.Adopting() }) {
 		return nil
 	}
 	if adopting { // what is unexpected has to be adopted
-		meddled = false
+		mapTouched = false
 	}
 	large := adopting || standing > ListedAtMost
 	s := scope{list: !large}
-	if large && !meddled && owned {
+	if large && !mapTouched && owned {
 		parts := partsOf(standing)
 		c.part = (c.part + 1) % parts
 		s.asked = func(k cone.Key) bool { return partOfKey(k, parts) == c.part }
 	}
 	err := c.repair(s)
-	if large && meddled {
+	if large && mapTouched {
 		err = errors.Join(err, c.repair(scope{list: true}))
 	}
 	return err

@@ -26,6 +26,7 @@ type Failures struct {
 	count map[Request]uint64
 }
 
+// NewFailures is for a daemon with this time between two reconciles.
 func NewFailures(log *slog.Logger, now func() time.Duration, reconcile time.Duration) *Failures {
 	return &Failures{Log: New(log, now, reconcile), count: make(map[Request]uint64)}
 }

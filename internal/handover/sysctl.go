@@ -10,6 +10,7 @@ import (
 	"strings"
 )
 
+// The folder of the settings, and those that conenatd uses.
 const (
 	Dir       = "/proc/sys/net/netfilter"
 	ExpectMax = "nf_conntrack_expect_max"
@@ -28,7 +29,7 @@ var wanted = map[string]int{ExpectMax: wantedExpectMax, Acct: 1}
 // Sysctls reads and writes the settings of conntrack. For each one that it raised it writes
 // a note, so that another process can restore the setting after a kill -9.
 type Sysctls struct {
-	Dir   string // sysctlDir, except in tests
+	Dir   string // the constant Dir, except in tests
 	Notes Notes
 }
 
@@ -38,6 +39,7 @@ func Open() (Sysctls, error) {
 	return Sysctls{Dir: Dir, Notes: n}, err
 }
 
+// Read returns the value of the setting name, which may lead to another folder of settings.
 func (s Sysctls) Read(name string) (int, error) {
 	b, err := os.ReadFile(filepath.Join(s.Dir, name))
 	if err != nil {
