@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -201,3 +202,71 @@ func TestNFTMappingFollowsARuleToAnotherAddress(t *testing.T) {
 
 // oneOf reports whether got is one of the words.
 func oneOf(words, got string) bool { return slices.Contains(strings.Fields(words), got) }
+
+// A host reaches another one by hairpinning before it sent anything outside, and then from another
+// port, once its address is known. The other one has an outside address of its own.
+//
+// Fails when a hairpinned flow gives its host a mapping on the address of the host that it went to,
+// or does not use the address of its own host although that is known.
+func TestNFTHairpinLeavesHostsTheirAddress(t *testing.T) {
+	for name, tc := range map[string]struct {
+		load func(s *scene) error
+		want string // address of the second host; empty for any but the first one's
+	}{
+		"1:1 NAT":                 {byNFT("ip saddr 10.47.11.109 snat to 198.51.100.8", "masquerade"), "198.51.100.1"},
+		"the other way":           {byNFT("ip saddr 10.47.11.110 snat to 198.51.100.8", "masquerade"), "198.51.100.8"},
+		"a prefix for a prefix":   {byNFT("snat ip prefix to ip saddr map { 10.47.11.108/30 : 198.51.100.8/30 }"), "198.51.100.10"},
+		"a range, persistent":     {byNFT("snat to 198.51.100.8-198.51.100.11 persistent"), ""},
+		"iptables-nft":            {byIPTables(lab.IPTablesNFT, "-s 10.47.11.109 -j SNAT --to-source 198.51.100.8", "-j MASQUERADE"), "198.51.100.1"},
+		"iptables-legacy, NETMAP": {byIPTables(lab.IPTablesLegacy, "-s 10.47.11.108/30 -j NETMAP --to 198.51.100.8/30"), "198.51.100.10"},
+		"a host untranslated":     {byNFT("ip saddr 10.47.11.0-10.47.11.109 masquerade"), "10.47.11.110"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := withAddresses(t, tc.load)
+			peer, owner, host := s.PeerSocket(lab.PeerA, 5060), s.InsideSocket(0, 5060), s.InsideSocket(1, 7000)
+			if tc.want == "" {
+				tc.want = s.Contact(host, peer).Addr().String()
+				s.Must(s.Flush())
+			}
+			s.Serve(stage.Auto[0], mapped, "--hairpin")
+			to := s.Contact(owner, peer)
+			s.hairpins(host, owner, to)
+			s.hairpins(host, owner, to) // a later packet of that flow
+			ext := s.Contact(host, peer)
+			if ext.Addr().String() != tc.want {
+				t.Errorf("after hairpinning it leaves as %v, want %s", ext, tc.want)
+			}
+			s.hairpins(host, owner, to)
+			if ext := s.Contact(host, peer); ext.Addr().String() != tc.want {
+				t.Errorf("after another hairpinned packet it leaves as %v, want %s", ext, tc.want)
+			}
+			if tc.want == "10.47.11.110" {
+				return
+			}
+			next := s.InsideSocket(1, 7001)
+			if seen, ext := s.hairpins(next, owner, to), s.Contact(next, peer); seen != ext || ext.Addr().String() != tc.want {
+				t.Errorf("from another port it hairpins as %v and leaves as %v, want %s", seen, ext, tc.want)
+			}
+			// The same port as the owner's, on another address.
+			same := s.InsideSocket(1, 5060)
+			if seen, ext := s.hairpins(same, owner, to), s.Contact(same, peer); seen != ext || ext.Port() != 5060 {
+				t.Errorf("from the owner's port it hairpins as %v and leaves as %v", seen, ext)
+			}
+		})
+	}
+}
+
+// hairpins sends a packet from an inside host to an outside endpoint of another one and returns the
+// source that this one sees. An answer to it arrives.
+func (s *scene) hairpins(from, owner *lab.Socket, to netip.AddrPort) netip.AddrPort {
+	s.T.Helper()
+	p := stage.Payload("hairpin")
+	s.Must(from.Send(to, p))
+	seen, err := owner.Expect(p)
+	s.Must(err)
+	s.Must(owner.Send(seen, p+" answer"))
+	if back, err := from.Expect(p + " answer"); err != nil || back != to {
+		s.T.Errorf("the answer to %v arrives from %v (%v), want %v", seen, back, err, to)
+	}
+	return seen
+}

@@ -19,8 +19,10 @@ func (m *mapper) toOutsideEndpoints() {
 }
 
 // hairpinSources translates the source of packets that toOutsideEndpoints redirected to the
-// source's own outside endpoint on that link (REQ-9a). A source without one gets the same
-// outside address, and a port that no other source has.
+// source's own outside endpoint on that link (REQ-9a). A source without one gets the outside
+// address of its host there, and a port that no other source has. If that address is not known, the
+// source gets the gateway's address on the way to the owner, and no mapping: with an outside address
+// the kernel might give the same one to the source's other flows.
 func (m *mapper) hairpinSources(c *nftables.Chain) {
 	h, without := m.regular("hairpinned"), m.hairpinAddress()
 	m.rule(c, "", isUDP, m.outside(iifname, false), m.outside(oifname, false), m.hairpin.has(ipSaddr),
@@ -29,11 +31,36 @@ func (m *mapper) hairpinSources(c *nftables.Chain) {
 	for _, u := range m.uplinks {
 		u.known(u.hairpinned)
 		if !u.chosen.leaves(u, u.hairpinned, ipSaddr, snatToAddr(ctOriginalIPDaddr)) {
-			u.rule(u.hairpinned, "", goTo(without))
+			u.hairpinsNewcomer(without)
 		}
 		m.rule(h, "", ctOriginalIPDaddr.in(u.translated), goTo(u.hairpinned))
 	}
 	m.rule(h, "", goTo(without))
+}
+
+// hairpinsNewcomer adds rules for a source without a mapping. without is as hairpinAddress returns
+// it. While all hosts have one address, the packet was sent to that one.
+func (u *uplink) hairpinsNewcomer(without *nftables.Chain) {
+	u.haveOne(u.hairpinned, ipSaddr, goTo(without))
+	c := u.regular("hairpin_newcomer")
+	u.rule(u.hairpinned, "its address is known", setIPSaddr(u.addresses.of(ipSaddr)), goTo(c))
+	u.rule(u.hairpinned, "its address is not known", masquerade)
+
+	own := u.addresses.of(ipSaddr)
+	for _, p := range u.pools {
+		hosts, pool := p.hosts(ctOriginalIPSaddr), join(setInsideSource, snatToRange(own, largest(p.ports)))
+		u.rule(c, "another one has its port", isUDP, hosts, packetSource.in(u.owned), pool)
+		u.rule(c, "the gateway has its port", isUDP, hosts, udpSport.in(u.served), pool)
+	}
+	u.rule(c, "", setInsideSource, snatToAddr(own))
+}
+
+// haveOne adds a rule for packets while all hosts have one outside address on the link. addr is any
+// address.
+func (u *uplink) haveOne(c *nftables.Chain, addr operand, end ...exprs) {
+	if !u.differ {
+		u.rule(c, "all have one address", append([]exprs{nobody(addr).notIn(u.several)}, end...)...)
+	}
 }
 
 // hairpinAddress returns the chain that translates only the address: the kernel keeps the
@@ -73,6 +100,9 @@ func (u *uplink) remembersHairpin() *nftables.Chain {
 	}
 	u.rule(c, "", isUDP, ctOriginalProtoSrc.is(be16(0)), goTo(u.foreign))
 	u.rule(c, "", isUDP, ctReplyProtoDst.in(u.served), goTo(u.foreign))
-	u.rule(c, "", goTo(u.own))
+	u.haveOne(c, ctReplyIPDaddr, goTo(u.own))
+	u.rule(c, "its address was not known", isUDP, flowTuple.in(u.taken), goTo(u.foreign))
+	u.rule(c, "its address is known", setIPSaddr(u.addresses.of(ctOriginalIPSaddr)), setOutsideSource, goTo(u.own))
+	u.rule(c, "", goTo(u.foreign))
 	return c
 }

@@ -294,9 +294,7 @@ func (u *uplink) throughMapping() *nftables.Chain {
 // only one outside address, a host that was not seen yet is assumed to get that one, unless
 // the rules may give it another.
 func (u *uplink) withAddress(c *nftables.Chain, hosts exprs, next *nftables.Chain) {
-	if !u.differ {
-		u.rule(c, "all have one address", hosts, nobody(ipSaddr).notIn(u.several), setIPSaddr(u.addresses.of(nobody(ipSaddr))), goTo(next))
-	}
+	u.haveOne(c, ipSaddr, hosts, setIPSaddr(u.addresses.of(nobody(ipSaddr))), goTo(next))
 	u.rule(c, "its address is known", hosts, setIPSaddr(u.addresses.of(ipSaddr)), goTo(next))
 }
 

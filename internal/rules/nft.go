@@ -357,6 +357,9 @@ func snatToRange(addr operand, r PortRange) exprs {
 	}})
 }
 
+// masquerade translates to the address of the link by which the packet leaves.
+var masquerade = exprs{&expr.Masq{}}
+
 // nat translates to the address and the port in two words.
 func nat(typ expr.NATType, addr, port uint32) exprs {
 	return exprs{&expr.NAT{Type: typ, Family: unix.NFPROTO_IPV4, RegAddrMin: register(addr), RegProtoMin: register(port)}}

@@ -97,6 +97,8 @@ func (p *rulePrinter) print(e expr.Any) {
 		p.add("counter name %q", e.Name)
 	case *expr.NAT:
 		p.nat(e)
+	case *expr.Masq:
+		p.add("masquerade")
 	case *expr.Notrack:
 		p.add("notrack")
 	case *expr.Verdict:
