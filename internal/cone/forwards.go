@@ -115,21 +115,27 @@ func (m *Model) forwarding(p Permission) Forwarding {
 
 // forwarded says why p has no expectation, if a user's forward may take packets of its peers,
 // according to the rules or to flows seen. One to the endpoint of p takes them too: it may
-// translate their sources, and neither limits nor diversions of p concern it.
-func (m *Model) forwarded(now time.Duration, p *Permission) Reason {
+// translate their sources, and neither limits nor diversions of p concern it. shut says that there is
+// such a one, and that the user's firewall drops what it takes.
+func (m *Model) forwarded(now time.Duration, p *Permission) (why Reason, shut bool) {
 	switch f := m.forwarding(*p); {
 	case f == ForwardedElsewhere, m.forwardsUnknown && m.seenForwards.has(now, p.extKey()):
-		return ReasonForwarded
+		return ReasonForwarded, false
+	case f == ForwardedHere && m.policy.shut.Holds(p.Int.Addr):
+		return ReasonNone, true
 	case f == ForwardedHere:
-		return ReasonForwardedHere
+		return ReasonForwardedHere, false
 	}
-	return ReasonNone
+	return ReasonNone, false
 }
 
 // retryForwarded grants claim i if it was refused for a forward that is gone, or leads elsewhere now.
 func (m *Model) retryForwarded(now time.Duration, i int32) {
 	c := &m.claims[i]
-	if c.state == StateRefused && c.reason.isForward() && m.owner(c.Key) == i && m.forwarded(now, &c.Permission) != c.reason {
+	if c.state != StateRefused || !c.reason.isForward() || m.owner(c.Key) != i {
+		return
+	}
+	if why, _ := m.forwarded(now, &c.Permission); why != c.reason {
 		m.grant(now, i)
 	}
 }

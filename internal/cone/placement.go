@@ -69,7 +69,7 @@ func (p *policy) choice(in Addr) Choice {
 func (m *Model) place(now time.Duration, c *claim) Placement {
 	var can Carriers
 	why := ReasonNone
-	forwarded := m.forwarded(now, &c.Permission)
+	forwarded, shut := m.forwarded(now, &c.Permission)
 	switch {
 	case forwarded != ReasonNone:
 		why = forwarded // an expectation would override the user's rule; a map does not
@@ -101,6 +101,9 @@ func (m *Model) place(now time.Duration, c *claim) Placement {
 		case ChooseExpectation:
 			by = ByExpectation
 		}
+	}
+	if shut { // the map comes after the forward
+		by |= can & ByExpectation
 	}
 	if why == ReasonNoBackend && by != 0 {
 		why = ReasonNone

@@ -44,6 +44,10 @@ type Policy struct {
 	// group (ExpandBits) gets its own; of a larger group only contacted addresses do.
 	PeerGroups []netip.Prefix
 
+	// Shut are inside prefixes into which the user's firewall lets no flow that forwards of the user's
+	// lead there. An expectation takes nothing from such a forward, and nothing else admits peers.
+	Shut []netip.Prefix
+
 	ExcludePeers     []netip.Prefix // peers that never get a permission
 	ExcludePeerPorts []uint16       // peer ports that never give one
 	ExcludePorts     []uint16       // outside ports that never get one
@@ -91,6 +95,7 @@ type policy struct {
 	peerPorts, ports *portSet
 	excluded         *spans // peers
 	groups, subnets  *PrefixTable
+	shut             *PrefixTable
 	forGroups        bool // there may be permissions for more than one peer
 
 	// own are the gateway's addresses, of the families of Self4 and Self6.
@@ -111,6 +116,7 @@ func compilePolicy(p Policy, local map[Addr]struct{}) policy {
 		excluded:  spansOf(p.ExcludePeers),
 		groups:    NewPrefixTable(p.PeerGroups),
 		subnets:   NewPrefixTable(prefixes),
+		shut:      NewPrefixTable(p.Shut),
 		forGroups: len(p.PeerGroups) > 0 || slices.ContainsFunc(p.Subnets, func(s Subnet) bool {
 			return s.Filtering == EndpointIndependent
 		}),

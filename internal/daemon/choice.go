@@ -57,6 +57,7 @@ type decision struct {
 	warning  string         // for the user, if there is something for him to do
 	zoned    bool           // the warning is about conntrack zones
 	mapLost  bool           // children of the map are dropped, though expectations carry the subnet
+	shut     []netip.Prefix // hosts to which the firewall lets no forward of the user's through
 	spared   []netip.Prefix // peer groups whose children pass all the same, as far as is known
 	// elsewhere says that children are lost though the chains that are read accept most of them.
 	elsewhere bool
@@ -106,6 +107,7 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 			verdicts = found
 		}
 	}
+	shut := f.shutTo(cfg, network)
 	all := make(map[netip.Prefix]decision, len(verdicts))
 	for i, v := range verdicts {
 		s := cfg.Subnets[i]
@@ -126,9 +128,31 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 		if d.MostDNATed == userrules.Dropped && v.DNATed != userrules.Dropped && s.Prefix.Addr().Is4() && len(q.inside) > 0 {
 			d.spared = q.only(i).spared(largeGroups(cfg), v.MostDNATed)
 		}
+		d.shut = slices.DeleteFunc(slices.Clone(shut), func(h netip.Prefix) bool { return !s.Prefix.Contains(h.Addr()) })
 		all[s.Prefix] = d
 	}
 	return all
+}
+
+// shutTo returns the hosts to which the user forwards ports, and to which the user's
+// firewall lets no such flow through, as it often is with 1:1 NAT.
+func (f *firewall) shutTo(cfg config.Config, network gateway.Network) (shut []netip.Prefix) {
+	enabled := prefixes(cfg.Subnets)
+	hosts := slices.DeleteFunc(slices.Clone(f.reached), func(h netip.Prefix) bool { return !within(enabled, cone.AddrFrom(h.Addr())) })
+	if !f.withExpectations() || len(hosts) == 0 {
+		return nil
+	}
+	q, err := f.children(network, hosts)
+	if err != nil || len(q.outside) == 0 {
+		return nil
+	}
+	answers, err := q.Forwarded(q.outside, q.inside, hosts)
+	for i, a := range answers {
+		if err == nil && a == userrules.Dropped {
+			shut = append(shut, hosts[i])
+		}
+	}
+	return shut
 }
 
 // translated reports whether the map can carry the subnet's permissions.
@@ -240,7 +264,7 @@ func (r *reconciler) redecide(cfg config.Config, network gateway.Network) error 
 		return errEnded
 	}
 	all := r.firewall.decide(cfg, network)
-	changed := !maps.EqualFunc(all, r.firewall.decisions, func(a, b decision) bool { return a.Choice == b.Choice })
+	changed := !maps.EqualFunc(all, r.firewall.decisions, func(a, b decision) bool { return a.Choice == b.Choice && slices.Equal(a.shut, b.shut) })
 	r.firewall.decisions = all
 	ok = r.ask(func(l *loop) {
 		news := slices.DeleteFunc(slices.Clone(cfg.Subnets), func(s config.Subnet) bool {

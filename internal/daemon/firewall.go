@@ -54,6 +54,8 @@ type firewall struct {
 	known       map[netip.Addr]struct{} // addresses that links had; nil before the first look
 	knownMapped bool                    // with those that the tables hold for mappings
 
+	reached []netip.Prefix // hosts to which the user forwards ports
+
 	diverter    userrules.Diverter
 	diverted    []userrules.Diversion // as last read, merged
 	divertedOwn []netip.Addr          // the gateway's addresses then

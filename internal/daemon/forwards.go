@@ -58,11 +58,27 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 		}
 	}
 	f.destinations = userrules.Union(dests)
+	f.reached = reachedBy(all)
 	cover(&f.forwarded, possible)
 	cover(&f.understood, understood)
 	cover(&f.taken, certain)
 	cover(&f.hidden, hiding)
 	return f.forwarded, f.warnForwards()
+}
+
+// mostReached limits for how many hosts the rules are asked what they let forwards lead there.
+const mostReached = 64
+
+// reachedBy returns the hosts to which forwards lead.
+func reachedBy(all []userrules.Forward) (hosts []netip.Prefix) {
+	for _, r := range all {
+		if a := r.To.Addr(); a.IsValid() {
+			hosts = append(hosts, netip.PrefixFrom(a, a.BitLen()))
+		}
+	}
+	slices.SortFunc(hosts, netip.Prefix.Compare)
+	hosts = slices.Compact(hosts)
+	return hosts[:min(len(hosts), mostReached)]
 }
 
 // cover sets c to what the forwards cover. As long as that is the same, the pointer stays.

@@ -34,6 +34,7 @@ func (l *loop) policy(cfg config.Config) cone.Policy {
 	}
 	p.Self4, p.Self6 = l.self(cfg)
 	for _, s := range cfg.Subnets {
+		p.Shut = append(p.Shut, l.decisions[s.Prefix].shut...)
 		p.Subnets = append(p.Subnets, cone.Subnet{
 			Prefix: s.Prefix, Routed: s.Routed, Filtering: filterings[s.Filtering], Choice: l.decisions[s.Prefix].Choice,
 			Mapping: s.Mapping == config.EndpointIndependentMapping && l.features.maps(),

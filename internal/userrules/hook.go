@@ -32,16 +32,21 @@ func (rs *Ruleset) Children(outside, inside []Link, subnets []netip.Prefix) ([]C
 // ChildrenOf answers as Children does, for flows of the peers in one prefix. The prefix is
 // invalid for any peer, otherwise of the family of the subnets.
 func (rs *Ruleset) ChildrenOf(peers netip.Prefix, outside, inside []Link, subnets []netip.Prefix) ([]ChildVerdicts, error) {
-	chains, err := rs.path(subnets)
+	return rs.ask(childQuery{peers: peers, outside: outside, subnets: subnets}, inside)
+}
+
+// ask answers the query, of which chains, sources and the links inside are still missing.
+func (rs *Ruleset) ask(q childQuery, inside []Link) ([]ChildVerdicts, error) {
+	chains, err := rs.path(q.subnets)
 	if err != nil {
 		return nil, err
 	}
-	q := childQuery{chains: chains, peers: peers, outside: outside, inside: make([]*Link, len(subnets)), subnets: subnets}
+	q.chains, q.inside = chains, make([]*Link, len(q.subnets))
 	if slices.ContainsFunc(chains, func(b baseChain) bool { return b.hook == unix.NF_INET_PRE_ROUTING }) && !rs.SourcesMayBeHidden() {
 		q.sources, q.exempt = rs.sourceNAT()
 	}
 	for i := range inside {
-		if l := &inside[i]; l.Name != "" && !slices.ContainsFunc(outside, func(o Link) bool { return o.Index == l.Index }) {
+		if l := &inside[i]; l.Name != "" && !slices.ContainsFunc(q.outside, func(o Link) bool { return o.Index == l.Index }) {
 			q.inside[i] = l
 		}
 	}
@@ -49,12 +54,22 @@ func (rs *Ruleset) ChildrenOf(peers netip.Prefix, outside, inside []Link, subnet
 	if err != nil {
 		return nil, err
 	}
-	for i, s := range subnets {
+	for i, s := range q.subnets {
 		if rs.mayDropAll(s) {
 			answers[i].mayDropAll()
 		}
 	}
 	return answers, nil
+}
+
+// Forwarded says what these chains do with the first packet of a flow that a forward of the user's
+// leads to a host of each of the subnets. Links, order and errors are as for Children.
+func (rs *Ruleset) Forwarded(outside, inside []Link, subnets []netip.Prefix) (all []Answer, err error) {
+	answers, err := rs.ask(childQuery{outside: outside, subnets: subnets, forwarded: true}, inside)
+	for _, a := range answers {
+		all = append(all, a.DNATed)
+	}
+	return all, err
 }
 
 // Stranger says what the chains of the prerouting and forward hooks do with the first packet of a flow from one
@@ -158,6 +173,9 @@ type childQuery struct {
 	outside []Link
 	inside  []*Link // the links that lead to subnets, nil for an unknown one
 	subnets []netip.Prefix
+	// forwarded asks about flows of the user's forwards, which are no children but DNATed as
+	// well, and about nothing else.
+	forwarded bool
 	// What rules do to sources, as Ruleset.sourceNAT returns it.
 	sources, exempt []SourceNAT
 }
@@ -198,8 +216,12 @@ func (q *childQuery) verdicts(in *Link, subnet int) (v ChildVerdicts, err error)
 		all, most *Answer
 		by        *Dropper
 	}{{true, &v.Related, &v.MostRelated, &v.RelatedBy}, {false, &v.DNATed, &v.MostDNATed, &v.DNATedBy}} {
+		if q.forwarded && kind.related {
+			continue
+		}
 		packets := func() stages {
 			c := newChild(kind.related, in, q.inside[subnet], q.outside, to, q.subnets)
+			c.labelled = c.labelled && !q.forwarded
 			if q.peers.IsValid() {
 				copy(c.source(), inPrefix(q.peers))
 			}
