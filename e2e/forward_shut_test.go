@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"fmt"
 	"net/netip"
 	"testing"
 
@@ -19,6 +20,40 @@ const oneToOne = `table ip one { chain post { type nat hook postrouting priority
 func loadOneToOne(s *scene) error {
 	s.IP(s.Gateway, "address add 198.51.100.2/24 dev wan0")
 	return s.NFT(oneToOne + lab.Masquerade)
+}
+
+// netmapped gives the hosts from 10.47.11.108 on the addresses from 198.51.100.8 on.
+const netmapped = "snat ip prefix to ip saddr map { 10.47.11.108/30 : 198.51.100.8/30 }"
+
+// loadNetmap adds these addresses and loads rules.
+func loadNetmap(load ...func(s *scene) error) func(s *scene) error {
+	return func(s *scene) error {
+		for _, addr := range []string{"198.51.100.9", "198.51.100.10"} {
+			s.IP(s.Gateway, "address add "+addr+"/32 dev wan0")
+		}
+		for _, l := range load {
+			if err := l(s); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+func byNFTForward(rule string) func(s *scene) error {
+	return func(s *scene) error {
+		return s.NFT(`table ip fw { chain pre { type nat hook prerouting priority dstnat; iifname "wan0" ` + rule + "; }; }\n")
+	}
+}
+
+func byNetmap(variant string) func(s *scene) error {
+	return func(s *scene) error {
+		return s.IPTables(variant, `*nat
+-A PREROUTING -i wan0 -d 198.51.100.8/30 -j NETMAP --to 10.47.11.108/30
+-A POSTROUTING -o wan0 -s 10.47.11.108/30 -j NETMAP --to 198.51.100.8/30
+COMMIT
+`)
+	}
 }
 
 // accepts adds rules to the forward chain of lab.DropPolicy, before the others.
@@ -45,6 +80,10 @@ func TestForwardThatTheFirewallDropsLeavesTheExpectation(t *testing.T) {
 		"a DMZ host":      {load: inChain(`iifname "wan0"` + to)},
 		"iptables-nft":    {load: inPrerouting(lab.IPTablesNFT, "--dport 5060 -j DNAT --to-destination 10.47.11.109")},
 		"iptables-legacy": {load: inPrerouting(lab.IPTablesLegacy, "--dport 5060 -j DNAT --to-destination 10.47.11.109:5060")},
+		"prefixes":        {load: loadNetmap(byNFT(netmapped), byNFTForward("dnat ip prefix to ip daddr map { 198.51.100.8/30 : 10.47.11.108/30 }"))},
+		"a prefix":        {load: loadNetmap(byNFT(netmapped), byNFTForward("ip daddr 198.51.100.8/30 dnat prefix to 10.47.11.108/30"))},
+		"NETMAP":          {load: loadNetmap(byNetmap(lab.IPTablesNFT))},
+		"legacy's NETMAP": {load: loadNetmap(byNetmap(lab.IPTablesLegacy))},
 		"others are open": {loadOneToOne, accepts("ip daddr 10.47.11.109 tcp dport 443 accept", "ip daddr 10.47.11.110 udp dport 5060 accept")},
 		"the map passes":  {loadOneToOne, accepts("ct label 126 accept")},
 	} {
@@ -67,6 +106,9 @@ func TestForwardThatTheFirewallDropsLeavesTheExpectation(t *testing.T) {
 					s.Arrives(phone, s.PeerSocket(lab.PeerA, 7000), ext)
 					s.Lost(phone, s.PeerSocket(stranger, 7000), ext, peer)
 					s.Verified()
+					if st := s.Status(); len(st.Warnings) > 0 && name != "a DMZ host" {
+						t.Errorf("warnings: %q", st.Warnings)
+					}
 				})
 			}
 		})
@@ -112,15 +154,48 @@ insert rule inet filter forward jump forwarded
 	s.Lost(phone, s.PeerSocket(stranger, 7000), ext, peer)
 }
 
-// The same for IPv6 behind source NAT.
+// Ports of the pool on the address of masquerades are nobody's but those of mappings, if 1:1 NAT
+// forwards all ports of other addresses.
+//
+// Fails when the pool counts as forwarded.
+func TestOneToOneNATLeavesThePoolToOthers(t *testing.T) {
+	for name, load := range map[string]func(s *scene) error{
+		"a host":   loadOneToOne,
+		"prefixes": loadNetmap(byNFT(netmapped, "masquerade"), byNFTForward("ip daddr 198.51.100.8/30 dnat prefix to 10.47.11.108/30")),
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newScene(t, lab.Options{Rules: lab.NoRules})
+			s.Must(load(s))
+			s.Serve(stage.Auto[0], mapped)
+			if st := s.Status(); len(st.Warnings) > 0 {
+				t.Errorf("warnings: %q", st.Warnings)
+			}
+		})
+	}
+}
+
+// Prefix translation of IPv6 (NPTv6), which forwards all ports of a prefix, and a masquerade.
 func TestForwardOverIPv6ThatTheFirewallDropsLeavesTheExpectation(t *testing.T) {
 	ownMode(t)
 	stage.NeedsExpect(t)
-	s := newScene(t, lab.Options{IPv6: true, Rules: lab.DropPolicy + `table ip6 nat {
-	chain post { type nat hook postrouting priority srcnat; oifname "wan0" masquerade; }
-	chain pre { type nat hook prerouting priority dstnat; iifname "wan0" dnat to 2001:db8:47::109; }
+	for name, rules := range map[string][2]string{
+		"a host":   {"masquerade", "dnat to 2001:db8:47::109"},
+		"prefixes": {"snat ip6 prefix to ip6 saddr map { 2001:db8:47::/64 : 2001:db8:fffe::/64 }", "dnat ip6 prefix to ip6 daddr map { 2001:db8:fffe::/64 : 2001:db8:47::/64 }"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newScene(t, lab.Options{IPv6: true, Rules: fmt.Sprintf(`%s table ip6 nat {
+				chain post { type nat hook postrouting priority srcnat; oifname "wan0" %s; }
+				chain pre { type nat hook prerouting priority dstnat; iifname "wan0" %s; }
+			}`, lab.DropPolicy, rules[0], rules[1])})
+			s.IP(s.Outside, "route add 2001:db8:fffe::/64 via 2001:db8:ffff::1")
+			s.admitsOverIPv6()
+		})
+	}
 }
-`})
+
+// admitsOverIPv6 starts a daemon, and shows that a peer gets in from another port, and a stranger does not.
+func (s *scene) admitsOverIPv6() {
+	s.T.Helper()
 	s.Start("--subnet", lab.InsideNet6.String(), "--reconcile=1h")
 	phone, peer := s.Socket(s.Inside(0).Namespace, s.Inside(0).Addr6, 5060), s.Socket(s.Outside.Namespace, lab.Peer6A, 5060)
 	ext := s.Contact(phone, peer)

@@ -128,7 +128,7 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 		if d.MostDNATed == userrules.Dropped && v.DNATed != userrules.Dropped && s.Prefix.Addr().Is4() && len(q.inside) > 0 {
 			d.spared = q.only(i).spared(largeGroups(cfg), v.MostDNATed)
 		}
-		d.shut = slices.DeleteFunc(slices.Clone(shut), func(h netip.Prefix) bool { return !s.Prefix.Contains(h.Addr()) })
+		d.shut = slices.DeleteFunc(slices.Clone(shut), func(h netip.Prefix) bool { return !s.Prefix.Overlaps(h) })
 		all[s.Prefix] = d
 	}
 	return all
@@ -137,8 +137,7 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 // shutTo returns the hosts to which the user forwards ports, and to which the user's
 // firewall lets no such flow through, as it often is with 1:1 NAT.
 func (f *firewall) shutTo(cfg config.Config, network gateway.Network) (shut []netip.Prefix) {
-	enabled := prefixes(cfg.Subnets)
-	hosts := slices.DeleteFunc(slices.Clone(f.reached), func(h netip.Prefix) bool { return !within(enabled, cone.AddrFrom(h.Addr())) })
+	hosts := slices.DeleteFunc(slices.Clone(f.reached), func(h netip.Prefix) bool { return !slices.ContainsFunc(prefixes(cfg.Subnets), h.Overlaps) })
 	if !f.withExpectations() || len(hosts) == 0 {
 		return nil
 	}

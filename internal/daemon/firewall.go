@@ -86,6 +86,7 @@ type firewall struct {
 	forwarder     userrules.Forwarder
 	forwarded     *userrules.Covered    // what may be forwarded
 	understood    *userrules.Covered    // the part that understood rules forward
+	shared        *userrules.Covered    // that part without 1:1 NAT
 	taken         *userrules.Covered    // packets that are forwarded for certain
 	hidden        *userrules.Covered    // endpoints of which every packet is, if proxies listen
 	forwardsKnown bool                  // there are no other forwards

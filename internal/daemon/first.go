@@ -31,6 +31,6 @@ func (l *loop) firstRules(f *firewall, n gateway.Network, served *gateway.PortSe
 	// What cannot be read is among the warnings; the first reconcile tries again.
 	more, _, _ := f.sourceNAT(l.cfg, n)
 	l.ruleWarnings, l.hidden = slices.Concat(l.ruleWarnings, more), f.hidden
-	f.ports, l.portWarnings, err = f.choosePorts(l.cfg, n, served, sure, f.understood.Covers)
+	f.ports, l.portWarnings, err = f.choosePorts(l.cfg, n, served, sure, f.shared.Covers)
 	return forwarded, err
 }

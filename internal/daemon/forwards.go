@@ -22,7 +22,7 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 		f.forwardsKnown = false
 		if f.forwarded == nil { // unknown rules may forward everything
 			f.forwarded = userrules.Cover([]userrules.Forward{{All: true}})
-			f.understood = f.forwarded
+			f.understood, f.shared = f.forwarded, f.forwarded
 		}
 		out = f.warnForwards()
 		out.add(warnForwardsUnread, "", "port forwards cannot be read, "+
@@ -35,7 +35,7 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 		return f.forwarded, f.warnForwards()
 	}
 	f.told = nil
-	var possible, understood, certain, hiding []userrules.Forward
+	var possible, understood, shared, certain, hiding []userrules.Forward
 	var dests []userrules.AddrRange
 	for _, r := range all {
 		dests = append(dests, r.Addrs...)
@@ -50,6 +50,9 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 			continue
 		}
 		understood = append(understood, r)
+		if !r.Most || !f.isOneToOne(r) {
+			shared = append(shared, r)
+		}
 		if r.Certain() {
 			certain = append(certain, r)
 		}
@@ -61,6 +64,7 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 	f.reached = reachedBy(all)
 	cover(&f.forwarded, possible)
 	cover(&f.understood, understood)
+	cover(&f.shared, shared)
 	cover(&f.taken, certain)
 	cover(&f.hidden, hiding)
 	return f.forwarded, f.warnForwards()
@@ -74,6 +78,8 @@ func reachedBy(all []userrules.Forward) (hosts []netip.Prefix) {
 	for _, r := range all {
 		if a := r.To.Addr(); a.IsValid() {
 			hosts = append(hosts, netip.PrefixFrom(a, a.BitLen()))
+		} else if r.ToPrefix.IsValid() {
+			hosts = append(hosts, r.ToPrefix)
 		}
 	}
 	slices.SortFunc(hosts, netip.Prefix.Compare)
@@ -99,17 +105,20 @@ func (f *firewall) warnForwards() (out warnings) {
 }
 
 // isOneToOne reports whether the forward is for addresses to which rules certainly translate no other
-// host than the one it leads to (1:1 NAT): it keeps nobody's peers away.
+// host than the one it leads to, or those of the prefix (1:1 NAT): it keeps nobody's peers away.
 func (f *firewall) isOneToOne(r userrules.Forward) bool {
-	host := r.To.Addr()
-	if f.user == nil || r.Addrs == nil || !host.Is4() || f.user.SourcesMayBeHidden() {
+	hosts := r.ToPrefix
+	if a := r.To.Addr(); a.IsValid() {
+		hosts = netip.PrefixFrom(a, a.BitLen())
+	}
+	if f.user == nil || r.Addrs == nil || !hosts.Addr().Is4() || f.user.SourcesMayBeHidden() {
 		return false
 	}
 	of := func(a netip.Addr) bool {
 		return !a.IsValid() || slices.ContainsFunc(r.Addrs, func(x userrules.AddrRange) bool { return x.Has(a) })
 	}
 	return !slices.ContainsFunc(f.user.SourceNAT(), func(n userrules.SourceNAT) bool {
-		if len(n.Sources) == 1 && n.Sources[0].First == host && n.Sources[0].Last == host {
+		if len(n.Sources) == 1 && hosts.Contains(n.Sources[0].First) && hosts.Contains(n.Sources[0].Last) {
 			return false
 		}
 		masquerades := n.Masquerade && len(f.ownAddrs) == 0
@@ -145,6 +154,8 @@ func (w *warnings) addForward(r userrules.Forward, withMap bool) {
 		to, host := "", "an"
 		if r.To.IsValid() {
 			to, host = fmt.Sprintf(" to %v", r.To.Addr()), "another"
+		} else if r.ToPrefix.IsValid() {
+			to, host = fmt.Sprintf(" to %v", r.ToPrefix), "another"
 		}
 		w.add(warnForwardsAll, r.Text,
 			"a rule forwards all ports%s, so that no peer gets to %s inside host by a permission on its addresses: %s", to, host, r.Text)
@@ -166,9 +177,9 @@ func forwardOf(all []userrules.Forward, peer netip.Addr, ext netip.AddrPort) (fo
 		case found == nil, found.Astray && !r.Astray:
 			found = r
 		case r.Astray:
-		case found.To != r.To:
+		case found.To != r.To || found.ToPrefix != r.ToPrefix:
 			several := *found
-			several.To = netip.AddrPort{}
+			several.To, several.ToPrefix = netip.AddrPort{}, netip.Prefix{}
 			found = &several
 		}
 	}

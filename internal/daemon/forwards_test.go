@@ -128,6 +128,8 @@ func TestForwardOfAllPortsIsWarnedOfWhereOthersHaveItsAddress(t *testing.T) {
 		"a network has it":           {"ip daddr 198.51.100.2" + to, "ip saddr 10.47.11.108/30 snat to 198.51.100.2", true},
 		"a pool":                     {"ip daddr 198.51.100.2" + to, `oifname "wan0" snat to 198.51.100.1-198.51.100.9`, true},
 		"a map":                      {"ip daddr 198.51.100.2" + to, "snat to ip saddr map { 10.47.11.110 : 198.51.100.2 }", true},
+		"prefixes":                   {"ip daddr 198.51.100.8/29 dnat prefix to 10.47.11.104/29; ", `snat ip prefix to ip saddr map { 10.47.11.104/29 : 198.51.100.8/29 }; oifname "wan0" masquerade`, false},
+		"prefixes, and their pool":   {"ip daddr 198.51.100.8/29 dnat prefix to 10.47.11.104/29; ", `oifname "wan0" snat to 198.51.100.8-198.51.100.15`, true},
 		"to several hosts":           {"ip daddr 198.51.100.2 dnat to 10.47.11.109-10.47.11.110; ", `oifname "wan0" masquerade`, true},
 	} {
 		t.Run(name, func(t *testing.T) {

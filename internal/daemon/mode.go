@@ -186,7 +186,7 @@ func (r *reconciler) change(cfg config.Config) error {
 		_, _, err := r.firewall.sourceNAT(cfg, r.network)
 		r.failures.Note(requestLookAtChanges, 1, err)
 	}
-	ports, warnings, err := r.firewall.choosePorts(cfg, r.network, r.served, r.sure, r.firewall.understood.Covers)
+	ports, warnings, err := r.firewall.choosePorts(cfg, r.network, r.served, r.sure, r.firewall.shared.Covers)
 	if err != nil {
 		return err
 	}

@@ -252,7 +252,7 @@ func (r *reconciler) lookAgain() error {
 
 // serve keeps mappings off the ports that the gateway serves now.
 func (r *reconciler) serve(cfg config.Config, network gateway.Network, stays *gateway.PortSet) (out warnings, err error) {
-	ports, out, err := r.firewall.choosePorts(cfg, network, stays, true, r.firewall.understood.Covers)
+	ports, out, err := r.firewall.choosePorts(cfg, network, stays, true, r.firewall.shared.Covers)
 	if err != nil {
 		return out, err
 	}

@@ -30,6 +30,10 @@ type Forward struct {
 	// To is the endpoint to which the rule sends the packets, if there is only one; the
 	// zero value means that it is not known. Port 0 stands for the packet's own port.
 	To netip.AddrPort
+	// ToPrefix has the addresses to which the rule sends the packets, each to the one that has the low
+	// bits of the outside address, and to the packet's own port ("dnat prefix to", NETMAP). To is
+	// not known then.
+	ToPrefix netip.Prefix
 	// Unknown says that a condition on the port was not understood. Ports, or All, then say
 	// what the rule forwards at most.
 	Unknown bool

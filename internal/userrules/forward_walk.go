@@ -350,13 +350,33 @@ func (w *walker) forward(r *rule, conds []condition) {
 	if r.comment != "" {
 		text += fmt.Sprintf(" (%s)", r.comment)
 	}
+	maps := w.netmaps(r)
 	for _, all := range conds {
 		for _, c := range w.byAddr(all) {
 			f := c.forward(text)
 			f.To = r.leadsTo()
-			w.add(f)
+			for _, f := range f.by(maps) {
+				w.add(f)
+			}
 		}
 	}
+}
+
+// by returns what each of the netmaps does, if there are any, and what is left.
+func (f Forward) by(maps []netmap) (all []Forward) {
+	for _, m := range maps {
+		one := f
+		if one.ToPrefix = m.to; m.from.First.IsValid() {
+			one.Addrs = intersectAddrs(f.Addrs, []AddrRange{m.from})
+		}
+		if len(one.Addrs) > 0 || one.Addrs == nil {
+			all = append(all, one)
+		}
+	}
+	if all == nil {
+		all = []Forward{f}
+	}
+	return all
 }
 
 // title names a rule of a table by its handle, as nft does, or by its number, as

@@ -14,9 +14,35 @@ import (
 
 // A taker says whose packets forwards take, and where they send them.
 type taker struct {
-	sources []AddrRange      // sorted and disjoint; nil stands for any
-	to      netip.AddrPort   // as Forward.To, for all sources
-	tos     []netip.AddrPort // for each range of sources, if they are several; nil otherwise
+	sources []AddrRange // sorted and disjoint; nil stands for any
+	to      forwardTo   // for all sources
+	tos     []forwardTo // for each range of sources, if they are several; nil otherwise
+}
+
+// A forwardTo has To and ToPrefix of a Forward.
+type forwardTo struct {
+	to     netip.AddrPort
+	prefix netip.Prefix
+}
+
+// of returns where packets to an outside endpoint go.
+func (d forwardTo) of(ext cone.Endpoint) netip.AddrPort {
+	if !d.prefix.IsValid() {
+		return netip.AddrPortFrom(d.to.Addr(), cmp.Or(d.to.Port(), ext.Port))
+	}
+	addr, low := d.prefix.Masked().Addr().AsSlice(), ext.Addr.Netip().AsSlice()
+	if len(addr) != len(low) {
+		return netip.AddrPort{}
+	}
+	for i := range addr {
+		addr[i] |= low[i] & byte(0xff>>min(8, max(0, d.prefix.Bits()-8*i)))
+	}
+	to, _ := netip.AddrFromSlice(addr)
+	return netip.AddrPortFrom(to, ext.Port)
+}
+
+func (d forwardTo) compare(o forwardTo) int {
+	return cmp.Or(d.to.Compare(o.to), d.prefix.Compare(o.prefix))
 }
 
 // anyTaker takes packets of everybody and sends them to an unknown endpoint. manyTakers stands
@@ -28,16 +54,15 @@ func (t *taker) equal(o *taker) bool {
 }
 
 func (t *taker) compare(o *taker) int {
-	return cmp.Or(t.to.Compare(o.to), slices.CompareFunc(t.sources, o.sources, func(a, b AddrRange) int {
+	return cmp.Or(t.to.compare(o.to), slices.CompareFunc(t.sources, o.sources, func(a, b AddrRange) int {
 		return cmp.Or(a.First.Compare(b.First), a.Last.Compare(b.Last))
 	}))
 }
 
 // leads says where the taker may send packets of p's peers.
 func (t *taker) leads(p *cone.Permission) cone.Forwarding {
-	in := p.Int.Netip()
-	where := func(to netip.AddrPort) cone.Forwarding {
-		if to.Addr() != in.Addr() || cmp.Or(to.Port(), p.Ext.Port) != in.Port() {
+	where := func(to forwardTo) cone.Forwarding {
+		if to.of(p.Ext) != p.Int.Netip() {
 			return cone.ForwardedElsewhere
 		}
 		return cone.ForwardedHere
@@ -71,7 +96,7 @@ type takers struct {
 
 type takerKey struct {
 	list int // 0 stands for all sources
-	to   netip.AddrPort
+	to   forwardTo
 }
 
 func newTakers() *takers {
@@ -82,12 +107,13 @@ func newTakers() *takers {
 
 // of returns the taker of f; forwards that are alike share one.
 func (s *takers) of(f Forward) *taker {
-	if f.Sources == nil && !f.To.IsValid() {
+	to := forwardTo{f.To, f.ToPrefix}
+	if f.Sources == nil && to == (forwardTo{}) {
 		return anyTaker
 	}
-	key := takerKey{s.lists.of(f.Sources), f.To}
+	key := takerKey{s.lists.of(f.Sources), to}
 	if s.all[key] == nil {
-		s.all[key] = &taker{sources: f.Sources, to: f.To}
+		s.all[key] = &taker{sources: f.Sources, to: to}
 	}
 	return s.all[key]
 }
@@ -142,7 +168,7 @@ func (s *takers) merge(all []*taker) *taker {
 	// An edge is where the sources of a taker begin (add 1), or the first address after them (-1).
 	type edge struct {
 		at  netip.Addr
-		to  netip.AddrPort
+		to  forwardTo
 		add int
 	}
 	var edges []edge
@@ -159,7 +185,7 @@ func (s *takers) merge(all []*taker) *taker {
 		}
 	}
 	slices.SortFunc(edges, func(a, b edge) int { return a.at.Compare(b.at) })
-	t, active := &taker{sources: []AddrRange{}, tos: []netip.AddrPort{}}, map[netip.AddrPort]int{}
+	t, active := &taker{sources: []AddrRange{}, tos: []forwardTo{}}, map[forwardTo]int{}
 	for i, e := range edges {
 		if i > 0 && edges[i-1].at.BitLen() != e.at.BitLen() {
 			clear(active) // those to the end of the other family
@@ -178,7 +204,7 @@ func (s *takers) merge(all []*taker) *taker {
 		default:
 			last = everyAddr[1].Last
 		}
-		var to netip.AddrPort // unknown, if there are several
+		var to forwardTo // unknown, if there are several
 		if len(active) == 1 {
 			for only := range active {
 				to = only
