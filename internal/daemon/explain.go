@@ -398,13 +398,7 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 }
 
 // forwardsTo returns the endpoint to which the forward leads the packet, if it is known.
-func (c *packetCase) forwardsTo() netip.AddrPort {
-	to := c.forward.To
-	if to.IsValid() && to.Port() == 0 {
-		to = netip.AddrPortFrom(to.Addr(), c.ext.Port())
-	}
-	return to
-}
+func (c *packetCase) forwardsTo() netip.AddrPort { return c.forward.LeadsTo(c.ext) }
 
 // diverts reports whether no child of the permission's host gets in from the peer's port, and
 // says why.

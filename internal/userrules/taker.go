@@ -25,10 +25,19 @@ type forwardTo struct {
 	prefix netip.Prefix
 }
 
-// of returns where packets to an outside endpoint go.
+// LeadsTo returns the endpoint to which the rule sends packets to an outside endpoint that it covers,
+// or an invalid one if that is not known.
+func (f Forward) LeadsTo(ext netip.AddrPort) netip.AddrPort {
+	return forwardTo{f.To, f.ToPrefix}.of(cone.EndpointFrom(ext))
+}
+
+// of is LeadsTo.
 func (d forwardTo) of(ext cone.Endpoint) netip.AddrPort {
-	if !d.prefix.IsValid() {
+	switch {
+	case d.to.IsValid():
 		return netip.AddrPortFrom(d.to.Addr(), cmp.Or(d.to.Port(), ext.Port))
+	case !d.prefix.IsValid():
+		return netip.AddrPort{}
 	}
 	addr, low := d.prefix.Masked().Addr().AsSlice(), ext.Addr.Netip().AsSlice()
 	if len(addr) != len(low) {
