@@ -185,3 +185,16 @@ func TestLimitsHaveTheValuesOfTheCode(t *testing.T) {
 		t.Errorf("%d values are compared", compared)
 	}
 }
+
+// Fails when README lists more limits than a newcomer reads, or loses the page that has all.
+func TestReadmeNamesFewLimits(t *testing.T) {
+	_, limits, _ := strings.Cut(read(t, "../README.md"), "\n## Limits\n")
+	limits, _, _ = strings.Cut(limits, "\n## ")
+	const page = "docs/what-it-cannot-do.md"
+	if n := strings.Count(limits, "\n- "); n != 5 || !strings.Contains(limits, "]("+page+")") {
+		t.Errorf("%d limits, or no link to %s:\n%s", n, page, limits)
+	}
+	if n := strings.Count(read(t, "../"+page), "\n- "); n < 24 {
+		t.Errorf("%s has %d limits", page, n)
+	}
+}
