@@ -154,7 +154,7 @@ func BenchmarkPermissions(b *testing.B) {
 		host[3] = 10
 		var revoked int
 		long := took(func() {
-			revoked, err = control.Dial(socket).Revoke(b.Context(), []string{netip.AddrFrom4(host).String()})
+			revoked, err = control.Dial(socket).Revoke(b.Context(), []control.Word{{Addrs: netip.PrefixFrom(netip.AddrFrom4(host), 32)}})
 			must(err)
 		})
 		row("revoke by host: %d in %v", revoked, long.Round(time.Millisecond))

@@ -4,7 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"strings"
+	"net/netip"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -58,25 +58,15 @@ func socketFlag(c *cobra.Command) (dial func() (*control.Client, error)) {
 // showCommand is a clientCommand that prints the daemon's state.
 func showCommand(use, short string, show func(c *cobra.Command, client *control.Client, asJSON bool) error) *cobra.Command {
 	var asJSON bool
-	c := clientCommand(use, short, cobra.NoArgs, func(c *cobra.Command, client *control.Client, _ []string) error {
+	c := clientCommand(use, short, exactly(), func(c *cobra.Command, client *control.Client, _ []string) error {
 		return show(c, client, asJSON)
 	})
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
 }
 
-// exactly accepts arguments with these names.
-func exactly(names ...string) cobra.PositionalArgs {
-	return func(c *cobra.Command, args []string) error {
-		if len(args) != len(names) {
-			return fmt.Errorf("%s: expected %s, got %d arguments", c.Name(), strings.Join(names, " "), len(args))
-		}
-		return nil
-	}
-}
-
 func reloadCommand() *cobra.Command {
-	return clientCommand("reload", "Let the daemon read its configuration again", cobra.NoArgs,
+	return clientCommand("reload", "Let the daemon read its configuration again", exactly(),
 		func(c *cobra.Command, client *control.Client, _ []string) error { return client.Reload(c.Context()) })
 }
 
@@ -91,7 +81,7 @@ func stopCommand() *cobra.Command {
 The setting "on_stop" decides what becomes of the permissions. systemd does not
 start the daemon again. A daemon of another root directory, such as that of a
 container or of the machine around a chroot, is left alone.`,
-		Args: cobra.NoArgs,
+		Args: exactly(),
 		RunE: func(c *cobra.Command, _ []string) error {
 			pid, err := control.Stop(stopTime)
 			switch {
@@ -108,11 +98,22 @@ container or of the machine around a chroot, is left alone.`,
 }
 
 func revokeCommand() *cobra.Command {
-	c := clientCommand("revoke WORD...", "End permissions", cobra.MinimumNArgs(1),
-		func(c *cobra.Command, client *control.Client, words []string) error {
+	var words []control.Word
+	c := clientCommand("revoke WORD...", "End permissions", exactly("WORD..."),
+		func(c *cobra.Command, client *control.Client, _ []string) error {
 			n, err := client.Revoke(c.Context(), words)
 			return revoked(c, n, err)
 		})
+	c.PreRunE = func(_ *cobra.Command, args []string) error {
+		for _, arg := range args {
+			word, err := control.ParseWord(arg)
+			if err != nil {
+				return &config.UsageError{Err: err}
+			}
+			words = append(words, word)
+		}
+		return nil
+	}
 	c.Long = `End the permissions that match every word. A word is an address (of an inside
 host, of the outside, of a peer), a prefix of such addresses, or an endpoint (inside
 or outside). A permission for several peers ends with each of them. Flows that
@@ -125,7 +126,7 @@ that waited for one of them gets its own.`
 }
 
 func flushCommand() *cobra.Command {
-	return clientCommand("flush", "End all permissions", cobra.NoArgs,
+	return clientCommand("flush", "End all permissions", exactly(),
 		func(c *cobra.Command, client *control.Client, _ []string) error {
 			n, err := client.Flush(c.Context())
 			return revoked(c, n, err)
@@ -262,16 +263,9 @@ inside networks if its configuration enables none.`
 
 func explainCommand() *cobra.Command {
 	var asJSON bool
+	var peer, ext netip.AddrPort
 	c := clientCommand("explain PEER[:PORT] EXT:PORT", "Say whether a packet would get in, and why", exactly("PEER[:PORT]", "EXT:PORT"),
-		func(c *cobra.Command, client *control.Client, args []string) error {
-			peer, err := control.ParsePeer(args[0])
-			if err != nil {
-				return &config.UsageError{Err: err}
-			}
-			ext, err := control.ParseExt(args[1])
-			if err != nil {
-				return &config.UsageError{Err: err}
-			}
+		func(c *cobra.Command, client *control.Client, _ []string) error {
 			x, err := client.Explain(c.Context(), peer, ext)
 			switch {
 			case err != nil:
@@ -281,6 +275,12 @@ func explainCommand() *cobra.Command {
 			}
 			return control.WriteExplanation(c.OutOrStdout(), x)
 		})
+	c.PreRunE = func(_ *cobra.Command, args []string) (err error) {
+		if peer, ext, err = control.ParsePacket(args[0], args[1]); err != nil {
+			return &config.UsageError{Err: err}
+		}
+		return nil
+	}
 	c.Long = `Say what would become of a UDP packet that comes from PEER by an outside link to
 the outside endpoint EXT:PORT, and why: the checks of the kernel in their order,
 up to the one that decides. Without a PORT of the peer, it is from any port that

@@ -39,7 +39,7 @@ counts, and the flags other than --control-socket do not matter.
 The exit status is 0 without warnings and errors, 1 with warnings, 2 with errors,
 3 if the gateway cannot be examined, and 78 if the command line is wrong.`,
 		Example: "  sudo conenatd doctor\n  sudo conenatd doctor --config /etc/conenatd/conenatd.toml --json",
-		Args:    cobra.NoArgs,
+		Args:    exactly(),
 	}
 	registerFlags(c, &flags)
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")

@@ -36,10 +36,16 @@ func versionText() string {
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	root := command()
+	root, out := command(), &output{Writer: os.Stdout}
+	root.SetOut(out)
+	refuseUnknownTopics(root)
 	started := false // if it stays false, the command line is wrong
 	root.PersistentPreRun = func(*cobra.Command, []string) { started = true }
-	if err := root.ExecuteContext(ctx); err != nil {
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		err = out.err
+	}
+	if err != nil {
 		if status := exitStatus(0); errors.As(err, &status) {
 			os.Exit(int(status))
 		}
@@ -75,6 +81,7 @@ func command() *cobra.Command {
 		runCommand(), listCommand(), statusCommand(), reloadCommand(), stopCommand(), revokeCommand(),
 		flushCommand(), watchCommand(), topCommand(), explainCommand(), doctorCommand(), probeCommand(), checkCommand(), configCommand(), rulesCommand(), cleanupCommand(), demoCommand(), selftestCommand(), versionCommand(),
 	)
+	root.SetFlagErrorFunc(flagError)
 	return root
 }
 
@@ -82,7 +89,7 @@ func versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
-		Args:  cobra.NoArgs,
+		Args:  exactly(),
 		Run: func(c *cobra.Command, _ []string) {
 			fmt.Fprintln(c.OutOrStdout(), "conenatd", versionText())
 		},

@@ -50,7 +50,7 @@ file that "conenatd run --config" takes. The comment behind each value says wher
 comes from: a line of the file, a flag, or the default. A daemon that runs is not
 asked.`,
 		Example: "  conenatd config --config /etc/conenatd/conenatd.toml\n  conenatd config --lifetime 10m --json",
-		Args:    cobra.NoArgs,
+		Args:    exactly(),
 		RunE: func(c *cobra.Command, _ []string) error {
 			effective, err := flags.Effective()
 			switch {
@@ -80,7 +80,7 @@ conntrack settings, and your own rules. Those can be read by root alone; without
 at the top say what is shown instead. A kernel that lacks a feature gets fewer rules, as
 "conenatd status" says.`,
 		Example: "  sudo conenatd rules --config /etc/conenatd/conenatd.toml",
-		Args:    cobra.NoArgs,
+		Args:    exactly(),
 	}
 	registerFlags(c, &flags)
 	c.RunE = func(c *cobra.Command, _ []string) error {
@@ -108,7 +108,7 @@ func cleanupCommand() *cobra.Command {
 		Long: `Take every trace of a dead daemon of this network namespace out of the kernel,
 whatever its configuration was: expectations, nftables tables, which are known by
 their chain "made_by_conenatd", and flows that nobody answered.`,
-		Args: cobra.NoArgs,
+		Args: exactly(),
 		RunE: func(c *cobra.Command, _ []string) error {
 			n, err := daemon.Cleanup()
 			if running := new(control.RunningError); errors.As(err, &running) {
@@ -133,7 +133,7 @@ func selftestCommand() *cobra.Command {
 		Long: `Try each behaviour with real packets in network namespaces that are made for it,
 and print a line for each, with the reason where it does not work. Needs root and
 the programs ip, nft and conntrack. Nothing of this machine is touched.`,
-		Args: cobra.NoArgs,
+		Args: exactly(),
 		RunE: func(c *cobra.Command, _ []string) error {
 			exe, err := os.Executable()
 			if err != nil {
@@ -157,7 +157,7 @@ func demoCommand() *cobra.Command {
 		Long: `Play the question of 2003 in network namespaces that are made for it: a SIP
 device sends to its proxy's port 5060, and the proxy answers from 5070. Needs
 root and the programs ip, nft and conntrack. Nothing of this machine is touched.`,
-		Args: cobra.NoArgs,
+		Args: exactly(),
 		RunE: func(c *cobra.Command, _ []string) error {
 			return demo.Run(c.OutOrStdout())
 		},

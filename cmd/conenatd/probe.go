@@ -39,7 +39,7 @@ The exit status is 0 if peers that this host has sent to can answer from any por
 they can only from the same port, or if that is not known, 2 with a symmetric NAT, 3
 without an answer from the server, and 78 if the command line is wrong.`,
 		Example: "  conenatd probe --server stun.example.net\n  conenatd probe --server 203.0.113.1:3478 --from 192.168.1.20 --json",
-		Args:    cobra.NoArgs,
+		Args:    exactly(),
 	}
 	fs := c.Flags()
 	fs.StringVar(&server, "server", "", "STUN server, as `host` or host:port; the default of the port is 3478")

@@ -38,7 +38,7 @@ The exit status is 78 if the configuration or the command line is wrong, so that
 no new start can succeed, and 1 for any other error, such as a file that cannot
 be read. Other commands have the same.`,
 		Example: "  conenatd run --subnet 192.168.1.0/24",
-		Args:    cobra.NoArgs,
+		Args:    exactly(),
 	}
 	registerFlags(c, &flags)
 	c.RunE = func(c *cobra.Command, _ []string) error {

@@ -25,7 +25,7 @@ func topCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "top",
 		Short: "Show the permissions on a full screen, and keep it up to date",
-		Args:  cobra.NoArgs,
+		Args:  exactly(),
 	}
 	d := running{socketFlag(c)}
 	c.RunE = func(c *cobra.Command, _ []string) error { return top.Run(c.Context(), d, o) }

@@ -2,6 +2,15 @@ package config
 
 import "strings"
 
+// Nearest returns the one of names of flags that text was probably meant to be, or "".
+func Nearest(text string, flags []string) string {
+	words := make([]string, len(flags))
+	for i, f := range flags {
+		words[i] = strings.ReplaceAll(f, "-", "_")
+	}
+	return strings.ReplaceAll(nearest(text, words), "_", "-")
+}
+
 // nearest returns the one of words that text was probably meant to be, or "". A dash counts
 // as an underscore and a capital as a small letter.
 func nearest(text string, words []string) string {

@@ -100,8 +100,12 @@ func (c *Client) Reload(ctx context.Context) error {
 }
 
 // Revoke ends the permissions that match all words; see Source.Revoke.
-func (c *Client) Revoke(ctx context.Context, words []string) (int, error) {
-	r, err := fetch[result](ctx, c, http.MethodPost, pathRevoke+"?"+url.Values{wordParameter: words}.Encode())
+func (c *Client) Revoke(ctx context.Context, words []Word) (int, error) {
+	query := url.Values{}
+	for _, w := range words {
+		query.Add(wordParameter, w.String())
+	}
+	r, err := fetch[result](ctx, c, http.MethodPost, pathRevoke+"?"+query.Encode())
 	return r.Revoked, err
 }
 
@@ -154,6 +158,8 @@ func (c *Client) explain(err error) error {
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ECONNREFUSED):
 		return fmt.Errorf(`%w (no answer on %s): start it with "conenatd run"`, ErrNotRunning, c.path)
+	case errors.Is(err, unix.EACCES):
+		return fmt.Errorf("ask conenatd: %w: run as root, or as a member of the group of %s", err, c.path)
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("ask conenatd: %w: run as root", err)
 	case errors.As(err, &late) && late.Timeout():

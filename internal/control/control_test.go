@@ -49,9 +49,9 @@ type source struct {
 	each   func(yield func(Permission) bool) error
 }
 
-func (s source) Reload() error                      { return errReload }
-func (s source) Verify() (Verification, error)      { return *s.status.Verification, nil }
-func (s source) Revoke(words []string) (int, error) { return len(words), nil }
+func (s source) Reload() error                    { return errReload }
+func (s source) Verify() (Verification, error)    { return *s.status.Verification, nil }
+func (s source) Revoke(words []Word) (int, error) { return len(words), nil }
 func (s source) Explain(peer, ext netip.AddrPort) (Explanation, error) {
 	return Explanation{
 		Peer: peer.Addr(), PeerPort: peer.Port(), Ext: ext, Verdict: "arrives", To: proxy.Int,
@@ -95,7 +95,7 @@ func TestCommands(t *testing.T) {
 	if err := c.Reload(t.Context()); err == nil || !strings.HasSuffix(err.Error(), errReload.Error()) {
 		t.Errorf("reload: %v, want the daemon's error", err)
 	}
-	if n, err := c.Revoke(t.Context(), []string{"203.0.113.5", "[2001:db8::1]:5060"}); n != 2 || err != nil {
+	if n, err := c.Revoke(t.Context(), []Word{{Addrs: netip.MustParsePrefix("203.0.113.5/32")}, {Endpoint: netip.MustParseAddrPort("[2001:db8::1]:5060")}}); n != 2 || err != nil {
 		t.Errorf("revoke: %d, %v, want 2", n, err)
 	}
 	if n, err := c.Flush(t.Context()); n != 9 || err != nil {

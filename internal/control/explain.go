@@ -26,23 +26,24 @@ type Step struct {
 	Text   string `json:"text"` // for people
 }
 
-// ParsePeer parses an address, or an endpoint; the port is 0 without one.
-func ParsePeer(s string) (netip.AddrPort, error) {
-	if a, err := netip.ParseAddr(s); err == nil {
-		return netip.AddrPortFrom(a.Unmap(), 0), nil
+// ParsePacket parses what explain asks about: the peer, an address, or an endpoint; the port is 0
+// without one; and the outside endpoint.
+func ParsePacket(peer, ext string) (from, to netip.AddrPort, err error) {
+	a, isAddr := parseAddr(peer)
+	from, isEndpoint := parseEndpoint(peer)
+	if isAddr {
+		from = netip.AddrPortFrom(a, 0)
 	}
-	if ap, err := netip.ParseAddrPort(s); err == nil && ap.Port() != 0 {
-		return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port()), nil
+	to, ok := parseEndpoint(ext)
+	switch {
+	case !isAddr && !isEndpoint:
+		return from, to, fmt.Errorf("peer %q: expected an address such as 203.0.113.5, or one with a port, 203.0.113.5:5070", peer)
+	case !ok:
+		return from, to, fmt.Errorf(`outside endpoint %q: expected an address and a port such as 198.51.100.1:5060, as "conenatd list" shows it`, ext)
+	case from.Addr().Is4() != to.Addr().Is4():
+		return from, to, fmt.Errorf("peer %q and outside endpoint %q: expected both of IPv4, or both of IPv6", peer, ext)
 	}
-	return netip.AddrPort{}, fmt.Errorf("peer %q: expected an address such as 203.0.113.5, or one with a port, 203.0.113.5:5070", s)
-}
-
-// ParseExt parses an outside endpoint.
-func ParseExt(s string) (netip.AddrPort, error) {
-	if ap, err := netip.ParseAddrPort(s); err == nil && ap.Port() != 0 {
-		return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port()), nil
-	}
-	return netip.AddrPort{}, fmt.Errorf(`outside endpoint %q: expected an address and a port such as 198.51.100.1:5060, as "conenatd list" shows it`, s)
+	return from, to, nil
 }
 
 // Inactive says in words why a permission does not stand.

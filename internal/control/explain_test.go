@@ -13,9 +13,9 @@ import (
 // Fails when an endpoint loses its port on the way, or an address gets one.
 func TestExplainIsAskedAndAnswered(t *testing.T) {
 	path, _ := start(t, source{full, these(nil)})
-	ext := netip.MustParseAddrPort("198.51.100.1:5060")
 	for _, peer := range []string{"203.0.113.5", "203.0.113.5:5070", "2001:db8::5", "[2001:db8::5]:5070"} {
-		from, err := ParsePeer(peer)
+		to := map[bool]string{false: "198.51.100.1:5060", true: "[2001:db8::1]:5060"}[strings.Count(peer, ":") > 1]
+		from, ext, err := ParsePacket(peer, to)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -35,6 +35,8 @@ func TestWrongQuestionsAreRefused(t *testing.T) {
 		"peer=a&ext=198.51.100.1:1":                    `peer "a": expected an address`,
 		"peer=203.0.113.5:0&ext=1.2.3.4:1":             `peer "203.0.113.5:0"`,
 		"peer=203.0.113.5&ext=198.51.100.1":            `outside endpoint "198.51.100.1": expected`,
+		"peer=2001:db8::5&ext=1.2.3.4:1":               "both of IPv4, or both of IPv6",
+		"peer=fe80::1%25wan0&ext=[2001:db8::1]:1":      `peer "fe80::1`,
 		"peer=203.0.113.5&ext=1.2.3.4:1&x=":            "and no other",
 		"peer=203.0.113.5&ext=1.2.3.4:1&ext=1.2.3.4:2": `one "ext"`,
 	} {

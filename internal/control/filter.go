@@ -18,21 +18,22 @@ type Filter struct {
 
 // SetHost selects the permissions of a host, or of all hosts of a prefix.
 func (f *Filter) SetHost(text string) (err error) {
-	f.Host, err = prefix("host", text)
+	f.Host, err = parseAddrs("host", text, "")
 	return err
 }
 
 // SetPeer selects the permissions that admit an address, or an address of a prefix.
 func (f *Filter) SetPeer(text string) (err error) {
-	f.Peer, err = prefix("peer", text)
+	f.Peer, err = parseAddrs("peer", text, "")
 	return err
 }
 
 // SetSubnet selects the permissions of the hosts of a subnet.
 func (f *Filter) SetSubnet(text string) (err error) {
-	if f.Subnet, err = netip.ParsePrefix(text); err != nil {
-		err = fmt.Errorf("subnet %q: expected a prefix such as 192.168.1.0/24", text)
+	if _, is := parseAddr(text); is {
+		return fmt.Errorf("subnet %q: expected a prefix such as 192.168.1.0/24; --host takes an address", text)
 	}
+	f.Subnet, err = parseAddrs("subnet", text, "")
 	return err
 }
 
@@ -44,18 +45,6 @@ func (f *Filter) SetState(text string) error {
 		return nil
 	}
 	return fmt.Errorf("state %q: expected standing, refused or waiting", text)
-}
-
-// prefix parses an address or a prefix.
-func prefix(what, text string) (netip.Prefix, error) {
-	if a, err := netip.ParseAddr(text); err == nil {
-		return netip.PrefixFrom(a, a.BitLen()), nil
-	}
-	p, err := netip.ParsePrefix(text)
-	if err != nil {
-		err = fmt.Errorf("%s %q: expected an address such as 192.0.2.1, or a prefix such as 192.0.2.0/24", what, text)
-	}
-	return p, err
 }
 
 // Selects reports whether the filter selects p.

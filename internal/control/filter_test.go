@@ -23,6 +23,7 @@ func TestFilters(t *testing.T) {
 		{func(*Filter) error { return nil }, []int{0, 1, 2}},
 		{func(f *Filter) error { return f.SetHost("10.47.12.20") }, []int{1}},
 		{func(f *Filter) error { return f.SetHost("10.47.0.0/16") }, []int{0, 1}},
+		{func(f *Filter) error { return f.SetHost("::ffff:10.47.12.20") }, []int{1}},
 		{func(f *Filter) error { return f.SetPeer("192.0.2.77") }, []int{1}},
 		{func(f *Filter) error { return f.SetPeer("192.0.0.0/8") }, []int{1}},
 		{func(f *Filter) error { return f.SetPeer("2001:db8:5::5") }, []int{2}},
@@ -47,6 +48,8 @@ func TestFilters(t *testing.T) {
 	var f Filter
 	for want, err := range map[string]error{
 		`host "x": expected`: f.SetHost("x"), `peer "": expected`: f.SetPeer(""), `subnet "10.0.0.1": expected`: f.SetSubnet("10.0.0.1"),
+		`host "10.47.11.5/24": expected a prefix without host bits; did you mean 10.47.11.0/24, or 10.47.11.5?`: f.SetHost("10.47.11.5/24"),
+		`host "fe80::1%lan0": expected`: f.SetHost("fe80::1%lan0"), `peer "::ffff:10.0.0.0/104": expected`: f.SetPeer("::ffff:10.0.0.0/104"),
 		`state "up": expected standing`: f.SetState("up"),
 	} {
 		if err == nil || !strings.HasPrefix(err.Error(), want) {

@@ -58,7 +58,7 @@ type Source interface {
 	// Revoke ends the permissions that match all words and returns how many ended. There is
 	// at least one word. A word is an address (inside, outside or peer) or an endpoint
 	// (inside or outside).
-	Revoke(words []string) (int, error)
+	Revoke(words []Word) (int, error)
 	// Flush ends all permissions and returns how many ended.
 	Flush() (int, error)
 }
@@ -161,14 +161,22 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // fewer words there are, the more permissions a revoke ends.
 func (h handler) revoke(w http.ResponseWriter, r *http.Request) {
 	query, err := url.ParseQuery(r.URL.RawQuery)
-	words := query[wordParameter]
 	switch {
 	case err != nil:
 		fail(w, http.StatusBadRequest, "revoke: %w", err)
 		return
-	case len(words) == 0 || len(query) > 1:
+	case len(query[wordParameter]) == 0 || len(query) > 1:
 		fail(w, http.StatusBadRequest, "revoke: expected one parameter %q or more, and no other; %s ends all permissions", wordParameter, pathFlush)
 		return
+	}
+	var words []Word
+	for _, text := range query[wordParameter] {
+		word, err := ParseWord(text)
+		if err != nil {
+			fail(w, http.StatusBadRequest, "%w", err)
+			return
+		}
+		words = append(words, word)
 	}
 	n, err := h.src.Revoke(words)
 	answer(w, result{n}, err)
@@ -180,12 +188,7 @@ func (h handler) explain(w http.ResponseWriter, r *http.Request) {
 		fail(w, http.StatusBadRequest, "explain: expected one parameter %q and one %q, and no other", peerParameter, extParameter)
 		return
 	}
-	peer, err := ParsePeer(query.Get(peerParameter))
-	if err != nil {
-		fail(w, http.StatusBadRequest, "explain: %w", err)
-		return
-	}
-	ext, err := ParseExt(query.Get(extParameter))
+	peer, ext, err := ParsePacket(query.Get(peerParameter), query.Get(extParameter))
 	if err != nil {
 		fail(w, http.StatusBadRequest, "explain: %w", err)
 		return

@@ -118,9 +118,12 @@ func TestTheClientSaysWhatWouldMendIt(t *testing.T) {
 	if err := Dial("/x").explain(os.ErrDeadlineExceeded); !strings.Contains(err.Error(), "no answer on /x within 1m0s: it is stopped") {
 		t.Error(err)
 	}
-	for _, errno := range []unix.Errno{unix.EACCES, unix.EPERM} {
+	for errno, want := range map[unix.Errno]string{
+		unix.EACCES: ": run as root, or as a member of the group of /x",
+		unix.EPERM:  ": run as root",
+	} {
 		err := Dial("/x").explain(&os.SyscallError{Syscall: "connect", Err: errno})
-		if !strings.HasSuffix(err.Error(), ": run as root") {
+		if !strings.HasSuffix(err.Error(), want) {
 			t.Error(err)
 		}
 	}
@@ -139,6 +142,10 @@ func TestARevokeThatIsNotWholeEndsNothing(t *testing.T) {
 		"another parameter":   "?words=203.0.113.5",
 		"one too many":        "?word=203.0.113.5&peer=203.0.113.6",
 		"a word that is lost": "?word=203.0.113.5&word=%zz",
+		"a word that is none": "?word=203.0.113.5&word=phone",
+		"host bits":           "?word=10.47.11.5/24",
+		"a port that is none": "?word=10.47.11.5:0",
+		"a zone":              "?word=fe80::1%25wan0",
 	} {
 		conn := connect(t, path)
 		if _, err := io.WriteString(conn, "POST /v1/revoke"+query+" HTTP/1.1\r\nHost: c\r\n\r\n"); err != nil {
@@ -165,7 +172,7 @@ type unrevoked struct {
 	t *testing.T
 }
 
-func (u unrevoked) Revoke(words []string) (int, error) {
+func (u unrevoked) Revoke(words []Word) (int, error) {
 	u.t.Errorf("revoked: %q", words)
 	return 0, nil
 }

@@ -9,6 +9,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/gateway"
 )
 
@@ -164,26 +165,13 @@ func unchangeable(old, next config.Config) error {
 	return errors.Join(errs...)
 }
 
-// Revoke ends the permissions that fit all words (control.Source).
-func (s *shared) Revoke(words []string) (n int, err error) {
-	var tests []func(*cone.Permission) bool
-	for _, w := range words {
-		test, err := fits(w)
-		if err != nil {
-			return 0, err
-		}
-		tests = append(tests, test)
-	}
-	if len(tests) == 0 {
-		return 0, errors.New("revoke: expected an address or an endpoint")
+// Revoke ends the permissions that match all words (control.Source).
+func (s *shared) Revoke(words []control.Word) (n int, err error) {
+	if len(words) == 0 {
+		return 0, errors.New("revoke: expected an address or an endpoint") // none would match all
 	}
 	n, err = s.revoke(func(p *cone.Permission) bool {
-		for _, fits := range tests {
-			if !fits(p) {
-				return false
-			}
-		}
-		return true
+		return !slices.ContainsFunc(words, func(w control.Word) bool { return !matches(w, p) })
 	})
 	if err == nil {
 		s.log.Info("permissions revoked by command", "words", words, "count", n)
@@ -218,26 +206,21 @@ func (s *shared) revoke(fits func(*cone.Permission) bool) (n int, err error) {
 	return n, nil
 }
 
-// fits returns the test for a word: an address (inside, outside or peer), a prefix of such
-// addresses, or an endpoint (inside or outside).
-func fits(word string) (func(*cone.Permission) bool, error) {
-	if a, err := netip.ParseAddr(word); err == nil {
-		addr := cone.AddrFrom(a)
-		return func(p *cone.Permission) bool {
-			return p.Int.Addr == addr || p.Ext.Addr == addr || p.Peers().Bits() > 0 && p.Peers().Contains(a)
-		}, nil
+// matches reports whether a word selects p: an address (inside, outside or peer), a prefix of such
+// addresses, or an endpoint (inside or outside). Permissions for anybody are
+// those of no peer.
+func matches(w control.Word, p *cone.Permission) bool {
+	peers := p.Peers()
+	switch {
+	case !w.Addrs.IsValid():
+		e := cone.EndpointFrom(w.Endpoint)
+		return p.Int == e || p.Ext == e
+	case w.Addrs.Contains(p.Int.Addr.Netip()) || w.Addrs.Contains(p.Ext.Addr.Netip()):
+		return true
+	case w.Addrs.IsSingleIP():
+		return peers.Bits() > 0 && peers.Contains(w.Addrs.Addr())
 	}
-	if ap, err := netip.ParseAddrPort(word); err == nil {
-		e := cone.EndpointFrom(ap)
-		return func(p *cone.Permission) bool { return p.Int == e || p.Ext == e }, nil
-	}
-	if prefix, err := netip.ParsePrefix(word); err == nil {
-		return func(p *cone.Permission) bool {
-			peers := p.Peers()
-			return prefix.Contains(p.Int.Addr.Netip()) || prefix.Contains(p.Ext.Addr.Netip()) || prefix.Bits() <= peers.Bits() && prefix.Contains(peers.Addr())
-		}, nil
-	}
-	return nil, fmt.Errorf("revoke %q: expected an address such as 203.0.113.5, a prefix such as 203.0.113.0/24, or an endpoint such as 198.51.100.1:5060", word)
+	return w.Addrs.Bits() <= peers.Bits() && w.Addrs.Contains(peers.Addr())
 }
 
 func prefixes(subnets []config.Subnet) []netip.Prefix {
