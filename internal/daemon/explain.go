@@ -283,6 +283,9 @@ func (c *packetCase) steps(say func(s step, r result, format string, args ...any
 	case !c.owned && !c.routed && c.forward == nil:
 		say(stepAddress, resultDrops, "%v is no address of this gateway, and no inside link leads to it", c.ext.Addr())
 		return to, verdictLost
+	case c.martian():
+		say(stepAddress, resultDrops, "%v is no source of a packet from outside: the kernel drops such a packet", c.peer.Addr())
+		return to, verdictLost
 	case c.inside:
 		say(stepAddress, resultDrops, "%v is in an enabled subnet: a packet with this source that comes from outside is spoofed", c.peer.Addr())
 		return to, verdictLost
