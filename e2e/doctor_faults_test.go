@@ -28,6 +28,12 @@ const iptablesEstablished = `*filter
 COMMIT
 `
 
+// guestsOnly is the forward chain of a gateway that forgot its inside network.
+var guestsOnly = strings.Replace(established, "lan0", "guest0", 1)
+
+// iptablesGuestsOnly is the same for iptables and ip6tables.
+var iptablesGuestsOnly = strings.Replace(iptablesEstablished, "lan0", "guest0", 1)
+
 // loads returns a function that loads rules of iptables, or of nft if variant is empty.
 func loads(variant, rules string) func(s *scene) {
 	return func(s *scene) {
@@ -99,7 +105,9 @@ var noRules = lab.Options{Rules: lab.NoRules}
 const (
 	dnatIn         = "-i wan0 -p udp -d 10.47.11.0/24 -m conntrack --ctstate DNAT -j ACCEPT"
 	relatedIn      = "-i wan0 -p udp -d 2001:db8:47::/64 -m conntrack --ctstate RELATED -j ACCEPT"
+	udpOut         = "-i lan0 -o wan0 -p udp -s 10.47.11.0/24 -j ACCEPT"
 	dropped        = "children_dropped"
+	blocked        = "hosts_blocked"
 	noRule         = "subnet_not_translated"
 	byMap          = "backend = \"nft\"\n"
 	largeGroup     = "peer_groups = [\"203.0.113.0/24\"]\n"
@@ -183,6 +191,40 @@ var faults = map[string]fault{
 	"ip6tables-legacy drops children": {
 		id: dropped, options: lab.Options{IPv6: true, Rules: lab.NoRules}, running: true, lost: true, prefix: lab.InsideNet6.String(), subnet: routed,
 		set: loads6(lab.IPTablesLegacy, iptablesEstablished), line: "ip6tables-legacy -I FORWARD " + relatedIn,
+	},
+
+	// Forward chains that let nothing out.
+	"nft blocks hosts": {
+		id: blocked, about: "10.47.11.0/24", options: lab.Options{Rules: lab.Masquerade + guestsOnly}, running: true, cut: true,
+		line: `nft 'insert rule inet filter forward iifname "lan0" oifname "wan0" meta l4proto udp ip saddr 10.47.11.0/24 accept'`,
+	},
+	"nft blocks hosts, without a daemon": {
+		id: blocked, about: "10.47.11.0/24", options: lab.Options{Rules: lab.Masquerade + guestsOnly}, cut: true,
+		line: `nft 'insert rule inet filter forward iifname "lan0" oifname "wan0" meta l4proto udp ip saddr 10.47.11.0/24 accept'`,
+	},
+	"iptables-nft blocks hosts": {
+		id: blocked, options: noRules, running: true, cut: true, set: loads(lab.IPTablesNFT, lab.IPTablesMasquerade+iptablesGuestsOnly),
+		line: "iptables-nft -I FORWARD " + udpOut,
+	},
+	"iptables-legacy blocks hosts": {
+		id: blocked, options: noRules, running: true, cut: true, set: loads(lab.IPTablesLegacy, lab.IPTablesMasquerade+iptablesGuestsOnly),
+		line: "iptables-legacy -I FORWARD " + udpOut,
+	},
+	"ip6tables-nft blocks hosts": {
+		id: blocked, options: lab.Options{IPv6: true, Rules: lab.NoRules}, running: true, prefix: lab.InsideNet6.String(), subnet: routed,
+		set: loads6(lab.IPTablesNFT, iptablesGuestsOnly), line: "ip6tables-nft -I FORWARD -i lan0 -o wan0 -p udp -s 2001:db8:47::/64 -j ACCEPT",
+	},
+	"ufw blocks hosts": {
+		id: blocked, options: noRules, running: true, cut: true, set: loadsFirewall(lab.IPTablesNFT, "ufw.iptables", "-i lan0"),
+		line: "iptables-nft -I ufw-before-forward " + udpOut,
+	},
+	"Docker blocks hosts": {
+		id: blocked, options: noRules, running: true, cut: true, set: loadsFirewall(lab.IPTablesNFT, "docker.iptables", "-i lan0"),
+		line: "iptables-nft -I DOCKER-USER " + udpOut,
+	},
+	"fw4 blocks hosts": {
+		id: blocked, options: noRules, running: true, cut: true, set: loadsFirewall("", "fw4.nft", "fw4: accept wan IPv4"),
+		line: `nft 'insert rule inet fw4 forward iifname "lan0" oifname "wan0" meta l4proto udp ip saddr 10.47.11.0/24 accept'`,
 	},
 
 	// Source NAT.

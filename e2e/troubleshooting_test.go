@@ -115,6 +115,11 @@ var ailments = map[string]ailment{
 		later:   func(a *ailing) { contacts(5, 1)(a.scene) }, cured: hears,
 	},
 	"`list` is empty, and hosts reach nobody": {options: masqueraded, set: sets("sysctl -w net.ipv4.ip_forward=0"), cured: hears},
+	"`list` is empty, and the firewall lets nothing out": {
+		options: lab.Options{Rules: lab.Masquerade + strings.Replace(established, `established accept
+		iifname "lan0"`, `established,related accept; ct status dnat accept
+		iifname "guest0"`, 1)}, cured: hears,
+	},
 	"`list` is empty, and the subnet is mistyped": {
 		options: masqueraded, config: "[[subnet]]\nprefix = \"192.168.1.0/24\"\n", cured: hears,
 	},

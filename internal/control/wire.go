@@ -153,6 +153,14 @@ type Subnet struct {
 	Mapping string  `json:"mapping"`
 	Hairpin bool    `json:"hairpin"` // its hosts reach each other by outside endpoints
 	Carried Carried `json:"carried"`
+	Blocked Blocked `json:"blocked"`
+}
+
+// Blocked names the chain of the user's firewall that drops all that hosts of a subnet send outside,
+// if there is one.
+type Blocked struct {
+	Chain string `json:"chain,omitempty"`
+	Hook  string `json:"hook,omitempty"` // forward or prerouting
 }
 
 // Carried says what carries the permissions of a subnet, and why.

@@ -51,6 +51,11 @@ func (q childQuestion) of(peers netip.Prefix) ([]userrules.ChildVerdicts, error)
 	return q.ChildrenOf(peers, q.outside, q.inside, q.subnets)
 }
 
+// blockers returns what keeps the hosts of each of the subnets from sending outside.
+func (q childQuestion) blockers() ([]userrules.Blocker, error) {
+	return q.Blockers(q.outside, q.inside, q.subnets)
+}
+
 // mostGroupsAsked is about how many peer groups the rules are asked: each question goes through
 // all rules, which takes tens of milliseconds if there are thousands.
 const mostGroupsAsked = 8

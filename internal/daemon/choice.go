@@ -54,11 +54,12 @@ type decision struct {
 	why      why
 	err      error // why the rules could not be read
 	evidence []control.Evidence
-	warning  string         // for the user, if there is something for him to do
-	zoned    bool           // the warning is about conntrack zones
-	mapLost  bool           // children of the map are dropped, though expectations carry the subnet
-	shut     []netip.Prefix // hosts to which the firewall lets no forward of the user's through
-	spared   []netip.Prefix // peer groups whose children pass all the same, as far as is known
+	warning  string            // for the user, if there is something for him to do
+	zoned    bool              // the warning is about conntrack zones
+	mapLost  bool              // children of the map are dropped, though expectations carry the subnet
+	shut     []netip.Prefix    // hosts to which the firewall lets no forward of the user's through
+	spared   []netip.Prefix    // peer groups whose children pass all the same, as far as is known
+	blocker  userrules.Blocker // of all that its hosts send outside
 	// elsewhere says that children are lost though the chains that are read accept most of them.
 	elsewhere bool
 }
@@ -69,15 +70,26 @@ func (d *decision) chain() userrules.Dropper {
 	case relatedAccepted, bothDropped, dnatDropped, relatedDropped:
 		return d.Dropper()
 	}
-	return d.blocker()
+	return d.blamed()
 }
 
-// blocker names the chain that drops flows if the user is warned of it, whatever why says.
-func (d *decision) blocker() userrules.Dropper {
+// blamed names the chain that drops flows if the user is warned of it, whatever why says.
+func (d *decision) blamed() userrules.Dropper {
 	if d.warning == "" {
 		return userrules.Dropper{}
 	}
 	return d.Dropper()
+}
+
+// blocked is what status shows of the blocker.
+func (d decision) blocked() control.Blocked {
+	switch {
+	case d.blocker.Chain == "":
+		return control.Blocked{}
+	case d.blocker.Forward:
+		return control.Blocked{Chain: d.blocker.Chain, Hook: "forward"}
+	}
+	return control.Blocked{Chain: d.blocker.Chain, Hook: "prerouting"}
 }
 
 // A why is the identifier (docs/control.md) of the reason for a decision.
@@ -99,12 +111,15 @@ const (
 // decide returns what carries the permissions of each subnet, judging by what the user's chains
 // of the prerouting and forward hooks do with children.
 func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.Prefix]decision {
-	verdicts := make([]userrules.ChildVerdicts, len(cfg.Subnets))
+	verdicts, blockers := make([]userrules.ChildVerdicts, len(cfg.Subnets)), make([]userrules.Blocker, len(cfg.Subnets))
 	q, unread := f.children(network, prefixes(cfg.Subnets))
 	if unread == nil && len(q.outside) > 0 {
 		var found []userrules.ChildVerdicts
 		if found, unread = q.of(netip.Prefix{}); unread == nil {
 			verdicts = found
+		}
+		if found, err := q.blockers(); err == nil && !f.withVRF { // a VRF takes the place of its links
+			blockers = found
 		}
 	}
 	shut := f.shutTo(cfg, network)
@@ -129,6 +144,7 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 			d.spared = q.only(i).spared(largeGroups(cfg), v.MostDNATed)
 		}
 		d.shut = slices.DeleteFunc(slices.Clone(shut), func(h netip.Prefix) bool { return !s.Prefix.Overlaps(h) })
+		d.blocker = blockers[i]
 		all[s.Prefix] = d
 	}
 	return all
@@ -329,9 +345,9 @@ func (l *loop) carried(s config.Subnet) control.Carried {
 	x, known := l.decisions[s.Prefix]
 	switch {
 	case !translated(s):
-		return carriedBy(cone.ByExpectation.String(), notMappable, x.blocker())
+		return carriedBy(cone.ByExpectation.String(), notMappable, x.blamed())
 	case l.backends.carriers().Carriers() != cone.AllCarriers || !known:
-		return carriedBy(l.backends.String(), onlyBackend, x.blocker())
+		return carriedBy(l.backends.String(), onlyBackend, x.blamed())
 	}
 	c := carriedBy(l.carriers(x.Choice).String(), x.why, x.chain())
 	c.Evidence = x.evidence

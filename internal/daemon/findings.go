@@ -110,6 +110,9 @@ func (w *warnings) addDecisions(cfg config.Config, decisions map[netip.Prefix]de
 		case x.warning != "":
 			w.add(warnChildrenDropped, s.Prefix.String(), "%s", x.warning)
 		}
+		if by := x.blocker.Chain; by != "" {
+			w.add(warnHostsBlocked, s.Prefix.String(), "your firewall drops all that hosts of %v send outside: %s; let it accept UDP flows that they begin", s.Prefix, by)
+		}
 		w.addMapLost(cfg, s, &x, alone(s.Prefix))
 	}
 	if unread != nil {

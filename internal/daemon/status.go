@@ -83,7 +83,7 @@ func (l *loop) maps() bool { return l.tables.Mapping.On && !l.applied.NotInForce
 func (l *loop) subnet(s config.Subnet) control.Subnet {
 	c := control.Subnet{
 		Prefix: s.Prefix, Routed: s.Routed, Filtering: s.Filtering.String(), Mapping: config.KernelMapping.String(),
-		Carried: l.carried(s),
+		Carried: l.carried(s), Blocked: l.decisions[s.Prefix].blocked(),
 	}
 	if l.maps() {
 		if s.Mapping == config.EndpointIndependentMapping {

@@ -35,6 +35,7 @@ const (
 	warnPoolUsedUp      warningID = "pool_used_up"
 	warnChainsUnread    warningID = "forward_chains_unread"
 	warnChildrenDropped warningID = "children_dropped" // about is the subnet
+	warnHostsBlocked    warningID = "hosts_blocked"    // about is the subnet
 	warnPacketsInZone   warningID = "packets_in_zone"  // about is the subnet
 	warnSecondZone      warningID = "second_zone"      // about is the subnet
 	warnSeveralZones    warningID = "several_zones"    // about is the subnet

@@ -102,7 +102,7 @@ func (f *Facts) accept(chain string, s control.Subnet) (lines []Line, keep strin
 		return lines, fmt.Sprintf("write '%s' into /etc/conenatd.nft, and a 'config include' for it into /etc/config/firewall "+
 			"(type nftables, position chain-pre, chain %s)", rule, name) + keep
 	}
-	return lines, "write the rule into /etc/nftables.conf, too, or wherever these rules come from" + keep
+	return lines, saveNFT + keep
 }
 
 // acceptEarly returns the lines that let children of the subnet pass a chain of prerouting before
@@ -119,12 +119,12 @@ func (f *Facts) acceptEarly(s control.Subnet, inMap bool) (lines []Line, keep st
 	program, table := iptables(title, name)
 	if program == "" {
 		rule := iifname(f.Status.Outside) + "meta l4proto udp ct state related accept"
-		return []Line{nft("insert rule %s %s %s", title, name, rule)}, "write the rule into /etc/nftables.conf, too, or wherever these rules come from" + behind
+		return []Line{nft("insert rule %s %s %s", title, name, rule)}, saveNFT + behind
 	}
 	for _, link := range f.Status.Outside {
 		lines = append(lines, Line{Shell, fmt.Sprintf("%s -t %s -I %s -i %s -p udp -m conntrack --ctstate RELATED -j ACCEPT", program, table, name, quote(link))})
 	}
-	return lines, "save the rules as your system does, for example with 'netfilter-persistent save'" + behind
+	return lines, saveIPTables + behind
 }
 
 // alsoForwards says what a line opens beside children.
@@ -149,12 +149,24 @@ func iptables(title, chain string) (program, table string) {
 }
 
 func (f *Facts) acceptIPTables(title, program, table, chain string, subnet netip.Prefix, translated bool) (lines []Line, keep string) {
-	state, six, also := "DNAT", "", alsoForwards
-	if strings.HasPrefix(program, "ip6") {
-		six = "6"
-	}
+	state, also := "DNAT", alsoForwards
 	if !translated {
 		state, also = "RELATED", ""
+	}
+	var matches []string
+	for _, link := range f.Status.Outside {
+		matches = append(matches, fmt.Sprintf("-i %s -p udp -d %v -m conntrack --ctstate %s", quote(link), subnet, state))
+	}
+	lines, keep = f.insertIPTables(title, program, table, chain, matches)
+	return lines, keep + also
+}
+
+// insertIPTables returns the lines that accept what matches say, where the firewall leaves rules of
+// the user's alone.
+func (f *Facts) insertIPTables(title, program, table, chain string, matches []string) (lines []Line, keep string) {
+	six := ""
+	if strings.HasPrefix(program, "ip6") {
+		six = "6"
 	}
 	ufw := "ufw" + six + "-before-forward"
 	atUFW := f.Rules.Chains[title+" "+ufw]
@@ -170,8 +182,8 @@ func (f *Facts) acceptIPTables(title, program, table, chain string, subnet netip
 		option = "-t " + table + " "
 	}
 	var rules []string
-	for _, link := range f.Status.Outside {
-		rule := fmt.Sprintf("%s -i %s -p udp -d %v -m conntrack --ctstate %s -j ACCEPT", chain, quote(link), subnet, state)
+	for _, match := range matches {
+		rule := fmt.Sprintf("%s %s -j ACCEPT", chain, match)
 		lines = append(lines, Line{Shell, fmt.Sprintf("%s %s-I %s", program, option, rule)})
 		rules = append(rules, "'-A "+rule+"'")
 	}
@@ -181,10 +193,44 @@ func (f *Facts) acceptIPTables(title, program, table, chain string, subnet netip
 	case atDocker:
 		keep = "Docker leaves its chain DOCKER-USER alone; run the line at each boot"
 	default:
-		keep = "save the rules as your system does, for example with 'netfilter-persistent save'"
+		keep = saveIPTables
 	}
-	return lines, keep + also
+	return lines, keep
 }
+
+// acceptOut returns the lines that let UDP flows of the subnet out by a chain of the forward hook.
+// There is none for firewalld, whose zones have policies for that.
+func (f *Facts) acceptOut(by control.Blocked, subnet netip.Prefix) (lines []Line, keep string) {
+	title, name, ok := cutLast(by.Chain)
+	if !ok || title == "inet firewalld" || by.Hook != "forward" || len(f.Inside) == 0 {
+		return nil, ""
+	}
+	if program, table := iptables(title, name); program != "" {
+		var matches []string
+		for _, in := range f.Inside {
+			for _, out := range f.Status.Outside {
+				matches = append(matches, fmt.Sprintf("-i %s -o %s -p udp -s %v", quote(in), quote(out), subnet))
+			}
+		}
+		return f.insertIPTables(title, program, table, name, matches)
+	}
+	family := "ip"
+	if subnet.Addr().Is6() {
+		family = "ip6"
+	}
+	keep = saveNFT
+	if title == "inet fw4" {
+		keep = "write a 'config forwarding' from the zone of the hosts to the zone of the uplink into /etc/config/firewall"
+	}
+	rule := fmt.Sprintf("%s%smeta l4proto udp %s saddr %v accept", ifname("iifname", f.Inside), ifname("oifname", f.Status.Outside), family, subnet)
+	return []Line{nft("insert rule %s %s %s", title, name, rule)}, keep
+}
+
+// How to keep rules that were added by hand.
+const (
+	saveIPTables = "save the rules as your system does, for example with 'netfilter-persistent save'"
+	saveNFT      = "write the rule into /etc/nftables.conf, too, or wherever these rules come from"
+)
 
 // masquerade returns the lines that translate a subnet on a link.
 func (f *Facts) masquerade(subnet netip.Prefix, link string) (lines []Line, keep string) {
@@ -202,7 +248,7 @@ func (f *Facts) masquerade(subnet netip.Prefix, link string) (lines []Line, keep
 		if f.Rules.Tables[legacyFilter] || f.Rules.Tables["iptables-legacy nat"] {
 			program = "iptables-legacy"
 		}
-		keep = "save the rules as your system does, for example with 'netfilter-persistent save'"
+		keep = saveIPTables
 		if fw == UFW {
 			keep = fmt.Sprintf("write '-A POSTROUTING -s %v -o %s -j MASQUERADE' into a *nat part of /etc/ufw/before.rules", subnet, link)
 		}
@@ -218,14 +264,17 @@ func nft(format string, args ...any) Line {
 }
 
 // iifname matches packets that come by the links.
-func iifname(links []string) string {
+func iifname(links []string) string { return ifname("iifname", links) }
+
+// ifname matches packets by one of their links.
+func ifname(key string, links []string) string {
 	switch len(links) {
 	case 0:
 		return ""
 	case 1:
-		return fmt.Sprintf(`iifname "%s" `, links[0])
+		return fmt.Sprintf("%s \"%s\" ", key, links[0])
 	}
-	return fmt.Sprintf(`iifname { "%s" } `, strings.Join(links, `", "`))
+	return fmt.Sprintf("%s { \"%s\" } ", key, strings.Join(links, `", "`))
 }
 
 // quote makes one word of s for a shell.

@@ -75,6 +75,15 @@ func letIn(f *Facts, d control.Finding) ([]Line, string) {
 	return f.accept(s.Carried.Chain, s)
 }
 
+// letOut lets what hosts of the finding's subnet send pass the chain that drops it.
+func letOut(f *Facts, d control.Finding) ([]Line, string) {
+	i := slices.IndexFunc(f.Status.Subnets, func(s control.Subnet) bool { return s.Prefix.String() == d.About })
+	if i < 0 {
+		return nil, ""
+	}
+	return f.acceptOut(f.Status.Subnets[i].Blocked, f.Status.Subnets[i].Prefix)
+}
+
 // outOfZone lets children of the finding's subnet in, which come in a zone without expectations:
 // by the map, if it can have them.
 func outOfZone(f *Facts, d control.Finding) ([]Line, string) {
@@ -121,6 +130,7 @@ var meanings = []meaning{
 	{id: "pool_used_up", severity: Warning, why: "some hosts have an outside port for each peer, as behind a symmetric NAT", flows: true},
 	{id: "forward_chains_unread", severity: Warning, why: "conenatd learns only from lost packets what your firewall drops"},
 	{id: "children_dropped", severity: Error, why: "what a peer sends from another port is lost, although it is permitted", fix: letIn},
+	{id: "hosts_blocked", severity: Error, why: "no flow begins, so no permission arises, and hosts reach nobody", fix: letOut},
 	{id: "packets_in_zone", severity: Error, why: "what a peer sends from another port is lost, although it is permitted", fix: outOfZone, flows: true},
 	{id: "no_carrier", severity: Error, why: "nothing gets in that these flows would permit", fix: set(File, `backend = "auto"`)},
 	{id: "second_zone", severity: Error, why: "the second pass drops what a permission admitted in the first", fix: set(Subnets, "routed = true"), flows: true},

@@ -15,6 +15,7 @@ func TestVerdict(t *testing.T) {
 	}
 	dropped := control.Finding{ID: "children_dropped", About: "10.47.12.0/24", Text: "your firewall drops the flows of peers: inet f forward; let it"}
 	noNAT := control.Finding{ID: "no_source_nat", About: "10.47.11.0/24", Text: "no source NAT: 3 flows"}
+	blocked := control.Finding{ID: "hosts_blocked", About: "10.47.13.0/24", Text: "your firewall drops all that hosts send outside: inet f forward; let it"}
 	open := control.Finding{ID: "subnet_open", About: "10.47.11.0/24", Text: "subnet is open"}
 	off := control.Finding{ID: "events_off", Text: "the kernel sends no conntrack events: permissions come late"}
 	wan := []string{"wan0"}
@@ -27,6 +28,7 @@ func TestVerdict(t *testing.T) {
 		{three, wan, nil, "works"},
 		{three, wan, []control.Finding{open}, "works"},
 		{three, wan, []control.Finding{dropped, open}, "works for 2 of 3 subnets: 10.47.12.0/24: your firewall drops the flows of peers"},
+		{three, wan, []control.Finding{blocked}, "works for 2 of 3 subnets: 10.47.13.0/24: your firewall drops all that hosts send outside"},
 		{three[:2], wan, []control.Finding{dropped, noNAT}, "does not work: 10.47.11.0/24: no source NAT; 10.47.12.0/24: your firewall drops the flows of peers"},
 		{three, wan, []control.Finding{off}, "works in part: the kernel sends no conntrack events"},
 		{three, nil, nil, "does not work: there is no outside link"},

@@ -129,6 +129,13 @@ func report(rs *Ruleset) string {
 		line("children of %v: DNATed %v, most %v; RELATED %v, most %v; by %q", subnets[i], v.DNATed, v.MostDNATed, v.Related, v.MostRelated, v.Dropper().Chain)
 	}
 	line("children %v", err)
+	for _, in := range []Link{lan, {Index: 1<<20 + 2, Name: "guest0"}} {
+		blockers, err := rs.Blockers([]Link{wan}, []Link{in, in}, subnets)
+		for i, by := range blockers {
+			line("hosts of %v behind %s: blocked by %q, in forward %v", subnets[i], in.Name, by.Chain, by.Forward)
+		}
+		line("hosts %v", err)
+	}
 	return b.String()
 }
 
