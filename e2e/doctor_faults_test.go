@@ -108,7 +108,7 @@ const (
 	udpOut         = "-i lan0 -o wan0 -p udp -s 10.47.11.0/24 -j ACCEPT"
 	dropped        = "children_dropped"
 	blocked        = "hosts_blocked"
-	noRule         = "subnet_not_translated"
+	noRule         = "no_source_nat"
 	byMap          = "backend = \"nft\"\n"
 	largeGroup     = "peer_groups = [\"203.0.113.0/24\"]\n"
 	oneOutsidePort = "mapping = \"endpoint_independent\"\n"
@@ -249,6 +249,11 @@ var faults = map[string]fault{
 	"fw4 does not translate": {
 		id: noRule, options: noRules, running: true, cut: true, set: loadsFirewall("", "fw4.nft", "jump srcnat_wan"),
 		line: `nft 'insert rule inet fw4 srcnat oifname "wan0" ip saddr 10.47.11.0/24 masquerade'`,
+	},
+	"nothing translates on the second uplink": {
+		id: "subnet_not_translated", about: "10.47.11.0/24 wan1", options: lab.Options{Rules: natBy("wan0")}, running: true, top: "outside = [\"wan0\", \"wan1\"]\n",
+		set:  func(s *scene) { s.AddLink("wan1", secondUplinkAddr) },
+		line: `nft 'table ip source_nat { chain postrouting { type nat hook postrouting priority srcnat; oifname "wan1" ip saddr 10.47.11.0/24 masquerade; }; }'`,
 	},
 	"flows leave untranslated": {
 		id: "no_source_nat", options: lab.Options{Rules: "table ip without_nat { }"}, running: true, cut: true, later: contacts(3, 1),

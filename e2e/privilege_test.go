@@ -103,7 +103,7 @@ func TestDoctorWithCapNetAdminAlone(t *testing.T) {
 		"nothing passes":           {lab.Masquerade + established, "auto", true, "children_dropped"},
 		"no expectations wanted":   {lab.Masquerade + lab.DropPolicy, "nft", false, "children_dropped"},
 		"everything passes":        {lab.Masquerade, "auto", true, ""},
-		"no source NAT either way": {lab.NoRules, "auto", true, "subnet_not_translated"},
+		"no source NAT either way": {lab.NoRules, "auto", true, "no_source_nat"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := &patient{newScene(t, lab.Options{Rules: tc.rules}), fault{top: "backend = \"" + tc.backend + "\"\n"}, filepath.Join(t.TempDir(), "conenatd.toml")}

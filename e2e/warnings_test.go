@@ -46,14 +46,17 @@ const noNAT = "no source NAT: "
 
 // The gateway does not translate: a warning says so until it does.
 //
-// Fails when untranslated flows are not counted, and when warnings are logged only at the
-// start.
+// Fails when the rules alone do not tell, when untranslated flows are not counted, and when warnings
+// are logged only at the start.
 func TestMissingSourceNATIsTold(t *testing.T) {
 	stage.OfTheDaemon(t)
 	s := newScene(t, lab.Options{Rules: "table ip without_nat { }"})
 	s.Start("--guard", "--learn", "--subnet", lab.InsideNet.String(), "--reconcile=1s")
-	if w := s.Status().Warnings; w == nil || len(w) > 0 {
+	if w := s.Status().Warnings; len(w) != 1 || !strings.HasPrefix(w[0], noNAT+"no rule of yours") {
 		t.Errorf("warnings %q", w)
+	}
+	if out, _ := s.CLI("status"); !strings.HasPrefix(out, "does not work: 10.47.11.0/24: no source NAT\n") {
+		t.Error(out)
 	}
 	peer := s.PeerSocket(lab.PeerA, 5060)
 	for i := range uint16(5) {
@@ -73,6 +76,15 @@ func TestMissingSourceNATIsTold(t *testing.T) {
 	if n := s.logs("WARN", noNAT); n != 1 {
 		t.Errorf("logged %d times\n%s", n, s.Daemon.Output())
 	}
+	if w := s.Status().Warnings; w == nil || len(w) > 0 {
+		t.Errorf("warnings %q", w)
+	}
+	// The script of a firewall that forgets it: what was translated before proves nothing.
+	s.Must(s.NFT("delete table ip nat"))
+	s.Until("it is told again", func() bool {
+		out, _ := s.CLI("status")
+		return strings.HasPrefix(out, "does not work: 10.47.11.0/24: no source NAT\n")
+	})
 }
 
 // One of the gateway's networks has public addresses, and a rule translates towards all

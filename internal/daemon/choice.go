@@ -60,6 +60,7 @@ type decision struct {
 	shut     []netip.Prefix    // hosts to which the firewall lets no forward of the user's through
 	spared   []netip.Prefix    // peer groups whose children pass all the same, as far as is known
 	blocker  userrules.Blocker // of all that its hosts send outside
+	noNAT    bool              // no rule translates what they send
 	// elsewhere says that children are lost though the chains that are read accept most of them.
 	elsewhere bool
 }
@@ -122,7 +123,7 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 			blockers = found
 		}
 	}
-	shut := f.shutTo(cfg, network)
+	shut, plain := f.shutTo(cfg, network), f.neverTranslated(cfg, network)
 	all := make(map[netip.Prefix]decision, len(verdicts))
 	for i, v := range verdicts {
 		s := cfg.Subnets[i]
@@ -144,7 +145,7 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 			d.spared = q.only(i).spared(largeGroups(cfg), v.MostDNATed)
 		}
 		d.shut = slices.DeleteFunc(slices.Clone(shut), func(h netip.Prefix) bool { return !s.Prefix.Overlaps(h) })
-		d.blocker = blockers[i]
+		d.blocker, d.noNAT = blockers[i], slices.Contains(plain, s.Prefix)
 		all[s.Prefix] = d
 	}
 	return all

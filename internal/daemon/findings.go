@@ -198,12 +198,7 @@ func (l *loop) warnReplyZones(out *warnings) {
 
 // warnSubnets warns of peculiarities of enabled subnets.
 func (l *loop) warnSubnets(out *warnings) {
-	for _, u := range l.engine.Model.Untranslated() {
-		if u.Flows >= fewFlows {
-			out.add(warnNoSourceNAT, u.Subnet.String(), "no source NAT: %d flows of %v left untranslated and none was translated, so no permission arises; "+
-				"let a rule of yours masquerade them, or set routed = true if the subnet has public addresses", u.Flows, u.Subnet)
-		}
-	}
+	l.warnNoSourceNAT(out)
 	for _, s := range l.engine.Model.Zones().Several {
 		out.add(warnSeveralZones, s.String(), "flows of %v came in several conntrack zones, where other networks may have the same addresses: "+
 			"the map and mappings serve no flow with a zone; give the networks different subnets, and restart conenatd", s)
@@ -226,6 +221,28 @@ func (l *loop) warnSubnets(out *warnings) {
 		if s.Prefix.Addr().Is6() && !s.Routed {
 			out.add(warnIPv6NotRouted, s.Prefix.String(), "subnet %v is not routed: only source-NATed IPv6 flows give permissions", s.Prefix)
 		}
+	}
+}
+
+// warnNoSourceNAT warns of subnets that nobody translates: by the user's rules, whether or not there
+// were flows, or by flows where rules do not tell.
+func (l *loop) warnNoSourceNAT(out *warnings) {
+	flows := map[netip.Prefix]uint64{}
+	for _, u := range l.engine.Model.Untranslated() {
+		flows[u.Subnet] = u.Flows
+	}
+	for _, s := range l.cfg.Subnets {
+		what, n := "", flows[s.Prefix]
+		switch {
+		case n >= fewFlows:
+			what = fmt.Sprintf("%d flows of %v left untranslated and none was translated", n, s.Prefix)
+		case l.decisions[s.Prefix].noNAT:
+			what = fmt.Sprintf("no rule of yours translates what hosts of %v send outside", s.Prefix)
+		default:
+			continue
+		}
+		out.add(warnNoSourceNAT, s.Prefix.String(), "no source NAT: %s, so no permission arises; "+
+			"let a rule of yours masquerade them, or set routed = true if the subnet has public addresses", what)
 	}
 }
 
