@@ -96,8 +96,10 @@ func syntaxError(path, data string, err error) error {
 		at = position{n, column(line, len(line)+1)}
 	}
 	key, value, isPair := strings.Cut(line, "=")
-	if _, err := toml.Decode(line, new(map[string]any)); err != nil && isPair {
-		if name, err := check(strings.TrimSpace(key), bare(strings.TrimSpace(value))); err != nil {
+	value = strings.TrimSpace(value)
+	readable := utf8.ValidString(value) && !strings.ContainsFunc(value, func(r rune) bool { return unicode.IsControl(r) && r != '\t' })
+	if _, err := toml.Decode(line, new(map[string]any)); err != nil && isPair && readable {
+		if name, err := check(strings.TrimSpace(key), bare(value)); err != nil {
 			text = fmt.Sprintf("%s: %v (not valid TOML: %s)", name, err, pe.Message)
 		}
 	}
