@@ -195,3 +195,29 @@ func TestRefusalThatGoesOnIsLoggedOnce(t *testing.T) {
 		t.Errorf("logged %d times\n%s", n, s.Daemon.Output())
 	}
 }
+
+// Fails when a subnet counts as served whose hosts, or whose peers, no link reaches.
+func TestLinkThatDoesNotRunIsTold(t *testing.T) {
+	stage.OfTheDaemon(t)
+	s := newScene(t, lab.Options{})
+	s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1s")
+	verdict := func(want string) {
+		t.Helper()
+		s.Until("status says "+want, func() bool {
+			out, _ := s.CLI("status")
+			return strings.HasPrefix(out, want+"\n")
+		})
+	}
+	verdict("works")
+	s.IP(s.Gateway, "link set lan0 down")
+	verdict("does not work: 10.47.11.0/24: no link to 10.47.11.0/24 runs")
+	s.IP(s.Gateway, "link set lan0 up")
+	verdict("works")
+	s.IP(s.Outside, "link set eth0 down") // the cable is pulled: the default route stays
+	verdict("does not work: 10.47.11.0/24: no outside link runs")
+	s.IP(s.Outside, "link set eth0 up")
+	verdict("works")
+	if n := s.logs("WARN", "no outside link runs: wan0"); n > 1 {
+		t.Errorf("logged %d times\n%s", n, s.Daemon.Output())
+	}
+}

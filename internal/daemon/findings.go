@@ -79,6 +79,7 @@ func (l *loop) warnings() (out warnings) {
 	}
 	l.warnForwarding(&out)
 	l.warnLinkSubnets(&out)
+	l.warnDown(&out)
 	if l.cfg.AutoSubnets && len(l.cfg.Subnets) == 0 {
 		out.add(warnNoInside, "", `subnet "auto" found no inside network: one is served as soon as it is there, or name it with --subnet`)
 	}

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/gateway"
@@ -87,6 +88,38 @@ func (l *loop) warnLinkSubnets(out *warnings) {
 		case slices.Contains(l.network.Unreached, s.Prefix) && !l.engine.Model.HasTraffic(s.Prefix):
 			out.add(warnUnreached, s.Prefix.String(), "no link has the subnet %v, no route but a default route leads to it, and no host of it was heard: "+
 				"it is served as soon as one is, or correct it", s.Prefix)
+		}
+	}
+}
+
+// warnDown warns of subnets without a link that runs: one that leads to the hosts, or one that leads
+// outside.
+func (l *loop) warnDown(out *warnings) {
+	for _, s := range l.cfg.Subnets {
+		var inside, outside []gateway.Link
+		for _, link := range l.network.Links {
+			if slices.Contains(l.network.SubnetsOf(link), s.Prefix) {
+				inside = append(inside, link)
+			}
+			if link.Outside&gateway.FamilyOf(s.Prefix.Addr()) != 0 {
+				outside = append(outside, link)
+			}
+		}
+		var what, down []string
+		for _, side := range []struct {
+			links []gateway.Link
+			what  string
+		}{{inside, fmt.Sprintf("no link to %v runs", s.Prefix)}, {outside, "no outside link runs"}} {
+			if len(side.links) == 0 || slices.ContainsFunc(side.links, gateway.Link.Runs) {
+				continue
+			}
+			what = append(what, side.what)
+			for _, link := range side.links {
+				down = append(down, link.Name)
+			}
+		}
+		if len(down) > 0 {
+			out.add(warnDown, s.Prefix.String(), "%s: %s; a link runs once it is up and has a carrier", strings.Join(what, " and "), strings.Join(down, " and "))
 		}
 	}
 }

@@ -63,6 +63,7 @@ const (
 	warnSubnetLink      warningID = "subnet_link_empty"      // about is the link
 	warnOwnAddress      warningID = "subnet_is_own_address"  // about is the subnet
 	warnUnreached       warningID = "subnet_on_no_link"      // about is the subnet
+	warnDown            warningID = "link_down"              // about is the subnet
 	warnPeersBehindLink warningID = "peers_behind_link"      // about is the link
 	warnNoSourceNAT     warningID = "no_source_nat"          // about is the subnet
 	warnBrokenFlows     warningID = "broken_flows"           // about is the subnet, the link and the source

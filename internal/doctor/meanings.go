@@ -164,6 +164,7 @@ var meanings = []meaning{
 	{id: "subnet_link_empty", severity: Error, why: "no host of the subnet is served"},
 	{id: "subnet_is_own_address", severity: Error, why: "no host is served"},
 	{id: "subnet_on_no_link", severity: Error, why: "no host of the subnet is served"},
+	{id: "link_down", severity: Error, why: "hosts reach nobody by a link that does not run"},
 	{id: "peers_behind_link", severity: Warning, why: "peers behind this link get no permission", fix: setOutside, flows: true},
 	{id: "no_source_nat", severity: Error, why: "nobody on the Internet can answer a private address, and no permission arises", fix: translate},
 	{id: "broken_flows", severity: Warning, why: "nobody can answer these flows, and they live for as long as the host sends", fix: set(File, "heal_flows = true"), flows: true},
