@@ -120,6 +120,26 @@ func TestMissingPrivilegeNamesTheFix(t *testing.T) {
 	}
 }
 
+// Fails when a user without privileges is told that nothing is left, or not what he needs.
+func TestCommandsWithoutPrivilegeNameIt(t *testing.T) {
+	s := newScene(t, lab.Options{})
+	s.Start("--subnet", lab.InsideNet.String())
+	s.Must(os.Chmod(filepath.Dir(s.Exe), 0o755))
+	nobody := func(command, want string) {
+		t.Helper()
+		c := s.Gateway.Command(t.Context(), s.Exe, command)
+		c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+		out, err := c.CombinedOutput()
+		if err == nil || !strings.Contains(string(out), want) || strings.Contains(string(out), "removed") {
+			t.Errorf("%s: %v, %q, want %q", command, err, out, want)
+		}
+	}
+	nobody("status", "run as root, or as a member of the group of")
+	nobody("stop", "run as root, or as the user of pid")
+	s.Kill()
+	nobody("cleanup", "run as root or with CAP_NET_ADMIN")
+}
+
 func TestListAndStatus(t *testing.T) {
 	s := play(t, lab.Options{})
 	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)

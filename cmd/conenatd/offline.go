@@ -114,6 +114,9 @@ their chain "made_by_conenatd", and flows that nobody answered.`,
 			if running := new(control.RunningError); errors.As(err, &running) {
 				return err
 			}
+			if err != nil && n.Expectations+n.Anchors+n.Elements+n.Children+len(n.Tables) == 0 {
+				return err // what is left is not known
+			}
 			tables := "none"
 			if len(n.Tables) > 0 {
 				tables = strings.Join(n.Tables, ", ")

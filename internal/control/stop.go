@@ -3,6 +3,7 @@ package control
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"time"
 
@@ -48,6 +49,8 @@ func stop(name, folder string, wait time.Duration) (pid int, err error) {
 		return 0, fmt.Errorf("stop conenatd: the process with pid %d of user %d may not be conenatd: end it yourself", pid, holder.Uid)
 	}
 	switch same, err := sameRoot(pid); {
+	case errors.Is(err, fs.ErrPermission):
+		return 0, fmt.Errorf("stop conenatd: compare root directories: %w: run as root, or as the user of pid %d", err, pid)
 	case err != nil:
 		return 0, fmt.Errorf("stop conenatd: compare root directories: %w", err)
 	case !same:
