@@ -87,6 +87,21 @@ func TestStatusSaysHowToStart(t *testing.T) {
 	}
 }
 
+// Fails when a user who may not read the configuration is told that the daemon would not start.
+func TestStatusSaysThatTheConfigurationCannotBeRead(t *testing.T) {
+	ownMode(t)
+	s := newScene(t, lab.Options{})
+	s.Must(os.Chmod(filepath.Dir(s.Exe), 0o755))
+	file := filepath.Join(t.TempDir(), "conenatd.toml")
+	s.Must(os.WriteFile(file, []byte("[[subnet]]\nprefix = \"10.47.11.0/24\"\n"), 0o600))
+	program := s.Exe
+	s.installed(file)
+	out, _ := s.CLI("--shell", "setpriv --reuid=65534 --regid=65534 --clear-groups "+program+" status || true")
+	if !strings.Contains(out, "run as root to be told how to start it: /etc/conenatd/conenatd.toml") || strings.Contains(out, "would not start") {
+		t.Error(out)
+	}
+}
+
 // Fails when status does not say that tables of a dead daemon go on dropping packets.
 func TestStatusSaysWhatADeadDaemonLeft(t *testing.T) {
 	ownMode(t)

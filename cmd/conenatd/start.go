@@ -35,6 +35,8 @@ func howToStart(err error) error {
 	switch {
 	case errors.Is(wrong, fs.ErrNotExist):
 		return err
+	case errors.Is(wrong, fs.ErrPermission):
+		return fmt.Errorf("%w; run as root to be told how to start it: %v", control.ErrNotRunning, wrong)
 	case wrong != nil:
 		return fmt.Errorf("%w, and would not start: %v", control.ErrNotRunning, wrong)
 	}
