@@ -67,10 +67,11 @@ TOGETHER = $(MAKE) --no-print-directory --jobs --output-sync=target
 deps:
 	@scripts/install-deps $(TEST_PACKAGES) $(PAGE_PACKAGES)
 
-# The manual pages, the reference of the configuration, its schema and its example; the list of
-# metrics, and the example of the control API that tests compare.
+# The manual pages, the reference of the configuration, its schema and its example; OpenWrt's list
+# of truths, the list of metrics, and the example of the control API that tests compare.
 generate:
 	$(GO) test -count=1 -run TestGeneratedFilesAreCurrent ./cmd/conenatd -update
+	$(GO) test -count=1 -run TestOpenWrtKnowsEveryKey ./deploy -update
 	$(GO) test -count=1 -run TestTheDocumentHasTheMetrics ./internal/metrics -update
 	$(GO) test -count=1 -run TestTheWordsOfTheWire ./internal/control -update
 

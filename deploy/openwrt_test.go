@@ -3,6 +3,7 @@ package deploy
 import (
 	"bytes"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -126,7 +127,10 @@ func TestOpenWrtServesTheLANOnceEnabled(t *testing.T) {
 	})
 }
 
-// Fails when a key has a type that the script does not know, for example a new truth.
+var update = flag.Bool("update", false, "write the names of the truths into the script")
+
+// Fails when a key has a type that the script does not know, for example a new truth. With
+// -update it writes the names of the truths there.
 func TestOpenWrtKnowsEveryKey(t *testing.T) {
 	var truths []string
 	keys := slices.Clone(config.SubnetKeys())
@@ -158,7 +162,14 @@ func TestOpenWrtKnowsEveryKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	slices.Sort(truths)
-	if line := fmt.Sprintf("TRUTHS=\" %s \"\n", strings.Join(slices.Compact(truths), " ")); !bytes.Contains(script, []byte(line)) {
+	line := fmt.Sprintf("TRUTHS=\" %s \"\n", strings.Join(slices.Compact(truths), " "))
+	if *update {
+		script = regexp.MustCompile("(?m)^TRUTHS=.*\n").ReplaceAllLiteral(script, []byte(line))
+		if err := os.WriteFile(initScript, script, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !bytes.Contains(script, []byte(line)) {
 		t.Errorf("%s has no line %s", initScript, line)
 	}
 	onRouters(t, func(r router) {
