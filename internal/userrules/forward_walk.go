@@ -321,7 +321,18 @@ func (w *walker) branch(r *rule, conds []condition, name string, fields, read []
 	if set.failed != nil || !set.loaded {
 		w.opaqueAll(conds, fmt.Sprintf("%s: map %s cannot be read", r.chain, name))
 	}
+	passed := make(map[expr.VerdictKind][]condition) // by elements; those of one map have no packet in common
+	pass := func() {
+		for kind, conds := range passed {
+			w.pass(kind, conds)
+		}
+		clear(passed)
+	}
+	defer pass()
 	for _, el := range set.elements {
+		if el.others { // it comes last, for what no other element has
+			pass()
+		}
 		key := fields
 		if w.first != nil && !set.changing && el.verdict.Chain == "" {
 			key = read
@@ -335,7 +346,7 @@ func (w *walker) branch(r *rule, conds []condition, name string, fields, read []
 				w.exempts = w.exempts || el.verdict.Kind == expr.VerdictGoto
 			}
 			c.wide = c.wide || set.changing
-			w.pass(el.verdict.Kind, []condition{c})
+			passed[el.verdict.Kind] = append(passed[el.verdict.Kind], c)
 		}
 	}
 }

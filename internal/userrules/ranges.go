@@ -126,6 +126,10 @@ const mostSteps = 1 << 18
 
 // except is exceptAddrs. If that would cost too much, ok is false.
 func (s *subtraction) except(a, b []AddrRange) (left []AddrRange, some, ok bool) {
+	if len(a) > 0 { // what a cannot have costs nothing
+		b = b[sort.Search(len(b), func(i int) bool { return !b[i].Last.Less(a[0].First) }):]
+		b = b[:sort.Search(len(b), func(i int) bool { return a[len(a)-1].Last.Less(b[i].First) })]
+	}
 	if len(a) == 0 || len(b) == 0 {
 		return a, false, true
 	}
