@@ -84,15 +84,20 @@ type firewall struct {
 
 	// What they forward, as found last.
 	forwarder     userrules.Forwarder
-	forwarded     *userrules.Covered    // what may be forwarded
-	understood    *userrules.Covered    // the part that understood rules forward
-	shared        *userrules.Covered    // that part without 1:1 NAT
-	taken         *userrules.Covered    // packets that are forwarded for certain
-	hidden        *userrules.Covered    // endpoints of which every packet is, if proxies listen
-	forwardsKnown bool                  // there are no other forwards
-	told          []userrules.Forward   // those to warn of
-	destinations  []userrules.AddrRange // to which they lead packets on, if rules name them
-	published     []userrules.AddrRange // those that are not the gateway's
+	forwarded     *userrules.Covered  // what may be forwarded
+	understood    *userrules.Covered  // the part that understood rules forward
+	shared        *userrules.Covered  // that part without 1:1 NAT
+	taken         *userrules.Covered  // packets that are forwarded for certain
+	hidden        *userrules.Covered  // endpoints of which every packet is, if proxies listen
+	forwardsKnown bool                // there are no other forwards
+	told          []userrules.Forward // those to warn of, if they are no 1:1 NAT
+	telling       struct {            // those that are none
+		all, understood []userrules.Forward
+		of              *userrules.Ruleset // by these rules; nil before they were found
+		own             map[string]netip.Addr
+	}
+	destinations []userrules.AddrRange // to which they lead packets on, if rules name them
+	published    []userrules.AddrRange // those that are not the gateway's
 
 	repaired uint64 // how often others' changes of the tables were undone
 }

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -34,8 +35,8 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 	if same && f.forwarded != nil {
 		return f.forwarded, f.warnForwards()
 	}
-	f.told = nil
-	var possible, understood, shared, certain, hiding []userrules.Forward
+	f.told, f.telling.of = nil, nil
+	var possible, understood, certain, hiding []userrules.Forward
 	var dests []userrules.AddrRange
 	for _, r := range all {
 		dests = append(dests, r.Addrs...)
@@ -50,9 +51,6 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 			continue
 		}
 		understood = append(understood, r)
-		if !r.Most || !f.isOneToOne(r) {
-			shared = append(shared, r)
-		}
 		if r.Certain() {
 			certain = append(certain, r)
 		}
@@ -60,11 +58,11 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 			hiding = append(hiding, r)
 		}
 	}
+	f.telling.understood = understood
 	f.destinations = userrules.Union(dests)
 	f.reached = reachedBy(all)
 	cover(&f.forwarded, possible)
 	cover(&f.understood, understood)
-	cover(&f.shared, shared)
 	cover(&f.taken, certain)
 	cover(&f.hidden, hiding)
 	return f.forwarded, f.warnForwards()
@@ -96,12 +94,25 @@ func cover(c **userrules.Covered, forwards []userrules.Forward) {
 
 // warnForwards says what the user should know about forwards.
 func (f *firewall) warnForwards() (out warnings) {
-	for _, r := range f.told {
-		if r.Unread || r.Unknown || !f.isOneToOne(r) {
-			out.addForward(r, f.withMap)
-		}
+	for _, r := range f.worthTelling() {
+		out.addForward(r, f.withMap)
 	}
 	return out
+}
+
+// worthTelling returns the forwards to warn of, without those that are 1:1 NAT, and finds shared. It
+// compares each with all source NAT, so it does so again only if something changed.
+func (f *firewall) worthTelling() []userrules.Forward {
+	if t := &f.telling; t.of == nil || t.of != f.user || !maps.Equal(t.own, f.ownAddrs) {
+		t.of, t.own = f.user, f.ownAddrs
+		t.all = slices.DeleteFunc(slices.Clone(f.told), func(r userrules.Forward) bool {
+			return !r.Unread && !r.Unknown && f.isOneToOne(r)
+		})
+		cover(&f.shared, slices.DeleteFunc(slices.Clone(t.understood), func(r userrules.Forward) bool {
+			return r.Most && f.isOneToOne(r)
+		}))
+	}
+	return f.telling.all
 }
 
 // isOneToOne reports whether the forward is for addresses to which rules certainly translate no other

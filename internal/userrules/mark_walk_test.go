@@ -93,23 +93,23 @@ func TestMarksAreUnknown(t *testing.T) {
 		many.add("0", perhaps(100+i)...)
 	}
 	for name, tt := range map[string]struct {
-		rs    Ruleset
+		rs    *Ruleset
 		marks []uint32 // nil for unknown
 	}{
-		"one chain":                      {Ruleset{tables: []*table{chains(1, set(7)...)}}, []uint32{7}},
-		"two of one priority":            {Ruleset{tables: []*table{chains(2, set(7)...)}}, []uint32{7}},
-		"three of one priority":          {Ruleset{tables: []*table{chains(3, set(7)...)}}, nil},
-		"perhaps":                        {Ruleset{tables: []*table{chains(1, perhaps(7)...)}}, []uint32{0, 7}},
-		"very many":                      {Ruleset{tables: []*table{many}}, nil},
-		"rules that nobody understands":  {Ruleset{tables: []*table{odd}}, nil},
-		"rules that just changed":        {Ruleset{tables: []*table{torn}}, nil},
-		"rules that nobody sees":         {Ruleset{tables: []*table{chains(1, set(7)...)}, hidden: []hiddenTable{{legacy4, "mangle"}}}, nil},
-		"rules of IPv6 that nobody sees": {Ruleset{tables: []*table{chains(1, set(7)...)}, hidden: []hiddenTable{{legacy6, "mangle"}}}, []uint32{7}},
-		"a program":                      {Ruleset{tables: []*table{chains(1, append(set(7), statement{expr: &expr.Queue{}})...)}}, nil},
-		"a program, by a verdict":        {Ruleset{tables: []*table{chains(1, append(set(7), statement{expr: &expr.Verdict{Kind: expr.VerdictQueue}})...)}}, nil},
-		"a mark of iptables' sets":       {Ruleset{tables: []*table{chains(1, append(set(7), statement{expr: &expr.Target{Name: "SET"}})...)}}, nil},
-		"an unknown target":              {Ruleset{tables: []*table{chains(1, append(set(7), statement{expr: &expr.Target{Name: "OTHER"}})...)}}, nil},
-		"a missing set":                  {Ruleset{tables: []*table{chains(1, append(set(7), statement{expr: &expr.Lookup{SetName: "x", IsDestRegSet: true, SourceRegister: 1}})...)}}, nil},
+		"one chain":                      {&Ruleset{tables: []*table{chains(1, set(7)...)}}, []uint32{7}},
+		"two of one priority":            {&Ruleset{tables: []*table{chains(2, set(7)...)}}, []uint32{7}},
+		"three of one priority":          {&Ruleset{tables: []*table{chains(3, set(7)...)}}, nil},
+		"perhaps":                        {&Ruleset{tables: []*table{chains(1, perhaps(7)...)}}, []uint32{0, 7}},
+		"very many":                      {&Ruleset{tables: []*table{many}}, nil},
+		"rules that nobody understands":  {&Ruleset{tables: []*table{odd}}, nil},
+		"rules that just changed":        {&Ruleset{tables: []*table{torn}}, nil},
+		"rules that nobody sees":         {&Ruleset{tables: []*table{chains(1, set(7)...)}, hidden: []hiddenTable{{legacy4, "mangle"}}}, nil},
+		"rules of IPv6 that nobody sees": {&Ruleset{tables: []*table{chains(1, set(7)...)}, hidden: []hiddenTable{{legacy6, "mangle"}}}, []uint32{7}},
+		"a program":                      {&Ruleset{tables: []*table{chains(1, append(set(7), statement{expr: &expr.Queue{}})...)}}, nil},
+		"a program, by a verdict":        {&Ruleset{tables: []*table{chains(1, append(set(7), statement{expr: &expr.Verdict{Kind: expr.VerdictQueue}})...)}}, nil},
+		"a mark of iptables' sets":       {&Ruleset{tables: []*table{chains(1, append(set(7), statement{expr: &expr.Target{Name: "SET"}})...)}}, nil},
+		"an unknown target":              {&Ruleset{tables: []*table{chains(1, append(set(7), statement{expr: &expr.Target{Name: "OTHER"}})...)}}, nil},
+		"a missing set":                  {&Ruleset{tables: []*table{chains(1, append(set(7), statement{expr: &expr.Lookup{SetName: "x", IsDestRegSet: true, SourceRegister: 1}})...)}}, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, known := tt.rs.Marker().Marks(f, in, []uint32{0})

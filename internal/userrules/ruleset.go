@@ -1,6 +1,8 @@
 package userrules
 
 import (
+	"sync"
+
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
@@ -17,6 +19,10 @@ import (
 type Ruleset struct {
 	tables []*table // nftables first
 	hidden []hiddenTable
+
+	// What they do to sources: each look asks for it several times.
+	sourcesFound    sync.Once
+	sources, exempt []SourceNAT
 }
 
 // A hiddenTable is a table of iptables-legacy that may exist: only root and its group can see

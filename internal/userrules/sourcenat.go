@@ -49,7 +49,7 @@ type SourceNAT struct {
 
 // SourceNAT returns what the rules do to the sources of UDP packets over IPv4. It follows
 // the NAT chains of the postrouting hook and the chains that they jump to. The result is never
-// nil: nil stands for rules that were not read.
+// nil: nil stands for rules that were not read. It is found once, and callers must not change it.
 func (rs *Ruleset) SourceNAT() (all []SourceNAT) {
 	all, _ = rs.sourceNAT()
 	return all
@@ -57,13 +57,18 @@ func (rs *Ruleset) SourceNAT() (all []SourceNAT) {
 
 // Untranslated returns the packets to destinations that rules name as untranslated: by
 // letting these packets pass, or by translating only what goes elsewhere. It may return more
-// than the truth.
+// than the truth. As with SourceNAT, callers must not change it.
 func (rs *Ruleset) Untranslated() []SourceNAT {
 	_, exempt := rs.sourceNAT()
 	return exempt
 }
 
 func (rs *Ruleset) sourceNAT() (all, exempt []SourceNAT) {
+	rs.sourcesFound.Do(func() { rs.sources, rs.exempt = rs.findSources() })
+	return slices.Clip(rs.sources), slices.Clip(rs.exempt)
+}
+
+func (rs *Ruleset) findSources() (all, exempt []SourceNAT) {
 	all = []SourceNAT{}
 	for _, t := range rs.sourceTables(unix.NFPROTO_IPV4) {
 		if t.failed != nil {
@@ -139,7 +144,7 @@ func (rs *Ruleset) PortChoosers() (rules []SourceNAT, err error) {
 			}
 		})
 	}
-	return slices.DeleteFunc(rs.SourceNAT(), func(n SourceNAT) bool { return !n.ChoosesPort && (!n.Random || n.asks) }), err
+	return slices.DeleteFunc(slices.Clone(rs.SourceNAT()), func(n SourceNAT) bool { return !n.ChoosesPort && (!n.Random || n.asks) }), err
 }
 
 // SourcesMayBeHidden reports whether iptables-legacy may have source NAT that only root can

@@ -1,0 +1,50 @@
+package daemon
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/userrules"
+)
+
+// Forwards are compared with source NAT when rules or addresses changed, not at each look.
+//
+// Fails when a look at unchanged rules compares them again, or one after a change does not.
+func TestForwardsAreComparedWithSourceNATOnce(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{Rules: "table ip fw { chain pre { type nat hook prerouting priority dstnat; ip daddr 198.51.100.2 dnat to 10.47.11.109; }; " +
+		`chain post { type nat hook postrouting priority srcnat; oifname "wan0" masquerade; }; }`})
+	f := &firewall{reader: userrules.NewReader(userrules.Config{NetNS: l.Gateway.FD()})}
+	defer func() {
+		if err := f.close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	network := gateway.Network{Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: gateway.IPv4}}}
+	warned := func(own string) int {
+		f.ownAddrs = map[string]netip.Addr{"wan0": netip.MustParseAddr(own)}
+		f.look()
+		_, out := f.forwards(network)
+		return len(out)
+	}
+	if n := warned("198.51.100.1"); n != 0 {
+		t.Fatalf("%d warnings of 1:1 NAT", n)
+	}
+	f.telling.all = f.told // what nobody would find again
+	if n := warned("198.51.100.1"); n != 1 {
+		t.Error("a look at unchanged rules compared all forwards with source NAT")
+	}
+	if n := warned("198.51.100.2"); n != 1 {
+		t.Errorf("%d warnings when the link has the forwarded address", n)
+	}
+	if n := warned("198.51.100.1"); n != 0 {
+		t.Errorf("%d warnings when it has another one again", n)
+	}
+	if err := l.NFT(`add rule ip fw post ip saddr 10.47.11.110 snat to 198.51.100.2`); err != nil {
+		t.Fatal(err)
+	}
+	if n := warned("198.51.100.1"); n != 1 {
+		t.Errorf("%d warnings when another host has the address", n)
+	}
+}
