@@ -162,7 +162,7 @@ func BenchmarkLarge(b *testing.B) {
 					flood = n.load.start(b, l, d)
 				}
 				memory := residentMemory(b, d.PID())
-				share, took := waits(b, l, d, peer, answer, largeTime)
+				_, share, took := waits(b, l, d, peer, answer, largeTime)
 				grown := residentMemory(b, d.PID()) - memory
 				statuses := statusTimes(b, d, largeTime)
 				must(stop())
