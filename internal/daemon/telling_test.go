@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"testing"
 
+	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/userrules"
@@ -28,8 +29,9 @@ func TestForwardsAreComparedWithSourceNATOnce(t *testing.T) {
 		_, out := f.forwards(network)
 		return len(out)
 	}
-	if n := warned("198.51.100.1"); n != 0 {
-		t.Fatalf("%d warnings of 1:1 NAT", n)
+	public := cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.2:50000"))
+	if n := warned("198.51.100.1"); n != 0 || f.shared.Covers(public) {
+		t.Fatalf("%d warnings of 1:1 NAT, and its address is others', too: %v", n, f.shared.Covers(public))
 	}
 	f.telling.all = f.told // what nobody would find again
 	if n := warned("198.51.100.1"); n != 1 {
@@ -46,5 +48,8 @@ func TestForwardsAreComparedWithSourceNATOnce(t *testing.T) {
 	}
 	if n := warned("198.51.100.1"); n != 1 {
 		t.Errorf("%d warnings when another host has the address", n)
+	}
+	if !f.shared.Covers(public) {
+		t.Error("the forward keeps nobody's peers away though another host has the address")
 	}
 }
