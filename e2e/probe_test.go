@@ -272,7 +272,7 @@ func TestProbeRefusesAWrongCommandLine(t *testing.T) {
 		`server "224.0.0.1": expected the address of one host`:    {"--server=224.0.0.1"},
 		"lifetime 1ms: expected a time from 1s to 10m":            {"--server=203.0.113.5", "--lifetime=1ms"},
 		"lifetime 11m0s: expected a time from 1s to 10m":          {"--server=203.0.113.5", "--lifetime=11m"},
-		`unknown command "203.0.113.5"`:                           {"203.0.113.5"},
+		`probe: expected no argument, got "203.0.113.5"`:          {"203.0.113.5"},
 		"find server ::1: it has no address of the family of 198": {"--server=::1", "--from=198.51.100.1"},
 	} {
 		out, code := s.CLI(append([]string{"probe"}, args...)...)
