@@ -123,7 +123,7 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 			blockers = found
 		}
 	}
-	shut, plain := f.shutTo(cfg, network), f.neverTranslated(cfg, network)
+	shut, plain := f.shutTo(cfg, network), f.neverTranslated(cfg)
 	all := make(map[netip.Prefix]decision, len(verdicts))
 	for i, v := range verdicts {
 		s := cfg.Subnets[i]

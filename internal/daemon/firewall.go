@@ -46,6 +46,7 @@ type firewall struct {
 	overtaken   bool                      // a chain of the user's translates all mapped traffic before ours
 	sides       rules.Desired             // the part that depends on links
 	withVRF     bool                      // the gateway has a VRF
+	leaving4    []string                  // outside links by which IPv4 packets leave
 	around      surroundings
 	last        *rules.Desired // as set last; nil before the first time
 
@@ -120,7 +121,8 @@ func openFirewall(name string) (*firewall, error) {
 }
 
 // setSides takes from n the addresses of links, which links share a network, and which
-// outside links are so only for one IP version or some peers, or lead inside too.
+// outside links are so only for one IP version or some peers, or lead inside too. n has the routes by
+// outside links (Network.Lean leaves them out).
 func (f *firewall) setSides(n gateway.Network) {
 	f.sides = rules.Desired{
 		Uppers: n.Uppers(), Bridges: n.Bridges(),
@@ -128,6 +130,7 @@ func (f *firewall) setSides(n gateway.Network) {
 	}
 	f.sides.OneArmed, f.sides.Far = n.OneArmed()
 	f.ownAddrs = ownAddrs(n)
+	f.leaving4 = slices.DeleteFunc(n.OutsideLinks4(), func(name string) bool { return !n.Has4(name) || n.OnlyReceives(name) })
 	f.withVRF = slices.ContainsFunc(n.Links, func(l gateway.Link) bool { return l.Kind == "vrf" })
 }
 
