@@ -108,7 +108,7 @@ func (f *firewall) worthTelling() []userrules.Forward {
 		t.all = slices.DeleteFunc(slices.Clone(f.told), func(r userrules.Forward) bool {
 			return !r.Unread && !r.Unknown && f.isOneToOne(r)
 		})
-		if f.unread == nil { // else all that may be forwarded is
+		if f.user != nil { // else all that may be forwarded is
 			cover(&f.shared, slices.DeleteFunc(slices.Clone(t.understood), func(r userrules.Forward) bool {
 				return r.Most && f.isOneToOne(r)
 			}))

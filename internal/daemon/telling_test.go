@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"errors"
 	"net/netip"
 	"testing"
 
@@ -51,5 +52,23 @@ func TestForwardsAreComparedWithSourceNATOnce(t *testing.T) {
 	}
 	if !f.shared.Covers(public) {
 		t.Error("the forward keeps nobody's peers away though another host has the address")
+	}
+}
+
+// While rules cannot be read, those that were read before hold.
+//
+// Fails when an address that a link gets meanwhile changes nothing.
+func TestSharedForwardsFollowAddressesWhileRulesAreUnread(t *testing.T) {
+	public := netip.MustParseAddr("198.51.100.2")
+	oneToOne := userrules.Forward{
+		All: true, Most: true, To: netip.MustParseAddrPort("10.47.11.109:0"), Addrs: []userrules.AddrRange{{First: public, Last: public}},
+	}
+	f := &firewall{user: &userrules.Ruleset{}, told: []userrules.Forward{oneToOne}}
+	f.telling.understood = f.told
+	f.shared = userrules.Cover(f.told)
+	f.unread = errors.New("not permitted")
+	f.worthTelling()
+	if f.shared.Covers(cone.EndpointFrom(netip.AddrPortFrom(public, 50000))) {
+		t.Error("the address of 1:1 NAT is others', too")
 	}
 }
