@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -17,7 +16,6 @@ import (
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/handover"
 	"github.com/conenatd/conenatd/internal/rules"
-	"github.com/conenatd/conenatd/internal/userrules"
 )
 
 // Rules returns the nftables tables that a daemon with this configuration has on this
@@ -84,7 +82,7 @@ func comments(notes []string) string {
 // own rules. It returns notes for the user.
 func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (notes []string, err error) {
 	var forwarded func(cone.Endpoint) bool
-	if links := outsideLinks(network); len(links) > 0 {
+	if len(outsideLinks(network)) > 0 {
 		if f.unread != nil {
 			note := fmt.Sprintf("your own rules cannot be read (%v): shown as if they forward no port and accept what conenatd lets in", f.unread)
 			if errors.Is(f.unread, fs.ErrPermission) {
@@ -92,9 +90,8 @@ func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (not
 			}
 			notes = append(notes, note)
 		} else {
-			all, _ := f.forwarder.Forwards(f.user, links)
-			all = slices.DeleteFunc(all, func(r userrules.Forward) bool { return r.Unknown || r.Astray })
-			forwarded = userrules.Cover(all).Covers
+			f.forwards(network)
+			forwarded = f.shared.Covers
 		}
 	}
 	f.decisions = f.decide(cfg, network)
