@@ -15,7 +15,7 @@ type features struct {
 // noFeatures are those of a kernel without nftables.
 func noFeatures(missing error) (f features) {
 	f.lacks = map[rules.Feature]error{
-		rules.FeatureMap: missing, rules.FeatureMapping: missing, rules.FeatureUplinkMarks: missing,
+		rules.FeatureMap: missing, rules.FeatureMapping: missing, rules.FeatureUplinkMarks: missing, rules.FeatureQuiet: missing,
 	}
 	f.warnings.add(warnNoNFTables, "", "no guard and no cap on children, and what is revoked comes back at a restart: %v", missing)
 	return f
@@ -27,7 +27,7 @@ func featuresOf(t *rules.Tables) features {
 	for _, m := range t.Missing() {
 		f.lacks[m.Feature] = m
 		switch m.Feature {
-		case rules.FeatureMap, rules.FeatureMapping, rules.FeaturePartial, rules.FeatureUplinkMarks:
+		case rules.FeatureMap, rules.FeatureMapping, rules.FeaturePartial, rules.FeatureUplinkMarks, rules.FeatureQuiet:
 			// The code that needs them warns.
 		default:
 			f.warnings.add(warnFeatureMissing, string(m.Feature), "%v", m)

@@ -55,6 +55,9 @@ func (l *loop) warnings() (out warnings) {
 	if err := l.features.lacks[rules.FeatureUplinkMarks]; err != nil && l.cfg.UplinkMarks {
 		out.add(warnFeatureMissing, string(rules.FeatureUplinkMarks), "uplink_marks is not in force: %v", err)
 	}
+	if err := l.features.lacks[rules.FeatureQuiet]; err != nil && l.cfg.Quiet {
+		out.add(warnFeatureMissing, string(rules.FeatureQuiet), "quiet is not in force: %v", err)
+	}
 	switch a := &l.applied; {
 	case a.NotInForce():
 		first := ""

@@ -123,7 +123,7 @@ func (r *reconciler) lookAtListeners() error {
 	}
 	wanted, err := r.wantsLean(cfg)
 	wanted = wanted && unseen < cfg.Lifetime/2 // else the table was not read in time
-	quiet := (wanted || cfg.Quiet) && r.firewall.tables != nil
+	quiet := wanted || cfg.Quiet && r.firewall.has(rules.FeatureQuiet)
 	if quiet {
 		others, unread := r.events.OtherListeners()
 		err = errors.Join(err, unread)

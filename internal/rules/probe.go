@@ -65,6 +65,10 @@ var features = []struct {
 		Feature: FeatureUplinkMarks,
 		Fix:     "load the module nf_conntrack built with CONFIG_NF_CONNTRACK_MARK",
 	}, Desired{Subnets: tryBoth, UplinkMarks: &UplinkMarks{Mask: 1, Links: []string{"probe0"}}}},
+	{UnsupportedError{
+		Feature: FeatureQuiet,
+		Fix:     "load the module nft_chain_nat (CONFIG_NFT_NAT, CONFIG_NF_CONNTRACK_EVENTS; OpenWrt: kmod-nft-nat)",
+	}, Desired{Quiet: true, ExcludePeerPorts: []uint16{53}}},
 }
 
 // tryLearning uses all that learning needs. Without ct count the buckets alone limit children.

@@ -59,14 +59,14 @@ func TestMissingFeaturesAreLeftOut(t *testing.T) {
 			table.missing = append(table.missing, &features[i].UnsupportedError)
 		}
 	}
-	if _, err := table.Set(Desired{Subnets: tryPrefixes, Guard: true, Spoofed: true, Helpers: tryHelpers, MaxChildren: 7, Map: &MapConfig{Size: 1}, Mapping: &tryMapping, UplinkMarks: &UplinkMarks{Mask: 1}}); err != nil {
+	if _, err := table.Set(Desired{Subnets: tryPrefixes, Guard: true, Spoofed: true, Helpers: tryHelpers, MaxChildren: 7, Map: &MapConfig{Size: 1}, Mapping: &tryMapping, UplinkMarks: &UplinkMarks{Mask: 1}, Quiet: true}); err != nil {
 		t.Fatal(err)
 	}
 	got, err := l.Ruleset()
 	if err != nil || !strings.Contains(got, "th dport 0") {
 		t.Error(got, err)
 	}
-	for _, name := range []string{"chain guard", "chain no_way_back_outside", "set children", "permissions", "mappings", "uplink"} {
+	for _, name := range []string{"chain guard", "chain no_way_back_outside", "set children", "permissions", "mappings", "uplink", "quiet"} {
 		if strings.Contains(got, name) {
 			t.Error(got)
 		}
@@ -75,6 +75,17 @@ func TestMissingFeaturesAreLeftOut(t *testing.T) {
 		if !strings.Contains(m.Error(), "not supported: load the module") {
 			t.Error(m)
 		}
+	}
+}
+
+// Fails when a kernel without NAT chains, where expectations alone work, refuses the tables for "quiet".
+func TestQuietIsLeftOutWithoutItsFeature(t *testing.T) {
+	var all, none Tables
+	for i := range features {
+		none.missing = append(none.missing, &features[i].UnsupportedError)
+	}
+	if d := (Desired{Quiet: true}); !all.possible(d).Quiet || none.possible(d).Quiet {
+		t.Errorf("quiet: %v with all features, %v without", all.possible(d).Quiet, none.possible(d).Quiet)
 	}
 }
 

@@ -263,6 +263,7 @@ const (
 	FeatureLabels      Feature = "label of children of the map"
 	FeatureMapping     Feature = "endpoint-independent mapping"
 	FeatureUplinkMarks Feature = "marks of uplinks"
+	FeatureQuiet       Feature = "fewer reports of flows"
 )
 
 // An UnsupportedError says that the kernel, or this build, lacks a Feature.

@@ -108,6 +108,7 @@ func (t *Tables) possible(d Desired) Desired {
 	if t.Lacks(FeatureMaxChildren) {
 		d.MaxChildren = 0
 	}
+	d.Quiet = d.Quiet && !t.Lacks(FeatureQuiet)
 	if t.Lacks(FeatureUplinkMarks) {
 		d.UplinkMarks = nil
 	}
