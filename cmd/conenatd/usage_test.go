@@ -47,7 +47,7 @@ func TestWrongCommandLinesAreRefused(t *testing.T) {
 	}
 }
 
-// Fails when a command that could not print says nothing.
+// Fails when a command that could not print says nothing, or says it once for each line.
 func TestOutputThatIsLostIsAnError(t *testing.T) {
 	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
 	if err != nil {
@@ -60,5 +60,9 @@ func TestOutputThatIsLostIsAnError(t *testing.T) {
 	root.SetArgs([]string{"version"})
 	if err := errors.Join(root.Execute(), out.err); err == nil {
 		t.Error("nothing was printed, and there is no error")
+	}
+	_, again := out.Write([]byte("more\n"))
+	if text := out.err.Error(); again == nil || strings.Contains(text, "\n") {
+		t.Errorf("%v, then %q", again, text)
 	}
 }
