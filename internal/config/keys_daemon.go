@@ -104,7 +104,8 @@ IPv4 to or from excluded ports. They are most of the flows of a network, and eac
 makes its first packet more expensive. Without this setting they are hidden together with
 those of "events", while many flows begin. With it, they always are, unless another program
 listens to conntrack (conntrackd, ulogd, conntrack -E): then all flows are reported, within
-a quarter of a second. With mapping but without learn, UDP flows stay reported.`,
+a quarter of a second. Where the kernel learns no permissions (expectations alone, or learn
+= false), flows from exclude_ports stay reported, and with mapping all UDP flows.`,
 		},
 		access: one(boolean, func(c *Config) *bool { return &c.Quiet }),
 	},

@@ -156,7 +156,7 @@ type Subnet struct {
 	Blocked Blocked `json:"blocked"`
 }
 
-// Blocked names the chain of the user's firewall that drops all that hosts of a subnet send outside,
+// Blocked names the chain of the user's firewall that drops all UDP that hosts of a subnet send outside,
 // if there is one.
 type Blocked struct {
 	Chain string `json:"chain,omitempty"`

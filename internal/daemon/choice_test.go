@@ -226,3 +226,30 @@ func TestUnreadChainIsOneWarning(t *testing.T) {
 		}
 	}
 }
+
+// Fails when a network that "auto" enabled and the firewall keeps in, beside one that it lets out, is
+// called a fault, and when one that the user named is not.
+func TestNetworkThatTheFirewallKeepsInIsNoFault(t *testing.T) {
+	lan, iot := netip.MustParsePrefix("192.168.1.0/24"), netip.MustParsePrefix("192.168.50.0/24")
+	kept := decision{blocker: userrules.Blocker{Chain: "inet filter forward"}}
+	for name, tc := range map[string]struct {
+		auto bool
+		lan  decision
+		want []warningID
+	}{
+		"auto, one let out": {true, decision{}, []warningID{warnHostsKeptIn}},
+		"auto, none":        {true, kept, []warningID{warnHostsBlocked, warnHostsBlocked}},
+		"named":             {false, decision{}, []warningID{warnHostsBlocked}},
+	} {
+		cfg := config.Config{AutoSubnets: tc.auto, Subnets: []config.Subnet{{Prefix: lan}, {Prefix: iot}}}
+		var got warnings
+		got.addDecisions(cfg, map[netip.Prefix]decision{lan: tc.lan, iot: kept}, (&cone.Model{}).MapAlone)
+		var ids []warningID
+		for _, w := range got {
+			ids = append(ids, w.id)
+		}
+		if !slices.Equal(ids, tc.want) {
+			t.Errorf("%s: %q, want %q", name, ids, tc.want)
+		}
+	}
+}

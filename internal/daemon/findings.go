@@ -103,6 +103,9 @@ func (l *loop) warnings() (out warnings) {
 // Model.MapAlone.
 func (w *warnings) addDecisions(cfg config.Config, decisions map[netip.Prefix]decision, alone func(netip.Prefix) [cone.Reasons]int) {
 	var unread error
+	// With "auto", a network that the firewall keeps in, beside one that it lets out, is meant to be.
+	letsOut := func(s config.Subnet) bool { return decisions[s.Prefix].blocker.Chain == "" }
+	keptIn := cfg.AutoSubnets && slices.ContainsFunc(cfg.Subnets, letsOut)
 	for _, s := range cfg.Subnets {
 		x := decisions[s.Prefix]
 		if !errors.Is(x.err, userrules.ErrChanging) {
@@ -114,8 +117,12 @@ func (w *warnings) addDecisions(cfg config.Config, decisions map[netip.Prefix]de
 		case x.warning != "":
 			w.add(warnChildrenDropped, s.Prefix.String(), "%s", x.warning)
 		}
-		if by := x.blocker.Chain; by != "" {
-			w.add(warnHostsBlocked, s.Prefix.String(), "your firewall drops all that hosts of %v send outside: %s; let it accept UDP flows that they begin", s.Prefix, by)
+		switch by := x.blocker.Chain; {
+		case by == "":
+		case keptIn:
+			w.add(warnHostsKeptIn, s.Prefix.String(), "your firewall drops all UDP that hosts of %v send outside: %s; nothing is to do if they are meant to stay inside", s.Prefix, by)
+		default:
+			w.add(warnHostsBlocked, s.Prefix.String(), "your firewall drops all UDP that hosts of %v send outside: %s; let it accept UDP flows that they begin", s.Prefix, by)
 		}
 		w.addMapLost(cfg, s, &x, alone(s.Prefix))
 	}
@@ -240,7 +247,7 @@ func (l *loop) warnNoSourceNAT(out *warnings) {
 		switch {
 		case n >= fewFlows:
 			what = fmt.Sprintf("%d flows of %v left untranslated and none was translated", n, s.Prefix)
-		case l.decisions[s.Prefix].noNAT:
+		case l.decisions[s.Prefix].noNAT && l.decisions[s.Prefix].blocker.Chain == "": // else nothing comes so far
 			what = fmt.Sprintf("no rule of yours translates what hosts of %v send outside", s.Prefix)
 		default:
 			continue

@@ -215,7 +215,7 @@ func (f *firewall) openMap(cfg config.Config, outside []string) (*elements.Map, 
 		return nil, err
 	}
 	// An earlier daemon may have let the kernel hide flows.
-	return f.tables.NewMap(mapConfig(cfg)), f.tables.NewLean().Off()
+	return f.tables.NewMap(mapConfig(cfg)), errors.Join(f.tables.NewLean().Off(), f.tables.NewQuiet().Off())
 }
 
 // look reads the user's rules. The other methods answer from what it read.

@@ -96,7 +96,7 @@ func (r *reconciler) run(ctx context.Context, every time.Duration, ready func())
 				}
 				r.lookAround(ctx, q)
 				r.lookAtFlows(ctx)
-				r.lookForListeners(ctx)
+				r.budget.Also(func() { r.lookForListeners(ctx) })
 			case <-moved:
 				r.changed.links = true
 				r.lookAround(ctx, q)

@@ -92,8 +92,8 @@ func (l *loop) warnLinkSubnets(out *warnings) {
 	}
 }
 
-// warnDown warns of subnets without a link that runs: one that leads to the hosts, or one that leads
-// outside.
+// warnDown warns of subnets without a link that runs: one that leads outside, or one that leads to the
+// hosts, where then may be none.
 func (l *loop) warnDown(out *warnings) {
 	for _, s := range l.cfg.Subnets {
 		var inside, outside []gateway.Link
@@ -105,21 +105,19 @@ func (l *loop) warnDown(out *warnings) {
 				outside = append(outside, link)
 			}
 		}
-		var what, down []string
 		for _, side := range []struct {
+			id    warningID
 			links []gateway.Link
 			what  string
-		}{{inside, fmt.Sprintf("no link to %v runs", s.Prefix)}, {outside, "no outside link runs"}} {
+		}{{warnInsideDown, inside, fmt.Sprintf("no link to %v runs", s.Prefix)}, {warnDown, outside, "no outside link runs"}} {
 			if len(side.links) == 0 || slices.ContainsFunc(side.links, gateway.Link.Runs) {
 				continue
 			}
-			what = append(what, side.what)
+			var down []string
 			for _, link := range side.links {
 				down = append(down, link.Name)
 			}
-		}
-		if len(down) > 0 {
-			out.add(warnDown, s.Prefix.String(), "%s: %s; a link runs once it is up and has a carrier", strings.Join(what, " and "), strings.Join(down, " and "))
+			out.add(side.id, s.Prefix.String(), "%s: %s; a link runs once it is up and has a carrier", side.what, strings.Join(down, " and "))
 		}
 	}
 }

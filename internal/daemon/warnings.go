@@ -36,6 +36,7 @@ const (
 	warnChainsUnread    warningID = "forward_chains_unread"
 	warnChildrenDropped warningID = "children_dropped" // about is the subnet
 	warnHostsBlocked    warningID = "hosts_blocked"    // about is the subnet
+	warnHostsKeptIn     warningID = "hosts_kept_in"    // about is the subnet
 	warnPacketsInZone   warningID = "packets_in_zone"  // about is the subnet
 	warnSecondZone      warningID = "second_zone"      // about is the subnet
 	warnSeveralZones    warningID = "several_zones"    // about is the subnet
@@ -64,6 +65,7 @@ const (
 	warnOwnAddress      warningID = "subnet_is_own_address"  // about is the subnet
 	warnUnreached       warningID = "subnet_on_no_link"      // about is the subnet
 	warnDown            warningID = "link_down"              // about is the subnet
+	warnInsideDown      warningID = "inside_link_down"       // about is the subnet
 	warnPeersBehindLink warningID = "peers_behind_link"      // about is the link
 	warnNoSourceNAT     warningID = "no_source_nat"          // about is the subnet
 	warnBrokenFlows     warningID = "broken_flows"           // about is the subnet, the link and the source
