@@ -152,23 +152,29 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 }
 
 // shutTo returns the hosts to which the user forwards ports, and to which the user's
-// firewall lets no such flow through, as it often is with 1:1 NAT.
-func (f *firewall) shutTo(cfg config.Config, network gateway.Network) (shut []netip.Prefix) {
-	hosts := slices.DeleteFunc(slices.Clone(f.reached), func(h netip.Prefix) bool { return !slices.ContainsFunc(prefixes(cfg.Subnets), h.Overlaps) })
+// firewall lets no such flow through, as it often is with 1:1 NAT. As forwards do, the last answer
+// holds while the rules cannot be read.
+func (f *firewall) shutTo(cfg config.Config, network gateway.Network) []netip.Prefix {
+	hosts := reachedIn(prefixes(cfg.Subnets), f.reached)
 	if !f.withExpectations() || len(hosts) == 0 {
+		f.shut = nil
 		return nil
 	}
+	var answers []userrules.Answer
 	q, err := f.children(network, hosts)
-	if err != nil || len(q.outside) == 0 {
-		return nil
+	if err == nil && len(q.outside) > 0 {
+		answers, err = q.Forwarded(q.outside, q.inside, hosts)
 	}
-	answers, err := q.Forwarded(q.outside, q.inside, hosts)
+	if err != nil {
+		return f.shut
+	}
+	f.shut = nil
 	for i, a := range answers {
-		if err == nil && a == userrules.Dropped {
-			shut = append(shut, hosts[i])
+		if a == userrules.Dropped {
+			f.shut = append(f.shut, hosts[i])
 		}
 	}
-	return shut
+	return f.shut
 }
 
 // translated reports whether the map can carry the subnet's permissions.

@@ -56,6 +56,7 @@ type firewall struct {
 	knownMapped bool                    // with those that the tables hold for mappings
 
 	reached []netip.Prefix // hosts to which the user forwards ports
+	shut    []netip.Prefix // those to which the user's firewall lets none of that through
 
 	diverter    userrules.Diverter
 	diverted    []userrules.Diversion // as last read, merged

@@ -80,9 +80,26 @@ func reachedBy(all []userrules.Forward) (hosts []netip.Prefix) {
 			hosts = append(hosts, r.ToPrefix)
 		}
 	}
-	slices.SortFunc(hosts, netip.Prefix.Compare)
-	hosts = slices.Compact(hosts)
-	return hosts[:min(len(hosts), mostReached)]
+	return slices.Compact(slices.SortedFunc(slices.Values(hosts), netip.Prefix.Compare))
+}
+
+// reachedIn returns those of hosts that are in one of the subnets, for each subnet by themselves: the
+// subnets may be behind different links. There are at most mostReached.
+func reachedIn(subnets, hosts []netip.Prefix) (all []netip.Prefix) {
+	for _, h := range hosts {
+		for _, s := range subnets {
+			switch {
+			case !h.Overlaps(s):
+			case h.Bits() < s.Bits():
+				all = append(all, s)
+			default:
+				all = append(all, h)
+			}
+		}
+	}
+	slices.SortFunc(all, netip.Prefix.Compare)
+	all = slices.Compact(all)
+	return all[:min(len(all), mostReached)]
 }
 
 // cover sets c to what the forwards cover. As long as that is the same, the pointer stays.

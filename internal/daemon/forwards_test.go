@@ -1,17 +1,46 @@
 package daemon
 
 import (
+	"errors"
 	"net/netip"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/conenatd/conenatd/internal/cone"
+	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
+
+// Fails when hosts of others take the places of those of enabled subnets, and when subnets of one
+// forwarded prefix are asked for together.
+func TestHostsToAskForAreThoseOfEnabledSubnets(t *testing.T) {
+	prefix := netip.MustParsePrefix
+	var all []userrules.Forward
+	for n := range 2 * mostReached {
+		all = append(all, userrules.Forward{To: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 42, 0, byte(n)}), 53)})
+	}
+	all = append(all, userrules.Forward{To: netip.MustParseAddrPort("10.47.14.1:53")}, userrules.Forward{ToPrefix: prefix("10.47.12.0/22")})
+	subnets := []netip.Prefix{prefix("10.47.13.0/24"), prefix("10.47.14.0/24"), prefix("10.47.16.0/24")}
+	want := []netip.Prefix{prefix("10.47.13.0/24"), prefix("10.47.14.0/24"), prefix("10.47.14.1/32")}
+	if got := reachedIn(subnets, reachedBy(all)); !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+}
+
+// Fails when a look that cannot read the rules moves permissions.
+func TestFirewallStaysShutWhileRulesCannotBeRead(t *testing.T) {
+	host := []netip.Prefix{netip.MustParsePrefix("10.47.11.109/32")}
+	f := &firewall{reached: host, shut: host, unread: errors.New("interrupted"), helpers: []string{"RAS"}}
+	cfg := config.Config{Subnets: []config.Subnet{{Prefix: netip.MustParsePrefix("10.47.11.0/24")}}}
+	network := gateway.Network{Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: gateway.IPv4}}}
+	if got := f.decide(cfg, network)[cfg.Subnets[0].Prefix].shut; !slices.Equal(got, host) {
+		t.Errorf("%v, want %v", got, host)
+	}
+}
 
 // The last known forwards hold while rules cannot be read.
 //
