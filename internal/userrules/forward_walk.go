@@ -321,7 +321,7 @@ func (w *walker) branch(r *rule, conds []condition, name string, fields, read []
 	if set.failed != nil || !set.loaded {
 		w.opaqueAll(conds, fmt.Sprintf("%s: map %s cannot be read", r.chain, name))
 	}
-	passed := make(map[expr.VerdictKind][]condition) // by elements; those of one map have no packet in common
+	passed := make(map[expr.VerdictKind][]condition) // by elements that have no packet in common
 	pass := func() {
 		for kind, conds := range passed {
 			w.pass(kind, conds)
@@ -329,8 +329,9 @@ func (w *walker) branch(r *rule, conds []condition, name string, fields, read []
 		clear(passed)
 	}
 	defer pass()
+	overlap := set.interval && len(set.fields) > 1 // elements may, and the first one wins
 	for _, el := range set.elements {
-		if el.others { // it comes last, for what no other element has
+		if overlap || el.others { // the latter comes last, for what no other element has
 			pass()
 		}
 		key := fields

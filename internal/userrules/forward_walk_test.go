@@ -50,6 +50,30 @@ func TestMapOfVerdictsExemptsWhatItAccepts(t *testing.T) {
 	}
 }
 
+// The kernel lets intervals of concatenated keys overlap; the first element wins.
+//
+// Fails when what it accepts is said to be forwarded by the second one.
+func TestElementsOfOneMapMayOverlap(t *testing.T) {
+	to := func(first, last byte) span {
+		return span{[]byte{0, 0, 0, 0, 198, 51, 100, first}, []byte{255, 255, 255, 255, 198, 51, 100, last}}
+	}
+	table := newNAT()
+	table.sets["m"] = &set{size: 8, fields: []int{4, 4}, interval: true, verdicts: true, loaded: true, elements: []element{
+		{span: to(5, 6), verdict: expr.Verdict{Kind: expr.VerdictAccept}},
+		{span: to(0, 10), verdict: expr.Verdict{Kind: expr.VerdictGoto, Chain: "leads"}},
+	}}
+	table.add("base", fromAndTo, statement{"lookup", &expr.Lookup{SourceRegister: 1, IsDestRegSet: true, SetName: "m"}})
+	table.add("leads", destinationNAT)
+	all := table.forwards(nil)
+	for host, want := range map[byte]bool{4: true, 5: false, 6: false, 7: true, 11: false} {
+		addr := netip.AddrFrom4([4]byte{198, 51, 100, host})
+		got := slices.ContainsFunc(all, func(f Forward) bool { return coversAddr(f.Addrs, addr) })
+		if got != want || len(all) != 1 || all[0].Partial {
+			t.Errorf("%v is forwarded: %v, want %v: %+v", addr, got, want, all)
+		}
+	}
+}
+
 // A packet whose key is in no element of a verdict map goes on to the next rule, not to the rest of the
 // rule. nft makes no such rule.
 //

@@ -11,7 +11,7 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// Elements of one verdict map have no packet in common, so what leads to each is known however
+// Elements of a verdict map of single keys have no packet in common, so what leads to each is known however
 // many there are, as kube-proxy has them. What no element has, and later rules, are for the others.
 //
 // Fails when one of many forwards behind a map is in doubt, or a packet of an element counts for the
