@@ -104,7 +104,7 @@ func (m *Model) ReviewForwards(now time.Duration, at, n int) int {
 // snapshot finds flows that give a permission only now.
 func (m *Model) SetPolicy(now time.Duration, p Policy) {
 	shorter, sameLifetime := p.Lifetime < m.policy.Lifetime, p.Lifetime == m.policy.Lifetime
-	learns := !m.policy.Learned && p.Learned
+	learns, sameShut := !m.policy.Learned && p.Learned, slices.Equal(m.policy.Shut, p.Shut)
 	sameMapping := func(a, b Subnet) bool { return a.Prefix == b.Prefix && a.Mapping == b.Mapping }
 	if !slices.EqualFunc(m.policy.Subnets, p.Subnets, sameMapping) {
 		m.last.recent, m.last.different = 0, 0 // they were of the old mapping
@@ -156,6 +156,11 @@ func (m *Model) SetPolicy(now time.Duration, p Policy) {
 		m.grantReplacement(now, x)
 	}
 	m.reconsiderAll(now)
+	if !sameShut { // the firewall may drop now what a forward takes
+		for i := range m.claims {
+			m.retryForwarded(now, int32(i))
+		}
+	}
 	if !learns {
 		return
 	}

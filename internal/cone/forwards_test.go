@@ -1,6 +1,9 @@
 package cone
 
-import "testing"
+import (
+	"net/netip"
+	"testing"
+)
 
 // forwardsPort is a rule that forwards one outside port for everybody to one endpoint.
 func forwardsPort(port uint16, to Endpoint) func(Permission) Forwarding {
@@ -55,6 +58,33 @@ func TestPermissionStandsAtOnceWhenTheForwardGoes(t *testing.T) {
 	d.carry()
 	d.want()
 	d.gone(6, f)
+}
+
+// The firewall opens for a forward to the permission's own endpoint, and closes again. While it
+// drops what the forward takes, the permission stands.
+//
+// Fails when a permission that was refused meanwhile waits for the retry, and when what the firewall
+// drops does not matter.
+func TestPermissionStandsAtOnceWhenTheFirewallCloses(t *testing.T) {
+	const in = "10.47.11.109:5060"
+	d := newDesk(t, nil)
+	d.m.SetForwards(0, forwardsPort(5060, ep(in)), true)
+	closed := testPolicy
+	closed.Shut = []netip.Prefix{netip.MustParsePrefix("10.47.11.108/30")}
+	d.m.SetPolicy(0, closed)
+	f := d.open(1, in, "203.0.113.5:9")
+	d.carry()
+	d.want(in)
+	d.m.SetPolicy(2, testPolicy)
+	d.carry()
+	d.want()
+	if v := d.view(in); v.State != StateRefused || v.Reason != ReasonForwardedHere {
+		t.Errorf("%v, %v while the firewall is open", v.State, v.Reason)
+	}
+	d.m.SetPolicy(3, closed)
+	d.carry()
+	d.want(in)
+	d.gone(4, f)
 }
 
 // A flow may show a forward whose rule is unknown. A flow that a known rule explains shows
