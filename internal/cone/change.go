@@ -208,7 +208,7 @@ func (m *Model) allowed(c *claim) bool {
 	return !inside && !m.topo.reached(c.Peer.Netip()) // no route: it may come back
 }
 
-// A fedPermission is a permission with the time of its last traffic from inside.
+// A timedPermission is a permission with the time of its last traffic from inside.
 type timedPermission struct {
 	Permission
 	refreshed time.Duration

@@ -11,7 +11,7 @@ const (
 	Grant OpKind = iota
 	// Revoke ends Permission as far as it stands by By. It may be gone already.
 	Revoke
-	// Refresh renews the kernel's own timeout of Permission, by By.
+	// Renew renews the kernel's own timeout of Permission, by By.
 	Renew
 	// Query looks up the flow from Peer, Port to Ext; the answer goes to FlowSeen or
 	// FlowMissing.
@@ -45,7 +45,7 @@ type Op struct {
 	// FromZone is the conntrack zone of packets from From, for the same kinds.
 	FromZone uint16
 	Kind     OpKind
-	By       Carriers // for Grant, Revoke, Refresh and Deny
+	By       Carriers // for Grant, Revoke, Renew and Deny
 	Reason   Reason   // why, for Revoke and Deny
 }
 

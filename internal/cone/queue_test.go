@@ -89,7 +89,7 @@ func TestSilentHostInheritsNothing(t *testing.T) {
 // A host that sends goes before one that came earlier and has been silent for a lifetime, which
 // comes next once it sends again.
 //
-// Fails when passOver looks at the first claim alone.
+// Fails when skipOverdue looks at the first claim alone.
 func TestHostThatSendsInheritsBeforeASilentOne(t *testing.T) {
 	d := newDesk(t, nil)
 	owner := d.open(0, sharing1, "203.0.113.5:9")
@@ -118,7 +118,7 @@ func (r *refModel) isOver(now time.Duration, c *refClaim) bool {
 	return now >= c.refreshed+r.policy.Lifetime
 }
 
-// passOver is Model.passOver.
+// passOver is Model.skipOverdue.
 func (r *refModel) passOver(now time.Duration, c *refClaim) {
 	for _, x := range r.ofKey(c.Key) {
 		if x.revoked() || r.isOver(now, x) {
