@@ -249,7 +249,7 @@ func (m *Map) missed(ps []cone.Permission) (n int) {
 	return n
 }
 
-// removeAll deletes those elements of p that findAbsent found.
+// deleteFound deletes those elements of p that findAbsent found.
 func (m *Map) deleteFound(seq uint32, p *cone.Permission) {
 	i := (seq - m.first - 1) / perElement
 	for n, set := range permissionSets {
