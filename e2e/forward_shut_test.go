@@ -3,6 +3,7 @@ package e2e
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/conenatd/conenatd/e2e/stage"
@@ -122,36 +123,40 @@ func TestForwardThatTheFirewallDropsLeavesTheExpectation(t *testing.T) {
 func TestForwardWinsOnceTheFirewallLetsItThrough(t *testing.T) {
 	ownMode(t)
 	stage.NeedsExpect(t)
-	s := newScene(t, lab.Options{Rules: lab.NoRules})
-	s.Must(loadOneToOne(s))
-	s.Must(s.NFT(lab.DropPolicy + `table ip inward { chain post { type nat hook postrouting priority srcnat + 1; oifname "lan0" ct status dnat masquerade; }; }
+	for _, mode := range [][]string{stage.Auto, stage.Expect} {
+		t.Run(mode[0], func(t *testing.T) {
+			s := newScene(t, lab.Options{Rules: lab.NoRules})
+			s.Must(loadOneToOne(s))
+			s.Must(s.NFT(lab.DropPolicy + `table ip inward { chain post { type nat hook postrouting priority srcnat + 1; oifname "lan0" ct status dnat masquerade; }; }
 table inet filter { chain forwarded { }; }
 insert rule inet filter forward jump forwarded
 `))
-	s.Serve(stage.Auto[0], "--reconcile=1h")
-	phone, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
-	ext := s.Contact(phone, peer)
-	reason := func(want string) func() bool {
-		return func() bool { p := s.List(); return len(p) == 1 && p[0].Reason == want }
-	}
-	s.Until("an expectation carries it", reason(""))
-	child := s.PeerSocket(lab.PeerA, 7000)
-	s.Arrives(phone, child, ext)
+			s.Serve(append(slices.Clone(mode), "--reconcile=1h")...)
+			phone, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+			ext := s.Contact(phone, peer)
+			reason := func(want string) func() bool {
+				return func() bool { p := s.List(); return len(p) == 1 && p[0].Reason == want }
+			}
+			s.Until("an expectation carries it", reason(""))
+			child := s.PeerSocket(lab.PeerA, 7000)
+			s.Arrives(phone, child, ext)
 
-	s.Must(s.NFT("add rule inet filter forwarded ip daddr 10.47.11.109 udp dport 5060 accept"))
-	s.Until("the forward takes it", reason("forwarded_here"))
-	for _, from := range []*lab.Socket{child, s.PeerSocket(lab.PeerA, 7001)} {
-		p := stage.Payload("by the forward")
-		s.Must(from.Send(ext, p))
-		if source, err := phone.Expect(p); err != nil || source.Addr() != netip.MustParseAddr("10.47.11.1") {
-			t.Errorf("%v, %v", source, err)
-		}
-	}
+			s.Must(s.NFT("add rule inet filter forwarded ip daddr 10.47.11.109 udp dport 5060 accept"))
+			s.Until("the forward takes it", reason("forwarded_here"))
+			for _, from := range []*lab.Socket{child, s.PeerSocket(lab.PeerA, 7001)} {
+				p := stage.Payload("by the forward")
+				s.Must(from.Send(ext, p))
+				if source, err := phone.Expect(p); err != nil || source.Addr() != netip.MustParseAddr("10.47.11.1") {
+					t.Errorf("%v, %v", source, err)
+				}
+			}
 
-	s.Must(s.NFT("flush chain inet filter forwarded"))
-	s.Until("an expectation carries it again", reason(""))
-	s.Arrives(phone, s.PeerSocket(lab.PeerA, 7002), ext)
-	s.Lost(phone, s.PeerSocket(stranger, 7000), ext, peer)
+			s.Must(s.NFT("flush chain inet filter forwarded"))
+			s.Until("an expectation carries it again", reason(""))
+			s.Arrives(phone, s.PeerSocket(lab.PeerA, 7002), ext)
+			s.Lost(phone, s.PeerSocket(stranger, 7000), ext, peer)
+		})
+	}
 }
 
 // Ports of the pool on the address of masquerades are nobody's but those of mappings, if 1:1 NAT

@@ -230,11 +230,6 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	if len(l.inZone0) > 0 {
 		l.rule(learn, "permissions are of the default zone", zoneIsNot0, accept)
 	}
-	l.rule(learn, "", ctOriginalIPSaddr.notIn(subnets), accept)
-	if l.named(elements.UnsureSet) != nil {
-		l.rule(learn, "a source may be spoofed", l.isUnsure(), accept)
-	}
-	l.rule(learn, "", ctReplyIPSaddr.in(l.noPeers), accept)
 	learned, excluded := accept, accept
 	if d.leans() {
 		learned = goTo(l.lean())
@@ -242,8 +237,14 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	if d.quiet() {
 		excluded = goTo(l.nobodyAsks())
 	}
+	// Before the subnets, which lack those that expectations serve.
 	l.rule(learn, "", isUDP, ctReplyProtoSrc.in(peerPorts), excluded)
 	l.rule(learn, "", isUDP, ctReplyProtoDst.in(ports), excluded)
+	l.rule(learn, "", ctOriginalIPSaddr.notIn(subnets), accept)
+	if l.named(elements.UnsureSet) != nil {
+		l.rule(learn, "a source may be spoofed", l.isUnsure(), accept)
+	}
+	l.rule(learn, "", ctReplyIPSaddr.in(l.noPeers), accept)
 	// A sender without an answer must not use up the learning rate of its host, but must be
 	// learned again after its permission has expired.
 	repeaters := l.set(repeatersSet, permissionKey...)

@@ -51,7 +51,8 @@ func (l *layout) quiet(d Desired) {
 	}
 	ports := l.set(excludedPeerSet, nftables.TypeInetService)
 	ports.setPorts(d.ExcludePeerPorts)
-	l.rule(c, "nobody needs to know", isUDP, l.isHidden(elements.QuietSet), ctReplyProtoSrc.in(ports), hideBeginning())
+	// The daemon must hear of children and forwards of the user's.
+	l.rule(c, "nobody needs to know", isUDP, l.outside(iifname, false), l.isHidden(elements.QuietSet), ctReplyProtoSrc.in(ports), hideBeginning())
 }
 
 // isHidden matches packets of the protocols whose flows are hidden now.

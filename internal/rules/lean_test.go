@@ -15,6 +15,7 @@ import (
 	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // leaning learns, and lets Lean choose what is reported.
@@ -220,6 +221,22 @@ func TestQuietHidesWhatCanHaveNoPermission(t *testing.T) {
 				}
 				check(t, l.Flush())
 			}
+			if test.port == 0 {
+				tellsWhatComesFromOutside(t, l, r, quiet)
+			}
 		})
 	}
+}
+
+// tellsWhatComesFromOutside checks that flows from outside to an inside host's port with the number
+// of an excluded peer port are reported, though flows to such ports are not.
+func tellsWhatComesFromOutside(t *testing.T, l *lab.Lab, r reporter, quiet *elements.Hidden) {
+	t.Helper()
+	check(t, l.NFT("table ip user { chain c { type nat hook prerouting priority dstnat; udp dport 5353 dnat to 10.47.11.109:53; }; }"))
+	check(t, quiet.On())
+	in, out := listen(t, l.Inside(0), l.Inside(0).Addr, 53), listen(t, l.Outside, lab.PeerA, 7000)
+	check(t, out.Send(netip.MustParseAddrPort("198.51.100.1:5353"), "from outside"))
+	_, err := in.Expect("from outside")
+	check(t, err)
+	r.tells(ctwatch.New, 7000)
 }
