@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"net/netip"
+	"slices"
 
 	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
@@ -29,6 +30,12 @@ func (f *firewall) children(network gateway.Network, subnets []netip.Prefix) (q 
 		q.inside = append(q.inside, flows.LinkOf(l))
 	}
 	return q, err
+}
+
+// same reports whether the answers to both questions are the same: about the same reading of rules.
+func (q childQuestion) same(as childQuestion) bool {
+	return q.Ruleset != nil && q.Ruleset == as.Ruleset && slices.Equal(q.subnets, as.subnets) &&
+		slices.EqualFunc(q.outside, as.outside, userrules.Link.Equal) && slices.EqualFunc(q.inside, as.inside, userrules.Link.Equal)
 }
 
 // arrivingBy returns the outside links, with the addresses for which packets arrive by them.

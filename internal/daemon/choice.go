@@ -153,7 +153,8 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 
 // shutTo returns the hosts to which the user forwards ports, and to which the user's
 // firewall lets no such flow through, as it often is with 1:1 NAT. As forwards do, the last answer
-// holds while the rules cannot be read.
+// holds while the rules cannot be read; and while they are the same, since the walk through the chains
+// for each host is long.
 func (f *firewall) shutTo(cfg config.Config, network gateway.Network) []netip.Prefix {
 	hosts := reachedIn(prefixes(cfg.Subnets), f.reached)
 	if !f.withExpectations() || len(hosts) == 0 {
@@ -162,13 +163,16 @@ func (f *firewall) shutTo(cfg config.Config, network gateway.Network) []netip.Pr
 	}
 	var answers []userrules.Answer
 	q, err := f.children(network, hosts)
-	if err == nil && len(q.outside) > 0 {
+	if err != nil || q.same(f.shutAsked) {
+		return f.shut
+	}
+	if len(q.outside) > 0 {
 		answers, err = q.Forwarded(q.outside, q.inside, hosts)
 	}
 	if err != nil {
 		return f.shut
 	}
-	f.shut = nil
+	f.shut, f.shutAsked = nil, q
 	for i, a := range answers {
 		if a == userrules.Dropped {
 			f.shut = append(f.shut, hosts[i])

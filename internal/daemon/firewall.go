@@ -57,6 +57,8 @@ type firewall struct {
 
 	reached []netip.Prefix // hosts to which the user forwards ports
 	shut    []netip.Prefix // those to which the user's firewall lets none of that through
+	// shutAsked is the question to which shut is the answer.
+	shutAsked childQuestion
 
 	diverter    userrules.Diverter
 	diverted    []userrules.Diversion // as last read, merged

@@ -31,6 +31,45 @@ func TestHostsToAskForAreThoseOfEnabledSubnets(t *testing.T) {
 	}
 }
 
+// Fails when each look walks through the same rules again, and when one after a change does not.
+func TestFirewallIsAskedOnceWhatItDropsOfForwards(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{Rules: lab.Masquerade + lab.DropPolicy})
+	check := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	check(l.Gateway.Do(func() error {
+		host := []netip.Prefix{netip.PrefixFrom(l.Inside(0).Addr, 32)}
+		f := &firewall{reader: userrules.NewReader(userrules.Config{}), reached: host, helpers: []string{"RAS"}}
+		defer func() { check(f.close()) }()
+		network, err := gateway.ReadNetwork(0, gateway.Sides{Outside: []string{"wan0"}})
+		check(err)
+		cfg := config.Config{Subnets: []config.Subnet{{Prefix: lab.InsideNet}}}
+		shut := func() []netip.Prefix {
+			f.look()
+			return f.shutTo(cfg, network)
+		}
+		if got := shut(); !slices.Equal(got, host) {
+			t.Errorf("behind a firewall that drops all: %v", got)
+		}
+		f.shut = nil // what nobody would find again
+		if got := shut(); len(got) > 0 {
+			t.Error("a look at unchanged rules walked through the chains again")
+		}
+		check(l.NFT("add rule inet filter forward tcp dport 80 accept"))
+		if got := shut(); !slices.Equal(got, host) {
+			t.Errorf("after a change for TCP: %v", got)
+		}
+		check(l.NFT("add rule inet filter forward udp dport 5060 accept"))
+		if got := shut(); len(got) > 0 {
+			t.Errorf("once the firewall is open: %v", got)
+		}
+		return nil
+	}))
+}
+
 // Fails when a look that cannot read the rules moves permissions.
 func TestFirewallStaysShutWhileRulesCannotBeRead(t *testing.T) {
 	host := []netip.Prefix{netip.MustParsePrefix("10.47.11.109/32")}
