@@ -38,7 +38,7 @@ func TestEveryNFTListsSavesAndLoads(t *testing.T) {
 var (
 	withHandle = regexp.MustCompile(`(?m)[^{] # handle \d+$`)
 	// What nft prints for a rule that it does not understand. It may show a test of a
-	// source address before the family is known as a raw offset, @nh,96,24; that is
+	// source address before the family is known as a raw offset, @nh,96,32; that is
 	// fine.
 	unreadable = regexp.MustCompile(`invalid type|unknown|stmt ops|@th,|(?m)^\s*# handle|xt `)
 )

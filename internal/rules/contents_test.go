@@ -300,8 +300,8 @@ const contentsInet = `
 		type filter hook prerouting priority raw; policy accept;
 		th sport 0 meta l4proto udp jump like_an_anchor
 		th dport 0 meta l4proto udp jump like_an_anchor
-		@nh,96,24 0xa2f0b meta nfproto ipv4 iifname @outside meta l4proto udp meta ipsec missing fib saddr . mark . iif oif missing goto no_way_back_outside comment "the way back is another link"
-		@nh,64,64 0x20010db800470000 meta nfproto ipv6 iifname @outside meta l4proto udp meta ipsec missing fib saddr . mark . iif oif missing goto no_way_back_outside comment "the way back is another link"
+		@nh,96,32 & 0xffffff00 == 0xa2f0b00 meta nfproto ipv4 iifname @outside meta l4proto udp meta ipsec missing fib saddr . mark . iif oif missing goto no_way_back_outside comment "the way back is another link"
+		@nh,64,32 0x20010db8 @nh,96,32 0x470000 meta nfproto ipv6 iifname @outside meta l4proto udp meta ipsec missing fib saddr . mark . iif oif missing goto no_way_back_outside comment "the way back is another link"
 	}
 
 	chain like_an_anchor {

@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
 
@@ -58,11 +59,25 @@ func onlyOf(families []*ipFamily) exprs {
 }
 
 // saddrIn matches if the source of the packet is in p, and daddrIn if its destination is, in a
-// rule of family inet. A prefix that ends at a byte boundary is compared without a mask, as nft
-// does it. saddrIn tests the address before the family, which excludes more packets.
-func saddrIn(p netip.Prefix) exprs {
+// rule of family inet. saddrIn is for all packets: it tests the address before the family, which
+// excludes more of them, and word by word, because the kernel is quickest with single words
+// (nft_payload_fast_eval, nft_cmp_fast_eval).
+func saddrIn(p netip.Prefix) (test exprs) {
 	f := familyOf(p)
-	return join(f.saddr.inPrefix(p, true), f.is)
+	addr, field := p.Masked().Addr().AsSlice(), *f.saddr.load(0)[0].(*expr.Payload)
+	for i := range (p.Bits() + 31) / 32 {
+		word := one(1, func(r uint32) expr.Any {
+			part := field
+			part.DestRegister, part.Len = r, 4
+			part.Offset += uint32(4 * i)
+			return &part
+		})
+		if bits := p.Bits() - 32*i; bits < 32 {
+			word = word.and(net.CIDRMask(bits, 32))
+		}
+		test = append(test, word.compare(expr.CmpOpEq, addr[4*i:][:4])...)
+	}
+	return join(test, f.is)
 }
 
 func daddrIn(p netip.Prefix) exprs {
