@@ -185,11 +185,11 @@ const contentsIP = `
 		oifname != @outside accept
 		ct status ! snat accept
 		ct zone != 0 accept comment "permissions are of the default zone"
+		meta l4proto udp ct reply proto-src @excluded_peer_ports accept
+		meta l4proto udp ct reply proto-dst @excluded_ports accept
 		ct original ip saddr != @subnets accept
 		meta l4proto udp ct original ip saddr . ct original proto-src . ct original ip daddr . ct original proto-dst @unsure update @unsure { ct original ip saddr . ct original proto-src . ct original ip daddr . ct original proto-dst } accept comment "a source may be spoofed"
 		ct reply ip saddr @no_peers accept
-		meta l4proto udp ct reply proto-src @excluded_peer_ports accept
-		meta l4proto udp ct reply proto-dst @excluded_ports accept
 		ct status confirmed meta l4proto udp add @repeaters { ct reply ip saddr . ct reply ip daddr . ct reply proto-dst limit rate over 6/minute burst 1 packets } accept comment "a flow that was seen, but for six packets a minute"
 		ct original ip saddr @full_hosts accept comment "its host has reached a limit"
 		meta l4proto udp ct reply ip saddr . ct reply ip daddr . ct reply proto-dst @denied accept comment "the daemon forbids it"
