@@ -173,6 +173,7 @@ func TestFlowsThatMayWorkAreNotHealed(t *testing.T) {
 	oifname wan0 masquerade
 }; }`
 	s := newScene(t, lab.Options{Inside: 3, Rules: tracked})
+	s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600")) // only healing may end a flow
 	s.IP(s.Outside, "route add 10.47.11.111/32 via 198.51.100.1")
 	broken, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 	answered, other := s.InsideSocket(2, 5060), s.PeerSocket(lab.PeerC, 5060)
