@@ -53,14 +53,8 @@ func newFlows(o *options) ([]*table, error) {
 	if err != nil {
 		return nil, err
 	}
-	from := func(i int) netip.AddrPort { return netip.AddrPortFrom(insideHost, uint16(10_000+i)) }
 	known := func(g *gateway, i, port int) (netip.AddrPort, netip.AddrPort) {
-		return from(i), netip.AddrPortFrom(stranger(knownPeers+i), uint16(port))
-	}
-	fresh := func(port uint16) aim {
-		return func(g *gateway, i int) (netip.AddrPort, netip.AddrPort) {
-			return from(i), netip.AddrPortFrom(stranger(newPeers+g.fresh+i), port)
-		}
+		return newFlowFrom(i), netip.AddrPortFrom(stranger(knownPeers+i), uint16(port))
 	}
 	r := o.race([]cell{
 		flowCell(knownFlow, lab.Shape{}, func(g *gateway, i int) (netip.AddrPort, netip.AddrPort) {
@@ -77,9 +71,9 @@ func newFlows(o *options) ([]*table, error) {
 			}
 			return inOrder(func() error { return f.Send(0, knownFlows) }, g.settle, func() error { return arrived(g.Outside, knownFlows) })
 		}),
-		flowCell(newFlow, lab.Shape{}, fresh(5060), nil),
-		flowCell(excludedFlow, lab.Shape{}, fresh(53), nil),
-		flowCell(tcpFlow, lab.Shape{TCP: true}, fresh(443), nil),
+		flowCell(newFlow, lab.Shape{}, toNewPeers(5060), nil),
+		flowCell(excludedFlow, lab.Shape{}, toNewPeers(53), nil),
+		flowCell(tcpFlow, lab.Shape{TCP: true}, toNewPeers(443), nil),
 	})
 	r.begin, r.end, r.clear = (*gateway).start, (*gateway).stop, (*gateway).forget
 	return []*table{t}, t.measure(r, gateways)
@@ -110,6 +104,16 @@ func (g *gateway) forget() error {
 
 // An aim returns the endpoints of new flow i.
 type aim func(g *gateway, i int) (from, to netip.AddrPort)
+
+// newFlowFrom returns the inside endpoint of new flow i.
+func newFlowFrom(i int) netip.AddrPort { return netip.AddrPortFrom(insideHost, uint16(10_000+i)) }
+
+// toNewPeers aims each flow at a peer that was not used before, at this port.
+func toNewPeers(port uint16) aim {
+	return func(g *gateway, i int) (netip.AddrPort, netip.AddrPort) {
+		return newFlowFrom(i), netip.AddrPortFrom(stranger(newPeers+g.fresh+i), port)
+	}
+}
 
 // flowCell measures the first packets of flows. before is called before each turn.
 func flowCell(name string, shape lab.Shape, to aim, before func(g *gateway) error) cell {

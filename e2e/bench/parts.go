@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
 
@@ -72,12 +71,8 @@ func parts(o *options) ([]*table, error) {
 	r := o.race([]cell{
 		streamCell(twoWay, streams, 64, true),
 		streamCell(oneWay, streams, 64, false),
-		flowCell(newFlow, lab.Shape{}, func(g *gateway, i int) (netip.AddrPort, netip.AddrPort) {
-			return netip.AddrPortFrom(insideHost, uint16(10_000+i)), netip.AddrPortFrom(stranger(newPeers+g.fresh+i), 5060)
-		}, nil),
-		flowCell(tcpFlow, lab.Shape{TCP: true}, func(g *gateway, i int) (netip.AddrPort, netip.AddrPort) {
-			return netip.AddrPortFrom(insideHost, uint16(10_000+i)), netip.AddrPortFrom(stranger(newPeers+g.fresh+i), 443)
-		}, nil),
+		flowCell(newFlow, lab.Shape{}, toNewPeers(5060), nil),
+		flowCell(tcpFlow, lab.Shape{TCP: true}, toNewPeers(443), nil),
 	})
 	r.clear = (*gateway).forget
 	return []*table{t}, t.measure(r, gateways)

@@ -37,7 +37,7 @@ func newOlderChildren() olderChildren {
 	return olderChildren{begun: make(map[extKey]struct{}), interim: make(map[int32]bool), ended: make(map[interimKey]time.Duration)}
 }
 
-// An interimKey names a child that ended by its ends outside.
+// An interimKey is the two outside endpoints, of the peer and of the gateway, of a child that has ended.
 type interimKey struct {
 	extKey
 	from Endpoint

@@ -12,7 +12,8 @@ import (
 // spoofed: conntrack does not know the link that a flow came by.
 const unsureNote = "unsure"
 
-// unsureFlows are such flows, and the links on which the user vouched for sources then.
+// unsureFlows are flows whose source may be spoofed, and the links that the key inside named when
+// the note was written.
 type unsureFlows struct {
 	Inside []string      `json:"inside"`
 	Flows  []unsureEntry `json:"flows"`

@@ -10,11 +10,7 @@ import (
 // silent matches while the daemon has given no sign of life for long, and packets other than
 // UDP. Then the kernel learns nothing: nobody would revoke it, or end what it lets in.
 func (l *layout) silent() exprs {
-	alive := l.named(elements.AliveSet)
-	if alive == nil {
-		alive = l.set(elements.AliveSet, nftables.TypeInetProto)
-		alive.HasTimeout, alive.Timeout, alive.free = true, elements.AliveTimeout, true
-		alive.first = []nftables.SetElement{{Key: []byte{unix.IPPROTO_UDP}}}
-	}
+	alive := l.protocols(elements.AliveSet)
+	alive.Timeout, alive.first = elements.AliveTimeout, []nftables.SetElement{{Key: []byte{unix.IPPROTO_UDP}}}
 	return metaL4proto.notIn(alive)
 }

@@ -56,13 +56,17 @@ func (l *layout) quiet(d Desired) {
 }
 
 // isHidden matches packets of the protocols whose flows are hidden now.
-func (l *layout) isHidden(name string) exprs {
-	on := l.named(name)
-	if on == nil {
-		on = l.set(name, nftables.TypeInetProto)
-		on.HasTimeout, on.free = true, true
+func (l *layout) isHidden(name string) exprs { return metaL4proto.in(l.protocols(name)) }
+
+// protocols returns a set of protocols for which something holds for a time (elements.Hidden,
+// elements.Alive). It makes the set if the table does not have it yet.
+func (l *layout) protocols(name string) *set {
+	s := l.named(name)
+	if s == nil {
+		s = l.set(name, nftables.TypeInetProto)
+		s.HasTimeout, s.free = true, true
 	}
-	return metaL4proto.in(on)
+	return s
 }
 
 func hideBeginning() exprs { return setCt(expr.CtKeyEVENTMASK, constant(host32(eventsLater))) }
