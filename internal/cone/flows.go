@@ -327,8 +327,11 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known 
 		refreshes = uint32(packets) != fl.packets
 		last = max(last, m.snap.before) // the count at that time is known
 	}
-	fl.id, fl.zone, fl.packets, fl.gen = f.ID, zone, uint32(packets), m.snap.gen
-	if f.Late > 0 {
+	fl.id, fl.zone, fl.gen = f.ID, zone, m.snap.gen
+	if !known || f.HasCounters { // else what a dump counted is still the latest
+		fl.packets = uint32(packets)
+	}
+	if !known && f.Late > 0 {
 		fl.packets-- // the next look finds a change, and when the last packet passed
 	}
 	if child {

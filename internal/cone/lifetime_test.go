@@ -46,6 +46,27 @@ func TestWhatIsToldTooLateExtendsNothing(t *testing.T) {
 	}
 }
 
+// A dump may show a flow before its late event is read. The event does not count its packets, so
+// the next dump must not take those that the first one counted for new.
+//
+// Fails when an event takes the place of what a dump counted.
+func TestLateEventOfAKnownFlowExtendsNothing(t *testing.T) {
+	d := newDesk(t, nil)
+	d.m.SetTimeouts(Timeouts{UDP: 4 * lifetime, Stream: 4 * lifetime})
+	now := 2 * lifetime
+	f := d.counted("10.47.11.109:1", "203.0.113.5:9", 2*lifetime)
+	d.snapshot(now, f)
+	d.want()
+	event := *f
+	event.Began, event.Late, event.HasCounters, event.OrigPackets = true, now, false, 0
+	d.seen(now+1, &event)
+	d.snapshot(now+2, f)
+	d.want()
+	f.OrigPackets++
+	d.snapshot(now+3, f)
+	d.want("10.47.11.109:1")
+}
+
 // What the kernel lost while it was overdue is not granted again, but is renewed at once when
 // its host sends before it ends: the renewal shows that it is gone.
 //
