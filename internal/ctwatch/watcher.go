@@ -109,6 +109,7 @@ type Watcher struct {
 	n       int
 	err     error
 	overrun bool // to be reported as soon as the queue is empty
+	emptied time.Time
 
 	mu       sync.Mutex // guards deadline and woken
 	deadline time.Time
@@ -251,10 +252,16 @@ func (w *Watcher) Read(events []Event) (int, error) {
 	return 0, wrap("read conntrack events", err)
 }
 
+// Emptied returns a time at which nothing was queued, the last one before Read returned; the zero
+// time if there was none. What a later Read returns was queued after it. Only the goroutine that
+// calls Read may call it.
+func (w *Watcher) Emptied() time.Time { return w.emptied }
+
 // read reads datagrams until the queue is empty or w.events is full. It returns false to be
 // called again when there is more to read (syscall.RawConn).
 func (w *Watcher) read(fd uintptr) bool {
 	for w.n < len(w.events) {
+		looked := time.Now() // before: the process may be stopped when the kernel has answered
 		n, err := unix.Read(int(fd), w.buf)
 		switch err {
 		case nil:
@@ -262,6 +269,7 @@ func (w *Watcher) read(fd uintptr) bool {
 			w.parseRest()
 		case unix.EINTR:
 		case unix.EAGAIN:
+			w.emptied = looked
 			w.tellOverrun()
 			return w.n > 0
 		case unix.ENOBUFS:

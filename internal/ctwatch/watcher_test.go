@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"os"
+	"syscall"
 	"testing"
 	"time"
 
@@ -184,6 +185,44 @@ func TestReadTakesWhatIsQueuedWhenItIsWokenOrLate(t *testing.T) {
 	readOne(t, w)
 	if _, err := w.Read(make([]Event, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("error %v, want os.ErrDeadlineExceeded", err)
+	}
+}
+
+// stoppedAfter runs stopped after each look at the socket, as if the process were stopped
+// before the look returns.
+type stoppedAfter struct {
+	syscall.RawConn
+	stopped func()
+}
+
+func (c stoppedAfter) Read(look func(uintptr) bool) error {
+	return c.RawConn.Read(func(fd uintptr) bool {
+		defer c.stopped()
+		return look(fd)
+	})
+}
+
+// What happens while the process is stopped comes after the time at which nothing was queued,
+// wherever it is stopped.
+//
+// Fails when the time is that of Read's return.
+func TestNothingWasQueuedBeforeTheLook(t *testing.T) {
+	w, write := pipeWatcher(t)
+	var queued time.Time
+	w.rc = stoppedAfter{w.rc, func() {
+		if queued.IsZero() {
+			queued = time.Now()
+			write(flowMsg(2))
+		}
+	}}
+	write(flowMsg(1))
+	for _, mark := range []string{"\x01", "\x02"} {
+		if got := marks(readQueued(t, w)); string(got) != mark {
+			t.Fatalf("marks %v, want %v", got, []byte(mark))
+		}
+		if at := w.Emptied(); at.Before(queued) != (mark == "\x01") {
+			t.Errorf("the queue was empty at %v after event %q, and the second came at %v", at, mark, queued)
+		}
 	}
 }
 

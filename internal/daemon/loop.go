@@ -154,11 +154,7 @@ func (l *loop) run(ctx context.Context) error {
 			return fmt.Errorf("read conntrack events: %w", err)
 		}
 		read := l.now()
-		// Events may have waited since the loop last emptied the socket.
-		late := read - idle
-		if late < isStopped {
-			late = 0
-		}
+		late := lateness(read - idle)
 		for i := range events[:n] {
 			events[i].Flow.Late = late
 			l.event(read, &events[i])
@@ -167,7 +163,7 @@ func (l *loop) run(ctx context.Context) error {
 			l.wantReconcile() // a dump shows how old the flows are
 		}
 		if n < len(events) {
-			idle = read
+			idle = l.events.Emptied().Sub(l.start)
 			l.caughtUp()
 		}
 		l.engine.Apply(read)
@@ -184,6 +180,15 @@ func (l *loop) run(ctx context.Context) error {
 			}
 		}
 	}
+}
+
+// lateness returns how late something may be known that happened within the last age. Less than
+// isStopped does not count.
+func lateness(age time.Duration) time.Duration {
+	if age < isStopped {
+		return 0
+	}
+	return age
 }
 
 func (l *loop) event(now time.Duration, e *ctwatch.Event) {

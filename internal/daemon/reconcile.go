@@ -296,6 +296,7 @@ func (r *reconciler) readFlows(q *ctwatch.Queries) error {
 	failed := r.seeEnded()
 	r.ask(func(l *loop) { l.engine.Model.BeginSnapshot(r.now()) })
 	piece := make([]cone.Flow, 0, flowsAtOnce)
+	age := beginDump(r.now())
 	hand := func() {
 		var err error
 		piece, err = r.firewall.sure(piece)
@@ -303,7 +304,9 @@ func (r *reconciler) readFlows(q *ctwatch.Queries) error {
 		r.ask(func(l *loop) {
 			failed = errors.Join(failed, l.adoptHeld(piece))
 			now := r.now()
+			late := age.ofPiece(now)
 			for i := range piece {
+				piece[i].Late = late
 				l.engine.SnapshotFlow(now, &piece[i])
 			}
 		})
@@ -335,6 +338,21 @@ func (r *reconciler) readFlows(q *ctwatch.Queries) error {
 		r.ask(func(l *loop) { l.applied = mapping.Applied{} })
 	}
 	return err
+}
+
+// A dumpAge tells how late what a dump shows is known: the process may be stopped while it
+// reads. The kernel fills a message when the one before is read, so a piece was not filled before
+// the one before it was begun.
+type dumpAge struct{ before, begun time.Duration }
+
+// beginDump is called before the dump is asked for.
+func beginDump(now time.Duration) dumpAge { return dumpAge{before: now, begun: now} }
+
+// ofPiece returns the greatest possible age of a piece that was read by now. The next one begins.
+func (a *dumpAge) ofPiece(now time.Duration) time.Duration {
+	late := lateness(now - a.before)
+	a.before, a.begun = a.begun, now
+	return late
 }
 
 // lookBetween runs a look that a status request waits for. Long parts of the reconcile call

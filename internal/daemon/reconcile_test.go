@@ -37,3 +37,20 @@ func TestReconcilesInAHurryAreApart(t *testing.T) {
 		}
 	}
 }
+
+// A process that was stopped while it read a dump shows the flows as they were before.
+//
+// Fails when a piece counts from its own beginning, or from the dump's.
+func TestPieceOfADumpIsAsOldAsTheOneBefore(t *testing.T) {
+	age := beginDump(5 * time.Second)
+	for _, piece := range []struct{ read, late time.Duration }{
+		{6 * time.Second, 0},                 // takes a second
+		{20 * time.Second, 15 * time.Second}, // may have been filled at 5 s; begun at 6 s
+		{21 * time.Second, 15 * time.Second}, // may have been filled at 6 s
+		{22 * time.Second, 0},
+	} {
+		if late := age.ofPiece(piece.read); late != piece.late {
+			t.Errorf("read at %v: %v late, want %v", piece.read, late, piece.late)
+		}
+	}
+}

@@ -143,14 +143,15 @@ func (e *Engine) failed(i int, r cone.Reason, err error) {
 
 func (e *Engine) query(o *cone.Op) {
 	src, dst := o.FlowTuple()
+	asked := e.cfg.Now() // before: the process may be stopped when the kernel has answered
 	f, found, err := e.Kernel.Flows.Get(src, dst, o.FromZone)
 	switch {
 	case err != nil:
 		e.cfg.Failed(LookUpFlow, 1, err, "src", src, "dst", dst)
 	case found && f.ID == o.ID:
-		e.Model.FlowSeen(e.cfg.Now(), &f)
+		e.Model.FlowSeen(asked, &f)
 	default:
-		e.Model.FlowMissing(e.cfg.Now(), o)
+		e.Model.FlowMissing(asked, o)
 	}
 }
 
