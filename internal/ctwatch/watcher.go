@@ -260,8 +260,8 @@ func (w *Watcher) Emptied() time.Time { return w.emptied }
 // read reads datagrams until the queue is empty or w.events is full. It returns false to be
 // called again when there is more to read (syscall.RawConn).
 func (w *Watcher) read(fd uintptr) bool {
+	looked := time.Now() // before: the process may be stopped when the kernel has answered
 	for w.n < len(w.events) {
-		looked := time.Now() // before: the process may be stopped when the kernel has answered
 		n, err := unix.Read(int(fd), w.buf)
 		switch err {
 		case nil:
