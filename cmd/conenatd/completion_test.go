@@ -25,7 +25,7 @@ func TestValuesAreCompleted(t *testing.T) {
 		"probe --server ":   {":4"},
 	} {
 		args := append([]string{cobra.ShellCompNoDescRequestCmd}, strings.Split(line, " ")...)
-		c := command()
+		c := command(nil)
 		var out bytes.Buffer
 		c.SetOut(&out)
 		c.SetErr(new(bytes.Buffer))
@@ -41,7 +41,7 @@ func TestValuesAreCompleted(t *testing.T) {
 
 func TestTheThreeShellsHaveScripts(t *testing.T) {
 	for _, shell := range []string{"bash", "zsh", "fish"} {
-		c := command()
+		c := command(nil)
 		var out bytes.Buffer
 		c.SetOut(&out)
 		c.SetArgs([]string{"completion", shell})

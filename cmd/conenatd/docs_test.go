@@ -20,7 +20,7 @@ var known = []string{"sh", "console", "toml", "nft", "iptables-restore", "status
 // parse checks the arguments of a command line by the program's own parser, without running
 // it. A name in running text may stand without its arguments.
 func parse(args []string, running bool) error {
-	root := command()
+	root := command(nil)
 	root.InitDefaultCompletionCmd(args...)
 	c, rest, err := root.Find(args)
 	if err != nil {

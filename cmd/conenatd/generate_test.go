@@ -20,7 +20,7 @@ func generated() map[string][]byte {
 		"docs/configuration.md":       reference.Markdown(),
 		"deploy/conenatd.toml":        reference.Example(),
 		"deploy/conenatd.schema.json": reference.Schema(),
-		"deploy/man/conenatd.8":       reference.CommandPage(command()),
+		"deploy/man/conenatd.8":       reference.CommandPage(command(nil)),
 		"deploy/man/conenatd.toml.5":  reference.FilePage(),
 	}
 }

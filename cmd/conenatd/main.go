@@ -34,13 +34,19 @@ func versionText() string {
 }
 
 func main() {
+	caught := catchSignals()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	root, out := command(), &output{Writer: os.Stdout}
+	root, out := command(caught), &output{Writer: os.Stdout}
 	root.SetOut(out)
 	refuseUnknownTopics(root)
 	started := false // if it stays false, the command line is wrong
-	root.PersistentPreRun = func(*cobra.Command, []string) { started = true }
+	root.PersistentPreRun = func(c *cobra.Command, _ []string) {
+		started = true
+		if c.Name() != runName {
+			caught.release()
+		}
+	}
 	err := root.ExecuteContext(ctx)
 	if err == nil {
 		err = out.err
@@ -70,7 +76,7 @@ func errorText(err error, journal bool) string {
 	return b.String()
 }
 
-func command() *cobra.Command {
+func command(caught *signals) *cobra.Command {
 	root := &cobra.Command{
 		Use:           "conenatd",
 		Short:         "Restricted cone NAT for UDP on the stock Linux kernel",
@@ -78,7 +84,7 @@ func command() *cobra.Command {
 		SilenceErrors: true,
 	}
 	root.AddCommand(
-		runCommand(), listCommand(), statusCommand(), reloadCommand(), stopCommand(), revokeCommand(),
+		runCommand(caught), listCommand(), statusCommand(), reloadCommand(), stopCommand(), revokeCommand(),
 		flushCommand(), watchCommand(), topCommand(), explainCommand(), doctorCommand(), probeCommand(), checkCommand(), configCommand(), rulesCommand(), cleanupCommand(), demoCommand(), selftestCommand(), versionCommand(),
 	)
 	root.SetFlagErrorFunc(flagError)

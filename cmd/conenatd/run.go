@@ -6,10 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"os/signal"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/mdlayher/sdnotify"
@@ -23,10 +21,13 @@ import (
 	"github.com/conenatd/conenatd/internal/sandbox"
 )
 
-func runCommand() *cobra.Command {
+// runName is the command of the daemon.
+const runName = "run"
+
+func runCommand(caught *signals) *cobra.Command {
 	var flags config.Flags
 	c := &cobra.Command{
-		Use:   "run",
+		Use:   runName,
 		Short: "Run the daemon",
 		Long: `Run the daemon in the foreground until SIGTERM or SIGINT. It then takes
 everything that it made out of the kernel, unless on_stop says otherwise. SIGUSR1
@@ -42,7 +43,7 @@ be read. Other commands have the same.`,
 	}
 	registerFlags(c, &flags)
 	c.RunE = func(c *cobra.Command, _ []string) error {
-		return run(c.Context(), &flags)
+		return run(c.Context(), caught, &flags)
 	}
 	return c
 }
@@ -77,7 +78,7 @@ func passedOver(network gateway.Network) (text string) {
 	return text
 }
 
-func run(ctx context.Context, flags *config.Flags) error {
+func run(ctx context.Context, caught *signals, flags *config.Flags) error {
 	cfg, err := flags.Resolve()
 	if err != nil {
 		return err
@@ -101,13 +102,6 @@ func run(ctx context.Context, flags *config.Flags) error {
 	var level slog.LevelVar
 	level.Set(cfg.LogLevel)
 	log := slog.New(logs.New(os.Stderr, cfg.LogFormat, &level))
-	// Catch SIGHUP from the start, because by default it ends the program.
-	hangup := make(chan os.Signal, 1)
-	signal.Notify(hangup, syscall.SIGHUP)
-	defer signal.Stop(hangup)
-	upgrade := make(chan os.Signal, 1)
-	signal.Notify(upgrade, syscall.SIGUSR1)
-	defer signal.Stop(upgrade)
 	d, err := daemon.New(daemon.Config{
 		Config: cfg, Version: versionText(), Socket: socket, Log: log,
 		Level: &level, Reload: flags.Resolve,
@@ -127,13 +121,13 @@ func run(ctx context.Context, flags *config.Flags) error {
 	defer close(ended)
 	go func() {
 		select {
-		case <-upgrade:
+		case <-caught.upgrade:
 			d.HandOver()
 			stop()
 		case <-ended:
 		}
 	}()
-	go reloadOn(hangup, ended, d)
+	go reloadOn(caught.hangup, ended, d)
 	go watchdog(notify, ended, d)
 	return d.Run(ctx, func() {
 		if err := notify.Notify(sdnotify.Ready); err != nil {

@@ -31,7 +31,7 @@ func TestWrongCommandLinesAreRefused(t *testing.T) {
 		"explain 2001:db8::5 198.51.100.1:5060": "expected both of IPv4, or both of IPv6",
 		"explain 203.0.113.5:70000 198.51.100.1:5060": `peer "203.0.113.5:70000": expected`,
 	} {
-		root := command()
+		root := command(nil)
 		var out bytes.Buffer
 		root.SetOut(&out)
 		refuseUnknownTopics(root)
@@ -40,7 +40,7 @@ func TestWrongCommandLinesAreRefused(t *testing.T) {
 			t.Errorf("%s: %v, want %q\n%s", line, err, want, &out)
 		}
 	}
-	root := command()
+	root := command(nil)
 	root.SetArgs([]string{"revoke", "10.47.11.5/24"})
 	if err := root.Execute(); !config.IsUsage(err) {
 		t.Errorf("%v is no error of the command line", err)
@@ -55,7 +55,7 @@ func TestOutputThatIsLostIsAnError(t *testing.T) {
 	}
 	defer full.Close()
 	out := &output{Writer: full}
-	root := command()
+	root := command(nil)
 	root.SetOut(out)
 	root.SetArgs([]string{"version"})
 	if err := errors.Join(root.Execute(), out.err); err == nil {
