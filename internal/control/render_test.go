@@ -49,7 +49,7 @@ var full = Status{
 	},
 	Events: Events{Mode: "lean", Received: 9000, Filtered: 120, Malformed: 1, Overruns: 3, ReadBuffer: 8 << 20},
 	Counters: Counters{
-		Decisions: Decisions{Granted: 412, Conflicts: 7, Early: 5}, Healed: 6, Repaired: map[string]uint64{"anchors": 1, "expectations": 4},
+		Decisions: Decisions{Granted: 412, Conflicts: 7, Early: 5}, Healed: 6, AuditLost: 9, Repaired: map[string]uint64{"anchors": 1, "expectations": 4},
 		Refused: map[string]uint64{"table_full": 2, "forwarded": 9},
 		Revoked: map[string]uint64{"expired": 372, "stopped": 0},
 		Skipped: map[string]uint64{"excluded_peer_port": 8100, "not_outside": 5}, SkippedLinks: map[string]uint64{"br_lan": 4},

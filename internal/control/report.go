@@ -75,6 +75,9 @@ func WriteStatus(w io.Writer, s Status, verbose bool, now time.Time) error {
 	if c.Healed > 0 {
 		line("healed", "%d flows that left with another source than your rules give them", c.Healed)
 	}
+	if c.AuditLost > 0 {
+		line("audit log", "%d records are lost; the log says why", c.AuditLost)
+	}
 	k := s.Conntrack
 	line("conntrack", "%d of %s entries", k.Entries, most(k.Max))
 	some(k.EarlyDrop, "  early_drop", "%d entries were taken out to make room in the full table", k.EarlyDrop)

@@ -290,11 +290,12 @@ type Events struct {
 // Counters count decisions since the start. The maps have identifiers as keys.
 type Counters struct {
 	Decisions
-	Healed   uint64            `json:"healed"`   // broken flows that were ended
-	Repaired map[string]uint64 `json:"repaired"` // things missing from the kernel that were restored
-	Refused  map[string]uint64 `json:"refused"`
-	Revoked  map[string]uint64 `json:"revoked"`
-	Skipped  map[string]uint64 `json:"skipped"` // flows that led to no permission
+	Healed    uint64            `json:"healed"`     // broken flows that were ended
+	AuditLost uint64            `json:"audit_lost"` // records that the audit log does not have
+	Repaired  map[string]uint64 `json:"repaired"`   // things missing from the kernel that were restored
+	Refused   map[string]uint64 `json:"refused"`
+	Revoked   map[string]uint64 `json:"revoked"`
+	Skipped   map[string]uint64 `json:"skipped"` // flows that led to no permission
 	// SkippedLinks splits up the flows that Skipped counts as not_outside, by the link that
 	// leads to the peer.
 	SkippedLinks map[string]uint64 `json:"skipped_links"`

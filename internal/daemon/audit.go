@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/audit"
@@ -18,6 +19,7 @@ const auditAhead = 1 << 15
 // An auditor writes the audit log, if there is one. It is a watcher with a file.
 type auditor struct {
 	*shared
+	gone   atomic.Uint64 // records that the file does not have
 	lock   sync.Mutex    // guards what follows
 	opened *os.File      // by open, for use
 	log    *audit.Log    // nil without an audit log
@@ -117,12 +119,23 @@ func (a *auditor) run(log *audit.Log, w *watcher, stop, done chan struct{}) {
 
 // lost notes n records or events that the file does not have.
 func (a *auditor) lost(n uint64, err error) {
+	a.gone.Add(n)
 	switch {
 	case err != nil:
 		a.noted.Note(slog.LevelWarn, "audit", "records of the audit log are lost", max(n, 1), "err", err)
 	case n > 0:
 		a.noted.Note(slog.LevelWarn, "audit", "records of the audit log are lost", n)
 	}
+}
+
+// missing is how many records the file does not have, those included that it is not told of yet
+// because it is behind.
+func (a *auditor) missing() uint64 {
+	n := a.gone.Load()
+	if w := a.watchers.auditor.Load(); w != nil {
+		n += w.lost.Load()
+	}
+	return n
 }
 
 // sync asks the loop for the standing permissions, unless the loop or stop ends first.

@@ -34,7 +34,7 @@ func grantedTo(i int) cone.Event {
 
 // The loop publishes faster than the file is written.
 //
-// Fails when an event is neither in the file nor counted there and in the log, and, by
+// Fails when an event is neither in the file nor counted there, in the log and by status, and, by
 // hanging, when the loop waits.
 func TestTheAuditLogCountsWhatItLoses(t *testing.T) {
 	s, log := quietShared()
@@ -47,6 +47,9 @@ func TestTheAuditLogCountsWhatItLoses(t *testing.T) {
 	const published = 10
 	for i := range published {
 		s.watchers.publish(grantedTo(i))
+	}
+	if n := s.auditor.missing(); n != published-4 {
+		t.Errorf("status counts %d lost while the log is behind, want %d", n, published-4)
 	}
 	s.auditor.start(s.auditor.opened, false, w)
 	s.auditor.opened = nil
@@ -68,6 +71,9 @@ func TestTheAuditLogCountsWhatItLoses(t *testing.T) {
 		if r.Event == "mapping_begin" {
 			begins++
 		}
+	}
+	if n := s.auditor.missing(); n != published-4 {
+		t.Errorf("status counts %d lost, want %d", n, published-4)
 	}
 	if begins != 4 || lost != published-4 {
 		t.Errorf("%d begins, %d lost of %d\n%s", begins, lost, published, b)

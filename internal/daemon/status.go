@@ -70,7 +70,7 @@ func (s source) Status() control.Status {
 		for link, n := range l.engine.Model.Elsewhere() {
 			st.Counters.SkippedLinks[link] = n.Flows
 		}
-		st.Counters.Failed = s.failures.Totals()
+		st.Counters.Failed, st.Counters.AuditLost = s.failures.Totals(), s.auditor.missing()
 		st.Latency = latencyStatus(&l.latency)
 	})
 	return st

@@ -29,6 +29,7 @@ var table = []metric{
 	counters("permissions_revoked", "reason", "Permissions that ended.", func(s *control.Status) map[string]uint64 { return s.Counters.Revoked }),
 	counters("flows_skipped", "reason", "Flows that led to no permission.", func(s *control.Status) map[string]uint64 { return s.Counters.Skipped }),
 	counter("flows_healed", "Broken flows that were ended.", func(s *control.Status) uint64 { return s.Counters.Healed }),
+	counter("audit_lost", "Records that the audit log does not have.", func(s *control.Status) uint64 { return s.Counters.AuditLost }),
 	counters("repairs", "part", "Things missing from the kernel that were restored.", func(s *control.Status) map[string]uint64 { return s.Counters.Repaired }),
 	counters("requests_failed", "request", "Requests that the kernel failed.", func(s *control.Status) map[string]uint64 { return s.Counters.Failed }),
 
