@@ -157,7 +157,6 @@ func (r *reconciler) reconcileOnce(q *ctwatch.Queries) error {
 		r.size = k.Max
 		r.ask(func(l *loop) { l.kernel = k })
 	}
-	r.rerouted.strands = true
 	if _, err := r.readGateway(); err != nil {
 		errs = append(errs, err)
 	}
@@ -293,7 +292,8 @@ func (r *reconciler) readFlows(q *ctwatch.Queries) error {
 		m = nil
 	}
 	r.failures.Note(requestLookAtListeners, 1, r.hideNothing())
-	failed := r.seeEnded()
+	stranded, failed := r.beginStranded(cfg, r.network)
+	failed = errors.Join(failed, r.seeEnded())
 	r.ask(func(l *loop) { l.engine.Model.BeginSnapshot(r.now()) })
 	piece := make([]cone.Flow, 0, flowsAtOnce)
 	age := beginDump(r.now())
@@ -317,6 +317,9 @@ func (r *reconciler) readFlows(q *ctwatch.Queries) error {
 		if m != nil {
 			m.See(f)
 		}
+		if stranded != nil {
+			stranded.See(f)
+		}
 		if piece = append(piece, *f); len(piece) == flowsAtOnce {
 			hand()
 		}
@@ -329,6 +332,11 @@ func (r *reconciler) readFlows(q *ctwatch.Queries) error {
 	}
 	r.ask(func(l *loop) { l.engine.Model.EndSnapshot(r.now()) })
 	r.firewall.dumped = true
+	if stranded != nil {
+		err := r.endStranded(stranded, q)
+		r.failures.Note(requestLookAtRoutes, 1, err)
+		r.rerouted.strands = err != nil
+	}
 	if m != nil {
 		err = r.keep(m, q)
 		r.ask(func(l *loop) {

@@ -51,17 +51,17 @@ func (r *reconciler) endRerouted(cfg config.Config, network gateway.Network) err
 	if !r.rerouted.due() || r.now() < r.rerouted.next {
 		return nil
 	}
-	var n, stranded, doubtful int
+	var n, doubtful int
 	var errs [2]error
 	took := budget.ThreadTime(func() {
-		if stranded, errs[1] = r.endStranded(cfg, network); r.rerouted.looks == 0 {
+		if errs[1] = r.lookForStranded(cfg, network); r.rerouted.looks == 0 {
 			return
 		}
 		fixed, unknown := r.firewall.fixedSources()
 		n, doubtful, errs[0] = r.firewall.fixedFlows(cfg).EndWrongLinks(network, r.firewall.router(cfg, network), r.rerouted.outside, fixed, unknown)
 	})
 	err := errors.Join(errs[:]...)
-	r.log.Debug("looked for flows that leave by another link than the one of their address", "ended", n+stranded)
+	r.log.Debug("looked for flows that leave by another link than the one of their address", "ended", n)
 	r.rerouted.looks = max(0, r.rerouted.looks-1)
 	r.rerouted.strands = errs[1] != nil
 	if doubtful == 0 && err == nil {
@@ -72,7 +72,6 @@ func (r *reconciler) endRerouted(cfg config.Config, network gateway.Network) err
 		r.rerouted.next = max(r.rerouted.next, r.now()+time.Second)
 	}
 	r.noted.Note(slog.LevelInfo, "rerouted", "flows with mappings left by another link than the one of their address; they ended", uint64(n))
-	r.noted.Note(slog.LevelInfo, "stranded", "hosts answered children by another link than the one of their address; they ended", uint64(stranded))
 	return err
 }
 

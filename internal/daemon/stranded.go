@@ -1,8 +1,12 @@
 package daemon
 
 import (
+	"log/slog"
+
+	"github.com/conenatd/conenatd/internal/budget"
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/ctwatch"
 	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
 )
@@ -15,7 +19,6 @@ func (r *reconciler) strands(cfg config.Config, network gateway.Network) *flows.
 	}
 	return &flows.Strands{
 		Rules: f.user, Routes: f.router(cfg, network), Fixed: f.fixedFlows(cfg), Shares: r.rerouted.shared,
-		Orphans:     !f.dumped, // an earlier daemon may have left children without permissions
 		Permissions: r.permissions,
 		Rerouted: func(has func(cone.Permission) bool) {
 			r.ask(func(l *loop) { l.engine.Model.SetRerouted(r.now(), has) })
@@ -33,16 +36,41 @@ func (r *reconciler) permissions(see func(cone.View)) error {
 	return nil
 }
 
-// endStranded ends children with a wrong address, and the permissions that would admit them again.
-func (r *reconciler) endStranded(cfg config.Config, network gateway.Network) (ended int, err error) {
+// beginStranded begins a look for children with a wrong address, which needs to see all flows, with
+// or without a permission now. It returns nil if it cannot be known which address is wrong, and soon
+// after a look that took long.
+func (r *reconciler) beginStranded(cfg config.Config, network gateway.Network) (*flows.Strands, error) {
 	s := r.strands(cfg, network)
-	if s == nil {
-		return 0, nil
+	if s == nil || r.now() < r.rerouted.next {
+		return nil, nil
 	}
+	return s, s.Begin(network)
+}
+
+// endStranded ends the children with a wrong address among the flows that s saw, and the permissions
+// that would admit them again.
+func (r *reconciler) endStranded(s *flows.Strands, q *ctwatch.Queries) error {
 	if len(r.rerouted.stale) == 0 {
 		r.rerouted.rules = r.firewall.user
 	}
-	return s.End(network, r.rerouted.stale)
+	var n int
+	var err error
+	took := budget.ThreadTime(func() { n, err = s.End(q, r.rerouted.stale) })
+	r.rerouted.next = r.now() + rerouteShare*took
+	r.noted.Note(slog.LevelInfo, "stranded", "hosts answered children by another link than the one of their address; they ended", uint64(n))
+	return err
+}
+
+// lookForStranded looks at all flows for children with a wrong address, and ends them.
+func (r *reconciler) lookForStranded(cfg config.Config, network gateway.Network) error {
+	s, err := r.beginStranded(cfg, network)
+	if s == nil || err != nil {
+		return err
+	}
+	if err := r.reads.Dump(s.See); err != nil {
+		return err
+	}
+	return r.endStranded(s, r.reads)
 }
 
 // strandsAny reports whether one of these new children has a wrong address.

@@ -29,8 +29,6 @@ type Strands struct {
 	Permissions func(see func(cone.View)) error
 	// Rerouted notes the permissions that are stale from now on, for which has returns true.
 	Rerouted func(has func(cone.Permission) bool)
-	// Orphans says that there may be children of permissions that are gone.
-	Orphans bool
 
 	sources  *Sources
 	children []*sentFlow                  // as their hosts send them
@@ -38,19 +36,10 @@ type Strands struct {
 	n        int                          // suspects
 }
 
-// End ends the children with a wrong address, and returns how many. Before that it ends the
-// permissions that would admit them again, if all that their hosts send by these is wrong, and adds
-// them to stale.
-func (s *Strands) End(network gateway.Network, stale Stale) (ended int, err error) {
-	s.sources, s.suspects = NewSources(network, nil), make(map[cone.Endpoint][]*suspect)
-	q, err := ctwatch.DialQueries(ctwatch.Config{})
-	if err != nil {
-		return 0, err
-	}
-	defer q.Close()
-	if err := s.collect(q); err != nil {
-		return 0, err
-	}
+// End ends the children with a wrong address among the flows that See saw, and returns how many.
+// Before that it ends the permissions that would admit them again, if all that their hosts send by
+// these is wrong, and adds them to stale.
+func (s *Strands) End(q *ctwatch.Queries, stale Stale) (ended int, err error) {
 	s.endPermissions(stale, true)
 	var wrong []cone.Flow
 	for _, c := range s.children {
@@ -139,47 +128,45 @@ func (s *Strands) endPermissions(stale Stale, withChildren bool) {
 	}
 }
 
-// collect notes children and permissions whose address is on another link than the only outside
-// one.
-func (s *Strands) collect(q *ctwatch.Queries) error {
-	err := s.Permissions(func(v cone.View) {
+// Begin begins a look at all flows with the permissions whose address is on another link than the
+// only outside one. See has to see each flow then.
+func (s *Strands) Begin(network gateway.Network) error {
+	s.sources, s.suspects = NewSources(network, nil), make(map[cone.Endpoint][]*suspect)
+	return s.Permissions(func(v cone.View) {
 		if !v.Routed() && s.sources.Another(v.Ext.Addr) && s.n < mostSuspects {
 			s.n++
 			s.suspects[v.Int] = append(s.suspects[v.Int], &suspect{Permission: v.Permission})
 		}
 	})
-	if err != nil {
-		return err
+}
+
+// See notes children whose address is on another link than the only outside one, and what hosts
+// send with the permissions that Begin noted. It copies what it keeps.
+func (s *Strands) See(f *cone.Flow) {
+	sent, child := *f, f.IsChild()
+	switch {
+	case child:
+		sent = f.Turned()
+	case !f.Status.Has(cone.StatusSrcNAT) || f.Status.Has(cone.StatusDstNAT):
+		return
 	}
-	if s.n == 0 && !s.Orphans {
-		return nil
+	wanted := child && s.sources.Another(sent.ReplyDst.Addr) && len(s.children) < mostSuspects
+	if !wanted && len(s.suspects[sent.Src]) == 0 || !s.Fixed.translated.Holds(sent.Src.Addr) {
+		return
 	}
-	return q.Dump(func(f *cone.Flow) {
-		sent, child := *f, f.IsChild()
+	noted := &sentFlow{Flow: sent}
+	if wanted {
+		s.children = append(s.children, noted)
+	}
+	for _, x := range s.suspects[sent.Src] {
 		switch {
-		case child:
-			sent = f.Turned()
-		case !f.Status.Has(cone.StatusSrcNAT) || f.Status.Has(cone.StatusDstNAT):
-			return
+		case !x.Peers().Contains(sent.ReplySrc.Addr.Netip()):
+		case sent.ReplyDst == x.Ext:
+			x.sent, x.children = append(x.sent, noted), x.children || child
+		case sent.ReplyDst.Addr != x.Ext.Addr:
+			x.elsewhere = noted
 		}
-		wanted := child && s.sources.Another(sent.ReplyDst.Addr) && len(s.children) < mostSuspects
-		if !wanted && len(s.suspects[sent.Src]) == 0 || !s.Fixed.translated.Holds(sent.Src.Addr) {
-			return
-		}
-		noted := &sentFlow{Flow: sent}
-		if wanted {
-			s.children = append(s.children, noted)
-		}
-		for _, x := range s.suspects[sent.Src] {
-			switch {
-			case !x.Peers().Contains(sent.ReplySrc.Addr.Netip()):
-			case sent.ReplyDst == x.Ext:
-				x.sent, x.children = append(x.sent, noted), x.children || child
-			case sent.ReplyDst.Addr != x.Ext.Addr:
-				x.elsewhere = noted
-			}
-		}
-	})
+	}
 }
 
 // Stale are permissions for packets that leave by another link than the one that has
