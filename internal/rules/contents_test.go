@@ -283,13 +283,13 @@ const contentsInet = `
 
 	set children4_256 {
 		type ipv4_addr . ipv4_addr . inet_service
-		size 65535
+		size 1048576
 		flags dynamic
 	}
 
 	set children6_256 {
 		type ipv6_addr . ipv6_addr . inet_service
-		size 65535
+		size 1048576
 		flags dynamic
 	}
 

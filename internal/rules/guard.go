@@ -196,7 +196,7 @@ func (l *layout) judge(name string, d Desired, served []*ipFamily) *nftables.Cha
 			children := l.named(name)
 			if children == nil {
 				children = l.set(name, f.addr, f.addr, nftables.TypeInetService)
-				children.Dynamic, children.free = true, true
+				children.Dynamic, children.free, children.Size = true, true, childrenSize
 			}
 			l.rule(child, "flows of one peer to one outside endpoint",
 				f.is, isUDP, addTo(children, elem{key: f.key, limit: ctCountOver(d.MaxChildren)}), counter(childCounter), drop)

@@ -94,6 +94,9 @@ const (
 	// learnedSize limits how many learned flows the kernel remembers. When a flow beyond
 	// that limit ends, only the daemon passes its outside port on to another host.
 	learnedSize = 1 << 17
+	// childrenSize is for how many pairs of a peer and an outside endpoint children through
+	// expectations are counted, in each family. There may be 75,000 expectations.
+	childrenSize = 1 << 20
 )
 
 // A layout is the contents of one of our tables.
