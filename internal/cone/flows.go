@@ -324,7 +324,7 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known 
 	// The counters of a flow in a flowtable stand still. Such a flow has packets, though
 	// from which side is not known: after 30 s without any the flowtable lets it go.
 	if refreshes && known && f.HasCounters && !f.Status.Has(StatusOffload) {
-		refreshes = uint32(packets) != fl.packets
+		refreshes = packets != 0 && uint32(packets) != fl.packets // somebody may set them to zero
 		last = max(last, m.snap.before) // the count at that time is known
 	}
 	fl.id, fl.zone, fl.gen = f.ID, zone, m.snap.gen

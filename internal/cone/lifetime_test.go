@@ -228,3 +228,39 @@ func TestPeerThatSendsAcrossAStartExtendsOnce(t *testing.T) {
 		}
 	}
 }
+
+// Somebody sets the counters of flows to zero, as "conntrack -L -z" does, while the peer alone goes
+// on sending.
+//
+// Fails when counters that went down are taken for packets from inside, and when packets after that
+// do not count.
+func TestCountersThatAreZeroedExtendNothing(t *testing.T) {
+	const in = "10.47.11.109:1"
+	for _, sends := range []bool{false, true} {
+		d := newDesk(t, nil)
+		f := d.counted(in, "203.0.113.5:9", 2*lifetime)
+		f.Status |= StatusSeenReply | StatusAssured
+		d.m.SetTimeouts(Timeouts{UDP: lifetime / 2, Stream: 2 * lifetime})
+		f.OrigPackets = 1000
+		for now := time.Duration(0); now < 2*lifetime; now += lifetime / 8 {
+			f.Left = 2 * lifetime // somebody has just sent
+			f.ReplyPackets++
+			if now == lifetime/2 {
+				f.OrigPackets, f.ReplyPackets = 0, 1
+			}
+			if sends {
+				f.OrigPackets++
+			}
+			d.snapshot(now, f)
+			for d.m.Tick(now, 10) {
+			}
+			d.carry()
+			switch {
+			case sends, now < lifetime:
+				d.want(in)
+			case now > lifetime+lifetime/8: // a look later
+				d.want()
+			}
+		}
+	}
+}

@@ -250,7 +250,7 @@ func (r *refModel) add(now time.Duration, c *refClaim, f *Flow, child bool) (kno
 		packets = 1
 	}
 	if refreshes && known && f.HasCounters && !f.Status.Has(StatusOffload) {
-		refreshes, last = fl.packets != packets, max(last, r.before)
+		refreshes, last = packets != 0 && fl.packets != packets, max(last, r.before)
 	}
 	fl.id, fl.packets, fl.answered = f.ID, packets, child && f.Status.Has(StatusSeenReply)
 	if r.dumped != nil {
