@@ -270,3 +270,85 @@ func (s *scene) hairpins(from, owner *lab.Socket, to netip.AddrPort) netip.AddrP
 	}
 	return seen
 }
+
+// The same with rules that choose the ports of hosts.
+//
+// Fails when a hairpinned flow has the address of the host that it goes to, or gives its host a
+// mapping.
+func TestNFTHairpinOfChosenPortsLeavesHostsTheirAddress(t *testing.T) {
+	for name, tc := range map[string]struct {
+		load func(s *scene) error
+		want string
+	}{
+		"a rule for the owner": {byNFT("ip saddr 10.47.11.109 snat to 198.51.100.8", "masquerade to :20000-29999"), "198.51.100.1"},
+		"a rule for the host":  {byNFT("ip saddr 10.47.11.110 snat to 198.51.100.8:20000-29999", "masquerade"), "198.51.100.8"},
+		"rules for all":        {byNFT("ip saddr 10.47.11.110 snat to 198.51.100.8 random", "masquerade random"), "198.51.100.8"},
+		"iptables-legacy":      {byIPTables(lab.IPTablesLegacy, "-s 10.47.11.109 -j SNAT --to-source 198.51.100.8", "-p udp -j MASQUERADE --to-ports 20000-29999"), "198.51.100.1"},
+		"one address":          {byNFT("masquerade to :20000-29999"), "198.51.100.1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := withAddresses(t, tc.load)
+			peer, owner, host := s.PeerSocket(lab.PeerA, 5060), s.InsideSocket(0, 5060), s.InsideSocket(1, 7000)
+			s.Serve(stage.Auto[0], mapped, "--hairpin")
+			to := s.Contact(owner, peer)
+			inside, known := netip.MustParseAddr("10.47.11.1"), netip.MustParseAddr(tc.want)
+			unknown := inside
+			if to.Addr() == known { // all have one address
+				unknown = known
+			}
+			if seen := s.hairpins(host, owner, to); seen.Addr() != unknown {
+				t.Errorf("before its address is known it hairpins as %v, want %v", seen, unknown)
+			}
+			ext := s.Contact(host, peer)
+			if ext.Addr() != known {
+				t.Errorf("after hairpinning it leaves as %v, want %v", ext, known)
+			}
+			next := s.InsideSocket(1, 7001) // it has no mapping
+			if seen, ext := s.hairpins(next, owner, to), s.Contact(next, peer); seen.Addr() != known || ext.Addr() != known {
+				t.Errorf("from another port it hairpins as %v and leaves as %v, want %v", seen, ext, known)
+			}
+		})
+	}
+}
+
+// A rule of the user's reflects a forward: hosts reach it at the outside address, with an address of
+// the gateway as their source. Such a flow is older than the mapping of the host that the forward
+// leads to.
+//
+// Fails when that flow gives its host a mapping on an address that is not its own.
+func TestNFTReflectedFlowTeachesNoOtherAddress(t *testing.T) {
+	for name, tc := range map[string]struct{ reflect, forward, source string }{
+		"the inside address":     {"masquerade", "198.51.100.1", "10.47.11.1"},
+		"the address of another": {"snat to 198.51.100.8", "198.51.100.8", "198.51.100.8"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := withAddresses(t, func(s *scene) error {
+				return s.NFT(natChain("srcnat", "ip saddr 10.47.11.109 snat to "+tc.forward, "masquerade") +
+					"add rule ip nat postrouting ip saddr 10.47.11.0/24 ip daddr 10.47.11.0/24 " + tc.reflect +
+					"\nadd chain ip nat prerouting { type nat hook prerouting priority dstnat; }" +
+					"\nadd rule ip nat prerouting ip daddr " + tc.forward + " udp dport 5060 dnat to 10.47.11.109")
+			})
+			peer, owner, host := s.PeerSocket(lab.PeerA, 5060), s.InsideSocket(0, 5060), s.InsideSocket(1, 7000)
+			to := netip.AddrPortFrom(netip.MustParseAddr(tc.forward), 5060)
+			send := func() {
+				p := stage.Payload("reflected")
+				s.Must(host.Send(to, p))
+				if seen, err := owner.Expect(p); err != nil || seen.Addr().String() != tc.source {
+					t.Fatal(seen, err)
+				}
+			}
+			send()
+			s.Serve(stage.Auto[0], mapped, "--hairpin")
+			if ext := s.Contact(owner, peer); ext != to {
+				t.Fatal(ext)
+			}
+			if ext := s.Contact(s.InsideSocket(1, 8000), peer); ext.Addr().String() != "198.51.100.1" { // its address is known
+				t.Fatal(ext)
+			}
+			send()
+			if ext := s.Contact(host, peer); ext.Addr().String() != "198.51.100.1" {
+				t.Errorf("it leaves as %v", ext)
+			}
+		})
+	}
+}

@@ -30,9 +30,7 @@ func (m *mapper) hairpinSources(c *nftables.Chain) {
 	m.rule(h, "a forward of the user's", isUDP, flowTarget.notIn(m.owned), accept)
 	for _, u := range m.uplinks {
 		u.known(u.hairpinned)
-		if !u.chosen.leaves(u, u.hairpinned, ipSaddr, snatToAddr(ctOriginalIPDaddr)) {
-			u.hairpinsNewcomer(without)
-		}
+		u.hairpinsNewcomer(without)
 		m.rule(h, "", ctOriginalIPDaddr.in(u.translated), goTo(u.hairpinned))
 	}
 	m.rule(h, "", goTo(without))
@@ -99,9 +97,10 @@ func (u *uplink) remembersHairpin() *nftables.Chain {
 		return c
 	}
 	u.rule(c, "", isUDP, ctOriginalProtoSrc.is(be16(0)), goTo(u.foreign))
+	u.rule(c, "a rule of the user's gave it no outside address", ctReplyIPDaddr.notIn(u.translated), goTo(u.foreign))
 	u.rule(c, "", isUDP, ctReplyProtoDst.in(u.served), goTo(u.foreign))
 	u.haveOne(c, ctReplyIPDaddr, goTo(u.own))
-	u.rule(c, "its address was not known", isUDP, flowTuple.in(u.taken), goTo(u.foreign))
+	u.rule(c, "its first packet taught nothing", hasStatus(ctConfirmed), goTo(u.foreign))
 	u.rule(c, "its address is known", setIPSaddr(u.addresses.of(ctOriginalIPSaddr)), setOutsideSource, goTo(u.own))
 	u.rule(c, "", goTo(u.foreign))
 	return c
