@@ -1,15 +1,18 @@
 package flows
 
 import (
+	"errors"
+
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// A Router finds the links by which flows leave. It opens its connection on first use.
+// A Router finds the links by which flows leave. It opens its connections on first use.
 type Router struct {
 	network gateway.Network
 	marker  *userrules.Marker
+	members userrules.Members
 	kernel  *gateway.Router
 	byIndex map[int]gateway.Link
 	err     error // the first error
@@ -59,13 +62,13 @@ func (r *Router) marking(f *cone.Flow) gateway.Marking {
 		if r.marker == nil || !ok || !f.Src.Addr.Is4() {
 			return nil, false
 		}
-		return r.marker.Marks(f, LinkOf(l), arriving)
+		return r.marker.Marks(f, LinkOf(l), arriving, &r.members)
 	}
 }
 
-// Close ends the connection, and returns the first error since it was opened.
+// Close ends the connections, and returns the first errors since they were opened.
 func (r *Router) Close() error {
-	err := r.err
+	err := errors.Join(r.err, r.members.Close())
 	if r.kernel != nil {
 		_ = r.kernel.Close()
 		r.kernel = nil

@@ -35,6 +35,7 @@ type hookWalk struct {
 	at     string // the chain of the last statement
 	// translator gets the rules that may translate the packets. It may be nil.
 	translator func(r *rule)
+	members    *Members // nil if only the elements count that were read
 }
 
 // chain returns the possible fates of the packets in a chain.
@@ -228,6 +229,16 @@ func (w *hookWalk) lookup(regs *cells, e *expr.Lookup) (fates, chance, error) {
 	}
 	key := slices.Clone(regs.get(e.SourceRegister, set.size))
 	verdicts := set.verdicts && e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT
+	if w.members != nil && set.named && !set.verdicts && !set.tells(key) {
+		if exact, ok := set.exact(key); ok {
+			if value, found, known := w.members.value(w.table, e.SetName, exact); known {
+				if e.IsDestRegSet {
+					regs.put(e.DestRegister, knownBytes(value))
+				}
+				return 0, certain(found).inverted(e.Invert), nil
+			}
+		}
+	}
 	if e.IsDestRegSet && !verdicts {
 		regs.put(e.DestRegister, set.value(key))
 	}

@@ -112,7 +112,7 @@ func TestMarksAreUnknown(t *testing.T) {
 		"a missing set":                  {&Ruleset{tables: []*table{chains(1, append(set(7), statement{expr: &expr.Lookup{SetName: "x", IsDestRegSet: true, SourceRegister: 1}})...)}}, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got, known := tt.rs.Marker().Marks(f, in, []uint32{0})
+			got, known := tt.rs.Marker().Marks(f, in, []uint32{0}, nil)
 			if slices.Sort(got); known != (tt.marks != nil) || !slices.Equal(got, tt.marks) {
 				t.Errorf("got %v, known: %v; want %v", got, known, tt.marks)
 			}

@@ -15,6 +15,7 @@ type Marker struct {
 	steps   [][]baseChain // the chains that may set marks, in the order of packets; those of one step in any order
 	unknown bool          // rules are not understood, or may be missing
 	guards  guards
+	members *Members
 }
 
 // Marker returns a Marker for the rules.
@@ -54,10 +55,13 @@ func (rs *Ruleset) Marker() *Marker {
 //
 // A child has a connmark of its own, and what its host sends answers it: the packet is ESTABLISHED,
 // and of the direction reply. No NAT chain sees a packet of an established flow.
-func (m *Marker) Marks(f *cone.Flow, in Link, arriving []uint32) (all []uint32, known bool) {
+//
+// members tells what sets contain now. If it is nil, both outcomes of a set that was not read count.
+func (m *Marker) Marks(f *cone.Flow, in Link, arriving []uint32, members *Members) (all []uint32, known bool) {
 	if m.unknown {
 		return nil, false
 	}
+	m.members = members
 	if len(m.steps) == 0 {
 		return arriving, true
 	}
@@ -118,7 +122,7 @@ func (m *Marker) through(c baseChain, packet *child, raw *rawPacket, before []ma
 		}
 		packet.untracked = untracked
 		w := markWalk{
-			hookWalk: hookWalk{table: c.table, child: packet, known: map[string]fates{}},
+			hookWalk: hookWalk{table: c.table, child: packet, known: map[string]fates{}, members: m.members},
 			packet:   raw, guards: m.guards, ends: make(map[markChain][]markEnd),
 		}
 		w.regs.forget(unix.NFT_REG_1)

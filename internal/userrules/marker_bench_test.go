@@ -38,13 +38,13 @@ func BenchmarkMarks(b *testing.B) {
 			}
 			b.Run("first packet", func(b *testing.B) {
 				for b.Loop() {
-					rs.Marker().Marks(sentFlow(true), userrules.Link{Index: 7, Name: "lan0"}, []uint32{0, 9})
+					rs.Marker().Marks(sentFlow(true), userrules.Link{Index: 7, Name: "lan0"}, []uint32{0, 9}, nil)
 				}
 			})
 			m := rs.Marker()
 			b.Run("packet", func(b *testing.B) {
 				for b.Loop() {
-					m.Marks(sentFlow(true), userrules.Link{Index: 7, Name: "lan0"}, []uint32{0, 9})
+					m.Marks(sentFlow(true), userrules.Link{Index: 7, Name: "lan0"}, []uint32{0, 9}, nil)
 				}
 			})
 		})

@@ -28,7 +28,7 @@ const unsureMark = "unsure"
 
 // marksOf says which marks a packet from lan0 has that comes in with 0 or 9.
 func marksOf(rs *userrules.Ruleset, f *cone.Flow) string {
-	marks, known := rs.Marker().Marks(f, userrules.Link{Index: 7, Name: "lan0"}, []uint32{0, 9})
+	marks, known := rs.Marker().Marks(f, userrules.Link{Index: 7, Name: "lan0"}, []uint32{0, 9}, nil)
 	if !known {
 		return unsureMark
 	}
