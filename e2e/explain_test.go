@@ -188,6 +188,47 @@ func TestExplainKnowsTheFirewall(t *testing.T) {
 	}
 }
 
+// Fails when explain says that a packet goes where a forward leads it although the firewall drops it
+// there, or drops it because of other ports.
+func TestExplainKnowsThatTheFirewallDropsAForward(t *testing.T) {
+	ownMode(t)
+	s := newScene(t, lab.Options{Inside: 2, Rules: lab.Masquerade + lab.DropPolicy + `table ip forwards {
+	chain early { type filter hook prerouting priority mangle; udp dport 6003 drop; }
+	chain prerouting {
+		type nat hook prerouting priority dstnat; policy accept;
+		iifname "wan0" udp dport 6000-6002 dnat to 10.47.11.110
+		iifname "wan0" udp dport 6003 dnat to 10.47.11.110:6002
+		iifname "wan0" udp dport 6004 dnat to 10.47.11.110:6003
+	}
+}
+insert rule inet filter forward ip daddr 10.47.11.110 udp dport 6001-6003 accept
+insert rule inet filter forward ip daddr 10.47.11.110 ip saddr 203.0.113.6 udp dport 6001 drop
+`})
+	s.Start("--subnet", lab.InsideNet.String(), "--reconcile=1s")
+	addr := s.Contact(s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)).Addr()
+	for port, want := range map[uint16]struct {
+		from netip.Addr
+		at   uint16 // at the host; 0: nowhere
+	}{
+		6000: {lab.PeerA, 0}, 6001: {lab.PeerB, 0}, 6002: {lab.PeerB, 6002}, 6003: {lab.PeerA, 0}, 6004: {lab.PeerA, 6003},
+	} {
+		ext, host := netip.AddrPortFrom(addr, port), s.InsideSocket(1, max(want.at, 5999+port%100))
+		peer := s.PeerSocket(want.from, port+1000)
+		for _, from := range []string{want.from.String(), peer.Addr().String()} {
+			if want.at == 0 {
+				s.explained(from, ext, "lost", "firewall", nowhere)
+			} else {
+				s.explained(from, ext, "forwarded", "forward", host.Addr())
+			}
+		}
+		if want.at != 0 {
+			s.Arrives(host, peer, ext)
+			s.explained(peer.Addr().String(), ext, "arrives", "firewall", host.Addr())
+		}
+		host.Close()
+	}
+}
+
 // Fails when a rule for some peers counts for none, because most children pass.
 func TestExplainDoesNotGuessAboutSomePeers(t *testing.T) {
 	ownMode(t)

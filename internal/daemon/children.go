@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
 
@@ -77,4 +78,29 @@ func (q childQuestion) spared(groups []netip.Prefix, most userrules.Answer) (all
 		}
 	}
 	return all
+}
+
+// passes says what the user's chains do with the first packet of a child to a host: by the
+// rules, or if these do not tell by what became of other children.
+func passes(rs *userrules.Ruleset, outside []userrules.Link, n gateway.Network, x decision, host netip.Addr, related bool) (userrules.Answer, string) {
+	one := []netip.Prefix{netip.PrefixFrom(host, host.BitLen())}
+	a, all, dropper := userrules.Unknown, userrules.Unknown, ""
+	if links, err := n.LinksTo(0, one); err == nil {
+		inside := []userrules.Link{{Index: links[0].Index, Name: links[0].Name}}
+		if v, err := rs.Children(outside, inside, one); err == nil {
+			if a, all, dropper = v[0].MostDNATed, v[0].DNATed, v[0].DNATedBy.Chain; related {
+				a, all, dropper = v[0].MostRelated, v[0].Related, v[0].RelatedBy.Chain
+			}
+		}
+	}
+	if a == userrules.Unknown || x.elsewhere {
+		a, dropper = x.MostDNATed, x.DNATedBy.Chain
+		if related {
+			a, dropper = x.MostRelated, x.RelatedBy.Chain
+		}
+		dropper = cmp.Or(dropper, "a chain of another hook than prerouting and forward")
+	} else if all != a { // a rule for some peers or ports decides otherwise
+		return userrules.Unknown, ""
+	}
+	return a, dropper
 }

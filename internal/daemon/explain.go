@@ -63,6 +63,7 @@ type flowKind string
 const (
 	ofMap         flowKind = "DNATed (ct status dnat)" // a child of the map
 	ofExpectation flowKind = "RELATED"                 // a child of an expectation
+	ofForward     flowKind = "forwarded"               // by a rule of the user's
 	ofStranger    flowKind = "NEW"                     // neither; only where the gateway routes
 )
 
@@ -159,8 +160,15 @@ func (s source) gather(c *packetCase) error {
 	var d userrules.Diverter
 	c.diverted, _ = d.Diversions(rs, sidesOf(cfg, network))
 	c.firewall = func(host netip.Addr, kind flowKind) (userrules.Answer, string) {
-		if kind == ofStranger {
-			if a, dropper, err := rs.Stranger(outside, inside, c.peer, netip.AddrPortFrom(host, c.ext.Port())); err == nil {
+		switch to := c.ext; kind {
+		case ofForward:
+			to = c.forwardsTo()
+			if links, err := network.LinksTo(0, []netip.Prefix{netip.PrefixFrom(host, host.BitLen())}); err == nil {
+				inside = flows.LinkOf(links[0])
+			}
+			fallthrough
+		case ofStranger:
+			if a, dropper, err := rs.Stranger(outside, inside, c.peer, c.ext, to); err == nil {
 				return a, dropper.Chain
 			}
 			return userrules.Unknown, ""
@@ -241,31 +249,6 @@ func (s *shared) rules() (rs *userrules.Ruleset, err error) {
 	return rs, err
 }
 
-// passes says what the user's chains do with the first packet of a child to a host: by the
-// rules, or if these do not tell by what became of other children.
-func passes(rs *userrules.Ruleset, outside []userrules.Link, n gateway.Network, x decision, host netip.Addr, related bool) (userrules.Answer, string) {
-	one := []netip.Prefix{netip.PrefixFrom(host, host.BitLen())}
-	a, all, dropper := userrules.Unknown, userrules.Unknown, ""
-	if links, err := n.LinksTo(0, one); err == nil {
-		inside := []userrules.Link{{Index: links[0].Index, Name: links[0].Name}}
-		if v, err := rs.Children(outside, inside, one); err == nil {
-			if a, all, dropper = v[0].MostDNATed, v[0].DNATed, v[0].DNATedBy.Chain; related {
-				a, all, dropper = v[0].MostRelated, v[0].Related, v[0].RelatedBy.Chain
-			}
-		}
-	}
-	if a == userrules.Unknown || x.elsewhere {
-		a, dropper = x.MostDNATed, x.DNATedBy.Chain
-		if related {
-			a, dropper = x.MostRelated, x.RelatedBy.Chain
-		}
-		dropper = cmp.Or(dropper, "a chain of another hook than prerouting and forward")
-	} else if all != a { // a rule for some peers or ports decides otherwise
-		return userrules.Unknown, ""
-	}
-	return a, dropper
-}
-
 // explain goes through the kernel's checks, in their order.
 func (c *packetCase) explain() control.Explanation {
 	x := control.Explanation{Peer: c.peer.Addr(), PeerPort: c.peer.Port(), Ext: c.ext}
@@ -313,7 +296,7 @@ func (c *packetCase) steps(say func(s step, r result, format string, args ...any
 		return f.ReplySrc.Netip(), verdictArrives
 	case f != nil:
 		say(stepFlow, resultMatches, "it belongs to a flow of this peer to %v, which has not answered", f.ReplySrc)
-		return c.filter(say, f.ReplySrc.Netip(), kindOf(f))
+		return c.filter(say, f.ReplySrc.Netip(), c.kindOf(f))
 	case c.peer.Port() == 0:
 		say(stepFlow, resultNone, "a port without a flow is meant")
 	default:
@@ -359,7 +342,12 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 		say(stepForward, resultUnknown, "a rule of yours may forward it: %s", r.Text)
 	default:
 		say(stepForward, resultMatches, "a rule of yours forwards it: %s", r.Text)
-		return c.forwardsTo(), verdictForwarded
+		if to = c.forwardsTo(); to.IsValid() && !c.local(to.Addr()) {
+			if a, dropper := c.firewall(to.Addr(), ofForward); a == userrules.Dropped {
+				return c.dropped(say, to, ofForward, dropper)
+			}
+		}
+		return to, verdictForwarded
 	}
 	if c.served {
 		say(stepSocket, resultMatches, "a socket of the gateway waits for it")
@@ -418,10 +406,12 @@ func (c *packetCase) diverts(p *control.Permission, say func(s step, r result, f
 
 // kindOf returns how the forward hook sees the packets of a flow from outside that nobody has
 // answered.
-func kindOf(f *cone.Flow) flowKind {
+func (c *packetCase) kindOf(f *cone.Flow) flowKind {
 	switch {
 	case f.Status.Has(cone.StatusExpected):
 		return ofExpectation
+	case f.Status.Has(cone.StatusDstNAT) && !f.Labelled && c.forward != nil && c.forwardsTo() == f.ReplySrc.Netip():
+		return ofForward
 	case f.Status.Has(cone.StatusDstNAT):
 		return ofMap
 	}
@@ -470,11 +460,16 @@ func (c *packetCase) filter(say func(s step, r result, format string, args ...an
 		say(stepFirewall, resultPasses, "your firewall lets %s flows to %v pass", kind, to.Addr())
 		return to, verdictArrives
 	case userrules.Dropped:
-		say(stepFirewall, resultDrops, "%s drops %s flows to %v", cmp.Or(dropper, "your firewall"), kind, to.Addr())
-		return netip.AddrPort{}, verdictLost
+		return c.dropped(say, to, kind, dropper)
 	}
 	say(stepFirewall, resultUnknown, "your rules do not tell whether %s flows to %v pass", kind, to.Addr())
 	return to, verdictUnknown
+}
+
+// dropped says that a chain drops the packet.
+func (c *packetCase) dropped(say func(s step, r result, format string, args ...any), to netip.AddrPort, kind flowKind, by string) (netip.AddrPort, verdict) {
+	say(stepFirewall, resultDrops, "%s drops %s flows to %v", cmp.Or(by, "your firewall"), kind, to.Addr())
+	return netip.AddrPort{}, verdictLost
 }
 
 // peersOf names the peers of a permission.

@@ -74,10 +74,11 @@ func (rs *Ruleset) Forwarded(outside, inside []Link, subnets []netip.Prefix) (al
 
 // Stranger says what the chains of the prerouting and forward hooks do with the first packet of a flow from one
 // endpoint, whose port is 0 for any, by one of the links outside, nil for any, to another one by
-// the link inside. Nobody translates the packet, and no expectation admits it. A link without a
+// the link inside. The packet arrives for the endpoint at: if that is not the same, a forward of the
+// user's leads it there; otherwise nobody translates it. No expectation admits it. A link without a
 // name is unknown. dropper is the chain that drops it, as in ChildVerdicts. Errors and hidden
 // rules are as for Children.
-func (rs *Ruleset) Stranger(outside []Link, inside Link, from, to netip.AddrPort) (a Answer, dropper Dropper, err error) {
+func (rs *Ruleset) Stranger(outside []Link, inside Link, from, at, to netip.AddrPort) (a Answer, dropper Dropper, err error) {
 	host := netip.PrefixFrom(to.Addr(), to.Addr().BitLen())
 	chains, err := rs.path([]netip.Prefix{host})
 	if err != nil {
@@ -88,8 +89,7 @@ func (rs *Ruleset) Stranger(outside []Link, inside Link, from, to netip.AddrPort
 		out = &inside
 	}
 	for i, in := range linksOrAny(outside) {
-		packets := stagesOf(newStranger(in, out, outside, from, to), netip.Addr{}, false)
-		x, by, err := hookAnswer(chains, packets, false)
+		x, by, err := hookAnswer(chains, strangerStages(newStranger(in, out, outside, from, to), in, at, to), false)
 		if err != nil {
 			return Unknown, Dropper{}, err
 		}

@@ -64,6 +64,20 @@ func stagesOf(forwarded *child, outside netip.Addr, own bool) stages {
 	return s
 }
 
+// strangerStages returns the stages of a packet that comes by the link in and arrives for the endpoint
+// at, if a forward leads it to the endpoint to, unless that is the same.
+func strangerStages(forwarded *child, in *Link, at, to netip.AddrPort) stages {
+	if at == to {
+		return stagesOf(forwarded, netip.Addr{}, false)
+	}
+	forwarded.status = statusDstNAT
+	s := stagesOf(forwarded, at.Addr(), in != nil && in.Masquerade == at.Addr())
+	for _, c := range []*child{s.untracked, s.arrived} {
+		c.transport = slices.Concat(c.transport[:2], knownBytes(binary.BigEndian.AppendUint16(nil, at.Port())))
+	}
+	return s
+}
+
 // arriveFor makes c the packets before their destination is translated.
 func (c *child) arriveFor(outside netip.Addr, own bool) {
 	at := c.destination()
