@@ -39,7 +39,7 @@ func TestNFTUnansweredChildrenEndWithTheirPermission(t *testing.T) {
 			s.Stop()
 		},
 		"cleanup": func(s *scene, _ []string) {
-			if out, code := s.CLI("cleanup"); code != 0 || !strings.Contains(out, "1 unanswered children") {
+			if out, code := s.CLI("cleanup"); code != 0 || !strings.Contains(out, "1 unanswered child\n") {
 				s.T.Errorf("exit %d, %q", code, out)
 			}
 		},

@@ -463,8 +463,8 @@ func TestCleanupTakesEveryTraceOfADeadDaemon(t *testing.T) {
 	if stage.UsesExpectAlone() {
 		expectations, elements = 1, 0
 	}
-	want := fmt.Sprintf("removed %d expectations, %d anchors, %d elements of the map, 1 unanswered children\nremoved nftables tables: conenat\n",
-		expectations, expectations, elements)
+	want := fmt.Sprintf("removed %s, %s, %s of the map, 1 unanswered child\nremoved nftables tables: conenat\n",
+		control.Several(expectations, "expectation"), control.Several(expectations, "anchor"), control.Several(elements, "element"))
 	if code != 0 || out != want {
 		t.Errorf("exit %d, %q, want %q", code, out, want)
 	}

@@ -30,8 +30,8 @@ func TestCommandsFindTheDaemonAndTheTablesOfItsConfiguration(t *testing.T) {
 		{"status", "10.47.11.0/24"},
 		{"status --verify", "; 0 wrong"},
 		{"reload", ""},
-		{"revoke 10.47.11.109", "revoked 1 "},
-		{"flush", "revoked 0 "},
+		{"revoke 10.47.11.109", "revoked 1 permission;"},
+		{"flush", "revoked 0 permissions\n"},
 	} {
 		if out, code := s.CLI(strings.Fields(c.args)...); code != 0 || !strings.Contains(out, c.want) {
 			t.Errorf("%s: exit %d, %q", c.args, code, out)

@@ -140,7 +140,7 @@ func revoked(c *cobra.Command, n int, err error) error {
 	case n == 0:
 		fmt.Fprintln(c.OutOrStdout(), "revoked 0 permissions")
 	default:
-		fmt.Fprintf(c.OutOrStdout(), "revoked %d permissions; flows that are there go on, and a new one brings its permission back\n", n)
+		fmt.Fprintf(c.OutOrStdout(), "revoked %s; flows that are there go on, and a new one brings its permission back\n", control.Several(n, "permission"))
 	}
 	return err
 }
@@ -240,7 +240,7 @@ func statusCommand() *cobra.Command {
 			err = control.WriteStatus(c.OutOrStdout(), st, verbose, time.Now())
 		}
 		if err == nil && verify && len(st.Verification.Wrong) > 0 {
-			err = fmt.Errorf("verify: %d things are not as they should be; the next reconcile repairs them, or it is a bug", len(st.Verification.Wrong))
+			err = fmt.Errorf("verify: %s between conenatd and the kernel; the next reconcile repairs that, or it is a bug", control.Several(len(st.Verification.Wrong), "difference"))
 		}
 		return err
 	})

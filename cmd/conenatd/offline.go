@@ -121,8 +121,8 @@ their chain "made_by_conenatd", and flows that nobody answered.`,
 			if len(n.Tables) > 0 {
 				tables = strings.Join(n.Tables, ", ")
 			}
-			fmt.Fprintf(c.OutOrStdout(), "removed %d expectations, %d anchors, %d elements of the map, %d unanswered children\nremoved nftables tables: %s\n",
-				n.Expectations, n.Anchors, n.Elements, n.Children, tables)
+			fmt.Fprintf(c.OutOrStdout(), "removed %s, %s, %s of the map, %s\nremoved nftables tables: %s\n", control.Several(n.Expectations, "expectation"), control.Several(n.Anchors, "anchor"),
+				control.Several(n.Elements, "element"), control.Several(n.Children, "unanswered child", "unanswered children"), tables)
 			return err
 		},
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/control"
 )
 
 // exactly accepts arguments with these names. If the last one ends in dots, there may be more of it.
@@ -24,7 +25,7 @@ func exactly(names ...string) cobra.PositionalArgs {
 		case n == 0:
 			return fmt.Errorf("%s: expected no argument, got %q", c.Name(), args[0])
 		}
-		return fmt.Errorf("%s: expected %s, got %d arguments", c.Name(), strings.Join(names, " "), len(args))
+		return fmt.Errorf("%s: expected %s, got %s", c.Name(), strings.Join(names, " "), control.Several(len(args), "argument"))
 	}
 }
 

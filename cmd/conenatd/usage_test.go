@@ -17,7 +17,7 @@ func TestWrongCommandLinesAreRefused(t *testing.T) {
 		"config x":                              `config: expected no argument, got "x"`,
 		"run --guard maybe":                     `run: expected no argument, got "maybe"`,
 		"revoke":                                "revoke: expected WORD..., got 0 arguments",
-		"explain 203.0.113.5":                   "explain: expected PEER[:PORT] EXT:PORT, got 1 arguments",
+		"explain 203.0.113.5":                   "explain: expected PEER[:PORT] EXT:PORT, got 1 argument",
 		"run --lifetme 5m":                      "run: unknown flag: --lifetme; did you mean --lifetime?",
 		"config --exclude_peer_ports 53":        "config: unknown flag: --exclude_peer_ports; did you mean --exclude-peer-port?",
 		"list --hots 10.47.11.109":              "did you mean --host?",

@@ -55,16 +55,16 @@ func WriteStatus(w io.Writer, s Status, verbose bool, now time.Time) error {
 	some(sum(c.Failed), "failed", "%s", parts(worded(c.Failed)))
 	more("conflicts", "%d", c.Conflicts)
 	more("early packets", "%d", c.Early)
-	some(c.Crowded+s.Tables.Guard.Children, "child limit", "%d children beyond their limit, dropped", c.Crowded+s.Tables.Guard.Children)
+	some(c.Crowded+s.Tables.Guard.Children, "child limit", "%s beyond their limit, dropped", manyChildren(c.Crowded+s.Tables.Guard.Children))
 	if s.Tables.Guard.On {
-		line("guard", "on, dropped %d packets that nobody waited for, %d with a faked source",
-			s.Tables.Guard.Drops, s.Tables.Guard.Spoofed)
+		line("guard", "on, dropped %s that nobody waited for, %d with a faked source",
+			Several(s.Tables.Guard.Drops, "packet"), s.Tables.Guard.Spoofed)
 	} else {
 		line("guard", "off")
 	}
 	line("map", "%s", describe(s.Tables.Map))
 	if x := s.Tables.Expected; x.Admitted > 0 {
-		line("expected", "%d children, of which the firewall let %d pass", x.Admitted, min(x.Passed, x.Admitted))
+		line("expected", "%s, of which the firewall let %d pass", manyChildren(x.Admitted), min(x.Passed, x.Admitted))
 	}
 	if s.Tables.Mapping.On || verbose {
 		line("mapping", "%s", mapping(s.Tables.Mapping))
@@ -73,21 +73,21 @@ func WriteStatus(w io.Writer, s Status, verbose bool, now time.Time) error {
 		line("not mapped", "%s", NotApplied(n))
 	}
 	if c.Healed > 0 {
-		line("healed", "%d flows that left with another source than your rules give them", c.Healed)
+		line("healed", "%s that left with another source than your rules give", Several(c.Healed, "flow"))
 	}
 	if c.AuditLost > 0 {
 		line("audit log", "%d records are lost; the log says why", c.AuditLost)
 	}
 	k := s.Conntrack
 	line("conntrack", "%d of %s entries", k.Entries, most(k.Max))
-	some(k.EarlyDrop, "  early_drop", "%d entries were taken out to make room in the full table", k.EarlyDrop)
-	some(k.InsertFailed, "  insert_failed", "%d packets were dropped because their new entry could not be put into the table: another one has its addresses and ports", k.InsertFailed)
-	some(k.Drop, "  drop", "%d packets were dropped, these among them, or because there was no room for a new entry", k.Drop)
-	more("  invalid", "%d packets and %d ICMP messages cannot be tracked", k.Invalid, k.Error)
-	more("  search_restart", "%d look-ups began anew because the table changed", k.SearchRestart)
-	more("  expectations", "%d were made and %d ended, of all programs; they admitted %d flows", k.ExpectationsMade, k.ExpectationsEnded, k.Expected)
+	some(k.EarlyDrop, "  early_drop", "%s out to make room in the full table", Several(k.EarlyDrop, "entry was taken", "entries were taken"))
+	some(k.InsertFailed, "  insert_failed", "%s dropped because a new entry could not be put into the table: another one has its addresses and ports", packetsWere(k.InsertFailed))
+	some(k.Drop, "  drop", "%s dropped, these among them, or because there was no room for a new entry", packetsWere(k.Drop))
+	more("  invalid", "%s and %s cannot be tracked", Several(k.Invalid, "packet"), Several(k.Error, "ICMP message"))
+	more("  search_restart", "%s began anew because the table changed", Several(k.SearchRestart, "look-up"))
+	more("  expectations", "%d were made and %d ended, of all programs; they admitted %s", k.ExpectationsMade, k.ExpectationsEnded, Several(k.Expected, "flow"))
 	more("port changed", "%d of %d peers saw another outside port than the peer before", c.Remapped, c.Compared)
-	some(sum(c.Repaired)+s.Tables.Repaired, "repaired", "%s; tables %d times", parts(worded(c.Repaired)), s.Tables.Repaired)
+	some(sum(c.Repaired)+s.Tables.Repaired, "repaired", "%s; tables %s", parts(worded(c.Repaired)), Several(s.Tables.Repaired, "time"))
 	if l.Count > 0 && verbose {
 		line("latency", "p50 %s, p99 %s, max %s, from event to kernel", micros(l.P50), micros(l.P99), micros(l.Max))
 	}
@@ -107,8 +107,8 @@ func WriteStatus(w io.Writer, s Status, verbose bool, now time.Time) error {
 		line("accounting", "off (nf_conntrack_acct): conenatd cannot tell whether an answered child is still in use")
 	}
 	if v := s.Verification; v != nil {
-		line("verified", "%d permissions, %d expectations, %d elements of the map, %d flows; %d wrong",
-			v.Permissions, v.Expectations, v.Elements, v.Flows, len(v.Wrong))
+		line("verified", "%s, %s, %s of the map, %s; %d wrong", Several(v.Permissions, "permission"),
+			Several(v.Expectations, "expectation"), Several(v.Elements, "element"), Several(v.Flows, "flow"), len(v.Wrong))
 		for _, w := range v.Wrong {
 			line("wrong", "%v -> %v %s", w.Peers, w.Ext, Words(w.ID))
 		}
@@ -174,8 +174,8 @@ func mapping(m Mapping) string {
 	if !m.On {
 		return "the kernel's"
 	}
-	return fmt.Sprintf("endpoint-independent; %d newcomers got a port of the pool, %d found none, %d flows were left to the kernel, %d share the port of another host, %d hairpinned",
-		m.Moved, m.PoolUsedUp, m.Left, m.Shared, m.Hairpinned)
+	return fmt.Sprintf("endpoint-independent; %s got a port of the pool, %d found none, %s left to the kernel, %d share the port of another host, %d hairpinned",
+		Several(m.Moved, "newcomer"), m.PoolUsedUp, Several(m.Left, "flow was", "flows were"), m.Shared, m.Hairpinned)
 }
 
 // NotApplied says how many flows did not get their mapping, and why.
@@ -185,7 +185,7 @@ func NotApplied(counts map[string]uint64) string {
 	for _, why := range byCount(counts) {
 		parts = append(parts, fmt.Sprintf("%d because %s", counts[why], why))
 	}
-	return fmt.Sprintf("%d flows did not get their mapping: %s", sum(counts), strings.Join(parts, ", "))
+	return fmt.Sprintf("%s did not get their mapping: %s", Several(sum(counts), "flow"), strings.Join(parts, ", "))
 }
 
 // describe says what the map of permissions does, and whether its children get through the
@@ -196,11 +196,11 @@ func describe(m Map) string {
 	}
 	learn := "the daemon alone adds to it"
 	if m.Learn {
-		learn = fmt.Sprintf("%d permissions learned by the kernel, %d rate-limited", m.Learned, m.Limited)
+		learn = fmt.Sprintf("%s learned by the kernel, %d rate-limited", Several(m.Learned, "permission"), m.Limited)
 	}
 	children := "no child admitted yet"
 	if m.Admitted > 0 {
-		children = fmt.Sprintf("%d children, of which the firewall let %d pass", m.Admitted, min(m.Passed, m.Admitted))
+		children = fmt.Sprintf("%s, of which the firewall let %d pass", manyChildren(m.Admitted), min(m.Passed, m.Admitted))
 	}
 	return learn + "; " + children
 }
@@ -264,3 +264,19 @@ func byCount(counts map[string]uint64) []string {
 func micros(us float64) string {
 	return time.Duration(us * float64(time.Microsecond)).Round(time.Microsecond).String()
 }
+
+// Several returns a number of things: "1 flow", "2 flows". several is the plural, if that is not the
+// word with an s.
+func Several[N int | uint64](n N, one string, several ...string) string {
+	switch {
+	case n == 1:
+		return "1 " + one
+	case len(several) > 0:
+		return fmt.Sprintf("%d %s", n, several[0])
+	}
+	return fmt.Sprintf("%d %ss", n, one)
+}
+
+func manyChildren(n uint64) string { return Several(n, "child", "children") }
+
+func packetsWere(n uint64) string { return Several(n, "packet was", "packets were") }

@@ -319,7 +319,7 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 	if p := by(cone.ByExpectation); p != nil {
 		say(stepExpectation, resultMatches, "a permission of %v for %s stands as an expectation", p.Int, peersOf(p))
 		if n := c.most(*p); c.full(p) {
-			say(stepChildren, resultDrops, "the peer has %d flows, and max_children allows %d", p.Children, n)
+			say(stepChildren, resultDrops, "the peer has %s, and max_children allows %d", control.Several(p.Children, "flow"), n)
 			return to, verdictLost
 		}
 		c.sayChildren(say, p)
@@ -369,10 +369,10 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 	say(stepMap, resultMatches, "a permission of %v for %s stands in the map", p.Int, peersOf(p))
 	switch n := c.most(*p); {
 	case c.full(p) && p.Peers.IsValid():
-		say(stepChildren, resultUnknown, "the peers have %d flows, and max_children allows %d: the kernel may let more in for a moment", p.Children, n)
+		say(stepChildren, resultUnknown, "the peers have %s, and max_children allows %d: the kernel may let more in for a moment", control.Several(p.Children, "flow"), n)
 		return netip.AddrPort{}, verdictUnknown
 	case c.full(p):
-		say(stepChildren, resultDrops, "the peer has %d flows, and max_children allows %d", p.Children, n)
+		say(stepChildren, resultDrops, "the peer has %s, and max_children allows %d", control.Several(p.Children, "flow"), n)
 		return netip.AddrPort{}, verdictLost
 	}
 	c.sayChildren(say, p)
@@ -426,9 +426,9 @@ func (c *packetCase) full(p *control.Permission) bool {
 
 func (c *packetCase) sayChildren(say func(s step, r result, format string, args ...any), p *control.Permission) {
 	if n := c.most(*p); n > 0 {
-		say(stepChildren, resultPasses, "the peer has %d of %d flows", p.Children, n)
+		say(stepChildren, resultPasses, "the peer has %d of %s", p.Children, control.Several(n, "flow"))
 	} else {
-		say(stepChildren, resultPasses, "the peer has %d flows, and max_children sets no limit", p.Children)
+		say(stepChildren, resultPasses, "the peer has %s, and max_children sets no limit", control.Several(p.Children, "flow"))
 	}
 }
 
