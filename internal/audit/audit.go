@@ -2,12 +2,12 @@ package audit
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"net/netip"
 	"slices"
-	"sync"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -37,7 +37,7 @@ type Mapping struct {
 // A Log writes records. It knows a mapping by its permissions: the mapping begins with the
 // first of them, and ends with the last.
 type Log struct {
-	lock  sync.Mutex // guards file and peers
+	lock  chan struct{} // has an element while somebody uses file or peers
 	file  io.WriteCloser
 	peers bool
 
@@ -55,17 +55,54 @@ type Log struct {
 
 // New returns a Log that writes to file, with the peers if they are wanted.
 func New(file io.WriteCloser, peers bool) *Log {
-	return &Log{file: file, peers: peers, standing: make(map[cone.Key]Mapping), count: make(map[Mapping]int)}
+	return &Log{lock: make(chan struct{}, 1), file: file, peers: peers, standing: make(map[cone.Key]Mapping), count: make(map[Mapping]int)}
 }
 
-// Replace makes the Log write to another file from now on, and closes the old one. Any
-// goroutine may call it.
-func (l *Log) Replace(file io.WriteCloser, peers bool) error {
-	l.lock.Lock()
-	defer l.lock.Unlock()
+// ErrSlow says that a file system, such as NFS without its server, does not answer.
+var ErrSlow = errors.New("its file system does not answer: mount it again, or name another file")
+
+// Replace makes the Log write to another file from now on, and closes the old one. If the old one
+// still hangs when end fires, it returns ErrSlow and changes nothing. Any goroutine may call it.
+func (l *Log) Replace(end <-chan time.Time, file io.WriteCloser, peers bool) error {
+	select {
+	case l.lock <- struct{}{}:
+	case <-end:
+		return ErrSlow
+	}
 	old := l.file
 	l.file, l.peers = file, peers
-	return old.Close()
+	<-l.lock
+	_, err := within(end, func() (struct{}, error) { return struct{}{}, old.Close() }, nil)
+	if errors.Is(err, ErrSlow) { // it is closed later, and nothing is missing as far as is known
+		return nil
+	}
+	return err
+}
+
+// within returns what f does, or ErrSlow if end fires first. Then late, if any, gets what f returns.
+func within[T any](end <-chan time.Time, f func() (T, error), late func(T, error)) (T, error) {
+	type result struct {
+		value T
+		err   error
+	}
+	done := make(chan result, 1)
+	go func() {
+		value, err := f()
+		done <- result{value, err}
+	}()
+	select {
+	case r := <-done:
+		return r.value, r.err
+	case <-end:
+		if late != nil {
+			go func() {
+				r := <-done
+				late(r.value, r.err)
+			}()
+		}
+		var none T
+		return none, ErrSlow
+	}
 }
 
 // Observe takes in an event.
@@ -110,11 +147,11 @@ func (l *Log) revoke(at time.Time, k cone.Key) {
 
 func (l *Log) child(at time.Time, event string, e *cone.Event) {
 	r := Mapping{e.Int, e.Ext, e.Zone}.record(at, event)
-	l.lock.Lock()
+	l.lock <- struct{}{}
 	if l.peers {
 		r.Peer = e.From.Netip().String()
 	}
-	l.lock.Unlock()
+	<-l.lock
 	l.add(at, r)
 }
 
@@ -194,9 +231,9 @@ func (l *Log) write(at time.Time) {
 	if l.cut {
 		text = append([]byte("\n"), text...)
 	}
-	l.lock.Lock()
+	l.lock <- struct{}{}
 	wrote, err := l.file.Write(text)
-	l.lock.Unlock()
+	<-l.lock
 	if err != nil {
 		if wrote > 0 {
 			l.cut = text[wrote-1] != '\n'
@@ -212,8 +249,8 @@ func (l *Log) write(at time.Time) {
 // Close writes what waits, and closes the file.
 func (l *Log) Close(at time.Time) (n uint64, err error) {
 	n, err = l.Flush(at)
-	l.lock.Lock()
-	defer l.lock.Unlock()
+	l.lock <- struct{}{}
+	defer func() { <-l.lock }()
 	if e := l.file.Close(); err == nil && e != nil {
 		err = fmt.Errorf("close the audit log: %w", e)
 	}

@@ -174,7 +174,7 @@ func TestReplaceLeavesTheOldFile(t *testing.T) {
 	l := New(one, false)
 	l.Observe(at, granted("203.0.113.5"))
 	_, _ = l.Flush(at)
-	if err := l.Replace(two, false); err != nil {
+	if err := l.Replace(nil, two, false); err != nil {
 		t.Fatal(err)
 	}
 	l.Observe(at, revoked("203.0.113.5"))
@@ -192,7 +192,7 @@ func TestTheFileIsForItsOwnerAlone(t *testing.T) {
 	if err := os.WriteFile(path, []byte("old\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	f, err := Open(path)
+	f, err := Open(nil, path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -209,7 +209,7 @@ func TestTheFileIsForItsOwnerAlone(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, wrong := range []string{pipe, link, dir, filepath.Join(dir, "none", "log"), "/dev/null"} {
-		f, err := Open(wrong)
+		f, err := Open(nil, wrong)
 		if err == nil {
 			_ = f.Close()
 			t.Errorf("%s was opened", wrong)

@@ -4,14 +4,20 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
 // Open opens the file at path for a Log. It makes the file if there is none, and takes it
-// away from other users. It does not wait for the reader of a pipe.
-func Open(path string) (*os.File, error) {
-	f, err := open(path)
+// away from other users. It does not wait for the reader of a pipe, nor for a file system that
+// does not answer until end fires.
+func Open(end <-chan time.Time, path string) (*os.File, error) {
+	f, err := within(end, func() (*os.File, error) { return open(path) }, func(f *os.File, err error) {
+		if err == nil {
+			_ = f.Close()
+		}
+	})
 	if err != nil {
 		return nil, fmt.Errorf("audit_log: expected a file that can be written: %w; make its folder writable for conenatd, or name another file", err)
 	}

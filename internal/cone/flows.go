@@ -324,8 +324,8 @@ func (m *Model) addFlow(now time.Duration, i int32, f *Flow, child bool) (known 
 	// The counters of a flow in a flowtable stand still. Such a flow has packets, though
 	// from which side is not known: after 30 s without any the flowtable lets it go.
 	if refreshes && known && f.HasCounters && !f.Status.Has(StatusOffload) {
-		refreshes = packets != 0 && uint32(packets) != fl.packets // somebody may set them to zero
-		last = max(last, m.snap.before) // the count at that time is known
+		refreshes = packets != 0 && uint32(packets) != fl.packets // 0 if somebody zeroed them
+		last = max(last, m.snap.before)                           // the count at that time is known
 	}
 	fl.id, fl.zone, fl.gen = f.ID, zone, m.snap.gen
 	if !known || f.HasCounters { // else what a dump counted is still the latest

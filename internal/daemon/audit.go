@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"os"
 	"sync"
@@ -16,15 +17,25 @@ import (
 // auditAhead is how many events the audit log may be behind before it loses some.
 const auditAhead = 1 << 15
 
+// auditTime is how long a start, a reload and a stop wait for the file system of the audit log.
+const auditTime = 5 * time.Second
+
 // An auditor writes the audit log, if there is one. It is a watcher with a file.
 type auditor struct {
 	*shared
-	gone   atomic.Uint64 // records that the file does not have
-	lock   sync.Mutex    // guards what follows
-	opened *os.File      // by open, for use
-	log    *audit.Log    // nil without an audit log
-	stop   chan struct{} // closed to end the goroutine
-	done   chan struct{} // closed when it has ended
+	wait   func() <-chan time.Time // auditTime
+	gone   atomic.Uint64           // records that the file does not have
+	lock   sync.Mutex              // guards what follows
+	opened *os.File                // by open, for use
+	log    *audit.Log              // nil without an audit log
+	end    *auditEnd               // of the goroutine
+	done   chan struct{}           // closed when it has ended
+}
+
+// An auditEnd ends an audit log.
+type auditEnd struct {
+	stop chan struct{} // closed to end it
+	all  bool          // all mappings have ended by then
 }
 
 // open opens the file of a configuration, if it has one, for use. A path that leads to the
@@ -33,7 +44,7 @@ func (a *auditor) open(cfg *config.Config) (err error) {
 	a.lock.Lock()
 	defer a.lock.Unlock()
 	if cfg.AuditLog != "" {
-		a.opened, err = audit.Open(cfg.AuditLog)
+		a.opened, err = audit.Open(a.wait(), cfg.AuditLog)
 	}
 	return err
 }
@@ -56,24 +67,24 @@ func (a *auditor) use(peers bool) {
 	defer a.lock.Unlock()
 	file := a.opened
 	a.opened = nil
-	switch {
-	case file == nil:
-		a.finish(false)
-	case a.log != nil:
-		if err := a.log.Replace(file, peers); err != nil {
+	if file != nil && a.log != nil {
+		err := a.log.Replace(a.wait(), file, peers)
+		if !errors.Is(err, audit.ErrSlow) {
 			a.lost(0, err)
+			return
 		}
-	default:
+	}
+	a.finish(false)
+	if file != nil {
 		a.start(file, peers, &watcher{events: make(chan watched, auditAhead)})
 	}
 }
 
 // start begins an audit log with the events of w.
 func (a *auditor) start(file *os.File, peers bool, w *watcher) {
-	a.log = audit.New(file, peers)
-	a.stop, a.done = make(chan struct{}), make(chan struct{})
+	a.log, a.end, a.done = audit.New(file, peers), &auditEnd{stop: make(chan struct{})}, make(chan struct{})
 	a.watchers.auditor.Store(w)
-	go a.run(a.log, w, a.stop, a.done)
+	go a.run(a.log, w, a.end, a.done)
 }
 
 // close ends the audit log. If all mappings have ended, it says so.
@@ -83,30 +94,31 @@ func (a *auditor) close(ended bool) {
 	a.finish(ended)
 }
 
+// finish ends the audit log. One that hangs may end later.
 func (a *auditor) finish(ended bool) {
 	if a.log == nil {
 		return
 	}
-	a.watchers.auditor.Store(nil)
-	close(a.stop)
-	<-a.done
-	now := time.Now()
-	if ended {
-		a.log.End(now)
+	w := a.watchers.auditor.Swap(nil)
+	a.end.all = ended
+	close(a.end.stop)
+	select {
+	case <-a.done:
+	case <-a.wait():
+		a.lost(w.lost.Load()+uint64(len(w.events)), audit.ErrSlow)
 	}
-	a.lost(a.log.Close(now))
 	a.log = nil
 }
 
-// run writes events until stop is closed, and then those that are there already.
-func (a *auditor) run(log *audit.Log, w *watcher, stop, done chan struct{}) {
+// run writes events until the end, and then those that are there already.
+func (a *auditor) run(log *audit.Log, w *watcher, end *auditEnd, done chan struct{}) {
 	defer close(done)
-	a.sync(log, stop) // after a reload there may be mappings already
-	w.follow(context.Background(), stop, func(x watched) bool {
+	a.sync(log, end.stop) // after a reload there may be mappings already
+	w.follow(context.Background(), end.stop, func(x watched) bool {
 		if x.lost > 0 {
 			log.Lost(x.at, x.lost)
 			a.lost(x.lost, nil)
-			a.sync(log, stop)
+			a.sync(log, end.stop)
 		} else {
 			log.Observe(x.at, &x.event)
 		}
@@ -115,6 +127,10 @@ func (a *auditor) run(log *audit.Log, w *watcher, stop, done chan struct{}) {
 		}
 		return true
 	})
+	if end.all {
+		log.End(time.Now())
+	}
+	a.lost(log.Close(time.Now()))
 }
 
 // lost notes n records or events that the file does not have.

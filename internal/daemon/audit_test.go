@@ -3,14 +3,20 @@ package daemon
 import (
 	"bytes"
 	"encoding/json"
+	"io"
 	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/audit"
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/episodes"
@@ -21,7 +27,7 @@ func quietShared() (*shared, *bytes.Buffer) {
 	var b bytes.Buffer
 	s := &shared{log: slog.New(slog.NewTextHandler(&b, &slog.HandlerOptions{Level: slog.LevelDebug})), ended: make(chan struct{})}
 	s.noted = episodes.New(s.log, func() time.Duration { return 0 }, time.Minute)
-	s.auditor = &auditor{shared: s}
+	s.auditor = &auditor{shared: s, wait: func() <-chan time.Time { return nil }}
 	close(s.ended)
 	return s, &b
 }
@@ -81,6 +87,71 @@ func TestTheAuditLogCountsWhatItLoses(t *testing.T) {
 	if want := `level=WARN msg="records of the audit log are lost" count=6`; !strings.Contains(log.String(), want) {
 		t.Errorf("logged %q", log)
 	}
+}
+
+// The disk of the audit log hangs, as NFS without its server does; here the file is a pipe that nobody
+// reads. A reload gives another file.
+//
+// Fails, by hanging, when the reload or the stop waits for the disk, and when the new file gets
+// nothing.
+func TestAnAuditLogThatHangsHoldsNothingUp(t *testing.T) {
+	s, log := quietShared()
+	patient, over := s.auditor.wait, make(chan time.Time)
+	close(over)
+	impatient := func() <-chan time.Time { return over }
+	hang := func() (r *os.File) {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		size, err := unix.FcntlInt(w.Fd(), unix.F_GETPIPE_SZ, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Write(make([]byte, size)); err != nil { // it is full
+			t.Fatal(err)
+		}
+		s.auditor.start(w, false, &watcher{events: make(chan watched, auditAhead)})
+		for i := range 3000 { // 1,000 of them fill what waits to be written
+			s.watchers.publish(grantedTo(i))
+		}
+		for stack := make([]byte, 1<<20); !writes(string(stack[:runtime.Stack(stack, true)])); {
+			runtime.Gosched()
+		}
+		return r
+	}
+	first := hang()
+	path := filepath.Join(t.TempDir(), "audit.log")
+	if err := s.auditor.open(&config.Config{AuditLog: path}); err != nil {
+		t.Fatal(err)
+	}
+	s.auditor.wait = impatient
+	s.auditor.use(false)
+	s.auditor.wait = patient
+	s.watchers.publish(grantedTo(1))
+	s.auditor.close(false)
+	if b, err := os.ReadFile(path); err != nil || !strings.Contains(string(b), "mapping_begin") {
+		t.Errorf("the new file has %q, error %v", b, err)
+	}
+	second := hang()
+	s.auditor.wait = impatient
+	s.auditor.close(true)
+	if !strings.Contains(log.String(), audit.ErrSlow.Error()) || s.auditor.missing() < 2*2000 {
+		t.Errorf("%d are missing, logged %q", s.auditor.missing(), log)
+	}
+	for _, r := range []*os.File{first, second} { // lets the goroutines end
+		if _, err := io.Copy(io.Discard, r); err != nil {
+			t.Error(err)
+		}
+		_ = r.Close()
+	}
+}
+
+// writes reports whether a goroutine of these stacks writes the audit log.
+func writes(stacks string) bool {
+	return slices.ContainsFunc(strings.Split(stacks, "\n\n"), func(s string) bool {
+		return strings.Contains(s, "audit.(*Log).write") && strings.Contains(s, "os.(*File).Write")
+	})
 }
 
 // Fails when the audit log takes the place of a client, or when the kernel may hide flows

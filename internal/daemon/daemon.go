@@ -206,7 +206,7 @@ func newDaemon(cfg Config) *Daemon {
 		ready:   make(chan struct{}),
 		adopted: make(chan struct{}),
 	}
-	all.auditor = &auditor{shared: all}
+	all.auditor = &auditor{shared: all, wait: func() <-chan time.Time { return time.After(auditTime) }}
 	l, r := &loop{shared: all, cfg: cfg.Config}, &reconciler{shared: all, wanted: cfg.Config}
 	d := &Daemon{shared: all, loop: l, reconcile: r}
 	r.rerouted.outside = make(map[string]bool)
