@@ -41,10 +41,17 @@ func BenchmarkLargeRulesets(b *testing.B) {
 		}
 		return "@@ " + s.String() + "}"
 	}
+	spared := func(n int) string { // an accepting rule before each
+		var s strings.Builder
+		for i := range n {
+			fmt.Fprintf(&s, "iifname wan0 udp dport %d accept\niifname wan0 udp dport %d dnat to 10.47.%d.%d\n", 30_001+2*i, 5000+i, i/250, 1+i%250)
+		}
+		return "@@ " + s.String() + "}"
+	}
 	links := []userrules.Link{{Index: 2, Name: "wan0"}}
 	sides := userrules.Sides{Inside: []userrules.Link{{Index: 3, Name: "lan0"}}, Outside: links, Subnets: []netip.Prefix{lab.InsideNet}}
 	for _, n := range []int{5000, 10_000} {
-		for name, rules := range map[string]string{"services": services(n), "exempted": exempted(n)} {
+		for name, rules := range map[string]string{"services": services(n), "exempted": exempted(n), "spared": spared(n)} {
 			l := lab.ForTest(b, lab.Options{Rules: inPrerouting(rules)})
 			rs, err := newReader(b, l).Read()
 			check(b, err)

@@ -2,6 +2,7 @@ package userrules
 
 import (
 	"slices"
+	"sort"
 
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
@@ -61,23 +62,25 @@ func (p *letPass) join(family byte) {
 	grown := make(map[int]bool)
 	for _, c := range p.fresh {
 		c.wide = c.wide || c.unknown || c.out != nil // no packet has a link to leave by yet
-		i := slices.IndexFunc(p.conds, func(o condition) bool { return o.extend(c) })
+		i := 0
+		for i < len(p.conds) && !p.conds[i].extend(c) {
+			i++
+		}
 		switch {
-		case i >= 0:
-			p.conds[i].extend(c)
+		case i < len(p.conds):
 			grown[i] = true
 		case len(p.conds) >= mostPassed:
 			p.conds[mostPassed-1] = condition{family: family, wide: true}
 			delete(grown, mostPassed-1)
 		default:
-			c.sources, c.addrs, c.ports = slices.Clip(c.sources), slices.Clip(c.addrs), slices.Clip(c.ports)
+			c.sources, c.addrs, c.ports = slices.Clip(c.sources), slices.Clip(c.addrs), slices.Clone(c.ports)
 			p.conds = append(p.conds, c)
 		}
 	}
 	p.fresh = nil
 	for i := range grown {
 		c := &p.conds[i]
-		c.sources, c.addrs, c.ports = Union(c.sources), Union(c.addrs), merge(slices.Clone(c.ports))
+		c.sources, c.addrs = Union(c.sources), Union(c.addrs)
 	}
 }
 
@@ -92,7 +95,7 @@ func (c *condition) extend(o condition) bool {
 	case sources && ports:
 		c.addrs = joint(c.addrs, o.addrs)
 	case sources && addrs:
-		c.ports = joint(c.ports, o.ports)
+		c.ports = jointPorts(c.ports, o.ports)
 	default:
 		return false
 	}
@@ -110,6 +113,22 @@ func joint[T any](a, b []T) []T {
 	return append(a, b...)
 }
 
+// jointPorts returns the ports of two merged lists as one, in place of a.
+func jointPorts(a, b []PortRange) []PortRange {
+	if a == nil || b == nil {
+		return nil
+	}
+	for _, r := range b {
+		i := sort.Search(len(a), func(i int) bool { return int(a[i].Last)+1 >= int(r.First) })
+		end := i
+		for ; end < len(a) && int(a[end].First) <= int(r.Last)+1; end++ {
+			r = PortRange{min(r.First, a[end].First), max(r.Last, a[end].Last)}
+		}
+		a = slices.Replace(a, i, end, r)
+	}
+	return a
+}
+
 // without appends c without the packets of e, or c, as wide, if a condition cannot say that.
 func (w *walker) without(to []condition, c condition, e *condition) []condition {
 	if c.family == unix.NFPROTO_INET && e.family != c.family {
@@ -121,7 +140,8 @@ func (w *walker) without(to []condition, c condition, e *condition) []condition 
 		return append(to, c)
 	}
 	others, links := w.split(c.in, e.in)
-	if !haveCommon(orEvery(c.ports), orEvery(e.ports)) || links != nil && len(links) == 0 {
+	of := between(orEvery(e.ports), orEvery(c.ports))
+	if !haveCommon(orEvery(c.ports), of) || links != nil && len(links) == 0 {
 		return append(to, c)
 	}
 	sources, ofSources, ok := w.except(c.ranges(c.sources), c.ranges(e.sources))
@@ -134,7 +154,7 @@ func (w *walker) without(to []condition, c condition, e *condition) []condition 
 		rest.in, c.in = others, links
 		return w.without(append(to, rest), c, e)
 	}
-	ports := intersect(orEvery(c.ports), complement(orEvery(e.ports)))
+	ports := intersect(orEvery(c.ports), complement(of))
 	kinds := 0 // in which some are left
 	for _, n := range []int{len(sources), len(addrs), len(ports)} {
 		kinds += min(n, 1)
@@ -173,6 +193,15 @@ func (w *walker) split(a, b []int) (others, both []int) {
 		}
 	}
 	return others, both
+}
+
+// between returns the part of a merged list from the first port of another one to the last.
+func between(list, ports []PortRange) []PortRange {
+	if len(ports) == 0 {
+		return nil
+	}
+	list = list[sort.Search(len(list), func(i int) bool { return list[i].Last >= ports[0].First }):]
+	return list[:sort.Search(len(list), func(i int) bool { return list[i].First > ports[len(ports)-1].Last })]
 }
 
 // haveCommon reports whether a port is in both lists, which are merged.
