@@ -260,6 +260,28 @@ var faults = map[string]fault{
 		again: func(s *scene) { s.Contact(s.InsideSocket(0, 7100), s.PeerSocket(lab.PeerA, 7100)) },
 		line:  `nft 'table ip source_nat { chain postrouting { type nat hook postrouting priority srcnat; oifname "wan0" ip saddr 10.47.11.0/24 masquerade; }; }'`,
 	},
+	"nft keeps packets of hosts from conntrack": {
+		id: "udp_not_tracked", options: lab.Options{Rules: lab.Masquerade + `table inet raw { chain pre { type filter hook prerouting priority raw; iifname "lan0" meta l4proto udp notrack; }; }
+`}, running: true, cut: true, line: "nft delete rule inet raw pre handle 2",
+	},
+	"nft keeps packets of peers from conntrack": {
+		id: "udp_not_tracked", options: lab.Options{Rules: lab.Masquerade + `table inet raw { chain pre { type filter hook prerouting priority raw; iifname "wan0" meta l4proto udp notrack; }; }
+`}, running: true, line: "nft delete rule inet raw pre handle 2",
+		again: func(s *scene) {
+			phone, peer := s.InsideSocket(0, 6200), s.PeerSocket(lab.PeerA, 6200)
+			s.Arrives(phone, s.PeerSocket(lab.PeerA, 6201), s.Contact(phone, peer))
+		},
+	},
+	"iptables-nft keeps packets from conntrack": {
+		id: "udp_not_tracked", options: noRules, cut: true,
+		set:  loads(lab.IPTablesNFT, lab.IPTablesMasquerade+"*raw\n-A PREROUTING -p udp -m udp ! --dport 53 -j CT --notrack\nCOMMIT\n"),
+		line: "nft delete rule ip raw PREROUTING handle 2",
+	},
+	"iptables-legacy keeps packets from conntrack": {
+		id: "udp_not_tracked", options: noRules, cut: true,
+		set:  loads(lab.IPTablesLegacy, lab.IPTablesMasquerade+"*raw\n-A PREROUTING -i lan0 -p udp -j CT --notrack\nCOMMIT\n"),
+		line: "iptables-legacy -t raw -D PREROUTING 1",
+	},
 	"random ports by rule": {
 		id: "source_nat_random", options: lab.Options{Rules: strings.Replace(lab.Masquerade, "masquerade", "masquerade fully-random", 1)}, running: true,
 		line: strings.TrimSpace(oneOutsidePort),

@@ -24,6 +24,7 @@ var checks = []check{
 	{"tables_left", Warning, "these tables go on dropping packets, and nobody renews what they permit", false, (*Facts).tablesLeft},
 	{"subnet_not_translated", Error, "nobody on the Internet can answer a private address, and no permission arises", true, (*Facts).notTranslated},
 	{"source_nat_random", Warning, "each peer sees another outside port, as behind a symmetric NAT", true, (*Facts).randomPorts},
+	{"udp_not_tracked", Warning, "what conntrack does not see is not translated and earns no permission", true, (*Facts).notTracked},
 	{"timeouts_short", Warning, "RFC 4787 (REQ-5) asks for two minutes at least: hosts that keep silent for longer lose their outside port", false, (*Facts).shortTimeouts},
 	{"reverse_path_strict", Warning, "the kernel drops what comes by an uplink other than the one that it would use for the answer", false, (*Facts).strictPaths},
 	{"uplink_per_flow", Warning, "what a host answers to another port of a peer may leave by another uplink, with an address that its provider drops", false, (*Facts).uplinkPerFlow},
@@ -128,6 +129,29 @@ func (f *Facts) randomPorts() (all []Finding) {
 			What:  fmt.Sprintf("a rule of yours chooses a random outside port for each flow of %v on %s: %s", t.Subnet, t.Link, t.Rule),
 			Fix:   []Line{{Subnets, `mapping = "endpoint_independent"`}}, Keep: "or take 'random' and 'fully-random' out of the rule",
 		})
+	}
+	return all
+}
+
+func (f *Facts) notTracked() (all []Finding) {
+	for _, u := range f.Rules.Untracked {
+		whose := "what hosts of %v send to their peers"
+		if u.FromPeers {
+			whose = "what peers send to hosts of %v"
+		}
+		ports := "UDP"
+		if u.Ports != "" {
+			ports = "UDP to " + u.Ports
+		}
+		x := Finding{
+			About: fmt.Sprintf("%v %s", u.Subnet, u.Rule),
+			What:  fmt.Sprintf("a rule of yours keeps "+whose+" (%s) from conntrack: %s", u.Subnet, ports, u.Rule),
+			Keep:  "take notrack out where these rules come from, or narrow the rule to packets that the gateway need not translate",
+		}
+		if line, ok := deleteRule(u.Rule); ok {
+			x.Fix = []Line{line}
+		}
+		all = append(all, x)
 	}
 	return all
 }

@@ -61,6 +61,16 @@ type Rules struct {
 	Untranslated []Translation
 	// Random are rules that give each flow of a subnet a random port.
 	Random []Translation
+	// Untracked are rules that keep UDP packets of enabled subnets from conntrack.
+	Untracked []Untracked
+}
+
+// An Untracked is a rule that keeps packets of a subnet's hosts, or of their peers, from conntrack.
+type Untracked struct {
+	Subnet    netip.Prefix
+	FromPeers bool
+	Ports     string // of the peers, such as "port 5060"; empty for all
+	Rule      string // "ip raw PREROUTING handle 4", or "iptables-legacy raw PREROUTING rule 1"
 }
 
 // A Translation is about the source NAT of a subnet on an outside link.

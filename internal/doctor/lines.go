@@ -226,6 +226,20 @@ func (f *Facts) acceptOut(by control.Blocked, subnet netip.Prefix) (lines []Line
 	return []Line{nft("insert rule %s %s %s", title, name, rule)}, keep
 }
 
+// deleteRule returns the line that deletes a rule, which is named by its handle, or by its number
+// for iptables-legacy. firewalld and fw4 write their rules anew.
+func deleteRule(rule string) (line Line, ok bool) {
+	if strings.HasPrefix(rule, "inet firewalld ") || strings.HasPrefix(rule, "inet fw4 ") {
+		return line, false
+	}
+	if chain, number, legacy := strings.Cut(rule, " rule "); legacy {
+		title, name, _ := cutLast(chain)
+		program, table := iptables(title, name)
+		return Line{Shell, fmt.Sprintf("%s -t %s -D %s %s", program, table, quote(name), number)}, program != ""
+	}
+	return Line{Shell, "nft delete rule " + rule}, true
+}
+
 // How to keep rules that were added by hand.
 const (
 	saveIPTables = "save the rules as your system does, for example with 'netfilter-persistent save'"

@@ -97,6 +97,7 @@ func (t *table) diversions(sides Sides) (found []Diversion) {
 		}
 	}
 	w := &walker{table: t, outside: sides.Inside, seen: map[string]bool{}, first: &firstPacket{dest: unix.RTN_UNICAST, out: sides.Outside}}
+	w.finds = func(s statement) bool { return t.givesHelper(s) || s.proxies() }
 	w.helps = func(r *rule, conds []condition) {
 		for _, c := range conds {
 			if c.ports == nil {
@@ -212,7 +213,9 @@ func (t *table) leadsAnywhere(s statement) bool {
 const (
 	objectCtHelper = 3 // NFT_OBJECT_CT_HELPER
 
-	// The name of the helper in struct xt_ct_target_info, in all revisions.
+	// Struct xt_ct_target_info begins with 16 bits of flags, and has the name of the helper here, in
+	// all revisions.
+	ctNoTrack   = 1 << 0 // XT_CT_NOTRACK
 	ctHelper    = 12
 	ctHelperEnd = ctHelper + 16
 )

@@ -96,8 +96,9 @@ type walker struct {
 	// passes gets the packets that such chains let pass untranslated.
 	passes func(conds []condition)
 	// translates gets the rules that translate destinations, instead of found, and helps those
-	// that give flows a conntrack helper or a transparent proxy.
+	// with a statement of finds.
 	translates, helps func(r *rule, conds []condition)
+	finds             func(s statement) bool
 	// first says what is known of the packets, for diversions; nil for others.
 	first *firstPacket
 	// accepted and returned have, unless sources is set, the packets that earlier rules let pass: to
@@ -200,8 +201,10 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 			if e, ok := s.expr.(*expr.TProxy); ok && e.Family != unix.NFPROTO_UNSPEC {
 				conds = w.ofFamily(conds, e.Family)
 			}
-			if w.helps != nil && (w.table.givesHelper(s) || s.proxies()) {
+			if w.helps != nil && w.finds(s) {
 				w.helps(r, w.notPassed(conds))
+			}
+			if w.table.givesHelper(s) || s.proxies() || s.untracks() { // the packet goes on unchanged
 				continue
 			}
 		}

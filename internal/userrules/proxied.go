@@ -17,10 +17,8 @@ func (w *walker) proxied() {
 	}
 	p := &walker{table: w.table, outside: w.outside, seen: map[string]bool{}, first: &firstPacket{dest: unix.RTN_LOCAL}}
 	p.translates = func(*rule, []condition) {}
+	p.finds = statement.proxies
 	p.helps = func(r *rule, conds []condition) {
-		if !r.proxies() {
-			return
-		}
 		for _, all := range conds {
 			if all.wide && !all.tested && mostPorts(orEvery(all.ports)) {
 				continue

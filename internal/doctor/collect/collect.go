@@ -43,7 +43,7 @@ func Gateway(st control.Status) (f doctor.Facts, err error) {
 		}
 	}
 	f.Sysctls = sysctls("/proc/sys", slices.Concat(st.Outside, f.Inside))
-	f.Rules, err = readRules(st, slices.DeleteFunc(slices.Clone(f.Outside4), network.OnlyReceives))
+	f.Rules, err = readRules(st, slices.DeleteFunc(slices.Clone(f.Outside4), network.OnlyReceives), sides(st, network, to))
 	flowtables, failed := userrules.Flowtables(0)
 	f.Flowtables = flowtables
 	if err = errors.Join(err, failed); err != nil {
@@ -95,7 +95,7 @@ func byRoot(path string, err error) bool {
 }
 
 // readRules reads the user's firewall. outside are the outside links by which IPv4 leaves.
-func readRules(st control.Status, outside []string) (r doctor.Rules, err error) {
+func readRules(st control.Status, outside []string, sides userrules.Sides) (r doctor.Rules, err error) {
 	reader := userrules.NewReader(userrules.Config{OwnChain: rules.MarkerChain})
 	defer func() { err = errors.Join(err, reader.Close()) }()
 	rs, err := reader.Read()
@@ -116,6 +116,7 @@ func readRules(st control.Status, outside []string) (r doctor.Rules, err error) 
 	if err != nil {
 		return doctor.Rules{}, err
 	}
+	r.Untracked = untracked(rs, st, sides)
 	all := rs.SourceNAT()
 	for _, s := range st.Subnets {
 		if s.Routed || s.Prefix.Addr().Is6() {

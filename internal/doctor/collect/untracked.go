@@ -1,0 +1,63 @@
+package collect
+
+import (
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/conenatd/conenatd/internal/control"
+	"github.com/conenatd/conenatd/internal/doctor"
+	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/userrules"
+)
+
+// noPermissions are the peer ports that give no permission by default (exclude_peer_ports).
+var noPermissions = []uint16{53, 123, 443}
+
+// sides returns the subnets of st with the links inside that lead to them, and the outside links.
+func sides(st control.Status, network gateway.Network, inside []gateway.Link) (s userrules.Sides) {
+	s.Subnets = prefixes(st.Subnets)
+	for _, l := range network.Links {
+		if slices.Contains(st.Outside, l.Name) {
+			s.Outside = append(s.Outside, userrules.Link{Index: l.Index, Name: l.Name})
+		}
+	}
+	for _, l := range inside {
+		if l.Name != "" {
+			s.Inside = append(s.Inside, userrules.Link{Index: l.Index, Name: l.Name})
+		}
+	}
+	return s
+}
+
+// untracked finds the rules that keep packets from conntrack, but for those to peer ports that give no
+// permission by default: such a rule is for a resolver or a clock on the gateway.
+func untracked(rs *userrules.Ruleset, st control.Status, sides userrules.Sides) (all []doctor.Untracked) {
+	var routed []netip.Prefix
+	for _, s := range st.Subnets {
+		if s.Routed {
+			routed = append(routed, s.Prefix)
+		}
+	}
+	for _, u := range rs.Untracked(sides, routed) {
+		var ports []string
+		wanted := false
+		for _, r := range u.Ports {
+			text := strconv.Itoa(int(r.First))
+			if r.Last != r.First {
+				text += "-" + strconv.Itoa(int(r.Last))
+			}
+			ports = append(ports, text)
+			wanted = wanted || r.Last != r.First || !slices.Contains(noPermissions, r.First)
+		}
+		x := doctor.Untracked{Subnet: u.Subnet, FromPeers: u.FromPeers, Rule: u.Text}
+		if text := strings.Join(ports, ", "); text != "0-65535" {
+			x.Ports = "port " + text
+		}
+		if wanted {
+			all = append(all, x)
+		}
+	}
+	return all
+}
