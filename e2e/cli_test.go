@@ -67,11 +67,14 @@ func TestWrongInputIsNamedAndChangesNothing(t *testing.T) {
 		s.Must(os.WriteFile(path, []byte(text), 0o644))
 		return path
 	}
+	open := filepath.Join(t.TempDir(), "open.toml")
+	s.Must(os.WriteFile(open, []byte("backend = \"expect\"\n[[subnet]]\nprefix = \"10.47.11.0/24\"\nfiltering = \"endpoint_independent\"\n"), 0o644))
 	for name, tc := range map[string]struct {
 		args []string
 		code int
 		want string
 	}{
+		"backend, checked": {[]string{"check", open}, 0, "open.toml: good, but with backend = \"expect\" the subnet 10.47.11.0/24 gets address_dependent filtering"},
 		"wrong value":      {[]string{"run", "--config", file("# x\nlifetime = \"5 minutes\"\n")}, 78, "c.toml:2:12: lifetime: expected a duration"},
 		"missing file":     {[]string{"run", "--config", filepath.Join(dir, "none.toml")}, 1, "none.toml"},
 		"host bits":        {[]string{"run", "--subnet", "10.47.11.1/24"}, 78, `did you mean "10.47.11.0/24"`},

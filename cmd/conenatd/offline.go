@@ -31,6 +31,8 @@ you mean lifetime?". Nothing else is read or changed.`,
 				return err
 			case cfg.EnablesNone():
 				fmt.Fprintf(c.OutOrStdout(), "%s: good, but it enables no subnet\n", args[0])
+			case cfg.Uncarried() != "":
+				fmt.Fprintf(c.OutOrStdout(), "%s: good, but %s\n", args[0], cfg.Uncarried())
 			default:
 				fmt.Fprintf(c.OutOrStdout(), "%s: good\n", args[0])
 			}

@@ -121,3 +121,26 @@ func (l *subnetList) addPrefix(at string, v any, s Subnet) error {
 	l.listAt = append(l.listAt, at)
 	return nil
 }
+
+// Uncarried says what of the configuration the chosen backend cannot give, in one sentence; it is
+// empty if it can give all, as far as the configuration tells. conenatd starts all the same.
+func (c *Config) Uncarried() string {
+	subnets := slices.Clone(c.Subnets)
+	names := make([]string, 0, len(subnets))
+	for _, s := range subnets {
+		names = append(names, s.Prefix.String())
+	}
+	for _, l := range c.LinkSubnets {
+		subnets, names = append(subnets, l.Like), append(names, l.Link)
+	}
+	for i, s := range subnets {
+		six := s.Prefix.IsValid() && s.Prefix.Addr().Is6()
+		switch {
+		case c.Backend == BackendExpect && s.Filtering == EndpointIndependent:
+			return fmt.Sprintf(`with backend = "expect" the subnet %s gets address_dependent filtering: set backend = "auto", for only the map admits everybody`, names[i])
+		case c.Backend == BackendNFT && (six || s.Routed) && s.Filtering != AddressAndPortDependent:
+			return fmt.Sprintf(`with backend = "nft" the subnet %s gets no permission: set backend = "auto", for only expectations carry IPv6 and untranslated flows`, names[i])
+		}
+	}
+	return ""
+}
