@@ -349,3 +349,24 @@ func TestExplainFindsFlowsInTheZoneOfThePermission(t *testing.T) {
 	s.explained(proxy.Addr().String(), ext, "arrives", "flow", phone.Addr())
 	s.explainedArrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 }
+
+// An outside link accepts packets with addresses of the gateway itself, as for tests of its own links.
+//
+// Fails when explain says that the kernel drops them, or when it does not where the kernel does.
+func TestExplainKnowsLinksThatAcceptOwnAddresses(t *testing.T) {
+	ownMode(t)
+	s := newScene(t, lab.Options{})
+	own := netip.MustParseAddr("192.0.2.99")
+	s.IP(s.Gateway, "address add 192.0.2.99/32 dev lo")
+	s.Start("--subnet", lab.InsideNet.String(), "--filtering=endpoint_independent", "--reconcile=1s")
+	phone, proxy := s.InsideSocket(0, 6000), s.PeerSocket(lab.PeerA, 6000)
+	ext := s.Contact(phone, proxy)
+	s.Until("the port is open", func() bool { return s.Status().Permissions.Standing == 1 })
+	s.IP(s.Outside, "address add 192.0.2.99/32 dev lo")
+	from := s.Socket(s.Outside.Namespace, own, 6001)
+	s.explained(own.String(), ext, "lost", "address", nowhere)
+	s.Lost(phone, from, ext, proxy)
+	sets("sysctl -w net.ipv4.conf.wan0.accept_local=1")(s)
+	s.explained(own.String(), ext, "arrives", "firewall", phone.Addr())
+	s.Arrives(phone, from, ext)
+}

@@ -77,12 +77,14 @@ type packetCase struct {
 	flow      *cone.Flow
 	unseen    time.Duration         // how long ago a flow may have begun that the daemon does not know
 	local     func(netip.Addr) bool // is an address of the gateway
-	claims    []control.Permission  // on ext for peer
-	others    []control.Permission  // on ext for other peers
-	forward   *userrules.Forward    // the first rule that may lead the packet elsewhere
-	served    bool                  // a socket of the gateway gets what comes to ext
-	diverted  []userrules.Diversion // what rules of the user's take from inside hosts
-	most      func(control.Permission) int
+	// acceptLocal says that such an address may be a source of packets from outside.
+	acceptLocal bool
+	claims      []control.Permission  // on ext for peer
+	others      []control.Permission  // on ext for other peers
+	forward     *userrules.Forward    // the first rule that may lead the packet elsewhere
+	served      bool                  // a socket of the gateway gets what comes to ext
+	diverted    []userrules.Diversion // what rules of the user's take from inside hosts
+	most        func(control.Permission) int
 	// firewall says what the user's chains do with packets to a host.
 	firewall func(host netip.Addr, kind flowKind) (a userrules.Answer, dropper string)
 }
@@ -117,7 +119,7 @@ func (s source) gather(c *packetCase) error {
 	decisions := map[netip.Prefix]decision{}
 	var network gateway.Network
 	ok := s.do(func(l *loop) {
-		cfg, network = l.cfg, l.network
+		cfg, network, c.acceptLocal = l.cfg, l.network, l.acceptsLocal()
 		maps.Copy(decisions, l.decisions)
 		peer, ext := cone.EndpointFrom(c.peer), cone.EndpointFrom(c.ext)
 		if l.engine.Model.Lean() {
