@@ -390,6 +390,18 @@ var faults = map[string]fault{
 		},
 		line: `outside = ["wan0", "guest0"]`,
 	},
+	"peers answer by another link": {
+		id: "peers_by_other_link", about: "wan1", running: true, lost: true,
+		options: lab.Options{Rules: "table ip nat { chain post { type nat hook postrouting priority srcnat; oifname wan0 snat to " + secondUplinkAddr + "; }; }\n"},
+		set:     func(s *scene) { s.AddLink("wan1", secondUplinkAddr) },
+		later: func(s *scene) {
+			phone, proxy := s.InsideSocket(0, 7000), s.PeerSocket(lab.PeerA, 7000)
+			ext := s.Contact(phone, proxy)
+			s.Stands(phone, proxy, ext)
+			s.Lost(phone, s.PeerSocket(lab.PeerA, 7001), ext, proxy)
+		},
+		line: `outside = ["wan0", "wan1"]`,
+	},
 	"a link that a rule shows": {
 		id: "link_assumed_outside", about: "wan1", options: lab.Options{Rules: natBy("wan0", "wan1")},
 		set: func(s *scene) {

@@ -91,6 +91,7 @@ func (l *loop) warnings() (out warnings) {
 	}
 	l.warnRoom(&out)
 	l.warnElsewhere(&out)
+	l.warnOtherArrivals(&out)
 	l.warnSides(&out)
 	l.warnSubnets(&out)
 	l.warnBroken(&out)
@@ -176,6 +177,24 @@ func (l *loop) warnElsewhere(out *warnings) {
 		if n := elsewhere[link.Name].Translated; n > 0 && link.Outside == 0 {
 			out.add(warnPeersBehindLink, link.Name, "%d translated flows of enabled hosts left by %s, which is no outside link, and give no permission: "+
 				"if it leads to peers, name it with --outside %s", n, link.Name, link.Name)
+		}
+	}
+}
+
+// warnOtherArrivals warns of links by which peers may answer although hosts do not leave by them, as on a
+// gateway with a link for each direction: packets were dropped because of the link that they came by,
+// and flows are translated to an address of such a link. It may as well lead to a network of servers,
+// one of which fakes the address of a peer, so nothing is assumed.
+func (l *loop) warnOtherArrivals(out *warnings) {
+	if l.tables.Guard.Spoofed == 0 {
+		return
+	}
+	for _, a := range l.network.Addrs {
+		for _, link := range l.network.Links {
+			if link.Index == a.Link && link.Outside&gateway.FamilyOf(a.Prefix.Addr()) == 0 && !link.Inside && l.engine.Model.UsesOutside(cone.AddrFrom(a.Prefix.Addr())) {
+				out.add(warnOtherArrivals, link.Name, "%d packets were dropped as faked, for they came by another link than the way to their source; hosts leave with %v, "+
+					"which is on %s, no outside link: if peers answer by it, name it with --outside %s", l.tables.Guard.Spoofed, a.Prefix.Addr(), link.Name, link.Name)
+			}
 		}
 	}
 }

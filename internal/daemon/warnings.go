@@ -67,6 +67,7 @@ const (
 	warnDown            warningID = "link_down"              // about is the subnet
 	warnInsideDown      warningID = "inside_link_down"       // about is the subnet
 	warnPeersBehindLink warningID = "peers_behind_link"      // about is the link
+	warnOtherArrivals   warningID = "peers_by_other_link"    // about is the link
 	warnNoSourceNAT     warningID = "no_source_nat"          // about is the subnet
 	warnBrokenFlows     warningID = "broken_flows"           // about is the subnet, the link and the source
 	warnNoFiltering     warningID = "filtering_not_open"     // about is the subnet

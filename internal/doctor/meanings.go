@@ -168,6 +168,7 @@ var meanings = []meaning{
 	{id: "link_down", severity: Error, why: "hosts reach nobody by a link that does not run"},
 	{id: "inside_link_down", severity: Note, why: "no host is there, or none can be reached"},
 	{id: "peers_behind_link", severity: Warning, why: "peers behind this link get no permission", fix: setOutside, flows: true},
+	{id: "peers_by_other_link", severity: Warning, why: "what a peer sends from another port is lost, although it is permitted", fix: setOutside, flows: true},
 	{id: "no_source_nat", severity: Error, why: "nobody on the Internet can answer a private address, and no permission arises", fix: translate},
 	{id: "broken_flows", severity: Warning, why: "nobody can answer these flows, and they live for as long as the host sends", fix: set(File, "heal_flows = true"), flows: true},
 	{id: "filtering_not_open", severity: Error, why: "strangers cannot send to hosts that you opened to them"},
