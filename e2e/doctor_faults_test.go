@@ -28,6 +28,12 @@ const iptablesEstablished = `*filter
 COMMIT
 `
 
+// iptablesEarly is a chain of prerouting that drops before NAT what nobody inside began.
+const iptablesEarly = `*mangle
+-A PREROUTING -i wan0 -m conntrack ! --ctstate ESTABLISHED -j DROP
+COMMIT
+`
+
 // guestsOnly is the forward chain of a gateway that forgot its inside network.
 var guestsOnly = strings.Replace(established, "lan0", "guest0", 1)
 
@@ -105,11 +111,13 @@ var noRules = lab.Options{Rules: lab.NoRules}
 const (
 	dnatIn         = "-i wan0 -p udp -d 10.47.11.0/24 -m conntrack --ctstate DNAT -j ACCEPT"
 	relatedIn      = "-i wan0 -p udp -d 2001:db8:47::/64 -m conntrack --ctstate RELATED -j ACCEPT"
+	relatedEarly   = "-i wan0 -p udp -m conntrack --ctstate RELATED -j ACCEPT"
 	udpOut         = "-i lan0 -o wan0 -p udp -s 10.47.11.0/24 -j ACCEPT"
 	dropped        = "children_dropped"
 	blocked        = "hosts_blocked"
 	noRule         = "no_source_nat"
 	byMap          = "backend = \"nft\"\n"
+	byExpectations = "backend = \"expect\"\n"
 	largeGroup     = "peer_groups = [\"203.0.113.0/24\"]\n"
 	oneOutsidePort = "mapping = \"endpoint_independent\"\n"
 	routed         = "routed = true\n"
@@ -141,6 +149,36 @@ var faults = map[string]fault{
 	"iptables-legacy drops children": {
 		id: dropped, options: noRules, running: true, lost: true,
 		set: loads(lab.IPTablesLegacy, lab.IPTablesMasquerade+iptablesEstablished), line: "iptables-legacy -I FORWARD " + dnatIn,
+	},
+	"Docker with iptables-legacy drops what the map admits": {
+		id: dropped, options: noRules, running: true, lost: true, top: byMap,
+		set: loadsFirewall(lab.IPTablesLegacy, "docker.iptables"), line: "iptables-legacy -I DOCKER-USER " + dnatIn,
+	},
+	"nft drops what expectations admit": {
+		id: dropped, options: lab.Options{Rules: lab.Masquerade + established}, running: true, lost: true, top: byExpectations,
+		line: `nft 'insert rule inet filter forward iifname "wan0" meta l4proto udp ip daddr 10.47.11.0/24 ct status dnat accept'`,
+	},
+	"nft drops children early": {
+		id: dropped, options: lab.Options{Rules: lab.Masquerade + early("mangle", "ct state != established")}, running: true, lost: true,
+		line: `nft 'insert rule inet f c iifname "wan0" meta l4proto udp ct state related accept'`,
+	},
+	"iptables-nft drops children early": {
+		id: dropped, options: noRules, running: true, lost: true, set: loads(lab.IPTablesNFT, lab.IPTablesMasquerade+iptablesEarly),
+		line: "iptables-nft -t mangle -I PREROUTING " + relatedEarly,
+	},
+	"iptables-legacy drops children early": {
+		id: dropped, options: noRules, running: true, lost: true, set: loads(lab.IPTablesLegacy, lab.IPTablesMasquerade+iptablesEarly),
+		line: "iptables-legacy -t mangle -I PREROUTING " + relatedEarly,
+	},
+	"Docker drops children of a routed subnet": {
+		id: dropped, options: lab.Options{IPv6: true, Rules: lab.NoRules}, running: true, lost: true, prefix: lab.InsideNet6.String(), subnet: routed,
+		set:  loads6(lab.IPTablesNFT, strings.Replace(iptablesEstablished, "-A", ":DOCKER-USER -\n-A FORWARD -j DOCKER-USER\n-A", 1)),
+		line: "ip6tables-nft -I DOCKER-USER " + relatedIn,
+	},
+	"ufw drops children of a routed subnet": {
+		id: dropped, options: lab.Options{IPv6: true, Rules: lab.NoRules}, running: true, lost: true, prefix: lab.InsideNet6.String(), subnet: routed,
+		set:  loads6(lab.IPTablesLegacy, strings.Replace(iptablesEstablished, "-A", ":ufw6-before-forward -\n-A FORWARD -j ufw6-before-forward\n-A", 1)),
+		line: "ip6tables-legacy -I ufw6-before-forward " + relatedIn,
 	},
 	"the mangle table drops children": {
 		id: dropped, options: noRules, running: true, lost: true, top: byMap,
@@ -214,6 +252,10 @@ var faults = map[string]fault{
 		id: blocked, options: lab.Options{IPv6: true, Rules: lab.NoRules}, running: true, prefix: lab.InsideNet6.String(), subnet: routed,
 		set: loads6(lab.IPTablesNFT, iptablesGuestsOnly), line: "ip6tables-nft -I FORWARD -i lan0 -o wan0 -p udp -s 2001:db8:47::/64 -j ACCEPT",
 	},
+	"nft blocks hosts of a routed subnet": {
+		id: blocked, options: lab.Options{IPv6: true, Rules: guestsOnly}, running: true, prefix: lab.InsideNet6.String(), subnet: routed,
+		line: `nft 'insert rule inet filter forward iifname "lan0" oifname "wan0" meta l4proto udp ip6 saddr 2001:db8:47::/64 accept'`,
+	},
 	"ufw blocks hosts": {
 		id: blocked, options: noRules, running: true, cut: true, set: loadsFirewall(lab.IPTablesNFT, "ufw.iptables", "-i lan0"),
 		line: "iptables-nft -I ufw-before-forward " + udpOut,
@@ -245,6 +287,13 @@ var faults = map[string]fault{
 	},
 	"ufw does not translate": {
 		id: noRule, options: noRules, running: true, cut: true, set: loadsFirewall(lab.IPTablesNFT, "ufw.iptables", "MASQUERADE"), line: masqOnWAN,
+	},
+	"ufw with iptables-legacy does not translate": {
+		id: noRule, options: noRules, running: true, cut: true, set: loadsFirewall(lab.IPTablesLegacy, "ufw.iptables", "MASQUERADE"),
+		line: strings.Replace(masqOnWAN, "nft", "legacy", 1),
+	},
+	"Docker does not translate": {
+		id: noRule, options: noRules, running: true, cut: true, set: loadsFirewall(lab.IPTablesNFT, "docker.iptables", "-o wan0 -j MASQUERADE"), line: masqOnWAN,
 	},
 	"fw4 does not translate": {
 		id: noRule, options: noRules, running: true, cut: true, set: loadsFirewall("", "fw4.nft", "jump srcnat_wan"),
@@ -355,7 +404,30 @@ var faults = map[string]fault{
 		line: "sysctl -w net.ipv4.ip_local_reserved_ports=61000-65535",
 	},
 
+	"local ports are widened into the pool": {
+		id: "pool_overlaps_local_ports", running: true, subnet: oneOutsidePort, later: sets(`sysctl -w net.ipv4.ip_local_port_range="1024 65535"`),
+		line: "sysctl -w net.ipv4.ip_local_reserved_ports=61000-65535",
+	},
+	"IPv6 forwarding is off, and the default route is advertised": {
+		id: "forwarding_off", about: lab.InsideNet6.String(), options: lab.Options{IPv6: true}, prefix: lab.InsideNet6.String(), subnet: routed, running: true,
+		set:  sets("sysctl -w net.ipv6.conf.all.forwarding=0", "sysctl -w net.ipv6.conf.wan0.accept_ra=1"),
+		line: "sysctl -w net.ipv6.conf.wan0.accept_ra=2",
+	},
+
 	// The configuration.
+	"rules that only root may read": {
+		id: "source_nat_hidden", running: true, subnet: oneOutsidePort, line: `port_pool = "none"`,
+		set: func(s *scene) {
+			s.T.Helper()
+			s.Must(s.IPTables(lab.IPTablesLegacy, "*nat\nCOMMIT\n"))
+			s.Must(os.Chmod(filepath.Dir(s.T.TempDir()), 0o755)) // it reads the configuration
+			s.Exe = s.unprivileged()
+		},
+	},
+	"a bridge with a firewall of its own": {
+		id: "second_zone", options: lab.Options{Rules: lab.Masquerade + bridgeFirewall}, running: true, set: bridgeWithAFirewall,
+		later: contacts(1, 1), again: (*scene).hearsInBothZones, line: "routed = true",
+	},
 	"no subnet": {
 		id: "no_subnet", prefix: "none", line: "conenatd run --subnet 10.47.11.0/24",
 	},

@@ -165,15 +165,22 @@ func flaps(s *scene) {
 func savesRuleset(p *patient) {
 	p.T.Helper()
 	p.reaches(5060, true)
+	p.saved()
+}
+
+// saved saves what nft lists now, as /etc/nftables.conf of the program, and returns its path.
+func (p *patient) saved() string {
+	p.T.Helper()
 	list, err := p.Gateway.Output("nft", "list", "ruleset")
 	p.Must(err)
-	dir := p.T.TempDir()
-	saved, program := filepath.Join(dir, "saved"), filepath.Join(dir, "conenatd")
-	p.Must(os.WriteFile(saved, []byte(list), 0o644))
+	etc, program := p.T.TempDir(), filepath.Join(p.T.TempDir(), "conenatd")
+	path := filepath.Join(etc, "nftables.conf")
+	p.Must(os.WriteFile(path, []byte(list), 0o644))
 	p.Must(os.WriteFile(program, fmt.Appendf(nil, `#!/bin/sh
-exec unshare --mount --propagation private sh -ec 'mount -t tmpfs none /etc; cp %s /etc/nftables.conf; exec %s "$@"' sh "$@"
-`, saved, p.Exe), 0o755))
+exec unshare --mount --propagation private sh -ec 'mount --bind %s /etc; exec %s "$@"' sh "$@"
+`, etc, p.Exe), 0o755))
 	p.Exe = program
+	return path
 }
 
 // renumbers gives the inside link another network.

@@ -359,15 +359,28 @@ func TestBridgeWithAFirewallOfItsOwn(t *testing.T) {
 	s.Until("it is told", func() bool { return s.warns("in zone 1 untranslated") && s.warns("set routed = true") })
 	s.Stop()
 	s.Serve(stage.Auto[0], "--routed", "--reconcile=1s")
-	s.Contact(phone, proxy)
-	s.Until("both zones have a permission", func() bool {
-		ps := s.List()
-		return len(ps) == 2 && ps[0].State == "standing" && ps[1].State == "standing"
-	})
-	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
+	s.hearsInBothZones()
 	if s.warns("set routed = true") {
 		t.Errorf("warnings %q", s.Status().Warnings)
 	}
+}
+
+// hearsInBothZones checks that a peer reaches the host once both zones have a permission.
+func (s *scene) hearsInBothZones() {
+	s.T.Helper()
+	phone, proxy := s.InsideSocket(0, 6060), s.PeerSocket(lab.PeerA, 6060)
+	ext := s.Contact(phone, proxy)
+	s.Until("both zones have a permission", func() bool {
+		standing := 0
+		for _, p := range s.List() {
+			if p.Int == phone.Addr() && p.State == "standing" {
+				standing++
+			}
+		}
+		return standing == 2
+	})
+	s.Arrives(phone, s.PeerSocket(lab.PeerA, 6070), ext)
+	s.Lost(phone, s.PeerSocket(lab.PeerC, 6070), ext, proxy)
 }
 
 // peerInZone lets a peer send from other ports until status says that they come in a zone in which

@@ -14,24 +14,25 @@ type check struct {
 	severity Severity
 	why      string
 	rules    bool // it needs the user's rules
+	lines    bool // it may have lines that repair it
 	find     func(f *Facts) []Finding
 }
 
 // checks has all of them (docs/doctor.md).
 var checks = []check{
-	{"would_not_start", Error, "nothing is served", false, (*Facts).wouldNotStart},
-	{"no_subnet", Error, "only subnets that you enable are served", false, (*Facts).noSubnet},
-	{"tables_left", Warning, "these tables go on dropping packets, and nobody renews what they permit", false, (*Facts).tablesLeft},
-	{"subnet_not_translated", Error, "nobody on the Internet can answer a private address, and no permission arises", true, (*Facts).notTranslated},
-	{"source_nat_random", Warning, "each peer sees another outside port, as behind a symmetric NAT", true, (*Facts).randomPorts},
-	{"udp_not_tracked", Warning, "what conntrack does not see is not translated and earns no permission", true, (*Facts).notTracked},
-	{"timeouts_short", Warning, "RFC 4787 (REQ-5) asks for two minutes at least: hosts that keep silent for longer lose their outside port", false, (*Facts).shortTimeouts},
-	{"reverse_path_strict", Warning, "the kernel drops what comes by an uplink other than the one that it would use for the answer", false, (*Facts).strictPaths},
-	{"uplink_per_flow", Warning, "what a host answers to another port of a peer may leave by another uplink, with an address that its provider drops", false, (*Facts).uplinkPerFlow},
-	{"conntrack_filling", Warning, "a full table drops new connections, of everybody", false, (*Facts).fillingUp},
-	{"expectations_few", Note, "permissions that the map cannot carry are refused beyond that number", false, (*Facts).fewExpectations},
-	{"rules_saved_with_tables", Warning, "while conenatd runs, Linux 6.9 and later refuse the whole file, with all changes of yours", false, (*Facts).savedTables},
-	{"flowtable", Note, "a flow in a flowtable counts as alive for 30 seconds after its last packet, whichever side sent it", false, (*Facts).flowtable},
+	{"would_not_start", Error, "nothing is served", false, true, (*Facts).wouldNotStart},
+	{"no_subnet", Error, "only subnets that you enable are served", false, true, (*Facts).noSubnet},
+	{"tables_left", Warning, "these tables go on dropping packets, and nobody renews what they permit", false, true, (*Facts).tablesLeft},
+	{"subnet_not_translated", Error, "nobody on the Internet can answer a private address, and no permission arises", true, true, (*Facts).notTranslated},
+	{"source_nat_random", Warning, "each peer sees another outside port, as behind a symmetric NAT", true, true, (*Facts).randomPorts},
+	{"udp_not_tracked", Warning, "what conntrack does not see is not translated and earns no permission", true, true, (*Facts).notTracked},
+	{"timeouts_short", Warning, "RFC 4787 (REQ-5) asks for two minutes at least: hosts that keep silent for longer lose their outside port", false, true, (*Facts).shortTimeouts},
+	{"reverse_path_strict", Warning, "the kernel drops what comes by an uplink other than the one that it would use for the answer", false, true, (*Facts).strictPaths},
+	{"uplink_per_flow", Warning, "what a host answers to another port of a peer may leave by another uplink, with an address that its provider drops", false, true, (*Facts).uplinkPerFlow},
+	{"conntrack_filling", Warning, "a full table drops new connections, of everybody", false, true, (*Facts).fillingUp},
+	{"expectations_few", Note, "permissions that the map cannot carry are refused beyond that number", false, true, (*Facts).fewExpectations},
+	{"rules_saved_with_tables", Warning, "while conenatd runs, Linux 6.9 and later refuse the whole file, with all changes of yours", false, true, (*Facts).savedTables},
+	{"flowtable", Note, "a flow in a flowtable counts as alive for 30 seconds after its last packet, whichever side sent it", false, false, (*Facts).flowtable},
 }
 
 func (f *Facts) wouldNotStart() []Finding {

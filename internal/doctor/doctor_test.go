@@ -163,6 +163,9 @@ func TestFindings(t *testing.T) {
 			if len(r.Findings) != 1 || r.Findings[0].ID != tt.id || r.Status() != tt.status {
 				t.Fatalf("status %d: %+v", r.Status(), r.Findings)
 			}
+			if i := slices.IndexFunc(checks, func(c check) bool { return c.id == tt.id }); i >= 0 && len(tt.lines) > 0 && !checks[i].lines {
+				t.Errorf("%s has lines", tt.id)
+			}
 			var lines []string
 			for _, l := range r.Findings[0].Fix {
 				lines = append(lines, l.Line)
@@ -358,11 +361,14 @@ func TestEachFindingOfTheDaemonHasAMeaning(t *testing.T) {
 func TestTheDocumentHasTheFindings(t *testing.T) {
 	text := document(t, "doctor.md")
 	var daemons, own []string
+	row := func(id string, severity Severity, lines bool, why string) string {
+		return fmt.Sprintf("| `%s` | %s | %s | %s |", id, severity, map[bool]string{true: "yes"}[lines], why)
+	}
 	for _, m := range meanings {
-		daemons = append(daemons, fmt.Sprintf("| `%s` | %s | %s |", m.id, m.severity, m.why))
+		daemons = append(daemons, row(m.id, m.severity, m.fix != nil, m.why))
 	}
 	for _, c := range checks {
-		own = append(own, fmt.Sprintf("| `%s` | %s | %s |", c.id, c.severity, c.why))
+		own = append(own, row(c.id, c.severity, c.lines, c.why))
 	}
 	rows := regexp.MustCompile("(?m)^\\| `.*$")
 	for heading, want := range map[string][]string{"### Of the daemon": daemons, "### Of doctor": own} {

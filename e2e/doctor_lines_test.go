@@ -1,0 +1,91 @@
+package e2e
+
+import (
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/conenatd/conenatd/e2e/stage"
+	"github.com/conenatd/conenatd/internal/doctor"
+)
+
+// linesApart are the findings whose lines other tests apply, or none can.
+var linesApart = map[string]string{
+	"rules_saved_with_tables": "TestDoctorsLinesTakeTablesOutOfSavedRules",
+	"conntrack_filling":       "nf_conntrack_max is of the first network namespace",
+	"conntrack_nearly_full":   "nf_conntrack_max is of the first network namespace",
+	"expectations_few":        "nf_conntrack_expect_max is the same for all network namespaces",
+}
+
+// Fails when doctor has lines for a finding, and no test applies them.
+func TestDoctorsLinesAreAllApplied(t *testing.T) {
+	page, err := os.ReadFile("../docs/doctor.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want []string
+	for _, m := range regexp.MustCompile("(?m)^\\| `([a-z0-9_]+)` \\| [a-z]+ \\| yes \\|").FindAllStringSubmatch(string(page), -1) {
+		want = append(want, m[1])
+	}
+	got := slices.Collect(maps.Keys(linesApart))
+	for _, tt := range faults {
+		if !slices.Contains(got, tt.id) {
+			got = append(got, tt.id)
+		}
+	}
+	slices.Sort(want)
+	slices.Sort(got)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("-document +tests:\n%s", diff)
+	}
+}
+
+// languages checks that lines were applied in the language of each firewall, where the language
+// matters.
+func languages(t *testing.T, applied map[string][]doctor.Firewall) {
+	t.Helper()
+	want := []doctor.Firewall{doctor.NFT, doctor.IPTablesLegacy, doctor.IPTablesNFT, doctor.Docker, doctor.UFW, doctor.FW4}
+	slices.Sort(want)
+	for _, id := range []string{dropped, blocked, noRule} {
+		slices.Sort(applied[id])
+		if diff := cmp.Diff(want, slices.Compact(applied[id])); diff != "" {
+			t.Errorf("%s: -want +applied:\n%s", id, diff)
+		}
+	}
+}
+
+// The user saved his ruleset while conenatd ran. The lines take conenatd's tables out of the file
+// and nothing else, so that it can be loaded again beside the daemon.
+//
+// Fails when a table of conenatd stays in the file, and when one of the user's leaves it.
+func TestDoctorsLinesTakeTablesOutOfSavedRules(t *testing.T) {
+	stage.OfTheDaemon(t)
+	p := &patient{newScene(t, usual), fault{id: "rules_saved_with_tables"}, filepath.Join(t.TempDir(), "conenatd.toml")}
+	before, err := p.Gateway.Output("nft", "list", "ruleset")
+	p.Must(err)
+	p.write()
+	p.Start("--config", p.config)
+	path := p.saved()
+	f := p.finding()
+	if f == nil || len(f.Fix) == 0 {
+		t.Fatalf("doctor finds %+v", p.doctor())
+	}
+	for _, l := range f.Fix {
+		p.shell(strings.ReplaceAll(l.Line, f.About, path))
+	}
+	if f := p.finding(); f != nil {
+		t.Errorf("the lines do not repair it: %+v", f)
+	}
+	after, err := os.ReadFile(path)
+	p.Must(err)
+	if diff := cmp.Diff(before, string(after)); diff != "" {
+		t.Errorf("-before +repaired:\n%s", diff)
+	}
+	p.Must(p.NFT("flush ruleset\n" + string(after)))
+}
