@@ -49,7 +49,7 @@ func (s *scene) works(peer netip.Addr, port uint16, from netip.Addr) {
 // An uplink without a default route: a VPN to most of the Internet, a provider's VLAN, a
 // router with full tables. Rules reveal it, or its first flow.
 //
-// Fails when only a default route makes an outside link.
+// Fails when only a default route makes an outside link, and when the log says first that the link is none.
 func TestUplinkWithoutADefaultRoute(t *testing.T) {
 	most := []string{"0.0.0.0/5", "128.0.0.0/3", "192.0.0.0/9", "200.0.0.0/5"}
 	private := netip.MustParseAddr("172.20.0.5")
@@ -101,6 +101,9 @@ func TestUplinkWithoutADefaultRoute(t *testing.T) {
 					link = "wan0"
 				}
 				s.told(link + " counts as an outside link, for ")
+				if out := s.Daemon.Output(); strings.Contains(out, "which is no outside link") {
+					t.Errorf("it was said to be none:\n%s", out)
+				}
 			})
 		})
 	}

@@ -218,7 +218,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 		l.tables = tables
 		misjudged = newOutside(l.network, network) || wantsMapping(cfg) && !topology.Equal(l.topology)
 		r.network = network.Lean()
-		l.network, l.topology = r.network, topology
+		l.network, l.shown, l.topology = r.network, nil, topology
 		l.mayStrand = flows.NewSources(r.network, nil).Another
 		l.sockets.SetNetwork(network)
 		misjudged = l.engine.Model.SetTopology(r.now(), topology) || misjudged

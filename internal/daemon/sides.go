@@ -146,7 +146,10 @@ func (r *reconciler) followFlows(cfg config.Config) (found bool, err error) {
 	if !r.ask(func(l *loop) { flows = l.engine.Model.Strays() }) {
 		return false, errEnded
 	}
-	return r.seeNAT(cfg, flows)
+	found, err = r.seeNAT(cfg, flows)
+	shown := slices.Sorted(maps.Keys(r.uplinks.seen))
+	r.ask(func(l *loop) { l.shown = shown })
+	return found, err
 }
 
 // seeFlowsBefore does the same at the start, before the first rule of ours: an earlier daemon
