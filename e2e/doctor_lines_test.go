@@ -17,6 +17,7 @@ import (
 
 // linesApart are the findings whose lines other tests apply, or none can.
 var linesApart = map[string]string{
+	"not_running":             "TestDoctorTakesTheInstalledConfiguration",
 	"rules_saved_with_tables": "TestDoctorsLinesTakeTablesOutOfSavedRules",
 	"conntrack_filling":       "nf_conntrack_max is of the first network namespace",
 	"conntrack_nearly_full":   "nf_conntrack_max is of the first network namespace",

@@ -87,6 +87,59 @@ func TestStatusSaysHowToStart(t *testing.T) {
 	}
 }
 
+// No daemon of an installed package runs. Without flags doctor examines what its configuration says,
+// and has the line that starts it.
+//
+// Fails when doctor takes the defaults in place of the configuration, when it is content although the
+// service does not run, when it says another line than status, and when it keeps silent of networks
+// that are left out.
+func TestDoctorTakesTheInstalledConfiguration(t *testing.T) {
+	ownMode(t)
+	stage.OfTheDaemon(t)
+	for name, tc := range map[string]struct {
+		config, id, line, what string
+		args                   []string
+		status                 int
+	}{
+		"enabled": {
+			config: insideSubnet, id: "not_running", status: 2, line: "conenatd run --config /etc/conenatd/conenatd.toml",
+		},
+		"nothing edited": {
+			id: "no_subnet", status: 2, what: "takes 10.47.11.0/24 for enabled",
+			line: `printf '\n[[subnet]]\nprefix = "%s"\n' 10.47.11.0/24 >>/etc/conenatd/conenatd.toml && conenatd run --config /etc/conenatd/conenatd.toml`,
+		},
+		"no likely network": {
+			config: "outside = [\"wan0\", \"lan0\"]\n", id: "no_subnet", status: 2, what: "left out: 10.0.3.0/24 on lxcbr0",
+		},
+		"flags": {
+			config: "lifetme = 1\n", args: []string{"--subnet=10.47.11.0/24"},
+		},
+		"mistyped": {
+			config: "lifetme = 1\n", status: 78, what: "/etc/conenatd/conenatd.toml:1:1: lifetme: unknown key; did you mean lifetime?",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := &patient{scene: newScene(t, lab.Options{Rules: lab.Masquerade + acceptsBoth}), config: filepath.Join(t.TempDir(), "conenatd.toml")}
+			p.IP(p.Gateway, "link add lxcbr0 type bridge")
+			p.IP(p.Gateway, "addr add 10.0.3.1/24 dev lxcbr0")
+			p.Must(os.WriteFile(p.config, []byte(tc.config), 0o644))
+			program := p.Exe
+			p.installed(p.config)
+			out, code := p.CLI(append([]string{"doctor"}, tc.args...)...)
+			if code != tc.status || !strings.Contains(strings.Join(strings.Fields(out), " "), tc.what) || !strings.Contains(out, tc.id) || !strings.Contains(out, tc.line) {
+				t.Fatalf("exit %d: %s", code, out)
+			}
+			if tc.id == "not_running" {
+				p.Exe = program
+				p.Start("--config", p.config)
+				if f := p.doctor().Findings; len(f) > 0 {
+					t.Errorf("with a daemon: %+v", f)
+				}
+			}
+		})
+	}
+}
+
 // Fails when a user who may not read the configuration is told that the daemon would not start.
 func TestStatusSaysThatTheConfigurationCannotBeRead(t *testing.T) {
 	ownMode(t)

@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/config"
@@ -32,9 +33,10 @@ rules, and at the running daemon if there is one. For each finding say what it i
 why it matters, and the exact line that repairs it, if there is one.
 
 Nothing is changed, but the kernel may load modules. Without a running daemon the
-flags, or the file of --config, are those that "conenatd run" would have; findings
-that need flows are listed as not checked. If a daemon runs, its configuration
-counts, and the flags other than --control-socket do not matter.
+flags, or the file of --config, are those that "conenatd run" would have; without
+any, the configuration of the installed package counts. Findings that need flows are
+listed as not checked. If a daemon runs, its configuration counts, and the flags
+other than --control-socket do not matter.
 
 The exit status is 0 without warnings and errors, 1 with warnings, 2 with errors,
 3 if the gateway cannot be examined, and 78 if the command line is wrong.`,
@@ -49,7 +51,10 @@ The exit status is 0 without warnings and errors, 1 with warnings, 2 with errors
 			return err
 		}
 		facts, err := facts(c, cfg)
-		if err != nil {
+		switch {
+		case config.IsUsage(err) && !errors.Is(err, fs.ErrPermission):
+			return err // a mistake in the installed configuration
+		case err != nil:
 			fmt.Fprintln(c.ErrOrStderr(), "conenatd:", err)
 			return exitStatus(doctorFailed)
 		}
@@ -77,14 +82,26 @@ func facts(c *cobra.Command, cfg config.Config) (doctor.Facts, error) {
 	if !errors.Is(err, control.ErrNotRunning) {
 		return doctor.Facts{}, err
 	}
+	start := ""
+	if own, command, wrong := installed(); !configured(c) && !errors.Is(wrong, fs.ErrNotExist) {
+		if wrong != nil {
+			return doctor.Facts{}, wrong
+		}
+		cfg, start = own, command
+	}
+	var passedOver []string
 	proposed := cfg.EnablesNone()
 	if proposed {
 		network, err := gateway.ReadNetwork(0, gateway.Sides{Outside: cfg.Outside})
 		if err != nil {
 			return doctor.Facts{}, err
 		}
-		for _, p := range network.Proposals() {
+		likely := network.Proposals()
+		for _, p := range likely {
 			cfg.Subnets = append(cfg.Subnets, config.Subnet{Prefix: p})
+		}
+		if passedOver = network.PassedOver(); start != "" {
+			start = enables(likely, start)
 		}
 	}
 	st, refused := daemon.Examine(cfg)
@@ -99,7 +116,7 @@ func facts(c *cobra.Command, cfg config.Config) (doctor.Facts, error) {
 	if err != nil {
 		return f, err
 	}
-	f.Proposed, f.Untried = proposed, untried
+	f.Proposed, f.PassedOver, f.Start, f.Untried = proposed, passedOver, start, untried
 	if refused != nil {
 		f.NoStart = refused.Error()
 		if pool := new(portpool.Error); errors.As(refused, &pool) {
@@ -108,6 +125,12 @@ func facts(c *cobra.Command, cfg config.Config) (doctor.Facts, error) {
 	}
 	f.Left, err = daemon.Leftovers()
 	return f, err
+}
+
+// configured reports whether flags tell the configuration.
+func configured(c *cobra.Command) (told bool) {
+	c.Flags().Visit(func(f *pflag.Flag) { told = told || f.Name != "json" && f.Name != "control-socket" })
+	return told
 }
 
 // colored reports whether to print in colours: on a terminal, unless NO_COLOR is set

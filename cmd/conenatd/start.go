@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"strings"
 
@@ -28,10 +29,30 @@ func notRunning(err error) error {
 	return howToStart(err)
 }
 
+// installed returns the configuration of the service that a package installed, and the command
+// that starts it.
+func installed() (cfg config.Config, start string, err error) {
+	start = "conenatd run --config " + unitConfig
+	if _, failed := os.Stat("/run/systemd/system"); failed == nil { // sd_booted(3)
+		start = "systemctl enable --now conenatd"
+	}
+	cfg, err = config.Load(unitConfig)
+	return cfg, start, err
+}
+
+// enables is the command that enables networks in the configuration of the service, and starts it.
+func enables(networks []netip.Prefix, start string) string {
+	var words []string
+	for _, p := range networks {
+		words = append(words, p.String())
+	}
+	return fmt.Sprintf(`printf '\n[[subnet]]\nprefix = "%%s"\n' %s >>%s && %s`, strings.Join(words, " "), unitConfig, start)
+}
+
 // howToStart says how to start the installed daemon, and which networks it would serve if its
 // configuration enables none. Without an installed one it returns err.
 func howToStart(err error) error {
-	cfg, wrong := config.Load(unitConfig)
+	cfg, start, wrong := installed()
 	switch {
 	case errors.Is(wrong, fs.ErrNotExist):
 		return err
@@ -40,10 +61,6 @@ func howToStart(err error) error {
 	case wrong != nil:
 		return fmt.Errorf("%w, and would not start: %v", control.ErrNotRunning, wrong)
 	}
-	start := "conenatd run --config " + unitConfig
-	if _, err := os.Stat("/run/systemd/system"); err == nil { // sd_booted(3)
-		start = "systemctl enable --now conenatd"
-	}
 	if !cfg.EnablesNone() {
 		return fmt.Errorf("%w: start it with %q", control.ErrNotRunning, start)
 	}
@@ -51,15 +68,11 @@ func howToStart(err error) error {
 	if failed != nil {
 		return errors.Join(err, failed)
 	}
-	var likely []string
-	for _, p := range network.Proposals() {
-		likely = append(likely, p.String())
-	}
+	likely := network.Proposals()
 	if len(likely) == 0 {
 		return fmt.Errorf("%w: %s enables no subnet, and none looks like an inside network: name yours there in a [[subnet]], then start it with %q%s",
 			control.ErrNotRunning, unitConfig, start, passedOver(network))
 	}
-	return fmt.Errorf("%w, and %s enables no subnet. It would serve %s. This enables that, and starts it:\n"+
-		`  printf '\n[[subnet]]\nprefix = "%%s"\n' %s >>%s && %s%s`,
-		control.ErrNotRunning, unitConfig, strings.Join(likely, ", "), strings.Join(likely, " "), unitConfig, start, passedOver(network))
+	return fmt.Errorf("%w, and %s enables no subnet. It would serve %s. This enables that, and starts it:\n  %s%s",
+		control.ErrNotRunning, unitConfig, strings.Trim(fmt.Sprint(likely), "[]"), enables(likely, start), passedOver(network))
 }

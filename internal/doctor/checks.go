@@ -22,6 +22,7 @@ type check struct {
 var checks = []check{
 	{"would_not_start", Error, "nothing is served", false, true, (*Facts).wouldNotStart},
 	{"no_subnet", Error, "only subnets that you enable are served", false, true, (*Facts).noSubnet},
+	{"not_running", Error, "nothing is served", false, true, (*Facts).notRunning},
 	{"tables_left", Warning, "these tables go on dropping packets, and nobody renews what they permit", false, true, (*Facts).tablesLeft},
 	{"subnet_not_translated", Error, "nobody on the Internet can answer a private address, and no permission arises", true, true, (*Facts).notTranslated},
 	{"source_nat_random", Warning, "each peer sees another outside port, as behind a symmetric NAT", true, true, (*Facts).randomPorts},
@@ -51,16 +52,32 @@ func (f *Facts) noSubnet() []Finding {
 		return nil
 	}
 	if len(f.Status.Subnets) == 0 {
-		return []Finding{{What: "no subnet is enabled, and none looks like an inside network: name one with --subnet"}}
+		what := "no subnet is enabled, and none looks like an inside network: name one with --subnet or in a [[subnet]]"
+		if len(f.PassedOver) > 0 {
+			what += "; left out: " + strings.Join(f.PassedOver, "; ")
+		}
+		return []Finding{{What: what}}
 	}
-	all, line := subnets(f.Status.Subnets), "conenatd run"
+	x := Finding{What: "no subnet is enabled; the rest of this report takes " + subnets(f.Status.Subnets) + " for enabled"}
+	if f.Start != "" {
+		x.Fix = []Line{{Shell, f.Start}}
+		return []Finding{x}
+	}
+	line := "conenatd run"
 	for _, s := range f.Status.Subnets {
 		line += " --subnet " + s.Prefix.String()
 	}
-	return []Finding{{
-		What: "no subnet is enabled; the rest of this report takes " + all + " for enabled",
-		Fix:  []Line{{Shell, line}}, Keep: "write a [[subnet]] for each into /etc/conenatd/conenatd.toml",
-	}}
+	x.Fix, x.Keep = []Line{{Shell, line}}, "write a [[subnet]] for each into /etc/conenatd/conenatd.toml"
+	return []Finding{x}
+}
+
+// notRunning looks at the service of a package alone: of other daemons nobody knows whether they
+// are meant to run.
+func (f *Facts) notRunning() []Finding {
+	if f.Running || f.Proposed || f.Start == "" || f.NoStart != "" {
+		return nil
+	}
+	return []Finding{{What: "the installed service does not run", Fix: []Line{{Shell, f.Start}}}}
 }
 
 func subnets(all []control.Subnet) string {

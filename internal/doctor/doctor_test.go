@@ -58,6 +58,13 @@ func TestFindings(t *testing.T) {
 		"no subnet, and no candidate": {
 			func(f *Facts) { f.Running, f.Proposed, f.Status.Subnets = false, true, nil }, "no_subnet", nil, 2,
 		},
+		"no subnet of the service": {
+			func(f *Facts) { f.Running, f.Proposed, f.Start = false, true, "enable it && start" }, "no_subnet", []string{"enable it && start"}, 2,
+		},
+		"the service does not run": {func(f *Facts) { f.Running, f.Start = false, "start" }, "not_running", []string{"start"}, 2},
+		"the service would not start": {
+			func(f *Facts) { f.Running, f.Start, f.NoStart = false, "start", "no helper" }, "would_not_start", nil, 2,
+		},
 		"tables left": {func(f *Facts) { f.Running, f.Left = false, []string{"conenat"} }, "tables_left", []string{"conenatd cleanup"}, 1},
 		"no forwarding": {
 			func(f *Facts) {

@@ -19,7 +19,11 @@ type Facts struct {
 	StartFix string
 	Untried  string // why conntrack helpers were not tried; empty if they were, or if a daemon runs
 	// Proposed says that no subnet is enabled: those of Status look like inside networks.
-	Proposed bool
+	Proposed   bool
+	PassedOver []string // if Proposed: the networks that do not look so, and why
+	// Start is the command that starts the service that a package installed, if the
+	// configuration is its own. With Proposed it also enables the subnets of Status.
+	Start    string
 	NoLabels bool // the kernel lacks the label of children of the map
 
 	Left        []string // names of nftables tables that a dead daemon left
