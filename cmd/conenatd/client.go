@@ -236,8 +236,7 @@ func statusCommand() *cobra.Command {
 		if asJSON {
 			err = writeJSON(c, st)
 		} else {
-			fmt.Fprintln(c.OutOrStdout(), doctor.Verdict(st))
-			err = control.WriteStatus(c.OutOrStdout(), st, verbose, time.Now())
+			err = control.WriteStatus(c.OutOrStdout(), doctor.Verdict(st), st, verbose, time.Now())
 		}
 		if err == nil && verify && len(st.Verification.Wrong) > 0 {
 			err = fmt.Errorf("verify: %s between conenatd and the kernel; the next reconcile repairs that, or it is a bug", control.Several(len(st.Verification.Wrong), "difference"))

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"errors"
 	"flag"
 	"fmt"
 	"net/netip"
@@ -73,7 +74,7 @@ var full = Status{
 
 func TestWriteStatus(t *testing.T) {
 	var out strings.Builder
-	if err := WriteStatus(&out, full, true, now); err != nil {
+	if err := WriteStatus(&out, "works in part: IPv6 has no helper", full, true, now); err != nil {
 		t.Fatal(err)
 	}
 	golden(t, "status.txt", out.String())
@@ -85,7 +86,7 @@ func TestWriteStatusOfAYoungDaemon(t *testing.T) {
 		Version: "0.1.0", PID: 1234, Started: now, Backend: "expect", Helper: Helper{"conenat", "conenat"},
 		Subnets: full.Subnets[:1], Lifetime: 300, Accounting: true, Events: Events{Mode: "all", ReadBuffer: 8 << 20},
 	}
-	if err := WriteStatus(&out, young, true, now); err != nil {
+	if err := WriteStatus(&out, "works", young, true, now); err != nil {
 		t.Fatal(err)
 	}
 	golden(t, "status-young.txt", out.String())
@@ -110,25 +111,62 @@ func TestShortStatusFitsOnAScreen(t *testing.T) {
 		Counters:  Counters{Decisions: Decisions{Granted: 1 << 30}, Skipped: map[string]uint64{"excluded_peer_port": 1 << 30}},
 	}
 	var out strings.Builder
-	if err := WriteStatus(&out, normal, false, now); err != nil {
+	if err := WriteStatus(&out, "works", normal, false, now); err != nil {
 		t.Fatal(err)
 	}
-	rows := 1 // the verdict
-	for line := range strings.Lines(out.String()) {
-		rows += 1 + (len(line)-2)/80
-	}
-	if rows > 23 { // and the prompt
-		t.Errorf("%d rows:\n%s", rows, out.String())
-	}
+	fitsOnAScreen(t, out.String())
 	out.Reset()
 	normal.Events.Overruns, normal.Counters.Refused = 3, map[string]uint64{"table_full": 7}
-	if err := WriteStatus(&out, normal, false, now); err != nil {
+	if err := WriteStatus(&out, "works", normal, false, now); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{"\noverruns     3 ", "\nrefused      7 (kernel table is full: 7)"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no %q in\n%s", want, out.String())
 		}
+	}
+}
+
+func fitsOnAScreen(t *testing.T, text string) {
+	t.Helper()
+	rows := 0
+	for line := range strings.Lines(text) {
+		rows += 1 + (len(line)-2)/80
+	}
+	if rows > 23 { // and the prompt
+		t.Errorf("%d rows:\n%s", rows, text)
+	}
+}
+
+// Fails when many subnets and warnings push the verdict off the screen, when nothing tells of what
+// is left out, and when --verbose leaves it out, too.
+func TestShortStatusOfManySubnetsFitsOnAScreen(t *testing.T) {
+	many := Status{
+		Version: "0.1.0", PID: 1234, Started: now, Backend: "expect+nft", Helper: Helper{"conenat", "conenat"}, Accounting: true,
+		Tables: Tables{Guard: Guard{On: true}, Map: Map{On: true, Learn: true}, Expected: Expected{Admitted: 9}},
+	}
+	for i := range 40 {
+		prefix := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 47, byte(i), 0}), 24)
+		carried := Carried{By: "nft", Why: "dnat_accepted"}
+		if i%2 > 0 {
+			carried = Carried{By: "expect", Why: "related_accepted", Chain: "inet filter forward"}
+		}
+		many.Subnets = append(many.Subnets, Subnet{Prefix: prefix, Filtering: "endpoint_independent", Carried: carried})
+		many.Outside = append(many.Outside, fmt.Sprintf("wan%d", i))
+		many.Warnings = append(many.Warnings, fmt.Sprintf("warning about %v: %s", prefix, strings.Repeat("it has many words, ", 9)))
+	}
+	var short, verbose strings.Builder
+	if err := errors.Join(WriteStatus(&short, "works for 0 of 40 subnets", many, false, now), WriteStatus(&verbose, "works", many, true, now)); err != nil {
+		t.Fatal(err)
+	}
+	fitsOnAScreen(t, short.String())
+	for _, want := range []string{"10.47.1.0/24 (filtering endpoint_independent), and 38 more", "(10.47.1.0/24, 10.47.3.0/24, and 18 more)", "\n  and 3"} {
+		if !strings.Contains(short.String(), want) {
+			t.Errorf("no %q in\n%s", want, short.String())
+		}
+	}
+	if n := strings.Count(verbose.String(), "warning about "); n != 40 || strings.Contains(verbose.String(), " more") {
+		t.Errorf("%d warnings in\n%s", n, verbose.String())
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode/utf8"
 )
 
 // Defaults are not worth printing.
@@ -18,11 +19,16 @@ const (
 	defaultMapping   = "kernel"
 )
 
-// WriteStatus writes a status as text for people. If it is not verbose, it fits on a screen
-// of 80 by 24 characters in the normal case: counters that are 0 and some details are left
-// out.
-func WriteStatus(w io.Writer, s Status, verbose bool, now time.Time) error {
-	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+// The screen on which a status that is not verbose should fit.
+const screenWidth, screenHeight = 80, 24
+
+// WriteStatus writes a status as text for people, which begins with the verdict. If it is not
+// verbose, it fits on a screen of 80 by 24 characters, unless much went wrong that the counters
+// tell of: counters that are 0 and some details are left out, and all but a few of many subnets,
+// links and warnings.
+func WriteStatus(w io.Writer, verdict string, s Status, verbose bool, now time.Time) error {
+	var b strings.Builder
+	tw := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	line := func(name, format string, args ...any) {
 		fmt.Fprintf(tw, name+"\t"+format+"\n", args...)
 	}
@@ -37,13 +43,28 @@ func WriteStatus(w io.Writer, s Status, verbose bool, now time.Time) error {
 
 	line("conenatd", "%s, pid %d, running for %s", s.Version, s.PID, between(s.Started, now))
 	line("backend", "%s; helper for IPv4: %s, for IPv6: %s", s.Backend, cmp.Or(s.Helper.IPv4, "none"), cmp.Or(s.Helper.IPv6, "none"))
-	line("subnets", "%s", list(subnetTexts(s.Subnets)))
+	few := func(all []string) string {
+		if verbose {
+			return list(all)
+		}
+		return list(Few(all))
+	}
+	line("subnets", "%s", few(subnetTexts(s.Subnets)))
+	carried := map[string][]string{}
+	var order []string
 	for _, n := range s.Subnets {
+		text := n.Carried.Text()
 		if n.Carried.By != "" {
-			line("carried by", "%s (%v)", n.Carried.Text(), n.Prefix)
+			if carried[text] == nil {
+				order = append(order, text)
+			}
+			carried[text] = append(carried[text], n.Prefix.String())
 		}
 	}
-	line("outside", "%s", list(s.Outside))
+	for _, text := range order {
+		line("carried by", "%s (%s)", text, few(carried[text]))
+	}
+	line("outside", "%s", few(s.Outside))
 	line("permissions", "%d standing (limit %d, %d as expectations), %d refused, %d waiting for another owner",
 		p.Standing, p.Limit, p.Expectations, p.Refused, p.Waiting)
 	more("lifetime", "%v after the inside host was last heard", time.Duration(s.Lifetime*float64(time.Second)))
@@ -113,11 +134,39 @@ func WriteStatus(w io.Writer, s Status, verbose bool, now time.Time) error {
 			line("wrong", "%v -> %v %s", w.Peers, w.Ext, Words(w.ID))
 		}
 	}
-	if err := tw.Flush(); err != nil || len(s.Warnings) == 0 {
-		return err
+	_ = tw.Flush() // into memory
+	text := verdict + "\n" + b.String()
+	if len(s.Warnings) > 0 {
+		text += "\nwarnings (\"conenatd doctor\" says what repairs them):\n"
 	}
-	_, err := fmt.Fprintf(w, "\nwarnings:\n  %s\n", strings.Join(s.Warnings, "\n  "))
+	const others, prompt = 1, 1 // rows
+	for i, warning := range s.Warnings {
+		next := text + "  " + warning + "\n"
+		if rest := len(s.Warnings) - i; !verbose && i > 0 && rows(next)+min(rest-1, others)+prompt > screenHeight {
+			text += fmt.Sprintf("  and %d more\n", rest)
+			break
+		}
+		text = next
+	}
+	_, err := io.WriteString(w, text)
 	return err
+}
+
+// rows is how many rows of a screen a text takes.
+func rows(text string) (n int) {
+	for line := range strings.Lines(text) {
+		n += 1 + max(0, utf8.RuneCountInString(line)-2)/screenWidth
+	}
+	return n
+}
+
+// Few returns the first of many texts, and how many there are more.
+func Few(all []string) []string {
+	const most = 2
+	if len(all) <= most+1 {
+		return all
+	}
+	return append(slices.Clone(all[:most]), fmt.Sprintf("and %d more", len(all)-most))
 }
 
 // subnetTexts names each enabled subnet with what differs from the defaults.

@@ -28,21 +28,41 @@ func Verdict(st control.Status) string {
 	case len(st.Subnets) == 0:
 		return "works, for the gateway's own programs: no subnet is enabled"
 	}
-	var why []string
+	type cause struct {
+		first, text string // the first subnet, and the text for it
+		more        int
+	}
+	wrong, causes := 0, []cause{}
 	for _, s := range st.Subnets {
 		i := slices.IndexFunc(errors, func(d control.Finding) bool { return d.About == s.Prefix.String() })
-		if i >= 0 {
-			why = append(why, fmt.Sprintf("%v: %s", s.Prefix, brief(errors[i].Text)))
+		if i < 0 {
+			continue
+		}
+		wrong++
+		c := cause{first: s.Prefix.String(), text: brief(errors[i].Text)}
+		same := slices.IndexFunc(causes, func(other cause) bool { return strings.ReplaceAll(c.text, c.first, other.first) == other.text })
+		if same >= 0 {
+			causes[same].more++
+		} else {
+			causes = append(causes, c)
 		}
 	}
+	var texts []string
+	for _, c := range causes {
+		if c.more > 0 {
+			c.first += fmt.Sprintf(" and %d more", c.more)
+		}
+		texts = append(texts, c.first+": "+c.text)
+	}
+	why := strings.Join(control.Few(texts), "; ")
 	errors = slices.DeleteFunc(errors, func(d control.Finding) bool {
 		return slices.ContainsFunc(st.Subnets, func(s control.Subnet) bool { return s.Prefix.String() == d.About })
 	})
 	switch n := len(st.Subnets); {
-	case len(why) == n:
-		return "does not work: " + strings.Join(why, "; ")
-	case len(why) > 0:
-		return fmt.Sprintf("works for %d of %d subnets: %s", n-len(why), n, strings.Join(why, "; "))
+	case wrong == n:
+		return "does not work: " + why
+	case wrong > 0:
+		return fmt.Sprintf("works for %d of %d subnets: %s", n-wrong, n, why)
 	case len(errors) > 0:
 		return "works in part: " + because(errors, "")
 	}

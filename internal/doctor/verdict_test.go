@@ -17,6 +17,9 @@ func TestVerdict(t *testing.T) {
 	noNAT := control.Finding{ID: "no_source_nat", About: "10.47.11.0/24", Text: "no source NAT: 3 flows"}
 	blocked := control.Finding{ID: "hosts_blocked", About: "10.47.13.0/24", Text: "your firewall drops all that hosts send outside: inet f forward; let it"}
 	open := control.Finding{ID: "subnet_open", About: "10.47.11.0/24", Text: "subnet is open"}
+	into := func(subnet string) control.Finding {
+		return control.Finding{ID: "children_dropped", About: subnet, Text: "your firewall drops the flows of peers into subnet " + subnet + ": inet f forward; let it"}
+	}
 	off := control.Finding{ID: "events_off", Text: "the kernel sends no conntrack events: permissions come late"}
 	wan := []string{"wan0"}
 	for _, tt := range []struct {
@@ -30,6 +33,8 @@ func TestVerdict(t *testing.T) {
 		{three, wan, []control.Finding{dropped, open}, "works for 2 of 3 subnets: 10.47.12.0/24: your firewall drops the flows of peers"},
 		{three, wan, []control.Finding{blocked}, "works for 2 of 3 subnets: 10.47.13.0/24: your firewall drops all that hosts send outside"},
 		{three[:2], wan, []control.Finding{dropped, noNAT}, "does not work: 10.47.11.0/24: no source NAT; 10.47.12.0/24: your firewall drops the flows of peers"},
+		{three, wan, []control.Finding{into("10.47.11.0/24"), noNAT, into("10.47.13.0/24"), blocked}, "works for 1 of 3 subnets: " +
+			"10.47.11.0/24 and 1 more: your firewall drops the flows of peers into subnet 10.47.11.0/24"},
 		{three, wan, []control.Finding{off}, "works in part: the kernel sends no conntrack events"},
 		{three, nil, nil, "does not work: there is no outside link"},
 		{nil, wan, []control.Finding{{ID: "no_inside_network", Text: "subnet \"auto\" found no inside network: one is"}}, "does not work: subnet \"auto\" found no inside network"},
