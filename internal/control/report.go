@@ -50,19 +50,8 @@ func WriteStatus(w io.Writer, verdict string, s Status, verbose bool, now time.T
 		return list(Few(all))
 	}
 	line("subnets", "%s", few(subnetTexts(s.Subnets)))
-	carried := map[string][]string{}
-	var order []string
-	for _, n := range s.Subnets {
-		text := n.Carried.Text()
-		if n.Carried.By != "" {
-			if carried[text] == nil {
-				order = append(order, text)
-			}
-			carried[text] = append(carried[text], n.Prefix.String())
-		}
-	}
-	for _, text := range order {
-		line("carried by", "%s (%s)", text, few(carried[text]))
+	for _, c := range carriers(s.Subnets, verbose) {
+		line("carried by", "%s (%s)", c.text, few(c.subnets))
 	}
 	line("outside", "%s", few(s.Outside))
 	line("permissions", "%d standing (limit %d, %d as expectations), %d refused, %d waiting for another owner",
@@ -150,6 +139,30 @@ func WriteStatus(w io.Writer, verdict string, s Status, verbose bool, now time.T
 	}
 	_, err := io.WriteString(w, text)
 	return err
+}
+
+// A carrier is what carries some subnets, and why.
+type carrier struct {
+	text    string
+	subnets []string
+}
+
+// carriers returns what carries each subnet: many subnets together if one thing carries them, unless
+// each is asked for.
+func carriers(subnets []Subnet, each bool) (all []carrier) {
+	each = each || len(Few(subnetTexts(subnets))) == len(subnets)
+	for _, n := range subnets {
+		if n.Carried.By == "" {
+			continue
+		}
+		text := n.Carried.Text()
+		i := slices.IndexFunc(all, func(c carrier) bool { return c.text == text && !each })
+		if i < 0 {
+			i, all = len(all), append(all, carrier{text: text})
+		}
+		all[i].subnets = append(all[i].subnets, n.Prefix.String())
+	}
+	return all
 }
 
 // rows is how many rows of a screen a text takes.
