@@ -13,6 +13,14 @@ const arch = "x86_64-linux-gnu"
 
 // UnpackAll is an Unpack of a Tree that unpacks all packages, without their documents.
 func UnpackAll(ctx context.Context, debs, tree string) error {
+	if err := UnpackWhole(ctx, debs, tree); err != nil {
+		return err
+	}
+	return os.RemoveAll(filepath.Join(tree, "usr/share"))
+}
+
+// UnpackWhole is an Unpack of a Tree for programs that need their files in usr/share.
+func UnpackWhole(ctx context.Context, debs, tree string) error {
 	files, err := filepath.Glob(filepath.Join(debs, "*.deb"))
 	if err != nil {
 		return err
@@ -22,7 +30,7 @@ func UnpackAll(ctx context.Context, debs, tree string) error {
 			return fmt.Errorf("unpack %s: %w: %s", filepath.Base(f), err, out)
 		}
 	}
-	return os.RemoveAll(filepath.Join(tree, "usr/share"))
+	return nil
 }
 
 // Libs returns the library folders of a tree. Newer releases have only the second.
