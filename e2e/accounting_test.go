@@ -163,7 +163,7 @@ func TestPeerAloneHoldsOnlyAFlowOlderThanTheCounters(t *testing.T) {
 	older, newer := s.InsideSocket(0, 5060), s.InsideSocket(1, 5061)
 	proxy := s.PeerSocket(lab.PeerA, 5060)
 	extOlder := s.Contact(older, proxy)
-	s.Start("--subnet", lab.InsideNet.String(), "--lifetime", "2s", "--reconcile", "1s")
+	s.Start("--subnet", lab.InsideNet.String(), "--lifetime", "6s", "--reconcile", "1s")
 	extNewer := s.Contact(newer, proxy)
 	s.Stands(newer, proxy, extNewer)
 	feed := func() {
@@ -176,7 +176,7 @@ func TestPeerAloneHoldsOnlyAFlowOlderThanTheCounters(t *testing.T) {
 			return p.Int == newer.Addr() && p.State == "refused"
 		})
 	})
-	for end := time.Now().Add(6 * time.Second); time.Now().Before(end); {
+	for end := time.Now().Add(13 * time.Second); time.Now().Before(end); {
 		feed()
 		s.Stands(older, proxy, extOlder)
 	}
@@ -193,7 +193,7 @@ func TestPeerThatSendsAcrossAStartHoldsNothing(t *testing.T) {
 	t.Parallel() // mostly it waits
 	stage.InModes(t, [][]string{stage.NFT, stage.Expect}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{})
-		flags := stage.Flags(mode, "--lifetime=4s", "--reconcile=1s")
+		flags := stage.Flags(mode, "--lifetime=10s", "--reconcile=1s")
 		s.Start(flags...)
 		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 		ext := s.Contact(phone, proxy)

@@ -46,7 +46,7 @@ func TestNFTUnansweredChildrenEndWithTheirPermission(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
-				s := play(t, lab.Options{}, append(slices.Clone(mode), "--lifetime=3s")...)
+				s := play(t, lab.Options{}, append(slices.Clone(mode), "--lifetime=6s")...)
 				s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
 				phone, child, ext := s.leftChild()
 				_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "-s", phone.Addr().Addr().String())

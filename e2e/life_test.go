@@ -37,9 +37,10 @@ func drain(sock *lab.Socket) {
 // The peer sends until after the end. That keeps its flow alive, but not the
 // permission; when the permission ends, so does that flow.
 func TestPermissionOutlivesItsFlowAndEndsAfterLifetime(t *testing.T) {
+	t.Parallel() // mostly it waits
 	s := newScene(t, lab.Options{})
 	s.shortFlows()
-	s.Start("--subnet", lab.InsideNet.String(), "--lifetime", "4s", "--reconcile", "1s")
+	s.Start("--subnet", lab.InsideNet.String(), "--lifetime", "10s", "--reconcile", "1s")
 	phone, proxy, media := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070)
 	ext := s.Contact(phone, proxy)
 	s.Until("the first flow is gone", func() bool { return s.Listed(phone, proxy, ext, "standing").Flows == 0 })
@@ -58,9 +59,10 @@ func TestPermissionOutlivesItsFlowAndEndsAfterLifetime(t *testing.T) {
 }
 
 func TestAnsweredChildHoldsThePermission(t *testing.T) {
+	t.Parallel() // mostly it waits
 	s := newScene(t, lab.Options{})
 	s.shortFlows()
-	s.Start("--subnet", lab.InsideNet.String(), "--lifetime", "2s", "--reconcile", "1s")
+	s.Start("--subnet", lab.InsideNet.String(), "--lifetime", "6s", "--reconcile", "1s")
 	phone, proxy, media := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 5070)
 	ext := s.Contact(phone, proxy)
 	s.Stands(phone, proxy, ext)
@@ -69,7 +71,7 @@ func TestAnsweredChildHoldsThePermission(t *testing.T) {
 	s.Until("three lifetimes passed", func() bool {
 		s.Must(phone.Send(media.Addr(), stage.Payload("answer")))
 		s.Stands(phone, proxy, ext)
-		return time.Since(began) > 6*time.Second
+		return time.Since(began) > 18*time.Second
 	})
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
 }
@@ -106,8 +108,9 @@ func TestDaemonThatWasStoppedExtendsNothing(t *testing.T) {
 //
 // Fails when the model does not know the flow timeouts.
 func TestPermissionEndsALifetimeAfterTheLastPacketWithoutCounters(t *testing.T) {
+	t.Parallel() // mostly it waits
 	s := newScene(t, lab.Options{})
-	s.Start("--subnet", lab.InsideNet.String(), "--lifetime=4s", "--reconcile=1s")
+	s.Start("--subnet", lab.InsideNet.String(), "--lifetime=8s", "--reconcile=1s")
 	s.Must(s.Gateway.SetSysctl(accounting, "0"))
 	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 	ext := s.Contact(phone, proxy)
@@ -352,7 +355,7 @@ func TestDaemonThatDiesAgainAndAgainKeepsNothingUp(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			stage.OfTheDaemon(t)
 			s := newScene(t, lab.Options{Inside: 2})
-			flags := append(stage.Flags(mode), "--lifetime=6s", "--reconcile=1s")
+			flags := append(stage.Flags(mode), "--lifetime=10s", "--reconcile=1s") // longer than a start on a busy machine
 			s.Start(flags...)
 			silent, sends, peer := s.InsideSocket(0, 5060), s.InsideSocket(1, 5061), s.PeerSocket(lab.PeerA, 5060)
 			s.Stands(silent, peer, s.Contact(silent, peer))

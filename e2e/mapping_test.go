@@ -130,7 +130,7 @@ func TestNFTRandomPortsAreSeen(t *testing.T) {
 // reconcile does not refresh the mappings of living flows.
 func TestNFTMappingLivesAsLongAsItsFlows(t *testing.T) {
 	t.Parallel() // mostly it waits
-	s := play(t, lab.Options{Inside: 2}, stage.Auto[0], mapped, "--lifetime=2s", "--reconcile=1s")
+	s := play(t, lab.Options{Inside: 2}, stage.Auto[0], mapped, "--lifetime=6s", "--reconcile=1s")
 	one, two, proxy := s.InsideSocket(0, 3074), s.InsideSocket(1, 3074), s.PeerSocket(lab.PeerA, 3074)
 	ext := s.Contact(one, proxy)
 	p := stage.Payload("answered: no packet of it meets the rules any more")
@@ -142,7 +142,7 @@ func TestNFTMappingLivesAsLongAsItsFlows(t *testing.T) {
 		t.Fatal(err)
 	}
 	began := time.Now()
-	s.Until("two lifetimes passed", func() bool { s.Status(); return time.Since(began) > 7*time.Second })
+	s.Until("two lifetimes passed", func() bool { s.Status(); return time.Since(began) > 13*time.Second })
 	if other := s.Contact(two, proxy); !inPool(other) {
 		t.Errorf("the second host leaves as %v while the first has the port", other)
 	}

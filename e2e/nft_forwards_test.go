@@ -222,7 +222,7 @@ func TestNFTSecondHostWaitsForTheFirst(t *testing.T) {
 // keep it alive. Once it has expired, the second host's next packet gets it.
 func TestNFTSecondHostDoesNotRefreshTheFirst(t *testing.T) {
 	t.Parallel() // mostly it waits
-	s := play(t, lab.Options{Inside: 2}, append(stage.NFT, "--lifetime=4s")...)
+	s := play(t, lab.Options{Inside: 2}, append(stage.NFT, "--lifetime=8s")...)
 	one, two, a, a2, ext := s.shared()
 	s.Kill()
 	last := time.Hour
@@ -254,7 +254,7 @@ func TestNFTEndOfAPermissionDoesNotBarItsNeighbour(t *testing.T) {
 	t.Parallel() // mostly it waits
 	stage.InModes(t, [][]string{stage.NFT, stage.NFTByEvent, stage.Auto}, func(t *testing.T, mode ...string) {
 		s := newScene(t, lab.Options{Inside: 2})
-		s.Start(stage.Flags(mode, "--lifetime=2s", "--reconcile=1s", "--max-children=0")...)
+		s.Start(stage.Flags(mode, "--lifetime=8s", "--reconcile=1s", "--max-children=0")...)
 		one, two := s.InsideSocket(0, 3074), s.InsideSocket(1, 3074)
 		a, b := s.PeerSocket(lab.PeerA, 3074), s.PeerSocket(lab.PeerB, 3074)
 		ext := s.Contact(two, b)

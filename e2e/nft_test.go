@@ -201,7 +201,7 @@ func TestNFTOutlivesTheDaemonAndIsTakenOver(t *testing.T) {
 func TestNFTRunsOutWithoutADaemon(t *testing.T) {
 	t.Parallel() // mostly it waits
 	stage.InModes(t, [][]string{stage.NFT, stage.Auto}, func(t *testing.T, mode ...string) {
-		s := play(t, lab.Options{}, append(mode, "--lifetime=4s")...)
+		s := play(t, lab.Options{}, append(mode, "--lifetime=8s")...)
 		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 		ext := s.Contact(phone, proxy)
 		s.Stands(phone, proxy, ext)
@@ -467,7 +467,7 @@ func TestNFTRefreshIsNotTakenForLoss(t *testing.T) {
 		const ports, peers = 50, 200
 		s := newScene(t, lab.Options{})
 		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600"))
-		s.Start(stage.Flags(mode, "--max-permissions-per-host=0", "--learn-rate=100000", "--reconcile=1s", "--lifetime=6s")...)
+		s.Start(stage.Flags(mode, "--max-permissions-per-host=0", "--learn-rate=100000", "--reconcile=1s", "--lifetime=10s")...)
 		for port := range ports {
 			in := s.InsideSocket(0, uint16(10_000+port))
 			for i := range peers {
@@ -478,7 +478,7 @@ func TestNFTRefreshIsNotTakenForLoss(t *testing.T) {
 		began := time.Now()
 		s.Until("three lifetimes passed", func() bool {
 			s.Status()
-			return time.Since(began) > 18*time.Second
+			return time.Since(began) > 30*time.Second
 		})
 		st := s.Status()
 		t.Logf("%d stand", st.Permissions.Standing)

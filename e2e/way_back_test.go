@@ -21,6 +21,7 @@ func TestWayBackHiddenByARoutingRule(t *testing.T) {
 			if rule != "" {
 				s.IP(s.Gateway, "rule add "+rule+" table 109")
 			}
+			s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600")) // the flow outlives a daemon
 			phone, peer, other := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060), s.PeerSocket(lab.PeerA, 7000)
 			if name == "tos" {
 				_, err := s.Inside(0).Output("nft", "add table ip t; add chain ip t o { type filter hook output priority 0; }; add rule ip t o ip dscp set 4")

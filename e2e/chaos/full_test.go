@@ -170,7 +170,7 @@ func TestFullLimit(t *testing.T) {
 func TestFullPool(t *testing.T) {
 	const ports, pool = 50, 32 // the even ones of 64 ports
 	s := stage.New(t, lab.Options{Inside: 2})
-	s.Start(stage.Flags(stage.Auto, retry, "--lifetime=2s", "--mapping=endpoint_independent", "--port-pool=61000-61063")...)
+	s.Start(stage.Flags(stage.Auto, retry, "--lifetime=8s", "--mapping=endpoint_independent", "--port-pool=61000-61063")...)
 	a, b := s.PeerSocket(lab.PeerA, 3074), s.PeerSocket(lab.PeerB, 3074)
 	inPool := func(ext netip.AddrPort) bool { return ext.Port() >= 61000 }
 	moved, newcomer := 0, (*lab.Socket)(nil)

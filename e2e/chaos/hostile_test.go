@@ -135,7 +135,7 @@ func TestNoStrangerMakesOrExtends(t *testing.T) {
 		} {
 			s.Must(s.Gateway.SetSysctl(name, value))
 		}
-		s.Start(stage.Flags(mode, "--lifetime=3s")...)
+		s.Start(stage.Flags(mode, "--lifetime=8s")...)
 		phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 		ext := s.Contact(phone, proxy)
 		s.Stands(phone, proxy, ext)
@@ -164,6 +164,7 @@ func TestNoStrangerMakesOrExtends(t *testing.T) {
 		if n := entries(s); n > few {
 			t.Errorf("%d flows came of it", n)
 		}
+		s.Must(s.Gateway.SetSysctl("net.netfilter.nf_conntrack_udp_timeout", "600")) // for the fence's flow
 		fence := s.PeerSocket(lab.PeerC, 5060)
 		s.Lost(phone, s.PeerSocket(lab.PeerA, 5070), s.Contact(phone, fence), fence)
 	})
