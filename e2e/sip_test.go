@@ -87,7 +87,7 @@ func (c *sipCall) pass(text string, toProxy bool, ext netip.AddrPort) (string, n
 		}
 		buf := make([]byte, 4096)
 		_, err := from.Write([]byte(text))
-		err = errors.Join(err, to.SetReadDeadline(time.Now().Add(5*time.Second)))
+		err = errors.Join(err, to.SetReadDeadline(time.Now().Add(stage.Patience())))
 		n, failed := to.Read(buf)
 		return string(buf[:n]), netip.AddrPort{}, errors.Join(err, failed)
 	}
@@ -98,7 +98,7 @@ func (c *sipCall) pass(text string, toProxy bool, ext netip.AddrPort) (string, n
 	if err := from.Send(dst, text); err != nil {
 		return "", netip.AddrPort{}, err
 	}
-	return to.Recv(5 * time.Second)
+	return to.Recv(stage.Patience())
 }
 
 var sipMedia = regexp.MustCompile(`c=IN IP4 (\S+)[\s\S]*m=audio (\d+)`)

@@ -159,7 +159,6 @@ func FirstAnswer(in, peer, answer *lab.Socket) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	const patience = 5 * time.Second
 	var buf [64]byte
 	for {
 		if err := answer.Send(ext, "answer"); err != nil {
@@ -177,7 +176,7 @@ func FirstAnswer(in, peer, answer *lab.Socket) (time.Duration, error) {
 		if got > 0 {
 			return took, nil
 		}
-		if took > patience {
+		if took > Patience() {
 			return 0, fmt.Errorf("no answer got through to %v", ext)
 		}
 	}

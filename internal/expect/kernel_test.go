@@ -262,7 +262,7 @@ func (g *gate) sendFromPortZero(peer string, port uint16) {
 	if err != nil {
 		g.t.Fatal(err)
 	}
-	for deadline := time.Now().Add(5 * time.Second); len(g.anchors()) == 0; {
+	for deadline := time.Now().Add(30 * time.Second); len(g.anchors()) == 0; {
 		if time.Now().After(deadline) {
 			g.t.Fatal("the packet from port 0 made no conntrack entry")
 		}

@@ -138,7 +138,7 @@ func TestWatcherPassesOverWhatChangesNoAnswer(t *testing.T) {
 			if err != nil {
 				t.Errorf("%q: %v", test.change, err)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(time.Minute):
 			t.Fatalf("%q was not heard of", test.change)
 		}
 	}
@@ -171,7 +171,7 @@ func TestWatcherHearsOfTheRoutesOfAnUplink(t *testing.T) {
 			if err != nil {
 				t.Errorf("%q: %v", change, err)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(time.Minute):
 			t.Fatalf("%q was not heard of", change)
 		}
 	}

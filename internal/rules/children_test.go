@@ -42,9 +42,9 @@ func permit(t testing.TB, l *lab.Lab, ext, in string, peers ...netip.Addr) rules
 // eventually waits for something that happens by itself.
 func eventually(t *testing.T, what func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); !what(); runtime.Gosched() {
+	for deadline := time.Now().Add(30 * time.Second); !what(); runtime.Gosched() {
 		if time.Now().After(deadline) {
-			t.Fatal("still not so after 5 s")
+			t.Fatal("still not so after 30 s")
 		}
 	}
 }

@@ -120,7 +120,7 @@ func refused(h *lab.Host, to string) error {
 		if _, err := c.Write([]byte("anybody there?")); err != nil {
 			return err
 		}
-		if err := c.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		if err := c.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
 			return err
 		}
 		_, err = c.Read(make([]byte, 10))
