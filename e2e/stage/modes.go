@@ -18,6 +18,17 @@ var (
 	Expect      = []string{"--backend=expect"}
 )
 
+// overrides reports whether args have all flags of a mode, with whatever value. The backend
+// "expect" does not learn.
+func overrides(args, mode []string) bool {
+	has := func(flag string) bool {
+		name, _, _ := strings.Cut(flag, "=")
+		return slices.ContainsFunc(args, func(a string) bool { return a == name || strings.HasPrefix(a, name+"=") }) ||
+			name == "--learn" && slices.Contains(args, Expect[0])
+	}
+	return len(mode) > 0 && !slices.ContainsFunc(mode, func(flag string) bool { return !has(flag) })
+}
+
 // InModes runs a test once in each mode, and overrides the mode of the run (ModeEnv).
 func InModes(t *testing.T, modes [][]string, test func(t *testing.T, mode ...string)) {
 	t.Helper()

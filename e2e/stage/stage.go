@@ -124,6 +124,7 @@ type Scene struct {
 	T      *testing.T
 	Daemon *lab.Daemon // nil while none runs
 	Exe    string      // the program
+	begun  bool        // a daemon was started
 }
 
 // New makes a lab without a daemon.
@@ -158,10 +159,16 @@ func (s *Scene) Serve(args ...string) {
 // the same tests in another mode. A test's own flags override them.
 const ModeEnv = "CONENATD_MODE"
 
-// Start starts the daemon, to be stopped when the test ends.
+// Start starts the daemon, to be stopped when the test ends. It skips a test whose first daemon
+// overrides the whole mode of this run: the run in the default mode has the same daemon.
 func (s *Scene) Start(args ...string) {
 	s.T.Helper()
-	d, err := s.StartDaemon(s.Exe, append(strings.Fields(os.Getenv(ModeEnv)), args...)...)
+	mode := strings.Fields(os.Getenv(ModeEnv))
+	if !s.begun && overrides(args, mode) {
+		s.T.Skip("it chooses its mode itself")
+	}
+	s.begun = true
+	d, err := s.StartDaemon(s.Exe, append(mode, args...)...)
 	if err != nil {
 		s.T.Fatal(err)
 	}
