@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -55,12 +56,12 @@ var configurations = []configuration{
 }
 
 // A requirement is one of RFC 4787, or a recommendation of RFC 6092 about UDP. try
-// runs it in a fresh lab and returns what it saw; an error means that the test
+// runs it in a fresh lab and returns what it saw; an attempt that ends means that the test
 // itself failed.
 type requirement struct {
 	name, title string
 	opts        lab.Options
-	try         func(*stage) (verdict, string, error)
+	try         func(*stage) (verdict, string)
 }
 
 var requirements = []requirement{
@@ -105,295 +106,190 @@ func RFC4787(w io.Writer, exe string) error {
 }
 
 func (r *requirement) look(exe string, c configuration) (v verdict, what string, err error) {
-	l, err := lab.New(r.opts)
-	if err != nil {
-		return v, what, err
-	}
-	defer l.Close()
-	s := &stage{Lab: l, exe: exe}
-	defer s.close()
-	if c.file != "" {
-		file, err := os.CreateTemp("", "conenatd-*.toml")
-		if err != nil {
-			return v, what, err
+	err = onStage(r.opts, exe, nil, func(s *stage) {
+		if c.file != "" {
+			file := get(os.CreateTemp("", "conenatd-*.toml"))
+			defer os.Remove(file.Name())
+			_, err := file.WriteString(c.file)
+			must(errors.Join(err, file.Close()))
+			s.args = []string{"--config", file.Name()}
+			s.start()
 		}
-		defer os.Remove(file.Name())
-		_, err = file.WriteString(c.file)
-		if err = errors.Join(err, file.Close()); err != nil {
-			return v, what, err
-		}
-		s.args = []string{"--config", file.Name()}
-		if err := s.start(); err != nil {
-			return v, what, err
-		}
-	}
-	return r.try(s)
+		v, what = r.try(s)
+	})
+	return v, what, err
 }
 
-func never(why string) func(*stage) (verdict, string, error) {
-	return func(*stage) (verdict, string, error) { return notApplicable, why, nil }
+func never(why string) func(*stage) (verdict, string) {
+	return func(*stage) (verdict, string) { return notApplicable, why }
 }
 
 // clash lets two inside hosts send from the same source port to three peers, so
 // that the kernel cannot always keep the port, and returns the outside endpoints of
 // each host.
-func (s *stage) clash() (seen [2][]netip.AddrPort, err error) {
+func (s *stage) clash() (seen [2][]netip.AddrPort) {
 	const port = 3074
-	var hosts [2]*lab.Socket
-	for i := range hosts {
-		in, err := s.open(s.Inside(i), s.Inside(i).Addr, port)
-		if err != nil {
-			return seen, err
-		}
-		hosts[i] = in[0]
-	}
+	hosts := []*lab.Socket{s.inside(0, port), s.inside(1, port)}
 	var peers []*lab.Socket
 	for _, a := range []netip.Addr{lab.PeerA, lab.PeerB, lab.PeerC} {
-		out, err := s.open(s.Outside, a, port)
-		if err != nil {
-			return seen, err
-		}
-		peers = append(peers, out...)
+		peers = append(peers, s.open(s.Outside, a, port))
 	}
 	for _, step := range [][2]int{{0, 0}, {1, 1}, {1, 0}, {0, 1}, {0, 2}, {1, 2}} {
-		ext, err := hosts[step[0]].Contact(peers[step[1]])
-		if err != nil {
-			return seen, err
-		}
-		seen[step[0]] = append(seen[step[0]], ext)
+		seen[step[0]] = append(seen[step[0]], get(hosts[step[0]].Contact(peers[step[1]])))
 	}
-	return seen, nil
+	return seen
 }
 
-func (s *stage) mapping() (verdict, string, error) {
-	seen, err := s.clash()
+func (s *stage) mapping() (verdict, string) {
+	seen := s.clash()
 	ok := true
 	for _, exts := range seen {
 		for _, e := range exts {
 			ok = ok && e == exts[0]
 		}
 	}
-	return verdictOf(ok), fmt.Sprintf("two hosts on one port leave as %v and %v", seen[0], seen[1]), err
+	return verdictOf(ok), fmt.Sprintf("two hosts on one port leave as %v and %v", seen[0], seen[1])
 }
 
-func (s *stage) overloading() (verdict, string, error) {
-	seen, err := s.clash()
+func (s *stage) overloading() (verdict, string) {
+	seen := s.clash()
 	for _, e := range seen[0] {
-		for _, f := range seen[1] {
-			if e == f {
-				return fail, fmt.Sprintf("two hosts share %v", e), err
-			}
+		if slices.Contains(seen[1], e) {
+			return fail, fmt.Sprintf("two hosts share %v", e)
 		}
 	}
-	return pass, fmt.Sprintf("two hosts leave as %v and %v", seen[0], seen[1]), err
+	return pass, fmt.Sprintf("two hosts leave as %v and %v", seen[0], seen[1])
 }
 
 // leaves returns the outside port that the kernel gives an inside port.
-func (s *stage) leaves(port uint16) (uint16, error) {
-	in, err := s.open(s.Inside(0), s.Inside(0).Addr, port)
-	if err != nil {
-		return 0, err
-	}
-	out, err := s.open(s.Outside, lab.PeerA, port)
-	if err != nil {
-		return 0, err
-	}
-	ext, err := in[0].Contact(out[0])
-	return ext.Port(), err
+func (s *stage) leaves(port uint16) uint16 {
+	return get(s.inside(0, port).Contact(s.open(s.Outside, lab.PeerA, port))).Port()
 }
 
-func (s *stage) portRange() (verdict, string, error) {
-	low, err := s.leaves(600)
-	high, err2 := s.leaves(40000)
-	return verdictOf(low < 1024 && high >= 1024), fmt.Sprintf("600 leaves as %d, 40000 as %d", low, high), errors.Join(err, err2)
+func (s *stage) portRange() (verdict, string) {
+	low, high := s.leaves(600), s.leaves(40000)
+	return verdictOf(low < 1024 && high >= 1024), fmt.Sprintf("600 leaves as %d, 40000 as %d", low, high)
 }
 
-func (s *stage) parity() (verdict, string, error) {
-	even, err := s.leaves(5004)
-	odd, err2 := s.leaves(5005)
-	return verdictOf(even%2 == 0 && odd%2 == 1), fmt.Sprintf("5004 leaves as %d, 5005 as %d", even, odd), errors.Join(err, err2)
+func (s *stage) parity() (verdict, string) {
+	even, odd := s.leaves(5004), s.leaves(5005)
+	return verdictOf(even%2 == 0 && odd%2 == 1), fmt.Sprintf("5004 leaves as %d, 5005 as %d", even, odd)
 }
 
-// timer deletes the flow, as the kernel does after nf_conntrack_udp_timeout.
-func (s *stage) timer() (verdict, string, error) {
-	device, proxy, _, _, err := s.cast()
-	if err != nil {
-		return fail, "", err
-	}
-	ext, err := device.Contact(proxy)
-	if err != nil {
-		return fail, "", err
-	}
-	return s.outlives(device, proxy, ext)
-}
+func (s *stage) timer() (verdict, string)  { return s.outlives(s.cast()) }
+func (s *stage) timer6() (verdict, string) { return s.outlives(s.cast6()) }
 
-func (s *stage) outlives(device, proxy *lab.Socket, ext netip.AddrPort) (verdict, string, error) {
-	timeout, err := s.Gateway.Sysctl("net.netfilter.nf_conntrack_udp_timeout")
-	if err != nil {
-		return fail, "", err
-	}
+// outlives deletes the flow, as the kernel does after nf_conntrack_udp_timeout.
+func (s *stage) outlives(c cast) (verdict, string) {
+	ext := c.contact()
+	timeout := get(s.Gateway.Sysctl("net.netfilter.nf_conntrack_udp_timeout"))
 	family := "ipv4"
 	if ext.Addr().Is6() {
 		family = "ipv6"
 	}
-	if err := s.stands(ext); err != nil {
-		return fail, "", err
-	}
-	if _, err := s.Gateway.Output("conntrack", "-D", "-f", family, "-p", "udp", "--orig-port-src", "5060", "--orig-port-dst", "5060"); err != nil {
-		return fail, "", err
-	}
-	arrived, err := s.reaches(device, proxy, ext)
-	how := "lost"
+	s.stands(ext)
+	get(s.Gateway.Output("conntrack", "-D", "-f", family, "-p", "udp", "--orig-port-src", "5060", "--orig-port-dst", "5060"))
+	arrived, how := s.reaches(c.device, c.proxy, ext), "lost"
 	if arrived {
 		how = "let in"
 	}
-	return verdictOf(arrived), fmt.Sprintf("the kernel forgets an unanswered flow after %s s; then its peer is %s", timeout, how), err
+	return verdictOf(arrived), fmt.Sprintf("the kernel forgets an unanswered flow after %s s; then its peer is %s", timeout, how)
 }
 
 // stands waits until the daemon, if one runs, lists a standing permission for ext.
-func (s *stage) stands(ext netip.AddrPort) error {
+func (s *stage) stands(ext netip.AddrPort) {
 	if s.d == nil {
-		return nil
+		return
 	}
 	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
 		found := false
-		err := control.Dial(s.d.Socket).Permissions(context.Background(), func(p control.Permission) error {
+		must(control.Dial(s.d.Socket).Permissions(context.Background(), func(p control.Permission) error {
 			found = found || p.Ext == ext && p.State == "standing"
 			return nil
-		})
-		if found || err != nil {
-			return err
+		}))
+		if found {
+			return
 		}
 	}
-	return fmt.Errorf("no permission stands for %v", ext)
+	must(fmt.Errorf("no permission stands for %v", ext))
 }
 
 // reaches reports whether a packet of from to ext gets to device. The fence comes
 // from a peer of its own.
-func (s *stage) reaches(device, from *lab.Socket, ext netip.AddrPort) (bool, error) {
+func (s *stage) reaches(device, from *lab.Socket, ext netip.AddrPort) bool {
 	addr := netip.MustParseAddr("203.0.113.7")
 	if ext.Addr().Is6() {
 		addr = netip.MustParseAddr("2001:db8:5::7")
 	}
-	fence, err := s.open(s.Outside, addr, 7)
-	if err != nil {
-		return false, err
-	}
-	defer fence[0].Close()
-	back, err := device.Contact(fence[0])
-	if err != nil {
-		return false, err
-	}
-	err = lab.Lost(device,
+	fence := get(s.Outside.Socket(addr, 7))
+	defer fence.Close()
+	back := get(device.Contact(fence))
+	err := lab.Lost(device,
 		lab.Packet{From: from, To: ext, Payload: "from " + from.Addr().String()},
-		lab.Packet{From: fence[0], To: back, Payload: "fence after " + from.Addr().String()})
+		lab.Packet{From: fence, To: back, Payload: "fence after " + from.Addr().String()})
 	if errors.Is(err, lab.ErrArrived) {
-		return true, nil
+		return true
 	}
-	return false, err
+	must(err)
+	return false
 }
 
-func (s *stage) refresh() (verdict, string, error) {
-	device, proxy, _, _, err := s.cast()
-	if err != nil {
-		return fail, "", err
-	}
-	if _, err := device.Contact(proxy); err != nil {
-		return fail, "", err
-	}
-	flow := []string{"-p", "udp", "--orig-src", device.Addr().Addr().String(), "--orig-port-src", "5060", "--orig-port-dst", "5060"}
-	left := func() (n int, err error) {
+func (s *stage) refresh() (verdict, string) {
+	c := s.cast()
+	c.contact()
+	flow := []string{"-p", "udp", "--orig-src", c.device.Addr().Addr().String(), "--orig-port-src", "5060", "--orig-port-dst", "5060"}
+	left := func() (n int) {
 		out, err := s.Conntrack(flow...)
 		if err != nil || len(out) == 0 {
-			return 0, errors.Join(err, errors.New("the flow is gone"))
+			must(errors.Join(err, errors.New("the flow is gone")))
 		}
-		_, err = fmt.Sscanf(out[0], "udp 17 %d", &n)
-		return n, err
+		get(fmt.Sscanf(out[0], "udp 17 %d", &n))
+		return n
 	}
-	if _, err := s.Gateway.Output("conntrack", append([]string{"-U", "--timeout", "9"}, flow...)...); err != nil {
-		return fail, "", err
-	}
-	before, err := left()
-	if err != nil {
-		return fail, "", err
-	}
-	if _, err := device.Contact(proxy); err != nil {
-		return fail, "", err
-	}
-	after, err := left()
-	return verdictOf(after > before), fmt.Sprintf("%d s left, %d after a packet", before, after), err
+	get(s.Gateway.Output("conntrack", append([]string{"-U", "--timeout", "9"}, flow...)...))
+	before := left()
+	c.contact()
+	after := left()
+	return verdictOf(after > before), fmt.Sprintf("%d s left, %d after a packet", before, after)
 }
 
-func (s *stage) filtering() (verdict, string, error) {
-	device, proxy, other, stranger, err := s.cast()
-	if err != nil {
-		return fail, "", err
-	}
-	ext, err := device.Contact(proxy)
-	if err != nil {
-		return fail, "", err
-	}
-	return s.filters(device, other, stranger, ext)
-}
+func (s *stage) filtering() (verdict, string)  { return s.filters(s.cast()) }
+func (s *stage) filtering6() (verdict, string) { return s.filters(s.cast6()) }
 
-func (s *stage) filters(device, other, stranger *lab.Socket, ext netip.AddrPort) (verdict, string, error) {
-	if err := s.stands(ext); err != nil {
-		return fail, "", err
-	}
-	same, err := s.reaches(device, other, ext)
-	if err != nil {
-		return fail, "", err
-	}
-	anybody, err := s.reaches(device, stranger, ext)
+func (s *stage) filters(c cast) (verdict, string) {
+	ext := c.contact()
+	s.stands(ext)
+	same, anybody := s.reaches(c.device, c.other, ext), s.reaches(c.device, c.stranger, ext)
 	switch {
 	case anybody:
-		return pass, "endpoint-independent: anybody is let in", err
+		return pass, "endpoint-independent: anybody is let in"
 	case same:
-		return pass, "address-dependent: the peer is let in from any port, nobody else", err
+		return pass, "address-dependent: the peer is let in from any port, nobody else"
 	}
-	return fail, "address and port-dependent: the peer is let in from one port", err
+	return fail, "address and port-dependent: the peer is let in from one port"
 }
 
 // hairpin lets one inside host send to the outside endpoint of another.
-func (s *stage) hairpin() (verdict, string, error) {
-	device, proxy, _, _, err := s.cast()
-	if err != nil {
-		return fail, "", err
-	}
-	second, err := s.open(s.Inside(1), s.Inside(1).Addr, 5062)
-	if err != nil {
-		return fail, "", err
-	}
-	ext, err := device.Contact(proxy)
-	if err != nil {
-		return fail, "", err
-	}
-	extSecond, err := second[0].Contact(proxy)
-	if err != nil {
-		return fail, "", err
-	}
-	if err := second[0].Send(ext, "hairpin"); err != nil {
-		return fail, "", err
-	}
+func (s *stage) hairpin() (verdict, string) {
+	c, second := s.cast(), s.inside(1, 5062)
+	ext, extSecond := c.contact(), get(second.Contact(c.proxy))
+	must(second.Send(ext, "hairpin"))
 	// The first packet got through before Send returned; if none did, the fence
 	// comes next.
-	if err := proxy.Send(ext, "fence"); err != nil {
-		return fail, "", err
+	must(c.proxy.Send(ext, "fence"))
+	got, from, err := c.device.Recv(10 * time.Second)
+	must(err)
+	if got != "hairpin" {
+		return fail, fmt.Sprintf("what an inside host sends to %v is lost", ext)
 	}
-	got, from, err := device.Recv(10 * time.Second)
-	switch {
-	case err != nil:
-		return fail, "", err
-	case got != "hairpin":
-		return fail, fmt.Sprintf("what an inside host sends to %v is lost", ext), nil
-	}
-	return verdictOf(from == extSecond), fmt.Sprintf("it arrives from %v, the sender's outside endpoint is %v", from, extSecond), nil
+	return verdictOf(from == extSecond), fmt.Sprintf("it arrives from %v, the sender's outside endpoint is %v", from, extSecond)
 }
 
-func (s *stage) gateways() (verdict, string, error) {
+func (s *stage) gateways() (verdict, string) {
 	on, err := s.Gateway.Sysctl("net.netfilter.nf_conntrack_helper")
 	if errors.Is(err, os.ErrNotExist) {
-		return pass, "this kernel assigns none by itself", nil
+		return pass, "this kernel assigns none by itself"
 	}
-	return verdictOf(on == "0"), "net.netfilter.nf_conntrack_helper is " + on, err
+	must(err)
+	return verdictOf(on == "0"), "net.netfilter.nf_conntrack_helper is " + on
 }

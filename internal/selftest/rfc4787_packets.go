@@ -15,110 +15,71 @@ import (
 )
 
 // icmp sends to a port on which nobody listens.
-func (s *stage) icmp() (verdict, string, error) {
-	device, proxy, _, _, err := s.cast()
-	if err != nil {
-		return fail, "", err
-	}
-	ext, err := device.Contact(proxy)
-	if err != nil {
-		return fail, "", err
-	}
-	var c net.Conn
-	err = s.Inside(0).Do(func() error {
-		c, err = net.Dial("udp", netip.AddrPortFrom(lab.PeerA, 9).String())
+func (s *stage) icmp() (verdict, string) {
+	c := s.cast()
+	ext := c.contact()
+	var closed net.Conn
+	must(s.Inside(0).Do(func() (err error) {
+		closed, err = net.Dial("udp", netip.AddrPortFrom(lab.PeerA, 9).String())
 		return err
-	})
-	if err != nil {
-		return fail, "", err
+	}))
+	defer closed.Close()
+	must(closed.SetReadDeadline(time.Now().Add(10 * time.Second)))
+	get(closed.Write([]byte("nobody listens")))
+	if _, err := closed.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNREFUSED) {
+		return fail, fmt.Sprintf("no ICMP error came in: %v", err)
 	}
-	defer c.Close()
-	if err := c.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
-		return fail, "", err
+	if lab.Arrives(c.device, lab.Packet{From: c.proxy, To: ext, Payload: "after the error"}) != nil {
+		return fail, "the mapping ended with the error"
 	}
-	if _, err := c.Write([]byte("nobody listens")); err != nil {
-		return fail, "", err
-	}
-	_, err = c.Read(make([]byte, 1))
-	if !errors.Is(err, unix.ECONNREFUSED) {
-		return fail, fmt.Sprintf("no ICMP error came in: %v", err), nil
-	}
-	if err := lab.Arrives(device, lab.Packet{From: proxy, To: ext, Payload: "after the error"}); err != nil {
-		return fail, "the mapping ended with the error", nil
-	}
-	return pass, "an ICMP error came in, and the mapping works on", nil
+	return pass, "an ICMP error came in, and the mapping works on"
 }
 
 const large = 1200 // bytes; the link takes 1000
 
 // fragmentsOut sends a packet that the outside link cannot take unfragmented.
-func (s *stage) fragmentsOut() (verdict, string, error) {
-	device, proxy, _, _, err := s.cast()
-	if err != nil {
-		return fail, "", err
-	}
-	if _, err := s.Gateway.Output("ip", "link", "set", "wan0", "mtu", "1000"); err != nil {
-		return fail, "", err
-	}
+func (s *stage) fragmentsOut() (verdict, string) {
+	c := s.cast()
+	get(s.Gateway.Output("ip", "link", "set", "wan0", "mtu", "1000"))
 	payload := strings.Repeat("x", large)
-	discover := func(how int) error {
-		raw, err := device.SyscallConn()
-		if err != nil {
-			return err
-		}
+	discover := func(how int) {
 		var failed error
-		err = raw.Control(func(fd uintptr) {
+		err := get(c.device.SyscallConn()).Control(func(fd uintptr) {
 			failed = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, how)
 		})
-		return errors.Join(err, failed)
+		must(errors.Join(err, failed))
 	}
-	if err := discover(unix.IP_PMTUDISC_DO); err != nil { // sets "don't fragment"
-		return fail, "", err
-	}
-	if err := device.Send(proxy.Addr(), payload); err != nil {
-		return fail, "", err
-	}
+	discover(unix.IP_PMTUDISC_DO) // sets "don't fragment"
+	must(c.device.Send(c.proxy.Addr(), payload))
 	// The ICMP error came before Send returned, so the next packet is refused
 	// locally.
-	if err := device.Send(proxy.Addr(), payload); !errors.Is(err, unix.EMSGSIZE) {
-		return fail, fmt.Sprintf("no ICMP error about a packet that is too large: %v", err), nil
+	if err := c.device.Send(c.proxy.Addr(), payload); !errors.Is(err, unix.EMSGSIZE) {
+		return fail, fmt.Sprintf("no ICMP error about a packet that is too large: %v", err)
 	}
-	if err := discover(unix.IP_PMTUDISC_DONT); err != nil {
-		return fail, "", err
+	discover(unix.IP_PMTUDISC_DONT)
+	must(c.device.Send(c.proxy.Addr(), payload))
+	if _, err := c.proxy.Expect(payload); err != nil {
+		return fail, oneLine(err)
 	}
-	if err := device.Send(proxy.Addr(), payload); err != nil {
-		return fail, "", err
-	}
-	if _, err := proxy.Expect(payload); err != nil {
-		return fail, oneLine(err), nil
-	}
-	return pass, "too large: ICMP error with DF, fragments without", nil
+	return pass, "too large: ICMP error with DF, fragments without"
 }
 
 // fragmentsIn lets the peer send a packet in two fragments, in both orders.
-func (s *stage) fragmentsIn() (verdict, string, error) {
-	device, proxy, _, _, err := s.cast()
-	if err != nil {
-		return fail, "", err
-	}
-	ext, err := device.Contact(proxy)
-	if err != nil {
-		return fail, "", err
-	}
+func (s *stage) fragmentsIn() (verdict, string) {
+	c := s.cast()
+	ext := c.contact()
 	for i, order := range [][2]int{{0, 1}, {1, 0}} {
 		payload := strings.Repeat(string(rune('a'+i)), large)
-		if err := s.sendFragments(uint16(1+i), proxy.Addr(), ext, payload, order); err != nil {
-			return fail, "", err
-		}
-		if _, err := device.Expect(payload); err != nil {
-			return fail, oneLine(err), nil
+		s.sendFragments(uint16(1+i), c.proxy.Addr(), ext, payload, order)
+		if _, err := c.device.Expect(payload); err != nil {
+			return fail, oneLine(err)
 		}
 	}
-	return pass, "both orders arrive", nil
+	return pass, "both orders arrive"
 }
 
 // sendFragments sends a UDP packet in two fragments from the outside (RFC 791).
-func (s *stage) sendFragments(id uint16, from, to netip.AddrPort, payload string, order [2]int) error {
+func (s *stage) sendFragments(id uint16, from, to netip.AddrPort, payload string, order [2]int) {
 	udp := binary.BigEndian.AppendUint16(nil, from.Port())
 	udp = binary.BigEndian.AppendUint16(udp, to.Port())
 	udp = binary.BigEndian.AppendUint16(udp, uint16(8+len(payload)))
@@ -140,7 +101,7 @@ func (s *stage) sendFragments(id uint16, from, to netip.AddrPort, payload string
 		copy(b[16:], dst[:])
 		return append(b, part...) // the kernel adds the header's checksum
 	}
-	return s.Outside.Do(func() error {
+	must(s.Outside.Do(func() error {
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
 		if err != nil {
 			return err
@@ -152,39 +113,5 @@ func (s *stage) sendFragments(id uint16, from, to netip.AddrPort, payload string
 			}
 		}
 		return nil
-	})
-}
-
-// cast6 is cast for IPv6; the device has contacted its proxy.
-func (s *stage) cast6() (device, proxy, other, stranger *lab.Socket, ext netip.AddrPort, err error) {
-	in, err := s.open(s.Inside(0), s.Inside(0).Addr6, 5060)
-	if err != nil {
-		return
-	}
-	out, err := s.open(s.Outside, lab.Peer6A, 5060, 5070)
-	if err != nil {
-		return
-	}
-	strange, err := s.open(s.Outside, lab.Peer6B, 5060)
-	if err != nil {
-		return
-	}
-	ext, err = in[0].Contact(out[0])
-	return in[0], out[0], out[1], strange[0], ext, err
-}
-
-func (s *stage) filtering6() (verdict, string, error) {
-	device, _, other, stranger, ext, err := s.cast6()
-	if err != nil {
-		return fail, "", err
-	}
-	return s.filters(device, other, stranger, ext)
-}
-
-func (s *stage) timer6() (verdict, string, error) {
-	device, proxy, _, _, ext, err := s.cast6()
-	if err != nil {
-		return fail, "", err
-	}
-	return s.outlives(device, proxy, ext)
+	}))
 }

@@ -22,7 +22,7 @@ type check struct {
 	opts     lab.Options
 	args     []string // of the daemon
 	idle     bool
-	run      func(*stage) error
+	run      func(*stage)
 }
 
 // backends are the ways in which a permission can stand in the kernel.
@@ -31,19 +31,19 @@ var backends = []string{"expect", "nft"}
 var checks = []check{
 	{
 		name: "a peer answers from any port, nobody else does",
-		run:  func(s *stage) error { _, err := s.seed(); return err },
+		run:  func(s *stage) { s.seed() },
 	},
 	{
 		name:     "a drop policy with established,related is passed",
 		backends: []string{"expect"},
 		opts:     lab.Options{Rules: lab.Masquerade + lab.DropPolicy},
-		run:      func(s *stage) error { _, err := s.seed(); return err },
+		run:      func(s *stage) { s.seed() },
 	},
 	{
 		name:     "a drop policy with established,related and ct status dnat is passed",
 		backends: []string{"nft"},
 		opts:     lab.Options{Rules: lab.Masquerade + lab.DropPolicy + "insert rule inet filter forward ct status dnat accept\n"},
-		run:      func(s *stage) error { _, err := s.seed(); return err },
+		run:      func(s *stage) { s.seed() },
 	},
 	{
 		name:     "the kernel learns while the daemon hangs",
@@ -53,7 +53,7 @@ var checks = []check{
 	{
 		name: "outside ports moved by NAT are followed",
 		opts: lab.Options{Rules: lab.MasqueradeRange(50000, 50999)},
-		run:  func(s *stage) error { _, err := s.seed(); return err },
+		run:  func(s *stage) { s.seed() },
 	},
 	{
 		name:     "routed IPv6: a peer answers from any port",
@@ -107,7 +107,7 @@ var ErrFailed = errors.New("selftest failed")
 func Run(w io.Writer, exe string) error {
 	failed, missing := false, 0
 	for _, backend := range backends {
-		starts := check{run: func(*stage) error { return nil }}
+		starts := check{run: func(*stage) {}}
 		if err := starts.try(exe, backend); errors.Is(err, lab.ErrPrivilege) {
 			return err
 		} else if err != nil {
@@ -138,136 +138,28 @@ func oneLine(err error) string {
 	return strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ")
 }
 
-func (c *check) try(exe, backend string) (err error) {
-	l, err := lab.New(c.opts)
-	if err != nil {
-		return err
+func (c *check) try(exe, backend string) error {
+	args := c.args
+	if args == nil {
+		args = []string{"--subnet", lab.InsideNet.String()}
 	}
-	defer l.Close()
-	s := &stage{Lab: l, exe: exe, args: c.args}
-	if s.args == nil {
-		s.args = []string{"--subnet", lab.InsideNet.String()}
-	}
-	s.args = append([]string{"--backend", backend}, s.args...)
-	defer s.close()
-	if !c.idle {
-		if err := s.start(); err != nil {
-			return err
+	return onStage(c.opts, exe, append([]string{"--backend", backend}, args...), func(s *stage) {
+		if !c.idle {
+			s.start()
 		}
-	}
-	return c.run(s)
+		c.run(s)
+	})
 }
 
-// A stage is a lab with its daemon and sockets.
-type stage struct {
-	*lab.Lab
-	exe     string
-	args    []string
-	d       *lab.Daemon
-	sockets []*lab.Socket
+func (s *stage) learns() {
+	must(s.d.Pause())
+	s.seed()
+	must(s.d.Resume())
 }
 
-func (s *stage) start() (err error) {
-	s.d, err = s.StartDaemon(s.exe, s.args...)
-	return err
-}
-
-func (s *stage) stop() error {
-	d := s.d
-	s.d = nil
-	return d.Stop()
-}
-
-func (s *stage) close() {
-	for _, sock := range s.sockets {
-		sock.Close()
-	}
-	if s.d != nil {
-		_ = s.d.Kill() // the check's error says what went wrong
-	}
-}
-
-// open opens sockets, to be closed with the stage.
-func (s *stage) open(n *lab.Host, addr netip.Addr, ports ...uint16) (socks []*lab.Socket, err error) {
-	for _, port := range ports {
-		sock, e := n.Socket(addr, port)
-		if e != nil {
-			return nil, e
-		}
-		s.sockets = append(s.sockets, sock)
-		socks = append(socks, sock)
-	}
-	return socks, nil
-}
-
-// cast opens the SIP device, its proxy on two ports, and a stranger.
-func (s *stage) cast() (device, proxy, other, stranger *lab.Socket, err error) {
-	in, err := s.open(s.Inside(0), s.Inside(0).Addr, 5060)
-	if err != nil {
-		return nil, nil, nil, nil, err
-	}
-	out, err := s.open(s.Outside, lab.PeerA, 5060, 5070)
-	if err != nil {
-		return nil, nil, nil, nil, err
-	}
-	strange, err := s.open(s.Outside, lab.PeerC, 5060)
-	if err != nil {
-		return nil, nil, nil, nil, err
-	}
-	return in[0], out[0], out[1], strange[0], nil
-}
-
-// seed plays the question of 2003. It returns the outside endpoint.
-func (s *stage) seed() (ext netip.AddrPort, err error) {
-	device, proxy, other, stranger, err := s.cast()
-	if err != nil {
-		return ext, err
-	}
-	if ext, err = device.Contact(proxy); err != nil {
-		return ext, err
-	}
-	return ext, s.cone(device, proxy, other, stranger, ext)
-}
-
-// cone checks that other, which has proxy's address, reaches device by ext, and
-// stranger does not.
-func (s *stage) cone(device, proxy, other, stranger *lab.Socket, ext netip.AddrPort) error {
-	if err := lab.Arrives(device, lab.Packet{From: other, To: ext, Payload: "from the other port"}); err != nil {
-		return err
-	}
-	return lab.Lost(device,
-		lab.Packet{From: stranger, To: ext, Payload: "from a stranger"},
-		lab.Packet{From: proxy, To: ext, Payload: "fence"})
-}
-
-func (s *stage) learns() error {
-	if err := s.d.Pause(); err != nil {
-		return err
-	}
-	if _, err := s.seed(); err != nil {
-		return err
-	}
-	return s.d.Resume()
-}
-
-func (s *stage) routed6() error {
-	in, err := s.open(s.Inside(0), s.Inside(0).Addr6, 5060)
-	if err != nil {
-		return err
-	}
-	out, err := s.open(s.Outside, lab.Peer6A, 5060, 5070)
-	if err != nil {
-		return err
-	}
-	strange, err := s.open(s.Outside, lab.Peer6B, 5060)
-	if err != nil {
-		return err
-	}
-	ext, err := in[0].Contact(out[0])
-	if err != nil {
-		return err
-	}
-	return s.cone(in[0], out[0], out[1], strange[0], ext)
+func (s *stage) routed6() {
+	c := s.cast6()
+	c.admits(c.contact())
 }
 
 const markRules = `table ip marks {
@@ -278,152 +170,69 @@ const markRules = `table ip marks {
 }
 `
 
-func (s *stage) connmark() error {
-	ext, err := s.seed()
-	if err != nil {
-		return err
-	}
-	lines, err := s.Conntrack("-p", "udp")
-	if err != nil {
-		return err
-	}
-	child := fmt.Sprintf("sport=5070 dport=%d ", ext.Port())
+func (s *stage) connmark() {
+	child := fmt.Sprintf("sport=5070 dport=%d ", s.seed().Port())
+	lines := get(s.Conntrack("-p", "udp"))
 	for _, l := range lines {
 		if strings.Contains(l, child) && strings.Contains(l, "mark=42 ") {
-			return nil
+			return
 		}
 	}
-	return fmt.Errorf("no child with mark 42 in %q", lines)
+	must(fmt.Errorf("no child with mark 42 in %q", lines))
 }
 
 // early lets the peer send before the device does.
-func (s *stage) early() error {
-	device, proxy, other, stranger, err := s.cast()
-	if err != nil {
-		return err
-	}
-	if err := other.Send(netip.AddrPortFrom(s.Gateway.Addr, 5060), "early"); err != nil {
-		return err
-	}
-	ext, err := device.Contact(proxy)
-	if err != nil {
-		return err
-	}
-	return s.cone(device, proxy, other, stranger, ext)
+func (s *stage) early() {
+	c := s.cast()
+	must(c.other.Send(netip.AddrPortFrom(s.Gateway.Addr, 5060), "early"))
+	c.admits(c.contact())
 }
 
 // served opens a socket on the outside port before the device uses that port.
-func (s *stage) served() error {
-	device, proxy, other, _, err := s.cast()
-	if err != nil {
-		return err
-	}
-	own, err := s.open(s.Gateway, s.Gateway.Addr, 5060)
-	if err != nil {
-		return err
-	}
-	if err := s.start(); err != nil {
-		return err
-	}
-	ext, err := device.Contact(proxy)
-	if err != nil {
-		return err
-	}
-	if err := other.Send(ext, "for the gateway"); err != nil {
-		return err
-	}
-	_, err = own[0].Expect("for the gateway")
-	return err
+func (s *stage) served() {
+	c, own := s.cast(), s.open(s.Gateway, s.Gateway.Addr, 5060)
+	s.start()
+	must(c.other.Send(c.contact(), "for the gateway"))
+	get(own.Expect("for the gateway"))
 }
 
-func (s *stage) older() error {
-	device, proxy, other, stranger, err := s.cast()
-	if err != nil {
-		return err
-	}
-	ext, err := device.Contact(proxy)
-	if err != nil {
-		return err
-	}
-	if err := s.start(); err != nil {
-		return err
-	}
-	return s.cone(device, proxy, other, stranger, ext)
+func (s *stage) older() {
+	c := s.cast()
+	ext := c.contact()
+	s.start()
+	c.admits(ext)
 }
 
-func (s *stage) restart() error {
-	ext, err := s.seed()
-	if err != nil {
-		return err
-	}
+func (s *stage) restart() {
+	ext := s.seed()
 	device := s.sockets[0]
-	for _, step := range []struct {
-		port uint16
-		then func() error
-	}{
-		{6000, func() error { return s.d.Kill() }},
-		{6001, s.start},
-		{6002, func() error { return nil }},
-	} {
-		if err := step.then(); err != nil {
-			return err
-		}
-		more, err := s.open(s.Outside, lab.PeerA, step.port)
-		if err != nil {
-			return err
-		}
-		payload := fmt.Sprintf("from port %d", step.port)
-		if err := lab.Arrives(device, lab.Packet{From: more[0], To: ext, Payload: payload}); err != nil {
-			return err
-		}
-	}
-	return nil
+	must(s.d.Kill())
+	s.arrives(device, 6000, ext)
+	s.start()
+	s.arrives(device, 6001, ext)
+	s.arrives(device, 6002, ext)
 }
 
 // group lets the device contact a neighbour of the stranger.
-func (s *stage) group() error {
-	device, _, _, stranger, err := s.cast()
-	if err != nil {
-		return err
-	}
-	neighbor, err := s.open(s.Outside, lab.PeerC.Prev(), 5060)
-	if err != nil {
-		return err
-	}
-	ext, err := device.Contact(neighbor[0])
-	if err != nil {
-		return err
-	}
-	return lab.Arrives(device, lab.Packet{From: stranger, To: ext, Payload: "from one of the group"})
+func (s *stage) group() {
+	c := s.cast()
+	ext := get(c.device.Contact(s.open(s.Outside, lab.PeerC.Prev(), 5060)))
+	must(lab.Arrives(c.device, lab.Packet{From: c.stranger, To: ext, Payload: "from one of the group"}))
 }
 
-func (s *stage) stopped() error {
-	if _, err := s.seed(); err != nil {
-		return err
+func (s *stage) stopped() {
+	s.seed()
+	s.stop()
+	left := get(s.Conntrack("expect"))
+	for _, l := range get(s.Conntrack("-p", "udp")) {
+		if strings.Contains(l, "port=0 ") || strings.Contains(l, "sport=5070") {
+			left = append(left, l)
+		}
 	}
-	if err := s.stop(); err != nil {
-		return err
+	if rules := get(s.Ruleset()); strings.Contains(rules, "conenat") {
+		left = append(left, rules)
 	}
-	expectations, err := s.Conntrack("expect")
-	if err != nil {
-		return err
+	if len(left) > 0 {
+		must(fmt.Errorf("left: %q", left))
 	}
-	entries, err := s.Conntrack("-p", "udp")
-	if err != nil {
-		return err
-	}
-	entries = slices.DeleteFunc(entries, func(l string) bool {
-		return !strings.Contains(l, "port=0 ") && !strings.Contains(l, "sport=5070")
-	})
-	rules, err := s.Ruleset()
-	if err != nil {
-		return err
-	}
-	if strings.Contains(rules, "conenat") {
-		entries = append(entries, rules)
-	}
-	if left := append(expectations, entries...); len(left) > 0 {
-		return fmt.Errorf("left: %q", left)
-	}
-	return nil
 }
