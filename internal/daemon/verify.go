@@ -71,6 +71,28 @@ type claimed struct {
 // conntrack.
 type counted struct{ flows, children int }
 
+// flowCounts are the numbers of each claim, and by how many bits the claims cover more peers than one.
+type flowCounts struct {
+	claims   map[claimed]counted
+	hostBits map[uint8]struct{}
+}
+
+// subtract takes what conntrack has away from one permission, if there is such a one.
+func (f *flowCounts) subtract(k claimed, n counted) {
+	if have, ok := f.claims[k]; ok {
+		f.claims[k] = counted{have.flows - n.flows, have.children - n.children}
+	}
+}
+
+// subtractAll does that for all permissions that cover the peer: for it alone, or for a prefix.
+func (f *flowCounts) subtractAll(k claimed, n counted) {
+	for k.HostBits = range f.hostBits {
+		x := k
+		x.Peer = k.Peer.WithoutLow(k.HostBits)
+		f.subtract(x, n)
+	}
+}
+
 // differences compares once.
 func (r *reconciler) differences(v *control.Verification) (map[control.Wrong]struct{}, error) {
 	q, err := ctwatch.DialQueries(ctwatch.Config{})
@@ -83,14 +105,13 @@ func (r *reconciler) differences(v *control.Verification) (map[control.Wrong]str
 		all[control.Wrong{ID: string(w), Peers: k.Peers(), Ext: k.Ext.Netip()}] = struct{}{}
 	}
 	*v = control.Verification{}
-	flows := make(map[claimed]counted)
-	hostBits := make(map[uint8]struct{})
+	flows := flowCounts{claims: make(map[claimed]counted), hostBits: make(map[uint8]struct{})}
 	var cfg config.Config
 	r.ask(func(l *loop) { cfg = l.cfg })
 	found, err := r.comparer.Verify(func(c *cone.View) {
 		v.Permissions++
-		flows[claimed{c.Key, c.Int}] = counted{c.Flows, c.Children}
-		hostBits[c.HostBits] = struct{}{}
+		flows.claims[claimed{c.Key, c.Int}] = counted{c.Flows, c.Children}
+		flows.hostBits[c.HostBits] = struct{}{}
 	})
 	if err != nil {
 		return nil, err
@@ -108,29 +129,16 @@ func (r *reconciler) differences(v *control.Verification) (map[control.Wrong]str
 		}
 	}
 
-	count := func(k claimed, n counted) {
-		if have, ok := flows[k]; ok {
-			flows[k] = counted{have.flows - n.flows, have.children - n.children}
-		}
-	}
-	// ofAll counts for all permissions that cover the peer: for it alone, or for a prefix.
-	ofAll := func(k claimed, n counted) {
-		for k.HostBits = range hostBits {
-			x := k
-			x.Peer = k.Peer.WithoutLow(k.HostBits)
-			count(x, n)
-		}
-	}
 	groups, labels := cone.NewPrefixTable(cfg.PeerGroups), r.firewall.labels()
 	err = q.Dump(func(f *cone.Flow) {
 		v.Flows++
 		if _, excluded := slices.BinarySearch(cfg.ExcludePeerPorts, f.ReplySrc.Port); !excluded {
 			k := claimed{cone.Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr, Zone: f.ReplyZone}, f.Src}
-			ofAll(k, counted{flows: 1})
+			flows.subtractAll(k, counted{flows: 1})
 			first, n := cone.Expand(groups, f.ReplySrc.Addr)
 			for i := range n {
 				if k.Peer = first.Plus(i); k.Peer != f.ReplySrc.Addr {
-					count(k, counted{flows: 1})
+					flows.subtract(k, counted{flows: 1})
 				}
 			}
 		}
@@ -138,13 +146,13 @@ func (r *reconciler) differences(v *control.Verification) (map[control.Wrong]str
 		// user's forwards, which has no label.
 		if f.Status.Has(cone.StatusExpected) && cone.IsAnchor(f.MasterSrc, f.MasterDst) ||
 			!f.Status.Has(cone.StatusExpected) && (f.Labelled || !labels) {
-			ofAll(claimed{cone.Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.ReplyZone}, f.ReplySrc}, counted{children: 1})
+			flows.subtractAll(claimed{cone.Key{Ext: f.Dst, Peer: f.Src.Addr, Zone: f.ReplyZone}, f.ReplySrc}, counted{children: 1})
 		}
 	})
 	if err != nil {
 		return nil, err
 	}
-	for k, n := range flows {
+	for k, n := range flows.claims {
 		if n.flows != 0 {
 			note(flowsDiffer, k.Key)
 		}

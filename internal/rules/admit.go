@@ -195,6 +195,7 @@ func (l *layout) keepSource() {
 		originalFlow.in(l.named(admittedSet)), snatToAddr(ipSaddr))
 }
 
+// learn lets the kernel add the permission that a flow gets, by its first packet.
 func (l *layout) learn(d Desired, kinds []kind) {
 	c := d.Map
 	if !c.Learn {
@@ -262,6 +263,12 @@ func (l *layout) learn(d Desired, kinds []kind) {
 	l.rule(learn, "too many at a time", addTo(learners, elem{
 		key: ctOriginalIPSaddr, limit: limitRate(true, c.LearnRate, expr.LimitTimeSecond, learnBurst*c.LearnRate),
 	}), counter(limitedCounter), accept)
+	l.learnFlow(learn, learned, c, kinds)
+}
+
+// learnFlow ends the chain learn: it adds the permission that the flow gets, and ends with learned.
+// kinds begins with the one for the most peers.
+func (l *layout) learnFlow(learn *nftables.Chain, learned exprs, c *MapConfig, kinds []kind) {
 	// An earlier flow with the same reply direction has ended, and this flow's host has the
 	// outside port now: the peer's packets must not reach the earlier host any more.
 	flows := l.set(learnedSet, flowKey...)
