@@ -115,12 +115,32 @@ var expressions = func() map[string]bool {
 	return all
 }()
 
+// decoded makes the expressions that the library decodes.
+var decoded = map[string]func() expr.Any{
+	"immediate": func() expr.Any { return &expr.Immediate{} },
+	"cmp":       func() expr.Any { return &expr.Cmp{} },
+	"range":     func() expr.Any { return &expr.Range{} },
+	"bitwise":   func() expr.Any { return &expr.Bitwise{} },
+	"meta":      func() expr.Any { return &expr.Meta{} },
+	"ct":        func() expr.Any { return &expr.Ct{} },
+	"payload":   func() expr.Any { return &expr.Payload{} },
+	"fib":       func() expr.Any { return &expr.Fib{} },
+	"lookup":    func() expr.Any { return &expr.Lookup{} },
+	"objref":    func() expr.Any { return &expr.Objref{} },
+	"match":     func() expr.Any { return &expr.Match{} },
+	"target":    func() expr.Any { return &expr.Target{} },
+	"nat":       func() expr.Any { return &expr.NAT{} },
+	"masq":      func() expr.Any { return &expr.Masq{} },
+	"redir":     func() expr.Any { return &expr.Redir{} },
+	"hash":      func() expr.Any { return &expr.Hash{} },
+	"numgen":    func() expr.Any { return &expr.Numgen{} },
+	"exthdr":    func() expr.Any { return &expr.Exthdr{} },
+}
+
 // expression decodes the data of an expression, if it matters here.
-func expression(family byte, name string, b []byte) (expr.Any, error) {
-	var e expr.Any
+func expression(family byte, name string, b []byte) (e expr.Any, err error) {
 	switch name {
 	case "immediate":
-		e = &expr.Immediate{}
 		nfnl.Attributes(b, func(typ uint16, b []byte) {
 			if typ == unix.NFTA_IMMEDIATE_DATA {
 				if v := verdictOf(b); v != nil {
@@ -128,40 +148,13 @@ func expression(family byte, name string, b []byte) (expr.Any, error) {
 				}
 			}
 		})
-		if _, ok := e.(*expr.Verdict); ok {
+		if e != nil {
 			return e, nil
 		}
-	case "cmp":
-		e = &expr.Cmp{}
-	case "range":
-		e = &expr.Range{}
-	case "bitwise":
-		e = &expr.Bitwise{}
-	case "meta":
-		e = &expr.Meta{}
-	case "ct":
-		e = &expr.Ct{}
-	case "payload":
-		e = &expr.Payload{}
-	case "fib":
-		e = &expr.Fib{}
-	case "lookup":
-		e = &expr.Lookup{}
 	case "objref":
 		if o := objrefMapOf(b); o.set != "" {
 			return o, nil
 		}
-		e = &expr.Objref{}
-	case "match":
-		e = &expr.Match{}
-	case "target":
-		e = &expr.Target{}
-	case "nat":
-		e = &expr.NAT{}
-	case "masq":
-		e = &expr.Masq{}
-	case "redir":
-		e = &expr.Redir{}
 	case "tproxy":
 		p := &expr.TProxy{} // the library takes the family for one byte
 		nfnl.Attributes(b, func(typ uint16, b []byte) {
@@ -170,12 +163,6 @@ func expression(family byte, name string, b []byte) (expr.Any, error) {
 			}
 		})
 		return p, nil
-	case "hash":
-		e = &expr.Hash{}
-	case "numgen":
-		e = &expr.Numgen{}
-	case "exthdr":
-		e = &expr.Exthdr{}
 	case "dynset":
 		return &expr.Dynset{}, nil
 	case "reject":
@@ -184,9 +171,12 @@ func expression(family byte, name string, b []byte) (expr.Any, error) {
 		return &expr.Queue{}, nil
 	case "flow_offload":
 		return &expr.FlowOffload{}, nil
-	default:
+	}
+	empty := decoded[name]
+	if empty == nil {
 		return nil, nil
 	}
+	e = empty()
 	if err := expr.Unmarshal(family, b, e); err != nil {
 		return nil, err
 	}
