@@ -88,15 +88,7 @@ func (r *reconciler) run(ctx context.Context, every time.Duration, ready func())
 					r.failures.Note(requestLookAtSockets, 1, err)
 				}
 			case <-look.C:
-				if err := r.lookAtConntrack(); ctx.Err() == nil {
-					r.failures.Note(requestLookAtConntrack, 1, err)
-				}
-				if err := r.lookForHelpers(); ctx.Err() == nil {
-					r.failures.Note(requestLookForHelpers, 1, err)
-				}
-				r.lookAround(ctx, q)
-				r.lookAtFlows(ctx)
-				r.budget.Also(func() { r.lookForListeners(ctx) })
+				r.poll(ctx, q)
 			case <-moved:
 				r.changed.links = true
 				r.lookAround(ctx, q)
@@ -106,6 +98,19 @@ func (r *reconciler) run(ctx context.Context, every time.Duration, ready func())
 			}
 		}
 	}
+}
+
+// poll looks at what nothing tells of.
+func (r *reconciler) poll(ctx context.Context, q *ctwatch.Queries) {
+	if err := r.lookAtConntrack(); ctx.Err() == nil {
+		r.failures.Note(requestLookAtConntrack, 1, err)
+	}
+	if err := r.lookForHelpers(); ctx.Err() == nil {
+		r.failures.Note(requestLookForHelpers, 1, err)
+	}
+	r.lookAround(ctx, q)
+	r.lookAtFlows(ctx)
+	r.budget.Also(func() { r.lookForListeners(ctx) })
 }
 
 // A firstReconcile counts failures until the first successful reconcile, which makes a

@@ -2,6 +2,7 @@ package selftest
 
 import (
 	"bytes"
+	"errors"
 	"net"
 	"os"
 	"os/signal"
@@ -47,4 +48,22 @@ func TestDaemonThatDoesNothingFails(t *testing.T) {
 	if n := strings.Count(out.String(), "FAIL  "); n != 3 { // the second check applies to one backend only
 		t.Errorf("%d checks failed, want 3:\n%s", n, &out)
 	}
+}
+
+// Fails when an error ends more than its attempt, or a fault of the selftest itself looks like one.
+func TestAttemptEndsWithItsError(t *testing.T) {
+	wrong := errors.New("wrong")
+	after := false
+	if err := attempt(func() { get(0, wrong); after = true }); err != wrong || after {
+		t.Errorf("error %v, want %v; it went on: %v", err, wrong, after)
+	}
+	if err := attempt(func() { must(nil); after = get(true, nil) }); err != nil || !after {
+		t.Errorf("error %v without one; it went on: %v", err, after)
+	}
+	defer func() {
+		if p := recover(); p != "a fault" {
+			t.Errorf("panic %v", p)
+		}
+	}()
+	_ = attempt(func() { panic("a fault") })
 }
