@@ -128,8 +128,8 @@ soak:
 	CONENATD_SOAK=$(SOAK) $(GO) test -count=1 -v -timeout 0 -run TestSoak ./e2e/chaos
 
 # The end-to-end tests once more for each mode but the default, which is auto.
-# Those that choose their modes themselves are left out, here or at their first daemon. The race
-# detector has seen the same code in "unit".
+# Those that choose their modes themselves are left out. The race detector has seen the same
+# code in "unit".
 MODES = mode-expect mode-nft mode-nft-by-event
 .PHONY: $(MODES)
 modes:
