@@ -108,10 +108,16 @@ func TestForwardThatWasAwayTakesAnsweredChildren(t *testing.T) {
 		stage.InModes(t, [][]string{stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) { forwardGoesAndReturns(t, true, mode...) })
 	})
 	t.Run("not noticed", func(t *testing.T) { forwardGoesAndReturns(t, false, stage.Auto...) }) // there was no expectation
+	t.Run("not reported", func(t *testing.T) {                                                  // the flow of the late answer
+		stage.InModes(t, [][]string{slices.Concat(stage.NFT, []string{"--events=lean"})}, func(t *testing.T, mode ...string) { forwardGoesAndReturns(t, false, mode...) })
+	})
 }
 
 func forwardGoesAndReturns(t *testing.T, noticed bool, mode ...string) {
 	s := play(t, lab.Options{Inside: 2, Rules: lab.Masquerade + forward}, mode...)
+	if slices.Contains(mode, "--events=lean") {
+		s.untilEvents("lean")
+	}
 	phone, server, proxy := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060), s.PeerSocket(lab.PeerA, 5060)
 	ext := s.Contact(phone, proxy)
 	s.Listed(phone, proxy, ext, "refused")

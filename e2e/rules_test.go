@@ -78,7 +78,7 @@ var (
 	ownTable = regexp.MustCompile(`(?ms)^table (inet|ip) cone(nat)? \{.*?^\}\n`)
 	// How a table in use differs from one loaded from a file; the helper depends on the
 	// kernel.
-	inUse = regexp.MustCompile(`ct helper "[^"]*"|(?ms)^\tflags (owner|persist)[^\n]*\n\n?| # progname [^\n]*|packets \d+ bytes \d+|((?:set gateway_addresses|set masqueraded_addresses|set lean|set alive|map addresses_\w+|set translated_\w+) \{\n\t\t[^=}]*?)\n\t\telements = \{[^}]*\}`)
+	inUse = regexp.MustCompile(`ct helper "[^"]*"|(?ms)^\tflags (owner|persist)[^\n]*\n\n?| # progname [^\n]*|packets \d+ bytes \d+|((?:set gateway_addresses|set masqueraded_addresses|set lean|set quiet|set alive|map addresses_\w+|set translated_\w+) \{\n\t\t[^=}]*?)\n\t\telements = \{[^}]*\}`)
 )
 
 // ownTables returns our tables in a listing, in a fixed order.

@@ -29,6 +29,9 @@ const (
 	// commandEnv is a command line to run instead of the tests, such as
 	// "cd /src/conenatd/e2e && e2e.test -test.v -test.run TestDemo".
 	commandEnv = "CONENATD_KERNELS_COMMAND"
+	// countEnv lets the clock of a guest for amd64 count instructions, so that a benchmark in it
+	// does not depend on what else the host does. Caches cost nothing then.
+	countEnv = "CONENATD_KERNELS_COUNT"
 )
 
 // tools are the required programs and their Debian packages, without QEMU.

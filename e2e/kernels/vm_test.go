@@ -117,6 +117,10 @@ func (v *vm) start(t *testing.T, k tree, modules, job string) error {
 		args = append(args, "-virtfs", "local,mount_tag="+share[0]+",path="+escape(share[1])+
 			",security_model=none,readonly=on,multidevs=remap")
 	}
+	if os.Getenv(countEnv) != "" {
+		// A nanosecond for each instruction. A second CPU does not start then.
+		args = append(args, "-icount", "shift=0", "-smp", "1")
+	}
 	return v.qemu(t, "qemu-system-x86_64", args...)
 }
 

@@ -139,3 +139,14 @@ func (m *Model) answersInterim(now time.Duration, f *Flow, p *Permission) bool {
 	m.op(Op{Kind: DropChild, Permission: *p, From: f.ReplySrc, FromZone: f.ReplyZone, ID: f.ID})
 	return true
 }
+
+// AwaitsAnswers reports whether such an answer may begin a flow now. The kernel must report it:
+// until it ends, the forward gets no packet.
+func (m *Model) AwaitsAnswers(now time.Duration) bool {
+	for _, at := range m.older.ended {
+		if now-at < eventsLate {
+			return true
+		}
+	}
+	return false
+}

@@ -53,7 +53,8 @@ func TestForwardThatIsBackEndsTheChildrenOfThatTime(t *testing.T) {
 
 // The host of a child that ended still answers it: that flow would take the forward's packets.
 //
-// Fails when the answer stays, and when a later flow, or one to another port of the peer, ends.
+// Fails when the answer stays or need not be reported, and when a later flow, or one to another
+// port of the peer, ends.
 func TestAnswerToAnEndedChildEnds(t *testing.T) {
 	const in, ext = "10.47.11.109:5060", "198.51.100.1:5060"
 	rule := forwardsPort(5060, ep("10.47.11.110:5060"))
@@ -70,6 +71,9 @@ func TestAnswerToAnEndedChildEnds(t *testing.T) {
 	d.open(5, in, "203.0.113.5:78")
 	if f := d.open(6, in, "203.0.113.5:77"); len(d.ops) != 1 || d.ops[0].Kind != DropChild || d.ops[0].ID != f.ID {
 		t.Errorf("the answer: %v", d.ops)
+	}
+	if !d.m.AwaitsAnswers(3+eventsLate) || d.m.AwaitsAnswers(4+eventsLate) {
+		t.Error("the kernel must report answers for as long as they end")
 	}
 	d.ops = nil
 	d.open(4+eventsLate, in, "203.0.113.5:77")

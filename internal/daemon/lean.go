@@ -114,15 +114,18 @@ func (r *reconciler) lookForListeners(ctx context.Context) {
 func (r *reconciler) lookAtListeners() error {
 	var cfg config.Config
 	var unseen time.Duration
-	var many bool
-	if !r.ask(func(l *loop) { cfg, unseen, many = l.cfg, l.unseen(), l.engine.Model.ManyEnded() }) {
+	var many, answers bool
+	if !r.ask(func(l *loop) {
+		cfg, unseen = l.cfg, l.unseen()
+		many, answers = l.engine.Model.ManyEnded(), l.engine.Model.AwaitsAnswers(l.now())
+	}) {
 		return errEnded
 	}
 	if many || unseen >= cfg.Lifetime/leanLooks {
 		r.wantReconcile()
 	}
 	wanted, err := r.wantsLean(cfg)
-	wanted = wanted && unseen < cfg.Lifetime/2 // else the table was not read in time
+	wanted = wanted && !answers && unseen < cfg.Lifetime/2 // else the table was not read in time
 	quiet := wanted || cfg.Quiet && r.firewall.has(rules.FeatureQuiet)
 	if quiet {
 		others, unread := r.events.OtherListeners()
