@@ -85,3 +85,21 @@ func TestChildrenOfTheGatewayDoNotCountAsForwarded(t *testing.T) {
 		}
 	}
 }
+
+// Fails when the rule that hides TCP flows is missing where the kernel cannot look up the way back.
+func TestQuietNeedsNoRouteLookup(t *testing.T) {
+	subnets := []netip.Prefix{netip.MustParsePrefix("10.47.11.0/24")}
+	for name, d := range map[string]Desired{"no fib": {noFib: true}, "no way back": {noWayBack: true}, "both": {}} {
+		for _, learn := range []bool{false, true} {
+			d.OutsideLinks, d.Subnets, d.Quiet = []string{"wan0"}, subnets, true
+			d.Map = &MapConfig{Size: 1, Learn: learn, Subnets: subnets, Lifetime: time.Minute, LearnRate: 1}
+			text, err := Text("conenat", d)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n := strings.Count(text, "meta l4proto tcp meta l4proto @quiet ct event set"); n != 1 {
+				t.Errorf("%s, learn %v: %d rules hide TCP, want 1\n%s", name, learn, n, text)
+			}
+		}
+	}
+}

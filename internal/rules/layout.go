@@ -166,8 +166,11 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 		if d.Map != nil {
 			ip.permissions(d.Map)
 		}
-		if len(sources) > 0 {
+		switch {
+		case len(sources) > 0:
 			ip.unsure(d, sources)
+		case d.hidesTCP(): // the kernel cannot tell the way back
+			ip.wayBack(d)
 		}
 		if d.Map != nil {
 			kinds := ip.kinds(d.Map)

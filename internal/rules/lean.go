@@ -18,6 +18,10 @@ func (d *Desired) quiet() bool { return d.Quiet || d.leans() }
 // leans reports whether rules can hide flows whose permission the kernel learned.
 func (d *Desired) leans() bool { return d.learns() && d.Map.Lean }
 
+// hidesTCP reports whether the chain way_back hides TCP flows. Where the kernel learns nothing, the
+// chain quiet does.
+func (d *Desired) hidesTCP() bool { return d.learns() && d.quiet() }
+
 func (d *Desired) learns() bool { return d.Map != nil && d.Map.Learn }
 
 // lean returns the chain that keeps the kernel from reporting a UDP flow whose permission it

@@ -45,11 +45,17 @@ func (l *layout) unsure(d Desired, sources []netip.Prefix) {
 	inside := l.set(name, nftables.TypeIPAddr)
 	inside.Interval, inside.elements = true, intervals(sources)
 	from := l.fromInside(d, ipFamilies[0], elements.UnsureSet, nil)
+	l.rule(l.wayBack(d), "", isUDP, ipSaddr.in(inside), goTo(from))
+}
+
+// wayBack makes the NAT chain that comes before all others. It hides TCP flows where learn hides UDP
+// flows.
+func (l *layout) wayBack(d Desired) *nftables.Chain {
 	c := l.chain("way_back", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, sourcePriority)
-	if d.learns() && d.quiet() {
+	if d.hidesTCP() {
 		l.quietTCP(c)
 	}
-	l.rule(c, "", isUDP, ipSaddr.in(inside), goTo(from))
+	return c
 }
 
 // unsure6 is the same for IPv6, in a filter chain. A NAT chain would put all IPv6 flows of
