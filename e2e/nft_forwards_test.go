@@ -108,7 +108,8 @@ func TestForwardThatWasAwayTakesAnsweredChildren(t *testing.T) {
 		stage.InModes(t, [][]string{stage.Auto, stage.Expect}, func(t *testing.T, mode ...string) { forwardGoesAndReturns(t, true, mode...) })
 	})
 	t.Run("not noticed", func(t *testing.T) { forwardGoesAndReturns(t, false, stage.Auto...) }) // there was no expectation
-	t.Run("not reported", func(t *testing.T) {                                                  // the flow of the late answer
+	// The kernel hides the flow of the late answer.
+	t.Run("not reported", func(t *testing.T) {
 		stage.InModes(t, [][]string{slices.Concat(stage.NFT, []string{"--events=lean"})}, func(t *testing.T, mode ...string) { forwardGoesAndReturns(t, false, mode...) })
 	})
 }
