@@ -34,6 +34,10 @@ SOAK      ?= 3m
 # Tests that choose the mode of the daemon themselves.
 OWN_MODES = ^Test(Doctor|Explain|Probe|Troubleshooting|LogOf|Unit|NFT|Legacy|GroupOf|AutoNFT|Mend|Offload|Flow|Reflector|Demo|Selftest|ManyPermissions|TablesOf|LinksMay|Recipes|Lean|ManyNewFlows|WatcherThat)
 
+# Tests of all that the kernel and the daemon do with a permission, in which the kernel can hide flows.
+# Some take five seconds longer then: "list" looks for hidden flows that often.
+LEAN = ^Test(PeerAnswers|TwoInside|Shared|RestartAfterKill|RevokeBy|LimitPer|ChildIs|LiveChildren|Connmark|ForwardThatIsUsedFirst|StopTakes)
+
 # What a program for 386 may do differently: layouts of structures, sizes of integers.
 PACKAGES32 = cone ctwatch expect gateway nfnl rules rules/elements userrules
 E2E32      = ^Test(Selftest(Passes|Proves)|Legacy|Self(Gets|Judges)|UnitAllows|CapNet|IPv6Routed|NFTHairpin$$|AccountingIsRestored)
@@ -130,15 +134,17 @@ soak:
 # The end-to-end tests once more for each mode but the default, which is auto.
 # Those that choose their modes themselves are left out. The race detector has seen the same
 # code in "unit".
-MODES = mode-expect mode-nft mode-nft-by-event
+MODES = mode-expect mode-nft mode-nft-by-event mode-lean
 .PHONY: $(MODES)
 modes:
 	@$(TOGETHER) $(MODES)
 mode-expect: MODE = --backend=expect
 mode-nft: MODE = --backend=nft
 mode-nft-by-event: MODE = --backend=nft --learn=false
+mode-lean: MODE = --backend=nft --events=lean
+mode-lean: SELECT = -run '$(LEAN)'
 $(MODES):
-	CONENATD_MODE='$(MODE)' $(GO) test -count=1 -parallel 4 -timeout 25m -skip '$(OWN_MODES)' ./e2e
+	CONENATD_MODE='$(MODE)' $(GO) test -count=1 -parallel 4 -timeout 25m $(or $(SELECT),-skip '$(OWN_MODES)') ./e2e
 
 # A short run of each fuzz target, from the kept corpora alone: what earlier runs left in Go's
 # cache would make one machine differ from another.

@@ -156,7 +156,8 @@ func (s *Scene) Serve(args ...string) {
 }
 
 // ModeEnv has flags for every daemon, such as "--backend=nft --learn=false", to run
-// the same tests in another mode. A test's own flags override them.
+// the same tests in another mode. A test's own flags override them. With --events=lean a test
+// begins when the kernel hides flows, so it must be one in which it can.
 const ModeEnv = "CONENATD_MODE"
 
 // Start starts the daemon, to be stopped when the test ends. It skips a test whose first daemon
@@ -173,6 +174,9 @@ func (s *Scene) Start(args ...string) {
 		s.T.Fatal(err)
 	}
 	s.Daemon = d
+	if strings.Contains(os.Getenv(ModeEnv), "--events=lean") {
+		s.Until("the kernel hides flows", func() bool { return s.Status().Events.Mode == "lean" })
+	}
 	s.T.Cleanup(func() {
 		if s.Daemon != d {
 			return // the test stopped it
