@@ -9,6 +9,11 @@ import (
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
+// ModeEnv has flags for every daemon, such as "--backend=nft --learn=false", to run
+// the same tests in another mode. A test's own flags override them. With --events=lean a test
+// begins when the kernel hides flows, so it must be one in which it can.
+const ModeEnv = "CONENATD_MODE"
+
 // Flags of the daemon's modes.
 var (
 	NFT         = []string{"--backend=nft"}
@@ -28,6 +33,21 @@ func overrides(args, mode []string) bool {
 	}
 	return len(mode) > 0 && !slices.ContainsFunc(mode, func(flag string) bool { return !has(flag) })
 }
+
+// UsesExpect reports whether the daemons of this run have the expect backend, unless
+// a test chooses another mode.
+func UsesExpect() bool { return !strings.Contains(os.Getenv(ModeEnv), "--backend=nft") }
+
+// NeedsExpect skips a test of behaviour that the nft backend alone does not offer.
+func NeedsExpect(t *testing.T) {
+	t.Helper()
+	if !UsesExpect() {
+		t.Skip("conntrack expectations alone do this, and this run is without them")
+	}
+}
+
+// UsesExpectAlone reports whether these daemons have no other backend.
+func UsesExpectAlone() bool { return strings.Contains(os.Getenv(ModeEnv), "--backend=expect") }
 
 // InModes runs a test once in each mode, and overrides the mode of the run (ModeEnv).
 func InModes(t *testing.T, modes [][]string, test func(t *testing.T, mode ...string)) {

@@ -155,11 +155,6 @@ func (s *Scene) Serve(args ...string) {
 	s.Start(Flags(args)...)
 }
 
-// ModeEnv has flags for every daemon, such as "--backend=nft --learn=false", to run
-// the same tests in another mode. A test's own flags override them. With --events=lean a test
-// begins when the kernel hides flows, so it must be one in which it can.
-const ModeEnv = "CONENATD_MODE"
-
 // Start starts the daemon, to be stopped when the test ends. It skips a test whose first daemon
 // overrides the whole mode of this run: the run in the default mode has the same daemon.
 func (s *Scene) Start(args ...string) {
@@ -174,7 +169,7 @@ func (s *Scene) Start(args ...string) {
 		s.T.Fatal(err)
 	}
 	s.Daemon = d
-	if strings.Contains(os.Getenv(ModeEnv), "--events=lean") {
+	if slices.Contains(mode, "--events=lean") {
 		s.Until("the kernel hides flows", func() bool { return s.Status().Events.Mode == "lean" })
 	}
 	s.T.Cleanup(func() {
@@ -391,21 +386,6 @@ func (s *Scene) ConntrackList(args ...string) []string {
 	s.Must(err)
 	return lines
 }
-
-// UsesExpect reports whether the daemons of this run have the expect backend, unless
-// a test chooses another mode.
-func UsesExpect() bool { return !strings.Contains(os.Getenv(ModeEnv), "--backend=nft") }
-
-// NeedsExpect skips a test of behaviour that the nft backend alone does not offer.
-func NeedsExpect(t *testing.T) {
-	t.Helper()
-	if !UsesExpect() {
-		t.Skip("conntrack expectations alone do this, and this run is without them")
-	}
-}
-
-// UsesExpectAlone reports whether these daemons have no other backend.
-func UsesExpectAlone() bool { return strings.Contains(os.Getenv(ModeEnv), "--backend=expect") }
 
 // InKernel returns a line for each permission in the kernel: its expectation, or its
 // element in the map. In auto a lab's firewall leads to only one of the two.
