@@ -36,6 +36,8 @@ type lean struct {
 	hidden
 	quiet hidden
 	pace  pace
+	// answers says that a flow may begin of which the model must hear at once (AwaitsAnswers).
+	answers bool
 }
 
 // hidden says whether the kernel reports some flows.
@@ -77,11 +79,12 @@ func (p *pace) look(now time.Duration, count uint64) {
 
 // mayHide reports whether no promise needs a report of each flow whose permission the kernel
 // learned: the map alone carries these permissions, early packets make no flows, the zones of
-// flows do not matter, reconciles find the flows in time, and nobody watches.
+// flows do not matter, reconciles find the flows in time, no forward waits for the end of one, and
+// nobody watches.
 func (r *reconciler) mayHide(cfg config.Config) bool {
 	f := r.firewall
 	return cfg.Events != config.AllEvents && cfg.Lifetime >= leanLifetime && f.learns(cfg) && f.labels() &&
-		!f.expects(cfg) && r.guarded(cfg) && len(f.zonedAddrs()) == 0 && !r.watchers.any()
+		!f.expects(cfg) && r.guarded(cfg) && len(f.zonedAddrs()) == 0 && !r.watchers.any() && !r.lean.answers
 }
 
 // expects reports whether expectations carry, or may carry, permissions that the kernel
@@ -114,10 +117,10 @@ func (r *reconciler) lookForListeners(ctx context.Context) {
 func (r *reconciler) lookAtListeners() error {
 	var cfg config.Config
 	var unseen time.Duration
-	var many, answers bool
+	var many bool
 	if !r.ask(func(l *loop) {
 		cfg, unseen = l.cfg, l.unseen()
-		many, answers = l.engine.Model.ManyEnded(), l.engine.Model.AwaitsAnswers(l.now())
+		many, r.lean.answers = l.engine.Model.ManyEnded(), l.engine.Model.AwaitsAnswers(l.now())
 	}) {
 		return errEnded
 	}
@@ -125,7 +128,7 @@ func (r *reconciler) lookAtListeners() error {
 		r.wantReconcile()
 	}
 	wanted, err := r.wantsLean(cfg)
-	wanted = wanted && !answers && unseen < cfg.Lifetime/2 // else the table was not read in time
+	wanted = wanted && unseen < cfg.Lifetime/2 // else the table was not read in time
 	quiet := wanted || cfg.Quiet && r.firewall.has(rules.FeatureQuiet)
 	if quiet {
 		others, unread := r.events.OtherListeners()

@@ -61,6 +61,7 @@ func TestFlowsThatMustBeReported(t *testing.T) {
 		"early packets make flows":      func(_ *reconciler, cfg *config.Config) { cfg.Guard = false },
 		"the guard does not know links": func(r *reconciler, _ *config.Config) { r.network.Links = []gateway.Link{{Kind: "vrf"}} },
 		"permissions end too soon":      func(_ *reconciler, cfg *config.Config) { cfg.Lifetime = leanLifetime - 1 },
+		"a forward waits for answers":   func(r *reconciler, _ *config.Config) { r.lean.answers = true },
 		"somebody watches":              func(r *reconciler, _ *config.Config) { _, _ = r.watchers.add() },
 		"flows have zones": func(r *reconciler, _ *config.Config) {
 			r.firewall.zones = cone.Zones{Original: true, Outside: []netip.Addr{netip.MustParseAddr("198.51.100.1")}}
