@@ -104,7 +104,11 @@ func TestRevokeByHostPeerAndPermission(t *testing.T) {
 			args[0] = "flush"
 		}
 		out, code := s.CLI(args...)
-		said := "revoked " + strconv.Itoa(want) + " permissions; flows that are there go on, and a new one brings its permission back\n"
+		many := "s"
+		if want == 1 {
+			many = ""
+		}
+		said := "revoked " + strconv.Itoa(want) + " permission" + many + "; flows that are there go on, and a new one brings its permission back\n"
 		if code != 0 || out != said {
 			t.Errorf("revoke %q: exit %d, %q, want %d", words, code, out, want)
 		}
