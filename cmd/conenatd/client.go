@@ -236,6 +236,7 @@ func statusCommand() *cobra.Command {
 		if asJSON {
 			err = writeJSON(c, st)
 		} else {
+			st.Warnings = doctor.WorstFirst(st)
 			err = control.WriteStatus(c.OutOrStdout(), doctor.Verdict(st), st, verbose, time.Now())
 		}
 		if err == nil && verify && len(st.Verification.Wrong) > 0 {

@@ -25,7 +25,7 @@ const screenWidth, screenHeight = 80, 24
 // WriteStatus writes a status as text for people, which begins with the verdict. If it is not
 // verbose, it fits on a screen of 80 by 24 characters, unless much went wrong that the counters
 // tell of: counters that are 0 and some details are left out, and all but a few of many subnets,
-// links and warnings.
+// links and warnings, of which the first stay.
 func WriteStatus(w io.Writer, verdict string, s Status, verbose bool, now time.Time) error {
 	var b strings.Builder
 	tw := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
@@ -86,7 +86,7 @@ func WriteStatus(w io.Writer, verdict string, s Status, verbose bool, now time.T
 		line("healed", "%s that left with another source than your rules give", Several(c.Healed, "flow"))
 	}
 	if c.AuditLost > 0 {
-		line("audit log", "%d records are lost; the log says why", c.AuditLost)
+		line("audit log", "%s lost; the log says why", Several(c.AuditLost, "record is", "records are"))
 	}
 	k := s.Conntrack
 	line("conntrack", "%d of %s entries", k.Entries, most(k.Max))
@@ -132,7 +132,7 @@ func WriteStatus(w io.Writer, verdict string, s Status, verbose bool, now time.T
 	for i, warning := range s.Warnings {
 		next := text + "  " + warning + "\n"
 		if rest := len(s.Warnings) - i; !verbose && i > 0 && rows(next)+min(rest-1, others)+prompt > screenHeight {
-			text += fmt.Sprintf("  and %d more\n", rest)
+			text += fmt.Sprintf("  and %d more (--verbose)\n", rest)
 			break
 		}
 		text = next

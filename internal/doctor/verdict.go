@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -11,12 +12,9 @@ import (
 // Verdict says in one line whether a daemon with this status works: for all of its subnets,
 // for some, or for none, and why not.
 func Verdict(st control.Status) string {
-	isError := func(d control.Finding) bool {
-		return slices.ContainsFunc(meanings, func(m meaning) bool { return m.id == d.ID && m.severity == Error })
-	}
 	var errors []control.Finding
 	for _, d := range st.Findings {
-		if isError(d) {
+		if severityOf(d) == Error {
 			errors = append(errors, d)
 		}
 	}
@@ -67,6 +65,25 @@ func Verdict(st control.Status) string {
 		return "works in part: " + because(errors, "")
 	}
 	return "works"
+}
+
+// WorstFirst returns the warnings of a status, the worst first.
+func WorstFirst(st control.Status) []string {
+	all := slices.Clone(st.Findings)
+	slices.SortStableFunc(all, func(a, b control.Finding) int { return cmp.Compare(severityOf(b).rank(), severityOf(a).rank()) })
+	texts := make([]string, len(all))
+	for i, d := range all {
+		texts[i] = d.Text
+	}
+	return texts
+}
+
+// severityOf returns the severity of a finding of the daemon. One of a newer daemon is a warning.
+func severityOf(d control.Finding) Severity {
+	if i := slices.IndexFunc(meanings, func(m meaning) bool { return m.id == d.ID }); i >= 0 {
+		return meanings[i].severity
+	}
+	return Warning
 }
 
 // because names the first error; otherwise is the text without one.

@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/conenatd/conenatd/internal/control"
@@ -43,5 +44,17 @@ func TestVerdict(t *testing.T) {
 		if got := Verdict(control.Status{Subnets: tt.subnets, Outside: tt.outside, Findings: tt.findings}); got != tt.want {
 			t.Errorf("%q, want %q", got, tt.want)
 		}
+	}
+}
+
+// Fails when an error stands behind what matters less, or findings of one severity change places.
+func TestWorstFirst(t *testing.T) {
+	st := control.Status{Findings: []control.Finding{
+		{ID: "hosts_kept_in", Text: "a note"}, {ID: "of_a_newer_daemon", Text: "unknown"}, {ID: "children_dropped", Text: "an error"},
+		{ID: "no_nftables", Text: "a warning"}, {ID: "events_off", Text: "another error"},
+	}}
+	want := []string{"an error", "another error", "unknown", "a warning", "a note"}
+	if got := WorstFirst(st); !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
 	}
 }
