@@ -10,8 +10,8 @@ import (
 )
 
 // ModeEnv has flags for every daemon, such as "--backend=nft --learn=false", to run
-// the same tests in another mode. A test's own flags override them. With --events=lean a test
-// begins when the kernel hides flows, so it must be one in which it can.
+// the same tests in another mode. A test's own flags override them. With --events=lean
+// Start waits until the kernel hides flows: use it only with tests whose settings allow that.
 const ModeEnv = "CONENATD_MODE"
 
 // Flags of the daemon's modes.

@@ -138,8 +138,11 @@ func (c *Config) Uncarried() string {
 		switch {
 		case c.Backend == BackendExpect && s.Filtering == EndpointIndependent:
 			return fmt.Sprintf(`with backend = "expect" the subnet %s gets address_dependent filtering: set backend = "auto", for only the map admits everybody`, names[i])
-		case c.Backend == BackendNFT && (six || s.Routed) && s.Filtering != AddressAndPortDependent:
-			return fmt.Sprintf(`with backend = "nft" the subnet %s gets no permission: set backend = "auto", for only expectations carry IPv6 and untranslated flows`, names[i])
+		case c.Backend != BackendNFT || s.Filtering == AddressAndPortDependent:
+		case six:
+			return fmt.Sprintf(`with backend = "nft" the subnet %s gets no permission: set backend = "auto", for only expectations carry IPv6`, names[i])
+		case s.Routed:
+			return fmt.Sprintf(`with backend = "nft" the untranslated flows of %s give no permission: set backend = "auto", for only expectations carry these`, names[i])
 		}
 	}
 	return ""
