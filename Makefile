@@ -121,7 +121,8 @@ unit-e2e-rest:
 unit-others:
 	$(UNIT) $$($(GO) list ./... | grep -v -e '/e2e$$' -e /e2e/kernels)
 
-# Some tests on this kernel as a program for 386, which has no race detector.
+# Some tests on this kernel as a program for 386, which has no race detector. The one that is left
+# out asks the machine's own nft.
 unit32: export GOARCH = 386
 unit32:
 	$(GO) test -count=1 -timeout 10m -skip '^TestNftLoadsWhatItLists$$' $(PACKAGES32:%=./internal/%)

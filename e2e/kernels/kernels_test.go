@@ -62,11 +62,6 @@ var packages = []string{
 // half selects the tests of internal/rules for which the other guest has time.
 const half = `^Test[A-M]`
 
-// ofNFT are tests of internal/rules that would ask for minutes of an emulated CPU what other
-// tests ask on other kernels, too: e2e/nftversions loads all listings with many versions of
-// nft, and TestNFTListsWhatIsPrinted lists all layouts from the guest's kernel.
-const ofNFT = `^TestNftLoadsWhatItLists$`
-
 // reading are the tests of internal/userrules that ask something of a kernel: how it says rules,
 // and how their changes are seen. The first one reads each expression, match and target. What
 // follows from them is the same on all kernels, and the host tests it.
@@ -94,10 +89,10 @@ func TestReadingTestsExist(t *testing.T) {
 }
 
 // core selects the end-to-end tests for a guest: what lets packets in and keeps them out, in
-// each backend, and what a daemon leaves. What auto decides, it decides by rules, as on the host.
+// each backend, and what a daemon leaves. What auto decides by rules, it decides as on the host.
 // All tests would take longer than CI may; commandEnv can run the others.
 const core = `^Test(Peer|Two|IPv|Routed|Child|Answered|PermissionOutlives|Early|Guard|Stop|Restart|Cleanup|Connmark|Shared|SNAT|` +
-	`Firewalls|Helper|Group|Auto(Follows|Sees)|Tables|Port|Outside|FlowIs|` +
+	`Firewalls|Helper|Group|Auto(Follows|Sees|Judges|NFT)|Tables|Port|Outside|FlowIs|` +
 	`NFT(Learns|Outlives|RunsOut|Second|Children|Unanswered|Stop|Restart|Group|Filtering|Hairpin|Forward|Consoles|Chain|PortPasses))`
 
 // suspend is the last job: 9p does not survive it, so the guest loses the host's files. The
@@ -126,7 +121,7 @@ func guests(root string) map[string][]job {
 			tests("internal/ctwatch", ""),
 			tests("internal/gateway", ""),
 			tests("internal/userrules", "-test.run '^Test("+strings.Join(reading, "|")+")$'"),
-			tests("internal/rules", "-test.run '"+half+"' -test.skip '"+ofNFT+"'"),
+			tests("internal/rules", "-test.run '"+half+"'"),
 			suspend,
 		},
 		"end to end": {

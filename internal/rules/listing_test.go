@@ -97,6 +97,9 @@ func desired(change func(d *rules.Desired, m *rules.MapConfig)) rules.Desired {
 // ct original proto-dst without meta l4proto.
 func TestNftLoadsWhatItLists(t *testing.T) {
 	for name, change := range features {
+		if os.Getenv("CONENATD_GUEST") != "" && name != "default" {
+			continue // minutes of an emulated CPU; e2e/nftversions loads all with many versions of nft
+		}
 		t.Run(name, func(t *testing.T) {
 			l, other := lab.ForTest(t, lab.Options{}), lab.ForTest(t, lab.Options{})
 			d := desired(change)
