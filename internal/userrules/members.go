@@ -30,11 +30,29 @@ func (m *Members) value(t *table, name string, key []byte) (value []byte, found,
 			err = unix.ENOENT
 		}
 	}
-	if err == nil || errors.Is(err, unix.ENOENT) {
-		return value, err == nil, true
+	if err == nil {
+		return value, true, true
+	}
+	if errors.Is(err, unix.ENOENT) {
+		if err = m.exists(t, name); err == nil {
+			return nil, false, true
+		}
+		if errors.Is(err, unix.ENOENT) { // somebody replaces his rules
+			return nil, false, false
+		}
 	}
 	m.err = nfnl.Permitted(err)
 	return nil, false, false
+}
+
+// exists asks for the set itself. The error is unix.ENOENT if there is none.
+func (m *Members) exists(t *table, name string) error {
+	var e nfnl.Encoder
+	e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETSET, unix.NLM_F_REQUEST, m.c.NextSeq(1), t.family)
+	e.Str(unix.NFTA_SET_TABLE, t.name)
+	e.Str(unix.NFTA_SET_NAME, name)
+	e.End()
+	return m.c.Ask(&e, func(uint16, []byte) {})
 }
 
 // ask asks for the element that has a key, or for the catch-all element if key is nil. The error is

@@ -55,7 +55,7 @@ func stagesOf(forwarded *child, outside netip.Addr, own bool) stages {
 	routing.out = oneLink(nil, nil)
 	arrived := routing
 	arrived.labelled = false
-	if arrived.family == unix.NFPROTO_IPV4 && forwarded.status != 0 {
+	if arrived.family == unix.NFPROTO_IPV4 && forwarded.status != 0 { // children over IPv6 are seldom translated
 		arrived.arriveFor(outside, own)
 	}
 	untracked := arrived
@@ -71,8 +71,10 @@ func strangerStages(forwarded *child, in *Link, at, to netip.AddrPort) stages {
 		return stagesOf(forwarded, netip.Addr{}, false)
 	}
 	forwarded.status = statusDstNAT
-	s := stagesOf(forwarded, at.Addr(), in != nil && in.Masquerade == at.Addr())
+	own := in != nil && in.Masquerade == at.Addr()
+	s := stagesOf(forwarded, at.Addr(), own)
 	for _, c := range []*child{s.untracked, s.arrived} {
+		c.arriveFor(at.Addr(), own)
 		c.transport = slices.Concat(c.transport[:2], knownBytes(binary.BigEndian.AppendUint16(nil, at.Port())))
 	}
 	return s
