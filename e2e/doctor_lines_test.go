@@ -13,6 +13,7 @@ import (
 
 	"github.com/conenatd/conenatd/e2e/stage"
 	"github.com/conenatd/conenatd/internal/doctor"
+	"github.com/conenatd/conenatd/internal/lab"
 )
 
 // linesApart are the findings whose lines other tests apply, or none can.
@@ -58,6 +59,44 @@ func languages(t *testing.T, applied map[string][]doctor.Firewall) {
 		if diff := cmp.Diff(want, slices.Compact(applied[id])); diff != "" {
 			t.Errorf("%s: -want +applied:\n%s", id, diff)
 		}
+	}
+}
+
+// Two rules keep the packets of two subnets and of their peers from conntrack. A line names its rule
+// by number or handle, and rules for other things stand beside them.
+//
+// Fails when the lines, run as doctor prints them, delete another rule or leave one of the two.
+func TestDoctorsLinesDeleteNoOtherRule(t *testing.T) {
+	const keeps, sip = "-A PREROUTING -p udp -j CT --notrack\n", "-A PREROUTING -i lan0 -p udp -m udp --dport 5060:5070 -j CT --notrack\n"
+	others := []string{"-A PREROUTING -s 192.0.2.66/32 -j DROP\n", "-A PREROUTING -s 192.0.2.67/32 -j DROP\n", "-A PREROUTING -s 192.0.2.68/32 -j DROP\n"}
+	for _, variant := range []string{lab.IPTablesLegacy, lab.IPTablesNFT} {
+		t.Run(variant, func(t *testing.T) {
+			f := fault{id: "udp_not_tracked", options: noRules, subnet: "[[subnet]]\nprefix = \"10.47.12.0/24\"\n"}
+			p := &patient{newScene(t, f.options), f, filepath.Join(t.TempDir(), "conenatd.toml")}
+			loads(variant, lab.IPTablesMasquerade+"*raw\n"+sip+others[0]+keeps+others[1]+others[2]+"COMMIT\n")(p.scene)
+			p.write()
+			var lines []doctor.Line
+			for _, f := range p.doctor().Findings {
+				if f.ID == p.id {
+					lines = append(lines, f.Fix...)
+				}
+			}
+			p.apply(lines)
+			if f := p.finding(); f != nil {
+				t.Errorf("the lines do not repair it: %+v", f)
+			}
+			left, err := p.Gateway.Output(variant+"-save", "-t", "raw")
+			p.Must(err)
+			var got []string
+			for line := range strings.Lines(left) {
+				if strings.HasPrefix(line, "-A ") {
+					got = append(got, line)
+				}
+			}
+			if diff := cmp.Diff(others, got); diff != "" {
+				t.Errorf("-other rules +rules left by %+v:\n%s", lines, diff)
+			}
+		})
 	}
 }
 

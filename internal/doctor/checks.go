@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -151,22 +152,20 @@ func (f *Facts) randomPorts() (all []Finding) {
 	return all
 }
 
+// notTracked has one finding for each rule. Of one chain, the last rule comes first: the lines of
+// iptables-legacy name rules by their numbers, which change once a rule in front of them is deleted.
 func (f *Facts) notTracked() (all []Finding) {
+	kept := map[string][]string{} // from conntrack, by rule
 	for _, u := range f.Rules.Untracked {
-		whose := "what hosts of %v send to their peers"
-		if u.FromPeers {
-			whose = "what peers send to hosts of %v"
-		}
-		ports := "UDP"
-		if u.Ports != "" {
-			ports = "UDP to " + u.Ports
-		}
+		kept[u.Rule] = append(kept[u.Rule], u.packets())
+	}
+	for _, rule := range slices.SortedFunc(maps.Keys(kept), lastFirst) {
 		x := Finding{
-			About: fmt.Sprintf("%v %s", u.Subnet, u.Rule),
-			What:  fmt.Sprintf("a rule of yours keeps "+whose+" (%s) from conntrack: %s", u.Subnet, ports, u.Rule),
+			About: rule,
+			What:  fmt.Sprintf("a rule of yours keeps %s from conntrack: %s", strings.Join(kept[rule], ", and "), rule),
 			Keep:  "take notrack out where these rules come from, or narrow the rule to packets that the gateway need not translate",
 		}
-		if line, ok := deleteRule(u.Rule); ok {
+		if line, ok := deleteRule(rule); ok {
 			x.Fix = []Line{line}
 		}
 		all = append(all, x)

@@ -142,6 +142,12 @@ func TestFindings(t *testing.T) {
 		"an uplink for each flow": {
 			func(f *Facts) { f.SharedLinks = []string{"wan0", "wan1"} }, "uplink_per_flow", []string{"sysctl -w net.ipv4.fib_multipath_hash_policy=0"}, 1,
 		},
+		"one rule against hosts and peers": {
+			func(f *Facts) {
+				const rule = "iptables-legacy raw PREROUTING rule 1"
+				f.Rules.Untracked = []Untracked{{Subnets: []netip.Prefix{office}, Rule: rule}, {Subnets: []netip.Prefix{office}, FromPeers: true, Rule: rule}}
+			}, "udp_not_tracked", []string{"iptables-legacy -t raw -D PREROUTING 1"}, 1,
+		},
 		"a flowtable": {func(f *Facts) { f.Flowtables = []string{"inet fw4 ft"} }, "flowtable", nil, 0},
 		"a saved table": {
 			func(f *Facts) { f.Saved = []Saved{{"/etc/nftables.conf", []string{"ip conenat"}}} }, "rules_saved_with_tables",

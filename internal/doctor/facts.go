@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"fmt"
 	"net/netip"
 	"strconv"
 	"strings"
@@ -69,12 +70,30 @@ type Rules struct {
 	Untracked []Untracked
 }
 
-// An Untracked is a rule that keeps packets of a subnet's hosts, or of their peers, from conntrack.
+// An Untracked is what a rule keeps from conntrack: packets of hosts of some subnets, or of their
+// peers. A rule may have several.
 type Untracked struct {
-	Subnet    netip.Prefix
+	Subnets   []netip.Prefix
 	FromPeers bool
 	Ports     string // of the peers, such as "port 5060"; empty for all
 	Rule      string // "ip raw PREROUTING handle 4", or "iptables-legacy raw PREROUTING rule 1"
+}
+
+// packets names what the rule keeps from conntrack.
+func (u *Untracked) packets() string {
+	var subnets []string
+	for _, s := range u.Subnets {
+		subnets = append(subnets, s.String())
+	}
+	whose := "what hosts of %s send to their peers (%s)"
+	if u.FromPeers {
+		whose = "what peers send to hosts of %s (%s)"
+	}
+	ports := "UDP"
+	if u.Ports != "" {
+		ports = "UDP to " + u.Ports
+	}
+	return fmt.Sprintf(whose, strings.Join(subnets, ", "), ports)
 }
 
 // A Translation is about the source NAT of a subnet on an outside link.

@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -238,6 +239,14 @@ func deleteRule(rule string) (line Line, ok bool) {
 		return Line{Shell, fmt.Sprintf("%s -t %s -D %s %s", program, table, quote(name), number)}, program != ""
 	}
 	return Line{Shell, "nft delete rule " + rule}, true
+}
+
+// lastFirst sorts rules by their chains, and the last rule of a chain to the front.
+func lastFirst(a, b string) int {
+	chainA, numberA, _ := cutLast(a)
+	chainB, numberB, _ := cutLast(b)
+	// Without leading zeros, the longer number is the larger one.
+	return cmp.Or(cmp.Compare(chainA, chainB), cmp.Compare(len(numberB), len(numberA)), cmp.Compare(numberB, numberA))
 }
 
 // How to keep rules that were added by hand.

@@ -51,11 +51,18 @@ func untracked(rs *userrules.Ruleset, st control.Status, sides userrules.Sides) 
 			ports = append(ports, text)
 			wanted = wanted || r.Last != r.First || !slices.Contains(noPermissions, r.First)
 		}
-		x := doctor.Untracked{Subnet: u.Subnet, FromPeers: u.FromPeers, Rule: u.Text}
+		x := doctor.Untracked{Subnets: []netip.Prefix{u.Subnet}, FromPeers: u.FromPeers, Rule: u.Text}
 		if text := strings.Join(ports, ", "); text != "0-65535" {
 			x.Ports = "port " + text
 		}
-		if wanted {
+		same := func(o doctor.Untracked) bool {
+			return o.Rule == x.Rule && o.FromPeers == x.FromPeers && o.Ports == x.Ports
+		}
+		switch i := slices.IndexFunc(all, same); {
+		case !wanted:
+		case i >= 0:
+			all[i].Subnets = append(all[i].Subnets, u.Subnet)
+		default:
 			all = append(all, x)
 		}
 	}
