@@ -67,7 +67,7 @@ func languages(t *testing.T, applied map[string][]doctor.Firewall) {
 //
 // Fails when the lines, run as doctor prints them, delete another rule or leave one of the two.
 func TestDoctorsLinesDeleteNoOtherRule(t *testing.T) {
-	const keeps, sip = "-A PREROUTING -p udp -j CT --notrack\n", "-A PREROUTING -i lan0 -p udp -m udp --dport 5060:5070 -j CT --notrack\n"
+	const keeps, sip, ports = "-A PREROUTING -p udp -j CT --notrack\n", "-A PREROUTING -i lan0 -p udp -m udp --dport 5060:5070 -j CT --notrack\n", "(UDP to ports 5060-5070)"
 	others := []string{"-A PREROUTING -s 192.0.2.66/32 -j DROP\n", "-A PREROUTING -s 192.0.2.67/32 -j DROP\n", "-A PREROUTING -s 192.0.2.68/32 -j DROP\n"}
 	for _, variant := range []string{lab.IPTablesLegacy, lab.IPTablesNFT} {
 		t.Run(variant, func(t *testing.T) {
@@ -76,10 +76,14 @@ func TestDoctorsLinesDeleteNoOtherRule(t *testing.T) {
 			loads(variant, lab.IPTablesMasquerade+"*raw\n"+sip+others[0]+keeps+others[1]+others[2]+"COMMIT\n")(p.scene)
 			p.write()
 			var lines []doctor.Line
+			what := ""
 			for _, f := range p.doctor().Findings {
 				if f.ID == p.id {
-					lines = append(lines, f.Fix...)
+					lines, what = append(lines, f.Fix...), what+f.What
 				}
+			}
+			if !strings.Contains(what, ports) {
+				t.Errorf("want %q in %q", ports, what)
 			}
 			p.apply(lines)
 			if f := p.finding(); f != nil {

@@ -75,7 +75,7 @@ type Rules struct {
 type Untracked struct {
 	Subnets   []netip.Prefix
 	FromPeers bool
-	Ports     string // of the peers, such as "port 5060"; empty for all
+	Ports     string // to which the packets go, such as "port 5060"; empty for all
 	Rule      string // "ip raw PREROUTING handle 4", or "iptables-legacy raw PREROUTING rule 1"
 }
 

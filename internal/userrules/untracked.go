@@ -17,8 +17,10 @@ import (
 type Untracked struct {
 	Subnet    netip.Prefix
 	FromPeers bool
-	Ports     []PortRange // of the peers if the packets are from hosts, otherwise all ports
-	Text      string      // names the rule, as in a Forward
+	// Ports are where the packets go: for those from hosts, the ports of the peers, otherwise those
+	// of the outside address, or of the hosts of a routed subnet, which are more than half of all.
+	Ports []PortRange
+	Text  string // names the rule, as in a Forward
 }
 
 // Untracked returns the rules before conntrack in prerouting that take packets of hosts to peers, or

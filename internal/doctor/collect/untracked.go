@@ -52,7 +52,11 @@ func untracked(rs *userrules.Ruleset, st control.Status, sides userrules.Sides) 
 			wanted = wanted || r.Last != r.First || !slices.Contains(noPermissions, r.First)
 		}
 		x := doctor.Untracked{Subnets: []netip.Prefix{u.Subnet}, FromPeers: u.FromPeers, Rule: u.Text}
-		if text := strings.Join(ports, ", "); text != "0-65535" {
+		switch text := strings.Join(ports, ", "); {
+		case text == "0-65535":
+		case strings.ContainsAny(text, ",-"):
+			x.Ports = "ports " + text
+		default:
 			x.Ports = "port " + text
 		}
 		same := func(o doctor.Untracked) bool {
