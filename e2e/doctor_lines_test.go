@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -101,6 +102,35 @@ func TestDoctorsLinesDeleteNoOtherRule(t *testing.T) {
 				t.Errorf("-other rules +rules left by %+v:\n%s", lines, diff)
 			}
 		})
+	}
+}
+
+// Peer ports that give no permission may be kept from conntrack, for a server on the gateway.
+//
+// Fails when doctor, with a daemon or without, asks something else than exclude_peer_ports which these
+// are: it names a rule for them, or none for others.
+func TestDoctorKnowsExcludedPeerPorts(t *testing.T) {
+	const rules = `table inet raw { chain pre { type filter hook prerouting priority raw
+	iifname "lan0" udp dport { 53, 5060-5070, 6000 } notrack
+}; }
+`
+	for _, running := range []bool{false, true} {
+		for excluded, named := range map[string]bool{"": true, `[53, "5060-5070"]`: true, `[53, "5060-5070", 6000]`: false} {
+			t.Run(fmt.Sprintf("%s, a daemon %v", excluded, running), func(t *testing.T) {
+				f := fault{id: "udp_not_tracked", options: lab.Options{Rules: lab.Masquerade + rules}}
+				if excluded != "" {
+					f.top = "exclude_peer_ports = " + excluded + "\n"
+				}
+				p := &patient{newScene(t, f.options), f, filepath.Join(t.TempDir(), "conenatd.toml")}
+				if p.write(); running {
+					p.Start("--config", p.config)
+					p.Must(os.WriteFile(p.config, nil, 0o644)) // the daemon's own configuration counts
+				}
+				if f := p.finding(); (f != nil) != named {
+					t.Errorf("doctor finds %+v", p.doctor())
+				}
+			})
+		}
 	}
 }
 

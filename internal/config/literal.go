@@ -27,7 +27,7 @@ func Literal(v any) string {
 	case slog.Level:
 		return quote(strings.ToLower(v.String()))
 	case []uint16:
-		return joined(portRanges(v), func(r PortRange) string {
+		return joined(PortRanges(v), func(r PortRange) string {
 			if r.First == r.Last {
 				return r.String()
 			}
@@ -93,8 +93,8 @@ func shortDuration(d time.Duration) string {
 	return s
 }
 
-// portRanges returns sorted ports as ranges; fewer than three ports are no range.
-func portRanges(ports []uint16) (all []PortRange) {
+// PortRanges returns sorted ports as ranges; fewer than three ports are no range.
+func PortRanges(ports []uint16) (all []PortRange) {
 	for i := 0; i < len(ports); {
 		j := i + 1
 		for j < len(ports) && ports[j] == ports[j-1]+1 {

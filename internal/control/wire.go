@@ -75,8 +75,10 @@ type Status struct {
 	Subnets         []Subnet `json:"subnets"`
 	Outside         []string `json:"outside"`           // outside links
 	OutsideIPv6Only []string `json:"outside_ipv6_only"` // those of them that are outside links for IPv6 alone
-	Lifetime        float64  `json:"lifetime_s"`        // in seconds
-	Accounting      bool     `json:"accounting"`        // sysctl nf_conntrack_acct
+	// ExcludePeerPorts are the peer ports that give no permission.
+	ExcludePeerPorts []PortRange `json:"exclude_peer_ports"`
+	Lifetime         float64     `json:"lifetime_s"` // in seconds
+	Accounting       bool        `json:"accounting"` // sysctl nf_conntrack_acct
 
 	Permissions Permissions `json:"permissions"`
 	Tables      Tables      `json:"tables"`
@@ -96,6 +98,12 @@ type Status struct {
 
 	// Verification is present if it was requested.
 	Verification *Verification `json:"verification,omitempty"`
+}
+
+// A PortRange has its First and its Last port.
+type PortRange struct {
+	First uint16 `json:"first"`
+	Last  uint16 `json:"last"`
 }
 
 // A Finding says what does not work, and how to repair it.

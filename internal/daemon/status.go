@@ -45,6 +45,7 @@ func (s source) Status() control.Status {
 			st.Subnets = append(st.Subnets, l.subnet(n))
 		}
 		st.Outside, st.OutsideIPv6Only = l.network.OutsideLinks(), l.network.OutsideLinksIPv6Only()
+		st.ExcludePeerPorts = l.excludedPeerPorts()
 		st.Warnings, st.Findings = l.warnings().status()
 		st.Backend = l.backends.String()
 		st.Helper.IPv4, st.Helper.IPv6 = l.helper(false), l.helper(true)
@@ -74,6 +75,13 @@ func (s source) Status() control.Status {
 		st.Latency = latencyStatus(&l.latency)
 	})
 	return st
+}
+
+func (l *loop) excludedPeerPorts() (all []control.PortRange) {
+	for _, r := range config.PortRanges(l.cfg.ExcludePeerPorts) {
+		all = append(all, control.PortRange(r))
+	}
+	return all
 }
 
 // maps reports whether endpoint-independent mapping is in force.

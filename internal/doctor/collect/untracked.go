@@ -12,9 +12,6 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// noPermissions are the peer ports that give no permission by default (exclude_peer_ports).
-var noPermissions = []uint16{53, 123, 443}
-
 // sides returns the subnets of st with the links inside that lead to them, and the outside links.
 func sides(st control.Status, network gateway.Network, inside []gateway.Link) (s userrules.Sides) {
 	s.Subnets = prefixes(st.Subnets)
@@ -32,7 +29,7 @@ func sides(st control.Status, network gateway.Network, inside []gateway.Link) (s
 }
 
 // untracked finds the rules that keep packets from conntrack, but for those to peer ports that give no
-// permission by default: such a rule is for a resolver or a clock on the gateway.
+// permission (exclude_peer_ports): such a rule is for a resolver or a clock on the gateway.
 func untracked(rs *userrules.Ruleset, st control.Status, sides userrules.Sides) (all []doctor.Untracked) {
 	var routed []netip.Prefix
 	for _, s := range st.Subnets {
@@ -42,14 +39,14 @@ func untracked(rs *userrules.Ruleset, st control.Status, sides userrules.Sides) 
 	}
 	for _, u := range rs.Untracked(sides, routed) {
 		var ports []string
-		wanted := false
+		wanted := u.FromPeers
 		for _, r := range u.Ports {
 			text := strconv.Itoa(int(r.First))
 			if r.Last != r.First {
 				text += "-" + strconv.Itoa(int(r.Last))
 			}
 			ports = append(ports, text)
-			wanted = wanted || r.Last != r.First || !slices.Contains(noPermissions, r.First)
+			wanted = wanted || !excluded(st, r)
 		}
 		x := doctor.Untracked{Subnets: []netip.Prefix{u.Subnet}, FromPeers: u.FromPeers, Rule: u.Text}
 		switch text := strings.Join(ports, ", "); {
@@ -71,4 +68,15 @@ func untracked(rs *userrules.Ruleset, st control.Status, sides userrules.Sides) 
 		}
 	}
 	return all
+}
+
+// excluded reports whether no peer port of r gives a permission.
+func excluded(st control.Status, r userrules.PortRange) bool {
+	next := int(r.First)
+	for _, x := range st.ExcludePeerPorts { // sorted
+		if int(x.First) <= next && next <= int(x.Last) {
+			next = int(x.Last) + 1
+		}
+	}
+	return next > int(r.Last)
 }
