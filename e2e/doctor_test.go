@@ -231,8 +231,10 @@ func TestDoctorsLinesRepair(t *testing.T) {
 			cured++
 		})
 	}
-	if cured == len(faults) { // not a part of them, by -run
+	if cured == len(faults) {
 		languages(t, applied)
+	} else {
+		t.Logf("%d of %d faults were repaired: not checked whether lines of each firewall were applied", cured, len(faults))
 	}
 }
 
