@@ -50,8 +50,11 @@ func TestVerdict(t *testing.T) {
 // Fails when an error stands behind what matters less, or findings of one severity change places.
 func TestWorstFirst(t *testing.T) {
 	st := control.Status{Findings: []control.Finding{
-		{ID: "hosts_kept_in", Text: "a note"}, {ID: "of_a_newer_daemon", Text: "unknown"}, {ID: "children_dropped", Text: "an error"},
-		{ID: "no_nftables", Text: "a warning"}, {ID: "events_off", Text: "another error"},
+		{ID: "hosts_kept_in", Text: "a note"},
+		{ID: "of_a_newer_daemon", Text: "unknown"},
+		{ID: "children_dropped", Text: "an error"},
+		{ID: "no_nftables", Text: "a warning"},
+		{ID: "events_off", Text: "another error"},
 	}}
 	want := []string{"an error", "another error", "unknown", "a warning", "a note"}
 	if got := WorstFirst(st); !slices.Equal(got, want) {
