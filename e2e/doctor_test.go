@@ -169,6 +169,7 @@ func (tt fault) cure(t *testing.T) doctor.Firewall {
 		t.Errorf("%+v", f)
 	}
 	language := p.doctor().Firewall
+	p.saysWhatThen(f)
 	if tt.lost {
 		p.reaches(6000, false)
 	}
@@ -194,6 +195,22 @@ func (tt fault) cure(t *testing.T) doctor.Firewall {
 		}
 	}
 	return language
+}
+
+// saysWhatThen checks that the text says how a line for the configuration takes effect, and with
+// which flag of "run" where there is no configuration file.
+func (p *patient) saysWhatThen(f *doctor.Finding) {
+	p.T.Helper()
+	out, _ := p.CLI("doctor", "--config", p.config)
+	text := strings.Join(strings.Fields(out), " ")
+	help, _ := p.CLI("run", "--help")
+	for _, l := range f.Fix {
+		key, _, _ := strings.Cut(l.Line, " ")
+		flag := "--" + strings.ReplaceAll(key, "_", "-")
+		if l.In != doctor.Shell && (!strings.Contains(text, "Then: 'conenatd reload'. Without a configuration file, start the daemon again with "+flag) || !strings.Contains(help, " "+flag+" ")) {
+			p.T.Errorf("nothing says what to do with %q: %s", l.Line, out)
+		}
+	}
 }
 
 // noAnswer checks that the peer cannot answer the host: it gets nothing, or a packet with a

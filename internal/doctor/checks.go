@@ -145,8 +145,8 @@ func (f *Facts) randomPorts() (all []Finding) {
 	for _, t := range f.Rules.Random {
 		all = append(all, Finding{
 			About: fmt.Sprintf("%v %s", t.Subnet, t.Link),
-			What:  fmt.Sprintf("a rule of yours chooses a random outside port for each flow of %v on %s: %s", t.Subnet, t.Link, t.Rule),
-			Fix:   []Line{{Subnets, `mapping = "endpoint_independent"`}}, Keep: "or take 'random' and 'fully-random' out of the rule",
+			What:  fmt.Sprintf("a rule of yours chooses a random outside port for each flow of %v on %s: %s; take 'random' and 'fully-random' out of it, or keep one port for each host", t.Subnet, t.Link, t.Rule),
+			Fix:   []Line{{Subnets, `mapping = "endpoint_independent"`}},
 		})
 	}
 	return all
@@ -222,8 +222,9 @@ func (f *Facts) uplinkPerFlow() []Finding {
 		return nil
 	}
 	return []Finding{{
-		What: fmt.Sprintf("%s share a default route, and %s = %d chooses one of them for each flow", strings.Join(f.SharedLinks, " and "), name, policy),
-		Fix:  []Line{sysctl(name, "0")}, Keep: keepSysctl + "; or keep flows on their uplink by marks (docs/recipes/uplink-marks.md)",
+		What: fmt.Sprintf("%s share a default route, and %s = %d chooses one of them for each flow; choose by the addresses alone, or keep flows on their uplink by marks "+
+			"(docs/recipes/uplink-marks.md)", strings.Join(f.SharedLinks, " and "), name, policy),
+		Fix: []Line{sysctl(name, "0")}, Keep: keepSysctl,
 	}}
 }
 

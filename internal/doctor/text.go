@@ -69,8 +69,21 @@ func (f *Finding) write(b *strings.Builder, color bool) {
 			fmt.Fprintf(b, "    %s: %s\n", l.In, l.Line)
 		}
 	}
+	if flags := f.flags(); len(flags) > 0 {
+		b.WriteString(text.Wrap("Then: 'conenatd reload'. Without a configuration file, start the daemon again with "+strings.Join(flags, " and ")+" instead", "  "))
+	}
 	if f.Keep != "" {
 		b.WriteString(text.Wrap("To keep it: "+f.Keep, "  "))
 	}
 	b.WriteString("\n")
+}
+
+// flags returns the flags of "conenatd run" that are the keys of the lines for the configuration.
+func (f *Finding) flags() (names []string) {
+	for _, l := range f.Fix {
+		if key, _, ok := strings.Cut(l.Line, " = "); ok && l.In != Shell {
+			names = append(names, "--"+strings.ReplaceAll(key, "_", "-"))
+		}
+	}
+	return names
 }
