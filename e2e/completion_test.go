@@ -7,10 +7,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/conenatd/conenatd/e2e/debian"
 	"github.com/conenatd/conenatd/e2e/stage"
@@ -19,26 +17,7 @@ import (
 // shells returns the folder with Debian's shells, unpacked and not installed.
 func shells(t *testing.T) string {
 	t.Helper()
-	if runtime.GOARCH != "amd64" {
-		debian.Missing(t, "the packages with the shells are of amd64")
-	}
-	tree, _, err := debian.Tree{
-		Name:   "shells",
-		Suites: []string{"bookworm"},
-		Packages: func(ctx context.Context, a *debian.Apt) ([]string, error) {
-			return a.Needed(ctx, "bash", "bash-completion", "fish", "zsh")
-		},
-		Unpack: debian.UnpackWhole,
-		Key:    "1",
-		Fresh:  30 * 24 * time.Hour,
-	}.Fetch(context.WithoutCancel(t.Context()))
-	if _, ok := errors.AsType[debian.ArchiveError](err); ok {
-		debian.Missing(t, err.Error())
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	return tree
+	return debian.ForTest(t, "shells", debian.UnpackWhole, "bash", "bash-completion", "fish", "zsh")
 }
 
 // What a shell does with SCRIPT when the user types TYPED and the tabulator key. A zsh completes

@@ -2,14 +2,11 @@ package e2e
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/conenatd/conenatd/e2e/debian"
 	"github.com/conenatd/conenatd/internal/lab"
@@ -58,26 +55,7 @@ func (s *scene) coturn(addrs []netip.Addr, more ...string) {
 // the package would start a server.
 func coturn(t *testing.T) string {
 	t.Helper()
-	if runtime.GOARCH != "amd64" {
-		debian.Missing(t, "the package with coturn is of amd64")
-	}
-	tree, _, err := debian.Tree{
-		Name:   "coturn",
-		Suites: []string{"bookworm"},
-		Packages: func(ctx context.Context, a *debian.Apt) ([]string, error) {
-			return a.Needed(ctx, "coturn")
-		},
-		Unpack: debian.UnpackAll,
-		Key:    "1",
-		Fresh:  30 * 24 * time.Hour,
-	}.Fetch(context.WithoutCancel(t.Context()))
-	if _, ok := errors.AsType[debian.ArchiveError](err); ok {
-		debian.Missing(t, err.Error())
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	return tree
+	return debian.ForTest(t, "coturn", debian.UnpackAll, "coturn")
 }
 
 // drops makes a chain of a host that drops what a rule matches.

@@ -7,10 +7,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/conenatd/conenatd/e2e/debian"
 	"github.com/conenatd/conenatd/e2e/stage"
@@ -30,23 +28,7 @@ const bus = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configura
 // firewall-cmd into the PATH. It is unpacked and not installed, and so is its D-Bus.
 func (s *scene) firewalld(t *testing.T) {
 	t.Helper()
-	if runtime.GOARCH != "amd64" {
-		debian.Missing(t, "the packages with firewalld are of amd64")
-	}
-	tree, _, err := debian.Tree{
-		Name:   "firewalld",
-		Suites: []string{"bookworm"},
-		Packages: func(ctx context.Context, a *debian.Apt) ([]string, error) {
-			return a.Needed(ctx, "firewalld", "dbus-daemon")
-		},
-		Unpack: debian.UnpackAll,
-		Key:    "1",
-		Fresh:  30 * 24 * time.Hour,
-	}.Fetch(context.WithoutCancel(t.Context()))
-	if _, ok := errors.AsType[debian.ArchiveError](err); ok {
-		debian.Missing(t, err.Error())
-	}
-	s.Must(err)
+	tree := debian.ForTest(t, "firewalld", debian.UnpackAll, "firewalld", "dbus-daemon")
 
 	dir := t.TempDir()
 	path := func(name string) string { return filepath.Join(dir, name) }
