@@ -3,8 +3,10 @@ package e2e
 import (
 	"context"
 	"encoding/binary"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -33,7 +35,9 @@ func TestSignalsDuringTheStart(t *testing.T) {
 	s.Stop()
 
 	signalled = s.atTheFirstOpen(path, syscall.SIGUSR1)
-	out, err := s.Gateway.Command(context.Background(), stage.Exe(), "run", "--config", path,
+	ctx, cancel := context.WithTimeout(context.Background(), stage.Patience())
+	defer cancel()
+	out, err := s.Gateway.Command(ctx, stage.Exe(), "run", "--config", path,
 		"--control-socket", filepath.Join(t.TempDir(), "s")).CombinedOutput()
 	s.Must(<-signalled)
 	if err != nil {
@@ -42,8 +46,7 @@ func TestSignalsDuringTheStart(t *testing.T) {
 }
 
 // atTheFirstOpen sends a signal to the first process that opens a file, before the kernel lets it do
-// so (fanotify(7)): by default the signal ends that process before it has read anything. The channel
-// gives the result.
+// so (fanotify(7)), once another thread of it has taken the signal. The channel gives the result.
 func (s *scene) atTheFirstOpen(path string, sig syscall.Signal) <-chan error {
 	s.T.Helper()
 	fd, err := unix.FanotifyInit(unix.FAN_CLASS_CONTENT|unix.FAN_CLOEXEC|unix.FAN_NONBLOCK, unix.O_RDONLY|unix.O_CLOEXEC)
@@ -60,6 +63,14 @@ func (s *scene) atTheFirstOpen(path string, sig syscall.Signal) <-chan error {
 			return
 		}
 		err := unix.Kill(int(e.Pid), sig)
+		poll := time.NewTicker(time.Millisecond)
+		defer poll.Stop()
+		for range 1000 { // the thread that the kernel chose may be the one that waits here
+			if err != nil || !pending(int(e.Pid), sig) {
+				break
+			}
+			<-poll.C
+		}
 		if failed := binary.Write(events, binary.NativeEndian, unix.FanotifyResponse{Fd: e.Fd, Response: unix.FAN_ALLOW}); err == nil {
 			err = failed
 		}
@@ -67,4 +78,16 @@ func (s *scene) atTheFirstOpen(path string, sig syscall.Signal) <-chan error {
 		done <- err
 	}()
 	return done
+}
+
+// pending reports whether no thread of a process has taken a signal yet.
+func pending(pid int, sig syscall.Signal) bool {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return false // it has ended
+	}
+	_, mask, _ := strings.Cut(string(text), "ShdPnd:")
+	var set uint64
+	_, _ = fmt.Sscanf(mask, "%x", &set)
+	return set&(1<<(sig-1)) != 0
 }
