@@ -39,7 +39,8 @@ listed as not checked. If a daemon runs, its configuration counts, and the flags
 other than --control-socket do not matter.
 
 The exit status is 0 without warnings and errors, 1 with warnings, 2 with errors,
-3 if the gateway cannot be examined, and 78 if the command line is wrong.`,
+3 if the gateway cannot be examined, and 78 if the command line or the
+configuration is wrong.`,
 		Example: "  sudo conenatd doctor\n  sudo conenatd doctor --config /etc/conenatd/conenatd.toml --json",
 		Args:    exactly(),
 	}

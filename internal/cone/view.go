@@ -20,9 +20,25 @@ type View struct {
 	Expires time.Duration
 }
 
-// UsesOutside reports whether a permission on the outside address ext stands.
-func (m *Model) UsesOutside(ext Addr) bool {
-	return slices.ContainsFunc(m.claims, func(c claim) bool { return c.state == StateStanding && c.Ext.Addr == ext })
+// OutsideInUse returns those of the outside addresses exts on which a permission stands, in order.
+func (m *Model) OutsideInUse(exts []Addr) (used []Addr) {
+	if len(exts) == 0 {
+		return nil
+	}
+	left := make(map[Addr]bool, len(exts))
+	for _, a := range exts {
+		left[a] = true
+	}
+	for i := range m.claims {
+		if c := &m.claims[i]; c.state == StateStanding && left[c.Ext.Addr] {
+			delete(left, c.Ext.Addr)
+			if used = append(used, c.Ext.Addr); len(left) == 0 {
+				break
+			}
+		}
+	}
+	slices.SortFunc(used, func(a, b Addr) int { return a.Netip().Compare(b.Netip()) })
+	return used
 }
 
 // Lifetime returns the policy's lifetime.

@@ -67,14 +67,18 @@ func (a *auditor) use(peers bool) {
 	defer a.lock.Unlock()
 	file := a.opened
 	a.opened = nil
+	wait := a.wait()
 	if file != nil && a.log != nil {
-		err := a.log.Replace(a.wait(), file, peers)
+		err := a.log.Replace(wait, file, peers)
 		if !errors.Is(err, audit.ErrSlow) {
 			a.lost(0, err)
 			return
 		}
+		over := make(chan time.Time)
+		close(over)
+		wait = over
 	}
-	a.finish(false)
+	a.finish(false, wait)
 	if file != nil {
 		a.start(file, peers, &watcher{events: make(chan watched, auditAhead)})
 	}
@@ -91,11 +95,11 @@ func (a *auditor) start(file *os.File, peers bool, w *watcher) {
 func (a *auditor) close(ended bool) {
 	a.lock.Lock()
 	defer a.lock.Unlock()
-	a.finish(ended)
+	a.finish(ended, a.wait())
 }
 
-// finish ends the audit log. One that hangs may end later.
-func (a *auditor) finish(ended bool) {
+// finish ends the audit log. One that still hangs when wait fires ends later, without its events.
+func (a *auditor) finish(ended bool, wait <-chan time.Time) {
 	if a.log == nil {
 		return
 	}
@@ -104,8 +108,8 @@ func (a *auditor) finish(ended bool) {
 	close(a.end.stop)
 	select {
 	case <-a.done:
-	case <-a.wait():
-		a.lost(w.lost.Load()+uint64(len(w.events)), audit.ErrSlow)
+	case <-wait:
+		a.lost(w.discard(), audit.ErrSlow)
 	}
 	a.log = nil
 }
@@ -135,10 +139,13 @@ func (a *auditor) run(log *audit.Log, w *watcher, end *auditEnd, done chan struc
 
 // lost notes n records or events that the file does not have.
 func (a *auditor) lost(n uint64, err error) {
+	if err != nil {
+		n = max(n, 1)
+	}
 	a.gone.Add(n)
 	switch {
 	case err != nil:
-		a.noted.Note(slog.LevelWarn, "audit", "records of the audit log are lost", max(n, 1), "err", err)
+		a.noted.Note(slog.LevelWarn, "audit", "records of the audit log are lost", n, "err", err)
 	case n > 0:
 		a.noted.Note(slog.LevelWarn, "audit", "records of the audit log are lost", n)
 	}

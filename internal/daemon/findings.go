@@ -4,10 +4,13 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
@@ -193,12 +196,23 @@ func (l *loop) warnOtherArrivals(out *warnings) {
 	if l.tables.Guard.Spoofed == 0 {
 		return
 	}
-	for _, a := range l.network.Addrs {
-		for _, link := range l.network.Links {
-			if link.Index == a.Link && link.Outside&gateway.FamilyOf(a.Prefix.Addr()) == 0 && !link.Inside && l.engine.Model.UsesOutside(cone.AddrFrom(a.Prefix.Addr())) {
-				out.add(warnOtherArrivals, link.Name, "%d packets were dropped as faked, for they came by another link than the way to their source; hosts leave with %v, "+
-					"which is on %s, no outside link: if peers answer by it, name it with --outside %s", l.tables.Guard.Spoofed, a.Prefix.Addr(), link.Name, link.Name)
+	links := map[cone.Addr]string{} // of addresses by whose link nothing should arrive from outside
+	for _, link := range l.network.Links {
+		if link.Inside || link.Flags&unix.IFF_LOOPBACK != 0 || link.Kind == "dummy" { // no peer is behind these
+			continue
+		}
+		for _, a := range l.network.Addrs {
+			if link.Index == a.Link && link.Outside&gateway.FamilyOf(a.Prefix.Addr()) == 0 {
+				links[cone.AddrFrom(a.Prefix.Addr())] = link.Name
 			}
+		}
+	}
+	told := map[string]bool{}
+	for _, ext := range l.engine.Model.OutsideInUse(slices.Collect(maps.Keys(links))) {
+		if link := links[ext]; !told[link] {
+			told[link] = true
+			out.add(warnOtherArrivals, link, "%d packets were dropped as faked, for they came by another link than the way to their source; hosts leave with %v, "+
+				"which is on %s, no outside link: if peers answer by it, name it with --outside %s", l.tables.Guard.Spoofed, ext.Netip(), link, link)
 		}
 	}
 }

@@ -86,7 +86,7 @@ func (r *reconciler) forgetBackups(network gateway.Network) (forgot bool) {
 			continue
 		}
 		var inUse bool
-		if r.ask(func(l *loop) { inUse = l.engine.Model.UsesOutside(s.ext) }) && !inUse {
+		if r.ask(func(l *loop) { inUse = len(l.engine.Model.OutsideInUse([]cone.Addr{s.ext})) > 0 }) && !inUse {
 			delete(r.uplinks.seen, l.Name)
 			forgot = true
 		}

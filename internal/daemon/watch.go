@@ -140,6 +140,19 @@ func (w *watcher) follow(ctx context.Context, ended <-chan struct{}, yield func(
 	}
 }
 
+// discard empties the queue, and returns how many events that loses.
+func (w *watcher) discard() (n uint64) {
+	n = w.lost.Swap(0)
+	for {
+		select {
+		case x := <-w.events:
+			n += max(x.lost, 1)
+		default:
+			return n
+		}
+	}
+}
+
 // observe tells watchers, and the log at its level debug. The loop calls it.
 func (s *shared) observe(e cone.Event) {
 	s.watchers.publish(e)

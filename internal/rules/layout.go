@@ -95,7 +95,8 @@ const (
 	// that limit ends, only the daemon passes its outside port on to another host.
 	learnedSize = 1 << 17
 	// childrenSize is for how many pairs of a peer and an outside endpoint children through
-	// expectations are counted, in each family. There may be 75,000 expectations.
+	// expectations are counted, in each family. There may be 75,000 expectations, each
+	// for up to 16 peers.
 	childrenSize = 1 << 20
 )
 
