@@ -86,7 +86,7 @@ func passes(rs *userrules.Ruleset, outside []userrules.Link, n gateway.Network, 
 	one := []netip.Prefix{netip.PrefixFrom(host, host.BitLen())}
 	a, all, dropper := userrules.Unknown, userrules.Unknown, ""
 	if links, err := n.LinksTo(0, one); err == nil {
-		inside := []userrules.Link{{Index: links[0].Index, Name: links[0].Name}}
+		inside := []userrules.Link{flows.LinkOf(links[0])}
 		if v, err := rs.Children(outside, inside, one); err == nil {
 			if a, all, dropper = v[0].MostDNATed, v[0].DNATed, v[0].DNATedBy.Chain; related {
 				a, all, dropper = v[0].MostRelated, v[0].Related, v[0].RelatedBy.Chain

@@ -186,14 +186,21 @@ func moreEntries(f *Facts, _ control.Finding) ([]Line, string) {
 	return []Line{sysctl(name, fmt.Sprint(2*f.Status.Conntrack.Max))}, keepSysctl
 }
 
+// meaningOf returns what a finding of the daemon means; nil if it is of a newer daemon.
+func meaningOf(d control.Finding) *meaning {
+	if i := slices.IndexFunc(meanings, func(m meaning) bool { return m.id == d.ID }); i >= 0 {
+		return &meanings[i]
+	}
+	return nil
+}
+
 // explain adds to a finding of the daemon what it means.
 func (f *Facts) explain(d control.Finding) Finding {
 	x := Finding{ID: d.ID, About: d.About, Severity: Warning, What: d.Text}
-	i := slices.IndexFunc(meanings, func(m meaning) bool { return m.id == d.ID })
-	if i < 0 {
-		return x // of a newer daemon
+	m := meaningOf(d)
+	if m == nil {
+		return x
 	}
-	m := &meanings[i]
 	if x.Severity, x.Why = m.severity, m.why; m.fix != nil {
 		x.Fix, x.Keep = m.fix(f, d)
 	}

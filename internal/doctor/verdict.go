@@ -80,8 +80,8 @@ func WorstFirst(st control.Status) []string {
 
 // severityOf returns the severity of a finding of the daemon. One of a newer daemon is a warning.
 func severityOf(d control.Finding) Severity {
-	if i := slices.IndexFunc(meanings, func(m meaning) bool { return m.id == d.ID }); i >= 0 {
-		return meanings[i].severity
+	if m := meaningOf(d); m != nil {
+		return m.severity
 	}
 	return Warning
 }
