@@ -162,15 +162,15 @@ func (s source) gather(c *packetCase) error {
 	var d userrules.Diverter
 	c.diverted, _ = d.Diversions(rs, sidesOf(cfg, network))
 	c.firewall = func(host netip.Addr, kind flowKind) (userrules.Answer, string) {
-		switch to := c.ext; kind {
+		switch to, by := c.ext, inside; kind {
 		case ofForward:
 			to = c.forwardsTo()
 			if links, err := network.LinksTo(0, []netip.Prefix{netip.PrefixFrom(host, host.BitLen())}); err == nil {
-				inside = flows.LinkOf(links[0])
+				by = flows.LinkOf(links[0])
 			}
 			fallthrough
 		case ofStranger:
-			if a, dropper, err := rs.Stranger(outside, inside, c.peer, c.ext, to); err == nil {
+			if a, dropper, err := rs.Stranger(outside, by, c.peer, c.ext, to); err == nil {
 				return a, dropper.Chain
 			}
 			return userrules.Unknown, ""
