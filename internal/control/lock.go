@@ -55,8 +55,8 @@ func acquire(name, socket string) (*Lock, error) {
 	ln, err := net.Listen("unix", name)
 	if errors.Is(err, unix.EADDRINUSE) {
 		running := &RunningError{}
-		if c, err := dialLock(name); err == nil {
-			running.PID = int(c.holder.Pid)
+		if c, holder, err := dialLock(name); err == nil {
+			running.PID = int(holder.Pid)
 			c.Close()
 		}
 		return nil, running
@@ -104,7 +104,7 @@ func find(name, folder string) (string, error) {
 
 // ask returns where the holder of a lock listens, and who it is.
 func ask(name, folder string) (socket string, holder *unix.Ucred, err error) {
-	c, err := dialLock(name)
+	c, holder, err := dialLock(name)
 	if errors.Is(err, unix.ECONNREFUSED) {
 		return "", nil, fmt.Errorf(`%w: start it with "conenatd run"`, ErrNotRunning)
 	}
@@ -118,14 +118,14 @@ func ask(name, folder string) (socket string, holder *unix.Ucred, err error) {
 	path, err := io.ReadAll(io.LimitReader(c, maxPath))
 	switch {
 	case err != nil:
-		return "", nil, fmt.Errorf("find conenatd: the process with pid %d does not answer: %w", c.holder.Pid, err)
+		return "", nil, fmt.Errorf("find conenatd: the process with pid %d does not answer: %w", holder.Pid, err)
 	case len(path) == 0: // a cleanup is under way
 		return "", nil, fmt.Errorf(`%w: start it with "conenatd run"`, ErrNotRunning)
-	case !trusted(c.holder, string(path), folder):
+	case !trusted(holder, string(path), folder):
 		return "", nil, fmt.Errorf("find conenatd: the process with pid %d of user %d has its name in this network namespace, and may not be conenatd: "+
-			"name its socket with --control-socket if it is, or end it", c.holder.Pid, c.holder.Uid)
+			"name its socket with --control-socket if it is, or end it", holder.Pid, holder.Uid)
 	}
-	return string(path), c.holder, nil
+	return string(path), holder, nil
 }
 
 // maxPath is the length of the longest path of a unix socket.
@@ -152,29 +152,23 @@ func trustedUser(holder *unix.Ucred, folder string) bool {
 	return ok && st.Uid == holder.Uid
 }
 
-// A lockConn is a connection to the process that holds a lock.
-type lockConn struct {
-	net.Conn
-	holder *unix.Ucred // the process that called listen; pid 0 if it is not visible
-}
-
-// dialLock never blocks: connecting to a unix socket with a full backlog fails at once.
-func dialLock(name string) (*lockConn, error) {
-	c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: name, Net: "unix"})
-	if err != nil {
-		return nil, err
+// dialLock connects to the process that holds a lock. holder is the process that called listen, with
+// pid 0 if it is not visible. It never blocks: connecting to a unix socket with a full backlog
+// fails at once.
+func dialLock(name string) (c *net.UnixConn, holder *unix.Ucred, err error) {
+	if c, err = net.DialUnix("unix", nil, &net.UnixAddr{Name: name, Net: "unix"}); err != nil {
+		return nil, nil, err
 	}
-	l := &lockConn{Conn: c}
 	raw, err := c.SyscallConn()
 	if err == nil {
 		var failed error
 		err = raw.Control(func(fd uintptr) {
-			l.holder, failed = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+			holder, failed = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
 		})
 		err = errors.Join(err, failed)
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("identify the process that holds it: %w", err), c.Close())
+		return nil, nil, errors.Join(fmt.Errorf("identify the process that holds it: %w", err), c.Close())
 	}
-	return l, nil
+	return c, holder, nil
 }

@@ -135,8 +135,7 @@ func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Allow", method)
 		fail(w, http.StatusMethodNotAllowed, "method %q: only %s is answered", r.Method, method)
 	case r.URL.Path == pathStatus:
-		w.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(w).Encode(h.src.Status()) // an error means that the client is gone
+		send(w, http.StatusOK, h.src.Status())
 	case r.URL.Path == pathMetrics:
 		h.metrics.ServeHTTP(w, r)
 	case r.URL.Path == pathPermissions:
@@ -223,8 +222,7 @@ func answer(w http.ResponseWriter, r any, err error) {
 		fail(w, http.StatusUnprocessableEntity, "%w", err)
 		return
 	}
-	w.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(w).Encode(r) // an error means that the client is gone
+	send(w, http.StatusOK, r)
 }
 
 // list writes one permission per line, so that neither side needs the whole list as text. A
@@ -279,7 +277,11 @@ func (w *patientWriter) Write(b []byte) (int, error) {
 }
 
 func fail(w http.ResponseWriter, code int, format string, args ...any) {
+	send(w, code, failure{fmt.Errorf(format, args...).Error()})
+}
+
+func send(w http.ResponseWriter, code int, v any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
-	_ = json.NewEncoder(w).Encode(failure{fmt.Errorf(format, args...).Error()})
+	_ = json.NewEncoder(w).Encode(v) // an error means that the client is gone
 }
