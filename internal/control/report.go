@@ -28,117 +28,159 @@ const screenWidth, screenHeight = 80, 24
 // links and warnings, of which the first stay.
 func WriteStatus(w io.Writer, verdict string, s Status, verbose bool, now time.Time) error {
 	var b strings.Builder
-	tw := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	line := func(name, format string, args ...any) {
-		fmt.Fprintf(tw, name+"\t"+format+"\n", args...)
-	}
-	// some is a line that is left out if its count is 0, and more one of details.
-	some := func(n uint64, name, format string, args ...any) {
-		if n > 0 || verbose {
-			line(name, format, args...)
-		}
-	}
-	more := func(name, format string, args ...any) { some(0, name, format, args...) }
-	p, e, c, l := s.Permissions, s.Events, s.Counters, s.Latency
+	t := &statusText{s, tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0), verbose}
+	t.served(now)
+	t.decisions()
+	t.tables()
+	t.conntrack()
+	t.daemon()
+	_ = t.out.Flush() // into memory
+	_, err := io.WriteString(w, withWarnings(verdict+"\n"+b.String(), s.Warnings, verbose))
+	return err
+}
 
-	line("conenatd", "%s, pid %d, running for %s", s.Version, s.PID, between(s.Started, now))
-	line("backend", "%s; helper for IPv4: %s, for IPv6: %s", s.Backend, cmp.Or(s.Helper.IPv4, "none"), cmp.Or(s.Helper.IPv6, "none"))
-	few := func(all []string) string {
-		if verbose {
-			return list(all)
-		}
-		return list(Few(all))
+// A statusText is a status that is being written, a line for each thing.
+type statusText struct {
+	Status
+	out     *tabwriter.Writer
+	verbose bool
+}
+
+func (t *statusText) line(name, format string, args ...any) {
+	fmt.Fprintf(t.out, name+"\t"+format+"\n", args...)
+}
+
+// some is a line that is left out if its count is 0, and more one of details.
+func (t *statusText) some(n uint64, name, format string, args ...any) {
+	if n > 0 || t.verbose {
+		t.line(name, format, args...)
 	}
-	line("subnets", "%s", few(subnetTexts(s.Subnets)))
-	for _, c := range carriers(s.Subnets, verbose) {
-		line("carried by", "%s (%s)", c.text, few(c.subnets))
+}
+
+func (t *statusText) more(name, format string, args ...any) { t.some(0, name, format, args...) }
+
+// few lists texts, all but the first of many only if the text is verbose.
+func (t *statusText) few(all []string) string {
+	if !t.verbose {
+		all = Few(all)
 	}
-	line("outside", "%s", few(s.Outside))
-	line("permissions", "%d standing (limit %d, %d as expectations), %d refused, %d waiting for another owner",
+	return list(all)
+}
+
+// served says for which networks the daemon works, and what stands.
+func (t *statusText) served(now time.Time) {
+	p := t.Permissions
+	t.line("conenatd", "%s, pid %d, running for %s", t.Version, t.PID, between(t.Started, now))
+	t.line("backend", "%s; helper for IPv4: %s, for IPv6: %s", t.Backend, cmp.Or(t.Helper.IPv4, "none"), cmp.Or(t.Helper.IPv6, "none"))
+	t.line("subnets", "%s", t.few(subnetTexts(t.Subnets)))
+	for _, c := range carriers(t.Subnets, t.verbose) {
+		t.line("carried by", "%s (%s)", c.text, t.few(c.subnets))
+	}
+	t.line("outside", "%s", t.few(t.Outside))
+	t.line("permissions", "%d standing (limit %d, %d as expectations), %d refused, %d waiting for another owner",
 		p.Standing, p.Limit, p.Expectations, p.Refused, p.Waiting)
-	more("lifetime", "%v after the inside host was last heard", time.Duration(s.Lifetime*float64(time.Second)))
-	more("flows", "%d", s.Flows)
-	more("granted", "%d", c.Granted)
-	more("revoked", "%s", parts(worded(c.Revoked)))
-	some(sum(c.Refused), "refused", "%s", parts(worded(c.Refused)))
-	some(sum(c.Skipped), "skipped", "%s", parts(skipped(c)))
-	some(sum(c.Failed), "failed", "%s", parts(worded(c.Failed)))
-	more("conflicts", "%d", c.Conflicts)
-	more("early packets", "%d", c.Early)
-	some(c.Crowded+s.Tables.Guard.Children, "child limit", "%s beyond their limit, dropped", manyChildren(c.Crowded+s.Tables.Guard.Children))
-	if s.Tables.Guard.On {
-		line("guard", "on, dropped %s that nobody waited for, %d with a faked source",
-			Several(s.Tables.Guard.Drops, "packet"), s.Tables.Guard.Spoofed)
+}
+
+// decisions counts what became of flows.
+func (t *statusText) decisions() {
+	c := t.Counters
+	t.more("lifetime", "%v after the inside host was last heard", time.Duration(t.Lifetime*float64(time.Second)))
+	t.more("flows", "%d", t.Flows)
+	t.more("granted", "%d", c.Granted)
+	t.more("revoked", "%s", parts(worded(c.Revoked)))
+	t.some(sum(c.Refused), "refused", "%s", parts(worded(c.Refused)))
+	t.some(sum(c.Skipped), "skipped", "%s", parts(skipped(c)))
+	t.some(sum(c.Failed), "failed", "%s", parts(worded(c.Failed)))
+	t.more("conflicts", "%d", c.Conflicts)
+	t.more("early packets", "%d", c.Early)
+	t.some(c.Crowded+t.Tables.Guard.Children, "child limit", "%s beyond their limit, dropped", manyChildren(c.Crowded+t.Tables.Guard.Children))
+}
+
+// tables says what conenatd's own rules did.
+func (t *statusText) tables() {
+	c := t.Counters
+	if t.Tables.Guard.On {
+		t.line("guard", "on, dropped %s that nobody waited for, %d with a faked source",
+			Several(t.Tables.Guard.Drops, "packet"), t.Tables.Guard.Spoofed)
 	} else {
-		line("guard", "off")
+		t.line("guard", "off")
 	}
-	line("map", "%s", describe(s.Tables.Map))
-	if x := s.Tables.Expected; x.Admitted > 0 {
-		line("expected", "%s, of which the firewall let %d pass", manyChildren(x.Admitted), min(x.Passed, x.Admitted))
+	t.line("map", "%s", describe(t.Tables.Map))
+	if x := t.Tables.Expected; x.Admitted > 0 {
+		t.line("expected", "%s", letPass(x.Admitted, x.Passed))
 	}
-	if s.Tables.Mapping.On || verbose {
-		line("mapping", "%s", mapping(s.Tables.Mapping))
+	if t.Tables.Mapping.On || t.verbose {
+		t.line("mapping", "%s", mapping(t.Tables.Mapping))
 	}
-	if n := s.Tables.Mapping.NotApplied; len(n) > 0 {
-		line("not mapped", "%s", NotApplied(n))
+	if n := t.Tables.Mapping.NotApplied; len(n) > 0 {
+		t.line("not mapped", "%s", NotApplied(n))
 	}
 	if c.Healed > 0 {
-		line("healed", "%s that left with another source than your rules give", Several(c.Healed, "flow"))
+		t.line("healed", "%s that left with another source than your rules give", Several(c.Healed, "flow"))
 	}
 	if c.AuditLost > 0 {
-		line("audit log", "%s lost; the log says why", Several(c.AuditLost, "record is", "records are"))
+		t.line("audit log", "%s lost; the log says why", Several(c.AuditLost, "record is", "records are"))
 	}
-	k := s.Conntrack
-	line("conntrack", "%d of %s entries", k.Entries, most(k.Max))
-	some(k.EarlyDrop, "  early_drop", "%s out to make room in the full table", Several(k.EarlyDrop, "entry was taken", "entries were taken"))
-	some(k.InsertFailed, "  insert_failed", "%s dropped because a new entry could not be put into the table: another one has its addresses and ports", packetsWere(k.InsertFailed))
-	some(k.Drop, "  drop", "%s dropped, these among them, or because there was no room for a new entry", packetsWere(k.Drop))
-	more("  invalid", "%s and %s cannot be tracked", Several(k.Invalid, "packet"), Several(k.Error, "ICMP message"))
-	more("  search_restart", "%s began anew because the table changed", Several(k.SearchRestart, "look-up"))
-	more("  expectations", "%d were made and %d ended, of all programs; they admitted %s", k.ExpectationsMade, k.ExpectationsEnded, Several(k.Expected, "flow"))
-	more("port changed", "%d of %d peers saw another outside port than the peer before", c.Remapped, c.Compared)
-	some(sum(c.Repaired)+s.Tables.Repaired, "repaired", "%s; tables %s", parts(worded(c.Repaired)), Several(s.Tables.Repaired, "time"))
-	if l.Count > 0 && verbose {
-		line("latency", "p50 %s, p99 %s, max %s, from event to kernel", micros(l.P50), micros(l.P99), micros(l.Max))
+}
+
+func (t *statusText) conntrack() {
+	k := t.Conntrack
+	t.line("conntrack", "%d of %s entries", k.Entries, most(k.Max))
+	t.some(k.EarlyDrop, "  early_drop", "%s out to make room in the full table", Several(k.EarlyDrop, "entry was taken", "entries were taken"))
+	t.some(k.InsertFailed, "  insert_failed", "%s dropped because a new entry could not be put into the table: another one has its addresses and ports", packetsWere(k.InsertFailed))
+	t.some(k.Drop, "  drop", "%s dropped, these among them, or because there was no room for a new entry", packetsWere(k.Drop))
+	t.more("  invalid", "%s and %s cannot be tracked", Several(k.Invalid, "packet"), Several(k.Error, "ICMP message"))
+	t.more("  search_restart", "%s began anew because the table changed", Several(k.SearchRestart, "look-up"))
+	t.more("  expectations", "%d were made and %d ended, of all programs; they admitted %s", k.ExpectationsMade, k.ExpectationsEnded, Several(k.Expected, "flow"))
+}
+
+// daemon is about the process: its events, its memory, and what it repaired.
+func (t *statusText) daemon() {
+	c, e, l := t.Counters, t.Events, t.Latency
+	t.more("port changed", "%d of %d peers saw another outside port than the peer before", c.Remapped, c.Compared)
+	t.some(sum(c.Repaired)+t.Tables.Repaired, "repaired", "%s; tables %s", parts(worded(c.Repaired)), Several(t.Tables.Repaired, "time"))
+	if l.Count > 0 && t.verbose {
+		t.line("latency", "p50 %s, p99 %s, max %s, from event to kernel", micros(l.P50), micros(l.P99), micros(l.Max))
 	}
 	switch {
 	case e.Mode == "lean":
-		line("events", "lean: the kernel reports no new flow whose permission it learned, or that can have none")
+		t.line("events", "lean: the kernel reports no new flow whose permission it learned, or that can have none")
 	case e.Quiet:
-		line("events", "quiet: the kernel reports no new flow that can have no permission")
+		t.line("events", "quiet: the kernel reports no new flow that can have no permission")
 	}
-	more("events", "%d, %d filtered, %d malformed", e.Received, e.Filtered, e.Malformed)
-	some(e.Overruns, "overruns", "%d (buffer %d KiB)", e.Overruns, e.ReadBuffer>>10)
-	more("process", "%d MiB of memory (%d MiB of objects), %d goroutines, %d open files",
-		s.Process.Resident>>20, s.Process.Heap>>20, s.Process.Goroutines, s.Process.Files)
-	if s.Accounting {
-		more("accounting", "on")
+	t.more("events", "%d, %d filtered, %d malformed", e.Received, e.Filtered, e.Malformed)
+	t.some(e.Overruns, "overruns", "%d (buffer %d KiB)", e.Overruns, e.ReadBuffer>>10)
+	t.more("process", "%d MiB of memory (%d MiB of objects), %d goroutines, %d open files",
+		t.Process.Resident>>20, t.Process.Heap>>20, t.Process.Goroutines, t.Process.Files)
+	if t.Accounting {
+		t.more("accounting", "on")
 	} else {
-		line("accounting", "off (nf_conntrack_acct): conenatd cannot tell whether an answered child is still in use")
+		t.line("accounting", "off (nf_conntrack_acct): conenatd cannot tell whether an answered child is still in use")
 	}
-	if v := s.Verification; v != nil {
-		line("verified", "%s, %s, %s of the map, %s; %d wrong", Several(v.Permissions, "permission"),
+	if v := t.Verification; v != nil {
+		t.line("verified", "%s, %s, %s of the map, %s; %d wrong", Several(v.Permissions, "permission"),
 			Several(v.Expectations, "expectation"), Several(v.Elements, "element"), Several(v.Flows, "flow"), len(v.Wrong))
 		for _, w := range v.Wrong {
-			line("wrong", "%v -> %v %s", w.Peers, w.Ext, Words(w.ID))
+			t.line("wrong", "%v -> %v %s", w.Peers, w.Ext, Words(w.ID))
 		}
 	}
-	_ = tw.Flush() // into memory
-	text := verdict + "\n" + b.String()
-	if len(s.Warnings) > 0 {
+}
+
+// withWarnings adds warnings to a text, as many as the screen has room for unless it is verbose.
+func withWarnings(text string, warnings []string, verbose bool) string {
+	if len(warnings) > 0 {
 		text += "\nwarnings (\"conenatd doctor\" says what repairs them):\n"
 	}
 	const others, prompt = 1, 1 // rows
-	for i, warning := range s.Warnings {
+	for i, warning := range warnings {
 		next := text + "  " + warning + "\n"
-		if rest := len(s.Warnings) - i; !verbose && i > 0 && rows(next)+min(rest-1, others)+prompt > screenHeight {
+		if rest := len(warnings) - i; !verbose && i > 0 && rows(next)+min(rest-1, others)+prompt > screenHeight {
 			text += fmt.Sprintf("  and %d more (--verbose)\n", rest)
 			break
 		}
 		text = next
 	}
-	_, err := io.WriteString(w, text)
-	return err
+	return text
 }
 
 // A carrier is what carries some subnets, and why.
@@ -260,11 +302,15 @@ func describe(m Map) string {
 	if m.Learn {
 		learn = fmt.Sprintf("%s learned by the kernel, %d rate-limited", Several(m.Learned, "permission"), m.Limited)
 	}
-	children := "no child admitted yet"
-	if m.Admitted > 0 {
-		children = fmt.Sprintf("%s, of which the firewall let %d pass", manyChildren(m.Admitted), min(m.Passed, m.Admitted))
+	if m.Admitted == 0 {
+		return learn + "; no child admitted yet"
 	}
-	return learn + "; " + children
+	return learn + "; " + letPass(m.Admitted, m.Passed)
+}
+
+// letPass says how many of the admitted children the user's firewall let pass.
+func letPass(admitted, passed uint64) string {
+	return fmt.Sprintf("%s, of which the firewall let %d pass", manyChildren(admitted), min(passed, admitted))
 }
 
 func list(words []string) string { return cmp.Or(strings.Join(words, ", "), "none") }
