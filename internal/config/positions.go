@@ -201,13 +201,9 @@ func (s *scanner) quoted() {
 	}
 	s.at = min(s.at+len(end), len(s.data))
 	if len(end) > 1 { // the string may end with two quotes of its own
-		s.skipQuotes(quote[0])
-	}
-}
-
-func (s *scanner) skipQuotes(quote byte) {
-	for s.peek() == quote {
-		s.at++
+		for s.peek() == quote[0] {
+			s.at++
+		}
 	}
 }
 

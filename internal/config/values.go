@@ -199,13 +199,22 @@ func parseRange(v any) (r PortRange, ok bool) {
 	return PortRange{uint16(a), uint16(b)}, err == nil && err2 == nil && a >= 1 && a <= b
 }
 
-func count(v any) (int, error) {
-	n, ok := v.(int64)
-	if !ok || n < 0 || n > 1<<30 {
-		return 0, expected("a number from 0 (no bound) to 1073741824", v)
+// number accepts a number from least to most.
+func number(least, most int64, what string) func(any) (int, error) {
+	return func(v any) (int, error) {
+		n, ok := v.(int64)
+		if !ok || n < least || n > most {
+			return 0, expected(what, v)
+		}
+		return int(n), nil
 	}
-	return int(n), nil
 }
+
+var (
+	count       = number(0, 1<<30, "a number from 0 (no bound) to 1073741824")
+	learnRate   = number(1, 100_000, "a number from 1 to 100000")
+	eventBuffer = number(64<<10, 1<<30, "bytes between 65536 (64 KiB) and 1073741824 (1 GiB)")
+)
 
 // limit accepts what count accepts, and "auto".
 func limit(v any) (int, error) {
@@ -217,14 +226,6 @@ func limit(v any) (int, error) {
 		err = expected(`"auto" or a number from 0 (no bound) to 1073741824`, v)
 	}
 	return n, err
-}
-
-func learnRate(v any) (int, error) {
-	n, _ := v.(int64)
-	if n < 1 || n > 100_000 {
-		return 0, expected("a number from 1 to 100000", v)
-	}
-	return int(n), nil
 }
 
 func boolean(v any) (bool, error) {
@@ -259,29 +260,21 @@ func markBits(v any) (uint32, error) {
 	return m, nil
 }
 
-func eventBuffer(v any) (int, error) {
-	n, _ := v.(int64)
-	if n < 64<<10 || n > 1<<30 {
-		return 0, expected("bytes between 65536 (64 KiB) and 1073741824 (1 GiB)", v)
+// path accepts an absolute path of at most so many bytes, or "" for none.
+func path(most int, what string) func(any) (string, error) {
+	return func(v any) (string, error) {
+		s, ok := v.(string)
+		if !ok || s != "" && !filepath.IsAbs(s) || len(s) > most || strings.ContainsRune(s, 0) {
+			return "", expected(what, v)
+		}
+		return s, nil
 	}
-	return int(n), nil
 }
 
-func socketPath(v any) (string, error) {
-	s, ok := v.(string)
-	if !ok || len(s) > 107 || s != "" && !filepath.IsAbs(s) {
-		return "", expected(`an absolute path of at most 107 bytes, or ""`, v)
-	}
-	return s, nil
-}
-
-func absolutePath(v any) (string, error) {
-	s, ok := v.(string)
-	if !ok || s != "" && !filepath.IsAbs(s) || len(s) > 4095 || strings.ContainsRune(s, 0) { // PATH_MAX
-		return "", expected(`an absolute path, or ""`, v)
-	}
-	return s, nil
-}
+var (
+	socketPath   = path(107, `an absolute path of at most 107 bytes, or ""`)
+	absolutePath = path(4095, `an absolute path, or ""`) // PATH_MAX
+)
 
 // listen accepts an address and a port, or "" for none. There is no short form such as
 // ":9469", so that nobody listens for the whole network by mistake.

@@ -39,6 +39,7 @@ func TestWrongFilesSayWhereAndWhatWasExpected(t *testing.T) {
 		"limit that is not automatic":  {`max_permissions = "auto"`, `1:19: max_permissions: expected a number from 0 (no bound) to 1073741824, got "auto"`},
 		"buffer too small":             {`event_buffer = 4096`, `1:16: event_buffer: expected bytes between 65536 (64 KiB) and 1073741824 (1 GiB), got 4096`},
 		"buffer as a float":            {`event_buffer = 1e6`, `1:16: event_buffer: expected bytes between 65536 (64 KiB) and 1073741824 (1 GiB), got 1e+06`},
+		"socket with a zero byte":      {`control_socket = "/run/\u0000"`, `1:18: control_socket: expected an absolute path of at most 107 bytes, or "", got "/run/\x00"`},
 		"relative socket":              {`control_socket = "c.sock"`, `1:18: control_socket: expected an absolute path of at most 107 bytes, or "", got "c.sock"`},
 		"metrics on every address":     {`metrics_listen = ":9469"`, `1:18: metrics_listen: expected an address and a port such as "127.0.0.1:9469", or "", got ":9469"`},
 		"metrics without a port":       {`metrics_listen = "127.0.0.1"`, `1:18: metrics_listen: expected an address and a port such as "127.0.0.1:9469", or "", got "127.0.0.1"`},
