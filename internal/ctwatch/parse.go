@@ -56,18 +56,14 @@ func parseFlow(b []byte, f *cone.Flow) error {
 	*f = cone.Flow{}
 	var orig, reply, master nfnl.Tuple
 	var zone uint16
-	for b = b[nfnl.FamilyHeaderLen:]; len(b) > 0; {
-		typ, val, rest, ok := nfnl.NextAttribute(b)
-		if !ok {
-			return errMalformed
-		}
-		b = rest
+	foreign := false
+	sound := nfnl.Check(b[nfnl.FamilyHeaderLen:], func(typ uint16, val []byte) bool {
+		ok := true
 		switch typ {
 		case nfnl.CTATupleOrig:
 			ok = orig.Parse(val, family)
-			if ok && orig.Proto != unix.IPPROTO_UDP {
-				return errForeign // the rest is of no interest
-			}
+			foreign = ok && orig.Proto != unix.IPPROTO_UDP
+			ok = ok && !foreign // the rest is of no interest
 		case nfnl.CTATupleReply:
 			ok = reply.Parse(val, family)
 		case nfnl.CTATupleMaster:
@@ -95,12 +91,13 @@ func parseFlow(b []byte, f *cone.Flow) error {
 		case nfnl.CTACountersReply:
 			ok = parsePackets(val, &f.ReplyPackets, &f.HasCounters)
 		}
-		if !ok {
-			return errMalformed
-		}
-	}
+		return ok
+	})
 
-	if !orig.HasPorts() || !reply.HasPorts() || reply.Proto != unix.IPPROTO_UDP {
+	if foreign {
+		return errForeign
+	}
+	if !sound || !orig.HasPorts() || !reply.HasPorts() || reply.Proto != unix.IPPROTO_UDP {
 		return errMalformed
 	}
 	f.Src, f.Dst = orig.Src, orig.Dst
@@ -123,12 +120,7 @@ func parseFlow(b []byte, f *cone.Flow) error {
 // parsePackets decodes the packet count of a CTA_COUNTERS_* attribute; old
 // kernels wrote 32 bits.
 func parsePackets(b []byte, n *uint64, have *bool) bool {
-	for len(b) > 0 {
-		typ, val, rest, ok := nfnl.NextAttribute(b)
-		if !ok {
-			return false
-		}
-		b = rest
+	return nfnl.Check(b, func(typ uint16, val []byte) bool {
 		switch typ {
 		case ctaCountersPackets:
 			if len(val) != 8 {
@@ -142,6 +134,6 @@ func parsePackets(b []byte, n *uint64, have *bool) bool {
 			}
 			*n, *have = uint64(v), true
 		}
-	}
-	return true
+		return true
+	})
 }

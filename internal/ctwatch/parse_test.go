@@ -376,18 +376,12 @@ func compareWithReference(t *testing.T, b []byte, kind Kind, got cone.Flow, must
 
 // hasWideTypes reports attribute types above 255, of which the reference
 // decoder looks at the low byte alone.
-func hasWideTypes(attrs []byte) bool {
-	for len(attrs) > 0 {
-		typ, val, rest, ok := nfnl.NextAttribute(attrs)
-		if !ok {
-			return false
-		}
-		if typ > 255 || hasWideTypes(val) {
-			return true
-		}
-		attrs = rest
-	}
-	return false
+func hasWideTypes(attrs []byte) (wide bool) {
+	nfnl.Check(attrs, func(typ uint16, val []byte) bool {
+		wide = typ > 255 || hasWideTypes(val)
+		return !wide
+	})
+	return wide
 }
 
 func referenceFlow(r *conntrack.Flow) cone.Flow {

@@ -35,26 +35,20 @@ func parseTable(msg []byte) (t Table, err error) {
 	if len(msg) < nfnl.FamilyHeaderLen {
 		return t, errMalformed
 	}
-	for b := msg[nfnl.FamilyHeaderLen:]; len(b) > 0; {
-		typ, val, rest, ok := nfnl.NextAttribute(b)
-		if !ok {
-			return t, errMalformed
-		}
-		b = rest
-		var field *int
+	ok := nfnl.Check(msg[nfnl.FamilyHeaderLen:], func(typ uint16, val []byte) bool {
+		v, ok := nfnl.BE32(val)
 		switch typ {
 		case ctaStatsGlobalEntries:
-			field = &t.Entries
+			t.Entries = int(v)
 		case ctaStatsGlobalMaxEntries:
-			field = &t.Max
+			t.Max = int(v)
 		default:
-			continue
+			return true
 		}
-		v, ok := nfnl.BE32(val)
-		if !ok {
-			return t, errMalformed
-		}
-		*field = int(v)
+		return ok
+	})
+	if !ok {
+		err = errMalformed
 	}
-	return t, nil
+	return t, err
 }

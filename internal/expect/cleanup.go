@@ -97,12 +97,8 @@ func parseAnchor(b []byte) (a anchor, mark uint32, ok bool) {
 	var helper bool
 	var status uint32
 	var zone uint16
-	for b = b[nfnl.FamilyHeaderLen:]; len(b) > 0; {
-		typ, v, rest, ok := nfnl.NextAttribute(b)
-		if !ok {
-			return a, 0, false
-		}
-		b = rest
+	ok = nfnl.Check(b[nfnl.FamilyHeaderLen:], func(typ uint16, v []byte) bool {
+		ok := true
 		switch typ {
 		case nfnl.CTATupleOrig:
 			ok = orig.Parse(v, family)
@@ -115,10 +111,8 @@ func parseAnchor(b []byte) (a anchor, mark uint32, ok bool) {
 		case nfnl.CTAZone:
 			zone, ok = nfnl.BE16(v)
 		}
-		if !ok {
-			return a, 0, false
-		}
-	}
-	ok = orig.Proto == unix.IPPROTO_UDP && helper && cone.Status(status).Has(anchorStatus) && cone.IsAnchor(orig.Src, orig.Dst)
+		return ok
+	})
+	ok = ok && orig.Proto == unix.IPPROTO_UDP && helper && cone.Status(status).Has(anchorStatus) && cone.IsAnchor(orig.Src, orig.Dst)
 	return anchorAt(orig.Src, orig.Dst, zone), mark, ok
 }

@@ -78,12 +78,8 @@ func parseExpectation(b []byte) (x expectation, ok bool) {
 	}
 	family := b[0]
 	var master, from, mask, nat nfnl.Tuple
-	for b = b[nfnl.FamilyHeaderLen:]; len(b) > 0; {
-		typ, v, rest, ok := nfnl.NextAttribute(b)
-		if !ok {
-			return x, false
-		}
-		b = rest
+	ok = nfnl.Check(b[nfnl.FamilyHeaderLen:], func(typ uint16, v []byte) bool {
+		ok := true
 		switch typ {
 		case ctaExpectMaster:
 			ok = master.Parse(v, family)
@@ -106,9 +102,10 @@ func parseExpectation(b []byte) (x expectation, ok bool) {
 		case ctaExpectTimeout:
 			x.timeout, ok = nfnl.BE32(v)
 		}
-		if !ok {
-			return x, false
-		}
+		return ok
+	})
+	if !ok {
+		return x, false
 	}
 	x.master, x.masterUDP = [2]cone.Endpoint{master.Src, master.Dst}, master.Proto == unix.IPPROTO_UDP
 	x.src, x.dst, x.udp = from.Src, from.Dst, from.Proto == unix.IPPROTO_UDP

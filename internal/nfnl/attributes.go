@@ -12,33 +12,30 @@ import (
 // message.
 const FamilyHeaderLen = 4
 
-// NextAttribute splits the first attribute off b, which must not be empty. The type is
-// without NLA_F_NESTED and NLA_F_NET_BYTEORDER. If ok is false, nothing more of b can be
-// read. It does not allocate.
-func NextAttribute(b []byte) (typ uint16, value, rest []byte, ok bool) {
+// Check calls f for each attribute in b. It stops at the first one that is malformed or for which
+// f returns false, and returns false then. The type is without NLA_F_NESTED and
+// NLA_F_NET_BYTEORDER. It does not allocate.
+func Check(b []byte, f func(typ uint16, value []byte) bool) bool {
 	const header, mask = 4, 0x3fff
-	if len(b) < header {
-		return 0, nil, nil, false
-	}
-	n := int(binary.NativeEndian.Uint16(b))
-	if n < header || n > len(b) {
-		return 0, nil, nil, false
-	}
-	return binary.NativeEndian.Uint16(b[2:]) & mask, b[header:n], b[min(align4(n), len(b)):], true
-}
-
-// Attributes calls f for each attribute in b. It stops at the first malformed one and
-// returns false.
-func Attributes(b []byte, f func(typ uint16, b []byte)) bool {
 	for len(b) > 0 {
-		typ, value, rest, ok := NextAttribute(b)
-		if !ok {
+		if len(b) < header {
 			return false
 		}
-		f(typ, value)
-		b = rest
+		n := int(binary.NativeEndian.Uint16(b))
+		if n < header || n > len(b) || !f(binary.NativeEndian.Uint16(b[2:])&mask, b[header:n]) {
+			return false
+		}
+		b = b[min(align4(n), len(b)):]
 	}
 	return true
+}
+
+// Attributes is Check for an f that takes everything.
+func Attributes(b []byte, f func(typ uint16, value []byte)) bool {
+	return Check(b, func(typ uint16, value []byte) bool {
+		f(typ, value)
+		return true
+	})
 }
 
 func align4(n int) int { return (n + 3) &^ 3 }

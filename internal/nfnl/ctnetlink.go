@@ -61,12 +61,8 @@ func (t *Tuple) Parse(b []byte, family uint8) bool {
 		return false
 	}
 	var haveIP bool
-	for len(b) > 0 {
-		typ, val, rest, ok := NextAttribute(b)
-		if !ok {
-			return false
-		}
-		b = rest
+	return Check(b, func(typ uint16, val []byte) bool {
+		ok := true
 		switch typ {
 		case CTATupleIP:
 			ok = t.parseIP(val, family)
@@ -76,21 +72,13 @@ func (t *Tuple) Parse(b []byte, family uint8) bool {
 		case CTATupleZone:
 			t.Zone, ok = BE16(val)
 		}
-		if !ok {
-			return false
-		}
-	}
-	return haveIP && t.Proto != 0
+		return ok
+	}) && haveIP && t.Proto != 0
 }
 
 func (t *Tuple) parseIP(b []byte, family uint8) bool {
 	var src, dst bool
-	for len(b) > 0 {
-		typ, val, rest, ok := NextAttribute(b)
-		if !ok {
-			return false
-		}
-		b = rest
+	return Check(b, func(typ uint16, val []byte) bool {
 		switch {
 		case family == unix.AF_INET && (typ == CTAIPv4Src || typ == CTAIPv4Dst):
 			if len(val) != 4 {
@@ -111,20 +99,16 @@ func (t *Tuple) parseIP(b []byte, family uint8) bool {
 				t.Dst.Addr, dst = cone.Addr(val), true
 			}
 		}
-	}
-	return src && dst
+		return true
+	}) && src && dst
 }
 
 func (t *Tuple) parseProto(b []byte) bool {
 	if t.Proto != 0 {
 		return false
 	}
-	for len(b) > 0 {
-		typ, val, rest, ok := NextAttribute(b)
-		if !ok {
-			return false
-		}
-		b = rest
+	return Check(b, func(typ uint16, val []byte) bool {
+		ok := true
 		switch typ {
 		case CTAProtoNum:
 			if ok = len(val) == 1; ok {
@@ -137,11 +121,8 @@ func (t *Tuple) parseProto(b []byte) bool {
 			t.Dst.Port, ok = BE16(val)
 			t.dport = true
 		}
-		if !ok {
-			return false
-		}
-	}
-	return t.Proto != 0
+		return ok
+	}) && t.Proto != 0
 }
 
 // Family returns the family of the messages about an address: unix.AF_INET or
