@@ -11,15 +11,8 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// From linux/rtnetlink.h; x/sys/unix lacks them.
-const (
-	rtnUnicast     = 1
-	rtnLocal       = 2
-	rtnBlackhole   = 6
-	rtnUnreachable = 7
-	rtnProhibit    = 8
-	rtaNHID        = 30
-)
+// rtaNHID is RTA_NH_ID of linux/rtnetlink.h.
+const rtaNHID = 30
 
 // leastEnded is the shortest prefix of local and rejecting routes in Ended. A shorter one
 // is for all kinds of addresses.
@@ -129,13 +122,13 @@ func (r *reader) route(b []byte) error {
 	// A cloned route is a cached one: a path MTU, a redirect.
 	cloned := binary.NativeEndian.Uint32(b[8:])&unix.RTM_F_CLONED != 0
 	switch p := netip.PrefixFrom(dst, bits); typ {
-	case rtnLocal, rtnBlackhole, rtnUnreachable, rtnProhibit:
+	case unix.RTN_LOCAL, unix.RTN_BLACKHOLE, unix.RTN_UNREACHABLE, unix.RTN_PROHIBIT:
 		// A route for all addresses, or a wide one, says nothing about a single address.
 		if family == unix.AF_INET && p.IsValid() && bits >= leastEnded && !dst.IsLoopback() {
 			r.Ended = append(r.Ended, p)
 		}
 	}
-	if typ != rtnUnicast || table == unix.RT_TABLE_LOCAL || cloned {
+	if typ != unix.RTN_UNICAST || table == unix.RT_TABLE_LOCAL || cloned {
 		return nil
 	}
 	if tos := b[3]; family == unix.AF_INET && tos != 0 && !slices.Contains(r.routeTOS, tos) {

@@ -53,12 +53,7 @@ func (c *conn) linkToAll(subnet netip.Prefix) (int, error) {
 
 // someHosts returns the first two and the last two hosts of a subnet.
 func someHosts(subnet netip.Prefix) []netip.Addr {
-	first := subnet.Masked().Addr()
-	b := first.AsSlice()
-	for i := subnet.Bits(); i < first.BitLen(); i++ {
-		b[i/8] |= 0x80 >> (i % 8)
-	}
-	last, _ := netip.AddrFromSlice(b)
+	first, last := subnet.Masked().Addr(), nfnl.LastAddr(subnet)
 	if first.BitLen()-subnet.Bits() < 3 {
 		return []netip.Addr{first, last}
 	}
@@ -81,6 +76,12 @@ func (c *conn) linkTo(host netip.Addr) (index int, err error) {
 	}
 	c.enc.Bytes(unix.RTA_DST, host.AsSlice())
 	c.enc.NE32(unix.RTA_UID, forwarded)
+	return c.routeLink()
+}
+
+// routeLink asks for a route, and returns the index of the link that it leads to: ownAddress, or 0
+// if the packet does not leave.
+func (c *conn) routeLink() (index int, err error) {
 	err = c.exchange(func(b []byte) error {
 		if len(b) < unix.SizeofRtMsg {
 			return nfnl.ErrMalformed
@@ -97,12 +98,14 @@ func (c *conn) linkTo(host netip.Addr) (index int, err error) {
 		}
 		return nil
 	})
-	switch {
-	case errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.EHOSTUNREACH), errors.Is(err, unix.EACCES),
-		errors.Is(err, unix.EINVAL), errors.Is(err, unix.EAFNOSUPPORT), errors.Is(err, unix.EOPNOTSUPP):
-		return 0, nil // no route, or one of type prohibit or blackhole, or no IPv6
-	case err != nil:
-		return 0, err
+	// No route, or a rejecting one, or no IPv6.
+	for _, no := range []unix.Errno{
+		unix.ENETUNREACH, unix.EHOSTUNREACH, unix.EACCES, unix.EINVAL, unix.EAGAIN, unix.EXDEV,
+		unix.ENODEV, unix.ENETDOWN, unix.EAFNOSUPPORT, unix.EOPNOTSUPP,
+	} {
+		if errors.Is(err, no) {
+			return 0, nil
+		}
 	}
-	return index, nil
+	return index, err
 }

@@ -51,10 +51,6 @@ func newKnown(n Network, named []string, ways bool) *known {
 	return k
 }
 
-func overlapsAny(p netip.Prefix, others []netip.Prefix) bool {
-	return slices.ContainsFunc(others, p.Overlaps)
-}
-
 // local reports whether a is an address that no peer has.
 func local(a netip.Addr) bool { return a.IsLoopback() || a.IsLinkLocalUnicast() }
 
@@ -116,7 +112,7 @@ func (k *known) routeMatters(r Route, gone bool) bool {
 		return true
 	case !l.outsideFor(r.Prefix):
 		return gone || !k.inside[r]
-	case k.ways, !k.defaults[familyIndex(r.Prefix)], l.Cause == RuledNAT, l.Cause == SeenNAT, overlapsAny(r.Prefix, k.subnets):
+	case k.ways, !k.defaults[familyIndex(r.Prefix)], l.Cause == RuledNAT, l.Cause == SeenNAT, slices.ContainsFunc(k.subnets, r.Prefix.Overlaps):
 		return true
 	}
 	for bits := 0; bits <= r.Prefix.Bits(); bits++ {

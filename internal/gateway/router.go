@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"errors"
 	"fmt"
 	"hash/maphash"
 	"math"
@@ -149,24 +148,11 @@ func (r *Router) lookup(src, dst cone.Endpoint, from, mark uint32, tos uint8) (l
 		e.BE16(unix.RTA_SPORT, src.Port)
 		e.BE16(unix.RTA_DPORT, dst.Port)
 	}
-	err = r.conn.exchange(func(b []byte) error {
-		if len(b) < unix.SizeofRtMsg || b[7] != rtnUnicast {
-			return nil
-		}
-		return attributes(b, unix.SizeofRtMsg, func(typ uint16, v []byte) {
-			if typ == unix.RTA_OIF {
-				link = linkIndex(v)
-			}
-		})
-	})
-	// No route, or a rejecting one: the packet does not leave.
-	for _, no := range []unix.Errno{unix.ENETUNREACH, unix.EHOSTUNREACH, unix.EACCES, unix.EINVAL, unix.EAGAIN, unix.EXDEV, unix.ENODEV, unix.ENETDOWN, unix.EOPNOTSUPP} {
-		if errors.Is(err, no) {
-			return 0, nil
-		}
-	}
-	if err != nil {
+	switch link, err = r.conn.routeLink(); {
+	case err != nil:
 		return 0, fmt.Errorf("look up route: %w", err)
+	case link == ownAddress:
+		return 0, nil
 	}
 	return link, nil
 }

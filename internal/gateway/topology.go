@@ -14,7 +14,7 @@ import (
 func (n Network) Topology() cone.Topology {
 	var t cone.Topology
 	for _, a := range n.Addrs {
-		if ip := a.Prefix.Addr(); !ip.IsLoopback() && !ip.IsLinkLocalUnicast() {
+		if ip := a.Prefix.Addr(); !local(ip) {
 			t.Local = append(t.Local, ip)
 		}
 	}
