@@ -185,43 +185,17 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 			return
 		}
 		if w.first != nil {
-			if f, reg := w.first.loads(s.expr); f.kind != other {
-				regs.put(reg, []field{f})
+			var known chance
+			switch s, conds, known = w.ofFirst(r, &regs, s, conds); known {
+			case always:
 				continue
-			}
-			if m, ok := s.expr.(*expr.Match); ok {
-				s.expr = toPeers(m)
-				switch w.first.xtMatch(m) {
-				case always:
-					continue
-				case never:
-					return
-				}
-			}
-			if e, ok := s.expr.(*expr.TProxy); ok && e.Family != unix.NFPROTO_UNSPEC {
-				conds = w.ofFamily(conds, e.Family)
-			}
-			if w.helps != nil && w.finds(s) {
-				w.helps(r, w.notPassed(conds))
-			}
-			if w.table.givesHelper(s) || s.proxies() || s.untracks() { // the packet goes on unchanged
-				continue
+			case never:
+				return
 			}
 		}
 		switch e := s.expr.(type) {
 		case *expr.Verdict:
-			if e.Kind == expr.VerdictJump || e.Kind == expr.VerdictGoto {
-				for _, c := range conds {
-					w.chain(e.Chain, c, depth+1)
-				}
-				w.exempts = w.exempts || e.Kind == expr.VerdictGoto && len(conds) > 0 // later rules do not see them
-			} else {
-				w.exempts = true
-				if w.passes != nil && (e.Kind == expr.VerdictAccept || depth == 0) {
-					w.passes(conds)
-				}
-			}
-			w.pass(e.Kind, conds)
+			w.verdict(e, conds, depth)
 			return
 		case *expr.NAT:
 			if e.Type == expr.NATTypeDestNAT {
@@ -245,28 +219,75 @@ func (w *walker) rule(r *rule, in condition, depth int) {
 			fields, t := xtMatch(e)
 			conds = w.narrow(conds, fields, t)
 		case *expr.Lookup:
-			set := w.set(e.SetName)
-			fields := regs.take(e.SourceRegister, set.size)
-			read := fields // as if nobody but the user changed the set
-			if !set.fixed() {
-				conds, fields = w.unfixed(r, conds, fields, set)
-			}
-			if e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT {
-				w.branch(r, conds, e.SetName, fields, read, depth)
-				conds = partly(conds) // packets whose key is not in the map go on to the next rule
-				continue
-			}
-			if w.first != nil && r.spares(e, set) {
-				fields = read
-			}
-			conds = w.narrow(conds, fields, w.test(set, e.Invert))
-			if e.IsDestRegSet {
-				regs.put(e.DestRegister, nil)
-			}
+			conds = w.lookup(r, e, &regs, conds, depth)
 		default:
 			conds = w.plain(conds, &regs, s)
 		}
 	}
+}
+
+// ofFirst evaluates what a statement asks of the first packet, of which more is known. It returns the
+// statement for the rest of the rule's evaluation: always says that there is nothing more to it, never
+// that the packet does not match.
+func (w *walker) ofFirst(r *rule, regs *registers, s statement, conds []condition) (statement, []condition, chance) {
+	if f, reg := w.first.loads(s.expr); f.kind != other {
+		regs.put(reg, []field{f})
+		return s, conds, always
+	}
+	if m, ok := s.expr.(*expr.Match); ok {
+		s.expr = toPeers(m)
+		if known := w.first.xtMatch(m); known == always || known == never {
+			return s, conds, known
+		}
+	}
+	if e, ok := s.expr.(*expr.TProxy); ok && e.Family != unix.NFPROTO_UNSPEC {
+		conds = w.ofFamily(conds, e.Family)
+	}
+	if w.helps != nil && w.finds(s) {
+		w.helps(r, w.notPassed(conds))
+	}
+	if w.table.givesHelper(s) || s.proxies() || s.untracks() { // the packet goes on unchanged
+		return s, conds, always
+	}
+	return s, conds, maybe
+}
+
+// verdict follows packets that meet the conditions of a rule.
+func (w *walker) verdict(e *expr.Verdict, conds []condition, depth int) {
+	if e.Kind == expr.VerdictJump || e.Kind == expr.VerdictGoto {
+		for _, c := range conds {
+			w.chain(e.Chain, c, depth+1)
+		}
+		w.exempts = w.exempts || e.Kind == expr.VerdictGoto && len(conds) > 0 // later rules do not see them
+	} else {
+		w.exempts = true
+		if w.passes != nil && (e.Kind == expr.VerdictAccept || depth == 0) {
+			w.passes(conds)
+		}
+	}
+	w.pass(e.Kind, conds)
+}
+
+// lookup narrows the conditions to keys that a set has, and follows the verdicts of a verdict map.
+func (w *walker) lookup(r *rule, e *expr.Lookup, regs *registers, conds []condition, depth int) []condition {
+	set := w.set(e.SetName)
+	fields := regs.take(e.SourceRegister, set.size)
+	read := fields // as if nobody but the user changed the set
+	if !set.fixed() {
+		conds, fields = w.unfixed(r, conds, fields, set)
+	}
+	if e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT {
+		w.branch(r, conds, e.SetName, fields, read, depth)
+		return partly(conds) // packets whose key is not in the map go on to the next rule
+	}
+	if w.first != nil && r.spares(e, set) {
+		fields = read
+	}
+	conds = w.narrow(conds, fields, w.test(set, e.Invert))
+	if e.IsDestRegSet {
+		regs.put(e.DestRegister, nil)
+	}
+	return conds
 }
 
 // set returns a set that a rule looks up. If nothing is known of it, its key is all
