@@ -261,9 +261,12 @@ func (c *packetCase) explain() control.Explanation {
 	return x
 }
 
+// A teller takes in what a check says of the packet.
+type teller func(s step, r result, format string, args ...any)
+
 // steps calls say for each check up to the one that decides, and returns what becomes of the
 // packet.
-func (c *packetCase) steps(say func(s step, r result, format string, args ...any)) (to netip.AddrPort, v verdict) {
+func (c *packetCase) steps(say teller) (to netip.AddrPort, v verdict) {
 	switch {
 	case !c.owned && !c.routed && c.forward == nil:
 		say(stepAddress, resultDrops, "%v is no address of this gateway, and no inside link leads to it", c.ext.Addr())
@@ -308,7 +311,7 @@ func (c *packetCase) steps(say func(s step, r result, format string, args ...any
 }
 
 // begin goes through the checks of a packet that begins a flow.
-func (c *packetCase) begin(say func(s step, r result, format string, args ...any)) (to netip.AddrPort, v verdict) {
+func (c *packetCase) begin(say teller) (to netip.AddrPort, v verdict) {
 	by := func(carrier cone.Carriers) *control.Permission {
 		i := slices.IndexFunc(c.claims, func(p control.Permission) bool {
 			return p.State == cone.StateStanding.String() && slices.Contains(strings.Split(p.Backend, "+"), carrier.String())
@@ -356,33 +359,38 @@ func (c *packetCase) begin(say func(s step, r result, format string, args ...any
 		return to, verdictGateway
 	}
 	say(stepSocket, resultNone, "no socket of the gateway waits for it")
-	p := by(cone.ByMap)
-	if p == nil && c.routed && c.forward == nil {
+	switch p := by(cone.ByMap); {
+	case p != nil:
+		return c.byMap(say, p)
+	case c.routed && c.forward == nil:
 		say(stepMap, resultNone, "no permission admits it%s, so your firewall alone decides", c.maybe())
 		return c.filter(say, c.ext, ofStranger)
 	}
-	if p == nil {
-		c.whyNot(say)
-		if c.forward != nil {
-			return to, verdictUnknown
-		}
-		return to, verdictLost
+	c.whyNot(say)
+	if c.forward != nil {
+		return to, verdictUnknown
 	}
+	return to, verdictLost
+}
+
+// byMap goes on with a packet that a permission in the map admits, unless a rule of the user's
+// forwards it.
+func (c *packetCase) byMap(say teller, p *control.Permission) (to netip.AddrPort, v verdict) {
 	say(stepMap, resultMatches, "a permission of %v for %s stands in the map", p.Int, peersOf(p))
 	switch n := c.most(*p); {
 	case c.full(p) && p.Peers.IsValid():
 		say(stepChildren, resultUnknown, "the peers have %s, and max_children allows %d: the kernel may let more in for a moment", control.Several(p.Children, "flow"), n)
-		return netip.AddrPort{}, verdictUnknown
+		return to, verdictUnknown
 	case c.full(p):
 		say(stepChildren, resultDrops, "the peer has %s, and max_children allows %d", control.Several(p.Children, "flow"), n)
-		return netip.AddrPort{}, verdictLost
+		return to, verdictLost
 	}
 	c.sayChildren(say, p)
 	if c.diverts(p, say) {
 		if c.forward != nil {
-			return netip.AddrPort{}, verdictUnknown
+			return to, verdictUnknown
 		}
-		return netip.AddrPort{}, verdictLost
+		return to, verdictLost
 	}
 	if to, v = c.filter(say, p.Int, ofMap); c.forward != nil && c.forwardsTo() != p.Int {
 		return netip.AddrPort{}, verdictUnknown
@@ -395,7 +403,7 @@ func (c *packetCase) forwardsTo() netip.AddrPort { return c.forward.LeadsTo(c.ex
 
 // diverts reports whether no child of the permission's host gets in from the peer's port, and
 // says why.
-func (c *packetCase) diverts(p *control.Permission, say func(s step, r result, format string, args ...any)) bool {
+func (c *packetCase) diverts(p *control.Permission, say teller) bool {
 	for _, d := range c.diverted {
 		if d.Takes(p.Int.Addr(), c.peer) {
 			say(stepDiversion, resultDrops, "a rule of yours takes what %v sends to port %d of the peer, and would not see it as a part of this flow: %s",
@@ -426,7 +434,7 @@ func (c *packetCase) full(p *control.Permission) bool {
 	return n > 0 && p.Children >= n
 }
 
-func (c *packetCase) sayChildren(say func(s step, r result, format string, args ...any), p *control.Permission) {
+func (c *packetCase) sayChildren(say teller, p *control.Permission) {
 	if n := c.most(*p); n > 0 {
 		say(stepChildren, resultPasses, "the peer has %d of %s", p.Children, control.Several(n, "flow"))
 	} else {
@@ -435,7 +443,7 @@ func (c *packetCase) sayChildren(say func(s step, r result, format string, args 
 }
 
 // whyNot says why no permission admits the packet.
-func (c *packetCase) whyNot(say func(s step, r result, format string, args ...any)) {
+func (c *packetCase) whyNot(say teller) {
 	switch {
 	case len(c.claims) > 0:
 		p := c.claims[0]
@@ -456,7 +464,7 @@ func (c *packetCase) maybe() string {
 }
 
 // filter asks the user's chains about a packet to an inside host.
-func (c *packetCase) filter(say func(s step, r result, format string, args ...any), to netip.AddrPort, kind flowKind) (netip.AddrPort, verdict) {
+func (c *packetCase) filter(say teller, to netip.AddrPort, kind flowKind) (netip.AddrPort, verdict) {
 	switch a, dropper := c.firewall(to.Addr(), kind); a {
 	case userrules.Accepted:
 		say(stepFirewall, resultPasses, "your firewall lets %s flows to %v pass", kind, to.Addr())
@@ -469,7 +477,7 @@ func (c *packetCase) filter(say func(s step, r result, format string, args ...an
 }
 
 // dropped says that a chain drops the packet.
-func (c *packetCase) dropped(say func(s step, r result, format string, args ...any), to netip.AddrPort, kind flowKind, by string) (netip.AddrPort, verdict) {
+func (c *packetCase) dropped(say teller, to netip.AddrPort, kind flowKind, by string) (netip.AddrPort, verdict) {
 	say(stepFirewall, resultDrops, "%s drops %s flows to %v", cmp.Or(by, "your firewall"), kind, to.Addr())
 	return netip.AddrPort{}, verdictLost
 }
