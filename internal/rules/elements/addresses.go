@@ -92,27 +92,20 @@ type setElement struct {
 // addElements adds es, and refreshes those that exist with the same value.
 func (m *Mappings) addElements(es []setElement) error {
 	var errs []error
-	for base := 0; base < len(es); base += batch {
-		part := es[base:min(base+batch, len(es))]
-		clear(m.errs[:])
-		transact(&m.batcher, part, 3, func(seq uint32, x *setElement) {
-			copy(m.key[:], x.key[12:])
-			value := 0
-			if x.isMap {
-				value = m.host(x.value)
-			}
-			for i, typ := range []uint16{unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM, unix.NFT_MSG_NEWSETELEM} {
-				m.element(seq+uint32(i), typ, false, x.set, addressLen, value, x.timeout)
-			}
-		})
-		for _, err := range m.errs[:len(part)] {
-			// The map has another address for the host: the kernel's own knowledge is
-			// newer.
-			if err != nil && !conflicts(err) {
-				errs = append(errs, fmt.Errorf("add element: %w", nfnl.Permitted(err)))
-			}
+	inBatches(&m.batcher, es, 3, func(seq uint32, x *setElement) {
+		copy(m.key[:], x.key[12:])
+		value := 0
+		if x.isMap {
+			value = m.host(x.value)
 		}
-	}
+		for i, typ := range []uint16{unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM, unix.NFT_MSG_NEWSETELEM} {
+			m.element(seq+uint32(i), typ, false, x.set, addressLen, value, x.timeout)
+		}
+	}, func(_ int, err error) {
+		if err != nil && !conflicts(err) { // else the map has another address: the kernel's own knowledge is newer
+			errs = append(errs, fmt.Errorf("add element: %w", nfnl.Permitted(err)))
+		}
+	})
 	return errors.Join(errs...)
 }
 
@@ -185,15 +178,11 @@ func (m *Mappings) formers(fs []Former, types ...uint16) error {
 // no error to delete an element that is not there.
 func changeSet[E any](m *Mappings, set string, es []E, per uint32, encode func(seq uint32, e *E)) error {
 	var errs []error
-	for part := range slices.Chunk(es, batch) {
-		clear(m.errs[:])
-		transact(&m.batcher, part, per, encode)
-		for _, err := range m.errs[:len(part)] {
-			if err != nil && !errors.Is(err, unix.ENOENT) {
-				errs = append(errs, fmt.Errorf("change set %s: %w", set, nfnl.Permitted(err)))
-			}
+	inBatches(&m.batcher, es, per, encode, func(_ int, err error) {
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			errs = append(errs, fmt.Errorf("change set %s: %w", set, nfnl.Permitted(err)))
 		}
-	}
+	})
 	return errors.Join(errs...)
 }
 

@@ -81,6 +81,19 @@ func transact[E any](b *batcher, es []E, per uint32, encode func(seq uint32, e *
 	}
 }
 
+// inBatches sends what encode makes of es, any number of them. It calls done for each one, with its
+// index and the kernel's error.
+func inBatches[E any](b *batcher, es []E, per uint32, encode func(seq uint32, e *E), done func(i int, err error)) {
+	for base := 0; base < len(es); base += batch {
+		part := es[base:min(base+batch, len(es))]
+		clear(b.errs[:])
+		transact(b, part, per, encode)
+		for i := range part {
+			done(base+i, b.errs[i])
+		}
+	}
+}
+
 // askGeneration asks the kernel for the number of the transaction that begins. The kernel
 // tells the number if the first message has the flag NLM_F_ECHO, but would echo a message
 // about an element, too. So this message asks to create our table, which exists already,

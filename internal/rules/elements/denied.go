@@ -95,10 +95,7 @@ func (m *Map) learnAgain(ps []cone.Permission) {
 // fullHost appends a message about the host of p in FullSet.
 func (m *Map) fullHost(seq uint32, typ uint16, p *cone.Permission) {
 	list, element := m.openElement(FullSet, seq, typ, 0)
-	key := m.enc.Nest(unix.NFTA_SET_ELEM_KEY)
-	m.enc.Attr(unix.NFTA_DATA_VALUE, addressLen)
-	m.enc.B = append(m.enc.B, p.Int.Addr[12:]...)
-	m.enc.EndNest(key)
+	m.data(unix.NFTA_SET_ELEM_KEY, p.Int.Addr[12:])
 	m.closeElement(list, element, typ, fullTimeout)
 }
 

@@ -21,11 +21,11 @@ var listed = cone.Permission{
 // message is the body of dumps of both maps: the elements of listed as we send them, and
 // those of the next peer with key and value in another order and with unknown attributes.
 func message() []byte {
-	m := NewMap(NewWriter(nil, 0, "conenat"), MapConfig{})
+	m := NewMap(NewWriter(nil, 0, "conenat"), MapConfig{Lifetime: time.Minute})
 	var body []byte
 	for _, set := range []string{PermissionMap, PortMap} {
 		m.enc.Reset()
-		m.element(1, unix.NFT_MSG_NEWSETELEM, set, &listed, true, time.Minute)
+		m.element(1, unix.NFT_MSG_NEWSETELEM, set, &listed)
 		b := m.enc.B[unix.NLMSG_HDRLEN:]
 		if len(body) > 0 {
 			b = b[nfnl.FamilyHeaderLen:] // all in one message
@@ -73,10 +73,10 @@ func TestElementsAreReadAsTheyAreWritten(t *testing.T) {
 }
 
 func TestPermissionTakesBothHalves(t *testing.T) {
-	m := NewMap(NewWriter(nil, 0, "conenat"), MapConfig{})
+	m := NewMap(NewWriter(nil, 0, "conenat"), MapConfig{Lifetime: time.Minute})
 	for _, set := range []string{PermissionMap, PortMap} {
 		m.enc.Reset()
-		m.element(1, unix.NFT_MSG_NEWSETELEM, set, &listed, true, time.Minute)
+		m.element(1, unix.NFT_MSG_NEWSETELEM, set, &listed)
 		if all := parse(m.enc.B[unix.NLMSG_HDRLEN:]); len(all) > 0 {
 			t.Errorf("from %s alone: %v", set, all)
 		}

@@ -156,25 +156,25 @@ func (m *Map) replace(p cone.Permission) (err error) {
 	one := []cone.Permission{p}
 	defer func() {
 		if err != nil {
-			m.transact(one, m.deletePermission)
+			m.transact(one, m.deleting(PermissionMap))
 		}
 		m.errs = errs
 	}()
-	put := func(add, renew func(seq uint32, p *cone.Permission)) error {
-		if m.transact(one, add); anothers(m.errs[0]) {
-			m.transact(one, renew)
+	put := func(set string) error {
+		if m.transact(one, m.adding(set)); anothers(m.errs[0]) {
+			m.transact(one, m.replacing(set))
 		}
 		return m.errs[0]
 	}
 	if p.Mark == 0 {
-		m.transact(one, m.deleteMark) // there may be no mark
-	} else if err := put(m.addMark, m.replaceMark); err != nil {
+		m.transact(one, m.deleting(MarksMap)) // there may be no mark
+	} else if err := put(MarksMap); err != nil {
 		return err
 	}
-	if err := put(m.addPort, m.replacePort); err != nil {
+	if err := put(PortMap); err != nil {
 		return err
 	}
-	return put(m.addPermission, m.replacePermission)
+	return put(PermissionMap)
 }
 
 // anothers reports whether an element with the same key but another value exists.
@@ -221,7 +221,7 @@ func (m *Map) findAbsent(ps []cone.Permission) (none int) {
 				m.notFound(seq, unix.ENOENT)
 				continue
 			}
-			m.element(seq, unix.NFT_MSG_GETSETELEM, set, &ps[i], false, 0)
+			m.element(seq, unix.NFT_MSG_GETSETELEM, set, &ps[i])
 		}
 	}
 	err := m.w.batch.Exchange(&m.enc, m.notFound, nil)
@@ -254,7 +254,7 @@ func (m *Map) deleteFound(seq uint32, p *cone.Permission) {
 	i := (seq - m.first - 1) / perElement
 	for n, set := range permissionSets {
 		if !m.absent[i][n] {
-			m.element(seq+uint32(n), unix.NFT_MSG_DELSETELEM, set, p, false, 0)
+			m.element(seq+uint32(n), unix.NFT_MSG_DELSETELEM, set, p)
 		}
 	}
 }
@@ -272,9 +272,9 @@ func (m *Map) Renew(ps []cone.Permission, lost func(i int)) {
 			}
 		}
 		m.haveMarks(part, func(i int) bool { return m.errs[i] == nil })
-		m.transact(m.marked, m.replaceMark)
+		m.transact(m.marked, m.replacing(MarksMap))
 		m.haveMarks(m.marked, func(i int) bool { return m.errs[i] != nil })
-		m.transact(m.marked, m.addMark)
+		m.transact(m.marked, m.adding(MarksMap))
 		for i := range m.marked {
 			if m.errs[i] != nil {
 				lost(base + slices.IndexFunc(part, func(p cone.Permission) bool { return p.Key == m.marked[i].Key }))
@@ -347,8 +347,8 @@ func (m *Map) look(ps []cone.Permission) (found halves, err error) {
 	m.enc.Reset()
 	first := m.w.batch.NextSeq(2 * len(ps))
 	for i := range ps {
-		m.element(first+2*uint32(i), unix.NFT_MSG_GETSETELEM, PermissionMap, &ps[i], false, 0)
-		m.element(first+2*uint32(i)+1, unix.NFT_MSG_GETSETELEM, PortMap, &ps[i], false, 0)
+		m.element(first+2*uint32(i), unix.NFT_MSG_GETSETELEM, PermissionMap, &ps[i])
+		m.element(first+2*uint32(i)+1, unix.NFT_MSG_GETSETELEM, PortMap, &ps[i])
 	}
 	var refused error
 	err = m.w.batch.Exchange(&m.enc, func(_ uint32, err error) {
@@ -372,90 +372,59 @@ func (m *Map) transact(ps []cone.Permission, encode func(seq uint32, p *cone.Per
 // add adds the address last: without it the other elements admit no child.
 func (m *Map) add(seq uint32, p *cone.Permission) {
 	if p.Mark != 0 {
-		m.addMark(seq, p)
+		m.adding(MarksMap)(seq, p)
 	}
-	m.addPort(seq+1, p)
-	m.addPermission(seq+2, p)
+	m.adding(PortMap)(seq+1, p)
+	m.adding(PermissionMap)(seq+2, p)
 }
 
-func (m *Map) addPermission(seq uint32, p *cone.Permission) {
-	m.element(seq, unix.NFT_MSG_NEWSETELEM, PermissionMap, p, true, m.lifetime)
-}
-
-func (m *Map) addMark(seq uint32, p *cone.Permission) {
-	m.element(seq, unix.NFT_MSG_NEWSETELEM, MarksMap, p, true, m.lifetime)
-}
-
-func (m *Map) deleteMark(seq uint32, p *cone.Permission) {
-	m.element(seq, unix.NFT_MSG_DELSETELEM, MarksMap, p, false, 0)
-}
-
-func (m *Map) replaceMark(seq uint32, p *cone.Permission) {
-	m.deleteMark(seq, p)
-	m.addMark(seq+1, p)
-}
-
-func (m *Map) addPort(seq uint32, p *cone.Permission) {
-	m.element(seq, unix.NFT_MSG_NEWSETELEM, PortMap, p, true, m.lifetime)
-}
-
-func (m *Map) deletePort(seq uint32, p *cone.Permission) {
-	m.element(seq, unix.NFT_MSG_DELSETELEM, PortMap, p, false, 0)
-}
-
-func (m *Map) replacePort(seq uint32, p *cone.Permission) {
-	m.deletePort(seq, p)
-	m.addPort(seq+1, p)
-}
-
-func (m *Map) deletePermission(seq uint32, p *cone.Permission) {
-	m.element(seq, unix.NFT_MSG_DELSETELEM, PermissionMap, p, false, 0)
-}
-
-func (m *Map) replacePermission(seq uint32, p *cone.Permission) {
-	m.deletePermission(seq, p)
-	m.addPermission(seq+1, p)
-}
-
+// replaceAll replaces the elements of a permission, except its mark.
 func (m *Map) replaceAll(seq uint32, p *cone.Permission) {
-	m.replacePort(seq, p)
-	m.replacePermission(seq+2, p)
+	m.replacing(PortMap)(seq, p)
+	m.replacing(PermissionMap)(seq+2, p)
+}
+
+// adding, deleting and replacing return what appends messages about the element of a permission
+// in one set.
+func (m *Map) adding(set string) func(seq uint32, p *cone.Permission) {
+	return func(seq uint32, p *cone.Permission) { m.element(seq, unix.NFT_MSG_NEWSETELEM, set, p) }
+}
+
+func (m *Map) deleting(set string) func(seq uint32, p *cone.Permission) {
+	return func(seq uint32, p *cone.Permission) { m.element(seq, unix.NFT_MSG_DELSETELEM, set, p) }
+}
+
+func (m *Map) replacing(set string) func(seq uint32, p *cone.Permission) {
+	return func(seq uint32, p *cone.Permission) {
+		m.deleting(set)(seq, p)
+		m.adding(set)(seq+1, p)
+	}
 }
 
 // key writes the key of a permission into the open element.
 func (m *Map) key(k *cone.Key) {
-	e := &m.enc
-	key := e.Nest(unix.NFTA_SET_ELEM_KEY)
-	e.Attr(unix.NFTA_DATA_VALUE, keyLen)
-	e.B = append(e.B, k.Peer[12:]...)
-	e.B = append(e.B, k.Ext.Addr[12:]...)
-	e.B = binary.BigEndian.AppendUint16(e.B, k.Ext.Port)
-	e.Pad()
-	e.EndNest(key)
+	var key [keyLen]byte
+	copy(key[:], k.Peer[12:])
+	putEndpoint(key[addressLen:], k.Ext)
+	m.data(unix.NFTA_SET_ELEM_KEY, key[:])
 }
 
-// element appends a message about one element of a set.
-func (m *Map) element(seq uint32, typ uint16, set string, p *cone.Permission, value bool, timeout time.Duration) {
-	e := &m.enc
+// element appends a message about one element of a set. A new one lives as long as a permission.
+func (m *Map) element(seq uint32, typ uint16, set string, p *cone.Permission) {
 	list, element := m.openElement(set, seq, typ, 0)
 	m.key(&p.Key)
-	if value {
-		data := e.Nest(unix.NFTA_SET_ELEM_DATA)
+	if typ == unix.NFT_MSG_NEWSETELEM {
+		var value [4]byte
 		switch set {
 		case MarksMap:
-			e.Attr(unix.NFTA_DATA_VALUE, markLen)
-			e.B = binary.NativeEndian.AppendUint32(e.B, p.Mark)
+			m.data(unix.NFTA_SET_ELEM_DATA, binary.NativeEndian.AppendUint32(value[:0], p.Mark))
 		case PortMap:
-			e.Attr(unix.NFTA_DATA_VALUE, portLen)
-			e.B = binary.BigEndian.AppendUint16(e.B, p.Int.Port)
-			e.Pad()
+			m.data(unix.NFTA_SET_ELEM_DATA, binary.BigEndian.AppendUint16(value[:0], p.Int.Port))
 		default:
-			e.Attr(unix.NFTA_DATA_VALUE, addressLen)
-			e.B = append(e.B, p.Int.Addr[12:]...)
+			m.data(unix.NFTA_SET_ELEM_DATA, p.Int.Addr[12:])
 		}
-		e.EndNest(data)
 	}
-	m.closeElement(list, element, typ, timeout)
+	m.closeElement(list, element, typ, m.lifetime)
 }
 
 // Lengths of the key, with each part padded to a register's 4 bytes, and of the values. See

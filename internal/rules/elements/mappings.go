@@ -70,55 +70,42 @@ func (m *Mappings) SetLifetime(d time.Duration) { m.lifetime = d }
 // Before Linux 6.12, adding an element again does not renew its timeout, so it is deleted
 // and added in one transaction, which no packet notices.
 func (m *Mappings) Keep(ms []Mapping, refused func(i int, err error)) {
-	for base := 0; base < len(ms); base += batch {
-		part := ms[base:min(base+batch, len(ms))]
-		clear(m.errs[:])
-		transact(&m.batcher, part, perMapping, m.renew)
-		m.addRefused(part, base, refused)
-	}
+	m.put(ms, m.renew, refused)
 }
 
 // Add adds ms, and calls refused with the index of each that it could not add. The error is
 // ErrOtherMapping if the inside endpoint has a mapping already, or the outside endpoint an
 // owner. The caller must pass living flows of a refused mapping to Take.
 func (m *Mappings) Add(ms []Mapping, refused func(i int, err error)) {
-	for base := 0; base < len(ms); base += batch {
-		part := ms[base:min(base+batch, len(ms))]
-		clear(m.errs[:])
-		transact(&m.batcher, part, perMapping, m.add)
-		m.addRefused(part, base, refused)
-	}
+	m.put(ms, m.add, refused)
 }
 
-// addRefused adds refused mappings again, one by one: the conflict may have been with a
-// mapping of the same batch that was refused itself.
-func (m *Mappings) addRefused(part []Mapping, base int, refused func(i int, err error)) {
-	for i := range part {
-		if m.errs[i] == nil {
-			continue
+// put sends what encode makes of ms. It adds refused mappings again, one by one: the conflict may
+// have been with a mapping of the same batch that was refused itself.
+func (m *Mappings) put(ms []Mapping, encode func(seq uint32, p *Mapping), refused func(i int, err error)) {
+	inBatches(&m.batcher, ms, perMapping, encode, func(i int, err error) {
+		if conflicts(err) || errors.Is(err, unix.ENOENT) && m.links[ms[i].Link] != nil {
+			err = m.alone(ms[i : i+1])
 		}
-		if conflicts(m.errs[i]) || errors.Is(m.errs[i], unix.ENOENT) && m.links[part[i].Link] != nil {
-			m.alone(part, i)
-		}
-		switch err := m.errs[i]; {
+		switch {
 		case err == nil:
 		case conflicts(err):
-			refused(base+i, ErrOtherMapping)
+			refused(i, ErrOtherMapping)
 		default:
-			refused(base+i, fmt.Errorf("add element: %w", nfnl.Permitted(err)))
+			refused(i, fmt.Errorf("add element: %w", nfnl.Permitted(err)))
 		}
-	}
+	})
 }
 
 func conflicts(err error) bool { return errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST) }
 
-// alone adds mapping i of ms in its own transaction.
-func (m *Mappings) alone(ms []Mapping, i int) {
+// alone adds one mapping in a transaction of its own, and keeps the errors of the batch.
+func (m *Mappings) alone(one []Mapping) error {
 	errs := m.errs
+	defer func() { m.errs = errs }()
 	m.errs[0] = nil
-	transact(&m.batcher, ms[i:i+1], perMapping, m.add)
-	errs[i] = m.errs[0]
-	m.errs = errs
+	transact(&m.batcher, one, perMapping, m.add)
+	return m.errs[0]
 }
 
 // Revoke ends ms. It is no error if some have ended already. The kernel deletes by key,
@@ -158,20 +145,15 @@ func (m *Mappings) Release(ms []Mapping) error {
 // "" for none.
 func (m *Mappings) remove(ms []Mapping, element func(p *Mapping) string) error {
 	var errs []error
-	for base := 0; base < len(ms); base += batch {
-		part := ms[base:min(base+batch, len(ms))]
-		clear(m.errs[:])
-		transact(&m.batcher, part, 1, func(seq uint32, p *Mapping) {
-			if set := element(p); set != "" {
-				m.element(seq, unix.NFT_MSG_DELSETELEM, false, set, endpointLen, 0, 0)
-			}
-		})
-		for i := range part {
-			if err := m.errs[i]; err != nil && !errors.Is(err, unix.ENOENT) {
-				errs = append(errs, fmt.Errorf("delete mapping %v: %w", part[i].Int, nfnl.Permitted(err)))
-			}
+	inBatches(&m.batcher, ms, 1, func(seq uint32, p *Mapping) {
+		if set := element(p); set != "" {
+			m.element(seq, unix.NFT_MSG_DELSETELEM, false, set, endpointLen, 0, 0)
 		}
-	}
+	}, func(i int, err error) {
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			errs = append(errs, fmt.Errorf("delete mapping %v: %w", ms[i].Int, nfnl.Permitted(err)))
+		}
+	})
 	return errors.Join(errs...)
 }
 
@@ -180,17 +162,12 @@ func (m *Mappings) remove(ms []Mapping, element func(p *Mapping) string) error {
 func (m *Mappings) Take(flows []Taken) error {
 	var refused int
 	var first error
-	for base := 0; base < len(flows); base += batch {
-		part := flows[base:min(base+batch, len(flows))]
-		clear(m.errs[:])
-		transact(&m.batcher, part, 3, m.take)
-		for _, err := range m.errs[:len(part)] {
-			if err != nil {
-				refused++
-				first = cmp.Or(first, err)
-			}
+	inBatches(&m.batcher, flows, 3, m.take, func(_ int, err error) {
+		if err != nil {
+			refused++
+			first = cmp.Or(first, err)
 		}
-	}
+	})
 	if refused > 0 {
 		return fmt.Errorf("add %d of %d elements: %w", refused, len(flows), nfnl.Permitted(first))
 	}

@@ -93,19 +93,15 @@ func (r *Revoked) Any() bool {
 // accepted.
 func (r *Revoked) send(typ uint16, keys []cone.Key, done func(cone.Key)) error {
 	var errs []error
-	for part := range slices.Chunk(keys, batch) {
-		clear(r.errs[:])
-		transact(&r.batcher, part, 1, func(seq uint32, k *cone.Key) { r.element(seq, typ, k) })
-		for i, k := range part {
-			switch err := r.errs[i]; {
-			case err == nil, typ == unix.NFT_MSG_DELSETELEM && errors.Is(err, unix.ENOENT):
-				done(k)
-			case errors.Is(err, unix.ENOENT): // the table will be made again, and k added again
-			default:
-				errs = append(errs, fmt.Errorf("change set %s for %v -> %v: %w", RevokedSet, k.Peer, k.Ext, nfnl.Permitted(err)))
-			}
+	inBatches(&r.batcher, keys, 1, func(seq uint32, k *cone.Key) { r.element(seq, typ, k) }, func(i int, err error) {
+		switch k := keys[i]; {
+		case err == nil, typ == unix.NFT_MSG_DELSETELEM && errors.Is(err, unix.ENOENT):
+			done(k)
+		case errors.Is(err, unix.ENOENT): // the table will be made again, and k added again
+		default:
+			errs = append(errs, fmt.Errorf("change set %s for %v -> %v: %w", RevokedSet, k.Peer, k.Ext, nfnl.Permitted(err)))
 		}
-	}
+	})
 	return errors.Join(errs...)
 }
 

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -92,19 +91,15 @@ func (u *unsureSet) add(flows []Direction) error {
 
 // send sends messages about each of the flows, and returns the first error.
 func (u *unsureSet) send(flows []Direction, messages ...uint16) (first error) {
-	for part := range slices.Chunk(flows, batch) {
-		clear(u.errs[:])
-		transact(&u.batcher, part, uint32(len(messages)), func(seq uint32, d *Direction) {
-			for i, typ := range messages {
-				u.flow(seq+uint32(i), typ, d)
-			}
-		})
-		for _, err := range u.errs[:len(part)] {
-			if err != nil && first == nil {
-				first = fmt.Errorf("add element to set %s: %w", u.name, nfnl.Permitted(err))
-			}
+	inBatches(&u.batcher, flows, uint32(len(messages)), func(seq uint32, d *Direction) {
+		for i, typ := range messages {
+			u.flow(seq+uint32(i), typ, d)
 		}
-	}
+	}, func(_ int, err error) {
+		if err != nil && first == nil {
+			first = fmt.Errorf("add element to set %s: %w", u.name, nfnl.Permitted(err))
+		}
+	})
 	return first
 }
 
