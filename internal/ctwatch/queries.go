@@ -1,6 +1,7 @@
 package ctwatch
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"time"
@@ -34,9 +35,7 @@ type Queries struct {
 // DialQueries opens the query socket. It needs CAP_NET_ADMIN in the user
 // namespace that owns the network namespace; without it the first query fails.
 func DialQueries(cfg Config) (*Queries, error) {
-	if cfg.Timeout == 0 {
-		cfg.Timeout = DefaultTimeout
-	}
+	cfg.Timeout = cmp.Or(cfg.Timeout, DefaultTimeout)
 	q := &Queries{cfg: cfg}
 	if err := q.open(); err != nil {
 		return nil, err
@@ -88,13 +87,10 @@ func (q *Queries) Get(src, dst cone.Endpoint, zone uint16) (cone.Flow, bool, err
 		bad = parseFlow(body, &f)
 		found = bad == nil
 	})
-	if err == nil {
-		err = bad
-	}
 	if errors.Is(err, unix.ENOENT) {
 		return cone.Flow{}, false, nil
 	}
-	if err != nil {
+	if err = cmp.Or(err, bad); err != nil {
 		return cone.Flow{}, false, wrap("get conntrack entry", err)
 	}
 	return f, found, nil

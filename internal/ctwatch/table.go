@@ -1,6 +1,8 @@
 package ctwatch
 
 import (
+	"cmp"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/nfnl"
@@ -22,10 +24,7 @@ func (q *Queries) Table() (t Table, err error) {
 	err = q.query(ipctnlMsgCTGetStats, 0, unix.AF_UNSPEC, nil, func(body []byte) {
 		t, bad = parseTable(body)
 	})
-	if err == nil {
-		err = bad
-	}
-	if err != nil {
+	if err = cmp.Or(err, bad); err != nil {
 		return Table{}, wrap("ask how full conntrack is", err)
 	}
 	return t, nil

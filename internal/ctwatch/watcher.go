@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/mdlayher/netlink"
-	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/cone"
@@ -87,18 +86,12 @@ type Stats struct {
 	ReadBuffer int
 }
 
-// filterable is a socket that runs a filter before messages are queued.
-type filterable interface {
-	SetBPF([]bpf.RawInstruction) error
-	RemoveBPF() error
-}
-
 // A Watcher reports UDP flows that begin and end, and anchors that end. One goroutine may
 // call Read; all other methods are safe at any time.
 type Watcher struct {
 	conn    socket
 	rc      syscall.RawConn
-	filter  filterable
+	filter  *netlink.Conn         // conn, which runs a filter before messages are queued; nil in tests
 	receive func(fd uintptr) bool // w.read, bound once: binding allocates
 	poll    func(fd uintptr)      // the same, regardless of the deadline
 
@@ -145,54 +138,44 @@ func Dial(cfg Config) (*Watcher, error) {
 	if err != nil {
 		return nil, wrap("open conntrack event socket", err)
 	}
-	size, err := subscribe(conn, cfg)
-	if err != nil {
-		_ = conn.Close()
-		return nil, err
-	}
 	w, err := newWatcher(conn)
+	if err == nil {
+		w.filter, w.port = conn, conn.PID()
+		err = w.subscribe(conn, cfg)
+	}
 	if err != nil {
 		_ = conn.Close()
 		return nil, err
 	}
-	w.readBuffer, w.filter, w.port = size, conn, conn.PID()
 	return w, nil
 }
 
-// subscribe prepares conn and joins the groups. It returns the size of the receive buffer.
-func subscribe(conn *netlink.Conn, cfg Config) (int, error) {
-	size := cfg.ReadBuffer
-	if size == 0 {
-		size = DefaultReadBuffer
-	}
+// subscribe prepares the socket and joins the groups.
+func (w *Watcher) subscribe(conn *netlink.Conn, cfg Config) error {
 	// This uses SO_RCVBUFFORCE, or SO_RCVBUF without the privilege.
-	if err := conn.SetReadBuffer(size); err != nil {
-		return 0, wrap("set receive buffer", err)
+	if err := conn.SetReadBuffer(cmp.Or(cfg.ReadBuffer, DefaultReadBuffer)); err != nil {
+		return wrap("set receive buffer", err)
 	}
-	got, err := conn.ReadBuffer()
+	size, err := conn.ReadBuffer()
 	if err != nil {
-		return 0, wrap("get receive buffer", err)
+		return wrap("get receive buffer", err)
 	}
+	w.readBuffer = size / 2
 	// If this option were set, a loss would go unnoticed.
 	if err := conn.SetOption(netlink.NoENOBUFS, false); err != nil {
-		return 0, wrap("clear NETLINK_NO_ENOBUFS", err)
+		return wrap("clear NETLINK_NO_ENOBUFS", err)
 	}
-
 	// Attach the filter before joining the groups, so that nothing passes unfiltered.
-	prog, err := eventFilter(Sources{})
-	if err != nil {
-		return 0, wrap("assemble socket filter", err)
-	}
-	if err := conn.SetBPF(prog); err != nil {
-		return 0, wrap("attach socket filter", err)
+	if err := w.attach(Sources{}); err != nil {
+		return err
 	}
 	// Join DESTROY first: then every flow that is seen to begin is also seen to end.
 	for _, group := range []uint32{unix.NFNLGRP_CONNTRACK_DESTROY, unix.NFNLGRP_CONNTRACK_NEW} {
 		if err := conn.JoinGroup(group); err != nil {
-			return 0, wrap("join conntrack event group", err)
+			return wrap("join conntrack event group", err)
 		}
 	}
-	return got / 2, nil
+	return nil
 }
 
 func newWatcher(conn socket) (*Watcher, error) {
