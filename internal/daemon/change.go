@@ -48,17 +48,13 @@ func (s *shared) reload(cfg config.Config, err error) error {
 	if err != nil {
 		return s.keepOld(err)
 	}
-	done := make(chan error, 1)
-	select {
-	case s.jobs <- func(r *reconciler) { done <- r.adopt(cfg) }:
-	case <-s.ended:
-		return errEnded
-	}
-	if err := <-done; err != nil {
-		return s.keepOld(err)
-	}
-	s.wantReconcile() // to find the flows that give a permission only now
-	return nil
+	return s.job(func(r *reconciler) error {
+		if err := r.adopt(cfg); err != nil {
+			return s.keepOld(err)
+		}
+		s.wantReconcile() // to find the flows that give a permission only now
+		return nil
+	})
 }
 
 // adopt puts a new configuration in force. It finds everything that can be wrong before it

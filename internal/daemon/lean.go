@@ -242,14 +242,10 @@ func (s *shared) showAll(age time.Duration) error {
 	if !s.do(func(l *loop) { known = l.unseen() <= age }) || known {
 		return nil
 	}
-	done := make(chan error, 1)
-	select {
-	case s.jobs <- func(r *reconciler) { done <- r.readFlows(r.reads) }:
-	case <-s.ended:
-		return errEnded
-	}
-	if err := <-done; err != nil {
-		return fmt.Errorf("read flows: %w", err)
-	}
-	return nil
+	return s.job(func(r *reconciler) error {
+		if err := r.readFlows(r.reads); err != nil {
+			return fmt.Errorf("read flows: %w", err)
+		}
+		return nil
+	})
 }

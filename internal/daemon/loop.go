@@ -55,13 +55,18 @@ func (s *shared) doUnless(stop <-chan struct{}, f func(*loop)) bool {
 		return false
 	}
 	s.events.Wake()
+	return s.await(done, stop)
+}
+
+// job runs f in the reconcile when that is idle, and waits for it.
+func (s *shared) job(f func(*reconciler) error) error {
+	done := make(chan error, 1)
 	select {
-	case <-done:
-		return true
+	case s.jobs <- func(r *reconciler) { done <- f(r) }:
+		return <-done
 	case <-s.ended:
-	case <-stop:
+		return errEnded
 	}
-	return false
 }
 
 // ask is do for the reconcile. The CPU time of the loop for f and
@@ -84,15 +89,18 @@ func (r *reconciler) ask(f func(*loop)) bool {
 // returns false if the loop ended first.
 func (s *shared) catchUp() bool {
 	done := make(chan struct{})
-	if !s.do(func(l *loop) { l.catchingUp = append(l.catchingUp, done) }) {
-		return false
-	}
+	return s.do(func(l *loop) { l.catchingUp = append(l.catchingUp, done) }) && s.await(done, nil)
+}
+
+// await waits for done. It returns false if the loop ended first, or once stop is closed.
+func (s *shared) await(done, stop <-chan struct{}) bool {
 	select {
 	case <-done:
 		return true
 	case <-s.ended:
-		return false
+	case <-stop:
 	}
+	return false
 }
 
 // caughtUp answers catchUp: the event socket was empty.
@@ -113,12 +121,7 @@ func (s *shared) Alive() bool {
 		return false
 	}
 	s.events.Wake()
-	select {
-	case <-alive:
-		return true
-	case <-s.ended:
-		return false
-	}
+	return s.await(alive, nil)
 }
 
 // beat answers Alive. The loop calls it between pieces of work.

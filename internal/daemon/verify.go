@@ -18,19 +18,17 @@ func (s source) Verify() (v control.Verification, err error) {
 	if err := s.showAll(0); err != nil {
 		return v, err
 	}
-	done := make(chan struct{})
-	look := func(r *reconciler) {
-		defer close(done)
-		var first, again map[control.Wrong]struct{}
-		if first, err = r.differences(&v); err != nil {
-			return
+	err = s.job(func(r *reconciler) error { // it alone lists the backends
+		first, err := r.differences(&v)
+		if err != nil {
+			return err
 		}
 		if !r.catchUp() {
-			err = errEnded
-			return
+			return errEnded
 		}
-		if again, err = r.differences(&v); err != nil {
-			return
+		again, err := r.differences(&v)
+		if err != nil {
+			return err
 		}
 		for w := range first {
 			if _, still := again[w]; still {
@@ -40,14 +38,9 @@ func (s source) Verify() (v control.Verification, err error) {
 		slices.SortFunc(v.Wrong, func(a, b control.Wrong) int {
 			return cmp.Or(a.Ext.Compare(b.Ext), a.Peers.Compare(b.Peers), cmp.Compare(a.ID, b.ID))
 		})
-	}
-	select {
-	case s.jobs <- look: // the reconcile runs it, as it alone lists the backends
-		<-done
-		return v, err
-	case <-s.ended:
-		return v, errEnded
-	}
+		return nil
+	})
+	return v, err
 }
 
 // A wrong is the identifier (docs/control.md) of something that is not as it should be.
