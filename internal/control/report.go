@@ -88,9 +88,9 @@ func (t *statusText) decisions() {
 	t.more("flows", "%d", t.Flows)
 	t.more("granted", "%d", c.Granted)
 	t.more("revoked", "%s", parts(worded(c.Revoked)))
-	t.some(sum(c.Refused), "refused", "%s", parts(worded(c.Refused)))
-	t.some(sum(c.Skipped), "skipped", "%s", parts(skipped(c)))
-	t.some(sum(c.Failed), "failed", "%s", parts(worded(c.Failed)))
+	t.some(Sum(c.Refused), "refused", "%s", parts(worded(c.Refused)))
+	t.some(Sum(c.Skipped), "skipped", "%s", parts(skipped(c)))
+	t.some(Sum(c.Failed), "failed", "%s", parts(worded(c.Failed)))
 	t.more("conflicts", "%d", c.Conflicts)
 	t.more("early packets", "%d", c.Early)
 	t.some(c.Crowded+t.Tables.Guard.Children, "child limit", "%s beyond their limit, dropped", manyChildren(c.Crowded+t.Tables.Guard.Children))
@@ -138,7 +138,7 @@ func (t *statusText) conntrack() {
 func (t *statusText) daemon() {
 	c, e, l := t.Counters, t.Events, t.Latency
 	t.more("port changed", "%d of %d peers saw another outside port than the peer before", c.Remapped, c.Compared)
-	t.some(sum(c.Repaired)+t.Tables.Repaired, "repaired", "%s; tables %s", parts(worded(c.Repaired)), Several(t.Tables.Repaired, "time"))
+	t.some(Sum(c.Repaired)+t.Tables.Repaired, "repaired", "%s; tables %s", parts(worded(c.Repaired)), Several(t.Tables.Repaired, "time"))
 	if l.Count > 0 && t.verbose {
 		t.line("latency", "p50 %s, p99 %s, max %s, from event to kernel", micros(l.P50), micros(l.P99), micros(l.Max))
 	}
@@ -245,8 +245,8 @@ func subnetTexts(all []Subnet) []string {
 	return texts
 }
 
-// sum adds up counts.
-func sum(counts map[string]uint64) (n uint64) {
+// Sum adds up counts.
+func Sum(counts map[string]uint64) (n uint64) {
 	for _, c := range counts {
 		n += c
 	}
@@ -289,7 +289,7 @@ func NotApplied(counts map[string]uint64) string {
 	for _, why := range byCount(counts) {
 		parts = append(parts, fmt.Sprintf("%d because %s", counts[why], why))
 	}
-	return fmt.Sprintf("%s did not get their mapping: %s", Several(sum(counts), "flow"), strings.Join(parts, ", "))
+	return fmt.Sprintf("%s did not get their mapping: %s", Several(Sum(counts), "flow"), strings.Join(parts, ", "))
 }
 
 // describe says what the map of permissions does, and whether its children get through the
@@ -327,7 +327,7 @@ func worded(counts map[string]uint64) map[string]uint64 {
 // parts formats the sum and, the largest first, the counts that are not zero.
 func parts(counts map[string]uint64) string {
 	if of := reasons(counts); of != "" {
-		return fmt.Sprintf("%d (%s)", sum(counts), of)
+		return fmt.Sprintf("%d (%s)", Sum(counts), of)
 	}
 	return "0"
 }

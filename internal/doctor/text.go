@@ -5,6 +5,7 @@ import (
 	"io"
 	"strings"
 
+	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/text"
 )
 
@@ -34,11 +35,7 @@ func (r *Report) Write(w io.Writer, color bool) error {
 	}
 	var sums []string
 	for _, s := range []Severity{Error, Warning, Note} {
-		sum := fmt.Sprintf("%d %s", counts[s], s)
-		if counts[s] != 1 {
-			sum += "s"
-		}
-		sums = append(sums, sum)
+		sums = append(sums, control.Several(counts[s], string(s)))
 	}
 	b.WriteString(strings.Join(sums, ", ") + "\n")
 	_, err := io.WriteString(w, b.String())

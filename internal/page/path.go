@@ -25,7 +25,7 @@ func path(s *control.Status) []step {
 	return []step{
 		{"Out, from inside hosts", []count{
 			{Name: "kernel's messages about flows", N: s.Events.Received},
-			{Name: "flows that led to no permission", N: total(c.Skipped), Why: control.SkippedReasons(*c)},
+			{Name: "flows that led to no permission", N: control.Sum(c.Skipped), Why: control.SkippedReasons(*c)},
 		}},
 		{"Permissions", []count{
 			{Name: "standing", N: uint64(s.Permissions.Standing), Now: true},
@@ -33,8 +33,8 @@ func path(s *control.Status) []step {
 			{Name: "granted", N: c.Granted},
 			{Name: "learned by the kernel itself", N: t.Map.Learned},
 			{Name: "not learned: too many at a time", N: t.Map.Limited},
-			{Name: "refused", N: total(c.Refused), Why: control.Reasons(c.Refused)},
-			{Name: "ended", N: total(c.Revoked), Why: control.Reasons(c.Revoked)},
+			{Name: "refused", N: control.Sum(c.Refused), Why: control.Reasons(c.Refused)},
+			{Name: "ended", N: control.Sum(c.Revoked), Why: control.Reasons(c.Revoked)},
 		}},
 		{"In, from peers", []count{
 			{Name: "children admitted by the map", N: t.Map.Admitted},
@@ -51,11 +51,4 @@ func path(s *control.Status) []step {
 			{Name: "packets from or to port 0", N: t.Guard.PortZero},
 		}},
 	}
-}
-
-func total(counts map[string]uint64) (n uint64) {
-	for _, c := range counts {
-		n += c
-	}
-	return n
 }

@@ -118,10 +118,7 @@ func (rd *reader) read(ctx context.Context, q *question) {
 	began := time.Now()
 	status := rd.src.Status()
 	results := rd.find(all)
-	findings := status.Findings
-	if findings == nil {
-		findings = []control.Finding{} // not null
-	}
+	findings := append([]control.Finding{}, status.Findings...) // not null
 	for i, q := range all {
 		q.answer <- state{
 			Now: time.Now(), Version: status.Version, Started: status.Started, Verdict: doctor.Verdict(status),
