@@ -35,7 +35,7 @@ var allowed = map[string][]string{
 	"internal/logs":                  {"internal/config"},
 	"internal/portpool":              {"internal/config"},
 	"internal/probe":                 {"internal/text"},
-	"internal/reference":             {"internal/config"},
+	"internal/reference":             {"internal/config", "internal/text"},
 	"internal/sandbox":               nil,
 	"internal/text":                  nil,
 	"internal/top":                   {"internal/control", "internal/doctor"},

@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/text"
 )
 
 // Markdown returns docs/configuration.md.
@@ -99,20 +100,8 @@ func valuesText(k config.Key) string {
 	return strings.Join(all, ", ")
 }
 
-// wrap breaks text into lines of at most 92 characters, if words permit, with a prefix for
+// wrap breaks prose into lines of at most 92 characters, if words permit, with a prefix for
 // each.
-func wrap(text, prefix string) string {
-	var lines []string
-	line := ""
-	for word := range strings.FieldsSeq(text) {
-		if line != "" && len(prefix)+len(line)+1+len(word) > 92 {
-			lines = append(lines, prefix+line)
-			line = ""
-		}
-		if line != "" {
-			line += " "
-		}
-		line += word
-	}
-	return strings.Join(append(lines, prefix+line), "\n")
+func wrap(prose, prefix string) string {
+	return strings.TrimSuffix(text.WrapAt(92, prose, prefix), "\n")
 }
