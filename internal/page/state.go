@@ -206,12 +206,9 @@ func parseSearch(text string) (s search) {
 
 // selects reports whether p, which has this text, matches all words.
 func (s search) selects(p *control.Permission, text []byte) bool {
-	for _, w := range s {
-		if !bytes.Contains(text, w.text) && !slices.ContainsFunc(w.filter, func(f control.Filter) bool { return f.Selects(p) }) {
-			return false
-		}
-	}
-	return true
+	return !slices.ContainsFunc(s, func(w word) bool {
+		return !bytes.Contains(text, w.text) && !slices.ContainsFunc(w.filter, func(f control.Filter) bool { return f.Selects(p) })
+	})
 }
 
 // appendText appends what a person may search for in p, in lower case.

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/pion/stun/v3"
@@ -153,10 +154,5 @@ func receive(at *net.UDPConn, until time.Time, requests []*request) error {
 
 // open reports whether a request has no answer.
 func open(requests []*request) bool {
-	for _, r := range requests {
-		if r.answer == nil {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(requests, func(r *request) bool { return r.answer == nil })
 }
