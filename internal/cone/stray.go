@@ -30,6 +30,20 @@ func (m *Model) Strays() []Flow {
 // HasStrays reports whether Strays would return a flow.
 func (m *Model) HasStrays() bool { return len(m.strays.flows) > 0 }
 
+// StrayLinks returns the links by which the flows that Strays would return leave, as far as SetLinkLookup
+// knows them.
+func (m *Model) StrayLinks() (links []string) {
+	if m.skips.linkTo == nil {
+		return nil
+	}
+	for i := range m.strays.flows {
+		if link, ok := m.skips.linkTo(m.strays.flows[i].ReplySrc.Addr.Netip()); ok && !slices.Contains(links, link) {
+			links = append(links, link)
+		}
+	}
+	return links
+}
+
 // stray notes a flow of an enabled host that may show an outside link.
 func (m *Model) stray(f *Flow) {
 	s := &m.strays

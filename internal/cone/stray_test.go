@@ -2,6 +2,7 @@ package cone
 
 import (
 	"net/netip"
+	"slices"
 	"testing"
 )
 
@@ -39,6 +40,37 @@ func TestStraysAreTranslatedFlowsToTheInternet(t *testing.T) {
 	m.FlowSeen(0, outbound("203.0.113.5:5062", StatusSrcNAT))
 	if !m.HasStrays() {
 		t.Error("a peer is not told again when the topology changed")
+	}
+}
+
+// Fails when the link of a stray is not named, or is after the stray was taken.
+func TestStraysNameTheirLinks(t *testing.T) {
+	m := New(testPolicy)
+	m.SetTopology(0, Topology{})
+	if links := m.StrayLinks(); links != nil {
+		t.Errorf("%q without a stray", links)
+	}
+	for _, peer := range []string{"203.0.113.5:5060", "203.0.113.6:5060", "192.0.2.5:5060", "198.51.100.5:5060"} {
+		m.FlowSeen(0, &Flow{ID: 1, Status: StatusSrcNAT, Src: ep("10.47.11.109:5060"), Dst: ep(peer), ReplySrc: ep(peer), ReplyDst: ep("10.66.0.2:5060")})
+	}
+	if links := m.StrayLinks(); links != nil {
+		t.Errorf("%q, and nothing knows the links", links)
+	}
+	m.SetLinkLookup(func(peer netip.Addr) (string, bool) {
+		switch peer.As4()[0] {
+		case 203:
+			return "vpn0", true
+		case 192:
+			return "vpn1", true
+		}
+		return "", false
+	})
+	if links := m.StrayLinks(); !slices.Equal(links, []string{"vpn0", "vpn1"}) {
+		t.Errorf("%q", links)
+	}
+	m.Strays()
+	if links := m.StrayLinks(); links != nil {
+		t.Errorf("%q after the strays were taken", links)
 	}
 }
 

@@ -142,7 +142,7 @@ type loop struct {
 	missing        string        // which backend is missing and why
 	quiet          bool          // the kernel hides flows that can have no permission
 	network        gateway.Network
-	shown          []string             // links that flows show to be outside links, until network says so
+	shown          []string             // links that flows show to be outside links, or may show, until network says so
 	topology       cone.Topology        // of network
 	mayStrand      func(cone.Addr) bool // children with this outside address may have the wrong one
 	ruleWarnings   warnings             // about the user's forwards

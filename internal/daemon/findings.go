@@ -173,15 +173,12 @@ func (l *loop) warnForwarding(out *warnings) {
 	}
 }
 
-// warnElsewhere warns of links that should perhaps be outside links, but not while the reconcile is
-// about to find out, from the flows that left by them, that they are.
+// warnElsewhere warns of links that should perhaps be outside links, except those that the reconcile is
+// about to judge by flows that left by them.
 func (l *loop) warnElsewhere(out *warnings) {
-	if l.engine.Model.HasStrays() {
-		return
-	}
-	elsewhere := l.engine.Model.Elsewhere()
+	elsewhere, waiting := l.engine.Model.Elsewhere(), append(l.engine.Model.StrayLinks(), l.shown...)
 	for _, link := range l.network.Links {
-		if n := elsewhere[link.Name].Translated; n > 0 && link.Outside == 0 && !slices.Contains(l.shown, link.Name) {
+		if n := elsewhere[link.Name].Translated; n > 0 && link.Outside == 0 && !slices.Contains(waiting, link.Name) {
 			out.add(warnPeersBehindLink, link.Name, "%d translated flows of enabled hosts left by %s, which is no outside link, and give no permission: "+
 				"if it leads to peers, name it with --outside %s", n, link.Name, link.Name)
 		}

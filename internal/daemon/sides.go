@@ -143,13 +143,20 @@ func (u *uplinks) ask(f *firewall, network gateway.Network) (changed bool, err e
 // kernel once for each peer.
 func (r *reconciler) followFlows(cfg config.Config) (found bool, err error) {
 	var flows []cone.Flow
-	if !r.ask(func(l *loop) { flows = l.engine.Model.Strays() }) {
+	if !r.ask(func(l *loop) { flows = l.takeStrays() }) {
 		return false, errEnded
 	}
 	found, err = r.seeNAT(cfg, flows)
 	shown := slices.Sorted(maps.Keys(r.uplinks.seen))
 	r.ask(func(l *loop) { l.shown = shown })
 	return found, err
+}
+
+// takeStrays returns the strays that nobody judged yet. Until the caller did, and sets l.shown, their links
+// count as shown.
+func (l *loop) takeStrays() []cone.Flow {
+	l.shown = append(l.shown, l.engine.Model.StrayLinks()...)
+	return l.engine.Model.Strays()
 }
 
 // seeFlowsBefore does the same at the start, before the first rule of ours: an earlier daemon
