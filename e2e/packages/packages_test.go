@@ -88,7 +88,7 @@ func TestPackageOnDebian(t *testing.T) {
 	c := boot(t, s, dir)
 	traces := c.traces()
 
-	if out := c.do("apt-get install --yes /packages/conenatd_0.0.1-1_amd64.deb 2>&1"); !strings.Contains(out, `"conenatd status" says`) {
+	if out := c.do("apt-get install --yes /packages/conenatd_0.0.1-1_amd64.deb 2>&1"); !strings.Contains(out, nextStep) {
 		t.Errorf("the first installation does not tell the next step:\n%s", out)
 	}
 	if state, _ := c.try("systemctl is-enabled conenatd; systemctl is-active conenatd"); state != "disabled\ninactive" {
@@ -231,7 +231,7 @@ func TestPackageByRPM(t *testing.T) {
 	// Its database knows none of Debian's packages.
 	const rpm = "rpm --force-debian --nodeps "
 	c.do("rpm --query --package --requires /packages/conenatd-0.0.1-1.x86_64.rpm | grep -qx /usr/sbin/useradd && test -x /usr/sbin/useradd")
-	if out := c.do(rpm + "--install /packages/conenatd-0.0.1-1.x86_64.rpm 2>&1"); !strings.Contains(out, "systemctl enable --now conenatd") {
+	if out := c.do(rpm + "--install /packages/conenatd-0.0.1-1.x86_64.rpm 2>&1"); !strings.Contains(out, nextStep) {
 		t.Errorf("the first installation does not tell the next step:\n%s", out)
 	}
 	c.do("rpm --verify --nodeps conenatd")
@@ -262,6 +262,9 @@ func TestPackageByRPM(t *testing.T) {
 	}
 	c.do("test ! -e /usr/bin/conenatd && test -f /etc/conenatd/conenatd.toml.rpmsave")
 }
+
+// nextStep is what a first installation prints.
+const nextStep = `"conenatd status" says which it would serve, and the command that enables it`
 
 // until repeats a command until it succeeds.
 func (c *container) until(command string) {
