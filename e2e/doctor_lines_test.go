@@ -68,19 +68,32 @@ func languages(t *testing.T, applied map[string][]doctor.Firewall) {
 	}
 }
 
-// Two rules keep the packets of two subnets and of their peers from conntrack. A line names its rule
-// by number or handle, and rules for other things stand beside them.
+// Some rules keep the packets of two subnets and of their peers from conntrack, two of them equal. A line
+// names its rule by its words or its handle, and rules for other things stand beside them. For one with the
+// match "mark", iptables-legacy has the number alone.
 //
-// Fails when the lines, run as doctor prints them, delete another rule or leave one of the two.
+// Fails when the lines, run in the printed order or, without a number, in the other one, delete another rule
+// or leave one.
 func TestDoctorsLinesDeleteNoOtherRule(t *testing.T) {
 	stage.OfTheDaemon(t)
 	const keeps, sip, ports = "-A PREROUTING -p udp -j CT --notrack\n", "-A PREROUTING -i lan0 -p udp -m udp --dport 5060:5070 -j CT --notrack\n", "(UDP to ports 5060-5070)"
 	others := []string{"-A PREROUTING -s 192.0.2.66/32 -j DROP\n", "-A PREROUTING -s 192.0.2.67/32 -j DROP\n", "-A PREROUTING -s 192.0.2.68/32 -j DROP\n"}
-	for _, variant := range []string{lab.IPTablesLegacy, lab.IPTablesNFT} {
-		t.Run(variant, func(t *testing.T) {
+	const marked = "-A PREROUTING -i lan0 -p udp -m mark --mark 0x0/0x1 -j CT --notrack\n"
+	for _, tt := range []struct {
+		variant, rule string
+		reversed      bool
+	}{
+		{lab.IPTablesLegacy, "", false},
+		{lab.IPTablesLegacy, "", true},
+		{lab.IPTablesLegacy, marked, false},
+		{lab.IPTablesNFT, marked, false},
+		{lab.IPTablesNFT, marked, true},
+	} {
+		variant := tt.variant
+		t.Run(fmt.Sprintf("%s, a mark %v, reversed %v", variant, tt.rule != "", tt.reversed), func(t *testing.T) {
 			f := fault{id: "udp_not_tracked", options: noRules, subnet: "[[subnet]]\nprefix = \"10.47.12.0/24\"\n"}
 			p := &patient{newScene(t, f.options), f, filepath.Join(t.TempDir(), "conenatd.toml")}
-			loads(variant, lab.IPTablesMasquerade+"*raw\n"+sip+others[0]+keeps+others[1]+others[2]+"COMMIT\n")(p.scene)
+			loads(variant, lab.IPTablesMasquerade+"*raw\n"+sip+others[0]+tt.rule+keeps+others[1]+sip+others[2]+"COMMIT\n")(p.scene)
 			p.write()
 			var lines []doctor.Line
 			what := ""
@@ -91,6 +104,9 @@ func TestDoctorsLinesDeleteNoOtherRule(t *testing.T) {
 			}
 			if !strings.Contains(what, ports) {
 				t.Errorf("want %q in %q", ports, what)
+			}
+			if tt.reversed {
+				slices.Reverse(lines)
 			}
 			p.apply(lines)
 			if f := p.finding(); f != nil {

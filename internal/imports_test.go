@@ -53,7 +53,7 @@ var allowed = map[string][]string{
 	"internal/cone/conetest":         nil,
 	"internal/demo":                  {"internal/lab"},
 	"internal/doctor":                {"internal/control", "internal/text"},
-	"internal/doctor/collect":        {"internal/control", "internal/doctor", "internal/gateway", "internal/rules", "internal/userrules"},
+	"internal/doctor/collect":        {"internal/config", "internal/control", "internal/doctor", "internal/gateway", "internal/rules", "internal/userrules"},
 	"internal/selftest":              {"internal/control", "internal/lab"},
 	"internal/daemon": {
 		"internal/audit", "internal/budget", "internal/cone", "internal/config", "internal/control", "internal/ctwatch", "internal/engine", "internal/episodes", "internal/evidence", "internal/expect", "internal/flows", "internal/gateway", "internal/handover", "internal/histogram", "internal/mapping", "internal/metrics", "internal/page", "internal/portpool", "internal/rules",

@@ -42,15 +42,7 @@ func installed() (cfg config.Config, start string, err error) {
 
 // enables is the command that enables networks in the configuration of the service, and starts it.
 func enables(networks []netip.Prefix, start string) string {
-	return fmt.Sprintf(`printf '\n[[subnet]]\nprefix = "%%s"\n' %s >>%s && %s`, listed(networks, " "), unitConfig, start)
-}
-
-func listed(networks []netip.Prefix, between string) string {
-	var words []string
-	for _, p := range networks {
-		words = append(words, p.String())
-	}
-	return strings.Join(words, between)
+	return fmt.Sprintf(`printf '\n[[subnet]]\nprefix = "%%s"\n' %s >>%s && %s`, control.Joined(networks, " "), unitConfig, start)
 }
 
 // howToStart says how to start the installed daemon, and which networks it would serve if its
@@ -78,5 +70,5 @@ func howToStart(err error) error {
 			control.ErrNotRunning, unitConfig, start, passedOver(network))
 	}
 	return fmt.Errorf("%w, and %s enables no subnet. It would serve %s. This enables that, and starts it:\n  %s%s",
-		control.ErrNotRunning, unitConfig, listed(likely, ", "), enables(likely, start), passedOver(network))
+		control.ErrNotRunning, unitConfig, control.Joined(likely, ", "), enables(likely, start), passedOver(network))
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -222,6 +223,23 @@ func Few(all []string) []string {
 		return all
 	}
 	return append(slices.Clone(all[:most]), fmt.Sprintf("and %d more", len(all)-most))
+}
+
+// Joined joins the texts of all.
+func Joined[T fmt.Stringer](all []T, between string) string {
+	texts := make([]string, len(all))
+	for i, x := range all {
+		texts[i] = x.String()
+	}
+	return strings.Join(texts, between)
+}
+
+// Prefixes returns the prefixes of subnets.
+func Prefixes(subnets []Subnet) (all []netip.Prefix) {
+	for _, s := range subnets {
+		all = append(all, s.Prefix)
+	}
+	return all
 }
 
 // subnetTexts names each enabled subnet with what differs from the defaults.

@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"slices"
@@ -59,7 +60,7 @@ func (f *Facts) noSubnet() []Finding {
 		}
 		return []Finding{{What: what}}
 	}
-	x := Finding{What: "no subnet is enabled; the rest of this report takes " + subnets(f.Status.Subnets) + " for enabled"}
+	x := Finding{What: "no subnet is enabled; the rest of this report takes " + control.Joined(control.Prefixes(f.Status.Subnets), ", ") + " for enabled"}
 	if f.Start != "" {
 		x.Fix = []Line{{Shell, f.Start}}
 		return []Finding{x}
@@ -79,14 +80,6 @@ func (f *Facts) notRunning() []Finding {
 		return nil
 	}
 	return []Finding{{What: "the installed service does not run", Fix: []Line{{Shell, f.Start}}}}
-}
-
-func subnets(all []control.Subnet) string {
-	var texts []string
-	for _, s := range all {
-		texts = append(texts, s.Prefix.String())
-	}
-	return strings.Join(texts, ", ")
 }
 
 func (f *Facts) tablesLeft() []Finding {
@@ -152,20 +145,24 @@ func (f *Facts) randomPorts() (all []Finding) {
 	return all
 }
 
-// notTracked has one finding for each rule. Of one chain, the last rule comes first: the lines of
-// iptables-legacy name rules by their numbers, which change once a rule in front of them is deleted.
+// notTracked has one finding for each rule. Rules of iptables-legacy that only numbers name come first, and
+// of one chain the last one: a number changes once a rule in front of it is deleted.
 func (f *Facts) notTracked() (all []Finding) {
-	kept := map[string][]string{} // from conntrack, by rule
+	kept, specs := map[string][]string{}, map[string][]string{} // from conntrack, by rule
 	for _, u := range f.Rules.Untracked {
 		kept[u.Rule] = append(kept[u.Rule], u.packets())
+		specs[u.Rule] = u.Spec
 	}
-	for _, rule := range slices.SortedFunc(maps.Keys(kept), lastFirst) {
+	order := func(a, b string) int {
+		return cmp.Or(cmp.Compare(min(len(specs[a]), 1), min(len(specs[b]), 1)), lastFirst(a, b))
+	}
+	for _, rule := range slices.SortedFunc(maps.Keys(kept), order) {
 		x := Finding{
 			About: rule,
 			What:  fmt.Sprintf("a rule of yours keeps %s from conntrack: %s", strings.Join(kept[rule], ", and "), rule),
 			Keep:  "take notrack out where these rules come from, or narrow the rule to packets that the gateway need not translate",
 		}
-		if line, ok := deleteRule(rule); ok {
+		if line, ok := deleteRule(rule, specs[rule]); ok {
 			x.Fix = []Line{line}
 		}
 		all = append(all, x)

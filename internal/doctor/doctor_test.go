@@ -148,6 +148,14 @@ func TestFindings(t *testing.T) {
 				f.Rules.Untracked = []Untracked{{Subnets: []netip.Prefix{office}, Rule: rule}, {Subnets: []netip.Prefix{office}, FromPeers: true, Rule: rule}}
 			}, "udp_not_tracked", []string{"iptables-legacy -t raw -D PREROUTING 1"}, 1,
 		},
+		"a rule that its words name": {
+			func(f *Facts) {
+				f.Rules.Untracked = []Untracked{{
+					Subnets: []netip.Prefix{office}, Rule: "iptables-legacy raw PREROUTING rule 1",
+					Spec: []string{"!", "-i", "wan+", "-p", "udp", "-m", "comment", "--comment", "it's $IP", "-j", "CT", "--notrack"},
+				}}
+			}, "udp_not_tracked", []string{`iptables-legacy -t raw -D PREROUTING '!' -i 'wan+' -p udp -m comment --comment 'it'\''s $IP' -j CT --notrack`}, 1,
+		},
 		"a flowtable": {func(f *Facts) { f.Flowtables = []string{"inet fw4 ft"} }, "flowtable", nil, 0},
 		"a saved table": {
 			func(f *Facts) { f.Saved = []Saved{{"/etc/nftables.conf", []string{"ip conenat"}}} }, "rules_saved_with_tables",

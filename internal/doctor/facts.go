@@ -77,14 +77,12 @@ type Untracked struct {
 	FromPeers bool
 	Ports     string // to which the packets go, such as "port 5060"; empty for all
 	Rule      string // "ip raw PREROUTING handle 4", or "iptables-legacy raw PREROUTING rule 1"
+	// Spec are the words that name the rule for iptables-legacy, without its chain; none if only its number does.
+	Spec []string
 }
 
 // packets names what the rule keeps from conntrack.
 func (u *Untracked) packets() string {
-	var subnets []string
-	for _, s := range u.Subnets {
-		subnets = append(subnets, s.String())
-	}
 	whose := "what hosts of %s send to their peers (%s)"
 	if u.FromPeers {
 		whose = "what peers send to hosts of %s (%s)"
@@ -93,7 +91,7 @@ func (u *Untracked) packets() string {
 	if u.Ports != "" {
 		ports = "UDP to " + u.Ports
 	}
-	return fmt.Sprintf(whose, strings.Join(subnets, ", "), ports)
+	return fmt.Sprintf(whose, control.Joined(u.Subnets, ", "), ports)
 }
 
 // A Translation is about the source NAT of a subnet on an outside link.

@@ -227,16 +227,20 @@ func (f *Facts) acceptOut(by control.Blocked, subnet netip.Prefix) (lines []Line
 	return []Line{nft("insert rule %s %s %s", title, name, rule)}, keep
 }
 
-// deleteRule returns the line that deletes a rule, which is named by its handle, or by its number
-// for iptables-legacy. firewalld and fw4 write their rules anew.
-func deleteRule(rule string) (line Line, ok bool) {
+// deleteRule returns the line that deletes a rule, which is named by its handle, or for iptables-legacy by
+// the words of spec, without any by its number. firewalld and fw4 write their rules anew.
+func deleteRule(rule string, spec []string) (line Line, ok bool) {
 	if strings.HasPrefix(rule, "inet firewalld ") || strings.HasPrefix(rule, "inet fw4 ") {
 		return line, false
 	}
 	if chain, number, legacy := strings.Cut(rule, " rule "); legacy {
 		title, name, _ := cutLast(chain)
 		program, table := iptables(title, name)
-		return Line{Shell, fmt.Sprintf("%s -t %s -D %s %s", program, table, quote(name), number)}, program != ""
+		which := number
+		if len(spec) > 0 {
+			which = words(spec)
+		}
+		return Line{Shell, fmt.Sprintf("%s -t %s -D %s %s", program, table, quote(name), which)}, program != ""
 	}
 	return Line{Shell, "nft delete rule " + rule}, true
 }
@@ -309,6 +313,15 @@ func quote(s string) string {
 		return s
 	}
 	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}
+
+// words are arguments for a shell.
+func words(all []string) string {
+	quoted := make([]string, len(all))
+	for i, s := range all {
+		quoted[i] = quote(s)
+	}
+	return strings.Join(quoted, " ")
 }
 
 // cutLast cuts off the last word.

@@ -163,7 +163,7 @@ func decodeLegacy(f *legacyFamily, info, entries []byte) (*table, error) {
 			if err != nil {
 				return nil, fmt.Errorf("rule %d of chain %s: %w", number, name, err)
 			}
-			r.chain, r.number = name, number
+			r.chain, r.number, r.spec = name, number, f.spec(e)
 			c := t.chains[name]
 			c.rules, c.proxies = append(c.rules, r), c.proxies || r.proxies()
 		}

@@ -95,6 +95,7 @@ type rule struct {
 	handle     uint64 // nftables only
 	number     int    // iptables-legacy only, from 1 on
 	comment    string
+	spec       []string // iptables-legacy only, of a rule with notrack: see spec
 	statements []statement
 }
 

@@ -21,6 +21,9 @@ type Untracked struct {
 	// of the outside address, or of the hosts of a routed subnet, which are more than half of all.
 	Ports []PortRange
 	Text  string // names the rule, as in a Forward
+	// Spec are the words by which iptables-legacy deletes the rule from its chain; none for other rules,
+	// and if they would not say all of it.
+	Spec []string
 }
 
 // Untracked returns the rules before conntrack in prerouting that take packets of hosts to peers, or
@@ -38,7 +41,7 @@ func (rs *Ruleset) Untracked(sides Sides, routed []netip.Prefix) (found []Untrac
 				hosts = c.addrs
 			}
 			for _, s := range subnets {
-				u := Untracked{s, fromPeers, orEvery(c.ports), r.title(t)}
+				u := Untracked{s, fromPeers, orEvery(c.ports), r.title(t), r.spec}
 				if c.family != unix.NFPROTO_INET && c.family != familyOf(s) || hosts != nil && !overlaps(hosts, s) && (!fromPeers || slices.Contains(routed, s)) {
 					continue
 				}

@@ -3,6 +3,7 @@ package userrules_test
 import (
 	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -76,6 +77,59 @@ func TestUntracked(t *testing.T) {
 			}
 			if diff := cmp.Diff(tc.want, got); diff != "" {
 				t.Error(diff)
+			}
+		})
+	}
+}
+
+// Rules of iptables-legacy that keep packets from conntrack are deleted by the words that name them, of
+// several equal rules one, and no other rule goes.
+//
+// Fails when a word is wrong or missing, and when words are given that iptables makes another rule of.
+func TestUntrackedRulesOfLegacyAreDeletedByTheirWords(t *testing.T) {
+	const other = "-A PREROUTING -i lan0 -p udp -m udp --dport 5061 -j ACCEPT\n"
+	for _, tc := range []struct {
+		rule string
+		some bool // words say all of it
+	}{
+		{"-p udp -j CT --notrack", true},
+		{"-j CT --notrack", true},
+		{"-s 10.47.11.0/24 -i lan0 -p udp -m udp --dport 5060 -j CT --notrack", true},
+		{"-s 10.47.11.109/32 ! -d 192.0.2.0/25 ! -i wan0 -p udp -m udp --sport 1024:65535 ! --dport 53 -j CT --notrack", true},
+		{"-i lan+ -p udp -m multiport --dports 5060:5070,6000,7000:7001 -j CT --notrack", true},
+		{"-i lan0 -p udp -m multiport ! --ports 53 -j CT --notrack", true},
+		{"! -p tcp -i lan0 -j CT --notrack", true},
+		{`-i lan0 -p udp -m comment --comment "it's \"SIP\"; $HOME" -j CT --notrack`, true},
+		{"-i lan0 ! -f -p udp -j CT --notrack", false},
+		{"-s 10.47.0.109/255.255.0.255 -p udp -j CT --notrack", false},
+		{"-i lan0 -p udp -m mark --mark 0x0/0x1 -j CT --notrack", false},
+		{"-i lan0 -p udp -m addrtype ! --dst-type LOCAL -j CT --notrack", false},
+	} {
+		t.Run(tc.rule, func(t *testing.T) {
+			t.Parallel()
+			l := lab.ForTest(t, lab.Options{Rules: lab.NoRules})
+			rule := "-A PREROUTING " + tc.rule + "\n"
+			check(t, l.IPTables(lab.IPTablesLegacy, "*raw\n"+other+rule+"-A PREROUTING -p udp -j TRACE\n"+rule+"COMMIT\n"))
+			for left := 2; left > 0; left-- {
+				found := ruleset(t, l).Untracked(sides, nil)
+				if len(found) == 0 {
+					t.Fatal("no rule is found")
+				}
+				if words := found[0].Spec; (words != nil) != tc.some {
+					t.Fatalf("words %q", words)
+				} else if words == nil {
+					return
+				}
+				_, err := l.Gateway.Output("iptables-legacy", append([]string{"-t", "raw", "-D", "PREROUTING"}, found[0].Spec...)...)
+				check(t, err)
+			}
+			if found := ruleset(t, l).Untracked(sides, nil); found != nil {
+				t.Errorf("left: %+v", found)
+			}
+			out, err := l.Gateway.Output("iptables-legacy-save", "-t", "raw")
+			check(t, err)
+			if strings.Count(out, "\n-A ") != 2 || !strings.Contains(out, other) {
+				t.Errorf("left:\n%s", out)
 			}
 		})
 	}

@@ -23,7 +23,7 @@ import (
 func Gateway(st control.Status) (f doctor.Facts, err error) {
 	f.Status = st
 	f.NoLabels = slices.ContainsFunc(st.Findings, func(d control.Finding) bool { return d.About == string(rules.FeatureLabels) })
-	network, err := gateway.ReadNetwork(0, gateway.Sides{Outside: st.Outside, Subnets: prefixes(st.Subnets)})
+	network, err := gateway.ReadNetwork(0, gateway.Sides{Outside: st.Outside, Subnets: control.Prefixes(st.Subnets)})
 	if err != nil {
 		return f, err
 	}
@@ -33,7 +33,7 @@ func Gateway(st control.Status) (f doctor.Facts, err error) {
 		}
 	}
 	f.SharedLinks = network.SharedDefaults()
-	to, err := network.LinksTo(0, prefixes(st.Subnets))
+	to, err := network.LinksTo(0, control.Prefixes(st.Subnets))
 	if err != nil {
 		return f, err
 	}
@@ -51,13 +51,6 @@ func Gateway(st control.Status) (f doctor.Facts, err error) {
 	}
 	f.Saved = saved("/")
 	return f, nil
-}
-
-func prefixes(subnets []control.Subnet) (all []netip.Prefix) {
-	for _, s := range subnets {
-		all = append(all, s.Prefix)
-	}
-	return all
 }
 
 // sysctls reads the settings that doctor knows, also those of the links, below root. A

@@ -3,9 +3,9 @@ package collect
 import (
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 
+	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/doctor"
 	"github.com/conenatd/conenatd/internal/gateway"
@@ -14,7 +14,7 @@ import (
 
 // sides returns the subnets of st with the links inside that lead to them, and the outside links.
 func sides(st control.Status, network gateway.Network, inside []gateway.Link) (s userrules.Sides) {
-	s.Subnets = prefixes(st.Subnets)
+	s.Subnets = control.Prefixes(st.Subnets)
 	for _, l := range network.Links {
 		if slices.Contains(st.Outside, l.Name) {
 			s.Outside = append(s.Outside, userrules.Link{Index: l.Index, Name: l.Name})
@@ -41,14 +41,10 @@ func untracked(rs *userrules.Ruleset, st control.Status, sides userrules.Sides) 
 		var ports []string
 		wanted := u.FromPeers
 		for _, r := range u.Ports {
-			text := strconv.Itoa(int(r.First))
-			if r.Last != r.First {
-				text += "-" + strconv.Itoa(int(r.Last))
-			}
-			ports = append(ports, text)
+			ports = append(ports, config.PortRange(r).String())
 			wanted = wanted || !excluded(st, r)
 		}
-		x := doctor.Untracked{Subnets: []netip.Prefix{u.Subnet}, FromPeers: u.FromPeers, Rule: u.Text}
+		x := doctor.Untracked{Subnets: []netip.Prefix{u.Subnet}, FromPeers: u.FromPeers, Rule: u.Text, Spec: u.Spec}
 		switch text := strings.Join(ports, ", "); {
 		case text == "0-65535":
 		case strings.ContainsAny(text, ",-"):
