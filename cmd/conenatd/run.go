@@ -92,7 +92,7 @@ func run(ctx context.Context, caught *signals, flags *config.Flags) error {
 			return err
 		}
 	}
-	if err := control.TakeFolder(socket); err != nil {
+	if err := control.ShareFolder(socket); err != nil {
 		return err
 	}
 	control.SweepNotes() // the sandbox does not see other processes

@@ -121,6 +121,9 @@ func TestPackageOnDebian(t *testing.T) {
 	c.until("grep -q child_begin /var/log/conenatd/audit.log")
 	c.until("journalctl --unit conenatd --priority 6..6 --output cat | grep -q '^msg=.conenatd runs. '")
 	before := c.do("systemctl show --property=MainPID conenatd")
+	if out, err := c.try("conenatd run --subnet 10.47.11.0/24"); err == nil || !strings.Contains(out, "conenatd is already running") {
+		t.Errorf("a second daemon, of root: %v\n%s", err, out)
+	}
 
 	stop := s.Steady(paced(s.FreshPorts(phone, lab.PeerA, ext)))
 	out = c.do("dpkg --install /packages/conenatd_0.0.2-1_amd64.deb 2>&1")
@@ -137,6 +140,10 @@ func TestPackageOnDebian(t *testing.T) {
 	}
 	if b := c.do("cat /etc/conenatd/conenatd.toml"); !strings.Contains(b, "10.47.11.0/24") {
 		t.Errorf("the upgrade replaced the configuration:\n%s", b)
+	}
+
+	if out, err := c.try("journalctl --unit conenatd --output cat | grep 'permission denied'"); err == nil {
+		t.Errorf("root's attempt to run a second daemon took something from the first one:\n%s", out)
 	}
 
 	// With on_stop = "keep" a removal must take away what the stop leaves.
@@ -272,10 +279,11 @@ func (c *container) until(command string) {
 }
 
 // traces lists the files and users of the container that are named conenatd. systemd's own
-// journal and dpkg's own log and backups remember everything.
+// journal and dpkg's own log and backups remember everything, and systemd forgets a unit that it was
+// asked for and did not find only when it has nothing else to do.
 func (c *container) traces() string {
 	return c.do("find / -xdev -iname '*conenat*' -not -path '/packages*' -not -path '/proc/*' -not -path '/sys/*'; find /run -iname '*conenat*'; " +
-		"getent passwd conenatd; getent group conenatd; test ! -d /run/systemd/system || systemctl list-units --all --plain --no-legend 'conenatd*'")
+		"getent passwd conenatd; getent group conenatd; test ! -d /run/systemd/system || systemctl list-units --all --state=loaded,failed --plain --no-legend 'conenatd*'")
 }
 
 func ruleset(s *stage.Scene) string {

@@ -35,18 +35,27 @@ func File(suffix string) (string, error) {
 
 const folder = "/run/conenatd"
 
-// TakeFolder makes root the owner of the folder of the default sockets. A daemon that runs
-// as another user may have owned it, and root without CAP_DAC_OVERRIDE cannot write there.
-// systemd returns the folder to that user when it starts that daemon. Other folders are
-// left alone.
-func TakeFolder(path string) error { return takeFolder(path, folder) }
+// ShareFolder lets root's group write into the folder of the default sockets, if that belongs to the user of
+// another daemon: root without CAP_DAC_OVERRIDE could not. That daemon may run, here or in another network
+// namespace, so its user remains the owner. Other folders are left alone.
+func ShareFolder(path string) error { return shareFolder(path, folder) }
 
-func takeFolder(path, folder string) error {
-	if os.Geteuid() != 0 || filepath.Dir(path) != folder {
+func shareFolder(path, folder string) error {
+	info, err := os.Stat(folder)
+	if os.Geteuid() != 0 || filepath.Dir(path) != folder || errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	if err := os.Chown(folder, 0, 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("take folder of control socket: %w", err)
+	if err == nil && info.Sys().(*syscall.Stat_t).Uid == 0 {
+		return nil
+	}
+	if err == nil {
+		err = os.Chown(folder, -1, 0)
+	}
+	if err == nil {
+		err = os.Chmod(folder, info.Mode().Perm()|0o070)
+	}
+	if err != nil {
+		return fmt.Errorf("share folder of control socket: %w", err)
 	}
 	return nil
 }
