@@ -108,7 +108,7 @@ func TestRevokeByHostPeerAndPermission(t *testing.T) {
 		if want == 1 {
 			many = ""
 		}
-		said := "revoked " + strconv.Itoa(want) + " permission" + many + "; flows that are there go on, and a new one brings its permission back\n"
+		said := "revoked " + strconv.Itoa(want) + " permission" + many + "; existing flows continue without it, and a new flow brings it back\n"
 		if code != 0 || out != said {
 			t.Errorf("revoke %q: exit %d, %q, want %d", words, code, out, want)
 		}

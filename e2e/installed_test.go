@@ -26,10 +26,10 @@ if [ "$1" = --shell ]; then eval "$2"; else exec %s "$@"; fi' sh "$@"
 	s.Exe = program
 }
 
-// No daemon of an installed package runs. status says how to start it, or what the
-// configuration lacks; the command that it gives then enables the network.
+// No daemon of an installed package runs. status, and every other command for it, says how to start it, or
+// what the configuration lacks; the command that it gives then enables the network.
 //
-// Fails when status only says that nothing runs, and when its command writes what conenatd
+// Fails when a command only says that nothing runs, and when that command writes what conenatd
 // refuses.
 func TestStatusSaysHowToStart(t *testing.T) {
 	ownMode(t)
@@ -67,9 +67,13 @@ func TestStatusSaysHowToStart(t *testing.T) {
 			s.Must(os.WriteFile(file, []byte(tc.config), 0o644))
 			program := s.Exe
 			s.installed(file)
-			out, code := s.CLI("status")
-			if got := strings.TrimRight(out, "\n"); got != tc.want || code != 1 {
-				t.Fatalf("exit %d, got\n%s\nwant\n%s", code, got, tc.want)
+			out := ""
+			for _, command := range []string{"list", "reload", "status"} {
+				code := 0
+				out, code = s.CLI(command)
+				if got := strings.TrimRight(out, "\n"); got != tc.want || code != 1 {
+					t.Fatalf("%s: exit %d, got\n%s\nwant\n%s", command, code, got, tc.want)
+				}
 			}
 			if !tc.enables {
 				return
@@ -129,6 +133,9 @@ func TestDoctorTakesTheInstalledConfiguration(t *testing.T) {
 			if code != tc.status || !strings.Contains(strings.Join(strings.Fields(out), " "), tc.what) || !strings.Contains(out, tc.id) || !strings.Contains(out, tc.line) {
 				t.Fatalf("exit %d: %s", code, out)
 			}
+			if out, _ := p.CLI("doctor", "--json"); strings.Contains(tc.line, "&&") && !strings.Contains(out, " && ") {
+				t.Errorf("a line cannot be copied from JSON: %s", out)
+			}
 			if tc.id == "not_running" {
 				p.Exe = program
 				p.Start("--config", p.config)
@@ -173,12 +180,15 @@ func TestNetworksThatAreLeftOutAreNamed(t *testing.T) {
 	s := newScene(t, lab.Options{})
 	s.IP(s.Gateway, "link add docker0 type bridge")
 	s.IP(s.Gateway, "address add 172.17.0.1/16 dev docker0")
-	const left = "172.17.0.0/16 on docker0, a tunnel, or a link of containers or virtual machines"
-	if out, code := s.CLI("run"); code != 78 || !strings.HasSuffix(strings.TrimSpace(out), "--subnet auto\nleft out: "+left) {
+	s.IP(s.Gateway, "link add pair0 type veth peer name pair1")
+	s.IP(s.Gateway, "address add 10.99.0.1/24 dev pair0")
+	const bridge = "172.17.0.0/16 on docker0, which has the name of a link of containers or virtual machines"
+	const pair = "10.99.0.0/24 on pair0, a link of kind veth, as tunnels, containers or virtual machines have"
+	if out, code := s.CLI("run"); code != 78 || !strings.HasSuffix(strings.TrimSpace(out), "--subnet auto\nleft out: "+bridge+"\nleft out: "+pair) {
 		t.Errorf("exit %d, %q", code, out)
 	}
 	s.Start("--subnet=auto")
-	if out := s.Daemon.Output(); !strings.Contains(out, "networks=\"["+left+"]\"") {
+	if out := s.Daemon.Output(); !strings.Contains(out, "networks=\"["+bridge+" "+pair+"]\"") {
 		t.Error(out)
 	}
 }

@@ -27,10 +27,13 @@ func clientCommand(use, short string, args cobra.PositionalArgs,
 		Args:  args,
 		RunE: func(c *cobra.Command, args []string) error {
 			client, err := dial()
-			if err != nil {
-				return err
+			if err == nil {
+				err = ask(c, client, args)
 			}
-			return ask(c, client, args)
+			if !c.Flags().Changed("control-socket") {
+				err = notRunning(err)
+			}
+			return err
 		},
 	}
 	dial = socketFlag(c)
@@ -66,8 +69,13 @@ func showCommand(use, short string, show func(c *cobra.Command, client *control.
 }
 
 func reloadCommand() *cobra.Command {
-	return clientCommand("reload", "Let the daemon read its configuration again", exactly(),
+	c := clientCommand("reload", "Let the daemon read its configuration again", exactly(),
 		func(c *cobra.Command, client *control.Client, _ []string) error { return client.Reload(c.Context()) })
+	c.Long = `Let the daemon read its configuration file again, as SIGHUP does; flags override
+the file. Permissions that it still allows are not touched. Nothing is printed if it
+was read. Of a file with an error, or with another value of a key that needs a
+restart, nothing takes effect, and this says why.`
+	return c
 }
 
 // stopTime is how long a stop may take; systemd waits as long.
@@ -116,21 +124,25 @@ func revokeCommand() *cobra.Command {
 	}
 	c.Long = `End the permissions that match every word. A word is an address (of an inside
 host, of the outside, of a peer), a prefix of such addresses, or an endpoint (inside
-or outside). A permission for several peers ends with each of them. Flows that
-are there go on, children that were answered too, but do not bring them back; a
-new flow does. That holds across a restart, too, for up to two hours between the
-daemons, but not after a crash where the kernel has no nftables. Another host
+or outside). A permission for several peers ends with each of them. Existing flows
+continue, and so do children that were answered, but they do not bring a permission
+back; a new flow does. That holds across a restart, too, for up to two hours between
+the daemons, but not after a crash where the kernel has no nftables. Another host
 that waited for one of them gets its own.`
 	c.Example = "  conenatd revoke 192.168.1.20\n  conenatd revoke 198.51.100.1:5060 203.0.113.5"
 	return c
 }
 
 func flushCommand() *cobra.Command {
-	return clientCommand("flush", "End all permissions", exactly(),
+	c := clientCommand("flush", "End all permissions", exactly(),
 		func(c *cobra.Command, client *control.Client, _ []string) error {
 			n, err := client.Flush(c.Context())
 			return revoked(c, n, err)
 		})
+	c.Long = `End all permissions, as "conenatd revoke" ends some. Existing flows continue, but
+do not bring their permissions back, however long they last and also across a
+restart: a new flow does.`
+	return c
 }
 
 // revoked prints how many permissions ended.
@@ -140,7 +152,7 @@ func revoked(c *cobra.Command, n int, err error) error {
 	case n == 0:
 		fmt.Fprintln(c.OutOrStdout(), "revoked 0 permissions")
 	default:
-		fmt.Fprintf(c.OutOrStdout(), "revoked %s; flows that are there go on, and a new one brings its permission back\n", control.Several(n, "permission"))
+		fmt.Fprintf(c.OutOrStdout(), "revoked %s; existing flows continue without it, and a new flow brings it back\n", control.Several(n, "permission"))
 	}
 	return err
 }
@@ -244,14 +256,6 @@ func statusCommand() *cobra.Command {
 		}
 		return err
 	})
-	show := c.RunE
-	c.RunE = func(c *cobra.Command, args []string) error {
-		err := show(c, args)
-		if c.Flags().Changed("control-socket") {
-			return err
-		}
-		return notRunning(err)
-	}
 	c.Long = `Show whether conenatd works, for which subnets, and what it does. The first line is
 the verdict. "conenatd doctor" says more about what does not work. Where a package
 is installed and no daemon runs, say how to start it, and which networks look like

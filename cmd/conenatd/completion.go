@@ -28,7 +28,8 @@ func registerFlags(c *cobra.Command, flags *config.Flags) {
 			complete(c, k.Flag, completeLink("auto"))
 		case k.Kind == "link":
 			complete(c, k.Flag, completeLink())
-		case k.Kind == "path": // any file
+		case k.Kind == "path":
+			complete(c, k.Flag, completeAnyFile)
 		case k.Kind == "bool":
 			complete(c, k.Flag, completeWords("true", "false"))
 		default:
@@ -52,6 +53,11 @@ func completeWords(words ...string) cobra.CompletionFunc {
 // completeFile offers configuration files.
 func completeFile(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 	return []string{"toml"}, cobra.ShellCompDirectiveFilterFileExt
+}
+
+// completeAnyFile offers all files. The default of the program is to offer none.
+func completeAnyFile(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+	return nil, cobra.ShellCompDirectiveDefault
 }
 
 // completeSocket offers the sockets of the daemons of this machine. Any path may follow.

@@ -23,6 +23,11 @@ func TestValuesAreCompleted(t *testing.T) {
 		"top --interval ":   {":4"},
 		"run --lifetime ":   {":4"},
 		"probe --server ":   {":4"},
+		"list --host ":      {":4"},
+		"run --audit-log ":  {":0"},
+		"revoke ":           {":4"},
+		"explain ":          {":4"},
+		"status ":           {":4"},
 	} {
 		args := append([]string{cobra.ShellCompNoDescRequestCmd}, strings.Split(line, " ")...)
 		c := command(nil)

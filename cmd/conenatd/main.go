@@ -47,7 +47,7 @@ func main() {
 			caught.release()
 		}
 	}
-	err := root.ExecuteContext(ctx)
+	err := unknownCommand(root, root.ExecuteContext(ctx))
 	if err == nil {
 		err = out.err
 	}
@@ -82,12 +82,15 @@ func command(caught *signals) *cobra.Command {
 		Short:         "Restricted cone NAT for UDP on the stock Linux kernel",
 		SilenceUsage:  true,
 		SilenceErrors: true,
+
+		DisableSuggestions: true, // unknownCommand has one
 	}
 	root.AddCommand(
 		runCommand(caught), listCommand(), statusCommand(), reloadCommand(), stopCommand(), revokeCommand(),
 		flushCommand(), watchCommand(), topCommand(), explainCommand(), doctorCommand(), probeCommand(), checkCommand(), configCommand(), rulesCommand(), cleanupCommand(), demoCommand(), selftestCommand(), versionCommand(),
 	)
 	root.SetFlagErrorFunc(flagError)
+	root.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
 	return root
 }
 

@@ -37,5 +37,6 @@ func writeReport(c *cobra.Command, r report, asJSON bool) error {
 func writeJSON(c *cobra.Command, v any) error {
 	enc := json.NewEncoder(c.OutOrStdout())
 	enc.SetIndent("", "  ")
+	enc.SetEscapeHTML(false) // lines for a shell have & and >
 	return enc.Encode(v)
 }

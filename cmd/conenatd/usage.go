@@ -46,6 +46,25 @@ func flagError(c *cobra.Command, err error) error {
 	return fmt.Errorf(`%s: %w; "conenatd %s --help" lists all`, c.Name(), err, c.Name())
 }
 
+// unknownCommand adds to the error of cobra's about a command that is not there which one may be meant.
+func unknownCommand(root *cobra.Command, err error) error {
+	var name string
+	if err == nil {
+		return nil
+	}
+	if _, other := fmt.Sscanf(err.Error(), "unknown command %q for", &name); other != nil {
+		return err
+	}
+	var names []string
+	for _, c := range root.Commands() {
+		names = append(names, c.Name())
+	}
+	if near := config.Nearest(name, names); near != "" {
+		return fmt.Errorf("%w; did you mean %q?", err, near)
+	}
+	return fmt.Errorf(`%w; "conenatd --help" lists all`, err)
+}
+
 // refuseUnknownTopics lets "help" and "completion" refuse a word that they do not know, in place of
 // printing something else.
 func refuseUnknownTopics(root *cobra.Command) {
@@ -56,7 +75,7 @@ func refuseUnknownTopics(root *cobra.Command) {
 		case "help":
 			c.Args = func(_ *cobra.Command, args []string) error {
 				_, _, err := root.Find(args)
-				return err
+				return unknownCommand(root, err)
 			}
 		case "completion":
 			c.Args = cobra.ArbitraryArgs

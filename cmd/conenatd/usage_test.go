@@ -24,7 +24,10 @@ func TestWrongCommandLinesAreRefused(t *testing.T) {
 		"list --quiet":                          `list: unknown flag: --quiet; "conenatd list --help" lists all`,
 		"run --subnet":                          "run: flag needs an argument: --subnet",
 		"list --host 1.2.3":                     `--host: host "1.2.3": expected an address`,
-		"help me":                               `unknown command "me" for "conenatd"`,
+		"help me":                               `unknown command "me" for "conenatd"; "conenatd --help" lists all`,
+		"help lsit":                             `unknown command "lsit" for "conenatd"; did you mean "list"?`,
+		"foo":                                   `unknown command "foo" for "conenatd"; "conenatd --help" lists all`,
+		"Status --json":                         `unknown command "Status" for "conenatd"; did you mean "status"?`,
 		"completion tcsh":                       `completion: expected bash, zsh or fish, got "tcsh"`,
 		"revoke phone":                          `revoke "phone": expected an address`,
 		"explain 203.0.113.5 198.51.100.1":      `outside endpoint "198.51.100.1": expected`,
@@ -36,7 +39,7 @@ func TestWrongCommandLinesAreRefused(t *testing.T) {
 		root.SetOut(&out)
 		refuseUnknownTopics(root)
 		root.SetArgs(strings.Fields(line))
-		if err := root.Execute(); err == nil || !strings.Contains(err.Error(), want) || out.Len() > 0 {
+		if err := unknownCommand(root, root.Execute()); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") || out.Len() > 0 {
 			t.Errorf("%s: %v, want %q\n%s", line, err, want, &out)
 		}
 	}

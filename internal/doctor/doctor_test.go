@@ -320,7 +320,7 @@ note: flowtable
   last packet, whichever side sent it
   No single line repairs it.
 
-not checked, for no daemon:
+not checked, because no daemon:
   a, b
 
 1 error, 1 warning, 1 note

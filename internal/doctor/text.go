@@ -25,7 +25,7 @@ func (r *Report) Write(w io.Writer, color bool) error {
 			why[n.Why] = append(why[n.Why], n.ID)
 		}
 		for _, reason := range order {
-			fmt.Fprintf(&b, "not checked, for %s:\n%s", reason, text.Wrap(strings.Join(why[reason], ", "), "  "))
+			fmt.Fprintf(&b, "not checked, because %s:\n%s", reason, text.Wrap(strings.Join(why[reason], ", "), "  "))
 		}
 		b.WriteString("\n")
 	}

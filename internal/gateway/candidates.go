@@ -90,7 +90,7 @@ func (n Network) candidates(families Families, uplinks map[string]bool, may func
 }
 
 // PassedOver says which connected private IPv4 networks are no proposals, and why, such as
-// "10.0.3.0/24 on lxcbr0, a link of containers or virtual machines".
+// "10.8.0.0/24 on wg0, a link of kind wireguard, as tunnels, containers or virtual machines have".
 func (n Network) PassedOver() (all []string) {
 	proposals := n.Proposals()
 	for _, l := range n.Links {
@@ -99,7 +99,7 @@ func (n Network) PassedOver() (all []string) {
 		case l.is(unix.IFF_LOOPBACK) || l.Outside&IPv4 != 0 && !l.Inside:
 			continue
 		case !l.lan():
-			why = "a tunnel, or a link of containers or virtual machines"
+			why = l.notLAN()
 		case !l.is(unix.IFF_UP):
 			why = "which is down"
 		default:
@@ -125,11 +125,19 @@ var hostLinks = []string{
 	"nerdctl", "podman", "vboxnet", "veth", "virbr", "vmnet", "vnet", "weave",
 }
 
-func (l Link) lan() bool {
-	return l.Flags&(unix.IFF_LOOPBACK|unix.IFF_POINTOPOINT|unix.IFF_NOARP) == 0 &&
-		slices.Contains(lanKinds, l.Kind) &&
-		!slices.ContainsFunc(hostLinks, func(s string) bool { return strings.HasPrefix(l.Name, s) }) &&
-		!dockerBridge.MatchString(l.Name)
+func (l Link) lan() bool { return l.notLAN() == "" }
+
+// notLAN says why a link is not one that a LAN can be behind; it is empty if it is one.
+func (l Link) notLAN() string {
+	switch {
+	case slices.ContainsFunc(hostLinks, func(s string) bool { return strings.HasPrefix(l.Name, s) }), dockerBridge.MatchString(l.Name):
+		return "which has the name of a link of containers or virtual machines"
+	case !slices.Contains(lanKinds, l.Kind):
+		return "a link of kind " + l.Kind + ", as tunnels, containers or virtual machines have"
+	case l.Flags&(unix.IFF_LOOPBACK|unix.IFF_POINTOPOINT|unix.IFF_NOARP) != 0:
+		return "a point-to-point link, as tunnels are"
+	}
+	return ""
 }
 
 // dockerBridge matches the name of a bridge of "docker network create".
