@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -314,73 +313,6 @@ func TestZonesBesideAFirewallThatAcceptsRelatedAlone(t *testing.T) {
 	}
 	s.Until("the map has it", func() bool { return len(s.Elements()) > 0 })
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), ext)
-}
-
-// bridgeFirewall are rules like those of Proxmox for a virtual machine with a firewall.
-const bridgeFirewall = `table ip pve {
-	chain PREROUTING { type filter hook prerouting priority raw; iifname "fwbr*" ct zone set 1; }
-	chain FORWARD {
-		type filter hook forward priority filter
-		ct state established,related accept
-		iifname "fwbr*" ip saddr 10.47.11.0/24 accept
-		iifname "fwbr*" drop
-	}
-}
-`
-
-// bridgeWithAFirewall puts a bridge with a firewall between the first host and lan0.
-func bridgeWithAFirewall(s *scene) {
-	s.T.Helper()
-	if _, err := os.Stat("/proc/sys/net/bridge"); err != nil {
-		s.T.Skip("this kernel shows bridged packets to no firewall (CONFIG_BRIDGE_NETFILTER)")
-	}
-	for _, args := range []string{
-		"link add fwbr100 type bridge forward_delay 0", "link add fwln100 type veth peer name fwpr100",
-		"link set lan0p0 master fwbr100", "link set fwln100 master fwbr100", "link set fwpr100 master lan0",
-		"link set fwbr100 up", "link set fwln100 up",
-	} {
-		s.IP(s.Gateway, args)
-	}
-	s.LinkUp("fwpr100")
-	s.Must(s.Gateway.SetSysctl("net.bridge.bridge-nf-call-iptables", "1"))
-}
-
-// A virtual machine is behind a bridge with its own firewall, in conntrack zone 1, as Proxmox
-// does it. Status says what to set, and then children arrive.
-func TestBridgeWithAFirewallOfItsOwn(t *testing.T) {
-	stage.NeedsExpect(t)
-	s := newScene(t, lab.Options{Rules: lab.Masquerade + bridgeFirewall})
-	bridgeWithAFirewall(s)
-	s.Serve(stage.Auto[0], "--reconcile=1s")
-	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
-	ext := s.Contact(phone, proxy)
-	s.Stands(phone, proxy, ext)
-	s.Lost(phone, s.PeerSocket(lab.PeerA, 5070), ext, proxy)
-	s.Until("it is told", func() bool { return s.warns("in zone 1 untranslated") && s.warns("set routed = true") })
-	s.Stop()
-	s.Serve(stage.Auto[0], "--routed", "--reconcile=1s")
-	s.hearsInBothZones()
-	if s.warns("set routed = true") {
-		t.Errorf("warnings %q", s.Status().Warnings)
-	}
-}
-
-// hearsInBothZones checks that a peer reaches the host once both zones have a permission.
-func (s *scene) hearsInBothZones() {
-	s.T.Helper()
-	phone, proxy := s.InsideSocket(0, 6060), s.PeerSocket(lab.PeerA, 6060)
-	ext := s.Contact(phone, proxy)
-	s.Until("both zones have a permission", func() bool {
-		standing := 0
-		for _, p := range s.List() {
-			if p.Int == phone.Addr() && p.State == "standing" {
-				standing++
-			}
-		}
-		return standing == 2
-	})
-	s.Arrives(phone, s.PeerSocket(lab.PeerA, 6070), ext)
-	s.Lost(phone, s.PeerSocket(lab.PeerC, 6070), ext, proxy)
 }
 
 // peerInZone lets a peer send from other ports until status says that they come in a zone in which

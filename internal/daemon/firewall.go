@@ -123,12 +123,12 @@ func openFirewall(name string) (*firewall, error) {
 	return &firewall{name: name, tables: t, features: featuresOf(t)}, nil
 }
 
-// setSides takes from n the addresses of links, which links share a network, and which
+// setSides takes from n the addresses of links, which links share a network segment, and which
 // outside links are so only for one IP version or some peers, or lead inside too. n has the routes by
 // outside links (Network.Lean leaves them out).
 func (f *firewall) setSides(n gateway.Network) {
 	f.sides = rules.Desired{
-		Uppers: n.Uppers(), Bridges: n.Bridges(),
+		Segments: n.Segments(), Bridges: n.Bridges(),
 		Not4: n.Without(gateway.IPv4), Not6: n.Without(gateway.IPv6), Partial: n.Partial(),
 	}
 	f.sides.OneArmed, f.sides.Far = n.OneArmed()

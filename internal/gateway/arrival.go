@@ -26,7 +26,8 @@ func (n Network) AddrsOf(l Link) (addrs []netip.Addr) {
 // shareNetwork reports whether a router in a network of one link may send packets by the other.
 func (n Network) shareNetwork(l, o Link) bool {
 	switch {
-	case l.sharesLower() && (l.Lower == o.Index || l.Lower == o.Lower), o.sharesLower() && o.Lower == l.Index:
+	case l.sharesLower() && o.sharesLower() && l.Lower == o.Lower && l.Elsewhere == o.Elsewhere,
+		l.sharesLower() && !l.Elsewhere && l.Lower == o.Index, o.sharesLower() && !o.Elsewhere && o.Lower == l.Index:
 		return true
 	}
 	for _, a := range n.Addrs {

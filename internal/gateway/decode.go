@@ -42,12 +42,25 @@ func (r *reader) link(b []byte) error {
 			l.Name = nfnl.Text(v)
 		case unix.IFLA_LINK:
 			l.Lower = linkIndex(v)
+		case unix.IFLA_LINK_NETNSID:
+			l.Elsewhere = true
+		case unix.IFLA_MASTER:
+			l.Master = linkIndex(v)
 		case unix.IFLA_LINKINFO:
+			var data []byte
 			nfnl.Attributes(v, func(typ uint16, v []byte) {
-				if typ == unix.IFLA_INFO_KIND {
+				switch typ {
+				case unix.IFLA_INFO_KIND:
 					l.Kind = nfnl.Text(v)
+				case unix.IFLA_INFO_DATA:
+					data = v
 				}
 			})
+			if l.Kind == "bridge" {
+				nfnl.Attributes(data, func(typ uint16, v []byte) {
+					l.VLANs = l.VLANs || typ == unix.IFLA_BR_VLAN_FILTERING && octet(v) != 0
+				})
+			}
 		}
 	})
 	if err != nil {

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -15,6 +16,9 @@ type known struct {
 	addrs map[Addr]bool
 	named []string
 
+	noted    map[int]Link        // links as the last message about each says
+	segments map[string][]string // of noted
+
 	subnets []netip.Prefix // enabled subnets
 
 	inside   map[Route]bool        // routes by links that are not outside links
@@ -26,6 +30,7 @@ type known struct {
 func newKnown(n Network, named []string, ways bool) *known {
 	k := &known{
 		ways:  ways && len(n.OutsideLinks()) > 1,
+		noted: n.links(), segments: n.Segments(),
 		links: n.links(), used: map[int]bool{}, addrs: map[Addr]bool{}, inside: map[Route]bool{}, covered: map[netip.Prefix]bool{}, named: slices.Clone(named),
 	}
 	if n.places != nil {
@@ -67,6 +72,9 @@ func (k *known) matters(m netlink.Message) bool {
 	var err error
 	switch m.Header.Type {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
+		if len(m.Data) > 0 && m.Data[0] == unix.AF_BRIDGE { // about a port; what changes here has another message
+			return false
+		}
 		err = r.link(m.Data)
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
 		err = r.addr(m.Data)
@@ -82,11 +90,27 @@ func (k *known) matters(m netlink.Message) bool {
 		slices.ContainsFunc(r.Routes, func(r Route) bool { return k.routeMatters(r, gone) })
 }
 
+// segmentsChange notes the link, and reports whether Segments changed.
+func (k *known) segmentsChange(l Link, gone bool) bool {
+	old, there := k.noted[l.Index]
+	switch {
+	case gone:
+		delete(k.noted, l.Index)
+	case there && old.sameSegment(l): // as most messages
+		return false
+	default:
+		k.noted[l.Index] = l
+	}
+	return !maps.EqualFunc(k.segments, segments(k.noted, k.used), slices.Equal)
+}
+
 // linkMatters is matters for a link. Its addresses and routes have messages of their own,
 // except the IPv4 routes that end with the link, or because it goes down.
 func (k *known) linkMatters(l Link, gone bool) bool {
 	old, there := k.links[l.Index]
 	switch {
+	case k.segmentsChange(l, gone):
+		return true
 	case slices.Contains(k.named, l.Name) || there && slices.Contains(k.named, old.Name):
 		return !there || gone || old.Name != l.Name || (old.Flags^l.Flags)&unix.IFF_UP != 0
 	case !there || old.Outside == 0 && !k.used[l.Index]:

@@ -37,7 +37,11 @@ type Link struct {
 	Name  string
 	Kind  string // as in "ip -details link"; empty for most hardware
 	Flags uint32 // IFF_UP and so on
-	Lower int    // index of the link below (IFLA_LINK), maybe of another namespace; 0 if there is none
+
+	Lower     int  // index of the link below (IFLA_LINK), for veth of the other end; 0 if there is none
+	Elsewhere bool // Lower is of another network namespace
+	Master    int  // index of the bridge, bond or VRF that the link is in; 0 if there is none
+	VLANs     bool // it is a bridge that filters VLANs
 
 	// Outside are the families for which it is an outside link (Mark), and Cause is why.
 	Outside Families
@@ -175,19 +179,6 @@ func (n Network) names(is func(Link) bool) (names []string) {
 func (n Network) OutsideAddrs() []Addr {
 	links := n.links()
 	return slices.DeleteFunc(slices.Clone(n.Addrs), func(a Addr) bool { return links[a.Link].Outside == 0 })
-}
-
-// Uppers returns the links that are another MAC or IP address of the link below, as VRRP
-// makes them, each with the name of the link below: a packet may come by one and leave by
-// the other.
-func (n Network) Uppers() map[string]string {
-	links, uppers := n.links(), map[string]string{}
-	for _, l := range n.Links {
-		if below, ok := links[l.Lower]; ok && l.sharesLower() {
-			uppers[l.Name] = below.Name
-		}
-	}
-	return uppers
 }
 
 // Bridges returns the names of the bridges on which the gateway has no address: it routes

@@ -171,7 +171,7 @@ func (n *Network) markUppers(s Sides) {
 	links := n.links()
 	for i := range n.Links {
 		l := &n.Links[i]
-		below, ok := links[l.Lower]
+		below, ok := l.below(links)
 		if !ok || below.Outside == 0 || l.Inside || l.Outside != 0 || !l.sharesLower() || slices.Contains(s.Inside, l.Name) {
 			continue
 		}

@@ -79,6 +79,8 @@ func TestWatcherPassesOverWhatChangesNoAnswer(t *testing.T) {
 	run("link add busy0 type bridge")
 	run("addr add 10.48.0.1/24 dev busy0")
 	run("link set busy0 up")
+	run("link add fw0 type bridge")
+	run("link add fwa0 master fw0 type veth peer name fwb0")
 	if err := w.Wait(); err != nil { // of all that was before
 		t.Fatal(err)
 	}
@@ -95,6 +97,11 @@ func TestWatcherPassesOverWhatChangesNoAnswer(t *testing.T) {
 		{"", "link set idle0 down", false},
 		{"", "link add other0 type bridge", false},
 		{"", "link del other0", false},
+		{"", "link set fwb0 master idle0", false},
+		{"", "link set fwb0 master lan0", true}, // now its hosts come by the bridge fw0
+		{"", "link add other0 type veth peer name other1", false},
+		{"", "link del other0", false},
+		{"", "link set fwb0 nomaster", true},
 		{"", "addr change 10.48.0.1/24 dev busy0 valid_lft 1000 preferred_lft 1000", true},
 		{"", "addr change 10.48.0.1/24 dev busy0 valid_lft 2000 preferred_lft 2000", false}, // a renewed lease
 		{"", "route add 10.99.0.0/16 via 10.47.11.109", true},

@@ -330,7 +330,7 @@ func TestPeersComeByALinkThatSharesTheOutsideNetwork(t *testing.T) {
 		dropped := count(t, table).SpoofedDrops
 		check(t, from.Send(to, "by the other link"))
 		eventually(t, func() bool { return count(t, table).SpoofedDrops == dropped+1 })
-		d.Uppers = map[string]string{"vrrp.51": "wan0", "vrrp.52": "lan0"}
+		d.Segments = map[string][]string{"wan0": {"vrrp.51"}, "lan0": {"vrrp.52"}}
 		set(t, table, d)
 		check(t, lab.Arrives(inside, lab.Packet{From: from, To: to, Payload: outside}))
 	}

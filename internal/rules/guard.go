@@ -162,7 +162,7 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 // judge returns a chain that drops the first packets of children that are not allowed.
 func (l *layout) judge(name string, d Desired, served []*ipFamily) *nftables.Chain {
 	child := l.regular(name)
-	fake := l.notOutside(d.Uppers)
+	fake := l.notOutside(d.Segments, d.Bridges)
 	if len(d.Bridges) == 0 {
 		l.rule(child, "not by an outside link: the peer's address is faked", fake, counter(spoofedCounter), drop)
 	} else {
@@ -233,19 +233,22 @@ func notBehind(link string, told bool) exprs {
 }
 
 // notOutside matches packets that came by no outside link, as the forward hook sees them:
-// for a link in a VRF iifname is the VRF, and sdifname is the link itself. Links that share
-// a network count as the same link.
-func (l *layout) notOutside(uppers map[string]string) (test exprs) {
+// for a link in a VRF iifname is the VRF, and sdifname is the link itself. Links of one
+// segment count as the same link, except bridges, for which the caller has rules.
+func (l *layout) notOutside(segments map[string][]string, bridges []string) (test exprs) {
 	shared := map[string]bool{}
-	for upper, lower := range uppers {
-		if slices.Contains(l.links, upper) != slices.Contains(l.links, lower) {
-			shared[upper], shared[lower] = true, true
+	for back, others := range segments {
+		all := append([]string{back}, others...)
+		if slices.ContainsFunc(all, func(link string) bool { return slices.Contains(l.links, link) }) {
+			for _, link := range all {
+				shared[link] = !slices.Contains(bridges, link)
+			}
 		}
 	}
 	for _, name := range []operand{iifname, metaSdifname} {
 		test = join(test, l.outside(name, false))
 		for _, link := range slices.Sorted(maps.Keys(shared)) {
-			if !slices.Contains(l.links, link) {
+			if shared[link] && !slices.Contains(l.links, link) {
 				test = join(test, name.isNot(nfnl.LinkKey(link)))
 			}
 		}

@@ -233,6 +233,14 @@ func (l *layout) outside(name operand, is bool) exprs {
 	return name.isNot(nfnl.LinkKey(l.links[0]))
 }
 
+// by tests whether a packet came by one of the links. A set of that name has them if they are several.
+func (l *layout) by(links []string, name string) exprs {
+	if len(links) == 1 {
+		return iifname.is(nfnl.LinkKey(links[0]))
+	}
+	return iifname.in(l.linkSet(name, links))
+}
+
 // named returns the set with that name, or nil.
 func (l *layout) named(name string) *set {
 	for _, s := range l.sets {

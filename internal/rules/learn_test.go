@@ -422,10 +422,10 @@ func TestIPv6SourceByAnotherLinkIsUnsure(t *testing.T) {
 // A host of the LAN may come by a link that VRRP put on top of the link that leads back to
 // it. A spoofer on such a link of the other side earns nothing.
 //
-// Fails without Desired.Uppers.
+// Fails without Desired.Segments.
 func TestSourceByALinkUponTheWayBackIsLearned(t *testing.T) {
 	d := learning
-	d.Uppers = map[string]string{"vrrp1": "lan0"}
+	d.Segments = map[string][]string{"lan0": {"vrrp1"}}
 	g := newGate(t, lab.Options{Guest: true}, d)
 	for _, args := range []string{
 		"link add vrrp1 link lan0 address 00:00:5e:00:01:01 type macvlan mode bridge", "addr add 10.47.11.254/32 dev vrrp1", "link set vrrp1 up",

@@ -49,7 +49,7 @@ var features = map[string]func(d *rules.Desired, m *rules.MapConfig){
 	},
 	"full cone": func(_ *rules.Desired, m *rules.MapConfig) { m.OpenSubnets = m.Subnets },
 	"links upon others": func(d *rules.Desired, _ *rules.MapConfig) {
-		d.Uppers = map[string]string{"vrrp.51": "wan0", "vrrp.52": "lan0"}
+		d.Segments = map[string][]string{"wan0": {"vrrp.51"}, "lan0": {"vrrp.52"}, "guest.9": {"fwbr200i0", "fwbr201i0"}}
 	},
 	"one arm": func(d *rules.Desired, _ *rules.MapConfig) { d.OneArmed = d.OutsideLinks },
 	"an uplink to a part of the Internet": func(d *rules.Desired, _ *rules.MapConfig) {

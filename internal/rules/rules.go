@@ -57,9 +57,9 @@ type Desired struct {
 	// InsideLinks are links on which the user vouches for sources in Subnets: they are not
 	// spoofed, whatever link is the way back. None of them is an outside link.
 	InsideLinks []string
-	// Uppers maps each link that shares another link's network to the name of that link. A
-	// packet may come by either of them, and either may be the way back to its source.
-	Uppers map[string]string
+	// Segments has, for each link that may be the way back to a host, the other links of its
+	// network segment: packets of the host may come by any of them.
+	Segments map[string][]string
 	// ZonedAddrs are the outside addresses of flows that have a conntrack zone in the
 	// original direction alone, so that their outside endpoints are in the default zone. If
 	// there are none, flows with a zone are left alone.

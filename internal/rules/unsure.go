@@ -85,9 +85,9 @@ func (l *layout) fromInside(d Desired, f *ipFamily, name string, inside *set) *n
 	for _, link := range slices.Sorted(slices.Values(d.InsideLinks)) {
 		l.rule(from, "the user says that it is inside", ofFamily, iifname.is(nfnl.LinkKey(link)), deleteFrom(flows, flow), accept)
 	}
-	for _, upper := range slices.Sorted(maps.Keys(d.Uppers)) {
-		l.rule(from, "the way back is the link below",
-			iifname.is(nfnl.LinkKey(upper)), fibSaddrMarkOifname.is(nfnl.LinkKey(d.Uppers[upper])), ofFamily, deleteFrom(flows, flow), accept)
+	for _, back := range slices.Sorted(maps.Keys(d.Segments)) {
+		l.rule(from, "the way back is in the same segment",
+			l.by(d.Segments[back], "segment_"+elements.Identifier(back)), fibSaddrMarkOifname.is(nfnl.LinkKey(back)), ofFamily, deleteFrom(flows, flow), accept)
 	}
 	var plain exprs
 	if !d.noIPsec {
