@@ -453,7 +453,7 @@ func (s *scene) generation() uint32 {
 	c, err := nfnl.Dial(s.Gateway.FD())
 	s.Must(err)
 	defer c.Close()
-	id, err := elements.Generation(c)
+	id, err := nfnl.Generation(c)
 	s.Must(err)
 	return id
 }

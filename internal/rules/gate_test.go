@@ -81,7 +81,7 @@ func (g *gate) generation() uint32 {
 	c, err := nfnl.Dial(g.Gateway.FD())
 	check(g.t, err)
 	defer c.Close()
-	id, err := elements.Generation(c)
+	id, err := nfnl.Generation(c)
 	check(g.t, err)
 	return id
 }

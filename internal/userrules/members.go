@@ -16,33 +16,68 @@ type Members struct {
 	err error // the first error
 }
 
-// value returns what a map has for a key, nil if it is a set. known is false if nobody can tell.
-func (m *Members) value(t *table, name string, key []byte) (value []byte, found, known bool) {
+// dial connects to the kernel, and reports whether there was no error yet.
+func (m *Members) dial() bool {
 	if m.c == nil && m.err == nil {
 		m.c, m.err = nfnl.Dial(0)
 	}
-	if m.err != nil {
-		return nil, false, false
-	}
-	value, err := m.ask(t, name, key)
-	if errors.Is(err, unix.ENOENT) {
-		if value, err = m.ask(t, name, nil); errors.Is(err, unix.EINVAL) { // before Linux 5.13
-			err = unix.ENOENT
+	return m.err == nil
+}
+
+// value returns what a map has for a key, nil if it is a set. known is false if nobody can tell. A set
+// that others delete and make again between two questions would seem to lack what it has all the time.
+func (m *Members) value(t *table, name string, key []byte) (value []byte, found, known bool) {
+	for range maxReads {
+		if !m.dial() {
+			break
 		}
-	}
-	if err == nil {
-		return value, true, true
-	}
-	if errors.Is(err, unix.ENOENT) {
-		if err = m.exists(t, name); err == nil {
+		before := m.generation()
+		value, err := m.look(t, name, key)
+		switch {
+		case m.generation() != before:
+		case err == nil:
+			return value, true, true
+		case errors.Is(err, errNoElement):
 			return nil, false, true
-		}
-		if errors.Is(err, unix.ENOENT) { // somebody replaces his rules
+		case errors.Is(err, unix.ENOENT): // somebody replaces his rules
 			return nil, false, false
+		default:
+			m.fails(err)
 		}
 	}
-	m.err = nfnl.Permitted(err)
 	return nil, false, false
+}
+
+// generation returns the number of the last transaction.
+func (m *Members) generation() uint32 {
+	id, err := nfnl.Generation(m.c)
+	m.fails(err)
+	return id
+}
+
+// fails notes an error, if it is the first.
+func (m *Members) fails(err error) {
+	if m.err == nil && err != nil {
+		m.err = nfnl.Permitted(err)
+	}
+}
+
+// errNoElement says that a set exists without the element.
+var errNoElement = errors.New("no such element")
+
+// look asks for the element that has a key, or for the catch-all element. The error is errNoElement or
+// unix.ENOENT if there is neither, or no such set.
+func (m *Members) look(t *table, name string, key []byte) (value []byte, err error) {
+	if value, err = m.ask(t, name, key); !errors.Is(err, unix.ENOENT) {
+		return value, err
+	}
+	if value, err = m.ask(t, name, nil); !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) { // before Linux 5.13
+		return value, err
+	}
+	if err = m.exists(t, name); err == nil {
+		err = errNoElement
+	}
+	return nil, err
 }
 
 // exists asks for the set itself. The error is unix.ENOENT if there is none.

@@ -28,7 +28,7 @@ type batcher struct {
 func (b *batcher) begin(w *Writer) {
 	b.w, b.family = w, unix.AF_INET
 	b.told = func(typ uint16, body []byte) {
-		if id, ok := generationOf(typ, body); ok {
+		if id, ok := nfnl.GenerationOf(typ, body); ok {
 			w.generations.ours(id)
 		}
 	}

@@ -1,12 +1,8 @@
 package elements
 
 import (
-	"encoding/binary"
-	"errors"
 	"fmt"
 	"sync"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
@@ -63,40 +59,10 @@ func (w *Writer) Others(c *nfnl.Conn) (uint32, error) {
 	// Hold the lock, so that no transaction of ours is under way.
 	w.Lock()
 	defer w.Unlock()
-	id, err := Generation(c)
+	id, err := nfnl.Generation(c)
 	if err != nil {
 		return 0, fmt.Errorf("read generation of nftables: %w", nfnl.Permitted(err))
 	}
 	w.generations.look(id)
 	return w.generations.others, nil
-}
-
-// Generation reads the number of the last transaction.
-func Generation(c *nfnl.Conn) (id uint32, err error) {
-	var e nfnl.Encoder
-	e.Message(unix.NFNL_SUBSYS_NFTABLES, unix.NFT_MSG_GETGEN, unix.NLM_F_REQUEST, c.NextSeq(1), unix.AF_UNSPEC)
-	e.End()
-	answered := false
-	err = c.Ask(&e, func(typ uint16, body []byte) {
-		if n, ok := generationOf(typ, body); ok {
-			id, answered = n, true
-		}
-	})
-	if err == nil && !answered {
-		err = errors.New("no answer")
-	}
-	return id, err
-}
-
-// generationOf reads the number from a message of the kernel that contains one.
-func generationOf(typ uint16, body []byte) (id uint32, ok bool) {
-	if typ != unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWGEN || len(body) < nfnl.FamilyHeaderLen {
-		return 0, false
-	}
-	nfnl.Attributes(body[nfnl.FamilyHeaderLen:], func(typ uint16, b []byte) {
-		if typ == unix.NFTA_GEN_ID && len(b) == 4 {
-			id, ok = binary.BigEndian.Uint32(b), true
-		}
-	})
-	return id, ok
 }
