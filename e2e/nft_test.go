@@ -15,7 +15,6 @@ import (
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/nfnl"
-	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // The map of permissions (--backend=nft, and auto), filled by the kernel itself (--learn)

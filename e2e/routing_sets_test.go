@@ -1,13 +1,15 @@
 package e2e
 
 import (
+	"errors"
+	"strings"
 	"testing"
 
 	"github.com/conenatd/conenatd/internal/lab"
 )
 
-// What hosts send to the addresses in a set leaves by the second uplink, as with the sets that dnsmasq
-// fills. The peer of a child enters such a set.
+// What hosts send to the addresses in a set of nftables or ipset leaves by the second uplink, as with the
+// sets that dnsmasq fills. The peer of a child enters such a set.
 //
 // Fails when nobody asks the kernel whether the set has the peer, or when that ends children of others.
 func TestNFTChildHealsWhenItsPeerEntersASet(t *testing.T) {
@@ -15,6 +17,12 @@ func TestNFTChildHealsWhenItsPeerEntersASet(t *testing.T) {
 	nft := func(set, rule string) func(s *scene) error {
 		return func(s *scene) error {
 			return s.NFT("table inet marks { " + set + "; }; chain pre { type filter hook prerouting priority mangle; " + rule + "; }; }")
+		}
+	}
+	ipset := func(variant, create, match string) func(s *scene) error {
+		return func(s *scene) error {
+			_, err := s.Gateway.Output("ipset", append([]string{"create", "routed"}, strings.Fields(create)...)...)
+			return errors.Join(err, s.IPTables(variant, "*mangle\n-A PREROUTING -i lan0 -m set "+match+" -j MARK --set-mark 7\nCOMMIT\n"))
 		}
 	}
 	const byAddr = `iifname "lan0" ip daddr @routed meta mark set 7`
@@ -30,6 +38,9 @@ func TestNFTChildHealsWhenItsPeerEntersASet(t *testing.T) {
 		"of networks and ports": {nft("set routed { type ipv4_addr . inet_service; flags interval, timeout", `ip daddr . udp dport @routed meta mark set 7`), "203.0.113.4/31 . 5060-5069 timeout 1h"},
 		"a map":                 {nft("map routed { type ipv4_addr : mark; flags timeout", `meta mark set ip daddr map @routed`), "203.0.113.5 timeout 1h : 7"},
 		"a map for others":      {nft("map routed { type ipv4_addr : mark; flags timeout", `meta mark set ip daddr map @routed`), "* timeout 1h : 7"},
+		"of ipset":              {ipset(lab.IPTablesNFT, "hash:ip timeout 3600", "--match-set routed dst"), "203.0.113.5"},
+		"of ipset, with ports":  {ipset(lab.IPTablesNFT, "hash:ip,port,net", "--match-set routed src,dst,dst"), "10.47.11.109,udp:5060,203.0.113.4/31"},
+		"of ipset, legacy":      {ipset(lab.IPTablesLegacy, "hash:net", "--match-set routed dst"), "203.0.113.4/31"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -48,7 +59,12 @@ func TestNFTChildHealsWhenItsPeerEntersASet(t *testing.T) {
 			s.Contact(phone, s.PeerSocket(lab.PeerB, 5061))
 			elsewhere := s.PeerSocket(lab.PeerB, 5060) // it never enters the set
 			s.Until("another peer gets in", func() bool { return s.GetsIn(phone, elsewhere, ext) })
-			s.Must(s.NFT("add element inet marks routed { " + tc.element + " }"))
+			if strings.HasPrefix(name, "of ipset") {
+				_, err := s.Gateway.Output("ipset", "add", "routed", tc.element)
+				s.Must(err)
+			} else {
+				s.Must(s.NFT("add element inet marks routed { " + tc.element + " }"))
+			}
 			s.heals(phone, other, second)
 			if from := s.Contact(phone, elsewhere); from != ext && name != "a map for others" {
 				t.Errorf("to another peer the answer leaves as %v, not %v", from, ext)

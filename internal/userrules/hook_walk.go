@@ -145,6 +145,11 @@ func (w *hookWalk) statement(regs *cells, s statement) (end fates, c chance, err
 		end, c = xtTarget(e)
 		return end, c, nil
 	case *expr.Match:
+		if w.members != nil && e.Name == "set" {
+			if matches, known := w.members.matches(e, w.child); known {
+				return 0, certain(matches), nil
+			}
+		}
 		w.listed = e.Name == "set"
 		return 0, w.child.xtMatch(e), nil
 	case *expr.Cmp:

@@ -8,12 +8,13 @@ import (
 	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
-// Members asks the kernel what named sets and maps of nftables contain now. A Ruleset does not have
-// the elements of sets to which packets may add, or whose elements expire. It opens its connection on
-// first use. It is not safe for concurrent use.
+// Members asks the kernel what named sets and maps of nftables, and sets of ipset, contain now. A Ruleset
+// does not have the elements of sets to which packets may add, or whose elements expire, nor those of
+// ipset. It opens its connection on first use. It is not safe for concurrent use.
 type Members struct {
-	c   *nfnl.Conn
-	err error // the first error
+	c      *nfnl.Conn
+	err    error            // the first error
+	ipsets map[uint16]ipset // by index
 }
 
 // dial connects to the kernel, and reports whether there was no error yet.
