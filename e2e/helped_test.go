@@ -134,6 +134,42 @@ func (s *scene) fetches(from, server *lab.Socket, ext netip.AddrPort) {
 	s.Arrives(from, s.PeerSocket(server.Addr().Addr(), 0), ext)
 }
 
+// The same where the expectation is another host's: two hosts have one outside port towards different
+// ports of a peer.
+//
+// Fails when only the expectations of the host that the helper serves end.
+func TestHelperServesItsFirstPacketOnASharedPort(t *testing.T) {
+	stage.NeedsExpect(t)
+	for _, mode := range [][]string{stage.Auto, stage.Expect} {
+		t.Run(mode[0][len("--backend="):], func(t *testing.T) {
+			s := newScene(t, lab.Options{Inside: 2, Rules: lab.Masquerade + lab.DropPolicy + tftpHelper})
+			s.Serve(mode...)
+			first, second, app := s.InsideSocket(0, 2070), s.InsideSocket(1, 2070), s.PeerSocket(lab.PeerA, 7777)
+			ext, elsewhere := s.Contact(first, app), s.PeerSocket(lab.PeerB, 7777)
+			for _, to := range []*lab.Socket{app, elsewhere} {
+				if p := s.Listed(first, to, s.Contact(first, to), "standing"); p.Backend != "expect" {
+					t.Fatalf("it stands by %q", p.Backend)
+				}
+			}
+			server := s.PeerSocket(lab.PeerA, 69)
+			s.sendsUntilServed(second, server, tftpRequest)
+			for range 3 {
+				s.fetches(second, server, ext)
+			}
+			if mode[0] == stage.Expect[0] {
+				if p := s.Listed(first, app, ext, "refused"); p.Reason != "helper" {
+					t.Errorf("reason %q", p.Reason)
+				}
+			} else if p := s.Listed(first, app, ext, "standing"); p.Backend != "nft" {
+				t.Errorf("it stands by %q", p.Backend)
+			}
+			if p := s.Listed(first, elsewhere, ext, "standing"); p.Backend != "expect" {
+				t.Errorf("that for another peer stands by %q", p.Backend)
+			}
+		})
+	}
+}
+
 // The same where the expectation is for a group of peers, as a host with IPv6 has it.
 //
 // Fails when only expectations for single peers end.

@@ -10,8 +10,12 @@ const helperMemory = time.Hour
 const maxHelped = 1 << 16
 
 // A pair is an inside address and a peer between which a conntrack helper of the user's
-// works. A zero address stands for any.
-type pair struct{ in, peer Addr }
+// works. A zero value stands for any. ext is the outside endpoint of a flow that the helper works on:
+// some helpers, such as that of TFTP, want an expectation there and nowhere else.
+type pair struct {
+	in, peer Addr
+	ext      Endpoint
+}
 
 // helped reports whether a helper may want an expectation where p would have one. The
 // kernel would refuse the helper's, and the helper would drop the user's packet.
@@ -27,7 +31,7 @@ func (m *Model) helped(now time.Duration, p *Permission) bool {
 		}
 		return false
 	}
-	for _, k := range [...]pair{{p.Int.Addr, p.Peer}, {peer: p.Peer}, {in: p.Int.Addr}} {
+	for _, k := range [...]pair{{in: p.Int.Addr, peer: p.Peer}, {peer: p.Peer}, {in: p.Int.Addr}, {peer: p.Peer, ext: p.Ext}} {
 		if seen, ok := m.pairs[k]; ok && now-seen < helperMemory {
 			return true
 		}
@@ -37,20 +41,24 @@ func (m *Model) helped(now time.Duration, p *Permission) bool {
 
 // meets reports whether p is for the two hosts.
 func (k pair) meets(p *Permission) bool {
-	return (k.in == Addr{} || k.in == p.Int.Addr) && (k.peer == Addr{} || k.peer.WithoutLow(p.HostBits) == p.Peer)
+	return (k.in == Addr{} || k.in == p.Int.Addr) && (k.peer == Addr{} || k.peer.WithoutLow(p.HostBits) == p.Peer) &&
+		(k.ext == Endpoint{} || k.ext == p.Ext)
 }
 
 // SeeHelper tells the model that a conntrack helper of the user's works between an inside
 // address and a peer. One of them may be zero, for any. Our expectations between them end
 // at once.
-func (m *Model) SeeHelper(now time.Duration, in, peer Addr) {
-	k := pair{in, peer}
+func (m *Model) SeeHelper(now time.Duration, in, peer Addr) { m.seePair(now, pair{in: in, peer: peer}) }
+
+func (m *Model) seePair(now time.Duration, k pair) {
 	seen, known := m.pairs[k]
 	if !known && len(m.pairs) >= maxHelped {
 		m.forgetHelpers(now)
 	}
 	m.pairs[k] = now
-	m.stats.Helped = len(m.pairs)
+	if !known && k.ext == (Endpoint{}) {
+		m.stats.Helped++
+	}
 	if known && now-seen < helperMemory || m.stats.Expected == 0 {
 		return
 	}
@@ -66,14 +74,20 @@ func (m *Model) SeeHelper(now time.Duration, in, peer Addr) {
 func (m *Model) forgetHelpers(now time.Duration) {
 	for k, seen := range m.pairs {
 		if now-seen >= helperMemory {
-			delete(m.pairs, k)
+			m.forgetPair(k)
 		}
 	}
 	for k := range m.pairs {
 		if len(m.pairs) < maxHelped {
 			return
 		}
-		delete(m.pairs, k)
+		m.forgetPair(k)
+	}
+}
+
+func (m *Model) forgetPair(k pair) {
+	if delete(m.pairs, k); k.ext == (Endpoint{}) {
+		m.stats.Helped--
 	}
 }
 
@@ -85,14 +99,16 @@ func (m *Model) seeHelped(now time.Duration, f *Flow) {
 	if expected && IsAnchor(f.MasterSrc, f.MasterDst) || !expected && !f.Helped {
 		return
 	}
-	m.SeeHelped(now, f.Src.Addr, f.ReplySrc.Addr)
+	m.SeeHelped(now, f.Src.Addr, f.ReplySrc.Addr, f.ReplyDst)
 }
 
-// SeeHelped tells the model of a flow on which a helper of the user's works, by who opened it and
-// who answers it.
-func (m *Model) SeeHelped(now time.Duration, opener, answerer Addr) {
+// SeeHelped tells the model of a flow on which a helper of the user's works, by who opened it, who
+// answers it, and where the answers go. If that is an outside endpoint, other hosts may have permissions
+// for the same peer there: hosts share an outside port towards different ports of a peer.
+func (m *Model) SeeHelped(now time.Duration, opener, answerer Addr, ext Endpoint) {
 	if _, _, inside := m.policy.subnet(opener.Netip()); inside {
 		m.SeeHelper(now, opener, answerer)
+		m.seePair(now, pair{peer: answerer, ext: ext})
 	} else if _, _, inside := m.policy.subnet(answerer.Netip()); inside {
 		m.SeeHelper(now, answerer, opener)
 	}

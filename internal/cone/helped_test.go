@@ -32,6 +32,10 @@ func TestNoExpectationWhereAHelperWorks(t *testing.T) {
 		"a flow from inside, to an excluded port": {flow(nil), true},
 		"one of a dump":          {func(d *desk, now time.Duration) { d.m.BeginSnapshot(now); flow(nil)(d, now) }, true},
 		"a flow of another host": {flow(func(f *Flow) { f.Src = ep("10.47.11.110:1") }), false},
+		"a flow of another host, with the same outside endpoint": {flow(func(f *Flow) { f.Src, f.ReplyDst = ep("10.47.11.110:1"), ep(ext) }), true},
+		"the same to another peer": {flow(func(f *Flow) {
+			f.Src, f.ReplyDst, f.ReplySrc = ep("10.47.11.110:1"), ep(ext), ep("192.0.2.9:53")
+		}), false},
 		"a flow to another peer": {flow(func(f *Flow) { f.ReplySrc = ep("192.0.2.9:53") }), false},
 		"a flow from the peer": {flow(func(f *Flow) {
 			f.Src, f.ReplySrc, f.ReplyDst, f.Status = ep("203.0.113.5:77"), ep(in), ep("203.0.113.5:77"), StatusDstNAT
@@ -109,7 +113,7 @@ func TestNoExpectationWhereAHelperWorks(t *testing.T) {
 func TestNoExpectationForAGroupWhereAHelperWorks(t *testing.T) {
 	const in = "[2001:db8:47::110]:1"
 	helped := func(in, peer string) func(m *Model) {
-		return func(m *Model) { m.SeeHelped(0, ep(in).Addr, ep(peer).Addr) }
+		return func(m *Model) { m.SeeHelped(0, ep(in).Addr, ep(peer).Addr, ep(in)) }
 	}
 	for name, tc := range map[string]struct {
 		see  func(m *Model)

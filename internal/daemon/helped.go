@@ -52,16 +52,20 @@ func (r *reconciler) lookForHelpers() error {
 	if err != nil || f.helped.read && n == f.helped.pairs {
 		return err
 	}
-	var all [][2]cone.Addr
-	if err := f.tables.Helped(func(opener, answerer netip.Addr) {
-		all = append(all, [2]cone.Addr{cone.AddrFrom(opener), cone.AddrFrom(answerer)})
+	type flow struct {
+		opener, answerer cone.Addr
+		ext              cone.Endpoint
+	}
+	var all []flow
+	if err := f.tables.Helped(func(opener, answerer netip.Addr, ext netip.AddrPort) {
+		all = append(all, flow{cone.AddrFrom(opener), cone.AddrFrom(answerer), cone.EndpointFrom(ext)})
 	}); err != nil {
 		return fmt.Errorf("list hosts with helpers: %w", err)
 	}
 	if !r.ask(func(l *loop) {
 		now := r.now()
-		for _, pair := range all {
-			l.engine.Model.SeeHelped(now, pair[0], pair[1])
+		for _, f := range all {
+			l.engine.Model.SeeHelped(now, f.opener, f.answerer, f.ext)
 		}
 	}) {
 		return errEnded

@@ -18,6 +18,7 @@ type ipFamily struct {
 	saddr, daddr operand
 	opener       operand // the source of the flow's original direction
 	answerer     operand // the source of its reply direction
+	answered     operand // the destination of its reply direction
 	// The key of a permission, as an expected child has it: peer . outside address .
 	// outside port. Zones share a cap.
 	key  operand
@@ -28,13 +29,13 @@ type ipFamily struct {
 var ipFamilies = []*ipFamily{
 	{
 		name: "4", is: metaNfproto.is([]byte{unix.NFPROTO_IPV4}), addr: nftables.TypeIPAddr,
-		saddr: ipSaddr, daddr: ipDaddr, opener: ctOriginalIPSaddr, answerer: ctReplyIPSaddr,
+		saddr: ipSaddr, daddr: ipDaddr, opener: ctOriginalIPSaddr, answerer: ctReplyIPSaddr, answered: ctReplyIPDaddr,
 		key:  concat(ctOriginalIPSaddr, ctOriginalIPDaddr, ctOriginalProtoDst),
 		icmp: unix.IPPROTO_ICMP, size: net.IPv4len,
 	},
 	{
 		name: "6", is: metaNfproto.is([]byte{unix.NFPROTO_IPV6}), addr: nftables.TypeIP6Addr,
-		saddr: ip6Saddr, daddr: ip6Daddr, opener: ctOriginalIP6Saddr, answerer: ctReplyIP6Saddr,
+		saddr: ip6Saddr, daddr: ip6Daddr, opener: ctOriginalIP6Saddr, answerer: ctReplyIP6Saddr, answered: ctReplyIP6Daddr,
 		key:  concat(ctOriginalIP6Saddr, ctOriginalIP6Daddr, ctOriginalProtoDst),
 		icmp: unix.IPPROTO_ICMPV6, size: net.IPv6len,
 	},

@@ -1,6 +1,7 @@
 package rules
 
 import (
+	"encoding/binary"
 	"errors"
 	"net/netip"
 	"time"
@@ -31,8 +32,8 @@ var (
 	tcpHelperPorts = []uint16{1720, 5060}
 )
 
-// helped remembers between which hosts conntrack helpers of the user's work, from the first
-// packet on. Such a helper drops a packet if an expectation of ours is where it wants its own,
+// helped remembers between which hosts conntrack helpers of the user's work, and where the answers
+// go, from the first packet on. Such a helper drops a packet if an expectation of ours is where it wants its own,
 // and then nothing else shows the flow: it is not confirmed.
 //
 // A rule of nft cannot see a flow's own helper ("ct helper" is that of its master), but the
@@ -57,7 +58,7 @@ func (l *layout) helped(d Desired) {
 		served = ipFamilies
 	}
 	for _, f := range served {
-		pairs := l.set(helpedSet+f.name, f.addr, f.addr)
+		pairs := l.set(helpedSet+f.name, f.addr, f.addr, f.addr, nftables.TypeInetService)
 		pairs.HasTimeout, pairs.Dynamic, pairs.free = true, true, true
 		pairs.Timeout, pairs.Size = helpedTimeout, helpedSize
 		var hosts []exprs
@@ -67,7 +68,7 @@ func (l *layout) helped(d Desired) {
 			inside := l.inside(f, d.Subnets)
 			hosts = []exprs{f.opener.in(inside), f.answerer.in(inside)}
 		}
-		key := concat(f.opener, f.answerer)
+		key := concat(f.opener, f.answerer, f.answered, ctReplyProtoDst)
 		for _, host := range hosts {
 			l.rule(pair, "no expectation may be in its way", f.is, host, key.notIn(pairs), addTo(pairs, elem{key: key}), counter(helpedCounter))
 		}
@@ -81,18 +82,21 @@ func (t *Tables) HelpedPairs() (uint64, error) {
 }
 
 // Helped calls f for every pair of hosts between which a conntrack helper of the user's works: the
-// source of a flow, and the host that answers it. It uses its own connection.
-func (t *Tables) Helped(f func(opener, answerer netip.Addr)) error {
+// source of a flow, the host that answers it, and where the answers go. It uses its own connection.
+func (t *Tables) Helped(f func(opener, answerer netip.Addr, ext netip.AddrPort)) error {
 	var errs []error
 	for _, family := range ipFamilies {
 		errs = append(errs, elements.List(t.netns, unix.NFPROTO_INET, t.name, helpedSet+family.name, func(b []byte) {
 			key := elements.Key(b)
-			if len(key) != 2*family.size {
+			if len(key) < 3*family.size+2 {
 				return
 			}
-			opener, _ := netip.AddrFromSlice(key[:family.size])
-			answerer, _ := netip.AddrFromSlice(key[family.size:])
-			f(opener, answerer)
+			var addrs [3]netip.Addr
+			for i := range addrs {
+				addrs[i], _ = netip.AddrFromSlice(key[:family.size])
+				key = key[family.size:]
+			}
+			f(addrs[0], addrs[1], netip.AddrPortFrom(addrs[2], binary.BigEndian.Uint16(key)))
 		}))
 	}
 	return errors.Join(errs...)

@@ -142,6 +142,7 @@ var (
 	ctReplyIPSaddr     = ctReply(expr.CtKeySRCIP, 1)
 	ctReplyIP6Saddr    = ctReply(expr.CtKeySRCIP6, net.IPv6len/4)
 	ctReplyIPDaddr     = ctReply(expr.CtKeyDSTIP, 1)
+	ctReplyIP6Daddr    = ctReply(expr.CtKeyDSTIP6, net.IPv6len/4)
 	ctReplyProtoSrc    = ctReply(expr.CtKeyPROTOSRC, 1)
 	ctReplyProtoDst    = ctReply(expr.CtKeyPROTODST, 1)
 )
