@@ -69,7 +69,7 @@ func (a answers) failed() bool { return a != answers{} }
 
 // Open tries which helper the kernel offers for anchors, and returns a Backend that uses it
 // and owns what an earlier daemon left. It leaves nothing in the kernel except our own
-// helper (OwnHelper), if the kernel has nfnetlink_cthelper.
+// helper (nfnl.OwnHelper), if the kernel has nfnetlink_cthelper.
 func Open(cfg Config) (*Backend, error) {
 	c, err := nfnl.Dial(cfg.NetNS)
 	if err != nil {

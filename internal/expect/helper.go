@@ -10,14 +10,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// OwnHelper is the name prefix of our own helper, a user-space helper (nfnetlink_cthelper)
-// that is left disabled, so it never sees a packet.
-//
-// Helpers are global: when one is unregistered, the kernel removes its expectations in all
-// network namespaces (nf_conntrack_helper_unregister). So each namespace has a helper of
-// its own, "conenat-" and the end of the namespace's inode number.
-const OwnHelper = "conenat"
-
 // OwnName returns the name of our helper in the network namespace behind the descriptor
 // netns, 0 for the current. It is 15 bytes long, the most that a name may have.
 func OwnName(netns int) (string, error) {
@@ -29,13 +21,8 @@ func OwnName(netns int) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("look at network namespace: %w", err)
 	}
-	return fmt.Sprintf("%s-%07x", OwnHelper, st.Ino&0xfffffff), nil
+	return fmt.Sprintf("%s-%07x", nfnl.OwnHelper, st.Ino&0xfffffff), nil
 }
-
-// kernelHelpers are helpers of the kernel that can be on an anchor, best first. They would
-// parse packets, but an anchor never gets one. Our rules recognise children by the helper's
-// name, so the last one is the helper that users need most for forwarded UDP.
-var kernelHelpers = []string{"RAS", "netbios-ns", "amanda", "tftp"}
 
 // A helper is a conntrack helper that works on anchors. policy is the timeout, in seconds,
 // that it gives to an expectation.
@@ -76,7 +63,7 @@ func chooseHelpers(c *nfnl.Conn, cfg Config) (helpers, error) {
 		return helpers{}, err
 	}
 	registerOwn(c, h.own, seconds(cfg.Lifetime))
-	names := append([]string{h.own}, kernelHelpers...)
+	names := append([]string{h.own}, nfnl.KernelHelpers...)
 	h.v4, err = chooseHelper(c, names, false)
 	if err == nil && (cfg.IPv6 || cfg.MayIPv6) {
 		h.v6, err = chooseHelper(c, names, true)

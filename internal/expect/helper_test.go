@@ -19,8 +19,8 @@ func TestChooseHelperTriesEachAndSaysWhatWouldMend(t *testing.T) {
 	}
 	defer func() { _ = c.Close() }()
 	for _, v6 := range []bool{false, true} {
-		h, err := chooseHelper(c, []string{"conenat-none", kernelHelpers[0]}, v6)
-		if err != nil || h.name != kernelHelpers[0] || h.policy == 0 {
+		h, err := chooseHelper(c, []string{"conenat-none", nfnl.KernelHelpers[0]}, v6)
+		if err != nil || h.name != nfnl.KernelHelpers[0] || h.policy == 0 {
 			t.Errorf("IPv6 %v: helper %+v, error %v", v6, h, err)
 		}
 		_, err = chooseHelper(c, []string{"conenat-none", "conenat-nor"}, v6)

@@ -165,7 +165,7 @@ func (w *hookWalk) statement(regs *cells, s statement) (end fates, c chance, err
 			clear(w.known)
 		}
 	case *expr.Ct:
-		if w.child.untracked && !e.SourceRegister && e.Key != expr.CtKeySTATE {
+		if !e.SourceRegister && !w.child.has(e.Key) {
 			return 0, never, nil // nft_ct_get_eval
 		}
 		w.child.load(regs, e)

@@ -7,6 +7,8 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/xt"
 	"golang.org/x/sys/unix"
+
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 // Bits of an iptables state mask; see XT_CONNTRACK_STATE_BIT.
@@ -100,6 +102,8 @@ func (c *child) xtUnknown(name string, rev uint32, info []byte) chance {
 		if len(info) > 0 {
 			return always.inverted(info[0]&invert != 0) // as fib says
 		}
+	case "helper":
+		return c.xtHelper(info)
 	case "multiport":
 		return c.xtMultiport(rev, info)
 	case "set":
@@ -118,6 +122,24 @@ func xtMark(m []cell, rev uint32, info []byte) chance {
 		return maybe
 	}
 	return maskedEquals(m, info[:4], info[4:8]).inverted(info[8] != 0)
+}
+
+// xtHelper follows helper_mt in the kernel. Struct xt_helper_info has the number invert, and a name
+// of which the first bytes of the helper's are compared, or an empty one for any helper.
+func (c *child) xtHelper(info []byte) chance {
+	const name = 4
+	if len(info) <= name {
+		return maybe
+	}
+	match := never
+	if c.has(expr.CtKeyHELPER) {
+		asked := helperName(info[name:])
+		match = certain(asked == "")
+		if asked != "" && nfnl.MayAnchor(asked) || c.state != expr.CtStateBitRELATED {
+			match = maybe
+		}
+	}
+	return match.inverted(binary.NativeEndian.Uint32(info) != 0)
 }
 
 func (c *child) sourcePort() []cell      { return c.transport[:2] }

@@ -1,6 +1,7 @@
 package userrules
 
 import (
+	"bytes"
 	"encoding/binary"
 	"net/netip"
 	"slices"
@@ -209,12 +210,39 @@ func (c *child) ct(key expr.CtKey) []cell {
 		if c.flowMark != nil {
 			return c.flowMark
 		}
+	case expr.CtKeyHELPER: // of the master
+		if c.state != expr.CtStateBitRELATED {
+			break
+		}
+		return unknownBytes(helperNameLen, &origin{other: func(low, high []byte) bool {
+			return bytes.Equal(low, high) && !nfnl.MayAnchor(helperName(low))
+		}})
 	case expr.CtKeyL3PROTOCOL:
 		return knownBytes([]byte{c.family})
 	case expr.CtKeyPROTOCOL:
 		return knownBytes([]byte{unix.IPPROTO_UDP})
 	}
 	return unknownBytes(16, nil)
+}
+
+const helperNameLen = 16 // NF_CT_HELPER_NAME_LEN
+
+// helperName returns the name of a conntrack helper, up to the zero bytes behind it.
+func helperName(b []byte) string {
+	name, _, _ := bytes.Cut(b, []byte{0})
+	return string(name)
+}
+
+// has reports whether the packet may have the conntrack key. A new flow has no master, so it has no
+// helper: the kernel reads that of the master.
+func (c *child) has(key expr.CtKey) bool {
+	switch key {
+	case expr.CtKeySTATE:
+		return true
+	case expr.CtKeyHELPER:
+		return !c.untracked && c.state != expr.CtStateBitNEW
+	}
+	return !c.untracked
 }
 
 // payload returns what is known of a part of a header.

@@ -17,6 +17,7 @@ import (
 	"github.com/conenatd/conenatd/internal/control"
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/lab"
+	"github.com/conenatd/conenatd/internal/nfnl"
 )
 
 func TestMain(m *testing.M) { stage.Main(m) }
@@ -82,8 +83,8 @@ func TestOwnHelperIsChosenAndGoesWithTheDaemon(t *testing.T) {
 		t.Fatal(err)
 	}
 	own := st.Helper.IPv4
-	if !strings.HasPrefix(own, expect.OwnHelper) || st.Helper.IPv6 != own {
-		t.Errorf("the daemon uses the helpers %+v, want %s", st.Helper, expect.OwnHelper)
+	if !strings.HasPrefix(own, nfnl.OwnHelper) || st.Helper.IPv6 != own {
+		t.Errorf("the daemon uses the helpers %+v, want %s", st.Helper, nfnl.OwnHelper)
 	}
 	during := helpers(t)
 	if len(during) != len(before)+2 || !slices.Contains(during, own) {
