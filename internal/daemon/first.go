@@ -26,7 +26,7 @@ func (r *reconciler) firstNetwork(cfg *config.Config) (n gateway.Network, err er
 // ports of mappings. sure says that two looks found the sockets (choosePorts).
 func (l *loop) firstRules(f *firewall, n gateway.Network, served *gateway.PortSet, sure bool) (forwarded *userrules.Covered, err error) {
 	f.setSides(n)
-	forwarded, l.ruleWarnings = f.forwards(n)
+	forwarded, l.ruleWarnings = f.forwards(prefixes(l.cfg.Subnets), n)
 	f.divert(l.cfg, n)
 	// What cannot be read is among the warnings; the first reconcile tries again.
 	more, _, _ := f.sourceNAT(l.cfg, n)

@@ -12,9 +12,9 @@ import (
 )
 
 // forwards returns the outside endpoints that the user's rules forward, and warnings
-// about these rules. covered stays the same pointer as long as it covers the same. If
+// about those rules that may keep peers away from hosts of the subnets. covered stays the same pointer as long as it covers the same. If
 // the rules cannot be read, the last reading holds.
-func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered, out warnings) {
+func (f *firewall) forwards(subnets []netip.Prefix, network gateway.Network) (covered *userrules.Covered, out warnings) {
 	outside := outsideLinks(network)
 	if len(outside) == 0 {
 		return nil, nil
@@ -25,7 +25,7 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 			f.forwarded = userrules.Cover([]userrules.Forward{{All: true}})
 			f.understood, f.shared = f.forwarded, f.forwarded
 		}
-		out = f.warnForwards()
+		out = f.warnForwards(subnets)
 		out.add(warnForwardsUnread, "", "port forwards cannot be read, "+
 			"those that were read before hold, and all ports count as forwarded if none were: %v", f.unread)
 		return f.forwarded, out
@@ -33,7 +33,7 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 	all, same := f.forwarder.Forwards(f.user, outside)
 	f.forwardsKnown = !f.user.ForwardsMayBeHidden() && !slices.ContainsFunc(all, func(r userrules.Forward) bool { return r.Unknown })
 	if same && f.forwarded != nil {
-		return f.forwarded, f.warnForwards()
+		return f.forwarded, f.warnForwards(subnets)
 	}
 	f.told, f.telling.of = nil, nil
 	var possible, understood, certain, hiding []userrules.Forward
@@ -65,7 +65,7 @@ func (f *firewall) forwards(network gateway.Network) (covered *userrules.Covered
 	cover(&f.understood, understood)
 	cover(&f.taken, certain)
 	cover(&f.hidden, hiding)
-	return f.forwarded, f.warnForwards()
+	return f.forwarded, f.warnForwards(subnets)
 }
 
 // mostReached limits for how many hosts the rules are asked what they let forwards lead there.
@@ -74,13 +74,19 @@ const mostReached = 64
 // reachedBy returns the hosts to which forwards lead.
 func reachedBy(all []userrules.Forward) (hosts []netip.Prefix) {
 	for _, r := range all {
-		if a := r.To.Addr(); a.IsValid() {
-			hosts = append(hosts, netip.PrefixFrom(a, a.BitLen()))
-		} else if r.ToPrefix.IsValid() {
-			hosts = append(hosts, r.ToPrefix)
+		if to := leadsTo(r); to.IsValid() {
+			hosts = append(hosts, to)
 		}
 	}
 	return slices.Compact(slices.SortedFunc(slices.Values(hosts), netip.Prefix.Compare))
+}
+
+// leadsTo returns the host or the prefix to which a forward leads, the zero value if that is not known.
+func leadsTo(r userrules.Forward) netip.Prefix {
+	if a := r.To.Addr(); a.IsValid() {
+		return netip.PrefixFrom(a, a.BitLen())
+	}
+	return r.ToPrefix
 }
 
 // reachedIn returns those of hosts that are in one of the subnets, for each subnet by themselves: the
@@ -110,11 +116,25 @@ func cover(c **userrules.Covered, forwards []userrules.Forward) {
 }
 
 // warnForwards says what the user should know about forwards.
-func (f *firewall) warnForwards() (out warnings) {
+func (f *firewall) warnForwards(subnets []netip.Prefix) (out warnings) {
 	for _, r := range f.worthTelling() {
-		out.addForward(r, f.withMap)
+		if r.Unread || keepsAway(r, subnets) {
+			out.addForward(r, f.withMap)
+		}
 	}
 	return out
+}
+
+// keepsAway reports whether the forward may take packets for hosts of the subnets that are not the one,
+// or those, to which it leads.
+func keepsAway(r userrules.Forward, subnets []netip.Prefix) bool {
+	to := leadsTo(r)
+	return slices.ContainsFunc(subnets, func(s netip.Prefix) bool {
+		if to.IsValid() && to.Bits() <= s.Bits() && to.Contains(s.Addr()) {
+			return false
+		}
+		return r.Addrs == nil || slices.ContainsFunc(r.Addrs, func(a userrules.AddrRange) bool { return a.First.Is4() == s.Addr().Is4() })
+	})
 }
 
 // worthTelling returns the forwards to warn of, without those that are 1:1 NAT, and finds shared. It
@@ -137,10 +157,7 @@ func (f *firewall) worthTelling() []userrules.Forward {
 // isOneToOne reports whether the forward is for addresses to which rules certainly translate no other
 // host than the one it leads to, or those of the prefix (1:1 NAT): it keeps nobody's peers away.
 func (f *firewall) isOneToOne(r userrules.Forward) bool {
-	hosts := r.ToPrefix
-	if a := r.To.Addr(); a.IsValid() {
-		hosts = netip.PrefixFrom(a, a.BitLen())
-	}
+	hosts := leadsTo(r)
 	if f.user == nil || r.Addrs == nil || !hosts.Addr().Is4() || f.user.SourcesMayBeHidden() {
 		return false
 	}

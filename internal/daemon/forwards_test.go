@@ -101,7 +101,7 @@ func TestForwardsHoldWhileRulesCannotBeRead(t *testing.T) {
 	defer func() { must(f.close()) }()
 	forwards := func(network gateway.Network) (*userrules.Covered, warnings) {
 		f.look()
-		return f.forwards(network)
+		return f.forwards([]netip.Prefix{lab.InsideNet}, network)
 	}
 	network := gateway.Network{Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: gateway.IPv4}}}
 	e := cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.1:5060"))
@@ -156,7 +156,7 @@ func TestForwardThatIsNotUnderstoodBarsExpectationsAlone(t *testing.T) {
 		Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: gateway.IPv4}, {Index: 3, Name: "wan1", Outside: gateway.IPv4}},
 		Addrs: []gateway.Addr{{Prefix: netip.MustParsePrefix("198.51.100.1/24"), Link: 2}, {Prefix: netip.MustParsePrefix("198.18.7.2/24"), Link: 3}},
 	}
-	covered, warnings := f.forwards(network)
+	covered, warnings := f.forwards([]netip.Prefix{lab.InsideNet}, network)
 	if len(warnings) != 1 || warnings[0].id != warnForwardUnknown || !strings.Contains(warnings[0].text, "nobody gets in there") {
 		t.Errorf("warnings %q", warnings)
 	}
@@ -211,7 +211,7 @@ func TestForwardOfAllPortsIsWarnedOfWhereOthersHaveItsAddress(t *testing.T) {
 			}()
 			f.look()
 			f.ownAddrs = map[string]netip.Addr{"wan0": netip.MustParseAddr("198.51.100.1"), "lan0": lab.InsideNet.Addr().Next()}
-			_, warnings := f.forwards(gateway.Network{Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: gateway.IPv4}}})
+			_, warnings := f.forwards([]netip.Prefix{lab.InsideNet}, gateway.Network{Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: gateway.IPv4}}})
 			if (len(warnings) == 1 && warnings[0].id == warnForwardsAll) != tc.warned || len(warnings) > 1 {
 				t.Errorf("warnings %q", warnings)
 			}

@@ -181,7 +181,7 @@ func (r *reconciler) open(cfg config.Config) (o opened, err error) {
 func (r *reconciler) change(cfg config.Config) error {
 	var o opened
 	var m *elements.Map
-	r.firewall.forwards(r.network)
+	r.firewall.forwards(prefixes(cfg.Subnets), r.network)
 	if r.firewall.choosers == nil { // the first mapping must respect ports that rules choose
 		_, _, err := r.firewall.sourceNAT(cfg, r.network)
 		r.failures.Note(requestLookAtChanges, 1, err)

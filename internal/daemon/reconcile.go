@@ -246,7 +246,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 // readForwards brings the model up to date about what the user's rules forward, and the tables
 // about what they do with the sources of packets and take from inside hosts.
 func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) error {
-	covered, warnings := r.firewall.forwards(network)
+	covered, warnings := r.firewall.forwards(prefixes(cfg.Subnets), network)
 	more, changed, err := r.firewall.sourceNAT(cfg, network)
 	warnings = slices.Concat(warnings, more, r.firewall.unsure.warnings())
 	diverts, publishes := r.firewall.divert(cfg, network), r.firewall.publish(network)

@@ -90,7 +90,7 @@ func (f *firewall) readForRules(cfg config.Config, network gateway.Network) (not
 			}
 			notes = append(notes, note)
 		} else {
-			f.forwards(network)
+			f.forwards(prefixes(cfg.Subnets), network)
 			forwarded = f.shared.Covers
 		}
 	}

@@ -27,7 +27,7 @@ func TestForwardsAreComparedWithSourceNATOnce(t *testing.T) {
 	warned := func(own string) int {
 		f.ownAddrs = map[string]netip.Addr{"wan0": netip.MustParseAddr(own)}
 		f.look()
-		_, out := f.forwards(network)
+		_, out := f.forwards([]netip.Prefix{lab.InsideNet}, network)
 		return len(out)
 	}
 	public := cone.EndpointFrom(netip.MustParseAddrPort("198.51.100.2:50000"))
@@ -70,5 +70,48 @@ func TestSharedForwardsFollowAddressesWhileRulesAreUnread(t *testing.T) {
 	f.worthTelling()
 	if f.shared.Covers(cone.EndpointFrom(netip.AddrPortFrom(public, 50000))) {
 		t.Error("the address of 1:1 NAT is others', too")
+	}
+}
+
+// A forward concerns the user only where it may keep peers away from hosts that are served.
+//
+// Fails when a forward of the other family is warned of, or one to all hosts that are served, and when one
+// to some of them is not.
+func TestForwardIsWarnedOfWhereItMayKeepPeersFromServedHosts(t *testing.T) {
+	const dmz = `iifname "wan0" dnat to `
+	host := netip.MustParsePrefix("10.47.11.109/32")
+	for name, tc := range map[string]struct {
+		family, rule string
+		subnet       netip.Prefix
+		want         warningID
+	}{
+		"IPv6, only IPv4 is served":             {"ip6", dmz + "2001:db8:47::6d", lab.InsideNet, ""},
+		"IPv6":                                  {"ip6", dmz + "2001:db8:47::6d", lab.InsideNet6, warnForwardsAll},
+		"IPv4, only IPv6 is served":             {"ip", dmz + "10.47.11.109", lab.InsideNet6, ""},
+		"to the host that is served":            {"ip", dmz + "10.47.11.109", host, ""},
+		"to another host than is served":        {"ip", dmz + "10.47.11.110", host, warnForwardsAll},
+		"to the prefix that is served":          {"ip6", "dnat ip6 prefix to ip6 daddr map { 2001:db8:9::/64 : 2001:db8:47::/64 }", lab.InsideNet6, ""},
+		"to a prefix in the one that is served": {"ip6", "dnat ip6 prefix to ip6 daddr map { 2001:db8:9::/80 : 2001:db8:47::/80 }", lab.InsideNet6, warnForwardsAll},
+		"not understood":                        {"ip6", "udp dport & 1 != 1 " + dmz + "2001:db8:47::6d", lab.InsideNet6, warnForwardUnknown},
+		"not understood, only IPv4 is served":   {"ip6", "udp dport & 1 != 1 " + dmz + "2001:db8:47::6d", lab.InsideNet, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := lab.ForTest(t, lab.Options{Rules: lab.Masquerade + "table " + tc.family + " fw { chain pre { type nat hook prerouting priority dstnat; " + tc.rule + "; }; }"})
+			f := &firewall{reader: userrules.NewReader(userrules.Config{NetNS: l.Gateway.FD()})}
+			defer func() {
+				if err := f.close(); err != nil {
+					t.Error(err)
+				}
+			}()
+			f.look()
+			_, out := f.forwards([]netip.Prefix{tc.subnet}, gateway.Network{Links: []gateway.Link{{Index: 2, Name: "wan0", Outside: gateway.IPv4 | gateway.IPv6}}})
+			var got warningID
+			if len(out) > 0 {
+				got = out[0].id
+			}
+			if got != tc.want || len(out) > 1 {
+				t.Errorf("warnings %q, want %q", out, tc.want)
+			}
+		})
 	}
 }
