@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -72,7 +73,7 @@ func noSubnet(cfg config.Config) error {
 
 // passedOver says which networks are left out of a proposal, a line each.
 func passedOver(network gateway.Network) (text string) {
-	for _, p := range network.PassedOver() {
+	for _, p := range slices.Concat(network.PassedOver(), network.LeftOut(nil)) {
 		text += "\nleft out: " + p
 	}
 	return text

@@ -86,9 +86,7 @@ func (l *loop) warnings() (out warnings) {
 	l.warnForwarding(&out)
 	l.warnLinkSubnets(&out)
 	l.warnDown(&out)
-	if l.cfg.AutoSubnets && len(l.cfg.Subnets) == 0 {
-		out.add(warnNoInside, "", `subnet "auto" found no inside network: one is served as soon as it is there, or name it with --subnet`)
-	}
+	l.warnLeftOut(&out)
 	if len(l.network.OutsideLinks()) == 0 && len(l.network.Missing) == 0 {
 		out.add(warnNoOutside, "", `no outside link: none has a default route, no rule translates by one and no translated flow left; name one with --outside`)
 	}

@@ -92,6 +92,33 @@ func (l *loop) warnLinkSubnets(out *warnings) {
 	}
 }
 
+// warnLeftOut says what "auto" leaves out, though hosts that leave by this gateway may be there.
+func (l *loop) warnLeftOut(out *warnings) {
+	if !l.cfg.AutoSubnets {
+		return
+	}
+	if len(l.cfg.Subnets) > 0 {
+		if left := l.network.LeftOut(prefixes(l.cfg.Subnets)); len(left) > 0 {
+			out.add(warnLeftOut, "", `subnet "auto" leaves out %s: name it, too, if hosts from there leave by this gateway`, some(left))
+		}
+		return
+	}
+	text := `subnet "auto" found no inside network: one is served as soon as it is there, or name it with --subnet`
+	if left := slices.Concat(l.network.PassedOver(), l.network.LeftOut(nil)); len(left) > 0 {
+		text += "; left out: " + some(left)
+	}
+	out.add(warnNoInside, "", "%s", text)
+}
+
+// some joins the first texts, and counts the others.
+func some(texts []string) string {
+	const most = 3
+	if more := len(texts) - most; more > 0 {
+		texts = append(slices.Clone(texts[:most]), fmt.Sprintf("%d more", more))
+	}
+	return strings.Join(texts, "; ")
+}
+
 // warnDown warns of subnets without a link that runs: one that leads outside, or one that leads to the
 // hosts, where then may be none.
 func (l *loop) warnDown(out *warnings) {

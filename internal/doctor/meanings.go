@@ -131,6 +131,7 @@ var meanings = []meaning{
 	{id: "forward_chains_unread", severity: Warning, why: "conenatd learns only from lost packets what your firewall drops"},
 	{id: "children_dropped", severity: Error, why: "what a peer sends from another port is lost, although it is permitted", fix: letIn},
 	{id: "hosts_blocked", severity: Error, why: "no UDP flow begins, so no permission arises", fix: letOut},
+	{id: "networks_left_out", severity: Note, why: "hosts of these networks are not served"},
 	{id: "hosts_kept_in", severity: Note, why: "no UDP flow begins, so no permission arises"},
 	{id: "packets_in_zone", severity: Error, why: "what a peer sends from another port is lost, although it is permitted", fix: outOfZone, flows: true},
 	{id: "no_carrier", severity: Error, why: "nothing gets in that these flows would permit", fix: set(File, `backend = "auto"`)},

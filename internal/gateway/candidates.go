@@ -114,6 +114,27 @@ func (n Network) PassedOver() (all []string) {
 	return all
 }
 
+// LeftOut says which IPv4 networks behind LANs are no candidates, because they are not private or a route
+// leads to them, such as "10.99.0.0/16 on lan1, to which a route leads". It leaves out those that are enabled.
+func (n Network) LeftOut(enabled []netip.Prefix) (all []string) {
+	for _, l := range n.LANs() {
+		if !l.is(unix.IFF_UP) {
+			continue
+		}
+		for _, p := range unique(slices.Clone(l.Networks)) {
+			if !p.IsSingleIP() && !p.Addr().IsLinkLocalUnicast() && !Covered(p, private) && !Covered(p, enabled) {
+				all = append(all, fmt.Sprintf("%v on %s, which is not private", p, l.Name))
+			}
+		}
+		for _, r := range n.Routes {
+			if r.Link == l.Index && r.Table == unix.RT_TABLE_MAIN && Covered(r.Prefix, private) && !Covered(r.Prefix, l.Networks) && !Covered(r.Prefix, enabled) {
+				all = append(all, fmt.Sprintf("%v on %s, to which a route leads", r.Prefix, l.Name))
+			}
+		}
+	}
+	return all
+}
+
 // lanKinds are the kinds of link that a LAN can be behind. All others are tunnels, links of
 // containers and virtual machines, and the like.
 var lanKinds = []string{"", "bond", "bridge", "dsa", "macvlan", "openvswitch", "team", "vlan"}
