@@ -70,7 +70,9 @@ func (l *layout) helped(d Desired) {
 		}
 		key := concat(f.opener, f.answerer, f.answered, ctReplyProtoDst)
 		for _, host := range hosts {
-			l.rule(pair, "no expectation may be in its way", f.is, host, key.notIn(pairs), addTo(pairs, elem{key: key}), counter(helpedCounter))
+			for _, protocol := range []exprs{isUDP, isTCP} { // nft reads a port only where a rule names one
+				l.rule(pair, "no expectation may be in its way", f.is, protocol, host, key.notIn(pairs), addTo(pairs, elem{key: key}), counter(helpedCounter))
+			}
 		}
 	}
 }
