@@ -94,19 +94,9 @@ func (f Forward) Covers(ext cone.Endpoint) bool {
 }
 
 func covers(ranges []PortRange, port uint16) bool {
-	for _, r := range ranges {
-		if r.First <= port && port <= r.Last {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(ranges, func(r PortRange) bool { return r.First <= port && port <= r.Last })
 }
 
 func coversAddr(ranges []AddrRange, a netip.Addr) bool {
-	for _, r := range ranges {
-		if r.First.BitLen() == a.BitLen() && r.First.Compare(a) <= 0 && a.Compare(r.Last) <= 0 {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(ranges, func(r AddrRange) bool { return r.Has(a) })
 }

@@ -2,6 +2,7 @@ package userrules
 
 import (
 	"fmt"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -10,22 +11,12 @@ import (
 
 // HasTable reports whether the rules have a table, named as in a Chain: "inet fw4".
 func (rs *Ruleset) HasTable(title string) bool {
-	for _, t := range rs.tables {
-		if t.title == title {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(rs.tables, func(t *table) bool { return t.title == title })
 }
 
 // HasChain reports whether a table has a chain that packets can reach.
 func (rs *Ruleset) HasChain(title, chain string) bool {
-	for _, t := range rs.tables {
-		if t.title == title && t.chains[chain] != nil {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(rs.tables, func(t *table) bool { return t.title == title && t.chains[chain] != nil })
 }
 
 // Flowtables returns the names of all flowtables of the network namespace behind the

@@ -304,4 +304,6 @@ func (r AddrRange) prefixes() (all []netip.Prefix) {
 }
 
 // Has reports whether a is in the range.
-func (r AddrRange) Has(a netip.Addr) bool { return coversAddr([]AddrRange{r}, a) }
+func (r AddrRange) Has(a netip.Addr) bool {
+	return r.First.BitLen() == a.BitLen() && r.First.Compare(a) <= 0 && a.Compare(r.Last) <= 0
+}
