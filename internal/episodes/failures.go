@@ -3,6 +3,7 @@ package episodes
 import (
 	"errors"
 	"log/slog"
+	"maps"
 	"strings"
 	"sync"
 	"time"
@@ -22,13 +23,13 @@ func (r Request) words() string { return strings.ReplaceAll(string(r), "_", " ")
 type Failures struct {
 	*Log
 
-	mu    sync.Mutex // guards count
-	count map[Request]uint64
+	mu    sync.Mutex        // guards count
+	count map[string]uint64 // by Request
 }
 
 // NewFailures is for a daemon with this time between two reconciles.
 func NewFailures(log *slog.Logger, now func() time.Duration, reconcile time.Duration) *Failures {
-	return &Failures{Log: New(log, now, reconcile), count: make(map[Request]uint64)}
+	return &Failures{Log: New(log, now, reconcile), count: make(map[string]uint64)}
 }
 
 // Note counts n requests that failed with err, if that is not nil; args describe the request
@@ -38,7 +39,7 @@ func (f *Failures) Note(r Request, n int, err error, args ...any) {
 		return
 	}
 	f.mu.Lock()
-	f.count[r] += uint64(n)
+	f.count[string(r)] += uint64(n)
 	f.mu.Unlock()
 	key := r.words()
 	if errno := unix.Errno(0); errors.As(err, &errno) { // a new cause is a new episode
@@ -51,9 +52,5 @@ func (f *Failures) Note(r Request, n int, err error, args ...any) {
 func (f *Failures) Totals() map[string]uint64 {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	out := make(map[string]uint64, len(f.count))
-	for r, n := range f.count {
-		out[string(r)] = n
-	}
-	return out
+	return maps.Clone(f.count)
 }
