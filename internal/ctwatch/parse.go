@@ -57,7 +57,7 @@ func parseFlow(b []byte, f *cone.Flow) error {
 	var orig, reply, master nfnl.Tuple
 	var zone uint16
 	foreign := false
-	sound := nfnl.Check(b[nfnl.FamilyHeaderLen:], func(typ uint16, val []byte) bool {
+	sound := nfnl.EachAttribute(b[nfnl.FamilyHeaderLen:], func(typ uint16, val []byte) bool {
 		ok := true
 		switch typ {
 		case nfnl.CTATupleOrig:
@@ -120,7 +120,7 @@ func parseFlow(b []byte, f *cone.Flow) error {
 // parsePackets decodes the packet count of a CTA_COUNTERS_* attribute; old
 // kernels wrote 32 bits.
 func parsePackets(b []byte, n *uint64, have *bool) bool {
-	return nfnl.Check(b, func(typ uint16, val []byte) bool {
+	return nfnl.EachAttribute(b, func(typ uint16, val []byte) bool {
 		switch typ {
 		case ctaCountersPackets:
 			if len(val) != 8 {

@@ -377,7 +377,7 @@ func compareWithReference(t *testing.T, b []byte, kind Kind, got cone.Flow, must
 // hasWideTypes reports attribute types above 255, of which the reference
 // decoder looks at the low byte alone.
 func hasWideTypes(attrs []byte) (wide bool) {
-	nfnl.Check(attrs, func(typ uint16, val []byte) bool {
+	nfnl.EachAttribute(attrs, func(typ uint16, val []byte) bool {
 		wide = typ > 255 || hasWideTypes(val)
 		return !wide
 	})

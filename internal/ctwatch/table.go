@@ -34,7 +34,7 @@ func parseTable(msg []byte) (t Table, err error) {
 	if len(msg) < nfnl.FamilyHeaderLen {
 		return t, errMalformed
 	}
-	ok := nfnl.Check(msg[nfnl.FamilyHeaderLen:], func(typ uint16, val []byte) bool {
+	ok := nfnl.EachAttribute(msg[nfnl.FamilyHeaderLen:], func(typ uint16, val []byte) bool {
 		v, ok := nfnl.BE32(val)
 		switch typ {
 		case ctaStatsGlobalEntries:

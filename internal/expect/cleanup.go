@@ -97,7 +97,7 @@ func parseAnchor(b []byte) (a anchor, mark uint32, ok bool) {
 	var helper bool
 	var status uint32
 	var zone uint16
-	ok = nfnl.Check(b[nfnl.FamilyHeaderLen:], func(typ uint16, v []byte) bool {
+	ok = nfnl.EachAttribute(b[nfnl.FamilyHeaderLen:], func(typ uint16, v []byte) bool {
 		ok := true
 		switch typ {
 		case nfnl.CTATupleOrig:

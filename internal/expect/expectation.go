@@ -78,7 +78,7 @@ func parseExpectation(b []byte) (x expectation, ok bool) {
 	}
 	family := b[0]
 	var master, from, mask, nat nfnl.Tuple
-	ok = nfnl.Check(b[nfnl.FamilyHeaderLen:], func(typ uint16, v []byte) bool {
+	ok = nfnl.EachAttribute(b[nfnl.FamilyHeaderLen:], func(typ uint16, v []byte) bool {
 		ok := true
 		switch typ {
 		case ctaExpectMaster:

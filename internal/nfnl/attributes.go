@@ -12,10 +12,10 @@ import (
 // message.
 const FamilyHeaderLen = 4
 
-// Check calls f for each attribute in b. It stops at the first one that is malformed or for which
+// EachAttribute calls f for each attribute in b. It stops at the first one that is malformed or for which
 // f returns false, and returns false then. The type is without NLA_F_NESTED and
 // NLA_F_NET_BYTEORDER. It does not allocate.
-func Check(b []byte, f func(typ uint16, value []byte) bool) bool {
+func EachAttribute(b []byte, f func(typ uint16, value []byte) bool) bool {
 	const header, mask = 4, 0x3fff
 	for len(b) > 0 {
 		if len(b) < header {
@@ -30,9 +30,9 @@ func Check(b []byte, f func(typ uint16, value []byte) bool) bool {
 	return true
 }
 
-// Attributes is Check for an f that takes everything.
+// Attributes is EachAttribute for an f that takes everything.
 func Attributes(b []byte, f func(typ uint16, value []byte)) bool {
-	return Check(b, func(typ uint16, value []byte) bool {
+	return EachAttribute(b, func(typ uint16, value []byte) bool {
 		f(typ, value)
 		return true
 	})

@@ -61,7 +61,7 @@ func (t *Tuple) Parse(b []byte, family uint8) bool {
 		return false
 	}
 	var haveIP bool
-	return Check(b, func(typ uint16, val []byte) bool {
+	return EachAttribute(b, func(typ uint16, val []byte) bool {
 		ok := true
 		switch typ {
 		case CTATupleIP:
@@ -78,7 +78,7 @@ func (t *Tuple) Parse(b []byte, family uint8) bool {
 
 func (t *Tuple) parseIP(b []byte, family uint8) bool {
 	var src, dst bool
-	return Check(b, func(typ uint16, val []byte) bool {
+	return EachAttribute(b, func(typ uint16, val []byte) bool {
 		switch {
 		case family == unix.AF_INET && (typ == CTAIPv4Src || typ == CTAIPv4Dst):
 			if len(val) != 4 {
@@ -107,7 +107,7 @@ func (t *Tuple) parseProto(b []byte) bool {
 	if t.Proto != 0 {
 		return false
 	}
-	return Check(b, func(typ uint16, val []byte) bool {
+	return EachAttribute(b, func(typ uint16, val []byte) bool {
 		ok := true
 		switch typ {
 		case CTAProtoNum:
