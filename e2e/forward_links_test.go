@@ -196,7 +196,7 @@ func TestForwardOfAllThatARuleLeft(t *testing.T) {
 	if p := s.Listed(two, proxy, s.Contact(two, proxy), "refused"); p.Reason != "forwarded" {
 		t.Errorf("reason %q", p.Reason)
 	}
-	if !s.warns("a rule forwards all ports") {
+	if !s.warns("a rule forwards most ports") {
 		t.Errorf("warnings %q", s.Status().Warnings)
 	}
 }

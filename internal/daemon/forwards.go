@@ -194,18 +194,24 @@ func (w *warnings) addForward(r userrules.Forward, withMap bool) {
 		}
 		w.add(warnForwardUnknown, r.Text,
 			"a forward is not understood, so that no expectation stands where it may lead a packet elsewhere, and %s there: %s", who, r.Text)
-	case r.Most && (!r.All || r.Partial || r.Sources != nil):
-		w.add(warnForwardsAll, r.Text, "a rule forwards all ports of what it matches: no permission admits that to another host, "+
-			"and no expectation stands for a peer that may send it: %s", r.Text)
-	case r.All:
+	case r.Most:
+		ports, them := "all", "its addresses"
+		if !r.All {
+			ports, them = "most", "these"
+		}
+		if r.Partial || r.Sources != nil {
+			w.add(warnForwardsAll, r.Text, "a rule forwards %s ports of what it matches: no permission admits that to another host, "+
+				"and no expectation stands for a peer that may send it: %s", ports, r.Text)
+			return
+		}
 		to, host := "", "an"
-		if r.To.IsValid() {
-			to, host = fmt.Sprintf(" to %v", r.To.Addr()), "another"
-		} else if r.ToPrefix.IsValid() {
-			to, host = fmt.Sprintf(" to %v", r.ToPrefix), "another"
+		if p := leadsTo(r); p.IsSingleIP() {
+			to, host = fmt.Sprintf(" to %v", p.Addr()), "another"
+		} else if p.IsValid() {
+			to, host = fmt.Sprintf(" to %v", p), "another"
 		}
 		w.add(warnForwardsAll, r.Text,
-			"a rule forwards all ports%s, so that no peer gets to %s inside host by a permission on its addresses: %s", to, host, r.Text)
+			"a rule forwards %s ports%s, so that no peer gets to %s inside host by a permission on %s: %s", ports, to, host, them, r.Text)
 	}
 }
 

@@ -115,3 +115,22 @@ func TestForwardIsWarnedOfWhereItMayKeepPeersFromServedHosts(t *testing.T) {
 		})
 	}
 }
+
+// Fails when a forward of some ports is said to be one of all.
+func TestForwardOfMostPortsIsNamedSo(t *testing.T) {
+	host := netip.MustParseAddrPort("10.47.11.109:0")
+	some := []userrules.AddrRange{{First: netip.MustParseAddr("203.0.113.0"), Last: netip.MustParseAddr("203.0.113.255")}}
+	for text, r := range map[string]userrules.Forward{
+		"a rule forwards all ports to 10.47.11.109, so that no peer gets to another inside host by a permission on its addresses: r": {All: true, Most: true, To: host, Text: "r"},
+		"a rule forwards most ports to 10.47.11.109, so that no peer gets to another inside host by a permission on these: r":        {Most: true, To: host, Text: "r"},
+		"a rule forwards most ports, so that no peer gets to an inside host by a permission on these: r":                             {Most: true, Text: "r"},
+		"a rule forwards most ports of what it matches: no permission admits that to another host, and no expectation stands for a peer that may send it: r": {
+			Most: true, To: host, Sources: some, Text: "r",
+		},
+	} {
+		var got warnings
+		if got.addForward(r, true); len(got) != 1 || got[0].text != text {
+			t.Errorf("got %q, want %q", got, text)
+		}
+	}
+}

@@ -42,7 +42,7 @@ func partly(conds []condition) []condition {
 
 func (c condition) forward(text string) Forward {
 	f := Forward{
-		Ports: c.ports, All: c.ports == nil, Most: c.ports == nil || c.spared, Addrs: c.addrs, Sources: c.sources,
+		Ports: c.ports, All: c.ports == nil, Most: c.ports == nil || c.spared || mostPorts(c.ports), Addrs: c.addrs, Sources: c.sources,
 		Unknown: c.unknown, Partial: c.wide || c.out != nil, Astray: c.astray, Text: text,
 	}
 	if f.Addrs == nil {

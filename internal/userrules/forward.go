@@ -18,8 +18,8 @@ type Forward struct {
 	// All says that the rule has no condition on the port. With such a
 	// catch-all forward (DMZ host) every port is forwarded.
 	All bool
-	// Most is All, or says that nothing but earlier rules, which let packets to some ports pass, keeps
-	// it from being that.
+	// Most is All, or says that the rule is for more than half of all ports, or that nothing but earlier
+	// rules, which let packets to some ports pass, keeps it from being All.
 	Most bool
 	// Addrs are the destination addresses; nil stands for any.
 	Addrs []AddrRange
