@@ -53,11 +53,11 @@ func (c *child) xtMatch(m *expr.Match) chance {
 		return xtPorts(c.sourcePort(), info.SrcPorts).inverted(info.InvFlags&xt.UdpInvSrcPorts != 0).
 			and(xtPorts(c.destinationPort(), info.DstPorts).inverted(info.InvFlags&xt.UdpInvDestPorts != 0))
 	case *xt.ConntrackMtinfo1:
-		return c.xtConntrack(info.ConntrackMtinfoBase, uint16(info.StateMask), uint16(info.StatusMask))
+		return c.xtConntrack(info.ConntrackMtinfoBase, uint16(info.StateMask), uint16(info.StatusMask)).and(c.xtOriginalPorts(nil, info.MatchFlags))
 	case *xt.ConntrackMtinfo2:
-		return c.xtConntrack(info.ConntrackMtinfoBase, info.StateMask, info.StatusMask)
+		return c.xtConntrack(info.ConntrackMtinfoBase, info.StateMask, info.StatusMask).and(c.xtOriginalPorts(nil, info.MatchFlags))
 	case *xt.ConntrackMtinfo3:
-		return c.xtConntrack(info.ConntrackMtinfoBase, info.StateMask, info.StatusMask)
+		return c.xtConntrack(info.ConntrackMtinfoBase, info.StateMask, info.StatusMask).and(c.xtOriginalPorts(info, info.MatchFlags))
 	case *xt.AddrType:
 		return c.xtAddrType(info.Source, info.Dest, info.InvertDest)
 	case *xt.AddrTypeV1:
@@ -226,10 +226,40 @@ func (c *child) xtConntrack(info xt.ConntrackMtinfoBase, stateMask, statusMask u
 		}
 		match = match.and(maskedEquals(host, info.ReplSrcAddr, info.ReplSrcMask).inverted(inverts(xt.ConntrackReplSrc)))
 	}
-	const addresses = xt.ConntrackOrigSrc | xt.ConntrackOrigDst | xt.ConntrackReplDst |
-		xt.ConntrackOrigSrcPort | xt.ConntrackOrigDstPort | xt.ConntrackReplSrcPort | xt.ConntrackReplDstPrt | xt.ConntrackExpires
-	if does(addresses) {
+	if does(xt.ConntrackOrigSrc) {
+		one := maybe
+		if c.begins() {
+			one = maskedEquals(c.source(), info.OrigSrcAddr, info.OrigSrcMask).inverted(inverts(xt.ConntrackOrigSrc))
+		}
+		match = match.and(one)
+	}
+	const others = xt.ConntrackOrigDst | xt.ConntrackReplDst | xt.ConntrackReplSrcPort | xt.ConntrackReplDstPrt | xt.ConntrackExpires
+	if does(others) {
 		match = match.and(maybe)
+	}
+	return match
+}
+
+// xtOriginalPorts returns the chance that the ports match with which the flow began. Before revision 3,
+// where info is nil, they are not evaluated.
+func (c *child) xtOriginalPorts(info *xt.ConntrackMtinfo3, flags uint16) chance {
+	const ports = xt.ConntrackOrigSrcPort | xt.ConntrackOrigDstPort
+	switch {
+	case flags&uint16(ports) == 0:
+		return always
+	case info == nil || !c.begins():
+		return maybe
+	}
+	does := func(f xt.ConntrackFlags) bool { return flags&uint16(f) != 0 }
+	inverts := func(f xt.ConntrackFlags) bool { return info.InvertFlags&uint16(f) != 0 }
+	match := always
+	if does(xt.ConntrackOrigSrcPort) {
+		one := xtPorts(c.sourcePort(), [2]uint16{info.OrigSrcPort, info.OrigSrcPortHigh})
+		match = match.and(one.inverted(inverts(xt.ConntrackOrigSrcPort)))
+	}
+	if does(xt.ConntrackOrigDstPort) {
+		one := xtPorts(c.originalPort(), [2]uint16{info.OrigDstPort, info.OrigDstPortHigh})
+		match = match.and(one.inverted(inverts(xt.ConntrackOrigDstPort)))
 	}
 	return match
 }

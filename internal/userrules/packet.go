@@ -136,7 +136,7 @@ func (c *child) load(regs *cells, e expr.Any) {
 		}
 	case *expr.Ct:
 		if !e.SourceRegister {
-			regs.put(e.Register, c.ct(e.Key))
+			regs.put(e.Register, c.ct(e))
 		}
 	case *expr.Payload:
 		if e.OperationType == expr.PayloadLoad {
@@ -180,8 +180,8 @@ func (c *child) meta(key expr.MetaKey) []cell {
 }
 
 // ct returns what is known of the value of a conntrack key.
-func (c *child) ct(key expr.CtKey) []cell {
-	switch key {
+func (c *child) ct(e *expr.Ct) []cell {
+	switch e.Key {
 	case expr.CtKeySTATE:
 		if c.untracked {
 			return knownBytes(binary.NativeEndian.AppendUint32(nil, expr.CtStateBitINVALID))
@@ -217,12 +217,36 @@ func (c *child) ct(key expr.CtKey) []cell {
 		return unknownBytes(helperNameLen, &origin{other: func(low, high []byte) bool {
 			return bytes.Equal(low, high) && !nfnl.MayAnchor(helperName(low))
 		}})
+	case expr.CtKeySRC, expr.CtKeySRCIP, expr.CtKeySRCIP6, expr.CtKeyPROTOSRC, expr.CtKeyPROTODST:
+		if e.Direction != expr.CtDirOriginal || !c.begins() {
+			break
+		}
+		switch e.Key {
+		case expr.CtKeyPROTOSRC:
+			return slices.Clone(c.sourcePort())
+		case expr.CtKeyPROTODST:
+			return slices.Clone(c.originalPort())
+		}
+		return append(slices.Clone(c.source()), knownBytes(make([]byte, 16-len(c.source())))...)
 	case expr.CtKeyL3PROTOCOL:
 		return knownBytes([]byte{c.family})
 	case expr.CtKeyPROTOCOL:
 		return knownBytes([]byte{unix.IPPROTO_UDP})
 	}
 	return unknownBytes(16, nil)
+}
+
+// begins reports whether the packet is the first one of its flow: the flow has the same source.
+func (c *child) begins() bool {
+	return !c.untracked && !c.answers && c.state != expr.CtStateBitESTABLISHED
+}
+
+// originalPort is the port that the flow began with as its destination, of one that begins.
+func (c *child) originalPort() []cell {
+	if c.hasStatus(statusDstNAT) == never {
+		return c.destinationPort()
+	}
+	return unknownBytes(2, &origin{even: true})
 }
 
 const helperNameLen = 16 // NF_CT_HELPER_NAME_LEN
