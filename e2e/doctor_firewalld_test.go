@@ -75,24 +75,30 @@ func (s *scene) firewalld(t *testing.T) {
 	})
 }
 
-// firewalld itself takes the lines that doctor prints for it, whether the user put the link into a
-// zone or it is in the default one.
+// firewalld itself takes the lines that doctor prints for it, whether the user put the links into
+// zones or they are in the default one.
 //
-// Fails when firewall-cmd refuses a line, and when the lines do not repair it.
+// Fails when firewall-cmd refuses a line, also the second time, and when the lines do not repair it.
 func TestDoctorsLinesForFirewalldRepair(t *testing.T) {
 	stage.OfTheDaemon(t)
-	for name, lines := range map[string]string{
-		"a zone":           "firewall-cmd --permanent --zone=work --change-interface=wan0\n",
-		"the default zone": "",
+	const trusts, translates = "firewall-cmd --permanent --zone=trusted --change-interface=lan0\n", "firewall-cmd --permanent --zone=public --add-masquerade\n"
+	for name, tc := range map[string]struct{ id, lines string }{
+		"no source NAT by a zone":           {noRule, trusts + "firewall-cmd --permanent --zone=work --change-interface=wan0\n"},
+		"no source NAT by the default zone": {noRule, trusts},
+		"no policy for zones": {blocked, "firewall-cmd --permanent --zone=internal --change-interface=lan0\n" +
+			"firewall-cmd --permanent --zone=external --change-interface=wan0\n"},
+		"no policy for the default zone": {blocked, translates},
+		"no policy for one zone that forwards nothing": {blocked, translates + "firewall-cmd --permanent --zone=public --remove-forward\n" +
+			"firewall-cmd --permanent --zone=public --change-interface=lan0\nfirewall-cmd --permanent --zone=public --change-interface=wan0\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := &patient{newScene(t, noRules), fault{id: noRule}, filepath.Join(t.TempDir(), "conenatd.toml")}
+			p := &patient{newScene(t, noRules), fault{id: tc.id}, filepath.Join(t.TempDir(), "conenatd.toml")}
 			p.firewalld(t)
-			p.shell(lines + "firewall-cmd --permanent --zone=trusted --change-interface=lan0\nfirewall-cmd --reload")
+			p.shell(tc.lines + "firewall-cmd --reload")
 			p.write()
 			f := p.finding()
 			if f == nil {
-				t.Fatalf("doctor does not find %s: %+v", noRule, p.doctor())
+				t.Fatalf("doctor does not find %s: %+v", tc.id, p.doctor())
 			}
 			if len(f.Fix) == 0 || !strings.HasPrefix(f.Fix[0].Line, "firewall-cmd ") {
 				t.Fatalf("it is repaired by %+v", f)
@@ -102,6 +108,7 @@ func TestDoctorsLinesForFirewalldRepair(t *testing.T) {
 			if f := p.finding(); f != nil {
 				t.Fatalf("the lines do not repair it: %+v", f)
 			}
+			p.apply(f.Fix)
 			p.Start("--config", p.config)
 			p.reaches(6010, true)
 		})

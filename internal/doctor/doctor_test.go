@@ -93,7 +93,7 @@ func TestFindings(t *testing.T) {
 				f.Rules.Untranslated = []Translation{{Subnet: office, Link: "wan0"}}
 				f.Rules.Tables = map[string]bool{"inet firewalld": true}
 			}, "subnet_not_translated",
-			[]string{"firewall-cmd --permanent --zone=$(firewall-cmd --get-zone-of-interface=wan0) --add-masquerade", "firewall-cmd --reload"},
+			[]string{"firewall-cmd --permanent --zone=$(firewall-cmd --get-zone-of-interface=wan0 || firewall-cmd --get-default-zone) --add-masquerade", "firewall-cmd --reload"},
 			2,
 		},
 		"part of the children is dropped": {

@@ -200,11 +200,13 @@ func (f *Facts) insertIPTables(title, program, table, chain string, matches []st
 }
 
 // acceptOut returns the lines that let UDP flows of the subnet out by a chain of the forward hook.
-// There is none for firewalld, whose zones have policies for that.
 func (f *Facts) acceptOut(by control.Blocked, subnet netip.Prefix) (lines []Line, keep string) {
 	title, name, ok := cutLast(by.Chain)
-	if !ok || title == "inet firewalld" || by.Hook != "forward" || len(f.Inside) == 0 {
+	if !ok || by.Hook != "forward" || len(f.Inside) == 0 {
 		return nil, ""
+	}
+	if title == "inet firewalld" {
+		return f.firewalldOut(subnet), ""
 	}
 	if program, table := iptables(title, name); program != "" {
 		var matches []string
@@ -266,10 +268,7 @@ func (f *Facts) masquerade(subnet netip.Prefix, link string) (lines []Line, keep
 		return []Line{nft(`insert rule inet fw4 srcnat oifname "%s" ip saddr %v masquerade`, link, subnet)},
 			"set option masq '1' in the zone of " + link + " in /etc/config/firewall"
 	case Firewalld:
-		return []Line{
-			{Shell, "firewall-cmd --permanent --zone=$(firewall-cmd --get-zone-of-interface=" + quote(link) + ") --add-masquerade"},
-			{Shell, "firewall-cmd --reload"},
-		}, ""
+		return firewalld("--zone=" + zoneOf(link) + " --add-masquerade"), ""
 	case UFW, Docker, IPTablesLegacy, IPTablesNFT:
 		program := "iptables-nft"
 		if f.Rules.Tables[legacyFilter] || f.Rules.Tables["iptables-legacy nat"] {
