@@ -146,6 +146,7 @@ type loop struct {
 	topology       cone.Topology        // of network
 	mayStrand      func(cone.Addr) bool // children with this outside address may have the wrong one
 	ruleWarnings   warnings             // about the user's forwards
+	unsureWarnings warnings             // about flows by another link than the way back
 	hidden         *userrules.Covered   // forwarded by the user's rules: no packet reaches the map
 	portWarnings   warnings             // about port_pool
 	overtaken      bool                 // a chain of the user's translates all mapped traffic before ours

@@ -30,7 +30,7 @@ const (
 
 // warnings says what a user should know about his gateway.
 func (l *loop) warnings() (out warnings) {
-	out = slices.Concat(l.features.warnings, l.ruleWarnings, l.portWarnings)
+	out = slices.Concat(l.features.warnings, l.ruleWarnings, l.unsureWarnings, l.portWarnings)
 	out.addDecisions(l.cfg, l.decisions, l.engine.Model.MapAlone)
 	if l.late >= isLate {
 		out.add(warnLate, "", "rules, links or routes change so often that a change may take effect %v late: "+

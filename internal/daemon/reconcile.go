@@ -215,12 +215,10 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 	if !r.ask(func(l *loop) { r.firewall.passedBefore = l.engine.Model.PassedBySubnet() }) {
 		return false, errEnded
 	}
-	tables, err := r.firewall.read(cfg)
-	failed = errors.Join(failed, err, r.redecide(cfg, network))
+	failed = errors.Join(failed, r.readCounters(cfg), r.redecide(cfg, network))
 	topology := network.Topology().Compile()
 	hear := r.hearSelf(cfg)
 	r.ask(func(l *loop) {
-		l.tables = tables
 		misjudged = newOutside(l.network, network) || wantsMapping(cfg) && !topology.Equal(l.topology)
 		r.network = network.Lean()
 		l.network, l.shown, l.topology = r.network, nil, topology
@@ -248,7 +246,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 func (r *reconciler) readForwards(cfg config.Config, network gateway.Network) error {
 	covered, warnings := r.firewall.forwards(prefixes(cfg.Subnets), network)
 	more, changed, err := r.firewall.sourceNAT(cfg, network)
-	warnings = slices.Concat(warnings, more, r.firewall.unsure.warnings())
+	warnings = append(warnings, more...)
 	diverts, publishes := r.firewall.divert(cfg, network), r.firewall.publish(network)
 	if changed || diverts || publishes || r.firewall.helpersChanged(cfg) {
 		_, failed := r.firewall.set(cfg, network.OutsideLinks())

@@ -102,6 +102,14 @@ func (l *loop) subnet(s config.Subnet) control.Subnet {
 	return c
 }
 
+// readCounters reads the counters of our tables, for the loop too.
+func (r *reconciler) readCounters(cfg config.Config) error {
+	t, err := r.firewall.read(cfg)
+	unsure := r.firewall.unsure.warnings()
+	r.do(func(l *loop) { l.tables, l.unsureWarnings = t, unsure })
+	return err
+}
+
 // readCounters lets the reconcile read the counters of our tables and of conntrack. It gives
 // up after tablesTime, if the reconcile or the kernel is too busy: the last reading holds.
 func (s *shared) readCounters() {
@@ -112,12 +120,10 @@ func (s *shared) readCounters() {
 		if !r.do(func(l *loop) { cfg = l.cfg }) {
 			return
 		}
-		t, err := r.firewall.read(cfg)
-		r.failures.Note(requestReadCounters, 1, err)
+		r.failures.Note(requestReadCounters, 1, r.readCounters(cfg))
 		k, err := r.readConntrack()
 		r.failures.Note(requestLookAtConntrack, 1, err)
 		r.do(func(l *loop) {
-			l.tables = t
 			if err == nil {
 				l.kernel = k
 			}

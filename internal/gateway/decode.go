@@ -213,6 +213,7 @@ func (r *reader) nexthop(b []byte) error {
 
 // resolve adds the routes by nexthop object. A group contains no groups.
 func (r *reader) resolve() {
+	r.viaObjects = len(r.byNexthop) > 0
 	for _, by := range r.byNexthop {
 		by.Shared = len(r.groups[by.id]) > 1
 		for _, id := range append([]uint32{by.id}, r.groups[by.id]...) {

@@ -19,7 +19,8 @@ type known struct {
 	noted    map[int]Link        // links as the last message about each says
 	segments map[string][]string // of noted
 
-	subnets []netip.Prefix // enabled subnets
+	subnets    []netip.Prefix // enabled subnets
+	viaObjects bool           // the kernel names no links in routes by nexthop objects
 
 	inside   map[Route]bool        // routes by links that are not outside links
 	covered  map[netip.Prefix]bool // prefixes of inside
@@ -29,8 +30,8 @@ type known struct {
 
 func newKnown(n Network, named []string, ways bool) *known {
 	k := &known{
-		ways:  ways && len(n.OutsideLinks()) > 1,
-		noted: n.links(), segments: n.Segments(),
+		ways:       ways && len(n.OutsideLinks()) > 1,
+		viaObjects: n.viaObjects, noted: n.links(), segments: n.Segments(),
 		links: n.links(), used: map[int]bool{}, addrs: map[Addr]bool{}, inside: map[Route]bool{}, covered: map[netip.Prefix]bool{}, named: slices.Clone(named),
 	}
 	if n.places != nil {
@@ -80,7 +81,9 @@ func (k *known) matters(m netlink.Message) bool {
 		err = r.addr(m.Data)
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
 		err = r.route(m.Data)
-	default: // a routing rule
+	case unix.RTM_NEWNEXTHOP: // a route that names links has a message of its own
+		return k.viaObjects
+	default: // a routing rule, or a nexthop that is gone, and its IPv4 routes with it
 		return true
 	}
 	gone := m.Header.Type == unix.RTM_DELLINK || m.Header.Type == unix.RTM_DELADDR || m.Header.Type == unix.RTM_DELROUTE
@@ -112,12 +115,12 @@ func (k *known) linkMatters(l Link, gone bool) bool {
 	case k.segmentsChange(l, gone):
 		return true
 	case slices.Contains(k.named, l.Name) || there && slices.Contains(k.named, old.Name):
-		return !there || gone || old.Name != l.Name || (old.Flags^l.Flags)&unix.IFF_UP != 0
+		return !there || gone || old.Name != l.Name || (old.Flags^l.Flags)&(unix.IFF_UP|unix.IFF_RUNNING) != 0
 	case !there || old.Outside == 0 && !k.used[l.Index]:
 		return false
 	}
 	flags := uint32(unix.IFF_UP | unix.IFF_LOOPBACK)
-	if k.ways {
+	if k.ways || old.Outside != 0 || old.Inside { // status tells whether these run
 		flags |= unix.IFF_RUNNING
 	}
 	return gone || old.Name != l.Name || (old.Flags^l.Flags)&flags != 0

@@ -21,7 +21,8 @@ type Network struct {
 	Rules6 []Rule         // for IPv6
 	Ended  []netip.Prefix // IPv4 networks with a local or rejecting route
 
-	routeTOS []uint8 // types of service that IPv4 routes select by
+	routeTOS   []uint8 // types of service that IPv4 routes select by
+	viaObjects bool    // for some routes the kernel names a nexthop object and no link
 
 	Missing   []string       // names of outside links that do not exist, and may appear
 	Unreached []netip.Prefix // enabled subnets to which only a default route leads

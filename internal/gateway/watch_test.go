@@ -3,6 +3,7 @@ package gateway_test
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"slices"
 	"strings"
@@ -42,6 +43,67 @@ func TestWatcherHearsOfLinksAddressesAndRoutes(t *testing.T) {
 	}
 	if err := <-heard; !errors.Is(err, os.ErrClosed) {
 		t.Errorf("after Close: %v", err)
+	}
+}
+
+// A nexthop object that routes use leads elsewhere. The kernel says nothing of these routes if it names
+// no links in them.
+//
+// Fails when nexthop objects are not watched.
+func TestWatcherHearsOfNexthops(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{})
+	w, run := watching(t, l)
+	if err := l.Gateway.SetSysctl("net.ipv4.nexthop_compat_mode", "0"); err != nil {
+		t.Fatal(err)
+	}
+	run("nexthop add id 7 via 198.51.100.254 dev wan0")
+	run("route add default nhid 7 table 100")
+	if err := w.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	n, err := gateway.ReadNetwork(l.Gateway.FD(), gateway.Sides{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.Know(n, nil, false)
+	run("nexthop replace id 7 via 10.47.11.109 dev lan0")
+	if err := heardOf(w); err != nil {
+		t.Error(err)
+	}
+}
+
+// Status tells whether links to subnets and outside links run, also without mappings.
+//
+// Fails when a carrier that goes or comes is not heard of.
+func TestWatcherHearsOfCarriers(t *testing.T) {
+	l := lab.ForTest(t, lab.Options{Inside: 1})
+	w, _ := watching(t, l)
+	for _, state := range []string{"down", "up"} {
+		for link, host := range map[string]*lab.Host{"lan0": l.Inside(0), "wan0": l.Outside} {
+			n, err := gateway.ReadNetwork(l.Gateway.FD(), gateway.Sides{Subnets: []netip.Prefix{lab.InsideNet}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			w.Know(n, nil, false)
+			if _, err := host.Output("ip", "link", "set", "eth0", state); err != nil {
+				t.Fatal(err)
+			}
+			if err := heardOf(w); err != nil {
+				t.Errorf("%s %s: %v", link, state, err)
+			}
+		}
+	}
+}
+
+// heardOf waits until the Watcher reports something.
+func heardOf(w *gateway.Watcher) error {
+	heard := make(chan error, 1)
+	go func() { heard <- w.Wait() }()
+	select {
+	case err := <-heard:
+		return err
+	case <-time.After(time.Minute):
+		return errors.New("was not heard of")
 	}
 }
 
@@ -102,6 +164,11 @@ func TestWatcherPassesOverWhatChangesNoAnswer(t *testing.T) {
 		{"", "link add other0 type veth peer name other1", false},
 		{"", "link del other0", false},
 		{"", "link set fwb0 nomaster", true},
+		{"", "-6 rule add fwmark 7 lookup 100", true}, // it hides the way back
+		{"", "-6 rule del fwmark 7 lookup 100", true},
+		{"", "nexthop add id 7 via 198.51.100.254 dev wan0", false}, // no route uses it
+		{"", "route add default nhid 7 table 100", true},
+		{"", "nexthop del id 7", true}, // the route goes without a word
 		{"", "addr change 10.48.0.1/24 dev busy0 valid_lft 1000 preferred_lft 1000", true},
 		{"", "addr change 10.48.0.1/24 dev busy0 valid_lft 2000 preferred_lft 2000", false}, // a renewed lease
 		{"", "route add 10.99.0.0/16 via 10.47.11.109", true},
