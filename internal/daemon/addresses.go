@@ -82,6 +82,15 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 	return notes, errors.Join(errs...)
 }
 
+// hadAddresses returns the addresses that links have, or had.
+func (f *firewall) hadAddresses() map[cone.Addr]struct{} {
+	had := make(map[cone.Addr]struct{}, len(f.known))
+	for a := range f.known {
+		had[cone.AddrFrom(a)] = struct{}{}
+	}
+	return had
+}
+
 // noteMasqueraded tells the kernel which addresses are lost if no link has them, for the time
 // when no daemon runs: those that no rule names. A mapping must not go on to them, but must to
 // others, as to those in a VRF, which the kernel would not find: fib asks the table local alone.

@@ -210,6 +210,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 		r.rerouted.looks = rerouteLooks
 		r.forgetStale()
 	}
+	r.rerouted.strands = r.rerouted.strands || !slices.Equal(network.Addrs, r.network.Addrs)
 	r.forgetStaleByRules()
 	failed = errors.Join(failed, r.readForwards(cfg, network), r.lookAtSockets(cfg, network))
 	if !r.ask(func(l *loop) { r.firewall.passedBefore = l.engine.Model.PassedBySubnet() }) {
@@ -217,12 +218,12 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 	}
 	failed = errors.Join(failed, r.readCounters(cfg), r.redecide(cfg, network))
 	topology := network.Topology().Compile()
-	hear := r.hearSelf(cfg)
+	hear, had := r.hearSelf(cfg), r.firewall.hadAddresses()
 	r.ask(func(l *loop) {
 		misjudged = newOutside(l.network, network) || wantsMapping(cfg) && !topology.Equal(l.topology)
 		r.network = network.Lean()
 		l.network, l.shown, l.topology = r.network, nil, topology
-		l.mayStrand = flows.NewSources(r.network, nil).Another
+		l.mayStrand = flows.NewSources(r.network, had).Another
 		l.sockets.SetNetwork(network)
 		misjudged = l.engine.Model.SetTopology(r.now(), topology) || misjudged
 		l.engine.Model.SetLinkLookup(l.network.Way())

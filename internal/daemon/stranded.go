@@ -18,7 +18,7 @@ func (r *reconciler) strands(cfg config.Config, network gateway.Network) *flows.
 		return nil
 	}
 	return &flows.Strands{
-		Rules: f.user, Routes: f.router(cfg, network), Fixed: f.fixedFlows(cfg), Shares: r.rerouted.shared,
+		Rules: f.user, Routes: f.router(cfg, network), Fixed: f.fixedFlows(cfg), Shares: r.rerouted.shared, Had: f.hadAddresses(),
 		Permissions: r.permissions,
 		Rerouted: func(has func(cone.Permission) bool) {
 			r.ask(func(l *loop) { l.engine.Model.SetRerouted(r.now(), has) })

@@ -11,7 +11,7 @@ import (
 
 // Sources are the addresses of links, which flows may have outside.
 type Sources struct {
-	had    map[cone.Addr]struct{} // that outside links have, or had
+	had    map[cone.Addr]struct{} // that links have, or had
 	byLink map[int][]ownAddr
 	own    map[cone.Addr]place
 	only   map[gateway.Families]int // the only outside link for a family; 0 if there are several
@@ -30,8 +30,7 @@ type place struct {
 	runs bool // at least one link with the address runs
 }
 
-// NewSources returns the addresses of the links of n. had are addresses that outside links have, or
-// had.
+// NewSources returns the addresses of the links of n. had are addresses that links have, or had.
 func NewSources(n gateway.Network, had map[cone.Addr]struct{}) *Sources {
 	s := &Sources{had: had, byLink: make(map[int][]ownAddr), own: make(map[cone.Addr]place), owned: n.Owned()}
 	runs := make(map[int]bool)
@@ -121,9 +120,13 @@ func (s *Sources) gives(rs *userrules.Ruleset, l gateway.Link, f *brokenFlow) bo
 	return !slices.ContainsFunc(n.Addrs, func(r userrules.AddrRange) bool { return r.Has(f.source()) })
 }
 
-// Another reports whether an address is on a link that is not the only outside one of its family.
+// Another reports whether an address is on a link that is not the only outside one of its family,
+// or is one that a link had and no link has now.
 func (s *Sources) Another(a cone.Addr) bool {
 	_, own := s.own[a]
+	if _, had := s.had[a]; had && !own {
+		return !s.owned(a)
+	}
 	only := s.only[gateway.FamilyOf(a.Netip())]
 	return own && (only == 0 || !slices.ContainsFunc(s.byLink[only], func(o ownAddr) bool { return o.addr == a.Netip() }))
 }

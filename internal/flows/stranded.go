@@ -24,7 +24,8 @@ type Strands struct {
 	Rules  *userrules.Ruleset
 	Routes *Router // closed at the end
 	Fixed  *Fixed
-	Shares bool // a route to outside links has several next hops
+	Shares bool                   // a route to outside links has several next hops
+	Had    map[cone.Addr]struct{} // addresses that links have, or had
 	// Permissions shows all permissions. It returns an error if it could not.
 	Permissions func(see func(cone.View)) error
 	// Rerouted notes the permissions that are stale from now on, for which has returns true.
@@ -57,7 +58,7 @@ func (s *Strands) End(q *ctwatch.Queries, stale Stale) (ended int, err error) {
 
 // Any reports whether one of these children has a wrong address.
 func (s *Strands) Any(network gateway.Network, children []cone.Flow) (bool, error) {
-	s.sources = NewSources(network, nil)
+	s.sources = NewSources(network, s.Had)
 	found := slices.ContainsFunc(children, func(f cone.Flow) bool {
 		sent := f.Turned()
 		return s.Fixed.translated.Holds(sent.Src.Addr) && s.wrong(&sentFlow{Flow: sent})
@@ -129,9 +130,9 @@ func (s *Strands) endPermissions(stale Stale, withChildren bool) {
 }
 
 // Begin begins a look at all flows with the permissions whose address is on another link than the
-// only outside one. See has to see each flow then.
+// only outside one, or gone. See has to see each flow then.
 func (s *Strands) Begin(network gateway.Network) error {
-	s.sources, s.suspects = NewSources(network, nil), make(map[cone.Endpoint][]*suspect)
+	s.sources, s.suspects = NewSources(network, s.Had), make(map[cone.Endpoint][]*suspect)
 	return s.Permissions(func(v cone.View) {
 		if !v.Routed() && s.sources.Another(v.Ext.Addr) && s.n < mostSuspects {
 			s.n++
@@ -140,8 +141,8 @@ func (s *Strands) Begin(network gateway.Network) error {
 	})
 }
 
-// See notes children whose address is on another link than the only outside one, and what hosts
-// send with the permissions that Begin noted. It copies what it keeps.
+// See notes children whose address is on another link than the only outside one, or gone, and what
+// hosts send with the permissions that Begin noted. It copies what it keeps.
 func (s *Strands) See(f *cone.Flow) {
 	sent, child := *f, f.IsChild()
 	switch {
