@@ -276,6 +276,9 @@ func (m *Model) supports(contact *Permission, c *claim) bool {
 // and again would keep p up for ever. If the policy does not allow p, or if the user revoked it
 // under that daemon (Model.Revoked), it is revoked.
 func (m *Model) Adopt(now time.Duration, p Permission, by Carriers, ends time.Duration) {
+	if p.MapTranslates { // the map says which host has it; the grant finds the expectation
+		return
+	}
 	if _, revoked := m.revoked.at[revocation{Key: p.Key}]; revoked { // the kernel refused to end it
 		m.op(Op{Kind: Revoke, Permission: p, By: by, Reason: ReasonRevoked})
 		return

@@ -254,8 +254,6 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 	m.notePassed(f, i)
 	if i == none || m.claims[i].state != StateStanding && !f.Status.Has(StatusSeenReply) {
 		switch {
-		case f.Status.Has(StatusExpected):
-			m.orphan(f, p)
 		case f.Labelled && m.labels():
 			// The map may have learned a permission of which no event came yet. So drop the
 			// child only if there is a claim of its Key, or at the end of a snapshot.
@@ -271,6 +269,8 @@ func (m *Model) seeChild(now time.Duration, f *Flow, p Permission) {
 			case m.snap.running: // it may still show that permission's flow
 				m.snap.inbound = append(m.snap.inbound, *f)
 			}
+		case f.Status.Has(StatusExpected):
+			m.orphan(f, p)
 		case i != none && !m.isForwarded(p.extKey(), f.Src.Addr) && !(m.forwardsUnknown && m.seenForwards.has(now, p.extKey())):
 			m.orphan(f, p)
 		}

@@ -23,7 +23,7 @@ func (m *Model) helped(now time.Duration, p *Permission) bool {
 	if len(m.pairs) == 0 {
 		return false
 	}
-	if p.HostBits > 0 { // few, and of routed hosts alone
+	if p.HostBits > ExpandBits { // few, and of routed hosts alone
 		for k, seen := range m.pairs {
 			if k.meets(p) && now-seen < helperMemory {
 				return true
@@ -31,12 +31,17 @@ func (m *Model) helped(now time.Duration, p *Permission) bool {
 		}
 		return false
 	}
-	for _, k := range [...]pair{{in: p.Int.Addr, peer: p.Peer}, {peer: p.Peer}, {in: p.Int.Addr}, {peer: p.Peer, ext: p.Ext}} {
-		if seen, ok := m.pairs[k]; ok && now-seen < helperMemory {
+	works := func(k pair) bool {
+		seen, ok := m.pairs[k]
+		return ok && now-seen < helperMemory
+	}
+	for n := range 1 << p.HostBits {
+		peer := p.Peer.Plus(n)
+		if works(pair{in: p.Int.Addr, peer: peer}) || works(pair{peer: peer}) || works(pair{peer: peer, ext: p.Ext}) {
 			return true
 		}
 	}
-	return false
+	return works(pair{in: p.Int.Addr})
 }
 
 // meets reports whether p is for the two hosts.

@@ -57,7 +57,7 @@ func TestNoExpectationWhereAHelperWorks(t *testing.T) {
 		"one of a flow from elsewhere":                {foreign(other, gateway, Addr{}, Addr{}), false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			for mode, change := range map[string]func(*Policy){"both": both, "chosen": choose(ChooseExpectation), "expected": func(*Policy) {}} {
+			for mode, change := range map[string]func(*Policy){"both": both, "chosen": choose(ChooseBoth), "expected": func(*Policy) {}} {
 				d := newDesk(t, change)
 				f := d.open(0, in, "203.0.113.5:9")
 				normal := d.view(in).Placement

@@ -222,12 +222,12 @@ func TestUnexpected(t *testing.T) {
 		"it stands": {nil, in, nil},
 		"another stands": {
 			nil, "10.47.11.110:1",
-			[]Op{{Kind: Grant, Permission: Permission{Key: key, Int: ep(in)}, By: ByMap}},
+			[]Op{{Kind: Grant, Permission: Permission{Key: key, Int: ep(in), MapTranslates: true}, By: ByMap}},
 		},
 		"another stands, it waits": {
 			func(d *desk) { d.open(0, "10.47.11.110:1", "203.0.113.5:10") },
 			"10.47.11.110:1",
-			[]Op{{Kind: Grant, Permission: Permission{Key: key, Int: ep(in)}, By: ByMap}},
+			[]Op{{Kind: Grant, Permission: Permission{Key: key, Int: ep(in), MapTranslates: true}, By: ByMap}},
 		},
 		"it is refused": {
 			func(d *desk) { d.m.Refused(0, d.view(in).Permission, ReasonLocalSocket, true) }, in,

@@ -293,11 +293,10 @@ func TestForwardTakesUnansweredChildren(t *testing.T) {
 		forward func(d *desk)
 		want    []OpKind
 	}{
-		"of a rule, the map":         {mapped, func(d *desk) { d.m.SetForwards(1, elsewhere, true) }, []OpKind{DropUnanswered}},
-		"of a rule, both":            {both, func(d *desk) { d.m.SetForwards(1, elsewhere, true) }, []OpKind{Revoke, DropUnanswered}},
-		"of a rule, by expectations": {choose(ChooseExpectation), func(d *desk) { d.m.SetForwards(1, elsewhere, true) }, []OpKind{Grant, Revoke, DropUnanswered}},
-		"seen by a flow":             {mapped, func(d *desk) { d.dnat(1, "192.0.2.77:1", ext, other, 0) }, []OpKind{DropUnanswered}},
-		"seen by a flow, both":       {both, func(d *desk) { d.dnat(1, "192.0.2.77:1", ext, other, 0) }, []OpKind{Revoke, DropUnanswered}},
+		"of a rule, the map":   {mapped, func(d *desk) { d.m.SetForwards(1, elsewhere, true) }, []OpKind{DropUnanswered}},
+		"of a rule, both":      {both, func(d *desk) { d.m.SetForwards(1, elsewhere, true) }, []OpKind{Revoke, DropUnanswered}},
+		"seen by a flow":       {mapped, func(d *desk) { d.dnat(1, "192.0.2.77:1", ext, other, 0) }, []OpKind{DropUnanswered}},
+		"seen by a flow, both": {both, func(d *desk) { d.dnat(1, "192.0.2.77:1", ext, other, 0) }, []OpKind{Revoke, DropUnanswered}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := newDesk(t, tc.change)

@@ -333,7 +333,9 @@ func (m *Model) withdrawFrom(i int32, by Carriers, r Reason) {
 	if c.confirmed {
 		m.observe(Event{Kind: EventRevoked, Permission: c.Permission, By: c.placed.By, Reason: r})
 	}
-	m.op(Op{Kind: Revoke, Permission: c.Permission, By: by, Reason: r})
+	if by != 0 {
+		m.op(Op{Kind: Revoke, Permission: c.Permission, By: by, Reason: r})
+	}
 	m.dropChildren(c)
 	m.wheel.remove(i)
 }
@@ -361,14 +363,14 @@ func (m *Model) end(now time.Duration, i int32, r Reason) {
 		next = c.nextKey
 	}
 	inherits := next != none && (m.claims[next].state == StateWaiting || !m.claims[next].waitsForFlow())
-	// The map may have learned the Key for the next claim already. Its grant replaces the
-	// element, so it is not revoked here.
-	replaced := inherits && m.policy.Learned
-	if replaced {
-		m.withdrawFrom(i, ByExpectation, r)
-	} else {
-		m.withdraw(i, r)
+	var replaced Carriers // by the grant of the next claim, so it is not revoked here
+	if inherits && m.policy.Learned {
+		replaced |= ByMap // it may have learned the Key for the next claim already
 	}
+	if inherits && c.MapTranslates && m.policy.mappable(&m.claims[next].Permission) {
+		replaced |= ByExpectation & c.placed.By // it is for any host
+	}
+	m.withdrawFrom(i, AllCarriers&^replaced, r)
 	m.wheel.remove(i)
 	for c.flows != none {
 		m.removeFlow(c.flows)
@@ -397,30 +399,12 @@ func (m *Model) end(now time.Duration, i int32, r Reason) {
 	case inherits:
 		at := len(m.ops)
 		m.grant(now, next)
-		if replaced && stood && m.claims[next].placed.By&ByMap == 0 {
-			m.ops = slices.Insert(m.ops, at, Op{Kind: Revoke, Permission: p, By: ByMap, Reason: r})
+		if left := replaced &^ m.claims[next].placed.By; stood && left != 0 {
+			m.ops = slices.Insert(m.ops, at, Op{Kind: Revoke, Permission: p, By: left, Reason: r})
 		}
 	case next != none:
 		m.deny(next)
 	}
-}
-
-// Refused tells the model that the kernel or the gateway refuses p. If standing is set, p
-// is in the kernel by an earlier grant, and is withdrawn.
-func (m *Model) Refused(now time.Duration, p Permission, r Reason, standing bool) {
-	i := m.find(p.Key, p.Int)
-	if i == none || m.claims[i].state != StateStanding {
-		return
-	}
-	if standing || m.claims[i].superseded != 0 { // it still stands by another carrier
-		standing = true
-		m.withdraw(i, r)
-	}
-	m.refuse(now, i, r)
-	if !standing && m.policy.Learned && r.denies() {
-		m.dropChildren(&m.claims[i]) // the map had learned it, so it may have children
-	}
-	m.flowsChanged(now, i)
 }
 
 // Missing tells the model that some carriers no longer hold p. If they should, Missing grants

@@ -210,12 +210,12 @@ func policies() map[string]Policy {
 	}
 	expand := testPolicy
 	expand.PeerGroups = hostBits.PeerGroups
-	both, chosen := mapped, mapped
+	both, bothLearned := mapped, learned
 	both.Subnets = []Subnet{{Prefix: testPolicy.Subnets[0].Prefix, Choice: ChooseBoth}}
-	chosen.Subnets = []Subnet{{Prefix: testPolicy.Subnets[0].Prefix, Choice: ChooseExpectation}}
+	bothLearned.Subnets = both.Subnets
 	return map[string]Policy{
 		"expected": testPolicy, "expand": expand, "mapped": mapped, "unlabelled": unlabelled, "learned": learned, "hostBits": hostBits,
-		"both": both, "chosen": chosen,
+		"both": both, "both, learned": bothLearned,
 	}
 }
 

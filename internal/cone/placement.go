@@ -21,14 +21,15 @@ func (c Carriers) String() string {
 	return [...]string{"", "expect", "nft", "expect+nft"}[c&AllCarriers]
 }
 
-// A Choice says which carrier to use for permissions of a subnet that both can carry.
+// A Choice says what to use for permissions of a subnet that both carriers can carry.
 type Choice uint8
 
-// The choices. If the chosen carrier cannot hold a permission, the other one does.
+// The choices: the map alone, the map with an expectation that makes children RELATED, or an
+// expectation alone, which translates before the user's rules that would drop what the map admits.
 const (
 	ChooseMap Choice = iota
-	ChooseExpectation
 	ChooseBoth
+	ChooseExpectation
 )
 
 // A Placement says what carries a permission that stands.
@@ -56,7 +57,13 @@ type carriedOf struct {
 // mappable reports whether a map can carry p. It cannot carry one of the gateway itself:
 // DNAT leaves the packet NEW, and the input hook of the user's firewall drops it.
 func (p *policy) mappable(x *Permission) bool {
-	return p.Mapped && x.Ext.Addr.Is4() && x.Zone == 0 && !x.Routed() && !p.isOwn(x.Int.Addr)
+	return p.Mapped && x.Ext.Addr.Is4() && x.Zone == 0 && !x.Routed() && !p.isOwn(x.Int.Addr) && p.choice(x.Int.Addr) != ChooseExpectation
+}
+
+// Expectable reports whether an expectation can be for the peers of p. One that translates is for
+// a single peer (nat-follow-master makes the peer of its master the source of all children).
+func (p *Permission) Expectable() bool {
+	return p.HostBits == 0 || p.Routed() || p.MapTranslates && p.HostBits <= ExpandBits
 }
 
 // choice returns the carriers that are preferred for an inside address.
@@ -65,15 +72,17 @@ func (p *policy) choice(in Addr) Choice {
 	return s.Choice
 }
 
-// place decides what carries c. If nothing can, Why says why.
+// place decides what carries c, and whether the map translates. If nothing can carry it, Why says why.
 func (m *Model) place(now time.Duration, c *claim) Placement {
 	var can Carriers
 	why := ReasonNone
 	forwarded, shut := m.forwarded(now, &c.Permission)
+	mappable := m.policy.mappable(&c.Permission)
+	c.MapTranslates = mappable && !shut // the map comes after a forward
 	switch {
 	case forwarded != ReasonNone:
 		why = forwarded // an expectation would override the user's rule; a map does not
-	case !m.policy.Expected || c.HostBits > 0 && !c.Routed():
+	case !m.policy.Expected || !c.Expectable():
 		why = ReasonNoBackend
 	case m.isConnected(&c.Key) && !(c.ownAddress && c.Routed()):
 		why = ReasonLocalSocket // the map's rules look for a socket packet by packet
@@ -85,24 +94,21 @@ func (m *Model) place(now time.Duration, c *claim) Placement {
 		can |= ByExpectation
 	}
 	unmapped := ReasonNoBackend
-	if m.policy.mappable(&c.Permission) {
+	if mappable {
 		if unmapped = c.noElement; unmapped == ReasonNone {
 			can |= ByMap
+		} else if c.MapTranslates {
+			can = 0 // an expectation would lead nowhere
 		}
 	}
-	if can == 0 && why == ReasonNoBackend {
+	if can == 0 && (why == ReasonNone || why == ReasonNoBackend) {
 		why = unmapped
 	}
 	by := can
-	if can == AllCarriers {
-		switch m.policy.choice(c.Int.Addr) {
-		case ChooseMap:
-			by = ByMap
-		case ChooseExpectation:
-			by = ByExpectation
-		}
+	if can == AllCarriers && m.policy.choice(c.Int.Addr) == ChooseMap {
+		by = ByMap
 	}
-	if shut { // the map comes after the forward
+	if shut {
 		by |= can & ByExpectation
 	}
 	if why == ReasonNoBackend && by != 0 {
@@ -197,6 +203,7 @@ func (m *Model) reconsider(now time.Duration, i int32) {
 	if c.state != StateStanding {
 		return
 	}
+	translated := c.MapTranslates
 	p, was := m.place(now, c), c.placed
 	if p.By == 0 {
 		c.forgetRefusals()
@@ -211,6 +218,10 @@ func (m *Model) reconsider(now time.Duration, i int32) {
 		if p.Why.isForward() && was.Why != p.Why {
 			m.forwardBegan(now, i)
 		}
+	}
+	c = &m.claims[i]
+	if kept := was.By & c.placed.By &^ c.superseded; c.MapTranslates != translated && kept&ByExpectation != 0 {
+		m.op(Op{Kind: Grant, Permission: c.Permission, By: ByExpectation}) // it has to translate now, or no longer
 	}
 }
 
@@ -248,6 +259,28 @@ func (m *Model) revokeSuperseded(i int32) {
 	p.By &^= c.superseded
 	c.superseded = 0
 	m.setPlacement(i, p)
+}
+
+// Refused tells the model that the kernel or the gateway refuses p. If standing is set, p
+// is in the kernel by an earlier grant, and is withdrawn.
+func (m *Model) Refused(now time.Duration, p Permission, r Reason, standing bool) {
+	i := m.find(p.Key, p.Int)
+	if i == none || m.claims[i].state != StateStanding {
+		return
+	}
+	c := &m.claims[i]
+	expected := c.placed.By&ByExpectation != 0
+	if standing || c.superseded != 0 || c.confirmed && expected { // it still stands, maybe by another carrier
+		standing = true
+		m.withdraw(i, r)
+	} else if c.MapTranslates && expected { // the former owner's may stand
+		m.op(Op{Kind: Revoke, Permission: c.Permission, By: ByExpectation, Reason: r})
+	}
+	m.refuse(now, i, r)
+	if !standing && m.policy.Learned && r.denies() {
+		m.dropChildren(&m.claims[i]) // the map had learned it, so it may have children
+	}
+	m.flowsChanged(now, i)
 }
 
 // Failed tells the model that the kernel refused to carry p by some carriers. Others carry

@@ -124,9 +124,8 @@ func compilePolicy(p Policy, local map[Addr]struct{}) policy {
 }
 
 // widen turns x, a permission for one peer, into the one for all peers that a contact with
-// this peer permits. A map can hold it, and so can an expectation that translates nothing;
-// an expectation that translates is for one peer only. So if a subnet uses expectations, a
-// small group is expanded instead (expand).
+// this peer permits. A map can hold it, and so can an expectation that translates nothing.
+// Where an expectation would have to translate, a small group is expanded instead (expand).
 func (p *policy) widen(x *Permission) {
 	if !p.forGroups || !x.Routed() && !p.mappable(x) {
 		return
@@ -137,8 +136,8 @@ func (p *policy) widen(x *Permission) {
 		if x.Peer.Is4() {
 			x.HostBits = 32
 		}
-	} else if low := groupBits(p.groups, x.Peer); x.Routed() || !p.Expected || s.Choice == ChooseMap || low > ExpandBits {
-		x.HostBits = low
+	} else {
+		x.HostBits = groupBits(p.groups, x.Peer)
 	}
 	x.Peer = x.Peer.WithoutLow(x.HostBits)
 }

@@ -77,9 +77,8 @@ func TestIdleExpectationsMakeWay(t *testing.T) {
 		choice func(*Policy)
 		left   Carriers // to the one that made way
 	}{
-		"expectations alone":         {nil, 0},
-		"the map goes on":            {choose(ChooseExpectation), ByMap},
-		"the map carried it as well": {both, ByMap},
+		"expectations alone": {nil, 0},
+		"the map goes on":    {both, ByMap},
 	} {
 		t.Run(name, func(t *testing.T) {
 			all := ByExpectation
@@ -110,12 +109,12 @@ func TestIdleExpectationsMakeWay(t *testing.T) {
 // Fails when SetRoom does not end any, and when Live is taken for New.
 func TestLessRoomEndsExpectations(t *testing.T) {
 	for name, tt := range map[string]struct {
-		choice func(*Policy)
-		left   Carriers
-		state  State
+		choice    func(*Policy)
+		all, left Carriers
+		state     State
 	}{
-		"expectations alone": {nil, 0, StateRefused},
-		"the map goes on":    {choose(ChooseExpectation), ByMap, StateStanding},
+		"expectations alone": {nil, ByExpectation, 0, StateRefused},
+		"the map goes on":    {both, AllCarriers, ByMap, StateStanding},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := newDesk(t, tt.choice)
@@ -125,11 +124,11 @@ func TestLessRoomEndsExpectations(t *testing.T) {
 			d.gone(1, d.open(0, in(3), roomPeer))
 			d.gone(1, d.open(0, in(4), roomPeer))
 			d.room(2, 3, 4)
-			d.carriers("room for three", ByExpectation, ByExpectation, tt.left, ByExpectation)
+			d.carriers("room for three", tt.all, tt.all, tt.left, tt.all)
 			d.room(2, 0, 2)
-			d.carriers("room for live ones alone", ByExpectation, ByExpectation, tt.left, tt.left)
+			d.carriers("room for live ones alone", tt.all, tt.all, tt.left, tt.left)
 			d.room(2, 0, 1)
-			d.carriers("room for one live", tt.left, ByExpectation, tt.left, tt.left)
+			d.carriers("room for one live", tt.left, tt.all, tt.left, tt.left)
 			if v := d.view(in(1)); v.State != tt.state || tt.left == 0 && v.Reason != ReasonNoRoom || tt.left != 0 && v.Why != ReasonNoRoom {
 				t.Errorf("the first is %v, %q, %q", v.State, v.Reason, v.Why)
 			}
@@ -137,7 +136,7 @@ func TestLessRoomEndsExpectations(t *testing.T) {
 			d.m.Retry(3, d.view(in(1)).Permission)
 			d.m.Tick(2*testPolicy.Retry, 10)
 			d.carry()
-			d.carriers("room again", ByExpectation, ByExpectation)
+			d.carriers("room again", tt.all, tt.all)
 		})
 	}
 }

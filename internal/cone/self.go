@@ -3,7 +3,7 @@ package cone
 import "time"
 
 // selfSubnet is the subnet of the gateway's own addresses.
-var selfSubnet = Subnet{Routed: true, Choice: ChooseExpectation}
+var selfSubnet = Subnet{Routed: true, Choice: ChooseBoth}
 
 // ownOf returns the addresses of the gateway that are inside hosts too.
 func (p *Policy) ownOf(local map[Addr]struct{}) map[Addr]struct{} {

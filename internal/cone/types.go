@@ -176,6 +176,10 @@ type Permission struct {
 	// Mark is the connmark of the flow that the permission came from;
 	// children inherit it, so that policy routing keeps working.
 	Mark uint32
+	// MapTranslates says that a map can carry the permission. Then the map alone says where
+	// children go: an expectation makes them RELATED and translates nothing. It is for the Key,
+	// whichever inside host has that.
+	MapTranslates bool
 }
 
 // Routed reports whether the permission involves no address translation.

@@ -74,7 +74,14 @@ func (w *world) apply() {
 			owner, stands := w.kernel[o.Key]
 			switch o.Kind {
 			case Grant:
-				replaces := o.By&ByMap != 0 && w.by[o.Key] == ByMap && w.ref.policy.Learned
+				var handed Carriers // on to another host, without an end
+				if w.ref.policy.Learned {
+					handed |= ByMap
+				}
+				if o.MapTranslates {
+					handed |= ByExpectation
+				}
+				replaces := w.by[o.Key]&^(handed&o.By) == 0
 				if stands && owner != o.Int && !w.taught[o.Key] && !replaces {
 					w.failf("grant of %v to %v while %v owns it", o.Key, o.Int, owner)
 				}
@@ -100,7 +107,8 @@ func (w *world) apply() {
 				w.fall(o.Key, ByMap)
 				w.denied[o.Key] = w.now + 2*testPolicy.Retry
 			case Revoke:
-				if stands && owner != o.Int && !w.taught[o.Key] {
+				ofAnybody := o.By == ByExpectation && o.MapTranslates
+				if stands && owner != o.Int && !w.taught[o.Key] && !ofAnybody {
 					w.failf("revoke of %v for %v hits %v", o.Key, o.Int, owner)
 				}
 				w.fall(o.Key, o.By)
@@ -224,7 +232,7 @@ func (w *world) fall(k Key, by Carriers) {
 
 // mayCarry fails for a carrier that cannot carry what o grants.
 func (w *world) mayCarry(o *Op) {
-	if o.By == 0 || o.By&ByMap != 0 && !w.ref.policy.Mapped || o.By&ByExpectation != 0 && o.HostBits > 0 {
+	if o.By == 0 || o.By&ByMap != 0 && !w.ref.policy.Mapped || o.By&ByExpectation != 0 && !o.Expectable() {
 		w.failf("grant of %v by %v", o.Key, o.By)
 	}
 }
@@ -236,6 +244,7 @@ func (w *world) refuse(o *Op) {
 		why = ReasonLocalSocket
 		w.m.Refused(w.now, o.Permission, why, false)
 	} else {
+		w.fall(o.Key, o.By)
 		w.m.Failed(w.now, o.Permission, o.By, why)
 		if i := w.m.find(o.Key, o.Int); i != none && w.m.claims[i].placed.By != 0 {
 			return
@@ -255,8 +264,7 @@ func (w *world) send(f *Flow, first bool) {
 		return
 	}
 	answers := [2]Endpoint{f.ReplySrc, f.ReplyDst}
-	_, stands := w.kernel[k]
-	if !stands || first && w.learned[answers] && w.by[k] == ByMap {
+	if w.by[k]&ByMap == 0 || first && w.learned[answers] {
 		w.notef("  learn %v %v->%v", k.Peer, k.Ext, f.Src)
 		w.stand(k, f.Src, ByMap)
 		w.taught[k] = true

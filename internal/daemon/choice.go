@@ -65,6 +65,11 @@ type decision struct {
 	elsewhere bool
 }
 
+// related reports whether only children that an expectation made RELATED get through.
+func (d *decision) related() bool {
+	return d.Choice != cone.ChooseMap && d.MostDNATed == userrules.Dropped
+}
+
 // chain names the chain that drops flows, if why says that one does.
 func (d *decision) chain() userrules.Dropper {
 	switch d.why {
@@ -140,7 +145,7 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 			d.why, d.err, d.evidence = cannotRead, unread, nil
 		}
 		d.warning, d.zoned = f.warning(cfg, s, d)
-		d.mapLost = d.warning == "" && d.Choice == cone.ChooseExpectation && f.withMap && s.Prefix.Addr().Is4() && s.Filtering == config.AddressDependent
+		d.mapLost = d.warning == "" && d.related() && f.withMap && s.Prefix.Addr().Is4() && s.Filtering == config.AddressDependent
 		if d.MostDNATed == userrules.Dropped && v.DNATed != userrules.Dropped && s.Prefix.Addr().Is4() && len(q.inside) > 0 {
 			d.spared = q.only(i).spared(largeGroups(cfg), v.MostDNATed)
 		}
@@ -220,17 +225,26 @@ func choose(v userrules.ChildVerdicts) decision {
 	case dnated == userrules.Accepted:
 		d.Choice, d.why = cone.ChooseMap, dnatAccepted
 	case dnated == userrules.Dropped && related == userrules.Accepted:
-		d.Choice, d.why = cone.ChooseExpectation, relatedAccepted
+		d.Choice, d.why = withExpectation(v), relatedAccepted
 	case dnated == userrules.Dropped && related == userrules.Dropped:
 		d.Choice, d.why = cone.ChooseMap, bothDropped
 	case dnated == userrules.Dropped:
-		d.Choice, d.why = cone.ChooseExpectation, dnatDropped
+		d.Choice, d.why = withExpectation(v), dnatDropped
 	case related == userrules.Dropped:
 		d.Choice, d.why = cone.ChooseMap, relatedDropped
 	default:
 		d.Choice, d.why = cone.ChooseBoth, cannotTell
 	}
 	return d
+}
+
+// withExpectation returns the choice where the user's chains drop what the map alone admits. Before
+// NAT they drop it as a new flow: an expectation must translate it earlier.
+func withExpectation(v userrules.ChildVerdicts) cone.Choice {
+	if v.DNATedBy.Chain != "" && v.DNATedBy.At != userrules.BehindNAT {
+		return cone.ChooseExpectation
+	}
+	return cone.ChooseBoth
 }
 
 // dropper names what drops children.
@@ -245,7 +259,7 @@ func (d *decision) dropper() string {
 // conntrack zones are the reason.
 func (f *firewall) warning(cfg config.Config, s config.Subnet, d decision) (text string, zoned bool) {
 	const inZone = "packets from outside come in another conntrack zone than answers do, where no expectation stands"
-	expected := f.withExpectations() && (!f.withMap || !translated(s) || d.Choice == cone.ChooseExpectation)
+	expected := f.withExpectations() && (!f.withMap || !translated(s) || d.related())
 	open := s.Filtering == config.EndpointIndependent && translated(s) // only the map can admit everybody
 	accept := advice(d.Dropper().At, f.withExpectations() && !open && !f.zoned.Lately, !translated(s))
 	switch {

@@ -31,13 +31,13 @@ func TestWhatTheForwardHookDoesDecides(t *testing.T) {
 	}{
 		"both pass":                 {userrules.Accepted, userrules.Accepted, none, pass, cone.ChooseMap, dnatAccepted, nil},
 		"DNATed pass":               {userrules.Accepted, userrules.Dropped, none, none, cone.ChooseMap, dnatAccepted, nil},
-		"RELATED pass":              {userrules.Dropped, userrules.Accepted, pass, none, cone.ChooseExpectation, relatedAccepted, nil},
+		"RELATED pass":              {userrules.Dropped, userrules.Accepted, pass, none, cone.ChooseBoth, relatedAccepted, nil},
 		"neither passes":            {userrules.Dropped, userrules.Dropped, pass, pass, cone.ChooseMap, bothDropped, nil},
-		"DNATed do not pass":        {userrules.Dropped, userrules.Unknown, pass, few, cone.ChooseExpectation, dnatDropped, nil},
+		"DNATed do not pass":        {userrules.Dropped, userrules.Unknown, pass, few, cone.ChooseBoth, dnatDropped, nil},
 		"RELATED do not pass":       {userrules.Unknown, userrules.Dropped, few, pass, cone.ChooseMap, relatedDropped, nil},
 		"nobody knows":              {userrules.Unknown, userrules.Unknown, few, few, cone.ChooseBoth, cannotTell, nil},
 		"DNATed passed":             {userrules.Unknown, userrules.Unknown, pass, none, cone.ChooseMap, dnatAccepted, []control.Evidence{evidence("nft", 10)}},
-		"DNATed were dropped":       {userrules.Unknown, userrules.Accepted, none, few, cone.ChooseExpectation, relatedAccepted, []control.Evidence{evidence("nft", 0)}},
+		"DNATed were dropped":       {userrules.Unknown, userrules.Accepted, none, few, cone.ChooseBoth, relatedAccepted, []control.Evidence{evidence("nft", 0)}},
 		"RELATED were dropped":      {userrules.Unknown, userrules.Unknown, few, none, cone.ChooseMap, relatedDropped, []control.Evidence{evidence("expect", 0)}},
 		"both were dropped":         {userrules.Unknown, userrules.Unknown, none, none, cone.ChooseMap, bothDropped, []control.Evidence{evidence("nft", 0), evidence("expect", 0)}},
 		"RELATED passed, no others": {userrules.Unknown, userrules.Unknown, few, pass, cone.ChooseBoth, cannotTell, []control.Evidence{evidence("expect", 10)}},
@@ -162,13 +162,13 @@ func TestLostChildrenContradictTheRules(t *testing.T) {
 	read(0, 0, cone.ChooseMap)
 	read(2, 10, cone.ChooseMap) // the dump may show them
 	read(3, 10, cone.ChooseMap)
-	read(5, 10, cone.ChooseExpectation)
+	read(5, 10, cone.ChooseBoth)
 	f.retry.Changed = true
 	read(6, 10, cone.ChooseMap)
 	read(7, 20, cone.ChooseMap)
-	read(8, 20, cone.ChooseExpectation)
+	read(8, 20, cone.ChooseBoth)
 	f.retry.Changed = true // all the time, so it has to wait
-	read(9, 20, cone.ChooseExpectation)
+	read(9, 20, cone.ChooseBoth)
 	read(6+time.Minute, 20, cone.ChooseMap)
 }
 

@@ -101,11 +101,11 @@ func mapConfig(cfg config.Config) *rules.MapConfig {
 }
 
 // mapConfig applies the decisions, too: the kernel learns nothing for subnets that
-// expectations serve. Subnets open to everybody stay, since only the map can serve them.
+// expectations alone serve.
 func (f *firewall) mapConfig(cfg config.Config) *rules.MapConfig {
 	c := mapConfig(cfg)
 	for _, s := range cfg.Subnets {
-		if f.withExpectations() && f.decisions[s.Prefix].Choice == cone.ChooseExpectation && s.Filtering == config.AddressDependent {
+		if f.withExpectations() && f.decisions[s.Prefix].Choice == cone.ChooseExpectation {
 			c.Subnets = slices.DeleteFunc(c.Subnets, func(p netip.Prefix) bool { return p == s.Prefix })
 			c.ExcludePeers = append(slices.Clip(c.ExcludePeers), s.Prefix) // its hosts are inside: no peers
 		}

@@ -132,7 +132,9 @@ func onAnchors(e *expect.Backend) []string {
 func (r *reconciler) carry(left []expect.Adopted) {
 	var ps []cone.Permission
 	for _, a := range left {
-		ps = append(ps, a.Permission)
+		if !a.MapTranslates { // else the map has it
+			ps = append(ps, a.Permission)
+		}
 	}
 	r.backends.carriers().Each(func(_ cone.Carriers, x engine.Carrier) {
 		carried := slices.DeleteFunc(slices.Clone(ps), func(p cone.Permission) bool { return !x.Carries(&p) })

@@ -41,7 +41,7 @@ func (w *world) check() {
 			if w.forwarded(v.Permission) != cone.NotForwarded {
 				w.failf("expectation %v -> %v takes packets that the user forwards", v.Peers(), v.Ext)
 			}
-			if x := w.k.expectations[v.Key]; (x == nil || !x.ours() || x.in != v.Int) && !over {
+			if x := w.k.expectations[v.Key]; (x == nil || !x.ours() || x.mapped != v.MapTranslates || !x.mapped && x.in != v.Int) && !over {
 				w.failf("expectation %v -> %v should lead to %v", v.Peers(), v.Ext, v.Int)
 			}
 		}

@@ -163,15 +163,24 @@ type scope struct {
 type list map[cone.Key]standing
 
 type standing struct {
-	in   cone.Endpoint
-	left time.Duration
+	in     cone.Endpoint
+	mapped bool // MapTranslates, of an expectation
+	left   time.Duration
 }
 
-func (l list) add(p cone.Permission, left time.Duration) { l[p.Key] = standing{p.Int, left} }
+func (l list) add(p cone.Permission, left time.Duration) {
+	l[p.Key] = standing{p.Int, p.MapTranslates, left}
+}
 
 func (l list) has(p *cone.Permission) bool {
 	s, ok := l[p.Key]
 	return ok && s.in == p.Int
+}
+
+// expects is has, of a list of expectations.
+func (l list) expects(p *cone.Permission) bool {
+	s, ok := l[p.Key]
+	return ok && s.mapped == p.MapTranslates && (s.mapped || s.in == p.Int)
 }
 
 // look lists what stands and compares it with what should. Its Missing are suspects: see
@@ -225,7 +234,7 @@ func listExpectations(x Expectations) (l list, others []cone.Foreign, err error)
 // expectations none is missing. Without one of the map, each element that asked selects is a
 // suspect.
 func (s scope) lacking(v *cone.View, expected, mapped list) (by cone.Carriers) {
-	if v.By&cone.ByExpectation != 0 && expected != nil && !expected.has(&v.Permission) {
+	if v.By&cone.ByExpectation != 0 && expected != nil && !expected.expects(&v.Permission) {
 		by |= cone.ByExpectation
 	}
 	if v.By&cone.ByMap != 0 && !mapped.has(&v.Permission) && (s.asked == nil || s.asked(v.Key)) {
@@ -270,7 +279,7 @@ func (e *Engine) confirm(suspects []Placed, expected list, f func(*Engine, *Plac
 	var inMap []cone.Permission
 	for i := range suspects {
 		p := &suspects[i]
-		if p.By&cone.ByExpectation != 0 && expected != nil && !expected.has(&p.Permission) {
+		if p.By&cone.ByExpectation != 0 && expected != nil && !expected.expects(&p.Permission) {
 			f(e, &Placed{Permission: p.Permission, By: cone.ByExpectation})
 		}
 		if p.By&cone.ByMap != 0 {

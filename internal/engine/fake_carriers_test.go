@@ -29,7 +29,7 @@ func (k *fakeKernel) adoptExpectations(lifetime time.Duration) (f *fakeExpectati
 	f = &fakeExpectations{k: k, lifetime: lifetime, ledger: map[anchor]cone.Permission{}, max: 1000}
 	for _, key := range sortedKeys(k.expectations) {
 		if x := k.expectations[key]; x.ours() {
-			p := cone.Permission{Key: key, Int: x.in}
+			p := cone.Permission{Key: key, Int: x.in, MapTranslates: x.mapped}
 			f.ledger[x.master] = p
 			found = append(found, Placed{p, cone.ByExpectation, x.until - k.now()})
 		}
@@ -49,12 +49,25 @@ func sortedKeys[V any](m map[cone.Key]V) []cone.Key {
 	})
 }
 
-func (*fakeExpectations) Carries(p *cone.Permission) bool { return p.HostBits == 0 }
+func (*fakeExpectations) Carries(p *cone.Permission) bool { return p.Expectable() }
 func (f *fakeExpectations) SetLifetime(d time.Duration)   { f.lifetime = d }
 func (f *fakeExpectations) Max() int                      { return f.max }
 
+// anchor returns the anchor of p. If the map translates, the expectation may be one that the former
+// owner of its Key had.
+func (f *fakeExpectations) anchor(p *cone.Permission) anchor {
+	if p.MapTranslates {
+		for a, o := range f.ledger {
+			if o.Key == p.Key && o.MapTranslates {
+				return a
+			}
+		}
+	}
+	return anchorOf(p)
+}
+
 func (f *fakeExpectations) stands(p *cone.Permission) bool {
-	_, stands := f.ledger[anchorOf(p)]
+	_, stands := f.ledger[f.anchor(p)]
 	return stands
 }
 
@@ -97,7 +110,7 @@ func (f *fakeExpectations) grant(p *cone.Permission) (cone.Reason, error) {
 	if r := f.place(p); r != cone.ReasonNone {
 		return r, nil
 	}
-	a := anchorOf(p)
+	a := f.anchor(p)
 	f.ledger[a] = *p
 	if err := f.k.fail(); err != nil { // it is unknown what the kernel did
 		if f.k.rnd.IntN(2) == 0 {
@@ -110,9 +123,9 @@ func (f *fakeExpectations) grant(p *cone.Permission) (cone.Reason, error) {
 	if err == unix.EEXIST || err == unix.EBUSY {
 		x := f.k.expectations[p.Key]
 		switch {
-		case x != nil && x.master == a:
+		case x != nil && x.master == a && x.mapped == p.MapTranslates:
 			f.k.anchors[a] = f.k.now() + 2*f.lifetime
-			return cone.ReasonNone, f.k.renewExpectation(p, f.lifetime)
+			return cone.ReasonNone, f.k.renewExpectation(p, a, f.lifetime)
 		case x != nil && !x.ours():
 			f.withdraw(p)
 			return cone.ReasonHelper, err
@@ -132,28 +145,31 @@ func (f *fakeExpectations) grant(p *cone.Permission) (cone.Reason, error) {
 }
 
 func (f *fakeExpectations) create(p *cone.Permission) error {
-	if err := f.k.newAnchor(anchorOf(p), 2*f.lifetime); err != nil {
+	a := f.anchor(p)
+	if err := f.k.newAnchor(a, 2*f.lifetime); err != nil {
 		return err
 	}
-	return f.k.newExpectation(p, f.lifetime)
+	return f.k.newExpectation(p, a, f.lifetime)
 }
 
 // clear removes the anchor of p, and the expectation with its Key if it is ours.
 func (f *fakeExpectations) clear(p *cone.Permission) {
+	a := f.anchor(p)
 	if x := f.k.expectations[p.Key]; x != nil && x.ours() {
 		delete(f.k.expectations, p.Key)
-		if old := x.master; old != anchorOf(p) {
+		if old := x.master; old != a {
 			f.k.deleteAnchor(old)
 			delete(f.ledger, old)
 		}
 	}
-	f.k.deleteAnchor(anchorOf(p))
+	f.k.deleteAnchor(a)
 }
 
 func (f *fakeExpectations) withdraw(p *cone.Permission) {
 	if f.k.fail() == nil {
+		a := f.anchor(p)
 		f.clear(p)
-		delete(f.ledger, anchorOf(p))
+		delete(f.ledger, a)
 	}
 }
 
@@ -170,8 +186,9 @@ func (f *fakeExpectations) Revoke(ps []cone.Permission) error {
 			continue
 		}
 		delete(f.k.expectations, p.Key) // by its tuple, whoever made it
-		f.k.deleteAnchor(anchorOf(p))
-		delete(f.ledger, anchorOf(p))
+		a := f.anchor(p)
+		f.k.deleteAnchor(a)
+		delete(f.ledger, a)
 	}
 	return failed
 }
@@ -179,14 +196,14 @@ func (f *fakeExpectations) Revoke(ps []cone.Permission) error {
 func (f *fakeExpectations) Renew(ps []cone.Permission, lost func(i int)) {
 	f.k.expire()
 	for i := range ps {
-		a := anchorOf(&ps[i])
+		a := f.anchor(&ps[i])
 		_, there := f.k.anchors[a]
 		if !f.stands(&ps[i]) || !there || f.k.fail() != nil {
 			lost(i)
 			continue
 		}
 		f.k.anchors[a] = f.k.now() + 2*f.lifetime
-		if f.k.renewExpectation(&ps[i], f.lifetime) != nil {
+		if f.k.renewExpectation(&ps[i], a, f.lifetime) != nil {
 			lost(i)
 		}
 	}
@@ -202,7 +219,7 @@ func (f *fakeExpectations) ListAll(each func(p cone.Permission, left time.Durati
 		case !x.ours():
 			foreign(cone.Foreign{MasterSrc: x.in.Addr, MasterDst: key.Peer, Peer: key.Peer, Int: x.in.Addr})
 		case f.k.rnd.IntN(100) >= f.k.fickle:
-			each(cone.Permission{Key: key, Int: x.in}, x.until-f.k.now())
+			each(cone.Permission{Key: key, Int: x.in, MapTranslates: x.mapped}, x.until-f.k.now())
 		}
 	}
 	return nil

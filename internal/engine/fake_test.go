@@ -62,6 +62,7 @@ func anchorOf(p *cone.Permission) anchor { return anchor{p.Int.Addr, p.Peer, p.E
 
 type expectation struct {
 	in     cone.Endpoint
+	mapped bool   // the map says where children go
 	master anchor // zero if it is somebody else's
 	until  time.Duration
 }
@@ -122,26 +123,26 @@ func (k *fakeKernel) newAnchor(a anchor, timeout time.Duration) error {
 	return nil
 }
 
-func (k *fakeKernel) newExpectation(p *cone.Permission, timeout time.Duration) error {
+func (k *fakeKernel) newExpectation(p *cone.Permission, a anchor, timeout time.Duration) error {
 	x, there := k.expectations[p.Key]
 	switch {
-	case k.anchors[anchorOf(p)] == 0:
+	case k.anchors[a] == 0:
 		return unix.ENOENT
-	case there && x.master == anchorOf(p):
+	case there && x.master == a:
 		return unix.EEXIST
 	case there:
 		return unix.EBUSY
 	case len(k.expectations) >= k.expectMax:
 		return unix.EMFILE
 	}
-	k.expectations[p.Key] = &expectation{p.Int, anchorOf(p), k.now() + timeout}
+	k.expectations[p.Key] = &expectation{p.Int, p.MapTranslates, a, k.now() + timeout}
 	return nil
 }
 
 // renewExpectation renews any expectation with the tuple, somebody else's too.
-func (k *fakeKernel) renewExpectation(p *cone.Permission, timeout time.Duration) error {
+func (k *fakeKernel) renewExpectation(p *cone.Permission, a anchor, timeout time.Duration) error {
 	x := k.expectations[p.Key]
-	if k.anchors[anchorOf(p)] == 0 || x == nil {
+	if k.anchors[a] == 0 || x == nil {
 		return unix.ENOENT
 	}
 	x.until = k.now() + timeout
@@ -197,15 +198,27 @@ func (k *fakeKernel) learn(p *cone.Permission, timeout time.Duration) bool {
 // receive passes a packet of a peer that belongs to no flow, and returns the flow that it makes.
 func (k *fakeKernel) receive(from, ext cone.Endpoint) (f *fakeFlow, by cone.Carriers) {
 	k.expire()
-	if x := k.expectations[cone.Key{Ext: ext, Peer: from.Addr}]; x != nil && !x.ours() {
+	x := k.expectations[cone.Key{Ext: ext, Peer: from.Addr}]
+	if group := (cone.Key{Ext: ext, Peer: from.Addr.WithoutLow(groupOf.HostBits), HostBits: groupOf.HostBits}); x == nil {
+		x = k.expectations[group]
+	}
+	if x != nil && !x.ours() {
 		return k.add(cone.Flow{
 			Status: cone.StatusExpected | cone.StatusDstNAT | cone.StatusConfirmed, Src: from, Dst: ext, ReplySrc: x.in, ReplyDst: from,
 			MasterSrc: x.in, MasterDst: cone.Endpoint{Addr: from.Addr, Port: 5060},
 		}), 0
 	} else if x != nil {
+		in := x.in
+		if x.mapped {
+			e := k.admits(from.Addr, ext)
+			if e == nil || !k.table {
+				return nil, 0 // the chain own_child drops it
+			}
+			in = e.in
+		}
 		return k.add(cone.Flow{
-			Status: cone.StatusExpected | cone.StatusDstNAT | cone.StatusConfirmed, Src: from, Dst: ext, ReplySrc: x.in, ReplyDst: from,
-			MasterSrc: cone.Endpoint{Addr: x.in.Addr}, MasterDst: cone.Endpoint{Addr: from.Addr, Port: ext.Port},
+			Status: cone.StatusExpected | cone.StatusDstNAT | cone.StatusConfirmed, Src: from, Dst: ext, ReplySrc: in, ReplyDst: from,
+			MasterSrc: cone.Endpoint{Addr: x.master.in}, MasterDst: cone.Endpoint{Addr: x.master.peer, Port: ext.Port}, Labelled: x.mapped,
 		}), cone.ByExpectation
 	}
 	if in, forwarded := k.forwards[ext]; forwarded {

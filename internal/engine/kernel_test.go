@@ -46,7 +46,7 @@ func TestMissingIsFoundWithoutAList(t *testing.T) {
 		}
 		var lost []cone.Permission
 		err = compare.confirm(d.Missing, func(_ *Engine, p *Placed) { lost = append(lost, p.Permission) })
-		if err != nil || len(lost) != 1 || lost[0] != ps[1] {
+		if err != nil || len(lost) != 1 || lost[0].Key != ps[1].Key || lost[0].Int != ps[1].Int {
 			t.Errorf("%s: %v are missing, want %v; %v", name, lost, ps[1], err)
 		}
 		done := make(chan error)

@@ -73,14 +73,11 @@ func TestNewExpectationDoesNotWaitForTheMap(t *testing.T) {
 		choice     cone.Choice
 		want       journal
 	}{
-		{"by expectation", "auto", cone.ChooseExpectation, journal{
-			"revoke by expect " + former, "grant by expect " + next, "revoke by nft " + former, "drop child 203.0.113.5:5070",
+		{"learned", "auto", cone.ChooseBoth, journal{
+			"grant by expect " + next, "drop child 203.0.113.5:5070", "grant by nft " + next,
 		}},
-		{"nothing is learned", "both", cone.ChooseExpectation, journal{
-			"revoke by expect " + former, "grant by expect " + next, "revoke by nft " + former, "drop child 203.0.113.5:5070",
-		}},
-		{"by both", "both", cone.ChooseBoth, journal{
-			"revoke by expect " + former, "grant by expect " + next, "revoke by nft " + former, "drop child 203.0.113.5:5070", "grant by nft " + next,
+		{"nothing is learned", "both", cone.ChooseBoth, journal{
+			"grant by expect " + next, "revoke by nft " + former, "drop child 203.0.113.5:5070", "grant by nft " + next,
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

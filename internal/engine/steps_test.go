@@ -36,8 +36,8 @@ func (w *world) open() {
 	f := w.k.add(cone.Flow{Status: cone.StatusSrcNAT | cone.StatusConfirmed, Src: in, Dst: peer, ReplySrc: peer, ReplyDst: ext})
 	if !slices.Contains(w.policy.ExcludePeerPorts, peer.Port) {
 		for _, g := range w.k.flows { // it ends the revocation of what it gives
-			p, _ := w.permission(f)
-			if q, _ := w.permission(g); *p == *q {
+			p := w.permission(f)
+			if q := w.permission(g); *p == *q {
 				g.revoked = false
 			}
 		}
@@ -59,8 +59,8 @@ func (w *world) send(f *fakeFlow) {
 	if slices.Contains(w.policy.ExcludePeerPorts, f.ReplySrc.Port) {
 		return
 	}
-	p, choice := w.permission(f)
-	if w.policy.Learned && choice != cone.ChooseExpectation && !f.Status.Has(cone.StatusSeenReply) && w.k.learn(p, w.policy.Lifetime) && f.OrigPackets > 1 {
+	p := w.permission(f)
+	if w.policy.Learned && !f.Status.Has(cone.StatusSeenReply) && w.k.learn(p, w.policy.Lifetime) && f.OrigPackets > 1 {
 		w.disturbed = true // no event tells of it
 	}
 }
@@ -85,24 +85,22 @@ func (w *world) supported(f *fakeFlow) bool {
 	})
 }
 
-// permission returns what the map permits for the contact of an outbound flow, and what its
-// subnet chooses.
-func (w *world) permission(f *fakeFlow) (_ *cone.Permission, choice cone.Choice) {
+// permission returns what the map permits for the contact of an outbound flow.
+func (w *world) permission(f *fakeFlow) *cone.Permission {
 	p := &cone.Permission{Key: cone.Key{Ext: f.ReplyDst, Peer: f.ReplySrc.Addr}, Int: f.Src}
 	for _, s := range w.policy.Subnets {
 		if !s.Prefix.Contains(f.Src.Addr.Netip()) {
 			continue
 		}
-		choice = s.Choice
 		if s.Filtering == cone.EndpointIndependent {
 			p.HostBits = 32
-		} else if len(w.policy.PeerGroups) > 0 && groupOf.Peers().Contains(p.Peer.Netip()) && (!w.policy.Expected || s.Choice == cone.ChooseMap) {
+		} else if len(w.policy.PeerGroups) > 0 && groupOf.Peers().Contains(p.Peer.Netip()) && w.policy.Mapped {
 			p.HostBits = groupOf.HostBits
 		}
 		break
 	}
 	p.Peer = p.Peer.WithoutLow(p.HostBits)
-	return p, choice
+	return p
 }
 
 // packet passes a packet of an existing flow.
@@ -148,6 +146,10 @@ func (w *world) receive() {
 		}
 	}
 	f, by := w.k.receive(from, ext)
+	if f == nil {
+		w.notef("%v sends to %v, and is dropped", from, ext)
+		return
+	}
 	w.notef("%v sends to %v: by %v, to %v", from, ext, by, f.ReplySrc)
 	if by != 0 {
 		w.wantJustified(f.ReplySrc, from.Addr, ext)
@@ -226,9 +228,9 @@ func (w *world) reload() {
 	for _, f := range w.k.flows {
 		// A flow that gives nothing now may lose its revocation, and so may one that gives now
 		// what another flow gives.
-		p, _ := w.permission(f)
+		p := w.permission(f)
 		if f.revoked && (slices.Contains(w.policy.ExcludePeerPorts, f.ReplySrc.Port) || slices.ContainsFunc(w.k.flows, func(g *fakeFlow) bool {
-			q, _ := w.permission(g)
+			q := w.permission(g)
 			return !g.revoked && *p == *q
 		})) {
 			f.revoked = false

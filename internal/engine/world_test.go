@@ -53,11 +53,10 @@ func policies(name string) []cone.Policy {
 	short.Lifetime, short.ExcludePeerPorts = lifetime/2, []uint16{53, 5070}
 	all := []cone.Policy{base, limited, grouped, open, short}
 	if base.Expected && base.Mapped {
-		for _, c := range []cone.Choice{cone.ChooseExpectation, cone.ChooseBoth} {
-			chosen := base
-			chosen.Subnets = []cone.Subnet{{Prefix: inside, Choice: c}}
-			all = append(all, chosen)
-		}
+		related, groupRelated := base, grouped
+		related.Subnets = []cone.Subnet{{Prefix: inside, Choice: cone.ChooseBoth}}
+		groupRelated.Subnets = related.Subnets
+		all = append(all, related, groupRelated)
 	}
 	return all
 }
@@ -152,7 +151,7 @@ func (w *world) start() {
 	for _, f := range w.k.flows {
 		// A revocation is not handed on while another host has that permission.
 		// Nor under another policy.
-		if p, _ := w.permission(f); f.revoked && (!w.k.revoked[p.Key] || slices.Contains(w.policy.ExcludePeerPorts, f.ReplySrc.Port)) {
+		if p := w.permission(f); f.revoked && (!w.k.revoked[p.Key] || slices.Contains(w.policy.ExcludePeerPorts, f.ReplySrc.Port)) {
 			f.revoked = false
 			w.noteSent(f, f.last)
 		}

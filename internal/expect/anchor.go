@@ -48,18 +48,35 @@ type ledger struct {
 	ext    map[anchor]cone.Addr // outside address that each anchor serves
 	onPort map[port]int
 	max    int
+	// related are the anchors of expectations that translate nothing because a map does. The inside
+	// host that made one may have passed its Key on.
+	related map[tuple]anchor
 
 	// unwanted are permissions that should no longer stand, but that the kernel failed to
 	// remove. They count until it does.
 	unwanted map[anchor]cone.Permission
 }
 
+// A tuple is what an expectation of ours is known by in the kernel.
+type tuple struct {
+	port
+	peer cone.Addr
+}
+
+func tupleOf(k *cone.Key) tuple { return tuple{port{k.Ext, k.Zone}, k.Peer} }
+
 func newLedger(limit int) ledger {
-	return ledger{ext: make(map[anchor]cone.Addr), onPort: make(map[port]int), max: limit, unwanted: make(map[anchor]cone.Permission)}
+	return ledger{
+		ext: make(map[anchor]cone.Addr), onPort: make(map[port]int), max: limit,
+		related: make(map[tuple]anchor), unwanted: make(map[anchor]cone.Permission),
+	}
 }
 
 // of returns the anchor of p: the one that p has, else a free one.
 func (l *ledger) of(p *cone.Permission) (a anchor, stands, ok bool) {
+	if a, ok := l.related[tupleOf(&p.Key)]; ok && p.MapTranslates {
+		return a, true, true
+	}
 	plain, flipped := anchorOf(p, false), anchorOf(p, true)
 	plainExt, plainTaken := l.ext[plain]
 	flippedExt, flippedTaken := l.ext[flipped]
@@ -99,15 +116,27 @@ func (l *ledger) reserve(p *cone.Permission) (anchor, cone.Reason) {
 		l.ext[a] = p.Ext.Addr
 		l.onPort[port{p.Ext, p.Zone}]++
 	}
+	if r == cone.ReasonNone {
+		l.relate(p, a)
+	}
 	return a, r
 }
 
-// take notes that a serves the outside address ext. A dump may show the same
-// anchor twice.
-func (l *ledger) take(a anchor, ext cone.Addr) {
+// relate notes whether a map translates what p, on a, lets in.
+func (l *ledger) relate(p *cone.Permission, a anchor) {
+	if p.MapTranslates {
+		l.related[tupleOf(&p.Key)] = a
+	} else {
+		delete(l.related, tupleOf(&p.Key))
+	}
+}
+
+// take notes that p stands on a. A dump may show the same anchor twice.
+func (l *ledger) take(a anchor, p *cone.Permission) {
 	l.release(a)
-	l.ext[a] = ext
+	l.ext[a] = p.Ext.Addr
 	l.onPort[l.port(a)]++
+	l.relate(p, a)
 }
 
 func (l *ledger) release(a anchor) {
@@ -116,6 +145,9 @@ func (l *ledger) release(a anchor) {
 		return
 	}
 	at := l.port(a)
+	if t := (tuple{at, a.peer}); l.related[t] == a {
+		delete(l.related, t)
+	}
 	delete(l.ext, a)
 	if l.onPort[at]--; l.onPort[at] == 0 {
 		delete(l.onPort, at)

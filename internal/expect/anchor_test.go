@@ -25,9 +25,9 @@ func TestLedgerCountsAnAnchorOnce(t *testing.T) {
 	a := anchorOf(&seed, false)
 	other := seed
 	other.Ext.Addr[15]++
-	for _, ext := range []cone.Addr{seed.Ext.Addr, seed.Ext.Addr, other.Ext.Addr} {
-		l.take(a, ext)
-		if len(l.ext) != 1 || len(l.onPort) != 1 || l.onPort[port{cone.Endpoint{Addr: ext, Port: a.port}, 0}] != 1 {
+	for _, p := range []*cone.Permission{&seed, &seed, &other} {
+		l.take(a, p)
+		if len(l.ext) != 1 || len(l.onPort) != 1 || l.onPort[port{cone.Endpoint{Addr: p.Ext.Addr, Port: a.port}, 0}] != 1 {
 			t.Errorf("%+v", l)
 		}
 	}

@@ -101,8 +101,9 @@ func newBackend(cfg Config, c *nfnl.Conn) *Backend {
 // granted again. It deletes anchors whose expectations have expired since.
 func (b *Backend) adopt() error {
 	err := list(b.cfg.NetNS, true, func(x *expectation) {
-		b.standing.take(x.anchor(), x.dst.Addr)
-		b.adopted = append(b.adopted, Adopted{x.permission(), cone.ByExpectation, x.left()})
+		p := x.permission()
+		b.standing.take(x.anchor(), &p)
+		b.adopted = append(b.adopted, Adopted{p, cone.ByExpectation, x.left()})
 		b.see(x.zone)
 		if name := unix.ByteSliceToString(x.helper[:]); !slices.Contains(b.names, name) {
 			b.names = append(b.names, name)
@@ -175,9 +176,8 @@ func (b *Backend) Stands(p *cone.Permission) bool {
 	return stands
 }
 
-// Carries reports whether p can stand as an expectation. An expectation that translates is
-// for one peer: nat-follow-master makes the peer of its master the source of all children.
-func (*Backend) Carries(p *cone.Permission) bool { return p.HostBits == 0 || p.Routed() }
+// Carries reports whether p can stand as an expectation.
+func (*Backend) Carries(p *cone.Permission) bool { return p.Expectable() }
 
 // Anchored returns the Key, without HostBits, of the permission whose anchor has this original
 // direction, and whether there is one.

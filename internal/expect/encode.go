@@ -33,6 +33,7 @@ const (
 	ctaExpectNATTup  = 2
 
 	expectPermanent = 1
+	dirOriginal     = 0 // of those that translate nothing
 	dirReply        = 1
 )
 
@@ -109,11 +110,17 @@ func (e *encoder) newExpect(seq uint32, p *cone.Permission, a anchor) {
 	family := e.expect(seq, create, p, a)
 	e.BE32(ctaExpectFlags, expectPermanent)
 	if !p.Routed() {
+		dir := uint32(dirReply)
+		if p.MapTranslates {
+			dir = dirOriginal
+		}
 		nat := e.Nest(ctaExpectNAT)
-		e.BE32(ctaExpectNATDir, dirReply)
+		e.BE32(ctaExpectNATDir, dir)
 		e.Tuple(ctaExpectNATTup, family, &p.Int, &cone.Endpoint{}) // the kernel reads the source only
 		e.EndNest(nat)
-		e.Str(ctaExpectFn, followMaster)
+		if !p.MapTranslates { // without a function, the kernel translates nothing, and merely stores the above
+			e.Str(ctaExpectFn, followMaster)
+		}
 	}
 	e.End()
 }

@@ -22,6 +22,7 @@ type expectation struct {
 	hostBits  uint8  // low bits of src that the mask does not cover
 	masterUDP bool
 	udp       bool
+	related   bool     // it translates nothing, because a map does
 	helper    [16]byte // of its master, NF_CT_HELPER_NAME_LEN; zero if that has none
 }
 
@@ -33,10 +34,11 @@ func (x *expectation) ours() bool {
 }
 
 // stands reports whether x is the expectation of p on a. Its master must have a helper:
-// without one it would not be known as an anchor.
+// without one it would not be known as an anchor. If a map translates, any host may have made it.
 func (x *expectation) stands(p *cone.Permission, a anchor) bool {
 	old := x.permission()
-	return x.ours() && x.helped() && old.Key == p.Key && old.Int == p.Int && x.anchor() == a
+	return x.ours() && x.helped() && old.Key == p.Key && x.anchor() == a &&
+		old.MapTranslates == p.MapTranslates && (p.MapTranslates || old.Int == p.Int)
 }
 
 func (x *expectation) helped() bool { return x.helper != [16]byte{} }
@@ -63,6 +65,7 @@ func (x *expectation) permission() cone.Permission {
 	if x.nat == (cone.Endpoint{}) {
 		p.Int = x.dst
 	}
+	p.MapTranslates = x.related
 	return p
 }
 
@@ -91,8 +94,12 @@ func parseExpectation(b []byte) (x expectation, ok bool) {
 		case ctaExpectNAT:
 			sound := true
 			ok = nfnl.Attributes(v, func(typ uint16, v []byte) {
-				if typ == ctaExpectNATTup {
-					sound = nat.Parse(v, family)
+				switch typ {
+				case ctaExpectNATTup:
+					sound = sound && nat.Parse(v, family)
+				case ctaExpectNATDir:
+					dir, ok := nfnl.BE32(v)
+					x.related, sound = dir == dirOriginal, sound && ok
 				}
 			}) && sound
 		case ctaExpectHelp:

@@ -169,7 +169,7 @@ func FuzzParseExpectation(f *testing.F) {
 		// for ever and could never be revoked.
 		p := x.permission()
 		l := newLedger(1)
-		l.take(x.anchor(), p.Ext.Addr)
+		l.take(x.anchor(), &p)
 		if a, stands, _ := l.of(&p); !stands || x.stands(&p, a) != x.helped() {
 			t.Errorf("%+v is not found again", x)
 		}

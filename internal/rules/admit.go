@@ -132,10 +132,6 @@ func (l *layout) admit(d Desired, kinds []kind) {
 	if !d.noFib {
 		l.fakedPeers(admit, kinds)
 	}
-	l.rule(admitted, "the gateway itself serves it", hasSocket, accept)
-	if d.Map.noLabels {
-		l.divert(admitted, d.Diverted, ipFamilies[:1], false, accept)
-	}
 	flows := l.set(admittedSet, flowKey...)
 	flows.HasTimeout, flows.Dynamic, flows.free = true, true, true
 	flows.Timeout, flows.Size = admittedTimeout, admittedSize
@@ -150,22 +146,38 @@ func (l *layout) admit(d Desired, kinds []kind) {
 		unmarked = ctMark.is(host32(0))
 	}
 	addrs, ports, marks := l.named(elements.PermissionMap), l.named(elements.PortMap), l.named(elements.MarksMap)
+	// nft lists the lookups last, in "dnat to". Do them first, because the rule must not match
+	// without them.
+	const addr, port = dataWord, dataWord + 1
+	find := func(k kind) exprs {
+		key := k.packetKey()
+		return join(isUDP, k.hasPacket(), key.load(0), ports.find(0, port), key.load(0), addrs.find(0, addr))
+	}
+	lead := join(label, addTo(flows, elem{key: packetFlow}))
+	if len(d.Helpers) > 0 {
+		for _, k := range kinds {
+			if k.hostBits <= cone.ExpandBits {
+				l.rule(admitted, "an expectation lets it in; the chain child judges it", hasStatus(ctExpected),
+					find(k), lead, nat(expr.NATTypeDestNAT, addr, port))
+			}
+		}
+	}
+	if l.zoned != nil {
+		l.counters = append(l.counters, zonedCounter)
+		l.rule(admitted, "no expectation admitted it", zoneIsNot0, ipDaddr.in(l.zoned), counter(zonedCounter))
+	}
+	l.rule(admitted, "the gateway itself serves it", hasSocket, accept)
+	if d.Map.noLabels {
+		l.divert(admitted, d.Diverted, ipFamilies[:1], false, accept)
+	}
 	for _, k := range kinds {
 		if k.open != nil {
 			l.rule(admitted, "", ipSaddr.in(l.noPeers), accept)
 		}
 		key := k.packetKey()
 		l.rule(admitted, "a mark for policy routing", isUDP, unmarked, k.hasPacket(), setCt(expr.CtKeyMARK, marks.of(key)))
-		// nft lists the lookups last, in "dnat to". Do them first, because the rule must
-		// not match without them.
-		const addr, port = dataWord, dataWord + 1
-		l.rule(admitted, "a peer may send from any port", isUDP, k.hasPacket(),
-			key.load(0), ports.find(0, port), key.load(0), addrs.find(0, addr), l.takeToken(k, d.Map), l.countChild(d.Map),
-			label, addTo(flows, elem{key: packetFlow}), counter(admittedCounter), nat(expr.NATTypeDestNAT, addr, port))
-	}
-	if l.zoned != nil {
-		l.counters = append(l.counters, zonedCounter)
-		l.rule(admitted, "no expectation admitted it", zoneIsNot0, ipDaddr.in(l.zoned), counter(zonedCounter))
+		l.rule(admitted, "a peer may send from any port", find(k), l.takeToken(k, d.Map), l.countChild(d.Map),
+			lead, counter(admittedCounter), nat(expr.NATTypeDestNAT, addr, port))
 	}
 }
 
@@ -188,10 +200,15 @@ func (l *layout) fakedPeers(admit *nftables.Chain, kinds []kind) {
 
 // keepSource lets the inside host see the peer's own address, as with an expectation, even
 // where the user's rules translate the source of incoming packets. Flows that the user's
-// own rules forward stay as they are: they never reach the chain admitted.
-func (l *layout) keepSource() {
-	c := l.chain("keep_source", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, sourcePriority)
-	l.rule(c, "the inside host sees the peer itself", l.outside(iifname, true), hasStatus(ctDstNAT), isUDP,
+// own rules forward stay as they are: they never reach the chain admitted, and have no label if
+// they follow a child with the same tuple.
+func (l *layout) keepSource(c *MapConfig) {
+	ours := hasLabel
+	if c.noLabels {
+		ours = nil
+	}
+	chain := l.chain("keep_source", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, sourcePriority)
+	l.rule(chain, "the inside host sees the peer itself", l.outside(iifname, true), hasStatus(ctDstNAT), ours, isUDP,
 		originalFlow.in(l.named(admittedSet)), snatToAddr(ipSaddr))
 }
 

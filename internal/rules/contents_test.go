@@ -155,6 +155,7 @@ const contentsIP = `
 	}
 
 	chain admitted {
+		ct status expected meta l4proto udp ct label set 126 add @admitted_flows { ip saddr . udp sport . ip daddr . udp dport } dnat to ip saddr . ip daddr . udp dport map @permissions:ip saddr . ip daddr . udp dport map @permission_ports comment "an expectation lets it in; the chain child judges it"
 		socket wildcard <= 1 accept comment "the gateway itself serves it"
 		ct mark set ip saddr . ip daddr . udp dport map @marks comment "a mark for policy routing"
 		update @buckets_256 { ip saddr . ip daddr . udp dport limit rate 512/minute burst 256 packets } add @children_256 { ip saddr . ip daddr . udp dport ct count 256 } ct label set 126 add @admitted_flows { ip saddr . udp sport . ip daddr . udp dport } counter name "admitted" dnat to ip saddr . ip daddr . udp dport map @permissions:ip saddr . ip daddr . udp dport map @permission_ports comment "a peer may send from any port"
@@ -173,7 +174,7 @@ const contentsIP = `
 
 	chain keep_source {
 		type nat hook postrouting priority -199; policy accept;
-		iifname @outside ct status dnat meta l4proto udp ct original ip saddr . ct original proto-src . ct original ip daddr . ct original proto-dst @admitted_flows snat to ip saddr comment "the inside host sees the peer itself"
+		iifname @outside ct status dnat ct label 126 meta l4proto udp ct original ip saddr . ct original proto-src . ct original ip daddr . ct original proto-dst @admitted_flows snat to ip saddr comment "the inside host sees the peer itself"
 	}
 
 	chain learn {
@@ -341,8 +342,23 @@ const contentsInet = `
 		th sport 0 meta l4proto udp counter name "port_zero_drops" drop comment "it would look like an anchor"
 		meta nfproto ipv4 meta l4proto udp add @children4_256 { ct original ip saddr . ct original ip daddr . ct original proto-dst ct count over 256 } counter name "child_drops" drop comment "flows of one peer to one outside endpoint"
 		meta nfproto ipv6 meta l4proto udp add @children6_256 { ct original ip6 saddr . ct original ip6 daddr . ct original proto-dst ct count over 256 } counter name "child_drops" drop comment "flows of one peer to one outside endpoint"
+		ct status ! dnat ip daddr != @subnets4 counter name "guard_drops" drop comment "the map has no such permission"
 		counter name "expected" comment "it goes on to the user's firewall"
 		goto expected_into
+	}
+
+	chain own_children {
+		type filter hook input priority filter - 10; policy accept;
+		ct state != related accept
+		ct status expected / expected,confirmed meta l4proto udp ct helper "conenat-0000001" goto own_child comment "the first packet of a child"
+		ct status assured / seen-reply,assured meta l4proto icmp ct original proto-src 0 counter name "port_zero_drops" drop comment "an ICMP error about an anchor"
+		ct status assured / seen-reply,assured meta l4proto icmp ct original proto-dst 0 counter name "port_zero_drops" drop comment "an ICMP error about an anchor"
+		ct status assured / seen-reply,assured meta l4proto ipv6-icmp ct original proto-src 0 counter name "port_zero_drops" drop comment "an ICMP error about an anchor"
+		ct status assured / seen-reply,assured meta l4proto ipv6-icmp ct original proto-dst 0 counter name "port_zero_drops" drop comment "an ICMP error about an anchor"
+	}
+
+	chain own_child {
+		meta nfproto ipv4 counter name "guard_drops" drop comment "the map has no such permission"
 	}
 
 	chain expected_into {

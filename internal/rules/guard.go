@@ -137,31 +137,54 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 	if d.MaxChildren > 0 {
 		l.counters = append(l.counters, childCounter)
 	}
-	child := l.judge("child", d, served)
+	child := l.regular("child")
+	l.judge(child, d, served)
+	if v4 := ipFamilies[0]; d.Map != nil && len(v4.of(d.Subnets)) > 0 {
+		l.counters = append(l.counters, guardCounter)
+		l.rule(child, "the map has no such permission", v4.is, lacksStatus(ctDstNAT), v4.daddr.notIn(l.inside(v4, d.Subnets)),
+			counter(guardCounter), drop)
+	}
 	l.divert(child, d.Diverted, served, true, drop)
 	l.rule(child, "it goes on to the user's firewall", counter(expectedCounter))
 	if d.countsExpected() {
 		l.rule(child, "", goTo(l.countInto(expectedCounter, d.Subnets)))
 	}
 	l.childrenOf(children, d.Helpers, served, child)
-	if !d.Self {
-		return
+	if d.Self || d.Map != nil {
+		l.ownChildren(d)
 	}
-	// Packets that own_child lets pass are not counted: they do not reach the user's
-	// forward hook. A packet that comes by a bridge to the gateway leaves the bridge.
-	own := d
-	own.Bridges = nil
-	l.childrenOf(l.filter("own_children", nftables.ChainHookInput, childPriority), d.Helpers, ipFamilies, l.judge("own_child", own, ipFamilies))
-	if !d.noFib {
+	if d.Self && !d.noFib {
 		c := l.filter("own_source", nftables.ChainHookForward, childPriority)
 		l.rule(c, "", notNew, accept)
 		l.rule(c, "the source is the gateway, which did not send it", l.outside(oifname, true), isUDP, ofGateway, counter(spoofedCounter), drop)
 	}
 }
 
-// judge returns a chain that drops the first packets of children that are not allowed.
-func (l *layout) judge(name string, d Desired, served []*ipFamily) *nftables.Chain {
-	child := l.regular(name)
+// ownChildren judges the first packets of children to the gateway itself. If it is no inside host,
+// the map has no permission for such a packet, and the user's firewall, which may accept what is
+// RELATED, must not let it in.
+func (l *layout) ownChildren(d Desired) {
+	c := l.filter("own_children", nftables.ChainHookInput, childPriority)
+	own := l.regular("own_child")
+	if d.Self {
+		// Packets that own_child lets pass are not counted: they do not reach the user's
+		// forward hook. A packet that comes by a bridge to the gateway leaves the bridge.
+		d.Bridges = nil
+		l.judge(own, d, ipFamilies)
+	}
+	l.childrenOf(c, d.Helpers, ipFamilies, own)
+	if d.Map == nil {
+		return
+	}
+	l.counters = append(l.counters, guardCounter)
+	if d.Self {
+		l.rule(own, "a program of the gateway waits for it", hasSocket, accept)
+	}
+	l.rule(own, "the map has no such permission", ipFamilies[0].is, counter(guardCounter), drop)
+}
+
+// judge lets child drop the first packets of children that are not allowed.
+func (l *layout) judge(child *nftables.Chain, d Desired, served []*ipFamily) {
 	fake := l.notOutside(d.Segments, d.Bridges)
 	if len(d.Bridges) == 0 {
 		l.rule(child, "not by an outside link: the peer's address is faked", fake, counter(spoofedCounter), drop)
@@ -202,7 +225,6 @@ func (l *layout) judge(name string, d Desired, served []*ipFamily) *nftables.Cha
 				f.is, isUDP, addTo(children, elem{key: f.key, limit: ctCountOver(d.MaxChildren)}), counter(childCounter), drop)
 		}
 	}
-	return child
 }
 
 // childrenOf lets c, a chain on a hook, send the first packets of children to child.

@@ -39,10 +39,10 @@ func (l *layout) countInto(name string, subnets []netip.Prefix) *nftables.Chain 
 	return c
 }
 
-// judgeAdmitted drops and counts children of the map, in a chain on the forward hook, before the
-// user's rules see them.
+// judgeAdmitted drops and counts children of the map alone, in a chain on the forward hook, before
+// the user's rules see them. Those that an expectation made RELATED are judged as its children.
 func (l *layout) judgeAdmitted(c *nftables.Chain, d Desired) {
-	first := join(l.outside(iifname, true), isUDP, ipFamilies[0].is, lacksStatus(ctConfirmed), hasLabel)
+	first := join(l.outside(iifname, true), isUDP, ipFamilies[0].is, lacksStatus(ctExpected|ctConfirmed), hasLabel)
 	l.rule(c, "", ctState.and(host32(expr.CtStateBitESTABLISHED)).isNot(host32(0)), accept)
 	if d.divertsAdmitted() {
 		l.counters = append(l.counters, divertedCounter)

@@ -176,7 +176,7 @@ func newLayouts(name string, d Desired) ([]*layout, error) {
 		if d.Map != nil {
 			kinds := ip.kinds(d.Map)
 			ip.admit(d, kinds)
-			ip.keepSource()
+			ip.keepSource(d.Map)
 			ip.learn(d, kinds)
 		}
 		if d.Mapping != nil {
