@@ -91,6 +91,17 @@ func groupIsLost(p *patient) {
 	p.Lost(phone, p.PeerSocket(lab.PeerA, 5061), ext, proxy)
 }
 
+// groupGetsIn checks that peers of a group of 16 get in from any port, and nobody else.
+func groupGetsIn(p *patient) {
+	p.T.Helper()
+	phone, proxy := p.InsideSocket(0, 5060), p.PeerSocket(lab.PeerA, 5060)
+	ext := p.Contact(phone, proxy)
+	p.standsFor(netip.MustParsePrefix("203.0.113.0/28"), phone, ext)
+	p.Arrives(phone, p.PeerSocket(lab.PeerA, 5061), ext)
+	p.Arrives(phone, p.PeerSocket(lab.PeerB, 5062), ext)
+	p.Lost(phone, p.PeerSocket(lab.PeerC, 5061), ext, proxy)
+}
+
 const forOneProvider = `iifname "wan0" ip saddr 192.0.2.0/24 udp dport 30000-30100 dnat to 10.47.11.110`
 
 // losesTheProvider checks that what the provider sends from another port is lost, outside of

@@ -175,7 +175,7 @@ var setups = []setup{
 	{row: "36", what: "a new port forward while flows begin", fault: fault{options: also(forwardChain("dstnat", "udp dport 9 accept"))}, plays: forwardsLater},
 	{
 		row: "38", what: "a group of 16 peers, the forward chain accepts RELATED flows alone",
-		fault: fault{options: byRules(lab.Masquerade + lab.DropPolicy), top: "peer_groups = [\"203.0.113.0/28\"]\n"},
+		fault: fault{options: byRules(lab.Masquerade + lab.DropPolicy), top: "peer_groups = [\"203.0.113.0/28\"]\n"}, plays: groupGetsIn,
 	},
 	{
 		row: "38", what: "a group of 256 peers, the forward chain accepts RELATED flows alone", cause: droppedMap,

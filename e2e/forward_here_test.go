@@ -175,7 +175,7 @@ func TestForwardToTheHostEndsNoConversation(t *testing.T) {
 	stage.NeedsExpect(t)
 	s := newScene(t, lab.Options{Rules: lab.Masquerade + hostOpened})
 	s.Start(stage.Flags(stage.Auto, "--reconcile=1h")...)
-	s.carried("expect")
+	s.carried("expect+nft")
 	phone, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 	ext := s.Contact(phone, peer)
 	s.Stands(phone, peer, ext)
@@ -205,7 +205,7 @@ func TestForwardToTheHostEndsNoConversation(t *testing.T) {
 			t.Errorf("the conversation is another flow: %q, %q", before, now)
 		}
 		s.Must(s.NFT("delete table ip upnp"))
-		s.Until("the expectation is back", func() bool { return s.Listed(phone, peer, ext, "standing").Backend == "expect" })
+		s.Until("the expectation is back", func() bool { return s.Listed(phone, peer, ext, "standing").Backend == "expect+nft" })
 		_, err := s.Gateway.Output("conntrack", "-D", "-p", "udp", "--orig-port-src", "7001")
 		s.Must(err)
 	}

@@ -89,11 +89,11 @@ func (s *scene) forwardsForProviderAlone(rule string) {
 	s.Must(inChain(`iifname "wan0" ip saddr 203.0.113.0/24 ` + rule)(s))
 	s.Must(s.NFT("insert rule inet filter forward ip daddr 10.47.11.110 accept"))
 	s.Start(stage.Flags(stage.Auto, "--reconcile=1h")...)
-	s.carried("expect")
+	s.carried("expect+nft")
 	phone, server := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
 	other, provider := s.PeerSocket(lab.PeerC, 9), s.PeerSocket(lab.PeerA, 9)
 	ext := s.Contact(phone, other)
-	if p := s.Listed(phone, other, ext, "standing"); p.Backend != "expect" {
+	if p := s.Listed(phone, other, ext, "standing"); p.Backend != "expect+nft" {
 		s.T.Errorf("it stands by %q", p.Backend)
 	}
 	s.Arrives(phone, s.PeerSocket(lab.PeerC, 10), ext)

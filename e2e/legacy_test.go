@@ -36,9 +36,9 @@ func TestAutoFollowsTheFirewallOfIPTablesLegacy(t *testing.T) {
 	phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
 	ext := s.Contact(phone, proxy)
 	for i, step := range []struct{ rule, by, why string }{
-		{"", "expect", drops},
+		{"", "expect+nft", drops},
 		{"-I " + dnat, "nft", accepts},
-		{"-D " + dnat, "expect", drops},
+		{"-D " + dnat, "expect+nft", drops},
 	} {
 		if step.rule != "" {
 			s.iptables(step.rule)

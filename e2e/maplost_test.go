@@ -121,7 +121,7 @@ func TestLargeGroupBehindRelatedAloneIsTold(t *testing.T) {
 	ext := s.Contact(phone, proxy)
 	s.standsFor(group, phone, ext)
 	s.Contact(phone, other)
-	if p := s.Listed(phone, other, ext, "standing"); p.Backend != "expect" || p.Reason != "" {
+	if p := s.Listed(phone, other, ext, "standing"); p.Backend != "expect+nft" || p.Reason != "" {
 		t.Errorf("list has %+v", p)
 	}
 	s.Arrives(phone, s.PeerSocket(lab.PeerC, 7000), ext)
@@ -182,7 +182,7 @@ func TestConditionalForwardBehindRelatedAloneIsTold(t *testing.T) {
 		s.over(f.Text)
 		s.Until("it has an expectation", func() bool {
 			p := s.Listed(phone, proxy, ext, "standing")
-			return p.Backend == "expect" && p.Reason == ""
+			return p.Backend == "expect+nft" && p.Reason == ""
 		})
 		s.Arrives(phone, s.PeerSocket(lab.PeerA, 6999), ext)
 	})

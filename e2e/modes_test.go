@@ -148,7 +148,7 @@ func TestMendCrowdedPortsDoNotTakeTheTurnOfOthers(t *testing.T) {
 		t.Fatalf("exit %d, %q", code, out)
 	}
 	s.Until("the last one has an expectation too", func() bool {
-		return s.Listed(phone, proxy, ext, "standing").Backend == "expect"
+		return s.Listed(phone, proxy, ext, "standing").Backend == "expect+nft"
 	})
 }
 

@@ -281,7 +281,7 @@ func TestNFTListAndStatusTellWhatCarriesWhat(t *testing.T) {
 	}{
 		{stage.NFT, "", "nft", "nft", "", 0},
 		{stage.Auto, "", "nft", "nft", "expect", 1},
-		{stage.Auto, lab.Masquerade + lab.DropPolicy, "expect", "nft", "expect", 65},
+		{stage.Auto, lab.Masquerade + lab.DropPolicy, "expect+nft", "nft", "expect", 65},
 		{stage.Expect, "", "expect", "", "expect", 65},
 	} {
 		stage.InModes(t, [][]string{tc.mode}, func(t *testing.T, mode ...string) {

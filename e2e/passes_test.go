@@ -58,10 +58,18 @@ func TestNFTPortPassesToAnotherHost(t *testing.T) {
 // Fails when the old host's expectation stays, or the new host gets none.
 func TestExpectationPassesToAnotherHost(t *testing.T) {
 	t.Parallel() // mostly it waits
-	for _, mode := range [][]string{stage.Expect, stage.Auto} {
-		t.Run(mode[len(mode)-1], func(t *testing.T) {
-			s := stage.New(t, lab.Options{Inside: 2, Rules: lab.Masquerade + lab.DropPolicy})
-			s.Start(stage.Flags(mode)...)
+	for _, tc := range []struct {
+		mode     []string
+		rules    string
+		carriers string
+	}{
+		{stage.Expect, lab.Masquerade + lab.DropPolicy, "expect"},
+		{stage.Auto, lab.Masquerade + lab.DropPolicy, "expect+nft"},
+		{stage.Auto, lab.Masquerade + early("mangle", "ct state new"), "expect"},
+	} {
+		t.Run(tc.mode[0]+" "+tc.carriers, func(t *testing.T) {
+			s := stage.New(t, lab.Options{Inside: 2, Rules: tc.rules})
+			s.Start(stage.Flags(tc.mode)...)
 			former, next := s.InsideSocket(0, 5060), s.InsideSocket(1, 5060)
 			proxy := s.PeerSocket(lab.PeerA, 5060)
 			ext := s.Contact(former, proxy)
@@ -74,8 +82,8 @@ func TestExpectationPassesToAnotherHost(t *testing.T) {
 				}
 				s.Stands(next, proxy, ext)
 				s.Arrives(next, s.PeerSocket(lab.PeerA, 5070+i), ext)
-				if p := s.List(); len(p) != 1 || p[0].Backend != "expect" {
-					t.Fatalf("%+v, want the next host's expectation alone", p)
+				if p := s.List(); len(p) != 1 || p[0].Backend != tc.carriers {
+					t.Fatalf("%+v, want the next host's alone", p)
 				}
 				former, next = next, former
 			}

@@ -22,15 +22,15 @@ func early(priority, match string) string {
 func TestAutoSeesWhatPreroutingDrops(t *testing.T) {
 	t.Parallel() // mostly it waits
 	stage.NeedsExpect(t)
-	for name, tc := range map[string]struct{ rules, chain string }{
-		"new":                {early("mangle", "ct state new"), "inet f c"},
-		"new to other ports": {early("mangle", "ct state new fib daddr type local udp dport != { 53, 443 }"), "inet f c"},
-		"behind NAT":         {early("filter", "ct state new"), "inet f c"},
-		"NAT chain":          {`table inet f { chain c { type nat hook prerouting priority dstnat; iifname "wan0" drop; }; }` + "\n", "inet f c"},
+	for name, tc := range map[string]struct{ rules, chain, by string }{
+		"new":                {early("mangle", "ct state new"), "inet f c", "expect"},
+		"new to other ports": {early("mangle", "ct state new fib daddr type local udp dport != { 53, 443 }"), "inet f c", "expect"},
+		"behind NAT":         {early("filter", "ct state new"), "inet f c", "expect+nft"},
+		"NAT chain":          {`table inet f { chain c { type nat hook prerouting priority dstnat; iifname "wan0" drop; }; }` + "\n", "inet f c", "expect"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := play(t, lab.Options{Rules: lab.Masquerade + tc.rules}, append(stage.Auto, "--reconcile=1s")...)
-			if why := s.carried("expect"); why != "related_accepted "+tc.chain {
+			if why := s.carried(tc.by); why != "related_accepted "+tc.chain {
 				t.Errorf("because %q", why)
 			}
 			phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)

@@ -220,13 +220,13 @@ func TestOnePacketInAZoneLeavesExpectations(t *testing.T) {
 	ext := s.Contact(phone, proxy)
 	s.Stands(phone, proxy, ext)
 	s.zonesAreServed()
-	s.carried("expect")
+	s.carried("expect+nft")
 	s.Must(s.PeerSocket(lab.PeerB, 9).Send(netip.AddrPortFrom(s.Gateway.Addr, 9), "unsolicited"))
 	s.Until("it is seen", func() bool { return s.warns("conntrack zone") })
-	s.carried("expect")
+	s.carried("expect+nft")
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5070), ext)
 	s.UntilIn(3*time.Minute, "it is over", func() bool { return !s.warns("conntrack zone") })
-	s.carried("expect")
+	s.carried("expect+nft")
 	s.Arrives(phone, s.PeerSocket(lab.PeerA, 5071), s.Contact(phone, proxy))
 }
 
