@@ -110,13 +110,13 @@ func (e *encoder) newExpect(seq uint32, p *cone.Permission, a anchor) {
 	family := e.expect(seq, create, p, a)
 	e.BE32(ctaExpectFlags, expectPermanent)
 	if !p.Routed() {
-		dir := uint32(dirReply)
-		if p.MapTranslates {
-			dir = dirOriginal
+		dir, in := uint32(dirReply), p.Int
+		if p.MapTranslates { // another host may have the Key than the one that made the anchor
+			dir, in.Addr = dirOriginal, a.in
 		}
 		nat := e.Nest(ctaExpectNAT)
 		e.BE32(ctaExpectNATDir, dir)
-		e.Tuple(ctaExpectNATTup, family, &p.Int, &cone.Endpoint{}) // the kernel reads the source only
+		e.Tuple(ctaExpectNATTup, family, &in, &cone.Endpoint{}) // the kernel reads the source only
 		e.EndNest(nat)
 		if !p.MapTranslates { // without a function, the kernel translates nothing, and merely stores the above
 			e.Str(ctaExpectFn, followMaster)

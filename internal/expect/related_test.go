@@ -49,6 +49,35 @@ func TestRelatedExpectationPassesToAnotherHost(t *testing.T) {
 	}
 }
 
+// The anchor is of the host that had the Key first. Somebody flushes the table after the Key has
+// passed on, and the expectation is made again.
+//
+// Fails when it does not count as ours then: cleanup and a later daemon leave it, and the pair of the
+// first host and the peer counts as served by a helper of the user's.
+func TestRelatedExpectationIsMadeAgainAfterItPassed(t *testing.T) {
+	g := newGate(t, lab.Options{})
+	b := g.open(time.Minute)
+	p := related(seed)
+	g.mustGrant(b, p)
+	next := p
+	next.Int = perm("198.51.100.1:5060", "10.47.11.110:5060", "203.0.113.5").Int
+	g.mustGrant(b, next)
+	if err := g.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	g.mustGrant(b, next)
+	own := 0
+	if err := b.List(func(p cone.Permission, _ time.Duration) {
+		if p.Key == next.Key {
+			own++
+		}
+	}); err != nil || own != 1 {
+		t.Errorf("%d are ours, %v", own, err)
+	}
+	g.mustRevoke(b, next)
+	g.wantCounts(0, 0)
+}
+
 // An expectation has to translate when the map goes, and no longer when it comes.
 //
 // Fails when a grant renews the one that is there.

@@ -154,28 +154,34 @@ func (l *layout) admit(d Desired, kinds []kind) {
 		return join(isUDP, k.hasPacket(), key.load(0), ports.find(0, port), key.load(0), addrs.find(0, addr))
 	}
 	lead := join(label, addTo(flows, elem{key: packetFlow}))
+	mark := func(c *nftables.Chain, k kind) {
+		l.rule(c, "a mark for policy routing", isUDP, unmarked, k.hasPacket(), setCt(expr.CtKeyMARK, marks.of(k.packetKey())))
+	}
 	if len(d.Helpers) > 0 {
+		related := l.regular("related")
+		for _, helper := range d.Helpers {
+			l.rule(admitted, "an expectation lets it in; the chain child judges it", hasStatus(ctExpected), ctHelper.is(helperName(helper)), jump(related))
+		}
 		for _, k := range kinds {
 			if k.hostBits <= cone.ExpandBits {
-				l.rule(admitted, "an expectation lets it in; the chain child judges it", hasStatus(ctExpected),
-					find(k), lead, nat(expr.NATTypeDestNAT, addr, port))
+				mark(related, k)
+				l.rule(related, "a peer may send from any port", find(k), lead, nat(expr.NATTypeDestNAT, addr, port))
 			}
 		}
-	}
-	if l.zoned != nil {
-		l.counters = append(l.counters, zonedCounter)
-		l.rule(admitted, "no expectation admitted it", zoneIsNot0, ipDaddr.in(l.zoned), counter(zonedCounter))
 	}
 	l.rule(admitted, "the gateway itself serves it", hasSocket, accept)
 	if d.Map.noLabels {
 		l.divert(admitted, d.Diverted, ipFamilies[:1], false, accept)
 	}
+	if l.zoned != nil {
+		l.counters = append(l.counters, zonedCounter)
+		l.rule(admitted, "no expectation admitted it", zoneIsNot0, ipDaddr.in(l.zoned), counter(zonedCounter))
+	}
 	for _, k := range kinds {
 		if k.open != nil {
 			l.rule(admitted, "", ipSaddr.in(l.noPeers), accept)
 		}
-		key := k.packetKey()
-		l.rule(admitted, "a mark for policy routing", isUDP, unmarked, k.hasPacket(), setCt(expr.CtKeyMARK, marks.of(key)))
+		mark(admitted, k)
 		l.rule(admitted, "a peer may send from any port", find(k), l.takeToken(k, d.Map), l.countChild(d.Map),
 			lead, counter(admittedCounter), nat(expr.NATTypeDestNAT, addr, port))
 	}

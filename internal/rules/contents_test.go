@@ -155,7 +155,7 @@ const contentsIP = `
 	}
 
 	chain admitted {
-		ct status expected meta l4proto udp ct label set 126 add @admitted_flows { ip saddr . udp sport . ip daddr . udp dport } dnat to ip saddr . ip daddr . udp dport map @permissions:ip saddr . ip daddr . udp dport map @permission_ports comment "an expectation lets it in; the chain child judges it"
+		ct status expected ct helper "conenat-0000001" jump related comment "an expectation lets it in; the chain child judges it"
 		socket wildcard <= 1 accept comment "the gateway itself serves it"
 		ct mark set ip saddr . ip daddr . udp dport map @marks comment "a mark for policy routing"
 		update @buckets_256 { ip saddr . ip daddr . udp dport limit rate 512/minute burst 256 packets } add @children_256 { ip saddr . ip daddr . udp dport ct count 256 } ct label set 126 add @admitted_flows { ip saddr . udp sport . ip daddr . udp dport } counter name "admitted" dnat to ip saddr . ip daddr . udp dport map @permissions:ip saddr . ip daddr . udp dport map @permission_ports comment "a peer may send from any port"
@@ -170,6 +170,11 @@ const contentsIP = `
 		type nat hook prerouting priority 2147483646; policy accept;
 		meta l4proto udp iifname @outside ct zone 0 goto admitted comment "permissions are of the default zone"
 		meta l4proto udp iifname != @outside ct zone 0 fib saddr . mark . iif oif missing goto faked_peer comment "the source may be faked"
+	}
+
+	chain related {
+		ct mark set ip saddr . ip daddr . udp dport map @marks comment "a mark for policy routing"
+		meta l4proto udp ct label set 126 add @admitted_flows { ip saddr . udp sport . ip daddr . udp dport } dnat to ip saddr . ip daddr . udp dport map @permissions:ip saddr . ip daddr . udp dport map @permission_ports comment "a peer may send from any port"
 	}
 
 	chain keep_source {

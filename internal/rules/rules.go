@@ -220,7 +220,7 @@ func (c Counters) Admitted() uint64 { return c[admittedCounter] - c[divertedCoun
 func (c Counters) Expected() uint64 { return c[expectedCounter] }
 
 // Zoned are packets from outside to one of Desired.ZonedAddrs that came in a conntrack zone
-// and that neither the map nor an expectation admitted.
+// and that no expectation admitted.
 func (c Counters) Zoned() uint64 { return c[zonedCounter] }
 
 // Unexpected are packets from outside to Desired.InZone that came in a conntrack zone and that no
