@@ -21,8 +21,9 @@ const (
 	helpedTimeout = 30 * time.Minute
 	helpedSize    = 1 << 16
 
-	helpedSet     = "helped" // and the IP version
-	helpedCounter = "helped_pairs"
+	helpedSet      = "helped"       // and the IP version
+	helpedHostsSet = "helped_hosts" // and the IP version, for flows of TCP, whose ports are no UDP flow's
+	helpedCounter  = "helped_pairs"
 )
 
 // Servers' ports for which the kernel's own helpers that expect UDP flows are, where helpers are
@@ -58,9 +59,12 @@ func (l *layout) helped(d Desired) {
 		served = ipFamilies
 	}
 	for _, f := range served {
-		pairs := l.set(helpedSet+f.name, f.addr, f.addr, f.addr, nftables.TypeInetService)
-		pairs.HasTimeout, pairs.Dynamic, pairs.free = true, true, true
-		pairs.Timeout, pairs.Size = helpedTimeout, helpedSize
+		flows := l.set(helpedSet+f.name, f.addr, f.addr, f.addr, nftables.TypeInetService)
+		pairs := l.set(helpedHostsSet+f.name, f.addr, f.addr)
+		for _, set := range []*set{flows, pairs} {
+			set.HasTimeout, set.Dynamic, set.free = true, true, true
+			set.Timeout, set.Size = helpedTimeout, helpedSize
+		}
 		var hosts []exprs
 		if d.Self { // its address may be any
 			hosts = []exprs{nil}
@@ -68,11 +72,11 @@ func (l *layout) helped(d Desired) {
 			inside := l.inside(f, d.Subnets)
 			hosts = []exprs{f.opener.in(inside), f.answerer.in(inside)}
 		}
-		key := concat(f.opener, f.answerer, f.answered, ctReplyProtoDst)
+		flow, both := concat(f.opener, f.answerer, f.answered, ctReplyProtoDst), concat(f.opener, f.answerer)
 		for _, host := range hosts {
-			for _, protocol := range []exprs{isUDP, isTCP} { // nft reads a port only where a rule names one
-				l.rule(pair, "no expectation may be in its way", f.is, protocol, host, key.notIn(pairs), addTo(pairs, elem{key: key}), counter(helpedCounter))
-			}
+			const why = "no expectation may be in its way"
+			l.rule(pair, why, f.is, isUDP, host, flow.notIn(flows), addTo(flows, elem{key: flow}), counter(helpedCounter))
+			l.rule(pair, why, f.is, isTCP, host, both.notIn(pairs), addTo(pairs, elem{key: both}), counter(helpedCounter))
 		}
 	}
 }
@@ -84,22 +88,31 @@ func (t *Tables) HelpedPairs() (uint64, error) {
 }
 
 // Helped calls f for every pair of hosts between which a conntrack helper of the user's works: the
-// source of a flow, the host that answers it, and where the answers go. It uses its own connection.
+// source of a flow, the host that answers it, and where the answers go, zero for a flow of TCP. It uses
+// its own connection.
 func (t *Tables) Helped(f func(opener, answerer netip.Addr, ext netip.AddrPort)) error {
 	var errs []error
 	for _, family := range ipFamilies {
-		errs = append(errs, elements.List(t.netns, unix.NFPROTO_INET, t.name, helpedSet+family.name, func(b []byte) {
-			key := elements.Key(b)
-			if len(key) < 3*family.size+2 {
-				return
-			}
-			var addrs [3]netip.Addr
-			for i := range addrs {
-				addrs[i], _ = netip.AddrFromSlice(key[:family.size])
-				key = key[family.size:]
-			}
-			f(addrs[0], addrs[1], netip.AddrPortFrom(addrs[2], binary.BigEndian.Uint16(key)))
-		}))
+		for _, set := range []string{helpedSet, helpedHostsSet} {
+			errs = append(errs, elements.List(t.netns, unix.NFPROTO_INET, t.name, set+family.name, func(b []byte) {
+				key := elements.Key(b)
+				next := func() (a netip.Addr) {
+					if len(key) >= family.size {
+						a, _ = netip.AddrFromSlice(key[:family.size])
+						key = key[family.size:]
+					}
+					return a
+				}
+				opener, answerer, answered := next(), next(), next()
+				var ext netip.AddrPort
+				if len(key) >= 2 {
+					ext = netip.AddrPortFrom(answered, binary.BigEndian.Uint16(key))
+				}
+				if answerer.IsValid() {
+					f(opener, answerer, ext)
+				}
+			}))
+		}
 	}
 	return errors.Join(errs...)
 }
