@@ -58,6 +58,22 @@ func TestWhatTheForwardHookDoesDecides(t *testing.T) {
 	}
 }
 
+// A rule before NAT drops a child of the map as a new flow, whether or not an expectation of the map's
+// makes it RELATED behind NAT.
+//
+// Fails when only where the flow is dropped behind NAT, or nobody knows where, the map leads.
+func TestExpectationTranslatesWhereNewFlowsAreDroppedBeforeNAT(t *testing.T) {
+	for at, want := range map[userrules.Place]cone.Choice{
+		userrules.BeforeNAT: cone.ChooseExpectation, userrules.BehindNAT: cone.ChooseBoth,
+	} {
+		v := userrules.ChildVerdicts{MostDNATed: userrules.Dropped, MostRelated: userrules.Accepted}
+		v.DNATedBy = userrules.Dropper{Chain: "c", At: at}
+		if got := choose(v).Choice; got != want {
+			t.Errorf("dropped at %v: %v, want %v", at, got, want)
+		}
+	}
+}
+
 // Children come between the reading of the kernel's counters and that of the model, as on a busy
 // machine: the next counters have them, and they passed.
 //

@@ -126,11 +126,11 @@ func (f *firewall) warnForwards(subnets []netip.Prefix) (out warnings) {
 }
 
 // keepsAway reports whether the forward may take packets for hosts of the subnets that are not the one,
-// or those, to which it leads.
+// or those, to which it leads, or for other ports of that host than the one to which it leads.
 func keepsAway(r userrules.Forward, subnets []netip.Prefix) bool {
 	to := leadsTo(r)
 	return slices.ContainsFunc(subnets, func(s netip.Prefix) bool {
-		if to.IsValid() && to.Bits() <= s.Bits() && to.Contains(s.Addr()) {
+		if r.To.Port() == 0 && to.IsValid() && to.Bits() <= s.Bits() && to.Contains(s.Addr()) {
 			return false
 		}
 		return r.Addrs == nil || slices.ContainsFunc(r.Addrs, func(a userrules.AddrRange) bool { return a.First.Is4() == s.Addr().Is4() })

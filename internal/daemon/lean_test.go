@@ -70,7 +70,7 @@ func TestFlowsThatMustBeReported(t *testing.T) {
 			r.firewall.decisions = map[netip.Prefix]decision{subnet.Prefix: {Choice: cone.ChooseBoth}}
 		},
 		"expectations alone get through": func(r *reconciler, _ *config.Config) {
-			r.firewall.decisions = map[netip.Prefix]decision{subnet.Prefix: {Choice: cone.ChooseBoth}}
+			r.firewall.decisions = map[netip.Prefix]decision{subnet.Prefix: {Choice: cone.ChooseExpectation}}
 		},
 	}
 	check := func(name string, change change, want bool) {

@@ -89,6 +89,8 @@ func TestForwardIsWarnedOfWhereItMayKeepPeersFromServedHosts(t *testing.T) {
 		"IPv6":                                  {"ip6", dmz + "2001:db8:47::6d", lab.InsideNet6, warnForwardsAll},
 		"IPv4, only IPv6 is served":             {"ip", dmz + "10.47.11.109", lab.InsideNet6, ""},
 		"to the host that is served":            {"ip", dmz + "10.47.11.109", host, ""},
+		"to a port of that host":                {"ip", `iifname "wan0" udp dport 1-65535 dnat to 10.47.11.109:6000`, host, warnForwardsAll},
+		"to a port, not understood":             {"ip", `iifname "wan0" udp dport & 1 != 1 dnat to 10.47.11.109:6000`, host, warnForwardUnknown},
 		"to another host than is served":        {"ip", dmz + "10.47.11.110", host, warnForwardsAll},
 		"to the prefix that is served":          {"ip6", "dnat ip6 prefix to ip6 daddr map { 2001:db8:9::/64 : 2001:db8:47::/64 }", lab.InsideNet6, ""},
 		"to a prefix in the one that is served": {"ip6", "dnat ip6 prefix to ip6 daddr map { 2001:db8:9::/80 : 2001:db8:47::/80 }", lab.InsideNet6, warnForwardsAll},

@@ -41,6 +41,6 @@ func (f *Facts) firewalldOut(subnet netip.Prefix) []Line {
 	with("--add-rich-rule=" + quote(fmt.Sprintf("rule family=%s source address=%v protocol value=udp accept", family, subnet)))
 	lines := firewalld(changes...)
 	// Another subnet may have made the policy.
-	lines[0].Line = "firewall-cmd --permanent --get-policies | grep -qw " + policy + " || " + lines[0].Line
+	lines[0].Line = "firewall-cmd --permanent --get-policies | tr ' ' '\\n' | grep -qx " + policy + " || " + lines[0].Line
 	return lines
 }

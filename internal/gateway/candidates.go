@@ -127,8 +127,11 @@ func (n Network) LeftOut(enabled []netip.Prefix) (all []string) {
 			}
 		}
 		for _, r := range n.Routes {
-			if r.Link == l.Index && r.Table == unix.RT_TABLE_MAIN && Covered(r.Prefix, private) && !Covered(r.Prefix, l.Networks) && !Covered(r.Prefix, enabled) {
-				all = append(all, fmt.Sprintf("%v on %s, to which a route leads", r.Prefix, l.Name))
+			if r.Link == l.Index && !r.Prefix.IsSingleIP() && r.Table == unix.RT_TABLE_MAIN && Covered(r.Prefix, private) && !Covered(r.Prefix, l.Networks) && !Covered(r.Prefix, enabled) {
+				routed := fmt.Sprintf("%v on %s, to which a route leads", r.Prefix, l.Name)
+				if !slices.Contains(all, routed) { // there may be several, of other metrics
+					all = append(all, routed)
+				}
 			}
 		}
 	}

@@ -266,7 +266,7 @@ func TestNetworksThatAreNoCandidatesAreTold(t *testing.T) {
 		"link add br-lan up type bridge", "addr add 100.80.0.1/24 dev br-lan", "addr add 169.254.7.1/16 dev br-lan", "addr add 203.0.113.77/32 dev br-lan",
 		"link add docker0 up type bridge", "addr add 172.17.0.1/16 dev docker0", "addr add 100.81.0.1/24 dev docker0",
 		"link add down0 type bridge", "addr add 100.82.0.1/24 dev down0",
-		"route add 10.99.0.0/16 via 10.47.11.2", "route add 10.98.0.0/16 via 10.47.11.2", "route add 10.97.0.0/16 via 10.47.11.2 table 7",
+		"route add 10.99.0.0/16 via 10.47.11.2", "route add 10.99.0.0/16 via 10.47.11.3 metric 7", "route add 10.95.1.77/32 via 10.47.11.2", "route add 10.98.0.0/16 via 10.47.11.2", "route add 10.97.0.0/16 via 10.47.11.2 table 7",
 		"route add 192.0.2.0/24 via 10.47.11.2", "route add 10.96.0.0/16 via 198.51.100.254 dev wan0", "route add 10.47.11.77/32 dev lan0")
 	got := readNetwork(t, g).LeftOut([]netip.Prefix{lab.InsideNet, netip.MustParsePrefix("10.98.0.0/15")})
 	want := []string{"100.80.0.0/24 on br-lan, which is not private"}

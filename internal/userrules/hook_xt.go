@@ -3,6 +3,7 @@ package userrules
 import (
 	"encoding/binary"
 	"slices"
+	"strings"
 
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/xt"
@@ -135,7 +136,8 @@ func (c *child) xtHelper(info []byte) chance {
 	if c.has(expr.CtKeyHELPER) {
 		asked := helperName(info[name:])
 		match = certain(asked == "")
-		if asked != "" && nfnl.MayAnchor(asked) || c.state != expr.CtStateBitRELATED {
+		mayBe := nfnl.MayAnchor(asked) || slices.ContainsFunc(nfnl.KernelHelpers, func(name string) bool { return strings.HasPrefix(asked, name) })
+		if mayBe || c.state != expr.CtStateBitRELATED {
 			match = maybe
 		}
 	}

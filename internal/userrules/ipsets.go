@@ -49,13 +49,16 @@ func (m *Members) matches(match *expr.Match, c *child) (matches, known bool) {
 	// struct xt_set_info: the index of the set, how many parts the rule names, and flags. Bit 0 of these
 	// inverts, and each further one says that a part is of the packet's source. Behind it are conditions
 	// on counters, zero if there are none.
-	const index, inverts, rest = 0, 3, 4
+	const index, dim, inverts, rest = 0, 2, 3, 4
 	info, _ := match.Info.(*xt.Unknown)
 	if info == nil || match.Rev == 0 || len(*info) < rest || slices.ContainsFunc((*info)[rest:], func(b byte) bool { return b != 0 }) {
 		return false, false
 	}
 	set := m.ipset(binary.NativeEndian.Uint16((*info)[index:]))
 	flags := (*info)[inverts]
+	if len(set.parts) > int((*info)[dim]) { // no packet is in it then: ip_set_test
+		return flags&1 != 0, true
+	}
 	has, known := m.has(set, c, func(part int) bool { return flags&(2<<part) != 0 })
 	return has != (flags&1 != 0), known
 }

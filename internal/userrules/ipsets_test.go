@@ -30,6 +30,8 @@ func TestIPSetsAreAsked(t *testing.T) {
 		"beyond a bitmap":       {"bitmap:ip range 10.47.11.0/24", "10.47.11.109", "--match-set s dst", no},
 		"port":                  {"bitmap:port range 0-65535", "7070", "--match-set s dst", yes},
 		"address and port":      {"hash:ip,port", "203.0.113.5,udp:7070", "--match-set s dst,dst", yes},
+		"fewer parts":           {"hash:ip,port", "203.0.113.5,udp:7070", "--match-set s dst", no},
+		"fewer parts, inverted": {"hash:ip,port", "203.0.113.5,udp:7070", "! --match-set s dst", yes},
 		"port of the source":    {"hash:ip,port", "203.0.113.5,udp:7070", "--match-set s dst,src", no},
 		"port of TCP":           {"hash:ip,port", "203.0.113.5,tcp:7070", "--match-set s dst,dst", no},
 		"all parts":             {"hash:ip,port,net", "10.47.11.109,udp:7070,203.0.113.0/24", "--match-set s src,dst,dst", yes},

@@ -178,6 +178,7 @@ func TestChildrenOfIPTablesRules(t *testing.T) {
 		{"fragments", "-A FORWARD -f -j DROP\n-A FORWARD ! -f -j ACCEPT", "accepted accepted"},
 		{"related to a helper's flow", "-A FORWARD -m conntrack --ctstate RELATED -m helper --helper ftp -j ACCEPT\n-A FORWARD -m helper --helper sip -j ACCEPT", "dropped dropped @ filter FORWARD"},
 		{"not of a helper", "-A FORWARD -m conntrack --ctstate RELATED -m helper ! --helper ftp -j ACCEPT", "dropped accepted @ filter FORWARD"},
+		{"a helper with the number of a port", "-A FORWARD -m helper --helper tftp-6969 -j ACCEPT", "dropped unknown @ filter FORWARD"},
 		{"a helper that an anchor may have", "-A FORWARD -m helper --helper RAS -j ACCEPT", "dropped unknown @ filter FORWARD"},
 		{"outside port", "-A FORWARD -m conntrack --ctorigdstport 5060 -j ACCEPT", "unknown (dropped) unknown (dropped) @ filter FORWARD"},
 		{"outside ports", "-A FORWARD -m conntrack --ctorigdstport 1024:65535 -j ACCEPT", "unknown (accepted) unknown (accepted)"},
