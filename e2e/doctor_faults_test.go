@@ -329,7 +329,7 @@ var faults = map[string]fault{
 	"iptables-legacy keeps packets from conntrack": {
 		id: "udp_not_tracked", options: noRules, cut: true,
 		set:  loads(lab.IPTablesLegacy, lab.IPTablesMasquerade+"*raw\n-A PREROUTING -i lan0 -p udp -j CT --notrack\nCOMMIT\n"),
-		line: "iptables-legacy -t raw -D PREROUTING 1",
+		line: "iptables-legacy -t raw -D PREROUTING -i lan0 -p udp -j CT --notrack",
 	},
 	"random ports by rule": {
 		id: "source_nat_random", options: lab.Options{Rules: strings.Replace(lab.Masquerade, "masquerade", "masquerade fully-random", 1)}, running: true,

@@ -148,7 +148,7 @@ func TestHelperServesItsFirstPacketOnASharedPort(t *testing.T) {
 			first, second, app := s.InsideSocket(0, 2070), s.InsideSocket(1, 2070), s.PeerSocket(lab.PeerA, 7777)
 			ext, elsewhere := s.Contact(first, app), s.PeerSocket(lab.PeerB, 7777)
 			for _, to := range []*lab.Socket{app, elsewhere} {
-				if p := s.Listed(first, to, s.Contact(first, to), "standing"); p.Backend != "expect" {
+				if p := s.Listed(first, to, s.Contact(first, to), "standing"); !strings.HasPrefix(p.Backend, "expect") {
 					t.Fatalf("it stands by %q", p.Backend)
 				}
 			}
@@ -164,7 +164,7 @@ func TestHelperServesItsFirstPacketOnASharedPort(t *testing.T) {
 			} else if p := s.Listed(first, app, ext, "standing"); p.Backend != "nft" {
 				t.Errorf("it stands by %q", p.Backend)
 			}
-			if p := s.Listed(first, elsewhere, ext, "standing"); p.Backend != "expect" {
+			if p := s.Listed(first, elsewhere, ext, "standing"); !strings.HasPrefix(p.Backend, "expect") {
 				t.Errorf("that for another peer stands by %q", p.Backend)
 			}
 		})

@@ -355,11 +355,9 @@ const contentsInet = `
 	chain own_children {
 		type filter hook input priority filter - 10; policy accept;
 		ct state != related accept
-		ct status expected / expected,confirmed meta l4proto udp ct helper "conenat-0000001" goto own_child comment "the first packet of a child"
+		meta nfproto ipv4 ct status expected / expected,confirmed meta l4proto udp ct helper "conenat-0000001" goto own_child comment "the first packet of a child"
 		ct status assured / seen-reply,assured meta l4proto icmp ct original proto-src 0 counter name "port_zero_drops" drop comment "an ICMP error about an anchor"
 		ct status assured / seen-reply,assured meta l4proto icmp ct original proto-dst 0 counter name "port_zero_drops" drop comment "an ICMP error about an anchor"
-		ct status assured / seen-reply,assured meta l4proto ipv6-icmp ct original proto-src 0 counter name "port_zero_drops" drop comment "an ICMP error about an anchor"
-		ct status assured / seen-reply,assured meta l4proto ipv6-icmp ct original proto-dst 0 counter name "port_zero_drops" drop comment "an ICMP error about an anchor"
 	}
 
 	chain own_child {

@@ -139,7 +139,9 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 	}
 	child := l.regular("child")
 	l.judge(child, d, served)
-	if v4 := ipFamilies[0]; d.Map != nil && len(v4.of(d.Subnets)) > 0 {
+	v4 := ipFamilies[0]
+	leads := d.Map != nil && len(v4.of(d.Subnets)) > 0
+	if leads {
 		l.counters = append(l.counters, guardCounter)
 		l.rule(child, "the map has no such permission", v4.is, lacksStatus(ctDstNAT), v4.daddr.notIn(l.inside(v4, d.Subnets)),
 			counter(guardCounter), drop)
@@ -150,8 +152,8 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 		l.rule(child, "", goTo(l.countInto(expectedCounter, d.Subnets)))
 	}
 	l.childrenOf(children, d.Helpers, served, child)
-	if d.Self || d.Map != nil {
-		l.ownChildren(d)
+	if d.Self || leads {
+		l.ownChildren(d, leads)
 	}
 	if d.Self && !d.noFib {
 		c := l.filter("own_source", nftables.ChainHookForward, childPriority)
@@ -162,18 +164,20 @@ func (l *layout) children(d Desired, served []*ipFamily) {
 
 // ownChildren judges the first packets of children to the gateway itself. If it is no inside host,
 // the map has no permission for such a packet, and the user's firewall, which may accept what is
-// RELATED, must not let it in.
-func (l *layout) ownChildren(d Desired) {
+// RELATED, must not let it in. leads says that the map leads children.
+func (l *layout) ownChildren(d Desired, leads bool) {
 	c := l.filter("own_children", nftables.ChainHookInput, childPriority)
 	own := l.regular("own_child")
+	families := ipFamilies[:1]
 	if d.Self {
+		families = ipFamilies
 		// Packets that own_child lets pass are not counted: they do not reach the user's
 		// forward hook. A packet that comes by a bridge to the gateway leaves the bridge.
 		d.Bridges = nil
 		l.judge(own, d, ipFamilies)
 	}
-	l.childrenOf(c, d.Helpers, ipFamilies, own)
-	if d.Map == nil {
+	l.childrenOf(c, d.Helpers, families, own)
+	if !leads {
 		return
 	}
 	l.counters = append(l.counters, guardCounter)
