@@ -174,7 +174,7 @@ func (l *loop) warnForwarding(out *warnings) {
 // warnElsewhere warns of links that should perhaps be outside links, except those that the reconcile is
 // about to judge by flows that left by them.
 func (l *loop) warnElsewhere(out *warnings) {
-	elsewhere, waiting := l.engine.Model.Elsewhere(), append(l.engine.Model.StrayLinks(), l.shown...)
+	elsewhere, waiting := l.engine.Model.Elsewhere(), append(l.newStrayLinks(), l.shown...)
 	for _, link := range l.network.Links {
 		if n := elsewhere[link.Name].Translated; n > 0 && link.Outside == 0 && !slices.Contains(waiting, link.Name) {
 			out.add(warnPeersBehindLink, link.Name, "%d translated flows of enabled hosts left by %s, which is no outside link, and give no permission: "+

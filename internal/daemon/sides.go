@@ -148,15 +148,32 @@ func (r *reconciler) followFlows(cfg config.Config) (found bool, err error) {
 	}
 	found, err = r.seeNAT(cfg, flows)
 	shown := slices.Sorted(maps.Keys(r.uplinks.seen))
-	r.ask(func(l *loop) { l.shown = shown })
+	r.ask(func(l *loop) { l.judge(shown) })
 	return found, err
 }
 
-// takeStrays returns the strays that nobody judged yet. Until the caller did, and sets l.shown, their links
+// takeStrays returns the strays that nobody judged yet. Until the caller did, and calls judge, their links
 // count as shown.
 func (l *loop) takeStrays() []cone.Flow {
-	l.shown = append(l.shown, l.engine.Model.StrayLinks()...)
+	l.shown = append(l.shown, l.newStrayLinks()...)
 	return l.engine.Model.Strays()
+}
+
+// newStrayLinks returns the links of strays by which no stray left that was judged. All the others keep
+// the warning that they have: each change of the network lets strays be judged again.
+func (l *loop) newStrayLinks() []string {
+	return slices.DeleteFunc(l.engine.Model.StrayLinks(), func(link string) bool { _, told := l.judged[link]; return told })
+}
+
+// judge notes which links flows show to be outside links, of those that takeStrays returned and of earlier ones.
+func (l *loop) judge(shown []string) {
+	if l.judged == nil {
+		l.judged = make(map[string]struct{})
+	}
+	for _, link := range l.shown {
+		l.judged[link] = struct{}{}
+	}
+	l.shown = shown
 }
 
 // seeFlowsBefore does the same at the start, before the first rule of ours: an earlier daemon
