@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"slices"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -102,7 +101,7 @@ func facts(c *cobra.Command, cfg config.Config) (doctor.Facts, error) {
 		for _, p := range likely {
 			cfg.Subnets = append(cfg.Subnets, config.Subnet{Prefix: p})
 		}
-		if passedOver = slices.Concat(network.PassedOver(), network.LeftOut(nil)); start != "" {
+		if passedOver = network.NotProposed(); start != "" {
 			start = enables(likely, start)
 		}
 	}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -73,7 +72,7 @@ func noSubnet(cfg config.Config) error {
 
 // passedOver says which networks are left out of a proposal, a line each.
 func passedOver(network gateway.Network) (text string) {
-	for _, p := range slices.Concat(network.PassedOver(), network.LeftOut(nil)) {
+	for _, p := range network.NotProposed() {
 		text += "\nleft out: " + p
 	}
 	return text

@@ -104,7 +104,7 @@ func (l *loop) warnLeftOut(out *warnings) {
 		return
 	}
 	text := `subnet "auto" found no inside network: one is served as soon as it is there, or name it with --subnet`
-	if left := slices.Concat(l.network.PassedOver(), l.network.LeftOut(nil)); len(left) > 0 {
+	if left := l.network.NotProposed(); len(left) > 0 {
 		text += "; left out: " + some(left)
 	}
 	out.add(warnNoInside, "", "%s", text)

@@ -126,17 +126,21 @@ func (n Network) LeftOut(enabled []netip.Prefix) (all []string) {
 				all = append(all, fmt.Sprintf("%v on %s, which is not private", p, l.Name))
 			}
 		}
+		var routed []netip.Prefix
 		for _, r := range n.Routes {
 			if r.Link == l.Index && !r.Prefix.IsSingleIP() && r.Table == unix.RT_TABLE_MAIN && Covered(r.Prefix, private) && !Covered(r.Prefix, l.Networks) && !Covered(r.Prefix, enabled) {
-				routed := fmt.Sprintf("%v on %s, to which a route leads", r.Prefix, l.Name)
-				if !slices.Contains(all, routed) { // there may be several, of other metrics
-					all = append(all, routed)
-				}
+				routed = append(routed, r.Prefix)
 			}
+		}
+		for _, p := range unique(routed) { // there may be several routes, of other metrics
+			all = append(all, fmt.Sprintf("%v on %s, to which a route leads", p, l.Name))
 		}
 	}
 	return all
 }
+
+// NotProposed returns what PassedOver and, if nothing is enabled, LeftOut return.
+func (n Network) NotProposed() []string { return slices.Concat(n.PassedOver(), n.LeftOut(nil)) }
 
 // lanKinds are the kinds of link that a LAN can be behind. All others are tunnels, links of
 // containers and virtual machines, and the like.
