@@ -34,8 +34,8 @@ var (
 )
 
 // helped remembers between which hosts conntrack helpers of the user's work, and where the answers
-// go, from the first packet on. Such a helper drops a packet if an expectation of ours is where it wants its own,
-// and then nothing else shows the flow: it is not confirmed.
+// go, from the first packet on. Such a helper drops a packet if an expectation of ours is where it
+// wants its own, and then nothing else shows the flow: it is not confirmed.
 //
 // A rule of nft cannot see a flow's own helper ("ct helper" is that of its master), but the
 // status that all rules set which give one.
@@ -95,22 +95,18 @@ func (t *Tables) Helped(f func(opener, answerer netip.Addr, ext netip.AddrPort))
 	for _, family := range ipFamilies {
 		for _, set := range []string{helpedSet, helpedHostsSet} {
 			errs = append(errs, elements.List(t.netns, unix.NFPROTO_INET, t.name, set+family.name, func(b []byte) {
-				key := elements.Key(b)
-				next := func() (a netip.Addr) {
-					if len(key) >= family.size {
-						a, _ = netip.AddrFromSlice(key[:family.size])
-						key = key[family.size:]
-					}
-					return a
+				key, n := elements.Key(b), family.size
+				if len(key) < 2*n {
+					return
 				}
-				opener, answerer, answered := next(), next(), next()
+				opener, _ := netip.AddrFromSlice(key[:n])
+				answerer, _ := netip.AddrFromSlice(key[n : 2*n])
 				var ext netip.AddrPort
-				if len(key) >= 2 {
-					ext = netip.AddrPortFrom(answered, binary.BigEndian.Uint16(key))
+				if rest := key[2*n:]; len(rest) >= n+2 {
+					answered, _ := netip.AddrFromSlice(rest[:n])
+					ext = netip.AddrPortFrom(answered, binary.BigEndian.Uint16(rest[n:]))
 				}
-				if answerer.IsValid() {
-					f(opener, answerer, ext)
-				}
+				f(opener, answerer, ext)
 			}))
 		}
 	}
