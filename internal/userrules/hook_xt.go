@@ -136,8 +136,8 @@ func (c *child) xtHelper(info []byte) chance {
 	if c.has(expr.CtKeyHELPER) {
 		asked := helperName(info[name:])
 		match = certain(asked == "")
-		mayBe := nfnl.MayAnchor(asked) || slices.ContainsFunc(nfnl.KernelHelpers, func(name string) bool { return strings.HasPrefix(asked, name) })
-		if mayBe || c.state != expr.CtStateBitRELATED {
+		begins := func(name string) bool { return strings.HasPrefix(asked, name) }
+		if begins(nfnl.OwnHelper) || slices.ContainsFunc(nfnl.KernelHelpers, begins) || c.state != expr.CtStateBitRELATED {
 			match = maybe
 		}
 	}
