@@ -108,8 +108,9 @@ func (m *Model) seeHelped(now time.Duration, f *Flow) {
 }
 
 // SeeHelped tells the model of a flow on which a helper of the user's works, by who opened it, who
-// answers it, and where the answers go, zero for a flow of TCP. If that is an outside endpoint, other hosts may have permissions
-// for the same peer there: hosts share an outside port towards different ports of a peer.
+// answers it, and where the answers go, zero for a flow of TCP. If that is an outside endpoint, other
+// hosts may have permissions for the same peer there: hosts share an outside port towards different
+// ports of a peer.
 func (m *Model) SeeHelped(now time.Duration, opener, answerer Addr, ext Endpoint) {
 	if _, _, inside := m.policy.subnet(opener.Netip()); inside {
 		m.SeeHelper(now, opener, answerer)

@@ -143,7 +143,7 @@ type loop struct {
 	quiet          bool          // the kernel hides flows that can have no permission
 	network        gateway.Network
 	shown          []string             // links that flows show to be outside links, or may show, until network says so
-	judged         map[string]struct{}  // links that were in shown before flows were judged
+	judged         map[string]struct{}  // links by which flows left that the reconcile judged
 	topology       cone.Topology        // of network
 	mayStrand      func(cone.Addr) bool // children with this outside address may have the wrong one
 	ruleWarnings   warnings             // about the user's forwards

@@ -11,9 +11,9 @@ import (
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
-// forwards returns the outside endpoints that the user's rules forward, and warnings
-// about those rules that may keep peers away from hosts of the subnets. covered stays the same pointer as long as it covers the same. If
-// the rules cannot be read, the last reading holds.
+// forwards returns the outside endpoints that the user's rules forward, and warnings about those
+// rules that may keep peers away from hosts of the subnets. covered stays the same pointer as long
+// as it covers the same. If the rules cannot be read, the last reading holds.
 func (f *firewall) forwards(subnets []netip.Prefix, network gateway.Network) (covered *userrules.Covered, out warnings) {
 	outside := outsideLinks(network)
 	if len(outside) == 0 {

@@ -145,7 +145,7 @@ func (r *reconciler) readRules() (followed bool, err error) {
 		return misjudged, errors.Join(err, failed)
 	}
 	err = r.readForwards(cfg, r.network)
-	err = errors.Join(err, r.readCounters(cfg), r.redecide(cfg, r.network))
+	err = errors.Join(err, r.readTables(cfg), r.redecide(cfg, r.network))
 	followed, failed := r.follow(cfg, r.network)
 	return followed, errors.Join(err, failed)
 }

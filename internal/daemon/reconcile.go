@@ -216,7 +216,7 @@ func (r *reconciler) readGateway() (misjudged bool, err error) {
 	if !r.ask(func(l *loop) { r.firewall.passedBefore = l.engine.Model.PassedBySubnet() }) {
 		return false, errEnded
 	}
-	failed = errors.Join(failed, r.readCounters(cfg), r.redecide(cfg, network))
+	failed = errors.Join(failed, r.readTables(cfg), r.redecide(cfg, network))
 	topology := network.Topology().Compile()
 	hear, had := r.hearSelf(cfg), r.firewall.hadAddresses()
 	r.ask(func(l *loop) {

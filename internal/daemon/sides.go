@@ -159,8 +159,8 @@ func (l *loop) takeStrays() []cone.Flow {
 	return l.engine.Model.Strays()
 }
 
-// newStrayLinks returns the links of strays by which no stray left that was judged. All the others keep
-// the warning that they have: each change of the network lets strays be judged again.
+// newStrayLinks returns the links of strays that wait for their first judgement. A link that was judged
+// before keeps its warning meanwhile: each change of the network makes the reconcile judge again.
 func (l *loop) newStrayLinks() []string {
 	return slices.DeleteFunc(l.engine.Model.StrayLinks(), func(link string) bool { _, told := l.judged[link]; return told })
 }

@@ -102,8 +102,8 @@ func (l *loop) subnet(s config.Subnet) control.Subnet {
 	return c
 }
 
-// readCounters reads the counters of our tables, for the loop too.
-func (r *reconciler) readCounters(cfg config.Config) error {
+// readTables reads the counters of our tables, for the loop too.
+func (r *reconciler) readTables(cfg config.Config) error {
 	t, err := r.firewall.read(cfg)
 	unsure := r.firewall.unsure.warnings()
 	r.do(func(l *loop) { l.tables, l.unsureWarnings = t, unsure })
@@ -120,7 +120,7 @@ func (s *shared) readCounters() {
 		if !r.do(func(l *loop) { cfg = l.cfg }) {
 			return
 		}
-		r.failures.Note(requestReadCounters, 1, r.readCounters(cfg))
+		r.failures.Note(requestReadCounters, 1, r.readTables(cfg))
 		k, err := r.readConntrack()
 		r.failures.Note(requestLookAtConntrack, 1, err)
 		r.do(func(l *loop) {
