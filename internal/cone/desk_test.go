@@ -1,6 +1,7 @@
 package cone
 
 import (
+	"net/netip"
 	"slices"
 	"testing"
 	"time"
@@ -185,3 +186,5 @@ func (d *desk) wantOps(what string, got []OpKind, want ...OpKind) {
 		d.t.Errorf("%s: ops %v, want %v", what, got, want)
 	}
 }
+
+func ep(s string) Endpoint { return EndpointFrom(netip.MustParseAddrPort(s)) }

@@ -200,7 +200,6 @@ func (m *Model) claimOut(now time.Duration, f *Flow, p Permission, s Subnet) {
 		c.Mark = p.Mark // the mark of the newest flow
 		asks := c.isRevoked() && !known && (!m.snap.fromDump || m.begunSince(f, &p))
 		if asks {
-			m.wheel.remove(i)
 			m.setState(i, StateWaiting, ReasonConflict)
 			m.requeue(i)
 		}

@@ -15,24 +15,45 @@ func TestRefusedPermissionIsDeniedToAKernelThatLearns(t *testing.T) {
 	refuse := func(r Reason, standing bool) func(*desk) {
 		return func(d *desk) { d.m.Refused(1, d.view(in).Permission, r, standing) }
 	}
+	refuseAtOnce := func(r Reason) func(*desk) {
+		return func(d *desk) {
+			d.m.FlowSeen(1, d.translated(second, "203.0.113.5:9"))
+			d.m.Ops()
+			d.m.Refused(1, d.view(second).Permission, r, false)
+		}
+	}
+	// The peer alone keeps it, and a flow of another host has it granted again.
+	refuseAgain := func(r Reason) func(*desk) {
+		return func(d *desk) {
+			f := d.translated(in, "203.0.113.5:9")
+			f.ID = d.id - 1
+			d.m.FlowSeen(1, &Flow{
+				ID: 9, Status: StatusDstNAT | StatusSeenReply, Labelled: true,
+				Src: ep("203.0.113.5:10"), Dst: f.ReplyDst, ReplySrc: f.Src, ReplyDst: ep("203.0.113.5:10"),
+			})
+			d.gone(1, f)
+			refuse(r, false)(d)
+		}
+	}
 	another := func(d *desk) { d.open(1, second, "203.0.113.5:9") }
 	for name, tc := range map[string]struct {
 		limits Limits
 		act    func(d *desk)
 		want   []OpKind // without Deny where the kernel does not learn, but of what was revoked
 	}{
-		"local socket":          {Limits{}, refuse(ReasonLocalSocket, true), []OpKind{Revoke, Deny}},
-		"local socket at once":  {Limits{}, refuse(ReasonLocalSocket, false), []OpKind{Deny}},
-		"limit of the host":     {Limits{PerHost: 1}, another, []OpKind{Deny}},
-		"limit of the subnet":   {Limits{PerSubnet: 1}, another, []OpKind{Deny}},
-		"limit of all":          {Limits{Total: 1}, another, []OpKind{Deny}},
-		"revoked":               {Limits{}, func(d *desk) { d.m.Revoke(1, func(Permission) bool { return true }) }, []OpKind{Revoke, Deny}},
-		"kernel refused":        {Limits{}, refuse(ReasonKernel, false), nil},
-		"kernel refused, stood": {Limits{}, refuse(ReasonKernel, true), []OpKind{Revoke}},
-		"table full":            {Limits{}, refuse(ReasonTableFull, false), nil},
-		"taken":                 {Limits{}, refuse(ReasonTaken, false), nil},
-		"peers on the port":     {Limits{}, refuse(ReasonPeersOnPort, false), nil},
-		"stopped":               {Limits{}, func(d *desk) { d.m.RevokeAll() }, []OpKind{Revoke}},
+		"local socket":                {Limits{}, refuse(ReasonLocalSocket, true), []OpKind{Revoke, Deny}},
+		"local socket at once":        {Limits{}, refuseAtOnce(ReasonLocalSocket), []OpKind{Deny}},
+		"local socket, granted again": {Limits{}, refuseAgain(ReasonLocalSocket), []OpKind{Revoke}},
+		"limit of the host":           {Limits{PerHost: 1}, another, []OpKind{Deny}},
+		"limit of the subnet":         {Limits{PerSubnet: 1}, another, []OpKind{Deny}},
+		"limit of all":                {Limits{Total: 1}, another, []OpKind{Deny}},
+		"revoked":                     {Limits{}, func(d *desk) { d.m.Revoke(1, func(Permission) bool { return true }) }, []OpKind{Revoke, Deny}},
+		"kernel refused":              {Limits{}, refuseAtOnce(ReasonKernel), nil},
+		"kernel refused, stood":       {Limits{}, refuse(ReasonKernel, true), []OpKind{Revoke}},
+		"table full":                  {Limits{}, refuseAtOnce(ReasonTableFull), nil},
+		"taken":                       {Limits{}, refuseAtOnce(ReasonTaken), nil},
+		"peers on the port":           {Limits{}, refuseAtOnce(ReasonPeersOnPort), nil},
+		"stopped":                     {Limits{}, func(d *desk) { d.m.RevokeAll() }, []OpKind{Revoke}},
 		"not allowed any more": {Limits{}, func(d *desk) {
 			p := d.m.policy.Policy
 			p.Subnets = nil
@@ -188,6 +209,7 @@ func TestClaimantIsDeniedWhereTheKernelRefusedTheOwner(t *testing.T) {
 	d.open(0, "10.47.11.109:1", "203.0.113.5:9")
 	d.open(0, "10.47.11.110:1", "203.0.113.5:10")
 	d.m.Refused(1, d.view("10.47.11.109:1").Permission, ReasonTableFull, false)
+	d.wantOps("the owner, which stood", d.carry(), Revoke)
 	d.m.Revoke(1, func(p Permission) bool { return p.Int == ep("10.47.11.110:1") })
 	d.wantOps("the one that waits", d.carry(), Deny)
 }

@@ -230,7 +230,11 @@ func (m *Model) setState(i int32, s State, r Reason) {
 	*m.stateCount(s)++
 	c.state, c.reason = s, r
 	if s != StateStanding {
+		c.expiry = 0
 		m.setPlacement(i, placementOf(r))
+	}
+	if s == StateWaiting {
+		m.wheel.remove(i)
 	}
 	m.updateScopes(i)
 }
@@ -273,7 +277,7 @@ func (m *Model) grant(now time.Duration, i int32) {
 	}
 	m.setState(i, StateStanding, ReasonNone)
 	m.setPlacement(i, p)
-	c.made, c.expiry, c.confirmed, c.adopted = now, 0, false, false
+	c.made, c.confirmed, c.adopted = now, false, false
 	c.renewal = now + m.policy.Lifetime/2
 	if m.policy.Learned && m.snap.fromDump && !m.snap.first {
 		// The map may have learned it any time since the last snapshot, and a grant does not

@@ -270,11 +270,22 @@ func (m *Model) Refused(now time.Duration, p Permission, r Reason, standing bool
 	}
 	c := &m.claims[i]
 	expected := c.placed.By&ByExpectation != 0
-	if standing || c.superseded != 0 || c.confirmed && expected { // it still stands, maybe by another carrier
+	// A denial ends what the map has.
+	denied := m.policy.Learned && r.denies() && c.outFlows > 0
+	if standing || c.superseded != 0 || c.confirmed && (expected || !denied) { // it still stands, maybe by another carrier
 		standing = true
 		m.withdraw(i, r)
-	} else if c.MapTranslates && expected { // the former owner's may stand
-		m.op(Op{Kind: Revoke, Permission: c.Permission, By: ByExpectation, Reason: r})
+	} else { // the former owner's may stand
+		var left Carriers
+		if c.MapTranslates && expected {
+			left |= ByExpectation
+		}
+		if m.policy.Learned && c.outFlows == 0 { // else it is denied, or a retry replaces it
+			left |= ByMap
+		}
+		if left != 0 {
+			m.op(Op{Kind: Revoke, Permission: c.Permission, By: left, Reason: r})
+		}
 	}
 	m.refuse(now, i, r)
 	if !standing && m.policy.Learned && r.denies() {

@@ -114,6 +114,61 @@ func TestRevokeOfSharedPermissionGrantsNothing(t *testing.T) {
 	d.wantOps("all revoked", d.carry(), Revoke, Deny)
 }
 
+// A claim that waits is not renewed: another one has its Key.
+//
+// Fails when a claim keeps its timer, or the end that its flows were queried for, while it waits.
+func TestClaimThatWaitsHasNoTimer(t *testing.T) {
+	for name, passOver := range map[string]func(d *desk){
+		"refused after its flows were queried": func(d *desk) {
+			d.tick(lifetime)
+			d.m.Refused(lifetime+1, d.view(sharing1).Permission, ReasonTableFull, true)
+			d.tick(lifetime + testPolicy.Retry + 2*time.Second)
+		},
+		"refused for a forward that goes": func(d *desk) {
+			d.m.SetForwards(lifetime-5*time.Second, forwardsPort(1, Endpoint{}), true)
+			d.m.SetForwards(lifetime+1, nil, true)
+			d.carry()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDesk(t, nil)
+			owner := d.open(0, sharing1, "203.0.113.5:9")
+			sends := d.open(0, sharing2, "203.0.113.5:10")
+			d.seen(lifetime-1, sends)
+			passOver(d)
+			d.want(sharing2)
+			for now := lifetime + 2*testPolicy.Retry; now < 4*lifetime; now += lifetime / 8 {
+				d.seen(now, sends)
+				d.seen(now, owner)
+				d.ops = nil
+				d.tick(now)
+				for _, o := range d.ops {
+					if o.Int != ep(sharing2) {
+						t.Errorf("%v: %v for %v, which waits", now, o.Kind, o.Int)
+					}
+				}
+			}
+		})
+	}
+}
+
+// The map may have the permission of the one before, and no flow would be denied.
+func TestNothingIsLeftOfTheOwnerBeforeOneThatIsRefused(t *testing.T) {
+	d := newDesk(t, learned)
+	owner := d.open(0, sharing1, "203.0.113.5:9")
+	second := d.open(0, sharing2, "203.0.113.5:10")
+	d.m.FlowGone(1, owner)
+	d.m.Ops() // not carried out: a socket has the port now
+	next := d.view(sharing2)
+	if next.State != StateStanding {
+		t.Fatalf("the next one is %v", next.State)
+	}
+	d.m.FlowGone(1, second)
+	d.m.Refused(1, next.Permission, ReasonLocalSocket, false)
+	d.carry()
+	d.want()
+}
+
 func (r *refModel) isOver(now time.Duration, c *refClaim) bool {
 	return now >= c.refreshed+r.policy.Lifetime
 }
@@ -132,4 +187,12 @@ func (r *refModel) passOver(now time.Duration, c *refClaim) {
 	}
 	c.state, c.reason = StateRefused, ReasonIdle
 	r.asked = append(r.asked, c)
+}
+
+// leaveOut forgets f, a new child that is dropped at once, if a forward covers its port.
+func (r *refModel) leaveOut(now time.Duration, f *Flow) {
+	_, p := r.classify(f)
+	if c := r.find(p.Key, p.Int); c != nil && r.barred(now, c) {
+		c.flows = slices.DeleteFunc(c.flows, func(fl *refFlow) bool { return fl.child && fl.id == f.ID })
+	}
 }

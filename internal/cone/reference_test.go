@@ -492,5 +492,3 @@ func (r *refModel) standing() map[Key]Endpoint {
 	}
 	return out
 }
-
-func ep(s string) Endpoint { return EndpointFrom(netip.MustParseAddrPort(s)) }

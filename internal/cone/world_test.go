@@ -108,7 +108,9 @@ func (w *world) apply() {
 				w.denied[o.Key] = w.now + 2*testPolicy.Retry
 			case Revoke:
 				ofAnybody := o.By == ByExpectation && o.MapTranslates
-				if stands && owner != o.Int && !w.taught[o.Key] && !ofAnybody {
+				i := w.m.find(o.Key, owner)
+				former := w.ref.policy.Learned && o.By == ByMap && (i == none || w.m.claims[i].state != StateStanding)
+				if stands && owner != o.Int && !w.taught[o.Key] && !ofAnybody && !former {
 					w.failf("revoke of %v for %v hits %v", o.Key, o.Int, owner)
 				}
 				w.fall(o.Key, o.By)
@@ -121,6 +123,9 @@ func (w *world) apply() {
 					if f.ID == o.ID && !f.Status.Has(StatusSeenReply) {
 						if f.ReplySrc != o.Int || f.Src.Addr == stranger.Addr || w.policy.Labels && !f.Labelled && !f.Status.Has(StatusExpected) {
 							w.failf("a flow of the user's forward is dropped")
+						}
+						if !w.holds(&o) { // it may be older than its forward
+							w.ref.leaveOut(w.now, f)
 						}
 						w.gone(i)
 						break
@@ -172,6 +177,16 @@ func (w *world) check() {
 	if s.Expected != expected || s.Mapped != mapped {
 		w.failf("%d are expected, %d in the map; Stats say %d, %d", expected, mapped, s.Expected, s.Mapped)
 	}
+}
+
+// holds reports whether the model holds the child that o drops.
+func (w *world) holds(o *Op) bool {
+	i := w.m.find(o.Key, o.Int)
+	if i == none {
+		return false
+	}
+	n, ok := w.m.flows.byKey.find(w.m.flowKey(i, o.From, true))
+	return ok && w.m.flows.all[n].id == o.ID
 }
 
 // permits reports whether the kernel lets a peer in.
