@@ -2,20 +2,14 @@ package daemon
 
 import (
 	"cmp"
-	"context"
-	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
-	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/control"
-	"github.com/conenatd/conenatd/internal/flows"
-	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
@@ -67,28 +61,6 @@ const (
 	ofStranger    flowKind = "NEW"                     // neither; only where the gateway routes
 )
 
-// A packetCase is all that decides what becomes of a packet from peer, whose port is 0 for
-// any port that has no flow yet, to the outside endpoint ext.
-type packetCase struct {
-	peer, ext netip.AddrPort
-	owned     bool // packets to ext are for the gateway
-	routed    bool // packets to ext are for a host, and nobody translates them
-	inside    bool // the peer is in an enabled subnet
-	flow      *cone.Flow
-	unseen    time.Duration         // how long ago a flow may have begun that the daemon does not know
-	local     func(netip.Addr) bool // is an address of the gateway
-	// acceptLocal says that such an address may be a source of packets from outside.
-	acceptLocal bool
-	claims      []control.Permission  // on ext for peer
-	others      []control.Permission  // on ext for other peers
-	forward     *userrules.Forward    // the first rule that may lead the packet elsewhere
-	served      bool                  // a socket of the gateway gets what comes to ext
-	diverted    []userrules.Diversion // what rules of the user's take from inside hosts
-	most        func(control.Permission) int
-	// firewall says what the user's chains do with packets to a host.
-	firewall func(host netip.Addr, kind flowKind) (a userrules.Answer, dropper string)
-}
-
 // Explain says what becomes of a packet that comes from peer by an outside link (port 0: from
 // any port that has no flow yet) to the outside endpoint ext, and why (control.Source).
 func (s source) Explain(peer, ext netip.AddrPort) (control.Explanation, error) {
@@ -110,145 +82,6 @@ func (s source) Explain(peer, ext netip.AddrPort) (control.Explanation, error) {
 		return control.Explanation{}, err
 	}
 	return c.explain(), nil
-}
-
-// gather reads what decides about the packet.
-func (s source) gather(c *packetCase) error {
-	var cfg config.Config
-	var failed error
-	decisions := map[netip.Prefix]decision{}
-	var network gateway.Network
-	ok := s.do(func(l *loop) {
-		cfg, network, c.acceptLocal = l.cfg, l.network, l.acceptsLocal()
-		maps.Copy(decisions, l.decisions)
-		peer, ext := cone.EndpointFrom(c.peer), cone.EndpointFrom(c.ext)
-		if l.engine.Model.Lean() {
-			c.unseen = l.unseen()
-		}
-		for _, zone := range c.zones() {
-			f, found, err := l.queries.Get(peer, ext, zone)
-			if failed = errors.Join(failed, err); found {
-				c.flow = &f
-				break
-			}
-		}
-		var err error
-		c.served, err = l.sockets.Serves(ext, peer.Addr)
-		failed = errors.Join(failed, err)
-	})
-	if !ok {
-		return errEnded
-	}
-	if failed != nil {
-		return fmt.Errorf("look up flow and socket: %w", failed)
-	}
-	inside, err := c.look(cfg, network)
-	if err != nil {
-		return err
-	}
-	rs, err := s.rules()
-	if err != nil {
-		c.firewall = func(netip.Addr, flowKind) (userrules.Answer, string) { return userrules.Unknown, "" }
-		c.forward = &userrules.Forward{Unknown: true, Text: fmt.Sprintf("your rules cannot be read: %v", err)}
-		return nil
-	}
-	outside := arrivingBy(network)
-	if len(outside) > 0 {
-		c.forward = forwardOf(rs.Forwards(outside), c.peer.Addr(), c.ext)
-	}
-	if c.forward == nil && rs.ForwardsMayBeHidden() {
-		c.forward = &userrules.Forward{Unknown: true, Text: "only root and its group may read the rules of iptables-legacy"}
-	}
-	var d userrules.Diverter
-	c.diverted, _ = d.Diversions(rs, sidesOf(cfg, network))
-	c.firewall = func(host netip.Addr, kind flowKind) (userrules.Answer, string) {
-		switch to, by := c.ext, inside; kind {
-		case ofForward:
-			to = c.forwardsTo()
-			if links, err := network.LinksTo(0, []netip.Prefix{netip.PrefixFrom(host, host.BitLen())}); err == nil {
-				by = flows.LinkOf(links[0])
-			}
-			fallthrough
-		case ofStranger:
-			if a, dropper, err := rs.Stranger(outside, by, c.peer, c.ext, to); err == nil {
-				return a, dropper.Chain
-			}
-			return userrules.Unknown, ""
-		}
-		related := kind == ofExpectation
-		for subnet, x := range decisions {
-			if subnet.Contains(host) {
-				return passes(rs, outside, network, x, host, related)
-			}
-		}
-		return passes(rs, outside, network, decision{}, host, related)
-	}
-	return nil
-}
-
-// zones returns the conntrack zones in which there may be a flow between the endpoints: those of
-// permissions on the outside endpoint, and zone 0.
-func (c *packetCase) zones() (all []uint16) {
-	if c.peer.Port() == 0 {
-		return nil
-	}
-	for _, p := range slices.Concat(c.claims, c.others, []control.Permission{{}}) {
-		if !slices.Contains(all, p.Zone) {
-			all = append(all, p.Zone)
-		}
-	}
-	return all
-}
-
-// look takes in what configuration and network say of the addresses. inside is the link that
-// leads to the outside endpoint, if it is a host; without a name if that is not known.
-func (c *packetCase) look(cfg config.Config, network gateway.Network) (inside userrules.Link, err error) {
-	own := network.Topology().Local
-	c.local = func(a netip.Addr) bool { return slices.Contains(own, a) }
-	c.owned = c.local(c.ext.Addr()) || network.Owned()(cone.AddrFrom(c.ext.Addr()))
-	for _, s := range cfg.Subnets {
-		c.inside = c.inside || s.Prefix.Contains(c.peer.Addr())
-		c.routed = c.routed || s.Prefix.Contains(c.ext.Addr()) && s.Routed
-	}
-	c.most = func(p control.Permission) int { // 0 for no limit
-		if p.Peers.IsValid() {
-			return cone.GroupChildren * cfg.MaxChildren
-		}
-		return cfg.MaxChildren
-	}
-	if c.owned {
-		return inside, nil
-	}
-	to, err := network.LinksTo(0, []netip.Prefix{netip.PrefixFrom(c.ext.Addr(), c.ext.Addr().BitLen())})
-	if err != nil {
-		return inside, err
-	}
-	// Subnets that are not enabled have routes as well.
-	c.routed = c.routed || to[0].Name != "" && to[0].Outside == 0
-	return flows.LinkOf(to[0]), nil
-}
-
-// rulesTime is how long to wait for a reconcile that is busy.
-const rulesTime = 10 * time.Second
-
-// rules returns the user's rules as read last. The reconcile owns them; a Ruleset is not
-// changed once read.
-func (s *shared) rules() (rs *userrules.Ruleset, err error) {
-	done := make(chan struct{})
-	wait, cancel := context.WithTimeout(context.Background(), rulesTime)
-	defer cancel()
-	select {
-	case s.looks <- func(r *reconciler) { rs, err = r.firewall.user, r.firewall.unread; close(done) }:
-		<-done
-	case <-s.ended:
-		err = errEnded
-	case <-wait.Done():
-		err = errors.New("the daemon is too busy")
-	}
-	if err == nil && rs == nil {
-		err = errors.New("not read yet")
-	}
-	return rs, err
 }
 
 // explain goes through the kernel's checks, in their order.
@@ -321,22 +154,15 @@ func (c *packetCase) begin(say teller) (to netip.AddrPort, v verdict) {
 		}
 		return &c.claims[i]
 	}
-	if p := by(cone.ByExpectation); p != nil {
-		say(stepExpectation, resultMatches, "a permission of %v for %s stands as an expectation", p.Int, peersOf(p))
-		if n := c.most(*p); c.full(p) {
-			say(stepChildren, resultDrops, "the peer has %s, and max_children allows %d", control.Several(p.Children, "flow"), n)
-			return to, verdictLost
-		}
-		c.sayChildren(say, p)
-		if c.diverts(p, say) {
-			return to, verdictLost
-		}
-		if c.local(p.Int.Addr()) {
-			return p.Int, verdictGateway // the forward hook does not see it
-		}
-		return c.filter(say, p.Int, ofExpectation)
+	switch p := by(cone.ByExpectation); {
+	case p == nil:
+		say(stepExpectation, resultNone, "no permission for this peer stands as an expectation")
+	case p == by(cone.ByMap) && c.forward == nil:
+		say(stepExpectation, resultPasses, "an expectation of the permission of %v for %s makes it RELATED, and the map says where it goes", p.Int, peersOf(p))
+		c.related = true
+	default:
+		return c.byExpectation(say, p)
 	}
-	say(stepExpectation, resultNone, "no permission for this peer stands as an expectation")
 	switch r := c.forward; {
 	case r == nil:
 		say(stepForward, resultNone, "no rule of yours forwards it")
@@ -373,6 +199,23 @@ func (c *packetCase) begin(say teller) (to netip.AddrPort, v verdict) {
 	return to, verdictLost
 }
 
+// byExpectation goes on with a packet that an expectation translates.
+func (c *packetCase) byExpectation(say teller, p *control.Permission) (to netip.AddrPort, v verdict) {
+	say(stepExpectation, resultMatches, "a permission of %v for %s stands as an expectation", p.Int, peersOf(p))
+	if n := c.most(*p); c.full(p) {
+		say(stepChildren, resultDrops, "the peer has %s, and max_children allows %d", control.Several(p.Children, "flow"), n)
+		return to, verdictLost
+	}
+	c.sayChildren(say, p)
+	if c.diverts(p, say) {
+		return to, verdictLost
+	}
+	if c.local(p.Int.Addr()) {
+		return p.Int, verdictGateway // the forward hook does not see it
+	}
+	return c.filter(say, p.Int, ofExpectation)
+}
+
 // byMap goes on with a packet that a permission in the map admits, unless a rule of the user's
 // forwards it.
 func (c *packetCase) byMap(say teller, p *control.Permission) (to netip.AddrPort, v verdict) {
@@ -392,7 +235,11 @@ func (c *packetCase) byMap(say teller, p *control.Permission) (to netip.AddrPort
 		}
 		return to, verdictLost
 	}
-	if to, v = c.filter(say, p.Int, ofMap); c.forward != nil && c.forwardsTo() != p.Int {
+	kind := ofMap
+	if c.related {
+		kind = ofExpectation
+	}
+	if to, v = c.filter(say, p.Int, kind); c.forward != nil && c.forwardsTo() != p.Int {
 		return netip.AddrPort{}, verdictUnknown
 	}
 	return to, v

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -52,5 +53,32 @@ func TestNoPacketComesFromAMartian(t *testing.T) {
 		if last := x.Steps[len(x.Steps)-1]; x.Verdict != string(want) || want == verdictLost && last.ID != string(stepAddress) {
 			t.Errorf("%s: %s by %+v, want %s", peer, x.Verdict, last, want)
 		}
+	}
+}
+
+// Fails when an explanation says that an expectation beside the map leads the packet.
+func TestMapLeadsBesideAnExpectation(t *testing.T) {
+	p := control.Permission{
+		Int: netip.MustParseAddrPort("10.47.11.109:5060"), Ext: netip.MustParseAddrPort("198.51.100.1:5060"),
+		Peer: netip.MustParseAddr("203.0.113.5"), State: cone.StateStanding.String(), Backend: cone.AllCarriers.String(),
+	}
+	c := packetCase{
+		peer: netip.AddrPortFrom(p.Peer, 0), ext: p.Ext, owned: true, local: func(netip.Addr) bool { return false },
+		claims: []control.Permission{p}, most: func(control.Permission) int { return 16 },
+		firewall: func(_ netip.Addr, kind flowKind) (userrules.Answer, string) {
+			if kind == ofExpectation {
+				return userrules.Accepted, ""
+			}
+			return userrules.Dropped, ""
+		},
+	}
+	x := c.explain()
+	var steps []string
+	for _, s := range x.Steps {
+		steps = append(steps, s.ID+" "+s.Result)
+	}
+	want := []string{"address passes", "flow none", "expectation passes", "forward none", "socket none", "map matches", "children passes", "firewall passes"}
+	if !slices.Equal(steps, want) || x.To != p.Int {
+		t.Errorf("%v to %v, want %v", steps, x.To, want)
 	}
 }
