@@ -116,6 +116,18 @@ func TestListIsFiltered(t *testing.T) {
 			t.Errorf("%q: %s", args, out)
 		}
 	}
+	for args, want := range map[string]string{
+		"--host 10.47.12.9":                    "10.47.12.9 is in no enabled subnet (10.47.11.0/24): enable its network",
+		"--subnet 10.47.12.0/24":               "10.47.12.0/24 is in no enabled subnet",
+		"--host 10.47.11.77":                   "",
+		"--host 10.47.11.77 --state refused":   "",
+		"--subnet 10.0.0.0/8 --peer 192.0.2.1": "",
+	} {
+		out, code := s.CLI(append([]string{"list"}, strings.Fields(args)...)...)
+		if said := strings.Contains(out, "is in no"); code != 0 || said != (want != "") || !strings.Contains(out, want) {
+			t.Errorf("%s: exit %d, %s", args, code, out)
+		}
+	}
 	for args, want := range map[string]string{"--csv --json": "--csv: expected without --json", "--state up": `state "up"`, "--host x": `host "x"`} {
 		if out, code := s.CLI(append([]string{"list"}, strings.Fields(args)...)...); code != 78 || !strings.Contains(out, want) {
 			t.Errorf("%s: exit %d, %s", args, code, out)

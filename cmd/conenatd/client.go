@@ -179,11 +179,15 @@ func listCommand() *cobra.Command {
 			w := control.NewCSVWriter(c.OutOrStdout())
 			return errors.Join(each(w.Write), w.Close())
 		}
-		w := control.NewTableWriter(c.OutOrStdout(), time.Now())
-		if err := each(w.Write); err != nil {
-			return err
+		w, empty := control.NewTableWriter(c.OutOrStdout(), time.Now()), true
+		err := each(func(p control.Permission) error {
+			empty = false
+			return w.Write(p)
+		})
+		if err = errors.Join(err, w.Close()); err == nil && empty {
+			err = noteUnserved(c, client, &filter)
 		}
-		return w.Close()
+		return err
 	})
 	c.Long = `List the permissions: who may send to whom, and why a permission is inactive. With
 several of the flags --host, --peer, --subnet and --state, list those that match
@@ -195,6 +199,15 @@ through sort.`
 	filterFlags(fs, &filter)
 	stateFlag(c, &filter)
 	return c
+}
+
+// noteUnserved says why the list of what filter selects is empty, if that is no enabled subnet.
+func noteUnserved(c *cobra.Command, client *control.Client, filter *control.Filter) error {
+	st, err := client.Status(c.Context())
+	if text := filter.Unserved(st.Subnets); err == nil && text != "" {
+		fmt.Fprintln(c.ErrOrStderr(), text)
+	}
+	return err
 }
 
 // filterFlags adds the flags of a filter, except the state.

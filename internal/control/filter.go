@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -35,6 +37,27 @@ func (f *Filter) SetSubnet(text string) (err error) {
 	}
 	f.Subnet, err = parseAddrs("subnet", text, "")
 	return err
+}
+
+// Unserved says of a host or a subnet that f selects that it is in none of the enabled subnets, so
+// that it has no permission. Otherwise it returns "".
+func (f *Filter) Unserved(enabled []Subnet) string {
+	for _, p := range []netip.Prefix{f.Host, f.Subnet} {
+		served := func(s Subnet) bool { return s.Prefix.Overlaps(p) }
+		if !p.IsValid() || slices.ContainsFunc(enabled, served) {
+			continue
+		}
+		var prefixes []netip.Prefix
+		for _, s := range enabled {
+			prefixes = append(prefixes, s.Prefix)
+		}
+		text := strings.TrimSuffix(p.String(), fmt.Sprintf("/%d", p.Addr().BitLen())) + " is in no enabled subnet"
+		if len(prefixes) > 0 {
+			text += fmt.Sprintf(" (%s)", Joined(prefixes, ", "))
+		}
+		return text + ": enable its network in a [[subnet]] of the configuration"
+	}
+	return ""
 }
 
 // SetState selects the permissions in a state.
