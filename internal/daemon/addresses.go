@@ -11,6 +11,7 @@ import (
 	"github.com/conenatd/conenatd/internal/config"
 	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
+	"github.com/conenatd/conenatd/internal/mapping"
 	"github.com/conenatd/conenatd/internal/rules/elements"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
@@ -23,7 +24,8 @@ import (
 // theirs. It returns notes for the log.
 func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (notes []string, err error) {
 	var kernel *elements.Mappings // nil without mappings
-	if c := f.mappingConfig(cfg); c != nil && f.maps() {
+	c := f.mappingConfig(cfg)
+	if c != nil && f.maps() {
 		kernel = f.tables.NewMappings(c)
 	}
 	rules := sync.OnceValues(f.fixedByRules) // it asks all rules, and few calls need it
@@ -62,7 +64,11 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 		f.known[a] = struct{}{}
 	}
 	if kernel != nil {
-		errs = append(errs, f.noteMasqueraded(kernel, mayBeFixed))
+		given := f.given(c, network)
+		errs = append(errs, f.noteMasqueraded(kernel, func(a netip.Addr) bool {
+			_, unknown := rules()
+			return mayBeFixed(a) && (unknown || given == nil || given.Named(a))
+		}), f.endNamed(kernel, given, now))
 	}
 	if len(gone) == 0 {
 		return nil, errors.Join(errs...)
@@ -82,6 +88,26 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 	return notes, errors.Join(errs...)
 }
 
+// endNamed ends mappings on lost addresses that a rule names, but not for the mapping's host. now are
+// the addresses that links have.
+func (f *firewall) endNamed(kernel *elements.Mappings, given *mapping.Given, now []netip.Addr) error {
+	var lost []netip.Addr
+	for a := range f.known {
+		if !slices.Contains(now, a) {
+			lost = append(lost, a)
+		}
+	}
+	slices.SortFunc(lost, netip.Addr.Compare)
+	if given == nil || slices.Equal(lost, f.lost) {
+		return nil
+	}
+	if err := given.EndFormer(kernel); err != nil {
+		return err
+	}
+	f.lost = lost
+	return nil
+}
+
 // hadAddresses returns the addresses that links have, or had.
 func (f *firewall) hadAddresses() map[cone.Addr]struct{} {
 	had := make(map[cone.Addr]struct{}, len(f.known))
@@ -92,7 +118,7 @@ func (f *firewall) hadAddresses() map[cone.Addr]struct{} {
 }
 
 // noteMasqueraded tells the kernel which addresses are lost if no link has them, for the time
-// when no daemon runs: those that no rule names. A mapping must not go on to them, but must to
+// when no daemon runs: those that no rule names for a host with a mapping. A mapping must not go on to them, but must to
 // others, as to those in a VRF, which the kernel would not find: fib asks the table local alone.
 func (f *firewall) noteMasqueraded(kernel *elements.Mappings, mayBeFixed func(netip.Addr) bool) error {
 	var lost []netip.Addr

@@ -6,6 +6,7 @@ import (
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/flows"
 	"github.com/conenatd/conenatd/internal/gateway"
 	"github.com/conenatd/conenatd/internal/mapping"
 	"github.com/conenatd/conenatd/internal/rules"
@@ -79,14 +80,14 @@ func (f *firewall) newMapper(cfg config.Config, network gateway.Network, served 
 	}, before, func(a cone.Addr) { f.mappedAddrs[a] = struct{}{} })
 }
 
-// given tells which outside addresses rules may give hosts with mappings. It is nil if the rules are
-// not known, or while there is no outside link.
+// given tells which outside addresses rules may give hosts with mappings. It is nil if there are no such
+// hosts or the rules are not known, and while there is no outside link.
 func (f *firewall) given(c *rules.MappingConfig, network gateway.Network) *mapping.Given {
 	links := network.OutsideLinks4()
-	if len(links) == 0 || f.sources == nil || f.user == nil || f.user.SourcesMayBeHidden() {
+	if c == nil || len(links) == 0 || f.sources == nil || f.user == nil || f.user.SourcesMayBeHidden() {
 		return nil
 	}
-	return mapping.NewGiven(f.sources, f.ownAddrs, links, c.Subnets)
+	return mapping.NewGiven(f.sources, f.ownAddrs, links, c.Subnets, flows.NewSources(network, f.hadAddresses()).Lost)
 }
 
 // outsideAddrs returns the names of outside links, by their addresses. A link that only

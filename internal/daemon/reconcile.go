@@ -336,11 +336,6 @@ func (r *reconciler) readFlows(q *ctwatch.Queries) error {
 	}
 	r.ask(func(l *loop) { l.engine.Model.EndSnapshot(r.now()) })
 	r.firewall.dumped = true
-	if stranded != nil {
-		err := r.endStranded(stranded, q)
-		r.failures.Note(requestLookAtRoutes, 1, err)
-		r.rerouted.strands = err != nil
-	}
 	if m != nil {
 		err = r.keep(m, q)
 		r.ask(func(l *loop) {
@@ -348,6 +343,11 @@ func (r *reconciler) readFlows(q *ctwatch.Queries) error {
 		})
 	} else {
 		r.ask(func(l *loop) { l.applied = mapping.Applied{} })
+	}
+	if stranded != nil { // mappings that would give flows the wrong address again have ended
+		failed := r.endStranded(stranded, q)
+		r.failures.Note(requestLookAtRoutes, 1, failed)
+		r.rerouted.strands = failed != nil
 	}
 	return err
 }

@@ -19,6 +19,7 @@ func (r *reconciler) strands(cfg config.Config, network gateway.Network) *flows.
 	}
 	return &flows.Strands{
 		Rules: f.user, Routes: f.router(cfg, network), Fixed: f.fixedFlows(cfg), Shares: r.rerouted.shared, Had: f.hadAddresses(),
+		Former:      f.given(f.mappingConfig(cfg), network).Former,
 		Permissions: r.permissions,
 		Rerouted: func(has func(cone.Permission) bool) {
 			r.ask(func(l *loop) { l.engine.Model.SetRerouted(r.now(), has) })
@@ -57,7 +58,7 @@ func (r *reconciler) endStranded(s *flows.Strands, q *ctwatch.Queries) error {
 	var err error
 	took := budget.ThreadTime(func() { n, err = s.End(q, r.rerouted.stale) })
 	r.rerouted.next = r.now() + rerouteShare*took
-	r.noted.Note(slog.LevelInfo, "stranded", "hosts answered children by another link than the one of their address; they ended", uint64(n))
+	r.noted.Note(slog.LevelInfo, "stranded", "children and flows with mappings had an outside address that their hosts' packets no longer get; they ended", uint64(n))
 	return err
 }
 

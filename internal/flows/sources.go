@@ -120,13 +120,20 @@ func (s *Sources) gives(rs *userrules.Ruleset, l gateway.Link, f *brokenFlow) bo
 	return !slices.ContainsFunc(n.Addrs, func(r userrules.AddrRange) bool { return r.Has(f.source()) })
 }
 
-// Another reports whether an address is on a link that is not the only outside one of its family,
-// or is one that a link had and no link has now.
-func (s *Sources) Another(a cone.Addr) bool {
+// Lost reports whether a link had an address, and the gateway has it no more.
+func (s *Sources) Lost(a cone.Addr) bool {
+	_, had := s.had[a]
 	_, own := s.own[a]
-	if _, had := s.had[a]; had && !own {
-		return !s.owned(a)
+	return had && !own && !s.owned(a)
+}
+
+// Another reports whether an address is on a link that is not the only outside one of its family,
+// or is lost.
+func (s *Sources) Another(a cone.Addr) bool {
+	if s.Lost(a) {
+		return true
 	}
+	_, own := s.own[a]
 	only := s.only[gateway.FamilyOf(a.Netip())]
 	return own && (only == 0 || !slices.ContainsFunc(s.byLink[only], func(o ownAddr) bool { return o.addr == a.Netip() }))
 }

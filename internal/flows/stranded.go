@@ -16,7 +16,7 @@ import (
 // mostSuspects bounds the children and the permissions that one look asks routes about.
 const mostSuspects = 1 << 14
 
-// Strands are the children and permissions that may have a wrong address: packets of their hosts
+// Strands are the children, flows with mappings and permissions that may have a wrong address: packets of their hosts
 // leave by another link now, and the rules would surely give them another address there. While
 // a route has several next hops, which lead each flow by a link of its own, only an address whose
 // link does not run is wrong.
@@ -26,26 +26,33 @@ type Strands struct {
 	Fixed  *Fixed
 	Shares bool                   // a route to outside links has several next hops
 	Had    map[cone.Addr]struct{} // addresses that links have, or had
+	// Former reports whether a host has no mapping on an address that is lost, so that the rules
+	// alone tell what its packets get.
+	Former func(host, addr cone.Addr) bool
 	// Permissions shows all permissions. It returns an error if it could not.
 	Permissions func(see func(cone.View)) error
 	// Rerouted notes the permissions that are stale from now on, for which has returns true.
 	Rerouted func(has func(cone.Permission) bool)
 
 	sources  *Sources
-	children []*sentFlow                  // as their hosts send them
+	noted    []*sentFlow                  // children and flows with mappings, as their hosts send them
 	suspects map[cone.Endpoint][]*suspect // by inside endpoint
 	n        int                          // suspects
 }
 
-// End ends the children with a wrong address among the flows that See saw, and returns how many.
+// End ends the flows with a wrong address among those that See noted, and returns how many.
 // Before that it ends the permissions that would admit them again, if all that their hosts send by
 // these is wrong, and adds them to stale.
 func (s *Strands) End(q *ctwatch.Queries, stale Stale) (ended int, err error) {
 	s.endPermissions(stale, true)
 	var wrong []cone.Flow
-	for _, c := range s.children {
-		if s.wrong(c) {
+	for _, c := range s.noted {
+		switch {
+		case !s.wrong(c):
+		case c.child:
 			wrong = append(wrong, c.Turned())
+		default:
+			wrong = append(wrong, c.Flow)
 		}
 	}
 	err = Delete(q, wrong)
@@ -77,7 +84,7 @@ type suspect struct {
 // A sentFlow is a flow as its host sends it.
 type sentFlow struct {
 	cone.Flow
-	judged, broken bool
+	child, judged, broken bool
 }
 
 // wrong reports whether the rules would surely give the host's packet another address on the
@@ -141,8 +148,9 @@ func (s *Strands) Begin(network gateway.Network) error {
 	})
 }
 
-// See notes children whose address is on another link than the only outside one, or gone, and what
-// hosts send with the permissions that Begin noted. It copies what it keeps.
+// See notes children whose address is on another link than the only outside one, or gone, flows whose
+// mapping ended because its address is gone, and what hosts send with the permissions that Begin
+// noted. It copies what it keeps.
 func (s *Strands) See(f *cone.Flow) {
 	sent, child := *f, f.IsChild()
 	switch {
@@ -151,13 +159,14 @@ func (s *Strands) See(f *cone.Flow) {
 	case !f.Status.Has(cone.StatusSrcNAT) || f.Status.Has(cone.StatusDstNAT):
 		return
 	}
-	wanted := child && s.sources.Another(sent.ReplyDst.Addr) && len(s.children) < mostSuspects
+	wanted := len(s.noted) < mostSuspects && (child && s.sources.Another(sent.ReplyDst.Addr) ||
+		!child && s.Fixed.mapped.Holds(sent.Src.Addr) && s.Former(sent.Src.Addr, sent.ReplyDst.Addr))
 	if !wanted && len(s.suspects[sent.Src]) == 0 || !s.Fixed.translated.Holds(sent.Src.Addr) {
 		return
 	}
-	noted := &sentFlow{Flow: sent}
+	noted := &sentFlow{Flow: sent, child: child}
 	if wanted {
-		s.children = append(s.children, noted)
+		s.noted = append(s.noted, noted)
 	}
 	for _, x := range s.suspects[sent.Src] {
 		switch {

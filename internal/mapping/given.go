@@ -5,6 +5,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/rules/elements"
@@ -18,7 +19,8 @@ type Given struct {
 	own     map[string]netip.Addr // what a masquerade gives, by link
 	links   []string              // the outside links
 	subnets []netip.Prefix        // with mappings
-	known   map[asked]bool        // answers of may
+	lost    func(cone.Addr) bool
+	known   map[asked]bool // answers of may
 }
 
 // asked is a question that may answers.
@@ -28,9 +30,12 @@ type asked struct {
 }
 
 // NewGiven returns what rules give the hosts of subnets on the outside links. own is what a
-// masquerade gives, by link.
-func NewGiven(rules []userrules.SourceNAT, own map[string]netip.Addr, links []string, subnets []netip.Prefix) *Given {
-	return &Given{rules, own, links, subnets, make(map[asked]bool)}
+// masquerade gives, by link. lost reports whether the gateway lost an address: a host may get it only
+// where a rule names it for what the host sends to most destinations.
+func NewGiven(
+	rules []userrules.SourceNAT, own map[string]netip.Addr, links []string, subnets []netip.Prefix, lost func(cone.Addr) bool,
+) *Given {
+	return &Given{rules, own, links, subnets, lost, make(map[asked]bool)}
 }
 
 // may reports whether a host may get an outside address on a link, and mayBy whether it may on
@@ -42,7 +47,7 @@ func (g *Given) may(link string, host, addr cone.Addr) bool {
 	q := asked{link, host, addr}
 	may, ok := g.known[q]
 	if !ok {
-		may = userrules.MayGiveAddr(g.rules, link, []netip.Prefix{netip.PrefixFrom(host.Netip(), 32)}, addr.Netip(), g.own[link])
+		may = g.mayGive(link, []netip.Prefix{netip.PrefixFrom(host.Netip(), 32)}, addr)
 		g.known[q] = may
 	}
 	return may
@@ -54,7 +59,31 @@ func (g *Given) mayBy(host, addr cone.Addr) bool {
 
 // toSomebody reports whether some host may get an outside address on a link.
 func (g *Given) toSomebody(link string, addr cone.Addr) bool {
-	return userrules.MayGiveAddr(g.rules, link, g.subnets, addr.Netip(), g.own[link])
+	return g.mayGive(link, g.subnets, addr)
+}
+
+func (g *Given) mayGive(link string, hosts []netip.Prefix, addr cone.Addr) bool {
+	if g.lost(addr) {
+		return userrules.MayName(g.rules, hosts, addr.Netip())
+	}
+	return userrules.MayGiveAddr(g.rules, link, hosts, addr.Netip(), g.own[link])
+}
+
+// Named reports whether a rule may name an address for some host with mappings, so that it is not
+// lost for all of them if no link has it.
+func (g *Given) Named(addr netip.Addr) bool { return userrules.MayName(g.rules, g.subnets, addr) }
+
+// Former reports whether an address is lost, and a host's mapping on it ends therefore. It returns
+// false if g is nil.
+func (g *Given) Former(host, addr cone.Addr) bool {
+	return g != nil && g.lost(addr) && !g.mayBy(host, addr)
+}
+
+// EndFormer ends the mappings whose hosts the rules no longer give their outside address.
+func (g *Given) EndFormer(kernel *elements.Mappings) error {
+	m := newMapper(View{Kernel: kernel, Given: g})
+	err := kernel.List(func(x elements.Mapping, _ time.Duration) { m.stray(x) })
+	return errors.Join(err, m.leave())
 }
 
 // stray notes a mapping whose host may no longer get its outside address: a rule gives it another

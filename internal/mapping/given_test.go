@@ -34,7 +34,7 @@ func TestMappingsOfOlderFlowsStay(t *testing.T) {
 				Links: map[cone.Addr]string{out: "wan1"}, Owned: func(a cone.Addr) bool { return a == out },
 				Inside: func(cone.Addr) bool { return true }, Outdated: func(elements.Mapping) bool { return false },
 				Routes: flows.NewRouter(gateway.Network{}, nil), // which knows no link
-				Given:  NewGiven(tc.rules, nil, []string{"wan0", "wan1"}, []netip.Prefix{netip.MustParsePrefix("10.47.11.0/24")}),
+				Given:  NewGiven(tc.rules, nil, []string{"wan0", "wan1"}, []netip.Prefix{netip.MustParsePrefix("10.47.11.0/24")}, func(cone.Addr) bool { return false }),
 			})
 			host := cone.EndpointFrom(netip.MustParseAddrPort("10.47.11.109:3074"))
 			peer := cone.EndpointFrom(netip.MustParseAddrPort("203.0.113.7:5060"))

@@ -40,9 +40,12 @@ func partly(conds []condition) []condition {
 	return out
 }
 
+// mostPorts reports whether most ports meet the condition.
+func (c condition) mostPorts() bool { return c.ports == nil || c.spared || mostPorts(c.ports) }
+
 func (c condition) forward(text string) Forward {
 	f := Forward{
-		Ports: c.ports, All: c.ports == nil, Most: c.ports == nil || c.spared || mostPorts(c.ports), Addrs: c.addrs, Sources: c.sources,
+		Ports: c.ports, All: c.ports == nil, Most: c.mostPorts(), Addrs: c.addrs, Sources: c.sources,
 		Unknown: c.unknown, Partial: c.wide || c.out != nil, Astray: c.astray, Text: text,
 	}
 	if f.Addrs == nil {

@@ -65,6 +65,15 @@ func MayGiveAddr(rules []SourceNAT, link string, hosts []netip.Prefix, addr, own
 	})
 }
 
+// MayName reports whether one of the rules, as SourceNAT returns them, may name an outside address
+// for some of the hosts, other than for packets to certain destinations or few ports alone. Unlike a
+// masquerade it gives the address also while no link has it.
+func MayName(rules []SourceNAT, hosts []netip.Prefix, addr netip.Addr) bool {
+	return slices.ContainsFunc(rules, func(n SourceNAT) bool {
+		return !n.few && (n.Unknown || coversAddr(n.Addrs, addr)) && len(n.Within(hosts)) > 0
+	})
+}
+
 // SameSources reports whether two results of SourceNAT translate to the same addresses.
 func SameSources(a, b []SourceNAT) bool {
 	return slices.EqualFunc(a, b, func(x, y SourceNAT) bool {

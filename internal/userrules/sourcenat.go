@@ -42,6 +42,8 @@ type SourceNAT struct {
 	byOther bool
 	// dests are the destinations of the packets; nil stands for any.
 	dests []AddrRange
+	// few says that they are packets to certain destinations, or to few ports.
+	few bool
 	// Text names the rule as in a Forward, and Chain the base chain that leads to it, as
 	// Chain.String does.
 	Text, Chain string
@@ -81,6 +83,7 @@ func (rs *Ruleset) findSources() (all, exempt []SourceNAT) {
 				n.Text, n.Chain, n.Links, n.Sources, n.dests = r.title(t), base, c.out, c.sources, c.addrs
 				n.asks = c.asks || w.exempts || c.ports != nil || c.addrs != nil
 				n.byOther = c.asks || c.ports != nil || c.unread
+				n.few = c.addrs != nil || !c.mostPorts()
 				n.Partial = c.wide || w.exempts || c.ports != nil || c.addrs != nil
 				all = append(all, n)
 				if c.except != nil {
