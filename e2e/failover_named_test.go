@@ -116,7 +116,7 @@ func TestNFTMappingHealsWithoutADaemonWhereARuleForOthersNamesItsAddress(t *test
 
 // A rule names the old address for one host or one destination, to which a host sends all the time.
 //
-// Fails when such a flow ends, or a mapping that a rule names for its host.
+// Fails when such a flow ends.
 func TestNFTFlowStaysWhereARuleNamesItsAddress(t *testing.T) {
 	t.Parallel() // mostly it waits
 	for name, rule := range map[string]string{
