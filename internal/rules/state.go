@@ -190,11 +190,17 @@ func (s *state) holds(l *layout) bool {
 		return false
 	}
 	for _, set := range l.sets {
-		if !set.free && !s.known[set.Name] && !sameElements(s.elements[set.Name], set.elements) {
+		if !set.free && !s.keeps(set) {
 			return false
 		}
 	}
 	return sameAll(s.chains, l.chains, sameChain) && sameAll(s.sets, l.kernelSets(), sameSet) && sameRules(s.rules, l.rules)
+}
+
+// keeps reports whether the kernel has the set, which is not free, with the wanted elements.
+func (s *state) keeps(want *set) bool {
+	return slices.ContainsFunc(s.sets, sameSet(want.Set)) &&
+		(s.known[want.Name] || sameElements(s.elements[want.Name], want.elements))
 }
 
 func (l *layout) kernelSets() (sets []*nftables.Set) {
@@ -278,6 +284,24 @@ func sizeOf(s *nftables.Set) uint32 {
 		return math.MaxUint16
 	}
 	return s.Size
+}
+
+// changes returns what a set that has keys lacks, and what it has too much. It has no intervals.
+func (s *set) changes(keys []setKey) (add, gone []nftables.SetElement) {
+	surplus := map[string]bool{}
+	for _, k := range keys {
+		surplus[k.key] = true
+	}
+	for _, e := range s.elements {
+		if !surplus[string(e.Key)] {
+			add = append(add, e)
+		}
+		delete(surplus, string(e.Key))
+	}
+	for key := range surplus {
+		gone = append(gone, nftables.SetElement{Key: []byte(key)})
+	}
+	return add, gone
 }
 
 // sameRules reports whether there are the rules of each chain, in order, and no others.

@@ -336,14 +336,30 @@ func (w *writer) make(table *nftables.Table, have *state, want *layout) {
 		if !slices.ContainsFunc(have.sets, sameSet(s.Set)) {
 			_ = w.AddSet(s.Set, s.first)
 		}
-		if !s.free {
-			w.FlushSet(s.Set)
-			_ = w.SetAddElements(s.Set, s.elements)
-		}
+		w.fill(s, have)
 	}
 	for _, r := range want.rules {
 		w.AddRule(r)
 	}
+}
+
+// fill adds to the batch what gives the set the wanted elements. It leaves alone what stays:
+// a packet may find neither an element nor its like that replaces it, if the kernel removes the
+// old one while the packet looks it up. Intervals are replaced together, because they may overlap.
+func (w *writer) fill(s *set, have *state) {
+	switch {
+	case s.free || have.keeps(s):
+		return
+	case !slices.ContainsFunc(have.sets, sameSet(s.Set)):
+	case s.Interval:
+		w.FlushSet(s.Set)
+	default:
+		add, gone := s.changes(have.elements[s.Name])
+		_ = w.SetDeleteElements(s.Set, gone)
+		_ = w.SetAddElements(s.Set, add)
+		return
+	}
+	_ = w.SetAddElements(s.Set, s.elements)
 }
 
 // Counters reads the counters. All are 0 if the tables do not exist.
