@@ -21,6 +21,10 @@ import (
 // accept is the advice for a firewall that lets no child pass.
 const accept = "let it accept UDP flows with 'ct status dnat' (iptables: -p udp -m conntrack --ctstate DNAT -j ACCEPT), which serves both kinds of children"
 
+// acceptLabel is what nftables can accept instead where the map labels what it admits, as the line
+// of doctor does.
+const acceptLabel = ", or in nftables those with 'ct label 126', which only children of the map have"
+
 // acceptUntranslated is the same for a subnet that is not translated: its children are not
 // DNATed.
 const acceptUntranslated = "let it accept 'ct state related' (iptables: -m conntrack --ctstate RELATED -j ACCEPT)"
@@ -34,7 +38,8 @@ const (
 
 // advice says what the chain that drops children should accept. expected says that expectations
 // can admit them, alone that nothing else can.
-func advice(at userrules.Place, expected, alone bool) string {
+func (d *decision) advice(expected, alone bool) string {
+	at := d.Dropper().At
 	switch {
 	case at == userrules.BeforeConntrack:
 		return acceptUDP
@@ -42,6 +47,8 @@ func advice(at userrules.Place, expected, alone bool) string {
 		return acceptUntranslated
 	case at == userrules.BeforeNAT:
 		return acceptNew
+	case d.labelled:
+		return accept + acceptLabel
 	}
 	return accept
 }
@@ -55,6 +62,7 @@ type decision struct {
 	err      error // why the rules could not be read
 	evidence []control.Evidence
 	warning  string            // for the user, if there is something for him to do
+	labelled bool              // the map admits children, and labels them
 	zoned    bool              // the warning is about conntrack zones
 	mapLost  bool              // children of the map are dropped, though expectations carry the subnet
 	shut     []netip.Prefix    // hosts to which the firewall lets no forward of the user's through
@@ -144,6 +152,7 @@ func (f *firewall) decide(cfg config.Config, network gateway.Network) map[netip.
 		if unread != nil {
 			d.why, d.err, d.evidence = cannotRead, unread, nil
 		}
+		d.labelled = f.labelsChildren()
 		d.warning, d.zoned = f.warning(cfg, s, d)
 		d.mapLost = d.warning == "" && d.related() && f.withMap && s.Prefix.Addr().Is4() && s.Filtering == config.AddressDependent
 		if d.MostDNATed == userrules.Dropped && v.DNATed != userrules.Dropped && s.Prefix.Addr().Is4() && len(q.inside) > 0 {
@@ -261,7 +270,7 @@ func (f *firewall) warning(cfg config.Config, s config.Subnet, d decision) (text
 	const inZone = "packets from outside come in another conntrack zone than answers do, where no expectation stands"
 	expected := f.withExpectations() && (!f.withMap || !translated(s) || d.related())
 	open := s.Filtering == config.EndpointIndependent && translated(s) // only the map can admit everybody
-	accept := advice(d.Dropper().At, f.withExpectations() && !open && !f.zoned.Lately, !translated(s))
+	accept := d.advice(f.withExpectations() && !open && !f.zoned.Lately, !translated(s))
 	switch {
 	case s.Filtering == config.AddressAndPortDependent: // there are no permissions
 		return "", false

@@ -171,6 +171,9 @@ func (f *firewall) set(cfg config.Config, outside []string) (changed bool, err e
 
 func (f *firewall) withExpectations() bool { return len(f.helpers) > 0 }
 
+// labelsChildren reports whether the map admits children, and labels them.
+func (f *firewall) labelsChildren() bool { return f.withMap && f.labels() }
+
 // sure removes the flows whose source may be spoofed. It must list them after flows was
 // read: the kernel remembers such a flow before it enters the conntrack table.
 func (f *firewall) sure(flows []cone.Flow) ([]cone.Flow, error) {

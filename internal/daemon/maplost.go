@@ -60,7 +60,7 @@ func (w *warnings) addMapLost(cfg config.Config, s config.Subnet, d *decision, a
 	}
 	add := func(about, which, why string) {
 		w.add(warnChildrenDropped, fmt.Sprintf("%v %s", s.Prefix, about),
-			"your firewall drops the flows of peers into subnet %v where only the map can admit them (%s): %s; %s%s", s.Prefix, which, d.dropper(), why, advice(d.Dropper().At, false, false))
+			"your firewall drops the flows of peers into subnet %v where only the map can admit them (%s): %s; %s%s", s.Prefix, which, d.dropper(), why, d.advice(false, false))
 	}
 	var groups []string
 	for _, g := range largeGroups(cfg) {

@@ -1,12 +1,14 @@
 package daemon
 
 import (
+	"errors"
 	"net/netip"
 	"strings"
 	"testing"
 
 	"github.com/conenatd/conenatd/internal/cone"
 	"github.com/conenatd/conenatd/internal/config"
+	"github.com/conenatd/conenatd/internal/rules"
 	"github.com/conenatd/conenatd/internal/userrules"
 )
 
@@ -57,5 +59,28 @@ func TestAutoIsAdvisedWhereItHelps(t *testing.T) {
 				t.Errorf("%q", text)
 			}
 		})
+	}
+}
+
+// Fails when the advice leaves out the label that doctor's line matches, and when it names one
+// that no child has.
+func TestAdviceNamesTheLabelOfTheMap(t *testing.T) {
+	unlabelled := map[rules.Feature]error{rules.FeatureLabels: errors.New("no ct label")}
+	for name, tc := range map[string]struct {
+		firewall firewall
+		at       userrules.Place
+		want     bool
+	}{
+		"map":               {firewall{features: features{nftables: true}, withMap: true}, userrules.BehindNAT, true},
+		"map, old kernel":   {firewall{features: features{nftables: true, lacks: unlabelled}, withMap: true}, userrules.BehindNAT, false},
+		"expectations only": {firewall{features: features{nftables: true}}, userrules.BehindNAT, false},
+		"before NAT":        {firewall{features: features{nftables: true}, withMap: true}, userrules.BeforeNAT, false},
+	} {
+		dropper := userrules.Dropper{Chain: "inet f forward", At: tc.at}
+		d := choose(userrules.ChildVerdicts{MostDNATed: userrules.Dropped, MostRelated: userrules.Dropped, DNATedBy: dropper, RelatedBy: dropper})
+		d.labelled = tc.firewall.labelsChildren()
+		if text, _ := tc.firewall.warning(config.Config{}, config.Subnet{Prefix: netip.MustParsePrefix("10.47.11.0/24"), Filtering: config.AddressDependent}, d); text == "" || strings.Contains(text, "ct label 126") != tc.want {
+			t.Errorf("%s: %q", name, text)
+		}
 	}
 }
