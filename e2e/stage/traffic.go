@@ -47,9 +47,14 @@ func (s *Scene) Steady(once func() error) (stop func() int) {
 // FreshPorts returns a function that sends one packet from a port that the peer has not
 // used yet, and checks that it arrives at in. It sends 500 packets a second at most, so that
 // the ports last for almost two minutes.
+//
+// Linux before 6.17 may lose a packet that comes just as its permission is renewed
+// (docs/what-it-cannot-do.md), so there one of them may be lost.
 func (s *Scene) FreshPorts(in *lab.Socket, peer netip.Addr, ext netip.AddrPort) func() error {
 	port, pace := uint16(10_000), time.NewTicker(2*time.Millisecond)
 	s.T.Cleanup(pace.Stop)
+	mayMiss, release, err := lab.KernelBefore(6, 17)
+	s.Must(err)
 	return func() error {
 		<-pace.C
 		if port++; port == 0 {
@@ -64,7 +69,11 @@ func (s *Scene) FreshPorts(in *lab.Socket, peer netip.Addr, ext netip.AddrPort) 
 		if err := from.Send(ext, p); err != nil {
 			return err
 		}
-		_, err = in.Expect(p)
+		if _, err = in.Expect(p); err != nil && mayMiss {
+			s.T.Logf("Linux %s: %v", release, err)
+			mayMiss = false
+			return nil
+		}
 		return err
 	}
 }

@@ -2,7 +2,6 @@ package rules_test
 
 import (
 	"errors"
-	"fmt"
 	"regexp"
 	"slices"
 	"strings"
@@ -235,11 +234,8 @@ func TestOwnedTableStaysWithItsOwner(t *testing.T) {
 	set(t, table, all)
 	want := ours(t, l)
 	if !strings.Contains(want, "flags owner") {
-		var kernel unix.Utsname
-		check(t, unix.Uname(&kernel))
-		release := unix.ByteSliceToString(kernel.Release[:])
-		var major, minor int
-		if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil || major > 6 || major == 6 && minor >= 9 {
+		before, release, err := lab.KernelBefore(6, 9)
+		if !before {
 			t.Fatalf("Linux %s, and the table has no owner, %v: %s", release, err, want)
 		}
 		t.Skip("the kernel has no tables that have an owner and persist (Linux 6.9)")

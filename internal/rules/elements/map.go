@@ -261,7 +261,9 @@ func (m *Map) deleteFound(seq uint32, p *cone.Permission) {
 
 // Renew renews the timeouts of ps. It calls lost with the index of each that no longer
 // exists, or not with its mark. Before Linux 6.12, adding an element again does not renew
-// its timeout, so it is deleted and added in one transaction, which no packet notices.
+// its timeout, so it is deleted and added in one transaction. Before Linux 6.17 (kernel commit
+// b2f742c846ca) a look-up that the transaction overtakes may find neither: a packet in some
+// 50,000 where one permission is renewed a thousand times a second.
 func (m *Map) Renew(ps []cone.Permission, lost func(i int)) {
 	for base := 0; base < len(ps); base += batch {
 		part := ps[base:min(base+batch, len(ps))]
