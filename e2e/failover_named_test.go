@@ -1,8 +1,8 @@
 package e2e
 
 import (
+	"net/netip"
 	"slices"
-	"strings"
 	"testing"
 
 	"github.com/conenatd/conenatd/internal/lab"
@@ -119,25 +119,42 @@ func TestNFTMappingHealsWithoutADaemonWhereARuleForOthersNamesItsAddress(t *test
 // Fails when such a flow ends.
 func TestNFTFlowStaysWhereARuleNamesItsAddress(t *testing.T) {
 	t.Parallel() // mostly it waits
-	for name, rule := range map[string]string{
-		"for its host":        "ip saddr 10.47.11.109 snat to 198.51.100.1",
-		"for its network":     "ip saddr 10.47.11.0/24 snat to 198.51.100.1",
-		"but not to some":     "ip daddr != 192.0.2.0/24 snat to 198.51.100.1",
-		"for its destination": "ip daddr 203.0.113.5 snat to 198.51.100.1",
-		"for its port":        "udp dport 5060 snat to 198.51.100.1",
+	type peer struct {
+		addr netip.Addr
+		port uint16
+	}
+	for name, tt := range map[string]struct {
+		rule string
+		host int  // with peer it has a flow to which the rule does not give the address: it heals by
+		peer peer // the same look, and shows that it is over
+		next bool // the host's next flow gets the address, too
+	}{
+		"for its host":        {"ip saddr 10.47.11.109 snat to 198.51.100.1", 1, peer{lab.PeerA, 5060}, true},
+		"for its destination": {"ip daddr 203.0.113.5 snat to 198.51.100.1", 0, peer{lab.PeerB, 5060}, false},
+		"but not to some":     {"ip daddr != 203.0.113.6 snat to 198.51.100.1", 0, peer{lab.PeerB, 5060}, false},
+		"for its port":        {"udp dport 5060 snat to 198.51.100.1", 0, peer{lab.PeerA, 7000}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := play(t, lab.Options{Inside: 2, Rules: natChain("srcnat", rule, "masquerade")}, mapped, "--reconcile=1h")
-			phone, peer := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
-			ext := s.Contact(phone, peer)
-			s.Verified() // it knows the gateway's addresses
+			s := play(t, lab.Options{Inside: 2, Rules: natChain("srcnat", tt.rule, "masquerade")}, mapped, "--reconcile=1h")
+			phone, proxy := s.InsideSocket(0, 5060), s.PeerSocket(lab.PeerA, 5060)
+			ext := s.Contact(phone, proxy)
 			ids := s.insideIDs()
-			s.anotherAddress()
-			s.Verified() // it has seen the addresses
-			if after := s.insideIDs(); !slices.Equal(after, ids) {
-				t.Errorf("flows before: %v, after: %v", ids, after)
+			other, to := phone, proxy
+			if tt.host > 0 {
+				other = s.InsideSocket(tt.host, 5070)
 			}
-			if strings.HasSuffix(name, "its host") || strings.HasSuffix(name, "network") || strings.HasPrefix(name, "but") {
+			if tt.peer != (peer{lab.PeerA, 5060}) {
+				to = s.PeerSocket(tt.peer.addr, tt.peer.port)
+			}
+			s.Contact(other, to)
+			s.Verified() // it knows the gateway's addresses
+			s.heals(other, to, s.anotherAddress())
+			for _, id := range ids {
+				if after := s.insideIDs(); !slices.Contains(after, id) {
+					t.Errorf("flow %v ended: %v", id, after)
+				}
+			}
+			if tt.next {
 				if got := s.Contact(phone, s.PeerSocket(lab.PeerB, 7000)); got != ext {
 					t.Errorf("it left as %v, and leaves as %v", ext, got)
 				}
