@@ -184,10 +184,13 @@ func listCommand() *cobra.Command {
 			empty = false
 			return w.Write(p)
 		})
-		if err = errors.Join(err, w.Close()); err == nil && empty {
-			err = noteUnserved(c, client, &filter)
+		if err != nil {
+			return err
 		}
-		return err
+		if err := w.Close(); err != nil || !empty {
+			return err
+		}
+		return noteUnserved(c, client, &filter)
 	})
 	c.Long = `List the permissions: who may send to whom, and why a permission is inactive. With
 several of the flags --host, --peer, --subnet and --state, list those that match

@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 )
 
@@ -47,13 +46,9 @@ func (f *Filter) Unserved(enabled []Subnet) string {
 		if !p.IsValid() || slices.ContainsFunc(enabled, served) {
 			continue
 		}
-		var prefixes []netip.Prefix
-		for _, s := range enabled {
-			prefixes = append(prefixes, s.Prefix)
-		}
-		text := strings.TrimSuffix(p.String(), fmt.Sprintf("/%d", p.Addr().BitLen())) + " is in no enabled subnet"
-		if len(prefixes) > 0 {
-			text += fmt.Sprintf(" (%s)", Joined(prefixes, ", "))
+		text := Word{Addrs: p}.String() + " is in no enabled subnet"
+		if len(enabled) > 0 {
+			text += fmt.Sprintf(" (%s)", Joined(Prefixes(enabled), ", "))
 		}
 		return text + ": enable its network in a [[subnet]] of the configuration"
 	}
