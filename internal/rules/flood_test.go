@@ -58,20 +58,21 @@ func (f *flood) came(tb testing.TB) int {
 	return n
 }
 
-// A listener receives the gateway's events of new flows, as conenatd does.
+// A listener receives the gateway's netlink events of one group, as conenatd does.
 type listener int
 
-func listenForEvents(tb testing.TB, l *lab.Lab) listener {
+func listenForEvents(tb testing.TB, l *lab.Lab, group int) listener {
 	tb.Helper()
 	var fd int
 	must(tb, l.Gateway.Do(func() (err error) {
 		if fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_NETFILTER); err != nil {
 			return err
 		}
-		const newFlows, room = 1 << 0, 64 << 20
+		const room = 64 << 20
 		return errors.Join(
 			unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, room),
-			unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: newFlows}))
+			unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}),
+			unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, group))
 	}))
 	tb.Cleanup(func() { must(tb, unix.Close(fd)) })
 	return listener(fd)

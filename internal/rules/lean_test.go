@@ -181,7 +181,7 @@ func TestQuietHidesWhatCanHaveNoPermission(t *testing.T) {
 					check(t, errors.Join(err, in.Close(), peer.Close()))
 				}
 			}
-			events := listenForEvents(t, l)
+			events := listenForEvents(t, l, unix.NFNLGRP_CONNTRACK_NEW)
 			tcp := func() int {
 				t.Helper()
 				events.empty()

@@ -9,6 +9,7 @@ import (
 	"github.com/conenatd/conenatd/internal/expect"
 	"github.com/conenatd/conenatd/internal/lab"
 	"github.com/conenatd/conenatd/internal/rules"
+	"github.com/conenatd/conenatd/internal/rules/elements"
 )
 
 // carriers let a permission of benchExt and benchInt for PeerA stand, with a cap on children.
@@ -24,7 +25,7 @@ var carriers = map[string]func(t *testing.T, l *lab.Lab, most int){
 	"expectation, a group of peers": func(t *testing.T, l *lab.Lab, most int) { byExpectation(t, l, most, 4) },
 }
 
-func byMap(t *testing.T, l *lab.Lab, most int, hostBits uint8, zoned ...netip.Addr) {
+func byMap(t *testing.T, l *lab.Lab, most int, hostBits uint8, zoned ...netip.Addr) *elements.Map {
 	t.Helper()
 	d, m := learning, *learning.Map
 	m.MaxChildren = most
@@ -38,7 +39,9 @@ func byMap(t *testing.T, l *lab.Lab, most int, hostBits uint8, zoned ...netip.Ad
 	d.Map, d.Helpers, d.ZonedAddrs = &m, nil, zoned
 	tables := open(t, l)
 	set(t, tables, d)
-	tables.NewMap(d.Map).Grant([]cone.Permission{groupPermission(hostBits)}, func(_ int, r cone.Reason, err error) { t.Fatal(r, err) })
+	granted := tables.NewMap(d.Map)
+	granted.Grant([]cone.Permission{groupPermission(hostBits)}, func(_ int, r cone.Reason, err error) { t.Fatal(r, err) })
+	return granted
 }
 
 func byExpectation(t *testing.T, l *lab.Lab, most int, hostBits uint8) {

@@ -190,17 +190,16 @@ func (s *state) holds(l *layout) bool {
 		return false
 	}
 	for _, set := range l.sets {
-		if !set.free && !s.keeps(set) {
+		if !set.free && !s.hasElements(set) {
 			return false
 		}
 	}
 	return sameAll(s.chains, l.chains, sameChain) && sameAll(s.sets, l.kernelSets(), sameSet) && sameRules(s.rules, l.rules)
 }
 
-// keeps reports whether the kernel has the set, which is not free, with the wanted elements.
-func (s *state) keeps(want *set) bool {
-	return slices.ContainsFunc(s.sets, sameSet(want.Set)) &&
-		(s.known[want.Name] || sameElements(s.elements[want.Name], want.elements))
+// hasElements reports whether the kernel's set of this name has exactly the wanted elements.
+func (s *state) hasElements(want *set) bool {
+	return s.known[want.Name] || sameElements(s.elements[want.Name], want.elements)
 }
 
 func (l *layout) kernelSets() (sets []*nftables.Set) {
@@ -286,7 +285,8 @@ func sizeOf(s *nftables.Set) uint32 {
 	return s.Size
 }
 
-// changes returns what a set that has keys lacks, and what it has too much. It has no intervals.
+// changes returns which elements a set with these keys lacks, and which it must lose. The set has no
+// intervals.
 func (s *set) changes(keys []setKey) (add, gone []nftables.SetElement) {
 	surplus := map[string]bool{}
 	for _, k := range keys {

@@ -50,14 +50,7 @@ func TestSetLeavesElementsThatStay(t *testing.T) {
 // call. The kernel queues them before it acknowledges the transaction.
 func elementEvents(t *testing.T, l *lab.Lab) func() (n int) {
 	t.Helper()
-	var fd int
-	check(t, l.Gateway.Do(func() (err error) {
-		fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_NETFILTER)
-		return err
-	}))
-	t.Cleanup(func() { _ = unix.Close(fd) })
-	check(t, unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}))
-	check(t, unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.NFNLGRP_NFTABLES))
+	fd := int(listenForEvents(t, l, unix.NFNLGRP_NFTABLES))
 	return func() (n int) {
 		t.Helper()
 		b := make([]byte, 1<<18)

@@ -333,9 +333,6 @@ func (w *writer) make(table *nftables.Table, have *state, want *layout) {
 	}
 	// Flush also returns the errors of these calls.
 	for _, s := range want.sets {
-		if !slices.ContainsFunc(have.sets, sameSet(s.Set)) {
-			_ = w.AddSet(s.Set, s.first)
-		}
 		w.fill(s, have)
 	}
 	for _, r := range want.rules {
@@ -343,23 +340,28 @@ func (w *writer) make(table *nftables.Table, have *state, want *layout) {
 	}
 }
 
-// fill adds to the batch what gives the set the wanted elements. It leaves alone what stays:
-// a packet may find neither an element nor its like that replaces it, if the kernel removes the
-// old one while the packet looks it up. Intervals are replaced together, because they may overlap.
+// fill adds to the batch what makes the set with the wanted elements. Elements that stay are left
+// alone: if one is replaced by its like, a packet that looks it up at that moment may find neither.
+// Intervals are replaced together, because they may overlap.
 func (w *writer) fill(s *set, have *state) {
-	switch {
-	case s.free || have.keeps(s):
+	exists := slices.ContainsFunc(have.sets, sameSet(s.Set))
+	if !exists {
+		_ = w.AddSet(s.Set, s.first)
+	}
+	if s.free || exists && have.hasElements(s) {
 		return
-	case !slices.ContainsFunc(have.sets, sameSet(s.Set)):
+	}
+	add := s.elements
+	switch {
+	case !exists:
 	case s.Interval:
 		w.FlushSet(s.Set)
 	default:
-		add, gone := s.changes(have.elements[s.Name])
+		var gone []nftables.SetElement
+		add, gone = s.changes(have.elements[s.Name])
 		_ = w.SetDeleteElements(s.Set, gone)
-		_ = w.SetAddElements(s.Set, add)
-		return
 	}
-	_ = w.SetAddElements(s.Set, s.elements)
+	_ = w.SetAddElements(s.Set, add)
 }
 
 // Counters reads the counters. All are 0 if the tables do not exist.
