@@ -64,10 +64,10 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 		f.known[a] = struct{}{}
 	}
 	if kernel != nil {
-		given := f.given(c, network)
+		given := sync.OnceValue(func() *mapping.Given { return f.given(c, network) }) // few calls need it, too
 		errs = append(errs, f.noteMasqueraded(kernel, func(a netip.Addr) bool {
 			_, unknown := rules()
-			return mayBeFixed(a) && (unknown || given == nil || given.Named(a))
+			return mayBeFixed(a) && (unknown || given() == nil || given().Named(a))
 		}), f.endNamed(kernel, given, now))
 	}
 	if len(gone) == 0 {
@@ -90,7 +90,7 @@ func (f *firewall) forgetAddresses(cfg config.Config, network gateway.Network) (
 
 // endNamed ends mappings on lost addresses that a rule names, but not for the mapping's host. now are
 // the addresses that links have.
-func (f *firewall) endNamed(kernel *elements.Mappings, given *mapping.Given, now []netip.Addr) error {
+func (f *firewall) endNamed(kernel *elements.Mappings, given func() *mapping.Given, now []netip.Addr) error {
 	var lost []netip.Addr
 	for a := range f.known {
 		if !slices.Contains(now, a) {
@@ -98,10 +98,10 @@ func (f *firewall) endNamed(kernel *elements.Mappings, given *mapping.Given, now
 		}
 	}
 	slices.SortFunc(lost, netip.Addr.Compare)
-	if given == nil || slices.Equal(lost, f.lost) {
+	if slices.Equal(lost, f.lost) || given() == nil {
 		return nil
 	}
-	if err := given.EndFormer(kernel); err != nil {
+	if err := given().EndFormer(kernel); err != nil {
 		return err
 	}
 	f.lost = lost
@@ -118,8 +118,9 @@ func (f *firewall) hadAddresses() map[cone.Addr]struct{} {
 }
 
 // noteMasqueraded tells the kernel which addresses are lost if no link has them, for the time
-// when no daemon runs: those that no rule names for a host with a mapping. A mapping must not go on to them, but must to
-// others, as to those in a VRF, which the kernel would not find: fib asks the table local alone.
+// when no daemon runs: those that no rule names for a host with a mapping. A mapping must not go on
+// to them, but must to others, as to those in a VRF, which the kernel would not find: fib asks the
+// table local alone.
 func (f *firewall) noteMasqueraded(kernel *elements.Mappings, mayBeFixed func(netip.Addr) bool) error {
 	var lost []netip.Addr
 	for a := range f.known {

@@ -154,12 +154,13 @@ func (c *packetCase) begin(say teller) (to netip.AddrPort, v verdict) {
 		}
 		return &c.claims[i]
 	}
+	kind := ofMap
 	switch p := by(cone.ByExpectation); {
 	case p == nil:
 		say(stepExpectation, resultNone, "no permission for this peer stands as an expectation")
 	case p == by(cone.ByMap) && c.forward == nil:
 		say(stepExpectation, resultPasses, "an expectation of the permission of %v for %s makes it RELATED, and the map says where it goes", p.Int, peersOf(p))
-		c.related = true
+		kind = ofExpectation
 	default:
 		return c.byExpectation(say, p)
 	}
@@ -187,7 +188,7 @@ func (c *packetCase) begin(say teller) (to netip.AddrPort, v verdict) {
 	say(stepSocket, resultNone, "no socket of the gateway waits for it")
 	switch p := by(cone.ByMap); {
 	case p != nil:
-		return c.byMap(say, p)
+		return c.byMap(say, p, kind)
 	case c.routed && c.forward == nil:
 		say(stepMap, resultNone, "no permission admits it%s, so your firewall alone decides", c.maybe())
 		return c.filter(say, c.ext, ofStranger)
@@ -218,7 +219,7 @@ func (c *packetCase) byExpectation(say teller, p *control.Permission) (to netip.
 
 // byMap goes on with a packet that a permission in the map admits, unless a rule of the user's
 // forwards it.
-func (c *packetCase) byMap(say teller, p *control.Permission) (to netip.AddrPort, v verdict) {
+func (c *packetCase) byMap(say teller, p *control.Permission, kind flowKind) (to netip.AddrPort, v verdict) {
 	say(stepMap, resultMatches, "a permission of %v for %s stands in the map", p.Int, peersOf(p))
 	switch n := c.most(*p); {
 	case c.full(p) && p.Peers.IsValid():
@@ -234,10 +235,6 @@ func (c *packetCase) byMap(say teller, p *control.Permission) (to netip.AddrPort
 			return to, verdictUnknown
 		}
 		return to, verdictLost
-	}
-	kind := ofMap
-	if c.related {
-		kind = ofExpectation
 	}
 	if to, v = c.filter(say, p.Int, kind); c.forward != nil && c.forwardsTo() != p.Int {
 		return netip.AddrPort{}, verdictUnknown

@@ -34,7 +34,6 @@ type packetCase struct {
 	forward     *userrules.Forward    // the first rule that may lead the packet elsewhere
 	served      bool                  // a socket of the gateway gets what comes to ext
 	diverted    []userrules.Diversion // what rules of the user's take from inside hosts
-	related     bool                  // an expectation that translates nothing is for the packet
 	most        func(control.Permission) int
 	// firewall says what the user's chains do with packets to a host.
 	firewall func(host netip.Addr, kind flowKind) (a userrules.Answer, dropper string)

@@ -120,7 +120,7 @@ func (s *Sources) gives(rs *userrules.Ruleset, l gateway.Link, f *brokenFlow) bo
 	return !slices.ContainsFunc(n.Addrs, func(r userrules.AddrRange) bool { return r.Has(f.source()) })
 }
 
-// Lost reports whether a link had an address, and the gateway has it no more.
+// Lost reports whether a link had an address that the gateway no longer has.
 func (s *Sources) Lost(a cone.Addr) bool {
 	_, had := s.had[a]
 	_, own := s.own[a]

@@ -16,8 +16,8 @@ import (
 // mostSuspects bounds the children and the permissions that one look asks routes about.
 const mostSuspects = 1 << 14
 
-// Strands are the children, flows with mappings and permissions that may have a wrong address: packets of their hosts
-// leave by another link now, and the rules would surely give them another address there. While
+// Strands are the children, flows with mappings and permissions that may have a wrong address:
+// packets of their hosts leave by another link now, and the rules would surely give them another address there. While
 // a route has several next hops, which lead each flow by a link of its own, only an address whose
 // link does not run is wrong.
 type Strands struct {

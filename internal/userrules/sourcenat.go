@@ -42,7 +42,7 @@ type SourceNAT struct {
 	byOther bool
 	// dests are the destinations of the packets; nil stands for any.
 	dests []AddrRange
-	// few says that they are packets to certain destinations, or to few ports.
+	// few says that the rule is for packets to certain destinations or to few ports alone.
 	few bool
 	// Text names the rule as in a Forward, and Chain the base chain that leads to it, as
 	// Chain.String does.
