@@ -56,6 +56,14 @@ func (m *Model) flowKey(i int32, e Endpoint, child bool) flowKey {
 	return k
 }
 
+// flowOf returns the flow with an ID between e and the inside host of claim i, or none.
+func (m *Model) flowOf(i int32, e Endpoint, child bool, id uint32) int32 {
+	if n, ok := m.flows.byKey.find(m.flowKey(i, e, child)); ok && m.flows.all[n].id == id {
+		return n
+	}
+	return none
+}
+
 // from returns the peer's endpoint of flow n.
 func (m *Model) from(n int32) Endpoint {
 	fl := &m.flows.all[n]
@@ -467,13 +475,12 @@ func (m *Model) flowGone(now time.Duration, f *Flow, p Permission, peer Endpoint
 	if i == none {
 		return
 	}
-	k := m.flowKey(i, peer, child)
-	n, ok := m.flows.byKey.find(k)
-	if !ok || m.flows.all[n].id != f.ID {
+	n := m.flowOf(i, peer, child, f.ID)
+	if n == none {
 		return
 	}
 	if !m.isOverdue(now, &m.claims[i]) { // else the flow ended long ago, and its event is late
-		m.addFlow(now, i, f, k.child)
+		m.addFlow(now, i, f, child)
 	}
 	m.removeFlow(n)
 	m.flowsChanged(now, i)

@@ -122,10 +122,8 @@ func (m *Model) holds(f *Flow, p Permission) bool {
 	first, n := m.policy.expand(&p)
 	for i := range n {
 		p.Peer = first.Plus(i)
-		if c := m.find(p.Key, p.Int); c != none {
-			if fl, ok := m.flows.byKey.find(m.flowKey(c, f.ReplySrc, false)); ok && m.flows.all[fl].id == f.ID {
-				return true
-			}
+		if c := m.find(p.Key, p.Int); c != none && m.flowOf(c, f.ReplySrc, false, f.ID) != none {
+			return true
 		}
 	}
 	return false

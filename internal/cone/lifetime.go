@@ -173,7 +173,7 @@ func (m *Model) FlowMissing(now time.Duration, o *Op) {
 		return
 	}
 	for _, child := range []bool{false, true} {
-		if n, ok := m.flows.byKey.find(m.flowKey(i, o.From, child)); ok && m.flows.all[n].id == o.ID {
+		if n := m.flowOf(i, o.From, child, o.ID); n != none {
 			m.removeFlow(n)
 			m.flowsChanged(now, i)
 			return

@@ -53,13 +53,8 @@ func (m *Model) notePassed(f *Flow, i int32) {
 	if !m.snap.complete || m.snap.fromDump && (m.snap.first || i == none) || m.policy.isOwn(f.ReplySrc.Addr) { // which the forward hook does not see
 		return
 	}
-	known := false
-	if i != none {
-		n, ok := m.flows.byKey.find(m.flowKey(i, f.Src, true))
-		known = ok && m.flows.all[n].id == f.ID
-	}
 	switch {
-	case known:
+	case i != none && m.flowOf(i, f.Src, true, f.ID) != none: // it is known
 	case f.Status.Has(StatusExpected):
 		m.passed(f).Expected++
 	case m.passedBefore(f, i):

@@ -152,7 +152,8 @@ func TestClaimThatWaitsHasNoTimer(t *testing.T) {
 	}
 }
 
-// The map may have the permission of the one before, and no flow would be denied.
+// The map may still have the former owner's element, and no denial ends it: the refused host has no
+// flow left.
 func TestNothingIsLeftOfTheOwnerBeforeOneThatIsRefused(t *testing.T) {
 	d := newDesk(t, learned)
 	owner := d.open(0, sharing1, "203.0.113.5:9")

@@ -182,11 +182,7 @@ func (w *world) check() {
 // holds reports whether the model holds the child that o drops.
 func (w *world) holds(o *Op) bool {
 	i := w.m.find(o.Key, o.Int)
-	if i == none {
-		return false
-	}
-	n, ok := w.m.flows.byKey.find(w.m.flowKey(i, o.From, true))
-	return ok && w.m.flows.all[n].id == o.ID
+	return i != none && w.m.flowOf(i, o.From, true, o.ID) != none
 }
 
 // permits reports whether the kernel lets a peer in.
