@@ -83,7 +83,7 @@ func TestNFTChildHealsWhereARuleForOthersNamesItsAddress(t *testing.T) {
 }
 
 // A rule names the address of the host's own packets: they keep it while it is away, and so do
-// those to a port that spoke first. Those of another host heal, by the same look.
+// those to a port that spoke first. The flows of another host heal by the same look.
 //
 // Fails when such a child ends.
 func TestNFTChildStaysWhereARuleNamesItsAddress(t *testing.T) {
@@ -101,10 +101,16 @@ func TestNFTChildStaysWhereARuleNamesItsAddress(t *testing.T) {
 	addr := s.anotherAddress()
 	s.heals(second, other, addr)
 	s.Verified()
+	s.stay(ids)
+}
+
+// stay checks that the flows of hosts with some IDs are still there.
+func (s *scene) stay(ids []string) {
+	s.T.Helper()
 	after := s.insideIDs()
 	for _, id := range ids {
 		if !slices.Contains(after, id) {
-			t.Errorf("flows before: %v, after: %v", ids, after)
+			s.T.Errorf("flows before: %v, after: %v", ids, after)
 		}
 	}
 }

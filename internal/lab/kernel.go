@@ -7,7 +7,7 @@ import (
 )
 
 // KernelBefore reports whether this kernel is older than a version, and returns its release. A
-// distribution may have changed what the version stands for.
+// distribution may have put mends of later versions into an older kernel.
 func KernelBefore(major, minor int) (before bool, release string, err error) {
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
